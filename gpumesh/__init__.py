@@ -1,5 +1,7 @@
-"""gpumesh: GPUs behind SSH as one fast endpoint. ``Mesh`` is the library; it is imported on first use, so that the
-command line starts quickly."""
+"""gpumesh: GPUs behind SSH as one fast endpoint. The class ``Mesh`` is the entry to the library.
+
+``Mesh`` is imported only on first use, so that the command line starts quickly.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +15,7 @@ __all__ = ["Mesh", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
+    """Imports ``Mesh`` when ``gpumesh.Mesh`` is used for the first time (PEP 562)."""
     if name == "Mesh":
         from gpumesh.mesh.mesh import Mesh
 

@@ -1,4 +1,4 @@
-"""Host names and addresses as text: which ones are loopback, and how a host and a port are written. Pure."""
+"""Host names and addresses as text: whether a host is loopback, and how a host and its port are written. Pure."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import ipaddress
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach a server at ``host``. Decided by the text alone, without DNS: of all names,
-    only ``localhost`` is loopback, because any other name may have another address tomorrow."""
+    """Whether only this machine can reach a server at ``host``, judged by the text alone, without DNS.
+
+    Of all names, only ``localhost`` is loopback: any other name may have another address tomorrow.
+    """
     if host.rstrip(".").lower() == "localhost":
         return True
     try:

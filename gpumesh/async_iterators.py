@@ -1,4 +1,4 @@
-"""Closing an async generator whose type says only that it is an AsyncIterator."""
+"""Closes an async generator at the end of a block, even if its type says only that it is an AsyncIterator."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ T = TypeVar("T")
 
 @asynccontextmanager
 async def closing_iterator(items: AsyncIterator[T]) -> AsyncIterator[AsyncIterator[T]]:
-    """Like ``contextlib.aclosing``, for iterators whose type promises no ``aclose``. The end of the context also ends
-    the iterator's work; otherwise that work would go on until the garbage is collected."""
+    """Yields ``items`` and closes them at the end of the block. Unlike ``contextlib.aclosing``, accepts an iterator
+    whose type promises no ``aclose``.
+
+    Closing ends the generator's work at once. Otherwise the work would go on until the garbage is collected.
+    """
     try:
         yield items
     finally:

@@ -1,9 +1,8 @@
-"""Writes a file completely or not at all. The text goes into a temporary file in the same folder, which then takes the
-target's name.
+"""Writes a file completely or not at all (atomically): to a temporary file, which then takes the target's name.
 
-A process that is killed in between leaves its temporary file behind. The next writer of that file removes it. Each
-writer holds a lock on its temporary file, and the kernel drops that lock when the process ends, however it ends: so a
-temporary file that can be locked belongs to nobody.
+The temporary file is in the same folder. A process that is killed while it writes leaves its temporary file behind. The
+next writer of the same target removes that file. Each writer holds a lock on its temporary file, and the kernel drops
+the lock when the process ends, however it ends. So a temporary file that can be locked has no writer any more.
 """
 
 from __future__ import annotations
@@ -18,18 +17,21 @@ from pathlib import Path
 
 from gpumesh import file_lock
 
-_RANDOM_SUFFIX = re.compile(r"[a-z0-9_]{8}")  # tempfile adds it to the prefix
+_RANDOM_SUFFIX = re.compile(r"[a-z0-9_]{8}")  # ``tempfile.mkstemp`` appends it to the prefix
 
 
 def replace(target: Path, text: str, *, mode: int = 0o600, errors: str = "strict", sync: bool = True) -> None:
-    """Makes ``text`` the content of the file. Raises OSError; then the target is unchanged. With ``sync`` the new
-    content survives a loss of power. ``errors`` is that of ``open``, for characters that UTF-8 cannot encode."""
+    """Makes ``text`` the whole content of the file ``target``. Raises OSError, and then the target is unchanged.
+
+    With ``sync`` the new content survives a loss of power. ``errors`` is the argument of ``open``: what happens to
+    characters that UTF-8 cannot encode.
+    """
     _write(target, text, os.replace, mode=mode, errors=errors, sync=sync)
 
 
 def create(target: Path, text: str, *, mode: int = 0o600) -> None:
-    """As ``replace``, but never replaces an existing file: raises FileExistsError, also when another process has made
-    the file meanwhile."""
+    """Makes a new file ``target`` with the content ``text``. Raises FileExistsError when the file exists, also when
+    another process makes it meanwhile; raises OSError as ``replace`` does."""
     _write(target, text, os.link, mode=mode)
 
 
@@ -42,8 +44,9 @@ def _write(
     errors: str = "strict",
     sync: bool = True,
 ) -> None:
-    """``take_name`` gives the temporary file the name of the target."""
-    prefix = f".{target.name}.gpumesh-"  # no other program names files like that
+    """Writes ``text`` to a temporary file, then calls ``take_name(temporary, target)``, which gives it the name of the
+    target."""
+    prefix = f".{target.name}.gpumesh-"  # no other program gives its files such names
     _remove_stale_files(target.parent, prefix)
     descriptor, temporary = _make_locked_file(target.parent, prefix)
     try:
@@ -60,21 +63,21 @@ def _write(
 
 
 def _make_locked_file(folder: Path, prefix: str) -> tuple[int, str]:
-    """Makes a new file with mode 0600 and locks it. Returns its descriptor and its path.
+    """Makes a new file with mode 0600 and locks it. Returns its descriptor and its path, in this order.
 
-    Another process may remove the file as stale before it is locked; then this makes another file.
+    Before the file is locked, another process may remove it as stale. Then this function makes another file.
     """
     while True:
         descriptor, path = tempfile.mkstemp(prefix=prefix, dir=folder)
         _lock(descriptor, wait=True)  # a process that looks for stale files holds the lock for an instant
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError):  # the file was removed
             if os.path.samestat(os.fstat(descriptor), os.stat(path)):
                 return descriptor, path
         os.close(descriptor)
 
 
 def _remove_stale_files(folder: Path, prefix: str) -> None:
-    """Removes the temporary files whose writer has ended. Files of other users stay."""
+    """Removes the temporary files in ``folder`` whose writer has ended. Files of other users stay. Raises no error."""
     with contextlib.suppress(OSError), os.scandir(folder) as entries:
         for entry in entries:
             if entry.name.startswith(prefix) and _RANDOM_SUFFIX.fullmatch(entry.name.removeprefix(prefix)):
@@ -83,7 +86,8 @@ def _remove_stale_files(folder: Path, prefix: str) -> None:
 
 
 def _remove_if_stale(path: str) -> None:
-    # O_NONBLOCK: somebody may have put a FIFO there, and opening a FIFO waits for its writer.
+    """Removes the file if it is a regular file of our user and no process holds its lock. Raises OSError."""
+    # O_NONBLOCK: another user may have put a FIFO there, and opening a FIFO waits for its writer.
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
     try:
         status = os.fstat(descriptor)
@@ -95,8 +99,10 @@ def _remove_if_stale(path: str) -> None:
 
 
 def _lock(descriptor: int, *, wait: bool = False) -> bool:
-    """Locks an open file until it is closed. Returns False when another process holds the lock, or when the system has
-    no such locks."""
+    """Locks an open file until it is closed. Returns whether the lock was taken.
+
+    Returns False when another process holds the lock (never with ``wait``), or when the system has no such locks.
+    """
     try:
         if wait:
             file_lock.acquire(descriptor)

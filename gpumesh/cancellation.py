@@ -1,4 +1,4 @@
-"""Notices a cancellation that other code has swallowed."""
+"""Notices that the current asyncio task was cancelled although other code has swallowed its CancelledError."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import asyncio
 
 
 def raise_if_cancelled() -> None:
-    """Raises CancelledError if this task was cancelled but still runs.
+    """Raises CancelledError if the current task was cancelled but still runs.
 
-    Up to Python 3.12 a TaskGroup that ends with an error of its own swallows a cancellation that comes meanwhile.
-    Libraries that retry an interrupted call swallow it too.
+    Up to Python 3.12, a TaskGroup that ends with an error of its own swallows a cancellation that comes at the same
+    time. Libraries that retry an interrupted call swallow a cancellation too.
     """
     task = asyncio.current_task()
     if task is not None and task.cancelling():

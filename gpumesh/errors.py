@@ -5,8 +5,8 @@
     GPUMeshError                     exit 1
     ├── UsageError                   exit 2   the command line was wrong
     │   └── ConfigError              exit 2   mesh.yaml was wrong; holds all its problems
-    ├── NoNodeError                  exit 4   no node can serve this
-    │   └── ModelMissing             exit 4   nodes are up, none has the model
+    ├── NoNodeError                  exit 4   no node can serve the request
+    │   └── ModelMissing             exit 4   nodes are up, but none has the model
     ├── DeadlineExceeded             exit 1   the caller's overall deadline passed
     ├── QueueFull                    exit 1   the gateway's queue is at its limit (503)
     ├── MeshAlreadyRunning           exit 1
@@ -53,9 +53,9 @@ class ExitCode(IntEnum):
     OK = 0
     FAILED = 1
     USAGE = 2
-    DEGRADED = 3
-    NO_NODE = 4
-    INTERRUPTED = 130
+    DEGRADED = 3  # the mesh works, but something is not as it should be
+    NO_NODE = 4  # no node can serve
+    INTERRUPTED = 130  # Ctrl-C: 128 and the number of SIGINT
 
 
 class GPUMeshError(Exception):
@@ -96,10 +96,15 @@ class Problem:
     path: str = ""
 
     def __str__(self) -> str:
+        """``FILE:LINE:COLUMN: PATH: MESSAGE``, without the parts that are not known."""
         location = self.file
         if self.line is not None:
-            location += f":{self.line}" + (f":{self.column}" if self.column is not None else "")
-        return f"{location}: {self.path + ': ' if self.path else ''}{self.message}"
+            location += f":{self.line}"
+            if self.column is not None:
+                location += f":{self.column}"
+        if self.path:
+            return f"{location}: {self.path}: {self.message}"
+        return f"{location}: {self.message}"
 
 
 class ConfigError(UsageError):
@@ -134,7 +139,7 @@ class DeadlineExceeded(GPUMeshError):
 
 
 class QueueFull(GPUMeshError):
-    """``retry_after_s`` is an estimate of when a slot will be free."""
+    """The gateway's queue is at its limit. ``retry_after_s``: the estimated time until a slot is free."""
 
     code = "queue-full"
 
@@ -230,7 +235,8 @@ class ExecError(GPUMeshError):
 
 
 class ProbeError(GPUMeshError):
-    """This error becomes a finding with the code ``finding_code`` (``driver-broken``, ``wrong-server`` …)."""
+    """A probe got an unreadable answer. The error becomes a finding with the code ``finding_code`` (``driver-broken``,
+    ``wrong-server`` …)."""
 
     code = "probe"
 
@@ -244,7 +250,8 @@ class BackendError(GPUMeshError):
 
 
 class BackendUnreachable(BackendError):
-    """``request_sent``: the request had been sent, so the server may have begun to work on it."""
+    """The backend refused, reset or timed out before its answer. ``request_sent``: the request had been sent by then,
+    so the server may have begun to work on it."""
 
     code = "backend-unreachable"
 
@@ -269,12 +276,14 @@ class StreamCut(BackendError):
 
 
 def tunnel_error_from_code(code: str, message: str, *, hint: str | None = None, node: str | None = None) -> TunnelError:
-    """Rebuilds a tunnel error that came from another process as its code and text. A code that this version does not
-    know gives a plain TunnelError."""
-    unchecked: list[type[TunnelError]] = [TunnelError]
-    while unchecked:
-        error_type = unchecked.pop()
+    """Returns the tunnel error of the type that has ``code``: another process sends an error as its code and text.
+
+    A code that this version does not know gives a plain TunnelError.
+    """
+    types_to_check: list[type[TunnelError]] = [TunnelError]
+    while types_to_check:
+        error_type = types_to_check.pop()
         if error_type.code == code:
             return error_type(message, hint=hint, node=node)
-        unchecked.extend(error_type.__subclasses__())
+        types_to_check.extend(error_type.__subclasses__())
     return TunnelError(message, hint=hint, node=node)

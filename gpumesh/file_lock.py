@@ -1,7 +1,7 @@
-"""Locks on open files and folders (flock(2)). The kernel releases a lock when its process ends, however it ends.
+"""Locks on open files and folders (flock(2)), which the kernel releases when their process ends, however it ends.
 
-So a lock that can be acquired shows that no living process uses the file. A lock belongs to the open descriptor:
-closing the descriptor releases it.
+So if a lock can be acquired, no living process uses the file. A lock belongs to the open descriptor: closing the
+descriptor releases the lock.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ except ImportError:  # Windows
 
 
 def acquire(descriptor: int, *, shared: bool = False) -> None:
-    """Waits for the lock and takes it: the exclusive lock, or the shared one. Raises OSError where the system or the
-    file system has no such locks."""
+    """Waits for the exclusive lock (the shared lock with ``shared``) and takes it. Raises OSError where the system or
+    the file system has no such locks."""
     _flock(descriptor, "LOCK_SH" if shared else "LOCK_EX")
 
 
 def try_acquire(descriptor: int) -> bool:
-    """Takes the exclusive lock without waiting. Returns False when another process holds it. Raises OSError as
+    """Takes the exclusive lock without waiting. Returns False when another process holds the lock. Raises OSError as
     ``acquire`` does."""
     try:
         _flock(descriptor, "LOCK_EX", "LOCK_NB")
@@ -41,7 +41,8 @@ def release(descriptor: int) -> None:
 
 @contextlib.contextmanager
 def open_folder(folder: Path, *, follow_links: bool = True) -> Iterator[int]:
-    """A descriptor of a folder, which can be locked. Raises OSError; without ``follow_links`` also for a link."""
+    """Yields a descriptor of the folder, which can be locked, and closes it at the end of the block. Raises OSError,
+    without ``follow_links`` also when the path is a symbolic link."""
     flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
     descriptor = os.open(folder, flags if follow_links else flags | os.O_NOFOLLOW)
     try:
@@ -52,14 +53,18 @@ def open_folder(folder: Path, *, follow_links: bool = True) -> Iterator[int]:
 
 @contextlib.contextmanager
 def locked_folder(folder: Path) -> Iterator[None]:
-    """Inside the block, no other process of ours is in such a block for the same folder. Raises OSError."""
+    """Holds the folder's exclusive lock: only one gpumesh process at a time is in such a block for the same folder.
+    Raises OSError."""
     with open_folder(folder) as descriptor:
         acquire(descriptor)
         yield
 
 
 def _flock(descriptor: int, *flag_names: str) -> None:
-    """The flags come as names, because there is no ``fcntl`` to take them from on Windows."""
+    """Calls flock(2) with the flags that have these names, such as ``LOCK_EX``. Raises OSError.
+
+    A caller cannot give the flags themselves: on Windows there is no module ``fcntl`` that has them.
+    """
     if fcntl is None:
         raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
     operation = 0

@@ -1,6 +1,6 @@
-"""Lines of a byte stream that comes in pieces. Pure; the length of a line has a limit.
+"""Splits a byte stream that comes in pieces (a pipe, a socket, a body) into lines of limited length. Pure.
 
-For pipes, sockets and bodies. The end of a line is LF; a caller whose lines end in CRLF removes the CR.
+The end of a line is LF. A caller whose lines end in CRLF removes the CR.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ class LineTooLong(ValueError):
 
 
 class LineBuffer:
-    """Takes pieces of a stream, returns the lines that they complete.
+    """Takes pieces of a stream and returns the lines that they complete.
 
-    ``limit_bytes`` is the limit for one line. A longer line raises ``LineTooLong``, or with ``cut`` is shortened to the
-    limit: for text that is only shown. Without a limit, the stream must come from our own process.
+    ``limit_bytes`` is the limit for one line. A longer line raises ``LineTooLong``. With ``cut``, a longer line is
+    shortened to the limit instead: this is for text that is only shown. Without a limit, the stream must come from a
+    process of ours.
     """
 
     def __init__(self, limit_bytes: int | None = None, *, cut: bool = False) -> None:
@@ -26,7 +27,8 @@ class LineBuffer:
         return f"<LineBuffer {len(self._partial)} bytes of a partial line>"
 
     def feed(self, data: bytes) -> list[bytes]:
-        """The lines that ``data`` completes, without their ends. Raises ``LineTooLong``."""
+        """Takes the next bytes of the stream. Returns the lines that they complete, without the LF. Raises
+        ``LineTooLong``."""
         *lines, partial = data.split(b"\n")
         if lines and self._partial:
             lines[0] = bytes(self._partial) + lines[0]
@@ -37,12 +39,14 @@ class LineBuffer:
         return lines
 
     def take_partial(self) -> bytes:
-        """The line that has begun and has no end yet; it is removed. At the end of a stream it is the last line."""
+        """Returns and removes the line that has no end yet. At the end of a stream, that is its last line."""
         line = bytes(self._partial)
         self._partial.clear()
         return line
 
     def _apply_limit(self, lines: list[bytes], limit: int) -> list[bytes]:
+        """Returns ``lines``, each cut to ``limit`` bytes if lines are to be cut, and cuts the partial line too. Raises
+        ``LineTooLong`` otherwise."""
         if len(self._partial) <= limit and all(len(line) <= limit for line in lines):
             return lines
         if not self._cut_long_lines:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 
 def full_name(model: str) -> str:
-    """``qwen2.5`` -> ``qwen2.5:latest``. The port of a registry is no tag: ``host:5000/m`` is
-    ``host:5000/m:latest``."""
+    """Returns the name in lower case and with its tag: ``Qwen2.5`` gives ``qwen2.5:latest``.
+
+    The port of a registry is no tag: ``host:5000/m`` gives ``host:5000/m:latest``.
+    """
     name = model.strip().lower()
-    return name if ":" in name.rsplit("/", 1)[-1] else f"{name}:latest"
+    _, _, last_part = name.rpartition("/")
+    return name if ":" in last_part else f"{name}:latest"

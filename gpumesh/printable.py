@@ -1,7 +1,7 @@
 """Makes text from a remote machine safe to print: no terminal escapes, no control characters, no endless lines.
 
 What a host sends is hostile until it is parsed: a GPU may be called ``\\x1b]0;…``. Code that turns remote bytes into a
-name or a message calls ``printable`` first, so that no code above has to.
+name or a message calls ``printable`` at once, so that no caller of that code has to.
 """
 
 from __future__ import annotations
@@ -20,13 +20,18 @@ _PRINTABLE_ASCII = re.compile(r"[ -~]*")
 
 
 def printable(text: str | bytes, limit: int = 300) -> str:
-    """One line of at most ``limit`` characters; runs of white space become one blank. Never raises."""
-    text = text[: limit * 16]  # bounds the work on a hostile text; the rest is for what is removed below
-    # A shortcut that almost every text of a server takes: a list of models has thousands of texts.
-    if isinstance(text, str) and len(text) <= limit and text.isascii() and text.isprintable() and " " not in text:
-        return text
+    """Returns ``text`` as one line of at most ``limit`` characters that is safe to print. Never raises.
+
+    Each run of white space becomes one blank.
+    """
+    # Bounds the work on a hostile text. More than ``limit`` characters stay, because escapes and blanks are removed.
+    text = text[: limit * 16]
     if isinstance(text, bytes):
         text = text.decode("utf-8", "replace")
+    # A shortcut that almost every text of a server takes: a list of models has thousands of texts.
+    is_safe_word = text.isascii() and text.isprintable() and " " not in text
+    if is_safe_word and len(text) <= limit:
+        return text
     if not _PRINTABLE_ASCII.fullmatch(text):
         text = "".join(map(_replace_invisible, _ESCAPES.sub("", text)))
     text = _BLANKS.sub(" ", text).strip()
@@ -34,8 +39,9 @@ def printable(text: str | bytes, limit: int = 300) -> str:
 
 
 def _replace_invisible(character: str) -> str:
-    """White space of any kind becomes a blank. Controls, direction marks, surrogates and private use are removed."""
-    category = unicodedata.category(character)
+    """Returns a blank for white space of any kind, an empty text for controls, direction marks, surrogates and private
+    use, and else the character."""
+    category = unicodedata.category(character)  # Unicode's general category: Z is white space, C all that is removed
     if character in "\t\n\v\f\r" or category.startswith("Z"):
         return " "
     return "" if category.startswith("C") else character

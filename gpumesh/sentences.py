@@ -1,4 +1,4 @@
-"""Lists of names as people write them: ``a, b and c``, or ``a, b and 3 more``. Pure."""
+"""Joins names to a list for a sentence: ``a, b and c``, or ``a, b and 3 more``. Pure."""
 
 from __future__ import annotations
 
@@ -6,11 +6,15 @@ from collections.abc import Sequence
 
 
 def join_all(names: Sequence[str]) -> str:
-    """``a``, ``a and b``, ``a, b and c``."""
-    return "".join(names) if len(names) < 2 else f"{', '.join(names[:-1])} and {names[-1]}"
+    """Returns all names as one text: ``a``, or ``a and b``, or ``a, b and c``; an empty text for no names."""
+    if len(names) < 2:
+        return "".join(names)
+    *first_names, last_name = names
+    return f"{', '.join(first_names)} and {last_name}"
 
 
 def join_some(names: Sequence[str], limit: int) -> str:
-    """The first ``limit`` names and how many there are besides: ``a, b and 3 more``."""
+    """Returns the first ``limit`` names and the number of the other names: ``a, b and 3 more``."""
+    shown_names = ", ".join(names[:limit])
     hidden_count = len(names) - limit
-    return ", ".join(names[:limit]) + (f" and {hidden_count} more" if hidden_count > 0 else "")
+    return f"{shown_names} and {hidden_count} more" if hidden_count > 0 else shown_names

@@ -1,10 +1,10 @@
-"""Turns of the event loop for work that is cut into slices: one slice a turn, first come, first served.
+"""Runs long work in slices, one slice in each turn of the event loop, so that other connections do not wait for it.
 
 A peer can put thousands of chunks of one byte into one read. Each chunk costs a call of ours, so parsing the read in
 one go would hold up every other connection. Such a read is parsed slice by slice. In each turn of the event loop only
-one slice of one such read is parsed. So the other connections wait for that one slice at most, however many reads are
-being parsed. Other long work (unpacking a body, scanning its JSON) takes its turns from the same
-queue.
+one slice of one such read is parsed, first come, first served. So the other connections wait for that one slice at
+most, however many reads are being parsed. Other long work (unpacking a body, scanning its JSON) takes its turns from
+the same queue.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MAX_SMALL_PIECES = 128  # a slice with more pieces than this ends the connection
 
 
 class SliceQueue:
-    """A queue of steps, of which one is run in each turn of the event loop."""
+    """A queue of steps. In each turn of the event loop, the first step of the queue is run."""
 
     def __init__(self) -> None:
         self._steps: deque[Callable[[], None]] = deque()
@@ -33,17 +33,25 @@ class SliceQueue:
     def add(self, step: Callable[[], None]) -> None:
         """Schedules ``step`` for a later turn of the running event loop."""
         self._steps.append(step)
-        if len(self._steps) == 1:
+        if len(self._steps) == 1:  # with more steps, a call is scheduled already
             asyncio.get_running_loop().call_soon(self._run_next)
 
     async def wait_turn(self) -> None:
         """Returns in a later turn, when all steps that were added before have run."""
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.add(lambda: None if turn.done() else turn.set_result(None))
+
+        def begin_turn() -> None:
+            if not turn.done():  # it is done if the waiting task was cancelled
+                turn.set_result(None)
+
+        self.add(begin_turn)
         await turn
 
     async def run(self, work: Generator[None, None, T]) -> T:
-        """Runs ``work``, one of its steps in each turn. Returns its result, or raises its error."""
+        """Runs the generator ``work``, in each turn up to its next ``yield``. Returns its result, or raises its error.
+
+        The steps of other work run between two steps of this work.
+        """
         while True:
             await self.wait_turn()
             try:
@@ -53,10 +61,11 @@ class SliceQueue:
                 return result
 
     def _run_next(self) -> None:
+        """Runs the first step, removes it, and schedules the next call if steps remain."""
         # The step stays in the queue while it runs, so that `add` does not schedule a second call.
         step = self._steps[0]
         try:
-            step()  # may add itself again, at the end
+            step()  # the step may add itself again, at the end of the queue
         finally:
             self._steps.popleft()
             if self._steps:

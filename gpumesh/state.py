@@ -15,21 +15,23 @@ STATUS_SCHEMA = "gpumesh.status/1"
 
 
 class Health(StrEnum):
+    """The health of a node."""
+
     HEALTHY = "healthy"
-    DEGRADED = "degraded"
+    DEGRADED = "degraded"  # the node serves, but something is wrong
     DOWN = "down"
-    DRAINING = "draining"
+    DRAINING = "draining"  # the node gets no new requests
     UNKNOWN = "unknown"
 
 
 class TunnelPhase(StrEnum):
-    """``failed``: a person must act (key refused, host key changed); it is still retried, slowly."""
+    """The phase of a tunnel's life."""
 
     IDLE = "idle"
     CONNECTING = "connecting"
     UP = "up"
-    BACKOFF = "backoff"
-    FAILED = "failed"
+    BACKOFF = "backoff"  # the tunnel waits for its next attempt
+    FAILED = "failed"  # a person must act (key refused, host key changed); the tunnel still retries, slowly
     CLOSED = "closed"
 
 
@@ -47,7 +49,8 @@ class Severity(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """Something that is not as it should be. ``code`` is stable (docs/codes.md); ``hint`` says what to do."""
+    """Something that is not as it should be. ``code`` is stable (docs/codes.md); ``hint`` says what to do. ``nodes``
+    are the nodes that a finding about several nodes names."""
 
     code: str
     severity: Severity
@@ -58,7 +61,7 @@ class Finding:
 
 
 class LocalAccess(StrEnum):
-    """The users of this machine who can connect."""
+    """The users of this machine who can connect to a tunnel's local end or to the gateway."""
 
     OWN_USER = "own-user"  # the user who runs the mesh, and root
     ANY_USER = "any-user"
@@ -68,9 +71,12 @@ class LocalAccess(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class TunnelState:
-    """``transport`` is ``sshtunnel``, ``openssh`` or ``direct``. ``local_port``, or ``local_socket`` in its place,
-    stays the same over reconnects; ``local_access`` says who can connect to it. A direct node has none of these three.
-    ``host_keys`` are the recorded fingerprints of the host that was reached last."""
+    """The state of a node's tunnel. ``transport`` is ``sshtunnel``, ``openssh`` or ``direct``.
+
+    ``local_port``, or ``local_socket`` in its place, stays the same over reconnects. ``local_access`` says who can
+    connect to the port or socket. A direct node has none of these three. ``host_keys`` are the recorded fingerprints of
+    the host that was reached last.
+    """
 
     transport: str
     state: TunnelPhase = TunnelPhase.IDLE
@@ -89,7 +95,8 @@ class TunnelState:
 
 @dataclass(frozen=True, slots=True)
 class HostState:
-    """``store_free_mib``: the free space where models are kept; an inspection finds it out."""
+    """Facts about a node's host. ``store_free_mib`` is the free space where models are kept; only an inspection reads
+    it."""
 
     hostname: str | None = None
     driver: str | None = None
@@ -156,10 +163,12 @@ class ModelInfo:
 
 @dataclass(frozen=True, slots=True)
 class BackendState:
-    """``models`` are names; ``catalog`` has the details. ``url`` is the route in use.
+    """The state of a node's inference server. ``url`` is the route in use. ``models`` are the names of the models in
+    its store; ``catalog`` has their details.
 
-    ``running``, ``waiting`` and ``kv_cache_pct`` are the server's own figures. The first two count the requests of all
-    its clients. The third is the share of the memory for contexts that is in use, in percent."""
+    ``running``, ``waiting`` and ``kv_cache_pct`` are the server's own figures. ``running`` and ``waiting`` count the
+    requests of all its clients. ``kv_cache_pct`` is the share of the memory for contexts that is in use, in percent.
+    """
 
     kind: str
     state: BackendPhase = BackendPhase.UNKNOWN
@@ -180,7 +189,7 @@ class BackendState:
 @dataclass(frozen=True, slots=True)
 class RouteState:
     """One route to a node's server. ``target`` is the server's address on its own host, ``url`` its address from here,
-    ``via`` the transport. Only an inspection finds out the other fields: ``latency_ms`` is the median of several round
+    ``via`` the transport. Only an inspection sets the other fields: ``latency_ms`` is the median of several round
     trips, ``store`` a fingerprint of the models' store, ``kind`` the kind of server that was found.
 
     ``offered``: the route is not in mesh.yaml; the host's own address answers without SSH too. ``exposed``: anybody on
@@ -202,7 +211,8 @@ class RouteState:
 
 @dataclass(frozen=True, slots=True)
 class LoadState:
-    """``limit`` is how many requests the node really runs in parallel; ``None`` while that is unknown."""
+    """The numbers of a node's requests. ``limit`` is the number of requests that the node really runs in parallel;
+    ``None`` while that is unknown."""
 
     in_flight: int = 0
     queued: int = 0
@@ -214,8 +224,11 @@ class LoadState:
 
 @dataclass(frozen=True, slots=True)
 class NodeState:
-    """``gpus`` is ``None`` when the host's GPUs are not known, and empty when the host has none. ``noticed`` are the
-    findings of the probes; the rules of `audit` add the findings that follow from mesh.yaml."""
+    """The state of one node. ``reason`` says why ``health`` is as it is.
+
+    ``gpus`` is ``None`` when the host's GPUs are not known, and empty when the host has none. ``noticed`` are the
+    findings of the probes; the rules of `audit` add the findings that follow from mesh.yaml.
+    """
 
     name: str
     health: Health
@@ -253,9 +266,9 @@ class GatewayPhase(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class WaitingState:
-    """A request that waits for a slot. ``position`` 0 is next; ``id`` is the client's X-Request-Id.
+    """A request that waits for a slot. The request at ``position`` 0 is the next; ``id`` is the client's X-Request-Id.
 
-    ``node``: the only node that may serve it, if the client named one.
+    ``node``: the only node that may serve the request, if the client named a node.
     """
 
     position: int
@@ -268,8 +281,8 @@ class WaitingState:
 
 @dataclass(frozen=True, slots=True)
 class GatewayState:
-    """``waiting``: the first of the ``queued`` requests. ``socket`` is the path of the Unix socket. ``url`` is
-    ``unix:PATH`` when the gateway listens on that socket only."""
+    """The state of the gateway. ``waiting``: the first of the ``queued`` requests. ``socket`` is the path of the Unix
+    socket. ``url`` is ``unix:PATH`` when the gateway listens on that socket only."""
 
     url: str | None = None
     state: GatewayPhase = GatewayPhase.OFF
@@ -292,7 +305,7 @@ class MeshState:
     findings: tuple[Finding, ...] = ()
 
     def node(self, name: str) -> NodeState:
-        """Raises ``KeyError`` when there is no such node."""
+        """Returns the state of the node with this name. Raises ``KeyError`` when there is no such node."""
         for node in self.nodes:
             if node.name == name:
                 return node
@@ -300,27 +313,32 @@ class MeshState:
 
 
 def compute_totals(nodes: tuple[NodeState, ...]) -> Totals:
-    """The totals of these nodes. Each GPU counts once, by its UUID."""
-    gpus = {gpu.uuid: gpu for node in nodes for gpu in node.gpus or ()}
-    nodes_with_known_gpus = [node for node in nodes if node.gpus is not None]
-
-    def sum_known(values: list[int | None]) -> int | None:
-        numbers = [value for value in values if value is not None]
-        return sum(numbers) if numbers else None
-
+    """Returns the sums over these nodes. Each GPU counts once, by its UUID."""
+    gpus_by_uuid = {gpu.uuid: gpu for node in nodes for gpu in node.gpus or ()}
+    gpus = gpus_by_uuid.values()
+    is_gpu_count_known = any(node.gpus is not None for node in nodes)
     return Totals(
         nodes=len(nodes),
         nodes_up=sum(node.health in (Health.HEALTHY, Health.DEGRADED) for node in nodes),
-        gpus=len(gpus) if nodes_with_known_gpus else None,
-        vram_total_mib=sum_known([gpu.memory_total_mib for gpu in gpus.values()]),
-        vram_used_mib=sum_known([gpu.memory_used_mib for gpu in gpus.values()]),
-        vram_free_mib=sum_known([free_mib(gpu) for gpu in gpus.values()]),
+        gpus=len(gpus) if is_gpu_count_known else None,
+        vram_total_mib=_sum_known([gpu.memory_total_mib for gpu in gpus]),
+        vram_used_mib=_sum_known([gpu.memory_used_mib for gpu in gpus]),
+        vram_free_mib=_sum_known([free_mib(gpu) for gpu in gpus]),
         tokens_per_s=sum(node.backend.tokens_per_s or 0.0 for node in nodes),
     )
 
 
+def _sum_known(values: list[int | None]) -> int | None:
+    """Returns the sum of the values that are known; ``None`` when no value is known."""
+    numbers = [value for value in values if value is not None]
+    return sum(numbers) if numbers else None
+
+
 def free_mib(gpu: GpuState) -> int | None:
-    """The driver's own figure, if there is one. The driver keeps a reserve, so used + free is less than total."""
+    """Returns the GPU's free memory in MiB, or ``None`` when it is not known.
+
+    The driver's own figure takes precedence: the driver keeps a reserve, so used + free is less than total.
+    """
     if gpu.memory_free_mib is not None:
         return gpu.memory_free_mib
     if gpu.memory_total_mib is None or gpu.memory_used_mib is None:

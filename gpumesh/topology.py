@@ -12,6 +12,8 @@ from enum import StrEnum
 from pathlib import Path
 from types import MappingProxyType
 
+from gpumesh.addresses import format_address
+
 
 class TransportKind(StrEnum):
     SSHTUNNEL = "sshtunnel"
@@ -19,8 +21,8 @@ class TransportKind(StrEnum):
 
 
 class HostKeyPolicy(StrEnum):
-    STRICT = "strict"
-    ACCEPT_NEW = "accept-new"
+    STRICT = "strict"  # a host key that is not in known_hosts is refused
+    ACCEPT_NEW = "accept-new"  # such a key is recorded, as with OpenSSH
 
 
 class BackendKind(StrEnum):
@@ -67,7 +69,7 @@ class GatewaySpec:
 
 @dataclass(frozen=True, slots=True)
 class AddressCommand:
-    """``address_from``: a user's command that prints ``host port`` (or JSON with host and port)."""
+    """The user's command of ``address_from``, which prints a host's address: ``host port``, or JSON with both."""
 
     command: tuple[str, ...]
     timeout_s: float = 20.0
@@ -75,8 +77,8 @@ class AddressCommand:
 
 @dataclass(frozen=True, slots=True)
 class SshSpec:
-    """The values that are needed to reach a host by SSH. ``user`` is never empty; ``identity_files`` may be: an agent
-    or a password can take their place."""
+    """The values that are needed to reach a host by SSH. ``user`` is never empty. ``identity_files`` may be empty: an
+    agent or a password can take their place. ``host`` is empty if only ``address_from`` knows the host."""
 
     host: str
     port: int = 22
@@ -106,13 +108,12 @@ class Target:
 
     @property
     def url(self) -> str:
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"{self.scheme}://{host}:{self.port}{self.path}"
+        return f"{self.scheme}://{format_address(self.host, self.port)}{self.path}"
 
 
 @dataclass(frozen=True, slots=True)
 class BackendSpec:
-    """The inference server. ``targets`` are in order of preference: the first that answers is used."""
+    """The inference server of a node. ``targets`` are in order of preference: the first that answers is used."""
 
     kind: BackendKind = BackendKind.AUTO
     targets: tuple[Target, ...] = (Target("127.0.0.1", 11434),)
@@ -122,7 +123,7 @@ class BackendSpec:
 
 @dataclass(frozen=True, slots=True)
 class ExpectSpec:
-    """The values that the user expects of a node; ``None`` means that any value is fine."""
+    """The values that the user expects of a node. ``None`` means that any value is fine."""
 
     hostname: str | None = None
     gpus: int | None = None
@@ -148,7 +149,7 @@ class NodeSpec:
 @dataclass(frozen=True, slots=True)
 class TunnelsSpec:
     """The local ends of the tunnels of all SSH nodes. ``share``: every user of this machine may use the tunnels.
-    ``listen``: each tunnel has a port on loopback, or a Unix socket that only this user can open."""
+    ``listen`` is the kind of the local ends: ports on loopback, or Unix sockets that only this user can open."""
 
     share: bool = False
     listen: TunnelListen = TunnelListen.TCP
@@ -159,6 +160,8 @@ DEFAULT_TUNNELS = TunnelsSpec()
 
 @dataclass(frozen=True, slots=True)
 class RedisSpec:
+    """The Redis server through which several gateways exchange their loads. ``url`` holds no password."""
+
     url: str
     password_env: str | None = None
 
@@ -176,8 +179,10 @@ class Topology:
 
     @property
     def secret_variables(self) -> frozenset[str]:
-        """The names of the variables that hold this mesh's secrets."""
-        names = [self.gateway.api_key_env, self.redis.password_env if self.redis is not None else None]
+        """The names of the environment variables that hold this mesh's secrets."""
+        names = [self.gateway.api_key_env]
+        if self.redis is not None:
+            names.append(self.redis.password_env)
         for node in self.nodes:
             names.append(node.backend.api_key_env)
             if node.ssh is not None:
@@ -185,7 +190,7 @@ class Topology:
         return frozenset(name for name in names if name is not None)
 
     def node(self, name: str) -> NodeSpec:
-        """Raises ``KeyError`` when there is no such node."""
+        """Returns the spec of the node with this name. Raises ``KeyError`` when there is no such node."""
         for node in self.nodes:
             if node.name == name:
                 return node

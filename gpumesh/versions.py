@@ -1,4 +1,4 @@
-"""Compares versions as servers write them. Pure.
+"""Compares version numbers as servers write them (``0.10.0-rc1`` is older than ``v0.10.0``). Pure.
 
 A text that is no version has no key. No text raises an error.
 """
@@ -9,32 +9,42 @@ import re
 from collections.abc import Iterable
 
 # Digits are 0 to 9 only: str.isdigit() is also true for ``²``, which int() refuses.
-_VERSION = re.compile(r"v?([0-9]{1,9}(?:\.[0-9]{1,9}){0,5})(?:(?:[-+~_ ]|\.(?=[A-Za-z]))(.*))?", re.DOTALL)
-_PRERELEASE = re.compile(r"(dev|alpha|a|beta|b|pre|preview|rc)[.-]?([0-9]{1,9})?(?:[^0-9a-z].*)?", re.DOTALL)
-_STAGES = {"dev": 0, "alpha": 1, "a": 1, "beta": 2, "b": 2, "pre": 3, "preview": 3, "rc": 4}
+_VERSION = re.compile(
+    r"v?(?P<release>[0-9]{1,9}(?:\.[0-9]{1,9}){0,5})(?:(?:[-+~_ ]|\.(?=[A-Za-z]))(?P<suffix>.*))?", re.DOTALL
+)
+_PRERELEASE = re.compile(
+    r"(?P<stage>dev|alpha|a|beta|b|pre|preview|rc)[.-]?(?P<number>[0-9]{1,9})?(?:[^0-9a-z].*)?", re.DOTALL
+)
+_STAGES = {"dev": 0, "alpha": 1, "a": 1, "beta": 2, "b": 2, "pre": 3, "preview": 3, "rc": 4}  # the earliest has 0
+_RELEASE_STAGE = len(_STAGES)  # higher than each stage before a release
 _RELEASE_NUMBERS = 6  # as many as _VERSION allows; a release with fewer is filled up with zeros
 
-# The numbers of the release, the stage (a release comes after all of _STAGES), and the number within the stage.
+# Three parts in this order: the numbers of the release, the stage, and the number within the stage (``2`` of ``rc2``).
 VersionKey = tuple[tuple[int, ...], int, int]
 
 
 def version_key(text: str) -> VersionKey | None:
-    """The key to sort versions by; ``None`` for a text that is no version.
+    """Returns a key by which versions can be sorted; ``None`` for a text that is no version.
 
     ``0.9`` = ``0.9.0`` < ``0.10.0-rc1`` < ``0.10.0`` = ``0.10.0-lab``.
     """
-    match = _VERSION.fullmatch(text.strip()[:100])
-    if match is None:
+    version = _VERSION.fullmatch(text.strip()[:100])
+    if version is None:
         return None
-    numbers = [int(part) for part in match[1].split(".")]
-    release = (*numbers, *[0] * (_RELEASE_NUMBERS - len(numbers)))
-    prerelease = _PRERELEASE.fullmatch((match[2] or "").lower())
-    if prerelease is None:
-        return release, len(_STAGES), 0
-    return release, _STAGES[prerelease[1]], int(prerelease[2] or 0)
+    numbers = [int(part) for part in version["release"].split(".")]
+    missing_zeros = [0] * (_RELEASE_NUMBERS - len(numbers))
+    release = (*numbers, *missing_zeros)
+    prerelease = _PRERELEASE.fullmatch((version["suffix"] or "").lower())
+    if prerelease is None:  # no suffix, or a suffix such as ``lab`` that names no stage
+        return release, _RELEASE_STAGE, 0
+    return release, _STAGES[prerelease["stage"]], int(prerelease["number"] or 0)
 
 
 def oldest_version(texts: Iterable[str]) -> str | None:
-    """The oldest version of ``texts``; ``None`` when no text is a version."""
-    keys_and_texts = [(key, text) for text in texts if (key := version_key(text)) is not None]
-    return min(keys_and_texts)[1] if keys_and_texts else None
+    """Returns the text with the oldest version; ``None`` when no text is a version."""
+    keys_and_texts = [(version_key(text), text) for text in texts]
+    versions = [(key, text) for key, text in keys_and_texts if key is not None]
+    if not versions:
+        return None
+    _, oldest_text = min(versions)
+    return oldest_text

@@ -1,4 +1,4 @@
-"""``Wakeup``: one task waits until another part of the program has changed something."""
+"""``Wakeup``: one asyncio task waits until another part of the program has changed something and wakes it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 
 
 class Wakeup:
-    """Wakes the one task that waits for a change."""
+    """Wakes the one task that waits for a change. No second task may wait at the same time."""
 
     __slots__ = ("_waiter",)
 
@@ -14,7 +14,7 @@ class Wakeup:
         self._waiter: asyncio.Future[None] | None = None
 
     async def wait(self) -> None:
-        """Returns after the next ``wake``."""
+        """Returns after the next ``wake``. A ``wake`` before this call does not count."""
         self._waiter = asyncio.get_running_loop().create_future()
         try:
             await self._waiter
@@ -22,5 +22,6 @@ class Wakeup:
             self._waiter = None
 
     def wake(self) -> None:
+        """Lets ``wait`` return. Does nothing when no task waits."""
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)

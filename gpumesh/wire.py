@@ -1,4 +1,7 @@
-"""Frozen dataclasses to JSON and back, by their fields. This module knows no particular class but ``MeshState``."""
+"""Turns frozen dataclasses into JSON values and back, by their fields: the status document, the control socket.
+
+This module knows no particular class but ``MeshState``.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +22,9 @@ T = TypeVar("T")
 
 
 def to_json(value: Any) -> Any:
-    """A tree of dataclasses, enums, datetimes and tuples as values that ``json.dumps`` accepts. NaN and infinity become
-    ``None``, because JSON cannot express them."""
-    value_type = type(value)  # the exact types first: they are the most frequent, and cost no isinstance
+    """Turns a tree of dataclasses, enums, datetimes and tuples into values that ``json.dumps`` accepts. NaN and
+    infinity become ``None``, because JSON cannot express them."""
+    value_type = type(value)  # the exact types come first: they are the most frequent, and need no slow isinstance
     if value is None or value_type is str or value_type is int or value_type is bool:
         return value
     if value_type is float:
@@ -49,25 +52,26 @@ def _field_names(dataclass_type: Any) -> tuple[str, ...]:
 
 
 def status_json(state: MeshState) -> dict[str, Any]:
-    """The document ``gpumesh.status/1`` (docs/status-json.md)."""
+    """Returns the document ``gpumesh.status/1`` of this state (docs/status-json.md)."""
     return {"schema": STATUS_SCHEMA, **to_json(state)}
 
 
 def status_from_json(document: Mapping[str, Any]) -> MeshState:
-    """Raises ``ValueError`` when the document is not ``gpumesh.status/1``."""
+    """Returns the state of a document ``gpumesh.status/1``. Raises ``ValueError`` for any other document."""
     if document.get("schema") != STATUS_SCHEMA:
         raise ValueError(f"not a {STATUS_SCHEMA} document: schema is {printable(repr(document.get('schema')), 80)}")
     return from_json(MeshState, document)
 
 
 def from_json(kind: type[T], value: Any) -> T:
-    """Builds ``kind`` from the result of ``to_json``. Unknown keys are ignored: adding keys is compatible.
+    """Builds an object of the class ``kind`` from the result of ``to_json``. Ignores unknown keys, so that a newer
+    version can add keys.
 
     Raises ``ValueError`` where a value is not of its field's type or a required field is missing.
     """
     try:
         result: T = _read(kind, value)
-    except ValueError as error:  # its text repeats the value, which may have megabytes
+    except ValueError as error:  # the error's text repeats the value, which may have megabytes
         raise ValueError(printable(str(error), 300)) from error
     return result
 
@@ -78,7 +82,8 @@ def _field_types(dataclass_type: type) -> dict[str, Any]:
 
 
 def _read(expected: Any, value: Any) -> Any:
-    """``expected`` is a type, or a generic such as ``str | None`` or ``tuple[int, ...]``."""
+    """Returns the JSON ``value`` as the type ``expected``: a class, or a generic such as ``str | None`` or
+    ``tuple[int, ...]``. Raises ``ValueError`` when the value does not fit."""
     origin = get_origin(expected)
     if origin in (Union, types.UnionType):
         return _read_union(get_args(expected), value)
@@ -91,20 +96,25 @@ def _read(expected: Any, value: Any) -> Any:
     if isinstance(expected, type) and issubclass(expected, (datetime, PurePath)):
         text = _read(str, value)
         return _read_datetime(text) if issubclass(expected, datetime) else expected(text)
-    if expected is float and isinstance(value, int) and not isinstance(value, bool):
+    if expected is float and _has_json_type(value, int):
         try:
             return float(value)
         except OverflowError as error:
             raise ValueError("a number beyond all bounds") from error
-    # For Python a bool is an int as well; for JSON it is not.
-    is_wrong_bool = isinstance(value, bool) and expected is not bool
-    if isinstance(expected, type) and (is_wrong_bool or not isinstance(value, expected)):
+    if isinstance(expected, type) and not _has_json_type(value, expected):
         raise ValueError(f"expected {expected.__name__}, got {value!r}")
     return value
 
 
+def _has_json_type(value: Any, expected: type) -> bool:
+    """Like ``isinstance``, but a bool is no int: in Python it is one, in JSON it is not."""
+    if isinstance(value, bool):
+        return expected is bool
+    return isinstance(value, expected)
+
+
 def _read_union(members: tuple[Any, ...], value: Any) -> Any:
-    """The value as the first of the types that fits (``bool | str``)."""
+    """Returns the value as the first type of the union (``bool | str``) that fits."""
     if value is None:
         return None
     *others, last = [member for member in members if member is not type(None)]
@@ -117,14 +127,19 @@ def _read_union(members: tuple[Any, ...], value: Any) -> Any:
 
 
 def _read_tuple(members: tuple[Any, ...], value: Any) -> tuple[Any, ...]:
+    """Returns the JSON list as a tuple. ``members`` are the arguments of its type: of ``tuple[int, ...]`` or of
+    ``tuple[str, int]``."""
     if not isinstance(value, list):
         raise ValueError(f"expected a list, got {value!r}")  # noqa: TRY004  # the promise of from_json
-    if len(members) == 2 and members[1] is Ellipsis:
-        return tuple(_read(members[0], item) for item in value)
-    return tuple(_read(member, item) for member, item in zip(members, value, strict=True))
+    if members[1:] == (Ellipsis,):
+        item_type = members[0]
+        return tuple(_read(item_type, item) for item in value)
+    # ``strict``: a list of another length raises ValueError.
+    return tuple(_read(item_type, item) for item_type, item in zip(members, value, strict=True))
 
 
 def _read_dataclass(dataclass_type: Any, value: Any) -> Any:
+    """Builds the dataclass from a JSON object. A key that is missing gives the field's default."""
     if not isinstance(value, Mapping):
         raise ValueError(f"expected an object, got {value!r}")  # noqa: TRY004
     field_types = _field_types(dataclass_type)
@@ -140,6 +155,6 @@ def _read_dataclass(dataclass_type: Any, value: Any) -> Any:
 
 
 def _read_datetime(text: str) -> datetime:
-    """A text without a zone means UTC, so that all times can be compared."""
+    """Returns the time of an ISO 8601 text. A text without a zone means UTC, so that all times can be compared."""
     time = datetime.fromisoformat(text)
     return time if time.tzinfo is not None else time.replace(tzinfo=UTC)

@@ -1,5 +1,6 @@
-"""The configuration: from mesh.yaml to a ``Topology`` with all problems reported at once (``mesh_file``). Also the only
-room that reads the environment.
+"""Reads the configuration: turns mesh.yaml into a ``Topology`` (``mesh_file``), and reads the environment variables.
+
+All problems of a mesh.yaml are reported at once. No other room reads the environment.
 
 Not allowed here: the network, an inference server, a running mesh. Importing this room stays cheap: a command that only
 needs to know *which* file is meant (`status` on a running mesh) imports neither yaml nor pydantic.
@@ -39,7 +40,10 @@ __all__ = [
 
 
 def load(path: Path | None = None) -> Topology:
-    """Finds, reads and checks mesh.yaml. Raises UsageError when there is none, ConfigError with all problems."""
+    """Finds, reads and checks mesh.yaml, and returns its topology.
+
+    Raises UsageError when there is no mesh.yaml, and ConfigError with all problems of the file.
+    """
     from gpumesh.config.mesh_file import reader
 
     return reader.load(find_config(path))
@@ -54,10 +58,11 @@ def parse(
     source: Path | None = None,
     resolve_alias: ResolveAlias | None = None,
 ) -> Topology:
-    """Like ``load``, but uses neither files nor the environment. ``source`` is the absolute path of the file: relative
-    paths in it start from its folder. Without ``resolve_alias`` an ``alias`` is used as the host's name.
+    """Returns the topology of a mesh.yaml with this text, without reading files or the environment.
 
-    Raises ConfigError with all problems.
+    ``file`` is the file's name in messages. ``source`` is the absolute path of the file: relative paths in the text
+    start from its folder. Without ``resolve_alias`` an ``alias`` is used as the host's name. Raises ConfigError with
+    all problems.
     """
     from gpumesh.config.mesh_file import reader
 
@@ -65,21 +70,22 @@ def parse(
 
 
 def check(topology: Topology) -> list[Finding]:
-    """Findings about a valid topology that will probably not work on this machine. Only `config check` shows them."""
+    """Returns findings about a valid topology: what will probably not work on this machine. Only `config check` shows
+    them."""
     from gpumesh.config import advice
 
     return advice.check(topology)
 
 
 def dump_effective(topology: Topology) -> str:
-    """The topology as YAML with every default written out. Secrets in it are masked."""
+    """Returns the topology as YAML with every default written out. Secrets in the text are masked."""
     from gpumesh.config import show
 
     return show.dump_effective(topology)
 
 
 def schema() -> dict[str, Any]:
-    """A JSON Schema of mesh.yaml, for editors."""
+    """Returns the JSON Schema of mesh.yaml, for editors."""
     from gpumesh.config.mesh_file import file_schema
 
     return file_schema.schema()

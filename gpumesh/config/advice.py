@@ -1,6 +1,6 @@
 """The findings of `config check` about a valid mesh.yaml: what will probably not work on this machine.
 
-Looks at files, variables and ``~/.ssh/config``, never at the network. Each function makes one family of findings.
+This module reads files, variables and ``~/.ssh/config``, never the network. Each function yields findings of one kind.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from gpumesh.topology import HostKeyPolicy, NodeSpec, SshSpec, Topology, Transpo
 
 
 def check(topology: Topology) -> list[Finding]:
-    """The findings in the order of the file, those of the gateway first."""
+    """Returns the findings: about the gateway, about each node in the order of the file, then about shared servers."""
     findings = list(_check_gateway(topology))
     if not any(node.enabled for node in topology.nodes):
         message = "every node has `enabled: false`, so there is nothing to use"
@@ -59,6 +59,7 @@ def _check_node(node: NodeSpec) -> Iterator[Finding]:
 
 
 def _check_variable(variable: str, key: str, node: str | None) -> Iterator[Finding]:
+    """A finding if the secret's variable, which ``key`` of mesh.yaml names, is not set. ``node``: the key's node."""
     if not credentials.is_secret_set(variable):
         message = f"{key} names the variable {variable}, which is not set here"
         yield Finding("secret-missing", Severity.ERROR, node, message, f"export {variable}=… before `gpumesh up`")
@@ -90,8 +91,9 @@ def _check_credentials(ssh: SshSpec, node: str) -> Iterator[Finding]:
     for path in ssh.identity_files:
         yield from _check_key_file(path, ssh, node)
     has_agent = ssh.agent and environment.ssh_auth_sock() is not None
-    # The system's ssh may know more: keys and passwords that only its own configuration names.
-    if not (ssh.identity_files or has_agent or ssh.password_env or ssh.transport is TransportKind.OPENSSH):
+    has_credentials = ssh.identity_files or has_agent or ssh.password_env
+    # The system's ssh may have others: keys and passwords that only its own configuration names.
+    if not has_credentials and ssh.transport is not TransportKind.OPENSSH:
         message = "there is nothing to log in with: no key file, no SSH agent, no password"
         hint = "give `ssh.identity_file` or `ssh.password_env`, or start an agent and `ssh-add` a key"
         yield Finding("no-credentials", Severity.WARNING, node, message, hint)
@@ -105,20 +107,20 @@ def _check_key_file(path: Path, ssh: SshSpec, node: str) -> Iterator[Finding]:
         message = f"the key file {path} cannot be read: {error.strerror}"
         yield Finding("key-unreadable", Severity.ERROR, node, message, "check `ssh.identity_file`")
         return
-    if stat.S_IMODE(mode) & 0o077:
+    if stat.S_IMODE(mode) & 0o077:  # a permission for the group or for other users
         message = f"the key file {path} can be read by other users of this machine, and ssh refuses such keys"
         yield Finding("key-open", Severity.WARNING, node, message, paste_command("chmod 600 {FILE}", FILE=str(path)))
     if kind is key_files.KeyKind.PUBLIC:
         message = f"{path} is a public key: `identity_file` is the private one beside it"
         yield Finding("key-unreadable", Severity.ERROR, node, message)
-    if ssh.transport is TransportKind.SSHTUNNEL:
+    if kind is key_files.KeyKind.FIDO and ssh.transport is TransportKind.SSHTUNNEL:
+        message = f"{path} is a key on a security token, which transport sshtunnel cannot use"
         hint = "write `transport: openssh` under its ssh"
-        if kind is key_files.KeyKind.FIDO:
-            message = f"{path} is a key on a security token, which transport sshtunnel cannot use"
-            yield Finding("transport-unsupported", Severity.WARNING, node, message, hint)
+        yield Finding("transport-unsupported", Severity.WARNING, node, message, hint)
 
 
 def _check_host(ssh: SshSpec, node: str) -> Iterator[Finding]:
+    """Findings about the way to the host: its address, the ssh program, its host key."""
     proxy = providers.describe_terminal_proxy(ssh.host)
     if proxy is not None:
         yield Finding("transport-unsupported", Severity.ERROR, node, proxy, providers.EXPOSED_TCP_HINT)
@@ -138,17 +140,19 @@ def _check_host(ssh: SshSpec, node: str) -> Iterator[Finding]:
 
 
 def _find_shared_servers(topology: Topology) -> Iterator[Finding]:
-    """Finds nodes that name the same server: the balancer would send that server twice its share."""
+    """Findings about nodes that name the same server: the balancer would send that server twice its share."""
     nodes_by_server: dict[str, list[str]] = defaultdict(list)
     for node in topology.nodes:
         address_is_unknown = node.ssh is not None and node.ssh.address_from is not None
         if not node.enabled or address_is_unknown:
             continue
-        via = "" if node.ssh is None else f" at {node.ssh.user}@{node.ssh.host}:{node.ssh.port}"
+        host = "" if node.ssh is None else f" at {node.ssh.user}@{node.ssh.host}:{node.ssh.port}"
         for target in node.backend.targets:
-            nodes_by_server[target.url.replace("//localhost:", "//127.0.0.1:") + via].append(node.name)
+            url = target.url.replace("//localhost:", "//127.0.0.1:")  # two names of one address
+            nodes_by_server[url + host].append(node.name)
     for server, names in nodes_by_server.items():
         if len(names) > 1:
-            message = f"{join_all(names)} {'both' if len(names) == 2 else 'all'} name {server}"
+            both_or_all = "both" if len(names) == 2 else "all"
+            message = f"{join_all(names)} {both_or_all} name {server}"
             hint = "`gpumesh audit` tells whether they are one server"
             yield Finding("tunnel-duplicate", Severity.INFO, None, message, hint, tuple(names))

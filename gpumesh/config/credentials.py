@@ -1,4 +1,7 @@
-"""The only reader of secrets. Secrets are in environment variables; mesh.yaml and the specs hold only the names."""
+"""Reads secrets from environment variables, and keeps the variables from programs that we start. Masks secrets in text.
+
+No other module reads secrets. mesh.yaml and the specs hold only the names of the variables.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,10 @@ from collections.abc import Iterable
 
 from gpumesh.errors import SecretMissing
 
-# The variables that a mesh.yaml names for a secret. There is one set for the whole process, like the environment
-# itself: code that starts a program need not know which mesh the variables belong to.
+MIN_MASKED_CHARACTERS = 6  # a shorter value could also be a part of ordinary words
+
+# The variables that a mesh.yaml names for a secret. The whole process has one set, as it has one environment: code that
+# starts a program need not know which mesh the variables belong to.
 _withheld: set[str] = set()
 
 # Matches the names of variables that hold a secret. Their values enter neither the specs nor any output.
@@ -20,7 +25,8 @@ _SECRET_NAME = re.compile(
 
 
 def read_secret(variable: str, *, node: str | None = None) -> str:
-    """The secret in ``variable``. Raises SecretMissing, naming the variable, when it is not set or empty."""
+    """Returns the secret in the environment variable ``variable``. Raises SecretMissing, which names the variable, when
+    the variable is empty or not set. ``node``: the node that needs the secret."""
     value = os.environ.get(variable, "")
     if not value:
         state = "empty" if variable in os.environ else "not set"
@@ -43,6 +49,7 @@ def withhold_variables(variables: Iterable[str]) -> None:
 
 
 def withheld_variables() -> frozenset[str]:
+    """Returns the names of all variables that ``withhold_variables`` has got so far."""
     return frozenset(_withheld)
 
 
@@ -52,9 +59,10 @@ def names_secret(variable: str) -> bool:
 
 
 def mask_secrets(text: str) -> str:
-    """``text`` without the values of variables whose names say that they hold a secret: asterisks replace them."""
-    # A shorter value would also be found in ordinary words.
-    values = {value for name, value in os.environ.items() if names_secret(name) and len(value) >= 6}
-    for value in sorted(values, key=len, reverse=True):  # a secret may be a part of a longer one
-        text = text.replace(value, "********")
+    """Returns ``text`` with asterisks in place of the values of all variables whose names say that they hold a secret
+    (``names_secret``)."""
+    secrets = {value for name, value in os.environ.items() if names_secret(name)}
+    for secret in sorted(secrets, key=len, reverse=True):  # longest first: a secret may be a part of a longer secret
+        if len(secret) >= MIN_MASKED_CHARACTERS:
+            text = text.replace(secret, "********")
     return text

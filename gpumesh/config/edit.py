@@ -1,13 +1,14 @@
 """Edits single values of a mesh.yaml and leaves every other byte as it was: comments, blanks, quotes, order.
 
 The file is not written anew from a tree: a round trip through ruamel.yaml keeps comments, but changes blanks and line
-breaks of every flow mapping. Instead each edit is inserted at the position that the YAML parser reports for the value.
-An edit that would have to change more text (a value behind an alias, a block scalar) is refused.
+breaks of every flow mapping (``{ … }``). Instead each edit is inserted at the position that the YAML parser reports for
+the value. An edit that would have to change more text (a value behind an alias, a block scalar) is refused.
 """
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +26,8 @@ from gpumesh.topology import Topology
 
 @dataclass(frozen=True, slots=True)
 class Edit:
-    """A new value for one key. ``node`` is the index in ``nodes``, ``path`` the keys below that node. ``comment`` is
-    added behind the value if the rest of the line is empty."""
+    """A new value for one key of a node. ``node`` is the node's index in ``nodes``; ``path`` holds the keys from there
+    to the value: ``("expect", "gpus")``. ``comment`` is added behind the value if the rest of the line is empty."""
 
     node: int
     path: tuple[str, ...]
@@ -42,24 +43,24 @@ class CannotEdit(GPUMeshError):
 
 
 def apply_edits(text: str, edits: Sequence[Edit]) -> str:
-    """The edited text. ``text`` must be a valid mesh.yaml. Raises CannotEdit."""
+    """Returns ``text``, which must be a valid mesh.yaml, with all edits. Raises CannotEdit."""
     for edit in edits:
         text = _apply_edit(text, edit)
     return text
 
 
 def read(path: Path) -> str:
-    """The file's text. Raises ConfigError."""
+    """Returns the file's text. Raises ConfigError."""
     return reader.read_text(path, find_file.display_path(path))
 
 
 def parse_edited(path: Path, text: str) -> Topology:
-    """The topology that the file would give with this text. Raises ConfigError."""
+    """Returns the topology that the file would give with this text. Raises ConfigError."""
     return reader.parse_file_text(text, path)
 
 
 def write(path: Path, old: str, new: str) -> None:
-    """Replaces the file atomically. Its mode stays the same, and a link stays a link.
+    """Replaces the file's text ``old`` by ``new``, atomically. The file's mode stays the same, and a link stays a link.
 
     Raises GPUMeshError when the file cannot be written, or when its text is not ``old`` any more.
     """
@@ -78,13 +79,15 @@ def write(path: Path, old: str, new: str) -> None:
 
 # -- one edit --------------------------------------------------------------------------------------------------------
 
-_ALIAS_TAG = "alias"  # of the scalar that stands for an alias in the tree
+_ALIAS_TAG = "alias"  # the tag of a scalar that stands for an alias in the tree
+_LINE_BREAK = re.compile(r"[\r\n]")
 
 
 class _Loader(yaml.SafeLoader):
-    """The parser in Python, whose marks count characters; those of libyaml may not. Aliases are not resolved."""
+    """PyYAML's parser in Python: its marks count characters, while the marks of libyaml may not."""
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """As the base class, but does not resolve an alias: an edit of its target would change other values, too."""
         if self.check_event(yaml.AliasEvent):
             event = self.get_event()  # type: ignore[no-untyped-call]  # its stubs have no types here
             return yaml.ScalarNode(_ALIAS_TAG, event.anchor, event.start_mark, event.end_mark)
@@ -92,13 +95,15 @@ class _Loader(yaml.SafeLoader):
 
 
 def _apply_edit(text: str, edit: Edit) -> str:
-    parent = _node_entry(text, edit.node)
+    """Returns ``text`` with one edit. Follows the edit's path as far as the file has its keys, then replaces the value,
+    or inserts the keys that are missing."""
+    parent = _find_node_entry(text, edit.node)
+    last_depth = len(edit.path) - 1
     for depth, key in enumerate(edit.path):
-        pair = _find_pair(parent, key)
-        if pair is None:
+        value = _find_value(parent, key)
+        if value is None:
             return _insert_entry(text, parent, edit.path[depth:], edit)
-        value = pair[1]
-        if depth == len(edit.path) - 1:
+        if depth == last_depth:
             return _replace_value(text, value, edit)
         if _is_empty(value):
             raise CannotEdit(f"{_format_path(edit, depth)} has nothing behind it")
@@ -113,29 +118,33 @@ def _format_path(edit: Edit, depth: int) -> str:
     return ".".join((f"nodes[{edit.node}]", *edit.path[: depth + 1]))
 
 
-def _node_entry(text: str, index: int) -> yaml.MappingNode:
+def _find_node_entry(text: str, index: int) -> yaml.MappingNode:
+    """Returns the mapping of ``nodes[index]`` in the text. Raises CannotEdit when it is not written out there."""
     root = yaml.compose(text, Loader=_Loader)
-    pair = _find_pair(root, "nodes") if isinstance(root, yaml.MappingNode) else None
-    nodes = pair[1].value if pair is not None and isinstance(pair[1], yaml.SequenceNode) else ()
-    if index < len(nodes) and isinstance(nodes[index], yaml.MappingNode):
-        entry: yaml.MappingNode = nodes[index]
+    nodes = _find_value(root, "nodes") if isinstance(root, yaml.MappingNode) else None
+    entries = nodes.value if isinstance(nodes, yaml.SequenceNode) else ()
+    if index < len(entries) and isinstance(entries[index], yaml.MappingNode):
+        entry: yaml.MappingNode = entries[index]
         return entry
     raise CannotEdit(f"nodes[{index}] is not written out as an entry of `nodes`")
 
 
-def _find_pair(mapping: yaml.MappingNode, key: str) -> tuple[yaml.Node, yaml.Node] | None:
-    for name, value in mapping.value:
-        if isinstance(name, yaml.ScalarNode) and name.value == key:
-            return name, value
+def _find_value(mapping: yaml.MappingNode, key: str) -> yaml.Node | None:
+    """Returns the value of ``key`` in the mapping; ``None`` if the mapping has no such key."""
+    value: yaml.Node
+    for key_node, value in mapping.value:
+        if isinstance(key_node, yaml.ScalarNode) and key_node.value == key:
+            return value
     return None
 
 
-def _is_empty(node: yaml.Node) -> bool:
+def _is_empty(value: yaml.Node) -> bool:
     """Whether nothing stands behind the key, as in ``expect:``."""
-    return bool(node.start_mark.index == node.end_mark.index)
+    return bool(value.start_mark.index == value.end_mark.index)
 
 
 def _replace_value(text: str, value: yaml.Node, edit: Edit) -> str:
+    """Returns ``text`` with the edit's value in place of ``value``. Raises CannotEdit unless that is a plain value."""
     if not isinstance(value, yaml.ScalarNode) or value.style in ("|", ">"):
         raise CannotEdit(f"{_format_path(edit, len(edit.path))} is no plain value")
     quoted = value.style == '"' and isinstance(edit.value, str)
@@ -146,49 +155,61 @@ def _replace_value(text: str, value: yaml.Node, edit: Edit) -> str:
 
 
 def _insert_entry(text: str, parent: yaml.MappingNode, path: tuple[str, ...], edit: Edit) -> str:
-    """Adds the edit's value to ``parent`` under the keys ``path``. All keys but the first are written as ``{ … }``."""
-    # A file that is JSON stays JSON.
-    as_json = bool(parent.flow_style and parent.value and parent.value[0][0].style == '"')
-    entry = yaml_text(edit.value) if as_json and isinstance(edit.value, str) else _format_value(edit.value)
-    for depth, key in enumerate(reversed(path)):
-        entry = f'"{key}": {entry}' if as_json else f"{key}: {entry}"
-        if depth < len(path) - 1:
-            entry = f"{{{entry}}}" if as_json else f"{{ {entry} }}"
-    # The comment may hold text from a host. A line break in it would end the comment.
+    """Returns ``text`` with the edit's value added to ``parent`` under the keys ``path``."""
+    # A file that is JSON stays JSON. In JSON, keys stand in double quotes.
+    first_key = parent.value[0][0] if parent.value else None
+    as_json = bool(parent.flow_style) and first_key is not None and first_key.style == '"'
+    entry = _format_entry(path, edit.value, as_json=as_json)
+    # The comment may hold text from a host. A line break in it would end the comment. JSON has no comments.
     comment = None if as_json or edit.comment is None else printable(edit.comment)
-    return (_insert_into_flow if parent.flow_style else _insert_into_block)(text, parent, entry, comment)
+    if parent.flow_style:
+        return _insert_into_flow(text, parent, entry, comment)
+    return _insert_into_block(text, parent, entry, comment)
+
+
+def _format_entry(path: tuple[str, ...], value: str | int | bool, *, as_json: bool) -> str:
+    """Writes the value under the keys ``path``: ``expect: { gpus: 2 }``, or as JSON ``"expect": {"gpus": 2}``."""
+    *outer_keys, last_key = path
+    text = yaml_text(value) if as_json and isinstance(value, str) else _format_value(value)
+    entry = f'"{last_key}": {text}' if as_json else f"{last_key}: {text}"
+    for key in reversed(outer_keys):
+        entry = f'"{key}": {{{entry}}}' if as_json else f"{key}: {{ {entry} }}"
+    return entry
 
 
 def _insert_into_flow(text: str, parent: yaml.MappingNode, entry: str, comment: str | None) -> str:
+    """Returns ``text`` with ``entry`` added to the mapping ``parent``, which is written in braces."""
     start, end = parent.start_mark.index, parent.end_mark.index
     if not parent.value:
         return f"{text[:start]}{{ {entry} }}{_add_comment(text[end:], comment)}"
-    last_value_end = parent.value[-1][1].end_mark.index
-    before_brace = text[last_value_end : end - 1]
-    if not before_brace.strip():
-        head = f"{text[:last_value_end]}, {entry}{before_brace}{text[end - 1]}"
-        return head + _add_comment(text[end:], comment)
-    # A comma or a comment follows the last value, so the end is not a safe position. The start always is one.
-    after_brace = text[start + 1 :]
-    before = " " if after_brace[0] == " " else ""
-    behind = "" if after_brace[0].isspace() else " "
-    return f"{text[: start + 1]}{before}{entry},{behind}{after_brace}"
+    _, last_value = parent.value[-1]
+    last_value_end = last_value.end_mark.index
+    before_closing_brace = text[last_value_end : end - 1]
+    if not before_closing_brace.strip():
+        with_entry = f"{text[:last_value_end]}, {entry}{before_closing_brace}{text[end - 1]}"
+        return with_entry + _add_comment(text[end:], comment)
+    # A comma or a comment follows the last value, so the entry cannot be added there. At the start it always can.
+    after_opening_brace = text[start + 1 :]
+    blank_before = " " if after_opening_brace[0] == " " else ""
+    blank_after = "" if after_opening_brace[0].isspace() else " "
+    return f"{text[: start + 1]}{blank_before}{entry},{blank_after}{after_opening_brace}"
 
 
 def _insert_into_block(text: str, parent: yaml.MappingNode, entry: str, comment: str | None) -> str:
-    leaf = _last_leaf(parent)
+    """Returns ``text`` with ``entry`` on a line of its own, after the last line of the block mapping ``parent``."""
+    leaf = _find_last_leaf(parent)
     if isinstance(leaf, yaml.ScalarNode) and leaf.style in ("|", ">"):
         raise CannotEdit("the entry ends in a block of text")
-    leaf_end = leaf.end_mark.index
-    line_end = next((index for index in range(leaf_end, len(text)) if text[index] in "\r\n"), len(text))
+    line_break = _LINE_BREAK.search(text, leaf.end_mark.index)
+    line_end = len(text) if line_break is None else line_break.start()
     newline = "\r\n" if "\r\n" in text else "\n"
     line = " " * parent.start_mark.column + entry + (f" # {comment}" if comment else "")
     return text[:line_end] + newline + line + text[line_end:]
 
 
-def _last_leaf(node: yaml.Node) -> yaml.Node:
-    """The last scalar or flow collection below ``node``. Its end is exact, while that of a block collection is reported
-    where the next token begins."""
+def _find_last_leaf(node: yaml.Node) -> yaml.Node:
+    """Returns the last scalar or flow collection below ``node``: the parser reports its exact end. As the end of a
+    block collection, the parser reports the start of the next token."""
     while isinstance(node, yaml.CollectionNode) and not node.flow_style and node.value:
         if isinstance(node, yaml.SequenceNode):
             node = node.value[-1]
@@ -199,22 +220,22 @@ def _last_leaf(node: yaml.Node) -> yaml.Node:
 
 
 def _add_comment(rest: str, comment: str | None) -> str:
-    """``rest`` is the text behind a value. Returns it with the comment in front, unless more stands on the same
-    line."""
-    rest_of_line = rest.split("\n", 1)[0]
+    """Returns the comment and then ``rest``, the text behind a value. Omits the comment if the rest of the line is not
+    empty."""
+    rest_of_line, _, _ = rest.partition("\n")
     if comment is None or rest_of_line.strip():
         return rest
     return f" # {comment}" + rest
 
 
 def _format_value(value: str | int | bool) -> str:
-    """The value as YAML, without quotes if every YAML reader then reads the same value."""
+    """Returns the value as YAML. A text gets no quotes if every YAML reader reads the same value without them."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, int):
         return str(value)
     has_plain_characters = all(character.isalnum() or character in " ._/+-()@" for character in value)
-    plain = bool(value) and value == value.strip() and has_plain_characters
-    if plain and value[0].isalnum() and yaml.safe_load(value) == value:
+    begins_plainly = value[:1].isalnum() and value == value.strip()
+    if has_plain_characters and begins_plainly and yaml.safe_load(value) == value:
         return value
     return yaml_text(value)

@@ -1,7 +1,7 @@
-"""Reads the environment: facts about the user and the machine, and our folders. ``credentials`` reads the secrets.
+"""Reads environment variables: the user, the terminal, colours; gpumesh's folders for configuration, sockets and logs.
 
-Our folders are made here, private to the user: their sockets (control socket, ControlMaster) give access to the user's
-hosts.
+The folders for sockets and logs are made private to the user: the sockets (control socket, ControlMaster) give access
+to the user's hosts. ``credentials`` reads the secrets.
 """
 
 from __future__ import annotations
@@ -17,29 +17,35 @@ from gpumesh.config import credentials
 from gpumesh.errors import GPUMeshError
 from gpumesh.quoting import paste_command
 
-_APP = "gpumesh"
+_APP = "gpumesh"  # the name of each of our folders
 
 
 def get(name: str) -> str | None:
-    """A variable's value; ``None`` when it is not set or empty. Not for secrets: see ``credentials``."""
+    """Returns the variable's value; ``None`` when the variable is empty or not set. Not for secrets: see
+    ``credentials``."""
     return os.environ.get(name) or None
 
 
 def variables() -> dict[str, str]:
-    """A copy of all variables, for ``${VAR}`` in mesh.yaml. LOGNAME is included even if the system did not set it."""
+    """Returns a copy of all variables, for ``${VAR}`` in mesh.yaml. LOGNAME is included even if it is not set."""
     return {"LOGNAME": user(), **os.environ}
 
 
 def child_environment(changes: Mapping[str, str | None] | None = None) -> dict[str, str]:
-    """The environment for a program that we start: ours without the secrets that mesh.yaml names, and with ``changes``
-    (``None`` removes a variable).
+    """Returns the environment for a program that we start: ours without the secrets that mesh.yaml names.
 
-    The environment of a process can be read in /proc by all processes of the same user. It appears in crash reports and
-    is inherited by the process's own children. No program that we start needs our secrets from it.
+    ``changes`` has new values of variables; ``None`` removes a variable. All processes of the same user can read the
+    environment of a process in /proc. It appears in crash reports, and the children of the process inherit it. No
+    program that we start needs our secrets from its environment.
     """
-    allowed = {name: value for name, value in os.environ.items() if name not in credentials.withheld_variables()}
-    inherited: dict[str, str | None] = {**allowed, **(changes or {})}
-    return {name: value for name, value in inherited.items() if value is not None}
+    withheld = credentials.withheld_variables()
+    child_variables = {name: value for name, value in os.environ.items() if name not in withheld}
+    for name, value in (changes or {}).items():
+        if value is None:
+            child_variables.pop(name, None)
+        else:
+            child_variables[name] = value
+    return child_variables
 
 
 def no_color() -> bool:
@@ -48,7 +54,7 @@ def no_color() -> bool:
 
 
 def force_color() -> bool:
-    """Whether colours are wanted even where the output is no terminal."""
+    """Whether colours are wanted even if the output is no terminal: FORCE_COLOR, or CLICOLOR_FORCE other than ``0``."""
     return get("FORCE_COLOR") is not None or get("CLICOLOR_FORCE") not in (None, "0")
 
 
@@ -58,17 +64,18 @@ def is_ci() -> bool:
 
 
 def dumb_terminal() -> bool:
+    """Whether the terminal understands no escape sequences: TERM is ``dumb`` or not set."""
     return get("TERM") in (None, "dumb")
 
 
 def shell() -> str | None:
-    """The file name of the user's shell (``bash``, ``fish``), or ``None``."""
+    """The file name of the user's shell (``bash``, ``fish``); ``None`` when SHELL is not set."""
     path = get("SHELL")
     return Path(path).name if path else None
 
 
 def ssh_auth_sock() -> Path | None:
-    """The socket of the SSH agent, if the environment names one."""
+    """The path of the SSH agent's socket; ``None`` when the environment names no agent."""
     path = get("SSH_AUTH_SOCK")
     return Path(path) if path else None
 
@@ -79,7 +86,7 @@ def display() -> str | None:
 
 
 def user() -> str:
-    """The name of our user, which ssh would use for the remote user; ``root`` if the system does not tell."""
+    """The name of our user, which ssh also takes for the remote user; ``root`` if the system does not know a name."""
     name = get("LOGNAME") or get("USER") or get("USERNAME")
     if name:
         return name
@@ -89,7 +96,7 @@ def user() -> str:
 
     try:
         return pwd.getpwuid(os.getuid()).pw_name
-    except KeyError:  # a container's arbitrary uid
+    except KeyError:  # a container may run with a uid that has no entry
         return "root"
 
 
@@ -103,7 +110,7 @@ def home() -> Path:
 
 
 def config_dir() -> Path:
-    """The folder for our configuration on this platform. It may not exist."""
+    """The folder for our configuration on this platform. The folder may not exist."""
     if sys.platform == "win32":
         return Path(get("APPDATA") or home() / "AppData" / "Roaming") / _APP
     if (xdg_folder := _absolute_path("XDG_CONFIG_HOME")) is not None:
@@ -114,11 +121,11 @@ def config_dir() -> Path:
 
 
 def runtime_dir() -> Path:
-    """The folder for sockets and locks, made private (0700). The system empties it at logout or restart.
+    """The folder for sockets and locks. Makes the folder, private to the user (0700).
 
-    It is ``$XDG_RUNTIME_DIR/gpumesh``, else ``/tmp/gpumesh-UID``: both are short, since a Unix socket's path may not be
-    long.
-    Raises GPUMeshError when another user could access the folder.
+    The folder is ``$XDG_RUNTIME_DIR/gpumesh``, else ``/tmp/gpumesh-UID``. Both paths are short, because a Unix socket's
+    path may not be long. The system empties the folder at logout or restart. Raises GPUMeshError when another user
+    could access the folder.
     """
     if sys.platform == "win32":
         return _make_private(Path(get("LOCALAPPDATA") or home() / "AppData" / "Local") / _APP / "run")
@@ -130,8 +137,10 @@ def runtime_dir() -> Path:
 
 
 def runtime_dirs() -> tuple[Path, ...]:
-    """The existing, private folders that ``runtime_dir`` may have returned for this user. There can be two: a service
-    or a cron job has no XDG_RUNTIME_DIR, while the same user's shell has."""
+    """The existing, private folders that ``runtime_dir`` may have returned for this user.
+
+    There can be two folders: a service or a cron job has no XDG_RUNTIME_DIR, while the same user's shell has.
+    """
     if sys.platform == "win32":
         return ()
     base = _absolute_path("XDG_RUNTIME_DIR") or Path(f"/run/user/{os.geteuid()}")
@@ -145,9 +154,9 @@ def runtime_dirs() -> tuple[Path, ...]:
 
 
 def state_dir() -> Path:
-    """The folder for files that outlive a run (logs, measured results), made private (0700).
+    """The folder for files that outlive a run (logs, measured results). Makes the folder, private to the user (0700).
 
-    It is below the runtime folder if the user's home cannot be written to (in a container, for a service).
+    The folder is below the runtime folder if the user's home cannot be written to (in a container, for a service).
     """
     if sys.platform == "win32":
         return _make_private(Path(get("LOCALAPPDATA") or home() / "AppData" / "Local") / _APP)
@@ -162,13 +171,13 @@ def state_dir() -> Path:
 
 
 def _absolute_path(variable: str) -> Path | None:
-    """The path in a variable, or ``None`` if it is relative: the XDG specification requires to ignore such a path."""
+    """The absolute path in a variable; ``None`` for a relative path, which the XDG specification requires to ignore."""
     path = get(variable)
     return Path(path) if path and os.path.isabs(path) else None
 
 
 def _is_ours(folder: Path) -> bool:
-    """Whether it is a folder that belongs to our user and in which we can make files."""
+    """Whether ``folder`` is a folder that belongs to our user and in which we can make files."""
     try:
         status = folder.stat()
     except OSError:
@@ -177,10 +186,11 @@ def _is_ours(folder: Path) -> bool:
 
 
 def _make_private(folder: Path) -> Path:
-    """Makes ``folder`` if it is missing, and returns it. Closes it to other users if it was made more open.
+    """Makes ``folder`` if it is missing, and returns it. If other users can read the folder, takes that right from
+    them.
 
-    Raises GPUMeshError if it is not a real folder of ours, or if others may write to it: in a shared folder such as
-    /tmp another user may have made a link or a folder of that name first.
+    Raises GPUMeshError if the path is not a real folder of ours, or if others may write to the folder: in a shared
+    folder such as /tmp, another user may have made a link or a folder of that name first.
     """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -190,7 +200,8 @@ def _make_private(folder: Path) -> Path:
         if sys.platform == "win32":
             return folder
         problem = _privacy_problem(status)
-        if problem is None and stat.S_IMODE(status.st_mode) & 0o077:
+        others_have_rights = bool(stat.S_IMODE(status.st_mode) & 0o077)
+        if problem is None and others_have_rights:
             folder.chmod(0o700)
     except OSError as error:
         raise GPUMeshError(
@@ -207,7 +218,8 @@ def _make_private(folder: Path) -> Path:
 
 
 def _privacy_problem(status: os.stat_result) -> str | None:
-    """The reason why a folder cannot be private, as the end of a sentence that begins with the folder's path."""
+    """The reason why a folder with this ``status`` cannot be private, or ``None``. The reason is the end of a sentence
+    that begins with the folder's path."""
     if stat.S_ISLNK(status.st_mode):
         return "is a symbolic link"
     if not stat.S_ISDIR(status.st_mode):

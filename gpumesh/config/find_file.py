@@ -50,7 +50,7 @@ def search_paths(explicit: Path | None = None) -> tuple[Path, ...]:
 
 
 def display_path(path: Path) -> str:
-    """The path as a person would write it: relative if it is below the current folder."""
+    """The path as a person would write it: relative to the current folder if it is below that folder."""
     try:
         return str(path.relative_to(Path.cwd()))
     except (ValueError, OSError):
@@ -58,7 +58,7 @@ def display_path(path: Path) -> str:
 
 
 def _name_exists(path: Path) -> bool:
-    """Whether something has that name. A dangling link counts: it must be reported, not ignored."""
+    """Whether anything exists at ``path``. A dangling link counts: it must be reported, not ignored."""
     try:
         return os.path.lexists(path)
     except ValueError:  # a NUL in the name
@@ -66,7 +66,7 @@ def _name_exists(path: Path) -> bool:
 
 
 def _refuse_untrusted(local_file: Path) -> None:
-    """Raises UsageError for a file that the user did not name and that another user may have written."""
+    """Raises UsageError if another user may have written this file, which our user did not name."""
     try:
         reason = untrusted_file.untrusted_reason(local_file)
     except OSError as error:
@@ -80,13 +80,18 @@ def _refuse_untrusted(local_file: Path) -> None:
 
 
 def _resolve_file(path: Path, origin: str) -> Path:
-    """The resolved path of an existing file. ``origin`` follows the file's name in an error: it says who named the
-    file. Raises UsageError."""
-    name = (str(path) if str(path).isprintable() else repr(str(path))) + origin
+    """Returns the resolved path of an existing file. Raises UsageError when ``path`` is not a file.
+
+    ``origin`` follows the file's name in the error's message: it says where that name comes from.
+    """
+    text = str(path)
+    name = (text if text.isprintable() else repr(text)) + origin
     try:
         if path.is_dir():
-            inner = path / FILE_NAME
-            hint = f"did you mean {display_path(inner)}?" if inner.is_file() else f"name the {FILE_NAME} itself"
+            file_inside = path / FILE_NAME
+            hint = f"name the {FILE_NAME} itself"
+            if file_inside.is_file():
+                hint = f"did you mean {display_path(file_inside)}?"
             raise UsageError(f"{name} is a folder, not a {FILE_NAME}", hint=hint)
         if not path.exists():
             hint = "it is a link that leads nowhere" if path.is_symlink() else "`gpumesh init` writes one"

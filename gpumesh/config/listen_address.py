@@ -1,7 +1,7 @@
-"""The addresses at which the gateway listens: parses ``HOST:PORT`` and ``unix:PATH``, and refuses an address that other
-machines can reach without an API key.
+"""Parses the addresses at which the gateway listens (``HOST:PORT``, ``unix:PATH``); refuses open ones without API key.
 
-Imports neither yaml nor pydantic, so that quick commands stay quick.
+An address is open if other machines can reach it. This module imports neither yaml nor pydantic, so that quick commands
+stay quick.
 """
 
 from __future__ import annotations
@@ -18,13 +18,19 @@ from gpumesh.errors import UsageError
 DEFAULT_HOST = "127.0.0.1"
 UNIX_PREFIX = "unix:"
 # sun_path holds 108 bytes on Linux and 104 on macOS and the BSDs, its closing NUL included.
-SOCKET_PATH_LIMIT = 103
+SOCKET_PATH_LIMIT = 103  # bytes, without the NUL
+
+OPEN_LISTEN_MESSAGE = "lets other machines use your GPUs, and no API key is asked for"
+OPEN_LISTEN_HINT = "name the variable that holds the key in gateway.api_key_env, or listen on 127.0.0.1"
 
 _HOST_PORT = re.compile(r"(?:(?P<host>\[[^\]]*\]|[^:\[\]]*):)?(?P<port>\d{1,6})")
 
 
 class ListenAddresses(NamedTuple):
-    """The addresses at which the gateway listens: ``host`` and ``port``, the Unix socket at ``socket``, or both."""
+    """The addresses at which the gateway listens: ``host`` and ``port``, the Unix socket at ``socket``, or both.
+
+    With the socket alone, ``host`` is ``None`` and ``port`` is 0.
+    """
 
     host: str | None
     port: int
@@ -34,12 +40,11 @@ class ListenAddresses(NamedTuple):
 def parse_listen_option(text: str, *, api_key_env: str | None) -> ListenAddresses:
     """Parses ``HOST:PORT``, ``PORT``, ``unix:PATH``, or an address and ``unix:PATH`` with a comma between them. Raises
     UsageError as ``parse_listen_address`` does."""
-    if text.startswith(UNIX_PREFIX) and f",{UNIX_PREFIX}" not in text:
-        address, path = "", text.removeprefix(UNIX_PREFIX)
-    else:
-        address, separator, path = text.partition(f",{UNIX_PREFIX}")
-        if not separator:
+    address, separator, path = text.partition(f",{UNIX_PREFIX}")
+    if not separator:
+        if not text.startswith(UNIX_PREFIX):
             return ListenAddresses(*parse_listen_address(text, api_key_env=api_key_env), None)
+        address, path = "", text.removeprefix(UNIX_PREFIX)
     try:
         socket = Path(check_socket_path(path)).expanduser().absolute()
     except (ValueError, RuntimeError) as error:
@@ -50,9 +55,13 @@ def parse_listen_option(text: str, *, api_key_env: str | None) -> ListenAddresse
 
 
 def parse_listen_entry(text: str) -> tuple[str, int] | str:
-    """Parses an address of ``gateway.listen``: host and port, or the path of a Unix socket. Raises ValueError as
-    ``split_host_port`` does."""
-    return check_socket_path(text.removeprefix(UNIX_PREFIX)) if text.startswith(UNIX_PREFIX) else split_host_port(text)
+    """Parses an address of ``gateway.listen``. Returns the host and the port, or the path of a Unix socket.
+
+    Raises ValueError as ``split_host_port`` does.
+    """
+    if text.startswith(UNIX_PREFIX):
+        return check_socket_path(text.removeprefix(UNIX_PREFIX))
+    return split_host_port(text)
 
 
 def check_socket_path(text: str) -> str:
@@ -68,8 +77,10 @@ def check_socket_path(text: str) -> str:
 
 
 def parse_listen_address(text: str, *, api_key_env: str | None) -> tuple[str, int]:
-    """Parses ``HOST:PORT`` or ``PORT`` for the gateway. Raises UsageError when the text is neither, or when other
-    machines could connect and no API key is required."""
+    """Parses ``HOST:PORT`` or ``PORT`` for the gateway. Returns the host and the port.
+
+    Raises UsageError when the text is neither, or when other machines could connect and no API key is required.
+    """
     try:
         host, port = split_host_port(text)
     except ValueError as error:
@@ -84,13 +95,11 @@ def require_key_beyond_loopback(host: str, *, api_key_env: str | None) -> None:
         raise UsageError(f"listening on {host} {OPEN_LISTEN_MESSAGE}", hint=OPEN_LISTEN_HINT)
 
 
-OPEN_LISTEN_MESSAGE = "lets other machines use your GPUs, and no API key is asked for"
-OPEN_LISTEN_HINT = "name the variable that holds the key in gateway.api_key_env, or listen on 127.0.0.1"
-
-
 def split_host_port(text: str) -> tuple[str, int]:
-    """The host and the port of ``HOST:PORT`` or ``PORT``. Raises ValueError whose text completes a sentence that begins
-    with the value."""
+    """Splits ``HOST:PORT`` or ``PORT`` into the host and the port. Brackets around an IPv6 address are removed.
+
+    Raises ValueError whose text completes a sentence that begins with the value.
+    """
     match = _HOST_PORT.fullmatch(text.strip())
     if match is None:
         raise ValueError("is not HOST:PORT, such as 127.0.0.1:11430 or [::1]:11430, nor unix:PATH")

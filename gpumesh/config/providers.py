@@ -1,4 +1,4 @@
-"""Facts about GPU providers' SSH access, by the names of their hosts."""
+"""GPU providers whose SSH proxies forward no ports (RunPod's ssh.runpod.io), recognized by the name of the host."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ EXPOSED_TCP_HINT = "use the pod's `SSH over exposed TCP`, like: ssh root@213.173
 
 
 def describe_terminal_proxy(host: str) -> str | None:
-    """Describes ``host`` if it is a provider's proxy that gives people a terminal and forwards no ports; else ``None``.
+    """Returns a sentence if ``host`` is a provider's proxy that gives people a terminal and forwards no ports; else
+    ``None``.
 
-    RunPod offers two kinds of SSH access to each pod, and shows ``ssh PODID-HASH@ssh.runpod.io`` first.
+    RunPod offers two kinds of SSH access to each pod. Its page shows this proxy first: ``PODID-HASH@ssh.runpod.io``.
     """
     host = host.rstrip(".").lower()
     if host == "ssh.runpod.io" or host.endswith(".ssh.runpod.io"):

@@ -1,5 +1,7 @@
-"""Writes a topology as a mesh.yaml with every default (`config show`). Reading that text gives the same topology, so
-the text can be kept as a file."""
+"""Writes a topology as a mesh.yaml with every default (`config show`), with secrets masked.
+
+Reading that text gives the same topology, so the text can be kept as a file.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +10,14 @@ from typing import Any
 
 import yaml
 
+from gpumesh.addresses import format_address
 from gpumesh.config import listen_address, value_parsers
 from gpumesh.config.credentials import mask_secrets
 from gpumesh.topology import BackendSpec, ExpectSpec, GatewaySpec, NodeSpec, SshSpec, Topology
 
 
 def dump_effective(topology: Topology) -> str:
-    """The topology as YAML. Specs hold no secrets; a secret that is in one nevertheless is masked."""
+    """Returns the topology as the text of a mesh.yaml. Specs should hold no secrets; a secret in a spec is masked."""
     document: dict[str, Any] = {"version": 1, "name": topology.name, "gateway": _gateway_entries(topology.gateway)}
     document["tunnels"] = {"share": topology.tunnels.share, "listen": topology.tunnels.listen.value}
     document["nodes"] = [_node_entries(node) for node in topology.nodes]
@@ -22,7 +25,8 @@ def dump_effective(topology: Topology) -> str:
         # The password in redis://USER:PASSWORD@HOST. mesh.yaml does not allow one, but a caller can build such a spec.
         url = re.sub(r"(?<=://)([^/@:]*):[^/@]*@", r"\1:********@", topology.redis.url)
         document["redis"] = _drop_empty({"url": url, "password_env": topology.redis.password_env})
-    text = yaml.dump(_mask_text(document), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
+    safe_document = _mask_and_escape(document)
+    text = yaml.dump(safe_document, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
     return str(text)
 
 
@@ -36,7 +40,7 @@ class _Dumper(yaml.SafeDumper):
 def _gateway_entries(spec: GatewaySpec) -> dict[str, Any]:
     listen: list[str] = []
     if spec.host is not None:
-        listen.append(f"[{spec.host}]:{spec.port}" if ":" in spec.host else f"{spec.host}:{spec.port}")
+        listen.append(format_address(spec.host, spec.port))
     if spec.socket is not None:
         listen.append(f"{listen_address.UNIX_PREFIX}{spec.socket}")
     return _drop_empty(
@@ -118,17 +122,17 @@ def _expect_entries(spec: ExpectSpec) -> dict[str, Any]:
 
 
 def _drop_empty(entries: dict[str, Any]) -> dict[str, Any]:
-    """The entries without ``None`` and empty collections; ``false`` and 0 stay."""
-    return {key: value for key, value in entries.items() if value is not None and value not in ([], {})}
+    """Returns the entries without those whose value is ``None`` or an empty collection; ``false`` and 0 stay."""
+    empty_values: tuple[Any, ...] = (None, [], {})
+    return {key: value for key, value in entries.items() if value not in empty_values}
 
 
-def _mask_text(value: Any) -> Any:
-    """The value with the secrets masked in all its strings, which are also escaped for ``${VAR}``."""
+def _mask_and_escape(value: Any) -> Any:
+    """Returns the value with secrets masked and ``${`` escaped in all its strings, in lists and mappings too."""
     if isinstance(value, str):
-        # "${" is escaped, or it would be read back as a variable.
-        return mask_secrets(value).replace("${", "$${")
+        return mask_secrets(value).replace("${", "$${")  # "${" would be read back as a variable
     if isinstance(value, list):
-        return [_mask_text(member) for member in value]
+        return [_mask_and_escape(member) for member in value]
     if isinstance(value, dict):
-        return {key: _mask_text(member) for key, member in value.items()}
+        return {key: _mask_and_escape(member) for key, member in value.items()}
     return value

@@ -1,4 +1,4 @@
-"""Checks a mesh.yaml in the current folder that the user did not name: could another user have written it?
+"""Checks whether another user could have written the mesh.yaml in the current folder, which our user did not name.
 
 Such a file could run any program (`address_from`), send our variables to foreign URLs, and offer our keys to foreign
 hosts. So a file that another user owns or could have written is refused, as git refuses such a repository
@@ -18,23 +18,23 @@ MAX_LINKS = 40  # the kernel's limit
 
 
 def untrusted_reason(path: Path) -> str | None:
-    """The reason why the file is not trusted, as the end of a sentence that begins with the file's name. ``None`` if
-    only root and our user could have written the file.
+    """The reason why the file is not trusted; ``None`` if only root and our user could have written the file.
 
-    If ``path`` is a link, the link, its target and the folder of each are checked. Raises OSError.
+    The reason is the end of a sentence that begins with the file's name. If ``path`` is a link, the link, its target
+    and the folder of each are checked. Raises OSError.
     """
     if not hasattr(os, "geteuid"):  # Windows
         return None
     trusted = _trusted_users()
-    for link in _follow_links(path):
-        reason = _folder_problem(link.parent, trusted) or _file_problem(link, trusted)
+    for followed in _follow_links(path):
+        reason = _folder_problem(followed.parent, trusted) or _file_problem(followed, trusted)
         if reason is not None:
-            return reason if link == path else f"leads to {link}, which {reason}"
+            return reason if followed == path else f"leads to {followed}, which {reason}"
     return None
 
 
 def _trusted_users() -> frozenset[int]:
-    """Our user, root, and the user who became root by sudo."""
+    """The user ids of our user, of root, and of the user who became root by sudo."""
     trusted = {0, os.geteuid()}
     if os.geteuid() == 0:
         sudo_uid = environment.get("SUDO_UID") or ""
@@ -44,7 +44,7 @@ def _trusted_users() -> frozenset[int]:
 
 
 def _follow_links(path: Path) -> Iterator[Path]:
-    """The path itself and, while it is a link, the path that it leads to."""
+    """Yields ``path``. While the last path is a link, yields the path that the link leads to."""
     for _ in range(MAX_LINKS):
         yield path
         if not path.is_symlink():
@@ -53,16 +53,20 @@ def _follow_links(path: Path) -> Iterator[Path]:
 
 
 def _folder_problem(folder: Path, trusted: frozenset[int]) -> str | None:
+    """The reason why a file in this folder is not trusted, or ``None``."""
     status = folder.stat()
     if status.st_uid not in trusted:
         return f"lies in a folder of another user ({_user_label(status.st_uid)})"
+    any_user_may_write = bool(status.st_mode & stat.S_IWOTH)
     # In a folder with the sticky bit, such as /tmp, users cannot replace each other's files.
-    if status.st_mode & stat.S_IWOTH and not status.st_mode & stat.S_ISVTX:
+    is_sticky = bool(status.st_mode & stat.S_ISVTX)
+    if any_user_may_write and not is_sticky:
         return "lies in a folder that every user of this machine may write to"
     return None
 
 
 def _file_problem(path: Path, trusted: frozenset[int]) -> str | None:
+    """The reason why the file (or link) at ``path`` is not trusted, or ``None``."""
     status = path.lstat()
     if status.st_uid not in trusted:
         return f"belongs to another user ({_user_label(status.st_uid)})"
@@ -76,8 +80,11 @@ def _file_problem(path: Path, trusted: frozenset[int]) -> str | None:
 
 
 def _is_private_group(gid: int, uid: int) -> bool:
-    """Whether the group belongs to that user alone. Many systems make such a group for each user, and make the user's
-    files writable for the group. Root's group never counts: on some systems it is `wheel`, with other members."""
+    """Whether the user ``uid`` is the only member of the group ``gid``.
+
+    Many systems make such a group for each user, and make the user's files writable for the group. Root's group never
+    counts: on some systems it is `wheel`, with other members.
+    """
     import grp
     import pwd
 
@@ -85,8 +92,9 @@ def _is_private_group(gid: int, uid: int) -> bool:
         user, group = pwd.getpwuid(uid), grp.getgrgid(gid)
     except KeyError:
         return False
-    named_after_user = user.pw_gid == gid and group.gr_name == user.pw_name
-    return gid != 0 and named_after_user and set(group.gr_mem) <= {user.pw_name}
+    is_own_group = user.pw_gid == gid and group.gr_name == user.pw_name
+    has_other_members = any(member != user.pw_name for member in group.gr_mem)
+    return gid != 0 and is_own_group and not has_other_members
 
 
 def _user_label(uid: int) -> str:

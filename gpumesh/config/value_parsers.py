@@ -17,7 +17,7 @@ from gpumesh.topology import Target
 
 _N = TypeVar("_N", int, float)
 
-_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
+_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}  # in seconds
 _DURATION = re.compile(r"(\d{1,9}(?:\.\d{1,6})?)\s*(ms|s|m|h)")
 _HOST = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,252})")
 _PATH = re.compile(r"[A-Za-z0-9._~!$&'()*+,;=:@%/-]*")
@@ -33,12 +33,14 @@ class SensitiveError(ValueError):
 
 
 def parse_name(text: str) -> str:
+    """Returns ``text`` if it can name a mesh, a node or a label."""
     if not re.fullmatch(NAME_PATTERN, text):
         raise ValueError("is not a name: use letters, digits, dots, hyphens and underscores, 63 at most")
     return text
 
 
 def parse_line(text: str) -> str:
+    """Returns ``text`` if it is one line of printable characters, such as the name of a model or a GPU."""
     if not text.strip() or len(text) > 512 or not text.isprintable():
         raise ValueError("must be one line of 1 to 512 characters")
     return text
@@ -51,6 +53,7 @@ def parse_integer(text: str) -> int:
 
 
 def parse_weight(text: str) -> float:
+    """Returns the weight of a node, which is more than 0 and at most 1000."""
     if not re.fullmatch(r"[0-9]{0,9}\.?[0-9]{1,9}", text.strip()):
         raise ValueError("is not a number")
     number = float(text)
@@ -60,6 +63,7 @@ def parse_weight(text: str) -> float:
 
 
 def check_range(number: _N, minimum: _N, maximum: _N, format_number: Callable[[_N], str]) -> _N:
+    """Returns ``number`` if it is from ``minimum`` to ``maximum``. ``format_number`` writes the two for the message."""
     if not minimum <= number <= maximum:
         if minimum == maximum:
             raise ValueError(f"is not {format_number(minimum)}, which is all that is known here")
@@ -68,7 +72,7 @@ def check_range(number: _N, minimum: _N, maximum: _N, format_number: Callable[[_
 
 
 def parse_duration(text: str) -> float:
-    """The seconds of a duration such as ``500ms``."""
+    """Returns the seconds of a duration such as ``500ms``."""
     match = _DURATION.fullmatch(text.strip())
     if match is None:
         if re.fullmatch(r"\d+(\.\d+)?", text.strip()):
@@ -78,18 +82,27 @@ def parse_duration(text: str) -> float:
 
 
 def format_duration(seconds: float) -> str:
-    """The duration as a person would write it: the first of several forms from which ``parse_duration`` gives the same
-    number. If no form does, the last one: it is the closest."""
-    whole_units = [f"{seconds / size:.0f}{unit}" for unit, size in reversed(_UNITS.items())]
-    fractions = [f"{seconds:.6g}s", f"{seconds * 1000:.6f}ms", f"{seconds:.6f}s"]
-    # Above a second 1.5s is preferred to 1500ms.
-    preferred = [*whole_units[:-1], fractions[0], whole_units[-1]] if seconds > 1 else whole_units
-    readable = (form for form in (*preferred, *fractions) if _DURATION.fullmatch(form))  # 1e-06s is not
-    return next(form for form in readable if parse_duration(form) == seconds or form == fractions[-1])
+    """Writes the duration as a person would: ``2m``, ``1.5s``, ``500ms``.
+
+    Tries several forms, and returns the first from which ``parse_duration`` reads the same number of seconds. If there
+    is none, returns the seconds with six decimals, which is the closest form.
+    """
+    in_hours, in_minutes, in_seconds, in_milliseconds = (
+        f"{seconds / _UNITS[unit]:.0f}{unit}" for unit in ("h", "m", "s", "ms")
+    )
+    short_fraction = f"{seconds:.6g}s"
+    small_units = [in_milliseconds, short_fraction]
+    if seconds > 1:
+        small_units.reverse()  # 1.5s rather than 1500ms
+    for form in (in_hours, in_minutes, in_seconds, *small_units, f"{seconds * 1000:.6f}ms"):
+        is_readable = _DURATION.fullmatch(form) is not None  # 1e-06s is not readable
+        if is_readable and parse_duration(form) == seconds:
+            return form
+    return f"{seconds:.6f}s"
 
 
 def parse_host(text: str) -> str:
-    """A host name or an address. An IPv6 address may have brackets, which are removed."""
+    """Returns the host name or address. Brackets around an IPv6 address are removed; a zone (``%eth0``) stays."""
     bare = text[1:-1] if text.startswith("[") and text.endswith("]") else text
     if ":" in bare:
         address, _, zone = bare.partition("%")
@@ -111,15 +124,18 @@ def parse_host(text: str) -> str:
 
 
 def parse_user(text: str) -> str:
-    """A user's name by the same rule as OpenSSH's ``valid_ruser``. A leading hyphen could be taken for an option.
-    Quotes and brackets would be interpreted by the shell that runs a ``ProxyCommand`` with the name."""
+    """Returns ``text`` if it is a user's name by the rule of OpenSSH's ``valid_ruser``.
+
+    A name with a leading hyphen could be taken for an option. The shell that runs a ``ProxyCommand`` with the name
+    would interpret quotes and brackets.
+    """
     if not _USER.fullmatch(text) or _SHELL_CHARACTERS.search(text):
         raise ValueError("is not a user's name")
     return text
 
 
 def parse_jump(text: str) -> str:
-    """``[user@]host[:port]``, as ``ssh -J`` accepts it."""
+    """Returns ``text`` if it is ``[user@]host[:port]``, one jump host as ``ssh -J`` accepts it."""
     user, at, address = text.strip().rpartition("@")
     if at:
         parse_user(user)
@@ -133,7 +149,8 @@ def parse_jump(text: str) -> str:
 
 
 def parse_alias(text: str) -> str:
-    """A ``Host`` of ``~/.ssh/config``. The alias becomes an argument of ssh, so it must not look like an option."""
+    """Returns ``text`` if it can be a ``Host`` of ``~/.ssh/config``. The alias becomes an argument of ssh, so it must
+    not look like an option."""
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._:@+-]{0,252}", text):
         raise ValueError("is not the name of a Host in ~/.ssh/config")
     return text
@@ -146,6 +163,7 @@ def parse_variable_name(text: str) -> str:
 
 
 def parse_path(text: str) -> str:
+    """Returns ``text`` if it can be the path of a file; ``~`` stands for our own user's home only."""
     if not text or "\x00" in text or "\n" in text:
         raise ValueError("is not a path")
     if text.startswith("~") and not text.startswith("~/") and text != "~":
@@ -154,7 +172,7 @@ def parse_path(text: str) -> str:
 
 
 def parse_command(text: str) -> tuple[str, ...]:
-    """Splits a command into its arguments as a POSIX shell would. No shell runs the command."""
+    """Splits a command into its program and arguments as a POSIX shell would. No shell runs the command."""
     try:
         arguments = tuple(shlex.split(text))
     except ValueError:
@@ -163,13 +181,17 @@ def parse_command(text: str) -> tuple[str, ...]:
 
 
 def check_argv(arguments: Sequence[str]) -> tuple[str, ...]:
+    """Returns a command's arguments as a tuple, if the first of them names a program."""
     if not arguments or not arguments[0]:
         raise ValueError("names no program")
     return tuple(arguments)
 
 
 def parse_url(text: str) -> Target:
-    """``http://host[:port][/path]``. A trailing ``/v1`` is removed: gpumesh adds the path of the API itself."""
+    """Returns the server's address in ``http://host[:port][/path]``, or in the same with https.
+
+    A trailing ``/v1`` is removed: gpumesh adds the path of the API itself.
+    """
     try:
         parts = urlsplit(text)
         port = parts.port
@@ -191,6 +213,7 @@ def parse_url(text: str) -> Target:
 
 
 def parse_redis_url(text: str) -> str:
+    """Returns ``text`` if it is a URL of Redis without a password: ``redis://``, ``rediss://`` or ``unix://``."""
     try:
         parts = urlsplit(text)
         _ = parts.port  # reading it raises ValueError for a port that is no number
@@ -201,13 +224,14 @@ def parse_redis_url(text: str) -> str:
     if parts.password is not None:
         raise SensitiveError("holds a password: name its variable in redis.password_env")
     has_host = bool(parts.netloc)
-    if has_host == (parts.scheme == "unix"):
+    needs_host = parts.scheme != "unix"  # a Unix socket has a path and no host
+    if has_host != needs_host:
         raise ValueError("is not Redis's URL: write redis://localhost:6379/0 or unix:///path/to/socket")
     return text
 
 
 def parse_origin(text: str) -> str:
-    """A browser's Origin: scheme, host, port; or ``*`` for every page."""
+    """Returns ``text`` if it is an Origin as browsers send it (scheme, host, port), or ``*``, which is every page."""
     if text == "*" or re.fullmatch(r"[a-z][a-z0-9+.-]*://[A-Za-z0-9._\[\]:-]+", text):
         return text
     raise ValueError("is not an origin: write it like https://app.example.com, without a path")

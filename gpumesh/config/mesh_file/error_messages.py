@@ -1,4 +1,4 @@
-"""Turns pydantic's errors into sentences for a person, each with its position in the file.
+"""Turns pydantic's errors about a mesh.yaml into messages for a person, with "did you mean" and a position.
 
 A value is shown as it stands in the file, before ``${VAR}`` was expanded. A value that may be a secret is not shown.
 """
@@ -17,6 +17,7 @@ from gpumesh.config.mesh_file.file_schema import MeshFile, Section
 from gpumesh.config.mesh_file.yaml_tree import Fault, KeyPath, ListValue, MappingValue, ScalarValue, Value, follow_path
 from gpumesh.config.value_parsers import SensitiveError
 
+# For a type of pydantic's errors: the start of a sentence that goes on with "expected here".
 _EXPECTED_PHRASES = {
     "model_type": "keys with values are",
     "dict_type": "keys with values are",
@@ -42,7 +43,7 @@ _SECRET_KEYS = {
     "bearer": "api_key_env",
     "secret": "api_key_env",
 }
-# Keys of other programs, and ours for the same setting.
+# Keys that other programs use, and our key for the same setting.
 _SYNONYMS = {
     "hostname": "host",
     "address": "host",
@@ -62,41 +63,42 @@ _SYNONYMS = {
     "tags": "labels",
     "vram": "vram_mib",
 }
-_MAX_QUOTED = 60
+_MAX_QUOTED = 60  # characters
 
 
 def translate_errors(error: ValidationError, tree: Value) -> Iterator[Fault]:
-    """Faults in our words, at their positions in the file, from the errors of pydantic."""
+    """Yields each of pydantic's errors as a fault with our own message and its position in ``tree``, the file."""
     for detail in error.errors(include_url=False):
         yield _translate(detail["type"], detail["loc"], detail.get("ctx", {}), detail["msg"], tree)
 
 
 def quote_value(text: str) -> str:
-    """A value for a sentence: quoted, on one line, cut if long."""
+    """Returns a value for a sentence: quoted, on one line, cut if long."""
     return repr(text if len(text) <= _MAX_QUOTED else text[: _MAX_QUOTED - 1] + "…")
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str | None:
-    """The choice that is most similar to ``word``, or ``None`` if none is similar."""
-    by_normal_form = {_normalize_key(choice): choice for choice in choices}
-    close = difflib.get_close_matches(_normalize_key(word[:64]), by_normal_form, n=1, cutoff=0.6)
-    return by_normal_form[close[0]] if close else None
+    """Returns the choice that is most similar to ``word``; ``None`` if no choice is similar."""
+    choice_by_form = {_normalize_key(choice): choice for choice in choices}
+    similar_forms = difflib.get_close_matches(_normalize_key(word[:64]), choice_by_form, n=1, cutoff=0.6)
+    return choice_by_form[similar_forms[0]] if similar_forms else None
 
 
 def not_one_of(text: str, choices: list[str]) -> str:
-    """The message for a value that is none of ``choices``."""
+    """Returns the message for a value that is none of ``choices``."""
+    message = f"{quote_value(text)} is not one of {', '.join(choices)}"
     guess = did_you_mean(text, choices)
-    return f"{quote_value(text)} is not one of {', '.join(choices)}" + (f"; did you mean {guess}?" if guess else "")
+    return message if guess is None else f"{message}; did you mean {guess}?"
 
 
 def _translate(error_type: str, path: KeyPath, context: Mapping[str, Any], message: str, tree: Value) -> Fault:
+    """Returns the fault for one error of pydantic: its type, path, context and message. ``tree`` is the file."""
+    steps, key_position, value = follow_path(tree, path)
     if error_type == "extra_forbidden":
-        _, position, _ = follow_path(tree, path)
-        return Fault(_explain_unknown_key(path), position, path)
-    steps, _, value = follow_path(tree, path)
+        return Fault(_explain_unknown_key(path), key_position, path)
     if error_type == "missing":
         return Fault("is missing", value.position, path)
-    # pydantic may name a member of a list that is written as a single value in the file.
+    # For a single value that stands in the place of a list, pydantic names a member of the list: cut the path there.
     path = path[:steps]
     if error_type == "value_error":
         reason = context["error"]
@@ -115,10 +117,12 @@ def _translate(error_type: str, path: KeyPath, context: Mapping[str, Any], messa
 
 
 def _subject(value: Value) -> str:
+    """Returns the value as the subject of a sentence: quoted if it is a text, otherwise ``this``."""
     return quote_value(value.text) if isinstance(value, ScalarValue) and value.text is not None else "this"
 
 
 def _describe_value(value: Value) -> str:
+    """Returns the value as a sentence names it that expects another kind of value."""
     if isinstance(value, ScalarValue):
         return "nothing" if value.text is None else f"the text {quote_value(value.text)}"
     if isinstance(value, ListValue):
@@ -127,21 +131,17 @@ def _describe_value(value: Value) -> str:
 
 
 def _normalize_key(key: str) -> str:
+    """Returns the key in lower case with underscores, so that ``Proxy Jump`` and ``proxy-jump`` are ``proxy_jump``."""
     return re.sub(r"[\s-]+", "_", key.strip().lower())
 
 
 def _explain_unknown_key(path: KeyPath) -> str:
+    """Returns the message for an unknown key at ``path``: that it holds a secret, or which key was probably meant."""
     unknown_key = str(path[-1])
     known_keys = keys_at(path[:-1])
     normal_form = _normalize_key(unknown_key)
-    variable_key = next(
-        (key for secret, key in _SECRET_KEYS.items() if normal_form == secret or normal_form.endswith(f"_{secret}")),
-        None,
-    )
+    variable_key = _find_variable_key(normal_form, known_keys)
     if variable_key is not None:
-        if variable_key not in known_keys:
-            others = (key for key in ("password_env", "api_key_env") if key in known_keys)
-            variable_key = next(others, "a key ending in _env")
         return (
             f"a secret may not stand in the file: put it into a variable, and the variable's name under {variable_key}"
         )
@@ -157,8 +157,26 @@ def _explain_unknown_key(path: KeyPath) -> str:
     return f"{message}; known here: {', '.join(known_keys)}"
 
 
+def _find_variable_key(normal_form: str, known_keys: list[str]) -> str | None:
+    """If the unknown key holds a secret itself, returns the key that names the secret's variable; otherwise ``None``.
+
+    Prefers a key that may stand at the same place.
+    """
+    variable_keys = [
+        variable_key
+        for secret_key, variable_key in _SECRET_KEYS.items()
+        if normal_form == secret_key or normal_form.endswith(f"_{secret_key}")
+    ]
+    if not variable_keys:
+        return None
+    for key in (variable_keys[0], "password_env", "api_key_env"):
+        if key in known_keys:
+            return key
+    return "a key ending in _env"
+
+
 def keys_at(path: KeyPath) -> list[str]:
-    """The keys that may stand at ``path``."""
+    """Returns the keys that may stand in the section at ``path``; an empty list if there is no such section."""
     section: type[Section] | None = MeshFile
     for part in path:
         if isinstance(part, str) and section is not None:
@@ -168,7 +186,8 @@ def keys_at(path: KeyPath) -> list[str]:
 
 
 def _section_type(info: FieldInfo) -> type[Section] | None:
-    """The section that a field holds, alone, optional (``Ssh | None``) or in a list; ``None`` for a plain value."""
+    """Returns the section that a field holds, alone, optional (``Ssh | None``) or in a list; ``None`` for a field with
+    a plain value."""
     pending: list[Any] = [info.annotation]
     while pending:
         annotation = pending.pop()
@@ -179,7 +198,7 @@ def _section_type(info: FieldInfo) -> type[Section] | None:
 
 
 def _sections_with_key(key: str) -> list[str]:
-    """The sections that have ``key``, named by the path that a person would write."""
+    """Returns the names of the sections that have ``key``, as a person would name them."""
     sections = []
     pending: list[tuple[str, type[Section]]] = [("the top level", MeshFile)]
     while pending:

@@ -1,9 +1,8 @@
-"""The schema of mesh.yaml as pydantic models: which keys exist and which values each takes. ``rules`` has the rules
-between keys.
+"""The schema of mesh.yaml as pydantic models: the keys that exist, and the values that each key accepts.
 
-All values arrive as text (yaml_tree.py), so each type here parses text. Almost all fields are optional, because a
-node's value may come from ``defaults``; ``None`` means that the file does not give the key. Descriptions go into the
-JSON Schema and the docs.
+``rules`` has the rules between keys. All values arrive as text (yaml_tree.py), so each type here parses text. Almost
+all fields are optional, because a node's value may come from ``defaults``; ``None`` means that the file does not give
+the key. Descriptions go into the JSON Schema and the docs.
 """
 
 from __future__ import annotations
@@ -20,7 +19,8 @@ SCHEMA_ID = "https://json-schema.org/draft/2020-12/schema"
 
 
 def _parse_with(parse: Callable[[str], Any]) -> BeforeValidator:
-    """Parses text with ``parse``. Anything else is left to pydantic, which reports the wrong type."""
+    """Returns a validator that parses text with ``parse``. It leaves any other value to pydantic, which reports the
+    wrong type."""
 
     def parse_text(value: Any) -> Any:
         return parse(value) if isinstance(value, str) else value
@@ -29,40 +29,48 @@ def _parse_with(parse: Callable[[str], Any]) -> BeforeValidator:
 
 
 def _as_tuple(value: Any) -> Any:
-    """A single value may stand in the place of a list of one."""
+    """Returns a single text as a tuple with one member: the file may give one value in the place of a list."""
     return (value,) if isinstance(value, str) else value
 
 
 def _split_jumps(value: Any) -> Any:
-    """A chain of jump hosts is ``a,b``, as ssh writes it, or a list."""
+    """Splits a text ``a,b``, a chain of jump hosts as ssh writes it, at its commas. Returns a list as it is."""
     return tuple(value.split(",")) if isinstance(value, str) else value
 
 
 def _parse_command(value: Any) -> Any:
+    """Splits a command that is one text into its arguments. Returns a list as it is, but refuses an empty list."""
     if isinstance(value, str):
         return value_parsers.parse_command(value)
-    return value_parsers.check_argv(value) if value == [] else value
+    if value == []:
+        return value_parsers.check_argv(value)  # raises the ValueError
+    return value
 
 
 def _integer_between(minimum: int, maximum: int) -> BeforeValidator:
+    """Returns a validator that turns text into an integer from ``minimum`` to ``maximum``."""
     return _parse_with(lambda text: value_parsers.check_range(value_parsers.parse_integer(text), minimum, maximum, str))
 
 
 def _integer_schema(minimum: int, maximum: int) -> WithJsonSchema:
+    """Returns the JSON Schema for ``_integer_between``."""
     return WithJsonSchema({"type": "integer", "minimum": minimum, "maximum": maximum})
 
 
 def _duration_between(minimum: float, maximum: float) -> BeforeValidator:
-    """Seconds, from text such as ``500ms``."""
-    return _parse_with(
-        lambda text: value_parsers.check_range(
-            value_parsers.parse_duration(text), minimum, maximum, value_parsers.format_duration
-        )
-    )
+    """Returns a validator that turns text such as ``500ms`` into seconds, from ``minimum`` to ``maximum`` seconds."""
+
+    def parse_seconds(text: str) -> float:
+        seconds = value_parsers.parse_duration(text)
+        return value_parsers.check_range(seconds, minimum, maximum, value_parsers.format_duration)
+
+    return _parse_with(parse_seconds)
 
 
-def _list_schema(member: dict[str, Any], **more: Any) -> WithJsonSchema:
-    return WithJsonSchema({"anyOf": [member, {"type": "array", "items": member, **more}]})
+def _list_schema(member: dict[str, Any], **list_keywords: Any) -> WithJsonSchema:
+    """Returns the JSON Schema for a list of ``member``, or a single one. ``list_keywords`` are further keywords of the
+    list's schema."""
+    return WithJsonSchema({"anyOf": [member, {"type": "array", "items": member, **list_keywords}]})
 
 
 _TEXT = {"type": "string"}
@@ -285,6 +293,6 @@ class MeshFile(Section):
 
 
 def schema() -> dict[str, Any]:
-    """The JSON Schema of mesh.yaml."""
+    """Returns the JSON Schema of mesh.yaml."""
     document = MeshFile.model_json_schema()
     return {"$schema": SCHEMA_ID, **document, "title": "gpumesh mesh.yaml"}

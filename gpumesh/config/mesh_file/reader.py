@@ -1,5 +1,7 @@
-"""Reads a mesh.yaml from end to end: file, YAML, variables, schema, rules, specs. Each step reports all its
-problems."""
+"""Reads a mesh.yaml from the file to the ``Topology``, through all steps: YAML, variables, rules, schema, specs.
+
+Each step reports all its problems, in one ConfigError.
+"""
 
 from __future__ import annotations
 
@@ -26,12 +28,12 @@ MAX_PROBLEMS = 100  # in one ConfigError
 
 
 def load(path: Path) -> Topology:
-    """Reads the mesh.yaml at ``path``. Raises ConfigError."""
+    """Reads the mesh.yaml at ``path`` and returns its topology. Raises ConfigError."""
     return parse_file_text(read_text(path, find_file.display_path(path)), path)
 
 
 def parse_file_text(text: str, path: Path) -> Topology:
-    """The topology that the file would give with this text. Raises ConfigError."""
+    """Returns the topology that the file at ``path`` would give with this text. Raises ConfigError."""
     home = environment.home()
     return parse(
         text,
@@ -46,9 +48,10 @@ def parse_file_text(text: str, path: Path) -> Topology:
 
 
 def read_text(path: Path, file: str) -> str:
-    """The text of the file at ``path``. ``file`` is the file's name in messages. Raises ConfigError.
+    """Returns the text of the file at ``path``. ``file`` is the file's name in messages. Raises ConfigError.
 
-    Only a regular file is read, up to a maximum size: a pipe or a device could block for ever."""
+    Only a regular file is read, up to a maximum size: a pipe or a device could block for ever.
+    """
     try:
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
         try:
@@ -71,13 +74,17 @@ def read_text(path: Path, file: str) -> str:
             before_error = data[: error.start].decode("utf-8")
             position = yaml_tree.position_at(before_error, len(before_error))
             message = f"byte 0x{data[error.start]:02x} is not UTF-8: save it as UTF-8"
-            problem = Problem(message, file, *_line_and_column(position))
+            problem = Problem(message, file, position.line, position.column)
         raise ConfigError((problem,)) from error
 
 
 def _read_at_most(descriptor: int, limit: int) -> bytes:
+    """Returns the bytes up to the end of the file, at most ``limit`` bytes."""
     data = b""
-    while len(data) < limit and (piece := os.read(descriptor, limit - len(data))):
+    while len(data) < limit:
+        piece = os.read(descriptor, limit - len(data))
+        if not piece:
+            break
         data += piece
     return data
 
@@ -93,8 +100,12 @@ def parse(
     identities: tuple[Path, ...] = (),
     withhold_secrets: Callable[[Collection[str]], None] = lambda _: None,
 ) -> Topology:
-    """The topology. Pure if the two callbacks are. ``withhold_secrets`` gets the names of the variables that the file
-    names for secrets, before ``resolve_alias`` may start a program. Raises ConfigError."""
+    """Returns the topology of a mesh.yaml with this text. Pure if the two callbacks are. Raises ConfigError.
+
+    ``file``, ``source`` and ``resolve_alias`` are as for ``config.parse``; ``identities`` are the key files that ssh
+    tries by default. ``withhold_secrets`` gets the names of the variables that the file names for secrets. It is called
+    before ``resolve_alias``, which may start a program.
+    """
     tree, faults = _parse_mapping(text, file)
     values, expansion_faults = expand_tree(tree, env)
     faults += expansion_faults
@@ -120,9 +131,10 @@ def parse(
 
 
 def _parse_mapping(text: str, file: str) -> tuple[MappingValue, list[Fault]]:
-    """The tree of a mesh.yaml, and its faults. Raises ConfigError when the text is no mapping at all."""
+    """Returns the tree of a mesh.yaml, and its faults. Raises ConfigError when the text is no mapping at all."""
     tree, faults = yaml_tree.parse_yaml(text)
-    if tree is None or (isinstance(tree, yaml_tree.ScalarValue) and tree.text is None):
+    is_null = isinstance(tree, yaml_tree.ScalarValue) and tree.text is None  # only comments, or `---`
+    if tree is None or is_null:
         hint = None
         if not faults:
             faults = [Fault("is empty")]
@@ -135,7 +147,7 @@ def _parse_mapping(text: str, file: str) -> tuple[MappingValue, list[Fault]]:
 
 
 def _validate_schema(values: Any, tree: Value, faults: list[Fault]) -> MeshFile | None:
-    """The validated file, or ``None``. Adds new problems to ``faults``."""
+    """Returns the validated file; ``None`` if it breaks the schema. Then adds the new problems to ``faults``."""
     try:
         return MeshFile.model_validate(values)
     except ValidationError as error:
@@ -147,7 +159,8 @@ def _validate_schema(values: Any, tree: Value, faults: list[Fault]) -> MeshFile 
 
 
 def _secret_variables(values: Any) -> set[str]:
-    """The names of the variables that hold secrets: the values of ``api_key_env``, ``password_env``, ``env``."""
+    """Returns the names of the variables that the file names for secrets, under ``api_key_env``, ``password_env``,
+    ``env`` and the like, at any depth."""
     if isinstance(values, list):
         return {name for value in values for name in _secret_variables(value)}
     if not isinstance(values, dict):
@@ -157,27 +170,33 @@ def _secret_variables(values: Any) -> set[str]:
 
 
 def _names_variable(key: object) -> bool:
+    """Whether the value of ``key`` is the name of a variable that holds a secret."""
     return isinstance(key, str) and (key == "env" or key.endswith("_env"))
 
 
 def _is_unusable(values: Any, path: KeyPath) -> bool:
     """Whether the value at ``path`` could not be read. Then its problem has been reported already."""
+    value = values
     for part in path:
         try:
-            values = values[part]
+            value = value[part]
         except (KeyError, IndexError, TypeError):  # the path of pydantic can be longer than the values are deep
             break
-    return values is UNUSABLE
+    return value is UNUSABLE
 
 
 def _make_error(faults: list[Fault], file: str, tree: Value | None, hint: str | None = None) -> ConfigError:
-    """The faults in the order of the file. A fault without a position gets that of its path in ``tree``."""
+    """Returns the error with these faults in the order of the file, ``MAX_PROBLEMS`` at most.
+
+    A fault without a position gets the position of its path in ``tree``.
+    """
     problems = []
     for fault in faults:
         position = fault.position
         if position is None and fault.path and tree is not None:
             _, position, _ = yaml_tree.follow_path(tree, fault.path)
-        problems.append(Problem(fault.message, file, *_line_and_column(position), yaml_tree.format_path(fault.path)))
+        line, column = _line_and_column(position)
+        problems.append(Problem(fault.message, file, line, column, yaml_tree.format_path(fault.path)))
     problems.sort(key=lambda problem: (problem.line or 0, problem.column or 0))
     if len(problems) > MAX_PROBLEMS:
         remaining = len(problems) - MAX_PROBLEMS
@@ -186,4 +205,5 @@ def _make_error(faults: list[Fault], file: str, tree: Value | None, hint: str | 
 
 
 def _line_and_column(position: yaml_tree.Position | None) -> tuple[int | None, int | None]:
+    """Returns the line and the column of ``position``; ``None`` for both if there is no position."""
     return (position.line, position.column) if position is not None else (None, None)

@@ -1,4 +1,4 @@
-"""The rules between keys of mesh.yaml. Pure.
+"""The rules between keys of mesh.yaml (such as: a node needs `ssh` or a URL; node names differ). Pure.
 
 The rules read the plain YAML values, even those of the wrong type. So a person sees broken rules and the errors of the
 schema together, in one run.
@@ -17,14 +17,14 @@ from gpumesh.config.mesh_file.error_messages import quote_value
 from gpumesh.config.mesh_file.yaml_tree import KeyPath
 from gpumesh.config.value_parsers import NAME_PATTERN
 
-_LOCATION_KEYS = ("port", "url", "urls")
+_LOCATION_KEYS = ("port", "url", "urls")  # the keys of a backend that say where the server is
 
-BrokenRule = tuple[KeyPath, str]
+BrokenRule = tuple[KeyPath, str]  # the path of the key, and a message
 
 
 def find_broken_rules(document: Mapping[str, Any]) -> Iterator[BrokenRule]:
-    """The broken rules, each as the path of its key and a message."""
-    yield from _check_gateway(document)
+    """Yields the broken rules of a mesh.yaml, each as the path of its key and a message."""
+    yield from _check_listen(_as_mapping(document.get("gateway")))
     yield from _check_tunnels(document)
     defaults = _as_mapping(document.get("defaults"))
     yield from _check_one_location(_as_mapping(defaults.get("backend")), ("defaults", "backend"))
@@ -39,6 +39,7 @@ def find_broken_rules(document: Mapping[str, Any]) -> Iterator[BrokenRule]:
 
 
 def _check_nodes(nodes: list[Any], defaults: Mapping[str, Any]) -> Iterator[BrokenRule]:
+    """The rules for the list ``nodes``: no two nodes have the same name, and the rules for each node."""
     first_index_of: dict[str, int] = {}
     for index, entry in enumerate(nodes):
         node = _as_mapping(entry)
@@ -51,73 +52,104 @@ def _check_nodes(nodes: list[Any], defaults: Mapping[str, Any]) -> Iterator[Brok
             yield from _check_node(node, defaults, ("nodes", index))
 
 
-def _check_gateway(document: Mapping[str, Any]) -> Iterator[BrokenRule]:
-    gateway = _as_mapping(document.get("gateway"))
+def _check_listen(gateway: Mapping[str, Any]) -> Iterator[BrokenRule]:
+    """The rules for ``gateway.listen``: at most one HOST:PORT and one unix:PATH; an API key beyond loopback."""
     listen = gateway.get("listen")
+    path: KeyPath = ("gateway", "listen")
     if listen == []:
-        yield ("gateway", "listen"), "names no address"
-    # The type tells the two kinds of address apart: a tuple is host and port, a string the path of a Unix socket.
-    first_of_kind: dict[type, str] = {}
-    for index, text in enumerate(listen if isinstance(listen, list) else [listen]):
-        path: KeyPath = ("gateway", "listen", index) if isinstance(listen, list) else ("gateway", "listen")
-        try:
-            address = listen_address.parse_listen_entry(text) if isinstance(text, str) else None
-        except ValueError:
-            continue  # the schema reports it
+        yield path, "names no address"
+    entries: list[tuple[KeyPath, Any]] = [(path, listen)]
+    if isinstance(listen, list):
+        entries = [((*path, index), entry) for index, entry in enumerate(listen)]
+    first_entry_of: dict[str, str] = {}  # by the kind of address
+    for entry_path, entry in entries:
+        address = _parse_listen_entry(entry)
         if address is None:
             continue
-        if type(address) in first_of_kind:
-            yield (
-                path,
-                f"{quote_value(first_of_kind[type(address)])} stands here already: give one HOST:PORT, one unix:PATH, "
-                f"or both",
-            )
-        first_of_kind.setdefault(type(address), text)
-        if isinstance(address, tuple) and gateway.get("api_key_env") is None and not is_loopback(address[0]):
-            yield (
-                path,
-                f"listening on {address[0]} {listen_address.OPEN_LISTEN_MESSAGE}; {listen_address.OPEN_LISTEN_HINT}",
-            )
+        kind = "unix:PATH" if isinstance(address, str) else "HOST:PORT"
+        if kind in first_entry_of:
+            first_entry = quote_value(first_entry_of[kind])
+            yield entry_path, f"{first_entry} stands here already: give one HOST:PORT, one unix:PATH, or both"
+        else:
+            first_entry_of[kind] = entry
+        if isinstance(address, tuple) and gateway.get("api_key_env") is None:
+            host, _ = address
+            if not is_loopback(host):
+                message = f"listening on {host} {listen_address.OPEN_LISTEN_MESSAGE}; {listen_address.OPEN_LISTEN_HINT}"
+                yield entry_path, message
+
+
+def _parse_listen_entry(entry: Any) -> tuple[str, int] | str | None:
+    """Returns the host and the port, or the path of a Unix socket; ``None`` for a wrong entry, which the schema
+    reports."""
+    if not isinstance(entry, str):
+        return None
+    try:
+        return listen_address.parse_listen_entry(entry)
+    except ValueError:
+        return None
 
 
 def _check_tunnels(document: Mapping[str, Any]) -> Iterator[BrokenRule]:
+    """The rule for ``tunnels``: Unix sockets cannot be shared."""
     tunnels = _as_mapping(document.get("tunnels"))
     if tunnels.get("listen") == "unix" and str(tunnels.get("share")).lower() == "true":
         yield ("tunnels", "share"), "cannot hold for Unix sockets, which are your own user's: leave out one of the two"
 
 
 def _check_one_location(backend: Mapping[str, Any], path: KeyPath) -> Iterator[BrokenRule]:
-    location_keys = [key for key in backend if key in _LOCATION_KEYS and backend[key] is not None]
+    """The rules for the section ``backend``, which stands at ``path``: at most one location, and no empty ``urls``."""
+    location_keys = [key for key in _keys_with_value(backend) if key in _LOCATION_KEYS]
     if len(location_keys) > 1:
-        yield (*path, location_keys[1]), f"{location_keys[0]} stands here already: give one of port, url and urls"
+        first_key, second_key, *_ = location_keys
+        yield (*path, second_key), f"{first_key} stands here already: give one of port, url and urls"
     if backend.get("urls") == []:
         yield (*path, "urls"), "names no URL"
 
 
 def _check_node(node: Mapping[str, Any], defaults: Mapping[str, Any], path: KeyPath) -> Iterator[BrokenRule]:
+    """The rules for one node: it says how to reach its host, and where its server is."""
     backend = _as_mapping(node.get("backend"))
-    yield from _check_one_location(backend, (*path, "backend"))
     default_backend = _as_mapping(defaults.get("backend"))
-    location_key = next(
-        (key for section in (backend, default_backend) for key in _LOCATION_KEYS if section.get(key) is not None), None
-    )
-    if node.get("ssh") is None and node.get("address_from") is None:
+    yield from _check_one_location(backend, (*path, "backend"))
+    location_key = _find_location_key(backend) or _find_location_key(default_backend)
+    is_direct = node.get("ssh") is None and node.get("address_from") is None
+    if is_direct:
         if location_key == "port":
             key_path = (*path, "backend", "port") if "port" in backend else path
             yield key_path, "a port is meant as seen from an ssh host: without `ssh`, write `url: http://127.0.0.1:…`"
         elif location_key is None:
             yield path, "has neither `ssh` nor a URL: say how to reach it, by `ssh: {host: …}` or `backend: {url: …}`"
         return
-    ssh, default_ssh = node.get("ssh"), _as_mapping(defaults.get("ssh"))
-    if isinstance(ssh, Mapping) and node.get("address_from") is None:
-        names_host = any(section.get(key) is not None for section in (ssh, default_ssh) for key in ("host", "alias"))
-        if not names_host:
-            yield (*path, "ssh"), "does not say which host: give `host`, `alias` or the node's `address_from`"
+    if not _names_host(node, _as_mapping(defaults.get("ssh"))):
+        yield (*path, "ssh"), "does not say which host: give `host`, `alias` or the node's `address_from`"
     kind = backend.get("kind") or default_backend.get("kind")
     dialect = find_dialect(kind) if isinstance(kind, str) else None
     if location_key is None and dialect is not None and dialect.usual_port is None:
         yield (*path, "backend"), f"servers of kind {kind} have no usual port: give `port` or `url`"
 
 
+def _find_location_key(backend: Mapping[str, Any]) -> str | None:
+    """Returns the first of the keys port, url and urls that has a value in the section; ``None`` if no key has."""
+    keys_with_value = _keys_with_value(backend)
+    return next((key for key in _LOCATION_KEYS if key in keys_with_value), None)
+
+
+def _names_host(node: Mapping[str, Any], default_ssh: Mapping[str, Any]) -> bool:
+    """Whether the node says which host it is, itself or by a default. An ``ssh`` of the wrong type counts: the schema
+    reports it."""
+    ssh = node.get("ssh")
+    if node.get("address_from") is not None or not isinstance(ssh, Mapping):
+        return True
+    keys_with_value = _keys_with_value(ssh) + _keys_with_value(default_ssh)
+    return "host" in keys_with_value or "alias" in keys_with_value
+
+
+def _keys_with_value(section: Mapping[str, Any]) -> list[str]:
+    """Returns the keys of the section, in the order of the file, without those that have no value (null)."""
+    return [key for key, value in section.items() if value is not None]
+
+
 def _as_mapping(value: Any) -> Mapping[str, Any]:
+    """Returns a mapping as it is, and an empty mapping for a value of any other type."""
     return value if isinstance(value, Mapping) else {}

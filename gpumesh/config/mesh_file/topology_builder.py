@@ -1,4 +1,4 @@
-"""Builds the specs from the validated file: merges defaults, makes paths absolute, resolves ssh aliases."""
+"""Builds the ``Topology`` from a validated mesh.yaml: merges defaults, makes paths absolute, resolves ssh aliases."""
 
 from __future__ import annotations
 
@@ -56,8 +56,11 @@ _DEFAULT_ADDRESS = AddressCommand(())
 
 @dataclass(slots=True)
 class TopologyBuilder:
-    """``base`` is the folder from which relative paths start. ``identities``: the key files that ssh tries by
-    default."""
+    """Builds the specs of one mesh.yaml. Collects problems in ``faults``, and goes on.
+
+    ``user`` and ``home`` are our user's name and home folder. ``base`` is the folder from which relative paths start.
+    ``identities`` are the key files that ssh tries by default.
+    """
 
     user: str
     home: Path
@@ -67,7 +70,8 @@ class TopologyBuilder:
     faults: list[Fault] = field(default_factory=list)
 
     def build_topology(self, file: MeshFile, source: Path | None) -> Topology:
-        """The topology. If this adds to ``faults``, the topology must not be used."""
+        """Returns the topology of ``file``, whose path is ``source``. If this adds to ``faults``, the topology must not
+        be used."""
         defaults = file.defaults or NodeDefaults()
         nodes = tuple(self._build_node(node, defaults, ("nodes", index)) for index, node in enumerate(file.nodes))
         redis = RedisSpec(file.redis.url, file.redis.password_env) if file.redis is not None else None
@@ -76,17 +80,13 @@ class TopologyBuilder:
         return Topology(file.name or DEFAULT_NAME, nodes, gateway, redis, source, tunnels)
 
     def _build_node(self, node: Node, defaults: NodeDefaults, path: KeyPath) -> NodeSpec:
-        direct = node.ssh is None and node.address_from is None
-        default_backend = defaults.backend or Backend()
-        node_backend = node.backend or Backend()
-        if node_backend.port is not None or node_backend.url is not None or node_backend.urls is not None:
-            # port, url and urls are three ways to give one address. A node that gives one of them drops the default's,
-            # whichever it was.
-            default_backend = default_backend.model_copy(update={"port": None, "url": None, "urls": None})
+        """Returns the spec of one node, with the defaults merged under it. ``path`` is where the node stands."""
+        is_direct = node.ssh is None and node.address_from is None
+        default_backend = _drop_replaced_location(defaults.backend or Backend(), node.backend or Backend())
         return NodeSpec(
             name=node.name,
-            backend=_build_backend(_merge(default_backend, node_backend)),
-            ssh=None if direct else self._build_ssh(node, defaults.ssh or Ssh(), (*path, "ssh")),
+            backend=_build_backend(_merge(default_backend, node.backend or Backend())),
+            ssh=None if is_direct else self._build_ssh(node, defaults.ssh or Ssh(), (*path, "ssh")),
             expect=_build_expect(_merge(defaults.expect or Expect(), node.expect or Expect())),
             weight=_value_or(node.weight, _value_or(defaults.weight, 1.0)),
             labels=MappingProxyType({**(defaults.labels or {}), **(node.labels or {})}),
@@ -94,7 +94,10 @@ class TopologyBuilder:
         )
 
     def _build_ssh(self, node: Node, defaults: Ssh, path: KeyPath) -> SshSpec:
-        """A setting of the node takes precedence over one of its alias, and that over a default of the file."""
+        """Returns the SSH spec of a node. ``path`` is where its section ``ssh`` stands.
+
+        A setting of the node takes precedence over a setting of its alias, and that over a default of the file.
+        """
         node_ssh = node.ssh or Ssh()
         alias = node_ssh.alias or defaults.alias
         alias_settings = self._resolve_alias(alias, (*path, "alias")) if alias is not None else None
@@ -102,15 +105,12 @@ class TopologyBuilder:
         if alias_settings is not None:
             settings = _merge(settings, self._validate_alias(alias_settings, (*path, "alias")))
         settings = _merge(settings, node_ssh)
-        identities = tuple(self._absolute_path(file) for file in settings.identity_file or ())
-        if settings.identity_file is None and settings.password_env is None:
-            identities = self.identities
         address_from = node.address_from
         return SshSpec(
-            host=settings.host or "",
+            host=settings.host or "",  # empty if only `address_from` knows the host
             port=_value_or(settings.port, 22),
             user=settings.user or self.user,
-            identity_files=identities,
+            identity_files=self._choose_identity_files(settings),
             known_hosts=self._absolute_path(settings.known_hosts or "~/.ssh/known_hosts"),
             host_key_policy=_value_or(settings.host_key_policy, HostKeyPolicy.STRICT),
             proxy_jump=settings.proxy_jump or (),
@@ -124,7 +124,14 @@ class TopologyBuilder:
             address_from=None if address_from is None else self._build_address_command(address_from),
         )
 
+    def _choose_identity_files(self, settings: Ssh) -> tuple[Path, ...]:
+        """Returns the key files that the settings name; the default key files if they name neither key nor password."""
+        if settings.identity_file is None and settings.password_env is None:
+            return self.identities
+        return tuple(self._absolute_path(file) for file in settings.identity_file or ())
+
     def _resolve_alias(self, alias: str, path: KeyPath) -> AliasSettings | None:
+        """Returns the settings of ``alias``; ``None`` and a fault at ``path`` if they cannot be read."""
         if self.resolve_alias is None:
             return AliasSettings(host=alias)
         try:
@@ -134,7 +141,8 @@ class TopologyBuilder:
             return None
 
     def _validate_alias(self, alias_settings: AliasSettings, path: KeyPath) -> Ssh:
-        """The settings of an alias as a section of mesh.yaml, validated by the same schema."""
+        """Returns the settings of an alias as a section ``ssh``, validated by the schema of mesh.yaml. If they break
+        the schema, returns an empty section and adds faults at ``path``."""
         values = {
             "host": alias_settings.host,
             "port": None if alias_settings.port is None else str(alias_settings.port),
@@ -152,9 +160,11 @@ class TopologyBuilder:
             return Ssh()
 
     def _choose_transport(self, settings: Ssh, alias_settings: AliasSettings | None, path: KeyPath) -> TransportKind:
-        """The transport that the file names. If it names none: the transport that supports the alias.
+        """Returns the transport that the file names. If the file names none, the transport that supports the alias.
 
-        A ProxyCommand cannot be ignored: without it a connection would reach another machine or none."""
+        A ProxyCommand cannot be ignored: without it, a connection would reach another machine or no machine. So it is a
+        fault at ``path`` if the file names a transport that does not support it.
+        """
         openssh_features = alias_settings.openssh_features if alias_settings is not None else ()
         if settings.transport is None:
             return TransportKind.OPENSSH if openssh_features else TransportKind.SSHTUNNEL
@@ -164,6 +174,8 @@ class TopologyBuilder:
         return settings.transport
 
     def _build_address_command(self, address_from: AddressFrom) -> AddressCommand:
+        """Returns the command of ``address_from``. A program with a path gets its absolute path; a plain name is looked
+        up in PATH when the command runs."""
         program, *arguments = address_from.command
         if program.startswith("~") or "/" in program:
             program = str(self._absolute_path(program))
@@ -194,16 +206,18 @@ class TopologyBuilder:
         )
 
     def _socket_path(self, text: str) -> Path:
+        """Returns the absolute path of the gateway's socket. Adds a fault if that path is too long for a socket."""
         path = self._absolute_path(text)
         try:
-            listen_address.check_socket_path(str(path))  # the absolute path may be too long
+            listen_address.check_socket_path(str(path))
         except ValueError as error:
             self.faults.append(Fault(f"{path} {error}", None, ("gateway", "listen")))
         return path
 
     def _absolute_path(self, text: str) -> Path:
+        """Returns the path from ``home`` if it begins with ``~``, else from ``base`` unless it is absolute."""
         if text == "~" or text.startswith("~/"):
-            return self.home / text[2:]
+            return self.home / text.removeprefix("~").lstrip("/")
         return self.base / text
 
 
@@ -212,7 +226,18 @@ def _build_tunnels(tunnels: Tunnels) -> TunnelsSpec:
     return TunnelsSpec(_value_or(tunnels.share, default.share), _value_or(tunnels.listen, default.listen))
 
 
+def _drop_replaced_location(defaults: Backend, overrides: Backend) -> Backend:
+    """Returns ``defaults`` without its port, url and urls if ``overrides`` has one of these keys.
+
+    The three keys are three ways to give the location of one server: any of them replaces any other.
+    """
+    if overrides.port is None and overrides.url is None and overrides.urls is None:
+        return defaults
+    return defaults.model_copy(update={"port": None, "url": None, "urls": None})
+
+
 def _build_backend(backend: Backend) -> BackendSpec:
+    """Returns the spec of a backend. Without a location, the server is on 127.0.0.1 at the usual port of its kind."""
     kind = _value_or(backend.kind, BackendKind.AUTO)
     if backend.urls is not None:
         targets = tuple(dict.fromkeys(backend.urls))
@@ -232,14 +257,18 @@ def _build_expect(expect: Expect) -> ExpectSpec:
 
 
 def _merge(defaults: S, overrides: S) -> S:
-    """The values of ``overrides``, and those of ``defaults`` where ``overrides`` has none."""
-    values = {name: value for name in type(overrides).model_fields if (value := getattr(overrides, name)) is not None}
-    return defaults.model_copy(update=values)
+    """Returns the section with the values of ``overrides``, and of ``defaults`` where ``overrides`` has no value."""
+    values = {name: getattr(overrides, name) for name in type(overrides).model_fields}
+    given_values = {name: value for name, value in values.items() if value is not None}
+    return defaults.model_copy(update=given_values)
 
 
 T = TypeVar("T")
 
 
 def _value_or(value: T | None, default: T) -> T:
-    """``value or default`` would replace 0 and ``False``, which a user may have written."""
+    """Returns ``value``, or ``default`` if the file gives no value.
+
+    ``value or default`` would also replace 0 and ``False``, which a user may have written.
+    """
     return default if value is None else value

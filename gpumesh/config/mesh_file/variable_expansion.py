@@ -1,4 +1,4 @@
-"""Expands ``${VAR}`` in the tree of a mesh.yaml, and turns the tree into plain values. Pure: the variables are given.
+"""Expands ``${VAR}`` in the tree of a mesh.yaml, and turns the tree into plain values. Pure: gets the variables.
 
 Variables that hold secrets are not expanded: otherwise the specs, the effective configuration and the arguments of
 commands would contain the secrets.
@@ -15,20 +15,23 @@ from gpumesh.config.mesh_file.yaml_tree import Fault, KeyPath, ListValue, Mappin
 
 MAX_EXPANDED = 8192  # characters of one value, so that a large variable does not fill the specs
 
-_REFERENCE = re.compile(r"\$\$\{|\$\{(?P<body>[^}]*)(?P<end>\}?)")
+_REFERENCE = re.compile(r"\$\$\{|\$\{(?P<body>[^}]*)(?P<closing_brace>\}?)")
 _BODY = re.compile(r"(?P<name>[A-Za-z_][A-Za-z0-9_]*)(?::-(?P<default>.*))?", re.DOTALL)
 
 
 class Unusable:
-    """The placeholder of a broken value. No key accepts this type."""
+    """The placeholder for a broken value. No key of the schema accepts this type."""
 
 
 UNUSABLE = Unusable()
 
 
 def expand_tree(value: Value, env: Mapping[str, str], path: KeyPath = ()) -> tuple[Any, list[Fault]]:
-    """The tree as dictionaries, lists, strings and ``None``, with ``UNUSABLE`` for each broken value; and the
-    faults."""
+    """Returns the tree as dictionaries, lists, strings and ``None``, with variables expanded; and the faults.
+
+    ``UNUSABLE`` stands in the place of each broken value. ``env`` has the variables; ``path`` is where ``value``
+    stands.
+    """
     if isinstance(value, ScalarValue):
         if value.text is None or "${" not in value.text:
             return value.text, []
@@ -50,36 +53,37 @@ def expand_tree(value: Value, env: Mapping[str, str], path: KeyPath = ()) -> tup
             entries[key], member_faults = expand_tree(member, env, (*path, key))
             faults += member_faults
         return entries, faults
-    return UNUSABLE, []
+    return UNUSABLE, []  # a BrokenValue, whose fault is reported already
 
 
 def expand_variables(text: str, env: Mapping[str, str]) -> str:
-    """Expands ``${VAR}`` and ``${VAR:-default}``; ``$${`` is a literal ``${``. The default is used when VAR is not set
-    or empty.
+    """Expands ``${VAR}`` and ``${VAR:-default}`` in ``text``; ``$${`` gives ``${`` itself.
 
-    Raises ValueError, whose text never contains the value of a variable.
+    The default is used when VAR is empty or not set. Raises ValueError, whose text never contains the value of a
+    variable.
     """
-
-    def expand_reference(match: re.Match[str]) -> str:
-        if match[0] == "$${":
-            return "${"
-        body = _BODY.fullmatch(match["body"])
-        if not match["end"] or body is None:
-            raise ValueError("write ${VAR} or ${VAR:-default}; $${ stands for ${ itself")
-        name, default = body["name"], body["default"]
-        if names_secret(name):
-            raise ValueError(
-                f"${{{name}}} holds a secret by its name, and secrets are not copied into the configuration: "
-                f"give the variable's name under a key that ends in _env"
-            )
-        value = env.get(name)
-        if default is not None and not value:
-            return default
-        if value is None:
-            raise ValueError(f"the variable {name} is not set; ${{{name}:-default}} would say what to use then")
-        return value
-
-    expanded = _REFERENCE.sub(expand_reference, text)
+    expanded = _REFERENCE.sub(lambda reference: _expand_reference(reference, env), text)
     if len(expanded) > MAX_EXPANDED:
         raise ValueError(f"expands to more than {MAX_EXPANDED} characters")
     return expanded
+
+
+def _expand_reference(reference: re.Match[str], env: Mapping[str, str]) -> str:
+    """Returns the text that replaces one match of ``_REFERENCE``. Raises ValueError as ``expand_variables`` does."""
+    if reference[0] == "$${":
+        return "${"
+    body = _BODY.fullmatch(reference["body"])
+    if not reference["closing_brace"] or body is None:
+        raise ValueError("write ${VAR} or ${VAR:-default}; $${ stands for ${ itself")
+    name, default = body["name"], body["default"]
+    if names_secret(name):
+        raise ValueError(
+            f"${{{name}}} holds a secret by its name, and secrets are not copied into the configuration: "
+            f"give the variable's name under a key that ends in _env"
+        )
+    value = env.get(name)
+    if default is not None and not value:
+        return default
+    if value is None:
+        raise ValueError(f"the variable {name} is not set; ${{{name}:-default}} would say what to use then")
+    return value

@@ -1,8 +1,8 @@
-"""Parses YAML into a tree of values with their positions. Knows YAML, but not the keys of mesh.yaml.
+"""Parses YAML into a tree of values with their line and column; finds duplicate keys, tabs, endless aliases.
 
-Scalars stay text: the key decides whether ``12e5`` is a number or a container's name. So YAML's surprises (``no`` as
-false, ``22:30`` as 1350) do not occur. All sizes are bounded, so that no file takes long to read. An alias counts with
-the size of the value that it stands for.
+This module knows YAML, but not the keys of mesh.yaml. Scalars stay text: the key decides whether ``12e5`` is a number
+or a container's name. So YAML's surprises (``no`` as false, ``22:30`` as 1350) do not occur. All sizes are bounded, so
+that no file takes long to read. An alias counts with the size of the value that it stands for.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ MAX_DEPTH = 24
 MAX_VALUES = 20_000
 MAX_KEY_SHOWN = 60  # characters of a key in a message
 
-_NULLS = ("", "~", "null", "Null", "NULL")
+_NULLS = ("", "~", "null", "Null", "NULL")  # scalars without quotes that mean null
 _CORE_TAGS = frozenset(f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null", "seq", "map"))
 # Characters that YAML forbids. Surrogates cannot come from UTF-8, but a caller may pass them.
 _UNPRINTABLE = re.compile("[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
@@ -47,6 +47,8 @@ class ScalarValue:
 
 @dataclass(frozen=True, slots=True)
 class ListValue:
+    """A list. ``size`` is the number of all values in it, itself included."""
+
     values: tuple[Value, ...]
     position: Position
     size: int
@@ -54,7 +56,8 @@ class ListValue:
 
 @dataclass(frozen=True, slots=True)
 class MappingValue:
-    """``entries``: the position and the value of each key."""
+    """A mapping. ``entries`` has the position and the value of each key. ``size`` is the number of all values in it,
+    itself included."""
 
     entries: dict[str, tuple[Position, Value]]
     position: Position
@@ -82,7 +85,7 @@ class Fault:
 
 
 def format_path(path: KeyPath) -> str:
-    """The path as a person writes it: ``nodes[2].ssh.port``. Unprintable keys are quoted, and long keys are cut."""
+    """Writes the path as a person does: ``nodes[2].ssh.port``. Unprintable keys are quoted, and long keys are cut."""
     parts = "".join(f"[{part}]" if isinstance(part, int) else f".{_display_key(part)}" for part in path)
     return parts.removeprefix(".")
 
@@ -93,8 +96,10 @@ def _display_key(key: str) -> str:
 
 
 def follow_path(tree: Value, path: KeyPath) -> tuple[int, Position, Value]:
-    """Follows ``path`` as far as it exists. Returns the number of steps, the position of the last key, and its
-    value."""
+    """Follows ``path`` from the root ``tree`` as far as it exists.
+
+    Returns the number of steps, the position of the last key (of a list's member: of the member), and its value.
+    """
     position, value = tree.position, tree
     for steps, part in enumerate(path):
         if isinstance(value, MappingValue) and isinstance(part, str) and part in value.entries:
@@ -107,12 +112,12 @@ def follow_path(tree: Value, path: KeyPath) -> tuple[int, Position, Value]:
     return len(path), position, value
 
 
-class _Stop(Exception):
+class _StopParsing(Exception):
     """Ends the recursion after a fault that leaves nothing useful to read."""
 
 
 def parse_yaml(text: str) -> tuple[Value | None, list[Fault]]:
-    """The tree and its faults. The tree is ``None`` for an empty text or one that is not YAML."""
+    """Returns the tree and its faults. The tree is ``None`` for an empty text and for a text that is not YAML."""
     text = text.removeprefix("\ufeff")
     if len(text) > MAX_CHARACTERS:
         return None, [Fault(f"is larger than {MAX_CHARACTERS // 1024} KiB, which no mesh.yaml is")]
@@ -123,30 +128,38 @@ def parse_yaml(text: str) -> tuple[Value | None, list[Fault]]:
     composer = _Composer(yaml.parse(text, Loader=_LOADER))
     try:
         return composer.read_document(), composer.faults
-    except _Stop:
+    except _StopParsing:
         return None, composer.faults
     except yaml.YAMLError as error:
         # Earlier faults (a duplicate key) are kept. The first syntax error hides everything after it.
-        syntax_fault = _syntax_fault(error)
-        tab_faults = _find_tab_indents(text)
-        # The parser reports a tab, too, but as a character that "cannot start any token": one message is enough.
-        tab_lines = {fault.position.line for fault in tab_faults if fault.position}
-        if syntax_fault.position is None or syntax_fault.position.line not in tab_lines:
-            tab_faults.append(syntax_fault)
-        return None, composer.faults + tab_faults
+        return None, composer.faults + _syntax_faults(text, error)
 
 
 def position_at(text: str, index: int) -> Position:
-    """The position of the character at ``index``."""
+    """Returns the position of the character at ``index``. A line ends with LF, CR LF or CR."""
     before = text[:index].replace("\r\n", "\n").replace("\r", "\n")
-    return Position(before.count("\n") + 1, len(before) - (before.rfind("\n") + 1) + 1)
+    _, _, start_of_line = before.rpartition("\n")
+    return Position(line=before.count("\n") + 1, column=len(start_of_line) + 1)
 
 
 def _character_name(character: str) -> str:
-    return f"U+{ord(character):04X}" + (" (a UTF-16 file?)" if character == "\x00" else "")
+    name = f"U+{ord(character):04X}"
+    return f"{name} (a UTF-16 file?)" if character == "\x00" else name
+
+
+def _syntax_faults(text: str, error: yaml.YAMLError) -> list[Fault]:
+    """Returns the faults of a text that the parser could not read: tabs that indent lines, and the parser's error."""
+    faults = _find_tab_indents(text)
+    syntax_fault = _syntax_fault(error)
+    # The parser reports a tab, too, but as a character that "cannot start any token": one message is enough.
+    tab_lines = {fault.position.line for fault in faults if fault.position is not None}
+    if syntax_fault.position is None or syntax_fault.position.line not in tab_lines:
+        faults.append(syntax_fault)
+    return faults
 
 
 def _syntax_fault(error: yaml.YAMLError) -> Fault:
+    """Returns the parser's error as a fault, at the position that the parser reports."""
     if not isinstance(error, yaml.MarkedYAMLError):
         return Fault("is not YAML")
     mark = error.problem_mark or error.context_mark
@@ -156,51 +169,63 @@ def _syntax_fault(error: yaml.YAMLError) -> Fault:
 
 
 def _find_tab_indents(text: str) -> list[Fault]:
-    """Faults for lines that are indented with a tab: the most common syntax error, and the least visible."""
+    """Returns a fault for each line that a tab indents: the most common syntax error, and the least visible."""
     message = "a tab indents this line: YAML allows only spaces there"
-    indents = ((number, _TAB_INDENT.match(line)) for number, line in enumerate(text.splitlines(), 1))
-    return [Fault(message, Position(number, match.end())) for number, match in indents if match]
+    faults = []
+    for line_number, line in enumerate(text.splitlines(), start=1):
+        indent = _TAB_INDENT.match(line)
+        if indent is not None:
+            faults.append(Fault(message, Position(line_number, indent.end())))
+    return faults
 
 
 @dataclass(slots=True)
 class _Composer:
-    """Turns parser events into values, recursively. An anchor whose value is still being read has ``None``."""
+    """Turns the parser's events into values, recursively. Collects the faults that it meets.
+
+    A method that gets an ``event`` reads the value that begins with this event; ``path`` is where the value stands.
+    """
 
     events: Iterator[yaml.Event]
     faults: list[Fault] = field(default_factory=list)
-    anchors: dict[str, Value | None] = field(default_factory=dict)
+    anchors: dict[str, Value | None] = field(default_factory=dict)  # ``None`` while the anchor's value is being read
     value_count: int = 0
 
     def read_document(self) -> Value | None:
-        """Reads all of the text, so that a fault in its last line is found."""
+        """Returns the value of the whole text; ``None`` for an empty text.
+
+        Reads all events, so that a fault in the last line is found.
+        """
         result: Value | None = None
         for event in self.events:
             if isinstance(event, yaml.DocumentStartEvent) and result is not None:
                 self.faults.append(
                     Fault("a second document begins here: one file holds one mesh", _event_position(event))
                 )
-                raise _Stop
+                raise _StopParsing
             if isinstance(event, yaml.NodeEvent):
                 result = self.read_value(event, ())
         return result
 
     def read_value(self, event: yaml.Event, path: KeyPath) -> Value:
+        """Returns a value of any kind. Follows an alias, and remembers the value of an anchor."""
         position = _event_position(event)
         if isinstance(event, yaml.AliasEvent):
             return self.resolve_alias(str(event.anchor), position, path)
         if len(path) > MAX_DEPTH:
             # The message names only the start of the path: all of it would be longer than a line.
             self.faults.append(Fault(f"is nested more than {MAX_DEPTH} deep", position, path[:4]))
-            raise _Stop
+            raise _StopParsing
         anchor = getattr(event, "anchor", None)
         if anchor is not None:
-            self.anchors[anchor] = None  # until it is complete: an alias inside itself would be endless
+            self.anchors[anchor] = None  # until the value is complete: an alias inside the value would be endless
         result = self.read_node(event, position, path)
         if anchor is not None:
             self.anchors[anchor] = result
         return result
 
     def read_node(self, event: yaml.Event, position: Position, path: KeyPath) -> Value:
+        """Returns a scalar, list or mapping; a ``BrokenValue`` if its tag has no meaning in a mesh.yaml."""
         self.count_values(1, position, path)
         result: Value
         if isinstance(event, yaml.ScalarEvent):
@@ -216,6 +241,7 @@ class _Composer:
         return result
 
     def resolve_alias(self, name: str, position: Position, path: KeyPath) -> Value:
+        """Returns the value of the anchor ``name``; a ``BrokenValue`` if the anchor is missing or not complete yet."""
         target = self.anchors.get(name)
         if target is None:
             reason = "stands inside what it refers to" if name in self.anchors else "refers to nothing before it"
@@ -225,12 +251,14 @@ class _Composer:
         return target
 
     def count_values(self, count: int, position: Position, path: KeyPath) -> None:
+        """Adds ``count`` to the number of values in the file. Stops the parsing when the number exceeds the limit."""
         self.value_count += count
         if self.value_count > MAX_VALUES:
             self.faults.append(Fault(f"the file grows to more than {MAX_VALUES} values here", position, path))
-            raise _Stop
+            raise _StopParsing
 
     def read_scalar(self, event: yaml.ScalarEvent, position: Position, path: KeyPath) -> Value:
+        """Returns the scalar as text or null; a ``BrokenValue`` if it has a character that YAML forbids."""
         if _is_plain(event) and event.value in _NULLS:
             return ScalarValue(None, position)
         # An escape in double quotes can produce a character that the file itself may not contain.
@@ -241,16 +269,24 @@ class _Composer:
             return BrokenValue(position)
         return ScalarValue(event.value, position)
 
+    def events_until(self, end_event: type[yaml.Event]) -> Iterator[yaml.Event]:
+        """Yields the next events up to ``end_event``. The caller reads the rest of each value that an event begins."""
+        for event in self.events:
+            if isinstance(event, end_event):
+                return
+            yield event
+
     def read_list(self, position: Position, path: KeyPath) -> ListValue:
         members: list[Value] = []
-        while not isinstance(event := next(self.events), yaml.SequenceEndEvent):
+        for event in self.events_until(yaml.SequenceEndEvent):
             members.append(self.read_value(event, (*path, len(members))))
         return ListValue(tuple(members), position, 1 + sum(map(_size, members)))
 
     def read_mapping(self, position: Position, path: KeyPath) -> MappingValue:
+        """Returns the mapping with the entries that its merge keys (``<<``) add. Reports a key that is given twice."""
         entries: dict[str, tuple[Position, Value]] = {}
-        merge_values: list[Value] = []  # of `<<`: other mappings whose entries count where this one has none
-        while not isinstance(event := next(self.events), yaml.MappingEndEvent):
+        merge_values: list[Value] = []
+        for event in self.events_until(yaml.MappingEndEvent):
             key_position = _event_position(event)
             key = self.read_key(event, path)
             value = self.read_value(next(self.events), (*path, key if key is not None else "?"))
@@ -259,18 +295,20 @@ class _Composer:
             if key == "<<" and isinstance(event, yaml.ScalarEvent) and _is_plain(event):
                 merge_values.extend(value.values if isinstance(value, ListValue) else [value])
             elif key in entries:
-                message = f"this key is given twice; it stands on line {entries[key][0].line} already"
+                first_position, _ = entries[key]
+                message = f"this key is given twice; it stands on line {first_position.line} already"
                 self.faults.append(Fault(message, key_position, (*path, key)))
             else:
                 entries[key] = (key_position, value)
-        for other in merge_values:
-            if isinstance(other, MappingValue):
-                entries = {**other.entries, **entries}
-            elif not isinstance(other, BrokenValue):
-                self.faults.append(Fault("<< takes an alias of a mapping", other.position, path))
+        for merge_value in merge_values:
+            if isinstance(merge_value, MappingValue):
+                entries = {**merge_value.entries, **entries}  # the mapping's own entries take precedence
+            elif not isinstance(merge_value, BrokenValue):
+                self.faults.append(Fault("<< takes an alias of a mapping", merge_value.position, path))
         return MappingValue(entries, position, 1 + sum(_size(value) for _, value in entries.values()))
 
     def read_key(self, event: yaml.Event, path: KeyPath) -> str | None:
+        """Returns the text of a key; ``None`` if the key is not a text, which is reported as a fault."""
         value = self.read_value(event, path)
         if isinstance(value, ScalarValue) and value.text:
             return value.text
@@ -280,7 +318,7 @@ class _Composer:
 
 
 def _size(value: Value) -> int:
-    """The number of values in it, itself included."""
+    """Returns the number of all values in ``value``, itself included."""
     return value.size if isinstance(value, (ListValue, MappingValue)) else 1
 
 
@@ -290,6 +328,6 @@ def _event_position(event: yaml.Event) -> Position:
 
 
 def _is_plain(event: yaml.ScalarEvent) -> bool:
-    """Whether the scalar is neither quoted nor a block. One of the two parsers then reports ``None`` as its style, the
-    other an empty string."""
+    """Whether the scalar has no quotes and no tag, and is no block. For such a scalar, one of the two parsers reports
+    the style ``None``, the other an empty text."""
     return not event.style and event.tag is None

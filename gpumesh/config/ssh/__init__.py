@@ -1,1 +1,1 @@
-"""The user's OpenSSH configuration and key files, as far as mesh.yaml refers to them. No connection is made here."""
+"""Reads the user's ``~/.ssh/config`` and key files, as far as mesh.yaml refers to them. No connection is made here."""

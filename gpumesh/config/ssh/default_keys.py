@@ -1,4 +1,4 @@
-"""The default identity files in ``~/.ssh``, in the order in which they are tried."""
+"""The default key files (identity files) in ``~/.ssh``, such as id_ed25519, in the order in which they are tried."""
 
 from __future__ import annotations
 
@@ -9,5 +9,6 @@ _DEFAULT_KEYS = ("id_ed25519", "id_ecdsa", "id_rsa")
 
 
 def find_default_keys(home: Path) -> tuple[Path, ...]:
-    """The default identity files that exist in this home directory."""
-    return tuple(key for name in _DEFAULT_KEYS if (key := home / ".ssh" / name).is_file())
+    """Returns the paths of the default key files that exist in this home folder."""
+    candidates = [home / ".ssh" / name for name in _DEFAULT_KEYS]
+    return tuple(path for path in candidates if path.is_file())

@@ -1,4 +1,7 @@
-"""OpenSSH's patterns (PATTERNS in ssh_config(5)), as ``Host`` lines and known_hosts files have them. Pure."""
+"""Matches host names against OpenSSH's patterns (``*.example.com,!old``) of ``Host`` lines and known_hosts. Pure.
+
+The patterns are described under PATTERNS in ssh_config(5).
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from collections.abc import Iterable
 
 
 def matches_pattern_list(name: str, patterns: Iterable[str]) -> bool:
-    """Whether a pattern matches ``name`` and no pattern with ``!`` in front matches it. Upper and lower case differ."""
+    """Whether a pattern matches ``name``, and no pattern with ``!`` in front does. Upper and lower case differ."""
     matched = False
     for pattern in patterns:
         negated = pattern.startswith("!")
@@ -20,5 +23,5 @@ def matches_pattern_list(name: str, patterns: Iterable[str]) -> bool:
 
 def matches_pattern(name: str, pattern: str) -> bool:
     """Whether ``pattern``, which may contain ``*`` and ``?``, matches ``name``."""
-    # fnmatch reads [host]:port as a class of characters. OpenSSH has no such classes.
+    # fnmatch would read the brackets of [host]:port as a class of characters. OpenSSH has no such classes.
     return fnmatch.fnmatchcase(name, pattern.replace("[", "[[]"))

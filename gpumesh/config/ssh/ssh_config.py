@@ -1,7 +1,8 @@
-"""Asks the system's ssh (``ssh -G``) for the settings of a ``Host`` in ``~/.ssh/config``: it knows Include, Match and
-all defaults. Only where no ssh is installed we read the plain parts of the files ourselves.
+"""Asks the system's ssh (``ssh -G``) for the settings of a ``Host`` (alias) in ``~/.ssh/config``, with its ProxyJump.
 
-``ssh -G`` also prints defaults. The configured settings are the lines that it does not print without the files.
+``ssh -G`` understands Include, Match and all defaults. Only where no ssh is installed, we read the plain parts of the
+files ourselves (``ssh_files``). ``ssh -G`` also prints defaults: the configured settings are the lines that it prints
+with the files, but not without them.
 """
 
 from __future__ import annotations
@@ -20,12 +21,13 @@ from gpumesh.config import environment, value_parsers
 from gpumesh.config.ssh import ssh_files
 from gpumesh.quoting import paste_command
 
-TIMEOUT_S = 10.0
-_MAX_HOPS = 4
+TIMEOUT_S = 10.0  # for one run of ``ssh -G``
+_MAX_HOPS = 4  # jump hosts in a row that have jump hosts themselves: hosts that name each other would never end
 _MAX_OUTPUT_BYTES = 256 * 1024
 _MAX_ERROR_BYTES = 2048
 
-# Options that transport sshtunnel does not support, and their names. Values that mean "not set" do not count.
+# Options that transport sshtunnel does not support: the key in the output of ``ssh -G``, and the name for people. The
+# value ``none`` does not count: the option is not in use.
 _UNSUPPORTED = {
     ssh_files.MATCH_EXEC[0]: "Match exec",
     "proxycommand": "ProxyCommand",
@@ -56,21 +58,26 @@ class AliasSettings:
 
 
 def resolve_alias(alias: str, *, home: Path) -> AliasSettings:
-    """The settings of ``alias``. Raises ValueError with a sentence when ssh cannot read its configuration or is too
-    slow."""
+    """Returns the settings of ``alias``, with the jump hosts resolved. ``home`` is the user's home folder.
+
+    Raises ValueError with a sentence when ssh cannot read its configuration or is too slow.
+    """
     return _resolve_jumps(_read_settings(alias, home), home, 0)
 
 
 def _resolve_jumps(settings: AliasSettings, home: Path, depth: int) -> AliasSettings:
-    """The settings with the hosts of their ProxyJump resolved: a jump host may be an alias that has jump hosts
-    itself."""
+    """Returns the settings with each jump host resolved: a jump host may be an alias that has jump hosts itself.
+
+    ``depth`` is the number of jump hosts that led to these settings. Raises ValueError as ``resolve_alias`` does.
+    """
     if depth >= _MAX_HOPS and settings.proxy_jump:
         raise ValueError(f"its ProxyJump goes on through more than {_MAX_HOPS} hosts")
     resolved: list[str] = []
     features = list(settings.openssh_features)
     for configured_hop in settings.proxy_jump:
         hop = configured_hop.strip().removeprefix("ssh://")
-        if re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", hop) is None:  # user@host or host:port, so not an alias
+        may_be_alias = re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", hop) is not None
+        if not may_be_alias:  # user@host or host:port
             resolved.append(hop)
             continue
         hop_settings = _resolve_jumps(_read_settings(hop, home), home, depth + 1)
@@ -83,68 +90,93 @@ def _resolve_jumps(settings: AliasSettings, home: Path, depth: int) -> AliasSett
 
 
 def _format_hop(hop: AliasSettings) -> str:
-    """``[user@]host[:port]``"""
-    host = f"[{hop.host}]" if ":" in hop.host else hop.host
-    return (f"{hop.user}@" if hop.user else "") + host + (f":{hop.port}" if hop.port else "")
+    """Returns the hop as ``[user@]host[:port]``."""
+    text = f"[{hop.host}]" if ":" in hop.host else hop.host
+    if hop.user:
+        text = f"{hop.user}@{text}"
+    if hop.port:
+        text = f"{text}:{hop.port}"
+    return text
 
 
 def _read_settings(alias: str, home: Path) -> AliasSettings:
-    """The settings of ``alias`` with its ProxyJump as configured."""
+    """Returns the settings of ``alias``, with its ProxyJump as configured. Raises ValueError as ``resolve_alias``
+    does."""
     value_parsers.parse_alias(alias)
     if shutil.which("ssh") is None:
-        return _settings_from_options(alias, ssh_files.read_host_options(alias, home), home)
+        options = ssh_files.read_host_options(alias, home)
+    else:
+        options = _read_configured_options(alias, home)
+    return _settings_from_options(alias, options, home)
+
+
+def _read_configured_options(alias: str, home: Path) -> ssh_files.SshOptions:
+    """Returns the options of ``alias`` that are configured, by ``ssh -G``, as pairs of key and value."""
     config_file = home / ".ssh" / "config"
     # ssh takes the home folder from passwd, not from HOME. If they differ, ssh gets the file as an option.
     is_other_home = home != _passwd_home() and config_file.is_file()
     effective = _run_ssh_g(alias, ["-F", str(config_file)] if is_other_home else [])
     defaults = set(_run_ssh_g(alias, ["-F", "none"]))
-    pairs = [pair for pair in effective if pair not in defaults]
+    configured = [option for option in effective if option not in defaults]
     # ssh's default user comes from passwd, ours from the environment. If they differ, the user that ssh prints may be
     # configured, and is the user that ssh would log in as.
     ssh_user = dict(effective).get("user")
-    if ssh_user is not None and ssh_user != environment.user() and all(key != "user" for key, _ in pairs):
-        pairs.append(("user", ssh_user))
+    if ssh_user is not None and ssh_user != environment.user() and "user" not in dict(configured):
+        configured.append(("user", ssh_user))
     # ssh has already run the command of a Match exec; its result may be different at the next connection.
-    pairs += [pair for pair in ssh_files.read_host_options(alias, home) if pair == ssh_files.MATCH_EXEC]
-    return _settings_from_options(alias, pairs, home)
+    file_options = ssh_files.read_host_options(alias, home)
+    configured += [option for option in file_options if option == ssh_files.MATCH_EXEC]
+    return configured
 
 
-def _settings_from_options(alias: str, pairs: ssh_files.SshOptions, home: Path) -> AliasSettings:
+def _settings_from_options(alias: str, options: ssh_files.SshOptions, home: Path) -> AliasSettings:
+    """Returns the settings that these options of ``alias`` give: pairs of key and value, in the order of the files."""
     values: dict[str, str] = {}
-    for key, value in pairs:
+    for key, value in options:
         values.setdefault(key, value)  # the first value of an option counts
-    host = values.get("hostname", alias).replace("%%", "%").replace("%h", alias)
-    features = [name for key, name in _UNSUPPORTED.items() if values.get(key, "none").lower() != "none"]
-    default_agent = ("SSH_AUTH_SOCK", "$SSH_AUTH_SOCK", str(environment.ssh_auth_sock()))
-    if "IdentityAgent" in features and values["identityagent"] in default_agent:
-        features.remove("IdentityAgent")
+    host = _expand_tokens(values.get("hostname", alias), {"%h": alias})
     tokens = {"%d": str(home), "%h": host, "%n": alias, "%r": values.get("user", ""), "%u": environment.user()}
-    identity_files = [
-        _expand_tokens(value.strip('"'), tokens) for key, value in pairs if key == "identityfile" and value != "none"
-    ]
+    # All values of IdentityFile count: ssh tries one key after the other.
+    identity_files = [value.strip('"') for key, value in options if key == "identityfile" and value != "none"]
     jump = values.get("proxyjump", "none")
-    known_hosts = values.get("userknownhostsfile", "none").split()
     port = values.get("port", "")
     return AliasSettings(
         host=host,
         port=int(port) if port.isascii() and port.isdigit() else None,
         user=values.get("user"),
-        identity_files=tuple(identity_files),
-        known_hosts=known_hosts[0] if known_hosts and known_hosts[0] not in ("none", "/dev/null") else None,
+        identity_files=tuple(_expand_tokens(path, tokens) for path in identity_files),
+        known_hosts=_first_known_hosts_file(values.get("userknownhostsfile", "")),
         proxy_jump=tuple(hop.strip() for hop in jump.split(",")) if jump.lower() != "none" else (),
-        openssh_features=tuple(features),
-        configured=bool(pairs),
+        openssh_features=_find_unsupported_features(values),
+        configured=bool(options),
     )
 
 
+def _find_unsupported_features(values: dict[str, str]) -> tuple[str, ...]:
+    """Returns the names of the options in ``values`` that transport sshtunnel does not support."""
+    features = [name for key, name in _UNSUPPORTED.items() if values.get(key, "none").lower() != "none"]
+    default_agent = ("SSH_AUTH_SOCK", "$SSH_AUTH_SOCK", str(environment.ssh_auth_sock()))
+    if values.get("identityagent") in default_agent and "IdentityAgent" in features:
+        features.remove("IdentityAgent")
+    return tuple(features)
+
+
+def _first_known_hosts_file(option_value: str) -> str | None:
+    """Returns the first file of UserKnownHostsFile; ``None`` when there is no file or the user wants none."""
+    files = option_value.split()
+    if not files or files[0] in ("none", "/dev/null"):
+        return None
+    return files[0]
+
+
 def _expand_tokens(text: str, tokens: dict[str, str]) -> str:
-    """Expands ``%h`` and the like (TOKENS in ssh_config(5)). Unknown tokens stay."""
+    """Replaces ``%h`` and the like (TOKENS in ssh_config(5)) by their values in ``tokens``. Unknown tokens stay."""
     expansions = {**tokens, "%%": "%"}
     return re.sub(r"%.", lambda match: expansions.get(match[0], match[0]), text)
 
 
 def _passwd_home() -> Path | None:
-    """Our user's home folder by passwd; ``None`` on Windows, and for a user without an entry."""
+    """Our user's home folder by passwd; ``None`` on Windows, and for a user without an entry in passwd."""
     try:
         import pwd
 
@@ -154,7 +186,11 @@ def _passwd_home() -> Path | None:
 
 
 def _run_ssh_g(alias: str, options: list[str]) -> ssh_files.SshOptions:
-    """Runs ``ssh -G``, which makes no connection. A ``Match exec`` runs the user's own command, as ssh itself would."""
+    """Returns the options of ``alias`` that ``ssh -G`` prints, defaults too, as pairs of key and value.
+
+    ``ssh -G`` makes no connection. A ``Match exec`` runs the user's own command, as ssh itself would. Raises ValueError
+    when ssh fails or does not answer within ``TIMEOUT_S``.
+    """
     shown_command = paste_command("ssh -G {ALIAS}", ALIAS=alias)
     # Files instead of pipes: a process that a Match exec leaves behind could keep a pipe open for ever.
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
@@ -183,6 +219,13 @@ def _run_ssh_g(alias: str, options: list[str]) -> ssh_files.SshOptions:
         output = out.read(_MAX_OUTPUT_BYTES).decode("utf-8", "replace")
         errors = err.read(_MAX_ERROR_BYTES).decode("utf-8", "replace")
     if exit_status != 0:
-        lines = ["".join(c if c.isprintable() else "?" for c in line) for line in errors.splitlines() if line]
-        raise ValueError(f"{shown_command} failed: {(lines or ['it says nothing'])[0][:200]}")
+        raise ValueError(f"{shown_command} failed: {_first_line(errors) or 'it says nothing'}")
     return [ssh_files.parse_option_line(line) for line in output.splitlines() if line.strip()]
+
+
+def _first_line(text: str) -> str:
+    """Returns the first line that is not empty, safe to print and cut to 200 characters."""
+    lines = [line for line in text.splitlines() if line]
+    if not lines:
+        return ""
+    return "".join(character if character.isprintable() else "?" for character in lines[0])[:200]
