@@ -130,7 +130,7 @@ def _read_tuple(members: tuple[Any, ...], value: Any) -> tuple[Any, ...]:
     """Returns the JSON list as a tuple. ``members`` are the arguments of its type: of ``tuple[int, ...]`` or of
     ``tuple[str, int]``."""
     if not isinstance(value, list):
-        raise ValueError(f"expected a list, got {value!r}")  # noqa: TRY004  # the promise of from_json
+        raise ValueError(f"expected a list, got {value!r}")  # noqa: TRY004  # ``from_json`` promises ValueError
     if members[1:] == (Ellipsis,):
         item_type = members[0]
         return tuple(_read(item_type, item) for item in value)

@@ -34,6 +34,7 @@ def check(topology: Topology) -> list[Finding]:
 
 
 def _check_gateway(topology: Topology) -> Iterator[Finding]:
+    """Findings about the gateway and Redis: secrets that are not set, and traffic without encryption."""
     gateway = topology.gateway
     if gateway.api_key_env is not None:
         yield from _check_variable(gateway.api_key_env, "gateway.api_key_env", None)
@@ -48,6 +49,7 @@ def _check_gateway(topology: Topology) -> Iterator[Finding]:
 
 
 def _check_node(node: NodeSpec) -> Iterator[Finding]:
+    """Findings about one node: its variables, its alias, its credentials and the way to its host."""
     if node.backend.api_key_env is not None:
         yield from _check_variable(node.backend.api_key_env, "backend.api_key_env", node.name)
     if node.ssh is None:
@@ -66,6 +68,7 @@ def _check_variable(variable: str, key: str, node: str | None) -> Iterator[Findi
 
 
 def _check_alias(alias: str, ssh: SshSpec, node: str) -> Iterator[Finding]:
+    """Findings about a node's alias: unreadable, unknown, or with features that need the system's ssh."""
     try:
         settings = ssh_config.resolve_alias(alias, home=environment.home())
     except ValueError as error:
@@ -85,6 +88,7 @@ def _check_alias(alias: str, ssh: SshSpec, node: str) -> Iterator[Finding]:
 
 
 def _check_credentials(ssh: SshSpec, node: str) -> Iterator[Finding]:
+    """Findings about what a node's login needs: the variables with secrets, the key files, or an agent."""
     for variable, key in ((ssh.password_env, "ssh.password_env"), (ssh.passphrase_env, "ssh.passphrase_env")):
         if variable is not None:
             yield from _check_variable(variable, key, node)
@@ -100,6 +104,7 @@ def _check_credentials(ssh: SshSpec, node: str) -> Iterator[Finding]:
 
 
 def _check_key_file(path: Path, ssh: SshSpec, node: str) -> Iterator[Finding]:
+    """Findings about one key file of a node: unreadable, open to other users, a public key, on a security token."""
     try:
         mode = path.stat().st_mode
         kind = key_files.detect_key_kind(path)

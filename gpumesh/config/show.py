@@ -38,6 +38,7 @@ class _Dumper(yaml.SafeDumper):
 
 
 def _gateway_entries(spec: GatewaySpec) -> dict[str, Any]:
+    """Returns the section ``gateway``. The functions below return the other sections: keys and values of mesh.yaml."""
     listen: list[str] = []
     if spec.host is not None:
         listen.append(format_address(spec.host, spec.port))

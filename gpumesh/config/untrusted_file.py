@@ -98,6 +98,7 @@ def _is_private_group(gid: int, uid: int) -> bool:
 
 
 def _user_label(uid: int) -> str:
+    """Returns the user's name and number for a message; only the number if the system knows no name."""
     import pwd
 
     try:
@@ -107,6 +108,7 @@ def _user_label(uid: int) -> str:
 
 
 def _group_label(gid: int) -> str:
+    """Returns the group's name for a message; its number if the system knows no name."""
     import grp
 
     try:

@@ -1,4 +1,5 @@
-"""Coordination of several gateways that use the same GPUs. Each gateway publishes how many requests it has in flight.
+"""Coordination over Redis of several gateways that use the same GPUs: each tells the others its requests in flight.
+
 So two gateways do not send their requests to one node while another node idles. Without Redis, or while Redis is away,
 each gateway works alone.
 

@@ -13,14 +13,18 @@ Loads = Mapping[str, int]
 
 
 class Coordination(Protocol):
+    """Exchanges loads with other gateways while ``run`` runs."""
+
     def other_gateways_load(self, key: str) -> int:
-        """How many requests all other gateways together have in flight on the GPUs of ``key``, as far as is known."""
+        """Returns the number of requests that all other gateways together have in flight on the GPUs of ``key``, as far
+        as this gateway knows."""
 
     def findings(self) -> tuple[Finding, ...]:
-        """The reasons why this gateway does not know the load of the others; empty when it knows."""
+        """Returns the reasons why this gateway does not know the load of the others; empty when it knows the load."""
 
     async def run(self, own_loads: AsyncIterator[Loads]) -> None:
         """Publishes this gateway's loads whenever ``own_loads`` yields them, and receives the loads of the others.
 
         Ends when it is cancelled, or at once where there are no other gateways. Raises no error that another gateway or
-        Redis causes."""
+        Redis causes.
+        """

@@ -1,4 +1,4 @@
-"""Makes the coordination that a mesh has by ``redis`` in mesh.yaml."""
+"""Makes a mesh's ``Coordination``: over Redis if mesh.yaml has the section ``redis``, else of a single gateway."""
 
 from __future__ import annotations
 
@@ -13,8 +13,11 @@ from gpumesh.topology import RedisSpec
 def create_coordination(
     spec: RedisSpec | None, *, on_change: Callable[[], None], clock: Callable[[], float]
 ) -> Coordination:
-    """``SingleGateway`` without a ``spec``. ``on_change`` is called when the load of other gateways, or the findings,
-    have changed. ``clock`` returns monotonic seconds."""
+    """Returns the coordination over the Redis of ``spec``; a ``SingleGateway`` if ``spec`` is ``None``.
+
+    ``on_change`` is called when the load of other gateways, or the findings, have changed. ``clock`` returns monotonic
+    seconds.
+    """
     if spec is None:
         return SingleGateway()
     from gpumesh.coordination.redis_coordination import RedisCoordination  # most meshes do not need redis-py

@@ -1,4 +1,4 @@
-"""``RedisCoordination``: gateways that share a Redis publish their loads on one channel and receive the others' loads.
+"""``RedisCoordination``: gateways exchange their loads over one publish/subscribe channel of a Redis that they share.
 
 A gateway publishes its loads when they change, and at each heartbeat. Redis stores nothing, so nothing is left there.
 While Redis is away, each gateway works alone, and a finding reports that.
@@ -23,7 +23,7 @@ from gpumesh.printable import printable
 from gpumesh.state import Finding, Severity
 
 CHANNEL = "gpumesh:loads:1"
-HEARTBEAT_S = 1.0  # a third of ``peers.STALE_S``: a lost heartbeat or two do no harm
+HEARTBEAT_S = 1.0  # a third of ``peers.STALE_S``: one or two lost heartbeats do no harm
 MIN_INTERVAL_S = 0.01  # between two messages when the loads change in a burst
 CONNECT_TIMEOUT_S = 2.0
 ANSWER_TIMEOUT_S = 2.0
@@ -31,10 +31,10 @@ FIRST_PAUSE_S, MAX_PAUSE_S = 0.5, 10.0  # between two attempts to connect while 
 
 
 class RedisCoordination:
-    """See ``base.Coordination``. ``on_change`` is called, on the event loop, when the loads of others or ``problem``
-    have changed.
+    """The Coordination over the Redis at ``url``, which holds no password.
 
-    ``url`` holds no password. ``password`` is called at each connect, and its result is not stored.
+    ``password`` is called at each connect, and its result is not stored. ``on_change`` is called, on the event loop,
+    when the loads of others or ``problem`` have changed. ``clock`` returns monotonic seconds.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class RedisCoordination:
         return f"<RedisCoordination {self._name} {self._peers!r} problem {self.problem!r}>"
 
     def publish_loads(self, loads: Loads) -> None:
-        """Sets the loads of this gateway. Cheap: another task sends them a moment later."""
+        """Sets the loads of this gateway. Another task sends them a moment later, so this call takes little time."""
         busy = {key: count for key, count in loads.items() if count > 0}
         if busy != self._own_loads:
             self._own_loads = busy
@@ -88,6 +88,7 @@ class RedisCoordination:
             self.publish_loads(loads)
 
     async def _stay_connected(self) -> None:
+        """Connects, and connects again whenever the connection is lost, until it is cancelled."""
         pause_s = FIRST_PAUSE_S
         while True:
             started_at = self._clock()
@@ -99,14 +100,14 @@ class RedisCoordination:
             except* Exception as group:
                 self._record_problem(_describe_failure(group))
             raise_if_cancelled()
-            if self._clock() - started_at > MAX_PAUSE_S:  # it was connected for some time: Redis had come back
+            if self._clock() - started_at > MAX_PAUSE_S:  # the connection was up for some time: Redis had come back
                 pause_s = FIRST_PAUSE_S
             await asyncio.sleep(pause_s)
             pause_s = min(pause_s * 2, MAX_PAUSE_S)
 
     async def _use_connection(self) -> None:
-        """Connects, then sends and receives until the connection is lost. Raises in an exception group, mostly
-        RedisError, OSError or TimeoutError."""
+        """Connects, then sends and receives until the connection is lost. Raises the error, mostly RedisError, OSError
+        or TimeoutError, alone or in an exception group."""
         client = redis.Redis.from_url(
             self._url,
             password=self._password(),
@@ -119,15 +120,15 @@ class RedisCoordination:
             stack.push_async_callback(client.aclose)
             subscription = client.pubsub(ignore_subscribe_messages=True)
             stack.push_async_callback(subscription.aclose)
-            async with asyncio.TaskGroup() as group:
+            async with asyncio.TaskGroup() as tasks:
                 await subscription.subscribe(CHANNEL)
                 self.problem = None
                 self._on_change()
-                group.create_task(self._send_messages(client))
+                tasks.create_task(self._send_messages(client))
                 await self._receive_messages(subscription)
 
     async def _send_messages(self, client: redis.Redis) -> None:
-        """Sends the own loads at each change and at each heartbeat. At the end sends the message that this gateway
+        """Sends this gateway's loads at each change and at each heartbeat. At the end sends a message that this gateway
         leaves."""
         try:
             while True:
@@ -144,8 +145,9 @@ class RedisCoordination:
                     await client.publish(CHANNEL, encode_loads(self._name, {}, leaving=True))
 
     async def _receive_messages(self, subscription: redis.client.PubSub) -> None:
+        """Takes the messages of all gateways. Raises TimeoutError when no message comes for too long."""
         while True:
-            # Our own heartbeat comes back here: a longer silence means that the connection is dead.
+            # Our own heartbeat comes back here, so a longer silence means that the connection is dead.
             async with asyncio.timeout(HEARTBEAT_S + ANSWER_TIMEOUT_S):
                 message = await subscription.get_message(timeout=None)
                 # Hundreds of messages may come together, and ``get_message`` would then hold up the event loop.
@@ -156,6 +158,7 @@ class RedisCoordination:
                 self._on_change()
 
     def _record_problem(self, problem: str) -> None:
+        """Sets ``problem``, and forgets the loads of the others: they are not known any more."""
         if self.problem != problem:
             self.problem = problem
             self._peers.forget_all()
@@ -163,7 +166,7 @@ class RedisCoordination:
 
 
 def _describe_failure(group: BaseExceptionGroup[BaseException]) -> str:
-    """The first error of the group, as one line. redis-py's messages name host and port, never the password."""
+    """Returns the first error of the group, as one line. redis-py's messages name host and port, never the password."""
     error: BaseException = group
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]

@@ -1,5 +1,4 @@
-"""A mesh that other processes can reach: its process in the foreground or the background, its lock, its files, its log,
-and its control socket.
+"""A mesh that other processes can reach: its process (`up`, `up -d`), its lock, files and log, its control socket.
 
 ``Session`` (in ``sessions/``) has the operations of a mesh. They are the same whether the mesh runs in this process
 (``LocalSession``) or behind the socket (``RemoteSession``).

@@ -1,4 +1,4 @@
-"""The background mesh's process: ``python -m gpumesh.daemon``. Only ``background.start_background`` starts it.
+"""The program of the background mesh: ``python -m gpumesh.daemon``. Only ``background.start_background`` starts it.
 
 The process sends one message of the control socket's protocol through a pipe to its parent: ``End`` when the mesh
 serves, or ``Error`` with the reason why it cannot.
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 
 class ReadyPipe:
-    """The pipe to the parent, for one message. A parent that is gone is no error."""
+    """The pipe to the parent process, for one message. It is no error if the parent has ended."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor: int | None = descriptor
@@ -45,7 +45,8 @@ class ReadyPipe:
 
 
 async def serve(config_file: Path, options: UpOptions, ready: ReadyPipe) -> None:
-    """Runs the mesh until SIGTERM, SIGINT or ``Down``."""
+    """Runs the mesh of ``config_file`` until SIGTERM, SIGINT or the request ``Down``. Sends ``End`` when the mesh
+    serves."""
     topology = apply_options(config.load(config_file), options)
     mesh_paths = paths.for_config(config_file)
     lock = MeshLock.acquire(mesh_paths)  # held until this process ends; `down` waits for that
@@ -57,6 +58,7 @@ async def serve(config_file: Path, options: UpOptions, ready: ReadyPipe) -> None
 
 
 def main() -> int:
+    """Reads the options, runs the mesh, and returns the exit status. Sends an ``Error`` if the mesh cannot serve."""
     parser = argparse.ArgumentParser(prog="python -m gpumesh.daemon")
     parser.add_argument("config", type=Path)
     parser.add_argument("--ready-fd", type=int, required=True)
@@ -90,6 +92,7 @@ def main() -> int:
 
 
 def _describe_error(error: BaseException) -> str:
+    """Returns the error in one line; for a group, each of its errors once."""
     if isinstance(error, BaseExceptionGroup):
         return "; ".join(dict.fromkeys(_describe_error(inner) for inner in error.exceptions))
     if isinstance(error, OSError) and error.strerror:

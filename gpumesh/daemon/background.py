@@ -22,17 +22,17 @@ from gpumesh.daemon.up_options import UpOptions
 from gpumesh.errors import GPUMeshError, MeshNotRunning
 from gpumesh.state import MeshState
 
-READY_TIMEOUT_S = 20.0
+READY_TIMEOUT_S = 20.0  # for the new process to report that its mesh serves
 CLOSE_TIMEOUT_S = 10.0  # for closing tunnels and ending workers, after the requests in flight have ended
-LOCK_POLL_S = 0.02
-STATUS_WAIT_S = 0.5  # for the exit status of a process that has closed its pipe, or that said nothing
+LOCK_POLL_S = 0.02  # between two looks at the lock of a process that is to end
+STATUS_WAIT_S = 0.5  # for the exit status of a process that has closed its pipe, or that reported nothing
 
 
 def start_background(paths: MeshPaths, options: UpOptions, *, ready_timeout_s: float = READY_TIMEOUT_S) -> int:
-    """Starts the background process and returns its pid when its gateway and its control socket listen.
+    """Starts the background process. Returns its pid when its gateway and its control socket listen.
 
     Raises the error that the process reports (the text of a ConfigError, MeshAlreadyRunning, a port that is taken), or
-    GPUMeshError when the process ends or reports nothing for ``ready_timeout_s``. Then nothing is left running.
+    GPUMeshError when the process ends or reports nothing for ``ready_timeout_s`` seconds. Then nothing is left running.
     """
     paths.log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     reader, writer = os.pipe()
@@ -58,11 +58,12 @@ def start_background(paths: MeshPaths, options: UpOptions, *, ready_timeout_s: f
         except BaseException:
             _end_process(process)
             raise
-    process.returncode = 0  # nobody waits for this child any more; without this, Popen's finalizer would warn
+    process.returncode = 0  # the child runs on, and nobody waits for it: otherwise Popen's finalizer would warn
     return process.pid
 
 
 def _daemon_command(config: Path, options: UpOptions, ready_descriptor: int) -> list[str]:
+    """Returns the arguments that start ``gpumesh.daemon`` (``daemon/__main__.py``) with these options of `up`."""
     # -P: a folder named gpumesh, or a yaml.py, in the user's working directory must not be imported.
     command = [sys.executable, "-P", "-m", "gpumesh.daemon", str(config), "--ready-fd", str(ready_descriptor)]
     if not options.gateway:
@@ -73,7 +74,7 @@ def _daemon_command(config: Path, options: UpOptions, ready_descriptor: int) -> 
 
 
 def _read_ready_message(descriptor: int, timeout_s: float) -> messages.ControlReply | None:
-    """The one message on the pipe; ``None`` when the pipe ends before it or the time is over."""
+    """Returns the one message on the pipe; ``None`` when the pipe ends without a message or the time is over."""
     deadline = time.monotonic() + timeout_s
     data = b""
     while not data.endswith(b"\n"):
@@ -86,7 +87,8 @@ def _read_ready_message(descriptor: int, timeout_s: float) -> messages.ControlRe
 
 
 def _no_report_error(process: subprocess.Popen[bytes], paths: MeshPaths, timeout_s: float) -> GPUMeshError:
-    """The error for a process that has sent no message: it still runs, or it has ended with a text on stderr."""
+    """Returns the error for a process that has sent no message, because it is slow or has ended. If it has ended, the
+    error has the last line of its stderr."""
     with suppress(subprocess.TimeoutExpired):
         process.wait(STATUS_WAIT_S)
     if process.returncode is None:
@@ -100,6 +102,7 @@ def _no_report_error(process: subprocess.Popen[bytes], paths: MeshPaths, timeout
 
 
 def _end_process(process: subprocess.Popen[bytes]) -> None:
+    """Ends the process by SIGTERM, or by SIGKILL after ``CLOSE_TIMEOUT_S``, and waits for its end."""
     process.terminate()
     try:
         process.wait(CLOSE_TIMEOUT_S)
@@ -111,10 +114,11 @@ def _end_process(process: subprocess.Popen[bytes]) -> None:
 async def stop_background(
     paths: MeshPaths, drain_s: float, *, on_state: Callable[[MeshState], None], close_s: float = CLOSE_TIMEOUT_S
 ) -> bool:
-    """Drains and stops the mesh. Returns when its process is gone and its files are removed: True when the process
-    ended by itself, False when it had to be killed.
+    """Drains and stops the mesh. Returns when its process has ended and its files are removed: True if the process
+    ended in order, False if it had to be killed.
 
-    ``on_state`` gets the states of the mesh while it drains. Raises MeshNotRunning.
+    The mesh may drain for ``drain_s`` seconds, and then has ``close_s`` seconds to close. ``on_state`` gets the states
+    of the mesh while it drains. Raises MeshNotRunning.
     """
     watch = LockWatch.open(paths)
     if watch is None:
@@ -126,7 +130,8 @@ async def stop_background(
         pid = watch.pid
         try:
             async with asyncio.timeout(drain_s + close_s):
-                if not await _request_down(paths, drain_s, on_state):  # nobody answers: a signal reaches the process
+                was_requested = await _request_down(paths, drain_s, on_state)
+                if not was_requested:  # the control socket does not answer, but a signal reaches the process
                     _signal_owner(watch, pid, signal.SIGTERM)
                 await _wait_unlocked(watch)
         except TimeoutError:
@@ -140,20 +145,23 @@ async def stop_background(
 
 
 def _signal_owner(watch: LockWatch, pid: int | None, number: signal.Signals) -> None:
-    """Sends the signal only while the lock is held: after that another process may have the pid."""
+    """Sends the signal to the process ``pid`` if it still holds the lock: later, another process may have its pid."""
     if pid is not None and watch.held:
         with suppress(ProcessLookupError):
             os.kill(pid, number)
 
 
 async def _wait_unlocked(watch: LockWatch) -> None:
+    """Returns when no process holds the lock."""
     while watch.held:  # noqa: ASYNC110  # another process ends: there is no event to wait for
         await asyncio.sleep(LOCK_POLL_S)
 
 
 async def _request_down(paths: MeshPaths, drain_s: float, on_state: Callable[[MeshState], None]) -> bool:
-    """Asks the mesh to stop and follows its states to the end. Returns False when no mesh listens: the mesh is closing
-    already, or has only just started, or its socket was removed."""
+    """Asks the mesh over its control socket to stop, and gives its states to ``on_state`` until it closes.
+
+    Returns False when no mesh listens: the mesh is closing already, has only just started, or its socket was removed.
+    """
     try:
         async for state in RemoteSession(paths.socket).down(drain_s):
             on_state(state)

@@ -1,7 +1,7 @@
-"""Removes what killed meshes left behind: their sockets and locks, and the folders of their connections.
+"""Removes the files that killed meshes left behind: their sockets and locks, and the folders of their connections.
 
 Each start of a mesh does this for all meshes of the same user. Only files that belong to no living process are removed.
-The locks show that, and not the age of a file: a lock ends with its process.
+Their locks show that, not their age: a lock ends with its process.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ _MESH_FOLDER = re.compile(r"[0-9a-f]{16}")  # the names that paths.for_config ma
 
 
 def remove_leftovers() -> None:
-    """Never raises: a file that cannot be checked or removed stays."""
+    """Removes the stale files in all runtime folders of this user. Raises no error: a file that cannot be checked or
+    removed stays."""
     for runtime in environment.runtime_dirs():
         socket_folders.remove_stale_folders(runtime)
         with contextlib.suppress(OSError, GPUMeshError):
@@ -32,6 +33,7 @@ def remove_leftovers() -> None:
 
 
 def _remove_stale_mesh(folder: Path) -> None:
+    """Removes the runtime folder of a mesh whose process has ended."""
     log = environment.state_dir() / "logs" / f"{folder.name}.jsonl"
     paths = MeshPaths(config=folder, folder=folder, log=log)  # its mesh.yaml is not known, and not needed here
     with contextlib.suppress(OSError, GPUMeshError):

@@ -18,12 +18,12 @@ from typing import Any, cast
 
 from gpumesh.daemon.state_changes import LogEvent
 
-ROTATE_BYTES = 2 << 20
-ROTATED_FILES = 3  # besides the file that is written
+ROTATE_BYTES = 2 << 20  # the size at which a new file begins
+ROTATED_FILES = 3  # the number of old files that are kept
 
 
 class JsonLinesFormatter(logging.Formatter):
-    """Records as JSON objects, one a line; a trace goes into ``trace``."""
+    """Turns each log record into a JSON object on one line; the trace of an error goes into ``trace``."""
 
     def format(self, record: logging.LogRecord) -> str:
         line: dict[str, object] = {
@@ -68,6 +68,7 @@ def start_log(path: Path) -> logging.Handler:
 
 
 def stop_log(handler: logging.Handler) -> None:
+    """Ends what ``start_log`` began, and closes the file."""
     logging.getLogger("gpumesh").removeHandler(handler)
     logging.getLogger("asyncio").removeHandler(handler)
     logging.getLogger("gpumesh").propagate = True
@@ -75,5 +76,6 @@ def stop_log(handler: logging.Handler) -> None:
 
 
 def log_event(event: LogEvent) -> None:
+    """Writes a change of the mesh's state to the log."""
     extra = {"event": event.event, "node": event.node}
     logging.getLogger("gpumesh.journal").log(event.level, "%s", event.message, extra=extra)

@@ -1,10 +1,11 @@
 """At most one mesh runs for each mesh.yaml: its process holds an flock on a file that contains its pid.
 
 A second ``up`` finds out here that a mesh runs already (``MeshLock.acquire``). ``LockWatch`` looks at the lock of
-another process: its pid, and whether it is still held.
+another process: the pid of that process, and whether it still holds the lock.
 
 The kernel drops the lock when its process ends, however it ends. So when the lock can be taken, everything else in the
-folder is stale. A mesh holds its lock until its process ends: a process that waits for the lock waits for that.
+folder is stale. A mesh holds its lock until its process ends. So a command that waits for the lock waits for the end of
+the mesh's process.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from gpumesh import file_lock
 from gpumesh.daemon.paths import MeshPaths
 from gpumesh.errors import GPUMeshError, MeshAlreadyRunning
 
-LOCK_RETRIES, LOCK_RETRY_S = 5, 0.01
+LOCK_RETRIES = 5
+LOCK_RETRY_S = 0.01  # between two tries; other commands hold the lock for a much shorter time
 
 
 class MeshLock:
@@ -32,7 +34,11 @@ class MeshLock:
 
     @classmethod
     def acquire(cls, paths: MeshPaths) -> Self:
-        """Raises MeshAlreadyRunning, which names the pid, when another process holds the lock."""
+        """Takes the mesh's lock and writes our pid into the lock file. Makes the folder and the file if necessary.
+
+        Raises MeshAlreadyRunning, which names the pid, when another process holds the lock, and GPUMeshError when the
+        file cannot be used.
+        """
         while True:
             paths.create_folder()
             try:
@@ -54,23 +60,24 @@ class MeshLock:
             except BaseException:
                 os.close(descriptor)
                 raise
-            os.close(descriptor)  # its last owner unlinked the file before we had the lock: make a new file
+            # The last owner unlinked the file after we had opened it, so nobody else would see our lock: open it again.
+            os.close(descriptor)
 
     def restore_file(self, paths: MeshPaths) -> None:
-        """Makes the lock file anew if it is gone. Call it now and then: a system clears old files from /tmp, and
-        removes a runtime folder at logout.
+        """Makes the lock file anew if it is gone. To be called every few seconds: a system clears old files from /tmp,
+        and removes a runtime folder at logout.
 
         Raises MeshAlreadyRunning when another mesh has made and locked the file meanwhile, and GPUMeshError when the
         file cannot be made now.
         """
         if self.still_owns(paths):
-            os.utime(self._descriptor)  # a file that is not old is not cleared
+            os.utime(self._descriptor)  # makes the file new again, so that the system does not clear it
             return
-        # The old file stays open and locked: a `down` may be waiting for it.
+        # The old file stays open and locked: a `down` may be waiting for its lock.
         self._descriptor = type(self).acquire(paths)._descriptor
 
     def still_owns(self, paths: MeshPaths) -> bool:
-        """Whether the lock file is still the file that this lock is on."""
+        """Whether the lock file at its path is still the file that this object has locked."""
         return _is_file_at(self._descriptor, paths.lock)
 
     def release(self) -> None:
@@ -78,7 +85,7 @@ class MeshLock:
 
 
 class LockWatch:
-    """The lock of another process, opened while that process may hold it."""
+    """The lock file of another process. That process may hold the lock, or may have ended."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
@@ -88,7 +95,8 @@ class LockWatch:
 
     @classmethod
     def open(cls, paths: MeshPaths) -> Self | None:
-        """``None`` when there is no lock file. Raises GPUMeshError when it cannot be opened."""
+        """Opens the mesh's lock file. Returns ``None`` when there is no such file. Raises GPUMeshError when the file
+        cannot be opened."""
         try:
             return cls(os.open(paths.lock, os.O_RDWR | os.O_CLOEXEC))
         except FileNotFoundError:
@@ -98,7 +106,7 @@ class LockWatch:
 
     @property
     def held(self) -> bool:
-        """Whether a process holds the lock. To find out, this takes a free lock for an instant."""
+        """Whether a process holds the lock. If no process holds it, this takes the lock for an instant."""
         if not file_lock.try_acquire(self._descriptor):
             return True
         file_lock.release(self._descriptor)
@@ -106,10 +114,11 @@ class LockWatch:
 
     @property
     def pid(self) -> int | None:
+        """The pid in the lock file; ``None`` when the file holds no pid yet."""
         return _read_pid(self._descriptor)
 
     def remove_if_stale(self, paths: MeshPaths) -> bool:
-        """Removes the files of an owner that is gone. Returns True when no process holds the lock."""
+        """Removes the mesh's files if no process holds the lock. Returns False if a process holds it."""
         if not file_lock.try_acquire(self._descriptor):
             return False
         if _is_file_at(self._descriptor, paths.lock):
@@ -128,8 +137,10 @@ class LockWatch:
 
 
 def _try_lock_with_retries(descriptor: int) -> bool:
-    """Takes the lock, if necessary at the second or third try: a command that asks whether a mesh runs (``held``,
-    ``remove_if_stale``) has the lock for an instant, but is no mesh. Returns False when the lock stays held."""
+    """Takes the lock, after a few tries if necessary. Returns False when another process still holds it then.
+
+    A command that asks whether a mesh runs (``held``, ``remove_if_stale``) is no mesh, but has the lock for an instant.
+    """
     for _ in range(LOCK_RETRIES):
         if file_lock.try_acquire(descriptor):
             return True
@@ -138,15 +149,16 @@ def _try_lock_with_retries(descriptor: int) -> bool:
 
 
 def _is_file_at(descriptor: int, path: Path) -> bool:
-    """Whether the open file is still the file at that path."""
+    """Whether the open file is still the file at ``path``."""
     try:
-        at_path = path.stat()
+        status_at_path = path.stat()
     except FileNotFoundError:
         return False
-    return os.path.samestat(os.fstat(descriptor), at_path)
+    return os.path.samestat(os.fstat(descriptor), status_at_path)
 
 
 def _read_pid(descriptor: int) -> int | None:
+    """Returns the pid in an open lock file; ``None`` when the file is empty or holds anything else."""
     text = os.pread(descriptor, 32, 0).decode("ascii", "replace").strip()
     return int(text) if text.isdecimal() and text.isascii() else None
 

@@ -1,6 +1,7 @@
-"""The whole mesh in one process: log, mesh, control socket and gateway, opened in this order and closed in the reverse.
+"""Runs a whole mesh in this process: opens log, mesh, control socket and gateway; drains and closes them at the end.
 
-`up` also shows a table of the mesh; the background process only runs it.
+The four are opened in this order and closed in the reverse order. `up` runs a mesh and shows a table of it; the
+background process only runs the mesh.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ from gpumesh.topology import Topology
 log = logging.getLogger(__name__)
 
 LOG_INTERVAL_S = 0.1  # between two states that are compared for the log
-RESTORE_INTERVAL_S = 2.0
+RESTORE_INTERVAL_S = 2.0  # between two looks at the lock file and the control socket
 IDLE_POLL_S = 0.05  # between two states that are looked at while the mesh drains
-HISTORY_INTERVAL_S = 2.0  # as often as nvidia-smi is asked
+HISTORY_INTERVAL_S = 2.0  # as often as nvidia-smi runs
 
 
 @asynccontextmanager
@@ -43,11 +44,11 @@ async def run_mesh(
     lock: MeshLock | None = None,
     check_every_s: float = RESTORE_INTERVAL_S,
 ) -> AsyncGenerator[LocalSession]:
-    """Runs the mesh while the context is open. At its end the mesh drains (``shutdown.drain_s`` seconds at most) and
-    closes.
+    """Runs the mesh during the block. At the end drains it, for ``shutdown.drain_s`` seconds at most, and closes it.
 
-    The caller holds the mesh's lock (``MeshLock.acquire``) and keeps it to the end of its process. With ``lock``, the
-    lock file and the control socket are looked at every ``check_every_s`` seconds, and restored if they were removed.
+    ``gateway``: whether the mesh has a gateway. The caller holds the mesh's lock (``MeshLock.acquire``) and keeps it to
+    the end of its process. With ``lock``, the lock file and the control socket are looked at every ``check_every_s``
+    seconds, and restored if they were removed.
     """
     from gpumesh.gateway.app import Gateway
     from gpumesh.gateway.observe.access_log import AccessLog
@@ -71,33 +72,40 @@ async def run_mesh(
             restoring = _restore_when_removed(control, lock, paths, shutdown, check_every_s)
             _run_until_closed(stack, restoring, name="keeper")
         async with AsyncExitStack() as serving:
+            server: Gateway | None = None
             if gateway:
                 access_log = AccessLog(paths.access_log) if topology.gateway.access_log else None
-                server = await serving.enter_async_context(
-                    Gateway(mesh, access_log=access_log, stop_now=shutdown.forced)
-                )
+                server = Gateway(mesh, access_log=access_log, stop_now=shutdown.forced)
+                await serving.enter_async_context(server)
                 log.info("the gateway serves at %s", server.listen_description, extra={"event": "gateway"})
-            # The objects that exist now stay until the end. Without `freeze`, each full collection would walk through
-            # them, and no token would move for 10 ms.
-            gc.collect()
-            gc.freeze()
-            serving.callback(gc.unfreeze)
-            # Requests leave no cycles behind, so collections find next to nothing. Fewer of them save 4 % of CPU time.
-            serving.callback(gc.set_threshold, *gc.get_threshold())
-            gc.set_threshold(10_000, 10, 10)
+            _tune_garbage_collector(serving)
             yield session
             session.refuse_new_prompts()
             log.info("draining, %.0f s at most", shutdown.drain_s, extra={"event": "drain"})
-            if gateway:
-                server.drain_s = shutdown.drain_s
+            if server is not None:
+                server.drain_s = shutdown.drain_s  # the gateway drains at the end of this block
             drain_began = asyncio.get_running_loop().time()
         # The gateway has drained. The rest of the time is for prompts that came over the control socket.
         spent_s = asyncio.get_running_loop().time() - drain_began
         await wait_drained(session, max(shutdown.drain_s - spent_s, 0.0), shutdown.forced)
 
 
+def _tune_garbage_collector(stack: AsyncExitStack) -> None:
+    """Makes garbage collections rare and short, until the stack closes.
+
+    The objects that exist now stay until the end, so they are exempted: otherwise each full collection would walk
+    through them, and no token would move for 10 ms. Requests leave no cycles behind, so collections find next to
+    nothing: fewer of them save 4 % of a request's CPU time.
+    """
+    gc.collect()
+    gc.freeze()
+    stack.callback(gc.unfreeze)
+    stack.callback(gc.set_threshold, *gc.get_threshold())
+    gc.set_threshold(10_000, 10, 10)
+
+
 def _run_until_closed(stack: AsyncExitStack, work: Coroutine[Any, Any, None], *, name: str) -> None:
-    """Starts a task that is cancelled when the stack closes."""
+    """Runs ``work`` in a task that is cancelled when the stack closes."""
     task = asyncio.create_task(work, name=name)
 
     async def cancel() -> None:
@@ -108,12 +116,13 @@ def _run_until_closed(stack: AsyncExitStack, work: Coroutine[Any, Any, None], *,
 
 
 def _remove_files(paths: MeshPaths, lock: MeshLock | None) -> None:
-    if lock is None or lock.still_owns(paths):  # else the files belong to another mesh by now
+    """Removes the mesh's files, unless another mesh owns them by now."""
+    if lock is None or lock.still_owns(paths):
         paths.remove_files()
 
 
 def _log_failure(_kind: type[BaseException] | None, error: BaseException | None, _trace: TracebackType | None) -> None:
-    """Writes the error that ends the mesh into its log while the log is still open."""
+    """Writes the error that ends the mesh into its log. An exit callback, which runs while the log is still open."""
     if isinstance(error, GPUMeshError):
         log.error("the mesh ends: %s", error.message, extra={"event": "failed", "node": error.node})
     elif isinstance(error, Exception):
@@ -126,7 +135,7 @@ async def wait_drained(session: LocalSession, timeout_s: float, forced: asyncio.
     async def wait_until_idle() -> None:
         async with aclosing(session.watch(IDLE_POLL_S)) as states:
             async for state in states:
-                if not count_in_flight(state):
+                if _count_open_requests(state) == 0:
                     return
 
     waits = [asyncio.ensure_future(wait_until_idle()), asyncio.ensure_future(forced.wait())]
@@ -136,15 +145,18 @@ async def wait_drained(session: LocalSession, timeout_s: float, forced: asyncio.
         for wait in waits:
             wait.cancel()
         await asyncio.gather(*waits, return_exceptions=True)
-    if remaining := count_in_flight(session.mesh.snapshot()):
+    remaining = _count_open_requests(session.mesh.snapshot())
+    if remaining > 0:
         log.warning("what did not end in time is cut; requests: %d", remaining)
 
 
-def count_in_flight(state: MeshState) -> int:
+def _count_open_requests(state: MeshState) -> int:
+    """Returns the number of requests that are in flight or queued."""
     return state.gateway.in_flight + state.gateway.queued
 
 
 async def _log_changes(session: LocalSession) -> None:
+    """Writes each change of the mesh's state to the log, until it is cancelled."""
     last_state: MeshState | None = None
     async with aclosing(session.watch(LOG_INTERVAL_S)) as states:
         async for state in states:
@@ -154,6 +166,7 @@ async def _log_changes(session: LocalSession) -> None:
 
 
 async def _record_history(session: LocalSession) -> None:
+    """Adds the mesh's state to the session's history every ``HISTORY_INTERVAL_S`` seconds, until it is cancelled."""
     while True:
         await asyncio.sleep(HISTORY_INTERVAL_S)
         session.recorder.add(await session.status())
@@ -162,9 +175,12 @@ async def _record_history(session: LocalSession) -> None:
 async def _restore_when_removed(
     control: ControlServer, lock: MeshLock, paths: MeshPaths, stop: Shutdown, interval_s: float
 ) -> None:
-    """Restores the lock file and the control socket when they are removed. Without them no command could reach or stop
-    this mesh, and it would hold its ports for ever."""
-    reported = False
+    """Restores the lock file and the control socket when they were removed. Without these files no command could reach
+    or stop this mesh, and the mesh would hold its ports for ever.
+
+    Requests the stop of this mesh if another mesh has taken the lock meanwhile.
+    """
+    is_failure_logged = False
     while True:
         await asyncio.sleep(interval_s)
         try:
@@ -176,8 +192,8 @@ async def _restore_when_removed(
             stop.request()
             return
         except (GPUMeshError, OSError) as error:
-            if not reported:
+            if not is_failure_logged:  # one line for a failure that lasts
                 log.warning("no command can reach this mesh: %s", error, extra={"event": "unreachable"})
-            reported = True
+            is_failure_logged = True
         else:
-            reported = False
+            is_failure_logged = False

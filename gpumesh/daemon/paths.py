@@ -34,12 +34,12 @@ class MeshPaths:
 
     @property
     def access_log(self) -> Path:
-        """One line for each request to the gateway."""
+        """The file with one line for each request to the gateway."""
         return self.log.with_suffix(".access.jsonl")
 
     @property
     def stderr_log(self) -> Path:
-        """The output of Python when the background process cannot even start; otherwise the file is empty."""
+        """The file with the output of Python when the background process cannot even start; otherwise it is empty."""
         return self.log.with_suffix(".stderr")
 
     def create_folder(self) -> None:
@@ -59,7 +59,10 @@ class MeshPaths:
             ) from error
 
     def remove_files(self) -> None:
-        """Removes the mesh's files, the lock last. Only the holder of the lock may call this."""
+        """Removes all files of the runtime folder, the lock last, then the folder and an empty ``stderr_log``.
+
+        Only the holder of the lock may call this. A file that cannot be removed stays.
+        """
         with suppress(OSError), os.scandir(self.folder) as entries:
             for entry in entries:
                 if entry.name != self.lock.name:
@@ -75,7 +78,7 @@ class MeshPaths:
 
 
 def for_config(config: Path) -> MeshPaths:
-    """The paths for this mesh.yaml. They are the same when the file is named by a relative path or by a link."""
+    """Returns the paths for the mesh.yaml ``config``. A relative path or a link to the file gives the same paths."""
     resolved = config.resolve()
     key = hashlib.sha256(str(resolved).encode("utf-8", "surrogateescape")).hexdigest()[:16]
     return MeshPaths(

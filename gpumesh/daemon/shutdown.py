@@ -1,7 +1,7 @@
-"""Requests to stop a mesh, by a signal or over the control socket.
+"""Requests to stop a mesh, by a signal (Ctrl-C, SIGTERM) or over the control socket: how long the mesh may drain.
 
-The first signal lets requests in flight end. The second ends them with an error that says why, and the mesh closes in
-order. The third ends the process.
+The first signal lets requests in flight end. The second signal ends these requests with an error that says why, and the
+mesh closes in order. The third signal ends the process.
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ import signal
 from collections.abc import Iterable
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-DRAIN_S = 10.0
+DRAIN_S = 10.0  # for the requests in flight to end after the first signal
 EXIT_TIMEOUT_S = 0.5  # for a cancelled mesh to remove its files; then the process exits in any state
 
 
 class Shutdown:
-    """A stop can be requested more than once; the first request sets how long draining may take.
+    """The state of a mesh's stop. A stop can be requested more than once; the first request sets ``drain_s``, the time
+    that draining may take.
 
-    ``forced``: draining is to end now. ``interrupted``: a second signal said so, usually a second Ctrl-C.
+    ``forced`` is set when draining is to end now. ``interrupted``: a second signal forced it, usually a second Ctrl-C.
     """
 
     def __init__(self) -> None:
@@ -29,7 +30,11 @@ class Shutdown:
         self.drain_s = DRAIN_S
 
     def __repr__(self) -> str:
-        state = "FORCED" if self.forced.is_set() else "REQUESTED" if self.requested else "RUNNING"
+        state = "RUNNING"
+        if self.forced.is_set():
+            state = "FORCED"
+        elif self.requested:
+            state = "REQUESTED"
         return f"<Shutdown {state} drain {self.drain_s:g} s>"
 
     @property
@@ -37,29 +42,33 @@ class Shutdown:
         return self._requested.is_set()
 
     def request(self, drain_s: float = DRAIN_S) -> None:
+        """Requests a stop after ``drain_s`` seconds of draining at most. A later request changes nothing."""
         if not self._requested.is_set():
             self.drain_s = max(drain_s, 0.0)
             self._requested.set()
 
     def request_within(self, drain_s: float) -> None:
-        """As ``request``. If a stop was requested before, draining is forced to end ``drain_s`` seconds from now."""
+        """As ``request``. But if a stop was requested before, ends its draining ``drain_s`` seconds from now."""
         if self._requested.is_set():
             asyncio.get_running_loop().call_later(max(drain_s, 0.0), self.force)
         else:
             self.request(drain_s)
 
     def force(self) -> None:
+        """Requests a stop without draining, or ends the draining that has begun."""
         self.request(0.0)
         self.forced.set()
 
     async def wait(self) -> None:
+        """Returns when a stop is requested."""
         await self._requested.wait()
 
 
 def handle_signals(stop: Shutdown, numbers: Iterable[signal.Signals] = STOP_SIGNALS) -> None:
-    """Installs handlers in the running loop. The third signal cancels the current task.
+    """Makes signals request the stop: the first drains, the second forces, the third cancels the current task and ends
+    the process soon after.
 
-    SIGHUP counts only as the first signal: when a window is closed, both the terminal and the shell send it.
+    SIGHUP counts only as the first signal: when a window is closed, both the terminal and the shell send SIGHUP.
     """
     task = asyncio.current_task()
     assert task is not None

@@ -1,4 +1,4 @@
-"""The changes between two snapshots of a mesh, as events: for the log, and for `up` without a terminal. Pure."""
+"""Finds the changes between two snapshots of a mesh, as events for the log and for `up` without a terminal. Pure."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _BAD_HEALTH = (Health.DOWN, Health.DEGRADED)
 
 @dataclass(frozen=True, slots=True)
 class LogEvent:
-    """``level`` is a level of the module ``logging``."""
+    """A change of the mesh's state. ``level`` is a level of the module ``logging``; ``event`` names the change."""
 
     level: int
     event: str
@@ -22,7 +22,7 @@ class LogEvent:
 
 
 def compare_states(old: MeshState | None, new: MeshState) -> Iterator[LogEvent]:
-    """The changes between two snapshots that a person would want to know."""
+    """Yields the changes between two snapshots that a person would want to know. ``old`` is ``None`` at the start."""
     old_nodes = {node.name: node for node in old.nodes} if old is not None else {}
     for node in new.nodes:
         yield from _node_changes(old_nodes.get(node.name), node)
@@ -33,10 +33,12 @@ def compare_states(old: MeshState | None, new: MeshState) -> Iterator[LogEvent]:
 
 
 def _finding_key(finding: Finding) -> tuple[str, str | None]:
+    """Findings with the same key are the same finding, even if their messages differ."""
     return (finding.code, finding.node)
 
 
 def _node_changes(old: NodeState | None, new: NodeState) -> Iterator[LogEvent]:
+    """Yields the changes of one node: of its tunnel, its backend and its health. ``old`` is ``None`` for a new node."""
     yield from _tunnel_change(new.name, old.tunnel if old is not None else None, new.tunnel)
     old_backend = old.backend.state if old is not None else BackendPhase.UNKNOWN
     if old_backend is not new.backend.state:
@@ -51,7 +53,7 @@ def _node_changes(old: NodeState | None, new: NodeState) -> Iterator[LogEvent]:
 
 
 def _tunnel_change(node: str, old: TunnelState | None, new: TunnelState) -> Iterator[LogEvent]:
-    """One event, or none for the first phase and for a repeated attempt."""
+    """Yields one event if the tunnel's phase has changed; none for the first phase and for a repeated attempt."""
     if new.state is TunnelPhase.IDLE:
         return
     if old is not None and (old.state is new.state or _is_repeated_attempt(old, new)):
@@ -62,8 +64,10 @@ def _tunnel_change(node: str, old: TunnelState | None, new: TunnelState) -> Iter
 
 
 def _is_repeated_attempt(old: TunnelState, new: TunnelState) -> bool:
-    """Whether this is one more attempt to reach a host that is away, or its failure for the same reason. All these
-    attempts are one event; a new reason is another event."""
+    """Whether the change is one more attempt to reach a host that is away, or its failure for the same reason.
+
+    All these attempts are one event. A failure for a new reason is another event.
+    """
     if new.state is TunnelPhase.CONNECTING:
         return old.state in (TunnelPhase.BACKOFF, TunnelPhase.FAILED)
     has_failed = old.state is TunnelPhase.CONNECTING and new.state is not TunnelPhase.UP
@@ -71,4 +75,5 @@ def _is_repeated_attempt(old: TunnelState, new: TunnelState) -> bool:
 
 
 def _level(is_bad: bool) -> int:
+    """Returns the level for the change to a bad state or to any other state."""
     return logging.WARNING if is_bad else logging.INFO

@@ -1,4 +1,4 @@
-"""The options of `up` that the mesh's process needs: which nodes, whether with a gateway, and where it listens."""
+"""The options of `up` that the mesh's process needs: its nodes, with or without a gateway, the gateway's address."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from gpumesh.topology import Topology
 
 @dataclass(frozen=True, slots=True)
 class UpOptions:
-    """``nodes``: the names of the nodes to open; empty means all nodes. ``listen`` replaces mesh.yaml's, and has the
-    form of ``config.parse_listen_option``."""
+    """Options of `up`. ``nodes``: the names of the nodes to open; empty means all nodes. ``listen`` replaces the
+    ``gateway.listen`` of mesh.yaml; ``config.parse_listen_option`` says how it is written."""
 
     nodes: tuple[str, ...] = ()
     gateway: bool = True
@@ -20,15 +20,19 @@ class UpOptions:
 
 
 def apply_options(topology: Topology, options: UpOptions) -> Topology:
-    """The topology with only the chosen nodes, and with the chosen ``listen``. ``options.gateway`` changes nothing
-    here: ``run_mesh`` takes it. Raises UsageError."""
+    """Returns the topology with only the chosen nodes, and with the chosen ``listen``. Raises UsageError.
+
+    ``options.gateway`` changes nothing here: it is an argument of ``run_mesh``.
+    """
     names = [node.name for node in topology.nodes]
     for name in options.nodes:
         if name not in names:
             raise unknown_node(name, names)
     if options.nodes:
-        topology = replace(topology, nodes=tuple(node for node in topology.nodes if node.name in options.nodes))
+        chosen_nodes = tuple(node for node in topology.nodes if node.name in options.nodes)
+        topology = replace(topology, nodes=chosen_nodes)
     if options.listen is not None:
         listen = config.parse_listen_option(options.listen, api_key_env=topology.gateway.api_key_env)
-        topology = replace(topology, gateway=replace(topology.gateway, **listen._asdict()))
+        gateway = replace(topology.gateway, host=listen.host, port=listen.port, socket=listen.socket)
+        topology = replace(topology, gateway=gateway)
     return topology

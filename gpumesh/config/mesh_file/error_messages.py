@@ -206,7 +206,8 @@ def _sections_with_key(key: str) -> list[str]:
         for name, info in section.model_fields.items():
             if name == key:
                 sections.append(section_label)
-            inner = _section_type(info)
-            if inner is not None and name != "defaults":  # a node has the same keys
-                pending.append(("a node" if name == "nodes" else name, inner))
+            inner_section = _section_type(info)
+            inner_label = "a node" if name == "nodes" else name
+            if inner_section is not None and name != "defaults":  # `defaults` has the keys of a node
+                pending.append((inner_label, inner_section))
     return sections

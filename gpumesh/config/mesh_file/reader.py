@@ -162,11 +162,14 @@ def _secret_variables(values: Any) -> set[str]:
     """Returns the names of the variables that the file names for secrets, under ``api_key_env``, ``password_env``,
     ``env`` and the like, at any depth."""
     if isinstance(values, list):
-        return {name for value in values for name in _secret_variables(value)}
-    if not isinstance(values, dict):
-        return set()
-    names = {value for key, value in values.items() if _names_variable(key) and isinstance(value, str)}
-    return names.union(*(_secret_variables(value) for value in values.values()))
+        return {name for member in values for name in _secret_variables(member)}
+    names: set[str] = set()
+    if isinstance(values, dict):
+        for key, value in values.items():
+            if _names_variable(key) and isinstance(value, str):
+                names.add(value)
+            names |= _secret_variables(value)
+    return names
 
 
 def _names_variable(key: object) -> bool:

@@ -32,7 +32,8 @@ def find_broken_rules(document: Mapping[str, Any]) -> Iterator[BrokenRule]:
     if nodes is None or nodes == []:
         yield ("nodes",), "names no node: write at least one, such as `- {name: local, backend: {url: …}}`"
     elif isinstance(nodes, Mapping):
-        example_name = next((name for name in nodes if re.fullmatch(NAME_PATTERN, name)), "iceland")
+        usable_names = [name for name in nodes if re.fullmatch(NAME_PATTERN, name)]
+        example_name = usable_names[0] if usable_names else "iceland"
         yield ("nodes",), f"nodes are a list: write `- name: {example_name}`"
     elif isinstance(nodes, list):
         yield from _check_nodes(nodes, defaults)

@@ -100,7 +100,7 @@ class TopologyBuilder:
         """
         node_ssh = node.ssh or Ssh()
         alias = node_ssh.alias or defaults.alias
-        alias_settings = self._resolve_alias(alias, (*path, "alias")) if alias is not None else None
+        alias_settings = self._read_alias_settings(alias, (*path, "alias")) if alias is not None else None
         settings = defaults
         if alias_settings is not None:
             settings = _merge(settings, self._validate_alias(alias_settings, (*path, "alias")))
@@ -130,8 +130,8 @@ class TopologyBuilder:
             return self.identities
         return tuple(self._absolute_path(file) for file in settings.identity_file or ())
 
-    def _resolve_alias(self, alias: str, path: KeyPath) -> AliasSettings | None:
-        """Returns the settings of ``alias``; ``None`` and a fault at ``path`` if they cannot be read."""
+    def _read_alias_settings(self, alias: str, path: KeyPath) -> AliasSettings | None:
+        """Returns the settings of ``alias``. If they cannot be read, returns ``None`` and adds a fault at ``path``."""
         if self.resolve_alias is None:
             return AliasSettings(host=alias)
         try:
@@ -182,10 +182,11 @@ class TopologyBuilder:
         return AddressCommand((program, *arguments), _value_or(address_from.timeout, _DEFAULT_ADDRESS.timeout_s))
 
     def _build_gateway(self, gateway: Gateway) -> GatewaySpec:
+        """Returns the gateway's spec. A value that the file does not give gets the default of ``GatewaySpec``."""
         default = GatewaySpec()
         host, port, socket = default.host, default.port, None
         if gateway.listen is not None:
-            host = None
+            host = None  # without HOST:PORT in the list, the gateway listens on the Unix socket only
             for address in gateway.listen:
                 if isinstance(address, str):
                     socket = self._socket_path(address)
@@ -240,7 +241,7 @@ def _build_backend(backend: Backend) -> BackendSpec:
     """Returns the spec of a backend. Without a location, the server is on 127.0.0.1 at the usual port of its kind."""
     kind = _value_or(backend.kind, BackendKind.AUTO)
     if backend.urls is not None:
-        targets = tuple(dict.fromkeys(backend.urls))
+        targets = tuple(dict.fromkeys(backend.urls))  # without duplicates, in the order of the file
     elif backend.url is not None:
         targets = (backend.url,)
     elif backend.port is not None:

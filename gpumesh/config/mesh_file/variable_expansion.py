@@ -1,4 +1,4 @@
-"""Expands ``${VAR}`` in the tree of a mesh.yaml, and turns the tree into plain values. Pure: gets the variables.
+"""Expands ``${VAR}`` and ``${VAR:-default}`` in the tree of a mesh.yaml, and turns the tree into plain values. Pure.
 
 Variables that hold secrets are not expanded: otherwise the specs, the effective configuration and the arguments of
 commands would contain the secrets.

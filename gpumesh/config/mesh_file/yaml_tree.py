@@ -86,13 +86,16 @@ class Fault:
 
 def format_path(path: KeyPath) -> str:
     """Writes the path as a person does: ``nodes[2].ssh.port``. Unprintable keys are quoted, and long keys are cut."""
-    parts = "".join(f"[{part}]" if isinstance(part, int) else f".{_display_key(part)}" for part in path)
-    return parts.removeprefix(".")
+    text = ""
+    for part in path:
+        text += f"[{part}]" if isinstance(part, int) else f".{_display_key(part)}"
+    return text.removeprefix(".")
 
 
 def _display_key(key: str) -> str:
-    shown = key if len(key) <= MAX_KEY_SHOWN else key[: MAX_KEY_SHOWN - 1] + "…"
-    return shown if shown.isprintable() else repr(shown)
+    """Returns the key as a message shows it: cut if it is long, quoted if it is not printable."""
+    short_key = key if len(key) <= MAX_KEY_SHOWN else key[: MAX_KEY_SHOWN - 1] + "…"
+    return short_key if short_key.isprintable() else repr(short_key)
 
 
 def follow_path(tree: Value, path: KeyPath) -> tuple[int, Position, Value]:
@@ -121,10 +124,10 @@ def parse_yaml(text: str) -> tuple[Value | None, list[Fault]]:
     text = text.removeprefix("\ufeff")
     if len(text) > MAX_CHARACTERS:
         return None, [Fault(f"is larger than {MAX_CHARACTERS // 1024} KiB, which no mesh.yaml is")]
-    if match := _UNPRINTABLE.search(text):
-        return None, [
-            Fault(f"the character {_character_name(match[0])} may not stand in YAML", position_at(text, match.start()))
-        ]
+    forbidden = _UNPRINTABLE.search(text)
+    if forbidden is not None:
+        message = f"the character {_character_name(forbidden[0])} may not stand in YAML"
+        return None, [Fault(message, position_at(text, forbidden.start()))]
     composer = _Composer(yaml.parse(text, Loader=_LOADER))
     try:
         return composer.read_document(), composer.faults
@@ -235,7 +238,8 @@ class _Composer:
         else:
             result = self.read_mapping(position, path)
         tag = getattr(event, "tag", None)
-        if tag not in (None, "!") and tag not in _CORE_TAGS:
+        has_usual_meaning = tag in (None, "!") or tag in _CORE_TAGS  # `!` is the tag of a quoted scalar
+        if not has_usual_meaning:
             self.faults.append(Fault(f"the tag {str(tag)[:60]!r} has no meaning here", position, path))
             return BrokenValue(position)
         return result
@@ -262,10 +266,10 @@ class _Composer:
         if _is_plain(event) and event.value in _NULLS:
             return ScalarValue(None, position)
         # An escape in double quotes can produce a character that the file itself may not contain.
-        if match := _UNPRINTABLE.search(event.value):
-            self.faults.append(
-                Fault(f"the character {_character_name(match[0])} has no place in a setting", position, path)
-            )
+        forbidden = _UNPRINTABLE.search(event.value)
+        if forbidden is not None:
+            message = f"the character {_character_name(forbidden[0])} has no place in a setting"
+            self.faults.append(Fault(message, position, path))
             return BrokenValue(position)
         return ScalarValue(event.value, position)
 
@@ -277,13 +281,15 @@ class _Composer:
             yield event
 
     def read_list(self, position: Position, path: KeyPath) -> ListValue:
+        """Returns the list whose start event has been read."""
         members: list[Value] = []
         for event in self.events_until(yaml.SequenceEndEvent):
             members.append(self.read_value(event, (*path, len(members))))
         return ListValue(tuple(members), position, 1 + sum(map(_size, members)))
 
     def read_mapping(self, position: Position, path: KeyPath) -> MappingValue:
-        """Returns the mapping with the entries that its merge keys (``<<``) add. Reports a key that is given twice."""
+        """Returns the mapping whose start event has been read, with the entries that its merge keys (``<<``) add.
+        Reports a key that is given twice."""
         entries: dict[str, tuple[Position, Value]] = {}
         merge_values: list[Value] = []
         for event in self.events_until(yaml.MappingEndEvent):

@@ -84,13 +84,14 @@ def _evaluate_match(alias: str, criteria: Sequence[str]) -> tuple[bool, bool]:
     remaining = list(criteria)
     while remaining:
         word = remaining.pop(0)
-        negated = word.startswith("!")
+        is_negated = word.startswith("!")
         criterion = word.removeprefix("!").lower()
         if criterion == "all":
             continue
         if criterion in ("host", "originalhost") and remaining:
-            matched = matches_pattern_list(alias, remaining.pop(0).split(","))
-            applies = applies and matched is not negated
+            patterns = remaining.pop(0).split(",")
+            if matches_pattern_list(alias, patterns) == is_negated:
+                applies = False
         elif criterion == "exec":
             return False, applies  # the command decides only if the criteria before it apply
         else:  # user, localuser, final, canonical: not known before connecting

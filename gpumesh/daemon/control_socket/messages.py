@@ -3,7 +3,8 @@
 A client sends one request on a connection, then the mesh sends replies until ``End`` or ``Error``. When the client
 closes the connection, the request is cancelled. A message is a line of JSON (``framing.py``).
 
-New kinds and new fields may be added: an unknown field is ignored, an unknown kind is answered with ``Error``.
+A new version may add kinds and fields: an unknown field is ignored, an unknown kind is answered with ``Error``. The
+names of the classes and their fields are a part of the protocol.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class FirstReport:
 class Chat:
     """Replies: Route, then Piece for each chunk; Route again whenever the node or the number of attempts changes.
 
-    ``ask`` is the prompt. The name is part of the protocol.
+    ``ask`` is the prompt; the protocol fixes this name.
     """
 
     ask: PromptRequest
@@ -83,7 +84,7 @@ class Reconnect:
 
 @dataclass(frozen=True, slots=True)
 class GetHistory:
-    """Reply: Past."""
+    """Reply: Past, the history of the last minute."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +112,8 @@ class Past:
 
 @dataclass(frozen=True, slots=True)
 class Route:
+    """The node that serves a chat, and the number of requests that were sent to nodes for this chat so far."""
+
     node: str | None
     attempts: int
 
@@ -122,7 +125,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """A chunk of a command's output. ``data`` is base64."""
+    """A chunk of a command's output. ``data`` is base64; ``stream`` is ``stdout`` or ``stderr``."""
 
     stream: str
     data: str
@@ -132,12 +135,13 @@ class Output:
 
 @dataclass(frozen=True, slots=True)
 class End:
-    """The request is done, without an error."""
+    """The last reply to a request that succeeded."""
 
 
 @dataclass(frozen=True, slots=True)
 class Error:
-    """A GPUMeshError for the client. ``detail`` holds the further fields that some kinds of error have."""
+    """The last reply to a request that failed: a GPUMeshError. ``detail`` holds the further fields that some kinds of
+    error have."""
 
     code: str
     message: str
@@ -159,23 +163,24 @@ _REPLIES: Mapping[str, type[ControlReply]] = {
 
 
 def encode_message(message: ControlRequest | ControlReply) -> bytes:
-    """One line, with its line feed."""
+    """Returns the message as one line, with its line feed."""
     return framing.encode_line(type(message).__name__, to_json(message))
 
 
 def decode_request(line: bytes) -> ControlRequest:
-    """Raises ``ValueError``."""
+    """Returns the request in a line. Raises ``ValueError`` or ``RecursionError`` when the line is no request."""
     request: ControlRequest = _decode(line, _REQUESTS)
     return request
 
 
 def decode_reply(line: bytes) -> ControlReply:
-    """Raises ``ValueError``."""
+    """Returns the reply in a line. Raises ``ValueError`` or ``RecursionError`` when the line is no reply."""
     reply: ControlReply = _decode(line, _REPLIES)
     return reply
 
 
 def _decode(line: bytes, kinds: Mapping[str, type[Any]]) -> Any:
+    """Returns the message in a line. ``kinds`` has the classes of the messages that are expected, by their names."""
     kind, document = framing.decode_line(line)
     if kind not in kinds:
         raise framing.unknown_message()
@@ -186,7 +191,7 @@ def _decode(line: bytes, kinds: Mapping[str, type[Any]]) -> Any:
 
 
 class RemoteError(GPUMeshError):
-    """An error that the running mesh sent and that has no type of its own here. It keeps its code and exit code."""
+    """An error from the running mesh whose type matters to no caller. It keeps the code and exit code of that error."""
 
     def __init__(self, message: Error) -> None:
         super().__init__(message.message, hint=message.hint, node=message.node)
@@ -198,6 +203,7 @@ class RemoteError(GPUMeshError):
 
 
 def message_from_error(error: GPUMeshError) -> Error:
+    """Returns the error as a message, for ``error_from_message`` in another process."""
     detail: dict[str, Any] | None = None
     if isinstance(error, QueueFull):
         detail = {"retry_after_s": error.retry_after_s}
@@ -207,7 +213,7 @@ def message_from_error(error: GPUMeshError) -> Error:
 
 
 def error_from_message(message: Error) -> GPUMeshError:
-    """The error as its own type where a caller may act on that type, else a RemoteError."""
+    """Returns the error of a message: as its own type where a caller may act on that type, else as a RemoteError."""
     detail = message.detail or {}
     if message.code == QueueFull.code and isinstance(detail.get("retry_after_s"), (int, float)):
         return QueueFull(message.message, retry_after_s=float(detail["retry_after_s"]))

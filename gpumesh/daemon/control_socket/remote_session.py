@@ -1,4 +1,4 @@
-"""A Session behind a control socket: the running mesh as another process sees it."""
+"""``RemoteSession``: the operations of a mesh that runs in another process, over its control socket; also `down`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanage
 from pathlib import Path
 
 from gpumesh.backends.base import Chunk
-from gpumesh.daemon.control_socket import framing, messages
+from gpumesh.daemon.control_socket import client_errors, framing, messages
 from gpumesh.daemon.control_socket.messages import ControlReply, ControlRequest
 from gpumesh.daemon.sessions.session import ChatStream, PromptRequest
 from gpumesh.errors import GPUMeshError
@@ -20,8 +20,10 @@ from gpumesh.tunnels.base import ExecChunk, OutputStream
 
 
 class RemoteSession:
-    """Each call opens its own connection. When the caller stops reading, the connection is closed, which cancels the
-    request."""
+    """The Session of the mesh that listens on ``socket``. Each call opens its own connection.
+
+    When the caller stops reading, the connection is closed, which cancels the request.
+    """
 
     def __init__(self, socket: Path) -> None:
         self._socket = socket
@@ -80,6 +82,7 @@ class RemoteSession:
                     yield reply.state
 
     async def _request_state(self, request: ControlRequest) -> MeshState:
+        """Returns the state that the mesh sends as its reply."""
         state: MeshState | None = None
         async with aclosing(self._send_request(request)) as replies:
             async for reply in replies:
@@ -90,6 +93,7 @@ class RemoteSession:
         return state
 
     async def _request_completion(self, request: ControlRequest) -> None:
+        """Returns when the mesh has done what the request asks for."""
         async with aclosing(self._send_request(request)) as replies:
             async for _ in replies:
                 pass
@@ -97,10 +101,10 @@ class RemoteSession:
     async def _send_request(
         self, request: ControlRequest, *, until_closed: bool = False
     ) -> AsyncGenerator[ControlReply]:
-        """The replies before ``End``. With ``until_closed``, the mesh may also end them by closing the connection.
+        """Sends the request and yields the replies before ``End``.
 
         Raises MeshNotRunning when no mesh listens, the mesh's own error for ``Error``, and GPUMeshError when the mesh
-        ends in the middle of its answer.
+        closes the connection without ``End``. With ``until_closed``, closing the connection is no error.
         """
         reader, writer = await self._connect()
         connection_error: OSError | None = None
@@ -126,10 +130,11 @@ class RemoteSession:
             ) from connection_error
 
     async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """Connects to the control socket. Raises MeshNotRunning when no mesh listens, else GPUMeshError."""
         try:
             return await asyncio.open_unix_connection(self._socket, limit=framing.LINE_LIMIT)
         except OSError as error:
-            raise framing.connect_error(error, self._socket) from error
+            raise client_errors.connect_error(error, self._socket) from error
 
 
 class _RemoteChat:
@@ -149,15 +154,17 @@ class _RemoteChat:
 
 
 def _decode_reply(line: bytes) -> ControlReply:
+    """Returns the reply in a line. Raises GPUMeshError when the reply cannot be read."""
     try:
         return messages.decode_reply(line)
     except (ValueError, RecursionError) as error:
-        raise framing.unreadable_reply(error) from error
+        raise client_errors.unreadable_reply(error) from error
 
 
 def _exec_chunk(output: messages.Output) -> ExecChunk:
+    """Returns the chunk of output in a reply. Raises GPUMeshError when its data is not base64."""
     try:
         data = base64.b64decode(output.data, validate=True)
     except binascii.Error as error:
-        raise framing.unreadable_reply() from error
+        raise client_errors.unreadable_reply() from error
     return ExecChunk(OutputStream(output.stream), data, output.ended, output.exit_status)

@@ -1,4 +1,4 @@
-"""The control socket's server: offers a Session to other processes of the same user."""
+"""``ControlServer``: listens on the control socket and carries out the requests of other processes of the same user."""
 
 from __future__ import annotations
 
@@ -21,16 +21,17 @@ from gpumesh.errors import GPUMeshError
 log = logging.getLogger(__name__)
 
 BACKLOG = 1024  # a script may start hundreds of commands at once; a Unix socket refuses connections past its backlog
-REQUEST_TIMEOUT_S = 10.0  # for the line of the request; clients of ours send it at once
+REQUEST_TIMEOUT_S = 10.0  # for the line of the request, which our clients send at once
 DOWN_STATE_INTERVAL_S = 0.2  # between two states while the mesh drains
 
 
 class ControlServer:
-    """Listens on a Unix socket with mode 0600. Use it as an async context manager, and only while you hold the mesh's
-    lock: then a socket that exists already is stale, and is replaced.
+    """Offers ``session`` on a Unix socket with mode 0600. An async context manager: listens during its block.
+
+    The process must hold the mesh's lock: then a socket that exists already is stale, and is replaced.
 
     ``on_stop`` is called for ``Down`` with the seconds that draining may take. Then the owner of the mesh must leave
-    this context, which ends every open connection.
+    the block, which ends every open connection.
     """
 
     def __init__(
@@ -46,8 +47,8 @@ class ControlServer:
         self._on_stop = on_stop
         self._request_timeout_s = request_timeout_s
         self._server: asyncio.Server | None = None
-        self._inode = 0
-        self._connections: set[asyncio.Task[None]] = set()
+        self._inode = 0  # of the socket's file, which may be replaced by another process
+        self._connections: set[asyncio.Task[None]] = set()  # a task for each open connection
 
     def __repr__(self) -> str:
         state = "LISTENING" if self._server is not None and self._server.is_serving() else "CLOSED"
@@ -58,6 +59,7 @@ class ControlServer:
         return self
 
     async def _listen(self) -> asyncio.Server:
+        """Makes the socket's file and listens on it. Raises OSError."""
         self._path.unlink(missing_ok=True)
         server = await asyncio.start_unix_server(
             self._handle_connection, path=self._path, limit=LINE_LIMIT, backlog=BACKLOG
@@ -72,7 +74,7 @@ class ControlServer:
         A system clears old files from /tmp, and removes a runtime folder at logout. Raises OSError.
         """
         if self._owns_socket():
-            os.utime(self._path)  # a file that is not old is not cleared
+            os.utime(self._path)  # makes the file new again, so that the system does not clear it
             return
         assert self._server is not None
         old_server, self._server = self._server, await self._listen()
@@ -81,8 +83,8 @@ class ControlServer:
     async def __aexit__(self, *_: object) -> None:
         assert self._server is not None
         self._server.close()
-        for connection in self._connections:
-            connection.cancel()
+        for task in self._connections:
+            task.cancel()
         await asyncio.gather(*self._connections, return_exceptions=True)
         await self._server.wait_closed()
         if self._owns_socket():
@@ -96,6 +98,7 @@ class ControlServer:
             return False
 
     async def _handle_connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Reads one request, answers it, and closes the connection."""
         task = asyncio.current_task()
         assert task is not None
         self._connections.add(task)
@@ -106,7 +109,7 @@ class ControlServer:
         except ConnectionError:
             pass  # the client is gone
         except asyncio.CancelledError:
-            pass  # the mesh closes; the task ends here, and asyncio would log a cancelled callback as an error
+            pass  # the mesh closes. Not raised again, because asyncio would log a cancelled callback as an error.
         finally:
             self._connections.discard(task)
             writer.close()
@@ -114,7 +117,8 @@ class ControlServer:
                 await writer.wait_closed()
 
     async def _read_request(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bytes:
-        """The request's line; empty when the client closes, or sends no line in time."""
+        """Returns the request's line; empty when the client closes the connection, sends no line in time, or sends a
+        line that is too long."""
         try:
             async with asyncio.timeout(self._request_timeout_s):
                 return await reader.readline()
@@ -155,8 +159,8 @@ class ControlServer:
         except GPUMeshError as error:
             last_reply = messages.message_from_error(error)
         except ConnectionError:
-            raise
-        except Exception as error:  # a bug in one request must not end the mesh: the client gets it, the log its trace
+            raise  # the client is gone
+        except Exception as error:  # a bug must not end the mesh: the client gets the error, and the log its trace
             log.exception("a request over the control socket failed: %s", type(request).__name__)
             last_reply = messages.Error(
                 "failed", f"the running mesh failed inside: {error!r}", "`gpumesh logs` has the details"
@@ -164,7 +168,7 @@ class ControlServer:
         await _send_reply(writer, last_reply)
 
     async def _replies(self, request: ControlRequest) -> AsyncGenerator[ControlReply]:
-        """Carries out the request. Yields the replies before ``End``."""
+        """Carries out the request, and yields the replies before ``End``. Raises GPUMeshError."""
         session = self._session
         match request:
             case messages.GetStatus():
@@ -199,21 +203,26 @@ class ControlServer:
 
 
 async def _state_replies(session: Session, interval_s: float) -> AsyncGenerator[ControlReply]:
+    """Yields the state of the mesh now, and after each change, at most once in ``interval_s`` seconds."""
     async with closing_iterator(session.watch(interval_s)) as states:
         async for state in states:
             yield messages.State(state)
 
 
 async def _chat_replies(session: Session, prompt: PromptRequest) -> AsyncGenerator[ControlReply]:
+    """Yields the chunks of an answer, and the node's route before the first chunk and whenever it has changed."""
     async with session.chat(prompt) as stream:
-        route: messages.Route | None = None
+        sent_route: messages.Route | None = None
         async for chunk in stream:
-            if (current := messages.Route(stream.node, stream.attempts)) != route:
-                yield (route := current)
+            route = messages.Route(stream.node, stream.attempts)
+            if route != sent_route:
+                yield route
+                sent_route = route
             yield messages.Piece(chunk)
 
 
 async def _exec_replies(session: Session, node: str, argv: tuple[str, ...]) -> AsyncGenerator[ControlReply]:
+    """Yields the output of a command on the node's host."""
     async with closing_iterator(session.exec(node, argv)) as chunks:
         async for chunk in chunks:
             data = base64.b64encode(chunk.data).decode("ascii")

@@ -1,1 +1,1 @@
-"""Settings of the mesh's own process: its event loop, its memory, and how many files it may have open."""
+"""Settings of the mesh's own process: its event loop (uvloop), its memory (glibc), its limit of open files."""

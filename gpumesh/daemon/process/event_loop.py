@@ -1,4 +1,4 @@
-"""Runs an event loop that can clean up after Ctrl-C and other signals. A process that runs a mesh gets uvloop."""
+"""Runs an asyncio program so that it can clean up after Ctrl-C, SIGTERM and SIGHUP; with uvloop for a mesh."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ T = TypeVar("T")
 
 
 def run(main: Coroutine[Any, Any, T], *, use_uvloop: bool = True) -> T:
-    """Like ``asyncio.run``. SIGINT cancels ``main`` and then raises KeyboardInterrupt. SIGTERM and SIGHUP, unless they
-    are ignored, cancel ``main`` too, and then the process exits with 128 plus the signal's number. So ``main`` can
-    clean up after each of them.
+    """Runs ``main`` like ``asyncio.run``, and returns its result. A signal cancels ``main``, which can then clean up.
+
+    After SIGINT this raises KeyboardInterrupt. After SIGTERM or SIGHUP, unless the signal is ignored, the process exits
+    with 128 plus the signal's number.
 
     ``use_uvloop`` is for a process that runs a mesh: only there is uvloop worth the time of its import. Such a process
-    also holds the bodies of many requests, so its memory is set up for that (``large_memory.py``).
+    also holds the bodies of many requests, so its memory is set up for them (``large_memory.py``).
 
-    A SIGINT that comes while the loop is being made is delivered when ``main`` has begun, because an unfinished loop
+    If SIGINT comes while the loop is being made, it is delivered only when ``main`` has begun: an unfinished loop
     cannot be closed.
     """
     if use_uvloop:
@@ -43,8 +44,10 @@ def run(main: Coroutine[Any, Any, T], *, use_uvloop: bool = True) -> T:
 
 
 def _cancel_on_signals(received_signals: list[int]) -> None:
-    """SIGTERM and SIGHUP cancel the current task and are added to ``received_signals``. ``main`` may replace these
-    handlers. A signal that is ignored stays ignored."""
+    """Makes SIGTERM and SIGHUP cancel the current task, and append their number to ``received_signals``.
+
+    The task may replace these handlers later. A signal that is ignored stays ignored.
+    """
     task, loop = asyncio.current_task(), asyncio.get_running_loop()
     assert task is not None
 
@@ -53,7 +56,7 @@ def _cancel_on_signals(received_signals: list[int]) -> None:
         task.cancel()
 
     for name in ("SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, None)
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
         if number is not None and signal.getsignal(number) is signal.SIG_DFL:
             with suppress(NotImplementedError, RuntimeError):  # Windows; not the main thread
                 loop.add_signal_handler(number, handle, number)
@@ -61,7 +64,7 @@ def _cancel_on_signals(received_signals: list[int]) -> None:
 
 @contextmanager
 def _sigint_blocked() -> Iterator[Callable[[], None]]:
-    """Blocks SIGINT until the context ends, or until the yielded function is called."""
+    """Blocks SIGINT until the block ends, or until the function that this yields is called."""
     if not hasattr(signal, "pthread_sigmask"):
         yield lambda: None
         return
@@ -77,8 +80,9 @@ def _sigint_blocked() -> Iterator[Callable[[], None]]:
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """Returns uvloop's factory of event loops; ``None``, which stands for asyncio's own, where there is no uvloop."""
     try:
         import uvloop
-    except ImportError:  # uvloop is not made for this platform: asyncio's own loop is used
+    except ImportError:  # uvloop does not support this platform
         return None
     return uvloop.new_event_loop

@@ -17,18 +17,23 @@ LIMITS = (65_536, 24_576, 10_240, 4_096)
 
 @contextlib.contextmanager
 def raise_file_limit() -> Iterator[int]:
-    """Raises the soft limit for this process and its children: the tunnels' processes and ``ssh`` hold a file for each
-    forwarded connection. Restores it at the end. Yields the limit that is in force meanwhile."""
+    """Raises the soft limit for the duration of the block, and yields the limit that is in force in the block.
+
+    The limit also holds for child processes: the tunnels' processes and ``ssh`` hold a file for each forwarded
+    connection.
+    """
     previous_soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    raised = _raise_soft_limit(previous_soft, hard)
+    limit = _raise_soft_limit(previous_soft, hard)
     try:
-        yield raised
+        yield limit
     finally:
         with contextlib.suppress(ValueError, OSError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (previous_soft, hard))
 
 
 def _raise_soft_limit(soft: int, hard: int) -> int:
+    """Sets the highest of ``candidate_limits`` that the system accepts, and returns it. If the system accepts none,
+    returns ``soft``, the present limit."""
     for limit in candidate_limits(soft, hard):
         try:
             resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
@@ -39,8 +44,14 @@ def _raise_soft_limit(soft: int, hard: int) -> int:
 
 
 def candidate_limits(soft: int, hard: int) -> tuple[int, ...]:
-    """Soft limits that are worth trying, the highest first; none when the present limit is as high. Pure."""
+    """Returns the soft limits that are worth trying, the highest first; none when ``soft`` is as high already. Pure.
+
+    ``soft`` and ``hard`` are the present limits. No candidate is above ``hard``.
+    """
     if soft == resource.RLIM_INFINITY:
         return ()
-    bounded = (limit if hard == resource.RLIM_INFINITY else min(limit, hard) for limit in LIMITS)
-    return tuple(dict.fromkeys(limit for limit in bounded if limit > soft))
+    limits: tuple[int, ...] = LIMITS
+    if hard != resource.RLIM_INFINITY:
+        limits = tuple(min(limit, hard) for limit in LIMITS)
+    higher_limits = [limit for limit in limits if limit > soft]
+    return tuple(dict.fromkeys(higher_limits))  # without duplicates

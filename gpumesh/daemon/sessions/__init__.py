@@ -1,4 +1,4 @@
-"""The operations of a mesh (``Session``), and the Session over a mesh in this process (``LocalSession``).
+"""The operations of a mesh (``Session``: status, chat, exec, drain …), here over a mesh in this process.
 
 ``prompt_sender.py`` sends prompts through any Session. The Session over the control socket is in ``control_socket/``.
 """

@@ -1,4 +1,4 @@
-"""The Session over a Mesh in this process."""
+"""``LocalSession``: the operations of a mesh that runs in this process: status, chat, exec, drain, reconnect."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from gpumesh.mesh.models.default_model import choose_model
 from gpumesh.state import MeshState, TunnelPhase
 from gpumesh.tunnels.base import ExecChunk, Tunnel
 
-# How long a prompt waits for the first node that can take it: the time for one connect and one probe together.
+# The time that a prompt waits for the first usable node: enough for one connect and one probe together.
 FIRST_NODE_TIMEOUT_S = 12.0
 RECONNECT_TIMEOUT_S = 6.0  # for a tunnel that has failed before and tries once more
 # The default model is chosen when every node has reported. A slow node may hold up a prompt without `-m` for this long.
@@ -25,7 +25,8 @@ _TRYING = (TunnelPhase.IDLE, TunnelPhase.CONNECTING)  # the phases before the fi
 
 
 class LocalSession:
-    """``mesh`` is open already; its owner closes it, and adds states to ``recorder``, from which the history comes."""
+    """The Session over ``mesh``, which is open already. The owner of the mesh closes it, and adds its states to
+    ``recorder``, from which ``history`` comes."""
 
     def __init__(self, mesh: Mesh) -> None:
         self.mesh = mesh
@@ -38,7 +39,7 @@ class LocalSession:
         return f"<LocalSession {topology.name} {state} {len(topology.nodes)} nodes>"
 
     def refuse_new_prompts(self) -> None:
-        """The mesh is stopping: from now on new prompts get an error that says so. Prompts in flight may end."""
+        """Lets each new prompt fail with the error that the mesh is stopping. Prompts in flight go on."""
         self._stopping = True
 
     async def status(self) -> MeshState:
@@ -70,6 +71,10 @@ class LocalSession:
             yield stream
 
     async def _default_model(self, node: str | None) -> str:
+        """Returns the model for a prompt that names none: mesh.yaml's default model, or a choice among all models.
+
+        Waits for the nodes first if it has to choose. ``node`` limits the choice to one node.
+        """
         default = self.mesh.topology.gateway.default_model
         if default is not None:
             return default
@@ -84,13 +89,13 @@ class LocalSession:
                 yield chunk
 
     async def _wait_tunnel_up(self, node: str) -> Tunnel:
-        """The node's tunnel, when it is up. If it waits for its next attempt, it connects at once, because a person is
-        waiting. Raises TunnelError with the reason when that attempt fails."""
+        """Returns the node's tunnel when it is up. A tunnel that waits for its next attempt connects at once, because a
+        person is waiting. Raises TunnelError with the reason when that attempt fails."""
         tunnel = self.mesh.tunnel(node)
         is_trying = tunnel.state.state in _TRYING
         if not is_trying:
             tunnel.retry_now()
-        attempt_seen = False  # before that, BACKOFF or FAILED is the result of an earlier attempt
+        attempt_seen = False  # until an attempt is seen, BACKOFF or FAILED is the result of an earlier attempt
         try:
             async with (
                 asyncio.timeout(FIRST_NODE_TIMEOUT_S if is_trying else RECONNECT_TIMEOUT_S),

@@ -1,4 +1,7 @@
-"""Sends prompts through a Session and returns their results: a single prompt, or one of many with its retries."""
+"""Sends a prompt through a Session and measures its answer (TTFT, tokens/s); retries a prompt of a batch.
+
+`run` and the other commands with prompts use this file.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +13,16 @@ from dataclasses import dataclass, replace
 from gpumesh.daemon.sessions.session import PromptRequest, Session
 from gpumesh.errors import GPUMeshError, QueueFull, StreamCut, UsageError
 
-MAX_CUT_ANSWERS = 4  # of one prompt; then its failure is the result
+MAX_CUT_ANSWERS = 4  # of one prompt; after so many cut answers, the failure is the prompt's result
 
 
 @dataclass(frozen=True, slots=True)
 class PromptResult:
-    """The result of one prompt. ``ttft_ms`` and ``total_ms`` are measured here, queueing and tunnel included;
-    ``tokens`` and ``tokens_per_s`` are the server's own figures."""
+    """The result of one prompt: ``response``, or ``error``. ``index`` is the prompt's number in its batch.
+
+    ``ttft_ms`` and ``total_ms`` are measured here, queueing and tunnel included; ``tokens`` and ``tokens_per_s`` are
+    the server's own figures.
+    """
 
     index: int
     prompt: str
@@ -33,9 +39,10 @@ class PromptResult:
 async def send_prompt(
     session: Session, prompt: PromptRequest, index: int, text: str, *, on_text: Callable[[str], None] | None = None
 ) -> PromptResult:
-    """Sends one prompt and reads its answer to the end. Cancelling this stops the generation. Raises GPUMeshError.
+    """Sends one prompt, reads its answer to the end, and returns the result. Raises GPUMeshError.
 
-    ``text`` is the prompt as the result repeats it. ``on_text`` gets each piece of the answer.
+    Cancelling this function stops the generation. ``index`` and ``text`` are the prompt's number and text in the
+    result. ``on_text`` gets each piece of the answer as it comes.
     """
     began = time.perf_counter()
     first_token_at: float | None = None
@@ -49,7 +56,7 @@ async def send_prompt(
                 pieces.append(chunk.text)
                 if on_text is not None:
                     on_text(chunk.text)
-            counters = chunk.counters or counters
+            counters = chunk.counters or counters  # the last chunk with counters has the final ones
         node, attempts = stream.node, stream.attempts
     return PromptResult(
         index=index,
@@ -65,9 +72,10 @@ async def send_prompt(
 
 
 async def send_with_retries(session: Session, prompt: PromptRequest, index: int, text: str) -> PromptResult:
-    """Sends one prompt of many. If the prompt fails, the result holds the error.
+    """Sends one prompt of a batch and returns its result. If the prompt fails, the result holds the error.
 
-    Waits while the queue is full. Sends the prompt again when its answer was cut, since no part of it was shown yet.
+    Waits while the queue is full. Sends the prompt again when its answer was cut: no part of the answer was shown yet.
+    Raises UsageError only.
     """
     began = time.perf_counter()
     cut_answers = 0
@@ -81,7 +89,7 @@ async def send_with_retries(session: Session, prompt: PromptRequest, index: int,
             if cut_answers >= MAX_CUT_ANSWERS:
                 return _failed_result(index, text, began, cut_answers, error)
         except UsageError:
-            raise  # every other prompt would get the same error: it is reported once, for all of them
+            raise  # every other prompt would get the same error, so it is reported once for all prompts
         except GPUMeshError as error:
             return _failed_result(index, text, began, cut_answers, error)
         else:

@@ -1,4 +1,7 @@
-"""The protocol ``Session``: the operations of a mesh, wherever the mesh runs. Commands use this protocol alone."""
+"""The protocol ``Session``: the operations of a mesh (status, watch, chat, exec, drain …), wherever the mesh runs.
+
+Commands use this protocol alone.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +20,11 @@ from gpumesh.tunnels.base import ExecChunk
 
 @dataclass(frozen=True, slots=True)
 class PromptRequest:
-    """One prompt, and how the mesh is to serve it. With ``model`` ``None`` the default model answers, or the only
+    """One prompt, and how the mesh is to serve it. If ``model`` is ``None``, the default model answers, or the only
     model.
 
-    ``options`` have Ollama's names. ``timeout_s`` counts from the start to the last token; ``None`` means the gateway's
-    own time-out.
+    ``node`` names the only node that may answer; ``None`` is any node. ``options`` have Ollama's names. ``timeout_s``
+    counts from the start to the last token; ``None`` means the gateway's own time-out.
     """
 
     messages: tuple[Message, ...]
@@ -35,7 +38,8 @@ class PromptRequest:
 
 
 class ChatStream(Protocol):
-    """One answer as it comes. ``node`` and ``attempts`` are known from the first chunk on, and final after the last."""
+    """The answer to one prompt, chunk by chunk. ``node`` and ``attempts`` are known from the first chunk on, and final
+    after the last."""
 
     @property
     def node(self) -> str | None: ...
@@ -53,31 +57,42 @@ class Session(Protocol):
     remote host.
     """
 
-    async def status(self) -> MeshState: ...
+    async def status(self) -> MeshState:
+        """Returns the state of the mesh now."""
+        ...
 
     def watch(self, interval_s: float) -> AsyncIterator[MeshState]:
-        """The state now, and again after changes, at most once in ``interval_s``."""
+        """Yields the state now, and again after changes, at most once in ``interval_s`` seconds."""
         ...
 
     async def wait_first_report(self, timeout_s: float) -> MeshState:
-        """Waits until each node has been probed once or has failed, for ``timeout_s`` at most. Returns the state
-        then."""
+        """Waits until each node has been probed once or has failed, for ``timeout_s`` seconds at most. Returns the
+        state then."""
         ...
 
-    def chat(self, prompt: PromptRequest) -> AbstractAsyncContextManager[ChatStream]: ...
+    def chat(self, prompt: PromptRequest) -> AbstractAsyncContextManager[ChatStream]:
+        """Sends a prompt and yields the stream of its answer. The end of the block stops the generation."""
+        ...
 
     def exec(self, node: str, argv: Sequence[str]) -> AsyncIterator[ExecChunk]:
-        """Runs a command on the node's host; the last chunk has ``ended``. Closing the iterator ends the command."""
+        """Runs a command on the node's host and yields its output. In the last chunk, ``ended`` is true.
+
+        Closing the iterator ends the command.
+        """
         ...
 
-    async def drain(self, node: str) -> None: ...
+    async def drain(self, node: str) -> None:
+        """Sends no new requests to this node. The running requests end by themselves."""
+        ...
 
-    async def resume(self, node: str) -> None: ...
+    async def resume(self, node: str) -> None:
+        """Ends the draining of this node: it gets new requests again."""
+        ...
 
     async def reconnect(self, node: str) -> None:
-        """A tunnel that waits for its next attempt connects at once. A tunnel that is up is checked, and keeps its
-        connections."""
+        """Lets the node's tunnel connect at once if it waits for its next attempt. A tunnel that is up is checked, and
+        keeps its connections."""
 
     async def history(self) -> History:
-        """The last minute, as far as the mesh has recorded it."""
+        """Returns the last minute of the mesh, as far as the mesh has recorded it."""
         ...
