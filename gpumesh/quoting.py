@@ -68,8 +68,7 @@ def paste_command(template: str, **values: str) -> str:
     NODE``), and a remark after the command says so.
     """
     names_left_out = [name for name, value in values.items() if not _may_be_pasted(value)]
-    words = {name: shell_word(value) for name, value in values.items()}
-    words.update({name: name for name in names_left_out})
+    words = {name: name if name in names_left_out else shell_word(value) for name, value in values.items()}
     command = f"`{template.format(**words)}`"
     if names_left_out:
         command += f" ({' and '.join(names_left_out)} left out: not safe to paste)"

@@ -156,7 +156,7 @@ def _replace_value(text: str, value: yaml.Node, edit: Edit) -> str:
 
 def _insert_entry(text: str, parent: yaml.MappingNode, path: tuple[str, ...], edit: Edit) -> str:
     """Returns ``text`` with the edit's value added to ``parent`` under the keys ``path``."""
-    # A file that is JSON stays JSON. In JSON, keys stand in double quotes.
+    # A mapping in braces whose first key stands in double quotes is taken for JSON, and stays JSON.
     first_key = parent.value[0][0] if parent.value else None
     as_json = bool(parent.flow_style) and first_key is not None and first_key.style == '"'
     entry = _format_entry(path, edit.value, as_json=as_json)

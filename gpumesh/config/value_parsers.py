@@ -18,7 +18,7 @@ from gpumesh.topology import Target
 _N = TypeVar("_N", int, float)
 
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}  # in seconds
-_DURATION = re.compile(r"(\d{1,9}(?:\.\d{1,6})?)\s*(ms|s|m|h)")
+_DURATION = re.compile(r"(?P<number>\d{1,9}(?:\.\d{1,6})?)\s*(?P<unit>ms|s|m|h)")
 _HOST = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,252})")
 _PATH = re.compile(r"[A-Za-z0-9._~!$&'()*+,;=:@%/-]*")
 _SHELL_CHARACTERS = re.compile(r"""['"`;&<>|(){}]|\\$""")
@@ -78,7 +78,7 @@ def parse_duration(text: str) -> float:
         if re.fullmatch(r"\d+(\.\d+)?", text.strip()):
             raise ValueError(f"has no unit: write {text.strip()}s for seconds, or 500ms, 2m")
         raise ValueError("is not a duration: write 500ms, 5s or 2m")
-    return float(match[1]) * _UNITS[match[2]]
+    return float(match["number"]) * _UNITS[match["unit"]]
 
 
 def format_duration(seconds: float) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import binascii
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, suppress
 from pathlib import Path
@@ -162,9 +161,11 @@ def _decode_reply(line: bytes) -> ControlReply:
 
 
 def _exec_chunk(output: messages.Output) -> ExecChunk:
-    """Returns the chunk of output in a reply. Raises GPUMeshError when its data is not base64."""
+    """Returns the chunk of output in a reply. Raises GPUMeshError when its data is not base64 or its stream is
+    unknown."""
     try:
         data = base64.b64decode(output.data, validate=True)
-    except binascii.Error as error:
+        stream = OutputStream(output.stream)
+    except ValueError as error:
         raise client_errors.unreadable_reply() from error
-    return ExecChunk(OutputStream(output.stream), data, output.ended, output.exit_status)
+    return ExecChunk(stream, data, output.ended, output.exit_status)

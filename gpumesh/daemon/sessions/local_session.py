@@ -21,7 +21,7 @@ FIRST_NODE_TIMEOUT_S = 12.0
 RECONNECT_TIMEOUT_S = 6.0  # for a tunnel that has failed before and tries once more
 # The default model is chosen when every node has reported. A slow node may hold up a prompt without `-m` for this long.
 FIRST_REPORT_TIMEOUT_S = 4.0
-_TRYING = (TunnelPhase.IDLE, TunnelPhase.CONNECTING)  # the phases before the first result and during an attempt
+_TRYING_PHASES = (TunnelPhase.IDLE, TunnelPhase.CONNECTING)  # the phases before the first result and during an attempt
 
 
 class LocalSession:
@@ -92,7 +92,7 @@ class LocalSession:
         """Returns the node's tunnel when it is up. A tunnel that waits for its next attempt connects at once, because a
         person is waiting. Raises TunnelError with the reason when that attempt fails."""
         tunnel = self.mesh.tunnel(node)
-        is_trying = tunnel.state.state in _TRYING
+        is_trying = tunnel.state.state in _TRYING_PHASES
         if not is_trying:
             tunnel.retry_now()
         attempt_seen = False  # until an attempt is seen, BACKOFF or FAILED is the result of an earlier attempt
@@ -105,7 +105,7 @@ class LocalSession:
                     phase = tunnel.state.state
                     if phase is TunnelPhase.UP:
                         return tunnel
-                    if phase in _TRYING:
+                    if phase in _TRYING_PHASES:
                         attempt_seen = True
                     elif attempt_seen:
                         break

@@ -69,9 +69,11 @@ async def test_an_unreadable_reply_is_an_error(tmp_path: Path, reply: bytes) -> 
             await remote.status()
 
 
-async def test_output_that_is_no_base64_is_an_error(tmp_path: Path) -> None:
-    line = messages.encode_message(messages.Output("stdout", "not base64!"))
-    async with saying(tmp_path / "s", line) as remote:
+@pytest.mark.parametrize(
+    "output", [messages.Output("stdout", "not base64!"), messages.Output("stdout", "ü"), messages.Output("stdwhat", "")]
+)
+async def test_output_that_cannot_be_decoded_is_an_error(tmp_path: Path, output: messages.Output) -> None:
+    async with saying(tmp_path / "s", messages.encode_message(output)) as remote:
         with pytest.raises(GPUMeshError, match="cannot read"):
             _ = [chunk async for chunk in remote.exec("n", ("true",))]
 
