@@ -30,7 +30,7 @@ class LineBuffer:
         """Takes the next bytes of the stream. Returns the lines that they complete, without the LF. Raises
         ``LineTooLong``."""
         *lines, partial = data.split(b"\n")
-        if lines and self._partial:
+        if lines and self._partial:  # the first line has begun in an earlier piece
             lines[0] = bytes(self._partial) + lines[0]
             self._partial.clear()
         self._partial += partial
@@ -45,8 +45,8 @@ class LineBuffer:
         return line
 
     def _apply_limit(self, lines: list[bytes], limit: int) -> list[bytes]:
-        """Returns ``lines``, each cut to ``limit`` bytes if lines are to be cut, and cuts the partial line too. Raises
-        ``LineTooLong`` otherwise."""
+        """Returns ``lines`` if they and the partial line are within the limit. If not, cuts the longer ones, or raises
+        ``LineTooLong``."""
         if len(self._partial) <= limit and all(len(line) <= limit for line in lines):
             return lines
         if not self._cut_long_lines:

@@ -38,7 +38,8 @@ class _Dumper(yaml.SafeDumper):
 
 
 def _gateway_entries(spec: GatewaySpec) -> dict[str, Any]:
-    """Returns the section ``gateway``. The functions below return the other sections: keys and values of mesh.yaml."""
+    """Returns the section ``gateway`` of mesh.yaml, without keys that have no value. So do the functions below for the
+    other sections."""
     listen: list[str] = []
     if spec.host is not None:
         listen.append(format_address(spec.host, spec.port))

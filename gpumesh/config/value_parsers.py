@@ -110,7 +110,8 @@ def parse_host(text: str) -> str:
             ipaddress.IPv6Address(address)
         except ValueError:
             name, _, port = bare.rpartition(":")
-            if port.isascii() and port.isdigit() and ":" not in name:
+            is_name_and_port = ":" not in name and port.isascii() and port.isdigit()
+            if is_name_and_port:
                 raise ValueError(f"holds a port as well: write `port: {port}` apart") from None
             raise ValueError("is neither a host name nor an address") from None
         if zone and not re.fullmatch(r"[A-Za-z0-9._-]{1,32}", zone):

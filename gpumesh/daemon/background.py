@@ -45,7 +45,7 @@ def start_background(paths: MeshPaths, options: UpOptions, *, ready_timeout_s: f
                 stderr=stderr_file,
                 pass_fds=(writer,),
                 start_new_session=True,
-                # It inherits our whole environment: the mesh reads its secrets from there.
+                # The process inherits our whole environment, from which the mesh reads its secrets.
             )
         finally:
             os.close(writer)

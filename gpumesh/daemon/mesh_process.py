@@ -138,13 +138,13 @@ async def wait_drained(session: LocalSession, timeout_s: float, forced: asyncio.
                 if _count_open_requests(state) == 0:
                     return
 
-    waits = [asyncio.ensure_future(wait_until_idle()), asyncio.ensure_future(forced.wait())]
+    tasks = [asyncio.ensure_future(wait_until_idle()), asyncio.ensure_future(forced.wait())]
     try:
-        await asyncio.wait(waits, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(tasks, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
     finally:
-        for wait in waits:
-            wait.cancel()
-        await asyncio.gather(*waits, return_exceptions=True)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
     remaining = _count_open_requests(session.mesh.snapshot())
     if remaining > 0:
         log.warning("what did not end in time is cut; requests: %d", remaining)

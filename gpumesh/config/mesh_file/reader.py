@@ -147,7 +147,7 @@ def _parse_mapping(text: str, file: str) -> tuple[MappingValue, list[Fault]]:
 
 
 def _validate_schema(values: Any, tree: Value, faults: list[Fault]) -> MeshFile | None:
-    """Returns the validated file; ``None`` if it breaks the schema. Then adds the new problems to ``faults``."""
+    """Returns the validated file. If it breaks the schema, returns ``None`` and adds the new problems to ``faults``."""
     try:
         return MeshFile.model_validate(values)
     except ValidationError as error:

@@ -11,14 +11,14 @@ from collections.abc import Iterable
 
 def matches_pattern_list(name: str, patterns: Iterable[str]) -> bool:
     """Whether a pattern matches ``name``, and no pattern with ``!`` in front does. Upper and lower case differ."""
-    matched = False
+    is_matched = False
     for pattern in patterns:
-        negated = pattern.startswith("!")
+        is_negated = pattern.startswith("!")
         if matches_pattern(name, pattern.removeprefix("!")):
-            if negated:
+            if is_negated:
                 return False
-            matched = True
-    return matched
+            is_matched = True
+    return is_matched
 
 
 def matches_pattern(name: str, pattern: str) -> bool:

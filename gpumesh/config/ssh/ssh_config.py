@@ -72,21 +72,22 @@ def _resolve_jumps(settings: AliasSettings, home: Path, depth: int) -> AliasSett
     """
     if depth >= _MAX_HOPS and settings.proxy_jump:
         raise ValueError(f"its ProxyJump goes on through more than {_MAX_HOPS} hosts")
-    resolved: list[str] = []
+    resolved_hops: list[str] = []
     features = list(settings.openssh_features)
     for configured_hop in settings.proxy_jump:
         hop = configured_hop.strip().removeprefix("ssh://")
         may_be_alias = re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", hop) is not None
         if not may_be_alias:  # user@host or host:port
-            resolved.append(hop)
+            resolved_hops.append(hop)
             continue
         hop_settings = _resolve_jumps(_read_settings(hop, home), home, depth + 1)
-        resolved += hop_settings.proxy_jump
-        resolved.append(_format_hop(hop_settings))
+        resolved_hops += hop_settings.proxy_jump
+        resolved_hops.append(_format_hop(hop_settings))
         features += [feature for feature in hop_settings.openssh_features if feature not in features]
+        # Transport sshtunnel logs in at every hop with the same key files.
         if hop_settings.identity_files and hop_settings.identity_files != settings.identity_files:
             features.append(f"another key for {hop}")
-    return replace(settings, proxy_jump=tuple(resolved), openssh_features=tuple(features))
+    return replace(settings, proxy_jump=tuple(resolved_hops), openssh_features=tuple(features))
 
 
 def _format_hop(hop: AliasSettings) -> str:
@@ -139,6 +140,7 @@ def _settings_from_options(alias: str, options: ssh_files.SshOptions, home: Path
     # All values of IdentityFile count: ssh tries one key after the other.
     identity_files = [value.strip('"') for key, value in options if key == "identityfile" and value != "none"]
     jump = values.get("proxyjump", "none")
+    hops = [] if jump.lower() == "none" else jump.split(",")
     port = values.get("port", "")
     return AliasSettings(
         host=host,
@@ -146,7 +148,7 @@ def _settings_from_options(alias: str, options: ssh_files.SshOptions, home: Path
         user=values.get("user"),
         identity_files=tuple(_expand_tokens(path, tokens) for path in identity_files),
         known_hosts=_first_known_hosts_file(values.get("userknownhostsfile", "")),
-        proxy_jump=tuple(hop.strip() for hop in jump.split(",")) if jump.lower() != "none" else (),
+        proxy_jump=tuple(hop.strip() for hop in hops),
         openssh_features=_find_unsupported_features(values),
         configured=bool(options),
     )
@@ -193,13 +195,13 @@ def _run_ssh_g(alias: str, options: list[str]) -> ssh_files.SshOptions:
     """
     shown_command = paste_command("ssh -G {ALIAS}", ALIAS=alias)
     # Files instead of pipes: a process that a Match exec leaves behind could keep a pipe open for ever.
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+    with tempfile.TemporaryFile() as stdout_file, tempfile.TemporaryFile() as stderr_file:
         try:
             process = subprocess.Popen(
                 ["ssh", "-G", *options, "--", alias],
                 stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=err,
+                stdout=stdout_file,
+                stderr=stderr_file,
                 env=environment.child_environment(),
                 start_new_session=True,
             )
@@ -214,12 +216,12 @@ def _run_ssh_g(alias: str, options: list[str]) -> ssh_files.SshOptions:
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-        out.seek(0)
-        err.seek(0)
-        output = out.read(_MAX_OUTPUT_BYTES).decode("utf-8", "replace")
-        errors = err.read(_MAX_ERROR_BYTES).decode("utf-8", "replace")
+        stdout_file.seek(0)
+        stderr_file.seek(0)
+        output = stdout_file.read(_MAX_OUTPUT_BYTES).decode("utf-8", "replace")
+        error_output = stderr_file.read(_MAX_ERROR_BYTES).decode("utf-8", "replace")
     if exit_status != 0:
-        raise ValueError(f"{shown_command} failed: {_first_line(errors) or 'it says nothing'}")
+        raise ValueError(f"{shown_command} failed: {_first_line(error_output) or 'it says nothing'}")
     return [ssh_files.parse_option_line(line) for line in output.splitlines() if line.strip()]
 
 

@@ -27,7 +27,8 @@ def run(main: Coroutine[Any, Any, T], *, use_uvloop: bool = True) -> T:
         from gpumesh.daemon.process.large_memory import map_large_blocks
 
         map_large_blocks()
-    with _sigint_blocked() as unblock, asyncio.Runner(loop_factory=_loop_factory() if use_uvloop else None) as runner:
+    loop_factory = _loop_factory() if use_uvloop else None
+    with _sigint_blocked() as unblock, asyncio.Runner(loop_factory=loop_factory) as runner:
         received_signals: list[int] = []
 
         async def run_main() -> T:

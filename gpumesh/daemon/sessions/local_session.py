@@ -110,7 +110,7 @@ class LocalSession:
                     elif attempt_seen:
                         break
         except TimeoutError:
-            pass
+            pass  # the tunnel's state has the reason
         state = tunnel.state
         if state.last_error is None:
             raise TunnelDown("the tunnel is not up: it is still connecting", node=node)
