@@ -1,4 +1,4 @@
-"""``address_from``: a user's command prints the node's current address (a pod's changes with each restart)."""
+"""Runs a node's ``address_from`` command, and parses the address that it prints (a pod's changes with each restart)."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ _MAX_OUTPUT_BYTES = 64 * 1024
 # program could take the host for an option.
 _HOST_PATTERN = re.compile(r"[A-Za-z0-9_:][A-Za-z0-9_.:%-]{0,252}")
 _BRACKETED_ADDRESS = re.compile(r"\[([^\]]+)\](?::(\d{1,5}))?")
+_PORT_PATTERN = re.compile(r"\d{1,5}")
 
 
 def parse_address(text: str, *, default_port: int) -> tuple[str, int]:
@@ -40,44 +41,48 @@ def parse_address(text: str, *, default_port: int) -> tuple[str, int]:
 
 
 def _parse_json(text: str) -> tuple[str, int | None]:
+    """Host and port from a JSON object; port ``None``: the object has no ``port``. Raises ``ValueError``."""
     # A pod's API may answer with null for host or port until the pod has started: hence "yet" in the messages.
     try:
         document = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError("it printed something like JSON that cannot be read") from error
-    if not isinstance(document, dict) or not isinstance(document.get("host"), str) or not document["host"]:
+    host = document.get("host") if isinstance(document, dict) else None
+    if not isinstance(host, str) or not host:
         raise ValueError("its JSON has no `host` yet")
     if "port" not in document:
-        return document["host"], None
+        return host, None
     port = document["port"]
-    if isinstance(port, str) and re.fullmatch(r"\d{1,5}", port):
+    if isinstance(port, str) and _PORT_PATTERN.fullmatch(port):
         port = int(port)
     if isinstance(port, bool) or not isinstance(port, int):
         raise ValueError("its JSON has no `port` yet")  # noqa: TRY004 - the command's output is wrong, not our call
-    return document["host"], port
+    return host, port
 
 
 def _parse_fields(text: str) -> tuple[str, int | None]:
+    """Host and port from text that is no JSON; port ``None``: the text has no port. Raises ``ValueError``."""
     fields = text.split()
     if len(fields) == 2:
         host, port = fields
-        if not re.fullmatch(r"\d{1,5}", port):
+        if not _PORT_PATTERN.fullmatch(port):
             raise ValueError(f"{port[:80]!r} is not a port")
         return host.strip("[]"), int(port)
     if len(fields) != 1:
         raise ValueError(f"expected `host port`, got {len(fields)} words")
-    if match := _BRACKETED_ADDRESS.fullmatch(text):
-        return match[1], int(match[2]) if match[2] else None
+    if bracketed := _BRACKETED_ADDRESS.fullmatch(text):
+        host, port = bracketed.groups()
+        return host, None if port is None else int(port)
     host, colon, port = text.partition(":")
     if not colon or ":" in port:  # there is no port, or the text is an IPv6 address
         return text, None
-    if not re.fullmatch(r"\d{1,5}", port):
+    if not _PORT_PATTERN.fullmatch(port):
         raise ValueError(f"{port[:80]!r} is not a port")
     return host, int(port)
 
 
 async def ask_address(command: AddressCommand, *, default_port: int, node: str) -> tuple[str, int]:
-    """Runs the command (an argument list, without a shell) and returns the host and the port that it prints.
+    """Runs the command (an argument list, without a shell), and returns the host and the port that the command prints.
 
     Raises HostUnresolved, which is retried, when the command fails, takes longer than its ``timeout_s`` or prints no
     address. The command and all processes that it started are ended in any case.

@@ -32,7 +32,10 @@ class OutputStream(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class ExecChunk:
-    """A piece of a running command's output. The last chunk has ``exit_status`` set or ``ended`` true."""
+    """A piece of a running command's output. The last chunk has ``ended`` true and holds the command's ``exit_status``.
+
+    ``exit_status`` is ``None`` in all other chunks, and in the last one when the host did not report the status.
+    """
 
     stream: OutputStream
     data: bytes
@@ -44,7 +47,10 @@ class Prompter(Protocol):
     """Passes a host's question on to a person (keyboard-interactive, a key's passphrase)."""
 
     async def __call__(self, node: str, text: str, *, echo: bool) -> str | None:
-        """The person's answer; ``None`` when no person is there, or the person declined. ``text`` is safe to print."""
+        """Returns the person's answer; ``None`` when no person is there, or the person declined.
+
+        ``text``, the question, is safe to print. ``echo``: the answer may be shown while the person types.
+        """
 
 
 class Tunnel(Protocol):
@@ -55,7 +61,7 @@ class Tunnel(Protocol):
 
     @property
     def state(self) -> TunnelState:
-        """The latest snapshot; cheap."""
+        """The latest snapshot of the tunnel's state. Cheap: nothing is asked or measured."""
 
     @property
     def urls(self) -> Mapping[Target, str]:
@@ -75,16 +81,19 @@ class Tunnel(Protocol):
     async def exec(
         self, argv: Sequence[str], *, timeout_s: float, limit_bytes: int = 1 << 20, shareable: bool = False
     ) -> ExecResult:
-        """Runs a command on the host over the same connection, quoted for a POSIX shell.
+        """Runs a command on the host, over the tunnel's connection, and returns its exit status and its output.
 
-        ``shareable``: the command changes nothing on the host. So the result may be the result
-        that another node of the same machine got a moment ago. Raises TunnelDown when the tunnel is not up, and
-        ExecError on a time-out or when the host gives no session.
+        ``argv`` is an argument list; it is quoted for a POSIX shell. ``limit_bytes`` limits stdout and stderr, each
+        alone. ``shareable``: the command changes nothing on the host, so the result may be the one that another node of
+        the same machine got a moment ago. Raises TunnelDown when the tunnel is not up, and ExecError on a time-out or
+        when the host gives no session.
         """
 
     def exec_stream(self, argv: Sequence[str]) -> AsyncIterator[ExecChunk]:
-        """As ``exec``, but without a deadline, and yields each piece of output as it comes. Closing the iterator ends
-        the command."""
+        """Runs a command as ``exec`` does, but without a deadline, and yields each piece of its output as it comes.
+
+        Closing the iterator ends the command.
+        """
 
     def suspect(self, reason: str) -> None:
         """Checks the tunnel now, not at the next keepalive, because a request through it failed."""

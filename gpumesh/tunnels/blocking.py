@@ -1,5 +1,7 @@
-"""Blocking calls from asyncio, each in a thread of its own, and deadlines. Only this file and forwarder.py make
-threads."""
+"""Runs blocking calls from asyncio, each in a thread of its own; and ``Deadline``, a time limit that can pause.
+
+Only this file and forwarder.py make threads.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,7 @@ ThreadLock = threading.Lock
 
 
 class Deadline:
-    """The end of a time limit on ``clock`` (monotonic seconds). ``paused`` moves it while a person is asked a
+    """The end of a time limit, by ``clock`` (monotonic seconds). ``paused`` moves the end while a person is asked a
     question."""
 
     def __init__(self, timeout_s: float, clock: Callable[[], float]) -> None:
@@ -29,7 +31,7 @@ class Deadline:
 
     @property
     def remaining_s(self) -> float:
-        """Seconds until the deadline, never negative. Inside ``paused`` the rest of the pause counts too."""
+        """Seconds until the deadline, never negative. Inside ``paused`` this includes the rest of the longest pause."""
         return max(0.0, self._ends_at - self._clock())
 
     @property
@@ -38,7 +40,7 @@ class Deadline:
 
     @contextmanager
     def paused(self, max_pause_s: float) -> Iterator[None]:
-        """The time inside the block does not count, up to ``max_pause_s``."""
+        """Moves the deadline by the time that the block takes, at most by ``max_pause_s``."""
         paused_at = self._clock()
         self._ends_at += max_pause_s
         try:

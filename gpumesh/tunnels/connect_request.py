@@ -1,5 +1,4 @@
-"""Makes the ``ConnectRequest`` for one attempt to connect to an SSH node: its current address, secrets, socket
-folder."""
+"""Makes the ``ConnectRequest`` for one attempt to connect to an SSH node: address now, secrets, folder for sockets."""
 
 from __future__ import annotations
 
@@ -20,16 +19,16 @@ from gpumesh.tunnels.transport import ConnectRequest
 async def open_connect_request(
     node: str, ssh: SshSpec, targets: tuple[Target, ...], *, interactive: bool, share: bool
 ) -> AsyncIterator[ConnectRequest]:
-    """The request for one attempt. At the end of the block its folder for sockets, which only transport openssh needs,
-    is removed.
+    """Gives the block the request for one attempt to connect to ``node``. The end of the block removes the folder for
+    sockets, which only a request for transport openssh has.
 
     Raises SecretMissing, HostUnresolved (address_from), TransportUnsupported (a host that cannot carry a tunnel), and
     GPUMeshError when no folder can be made.
     """
     ssh = await resolve_address(node, ssh)
     with contextlib.ExitStack() as stack:
-        control_dir: str | None = None
         secrets = read_secrets(node, ssh)
+        control_dir: str | None = None
         if ssh.transport is TransportKind.OPENSSH:
             control_dir = str(stack.enter_context(private_folder()))
         yield ConnectRequest(
@@ -44,8 +43,10 @@ async def open_connect_request(
 
 
 async def resolve_address(node: str, ssh: SshSpec) -> SshSpec:
-    """``ssh`` with the address that the command ``address_from`` prints, if the spec has one. Raises HostUnresolved,
-    and TransportUnsupported for a proxy that gives terminals only."""
+    """Returns ``ssh`` with the address that its command ``address_from`` prints; unchanged if it has no such command.
+
+    Raises HostUnresolved, and TransportUnsupported for a host that is a provider's proxy for terminals only.
+    """
     if ssh.address_from is not None:
         host, port = await ask_address(ssh.address_from, default_port=ssh.port, node=node)
         ssh = replace(ssh, host=host, port=port)
@@ -56,10 +57,9 @@ async def resolve_address(node: str, ssh: SshSpec) -> SshSpec:
 
 
 def read_secrets(node: str, ssh: SshSpec) -> tuple[tuple[str, str], ...]:
-    """Pairs of a name and a secret: ``password`` and ``passphrase``, each if the spec names its variable. Raises
-    SecretMissing."""
+    """Returns pairs of a name (``password``, ``passphrase``) and the secret, for the secrets whose variable the spec
+    names. Raises SecretMissing when such a variable is not set."""
+    variables = {"password": ssh.password_env, "passphrase": ssh.passphrase_env}
     return tuple(
-        (name, config.read_secret(variable, node=node))
-        for name, variable in (("password", ssh.password_env), ("passphrase", ssh.passphrase_env))
-        if variable is not None
+        (name, config.read_secret(variable, node=node)) for name, variable in variables.items() if variable is not None
     )

@@ -22,7 +22,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from enum import StrEnum
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from gpumesh.tunnels.local_system.sockets import close_with_reset, disable_nagle
 
@@ -30,17 +30,24 @@ READ = selectors.EVENT_READ
 WRITE = selectors.EVENT_WRITE
 
 BACKLOG = 1024  # clients that wait in the kernel's queue, for example while the tunnel reconnects
-CHUNK_BYTES = 64 * 1024
-ACCEPTS_PER_EVENT = 64  # then other sockets get their turn
+CHUNK_BYTES = 64 * 1024  # the most that one read of a socket takes
+ACCEPTS_PER_EVENT = 64  # after so many accepts in a row, other sockets get their turn
 ACCEPT_RETRY_S = 0.1  # after an accept for which the system had no descriptor or no memory
 
 Handler = Callable[[int], None]
+"""Called with the events (READ, WRITE) for which its socket is ready."""
+
+
+class _Timer(NamedTuple):
+    due_at: float  # monotonic seconds
+    id: int  # keeps timers of the same time in the order in which they were set
+    callback: Callable[[], None]
 
 
 class Dialer(Protocol):
     """Forwards ``local``, a non-blocking accepted socket, and later closes it.
 
-    It is called in the selector's thread, so it must not block. Raises OSError when no connection can be made.
+    A dialer is called in the selector's thread, so it must not block. Raises OSError when no connection can be made.
     """
 
     def __call__(self, forwarder: Forwarder, local: socket.socket) -> None: ...
@@ -50,7 +57,7 @@ class PeerFilter(Protocol):
     """Decides, in the selector's thread, which users' connections are served (local_system/peer_users.py)."""
 
     def allows(self, connection: socket.socket, peer: Any) -> bool:
-        """``peer`` is the address that ``accept`` returned."""
+        """Whether ``connection`` is served. ``peer`` is the address that ``accept`` returned."""
 
     def close(self) -> None: ...
 
@@ -88,8 +95,7 @@ class Forwarder:
         self._wake_writer.setblocking(False)
         self._selector.register(self._wake_reader, READ, self._drain_wakeups)
         self._posted: deque[Callable[[], None]] = deque()
-        # A heap of (monotonic time, id, callback). The id keeps timers of the same time in order.
-        self._timers: list[tuple[float, int, Callable[[], None]]] = []
+        self._timers: list[_Timer] = []  # a heap: the first timer is the next to be due
         self._timer_ids = itertools.count()
         self._listeners: list[tuple[socket.socket, Dialer]] = []
         self._relays: set[Relay] = set()
@@ -106,7 +112,7 @@ class Forwarder:
         return len(self._relays)
 
     def listen(self, listener: socket.socket, dialer: Dialer) -> None:
-        """Connections to ``listener`` go to ``dialer``. The listener stays the caller's, who also closes it."""
+        """Gives the connections of ``listener`` to ``dialer``, once the loop runs. The caller closes ``listener``."""
         listener.setblocking(False)
         self._listeners.append((listener, dialer))
 
@@ -115,7 +121,7 @@ class Forwarder:
         threading.Thread(target=self.run, name="forwarder", daemon=True).start()
 
     def run(self) -> None:
-        """Runs the loop in the caller's thread, in place of ``start``. Returns after ``close``."""
+        """Runs the loop in the caller's own thread; ``start`` runs it in a new thread. Returns after ``close``."""
         with self._state_lock:
             if self._state is not ForwarderState.NEW:
                 return  # ``close`` came first and has released everything
@@ -125,17 +131,19 @@ class Forwarder:
         running = ForwarderState.RUNNING  # a local name: in Python 3.11 each look-up of a member calls a function
         try:
             while self._state is running:
-                for key, mask in self._selector.select(self._next_timeout()):
+                for key, ready_events in self._selector.select(self._seconds_to_next_timer()):
                     handler: Handler = key.data
-                    handler(mask)
+                    handler(ready_events)
                 self._run_due_timers()
                 while self._posted:
-                    self._posted.popleft()()
+                    callback = self._posted.popleft()
+                    callback()
         finally:
             self._tear_down()
 
     def close(self, timeout_s: float = 2.0) -> bool:
-        """Ends the loop, resets every connection and waits for the end. False when that took longer than ``timeout_s``.
+        """Ends the loop, resets every connection and waits for that. Returns false when it takes longer than
+        ``timeout_s``.
 
         May be called twice, and from any thread but the selector's.
         """
@@ -143,7 +151,7 @@ class Forwarder:
             old_state = self._state
             if old_state is not ForwarderState.ENDED:
                 self._state = ForwarderState.STOPPING
-        if old_state is ForwarderState.NEW:  # there is no loop that would do it
+        if old_state is ForwarderState.NEW:  # no loop runs that would call ``_tear_down`` at its end
             self._tear_down()
         self._wake()
         return self._finished.wait(timeout_s)
@@ -158,19 +166,21 @@ class Forwarder:
     def watch(self, sock: socket.socket, events: int, handler: Handler) -> None:
         """Calls ``handler`` whenever ``sock`` is ready for some of ``events`` (READ, WRITE). ``events`` 0 ends the
         watch."""
-        present_watch = self._selector.get_map().get(sock)
-        if present_watch is None:
+        current_watch = self._selector.get_map().get(sock)
+        if current_watch is None:
             if events:
                 self._selector.register(sock, events, handler)
         elif not events:
             self._selector.unregister(sock)
-        elif present_watch.events != events:
+        elif current_watch.events != events:
             self._selector.modify(sock, events, handler)
 
     def call_later(self, delay_s: float, callback: Callable[[], None]) -> None:
-        heapq.heappush(self._timers, (time.monotonic() + delay_s, next(self._timer_ids), callback))
+        """Calls ``callback`` in the selector's thread after ``delay_s``. A timer cannot be cancelled."""
+        heapq.heappush(self._timers, _Timer(time.monotonic() + delay_s, next(self._timer_ids), callback))
 
     def add_relay(self, relay: Relay) -> None:
+        """Makes the end of the loop abort ``relay``, until ``discard_relay``."""
         self._relays.add(relay)
 
     def discard_relay(self, relay: Relay) -> None:
@@ -182,6 +192,7 @@ class Forwarder:
         self.watch(listener, READ, lambda _: self._accept(listener, dialer))
 
     def _accept(self, listener: socket.socket, dialer: Dialer) -> None:
+        """Accepts the connections that wait at ``listener``, and gives each allowed connection to ``dialer``."""
         for _ in range(ACCEPTS_PER_EVENT):
             try:
                 local, peer = listener.accept()
@@ -217,14 +228,17 @@ class Forwarder:
         except OSError:
             pass  # closed: the loop has ended
 
-    def _next_timeout(self) -> float | None:
-        return max(0.0, self._timers[0][0] - time.monotonic()) if self._timers else None
+    def _seconds_to_next_timer(self) -> float | None:
+        """``None``: there is no timer."""
+        return max(0.0, self._timers[0].due_at - time.monotonic()) if self._timers else None
 
     def _run_due_timers(self) -> None:
-        while self._timers and self._timers[0][0] <= time.monotonic():
-            heapq.heappop(self._timers)[2]()
+        while self._timers and self._timers[0].due_at <= time.monotonic():
+            timer = heapq.heappop(self._timers)
+            timer.callback()
 
     def _tear_down(self) -> None:
+        """Aborts all relays and releases everything that the forwarder owns. Called once, when the loop has ended."""
         for relay in list(self._relays):
             relay.abort()
         self._selector.close()

@@ -1,5 +1,4 @@
-"""Decides whether a host's key is trusted, and makes the error when it is not. known_hosts.py reads and writes the
-files.
+"""Decides whether a host's key is trusted, and makes the error for a key that is not. (known_hosts.py has the files.)
 
 Trust belongs to a node as well as to an address: a pod comes back on another port, and a port comes back with another
 pod. So a key is recorded under two names, the address and ``gpumesh-node-NAME``. If there is an entry for the node, it
@@ -38,9 +37,12 @@ class HostKeyStatus(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class HostKeyCheck:
-    """``expected``: the keys on record, when the host's key is ``CHANGED``. ``recorded_for_node``: the host's key is on
+    """The result of comparing a host's key with the keys on record.
+
+    ``expected``: the keys on record, when the host's key is ``CHANGED``. ``recorded_for_node``: the host's key is on
     record for the node, not only for its address. ``certificate_only``: only a certificate authority is on record for
-    this host, and paramiko cannot check certificates."""
+    this host, and paramiko cannot check certificates.
+    """
 
     status: HostKeyStatus
     expected: tuple[HostKey, ...] = ()
@@ -49,14 +51,14 @@ class HostKeyCheck:
 
 
 def check_host_key(known: KnownHosts, key: HostKey, *, node: str, host: str, port: int) -> HostKeyCheck:
-    """Compares ``key`` with the keys on record for the node; if there are none, with those for its address. Pure."""
+    """Compares ``key`` with the keys on record for the node; if there are none, with the keys for its address. Pure."""
     alias, address = host_key_alias(node), known_hosts_address(host, port)
     if _is_revoked(known, key, (alias, address)):
         return HostKeyCheck(HostKeyStatus.REVOKED)
     for name in (alias, address):
         recorded_keys = known.keys_for(name)
-        if any(other.blob == key.blob for other in recorded_keys):
-            return HostKeyCheck(HostKeyStatus.KNOWN, recorded_for_node=name == alias)
+        if any(recorded.blob == key.blob for recorded in recorded_keys):
+            return HostKeyCheck(HostKeyStatus.KNOWN, recorded_for_node=(name == alias))
         if recorded_keys:
             return HostKeyCheck(HostKeyStatus.CHANGED, recorded_keys)
     has_authority = any(
@@ -67,20 +69,21 @@ def check_host_key(known: KnownHosts, key: HostKey, *, node: str, host: str, por
 
 
 def _is_revoked(known: KnownHosts, key: HostKey, names: Sequence[str]) -> bool:
-    return any(
-        entry.marker == REVOKED and entry.key.blob == key.blob and any(entry.matches(name) for name in names)
-        for entry in known.entries
-    )
+    """Whether a line of ``known`` marks ``key`` as @revoked for one of ``names``."""
+    revocations = [entry for entry in known.entries if entry.marker == REVOKED and entry.key.blob == key.blob]
+    return any(entry.matches(name) for entry in revocations for name in names)
 
 
 def verify_host_key(key: HostKey, *, node: str, host: str, port: int, known_hosts: Path, policy: HostKeyPolicy) -> None:
-    """Returns when ``key`` is trusted. With ``accept-new``, an unknown key is recorded. Raises ``HostKeyUnknown``,
-    ``HostKeyChanged`` or ``HostKeyRevoked``."""
+    """Returns if ``key`` is trusted. With policy ``accept-new``, an unknown key is recorded and then trusted.
+
+    Raises ``HostKeyUnknown``, ``HostKeyChanged`` or ``HostKeyRevoked`` for a key that is not trusted.
+    """
     check = check_host_key(read_known_hosts(known_hosts), key, node=node, host=host, port=port)
     if check.status is HostKeyStatus.KNOWN:
         return
-    accept_new = policy is HostKeyPolicy.ACCEPT_NEW and not check.certificate_only
-    if check.status is HostKeyStatus.UNKNOWN and accept_new:
+    accepts_new_key = policy is HostKeyPolicy.ACCEPT_NEW and not check.certificate_only
+    if check.status is HostKeyStatus.UNKNOWN and accepts_new_key:
         record_host_key(known_hosts, key, node=node, host=host, port=port)
         return
     raise _host_key_error(check, key, node=node, address=format_address(host, port), known_hosts=known_hosts)
@@ -88,19 +91,19 @@ def verify_host_key(key: HostKey, *, node: str, host: str, port: int, known_host
 
 def _host_key_error(check: HostKeyCheck, key: HostKey, *, node: str, address: str, known_hosts: Path) -> TunnelError:
     """The error for a key that is not trusted."""
-    shown = f"{key.key_type} {key.fingerprint}"
+    shown_key = f"{key.key_type} {key.fingerprint}"
     # A jump host has no name of its own (""): the user puts any node behind it for NODE.
     trust = paste_command("gpumesh trust {NODE}", NODE=node or "NODE")
     if check.status is HostKeyStatus.REVOKED:
         return HostKeyRevoked(
-            f"the host key of {address}, {shown}, is marked @revoked in {known_hosts}",
+            f"the host key of {address}, {shown_key}, is marked @revoked in {known_hosts}",
             hint="whoever marked it knows why; nothing connects to it while it stands there",
             node=node,
         )
     if check.status is HostKeyStatus.CHANGED:
-        expected = ", ".join(f"{other.key_type} {other.fingerprint}" for other in check.expected[:3])
+        expected = ", ".join(f"{recorded.key_type} {recorded.fingerprint}" for recorded in check.expected[:3])
         return HostKeyChanged(
-            f"the host key of {address} is {shown}, but {known_hosts} has {expected}",
+            f"the host key of {address} is {shown_key}, but {known_hosts} has {expected}",
             hint="expected after a pod was reset; on a machine of yours it may be an attack:"
             f" {trust} records the new key knowingly",
             node=node,
@@ -108,12 +111,12 @@ def _host_key_error(check: HostKeyCheck, key: HostKey, *, node: str, address: st
     if check.certificate_only:
         return HostKeyUnknown(
             f"{address} is vouched for by a certificate authority in {known_hosts}, which transport sshtunnel cannot"
-            f" check (it showed {shown})",
+            f" check (it showed {shown_key})",
             hint=f"set `transport: openssh` for the node, or record this key alone: {trust}",
             node=node,
         )
     return HostKeyUnknown(
-        f"the host key of {address} is not in {known_hosts}: {shown}",
+        f"the host key of {address} is not in {known_hosts}: {shown_key}",
         hint=f"{trust} shows it and records it",
         node=node,
     )
@@ -152,5 +155,8 @@ def host_key_algorithms(key_types: Sequence[str]) -> tuple[str, ...]:
     """The algorithm names under which a host may offer keys of these types. An RSA key has one name for each hash."""
     names: list[str] = []
     for key_type in key_types:
-        names += ["rsa-sha2-512", "rsa-sha2-256"] if key_type == "ssh-rsa" else [key_type]
+        if key_type == "ssh-rsa":
+            names += ["rsa-sha2-512", "rsa-sha2-256"]
+        else:
+            names.append(key_type)
     return tuple(names)

@@ -1,4 +1,4 @@
-"""Parses jump hosts in the form of mesh.yaml and ssh_config. Pure."""
+"""Parses jump hosts (``proxy_jump``) in the form of mesh.yaml and ssh_config, and lists the hosts of a route. Pure."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from gpumesh.topology import SshSpec
 
 
 def split_jump(jump: str, default_user: str) -> tuple[str, str, int]:
-    """``[user@]host[:port]`` as (user, host, port). Raises ``ValueError``."""
+    """Splits ``[user@]host[:port]`` into user, host and port (22 if not given). Raises ``ValueError``."""
     user, _, rest = jump.rpartition("@")
     if rest.startswith("["):
         host, _, after_bracket = rest[1:].partition("]")
@@ -23,8 +23,8 @@ def split_jump(jump: str, default_user: str) -> tuple[str, str, int]:
 
 
 def list_hops(ssh: SshSpec) -> tuple[SshSpec, ...]:
-    """All hosts on the route to ``ssh``'s host, in order. Each is reached through those before it; the last is
-    ``ssh``."""
+    """All hosts on the route to ``ssh``'s host, the nearest first. Each host is reached through the hosts before it;
+    the last is ``ssh`` itself."""
     hops = []
     for index, jump in enumerate(ssh.proxy_jump):
         user, host, port = split_jump(jump, ssh.user)

@@ -44,8 +44,8 @@ class HostKey:
 
 @dataclass(frozen=True, slots=True)
 class KnownHostsEntry:
-    """One line. ``marker`` is ``""``, ``REVOKED`` or ``CERTIFICATE_AUTHORITY``. ``hosts`` is the field of host names
-    and patterns."""
+    """One line of a known_hosts file. ``marker`` is ``""``, ``REVOKED`` or ``CERTIFICATE_AUTHORITY``. ``hosts`` is the
+    field of host names and patterns."""
 
     marker: str
     hosts: str
@@ -57,6 +57,7 @@ class KnownHostsEntry:
         return self.hosts.startswith("|1|")
 
     def matches(self, name: str) -> bool:
+        """Whether the line is for ``name``: a ``host_key_alias`` or a ``known_hosts_address``."""
         if self.hashed:
             return _matches_hash(self.hosts, name)
         return matches_pattern_list(name.lower(), self.hosts.lower().split(","))
@@ -64,7 +65,7 @@ class KnownHostsEntry:
 
 @dataclass(frozen=True, slots=True)
 class KnownHosts:
-    """The lines of a file, in order."""
+    """The entries of a known_hosts file, in the order of its lines."""
 
     entries: tuple[KnownHostsEntry, ...] = ()
 
@@ -78,12 +79,12 @@ class KnownHosts:
         return tuple(dict.fromkeys(entry.key for entry in self.entries if not entry.marker and entry.matches(name)))
 
     def keys(self, *, node: str, host: str, port: int) -> tuple[HostKey, ...]:
-        """The keys on record for the node; if there are none, those for its address."""
+        """The keys on record for the node; if there are none, the keys for its address."""
         return self.keys_for(host_key_alias(node)) or self.keys_for(known_hosts_address(host, port))
 
     def key_types(self, *, node: str, host: str, port: int) -> tuple[str, ...]:
-        """The types of the keys on record. The host is asked for these first: otherwise it might offer a key of another
-        type, which is not on record."""
+        """The types of the keys on record. We ask the host for these types first: otherwise the host might offer a key
+        of another type, which is not on record."""
         return tuple(dict.fromkeys(key.key_type for key in self.keys(node=node, host=host, port=port)))
 
 
@@ -93,14 +94,15 @@ def known_hosts_address(host: str, port: int) -> str:
 
 
 def host_key_alias(node: str) -> str:
-    """A node's name in known_hosts. Other characters are escaped, so that no node's name is read as a pattern."""
-    safe = re.sub(r"[^a-z0-9._-]", lambda match: f"%{ord(match.group()):x}", node.lower())
-    return f"gpumesh-node-{safe}"
+    """A node's name in known_hosts. Special characters become ``%HEX``, so that no node's name is read as a pattern."""
+    escaped = re.sub(r"[^a-z0-9._-]", lambda match: f"%{ord(match.group()):x}", node.lower())
+    return f"gpumesh-node-{escaped}"
 
 
 def parse_known_hosts(text: str) -> KnownHosts:
     """The entries of a file. Lines that OpenSSH cannot read either are left out."""
-    return KnownHosts(tuple(entry for line in _split_lines(text) if (entry := _parse_line(line)) is not None))
+    entries = [_parse_line(line) for line in _split_lines(text)]
+    return KnownHosts(tuple(entry for entry in entries if entry is not None))
 
 
 def _split_lines(text: str) -> list[str]:
@@ -109,6 +111,8 @@ def _split_lines(text: str) -> list[str]:
 
 
 def _parse_line(line: str) -> KnownHostsEntry | None:
+    """The entry in a line: ``[@marker] hosts key-type base64-key [comment]``. ``None`` for an empty line, for a comment
+    and for a line that OpenSSH cannot read either."""
     fields = line.split()
     if not fields or fields[0].startswith("#"):
         return None
@@ -119,14 +123,16 @@ def _parse_line(line: str) -> KnownHostsEntry | None:
             return None
     if len(fields) < 3:
         return None
+    hosts, key_type, encoded_key = fields[:3]
     try:
-        blob = base64.b64decode(fields[2], validate=True)
+        blob = base64.b64decode(encoded_key, validate=True)
     except (binascii.Error, ValueError):
         return None
-    return KnownHostsEntry(marker, fields[0], HostKey(fields[1], blob))
+    return KnownHostsEntry(marker, hosts, HostKey(key_type, blob))
 
 
 def _matches_hash(hosts: str, name: str) -> bool:
+    """Whether ``hosts``, in the form that ``_hash_name`` returns, is the hash of ``name``."""
     try:
         _, _, salt, digest = hosts.split("|")
         expected = base64.b64decode(digest)
@@ -137,6 +143,7 @@ def _matches_hash(hosts: str, name: str) -> bool:
 
 
 def _hash_name(name: str) -> str:
+    """The hash of a host's name in OpenSSH's form: ``|1|SALT|DIGEST``, both in base64."""
     salt = secrets.token_bytes(20)
     digest = hmac.new(salt, name.encode(), "sha1").digest()
     return f"|1|{base64.b64encode(salt).decode()}|{base64.b64encode(digest).decode()}"
@@ -146,19 +153,21 @@ def _hash_name(name: str) -> str:
 
 
 def read_known_hosts(path: Path) -> KnownHosts:
-    """A file that does not exist is empty. Raises ``TunnelError`` when it cannot be read."""
+    """Reads and parses a known_hosts file; a file that does not exist is empty. Raises ``TunnelError``."""
     return parse_known_hosts(_read_text(path.expanduser()))
 
 
 def record_host_key(path: Path, key: HostKey, *, node: str, host: str, port: int) -> None:
-    """Records ``key`` for this node and this address, and drops other keys of these two names. For a jump host, which
-    is no node, ``node`` is "", and only its address is recorded.
+    """Records ``key`` for a node's name and for its address, and removes the other keys of these two names.
+
+    A jump host is no node: then ``node`` is "", and the key is recorded for the address only.
 
     Other lines stay as they are. The file is replaced as a whole (0600) under a lock, so that neither a crash nor a
     second writer loses a line. Raises ``TunnelError`` when that fails.
     """
     path = path.expanduser()
-    names = (*((host_key_alias(node),) if node else ()), known_hosts_address(host, port))
+    address = known_hosts_address(host, port)
+    names = (host_key_alias(node), address) if node else (address,)
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         target = Path(os.path.realpath(path))  # a link stays a link, and its target is replaced
@@ -173,9 +182,10 @@ def record_host_key(path: Path, key: HostKey, *, node: str, host: str, port: int
 
 
 def ensure_known_hosts_file(path: Path) -> None:
-    """Raises ``TunnelError`` for a file that has lines other than comments, but no host's key.
+    """Raises ``TunnelError`` for a file that has lines other than comments but no host's key: no known_hosts file.
 
-    Called before anything is written: in another person's mesh.yaml, ``known_hosts`` may name a shell's start-up file.
+    Called before we write into the file: in another person's mesh.yaml, ``known_hosts`` may name a shell's start-up
+    file.
     """
     text = _read_text(path.expanduser())
     lines = [line for line in _split_lines(text) if line.strip() and not line.lstrip().startswith("#")]
@@ -184,6 +194,7 @@ def ensure_known_hosts_file(path: Path) -> None:
 
 
 def _read_text(path: Path) -> str:
+    """The text of a file; empty if there is no file. Raises ``TunnelError``."""
     try:
         with path.open("rb") as file:
             raw = file.read(SIZE_LIMIT + 1)
@@ -195,22 +206,25 @@ def _read_text(path: Path) -> str:
         ) from error
     if len(raw) > SIZE_LIMIT:
         raise TunnelError(f"known_hosts file {path} has more than {SIZE_LIMIT >> 20} MiB")
-    return raw.decode("utf-8", "surrogateescape")  # so that bytes that are no text are written back unchanged
+    return raw.decode("utf-8", "surrogateescape")  # bytes that are no text are later written back unchanged
 
 
 def _replace_keys(text: str, key: HostKey, names: tuple[str, ...]) -> Iterator[str]:
-    """Yields the lines of the new file, each with its newline."""
-    hashed = parse_known_hosts(text).hashed
+    """Yields the lines of the new file: ``text`` without other keys of ``names``, then a line with ``key`` for each of
+    ``names``. Each line has its newline."""
     for line in _split_lines(text):
         entry = _parse_line(line)
-        matching = [] if entry is None or entry.marker else [name for name in names if entry.matches(name)]
-        if entry is None or not matching:
+        matching_names: set[str] = set()
+        if entry is not None and not entry.marker:
+            matching_names = {name.lower() for name in names if entry.matches(name)}
+        if entry is None or not matching_names:
             yield line + "\n"
             continue
         # The other hosts of a line (``a,b ssh-ed25519 …``) and its patterns keep the key. A hashed line has one name.
-        replaced = {name.lower() for name in matching}
-        others = [host for host in entry.hosts.split(",") if host.lower() not in replaced]
-        if others and not entry.hashed:
-            yield f"{','.join(others)} {entry.key.public_key_text}\n"
+        other_hosts = [host for host in entry.hosts.split(",") if host.lower() not in matching_names]
+        if other_hosts and not entry.hashed:
+            yield f"{','.join(other_hosts)} {entry.key.public_key_text}\n"
+    file_has_hashes = parse_known_hosts(text).hashed
     for name in names:
-        yield f"{_hash_name(name) if hashed else name} {key.public_key_text}\n"
+        recorded_name = _hash_name(name) if file_has_hashes else name
+        yield f"{recorded_name} {key.public_key_text}\n"

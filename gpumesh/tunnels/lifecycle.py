@@ -1,4 +1,4 @@
-"""A tunnel's life as a pure state machine: events in, decisions out. It has no clock, no socket and no randomness.
+"""A tunnel's life as a pure state machine (phases, backoff, retries): events in, decisions out. No clock, no sockets.
 
 ::
 
@@ -8,14 +8,15 @@
        RetryRequested, Woke, │                         ▼
               NetworkChanged └──────────── backoff, or failed when a person must act   (CloseRequested: closed)
 
-A tunnel never gives up. An error that a retry alone cannot cure (a refused key, a changed host key) brings it into
-phase ``failed``. Even then it is tried again, slowly, because a person may mend the cause on the host, where we do not
-see it. After a stable connection breaks, the tunnel is tried again at once. If connections keep breaking soon after
-they came up, each wait is longer than the last, so that a flapping host does not get many logins. After a wake from
-sleep or a change of the network the tunnel is tried at once, and then at short intervals: Wi-Fi takes some 15 s to come
-back.
+A tunnel never gives up. An error that a retry alone cannot cure (a refused key, a changed host key) brings the tunnel
+into phase ``failed``. Even then the tunnel is tried again, slowly, because a person may mend the cause on the host,
+where we do not see that. After a stable connection breaks, the tunnel is tried again at once. If connections keep
+breaking soon after they came up, each wait is longer than the last, so that a flapping host does not get many logins.
+After a wake from sleep or a change of the network the tunnel is tried at once, and then at short intervals: Wi-Fi takes
+some 15 s to come back.
 
-Times are seconds of one monotonic clock. ``jitter`` is a number in [0, 1) that the caller draws for each step.
+The machine has no clock, no socket and no randomness. Times are seconds of one monotonic clock, and ``jitter`` is a
+number in [0, 1): for each step the caller reads the clock and draws the number.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ class Cause:
 
 @dataclass(frozen=True, slots=True)
 class OpenRequested:
-    """Somebody wants the tunnel from now on."""
+    """The tunnel is wanted from now on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,12 +90,12 @@ class RetryRequested:
 
 @dataclass(frozen=True, slots=True)
 class Suspected:
-    """A request through the tunnel failed."""
+    """A request through the tunnel failed, so the host may be gone."""
 
 
 @dataclass(frozen=True, slots=True)
 class Woke:
-    """The machine slept: a connection, or an attempt under way, is most likely dead."""
+    """The machine has woken from sleep: a connection, or an attempt under way, is most likely dead."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +105,7 @@ class NetworkChanged:
 
 @dataclass(frozen=True, slots=True)
 class CloseRequested:
-    """Nobody wants the tunnel any more."""
+    """The tunnel is not wanted any more."""
 
 
 LifecycleEvent = (
@@ -121,7 +122,7 @@ LifecycleEvent = (
 
 
 class Decision(StrEnum):
-    """An action for the caller of ``step``. Each event leads to exactly one decision."""
+    """The action that the caller of ``step`` takes. Each event leads to exactly one decision."""
 
     NOTHING = "nothing"
     CONNECT = "connect"
@@ -138,9 +139,10 @@ class Decision(StrEnum):
 class Lifecycle:
     """The state of a tunnel. ``failures`` counts failures in a row; ``connects`` counts all successful attempts.
 
-    ``since`` is when the phase began, ``tried_at`` when the last attempt did. ``cause`` is the cause of the last
-    failure. It is kept while the tunnel is up, where it explains the last reconnect. ``retry_at`` is set in the phases
-    backoff and failed only.
+    ``since`` is the time at which the phase began, ``tried_at`` the time at which the last attempt began. ``cause`` is
+    the cause of the last failure. It stays while the tunnel is up, where it explains the last reconnect. ``retry_at``
+    is the time of the next attempt, and is set in the phases backoff and failed only. Until ``eager_until`` the
+    intervals are short (see ``RetryTiming.eager_period_s``).
     """
 
     phase: TunnelPhase = TunnelPhase.IDLE
@@ -158,14 +160,15 @@ class Lifecycle:
 
     @property
     def waiting(self) -> bool:
+        """Whether the tunnel waits for the time of its next attempt."""
         return self.phase in (TunnelPhase.BACKOFF, TunnelPhase.FAILED)
 
 
 def step(
     life: Lifecycle, event: LifecycleEvent, *, now: float, jitter: float, timing: RetryTiming | None = None
 ) -> tuple[Lifecycle, Decision]:
-    """The next state, and what to do. An event that came too late, and does not fit the phase any more, changes
-    nothing."""
+    """Returns the state after ``event``, and the decision. An event that does not fit the phase, because it came too
+    late, changes nothing."""
     timing = timing or RetryTiming()
     if life.phase is TunnelPhase.CLOSED:
         return life, Decision.STOP
@@ -173,17 +176,17 @@ def step(
         case CloseRequested():
             return replace(life, phase=TunnelPhase.CLOSED, since=now, retry_at=None), Decision.STOP
         case OpenRequested() if life.phase is TunnelPhase.IDLE:
-            return _connect(life, now), Decision.CONNECT
+            return _begin_attempt(life, now), Decision.CONNECT
         case Connected() if life.phase is TunnelPhase.CONNECTING:
             return replace(life, phase=TunnelPhase.UP, since=now, connects=life.connects + 1), Decision.NOTHING
         case ConnectionFailed(cause) if life.phase in (TunnelPhase.CONNECTING, TunnelPhase.UP):
             return _fail(life, cause, now, jitter, timing), Decision.WAIT
         case RetryDue() if life.waiting:
-            if life.retry_at is not None and now < life.retry_at:
+            if life.retry_at is not None and now < life.retry_at:  # the caller's timer went off too early
                 return life, Decision.WAIT
-            return _connect(life, now), Decision.CONNECT
+            return _begin_attempt(life, now), Decision.CONNECT
         case RetryRequested() if life.waiting:
-            return _connect(replace(life, failures=0), now), Decision.CONNECT
+            return _begin_attempt(replace(life, failures=0), now), Decision.CONNECT
         case RetryRequested() | Suspected() if life.phase is TunnelPhase.UP:
             return life, Decision.CHECK
         case Woke() | NetworkChanged():
@@ -191,38 +194,45 @@ def step(
     return life, Decision.NOTHING
 
 
-def _connect(life: Lifecycle, now: float) -> Lifecycle:
+def _begin_attempt(life: Lifecycle, now: float) -> Lifecycle:
+    """The state in which an attempt to connect has just begun."""
     return replace(life, phase=TunnelPhase.CONNECTING, since=now, tried_at=now, retry_at=None)
 
 
 def _fail(life: Lifecycle, cause: Cause, now: float, jitter: float, timing: RetryTiming) -> Lifecycle:
     """The state after a failure: ``failed`` when a person must act, otherwise ``backoff``."""
     if cause.needs_person:
-        delay = timing.failed_retry_s * (0.9 + 0.2 * jitter)
-        phase, failures = TunnelPhase.FAILED, life.failures + 1
+        phase = TunnelPhase.FAILED
+        failures = life.failures + 1
+        delay_s = timing.failed_retry_s * (0.9 + 0.2 * jitter)  # spread by 10 % either way
     else:
+        phase = TunnelPhase.BACKOFF
         was_stable = life.phase is TunnelPhase.UP and now - life.since >= timing.stable_s
-        phase, failures = TunnelPhase.BACKOFF, 0 if was_stable else life.failures + 1
+        failures = 0 if was_stable else life.failures + 1
         is_eager = life.eager_until is not None and now < life.eager_until
         max_backoff_s = timing.eager_max_backoff_s if is_eager else timing.max_backoff_s
-        delay = _backoff_delay(failures, jitter, max_backoff_s, timing)
-    return replace(life, phase=phase, since=now, failures=failures, cause=cause, retry_at=now + delay)
+        delay_s = _backoff_delay_s(failures, jitter, max_backoff_s, timing)
+    return replace(life, phase=phase, since=now, failures=failures, cause=cause, retry_at=now + delay_s)
 
 
-def _backoff_delay(failures: int, jitter: float, max_backoff_s: float, timing: RetryTiming) -> float:
-    """Seconds until the next attempt: the doubled interval times 0.5 to 1.5 (by ``jitter``), within the limits. The
-    jitter keeps nodes that were lost together from coming back at the same moment."""
+def _backoff_delay_s(failures: int, jitter: float, max_backoff_s: float, timing: RetryTiming) -> float:
+    """Seconds until the next attempt: an interval that doubles with each failure, times 0.5 to 1.5 (by ``jitter``).
+
+    The result is between ``initial_backoff_s`` and ``max_backoff_s``. Jitter keeps nodes that were lost together from
+    coming back at the same moment.
+    """
     if failures == 0:
         return timing.immediate_retry_s * jitter
-    # The exponent has a limit: after a long outage 2.0 ** 2000 would overflow.
-    interval = timing.initial_backoff_s * 2.0 ** min(failures - 1, 32)
-    return min(max_backoff_s, max(timing.initial_backoff_s, min(interval, max_backoff_s) * (0.5 + jitter)))
+    doublings = min(failures - 1, 32)  # a limit, because after a long outage 2.0 ** 2000 would overflow
+    interval_s = min(timing.initial_backoff_s * 2.0**doublings, max_backoff_s)
+    at_least_initial_s = max(timing.initial_backoff_s, interval_s * (0.5 + jitter))
+    return min(max_backoff_s, at_least_initial_s)
 
 
 def _react_to_environment(
     life: Lifecycle, event: Woke | NetworkChanged, now: float, timing: RetryTiming
 ) -> tuple[Lifecycle, Decision]:
-    """The step for a wake from sleep, or for a change of the network."""
+    """The step for a wake from sleep, or for a change of the network: returns as ``step`` does."""
     if life.phase is TunnelPhase.IDLE:
         return life, Decision.NOTHING
     life = replace(life, eager_until=now + timing.eager_period_s)
@@ -231,10 +241,13 @@ def _react_to_environment(
     life = replace(life, failures=0)
     if life.phase is TunnelPhase.CONNECTING:
         if isinstance(event, Woke):
-            return _connect(life, now), Decision.RECONNECT
+            return _begin_attempt(life, now), Decision.RECONNECT
         return life, Decision.NOTHING
-    settled_at = (life.tried_at or 0.0) + timing.network_settle_s
-    if isinstance(event, NetworkChanged) and life.tried_at is not None and now < settled_at:
-        # Changes come in bursts (link, address, route). The first one started an attempt; the others must not.
-        return replace(life, retry_at=min(life.retry_at or settled_at, settled_at)), Decision.WAIT
-    return _connect(life, now), Decision.CONNECT
+    if isinstance(event, NetworkChanged) and life.tried_at is not None:
+        # Changes come in bursts (link, address, route). The first change started an attempt; the next attempt comes
+        # when the burst is over.
+        settled_at = life.tried_at + timing.network_settle_s
+        if now < settled_at:
+            retry_at = settled_at if life.retry_at is None else min(life.retry_at, settled_at)
+            return replace(life, retry_at=retry_at), Decision.WAIT
+    return _begin_attempt(life, now), Decision.CONNECT

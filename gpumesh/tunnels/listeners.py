@@ -1,9 +1,9 @@
-"""The permanent local ends of a node's tunnel: one port or Unix socket for each target. They are bound once and stay
-open during a reconnect.
+"""The permanent local ends of a node's tunnel: one listening port or Unix socket for each target.
 
-The supervisor owns the listening sockets and lends them to the worker that is connected. Without a worker, the kernel
-completes a client's connect and the client waits in the backlog, so that a short outage is only a delay. After some
-seconds the supervisor accepts and resets such clients, so that no client hangs when the host stays away.
+They are bound once and stay open during a reconnect. The supervisor owns the listening sockets and lends them to the
+worker that is connected. Without a worker, the kernel completes a client's connect and the client waits in the backlog,
+so that a short outage is only a delay. After some seconds the supervisor accepts and resets such clients, so that no
+client hangs when the host stays away.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from gpumesh.tunnels.local_system.sockets import close_with_reset
 from gpumesh.tunnels.local_system.unix_sockets import UnixListener, open_tunnel_listener
 from gpumesh.tunnels.local_system.unix_urls import unix_url
 
-BACKLOG = 1024  # clients that can wait for a worker
-_ACCEPTS_PER_EVENT = 64  # then other tasks get their turn
+BACKLOG = 1024  # so many clients of one listener can wait for a worker
+_ACCEPTS_PER_EVENT = 64  # after so many accepts in a row, other tasks get their turn
 
 
 class Listeners:
@@ -39,20 +39,23 @@ class Listeners:
         self._reset_timer: asyncio.TimerHandle | None = None
         # The event loop that resets clients; ``None`` while clients are held.
         self._resetting_loop: asyncio.AbstractEventLoop | None = None
-        self._unix: list[UnixListener] = []
+        self._unix_listeners: list[UnixListener] = []
         self.sockets: list[socket.socket] = []
         try:
             for number in range(len(self._targets)):
                 if spec.listen is TunnelListen.UNIX:
-                    self._unix.append(open_tunnel_listener(mesh_name, node, number, BACKLOG))
-                    self.sockets.append(self._unix[-1].sock)
+                    unix_listener = open_tunnel_listener(mesh_name, node, number, BACKLOG)
+                    self._unix_listeners.append(unix_listener)
+                    self.sockets.append(unix_listener.sock)
                 else:
                     self.sockets.append(_listen_on_loopback())
         except (OSError, GPUMeshError):
             self.close()
             raise
-        self.ports: tuple[int, ...] = () if self._unix else tuple(sock.getsockname()[1] for sock in self.sockets)
-        self.paths: tuple[Path, ...] = tuple(listener.path for listener in self._unix)
+        self.ports: tuple[int, ...] = ()
+        if not self._unix_listeners:
+            self.ports = tuple(sock.getsockname()[1] for sock in self.sockets)
+        self.paths: tuple[Path, ...] = tuple(listener.path for listener in self._unix_listeners)
         self.access = self._find_access(spec)
 
     def __repr__(self) -> str:
@@ -60,10 +63,10 @@ class Listeners:
         return f"<Listeners {', '.join(map(str, self.paths or self.ports))} clients {clients}>"
 
     def _find_access(self, spec: TunnelsSpec) -> LocalAccess | None:
-        """The users who can connect; ``None`` without sockets."""
+        """Which users of this machine can connect; ``None``: there are no sockets."""
         if not self.sockets:
             return None
-        if self._unix:
+        if self._unix_listeners:
             return LocalAccess.OWN_USER
         if spec.share:
             return LocalAccess.ANY_USER
@@ -74,8 +77,9 @@ class Listeners:
         return {target: self._url(number, target) for number, target in enumerate(self._targets)}
 
     def _url(self, number: int, target: Target) -> str:
+        """The base URL of ``target``, which is the target with index ``number``, at its local end."""
         prefix = target.path.rstrip("/")
-        if self._unix:
+        if self._unix_listeners:
             return unix_url(self.paths[number], scheme=target.scheme, prefix=prefix)
         return f"{target.scheme}://127.0.0.1:{self.ports[number]}{prefix}"
 
@@ -102,8 +106,8 @@ class Listeners:
 
     def close(self) -> None:
         self.hold_clients()
-        for unix in self._unix:
-            unix.close()
+        for unix_listener in self._unix_listeners:
+            unix_listener.close()
         for listener in self.sockets:
             listener.close()
 
@@ -114,6 +118,7 @@ class Listeners:
 
 
 def _listen_on_loopback() -> socket.socket:
+    """A new non-blocking listener at a free port of 127.0.0.1."""
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     try:
         listener.bind(("127.0.0.1", 0))
@@ -126,6 +131,7 @@ def _listen_on_loopback() -> socket.socket:
 
 
 def _reset_waiting_clients(listener: socket.socket) -> None:
+    """Accepts and resets the clients that wait at ``listener``, at most ``_ACCEPTS_PER_EVENT`` in one call."""
     for _ in range(_ACCEPTS_PER_EVENT):
         try:
             client, _address = listener.accept()

@@ -19,24 +19,25 @@ SHELL_TEST = f"exec sh -c 'echo {SHELL_TEST_OUTPUT.decode()}'"
 # and kills the command when the input ends. Where the host has ``setsid``, the command gets its own process group,
 # which is killed as a whole. Elsewhere ``pkill`` finds the command's children. In the script, g is setsid or empty, p
 # the command's pid, w the pid of the second shell, s the exit status.
-_BEFORE = "exec 3<&0; g=$(command -v setsid); (exec $g "
-_AFTER = (
+_SCRIPT_START = "exec 3<&0; g=$(command -v setsid); (exec $g "
+_SCRIPT_END = (
     ") </dev/null 3<&- & p=$!; "
     "(cat <&3 >/dev/null 2>&1; kill -9 -$p || { kill -STOP $p; pkill -9 -P $p; kill -9 $p; }) >/dev/null 2>&1 & w=$!; "
     "exec 3<&-; wait $p; s=$?; kill $w 2>/dev/null; exit $s"
 )
-_WRAPPED = re.compile(re.escape(_BEFORE) + "(.*)" + re.escape(_AFTER), re.DOTALL)
+_SCRIPT = re.compile(re.escape(_SCRIPT_START) + "(.*)" + re.escape(_SCRIPT_END), re.DOTALL)
 
 
 def wrap_killable(command: str) -> str:
-    """``command`` (an argument list quoted for a POSIX shell) as a command line that ends with its session's input.
+    """Wraps ``command`` (an argument list quoted for a POSIX shell) into a command line that ends with its session's
+    input.
 
-    The exit status is the command's. When a signal ended the command, it is 128 plus the signal's number.
+    The exit status is that of the command; 128 plus the signal's number when a signal ended the command.
     """
-    return f"exec sh -c {shlex.quote(_BEFORE + command + _AFTER)}"
+    return f"exec sh -c {shlex.quote(_SCRIPT_START + command + _SCRIPT_END)}"
 
 
 def unwrap_killable(script: str) -> str | None:
-    """The command inside the script that ``wrap_killable`` gives to ``sh -c``; ``None`` for any other script."""
-    match = _WRAPPED.fullmatch(script)
+    """Returns the command inside a script that ``wrap_killable`` gave to ``sh -c``; ``None`` for any other script."""
+    match = _SCRIPT.fullmatch(script)
     return match[1] if match else None

@@ -11,8 +11,9 @@ import zlib
 from collections.abc import Iterator
 
 
-def stagger_intervals(name: str, every_s: float) -> Iterator[float]:
-    """An endless series of intervals: the first is 0.5 to 1.5 times ``every_s``, all others are ``every_s``."""
-    yield every_s * (0.5 + zlib.crc32(name.encode()) / 2**32)
+def stagger_intervals(name: str, interval_s: float) -> Iterator[float]:
+    """Yields intervals in seconds, without end: first 0.5 to 1.5 times ``interval_s``, then always ``interval_s``."""
+    share_of_name = zlib.crc32(name.encode()) / 2**32  # 0 to 1, and always the same for a name
+    yield interval_s * (0.5 + share_of_name)
     while True:
-        yield every_s
+        yield interval_s

@@ -1,8 +1,8 @@
 """Keeps one node's tunnel open: opens, watches and reopens it for as long as ``run`` runs.
 
 lifecycle.py decides; this file acts. An SSH node's local ports (listeners.py) are bound once. Behind them, one worker
-process at a time holds one connection. The connection is over when the worker reports it (a reset, noticed at once),
-when the worker ends, or when the host does not answer a ping (a black hole, noticed within 5 s).
+process at a time holds one connection. The connection is over when the worker reports its end (after a reset, at
+once), when the worker ends, or when the host does not answer a ping (a network that drops all packets: within 5 s).
 """
 
 from __future__ import annotations
@@ -51,9 +51,11 @@ from gpumesh.tunnels.workers.worker_pool import WorkerHandle, WorkerPool
 
 log = logging.getLogger(__name__)
 
-CLIENT_WAIT_S = 8.0  # how long clients of a local port wait while there is no connection
-CLOSE_S = 2.0  # for a worker to end its commands and close its connection
-LOST_CLOSE_S = 0.5  # for the worker of a lost connection to reset its clients; a killed worker would only close them
+CLIENT_WAIT_S = 8.0  # so long clients of a local port wait while there is no connection; then they are reset
+CLOSE_S = 2.0  # the time for a worker to end its commands and close its connection
+# The time for the worker of a lost connection to reset its clients. A killed worker would only close the clients'
+# connections, and a cut answer may look whole.
+LOST_CLOSE_S = 0.5
 
 FORBIDDEN_HINT = "allow it in the host's sshd_config: AllowTcpForwarding yes (or local), and PermitOpen for the port"
 
@@ -70,7 +72,7 @@ def open_tunnel(
     tunnels_spec: TunnelsSpec = DEFAULT_TUNNELS,
     mesh_name: str = "mesh",
 ) -> Tunnel:
-    """Makes the tunnel of a node and binds its local ports. The caller runs ``run`` in a task, or uses ``run_tunnel``.
+    """Makes the tunnel of a node, and binds its local ports. The caller runs its ``run`` in a task, or ``run_tunnel``.
 
     ``clock`` returns monotonic seconds. ``on_change`` gets every new state, on the event loop; it must not block.
     ``this_machine`` is shared by all nodes, so that they ask this machine only once. ``mesh_name`` is part of the names
@@ -132,7 +134,7 @@ class SshTunnel:
         self._client_wait_s = client_wait_s
         self._listeners = Listeners(self._targets, tunnels_spec, mesh_name=mesh_name, node=spec.name)
         self._life = Lifecycle()
-        self._since: datetime | None = None
+        self._since: datetime | None = None  # when the present phase began
         self._rtt_ms: float | None = None
         self._host_keys: tuple[str, ...] = ()
         self._forbidden_targets: set[Target] = set()
@@ -211,13 +213,14 @@ class SshTunnel:
     def _link_when_up(self) -> WorkerLink:
         """The link to the worker. Raises TunnelDown when the tunnel is not up."""
         if self._link is None or self._life.phase is not TunnelPhase.UP:
-            why = f": {self._life.cause.message}" if self._life.cause else ""
-            raise TunnelDown(f"the tunnel of {self._node} is {self._life.phase.value}{why}", node=self._node)
+            reason = f": {self._life.cause.message}" if self._life.cause else ""
+            raise TunnelDown(f"the tunnel of {self._node} is {self._life.phase.value}{reason}", node=self._node)
         return self._link
 
     # -- the state machine -------------------------------------------------------------------------------------------
 
     def _handle_event(self, event: LifecycleEvent) -> None:
+        """Takes one step of the lifecycle, wakes the task that its decision is for, and announces a changed state."""
         old_life = self._life
         self._life, decision = step(old_life, event, now=self._clock(), jitter=self._rng.random())
         match decision:
@@ -236,6 +239,7 @@ class SshTunnel:
             self._announce_state()
 
     def _announce_state(self) -> None:
+        """Wakes the callers that wait in ``wait_up``, and gives the new state to ``on_change``."""
         changed_event, self._state_changed = self._state_changed, asyncio.Event()
         changed_event.set()
         self._on_change(self.state)
@@ -248,6 +252,7 @@ class SshTunnel:
         elif phase is TunnelPhase.FAILED:
             self._listeners.reset_clients()
         elif old_phase in (TunnelPhase.IDLE, TunnelPhase.UP) and phase is not TunnelPhase.CLOSED:
+            # The outage begins now. Its later phases (backoff, connecting) do not start the time again.
             self._listeners.reset_clients_after(self._client_wait_s)
 
     async def run(self) -> None:
@@ -262,15 +267,17 @@ class SshTunnel:
             self._listeners.close()
 
     async def _connect_repeatedly(self) -> None:
+        """Makes one connection after the other, with the pauses that the lifecycle decides. Never returns."""
         while True:
             self._reconnect.clear()
             cause = await self._run_connection()
-            if cause is not None:
+            if cause is not None:  # otherwise the lifecycle is in phase connecting again: the next attempt is at once
                 self._handle_event(ConnectionFailed(cause))
             while self._life.waiting:
                 await self._wait_for_retry()
 
     async def _wait_for_retry(self) -> None:
+        """Waits for the time of the next attempt, and then reports it as due. Returns early at a new decision."""
         assert self._life.retry_at is not None, "a waiting tunnel has a time for its retry"
         self._retry_wakeup.clear()
         try:
@@ -282,7 +289,7 @@ class SshTunnel:
     # -- one connection ----------------------------------------------------------------------------------------------
 
     async def _run_connection(self) -> Cause | None:
-        """Connects, and returns why the connection is over; ``None``: the lifecycle decided RECONNECT."""
+        """Makes one connection, waits for its end and returns the cause; ``None``: the lifecycle decided RECONNECT."""
         async with contextlib.AsyncExitStack() as stack:
             try:
                 setup = await stack.enter_async_context(
@@ -303,7 +310,7 @@ class SshTunnel:
                 return await self._run_worker(setup, worker)
 
     async def _run_worker(self, setup: ConnectRequest, worker: WorkerHandle) -> Cause | None:
-        """The part of ``_run_connection`` for which the worker runs; the worker is ended in any case."""
+        """Follows the connection of ``worker`` and returns as ``_run_connection``. Ends the worker in any case."""
         link = WorkerLink(
             self._node,
             worker,
@@ -324,7 +331,7 @@ class SshTunnel:
                 check_requested=self._check_requested,
                 on_rtt_ms=self._on_rtt_ms,
             )
-        except asyncio.CancelledError:
+        except asyncio.CancelledError:  # the tunnel is closed; its connection may still work
             close_timeout_s = CLOSE_S
             raise
         finally:
@@ -348,7 +355,8 @@ class SshTunnel:
         self._handle_event(Connected())
 
     def _on_forward_failed(self, failed: ForwardFailed) -> None:
-        """Fails the tunnel when the host forbids forwarding to all targets. The prober reports dead backends."""
+        """Ends the connection when the host has forbidden forwarding to every target. Ignores any other failure: the
+        prober reports a backend that does not answer."""
         if failed.code != "forwarding-forbidden" or self._link is None:
             return
         self._forbidden_targets.add(failed.target)
@@ -357,7 +365,8 @@ class SshTunnel:
 
 
 def _log_refused_user(node: str, refused: PeerRefused) -> None:
-    """Warns. The worker reports each user at most once a minute; see local_system/peer_users.py."""
+    """Logs a warning about the user whose connection was reset. A worker reports each user at most once a minute
+    (local_system/peer_users.py)."""
     user = f"uid {refused.uid}" if refused.name is None else f"{refused.name} (uid {refused.uid})"
     log.warning(
         "user %s tried to connect to port %d, the local end of %s's tunnel, and was reset: it is for your own user"
@@ -370,8 +379,8 @@ def _log_refused_user(node: str, refused: PeerRefused) -> None:
 
 
 def _fingerprints_on_record(setup: ConnectRequest) -> tuple[str, ...]:
-    """The fingerprints on record for the host. The host has shown one of these keys: otherwise there would be no
-    connection."""
+    """The fingerprints of the keys on record for the host. The host has shown one of these keys: otherwise there would
+    be no connection."""
     ssh = setup.ssh
     try:
         keys = read_known_hosts(ssh.known_hosts).keys(node=setup.node, host=ssh.host, port=ssh.port)

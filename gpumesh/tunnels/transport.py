@@ -14,15 +14,15 @@ from gpumesh.errors import TunnelError
 from gpumesh.topology import SshSpec, Target
 from gpumesh.tunnels.base import OutputStream
 
-ANSWER_TIMEOUT_S = 120.0  # within which a person has to answer a question, for example for a passphrase
+ANSWER_TIMEOUT_S = 120.0  # a person has to answer a question within this time, for example for a passphrase
 
 PING_RESEND_S = 0.5
 """A ping without an answer is sent again after this time.
 
 TCP sends a lost packet again only after a pause that doubles each time. At 5 % of lost packets, three packets in a row
 are lost once in a few thousand pings, and the answer would come after the host was given up. A packet that follows a
-lost one makes TCP notice the loss within a round trip. So the next ping repairs the ping before it, in either
-direction.
+lost packet makes TCP notice the loss within a round trip. So a second ping repairs the loss of the first ping, and the
+answer to it repairs the loss of the first answer.
 """
 
 
@@ -30,10 +30,11 @@ direction.
 class ConnectRequest:
     """The data that a worker needs for one connection.
 
-    ``secrets``: ``password`` and ``passphrase``, each only if the spec names its variable. ``interactive``: the
-    supervisor can pass a ``Prompt`` on to a person. ``control_dir``: a 0700 folder for ControlMaster sockets.
-    ``share``: connections of all users of this machine are served, not only those of our own user and of root. It is
-    also set where the system does not tell which user made a connection.
+    ``secrets``: pairs of a name and a secret. The names are ``password`` and ``passphrase``; a pair is there only if
+    the spec names the environment variable that holds the secret. ``interactive``: the supervisor can pass a ``Prompt``
+    on to a person. ``control_dir``: a 0700 folder for ControlMaster sockets; ``None`` except in transport openssh.
+    ``share``: connections of all users of this machine are served, not only those of our own user and of root.
+    ``share`` is also true where the system does not tell which user made a connection.
     """
 
     node: str
@@ -55,16 +56,19 @@ class ConnectionInfo:
 
 
 class ConnectionEvents(Protocol):
-    """The reports of a connection to the supervisor, while it is being made and later."""
+    """Takes a connection's questions and reports, from the begin of the connect until the end of the connection."""
 
     async def ask_person(self, text: str, *, echo: bool) -> str | None:
-        """A person's answer; ``None`` when no person is there, or the person declined. ``text`` is safe to print."""
+        """Returns a person's answer to the question ``text``; ``None`` when no person is there, or the person declined.
+
+        ``text`` is safe to print. ``echo``: the answer may be shown while the person types.
+        """
 
     def report_forward_failed(self, target: Target, code: str, message: str) -> None:
-        """The host refused to open a channel to ``target`` (see ``protocol.ForwardFailed``)."""
+        """Reports that the host opened no channel to ``target``. ``protocol.ForwardFailed`` explains ``code``."""
 
     def report_peer_refused(self, port: int, uid: int) -> None:
-        """A connection to a local port was reset, because another user of this machine made it."""
+        """Reports that a connection to the local ``port`` was reset, because another user (``uid``) made it."""
 
 
 class RemoteCommand(Protocol):
@@ -72,7 +76,7 @@ class RemoteCommand(Protocol):
 
     @property
     def exit_status(self) -> int | None:
-        """Valid after ``read`` has returned ``None``. ``None``: the host did not report the status."""
+        """The command's exit status, after ``read`` has returned ``None``. ``None``: the host did not report it."""
 
     async def read(self) -> tuple[OutputStream, bytes] | None:
         """The next piece of output (at most 32 KiB, not yet made safe); ``None`` when the command has ended.
@@ -91,25 +95,27 @@ class HostConnection(Protocol):
     def info(self) -> ConnectionInfo: ...
 
     async def ping(self, timeout_s: float) -> float | None:
-        """Sends a request that the host answers. The round trip in ms; ``None``: no answer came within
+        """Sends a request that the host must answer, and returns the round trip in ms; ``None``: no answer within
         ``timeout_s``."""
 
     async def start_command(self, command: str) -> RemoteCommand:
-        """Starts ``command``, an argument list quoted for a POSIX shell. Raises ``ExecError`` when the host gives no
-        session."""
+        """Starts ``command``, an argument list that is quoted for a POSIX shell, on the host.
+
+        Raises ``ExecError`` when the host gives no session.
+        """
 
     async def wait_lost(self) -> TunnelError:
         """Waits until the connection has ended by itself, and returns the reason."""
 
     async def close(self) -> None:
-        """Ends forwarded connections, commands and the connection, in this order, within 2 s."""
+        """Ends first the forwarded connections, then the commands, then the connection, all within 2 s."""
 
 
 class ConnectFunction(Protocol):
-    """Makes a connection. Raises ``TunnelError`` with the true reason.
+    """Connects to the host, and forwards for the clients of ``listeners``. Raises ``TunnelError`` with the true reason.
 
-    The function itself keeps ``setup.ssh.connect_timeout_s``, so the caller sets no deadline. The time that a person
-    takes to answer does not count. A cancelled call leaves nothing behind.
+    The function itself ends after ``setup.ssh.connect_timeout_s``, so the caller sets no deadline. The time that a
+    person takes to answer does not count. A cancelled call leaves nothing behind.
     """
 
     async def __call__(

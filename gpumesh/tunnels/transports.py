@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def load_connect(transport: TransportKind) -> ConnectFunction:
-    """The function that makes a connection over this transport."""
+    """Returns the function that makes a connection over ``transport``."""
     if transport is TransportKind.OPENSSH:
         from gpumesh.tunnels.openssh import connection as openssh_connection
 
@@ -28,15 +28,15 @@ def load_connect(transport: TransportKind) -> ConnectFunction:
 async def fetch_host_key(
     node: str, ssh: SshSpec, *, secrets: tuple[tuple[str, str], ...] = (), timeout_s: float = 10.0
 ) -> HostKey:
-    """The key that the host shows now, trusted or not. ``gpumesh trust`` shows it and may record it.
+    """Returns the key that the host shows now, trusted or not. ``gpumesh trust`` shows the key and may record it.
 
-    The host gets a key exchange and nothing else. Jump hosts must be trusted already, because this logs in to them. The
+    The host gets a key exchange and no login. Jump hosts get a login, so their keys must be trusted already. The
     node's own transport is used: behind a ProxyCommand no other transport reaches the host. Raises ``TunnelError``.
     """
     if ssh.transport is TransportKind.OPENSSH:
-        from gpumesh.tunnels.openssh import host_key_fetch as openssh_host_key
+        from gpumesh.tunnels.openssh import host_key_fetch as openssh_host_key_fetch
 
-        return await openssh_host_key.fetch_host_key(node, ssh, secrets=secrets, timeout_s=timeout_s)
+        return await openssh_host_key_fetch.fetch_host_key(node, ssh, secrets=secrets, timeout_s=timeout_s)
     from gpumesh.tunnels.inprocess import opening as inprocess_opening
 
     return await inprocess_opening.fetch_host_key(node, ssh, secrets=secrets, timeout_s=timeout_s)

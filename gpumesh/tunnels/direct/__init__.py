@@ -1,1 +1,1 @@
-"""Nodes without SSH: their URLs are used as they are. Also whether a node's server runs on this machine."""
+"""Nodes without SSH: their URLs are used as they are. A node's commands run here if its server is on this machine."""

@@ -1,7 +1,7 @@
 """Finds the process that listens on a local port, and whether the server behind the port runs on this machine.
 
-On Linux, /proc shows this for processes of our own user (to root: of all users). On other systems the owner is unknown.
-An unknown owner does not count as "on this machine": a wrong GPU in the table is worse than no GPU.
+On Linux, /proc shows the process if it belongs to our own user (to root: any process). On other systems the owner is
+unknown. An unknown owner does not count as "on this machine": a wrong GPU in the table is worse than no GPU.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
+from typing import NamedTuple
 
 from gpumesh.tunnels.local_system.proc_net import parse_table_address
 
-# Names of processes, as the kernel keeps them (at most 15 characters), that only pass bytes on, perhaps to another
-# machine.
+# Programs that only pass bytes on, perhaps to another machine: the names of their processes, as the kernel keeps them
+# (at most 15 characters).
 # fmt: off
 FORWARDING_PROGRAMS = frozenset(
     {
@@ -28,7 +29,7 @@ FORWARDING_PROGRAMS = frozenset(
     }
 )
 # fmt: on
-# The same for programs that run in an interpreter. The name is that of the program or module in the command line.
+# The same for programs that run in an interpreter: the names of the programs or modules in the command line.
 FORWARDING_MODULES = frozenset({"gpumesh", "sshtunnel", "sshuttle", "mitmproxy", "mitmdump", "mitmweb", "litellm"})
 # Accounts that distributions and installers create for an inference server only.
 SERVER_ACCOUNTS = frozenset({"ollama"})
@@ -36,8 +37,7 @@ SERVER_ACCOUNTS = frozenset({"ollama"})
 
 @dataclass(frozen=True, slots=True)
 class PortOwner:
-    """``is_local``: as far as we can tell, the server behind the port runs on this machine. If not, ``reason`` says why
-    we think so."""
+    """Whether the server behind a port runs on this machine, as far as we can tell. ``reason`` explains a "no"."""
 
     is_local: bool
     reason: str = ""
@@ -47,6 +47,11 @@ HostPort = tuple[str, int]
 """A host, which is a loopback address or ``localhost``, and a port."""
 _Sockets = frozenset[tuple[int, int]]
 """The pairs (inode, uid) of the sockets that would get a connection to an address."""
+
+
+class _KnownOwner(NamedTuple):
+    sockets: _Sockets  # while the address has these sockets, ``owner`` is right
+    owner: PortOwner
 
 
 class PortOwnerLookup:
@@ -59,38 +64,45 @@ class PortOwnerLookup:
     def __init__(self, *, proc: Path = Path("/proc"), platform: str = sys.platform) -> None:
         self._proc = proc
         self._platform = platform
-        self._known_owners: dict[HostPort, tuple[_Sockets, PortOwner]] = {}
+        self._known_owners: dict[HostPort, _KnownOwner] = {}
 
     def find_owners(self, addresses: Collection[HostPort]) -> dict[HostPort, PortOwner]:
-        """The owner of each address. Blocks. May be called from any thread, but not from two threads at the same
-        time."""
+        """Returns the owner of each address. Blocks. May be called from any thread, but not from two threads at the
+        same time."""
         if self._platform != "linux":
             return {
                 (host, port): PortOwner(False, f"which process listens on port {port} is not known on this system")
                 for host, port in addresses
             }
         listening = _find_listening_sockets(self._proc, addresses)
-        kept_answers = {
-            address: self._known_owners[address]
-            for address, sockets in listening.items()
-            if address in self._known_owners and self._known_owners[address][0] == sockets
-        }
-        changed = {address: sockets for address, sockets in listening.items() if address not in kept_answers}
-        pids_by_inode = _find_holders(self._proc, {inode for sockets in changed.values() for inode, _uid in sockets})
-        just_ended: dict[HostPort, PortOwner] = {}
-        for address, sockets in changed.items():
-            try:
-                owner = self._decide_owner(address[1], sockets, pids_by_inode)
-            except OSError:  # this answer is not kept, so that the next call looks again
-                reason = f"the process that listened on port {address[1]} has just ended"
-                just_ended[address] = PortOwner(False, reason)
+        known_owners: dict[HostPort, _KnownOwner] = {}
+        changed: dict[HostPort, _Sockets] = {}
+        for address, sockets in listening.items():
+            known = self._known_owners.get(address)
+            if known is not None and known.sockets == sockets:
+                known_owners[address] = known
             else:
-                kept_answers[address] = sockets, owner
-        self._known_owners = kept_answers
-        return just_ended | {address: owner for address, (_sockets, owner) in kept_answers.items()}
+                changed[address] = sockets
+        changed_inodes = {inode for sockets in changed.values() for inode, _uid in sockets}
+        pids_by_inode = _find_pids(self._proc, changed_inodes)
+        ended_owners: dict[HostPort, PortOwner] = {}
+        for address, sockets in changed.items():
+            _host, port = address
+            try:
+                owner = self._decide_owner(port, sockets, pids_by_inode)
+            except OSError:  # this answer is not kept, so that the next call looks again
+                reason = f"the process that listened on port {port} has just ended"
+                ended_owners[address] = PortOwner(False, reason)
+            else:
+                known_owners[address] = _KnownOwner(sockets, owner)
+        self._known_owners = known_owners
+        return ended_owners | {address: known.owner for address, known in known_owners.items()}
 
     def _decide_owner(self, port: int, sockets: _Sockets, pids_by_inode: Mapping[int, list[int]]) -> PortOwner:
-        """Decides from the sockets of a port. Raises OSError when a process that held the port has ended."""
+        """Decides from the sockets of a port, and from the processes that hold these sockets.
+
+        Raises OSError when one of these processes has ended meanwhile.
+        """
         if not sockets:
             return PortOwner(False, f"which process listens on port {port} is not known")
         pids = {pid for inode, _uid in sockets for pid in pids_by_inode.get(inode, ())}
@@ -108,7 +120,7 @@ class PortOwnerLookup:
 
 
 def _find_listening_sockets(proc: Path, addresses: Collection[HostPort]) -> dict[HostPort, _Sockets]:
-    """The sockets that would get a connection to each address."""
+    """For each of the addresses, the listening sockets that would get a connection to it."""
     sockets: dict[HostPort, set[tuple[int, int]]] = {address: set() for address in addresses}
     hosts_by_port: dict[int, list[str]] = {}
     for host, port in addresses:
@@ -121,7 +133,7 @@ def _find_listening_sockets(proc: Path, addresses: Collection[HostPort]) -> dict
 
 
 def _read_listening_sockets(proc: Path) -> Iterator[tuple[IPv4Address | IPv6Address, int, int, int]]:
-    """The address, port, inode and uid of each listening TCP socket of this machine."""
+    """Yields the bound address, port, inode and uid of each listening TCP socket of this machine."""
     for table in ("net/tcp", "net/tcp6"):
         try:
             lines = (proc / table).read_text().splitlines()[1:]
@@ -131,37 +143,44 @@ def _read_listening_sockets(proc: Path) -> Iterator[tuple[IPv4Address | IPv6Addr
             if " 0A " not in line:  # a quick check, because most lines are connections
                 continue
             fields = line.split()
-            if len(fields) < 10 or fields[3] != "0A":  # TCP_LISTEN
+            if len(fields) < 10:
                 continue
-            bound, port = parse_table_address(fields[1])
-            yield bound, port, int(fields[9]), int(fields[7])
+            _number, local_address, _remote, state, _queues, _timer, _retransmits, uid, _timeout, inode = fields[:10]
+            if state == "0A":  # TCP_LISTEN
+                bound, port = parse_table_address(local_address)
+                yield bound, port, int(inode), int(uid)
 
 
 def _receives(bound: IPv4Address | IPv6Address, host: str) -> bool:
     """Whether a socket that is bound to this address gets connections to ``host``."""
-    if bound.is_unspecified or host.rstrip(".").lower() == "localhost":
-        return bound.is_unspecified or bound.is_loopback
+    if bound.is_unspecified:
+        return True
+    if host.rstrip(".").lower() == "localhost":
+        return bound.is_loopback
     return bound == ip_address(host)
 
 
-def _find_holders(proc: Path, inodes: Collection[int]) -> dict[int, list[int]]:
-    """For each of these sockets, by inode, the pids of the processes that hold it."""
-    inode_by_link = {f"socket:[{inode}]": inode for inode in inodes}
+def _find_pids(proc: Path, inodes: Collection[int]) -> dict[int, list[int]]:
+    """For each of these sockets, by inode, the pids of the processes that have it open."""
     pids_by_inode: dict[int, list[int]] = {}
-    for folder in proc.iterdir() if inodes else ():
+    if not inodes:
+        return pids_by_inode  # the search would take tens of ms
+    inode_by_link = {f"socket:[{inode}]": inode for inode in inodes}
+    for folder in proc.iterdir():
         if not folder.name.isdigit():
             continue
         try:
             with os.scandir(folder / "fd") as entries:
-                open_files = {_read_link(entry) for entry in entries}
+                links = {_read_link(entry) for entry in entries}
         except OSError:  # the process is another user's, or has ended
             continue
-        for link in open_files & inode_by_link.keys():
-            pids_by_inode.setdefault(inode_by_link[link or ""], []).append(int(folder.name))
+        for link in inode_by_link.keys() & links:
+            pids_by_inode.setdefault(inode_by_link[link], []).append(int(folder.name))
     return pids_by_inode
 
 
 def _read_link(entry: os.DirEntry[str]) -> str | None:
+    """The target of a process's file descriptor, such as ``socket:[INODE]``; ``None`` if it was closed meanwhile."""
     try:
         return os.readlink(entry)
     except OSError:  # the file was closed after the listing; the process's other files still count
@@ -169,16 +188,26 @@ def _read_link(entry: os.DirEntry[str]) -> str | None:
 
 
 def _find_forwarder_name(process: Path) -> str | None:
-    """The process's name if its program only passes bytes on; else ``None``. Raises OSError when the process has
-    ended."""
+    """The process's name if its program only passes bytes on; else ``None``. ``process``: its folder in /proc.
+
+    Raises OSError when the process has ended.
+    """
     name = (process / "comm").read_text().strip()
     arguments = (process / "cmdline").read_bytes().decode("utf-8", "replace").split("\0")[:5]
-    # `python -m gpumesh.cli.main`, `/usr/bin/gpumesh`, and the title that a worker of ours gives itself.
-    modules = {text.rpartition("/")[2].split(".")[0].split(" ")[0] for text in (*arguments, name)}
-    return name if name in FORWARDING_PROGRAMS or modules & FORWARDING_MODULES else None
+    modules = {_module_name(text) for text in (*arguments, name)}
+    only_forwards = name in FORWARDING_PROGRAMS or bool(modules & FORWARDING_MODULES)
+    return name if only_forwards else None
+
+
+def _module_name(text: str) -> str:
+    """The name of the program or module in an argument: ``gpumesh`` for ``gpumesh.cli.main`` (after ``python -m``), for
+    ``/usr/bin/gpumesh``, and for ``gpumesh tunnel NODE``, the title that a worker of ours gives itself."""
+    file_name = text.rpartition("/")[2]
+    return file_name.split(".")[0].split(" ")[0]
 
 
 def _find_account(uid: int) -> str | None:
+    """The name of the user ``uid``; ``None`` if there is no such user."""
     import pwd  # POSIX only
 
     try:

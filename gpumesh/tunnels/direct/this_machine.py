@@ -1,4 +1,4 @@
-"""Questions to this machine, asked once for all nodes whose servers run on it.
+"""Finds the owners of local ports and runs commands on this machine, once for all nodes whose servers run on it.
 
 Each such node asks every two seconds which process listens on its port, and runs nvidia-smi. If nodes did not share the
 answers, a hundred nodes on loopback would start a hundred threads and a hundred processes at once, and hold up the
@@ -24,46 +24,46 @@ T = TypeVar("T")
 
 
 class ThisMachine:
-    """Shared by all nodes of a mesh. ``clock`` returns monotonic seconds."""
+    """Answers questions about this machine; one object for all nodes of a mesh. ``clock``: monotonic seconds."""
 
     def __init__(self, ports: PortOwnerLookup | None = None, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._ports = PortOwnerLookup() if ports is None else ports
         self._clock = clock
-        self._addresses: set[HostPort] = set()
-        self._owners = SharedResult(self._find_owners, clock)
-        self._answers: dict[tuple[str, ...], SharedResult[ExecResult]] = {}
+        self._addresses: set[HostPort] = set()  # each look-up covers all of these
+        self._shared_owners = SharedResult(self._find_owners, clock)
+        self._shared_commands: dict[tuple[str, ...], SharedResult[ExecResult]] = {}
 
     def register_port(self, host: str, port: int) -> None:
-        """Adds the address to those that each look-up covers, so that a later ``find_owner`` finds its answer ready."""
+        """Adds the address to each look-up from now on, so that a later ``find_owner`` finds its answer ready."""
         self._addresses.add((host, port))
 
     async def find_owner(self, host: str, port: int) -> PortOwner:
-        """The process that listens on the port. ``host`` is a loopback address or ``localhost``."""
+        """Finds out whether the server at the port runs on this machine. ``host``: a loopback address or localhost."""
         self.register_port(host, port)
-        owners = await self._owners.get()
-        if (host, port) not in owners:  # a look-up from before this address was registered
-            owners = await self._owners.get(refresh=True)
+        owners = await self._shared_owners.get()
+        if (host, port) not in owners:  # this look-up began before the address was registered
+            owners = await self._shared_owners.get(refresh=True)
         return owners[host, port]
 
     async def _find_owners(self) -> dict[HostPort, PortOwner]:
         return await blocking.run_in_thread(self._ports.find_owners, frozenset(self._addresses))
 
     async def run_shared_command(self, argv: Sequence[str], *, timeout_s: float, limit_bytes: int) -> ExecResult:
-        """The result of a command that changes nothing. The result may be ``MAX_AGE_S`` old. Raises as
+        """Runs a command that changes nothing, or returns a result that is at most ``MAX_AGE_S`` old. Raises as
         ``run_command``."""
         key = (*argv, str(limit_bytes))
-        shared = self._answers.get(key)
+        shared = self._shared_commands.get(key)
         if shared is None:
-            if len(self._answers) > MAX_SHARED_COMMANDS:
-                self._answers.clear()
+            if len(self._shared_commands) > MAX_SHARED_COMMANDS:
+                self._shared_commands.clear()
             shared = SharedResult(lambda: run_command(argv, timeout_s=timeout_s, limit_bytes=limit_bytes), self._clock)
-            self._answers[key] = shared
+            self._shared_commands[key] = shared
         return await shared.get()
 
 
 class SharedResult(Generic[T]):
-    """One answer for all callers of about the same time. When the last waiting caller is cancelled, so is the
-    question."""
+    """Gives all callers of about the same time one answer, which ``ask`` returns. When the last caller that waits is
+    cancelled, ``ask`` is cancelled too."""
 
     def __init__(self, ask: Callable[[], Awaitable[T]], clock: Callable[[], float]) -> None:
         self._ask = ask
@@ -73,10 +73,13 @@ class SharedResult(Generic[T]):
         self._answered_at = 0.0
 
     async def get(self, *, refresh: bool = False) -> T:
-        """``refresh``: an earlier answer is not used. Raises what ``ask`` raises; an error is not kept for later
-        callers."""
+        """Returns an answer that is at most ``MAX_AGE_S`` old, waits for a running ``ask``, or starts a new one.
+
+        ``refresh``: an answer that is there already is not used. Raises what ``ask`` raises; an error is not kept for
+        later callers.
+        """
         task = self._task
-        if task is None or (task.done() and (refresh or self._clock() - self._answered_at > MAX_AGE_S)):
+        if task is None or (task.done() and (refresh or self._is_too_old())):
             task = self._task = asyncio.create_task(self._ask_once(), name="this machine")
             self._waiting_callers = 0
         self._waiting_callers += 1
@@ -90,7 +93,11 @@ class SharedResult(Generic[T]):
                     task.cancel()
                     await asyncio.wait([task])
 
+    def _is_too_old(self) -> bool:
+        return self._clock() - self._answered_at > MAX_AGE_S
+
     async def _ask_once(self) -> T:
+        """Calls ``ask`` and notes the time of the answer. An error is forgotten, so that the next caller asks again."""
         try:
             answer = await self._ask()
         except BaseException:
@@ -102,11 +109,14 @@ class SharedResult(Generic[T]):
 
 
 async def run_command(argv: Sequence[str], *, timeout_s: float, limit_bytes: int) -> ExecResult:
-    """Runs a command on this machine. Raises TimeoutError, OSError and ValueError."""
+    """Runs a command on this machine and returns its exit status and output, of each stream at most ``limit_bytes``.
+
+    Raises TimeoutError, and OSError or ValueError when the command cannot be started.
+    """
     async with local_command(argv) as process, asyncio.timeout(timeout_s):
-        (out, cut_out), (err, cut_err), _status = await asyncio.gather(
+        (stdout, stdout_cut), (stderr, stderr_cut), _status = await asyncio.gather(
             read_at_most(process.stdout, limit_bytes),
             read_at_most(process.stderr, limit_bytes),
             process.wait(),
         )
-        return ExecResult(exit_status(process), out, err, truncated=cut_out or cut_err)
+        return ExecResult(exit_status(process), stdout, stderr, truncated=stdout_cut or stderr_cut)

@@ -2,7 +2,7 @@
 
 Commands (nvidia-smi, hostname) run on this machine, and only if the inference server runs here too: its URL is on
 loopback, and the process that listens there does not pass connections on. The port of an ``ssh -L`` is on loopback too,
-but the GPU behind it is in another machine.
+but the GPU behind that port is in another machine.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from gpumesh.tunnels.direct.this_machine import ThisMachine, run_command
 from gpumesh.tunnels.local_system.local_command import CHUNK_BYTES, exit_status, local_command
 from gpumesh.tunnels.stagger import stagger_intervals
 
-CHECK_INTERVAL_S = 2.0
-CONNECT_TIMEOUT_S = 2.5
+CHECK_INTERVAL_S = 2.0  # the time between two checks of all targets
+CONNECT_TIMEOUT_S = 2.5  # a target that has not accepted a connection by then counts as down
 
 
 class DirectTunnel:
@@ -54,11 +54,11 @@ class DirectTunnel:
         self._state = TunnelState(transport="direct")
         self._check_requested = asyncio.Event()
         self._state_changed = asyncio.Event()
-        self._answering: tuple[Target, ...] = ()
+        self._answering_targets: tuple[Target, ...] = ()
         self._was_up = False
 
     def __repr__(self) -> str:
-        return f"<DirectTunnel {self._node} {self._state.state.upper()} {len(self._answering)} targets answer>"
+        return f"<DirectTunnel {self._node} {self._state.state.upper()} {len(self._answering_targets)} targets answer>"
 
     @property
     def state(self) -> TunnelState:
@@ -95,24 +95,27 @@ class DirectTunnel:
                     async with asyncio.timeout(wait_s):
                         await self._check_requested.wait()
         finally:
-            self._answering = ()
+            self._answering_targets = ()
             self._set_phase(TunnelPhase.CLOSED)
 
     async def _check_targets(self) -> None:
-        """Connects to all targets at the same time, so that a target that never answers does not delay the others."""
-        results = await asyncio.gather(*(self._connect(target) for target in self._targets))
-        self._answering = tuple(
+        """Connects once to each target, and sets the phase to up if any target accepts, otherwise to backoff.
+
+        All connects run at the same time, so that a target that never answers does not delay the others.
+        """
+        results = await asyncio.gather(*(self._measure_handshake_ms(target) for target in self._targets))
+        self._answering_targets = tuple(
             target for target, result in zip(self._targets, results, strict=True) if not isinstance(result, TunnelError)
         )
-        times_ms = [result for result in results if not isinstance(result, TunnelError)]
-        if times_ms:
-            self._set_phase(TunnelPhase.UP, rtt_ms=round(min(times_ms), 3))
+        handshakes_ms = [result for result in results if not isinstance(result, TunnelError)]
+        if handshakes_ms:
+            self._set_phase(TunnelPhase.UP, rtt_ms=round(min(handshakes_ms), 3))
         else:
             first_error = next(result for result in results if isinstance(result, TunnelError))
             self._set_phase(TunnelPhase.BACKOFF, error=first_error)
 
-    async def _connect(self, target: Target) -> float | TunnelError:
-        """The time of the TCP handshake in ms, or the reason why it failed."""
+    async def _measure_handshake_ms(self, target: Target) -> float | TunnelError:
+        """Connects once, and returns the time of the TCP handshake in ms, or the error when there is no connection."""
         address = f"{target.host}:{target.port}"
         started_at = time.perf_counter()
         try:
@@ -136,16 +139,20 @@ class DirectTunnel:
         return handshake_ms
 
     def _set_phase(self, phase: TunnelPhase, *, rtt_ms: float | None = None, error: TunnelError | None = None) -> None:
+        """Sets the state to this phase. Announces it if anything has changed."""
         old_state = self._state
         phase_changed = phase is not old_state.state
-        reconnected = phase_changed and phase is TunnelPhase.UP and self._was_up
-        self._was_up |= phase is TunnelPhase.UP
+        reconnects = old_state.reconnects
+        if phase is TunnelPhase.UP:
+            if phase_changed and self._was_up:
+                reconnects += 1
+            self._was_up = True
         self._state = TunnelState(
             transport="direct",
             state=phase,
             since=datetime.now(UTC) if phase_changed else old_state.since,
             rtt_ms=rtt_ms,
-            reconnects=old_state.reconnects + reconnected,
+            reconnects=reconnects,
             last_error=error.message if error else old_state.last_error,
             error_code=error.code if error else None,
             hint=error.hint if error else None,
@@ -164,7 +171,7 @@ class DirectTunnel:
         if self._state.state is not TunnelPhase.UP:
             raise TunnelDown(f"{self._node} is {self._state.state.value}", node=self._node)
         reason = "its URL is not on this machine"
-        for target in self._answering:
+        for target in self._answering_targets:
             if target in self._loopback_targets:
                 owner = await self._this_machine.find_owner(target.host, target.port)
                 if owner.is_local:
@@ -188,13 +195,14 @@ class DirectTunnel:
 
     async def exec_stream(self, argv: Sequence[str]) -> AsyncIterator[ExecChunk]:
         await self._ensure_server_is_local()
-        pieces: asyncio.Queue[ExecChunk | None] = asyncio.Queue(maxsize=16)  # a slow reader stops the command
+        # The limit lets a slow reader stop the command. ``None``: one of the two streams has ended.
+        pieces: asyncio.Queue[ExecChunk | None] = asyncio.Queue(maxsize=16)
 
-        async def read_pipe(stream: OutputStream, reader: asyncio.StreamReader | None) -> None:
-            assert reader is not None
-            while data := await reader.read(CHUNK_BYTES):
+        async def read_pipe(stream: OutputStream, pipe: asyncio.StreamReader | None) -> None:
+            assert pipe is not None
+            while data := await pipe.read(CHUNK_BYTES):
                 await pieces.put(ExecChunk(stream, data))
-            await pieces.put(None)  # the end of one stream
+            await pieces.put(None)
 
         async with _run_local(argv, self._node) as process:
             readers = [
@@ -212,14 +220,14 @@ class DirectTunnel:
                 await process.wait()
                 yield ExecChunk(OutputStream.STDOUT, b"", ended=True, exit_status=exit_status(process))
             finally:
-                for task in readers:
-                    task.cancel()
+                for reader in readers:
+                    reader.cancel()
                 await asyncio.gather(*readers, return_exceptions=True)
 
 
 @contextlib.asynccontextmanager
 async def _run_local(argv: Sequence[str], node: str) -> AsyncIterator[asyncio.subprocess.Process]:
-    """Runs the command during the block. Raises ExecError when it cannot be started."""
+    """Runs the command during the block, to which it gives the process. Raises ExecError when it cannot be started."""
     async with contextlib.AsyncExitStack() as stack:
         try:
             process = await stack.enter_async_context(local_command(argv))
@@ -229,6 +237,7 @@ async def _run_local(argv: Sequence[str], node: str) -> AsyncIterator[asyncio.su
 
 
 def _make_start_error(argv: Sequence[str], node: str, error: Exception) -> ExecError:
+    """The error for a command that could not be started because of ``error``."""
     if isinstance(error, FileNotFoundError):
         return ExecError(f"{argv[0]!r} is not installed on {node} (this machine)", node=node)
     return ExecError(f"{argv[0]!r} cannot be run on {node} (this machine): {error}", node=node)

@@ -1,7 +1,6 @@
-"""Watches one worker's connection until it ends. A connection ends if it is not made in time, or if the host stops
-answering pings.
+"""Watches one worker's connection until its end: lost, not made in time, or a host that does not answer pings.
 
-The result is the cause of the end. The supervisor decides what happens next.
+``follow_connection`` returns the cause of the end. The supervisor decides what happens next.
 """
 
 from __future__ import annotations
@@ -16,13 +15,13 @@ from gpumesh.topology import SshSpec
 from gpumesh.tunnels.lifecycle import Cause
 from gpumesh.tunnels.workers.worker_link import WorkerLink
 
-NOTICE_S = 4.5  # within which a dead host is noticed; it takes longer only if the keepalive interval is above 3 s
+NOTICE_S = 4.5  # a dead host is noticed within this time; later only if the keepalive interval is above 3 s
 MIN_PING_TIMEOUT_S = 1.5  # long enough that one or two lost packets do not end a connection that works
-RTT_WEIGHT = 0.3  # weight of the newest round trip in the average that is shown
+RTT_WEIGHT = 0.3  # weight of the newest round trip in the moving average that a user sees
 
 
 class _LinkOver(Exception):
-    """Not an error: ends the task group of a link that is over."""
+    """Raised to end the task group of a link that is over. Never leaves this file."""
 
 
 async def follow_connection(
@@ -36,7 +35,7 @@ async def follow_connection(
 ) -> Cause | None:
     """Waits until the connection is over, and returns the cause. ``None``: ``give_up`` was set first."""
 
-    async def watch() -> None:
+    async def watch_link() -> None:
         if await wait_connected(link, ssh, node=node):
             await watch_round_trips(
                 link,
@@ -50,13 +49,12 @@ async def follow_connection(
     try:
         async with asyncio.TaskGroup() as group:
             group.create_task(link.receive_messages(group))
-            group.create_task(watch())
+            group.create_task(watch_link())
             give_up_task = group.create_task(give_up.wait())
             ends: list[asyncio.Future[Any]] = [link.end_cause, give_up_task]
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
             cause = link.end_cause.result() if link.end_cause.done() else None
-            # This ends the group's tasks, also those with an open question to a person, without cancelling our own
-            # task.
+            # This cancels the group's tasks, also a task that waits for a person's answer, but not our own task.
             raise _LinkOver
     except* _LinkOver:
         pass
@@ -67,10 +65,10 @@ async def follow_connection(
 
 
 async def wait_connected(link: WorkerLink, ssh: SshSpec, *, node: str) -> bool:
-    """True when the worker is connected. False when that took too long; then this has finished the link.
+    """Returns true when the worker is connected; false when that took too long, after ``link.finish``.
 
-    The worker itself keeps ``connect_timeout_s`` for each step. The longer limit here is for a worker that hangs. While
-    a person is being asked a question, the time does not count.
+    The worker itself enforces ``connect_timeout_s`` for each step. The longer limit here is for a worker that hangs.
+    While a person is being asked a question, the time does not count.
     """
     limit_s = ssh.connect_timeout_s * (2 + len(ssh.proxy_jump)) + 10.0
     spent_s = 0.0
@@ -93,12 +91,13 @@ async def watch_round_trips(
     check_requested: asyncio.Event,
     on_rtt_ms: Callable[[float], None],
 ) -> None:
-    """Pings the host every ``interval_s``, and at once when ``check_requested`` is set. ``on_rtt_ms`` is called with
-    the smoothed round trip. When the host does not answer, this finishes the link and returns."""
+    """Pings the host every ``interval_s``, and at once when ``check_requested`` is set, until a ping gets no answer.
+
+    ``on_rtt_ms`` is called with the smoothed round trip. A ping without an answer finishes the link.
+    """
     timeout_s = max(MIN_PING_TIMEOUT_S, NOTICE_S - interval_s)
     smoothed_ms: float | None = None
-    # Ping at once: the worker's own first measurement was slowed down by the making of the connection.
-    check_requested.set()
+    check_requested.set()  # ping at once: the worker measured its first round trip while it was busy with the connect
     while True:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(interval_s):

@@ -1,9 +1,9 @@
 """The messages between a supervisor and its worker process: JSON lines over a socket pair.
 
-A worker has one connection. Its first message from the supervisor is a ``ConnectRequest``. It answers
-``ConnectionInfo`` or ``Failed``, and later perhaps sends ``Lost``. After ``Failed`` or ``Lost`` it exits. When the
-socket ends, the worker ends, also when the mesh was killed. The worker is forked with copies of the listening sockets,
-one for each target in the same order. The supervisor keeps the originals, so that the ports outlive any worker.
+A worker has one connection. The supervisor first sends a ``ConnectRequest``. The worker answers with ``ConnectionInfo``
+or ``Failed``, and later perhaps sends ``Lost``. After ``Failed`` or ``Lost`` the worker exits. When the socket ends,
+the worker ends, also when the mesh was killed. The worker is forked with copies of the listening sockets, one for each
+target in the same order. The supervisor keeps the originals, so that the ports outlive any worker.
 
 Only ``ConnectRequest.secrets`` and ``Reply`` hold secrets, and the ``repr`` of neither type shows them.
 """
@@ -24,8 +24,11 @@ from gpumesh.wire import from_json, to_json
 
 @dataclass(frozen=True, slots=True)
 class Exec:
-    """Run ``command`` (quoted already). ``stream``: send each ``Output`` as it comes, without a limit of bytes.
-    Otherwise send at most ``limit_bytes`` of each stream, at the end."""
+    """Run ``command`` (quoted already) on the host, and answer with ``Output`` messages and one ``Done``.
+
+    ``stream``: send the output as it comes, without a limit of bytes. Otherwise send at most ``limit_bytes`` of stdout
+    and of stderr, at the end. ``timeout_s``: end the command after this time; ``None``: it has no deadline.
+    """
 
     id: int
     command: str
@@ -43,7 +46,7 @@ class Kill:
 
 @dataclass(frozen=True, slots=True)
 class Ping:
-    """Measure the round trip to the host. Wait at most ``timeout_s`` for its answer."""
+    """Measure the round trip to the host, and answer with ``Pong``. Wait at most ``timeout_s`` for the host."""
 
     id: int
     timeout_s: float
@@ -67,7 +70,7 @@ class Close:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """The connection could not be made. ``code`` is the code of a TunnelError; text and hint are safe to print."""
+    """The connection could not be made. ``code`` is a TunnelError's; ``message`` and ``hint`` are safe to print."""
 
     code: str
     message: str
@@ -76,7 +79,7 @@ class Failed:
 
 @dataclass(frozen=True, slots=True)
 class Lost:
-    """The connection was up and has ended by itself."""
+    """The connection was up and has ended by itself. The fields are those of ``Failed``."""
 
     code: str
     message: str
@@ -85,7 +88,7 @@ class Lost:
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """A piece of a command's output. ``data`` is base64."""
+    """A piece of a command's output. ``stream`` is a value of ``OutputStream``; ``data`` is base64."""
 
     id: int
     stream: str
@@ -122,7 +125,7 @@ class ForwardFailed:
 
 @dataclass(frozen=True, slots=True)
 class PeerRefused:
-    """Another user of this machine tried to use a local port. ``name`` is the user's name, safe to print, if any."""
+    """Another user of this machine tried to use a local port. ``name`` is the user's name, if known; safe to print."""
 
     port: int
     uid: int
@@ -131,7 +134,10 @@ class PeerRefused:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """The host asks the user a question (keyboard-interactive). ``text`` is safe to print."""
+    """The host asks the user a question (keyboard-interactive), which the supervisor answers with ``Reply``.
+
+    ``text`` is safe to print. ``echo``: the answer may be shown while the person types.
+    """
 
     id: int
     text: str
@@ -141,25 +147,24 @@ class Prompt:
 ToWorker = ConnectRequest | Exec | Kill | Ping | Reply | Close
 FromWorker = ConnectionInfo | Failed | Lost | Output | Done | Pong | ForwardFailed | PeerRefused | Prompt
 
-_KINDS: Mapping[str, type[ToWorker] | type[FromWorker]] = {
-    kind.__name__: kind for kind in (*get_args(ToWorker), *get_args(FromWorker))
+_TYPES_BY_NAME: Mapping[str, type[ToWorker] | type[FromWorker]] = {
+    message_type.__name__: message_type for message_type in (*get_args(ToWorker), *get_args(FromWorker))
 }
 
 
 def encode_message(message: ToWorker | FromWorker) -> bytes:
     """One line of JSON, with its newline."""
-    # In ASCII: a file's name may hold bytes that are no text. Python has them as lone surrogates, which JSON escapes.
+    # ASCII, because a file's name may hold bytes that are no text: lone surrogates in Python, which JSON escapes.
     return json.dumps({"kind": type(message).__name__, **to_json(message)}).encode("ascii") + b"\n"
 
 
 def decode_message(line: bytes) -> ToWorker | FromWorker:
-    """The reverse of ``encode_message``. Raises ``ValueError`` for a line that ``encode_message`` cannot have
-    written."""
+    """The message in a line that ``encode_message`` wrote. Raises ``ValueError`` for any other line."""
     try:
         document = json.loads(line)
     except RecursionError as error:
         raise ValueError("a line that is nested beyond all bounds") from error
-    kind = document.get("kind") if isinstance(document, dict) else None
-    if not isinstance(kind, str) or kind not in _KINDS:
+    type_name = document.get("kind") if isinstance(document, dict) else None
+    if not isinstance(type_name, str) or type_name not in _TYPES_BY_NAME:
         raise ValueError("not a message between a supervisor and a worker")
-    return from_json(_KINDS[kind], document)
+    return from_json(_TYPES_BY_NAME[type_name], document)

@@ -1,7 +1,7 @@
-"""The process of one tunnel: it holds one connection to one host, from ``ConnectRequest`` to the connection's end.
+"""The worker process: holds the connection of one tunnel to one host, from ``ConnectRequest`` to the connection's end.
 
 The worker and its supervisor exchange the messages of protocol.py over one socket. The worker ends when that socket
-ends. It never retries: when its connection fails or is lost, it reports that and exits.
+ends. The worker never retries: when its connection fails or is lost, the worker reports that and exits.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
 LINE_LIMIT = 4 << 20  # bytes of one JSON line
 CHUNK_BYTES = 32 * 1024  # bytes of output in one message
-CLOSE_TIMEOUT_S = 2.0
+CLOSE_TIMEOUT_S = 2.0  # the time for a connection to close; the process ends then in any case
 
 
 def main(control: socket.socket, listeners: Sequence[socket.socket]) -> int:
@@ -62,14 +62,14 @@ def main(control: socket.socket, listeners: Sequence[socket.socket]) -> int:
 
 
 class Worker:
-    """Handles the supervisor's messages, and is the ``ConnectionEvents`` of its connection."""
+    """Handles the supervisor's messages, and sends it the reports of the connection (as its ``ConnectionEvents``)."""
 
     def __init__(self, listeners: Sequence[socket.socket]) -> None:
         self._listeners = listeners
         self._writer: asyncio.StreamWriter | None = None
         self._prompts: dict[int, asyncio.Future[str | None]] = {}
         self._commands: dict[int, asyncio.Task[None]] = {}
-        self._reports: set[asyncio.Task[None]] = set()
+        self._report_tasks: set[asyncio.Task[None]] = set()
         self._setup: ConnectRequest | None = None
         self._connection: HostConnection | None = None
 
@@ -90,7 +90,7 @@ class Worker:
             connection_task = group.create_task(self._run_connection(setup))
             await self._handle_messages(reader, group, connection_task)
             connection_task.cancel()
-            for task in (*self._commands.values(), *self._reports):
+            for task in (*self._commands.values(), *self._report_tasks):
                 task.cancel()
 
     # -- events of the connection ------------------------------------------------------------------------------------
@@ -110,18 +110,18 @@ class Worker:
 
     def report_peer_refused(self, port: int, uid: int) -> None:
         # The user's name is looked up in a task and in a thread: a directory service may take long to answer.
-        report = asyncio.create_task(self._send_peer_refused(port, uid))
-        self._reports.add(report)
-        report.add_done_callback(self._reports.discard)
+        task = asyncio.create_task(self._send_peer_refused(port, uid))
+        self._report_tasks.add(task)
+        task.add_done_callback(self._report_tasks.discard)
 
     async def _send_peer_refused(self, port: int, uid: int) -> None:
-        await self._send(PeerRefused(port, uid, await blocking.run_in_thread(find_user_name, uid)))
+        name = await blocking.run_in_thread(find_user_name, uid)
+        await self._send(PeerRefused(port, uid, name))
 
     # -- the connection's life ---------------------------------------------------------------------------------------
 
     async def _run_connection(self, setup: ConnectRequest) -> None:
-        """Connects, waits for the connection's end and reports the cause. When this returns, ``_handle_messages``
-        stops."""
+        """Connects, waits for the connection's end and reports the cause. Then ``_handle_messages`` stops too."""
         try:
             connection = await load_connect(setup.ssh.transport)(setup, self._listeners, self)
         except TunnelError as error:
@@ -155,12 +155,12 @@ class Worker:
     ) -> None:
         """Handles messages until the supervisor closes, or ``connection_task`` ends."""
         while True:
-            receiving = group.create_task(self._receive(reader))
-            await asyncio.wait({receiving, connection_task}, return_when=asyncio.FIRST_COMPLETED)
+            receive_task = group.create_task(self._receive(reader))
+            await asyncio.wait({receive_task, connection_task}, return_when=asyncio.FIRST_COMPLETED)
             if connection_task.done():
-                receiving.cancel()
+                receive_task.cancel()
                 return
-            message = receiving.result()
+            message = receive_task.result()
             match message:
                 case None | Close():
                     return
@@ -180,7 +180,7 @@ class Worker:
 
     async def _send(self, message: FromWorker) -> None:
         assert self._writer is not None
-        with contextlib.suppress(ConnectionError):  # the supervisor is gone; ``_receive`` notices that too and ends us
+        with contextlib.suppress(ConnectionError):  # the supervisor is gone: ``_receive`` notices that too, and ends us
             self._writer.write(protocol.encode_message(message))
             await self._writer.drain()
 
@@ -189,13 +189,13 @@ class Worker:
         await self._send(Pong(request.id, rtt_ms))
 
     async def _exec(self, request: Exec) -> None:
-        """Runs one command. Sends its ``Output``, and in any case one ``Done``. Kills the command when cancelled."""
+        """Runs one command. Sends its ``Output``, and then, in any case, one ``Done``. A cancel kills the command."""
         if self._connection is None:
             await self._send(Done(request.id, None, error="the tunnel is not up"))
             return
         command: RemoteCommand | None = None
         truncated = False
-        done = Done(request.id, None, error="stopped")
+        done = Done(request.id, None, error="stopped")  # sent when this task is cancelled
         try:
             async with asyncio.timeout(request.timeout_s):
                 command = await self._connection.start_command(request.command)
@@ -213,18 +213,23 @@ class Worker:
             await self._send(done)
 
     async def _send_output(self, command: RemoteCommand, request: Exec) -> bool:
-        """Sends the command's output until the command ends. True when some was left out, because a stream was longer
-        than ``limit_bytes``. With ``request.stream`` there is no limit."""
+        """Sends the command's output until the command ends. Returns true when output longer than ``limit_bytes`` was cut.
+
+        With ``request.stream`` there is no limit.
+        """
+        if request.stream:
+            while (piece := await command.read()) is not None:
+                stream, data = piece
+                await self._send(_make_output(request.id, stream, data))
+            return False
         collected: dict[OutputStream, bytearray] = {OutputStream.STDOUT: bytearray(), OutputStream.STDERR: bytearray()}
         truncated = False
         while (piece := await command.read()) is not None:
             stream, data = piece
-            if request.stream:
-                await self._send(_make_output(request.id, stream, data))
-                continue
             room = request.limit_bytes - len(collected[stream])
-            truncated |= len(data) > room
-            collected[stream] += data[: max(0, room)]
+            if len(data) > room:
+                truncated = True
+            collected[stream] += data[:room]
         for stream, output in collected.items():
             for start in range(0, len(output), CHUNK_BYTES):
                 await self._send(_make_output(request.id, stream, bytes(output[start : start + CHUNK_BYTES])))

@@ -1,4 +1,4 @@
-"""The supervisor's side of one connection: requests to its worker, and what the worker reports by itself."""
+"""The supervisor's link to one worker: sends commands and pings, and handles the worker's answers and reports."""
 
 from __future__ import annotations
 
@@ -30,13 +30,14 @@ from gpumesh.tunnels.workers.protocol import (
 )
 from gpumesh.tunnels.workers.worker_pool import WorkerHandle
 
-STREAM_LIMIT_BYTES = 64 << 20  # a streamed command is given up when more of its output waits for the reader
-DEADLINE_SLACK_S = 2.0  # the worker ends a command at its deadline; this is the extra time for that report
-PING_SLACK_S = 0.25  # the same for a ping
-KILL_TIMEOUT_S = 2.0
+STREAM_LIMIT_BYTES = 64 << 20  # a streamed command is ended when more of its output (as base64) waits for the reader
+DEADLINE_SLACK_S = 2.0  # the worker ends a command at its deadline; this is the extra time for the worker's report
+PING_SLACK_S = 0.25  # the extra time for the worker's report of a ping
+KILL_TIMEOUT_S = 2.0  # the time to send ``Kill``
 
 
 def cause_from_error(error: TunnelError) -> Cause:
+    """The same failure for the lifecycle. ``error_from_cause`` is the reverse."""
     return Cause(error.code, error.message, error.hint, needs_person=error.needs_person)
 
 
@@ -46,8 +47,10 @@ def error_from_cause(cause: Cause, node: str) -> TunnelError:
 
 @dataclass(slots=True)
 class _PendingCommand:
-    """A command on the host. ``None`` in ``messages``: the connection has ended. ``queued_bytes`` counts the bytes of
-    output (as base64) in ``messages``; above ``limit_bytes`` the command is given up."""
+    """A command on the host, and its messages from the worker. ``None`` in ``messages``: the connection has ended.
+
+    ``queued_bytes`` counts the bytes of output (as base64) in ``messages``; above ``limit_bytes`` the command is ended.
+    """
 
     limit_bytes: int
     messages: asyncio.Queue[Output | Done | None] = field(default_factory=asyncio.Queue)
@@ -55,8 +58,11 @@ class _PendingCommand:
 
 
 class WorkerLink:
-    """The link to one worker, for the worker's life. ``connected`` is set when the worker is connected. ``end_cause``
-    gets the reason when the connection is over."""
+    """The link to one worker, for the worker's life. ``connected`` is set when the worker is connected.
+
+    ``end_cause`` gets its result when the connection is over. ``open_prompts`` counts the questions that wait for a
+    person's answer.
+    """
 
     def __init__(
         self,
@@ -82,12 +88,13 @@ class WorkerLink:
         self._commands: dict[int, _PendingCommand] = {}
 
     def __repr__(self) -> str:
-        state = "ENDED" if self.end_cause.done() else "UP" if self.connected.is_set() else "CONNECTING"
+        state = "UP" if self.connected.is_set() else "CONNECTING"
+        if self.end_cause.done():
+            state = "ENDED"
         return f"<WorkerLink {self._node} {state} {len(self._commands)} commands>"
 
     def finish(self, cause: Cause) -> None:
-        """Marks the connection as over. The cause of the first call stays. Waiting pings and commands end with an
-        error."""
+        """Marks the connection as over, and ends all pings and commands. A second call keeps the first cause."""
         if not self.end_cause.done():
             self.end_cause.set_result(cause)
         for ping in self._pings.values():
@@ -97,8 +104,10 @@ class WorkerLink:
             command.messages.put_nowait(None)
 
     async def receive_messages(self, group: asyncio.TaskGroup) -> None:
-        """Handles the worker's messages until no more come. A question to a person waits in a task of ``group``, so
-        that other messages do not wait behind it."""
+        """Handles the worker's messages until no more come. Then the connection is over, and this calls ``finish``.
+
+        Each question to a person gets a task in ``group``, so that other messages do not wait for the answer.
+        """
         while True:
             try:
                 message = await self._worker.receive()
@@ -123,7 +132,7 @@ class WorkerLink:
                 if ping is not None and not ping.done():
                     ping.set_result(rtt_ms)
             case Output() | Done():
-                self._deliver(message)
+                self._queue_message(message)
             case ForwardFailed():
                 self._on_forward_failed(message)
             case PeerRefused():
@@ -132,6 +141,7 @@ class WorkerLink:
                 group.create_task(self._answer_prompt(message))
 
     async def _answer_prompt(self, prompt: Prompt) -> None:
+        """Asks a person the question, and sends the answer to the worker."""
         self.open_prompts += 1
         try:
             text = None if self._prompter is None else await self._prompter(self._node, prompt.text, echo=prompt.echo)
@@ -142,7 +152,7 @@ class WorkerLink:
             self.open_prompts -= 1
 
     async def ping(self, timeout_s: float) -> float | None:
-        """The round trip in ms. ``None``: the host, or our own worker, did not answer within ``timeout_s``."""
+        """Measures the round trip to the host in ms. ``None``: host or worker did not answer within ``timeout_s``."""
         ping_id = next(self._ids)
         answer: asyncio.Future[float | None] = asyncio.get_running_loop().create_future()
         self._pings[ping_id] = answer
@@ -168,16 +178,22 @@ class WorkerLink:
     # -- commands ----------------------------------------------------------------------------------------------------
 
     async def run_command(self, command: str, *, timeout_s: float, limit_bytes: int) -> ExecResult:
-        """The result of a finished command. Raises ExecError and TunnelDown."""
+        """Runs a command on the host, and returns its exit status and at most ``limit_bytes`` of each output stream.
+
+        Raises TunnelDown when there is no connection, and ExecError when the command failed, took too long or was cut
+        off.
+        """
         request = Exec(next(self._ids), command, timeout_s, limit_bytes)
         output = {OutputStream.STDOUT: bytearray(), OutputStream.STDERR: bytearray()}
         succeeded = False
         try:
             async with asyncio.timeout(timeout_s + DEADLINE_SLACK_S):
                 # Two streams of ``limit_bytes`` take 8/3 of that as base64, and their short last pieces a little more.
-                pending = await self._start(request, limit_bytes=4 * limit_bytes + (1 << 20))
-                while isinstance(message := await pending.messages.get(), Output):
+                pending = await self._start_command(request, limit_bytes=4 * limit_bytes + (1 << 20))
+                message = await pending.messages.get()
+                while isinstance(message, Output):
                     output[OutputStream(message.stream)] += base64.b64decode(message.data)
+                    message = await pending.messages.get()
             succeeded = message is not None and message.error is None
         except TimeoutError as error:
             raise ExecError(f"no end of the command within {timeout_s:g} s on {self._node}", node=self._node) from error
@@ -188,30 +204,34 @@ class WorkerLink:
         return ExecResult(done.exit_status, stdout, stderr, truncated=done.truncated)
 
     async def stream_command(self, command: str) -> AsyncGenerator[ExecChunk, None]:
-        """Yields the output piece by piece, without a deadline. Closing the iterator ends the command. Raises as
-        ``run_command``."""
+        """Runs a command on the host without a deadline, and yields each piece of its output as it comes.
+
+        Closing the iterator ends the command. Raises as ``run_command``.
+        """
         request = Exec(next(self._ids), command, None, 0, stream=True)
         succeeded = False
         try:
-            pending = await self._start(request, limit_bytes=STREAM_LIMIT_BYTES)
-            while isinstance(message := await pending.messages.get(), Output):
+            pending = await self._start_command(request, limit_bytes=STREAM_LIMIT_BYTES)
+            message = await pending.messages.get()
+            while isinstance(message, Output):
                 pending.queued_bytes -= len(message.data)
                 yield ExecChunk(OutputStream(message.stream), base64.b64decode(message.data))
+                message = await pending.messages.get()
             succeeded = message is not None and message.error is None
             done = self._ensure_succeeded(message)
             yield ExecChunk(OutputStream.STDOUT, b"", ended=True, exit_status=done.exit_status)
         finally:
             await self._forget_command(request.id, succeeded=succeeded)
 
-    async def _start(self, request: Exec, limit_bytes: int) -> _PendingCommand:
-        """Sends the request; its answers then come into ``messages``. Raises TunnelDown."""
+    async def _start_command(self, request: Exec, limit_bytes: int) -> _PendingCommand:
+        """Sends the request, and returns the command whose ``messages`` get the answers. Raises TunnelDown."""
         pending = self._commands[request.id] = _PendingCommand(limit_bytes)
         if self.end_cause.done():
             raise TunnelDown(f"the tunnel of {self._node} is down", node=self._node)
         await self._worker.send(request)
         return pending
 
-    def _deliver(self, message: Output | Done) -> None:
+    def _queue_message(self, message: Output | Done) -> None:
         """Puts a message into its command's queue. Ends the command with an error if too much output waits there."""
         command = self._commands.get(message.id)
         if command is None:
@@ -225,16 +245,19 @@ class WorkerLink:
         command.messages.put_nowait(message)
 
     def _ensure_succeeded(self, done: Done | None) -> Done:
-        """Returns ``done``. Raises ExecError when the command failed, or was cut off (``None``)."""
+        """Returns ``done``, a command's last message, unchanged. ``None``: the end of the connection cut the command off.
+
+        Raises ExecError when the command failed or was cut off.
+        """
         if done is None:
-            why = self.end_cause.result().message if self.end_cause.done() else "the tunnel closed"
-            raise ExecError(f"the command was cut off on {self._node}: {why}", node=self._node)
+            reason = self.end_cause.result().message if self.end_cause.done() else "the tunnel closed"
+            raise ExecError(f"the command was cut off on {self._node}: {reason}", node=self._node)
         if done.error is not None:
             raise ExecError(f"the command failed on {self._node}: {done.error}", node=self._node)
         return done
 
     async def _forget_command(self, command_id: int, *, succeeded: bool) -> None:
-        """Removes the command from the table. Unless it succeeded, it may still run: then it is killed on the host."""
+        """Removes the command from the table. A command that has not succeeded may still run, so it is killed."""
         self._commands.pop(command_id, None)
         connection_ended = self.end_cause.done()
         if succeeded or connection_ended:

@@ -1,4 +1,4 @@
-"""The pool of worker processes. The pool starts one zygote (zygote.py), which forks a worker in milliseconds.
+"""Starts worker processes, one for each connection: a zygote (zygote.py) forks each worker in milliseconds.
 
 Each connection has a process of its own. In the mesh's process a connection would share the interpreter lock with the
 gateway, and many streams would come late or be lost (docs/internals/tunnels.md).
@@ -28,15 +28,17 @@ from gpumesh.tunnels.workers import zygote
 from gpumesh.tunnels.workers.protocol import FromWorker, ToWorker, decode_message, encode_message
 
 LINE_LIMIT = 4 << 20  # bytes of one JSON line; a worker sends a command's output in far smaller pieces
-SPAWN_TIMEOUT_S = 20.0  # a cold start imports paramiko, perhaps on a machine under load
-STOP_TIMEOUT_S = 3.0
+SPAWN_TIMEOUT_S = 20.0  # for one fork; the first fork waits for the zygote's imports, perhaps on a machine under load
+STOP_TIMEOUT_S = 3.0  # the time for the zygote to end all workers; more than twice zygote.END_PATIENCE_S
 SEND_RETRY_S = 0.005  # time between two attempts while the control socket is full of requests
 TITLE_ROOM = 64  # characters of the command line that a process title can overwrite
 
 
 class WorkerHandle:
-    """The mesh's handle of one worker. It must be closed (``close`` or ``async with``), also when the process has
-    ended."""
+    """The mesh's handle of one worker process: sends and receives its messages, and ends it.
+
+    A handle must be closed (``close`` or ``async with``), also when the process has ended.
+    """
 
     def __init__(
         self, node: str, pid: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, pool: WorkerPool
@@ -65,8 +67,10 @@ class WorkerHandle:
             raise TunnelDown(f"the tunnel's process of {self.node} has ended", node=self.node) from error
 
     async def receive(self) -> FromWorker | None:
-        """The worker's next message; ``None`` when no more will come. Only one task may wait for a message. Raises
-        ValueError for a line that is no message."""
+        """Waits for the worker's next message; ``None`` when no more will come. Only one task may wait at a time.
+
+        Raises ValueError for a line that is no message.
+        """
         try:
             line = await self._reader.readline()
         except (ConnectionError, OSError, ValueError):  # ValueError: a line longer than LINE_LIMIT
@@ -97,15 +101,15 @@ class WorkerPool:
     """``async with WorkerPool() as pool: worker = await pool.spawn(setup, listeners)``.
 
     The zygote starts at the first ``spawn`` or ``prestart``. After the block, the zygote and every worker have ended.
-    They write their crashes to ``stderr``, which is a value as for ``subprocess``.
+    ``stderr`` gets the tracebacks of their crashes, and is a value as ``subprocess.Popen`` takes it.
     """
 
     def __init__(self, *, stderr: int | None = subprocess.DEVNULL) -> None:
         self._stderr = stderr
         self._process: subprocess.Popen[bytes] | None = None
-        self._control: socket.socket | None = None
+        self._control: socket.socket | None = None  # the connection to the zygote; ``None``: no zygote runs
         self._request_count = 0
-        self._pending_forks: dict[int, asyncio.Future[dict[str, Any]]] = {}
+        self._pending_forks: dict[int, asyncio.Future[dict[str, Any]]] = {}  # the zygote's answers, by request id
         self._answer_lines = LineBuffer()
 
     def __repr__(self) -> str:
@@ -130,7 +134,7 @@ class WorkerPool:
             self._start_zygote()
 
     async def spawn(self, setup: ConnectRequest, listeners: Sequence[socket.socket]) -> WorkerHandle:
-        """A new worker that has got ``setup`` and copies of ``listeners``, which stay the caller's.
+        """Starts a worker with ``setup`` and with copies of ``listeners``, and returns its handle.
 
         Raises ``TunnelError`` when no process can be started.
         """
@@ -160,8 +164,10 @@ class WorkerPool:
     # -- requests to the zygote --------------------------------------------------------------------------------------
 
     async def _fork(self, node: str, sockets: Sequence[socket.socket]) -> int:
-        """The pid of a new worker. Starts the zygote if needed, and replaces a zygote that has died or does not answer.
-        Calls may run at the same time."""
+        """Forks a worker that gets ``sockets``, and returns its pid. Calls may run at the same time.
+
+        Starts the zygote if needed, and once replaces a zygote that has died or does not answer.
+        """
         for attempt in (1, 2):
             if self._control is None:
                 self._start_zygote()
@@ -177,6 +183,7 @@ class WorkerPool:
         raise AssertionError("unreachable")
 
     async def _request_fork(self, node: str, fds: list[int]) -> int:
+        """Asks the zygote for one fork, and returns the worker's pid. Raises EOFError when the zygote ends first."""
         self._request_count += 1
         request_id = self._request_count
         pending: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
@@ -191,6 +198,7 @@ class WorkerPool:
         return int(answer["pid"])
 
     async def _send(self, request: dict[str, object], fds: list[int]) -> None:
+        """Sends a request with its descriptors to the zygote, as soon as there is room. Raises EOFError and OSError."""
         while True:
             if self._control is None:
                 raise EOFError("the process that starts them has ended")
@@ -201,6 +209,7 @@ class WorkerPool:
                 await asyncio.sleep(SEND_RETRY_S)
 
     def _receive_answers(self, control: socket.socket) -> None:
+        """Gives each answer that has come from the zygote to the call that waits for it."""
         try:
             data = control.recv(zygote.READ_BYTES)
         except (BlockingIOError, InterruptedError):
@@ -209,16 +218,17 @@ class WorkerPool:
             data = b""
         if not data:
             asyncio.get_running_loop().remove_reader(control)
-            self._fail_pending("the process that starts them has ended")
+            self._fail_pending_forks("the process that starts them has ended")
             return
         for line in self._answer_lines.feed(data):
             answer = json.loads(line)
-            # ``None``: the spawn was cancelled, and its worker ends by itself.
             pending = self._pending_forks.get(answer["id"])
-            if pending is not None and not pending.done():
+            if pending is None:
+                continue  # the spawn was cancelled; its worker ends by itself, because its socket is closed
+            if not pending.done():
                 pending.set_result(answer)
 
-    def _fail_pending(self, reason: str) -> None:
+    def _fail_pending_forks(self, reason: str) -> None:
         for pending in self._pending_forks.values():
             if not pending.done():
                 pending.set_exception(EOFError(reason))
@@ -248,19 +258,20 @@ class WorkerPool:
         asyncio.get_running_loop().add_reader(our_end, self._receive_answers, our_end)
 
     async def _stop_zygote(self) -> None:
+        """Ends the zygote and its workers. Does nothing if no zygote runs."""
         control, process = self._control, self._process
         self._control = self._process = None
         if control is None or process is None:
             return
         asyncio.get_running_loop().remove_reader(control)
-        self._fail_pending("the process that starts them was ended")
+        self._fail_pending_forks("the process that starts them was ended")
         try:
             with contextlib.suppress(OSError):
                 control.shutdown(socket.SHUT_WR)
-                async with asyncio.timeout(STOP_TIMEOUT_S):
+                async with asyncio.timeout(STOP_TIMEOUT_S):  # the zygote closes its end when all workers have ended
                     while await asyncio.get_running_loop().sock_recv(control, 4096):
                         pass
         finally:
             control.close()
-            process.kill()  # usually it has ended already; if not, there is nothing more to wait for
+            process.kill()  # usually the zygote has ended already; if not, it had its time
             process.wait()

@@ -22,9 +22,9 @@ from typing import Any, NoReturn
 from gpumesh.lines import LineBuffer
 from gpumesh.tunnels.local_system import child_process
 
-READ_BYTES = 64 * 1024
+READ_BYTES = 64 * 1024  # the most that one read of the control socket takes
 MAX_FDS = 253  # descriptors in one message: the kernel's SCM_MAX_FD
-END_PATIENCE_S = 1.0  # after SIGTERM, and again after SIGKILL
+END_PATIENCE_S = 1.0  # the time for workers to end after SIGTERM, and again after SIGKILL
 
 
 def encode_line(document: dict[str, object]) -> bytes:
@@ -38,8 +38,8 @@ class Zygote:
     There are two requests:
 
     - ``{"id", "node", "fds"}`` forks a worker. It comes with ``fds`` file descriptors: the worker's control socket,
-    then its listeners. The answer is ``{"id", "pid"}`` or ``{"id", "error"}``. - ``{"kill": pid}`` kills a worker, and
-    has no answer.
+      then its listeners. The answer is ``{"id", "pid"}`` or ``{"id", "error"}``.
+    - ``{"kill": pid}`` kills a worker, and has no answer.
     """
 
     def __init__(self, control: socket.socket) -> None:
@@ -66,11 +66,11 @@ class Zygote:
         self._end_children()
 
     def _serve_requests(self, child_ended: int) -> None:
-        """Runs until the mesh closes its end. ``child_ended`` is a descriptor that is readable when a worker ended."""
+        """Handles requests until the mesh closes its end. The descriptor ``child_ended`` is readable when a worker ended."""
         answers = b""
         while True:
-            # Answers wait until no more requests are there, so that workers that were requested together are all forked
-            # first. After an answer its worker starts to connect, which would take the processor from the next forks.
+            # Answers wait until no more requests are there: workers that were requested together are all forked first.
+            # After an answer the mesh lets that worker connect, which would take the processor from the next forks.
             watched: list[Any] = [self._control, child_ended]
             ready = select.select(watched, [], [], 0.0 if answers else None)[0]
             if not ready:
@@ -79,9 +79,9 @@ class Zygote:
                 answers = b""
             if child_ended in ready:
                 os.read(child_ended, 4096)
-                self._reap()
+                self._reap_children()
             if self._control in ready:
-                data, fds, _, _ = socket.recv_fds(self._control, READ_BYTES, MAX_FDS)
+                data, fds, _flags, _sender = socket.recv_fds(self._control, READ_BYTES, MAX_FDS)
                 self._received_fds += fds
                 if not data:
                     return
@@ -89,11 +89,16 @@ class Zygote:
                     answers += self._handle_request(json.loads(line))
 
     def _handle_request(self, request: dict[str, Any]) -> bytes:
-        """Does what the request asks for, and returns the answer; empty for a kill."""
+        """Kills or forks a worker, and returns the answer; empty for a kill."""
         if "kill" in request:
-            if request["kill"] in self._children:
-                os.kill(request["kill"], signal.SIGKILL)
+            pid = request["kill"]
+            if pid in self._children:
+                os.kill(pid, signal.SIGKILL)
             return b""
+        return self._fork_worker(request)
+
+    def _fork_worker(self, request: dict[str, Any]) -> bytes:
+        """Forks a worker, and returns the answer: the worker's pid, or the error. Returns in the zygote only."""
         count = request["fds"]
         fds, self._received_fds = self._received_fds[:count], self._received_fds[count:]
         try:
@@ -112,7 +117,7 @@ class Zygote:
         return encode_line(answer)
 
     def _run_worker(self, node: str, fds: list[int], parent: int) -> NoReturn:
-        """Runs a worker in the forked process."""
+        """Runs a worker in the forked process, and ends the process. ``parent`` is the zygote's pid."""
         status = 1
         try:
             signal.set_wakeup_fd(-1)
@@ -132,34 +137,34 @@ class Zygote:
             # Not sys.exit: that would unwind the zygote's stack, and would wait for threads that are left.
             os._exit(status)
 
-    def _reap(self) -> None:
-        """Forgets all workers that have ended."""
+    def _reap_children(self) -> None:
+        """Reaps and forgets all workers that have ended."""
         while self._children:
             try:
-                pid, _ = os.waitpid(-1, os.WNOHANG)
+                pid, _status = os.waitpid(-1, os.WNOHANG)
             except ChildProcessError:
                 return
-            if pid == 0:
+            if pid == 0:  # all other workers still run
                 return
             self._children.discard(pid)
 
     def _end_children(self) -> None:
-        """Ends all workers: by SIGTERM, then by SIGKILL."""
+        """Ends all workers: first by SIGTERM, then the workers that are left by SIGKILL."""
         for signal_number in (signal.SIGTERM, signal.SIGKILL):
             for pid in self._children:
                 os.kill(pid, signal_number)
             deadline = time.monotonic() + END_PATIENCE_S
             while self._children and time.monotonic() < deadline:
-                self._reap()
+                self._reap_children()
                 time.sleep(0.005)
 
 
 def _open_signal_pipe(signal_number: int) -> int:
-    """A descriptor that becomes readable when the signal comes."""
+    """Returns a descriptor that becomes readable each time the signal comes."""
     reader, writer = os.pipe()
     os.set_blocking(reader, False)
     os.set_blocking(writer, False)
-    signal.signal(signal_number, lambda *_: None)
+    signal.signal(signal_number, lambda *_: None)  # without a handler Python writes nothing into the pipe
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     return reader
 

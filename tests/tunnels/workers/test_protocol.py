@@ -93,8 +93,8 @@ def test_a_message_survives_encoding_and_decoding(message: ToWorker | FromWorker
 def test_every_kind_of_message_is_known() -> None:
     """A kind that ``decode_message`` does not know would end the tunnel."""
     kinds = {*ToWorker.__args__, *FromWorker.__args__}
-    assert set(protocol._KINDS.values()) == kinds
-    assert set(protocol._KINDS) == {kind.__name__ for kind in kinds}
+    assert set(protocol._TYPES_BY_NAME.values()) == kinds
+    assert set(protocol._TYPES_BY_NAME) == {kind.__name__ for kind in kinds}
 
 
 def test_secrets_are_in_no_repr() -> None:
@@ -116,7 +116,7 @@ jsons = st.recursive(
 )
 
 
-@given(st.sampled_from(sorted(protocol._KINDS)), st.dictionaries(st.sampled_from(["id", "ssh", "code", "x"]), jsons))
+@given(st.sampled_from(sorted(protocol._TYPES_BY_NAME)), st.dictionaries(st.sampled_from(["id", "ssh", "code", "x"]), jsons))
 def test_a_message_with_wrong_fields_raises_value_error(kind: str, fields: dict[str, object]) -> None:
     line = json.dumps({**fields, "kind": kind}).encode()
     try:
