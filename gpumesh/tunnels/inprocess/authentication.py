@@ -1,4 +1,4 @@
-"""Logs in to an SSH host. Tries key files, then the agent, a password, and answers to questions. Blocking.
+"""Logs in to an SSH host over paramiko: tries key files, the agent, a password and answers to questions. Blocking.
 
 All attempts use one connection. When all fail, the error says what was tried and what the host would accept.
 """
@@ -18,16 +18,16 @@ from gpumesh.tunnels.blocking import Deadline
 from gpumesh.tunnels.transport import ANSWER_TIMEOUT_S
 
 AskPerson = Callable[[str, bool], str | None]
-"""Asks a person. Its arguments are the text, and whether the answer may be shown. Blocks. ``None``: no answer."""
+"""Asks a person and blocks until the answer; ``None``: no answer. Arguments: the text; whether to show the answer."""
 
 MAX_AGENT_KEYS = 5  # sshd closes the connection after six failed attempts (MaxAuthTries)
-MAX_QUESTIONS = 10  # that one host may ask in one login
+MAX_QUESTIONS = 10  # so many questions may a host ask in one login
 
 
 @dataclass(frozen=True, slots=True)
 class Credentials:
-    """The secrets and keys that a login may try. ``password`` and ``passphrase`` are secrets, so the ``repr`` leaves
-    them out."""
+    """The secrets and keys that a login may try. ``password`` and ``passphrase`` (of the key files) are secrets, so the
+    ``repr`` leaves them out. ``agent``: the keys of the user's agent may be tried too."""
 
     user: str
     identity_files: tuple[Path, ...] = ()
@@ -40,7 +40,7 @@ class Credentials:
 
 
 def load_key(path: Path, passphrase: str | None) -> paramiko.PKey:
-    """A private key, with the certificate next to it if there is one. Raises ``KeyUnreadable``."""
+    """Loads a private key, and the certificate ``PATH-cert.pub`` if there is one. Raises ``KeyUnreadable``."""
     key = _read_private_key(path, passphrase)
     certificate = path.expanduser().with_name(path.name + "-cert.pub")
     try:
@@ -56,7 +56,7 @@ def load_key(path: Path, passphrase: str | None) -> paramiko.PKey:
 
 
 def _read_private_key(path: Path, passphrase: str | None) -> paramiko.PKey:
-    """Tries paramiko's key types in turn: paramiko has no function that finds the type. Raises ``KeyUnreadable``."""
+    """Loads a private key. Tries each key type: paramiko has no function that finds the type. Raises KeyUnreadable."""
     for key_type in (paramiko.Ed25519Key, paramiko.ECDSAKey, paramiko.RSAKey):
         try:
             return key_type.from_private_key_file(str(path.expanduser()), passphrase)
@@ -86,7 +86,7 @@ def _read_private_key(path: Path, passphrase: str | None) -> paramiko.PKey:
 def authenticate(
     transport: paramiko.Transport, credentials: Credentials, *, address: str, deadline: Deadline, ask: AskPerson | None
 ) -> None:
-    """Returns when the host has accepted us.
+    """Logs in with ``credentials``, and returns when the host has accepted the login.
 
     Raises ``AuthRefused``, ``ConnectTimeout`` or ``TunnelLost``, and ``KeyUnreadable`` when no key file can be used and
     there was nothing else to try.
@@ -107,8 +107,8 @@ def authenticate(
 
 
 class _Agent(paramiko.Agent):
-    """paramiko's agent. Its socket is closed also when the constructor fails, because no agent speaks at the other
-    end."""
+    """paramiko's agent, which also closes its socket when its constructor fails: then another program, which is no
+    agent, listens at the socket."""
 
     def __init__(self) -> None:
         try:
@@ -118,8 +118,41 @@ class _Agent(paramiko.Agent):
             raise
 
 
+class _QuestionAnswerer:
+    """Answers the host's questions in one keyboard-interactive login.
+
+    The first hidden question for a password gets ``password``; all other questions go to ``ask``.
+    """
+
+    def __init__(self, password: str | None, ask: AskPerson) -> None:
+        self._unused_password = password
+        self._ask = ask
+        self._question_count = 0
+
+    def answer(self, title: str, instructions: str, prompts: Sequence[tuple[str, bool]]) -> list[str]:
+        """Called by paramiko with one group of questions. ``prompts`` has each question, and whether to show its
+        answer."""
+        heading = printable(" ".join(part for part in (title, instructions) if part))
+        return [self._answer_question(heading, question, echo) for question, echo in prompts]
+
+    def _answer_question(self, heading: str, question: str, echo: bool) -> str:
+        self._question_count += 1
+        if self._question_count > MAX_QUESTIONS:
+            raise paramiko.AuthenticationException("too many questions")
+        asks_for_password = not echo and "assw" in question  # "Password:" or "password for …"
+        if asks_for_password and self._unused_password is not None:
+            password = self._unused_password
+            self._unused_password = None
+            return password
+        return self._ask(f"{heading} {printable(question)}".strip(), echo) or ""
+
+
 class _Login:
-    """One login. ``_allowed_methods`` are those that the host last named; empty: the host has not named any."""
+    """One login. The ``try_`` methods return whether the host has now accepted the login.
+
+    ``_attempts`` describes what was tried, for the error message. ``_allowed_methods`` are the methods that the host
+    last named; empty: the host has not named any.
+    """
 
     def __init__(
         self,
@@ -139,6 +172,7 @@ class _Login:
         self._allowed_methods: tuple[str, ...] = ()
 
     def try_keys(self) -> bool:
+        """Tries the key files that can be used, and then the keys of the agent."""
         for path in self._credentials.identity_files:
             try:
                 key = load_key(path, self._credentials.passphrase)
@@ -147,22 +181,23 @@ class _Login:
                 continue
             if self._attempt(f"key {path}", partial(self._transport.auth_publickey, self._credentials.user, key)):
                 return True
-        return self._credentials.agent and self._try_agent_keys()
+        if not self._credentials.agent:
+            return False
+        return self._try_agent_keys()
 
     def _try_agent_keys(self) -> bool:
-        agent = None
+        agent: _Agent | None = None
         try:
             agent = _Agent()
             keys = agent.get_keys()[:MAX_AGENT_KEYS]
         except (paramiko.SSHException, OSError):
             keys = ()  # there is no agent, or it does not answer as an agent does
         try:
-            return any(
-                self._attempt(
-                    "a key of the agent", partial(self._transport.auth_publickey, self._credentials.user, key)
-                )
-                for key in keys
-            )
+            for key in keys:
+                log_in = partial(self._transport.auth_publickey, self._credentials.user, key)
+                if self._attempt("a key of the agent", log_in):
+                    return True
+            return False
         finally:
             if agent is not None:
                 agent.close()
@@ -176,36 +211,22 @@ class _Login:
         )
 
     def try_questions(self) -> bool:
-        """Keyboard-interactive. The first hidden question for a password gets our password; all others go to a
-        person."""
-        if not self._host_accepts("keyboard-interactive") or (
-            self._credentials.password is None and self._ask_person is None
-        ):
+        """Tries keyboard-interactive: our password and a person answer the host's questions."""
+        password = self._credentials.password
+        if password is None and self._ask_person is None:
+            return False  # no question could be answered
+        if not self._host_accepts("keyboard-interactive"):
             return False
-        unused_passwords = [self._credentials.password] if self._credentials.password is not None else []
-        question_count = 0
-
-        def answer(title: str, instructions: str, prompts: Sequence[tuple[str, bool]]) -> list[str]:
-            nonlocal question_count
-            answers = []
-            for prompt, echo in prompts:
-                question_count += 1
-                if question_count > MAX_QUESTIONS:
-                    raise paramiko.AuthenticationException("too many questions")
-                if unused_passwords and not echo and "assw" in prompt:  # "Password:" or "password for …"
-                    answers.append(unused_passwords.pop())
-                    continue
-                heading = printable(" ".join(part for part in (title, instructions) if part))
-                answers.append(self._ask_outside_deadline(f"{heading} {printable(prompt)}".strip(), echo) or "")
-            return answers
-
+        answerer = _QuestionAnswerer(password, self._ask_outside_deadline)
         if self._ask_person is not None:
             self._transport.auth_timeout = self._deadline.remaining_s + ANSWER_TIMEOUT_S
         return self._attempt(
-            "answers to its questions", lambda: self._transport.auth_interactive(self._credentials.user, answer)
+            "answers to its questions",
+            lambda: self._transport.auth_interactive(self._credentials.user, answerer.answer),
         )
 
     def make_refused_error(self, *, disconnected: bool = False) -> TunnelError:
+        """The error for a login of which no attempt succeeded. ``disconnected``: the host has closed the connection."""
         if self._unusable_keys and not self._attempts:
             return self._unusable_keys[0]
         tried = ", ".join(dict.fromkeys(self._attempts)) or "nothing: no key, agent or password is set"
@@ -221,17 +242,22 @@ class _Login:
         )
 
     def _ask_outside_deadline(self, text: str, echo: bool) -> str | None:
+        """Asks a person; the deadline moves by the time that the person takes. ``None``: there is no answer."""
         if self._ask_person is None:
             return None
         with self._deadline.paused(ANSWER_TIMEOUT_S):
             return self._ask_person(text, echo)
 
     def _host_accepts(self, method: str) -> bool:
+        """Whether the host has named this method, or has not named any."""
         return not self._allowed_methods or method in self._allowed_methods
 
     def _attempt(self, description: str, log_in: Callable[[], list[str]]) -> bool:
-        """Calls ``log_in``. True when the host has accepted us; false after a refusal, or after the first of several
-        factors. Then ``_allowed_methods`` are the methods that may come next."""
+        """Calls ``log_in``, and returns true when the host has accepted the login. Raises ConnectTimeout.
+
+        Returns false after a refusal, or after the first of several factors. Then ``_allowed_methods`` are the methods
+        that may come next.
+        """
         if self._deadline.expired:
             raise ConnectTimeout(f"{self._address} did not finish the login in time")
         self._attempts.append(description)

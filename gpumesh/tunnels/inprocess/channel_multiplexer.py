@@ -1,4 +1,4 @@
-"""Puts our own channels (channel_relay.py) on a paramiko transport.
+"""Routes the packets of our own channels (channel_relay.py) on a paramiko transport, and makes such channels.
 
 This uses private parts of paramiko: the table of packet handlers, the map of channels, and the way a channel is made.
 ``find_missing_feature`` reports when a paramiko lacks one of them; then sshtunnel's own, slower forwarding is used
@@ -30,7 +30,7 @@ from gpumesh.topology import Target
 from gpumesh.tunnels.forwarder import Dialer, Forwarder
 from gpumesh.tunnels.inprocess.channel_relay import ChannelRelay
 
-OPEN_TIMEOUT_S = 30.0  # for the host to reach its target; the kernel there may try for two minutes
+OPEN_TIMEOUT_S = 30.0  # the time for the host to reach its target; the kernel there may try for two minutes
 
 ADMINISTRATIVELY_PROHIBITED = 1  # RFC 4254, section 5.1
 
@@ -53,7 +53,7 @@ _CHANNEL_MESSAGES = (
 
 
 def find_missing_feature(transport: Any) -> str | None:
-    """A private part of paramiko that this version lacks. ``None``: this version has all parts that this file uses."""
+    """Names a private part of paramiko that this version lacks; ``None``: it has all parts that this file uses."""
     table = getattr(transport, "_channel_handler_table", None)
     if not isinstance(table, dict) or set(table) != set(_CHANNEL_MESSAGES):
         return "Transport._channel_handler_table is not the table it was"
@@ -65,13 +65,16 @@ def find_missing_feature(transport: Any) -> str | None:
     for name in ("lock", "channels_seen", "_channels"):
         if not hasattr(transport, name):
             return f"Transport.{name} is gone"
-    if any(not callable(getattr(transport._channels, name, None)) for name in ("put", "get", "delete")):
+    if not all(callable(getattr(transport._channels, name, None)) for name in ("put", "get", "delete")):
         return "Transport._channels has no put, get, delete"
     return None
 
 
 class ChannelMultiplexer:
-    """One per transport. It must be made before the transport carries any channel."""
+    """The channels of one transport: makes dialers for them, and passes the transport's packets on to them.
+
+    A multiplexer must be made before the transport carries any channel.
+    """
 
     def __init__(self, transport: paramiko.Transport, forwarder: Forwarder, on_refused: OnChannelRefused) -> None:
         """``on_refused`` is called in the transport's thread. Raises NotImplementedError when paramiko lacks a part."""
@@ -90,7 +93,7 @@ class ChannelMultiplexer:
         return f"<ChannelMultiplexer {len(self._open_deadlines)} channels opening>"
 
     def make_dialer(self, target: Target) -> Dialer:
-        """A dialer for ``Forwarder.listen``. It forwards connections to ``target``, an address as the host sees it."""
+        """Makes a dialer for ``Forwarder.listen`` that forwards connections to ``target``, as the host sees it."""
 
         def dial(forwarder: Forwarder, local: socket.socket) -> None:  # noqa: ARG001 - the same as self.forwarder
             ChannelRelay(self, local, target).open()
@@ -103,8 +106,10 @@ class ChannelMultiplexer:
     # -- in the selector's thread ------------------------------------------------------------------------------------
 
     def send(self, message: paramiko.Message) -> None:
-        """Blocks during a key exchange and while the SSH socket is full. Raises nothing: a transport that ends notifies
-        each channel itself."""
+        """Sends a packet to the host. Blocks during a key exchange, and while the SSH socket is full.
+
+        Raises nothing: a transport that ends notifies each channel itself.
+        """
         try:
             self.transport._send_user_message(message)
         except (OSError, EOFError, paramiko.SSHException):
@@ -123,21 +128,28 @@ class ChannelMultiplexer:
         self._open_deadlines.pop(relay, None)
 
     def _start_timer(self) -> None:
+        """Starts the timer for the soonest deadline, if there is a deadline and no timer runs."""
         if self._open_deadlines and not self._timer_is_running:
             self._timer_is_running = True
-            self.forwarder.call_later(next(iter(self._open_deadlines.values())) - time.monotonic(), self._abort_overdue)
+            soonest_deadline = next(iter(self._open_deadlines.values()))
+            self.forwarder.call_later(soonest_deadline - time.monotonic(), self._abort_overdue)
 
     def _abort_overdue(self) -> None:
+        """Aborts the relays whose deadline has passed. Called by the timer."""
         self._timer_is_running = False
         now = time.monotonic()
-        for relay in [relay for relay, deadline in self._open_deadlines.items() if deadline <= now]:
+        overdue_relays = [relay for relay, deadline in self._open_deadlines.items() if deadline <= now]
+        for relay in overdue_relays:
             self.cancel_open_timeout(relay)
             relay.abort()
         self._start_timer()
 
     def _close_paramiko_channel(self, original: ChannelHandler, channel: Any, message: paramiko.Message) -> None:
-        """Calls ``original``, paramiko's handler of a close, which sends an answer. When the transport has ended, that
-        raises an error, which must not end the selector's thread: the thread serves all other channels."""
+        """Calls ``original``, paramiko's handler of a close, which sends an answer to the host.
+
+        When the transport has ended, ``original`` raises an error. The error must not end the selector's thread, which
+        serves all other channels.
+        """
         try:
             original(channel, message)
         except (OSError, EOFError, paramiko.SSHException):
@@ -146,7 +158,7 @@ class ChannelMultiplexer:
     # -- paramiko's handlers, called in the transport's thread -------------------------------------------------------
 
     def _replace_channel_handlers(self) -> None:
-        """Messages for our channels go to our methods, all others to paramiko's handlers."""
+        """Makes paramiko give messages for our channels to our methods, and all other messages to its own handlers."""
         originals: dict[int, ChannelHandler] = dict(self.transport._channel_handler_table)
 
         def handle_close(channel: Any, message: paramiko.Message) -> None:
@@ -158,7 +170,7 @@ class ChannelMultiplexer:
                 original = originals[MSG_CHANNEL_CLOSE]
                 self.forwarder.post(partial(self._close_paramiko_channel, original, channel, message))
 
-        methods = {
+        relay_methods = {
             MSG_CHANNEL_DATA: ChannelRelay.on_data,
             MSG_CHANNEL_EXTENDED_DATA: _ignore_message,
             MSG_CHANNEL_WINDOW_ADJUST: ChannelRelay.on_window_adjust,
@@ -169,17 +181,20 @@ class ChannelMultiplexer:
         }
         self.transport._channel_handler_table = {
             **originals,
-            **{kind: _route_handler(method, originals[kind]) for kind, method in methods.items()},
+            **{kind: _route_handler(method, originals[kind]) for kind, method in relay_methods.items()},
             MSG_CHANNEL_CLOSE: handle_close,
         }
 
     def _replace_open_failure_handler(self) -> None:
+        """Makes paramiko report a channel of ours that the host did not open to its relay."""
         original = self.transport._handler_table[MSG_CHANNEL_OPEN_FAILURE]
 
         def handle_open_failure(message: paramiko.Message) -> None:
-            channel = self.transport._channels.get(message.get_int())
+            channel_number = message.get_int()
+            channel = self.transport._channels.get(channel_number)
             if type(channel) is ChannelRelay:
-                channel.on_refused(message.get_int())
+                reason = message.get_int()
+                channel.on_refused(reason)
             else:
                 message.rewind()
                 original(message)
@@ -188,13 +203,13 @@ class ChannelMultiplexer:
 
 
 def _ignore_message(relay: ChannelRelay, message: paramiko.Message) -> None:
-    """The handler of messages that have no meaning on a forwarded connection."""
+    """Does nothing: handles the messages that have no meaning on a forwarded connection."""
 
 
 def _route_handler(
     method: Callable[[ChannelRelay, paramiko.Message], None], original: ChannelHandler
 ) -> ChannelHandler:
-    """A handler that calls ``method`` for our channels, ``original`` for paramiko's."""
+    """Returns a handler that calls ``method`` for our own channels, and ``original`` for paramiko's channels."""
 
     def handle(channel: Any, message: paramiko.Message) -> None:
         if type(channel) is ChannelRelay:

@@ -1,4 +1,4 @@
-"""One forwarded connection as a channel of a paramiko transport, without a thread of its own.
+"""Forwards one connection over a channel of a paramiko transport, without a thread of its own, with back-pressure.
 
 Two threads work here. The *transport's* thread (paramiko's own, one for each SSH connection) reads packets. It writes
 the data of a channel to the local socket at once, without blocking. The *selector's* thread (forwarder.py) does the
@@ -33,7 +33,7 @@ from gpumesh.tunnels.local_system.sockets import close_with_reset
 
 WINDOW = 1 << 20  # bytes that the host may send before we have passed them on; allows 10 MB/s at a round trip of 100 ms
 MAX_PACKET = 1 << 15  # bytes of data in a packet; as paramiko and OpenSSH have it
-MIN_CREDIT = WINDOW // 8  # bytes; the host gets credit in pieces of this size, not in one message for each packet
+MIN_CREDIT = WINDOW // 8  # bytes; the host gets credit in pieces of this size or more, not one message for each packet
 
 
 class Multiplexer(Protocol):
@@ -52,8 +52,11 @@ class Multiplexer(Protocol):
 
 
 class ChannelRelay:
-    """One forwarded connection: a local socket and a channel. It replaces a ``paramiko.Channel``, which has two pipes
-    and four conditions for blocking readers. paramiko itself calls ``_set_remote_channel`` and ``_unlink``."""
+    """One forwarded connection: a local socket and a channel of the transport to ``target``.
+
+    A relay replaces a ``paramiko.Channel``, which has two pipes and four conditions for blocking readers. paramiko
+    itself calls ``_set_remote_channel`` and ``_unlink``.
+    """
 
     def __init__(self, multiplexer: Multiplexer, local: socket.socket, target: Target) -> None:
         self._multiplexer = multiplexer
@@ -66,17 +69,19 @@ class ChannelRelay:
         self._send_packet_limit = 0  # bytes of data in one packet to the host
         self._receive_window = WINDOW  # bytes that the host may still send
         self._uncredited = 0  # bytes that the local socket has taken, and for which the host has no credit yet
-        self._pending: deque[bytes] = deque()  # arrived while the local socket had no room
+        self._pending: deque[bytes] = deque()  # the host's data for which the local socket had no room yet
         self._local_ended = False  # the client has sent its last byte
         self._host_ended = False  # the host has sent its last byte
         self._end_written = False  # the client has got the host's EOF
         self._close_sent = False
         self._host_closed = False
         self._local_closed = False
-        self._events = 0  # for which the selector watches the local socket
+        self._events = 0  # the events (READ, WRITE) for which the selector watches the local socket
 
     def __repr__(self) -> str:
-        state = "CLOSED" if self._local_closed else "OPENING" if self._remote_number < 0 else "OPEN"
+        state = "OPENING" if self._remote_number < 0 else "OPEN"
+        if self._local_closed:
+            state = "CLOSED"
         return f"<ChannelRelay {self._number} to {self._target.host}:{self._target.port} {state}>"
 
     # -- in the selector's thread ------------------------------------------------------------------------------------
@@ -97,16 +102,16 @@ class ChannelRelay:
         self._multiplexer.start_open_timeout(self)
 
     def abort(self) -> None:
-        """Ends both sides at once."""
+        """Ends both sides at once: resets the local socket, and closes the channel."""
         self._close_local(reset=True)
         self._send_close()
 
-    def _on_ready(self, mask: int) -> None:
+    def _on_ready(self, ready_events: int) -> None:
         if self._local_closed:
             return
-        if mask & WRITE:
+        if ready_events & WRITE:
             self._write_pending()
-        if mask & READ:
+        if ready_events & READ:
             self._read_local()
         self._update()
 
@@ -132,6 +137,7 @@ class ChannelRelay:
         self._send_credit()
 
     def _send_credit(self) -> None:
+        """Lets the host send as many more bytes as the local socket has taken, if that is at least ``MIN_CREDIT``."""
         with self._lock:
             credit = self._uncredited
             if credit < MIN_CREDIT or self._host_ended or self._host_closed or self._close_sent:
@@ -143,6 +149,7 @@ class ChannelRelay:
         self._multiplexer.send(message)
 
     def _read_local(self) -> None:
+        """Reads from the local socket, as far as the host's window allows, and sends the host the bytes or the end."""
         with self._lock:
             room = min(self._send_window, self._send_packet_limit)
         if room <= 0 or self._local_ended or self._close_sent:
@@ -169,29 +176,29 @@ class ChannelRelay:
         if self._local_closed:
             return
         with self._lock:
-            empty = not self._pending
-            room = self._send_window > 0
-        if self._host_ended and empty and not self._end_written:
+            all_written = not self._pending
+            host_has_room = self._send_window > 0
+        if self._host_ended and all_written and not self._end_written:
             self._end_written = True
             try:
                 self._local.shutdown(socket.SHUT_WR)
             except OSError:
                 self.abort()
                 return
-        if empty and (self._host_closed or (self._end_written and self._local_ended)):
+        if all_written and (self._host_closed or (self._end_written and self._local_ended)):
             # A host that closes without EOF has cut its data: its sshd was stopped, or died.
             self._close_local(reset=not self._host_ended)
             self._send_close()
             return
-        events = 0 if empty else WRITE
-        if self._remote_number >= 0 and room and not self._local_ended and not self._host_closed:
+        events = 0 if all_written else WRITE
+        if self._remote_number >= 0 and host_has_room and not self._local_ended and not self._host_closed:
             events |= READ
         if events != self._events:
             self._events = events
             self._forwarder.watch(self._local, events, self._on_ready)
 
     def _close_local(self, *, reset: bool) -> None:
-        """Closes the local socket, once."""
+        """Closes the local socket, unless it is closed already. ``reset``: so that a cut answer does not look whole."""
         with self._lock:
             if self._local_closed:
                 return
@@ -206,14 +213,17 @@ class ChannelRelay:
                 self._local.close()
 
     def _send_close(self) -> None:
-        """Sends CHANNEL_CLOSE once. That needs an open channel: ``_on_opened`` calls this again."""
+        """Sends CHANNEL_CLOSE, once and only on an open channel: ``_on_opened`` calls this again."""
         if not self._close_sent and self._remote_number >= 0 and self._multiplexer.transport.active:
             self._close_sent = True
             self._multiplexer.send(_make_message(cMSG_CHANNEL_CLOSE, self._remote_number))
         self._remove_if_closed()
 
     def _remove_if_closed(self) -> None:
-        """After its close the host sends nothing for this channel's number, so paramiko may use the number again."""
+        """Removes the channel from paramiko's map if both sides are closed: then its number may be used again.
+
+        After its close the host sends nothing more for this number.
+        """
         transport = self._multiplexer.transport
         if self._local_closed and (self._host_closed or not transport.active):
             self._multiplexer.cancel_open_timeout(self)
@@ -222,6 +232,7 @@ class ChannelRelay:
             self._forwarder.discard_relay(self)
 
     def _on_opened(self) -> None:
+        """Starts to forward, or closes the channel if the local socket was closed meanwhile."""
         self._multiplexer.cancel_open_timeout(self)
         if self._local_closed:
             self._send_close()
@@ -229,19 +240,20 @@ class ChannelRelay:
             self._update()
 
     def _on_ended_by_host(self) -> None:
-        """The host has refused the channel, or the transport has ended."""
+        """Resets the client: the host has refused the channel, or the transport has ended."""
         self._host_closed = True
         self._close_local(reset=True)
         self._remove_if_closed()
 
     def _on_host_closed(self) -> None:
+        """Closes the local socket as soon as all data is written, and answers the host's CHANNEL_CLOSE now."""
         self._update()
         self._send_close()
 
     # -- in the transport's thread -----------------------------------------------------------------------------------
 
     def _set_remote_channel(self, number: int, window: int, max_packet: int) -> None:
-        """The host has opened the channel."""
+        """Called by paramiko when the host has opened the channel. ``number``: the host's number of the channel."""
         with self._lock:
             self._send_window = window
             self._send_packet_limit = min(max_packet, MAX_PACKET)
@@ -249,11 +261,14 @@ class ChannelRelay:
         self._forwarder.post(self._on_opened)
 
     def on_refused(self, reason: int) -> None:
+        """Called when the host did not open the channel. ``reason``: a code of RFC 4254, section 5.1."""
         self._multiplexer.report_refused(self._target, reason)
         self._forwarder.post(self._on_ended_by_host)
 
     def on_data(self, message: paramiko.Message) -> None:
-        raw = message.asbytes()  # 4 bytes number, 4 length, data; ``get_binary`` would cost three more calls per token
+        """Writes the host's data to the local socket; the bytes for which there is no room wait in ``_pending``."""
+        # The bytes: 4 channel number, 4 length, data. ``get_binary`` would cost three more calls for each token.
+        raw = message.asbytes()
         data = raw[8 : 8 + int.from_bytes(raw[4:8], "big")]
         sent = 0
         with self._lock:
@@ -290,15 +305,17 @@ class ChannelRelay:
             self._forwarder.post(self._update)
 
     def on_eof(self, _: paramiko.Message) -> None:
+        """Called when the host has sent its last byte; the host may still receive."""
         self._host_ended = True
         self._forwarder.post(self._update)
 
     def on_close(self, _: paramiko.Message) -> None:
+        """Called when the host has closed the channel in both directions."""
         self._host_closed = True
         self._forwarder.post(self._on_host_closed)
 
     def _unlink(self) -> None:
-        """The transport has ended."""
+        """Called by paramiko when the transport has ended."""
         self._forwarder.post(self._on_ended_by_host)
 
 

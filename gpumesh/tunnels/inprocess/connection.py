@@ -29,7 +29,7 @@ from gpumesh.tunnels.inprocess.sshtunnel_connector import TransportForwarder
 from gpumesh.tunnels.local_system.peer_users import open_own_user_filter
 from gpumesh.tunnels.transport import ConnectionEvents, ConnectionInfo, ConnectRequest, RemoteCommand
 
-DEADLINE_SLACK_S = 0.5  # so that an error of the opening itself, which says more, comes first
+DEADLINE_SLACK_S = 0.5  # the outer deadline is so much later, because an error of the opening itself says more
 
 
 async def connect(
@@ -46,7 +46,8 @@ async def connect(
     opened = await _run_opening(opening, setup.ssh, deadline)
     connection = ParamikoConnection(setup.ssh, opened, share=setup.share)
     try:
-        connection.start_forwarding(list(zip(listeners, setup.targets, strict=True)), events)
+        routes = list(zip(listeners, setup.targets, strict=True))
+        connection.start_forwarding(routes, events)
     except TunnelError:
         await connection.close()
         raise
@@ -54,8 +55,11 @@ async def connect(
 
 
 async def _run_opening(opening: Opening, ssh: SshSpec, deadline: Deadline) -> OpenedConnection:
-    """Runs ``opening`` in a thread, and enforces the deadline from outside as well: the steps of the opening check it,
-    but a DNS lookup or an agent that hangs does not. Raises ``TunnelError``."""
+    """Runs ``opening`` in a thread, and returns the connection. Raises ``TunnelError``.
+
+    Enforces the deadline from outside as well: the steps of the opening check the deadline, but a DNS lookup or an
+    agent that hangs does not.
+    """
     opening_task = asyncio.ensure_future(blocking.run_in_thread(opening.run))
     try:
         while not opening_task.done():  # a loop: the deadline moves while a person is being asked
@@ -79,31 +83,37 @@ class ParamikoConnection:
         self._share = share
         self._heartbeat = opened.heartbeat
         self._transports = opened.transports
-        self._transport = cast(Any, opened.transports[-1])  # its types lack some of what is used here
+        self._transport = cast(Any, opened.transports[-1])  # paramiko's types lack parts that are used here
         self._loop = asyncio.get_running_loop()
         self._transport_watch: asyncio.Task[None] | None = None
         self._ping_task: asyncio.Task[float | None] | None = None
-        self._posix_shell = self._loop.create_task(sessions.has_posix_shell(opened.shell_test))
+        self._posix_shell_test = self._loop.create_task(sessions.has_posix_shell(opened.shell_test))
         self._lost: asyncio.Future[TunnelError] = self._loop.create_future()
         self._forwarder: TransportForwarder | None = None
         server, cipher = self._transport.remote_version, self._transport.remote_cipher
         self.info = ConnectionInfo(opened.rtt_ms, printable(server), printable(cipher))
 
     def __repr__(self) -> str:
-        state = "LOST" if self._lost.done() else "FORWARDING" if self._forwarder is not None else "UP"
+        state = "UP" if self._forwarder is None else "FORWARDING"
+        if self._lost.done():
+            state = "LOST"
         return f"<ParamikoConnection {self._address} {state}>"
 
     def start_forwarding(self, routes: list[tuple[socket.socket, Target]], events: ConnectionEvents) -> None:
-        """Starts to serve the clients of the listeners. Raises ``TunnelError``."""
+        """Starts to serve clients. ``routes``: pairs of a listener and its target. Raises ``TunnelError``."""
 
         def on_refused(target: Target, reason: int) -> None:  # in the transport's thread
-            self._call_soon(events.report_forward_failed, target, *self._explain_refusal(target, reason))
+            code, message = self._explain_refusal(target, reason)
+            self._call_soon(events.report_forward_failed, target, code, message)
 
         def on_peer_refused(port: int, uid: int) -> None:  # in a thread that accepts
             self._call_soon(events.report_peer_refused, port, uid)
 
         def make_peer_filter() -> PeerFilter | None:
-            return None if self._share else open_own_user_filter(routes[0][0], on_peer_refused)
+            if self._share:
+                return None
+            first_listener, _target = routes[0]
+            return open_own_user_filter(first_listener, on_peer_refused)
 
         self._transport_watch = self._loop.create_task(self._watch_transport())
         if routes:
@@ -118,7 +128,8 @@ class ParamikoConnection:
             self._forwarder.start()
 
     def _explain_refusal(self, target: Target, reason: int) -> tuple[str, str]:
-        """The code and the message of a channel that the host did not open."""
+        """The code and the message for a channel that the host did not open, as ``ForwardFailed`` has them. ``reason``:
+        a code of RFC 4254, section 5.1."""
         if reason == ADMINISTRATIVELY_PROHIBITED:
             return (
                 "forwarding-forbidden",
@@ -127,8 +138,7 @@ class ParamikoConnection:
         return "backend-unreachable", f"nothing answers at {target.host}:{target.port} on the host"
 
     async def ping(self, timeout_s: float) -> float | None:
-        # A ping under way serves this call too.
-        if self._ping_task is None or self._ping_task.done():
+        if self._ping_task is None or self._ping_task.done():  # otherwise this call shares the ping under way
             self._ping_task = self._loop.create_task(blocking.run_in_thread(self._heartbeat.measure_round_trip_ms))
         try:
             async with asyncio.timeout(timeout_s):
@@ -137,18 +147,19 @@ class ParamikoConnection:
             return None
 
     async def start_command(self, command: str) -> RemoteCommand:
-        posix = await asyncio.shield(self._posix_shell)
-        return await sessions.start_command(self._transport, command, posix=posix)
+        has_posix_shell = await asyncio.shield(self._posix_shell_test)
+        return await sessions.start_command(self._transport, command, posix=has_posix_shell)
 
     async def wait_lost(self) -> TunnelError:
         return await asyncio.shield(self._lost)
 
     async def close(self) -> None:
-        for task in (self._transport_watch, self._posix_shell):
+        for task in (self._transport_watch, self._posix_shell_test):
             if task is not None:
                 task.cancel()
         await blocking.run_in_thread(self._close_blocking)
-        await asyncio.gather(self._posix_shell, return_exceptions=True)
+        # The cancelled test still closes its session.
+        await asyncio.gather(self._posix_shell_test, return_exceptions=True)
 
     def _close_blocking(self) -> None:
         if self._forwarder is not None:
@@ -162,13 +173,12 @@ class ParamikoConnection:
 
     def _set_lost(self) -> None:
         if not self._lost.done():
-            cause = self._transport.get_exception()
-            reason = printable(str(cause), 120) if cause is not None else ""
-            message = f"the connection to {self._address} broke" + (
-                f": {reason}" if reason else " (closed by the host)"
-            )
-            self._lost.set_result(TunnelLost(message))
+            error = self._transport.get_exception()
+            reason = printable(str(error), 120) if error is not None else ""
+            reason_text = f": {reason}" if reason else " (closed by the host)"
+            self._lost.set_result(TunnelLost(f"the connection to {self._address} broke{reason_text}"))
 
     def _call_soon(self, function: Callable[..., None], *arguments: Any) -> None:
+        """Calls ``function`` soon on the event loop. For other threads."""
         with contextlib.suppress(RuntimeError):  # the loop is closed: the worker is ending
             self._loop.call_soon_threadsafe(function, *arguments)

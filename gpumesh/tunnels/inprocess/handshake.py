@@ -1,6 +1,6 @@
-"""Makes an SSH transport to an address and checks the host's key. Its errors give the true reason. Blocking.
+"""Connects to an SSH host with paramiko, exchanges keys and checks the host's key; exact errors. Blocking.
 
-sshtunnel does not do this (sshtunnel_connector.py says why): it gets a transport that is connected already.
+sshtunnel does not connect by itself: it gets a finished transport (sshtunnel_connector.py has the reason).
 """
 
 from __future__ import annotations
@@ -38,7 +38,10 @@ _UNREACHABLE = (errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN, errno.EHO
 
 
 def connect_tcp(host: str, port: int, deadline: Deadline) -> socket.socket:
-    """A connected socket with TCP_NODELAY: without that option small packets wait. Raises ``TunnelError``."""
+    """Connects to the first address of ``host`` that answers, and returns the socket. Raises ``TunnelError``.
+
+    The socket has TCP_NODELAY: without that option small packets wait.
+    """
     address_text = format_address(host, port)
     try:
         addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
@@ -48,13 +51,12 @@ def connect_tcp(host: str, port: int, deadline: Deadline) -> socket.socket:
             hint="check `ssh.host` for a misspelling, and that this machine is online",
         ) from error
     last_error: OSError = TimeoutError()
-    for index, (family, kind, protocol, _, address) in enumerate(addresses):
+    for index, (family, socket_type, protocol, _name, address) in enumerate(addresses):
         if deadline.expired:
             break
-        sock = socket.socket(family, kind, protocol)
+        sock = socket.socket(family, socket_type, protocol)
         try:
-            # Each address gets an equal share of the time that is left, so that a silent one leaves time for the
-            # others.
+            # Each address gets an equal share of the time that is left: a silent address leaves time for the others.
             sock.settimeout(max(0.05, deadline.remaining_s / (len(addresses) - index)))
             sock.connect(address)
             disable_nagle(sock)
@@ -66,6 +68,7 @@ def connect_tcp(host: str, port: int, deadline: Deadline) -> socket.socket:
 
 
 def _connect_error(error: OSError, address: str) -> TunnelError:
+    """The error for a TCP connection that could not be made."""
     if isinstance(error, ConnectionRefusedError):
         return ConnectRefused(
             f"nothing listens on {address}",
@@ -83,12 +86,17 @@ def _connect_error(error: OSError, address: str) -> TunnelError:
 def perform_handshake(
     sock: socket.socket | paramiko.Channel, *, host: str, port: int, deadline: Deadline, key_types: Sequence[str] = ()
 ) -> paramiko.Transport:
-    """Exchanges keys over ``sock``, which is closed on failure. The host is asked for a key of ``key_types`` first.
+    """Exchanges keys with the host over ``sock``, and returns the transport. Closes ``sock`` and raises TunnelError.
 
-    The host then has proved that it owns its key. This function does not check whether we trust the key.
+    Afterwards the host has proved that it owns its key; the caller checks whether the key is trusted. The host is asked
+    for a key of ``key_types`` first.
     """
-    stream: Any = BufferedSocket(sock) if isinstance(sock, socket.socket) else sock
-    transport = paramiko.Transport(stream, packetizer_class=FastPacketizer if stream is not sock else BoundedPacketizer)
+    stream: Any = sock
+    packetizer_class: type[BoundedPacketizer] = BoundedPacketizer
+    if isinstance(sock, socket.socket):  # otherwise a channel through a jump host
+        stream = BufferedSocket(sock)
+        packetizer_class = FastPacketizer
+    transport = paramiko.Transport(stream, packetizer_class=packetizer_class)
     try:
         options = transport.get_security_options()
         options.ciphers = _move_to_front(FAST_CIPHERS, options.ciphers)
@@ -103,7 +111,8 @@ def perform_handshake(
     except (paramiko.SSHException, EOFError, OSError) as error:
         transport.close()
         sock.close()
-        greeting = stream.greeting if isinstance(stream, BufferedSocket) else b"SSH-"  # unknown behind a jump host
+        # Behind a jump host the greeting is not known here. Then it is taken for the greeting of an SSH server.
+        greeting = stream.greeting if isinstance(stream, BufferedSocket) else b"SSH-"
         raise _handshake_error(error, greeting, format_address(host, port), deadline) from error
     except BaseException:
         transport.close()
@@ -113,6 +122,7 @@ def perform_handshake(
 
 
 def _handshake_error(error: BaseException, greeting: bytes, address: str, deadline: Deadline) -> TunnelError:
+    """The error for a failed handshake. ``greeting``: the first bytes from the host; empty: the host sent nothing."""
     if isinstance(error, paramiko.ssh_exception.IncompatiblePeer):
         return TransportUnsupported(
             f"{address} and transport sshtunnel have no SSH algorithm in common ({printable(str(error))})",
@@ -143,7 +153,7 @@ def _handshake_error(error: BaseException, greeting: bytes, address: str, deadli
 
 
 def get_host_key(transport: paramiko.Transport) -> HostKey:
-    """The host's key. The host has proved that it owns this key."""
+    """The key of the host at the other end, which has proved that it owns this key."""
     key = transport.get_remote_server_key()
     return HostKey(key.get_name(), key.asbytes())
 
@@ -151,8 +161,10 @@ def get_host_key(transport: paramiko.Transport) -> HostKey:
 def perform_trusted_handshake(
     sock: socket.socket | paramiko.Channel, *, node: str, host: str, port: int, ssh: SshSpec, deadline: Deadline
 ) -> paramiko.Transport:
-    """Calls ``perform_handshake`` and then checks the host's key by the policy of ``ssh``. ``node`` is "" for a jump
-    host."""
+    """Calls ``perform_handshake``, checks the host's key by the policy of ``ssh``, and returns the transport.
+
+    ``node`` is "" for a jump host. Closes ``sock`` and raises TunnelError when the key is not trusted.
+    """
     try:
         key_types = read_known_hosts(ssh.known_hosts).key_types(node=node, host=host, port=port)
     except BaseException:
@@ -175,11 +187,11 @@ def perform_trusted_handshake(
 
 
 def disable_nagle_on_host(transport: paramiko.Transport, deadline: Deadline) -> paramiko.Channel | None:
-    """Starts a command on the host: sshd sets TCP_NODELAY on a connection when its first command starts.
+    """Starts a command on the host, because sshd sets TCP_NODELAY on a connection when its first command starts.
 
-    The command tests for a POSIX shell. This function does not wait for the result: ``sessions.has_posix_shell`` reads
-    it. The caller must keep the channel until the channel has closed by itself. ``None``: the host gives no session.
-    Then the tunnel still works, but an answer in small pieces comes up to 40 ms late.
+    The command tests for a POSIX shell. Returns its channel at once: ``sessions.has_posix_shell`` reads the result. The
+    caller must keep the channel until the channel has closed by itself. ``None``: the host gives no session. Then the
+    tunnel still works, but an answer in small pieces comes up to 40 ms late.
     """
     try:
         channel = transport.open_session(timeout=max(0.1, deadline.remaining_s))
@@ -197,6 +209,6 @@ def disable_nagle_on_host(transport: paramiko.Transport, deadline: Deadline) -> 
 
 
 def _move_to_front(preferred: Sequence[str], names: Sequence[str]) -> tuple[str, ...]:
-    """``names``, but those in ``preferred`` come first, in the order of ``preferred``."""
+    """Returns ``names`` with the preferred names first, in the order of ``preferred``. Adds no name."""
     front = [name for name in preferred if name in names]
     return (*front, *(name for name in names if name not in front))

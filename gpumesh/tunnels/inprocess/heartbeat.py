@@ -1,7 +1,7 @@
-"""Pings a host over a paramiko transport and measures the round trip. Blocking: see blocking.py.
+"""Pings a host over a paramiko transport, and measures the round trip in ms. Blocking: see blocking.py.
 
 paramiko's own ``global_request`` takes any answer for the answer to the last request. Answers come in the order of the
-requests (RFC 4254, section 4), so this file assigns each answer to the oldest request without one. A request without an
+requests (RFC 4254, section 4), so this file assigns each answer to the oldest open request. A request without an
 answer is sent again: ``transport.PING_RESEND_S`` has the reason.
 """
 
@@ -21,18 +21,19 @@ POLL_S = 0.1  # time between two checks whether the transport has ended
 
 
 class Heartbeat:
-    """Owns the global requests of a transport: no other code may send one on it."""
+    """Sends the pings of a transport. No other code may send a global request on this transport."""
 
     def __init__(self, transport: paramiko.Transport) -> None:
         self._transport = cast(Any, transport)  # paramiko's types lack the private parts that are used here
         self._unanswered: deque[ThreadEvent] = deque()
-        for kind in (MSG_REQUEST_SUCCESS, MSG_REQUEST_FAILURE):
-            self._transport._handler_table[kind] = self._on_answer
+        for message_type in (MSG_REQUEST_SUCCESS, MSG_REQUEST_FAILURE):
+            self._transport._handler_table[message_type] = self._on_answer
 
     def measure_round_trip_ms(self) -> float | None:
-        """Sends a request that every SSH server answers, if only by a refusal, and waits for the answer.
+        """Pings the host, and returns the time until its answer in ms; ``None``: the transport has ended.
 
-        ``None``: the transport has ended. Raises what paramiko raises when the request cannot be sent.
+        The ping is a request that every SSH server answers, if only by a refusal. Raises what paramiko raises when the
+        request cannot be sent.
         """
         sent_at = time.monotonic()
         answered = self._send_request()
@@ -46,6 +47,7 @@ class Heartbeat:
         return (time.monotonic() - sent_at) * 1000
 
     def _send_request(self) -> ThreadEvent:
+        """Sends one request, and returns the event that its answer sets."""
         answered = ThreadEvent()
         message = paramiko.Message()
         message.add_byte(cMSG_GLOBAL_REQUEST)

@@ -1,7 +1,7 @@
-"""Opens a connection to a host, jump by jump: checks each host's key, logs in, and turns Nagle's algorithm off there.
+"""Opens an SSH connection with paramiko, jump host by jump host: checks each host's key and logs in. Blocking.
 
-Blocking. ``Opening.give_up`` ends an opening from another thread. ``fetch_host_key`` takes the same route, without the
-last login.
+Also turns Nagle's algorithm off on each host. ``Opening.give_up`` ends an opening from another thread.
+``fetch_host_key`` takes the same route, without the last login.
 """
 
 from __future__ import annotations
@@ -27,13 +27,15 @@ from gpumesh.tunnels.jump_hosts import list_hops
 from gpumesh.tunnels.known_hosts import HostKey, read_known_hosts
 from gpumesh.tunnels.transport import ConnectRequest
 
-TIMEOUT_SLACK_S = 0.5  # so that an error of the opening itself, which says more, comes first
+TIMEOUT_SLACK_S = 0.5  # the outer time-out is so much longer, because an error of the opening itself says more
 
 
 @dataclass(frozen=True, slots=True)
 class OpenedConnection:
-    """``transports``: one for each hop; the host's own is the last. ``shell_test``: the session that tests the host for
-    a POSIX shell (``handshake.disable_nagle_on_host``)."""
+    """An authenticated connection. ``transports``: one for each host on the route; the last is that of the node's host.
+
+    ``shell_test``: the session that tests the host for a POSIX shell (``handshake.disable_nagle_on_host``).
+    """
 
     transports: tuple[paramiko.Transport, ...]
     shell_test: paramiko.Channel | None
@@ -42,19 +44,23 @@ class OpenedConnection:
 
 
 def credentials_from_setup(setup: ConnectRequest) -> Credentials:
-    """The credentials for a login. Raises ``SecretMissing`` when the spec names a variable and ``setup`` lacks its
-    value."""
+    """The credentials for a login. Raises ``SecretMissing`` when the spec names a variable for a secret, and ``setup``
+    does not have that secret."""
     secrets = dict(setup.secrets)
     for name, variable in (("password", setup.ssh.password_env), ("passphrase", setup.ssh.passphrase_env)):
         if variable is not None and name not in secrets:
             raise SecretMissing(f"the variable {variable} ({name} of {setup.node}) is not set", hint=f"set {variable}")
     return Credentials(
-        setup.ssh.user, setup.ssh.identity_files, setup.ssh.agent, secrets.get("password"), secrets.get("passphrase")
+        user=setup.ssh.user,
+        identity_files=setup.ssh.identity_files,
+        agent=setup.ssh.agent,
+        password=secrets.get("password"),
+        passphrase=secrets.get("passphrase"),
     )
 
 
 class Opening:
-    """One attempt to open a connection. ``run`` or ``fetch_host_key`` may be called, once."""
+    """One attempt to open a connection. The caller calls ``run`` or ``fetch_host_key``, and only once."""
 
     def __init__(self, setup: ConnectRequest, deadline: Deadline, ask: AskPerson | None) -> None:
         """Raises ``SecretMissing``."""
@@ -63,7 +69,7 @@ class Opening:
         self._deadline = deadline
         self._ask_person = ask
         self._transports: list[paramiko.Transport] = []
-        self._sessions: list[paramiko.Channel | None] = []
+        self._shell_tests: list[paramiko.Channel | None] = []  # of all hosts so far; kept because they must stay open
         self._last_socket: socket.socket | paramiko.Channel | None = None
         self._given_up = False
 
@@ -72,7 +78,7 @@ class Opening:
         return f"<Opening {self._setup.node} {state} {len(self._transports)} transports>"
 
     def run(self) -> OpenedConnection:
-        """Opens the connection. Raises ``TunnelError``, after everything was closed."""
+        """Opens and returns the connection. Raises ``TunnelError``, after everything was closed."""
         try:
             for hop in self._list_hops():
                 transport = self._perform_handshake(hop)
@@ -82,10 +88,10 @@ class Opening:
         except BaseException:
             self.give_up()
             raise
-        return OpenedConnection(tuple(self._transports), self._sessions[-1], heartbeat, rtt_ms)
+        return OpenedConnection(tuple(self._transports), self._shell_tests[-1], heartbeat, rtt_ms)
 
     def fetch_host_key(self) -> HostKey:
-        """The key that the host shows, trusted or not. The caller calls ``give_up`` afterwards. Raises
+        """Returns the key that the host shows, trusted or not. The caller then calls ``give_up``. Raises
         ``TunnelError``."""
         *jumps, host = self._list_hops()
         for hop in jumps:
@@ -103,13 +109,15 @@ class Opening:
                 self._last_socket.shutdown(socket.SHUT_RDWR)  # ends a handshake under way on the socket
 
     def _list_hops(self) -> list[_Hop]:
+        """All hosts on the route: the jump hosts in order, then the node's host."""
         *jumps, host = list_hops(self._setup.ssh)
         return [*(_Hop("", jump) for jump in jumps), _Hop(self._setup.node, host)]
 
     def _perform_handshake(self, hop: _Hop, *, check_key: bool = True) -> paramiko.Transport:
+        """Connects to the next host, and exchanges keys with it. ``check_key``: the key must be trusted."""
         ssh = hop.ssh
         self._last_socket = sock = self._connect_through_last(ssh.host, ssh.port)
-        if self._given_up:
+        if self._given_up:  # checked again after each long step: ``give_up`` may not have seen what the step made
             sock.close()
             raise ConnectTimeout("given up")
         if check_key:
@@ -128,13 +136,14 @@ class Opening:
         return transport
 
     def _log_in(self, ssh: SshSpec, transport: paramiko.Transport) -> None:
+        """Logs in to the host of ``transport`` as the user of ``ssh``, and turns Nagle's algorithm off there."""
         credentials = replace(self._credentials, user=ssh.user)
         address = format_address(ssh.host, ssh.port)
         authenticate(transport, credentials, address=address, deadline=self._deadline, ask=self._ask_person)
-        self._sessions.append(handshake.disable_nagle_on_host(transport, self._deadline))
+        self._shell_tests.append(handshake.disable_nagle_on_host(transport, self._deadline))
 
     def _connect_through_last(self, host: str, port: int) -> socket.socket | paramiko.Channel:
-        """A connection to the next hop: through the last transport, or directly if there is no transport yet."""
+        """Connects to the next host: through the last transport, or directly if there is no transport yet."""
         if not self._transports:
             return handshake.connect_tcp(host, port, self._deadline)
         try:
@@ -150,7 +159,7 @@ class Opening:
 
 @dataclass(frozen=True, slots=True)
 class _Hop:
-    """``node`` is "" for a jump host."""
+    """One host on the route. ``node`` is "" for a jump host."""
 
     node: str
     ssh: SshSpec
@@ -159,7 +168,7 @@ class _Hop:
 async def fetch_host_key(
     node: str, ssh: SshSpec, *, secrets: tuple[tuple[str, str], ...] = (), timeout_s: float = 10.0
 ) -> HostKey:
-    """The key that the host shows now, trusted or not. Logs in to jump hosts only. Raises ``TunnelError``."""
+    """Returns the key that the host shows now, trusted or not. Logs in to jump hosts only. Raises ``TunnelError``."""
     opening = Opening(ConnectRequest(node, ssh, (), secrets), Deadline(timeout_s, time.monotonic), None)
     try:
         async with asyncio.timeout(timeout_s + TIMEOUT_SLACK_S):

@@ -11,7 +11,7 @@ import paramiko
 KEPT_GREETING_BYTES = 512  # enough for an error message that quotes the greeting
 MAX_GREETING_BYTES = 32 << 10  # far more than the short lines that may come before the version (RFC 4253 section 4.2)
 MAX_PACKET_BYTES = 256 << 10  # the same limit as in OpenSSH; packets on our channels are far smaller
-READ_AHEAD_BYTES = 64 << 10
+READ_AHEAD_BYTES = 64 << 10  # the most that one read of the socket takes
 
 
 class BufferedSocket:
@@ -24,10 +24,11 @@ class BufferedSocket:
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         self._buffer = b""
-        self._position = 0
+        self._position = 0  # the bytes of the buffer before this position were given to paramiko
         self.greeting = b""
 
     def recv(self, size: int) -> bytes:
+        """Returns 1 to ``size`` bytes: the next from the buffer, or a new read of the socket. Empty: the end."""
         data = self._buffer
         if self._position >= len(data):
             data = self._sock.recv(READ_AHEAD_BYTES)
@@ -42,7 +43,7 @@ class BufferedSocket:
         return data[start : self._position]
 
     def take_buffered(self, size: int) -> bytes | None:
-        """Exactly ``size`` bytes, if that many have been read ahead."""
+        """Returns exactly ``size`` bytes; ``None``: so many have not been read ahead."""
         start = self._position
         end = start + size
         if end > len(self._buffer):
@@ -82,8 +83,7 @@ class BoundedPacketizer(paramiko.packet.Packetizer):
         self._greeting_bytes = 0
 
     def _read_timeout(self, timeout: float) -> bytes:
-        """Reads a piece of the greeting: paramiko calls this for lines only, and only the greeting consists of
-        lines."""
+        """Reads a piece of the greeting. paramiko calls this to read lines, and only the greeting consists of lines."""
         piece: bytes = super()._read_timeout(timeout)  # type: ignore[misc]
         self._greeting_bytes += len(piece)
         if self._greeting_bytes > MAX_GREETING_BYTES:
@@ -91,6 +91,7 @@ class BoundedPacketizer(paramiko.packet.Packetizer):
         return piece
 
     def read_all(self, n: int, check_rekey: bool = False) -> bytes:
+        """Reads exactly ``n`` bytes: all or a part of one packet."""
         if n > MAX_PACKET_BYTES:
             raise paramiko.SSHException(f"a packet of {n} bytes")
         return super().read_all(n, check_rekey)
@@ -104,12 +105,14 @@ class FastPacketizer(BoundedPacketizer):
 
     def __init__(self, sock: BufferedSocket) -> None:
         super().__init__(cast(socket.socket, sock))  # paramiko calls only the methods that BufferedSocket has
-        self._take: Callable[[int], bytes | None] | None = None
+        self._take: Callable[[int], bytes | None] | None = None  # ``None`` during the handshake
         self._buffered_socket = sock
 
     def enable_fast_reads(self) -> None:
-        """Must be called after the handshake, when no byte of the greeting is left and the handshake's timer is
-        cancelled."""
+        """Lets ``read_all`` read from the buffer, and ``complete_handshake`` do nothing.
+
+        Must be called after the handshake, when no byte of the greeting is left and the handshake's timer is cancelled.
+        """
         self._take = self._buffered_socket.take_buffered
 
     def read_all(self, n: int, check_rekey: bool = False) -> bytes:
@@ -120,5 +123,6 @@ class FastPacketizer(BoundedPacketizer):
         return super().read_all(n, check_rekey)
 
     def complete_handshake(self) -> None:
+        """Cancels the handshake's timer. paramiko calls this for each packet."""
         if self._take is None:
             super().complete_handshake()

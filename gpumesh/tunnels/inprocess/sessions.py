@@ -1,4 +1,4 @@
-"""Commands on a host. Each is a session channel of a paramiko transport, which asyncio reads without a thread."""
+"""Runs commands on a host: each is a session channel of a paramiko transport, which asyncio reads without a thread."""
 
 from __future__ import annotations
 
@@ -14,24 +14,23 @@ from gpumesh.tunnels import blocking
 from gpumesh.tunnels.base import OutputStream
 from gpumesh.tunnels.remote_command import SHELL_TEST_OUTPUT, wrap_killable
 
-READ_BYTES = 32 * 1024
-OPEN_TIMEOUT_S = 10.0
+READ_BYTES = 32 * 1024  # the most that one ``read`` returns
+OPEN_TIMEOUT_S = 10.0  # the time for the host to give a session and to start the command
 KILL_TIMEOUT_S = 1.0
-TEST_TIMEOUT_S = 3.0
-DISCONNECT_TIMEOUT_S = 0.5  # within which paramiko marks a broken connection as ended
+TEST_TIMEOUT_S = 3.0  # a host whose shell test has not ended by then counts as a host without a POSIX shell
+DISCONNECT_TIMEOUT_S = 0.5  # paramiko marks a broken connection as ended within this time
 
 
 async def start_command(transport: paramiko.Transport, command: str, *, posix: bool) -> SessionCommand:
-    """Starts ``command`` on the host. ``posix``: it runs under a shell that ends it with its session
+    """Starts ``command`` on the host. ``posix``: under a shell that ends the command when its session ends
     (remote_command.py).
 
     Raises ``ExecError`` when the host gives no session or does not answer in time.
     """
     try:
+        command_line = wrap_killable(command) if posix else command
         async with asyncio.timeout(OPEN_TIMEOUT_S):
-            channel = await blocking.run_in_thread(
-                _open_session, transport, wrap_killable(command) if posix else command, has_input=posix
-            )
+            channel = await blocking.run_in_thread(_open_session, transport, command_line, has_input=posix)
     except TimeoutError as error:
         raise ExecError("the host does not start the command") from error
     except (paramiko.SSHException, EOFError, OSError) as error:
@@ -42,22 +41,33 @@ async def start_command(transport: paramiko.Transport, command: str, *, posix: b
 
 
 async def has_posix_shell(test: paramiko.Channel | None) -> bool:
-    """Whether the host has a POSIX shell, which the output of ``SHELL_TEST`` shows. ``test`` is the session in which
-    that command runs; ``None``: the host gave no session."""
+    """Whether the host has a POSIX shell, by the output of the command ``SHELL_TEST``.
+
+    ``test`` is the session in which that command runs; ``None``: the host gave no session.
+    """
     if test is None:
         return False
-    process, output = SessionCommand(test), b""
+    command = SessionCommand(test)
+    output = b""
     try:
         with contextlib.suppress(TimeoutError, OSError, ExecError):
             async with asyncio.timeout(TEST_TIMEOUT_S):
-                while len(output) < READ_BYTES and (piece := await process.read()) is not None:
-                    output += piece[1]
+                while len(output) < READ_BYTES:
+                    piece = await command.read()
+                    if piece is None:
+                        break
+                    _stream, data = piece
+                    output += data
     finally:
-        await process.kill()
+        await command.kill()
     return SHELL_TEST_OUTPUT in output.splitlines()  # a host may print a greeting first
 
 
 def _open_session(transport: paramiko.Transport, command: str, *, has_input: bool) -> paramiko.Channel:
+    """Opens a session, starts ``command`` in it, and returns its channel, which does not block. Blocking.
+
+    ``has_input``: the command's input stays open.
+    """
     channel = transport.open_session(timeout=OPEN_TIMEOUT_S)
     try:
         channel.settimeout(OPEN_TIMEOUT_S)
@@ -72,6 +82,7 @@ def _open_session(transport: paramiko.Transport, command: str, *, has_input: boo
 
 
 def _end_input(channel: Any) -> None:
+    """Tells the host that the session's input has ended."""
     with channel.lock:
         message = channel._send_eof()
     if message is not None:
@@ -79,12 +90,12 @@ def _end_input(channel: Any) -> None:
 
 
 def _send_while_open(channel: Any, message: paramiko.Message) -> None:
-    """Sends ``message``, unless the channel is closed: an sshd ends the whole connection when it gets a message for a
-    channel that we have closed.
+    """Sends ``message``, unless the channel is closed.
 
-    paramiko's thread may answer the host's close with our close at any moment. It first marks the channel as closed,
-    and it needs ``clear_to_send_lock`` to send. So under that lock, while the channel has no mark, a message is sent
-    before the close. (paramiko's own ``shutdown_write`` checks the mark, releases the lock, and then sends.)
+    An sshd ends the whole connection when it gets a message for a channel that we have closed. paramiko's thread may
+    answer the host's close with our close at any moment. That thread first marks the channel as closed, and it needs
+    ``clear_to_send_lock`` to send. So under that lock, while the channel has no mark, a message is sent before the
+    close. (paramiko's own ``shutdown_write`` checks the mark, releases the lock, and then sends.)
     """
     transport = channel.transport
     while transport.active:
@@ -98,7 +109,7 @@ def _send_while_open(channel: Any, message: paramiko.Message) -> None:
 
 
 class SessionCommand:
-    """See ``transport.RemoteCommand``. ``wrapped``: the command runs under ``remote_command.wrap_killable``.
+    """A command on the host; see ``transport.RemoteCommand``. ``wrapped``: it runs under ``wrap_killable``.
 
     The descriptor ``_fd`` is a pipe that paramiko keeps readable while output, or its end, waits to be read.
     """
@@ -110,12 +121,13 @@ class SessionCommand:
 
     @property
     def exit_status(self) -> int | None:
-        return self._channel.exit_status if self._channel.exit_status >= 0 else None
+        status = self._channel.exit_status
+        return status if status >= 0 else None  # paramiko has -1 until a status comes
 
     async def read(self) -> tuple[OutputStream, bytes] | None:
         channel = self._channel
         while True:
-            # Read before the buffers: if the output has ended now, the buffers hold all the rest.
+            # Looked up before the buffers: if the output has ended now, the buffers hold all the rest.
             output_ended = bool(channel.eof_received) or channel.closed
             if channel.recv_ready():
                 return OutputStream.STDOUT, channel.recv(READ_BYTES)
@@ -134,7 +146,8 @@ class SessionCommand:
             return
         with contextlib.suppress(TimeoutError, paramiko.SSHException, EOFError, OSError):
             async with asyncio.timeout(KILL_TIMEOUT_S):
-                await blocking.run_in_thread(self._channel.close if self._wrapped else self._signal_and_close)
+                close_function = self._channel.close if self._wrapped else self._signal_and_close
+                await blocking.run_in_thread(close_function)
 
     async def _ensure_connected(self) -> None:
         """Returns if the command has ended by itself. Raises ExecError if its channel has no exit status because the
@@ -146,6 +159,7 @@ class SessionCommand:
                 raise ExecError("the connection broke")
 
     async def _wait_readable(self) -> None:
+        """Waits until there is output to read, or its end."""
         loop = asyncio.get_running_loop()
         ready: asyncio.Future[None] = loop.create_future()
         loop.add_reader(self._fd, lambda: None if ready.done() else ready.set_result(None))
@@ -157,8 +171,8 @@ class SessionCommand:
     def _signal_and_close(self) -> None:
         """Asks sshd to kill the command, and closes the channel.
 
-        sshd passes the signal on since OpenSSH 7.9, but not for a login of root. Otherwise the command only finds its
-        output closed. This is not for a wrapped command: the signal would end the shell that watches its input.
+        sshd passes the signal on since OpenSSH 7.9, but not for a login of root. Where sshd does not, the command only
+        finds its output closed. Not for a wrapped command: the signal would end the shell that watches its input.
         """
         message = paramiko.Message()
         message.add_byte(cMSG_CHANNEL_REQUEST)

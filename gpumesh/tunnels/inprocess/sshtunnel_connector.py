@@ -1,4 +1,4 @@
-"""Connects our code with the library sshtunnel: its part in transport ``sshtunnel``, and the parts that we replaced.
+"""Uses the library sshtunnel for transport ``sshtunnel``, with our own connecting and forwarding inside it.
 
 sshtunnel owns the gateway object: it starts and stops one server for each forward, and the servers' threads. We
 replaced four parts, each for a reason (docs/internals/tunnels.md has the measurements):
@@ -7,8 +7,9 @@ replaced four parts, each for a reason (docs/internals/tunnels.md has the measur
   generic error. It gets a paramiko transport that handshake.py and authentication.py have made.
 - *The check of tunnels* can block for 11 s. It is skipped; the supervisor pings the host instead.
 - *Forwarding*: sshtunnel has a thread for each connection and a listen backlog of 5. It gets our forwarder as its
-server. - *Nagle's algorithm*: sshtunnel leaves it on at all three sockets, which delays each answer by 40 ms.
-opening.py and forwarder.py turn it off.
+  server.
+- *Nagle's algorithm*: sshtunnel leaves it on at all three sockets, which delays each answer by 40 ms. opening.py and
+  forwarder.py turn it off.
 
 If paramiko lacks the private parts that our channels need, sshtunnel's own servers are used as a fallback, with their
 relaying and their backlog corrected.
@@ -35,8 +36,8 @@ _silent_log = logging.getLogger("gpumesh.sshtunnel")
 _silent_log.addHandler(logging.NullHandler())
 _silent_log.propagate = False
 
-RELAY_CHUNK_BYTES = 16 * 1024
-RELAY_POLL_S = 5.0  # the longest time until a channel that closed without an event is noticed
+RELAY_CHUNK_BYTES = 16 * 1024  # the most that one read of ``_relay`` takes
+RELAY_POLL_S = 5.0  # a channel that closed without an event is noticed within this time
 
 
 class TransportForwarder(sshtunnel.SSHTunnelForwarder):  # type: ignore[misc]  # sshtunnel has no types
@@ -52,8 +53,11 @@ class TransportForwarder(sshtunnel.SSHTunnelForwarder):  # type: ignore[misc]  #
         on_end: Callable[[], None],
         make_peer_filter: Callable[[], PeerFilter | None],
     ) -> None:
-        """``make_peer_filter`` is called once for each thread that accepts. The other callbacks are called in other
-        threads."""
+        """``routes``: pairs of a listener and its target; there is at least one pair.
+
+        ``make_peer_filter`` is called once for each thread that accepts. ``on_refused`` and ``on_end`` are called in
+        other threads.
+        """
         self._given_transport = transport
         self._make_peer_filter = make_peer_filter
         self._routes = routes
@@ -65,7 +69,7 @@ class TransportForwarder(sshtunnel.SSHTunnelForwarder):  # type: ignore[misc]  #
             (ssh.host, ssh.port),
             ssh_config_file=None,
             ssh_username=ssh.user,
-            ssh_password="-",  # noqa: S106 - sshtunnel requires one; the login is done elsewhere
+            ssh_password="-",  # noqa: S106 - sshtunnel requires a password; authentication.py has logged in
             allow_agent=False,
             host_pkey_directories=[],
             remote_bind_addresses=[(target.host, target.port) for _, target in routes],
@@ -80,13 +84,16 @@ class TransportForwarder(sshtunnel.SSHTunnelForwarder):  # type: ignore[misc]  #
         self._transport = self._given_transport
 
     def _create_tunnels(self) -> None:
+        """Makes the servers that forward: one for all routes, or in the fallback one for each route."""
         self._connect_to_gateway()
         if self.uses_channels:
             forwarder = Forwarder(self._on_end, peer_filter=self._make_peer_filter())
             multiplexer = ChannelMultiplexer(self._transport, forwarder, self._on_refused)
             for listener, target in self._routes:
                 forwarder.listen(listener, multiplexer.make_dialer(target))
-            self._add_server(_ForwarderServer(forwarder, _local_address(self._routes[0][0])[1]))
+            first_listener, _target = self._routes[0]
+            _host, first_port = _local_address(first_listener)
+            self._add_server(_ForwarderServer(forwarder, first_port))
         else:
             for listener, target in self._routes:
                 handler = self._make_ssh_forward_handler_class((target.host, target.port))
@@ -97,7 +104,7 @@ class TransportForwarder(sshtunnel.SSHTunnelForwarder):  # type: ignore[misc]  #
         self.tunnel_is_up[server.local_address] = False
 
     def _make_ssh_forward_handler_class(self, remote_address_: tuple[str, int]) -> Any:
-        """The class that handles one connection of a ``_FallbackServer``."""
+        """Returns the class that handles the connections of a ``_FallbackServer``: sshtunnel's, with our relaying."""
 
         class Handler(super()._make_ssh_forward_handler_class(remote_address_)):  # type: ignore[misc]
             def setup(self) -> None:
@@ -110,7 +117,10 @@ class TransportForwarder(sshtunnel.SSHTunnelForwarder):  # type: ignore[misc]  #
 
 
 class _ForwarderServer:
-    """Our forwarder with the interface of a socketserver, which sshtunnel expects. sshtunnel makes the thread."""
+    """Our forwarder with the interface of a socketserver, which sshtunnel expects. sshtunnel makes the thread.
+
+    ``port`` is only the server's name in sshtunnel's tables.
+    """
 
     daemon_threads = True
 
@@ -131,7 +141,7 @@ class _ForwarderServer:
 
 
 class _FallbackServer(sshtunnel._ThreadingForwardServer):  # type: ignore[misc]  # sshtunnel has no types
-    """sshtunnel's own server on one of our listening sockets."""
+    """sshtunnel's own server on one of our listening sockets, for a paramiko that lacks a part that we need."""
 
     request_queue_size = BACKLOG
 
@@ -145,7 +155,7 @@ class _FallbackServer(sshtunnel._ThreadingForwardServer):  # type: ignore[misc] 
         self.server_address = _local_address(listener)
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
-        """Called by socketserver in the thread that accepts."""
+        """Resets the connection of another user. Called by socketserver in the thread that accepts."""
         if self._peer_filter is None or self._peer_filter.allows(request, client_address):
             return True
         close_with_reset(request)
@@ -158,7 +168,7 @@ class _FallbackServer(sshtunnel._ThreadingForwardServer):  # type: ignore[misc] 
 
 
 def _relay(local: socket.socket, channel: paramiko.Channel) -> None:
-    """Passes bytes in both directions. Blocks, in the connection's own thread.
+    """Passes bytes in both directions until both have ended. Blocks: runs in the connection's own thread.
 
     sshtunnel's own relaying ends both directions when one ends, and makes a cut answer look whole.
     """

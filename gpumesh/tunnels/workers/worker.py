@@ -213,7 +213,7 @@ class Worker:
             await self._send(done)
 
     async def _send_output(self, command: RemoteCommand, request: Exec) -> bool:
-        """Sends the command's output until the command ends. Returns true when output longer than ``limit_bytes`` was cut.
+        """Sends the command's output until the command ends. Returns true when output above ``limit_bytes`` was cut.
 
         With ``request.stream`` there is no limit.
         """

@@ -245,7 +245,7 @@ class WorkerLink:
         command.messages.put_nowait(message)
 
     def _ensure_succeeded(self, done: Done | None) -> Done:
-        """Returns ``done``, a command's last message, unchanged. ``None``: the end of the connection cut the command off.
+        """Returns ``done``, a command's last message. ``None``: the end of the connection has cut the command off.
 
         Raises ExecError when the command failed or was cut off.
         """

@@ -66,7 +66,7 @@ class Zygote:
         self._end_children()
 
     def _serve_requests(self, child_ended: int) -> None:
-        """Handles requests until the mesh closes its end. The descriptor ``child_ended`` is readable when a worker ended."""
+        """Handles requests until the mesh closes its end. ``child_ended``: a descriptor, readable at a worker's end."""
         answers = b""
         while True:
             # Answers wait until no more requests are there: workers that were requested together are all forked first.

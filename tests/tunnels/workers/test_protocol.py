@@ -116,7 +116,10 @@ jsons = st.recursive(
 )
 
 
-@given(st.sampled_from(sorted(protocol._TYPES_BY_NAME)), st.dictionaries(st.sampled_from(["id", "ssh", "code", "x"]), jsons))
+@given(
+    st.sampled_from(sorted(protocol._TYPES_BY_NAME)),
+    st.dictionaries(st.sampled_from(["id", "ssh", "code", "x"]), jsons),
+)
 def test_a_message_with_wrong_fields_raises_value_error(kind: str, fields: dict[str, object]) -> None:
     line = json.dumps({**fields, "kind": kind}).encode()
     try:
