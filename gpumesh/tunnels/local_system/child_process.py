@@ -1,4 +1,4 @@
-"""Two services for our child processes: a child ends together with its parent, and it has a title in ``ps``.
+"""Makes a child process end together with its parent (PR_SET_PDEATHSIG), and sets its title in ``ps``.
 
 Both need Linux. On other systems (macOS) a worker still ends when its socket ends.
 """
@@ -16,26 +16,30 @@ _PR_SET_NAME = 15
 
 
 def die_with_parent() -> None:
-    """Makes the kernel kill this process (SIGKILL) when that thread of the parent ends which made the process. Linux
-    only."""
+    """Makes the kernel kill this process (SIGKILL) when its parent ends. Linux only.
+
+    More exactly: when that thread of the parent ends which made this process.
+    """
     _prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
 
 
 def set_title(title: str) -> None:
-    """Sets the title that ``ps`` and ``top`` show. Linux only. The title is cut to the length of the original
-    arguments."""
+    """Sets the title of this process in ``ps`` and ``top``, cut to the length of the original arguments. Linux only."""
     raw = title.encode("ascii", "replace")
     _prctl(_PR_SET_NAME, raw[:15])  # the kernel keeps 15 characters
     with contextlib.suppress(OSError, ValueError, IndexError):
-        # Fields 48 and 49 (counted from 1) of proc(5) stat; the name in parentheses may hold spaces.
-        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
-        start, end = int(fields[45]), int(fields[46])
+        # proc(5), /proc/PID/stat: fields 48 and 49 (counted from 1), arg_start and arg_end, are the place of the
+        # arguments in memory. Field 2, the name in parentheses, may hold spaces, so fields are counted from field 3.
+        _before, _, fields_from_third = Path("/proc/self/stat").read_text().rpartition(")")
+        fields = fields_from_third.split()
+        start, end = int(fields[48 - 3]), int(fields[49 - 3])
         room = end - start - 1
         if room > 0:
-            # Python has copied its arguments, so only the kernel reads this memory.
+            # Safe: Python has copied its arguments, so only the kernel still reads this memory.
             ctypes.memmove(start, raw[:room].ljust(room, b"\0"), room)
 
 
 def _prctl(option: int, value: int | bytes) -> None:
+    """Calls prctl(2); does nothing on other systems than Linux."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(option, value, 0, 0, 0)

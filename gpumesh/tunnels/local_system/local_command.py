@@ -15,15 +15,17 @@ from collections.abc import AsyncIterator, Sequence
 
 from gpumesh.config import environment
 
-CHUNK_BYTES = 32 * 1024
-END_TIMEOUT_S = 2.0  # for a killed command to end and to close its pipes
+CHUNK_BYTES = 32 * 1024  # the most that one read of a pipe takes
+END_TIMEOUT_S = 2.0  # the time for a killed command to end and to close its pipes
 
 
 @contextlib.asynccontextmanager
 async def local_command(argv: Sequence[str], *, stderr: bool = True) -> AsyncIterator[asyncio.subprocess.Process]:
-    """Runs the command during the block. Raises OSError or ValueError (a NUL in an argument) when the command cannot be
-    started."""
-    starting = asyncio.create_task(
+    """Runs the command during the block, to which it gives the process. ``stderr``: a pipe for it; otherwise dropped.
+
+    Raises OSError or ValueError (a NUL in an argument) when the command cannot be started.
+    """
+    start_task = asyncio.create_task(
         asyncio.create_subprocess_exec(
             *argv,
             stdin=asyncio.subprocess.DEVNULL,
@@ -34,12 +36,11 @@ async def local_command(argv: Sequence[str], *, stderr: bool = True) -> AsyncIte
         )
     )
     try:
-        process = await asyncio.shield(starting)
+        process = await asyncio.shield(start_task)
     except asyncio.CancelledError:
-        # The start goes on in its own task: asyncio, when cancelled, would kill the process but not the process's
-        # children.
+        # The start goes on in its own task. A cancel would make asyncio kill the process, but not its children.
         with contextlib.suppress(OSError, ValueError):
-            await _kill_group(await starting)
+            await _kill_group(await start_task)
         raise
     try:
         yield process
@@ -48,14 +49,17 @@ async def local_command(argv: Sequence[str], *, stderr: bool = True) -> AsyncIte
 
 
 async def _kill_group(process: asyncio.subprocess.Process) -> None:
+    """Kills the process and all processes that it started, and waits for its end."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     await release_process(process, END_TIMEOUT_S)
 
 
 async def wait_for_exit(process: asyncio.subprocess.Process) -> None:
-    """Waits for the process's end and drops its output. The output has to be read, because asyncio reports the end only
-    after the pipes have ended."""
+    """Waits for the process's end, and drops its output.
+
+    The output has to be read, because asyncio reports the end only after the pipes have ended.
+    """
     for pipe in (process.stdout, process.stderr):
         while pipe is not None and await pipe.read(CHUNK_BYTES):
             pass
@@ -63,8 +67,10 @@ async def wait_for_exit(process: asyncio.subprocess.Process) -> None:
 
 
 async def release_process(process: asyncio.subprocess.Process, timeout_s: float) -> None:
-    """Waits for the end of a process that was told to end. After ``timeout_s`` closes its pipes, because a child of the
-    process may still hold them open."""
+    """Waits at most ``timeout_s`` for the end of a process that was told to end, and then closes its pipes.
+
+    The pipes may be open after its end, because a child of the process may hold them.
+    """
     try:
         async with asyncio.timeout(timeout_s):
             await wait_for_exit(process)
@@ -74,16 +80,23 @@ async def release_process(process: asyncio.subprocess.Process, timeout_s: float)
 
 def exit_status(process: asyncio.subprocess.Process) -> int | None:
     """The exit status of a process that has ended; ``None`` when a signal ended it."""
-    return process.returncode if process.returncode is not None and process.returncode >= 0 else None
+    status = process.returncode
+    if status is None or status < 0:  # negative: the number of the signal
+        return None
+    return status
 
 
 async def read_at_most(pipe: asyncio.StreamReader | None, limit: int) -> tuple[bytes, bool]:
-    """The first ``limit`` bytes, and whether there were more. The rest is read and dropped, so that the command can
-    end."""
+    """Reads a pipe to its end. Returns the first ``limit`` bytes, and whether there were more.
+
+    The rest is read and dropped, so that the command can end.
+    """
     assert pipe is not None
-    kept, truncated = bytearray(), False
+    output = bytearray()
+    truncated = False
     while piece := await pipe.read(CHUNK_BYTES):
-        room = limit - len(kept)
-        truncated |= len(piece) > room
-        kept += piece[: max(0, room)]
-    return bytes(kept), truncated
+        room = limit - len(output)
+        if len(piece) > room:
+            truncated = True
+        output += piece[:room]
+    return bytes(output), truncated

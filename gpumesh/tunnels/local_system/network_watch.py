@@ -1,7 +1,7 @@
 """Notices that the machine slept or that its network changed, so that tunnels are checked at once.
 
-Both are hints. A false hint costs one ping to each host. A missed hint costs some seconds until a dead tunnel is
-noticed.
+Both reports are hints. A false hint costs one ping to each host. A missed hint costs some seconds until a dead tunnel
+is noticed.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import sys
 import time
 from collections.abc import Callable
 
-TICK_S = 1.0
-MIN_SLEEP_S = 5.0  # a shorter sleep, or a busy event loop, does not count
+TICK_S = 1.0  # time between two checks whether the machine slept
+MIN_SLEEP_S = 5.0  # a shorter sleep, or an event loop that is busy for less than this, does not count
 
 # linux/rtnetlink.h: RTMGRP_LINK | RTMGRP_IPV4_IFADDR | RTMGRP_IPV4_ROUTE | RTMGRP_IPV6_IFADDR
 _NETLINK_GROUPS = 0x1 | 0x10 | 0x40 | 0x100
@@ -37,14 +37,17 @@ async def watch_sleep(
     clock: Callable[[], float] = time.monotonic,
     tick_s: float = TICK_S,
 ) -> None:
-    """Calls ``on_wake`` after the machine slept, or this process was stopped, for more than ``MIN_SLEEP_S``. Never
-    returns."""
+    """Calls ``on_wake`` after the machine slept, or this process was stopped, for more than ``MIN_SLEEP_S``.
+
+    ``slept`` returns seconds as ``total_sleep_s`` does, ``clock`` monotonic seconds. Never returns.
+    """
     last_slept_s, last_tick_at = slept(), clock()
     while True:
         await asyncio.sleep(tick_s)
         slept_s, now = slept(), clock()
+        machine_slept = slept_s - last_slept_s > MIN_SLEEP_S
         process_was_stopped = now - last_tick_at > tick_s + MIN_SLEEP_S
-        if slept_s - last_slept_s > MIN_SLEEP_S or process_was_stopped:
+        if machine_slept or process_was_stopped:
             on_wake()
         last_slept_s, last_tick_at = slept_s, now
 
@@ -76,7 +79,8 @@ async def watch_network(on_change: Callable[[], None]) -> None:
 
 
 def _open_kernel_events() -> socket.socket | None:
-    """A socket that is readable when the network has changed; ``None`` on a system that has none. Raises OSError."""
+    """Opens a socket that is readable after a change of the network; ``None``: the system has no such socket. Raises
+    OSError."""
     if sys.platform == "linux":
         events = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE)
         try:
@@ -98,12 +102,11 @@ def _set_result_once(readable: asyncio.Future[None]) -> None:
 
 
 def _drain(events: socket.socket) -> None:
-    """Reads all events and drops them: only that something changed matters. ENOBUFS means that events were lost,
-    which is a change too."""
+    """Reads all events and drops them: it does not matter what has changed."""
     while True:
         try:
             events.recv(65536)
         except BlockingIOError:
             return
-        except OSError:
+        except OSError:  # ENOBUFS: events were lost, which is a change too
             continue

@@ -1,6 +1,7 @@
-"""Finds the user at the other end of a connection to a forwarded port, once for each accepted connection.
+"""Finds which user of this machine made a connection to a forwarded port, and refuses all but our own and root.
 
-The answer (socket_lookup.py) must belong to the accepted connection and to no other socket. Three cases need care:
+This is done once for each accepted connection. The answer (socket_lookup.py) must belong to the accepted connection and
+to no other socket. Three cases need care:
 
 - A socket that no process holds any more (closed, TIME_WAIT) belongs to no user. The kernel shows it with inode 0, and
   with uid 0 or with the uid of a process that has ended. Such a socket must not pass for a socket of root.
@@ -32,17 +33,17 @@ from gpumesh.tunnels.local_system.sockets import is_tcp
 # If no connection has these ports, the lookup may return a listener, which is another socket.
 _CONNECTED = frozenset({1, 4, 5, 8, 9, 11})
 
-REPORT_INTERVAL_S = 60.0  # between two reports of the same refused user
-MAX_REPORTED_USERS = 64  # in that time
+REPORT_INTERVAL_S = 60.0  # the least time between two reports of the same refused user
+MAX_REPORTED_USERS = 64  # so many users are reported in that time
 
 OnPeerRefused = Callable[[int, int], None]
 """Called with the local port, and with the uid of the user whose connection was refused."""
 
 
 class OwnUserFilter:
-    """Allows connections of our own user and of root. Only one thread may use it.
+    """Allows connections of our own user and of root. Only one thread may use a filter.
 
-    ``on_refused`` is called in that thread, for each uid at most once in ``REPORT_INTERVAL_S``. A client that has gone
+    ``on_refused`` is called in this thread, for each uid at most once in ``REPORT_INTERVAL_S``. A client that has gone
     already is not reported.
     """
 
@@ -56,8 +57,10 @@ class OwnUserFilter:
         self._reported_at: dict[int, float] = {}
 
     def allows(self, connection: socket.socket, peer: Any) -> bool:
-        """``peer`` is the address that ``accept`` returned. A Unix socket is always allowed: its mode keeps other users
-        out."""
+        """Whether our own user or root made the connection. ``peer`` is the address that ``accept`` returned.
+
+        A connection to a Unix socket is always allowed: the mode of the socket keeps other users out.
+        """
         if not is_tcp(connection):
             return True
         uid = self.find_peer_uid(connection, peer)
@@ -68,30 +71,39 @@ class OwnUserFilter:
         return False
 
     def find_peer_uid(self, connection: socket.socket, peer: Any) -> int | None:
-        """The user who made the socket at the other end; ``None`` when no process holds that socket any more."""
+        """The uid of the user who made the socket at the other end; ``None``: no process holds that socket any more."""
         try:
             info = self._look_up(make_address_pair(peer, connection.getsockname(), connection.family))
             connection.getpeername()  # raises when our end is closed; then another socket may have these ports
         except OSError:
             return None
-        return info.uid if info is not None and info.inode and info.state in _CONNECTED else None
+        if info is None or info.inode == 0 or info.state not in _CONNECTED:
+            return None
+        return info.uid
 
     def close(self) -> None:
         self._lookup.close()
 
     def _look_up(self, pair: AddressPair) -> SocketInfo | None:
+        """Finds a socket; if the first way fails, in /proc/net. Raises OSError when both ways fail."""
         try:
             return self._lookup(pair)
         except OSError:  # netlink has no buffers or no memory
             return ProcNet()(pair)
 
     def _report(self, connection: socket.socket, uid: int) -> None:
+        """Reports a refused user, unless this user, or too many users, were reported a short time ago."""
         now = self._clock()
-        self._reported_at = {user: at for user, at in self._reported_at.items() if now - at < REPORT_INTERVAL_S}
+        self._reported_at = {
+            user: reported_at
+            for user, reported_at in self._reported_at.items()
+            if now - reported_at < REPORT_INTERVAL_S
+        }
         if uid not in self._reported_at and len(self._reported_at) < MAX_REPORTED_USERS:
             self._reported_at[uid] = now
-            with suppress(OSError):
-                self._on_refused(connection.getsockname()[1], uid)
+            with suppress(OSError):  # the client has gone already
+                _host, port, *_ = connection.getsockname()
+                self._on_refused(port, uid)
 
 
 def can_identify_peers(listener: socket.socket) -> bool:
@@ -103,10 +115,11 @@ def can_identify_peers(listener: socket.socket) -> bool:
 
 
 def open_own_user_filter(listener: socket.socket, on_refused: OnPeerRefused) -> OwnUserFilter | None:
-    """A filter for connections to ``listener``. ``None``: none is needed (a Unix socket, whose mode decides), or none
-    is possible (another system than Linux).
+    """Makes a filter for connections to ``listener``. ``None``: all connections are served.
 
-    Raises TunnelError on Linux when the user cannot be found out now: a port for our own user must not be open to all.
+    All connections are served at a Unix socket, whose mode keeps other users out, and on other systems than Linux,
+    where no filter is possible. Raises TunnelError on Linux when the user cannot be found out now: a port for our own
+    user must not be open to all.
     """
     if listener.family == socket.AF_UNIX or sys.platform != "linux":
         return None
@@ -114,14 +127,16 @@ def open_own_user_filter(listener: socket.socket, on_refused: OnPeerRefused) -> 
     try:
         lookup = open_socket_lookup(listener)
     except OSError as error:
-        lookup, reason = None, os.strerror(error.errno or 0)
+        lookup = None
+        reason = os.strerror(error.errno or 0)
     if lookup is None:
         raise TunnelError(f"whose connections come to the local port cannot be told: {reason}")
     return OwnUserFilter(lookup, on_refused)
 
 
 def find_user_name(uid: int) -> str | None:
-    """The user's name, safe to print. Blocks while a directory service is asked."""
+    """The name of the user ``uid``, safe to print; ``None``: there is no such user. Blocks while a directory service is
+    asked."""
     import pwd  # POSIX only
 
     try:
@@ -131,10 +146,10 @@ def find_user_name(uid: int) -> str | None:
 
 
 def overflow_uid() -> int | None:
-    """The uid by which this process sees users that its user namespace does not know. ``None``: it knows all users."""
+    """The uid that stands for all users whom our user namespace does not know; ``None``: it knows all users."""
     try:
         uid_ranges = [line.split() for line in Path("/proc/self/uid_map").read_text().splitlines()]
-        if uid_ranges == [["0", "0", "4294967295"]]:
+        if uid_ranges == [["0", "0", "4294967295"]]:  # one range: first uid inside, first uid outside, count
             return None
         return int(Path("/proc/sys/kernel/overflowuid").read_text())
     except (OSError, ValueError):

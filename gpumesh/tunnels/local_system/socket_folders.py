@@ -1,8 +1,8 @@
 """Makes a private folder for the sockets of one connection, and removes the folders of processes that have ended.
 
 The process that makes a folder holds a lock on it (file_lock.py). So a folder that can be locked belongs to no living
-process. A lock on the parent folder keeps the two jobs apart: otherwise a folder that was just made, and is not locked
-yet, would look like an old one.
+process. A lock on the parent folder keeps making and removing apart: otherwise a folder that was just made, and is not
+locked yet, would look like an old folder.
 """
 
 from __future__ import annotations
@@ -28,13 +28,14 @@ _PROBED_SOCKETS = ("c", "n", "ask")
 
 @contextlib.contextmanager
 def private_folder() -> Iterator[Path]:
-    """A new folder (0700), which is removed with its content at the end. Raises ``GPUMeshError`` when none can be made.
+    """Gives the block a new folder (0700), and removes the folder with its content at the end.
 
-    Its path is short, because the path of a Unix socket has a limit.
+    The folder's path is short, because the path of a Unix socket has a limit. Raises ``GPUMeshError`` when no folder
+    can be made.
     """
     runtime = environment.runtime_dir()
     with file_lock.open_folder(runtime) as parent:
-        # A file system may have no locks. Then only its sockets show whether a folder is in use.
+        # A file system may have no locks. Then only the sockets in a folder show whether the folder is in use.
         with contextlib.suppress(OSError):
             file_lock.acquire(parent, shared=True)
         folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=runtime))
@@ -55,7 +56,7 @@ def remove_stale_folders(runtime: Path) -> None:
     """
     with contextlib.suppress(OSError), file_lock.open_folder(runtime) as parent:
         if not file_lock.try_acquire(parent):
-            return  # another process is just making a folder; the next call removes the old ones
+            return  # another process is just making a folder; the next call removes the old folders
         with os.scandir(runtime) as entries:
             candidates = [Path(entry.path) for entry in entries if _NAME.fullmatch(entry.name)]
         for folder in candidates:
@@ -64,6 +65,7 @@ def remove_stale_folders(runtime: Path) -> None:
 
 
 def _remove_if_stale(folder: Path) -> None:
+    """Removes the folder if it is ours and no process uses it. Raises OSError."""
     with file_lock.open_folder(folder, follow_links=False) as descriptor:
         is_ours = os.fstat(descriptor).st_uid == os.geteuid()
         # An older gpumesh holds no lock. Its folder is in use while a process listens in it.
@@ -72,6 +74,7 @@ def _remove_if_stale(folder: Path) -> None:
 
 
 def _has_listener(folder: Path) -> bool:
+    """Whether a process listens at one of ``_PROBED_SOCKETS`` in the folder."""
     for name in _PROBED_SOCKETS:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
             probe.setblocking(False)

@@ -1,4 +1,4 @@
-"""Finds a socket of this machine by its addresses and ports: its state and the user who made it (Linux).
+"""Finds a socket of this machine by its addresses and ports, and returns its state, user and inode (Linux).
 
 TCP on loopback carries no credentials, but the kernel knows which user made a socket. sock_diag(7) finds a socket by
 its addresses in some microseconds, however many sockets there are. /proc/net/tcp has the same data, but has to be read
@@ -31,27 +31,36 @@ _SOCK_DIAG_BY_FAMILY = 20
 _NLM_F_REQUEST = 1
 _NLMSG_ERROR = 2
 _NLMSG_HEADER = struct.Struct("=IHHII")  # length, type, flags, sequence, port
-_REQUEST = struct.Struct("=BBBBI")  # inet_diag_req_v2 up to its socket id: family, protocol, ext, pad, states
+# The structs of linux/inet_diag.h. A request (inet_diag_req_v2) begins with family, protocol, ext, pad, states. Then
+# comes the socket id (inet_diag_sockid): ports, addresses, interface, cookie.
+_REQUEST = struct.Struct("=BBBBI")
 _COOKIE = struct.pack("=III", 0, 0xFFFFFFFF, 0xFFFFFFFF)  # any interface, any cookie
-_ID_SIZE = 48  # inet_diag_sockid
-_COUNTERS = struct.Struct("=IIIII")  # of inet_diag_msg after its id: expires, rqueue, wqueue, uid, inode
+# An answer (inet_diag_msg) begins with family, state, timer, retrans (a byte each). Then come the socket id, and the
+# counters: expires, rqueue, wqueue, uid, inode.
+_ANSWER_START = struct.Struct("=BBBB")
+_ID_SIZE = 48
+_COUNTERS = struct.Struct("=IIIII")
 _ALL_STATES = 0xFFFFFFFF
 
+# The errors of a system that is short of descriptors or memory now.
 _EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS})
 
 
 class SocketLookup(Protocol):
-    """Finds a socket of this machine."""
+    """A way to find a socket of this machine: call the lookup with the socket's addresses and ports."""
 
     def __call__(self, pair: AddressPair) -> SocketInfo | None:
-        """``None``: there is no such socket. Raises OSError when the system does not answer."""
+        """Returns the socket's data; ``None``: there is no such socket. Raises OSError when the system does not
+        answer."""
 
     def close(self) -> None: ...
 
 
 class SockDiag:
-    """Asks the kernel over one netlink socket. Only one thread may use it. The constructor raises OSError where the
-    system has no netlink."""
+    """A ``SocketLookup`` that asks the kernel over a netlink socket. Only one thread may use an object of this class.
+
+    The constructor raises OSError where the system has no netlink.
+    """
 
     def __init__(self) -> None:
         if sys.platform != "linux":
@@ -74,13 +83,14 @@ class SockDiag:
         self._netlink.send(header + request)
         while True:
             answer = self._netlink.recv(4096)
-            _length, kind, _flags, sequence, _port = _NLMSG_HEADER.unpack_from(answer)
+            _length, answer_type, _flags, sequence, _port = _NLMSG_HEADER.unpack_from(answer)
             if sequence == self._sequence:  # an answer to an earlier request is skipped
                 break
-        if kind == _NLMSG_ERROR:  # ENOENT: no such socket, or no tcp_diag in the kernel (see ``open_socket_lookup``)
+        if answer_type == _NLMSG_ERROR:  # ENOENT: no such socket, or a kernel without tcp_diag (``open_socket_lookup``)
             return None
-        state = answer[_NLMSG_HEADER.size + 1]
-        _, _, _, uid, inode = _COUNTERS.unpack_from(answer, _NLMSG_HEADER.size + 4 + _ID_SIZE)
+        _family, state, _timer, _retrans = _ANSWER_START.unpack_from(answer, _NLMSG_HEADER.size)
+        counters_offset = _NLMSG_HEADER.size + _ANSWER_START.size + _ID_SIZE
+        _expires, _rqueue, _wqueue, uid, inode = _COUNTERS.unpack_from(answer, counters_offset)
         return SocketInfo(state, uid, inode)
 
     def close(self) -> None:
@@ -88,27 +98,35 @@ class SockDiag:
 
 
 class ProcNet:
-    """Reads /proc/net/tcp and tcp6 up to the socket's line. The cost grows with the number of sockets of the
-    machine."""
+    """A ``SocketLookup`` that reads /proc/net/tcp and tcp6 up to the socket's line.
+
+    Its cost grows with the number of sockets of the machine.
+    """
 
     def __init__(self, folder: Path = Path("/proc/net")) -> None:
         self._folder = folder
 
     def __call__(self, pair: AddressPair) -> SocketInfo | None:
-        forms = [("tcp", pair), ("tcp6", map_to_ipv6(pair))] if pair.family == socket.AF_INET else [("tcp6", pair)]
-        for name, form in forms:
-            addresses = b" %s %s " % (
-                format_table_address(form.address, form.port),
-                format_table_address(form.remote_address, form.remote_port),
-            )
-            try:
-                with (self._folder / name).open("rb") as lines:
-                    for line in lines:
-                        if addresses in line:
-                            return parse_socket_info(line)
-            except FileNotFoundError:  # a kernel without IPv6
-                if name == "tcp":
-                    raise
+        if pair.family != socket.AF_INET:
+            return self._search_table("tcp6", pair)
+        info = self._search_table("tcp", pair)
+        if info is not None:
+            return info
+        return self._search_table("tcp6", map_to_ipv6(pair))
+
+    def _search_table(self, name: str, pair: AddressPair) -> SocketInfo | None:
+        """The socket with these addresses in the table ``name`` of /proc/net; ``None``: it has no such socket."""
+        local = format_table_address(pair.address, pair.port)
+        remote = format_table_address(pair.remote_address, pair.remote_port)
+        addresses = b" %s %s " % (local, remote)
+        try:
+            with (self._folder / name).open("rb") as lines:
+                for line in lines:
+                    if addresses in line:
+                        return parse_socket_info(line)
+        except FileNotFoundError:
+            if name == "tcp":  # a missing tcp6 only means a kernel without IPv6
+                raise
         return None
 
     def close(self) -> None:
@@ -116,11 +134,10 @@ class ProcNet:
 
 
 def open_socket_lookup(listener: socket.socket) -> SocketLookup | None:
-    """A lookup for the peers of ``listener``. It is first tried on the listener itself. ``None``: no lookup works on
-    this system.
+    """Opens a lookup for the peers of ``listener``, after a trial on the listener itself; ``None``: no lookup works.
 
     Raises OSError when descriptors or memory are short, so that the trial is not possible now. The caller must not take
-    that for a system without lookups, and let every user in.
+    this for a system without lookups, because then every user would be let in.
     """
     for make_lookup in (SockDiag, ProcNet):
         try:
@@ -128,7 +145,7 @@ def open_socket_lookup(listener: socket.socket) -> SocketLookup | None:
                 lookup = make_lookup()
                 stack.callback(lookup.close)
                 if _finds_listener(lookup, listener):
-                    stack.pop_all()
+                    stack.pop_all()  # the lookup stays open
                     return lookup
         except OSError as error:
             if error.errno in _EXHAUSTED:
@@ -137,8 +154,11 @@ def open_socket_lookup(listener: socket.socket) -> SocketLookup | None:
 
 
 def _finds_listener(lookup: SocketLookup, listener: socket.socket) -> bool:
+    """Whether the lookup finds ``listener``, a socket whose data we know. Raises OSError."""
     try:
         info = lookup(make_address_pair(listener.getsockname(), None, listener.family))
     except (ValueError, IndexError, struct.error):  # an answer in a form that we do not know
         return False
-    return info is not None and info.state == LISTEN_STATE and bool(info.inode) and info.uid == os.geteuid()
+    if info is None or info.inode == 0:
+        return False
+    return info.state == LISTEN_STATE and info.uid == os.geteuid()

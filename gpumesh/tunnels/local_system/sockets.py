@@ -1,4 +1,4 @@
-"""Sets options of connected sockets: a close by a reset, and no delay of small packets."""
+"""Sets options of connected sockets: close with a reset (SO_LINGER), no delay of small packets (TCP_NODELAY)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,6 @@ def reset_on_close(sock: socket.socket) -> None:
 
 
 def close_with_reset(sock: socket.socket) -> None:
-    """Closes the socket so that a TCP peer gets a reset instead of an ordinary end. So the peer does not take a cut
-    answer for a whole one."""
+    """Closes the socket so that a TCP peer gets a reset, not an ordinary end: a cut answer must not look whole."""
     reset_on_close(sock)
     sock.close()

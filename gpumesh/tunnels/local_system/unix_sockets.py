@@ -21,25 +21,29 @@ from gpumesh.config.listen_address import SOCKET_PATH_LIMIT
 from gpumesh.errors import GPUMeshError
 
 SUFFIX = ".sock"
-NAMES_TRIED = 100  # so many meshes of one user may run at once with the same names
+NAMES_TRIED = 100  # so many meshes with the same names may one user run at once
 
 
 class PathInUse(GPUMeshError):
-    """A process listens at that path, or something is there that is no socket."""
+    """A path cannot be used for a new socket: another process listens there, or there is a file that is no socket."""
 
 
 class UnixListener:
-    """``sock`` listens at ``path`` until ``close``, which removes the path unless another socket has replaced ours."""
+    """A listening Unix socket. ``sock`` listens at ``path`` until ``close``, which also removes the path.
+
+    A path at which another socket has replaced ours stays.
+    """
 
     def __init__(self, path: Path, backlog: int) -> None:
         """Raises PathInUse, GPUMeshError for a path that is too long, and OSError."""
         check_path_length(path)
         self.path = path
-        # Two processes of this user that see the same stale socket must not remove each other's new one.
+        # The lock: two processes of this user that see the same stale socket must not remove each other's new socket.
         with file_lock.locked_folder(environment.runtime_dir()):
             _remove_stale_socket(path)
             self.sock = _listen(path, backlog)
         status = path.lstat()
+        # Device and inode of our socket's file; ``None``: the path was removed.
         self._identity: tuple[int, int] | None = (status.st_dev, status.st_ino)
 
     def __repr__(self) -> str:
@@ -70,24 +74,28 @@ def check_path_length(path: Path) -> None:
 
 
 def open_tunnel_listener(mesh: str, node: str, number: int, backlog: int) -> UnixListener:
-    """The local end number ``number`` (from 0) of a node's tunnel, in the runtime folder (0700).
+    """Opens local end ``number`` (from 0) of a node's tunnel, in the runtime folder (0700).
 
-    Its file name is the same each time, unless another mesh of this user with the same names runs now. Raises
+    The file name is the same each time, unless another mesh of this user with the same names runs now. Raises
     GPUMeshError and OSError.
     """
     folder = environment.runtime_dir()
     stem = f"{mesh}-{node}" if number == 0 else f"{mesh}-{node}-{number + 1}"
     for attempt in range(1, NAMES_TRIED + 1):
+        attempt_suffix = "" if attempt == 1 else f".{attempt}"
         try:
-            return UnixListener(folder / _file_name(stem, "" if attempt == 1 else f".{attempt}", folder), backlog)
+            return UnixListener(folder / _file_name(stem, attempt_suffix, folder), backlog)
         except PathInUse as error:
             last_error = error
     raise last_error
 
 
-def _file_name(stem: str, suffix: str, folder: Path) -> str:
-    """A file name with which the path is short enough: a changed or cut stem gets a digest, so that different stems
-    never get the same name. Raises GPUMeshError if not even the digest fits."""
+def _file_name(stem: str, attempt_suffix: str, folder: Path) -> str:
+    """Makes a file name from ``stem``, without special characters and so short that the path in ``folder`` is allowed.
+
+    A changed or cut stem gets a digest, so that different stems never get the same name. Raises GPUMeshError if not
+    even the digest fits.
+    """
     room = SOCKET_PATH_LIMIT - len(os.fsencode(folder)) - len("/") - len(f".{NAMES_TRIED}") - len(SUFFIX)
     name = re.sub(r"[^A-Za-z0-9._-]", "_", stem)
     if len(name) > room or name != stem:
@@ -97,12 +105,14 @@ def _file_name(stem: str, suffix: str, folder: Path) -> str:
                 f"the runtime folder's path is too long for a Unix socket in it: {folder}",
                 hint="set XDG_RUNTIME_DIR to a folder with a shorter path, or use `tunnels: {listen: tcp}`",
             )
-        name = f"{name[: max(room - len(digest) - 1, 0)]}-{digest}"[-room:]
-    return name + suffix + SUFFIX
+        beginning = name[: max(room - len(digest) - 1, 0)]
+        name = f"{beginning}-{digest}"[-room:]  # without the hyphen if only the digest fits
+    return name + attempt_suffix + SUFFIX
 
 
 def _remove_stale_socket(path: Path) -> None:
-    """Removes a socket at which no process listens. Raises PathInUse for anything else, and OSError."""
+    """Removes our user's socket at ``path`` if no process listens at it. Raises PathInUse for anything else, and
+    OSError."""
     try:
         status = path.lstat()
     except FileNotFoundError:
@@ -122,6 +132,7 @@ def _remove_stale_socket(path: Path) -> None:
 
 
 def _listen(path: Path, backlog: int) -> socket.socket:
+    """Makes a non-blocking socket (mode 0600) that listens at ``path``. Raises OSError, and then leaves no file."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     bound = False
     try:

@@ -7,14 +7,16 @@ from urllib.parse import quote, unquote
 
 
 def unix_url(path: Path, *, scheme: str = "http", prefix: str = "") -> str:
-    """A base URL. It ends with a colon or with the prefix, so that the path of a request can be appended."""
+    """The base URL of a server at a Unix socket. The path of a request can be appended to it."""
     return f"{scheme}://unix:{quote(str(path), safe='/')}:{prefix}"
 
 
 def split_unix_url(url: str) -> tuple[str, str] | None:
-    """The socket's path, and the rest of the URL after it (``/api/tags``). ``None`` for a URL of another form."""
-    _scheme, _, rest = url.partition("://")
-    if not rest.startswith("unix:/"):
+    """Splits a URL into the socket's path and the rest after it (``/api/tags``); ``None`` for a URL of another form."""
+    _scheme, _, address = url.partition("://")
+    if not address.startswith("unix:/"):
         return None
-    path, colon, after = rest.removeprefix("unix:").partition(":")
-    return (unquote(path), after) if colon else None
+    socket_path, colon, rest = address.removeprefix("unix:").partition(":")
+    if not colon:
+        return None
+    return unquote(socket_path), rest

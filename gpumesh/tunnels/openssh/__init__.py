@@ -1,5 +1,5 @@
-"""Transport ``openssh``: the system's ``ssh`` as a child of the worker.
+"""Transport ``openssh``: connections that the system's ``ssh`` holds, as a child process of the worker.
 
-It supports features that paramiko lacks: ProxyCommand, Match, FIDO keys, certificates, IdentityAgent. connection.py
-describes how it works. options.py has the command lines, master.py the process, login.py the login.
+ssh supports features that paramiko lacks: ProxyCommand, Match, FIDO keys, certificates, IdentityAgent. connection.py
+describes how this transport works. options.py has the command lines, master.py the process, login.py the login.
 """

@@ -12,11 +12,14 @@ import sys
 
 
 def main(path: str, question: str) -> int:
-    """``path``: the Unix socket of ``prompts.AskpassServer``. Returns the exit status."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as peer:
-        peer.connect(path)
-        peer.sendall(json.dumps(question).encode() + b"\n")
-        with peer.makefile("rb") as answers:
+    """Asks ``question`` at ``path``, the Unix socket of ``prompts.AskpassServer``, and prints the answer.
+
+    Returns the exit status.
+    """
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as server:
+        server.connect(path)
+        server.sendall(json.dumps(question).encode() + b"\n")
+        with server.makefile("rb") as answers:
             line = answers.readline()
     answer = json.loads(line) if line.endswith(b"\n") else None
     if not isinstance(answer, str):

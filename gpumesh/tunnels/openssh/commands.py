@@ -1,4 +1,4 @@
-"""Commands on the host. Each is an ``ssh`` client of the master's control socket."""
+"""Runs commands on the host: each command is an ``ssh`` process, a client of the master's control socket."""
 
 from __future__ import annotations
 
@@ -17,18 +17,19 @@ from gpumesh.tunnels.openssh.login import SSH_FAILED
 from gpumesh.tunnels.openssh.options import CLIENT_HOST, client_command
 from gpumesh.tunnels.remote_command import wrap_killable
 
-READ_BYTES = 32 * 1024
-STDERR_TAIL_BYTES = 1000
-STOP_TIMEOUT_S = 1.0
+READ_BYTES = 32 * 1024  # the most that one read of a pipe takes
+STDERR_TAIL_BYTES = 1000  # so much of a command's stderr is kept to find ssh's own error in it
+STOP_TIMEOUT_S = 1.0  # the time for a client to end by itself, and again after it was killed
 
 
 async def start_client(
     control: Path, command: str, *, posix: bool, is_master_alive: Callable[[], Awaitable[bool]]
 ) -> MuxCommand:
-    """Starts ``command`` on the host. ``posix``: it runs under a POSIX shell, which ends it when its session ends
+    """Starts ``command`` on the host. ``posix``: under a POSIX shell that ends the command when its session ends
     (remote_command.py)."""
+    command_line = wrap_killable(command) if posix else command
     process = await asyncio.create_subprocess_exec(
-        *client_command(control, "--", CLIENT_HOST, wrap_killable(command) if posix else command),
+        *client_command(control, "--", CLIENT_HOST, command_line),
         stdin=PIPE if posix else DEVNULL,
         stdout=PIPE,
         stderr=PIPE,
@@ -38,7 +39,7 @@ async def start_client(
 
 
 async def request_session(control: Path) -> None:
-    """Returns when the host has given a session, or has refused to. Kills the client when cancelled."""
+    """Asks the host for a session, and returns when the host has given or refused it. A cancel kills the client."""
     process = await asyncio.create_subprocess_exec(
         *client_command(control, "--", CLIENT_HOST, "exit"),
         stdin=DEVNULL,
@@ -59,7 +60,7 @@ class MuxCommand:
     def __init__(self, process: Process, is_master_alive: Callable[[], Awaitable[bool]]) -> None:
         self._process = process
         self._is_master_alive = is_master_alive
-        # Few pieces, so that a slow reader stops ssh. ``None``: one of the two pipes has ended.
+        # A short queue, so that a slow reader stops ssh. ``None``: one of the two pipes has ended.
         self._pieces: asyncio.Queue[tuple[OutputStream, bytes] | None] = asyncio.Queue(maxsize=4)
         self._stderr_tail = b""  # shows whether ssh or the command failed
         self._open_streams = 2
@@ -73,7 +74,7 @@ class MuxCommand:
         return exit_status(self._process)
 
     async def read(self) -> tuple[OutputStream, bytes] | None:
-        """See ``transport.RemoteCommand``. Raises ExecError at the end, when ssh failed instead of the command."""
+        """See ``transport.RemoteCommand``. After the last piece, raises ExecError if ssh itself failed."""
         while self._open_streams:
             piece = await self._pieces.get()
             if piece is not None:
@@ -93,8 +94,7 @@ class MuxCommand:
         await _end_process(self._process, patience_s=STOP_TIMEOUT_S)
 
     async def _ensure_ssh_worked(self) -> None:
-        """Raises ExecError when ssh failed. The exit status alone does not show that: the command may end with 255
-        too."""
+        """Called for exit status 255: raises ExecError if ssh failed, returns if the command ended with this status."""
         if NO_SESSION_PATTERN.search(self._stderr_tail.decode("latin-1")):
             raise ExecError(
                 "the host gives no session to run a command in",
@@ -104,6 +104,7 @@ class MuxCommand:
             raise ExecError("the connection broke while the command ran")
 
     async def _read_pipe(self, stream: OutputStream, pipe: asyncio.StreamReader | None) -> None:
+        """Puts the pieces of one pipe into the queue, and ``None`` at the pipe's end."""
         assert pipe is not None
         while data := await pipe.read(READ_BYTES):
             if stream is OutputStream.STDERR:
@@ -113,7 +114,7 @@ class MuxCommand:
 
 
 async def _end_process(process: Process, patience_s: float = 0.0) -> None:
-    """Kills the process, unless it ends by itself within ``patience_s``."""
+    """Kills the process, unless it ends by itself within ``patience_s``, and waits for its end."""
     if patience_s > 0.0:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(patience_s):

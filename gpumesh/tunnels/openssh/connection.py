@@ -4,7 +4,7 @@ One ``ssh`` child, the *master* (master.py), holds the connection. Its own sessi
 reasons:
 
 - sshd sets TCP_NODELAY when a session opens. Without that option a request takes 43 ms (docs/internals/tunnels.md).
-- An echoed line shows that the host itself is alive, and its time is the round trip.
+- A line that ``cat`` echoes shows that the host itself is alive, and the time until the echo is the round trip.
 - When our process dies, even by SIGKILL, the session's input ends; then ``cat`` ends, and then the master.
 
 If a host allows no command, the master has no session.
@@ -40,7 +40,7 @@ from gpumesh.tunnels.openssh.prompts import AskpassServer
 from gpumesh.tunnels.openssh.unix_relay import relay_to_unix
 from gpumesh.tunnels.transport import ConnectionEvents, ConnectionInfo, ConnectRequest
 
-STOP_TIMEOUT_S = 1.0
+STOP_TIMEOUT_S = 1.0  # the time for the forwarder to end
 
 
 async def connect(
@@ -92,9 +92,13 @@ class OpensshConnection:
         return f"<OpensshConnection {self._destination} {self._master!r} {self._forwarder!r}>"
 
     async def start_forwarding(self, folder: Path) -> None:
-        """Starts to serve the clients of the listeners. Raises ``TunnelError``, among them ForwardingForbidden when the
-        host forbids forwarding to all targets."""
-        routes = [(folder / f"f{index}", target) for index, target in enumerate(self._setup.targets)]
+        """Starts to serve the clients of the listeners. The master's Unix sockets for this are made in ``folder``.
+
+        Raises ``TunnelError``; ForwardingForbidden when the host forbids forwarding to all targets.
+        """
+        routes: list[forwards.Route] = [
+            (folder / f"f{index}", target) for index, target in enumerate(self._setup.targets)
+        ]
         rtt_ms: float | None = None
         if routes:
             await forwards.open_forwards(self._master, routes, self._destination)
@@ -102,7 +106,9 @@ class OpensshConnection:
                 check = await forwards.check_forwards(self._master, routes)
                 self._report_forbidden(check.forbidden)
                 rtt_ms = check.rtt_ms
-        self.info = ConnectionInfo(rtt_ms or await self.ping(forwards.ECHO_TIMEOUT_S), "OpenSSH client")
+        if rtt_ms is None:
+            rtt_ms = await self.ping(forwards.ECHO_TIMEOUT_S)
+        self.info = ConnectionInfo(rtt_ms, "OpenSSH client")
         self._master.on_error_line = self._on_error_line
         for listener, (path, target) in zip(self._listeners, routes, strict=True):
             self._forwarder.listen(listener, self._make_dialer(path, target))
@@ -113,11 +119,14 @@ class OpensshConnection:
             return await self._master.measure_round_trip_ms(timeout_s)
         if self._master.state is MasterState.WITHOUT_SESSION:
             return await self._ping_by_session(timeout_s)
+        # A SILENT master: its first echo may come now, or never.
         return await _first_result(self._master.measure_round_trip_ms(timeout_s), self._ping_by_session(timeout_s))
 
     async def _ping_by_session(self, timeout_s: float) -> float | None:
-        """The ping of a master that does not echo, or not yet. It asks for one more session: whether the host gives or
-        refuses the session, the answer shows that it is alive."""
+        """Pings through a master that does not echo (or not yet): asks the host for one more session.
+
+        The host is alive if it answers, even by a refusal.
+        """
         started_at = time.perf_counter()
         try:
             async with asyncio.timeout(timeout_s):
@@ -154,6 +163,7 @@ class OpensshConnection:
     # -- internals ---------------------------------------------------------------------------------------------------
 
     async def _is_master_alive(self) -> bool:
+        """Whether the master answers at its control socket within ``MUX_TIMEOUT_S``."""
         try:
             async with asyncio.timeout(forwards.MUX_TIMEOUT_S):
                 return await mux.is_master_alive(self._master.control)
@@ -174,20 +184,23 @@ class OpensshConnection:
         return f"the sshd at {self._destination} forbids forwarding to {target.host}:{target.port}"
 
     def _on_error_line(self, line: str) -> None:
-        """Reports a target whose channel the host did not open. ssh does not name the target: most likely it is the one
-        that was dialled last."""
+        """Reports the target whose channel the host did not open, if ``line`` says so.
+
+        ssh does not name the target. Most likely it is the target that was dialled last.
+        """
         target = self._last_dialled
         if target is None or OPEN_FAILED_TEXT not in line:
             return
         if FORBIDDEN_TEXT not in line:
             message = f"nothing answers at {target.host}:{target.port} on the host"
             self._events.report_forward_failed(target, "backend-unreachable", message)
-        elif len(self._setup.targets) == 1:
+        elif len(self._setup.targets) == 1:  # otherwise the forbidden target may be another one
             self._events.report_forward_failed(target, "forwarding-forbidden", self._forbidden_message(target))
 
     # -- in the selector's thread ------------------------------------------------------------------------------------
 
     def _make_dialer(self, path: Path, target: Target) -> Dialer:
+        """Makes a dialer that forwards to ``path``, the master's Unix socket for ``target``."""
         relay = relay_to_unix(str(path))
 
         def dial(forwarder: Forwarder, local: socket.socket) -> None:
@@ -197,19 +210,20 @@ class OpensshConnection:
         return dial
 
     def _on_forwarder_end(self) -> None:
-        """The selector thread has ended: by an error of ours, or because the connection closes."""
+        """Called when the selector thread has ended: by an error of ours, or because the connection closes."""
         self._call_soon(self._forwarder_ended.set)
 
     def _on_peer_refused(self, port: int, uid: int) -> None:
         self._call_soon(self._events.report_peer_refused, port, uid)
 
     def _call_soon(self, function: Callable[..., None], *arguments: Any) -> None:
+        """Calls ``function`` soon on the event loop. For the selector's thread."""
         with contextlib.suppress(RuntimeError):  # the loop is closed: the worker is ending
             self._loop.call_soon_threadsafe(function, *arguments)
 
 
 async def _first_result(*measurements: Any) -> float | None:
-    """The first measurement that is not ``None``; the others are cancelled."""
+    """Runs all measurements at once, and returns the first result that is not ``None``. Cancels the others."""
     tasks = [asyncio.create_task(measurement) for measurement in measurements]
     try:
         for finished in asyncio.as_completed(tasks):

@@ -1,5 +1,4 @@
-"""Turns the lines that ``ssh`` prints on stderr into our typed errors. Pure. The texts are those of OpenSSH 7.9 to
-9.9."""
+"""Turns the lines that ``ssh`` prints on stderr into our typed errors. Pure. The texts are from OpenSSH 7.9 to 9.9."""
 
 from __future__ import annotations
 
@@ -31,10 +30,11 @@ NO_SESSION_PATTERN = re.compile(
     re.IGNORECASE,
 )
 
-_MakeError = Callable[[str, str], TunnelError]  # its arguments: the destination, and the line that ssh printed
+_MakeError = Callable[[str, str], TunnelError]  # the arguments: the destination, and the line that ssh printed
 
-# The first row that matches any line decides. Lines such as "Host key verification failed" or "Permission denied" often
-# follow a line with the true cause, so the rows of the causes come first.
+# Pairs of a pattern and the function that makes the error. The first pair whose pattern matches any line decides. Lines
+# such as "Host key verification failed" or "Permission denied" often follow a line with the true cause, so the pairs
+# for causes come first.
 _ERRORS_BY_TEXT: tuple[tuple[re.Pattern[str], _MakeError], ...] = tuple(
     (re.compile(pattern, re.IGNORECASE), make_error)
     for pattern, make_error in (
@@ -163,8 +163,10 @@ _ERRORS_BY_TEXT: tuple[tuple[re.Pattern[str], _MakeError], ...] = tuple(
 
 
 def error_from_stderr(lines: Sequence[str], destination: str, *, was_up: bool = False) -> TunnelError:
-    """The error that ``lines`` mean. They are the last lines of ssh's stderr, made printable. ``was_up``: ssh was
-    connected, so the error is ``TunnelLost`` whatever the lines say."""
+    """Makes the error that ``lines`` mean: the last lines of ssh's stderr, made printable.
+
+    ``was_up``: ssh was connected before, so the error is ``TunnelLost`` whatever the lines say.
+    """
     if was_up:
         last_line = lines[-1] if lines else "ssh ended without a word"
         return TunnelLost(f"the connection to {destination} broke: {last_line}")

@@ -1,7 +1,7 @@
-"""The master's forwards: one Unix socket in its folder for each target, and a check whether the host allows forwarding.
+"""Opens the master's forwards, one Unix socket for each target, and checks whether the host allows forwarding.
 
-ssh names no target when the host refuses a channel. So the check tries all targets together, and each target alone only
-if some were refused.
+ssh names no target when the host refuses a channel. So the check tries all targets together, and then, only if some
+were refused, each target alone.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from gpumesh.tunnels.openssh import mux
 from gpumesh.tunnels.openssh.errors import error_from_stderr
 from gpumesh.tunnels.openssh.master import OpensshMaster
 
-MUX_TIMEOUT_S = 5.0
-ECHO_TIMEOUT_S = 3.0
+MUX_TIMEOUT_S = 5.0  # the time for the master to answer at its control socket
+ECHO_TIMEOUT_S = 3.0  # the time for one echo
 
 Route = tuple[Path, Target]
 """The Unix socket at which the master listens, and the target to which it forwards."""
@@ -33,7 +33,7 @@ class ForwardCheck:
 
 
 async def open_forwards(master: OpensshMaster, routes: Sequence[Route], destination: str) -> None:
-    """Makes the master listen for each route. Raises ``TunnelError``."""
+    """Makes the master listen at the socket of each route. ``destination`` is for messages. Raises ``TunnelError``."""
     try:
         async with asyncio.timeout(MUX_TIMEOUT_S):
             await mux.open_forwards(master.control, list(routes))
@@ -44,16 +44,20 @@ async def open_forwards(master: OpensshMaster, routes: Sequence[Route], destinat
 
 
 async def check_forwards(master: OpensshMaster, routes: Sequence[Route]) -> ForwardCheck:
-    """Finds the forbidden targets. The master must be ``ECHOING``."""
+    """Finds the targets to which the host forbids forwarding. The master must be ``ECHOING``."""
     refused_count, rtt_ms = await _count_refused(master, routes)
     if refused_count == 0:
         return ForwardCheck((), rtt_ms)
-    forbidden = [target for path, target in routes if (await _count_refused(master, [(path, target)]))[0]]
+    forbidden: list[Target] = []
+    for path, target in routes:
+        refused_alone, _rtt_ms = await _count_refused(master, [(path, target)])
+        if refused_alone:
+            forbidden.append(target)
     return ForwardCheck(tuple(forbidden), rtt_ms)
 
 
 async def _count_refused(master: OpensshMaster, routes: Sequence[Route]) -> tuple[int, float | None]:
-    """Opens a connection for each route. Returns how many of them the host has forbidden, and the round trip in ms.
+    """Opens a connection for each route. Returns how many the host has forbidden, and the round trip in ms.
 
     The host refuses a channel at once, so all refusals come before our second echo. (The first echo is not enough: in
     ssh its line may overtake the requests.)
@@ -62,8 +66,9 @@ async def _count_refused(master: OpensshMaster, routes: Sequence[Route]) -> tupl
     writers: list[asyncio.StreamWriter] = []
     rtt_ms: float | None = None
     try:
-        for path, _ in routes:
-            writers.append((await asyncio.open_unix_connection(path))[1])
+        for path, _target in routes:
+            _reader, writer = await asyncio.open_unix_connection(path)
+            writers.append(writer)
         for _ in range(2):
             rtt_ms = await master.measure_round_trip_ms(ECHO_TIMEOUT_S)
     finally:

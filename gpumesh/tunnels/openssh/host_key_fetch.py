@@ -20,16 +20,15 @@ from gpumesh.tunnels.transport import ConnectRequest
 async def fetch_host_key(
     node: str, ssh: SshSpec, *, secrets: tuple[tuple[str, str], ...] = (), timeout_s: float = 10.0
 ) -> HostKey:
-    """The key that the host shows now, trusted or not. Logs in to jump hosts only. Raises ``TunnelError``."""
+    """Returns the key that the host shows now, trusted or not. Logs in to jump hosts only. Raises ``TunnelError``."""
     with private_folder() as folder:
-        known_hosts = folder / "k"
+        known_hosts = folder / "k"  # ssh itself writes the key into this file
         setup = ConnectRequest(node, ssh, (), secrets, control_dir=str(folder))
         deadline = Deadline(timeout_s, time.monotonic)
         async with AskpassServer(folder, dict(secrets), _NoEvents(), deadline, interactive=False) as prompts:
             command = host_key_command(setup, known_hosts, batch=not prompts.can_answer)
-            child = await OpensshMaster.start(
-                command, folder / "c", prompts.askpass_path if prompts.can_answer else None
-            )
+            askpass = prompts.askpass_path if prompts.can_answer else None
+            child = await OpensshMaster.start(command, folder / "c", askpass)
             try:
                 await asyncio.wait([child.exit_task], timeout=timeout_s)
                 ended_in_time = child.exit_task.done()

@@ -1,4 +1,4 @@
-"""Logs a master in: first with an echoing session, and if the host refuses that, without a session."""
+"""Starts an ``ssh`` master and logs in: with a session that echoes, or without a session if the host refuses that."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from gpumesh.tunnels.transport import ConnectRequest
 SSH_FAILED = 255
 """ssh's exit status when ssh itself failed. A command may end with the same status."""
 
-FIRST_ECHO_TIMEOUT_S = 3.0  # for the first echo after the login
-MIN_ECHO_TIMEOUT_S = 0.5  # the same, when the login has used up its time
+FIRST_ECHO_TIMEOUT_S = 3.0  # the time for the first echo after the login
+MIN_ECHO_TIMEOUT_S = 0.5  # the time for the first echo when the login has used up all its time
 
 
 async def log_in(setup: ConnectRequest, folder: Path, prompts: AskpassServer, deadline: Deadline) -> OpensshMaster:
-    """A master that is logged in, with a session if the host gives one. Raises ``TunnelError``."""
+    """Returns a master that is logged in, with a session if the host gives one. Raises ``TunnelError``."""
     master = await _start_and_log_in(setup, folder / "c", prompts, deadline, session=True)
     if not master.exited:
         return master
@@ -38,28 +38,31 @@ async def log_in(setup: ConnectRequest, folder: Path, prompts: AskpassServer, de
 
 
 def was_only_session_refused(error_lines: Iterable[str], returncode: int | None) -> bool:
-    """Whether an ssh that ended had logged in and only got no session. Then an ssh without a session may work.
+    """Whether an ssh that has ended was logged in, and failed only because the host gave it no session.
 
-    An exit status other than ``SSH_FAILED`` comes from a command that the host ran instead of ours, so the login
-    worked.
+    Then an ssh without a session may work. An exit status other than ``SSH_FAILED`` comes from a command that the host
+    ran instead of ours, so the login worked.
     """
     lines = list(error_lines)
     if any(NO_TERMINAL_TEXT in line for line in lines):
-        return False
+        return False  # such a host carries no tunnel, with or without a session
     return returncode != SSH_FAILED or any(NO_SESSION_PATTERN.search(line) for line in lines)
 
 
 async def _start_and_log_in(
     setup: ConnectRequest, control: Path, prompts: AskpassServer, deadline: Deadline, *, session: bool
 ) -> OpensshMaster:
-    """A master that is logged in, or that has ended (``exited``). Raises ``TunnelError``, after it has closed the
-    master."""
+    """Starts one ssh, and returns a master that is logged in or that has ended (``exited``).
+
+    Raises ``TunnelError``, after it has closed the master.
+    """
     command = master_command(setup, control, batch=not prompts.can_answer, session=session)
-    master = await OpensshMaster.start(command, control, prompts.askpass_path if prompts.can_answer else None)
+    askpass = prompts.askpass_path if prompts.can_answer else None
+    master = await OpensshMaster.start(command, control, askpass)
     try:
         logged_in = await master.wait_logged_in(deadline, session=session)
         if logged_in and master.state is MasterState.SILENT:
-            # Without an echo this is still a session: the login shell may be slow, or a forced command may never echo.
+            # A session without an echo is accepted too: the login shell may be slow, or a forced command never echoes.
             timeout_s = min(FIRST_ECHO_TIMEOUT_S, max(MIN_ECHO_TIMEOUT_S, deadline.remaining_s))
             await master.measure_round_trip_ms(timeout_s)
     except TimeoutError as error:
@@ -72,12 +75,12 @@ async def _start_and_log_in(
 
 
 def timeout_error(master: OpensshMaster, ssh: SshSpec) -> TunnelError:
-    """The error for a login that took too long: the reason that ssh has printed if it is a known one, else
+    """The error for a login that took too long: the error that ssh has printed if we know its text, otherwise
     ConnectTimeout."""
     if master.error_lines:
-        reason = error_from_stderr(master.error_lines, format_destination(ssh))
-        if type(reason) is not TunnelError:
-            return reason
+        printed_error = error_from_stderr(master.error_lines, format_destination(ssh))
+        if type(printed_error) is not TunnelError:  # a subclass: the text is known
+            return printed_error
     return ConnectTimeout(
         f"no connection to {format_destination(ssh)} within {ssh.connect_timeout_s:g} s",
         hint="the host is off or hung, or a firewall drops the connection",

@@ -35,12 +35,12 @@ from gpumesh.tunnels.local_system import child_process
 from gpumesh.tunnels.openssh.errors import FORBIDDEN_TEXT, NO_TERMINAL_TEXT
 from gpumesh.tunnels.transport import PING_RESEND_S
 
-READ_BYTES = 32 * 1024
-LINE_LIMIT = 4096
-MAX_SHOWN_CHARS = 300  # of a line of ssh's stderr
-KEPT_LINES = 40  # the last lines of stderr
+READ_BYTES = 32 * 1024  # the most that one read of a pipe takes
+LINE_LIMIT = 4096  # bytes of a line of ssh's output
+MAX_SHOWN_CHARS = 300  # so much of a line of ssh's stderr is kept for messages
+KEPT_LINES = 40  # so many of the last lines of stderr are kept
 POLL_S = 0.01  # time between two checks whether the control socket is there
-STOP_TIMEOUT_S = 1.0
+STOP_TIMEOUT_S = 1.0  # the time for ssh to end after SIGTERM, and again after SIGKILL
 
 
 class MasterState(StrEnum):
@@ -61,8 +61,12 @@ _NEXT_STATES = {
 
 
 class OpensshMaster:
-    """The ``ssh`` child. ``error_lines`` are the last lines of its stderr, made printable. ``refused_forwards`` counts
-    the lines by which it reported that the host forbids forwarding. ``on_error_line`` is called with each new line."""
+    """The ``ssh`` child that holds the connection. ``control`` is the path of its control socket.
+
+    ``error_lines`` are the last lines of its stderr, made printable. ``on_error_line`` is called with each new line.
+    ``refused_forwards`` counts the lines in which ssh reported that the host forbids forwarding. ``exit_task`` ends
+    when the process has ended.
+    """
 
     def __init__(self, process: Process, control: Path) -> None:
         self.process = process
@@ -71,9 +75,9 @@ class OpensshMaster:
         self.error_lines: deque[str] = deque(maxlen=KEPT_LINES)
         self.refused_forwards = 0
         self.on_error_line: Callable[[str], None] = lambda _: None
-        self._nonce = secrets.token_hex(8)  # so that no line of a greeting passes for an echo
+        self._nonce = secrets.token_hex(8)  # begins each line that we send, so that no greeting passes for an echo
         self._line_ids = itertools.count()
-        self._pending_echoes: dict[bytes, asyncio.Future[float]] = {}
+        self._pending_echoes: dict[bytes, asyncio.Future[float]] = {}  # by line; the result: when the echo came
         self._readers = [asyncio.create_task(self._read_errors()), asyncio.create_task(self._read_echoes())]
         self.exit_task = asyncio.create_task(self._wait_for_exit())
 
@@ -111,8 +115,10 @@ class OpensshMaster:
         return self.state is MasterState.EXITED
 
     async def wait_logged_in(self, deadline: Deadline, *, session: bool) -> bool:
-        """True when ssh is logged in, which its control socket shows; false when ssh has ended. Raises
-        ``TimeoutError``."""
+        """Waits until ssh is logged in (then its control socket is there), and returns true; false if ssh has ended.
+
+        ``session``: ssh was started with a session. Raises ``TimeoutError``.
+        """
         while not self.control.exists():
             if self.exited:
                 return False
@@ -123,9 +129,10 @@ class OpensshMaster:
         return True
 
     async def measure_round_trip_ms(self, timeout_s: float) -> float | None:
-        """The round trip in ms of a line that the host echoes. ``None``: no echo came within ``timeout_s``.
+        """Sends a line, and returns the time until the host echoes it in ms; ``None``: no echo within ``timeout_s``.
 
-        The line is sent again while no echo comes: see ``transport.PING_RESEND_S``.
+        While no echo comes, another line is sent every ``PING_RESEND_S``. The echo of any of the lines counts, and the
+        time begins with the first line.
         """
         loop = asyncio.get_running_loop()
         sent_at = time.perf_counter()
@@ -138,9 +145,9 @@ class OpensshMaster:
                     await self._write_line(line)
                     echoes_or_exit: list[asyncio.Future[Any]] = [*echoes.values(), self.exit_task]
                     await asyncio.wait(echoes_or_exit, timeout=PING_RESEND_S, return_when=asyncio.FIRST_COMPLETED)
-                    echoed = next((echo for echo in echoes.values() if echo.done()), None)
-                    if echoed is not None:
-                        return (echoed.result() - sent_at) * 1000
+                    first_echo = next((echo for echo in echoes.values() if echo.done()), None)
+                    if first_echo is not None:
+                        return (first_echo.result() - sent_at) * 1000
                     if self.exit_task.done():
                         return None
         except (TimeoutError, ConnectionError):
@@ -174,32 +181,36 @@ class OpensshMaster:
         await self.process.stdin.drain()
 
     async def _wait_for_exit(self) -> None:
+        """Waits until the process has ended and its output has been read; then the state is EXITED."""
         await self.process.wait()
         await asyncio.wait(self._readers, timeout=STOP_TIMEOUT_S)  # a ProxyCommand that still runs may hold stderr open
         self._advance(MasterState.EXITED)
 
     async def _read_errors(self) -> None:
+        """Keeps, counts and reports the lines of stderr until its end."""
         async for line in _read_lines(self.process.stderr):
             text = printable(line, MAX_SHOWN_CHARS)
             if not text or set(text) == {"@"}:  # a line of the frame around ssh's warning of a changed host key
                 continue
             self.error_lines.append(text)
-            self.refused_forwards += FORBIDDEN_TEXT in text
+            if FORBIDDEN_TEXT in text:
+                self.refused_forwards += 1
             self.on_error_line(text)
 
     async def _read_echoes(self) -> None:
+        """Assigns the lines of stdout to the lines that wait for their echo, until the end of stdout."""
         async for line in _read_lines(self.process.stdout):
             if line.startswith(self._nonce.encode()):
                 self._advance(MasterState.ECHOING)
             echo = self._pending_echoes.get(line.strip())
             if echo is not None and not echo.done():
                 echo.set_result(time.perf_counter())
-            elif NO_TERMINAL_TEXT.encode() in line:  # RunPod's proxy writes it to stdout
+            elif NO_TERMINAL_TEXT.encode() in line:  # RunPod's proxy writes this error to stdout
                 self.error_lines.append(printable(line, MAX_SHOWN_CHARS))
 
 
 async def _read_lines(pipe: asyncio.StreamReader | None) -> AsyncIterator[bytes]:
-    """The lines of a hostile stream. A line longer than ``LINE_LIMIT`` is cut."""
+    """Yields the lines of a hostile stream. A line longer than ``LINE_LIMIT`` is cut."""
     assert pipe is not None
     buffer = LineBuffer(LINE_LIMIT, cut=True)
     while data := await pipe.read(READ_BYTES):

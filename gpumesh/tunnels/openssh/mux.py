@@ -1,6 +1,6 @@
-"""A client of an ``ssh`` master's control socket (OpenSSH's PROTOCOL.mux, version 4).
+"""Opens forwards and pings at an ``ssh`` master's control socket (OpenSSH's PROTOCOL.mux, version 4).
 
-A request is one message. The alternative, an ``ssh -O`` process for each request, first has to load its libraries.
+A request is one message, which is quick: an ``ssh -O`` process for each request would first have to load its libraries.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from gpumesh.printable import printable
 from gpumesh.topology import Target
 
 VERSION = 4
-MAX_PACKET_BYTES = 1 << 18
+MAX_PACKET_BYTES = 1 << 18  # far more than any answer here needs
 
+# The types of messages: greeting, requests, answers. Then a type of forward.
 _HELLO = 0x00000001
 _ALIVE_CHECK, _OPEN_FORWARD = 0x10000004, 0x10000006
 _OK, _DENIED, _FAILURE, _ALIVE = 0x80000001, 0x80000002, 0x80000003, 0x80000005
@@ -36,23 +37,26 @@ async def open_forwards(control: Path, routes: list[tuple[Path, Target]]) -> Non
         + struct.pack(">I", target.port)
         for request_id, (path, target) in enumerate(routes)
     ]
-    for kind, rest in await _exchange(control, messages):
-        if kind != _OK:
-            raise MuxError(_refusal_reason(kind, rest))
+    for answer_type, content in await _exchange(control, messages):
+        if answer_type != _OK:
+            raise MuxError(_refusal_reason(answer_type, content))
 
 
 async def is_master_alive(control: Path) -> bool:
-    """Whether the master is there and answers."""
+    """Pings the master, and returns whether it answers."""
     try:
-        ((kind, _),) = await _exchange(control, [struct.pack(">II", _ALIVE_CHECK, 0)])
+        answers = await _exchange(control, [struct.pack(">II", _ALIVE_CHECK, 0)])
     except MuxError:
         return False
-    return kind == _ALIVE
+    [(answer_type, _content)] = answers
+    return answer_type == _ALIVE
 
 
 async def _exchange(control: Path, messages: list[bytes]) -> list[tuple[int, bytes]]:
-    """Sends ``messages``. For each, the kind of the answer and its content after the request's number. Raises
-    ``MuxError``."""
+    """Sends ``messages``, whose request numbers count from 0, and returns the type and the content of each answer.
+
+    The content is what follows the request number. Raises ``MuxError``.
+    """
     try:
         reader, writer = await asyncio.open_unix_connection(control)
     except OSError as error:
@@ -61,16 +65,16 @@ async def _exchange(control: Path, messages: list[bytes]) -> list[tuple[int, byt
         hello = struct.pack(">II", _HELLO, VERSION)
         for message in (hello, *messages):
             writer.write(struct.pack(">I", len(message)) + message)
-        kind, version = struct.unpack_from(">II", await _read_packet(reader))
-        if kind != _HELLO or version != VERSION:
+        answer_type, version = struct.unpack_from(">II", await _read_packet(reader))
+        if answer_type != _HELLO or version != VERSION:
             raise MuxError(f"it speaks another version of the protocol ({version})")
         answers = []
         for request_id in range(len(messages)):
             packet = await _read_packet(reader)
-            kind, answered_id = struct.unpack_from(">II", packet)
+            answer_type, answered_id = struct.unpack_from(">II", packet)
             if answered_id != request_id:
                 raise MuxError("it answered something else")
-            answers.append((kind, packet[8:]))
+            answers.append((answer_type, packet[8:]))
         return answers
     except (OSError, EOFError, struct.error) as error:
         raise MuxError("it ended the talk on its control socket") from error
@@ -79,6 +83,7 @@ async def _exchange(control: Path, messages: list[bytes]) -> list[tuple[int, byt
 
 
 async def _read_packet(reader: asyncio.StreamReader) -> bytes:
+    """Reads one message: four bytes with its length, then its bytes, which are returned."""
     (length,) = struct.unpack(">I", await reader.readexactly(4))
     if length > MAX_PACKET_BYTES:
         raise MuxError("it said something far too long")
@@ -86,11 +91,14 @@ async def _read_packet(reader: asyncio.StreamReader) -> bytes:
 
 
 def _encode_string(text: str) -> bytes:
+    """A string in SSH's form: four bytes with its length, then its bytes."""
     raw = text.encode("utf-8", "surrogateescape")
     return struct.pack(">I", len(raw)) + raw
 
 
-def _refusal_reason(kind: int, rest: bytes) -> str:
-    if kind not in (_DENIED, _FAILURE):
-        return f"it answered {kind:#x}"
-    return printable(rest[4:]) or "it gives no reason"
+def _refusal_reason(answer_type: int, content: bytes) -> str:
+    """The reason in an answer that is not ``_OK``; safe to print."""
+    if answer_type not in (_DENIED, _FAILURE):
+        return f"it answered {answer_type:#x}"
+    reason = content[4:]  # after the reason's length
+    return printable(reason) or "it gives no reason"

@@ -1,4 +1,4 @@
-"""The command lines of ``ssh``: for the master, for its clients, for a chain of jump hosts, for fetching a host key.
+"""Makes the command lines of ``ssh``: of the master, of its clients, for jump hosts, and to fetch a host's key.
 
 No secret is in any argument: prompts.py answers ssh's questions.
 """
@@ -24,8 +24,9 @@ CLIENT_HOST = "gpumesh"  # clients of the control socket need some host name; th
 def master_command(setup: ConnectRequest, control: Path, *, batch: bool, session: bool) -> list[str]:
     """The command line of the master. ``session``: its own session runs ``cat`` on the host.
 
-    The options switch off everything that would make ssh ask, forward or share by itself: what the user's ~/.ssh/config
-    sets there is meant for ssh in a terminal. Raises ``HostKeyRevoked`` and ``KeyUnreadable``.
+    ``batch``: ssh asks no questions. The options switch off everything that would make ssh ask, forward or share by
+    itself: the user's settings for that in ~/.ssh/config are meant for ssh in a terminal. Raises ``HostKeyRevoked`` and
+    ``KeyUnreadable``.
     """
     ssh = setup.ssh
     options = {
@@ -34,7 +35,7 @@ def master_command(setup: ConnectRequest, control: Path, *, batch: bool, session
         "ControlPersist": "no",
         **_connect_options(ssh, batch=batch),
         "NumberOfPasswordPrompts": "1",
-        "ServerAliveInterval": "1",  # the last resort, after 4 s; the supervisor pings through the session
+        "ServerAliveInterval": "1",  # ssh gives up after 4 s. Only a reserve: the supervisor pings through the session
         "ServerAliveCountMax": "3",
         "TCPKeepAlive": "yes",
         "ExitOnForwardFailure": "yes",
@@ -82,27 +83,32 @@ def host_key_command(setup: ConnectRequest, known_hosts: Path, *, batch: bool) -
 
 
 def jump_command(ssh: SshSpec, *, batch: bool) -> str:
-    """The chain of jump hosts as a ProxyCommand. With ``-J``, ssh would not use our known_hosts, keys and policy for
-    them."""
-    command = ""
+    """The chain of jump hosts as a value of ProxyCommand; "" without jump hosts.
+
+    With ``-J``, ssh would not use our known_hosts, keys and policy for the jump hosts.
+    """
+    command = ""  # leads to the jump hosts so far; the next jump host is reached through it
     for jump in ssh.proxy_jump:
-        user, _, address = jump.rpartition("@")
-        _, host, port = split_jump(address, "")
+        user, host, port = split_jump(jump, "")
         options = {"ControlPath": "none", **_connect_options(ssh, batch=batch)}
         arguments = ["ssh", *_option_arguments(options), *_identity_arguments(ssh)]
         if command:
             arguments += ["-o", f"ProxyCommand={command}"]
-        arguments += ["-l", user] if user else []
-        arguments += ["-p", str(port)] if port != 22 else []
-        # The ssh that runs this command expands percent signs once. Only ``%h`` and ``%p`` after -W are meant for that.
+        if user:
+            arguments += ["-l", user]
+        if port != 22:
+            arguments += ["-p", str(port)]
+        # The ssh that runs this command expands percent signs once. It may expand only ``%h`` and ``%p`` after -W.
         escaped = [argument.replace("%", "%%") for argument in arguments]
         command = shell_words([*escaped, "-W"]) + " '[%h]:%p' " + shell_words(["--", host.replace("%", "%%")])
     return command
 
 
 def client_command(control: Path, *arguments: str) -> list[str]:
-    """The command line of a client of the control socket. Its ProxyCommand always fails, so that a client that finds no
-    master does not connect by itself."""
+    """The command line of a client of the control socket ``control``, with ``arguments`` at its end.
+
+    Its ProxyCommand always fails, so that a client that finds no master does not connect by itself.
+    """
     options = {
         "ControlMaster": "no",
         "ControlPath": quote_option_path(control),
@@ -136,25 +142,35 @@ def _connect_options(ssh: SshSpec, *, batch: bool) -> dict[str, str]:
 
 
 def _option_arguments(options: Mapping[str, str]) -> list[str]:
-    return [argument for name, value in options.items() for argument in ("-o", f"{name}={value}")]
+    """The options as arguments of ``ssh``: ``-o NAME=VALUE`` for each."""
+    arguments: list[str] = []
+    for name, value in options.items():
+        arguments += ["-o", f"{name}={value}"]
+    return arguments
 
 
 def _identity_arguments(ssh: SshSpec) -> list[str]:
-    """The key files. For an alias, a path with a variable is left out, because ssh finds that path in ~/.ssh/config."""
-    paths = [path.expanduser() for path in ssh.identity_files]
-    paths = [path for path in paths if ssh.alias is None or "${" not in str(path)]
-    return [argument for path in paths for argument in ("-o", f"IdentityFile={quote_option_path(path)}")]
+    """The key files as arguments of ``ssh``. For an alias, a path with a variable is left out, because ssh finds that
+    path in ~/.ssh/config."""
+    arguments: list[str] = []
+    for file in ssh.identity_files:
+        path = file.expanduser()
+        if ssh.alias is not None and "${" in str(path):
+            continue
+        arguments += ["-o", f"IdentityFile={quote_option_path(path)}"]
+    return arguments
 
 
 def _jump_arguments(ssh: SshSpec, *, batch: bool) -> list[str]:
+    """The jump hosts as arguments of ``ssh``; empty without jump hosts."""
     return ["-o", f"ProxyCommand={jump_command(ssh, batch=batch)}"] if ssh.proxy_jump else []
 
 
 def quote_option_path(path: Path) -> str:
-    """A path as the value of an option, quoted because ssh splits values at spaces and expands percent signs.
+    """Quotes a path as the value of an option, because ssh splits values at spaces and expands percent signs.
 
-    ssh also expands variables. ``${`` cannot be quoted, and ssh's error would show the variable's value. So this raises
-    ``KeyUnreadable`` for a path with ``${``.
+    ssh also expands variables. ``${`` cannot be quoted, and ssh's error would show the variable's value. So a path with
+    ``${`` raises ``KeyUnreadable``.
     """
     if "${" in str(path):
         raise KeyUnreadable(

@@ -1,4 +1,4 @@
-"""Answers the questions that ``ssh`` asks through askpass.py. When ssh repeats a question, the secret was wrong."""
+"""Answers the questions that ``ssh`` asks in a login (through askpass.py), with our secrets or by asking a person."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ _QUESTION_LIMIT = 8192  # bytes
 
 
 class AskpassServer:
-    """``async with AskpassServer(…) as prompts``: a server in ``folder`` (0700) during a login.
+    """``async with AskpassServer(…) as prompts``: answers ssh's questions at a Unix socket in ``folder`` (0700).
 
-    A secret answers the same question only once. If ssh asks again, the secret was wrong, and another try could lock
-    the account. Questions whether to trust a host key get no answer here: ``gpumesh trust`` is for that.
+    ``askpass_path`` is the program for ssh's ``SSH_ASKPASS``; it exists only if ``can_answer``. A secret answers the
+    same question only once. If ssh asks again, the secret was wrong, and another try could lock the account. Questions
+    whether to trust a host key get no answer here: ``gpumesh trust`` is for that.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class AskpassServer:
 
     @property
     def can_answer(self) -> bool:
+        """Whether there is a secret or a person that may answer. Without both, ssh must not ask (BatchMode)."""
         return self._interactive or bool(self._secrets)
 
     def forget_given_secrets(self) -> None:
@@ -71,6 +73,7 @@ class AskpassServer:
             self.askpass_path.unlink(missing_ok=True)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Answers the one question of an askpass process: a line of JSON each way."""
         try:
             question = json.loads(await reader.readline())
             answer = await self.answer_question(question) if isinstance(question, str) else None
@@ -82,7 +85,7 @@ class AskpassServer:
             writer.close()
 
     async def answer_question(self, question: str) -> str | None:
-        """The answer; ``None``: ssh gets no answer."""
+        """Returns the answer to a question of ssh; ``None``: ssh gets no answer."""
         if _TRUST_QUESTION.search(question):
             return None
         if _TOUCH_REQUEST.search(question):
@@ -100,8 +103,7 @@ class AskpassServer:
 
 
 def _find_secret_name(question: str) -> str:
-    """The name of the secret that ssh asks for; "" for another question. The passphrase is tried first, because a key's
-    path in such a question may contain "password"."""
-    if _PASSPHRASE.search(question):
+    """The name of the secret that ssh asks for: ``passphrase``, ``password``, or "" for another question."""
+    if _PASSPHRASE.search(question):  # first, because the key's path in such a question may contain "password"
         return "passphrase"
     return "password" if _PASSWORD.search(question) else ""

@@ -1,4 +1,4 @@
-"""Forwards accepted connections to a Unix socket. An ``ssh`` listens there and forwards them to the host."""
+"""Forwards accepted connections to a Unix socket, at which an ``ssh`` listens that forwards them to the host."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import socket
 from gpumesh.tunnels.forwarder import CHUNK_BYTES, READ, WRITE, Dialer, Forwarder
 from gpumesh.tunnels.local_system.sockets import close_with_reset
 
-CONNECT_RETRY_S = 0.005
+CONNECT_RETRY_S = 0.005  # the time between two tries while ssh's listen queue is full
 CONNECT_TRIES = 400  # 2 s together
 
 
 def relay_to_unix(path: str) -> Dialer:
-    """A dialer that forwards to the Unix socket at ``path``. If that socket refuses, the local connection is reset."""
+    """Makes a dialer that forwards to the Unix socket at ``path``. If that socket refuses, the client is reset."""
 
     def dial(forwarder: Forwarder, local: socket.socket) -> None:
         UnixRelay(forwarder, local, path)
@@ -21,7 +21,7 @@ def relay_to_unix(path: str) -> Dialer:
 
 
 class UnixRelay:
-    """Passes bytes in both directions between two sockets. Index 0 is the local socket, index 1 the Unix socket.
+    """Passes bytes in both directions between two sockets: side 0 is the local socket, side 1 the Unix socket.
 
     A socket is read only when all bytes that came from it have been written to the other socket. So a slow reader stops
     the sender, and at most ``CHUNK_BYTES`` are held for each direction.
@@ -33,9 +33,10 @@ class UnixRelay:
         remote = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         remote.setblocking(False)
         self._sockets = (local, remote)
-        self._pending = [b"", b""]  # to be written to the socket of the same index
-        self._ended = [False, False]  # the socket of this index has sent its last byte
-        self._events = [0, 0]  # for which the selector watches the socket of this index
+        # Each list has one item for each side.
+        self._pending = [b"", b""]  # bytes that wait to be written to this side's socket
+        self._ended = [False, False]  # this side's socket has sent its last byte
+        self._events = [0, 0]  # the events for which the selector watches this side's socket
         self._closed = False
         forwarder.add_relay(self)
         self._connect(CONNECT_TRIES)
@@ -44,6 +45,7 @@ class UnixRelay:
         self._close(reset=True)
 
     def _connect(self, tries: int) -> None:
+        """Connects to the Unix socket, now or with up to ``tries`` further tries. Aborts when that fails."""
         if self._closed:
             return
         try:
@@ -59,19 +61,19 @@ class UnixRelay:
         else:
             self._update_watch()
 
-    def _on_local_ready(self, mask: int) -> None:
-        self._on_ready(0, mask)
+    def _on_local_ready(self, ready_events: int) -> None:
+        self._on_ready(0, ready_events)
 
-    def _on_remote_ready(self, mask: int) -> None:
-        self._on_ready(1, mask)
+    def _on_remote_ready(self, ready_events: int) -> None:
+        self._on_ready(1, ready_events)
 
-    def _on_ready(self, side: int, mask: int) -> None:
+    def _on_ready(self, side: int, ready_events: int) -> None:
         if self._closed:
             return  # closed by the other side's event, in the same pass of the loop
         try:
-            if mask & WRITE:
+            if ready_events & WRITE:
                 self._write(side, self._pending[side])
-            if mask & READ and not self._pending[1 - side]:
+            if ready_events & READ and not self._pending[1 - side]:
                 self._read(side)
         except (BlockingIOError, InterruptedError):
             pass
@@ -84,6 +86,7 @@ class UnixRelay:
             self._update_watch()
 
     def _read(self, side: int) -> None:
+        """Reads from this side's socket, and writes the bytes, or passes on the end, to the other side."""
         data = self._sockets[side].recv(CHUNK_BYTES)
         if data:
             self._write(1 - side, data)
@@ -92,6 +95,7 @@ class UnixRelay:
             self._shut_down_when_written(1 - side)
 
     def _write(self, side: int, data: bytes) -> None:
+        """Writes ``data`` to this side's socket; the bytes for which there is no room become ``_pending``."""
         try:
             sent = self._sockets[side].send(data)
         except (BlockingIOError, InterruptedError):
@@ -101,10 +105,12 @@ class UnixRelay:
             self._shut_down_when_written(side)
 
     def _shut_down_when_written(self, side: int) -> None:
+        """Passes the other side's end on to this side's socket, unless bytes still wait to be written."""
         if not self._pending[side]:
             self._sockets[side].shutdown(socket.SHUT_WR)
 
     def _update_watch(self) -> None:
+        """Watches each side for WRITE while bytes wait for it, and for READ while no bytes wait for the other side."""
         for side, handler in ((0, self._on_local_ready), (1, self._on_remote_ready)):
             events = WRITE if self._pending[side] else 0
             if not self._ended[side] and not self._pending[1 - side]:
@@ -114,6 +120,7 @@ class UnixRelay:
                 self._forwarder.watch(self._sockets[side], events, handler)
 
     def _close(self, *, reset: bool) -> None:
+        """Closes both sockets, once. ``reset``: so that a client does not take a cut answer for a whole one."""
         if self._closed:
             return
         self._closed = True
