@@ -20,10 +20,10 @@ _PORT_PATTERN = re.compile(r"\d{1,5}")
 
 
 def parse_address(text: str, *, default_port: int) -> tuple[str, int]:
-    """Host and port from ``host port``, ``host:port``, ``[v6]:port``, ``host`` alone, or JSON with ``host`` and
-    ``port``.
+    """Parses ``host port``, ``host:port``, ``[v6]:port``, ``host`` or JSON with ``host`` and ``port``, into a pair.
 
-    Raises ``ValueError`` with a sentence that says what is wrong, and that repeats at most 80 characters of the text.
+    Without a port in the text, the port is ``default_port``. Raises ``ValueError`` with a sentence that says what is
+    wrong, and that repeats at most 80 characters of the text.
     """
     text = text.strip()
     if not text:
@@ -87,22 +87,22 @@ async def ask_address(command: AddressCommand, *, default_port: int, node: str) 
     Raises HostUnresolved, which is retried, when the command fails, takes longer than its ``timeout_s`` or prints no
     address. The command and all processes that it started are ended in any case.
     """
-    name = command.command[0]
-    quoted_name = quoting.paste_command("{COMMAND}", COMMAND=name)
+    program = command.command[0]
+    quoted_name = quoting.paste_command("{COMMAND}", COMMAND=program)
     hint = f"run {quoted_name} by hand: it must print `host port`, or JSON with host and port, and exit 0"
     try:
         async with local_command(command.command, stderr=False) as process, asyncio.timeout(command.timeout_s):
             printed, _cut = await read_at_most(process.stdout, _MAX_OUTPUT_BYTES)
             status = await process.wait()
     except TimeoutError as error:
-        message = f"address_from: {name!r} did not answer within {command.timeout_s:g} s"
+        message = f"address_from: {program!r} did not answer within {command.timeout_s:g} s"
         raise HostUnresolved(message, hint=hint, node=node) from error
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it holds a NUL"
-        raise HostUnresolved(f"address_from: cannot run {name!r}: {reason}", hint=hint, node=node) from error
+        raise HostUnresolved(f"address_from: cannot run {program!r}: {reason}", hint=hint, node=node) from error
     if status != 0:
-        raise HostUnresolved(f"address_from: {name!r} failed with exit status {status}", hint=hint, node=node)
+        raise HostUnresolved(f"address_from: {program!r} failed with exit status {status}", hint=hint, node=node)
     try:
         return parse_address(printed.decode("utf-8", "replace"), default_port=default_port)
     except ValueError as error:
-        raise HostUnresolved(f"address_from: {name!r}: {error}", hint=hint, node=node) from error
+        raise HostUnresolved(f"address_from: {program!r}: {error}", hint=hint, node=node) from error

@@ -76,7 +76,10 @@ class Tunnel(Protocol):
         raise."""
 
     async def wait_up(self) -> None:
-        """Returns when the tunnel is up. Raises the last TunnelError as soon as only a person can mend the cause."""
+        """Returns when the tunnel is up. Raises the last TunnelError when only a person can mend its cause.
+
+        Raises TunnelDown when the tunnel is closed.
+        """
 
     async def exec(
         self, argv: Sequence[str], *, timeout_s: float, limit_bytes: int = 1 << 20, shareable: bool = False

@@ -31,7 +31,7 @@ class Deadline:
 
     @property
     def remaining_s(self) -> float:
-        """Seconds until the deadline, never negative. Inside ``paused`` this includes the rest of the longest pause."""
+        """Seconds until the deadline, never negative. Inside ``paused`` this includes the rest of ``max_pause_s``."""
         return max(0.0, self._ends_at - self._clock())
 
     @property

@@ -29,9 +29,9 @@ from gpumesh.tunnels.local_system.sockets import close_with_reset, disable_nagle
 READ = selectors.EVENT_READ
 WRITE = selectors.EVENT_WRITE
 
-BACKLOG = 1024  # clients that wait in the kernel's queue, for example while the tunnel reconnects
+BACKLOG = 1024  # clients that can wait in the kernel's queue, for example while the tunnel reconnects
 CHUNK_BYTES = 64 * 1024  # the most that one read of a socket takes
-ACCEPTS_PER_EVENT = 64  # after so many accepts in a row, other sockets get their turn
+ACCEPTS_PER_EVENT = 64  # after this many accepts in a row, other sockets get their turn
 ACCEPT_RETRY_S = 0.1  # after an accept for which the system had no descriptor or no memory
 
 Handler = Callable[[int], None]
@@ -180,10 +180,11 @@ class Forwarder:
         heapq.heappush(self._timers, _Timer(time.monotonic() + delay_s, next(self._timer_ids), callback))
 
     def add_relay(self, relay: Relay) -> None:
-        """Makes the end of the loop abort ``relay``, until ``discard_relay``."""
+        """Registers ``relay``. The end of the loop aborts all registered relays."""
         self._relays.add(relay)
 
     def discard_relay(self, relay: Relay) -> None:
+        """Forgets ``relay``, because it has ended."""
         self._relays.discard(relay)
 
     # -- internals ---------------------------------------------------------------------------------------------------
@@ -229,7 +230,7 @@ class Forwarder:
             pass  # closed: the loop has ended
 
     def _seconds_to_next_timer(self) -> float | None:
-        """``None``: there is no timer."""
+        """Seconds until the next timer is due, never negative; ``None``: there is no timer."""
         return max(0.0, self._timers[0].due_at - time.monotonic()) if self._timers else None
 
     def _run_due_timers(self) -> None:

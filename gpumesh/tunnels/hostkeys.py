@@ -1,8 +1,8 @@
 """Decides whether a host's key is trusted, and makes the error for a key that is not. (known_hosts.py has the files.)
 
 Trust belongs to a node as well as to an address: a pod comes back on another port, and a port comes back with another
-pod. So a key is recorded under two names, the address and ``gpumesh-node-NAME``. If there is an entry for the node, it
-decides, and the entries for the address do not count.
+pod. So a key is recorded under two names, the address and ``gpumesh-node-NAME``. If there is an entry for the node,
+this entry decides, and the entries for the address do not count.
 """
 
 from __future__ import annotations

@@ -19,7 +19,8 @@ def split_jump(jump: str, default_user: str) -> tuple[str, str, int]:
         host, port = rest, ""
     if not host:
         raise ValueError(f"not a jump host: {jump!r}")
-    return user or default_user, host, int(port) if port else 22
+    port_number = int(port) if port else 22
+    return user or default_user, host, port_number
 
 
 def list_hops(ssh: SshSpec) -> tuple[SshSpec, ...]:

@@ -26,7 +26,7 @@ REVOKED, CERTIFICATE_AUTHORITY = "@revoked", "@cert-authority"
 
 @dataclass(frozen=True, slots=True)
 class HostKey:
-    """A host's public key. ``key_type`` is the SSH name of its type (``ssh-ed25519``), ``blob`` its wire form."""
+    """A host's public key: its type by the SSH name, such as ``ssh-ed25519``, and its ``blob`` (SSH's wire form)."""
 
     key_type: str
     blob: bytes

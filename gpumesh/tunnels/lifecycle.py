@@ -238,9 +238,9 @@ def _react_to_environment(
     life = replace(life, eager_until=now + timing.eager_period_s)
     if life.phase is TunnelPhase.UP:
         return life, Decision.CHECK
-    life = replace(life, failures=0)
+    life = replace(life, failures=0)  # the earlier failures say nothing about the new situation
     if life.phase is TunnelPhase.CONNECTING:
-        if isinstance(event, Woke):
+        if isinstance(event, Woke):  # the attempt under way is most likely dead
             return _begin_attempt(life, now), Decision.RECONNECT
         return life, Decision.NOTHING
     if isinstance(event, NetworkChanged) and life.tried_at is not None:

@@ -21,8 +21,8 @@ from gpumesh.tunnels.local_system.sockets import close_with_reset
 from gpumesh.tunnels.local_system.unix_sockets import UnixListener, open_tunnel_listener
 from gpumesh.tunnels.local_system.unix_urls import unix_url
 
-BACKLOG = 1024  # so many clients of one listener can wait for a worker
-_ACCEPTS_PER_EVENT = 64  # after so many accepts in a row, other tasks get their turn
+BACKLOG = 1024  # clients of one listener that can wait for a worker
+_ACCEPTS_PER_EVENT = 64  # after this many accepts in a row, other tasks get their turn
 
 
 class Listeners:

@@ -51,7 +51,7 @@ from gpumesh.tunnels.workers.worker_pool import WorkerHandle, WorkerPool
 
 log = logging.getLogger(__name__)
 
-CLIENT_WAIT_S = 8.0  # so long clients of a local port wait while there is no connection; then they are reset
+CLIENT_WAIT_S = 8.0  # clients of a local port wait this long for a connection to the host; then they are reset
 CLOSE_S = 2.0  # the time for a worker to end its commands and close its connection
 # The time for the worker of a lost connection to reset its clients. A killed worker would only close the clients'
 # connections, and a cut answer may look whole.
@@ -220,7 +220,7 @@ class SshTunnel:
     # -- the state machine -------------------------------------------------------------------------------------------
 
     def _handle_event(self, event: LifecycleEvent) -> None:
-        """Takes one step of the lifecycle, wakes the task that its decision is for, and announces a changed state."""
+        """Takes one step of the lifecycle, wakes the task that waits for the decision, and announces a new state."""
         old_life = self._life
         self._life, decision = step(old_life, event, now=self._clock(), jitter=self._rng.random())
         match decision:

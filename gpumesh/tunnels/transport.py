@@ -22,7 +22,7 @@ PING_RESEND_S = 0.5
 TCP sends a lost packet again only after a pause that doubles each time. At 5 % of lost packets, three packets in a row
 are lost once in a few thousand pings, and the answer would come after the host was given up. A packet that follows a
 lost packet makes TCP notice the loss within a round trip. So a second ping repairs the loss of the first ping, and the
-answer to it repairs the loss of the first answer.
+answer to the second ping repairs the loss of the first answer.
 """
 
 
@@ -48,7 +48,7 @@ class ConnectRequest:
 
 @dataclass(frozen=True, slots=True)
 class ConnectionInfo:
-    """Facts about a connection that was just made. ``server`` is the host's SSH version, ``rtt_ms`` the round trip."""
+    """Facts about a new connection. ``server``: the host's SSH version; ``rtt_ms``: the round trip, if it is known."""
 
     rtt_ms: float | None
     server: str
@@ -56,7 +56,7 @@ class ConnectionInfo:
 
 
 class ConnectionEvents(Protocol):
-    """Takes a connection's questions and reports, from the begin of the connect until the end of the connection."""
+    """Takes a connection's questions and reports, from the start of the connect until the end of the connection."""
 
     async def ask_person(self, text: str, *, echo: bool) -> str | None:
         """Returns a person's answer to the question ``text``; ``None`` when no person is there, or the person declined.

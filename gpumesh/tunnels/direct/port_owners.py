@@ -136,7 +136,7 @@ def _read_listening_sockets(proc: Path) -> Iterator[tuple[IPv4Address | IPv6Addr
     """Yields the bound address, port, inode and uid of each listening TCP socket of this machine."""
     for table in ("net/tcp", "net/tcp6"):
         try:
-            lines = (proc / table).read_text().splitlines()[1:]
+            lines = (proc / table).read_text().splitlines()[1:]  # without the heading
         except OSError:
             continue
         for line in lines:
@@ -193,7 +193,8 @@ def _find_forwarder_name(process: Path) -> str | None:
     Raises OSError when the process has ended.
     """
     name = (process / "comm").read_text().strip()
-    arguments = (process / "cmdline").read_bytes().decode("utf-8", "replace").split("\0")[:5]
+    command_line = (process / "cmdline").read_bytes().decode("utf-8", "replace")
+    arguments = command_line.split("\0")[:5]  # the interpreter, its options, and the program or module
     modules = {_module_name(text) for text in (*arguments, name)}
     only_forwards = name in FORWARDING_PROGRAMS or bool(modules & FORWARDING_MODULES)
     return name if only_forwards else None

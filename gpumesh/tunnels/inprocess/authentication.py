@@ -21,7 +21,7 @@ AskPerson = Callable[[str, bool], str | None]
 """Asks a person and blocks until the answer; ``None``: no answer. Arguments: the text; whether to show the answer."""
 
 MAX_AGENT_KEYS = 5  # sshd closes the connection after six failed attempts (MaxAuthTries)
-MAX_QUESTIONS = 10  # so many questions may a host ask in one login
+MAX_QUESTIONS = 10  # a host may ask this many questions in one login
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,6 +203,7 @@ class _Login:
                 agent.close()
 
     def try_password(self) -> bool:
+        """Tries our password, if there is one and the host may accept a password."""
         password = self._credentials.password
         if password is None or not self._host_accepts("password"):
             return False
@@ -218,7 +219,7 @@ class _Login:
         if not self._host_accepts("keyboard-interactive"):
             return False
         answerer = _QuestionAnswerer(password, self._ask_outside_deadline)
-        if self._ask_person is not None:
+        if self._ask_person is not None:  # paramiko's time-out for this attempt then has to include the person's time
             self._transport.auth_timeout = self._deadline.remaining_s + ANSWER_TIMEOUT_S
         return self._attempt(
             "answers to its questions",

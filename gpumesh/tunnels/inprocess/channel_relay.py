@@ -93,7 +93,7 @@ class ChannelRelay:
         with transport.lock:
             self._number = transport._next_channel()
             transport._channels.put(self._number, self)
-            transport.channels_seen[self._number] = True  # else a late packet for this channel ends the transport
+            transport.channels_seen[self._number] = True  # without this, a late packet ends the transport
         # Only now, with the relay in the map: a transport that ends later calls ``_unlink``, an ended one is seen here.
         if not transport.active:
             self.abort()

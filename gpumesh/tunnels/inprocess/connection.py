@@ -29,7 +29,7 @@ from gpumesh.tunnels.inprocess.sshtunnel_connector import TransportForwarder
 from gpumesh.tunnels.local_system.peer_users import open_own_user_filter
 from gpumesh.tunnels.transport import ConnectionEvents, ConnectionInfo, ConnectRequest, RemoteCommand
 
-DEADLINE_SLACK_S = 0.5  # the outer deadline is so much later, because an error of the opening itself says more
+DEADLINE_SLACK_S = 0.5  # the outer deadline is later by this, because an error of the opening itself says more
 
 
 async def connect(

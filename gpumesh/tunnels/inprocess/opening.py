@@ -27,7 +27,7 @@ from gpumesh.tunnels.jump_hosts import list_hops
 from gpumesh.tunnels.known_hosts import HostKey, read_known_hosts
 from gpumesh.tunnels.transport import ConnectRequest
 
-TIMEOUT_SLACK_S = 0.5  # the outer time-out is so much longer, because an error of the opening itself says more
+TIMEOUT_SLACK_S = 0.5  # the outer time-out is longer by this, because an error of the opening itself says more
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,7 +43,7 @@ class BufferedSocket:
         return data[start : self._position]
 
     def take_buffered(self, size: int) -> bytes | None:
-        """Returns exactly ``size`` bytes; ``None``: so many have not been read ahead."""
+        """Returns exactly ``size`` bytes; ``None``: fewer have been read ahead."""
         start = self._position
         end = start + size
         if end > len(self._buffer):

@@ -34,7 +34,7 @@ from gpumesh.tunnels.local_system.sockets import is_tcp
 _CONNECTED = frozenset({1, 4, 5, 8, 9, 11})
 
 REPORT_INTERVAL_S = 60.0  # the least time between two reports of the same refused user
-MAX_REPORTED_USERS = 64  # so many users are reported in that time
+MAX_REPORTED_USERS = 64  # at most this many users are reported in that time
 
 OnPeerRefused = Callable[[int, int], None]
 """Called with the local port, and with the uid of the user whose connection was refused."""

@@ -21,7 +21,7 @@ from gpumesh.config.listen_address import SOCKET_PATH_LIMIT
 from gpumesh.errors import GPUMeshError
 
 SUFFIX = ".sock"
-NAMES_TRIED = 100  # so many meshes with the same names may one user run at once
+NAMES_TRIED = 100  # one user can run this many meshes with the same names at once
 
 
 class PathInUse(GPUMeshError):

@@ -18,7 +18,7 @@ from gpumesh.tunnels.openssh.options import CLIENT_HOST, client_command
 from gpumesh.tunnels.remote_command import wrap_killable
 
 READ_BYTES = 32 * 1024  # the most that one read of a pipe takes
-STDERR_TAIL_BYTES = 1000  # so much of a command's stderr is kept to find ssh's own error in it
+STDERR_TAIL_BYTES = 1000  # the end of a command's stderr that is kept, to find ssh's own error in it
 STOP_TIMEOUT_S = 1.0  # the time for a client to end by itself, and again after it was killed
 
 

@@ -37,8 +37,8 @@ from gpumesh.tunnels.transport import PING_RESEND_S
 
 READ_BYTES = 32 * 1024  # the most that one read of a pipe takes
 LINE_LIMIT = 4096  # bytes of a line of ssh's output
-MAX_SHOWN_CHARS = 300  # so much of a line of ssh's stderr is kept for messages
-KEPT_LINES = 40  # so many of the last lines of stderr are kept
+MAX_SHOWN_CHARS = 300  # a line of ssh's stderr is cut to this length for messages
+KEPT_LINES = 40  # the number of the last lines of stderr that are kept
 POLL_S = 0.01  # time between two checks whether the control socket is there
 STOP_TIMEOUT_S = 1.0  # the time for ssh to end after SIGTERM, and again after SIGKILL
 

@@ -67,8 +67,8 @@ async def follow_connection(
 async def wait_connected(link: WorkerLink, ssh: SshSpec, *, node: str) -> bool:
     """Returns true when the worker is connected; false when that took too long, after ``link.finish``.
 
-    The worker itself enforces ``connect_timeout_s`` for each step. The longer limit here is for a worker that hangs.
-    While a person is being asked a question, the time does not count.
+    The worker itself enforces ``connect_timeout_s``. The limit here is several times as long, and is for a worker that
+    hangs. While a person is being asked a question, the time does not count.
     """
     limit_s = ssh.connect_timeout_s * (2 + len(ssh.proxy_jump)) + 10.0
     spent_s = 0.0
@@ -78,7 +78,8 @@ async def wait_connected(link: WorkerLink, ssh: SshSpec, *, node: str) -> bool:
                 await link.connected.wait()
                 return True
         except TimeoutError:
-            spent_s += 0.0 if link.open_prompts else 1.0
+            if not link.open_prompts:
+                spent_s += 1.0
     link.finish(Cause("connect-timeout", f"no connection to {node} within {limit_s:.0f} s"))
     return False
 

@@ -54,7 +54,7 @@ CLOSE_TIMEOUT_S = 2.0  # the time for a connection to close; the process ends th
 def main(control: socket.socket, listeners: Sequence[socket.socket]) -> int:
     """Runs the worker in a freshly forked process and returns the exit status. The caller ends the process without
     clean-up."""
-    # paramiko logs texts that a host sends. Without a configuration of logging they would go to stderr.
+    # paramiko logs texts that a host sends. Without a configuration of logging, these texts would go to stderr.
     logging.getLogger("paramiko").addHandler(logging.NullHandler())
     logging.getLogger("paramiko").propagate = False
     asyncio.run(Worker(listeners).serve(control))
@@ -143,7 +143,7 @@ class Worker:
     # -- the supervisor's messages -----------------------------------------------------------------------------------
 
     async def _receive(self, reader: asyncio.StreamReader) -> protocol.ToWorker | None:
-        """The supervisor's next message; ``None`` when the socket has ended."""
+        """Waits for the supervisor's next message; ``None``: the socket has ended."""
         try:
             line = await reader.readline()
         except (ConnectionError, ValueError):
@@ -185,7 +185,9 @@ class Worker:
             await self._writer.drain()
 
     async def _ping(self, request: Ping) -> None:
-        rtt_ms = await self._connection.ping(request.timeout_s) if self._connection is not None else None
+        rtt_ms: float | None = None
+        if self._connection is not None:
+            rtt_ms = await self._connection.ping(request.timeout_s)
         await self._send(Pong(request.id, rtt_ms))
 
     async def _exec(self, request: Exec) -> None:

@@ -42,6 +42,7 @@ def cause_from_error(error: TunnelError) -> Cause:
 
 
 def error_from_cause(cause: Cause, node: str) -> TunnelError:
+    """The same failure as an error of the type that belongs to its code."""
     return tunnel_error_from_code(cause.code, cause.message, hint=cause.hint, node=node)
 
 
@@ -257,7 +258,7 @@ class WorkerLink:
         return done
 
     async def _forget_command(self, command_id: int, *, succeeded: bool) -> None:
-        """Removes the command from the table. A command that has not succeeded may still run, so it is killed."""
+        """Removes the command from ``_commands``. A command that has not succeeded may still run, so it is killed."""
         self._commands.pop(command_id, None)
         connection_ended = self.end_cause.done()
         if succeeded or connection_ended:

@@ -229,6 +229,7 @@ class WorkerPool:
                 pending.set_result(answer)
 
     def _fail_pending_forks(self, reason: str) -> None:
+        """Makes all calls that wait for the zygote's answer raise EOFError."""
         for pending in self._pending_forks.values():
             if not pending.done():
                 pending.set_exception(EOFError(reason))
@@ -236,6 +237,7 @@ class WorkerPool:
     # -- the zygote's life -------------------------------------------------------------------------------------------
 
     def _start_zygote(self) -> None:
+        """Starts the zygote, and receives its answers from now on. Raises TunnelError."""
         our_end, zygote_end = socket.socketpair()
         with zygote_end:
             try:

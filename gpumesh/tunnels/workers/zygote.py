@@ -65,20 +65,20 @@ class Zygote:
         self._serve_requests(_open_signal_pipe(signal.SIGCHLD))
         self._end_children()
 
-    def _serve_requests(self, child_ended: int) -> None:
-        """Handles requests until the mesh closes its end. ``child_ended``: a descriptor, readable at a worker's end."""
+    def _serve_requests(self, child_ended_fd: int) -> None:
+        """Handles requests until the mesh closes its end. ``child_ended_fd`` is readable when a worker has ended."""
         answers = b""
         while True:
             # Answers wait until no more requests are there: workers that were requested together are all forked first.
             # After an answer the mesh lets that worker connect, which would take the processor from the next forks.
-            watched: list[Any] = [self._control, child_ended]
-            ready = select.select(watched, [], [], 0.0 if answers else None)[0]
+            watched: list[Any] = [self._control, child_ended_fd]
+            ready, _, _ = select.select(watched, [], [], 0.0 if answers else None)
             if not ready:
                 with contextlib.suppress(OSError):
                     self._control.sendall(answers)
                 answers = b""
-            if child_ended in ready:
-                os.read(child_ended, 4096)
+            if child_ended_fd in ready:
+                os.read(child_ended_fd, 4096)
                 self._reap_children()
             if self._control in ready:
                 data, fds, _flags, _sender = socket.recv_fds(self._control, READ_BYTES, MAX_FDS)
