@@ -23,6 +23,7 @@ from gpumesh.tunnels.local_system.unix_urls import unix_url
 
 BACKLOG = 1024  # clients of one listener that can wait for a worker
 _ACCEPTS_PER_EVENT = 64  # after this many accepts in a row, other tasks get their turn
+_ACCEPT_RETRY_S = 0.1  # the pause after an accept for which the system had no descriptor or no memory
 
 
 class Listeners:
@@ -97,12 +98,12 @@ class Listeners:
         self._reset_timer = asyncio.get_running_loop().call_later(delay_s, self.reset_clients)
 
     def reset_clients(self) -> None:
-        """Resets every waiting client now and every new client at once: a balancer wants failures to be fast."""
+        """Resets the clients that wait, and from now on every new client: a balancer wants failures to be fast."""
         self._cancel_timer()
         if self._resetting_loop is None:
             self._resetting_loop = asyncio.get_running_loop()
             for listener in self.sockets:
-                self._resetting_loop.add_reader(listener, _reset_waiting_clients, listener)
+                self._watch_to_reset(listener)
 
     def close(self) -> None:
         self.hold_clients()
@@ -110,6 +111,27 @@ class Listeners:
             unix_listener.close()
         for listener in self.sockets:
             listener.close()
+
+    def _watch_to_reset(self, listener: socket.socket) -> None:
+        """Resets the clients of ``listener`` as they come. Does nothing if clients are held meanwhile."""
+        if self._resetting_loop is not None:
+            self._resetting_loop.add_reader(listener, self._reset_waiting_clients, listener)
+
+    def _reset_waiting_clients(self, listener: socket.socket) -> None:
+        """Accepts and resets the clients that wait at ``listener``, at most ``_ACCEPTS_PER_EVENT`` in one call."""
+        for _ in range(_ACCEPTS_PER_EVENT):
+            try:
+                client, _address = listener.accept()
+            except (BlockingIOError, InterruptedError, ConnectionAbortedError):  # no client waits any more
+                return
+            except OSError:
+                # No descriptor or memory is left. The listener stays readable, so its watch would call this again at
+                # once, and keep the processor busy.
+                if self._resetting_loop is not None:
+                    self._resetting_loop.remove_reader(listener)
+                    self._resetting_loop.call_later(_ACCEPT_RETRY_S, self._watch_to_reset, listener)
+                return
+            close_with_reset(client)
 
     def _cancel_timer(self) -> None:
         if self._reset_timer is not None:
@@ -128,13 +150,3 @@ def _listen_on_loopback() -> socket.socket:
         listener.close()
         raise
     return listener
-
-
-def _reset_waiting_clients(listener: socket.socket) -> None:
-    """Accepts and resets the clients that wait at ``listener``, at most ``_ACCEPTS_PER_EVENT`` in one call."""
-    for _ in range(_ACCEPTS_PER_EVENT):
-        try:
-            client, _address = listener.accept()
-        except OSError:  # no client waits (BlockingIOError), or no descriptor is left: the next event tries again
-            return
-        close_with_reset(client)

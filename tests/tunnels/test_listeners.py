@@ -56,7 +56,15 @@ async def test_clients_wait_are_reset_and_wait_again() -> None:
     assert all(listener.fileno() == -1 for listener in listeners.sockets)
 
 
-async def test_resetting_clients_survives_a_lack_of_descriptors() -> None:
+async def test_resetting_clients_survives_a_lack_of_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[socket.socket] = []
+    reset_waiting_clients = Listeners._reset_waiting_clients
+
+    def count_and_reset(listeners: Listeners, listener: socket.socket) -> None:
+        calls.append(listener)
+        reset_waiting_clients(listeners, listener)
+
+    monkeypatch.setattr(Listeners, "_reset_waiting_clients", count_and_reset)
     listeners = Listeners(TWO[:1])
     with socket.socket() as client:
         client.setblocking(False)
@@ -68,9 +76,10 @@ async def test_resetting_clients_survives_a_lack_of_descriptors() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (highest, hard))
         try:
             listeners.reset_clients()
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(0.25)
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert 1 <= len(calls) <= 4, "each try is followed by a pause"
         with pytest.raises(ConnectionResetError):
             await asyncio.wait_for(loop.sock_recv(client, 1), 20)
     listeners.close()
