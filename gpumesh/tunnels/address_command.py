@@ -20,10 +20,10 @@ _PORT_PATTERN = re.compile(r"\d{1,5}")
 
 
 def parse_address(text: str, *, default_port: int) -> tuple[str, int]:
-    """Parses ``host port``, ``host:port``, ``[v6]:port``, ``host`` or JSON with ``host`` and ``port``, into a pair.
+    """Parses ``host port``, ``host:port``, ``[v6]:port``, ``host`` or JSON with ``host`` and ``port``.
 
-    Without a port in the text, the port is ``default_port``. Raises ``ValueError`` with a sentence that says what is
-    wrong, and that repeats at most 80 characters of the text.
+    Returns host and port, which is ``default_port`` if the text has no port. Raises ``ValueError`` with a sentence that
+    says what is wrong, and that repeats at most 80 characters of the text.
     """
     text = text.strip()
     if not text:
@@ -63,7 +63,7 @@ def _parse_json(text: str) -> tuple[str, int | None]:
 def _parse_fields(text: str) -> tuple[str, int | None]:
     """Host and port from text that is no JSON; port ``None``: the text has no port. Raises ``ValueError``."""
     fields = text.split()
-    if len(fields) == 2:
+    if len(fields) == 2:  # ``host port``
         host, port = fields
         if not _PORT_PATTERN.fullmatch(port):
             raise ValueError(f"{port[:80]!r} is not a port")
@@ -72,9 +72,10 @@ def _parse_fields(text: str) -> tuple[str, int | None]:
         raise ValueError(f"expected `host port`, got {len(fields)} words")
     if bracketed := _BRACKETED_ADDRESS.fullmatch(text):
         host, port = bracketed.groups()
-        return host, None if port is None else int(port)
+        port_number = None if port is None else int(port)
+        return host, port_number
     host, colon, port = text.partition(":")
-    if not colon or ":" in port:  # there is no port, or the text is an IPv6 address
+    if not colon or ":" in port:  # ``host``, or an IPv6 address without brackets
         return text, None
     if not _PORT_PATTERN.fullmatch(port):
         raise ValueError(f"{port[:80]!r} is not a port")

@@ -135,8 +135,8 @@ def uses_node_alias(node: str, ssh: SshSpec) -> bool:
     if node_keys:
         return True
     address = known_hosts_address(ssh.host, ssh.port)
-    address_known = any(entry.matches(address) for entry in known.entries if entry.marker != REVOKED)
-    return ssh.host_key_policy is HostKeyPolicy.ACCEPT_NEW and not address_known
+    address_is_known = any(entry.matches(address) for entry in known.entries if entry.marker != REVOKED)
+    return ssh.host_key_policy is HostKeyPolicy.ACCEPT_NEW and not address_is_known
 
 
 def _refuse_revoked_keys(known: KnownHosts, node_keys: Sequence[HostKey], *, node: str, ssh: SshSpec) -> None:

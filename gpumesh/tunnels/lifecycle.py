@@ -218,8 +218,8 @@ def _fail(life: Lifecycle, cause: Cause, now: float, jitter: float, timing: Retr
 def _backoff_delay_s(failures: int, jitter: float, max_backoff_s: float, timing: RetryTiming) -> float:
     """Seconds until the next attempt: an interval that doubles with each failure, times 0.5 to 1.5 (by ``jitter``).
 
-    The result is between ``initial_backoff_s`` and ``max_backoff_s``. Jitter keeps nodes that were lost together from
-    coming back at the same moment.
+    The result is between ``initial_backoff_s`` and ``max_backoff_s``; with no failure, it is at most
+    ``immediate_retry_s``. Jitter keeps nodes that were lost together from coming back at the same moment.
     """
     if failures == 0:
         return timing.immediate_retry_s * jitter

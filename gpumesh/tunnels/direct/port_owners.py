@@ -99,7 +99,7 @@ class PortOwnerLookup:
         return ended_owners | {address: known.owner for address, known in known_owners.items()}
 
     def _decide_owner(self, port: int, sockets: _Sockets, pids_by_inode: Mapping[int, list[int]]) -> PortOwner:
-        """Decides from the sockets of a port, and from the processes that hold these sockets.
+        """Decides whether the server runs on this machine, from a port's sockets and the processes that hold them.
 
         Raises OSError when one of these processes has ended meanwhile.
         """

@@ -136,6 +136,7 @@ class _QuestionAnswerer:
         return [self._answer_question(heading, question, echo) for question, echo in prompts]
 
     def _answer_question(self, heading: str, question: str, echo: bool) -> str:
+        """The answer to one question; "" when no person answers. Raises AuthenticationException after too many."""
         self._question_count += 1
         if self._question_count > MAX_QUESTIONS:
             raise paramiko.AuthenticationException("too many questions")

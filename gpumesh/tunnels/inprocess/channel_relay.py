@@ -73,8 +73,8 @@ class ChannelRelay:
         self._local_ended = False  # the client has sent its last byte
         self._host_ended = False  # the host has sent its last byte
         self._end_written = False  # the client has got the host's EOF
-        self._close_sent = False
-        self._host_closed = False
+        self._close_sent = False  # we have sent CHANNEL_CLOSE
+        self._host_closed = False  # the host has sent CHANNEL_CLOSE, or there is no channel any more
         self._local_closed = False
         self._events = 0  # the events (READ, WRITE) for which the selector watches the local socket
 
@@ -172,7 +172,8 @@ class ChannelRelay:
         self._multiplexer.send(message)
 
     def _update(self) -> None:
-        """Passes on an end or a close, and watches the local socket for the events that are wanted now."""
+        """Passes the host's end or close on to the client once all data is written, and otherwise watches the local
+        socket for the events that are wanted now."""
         if self._local_closed:
             return
         with self._lock:
@@ -320,7 +321,7 @@ class ChannelRelay:
 
 
 def _make_open_message(number: int, target: Target) -> paramiko.Message:
-    """CHANNEL_OPEN of type direct-tcpip (RFC 4254, sections 5.1 and 7.2)."""
+    """Makes CHANNEL_OPEN of type direct-tcpip (RFC 4254, sections 5.1 and 7.2). ``number``: our channel's number."""
     message = paramiko.Message()
     message.add_byte(cMSG_CHANNEL_OPEN)
     message.add_string("direct-tcpip")
@@ -329,7 +330,7 @@ def _make_open_message(number: int, target: Target) -> paramiko.Message:
     message.add_int(MAX_PACKET)
     message.add_string(target.host)
     message.add_int(target.port)
-    message.add_string("127.0.0.1")
+    message.add_string("127.0.0.1")  # the address and port of the originator: the host need not know the client's
     message.add_int(0)
     return message
 

@@ -25,7 +25,7 @@ class Heartbeat:
 
     def __init__(self, transport: paramiko.Transport) -> None:
         self._transport = cast(Any, transport)  # paramiko's types lack the private parts that are used here
-        self._unanswered: deque[ThreadEvent] = deque()
+        self._unanswered: deque[ThreadEvent] = deque()  # the events of the open requests, the oldest first
         for message_type in (MSG_REQUEST_SUCCESS, MSG_REQUEST_FAILURE):
             self._transport._handler_table[message_type] = self._on_answer
 

@@ -117,7 +117,7 @@ class Opening:
         """Connects to the next host, and exchanges keys with it. ``check_key``: the key must be trusted."""
         ssh = hop.ssh
         self._last_socket = sock = self._connect_through_last(ssh.host, ssh.port)
-        if self._given_up:  # checked again after each long step: ``give_up`` may not have seen what the step made
+        if self._given_up:  # after each long step: a ``give_up`` during the step could not close what the step made
             sock.close()
             raise ConnectTimeout("given up")
         if check_key:

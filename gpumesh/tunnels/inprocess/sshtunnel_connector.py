@@ -150,7 +150,7 @@ class _FallbackServer(sshtunnel._ThreadingForwardServer):  # type: ignore[misc] 
     ) -> None:
         super().__init__(("127.0.0.1", 0), handler, bind_and_activate=False, logger=logger)
         self._peer_filter = peer_filter
-        self.socket.close()
+        self.socket.close()  # the socket that sshtunnel's constructor made
         self.socket: socket.socket = listener.dup()
         self.server_address = _local_address(listener)
 
@@ -173,6 +173,7 @@ def _relay(local: socket.socket, channel: paramiko.Channel) -> None:
     sshtunnel's own relaying ends both directions when one ends, and makes a cut answer look whole.
     """
     open_ends: set[socket.socket | paramiko.Channel] = {local, channel}
+    # After the host's end, the client's bytes still go to the host, until one of the two has closed.
     while channel in open_ends or (local in open_ends and not channel.closed):
         ready, _, _ = select.select(list(open_ends), [], [], RELAY_POLL_S)
         for source, sink in ((local, channel), (channel, local)):

@@ -34,7 +34,7 @@ _NLMSG_HEADER = struct.Struct("=IHHII")  # length, type, flags, sequence, port
 # The structs of linux/inet_diag.h. A request (inet_diag_req_v2) begins with family, protocol, ext, pad, states. Then
 # comes the socket id (inet_diag_sockid): ports, addresses, interface, cookie.
 _REQUEST = struct.Struct("=BBBBI")
-_COOKIE = struct.pack("=III", 0, 0xFFFFFFFF, 0xFFFFFFFF)  # any interface, any cookie
+_ANY_INTERFACE_AND_COOKIE = struct.pack("=III", 0, 0xFFFFFFFF, 0xFFFFFFFF)
 # An answer (inet_diag_msg) begins with family, state, timer, retrans (a byte each). Then come the socket id, and the
 # counters: expires, rqueue, wqueue, uid, inode.
 _ANSWER_START = struct.Struct("=BBBB")
@@ -71,13 +71,13 @@ class SockDiag:
 
     def __call__(self, pair: AddressPair) -> SocketInfo | None:
         self._sequence = (self._sequence + 1) & 0xFFFFFFFF
-        request = (
-            _REQUEST.pack(pair.family, socket.IPPROTO_TCP, 0, 0, _ALL_STATES)
-            + struct.pack("!HH", pair.port, pair.remote_port)
+        socket_id = (
+            struct.pack("!HH", pair.port, pair.remote_port)
             + pair.address.ljust(16, b"\0")
             + pair.remote_address.ljust(16, b"\0")
-            + _COOKIE
+            + _ANY_INTERFACE_AND_COOKIE
         )
+        request = _REQUEST.pack(pair.family, socket.IPPROTO_TCP, 0, 0, _ALL_STATES) + socket_id
         length = _NLMSG_HEADER.size + len(request)
         header = _NLMSG_HEADER.pack(length, _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST, self._sequence, 0)
         self._netlink.send(header + request)

@@ -14,7 +14,7 @@ def is_tcp(sock: socket.socket) -> bool:
 
 
 def disable_nagle(sock: socket.socket) -> None:
-    """Sets TCP_NODELAY. Does nothing for a Unix socket. Raises OSError for a connection that has ended."""
+    """Sets TCP_NODELAY: small packets do not wait. Ignores a Unix socket. Raises OSError for a dead connection."""
     if is_tcp(sock):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 

@@ -136,10 +136,12 @@ class OpensshConnection:
         return None if self._master.exited else (time.perf_counter() - started_at) * 1000
 
     async def start_command(self, command: str) -> commands.MuxCommand:
+        # A host that echoes has run ``exec cat``. So its login shell can start a POSIX shell as well.
+        has_posix_shell = self._master.state is MasterState.ECHOING
         return await commands.start_client(
             self._master.control,
             command,
-            posix=self._master.state is MasterState.ECHOING,
+            posix=has_posix_shell,
             is_master_alive=self._is_master_alive,
         )
 

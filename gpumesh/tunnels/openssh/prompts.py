@@ -38,12 +38,12 @@ class AskpassServer:
         *,
         interactive: bool,
     ) -> None:
-        self._path = folder / "ask"
+        self._socket_path = folder / "ask"
         self._secrets = secrets
         self._events = events
         self._deadline = deadline
         self._interactive = interactive
-        self._answered_questions: set[str] = set()
+        self._answered_questions: set[str] = set()  # the questions that one of our secrets has answered
         self._server: asyncio.Server | None = None
         self.askpass_path = folder / "askpass"
 
@@ -59,9 +59,9 @@ class AskpassServer:
 
     async def __aenter__(self) -> AskpassServer:
         if self.can_answer:
-            self._server = await asyncio.start_unix_server(self._serve, self._path, limit=_QUESTION_LIMIT)
-            self._path.chmod(0o600)
-            command = [sys.executable, "-P", "-m", "gpumesh.tunnels.openssh.askpass", str(self._path)]
+            self._server = await asyncio.start_unix_server(self._serve, self._socket_path, limit=_QUESTION_LIMIT)
+            self._socket_path.chmod(0o600)
+            command = [sys.executable, "-P", "-m", "gpumesh.tunnels.openssh.askpass", str(self._socket_path)]
             self.askpass_path.write_text(f'#!/bin/sh\nexec {shlex.join(command)} "$1"\n')
             self.askpass_path.chmod(0o700)
         return self
@@ -69,7 +69,7 @@ class AskpassServer:
     async def __aexit__(self, *_: object) -> None:
         if self._server is not None:
             self._server.close()
-            self._path.unlink(missing_ok=True)
+            self._socket_path.unlink(missing_ok=True)
             self.askpass_path.unlink(missing_ok=True)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -184,7 +184,7 @@ class WorkerLink:
         Raises TunnelDown when there is no connection, and ExecError when the command failed, took too long or was cut
         off.
         """
-        request = Exec(next(self._ids), command, timeout_s, limit_bytes)
+        request = Exec(next(self._ids), command, timeout_s=timeout_s, limit_bytes=limit_bytes)
         output = {OutputStream.STDOUT: bytearray(), OutputStream.STDERR: bytearray()}
         succeeded = False
         try:
@@ -209,7 +209,7 @@ class WorkerLink:
 
         Closing the iterator ends the command. Raises as ``run_command``.
         """
-        request = Exec(next(self._ids), command, None, 0, stream=True)
+        request = Exec(next(self._ids), command, timeout_s=None, limit_bytes=0, stream=True)
         succeeded = False
         try:
             pending = await self._start_command(request, limit_bytes=STREAM_LIMIT_BYTES)

@@ -107,7 +107,7 @@ class Zygote:
         except OSError as error:
             answer: dict[str, object] = {"id": request["id"], "error": str(error)}
         else:
-            if pid == 0:
+            if pid == 0:  # this is the worker, and it ends inside this call
                 self._run_worker(request["node"], fds, parent)
             self._children.add(pid)
             answer = {"id": request["id"], "pid": pid}
