@@ -235,7 +235,7 @@ class SshTunnel:
         if self._life != old_life:
             if self._life.phase is not old_life.phase:
                 self._since = datetime.now(UTC)
-                self._hold_or_reset_clients(old_life.phase)
+                _hold_or_reset_clients(self._listeners, old_life.phase, self._life.phase, self._client_wait_s)
             self._announce_state()
 
     def _announce_state(self) -> None:
@@ -243,17 +243,6 @@ class SshTunnel:
         changed_event, self._state_changed = self._state_changed, asyncio.Event()
         changed_event.set()
         self._on_change(self.state)
-
-    def _hold_or_reset_clients(self, old_phase: TunnelPhase) -> None:
-        """Lets the clients of the local ports wait during a short outage, and resets them during a long one."""
-        phase = self._life.phase
-        if phase is TunnelPhase.UP:
-            self._listeners.hold_clients()
-        elif phase is TunnelPhase.FAILED:
-            self._listeners.reset_clients()
-        elif old_phase in (TunnelPhase.IDLE, TunnelPhase.UP) and phase is not TunnelPhase.CLOSED:
-            # The outage begins now. Its later phases (backoff, connecting) do not start the time again.
-            self._listeners.reset_clients_after(self._client_wait_s)
 
     async def run(self) -> None:
         try:
@@ -351,7 +340,7 @@ class SshTunnel:
     def _on_connected(self, setup: ConnectRequest, info: ConnectionInfo) -> None:
         self._rtt_ms = info.rtt_ms
         self._host_keys = _fingerprints_on_record(setup)
-        self._check_requested.clear()
+        self._check_requested.clear()  # an earlier request was about an earlier connection
         self._handle_event(Connected())
 
     def _on_forward_failed(self, failed: ForwardFailed) -> None:
@@ -362,6 +351,22 @@ class SshTunnel:
         self._forbidden_targets.add(failed.target)
         if self._forbidden_targets >= set(self._targets):
             self._link.finish(Cause("forwarding-forbidden", failed.message, FORBIDDEN_HINT, needs_person=True))
+
+
+def _hold_or_reset_clients(
+    listeners: Listeners, old_phase: TunnelPhase, phase: TunnelPhase, client_wait_s: float
+) -> None:
+    """Lets the clients of the local ports wait during an outage shorter than ``client_wait_s``, and resets them later.
+
+    Called when the tunnel's phase changes. In phase failed the outage will be long, so they are reset at once.
+    """
+    if phase is TunnelPhase.UP:
+        listeners.hold_clients()
+    elif phase is TunnelPhase.FAILED:
+        listeners.reset_clients()
+    elif old_phase in (TunnelPhase.IDLE, TunnelPhase.UP) and phase is not TunnelPhase.CLOSED:
+        # The outage begins now. Its later phases (backoff, connecting) do not start the time again.
+        listeners.reset_clients_after(client_wait_s)
 
 
 def _log_refused_user(node: str, refused: PeerRefused) -> None:

@@ -53,7 +53,7 @@ _CHANNEL_MESSAGES = (
 
 
 def find_missing_feature(transport: Any) -> str | None:
-    """Names a private part of paramiko that this version lacks; ``None``: it has all parts that this file uses."""
+    """Describes a private part of paramiko that this version lacks; ``None``: this version has all that we use."""
     table = getattr(transport, "_channel_handler_table", None)
     if not isinstance(table, dict) or set(table) != set(_CHANNEL_MESSAGES):
         return "Transport._channel_handler_table is not the table it was"

@@ -90,10 +90,7 @@ class ChannelRelay:
         """Asks the host for the channel. Aborts if the transport has ended, or if no answer comes in time."""
         transport = self._multiplexer.transport
         self._forwarder.add_relay(self)
-        with transport.lock:
-            self._number = transport._next_channel()
-            transport._channels.put(self._number, self)
-            transport.channels_seen[self._number] = True  # without this, a late packet ends the transport
+        self._number = _register_channel(transport, self)
         # Only now, with the relay in the map: a transport that ends later calls ``_unlink``, an ended one is seen here.
         if not transport.active:
             self.abort()
@@ -117,23 +114,12 @@ class ChannelRelay:
 
     def _write_pending(self) -> None:
         """Writes pending data to the local socket, and gives the host credit for the bytes that were written."""
-        credit = 0
         with self._lock:
             try:
-                while self._pending:
-                    data = self._pending[0]
-                    sent = self._local.send(data)
-                    credit += sent
-                    if sent < len(data):
-                        self._pending[0] = data[sent:]
-                        break
-                    self._pending.popleft()
-            except (BlockingIOError, InterruptedError):
-                pass
+                self._uncredited += _write_pieces(self._local, self._pending)
             except OSError:
                 self._forwarder.post(self.abort)
                 return
-            self._uncredited += credit
         self._send_credit()
 
     def _send_credit(self) -> None:
@@ -221,10 +207,7 @@ class ChannelRelay:
         self._remove_if_closed()
 
     def _remove_if_closed(self) -> None:
-        """Removes the channel from paramiko's map if both sides are closed: then its number may be used again.
-
-        After its close the host sends nothing more for this number.
-        """
+        """Removes the channel from paramiko's map if both sides are closed: the host sends nothing more for it."""
         transport = self._multiplexer.transport
         if self._local_closed and (self._host_closed or not transport.active):
             self._multiplexer.cancel_open_timeout(self)
@@ -320,6 +303,35 @@ class ChannelRelay:
         self._forwarder.post(self._on_ended_by_host)
 
 
+def _register_channel(transport: Any, relay: ChannelRelay) -> int:
+    """Puts the relay into paramiko's map of channels, and returns the channel's new number."""
+    with transport.lock:
+        number: int = transport._next_channel()
+        transport._channels.put(number, relay)
+        transport.channels_seen[number] = True  # without this, a late packet for the channel ends the transport
+    return number
+
+
+def _write_pieces(sock: socket.socket, pieces: deque[bytes]) -> int:
+    """Writes as much as ``sock`` has room for, removes it from ``pieces``, and returns the number of bytes.
+
+    Raises OSError.
+    """
+    written = 0
+    while pieces:
+        piece = pieces[0]
+        try:
+            sent = sock.send(piece)
+        except (BlockingIOError, InterruptedError):
+            break
+        written += sent
+        if sent < len(piece):
+            pieces[0] = piece[sent:]
+            break
+        pieces.popleft()
+    return written
+
+
 def _make_open_message(number: int, target: Target) -> paramiko.Message:
     """Makes CHANNEL_OPEN of type direct-tcpip (RFC 4254, sections 5.1 and 7.2). ``number``: our channel's number."""
     message = paramiko.Message()
@@ -335,9 +347,9 @@ def _make_open_message(number: int, target: Target) -> paramiko.Message:
     return message
 
 
-def _make_message(kind: bytes, remote_number: int) -> paramiko.Message:
-    """A message for an open channel: its kind and the host's number of the channel. The caller adds the rest."""
+def _make_message(message_type: bytes, remote_number: int) -> paramiko.Message:
+    """A message for an open channel: its type and the host's number of the channel. The caller adds the rest."""
     message = paramiko.Message()
-    message.add_byte(kind)
+    message.add_byte(message_type)
     message.add_int(remote_number)
     return message

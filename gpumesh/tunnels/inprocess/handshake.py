@@ -50,7 +50,7 @@ def connect_tcp(host: str, port: int, deadline: Deadline) -> socket.socket:
             f"DNS does not know the host {printable(host)}",
             hint="check `ssh.host` for a misspelling, and that this machine is online",
         ) from error
-    last_error: OSError = TimeoutError()
+    last_error: OSError = TimeoutError()  # stays if the deadline has expired already
     for index, (family, socket_type, protocol, _name, address) in enumerate(addresses):
         if deadline.expired:
             break
@@ -86,10 +86,10 @@ def _connect_error(error: OSError, address: str) -> TunnelError:
 def perform_handshake(
     sock: socket.socket | paramiko.Channel, *, host: str, port: int, deadline: Deadline, key_types: Sequence[str] = ()
 ) -> paramiko.Transport:
-    """Exchanges keys with the host over ``sock``, and returns the transport. Closes ``sock`` and raises TunnelError.
+    """Exchanges keys with the host over ``sock``, and returns the transport. A failure closes ``sock``.
 
     Afterwards the host has proved that it owns its key; the caller checks whether the key is trusted. The host is asked
-    for a key of ``key_types`` first.
+    for a key of ``key_types`` first. Raises TunnelError.
     """
     stream: Any = sock
     packetizer_class: type[BoundedPacketizer] = BoundedPacketizer
@@ -153,7 +153,7 @@ def _handshake_error(error: BaseException, greeting: bytes, address: str, deadli
 
 
 def get_host_key(transport: paramiko.Transport) -> HostKey:
-    """The key of the host at the other end, which has proved that it owns this key."""
+    """The key of the host at the other end. The host has proved that it owns this key."""
     key = transport.get_remote_server_key()
     return HostKey(key.get_name(), key.asbytes())
 
@@ -163,7 +163,7 @@ def perform_trusted_handshake(
 ) -> paramiko.Transport:
     """Calls ``perform_handshake``, checks the host's key by the policy of ``ssh``, and returns the transport.
 
-    ``node`` is "" for a jump host. Closes ``sock`` and raises TunnelError when the key is not trusted.
+    ``node`` is "" for a jump host. A failure, also a key that is not trusted, closes ``sock`` and raises TunnelError.
     """
     try:
         key_types = read_known_hosts(ssh.known_hosts).key_types(node=node, host=host, port=port)

@@ -169,7 +169,8 @@ async def fetch_host_key(
     node: str, ssh: SshSpec, *, secrets: tuple[tuple[str, str], ...] = (), timeout_s: float = 10.0
 ) -> HostKey:
     """Returns the key that the host shows now, trusted or not. Logs in to jump hosts only. Raises ``TunnelError``."""
-    opening = Opening(ConnectRequest(node, ssh, (), secrets), Deadline(timeout_s, time.monotonic), None)
+    setup = ConnectRequest(node, ssh, targets=(), secrets=secrets)
+    opening = Opening(setup, Deadline(timeout_s, time.monotonic), ask=None)
     try:
         async with asyncio.timeout(timeout_s + TIMEOUT_SLACK_S):
             return await blocking.run_in_thread(opening.fetch_host_key)

@@ -116,6 +116,7 @@ class FastPacketizer(BoundedPacketizer):
         self._take = self._buffered_socket.take_buffered
 
     def read_all(self, n: int, check_rekey: bool = False) -> bytes:
+        """Reads exactly ``n`` bytes: from the buffer if it holds them, otherwise as paramiko does."""
         if self._take is not None:
             data = self._take(n)
             if data is not None:

@@ -16,7 +16,7 @@ from gpumesh.tunnels.remote_command import SHELL_TEST_OUTPUT, wrap_killable
 
 READ_BYTES = 32 * 1024  # the most that one ``read`` returns
 OPEN_TIMEOUT_S = 10.0  # the time for the host to give a session and to start the command
-KILL_TIMEOUT_S = 1.0
+KILL_TIMEOUT_S = 1.0  # the time to send the signal and the close of the channel
 TEST_TIMEOUT_S = 3.0  # a host whose shell test has not ended by then counts as a host without a POSIX shell
 DISCONNECT_TIMEOUT_S = 0.5  # paramiko marks a broken connection as ended within this time
 
@@ -64,9 +64,9 @@ async def has_posix_shell(test: paramiko.Channel | None) -> bool:
 
 
 def _open_session(transport: paramiko.Transport, command: str, *, has_input: bool) -> paramiko.Channel:
-    """Opens a session, starts ``command`` in it, and returns its channel, which does not block. Blocking.
+    """Opens a session, starts ``command`` in it, and returns the session's channel, set to non-blocking.
 
-    ``has_input``: the command's input stays open.
+    Blocks until then. ``has_input``: the command's input stays open.
     """
     channel = transport.open_session(timeout=OPEN_TIMEOUT_S)
     try:

@@ -23,7 +23,7 @@ async def fetch_host_key(
     """Returns the key that the host shows now, trusted or not. Logs in to jump hosts only. Raises ``TunnelError``."""
     with private_folder() as folder:
         known_hosts = folder / "k"  # ssh itself writes the key into this file
-        setup = ConnectRequest(node, ssh, (), secrets, control_dir=str(folder))
+        setup = ConnectRequest(node, ssh, targets=(), secrets=secrets, control_dir=str(folder))
         deadline = Deadline(timeout_s, time.monotonic)
         async with AskpassServer(folder, dict(secrets), _NoEvents(), deadline, interactive=False) as prompts:
             command = host_key_command(setup, known_hosts, batch=not prompts.can_answer)
@@ -38,7 +38,7 @@ async def fetch_host_key(
         if entries:
             return entries[0].key
         if not ended_in_time:
-            raise timeout_error(child, ssh)
+            raise timeout_error(child, ssh, timeout_s)
         raise error_from_stderr(child.error_lines, format_destination(ssh))
 
 

@@ -22,7 +22,11 @@ MIN_ECHO_TIMEOUT_S = 0.5  # the time for the first echo when the login has used 
 
 
 async def log_in(setup: ConnectRequest, folder: Path, prompts: AskpassServer, deadline: Deadline) -> OpensshMaster:
-    """Returns a master that is logged in, with a session if the host gives one. Raises ``TunnelError``."""
+    """Returns a master that is logged in, with a session if the host gives one. Raises ``TunnelError``.
+
+    The control sockets in ``folder`` have short names, which socket_folders.py knows: ``c`` with a session, ``n``
+    without.
+    """
     master = await _start_and_log_in(setup, folder / "c", prompts, deadline, session=True)
     if not master.exited:
         return master
@@ -67,21 +71,21 @@ async def _start_and_log_in(
             await master.measure_round_trip_ms(timeout_s)
     except TimeoutError as error:
         await master.close()
-        raise timeout_error(master, setup.ssh) from error
+        raise timeout_error(master, setup.ssh, setup.ssh.connect_timeout_s) from error
     except BaseException:
         await master.close()
         raise
     return master
 
 
-def timeout_error(master: OpensshMaster, ssh: SshSpec) -> TunnelError:
-    """The error for a login that took too long: the error that ssh has printed if we know its text, otherwise
-    ConnectTimeout."""
+def timeout_error(master: OpensshMaster, ssh: SshSpec, timeout_s: float) -> TunnelError:
+    """The error for an ssh that took longer than ``timeout_s``: ConnectTimeout, or the error that ssh has printed if we
+    know its text."""
     if master.error_lines:
         printed_error = error_from_stderr(master.error_lines, format_destination(ssh))
         if type(printed_error) is not TunnelError:  # a subclass: the text is known
             return printed_error
     return ConnectTimeout(
-        f"no connection to {format_destination(ssh)} within {ssh.connect_timeout_s:g} s",
+        f"no connection to {format_destination(ssh)} within {timeout_s:g} s",
         hint="the host is off or hung, or a firewall drops the connection",
     )

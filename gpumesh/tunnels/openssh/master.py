@@ -86,20 +86,22 @@ class OpensshMaster:
 
     @classmethod
     async def start(cls, command: list[str], control: Path, askpass: Path | None) -> OpensshMaster:
-        """Starts ``ssh``. ``askpass``: the program that answers ssh's questions. Raises TransportUnsupported when
-        ``ssh`` cannot be run."""
-        changes: dict[str, str | None] = {"SSH_ASKPASS": None, "SSH_ASKPASS_REQUIRE": "never"}
+        """Starts ``ssh`` with this command line. ``askpass``: the program that answers the questions of ssh, if any.
+
+        Raises TransportUnsupported when ``ssh`` cannot be run.
+        """
+        environment_changes: dict[str, str | None] = {"SSH_ASKPASS": None, "SSH_ASKPASS_REQUIRE": "never"}
         if askpass is not None:
             # DISPLAY: without it, ssh before 8.4 does not run the program.
             display = environment.display() or "gpumesh:0"
-            changes = {"SSH_ASKPASS": str(askpass), "SSH_ASKPASS_REQUIRE": "force", "DISPLAY": display}
+            environment_changes = {"SSH_ASKPASS": str(askpass), "SSH_ASKPASS_REQUIRE": "force", "DISPLAY": display}
         try:
             process = await asyncio.create_subprocess_exec(
                 *command,
                 stdin=PIPE,
                 stdout=PIPE,
                 stderr=PIPE,
-                env=environment.child_environment(changes),
+                env=environment.child_environment(environment_changes),
                 # In its own session, ssh has no terminal for questions, and one process group with its ProxyCommand.
                 start_new_session=True,
                 preexec_fn=child_process.die_with_parent,  # safe: the worker has no threads of its own yet

@@ -10,6 +10,8 @@ from gpumesh.tunnels.local_system.sockets import close_with_reset
 CONNECT_RETRY_S = 0.005  # the time between two tries while ssh's listen queue is full
 CONNECT_TRIES = 400  # 2 s together
 
+LOCAL, REMOTE = 0, 1  # the two sides of a relay: the accepted socket, and the Unix socket
+
 
 def relay_to_unix(path: str) -> Dialer:
     """Makes a dialer that forwards to the Unix socket at ``path``. If that socket refuses, the client is reset."""
@@ -21,7 +23,7 @@ def relay_to_unix(path: str) -> Dialer:
 
 
 class UnixRelay:
-    """Passes bytes in both directions between two sockets: side 0 is the local socket, side 1 the Unix socket.
+    """Passes bytes in both directions between its two sides, the local socket and the Unix socket.
 
     A socket is read only when all bytes that came from it have been written to the other socket. So a slow reader stops
     the sender, and at most ``CHUNK_BYTES`` are held for each direction.
@@ -33,7 +35,7 @@ class UnixRelay:
         remote = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         remote.setblocking(False)
         self._sockets = (local, remote)
-        # Each list has one item for each side.
+        # Each list has one item for each side. ``1 - side`` is the other side.
         self._pending = [b"", b""]  # bytes that wait to be written to this side's socket
         self._ended = [False, False]  # this side's socket has sent its last byte
         self._events = [0, 0]  # the events for which the selector watches this side's socket
@@ -49,7 +51,7 @@ class UnixRelay:
         if self._closed:
             return
         try:
-            self._sockets[1].connect(self._path)
+            self._sockets[REMOTE].connect(self._path)
         except BlockingIOError:
             # ssh's listen queue is full. No event reports when a Unix socket has room again.
             if tries > 0:
@@ -62,10 +64,10 @@ class UnixRelay:
             self._update_watch()
 
     def _on_local_ready(self, ready_events: int) -> None:
-        self._on_ready(0, ready_events)
+        self._on_ready(LOCAL, ready_events)
 
     def _on_remote_ready(self, ready_events: int) -> None:
-        self._on_ready(1, ready_events)
+        self._on_ready(REMOTE, ready_events)
 
     def _on_ready(self, side: int, ready_events: int) -> None:
         if self._closed:
@@ -111,7 +113,7 @@ class UnixRelay:
 
     def _update_watch(self) -> None:
         """Watches each side for WRITE while bytes wait for it, and for READ while no bytes wait for the other side."""
-        for side, handler in ((0, self._on_local_ready), (1, self._on_remote_ready)):
+        for side, handler in ((LOCAL, self._on_local_ready), (REMOTE, self._on_remote_ready)):
             events = WRITE if self._pending[side] else 0
             if not self._ended[side] and not self._pending[1 - side]:
                 events |= READ

@@ -65,7 +65,7 @@ async def follow_connection(
 
 
 async def wait_connected(link: WorkerLink, ssh: SshSpec, *, node: str) -> bool:
-    """Returns true when the worker is connected; false when that took too long, after ``link.finish``.
+    """Returns true when the worker is connected. After too long a time, finishes the link and returns false.
 
     The worker itself enforces ``connect_timeout_s``. The limit here is several times as long, and is for a worker that
     hangs. While a person is being asked a question, the time does not count.

@@ -145,8 +145,10 @@ class WorkerLink:
         """Asks a person the question, and sends the answer to the worker."""
         self.open_prompts += 1
         try:
-            text = None if self._prompter is None else await self._prompter(self._node, prompt.text, echo=prompt.echo)
-            await self._worker.send(Reply(prompt.id, text))
+            answer: str | None = None
+            if self._prompter is not None:
+                answer = await self._prompter(self._node, prompt.text, echo=prompt.echo)
+            await self._worker.send(Reply(prompt.id, answer))
         except TunnelDown:
             pass  # the worker is gone; ``receive_messages`` reports why
         finally:
