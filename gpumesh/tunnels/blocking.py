@@ -42,7 +42,7 @@ class Deadline:
     def paused(self, max_pause_s: float) -> Iterator[None]:
         """Moves the deadline by the time that the block takes, at most by ``max_pause_s``."""
         paused_at = self._clock()
-        self._ends_at += max_pause_s
+        self._ends_at += max_pause_s  # so that the deadline cannot pass inside the block
         try:
             yield
         finally:

@@ -57,8 +57,8 @@ async def connect(
 async def _run_opening(opening: Opening, ssh: SshSpec, deadline: Deadline) -> OpenedConnection:
     """Runs ``opening`` in a thread, and returns the connection. Raises ``TunnelError``.
 
-    Enforces the deadline from outside as well: the steps of the opening check the deadline, but a DNS lookup that
-    hangs, or an agent that hangs, does not end at it.
+    Enforces the deadline from outside as well: the steps of the opening check the deadline, but a DNS lookup or an
+    agent may hang and never come to the next check.
     """
     opening_task = asyncio.ensure_future(blocking.run_in_thread(opening.run))
     try:

@@ -18,7 +18,7 @@ _PR_SET_NAME = 15
 def die_with_parent() -> None:
     """Makes the kernel kill this process (SIGKILL) when its parent ends. Linux only.
 
-    More exactly: when that thread of the parent ends which made this process.
+    More exactly: when the thread that made this process ends.
     """
     _prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
 

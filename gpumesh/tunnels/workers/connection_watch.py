@@ -60,7 +60,7 @@ async def follow_connection(
         pass
     finally:
         link.finish(Cause("tunnel-lost", "the tunnel is closing"))
-    raise_if_cancelled()
+    raise_if_cancelled()  # the task group may have swallowed a cancellation
     return cause
 
 

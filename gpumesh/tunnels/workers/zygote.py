@@ -120,14 +120,14 @@ class Zygote:
         """Runs a worker in the forked process, and ends the process. ``parent`` is the zygote's pid."""
         status = 1
         try:
-            signal.set_wakeup_fd(-1)
+            signal.set_wakeup_fd(-1)  # the pipe of ``_open_signal_pipe`` is for the zygote
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             child_process.die_with_parent()
             if os.getppid() != parent:  # the zygote ended before ``die_with_parent`` was called
                 os._exit(1)
             child_process.set_title(f"gpumesh tunnel {node}")
             self._control.close()
-            for fd in self._received_fds:  # they belong to later requests
+            for fd in self._received_fds:  # these descriptors belong to later requests
                 os.close(fd)
             control, *listeners = [socket.socket(fileno=fd) for fd in fds]
             status = self._worker_main(control, listeners)
