@@ -11,11 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.parallel_runs import is_exclusive, machine_lock, order_tests
 from tests.prerequisites import REASON, in_ci
 
 _LOCK_FOLDER = pytest.StashKey[Path]()
+
+# On a busy machine an example may take any time.
+settings.register_profile("gpumesh", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("gpumesh")
 
 
 def pytest_configure(config: pytest.Config) -> None:
