@@ -9,14 +9,14 @@ answer. Everything else is dropped here, for clients of the gateway and of the l
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
 from gpumesh.printable import printable
 
 OCTETS = "application/octet-stream"  # no browser shows it or runs it
-MAX_TYPE = 200  # bytes of a Content-Type
+MAX_TYPE_BYTES = 200  # of a Content-Type; a longer one is not read
 MAX_HEADERS = 32  # of one answer; more are dropped
 
 # The media types that may pass -> the type that the client gets. Subtitles become text, old names of JSON become JSON.
@@ -53,17 +53,23 @@ _HEADERS = {
         "Anthropic-Organization-Id",
     )
 }
-_PREFIXES = (b"x-ratelimit-", b"anthropic-ratelimit-")
-_NAME = re.compile(rb"[a-z0-9-]{1,64}")
-_VALUE = re.compile(rb"[ -~]{1,256}")
+_HEADER_PREFIXES = (b"x-ratelimit-", b"anthropic-ratelimit-")  # clients read all headers with these
+_HEADER_NAME = re.compile(rb"[a-z0-9-]{1,64}")
+_HEADER_VALUE = re.compile(rb"[ -~]{1,256}")  # printable ASCII
 
-_TYPE = re.compile(rb"([a-z0-9!#$&^_.+-]{1,64})/([a-z0-9!#$&^_.+-]{1,64})")
-_PARAMETER = re.compile(rb"([A-Za-z0-9!#$&^_.+-]{1,64})=(?:([A-Za-z0-9!#$&^_.+-]{1,64})|\"([ !#-:<-\[\]-~]{0,64})\")")
+_TYPE = re.compile(rb"(?P<main>[a-z0-9!#$&^_.+-]{1,64})/[a-z0-9!#$&^_.+-]{1,64}")
+_PARAMETER = re.compile(
+    rb"(?P<name>[A-Za-z0-9!#$&^_.+-]{1,64})"
+    rb"=(?:(?P<token>[A-Za-z0-9!#$&^_.+-]{1,64})|\"(?P<quoted>[ !#-:<-\[\]-~]{0,64})\")"
+)
 
 
 class AnswerHead(NamedTuple):
-    """``media_type`` is empty where the answer has none. ``headers`` are for the client, with a Content-Type that is
-    written here. ``problem``: why this is not an inference server's answer, as a sentence whose subject is "it"."""
+    """The part of an answer's head that clients may get.
+
+    ``media_type`` is empty if the answer has none. ``headers`` are for the client, with a Content-Type that is written
+    here. ``problem``: why this is not an inference server's answer, as a sentence whose subject is "it"; else ``None``.
+    """
 
     media_type: str
     headers: tuple[tuple[str, str], ...]
@@ -78,72 +84,93 @@ class MediaType(NamedTuple):
 
 
 def read_head(status: int, fields: Iterable[tuple[bytes, bytes]], *, empty: bool) -> AnswerHead:
-    """``empty``: the answer has no body, so its media type does not matter."""
+    """Returns the part of a head that clients may get, or the problem with it. ``fields`` are the header fields as they
+    were received. ``empty``: the answer has no body, so its media type does not matter."""
     client_headers: dict[str, str] = {}
-    content_type: bytes | None = None
+    content_types: list[bytes] = []
     encoding = b""
-    problem = None
     for raw_name, value in fields:
-        lower = raw_name.lower()
-        if lower == b"content-type":
-            if content_type is not None and read_media_type(content_type) != read_media_type(value):
-                problem = f"it answered {status} with two media types, of which one must be wrong"
-            content_type = value
-        elif lower == b"content-encoding":
+        lower_name = raw_name.lower()
+        if lower_name == b"content-type":
+            content_types.append(value)
+        elif lower_name == b"content-encoding":
             encoding = value
         else:
-            name = _HEADERS.get(lower)
-            if name is None and lower.startswith(_PREFIXES) and _NAME.fullmatch(lower):
-                name = lower.decode()
-            if name is not None and len(client_headers) < MAX_HEADERS and _VALUE.fullmatch(value):
+            name = _find_client_header(lower_name)
+            if name is not None and len(client_headers) < MAX_HEADERS and _HEADER_VALUE.fullmatch(value):
                 client_headers.setdefault(name, value.decode())
-    media_type = None if content_type is None else read_media_type(content_type)
-    if not (200 <= status < 300 or 400 <= status < 600):
-        problem = f"it answered {status}, as no inference server does"
-    elif encoding and encoding.strip().lower() != b"identity":
-        problem = f"it answered {status} with a packed body ({_printable_value(encoding)}), which nobody asked for"
-    elif content_type is not None and media_type is None and not empty:
-        shown = _printable_value(content_type)
-        problem = f"it answered {status} with {shown}, which is no answer of an inference server"
     headers = tuple(client_headers.items())
+    problem = _find_problem(status, content_types, encoding, empty=empty)
     if problem is not None:
         return AnswerHead("", headers, problem)
+    media_type = read_media_type(content_types[-1]) if content_types else None
     if media_type is not None:
         return AnswerHead(media_type.name, (("Content-Type", media_type.header), *headers), None)
-    return AnswerHead("", headers if empty else (("Content-Type", OCTETS), *headers), None)
+    if empty:
+        return AnswerHead("", headers, None)
+    return AnswerHead("", (("Content-Type", OCTETS), *headers), None)
+
+
+def _find_client_header(lower_name: bytes) -> str | None:
+    """The name of the header as the client gets it; ``None`` for a header that clients do not read."""
+    name = _HEADERS.get(lower_name)
+    if name is None and lower_name.startswith(_HEADER_PREFIXES) and _HEADER_NAME.fullmatch(lower_name):
+        return lower_name.decode()
+    return name
+
+
+def _find_problem(status: int, content_types: Sequence[bytes], encoding: bytes, *, empty: bool) -> str | None:
+    """Why these are not the status, the Content-Types and the Content-Encoding of an inference server's answer;
+    ``None`` if they may be."""
+    if not (200 <= status < 300 or 400 <= status < 600):
+        return f"it answered {status}, as no inference server does"
+    if encoding and encoding.strip().lower() != b"identity":
+        return f"it answered {status} with a packed body ({_printable_value(encoding)}), which nobody asked for"
+    if not content_types:
+        return None
+    last_content_type = content_types[-1]
+    if read_media_type(last_content_type) is None and not empty:
+        shown = _printable_value(last_content_type)
+        return f"it answered {status} with {shown}, which is no answer of an inference server"
+    if len(content_types) > 1 and len(set(map(read_media_type, content_types))) > 1:
+        return f"it answered {status} with two media types, of which one must be wrong"
+    return None
 
 
 def read_media_type(value: bytes) -> MediaType | None:
     """The media type that the client gets for this Content-Type. ``None`` if it is broken, or if no inference server
     answers with it."""
-    return _read_media_type(value) if len(value) <= MAX_TYPE else None
+    return _parse_media_type(value) if len(value) <= MAX_TYPE_BYTES else None
 
 
 @lru_cache(maxsize=128)
-def _read_media_type(value: bytes) -> MediaType | None:
-    """Matches piece by piece. One pattern for the whole value could be made very slow: each further blank would double
-    the number of ways to match."""
-    first, *rest = (piece.strip(b" \t") for piece in value.split(b";"))
-    match = _TYPE.fullmatch(first.lower())
-    if match is None:
+def _parse_media_type(value: bytes) -> MediaType | None:
+    """Does the work of ``read_media_type``, piece by piece. One pattern for the whole value could be made very slow:
+    each further blank would double the number of ways to match."""
+    type_piece, *parameter_pieces = (piece.strip(b" \t") for piece in value.split(b";"))
+    type_match = _TYPE.fullmatch(type_piece.lower())
+    if type_match is None:
         return None
-    kind, full_type = match[1], match[0].decode()
-    name = full_type if kind == b"audio" else _MEDIA_TYPES.get(full_type)
+    full_type = type_match[0].decode()
+    is_audio = type_match["main"] == b"audio"  # every type of audio may pass: no browser runs it
+    name = full_type if is_audio else _MEDIA_TYPES.get(full_type)
     if name is None:
         return None
     parameters = ""
-    for piece in filter(None, rest):
-        parameter = _PARAMETER.fullmatch(piece)
-        if parameter is None:
+    for piece in filter(None, parameter_pieces):
+        match = _PARAMETER.fullmatch(piece)
+        if match is None:
             return None
-        key, text = parameter[1].decode().lower(), (parameter[2] or parameter[3] or b"").decode()
-        if key == "charset":
-            if text.lower() in _CHARSETS and not parameters:
-                parameters = f"; charset={text.lower()}"
-        elif kind == b"audio" and parameter[2]:  # the rate and the channels of raw samples
-            parameters += f"; {key}={text}"
+        parameter_name = match["name"].decode().lower()
+        parameter_value = (match["token"] or match["quoted"] or b"").decode()
+        if parameter_name == "charset":
+            if parameter_value.lower() in _CHARSETS and not parameters:
+                parameters = f"; charset={parameter_value.lower()}"
+        elif is_audio and match["token"]:  # the rate and the channels of raw samples
+            parameters += f"; {parameter_name}={parameter_value}"
     return MediaType(name, name + parameters)
 
 
 def _printable_value(value: bytes) -> str:
+    """The value of a header as a message can show it."""
     return printable(value, 60) or "an empty Content-Type"

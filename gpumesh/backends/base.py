@@ -1,4 +1,4 @@
-"""The values that a dialect reads and writes, whatever the server's kind."""
+"""``Dialect``, the protocol for one kind of server, and the values that every dialect reads and writes."""
 
 from __future__ import annotations
 
@@ -68,14 +68,15 @@ class ServerCounters:
     @property
     def tokens_per_s(self) -> float | None:
         """Generation rate by the server's own clock; ``None`` if it is not known, or if no hardware reaches it."""
-        if self.tokens is None or not self.eval_ms:
+        seconds = (self.eval_ms or 0.0) / 1000.0
+        if self.tokens is None or not seconds:
             return None
-        seconds = self.eval_ms / 1000.0
         return self.tokens / seconds if self.tokens <= FASTEST_TOKENS_PER_S * seconds else None
 
     @property
     def waited_ms(self) -> float | None:
-        """Time spent queued inside the server (docs/internals/ollama.md); ``None`` without the durations."""
+        """The time that the request waited inside the server, in ms; ``None`` if the server gave no durations. It is
+        the part of the total that no other duration covers (docs/internals/ollama.md)."""
         if self.total_ms is None or self.eval_ms is None:
             return None
         return max(self.total_ms - (self.load_ms or 0.0) - (self.prompt_ms or 0.0) - self.eval_ms, 0.0)
@@ -89,12 +90,16 @@ def token_count(value: Any) -> int | None:
 
 
 def duration_ms(value: Any, *, per_ms: float = 1.0) -> float | None:
-    """A server's duration; ``None`` for a value that cannot be a duration.
+    """A server's duration in ms; ``None`` for a value that cannot be a duration.
 
     ``per_ms``: how many of the server's units make one millisecond.
     """
-    number = value if type(value) is int and 0 <= value < _LARGE else safe_json.as_number(value)
-    return number / per_ms if number is not None and number / per_ms <= LONGEST_MS else None
+    is_plain = type(value) is int and 0 <= value < _LARGE  # nearly always: every answer passes here
+    number = value if is_plain else safe_json.as_number(value)
+    if number is None:
+        return None
+    milliseconds = number / per_ms
+    return milliseconds if milliseconds <= LONGEST_MS else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +116,15 @@ class Chunk:
 ProbeAnswers = Mapping[str, tuple[int, bytes] | None]
 """Status and body, by the names of ``Dialect.probe_calls``; ``None`` for a call that got no answer."""
 
+
+def successful_body(answer: tuple[int, bytes] | None) -> bytes:
+    """The body of a probe's answer with status 200; empty for any other status, and if there is no answer."""
+    if answer is None:
+        return b""
+    status, body = answer
+    return body if status == 200 else b""
+
+
 JSON_HEADERS = (("Content-Type", "application/json"),)
 
 
@@ -121,10 +135,12 @@ class FrameReader(Protocol):
     not a frame.
     """
 
-    def feed(self, data: bytes) -> Sequence[Chunk]: ...
+    def feed(self, data: bytes) -> Sequence[Chunk]:
+        """The chunks that are complete after these bytes."""
+        ...
 
     def close(self) -> Sequence[Chunk]:
-        """Call this at the end of the stream. Raises StreamCut when the final frame never came."""
+        """The last chunks, at the end of the stream. Raises StreamCut when the final frame never came."""
         ...
 
 
@@ -132,7 +148,7 @@ class FrameReader(Protocol):
 class ServerLoad:
     """The server's own figures of its load, with the requests of all its clients. ``None``: the server gives no figure.
 
-    ``kv_cache_pct`` is the used share of the memory for contexts.
+    ``running`` and ``waiting`` count requests. ``kv_cache_pct`` is the used share of the memory for contexts, in %.
     """
 
     running: int | None = None
@@ -142,10 +158,11 @@ class ServerLoad:
 
 @dataclass(frozen=True, slots=True)
 class Inventory:
-    """The result of a backend probe: what the server says of itself.
+    """The result of a backend probe: the server's own description of itself.
 
-    ``parallel`` is how many requests the server runs at once. ``unusable`` counts the listed models whose name no
-    request could use (``model_list.py``).
+    ``catalog`` are the models that the server lists, ``loaded`` the models in memory. ``parallel`` is how many requests
+    the server runs at once; ``None`` if it does not say. ``unusable`` counts the listed models whose name no request
+    could use (``model_list.py``).
     """
 
     version: str | None
@@ -167,7 +184,7 @@ class ParallelismSource(StrEnum):
 
 
 class ContinuationMethod(StrEnum):
-    """How the mesh tells a server to continue a chat of ``/v1`` that this server, or another one, began."""
+    """How the mesh tells a server to continue an answer of a ``/v1`` chat that this server, or another one, began."""
 
     TEMPLATE = "template"
     """The partial answer is the last message of the assistant. If the model's template closes that message, the partial
@@ -221,9 +238,13 @@ class Dialect(Protocol):
         """The text that tells a person what to do on the server's host when the server lacks these models."""
         ...
 
-    def build_chat_call(self, request: ChatRequest) -> HttpCall: ...
+    def build_chat_call(self, request: ChatRequest) -> HttpCall:
+        """The HTTP request for a chat, in the server's dialect."""
+        ...
 
-    def create_reader(self, *, stream: bool) -> FrameReader: ...
+    def create_reader(self, *, stream: bool) -> FrameReader:
+        """A reader for one answer to ``build_chat_call``, streamed or in one piece."""
+        ...
 
     def error_text(self, status: int, body: bytes) -> str:
         """The message of the server's error response: safe to print, one line at most."""
@@ -234,5 +255,6 @@ class Dialect(Protocol):
         ...
 
     def read_inventory(self, answers: ProbeAnswers) -> Inventory:
-        """Raises ProbeError (finding ``wrong-server``) when the answers come from another kind of server."""
+        """The inventory from the answers to ``probe_calls``. Raises ProbeError (finding ``wrong-server``) when the
+        answers come from another kind of server."""
         ...

@@ -45,6 +45,7 @@ def find_dialect(kind: str) -> Dialect | None:
 
 
 def kinds_that_serve(path: str) -> frozenset[BackendKind]:
+    """The kinds of server that answer requests to this path of the gateway."""
     return frozenset(kind for kind, dialect in DIALECTS.items() if dialect.serves(path))
 
 
@@ -74,7 +75,7 @@ _decode_counter_members = msgspec.json.Decoder(_CounterMembers).decode
 def _parse_counter_members(data: bytes) -> Mapping[str, Any] | None:
     """The members that hold figures; ``None`` if ``data`` is no object. The other members of a small answer are not
     built, which takes most of the time."""
-    if len(data) <= safe_json.SMALL:
+    if len(data) <= safe_json.SMALL_BYTES:
         try:
             return _decode_counter_members(data)
         except (msgspec.MsgspecError, ValueError, RecursionError):
@@ -86,30 +87,41 @@ def find_counters(body: bytes) -> ServerCounters | None:
     """The server's figures, from a whole answer or from one frame of any dialect; ``None`` if ``body`` holds none."""
     document = _parse_counter_members(body)
     if document is None:
-        # Only the last lines are split off: a body of nothing but line ends would become a list of millions.
-        for line in reversed(body.rsplit(b"\n", LAST_LINES)[-LAST_LINES:]):
-            document = _parse_counter_members(line.strip().removeprefix(b"data:"))
-            if document is not None:
-                break
-        else:
-            return None
+        document = _find_last_object(body)
+    if document is None:
+        return None
     if "eval_count" in document or "total_duration" in document:
         return ollama.parse_counters(document)
     return openai.parse_counters(document) or _find_nested_counters(document)
 
 
+def _find_last_object(body: bytes) -> Mapping[str, Any] | None:
+    """The last of the final ``LAST_LINES`` lines that is a JSON object, plain or after ``data:``; ``None`` if there is
+    no such line."""
+    # Only the last lines are split off: a body of nothing but line ends would become a list of millions.
+    last_lines = body.rsplit(b"\n", LAST_LINES)[-LAST_LINES:]
+    for line in reversed(last_lines):
+        document = _parse_counter_members(line.strip().removeprefix(b"data:"))
+        if document is not None:
+            return document
+    return None
+
+
 def _find_nested_counters(document: Mapping[str, Any]) -> ServerCounters | None:
-    """The figures inside of ``response.completed`` of the responses API, or of Anthropic's ``message_start``."""
+    """The figures inside of ``response.completed`` of the responses API, or of Anthropic's ``message_start``; ``None``
+    if there are none."""
     for key in ("response", "message"):
         inner = document.get(key)
-        if isinstance(inner, dict) and (counters := openai.parse_counters(inner)) is not None:
+        counters = openai.parse_counters(inner) if isinstance(inner, dict) else None
+        if counters is not None:
             return counters
     return None
 
 
 def host_header(target: Target) -> str:
-    """The ``Host`` header of a request to this server: its address as its own host knows it. Ollama on loopback answers
-    403, without a body, to any other name. Our end of a tunnel has another port, so its address would be wrong."""
+    """The ``Host`` header of a request to this server: the server's address as the server's own host knows it. Ollama
+    on loopback answers 403, without a body, to any other name. The address of our end of a tunnel would be wrong,
+    because it has another port."""
     return _host_header(target.host, target.port)
 
 

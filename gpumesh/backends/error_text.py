@@ -9,12 +9,14 @@ from gpumesh.backends import safe_json
 from gpumesh.printable import printable
 
 ERROR_BYTES = 1 << 20  # of an error response; the rest is not read
-MAX_DEPTH = 4  # objects inside of objects; deeper ones are not searched
-_TITLE = re.compile(rb"<title[^>]{0,200}>([^<]{1,300})", re.IGNORECASE)
+TITLE_BYTES = 64 << 10  # of a web page; a title that comes later is not found
+MAX_DEPTH = 4  # objects inside of objects; deeper objects are not searched for a message
+_TITLE = re.compile(rb"<title[^>]{0,200}>(?P<title>[^<]{1,300})", re.IGNORECASE)
 
 
 def error_text(status: int, body: bytes) -> str:
-    """One line at most. Understands Ollama's, OpenAI's, Anthropic's and FastAPI's shapes, a web page and plain text."""
+    """The message of an error response, safe to print, in one line. Understands the JSON of Ollama, OpenAI, Anthropic
+    and FastAPI, a web page and plain text. A response without a message gives its status."""
     message = _find_message(safe_json.parse(body[:ERROR_BYTES]))
     if message is None and not body.strip():
         return f"HTTP {status} without a word"
@@ -24,23 +26,28 @@ def error_text(status: int, body: bytes) -> str:
 
 
 def is_web_page(body: bytes) -> bool:
+    """Whether the body begins as HTML or XML: a proxy or another program sent it, not an inference server."""
     return body[:512].lstrip().lower().startswith((b"<!doctype html", b"<html", b"<head", b"<?xml"))
 
 
 def describe_web_page(body: bytes) -> str:
     """A web page by its title: ``a web page, "Open WebUI"``."""
-    title = _TITLE.search(body[: 64 << 10])
-    return f'a web page, "{printable(title[1], 60)}"' if title else "a web page"
+    match = _TITLE.search(body[:TITLE_BYTES])
+    if match is None:
+        return "a web page"
+    return f'a web page, "{printable(match["title"], 60)}"'
 
 
 def find_error_message(document: dict[str, Any]) -> str | None:
-    """The message of an error object under status 200; ``None`` if the object is not an error."""
+    """The message of an error that an answer with status 200 holds; ``None`` if the document reports no error."""
     if document.get("error") in (None, ""):
         return None
-    return printable(_find_message(document) or "an error without words") or "an error without words"
+    return printable(_find_message(document) or "") or "an error without words"
 
 
 def _find_message(document: Any, depth: int = 0) -> str | None:
+    """The first text that is not blank, under the keys that servers use for an error message; ``None`` if there is
+    none. ``depth``: how many objects and lists are around ``document``."""
     if isinstance(document, str):
         return document if document.strip() else None
     if depth > MAX_DEPTH:

@@ -1,5 +1,7 @@
-"""Lines and server-sent events of a byte stream, wherever the network cuts the stream. Bounded: a server that never
-ends a line does not fill our memory."""
+"""Splits a byte stream into lines and server-sent events, wherever the network cuts the stream.
+
+Bounded: a server that never ends a line does not fill our memory.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +21,11 @@ BODY_LIMIT = 64 << 20  # bytes of an answer in one piece
 
 
 class FrameAssembler:
-    """Bytes in, whole frames out. The frames are not split. The beginning of a frame is held until its end comes.
+    """Passes on the bytes of a stream as soon as they end a frame, and holds the beginning of a frame until its end
+    comes. Several whole frames are passed on in one piece.
 
     ``find_last_end(data, start)`` looks for ends of frames from ``start`` on. It returns the position after the last
-    one, or 0 if there is none. ``held`` is the beginning of a frame.
+    end, or 0 if there is none. ``limit``: the longest frame in bytes. ``held`` is the beginning of a frame.
     """
 
     __slots__ = ("_find_last_end", "_limit", "held")
@@ -38,7 +41,7 @@ class FrameAssembler:
         return len(self.held) > self._limit
 
     def feed(self, data: bytes) -> bytes:
-        """All bytes up to the end of the last whole frame."""
+        """Adds ``data``, and returns all bytes up to the end of the last whole frame."""
         held = self.held
         start = max(len(held) - MAX_FRAME_END, 0)  # the held bytes were searched before, but an end may be cut
         held += data
@@ -60,20 +63,25 @@ def find_last_line_end(data: bytearray, start: int) -> int:
 
 
 def find_last_event_end(data: bytearray, start: int) -> int:
-    """``find_last_end`` of a FrameAssembler whose frames are server-sent events: each ends with an empty line."""
-    plain, after_cr = data.rfind(b"\n\n", start), data.rfind(b"\n\r\n", start)
-    return max(plain + 2 if plain >= 0 else 0, after_cr + 3 if after_cr >= 0 else 0)
+    """``find_last_end`` of a FrameAssembler whose frames are server-sent events: each ends with an empty line. Both
+    line ends, LF and CRLF, may be there."""
+    lf_at = data.rfind(b"\n\n", start)
+    crlf_at = data.rfind(b"\n\r\n", start)
+    lf_end = lf_at + 2 if lf_at >= 0 else 0
+    crlf_end = crlf_at + 3 if crlf_at >= 0 else 0
+    return max(lf_end, crlf_end)
 
 
 class LineSplitter:
-    """Bytes in, whole lines out, without the line ends (LF or CRLF)."""
+    """Splits a byte stream into whole lines, without their line ends (LF or CRLF). ``limit``: the longest line in
+    bytes."""
 
     def __init__(self, limit: int = LINE_LIMIT) -> None:
         self._limit = limit
         self._lines = LineBuffer(limit)
 
     def feed(self, data: bytes) -> list[bytes]:
-        """Raises ProbeError for a line that is longer than the limit."""
+        """The lines that are complete after these bytes. Raises ProbeError for a line that is longer than the limit."""
         try:
             lines = self._lines.feed(data)
         except LineTooLong:
@@ -86,8 +94,8 @@ class LineSplitter:
 
 
 class EventSplitter:
-    """Bytes in, the data of server-sent events out (WHATWG HTML, section 9.2). The names of events are not needed
-    here."""
+    """Splits a byte stream into server-sent events (WHATWG HTML, section 9.2), of which it returns only the data: no
+    reader here needs the names of events."""
 
     def __init__(self) -> None:
         self._lines = LineSplitter()
@@ -95,6 +103,8 @@ class EventSplitter:
         self._event_bytes = 0
 
     def feed(self, data: bytes) -> list[bytes]:
+        """The data of each event that is complete after these bytes. Raises ProbeError for an event, or a line, that is
+        longer than its limit."""
         return self._read_events(self._lines.feed(data))
 
     def take_rest(self) -> list[bytes]:
@@ -102,21 +112,25 @@ class EventSplitter:
         return self._read_events([self._lines.take_rest(), b""])
 
     def _read_events(self, lines: Sequence[bytes]) -> list[bytes]:
+        """The data of each event that ends with one of these lines: an empty line ends an event."""
         events: list[bytes] = []
         for line in lines:
-            if not line:
-                if self._event_lines:
-                    events.append(b"\n".join(self._event_lines))
-                    self._event_lines, self._event_bytes = [], 0
-                continue
-            data = read_event_line(line)
-            if data is not None:
-                self._event_lines.append(data)
-                self._event_bytes += len(data)
-                if self._event_bytes > EVENT_LIMIT or len(self._event_lines) > MAX_EVENT_LINES:
-                    limits = f"{EVENT_LIMIT >> 20} MiB, or {MAX_EVENT_LINES} lines"
-                    raise wrong_dialect_error(f"an event of more than {limits}")
+            if line:
+                self._add_event_line(line)
+            elif self._event_lines:
+                events.append(b"\n".join(self._event_lines))
+                self._event_lines, self._event_bytes = [], 0
         return events
+
+    def _add_event_line(self, line: bytes) -> None:
+        data = read_event_line(line)
+        if data is None:
+            return
+        self._event_lines.append(data)
+        self._event_bytes += len(data)
+        if self._event_bytes > EVENT_LIMIT or len(self._event_lines) > MAX_EVENT_LINES:
+            limits = f"{EVENT_LIMIT >> 20} MiB, or {MAX_EVENT_LINES} lines"
+            raise wrong_dialect_error(f"an event of more than {limits}")
 
 
 def read_event_line(line: bytes) -> bytes | None:
@@ -133,19 +147,22 @@ def read_event_line(line: bytes) -> bytes | None:
 
 
 class BaseFrameReader:
-    """The base of the readers of all dialects. An error is raised only after the chunks before it were returned."""
+    """The base of the readers of all dialects. An error is raised only after the chunks before it were returned.
+
+    ``done``: the final frame has come."""
 
     def __init__(self) -> None:
         self.done = False
         self._error: GPUMeshError | None = None
 
     def feed(self, data: bytes) -> Sequence[Chunk]:
-        """Raises BackendError for an error frame, and ProbeError for bytes that are not a frame of this dialect."""
+        """The chunks that are complete after these bytes. Raises BackendError for an error frame, and ProbeError for
+        bytes that are not a frame of this dialect."""
         if self._error is not None:
             raise self._error
         chunks: list[Chunk] = []
         try:
-            self._take(data, chunks)
+            self._read_data(data, chunks)
         except (BackendError, ProbeError) as error:
             if not chunks:
                 raise
@@ -153,26 +170,30 @@ class BaseFrameReader:
         return chunks
 
     def close(self) -> Sequence[Chunk]:
-        """Raises StreamCut when the final frame never came."""
+        """The last chunks, at the end of the stream. Raises StreamCut when the final frame never came."""
         if self._error is not None:
             raise self._error
         chunks: list[Chunk] = []
         if not self.done:
-            self._end(chunks)
+            self._read_rest(chunks)
         if not self.done:
             raise StreamCut("the answer ended before its final frame")
         return chunks
 
-    def _take(self, data: bytes, chunks: list[Chunk]) -> None:
+    def _read_data(self, data: bytes, chunks: list[Chunk]) -> None:
+        """Adds the chunks that are complete after these bytes to ``chunks``."""
         raise NotImplementedError
 
-    def _end(self, chunks: list[Chunk]) -> None:
+    def _read_rest(self, chunks: list[Chunk]) -> None:
+        """Adds the last chunks to ``chunks``: the stream has ended, and its final frame has not been read."""
         raise NotImplementedError
 
 
 def final_chunk(text: str = "", thinking: str = "", *, reason: str | None, counters: ServerCounters | None) -> Chunk:
+    """The chunk that ends an answer. ``reason`` says why the server ended it, such as ``stop`` or ``length``."""
     return Chunk(text, thinking, done=True, done_reason=reason, counters=counters)
 
 
 def wrong_dialect_error(reason: str) -> ProbeError:
+    """The error for an answer that the mesh's dialect of this node cannot read."""
     return ProbeError(f"the answer is not of this kind of server: {reason}", finding_code="wrong-server")

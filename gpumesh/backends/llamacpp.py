@@ -1,4 +1,4 @@
-"""llama-server, the HTTP server of llama.cpp: OpenAI's API, and its own routes for its state and its load.
+"""The dialect of llama-server, llama.cpp's HTTP server: OpenAI's API, and routes of its own for its state and load.
 
 Measured with build 10434 (``docs/internals/server-kinds.md``). While the server loads its model, the answer to every
 request is 503 "Loading model". ``/props`` has the number of slots and the context of one slot. ``/slots`` says which
@@ -12,10 +12,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from gpumesh.backends import model_list, prometheus_text, safe_json, unusable_answers
-from gpumesh.backends.base import ContinuationMethod, HttpCall, Inventory, ProbeAnswers, ServerLoad
-from gpumesh.backends.openai import MOST_SLOTS, OpenAIDialect, owner_names
+from gpumesh.backends.base import (
+    ContinuationMethod,
+    HttpCall,
+    Inventory,
+    ProbeAnswers,
+    ServerLoad,
+    successful_body,
+)
+from gpumesh.backends.openai import MOST_SLOTS, OpenAIDialect, owner_names, read_object
 
-LOADING = "Loading model"
+LOADING = "Loading model"  # the error message of every answer while the server loads its model
 
 
 class LlamacppDialect(OpenAIDialect):
@@ -52,37 +59,34 @@ class LlamacppDialect(OpenAIDialect):
         """The inventory of any server with OpenAI's API. Raises ProbeError also if ``/props`` is not llama-server's."""
         inventory = super().read_inventory(answers)
         answer = answers.get("props")
-        status, body = answer if answer is not None else (404, b"")
+        status, body = answer if answer is not None else (404, b"")  # no answer counts as an answer without the route
         unusable_answers.raise_for_status(status, body)
-        props = (safe_json.parse_report(body) if status == 200 else None) or {}
-        if not isinstance(props.get("default_generation_settings"), dict):
-            broken = unusable_answers.broken_json_error(body, "/props") if status == 200 else None
-            raise broken or unusable_answers.other_server_error(self.label, "/props", status, body)
+        if not isinstance(read_object(answer).get("default_generation_settings"), dict):
+            broken_error = unusable_answers.broken_json_error(body, "/props") if status == 200 else None
+            raise broken_error or unusable_answers.other_server_error(self.label, "/props", status, body)
         slots = _read_slots(answers.get("slots"))
-        slot_contexts = [
-            length
-            for slot in slots
-            if (length := safe_json.as_bounded_count(slot.get("n_ctx"), model_list.MAX_CONTEXT_TOKENS))
-        ]
+        contexts = [safe_json.as_bounded_count(slot.get("n_ctx"), model_list.MAX_CONTEXT_TOKENS) for slot in slots]
+        # A request gets any of the slots, so only the smallest context is sure.
+        smallest_context = min(filter(None, contexts), default=None)
         loaded = inventory.loaded
-        if slot_contexts:  # a request gets any of the slots, so only the smallest context is sure
-            loaded = tuple(replace(model, context_length=min(slot_contexts)) for model in loaded)
-        return replace(inventory, loaded=loaded, load=_read_load(slots, answers.get("metrics")))
+        if smallest_context is not None:
+            loaded = tuple(replace(model, context_length=smallest_context) for model in loaded)
+        return replace(inventory, loaded=loaded, load=_read_load(slots, successful_body(answers.get("metrics"))))
 
 
 def _read_slots(answer: tuple[int, bytes] | None) -> tuple[dict[str, object], ...]:
-    """The slots; empty where the server was started with ``--no-slots``."""
-    if answer is None or answer[0] != 200:
-        return ()
-    return safe_json.as_objects(safe_json.parse(answer[1]), MOST_SLOTS)
+    """The slots in the answer to ``/slots``; empty if the server was started with ``--no-slots``."""
+    return safe_json.as_objects(safe_json.parse(successful_body(answer)), MOST_SLOTS)
 
 
-def _read_load(slots: Sequence[Mapping[str, object]], metrics: tuple[int, bytes] | None) -> ServerLoad:
-    page = metrics[1] if metrics is not None and metrics[0] == 200 else b""
-    busy_slots = sum(slot.get("is_processing") is True for slot in slots) if slots else None
-    running = prometheus_text.read_request_count(page, "llamacpp:requests_processing")
+def _read_load(slots: Sequence[Mapping[str, object]], page: bytes) -> ServerLoad:
+    """The server's load from its slots and its ``/metrics`` page; without slots, from the page alone."""
+    if slots:
+        running: int | None = sum(slot.get("is_processing") is True for slot in slots)
+    else:
+        running = prometheus_text.read_request_count(page, "llamacpp:requests_processing")
     return ServerLoad(
-        running=busy_slots if busy_slots is not None else running,
+        running=running,
         waiting=prometheus_text.read_request_count(page, "llamacpp:requests_deferred"),
         # Only some builds have it; build 10434 does not.
         kv_cache_pct=prometheus_text.read_share_pct(page, "llamacpp:kv_cache_usage_ratio"),

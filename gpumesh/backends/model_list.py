@@ -1,4 +1,4 @@
-"""A server's list of models, by names that can be shown. Pure.
+"""Reads a server's list of models, by names that are safe to show. Pure.
 
 The probes and the merged lists of the gateway read the list in the same way: the mesh knows a model by the name under
 which a client finds it. Two sorts of entries are counted as unusable. If a name must be cleaned (control characters,
@@ -8,7 +8,7 @@ An entry without a name, or with one that is too long, is left out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -28,7 +28,8 @@ MAX_LOADED_MODELS = 256
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """Entries by name, in the server's order. If several have one name, the first is here.
+    """The entries of a list of models by name, in the server's order. Of several entries with the same name, only the
+    first is here.
 
     ``unusable`` counts the entries whose name no request could use.
     """
@@ -37,6 +38,7 @@ class Listing:
     unusable: int = 0
 
     def first_entries(self, count: int) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        """Yields at most ``count`` names with their entries."""
         return islice(self.entries.items(), count)
 
 
@@ -48,19 +50,26 @@ def clean_name(value: str | None) -> str | None:
 
 
 def read_listing(entries: Any, *name_keys: str, identity: Callable[[str], str] = str) -> Listing:
-    """The objects of a list by their names. Anything but a list is read as an empty list.
+    """Reads the objects of a list by their names. Anything but a list is read as an empty list.
 
-    ``name_keys``: the keys that may hold the name; the first one with a text counts. ``identity`` gives the same value
-    for all names of one model.
+    ``name_keys``: the keys that may hold the name; the first key with a text counts. ``identity`` returns the same
+    value for all names of one model.
     """
     entries_by_name: dict[str, Mapping[str, Any]] = {}
     seen_identities: set[str] = set()
     unusable = 0
     for entry in safe_json.as_objects(entries):
-        listed_name = next((text for key in name_keys if (text := safe_json.as_text(entry.get(key)))), None)
+        listed_name = _find_first_text(entry, name_keys)
         name = clean_name(listed_name)
-        unusable += name is None or name != listed_name
+        if name is None or name != listed_name:
+            unusable += 1
         if name is not None and identity(name) not in seen_identities:
             seen_identities.add(identity(name))
             entries_by_name[name] = entry
     return Listing(entries_by_name, unusable)
+
+
+def _find_first_text(entry: Mapping[str, Any], keys: Iterable[str]) -> str | None:
+    """The first text that is not empty under one of the keys."""
+    texts = (safe_json.as_text(entry.get(key)) for key in keys)
+    return next((text for text in texts if text), None)

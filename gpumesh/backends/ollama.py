@@ -1,4 +1,4 @@
-"""Ollama's native API: NDJSON frames, durations in nanoseconds, and silent endings (``docs/internals/ollama.md``)."""
+"""The dialect of Ollama's native API: NDJSON frames, durations in nanoseconds (``docs/internals/ollama.md``)."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from gpumesh.backends.base import (
     ProbeAnswers,
     ServerCounters,
     duration_ms,
+    successful_body,
     token_count,
 )
 from gpumesh.backends.error_text import describe_web_page, error_text, find_error_message, is_web_page, printable_label
@@ -29,8 +30,8 @@ from gpumesh.printable import printable
 from gpumesh.quoting import paste_command
 from gpumesh.state import LoadedModel, ModelInfo
 
-_MISSING = object()
-NS_PER_MS = 1e6
+_MISSING = object()  # for a member that is not there: ``None`` would mean that its value is null
+NS_PER_MS = 1e6  # Ollama's durations are in nanoseconds
 
 
 class OllamaDialect:
@@ -56,9 +57,12 @@ class OllamaDialect:
 
     def recognizes(self, status: int, body: bytes) -> bool:
         """Recognizes an answer with a version, or the empty 403 that refuses a Host header."""
-        document = (safe_json.parse_report(body) if status == 200 else None) or {}
-        has_version = safe_json.as_text(document.get("version")) is not None and "error" not in document
-        return has_version or (status == 403 and not body.strip())
+        if status == 403:
+            return not body.strip()
+        if status != 200:
+            return False
+        document = safe_json.parse_report(body) or {}
+        return safe_json.as_text(document.get("version")) is not None and "error" not in document
 
     def missing_model_hint(self, models: Sequence[str]) -> str:
         return "on the host: " + "; ".join(paste_command("ollama pull {MODEL}", MODEL=name) for name in models)
@@ -66,7 +70,7 @@ class OllamaDialect:
     def build_chat_call(self, request: ChatRequest) -> HttpCall:
         body: dict[str, Any] = {
             "model": request.model,
-            "messages": [_message(message) for message in request.messages],
+            "messages": [_build_message(message) for message in request.messages],
             "stream": request.stream,
         }
         if request.options:
@@ -87,22 +91,22 @@ class OllamaDialect:
         return {name: HttpCall("GET", f"/api/{name}") for name in ("version", "tags", "ps")}
 
     def read_inventory(self, answers: ProbeAnswers) -> Inventory:
-        """Raises ProbeError with one of these codes as ``finding_code``: ``wrong-server``, ``backend-down``,
-        ``host-refused``, ``key-refused``, ``answer-broken``, ``models-too-many``. The answer to ``ps`` may be missing:
-        older servers do not have this route."""
+        """The inventory from the answers to ``probe_calls``. Raises ProbeError with one of these codes as
+        ``finding_code``: ``wrong-server``, ``backend-down``, ``host-refused``, ``key-refused``, ``answer-broken``,
+        ``models-too-many``. The answer to ``ps`` may be missing: older servers do not have this route."""
         version = self._read_answer(answers.get("version"), "/api/version", "version", (str, NoneType))
         tags = self._read_answer(answers.get("tags"), "/api/tags", "models", (list, NoneType))
-        too_many = unusable_answers.long_list_error(tags["models"])
-        if too_many is not None:
-            raise too_many
-        ps_status, ps_body = answers.get("ps") or (None, b"")
-        ps_document = safe_json.parse_report(ps_body) if ps_status == 200 else None
+        too_many_error = unusable_answers.long_list_error(tags["models"])
+        if too_many_error is not None:
+            raise too_many_error
+        ps = safe_json.parse_report(successful_body(answers.get("ps"))) or {}
         models = model_list.read_listing(tags["models"], "name", "model", identity=full_name)
-        in_memory = model_list.read_listing((ps_document or {}).get("models"), "name", "model", identity=full_name)
+        models_in_memory = model_list.read_listing(ps.get("models"), "name", "model", identity=full_name)
+        loaded_entries = models_in_memory.first_entries(model_list.MAX_LOADED_MODELS)
         return Inventory(
             version=printable(safe_json.as_text(version.get("version")) or "", 40) or None,
-            catalog=tuple(_model(name, item) for name, item in models.entries.items()),
-            loaded=tuple(_loaded(name, item) for name, item in in_memory.first_entries(model_list.MAX_LOADED_MODELS)),
+            catalog=tuple(_read_model(name, entry) for name, entry in models.entries.items()),
+            loaded=tuple(_read_loaded_model(name, entry) for name, entry in loaded_entries),
             unusable=models.unusable,
         )
 
@@ -123,23 +127,22 @@ class OllamaDialect:
         document = safe_json.parse_report(body)
         if status == 200 and document is not None and isinstance(document.get(key, _MISSING), types):
             return document
-        raise (unusable_answers.broken_json_error(body, path) if status == 200 else None) or wrong_server_error(
-            status, body, document, path
-        )
+        broken_error = unusable_answers.broken_json_error(body, path) if status == 200 else None
+        raise broken_error or wrong_server_error(status, body, document, path)
 
 
 class OllamaFrameReader(BaseFrameReader):
-    """Frames of ``/api/chat`` and ``/api/generate``, streamed or whole."""
+    """Reads the chunks of an answer of ``/api/chat`` or ``/api/generate``, streamed or in one piece."""
 
     def __init__(self) -> None:
         super().__init__()
         self._lines = LineSplitter()
 
-    def _take(self, data: bytes, chunks: list[Chunk]) -> None:
+    def _read_data(self, data: bytes, chunks: list[Chunk]) -> None:
         for line in self._lines.feed(data):
             self._read_frame(line, chunks)
 
-    def _end(self, chunks: list[Chunk]) -> None:
+    def _read_rest(self, chunks: list[Chunk]) -> None:
         rest = self._lines.take_rest()
         if safe_json.parse_object(rest) is not None:  # otherwise the line was cut
             self._read_frame(rest, chunks)
@@ -154,9 +157,11 @@ class OllamaFrameReader(BaseFrameReader):
         if error is not None:
             raise BackendError(f"the server stopped in mid-answer: {error}")
         message = frame.get("message")
-        source = message if isinstance(message, dict) else frame
-        text = safe_json.as_text(source.get("content" if source is message else "response")) or ""
-        thinking = safe_json.as_text(source.get("thinking")) or ""
+        if isinstance(message, dict):  # /api/chat
+            text, thinking = safe_json.as_text(message.get("content")), safe_json.as_text(message.get("thinking"))
+        else:  # /api/generate
+            text, thinking = safe_json.as_text(frame.get("response")), safe_json.as_text(frame.get("thinking"))
+        text, thinking = text or "", thinking or ""
         if frame.get("done") is True:
             self.done = True
             reason = safe_json.as_text(frame.get("done_reason"))
@@ -166,7 +171,7 @@ class OllamaFrameReader(BaseFrameReader):
 
 
 def parse_counters(frame: Mapping[str, Any]) -> ServerCounters:
-    """The counters of a final frame. Its durations are in nanoseconds; each may be absent."""
+    """The counters of a final frame; each of them may be absent."""
     get = frame.get
     return ServerCounters(
         prompt_tokens=token_count(get("prompt_eval_count")),
@@ -179,8 +184,8 @@ def parse_counters(frame: Mapping[str, Any]) -> ServerCounters:
 
 
 def wrong_server_error(status: int, body: bytes, document: dict[str, Any] | None, path: str) -> ProbeError:
-    """The error for a port that answers, but not as Ollama. The message names the other server if the answer shows
-    it."""
+    """The error for a port that answers to ``path``, but not as Ollama. The message names the kind of the other server
+    if the answer shows it. ``document`` is the body's JSON object, if the body is one."""
     hint = "point `backend.port` or `backend.url` at Ollama (11434 unless OLLAMA_HOST says otherwise)"
     if is_web_page(body):
         description = describe_web_page(body)
@@ -196,32 +201,34 @@ def wrong_server_error(status: int, body: bytes, document: dict[str, Any] | None
     )
 
 
-def _message(message: Message) -> dict[str, Any]:
+def _build_message(message: Message) -> dict[str, Any]:
     body: dict[str, Any] = {"role": message.role, "content": message.content}
     if message.images:
         body["images"] = list(message.images)
     return body
 
 
-def _model(name: str, item: Mapping[str, Any]) -> ModelInfo:
-    details = item.get("details")
+def _read_model(name: str, entry: Mapping[str, Any]) -> ModelInfo:
+    """A model by its entry in ``/api/tags``."""
+    details = entry.get("details")
     details = details if isinstance(details, dict) else {}
     return ModelInfo(
         name=name,
-        digest=printable_label(item.get("digest")),
-        size_mib=safe_json.as_mib(item.get("size")),
-        modified_at=printable_label(item.get("modified_at")),
+        digest=printable_label(entry.get("digest")),
+        size_mib=safe_json.as_mib(entry.get("size")),
+        modified_at=printable_label(entry.get("modified_at")),
         parameter_size=printable_label(details.get("parameter_size")),
         quantization=printable_label(details.get("quantization_level")),
         family=printable_label(details.get("family")),
     )
 
 
-def _loaded(name: str, item: Mapping[str, Any]) -> LoadedModel:
+def _read_loaded_model(name: str, entry: Mapping[str, Any]) -> LoadedModel:
+    """A model in memory by its entry in ``/api/ps``."""
     return LoadedModel(
         name=name,
-        size_vram_mib=safe_json.as_mib(item.get("size_vram")),
-        size_mib=safe_json.as_mib(item.get("size")),
-        expires_at=safe_json.as_datetime(item.get("expires_at")),
-        context_length=safe_json.as_bounded_count(item.get("context_length"), model_list.MAX_CONTEXT_TOKENS),
+        size_vram_mib=safe_json.as_mib(entry.get("size_vram")),
+        size_mib=safe_json.as_mib(entry.get("size")),
+        expires_at=safe_json.as_datetime(entry.get("expires_at")),
+        context_length=safe_json.as_bounded_count(entry.get("context_length"), model_list.MAX_CONTEXT_TOKENS),
     )

@@ -1,4 +1,4 @@
-"""Any server with OpenAI's API: SGLang, LM Studio, and what llama-server and vLLM have in common with it."""
+"""The dialect of any server with OpenAI's API (SGLang, LM Studio …); those of llama-server and vLLM are built on it."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from gpumesh.backends.base import (
     ProbeAnswers,
     ServerCounters,
     duration_ms,
+    successful_body,
     token_count,
 )
 from gpumesh.backends.error_text import error_text, find_error_message, printable_label
@@ -78,13 +79,15 @@ class OpenAIDialect:
     def build_chat_call(self, request: ChatRequest) -> HttpCall:
         body: dict[str, Any] = {
             "model": request.model,
-            "messages": [_message(message) for message in request.messages],
+            "messages": [_build_message(message) for message in request.messages],
             "stream": request.stream,
         }
         if request.stream:
             body["stream_options"] = {"include_usage": True}
         for name, value in request.options.items():
-            if name in _OPTIONS and not (name == "num_predict" and (safe_json.as_count(value) or 0) < 1):
+            if name == "num_predict" and not safe_json.as_count(value):
+                continue  # a number below 1 means "no limit" to Ollama: then this API gets no max_tokens
+            if name in _OPTIONS:
                 body[_OPTIONS[name]] = value
         if isinstance(request.think, str):
             body["reasoning_effort"] = request.think
@@ -109,8 +112,9 @@ class OpenAIDialect:
         }
 
     def read_inventory(self, answers: ProbeAnswers) -> Inventory:
-        """Raises ProbeError, its ``finding`` being ``wrong-server``, ``backend-down``, ``key-refused``,
-        ``answer-broken`` or ``models-too-many``."""
+        """The inventory from the answers to ``probe_calls``. Raises ProbeError with one of these codes as
+        ``finding_code``: ``wrong-server``, ``backend-down``, ``key-refused``, ``answer-broken``, ``models-too-many``.
+        Only the answer to ``models`` is needed."""
         answer = answers.get("models")
         if answer is None:
             raise ProbeError("no answer to /v1/models", finding_code="backend-down")
@@ -118,33 +122,35 @@ class OpenAIDialect:
         unusable_answers.raise_for_status(status, body)  # llama-server: 503 "Loading model"
         document = safe_json.parse_report(body)
         if status != 200 or document is None or not isinstance(document.get("data"), list):
-            broken = unusable_answers.broken_json_error(body, "/v1/models") if status == 200 else None
-            raise broken or unusable_answers.other_server_error(self.label, "/v1/models", status, body)
-        too_many = unusable_answers.long_list_error(document["data"])
-        if too_many is not None:
-            raise too_many
-        health = answers.get("health")
-        if health is not None and health[0] == 503:
-            raise unusable_answers.unavailable_error(*health)
-        props, version = _read_object(answers.get("props")), _read_object(answers.get("version"))
+            broken_error = unusable_answers.broken_json_error(body, "/v1/models") if status == 200 else None
+            raise broken_error or unusable_answers.other_server_error(self.label, "/v1/models", status, body)
+        too_many_error = unusable_answers.long_list_error(document["data"])
+        if too_many_error is not None:
+            raise too_many_error
+        health_status, health_body = answers.get("health") or (None, b"")
+        if health_status == 503:
+            raise unusable_answers.unavailable_error(503, health_body)
+        props = read_object(answers.get("props"))
+        version = read_object(answers.get("version"))
         models = model_list.read_listing(document["data"], "id")
-        resident = [
-            (name, item)
-            for name, item in models.entries.items()
-            if safe_json.as_text(item.get("owned_by")) in _OWNERS_IN_MEMORY
-        ]
-        context = _context_length(props)
+        models_in_memory = [
+            (name, entry)
+            for name, entry in models.entries.items()
+            if safe_json.as_text(entry.get("owned_by")) in _OWNERS_IN_MEMORY
+        ][: model_list.MAX_LOADED_MODELS]
+        slot_context = _read_slot_context(props)
         return Inventory(
             version=printable_label(props.get("build_info")) or printable_label(version.get("version")),
-            catalog=tuple(_model(name, item) for name, item in models.entries.items()),
-            loaded=tuple(_loaded(name, item, context) for name, item in resident[: model_list.MAX_LOADED_MODELS]),
+            catalog=tuple(_read_model(name, entry) for name, entry in models.entries.items()),
+            loaded=tuple(_read_loaded_model(name, entry, slot_context) for name, entry in models_in_memory),
             parallel=safe_json.as_bounded_count(props.get("total_slots"), MOST_SLOTS) or None,
             unusable=models.unusable,
         )
 
 
 class OpenAIEventReader(BaseFrameReader):
-    """Chunks of a streamed chat or completion. The final chunk comes at ``[DONE]``: only then the usage is known."""
+    """Reads the chunks of a streamed chat or completion. The final chunk comes at ``[DONE]``, because the usage may
+    come as late as just before it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -152,12 +158,13 @@ class OpenAIEventReader(BaseFrameReader):
         self._finish_reason: str | None = None
         self._counters: ServerCounters | None = None
 
-    def _take(self, data: bytes, chunks: list[Chunk]) -> None:
+    def _read_data(self, data: bytes, chunks: list[Chunk]) -> None:
         for event in self._events.feed(data):
             self._read_event(event, chunks)
 
-    def _end(self, chunks: list[Chunk]) -> None:
+    def _read_rest(self, chunks: list[Chunk]) -> None:
         for event in self._events.take_rest():
+            # Any other event was cut by the end of the stream.
             if event.strip() == b"[DONE]" or safe_json.parse_object(event) is not None:
                 self._read_event(event, chunks)
         if not self.done and self._finish_reason is not None:
@@ -185,29 +192,30 @@ class OpenAIEventReader(BaseFrameReader):
             chunks.append(Chunk(text, thinking))
 
     def _finish(self, chunks: list[Chunk]) -> None:
+        """Adds the final chunk."""
         self.done = True
         chunks.append(final_chunk(reason=self._finish_reason, counters=self._counters))
 
 
 class OpenAIBodyReader(BaseFrameReader):
-    """An answer in one piece."""
+    """Reads an answer in one piece, which becomes one chunk, the final one."""
 
     def __init__(self) -> None:
         super().__init__()
         self._body = bytearray()
 
-    def _take(self, data: bytes, chunks: list[Chunk]) -> None:  # noqa: ARG002  # the whole answer is one chunk, at the end
+    def _read_data(self, data: bytes, chunks: list[Chunk]) -> None:  # noqa: ARG002  # the only chunk comes at the end
         if len(self._body) + len(data) > BODY_LIMIT:
             raise wrong_dialect_error(f"more than {BODY_LIMIT >> 20} MiB")
         self._body += data
 
-    def _end(self, chunks: list[Chunk]) -> None:
+    def _read_rest(self, chunks: list[Chunk]) -> None:
         body = bytes(self._body).strip()
         frame = safe_json.parse_object(body)
         if frame is None:
             if body and not body.startswith(b"{"):
                 raise wrong_dialect_error(f"{printable(body, 60)!r} is no answer")
-            return
+            return  # the answer was cut: close() will raise StreamCut
         error = find_error_message(frame)
         if error is not None:
             raise BackendError(f"the server answered with an error: {error}")
@@ -219,9 +227,8 @@ class OpenAIBodyReader(BaseFrameReader):
 def owner_names(body: bytes) -> frozenset[str]:
     """The ``owned_by`` of the models in an answer of ``/v1/models``: servers write their own name there."""
     document = safe_json.parse_report(body) or {}
-    names = (
-        safe_json.as_text(entry.get("owned_by")) for entry in safe_json.as_objects(document.get("data"), MAX_OWNERS)
-    )
+    entries = safe_json.as_objects(document.get("data"), MAX_OWNERS)
+    names = (safe_json.as_text(entry.get("owned_by")) for entry in entries)
     return frozenset(name for name in names if name is not None)
 
 
@@ -247,19 +254,21 @@ def parse_counters(frame: Mapping[str, Any]) -> ServerCounters | None:
 
 
 def _read_first_choice(frame: Mapping[str, Any], key: str) -> tuple[str, str, str | None]:
-    """The first choice of a chat or of a completion: text, thinking, finish reason. ``key``: ``delta`` in a stream,
-    ``message`` in a whole answer."""
+    """The text, the thinking and the finish reason of the first choice of a chat or a completion. ``key``: ``delta`` in
+    a stream, ``message`` in a whole answer. A completion has its text in the choice itself."""
     choices = safe_json.as_objects(frame.get("choices"), 1)
     if not choices:
         return "", "", None
-    inner = choices[0].get(key)
-    source = inner if isinstance(inner, dict) else {}
-    text = safe_json.as_text(source.get("content")) or safe_json.as_text(choices[0].get("text")) or ""
-    thinking = safe_json.as_text(source.get("reasoning_content")) or safe_json.as_text(source.get("reasoning")) or ""
-    return text, thinking, safe_json.as_text(choices[0].get("finish_reason"))
+    (choice,) = choices
+    message = choice.get(key)
+    message = message if isinstance(message, dict) else {}
+    text = safe_json.as_text(message.get("content")) or safe_json.as_text(choice.get("text")) or ""
+    thinking = safe_json.as_text(message.get("reasoning_content")) or safe_json.as_text(message.get("reasoning")) or ""
+    return text, thinking, safe_json.as_text(choice.get("finish_reason"))
 
 
-def _message(message: Message) -> dict[str, Any]:
+def _build_message(message: Message) -> dict[str, Any]:
+    """The message as this API has it: with images, its content is a list of parts."""
     if not message.images:
         return {"role": message.role, "content": message.content}
     parts: list[dict[str, Any]] = [{"type": "text", "text": message.content}]
@@ -269,25 +278,22 @@ def _message(message: Message) -> dict[str, Any]:
     return {"role": message.role, "content": parts}
 
 
-def _read_object(answer: tuple[int, bytes] | None) -> dict[str, Any]:
-    """The object in a probe's answer; an empty one where there is no such answer."""
-    if answer is None or answer[0] != 200:
-        return {}
-    return safe_json.parse_report(answer[1]) or {}
+def read_object(answer: tuple[int, bytes] | None) -> dict[str, Any]:
+    """The JSON object in a probe's answer with status 200; an empty object if there is no such answer."""
+    return safe_json.parse_report(successful_body(answer)) or {}
 
 
-def _context_length(props: Mapping[str, Any]) -> int | None:
-    """The context of one slot in tokens, from llama-server's ``/props``."""
+def _read_slot_context(props: Mapping[str, Any]) -> int | None:
+    """The context of one slot in tokens, from llama-server's ``/props``; ``None`` for other servers."""
     settings = props.get("default_generation_settings")
-    return (
-        safe_json.as_bounded_count(settings.get("n_ctx"), model_list.MAX_CONTEXT_TOKENS)
-        if isinstance(settings, dict)
-        else None
-    )
+    if not isinstance(settings, dict):
+        return None
+    return safe_json.as_bounded_count(settings.get("n_ctx"), model_list.MAX_CONTEXT_TOKENS)
 
 
-def _model(name: str, item: Mapping[str, Any]) -> ModelInfo:
-    meta = item.get("meta")
+def _read_model(name: str, entry: Mapping[str, Any]) -> ModelInfo:
+    """A model by its entry in ``/v1/models``. Only llama-server's entries have ``meta``."""
+    meta = entry.get("meta")
     meta = meta if isinstance(meta, dict) else {}
     parameters = safe_json.as_bounded_count(meta.get("n_params"), MOST_PARAMETERS)
     return ModelInfo(
@@ -297,6 +303,8 @@ def _model(name: str, item: Mapping[str, Any]) -> ModelInfo:
     )
 
 
-def _loaded(name: str, item: Mapping[str, Any], context: int | None) -> LoadedModel:
-    max_length = safe_json.as_bounded_count(item.get("max_model_len"), model_list.MAX_CONTEXT_TOKENS)
-    return LoadedModel(name=name, context_length=context or max_length)
+def _read_loaded_model(name: str, entry: Mapping[str, Any], slot_context: int | None) -> LoadedModel:
+    """A model in memory by its entry in ``/v1/models``. vLLM's entries have ``max_model_len``, the context in tokens;
+    for llama-server, ``slot_context`` is known."""
+    max_length = safe_json.as_bounded_count(entry.get("max_model_len"), model_list.MAX_CONTEXT_TOKENS)
+    return LoadedModel(name=name, context_length=slot_context or max_length)

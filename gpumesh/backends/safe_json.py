@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -18,13 +17,14 @@ REPORT_VALUES = 200_000
 # The limits for a frame or an answer: the final line of /api/generate holds its whole context, a number for each token.
 ANSWER_VALUES = 300_000
 ANSWER_BYTES = 16 << 20
-SMALL = 1 << 16  # bytes; a document up to this size is parsed without counting its values: it cannot cost much
+SMALL_BYTES = 1 << 16  # a document up to this size is parsed without counting its values: it cannot cost much
 OBJECT_BYTES = 100  # memory of one value and of its place in its parent: a dictionary takes 64 to 232, a number 32
-TEXTS = 4  # copies of the text in memory: the decoded text, its strings, the text written anew, and that one as bytes
-_LARGEST = 1 << 62  # a larger number is not believed
-_LARGEST_MODEL = 1 << 46  # bytes: 64 TiB
-_DIGITS = 20  # of a 64-bit number with its sign; Python reads longer numbers slowly, and none of more than 4,300 digits
-_FRACTION = re.compile(r"(\.\d{6})\d+")
+TEXT_COPIES = 4  # in memory: the decoded text, its strings, the text that is written anew, and this text as bytes
+_MAX_NUMBER = 1 << 62  # a larger number is not believed
+_MAX_MODEL_BYTES = 1 << 46  # 64 TiB; a larger model is not believed
+# Digits of a 64-bit number with its sign. Python reads longer numbers slowly, and none of more than 4,300 digits.
+_MAX_DIGITS = 20
+_LONG_FRACTION = re.compile(r"(\.\d{6})\d+")  # Python reads a fraction of a second of at most six digits
 
 
 def dump_compact(document: Mapping[str, Any]) -> bytes:
@@ -36,13 +36,13 @@ def dump_compact(document: Mapping[str, Any]) -> bytes:
 
 
 def parse(data: bytes) -> Any:
-    """The document; ``None`` for bytes that are not JSON, and for a document that holds far more than any answer does.
+    """Parses a document; ``None`` for bytes that are not JSON, and for a document that holds far more than any answer.
 
     The document ``null`` gives ``None`` as well: no caller has a use for it.
     """
     if not data or data.isspace():  # MiB of blanks would be scanned by both parsers
         return None
-    if _exceeds_answers(data):
+    if _exceeds_answer_limits(data):
         return None
     try:
         return msgspec.json.decode(data)
@@ -54,32 +54,35 @@ def parse(data: bytes) -> Any:
         return None
 
 
-def _exceeds_answers(data: bytes) -> bool:
-    return len(data) > SMALL and (len(data) > ANSWER_BYTES or too_many_values(data, ANSWER_VALUES))
+def _exceeds_answer_limits(data: bytes) -> bool:
+    if len(data) <= SMALL_BYTES:
+        return False
+    return len(data) > ANSWER_BYTES or too_many_values(data, ANSWER_VALUES)
 
 
 def parse_object(data: bytes) -> dict[str, Any] | None:
+    """Parses a JSON object; ``None`` for any other document, and whenever ``parse`` returns ``None``."""
     document = parse(data)
     return document if isinstance(document, dict) else None
 
 
 def too_many_values(data: bytes, limit: int = REPORT_VALUES) -> bool:
-    """Whether a document holds more than ``limit`` values: to parse it could cost as much as a hundred others.
+    """Whether a document seems to hold more than ``limit`` values: to parse it could cost as much as a hundred others.
 
-    Each value follows a comma or an opening bracket, so these are counted, also those inside of texts.
+    Each value follows a comma or an opening bracket. So these characters are counted, even those inside of texts.
     """
     return data.count(b",") + data.count(b"[") + data.count(b"{") > limit
 
 
 def parse_report(data: bytes, limit: int = REPORT_VALUES) -> dict[str, Any] | None:
-    """An object that a server sends about itself; ``None`` for anything else, and for one with too many values.
+    """Parses an object that a server sends about itself; ``None`` for anything else, and if it has too many values.
 
     ``NaN`` and a number of more than 64 bits become ``None``; the rest of the document is kept.
     """
     if too_many_values(data, limit):
         return None
     try:
-        document = _REPORTS.decode(data.decode("utf-8", "replace").removeprefix("\ufeff"))
+        document = _REPORT_DECODER.decode(data.decode("utf-8", "replace").removeprefix("\ufeff"))
     except (ValueError, RecursionError):
         return None
     return document if isinstance(document, dict) else None
@@ -90,7 +93,7 @@ def is_strict_object(data: bytes) -> bool:
     if too_many_values(data, ANSWER_VALUES):
         return False
     try:
-        document = _STRICT.decode(data.decode("utf-8"))
+        document = _STRICT_DECODER.decode(data.decode("utf-8"))
         if b"\\ud" in data.lower():
             json.dumps(document, ensure_ascii=False).encode()  # raises ValueError for a lone surrogate
     except (ValueError, RecursionError):
@@ -99,16 +102,16 @@ def is_strict_object(data: bytes) -> bool:
 
 
 def _refuse_constant(text: str) -> None:
-    """``text`` is ``NaN``, ``Infinity`` or ``-Infinity``."""
+    """Raises ValueError. ``text`` is ``NaN``, ``Infinity`` or ``-Infinity``, which strict JSON does not have."""
     raise ValueError(f"{text} is no JSON")
 
 
 def _parse_short_number(digits: str) -> int | None:
-    return int(digits) if len(digits) <= _DIGITS else None
+    return int(digits) if len(digits) <= _MAX_DIGITS else None
 
 
-_STRICT = json.JSONDecoder(parse_constant=_refuse_constant)
-_REPORTS = json.JSONDecoder(parse_int=_parse_short_number, parse_constant=lambda _: None)
+_STRICT_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
+_REPORT_DECODER = json.JSONDecoder(parse_int=_parse_short_number, parse_constant=lambda _: None)
 
 
 def parse_objects(pieces: Sequence[bytes]) -> list[dict[str, Any]]:
@@ -121,45 +124,47 @@ def parse_objects(pieces: Sequence[bytes]) -> list[dict[str, Any]]:
 
 
 def estimate_memory(data: bytes, limit: int) -> int | None:
-    """An upper bound, in bytes, of the memory that it takes to parse the document and to write it anew. ``None``: more
-    than ``limit``, or more than ``parse`` reads.
+    """An upper bound, in bytes, of the memory that it takes to parse the document and to write it anew. ``None``: the
+    bound is above ``limit``, or ``parse`` would not read the document.
 
     Each value and each key is an object, and one of the four characters ``,:[{`` is before it."""
-    if TEXTS * len(data) > limit or _exceeds_answers(data):
+    text_size = TEXT_COPIES * len(data)
+    if text_size > limit or _exceeds_answer_limits(data):
         return None
-    size = TEXTS * len(data) + OBJECT_BYTES * (len(data) - len(data.translate(None, b",:[{")))
+    object_count = len(data) - len(data.translate(None, b",:[{"))  # the number of these characters
+    size = text_size + OBJECT_BYTES * object_count
     return size if size <= limit else None
 
 
 def as_text(value: Any) -> str | None:
+    """The value if it is a text, else ``None``."""
     return value if isinstance(value, str) else None
 
 
 def as_count(value: Any) -> int | None:
-    """A count or a size: a number from 0 up, without its fraction."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    """A count or a size: a number from 0 up, without its fraction; ``None`` for any other value."""
+    number = as_number(value)
+    if number is None:
         return None
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return int(value) if 0 <= value <= _LARGEST else None
+    return int(value)  # of the value itself: a float cannot hold every count
 
 
 def as_number(value: Any) -> float | None:
-    """A duration: a finite number from 0 up."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= _LARGEST:
+    """A finite number from 0 up, such as a duration; ``None`` for any other value."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
-    return float(value)
+    return float(value) if 0 <= value <= _MAX_NUMBER else None
 
 
 def as_bounded_count(value: Any, most: int) -> int | None:
-    """A count of at most ``most``: a larger one is not believed."""
+    """A count of at most ``most``; ``None`` for any other value: a larger count is not believed."""
     count = as_count(value)
     return count if count is not None and count <= most else None
 
 
 def as_mib(value: Any) -> int | None:
-    """Bytes as MiB, rounded."""
-    size = as_bounded_count(value, _LARGEST_MODEL)
+    """A number of bytes as MiB, rounded; ``None`` for a value that cannot be the size of a model."""
+    size = as_bounded_count(value, _MAX_MODEL_BYTES)
     return None if size is None else round(size / MIB)
 
 
@@ -171,11 +176,12 @@ def as_objects(value: Any, limit: int = 10_000) -> tuple[dict[str, Any], ...]:
 
 
 def as_datetime(value: Any) -> datetime | None:
-    """A time in RFC 3339 as Go writes it, with nanoseconds. ``None`` for Go's zero time, which means "no time"."""
+    """A time in RFC 3339 as Go writes it, with nanoseconds; ``None`` for any other value, and for the year 1: Go's zero
+    time means "no time"."""
     if not isinstance(value, str) or len(value) > 64:
         return None
     try:
-        time = datetime.fromisoformat(_FRACTION.sub(r"\1", value))
+        time = datetime.fromisoformat(_LONG_FRACTION.sub(r"\1", value))
         time = time.astimezone(UTC) if time.tzinfo is not None else time.replace(tzinfo=UTC)
     except (ValueError, OverflowError):
         return None

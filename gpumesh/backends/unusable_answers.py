@@ -49,7 +49,7 @@ OTHER_KIND_HINT = (
 
 
 def other_server_error(label: str, path: str, status: int, body: bytes, *, hint: str = OTHER_KIND_HINT) -> ProbeError:
-    """The error for an answer that no server of the kind ``label`` gives."""
+    """The error for an answer that no server of the kind ``label`` gives to a request for ``path``."""
     if error_text.is_web_page(body):
         description = error_text.describe_web_page(body)
     else:
@@ -59,8 +59,8 @@ def other_server_error(label: str, path: str, status: int, body: bytes, *, hint:
 
 
 def broken_json_error(body: bytes, path: str) -> ProbeError | None:
-    """The error for a body that begins as a JSON object, but is broken or holds too many values; ``None`` for
-    others."""
+    """The error for an answer to ``path`` that begins as a JSON object, but is broken or holds too many values;
+    ``None`` for any other answer."""
     if not body.lstrip().startswith(b"{"):
         return None
     if safe_json.too_many_values(body):
@@ -76,8 +76,8 @@ def broken_answer_error(message: str) -> ProbeError:
 
 
 def long_list_error(models: Any) -> ProbeError | None:
-    """The error for a list of more than ``MAX_MODELS`` models; ``None`` for others. The node gets no inventory at all:
-    with a part of the list, the mesh would report that the last models are missing."""
+    """The error for a list of more than ``MAX_MODELS`` models; ``None`` for any other value. Such a node gets no
+    inventory at all: with a part of the list, the mesh would report that the last models are missing."""
     if not isinstance(models, list) or len(models) <= MAX_MODELS:
         return None
     return too_many_models_error(f"it lists {len(models)} models")

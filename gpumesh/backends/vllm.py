@@ -1,4 +1,4 @@
-"""vLLM's OpenAI-compatible server. It adds ``/health``, ``/version`` and ``/metrics`` to the API.
+"""The dialect of vLLM's OpenAI-compatible server, which adds ``/health``, ``/version`` and ``/metrics`` to the API.
 
 Read from vLLM's public source (``docs/internals/server-kinds.md``). Each entry of ``/v1/models`` is in memory, is owned
 by ``vllm``, and has ``max_model_len``. ``/health`` is 503 once the engine is dead. Only ``/metrics`` has the numbers of
@@ -11,10 +11,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from gpumesh.backends import prometheus_text, unusable_answers
-from gpumesh.backends.base import ContinuationMethod, HttpCall, Inventory, ProbeAnswers, ServerLoad
+from gpumesh.backends.base import (
+    ContinuationMethod,
+    HttpCall,
+    Inventory,
+    ProbeAnswers,
+    ServerLoad,
+    successful_body,
+)
 from gpumesh.backends.openai import OpenAIDialect, owner_names
 
-OWNER = "vllm"
+OWNER = "vllm"  # the ``owned_by`` of all models that vLLM lists
 
 
 class VllmDialect(OpenAIDialect):
@@ -48,8 +55,7 @@ class VllmDialect(OpenAIDialect):
         models = answers.get("models")
         if models is not None and not self.recognizes(*models):
             raise unusable_answers.other_server_error(self.label, "/v1/models", *models)
-        metrics = answers.get("metrics")
-        page = metrics[1] if metrics is not None and metrics[0] == 200 else b""
+        page = successful_body(answers.get("metrics"))
         load = ServerLoad(
             running=prometheus_text.read_request_count(page, "vllm:num_requests_running"),
             waiting=prometheus_text.read_request_count(page, "vllm:num_requests_waiting"),

@@ -13,13 +13,18 @@ from gpumesh.topology import BackendKind
 
 
 class Priority(StrEnum):
+    """The class of a request: it decides how soon a waiting request gets a slot (``queue.py``)."""
+
     INTERACTIVE = "interactive"
     NORMAL = "normal"
     BATCH = "batch"
 
 
 class Demand(msgspec.Struct, frozen=True):
-    """The properties of a request that matter for the choice of a node. ``kinds`` are the backends that can answer it.
+    """The properties of a request that matter for the choice of a node.
+
+    ``kinds`` are the kinds of server that can answer the request. ``node`` is the only node that may answer it;
+    ``None``: any node may.
 
     ``needs_slot`` is false for a request that costs no inference (``show``, ``pull`` …): such a request neither waits
     for a slot nor takes one. ``session`` names a conversation whose prompt prefix a node may have in its cache. ``id``
@@ -38,15 +43,15 @@ class Demand(msgspec.Struct, frozen=True):
 
 
 class Candidate(msgspec.Struct, frozen=True):
-    """A node in the snapshot that a policy ranks.
+    """A node as the balancer sees it: a snapshot that ``select.py`` filters and a policy ranks.
 
     ``usable``: tunnel and backend are up, the node is not draining, and its breaker is closed. ``models`` is ``None``
     when the backend could not list its models: then any model may be tried. ``loaded`` are the models in memory.
-    ``in_flight`` counts the requests that this gateway has in flight there, ``other_gateways_in_flight`` those of other
-    gateways. ``limit`` is the number of slots; ``None`` for no limit. Nodes with the same ``group`` share one GPU: they
-    are balanced as one. ``tokens_per_s`` and ``load_s`` (seconds to load) are by model. ``foreign_load`` is the GPU's
-    utilisation (0 to 1) while we have nothing in flight there. ``rtt_ms`` is the tunnel's round trip. ``sessions`` are
-    those whose prompt prefix the node may have in its cache.
+    ``in_flight`` counts the requests of this gateway in flight on the node, ``other_gateways_in_flight`` the requests
+    of other gateways. ``limit`` is the number of slots; ``None`` for no limit. Nodes with the same ``group`` share one
+    GPU: they are balanced as one node. ``tokens_per_s`` and ``load_s`` (seconds to load) are by model. ``foreign_load``
+    is the GPU's utilisation (0 to 1) while we have nothing in flight there; ``None`` if it is not known. ``rtt_ms`` is
+    the tunnel's round-trip time. ``sessions`` are the sessions whose prompt prefix the node may have in its cache.
     """
 
     name: str

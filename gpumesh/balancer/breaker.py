@@ -23,9 +23,12 @@ class BreakerPhase(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Breaker:
-    """``failures`` counts those since the last success. ``open_until`` is a time of the caller's monotonic clock, in
-    seconds. ``open_s`` is how long the breaker was last open, or will be at first. ``trial_in_flight``: the half-open
-    breaker has let one request through, and that request has not ended."""
+    """One state of a node's breaker. The object never changes: after an event, a method returns the new state.
+
+    ``failures`` counts the failures since the last success. The breaker is open until ``open_until``, a time of the
+    caller's monotonic clock in seconds; ``None`` while it is closed. ``open_s``: for how many seconds it was opened
+    last, or, before that, for how many it will be opened first. ``trial_in_flight``: the half-open breaker has let one
+    request through, and that request has not ended."""
 
     failures: int = 0
     open_until: float | None = None
@@ -38,20 +41,22 @@ class Breaker:
         return BreakerPhase.OPEN if now < self.open_until else BreakerPhase.HALF_OPEN
 
     def allows(self, now: float) -> bool:
-        """Whether a request may be sent to the node."""
+        """Whether a request may be sent to the node: while half-open, only one request at a time."""
         return self.open_until is None or (now >= self.open_until and not self.trial_in_flight)
 
     def record_start(self, now: float) -> Breaker:
-        """A request was sent to the node."""
-        if self.open_until is None or now < self.open_until:
-            return self
-        return replace(self, trial_in_flight=True)
+        """The state after a request was sent to the node: it is the trial if the breaker is half-open."""
+        if self.phase(now) is BreakerPhase.HALF_OPEN:
+            return replace(self, trial_in_flight=True)
+        return self
 
     def record_success(self) -> Breaker:
+        """The state after a request succeeded: closed, without failures."""
         return _CLOSED
 
     def record_failure(self, now: float) -> Breaker:
-        """A request failed, and it was the node's fault."""
+        """The state after a request failed by the node's fault. A failed trial opens the breaker again, for twice as
+        long as before."""
         failures = self.failures + 1
         if self.phase(now) is BreakerPhase.HALF_OPEN:
             open_s = min(self.open_s * 2, MAX_OPEN_S)
@@ -61,17 +66,19 @@ class Breaker:
         return replace(self, failures=failures)
 
     def forgive_failure(self, now: float) -> Breaker:
-        """Takes back one failure, which was not the node's fault: another node failed at the same request."""
+        """The state with one failure less, because it was not the node's fault: another node failed at the same
+        request."""
         failures = max(self.failures - 1, 0)
         if self.open_until is None:
             return replace(self, failures=failures)
         if failures < THRESHOLD:
-            return Breaker(failures)
+            return Breaker(failures)  # closed: without that failure the breaker would not have opened
         # The other failures still count, but the breaker is half-open at once: the next request may be its trial.
         return replace(self, failures=failures, open_until=min(self.open_until, now), trial_in_flight=False)
 
     def cancel_trial(self) -> Breaker:
-        """The request ended in a way that proves nothing about the node: the client left, for example."""
+        """The state without a trial in flight, so that another request may be the trial. For a request that ended in a
+        way that proves nothing about the node (the client left, for example), or whose answer has begun."""
         return replace(self, trial_in_flight=False)
 
 

@@ -1,4 +1,4 @@
-"""Learns how many requests a node truly runs in parallel, from the server's own durations. Pure.
+"""Learns from the durations in Ollama's answers how many requests a node really runs in parallel. Pure.
 
 Ollama never answers 503 because a GPU is busy: requests past ``OLLAMA_NUM_PARALLEL`` wait inside it, unseen. But its
 final frame gives durations, and ``total - load - prompt_eval - eval`` is the time that the request waited inside
@@ -18,14 +18,18 @@ CEILING_S = 300.0  # how long the proven number is the limit before one request 
 
 @dataclass(frozen=True, slots=True)
 class ParallelLimit:
-    """``proven``: the number of requests that ran together without waiting. ``ceiling_until``: until this time no more
-    than that are sent; a time of the caller's clock, in seconds."""
+    """What is known about how many requests a node runs in parallel.
+
+    ``proven``: the largest number of requests that ran together without waiting inside the server. ``ceiling_until``:
+    until this time (seconds of the caller's clock) at most ``proven`` requests may be in flight; ``None``: one more may
+    be tried."""
 
     proven: int = 1
     ceiling_until: float | None = None
 
     def max_in_flight(self, now: float) -> int:
-        """The most requests to have in flight: one more than proven, unless such a request waited lately."""
+        """The most requests that may be in flight now: one more than ``proven``, or exactly ``proven`` for
+        ``CEILING_S`` after a request waited inside the server."""
         has_ceiling = self.ceiling_until is not None and now < self.ceiling_until
         return self.proven if has_ceiling else self.proven + 1
 
@@ -33,19 +37,21 @@ class ParallelLimit:
 def learn_limit(
     limit: ParallelLimit, *, waited_ms: float | None, total_ms: float | None, concurrent: int, now: float
 ) -> ParallelLimit:
-    """The limit after one answer. ``waited_ms`` is the part of ``total_ms`` in which the request waited inside the
-    server. Both are the server's own durations, ``None`` if the server gave none.
+    """Returns the limit after one answer, which may have shown that more or fewer requests run in parallel.
 
-    ``concurrent`` counts the requests that were in flight on the node when this request was sent, itself included. The
-    limit stays the same if the request did not wait and no more requests than proven were in flight.
+    ``waited_ms`` is the part of ``total_ms`` in which the request waited inside the server. Both are the server's own
+    durations, ``None`` if the server gave none. ``concurrent`` counts the requests that were in flight on the node when
+    this request was sent, this request included. ``now`` is in seconds.
     """
     if waited_ms is None or total_ms is None:
         return limit
-    if waited_ms > max(NOISE_MS, NOISE_SHARE * total_ms):
-        # If it waited although no more than proven were in flight, the server was restarted with fewer slots, or other
-        # clients use it.
-        proven = limit.proven if concurrent > limit.proven else max(limit.proven - 1, 1)
-        return ParallelLimit(proven, now + CEILING_S)
-    if concurrent > limit.proven:
+    has_waited = waited_ms > max(NOISE_MS, NOISE_SHARE * total_ms)
+    exceeds_proven = concurrent > limit.proven
+    if has_waited and exceeds_proven:
+        return ParallelLimit(limit.proven, now + CEILING_S)
+    if has_waited:
+        # Even the proven number is too high now: the server was restarted with fewer slots, or other clients use it.
+        return ParallelLimit(max(limit.proven - 1, 1), now + CEILING_S)
+    if exceeds_proven:
         return replace(limit, proven=concurrent)
     return limit

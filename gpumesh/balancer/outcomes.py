@@ -14,9 +14,10 @@ from random import Random
 
 
 class Outcome(StrEnum):
-    """How one attempt ended. ``TIMED_OUT``: the server fell silent within an answer. ``CUT``: the answer stopped short.
-    ``STREAM_ERROR``: the server reported an error within an answer. ``CANNOT_CONTINUE``: the node cannot continue an
-    answer that another node began."""
+    """How one attempt ended. ``BUSY``: the server answered 429. ``TIMED_OUT``: the server fell silent within an answer.
+    ``CUT``: the answer stopped short. ``STREAM_ERROR``: the server reported an error within an answer.
+    ``CANNOT_CONTINUE``: the node cannot continue an answer that another node began. ``DEADLINE``: the time that the
+    client gave the request has passed."""
 
     SERVED = "served"
     CLIENT_GONE = "client-gone"
@@ -43,10 +44,11 @@ class RequestOutcome(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class OutcomeRule:
-    """``fail_over``: try another node, if no byte was sent. ``counts_against_node``: counts against the node's breaker.
+    """The consequences of one outcome.
 
-    ``request``: the outcome of the request if this attempt was its last. ``check_tunnel``: check the node's tunnel at
-    once.
+    ``fail_over``: another node is tried, if the client has not got a byte yet. ``counts_against_node``: the outcome is
+    a failure for the node's breaker. ``request``: the outcome of the request if this attempt was its last.
+    ``check_tunnel``: the node's tunnel checks its connection at once.
     """
 
     fail_over: bool
@@ -73,13 +75,14 @@ _RULES = {
 }
 
 
-# When every node has failed a request, nodes that were lost or busy are asked again after a pause that grows.
-MAX_ROUNDS = 5
+# When every node has failed a request, nodes that were lost or busy are asked again after a pause that grows. Each such
+# pass over the nodes is a round.
+MAX_ROUNDS = 5  # of one request, the first round included
 _RETRYABLE = frozenset({Outcome.UNREACHABLE, Outcome.TIMED_OUT, Outcome.CUT, Outcome.STREAM_ERROR, Outcome.BUSY})
 
 
-# When this many servers have failed at a request by themselves, it is not sent to another server: the request may be
-# the cause.
+# When this many servers have failed at a request, and it was not the network or a proxy that failed, the request is not
+# sent to another server: the request itself may be the cause.
 MAX_SERVER_FAILURES = 2
 # A server that failed at this very request answers with this status. A proxy in front of the server answers 502 to 504.
 SERVER_ERROR_STATUS = 500
@@ -95,18 +98,19 @@ def request_outcome(outcome: Outcome) -> RequestOutcome:
 
 
 def is_retryable(outcome: Outcome) -> bool:
-    """Whether the same node may succeed in a moment. A server that answered with an error would answer so again."""
+    """Whether the same node may succeed if it is asked again in a moment. A server that answered with a 4xx or 5xx
+    other than 429 would probably give the same answer again."""
     return outcome in _RETRYABLE
 
 
 def retry_delay_s(rounds: int, rng: Random) -> float:
-    """The pause after this many rounds: 0.1, 0.2, 0.4 … s, each times a random factor of 0.75 to 1.25, so that the
-    requests that failed together do not come back together."""
+    """The pause in seconds after the round with this number (1, 2 …): 0.1, 0.2, 0.4 … s, each times a random factor of
+    0.75 to 1.25, so that requests that failed together do not come back together."""
     return float(0.1 * 2 ** (rounds - 1) * rng.uniform(0.75, 1.25))
 
 
 def classify_status(status: int, *, model_asked: bool) -> Outcome:
-    """The outcome that an HTTP status means. ``model_asked``: the request names a model.
+    """The outcome that an HTTP status means. ``model_asked``: the request names a model, so 404 is about this model.
 
     Ollama answers 404 only for a model that it does not have. Ollama answers 503 when its queue is full, but so does a
     server that starts or stops: therefore a 503 counts against the node."""

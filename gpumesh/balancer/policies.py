@@ -1,6 +1,7 @@
 """Policies: each ranks the candidates for a demand, the best first. Pure; ties are rotated by ``turn``.
 
-A policy is ``(candidates, demand, turn, rng) -> names``. All its candidates can serve the demand and have a free slot.
+A policy is ``(candidates, demand, turn, rng) -> names``. All its candidates can serve the demand and have a free slot;
+``names`` are the names of all candidates, the best first. ``turn`` is a number that grows with each choice of a node.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ Policy = Callable[[Sequence[Candidate], Demand, int, Random], tuple[str, ...]]
 # Used where nothing was measured yet: about the figures of a 7B model in 4 bits on an RTX 4090. They only rank nodes.
 DEFAULT_TOKENS = 256
 DEFAULT_RATE = 60.0  # tokens/s
-DEFAULT_LOAD_S = 6.0
+DEFAULT_LOAD_S = 6.0  # to load a model into GPU memory
 MAX_TOKENS = 1_000_000  # a client may ask for more tokens than any model's context has room for
 MIN_RATE, MAX_RATE = 1e-3, 1e6  # tokens/s that a server can plausibly report
 # Streams that run together share the GPU. Each other stream makes a stream take this share longer (llama.cpp with four
@@ -40,8 +41,8 @@ def least_loaded(candidates: Sequence[Candidate], _demand: Demand, turn: int, _r
 
 
 def power_of_two(candidates: Sequence[Candidate], demand: Demand, turn: int, rng: Random) -> tuple[str, ...]:
-    """The less loaded of two nodes drawn at random, then the others: many gateways with old figures do not all choose
-    the same node.
+    """Ranks two nodes that are drawn at random before all others, and the less loaded of the two first. So many
+    gateways that see the same outdated loads do not all choose the same node.
 
     Mitzenmacher, "The Power of Two Choices in Randomized Load Balancing", 2001.
     """
@@ -56,9 +57,9 @@ def adaptive(candidates: Sequence[Candidate], demand: Demand, turn: int, _rng: R
     """Ranks by the predicted time to finish (``predict_duration_s``), and then as ``least_loaded``."""
     loads = group_loads(candidates)
     model = full_name(demand.model) if demand.model is not None else None
-    measured = [rate for candidate in candidates if (rate := _rate(candidate, model)) is not None]
-    # A node that was never measured is taken to be as fast as the best one, so that it is tried and measured.
-    unknown_rate = max(measured, default=DEFAULT_RATE)
+    rates = [_measured_rate(candidate, model) for candidate in candidates]
+    # A node that was never measured is taken to be as fast as the best node, so that it is tried and measured.
+    unknown_rate = max((rate for rate in rates if rate is not None), default=DEFAULT_RATE)
 
     def sort_key(candidate: Candidate) -> tuple[float, float]:
         queued_ahead = loads[gpu_group(candidate)]
@@ -71,38 +72,41 @@ def adaptive(candidates: Sequence[Candidate], demand: Demand, turn: int, _rng: R
 
 
 def predict_duration_s(candidate: Candidate, demand: Demand, *, queued_ahead: int, unknown_rate: float) -> float:
-    """The seconds that this node would need for this demand: the sum of
+    """Predicts how many seconds this node would need for this demand. It is the sum of
 
-    - the round trip,
+    - the tunnel's round trip,
     - the wait for requests ahead, as far as they leave no free slot,
     - the load of the model, if it is not in memory,
     - the prefill (reading the prompt), unless this session's prefix is in the node's cache,
     - the generation, slowed down by the streams that run at the same time and by other users of the GPU.
 
-    ``queued_ahead`` counts the requests on the node's GPU, those that run included. ``unknown_rate`` (tokens/s) is used
-    where no rate was measured.
+    ``queued_ahead`` counts the requests on the node's GPU, the running ones included. ``unknown_rate`` (tokens/s) is
+    used if no rate was measured.
     """
     model = full_name(demand.model) if demand.model is not None else None
-    rate = _rate(candidate, model) or unknown_rate
+    rate = _measured_rate(candidate, model) or unknown_rate
     # nvidia-smi's utilisation is the share of time in which any kernel ran: at 1.0 another program takes about half.
     foreign_load = min(max(candidate.foreign_load or 0.0, 0.0), 1.0)
     rate *= (1.0 - 0.5 * foreign_load) * candidate.weight
     tokens = min(demand.max_tokens or DEFAULT_TOKENS, MAX_TOKENS)
-    slots = candidate.limit or max(queued_ahead + 1, 1)
-    concurrent = min(queued_ahead, slots - 1)
+    slots = candidate.limit or max(queued_ahead + 1, 1)  # without a limit, all requests run at the same time
+    concurrent = min(queued_ahead, slots - 1)  # the other requests that run at the same time as this one
     generation_s = tokens / rate * (1.0 + SLOWDOWN_PER_STREAM * concurrent)
     # The requests ahead are taken to be as long as this one. ``slots`` of them end in each ``generation_s``.
     wait_s = max(queued_ahead - slots + 1, 0) / slots * generation_s
-    # A server that lists no models serves whatever it has loaded.
-    is_loaded = model is None or not candidate.models or model in full_names(candidate.loaded)
-    load_s = 0.0 if is_loaded else candidate.load_s.get(model or "", DEFAULT_LOAD_S)
+    load_s = 0.0
+    # A server that lists no models serves whatever it has loaded, so it loads nothing.
+    if model is not None and candidate.models and model not in full_names(candidate.loaded):
+        load_s = candidate.load_s.get(model, DEFAULT_LOAD_S)
     is_cached = demand.session is not None and demand.session in candidate.sessions
     prefill_s = 0.0 if is_cached else (demand.prompt_tokens or 0) / (rate * PREFILL_SPEEDUP)
-    return (candidate.rtt_ms or 0.0) / 1000.0 + wait_s + load_s + prefill_s + generation_s
+    round_trip_s = (candidate.rtt_ms or 0.0) / 1000.0
+    return round_trip_s + wait_s + load_s + prefill_s + generation_s
 
 
-def _rate(candidate: Candidate, model: str | None) -> float | None:
-    """The measured tokens/s of this model on this node, else the mean over the node's models, else ``None``."""
+def _measured_rate(candidate: Candidate, model: str | None) -> float | None:
+    """The measured tokens/s of this model on this node. If there is none, the mean over the node's other models, or
+    ``None`` if nothing was measured there. ``model`` is a full name."""
     model_rate = candidate.tokens_per_s.get(model) if model is not None else None
     if _is_plausible(model_rate):
         return model_rate
@@ -111,20 +115,21 @@ def _rate(candidate: Candidate, model: str | None) -> float | None:
 
 
 def _is_plausible(rate: float | None) -> TypeGuard[float]:
-    """Whether a node can be ranked by this rate. With a rate outside the bounds the ranks of all other nodes would mean
-    nothing, or a division would fail."""
+    """Whether nodes can be ranked by this rate (tokens/s). A rate outside the bounds would make the ranks of all other
+    nodes meaningless, or a division would fail."""
     return rate is not None and MIN_RATE <= rate <= MAX_RATE
 
 
 def _rotate(candidates: Sequence[Candidate], turn: int) -> list[Candidate]:
-    """The candidates in the order of their names. Each turn begins with the next candidate."""
+    """Sorts the candidates by name, and then rotates the list: each turn begins with the next candidate."""
     ordered = sorted(candidates, key=lambda candidate: candidate.name)
     start = turn % len(ordered) if ordered else 0
     return ordered[start:] + ordered[:start]
 
 
 def _relative_load(candidate: Candidate, loads: Mapping[str, int]) -> float:
-    """The requests on the node's GPU for each slot, divided by the node's weight."""
+    """The requests in flight per slot on the node's GPU, divided by the node's weight. ``loads``: the requests in
+    flight by GPU group. A node without a limit counts as one with a single slot."""
     return loads[gpu_group(candidate)] / ((candidate.limit or 1) * candidate.weight)
 
 

@@ -13,15 +13,15 @@ from gpumesh.balancer.base import Priority
 
 T = TypeVar("T")
 
-# A request of this class ranks as if it had come so many seconds later than it did. So no request waits for ever: those
-# of higher classes that come after this time rank behind it.
+# A request of this class ranks as if it had come so many seconds later than it did. So no request waits for ever: after
+# this time, even a new request of a higher class ranks behind it.
 PRIORITY_DELAY_S = {Priority.INTERACTIVE: 0.0, Priority.NORMAL: 10.0, Priority.BATCH: 60.0}
 
 
 @dataclass(frozen=True, slots=True)
 class QueueEntry(Generic[T]):
-    """``queued_at`` may lie before the time at which the entry was added: a request that a node failed keeps its
-    rank."""
+    """A request in the queue. ``payload`` is the caller's own object for it, and ``sequence`` its number in the order
+    of additions. ``queued_at`` may lie before the addition: a request that a node failed keeps its rank."""
 
     payload: T
     priority: Priority
@@ -30,15 +30,15 @@ class QueueEntry(Generic[T]):
 
     @property
     def rank(self) -> tuple[float, int]:
-        """The entry with the smallest rank is served first. A rank stays the same while the request waits, because all
-        requests age alike."""
+        """Its time with the delay of its priority, then its sequence. The entry with the smallest rank is served first.
+        The rank stays the same while the request waits, because all requests age alike."""
         return (self.queued_at + PRIORITY_DELAY_S[self.priority], self.sequence)
 
 
 @dataclass(slots=True)
 class WaitQueue(Generic[T]):
-    """Bounded. Iterates in the order of service; any entry may be discarded at any time. ``entries`` has
-    no order."""
+    """A queue of at most ``max_size`` entries. Iterating over it yields the entries in the order in which they are
+    served; ``entries`` are not sorted. Any entry may be discarded at any time."""
 
     max_size: int
     entries: dict[int, QueueEntry[T]] = field(default_factory=dict)
@@ -52,8 +52,8 @@ class WaitQueue(Generic[T]):
         return len(self.entries) >= self.max_size
 
     def add(self, payload: T, priority: Priority, queued_at: float, *, bounded: bool = True) -> QueueEntry[T]:
-        """Raises ``OverflowError`` when the queue is full. ``bounded`` is false for a request that has begun already:
-        it is added even to a full queue."""
+        """Adds a request and returns its entry. Raises ``OverflowError`` when the queue is full, unless ``bounded`` is
+        false: a request that was accepted before is added even to a full queue."""
         if bounded and self.is_full:
             raise OverflowError(f"{self.max_size} requests wait already")
         entry = QueueEntry(payload, priority, queued_at, self._next_sequence)

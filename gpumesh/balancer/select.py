@@ -20,19 +20,22 @@ MAX_LISTED_MODELS = 1000  # in an error's data
 
 
 def has_model(candidate: Candidate, model: str | None) -> bool:
-    """Whether the node has the model. Also true when the node could not list its models: then it may be tried."""
+    """Whether the node has the model; true for ``None``. A node that could not list its models counts as having it, so
+    that the node is tried."""
     if model is None or candidate.models is None:
         return True
     return model in candidate.models or full_name(model) in full_names(candidate.models)
 
 
 _full_names: WeakKeyDictionary[frozenset[str], frozenset[str]] = WeakKeyDictionary()
+"""The cache of ``full_names``, by the set of models."""
 
 
 def full_names(models: AbstractSet[str]) -> frozenset[str]:
-    """The full names of a list of models. They are cached as long as the list itself exists: each request needs them,
+    """The full names of a set of models. They are cached as long as the set itself exists: each request needs them,
     and a node that lists thousands of models must not slow down the requests to all other nodes."""
-    key = frozenset(models)  # the same object if it is one already: then the entry lives as long as the caller's set
+    # frozenset() returns a frozenset as it is. So the cache's entry lives as long as the caller's own set.
+    key = frozenset(models)
     names = _full_names.get(key)
     if names is None:
         names = _full_names[key] = frozenset(full_name(name) for name in key)
@@ -40,7 +43,7 @@ def full_names(models: AbstractSet[str]) -> frozenset[str]:
 
 
 class Selection(msgspec.Struct, frozen=True):
-    """The nodes that can serve a demand, in no order. Those in ``free`` have a free slot, those in ``busy`` have
+    """The nodes that can serve a demand, not ranked. The nodes in ``free`` have a free slot, the nodes in ``busy`` have
     none."""
 
     free: tuple[Candidate, ...]
@@ -48,7 +51,8 @@ class Selection(msgspec.Struct, frozen=True):
 
 
 def select_candidates(candidates: Sequence[Candidate], demand: Demand, *, exclude: Collection[str] = ()) -> Selection:
-    """The nodes that can serve this demand, those with a free slot apart from those without."""
+    """Finds the nodes that can serve this demand, with or without a free slot. ``exclude``: names of nodes to leave
+    out."""
     loads = group_loads(candidates)
     free: list[Candidate] = []
     busy: list[Candidate] = []
@@ -56,11 +60,15 @@ def select_candidates(candidates: Sequence[Candidate], demand: Demand, *, exclud
         if not _can_serve(candidate, demand) or candidate.name in exclude:
             continue
         has_slot = not demand.needs_slot or candidate.limit is None or loads[gpu_group(candidate)] < candidate.limit
-        (free if has_slot else busy).append(candidate)
+        if has_slot:
+            free.append(candidate)
+        else:
+            busy.append(candidate)
     return Selection(tuple(free), tuple(busy))
 
 
 def _can_serve(candidate: Candidate, demand: Demand) -> bool:
+    """Whether the node can serve the demand, now or as soon as it has a free slot."""
     return (
         candidate.usable
         and candidate.kind in demand.kinds
@@ -70,12 +78,12 @@ def _can_serve(candidate: Candidate, demand: Demand) -> bool:
 
 
 def gpu_group(candidate: Candidate) -> str:
-    """The name of the group of nodes that share this node's GPU; the node's own name where no other node does."""
+    """The name of the group of nodes that share this node's GPU; the node's own name if it shares no GPU."""
     return candidate.group or candidate.name
 
 
 def group_loads(candidates: Sequence[Candidate]) -> dict[str, int]:
-    """Requests in flight on each GPU, over all of its nodes and from all gateways."""
+    """Counts the requests in flight by GPU group: those of all nodes in the group, and from all gateways."""
     loads: dict[str, int] = {}
     for candidate in candidates:
         group = gpu_group(candidate)
@@ -84,10 +92,11 @@ def group_loads(candidates: Sequence[Candidate]) -> dict[str, int]:
 
 
 def no_node_error(candidates: Sequence[Candidate], demand: Demand, *, exclude: Collection[str] = ()) -> GPUMeshError:
-    """The error to raise when ``select_candidates`` found no node: it says why."""
-    if demand.node is not None and all(candidate.name != demand.node for candidate in candidates):
-        names = ", ".join(sorted(candidate.name for candidate in candidates)) or "none"
-        return NoNodeError(f"there is no node {demand.node!r}", hint=f"the nodes are: {names}")
+    """The error that says why ``select_candidates`` found no node. ``exclude``: the nodes that have failed the
+    request."""
+    all_names = sorted(candidate.name for candidate in candidates)
+    if demand.node is not None and demand.node not in all_names:
+        return NoNodeError(f"there is no node {demand.node!r}", hint=f"the nodes are: {', '.join(all_names) or 'none'}")
     allowed = [candidate for candidate in candidates if demand.node in (None, candidate.name)]
     usable = [candidate for candidate in allowed if candidate.usable]
     if not usable:
@@ -102,13 +111,13 @@ def no_node_error(candidates: Sequence[Candidate], demand: Demand, *, exclude: C
             f"no node that is up speaks this API ({kinds})",
             hint="native Ollama routes need a node of kind ollama; /v1 routes work with every kind",
         )
-    tried = ", ".join(sorted(exclude))
-    return NoNodeError(f"every node that could serve this has failed it ({tried})")
+    failed_nodes = ", ".join(sorted(exclude))
+    return NoNodeError(f"every node that could serve this has failed it ({failed_nodes})")
 
 
 def _missing_model_error(model: str, usable: Sequence[Candidate], unusable: Sequence[Candidate]) -> ModelMissing:
-    """The hint names the unusable nodes that have the model, the models of the usable nodes, and a command to pull the
-    model."""
+    """The error for a model that no usable node has. Its hint names the unusable nodes that have the model, the models
+    of the usable nodes, and a command to pull the model."""
     available = _list_models(usable)
     unusable_with_model = [candidate.name for candidate in unusable if has_model(candidate, model)]
     hint = f"it is on {', '.join(unusable_with_model)}, which cannot be used now; " if unusable_with_model else ""
@@ -122,11 +131,13 @@ def _missing_model_error(model: str, usable: Sequence[Candidate], unusable: Sequ
 
 
 def _list_models(candidates: Sequence[Candidate]) -> list[str]:
-    """The names of models. Few names are sorted. Of many names the nodes give one each in turn, so that a node with
-    very many does not push out those of the others."""
+    """The names of the nodes' models, each once, at most ``MAX_LISTED_MODELS``. Up to ``MAX_SHOWN_MODELS`` names are
+    sorted. More names are taken from the nodes in turn, so that the models of a node with very many do not push out
+    the models of the other nodes."""
     lists = [sorted(candidate.models or ()) for candidate in candidates]
     names = sorted({name for models in lists for name in models[:MAX_LISTED_MODELS]})
     if len(names) <= MAX_SHOWN_MODELS:
         return names
-    in_turn = dict.fromkeys(name for row in zip_longest(*lists) for name in row if name is not None)
-    return list(islice(in_turn, MAX_LISTED_MODELS))
+    rows = zip_longest(*lists)  # the first name of each node, then the second of each …; None where a list has ended
+    names_in_turn = dict.fromkeys(name for row in rows for name in row if name is not None)
+    return list(islice(names_in_turn, MAX_LISTED_MODELS))

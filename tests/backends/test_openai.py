@@ -317,3 +317,9 @@ def test_no_answer_crashes_the_inventory(body: bytes, status: int) -> None:
         OPENAI.read_inventory(dict.fromkeys(OPENAI.probe_calls(), (status, body)))
     except ProbeError as error:
         assert str(error).isprintable()
+
+
+def test_a_duration_that_rounds_to_zero_seconds_gives_no_rate() -> None:
+    counters = openai.parse_counters({"usage": {"completion_tokens": 0}, "timings": {"predicted_ms": 5e-324}})
+    assert counters is not None
+    assert counters.tokens_per_s is None
