@@ -1,4 +1,4 @@
-"""The probe of a node's inference server: asks all candidates, and uses the first in order whose answer is right."""
+"""Probes a node's inference server: asks all candidates of mesh.yaml at once, and uses the first that answers right."""
 
 from __future__ import annotations
 
@@ -27,9 +27,8 @@ GRACE_S = 1.0  # how long a candidate that has answered waits for earlier candid
 class BackendReport:
     """The result of one probe.
 
-    ``url`` is the candidate in use, one of those that were given, and ``inventory`` is what its server said. Both are
-    ``None`` if no candidate gave a right answer. Then ``findings`` says why; else it says which parts of the answer
-    could not be used.
+    ``url`` is the URL of the candidate in use, and ``inventory`` is its server's answer. Both are ``None`` if no
+    candidate gave a right answer. Then ``findings`` say why; else they say which parts of the answer could not be used.
     """
 
     state: BackendState
@@ -48,7 +47,8 @@ async def probe_backend(
     node: str,
     known_kinds: KnownKinds | None = None,
 ) -> BackendReport:
-    """Asks all candidates at the same time; the first in order that answers as a server of this kind is used.
+    """Asks all candidates at the same time, and reports on the first of them, in order, that answers as a server of
+    this kind.
 
     ``urls`` are the routes to ``spec.targets``, in the same order. The caller passes the same ``known_kinds`` to every
     probe of a node, so that with kind ``auto`` a server is asked only once which kind it is. Never raises because of
@@ -60,6 +60,7 @@ async def probe_backend(
         return _down_report(
             spec, ProbeError("there is no way to it now", finding_code="backend-down"), node, known_kinds
         )
+    # If only some of the targets have a URL, it is not known here which targets these are.
     targets = spec.targets if len(spec.targets) == len(urls) else (None,) * len(urls)
     tasks = [
         asyncio.ensure_future(
@@ -85,25 +86,25 @@ async def _wait_for_first_in_order(tasks: Sequence[asyncio.Future[TimedInventory
     """The index of the first task in order that succeeds; ``None`` if no task succeeds. Returns when all earlier tasks
     have failed, or ``GRACE_S`` after the first success."""
     pending: set[asyncio.Future[TimedInventory]] = set(tasks)
-    grace_left_s: float | None = None  # None before the first success: the tasks have their own time-outs
-    while True:
-        best = next((index for index, task in enumerate(tasks) if task.done() and task.exception() is None), None)
-        if best is not None and all(task.done() for task in tasks[:best]):
-            return best
-        if not pending:
-            return best
-        if best is not None and grace_left_s is None:
-            grace_left_s = GRACE_S
-        wait_started = time.monotonic()
-        done, pending = await asyncio.wait(pending, timeout=grace_left_s, return_when=asyncio.FIRST_COMPLETED)
-        if grace_left_s is not None:
-            grace_left_s = max(grace_left_s - (time.monotonic() - wait_started), 0.0)
-            if not done:
-                return best
+    grace_ends_at: float | None = None  # None before the first success: the tasks have their own time-outs
+    while pending:
+        timeout_s = None if grace_ends_at is None else max(grace_ends_at - time.monotonic(), 0.0)
+        done, pending = await asyncio.wait(pending, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        successes = [index for index, task in enumerate(tasks) if task.done() and task.exception() is None]
+        if not successes:
+            continue
+        first = successes[0]
+        grace_is_over = not done
+        if grace_is_over or all(task.done() for task in tasks[:first]):
+            return first
+        if grace_ends_at is None:
+            grace_ends_at = time.monotonic() + GRACE_S
+    return None
 
 
 def _probe_error(task: asyncio.Future[TimedInventory]) -> ProbeError:
-    """The error with which the task ended. Raises what is no error of a probe, such as a cancellation."""
+    """The error with which a failed task ended. An exception that is a bug of ours counts as an answer that cannot be
+    read. Raises a cancellation."""
     error = task.exception()
     if isinstance(error, ProbeError):
         return error
@@ -117,7 +118,7 @@ def _probe_error(task: asyncio.Future[TimedInventory]) -> ProbeError:
 
 
 def _most_informative(errors: Sequence[ProbeError]) -> ProbeError:
-    """The first error about a wrong answer, because it says more than an error about no answer."""
+    """The first error about a wrong answer, which says more than an error about no answer; else the first error."""
     return next((error for error in errors if error.finding_code != "backend-down"), errors[0])
 
 
@@ -140,6 +141,7 @@ def _up_report(url: str, answer: TimedInventory, node: str) -> BackendReport:
 
 
 def _find_unusable_models(inventory: Inventory, node: str) -> tuple[Finding, ...]:
+    """The finding about models whose name no request could use; empty if there are none."""
     count = inventory.unusable
     if not count:
         return ()

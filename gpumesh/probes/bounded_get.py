@@ -1,4 +1,4 @@
-"""One GET to an inference server with a bounded answer; if there is no usable answer, an error that says why."""
+"""Sends one GET to an inference server, with a limit for its answer. If no usable answer comes, the error says why."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _CLOSED_HINT = (
 async def get_bounded(
     client: httpx.AsyncClient, url: str, headers: Mapping[str, str], extensions: Mapping[str, str]
 ) -> tuple[int, bytes]:
-    """The HTTP status and the body. Raises ProbeError."""
+    """Sends one GET, and returns the HTTP status and the body. ``extensions`` are httpx's. Raises ProbeError."""
     response: httpx.Response | None = None
     try:
         request = client.build_request("GET", url, headers=dict(headers), extensions=dict(extensions))
@@ -68,7 +68,7 @@ async def _read_body(response: httpx.Response) -> bytes:
 
 
 async def _no_answer_error(url: str, error: httpx.TransportError) -> ProbeError:
-    """The reason why no answer in HTTP came. May ask the server again to find it."""
+    """The error that says why no HTTP answer came. May ask the server again to find the reason."""
     tls_error = next((cause for cause in _list_causes(error) if isinstance(cause, ssl.SSLError)), None)
     if tls_error is not None:
         return await wrong_server.explain_tls_failure(url, tls_error)
@@ -79,16 +79,19 @@ async def _no_answer_error(url: str, error: httpx.TransportError) -> ProbeError:
         if wrong_server_error is not None:
             return wrong_server_error
     if isinstance(error, httpx.RemoteProtocolError):
-        if "disconnected" not in str(error) and "closed connection" not in str(error):
-            message = f"the port answers, but not with HTTP: {_describe_error(error)}"
-            return ProbeError(message, finding_code="wrong-server", hint=wrong_server.WRONG_SERVICE_HINT)
-        return ProbeError("it closed the connection without an answer", finding_code="backend-down", hint=_CLOSED_HINT)
+        is_closed = "disconnected" in str(error) or "closed connection" in str(error)  # in httpcore's messages
+        if is_closed:
+            message = "it closed the connection without an answer"
+            return ProbeError(message, finding_code="backend-down", hint=_CLOSED_HINT)
+        message = f"the port answers, but not with HTTP: {_describe_error(error)}"
+        return ProbeError(message, finding_code="wrong-server", hint=wrong_server.WRONG_SERVICE_HINT)
     # If a tunnel's far end finds no server, it resets the connection, before or after the request.
     message = f"it gave no answer: {_describe_error(error)}"
     return ProbeError(message, finding_code="backend-down", hint=_NO_SERVER_HINT)
 
 
 def _redirect_error(url: str, status: int, location: str) -> ProbeError:
+    """The error for a server that redirects a request for ``url`` to ``location``."""
     asked_url, target = httpx.URL(url), location.strip()
     hint = "a login page or a proxy stands before it: point `backend.port` or `backend.url` at the server itself"
     if asked_url.scheme == "http" and target.lower().startswith("https://"):
@@ -98,8 +101,8 @@ def _redirect_error(url: str, status: int, location: str) -> ProbeError:
 
 
 def _describe_error(error: Exception) -> str:
-    """The operating system's text for the error's cause, if it has one. httpx's own text says only that all attempts
-    failed, or is empty."""
+    """The operating system's text for the error, if a system call caused it; else the error's own text. httpx's own
+    text for a failed system call says only that all attempts failed, or is empty."""
     for cause in _list_causes(error):
         if isinstance(cause, OSError) and cause.errno is not None and cause.errno > 0:
             return os.strerror(cause.errno).lower()

@@ -1,9 +1,9 @@
-"""Several short commands in one round trip, and the extra folders where nvidia-smi may be.
+"""Runs several short commands on a host in one round trip, also where nvidia-smi is in an unusual folder.
 
-They are sent as one ``sh -c`` of the form ``PATH=…; CMD 2>&1; echo "@gpumesh@ $?"; CMD 2>&1; echo "@gpumesh@ $?"``.
-It needs one channel only, so a host with ``MaxSessions 1`` accepts it. It adds to PATH the folders where nvidia-smi
-is on hosts whose non-login shells do not find it (WSL, RunPod, vast.ai). It is one line, because csh allows no line
-break inside quotes. On a host without a POSIX shell each command is run by itself.
+The commands are sent as one shell script: ``PATH=…; CMD 2>&1; echo "@gpumesh@ $?"; CMD 2>&1; echo "@gpumesh@ $?"``.
+The script needs one channel only, so a host with ``MaxSessions 1`` accepts it. It adds to PATH the folders where
+nvidia-smi is on hosts whose non-login shells do not find it (WSL, RunPod, vast.ai). It is one line, because csh allows
+no line break inside quotes. On a host without a POSIX shell each command is run by itself.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import re
 import shlex
 from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Protocol
 
 from gpumesh.tunnels.base import ExecResult
@@ -20,7 +21,7 @@ from gpumesh.tunnels.base import ExecResult
 OUTPUT_MARKER = "@gpumesh@"
 EXTRA_SEARCH_PATH = "/usr/lib/wsl/lib:/usr/bin:/usr/local/nvidia/bin:/usr/local/cuda/bin:/opt/bin"
 # The marker and the exit status, at the end of each command's output.
-_OUTPUT_END = re.compile(rb"\n?@gpumesh@ ([0-9]{1,3})\r?(?:\n|\Z)")
+_OUTPUT_END = re.compile(rb"\n?@gpumesh@ (?P<exit_status>[0-9]{1,3})\r?(?:\n|\Z)")
 
 Argv = tuple[str, ...]
 
@@ -33,7 +34,8 @@ class RunCommand(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class CommandOutput:
-    """``output`` includes stderr. ``exit_status`` is ``None`` when a signal ended the command."""
+    """The result of one command. ``output`` includes stderr. ``exit_status`` is ``None`` if a signal ended the
+    command."""
 
     exit_status: int | None
     output: bytes
@@ -48,20 +50,19 @@ def build_script(commands: Sequence[Argv]) -> str:
 
 
 def split_script_output(output: bytes, count: int) -> list[CommandOutput]:
-    """The outputs of the first ``count`` commands, in order. There are fewer if the output was cut, and none if no
-    POSIX shell ran the script."""
+    """Splits the output of ``build_script`` into the outputs of its first ``count`` commands, in order. There are fewer
+    if the output was cut, and none if no POSIX shell ran the script."""
     outputs: list[CommandOutput] = []
     start = 0
-    for end in _OUTPUT_END.finditer(output):
-        if len(outputs) == count:
-            break
-        outputs.append(CommandOutput(int(end[1]), output[start : end.start()]))
-        start = end.end()
+    for marker in islice(_OUTPUT_END.finditer(output), count):
+        outputs.append(CommandOutput(int(marker["exit_status"]), output[start : marker.start()]))
+        start = marker.end()
     return outputs
 
 
 async def run_commands(run_command: RunCommand, commands: Sequence[Argv], *, timeout_s: float) -> list[CommandOutput]:
-    """One output for each command. Raises TunnelDown, ExecError, and TimeoutError past ``timeout_s``."""
+    """Runs the commands on a host, and returns one output for each, in order. Raises TunnelDown, ExecError, and
+    TimeoutError after ``timeout_s``."""
     async with asyncio.timeout(timeout_s):
         # The deadline of this block comes 1 s before the connection's. So a TimeoutError means that the commands were
         # slow, and an ExecError means that the connection failed.
@@ -71,10 +72,9 @@ async def run_commands(run_command: RunCommand, commands: Sequence[Argv], *, tim
         if len(outputs) == len(commands):
             return outputs
         if outputs:  # a POSIX shell ran the script, and its output was cut or is not text
-            outputs += [CommandOutput(result.exit_status, b"")] * (len(commands) - len(outputs))
-            return outputs
-        single_outputs = []
-        for command in commands:
+            missing_output = CommandOutput(result.exit_status, b"")
+            return outputs + [missing_output] * (len(commands) - len(outputs))
+        for command in commands:  # no POSIX shell ran the script: each command by itself
             result = await run_command(command, timeout_s=connection_timeout_s)
-            single_outputs.append(CommandOutput(result.exit_status, result.stdout + result.stderr))
-        return single_outputs
+            outputs.append(CommandOutput(result.exit_status, result.stdout + result.stderr))
+        return outputs

@@ -1,4 +1,4 @@
-"""A node's health and the reason for it. Pure.
+"""Assesses a node's health, and gives the reason in one sentence, from its tunnel's state and its probes. Pure.
 
 The reason is the first cause (the tunnel before the server), not its consequences.
 """
@@ -14,7 +14,7 @@ from gpumesh.probes.nvidia_smi import GpuReport
 from gpumesh.state import BackendPhase, Health, Severity, TunnelPhase, TunnelState
 from gpumesh.topology import NodeSpec
 
-_GPU_EXPECTATIONS = ("gpus", "gpu", "vram_mib")
+_GPU_EXPECTATIONS = ("gpus", "gpu", "vram_mib")  # the keys of mesh.yaml's ``expect`` that are about the GPUs
 
 
 def assess_health(
@@ -31,18 +31,20 @@ def assess_health(
         return Health.DOWN, backend.state.last_error or "its server does not answer"
     reason = (
         describe_cpu_models(backend.state.loaded)
-        or (None if gpu is None else _describe_gpu_problem(gpu, spec))
+        or _describe_gpu_problem(gpu, spec)
         or _describe_missing_models(spec, backend)
     )
     return (Health.HEALTHY, None) if reason is None else (Health.DEGRADED, reason)
 
 
-def _describe_gpu_problem(gpu: GpuReport, spec: NodeSpec) -> str | None:
-    """The reason why the GPU of a node that serves cannot be used, or only in part. A warning counts as a reason only
-    if mesh.yaml expects something of the GPU."""
-    expected = any(getattr(spec.expect, name) is not None for name in _GPU_EXPECTATIONS)
+def _describe_gpu_problem(gpu: GpuReport | None, spec: NodeSpec) -> str | None:
+    """The reason why the GPUs of a node that serves cannot be used, or only in part; ``None`` if there is none. A
+    warning counts as a reason only if mesh.yaml expects something of the GPUs."""
+    if gpu is None:
+        return None
+    has_expectations = any(getattr(spec.expect, name) is not None for name in _GPU_EXPECTATIONS)
     for finding in sorted(gpu.findings, key=lambda finding: SEVERITY_RANKS[finding.severity]):
-        if finding.severity is Severity.ERROR or (finding.severity is Severity.WARNING and expected):
+        if finding.severity is Severity.ERROR or (finding.severity is Severity.WARNING and has_expectations):
             return finding.message
     if gpu.error is None and spec.expect.gpus is not None and len(gpu.gpus) < spec.expect.gpus:
         return describe_gpu_count(len(gpu.gpus), spec.expect.gpus)
@@ -63,6 +65,7 @@ def missing_models(spec: NodeSpec, backend: BackendReport) -> tuple[str, ...]:
 
 
 def _assess_without_tunnel(tunnel: TunnelState) -> tuple[Health, str | None]:
+    """The health and the reason of a node whose tunnel is not up."""
     if tunnel.state is TunnelPhase.IDLE:
         return Health.UNKNOWN, "not opened yet"
     if tunnel.state is TunnelPhase.CONNECTING and tunnel.last_error is None:

@@ -51,13 +51,16 @@ def parse_unix_url(url: httpx.URL) -> tuple[str, str] | None:
     ``split_unix_url`` for a URL that httpx has parsed, because httpx drops the colon after the host."""
     if url.host != "unix" or url.port is not None:
         return None
-    unix = split_unix_url(f"{url.scheme}://unix:{url.raw_path.decode('ascii')}")
-    return unix if unix is not None and unix[0].endswith(SUFFIX) else None  # None: a host whose name is "unix"
+    unix_parts = split_unix_url(f"{url.scheme}://unix:{url.raw_path.decode('ascii')}")
+    if unix_parts is None:
+        return None
+    socket_path, _request_path = unix_parts
+    return unix_parts if socket_path.endswith(SUFFIX) else None  # any other path: "unix" is the name of a host
 
 
 def _create_transport(socket_path: str | None) -> httpx.AsyncHTTPTransport:
-    """A transport of httpx with our ``PacedNetwork``, for TCP or for the Unix socket at ``socket_path``. httpx has no
-    option for the network, so the transport's pool is replaced."""
+    """A transport of httpx that uses our ``PacedNetwork``, for the Unix socket at ``socket_path``, or for TCP if that
+    is ``None``. httpx has no option for the network, so the transport's pool is replaced."""
     transport = httpx.AsyncHTTPTransport(verify=_tls_context(), trust_env=False)
     transport._pool = httpcore.AsyncConnectionPool(
         ssl_context=_tls_context(),

@@ -1,4 +1,4 @@
-"""The probe of a host's GPUs by nvidia-smi, over the tunnel's connection; the hostname comes in the same round trip."""
+"""Probes a host's GPUs by nvidia-smi, over the tunnel's connection; the hostname comes in the same round trip."""
 
 from __future__ import annotations
 
@@ -54,25 +54,26 @@ async def probe_gpus(run_command: RunCommand, *, timeout_s: float, node: str | N
 
 
 async def _probe_gpus(run_command: RunCommand, *, timeout_s: float, node: str | None) -> GpuReport:
+    """Asks once more with fewer fields if the driver is old, and for each GPU by itself if one GPU is lost."""
     loop = asyncio.get_running_loop()
     deadline = loop.time() + timeout_s
+    fields: Sequence[str] = FIELDS
+    commands = (HOSTNAME, build_query_command(fields), PROCESSES)
     try:
-        host, smi, apps = await run_commands(
-            run_command, (HOSTNAME, build_query_command(FIELDS), PROCESSES), timeout_s=timeout_s
-        )
-        if host.exit_status != 0 and host.output.strip() and host.output == smi.output:
-            return _no_commands_report(host, node)  # for example "This account is not available."
-        hostname = read_hostname(host)
-        failure = classify_failure(smi)
-        fields: Sequence[str] = FIELDS
+        hostname_answer, gpus, processes = await run_commands(run_command, commands, timeout_s=timeout_s)
+        has_failed = hostname_answer.exit_status != 0
+        if has_failed and hostname_answer.output.strip() and hostname_answer.output == gpus.output:
+            return _no_commands_report(hostname_answer, node)  # for example "This account is not available."
+        hostname = read_hostname(hostname_answer)
+        failure = classify_failure(gpus)
         if failure is not None and failure.code == "nvidia-smi-old":
             fields = OLD_FIELDS
-            (smi,) = await run_commands(run_command, (build_query_command(fields),), timeout_s=deadline - loop.time())
-            failure = classify_failure(smi)
+            (gpus,) = await run_commands(run_command, (build_query_command(fields),), timeout_s=deadline - loop.time())
+            failure = classify_failure(gpus)
         if failure is not None and failure.code == "gpu-lost":
-            left_s = deadline - loop.time()
+            time_left_s = deadline - loop.time()
             return await _probe_gpus_singly(
-                run_command, failure, fields, apps, hostname=hostname, node=node, timeout_s=left_s
+                run_command, failure, fields, processes, hostname=hostname, node=node, timeout_s=time_left_s
             )
     except TimeoutError:
         return _hung_report(timeout_s, node)
@@ -83,36 +84,37 @@ async def _probe_gpus(run_command: RunCommand, *, timeout_s: float, node: str | 
             error=error.message,
             findings=(Finding("gpu-unknown", Severity.INFO, node, error.message, error.hint),),
         )
-    return build_gpu_report(smi, apps, hostname=hostname, fields=fields, node=node)
+    return build_gpu_report(gpus, processes, hostname=hostname, fields=fields, node=node)
 
 
 def build_query_command(fields: Sequence[str], *, gpu: int | None = None) -> Argv:
+    """The command that prints these fields of all GPUs, or only of the one with the index ``gpu``."""
     command: Argv = ("nvidia-smi", f"--query-gpu={','.join(fields)}", FORMAT)
     return command if gpu is None else (*command, "-i", str(gpu))
 
 
 def build_gpu_report(
-    smi: CommandOutput,
-    apps: CommandOutput,
+    gpus: CommandOutput,
+    processes: CommandOutput,
     *,
     hostname: str | None = None,
     fields: Sequence[str] = FIELDS,
     node: str | None = None,
 ) -> GpuReport:
-    """The answers to ``build_query_command(fields)`` and ``PROCESSES`` as a report. Pure."""
-    failure = classify_failure(smi)
+    """Builds the report from the answers to ``build_query_command(fields)`` and to ``PROCESSES``. Pure."""
+    failure = classify_failure(gpus)
     if failure is not None:
         error = None if failure.code == "gpu-missing" else failure.message  # "no GPU" means that the GPUs are known
         return GpuReport(hostname=hostname, error=error, findings=(_failure_finding(failure, node),))
-    table = read_gpus(smi.output, fields, hostname=hostname)
+    table = read_gpus(gpus.output, fields, hostname=hostname)
     if not table.gpus:
-        output = f"{table.unread_line!r}" if table.unread_line else "nothing"
-        message = f"nvidia-smi said {output} instead of a table"
+        shown_output = f"{table.unread_line!r}" if table.unread_line else "nothing"
+        message = f"nvidia-smi said {shown_output} instead of a table"
         hint = "run `nvidia-smi` on the host; is it a wrapper script?"
         finding = Finding("gpu-unreadable", Severity.ERROR, node, message, hint)
         return GpuReport(hostname=hostname, error=message, findings=(finding,))
     findings = _find_gpu_problems(table, node)
-    if smi.exit_status == INFOROM:
+    if gpus.exit_status == INFOROM:
         findings.append(
             Finding(
                 "gpu-inforom",
@@ -122,27 +124,29 @@ def build_gpu_report(
                 "it works; have the card looked at when it can be spared",
             )
         )
-    return GpuReport(_with_processes(table, apps), table.driver, hostname, findings=tuple(findings))
+    return GpuReport(_add_processes(table, processes), table.driver, hostname, findings=tuple(findings))
 
 
 def read_hostname(answer: CommandOutput) -> str | None:
     """The name that ``hostname`` printed; ``None`` for a failure or for text that is no name."""
+    if answer.exit_status != 0:
+        return None
     lines = answer.output.strip().splitlines() or [b""]
-    name = printable(lines[-1], 253)  # a login shell may print a greeting before it
-    return name if answer.exit_status == 0 and _HOSTNAME.fullmatch(name) else None
+    name = printable(lines[-1], 253)  # the last line, because a login shell may print a greeting before it
+    return name if _HOSTNAME.fullmatch(name) else None
 
 
 async def _probe_gpus_singly(
     run_command: RunCommand,
     lost_failure: SmiFailure,
     fields: Sequence[str],
-    apps: CommandOutput,
+    processes: CommandOutput,
     *,
     hostname: str | None,
     node: str | None,
     timeout_s: float,
 ) -> GpuReport:
-    """Asks for each GPU by itself, because the call for all fails if one GPU is lost. The report has the GPUs that
+    """Asks for each GPU by itself, because the call for all GPUs fails if one GPU is lost. The report has the GPUs that
     answer, and ``lost_failure`` as a finding."""
     lost_finding = _failure_finding(lost_failure, node)
     no_gpus_report = GpuReport(hostname=hostname, error=lost_failure.message, findings=(lost_finding,))
@@ -156,16 +160,18 @@ async def _probe_gpus_singly(
     if not table.gpus:
         return no_gpus_report
     findings = (lost_finding, *_find_gpu_problems(table, node))
-    return GpuReport(_with_processes(table, apps), table.driver, hostname, findings=findings)
+    return GpuReport(_add_processes(table, processes), table.driver, hostname, findings=findings)
 
 
-def _with_processes(table: GpuTable, apps: CommandOutput) -> tuple[GpuState, ...]:
-    processes = read_processes(apps.output) if apps.exit_status == 0 else {}
-    return tuple(replace(gpu, processes=processes.get(gpu.uuid, ())) for gpu in table.gpus)
+def _add_processes(table: GpuTable, processes: CommandOutput) -> tuple[GpuState, ...]:
+    """The GPUs of the table, each with its processes from the answer to ``PROCESSES``."""
+    by_uuid = read_processes(processes.output) if processes.exit_status == 0 else {}
+    return tuple(replace(gpu, processes=by_uuid.get(gpu.uuid, ())) for gpu in table.gpus)
 
 
 def _find_gpu_problems(table: GpuTable, node: str | None) -> list[Finding]:
-    """The findings about GPUs that do answer: one finding for each code, which names all GPUs that have the problem."""
+    """The findings about GPUs that do answer: at most one finding of each code, which names all GPUs with this
+    problem."""
     findings: list[Finding] = []
 
     def add(code: str, severity: Severity, gpus: list[GpuState], problem: str, hint: str) -> None:
@@ -202,11 +208,13 @@ def _find_gpu_problems(table: GpuTable, node: str | None) -> list[Finding]:
 
 
 def _remediable_throttles(gpu: GpuState) -> list[str]:
+    """The reasons for the GPU's lower clocks that cost speed and have a remedy."""
     return [reason for reason in (gpu.throttle or "").split(",") if reason in REMEDIABLE_THROTTLES]
 
 
 def _no_commands_report(answer: CommandOutput, node: str | None) -> GpuReport:
-    """For a host that gave the same answer to every command: it is the login shell's answer, not nvidia-smi's."""
+    """The report on a host that gave the same answer to every command: this is the login shell's answer, not
+    nvidia-smi's."""
     message = f"the host runs no commands: to each it says {printable(answer.output, 200)!r}"
     hint = "check the account's login shell there, or a forced command in its authorized_keys; the server works without"
     return GpuReport(error=message, findings=(Finding("gpu-unknown", Severity.INFO, node, message, hint),))
@@ -217,6 +225,7 @@ def _failure_finding(failure: SmiFailure, node: str | None) -> Finding:
 
 
 def _hung_report(timeout_s: float, node: str | None) -> GpuReport:
+    """The report on a host whose nvidia-smi did not answer in time."""
     message = f"nvidia-smi did not answer within {timeout_s:g} s"
     hint = "a hung driver needs a reboot: see `dmesg | grep -i nvrm`; a slow first call is cured by `nvidia-smi -pm 1`"
     return GpuReport(error=message, findings=(Finding("driver-hung", Severity.ERROR, node, message, hint),))

@@ -49,6 +49,8 @@ class PacedNetwork(httpcore.AsyncNetworkBackend):
 
 
 class _PacedStream(httpcore.AsyncNetworkStream):
+    """A stream of httpcore whose reads are small and paced, and which limits the head of each answer."""
+
     def __init__(self, stream: httpcore.AsyncNetworkStream) -> None:
         self._stream = stream
         self._head_size: int | None = 0  # bytes read of the answer's head; None after the head's end
@@ -62,6 +64,8 @@ class _PacedStream(httpcore.AsyncNetworkStream):
         return data
 
     def _check_head_size(self, data: bytes) -> None:
+        """Counts ``data`` to the answer's head, unless the head ends in it. Raises RemoteProtocolError for a head that
+        is too long."""
         assert self._head_size is not None
         self._head_size += len(data)
         data_with_tail = self._tail + data

@@ -1,8 +1,8 @@
 """Probes each route to a node's server by itself: whether the route works, to which server it leads, and its latency.
 
-Only inspections use it, because it costs too much for a probe every two seconds. Besides the candidates of mesh.yaml,
-the host's own address is tried without SSH. If the server answers there, it is the fastest route, but also an open
-port of which the owner may not know. Nothing secret is sent by that route: no key, and only requests that the server
+Only inspections do this, because it costs too much for a probe every two seconds. Besides the candidates of mesh.yaml,
+the host's own address is tried without SSH. If the server answers there, this is the fastest route, but also an open
+port of which the owner may not know. Nothing secret is sent by this route: no key, and only requests that the server
 answers to everybody.
 """
 
@@ -36,8 +36,9 @@ Answer = TimedInventory | ProbeError
 
 @dataclass(frozen=True, slots=True)
 class BackendRoute:
-    """``target`` is the server's address on its own host; ``url`` is where this machine reaches the server.
-    ``offered``: the route is not in mesh.yaml."""
+    """One way from this machine to a server: the server's address ``target`` on its own host, and the ``url`` by which
+    this machine reaches it. ``via`` is the kind of the tunnel, or ``DIRECT``. ``offered``: the route is not in
+    mesh.yaml; the mesh only proposes it."""
 
     target: Target
     url: str
@@ -46,14 +47,14 @@ class BackendRoute:
 
 
 def list_backend_routes(spec: NodeSpec, state: NodeState) -> tuple[BackendRoute, ...]:
-    """The candidates of mesh.yaml that have a URL now, then the offered routes: the host's own address without SSH, if
-    mesh.yaml has that address and SSH goes there without a jump host."""
+    """The routes to the candidates of mesh.yaml that have a URL now, then the offered routes. An offered route goes to
+    the host's own address without SSH, if mesh.yaml has that address and SSH goes there without a jump host."""
     route_states = {route.target: route for route in state.routes if not route.offered}
-    routes = [
-        BackendRoute(target, route_states[target.url].url, route_states[target.url].via)
-        for target in spec.backend.targets
-        if target.url in route_states
-    ]
+    routes: list[BackendRoute] = []
+    for target in spec.backend.targets:
+        route_state = route_states.get(target.url)
+        if route_state is not None:
+            routes.append(BackendRoute(target, route_state.url, route_state.via))
     ssh = spec.ssh
     if ssh is not None and ssh.host and not ssh.proxy_jump and ssh.address_from is None:
         for target in spec.backend.targets:
@@ -66,8 +67,8 @@ def list_backend_routes(spec: NodeSpec, state: NodeState) -> tuple[BackendRoute,
 async def probe_routes(
     client: httpx.AsyncClient, spec: NodeSpec, state: NodeState, *, api_key: str | None, timeout_s: float
 ) -> tuple[RouteState, ...]:
-    """The states of the candidates of mesh.yaml, and of those offered routes that lead to the server in use. Never
-    raises because of what a server does. The client must have ``trust_env`` off."""
+    """The states of the routes to the candidates of mesh.yaml, and of the offered routes that lead to the server in
+    use. Never raises because of what a server does. The client must have ``trust_env`` off."""
     deadline = asyncio.get_running_loop().time() + timeout_s
     prober = _RouteProber(client, spec.backend.kind, api_key, timeout_s)
     routes = list_backend_routes(spec, state)
@@ -101,7 +102,8 @@ class _RouteProber:
         return None if route.offered else route.target
 
     async def ask(self, route: BackendRoute, kind: BackendKind | None = None) -> Answer:
-        """The answer of the server if asked as a server of this kind, by default of the node's kind."""
+        """Asks the server as a server of this kind, by default of the node's kind. Returns its inventory or the
+        error."""
         try:
             return await ask_server(
                 self.client,
@@ -115,7 +117,8 @@ class _RouteProber:
             return error
 
     async def describe(self, route: BackendRoute, answer: Answer, deadline: float) -> RouteState:
-        """The route's state; its latency is measured until ``deadline`` at most."""
+        """The route's state after its server gave this answer. The latency is measured until ``deadline`` at most, a
+        time of the event loop."""
         # An offered route leads to another address than that of its target: its own URL.
         target = route.url if route.offered else route.target.url
         state = RouteState(target, route.url, route.via, offered=route.offered)
@@ -124,15 +127,18 @@ class _RouteProber:
             error = printable(answer.message)
             state = replace(state, state=BackendPhase.DOWN, error=error, error_code=answer.finding_code, kind=kind)
         else:
-            left_s = deadline - asyncio.get_running_loop().time()
+            time_left_s = deadline - asyncio.get_running_loop().time()
+            latency_ms = await self._measure_latency(route, answer.kind, time_left_s)
             state = replace(
                 state,
                 state=BackendPhase.UP,
-                latency_ms=await self._measure_latency(route, answer.kind, left_s) or answer.latency_ms,
+                latency_ms=latency_ms or answer.latency_ms,
                 store=store_fingerprint(answer.inventory.catalog),
                 kind=answer.kind.value,
             )
-        return replace(state, exposed=await _is_public(route.url)) if route.offered else state
+        if route.offered:
+            state = replace(state, exposed=await _is_public(route.url))
+        return state
 
     async def _measure_latency(self, route: BackendRoute, kind: BackendKind, timeout_s: float) -> float | None:
         """The median of up to ``ROUND_TRIPS`` round trips in ms; ``None`` if no answer came in time."""
@@ -147,25 +153,26 @@ class _RouteProber:
                     await get_bounded(self.client, route.url + call.path, headers, extensions)
                     latencies_ms.append((time.perf_counter() - started) * 1000.0)
         except (TimeoutError, ProbeError):
-            pass  # the round trips until then count
+            pass  # the round trips before it count
         # The first round trip may include the opening of a connection, so it counts only if it is the only one.
         return round(median(latencies_ms[1:] or latencies_ms), 3) if latencies_ms else None
 
     async def _find_other_kind(self, route: BackendRoute) -> str | None:
-        """The kind of the server if it is of a kind that mesh.yaml could name, else ``None``."""
+        """Asks the server which kind it is. ``None`` if it is of no kind that mesh.yaml could name."""
         answer = await self.ask(route, BackendKind.AUTO)
         return answer.kind.value if isinstance(answer, TimedInventory) else None
 
 
 def _is_in_use(route: BackendRoute, state: NodeState) -> bool:
+    """Whether the node's requests go by this route now."""
     return not route.offered and route.url == state.backend.url
 
 
 def _is_same_server(answer: Answer, answer_in_use: Answer | None, route: BackendRoute) -> bool:
-    """Whether an offered route leads to the server in use.
+    """Whether the server that gave ``answer`` over an offered route is the server in use.
 
-    If no store has a fingerprint, a server with the same models counts as the same one, because the route's host is
-    the node's host. This does not hold for a loopback address, which is this machine's.
+    If neither model store has a fingerprint, a server with the same models counts as the same server, because the
+    route's host is the node's host. This does not hold for a loopback address, which is this machine's.
     """
     if not isinstance(answer, TimedInventory) or not isinstance(answer_in_use, TimedInventory):
         return False
@@ -185,7 +192,8 @@ async def _is_public(url: str) -> bool:
     """Whether the URL's host has an address that the whole internet can reach."""
     host = httpx.URL(url).host
     try:
-        addresses = await asyncio.get_running_loop().getaddrinfo(host, None, type=socket.SOCK_STREAM)
+        entries = await asyncio.get_running_loop().getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except OSError:
         return False
-    return any(ip_address(entry[4][0]).is_global for entry in addresses)
+    addresses = [socket_address[0] for *_, socket_address in entries]
+    return any(ip_address(address).is_global for address in addresses)

@@ -1,4 +1,4 @@
-"""Asks an inference server at one URL for its version, its models and what is loaded. Its dialect reads the answers."""
+"""Asks an inference server at one URL for its version, its models and the models in memory, in its own dialect."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ async def ask_server(
 
 
 async def _ask_unknown_server(session: _ProbeSession, url: str, known_kinds: KnownKinds) -> TimedInventory:
-    """Asks the server as one of the kind that it had at the last probe. If it is no longer of that kind, or there was
-    no probe, asks it which kind it is."""
+    """Asks a server whose kind mesh.yaml does not give. If an earlier probe found its kind, the server is first asked
+    as a server of this kind. If it has another kind now, or was not probed before, its kind is asked for."""
     last_kind = known_kinds.find(url)
     if last_kind is not None:
         try:
@@ -87,7 +87,8 @@ class _ProbeSession:
         self._latency_ms: float | None = None
 
     async def ask(self, call: HttpCall) -> tuple[int, bytes]:
-        """The HTTP status and the body. Raises ProbeError, also when no answer comes in time."""
+        """Sends a request, and returns the HTTP status and the body. Raises ProbeError, also when no answer comes in
+        time."""
         try:
             return await self._get(call, self._timeout_s)
         except TimeoutError:
@@ -97,14 +98,14 @@ class _ProbeSession:
     async def ask_inventory(
         self, kind: BackendKind, answers: Mapping[str, tuple[int, bytes]] = MappingProxyType({})
     ) -> TimedInventory:
-        """Asks as a server of this kind. ``answers`` are those that the server has already given, by path: they are not
-        asked for again. Raises ProbeError."""
+        """Sends the probe's requests for a server of this kind, and reads the inventory from the answers. Paths in
+        ``answers``, which the server has already given, are not asked for again. Raises ProbeError."""
         dialect = DIALECTS[kind]
         calls = dialect.probe_calls()
 
         async def get_answer(name: str, call: HttpCall) -> tuple[int, bytes] | ProbeError | None:
-            """``None`` for an optional answer that did not come. Errors are returned, so that ``gather`` waits for the
-            other answers."""
+            """The answer to one request; ``None`` for an optional answer that did not come. Errors are returned, so
+            that ``gather`` waits for the other answers."""
             if call.path in answers:
                 return answers[call.path]
             try:
@@ -123,6 +124,7 @@ class _ProbeSession:
         return TimedInventory(kind, inventory, self._latency_ms)
 
     async def _ask_optional(self, call: HttpCall) -> tuple[int, bytes] | None:
+        """As ``ask``, but returns ``None`` if no answer comes within ``OPTIONAL_TIMEOUT_S``."""
         try:
             return await self._get(call, min(self._timeout_s, OPTIONAL_TIMEOUT_S))
         except (ProbeError, TimeoutError):
@@ -144,5 +146,8 @@ def build_request_options(target: Target | None, api_key: str | None) -> tuple[d
         headers["Host"] = host_header(target)
     if api_key is not None:
         headers["Authorization"] = f"Bearer {api_key}"
-    # The certificate of a server behind a tunnel is for the host's own name, not for our end of the tunnel.
-    return headers, {"sni_hostname": target.host} if target is not None and target.scheme == "https" else {}
+    extensions: dict[str, str] = {}
+    if target is not None and target.scheme == "https":
+        # The certificate of a server behind a tunnel is for the host's own name, not for our end of the tunnel.
+        extensions["sni_hostname"] = target.host
+    return headers, extensions

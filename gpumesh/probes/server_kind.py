@@ -29,19 +29,21 @@ class IdentifiedServer:
 
 @dataclass(slots=True)
 class KnownKinds:
-    """The kinds of servers that have been identified, by URL. A kind is forgotten when a probe of that server fails.
-    ``last`` is the kind of the server that was in use last."""
+    """The kinds of one node's servers that were identified by earlier probes, by URL. A kind is forgotten when a probe
+    of that server fails. ``last`` is the kind of the server that was in use last."""
 
     last: BackendKind | None = None
     _by_url: dict[str, BackendKind] = field(default_factory=dict)
 
     def find(self, url: str) -> BackendKind | None:
+        """The kind of the server at this URL; ``None`` if it must be asked for."""
         return self._by_url.get(url)
 
     def remember(self, url: str, kind: BackendKind) -> None:
-        """Does nothing for a generic kind, which means only that the server has OpenAI's API. If another server takes
-        the port, it probably has this API too, and nothing would show the change. So a generic server is asked again at
-        each probe."""
+        """Stores the kind of the server at this URL, unless the kind is generic.
+
+        A generic kind means only that the server has OpenAI's API. If another server takes the port, it probably has
+        this API too, and nothing would show the change. So a generic server is asked for its kind at each probe."""
         if not DIALECTS[kind].is_generic:
             self._by_url[url] = kind
 
@@ -50,8 +52,8 @@ class KnownKinds:
 
 
 async def identify_server(ask: AskServer) -> IdentifiedServer:
-    """The kind of the first dialect that recognizes an answer. Raises ProbeError: that of ``ask``, or, if no dialect
-    recognizes an answer, one that says what the answers mean."""
+    """Asks a server until a dialect recognizes an answer, and returns that dialect's kind. Raises the ProbeError of
+    ``ask``. If no dialect recognizes an answer, raises a ProbeError that says what the answers mean."""
     answers: dict[str, tuple[int, bytes]] = {}
     for kind, dialect in DIALECTS.items():
         call = dialect.probe_calls()[dialect.identity_probe]
@@ -68,12 +70,15 @@ _USUAL_PORTS_HINT = "point `backend.port` or `backend.url` at the server itself;
 
 
 def _unknown_server_error(answers: dict[str, tuple[int, bytes]]) -> ProbeError:
+    """The error for a server of which no dialect recognizes an answer. A refusal or a broken answer tells more than an
+    answer of an unknown form. The last answers are read first: their paths are those of the most kinds of server."""
     for path, (status, body) in reversed(answers.items()):
         try:
             unusable_answers.raise_for_status(status, body)
         except ProbeError as error:
             return error
-        if status == 200 and (broken := unusable_answers.broken_json_error(body, path)) is not None:
-            return broken
-    path, (status, body) = next(reversed(answers.items()))
-    return unusable_answers.other_server_error("an inference server", path, status, body, hint=_USUAL_PORTS_HINT)
+        broken_error = unusable_answers.broken_json_error(body, path) if status == 200 else None
+        if broken_error is not None:
+            return broken_error
+    last_path, (status, body) = next(reversed(answers.items()))
+    return unusable_answers.other_server_error("an inference server", last_path, status, body, hint=_USUAL_PORTS_HINT)

@@ -17,7 +17,7 @@ from gpumesh.state import Severity
 OK = 0
 NO_DEVICES = 6
 NO_DRIVER = 9
-INFOROM = 14
+INFOROM = 14  # a GPU's infoROM is corrupted: nvidia-smi prints the table all the same, and a warning after it
 GPU_LOST = 15
 MISMATCH = 18
 NOT_EXECUTABLE, NOT_FOUND = 126, 127
@@ -31,7 +31,8 @@ _FAILED_WITH_STATUS_0 = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class SmiFailure:
-    """Why nvidia-smi failed. ``affects_whole_host``: the failure is one of the host's driver, not of a single GPU."""
+    """Why nvidia-smi failed, as a finding says it. ``affects_whole_host``: the host's driver has failed, not a single
+    GPU."""
 
     code: str
     message: str
@@ -41,8 +42,7 @@ class SmiFailure:
 
 
 def classify_failure(answer: CommandOutput) -> SmiFailure | None:
-    """The failure that this answer means; ``None`` if the answer is a table. The last lines of a table may be a
-    warning: then the exit status is 14."""
+    """The failure that nvidia-smi's exit status and text mean; ``None`` if its answer is a table."""
     text = printable(answer.output, 2000)
     lower = text.lower()
     status = answer.exit_status

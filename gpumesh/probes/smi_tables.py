@@ -70,6 +70,7 @@ _DRIVER = re.compile(r"[0-9A-Za-z][0-9A-Za-z._+-]{0,39}")
 _PSTATE = re.compile(r"P[0-9]{1,2}")
 _ERROR_VALUES = ("err!", "unknown error")
 # From nvmlClocksEventReasons in nvml.h, without the reasons that are not a limit (1: idle, 2: set clocks).
+_IDLE_BIT = 0x1
 _THROTTLE_REASONS = (
     (0x4, "power-cap"),
     (0x8, "hw-slowdown"),
@@ -96,7 +97,8 @@ class GpuTable:
 
 
 def read_gpus(output: bytes, fields: Sequence[str] = FIELDS, *, hostname: str | None = None) -> GpuTable:
-    """Reads the rows of ``--query-gpu=…`` for ``fields``. Other lines between them, such as warnings, are skipped."""
+    """Reads the rows that ``--query-gpu=…`` prints for ``fields``. Lines that are not rows, such as warnings, are
+    skipped."""
     gpus: list[GpuState] = []
     seen_uuids: set[str] = set()
     faulty_fields: dict[str, tuple[str, ...]] = {}
@@ -113,14 +115,15 @@ def read_gpus(output: bytes, fields: Sequence[str] = FIELDS, *, hostname: str | 
         seen_uuids.add(gpu.uuid)
         gpus.append(gpu)
         driver = driver or _read_driver(row.get("driver_version"))
-        faulty = tuple(
-            field
-            for field, value in row.items()
-            if field != "name" and any(mark in value.lower() for mark in _ERROR_VALUES)
-        )
-        if faulty:
-            faulty_fields[gpu.uuid] = faulty
+        gpu_faulty_fields = tuple(field for field, value in row.items() if _is_error_value(field, value))
+        if gpu_faulty_fields:
+            faulty_fields[gpu.uuid] = gpu_faulty_fields
     return GpuTable(tuple(gpus), driver, faulty_fields, unread_line)
+
+
+def _is_error_value(field: str, value: str) -> bool:
+    """Whether nvidia-smi reports that it could not read this field. The name of a GPU may hold any text."""
+    return field != "name" and any(mark in value.lower() for mark in _ERROR_VALUES)
 
 
 def split_row(line: str, fields: Sequence[str]) -> dict[str, str] | None:
@@ -130,15 +133,18 @@ def split_row(line: str, fields: Sequence[str]) -> dict[str, str] | None:
     surplus = len(parts) - len(fields)
     if surplus < 0:
         return None
-    name_at = next((index for index, field in enumerate(fields) if field in ("name", "process_name")), len(fields) - 1)
     if surplus:
-        parts[name_at : name_at + surplus + 1] = [", ".join(parts[name_at : name_at + surplus + 1])]
+        is_name = [field in ("name", "process_name") for field in fields]
+        name_start = is_name.index(True) if any(is_name) else len(fields) - 1  # without a name, the last field
+        name_end = name_start + surplus + 1
+        parts[name_start:name_end] = [", ".join(parts[name_start:name_end])]
     return dict(zip(fields, parts, strict=True))
 
 
 def read_processes(output: bytes) -> dict[str, tuple[ProcessState, ...]]:
-    """The processes of ``--query-compute-apps``, by the GPU's uuid. In a container the list may be empty, or have the
-    pids of the host. So an empty list does not mean that a GPU is idle."""
+    """Reads the rows that ``--query-compute-apps`` prints for ``PROCESS_FIELDS``: the processes by the GPU's uuid. In a
+    container the list may be empty, or have the pids of the host. So an empty list does not mean that a GPU is
+    idle."""
     by_gpu: dict[str, list[ProcessState]] = {}
     count = 0
     for line in _list_lines(output):
@@ -163,7 +169,7 @@ def _list_lines(output: bytes) -> Iterator[str]:
 
 def _read_gpu(row: Mapping[str, str], position: int, hostname: str | None) -> GpuState | None:
     """The GPU of a row; ``None`` for a line that has as many commas as a row, but is not a row. ``position`` is the
-    number of GPUs before this one."""
+    number of GPUs before this GPU: it replaces an index that cannot be read."""
     uuid = _read_text(row.get("uuid"), 80)
     bus = _read_text(row.get("pci.bus_id"), 40)
     index = _read_int(row.get("index", ""))
@@ -172,7 +178,7 @@ def _read_gpu(row: Mapping[str, str], position: int, hostname: str | None) -> Gp
     if index is None and not is_real_uuid:
         return None
     if uuid is None or not is_real_uuid:
-        # A name of our own, which no GPU of another host has, and no other GPU of this host.
+        # A uuid of our own, which no other GPU of this host or of another host has.
         uuid = f"unknown-{hostname or 'host'}-{bus or position}"
     total = _read_amount(row.get("memory.total"), MAX_MIB) or None  # 0 means that the GPU did not say
     temperature = _read_int(row.get("temperature.gpu", ""))
@@ -207,6 +213,7 @@ def _read_text(value: str | None, limit: int) -> str | None:
 
 
 def _read_float(value: str) -> float | None:
+    """The number, without its unit; ``None`` for any other text."""
     match = _NUMBER.fullmatch(value.strip())
     return float(match[1]) if match else None
 
@@ -217,18 +224,20 @@ def _read_int(value: str) -> int | None:
 
 
 def _read_amount(value: str | None, limit: int) -> int | None:
+    """A number from 0 to ``limit``, rounded; ``None`` for any other value."""
     number = _read_int(value or "")
     return number if number is not None and 0 <= number <= limit else None
 
 
 def _read_watts(value: str | None) -> float | None:
+    """A number from 0 to ``MAX_W``; ``None`` for any other value."""
     number = _read_float(value or "")
     return number if number is not None and 0 <= number <= MAX_W else None
 
 
 def _read_driver(value: str | None) -> str | None:
-    """The version; ``None`` for anything else. It is checked strictly, because ``audit --write`` writes it into
-    mesh.yaml."""
+    """The driver's version; ``None`` for any other text. The text is checked strictly, because ``audit --write`` writes
+    it into mesh.yaml."""
     return value if value is not None and _DRIVER.fullmatch(value) else None
 
 
@@ -237,10 +246,13 @@ def _read_pstate(value: str | None) -> str | None:
 
 
 def _read_throttle(value: str) -> str | None:
-    """The reasons for lower clocks, joined by commas, from a hexadecimal mask of NVML's bits."""
+    """The reasons for lower clocks, joined by commas, from a hexadecimal mask of NVML's bits. ``IDLE`` or ``NONE`` if
+    the clocks are not limited; ``None`` for a text that is no mask."""
     match = _HEX.fullmatch(value)
     if not match:
         return None
     mask = int(match[1], 16)
     reasons = [reason for bit, reason in _THROTTLE_REASONS if mask & bit]
-    return ",".join(reasons) or (IDLE if mask & 1 else NONE)
+    if reasons:
+        return ",".join(reasons)
+    return IDLE if mask & _IDLE_BIT else NONE

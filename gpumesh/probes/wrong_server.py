@@ -29,8 +29,8 @@ _TLS_ALERT = b"\x15\x03"  # a TLS server's answer to bytes that are not TLS
 
 
 async def identify_wrong_server(url: str) -> ProbeError | None:
-    """Asks a server that gave no answer in HTTP once more, and says what it is. ``None`` if nothing answers, or if the
-    server does speak HTTP after all."""
+    """Asks a server that gave no HTTP answer once more, and returns the error that names its kind. ``None`` if nothing
+    answers, or if the server does speak HTTP after all."""
     parsed_url = httpx.URL(url)
     greeting = await _read_greeting(parsed_url)
     if greeting.startswith(b"HTTP/"):
@@ -44,19 +44,22 @@ async def identify_wrong_server(url: str) -> ProbeError | None:
     text = printable(greeting, 60)
     if not text:
         return None
-    server, hint = next(
-        ((f"{server}, ", hint) for prefixes, server, hint in _KNOWN_GREETINGS if text.startswith(prefixes)),
-        ("", WRONG_SERVICE_HINT),
-    )
-    return ProbeError(f"the port answers, but not with HTTP: {server}{text!r}", finding_code="wrong-server", hint=hint)
+    description, hint = repr(text), WRONG_SERVICE_HINT
+    for prefixes, server, known_hint in _KNOWN_GREETINGS:
+        if text.startswith(prefixes):
+            description, hint = f"{server}, {text!r}", known_hint
+            break
+    message = f"the port answers, but not with HTTP: {description}"
+    return ProbeError(message, finding_code="wrong-server", hint=hint)
 
 
 def wrong_scheme_error(url: str) -> ProbeError:
     """The error for a port that speaks HTTPS although ``url`` says http, or the other way round."""
     parsed_url = httpx.URL(url)
-    asked_protocol, spoken_protocol, right_scheme = (
-        ("plain HTTP", "HTTPS", "https") if parsed_url.scheme == "http" else ("HTTPS", "plain HTTP", "http")
-    )
+    if parsed_url.scheme == "http":
+        asked_protocol, spoken_protocol, right_scheme = "plain HTTP", "HTTPS", "https"
+    else:
+        asked_protocol, spoken_protocol, right_scheme = "HTTPS", "plain HTTP", "http"
     host = parsed_url.host if parse_unix_url(parsed_url) is None else "127.0.0.1"
     hint = f"write `backend: {{url: {right_scheme}://{host}:PORT}}`, as the host knows it"
     return ProbeError(
@@ -65,16 +68,17 @@ def wrong_scheme_error(url: str) -> ProbeError:
 
 
 async def explain_tls_failure(url: str, error: ssl.SSLError) -> ProbeError:
-    """The reason why no TLS connection was made. May ask the server again to find it."""
+    """The error that says why no TLS connection was made. May ask the server again to find the reason."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return ProbeError(
             f"its certificate is not accepted: {printable(error.verify_message, 120)}",
             finding_code="tls-refused",
             hint="use http:// where SSH encrypts the way, or give it a certificate of a known authority for this name",
         )
-    other_error = None if "ALERT" in (error.reason or "") else await identify_wrong_server(url)
-    if other_error is not None:
-        return other_error
+    if not _is_tls_alert(error):
+        other_error = await identify_wrong_server(url)
+        if other_error is not None:
+            return other_error
     return ProbeError(
         f"there is no TLS connection: {printable((error.reason or str(error)).replace('_', ' ').lower(), 80)}",
         finding_code="tls-refused",
@@ -106,16 +110,24 @@ async def _accepts_tls(url: httpx.URL) -> bool:
             _reader, writer = await _connect(url, ssl=context)
             writer.close()
     except ssl.SSLError as error:
-        return "ALERT" in (error.reason or "")  # an alert: the server speaks TLS, and refuses this handshake
+        return _is_tls_alert(error)
     except (OSError, TimeoutError):
         return False
     return True
 
 
+def _is_tls_alert(error: ssl.SSLError) -> bool:
+    """Whether the server sent an alert. Then the server does speak TLS, and refuses this handshake."""
+    return "ALERT" in (error.reason or "")
+
+
 async def _connect(url: httpx.URL, **options: Any) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    unix = parse_unix_url(url)
-    if unix is not None:
+    """Connects to the server of this URL, at a TCP port or a Unix socket. ``options`` are asyncio's."""
+    unix_parts = parse_unix_url(url)
+    if unix_parts is not None:
+        socket_path, _request_path = unix_parts
         if "ssl" in options:
             options["server_hostname"] = "localhost"
-        return await asyncio.open_unix_connection(unix[0], **options)
-    return await asyncio.open_connection(url.host, url.port or (443 if url.scheme == "https" else 80), **options)
+        return await asyncio.open_unix_connection(socket_path, **options)
+    default_port = 443 if url.scheme == "https" else 80
+    return await asyncio.open_connection(url.host, url.port or default_port, **options)
