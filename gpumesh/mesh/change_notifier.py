@@ -1,4 +1,4 @@
-"""Tells watchers that something has changed, without queues that grow: a slow watcher only misses states in between."""
+"""Tells watchers that something has changed, without queues that grow: a slow watcher misses only states in between."""
 
 from __future__ import annotations
 

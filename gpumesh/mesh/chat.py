@@ -16,13 +16,18 @@ from gpumesh.topology import BackendKind
 
 
 class SendRequest(Protocol):
+    """``Mesh.send``, as far as a chat uses it."""
+
     def __call__(
         self, demand: Demand, calls: Mapping[BackendKind, HttpCall], *, timeout_s: float, resume: bool
     ) -> Awaitable[Answer]: ...
 
 
 class ChatStream:
-    """``node``, ``attempts`` and ``queue_ms`` are known from the first chunk on, ``counters`` after the last one."""
+    """The answer to one chat, as an async iterator of chunks and an async context manager. The request is sent at the
+    first iteration, or on entry to the context.
+
+    ``node``, ``attempts`` and ``queue_ms`` are known from the first chunk on, ``counters`` after the last chunk."""
 
     def __init__(
         self, send: SendRequest, request: ChatRequest, demand: Demand, timeout_s: float, *, resume: bool
@@ -39,19 +44,27 @@ class ChatStream:
         self.counters: ServerCounters | None = None
 
     def __repr__(self) -> str:
-        phase = "ended" if self._ended else "not started" if self._answer is None else f"from {self.node}"
+        if self._ended:
+            phase = "ended"
+        elif self._answer is None:
+            phase = "not started"
+        else:
+            phase = f"from {self.node}"
         return f"<ChatStream {self._request.model} {phase}>"
 
     @property
     def node(self) -> str | None:
+        """The name of the node that answers."""
         return None if self._answer is None else self._answer.node
 
     @property
     def attempts(self) -> int:
+        """How many times the request was sent to a node, until a node answered."""
         return 0 if self._answer is None else self._answer.attempts
 
     @property
     def queue_ms(self) -> float:
+        """How long the request waited for a slot."""
         return 0.0 if self._answer is None else self._answer.queue_ms
 
     async def __aenter__(self) -> Self:
@@ -99,7 +112,8 @@ class ChatStream:
                 self.counters = chunk.counters
 
     async def _start(self) -> None:
-        """Sends the request and waits for the head of the answer."""
+        """Sends the request and waits for the head of the answer. Raises BackendStatus or ModelMissing for an answer
+        with an error."""
         calls = {kind: dialect.build_chat_call(self._request) for kind, dialect in DIALECTS.items()}
         answer = await self._send(self._demand, calls, timeout_s=self._timeout_s, resume=self._resume)
         dialect = DIALECTS[answer.kind]

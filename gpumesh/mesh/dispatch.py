@@ -1,4 +1,4 @@
-"""The dispatcher: applies the balancer's pure decisions to the running nodes, and holds the queue.
+"""``Dispatcher``: gives each request a slot on the node that the balancer chooses, and holds the queue for a free slot.
 
 ``acquire`` returns at once while a slot is free. Otherwise the request waits in the mesh's queue until
 ``grant_waiting`` gives it a slot. So requests wait where people can see them, and not in Ollama's queue. A request also
@@ -24,13 +24,14 @@ from gpumesh.state import WaitingState
 from gpumesh.topology import PolicyKind
 
 GRACE_S = 6.0  # how long a request waits if all nodes that could serve it are away
-RECHECK_S = 0.2  # between two looks at the queue while a request waits for such a node
-WAIT_SMOOTHING = 0.2  # weight of the newest wait in the mean that is sent as Retry-After
+RECHECK_S = 0.2  # between two attempts to grant slots while a request waits for such a node
+WAIT_SMOOTHING = 0.2  # weight of the newest wait in the mean wait that is sent as Retry-After
 
 
 @dataclass(slots=True)
 class _Waiter:
-    """A request in the queue. ``recovery_wait_since``: the time since when all nodes that could serve it are away."""
+    """A request that waits for a slot. ``exclude``: names of the nodes that have failed it. ``granted`` gets its lease
+    or an error. ``recovery_wait_since``: since this time all nodes that could serve it are away."""
 
     demand: Demand
     exclude: frozenset[str]
@@ -39,7 +40,10 @@ class _Waiter:
 
 
 class Dispatcher:
-    """Chooses nodes by ``policy``. At most ``max_queue`` requests wait."""
+    """Gives out the slots of ``fleet``: chooses nodes by ``policy``, and lets at most ``max_queue`` requests wait.
+
+    ``clock`` returns monotonic seconds. ``grace_s``: how long a request waits if all nodes that could serve it are
+    away."""
 
     def __init__(
         self,
@@ -72,28 +76,25 @@ class Dispatcher:
         return len(self._queue)
 
     def waiting(self, limit: int) -> tuple[WaitingState, ...]:
-        """The first ``limit`` requests of the queue, in the order of service."""
+        """The first ``limit`` requests of the queue, in the order in which they are served."""
         now = self._clock()
-        return tuple(
-            WaitingState(
-                position,
-                entry.priority.value,
-                entry.payload.demand.model,
-                entry.payload.demand.node,
-                round(now - entry.queued_at, 3),
-                entry.payload.demand.id,
-            )
-            for position, entry in enumerate(islice(self._queue, limit))
-        )
+        states: list[WaitingState] = []
+        for position, entry in enumerate(islice(self._queue, limit)):
+            demand, waited_s = entry.payload.demand, round(now - entry.queued_at, 3)
+            states.append(WaitingState(position, entry.priority.value, demand.model, demand.node, waited_s, demand.id))
+        return tuple(states)
 
     def queued_for(self, node: str) -> int:
-        """How many requests wait for this node only, because their client named it."""
-        return sum(entry.payload.demand.node == node for entry in self._queue) if len(self._queue) else 0
+        """The number of requests that wait for this node only, because their client named it."""
+        if not len(self._queue):  # the usual case, without sorting
+            return 0
+        return sum(entry.payload.demand.node == node for entry in self._queue)
 
     def slot_is_wanted(self, node: str) -> bool:
         """Whether any waiting request would take a slot of this node, or of a node that shares its GPU."""
         candidates = self._fleet.candidates()
         groups = {gpu_group(candidate) for candidate in candidates if candidate.name == node}
+        # Many waiting requests often differ only in things that do not matter here: they are checked once.
         checked_keys: set[tuple[Demand, frozenset[str]]] = set()
         for entry in self._queue:
             waiter = entry.payload
@@ -110,7 +111,7 @@ class Dispatcher:
     # -- can a node serve a demand -------------------------------------------------------------------------------
 
     def could_serve(self, demand: Demand, *, exclude: frozenset[str]) -> bool:
-        """Whether any node outside ``exclude`` takes this demand, now or when it has a free slot."""
+        """Whether any node outside ``exclude`` can serve this demand, now or as soon as it has a free slot."""
         selection = select_candidates(self._fleet.candidates(), demand, exclude=exclude)
         return bool(selection.free or selection.busy)
 
@@ -146,10 +147,11 @@ class Dispatcher:
         timeout_s: float,
         since: float | None = None,
     ) -> Lease:
-        """Takes a slot on the best node for this demand, and waits for one if necessary.
+        """Takes a slot on the best node for this demand, and waits for a slot if necessary. ``exclude``: names of nodes
+        that must not be used.
 
-        ``since`` is set if a node has failed the request: the time when the request was accepted. Then the request
-        takes the place in the queue that belongs to this time, and is not refused when the queue is full.
+        ``since`` is given for a request that a node has failed: it is the time when the request was accepted. The
+        request then gets the place in the queue that belongs to this time, and is not refused if the queue is full.
 
         Raises NoNodeError or ModelMissing if no node could serve the demand, QueueFull if the queue is full, and
         DeadlineExceeded if no slot became free in time.
@@ -167,8 +169,10 @@ class Dispatcher:
 
     def acquire_despite_breaker(self, demand: Demand, *, exclude: frozenset[str]) -> Lease | None:
         """Takes a free slot on a node that works, even if its breaker is open because it failed too often lately.
+        Returns ``None`` if there is none.
 
-        This is for a request that no other node can take any more: an attempt there is better than an error."""
+        This is for a request that no other node can take any more: an attempt on such a node is better than an
+        error."""
         return self._take_slot(demand, exclude, self._fleet.candidates(despite_breaker=True))
 
     def _take_slot(self, demand: Demand, exclude: frozenset[str], candidates: Sequence[Candidate]) -> Lease | None:
@@ -186,6 +190,8 @@ class Dispatcher:
     # -- the queue -----------------------------------------------------------------------------------------------
 
     async def _wait(self, waiter: _Waiter, timeout_s: float, since: float | None) -> Lease:
+        """Puts the request into the queue, and returns the lease that ``grant_waiting`` gives it. ``since`` and the
+        errors are as for ``acquire``."""
         started_at = self._clock()
         queued_at = started_at if since is None else since
         entry = self._queue.add(waiter, waiter.demand.priority, queued_at, bounded=since is None)
@@ -204,22 +210,23 @@ class Dispatcher:
         return lease
 
     def grant_waiting(self) -> None:
-        """Grants the free slots in the order of the queue. Called when a slot is freed or a node changes."""
+        """Gives the free slots to the waiting requests, in the order of the queue. A request that no node can serve any
+        more gets an error. Called when a slot is freed or a node changes."""
         if not self._queue.entries:
             return
         candidates = self._fleet.candidates()
         demands_without_slot: set[Demand] = set()
         for entry in self._queue:
             waiter = entry.payload
-            if waiter.granted.done():
+            if waiter.granted.done():  # it leaves the queue as soon as its task runs
                 continue
             key = _selection_key(waiter.demand)
             if key in demands_without_slot and not waiter.exclude:
-                continue
+                continue  # a request before this one, which the same nodes can serve, got no slot
             lease = self._take_slot(waiter.demand, waiter.exclude, candidates)
             if lease is not None:
                 waiter.granted.set_result(lease)
-                candidates = self._fleet.candidates()
+                candidates = self._fleet.candidates()  # the lease has changed the load of its node
             elif self._may_wait(waiter, candidates):
                 demands_without_slot.add(key)
             else:
@@ -227,7 +234,8 @@ class Dispatcher:
 
     def _may_wait(self, waiter: _Waiter, candidates: Sequence[Candidate]) -> bool:
         """Whether the request may wait: a busy node could serve it, or all nodes that could serve it have been away for
-        less than the grace period. Starts or ends this period."""
+        less than the grace period. Starts the grace period when these nodes are away, and ends it when a node is
+        back."""
         demand = waiter.demand
         if select_candidates(candidates, demand, exclude=waiter.exclude).busy:
             waiter.recovery_wait_since = None
@@ -242,7 +250,8 @@ class Dispatcher:
         return now - waiter.recovery_wait_since < self._grace_s
 
     def _recheck(self) -> None:
-        """Notices the end of a breaker's pause and of a grace period: no event announces these."""
+        """Grants slots after a breaker's pause, and refuses requests after a grace period: no event announces either
+        end, so this runs every ``RECHECK_S``."""
         self._recheck_timer = None
         self.grant_waiting()
 
@@ -259,6 +268,6 @@ def _return_grant(waiter: _Waiter) -> None:
 
 
 def _selection_key(demand: Demand) -> Demand:
-    """A demand with only those members that decide which nodes can serve it. It is equal for demands that the same
-    nodes can serve."""
+    """The demand with only the members that decide which nodes can serve it. Demands that the same nodes can serve
+    have equal keys."""
     return Demand(model=demand.model, kinds=demand.kinds, node=demand.node)

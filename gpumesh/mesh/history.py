@@ -1,4 +1,4 @@
-"""The recent past of a mesh: a few figures for each GPU and node, for sparklines and plots. Pure.
+"""Records the recent past of a mesh: a few figures for each GPU and node, for sparklines and plots. Pure.
 
 The background mesh keeps the last minute for commands. `status --watch` keeps a history of its own. The gateway keeps
 the last hour for its page.
@@ -23,7 +23,7 @@ MAX_OLD_SERIES = 512  # series of GPUs and nodes that are no longer in the mesh
 
 @dataclass(frozen=True, slots=True)
 class HistorySeries:
-    """One value for each step, the oldest first; ``None`` if the value was not known."""
+    """The values of one figure, one for each step, the oldest first. A value that was not known is ``None``."""
 
     key: str
     values: tuple[float | None, ...]
@@ -31,8 +31,10 @@ class HistorySeries:
 
 @dataclass(frozen=True, slots=True)
 class History:
-    """``gpus``: utilisation in % by UUID. ``nodes``: tokens/s by name. ``memory``: MiB in use by UUID. ``mesh``:
-    requests ``in_flight`` and ``queued``. The last step has not ended yet."""
+    """The recent figures of a mesh, as means over steps of ``step_s`` seconds. The last step has not ended yet.
+
+    ``gpus``: utilisation in % by UUID. ``nodes``: tokens/s by name. ``memory``: MiB in use by UUID. ``mesh``: requests
+    ``in_flight`` and ``queued``."""
 
     step_s: float = STEP_S
     gpus: tuple[HistorySeries, ...] = ()
@@ -41,26 +43,28 @@ class History:
     mesh: tuple[HistorySeries, ...] = ()
 
     def gpu_utilization(self, uuid: str) -> tuple[float | None, ...]:
+        """The utilisation of one GPU in %, one value for each step; empty for a GPU that was not seen."""
         return next((series.values for series in self.gpus if series.key == uuid), ())
 
 
 _SumsByKey = dict[str, tuple[float, int]]
-"""The sum of the values, then their number."""
-_KINDS = ("gpus", "nodes", "memory", "mesh")
+"""The sum of the values and their number, by the key of a series."""
+_KINDS = ("gpus", "nodes", "memory", "mesh")  # the fields of History that hold series
 
 
 @dataclass(slots=True)
 class _Step:
-    """The sums of the values in one step, by kind and key. ``gpus``: the UUIDs that each node has shown."""
+    """The sums of the values in one step. ``number`` counts the steps since 1970. ``sums`` are by kind of series.
+    ``gpu_uuids``: the UUIDs that each node has shown in this step."""
 
     number: int
     sums: dict[str, _SumsByKey] = field(default_factory=lambda: {kind: {} for kind in _KINDS})
-    gpus: dict[str, set[str]] = field(default_factory=dict)
+    gpu_uuids: dict[str, set[str]] = field(default_factory=dict)
 
     def take_gpus(self, node: NodeState) -> Iterator[GpuState]:
-        """Yields the node's GPUs, at most ``MAX_GPUS`` different ones in a step: a host that shows new GPUs each time
+        """Yields the node's GPUs, at most ``MAX_GPUS`` different GPUs in one step: a host that shows new GPUs each time
         must not fill the memory."""
-        uuids = self.gpus.setdefault(node.name, set())
+        uuids = self.gpu_uuids.setdefault(node.name, set())
         for gpu in node.gpus or ():
             if gpu.uuid in uuids or len(uuids) < MAX_GPUS:
                 uuids.add(gpu.uuid)
@@ -68,8 +72,8 @@ class _Step:
 
 
 class Recorder:
-    """Computes means over the added states, for each of the last ``steps`` steps. States must be added in the order of
-    their times."""
+    """Computes the means over the added states, for each of the last ``steps`` steps of ``step_s`` seconds. States must
+    be added in the order of their times."""
 
     def __init__(
         self,
@@ -85,22 +89,23 @@ class Recorder:
         if earlier is not None and at is not None and earlier.step_s == step_s:
             self._restore(earlier, self._step_number(at), steps)
 
-    def _restore(self, earlier: History, last: int, count: int) -> None:
-        """Adds ``count`` steps with the values of ``earlier``. ``last`` is the number of its last step."""
-        steps = {number: _Step(number) for number in range(last - count + 1, last + 1)}
-        for number, step in steps.items():
-            index = number - last - 1  # from the end of the series, whose last step has the index -1
+    def _restore(self, earlier: History, last_number: int, count: int) -> None:
+        """Adds ``count`` steps with the values of ``earlier``, whose last step has the number ``last_number``."""
+        for age in reversed(range(count)):  # the last step has the age 0
+            step = _Step(last_number - age)
             for kind in _KINDS:
                 for series in getattr(earlier, kind):
-                    value = series.values[index] if len(series.values) >= -index else None
+                    value = series.values[-1 - age] if age < len(series.values) else None
                     if value is not None:
                         step.sums[kind][series.key] = (value, 1)
-        self._steps.extend(steps.values())
+            self._steps.append(step)
 
     def _step_number(self, at: datetime) -> int:
+        """The number of the step that contains this time."""
         return math.floor(at.timestamp() / self._step_s)
 
     def add(self, state: MeshState) -> None:
+        """Adds the figures of a state to the step that contains its time."""
         number = self._step_number(state.at)
         if not self._steps or self._steps[-1].number < number:
             self._steps.append(_Step(number))
@@ -113,19 +118,22 @@ class Recorder:
         _add_values(sums["mesh"], (("in_flight", state.gateway.in_flight), ("queued", state.gateway.queued)))
 
     def history(self) -> History:
+        """The recorded history, whose last step is the step of the last added state."""
         if not self._steps:
             return History(self._step_s)
-        last = self._steps[-1].number
-        steps = {step.number: step for step in self._steps}
-        first = last - (self._steps.maxlen or 0) + 1
-        last_steps = [steps.get(number) for number in range(first, last + 1)]  # None: no state was added in it
-        series = {
-            kind: _build_series([None if step is None else step.sums[kind] for step in last_steps]) for kind in _KINDS
-        }
+        last_number = self._steps[-1].number
+        first_number = last_number - (self._steps.maxlen or 0) + 1
+        steps_by_number = {step.number: step for step in self._steps}
+        steps = [steps_by_number.get(number) for number in range(first_number, last_number + 1)]
+        series = {}
+        for kind in _KINDS:
+            # None for a step in which no state was added.
+            series[kind] = _build_series([None if step is None else step.sums[kind] for step in steps])
         return History(self._step_s, **series)
 
 
 def _add_values(sums: _SumsByKey, values: Iterable[tuple[str, float | None]]) -> None:
+    """Adds values by key to ``sums``; a value of ``None`` is not known and is left out."""
     for key, value in values:
         if value is not None:
             total, count = sums.get(key, (0.0, 0))
@@ -133,8 +141,8 @@ def _add_values(sums: _SumsByKey, values: Iterable[tuple[str, float | None]]) ->
 
 
 def _build_series(steps: list[_SumsByKey | None]) -> tuple[HistorySeries, ...]:
-    """One series for each key, in the order of their first steps: for all keys of the last two steps, and for at most
-    ``MAX_OLD_SERIES`` of the older keys, the latest of them."""
+    """Builds one series for each key, in the order in which the keys came up. All keys of the last two steps get a
+    series. Of the older keys, only the ``MAX_OLD_SERIES`` that were seen last get one."""
     latest_first = [step for step in reversed(steps) if step is not None]
     current_keys = dict.fromkeys(key for step in latest_first[:2] for key in step)
     old_keys = (key for step in latest_first[2:] for key in step if key not in current_keys)

@@ -1,4 +1,4 @@
-"""``Mesh`` (``gpumesh.Mesh``): all nodes, the balancer over them, and the requests that are sent through it.
+"""``Mesh`` (``gpumesh.Mesh``), the library's main class: opens all nodes of a mesh.yaml, and sends requests to them.
 
 ::
 
@@ -46,11 +46,11 @@ from gpumesh.tunnels.direct.this_machine import ThisMachine
 from gpumesh.tunnels.supervisor import Prompter, open_tunnel
 from gpumesh.tunnels.workers.worker_pool import WorkerPool
 
-MAX_SHOWN_WAITING = 100
+MAX_SHOWN_WAITING = 100  # waiting requests in a snapshot
 
 
 class Mesh:
-    """An async context manager. On entry the tunnels start to open, all at the same time.
+    """A running mesh, as an async context manager. On entry the tunnels start to open, all at the same time.
 
     ``clock`` returns monotonic seconds. ``prompter`` passes the questions of hosts on to a person; ``None``: there is
     no person to ask.
@@ -155,7 +155,7 @@ class Mesh:
         )
 
     async def _watch_own_loads(self) -> AsyncIterator[Mapping[str, int]]:
-        """Yields the requests that this mesh has in flight, after each change, for other gateways."""
+        """Yields the numbers of requests in flight after each change, by coordination key, for other gateways."""
         async for _ in self.watch_changes():
             yield self.fleet.loads()
 
@@ -167,6 +167,8 @@ class Mesh:
         self._dispatcher.close()
         for task in self._tasks:
             task.cancel()
+
+    # The nodes get these two methods, because they are made before the dispatcher and the fleet.
 
     def _grant_waiting(self) -> None:
         self._dispatcher.grant_waiting()
@@ -197,7 +199,7 @@ class Mesh:
 
     @property
     def in_flight(self) -> int:
-        """The number of requests that were accepted and have not ended, without those that wait for a slot."""
+        """The number of requests that were accepted and have not ended, without the requests that wait for a slot."""
         return max(self.request_counters.in_flight - self._dispatcher.queued, 0)
 
     def watch_changes(self) -> AsyncIterator[None]:
@@ -210,7 +212,7 @@ class Mesh:
         self._changes.notify()
 
     async def wait_first_report(self, timeout_s: float) -> MeshState:
-        """Returns the state as soon as every node was probed or found out of reach, at the latest after
+        """Returns the state as soon as every node was probed or is known to be out of reach, at the latest after
         ``timeout_s``."""
         await readiness.wait_first_report(self.fleet, timeout_s)
         return self.snapshot()
@@ -224,7 +226,7 @@ class Mesh:
         return await readiness.wait_usable(self.fleet, self._dispatcher, self._changes, demand, timeout_s=timeout_s)
 
     def candidates(self) -> tuple[Candidate, ...]:
-        """Every node, as the balancer sees it now."""
+        """All nodes, as the balancer sees them now."""
         return tuple(self.fleet.candidates())
 
     def usable_nodes(self, kinds: frozenset[BackendKind] = frozenset(BackendKind)) -> tuple[str, ...]:
@@ -237,7 +239,7 @@ class Mesh:
 
     @property
     def attempt_outcomes(self) -> dict[str, Mapping[Outcome, int]]:
-        """For each node, how the attempts that took a slot there ended."""
+        """For each node, the number of attempts that took a slot there, by the outcome of the attempt."""
         return self.fleet.attempt_outcomes
 
     # -- requests ------------------------------------------------------------------------------------------------
@@ -252,14 +254,14 @@ class Mesh:
         at_most_once: bool = False,
         try_reserve_memory: Callable[[int], bool] = lambda _: True,
     ) -> Answer:
-        """Sends a request to the best node. If the node fails, sends it to other nodes until one answers.
+        """Sends a request to the best node. If this node fails, sends the request to other nodes until a node answers.
 
         - ``calls`` holds the request in the form of each kind of server.
         - ``resume``: if an answer is cut while it streams, another node continues it.
         - ``at_most_once``: the request changes something. It is never sent again after a server may have begun to work
           on it.
-        - ``try_reserve_memory`` reserves a number of bytes until the answer ends, and returns whether there is room. To
-          continue an answer takes memory.
+        - ``try_reserve_memory`` reserves a number of bytes until the answer ends, and returns whether there is room.
+          Memory is needed to continue an answer.
 
         An error that is the client's own fault, or that every node gave, is returned as an Answer with its status.
         Raises NoNodeError, ModelMissing, QueueFull and DeadlineExceeded.
@@ -279,24 +281,24 @@ class Mesh:
         try:
             answer = await delivery.deliver()
         except asyncio.CancelledError:
-            self._count_end(Outcome.CLIENT_GONE)
+            self._count_ended_request(Outcome.CLIENT_GONE)
             raise
         except BaseException:
-            self._count_end(Outcome.UNREACHABLE)
+            self._count_ended_request(Outcome.UNREACHABLE)  # no node answered
             raise
         if answer.outcome is not None:
-            self._count_end(answer.outcome)
+            self._count_ended_request(answer.outcome)
         else:
-            answer.on_outcome = self._count_end
+            answer.on_outcome = self._count_ended_request  # the answer is still being read
         return answer
 
-    def _count_end(self, outcome: Outcome) -> None:
+    def _count_ended_request(self, outcome: Outcome) -> None:
         self.request_counters.count_end(outcome)
         self._changes.notify()
 
     async def upload(self, node: str, path: str, body: AsyncIterable[bytes], *, timeout_s: float) -> Answer:
-        """Posts a body to this node. The body can be read only once, so the request is sent only once. Raises the
-        errors of ``send``, and BackendUnreachable."""
+        """Sends a body to this node by POST. The body can be read only once, so the request is sent only once. Raises
+        the errors of ``send``, and BackendUnreachable."""
         started_at = self._clock()
         demand = Demand(None, node=self.fleet.require_known(node), needs_slot=False)
         lease = await self._dispatcher.acquire(demand, timeout_s=timeout_s)

@@ -12,7 +12,7 @@ from gpumesh.mesh.nodes.fleet import Fleet
 
 
 async def wait_first_report(fleet: Fleet, timeout_s: float) -> None:
-    """Returns as soon as every node was probed or found out of reach, at the latest after ``timeout_s``."""
+    """Returns as soon as every node was probed or is known to be out of reach, at the latest after ``timeout_s``."""
     try:
         async with asyncio.timeout(timeout_s):
             await asyncio.gather(*(node.wait_reported() for node in fleet))
@@ -34,11 +34,12 @@ async def wait_usable(
         async with asyncio.timeout_at(deadline) as scope:
             async for _ in changes.watch():
                 selection = select_candidates(fleet.candidates(), demand)
-                if selection.free or selection.busy:
-                    return (selection.free or selection.busy)[0].name
+                candidates = selection.free or selection.busy
+                if candidates:
+                    return candidates[0].name
                 allowed_nodes = [node for node in fleet if demand.node in (None, node.name)]
                 if not all(node.reported for node in allowed_nodes):
-                    continue
+                    continue  # a node that was not probed yet may be the one
                 if not dispatcher.is_worth_waiting(demand):
                     raise fleet.explain_no_node(demand)
                 deadline = min(deadline, loop.time() + GRACE_S)

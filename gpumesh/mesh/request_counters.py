@@ -9,7 +9,8 @@ from gpumesh.balancer.outcomes import Outcome, RequestOutcome, request_outcome
 
 @dataclass(slots=True)
 class RequestCounters:
-    """Every accepted request ends as exactly one of ``served``, ``failed`` and ``cancelled``."""
+    """Counts requests. Every accepted request is counted again at its end, in exactly one of ``served``, ``failed`` and
+    ``cancelled``."""
 
     accepted: int = 0
     served: int = 0

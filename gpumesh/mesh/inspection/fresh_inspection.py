@@ -1,4 +1,4 @@
-"""An inspection of all nodes at once, for a person who waits for the result: `gpumesh audit`."""
+"""Inspects all nodes at once, for a person who waits for the result (`gpumesh audit`)."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
     from gpumesh.topology import NodeSpec, Topology
 
-# Seconds since the start: healthy nodes are inspected after the early report, while the other nodes may still connect.
-# Together with the time-outs this stays within the 10 s that a command may take if a node does not answer.
+# Seconds since the start. After the early report, the nodes that are up are inspected, while the other nodes may still
+# connect. Together with the time-outs this stays within the 10 s that a command may take if a node does not answer.
 EARLY_REPORT_S = 3.0
 REPORT_DEADLINE_S = 7.0
 TIMEOUT_S = 2.5  # for the inspection of one node
@@ -34,12 +34,14 @@ RunCommandOn = Callable[[str, Sequence[str]], Awaitable[bytes]]
 
 @dataclass(frozen=True, slots=True)
 class _Inspector:
+    """Inspects several nodes at the same time. ``specs`` are the enabled nodes of mesh.yaml, by name."""
+
     client: httpx.AsyncClient
     specs: dict[str, NodeSpec]
     run_command_on: RunCommandOn
 
     async def inspect(self, nodes: Sequence[NodeState], timeout_s: float) -> dict[str, InspectionReport]:
-        """The reports by node. Nodes that are not up have none."""
+        """Inspects the nodes, and returns the reports by node. A node that is not up gets no report."""
         up_nodes = [node for node in nodes if node.tunnel.state is TunnelPhase.UP and node.name in self.specs]
         reports = await asyncio.gather(*(self._inspect_node(node, timeout_s) for node in up_nodes))
         return {node.name: report for node, report in zip(up_nodes, reports, strict=True) if report is not None}
@@ -60,7 +62,7 @@ class _Inspector:
 async def inspect_mesh(
     wait_first_report: WaitFirstReport, run_command_on: RunCommandOn, topology: Topology
 ) -> MeshState:
-    """The mesh's state with the new reports of its nodes, and the findings against ``topology``."""
+    """Inspects all nodes, and returns the mesh's state with their reports and the findings against ``topology``."""
     loop = asyncio.get_running_loop()
     start_time = loop.time()
     specs = {spec.name: spec for spec in topology.nodes if spec.enabled}
@@ -71,14 +73,16 @@ async def inspect_mesh(
         state = await wait_first_report(max(start_time + REPORT_DEADLINE_S - loop.time(), 0.1))
         late_nodes = [node for node in state.nodes if node.name not in reports]
         reports |= await inspector.inspect(late_nodes, LATE_TIMEOUT_S)
-    nodes = tuple(
-        _mark_absent(merge_report(node, reports[node.name]) if node.name in reports else node) for node in state.nodes
-    )
-    return replace(state, nodes=nodes, findings=audit.collect_findings(topology, nodes))
+    nodes: list[NodeState] = []
+    for node in state.nodes:
+        report = reports.get(node.name)
+        nodes.append(_mark_absent(node if report is None else merge_report(node, report)))
+    return replace(state, nodes=tuple(nodes), findings=audit.collect_findings(topology, nodes))
 
 
 def _mark_absent(node: NodeState) -> NodeState:
-    """If the node's host has not answered by now, it counts as absent, even if mesh.yaml gives it more time."""
+    """The node's state with a time-out as error if its host has not answered by now. So the host counts as absent, even
+    if mesh.yaml gives it more time."""
     tunnel = node.tunnel
     if tunnel.state is not TunnelPhase.CONNECTING or tunnel.last_error is not None:
         return node

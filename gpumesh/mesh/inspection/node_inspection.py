@@ -41,7 +41,8 @@ async def inspect_node(
     run_command: RunCommand,
     timeout_s: float,
 ) -> InspectionReport:
-    """``state`` has the URLs by which the node is reached now. Never raises because of what the node does."""
+    """Probes the node's routes and its free disk space at the same time. ``state`` has the URLs by which the node is
+    reached now. Never raises because of what the node does."""
     routes, free_mib = await asyncio.gather(
         probe_routes(client, spec, state, api_key=api_key, timeout_s=timeout_s),
         _probe_free_space(run_command, timeout_s),
@@ -50,6 +51,7 @@ async def inspect_node(
 
 
 async def _probe_free_space(run_command: RunCommand, timeout_s: float) -> int | None:
+    """The free disk space in MiB where the host keeps its models; ``None`` if the host does not say."""
     try:
         async with asyncio.timeout(timeout_s):
             return read_free_mib(await run_command(FREE_SPACE_COMMAND))

@@ -1,4 +1,4 @@
-"""The inspections of a running mesh: soon after a node came up, then every ten minutes, a few nodes at a time.
+"""Inspects the nodes of a running mesh: soon after a node came up, then every ten minutes, a few nodes at a time.
 
 An inspection costs some ten small requests for each route to a server, one `df` on the host, and one connection attempt
 to the host's own address. Measured with a simulated server that lists one model, that is 6 KB; the HTTP probes of ten
@@ -74,8 +74,9 @@ class InspectedNode(Protocol):
 class _NodeRecord:
     """A node, its next inspection and its last report.
 
-    ``route`` is how the node is reached now; ``None`` while it must not be inspected. ``due_at`` is in the seconds of
-    the clock. ``report`` was made over ``reported_route``.
+    ``route`` is how the node is reached now; ``None`` while it must not be inspected. ``due_at`` is the time of the
+    next inspection, in seconds of the clock. ``report`` is the last report, which was made over ``reported_route``.
+    ``task`` is the inspection that runs now.
     """
 
     node: InspectedNode
@@ -86,27 +87,33 @@ class _NodeRecord:
     task: asyncio.Task[None] | None = None
 
     def __repr__(self) -> str:
-        state = "running" if self.task is not None else f"due at {self.due_at:.0f}" if self.route else "not up"
-        return f"<_NodeRecord {self.node.name} {state}>"
+        if self.task is not None:
+            phase = "running"
+        elif self.route is not None:
+            phase = f"due at {self.due_at:.0f}"
+        else:
+            phase = "not up"
+        return f"<_NodeRecord {self.node.name} {phase}>"
 
     def update(self, now: float) -> bool:
         """Updates ``route``, and ``due_at`` if the route is new. Returns whether an inspection must start now."""
         route = _route_of(self.node)
         if route != self.route:
-            # A node that has the route of its last report was only drained for a while: its time stays.
+            # A node with the route of its last report was only drained for a while: it stays due at the same time.
             if route is not None and route != self.reported_route:
                 self.due_at = now + SETTLE_S * _stagger(self.node.name)
             self.route = route
         return route is not None and self.task is None and now >= self.due_at
 
     def current_report(self) -> InspectionReport | None:
-        """The last report, if the node is still reached by the same route."""
+        """The last report, if the node is still reached by the same route; else ``None``."""
         is_current = self.reported_route == _route_of(self.node, despite_draining=True)
         return self.report if is_current else None
 
 
 class RegularInspection:
-    """``clock`` gives monotonic seconds; ``on_report`` is called after each inspection."""
+    """Inspects ``nodes`` while ``run`` runs, and keeps the last report of each. ``clock`` returns monotonic seconds;
+    ``on_report`` is called after each inspection."""
 
     def __init__(
         self,
@@ -142,6 +149,8 @@ class RegularInspection:
         return state if report is None else merge_report(state, report)
 
     def _list_due(self) -> list[_NodeRecord]:
+        """The nodes whose inspections must start now, the longest overdue first. There are only so many that at most
+        ``MAX_CONCURRENT`` inspections run."""
         now = self._clock()
         due = [record for record in self._records.values() if record.update(now)]
         due.sort(key=lambda record: record.due_at)
@@ -151,6 +160,7 @@ class RegularInspection:
         return sum(record.task is not None for record in self._records.values())
 
     async def _inspect(self, record: _NodeRecord) -> None:
+        """Inspects the node, and stores the report if the node is still reached by the same route."""
         node, route = record.node, record.route
         try:
             report = await self._inspect_node(node)
@@ -168,6 +178,7 @@ class RegularInspection:
             self._on_report()
 
     async def _inspect_node(self, node: InspectedNode) -> InspectionReport | None:
+        """The report of one inspection; ``None`` if the key of the node's server is missing."""
         tunnel = node.tunnel
         assert tunnel is not None, "a node without a tunnel is never due"
 
@@ -186,7 +197,8 @@ class RegularInspection:
 
 
 def _route_of(node: InspectedNode, *, despite_draining: bool = False) -> Route | None:
-    """How the node is reached now; ``None`` while it is down or, unless ``despite_draining``, draining."""
+    """How the node is reached now; ``None`` while it is down. A draining node counts as down, unless
+    ``despite_draining``."""
     if not node.reachable or (node.role.draining and not despite_draining):
         return None
     return (node.connection_count, node.base_url)

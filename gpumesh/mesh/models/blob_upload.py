@@ -1,4 +1,4 @@
-"""Uploads one body to several nodes at once, at the pace of the slowest node. A node that fails gets no more of it."""
+"""Uploads one body to several nodes at once, at the pace of the slowest node. A node that fails gets no more pieces."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Upload = Callable[[str, AsyncIterable[bytes]], Awaitable[NodeResult]]
 
 
 class PieceQueue:
-    """The pieces of a body for one node: an async iterable of them, which an empty piece ends."""
+    """The pieces of a body for one node, as an async iterable. An empty piece ends the body."""
 
     def __init__(self) -> None:
         self._pieces: deque[bytes] = deque()
@@ -34,7 +34,7 @@ class PieceQueue:
             self._changed.set()
 
     def close(self) -> None:
-        """For the end of the upload to this node: the queue drops its pieces, and all that follow."""
+        """Drops the pieces in the queue and all pieces that follow, because the upload to this node has ended."""
         self._closed = True
         self._pieces.clear()
         self._changed.set()
@@ -56,7 +56,8 @@ class PieceQueue:
 
 
 async def upload_to_nodes(nodes: Sequence[str], pieces: AsyncIterable[bytes], upload: Upload) -> list[NodeResult]:
-    """The results in the order of ``nodes``. When all uploads have ended, the rest of ``pieces`` is not read."""
+    """Uploads the body of ``pieces`` to all nodes, and returns the results in the order of ``nodes``. When all uploads
+    have ended, the rest of ``pieces`` is not read."""
     queues = {node: PieceQueue() for node in nodes}
 
     async def upload_from_queue(node: str) -> NodeResult:

@@ -1,4 +1,4 @@
-"""The model for a prompt that names no model: the fleet's only chat model. Pure."""
+"""Chooses the model for a prompt that names no model: the fleet's only chat model. Pure."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ EMBEDDER_MARKS = ("bert", "embed")
 
 
 def is_embedding_model(name: str, family: str | None) -> bool:
+    """Whether a model seems to turn text into vectors, by its name and its family."""
     text = f"{family or ''} {name}".lower()
     return any(mark in text for mark in EMBEDDER_MARKS)
 

@@ -1,15 +1,16 @@
-"""Operations on the model stores of a running mesh's nodes, with a clear meaning over several nodes.
+"""Pulls, creates, copies, deletes and pushes models on the nodes of a running mesh, on one node or on several.
 
-A caller may name one node: then the operation is for that node only. Otherwise:
+A caller may name one node: then the operation is for this node only. Otherwise:
 
-- ``pull``: to every node with a model store that can be used now. The pull is complete when all of them have the model.
-- ``create``: on every node that has the parts of the model: all blobs of ``files`` and ``adapters``, else the model
-  that ``from`` names. If no node has these parts, on all nodes, which fetch them as Ollama does.
-- ``copy``: on every node that has the source. So the new name works on the same nodes as the source.
-- ``delete``: from every node that has the model. If such a node cannot be reached, the model is deleted from the other
-  nodes, and the result is an error: the model would come back with that node.
-- ``push``: from one node that has the model.
-- blobs, which only ``create`` uses: a blob is sent, while it is being received, to the nodes that lack it.
+- ``pull`` is done on every node with a model store that can be used now. It is complete when all of them have the
+  model.
+- ``create`` is done on every node that has the parts of the model: all blobs of ``files`` and ``adapters``, else the
+  model that ``from`` names. If no node has these parts, it is done on all nodes, which fetch the parts as Ollama does.
+- ``copy`` is done on every node that has the source. So the new name works on the same nodes as the source.
+- ``delete`` is done on every node that has the model. If such a node cannot be reached, the model is deleted from the
+  other nodes, and the result is an error: the model would come back with this node.
+- ``push`` is done from one node that has the model.
+- A blob, which only ``create`` uses, is sent to the nodes that lack it while it is still being received.
 
 A result says on which nodes the operation succeeded and on which it did not. Before it returns the result, the mesh
 asks the stores again: so a chat with a model that was just pulled finds the model.
@@ -51,8 +52,8 @@ BLOBS_PATH = "/api/blobs/"
 
 @dataclass(frozen=True, slots=True)
 class BlobHolders:
-    """The nodes that have a blob, the nodes that lack it, and the results of the nodes that gave no usable answer. Such
-    a node must not prevent the upload to the others."""
+    """The nodes that have a blob, the nodes that lack it, and the results of the nodes that gave no usable answer
+    (``unsure``). Such a node must not prevent the upload to the other nodes."""
 
     having: list[str] = field(default_factory=list)
     lacking: list[str] = field(default_factory=list)
@@ -61,8 +62,8 @@ class BlobHolders:
 
 @dataclass(frozen=True, slots=True)
 class OperationResult:
-    """The end of an operation with progress: the nodes on which it is done, and the reasons by node where it failed.
-    ``refusal``: the first refusal of a server that has an HTTP status."""
+    """How an operation with progress ended: on all its ``nodes``, on those where it is ``done``, and the reasons of
+    ``failures`` by node. ``refusal``: the first refusal of a server that has an HTTP status."""
 
     nodes: tuple[str, ...]
     done: tuple[str, ...]
@@ -73,7 +74,8 @@ class OperationResult:
     def common_failure(self) -> str | None:
         """The reason if the operation failed on all nodes for the same reason, else ``None``."""
         reasons = set(self.failures.values())
-        return reasons.pop() if len(reasons) == 1 and len(self.failures) == len(self.nodes) else None
+        failed_everywhere = len(self.failures) == len(self.nodes)
+        return reasons.pop() if failed_everywhere and len(reasons) == 1 else None
 
 
 class StoreOperation:
@@ -122,7 +124,7 @@ class StoreOperation:
                 if new_steps:
                     yield new_steps
             for task in tasks:
-                task.result()
+                task.result()  # raises the error of a task that a bug of ours ended
             await self._mesh.refresh(self.progress.done)
         finally:
             for task in tasks:
@@ -134,8 +136,8 @@ class StoreOperation:
         return OperationResult(self.nodes, self.progress.done, self.progress.failures, self._refusal)
 
     async def _run_on_node(self, node: str) -> None:
-        """Runs the operation on one node. Sends the request up to ``max_attempts`` times, as long as the answers fail
-        or are cut; a refusal is final."""
+        """Runs the operation on one node, and adds its steps to the progress. Sends the request up to ``max_attempts``
+        times, as long as the answers fail or are cut; a refusal is final."""
         store = ModelStore(node, over_mesh(self._mesh, node))
         reason = ""
         for attempt in range(self._max_attempts):
@@ -200,8 +202,8 @@ class FleetStore:
         return names
 
     async def nodes_for_create(self, nodes: Sequence[str], digests: Collection[str], base: str | None) -> list[str]:
-        """Of ``nodes`` those that have all blobs; if there are no ``digests``, those that have the model ``base``. All
-        ``nodes`` if this leaves none."""
+        """Chooses from ``nodes`` the nodes that have all blobs of ``digests``. Without ``digests``, chooses the nodes
+        that have the model ``base``. If no node has them, returns all ``nodes``."""
         chosen: list[str] = []
         if digests:
             chosen = await self._nodes_with_blobs(nodes, digests)
@@ -213,7 +215,8 @@ class FleetStore:
     # -- operations with progress --------------------------------------------------------------------------------
 
     def start_pull(self, call: HttpCall, node: str | None, *, timeout_s: float) -> StoreOperation:
-        """Leaves out nodes that cannot be used now, and names them in the progress. Raises NoNodeError."""
+        """A pull to ``node``, by default to all nodes that can be used now. The progress names the nodes that are left
+        out. Raises NoNodeError."""
         operation = StoreOperation(
             self._mesh,
             self.usable_nodes(node),
@@ -229,22 +232,23 @@ class FleetStore:
         return operation
 
     def start_push(self, call: HttpCall, model: str, node: str | None, *, timeout_s: float) -> StoreOperation:
-        """Pushes from the first usable node that has the model. Raises NoNodeError and ModelMissing."""
+        """A push from the first usable node that has the model. Raises NoNodeError and ModelMissing."""
         return StoreOperation(self._mesh, self.nodes_with(model, node)[:1], call, timeout_s=timeout_s)
 
     def start_create(self, call: HttpCall, nodes: Sequence[str], *, timeout_s: float) -> StoreOperation:
-        """The caller gets ``nodes`` from ``nodes_for_create``."""
+        """A create on ``nodes``, which the caller gets from ``nodes_for_create``."""
         return StoreOperation(self._mesh, nodes, call, timeout_s=timeout_s)
 
     # -- copy and delete -----------------------------------------------------------------------------------------
 
     async def copy(self, call: HttpCall, source: str, node: str | None, *, timeout_s: float) -> list[NodeResult]:
-        """The results by node. Raises NoNodeError and ModelMissing."""
+        """Copies a model on each node that has it, and returns the results, one for each node. Raises NoNodeError and
+        ModelMissing."""
         return await self._change_stores(self.nodes_with(source, node), call, timeout_s)
 
     async def delete(self, call: HttpCall, model: str, node: str | None, *, timeout_s: float) -> list[NodeResult]:
-        """The results by node, with an error for each node that has the model and cannot be reached. Raises NoNodeError
-        and ModelMissing."""
+        """Deletes a model from each node that has it, and returns the results, one for each node. A node that has the
+        model and cannot be reached has an error as its result. Raises NoNodeError and ModelMissing."""
         nodes = self.nodes_with(model, node)
         unreachable_results = []
         if node is None:
@@ -262,6 +266,7 @@ class FleetStore:
         return results
 
     async def _request_each(self, nodes: Iterable[str], call: HttpCall, timeout_s: float) -> list[NodeResult]:
+        """Sends the same request to all nodes at the same time, and returns the results in the order of ``nodes``."""
         stores = [ModelStore(node, over_mesh(self._mesh, node)) for node in nodes]
         return list(await asyncio.gather(*(store.request(call, timeout_s=timeout_s) for store in stores)))
 
@@ -291,7 +296,8 @@ class FleetStore:
     async def add_blob(
         self, nodes: Sequence[str], digest: str, pieces: AsyncIterable[bytes], *, timeout_s: float
     ) -> list[NodeResult]:
-        """Sends the blob to ``nodes``, which lack it by ``find_blob``."""
+        """Sends the blob, piece by piece, to ``nodes``: the nodes that lack it by ``find_blob``. Returns their results
+        in the same order."""
 
         async def upload(node: str, body: AsyncIterable[bytes]) -> NodeResult:
             try:

@@ -1,4 +1,4 @@
-"""The fleet's models and the nodes that have them, and the tasks by node of a command about models. Pure."""
+"""Lists the fleet's models with the nodes that have them, and plans a command's tasks on these nodes. Pure."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ SHORT_DIGEST_CHARS = 12  # as many as `ollama list` shows
 
 @dataclass(frozen=True, slots=True)
 class LoadedCopy:
-    """A model in a node's memory. ``left_s``: the seconds that it will stay there; ``None`` if that is not known."""
+    """A model in a node's memory. ``left_s``: how many seconds the model will stay there; ``None`` if this is not
+    known. ``context_length`` is in tokens."""
 
     node: str
     size_vram_mib: int | None
@@ -26,8 +27,8 @@ class LoadedCopy:
 
 @dataclass(frozen=True, slots=True)
 class ModelRow:
-    """One model of the fleet: one name with one digest. ``copies``: the number of digests that nodes have under this
-    name."""
+    """One model of the fleet: one name with one digest. ``nodes`` have it, ``loaded`` are its copies in memory.
+    ``copies``: the number of different digests that nodes have under this name. ``context_length`` is in tokens."""
 
     name: str
     digest: str | None
@@ -49,46 +50,58 @@ class ModelTask:
     model: str
 
 
+_ModelKey = tuple[str, str | None]
+"""A model's name and digest; the digest may be unknown."""
+
+
 def list_model_rows(state: MeshState) -> list[ModelRow]:
-    """The models of all nodes that are up, by name; one row for each digest, the most widespread digest first."""
-    # By the model's name and digest.
-    nodes: dict[tuple[str, str | None], list[str]] = {}
-    infos: dict[tuple[str, str | None], ModelInfo] = {}
-    loaded: dict[tuple[str, str | None], list[LoadedCopy]] = {}
+    """The models of all nodes that are up, sorted by name. Each digest of a name has its own row; the digest that most
+    nodes have comes first."""
+    node_names: dict[_ModelKey, list[str]] = {}
+    infos: dict[_ModelKey, ModelInfo] = {}
     for node in list_up_nodes(state):
         catalog = {info.name: info for info in node.backend.catalog}
         for name in node.backend.models:
             info = catalog.get(name, ModelInfo(name))
             key = (name, info.digest)
-            nodes.setdefault(key, []).append(node.name)
+            node_names.setdefault(key, []).append(node.name)
             infos.setdefault(key, info)
-        for model in node.backend.loaded:
-            left_s = None if model.expires_at is None else (model.expires_at - state.at).total_seconds()
-            key = (model.name, catalog.get(model.name, ModelInfo(model.name)).digest)
-            copy = LoadedCopy(node.name, model.size_vram_mib, left_s, model.context_length)
-            loaded.setdefault(key, []).append(copy)
-    digests: dict[str, set[str]] = {}
-    for name, digest in nodes:
-        digests.setdefault(name, set()).update({digest} if digest else ())
+    digests: dict[str, set[str]] = {name: set() for name, _ in infos}
+    for name, digest in infos:
+        if digest:
+            digests[name].add(digest)
+    loaded_copies = _list_loaded_copies(state)
     rows = [
         ModelRow(
             name=name,
             digest=digest,
-            size_mib=infos[name, digest].size_mib,
-            parameters=infos[name, digest].parameter_size,
-            quantization=infos[name, digest].quantization,
-            family=infos[name, digest].family,
-            nodes=tuple(names),
-            loaded=tuple(loaded.get((name, digest), ())),
+            size_mib=info.size_mib,
+            parameters=info.parameter_size,
+            quantization=info.quantization,
+            family=info.family,
+            nodes=tuple(node_names[name, digest]),
+            loaded=tuple(loaded_copies.get((name, digest), ())),
             copies=len(digests[name]) or 1,
         )
-        for (name, digest), names in nodes.items()
+        for (name, digest), info in infos.items()
     ]
     return sorted(rows, key=lambda row: (row.name, -len(row.nodes)))
 
 
+def _list_loaded_copies(state: MeshState) -> dict[_ModelKey, list[LoadedCopy]]:
+    """The models in the memory of the nodes that are up, by name and digest."""
+    copies: dict[_ModelKey, list[LoadedCopy]] = {}
+    for node in list_up_nodes(state):
+        digests = {info.name: info.digest for info in node.backend.catalog}
+        for model in node.backend.loaded:
+            left_s = None if model.expires_at is None else (model.expires_at - state.at).total_seconds()
+            copy = LoadedCopy(node.name, model.size_vram_mib, left_s, model.context_length)
+            copies.setdefault((model.name, digests.get(model.name)), []).append(copy)
+    return copies
+
+
 def add_context_lengths(rows: Sequence[ModelRow], lengths: Mapping[tuple[str, str], int]) -> list[ModelRow]:
-    """The rows with their context lengths; ``lengths`` is by node and model."""
+    """The rows with their context lengths. ``lengths`` are in tokens, by the names of node and model."""
 
     def find_length(row: ModelRow) -> int | None:
         return next((lengths[node, row.name] for node in row.nodes if (node, row.name) in lengths), None)
@@ -97,11 +110,12 @@ def add_context_lengths(rows: Sequence[ModelRow], lengths: Mapping[tuple[str, st
 
 
 def list_up_nodes(state: MeshState) -> list[NodeState]:
+    """The nodes whose server is up."""
     return [node for node in state.nodes if node.backend.state is BackendPhase.UP]
 
 
 def list_store_nodes(state: MeshState) -> list[NodeState]:
-    """The nodes that are up and have a model store of their own."""
+    """The nodes whose server is up and has a model store."""
     return [node for node in list_up_nodes(state) if node.backend.kind in KINDS_WITH_MODEL_STORE]
 
 
@@ -119,7 +133,7 @@ def is_embedder_on(node: NodeState, model: str) -> bool:
 def choose_nodes(
     state: MeshState, names: Sequence[str], *, everywhere: bool, required_model: str | None
 ) -> list[NodeState]:
-    """The nodes for a command: those of ``names`` if there are any, else all nodes that are able to carry it out.
+    """The nodes for a command: the nodes of ``names`` if there are any, else all nodes that are able to carry it out.
 
     A node is able if it is up, has a model store and, if ``required_model`` is given, has that model (whose tag may be
     left out). Raises UsageError if ``names`` are wrong, or if several nodes are able and ``everywhere`` is false.
@@ -163,34 +177,34 @@ def _find_named_nodes(
 
 def plan_sync(state: MeshState, source: str, names: Sequence[str], models: Sequence[str]) -> list[ModelTask]:
     """The pulls that give other nodes the models of the node ``source``, with the same digests. ``names``: the other
-    nodes, by default all that are up. ``models``: the models, by default all of ``source``. Raises UsageError and
-    NoNodeError."""
+    nodes, by default all nodes that are up. ``models``: the models, by default all models of ``source``. Raises
+    UsageError and NoNodeError."""
     (source_node,) = choose_nodes(state, [source], everywhere=False, required_model=None)
     for model in models:
         if not has_model(source_node, model):
             raise UsageError(f"{source} has no model {model!r}", hint="`gpumesh models` lists them all")
-    wanted_names = {full_name(model) for model in models}
-    targets = choose_nodes(state, names, everywhere=True, required_model=None)
-    source_infos = {info.name: info for info in source_node.backend.catalog}
+    wanted_names = {full_name(model) for model in models or source_node.backend.models}
+    source_digests = {info.name: info.digest for info in source_node.backend.catalog}
     tasks = []
-    for node in targets:
+    for node in choose_nodes(state, names, everywhere=True, required_model=None):
         if node.name == source:
             continue
-        target_infos = {full_name(name): ModelInfo(name) for name in node.backend.models}
-        target_infos |= {full_name(info.name): info for info in node.backend.catalog}
+        target_names = {full_name(name) for name in node.backend.models}
+        target_digests = {full_name(info.name): info.digest for info in node.backend.catalog}
         for name in source_node.backend.models:
-            if wanted_names and full_name(name) not in wanted_names:
+            if full_name(name) not in wanted_names:
                 continue
-            target_info = target_infos.get(full_name(name))
-            if target_info is None or _digests_differ(source_infos.get(name, ModelInfo(name)), target_info):
+            is_missing = full_name(name) not in target_names
+            if is_missing or _digests_differ(source_digests.get(name), target_digests.get(full_name(name))):
                 tasks.append(ModelTask(node, name))
     return tasks
 
 
-def _digests_differ(info: ModelInfo, other: ModelInfo) -> bool:
-    """False if one of the digests is not known."""
-    return info.digest is not None and other.digest is not None and info.digest != other.digest
+def _digests_differ(digest: str | None, other_digest: str | None) -> bool:
+    """Whether two digests are known and different."""
+    return digest is not None and other_digest is not None and digest != other_digest
 
 
 def shorten_digest(digest: str | None) -> str | None:
+    """The digest as `ollama list` shows it."""
     return None if digest is None else digest.removeprefix("sha256:")[:SHORT_DIGEST_CHARS]

@@ -14,7 +14,7 @@ from gpumesh.state import BackendPhase, Health, MeshState, NodeState, free_mib
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """A size by its usual name, and the memory that the model of that size in ``SIZES`` needs."""
+    """A size of models by its usual name, and the GPU memory that a model of this size needs."""
 
     name: str
     need_mib: int
@@ -40,16 +40,18 @@ class Fit:
 
 
 def find_largest_fits(state: MeshState) -> tuple[Fit, ...]:
-    """The largest size that fits on any node, then the largest size that fits on more nodes than the first. Empty if
-    no node's free memory is known; if no size fits, one Fit with no nodes."""
-    free = _list_free_mib(state)
-    if not free:
+    """The largest size that fits on any node, then the largest size that fits on more nodes than the first size. Empty
+    if no node's free memory is known; if no size fits, one Fit with 0 nodes."""
+    free_mib_by_node = _list_free_mib(state)
+    if not free_mib_by_node:
         return ()
     fits: list[Fit] = []
-    for size in SIZES:
-        count = sum(mib >= size.need_mib for mib in free)
-        if count > (fits[-1].nodes if fits else 0):
+    most_nodes = 0
+    for size in SIZES:  # the largest first
+        count = sum(free >= size.need_mib for free in free_mib_by_node)
+        if count > most_nodes:
             fits.append(Fit(size.name, count))
+            most_nodes = count
         if len(fits) == 2:
             break
     return tuple(fits) or (Fit(SIZES[-1].name, 0),)
@@ -67,24 +69,27 @@ def format_fits(fits: tuple[Fit, ...]) -> str | None:
 
 
 def _with_article(size: str) -> str:
+    """The size with its article, by its spoken form: "an 8B", "a 14B"."""
     return f"an {size}" if size.startswith("8") else f"a {size}"
 
 
 def _list_free_mib(state: MeshState) -> list[int]:
-    """The free memory of each node that could load a model, in MiB. It is the sum over the node's GPUs, because the
-    server splits a model among them. A GPU that two nodes share counts for the first node."""
+    """The free GPU memory of each node that could load a model, in MiB. It is the sum over the node's GPUs, because the
+    server splits a model among them. A GPU that two nodes share counts for the first node only."""
     counted_uuids: set[str] = set()
-    free = []
+    free_mib_by_node: list[int] = []
     for node in state.nodes:
         if not _serves(node):
             continue
         gpus = [gpu for gpu in node.gpus or () if gpu.uuid not in counted_uuids]
         counted_uuids.update(gpu.uuid for gpu in gpus)
-        known_mib = [mib for gpu in gpus if (mib := free_mib(gpu)) is not None]
+        free_mib_by_gpu = [free_mib(gpu) for gpu in gpus]
+        known_mib = [free for free in free_mib_by_gpu if free is not None]
         if known_mib:
-            free.append(sum(known_mib))
-    return free
+            free_mib_by_node.append(sum(known_mib))
+    return free_mib_by_node
 
 
 def _serves(node: NodeState) -> bool:
+    """Whether the node takes requests now."""
     return node.health in (Health.HEALTHY, Health.DEGRADED) and node.backend.state is BackendPhase.UP

@@ -2,9 +2,9 @@
 
 Ollama's clients draw a bar for each ``digest``. The length of the bar is the first ``total`` that they see. So the
 total of a layer never changes, and its ``completed`` is the mean over the nodes, which only grows. A status that comes
-before the layers is reported when the first node says it, a status after the layers when all nodes have said it. The
-status ``success`` is not reported: the caller writes it, after it has done the rest. A node that has failed does not
-count.
+before the layers is reported when the first node has reported it; a status after the layers, when all nodes have
+reported it. The status ``success`` is not reported: the caller writes it at the very end. A node that has failed does
+not count.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from dataclasses import dataclass, field
 
 from gpumesh.mesh.models.store_answers import SUCCESS, StoreStep
 
-MAX_STEPS_PER_NODE = 1000  # the layers, and the different statuses, of one node; further ones are dropped
+MAX_STEPS_PER_NODE = 1000  # layers of one node, and also its different statuses; more of them are dropped
 
 
 @dataclass(slots=True)
 class _NodeProgress:
-    """``layers``: the completed bytes, by digest. ``new_layers``: how many layers this node was the first to name."""
+    """The progress of one node. ``layers``: the completed bytes by digest. ``statuses``: the statuses without a layer,
+    as keys. ``new_layers``: how many layers this node was the first to name. ``failure``: the reason if it failed."""
 
     layers: dict[str, int] = field(default_factory=dict)
     statuses: dict[str, None] = field(default_factory=dict)
@@ -30,7 +31,8 @@ class _NodeProgress:
 
 @dataclass(slots=True)
 class _Layer:
-    """``total`` in bytes. ``reported_bytes``: the completed bytes of the last report; -1 before the first report."""
+    """A layer of the model. ``total`` is its size in bytes. ``reported_bytes``: the completed bytes of the last report;
+    -1 before the first report."""
 
     status: str
     total: int
@@ -39,14 +41,16 @@ class _Layer:
 
 @dataclass(slots=True)
 class _Status:
-    """``at_first_node``: the status is reported when the first node says it, else when all nodes have said it."""
+    """A status of the merged progress. ``at_first_node``: it is reported when the first node has reported it, else when
+    all nodes have reported it."""
 
     at_first_node: bool
     reported: bool = False
 
 
 class MergedProgress:
-    """``add_step`` takes each node's steps, in order; ``take_steps`` returns the new steps of the merged progress."""
+    """The merged progress of ``nodes``: ``add_step`` takes each node's steps, in order, and ``take_steps`` returns the
+    new steps of the merged progress."""
 
     def __init__(self, nodes: Iterable[str]) -> None:
         self._nodes = {name: _NodeProgress() for name in nodes}
@@ -67,6 +71,7 @@ class MergedProgress:
             self._statuses.setdefault(step.status, _Status(at_first_node=not progress.layers))
 
     def _add_layer(self, progress: _NodeProgress, digest: str, status: str, total: int, completed: int) -> None:
+        """Notes how many bytes of a layer a node has. ``total`` counts only if no node has named the layer before."""
         if digest not in self._layers:
             if progress.new_layers >= MAX_STEPS_PER_NODE:
                 return
@@ -78,7 +83,7 @@ class MergedProgress:
         self._nodes[node].failure = reason
 
     def add_note(self, status: str) -> None:
-        """Adds a status that no node said."""
+        """Adds a status that no node has reported."""
         self._statuses.setdefault(status, _Status(at_first_node=True))
 
     @property
@@ -88,16 +93,15 @@ class MergedProgress:
 
     @property
     def done(self) -> tuple[str, ...]:
+        """The nodes on which the operation has succeeded."""
         return tuple(name for name, node in self._nodes.items() if node.done)
 
     def take_steps(self) -> list[StoreStep]:
-        """The steps that are new since the last call."""
+        """The steps that are new since the last call: first the statuses before the layers, then the layers, then the
+        statuses after them."""
         counted_nodes = [node for node in self._nodes.values() if node.failure is None]
-        steps = [
-            self._mark_reported(status)
-            for status, state in self._statuses.items()
-            if state.at_first_node and not state.reported
-        ]
+        unreported = {status: state for status, state in self._statuses.items() if not state.reported}
+        steps = [self._mark_reported(status) for status, state in unreported.items() if state.at_first_node]
         for digest, layer in self._layers.items():
             # A node that is done has the whole layer, even if it never named it.
             completed_by_node = [layer.total if node.done else node.layers.get(digest, 0) for node in counted_nodes]
@@ -105,15 +109,13 @@ class MergedProgress:
             if mean > layer.reported_bytes:
                 layer.reported_bytes = mean
                 steps.append(StoreStep(layer.status, digest, mean, layer.total))
-        for status, state in self._statuses.items():
-            if (
-                not state.reported
-                and counted_nodes
-                and all(node.done or status in node.statuses for node in counted_nodes)
-            ):
+        late_statuses = [status for status, state in unreported.items() if not state.at_first_node]
+        for status in late_statuses:
+            if counted_nodes and all(node.done or status in node.statuses for node in counted_nodes):
                 steps.append(self._mark_reported(status))
         return steps
 
     def _mark_reported(self, status: str) -> StoreStep:
+        """The step that reports this status; it is not reported again."""
         self._statuses[status].reported = True
         return StoreStep(status)

@@ -33,7 +33,7 @@ JSON_HEADERS = (("Content-Type", "application/json"),)
 
 
 class SendToNode(Protocol):
-    """Sends a request to one node's server. Raises GPUMeshError if there is no answer."""
+    """Sends a request to one node's server, and returns the answer. Raises GPUMeshError if there is no answer."""
 
     async def __call__(self, call: HttpCall, *, timeout_s: float) -> StoreAnswer: ...
 
@@ -70,8 +70,8 @@ class ModelStore:
             await answer.aclose()
 
     async def request(self, call: HttpCall, *, timeout_s: float = OPERATION_TIMEOUT_S) -> NodeResult:
-        """Sends a request of which only the HTTP status matters. Never raises because of what the node does: the result
-        has the error."""
+        """Sends a request of whose answer only the HTTP status and the error message matter. Never raises because of
+        what the node does: the result has the error."""
         try:
             answer = await self._send(call, timeout_s=timeout_s)
             body = await store_answers.read_body(answer) or b""
@@ -80,6 +80,8 @@ class ModelStore:
         return store_answers.answered_result(self.node, answer.status, body)
 
     async def _ask(self, method: str, path: str, document: Mapping[str, Any]) -> dict[str, Any]:
+        """Sends a JSON document, and returns the JSON object of the answer. Raises StoreRefusal if the server
+        refuses."""
         answer = await self._send(json_call(method, path, document), timeout_s=OPERATION_TIMEOUT_S)
         body = await store_answers.read_body(answer)
         if body is None:
@@ -94,7 +96,8 @@ class ModelStore:
         last_step: StoreStep | None = None
         async with aclosing(self.follow(json_call("POST", "/api/pull", {"model": model}))) as steps:
             async for step in steps:
-                yield (last_step := step)
+                last_step = step
+                yield step
         if last_step is None or last_step.status != SUCCESS:
             raise BackendError("the server ended the download without saying that it is complete", node=self.node)
 
@@ -103,7 +106,7 @@ class ModelStore:
 
     async def load(self, model: str, *, embedder: bool, keep_alive: str | None) -> None:
         """Loads the model into GPU memory. ``embedder``: the model turns text into vectors, and needs another request.
-        ``keep_alive``: how long it stays without use; ``None`` leaves that to the server."""
+        ``keep_alive``: how long the model stays there without use; ``None`` leaves this to the server."""
         document: dict[str, Any] = {"model": model}
         if keep_alive is not None:
             document["keep_alive"] = _parse_keep_alive(keep_alive)
@@ -129,7 +132,8 @@ def json_call(method: str, path: str, document: Mapping[str, Any]) -> HttpCall:
 
 
 def _parse_keep_alive(text: str) -> str | int:
-    """Ollama takes a JSON number as seconds, -1 as for ever, and a JSON string as a duration such as ``30m``."""
+    """The value that Ollama expects for this text: a number of seconds (-1 means for ever), or a text for a duration
+    such as ``30m``."""
     try:
         return int(text)
     except ValueError:
@@ -140,8 +144,8 @@ def _parse_keep_alive(text: str) -> str | int:
 
 
 def over_mesh(mesh: Mesh, node: str) -> SendToNode:
-    """Sends through a mesh that runs in this process. No request is sent twice, because the first one may already have
-    changed the store."""
+    """A function that sends to ``node`` through a mesh that runs in this process. It sends no request twice, because
+    the first request may already have changed the store."""
     demand = Demand(None, KINDS_WITH_MODEL_STORE, node, needs_slot=False)
 
     async def send(call: HttpCall, *, timeout_s: float) -> StoreAnswer:
@@ -152,8 +156,8 @@ def over_mesh(mesh: Mesh, node: str) -> SendToNode:
 
 
 def over_url(client: httpx.AsyncClient, url: str, *, node: str, api_key_env: str | None) -> SendToNode:
-    """Sends straight to ``url``, where the node's server answers. The time-outs are those of ``client``: it limits the
-    time between two pieces of an answer, not the whole time."""
+    """A function that sends straight to ``url``, where the node's server answers. The time-outs of ``client`` apply:
+    they limit the time between two pieces of an answer, not the whole time."""
 
     async def send(call: HttpCall, *, timeout_s: float) -> StoreAnswer:  # noqa: ARG001  # the client's time-outs apply
         import httpx

@@ -1,7 +1,7 @@
 """Reads the answers of a node's Ollama to operations on its model store: steps of progress, documents, refusals.
 
-The server may be hostile. The code here limits the size of each answer and makes its texts printable, before they
-become a step or a message.
+The server may be hostile. So the code here limits the size of each answer, and makes its texts printable before they
+become a part of a step or a message.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from gpumesh.printable import printable
 
 MAX_LINE_BYTES = 1 << 20
 MAX_DOCUMENT_BYTES = 1 << 20  # of an answer that is not a stream of progress
-LINES_PER_TURN = 100  # then other tasks run: one piece of an answer can hold thousands of lines
+LINES_PER_TURN = 100  # after so many lines other tasks run: one piece of an answer can hold thousands of lines
 MAX_STATUS_CHARS = 200
 SUCCESS = "success"  # the status of the last step of an operation that is complete
 
@@ -40,7 +40,8 @@ class StoreAnswer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class StoreStep:
-    """One line of progress. The sizes are bytes of the layer that ``digest`` and ``status`` name."""
+    """One line of progress. A line about a layer has its ``digest`` and its sizes in bytes; other lines have only a
+    ``status``."""
 
     status: str
     digest: str | None = None
@@ -50,8 +51,8 @@ class StoreStep:
 
 @dataclass(frozen=True, slots=True)
 class NodeResult:
-    """The end of a request to one node. ``status`` is the server's HTTP status. If there is no answer, ``status`` is
-    ``None``, and ``error`` says why."""
+    """The result of a request to one node. ``status`` is the server's HTTP status, and ``error_text`` its error
+    message. If there is no answer, ``status`` is ``None``, and ``error`` says why."""
 
     node: str
     status: int | None
@@ -60,6 +61,7 @@ class NodeResult:
 
     @property
     def done(self) -> bool:
+        """Whether the server carried out the request."""
         return self.status is not None and self.status < 300
 
     @property
@@ -77,14 +79,17 @@ class StoreRefusal(BackendError):
 
 
 def failed_result(node: str, error: GPUMeshError) -> NodeResult:
+    """The result of a request to which no answer came, with the error as the reason."""
     return NodeResult(node, None, printable(error.message), error)
 
 
 def answered_result(node: str, status: int, body: bytes) -> NodeResult:
+    """The result of a request that was answered, with success or with an error."""
     return NodeResult(node, status, read_error_text(status, body))
 
 
 def read_error_text(status: int, body: bytes) -> str:
+    """The message of an error response, safe to print."""
     return MODEL_STORE_DIALECT.error_text(status, body)
 
 
@@ -102,7 +107,7 @@ async def read_body(answer: StoreAnswer) -> bytes | None:
 
 
 async def read_lines(answer: StoreAnswer, node: str) -> AsyncIterator[bytes]:
-    """The lines of the body. Raises BackendError for a line that is longer than ``MAX_LINE_BYTES``."""
+    """Yields the lines of the body. Raises BackendError for a line that is longer than ``MAX_LINE_BYTES``."""
     splitter = LineSplitter(MAX_LINE_BYTES)
     async for piece in answer:
         try:
@@ -141,7 +146,8 @@ def parse_step(line: bytes, node: str) -> StoreStep | None:
 
 
 def parse_document(status: int, body: bytes, node: str) -> dict[str, Any]:
-    """The answer's JSON object; empty if the body is none. Raises StoreRefusal for an answer with an error."""
+    """The answer's JSON object; empty if the body is no JSON object. Raises StoreRefusal for an answer with an
+    error."""
     if status >= 400:
         raise StoreRefusal(read_error_text(status, body), node=node, status=status)
     document = safe_json.parse_report(body) or {}
@@ -163,10 +169,12 @@ def parse_context_length(document: Mapping[str, Any]) -> int | None:
 
 
 def not_ollama_error(node: str) -> BackendError:
+    """The error for an answer that is too long to be Ollama's."""
     return BackendError("the server's answer is not what Ollama would say", node=node)
 
 
 def _find_hint(message: str) -> str | None:
+    """A hint for an error message of Ollama that has a known remedy; ``None`` for others."""
     if "no space left" in message:
         return "its disk is full: `gpumesh exec NODE -- df -h`, and `gpumesh models rm` what is not needed"
     if "file does not exist" in message:

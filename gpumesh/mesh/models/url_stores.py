@@ -1,4 +1,4 @@
-"""The model stores of a mesh's nodes, for a command that reaches them over the forwarded ports.
+"""The model stores of all nodes for a command (`gpumesh models`), which reaches them over the forwarded ports.
 
 The mesh may run in another process. So the command knows only each node's state, which has the URL of its server.
 """
@@ -24,20 +24,20 @@ if TYPE_CHECKING:
     from gpumesh.topology import Topology
 
 READ_TIMEOUT_S = 600.0  # between two lines of progress, or while a model is loaded from a slow disk
-MAX_CONCURRENT_SHOWS = 8  # of one node
-CONTEXT_LENGTHS_TIMEOUT_S = 5.0  # for the context lengths of all models; the others then stay unknown
+MAX_CONCURRENT_SHOWS = 8  # requests for a context length (``/api/show``) to one node at a time
+CONTEXT_LENGTHS_TIMEOUT_S = 5.0  # for all models together; a context length that comes later stays unknown
 
 
 @dataclass(frozen=True, slots=True)
 class TaskResult:
-    """The end of a task. ``error`` is ``None`` for a task that is done."""
+    """How a task ended. ``error`` is ``None`` for a task that has succeeded."""
 
     task: ModelTask
     error: GPUMeshError | None = None
 
 
 class UrlStores:
-    """The stores of all nodes. The caller closes ``client``."""
+    """The model stores of all nodes of ``topology``. The caller closes ``client``."""
 
     def __init__(self, client: httpx.AsyncClient, topology: Topology) -> None:
         self._client = client
@@ -50,12 +50,13 @@ class UrlStores:
         return ModelStore(node.name, over_url(self._client, url, node=node.name, api_key_env=api_key_env))
 
     async def refresh_backends(self, state: MeshState) -> MeshState:
-        """The state with new answers about their models from the servers that are up. The mesh's own probe may be some
-        seconds old, and not know what the previous command did."""
+        """Probes the servers that are up, and returns the state with what they say about their models now. The mesh's
+        own probe may be some seconds old, and not show the effect of the previous command."""
         nodes = await asyncio.gather(*(self._refresh_backend(node) for node in state.nodes))
         return replace(state, at=datetime.now(UTC), nodes=tuple(nodes))
 
     async def _refresh_backend(self, node: NodeState) -> NodeState:
+        """The node's state with a new report on its server; as it is if the server is down."""
         from gpumesh.probes.backend import probe_backend
 
         if node.backend.state is not BackendPhase.UP or node.backend.url is None:
@@ -68,9 +69,9 @@ class UrlStores:
         return replace(node, backend=report.state) if report.state.state is BackendPhase.UP else node
 
     async def context_lengths(self, models: Sequence[tuple[NodeState, str]]) -> dict[tuple[str, str], int]:
-        """The context lengths in tokens by node and model, as far as the servers say them in time. Each node has its
-        own limit of requests at a time, so a node that is slow or lists thousands of models does not delay the
-        others."""
+        """The context lengths in tokens, by the names of node and model, as far as the servers say them in time. Each
+        node has its own limit of requests at a time. So a node that is slow or lists thousands of models does not delay
+        the other nodes."""
         semaphores = {node.name: asyncio.Semaphore(MAX_CONCURRENT_SHOWS) for node, _ in models}
         lengths: dict[tuple[str, str], int] = {}
 
@@ -99,10 +100,10 @@ async def perform_tasks(
     perform: Callable[[ModelTask], Awaitable[None]],
     on_result: Callable[[TaskResult], None],
 ) -> None:
-    """Performs the tasks of each node one after the other, and those of different nodes at the same time. A task that
-    fails does not stop the others.
+    """Performs the tasks of each node one after the other, and the tasks of different nodes at the same time. Calls
+    ``on_result`` after each task. A task that fails does not stop the others.
 
-    Raises UsageError, because it is a mistake in the command, not of a node.
+    A UsageError of ``perform`` is raised, because it is a mistake in the command, not of a node.
     """
 
     async def perform_on(node: str) -> None:
@@ -118,11 +119,13 @@ async def perform_tasks(
             else:
                 on_result(TaskResult(task))
 
-    await asyncio.gather(*map(perform_on, dict.fromkeys(task.node.name for task in tasks)))
+    node_names = dict.fromkeys(task.node.name for task in tasks)
+    await asyncio.gather(*(perform_on(name) for name in node_names))
 
 
 @asynccontextmanager
 async def open_url_stores(topology: Topology) -> AsyncIterator[UrlStores]:
+    """Yields the model stores of all nodes, with an HTTP client that is closed at the end."""
     import httpx
 
     from gpumesh.probes.http_client import make_http_client

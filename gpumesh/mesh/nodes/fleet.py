@@ -14,7 +14,8 @@ from gpumesh.mesh.nodes.node import Node
 
 
 class Fleet:
-    """Iterates over the nodes in the order of mesh.yaml. ``fleet[name]`` raises KeyError."""
+    """The nodes of a mesh. Iterating over it yields the nodes in the order of mesh.yaml. ``fleet[name]`` raises
+    KeyError for a name that mesh.yaml does not have."""
 
     def __init__(self, nodes: Iterable[Node], *, clock: Callable[[], float]) -> None:
         self._nodes = {node.name: node for node in nodes}
@@ -42,22 +43,22 @@ class Fleet:
         return name
 
     def candidates(self, *, despite_breaker: bool = False) -> list[Candidate]:
-        """Every node as the balancer sees it now. ``despite_breaker``: nodes with an open breaker count as usable."""
+        """All nodes as the balancer sees them now. ``despite_breaker``: nodes with an open breaker count as usable."""
         now = self._clock()
         return [node.candidate(now, despite_breaker=despite_breaker) for node in self._nodes.values()]
 
     def explain_no_node(self, demand: Demand) -> GPUMeshError:
-        """Builds the error that tells why no node can serve this demand. It names the reason of each node that the
-        demand allows."""
+        """Builds the error that tells why no node can serve this demand, with the reason for each node that the demand
+        allows."""
         error = no_node_error(self.candidates(), demand)
-        if type(error) is not NoNodeError:
+        if type(error) is not NoNodeError:  # for a missing model, the reasons of the nodes do not matter
             return error
         states = [node.state(0) for node in self if demand.node in (None, node.name)]
         reasons = "; ".join(f"{state.name}: {state.reason or 'no answer yet'}" for state in states)
         return NoNodeError(f"{error.message} ({reasons})" if reasons else error.message, hint=error.hint)
 
     def regroup(self) -> None:
-        """Puts nodes that share a GPU into one group: the balancer treats a group as one."""
+        """Puts nodes that share a GPU into one group: the balancer treats a group as one node."""
         groups = audit.gpu_groups([node.state(0) for node in self])
         seen_groups: set[str] = set()
         for node in self:
@@ -75,17 +76,14 @@ class Fleet:
 
     @property
     def attempt_outcomes(self) -> dict[str, Mapping[Outcome, int]]:
-        """For each node, how the attempts that took a slot there ended."""
+        """For each node, the number of attempts that took a slot there, by the outcome of the attempt."""
         return {node.name: node.attempt_outcomes for node in self}
 
     def local_ports(self) -> frozenset[int]:
         """The ports of this machine behind which a node's server answers: ends of tunnels, and servers on this machine.
 
-        A host writes the answers of such a port, although the port's address is on this machine."""
+        What such a port answers was written by a node's host, although the port's address is on this machine."""
         tunnels = [node.tunnel for node in self if node.tunnel is not None]
-        addresses = [urlsplit(url) for tunnel in tunnels for url in tunnel.urls.values()]
-        return frozenset(
-            address.port
-            for address in addresses
-            if address.port is not None and config.is_loopback(address.hostname or "")
-        )
+        urls = [urlsplit(url) for tunnel in tunnels for url in tunnel.urls.values()]
+        local_ports = [url.port for url in urls if config.is_loopback(url.hostname or "")]
+        return frozenset(port for port in local_ports if port is not None)

@@ -71,17 +71,17 @@ class LeaseKeeper(Protocol):
         """Removes a lease that was never used."""
 
     def end_trial_early(self) -> None:
-        """The answer of an attempt has begun, so a half-open breaker may allow another request."""
+        """Ends a half-open breaker's trial, because the answer of an attempt has begun."""
 
 
 class Lease:
-    """A slot on a node. In every case it is released exactly once.
+    """A slot on a node for one attempt. In every case it is released exactly once.
 
-    ``concurrent`` is the number of leases that were held when this lease was given, including this one.
-    ``connection_number`` is the number of the tunnel's connection that the lease uses. ``can_move`` tells, until the
-    answer has begun, whether another node could give the answer instead. ``abort_callback`` is set by the attempt that
-    uses the lease. Both callbacks are dropped at the release: they refer to the request, which would otherwise have to
-    wait for the garbage collector.
+    ``model`` is the full name of the demanded model. ``concurrent`` is the number of slots in use on the node when this
+    lease was given, this lease included. ``connection_number`` is the number of the tunnel's connection that the lease
+    uses. ``can_move`` tells, until the answer has begun, whether another node could give the answer instead.
+    ``abort_callback`` is set by the attempt that uses the lease. Both callbacks are dropped at the release: they refer
+    to the request, and only the garbage collector could free such a cycle.
     """
 
     __slots__ = (
@@ -108,7 +108,11 @@ class Lease:
         self._released = False
 
     def __repr__(self) -> str:
-        phase = "released" if self._released else "aborted" if self.aborted else "held"
+        phase = "held"
+        if self._released:
+            phase = "released"
+        elif self.aborted:
+            phase = "aborted"
         return f"<Lease {self.node.name} {phase} model {self.model} connection {self.connection_number}>"
 
     @property
@@ -122,7 +126,7 @@ class Lease:
             self._ledger.settle(self, outcome, counters, error)
 
     def discard(self) -> None:
-        """Gives the slot back without counting anything: it was never used."""
+        """Gives the slot back without counting an outcome, because no attempt was made with it."""
         if not self._released:
             self._mark_released()
             self._ledger.discard(self)
@@ -132,8 +136,8 @@ class Lease:
         self.abort_callback = self.can_move = None
 
     def mark_answer_started(self) -> None:
-        """The answer has begun: no other node can give it any more, and a half-open breaker may allow the next
-        trial."""
+        """Call this when the answer has begun. Then no other node can give this answer any more, and a half-open
+        breaker may allow the next trial."""
         self.can_move = None
         self._ledger.end_trial_early()
 

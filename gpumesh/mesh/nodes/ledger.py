@@ -20,7 +20,7 @@ from gpumesh.model_names import full_name
 from gpumesh.topology import BackendSpec
 
 MIN_LOAD_MS = 200.0  # a shorter load_duration is no load: a model that is in memory reports some ms too
-MAX_SESSIONS = 256
+MAX_SESSIONS = 256  # of one node; the oldest are forgotten
 MIN_RATE_TOKENS = 4  # an answer with fewer tokens is too short to measure tokens/s
 
 
@@ -82,7 +82,8 @@ class Ledger:
         """Gives out a lease of ``node``, even if no slot is free."""
         model = None if demand.model is None else full_name(demand.model)
         lease = Lease(node, self, model, len(self._slot_leases) + 1)
-        (self._slot_leases if demand.needs_slot else self._slotless_leases).add(lease)
+        leases = self._slot_leases if demand.needs_slot else self._slotless_leases
+        leases.add(lease)
         self.breaker = self.breaker.record_start(self._clock())
         if demand.session is not None:
             self._remember_session(demand.session)
@@ -90,6 +91,7 @@ class Ledger:
         return lease
 
     def _remember_session(self, session: str) -> None:
+        """Adds the session, or moves it to the end if it is there already."""
         self.sessions.pop(session, None)
         self.sessions[session] = None
         while len(self.sessions) > MAX_SESSIONS:
@@ -100,22 +102,23 @@ class Ledger:
     def settle(self, lease: Lease, outcome: Outcome, counters: ServerCounters | None, error: str | None) -> None:
         """Removes a used lease, and learns from its outcome. ``Lease.release`` calls this once for each lease."""
         now = self._clock()
-        has_slot = lease in self._slot_leases  # added to the counters as 0 or 1: they count only attempts with a slot
+        has_slot = lease in self._slot_leases
+        increment = 1 if has_slot else 0  # of the counters, which count only attempts with a slot
         self._remove(lease)
         self.last_release_at = now
-        self.attempt_outcomes[outcome] += has_slot
+        self.attempt_outcomes[outcome] += increment
         if outcome is Outcome.SERVED:
-            self.served += has_slot
+            self.served += increment
             self.breaker = self.breaker.record_success()
             if counters is not None:
                 self._learn(lease, counters, now)
         elif _is_node_failure(outcome, has_slot=has_slot):
-            self.failed += has_slot
+            self.failed += increment
             self.breaker = self.breaker.record_failure(now)
             self._on_failure(outcome, error)
         else:
             if outcome is Outcome.CLIENT_GONE:
-                self.cancelled += has_slot
+                self.cancelled += increment
             self.breaker = self.breaker.cancel_trial()
         self._announce_free_slot()
 
@@ -134,6 +137,7 @@ class Ledger:
         self._on_change()
 
     def _learn(self, lease: Lease, counters: ServerCounters, now: float) -> None:
+        """Updates the learned limit, rate and load time from the server's figures for one answer."""
         if self._learns_limit:
             self.learned_limit = learn_limit(
                 self.learned_limit,
@@ -162,7 +166,8 @@ class Ledger:
         self._announce_free_slot()
 
     def end_trial_early(self) -> None:
-        """The answer of the breaker's trial has begun: another request may be tried before the answer has ended."""
+        """Ends a half-open breaker's trial when the trial's answer has begun. So the next request need not wait for the
+        end of this answer."""
         if self.breaker.trial_in_flight:
             self.breaker = self.breaker.cancel_trial()
             self._on_slot_freed()
@@ -175,7 +180,7 @@ class Ledger:
             lease.abort_attempt()
 
     def abort_movable_attempts(self) -> None:
-        """Aborts the attempts whose answer has not begun, if another node could give the answer.
+        """Aborts each attempt whose answer has not begun and could come from another node.
 
         Called when the server does not answer probes. A server process that hangs closes no connection, so these
         requests would wait until their deadline."""
@@ -185,8 +190,8 @@ class Ledger:
 
 
 def _is_node_failure(outcome: Outcome, *, has_slot: bool) -> bool:
-    """Whether this outcome counts against the node.
+    """Whether the node was at fault for this outcome of an attempt.
 
-    Without a slot, the request needs no inference, and a status of 500 is about the model store: Ollama sends it, for
-    example, when it cannot copy a model. Such a status does not show that the node generates badly."""
+    A request without a slot needs no inference. For such a request a status of 500 is about the model store: Ollama
+    sends it, for example, when it cannot copy a model. It does not show that the node generates badly."""
     return rule_for_outcome(outcome).counts_against_node and (has_slot or outcome is not Outcome.SERVER_ERROR)

@@ -30,11 +30,11 @@ from gpumesh.tunnels.base import Tunnel
 
 
 class Node:
-    """``on_slot_freed`` is called when a slot may have become free, or when the node may have become usable.
+    """One node of a running mesh. Implements ``lease.LeasedNode``, the part of a node that a request uses.
+
+    ``on_slot_freed`` is called when a slot may have become free, or when the node may have become usable.
     ``on_gpus_identified`` is called when a probe shows other GPUs than before. ``coordination`` knows the load of other
     gateways.
-
-    The class implements ``lease.LeasedNode``, the part of a node that a request uses.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class Node:
             tasks.create_task(self._prober.keep_probing_gpus(), name=f"gpus of {self.name}")
 
     def on_tunnel(self, state: TunnelState) -> None:
-        """The tunnel's callback for each change of its state."""
+        """The tunnel calls this after each change of its state."""
         was_up = self._link.is_up
         self._link.update(state)
         if self._link.is_up and not was_up:
@@ -112,7 +112,8 @@ class Node:
         self._announce_change()
 
     def _on_report(self) -> None:
-        """The prober's callback. If the marks that identify the node's GPUs have changed, nodes are grouped anew."""
+        """The prober calls this after each report. If the marks that identify the node's GPUs have changed, the nodes
+        of the mesh are grouped anew."""
         marks = audit.identifying_marks(self.state(0))
         if marks != self._gpu_marks:
             self._gpu_marks = marks
@@ -124,6 +125,7 @@ class Node:
         self._changes.notify()
 
     def _check_after_failure(self, outcome: Outcome, error: str | None) -> None:
+        """Makes the prober, and for some outcomes also the tunnel, check the node at once: an attempt has failed."""
         self._prober.request_probe()
         if rule_for_outcome(outcome).check_tunnel:
             self._link.suspect(error or outcome.value)
@@ -140,7 +142,8 @@ class Node:
         await self._prober.wait_first_round()
 
     async def refresh(self) -> None:
-        """Returns after a probe of the server that began after this call."""
+        """Probes the server, if the tunnel is up, and returns after this probe. A probe that began before the call does
+        not count."""
         await self._prober.refresh()
 
     # -- the tunnel ----------------------------------------------------------------------------------------------
@@ -192,7 +195,7 @@ class Node:
 
     @property
     def attempt_outcomes(self) -> Mapping[Outcome, int]:
-        """How the attempts that took a slot here ended."""
+        """The number of attempts that took a slot here, by the outcome of the attempt."""
         return self.ledger.attempt_outcomes
 
     @property
@@ -222,6 +225,7 @@ class Node:
 
     @property
     def reachable(self) -> bool:
+        """Whether the tunnel is up and the server answered its last probe."""
         return self._snapshots.reachable
 
     @property
@@ -234,7 +238,7 @@ class Node:
         return self._snapshots.candidate(now, despite_breaker=despite_breaker)
 
     def state(self, queued: int) -> NodeState:
-        """The node as people see it now."""
+        """The node as people see it now. ``queued``: the number of requests that wait for this node only."""
         return self._snapshots.state(queued)
 
     @property

@@ -1,7 +1,7 @@
-"""A node's probes: two loops that probe its inference server and nvidia-smi, and the last reports of both.
+"""``Prober``: probes a node's inference server and its GPUs in two loops, and keeps the last reports of both.
 
-The loops change only three things: ``reports``, the ledger's breaker, and attempts that wait for a server that no
-longer answers. No fault of a host makes them raise.
+The loops change only three things: they update ``reports``, reset the ledger's breaker, and abort attempts on a server
+that no longer answers. No fault of a host makes them raise.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from gpumesh.topology import BackendKind, NodeSpec, Target
 from gpumesh.tunnels.stagger import stagger_intervals
 
 BACKEND_INTERVAL_S = 2.0
-BACKEND_TIMEOUT_S = 4.0
+BACKEND_TIMEOUT_S = 4.0  # of one request of a probe
 GPU_INTERVAL_S = 2.0
-GPU_TIMEOUT_S = 5.0
+GPU_TIMEOUT_S = 5.0  # of one probe
 # nvidia-smi averages the utilisation over up to a second. So only this long after our last request, the whole
 # utilisation comes from other programs.
 IDLE_S = 2.0
@@ -43,8 +43,9 @@ class NodeReports:
     present connection; the other values stay when the tunnel reconnects.
 
     - ``kind`` is the kind of the server; with ``auto`` in mesh.yaml it is known after the first answered probe.
-    - ``models`` holds each listed name twice: as it is, and in full. ``None``: no list was read yet.
-    - ``target`` is the target in use.
+    - ``models`` holds each listed name twice: as it is, and in full. ``None``: no list was read yet. ``loaded`` holds
+      the full names of the models in memory.
+    - ``target`` is the address on its own host of the server in use.
     - ``foreign_load`` is the utilisation (0 to 1) of the busiest GPU, measured while we had no request in flight there.
     """
 
@@ -126,12 +127,13 @@ class Prober:
         self._probe_requested.set()
 
     def note_loaded(self, model: str) -> None:
-        """This model has just answered, so it is in the server's memory."""
+        """Adds a model to the models in memory, because it has just answered. ``model`` is a full name."""
         if model not in self.reports.loaded:
             self.reports = replace(self.reports, loaded=self.reports.loaded | {model})
 
     async def refresh(self) -> None:
-        """Returns after a probe of the server that began after this call."""
+        """Probes the server, if the tunnel is up, and returns after this probe. A probe that began before the call does
+        not count."""
         async with self._backend_probe_lock:
             if self._link.is_up:
                 await self._probe_backend()
@@ -152,6 +154,8 @@ class Prober:
                 continue
 
     async def _probe_backend(self) -> None:
+        """Probes the server once, and records the report, unless the report is out of date or a miss that may be
+        ignored."""
         urls = self._link.urls
         try:
             api_key = read_api_key(self._spec)
@@ -174,17 +178,19 @@ class Prober:
         is_up = report.state.state is BackendPhase.UP
         self._missed_backend_probes = 0 if is_up else self._missed_backend_probes + 1
         if self._may_ignore_miss():
-            self.request_probe()
+            self.request_probe()  # the next probe, which comes at once, decides
             return
         target_in_use = next((target for target, url in urls.items() if url == report.url), None)
         self._record_backend(report, target_in_use)
 
     def _may_ignore_miss(self) -> bool:
-        """Whether the last probe was the first that failed, and the server works for us. A server that is busy
-        prefilling may miss one probe, and the requests in flight show that it runs."""
+        """Whether the last probe was the first that failed, while requests are in flight on a server that was probed
+        before. A server that is busy prefilling may miss one probe."""
         return self._missed_backend_probes == 1 and self.reports.backend is not None and self._ledger.in_flight > 0
 
     def _record_backend(self, report: BackendReport, target: Target | None) -> None:
+        """Stores the report. A server that is up again gets a new breaker; attempts on a server that is down are
+        aborted if they can move."""
         was_down = self.reports.backend is not None and not self.reports.backend_is_up
         self.reports = replace(self.reports, backend=report, target=target)
         if self.reports.backend_is_up:
@@ -217,9 +223,11 @@ class Prober:
             await asyncio.sleep(interval_s)
 
     def _is_idle(self) -> bool:
+        """Whether the GPUs' utilisation now comes only from other programs."""
         return self._ledger.in_flight == 0 and self._clock() - self._ledger.last_release_at > IDLE_S
 
     def _record_gpus(self, report: GpuReport, *, was_idle: bool) -> None:
+        """Stores the report. ``was_idle``: the node was idle when the probe began."""
         foreign_load = self.reports.foreign_load
         if was_idle and self._ledger.in_flight == 0:  # idle before and after the probe
             percentages = [gpu.utilization_pct for gpu in report.gpus if gpu.utilization_pct is not None]

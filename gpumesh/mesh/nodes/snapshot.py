@@ -47,7 +47,7 @@ class NodeRole:
 
 
 class SnapshotBuilder:
-    """Builds the snapshots of one node."""
+    """Builds the snapshots of one node, and answers the questions about it that need only the last reports."""
 
     def __init__(
         self,
@@ -76,6 +76,7 @@ class SnapshotBuilder:
 
     @property
     def reachable(self) -> bool:
+        """Whether the tunnel is up and the server answered its last probe."""
         return self._link.is_up and self._prober.reports.backend_is_up
 
     @property
@@ -89,15 +90,20 @@ class SnapshotBuilder:
             return not self._ledger.breaker.allows(self._clock())
         phase, reports = self._link.reported.state, self._prober.reports
         if phase is TunnelPhase.UP:
-            return reports.backend is None
+            return reports.backend is None  # the first probe over this connection is not complete
         if phase is TunnelPhase.BACKOFF:
-            return reports.models is not None
+            return reports.models is not None  # the node has worked before
         return phase in (TunnelPhase.IDLE, TunnelPhase.CONNECTING)
 
     def candidate(self, now: float, *, despite_breaker: bool) -> Candidate:
+        """The node as the balancer sees it at the time ``now``. ``despite_breaker``: an open breaker does not make the
+        node unusable."""
         role, link, reports, ledger = self._role, self._link, self._prober.reports, self._ledger
         reachable = link.is_up and reports.backend_is_up
         usable = reachable and not role.draining and (despite_breaker or ledger.breaker.allows(now))
+        other_gateways_in_flight = 0
+        if role.counts_for_group:
+            other_gateways_in_flight = self._coordination.other_gateways_load(self.coordination_key)
         return Candidate(
             name=self._spec.name,
             kind=reports.kind,
@@ -105,9 +111,7 @@ class SnapshotBuilder:
             models=reports.models,
             loaded=reports.loaded,
             in_flight=ledger.in_flight,
-            other_gateways_in_flight=(
-                self._coordination.other_gateways_load(self.coordination_key) if role.counts_for_group else 0
-            ),
+            other_gateways_in_flight=other_gateways_in_flight,
             limit=self._find_limit(now),
             weight=self._spec.weight,
             group=role.group,
@@ -119,14 +123,15 @@ class SnapshotBuilder:
         )
 
     def _find_limit(self, now: float) -> int | None:
-        """How many requests may be in flight there; ``None`` if that is not known."""
-        backend = self._spec.backend
-        if backend.max_parallel is not None:
-            return backend.max_parallel
-        if not self._prober.reports.learns_limit:
-            report = self._prober.reports.backend
-            return report.inventory.parallel if report is not None and report.inventory is not None else None
-        return self._ledger.learned_limit.max_in_flight(now)
+        """How many requests may be in flight on the node; ``None`` if there is no known limit."""
+        if self._spec.backend.max_parallel is not None:
+            return self._spec.backend.max_parallel
+        if self._prober.reports.learns_limit:
+            return self._ledger.learned_limit.max_in_flight(now)
+        report = self._prober.reports.backend
+        if report is None or report.inventory is None:
+            return None
+        return report.inventory.parallel
 
     @property
     def coordination_key(self) -> str:
@@ -140,21 +145,25 @@ class SnapshotBuilder:
     # -- for people ----------------------------------------------------------------------------------------------
 
     def state(self, queued: int) -> NodeState:
-        """``queued``: the number of requests in the mesh's queue that wait for this node only."""
-        spec, tunnel, gpus = self._spec, self._link.state, self._prober.reports.gpus
+        """The node as people see it now. ``queued``: the number of requests in the mesh's queue that wait for this node
+        only."""
+        spec, tunnel, gpu_report = self._spec, self._link.state, self._prober.reports.gpus
         backend = self._build_backend_state(tunnel)
         health, reason = self._assess_health(tunnel)
+        gpus = None
+        if gpu_report is not None and gpu_report.error is None:
+            gpus = gpu_report.gpus
         return NodeState(
             name=spec.name,
             health=health,
             reason=reason,
             tunnel=tunnel,
             backend=backend,
-            host=HostState() if gpus is None else HostState(gpus.hostname, gpus.driver),
-            gpus=None if gpus is None or gpus.error is not None else gpus.gpus,
+            host=HostState() if gpu_report is None else HostState(gpu_report.hostname, gpu_report.driver),
+            gpus=gpus,
             load=self._build_load_state(queued),
             labels=tuple(sorted(spec.labels.items())),
-            simulated=backend.version is not None and backend.version.endswith("-lab"),
+            simulated=(backend.version or "").endswith("-lab"),  # as the simulated servers of ``gpumesh.lab`` do
             routes=self._build_routes(),
             noticed=self._collect_findings(tunnel),
         )
@@ -179,21 +188,27 @@ class SnapshotBuilder:
         )
 
     def _find_shown_limit(self) -> int | None:
-        """The limit for people: the proven one. The balancer's limit may be one more, to try whether one more request
-        runs in parallel."""
-        if self._spec.backend.max_parallel is not None or not self._prober.reports.learns_limit:
+        """The limit for people; ``None`` if it is not known. A learned limit is the proven number of requests. The
+        balancer's limit may be one more, to try whether one more request runs in parallel."""
+        is_learned = self._spec.backend.max_parallel is None and self._prober.reports.learns_limit
+        if not is_learned:
             return self._find_limit(self._clock())
         return self._ledger.learned_limit.proven if self._ledger.served else None
 
     def _build_backend_state(self, tunnel: TunnelState) -> BackendState:
+        """The state of the server by its last probe, with the rate that is measured now."""
         reports = self._prober.reports
         if reports.backend is None or tunnel.state is not TunnelPhase.UP:
-            missing = reports.missing_secret
-            return BackendState(kind=reports.kind.value, last_error=None if missing is None else missing.message)
+            missing_secret = reports.missing_secret
+            error = None if missing_secret is None else missing_secret.message
+            return BackendState(kind=reports.kind.value, last_error=error)
         rate = self._meter.rate()
-        return replace(reports.backend.state, tokens_per_s=rate if rate or self._ledger.served else None)
+        # A node that has not worked yet has no rate. Later, its rate may be 0.
+        has_worked = rate > 0 or self._ledger.served > 0
+        return replace(reports.backend.state, tokens_per_s=rate if has_worked else None)
 
     def _build_routes(self) -> tuple[RouteState, ...]:
+        """The routes to all targets that the tunnel reaches, in the order of mesh.yaml."""
         transport = self._link.reported.transport
         return tuple(RouteState(target.url, url, transport) for target, url in self._link.urls.items())
 
@@ -205,10 +220,10 @@ class SnapshotBuilder:
         findings = reports.gpus.findings if reports.gpus is not None else ()
         if reports.backend is not None:
             return (*findings, *reports.backend.findings)
-        missing = reports.missing_secret
-        if missing is None:
+        error = reports.missing_secret
+        if error is None:
             return findings
-        return (*findings, Finding(missing.code, Severity.ERROR, self._spec.name, missing.message, missing.hint))
+        return (*findings, Finding(error.code, Severity.ERROR, self._spec.name, error.message, error.hint))
 
 
 def coordination_key(spec: NodeSpec, reports: NodeReports) -> str:
@@ -216,8 +231,12 @@ def coordination_key(spec: NodeSpec, reports: NodeReports) -> str:
     reaches them."""
     if reports.gpus is not None and reports.gpus.gpus:
         uuids = "+".join(sorted(gpu.uuid for gpu in reports.gpus.gpus))
+        if len(uuids) <= MAX_KEY_CHARS:
+            return uuids
         # One message holds the keys of all nodes. A node that shows many GPUs must not make the message so long that
         # other gateways refuse to read it.
-        return uuids if len(uuids) <= MAX_KEY_CHARS else f"gpus:{sha256(uuids.encode()).hexdigest()}"
+        return f"gpus:{sha256(uuids.encode()).hexdigest()}"
     target = reports.target or spec.backend.targets[0]
-    return target.url if spec.ssh is None else f"{spec.ssh.host}:{spec.ssh.port}/{target.url}"
+    if spec.ssh is None:
+        return target.url
+    return f"{spec.ssh.host}:{spec.ssh.port}/{target.url}"

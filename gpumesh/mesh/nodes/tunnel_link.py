@@ -11,9 +11,10 @@ from gpumesh.tunnels.base import Tunnel
 
 
 class TunnelLink:
-    """``reported`` is the state of the tunnel's last callback. ``connection_count`` grows with each new connection.
+    """Holds a node's tunnel and the state that the tunnel reported last.
 
-    ``tunnel`` is ``None`` for a disabled node and before the mesh has started.
+    ``tunnel`` is ``None`` for a disabled node and before the mesh has started. ``reported`` is the state of the
+    tunnel's last callback. ``connection_count`` grows with each new connection.
     """
 
     def __init__(self, spec: NodeSpec) -> None:
