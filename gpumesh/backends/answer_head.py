@@ -96,7 +96,9 @@ def read_head(status: int, fields: Iterable[tuple[bytes, bytes]], *, empty: bool
         elif lower_name == b"content-encoding":
             encoding = value
         else:
-            name = _find_client_header(lower_name)
+            name = _HEADERS.get(lower_name)
+            if name is None and lower_name.startswith(_HEADER_PREFIXES) and _HEADER_NAME.fullmatch(lower_name):
+                name = lower_name.decode()
             if name is not None and len(client_headers) < MAX_HEADERS and _HEADER_VALUE.fullmatch(value):
                 client_headers.setdefault(name, value.decode())
     headers = tuple(client_headers.items())
@@ -109,14 +111,6 @@ def read_head(status: int, fields: Iterable[tuple[bytes, bytes]], *, empty: bool
     if empty:
         return AnswerHead("", headers, None)
     return AnswerHead("", (("Content-Type", OCTETS), *headers), None)
-
-
-def _find_client_header(lower_name: bytes) -> str | None:
-    """The name of the header as the client gets it; ``None`` for a header that clients do not read."""
-    name = _HEADERS.get(lower_name)
-    if name is None and lower_name.startswith(_HEADER_PREFIXES) and _HEADER_NAME.fullmatch(lower_name):
-        return lower_name.decode()
-    return name
 
 
 def _find_problem(status: int, content_types: Sequence[bytes], encoding: bytes, *, empty: bool) -> str | None:

@@ -18,7 +18,7 @@ from gpumesh.state import LoadedModel, ModelInfo
 MOST_TOKENS = 1 << 27
 LONGEST_MS = 30 * 86400 * 1000.0
 FASTEST_TOKENS_PER_S = 100_000.0
-_LARGE = 1 << 62  # ``as_number`` does not believe larger numbers
+_LARGE = 1 << 62  # ``safe_json.as_number`` does not believe larger numbers
 
 
 @dataclass(frozen=True, slots=True)

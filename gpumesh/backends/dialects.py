@@ -73,13 +73,13 @@ _decode_counter_members = msgspec.json.Decoder(_CounterMembers).decode
 
 
 def _parse_counter_members(data: bytes) -> Mapping[str, Any] | None:
-    """The members that hold figures; ``None`` if ``data`` is no object. The other members of a small answer are not
-    built, which takes most of the time."""
+    """The members of a JSON object that hold figures; ``None`` if ``data`` is no object. The other members of a small
+    answer are skipped: it would take most of the time to build them."""
     if len(data) <= safe_json.SMALL_BYTES:
         try:
             return _decode_counter_members(data)
         except (msgspec.MsgspecError, ValueError, RecursionError):
-            pass  # ``parse_object`` reads more than msgspec does
+            pass  # ``parse_object`` reads documents that msgspec does not read, such as those with NaN
     return safe_json.parse_object(data)
 
 
@@ -127,4 +127,5 @@ def host_header(target: Target) -> str:
 
 @lru_cache(maxsize=1024)
 def _host_header(host: str, port: int) -> str:
+    """The work of ``host_header``, by arguments that are fast to look up in the cache."""
     return format_address("127.0.0.1" if is_loopback(host) else host, port)

@@ -86,7 +86,7 @@ class Dispatcher:
 
     def queued_for(self, node: str) -> int:
         """The number of requests that wait for this node only, because their client named it."""
-        if not len(self._queue):  # the usual case, without sorting
+        if not self._queue.entries:  # the usual case, without sorting
             return 0
         return sum(entry.payload.demand.node == node for entry in self._queue)
 
