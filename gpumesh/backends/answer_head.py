@@ -77,7 +77,8 @@ class AnswerHead(NamedTuple):
 
 
 class MediaType(NamedTuple):
-    """``name`` is the type alone (``text/plain``), ``header`` the whole Content-Type with parameters."""
+    """A media type that clients may get: ``name`` is the type alone (``text/plain``), ``header`` the whole Content-Type
+    with parameters."""
 
     name: str
     header: str

@@ -123,6 +123,7 @@ class EventSplitter:
         return events
 
     def _add_event_line(self, line: bytes) -> None:
+        """Adds a line to the event that is being read. Raises ProbeError when the event becomes too long."""
         data = read_event_line(line)
         if data is None:
             return
@@ -137,7 +138,7 @@ def read_event_line(line: bytes) -> bytes | None:
     """The data that a line adds to its server-sent event; ``None`` for a comment or a field without data.
 
     Some builds of llama-server write an error in mid-stream as an ``error:`` line, which holds only the error object.
-    It is returned in the form of all other servers: ``{"error":…}``.
+    Such a line is returned in the form that all other servers use: ``{"error":…}``.
     """
     field, _, value = line.partition(b":")
     if field not in (b"data", b"error"):

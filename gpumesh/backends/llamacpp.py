@@ -59,7 +59,7 @@ class LlamacppDialect(OpenAIDialect):
         """The inventory of any server with OpenAI's API. Raises ProbeError also if ``/props`` is not llama-server's."""
         inventory = super().read_inventory(answers)
         answer = answers.get("props")
-        status, body = answer if answer is not None else (404, b"")  # no answer counts as an answer without the route
+        status, body = answer if answer is not None else (404, b"")  # no answer: as from a server without this route
         unusable_answers.raise_for_status(status, body)
         if not isinstance(read_object(answer).get("default_generation_settings"), dict):
             broken_error = unusable_answers.broken_json_error(body, "/props") if status == 200 else None

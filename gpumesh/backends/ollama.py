@@ -148,6 +148,8 @@ class OllamaFrameReader(BaseFrameReader):
             self._read_frame(rest, chunks)
 
     def _read_frame(self, line: bytes, chunks: list[Chunk]) -> None:
+        """Adds the chunk of one frame to ``chunks``. Lines that are blank or come after the final frame are skipped.
+        Raises BackendError and ProbeError."""
         if self.done or not line.strip():
             return
         frame = safe_json.parse_object(line)

@@ -102,8 +102,9 @@ class OpenAIDialect:
         return error_text(status, body)
 
     def probe_calls(self) -> Mapping[str, HttpCall]:
-        """All such servers have ``models``; the other calls add to the inventory where they exist. ``/slots`` of
-        llama-server is not asked: it may hold other people's prompts, and ``/props`` has the number of slots."""
+        """The GET requests that give the inventory, by name. All such servers answer ``models``; the other calls add to
+        the inventory where they exist. ``/slots`` of llama-server is not asked for: it may hold other people's prompts,
+        and ``/props`` has the number of slots."""
         return {
             "models": HttpCall("GET", "/v1/models"),
             "health": HttpCall("GET", "/health"),
@@ -172,6 +173,8 @@ class OpenAIEventReader(BaseFrameReader):
             self._finish(chunks)
 
     def _read_event(self, event: bytes, chunks: list[Chunk]) -> None:
+        """Adds the chunk of one event to ``chunks``. Events that are blank or come after the final chunk are skipped.
+        Raises BackendError and ProbeError."""
         if self.done or not event.strip():
             return
         if event.strip() == b"[DONE]":
@@ -240,6 +243,7 @@ def parse_counters(frame: Mapping[str, Any]) -> ServerCounters | None:
     timings = timings if isinstance(timings, dict) else {}
     if not usage and not timings:
         return None
+    # The second name of each count is the one of /v1/responses and of Anthropic's API.
     prompt_tokens = token_count(usage.get("prompt_tokens", usage.get("input_tokens")))
     if prompt_tokens is None and timings:
         # prompt_n counts only the tokens that were computed, cache_n those that came from the cache.

@@ -107,6 +107,7 @@ def _refuse_constant(text: str) -> None:
 
 
 def _parse_short_number(digits: str) -> int | None:
+    """The number; ``None`` if it has more than ``_MAX_DIGITS`` digits."""
     return int(digits) if len(digits) <= _MAX_DIGITS else None
 
 
@@ -118,6 +119,7 @@ def parse_objects(pieces: Sequence[bytes]) -> list[dict[str, Any]]:
     """Parses many small documents for little more than the cost of one. A piece that is not an object becomes
     ``{}``."""
     documents = parse(b"[" + b",".join(pieces) + b"]")
+    # A broken piece breaks the list, or it makes one entry too many or too few.
     if not isinstance(documents, list) or len(documents) != len(pieces):
         documents = [parse(piece) for piece in pieces]
     return [document if isinstance(document, dict) else {} for document in documents]

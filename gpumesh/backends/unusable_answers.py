@@ -1,4 +1,4 @@
-"""Why a probe's answer cannot be used, with a hint: refused, overloaded, still loading, broken, another server."""
+"""Errors for answers to probes that cannot be used, with hints: refused, overloaded, loading, broken, other server."""
 
 from __future__ import annotations
 

@@ -36,6 +36,7 @@ class Breaker:
     trial_in_flight: bool = False
 
     def phase(self, now: float) -> BreakerPhase:
+        """The phase at the time ``now``, in seconds of the caller's clock."""
         if self.open_until is None:
             return BreakerPhase.CLOSED
         return BreakerPhase.OPEN if now < self.open_until else BreakerPhase.HALF_OPEN

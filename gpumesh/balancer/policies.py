@@ -30,6 +30,7 @@ PREFILL_SPEEDUP = 20.0  # prompt tokens are read about twenty times as fast as n
 
 
 def round_robin(candidates: Sequence[Candidate], _demand: Demand, turn: int, _rng: Random) -> tuple[str, ...]:
+    """Ranks by name; each turn begins with the next node."""
     return tuple(candidate.name for candidate in _rotate(candidates, turn))
 
 
@@ -75,7 +76,7 @@ def predict_duration_s(candidate: Candidate, demand: Demand, *, queued_ahead: in
     """Predicts how many seconds this node would need for this demand. It is the sum of
 
     - the tunnel's round trip,
-    - the wait for requests ahead, as far as they leave no free slot,
+    - the wait for the requests ahead, if they take all slots,
     - the load of the model, if it is not in memory,
     - the prefill (reading the prompt), unless this session's prefix is in the node's cache,
     - the generation, slowed down by the streams that run at the same time and by other users of the GPU.

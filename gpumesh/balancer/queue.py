@@ -30,8 +30,8 @@ class QueueEntry(Generic[T]):
 
     @property
     def rank(self) -> tuple[float, int]:
-        """Its time with the delay of its priority, then its sequence. The entry with the smallest rank is served first.
-        The rank stays the same while the request waits, because all requests age alike."""
+        """The entry's place in the order of service, the smallest rank first: the time of queueing plus the delay of
+        the priority, then the sequence. It stays the same while the request waits, because all requests age alike."""
         return (self.queued_at + PRIORITY_DELAY_S[self.priority], self.sequence)
 
 

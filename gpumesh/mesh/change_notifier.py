@@ -7,8 +7,8 @@ from collections.abc import AsyncIterator
 
 
 class ChangeNotifier:
-    """``notify`` is cheap and may be called at any rate. A watcher is woken once for all changes since its last
-    iteration."""
+    """Wakes its watchers after a change. A watcher is woken once for all changes since its last iteration. ``notify``
+    is cheap and may be called at any rate."""
 
     def __init__(self) -> None:
         self._version = 0

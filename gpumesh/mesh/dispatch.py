@@ -94,7 +94,7 @@ class Dispatcher:
         """Whether any waiting request would take a slot of this node, or of a node that shares its GPU."""
         candidates = self._fleet.candidates()
         groups = {gpu_group(candidate) for candidate in candidates if candidate.name == node}
-        # Many waiting requests often differ only in things that do not matter here: they are checked once.
+        # Many waiting requests often differ only in things that do not matter here: they have the same key.
         checked_keys: set[tuple[Demand, frozenset[str]]] = set()
         for entry in self._queue:
             waiter = entry.payload
@@ -184,7 +184,8 @@ class Dispatcher:
             name = free[0].name
         else:
             self._turn += 1
-            name = self._policy(free, demand, self._turn, self._rng)[0]
+            ranked_names = self._policy(free, demand, self._turn, self._rng)
+            name = ranked_names[0]
         return self._fleet[name].lease(demand)
 
     # -- the queue -----------------------------------------------------------------------------------------------

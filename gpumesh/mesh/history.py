@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
-from itertools import islice
+from itertools import chain
 
 from gpumesh.state import GpuState, MeshState, NodeState
 
@@ -83,7 +83,7 @@ class Recorder:
         step_s: float = STEP_S,
         steps: int = STEPS,
     ) -> None:
-        """``earlier`` is a history that was taken at the time ``at``. The recorder continues it."""
+        """Continues the history ``earlier``, which was taken at the time ``at``, if both are given."""
         self._step_s = step_s
         self._steps: deque[_Step] = deque(maxlen=steps)
         if earlier is not None and at is not None and earlier.step_s == step_s:
@@ -143,11 +143,12 @@ def _add_values(sums: _SumsByKey, values: Iterable[tuple[str, float | None]]) ->
 def _build_series(steps: list[_SumsByKey | None]) -> tuple[HistorySeries, ...]:
     """Builds one series for each key, in the order in which the keys came up. All keys of the last two steps get a
     series. Of the older keys, only the ``MAX_OLD_SERIES`` that were seen last get one."""
-    latest_first = [step for step in reversed(steps) if step is not None]
-    current_keys = dict.fromkeys(key for step in latest_first[:2] for key in step)
-    old_keys = (key for step in latest_first[2:] for key in step if key not in current_keys)
-    keys = current_keys | dict.fromkeys(islice(old_keys, MAX_OLD_SERIES))
-    ordered_keys = dict.fromkeys(key for step in steps if step is not None for key in step if key in keys)
+    filled_steps = [step for step in steps if step is not None]
+    keys_latest_first = dict.fromkeys(chain(*reversed(filled_steps)))
+    current_keys = set(chain(*filled_steps[-2:]))
+    old_keys = [key for key in keys_latest_first if key not in current_keys]
+    chosen_keys = current_keys.union(old_keys[:MAX_OLD_SERIES])
+    ordered_keys = [key for key in dict.fromkeys(chain(*filled_steps)) if key in chosen_keys]
 
     def compute_mean(step: _SumsByKey | None, key: str) -> float | None:
         if step is None or key not in step:

@@ -123,6 +123,7 @@ def _most_informative(errors: Sequence[ProbeError]) -> ProbeError:
 
 
 def _up_report(url: str, answer: TimedInventory, node: str) -> BackendReport:
+    """The report on a server that gave its inventory at ``url``."""
     inventory = answer.inventory
     state = BackendState(
         kind=answer.kind.value,
@@ -152,6 +153,7 @@ def _find_unusable_models(inventory: Inventory, node: str) -> tuple[Finding, ...
 
 
 def _down_report(spec: BackendSpec, error: ProbeError, node: str, known_kinds: KnownKinds) -> BackendReport:
+    """The report on a node none of whose candidates gave a right answer; ``error`` becomes its finding."""
     kind = known_kinds.last or spec.kind
     state = BackendState(
         kind=kind.value, state=BackendPhase.DOWN, last_error=error.message, error_code=error.finding_code

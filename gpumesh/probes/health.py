@@ -20,7 +20,8 @@ _GPU_EXPECTATIONS = ("gpus", "gpu", "vram_mib")  # the keys of mesh.yaml's ``exp
 def assess_health(
     tunnel: TunnelState, gpu: GpuReport | None, backend: BackendReport | None, spec: NodeSpec, draining: bool
 ) -> tuple[Health, str | None]:
-    """The health and the reason. ``healthy`` has no reason; every other health has a reason of one sentence."""
+    """Returns the node's health and the reason for it, a sentence. ``healthy`` has no reason, every other health has
+    one. ``gpu`` and ``backend`` are ``None`` before the first probe."""
     if tunnel.state is not TunnelPhase.UP:
         return _assess_without_tunnel(tunnel)
     if draining:
@@ -52,6 +53,7 @@ def _describe_gpu_problem(gpu: GpuReport | None, spec: NodeSpec) -> str | None:
 
 
 def _describe_missing_models(spec: NodeSpec, backend: BackendReport) -> str | None:
+    """The reason if models that mesh.yaml expects are missing, else ``None``."""
     missing = missing_models(spec, backend)
     return f"expected, but not there: {', '.join(missing)}" if missing else None
 

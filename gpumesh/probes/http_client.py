@@ -42,7 +42,8 @@ def _no_cookies() -> CookieJar:
 
 @cache
 def _tls_context() -> ssl.SSLContext:
-    """Created only once, because reading the authorities' certificates takes 20 ms."""
+    """The TLS settings of all connections. They are made only once: it takes 20 ms to read the authorities'
+    certificates."""
     return httpx.create_ssl_context(trust_env=False)
 
 
@@ -96,6 +97,8 @@ class _Transport(httpx.AsyncBaseTransport):
         self._transports: dict[_Origin, httpx.AsyncHTTPTransport] = {}
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        """Sends the request over the transport of its server. Raises ``httpx.HTTPError`` for all that the server does
+        wrong."""
         socket_path: str | None = None
         host = request.url.host
         unix_parts = parse_unix_url(request.url)

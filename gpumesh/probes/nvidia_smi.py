@@ -54,7 +54,8 @@ async def probe_gpus(run_command: RunCommand, *, timeout_s: float, node: str | N
 
 
 async def _probe_gpus(run_command: RunCommand, *, timeout_s: float, node: str | None) -> GpuReport:
-    """Asks once more with fewer fields if the driver is old, and for each GPU by itself if one GPU is lost."""
+    """Asks the host as ``probe_gpus`` does, but passes on the errors of our own bugs. Asks again with fewer fields if
+    the driver is old, and for each GPU by itself if one GPU is lost."""
     loop = asyncio.get_running_loop()
     deadline = loop.time() + timeout_s
     fields: Sequence[str] = FIELDS

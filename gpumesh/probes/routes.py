@@ -86,7 +86,7 @@ async def probe_routes(
 
 @dataclass(frozen=True, slots=True)
 class _RouteProber:
-    """The probes of one node's routes."""
+    """Probes the routes to one node's server."""
 
     client: httpx.AsyncClient
     kind: BackendKind
@@ -94,11 +94,12 @@ class _RouteProber:
     timeout_s: float
 
     def _key_for(self, route: BackendRoute) -> str | None:
+        """The API key that is sent by this route; none by an offered route, which nobody has allowed yet."""
         return None if route.offered else self.api_key
 
     def _target_of(self, route: BackendRoute) -> Target | None:
-        """The address that goes into the Host header. An offered route has the Host header of its own URL, which is the
-        one that any stranger would send."""
+        """The address for the Host header; ``None``: the Host header names the route's own URL. So a request by an
+        offered route is the one that any stranger would send."""
         return None if route.offered else route.target
 
     async def ask(self, route: BackendRoute, kind: BackendKind | None = None) -> Answer:

@@ -109,7 +109,9 @@ class _ProbeSession:
             if call.path in answers:
                 return answers[call.path]
             try:
-                return await (self.ask(call) if name in dialect.required_probes else self._ask_optional(call))
+                if name in dialect.required_probes:
+                    return await self.ask(call)
+                return await self._ask_optional(call)
             except ProbeError as error:
                 return error
 
@@ -131,7 +133,7 @@ class _ProbeSession:
             return None
 
     async def _get(self, call: HttpCall, timeout_s: float) -> tuple[int, bytes]:
-        """The HTTP status and the body. Raises ProbeError and TimeoutError."""
+        """Sends a request, and returns the HTTP status and the body. Raises ProbeError and TimeoutError."""
         async with asyncio.timeout(timeout_s):
             answer = await get_bounded(self._client, self._url + call.path, self._headers, self._extensions)
         if self._latency_ms is None:

@@ -21,7 +21,7 @@ AskServer = Callable[[HttpCall], Awaitable[tuple[int, bytes]]]
 
 @dataclass(frozen=True, slots=True)
 class IdentifiedServer:
-    """``answers`` are those that the server has already given, by the path of the request."""
+    """The kind of a server, and the answers that it has already given, by the path of the request."""
 
     kind: BackendKind
     answers: Mapping[str, tuple[int, bytes]]

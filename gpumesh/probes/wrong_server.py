@@ -13,6 +13,8 @@ from gpumesh.printable import printable
 from gpumesh.probes.http_client import parse_unix_url
 
 GREETING_TIMEOUT_S = 0.5
+GREETING_BYTES = 200  # of the first answer; the rest is not read
+BUFFER_BYTES = 1 << 12  # of a connection: asyncio reads no more in advance
 WRONG_SERVICE_HINT = "another service listens there: point `backend.port` or `backend.url` at the inference server"
 _SSH_PORT_HINT = (
     "that is a host's SSH port, which belongs under `ssh.port`: point `backend.port` at the inference server"
@@ -90,10 +92,10 @@ async def _read_greeting(url: httpx.URL) -> bytes:
     """The first bytes of the server's answer to a request in plain HTTP; empty if none come in time."""
     try:
         async with asyncio.timeout(GREETING_TIMEOUT_S):
-            reader, writer = await _connect(url, limit=1 << 12)
+            reader, writer = await _connect(url, limit=BUFFER_BYTES)
             try:
                 writer.write(b"GET / HTTP/1.0\r\n\r\n")
-                return await reader.read(200)
+                return await reader.read(GREETING_BYTES)
             finally:
                 writer.close()
     except (OSError, TimeoutError):

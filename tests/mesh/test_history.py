@@ -79,3 +79,13 @@ def test_a_host_that_shows_other_gpus_each_time_fills_no_memory_and_hides_no_oth
     history = recorder.history()
     assert history.gpu_utilization("GPU-1") == (50.0,) * 240
     assert len(history.gpus) <= MAX_OLD_SERIES + 2 * MAX_GPUS + 2
+
+
+def test_a_series_that_left_long_ago_is_not_pushed_out_by_the_length_of_others() -> None:
+    recorder = Recorder(steps=3 * MAX_OLD_SERIES)
+    recorder.add(replace(state(0.0, 50), nodes=(replace(state(0.0, 50).nodes[0], name="left first"),)))
+    for step in range(1, MAX_OLD_SERIES + 10):
+        recorder.add(replace(state(step * STEP_S, 50), nodes=(replace(state(0.0, 50).nodes[0], name="left later"),)))
+    for step in range(MAX_OLD_SERIES + 10, MAX_OLD_SERIES + 12):
+        recorder.add(state(step * STEP_S, 50))
+    assert [series.key for series in recorder.history().nodes] == ["left first", "left later", "one"]

@@ -1,4 +1,4 @@
-"""One inspection of one node: probes each route to its server by itself, and the free space where its models are."""
+"""Inspects one node once: probes each route to its server by itself, and the free disk space where its models are."""
 
 from __future__ import annotations
 

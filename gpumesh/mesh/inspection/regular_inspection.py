@@ -171,7 +171,7 @@ class RegularInspection:
             report = None
         finally:
             record.task = None
-            if record.route == route:
+            if record.route == route:  # a new route has its own time already
                 record.due_at = self._clock() + INTERVAL_S
         if report is not None and route == _route_of(node, despite_draining=True):
             record.report, record.reported_route = report, route

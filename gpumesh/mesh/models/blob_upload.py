@@ -26,7 +26,7 @@ class PieceQueue:
         return f"<PieceQueue {len(self._pieces)} pieces{', closed' if self._closed else ''}>"
 
     async def put(self, piece: bytes) -> None:
-        """Waits while the queue is full. Drops the piece when the queue is closed."""
+        """Adds a piece, and waits for room while the queue is full. Drops the piece if the queue is closed."""
         while len(self._pieces) >= QUEUED_PIECES and not self._closed:
             await self._wait_for_change()
         if not self._closed:

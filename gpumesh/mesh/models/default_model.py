@@ -30,8 +30,8 @@ def chat_models(state: MeshState, node: str | None = None) -> tuple[str, ...]:
 
 
 def choose_model(state: MeshState, node: str | None = None) -> str:
-    """The only chat model. Raises UsageError, which lists the models, if there are several, and NoNodeError if there is
-    none."""
+    """Returns the only chat model of the fleet, or of ``node``. Raises NoNodeError if there is none, and UsageError,
+    which lists the models, if there are several."""
     models = chat_models(state, node)
     if len(models) == 1:
         return models[0]

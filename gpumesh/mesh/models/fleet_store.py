@@ -185,7 +185,8 @@ class FleetStore:
         ]
 
     def usable_nodes(self, node: str | None) -> list[str]:
-        """The nodes that can be used now; only ``node`` if it is given. Raises NoNodeError if there are none."""
+        """The nodes that can be used now; if ``node`` is given, only this node. Raises NoNodeError if there are
+        none."""
         names = [
             candidate.name for candidate in self._candidates() if candidate.usable and node in (None, candidate.name)
         ]
@@ -194,7 +195,8 @@ class FleetStore:
         return names
 
     def nodes_with(self, model: str, node: str | None) -> list[str]:
-        """The usable nodes that have the model; only ``node`` if it is given. Raises NoNodeError and ModelMissing."""
+        """The usable nodes that have the model; if ``node`` is given, only this node. Raises NoNodeError and
+        ModelMissing."""
         usable = {candidate.name: candidate for candidate in self._candidates() if candidate.usable}
         names = [name for name in self.usable_nodes(node) if has_model(usable[name], model)]
         if not names:
@@ -250,14 +252,16 @@ class FleetStore:
         """Deletes a model from each node that has it, and returns the results, one for each node. A node that has the
         model and cannot be reached has an error as its result. Raises NoNodeError and ModelMissing."""
         nodes = self.nodes_with(model, node)
-        unreachable_results = []
+        unreachable_results: list[NodeResult] = []
         if node is None:
-            unreachable_results = [
-                failed_result(candidate.name, NoNodeError("it cannot be reached now", node=candidate.name))
-                for candidate in self._candidates()
-                if not candidate.usable and candidate.models is not None and has_model(candidate, model)
-            ]
-        return [*await self._change_stores(nodes, call, timeout_s), *unreachable_results]
+            unusable = [candidate for candidate in self._candidates() if not candidate.usable]
+            for candidate in unusable:
+                is_listed = candidate.models is not None and has_model(candidate, model)
+                if is_listed:
+                    error = NoNodeError("it cannot be reached now", node=candidate.name)
+                    unreachable_results.append(failed_result(candidate.name, error))
+        results = await self._change_stores(nodes, call, timeout_s)
+        return [*results, *unreachable_results]
 
     async def _change_stores(self, nodes: Sequence[str], call: HttpCall, timeout_s: float) -> list[NodeResult]:
         """Sends a request that changes the stores, then asks the nodes which models they have now."""

@@ -104,7 +104,11 @@ def add_context_lengths(rows: Sequence[ModelRow], lengths: Mapping[tuple[str, st
     """The rows with their context lengths. ``lengths`` are in tokens, by the names of node and model."""
 
     def find_length(row: ModelRow) -> int | None:
-        return next((lengths[node, row.name] for node in row.nodes if (node, row.name) in lengths), None)
+        for node in row.nodes:
+            length = lengths.get((node, row.name))
+            if length is not None:
+                return length
+        return None
 
     return [replace(row, context_length=find_length(row)) for row in rows]
 

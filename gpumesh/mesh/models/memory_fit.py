@@ -58,7 +58,7 @@ def find_largest_fits(state: MeshState) -> tuple[Fit, ...]:
 
 
 def format_fits(fits: tuple[Fit, ...]) -> str | None:
-    """A text such as ``a 14B Q4 fits on 2 nodes``; ``None`` for no fits."""
+    """A text such as ``a 14B Q4 fits on 2 nodes``; ``None`` if ``fits`` is empty."""
     if not fits:
         return None
     first, *more = fits

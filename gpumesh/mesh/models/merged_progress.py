@@ -61,6 +61,7 @@ class MergedProgress:
         return f"<MergedProgress {len(self._nodes)} nodes, {len(self.done)} done, {len(self.failures)} failed>"
 
     def add_step(self, node: str, step: StoreStep) -> None:
+        """Adds one step of a node: its success, the completed bytes of a layer, or another status."""
         progress = self._nodes[node]
         if step.status == SUCCESS:
             progress.done = True
@@ -68,7 +69,8 @@ class MergedProgress:
             self._add_layer(progress, step.digest, step.status, step.total_bytes, step.completed_bytes or 0)
         elif len(progress.statuses) < MAX_STEPS_PER_NODE:
             progress.statuses[step.status] = None
-            self._statuses.setdefault(step.status, _Status(at_first_node=not progress.layers))
+            comes_before_layers = not progress.layers
+            self._statuses.setdefault(step.status, _Status(at_first_node=comes_before_layers))
 
     def _add_layer(self, progress: _NodeProgress, digest: str, status: str, total: int, completed: int) -> None:
         """Notes how many bytes of a layer a node has. ``total`` counts only if no node has named the layer before."""

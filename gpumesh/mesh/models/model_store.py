@@ -102,6 +102,7 @@ class ModelStore:
             raise BackendError("the server ended the download without saying that it is complete", node=self.node)
 
     async def remove(self, model: str) -> None:
+        """Deletes the model from the node's disk."""
         await self._ask("DELETE", "/api/delete", {"model": model})
 
     async def load(self, model: str, *, embedder: bool, keep_alive: str | None) -> None:
@@ -116,6 +117,7 @@ class ModelStore:
             await self._ask("POST", "/api/generate", {**document, "stream": False})
 
     async def unload(self, model: str, *, embedder: bool) -> None:
+        """Removes the model from GPU memory. ``embedder`` as for ``load``."""
         await self.load(model, embedder=embedder, keep_alive="0")
 
     async def context_length(self, model: str) -> int | None:
@@ -128,6 +130,7 @@ class ModelStore:
 
 
 def json_call(method: str, path: str, document: Mapping[str, Any]) -> HttpCall:
+    """A request whose body is ``document`` as JSON."""
     return HttpCall(method, path, safe_json.dump_compact(document), JSON_HEADERS)
 
 
@@ -197,5 +200,6 @@ class _UrlAnswer:
 
 
 def _no_answer_error(error: Exception, node: str) -> BackendUnreachable:
+    """httpx's ``error`` as an error of ours."""
     reason = printable(str(error), 1000) or type(error).__name__
     return BackendUnreachable(f"no answer: {reason}", node=node)

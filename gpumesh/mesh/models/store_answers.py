@@ -163,9 +163,12 @@ def parse_context_length(document: Mapping[str, Any]) -> int | None:
     info = document.get("model_info")
     if not isinstance(info, dict):
         return None
-    values = (value for key, value in info.items() if str(key).endswith(".context_length"))
-    lengths = (safe_json.as_bounded_count(value, MAX_CONTEXT_TOKENS) for value in values)
-    return next((length for length in lengths if length), None)
+    for key, value in info.items():
+        if str(key).endswith(".context_length"):
+            length = safe_json.as_bounded_count(value, MAX_CONTEXT_TOKENS)
+            if length:
+                return length
+    return None
 
 
 def not_ollama_error(node: str) -> BackendError:

@@ -44,7 +44,7 @@ class UrlStores:
         self._topology = topology
 
     def of(self, node: NodeState) -> ModelStore:
-        """The node's store. Its server must be up."""
+        """The model store of a node, whose server must be up."""
         api_key_env = self._topology.node(node.name).backend.api_key_env
         url = node.backend.url or ""
         return ModelStore(node.name, over_url(self._client, url, node=node.name, api_key_env=api_key_env))
@@ -90,7 +90,7 @@ class UrlStores:
                 task.cancel()
             results = await asyncio.gather(*tasks, return_exceptions=True)
         for result in results:
-            if isinstance(result, Exception):
+            if isinstance(result, Exception):  # not a server's fault: a missing API key, for example
                 raise result
         return lengths
 

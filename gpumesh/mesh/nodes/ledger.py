@@ -53,9 +53,9 @@ class Ledger:
         """The sessions whose last request came to this node, the oldest first."""
         self.served = self.failed = self.cancelled = 0
         self.attempt_outcomes: Counter[Outcome] = Counter()
-        """How the attempts that took a slot ended."""
+        """The number of attempts that took a slot, by the outcome of the attempt."""
         self.last_release_at = clock()
-        dialect = find_dialect(spec.kind)
+        dialect = find_dialect(spec.kind)  # None for kind auto: the server may turn out to be Ollama
         learns_from_durations = dialect is None or dialect.parallelism is ParallelismSource.DURATIONS
         self._learns_limit = spec.max_parallel is None and learns_from_durations
         self._clock = clock
@@ -95,7 +95,8 @@ class Ledger:
         self.sessions.pop(session, None)
         self.sessions[session] = None
         while len(self.sessions) > MAX_SESSIONS:
-            self.sessions.pop(next(iter(self.sessions)))
+            oldest_session = next(iter(self.sessions))
+            del self.sessions[oldest_session]
 
     # -- the end of a lease --------------------------------------------------------------------------------------
 
@@ -184,7 +185,7 @@ class Ledger:
 
         Called when the server does not answer probes. A server process that hangs closes no connection, so these
         requests would wait until their deadline."""
-        for lease in list(self._slot_leases):
+        for lease in list(self._slot_leases):  # a copy, because an aborted attempt may release its lease
             if lease.can_move is not None and lease.can_move():
                 lease.abort_attempt()
 

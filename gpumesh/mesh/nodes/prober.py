@@ -67,6 +67,7 @@ class NodeReports:
         dialect = find_dialect(self.kind)
         learns_limit = dialect is not None and dialect.parallelism is ParallelismSource.DURATIONS
         backend_is_up = self.backend is not None and self.backend.state.state is BackendPhase.UP
+        # The only way to set the fields of a frozen dataclass.
         object.__setattr__(self, "learns_limit", learns_limit)
         object.__setattr__(self, "backend_is_up", backend_is_up)
 

@@ -68,4 +68,5 @@ class Smoothed:
         old_mean = self.values.pop(name, None)
         self.values[name] = value if old_mean is None else old_mean + SMOOTHING * (value - old_mean)
         while len(self.values) > self._max_names:
-            self.values.pop(next(iter(self.values)))
+            oldest_name = next(iter(self.values))
+            del self.values[oldest_name]
