@@ -31,7 +31,7 @@ def is_web_page(body: bytes) -> bool:
 
 
 def describe_web_page(body: bytes) -> str:
-    """A web page by its title: ``a web page, "Open WebUI"``."""
+    """Describes a web page by its title, if it has one: ``a web page, "Open WebUI"``."""
     match = _TITLE.search(body[:TITLE_BYTES])
     if match is None:
         return "a web page"

@@ -145,10 +145,9 @@ def as_text(value: Any) -> str | None:
 
 def as_count(value: Any) -> int | None:
     """A count or a size: a number from 0 up, without its fraction; ``None`` for any other value."""
-    number = as_number(value)
-    if number is None:
+    if as_number(value) is None:
         return None
-    return int(value)  # of the value itself: a float cannot hold every count
+    return int(value)  # not of the float that as_number returns: a float cannot hold every count
 
 
 def as_number(value: Any) -> float | None:

@@ -57,24 +57,21 @@ def select_candidates(candidates: Sequence[Candidate], demand: Demand, *, exclud
     free: list[Candidate] = []
     busy: list[Candidate] = []
     for candidate in candidates:
-        if not _can_serve(candidate, demand) or candidate.name in exclude:
+        if not candidate.usable or not meets_demand(candidate, demand) or candidate.name in exclude:
             continue
-        has_slot = not demand.needs_slot or candidate.limit is None or loads[gpu_group(candidate)] < candidate.limit
-        if has_slot:
+        limit = candidate.limit if demand.needs_slot else None
+        if limit is None or loads[gpu_group(candidate)] < limit:
             free.append(candidate)
         else:
             busy.append(candidate)
     return Selection(tuple(free), tuple(busy))
 
 
-def _can_serve(candidate: Candidate, demand: Demand) -> bool:
-    """Whether the node can serve the demand, now or as soon as it has a free slot."""
-    return (
-        candidate.usable
-        and candidate.kind in demand.kinds
-        and (demand.node is None or candidate.name == demand.node)
-        and has_model(candidate, demand.model)
-    )
+def meets_demand(candidate: Candidate, demand: Demand) -> bool:
+    """Whether the node could serve the demand while it is usable and has a free slot: the node itself, the kind of its
+    server, and its models are the demanded ones."""
+    is_allowed = demand.node is None or candidate.name == demand.node
+    return is_allowed and candidate.kind in demand.kinds and has_model(candidate, demand.model)
 
 
 def gpu_group(candidate: Candidate) -> str:

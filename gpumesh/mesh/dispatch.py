@@ -16,7 +16,7 @@ from random import Random
 from gpumesh.balancer.base import Candidate, Demand
 from gpumesh.balancer.policies import POLICIES
 from gpumesh.balancer.queue import WaitQueue
-from gpumesh.balancer.select import gpu_group, has_model, no_node_error, select_candidates
+from gpumesh.balancer.select import gpu_group, meets_demand, no_node_error, select_candidates
 from gpumesh.errors import DeadlineExceeded, QueueFull
 from gpumesh.mesh.nodes.fleet import Fleet
 from gpumesh.mesh.nodes.lease import Lease
@@ -122,14 +122,11 @@ class Dispatcher:
 
     def _any_may_recover(self, candidates: Sequence[Candidate], demand: Demand, exclude: frozenset[str]) -> bool:
         """Whether any of these nodes is away now, may come back in a moment, and could then serve this demand."""
-        return any(
-            self._fleet[candidate.name].may_recover
-            and candidate.name not in exclude
-            and candidate.kind in demand.kinds
-            and demand.node in (None, candidate.name)
-            and has_model(candidate, demand.model)
-            for candidate in candidates
-        )
+        for candidate in candidates:
+            may_recover = candidate.name not in exclude and self._fleet[candidate.name].may_recover
+            if may_recover and meets_demand(candidate, demand):
+                return True
+        return False
 
     # -- slots ---------------------------------------------------------------------------------------------------
 
@@ -264,7 +261,8 @@ class Dispatcher:
 def _return_grant(waiter: _Waiter) -> None:
     """Gives back a slot that was granted in the same moment in which the request left the queue."""
     granted = waiter.granted
-    if granted.done() and not granted.cancelled() and granted.exception() is None:
+    has_lease = granted.done() and not granted.cancelled() and granted.exception() is None
+    if has_lease:
         granted.result().discard()
 
 

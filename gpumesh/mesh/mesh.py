@@ -231,7 +231,8 @@ class Mesh:
 
     def usable_nodes(self, kinds: frozenset[BackendKind] = frozenset(BackendKind)) -> tuple[str, ...]:
         """The names of the nodes of these kinds that take requests now, or as soon as they have a free slot."""
-        return tuple(node.name for node in self.fleet.candidates() if node.usable and node.kind in kinds)
+        usable = [candidate for candidate in self.fleet.candidates() if candidate.usable]
+        return tuple(candidate.name for candidate in usable if candidate.kind in kinds)
 
     def local_ports(self) -> frozenset[int]:
         """The ports of this machine behind which a node's server answers."""

@@ -110,7 +110,7 @@ def _describe_error(error: Exception) -> str:
 
 
 def _list_causes(error: BaseException) -> Iterator[BaseException]:
-    """The error itself, then its causes."""
+    """Yields the error itself, then the error that caused it, and so on."""
     cause: BaseException | None = error
     while cause is not None:
         yield cause

@@ -20,7 +20,8 @@ _ROW = re.compile(rb"\s[0-9]{1,15}\s+[0-9]{1,15}\s+(-?[0-9]{1,15})\s+[0-9]{1,3}%
 def read_free_mib(output: bytes) -> int | None:
     """The available space in MiB from the output of ``df -Pk`` for one disk; ``None`` for any other output. Never
     raises."""
-    available_kib = _ROW.findall(output[:OUTPUT_BYTES])
-    if len(available_kib) != 1:
+    rows = _ROW.findall(output[:OUTPUT_BYTES])
+    if len(rows) != 1:
         return None
-    return max(int(available_kib[0]), 0) // 1024
+    (available_kib,) = rows
+    return max(int(available_kib), 0) // 1024

@@ -22,6 +22,7 @@ GPU_LOST = 15
 MISMATCH = 18
 NOT_EXECUTABLE, NOT_FOUND = 126, 127
 
+_NOT_FOUND_TEXTS = ("not found", "no such file", "not recog")  # of shells; the last one is Windows' "not recognized"
 _LOST = re.compile(r"unable to determine the device handle|gpu is lost|gpu has fallen off the bus", re.IGNORECASE)
 # Texts that mean a failure even with status 0, with which every call ends under WSL and in wrapper scripts.
 _FAILED_WITH_STATUS_0 = re.compile(
@@ -81,7 +82,7 @@ def classify_failure(answer: CommandOutput) -> SmiFailure | None:
         return _driver_failure(text)
     if status == NO_DRIVER or "nvidia-smi has failed" in lower:
         return _driver_failure(text)
-    if status in (NOT_FOUND, NOT_EXECUTABLE) or "not found" in lower or "no such file" in lower or "not recog" in lower:
+    if status in (NOT_FOUND, NOT_EXECUTABLE) or any(part in lower for part in _NOT_FOUND_TEXTS):
         return SmiFailure(
             "nvidia-smi-missing",
             "nvidia-smi is not installed there, or not on any usual path",

@@ -64,8 +64,8 @@ MAX_C = 300
 MAX_FAN_PCT = 200  # by NVML's documentation this is the intended speed, which may be above 100
 MAX_INDEX = 1023
 MAX_PID = (1 << 32) - 1
-_NUMBER = re.compile(r"([+-]?[0-9]{1,12}(?:\.[0-9]{1,9})?)(?: ?(?:MiB|W|%|MHz|C))?")
-_HEX = re.compile(r"0x([0-9a-fA-F]{1,16})")
+_NUMBER = re.compile(r"(?P<number>[+-]?[0-9]{1,12}(?:\.[0-9]{1,9})?)(?: ?(?:MiB|W|%|MHz|C))?")
+_MASK = re.compile(r"0x(?P<digits>[0-9a-fA-F]{1,16})")
 _DRIVER = re.compile(r"[0-9A-Za-z][0-9A-Za-z._+-]{0,39}")
 _PSTATE = re.compile(r"P[0-9]{1,2}")
 _ERROR_VALUES = ("err!", "unknown error")
@@ -206,8 +206,8 @@ def _read_gpu(row: Mapping[str, str], position: int, hostname: str | None) -> Gp
 def _read_text(value: str | None, limit: int) -> str | None:
     """The text, cut to ``limit`` characters; ``None`` for the different ways to write "not available"."""
     text = printable(value or "")
-    lower = text.lower()
-    if not text or lower in ("n/a", "err!", "unknown error") or (text.startswith("[") and text.endswith("]")):
+    is_in_brackets = text.startswith("[") and text.endswith("]")  # [N/A], [Not Supported], …
+    if not text or is_in_brackets or text.lower() in ("n/a", *_ERROR_VALUES):
         return None
     return printable(text, limit)
 
@@ -215,7 +215,7 @@ def _read_text(value: str | None, limit: int) -> str | None:
 def _read_float(value: str) -> float | None:
     """The number, without its unit; ``None`` for any other text."""
     match = _NUMBER.fullmatch(value.strip())
-    return float(match[1]) if match else None
+    return float(match["number"]) if match else None
 
 
 def _read_int(value: str) -> int | None:
@@ -248,10 +248,10 @@ def _read_pstate(value: str | None) -> str | None:
 def _read_throttle(value: str) -> str | None:
     """The reasons for lower clocks, joined by commas, from a hexadecimal mask of NVML's bits. ``IDLE`` or ``NONE`` if
     the clocks are not limited; ``None`` for a text that is no mask."""
-    match = _HEX.fullmatch(value)
+    match = _MASK.fullmatch(value)
     if not match:
         return None
-    mask = int(match[1], 16)
+    mask = int(match["digits"], 16)
     reasons = [reason for bit, reason in _THROTTLE_REASONS if mask & bit]
     if reasons:
         return ",".join(reasons)

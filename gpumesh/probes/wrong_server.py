@@ -37,11 +37,8 @@ async def identify_wrong_server(url: str) -> ProbeError | None:
     greeting = await _read_greeting(parsed_url)
     if greeting.startswith(b"HTTP/"):
         return None if parsed_url.scheme == "http" else wrong_scheme_error(url)
-    if (
-        parsed_url.scheme == "http"
-        and (not greeting or greeting.startswith(_TLS_ALERT))
-        and await _accepts_tls(parsed_url)
-    ):
+    may_speak_tls = not greeting or greeting.startswith(_TLS_ALERT)
+    if parsed_url.scheme == "http" and may_speak_tls and await _accepts_tls(parsed_url):
         return wrong_scheme_error(url)
     text = printable(greeting, 60)
     if not text:

@@ -187,9 +187,8 @@ class FleetStore:
     def usable_nodes(self, node: str | None) -> list[str]:
         """The nodes that can be used now; if ``node`` is given, only this node. Raises NoNodeError if there are
         none."""
-        names = [
-            candidate.name for candidate in self._candidates() if candidate.usable and node in (None, candidate.name)
-        ]
+        usable_names = [candidate.name for candidate in self._candidates() if candidate.usable]
+        names = [name for name in usable_names if node in (None, name)]
         if not names:
             raise no_node_error(self._mesh.candidates(), Demand(None, KINDS_WITH_MODEL_STORE, node))
         return names

@@ -91,8 +91,8 @@ class ModelStore:
     # -- operations ----------------------------------------------------------------------------------------------
 
     async def pull(self, model: str) -> AsyncGenerator[StoreStep]:
-        """Yields the steps of a download until the node has the model. Closing the generator stops the download; the
-        next one continues from there."""
+        """Downloads the model to the node, and yields the steps until the node has it. Closing the generator stops the
+        download; the next pull continues where it stopped."""
         last_step: StoreStep | None = None
         async with aclosing(self.follow(json_call("POST", "/api/pull", {"model": model}))) as steps:
             async for step in steps:
