@@ -131,8 +131,8 @@ class Dispatcher:
     # -- slots ---------------------------------------------------------------------------------------------------
 
     def acquire_now(self, demand: Demand, exclude: frozenset[str]) -> Lease | None:
-        """Takes a free slot on the best node for this demand; ``None`` if there is none."""
-        if self._queue.entries:  # the waiting requests choose first among the free slots
+        """Takes a slot that is free now, on the best node for this demand. Returns ``None`` if there is none."""
+        if self._queue.entries:  # the requests that wait already choose first among the free slots
             self.grant_waiting()
         return self._take_slot(demand, exclude, self._fleet.candidates())
 
