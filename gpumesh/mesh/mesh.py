@@ -316,10 +316,11 @@ class Mesh:
         timeout_s: float | None = None,
         resume: bool = True,
     ) -> ChatStream:
-        """Starts a chat with a model. The result yields the chunks of the answer as they come. It is also an async
-        context manager: an early exit stops the generation on the host. If an answer is cut, another node continues it,
-        unless ``resume`` is false.
+        """Starts a chat. ``request`` is the name of a model, with ``messages``, or a whole ChatRequest. A text as
+        ``messages`` is one message of the user.
 
+        The result yields the chunks of the answer as they come. It is also an async context manager: an early exit
+        stops the generation on the host. If an answer is cut, another node continues it, unless ``resume`` is false.
         The first iteration raises the errors of ``send``, and BackendStatus for a request that the server refuses.
         """
         if isinstance(request, str):

@@ -113,7 +113,7 @@ class StoreOperation:
         ]
         for task in tasks:
             task.add_done_callback(lambda _: self._changed.set())
-        self._changed.set()
+        self._changed.set()  # notes that were added before the start are yielded at once
         try:
             all_ended = False
             while not all_ended:

@@ -162,7 +162,7 @@ class Prober:
             api_key = read_api_key(self._spec)
         except SecretMissing as error:
             self.reports = replace(self.reports, missing_secret=error)
-            self._first_round_done.set()
+            self._first_round_done.set()  # without its key, the server cannot be asked in this round
             self._on_report()
             return
         report = await probe_backend(
