@@ -21,7 +21,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from gpumesh.lab import profile
+from gpumesh.lab import demo_hosts
 from gpumesh.lab.lab import Lab
 
 BARE = "python -c pass"
@@ -59,7 +59,7 @@ async def measure_on_mesh(rounds: int) -> dict[str, list[float]]:
         folder = Path(name)
         private = {"HOME": name, "XDG_RUNTIME_DIR": name, "GPUMESH_CONFIG": str(folder / "mesh.yaml")}
         environment = {"PATH": os.environ.get("PATH", os.defpath), "LANG": "C.UTF-8", **private}
-        async with Lab(profile.make_hosts(3, load_s=0.0), folder) as lab:
+        async with Lab(demo_hosts.make_hosts(3, load_s=0.0), folder) as lab:
             lab.write_config(folder / "mesh.yaml", listen="127.0.0.1:0", default_model="qwen2.5:7b")
             subprocess.run([GPUMESH, "--quiet", "up", "-d"], env=environment, check=True)
             try:

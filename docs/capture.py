@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.terminal_theme import MONOKAI
 from rich.text import Text
 
-from gpumesh.lab import profile
+from gpumesh.lab import demo_hosts, profile
 from gpumesh.lab.lab import Lab
 
 DOCS = Path(__file__).resolve().parent
@@ -80,7 +80,7 @@ def a_dead_port() -> int:
 
 async def working_mesh(folder: Path) -> dict[str, str]:
     """Three hosts at work, one of them ill."""
-    async with Lab(profile.make_hosts(3), folder) as lab:
+    async with Lab(demo_hosts.make_hosts(3), folder) as lab:
         terminal = Terminal(folder, lab.write_config(folder / "mesh.yaml", default_model="qwen2.5:7b"))
         up = await terminal.run("gpumesh up -d")
         prompts = folder / "prompts.txt"

@@ -16,7 +16,7 @@ import gpumesh
 from gpumesh.backends.base import ChatRequest, Message
 from gpumesh.balancer.base import Priority
 from gpumesh.errors import GPUMeshError
-from gpumesh.lab import profile
+from gpumesh.lab import demo_hosts
 from gpumesh.lab.lab import Lab
 
 
@@ -64,7 +64,7 @@ async def main(file: str | None = None, model: str | None = None) -> None:
         await talk(Path(file), model)
         return
     with tempfile.TemporaryDirectory() as folder:
-        async with Lab(profile.make_hosts(2, load_s=0.2), Path(folder)) as lab:
+        async with Lab(demo_hosts.make_hosts(2, load_s=0.2), Path(folder)) as lab:
             await talk(lab.write_config(Path(folder) / "mesh.yaml"), None)
 
 

@@ -1,3 +1,4 @@
-"""Simulated GPU hosts to develop, demonstrate and test against: a real SSH server, an nvidia-smi and a stand-in for
-Ollama, over real sockets. All names show that they are simulated (host names ``sim-…``, versions ``…-lab``). This room
-runs no inference and no shell. Only the demo, the benchmarks and the tests may import it."""
+"""Simulated GPU hosts for demos, benchmarks and tests: a real SSH server, an nvidia-smi, stand-ins for Ollama and vLLM.
+
+All connections use real sockets. All names show that they are simulated (host names ``sim-…``, versions ``…-lab``).
+Nothing here runs a model or a real shell. Only the demo, the benchmarks and the tests may import this room."""

@@ -1,4 +1,4 @@
-"""Plans the answer of a stand-in to a request, for all APIs. Pure."""
+"""Plans the answer of a simulated server to a request, for all APIs: text, thinking, tool call or JSON. Pure."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gpumesh.lab.profile import HostProfile, ModelProfile
 
 
 class ApiError(Exception):
-    """The answer to the request is this status and this message, in the form of the request's API."""
+    """Refuses a request: the answer is this HTTP status and this message, in the form of the request's API."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
@@ -22,7 +22,10 @@ class ApiError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """A request for an answer. A chat has ``messages``, a raw prompt has ``prompt``: one of the two is set."""
+    """A request for an answer, the same for all APIs. A chat has ``messages``; otherwise ``prompt`` is a raw prompt.
+
+    ``options``, ``keep_alive``, ``think`` and ``format`` are as in Ollama's API.
+    """
 
     model: ModelProfile
     name: str
@@ -44,8 +47,11 @@ class ToolCall:
 
 @dataclass(frozen=True, slots=True)
 class PlannedAnswer:
-    """A whole answer as tokens: first ``thinking``, then ``tokens`` of text. A tool call's tokens are those of its
-    JSON."""
+    """A whole answer as tokens: first ``thinking``, then ``tokens`` of text.
+
+    If ``tool`` is set, the answer is a tool call, and ``tokens`` are those of its JSON. ``prompt`` is the rendered
+    prompt. ``done_reason`` is ``stop``, or ``length`` if a limit has cut the answer.
+    """
 
     prompt: str
     thinking: tuple[str, ...]
@@ -55,56 +61,72 @@ class PlannedAnswer:
 
     @property
     def total(self) -> int:
-        """Number of tokens."""
+        """The number of all tokens, those of thinking too."""
         return len(self.thinking) + len(self.tokens)
 
 
 def render_request(request: GenerationRequest) -> str:
+    """The prompt that the model gets: a chat as its template renders it, or the raw prompt itself."""
     if request.messages is not None:
         return text.render_messages(request.messages, continues=request.model.continues)
     return request.prompt or ""
 
 
 def plan_answer(request: GenerationRequest, profile: HostProfile) -> PlannedAnswer:
-    """The answer of the model. Raises ApiError where Ollama refuses a request before it generates."""
+    """Plans the whole answer of the request's model. Raises ApiError if Ollama would refuse the request.
+
+    The answer is a tool call, a JSON document (``request.format``) or text.
+    """
     prompt = render_request(request)
-    options = request.options
-    seed = options.get("seed")
-    num_predict = options.get("num_predict")
+    num_predict = request.options.get("num_predict")
     limit = num_predict if isinstance(num_predict, int) and num_predict >= 0 else None
-    stop = options.get("stop") or ()
-    generated = text.generate_text(
+    answer = _generate_text(request, prompt, limit, profile.answer_tokens)
+    tool = _plan_tool_call(request, answer.tokens)
+    if tool is not None:
+        answer = _json_answer({"name": tool.name, "arguments": dict(tool.arguments)}, limit)
+        if answer.done_reason == "length":
+            tool = None  # an incomplete call is no call: the client gets its tokens as text
+    elif request.format:
+        words = [token.strip() for token in answer.tokens] or ["nothing"]
+        if request.format == "json":
+            answer = _json_answer({"answer": " ".join(words[:12])}, limit)
+        else:
+            answer = _json_answer(text.make_schema_example(request.format, words), limit)
+    thinking: tuple[str, ...] = ()
+    if _should_think(request) and not prompt.endswith("</think>"):
+        thinking = text.generate_text(f"{prompt}<think>", model=request.model.name, num_predict=12).tokens
+    return PlannedAnswer(prompt, thinking, answer.tokens, tool, answer.done_reason)
+
+
+def _generate_text(
+    request: GenerationRequest, prompt: str, limit: int | None, length_range: tuple[int, int]
+) -> text.GeneratedText:
+    """Generates text with the request's ``seed`` and ``stop``. ``limit`` (tokens) and ``length_range`` (words)."""
+    seed = request.options.get("seed")
+    stop = request.options.get("stop") or ()
+    return text.generate_text(
         prompt,
         model=request.model.name,
         seed=seed if isinstance(seed, int) else 0,
         num_predict=limit,
-        length_range=profile.answer_tokens,
-        stop=(stop,) if isinstance(stop, str) else tuple(str(mark) for mark in stop),
+        length_range=length_range,
+        stop=(stop,) if isinstance(stop, str) else tuple(str(sequence) for sequence in stop),
     )
-    tool = _plan_tool_call(request, generated.tokens)
-    if tool is not None:
-        tokens = text.split_tokens(
-            json.dumps({"name": tool.name, "arguments": dict(tool.arguments)}, ensure_ascii=False)
-        )
-        generated = _cut_at_limit(tokens, limit)
-        tool = tool if generated.done_reason == "stop" else None
-    elif request.format:
-        words = [token.strip() for token in generated.tokens] or ["nothing"]
-        document = (
-            {"answer": " ".join(words[:12])}
-            if request.format == "json"
-            else text.make_schema_example(request.format, words)
-        )
-        generated = _cut_at_limit(text.split_tokens(json.dumps(document, ensure_ascii=False)), limit)
-    thinking: tuple[str, ...] = ()
-    if _should_think(request) and not prompt.endswith("</think>"):
-        thinking = text.generate_text(f"{prompt}<think>", model=request.model.name, num_predict=12).tokens
-    return PlannedAnswer(prompt, thinking, generated.tokens, tool, generated.done_reason)
+
+
+def _json_answer(document: Any, limit: int | None) -> text.GeneratedText:
+    """The document's JSON as tokens, at most ``limit`` tokens."""
+    tokens = text.split_tokens(json.dumps(document, ensure_ascii=False))
+    if limit is not None and len(tokens) > limit:
+        return text.GeneratedText(tokens[:limit], "length")
+    return text.GeneratedText(tokens, "stop")
 
 
 def _should_think(request: GenerationRequest) -> bool:
-    """Whether the model thinks first. A thinking model does so by default. Raises ApiError if another model is asked to
-    think."""
+    """Whether the model thinks before its answer. A thinking model does so in a chat, unless ``think`` is false.
+
+    It does not think when it continues an answer. Raises ApiError if the request asks another model to think.
+    """
     if request.think and not request.model.thinking:
         raise ApiError(400, f'"{request.name}" does not support thinking')
     continues_answer = bool(request.messages and request.messages[-1].get("role") == "assistant")
@@ -113,19 +135,16 @@ def _should_think(request: GenerationRequest) -> bool:
 
 
 def _plan_tool_call(request: GenerationRequest, answer_tokens: tuple[str, ...]) -> ToolCall | None:
-    """A call of the first tool if the last message is the user's; otherwise ``None``. ``answer_tokens`` become the
-    arguments' texts."""
+    """Plans a call of the request's first tool if the last message is the user's; otherwise returns ``None``.
+
+    ``answer_tokens`` become the texts in the call's arguments. Raises ApiError if the model has no tools.
+    """
     if not request.tools or not request.messages or request.messages[-1].get("role") != "user":
         return None
     if not request.model.tools:
         raise ApiError(400, f"registry.ollama.ai/library/{request.name} does not support tools")
-    function = request.tools[0].get("function") or request.tools[0]
-    schema = function.get("parameters") or function.get("input_schema") or {}
+    tool = request.tools[0]
+    function = tool.get("function") or tool  # OpenAI's chats and Ollama have ``function``
+    schema = function.get("parameters") or function.get("input_schema") or {}  # ``input_schema``: Anthropic's
     arguments = text.make_schema_example(schema, [token.strip() for token in answer_tokens])
     return ToolCall(str(function.get("name", "tool")), arguments if isinstance(arguments, dict) else {})
-
-
-def _cut_at_limit(tokens: tuple[str, ...], limit: int | None) -> text.GeneratedText:
-    if limit is not None and len(tokens) > limit:
-        return text.GeneratedText(tokens[:limit], "length")
-    return text.GeneratedText(tokens, "stop")

@@ -1,6 +1,6 @@
-"""Moves bytes between asyncio and paramiko's channels, without a thread for each channel. For the simulated SSH server.
+"""Moves bytes between asyncio and paramiko's channels without a thread per channel, for the simulated SSH server.
 
-A channel's ``fileno`` tells the event loop when there are bytes to read. The loop itself sends, and must not wait. So
+A channel's ``fileno`` tells the event loop when there are bytes to read. The loop also sends, and must never wait. So
 if a channel's window is full, or if a client does not read, the loop tries again a few milliseconds later. Until then,
 the source of the bytes is paused.
 """
@@ -17,30 +17,34 @@ from typing import cast
 import paramiko
 
 READ_SIZE = 1 << 16  # bytes of one read, and of one send
-HIGH_WATER = 1 << 18  # bytes that are not sent yet; with more, the source should pause
-RETRY_S = 0.003
+HIGH_WATER = 1 << 18  # bytes of a channel that are not sent yet; with so many, the source should pause
+LOW_WATER = HIGH_WATER // 2  # with fewer bytes that are not sent yet, the source may go on
+RETRY_S = 0.003  # seconds between two attempts to send: paramiko has no call-back for a window that opens
 
 
 class ChannelIo:
-    """One channel on the event loop. ``on_data`` gets the client's bytes; at their end it gets empty bytes, once."""
+    """Reads and writes one channel on the event loop, without waiting.
+
+    ``on_data`` is called with each piece of the client's bytes, and once with empty bytes at their end.
+    """
 
     def __init__(self, channel: paramiko.Channel, on_data: Callable[[bytes], None]) -> None:
         self._channel = channel
         self._on_data = on_data
         self._loop = asyncio.get_running_loop()
-        self._out = bytearray()
-        self._errors = bytearray()
-        self._eof_pending = False  # the end is sent after the bytes that are left
-        self._retry: asyncio.TimerHandle | None = None
-        self._drained = asyncio.Event()
+        self._unsent_stdout = bytearray()
+        self._unsent_stderr = bytearray()
+        self._eof_pending = False  # the end is sent after the bytes that are not sent yet
+        self._retry_timer: asyncio.TimerHandle | None = None
+        self._drained = asyncio.Event()  # set when fewer bytes than LOW_WATER are unsent, or the channel is closed
         self._drained.set()
         self._reading = False
         self._closed = False
         channel.settimeout(0.0)
         sock = channel.get_transport().sock
-        self._poll = select.poll()
-        self._poll.register(sock.fileno(), select.POLLOUT)
-        self._fd = channel.fileno()
+        self._connection_poll = select.poll()  # tells whether the connection's socket takes bytes
+        self._connection_poll.register(sock.fileno(), select.POLLOUT)
+        self._channel_fd = channel.fileno()
         self.resume()
 
     @property
@@ -48,27 +52,36 @@ class ChannelIo:
         """Whether this side, the client or the end of the connection has closed the channel."""
         return self._closed or self._channel.closed
 
+    @property
+    def _unsent_bytes(self) -> int:
+        return len(self._unsent_stdout) + len(self._unsent_stderr)
+
     def resume(self) -> None:
+        """Starts to read, or reads again after ``pause``."""
         if not self._reading and not self._closed:
             self._reading = True
-            self._loop.add_reader(self._fd, self._readable)
+            self._loop.add_reader(self._channel_fd, self._read)
 
     def pause(self) -> None:
+        """Stops to read: the client's next bytes stay in the channel, whose window then stops the client."""
         if self._reading:
             self._reading = False
-            self._loop.remove_reader(self._fd)
+            self._loop.remove_reader(self._channel_fd)
 
     def write(self, data: bytes, *, error: bool = False) -> bool:
-        """Sends ``data``, and keeps the part that cannot be sent yet. False: the caller should pause and
-        ``wait_drained``. ``error``: ``data`` goes to standard error."""
+        """Sends ``data``, and keeps the bytes that the channel does not take yet.
+
+        Returns false if the caller should pause and ``wait_drained``. ``error``: ``data`` goes to standard error.
+        """
         if not self.closed:
-            (self._errors if error else self._out).extend(data)
+            buffer = self._unsent_stderr if error else self._unsent_stdout
+            buffer.extend(data)
             self._flush()
-        return len(self._out) + len(self._errors) < HIGH_WATER
+        return self._unsent_bytes < HIGH_WATER
 
     async def wait_drained(self) -> None:
-        """Waits until little is left to send. Raises ``ConnectionError`` when the channel is closed."""
-        while not self.closed and len(self._out) + len(self._errors) >= HIGH_WATER // 2:
+        """Waits until the source may write again. Raises ``ConnectionError`` when the channel is closed."""
+        while not self.closed and self._unsent_bytes >= LOW_WATER:
             self._drained.clear()
             await self._drained.wait()
         if self.closed:
@@ -76,27 +89,29 @@ class ChannelIo:
 
     async def wait_flushed(self) -> None:
         """Waits until all bytes are sent, or the channel is closed."""
-        while (self._out or self._errors) and not self.closed:
+        while self._unsent_bytes and not self.closed:
             self._drained.clear()
             await self._drained.wait()
 
     def write_eof(self) -> None:
-        """Ends this side's bytes, after those that are still to be sent."""
+        """Tells the client that no more bytes come, as soon as the unsent bytes are sent."""
         self._eof_pending = True
         self._flush()
 
     def close(self) -> None:
+        """Closes the channel at once. Unsent bytes are lost."""
         if self._closed:
             return
         self.pause()
         self._closed = True
-        if self._retry is not None:
-            self._retry.cancel()
+        if self._retry_timer is not None:
+            self._retry_timer.cancel()
         self._drained.set()
         with contextlib.suppress(OSError, EOFError, paramiko.SSHException):
             self._channel.close()
 
-    def _readable(self) -> None:
+    def _read(self) -> None:
+        """Passes the next bytes to ``on_data``. The event loop calls this when the channel has bytes or has ended."""
         try:
             data = self._channel.recv(READ_SIZE)
         except TimeoutError:  # there was nothing to read
@@ -104,49 +119,99 @@ class ChannelIo:
         except OSError:
             data = b""
         if not data:
-            self.pause()  # after the end, the pipe would stay readable for ever
+            self.pause()  # after the end, the channel's file descriptor would stay readable for ever
         self._on_data(data)
 
     def _flush(self) -> None:
-        if self._retry is not None:
-            self._retry.cancel()
-            self._retry = None
+        """Sends what the channel takes now, and calls itself again in a moment if bytes are left."""
+        if self._retry_timer is not None:
+            self._retry_timer.cancel()
+            self._retry_timer = None
         try:
-            while (self._out or self._errors) and not self.closed:
-                # Without this check, paramiko would block the event loop while the client does not read.
-                if not self._poll.poll(0):
-                    raise TimeoutError
-                if self._errors:
-                    del self._errors[: self._channel.send_stderr(bytes(self._errors[:READ_SIZE]))]
-                else:
-                    del self._out[: self._channel.send(bytes(self._out[:READ_SIZE]))]
+            self._send_unsent_bytes()
         except TimeoutError:
-            self._retry = self._loop.call_later(RETRY_S, self._flush)
+            self._retry_timer = self._loop.call_later(RETRY_S, self._flush)
         except (OSError, EOFError, paramiko.SSHException):
             self.close()
             return
         if self.closed:
-            self._out.clear()
-            self._errors.clear()
-        if len(self._out) + len(self._errors) < HIGH_WATER // 2:
+            self._unsent_stdout.clear()
+            self._unsent_stderr.clear()
+        if self._unsent_bytes < LOW_WATER:
             self._drained.set()
-        if self._eof_pending and not self._out and not self._errors and not self.closed:
+        if self._eof_pending and not self._unsent_bytes and not self.closed:
             self._eof_pending = False
             with contextlib.suppress(OSError, EOFError, paramiko.SSHException):
                 self._channel.shutdown_write()
 
+    def _send_unsent_bytes(self) -> None:
+        """Sends all unsent bytes, standard error first. Raises ``TimeoutError`` when no more can be sent now."""
+        while self._unsent_bytes and not self.closed:
+            # Without this check, paramiko would block the event loop while the client does not read.
+            if not self._connection_poll.poll(0):
+                raise TimeoutError
+            if self._unsent_stderr:
+                sent = self._channel.send_stderr(bytes(self._unsent_stderr[:READ_SIZE]))
+                del self._unsent_stderr[:sent]
+            else:
+                sent = self._channel.send(bytes(self._unsent_stdout[:READ_SIZE]))
+                del self._unsent_stdout[:sent]
+
+
+class ChannelStreams:
+    """The standard streams of a command (``shell.StandardStreams``) on its session channel."""
+
+    def __init__(self, channel: paramiko.Channel) -> None:
+        self._channel = channel
+        self._input: asyncio.Queue[bytes] = asyncio.Queue()
+        self._io = ChannelIo(channel, self._add_input)
+
+    def _add_input(self, data: bytes) -> None:
+        self._input.put_nowait(data)
+        self._io.pause()  # bytes that the command does not read fill the channel's window
+
+    async def read(self) -> bytes:
+        if self._input.empty():
+            self._io.resume()
+        data = await self._input.get()
+        if not data:
+            self._input.put_nowait(b"")  # each later read also finds the end of the input
+        return data
+
+    async def write(self, data: bytes, *, error: bool = False) -> None:
+        if not self._io.write(data, error=error):
+            await self._io.wait_drained()
+
+    async def wait_closed(self) -> None:
+        """Waits until the client closes the channel. paramiko tells it only a reader; some commands never read."""
+        while not self._io.closed:  # noqa: ASYNC110  # paramiko has no event for it
+            await asyncio.sleep(0.05)
+
+    async def finish(self, status: int) -> None:
+        """Sends the exit status, after all output."""
+        await self._io.wait_flushed()
+        if not self._io.closed:
+            with contextlib.suppress(OSError, EOFError, paramiko.SSHException):
+                self._channel.send_exit_status(status)
+
+    def close(self) -> None:
+        self._io.close()
+
 
 class ForwardedChannel(asyncio.Protocol):
-    """A direct-tcpip channel and its local connection. When one side closes its half, the other side's half is
-    closed."""
+    """Passes bytes between a direct-tcpip channel and its connection to a port on loopback, in both directions.
+
+    When one side ends its bytes, the other side is told that they have ended. When both have ended, both are closed.
+    ``on_end`` is then called with this object.
+    """
 
     def __init__(self, channel: paramiko.Channel, on_end: Callable[[ForwardedChannel], None]) -> None:
-        self._io = ChannelIo(channel, self._from_client)
-        self._io.pause()
+        self._io = ChannelIo(channel, self._pass_to_server)
+        self._io.pause()  # until the local connection is there
         self._on_end = on_end
         self._transport: asyncio.Transport | None = None
-        self._drain: asyncio.Task[None] | None = None
-        self._finishing: asyncio.Task[None] | None = None
+        self._drain_task: asyncio.Task[None] | None = None  # while reading from the server is paused
+        self._finish_task: asyncio.Task[None] | None = None
         self._client_ended = False
         self._server_ended = False
 
@@ -157,14 +222,15 @@ class ForwardedChannel(asyncio.Protocol):
         self._io.resume()
 
     def data_received(self, data: bytes) -> None:
-        if not self._io.write(data) and self._transport is not None and self._drain is None:
+        if not self._io.write(data) and self._transport is not None and self._drain_task is None:
             self._transport.pause_reading()
-            self._drain = asyncio.ensure_future(self._wait_drained())
+            self._drain_task = asyncio.ensure_future(self._resume_when_drained())
 
-    async def _wait_drained(self) -> None:
+    async def _resume_when_drained(self) -> None:
+        """Reads from the server again when the client has taken the earlier bytes."""
         with contextlib.suppress(ConnectionError):
             await self._io.wait_drained()
-        self._drain = None
+        self._drain_task = None
         if self._transport is not None and not self._transport.is_closing():
             self._transport.resume_reading()
 
@@ -187,7 +253,8 @@ class ForwardedChannel(asyncio.Protocol):
         self._finish_soon()
 
     def close(self) -> None:
-        for task in (self._drain, self._finishing):
+        """Closes both sides at once. Unsent bytes are lost."""
+        for task in (self._drain_task, self._finish_task):
             if task is not None:
                 task.cancel()
         transport, self._transport = self._transport, None
@@ -196,7 +263,8 @@ class ForwardedChannel(asyncio.Protocol):
         self._io.close()
         self._on_end(self)
 
-    def _from_client(self, data: bytes) -> None:
+    def _pass_to_server(self, data: bytes) -> None:
+        """Sends the client's bytes to the server. Empty bytes are the end of the client's bytes."""
         if self._transport is None:
             return
         if data:
@@ -204,7 +272,7 @@ class ForwardedChannel(asyncio.Protocol):
             return
         self._client_ended = True
         if self._io.closed:
-            self._transport.close()  # sends the bytes that are left first
+            self._transport.close()  # asyncio sends its unsent bytes first
             return
         if not self._server_ended:
             with contextlib.suppress(OSError):
@@ -216,10 +284,11 @@ class ForwardedChannel(asyncio.Protocol):
             self._finish_soon()
 
     def _finish_soon(self) -> None:
-        if self._finishing is None:
-            self._finishing = asyncio.ensure_future(self._finish())
+        """Closes both sides as soon as the client has all bytes."""
+        if self._finish_task is None:
+            self._finish_task = asyncio.ensure_future(self._finish())
 
     async def _finish(self) -> None:
         await self._io.wait_flushed()
-        self._finishing = None
+        self._finish_task = None
         self.close()

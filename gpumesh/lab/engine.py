@@ -1,31 +1,31 @@
-"""The simulated inference: models in memory, slots, and time. No text and no HTTP here.
+"""Simulates the inference of one host: models in memory, slots, prefill and token times, GPU load. No text, no HTTP.
 
-The times are those of Ollama's own counters: load, wait for a slot, prefill, then one token each ``1 / rate`` seconds.
-Each token has a time on the absolute clock: if one is late, the next ones are not. So ``eval_count / eval_duration`` is
-exactly the rate of the profile, and a client measures the same rate.
+A request takes the times that Ollama's own counters tell: load, wait for a slot, prefill, then one token each
+``1 / rate`` seconds. Each token has a time on the absolute clock: if one token is late, the next tokens are not. So
+``eval_count / eval_duration`` is exactly the rate of the profile, and a client measures the same rate.
 """
 
 from __future__ import annotations
 
 import asyncio
 import math
-import re
 import time
 import zlib
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 
+from gpumesh.lab.keep_alive import parse_keep_alive
 from gpumesh.lab.profile import Faults, HostProfile, ModelProfile
 from gpumesh.lab.text import count_tokens
 
 IDLE_MIB = 4
-"""The used memory of a 4090 on which nothing runs."""
+"""The used memory of a 4090 on which no program runs."""
 
 STORED_AT = datetime(2026, 9, 1, tzinfo=UTC)
-"""Hosts stored their models at this time, minus a time that depends on their names. A restart does not change it."""
+"""Hosts stored their models before this time. It is fixed, so that a restart of a host does not change the times."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,29 +41,38 @@ class Timings:
 
 
 class UsageAverage:
-    """How busy a GPU was lately, 0 to 1: an exponential average with the time constant ``tau_s``."""
+    """How busy a GPU was lately, from 0 to 1: an exponential average with the time constant ``tau_s`` (seconds).
+
+    The average moves towards a target: the use of the GPU at this moment.
+    """
 
     def __init__(self, tau_s: float, clock: Callable[[], float]) -> None:
         self._tau_s = tau_s
         self._clock = clock
-        self._at = clock()
-        self._value = 0.0
+        self._updated_at = clock()
+        self._average = 0.0
         self._target = 0.0
 
     def set_target(self, target: float) -> None:
+        """Sets the use of the GPU from now on, from 0 to 1."""
         self.update()
         self._target = target
 
     def update(self) -> float:
-        """Moves the average to now, and returns it."""
+        """Computes the average at this moment, and returns it."""
         now = self._clock()
-        self._value += (self._target - self._value) * (1.0 - math.exp(-(now - self._at) / self._tau_s))
-        self._at = now
-        return self._value
+        share_of_target = 1.0 - math.exp(-(now - self._updated_at) / self._tau_s)
+        self._average += (self._target - self._average) * share_of_target
+        self._updated_at = now
+        return self._average
 
 
 class Pacer:
-    """Knows when each token is due. ``start`` is the end of prefill; token ``n`` is due at ``start + n / rate``."""
+    """Waits for the time when each token of an answer is due: token ``n`` is due at ``start + n / rate``.
+
+    ``total`` is the number of tokens, ``rate`` is in tokens/s, ``start`` is the end of prefill on ``clock``. ``sent``
+    is the number of tokens that the caller has sent, or will send now.
+    """
 
     def __init__(self, total: int, rate: float, clock: Callable[[], float], start: float) -> None:
         self._total = total
@@ -73,39 +82,45 @@ class Pacer:
         self.sent = 0
 
     async def wait_due(self) -> int:
-        """Waits until the next token is due. Returns how many tokens are due then, at most the total; sets ``sent`` to
-        it."""
-        if not math.isinf(self._rate):
-            wait = self._start + (self.sent + 1) / self._rate - self._clock()
-            if wait > 0:
-                await asyncio.sleep(wait)
-            elapsed = self._clock() - self._start
-            self.sent = min(self._total, max(self.sent + 1, int(elapsed * self._rate + 1e-6)))
-        else:
+        """Waits until the next token is due. Returns how many tokens of the answer are due then, and sets ``sent``."""
+        if math.isinf(self._rate):
             self.sent = self._total
+            return self.sent
+        wait_s = self._start + (self.sent + 1) / self._rate - self._clock()
+        if wait_s > 0:
+            await asyncio.sleep(wait_s)
+        elapsed_s = self._clock() - self._start
+        due = int(elapsed_s * self._rate + 1e-6)  # a rounding error must not make the last token late
+        self.sent = min(self._total, max(self.sent + 1, due))
         return self.sent
 
 
 @dataclass(slots=True, eq=False)
 class Runner:
-    """A model in memory. ``reload_options``: a request with other values of these options needs a reload."""
+    """A model in memory, with its slots and its prefix cache."""
 
     model: ModelProfile
     reload_options: tuple[object, ...]
+    """The values of ``RELOAD_OPTIONS`` with which the model was loaded. Other values need a reload."""
     slots: asyncio.Semaphore
     expires_at: float
-    """Time on the engine's clock; ``inf``: never."""
+    """The time on the engine's clock at which the model is unloaded; ``inf``: never."""
     context_length: int
+    """In tokens."""
     loading: bool = False
     users: int = 0
+    """The number of requests that hold a slot or wait for a slot."""
     prompts: OrderedDict[str, None] = field(default_factory=OrderedDict)
-    """The cache of prefixes: the latest prompts, one for each slot."""
+    """The cache of prefixes: the latest prompts, at most one for each slot, the oldest first."""
 
 
 @dataclass(frozen=True, slots=True)
 class SlotLease:
-    """A held slot. ``load_s`` is the time that this request waited for the model's load, ``queued_s`` for the slot. The
-    rates are in tokens/s."""
+    """A slot that a request holds. The rates are in tokens/s.
+
+    ``load_s`` is the time that the request waited for the model's load, ``queued_s`` the time that it waited for the
+    slot.
+    """
 
     runner: Runner
     rate: float
@@ -116,8 +131,11 @@ class SlotLease:
 
 @dataclass(frozen=True, slots=True)
 class GpuLoad:
-    """The load that nvidia-smi shows. ``busy`` is from 0 to 1. ``warmth`` is a slower average of it, for the
-    temperature and the fan. ``models`` are the models in memory: name and MiB."""
+    """The load that nvidia-smi shows.
+
+    ``busy`` is the use of the GPU, from 0 to 1. ``warmth`` is a slower average of it, for the temperature and the fan.
+    ``models`` are the models in memory: the name and the memory in MiB of each.
+    """
 
     busy: float = 0.0
     warmth: float = 0.0
@@ -125,39 +143,50 @@ class GpuLoad:
 
 
 class Engine:
-    """The inference of one host. All of it runs on one event loop. ``faults`` may change at any time."""
+    """The inference of one host: its stored models, the models in memory (runners), and the slots.
+
+    All calls must come from one event loop. ``faults`` may change at any time. ``store`` holds the model and the time
+    when it was stored, by the model's name. ``loads`` counts the loads of models; ``running`` is the number of requests
+    with a slot, ``max_running`` the largest such number.
+    """
 
     def __init__(self, profile: HostProfile, *, clock: Callable[[], float] = time.monotonic) -> None:
         self.profile = profile
         self.faults = Faults()
         self.clock = clock
-        self.store: dict[str, tuple[ModelProfile, datetime]] = {
-            model.name: (model, STORED_AT - timedelta(days=number, microseconds=hash_us(profile.hostname, model.name)))
-            for number, model in enumerate(profile.models)
-        }
-        self.runners: dict[str, Runner] = {}
+        self.store: dict[str, tuple[ModelProfile, datetime]] = {}
+        for number, model in enumerate(profile.models):
+            age = timedelta(days=number, microseconds=hash_us(profile.hostname, model.name))
+            self.store[model.name] = (model, STORED_AT - age)
+        self.runners: dict[str, Runner] = {}  # by the model's name
         self.loads = 0
         self.running = 0
         self.max_running = 0
-        self._scheduler = asyncio.Lock()
-        self._released = asyncio.Event()
+        self._runner_lock = asyncio.Lock()  # one request at a time loads a model or joins a runner
+        self._runner_released = asyncio.Event()
         self._busy = UsageAverage(0.3, clock)
         self._warmth = UsageAverage(15.0, clock)
         for model in profile.models:
             if model.resident:
-                self.runners[model.name] = self._new_runner(model, (None,) * len(RELOAD_OPTIONS))
+                default_options = (None,) * len(RELOAD_OPTIONS)
+                self.runners[model.name] = self._new_runner(model, default_options)
 
     def find_model(self, name: str) -> ModelProfile | None:
-        """The model of this name. A name without a tag means ``:latest``."""
+        """The stored model of this name; ``None`` if there is none. A name without a tag means ``:latest``."""
         entry = self.store.get(name) or self.store.get(f"{name}:latest")
-        return entry[0] if entry else None
+        if entry is None:
+            return None
+        model, _stored_at = entry
+        return model
 
     @asynccontextmanager
     async def lease_slot(
         self, model: ModelProfile, options: dict[str, object], keep_alive: object
     ) -> AsyncIterator[SlotLease]:
-        """A slot of the model, which is loaded first if needed. First come, first served. The slot is always given
-        back."""
+        """Loads the model if needed, waits for a slot, and yields the slot. First come, first served.
+
+        ``options`` and ``keep_alive`` are those of the request. The slot is given back at the end of the context.
+        """
         asked_at = self.clock()
         runner = await self._acquire_runner(model, options)
         loaded_at = self.clock()
@@ -166,11 +195,11 @@ class Engine:
             await runner.slots.acquire()
             slot_is_held = True
             self._count_running(+1)
-            slow = self.faults.slow
+            speed = model.speed / self.faults.slow
             yield SlotLease(
                 runner,
-                _rate(self.profile.tokens_per_s) * model.speed / slow,
-                _rate(self.profile.prefill_tokens_per_s) * model.speed / slow,
+                rate=_rate(self.profile.tokens_per_s) * speed,
+                prefill_rate=_rate(self.profile.prefill_tokens_per_s) * speed,
                 load_s=loaded_at - asked_at,
                 queued_s=self.clock() - loaded_at,
             )
@@ -181,17 +210,21 @@ class Engine:
             self._release_runner(runner, keep_alive)
 
     async def preload(self, model: ModelProfile, options: dict[str, object], keep_alive: object) -> None:
-        """Handles an empty prompt: loads the model and keeps it, or unloads it if ``keep_alive`` is 0."""
+        """Does what an empty prompt asks for: loads the model, or unloads the model if ``keep_alive`` is 0."""
         if parse_keep_alive(keep_alive, self.profile.keep_alive_s) == 0:
-            if (runner := self.runners.get(model.name)) is not None:
+            runner = self.runners.get(model.name)
+            if runner is not None:
                 runner.expires_at = self.clock()
                 self.expire_runners()
             return
-        self._release_runner(await self._acquire_runner(model, options), keep_alive)
+        runner = await self._acquire_runner(model, options)
+        self._release_runner(runner, keep_alive)
 
     async def prefill(self, lease: SlotLease, prompt: str) -> tuple[int, float]:
-        """Waits for the time that the prompt takes, without the tokens in the cache. Returns the number of the prompt's
-        tokens, and the seconds."""
+        """Waits for the time that prefill takes. Returns the number of the prompt's tokens, and this time in seconds.
+
+        Tokens in the prefix cache take no time, but are counted.
+        """
         tokens = count_tokens(prompt)
         if math.isinf(lease.prefill_rate):
             return tokens, 0.0
@@ -201,6 +234,7 @@ class Engine:
         return tokens, seconds
 
     def list_runners(self) -> list[Runner]:
+        """The models in memory, and the models that load."""
         self.expire_runners()
         return list(self.runners.values())
 
@@ -212,9 +246,11 @@ class Engine:
                 del self.runners[name]
 
     def vram_mib(self, model: ModelProfile) -> int:
+        """The GPU memory that the model uses on this host when it is loaded, in MiB."""
         return 0 if self.faults.on_cpu else model.vram_mib
 
     def gpu_load(self) -> GpuLoad:
+        """The load of the host's GPUs at this moment. ``Faults.foreign_load`` is its least value."""
         self.expire_runners()
         foreign = self.faults.foreign_load
         return GpuLoad(
@@ -223,131 +259,128 @@ class Engine:
             models=tuple((runner.model.name, self.vram_mib(runner.model)) for runner in self.runners.values()),
         )
 
-    def _new_runner(self, model: ModelProfile, options: tuple[object, ...]) -> Runner:
-        context = options[0] if isinstance(options[0], int) else default_context(model)
+    def _new_runner(self, model: ModelProfile, reload_options: tuple[object, ...]) -> Runner:
+        num_ctx = reload_options[RELOAD_OPTIONS.index("num_ctx")]
+        context_length = num_ctx if isinstance(num_ctx, int) else default_context(model)
         slots = 1 if model.embedding else self.profile.slots
         expires_at = self.clock() + self.profile.keep_alive_s
-        return Runner(model, options, asyncio.Semaphore(slots), expires_at, context_length=context)
+        return Runner(model, reload_options, asyncio.Semaphore(slots), expires_at, context_length=context_length)
 
     async def _acquire_runner(self, model: ModelProfile, options: dict[str, object]) -> Runner:
-        """The model's runner, loaded if needed; its ``users`` is raised by one.
+        """Returns the model's runner, after loading the model if needed, and adds one to the runner's ``users``.
 
         One call at a time: while a model loads, all later requests wait, as in Ollama.
         """
-        key = tuple(options.get(name) for name in RELOAD_OPTIONS)
-        if key[0] == default_context(model):
-            key = (None, *key[1:])
-        async with self._scheduler:
+        reload_options = _read_reload_options(options, model)
+        async with self._runner_lock:
             self.expire_runners()
             runner = self.runners.get(model.name)
-            if runner is None or runner.reload_options != key:
-                while (old := self.runners.get(model.name)) is not None and old.users:
-                    await self._wait_released()
-                self.runners.pop(model.name, None)
-                await self._make_room(self.vram_mib(model))
-                runner = self._new_runner(model, key)
-                runner.loading = True
-                self.runners[model.name] = runner
-                try:
-                    if self.profile.load_s > 0:
-                        await asyncio.sleep(self.profile.load_s / model.speed)
-                except asyncio.CancelledError:
-                    del self.runners[model.name]
-                    raise
-                runner.loading = False
-                self.loads += 1
+            if runner is None or runner.reload_options != reload_options:
+                runner = await self._load_runner(model, reload_options)
             runner.users += 1
             runner.expires_at = math.inf
             return runner
 
-    async def _make_room(self, need_mib: int) -> None:
-        """Unloads models until the new one fits, the soonest to expire first. Waits while all models are in use."""
-        total_mib = sum(gpu.memory_mib - IDLE_MIB for gpu in self.profile.gpus)
-        while (
-            self.runners and sum(self.vram_mib(runner.model) for runner in self.runners.values()) + need_mib > total_mib
-        ):
-            idle = [runner for runner in self.runners.values() if not runner.users]
-            if idle:
-                del self.runners[min(idle, key=lambda runner: runner.expires_at).model.name]
-            else:
-                await self._wait_released()
+    async def _load_runner(self, model: ModelProfile, reload_options: tuple[object, ...]) -> Runner:
+        """Loads the model. A runner of the model with other options is unloaded before, as soon as it has no users."""
+        while model.name in self.runners and self.runners[model.name].users:
+            await self._wait_for_release()
+        self.runners.pop(model.name, None)
+        await self._free_memory(self.vram_mib(model))
+        runner = self._new_runner(model, reload_options)
+        runner.loading = True
+        self.runners[model.name] = runner
+        try:
+            if self.profile.load_s > 0:
+                await asyncio.sleep(self.profile.load_s / model.speed)
+        except asyncio.CancelledError:
+            del self.runners[model.name]
+            raise
+        runner.loading = False
+        self.loads += 1
+        return runner
 
-    async def _wait_released(self) -> None:
-        self._released.clear()
-        await self._released.wait()
+    async def _free_memory(self, needed_mib: int) -> None:
+        """Unloads models until so much GPU memory is free, the soonest to expire first. Waits while all are in use."""
+        total_mib = sum(gpu.memory_mib - IDLE_MIB for gpu in self.profile.gpus)
+        while self.runners:
+            used_mib = sum(self.vram_mib(runner.model) for runner in self.runners.values())
+            if used_mib + needed_mib <= total_mib:
+                return
+            unused = [runner for runner in self.runners.values() if not runner.users]
+            if unused:
+                soonest = min(unused, key=lambda runner: runner.expires_at)
+                del self.runners[soonest.model.name]
+            else:
+                await self._wait_for_release()
+
+    async def _wait_for_release(self) -> None:
+        """Waits until the next request has ended its use of a runner."""
+        self._runner_released.clear()
+        await self._runner_released.wait()
 
     def _release_runner(self, runner: Runner, keep_alive: object) -> None:
+        """Ends one request's use of the runner. The runner stays in memory for ``keep_alive``."""
         runner.users -= 1
         runner.expires_at = self.clock() + parse_keep_alive(keep_alive, self.profile.keep_alive_s)
         self.expire_runners()
-        self._released.set()
+        self._runner_released.set()
 
     def _count_running(self, change: int) -> None:
+        """Adds ``change`` to the number of requests with a slot. The GPU is busy while there is such a request."""
         self.running += change
         self.max_running = max(self.max_running, self.running)
-        self._busy.set_target(1.0 if self.running else 0.0)
-        self._warmth.set_target(1.0 if self.running else 0.0)
+        target = 1.0 if self.running else 0.0
+        self._busy.set_target(target)
+        self._warmth.set_target(target)
 
     def _use_cache(self, runner: Runner, prompt: str) -> int:
-        """How many tokens of the prompt's start are in the runner's cache. Adds the prompt to the cache."""
+        """Returns how many tokens of the prompt's start are in the runner's cache, and adds the prompt to the cache."""
         if not self.profile.prefix_cache:
             return 0
-        best = max((_common_prefix_length(prompt, recent) for recent in runner.prompts), default=0)
+        cached_length = max((_common_prefix_length(prompt, cached) for cached in runner.prompts), default=0)
         runner.prompts[prompt] = None
         runner.prompts.move_to_end(prompt)
         while len(runner.prompts) > self.profile.slots:
             runner.prompts.popitem(last=False)
-        return count_tokens(prompt[:best])
+        return count_tokens(prompt[:cached_length])
 
 
 RELOAD_OPTIONS = ("num_ctx", "num_batch", "num_gpu", "main_gpu", "use_mmap", "num_thread")
-"""Options that need a new runner if their values differ from those of the loaded one."""
-
-_UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
-_DURATION = re.compile(r"([0-9]*\.?[0-9]+)(ns|us|µs|ms|s|m|h)")
+"""The options of a request that need a reload of the model if their values differ from those of the loaded model."""
 
 
-def parse_keep_alive(keep_alive: object, default: float) -> float:
-    """Seconds. A number is in seconds, a string is a Go duration; a negative one means for ever (``inf``). Raises
-    ``ValueError`` for anything else."""
-    if keep_alive is None:
-        return default
-    if isinstance(keep_alive, (int, float)) and not isinstance(keep_alive, bool):
-        seconds = float(keep_alive)
-    else:
-        text = str(keep_alive).strip()
-        sign, unsigned = (-1.0, text[1:]) if text.startswith("-") else (1.0, text)
-        parts = list(_DURATION.finditer(unsigned))
-        if unsigned == "0":
-            return 0.0
-        if not parts or "".join(part.group() for part in parts) != unsigned:
-            raise ValueError(f"time: invalid duration {text!r}")
-        seconds = sign * sum(float(part.group(1)) * _UNITS[part.group(2)] for part in parts)
-    return math.inf if seconds < 0 else seconds
+def _read_reload_options(options: Mapping[str, object], model: ModelProfile) -> tuple[object, ...]:
+    """The request's values of ``RELOAD_OPTIONS``; ``None``: the default. The default context counts as not given."""
+    values = {name: options.get(name) for name in RELOAD_OPTIONS}
+    if values["num_ctx"] == default_context(model):
+        values["num_ctx"] = None
+    return tuple(values.values())
 
 
 def _rate(tokens_per_s: float | None) -> float:
-    """A rate of a profile; ``None`` means that it takes no time."""
+    """The rate in tokens/s as a number: ``None`` in a profile (no time at all) is an infinite rate."""
     return math.inf if tokens_per_s is None else tokens_per_s
 
 
 def default_context(model: ModelProfile) -> int:
-    """Ollama's default context in tokens, with 23 GiB of GPU memory or more."""
+    """Ollama's default context in tokens on a host with 23 GiB of GPU memory or more."""
     return min(model.context_length, 32768)
 
 
 def hash_us(*parts: str) -> int:
-    """Microseconds that depend only on these names: so each host stored its models at another time."""
-    return zlib.crc32("/".join(parts).encode()) % 86_400_000_000
+    """A number of microseconds, less than a day, that depends only on these names: each host and model has its own."""
+    microseconds_per_day = 86_400_000_000
+    return zlib.crc32("/".join(parts).encode()) % microseconds_per_day
 
 
 def _common_prefix_length(first: str, second: str) -> int:
-    """The length of the common prefix. A binary search, because prompts may be long."""
-    low, high = 0, min(len(first), len(second))
-    while low < high:
-        middle = (low + high + 1) // 2
-        if first[low:middle] == second[low:middle]:
-            low = middle
+    """The number of characters that both texts begin with. A binary search, because prompts may be long."""
+    equal, limit = 0, min(len(first), len(second))  # the first ``equal`` characters are the same
+    while equal < limit:
+        middle = (equal + limit + 1) // 2
+        if first[equal:middle] == second[equal:middle]:
+            equal = middle
         else:
-            high = middle - 1
-    return low
+            limit = middle - 1
+    return equal

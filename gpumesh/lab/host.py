@@ -1,9 +1,9 @@
-"""One simulated host: its SSH server and its stand-in for Ollama, which share one set of faults.
+"""One simulated host: its SSH server and its stand-in for Ollama, with one set of faults. It is also a program.
 
 ``SimHost`` runs in the calling process, for tests that look inside. As a program (``python -m gpumesh.lab.host``) the
-host has its own process, which can be killed and stopped like a real machine. ``lab.LabHost`` starts this process, and
-talks to it in lines of JSON over its standard input and output. The process ends with its parent, even if the parent is
-killed.
+host has its own process, which can be killed and stopped like a real machine. ``lab.LabHost`` starts this process. It
+writes questions to the process's standard input and reads replies from its standard output, each a JSON object on one
+line. The process ends with its parent, even if the parent is killed.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ LINE_LIMIT = 64 << 20  # bytes; one line can hold the log of ten thousand reques
 
 @dataclass(frozen=True, slots=True)
 class HostStart:
-    """The first message to a host's process. ``host_key`` is a private key; ``authorized`` are lines of
-    authorized_keys.
+    """The first message to a host's process: what the host is like, its keys, and its ports.
 
-    Port 0: the host chooses a free port. A host that is started again gets its earlier ports.
+    ``host_key`` is a private key; ``authorized`` are lines of authorized_keys. Port 0: the host chooses a free port. A
+    host that is started again gets its earlier ports.
     """
 
     profile: HostProfile
@@ -46,7 +46,7 @@ class HostStart:
 
 
 class SimHost:
-    """One host. An async context manager; the ports are valid from its start to its end."""
+    """One simulated host in this process. An async context manager; the ports are valid from its start to its end."""
 
     def __init__(self, start: HostStart) -> None:
         self.profile = start.profile
@@ -77,6 +77,7 @@ class SimHost:
 
     @property
     def ssh_port(self) -> int | None:
+        """The port of the SSH server; ``None`` for a host without SSH."""
         return None if self.ssh is None else self.ssh.port
 
     @property
@@ -88,8 +89,10 @@ class SimHost:
         return self.backend.counters
 
     async def set_faults(self, faults: Faults) -> None:
-        """Sets the faults from now on. A host that refuses keys keeps its open connections: see
-        ``drop_connections``."""
+        """Replaces the host's faults from now on.
+
+        Open SSH connections stay open, also if the host refuses keys from now on: ``drop_connections`` cuts them.
+        """
         await self.backend.set_faults(faults)
 
     async def drop_connections(self) -> None:
@@ -99,15 +102,17 @@ class SimHost:
 
 
 def parse_public_key(line: str) -> paramiko.PKey:
-    """The key in a line of authorized_keys. Raises ``ValueError`` for any other text."""
-    kind, _, rest = line.strip().partition(" ")
+    """Reads the key in a line of authorized_keys (type, key, comment). Raises ``ValueError`` for any other text."""
+    key_type, _, key_and_comment = line.strip().partition(" ")
+    encoded_key, _, _comment = key_and_comment.partition(" ")
     try:
-        return paramiko.PKey.from_type_string(kind, base64.b64decode(rest.split(" ")[0], validate=True))
+        return paramiko.PKey.from_type_string(key_type, base64.b64decode(encoded_key, validate=True))
     except (binascii.Error, paramiko.SSHException, paramiko.pkey.UnknownKeyType) as error:
         raise ValueError(f"not a public key: {line[:40]!r}") from error
 
 
 async def _answer(host: SimHost, question: dict[str, Any]) -> dict[str, Any]:
+    """Does what the question asks for, and returns the reply. Raises ``ValueError`` for an unknown question."""
     match question.get("ask"):
         case "faults":
             await host.set_faults(from_json(Faults, question["faults"]))
@@ -132,7 +137,10 @@ def _write_reply(reply: dict[str, Any]) -> None:
 
 
 async def serve_host() -> None:
-    """Runs one host until standard input ends."""
+    """Runs one host until standard input ends. The first line is a ``HostStart``, each later line is a question.
+
+    Each line gets one line as its reply. The reply to the first line holds the ports, when the host is ready.
+    """
     questions = await _open_stdin()
     start_line = await questions.readline()
     if not start_line:
@@ -147,6 +155,7 @@ async def serve_host() -> None:
 
 
 def main(_arguments: Sequence[str] = ()) -> None:
+    """Runs the program: one host, whose process ends with its parent."""
     from gpumesh.tunnels.local_system import child_process
 
     child_process.die_with_parent()

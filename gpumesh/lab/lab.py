@@ -1,8 +1,8 @@
-"""Several simulated hosts, each in its own process, and a mesh.yaml of these hosts.
+"""Starts several simulated hosts, each in its own process, and writes a mesh.yaml of these hosts.
 
 ::
 
-    async with Lab(profile.default(3), folder) as lab:
+    async with Lab(demo_hosts.make_hosts(3), folder) as lab:
         file = lab.write_config(folder / "mesh.yaml", listen="127.0.0.1:0")
         await lab.host("tromso").kill()
         await lab.host("tromso").restart()
@@ -29,14 +29,16 @@ from gpumesh.lab.host import LINE_LIMIT, HostStart
 from gpumesh.lab.profile import Faults, HostProfile, SimCounters
 from gpumesh.wire import from_json, to_json
 
-START_S = 30.0  # for any answer of a host; at its start Python and paramiko load, and the machine may be busy
-STOP_S = 2.0  # for a host's process to end by itself; then it is killed
+# Seconds to wait for any reply of a host. The first reply takes longest: Python and paramiko load, on a busy machine.
+REPLY_TIMEOUT_S = 30.0
+STOP_TIMEOUT_S = 2.0  # seconds for a host's process to end by itself; then it is killed
 
 
 class LabHost:
-    """The process of one host. An async context manager. A request to a host that has ended raises GPUMeshError.
+    """One simulated host in a process of its own. An async context manager that starts and ends this process.
 
-    A restart keeps the ports and the keys, as a restart of a workstation does.
+    A restart keeps the ports and the keys, as a restart of a workstation does. A method that asks the host raises
+    GPUMeshError when its process has ended.
     """
 
     def __init__(self, profile: HostProfile, folder: Path, *, authorized: Sequence[str]) -> None:
@@ -48,7 +50,7 @@ class LabHost:
         self._host_key = keys.new_key()
         self._authorized = tuple(authorized)
         self._process: asyncio.subprocess.Process | None = None
-        self._ask_lock = asyncio.Lock()  # one question at a time
+        self._ask_lock = asyncio.Lock()  # one question at a time: a reply does not name its question
 
     async def __aenter__(self) -> Self:
         try:
@@ -65,22 +67,26 @@ class LabHost:
 
     @property
     def pid(self) -> int | None:
-        """``None`` while the process does not run."""
+        """The process id of the host; ``None`` while its process does not run."""
         process = self._process
         return None if process is None or process.returncode is not None else process.pid
 
     @property
     def backend_url(self) -> str:
-        """The URL of the stand-in itself, without the SSH server: the target of an `ssh -L`."""
+        """The URL of the host's inference server, for a client that connects to it without SSH."""
         return f"http://{keys.LOOPBACK_HOST}:{self.backend_port}"
 
     @property
     def known_hosts_line(self) -> str:
+        """The line for this host in a known_hosts file."""
         assert self.ssh_port is not None, "a host without SSH has no host key"
         return keys.known_hosts_line(self._host_key, self.ssh_port)
 
     def node_entry(self, **changes: Any) -> dict[str, Any]:
-        """The host's entry in mesh.yaml. User, key and known_hosts come from ``defaults``."""
+        """The host's entry in the ``nodes`` of mesh.yaml. User, key and known_hosts are in the file's ``defaults``.
+
+        ``changes`` are keys that replace the entry's own, or are added.
+        """
         entry: dict[str, Any] = {"name": self.name}
         if self.ssh_port is None:
             entry["backend"] = {"kind": "ollama", "url": self.backend_url}
@@ -92,15 +98,17 @@ class LabHost:
     # -- actions ------------------------------------------------------------------------------------------
 
     async def kill(self) -> None:
-        """Sends SIGKILL: the host's connections are reset, its ports refuse."""
+        """Kills the host's process (SIGKILL): its connections are reset, and its ports refuse."""
         process = self._process
         if process is not None and process.returncode is None:
             process.kill()
             await process.wait()
 
     async def restart(self) -> None:
-        """Starts a new process with the same ports and keys; it is ready on return. Loaded models and counters are
-        lost."""
+        """Ends the process and starts a new one with the same ports and keys, and waits until the new one is ready.
+
+        Loaded models and counters are lost.
+        """
         await self.kill()
         with self._log.open("ab") as log:
             self._process = await asyncio.create_subprocess_exec(
@@ -117,29 +125,39 @@ class LabHost:
         self.ssh_port, self.backend_port = reply["ssh_port"], reply["backend_port"]
 
     def freeze(self) -> None:
-        """Sends SIGSTOP. The kernel still accepts bytes, but no answer comes, as from a host that hangs."""
-        self._signal(signal.SIGSTOP)
+        """Stops the process (SIGSTOP): the kernel still accepts bytes, but no answer comes, as from a host that hangs.
+
+        Raises GPUMeshError when the process has ended. ``thaw`` lets the process go on.
+        """
+        self._send_signal(signal.SIGSTOP)
 
     def thaw(self) -> None:
-        self._signal(signal.SIGCONT)
+        """Lets a frozen process go on (SIGCONT). Raises GPUMeshError when the process has ended."""
+        self._send_signal(signal.SIGCONT)
 
     async def set_faults(self, faults: Faults) -> None:
-        """Sets the faults from now on. ``Faults()`` ends them."""
+        """Replaces the host's faults from now on. ``Faults()`` ends all faults."""
         await self._ask({"ask": "faults", "faults": to_json(faults)})
 
     async def drop_connections(self) -> None:
-        """Cuts the host's SSH connections. Its port stays open."""
+        """Cuts the host's SSH connections. Its SSH port stays open."""
         await self._ask({"ask": "drop-connections"})
 
     async def counters(self) -> SimCounters:
-        return from_json(SimCounters, (await self._ask({"ask": "counters"}))["counters"])
+        """Asks the host for its counters since its last start."""
+        reply = await self._ask({"ask": "counters"})
+        return from_json(SimCounters, reply["counters"])
 
-    def _signal(self, number: signal.Signals) -> None:
+    def _send_signal(self, signal_number: signal.Signals) -> None:
         if self.pid is None:
             raise self._not_running_error()
-        os.kill(self.pid, number)
+        os.kill(self.pid, signal_number)
 
     async def _ask(self, question: dict[str, Any]) -> dict[str, Any]:
+        """Sends one question to the host's process (as in host.py) and returns the reply; both are JSON objects.
+
+        Raises GPUMeshError when the process has ended, when no reply comes in time, and when the reply is an error.
+        """
         async with self._ask_lock:
             process = self._process
             if process is None or process.stdin is None or process.stdout is None:
@@ -147,13 +165,14 @@ class LabHost:
             try:
                 process.stdin.write(json.dumps(question).encode() + b"\n")
                 await process.stdin.drain()
-                async with asyncio.timeout(START_S):
+                async with asyncio.timeout(REPLY_TIMEOUT_S):
                     line = await process.stdout.readline()
             except ConnectionError as error:
                 raise self._not_running_error() from error
             except TimeoutError as error:
-                raise GPUMeshError(f"the simulated host {self.name} did not answer within {START_S:.0f} s") from error
-        if not line:
+                message = f"the simulated host {self.name} did not answer within {REPLY_TIMEOUT_S:.0f} s"
+                raise GPUMeshError(message) from error
+        if not line:  # the end of the process's output: the process has ended
             await process.wait()
             raise self._not_running_error()
         reply: dict[str, Any] = json.loads(line)
@@ -162,10 +181,13 @@ class LabHost:
         return reply
 
     def _not_running_error(self) -> GPUMeshError:
-        last_line = self._log.read_text(errors="replace").strip().splitlines()[-1:] if self._log.exists() else []
-        return GPUMeshError(f"the simulated host {self.name} does not run" + "".join(f": {line}" for line in last_line))
+        """Makes the error for a process that has ended, with the last line of the host's log if there is a line."""
+        log_lines = self._log.read_text(errors="replace").strip().splitlines() if self._log.exists() else []
+        reason = f": {log_lines[-1]}" if log_lines else ""
+        return GPUMeshError(f"the simulated host {self.name} does not run{reason}")
 
     async def _stop(self) -> None:
+        """Closes the process's input, which ends the process. Kills the process if it does not end in time."""
         process = self._process
         if process is None:
             return
@@ -175,7 +197,7 @@ class LabHost:
             assert process.stdin is not None
             process.stdin.close()
             try:
-                async with asyncio.timeout(STOP_S):
+                async with asyncio.timeout(STOP_TIMEOUT_S):
                     await process.wait()
             except TimeoutError:
                 pass
@@ -184,8 +206,10 @@ class LabHost:
 
 
 class Lab:
-    """All hosts of a lab. An async context manager. ``folder`` must exist; the user's key, known_hosts and the hosts'
-    logs are written there."""
+    """Several simulated hosts. An async context manager that starts and ends the processes of all hosts together.
+
+    ``folder`` must exist: the user's key, known_hosts and the hosts' logs are written there.
+    """
 
     def __init__(self, profiles: Sequence[HostProfile], folder: Path) -> None:
         self.folder = folder
@@ -201,13 +225,13 @@ class Lab:
 
     async def __aenter__(self) -> Self:
         async with AsyncExitStack() as stack:
-            starting = [stack.enter_async_context(host) for host in self._hosts.values()]
-            # Waits for all hosts: when one fails, no other one is left half started.
-            for result in await asyncio.gather(*starting, return_exceptions=True):
+            starts = [stack.enter_async_context(host) for host in self._hosts.values()]
+            # Waits for all hosts before an error is raised: so no host is left half started when another fails.
+            for result in await asyncio.gather(*starts, return_exceptions=True):
                 if isinstance(result, BaseException):
                     raise result
-            with_ssh = [host for host in self._hosts.values() if host.ssh_port is not None]
-            self.known_hosts.write_text("".join(f"{host.known_hosts_line}\n" for host in with_ssh))
+            ssh_hosts = [host for host in self._hosts.values() if host.ssh_port is not None]
+            self.known_hosts.write_text("".join(f"{host.known_hosts_line}\n" for host in ssh_hosts))
             self._stack = stack.pop_all()
         return self
 
@@ -216,10 +240,11 @@ class Lab:
 
     @property
     def hosts(self) -> Mapping[str, LabHost]:
+        """All hosts by name, in the order of ``profiles``."""
         return MappingProxyType(self._hosts)
 
     def host(self, name: str) -> LabHost:
-        """Raises ``KeyError`` when there is no such host."""
+        """Returns the host of this name. Raises ``KeyError`` when there is no such host."""
         return self._hosts[name]
 
     def write_config(
@@ -231,18 +256,24 @@ class Lab:
         nodes: Sequence[Mapping[str, Any]] | None = None,
         gateway: Mapping[str, Any] | None = None,
     ) -> Path:
-        """Writes a mesh.yaml of all hosts, or of ``nodes``, to ``path``. Returns ``path``."""
-        gateway_section = {
-            "listen": listen,
-            **({"default_model": default_model} if default_model else {}),
-            **(gateway or {}),
-        }
-        user = next(iter(self._hosts.values())).profile.user
+        """Writes a mesh.yaml of all hosts, or of ``nodes``, to ``path``. Returns ``path``.
+
+        ``nodes`` are entries as ``LabHost.node_entry`` makes them. ``gateway`` holds more keys of the gateway section.
+        """
+        gateway_section: dict[str, Any] = {"listen": listen}
+        if default_model:
+            gateway_section["default_model"] = default_model
+        gateway_section.update(gateway or {})
+        if nodes is None:
+            nodes = [host.node_entry() for host in self._hosts.values()]
+        first_host = next(iter(self._hosts.values()))
+        user = first_host.profile.user  # the same for all hosts of a lab
         ssh = {"user": user, "identity_file": str(self.identity), "known_hosts": str(self.known_hosts), "agent": False}
         lines = ["# A mesh of simulated hosts, made by gpumesh's lab.", "version: 1", "name: lab"]
         lines += [f"gateway: {json.dumps(gateway_section)}", "defaults:", f"  ssh: {json.dumps(ssh)}", "nodes:"]
-        for node in nodes if nodes is not None else [host.node_entry() for host in self._hosts.values()]:
+        for node in nodes:
             for number, (key, value) in enumerate(node.items()):
-                lines.append(f"  {'-' if number == 0 else ' '} {key}: {json.dumps(value)}")
+                dash = "-" if number == 0 else " "  # YAML: a dash begins the next entry of a list
+                lines.append(f"  {dash} {key}: {json.dumps(value)}")
         path.write_text("\n".join(lines) + "\n")
         return path

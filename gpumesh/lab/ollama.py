@@ -1,6 +1,6 @@
 """A stand-in for Ollama: its native API and its /v1, its check of Host and Origin, and the form of its errors.
 
-Its behaviour is that of Ollama's source (``docs/internals/ollama.md``). Its version shows that it is a stand-in.
+It behaves as Ollama's source says (``docs/internals/ollama.md``). Its version shows that it is a stand-in.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from gpumesh.lab.servers.server import SimServer
 
 
 class SimOllama(SimServer):
-    """One Ollama server. ``blobs`` are the digests of the files that clients have uploaded."""
+    """One simulated Ollama server. ``blobs`` are the digests of the files that clients have uploaded."""
 
     def __init__(self, profile: HostProfile, *, host: str = "127.0.0.1", port: int = 0) -> None:
         super().__init__(profile, host=host, port=port)
@@ -28,14 +28,18 @@ class SimOllama(SimServer):
         v1_routes.add_routes(app, self)
 
     def find_refusal(self, request: web.Request) -> web.Response | None:
-        """An Ollama on loopback answers 403, without a body, to a foreign Host or Origin."""
+        """Returns status 403, without a body, for a foreign Host or Origin: an Ollama on loopback does so."""
         host_name = urlsplit(f"//{request.headers.get('Host', '')}").hostname or ""
+        if not _is_local_name(host_name, self.profile.hostname):
+            return web.Response(status=403)
         origin = request.headers.get("Origin")
-        allowed = _is_local_name(host_name, self.profile.hostname) and (origin is None or _is_local_origin(origin))
-        return None if allowed else web.Response(status=403)
+        if origin is not None and not _is_local_origin(origin):
+            return web.Response(status=403)
+        return None
 
 
 def _is_local_name(name: str, own_name: str) -> bool:
+    """Whether Ollama accepts this Host header: a local address or name, or ``own_name``, the name of its machine."""
     with contextlib.suppress(ValueError):
         address = ipaddress.ip_address(name)
         return address.is_loopback or address.is_private or address.is_unspecified
@@ -43,6 +47,7 @@ def _is_local_name(name: str, own_name: str) -> bool:
 
 
 def _is_local_origin(origin: str) -> bool:
+    """Whether Ollama accepts this Origin header: a page of this machine, or of a desktop application."""
     parts = urlsplit(origin)
     if parts.scheme in ("app", "file", "tauri", "vscode-webview", "vscode-file"):
         return True

@@ -1,4 +1,7 @@
-"""The profile of a simulated host (GPUs, models, speed), the hosts that `demo` starts, and the faults."""
+"""What a simulated host is like: its profile (GPUs, models, speed), the faults that it can have, and its counters.
+
+The hosts of ``gpumesh demo`` are in demo_hosts.py.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ _NAMESPACE = uuid.UUID("5a0d6e1c-6d65-4e5f-9d00-6770756d6573")
 
 
 class SmiMode(StrEnum):
-    """The behaviour of the host's nvidia-smi. Texts and exit codes are those of the real tool."""
+    """How the host's nvidia-smi behaves or fails. Texts and exit codes are those of the real tool."""
 
     OK = "ok"
     HANG = "hang"
@@ -28,28 +31,30 @@ class SmiMode(StrEnum):
     GPU_LOST = "gpu-lost"
     NO_DEVICES = "no-devices"
     OLD = "old"
-    """An old driver: a call that asks for a newer field fails as a whole."""
+    """An old driver: if a query names one field that only newer drivers have, the whole query fails."""
     UNKNOWN_VALUES = "unknown-values"
-    """``[N/A]`` and its spellings where numbers should be."""
+    """``[N/A]`` or another text for "unknown" where a number should be."""
     ESCAPES = "escapes"
-    """Terminal escapes in the GPU's and the processes' names."""
+    """Terminal escapes in the names of GPUs and processes."""
     GARBAGE = "garbage"
     """Many bytes that are neither a text nor a table."""
 
 
 @dataclass(frozen=True, slots=True)
 class Faults:
-    """The faults of a host. By default there are none.
+    """The faults of a host, all at the same time. By default there are none.
 
     HTTP faults hit requests whose path starts with one of ``paths`` (if empty: all requests), and at most ``times``
-    requests (``None``: no limit). ``refuse`` concerns the whole server: its port is closed, and its connections are
-    reset. ``…_after_tokens``: the number of tokens of one answer that are sent before the fault; 0: before the first
-    byte.
+    requests (``None``: no limit). ``…_after_tokens``: the number of tokens of one answer that are sent before the
+    fault; 0: before the first byte.
     """
 
     refuse: bool = False
+    """The port of the whole server is closed, and its connections are reset."""
     hang: bool = False
+    """A request gets no answer until the faults are set again."""
     status: int | None = None
+    """A request gets an error with this HTTP status."""
     disconnect: bool = False
     """The request is read, then the connection is reset."""
     paths: tuple[str, ...] = ()
@@ -78,15 +83,18 @@ class Faults:
     ssh_delay_s: float = 0.0
     """The delay before the SSH banner."""
     ssh_no_forwarding: bool = False
+    """The server refuses port forwarding (direct-tcpip channels)."""
     ssh_no_session: bool = False
+    """The server refuses sessions, so no command can run."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelProfile:
     """A model in the host's store. ``speed`` multiplies the host's rates (a 14b is slower than a 7b).
 
-    ``continues``: the model's template leaves a last message of the assistant open. Without it, the template closes the
-    turn and begins a new one, as plain ChatML does. ``resident``: in memory from the start.
+    ``continues``: the model's template leaves a last message of the assistant open, so that the model continues this
+    message. If ``continues`` is false, the template closes the turn and begins a new one, as plain ChatML does.
+    ``resident``: the model is in memory from the start.
     """
 
     name: str
@@ -104,12 +112,14 @@ class ModelProfile:
 
     @property
     def digest(self) -> str:
+        """A SHA-256 in hex, as Ollama has for a model. It is the same in every run, because only names go into it."""
         return hashlib.sha256(f"gpumesh-lab:{self.name}:{self.size_mib}:{self.quantization}".encode()).hexdigest()
 
     @property
     def vram_mib(self) -> int:
-        """The memory for the weights, the context and the runner itself."""
-        return self.size_mib + self.size_mib // 8 + 256
+        """The GPU memory that the loaded model uses, in MiB: its weights, its context and the runner itself."""
+        context_mib, runner_mib = self.size_mib // 8, 256
+        return self.size_mib + context_mib + runner_mib
 
 
 QWEN_7B = ModelProfile("qwen2.5:7b")
@@ -134,15 +144,19 @@ class GpuProfile:
 
     @property
     def pci_bus_id(self) -> str:
+        """The PCI address as nvidia-smi writes it: domain, bus, device and function. Each GPU has a bus of its own."""
         return f"00000000:{self.index + 1:02X}:00.0"
 
 
 @dataclass(frozen=True, slots=True)
 class HostProfile:
-    """One simulated host. The rates are those of each stream, however many streams run; ``None``: it takes no time.
+    """One simulated host: its hardware, models and speed.
 
-    ``slots`` is how many requests a model runs in parallel (``OLLAMA_NUM_PARALLEL``); others wait, and get no sign.
-    ``answer_tokens``: the least and the greatest length of an answer. ``backend_port`` is the port on the host itself.
+    ``tokens_per_s`` and ``prefill_tokens_per_s`` are the rates of each stream, however many streams run; with ``None``,
+    this part of an answer takes no time. ``slots`` is how many requests a model runs in parallel
+    (``OLLAMA_NUM_PARALLEL``); the other requests wait, and get no sign. ``answer_tokens``: the least and the greatest
+    length of an answer. ``load_s`` and ``pull_s`` are the seconds that a model's load and its download take.
+    ``backend_port`` is the port of the inference server on the host itself, behind SSH.
     """
 
     name: str
@@ -167,8 +181,12 @@ class HostProfile:
 
 @dataclass(frozen=True, slots=True)
 class LoggedRequest:
-    """One request for an answer, as the stand-in saw it. ``outcome``: finished, cancelled (by the client), failed (by a
-    fault), or running. ``at_s`` is a time on the host's monotonic clock."""
+    """One request for an answer, as the stand-in saw it.
+
+    ``outcome`` is ``finished``, ``cancelled`` (by the client), ``failed`` (by a fault) or ``running``. ``at_s`` is the
+    time of the request on the host's monotonic clock. ``prompt`` is the end of the rendered prompt. ``tokens`` counts
+    the sent tokens.
+    """
 
     path: str
     model: str
@@ -183,7 +201,7 @@ class LoggedRequest:
 
 @dataclass(frozen=True, slots=True)
 class SimCounters:
-    """The counters of a stand-in since its start. They count requests for answers; only ``http`` counts all requests.
+    """The counters of a stand-in since its start, of requests for answers; only ``http`` counts all HTTP requests.
 
     ``in_flight`` includes the requests that wait for a slot; ``running`` are those with a slot. ``requests`` are the
     latest ones, the oldest first.
@@ -204,41 +222,30 @@ class SimCounters:
 
 
 def make_gpu(host: str, index: int = 0, **changes: Any) -> GpuProfile:
-    """A GPU. Its UUID depends only on its host's name and its index."""
+    """Makes the profile of an RTX 4090. Its UUID depends only on ``host``, the host's name, and on ``index``.
+
+    ``changes`` are other values of its GpuProfile.
+    """
     return GpuProfile(index, f"GPU-{uuid.uuid5(_NAMESPACE, f'{host}/{index}')}", **changes)
 
 
 def make_host(name: str, *, gpus: int = 1, **changes: Any) -> HostProfile:
-    """A host with ``gpus`` RTX 4090s. ``changes`` are other values of its HostProfile."""
+    """Makes the profile of a host with ``gpus`` RTX 4090s. ``changes`` are other values of its HostProfile."""
     hostname = f"sim-{name}-{uuid.uuid5(_NAMESPACE, name).hex[:6]}"
     cards = tuple(make_gpu(name, index) for index in range(gpus))
     return HostProfile(name, hostname, cards, **changes)
 
 
-def make_hosts(count: int, *, load_s: float = 1.0) -> tuple[HostProfile, ...]:
-    """``count`` hosts with one RTX 4090 each. All have the same first model; their rates and their other models
-    differ."""
-    names = ("reykjavik", "tromso", "oslo", "bergen", "turku", "umea", "lulea", "aarhus")
-    rates = (100.0, 80.0, 120.0, 60.0)
-    extra = ((LLAMA_8B,), (), (LLAMA_8B, EMBEDDER), (QWEN_14B,))
-    return tuple(
-        make_host(
-            names[number] if number < len(names) else f"host{number + 1}",
-            models=(QWEN_7B, *extra[number % len(extra)]),
-            tokens_per_s=rates[number % len(rates)],
-            load_s=load_s,
-        )
-        for number in range(count)
-    )
-
-
 def make_instant_host(name: str = "fast", **changes: Any) -> HostProfile:
-    """A host that needs no time itself: for measurements of the code between a client and the host."""
-    instant: dict[str, Any] = {
+    """Makes the profile of a host that answers without delay: for measurements of the code between client and host.
+
+    ``changes`` are other values of its HostProfile.
+    """
+    without_delay: dict[str, Any] = {
         "tokens_per_s": None,
         "prefill_tokens_per_s": None,
         "load_s": 0.0,
         "slots": 1024,
         "prefix_cache": False,
     }
-    return make_host(name, **{**instant, **changes})
+    return make_host(name, **{**without_delay, **changes})

@@ -1,9 +1,9 @@
-"""The shell of the simulated host's SSH server: an interpreter of a few commands. It never executes a client's text.
-The answer to an unknown command is ``not found``, status 127.
+"""The shell of a simulated host: interprets a few commands of a POSIX shell, and never executes a client's text.
 
-It understands words with the quotes of a POSIX shell; ``;``, newlines, ``&&``, ``||``; ``NAME=value``, ``export``;
-``2>&1``; ``$?``; ``sh -c TEXT``, ``exec COMMAND``. Probes and people send these. It also recognizes the script under
-which a tunnel runs a command (tunnels/remote_command.py), and does what this script does.
+The answer to an unknown command is ``not found``, status 127. The shell understands what probes and people send: words
+with quotes; ``;``, newlines, ``&&``, ``||``; ``NAME=value``, ``export``; ``2>&1``; ``$?``; ``sh -c TEXT``,
+``exec COMMAND``. It also recognizes the script under which a tunnel runs a command (tunnels/remote_command.py), and
+does what this script does.
 """
 
 from __future__ import annotations
@@ -12,98 +12,120 @@ import asyncio
 import re
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from gpumesh.lab import nvidia_smi
 from gpumesh.lab.engine import GpuLoad
 from gpumesh.lab.profile import Faults, HostProfile, SmiMode
 from gpumesh.tunnels.remote_command import unwrap_killable
 
-MAX_COMMAND = 1 << 16  # characters
+MAX_COMMAND = 1 << 16  # characters of a command line
 MAX_DEPTH = 8  # of ``sh -c`` inside of ``sh -c``
 _ASSIGNMENT = re.compile(r"[A-Za-z_][A-Za-z0-9_]*=")
-_STATUS = "\0"  # stands for ``$?`` in a word
+_STATUS = "\0"  # stands for ``$?`` in a word, until the command before has its exit status
 _REDIRECTS = ("2>&1", "2>/dev/null")
 _TOKEN = re.compile(
-    r"""(?P<blank>[ \t\r]+)|(?P<joint>&&|\|\||;|\n)|(?P<redirect>2>&1|2>/dev/null)|(?P<single>'[^']*')"""
-    r"""|(?P<double>"(?:[^"\\]|\\.)*")|(?P<escape>\\.)|(?P<status>\$\?)|(?P<wrong>['"&|<>()`\\])"""
+    r"""(?P<blank>[ \t\r]+)|(?P<operator>&&|\|\||;|\n)|(?P<redirect>2>&1|2>/dev/null)|(?P<single_quoted>'[^']*')"""
+    r"""|(?P<double_quoted>"(?:[^"\\]|\\.)*")|(?P<escape>\\.)|(?P<status>\$\?)|(?P<unsupported>['"&|<>()`\\])"""
     r"""|(?P<plain>[^ \t\r\n;&|<>()`'"\\$]+|\$)""",
     re.DOTALL,
 )
+_SHELLS = ("sh", "bash", "dash")
+_WRAPPERS = ("exec", "command", "env", "nice", "timeout")  # programs that run the command in their arguments
 
 
 class StandardStreams(Protocol):
-    """A command's standard streams."""
+    """A command's standard input, output and error."""
 
     async def read(self) -> bytes:
         """The next bytes from the client; empty at their end."""
         ...
 
-    async def write(self, data: bytes, *, error: bool = False) -> None: ...
+    async def write(self, data: bytes, *, error: bool = False) -> None:
+        """Writes to standard output, or to standard error if ``error``."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
 class SimShell:
-    """The shell of one host. ``load`` and ``faults`` are called for each command."""
+    """The shell of one host. ``load`` and ``faults`` are called for each nvidia-smi."""
 
     profile: HostProfile
     load: Callable[[], GpuLoad]
     faults: Callable[[], Faults]
 
-    async def run(self, text: str, terminal: StandardStreams, depth: int = 0) -> int:
-        """Runs the commands in ``text``. Returns the exit status of the last one, as ``sh -c text`` does."""
+    async def run(self, text: str, streams: StandardStreams, depth: int = 0) -> int:
+        """Runs the commands in ``text``. Returns the exit status of the last one, as ``sh -c text`` does.
+
+        ``depth`` is the number of shells around this one.
+        """
         if len(text) > MAX_COMMAND or depth > MAX_DEPTH:
-            await terminal.write(b"sh: Argument list too long\n", error=True)
+            await streams.write(b"sh: Argument list too long\n", error=True)
             return 126
         try:
-            commands = _split(text)
+            commands = _split_commands(text)
         except ValueError as error:
-            await terminal.write(f"sh: 1: Syntax error: {error}\n".encode(), error=True)
+            await streams.write(f"sh: 1: Syntax error: {error}\n".encode(), error=True)
             return 2
         status = 0
-        for joint, words in commands:
-            if (joint == "&&" and status != 0) or (joint == "||" and status == 0):
+        for operator, words in commands:
+            if (operator == "&&" and status != 0) or (operator == "||" and status == 0):
                 continue
-            streams = _MergedStreams(terminal) if "2>&1" in words else terminal
             argv = [word.replace(_STATUS, str(status)) for word in words if word not in _REDIRECTS]
             while argv and _ASSIGNMENT.match(argv[0]):
                 del argv[0]
             if argv and argv[0] == "exit":
-                return int(argv[1]) & 0xFF if len(argv) > 1 and argv[1].isdigit() else status
-            status = await self._run_command(argv, streams, depth) if argv else 0
+                has_status = len(argv) > 1 and argv[1].isdigit()
+                return int(argv[1]) & 0xFF if has_status else status
+            if argv:
+                command_streams = _MergedStreams(streams) if "2>&1" in words else streams
+                status = await self._run_command(argv, command_streams, depth)
+            else:
+                status = 0  # only assignments
         return status
 
-    async def _run_command(self, argv: list[str], terminal: StandardStreams, depth: int) -> int:
-        name, *rest = argv
-        name = name.rsplit("/", 1)[-1]
-        if name in ("sh", "bash", "dash") and len(rest) >= 2 and rest[0] in ("-c", "-lc"):
-            inner = unwrap_killable(rest[1])
-            if inner is not None:
-                return await self._run_until_input_ends(inner, terminal, depth + 1)
-            return await self.run(rest[1], terminal, depth + 1)
-        if name in ("exec", "command", "env", "nice", "timeout") and rest:
-            if name == "command" and rest[0] == "-v":
-                is_known = rest[1:] and (rest[1] in _KNOWN or rest[1] == "nvidia-smi")
-                await terminal.write(f"/usr/bin/{rest[1]}\n".encode() if is_known else b"")
-                return 0 if is_known else 127
-            return await self._run_command(rest[1:] if name == "timeout" and rest[1:] else rest, terminal, depth)
+    async def _run_command(self, argv: list[str], streams: StandardStreams, depth: int) -> int:
+        """Runs one command: its name, or path, and its arguments. Returns the exit status."""
+        path, *arguments = argv
+        name = path.rsplit("/", 1)[-1]
+        if name in _SHELLS and len(arguments) >= 2 and arguments[0] in ("-c", "-lc"):
+            text = arguments[1]
+            killable_command = unwrap_killable(text)
+            if killable_command is not None:
+                return await self._run_until_input_ends(killable_command, streams, depth + 1)
+            return await self.run(text, streams, depth + 1)
+        if name == "command" and arguments[:1] == ["-v"]:
+            return await self._find_command(arguments[1:], streams)
+        if name in _WRAPPERS and arguments:
+            # The first argument of ``timeout`` is the duration, which does not matter here.
+            inner_argv = arguments[1:] if name == "timeout" and len(arguments) > 1 else arguments
+            return await self._run_command(inner_argv, streams, depth)
         if name == "nvidia-smi":
-            return await self._nvidia_smi(rest, terminal)
-        command = _KNOWN.get(name)
+            return await self._nvidia_smi(arguments, streams)
+        command = _COMMANDS.get(name)
         if command is None:
-            await terminal.write(f"sh: 1: {name[:80]}: not found\n".encode(errors="replace"), error=True)
+            await streams.write(f"sh: 1: {name[:80]}: not found\n".encode(errors="replace"), error=True)
             return 127
-        return await command(self, rest, terminal)
+        return await command(self, arguments, streams)
 
-    async def _run_until_input_ends(self, command: str, terminal: StandardStreams, depth: int) -> int:
-        """Does what the script of tunnels/remote_command.py does on a real host: the command is killed when its
-        standard input ends."""
+    async def _find_command(self, names: list[str], streams: StandardStreams) -> int:
+        """Runs ``command -v NAME``: writes the path of a known command, or returns status 127."""
+        if not names or (names[0] not in _COMMANDS and names[0] != "nvidia-smi"):
+            return 127
+        await streams.write(f"/usr/bin/{names[0]}\n".encode())
+        return 0
+
+    async def _run_until_input_ends(self, command: str, streams: StandardStreams, depth: int) -> int:
+        """Runs the command, and kills it when standard input ends. Returns the exit status.
+
+        On a real host, the script of tunnels/remote_command.py does this.
+        """
 
         async def read_to_the_end() -> None:
-            while await terminal.read():
+            while await streams.read():
                 pass
 
-        command_task = asyncio.ensure_future(self.run(command, _NoInput(terminal), depth))
+        command_task = asyncio.ensure_future(self.run(command, _NoInput(streams), depth))
         input_task = asyncio.ensure_future(read_to_the_end())
         try:
             await asyncio.wait((command_task, input_task), return_when=asyncio.FIRST_COMPLETED)
@@ -113,22 +135,24 @@ class SimShell:
                 task.cancel()
             await asyncio.gather(command_task, input_task, return_exceptions=True)
 
-    async def _nvidia_smi(self, argv: list[str], terminal: StandardStreams) -> int:
+    async def _nvidia_smi(self, arguments: list[str], streams: StandardStreams) -> int:
+        """Runs nvidia-smi as the faults say. Returns the exit status."""
         faults = self.faults()
         if faults.nvidia_smi is SmiMode.HANG:
-            await asyncio.Event().wait()
+            await asyncio.Event().wait()  # until the client closes the channel
         if faults.nvidia_smi_delay_s > 0:
             await asyncio.sleep(faults.nvidia_smi_delay_s)
-        status, output = nvidia_smi.run_nvidia_smi(argv, self.profile, self.load(), faults.nvidia_smi)
-        await terminal.write(output, error=status == 127)
+        status, output = nvidia_smi.run_nvidia_smi(arguments, self.profile, self.load(), faults.nvidia_smi)
+        is_not_found = status == 127  # then the text comes from the shell, which writes it to standard error
+        await streams.write(output, error=is_not_found)
         return status
 
 
 class _NoInput:
     """The streams of a command with ``</dev/null``."""
 
-    def __init__(self, terminal: StandardStreams) -> None:
-        self._terminal = terminal
+    def __init__(self, streams: StandardStreams) -> None:
+        self._terminal = streams
 
     async def read(self) -> bytes:
         return b""
@@ -140,8 +164,8 @@ class _NoInput:
 class _MergedStreams:
     """The streams of a command with ``2>&1``."""
 
-    def __init__(self, terminal: StandardStreams) -> None:
-        self._terminal = terminal
+    def __init__(self, streams: StandardStreams) -> None:
+        self._terminal = streams
 
     async def read(self) -> bytes:
         return await self._terminal.read()
@@ -151,122 +175,143 @@ class _MergedStreams:
         await self._terminal.write(data)
 
 
-def _split(text: str) -> list[tuple[str, list[str]]]:
-    """The commands. Each has the operator before it (``;``, ``&&`` or ``||``) and its words.
+class _Command(NamedTuple):
+    """One command of a line. ``operator`` is the operator before it: ``;`` (also for a newline), ``&&`` or ``||``."""
+
+    operator: str
+    words: list[str]
+
+
+def _split_commands(text: str) -> list[_Command]:
+    """Splits a line into its commands, and removes the quotes. A command without words is left out.
 
     Raises ``ValueError`` for an open quote, and for syntax that is not simulated.
     """
-    commands: list[tuple[str, list[str]]] = [(";", [])]
-    word: str | None = None
-    for match in _TOKEN.finditer(text.replace("\0", "")):
+    commands = [_Command(";", [])]
+    word: str | None = None  # the word so far: several parts without a blank between them are one word, as in a"b c"
+    for match in _TOKEN.finditer(text.replace(_STATUS, "")):
         kind, part = match.lastgroup, match.group()
-        if kind in ("blank", "joint"):
+        if kind in ("blank", "operator"):
             if word is not None:
-                commands[-1][1].append(word)
+                commands[-1].words.append(word)
                 word = None
-            if kind == "joint":
-                commands.append((part if part in ("&&", "||") else ";", []))
-            continue
-        if kind == "wrong":
-            raise ValueError(f"{part!r} unexpected")
-        if kind == "single":
-            part = part[1:-1]
-        elif kind == "double":
-            part = re.sub(r'\\([\\"$`])', r"\1", part[1:-1].replace("$?", _STATUS))
-        elif kind == "escape":
-            part = part[1:]
-        elif kind == "status":
-            part = _STATUS
-        word = (word or "") + part
+            if kind == "operator":
+                commands.append(_Command(";" if part == "\n" else part, []))
+        else:
+            word = (word or "") + _unquote(kind, part)
     if word is not None:
-        commands[-1][1].append(word)
-    return [(joint, words) for joint, words in commands if words]
+        commands[-1].words.append(word)
+    return [command for command in commands if command.words]
+
+
+def _unquote(kind: str | None, part: str) -> str:
+    """The text that a part of a word means. ``kind`` is the group of ``_TOKEN`` that has matched the part."""
+    match kind:
+        case "unsupported":
+            raise ValueError(f"{part!r} unexpected")
+        case "single_quoted":
+            return part[1:-1]
+        case "double_quoted":
+            return re.sub(r'\\([\\"$`])', r"\1", part[1:-1].replace("$?", _STATUS))
+        case "escape":
+            return part.removeprefix("\\")
+        case "status":
+            return _STATUS
+    return part
 
 
 ShellCommand = Callable[[SimShell, list[str], StandardStreams], Awaitable[int]]
+"""Runs a command with its arguments, and returns the exit status."""
 
 
-async def _hostname(shell: SimShell, argv: list[str], terminal: StandardStreams) -> int:
-    del argv
-    await terminal.write(f"{shell.profile.hostname}\n".encode())
+async def _hostname(shell: SimShell, arguments: list[str], streams: StandardStreams) -> int:
+    del arguments
+    await streams.write(f"{shell.profile.hostname}\n".encode())
     return 0
 
 
-async def _uname(shell: SimShell, argv: list[str], terminal: StandardStreams) -> int:
-    system = f"Linux {shell.profile.hostname} 6.8.0-lab #1 SMP simulated x86_64 GNU/Linux"
-    await terminal.write(f"{system if '-a' in argv else 'Linux'}\n".encode())
+async def _uname(shell: SimShell, arguments: list[str], streams: StandardStreams) -> int:
+    full_name = f"Linux {shell.profile.hostname} 6.8.0-lab #1 SMP simulated x86_64 GNU/Linux"
+    output = full_name if "-a" in arguments else "Linux"
+    await streams.write(f"{output}\n".encode())
     return 0
 
 
-async def _whoami(shell: SimShell, argv: list[str], terminal: StandardStreams) -> int:
-    del argv
-    await terminal.write(f"{shell.profile.user}\n".encode())
+async def _whoami(shell: SimShell, arguments: list[str], streams: StandardStreams) -> int:
+    del arguments
+    await streams.write(f"{shell.profile.user}\n".encode())
     return 0
 
 
-async def _echo(shell: SimShell, argv: list[str], terminal: StandardStreams) -> int:
+async def _echo(shell: SimShell, arguments: list[str], streams: StandardStreams) -> int:
     del shell
-    newline = argv[:1] != ["-n"]
-    await terminal.write((" ".join(argv if newline else argv[1:]) + "\n" * newline).encode(errors="replace"))
+    output = " ".join(arguments[1:]) if arguments[:1] == ["-n"] else " ".join(arguments) + "\n"
+    await streams.write(output.encode(errors="replace"))
     return 0
 
 
-async def _cat(shell: SimShell, argv: list[str], terminal: StandardStreams) -> int:
-    """Copies standard input. The host has no files."""
+async def _cat(shell: SimShell, arguments: list[str], streams: StandardStreams) -> int:
+    """Copies standard input to standard output. A file's name is an error: the host has no files."""
     del shell
-    if argv and argv != ["-"]:
-        await terminal.write(f"cat: {argv[0][:80]}: No such file or directory\n".encode(errors="replace"), error=True)
+    if arguments and arguments != ["-"]:
+        message = f"cat: {arguments[0][:80]}: No such file or directory\n"
+        await streams.write(message.encode(errors="replace"), error=True)
         return 1
-    while data := await terminal.read():
-        await terminal.write(data)
+    while data := await streams.read():
+        await streams.write(data)
     return 0
 
 
-async def _sleep(shell: SimShell, argv: list[str], terminal: StandardStreams) -> int:
+async def _sleep(shell: SimShell, arguments: list[str], streams: StandardStreams) -> int:
     del shell
-    if argv == ["infinity"]:
-        await asyncio.Event().wait()
+    if arguments == ["infinity"]:
+        await asyncio.Event().wait()  # until the command is cancelled
     try:
-        await asyncio.sleep(min(float(argv[0]), 86400.0))
+        await asyncio.sleep(min(float(arguments[0]), 86400.0))
     except (IndexError, ValueError):
-        await terminal.write(b"sleep: invalid time interval\n", error=True)
+        await streams.write(b"sleep: invalid time interval\n", error=True)
         return 1
     return 0
 
 
-async def _seq(shell: SimShell, argv: list[str], terminal: StandardStreams) -> int:
-    """``seq N``, for an output of a known size."""
+async def _seq(shell: SimShell, arguments: list[str], streams: StandardStreams) -> int:
+    """Writes the numbers from 1 to the argument, one a line: an output whose size the client can choose."""
     del shell
-    if len(argv) != 1 or not argv[0].isdigit():
-        await terminal.write(b"seq: one number, here\n", error=True)
+    if len(arguments) != 1 or not arguments[0].isdigit():
+        await streams.write(b"seq: one number, here\n", error=True)
         return 1
-    last, step = min(int(argv[0]), 10_000_000), 4096
-    for start in range(1, last + 1, step):
-        numbers = range(start, min(start + step, last + 1))
-        await terminal.write("".join(f"{number}\n" for number in numbers).encode())
+    last_number, batch_size = min(int(arguments[0]), 10_000_000), 4096
+    for start in range(1, last_number + 1, batch_size):
+        numbers = range(start, min(start + batch_size, last_number + 1))
+        await streams.write("".join(f"{number}\n" for number in numbers).encode())
     return 0
 
 
-async def _test(shell: SimShell, argv: list[str], terminal: StandardStreams) -> int:
-    """Compares texts. Tests for files are always false: the host has no files."""
-    del shell, terminal
-    words = argv[:-1] if argv[-1:] == ["]"] else argv
-    if len(words) == 3 and words[1] in ("=", "==", "!="):
-        return int((words[0] == words[2]) is (words[1] == "!="))
-    return int(not (len(words) == 1 and words[0]))
+async def _test(shell: SimShell, arguments: list[str], streams: StandardStreams) -> int:
+    """Compares two texts, or tests that a text is not empty. Tests for files are always false: there are no files."""
+    del shell, streams
+    words = arguments[:-1] if arguments[-1:] == ["]"] else arguments
+    is_true = len(words) == 1 and words[0] != ""
+    if len(words) == 3:
+        left, operator, right = words
+        if operator in ("=", "=="):
+            is_true = left == right
+        elif operator == "!=":
+            is_true = left != right
+    return 0 if is_true else 1
 
 
-async def _true(shell: SimShell, argv: list[str], terminal: StandardStreams) -> int:
-    del shell, argv, terminal
+async def _true(shell: SimShell, arguments: list[str], streams: StandardStreams) -> int:
+    del shell, arguments, streams
     return 0
 
 
-async def _false(shell: SimShell, argv: list[str], terminal: StandardStreams) -> int:
-    del shell, argv, terminal
+async def _false(shell: SimShell, arguments: list[str], streams: StandardStreams) -> int:
+    del shell, arguments, streams
     return 1
 
 
-_KNOWN: dict[str, ShellCommand] = {
+_COMMANDS: dict[str, ShellCommand] = {
     "hostname": _hostname,
     "uname": _uname,
     "whoami": _whoami,

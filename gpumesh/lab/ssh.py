@@ -1,10 +1,12 @@
-"""A simulated host's SSH server: paramiko's, in this process. It authenticates clients, forwards to the host's ports,
-and answers a few commands (shell.py). It never runs a program, and never connects to an address other than loopback.
+"""The SSH server of a simulated host, on paramiko: it authenticates clients, forwards ports, answers a few commands.
 
-paramiko runs one thread for each connection. Our functions in this thread only make decisions, or post to the event
-loop; the event loop does all other work. paramiko has no call-back for an accepted channel. So its private methods
-``_queue_incoming_channel`` and ``_send_user_message`` are extended: tests/lab/test_ssh.py fails if a new version of
-paramiko changes them.
+It runs in this process. shell.py answers the commands: no program is ever run. The server never connects to an address
+other than loopback.
+
+paramiko runs one thread for each connection. Our functions in this thread only make decisions, connect to loopback, or
+post to the event loop; the event loop does all other work. paramiko has no call-back for an accepted channel. So its
+private methods ``_queue_incoming_channel`` and ``_send_user_message`` are extended: tests/lab/test_ssh.py fails if a
+new version of paramiko changes them.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -27,21 +29,21 @@ from paramiko.common import (
     cMSG_CHANNEL_SUCCESS,
 )
 
-from gpumesh.lab.channels import ChannelIo, ForwardedChannel
+from gpumesh.lab.channels import ChannelStreams, ForwardedChannel
 from gpumesh.lab.profile import Faults
 from gpumesh.lab.shell import SimShell
 
 BANNER = "SSH-2.0-OpenSSH_9.6_gpumesh_lab"
-CONNECT_TIMEOUT_S = 5.0
-NO_REPLY_DELAY_S = 0.02  # before a command whose request wants no reply
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+CONNECT_TIMEOUT_S = 5.0  # for a connect to loopback, which takes no time unless the target hangs
+NO_REPLY_DELAY_S = 0.02  # seconds before the start of a command whose request wants no reply
+_LOOPBACK_NAMES = ("127.0.0.1", "localhost", "::1")
 
 
 class SimSshServer:
-    """An async context manager; ``port`` is valid from its start to its end.
+    """Listens on a port and serves SSH clients. An async context manager; ``port`` is valid from its start to its end.
 
-    ``ports`` maps the host's apparent ports to real ones on loopback. All other ports refuse connections. ``faults`` is
-    called for each connection, login and channel.
+    ``ports`` maps the ports that a client names in a port forwarding to real ports on loopback; all other ports refuse
+    connections. ``faults`` is called for each connection, login and channel.
     """
 
     def __init__(
@@ -63,9 +65,9 @@ class SimSshServer:
         self._host = host
         self._port = port
         self._listener: socket.socket | None = None
-        self._accepting: asyncio.Task[None] | None = None
+        self._accept_task: asyncio.Task[None] | None = None
         self._connections: set[_Connection] = set()
-        self._opening: set[asyncio.Task[None]] = set()
+        self._open_tasks: set[asyncio.Task[None]] = set()  # one for each accepted client, until its SSH begins
 
     async def __aenter__(self) -> Self:
         listener = socket.socket()
@@ -79,19 +81,19 @@ class SimSshServer:
             raise
         self._listener = listener
         self._port = listener.getsockname()[1]
-        self._accepting = asyncio.create_task(self._accept(listener))
+        self._accept_task = asyncio.create_task(self._accept_clients(listener))
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        tasks = [task for task in (self._accepting, *self._opening) if task is not None]
+        tasks = [task for task in (self._accept_task, *self._open_tasks) if task is not None]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         if self._listener is not None:
             self._listener.close()
-        await asyncio.gather(*(connection.close() for connection in list(self._connections)))
+        await self.drop_connections()
 
     @property
     def port(self) -> int:
@@ -106,20 +108,21 @@ class SimSshServer:
         """Cuts all connections, as a router or a reboot does. The port stays open."""
         await asyncio.gather(*(connection.close() for connection in list(self._connections)))
 
-    async def _accept(self, listener: socket.socket) -> None:
+    async def _accept_clients(self, listener: socket.socket) -> None:
         loop = asyncio.get_running_loop()
         while True:
             sock, _ = await loop.sock_accept(listener)
-            task = asyncio.create_task(self._open(sock))
-            self._opening.add(task)
-            task.add_done_callback(self._opening.discard)
+            task = asyncio.create_task(self._open_connection(sock))
+            self._open_tasks.add(task)
+            task.add_done_callback(self._open_tasks.discard)
 
-    async def _open(self, sock: socket.socket) -> None:
+    async def _open_connection(self, sock: socket.socket) -> None:
+        """Starts SSH on the client's socket, later or never if the faults say so."""
         try:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             faults = self.faults()
             if faults.ssh_hang:
-                await asyncio.Event().wait()
+                await asyncio.Event().wait()  # waits until the server ends, which cancels this task
             if faults.ssh_delay_s > 0:
                 await asyncio.sleep(faults.ssh_delay_s)
             connection = _Connection(self, sock)
@@ -134,17 +137,18 @@ class SimSshServer:
 
 
 class _Connection:
-    """One client's connection: its transport, and its channels and commands on the event loop."""
+    """One client's SSH connection: paramiko's transport, and its channels and commands on the event loop."""
 
     def __init__(self, server: SimSshServer, sock: socket.socket) -> None:
         self.server = server
         self._sock = sock
         self._loop = asyncio.get_running_loop()
-        self._targets: dict[int, socket.socket] = {}
+        # The keys of these three are paramiko's channel numbers.
         self._channels: dict[int, paramiko.Channel] = {}
-        self._waiting: dict[int, tuple[paramiko.Channel, str]] = {}
+        self._target_sockets: dict[int, socket.socket] = {}  # connected, but their channel is not open yet
+        self._waiting_commands: dict[int, tuple[paramiko.Channel, str]] = {}  # requested, but not started yet
         self._forwards: set[ForwardedChannel] = set()
-        self._commands: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[None]] = set()  # the commands that run, and the forwards that start
         self._closed = False
         sock.setblocking(True)
         self._transport = _Transport(sock, self)
@@ -153,154 +157,131 @@ class _Connection:
         self._transport.local_version = BANNER
         for key in self.server.host_keys:
             self._transport.add_server_key(key)
-        # With an event, the call does not block. No code waits for this event.
+        # Without an event, the call would block until the handshake is complete. No code waits for this event.
         self._transport.start_server(event=_IgnoredEvent(), server=_Policy(self))  # type: ignore[arg-type]
 
     async def close(self) -> None:
-        self._end()
+        """Ends the connection, from the server's side. On return, paramiko's thread has ended."""
+        self._end_channels()
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)  # wakes paramiko's thread: ``close`` waits for this thread
         await asyncio.to_thread(self._transport.close)
         self._sock.close()
 
-    def _end(self) -> None:
+    def _end_channels(self) -> None:
+        """Closes all forwards and cancels all commands, and takes the connection out of the server's set."""
         if self._closed:
             return
         self._closed = True
         for forward in list(self._forwards):
             forward.close()
-        for task in self._commands:
+        for task in self._tasks:
             task.cancel()
-        for sock in self._targets.values():
+        for sock in self._target_sockets.values():
             sock.close()
         self.server.remove_connection(self)
 
     # -- called by paramiko's thread ---------------------------------------------------------------------------------
 
     def post(self, callback: Callable[..., object], *arguments: Any) -> None:
+        """Makes the event loop call ``callback(*arguments)`` soon."""
         with contextlib.suppress(RuntimeError):  # the event loop has ended, but the client has not
             self._loop.call_soon_threadsafe(callback, *arguments)
 
     def transport_ended(self) -> None:
-        self.post(self._end)
+        self.post(self._end_channels)
 
     def open_target(self, channel_id: int, host: str, port: int) -> int:
-        """Connects to the target of a new channel. Like sshd, this confirms the channel only after the connect."""
-        if self.server.faults().ssh_no_forwarding or host not in (*_LOOPBACK, self.server.shell.profile.hostname):
+        """Connects to the target of a new direct-tcpip channel, and returns SSH's code for success or the failure.
+
+        The client learns that its channel is open only after the connect, as with sshd.
+        """
+        is_own_name = host in (*_LOOPBACK_NAMES, self.server.shell.profile.hostname)
+        if self.server.faults().ssh_no_forwarding or not is_own_name:
             return OPEN_FAILED_ADMINISTRATIVELY_PROHIBITED
         real_port = self.server.ports.get(port)
         if real_port is None:
             return OPEN_FAILED_CONNECT_FAILED
         try:
-            self._targets[channel_id] = socket.create_connection(("127.0.0.1", real_port), timeout=CONNECT_TIMEOUT_S)
+            target_socket = socket.create_connection(("127.0.0.1", real_port), timeout=CONNECT_TIMEOUT_S)
         except OSError:
             return OPEN_FAILED_CONNECT_FAILED
+        self._target_sockets[channel_id] = target_socket
         return OPEN_SUCCEEDED
 
     def channel_opened(self, channel: paramiko.Channel) -> None:
+        """Keeps the channel, and starts the forwarding of bytes if it has a target."""
         # paramiko holds channels only by weak references: without this dictionary, the garbage collector closes them.
-        self._channels = {number: opened for number, opened in self._channels.items() if not opened.closed}
+        self._channels = {number: kept for number, kept in self._channels.items() if not kept.closed}
         self._channels[channel.get_id()] = channel
-        sock = self._targets.pop(channel.get_id(), None)
-        if sock is not None:
-            self.post(self._forward, channel, sock)
+        target_socket = self._target_sockets.pop(channel.get_id(), None)
+        if target_socket is not None:
+            self.post(self._start_forward, channel, target_socket)
 
     def command_requested(self, channel: paramiko.Channel, command: str) -> None:
-        """Starts the command after the reply to its request: the reply must come before the command's output. If the
-        client wants no reply, there is none, so the command starts after a short delay."""
-        self._waiting[channel.get_id()] = (channel, command)
+        """Lets the command start as soon as the reply to its request is sent: the reply must come before the output.
+
+        If the client wants no reply, the server sends none, so the command starts after a short delay.
+        """
+        self._waiting_commands[channel.get_id()] = (channel, command)
         self.post(self._loop.call_later, NO_REPLY_DELAY_S, self._start_command, channel.get_id())
 
     def reply_sent(self) -> None:
-        for channel_id in list(self._waiting):
+        """Starts the commands that wait for the reply to their request."""
+        for channel_id in list(self._waiting_commands):
             self.post(self._start_command, channel_id)
 
     # -- on the event loop -------------------------------------------------------------------------------------------
 
-    def _forward(self, channel: paramiko.Channel, sock: socket.socket) -> None:
+    def _start_forward(self, channel: paramiko.Channel, target_socket: socket.socket) -> None:
         if self._closed:
-            sock.close()
+            target_socket.close()
             return
-        task = asyncio.ensure_future(self._connect(channel, sock))
-        self._commands.add(task)
-        task.add_done_callback(self._commands.discard)
+        self._start_task(self._forward(channel, target_socket))
 
-    async def _connect(self, channel: paramiko.Channel, sock: socket.socket) -> None:
-        sock.setblocking(False)
+    async def _forward(self, channel: paramiko.Channel, target_socket: socket.socket) -> None:
+        """Joins the channel and the socket: from now on, the event loop passes bytes between the two."""
+        target_socket.setblocking(False)
         forward = ForwardedChannel(channel, self._forwards.discard)
         self._forwards.add(forward)
         try:
-            await self._loop.create_connection(lambda: forward, sock=sock)
+            await self._loop.create_connection(lambda: forward, sock=target_socket)
         except BaseException:
             forward.close()
-            sock.close()
+            target_socket.close()
             raise
 
     def _start_command(self, channel_id: int) -> None:
-        channel, command = self._waiting.pop(channel_id, (None, ""))
+        """Starts the channel's command, unless it has started already: a reply and a timer both call this."""
+        channel, command = self._waiting_commands.pop(channel_id, (None, ""))
         if channel is None or self._closed:
             return
-        task = asyncio.ensure_future(self._run(channel, command))
-        self._commands.add(task)
-        task.add_done_callback(self._commands.discard)
+        self._start_task(self._run_command(channel, command))
 
-    async def _run(self, channel: paramiko.Channel, command: str) -> None:
-        terminal = _ChannelTerminal(channel)
-        close_watch = asyncio.ensure_future(terminal.wait_closed())
-        command_task = asyncio.ensure_future(self.server.shell.run(command, terminal))
+    def _start_task(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        """Runs the coroutine until it or the connection ends."""
+        task = asyncio.ensure_future(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _run_command(self, channel: paramiko.Channel, command: str) -> None:
+        """Runs the command, sends its exit status, and closes the channel. Stops early if the client closes it."""
+        streams = ChannelStreams(channel)
+        close_watch = asyncio.ensure_future(streams.wait_closed())
+        command_task = asyncio.ensure_future(self.server.shell.run(command, streams))
         try:
             await asyncio.wait((command_task, close_watch), return_when=asyncio.FIRST_COMPLETED)
             if command_task.done() and command_task.exception() is None:
-                await terminal.finish(command_task.result())
+                await streams.finish(command_task.result())
         finally:
             command_task.cancel()
             close_watch.cancel()
             await asyncio.gather(command_task, close_watch, return_exceptions=True)
-            terminal.close()
-
-
-class _ChannelTerminal:
-    """A session channel as a command's standard streams."""
-
-    def __init__(self, channel: paramiko.Channel) -> None:
-        self._channel = channel
-        self._input: asyncio.Queue[bytes] = asyncio.Queue()
-        self._io = ChannelIo(channel, self._add_input)
-
-    def _add_input(self, data: bytes) -> None:
-        self._input.put_nowait(data)
-        self._io.pause()  # bytes that the command does not read fill the channel's window
-
-    async def read(self) -> bytes:
-        if self._input.empty():
-            self._io.resume()
-        data = await self._input.get()
-        if not data:
-            self._input.put_nowait(b"")
-        return data
-
-    async def write(self, data: bytes, *, error: bool = False) -> None:
-        if not self._io.write(data, error=error):
-            await self._io.wait_drained()
-
-    async def wait_closed(self) -> None:
-        """Waits until the client closes the channel. paramiko reports this only to a reader, and a command may not
-        read."""
-        while not self._io.closed:  # noqa: ASYNC110  # paramiko has no event for it
-            await asyncio.sleep(0.05)
-
-    async def finish(self, status: int) -> None:
-        await self._io.wait_flushed()
-        if not self._io.closed:
-            with contextlib.suppress(OSError, EOFError, paramiko.SSHException):
-                self._channel.send_exit_status(status)
-
-    def close(self) -> None:
-        self._io.close()
+            streams.close()
 
 
 class _Policy(paramiko.ServerInterface):
-    """Decides what the client may do. paramiko calls it in its thread."""
+    """Decides what the client may do. paramiko calls these methods, in its own thread."""
 
     def __init__(self, connection: _Connection) -> None:
         self._connection = connection
@@ -311,8 +292,10 @@ class _Policy(paramiko.ServerInterface):
         return "publickey,password" if self._server.shell.profile.password is not None else "publickey"
 
     def check_auth_publickey(self, username: str, key: paramiko.PKey) -> int:
+        if self._server.faults().ssh_refuse_key:
+            return AUTH_FAILED
         is_authorized = username == self._server.shell.profile.user and key.asbytes() in self._server.authorized
-        return AUTH_SUCCESSFUL if is_authorized and not self._server.faults().ssh_refuse_key else AUTH_FAILED
+        return AUTH_SUCCESSFUL if is_authorized else AUTH_FAILED
 
     def check_auth_password(self, username: str, password: str) -> int:
         profile = self._server.shell.profile
@@ -320,20 +303,25 @@ class _Policy(paramiko.ServerInterface):
         return AUTH_SUCCESSFUL if is_correct else AUTH_FAILED
 
     def check_global_request(self, kind: str, msg: paramiko.Message) -> bool:
+        """Answers keepalives, and refuses all else, such as remote port forwarding."""
         del msg
         return kind == "keepalive@openssh.com"
 
     def check_channel_request(self, kind: str, chanid: int) -> int:
+        """Accepts sessions. For a direct-tcpip channel, paramiko calls ``check_channel_direct_tcpip_request``."""
         del chanid
         if kind != "session":
             return OPEN_FAILED_UNKNOWN_CHANNEL_TYPE
-        return OPEN_FAILED_ADMINISTRATIVELY_PROHIBITED if self._server.faults().ssh_no_session else OPEN_SUCCEEDED
+        if self._server.faults().ssh_no_session:
+            return OPEN_FAILED_ADMINISTRATIVELY_PROHIBITED
+        return OPEN_SUCCEEDED
 
     def check_channel_direct_tcpip_request(
         self, chanid: int, origin: tuple[str, int], destination: tuple[str, int]
     ) -> int:
         del origin
-        return self._connection.open_target(chanid, *destination)
+        host, port = destination
+        return self._connection.open_target(chanid, host, port)
 
     def check_channel_exec_request(self, channel: paramiko.Channel, command: bytes) -> bool:
         self._connection.command_requested(channel, command.decode("utf-8", "replace"))
@@ -343,17 +331,21 @@ class _Policy(paramiko.ServerInterface):
         self, channel: paramiko.Channel, term: bytes, width: int, height: int, pixelwidth: int, pixelheight: int,
         modes: bytes,
     ) -> bool:  # fmt: skip
+        """Accepts a terminal, which changes nothing for the simulated commands."""
         del channel, term, width, height, pixelwidth, pixelheight, modes
         return True
 
 
 class _Transport(paramiko.Transport):
+    """paramiko's side of one connection. It reports new channels, sent replies and its end to the ``_Connection``."""
+
     def __init__(self, sock: socket.socket, connection: _Connection) -> None:
         super().__init__(sock)
         self._connection = connection
         self.daemon = True
 
     def run(self) -> None:
+        """The thread of the connection."""
         try:
             super().run()
         finally:

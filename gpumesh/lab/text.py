@@ -1,9 +1,9 @@
-"""The text of the simulated models: pure, deterministic, and continuable from any cut.
+"""Generates the text of the simulated models: pure, deterministic, and continuable from any cut. Also embeddings.
 
 The text up to the last blank decides the next word, as the context does for a model at temperature 0. So an answer can
 be cut anywhere, even within a word, and continued on another host, as a last message of the assistant or as a raw
-prompt: the other host generates exactly the missing text. The words hold letters of several alphabets and emoji: a test
-finds a proxy that cuts within a character. A token is one word with the blank before it.
+prompt: the other host generates exactly the missing text. The words hold letters of several alphabets and emoji: so a
+test can find a proxy that cuts within a character. A token is one word with the blank before it.
 """
 
 from __future__ import annotations
@@ -26,26 +26,33 @@ VOCABULARY = (  # noqa: SIM905 - a list of a hundred quoted words reads worse
 ).split(" ")
 
 ASSISTANT_MARK = "<|im_start|>assistant\n"
-_END_SALT = 0x9E3779B1  # so that the decision to end is not the same random number as the choice of the word
+UNLIMITED_TOKENS = 1 << 16  # the limit of an answer without ``num_predict``: no simulated answer is as long
+# Two decisions from one state must not be the same random number as the choice of the word: so a number is added.
+_END_SALT = 0x9E3779B1
+_LENGTH_SALT = 7
 
 
 @dataclass(frozen=True, slots=True)
 class GeneratedText:
-    """An answer as its tokens, in order; ``done_reason`` is ``stop`` or ``length``."""
+    """An answer as its tokens, in order. ``done_reason`` is ``stop``, or ``length`` if a limit has cut the answer."""
 
     tokens: tuple[str, ...]
     done_reason: str
 
 
 def render_messages(messages: Sequence[Mapping[str, Any]], *, continues: bool = True) -> str:
-    """The prompt that a ChatML template makes. If ``continues``, a last message of the assistant stays open."""
+    """Renders a chat as the prompt that a ChatML template makes of it.
+
+    If ``continues``, a last message of the assistant stays open, so that the model continues this message.
+    """
     parts: list[str] = []
     for number, message in enumerate(messages):
         role, content = str(message.get("role", "user")), content_text(message.get("content"))
         if message.get("tool_calls"):
             content += json.dumps(message["tool_calls"], ensure_ascii=False, sort_keys=True)
         parts.append(f"<|im_start|>{role}\n{content}")
-        if role == "assistant" and number == len(messages) - 1 and continues:
+        is_last = number == len(messages) - 1
+        if continues and is_last and role == "assistant":
             return "".join(parts)
         parts.append("<|im_end|>\n")
     return "".join(parts) + ASSISTANT_MARK
@@ -75,62 +82,62 @@ def generate_text(
     length_range: tuple[int, int] = (48, 160),
     stop: tuple[str, ...] = (),
 ) -> GeneratedText:
-    """The text that ``model`` generates after the rendered ``prompt``.
+    """Generates the text of ``model`` after the rendered ``prompt``.
 
     If the prompt holds a template's mark of the assistant's turn, the length of the answer is drawn once from
-    ``length_range``. Without this mark, the answer ends at a random word; its mean length is the same.
+    ``length_range`` (words). Without this mark, the answer ends at a random word; its mean length is the same. At most
+    ``num_predict`` tokens; ``None`` or a negative number: no limit. ``stop`` are stop sequences.
     """
-    start = prompt.rfind(ASSISTANT_MARK) + len(ASSISTANT_MARK) if ASSISTANT_MARK in prompt else None
-    low, high = length_range
-    basis = zlib.crc32(f"{model}\n{seed}\n".encode())
-    cut = max(prompt.rfind(" "), prompt.rfind("\n"), -1) + 1
-    partial = prompt[cut:]
-    state = zlib.crc32(prompt[:cut].encode(errors="replace"), basis)
+    # ``state`` is a CRC of the model, the seed and all text up to the last blank. It decides the next word.
+    model_state = zlib.crc32(f"{model}\n{seed}\n".encode())
+    last_word_at = max(prompt.rfind(" "), prompt.rfind("\n")) + 1
+    last_word = prompt[last_word_at:]
+    state = zlib.crc32(prompt[:last_word_at].encode(errors="replace"), model_state)
 
+    answer_at: int | None = None  # where the answer begins in the prompt, if the prompt has the mark
     words_left: int | None = None
-    if start is not None:
-        opening = zlib.crc32(prompt[:start].encode(errors="replace"), basis)
-        words_before = count_tokens(prompt[start:])
-        words_left = low + _mix(opening + 7) % (high - low + 1) - words_before
-    max_tokens = num_predict if num_predict is not None and num_predict >= 0 else 1 << 16
-    mean_length = max(1, (low + high) // 2)
+    if ASSISTANT_MARK in prompt:
+        answer_at = prompt.rfind(ASSISTANT_MARK) + len(ASSISTANT_MARK)
+        words_left = _draw_length(prompt[:answer_at], model_state, length_range) - count_tokens(prompt[answer_at:])
+    max_tokens = num_predict if num_predict is not None and num_predict >= 0 else UNLIMITED_TOKENS
+    mean_length = max(1, sum(length_range) // 2)
 
     tokens: list[str] = []
-    space = ""
-    if partial:
-        word = _word(state)
-        inside = (start is None or cut >= start) and word.startswith(partial)
-        if inside and word != partial:  # ``words_before`` counts this word already
-            tokens.append(word[len(partial) :])
-            state = zlib.crc32((word + " ").encode(), state)
+    blank = ""
+    if last_word:
+        word = _choose_word(state)
+        belongs_to_answer = answer_at is None or last_word_at >= answer_at
+        if belongs_to_answer and word.startswith(last_word) and word != last_word:
+            tokens.append(word.removeprefix(last_word))  # the answer was cut in this word, which is in ``words_left``
+            state = _extend_state(state, word)
         else:
-            state = zlib.crc32((partial + " ").encode(errors="replace"), state)
-        space = " "
+            state = _extend_state(state, last_word)
+        blank = " "
     reason = "stop"
     while True:
         if len(tokens) >= max_tokens:
             reason = "length"
             break
-        if (words_left is not None and words_left <= 0) or (
-            words_left is None and _mix(state + _END_SALT) % mean_length == 0
-        ):
+        is_complete = _mix(state + _END_SALT) % mean_length == 0 if words_left is None else words_left <= 0
+        if is_complete:
             break
-        word = _word(state)
-        tokens.append(space + word)
-        state = zlib.crc32((word + " ").encode(), state)
-        space = " "
-        words_left = None if words_left is None else words_left - 1
+        word = _choose_word(state)
+        tokens.append(blank + word)
+        state = _extend_state(state, word)
+        blank = " "
+        if words_left is not None:
+            words_left -= 1
     return cut_at_stop(GeneratedText(tuple(tokens[:max_tokens]), reason), stop)
 
 
-def cut_at_stop(whole: GeneratedText, stop: Sequence[str]) -> GeneratedText:
-    """The answer up to the first stop sequence, which is left out."""
-    text = "".join(whole.tokens)
-    positions = [position for sequence in stop if sequence and (position := text.find(sequence)) >= 0]
+def cut_at_stop(answer: GeneratedText, stop: Sequence[str]) -> GeneratedText:
+    """Cuts the answer before the first of the stop sequences in it. Returns the answer itself if it has none."""
+    text = "".join(answer.tokens)
+    positions = [text.index(sequence) for sequence in stop if sequence and sequence in text]
     if not positions:
-        return whole
+        return answer
     tokens, characters_left = [], min(positions)
-    for token in whole.tokens:
+    for token in answer.tokens:
         if characters_left <= 0:
             break
         tokens.append(token[:characters_left])
@@ -144,9 +151,13 @@ def split_tokens(text: str, size: int = 4) -> tuple[str, ...]:
 
 
 def make_schema_example(schema: Any, words: Sequence[str], depth: int = 0) -> Any:
-    """A value that fits a JSON schema. Only simple schemas are supported. ``words`` become the texts."""
+    """Makes a value that fits a JSON schema. Only simple schemas are supported.
+
+    The first ``words`` are the value of each string. ``depth`` is the number of schemas around this one.
+    """
+    example_text = " ".join(words[:4])
     if not isinstance(schema, Mapping) or depth > 16:
-        return " ".join(words[:4])
+        return example_text
     if "const" in schema:
         return schema["const"]
     if schema.get("enum"):
@@ -154,37 +165,53 @@ def make_schema_example(schema: Any, words: Sequence[str], depth: int = 0) -> An
     for key in ("anyOf", "oneOf", "allOf"):
         if schema.get(key):
             return make_schema_example(schema[key][0], words, depth + 1)
-    kind = schema.get("type", "object" if "properties" in schema else "string")
-    if isinstance(kind, list):
-        kind = next((name for name in kind if name != "null"), "null")
-    if kind == "object":
-        properties = schema.get("properties") or {}
-        return {name: make_schema_example(inner, words, depth + 1) for name, inner in properties.items()}
-    if kind == "array":
-        return [make_schema_example(schema.get("items", {}), words, depth + 1)] * max(1, int(schema.get("minItems", 1)))
-    plain: dict[str, Any] = {
-        "integer": int(schema.get("minimum", 42)),
-        "number": float(schema.get("minimum", 0.5)),
-        "boolean": True,
-        "null": None,
-    }
-    return plain.get(str(kind), " ".join(words[:4]))
+    schema_type = schema.get("type", "object" if "properties" in schema else "string")
+    if isinstance(schema_type, list):
+        schema_type = next((name for name in schema_type if name != "null"), "null")
+    match schema_type:
+        case "object":
+            properties = schema.get("properties") or {}
+            return {name: make_schema_example(inner, words, depth + 1) for name, inner in properties.items()}
+        case "array":
+            count = max(1, int(schema.get("minItems", 1)))
+            return [make_schema_example(schema.get("items", {}), words, depth + 1)] * count
+        case "integer":
+            return int(schema.get("minimum", 42))
+        case "number":
+            return float(schema.get("minimum", 0.5))
+        case "boolean":
+            return True
+        case "null":
+            return None
+    return example_text
 
 
 def make_embedding(text: str, size: int = 768) -> list[float]:
-    """An embedding of ``size`` numbers: deterministic, with norm 1."""
+    """Makes an embedding of ``size`` numbers: the same text always gives the same numbers. The norm is 1."""
     state = zlib.crc32(text.encode(errors="replace"))
     values = [(_mix(state + number) / 0xFFFFFFFF) - 0.5 for number in range(size)]
     norm = sum(value * value for value in values) ** 0.5
     return [value / norm for value in values]
 
 
+def _draw_length(question: str, model_state: int, length_range: tuple[int, int]) -> int:
+    """Draws the length of an answer in words: always the same for the prompt up to the answer and this model."""
+    shortest, longest = length_range
+    state = zlib.crc32(question.encode(errors="replace"), model_state)
+    return shortest + _mix(state + _LENGTH_SALT) % (longest - shortest + 1)
+
+
 def _mix(state: int) -> int:
-    """Makes a random number of a CRC. A CRC is linear: without this, the words would follow each other in a pattern."""
+    """Makes a random 32-bit number of a CRC. A CRC is linear: without the mixing, the words would show a pattern."""
     state = (state ^ (state >> 16)) * 0x45D9F3B & 0xFFFFFFFF
     state = (state ^ (state >> 16)) * 0x45D9F3B & 0xFFFFFFFF
     return state ^ (state >> 16)
 
 
-def _word(state: int) -> str:
+def _choose_word(state: int) -> str:
     return VOCABULARY[_mix(state) % len(VOCABULARY)]
+
+
+def _extend_state(state: int, word: str) -> int:
+    """The state after one more word."""
+    return zlib.crc32((word + " ").encode(errors="replace"), state)

@@ -1,8 +1,8 @@
 """A stand-in for vLLM's OpenAI-compatible server, made from vLLM's public source (``docs/internals/server-kinds.md``).
 
-It differs from other servers with this API in four points: it continues a last message of the assistant only with
-``continue_final_message``; it has its own figures on ``/metrics``; its errors have another form; its key guards ``/v1``
-alone.
+vLLM differs from other servers with this API in four points. It continues a last message of the assistant only with
+``continue_final_message``. It has its own figures on ``/metrics``. Its errors have another form. Its API key is needed
+only for paths under ``/v1``.
 """
 
 from __future__ import annotations
@@ -26,26 +26,29 @@ _ERROR_TYPES = {400: "BadRequestError", 404: "NotFoundError", 500: "InternalServ
 
 
 class SimVllm(SimServer):
-    """One vLLM server. All models of its profile are in memory from the start. The profile's ``slots`` is the server's
-    ``--max-num-seqs``."""
+    """One simulated vLLM server. All models of its profile are in memory from the start.
+
+    The profile's ``slots`` is the server's ``--max-num-seqs``. ``api_key``: only requests with this key may use
+    ``/v1``; ``None``: all may.
+    """
 
     def __init__(
         self, profile: HostProfile, *, host: str = "127.0.0.1", port: int = 0, api_key: str | None = None
     ) -> None:
-        served = tuple(replace(model, resident=True) for model in profile.models)
-        super().__init__(replace(profile, models=served, load_s=0.0), host=host, port=port)
+        loaded_models = tuple(replace(model, resident=True) for model in profile.models)
+        super().__init__(replace(profile, models=loaded_models, load_s=0.0), host=host, port=port)
         self._api_key = api_key
 
     def add_routes(self, app: web.Application) -> None:
-        add = app.router
-        add.add_get("/health", self._health)
-        add.add_get("/version", self._version)
-        add.add_get("/metrics", self._metrics)
-        add.add_get("/v1/models", self._models)
-        add.add_post("/v1/chat/completions", self._chat)
-        add.add_post("/v1/completions", self._completions)
+        app.router.add_get("/health", self._health)
+        app.router.add_get("/version", self._version)
+        app.router.add_get("/metrics", self._metrics)
+        app.router.add_get("/v1/models", self._models)
+        app.router.add_post("/v1/chat/completions", self._chat)
+        app.router.add_post("/v1/completions", self._completions)
 
     def find_refusal(self, request: web.Request) -> web.Response | None:
+        """Returns status 401 for a request under /v1 without the API key; otherwise ``None``."""
         if self._api_key is None or not request.path.startswith("/v1"):
             return None
         if request.headers.get("Authorization") == f"Bearer {self._api_key}":
@@ -53,8 +56,8 @@ class SimVllm(SimServer):
         return json_response({"error": "Unauthorized"}, status=401)
 
     def build_error(self, path: str, status: int, message: str) -> web.Response:  # noqa: ARG002 - all paths have one form of error
-        kind = _ERROR_TYPES.get(status, HTTPStatus(status).phrase)
-        error = {"message": message, "type": kind, "param": None, "code": status}
+        error_type = _ERROR_TYPES.get(status, HTTPStatus(status).phrase)
+        error = {"message": message, "type": error_type, "param": None, "code": status}
         return json_response({"error": error}, status=status)
 
     def build_unknown_route_error(self) -> web.Response:
@@ -69,29 +72,29 @@ class SimVllm(SimServer):
         return json_response({"version": VERSION})
 
     async def _metrics(self, _request: web.Request) -> web.Response:
-        text = "\n".join(self._metric_lines()) + "\n"
-        return web.Response(text=text, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
+        page = "\n".join(self._metric_lines()) + "\n"
+        return web.Response(text=page, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
 
     def _metric_lines(self) -> Iterator[str]:
+        """The lines of /metrics: vLLM's gauges of running and waiting requests and of the KV cache."""
         counters = self.counters
         running, waiting = float(counters.running), float(counters.in_flight - counters.running)
-        gauges = {
-            "num_requests_running": ("Number of requests in model execution batches.", running),
-            "num_requests_waiting": (
-                "Number of requests waiting to be processed.",
-                waiting,
-            ),
-            "kv_cache_usage_perc": ("KV-cache usage. 1 means 100 percent usage.", running / self.profile.slots),
-        }
-        for name, (text, value) in gauges.items():
-            yield f"# HELP vllm:{name} {text}"
+        gauges = (  # name, help text, value
+            ("num_requests_running", "Number of requests in model execution batches.", running),
+            ("num_requests_waiting", "Number of requests waiting to be processed.", waiting),
+            ("kv_cache_usage_perc", "KV-cache usage. 1 means 100 percent usage.", running / self.profile.slots),
+        )
+        first_model = self.profile.models[0]
+        for name, help_text, value in gauges:
+            yield f"# HELP vllm:{name} {help_text}"
             yield f"# TYPE vllm:{name} gauge"
-            yield f'vllm:{name}{{engine="0",model_name="{self.profile.models[0].name}"}} {value}'
+            yield f'vllm:{name}{{engine="0",model_name="{first_model.name}"}} {value}'
 
     async def _models(self, _request: web.Request) -> web.Response:
         return json_response({"object": "list", "data": [self._model_card(name) for name in self.engine.store]})
 
     def _model_card(self, name: str) -> dict[str, Any]:
+        """The model's entry in /v1/models."""
         model, stored_at = self.engine.store[name]
         card = {"id": name, "object": "model", "created": int(stored_at.timestamp()), "owned_by": "vllm"}
         return card | {"root": name, "parent": None, "max_model_len": model.context_length}
@@ -102,7 +105,7 @@ class SimVllm(SimServer):
         if continues and body.get("add_generation_prompt", True) is True:
             raise ApiError(400, "Cannot set both `continue_final_message` and `add_generation_prompt` to True.")
         generation = self._read_request(body, messages=read_messages(body), options=read_options(body))
-        # The template closes each message, except a last message with the mark ``continue_final_message``.
+        # vLLM's template closes each message, except the last message of a request with ``continue_final_message``.
         generation = replace(generation, model=replace(generation.model, continues=continues))
         frames = VllmChatFrames(generation.name, usage=wants_usage(body))
         return await self.write_answer(request, generation, frames, stream=body.get("stream") is True)
@@ -114,6 +117,7 @@ class SimVllm(SimServer):
         return await self.write_answer(request, generation, frames, stream=body.get("stream") is True)
 
     def _read_request(self, body: Mapping[str, Any], **parts: Any) -> GenerationRequest:
+        """As ``read_generation_request``, but a name without a tag does not mean ``:latest``. Raises ApiError."""
         name = body.get("model")
         if isinstance(name, str) and name not in self.engine.store:
             raise ApiError(404, f"The model `{name}` does not exist.")
@@ -121,7 +125,7 @@ class SimVllm(SimServer):
 
 
 class VllmChatFrames(ChatFrames):
-    """``/v1/chat/completions``. An error in mid-stream is a frame, and ``[DONE]`` follows it."""
+    """The frames of vLLM's ``/v1/chat/completions``: after an error in mid-stream, ``[DONE]`` follows."""
 
     def encode_error(self, message: str) -> bytes:
         error = {"message": message, "type": _ERROR_TYPES[500], "param": None, "code": 500}

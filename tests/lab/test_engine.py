@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 
 from gpumesh.lab import profile
-from gpumesh.lab.engine import Engine, Pacer, UsageAverage, parse_keep_alive
+from gpumesh.lab.engine import Engine, Pacer, UsageAverage
+from gpumesh.lab.keep_alive import parse_keep_alive
 from gpumesh.lab.profile import QWEN_7B, QWEN_14B
 
 FAST = profile.make_host("fast", models=(QWEN_7B, QWEN_14B), load_s=0.0, prefill_tokens_per_s=None, slots=2)

@@ -70,11 +70,11 @@ async def _run_demo(options: GlobalOptions, count: int, keep: bool) -> ExitCode:
     from gpumesh.daemon.mesh_process import run_mesh
     from gpumesh.daemon.paths import for_config
     from gpumesh.daemon.shutdown import Shutdown, handle_signals
-    from gpumesh.lab import profile
+    from gpumesh.lab import demo_hosts
     from gpumesh.lab.lab import Lab
     from gpumesh.tunnels.local_system.socket_folders import private_folder
 
-    hosts = [replace(host, answer_tokens=ANSWER_TOKENS) for host in profile.make_hosts(count)]
+    hosts = [replace(host, answer_tokens=ANSWER_TOKENS) for host in demo_hosts.make_hosts(count)]
     with private_folder() as folder:
         async with Lab(hosts, folder) as lab:
             file = lab.write_config(folder / "mesh.yaml", listen="127.0.0.1:0", default_model=MODEL)

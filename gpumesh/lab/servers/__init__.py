@@ -1,1 +1,1 @@
-"""The parts of the stand-ins for inference servers: a server with adjustable faults, and the routes of each API."""
+"""The parts of the simulated inference servers: an HTTP server with adjustable faults; routes and frames per API."""

@@ -1,4 +1,4 @@
-"""The frames of ``/v1/chat/completions`` and ``/v1/completions``, OpenAI's."""
+"""The frames of simulated answers in OpenAI's ``/v1/chat/completions`` and ``/v1/completions``."""
 
 from __future__ import annotations
 
@@ -13,15 +13,20 @@ from gpumesh.lab.engine import Timings
 from gpumesh.lab.servers.replies import dump_json
 
 SSE = "text/event-stream"
-_numbers = count(1)
+_next_number = count(1)  # for the ids of answers and tool calls
 
 
 def encode_event(document: Any, name: str | None = None) -> bytes:
-    return ((f"event: {name}\n" if name else "") + f"data: {dump_json(document)}\n\n").encode()
+    """The document as a server-sent event; ``name`` is the event's name, if it has one."""
+    event_line = f"event: {name}\n" if name else ""
+    return f"{event_line}data: {dump_json(document)}\n\n".encode()
 
 
 class ChatFrames:
-    """/v1/chat/completions."""
+    """The form of one answer of ``/v1/chat/completions`` by the model ``name``.
+
+    ``usage``: the client wants the counters at the end of a streamed answer (``stream_options.include_usage``).
+    """
 
     content_type = SSE
 
@@ -29,7 +34,7 @@ class ChatFrames:
         self._usage = usage
         self._called_tool = False
         self._base = {
-            "id": f"chatcmpl-{next(_numbers)}",
+            "id": f"chatcmpl-{next(_next_number)}",
             "object": "chat.completion.chunk",
             "created": int(time.time()),
             "model": name,
@@ -46,14 +51,11 @@ class ChatFrames:
         return encode_event(self._chunk(delta, None))
 
     def encode_final(self, reason: str, timings: Timings) -> bytes:
-        parts = [
-            encode_event(
-                self._chunk({"role": "assistant", "content": ""}, "tool_calls" if self._called_tool else reason)
-            )
-        ]
+        finish_reason = "tool_calls" if self._called_tool else reason
+        frames = encode_event(self._chunk({"role": "assistant", "content": ""}, finish_reason))
         if self._usage:
-            parts.append(encode_event({**self._base, "choices": [], "usage": build_usage(timings)}))
-        return b"".join([*parts, b"data: [DONE]\n\n"])
+            frames += encode_event({**self._base, "choices": [], "usage": build_usage(timings)})
+        return frames + b"data: [DONE]\n\n"
 
     def encode_error(self, message: str) -> bytes:
         del message  # Ollama loses the message of an error in mid-stream, and sends no [DONE]
@@ -74,14 +76,14 @@ class ChatFrames:
 
 
 class CompletionFrames:
-    """/v1/completions."""
+    """The form of one answer of ``/v1/completions`` by the model ``name``. ``usage`` as in ``ChatFrames``."""
 
     content_type = SSE
 
     def __init__(self, name: str, *, usage: bool) -> None:
         self._usage = usage
         self._base = {
-            "id": f"cmpl-{next(_numbers)}",
+            "id": f"cmpl-{next(_next_number)}",
             "object": "text_completion",
             "created": int(time.time()),
             "model": name,
@@ -93,11 +95,13 @@ class CompletionFrames:
         return encode_event(self._chunk(content, None))
 
     def encode_final(self, reason: str, timings: Timings) -> bytes:
-        usage = encode_event({**self._base, "choices": [], "usage": build_usage(timings)}) if self._usage else b""
-        return encode_event(self._chunk("", reason)) + usage + b"data: [DONE]\n\n"
+        frames = encode_event(self._chunk("", reason))
+        if self._usage:
+            frames += encode_event({**self._base, "choices": [], "usage": build_usage(timings)})
+        return frames + b"data: [DONE]\n\n"
 
     def encode_error(self, message: str) -> bytes:
-        del message  # lost, as in a chat
+        del message  # Ollama loses the message, as in a chat
         return encode_event(self._chunk("", None))
 
     def build_document(self, answer: PlannedAnswer, timings: Timings) -> dict[str, Any]:
@@ -108,6 +112,7 @@ class CompletionFrames:
 
 
 def build_usage(timings: Timings) -> dict[str, int]:
+    """OpenAI's ``usage``: the numbers of tokens."""
     return {
         "prompt_tokens": timings.prompt_tokens,
         "completion_tokens": timings.tokens,
@@ -116,6 +121,7 @@ def build_usage(timings: Timings) -> dict[str, int]:
 
 
 def build_tool_call(tool: ToolCall) -> dict[str, Any]:
+    """A member of OpenAI's ``tool_calls``. Its arguments are JSON in a string."""
     arguments = json.dumps(dict(tool.arguments), ensure_ascii=False)
     function = {"name": tool.name, "arguments": arguments}
-    return {"id": f"call_{next(_numbers)}", "index": 0, "type": "function", "function": function}
+    return {"id": f"call_{next(_next_number)}", "index": 0, "type": "function", "function": function}

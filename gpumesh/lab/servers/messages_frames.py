@@ -1,4 +1,4 @@
-"""The frames of ``/v1/messages``, Anthropic's."""
+"""The frames of simulated answers in Anthropic's ``/v1/messages``."""
 
 from __future__ import annotations
 
@@ -11,49 +11,53 @@ from gpumesh.lab.engine import Timings
 from gpumesh.lab.servers.chat_frames import SSE, encode_event
 from gpumesh.lab.servers.replies import dump_json
 
-_numbers = count(1)
+_next_number = count(1)  # for the ids of answers
 
 
 class MessagesFrames:
-    """Anthropic's /v1/messages."""
+    """The form of one answer of Anthropic's ``/v1/messages`` by the model ``name``.
+
+    A streamed answer has content blocks, one after the other: thinking, text, a tool call.
+    """
 
     content_type = SSE
 
     def __init__(self, name: str) -> None:
         self._base: dict[str, Any] = {
-            "id": f"msg_{next(_numbers)}",
+            "id": f"msg_{next(_next_number)}",
             "type": "message",
             "role": "assistant",
             "model": name,
         }
-        self._block = -1  # index of the open content block
-        self._kind: str | None = None  # type of the open content block
+        self._block_index = -1  # of the open content block; -1: no block was open yet
+        self._block_type: str | None = None  # of the open content block
         self._called_tool = False
 
     def encode_piece(self, content: str, thinking: str, tool: ToolCall | None) -> bytes:
         if tool is not None:
             self._called_tool = True
-            start = {"type": "tool_use", "id": "toolu_1", "name": tool.name, "input": {}}
+            block = {"type": "tool_use", "id": "toolu_1", "name": tool.name, "input": {}}
             delta = {"type": "input_json_delta", "partial_json": dump_json(dict(tool.arguments))}
-            return self._open("tool_use", start) + self._delta(delta)
+            return self._open_block(block) + self._encode_delta(delta)
         if thinking:
-            start = {"type": "thinking", "thinking": ""}
-            return self._open("thinking", start) + self._delta({"type": "thinking_delta", "thinking": thinking})
-        return self._open("text", {"type": "text", "text": ""}) + self._delta({"type": "text_delta", "text": content})
+            delta = {"type": "thinking_delta", "thinking": thinking}
+            return self._open_block({"type": "thinking", "thinking": ""}) + self._encode_delta(delta)
+        return self._open_block(_EMPTY_TEXT) + self._encode_delta({"type": "text_delta", "text": content})
 
     def encode_final(self, reason: str, timings: Timings) -> bytes:
         delta = {"stop_reason": _stop_reason(reason, called_tool=self._called_tool), "stop_sequence": None}
         usage = {"input_tokens": timings.prompt_tokens, "output_tokens": timings.tokens}
-        first_block = b"" if self._kind else self._open("text", {"type": "text", "text": ""})
+        # An answer without a piece has an empty block of text.
+        only_block = self._open_block(_EMPTY_TEXT) if self._block_type is None else b""
         return (
-            first_block
-            + self._event("content_block_stop", index=self._block)
-            + self._event("message_delta", delta=delta, usage=usage)
-            + self._event("message_stop")
+            only_block
+            + self._encode_event("content_block_stop", index=self._block_index)
+            + self._encode_event("message_delta", delta=delta, usage=usage)
+            + self._encode_event("message_stop")
         )
 
     def encode_error(self, message: str) -> bytes:
-        return self._event("error", error={"type": "api_error", "message": message})
+        return self._encode_event("error", error={"type": "api_error", "message": message})
 
     def build_document(self, answer: PlannedAnswer, timings: Timings) -> dict[str, Any]:
         content: list[dict[str, Any]] = []
@@ -72,26 +76,36 @@ class MessagesFrames:
             "usage": {"input_tokens": timings.prompt_tokens, "output_tokens": timings.tokens},
         }
 
-    def _open(self, kind: str, start: Mapping[str, Any]) -> bytes:
-        """The events that begin a content block of this type, unless one is open."""
-        if self._kind == kind:
+    def _open_block(self, block: Mapping[str, Any]) -> bytes:
+        """The events that begin the content block, or no bytes if a block of this type is open already.
+
+        The events before its own start the message, or end the block that is open.
+        """
+        if self._block_type == block["type"]:
             return b""
-        if self._kind is None:
+        if self._block_type is None:
             message = {**self._base, "content": [], "stop_reason": None, "stop_sequence": None}
             usage = {"input_tokens": 0, "output_tokens": 0}
-            before = self._event("message_start", message={**message, "usage": usage})
+            events = self._encode_event("message_start", message={**message, "usage": usage})
         else:
-            before = self._event("content_block_stop", index=self._block)
-        self._kind = kind
-        self._block += 1
-        return before + self._event("content_block_start", index=self._block, content_block=start)
+            events = self._encode_event("content_block_stop", index=self._block_index)
+        self._block_type = block["type"]
+        self._block_index += 1
+        return events + self._encode_event("content_block_start", index=self._block_index, content_block=block)
 
-    def _delta(self, delta: Mapping[str, Any]) -> bytes:
-        return self._event("content_block_delta", index=self._block, delta=delta)
+    def _encode_delta(self, delta: Mapping[str, Any]) -> bytes:
+        return self._encode_event("content_block_delta", index=self._block_index, delta=delta)
 
-    def _event(self, kind: str, **more: Any) -> bytes:
-        return encode_event({"type": kind, **more}, kind)
+    def _encode_event(self, event_type: str, **members: Any) -> bytes:
+        """An event with these members. Its type is also its name."""
+        return encode_event({"type": event_type, **members}, event_type)
+
+
+_EMPTY_TEXT = {"type": "text", "text": ""}
 
 
 def _stop_reason(reason: str, *, called_tool: bool) -> str:
-    return "tool_use" if called_tool else "max_tokens" if reason == "length" else "end_turn"
+    """Anthropic's name for the reason why the answer ended (``stop`` or ``length``, or a tool call)."""
+    if called_tool:
+        return "tool_use"
+    return "max_tokens" if reason == "length" else "end_turn"

@@ -1,4 +1,4 @@
-"""The frames of ``/api/chat`` and ``/api/generate``, Ollama's."""
+"""The frames (NDJSON lines) of simulated answers in Ollama's ``/api/chat`` and ``/api/generate``."""
 
 from __future__ import annotations
 
@@ -14,8 +14,11 @@ NDJSON = "application/x-ndjson"
 
 
 class NativeFrames:
-    """The NDJSON lines of ``/api/chat`` if ``chat``, otherwise of ``/api/generate``. ``raw``: the answer has no
-    ``context``."""
+    """The form of one answer of ``/api/chat`` if ``chat``, otherwise of ``/api/generate``.
+
+    ``name`` is the model's name as the client wrote it. ``raw``: the request had a raw prompt, so the answer has no
+    ``context``.
+    """
 
     content_type = NDJSON
 
@@ -24,14 +27,16 @@ class NativeFrames:
         self._chat = chat
         self._raw = raw
         # The part that all lines have in common is encoded once: most of a stream's cost is the encoding of its lines.
-        self._head = f'{{"model":{dump_json(name)},"created_at":'
+        self._line_start = f'{{"model":{dump_json(name)},"created_at":'
 
     def encode_piece(self, content: str, thinking: str, tool: ToolCall | None) -> bytes:
         if self._chat:
-            middle = f'"message":{dump_json(build_message(content, thinking, tool))}'
+            members = f'"message":{dump_json(build_message(content, thinking, tool))}'
         else:
-            middle = f'"response":{dump_json(content)}' + (f',"thinking":{dump_json(thinking)}' if thinking else "")
-        return f'{self._head}"{format_now()}",{middle},"done":false}}\n'.encode()
+            members = f'"response":{dump_json(content)}'
+            if thinking:
+                members += f',"thinking":{dump_json(thinking)}'
+        return f'{self._line_start}"{format_now()}",{members},"done":false}}\n'.encode()
 
     def encode_final(self, reason: str, timings: Timings) -> bytes:
         content: dict[str, Any] = {"message": build_message("", "", None)} if self._chat else {"response": ""}
@@ -47,14 +52,18 @@ class NativeFrames:
             return self._document(
                 {"message": build_message(content, thinking, answer.tool)}, answer.done_reason, timings
             )
-        document: dict[str, Any] = {"response": content} | ({"thinking": thinking} if thinking else {})
-        return self._document(document, answer.done_reason, timings)
+        members: dict[str, Any] = {"response": content}
+        if thinking:
+            members["thinking"] = thinking
+        return self._document(members, answer.done_reason, timings)
 
     def _document(self, content: Mapping[str, Any], reason: str, timings: Timings) -> dict[str, Any]:
+        """The last line of an answer, or a whole answer: ``content`` and the counters, without those that are 0."""
         document = {"model": self._name, "created_at": format_now(), **content, "done": True, "done_reason": reason}
         if not self._chat and not self._raw:
-            document["context"] = [number % 32000 for number in range(min(timings.prompt_tokens + timings.tokens, 64))]
-        figures = {
+            # The numbers of the tokens so far. A client may send them back; here they mean nothing, so 64 are enough.
+            document["context"] = list(range(min(timings.prompt_tokens + timings.tokens, 64)))
+        counters = {
             "total_duration": timings.total_ns,
             "load_duration": timings.load_ns,
             "prompt_eval_count": timings.prompt_tokens,
@@ -62,14 +71,16 @@ class NativeFrames:
             "eval_count": timings.tokens,
             "eval_duration": timings.eval_ns,
         }
-        return document | {name: value for name, value in figures.items() if value}
+        return document | {name: value for name, value in counters.items() if value}
 
 
 def format_now() -> str:
+    """The time now as RFC 3339, in UTC with microseconds."""
     return datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
 
 
 def build_message(content: str, thinking: str, tool: ToolCall | None) -> dict[str, Any]:
+    """The ``message`` of a chat in Ollama's form."""
     message: dict[str, Any] = {"role": "assistant", "content": content}
     if thinking:
         message["thinking"] = thinking

@@ -1,4 +1,4 @@
-"""The stand-in's native routes: those of Ollama at / and /api."""
+"""The native routes of the simulated Ollama, at / and /api: chat, generate, embed, tags, ps, show, pull, create."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from aiohttp import web
 
 from gpumesh.lab import text
 from gpumesh.lab.answers import ApiError, GenerationRequest, render_request
-from gpumesh.lab.engine import Runner, parse_keep_alive
+from gpumesh.lab.engine import Runner
+from gpumesh.lab.keep_alive import parse_keep_alive
 from gpumesh.lab.profile import ModelProfile
 from gpumesh.lab.servers.native_frames import NDJSON, NativeFrames, build_message, format_now
 from gpumesh.lab.servers.replies import dump_json, json_response, read_json
@@ -25,28 +26,31 @@ NEVER_EXPIRES = timedelta(days=365 * 292)  # about the longest duration of Go, w
 
 
 def add_routes(app: web.Application, server: SimServer, blobs: set[str]) -> None:
+    """Adds all of these routes to the application. ``blobs``: see ``NativeRoutes``."""
     routes = NativeRoutes(server, blobs)
-    add = app.router
-    add.add_get("/", routes.root)  # aiohttp adds HEAD to each GET
-    add.add_get("/api/version", routes.version)
-    add.add_get("/api/tags", routes.tags)
-    add.add_get("/api/ps", routes.ps, allow_head=False)
-    add.add_get("/api/status", routes.status, allow_head=False)
-    add.add_post("/api/show", routes.show)
-    add.add_post("/api/generate", routes.generate)
-    add.add_post("/api/chat", routes.chat)
-    add.add_post("/api/embed", routes.embed)
-    add.add_post("/api/embeddings", routes.embeddings)
-    add.add_post("/api/pull", routes.pull)
-    add.add_post("/api/create", routes.create)
-    add.add_post("/api/copy", routes.copy)
-    add.add_delete("/api/delete", routes.delete)
-    add.add_head("/api/blobs/{digest}", routes.has_blob)
-    add.add_post("/api/blobs/{digest}", routes.add_blob)
+    app.router.add_get("/", routes.root)  # aiohttp adds HEAD to each GET, unless ``allow_head`` is false
+    app.router.add_get("/api/version", routes.version)
+    app.router.add_get("/api/tags", routes.tags)
+    app.router.add_get("/api/ps", routes.ps, allow_head=False)
+    app.router.add_get("/api/status", routes.status, allow_head=False)
+    app.router.add_post("/api/show", routes.show)
+    app.router.add_post("/api/generate", routes.generate)
+    app.router.add_post("/api/chat", routes.chat)
+    app.router.add_post("/api/embed", routes.embed)
+    app.router.add_post("/api/embeddings", routes.embeddings)
+    app.router.add_post("/api/pull", routes.pull)
+    app.router.add_post("/api/create", routes.create)
+    app.router.add_post("/api/copy", routes.copy)
+    app.router.add_delete("/api/delete", routes.delete)
+    app.router.add_head("/api/blobs/{digest}", routes.has_blob)
+    app.router.add_post("/api/blobs/{digest}", routes.add_blob)
 
 
 class NativeRoutes:
-    """Handlers of Ollama's own routes. ``blobs`` are the digests that were uploaded."""
+    """The handlers of Ollama's own routes. A handler raises ApiError to refuse a request.
+
+    ``blobs`` are the digests of the files that clients have uploaded.
+    """
 
     def __init__(self, server: SimServer, blobs: set[str]) -> None:
         self._server = server
@@ -63,13 +67,15 @@ class NativeRoutes:
         return json_response({"status": "ok", "simulated": True})
 
     async def tags(self, _request: web.Request) -> web.Response:
-        entries = sorted(self._engine.store.items(), key=lambda entry: entry[1][1], reverse=True)
-        return json_response({"models": [_tag(name, model, stored) for name, (model, stored) in entries]})
+        models = [(stored_at, name, model) for name, (model, stored_at) in self._engine.store.items()]
+        models.sort(key=lambda stored_model: stored_model[0], reverse=True)  # the latest first
+        return json_response({"models": [_tag(name, model, stored_at) for stored_at, name, model in models]})
 
     async def ps(self, _request: web.Request) -> web.Response:
         return json_response({"models": [self._runner_entry(runner) for runner in self._engine.list_runners()]})
 
     def _runner_entry(self, runner: Runner) -> dict[str, Any]:
+        """The loaded model's entry in /api/ps."""
         model = runner.model
         seconds_left = runner.expires_at - self._engine.clock()
         time_left = NEVER_EXPIRES if math.isinf(seconds_left) else timedelta(seconds=seconds_left)
@@ -86,7 +92,7 @@ class NativeRoutes:
 
     async def show(self, request: web.Request) -> web.Response:
         body = await read_json(request)
-        model, stored = self._stored(body.get("model") or body.get("name"))
+        model, stored_at = self._find_stored(body.get("model") or body.get("name"))
         info = {
             "general.architecture": model.family,
             "general.parameter_count": int(float(model.parameter_size.rstrip("BM")) * 1e9),
@@ -101,7 +107,7 @@ class NativeRoutes:
                 "details": _details(model),
                 "model_info": info,
                 "capabilities": capabilities(model),
-                "modified_at": format_timestamp(stored),
+                "modified_at": format_timestamp(stored_at),
             }
         )
 
@@ -150,7 +156,7 @@ class NativeRoutes:
         return await self._server.write_answer(request, generation, frames, stream=body.get("stream") is not False)
 
     async def _preload(self, body: Mapping[str, Any], content: Mapping[str, Any]) -> web.Response:
-        """Loads or unloads the model: the answer to a request without a prompt."""
+        """Loads or unloads the model, as a request without a prompt asks for. The answer has ``content``."""
         generation = self._server.read_generation_request(body, **read_common_parts(body))
         await self._engine.preload(generation.model, generation.options, generation.keep_alive)
         unloads = parse_keep_alive(generation.keep_alive, 1.0) == 0
@@ -163,7 +169,9 @@ class NativeRoutes:
         body = await read_json(request)
         embed_input = body.get("input", "")
         texts = [embed_input] if isinstance(embed_input, str) else [str(entry) for entry in embed_input or []]
-        return json_response(await self._embed_texts(body, [entry for entry in texts if entry or len(texts) > 1]))
+        if texts == [""]:
+            texts = []  # a single empty text has no embedding
+        return json_response(await self._embed_texts(body, texts))
 
     async def embeddings(self, request: web.Request) -> web.StreamResponse:
         body = await read_json(request)
@@ -171,7 +179,7 @@ class NativeRoutes:
         return json_response({"embedding": answer["embeddings"][0]})
 
     async def _embed_texts(self, body: Mapping[str, Any], texts: list[str]) -> dict[str, Any]:
-        """The answer of ``/api/embed``; ``/api/embeddings`` takes one embedding from it."""
+        """Builds the answer of ``/api/embed``, with an embedding of each text, after the time that prefill takes."""
         name = body.get("model")
         if isinstance(name, str) and name and self._engine.find_model(name) is None:
             raise ApiError(404, f'model "{name}" not found, try pulling it first')
@@ -180,7 +188,8 @@ class NativeRoutes:
         prompt_tokens = 0
         async with self._engine.lease_slot(generation.model, generation.options, generation.keep_alive) as lease:
             for entry in texts:
-                prompt_tokens += (await self._engine.prefill(lease, entry))[0]
+                tokens, _seconds = await self._engine.prefill(lease, entry)
+                prompt_tokens += tokens
         return {
             "model": generation.name,
             "embeddings": [text.make_embedding(entry) for entry in texts],
@@ -199,21 +208,21 @@ class NativeRoutes:
         return await _write_progress(request, body, self._pull_steps(name if ":" in name else f"{name}:latest"))
 
     async def _pull_steps(self, name: str) -> AsyncIterator[dict[str, Any]]:
+        """The progress of a download, which stores the model at its end. A name with ``missing`` in it is not found."""
         yield {"status": "pulling manifest"}
         if "missing" in name:
             yield {"error": "pull model manifest: file does not exist"}
             return
         model = self._engine.find_model(name) or ModelProfile(name)
-        total, steps = model.size_mib * MIB, 20
-        for step in range(steps + 1):
-            status = f"pulling {model.digest[:12]}"
+        total_bytes, step_count = model.size_mib * MIB, 20
+        for step in range(step_count + 1):
             yield {
-                "status": status,
+                "status": f"pulling {model.digest[:12]}",
                 "digest": f"sha256:{model.digest}",
-                "total": total,
-                "completed": total * step // steps,
+                "total": total_bytes,
+                "completed": total_bytes * step // step_count,
             }
-            await asyncio.sleep(self._server.profile.pull_s / steps)
+            await asyncio.sleep(self._server.profile.pull_s / step_count)
         yield {"status": "verifying sha256 digest"}
         yield {"status": "writing manifest"}
         self._engine.store[name] = (model, datetime.now(UTC))
@@ -224,21 +233,21 @@ class NativeRoutes:
         name = str(body.get("model") or body.get("name") or "")
         if not name:
             raise ApiError(400, "model is required")
-        base, _ = self._stored(body.get("from"))
-        self._copy(base, name)
+        base, _stored_at = self._find_stored(body.get("from"))
+        self._store_copy(base, name)
         return await _write_progress(
             request, body, _status_steps("using existing layer", "writing manifest", "success")
         )
 
     async def copy(self, request: web.Request) -> web.Response:
         body = await read_json(request)
-        base, _ = self._stored(body.get("source"))
-        self._copy(base, str(body.get("destination") or ""))
+        base, _stored_at = self._find_stored(body.get("source"))
+        self._store_copy(base, str(body.get("destination") or ""))
         return web.Response()
 
     async def delete(self, request: web.Request) -> web.Response:
         body = await read_json(request)
-        model, _ = self._stored(body.get("model") or body.get("name"))
+        model, _stored_at = self._find_stored(body.get("model") or body.get("name"))
         del self._engine.store[model.name]
         return web.Response()
 
@@ -252,13 +261,15 @@ class NativeRoutes:
         self._blobs.add(digest)
         return web.Response(status=201)
 
-    def _copy(self, base: ModelProfile, name: str) -> None:
+    def _store_copy(self, base: ModelProfile, name: str) -> None:
+        """Stores ``base`` under one more name. Raises ApiError if the name is empty."""
         if not name:
             raise ApiError(400, "destination is required")
-        full = name if ":" in name else f"{name}:latest"
-        self._engine.store[full] = (replace(base, name=full), datetime.now(UTC))
+        full_name = name if ":" in name else f"{name}:latest"
+        self._engine.store[full_name] = (replace(base, name=full_name), datetime.now(UTC))
 
-    def _stored(self, name: Any) -> tuple[ModelProfile, datetime]:
+    def _find_stored(self, name: Any) -> tuple[ModelProfile, datetime]:
+        """Returns the stored model of this name and the time when it was stored. Raises ApiError if there is none."""
         if not isinstance(name, str) or not name:
             raise ApiError(400, "model is required")
         model = self._engine.find_model(name)
@@ -268,20 +279,27 @@ class NativeRoutes:
 
 
 def capabilities(model: ModelProfile) -> list[str]:
+    """What the model can do, in Ollama's words."""
     if model.embedding:
         return ["embedding"]
-    return ["completion"] + ["tools"] * model.tools + ["thinking"] * model.thinking
+    names = ["completion"]
+    if model.tools:
+        names.append("tools")
+    if model.thinking:
+        names.append("thinking")
+    return names
 
 
 def format_timestamp(at: datetime) -> str:
-    """RFC 3339 with nanoseconds, as Go writes it. The last three digits are always the same: Python has
-    microseconds."""
+    """Writes the time as RFC 3339 with nanoseconds, as Go does. Python has microseconds: the last digits are fixed."""
     return at.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%f") + "417Z"
 
 
 def read_common_parts(body: Mapping[str, Any]) -> dict[str, Any]:
-    """The members that all of Ollama's own requests for answers have. Raises ApiError for a keep_alive that Go cannot
-    read."""
+    """Reads the members that all of Ollama's own requests for answers have, for a ``GenerationRequest``.
+
+    Raises ApiError for a ``keep_alive`` that Go cannot read.
+    """
     options = body.get("options") or {}
     try:
         parse_keep_alive(body.get("keep_alive"), 0.0)
@@ -296,11 +314,12 @@ def read_common_parts(body: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _rendered_prompt(generation: GenerationRequest) -> dict[str, Any]:
-    """The answer's member for ``_debug_render_only``."""
+    """The member of the answer to a request with ``_debug_render_only``: the prompt that the model would get."""
     return {"_debug_info": {"rendered_template": render_request(generation)}}
 
 
 def _details(model: ModelProfile) -> dict[str, Any]:
+    """The member ``details`` of a model in /api/tags, /api/ps and /api/show."""
     return {
         "parent_model": "",
         "format": "gguf",
@@ -311,11 +330,12 @@ def _details(model: ModelProfile) -> dict[str, Any]:
     }
 
 
-def _tag(name: str, model: ModelProfile, stored: datetime) -> dict[str, Any]:
+def _tag(name: str, model: ModelProfile, stored_at: datetime) -> dict[str, Any]:
+    """The stored model's entry in /api/tags."""
     return {
         "name": name,
         "model": name,
-        "modified_at": format_timestamp(stored),
+        "modified_at": format_timestamp(stored_at),
         "size": model.size_mib * MIB,
         "digest": model.digest,
         "details": _details(model),
@@ -331,7 +351,10 @@ async def _status_steps(*statuses: str) -> AsyncIterator[dict[str, Any]]:
 async def _write_progress(
     request: web.Request, body: Mapping[str, Any], steps: AsyncIterator[dict[str, Any]]
 ) -> web.StreamResponse:
-    """Writes each step as a line. With ``stream`` false, only the last step is the answer; an error has status 500."""
+    """Writes each step as a line as soon as it comes. If ``stream`` is false, the answer is the last step alone.
+
+    The status is 200; only without ``stream``, an error has status 500.
+    """
     if body.get("stream") is False:
         last_step = [step async for step in steps][-1]
         return json_response(last_step, status=500 if "error" in last_step else 200)

@@ -1,4 +1,4 @@
-"""Helpers for the routes of the stand-ins: read a request, answer it, refuse it, or reset its connection."""
+"""Helpers for routes of the simulated servers: read a JSON body, answer with JSON or an error, reset a connection."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from gpumesh.tunnels.local_system.sockets import reset_on_close
 
 
 def dump_json(value: Any) -> str:
+    """The value as JSON without blanks and without escapes of non-ASCII characters, as Go writes it."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
 async def read_json(request: web.Request) -> dict[str, Any]:
-    """The body as an object, with any Content-Type. Raises ApiError."""
+    """Reads the body as a JSON object, whatever its Content-Type. Raises ApiError if it is none."""
     data = await request.read()
     if not data:
         raise ApiError(400, "missing request body")
@@ -30,25 +31,26 @@ async def read_json(request: web.Request) -> dict[str, Any]:
 
 
 async def abort_connection(request: web.Request, response: web.StreamResponse | None) -> web.StreamResponse:
-    """Resets the connection. The bytes that were written before it are sent."""
+    """Resets the client's connection. Bytes that were written before are sent. Returns a response for aiohttp only."""
     if request.transport is not None:
         sock = request.transport.get_extra_info("socket")
-        # RST instead of FIN: as when a process with a full buffer is killed.
+        # RST instead of FIN, as when a process is killed whose buffer holds unread bytes.
         reset_on_close(sock)
         request.transport.abort()
     return response or web.Response()
 
 
 def error_response(path: str, status: int, message: str) -> web.Response:
-    """An error in the form that Ollama uses on this path."""
+    """Builds an error in the form that Ollama uses on this path: Anthropic's, OpenAI's or Ollama's own."""
     document: dict[str, Any] = {"error": message}
     if path.startswith("/v1/messages"):
-        kind = {404: "not_found_error", 400: "invalid_request_error", 429: "rate_limit_error"}.get(status, "api_error")
-        document = {"type": "error", "error": {"type": kind, "message": message}}
+        error_types = {404: "not_found_error", 400: "invalid_request_error", 429: "rate_limit_error"}
+        document = {"type": "error", "error": {"type": error_types.get(status, "api_error"), "message": message}}
     elif path.startswith("/v1/"):
-        kind = {404: "not_found_error", 400: "invalid_request_error"}.get(status, "api_error")
-        document = {"error": {"message": message, "type": kind, "param": None, "code": None}}
-    return web.json_response(document, status=status, dumps=dump_json)
+        error_types = {404: "not_found_error", 400: "invalid_request_error"}
+        error = {"message": message, "type": error_types.get(status, "api_error"), "param": None, "code": None}
+        document = {"error": error}
+    return json_response(document, status)
 
 
 def json_response(document: Any, status: int = 200) -> web.Response:

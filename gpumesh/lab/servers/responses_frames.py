@@ -1,4 +1,4 @@
-"""The frames of ``/v1/responses``, OpenAI's."""
+"""The frames (events) of simulated answers in OpenAI's ``/v1/responses``."""
 
 from __future__ import annotations
 
@@ -11,84 +11,94 @@ from gpumesh.lab.engine import Timings
 from gpumesh.lab.servers.chat_frames import SSE, encode_event
 from gpumesh.lab.servers.replies import dump_json
 
-_numbers = count(1)
+_next_number = count(1)  # for the ids of answers and items
 
 
 class ResponseFrames:
-    """The events of ``/v1/responses``, in OpenAI's order. The answer is one item: a message, or a tool call."""
+    """The form of one answer of ``/v1/responses`` by the model ``name``, with the events in OpenAI's order.
+
+    The answer's output is one item: a message, or a tool call. A streamed tool call is only in the last event.
+    """
 
     content_type = SSE
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._id = f"resp_{next(_numbers)}"
-        self._item = f"msg_{next(_numbers)}"
-        self._sequence = 0
-        self._text: list[str] = []
+        self._id = f"resp_{next(_next_number)}"
+        self._item_id = f"msg_{next(_next_number)}"
+        self._sequence_number = 0  # of the next event
+        self._text_parts: list[str] = []
         self._tool: ToolCall | None = None
-        self._is_open = False
+        self._item_started = False
 
     def encode_piece(self, content: str, thinking: str, tool: ToolCall | None) -> bytes:
         self._tool = tool or self._tool
-        start = self._open()
-        if not content or thinking:
-            return start
-        self._text.append(content)
-        return start + self._event("response.output_text.delta", **self._position(), delta=content)
+        events = self._start_item()
+        if thinking or not content:  # only text has an event of its own
+            return events
+        self._text_parts.append(content)
+        return events + self._encode_event("response.output_text.delta", **self._position(), delta=content)
 
     def encode_final(self, reason: str, timings: Timings) -> bytes:
-        text = "".join(self._text)
-        item = self._message(text, "completed")
+        text = "".join(self._text_parts)
+        item = self._message_item(text, "completed")
         return (
-            self._open()
-            + self._event("response.output_text.done", **self._position(), text=text)
-            + self._event("response.content_part.done", **self._position(), part=item["content"][0])
-            + self._event("response.output_item.done", output_index=0, item=item)
-            + self._event("response.completed", response=self._response(self._output(text), reason, timings))
+            self._start_item()
+            + self._encode_event("response.output_text.done", **self._position(), text=text)
+            + self._encode_event("response.content_part.done", **self._position(), part=item["content"][0])
+            + self._encode_event("response.output_item.done", output_index=0, item=item)
+            + self._encode_event("response.completed", response=self._response(self._output(text), reason, timings))
         )
 
     def encode_error(self, message: str) -> bytes:
-        return self._event("error", code="server_error", message=message, param=None)
+        return self._encode_event("error", code="server_error", message=message, param=None)
 
     def build_document(self, answer: PlannedAnswer, timings: Timings) -> dict[str, Any]:
         self._tool = answer.tool
         return self._response(self._output("".join(answer.tokens)), answer.done_reason, timings)
 
-    def _open(self) -> bytes:
-        if self._is_open:
+    def _start_item(self) -> bytes:
+        """The events before the first piece, or no bytes if they were sent already."""
+        if self._item_started:
             return b""
-        self._is_open = True
+        self._item_started = True
         response = self._response([], None, None)
         part = {"type": "output_text", "text": "", "annotations": []}
         return (
-            self._event("response.created", response=response)
-            + self._event("response.in_progress", response=response)
-            + self._event("response.output_item.added", output_index=0, item=self._message(None, "in_progress"))
-            + self._event("response.content_part.added", **self._position(), part=part)
+            self._encode_event("response.created", response=response)
+            + self._encode_event("response.in_progress", response=response)
+            + self._encode_event(
+                "response.output_item.added", output_index=0, item=self._message_item(None, "in_progress")
+            )
+            + self._encode_event("response.content_part.added", **self._position(), part=part)
         )
 
     def _position(self) -> dict[str, Any]:
-        return {"item_id": self._item, "output_index": 0, "content_index": 0}
+        """The members by which an event refers to the text of the item."""
+        return {"item_id": self._item_id, "output_index": 0, "content_index": 0}
 
-    def _event(self, kind: str, **more: Any) -> bytes:
-        self._sequence += 1
-        return encode_event({"type": kind, "sequence_number": self._sequence - 1, **more}, kind)
+    def _encode_event(self, event_type: str, **members: Any) -> bytes:
+        """An event with these members and the next sequence number. Its type is also its name."""
+        document = {"type": event_type, "sequence_number": self._sequence_number, **members}
+        self._sequence_number += 1
+        return encode_event(document, event_type)
 
-    def _message(self, text: str | None, status: str) -> dict[str, Any]:
+    def _message_item(self, text: str | None, status: str) -> dict[str, Any]:
+        """A message with this text; ``None``: without content, as at the start."""
         content = [] if text is None else [{"type": "output_text", "text": text, "annotations": []}]
-        return {"id": self._item, "type": "message", "role": "assistant", "status": status, "content": content}
+        return {"id": self._item_id, "type": "message", "role": "assistant", "status": status, "content": content}
 
     def _output(self, text: str) -> list[dict[str, Any]]:
+        """The complete output: the tool call if the answer has one, otherwise a message with this text."""
         if self._tool is None:
-            return [self._message(text, "completed")]
+            return [self._message_item(text, "completed")]
         arguments = dump_json(dict(self._tool.arguments))
-        return [
-            {"type": "function_call", "id": "fc_1", "call_id": "call_1", "name": self._tool.name}
-            | {"arguments": arguments}
-        ]
+        call = {"type": "function_call", "id": "fc_1", "call_id": "call_1"}
+        return [{**call, "name": self._tool.name, "arguments": arguments}]
 
     def _response(self, output: list[dict[str, Any]], reason: str | None, timings: Timings | None) -> dict[str, Any]:
-        status = "in_progress" if reason is None else "incomplete" if reason == "length" else "completed"
+        """The response object: in progress while ``reason`` is ``None``, incomplete if a limit has cut the answer."""
+        status = {None: "in_progress", "length": "incomplete"}.get(reason, "completed")
         usage = None
         if timings is not None:
             total = timings.prompt_tokens + timings.tokens

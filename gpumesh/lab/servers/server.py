@@ -1,6 +1,6 @@
-"""The base of every stand-in for an inference server: a real HTTP server with an engine's timing and adjustable faults.
+"""The base of every simulated inference server: a real HTTP server with an engine's timing and adjustable faults.
 
-It behaves like Ollama, llama-server and vLLM. Before the first token it sends no byte, not even a header. If all slots
+It behaves as Ollama, llama-server and vLLM do. It sends no byte before the first token, not even a header. If all slots
 are busy, a request waits, and gets no sign. If a client closes its connection, its slot is free at once. The text has
 no meaning (``text.py``).
 """
@@ -29,9 +29,9 @@ MAX_BODY = 64 << 20  # bytes of a request
 
 
 class SimServer(ABC):
-    """One server. An async context manager; ``url`` and ``port`` are valid from its start to its end.
+    """One simulated server. An async context manager; ``url`` and ``port`` are valid from its start to its end.
 
-    ``port`` 0: a free port is chosen. A subclass adds the routes of its kind and the form of its errors.
+    ``port`` 0: the server chooses a free port. A subclass adds the routes of its kind and the form of its errors.
     """
 
     def __init__(self, profile: HostProfile, *, host: str = "127.0.0.1", port: int = 0) -> None:
@@ -43,11 +43,11 @@ class SimServer(ABC):
         self._runner: web.AppRunner | None = None
         self._site: web.SockSite | None = None
         self._faults = Faults()
-        self._faults_left: int | None = None
+        self._fault_hits_left: int | None = None  # how many requests the faults may still hit; ``None``: no limit
         self._faults_lock = asyncio.Lock()  # one ``set_faults`` at a time
         self._faults_changed = asyncio.Event()  # set by the next ``set_faults``, which makes a new event
         self._log: deque[_LogEntry] = deque(maxlen=10_000)
-        self._count = SimCounters()
+        self._counters = SimCounters()
         self._http_requests = 0
 
     async def __aenter__(self) -> Self:
@@ -68,16 +68,19 @@ class SimServer(ABC):
             self._runner = self._site = None
 
     @abstractmethod
-    def add_routes(self, app: web.Application) -> None: ...
+    def add_routes(self, app: web.Application) -> None:
+        """Adds the routes of this kind of server."""
 
     def find_refusal(self, request: web.Request) -> web.Response | None:  # noqa: ARG002
-        """The refusal of a request that the server does not accept at all; ``None`` if it accepts the request."""
+        """The answer to a request that the server refuses before it handles the route; ``None``: it is not refused."""
         return None
 
     def build_error(self, path: str, status: int, message: str) -> web.Response:
+        """Builds an error in the form of this kind of server: by default Ollama's."""
         return error_response(path, status, message)
 
     def build_unknown_route_error(self) -> web.Response:
+        """Builds the answer to a path that the server does not know: by default Ollama's."""
         return web.Response(status=404, text="404 page not found")
 
     @property
@@ -93,13 +96,12 @@ class SimServer(ABC):
         return self._faults
 
     async def set_faults(self, faults: Faults) -> None:
-        """Sets the faults of new requests and running answers. On return, the port is closed if ``refuse``, else
-        open."""
+        """Replaces the faults, also of the answers that run. On return, the port is closed if ``refuse``, else open."""
         async with self._faults_lock:
             self._faults = self.engine.faults = faults
-            changed, self._faults_changed = self._faults_changed, asyncio.Event()
-            changed.set()
-            self._faults_left = faults.times
+            self._faults_changed.set()  # requests that hang or stall go on
+            self._faults_changed = asyncio.Event()
+            self._fault_hits_left = faults.times
             if faults.refuse and self._site is not None:
                 site, self._site = self._site, None
                 await site.stop()
@@ -109,8 +111,9 @@ class SimServer(ABC):
 
     @property
     def counters(self) -> SimCounters:
+        """The counters since the server was made."""
         return replace(
-            self._count,
+            self._counters,
             running=self.engine.running,
             max_running=self.engine.max_running,
             loads=self.engine.loads,
@@ -123,23 +126,30 @@ class SimServer(ABC):
     async def write_answer(
         self, request: web.Request, generation: GenerationRequest, frames: AnswerFrames, *, stream: bool
     ) -> web.StreamResponse:
-        """Generates the answer, and writes it. Exactly one of the counters finished, cancelled and failed counts it."""
+        """Generates the answer in the time that the engine takes, and writes it to the client. Returns the response.
+
+        ``frames`` is the form of the answer. The request is counted and logged with its outcome: finished, cancelled or
+        failed. Raises ApiError before the first byte if the request is refused.
+        """
         asked_at = self.engine.clock()
         answer = plan_answer(generation, self.profile)
         entry = _LogEntry(LoggedRequest(request.path, generation.model.name, asked_at, answer.prompt[-400:]))
         self._log.append(entry)
-        count = self._count
-        self._count = replace(
-            count,
-            started=count.started + 1,
-            in_flight=count.in_flight + 1,
-            max_in_flight=max(count.max_in_flight, count.in_flight + 1),
+        counters = self._counters
+        in_flight = counters.in_flight + 1
+        self._counters = replace(
+            counters,
+            started=counters.started + 1,
+            in_flight=in_flight,
+            max_in_flight=max(counters.max_in_flight, in_flight),
         )
         outcome = "failed"
         try:
             async with self.engine.lease_slot(generation.model, generation.options, generation.keep_alive) as lease:
-                tokens, prefill_s = await self.engine.prefill(lease, answer.prompt)
-                entry.log = replace(entry.log, prompt_tokens=tokens, queued_s=lease.queued_s, load_s=lease.load_s)
+                prompt_tokens, prefill_s = await self.engine.prefill(lease, answer.prompt)
+                entry.log = replace(
+                    entry.log, prompt_tokens=prompt_tokens, queued_s=lease.queued_s, load_s=lease.load_s
+                )
                 pacer = Pacer(answer.total, lease.rate, self.engine.clock, self.engine.clock())
                 writer = AnswerWriter(request, frames, answer, stream=stream, build_error=self.build_error)
                 fault = await self._write_tokens(writer, pacer, entry)
@@ -147,7 +157,7 @@ class SimServer(ABC):
                     timings = Timings(
                         total_ns=int((self.engine.clock() - asked_at) * 1e9),
                         load_ns=int(lease.load_s * 1e9),
-                        prompt_tokens=tokens,
+                        prompt_tokens=prompt_tokens,
                         prompt_ns=max(1, int(prefill_s * 1e9)),
                         tokens=answer.total,
                         eval_ns=max(1, round(answer.total / lease.rate * 1e9)),
@@ -157,29 +167,34 @@ class SimServer(ABC):
                     return response
                 return await self._apply_fault(request, writer, fault)
         except (asyncio.CancelledError, ConnectionError):
-            # aiohttp cancels the handler, or its write finds the connection gone: the client went away.
-            outcome = "cancelled" if outcome == "failed" and not entry.hit_by_fault else outcome
+            # The client has closed its connection: aiohttp cancels the handler, or a write fails.
+            if outcome == "failed" and not entry.hit_by_fault:
+                outcome = "cancelled"
             raise
         finally:
             self._record_outcome(entry, outcome)
 
     def _record_outcome(self, entry: _LogEntry, outcome: str) -> None:
+        """Counts the end of a request and writes it to the log. ``outcome``: finished, cancelled or failed."""
         entry.log = replace(entry.log, outcome=outcome)
-        count = self._count
-        self._count = replace(
-            count,
-            in_flight=count.in_flight - 1,
-            finished=count.finished + (outcome == "finished"),
-            cancelled=count.cancelled + (outcome == "cancelled"),
-            failed=count.failed + (outcome == "failed"),
+        counters = self._counters
+        self._counters = replace(
+            counters,
+            in_flight=counters.in_flight - 1,
+            finished=counters.finished + (outcome == "finished"),
+            cancelled=counters.cancelled + (outcome == "cancelled"),
+            failed=counters.failed + (outcome == "failed"),
         )
 
     async def _write_tokens(self, writer: AnswerWriter, pacer: Pacer, entry: _LogEntry) -> str | None:
-        """Sends each token when it is due. Returns the name of the fault that stopped the answer, if one did."""
+        """Sends each token when it is due. Returns the name of the fault that stops the answer, or ``None``.
+
+        The names are those of the fields of ``Faults``. While the answer stalls, this waits until the faults change.
+        """
         sent = 0
         while True:
-            fault, fault_at = self._find_token_fault(writer.request.path)
-            if fault_at is not None and sent >= fault_at and self._use_fault(writer.request.path):
+            fault, stop_at = self._find_token_fault(writer.request.path)  # may have changed since the last token
+            if stop_at is not None and sent >= stop_at and self._use_fault(writer.request.path):
                 if fault == "stall_after_tokens":
                     await self._faults_changed.wait()
                     continue
@@ -188,27 +203,27 @@ class SimServer(ABC):
             if sent >= writer.answer.total:
                 return None
             due = await pacer.wait_due()
-            if fault_at is not None and due > fault_at:
-                due = max(fault_at, sent)
+            if stop_at is not None and due > stop_at:  # several tokens can be due at once: stop exactly at the fault
+                due = max(stop_at, sent)
                 pacer.sent = due
             if due > sent:
                 await writer.send_tokens(sent, due)
-                count = self._count
-                self._count = replace(count, tokens=count.tokens + due - sent)
+                self._counters = replace(self._counters, tokens=self._counters.tokens + due - sent)
                 entry.log = replace(entry.log, tokens=due)
                 sent = due
 
     def _find_token_fault(self, path: str) -> tuple[str, int | None]:
-        """Name and token count of the fault that stops an answer of this path; ``("", None)``: no fault."""
+        """The fault that stops answers of this path: its name, and after how many tokens. ``("", None)``: no fault."""
         faults = self._faults
-        if self._faults_left != 0 and _hits(faults, path):
-            for kind in ("cut_after_tokens", "end_after_tokens", "error_line_after_tokens", "stall_after_tokens"):
-                if (token_count := getattr(faults, kind)) is not None:
-                    return kind, token_count
+        if self._fault_hits_left != 0 and _hits(faults, path):
+            for name in ("cut_after_tokens", "end_after_tokens", "error_line_after_tokens", "stall_after_tokens"):
+                token_count = getattr(faults, name)
+                if token_count is not None:
+                    return name, token_count
         return "", None
 
     async def _apply_fault(self, request: web.Request, writer: AnswerWriter, fault: str) -> web.StreamResponse:
-        """Ends the answer in the way of this fault."""
+        """Ends the answer as the fault says: with an error, with the end of the body, or with a reset."""
         if fault == "error_line_after_tokens":
             return await writer.fail("model runner has unexpectedly stopped, this may be due to resource limitations")
         if fault == "end_after_tokens":
@@ -219,6 +234,7 @@ class SimServer(ABC):
 
     @web.middleware
     async def _middleware(self, request: web.Request, handler: RequestHandler) -> web.StreamResponse:
+        """Handles each HTTP request: counts it, refuses it, applies a fault, or calls the route's handler."""
         self._http_requests += 1
         refusal = self.find_refusal(request)
         if refusal is not None:
@@ -227,17 +243,16 @@ class SimServer(ABC):
         if (faults.hang or faults.status or faults.disconnect) and self._use_fault(request.path):
             await request.read()
             if faults.hang:
-                await self._faults_changed.wait()
+                await self._faults_changed.wait()  # then the request is handled
             elif faults.status:
-                return self.build_error(
-                    request.path, faults.status, _STATUS_TEXTS.get(faults.status, "simulated fault")
-                )
+                message = _STATUS_TEXTS.get(faults.status, "simulated fault")
+                return self.build_error(request.path, faults.status, message)
             else:
                 return await abort_connection(request, None)
         try:
             return await handler(request)
-        except ApiError as refused:
-            return self.build_error(request.path, refused.status, refused.message)
+        except ApiError as error:
+            return self.build_error(request.path, error.status, error.message)
         except web.HTTPMethodNotAllowed as error:
             return web.Response(status=405, text="405 method not allowed", headers={"Allow": error.headers["Allow"]})
         except web.HTTPNotFound:
@@ -245,14 +260,17 @@ class SimServer(ABC):
 
     def _use_fault(self, path: str) -> bool:
         """Returns whether the faults hit a request of this path, and counts each hit: ``Faults.times`` limits them."""
-        if not _hits(self._faults, path) or self._faults_left == 0:
+        if not _hits(self._faults, path) or self._fault_hits_left == 0:
             return False
-        if self._faults_left is not None:
-            self._faults_left -= 1
+        if self._fault_hits_left is not None:
+            self._fault_hits_left -= 1
         return True
 
     def read_generation_request(self, body: Mapping[str, Any], **more: Any) -> GenerationRequest:
-        """The request's model and name, which all APIs have in common. Raises ApiError if there is no such model."""
+        """Makes a ``GenerationRequest`` of the body's ``model``, which all APIs have, and of ``more`` fields.
+
+        Raises ApiError if the model is not stored here.
+        """
         name = body.get("model")
         if not isinstance(name, str) or not name:
             raise ApiError(400, "model is required")
@@ -262,6 +280,7 @@ class SimServer(ABC):
         return GenerationRequest(model, name, **more)
 
     async def _listen(self) -> None:
+        """Opens the port: the same port as before ``Faults.refuse``, or the caller's port, or a free port."""
         assert self._runner is not None
         sock = socket.socket(socket.AF_INET6 if ":" in self._host else socket.AF_INET)
         try:
@@ -282,7 +301,7 @@ class SimServer(ABC):
 
 
 class _LogEntry:
-    """A request in the log."""
+    """A request in the log. ``log`` is replaced as the request goes on. ``hit_by_fault``: a fault stops its answer."""
 
     def __init__(self, log: LoggedRequest) -> None:
         self.log = log
@@ -298,4 +317,5 @@ _STATUS_TEXTS = {
 
 
 def _hits(faults: Faults, path: str) -> bool:
+    """Whether the faults concern requests of this path."""
     return not faults.paths or path.startswith(faults.paths)

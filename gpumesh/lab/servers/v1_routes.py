@@ -1,4 +1,4 @@
-"""The stand-in's /v1: OpenAI's chat, completions, embeddings, models and responses, and Anthropic's messages."""
+"""The /v1 routes of the simulated Ollama: OpenAI's chat, completions, embeddings, models, responses; /v1/messages."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from gpumesh.lab.servers.server import SimServer
 
 
 def add_routes(app: web.Application, server: SimServer) -> None:
+    """Adds all of these routes to the application."""
     routes = V1Routes(server)
-    add = app.router
-    add.add_post("/v1/chat/completions", routes.chat)
-    add.add_post("/v1/completions", routes.completions)
-    add.add_post("/v1/embeddings", routes.embeddings)
-    add.add_get("/v1/models", routes.models, allow_head=False)
-    add.add_get("/v1/models/{model:.+}", routes.model, allow_head=False)
-    add.add_post("/v1/responses", routes.responses)
-    add.add_post("/v1/messages", routes.messages)
+    app.router.add_post("/v1/chat/completions", routes.chat)
+    app.router.add_post("/v1/completions", routes.completions)
+    app.router.add_post("/v1/embeddings", routes.embeddings)
+    app.router.add_get("/v1/models", routes.models, allow_head=False)
+    app.router.add_get("/v1/models/{model:.+}", routes.model, allow_head=False)
+    app.router.add_post("/v1/responses", routes.responses)
+    app.router.add_post("/v1/messages", routes.messages)
 
 
 class V1Routes:
-    """Handlers of OpenAI's and Anthropic's routes, as Ollama serves them."""
+    """The handlers of OpenAI's and Anthropic's routes, as Ollama serves them. A handler raises ApiError to refuse."""
 
     def __init__(self, server: SimServer) -> None:
         self._server = server
@@ -42,7 +42,7 @@ class V1Routes:
             options=read_options(body),
             tools=body.get("tools") or (),
             format=_read_response_format(body.get("response_format")),
-            think=_read_effort(body.get("reasoning_effort")),
+            think=_read_reasoning_effort(body.get("reasoning_effort")),
         )
         frames = ChatFrames(generation.name, usage=wants_usage(body))
         return await self._server.write_answer(request, generation, frames, stream=body.get("stream") is True)
@@ -104,12 +104,15 @@ class V1Routes:
             raise ApiError(400, "invalid input")
         generation = self._server.read_generation_request(body)
         async with self._server.engine.lease_slot(generation.model, {}, None) as lease:
-            tokens = sum([(await self._server.engine.prefill(lease, content))[0] for content in texts])
+            total_tokens = 0
+            for content in texts:
+                tokens, _seconds = await self._server.engine.prefill(lease, content)
+                total_tokens += tokens
         data = [
             {"object": "embedding", "embedding": text.make_embedding(content), "index": number}
             for number, content in enumerate(texts)
         ]
-        usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+        usage = {"prompt_tokens": total_tokens, "total_tokens": total_tokens}
         return json_response({"object": "list", "data": data, "model": generation.name, "usage": usage})
 
     async def models(self, _request: web.Request) -> web.Response:
@@ -123,17 +126,19 @@ class V1Routes:
         return json_response(self._entry(model.name))
 
     def _entry(self, name: str) -> dict[str, Any]:
-        stored = self._server.engine.store[name][1]
-        return {"id": name, "object": "model", "created": int(stored.timestamp()), "owned_by": "library"}
+        """The stored model's entry in /v1/models."""
+        _model, stored_at = self._server.engine.store[name]
+        return {"id": name, "object": "model", "created": int(stored_at.timestamp()), "owned_by": "library"}
 
 
 def read_options(body: Mapping[str, Any]) -> dict[str, Any]:
+    """Ollama's ``options`` for a request in OpenAI's form."""
     limit = body.get("max_tokens") or body.get("max_completion_tokens")
     return {"num_predict": limit, "seed": body.get("seed"), "stop": body.get("stop")}
 
 
 def read_messages(body: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The messages of a chat. Raises ApiError."""
+    """Reads the messages of a chat. Raises ApiError if they are missing or not objects."""
     messages = body.get("messages")
     if not isinstance(messages, list) or not messages:
         raise ApiError(400, "[] is too short - 'messages'")
@@ -143,20 +148,23 @@ def read_messages(body: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _read_response_format(value: Any) -> object:
-    """Ollama's ``format``: ``json``, a JSON schema, or ``None``."""
+    """Translates OpenAI's ``response_format`` into Ollama's ``format``: ``json``, a JSON schema, or ``None``."""
     if not isinstance(value, dict):
         return None
     if value.get("type") == "json_object":
         return "json"
-    schema = value.get("json_schema")
-    return schema.get("schema") if value.get("type") == "json_schema" and isinstance(schema, dict) else None
+    json_schema = value.get("json_schema")
+    if value.get("type") == "json_schema" and isinstance(json_schema, dict):
+        return json_schema.get("schema")
+    return None
 
 
-def _read_effort(value: Any) -> object:
-    """Ollama's ``think``."""
+def _read_reasoning_effort(value: Any) -> object:
+    """Translates OpenAI's ``reasoning_effort`` into Ollama's ``think``: ``none`` is false, other values stay."""
     return False if value == "none" else value
 
 
 def wants_usage(body: Mapping[str, Any]) -> bool:
+    """Whether the client wants the counters at the end of a streamed answer."""
     options = body.get("stream_options")
     return isinstance(options, dict) and options.get("include_usage") is True
