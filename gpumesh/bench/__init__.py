@@ -1,6 +1,8 @@
-"""The benchmark of a mesh, in the field's terms: plan the requests (``scenarios``), send them (``load``), compute the
-figures (``stats``, ``summary``), keep and show the result (``result``, ``result_folder``, ``report``, ``compare``).
+"""The benchmark of a mesh: TTFT, TPOT, throughput, goodput, scaling, overhead, failover; results, reports, comparisons.
+
+``scenarios`` plans the requests, ``load`` sends them, ``stats`` and ``summary`` compute the figures. ``result``,
+``result_folder``, ``report`` and ``compare`` keep and show the result.
 
 Planning and computing are pure. Only ``load``, ``routes``, ``gpu_meter`` and ``result_folder`` use a network, a clock
-or a disk. Not allowed here: rich, typer, the daemon. ``load`` sends through the ``SendPrompt`` that it is given.
+or a disk. Not allowed here: rich, typer, the daemon. ``load`` sends through the ``SendPrompt`` that its caller gives.
 """

@@ -1,4 +1,4 @@
-"""Comparison of two benchmark results: which figures became better or worse, and which differences are noise. Pure."""
+"""Compares two benchmark results: which figures became better or worse, and which differences are only noise. Pure."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
-from gpumesh.bench.result import BenchResult
-from gpumesh.bench.stats import SampleSummary
+from gpumesh.bench.result import BenchResult, Environment
+from gpumesh.bench.stats import SampleSummary, ratio
 from gpumesh.bench.summary import StageResult, stage_label
 
-# The rate of a whole stage is a single value without a spread. A smaller change between two runs is taken for noise.
+# The rate of a whole stage is a single value, so its noise is unknown. A change of less than 5 % counts as noise.
 NOISE_RATIO = 0.05
 # A smaller change of a median counts as no change, however narrow its confidence interval is.
 MIN_MEDIAN_CHANGE = 0.01
@@ -27,7 +27,7 @@ class DifferenceVerdict(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """One figure of one stage in both results. ``ratio`` is B ÷ A."""
+    """One figure of one stage in both results, A and B. ``ratio`` is B ÷ A; ``verdict`` tells how B differs from A."""
 
     stage: str
     figure: str
@@ -40,8 +40,11 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """``caveats`` name differences between the runs that may explain differences between the figures. ``only_a`` and
-    ``only_b`` are the stages that the other result does not have."""
+    """The comparison of two results, A and B.
+
+    ``caveats`` are sentences about differences between the runs that may explain the differences between the figures.
+    ``only_a`` and ``only_b`` are the labels of the stages that the other result does not have.
+    """
 
     differences: tuple[Difference, ...]
     caveats: tuple[str, ...]
@@ -49,7 +52,7 @@ class Comparison:
     only_b: tuple[str, ...]
 
 
-# In both tables: the figure's name, its unit, whether more is better, and a function that takes it from a stage.
+# The compared figures. In both tables: its name, its unit, whether more is better, and how to take it from a stage.
 _SAMPLE_FIGURES: tuple[tuple[str, str, bool, Callable[[StageResult], SampleSummary]], ...] = (
     ("ttft p50", "ms", False, lambda stage: stage.latency.ttft),
     ("tpot p50", "ms", False, lambda stage: stage.latency.tpot),
@@ -65,19 +68,17 @@ _RATE_FIGURES: tuple[tuple[str, str, bool, Callable[[StageResult], float | None]
 
 
 def compare(a: BenchResult, b: BenchResult) -> Comparison:
-    """Compares the figures of the stages that both results have."""
+    """Compares result B with result A: the figures of all stages that both results have."""
     stages_a, stages_b = _stages_by_label(a), _stages_by_label(b)
-    differences = [
-        difference
-        for name in stages_a
-        if name in stages_b
-        for difference in _compare_stages(name, stages_a[name], stages_b[name])
-    ]
+    differences: list[Difference] = []
+    for label, stage_a in stages_a.items():
+        if label in stages_b:
+            differences.extend(_compare_stages(label, stage_a, stages_b[label]))
     return Comparison(
-        tuple(differences),
-        tuple(_caveats(a, b)),
-        tuple(name for name in stages_a if name not in stages_b),
-        tuple(name for name in stages_b if name not in stages_a),
+        differences=tuple(differences),
+        caveats=tuple(_find_caveats(a, b)),
+        only_a=tuple(label for label in stages_a if label not in stages_b),
+        only_b=tuple(label for label in stages_b if label not in stages_a),
     )
 
 
@@ -85,40 +86,46 @@ def _stages_by_label(result: BenchResult) -> dict[str, StageResult]:
     return {stage_label(stage): stage for stage in result.stages}
 
 
-def _compare_stages(name: str, a: StageResult, b: StageResult) -> Iterator[Difference]:
+def _compare_stages(label: str, a: StageResult, b: StageResult) -> Iterator[Difference]:
+    """Compares the figures of one stage in both results. A figure that both results lack is left out."""
     for figure, unit, more_is_better, sample_of in _SAMPLE_FIGURES:
         sample_a, sample_b = sample_of(a), sample_of(b)
         if sample_a.n or sample_b.n:
             verdict = _judge_samples(sample_a, sample_b, more_is_better=more_is_better)
-            yield _difference(name, figure, unit, (sample_a.p50, sample_b.p50), verdict)
+            yield _make_difference(label, figure, unit, sample_a.p50, sample_b.p50, verdict)
     for figure, unit, more_is_better, rate_of in _RATE_FIGURES:
-        rates = rate_of(a), rate_of(b)
-        if rates != (None, None):
-            yield _difference(name, figure, unit, rates, _judge_rates(*rates, more_is_better=more_is_better))
+        rate_a, rate_b = rate_of(a), rate_of(b)
+        if rate_a is not None or rate_b is not None:
+            verdict = _judge_rates(rate_a, rate_b, more_is_better=more_is_better)
+            yield _make_difference(label, figure, unit, rate_a, rate_b, verdict)
     if a.failed + a.cut + b.failed + b.cut:
-        shares = _failed_share(a), _failed_share(b)
-        yield _difference(name, "failed share", "", shares, _judge_failed_shares(*shares))
+        share_a, share_b = _failed_share(a), _failed_share(b)
+        yield _make_difference(label, "failed share", "", share_a, share_b, _judge_failed_shares(share_a, share_b))
 
 
 def _failed_share(stage: StageResult) -> float:
+    """The share of requests that failed or whose answer was cut, from 0 to 1."""
     return (stage.failed + stage.cut) / max(stage.requests, 1)
 
 
 def _judge_failed_shares(a: float, b: float) -> DifferenceVerdict:
+    """Judges B against A: any change counts, because a failed request is not noise."""
     if a == b:
         return DifferenceVerdict.SAME
     return DifferenceVerdict.WORSE if b > a else DifferenceVerdict.BETTER
 
 
-def _difference(
-    stage: str, figure: str, unit: str, values: tuple[float | None, float | None], verdict: DifferenceVerdict
+def _make_difference(
+    stage: str, figure: str, unit: str, a: float | None, b: float | None, verdict: DifferenceVerdict
 ) -> Difference:
-    a, b = values
-    return Difference(stage, figure, unit, a, b, b / a if a and b is not None else None, verdict)
+    return Difference(stage, figure, unit, a, b, ratio(b, a), verdict)
 
 
 def _judge_samples(a: SampleSummary, b: SampleSummary, *, more_is_better: bool) -> DifferenceVerdict:
-    """Two medians differ when their 95 % confidence intervals do not touch. This is the cautious criterion."""
+    """Judges the median of B against that of A: they differ if their 95 % confidence intervals do not touch.
+
+    This is a cautious criterion: some real differences count as none.
+    """
     if a.p50_low is None or a.p50_high is None or b.p50_low is None or b.p50_high is None:
         return DifferenceVerdict.UNKNOWN
     if a.p50 and b.p50 and abs(b.p50 / a.p50 - 1.0) < MIN_MEDIAN_CHANGE:
@@ -131,15 +138,17 @@ def _judge_samples(a: SampleSummary, b: SampleSummary, *, more_is_better: bool) 
 
 
 def _judge_rates(a: float | None, b: float | None, *, more_is_better: bool) -> DifferenceVerdict:
+    """Judges the rate of B against that of A. A change of less than ``NOISE_RATIO`` is no difference."""
     if a is None or b is None or a <= 0:
         return DifferenceVerdict.UNKNOWN
     if abs(b / a - 1.0) < NOISE_RATIO:
         return DifferenceVerdict.SAME
-    return DifferenceVerdict.BETTER if (b > a) == more_is_better else DifferenceVerdict.WORSE
+    is_better = b > a if more_is_better else b < a
+    return DifferenceVerdict.BETTER if is_better else DifferenceVerdict.WORSE
 
 
-def _caveats(a: BenchResult, b: BenchResult) -> Iterator[str]:
-    """The differences between the runs that may explain differences between the figures."""
+def _find_caveats(a: BenchResult, b: BenchResult) -> Iterator[str]:
+    """Yields sentences about differences between the runs that may explain differences between the figures."""
     if a.scenario is not b.scenario:
         yield f"the scenarios differ: {a.scenario} and {b.scenario}"
     for name in ("model", "tokens", "prompt_tokens", "think", "seed", "speed"):
@@ -150,11 +159,15 @@ def _caveats(a: BenchResult, b: BenchResult) -> Iterator[str]:
         yield "one of the two was measured on simulated hosts"
     if a.environment.platform != b.environment.platform or a.environment.cpus != b.environment.cpus:
         yield f"measured from different machines: {a.environment.platform} and {b.environment.platform}"
-    nodes_a = {node.name: (node.gpus, node.backend, node.version, node.transport) for node in a.environment.nodes}
-    nodes_b = {node.name: (node.gpus, node.backend, node.version, node.transport) for node in b.environment.nodes}
-    for name, node_a in nodes_a.items():  # in the order of the file
-        if name in nodes_b and nodes_b[name] != node_a:
+    nodes_a, nodes_b = _compared_properties(a.environment), _compared_properties(b.environment)
+    for name, properties_a in nodes_a.items():
+        if name in nodes_b and nodes_b[name] != properties_a:
             yield f"node {name} is not the same: its GPUs, server or transport changed"
     for label, result in (("A", a), ("B", b)):
         if any(stage.client.bound for stage in result.stages):
             yield f"{label} was bound by the client in some stage (see its notes)"
+
+
+def _compared_properties(environment: Environment) -> dict[str, tuple[object, ...]]:
+    """The properties of each node, by its name, that must be equal in both runs. Measured values are not among them."""
+    return {node.name: (node.gpus, node.backend, node.version, node.transport) for node in environment.nodes}

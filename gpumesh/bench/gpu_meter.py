@@ -1,6 +1,6 @@
-"""GPU utilisation, power and energy during a stage, sampled from the mesh's snapshots.
+"""Measures GPU utilisation, power and energy during a stage, from snapshots of the mesh's state.
 
-This module does not run nvidia-smi. The mesh's probes do, at their own interval and over the same tunnels.
+This module does not run nvidia-smi. The mesh's probes run it, at their own interval and over the same tunnels.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from gpumesh.state import GpuState, MeshState
 
-SAMPLE_S = 0.5
+SAMPLE_S = 0.5  # seconds between two samples
 # The mesh asks nvidia-smi every two seconds, and the answer takes some time. A sample that is taken sooner after the
 # start of a stage may show the GPU as it was before the stage.
 LAG_S = 2.5
@@ -24,9 +24,12 @@ MIN_SAMPLES = 3  # with fewer samples a mean says little, and none is computed
 
 @dataclass(frozen=True, slots=True)
 class GpuUse:
-    """The use of GPUs during a stage. ``gpus`` and ``samples`` are counts. The utilisation is the mean over all GPUs
-    and samples. ``power_w`` (mean) and ``energy_j`` are sums over all GPUs, ``None`` if the power of any GPU is
-    unknown. ``memory_used_mib`` is the largest sum over all GPUs."""
+    """The use of GPUs during a stage. ``gpus`` and ``samples`` are counts.
+
+    The utilisation is the mean over all GPUs and samples. ``power_w`` is the mean of the power of all GPUs together,
+    and ``energy_j`` their energy; both are ``None`` if the power of any GPU is unknown. ``memory_used_mib`` is the
+    largest amount that all GPUs together used at one moment.
+    """
 
     gpus: int
     samples: int
@@ -38,44 +41,48 @@ class GpuUse:
 
 @dataclass(frozen=True, slots=True)
 class GpuSample:
+    """The mesh's state at one moment. ``at_s`` is the time on the sampling clock, in seconds."""
+
     at_s: float
     state: MeshState
 
 
 def gpu_use(samples: Sequence[GpuSample], nodes: frozenset[str] | None = None) -> GpuUse | None:
-    """The use of the GPUs of these nodes (of all nodes for ``None``). Pure. ``None`` when there are too few samples.
+    """Computes the use of the GPUs of these nodes (``None``: of all nodes) from the samples of one stage. Pure.
 
-    A GPU counts once, by its UUID, even when several nodes report it. Samples of the first ``LAG_S`` are left out.
-    Power is weighted by the time until the next sample. Energy is the mean power times the time between the very first
-    sample and the last.
+    Returns ``None`` when there are too few samples, or no GPU. A GPU counts once, by its UUID, even when several nodes
+    report it. Samples of the first ``LAG_S`` are left out. Energy is the mean power times the whole time from the first
+    sample, even if left out, to the last.
     """
-    settled = [sample for sample in samples if sample.at_s - samples[0].at_s >= LAG_S]
-    if len(settled) < MIN_SAMPLES:
+    used_samples = [sample for sample in samples if sample.at_s - samples[0].at_s >= LAG_S]
+    if len(used_samples) < MIN_SAMPLES:
         return None
-    readings = [(sample.at_s, _gpus_by_uuid(sample.state, nodes)) for sample in settled]
-    gpu_count = len({uuid for _, gpus in readings for uuid in gpus})
+    gpus_of_samples = [_gpus_by_uuid(sample.state, nodes) for sample in used_samples]
+    gpu_count = len({uuid for gpus in gpus_of_samples for uuid in gpus})
     if gpu_count == 0:
         return None
-    utilizations = [
-        gpu.utilization_pct for _, gpus in readings for gpu in gpus.values() if gpu.utilization_pct is not None
-    ]
-    memory_sums = [_complete_sum([gpu.memory_used_mib for gpu in gpus.values()], gpu_count) for _, gpus in readings]
-    known_memory = [value for value in memory_sums if value is not None]
-    times_s = [at_s for at_s, _ in readings]
-    powers_w = [_complete_sum([gpu.power_w for gpu in gpus.values()], gpu_count) for _, gpus in readings]
+    utilizations = [gpu.utilization_pct for gpus in gpus_of_samples for gpu in gpus.values()]
+    known_utilizations = [value for value in utilizations if value is not None]
+    memory_sums = [_complete_sum([gpu.memory_used_mib for gpu in gpus.values()], gpu_count) for gpus in gpus_of_samples]
+    known_memory_sums = [value for value in memory_sums if value is not None]
+    times_s = [sample.at_s for sample in used_samples]
+    powers_w = [_complete_sum([gpu.power_w for gpu in gpus.values()], gpu_count) for gpus in gpus_of_samples]
     mean_w = _mean_power(times_s, powers_w)
     return GpuUse(
         gpus=gpu_count,
-        samples=len(settled),
-        utilization_pct=sum(utilizations) / len(utilizations) if utilizations else None,
+        samples=len(used_samples),
+        utilization_pct=sum(known_utilizations) / len(known_utilizations) if known_utilizations else None,
         power_w=mean_w,
         energy_j=None if mean_w is None else mean_w * (samples[-1].at_s - samples[0].at_s),
-        memory_used_mib=round(max(known_memory)) if known_memory else None,
+        memory_used_mib=round(max(known_memory_sums)) if known_memory_sums else None,
     )
 
 
 def _mean_power(times_s: Sequence[float], powers_w: Sequence[float | None]) -> float | None:
-    """The mean over time: each power counts until the next reading. ``None`` if a power that counts is unknown."""
+    """The mean power over time, in W: each reading counts until the next reading, and the last one does not count.
+
+    ``None`` if a power that counts is unknown, or if no time passed.
+    """
     energy_j = 0.0
     for (start_s, end_s), power_w in zip(itertools.pairwise(times_s), powers_w[:-1], strict=True):
         if power_w is None:
@@ -87,13 +94,15 @@ def _mean_power(times_s: Sequence[float], powers_w: Sequence[float | None]) -> f
 
 
 def _gpus_by_uuid(state: MeshState, nodes: frozenset[str] | None) -> dict[str, GpuState]:
-    return {gpu.uuid: gpu for node in state.nodes if nodes is None or node.name in nodes for gpu in node.gpus or ()}
+    """The GPUs of these nodes (``None``: of all nodes), by UUID."""
+    selected = [node for node in state.nodes if nodes is None or node.name in nodes]
+    return {gpu.uuid: gpu for node in selected for gpu in node.gpus or ()}
 
 
-def _complete_sum(values: Sequence[float | None], expected: int) -> float | None:
-    """The sum, or ``None`` unless all ``expected`` values are known."""
-    known = [value for value in values if value is not None]
-    return math.fsum(known) if len(known) == expected else None
+def _complete_sum(values: Sequence[float | None], expected_count: int) -> float | None:
+    """The sum of the values, or ``None`` unless ``expected_count`` values are known."""
+    known_values = [value for value in values if value is not None]
+    return math.fsum(known_values) if len(known_values) == expected_count else None
 
 
 @asynccontextmanager
@@ -103,8 +112,10 @@ async def sample_gpus(
     interval_s: float = SAMPLE_S,
     clock: Callable[[], float] = time.perf_counter,
 ) -> AsyncGenerator[list[GpuSample]]:
-    """Takes a sample at the start of the context, then one after each ``interval_s``, and one at its end. The list that
-    it yields is complete when the context has ended."""
+    """Takes samples while the context lasts: at its start, after each ``interval_s`` (seconds), and at its end.
+
+    ``status`` returns the mesh's state. The list that this yields is complete when the context has ended.
+    """
     samples: list[GpuSample] = []
 
     async def take_sample() -> None:

@@ -1,4 +1,4 @@
-"""The load generator: sends the requests of a stage and records the outcome of each.
+"""The benchmark's load generator: sends the requests of a stage, in a closed or open loop, and records each outcome.
 
 A closed loop keeps a fixed number of requests in flight. An open loop sends each request at its intended moment,
 whether or not earlier answers have come. Requests go through a ``SendPrompt``: a mesh in this process, a running mesh,
@@ -20,28 +20,34 @@ from gpumesh.bench.scenarios import PlannedRequest, Stage
 from gpumesh.bench.stats import percentile
 from gpumesh.errors import GPUMeshError, StreamCut
 
-LAG_SAMPLE_S = 0.02
+LAG_SAMPLE_S = 0.02  # the seconds of each sleep by which the lag of the event loop is measured
 # Above these values the figures describe this machine rather than the mesh.
 BUSY_CLIENT_CPU = 0.85  # of one core
-LATE_CLIENT_MS = 5.0
-MAX_LATE_SHARE = 0.01  # of an open loop's requests: so few do not move a median
+LATE_CLIENT_MS = 5.0  # of the event loop, or of a request that should have been sent
+MAX_LATE_SHARE = 0.01  # of an open loop's requests: a smaller share does not move a median
 
 
 class AnswerStream(Protocol):
-    """An answer while it arrives. ``node`` and ``attempts`` are known once the first piece has arrived."""
+    """An answer while it arrives, piece by piece. ``node`` and ``attempts`` are right from the first piece on."""
 
     @property
-    def node(self) -> str | None: ...
+    def node(self) -> str | None:
+        """The name of the node that answers."""
+        ...
 
     @property
-    def attempts(self) -> int: ...
+    def attempts(self) -> int:
+        """The number of attempts, which is more than 1 after a failover."""
+        ...
 
     def __aiter__(self) -> AsyncIterator[Chunk]: ...
 
 
 class SendPrompt(Protocol):
-    """Sends a prompt to ``node``; for ``None`` the mesh chooses the node. Raises GPUMeshError. Leaving the context
-    early cancels the request."""
+    """Sends a request to ``node`` and yields the answer; for ``None`` the mesh chooses the node. Raises GPUMeshError.
+
+    The end of the context cancels the request if the answer is not complete.
+    """
 
     def __call__(self, request: ChatRequest, node: str | None) -> AbstractAsyncContextManager[AnswerStream]: ...
 
@@ -65,10 +71,11 @@ class SampleOutcome(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class LoadSample:
-    """The outcome of one request. Times are seconds since the start of the stage. ``arrivals_s`` has one time for each
-    piece of the answer. ``intended_s`` is when an open loop should have sent the request, ``sent_s`` when it was sent.
+    """The outcome of one request. Times are seconds since the start of the stage.
 
-    ``tokens`` is the server's own count, or the number of pieces if the server gave no count (``counted_pieces``).
+    ``index`` is the number of the request in its stage, from 0. ``intended_s`` is when an open loop should have sent
+    the request, ``sent_s`` when it was sent. ``arrivals_s`` has one time for each piece of the answer. ``tokens`` is
+    the server's own count, or the number of pieces if the server gave no count (``counted_pieces``).
     """
 
     stage: str
@@ -91,23 +98,32 @@ class LoadSample:
 
     @property
     def ttft_ms(self) -> float | None:
-        """Counted from the intended moment of sending."""
-        return (self.arrivals_s[0] - self.intended_s) * 1000.0 if self.arrivals_s else None
+        """From the intended moment of sending to the first piece; ``None`` if no piece arrived."""
+        if not self.arrivals_s:
+            return None
+        return (self.arrivals_s[0] - self.intended_s) * 1000.0
 
     @property
     def end_to_end_ms(self) -> float | None:
-        return (self.ended_s - self.intended_s) * 1000.0 if self.outcome is SampleOutcome.SERVED else None
+        """From the intended moment of sending to the end of the answer; ``None`` unless the request was served."""
+        if self.outcome is not SampleOutcome.SERVED:
+            return None
+        return (self.ended_s - self.intended_s) * 1000.0
 
     @property
     def last_token_ms(self) -> float | None:
-        return (self.arrivals_s[-1] - self.intended_s) * 1000.0 if self.arrivals_s else None
+        """From the intended moment of sending to the last piece; ``None`` if no piece arrived."""
+        if not self.arrivals_s:
+            return None
+        return (self.arrivals_s[-1] - self.intended_s) * 1000.0
 
 
 @dataclass(frozen=True, slots=True)
 class ClientLoad:
     """How busy this process was while it measured: CPU time ÷ wall time (1 is one core), and the lag of its event loop.
 
-    ``bound`` is the reason why the client itself limited the figures, as a sentence; ``None`` if it did not.
+    ``late_sends`` is the number of requests that were sent too late (``judge_client``). ``bound`` is a sentence that
+    says why this process itself may have limited the figures; ``None`` if there is no such reason.
     """
 
     cpu: float
@@ -118,7 +134,10 @@ class ClientLoad:
 
 @dataclass(frozen=True, slots=True)
 class StageRun:
-    """A stage as it was run. ``disturbed_s`` is when the disturbance began and ended, ``disturbance`` what it did."""
+    """A stage as it was run, with the outcome of each request in ``records``.
+
+    ``disturbed_s`` is when the disturbance began and ended, in seconds of the stage; ``disturbance`` describes it.
+    """
 
     stage: Stage
     records: tuple[LoadSample, ...]
@@ -129,11 +148,15 @@ class StageRun:
 
 
 def judge_client(cpu: float, lags_ms: Sequence[float], late_sends: int, sends: int) -> ClientLoad:
-    """Judges whether the client itself limited the figures. Pure. ``late_sends``: requests of an open loop that were
-    sent more than LATE_CLIENT_MS after their moment."""
+    """Judges whether this process itself limited the figures of a stage. Pure.
+
+    ``cpu``: CPU time ÷ wall time. ``late_sends``: how many of the ``sends`` requests of an open loop were sent more
+    than ``LATE_CLIENT_MS`` after their intended moment.
+    """
     ordered = sorted(lags_ms)
     # The 90th percentile: a single pause of the machine is no reason to doubt all figures.
     lag_p90_ms = percentile(ordered, 0.9) if ordered else 0.0
+    lag_p99_ms = percentile(ordered, 0.99) if ordered else 0.0
     bound = None
     if cpu >= BUSY_CLIENT_CPU:
         bound = f"this process used {cpu:.0%} of a core: the load generator may be what limits"
@@ -141,28 +164,56 @@ def judge_client(cpu: float, lags_ms: Sequence[float], late_sends: int, sends: i
         bound = f"this process often ran {lag_p90_ms:.0f} ms late: something else uses this machine's cores"
     elif sends and late_sends / sends > MAX_LATE_SHARE:
         bound = f"{late_sends} of {sends} requests went out late: the load generator could not keep up"
-    return ClientLoad(cpu, percentile(ordered, 0.99) if ordered else 0.0, late_sends, bound)
+    return ClientLoad(cpu, lag_p99_ms, late_sends, bound)
 
 
 @dataclass(slots=True)
-class _Run:
-    """The state of a stage while it runs. ``progress`` is set after each answer."""
+class _RunningStage:
+    """A stage while it runs. ``record_added`` is set after each answer; ``on_record`` is called for each answer."""
 
     stage: Stage
     clock: Callable[[], float]
     on_record: Callable[[LoadSample], None]
-    start: float = 0.0
+    start: float = 0.0  # on ``clock``
+    cpu_start_s: float = 0.0
     records: list[LoadSample] = field(default_factory=list)
+    lags_ms: list[float] = field(default_factory=list)
     late_sends: int = 0
-    progress: asyncio.Event = field(default_factory=asyncio.Event)
+    record_added: asyncio.Event = field(default_factory=asyncio.Event)
+    disturbance: str | None = None  # its description, as soon as it has begun
+    disturbance_began_s: float | None = None
+    disturbance_ended_s: float | None = None
+
+    def begin(self) -> None:
+        """Starts the clocks."""
+        self.cpu_start_s = time.process_time()
+        self.start = self.clock()
 
     def now(self) -> float:
+        """The time since the start of the stage, in seconds."""
         return self.clock() - self.start
 
     def add(self, record: LoadSample) -> None:
         self.records.append(record)
-        self.progress.set()
+        self.record_added.set()
         self.on_record(record)
+
+    def complete(self, duration_s: float, cpu_s: float) -> StageRun:
+        """Makes the stage's outcome, with the records in the order of the plan."""
+        disturbed_s = None
+        if self.disturbance_began_s is not None:
+            # Without a time of its end, the disturbance was still being ended when the stage ended.
+            ended_s = duration_s if self.disturbance_ended_s is None else self.disturbance_ended_s
+            disturbed_s = (self.disturbance_began_s, ended_s)
+        cpu = cpu_s / duration_s if duration_s > 0 else 0.0
+        return StageRun(
+            self.stage,
+            tuple(sorted(self.records, key=lambda record: record.index)),
+            duration_s,
+            judge_client(cpu, self.lags_ms, self.late_sends, len(self.records)),
+            disturbed_s,
+            self.disturbance,
+        )
 
 
 async def run_stage(
@@ -174,38 +225,27 @@ async def run_stage(
     on_record: Callable[[LoadSample], None] = lambda _: None,
     disturbance: Disturbance | None = None,
 ) -> StageRun:
-    """Sends all requests of a stage and waits until they have ended. A failed request is a record, not an error."""
-    run = _Run(stage, clock, on_record)
-    lags: list[float] = []
-    disturbances: list[str] = []
-    disturbed_s: list[float] = []  # the start of the disturbance, then its end
-    cpu_start_s = time.process_time()
-    run.start = clock()
+    """Sends all requests of a stage and waits until they have ended. A failed request is a record, not an error.
+
+    ``on_record`` is called for each request that has ended. ``disturbance`` acts only in a stage with ``disturb``.
+    """
+    run = _RunningStage(stage, clock, on_record)
+    run.begin()
     async with asyncio.TaskGroup() as group:
-        helpers = [group.create_task(_measure_lag(lags, clock))]
+        helpers = [group.create_task(_measure_lag(run))]
         if stage.disturb and disturbance is not None:
-            helpers.append(group.create_task(_disturb(run, disturbance, disturbances, disturbed_s)))
+            helpers.append(group.create_task(_disturb(run, disturbance)))
         try:
             if stage.concurrency is None:
-                await _open_loop(send, run, sleep)
+                await _send_in_open_loop(send, run, sleep)
             else:
-                await _closed_loop(send, run, stage.concurrency)
+                await _send_in_closed_loop(send, run, stage.concurrency)
             duration_s = run.now()
-            cpu_s = time.process_time() - cpu_start_s
+            cpu_s = time.process_time() - run.cpu_start_s
         finally:
             for helper in helpers:
                 helper.cancel()
-    if len(disturbed_s) == 1:  # the stage ended while the disturbance was being ended
-        disturbed_s.append(duration_s)
-    records = tuple(sorted(run.records, key=lambda record: record.index))
-    return StageRun(
-        stage,
-        records,
-        duration_s,
-        judge_client(cpu_s / duration_s if duration_s > 0 else 0.0, lags, run.late_sends, len(records)),
-        (disturbed_s[0], disturbed_s[1]) if disturbed_s else None,
-        disturbances[0] if disturbances else None,
-    )
+    return run.complete(duration_s, cpu_s)
 
 
 async def run_interleaved(
@@ -217,29 +257,27 @@ async def run_interleaved(
 ) -> StageRun:
     """Sends one request at a time and changes the route after each, so that drift affects all routes alike.
 
-    A round has one request for each route. Each round begins with another route, so that no route is always first.
+    ``routes`` are the routes' names and the functions that send over them. A round has one request for each route. Each
+    round begins with another route, so that no route is always first.
     """
-    run = _Run(stage, clock, on_record)
-    lags: list[float] = []
-    cpu_start_s = time.process_time()
-    run.start = clock()
+    run = _RunningStage(stage, clock, on_record)
+    run.begin()
     async with asyncio.TaskGroup() as group:
-        lag_task = group.create_task(_measure_lag(lags, clock))
+        lag_task = group.create_task(_measure_lag(run))
         try:
             for index, planned in enumerate(stage.requests):
                 round_number, position = divmod(index, len(routes))
                 name, send = routes[(position + round_number) % len(routes)]
                 await _send_request(send, run, index, planned, route=name)
             duration_s = run.now()
-            cpu_s = time.process_time() - cpu_start_s
+            cpu_s = time.process_time() - run.cpu_start_s
         finally:
             lag_task.cancel()
-    client = judge_client(cpu_s / duration_s if duration_s > 0 else 0.0, lags, 0, len(run.records))
-    return StageRun(stage, tuple(run.records), duration_s, client)
+    return run.complete(duration_s, cpu_s)
 
 
-async def _closed_loop(send: SendPrompt, run: _Run, concurrency: int) -> None:
-    """Sends with ``concurrency`` workers. Each sends its next request when its last answer has ended."""
+async def _send_in_closed_loop(send: SendPrompt, run: _RunningStage, concurrency: int) -> None:
+    """Sends all requests, ``concurrency`` at a time: a worker sends its next request when its last answer has ended."""
     unsent: Iterator[tuple[int, PlannedRequest]] = iter(enumerate(run.stage.requests))
 
     async def worker() -> None:
@@ -251,20 +289,22 @@ async def _closed_loop(send: SendPrompt, run: _Run, concurrency: int) -> None:
             group.create_task(worker())
 
 
-async def _open_loop(send: SendPrompt, run: _Run, sleep: Callable[[float], Awaitable[None]]) -> None:
-    """Sends each request at its own time, whether or not earlier answers have come."""
+async def _send_in_open_loop(send: SendPrompt, run: _RunningStage, sleep: Callable[[float], Awaitable[None]]) -> None:
+    """Sends each request at its intended time, whether or not earlier answers have come."""
+    schedule = [(planned.at_s or 0.0, index) for index, planned in enumerate(run.stage.requests)]
     async with asyncio.TaskGroup() as group:
-        for index, planned in sorted(enumerate(run.stage.requests), key=lambda pair: pair[1].at_s or 0.0):
-            wait_s = (planned.at_s or 0.0) - run.now()
+        for at_s, index in sorted(schedule):
+            planned = run.stage.requests[index]
+            wait_s = at_s - run.now()
             if wait_s > 0:
                 await sleep(wait_s)
             group.create_task(_send_request(send, run, index, planned))
 
 
 async def _send_request(
-    send: SendPrompt, run: _Run, index: int, planned: PlannedRequest, *, route: str | None = None
+    send: SendPrompt, run: _RunningStage, index: int, planned: PlannedRequest, *, route: str | None = None
 ) -> None:
-    """Sends one request and records how it ended."""
+    """Sends one request, reads its answer, and adds a record of how the request ended."""
     sent_s = run.now()
     intended_s = sent_s if planned.at_s is None else planned.at_s
     if (sent_s - intended_s) * 1000.0 > LATE_CLIENT_MS:
@@ -285,10 +325,13 @@ async def _send_request(
     except GPUMeshError as raised:
         error = raised
         node = raised.node or node
-    tokens = counters.tokens if counters is not None else None
-    outcome = SampleOutcome.SERVED
-    if error is not None:
-        outcome = SampleOutcome.CUT if arrivals_s or isinstance(error, StreamCut) else SampleOutcome.FAILED
+    server_tokens = counters.tokens if counters is not None else None
+    if error is None:
+        outcome = SampleOutcome.SERVED
+    elif arrivals_s or isinstance(error, StreamCut):
+        outcome = SampleOutcome.CUT
+    else:
+        outcome = SampleOutcome.FAILED
     run.add(
         LoadSample(
             stage=run.stage.name,
@@ -301,8 +344,8 @@ async def _send_request(
             attempts=attempts,
             route=route,
             arrivals_s=tuple(arrivals_s),
-            tokens=len(arrivals_s) if tokens is None else tokens,
-            counted_pieces=tokens is None,
+            tokens=len(arrivals_s) if server_tokens is None else server_tokens,
+            counted_pieces=server_tokens is None,
             prompt_tokens=counters.prompt_tokens if counters is not None else None,
             counters=counters,
             done_reason=done_reason,
@@ -312,31 +355,34 @@ async def _send_request(
     )
 
 
-async def _measure_lag(lags: list[float], clock: Callable[[], float]) -> None:
-    """Measures how late (ms) the event loop returns from a short sleep: so wrong can each measured latency be."""
+async def _measure_lag(run: _RunningStage) -> None:
+    """Measures again and again how late (ms) the event loop returns from a short sleep, and adds it to ``lags_ms``.
+
+    Each measured latency can be wrong by such a time.
+    """
     while True:
-        start = clock()
+        start = run.clock()
         await asyncio.sleep(LAG_SAMPLE_S)
-        lags.append(max((clock() - start - LAG_SAMPLE_S) * 1000.0, 0.0))
+        lag_s = run.clock() - start - LAG_SAMPLE_S
+        run.lags_ms.append(max(lag_s * 1000.0, 0.0))
 
 
-async def _disturb(run: _Run, disturbance: Disturbance, disturbances: list[str], disturbed_s: list[float]) -> None:
-    """Disturbs the run after a third of the answers. Ends the disturbance after two thirds, or when the run ends.
-
-    Adds a description to ``disturbances``, and the times of start and end to ``disturbed_s``."""
+async def _disturb(run: _RunningStage, disturbance: Disturbance) -> None:
+    """Begins the disturbance after a third of the answers, and ends it after two thirds, or when the stage ends."""
     total = len(run.stage.requests)
     await _wait_for_records(run, total // 3)
-    disturbances.append(await disturbance.begin())
-    disturbed_s.append(run.now())
+    run.disturbance = await disturbance.begin()
+    run.disturbance_began_s = run.now()
     try:
         await _wait_for_records(run, 2 * total // 3)
     finally:
-        # Also when the run has ended or was cancelled: the node must not stay out of service.
+        # Also when the stage has ended or was cancelled: the node must not stay out of service.
         await disturbance.end()
-        disturbed_s.append(run.now())
+        run.disturbance_ended_s = run.now()
 
 
-async def _wait_for_records(run: _Run, count: int) -> None:
+async def _wait_for_records(run: _RunningStage, count: int) -> None:
+    """Waits until ``count`` requests have ended."""
     while len(run.records) < count:
-        run.progress.clear()
-        await run.progress.wait()
+        run.record_added.clear()
+        await run.record_added.wait()

@@ -1,8 +1,7 @@
-"""The HTML report of a benchmark: one self-contained page without scripts or network access, light or dark by the
-reader's setting.
+"""Writes the HTML report of a benchmark: one self-contained page with tables and plots, without scripts or network.
 
-All text that came from a host or a file is escaped. The page's content security policy forbids loading and running
-anything.
+The page is light or dark by the reader's setting. All text that came from a host or a file is escaped. The page's
+content security policy forbids the browser to load or run anything.
 """
 
 from __future__ import annotations
@@ -19,8 +18,7 @@ from gpumesh.bench.stats import SampleSummary
 from gpumesh.bench.summary import StageResult, stage_label
 from gpumesh.printable import printable
 
-# A page with more points opens slowly, and an eye sees no difference.
-MAX_POINTS = 3000
+MAX_POINTS = 3000  # of one plot: a page with more opens slowly, and an eye sees no difference
 
 _STYLE = """
 :root { color-scheme: light dark; --fg: #1c2024; --soft: #5b6470; --bg: #fff; --rule: #d9dee4; --card: #f6f8fa;
@@ -49,7 +47,7 @@ dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; } d
 
 
 def report_html(result: BenchResult, records: Sequence[LoadSample] = ()) -> str:
-    """The page. With ``records`` it also plots every request over time."""
+    """Writes the page. With ``records``, it also has a plot of the requests over time."""
     title = f"gpumesh bench: {result.scenario} of {result.settings.model}"
     body = [
         f"<h1>{_escape(title)}</h1>",
@@ -82,15 +80,20 @@ def report_html(result: BenchResult, records: Sequence[LoadSample] = ()) -> str:
 
 
 def _escape(value: object) -> str:
+    """The value as text for the page, without control characters and markup of its own."""
     return escape(printable(str(value)))
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    cells = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>\n" for row in rows)
-    if not cells:
+def _table(column_names: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Writes a table, or an empty text if there are no rows. The cells must be escaped."""
+    body = ""
+    for row in rows:
+        cells = "".join(f"<td>{cell}</td>" for cell in row)
+        body += f"<tr>{cells}</tr>\n"
+    if not body:
         return ""
-    names = "".join(f'<th scope="col">{escape(name)}</th>' for name in head)
-    return f'<div class="scroll"><table><thead><tr>{names}</tr></thead>\n<tbody>{cells}</tbody></table></div>'
+    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in column_names)
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>'
 
 
 _THROUGHPUT_COLUMNS = (
@@ -108,6 +111,7 @@ _THROUGHPUT_COLUMNS = (
 
 
 def _throughput(stages: Sequence[StageResult]) -> str:
+    """The table of rates, a row for each stage."""
     return _table(
         _THROUGHPUT_COLUMNS,
         (
@@ -129,34 +133,31 @@ def _throughput(stages: Sequence[StageResult]) -> str:
 
 
 def _percentiles(sample: SampleSummary) -> list[str]:
+    """The cells for p50, p90 and p99."""
     return [svg.format_number(sample.p50), svg.format_number(sample.p90), svg.format_number(sample.p99)]
 
 
 def _latency(stages: Sequence[StageResult]) -> str:
-    def rows() -> Iterable[list[str]]:
-        for stage in stages:
-            latency = stage.latency
-            for name, sample in (
-                ("TTFT", latency.ttft),
-                ("TPOT", latency.tpot),
-                ("inter-token", latency.itl),
-                ("end-to-end", latency.end_to_end),
-                ("outside the server", latency.outside_server),
-            ):
-                if sample.n:
-                    label = _escape(f"{stage_label(stage)}, {name}")
-                    yield [
-                        label,
-                        f"{sample.n:,}",
-                        *_percentiles(sample),
-                        svg.format_number(sample.mean),
-                        svg.format_number(sample.max),
-                    ]
-
-    return _table(["ms", "n", "p50", "p90", "p99", "mean", "max"], rows())
+    """The table of latencies: a row for each stage and each kind of latency that was measured."""
+    rows: list[list[str]] = []
+    for stage in stages:
+        latency = stage.latency
+        for name, sample in (
+            ("TTFT", latency.ttft),
+            ("TPOT", latency.tpot),
+            ("inter-token", latency.itl),
+            ("end-to-end", latency.end_to_end),
+            ("outside the server", latency.outside_server),
+        ):
+            if sample.n:
+                label = _escape(f"{stage_label(stage)}, {name}")
+                mean, maximum = svg.format_number(sample.mean), svg.format_number(sample.max)
+                rows.append([label, f"{sample.n:,}", *_percentiles(sample), mean, maximum])
+    return _table(["ms", "n", "p50", "p90", "p99", "mean", "max"], rows)
 
 
 def _plots(result: BenchResult) -> list[str]:
+    """The plots of a result: others for ``sweep`` and ``overhead`` than for the other scenarios."""
     stages = result.stages
     if result.scenario is Scenario.SWEEP:
         return _sweep_plots(stages)
@@ -174,6 +175,7 @@ def _plots(result: BenchResult) -> list[str]:
 
 
 def _ranges(names: Sequence[str], samples: Sequence[SampleSummary]) -> list[svg.Range]:
+    """A row of the plot for each sample, from p50 to p99."""
     return [
         svg.Range(name, (("p50", sample.p50), ("p90", sample.p90), ("p99", sample.p99)))
         for name, sample in zip(names, samples, strict=True)
@@ -181,43 +183,51 @@ def _ranges(names: Sequence[str], samples: Sequence[SampleSummary]) -> list[svg.
 
 
 def _sweep_plots(stages: Sequence[StageResult]) -> list[str]:
-    def over_concurrency(values: Iterable[float | None]) -> tuple[tuple[float, float], ...]:
-        """Points (concurrency, value), one for each stage whose value is known."""
-        pairs = zip(stages, values, strict=True)
-        return tuple((float(stage.concurrency or 0), value) for stage, value in pairs if value is not None)
+    """The plots of ``sweep``: output rate and TTFT over concurrency."""
 
-    throughput = over_concurrency(stage.rates.output_tokens_per_s for stage in stages)
+    def plot_over_concurrency(label: str, values: Iterable[float | None]) -> svg.PlotSeries:
+        """A series of points (concurrency, value), one for each stage whose value is known."""
+        points: list[tuple[float, float]] = []
+        for stage, value in zip(stages, values, strict=True):
+            if value is not None:
+                points.append((float(stage.concurrency or 0), value))
+        return svg.PlotSeries(label, tuple(points))
+
+    throughput = [plot_over_concurrency("tokens", (stage.rates.output_tokens_per_s for stage in stages))]
     ttft = [
-        svg.PlotSeries("p50", over_concurrency(stage.latency.ttft.p50 for stage in stages)),
-        svg.PlotSeries("p90", over_concurrency(stage.latency.ttft.p90 for stage in stages)),
+        plot_over_concurrency("p50", (stage.latency.ttft.p50 for stage in stages)),
+        plot_over_concurrency("p90", (stage.latency.ttft.p90 for stage in stages)),
     ]
     return [
-        svg.draw_points(
-            "Output tokens per second over concurrency",
-            [svg.PlotSeries("tokens", throughput)],
-            "in flight",
-            "tok/s",
-            lines=True,
-        ),
+        svg.draw_points("Output tokens per second over concurrency", throughput, "in flight", "tok/s", lines=True),
         svg.draw_points("Time to first token over concurrency", ttft, "in flight", "ms", lines=True),
     ]
 
 
 def _timeline(records: Sequence[LoadSample]) -> str:
-    """A plot of every request of the last stage: when it was sent and how long it took, with a series for each node."""
-    last_stage = records[-1].stage if records else None
-    by_node: dict[str, list[tuple[float, float]]] = {}
-    completed = [record for record in records if record.stage == last_stage and record.end_to_end_ms is not None]
-    step = max(math.ceil(len(completed) / MAX_POINTS), 1)
-    for record in completed[::step]:
-        name = printable(record.node or "unknown")
-        by_node.setdefault(name, []).append((record.sent_s, record.end_to_end_ms or 0.0))
-    series = [svg.PlotSeries(name, tuple(points)) for name, points in sorted(by_node.items())]
-    title = f"End-to-end of each request of stage {printable(last_stage or '')}, by node"
+    """A plot of the served requests of the last stage: when each was sent and how long it took, in a colour per node.
+
+    With more than ``MAX_POINTS`` requests, only every second (third, …) request has a point.
+    """
+    if not records:
+        return ""
+    last_stage = records[-1].stage
+    points = [
+        (record.node, record.sent_s, record.end_to_end_ms)
+        for record in records
+        if record.stage == last_stage and record.end_to_end_ms is not None
+    ]
+    step = max(math.ceil(len(points) / MAX_POINTS), 1)
+    points_by_node: dict[str, list[tuple[float, float]]] = {}
+    for node, sent_s, end_to_end_ms in points[::step]:
+        points_by_node.setdefault(printable(node or "unknown"), []).append((sent_s, end_to_end_ms))
+    series = [svg.PlotSeries(name, tuple(node_points)) for name, node_points in sorted(points_by_node.items())]
+    title = f"End-to-end of each request of stage {printable(last_stage)}, by node"
     return svg.draw_points(title, series, "s", "ms", lines=False)
 
 
 def _scaling(result: BenchResult) -> str:
+    """The section about scaling; empty if the scenario does not measure it."""
     scaling = result.scaling
     if scaling is None:
         return ""
@@ -230,6 +240,7 @@ def _scaling(result: BenchResult) -> str:
 
 
 def _routes(result: BenchResult) -> str:
+    """The section about the cost of each route; empty unless the scenario is ``overhead``."""
     table = _table(
         ["node and route", "end-to-end p50 ms", "outside the server p50 ms", "added p50 ms"],
         (
@@ -246,6 +257,7 @@ def _routes(result: BenchResult) -> str:
 
 
 def _phases(stages: Sequence[StageResult]) -> str:
+    """A section for each stage that was disturbed: its phases before, during and after the disturbance."""
     parts = []
     for stage in stages:
         if stage.phases:
@@ -262,13 +274,14 @@ def _phases(stages: Sequence[StageResult]) -> str:
                 ]
                 for phase in stage.phases
             )
-            head = ["phase", "requests", "failed", "retried", "end-to-end p50 ms", "p90", "p99"]
-            head += ["longest gap ms", "output tok/s"]
-            parts.append(_table(head, rows))
+            column_names = ["phase", "requests", "failed", "retried", "end-to-end p50 ms", "p90", "p99"]
+            column_names += ["longest gap ms", "output tok/s"]
+            parts.append(_table(column_names, rows))
     return "".join(parts)
 
 
 def _shares(stages: Sequence[StageResult]) -> str:
+    """The section about the requests that each node served in the stages of the mesh; empty without such stages."""
     rows = (
         [
             _escape(f"{stage_label(stage)}: {share.node}"),
@@ -286,6 +299,7 @@ def _shares(stages: Sequence[StageResult]) -> str:
 
 
 def _gpus(stages: Sequence[StageResult]) -> str:
+    """The section about the use of the GPUs; empty if it is unknown for all stages."""
     rows = (
         [
             _escape(stage_label(stage)),
@@ -303,6 +317,7 @@ def _gpus(stages: Sequence[StageResult]) -> str:
 
 
 def _failures(stages: Sequence[StageResult]) -> str:
+    """The section about requests that failed; empty if none failed."""
     rows = (
         [_escape(stage_label(stage)), str(failure.count), _escape(failure.code), _escape(failure.message)]
         for stage in stages
@@ -313,6 +328,7 @@ def _failures(stages: Sequence[StageResult]) -> str:
 
 
 def _conditions(result: BenchResult) -> str:
+    """The section about the conditions of the run: the measuring machine, the settings, and each node."""
     environment, settings = result.environment, result.settings
     conditions = [
         ("measured from", f"{environment.platform}, {environment.cpus or '?'} CPUs, Python {environment.python}"),
@@ -325,11 +341,12 @@ def _conditions(result: BenchResult) -> str:
         ("good is", f"TTFT ≤ {result.objective.ttft_ms:g} ms and TPOT ≤ {result.objective.tpot_ms:g} ms"),
     ]
     for node in environment.nodes:
-        gpus = "GPUs unknown" if node.gpus is None else ", ".join(node.gpus) or "no GPU"
-        round_trip = f", round trip {svg.format_number(node.rtt_ms)} ms" if node.rtt_ms is not None else ""
-        simulated = ", simulated" if node.simulated else ""
-        conditions.append(
-            (node.name, f"{gpus}; {node.backend} {node.version or ''} over {node.transport}{round_trip}{simulated}")
-        )
+        text = "GPUs unknown" if node.gpus is None else ", ".join(node.gpus) or "no GPU"
+        text += f"; {node.backend} {node.version or ''} over {node.transport}"
+        if node.rtt_ms is not None:
+            text += f", round trip {svg.format_number(node.rtt_ms)} ms"
+        if node.simulated:
+            text += ", simulated"
+        conditions.append((node.name, text))
     rows = "".join(f"<dt>{_escape(name)}</dt><dd>{_escape(text)}</dd>\n" for name, text in conditions)
     return f"<h2>Conditions</h2><dl>{rows}</dl>"

@@ -25,7 +25,11 @@ BENCH_SCHEMA = "gpumesh.bench/1"
 
 @dataclass(frozen=True, slots=True)
 class NodeEnvironment:
-    """A node as it was when the run ended. ``gpus`` are the names, ``None`` if nvidia-smi could not be asked."""
+    """A node as it was when the run ended.
+
+    ``gpus`` are the names of its GPUs, ``None`` if nvidia-smi gave no answer. ``parallel`` is the number of requests
+    that its server runs at once, ``None`` if unknown.
+    """
 
     name: str
     transport: str
@@ -40,7 +44,11 @@ class NodeEnvironment:
 
 @dataclass(frozen=True, slots=True)
 class Environment:
-    """The place and the hardware of a measurement. Two results are comparable only as far as these values agree."""
+    """Where and with which software and hardware a run was measured. Results are comparable only if these values agree.
+
+    ``gpumesh`` and ``python`` are versions, ``platform`` and ``cpus`` describe the measuring machine, ``mesh`` is the
+    mesh's name.
+    """
 
     gpumesh: str
     python: str
@@ -48,13 +56,13 @@ class Environment:
     cpus: int | None
     mesh: str
     embedded: bool
-    """Whether the mesh ran in the measuring process. Otherwise it was a running mesh, reached by its control socket."""
+    """Whether the mesh ran in the measuring process. Otherwise the mesh ran already, reached by its control socket."""
     nodes: tuple[NodeEnvironment, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class BenchResult:
-    """All that is known of a run. ``at`` is the time of its start; ``notes`` are sentences that qualify the figures."""
+    """The whole result of a run. ``at`` is the time of its start; ``notes`` are sentences that qualify the figures."""
 
     at: datetime
     scenario: Scenario
@@ -68,6 +76,7 @@ class BenchResult:
 
     @property
     def simulated(self) -> bool:
+        """Whether a measured host was simulated: then the figures are not those of a GPU."""
         return any(node.simulated for node in self.environment.nodes)
 
     @property
@@ -77,6 +86,7 @@ class BenchResult:
 
 
 def describe_environment(state: MeshState, *, embedded: bool) -> Environment:
+    """Describes this machine and the mesh's nodes as they are now. ``embedded``: see ``Environment``."""
     return Environment(
         gpumesh=__version__,
         python=platform.python_version(),
@@ -103,13 +113,15 @@ def _node_environment(node: NodeState) -> NodeEnvironment:
 
 
 def result_json(result: BenchResult) -> dict[str, Any]:
-    """The document of ``result.json``."""
+    """Converts a result into the document of ``result.json``."""
     return {"schema": BENCH_SCHEMA, **to_json(result)}
 
 
 def result_from_json(document: object) -> BenchResult:
-    """The result in a document of ``result.json``. Raises ``ValueError`` when the document is not
-    ``gpumesh.bench/1``."""
+    """Reads the result from a document of ``result.json``.
+
+    Raises ``ValueError`` when the document is not of the schema ``gpumesh.bench/1``.
+    """
     if not isinstance(document, Mapping):
         raise ValueError("not an object")  # noqa: TRY004 - every fault of a document is a ValueError
     if document.get("schema") != BENCH_SCHEMA:
@@ -121,7 +133,7 @@ def result_from_json(document: object) -> BenchResult:
 
 
 def record_json(record: LoadSample) -> dict[str, Any]:
-    """A line of ``requests.jsonl``. Prompts and answers are not kept, only sizes and times."""
+    """Converts a request's outcome into its line of ``requests.jsonl``: sizes and times, no prompt and no answer."""
     return {
         "stage": record.stage,
         "index": record.index,
@@ -143,9 +155,10 @@ def record_json(record: LoadSample) -> dict[str, Any]:
         "done_reason": record.done_reason,
         "error_code": record.error_code,
         "error": record.error,
-        "arrivals_s": [round(moment, 6) for moment in record.arrivals_s],
+        "arrivals_s": [round(arrival_s, 6) for arrival_s in record.arrivals_s],
     }
 
 
 def _round(value: float | None) -> float | None:
+    """Rounds to three digits after the point."""
     return None if value is None else round(value, 3)

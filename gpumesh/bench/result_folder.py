@@ -1,8 +1,8 @@
-"""The folder that keeps a benchmark's result: ``result.json``, ``requests.jsonl`` (a line for each request) and
-``report.html``.
+"""Writes and reads the folder of a benchmark's result: ``result.json``, ``requests.jsonl`` and ``report.html``.
 
-Each file replaces its predecessor as a whole, so no reader sees half of a file. A folder that holds a result is
-overwritten only with ``force``. Text in a result came from hosts: it is made printable when it is read back.
+``requests.jsonl`` has a line for each request. Each file replaces its predecessor as a whole, so no reader sees half of
+a file. A folder that holds a result is overwritten only with ``force``. Text in a result came from hosts: the code that
+shows a result makes its text printable.
 """
 
 from __future__ import annotations
@@ -19,13 +19,15 @@ from gpumesh.bench.result import BenchResult, record_json, result_from_json, res
 from gpumesh.errors import UsageError
 
 RESULT_FILE, REQUESTS_FILE, REPORT_FILE = "result.json", "requests.jsonl", "report.html"
-# The result of a long sweep has about 100 KB. A much larger file is not a result of ours.
+# The result of a long sweep has about 100 KB. A much larger file was not written by ``write_result``.
 MAX_RESULT_BYTES = 64 << 20
 
 
 def check_result_folder(folder: Path, *, force: bool = False) -> None:
-    """Raises UsageError when a result could not be written to ``folder``. To be called before a measurement that takes
-    minutes."""
+    """Raises UsageError when a result could not be written to ``folder``. Makes the folder if it does not exist.
+
+    A measurement takes minutes: so this is called before it starts.
+    """
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{folder} is not a folder", hint="choose another with --out")
     existing = [name for name in (RESULT_FILE, REQUESTS_FILE, REPORT_FILE) if (folder / name).exists()]
@@ -35,16 +37,17 @@ def check_result_folder(folder: Path, *, force: bool = False) -> None:
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):  # the only sure test whether files can be made there
+        with tempfile.TemporaryFile(dir=folder):  # the only sure test that files can be made in the folder
             pass
     except OSError as error:
-        raise UsageError(
-            f"cannot write to {folder}: {error.strerror or error}", hint="choose another with --out"
-        ) from None
+        raise _write_error(folder, error) from None
 
 
 def write_result(folder: Path, result: BenchResult, records: Sequence[LoadSample], *, force: bool = False) -> None:
-    """Writes all three files, ``result.json`` last: where it exists, the others exist too. Raises UsageError."""
+    """Writes the three files to ``folder``. Raises UsageError when that fails.
+
+    ``result.json`` is written last: where this file exists, the others exist too. ``force``: replaces an older result.
+    """
     check_result_folder(folder, force=force)
     lines = "".join(json.dumps(record_json(record), allow_nan=False) + "\n" for record in records)
     try:
@@ -52,9 +55,11 @@ def write_result(folder: Path, result: BenchResult, records: Sequence[LoadSample
         _write_file(folder / REPORT_FILE, report_html(result, records))
         _write_file(folder / RESULT_FILE, json.dumps(result_json(result), indent=1, allow_nan=False) + "\n")
     except OSError as error:
-        raise UsageError(
-            f"cannot write to {folder}: {error.strerror or error}", hint="choose another with --out"
-        ) from None
+        raise _write_error(folder, error) from None
+
+
+def _write_error(folder: Path, error: OSError) -> UsageError:
+    return UsageError(f"cannot write to {folder}: {error.strerror or error}", hint="choose another with --out")
 
 
 def _write_file(path: Path, text: str) -> None:
@@ -62,7 +67,7 @@ def _write_file(path: Path, text: str) -> None:
 
 
 def read_result(path: Path) -> BenchResult:
-    """Reads a result's folder, or its ``result.json``. Raises UsageError when the path is neither."""
+    """Reads the result in this folder, or in this ``result.json``. Raises UsageError when the path holds no result."""
     file = path / RESULT_FILE if path.is_dir() else path
     try:
         if file.stat().st_size > MAX_RESULT_BYTES:
@@ -78,6 +83,9 @@ def read_result(path: Path) -> BenchResult:
 
 
 def find_newest_result(folder: Path) -> Path | None:
-    """The subfolder of ``folder`` that holds the latest result; ``None`` if there is no result."""
-    results = [(file.stat().st_mtime, file.parent) for file in folder.glob(f"*/{RESULT_FILE}")]
-    return max(results)[1] if results else None
+    """Returns the subfolder of ``folder`` that holds the latest result; ``None`` if there is no result."""
+    result_files = list(folder.glob(f"*/{RESULT_FILE}"))
+    if not result_files:
+        return None
+    newest_file = max(result_files, key=lambda file: (file.stat().st_mtime, file.parent))
+    return newest_file.parent

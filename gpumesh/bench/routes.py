@@ -1,7 +1,7 @@
-"""Routes to one server over plain HTTP: directly to the tunnel's local port, or through the gateway. The benchmark's
-own calls of the mesh are not used.
+"""Sends benchmark requests over plain HTTP: to the local port of a node's tunnel, or through the mesh's gateway.
 
-The scenario ``overhead`` sends the same request over each route in turn."""
+The scenario ``overhead`` sends over these routes, and through the mesh itself, in turn.
+"""
 
 from __future__ import annotations
 
@@ -20,20 +20,25 @@ from gpumesh.errors import BackendStatus, BackendUnreachable, StreamCut
 from gpumesh.topology import BackendKind
 from gpumesh.tunnels.local_system.unix_urls import split_unix_url
 
-MAX_ERROR_BYTES = 1 << 16
+MAX_ERROR_BYTES = 1 << 16  # of an error's body that are read for its message
 
 
 @dataclass(frozen=True, slots=True)
 class ApiKeys:
-    """The API keys of the gateway and of the nodes' servers (by node). Requests through the mesh
-    get their keys from it, but these routes start outside the mesh."""
+    """The API keys of the gateway and of the nodes' servers (by the node's name).
+
+    The mesh adds these keys to its own requests, but the routes of this file start outside the mesh.
+    """
 
     gateway: str | None = None
     nodes: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
 
 
 class HttpRoute:
-    """A ``SendPrompt`` over plain HTTP to one base URL. ``api_key`` is sent as a Bearer token."""
+    """A ``SendPrompt`` that sends over plain HTTP to one base URL. ``kind`` is the kind of server, which tells its API.
+
+    ``api_key`` is sent as a Bearer token. With ``through_gateway``, a header tells the gateway which node to use.
+    """
 
     def __init__(
         self,
@@ -57,6 +62,7 @@ class HttpRoute:
 
     @asynccontextmanager
     async def _send(self, request: ChatRequest, node: str | None) -> AsyncGenerator[AnswerStream]:
+        """Sends the request and yields its answer. Raises BackendStatus, StreamCut or BackendUnreachable."""
         call = self._dialect.build_chat_call(request)
         try:
             async with self._http.request(
@@ -86,6 +92,7 @@ class HttpRoute:
         return headers
 
     async def _read_chunks(self, response: aiohttp.ClientResponse, *, stream: bool) -> AsyncGenerator[Chunk]:
+        """Yields the pieces of the answer as they arrive."""
         reader = self._dialect.create_reader(stream=stream)
         async for data in response.content.iter_any():
             for chunk in reader.feed(data):
@@ -95,6 +102,8 @@ class HttpRoute:
 
 
 class _HttpAnswer:
+    """An ``AnswerStream`` of one attempt: these routes have no failover."""
+
     def __init__(self, chunks: AsyncIterator[Chunk], node: str | None) -> None:
         self._chunks = chunks
         self.node = node
@@ -108,17 +117,17 @@ class _HttpAnswer:
 async def http_route(
     url: str, kind: BackendKind, *, through_gateway: bool = False, api_key: str | None = None
 ) -> AsyncGenerator[HttpRoute]:
-    """A route to a base URL in the form of a node's or the gateway's state, which may name a Unix socket."""
+    """Opens a route to ``url``: the URL of a node or of the gateway as the mesh's state has it, or a Unix socket."""
     socket_path, base_url = _split_socket(url)
     async with http_session(socket_path) as http:
         yield HttpRoute(http, base_url, kind, through_gateway=through_gateway, api_key=api_key)
 
 
 def _split_socket(url: str) -> tuple[str | None, str]:
-    """The path of the Unix socket that ``url`` names, or ``None``, and the base URL for requests."""
-    if url.startswith(UNIX_PREFIX):  # the gateway's
+    """Splits ``url`` into the path of its Unix socket (``None`` if it has none) and the base URL for requests."""
+    if url.startswith(UNIX_PREFIX):  # the form of the gateway's state
         return url.removeprefix(UNIX_PREFIX), "http://localhost"
-    socket_and_prefix = split_unix_url(url)  # a node's
+    socket_and_prefix = split_unix_url(url)  # the form of a node's state
     if socket_and_prefix is None:
         return None, url
     socket_path, prefix = socket_and_prefix
@@ -127,8 +136,14 @@ def _split_socket(url: str) -> tuple[str | None, str]:
 
 @asynccontextmanager
 async def http_session(unix_socket: str | None = None) -> AsyncGenerator[aiohttp.ClientSession]:
-    """An HTTP client without proxies and cookies. With ``unix_socket`` all requests go to that socket."""
-    connector = aiohttp.TCPConnector(limit=0) if unix_socket is None else aiohttp.UnixConnector(unix_socket, limit=0)
+    """Opens an HTTP client without proxies and cookies. With ``unix_socket``, all requests go to this socket.
+
+    The number of connections is not limited: the load generator decides how many requests run at once.
+    """
+    if unix_socket is None:
+        connector: aiohttp.BaseConnector = aiohttp.TCPConnector(limit=0)
+    else:
+        connector = aiohttp.UnixConnector(unix_socket, limit=0)
     async with aiohttp.ClientSession(
         connector=connector, cookie_jar=aiohttp.DummyCookieJar(), trust_env=False
     ) as session:

@@ -30,16 +30,18 @@ from gpumesh.errors import NoNodeError, UsageError
 from gpumesh.state import BackendPhase, Finding, Health, MeshState, NodeState
 from gpumesh.topology import BackendKind
 
-MESH, GATEWAY, TUNNEL = "mesh", "gateway", "tunnel"
+MESH, GATEWAY, TUNNEL = "mesh", "gateway", "tunnel"  # the names of the routes of the scenario ``overhead``
 
 
 class BenchTarget(Protocol):
-    """The measured mesh. ``embedded``: it runs in this process. ``send`` returns a ``load.SendPrompt``. ``drain`` and
-    ``resume`` are used by the scenario ``failover`` only."""
+    """The measured mesh. For ``failover``, ``drain`` takes a node out of service and ``resume`` puts it back."""
 
     embedded: bool
+    """Whether the mesh runs in this process."""
 
-    def send(self) -> SendPrompt: ...
+    def send(self) -> SendPrompt:
+        """Returns the function that sends a request through the mesh."""
+        ...
 
     async def status(self) -> MeshState: ...
 
@@ -49,7 +51,7 @@ class BenchTarget(Protocol):
 
 
 class ProgressReporter(Protocol):
-    """Receives the progress of a run, to show it to a waiting person."""
+    """Is told the progress of a run, and shows it to a person who waits."""
 
     def set_plan(self, plan: Plan) -> None: ...
 
@@ -60,44 +62,47 @@ class ProgressReporter(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class BenchOutput:
+    """What a run yields: its result, and the outcome of each request, those of the warm-up too."""
+
     result: BenchResult
     records: tuple[LoadSample, ...]
 
 
 class DrainDisturbance:
-    """The default disturbance: drains the busiest node. This is safe on hosts that other people use."""
+    """The default disturbance: drains the busiest of ``nodes``. This is safe on hosts that other people use too."""
 
     def __init__(self, target: BenchTarget, nodes: Sequence[str]) -> None:
         self._target = target
         self._nodes = nodes
-        self._drained: str | None = None
+        self._drained_node: str | None = None
 
     async def begin(self) -> str:
         state = await self._target.status()
-        busiest = max((node for node in state.nodes if node.name in self._nodes), key=lambda node: node.load.in_flight)
+        candidates = [node for node in state.nodes if node.name in self._nodes]
+        busiest = max(candidates, key=lambda node: node.load.in_flight)
         await self._target.drain(busiest.name)
-        self._drained = busiest.name
+        self._drained_node = busiest.name
         return f"{busiest.name} drained"
 
     async def end(self) -> None:
-        if self._drained is not None:
-            await self._target.resume(self._drained)
-            self._drained = None
+        if self._drained_node is not None:
+            await self._target.resume(self._drained_node)
+            self._drained_node = None
 
 
 def usable_nodes(state: MeshState, model: str) -> list[NodeState]:
-    """The nodes that are up and have the model, or whose models are unknown."""
-    return [
-        node
-        for node in state.nodes
-        if node.health in (Health.HEALTHY, Health.DEGRADED)
-        and node.backend.state is BackendPhase.UP
-        and (not node.backend.models or has_model(node.backend.models, model))
-    ]
+    """Returns the nodes that are up and have the model. A node whose models are unknown counts as having it."""
+    return [node for node in state.nodes if _is_usable(node, model)]
+
+
+def _is_usable(node: NodeState, model: str) -> bool:
+    is_up = node.health in (Health.HEALTHY, Health.DEGRADED) and node.backend.state is BackendPhase.UP
+    models = node.backend.models
+    return is_up and (not models or has_model(models, model))
 
 
 def has_model(models: Sequence[str], model: str) -> bool:
-    """Whether ``models`` has ``model``. As in Ollama, a name without a tag means ``:latest``."""
+    """Whether ``model`` is one of ``models``. As in Ollama, a name without a tag means ``:latest``."""
     return model in models or (":" not in model and f"{model}:latest" in models)
 
 
@@ -115,10 +120,11 @@ async def run_benchmark(
     keys: ApiKeys | None = None,
     now: Callable[[], datetime] = lambda: datetime.now(UTC),
 ) -> BenchOutput:
-    """Runs a scenario and computes its result. Raises NoNodeError when no node can serve the model, UsageError when the
-    scenario cannot be run here.
+    """Runs a scenario and computes its result.
 
-    ``only_node`` measures one node as if it were the mesh. Warm-up requests are recorded, but no figure includes them.
+    ``only_node``: measures one node as if it were the mesh. ``disturbance``: for ``failover``, another one than
+    ``DrainDisturbance``. Warm-up requests are recorded, but no figure includes them. Raises NoNodeError when no node
+    can serve the model, and UsageError when the scenario cannot be run here.
     """
     objective = objective or Objective()
     started_at = now()
@@ -137,11 +143,11 @@ async def run_benchmark(
     records: list[LoadSample] = []
     notes: list[str] = _node_notes(nodes, state.findings)
     if only_node is None:
-        excluded = (node for node in state.nodes if node not in nodes)
-        notes.extend(f"{node.name} is not measured: {_exclusion_reason(node)}" for node in excluded)
+        excluded_nodes = [node for node in state.nodes if node not in nodes]
+        notes.extend(f"{node.name} is not measured: {_exclusion_reason(node)}" for node in excluded_nodes)
     for stage in plan.stages:
         progress.start_stage(stage)
-        async with sample_gpus(target.status) as samples:
+        async with sample_gpus(target.status) as gpu_samples:
             if scenario is Scenario.OVERHEAD and stage.kind is StageKind.NODE:
                 run = await _run_over_routes(target, stage, state, progress, keys or ApiKeys())
             else:
@@ -156,25 +162,24 @@ async def run_benchmark(
             notes.extend(_warm_up_notes(run))
             continue
         measured_nodes = frozenset([stage.node]) if stage.node else frozenset(node.name for node in nodes)
-        stages.extend(summarize_stage(run, objective, gpu_use(samples, measured_nodes)))
+        stages.extend(summarize_stage(run, objective, gpu_use(gpu_samples, measured_nodes)))
     notes.extend(f"stage {stage.name}: {stage.client.bound}" for stage in stages if stage.client.bound)
-    return BenchOutput(
-        BenchResult(
-            at=started_at,
-            scenario=scenario,
-            settings=settings,
-            objective=objective,
-            environment=describe_environment(await target.status(), embedded=target.embedded),
-            stages=tuple(stages),
-            scaling=scaling(stages) if scenario in (Scenario.SCALE, Scenario.QUICK) else None,
-            routes=route_costs(stages),
-            notes=tuple(dict.fromkeys(notes)),
-        ),
-        tuple(records),
+    result = BenchResult(
+        at=started_at,
+        scenario=scenario,
+        settings=settings,
+        objective=objective,
+        environment=describe_environment(await target.status(), embedded=target.embedded),
+        stages=tuple(stages),
+        scaling=scaling(stages) if scenario in (Scenario.SCALE, Scenario.QUICK) else None,
+        routes=route_costs(stages),
+        notes=tuple(dict.fromkeys(notes)),  # each note once
     )
+    return BenchOutput(result, tuple(records))
 
 
 def _no_usable_node(state: MeshState, model: str, only_node: str | None) -> NoNodeError | UsageError:
+    """Makes the error for a run without a usable node: the reason of each node, or that there is no such node."""
     if only_node is not None and all(node.name != only_node for node in state.nodes):
         names = ", ".join(node.name for node in state.nodes)
         return UsageError(f"there is no node {only_node!r}", hint=f"the nodes are: {names}")
@@ -184,20 +189,23 @@ def _no_usable_node(state: MeshState, model: str, only_node: str | None) -> NoNo
 
 
 def _exclusion_reason(node: NodeState) -> str:
-    return node.reason or ("no such model there" if node.backend.models else node.health.value)
+    """The reason why a node that is not usable is not measured."""
+    if node.reason:
+        return node.reason
+    return "no such model there" if node.backend.models else node.health.value
 
 
 def _pin_to_node(plan: Plan, node: str) -> Plan:
-    return replace(
-        plan,
-        stages=tuple(
-            replace(stage, requests=tuple(replace(planned, node=node) for planned in stage.requests))
-            for stage in plan.stages
-        ),
-    )
+    """The plan with each request sent to ``node``."""
+    stages: list[Stage] = []
+    for stage in plan.stages:
+        requests = tuple(replace(planned, node=node) for planned in stage.requests)
+        stages.append(replace(stage, requests=requests))
+    return replace(plan, stages=tuple(stages))
 
 
 def _node_notes(nodes: Sequence[NodeState], findings: Sequence[Finding]) -> list[str]:
+    """The notes about the measured hosts that qualify the figures."""
     notes = []
     if any(node.simulated for node in nodes):
         notes.append("simulated hosts: the figures are the stand-in's, not a GPU's")
@@ -206,6 +214,7 @@ def _node_notes(nodes: Sequence[NodeState], findings: Sequence[Finding]) -> list
 
 
 def _warm_up_notes(run: StageRun) -> list[str]:
+    """A note for each warm-up request that failed."""
     return [
         f"{record.node}: the warm-up request failed: {record.error}"
         for record in run.records
@@ -221,11 +230,14 @@ def _count_routes(state: MeshState) -> int:
 async def _run_over_routes(
     target: BenchTarget, stage: Stage, state: MeshState, progress: ProgressReporter, keys: ApiKeys
 ) -> StageRun:
-    """Runs a stage over the tunnel alone, the mesh, and the gateway if it serves. Each request takes the next route."""
+    """Runs a stage of one node over several routes: the tunnel alone, the mesh, and the gateway if the gateway serves.
+
+    Each request takes the next route.
+    """
     node = state.node(stage.node or "")
     async with AsyncExitStack() as stack:
-        routes: list[tuple[str, SendPrompt]] = []
-        assert node.backend.url is not None, "a node that is up has the route that it is up on"
+        routes: list[tuple[str, SendPrompt]] = []  # the shortest route first: ``summary.route_costs`` compares with it
+        assert node.backend.url is not None, "a node that is up has a URL"
         kind = BackendKind(node.backend.kind)
         tunnel = http_route(node.backend.url, kind, api_key=keys.nodes.get(node.name))
         routes.append((TUNNEL, await stack.enter_async_context(tunnel)))

@@ -1,9 +1,9 @@
-"""The scenarios: each plans its stages and their requests before the first request is sent. Pure.
+"""The benchmark's scenarios (quick, sweep, scale, overhead, failover, replay): plans their stages and requests. Pure.
 
-Every prompt begins with a nonce, so that no server answers from its prefix cache. In ``replay`` all prompts begin with
-the nonce of the run, so that they still share the prefixes that they share in the trace. ``think`` is always sent,
-because Ollama's default is true for models that can think. The temperature is 0 and the seed is fixed, so that runs can
-be compared.
+The plan is complete before the first request is sent. Every prompt begins with a nonce, so that no server answers from
+its prefix cache. In ``replay`` all prompts begin with the nonce of the run, so that they still share the prefixes that
+they share in the trace. ``think`` is always sent, because Ollama's default is true for models that can think. The
+temperature is 0 and the seed is fixed, so that runs can be compared.
 """
 
 from __future__ import annotations
@@ -28,11 +28,13 @@ _VOCABULARY = tuple(
     for word in line.split()
 )
 TOKENS_PER_WORD = 1.3
-REPLAY_BLOCK_TOKENS = 512  # of Mooncake's traces
-MAX_PROMPT_TOKENS = 200_000
+REPLAY_BLOCK_TOKENS = 512  # tokens of a block in Mooncake's traces
+MAX_PROMPT_TOKENS = 200_000  # a larger number is taken for a mistake: few models read more
 
 
 class Scenario(StrEnum):
+    """What a benchmark measures. The functions ``_plan_…`` say what each scenario does."""
+
     QUICK = "quick"
     SWEEP = "sweep"
     SCALE = "scale"
@@ -42,6 +44,8 @@ class Scenario(StrEnum):
 
 
 class StageKind(StrEnum):
+    """What a stage measures: nothing (it only loads the model), one node alone, the mesh, or a trace on the mesh."""
+
     WARM_UP = "warm-up"
     NODE = "node"
     MESH = "mesh"
@@ -58,9 +62,11 @@ class NodeFacts:
 
 @dataclass(frozen=True, slots=True)
 class BenchSettings:
-    """``requests``: for each stage. ``concurrency``: the levels of ``sweep``; other scenarios use the first.
+    """The settings of a benchmark, as `bench run` has them as options.
 
-    ``speed`` divides the gaps between a trace's requests. ``max_context`` limits the length of replayed prompts.
+    ``requests`` is the number for each stage. ``concurrency`` holds the levels of ``sweep``; other scenarios use the
+    first level. ``tokens`` and ``prompt_tokens`` are the lengths of an answer and of a prompt. ``speed`` divides the
+    gaps between a trace's requests. ``max_context`` limits the length of replayed prompts, in tokens.
     """
 
     model: str
@@ -76,7 +82,10 @@ class BenchSettings:
 
 @dataclass(frozen=True, slots=True)
 class PlannedRequest:
-    """A request to send. ``at_s``: in an open loop, the moment to send it, from the start of the stage."""
+    """A request to send to ``node``, or to the mesh if ``node`` is ``None``.
+
+    ``at_s``: in an open loop, when to send the request, in seconds from the start of the stage.
+    """
 
     chat: ChatRequest
     node: str | None = None
@@ -100,22 +109,29 @@ class Stage:
 
     @property
     def open_loop(self) -> bool:
+        """Whether requests are sent by the clock, whether or not earlier answers have come."""
         return self.concurrency is None
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
+    """All stages of a run, in order. The first stage is the warm-up."""
+
     scenario: Scenario
     settings: BenchSettings
     stages: tuple[Stage, ...]
 
     @property
     def total(self) -> int:
+        """The number of requests of all stages."""
         return sum(len(stage.requests) for stage in self.stages)
 
 
 class PromptFactory:
-    """Makes chat requests that no cache has seen. The nonces come from ``rng``, the text from the settings' seed."""
+    """Makes chat requests whose prompts are in no server's prefix cache.
+
+    The nonces come from ``rng``, so they differ in each run. The rest of the text comes from the settings' seed.
+    """
 
     def __init__(self, settings: BenchSettings, rng: Random) -> None:
         self._settings = settings
@@ -124,29 +140,35 @@ class PromptFactory:
         self._run_nonce = f"{rng.getrandbits(64):016x}"
 
     def make_prompt(self, *, tokens: int | None = None, prompt_tokens: int | None = None) -> ChatRequest:
-        """A prompt that starts with its own nonce."""
+        """Makes a request whose prompt starts with its own nonce.
+
+        ``tokens`` and ``prompt_tokens`` are the lengths of the answer and the prompt; ``None``: those of the settings.
+        """
         nonce = f"{self._rng.getrandbits(64):016x}"
         length = self._settings.prompt_tokens if prompt_tokens is None else prompt_tokens
-        count = max(round(length / TOKENS_PER_WORD), 1)
-        words = " ".join(self._text_rng.choices(_VOCABULARY, k=count))
-        return self._make_request(f"[{nonce}] Tell a long story with these words in it: {words}.", tokens)
+        text = _choose_words(self._text_rng, length)
+        return self._make_request(f"[{nonce}] Tell a long story with these words in it: {text}.", tokens)
 
     def make_traced_prompt(self, traced: TracedRequest) -> ChatRequest:
-        """A prompt of the trace's length. Blocks with equal ids have equal text, behind the nonce of this *run*. So
-        prompts share the prefixes that they share in the trace, and caches of an earlier run do not help."""
+        """Makes a request with a prompt and an answer of the traced request's lengths.
+
+        Blocks with equal ids have equal text, behind the nonce of this *run*. So prompts share the prefixes that they
+        share in the trace, and caches of an earlier run do not help. Without blocks, the prompt has its own nonce.
+        """
         prompt_tokens = min(traced.prompt_tokens, self._settings.max_context)
         if not traced.blocks:
             return self.make_prompt(tokens=traced.output_tokens, prompt_tokens=prompt_tokens)
         block_count = math.ceil(prompt_tokens / REPLAY_BLOCK_TOKENS)
         parts = [f"[{self._run_nonce}]"]
-        remaining = prompt_tokens
+        tokens_left = prompt_tokens
         for block in traced.blocks[:block_count]:
-            count = max(round(min(remaining, REPLAY_BLOCK_TOKENS) / TOKENS_PER_WORD), 1)
-            parts.append(" ".join(Random(f"{self._settings.seed}/{block}").choices(_VOCABULARY, k=count)))
-            remaining -= REPLAY_BLOCK_TOKENS
+            block_rng = Random(f"{self._settings.seed}/{block}")
+            parts.append(_choose_words(block_rng, min(tokens_left, REPLAY_BLOCK_TOKENS)))
+            tokens_left -= REPLAY_BLOCK_TOKENS
         return self._make_request(" ".join(parts), traced.output_tokens)
 
     def _make_request(self, prompt: str, tokens: int | None) -> ChatRequest:
+        """Makes the request for an answer of ``tokens`` tokens; ``None``: the settings' number."""
         settings = self._settings
         options = {
             "num_predict": settings.tokens if tokens is None else tokens,
@@ -154,6 +176,12 @@ class PromptFactory:
             "seed": settings.seed,
         }
         return ChatRequest(settings.model, (Message("user", prompt),), options, stream=True, think=settings.think)
+
+
+def _choose_words(rng: Random, tokens: int) -> str:
+    """Chooses words that have about so many tokens, at least one word."""
+    count = max(round(tokens / TOKENS_PER_WORD), 1)
+    return " ".join(rng.choices(_VOCABULARY, k=count))
 
 
 def plan_stages(
@@ -165,42 +193,43 @@ def plan_stages(
     trace: Sequence[TracedRequest] = (),
     routes: int = 1,
 ) -> Plan:
-    """The plan of a scenario, which begins with one short request to each node as a warm-up. ``routes``: the number of
-    routes over which ``overhead`` sends.
+    """Plans all requests of a scenario on these nodes. The first stage is the warm-up: a short request to each node.
 
-    Raises UsageError when it cannot be run on these nodes or with these settings.
+    ``trace`` is for ``replay`` only; ``routes`` is the number of routes over which ``overhead`` sends. Raises
+    UsageError when the scenario cannot be run on these nodes or with these settings.
     """
     _check_settings(settings)
     if not nodes:
         raise UsageError(f"no node that is up has the model {settings.model!r}", hint="`gpumesh status` shows why")
     prompts = PromptFactory(settings, rng)
-    warm_up = _make_stage(
-        "warm-up", StageKind.WARM_UP, [PlannedRequest(prompts.make_prompt(tokens=1), node.name) for node in nodes], 1
-    )
-    planners = {
-        Scenario.QUICK: _plan_quick,
-        Scenario.SWEEP: _plan_sweep,
-        Scenario.SCALE: _plan_scale,
-        Scenario.FAILOVER: _plan_failover,
-    }
-    if scenario is Scenario.REPLAY:
-        stages = _plan_replay(settings, prompts, trace)
-    elif scenario is Scenario.OVERHEAD:
-        stages = _plan_overhead(settings, prompts, nodes, routes)
-    else:
-        stages = planners[scenario](settings, prompts, nodes)
+    warm_up_requests = [PlannedRequest(prompts.make_prompt(tokens=1), node.name) for node in nodes]
+    warm_up = _make_stage("warm-up", StageKind.WARM_UP, warm_up_requests, concurrency=1)
+    match scenario:
+        case Scenario.QUICK:
+            stages = _plan_quick(settings, prompts, nodes)
+        case Scenario.SWEEP:
+            stages = _plan_sweep(settings, prompts)
+        case Scenario.SCALE:
+            stages = _plan_scale(settings, prompts, nodes)
+        case Scenario.OVERHEAD:
+            stages = _plan_overhead(settings, prompts, nodes, routes)
+        case Scenario.FAILOVER:
+            stages = _plan_failover(settings, prompts, nodes)
+        case Scenario.REPLAY:
+            stages = _plan_replay(settings, prompts, trace)
     return Plan(scenario, settings, (warm_up, *stages))
 
 
 def _check_settings(settings: BenchSettings) -> None:
-    for option, value, minimum in (
-        ("-n", settings.requests if settings.requests is not None else 1, 1),
-        ("--tokens", settings.tokens, 1),
-        ("--prompt-tokens", settings.prompt_tokens, 1),
-        ("-c", min(settings.concurrency, default=1), 1),
+    """Raises UsageError for a value that makes no sense. The error names the option of `bench run`."""
+    for option, value in (
+        ("-n", settings.requests),
+        ("--tokens", settings.tokens),
+        ("--prompt-tokens", settings.prompt_tokens),
+        ("-c", min(settings.concurrency, default=None)),
     ):
-        if value < minimum:
-            raise UsageError(f"{option} must be at least {minimum}, not {value}")
+        if value is not None and value < 1:
+            raise UsageError(f"{option} must be at least 1, not {value}")
     if settings.speed <= 0:
         raise UsageError(f"--speed must be more than 0, not {settings.speed:g}")
     if settings.prompt_tokens > MAX_PROMPT_TOKENS:
@@ -220,6 +249,7 @@ def _make_stage(
 
 
 def _make_node_stage(prompts: PromptFactory, node: NodeFacts, count: int, concurrency: int) -> Stage:
+    """A stage of ``count`` requests to one node, ``concurrency`` at a time."""
     requests = [PlannedRequest(prompts.make_prompt(), node.name) for _ in range(count)]
     return _make_stage(node.name, StageKind.NODE, requests, concurrency, node=node.name)
 
@@ -227,6 +257,7 @@ def _make_node_stage(prompts: PromptFactory, node: NodeFacts, count: int, concur
 def _make_mesh_stage(
     name: str, prompts: PromptFactory, count: int, concurrency: int, *, disturb: bool = False
 ) -> Stage:
+    """A stage of ``count`` requests to the mesh, ``concurrency`` at a time. ``disturb``: see ``Stage``."""
     requests = [PlannedRequest(prompts.make_prompt()) for _ in range(count)]
     return _make_stage(name, StageKind.MESH, requests, concurrency, disturb=disturb)
 
@@ -235,18 +266,18 @@ def _plan_quick(settings: BenchSettings, prompts: PromptFactory, nodes: Sequence
     """Each node alone with one request at a time, then all nodes together with one request in flight per node."""
     count = settings.requests or 10  # ten are enough for a p90 (``stats.supports_percentile``)
     level = settings.concurrency[0] if settings.concurrency else len(nodes)
-    stages = [_make_node_stage(prompts, node, count, 1) for node in nodes]
-    return [*stages, _make_mesh_stage("mesh", prompts, count * len(nodes), level)]
+    node_stages = [_make_node_stage(prompts, node, count, concurrency=1) for node in nodes]
+    return [*node_stages, _make_mesh_stage("mesh", prompts, count * len(nodes), level)]
 
 
-def _plan_sweep(settings: BenchSettings, prompts: PromptFactory, nodes: Sequence[NodeFacts]) -> list[Stage]:
-    """The mesh at rising concurrency: shows where throughput stops growing, and the latency there."""
-    del nodes  # the mesh chooses the node
-    levels = settings.concurrency or (1, 2, 4, 8)
-    # Three rounds at each level: in the first and the last not all slots are taken all the time.
-    return [
-        _make_mesh_stage(f"c={level}", prompts, max(settings.requests or 0, 10, 3 * level), level) for level in levels
-    ]
+def _plan_sweep(settings: BenchSettings, prompts: PromptFactory) -> list[Stage]:
+    """The mesh at rising concurrency: shows where throughput stops growing, and the latency at that point."""
+    stages: list[Stage] = []
+    for level in settings.concurrency or (1, 2, 4, 8):
+        # At least three rounds: in the first round and in the last, not all slots are taken all the time.
+        count = max(settings.requests or 0, 10, 3 * level)
+        stages.append(_make_mesh_stage(f"c={level}", prompts, count, level))
+    return stages
 
 
 def _plan_scale(settings: BenchSettings, prompts: PromptFactory, nodes: Sequence[NodeFacts]) -> list[Stage]:
@@ -256,9 +287,10 @@ def _plan_scale(settings: BenchSettings, prompts: PromptFactory, nodes: Sequence
     for node in nodes:
         level = settings.concurrency[0] if settings.concurrency else node.parallel or 1
         total_level += level
-        stages.append(_make_node_stage(prompts, node, max(settings.requests or 10, 3 * level), level))
-    count = sum(len(stage.requests) for stage in stages)
-    return [*stages, _make_mesh_stage("mesh", prompts, count, total_level)]
+        node_count = max(settings.requests or 10, 3 * level)  # at least three rounds, as in ``_plan_sweep``
+        stages.append(_make_node_stage(prompts, node, node_count, level))
+    total_count = sum(len(stage.requests) for stage in stages)
+    return [*stages, _make_mesh_stage("mesh", prompts, total_count, total_level)]
 
 
 def _plan_overhead(
@@ -266,16 +298,11 @@ def _plan_overhead(
 ) -> list[Stage]:
     """Answers of one token, one at a time, so that the route's overhead dominates. ``requests`` count per route."""
     count = (settings.requests or 50) * routes
-    return [
-        _make_stage(
-            node.name,
-            StageKind.NODE,
-            [PlannedRequest(prompts.make_prompt(tokens=1, prompt_tokens=1), node.name) for _ in range(count)],
-            1,
-            node=node.name,
-        )
-        for node in nodes
-    ]
+    stages: list[Stage] = []
+    for node in nodes:
+        requests = [PlannedRequest(prompts.make_prompt(tokens=1, prompt_tokens=1), node.name) for _ in range(count)]
+        stages.append(_make_stage(node.name, StageKind.NODE, requests, concurrency=1, node=node.name))
+    return stages
 
 
 def _plan_failover(settings: BenchSettings, prompts: PromptFactory, nodes: Sequence[NodeFacts]) -> list[Stage]:
@@ -290,10 +317,10 @@ def _plan_replay(settings: BenchSettings, prompts: PromptFactory, trace: Sequenc
     """Replays a public trace. Requests are sent at the trace's own times, whether or not the mesh keeps up."""
     if not trace:
         raise UsageError("replay needs a trace", hint="--trace FILE: Azure's CSV or Mooncake's JSONL")
-    replayed = trace[: settings.requests] if settings.requests else trace
-    start = replayed[0].at_s
+    traced_requests = trace[: settings.requests] if settings.requests else trace
+    start_s = traced_requests[0].at_s
     requests = [
-        PlannedRequest(prompts.make_traced_prompt(traced), at_s=(traced.at_s - start) / settings.speed)
-        for traced in replayed
+        PlannedRequest(prompts.make_traced_prompt(traced), at_s=(traced.at_s - start_s) / settings.speed)
+        for traced in traced_requests
     ]
-    return [_make_stage("replay", StageKind.TRACE, requests, None)]
+    return [_make_stage("replay", StageKind.TRACE, requests, concurrency=None)]

@@ -28,7 +28,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Objective:
-    """The service-level objectives of goodput. The defaults are MLPerf Inference v4.0's for Llama 2 70B as a server."""
+    """The service-level objectives of goodput: the largest TTFT and TPOT of a request that counts, in ms.
+
+    The defaults are those of MLPerf Inference v4.0 for Llama 2 70B as a server.
+    """
 
     ttft_ms: float = 2000.0
     tpot_ms: float = 200.0
@@ -36,10 +39,10 @@ class Objective:
 
 @dataclass(frozen=True, slots=True)
 class SampleSummary:
-    """The summary of a sample. ``p50``, ``p90``, ``p99`` are ``None`` if the sample is too small
-    (``supports_percentile``).
+    """The summary of a sample of ``n`` values. A percentile is ``None`` if the sample is too small for it.
 
-    ``p50_low`` and ``p50_high``: the 95 % confidence interval of the median (``median_interval``).
+    ``supports_percentile`` decides that. ``p50_low`` and ``p50_high`` are the ends of the 95 % confidence interval of
+    the median (``median_interval``).
     """
 
     n: int
@@ -54,19 +57,20 @@ class SampleSummary:
 
 
 def supports_percentile(n: int, share: float) -> bool:
-    """Whether a sample of ``n`` values has this percentile: at least one value must lie beyond it.
+    """Whether a sample of ``n`` values has this percentile: at least one value must be larger than the percentile.
 
-    p50 needs 2 values, p90 needs 10, p99 needs 100. With fewer values the "p99" would just be the maximum.
+    ``share`` is 0.9 for p90. p50 needs 2 values, p90 needs 10, p99 needs 100. With fewer values the "p99" would just be
+    the maximum.
     """
-    # 10 * (1 - 0.9) is 0.99999…: this rounding error must not deny ten values their p90.
-    return n * (1.0 - share) >= 1.0 - 1e-9
+    values_beyond = n * (1.0 - share)
+    # 10 * (1 - 0.9) is 0.99999…: because of this rounding error, a little less than 1 is enough.
+    return values_beyond >= 1.0 - 1e-9
 
 
 def percentile(ordered: Sequence[float], share: float) -> float:
-    """The percentile by nearest rank (type 1 of Hyndman and Fan, 1996): always a measured value, never an interpolated
-    one. ``share`` is 0.9 for p90.
+    """The percentile of a sorted sample by nearest rank (type 1 of Hyndman and Fan, 1996); ``share`` is 0.9 for p90.
 
-    Raises ``ValueError`` for an empty sample.
+    It is always a measured value, never an interpolated value. Raises ``ValueError`` for an empty sample.
     """
     if not ordered:
         raise ValueError("an empty sample has no percentiles")
@@ -76,36 +80,37 @@ def percentile(ordered: Sequence[float], share: float) -> float:
 
 
 def median_interval(ordered: Sequence[float]) -> tuple[float, float] | None:
-    """The 95 % confidence interval of the median by order statistics, without assumptions about the distribution.
+    """The 95 % confidence interval of the median of a sorted sample, without assumptions about the distribution.
 
-    From the binomial distribution (Conover, "Practical Nonparametric Statistics"): the innermost pair of ranks beyond
-    which lie at most 2.5 % on each side. ``None`` for fewer than 6 values: no pair of ranks reaches 95 %.
+    The ends of the interval are two values of the sample, equally far from its two ends. The number of values below the
+    true median has a binomial distribution. The interval is the narrowest one that misses the median with a
+    probability of at most 2.5 % on each side (Conover, "Practical Nonparametric Statistics"). ``None`` for fewer than 6
+    values: even the whole sample does not reach 95 %.
     """
     n = len(ordered)
     if n < 6:
         return None
-    tail = 0.0
+    tail_probability = 0.0  # that fewer than ``rank`` values lie below the true median
     rank = 0
     while rank < n:
-        # The probability that exactly ``rank`` values lie below the median. In log space, because 0.5 ** n underflows
-        # for large samples.
-        probability = math.exp(
-            math.lgamma(n + 1) - math.lgamma(rank + 1) - math.lgamma(n - rank + 1) + n * math.log(0.5),
-        )
-        if tail + probability > 0.025:
+        # The probability that exactly ``rank`` values lie below the median: n choose rank, times 0.5 ** n. Computed
+        # with logarithms, because 0.5 ** n underflows for large samples.
+        log_choices = math.lgamma(n + 1) - math.lgamma(rank + 1) - math.lgamma(n - rank + 1)
+        probability = math.exp(log_choices + n * math.log(0.5))
+        if tail_probability + probability > 0.025:
             break
-        tail += probability
+        tail_probability += probability
         rank += 1
     return ordered[rank - 1], ordered[n - rank]
 
 
 def summarize_sample(values: Iterable[float | None]) -> SampleSummary:
-    """The summary of the known values. Unknown values are left out, and not counted in ``n``."""
+    """Summarizes the known values. Values that are ``None`` or not finite are left out, and not counted in ``n``."""
     ordered = sorted(value for value in values if value is not None and math.isfinite(value))
     n = len(ordered)
     if n == 0:
         return SampleSummary(0)
-    interval = median_interval(ordered)
+    p50_low, p50_high = median_interval(ordered) or (None, None)
     return SampleSummary(
         n=n,
         mean=math.fsum(ordered) / n,
@@ -114,28 +119,30 @@ def summarize_sample(values: Iterable[float | None]) -> SampleSummary:
         p50=percentile(ordered, 0.5) if supports_percentile(n, 0.5) else None,
         p90=percentile(ordered, 0.9) if supports_percentile(n, 0.9) else None,
         p99=percentile(ordered, 0.99) if supports_percentile(n, 0.99) else None,
-        p50_low=interval[0] if interval else None,
-        p50_high=interval[1] if interval else None,
+        p50_low=p50_low,
+        p50_high=p50_high,
     )
 
 
 def tpot_ms(ttft_ms: float | None, end_to_end_ms: float | None, tokens: int | None) -> float | None:
-    """Time per output token. ``None`` for an answer of fewer than two tokens."""
+    """Computes the time per output token in ms. ``None`` if a value is unknown, or for fewer than two tokens."""
     if ttft_ms is None or end_to_end_ms is None or tokens is None or tokens < 2:
         return None
     return (end_to_end_ms - ttft_ms) / (tokens - 1)
 
 
 def gaps_ms(arrivals_s: Sequence[float]) -> tuple[float, ...]:
-    """The inter-token latencies of one answer, from the arrival times of its pieces."""
+    """Computes the inter-token latencies of one answer in ms, from the arrival times of its pieces in seconds."""
     return tuple((later - earlier) * 1000.0 for earlier, later in itertools.pairwise(arrivals_s))
 
 
 def rate(amount: float, seconds: float) -> float | None:
-    """The amount per second. ``None`` if no time passed: then the rate is unknown, not infinite."""
+    """Computes the amount per second. ``None`` if no time has passed: then the rate is unknown, not infinite."""
     return amount / seconds if seconds > 0 else None
 
 
 def ratio(part: float | None, whole: float | None) -> float | None:
-    """``part ÷ whole``. ``None`` if either is unknown or ``whole`` is 0."""
-    return part / whole if part is not None and whole else None
+    """Computes ``part ÷ whole``. ``None`` if one of the two is unknown, or if ``whole`` is 0."""
+    if part is None or not whole:
+        return None
+    return part / whole

@@ -1,8 +1,12 @@
-"""Computes the figures of a stage from its request records. Pure; ``stats`` defines the terms."""
+"""Computes a benchmark stage's figures (latency, rates, shares, failures, scaling, route costs) from its records. Pure.
+
+``stats`` defines the terms.
+"""
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -11,12 +15,12 @@ from gpumesh.bench.load import ClientLoad, LoadSample, SampleOutcome, StageRun
 from gpumesh.bench.scenarios import Stage, StageKind
 from gpumesh.bench.stats import Objective, SampleSummary, gaps_ms, rate, ratio, summarize_sample, tpot_ms
 
-MAX_FAILURES = 10  # different reasons that are listed for a stage
+MAX_FAILURES = 10  # the number of different reasons that are listed for a stage
 
 
 @dataclass(frozen=True, slots=True)
 class Latency:
-    """All in ms. ``server_load`` is the time that the server reports for loading the model."""
+    """The latencies of a stage's served requests, in ms. ``server_load`` is the server's own time to load the model."""
 
     ttft: SampleSummary
     tpot: SampleSummary
@@ -29,11 +33,15 @@ class Latency:
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """Tokens and requests per second. ``server`` is the rate of each answer by the server's clock. ``wall`` is the same
-    by our clock, from the first piece to the last. The others are rates of the whole stage.
+    """Tokens and requests per second.
+
+    ``server`` is the rate (tokens/s) of each answer by the server's clock. ``wall`` is the same rate by our clock, from
+    the first piece to the last. The others are rates of the whole stage. ``good_share`` is the share of the requests
+    that met the objectives, from 0 to 1.
 
     ``loaded_tokens_per_s`` is the output rate of a closed loop until its last request was sent. Until then every slot
-    was taken. It leaves out the end of the stage, when the faster nodes are idle already."""
+    was taken. It leaves out the end of the stage, when the faster nodes are idle already.
+    """
 
     server: SampleSummary
     wall: SampleSummary
@@ -47,7 +55,7 @@ class Rates:
 
 @dataclass(frozen=True, slots=True)
 class NodeShare:
-    """The part of a stage that one node served."""
+    """The part of a stage's requests that one node served: ``served`` is their number, ``share`` from 0 to 1."""
 
     node: str
     served: int
@@ -85,8 +93,10 @@ class FailureCount:
 @dataclass(frozen=True, slots=True)
 class StageResult:
     """The figures of a stage, or of one route of a stage. ``requests`` = ``served`` + ``failed`` + ``cut``.
-    ``retried``: served after more than one attempt. ``counted_pieces``: answers whose tokens are a count of pieces
-    (``LoadSample``)."""
+
+    ``retried`` is the number of requests that were served after more than one attempt. ``counted_pieces`` is the number
+    of answers whose tokens are a count of pieces (``LoadSample``).
+    """
 
     name: str
     kind: StageKind
@@ -115,8 +125,11 @@ class StageResult:
 
 @dataclass(frozen=True, slots=True)
 class Scaling:
-    """``efficiency``: the mesh's output tokens/s ÷ the sum of its nodes alone; 1 is perfect. The rates are
-    ``Rates.loaded_tokens_per_s`` if all of them are known."""
+    """How well the mesh uses its nodes. ``efficiency``: the mesh's output tokens/s ÷ the sum of the nodes alone.
+
+    1 is perfect. ``nodes`` are the names and rates of the nodes alone. All rates are ``Rates.loaded_tokens_per_s``, or
+    ``Rates.output_tokens_per_s`` if one of these is unknown.
+    """
 
     mesh_tokens_per_s: float
     sum_tokens_per_s: float
@@ -126,7 +139,10 @@ class Scaling:
 
 @dataclass(frozen=True, slots=True)
 class RouteCost:
-    """The cost of a route, p50 in ms: outside the server, and compared to the first (shortest) route to the node."""
+    """The cost of one route to a node: the p50 of its latencies, in ms.
+
+    ``added_p50_ms`` is the difference from the first (shortest) route to the same node.
+    """
 
     node: str
     route: str
@@ -136,21 +152,29 @@ class RouteCost:
 
 
 def stage_label(stage: StageResult) -> str:
+    """The name of a stage, with its route if it has one. It is unique in a result."""
     return stage.name if stage.route is None else f"{stage.name} via {stage.route}"
 
 
 def summarize_stage(run: StageRun, objective: Objective, gpu: GpuUse | None = None) -> list[StageResult]:
-    """The results of a stage: one, or one for each route if it used several."""
-    routes = list(dict.fromkeys(record.route for record in run.records)) or [None]
-    return [
-        _summarize_route(run, [record for record in run.records if record.route == route], route, objective, gpu)
-        for route in routes
-    ]
+    """Computes the results of a stage: one result, or one result for each route if the stage used several.
+
+    ``gpu`` is the use of the GPUs during the stage, ``None`` if unknown.
+    """
+    routes = list(dict.fromkeys(record.route for record in run.records)) or [None]  # each route once, in order
+    results: list[StageResult] = []
+    for route in routes:
+        records = [record for record in run.records if record.route == route]
+        results.append(_summarize_route(run, records, route, objective, gpu))
+    return results
 
 
 def _summarize_route(
     run: StageRun, records: Sequence[LoadSample], route: str | None, objective: Objective, gpu: GpuUse | None
 ) -> StageResult:
+    """Computes the result of the records of one route. ``route`` is ``None`` for a stage that used no routes."""
+    if route is not None:
+        gpu = None  # routes take turns: the energy that each of them took is unknown
     served = [record for record in records if record.outcome is SampleOutcome.SERVED]
     output_tokens = sum(record.tokens or 0 for record in records)
     prompt_tokens = sum(record.prompt_tokens or 0 for record in records)
@@ -179,9 +203,8 @@ def _summarize_route(
         client=run.client,
         nodes=_shares(served),
         failures=_failures(records),
-        # When routes take turns, the energy of each is unknown.
-        gpu=gpu if route is None else None,
-        tokens_per_joule=ratio(float(output_tokens), gpu.energy_j if gpu is not None and route is None else None),
+        gpu=gpu,
+        tokens_per_joule=ratio(float(output_tokens), gpu.energy_j if gpu is not None else None),
         phases=_phases(run, records),
         disturbance=run.disturbance,
         counted_pieces=sum(record.counted_pieces for record in served),
@@ -189,7 +212,7 @@ def _summarize_route(
 
 
 def request_tpot_ms(record: LoadSample) -> float | None:
-    """The TPOT of one request, up to its last token: the final frame carries no text and does not count."""
+    """Computes the TPOT of one request in ms, up to its last token: the final frame has no text and does not count."""
     return tpot_ms(record.ttft_ms, record.last_token_ms, record.tokens)
 
 
@@ -205,8 +228,11 @@ def _latency(served: Sequence[LoadSample]) -> Latency:
 
 
 def _outside_server_ms(record: LoadSample) -> float | None:
-    total = record.counters.total_ms if record.counters else None
-    return None if total is None else (record.ended_s - record.sent_s) * 1000.0 - total
+    """The part of a request's time that the server did not count as its own. ``None`` if its counters are unknown."""
+    server_ms = record.counters.total_ms if record.counters else None
+    if server_ms is None:
+        return None
+    return (record.ended_s - record.sent_s) * 1000.0 - server_ms
 
 
 def _rates(
@@ -218,6 +244,7 @@ def _rates(
     sent: int,
     objective: Objective,
 ) -> Rates:
+    """The rates of a stage, or of a route, that took ``seconds``. ``sent`` is the number of all its requests."""
     good_count = sum(_meets_objective(record, objective) for record in served)
     return Rates(
         server=summarize_sample(record.counters.tokens_per_s if record.counters else None for record in served),
@@ -231,7 +258,7 @@ def _rates(
 
 
 def _loaded_rate(stage: Stage, records: Sequence[LoadSample]) -> float | None:
-    """See ``Rates.loaded_tokens_per_s``. ``None`` for an open loop, and if all requests were sent at once."""
+    """Computes ``Rates.loaded_tokens_per_s``. ``None`` for an open loop, and if all requests were sent at once."""
     if stage.concurrency is None or len(records) <= stage.concurrency:
         return None
     last_sent_s = max(record.sent_s for record in records)
@@ -241,111 +268,117 @@ def _loaded_rate(stage: Stage, records: Sequence[LoadSample]) -> float | None:
 def _meets_objective(record: LoadSample, objective: Objective) -> bool:
     """Whether the request counts for goodput. An answer of one token has no TPOT, so only its TTFT matters."""
     ttft, tpot = record.ttft_ms, request_tpot_ms(record)
-    return ttft is not None and ttft <= objective.ttft_ms and (tpot is None or tpot <= objective.tpot_ms)
+    if ttft is None or ttft > objective.ttft_ms:
+        return False
+    return tpot is None or tpot <= objective.tpot_ms
 
 
 def _wall_rate(record: LoadSample) -> float | None:
-    """The tokens/s of one answer by our own clock."""
+    """The tokens/s of one answer by our own clock. ``None`` if its TPOT is unknown or 0."""
     tpot = request_tpot_ms(record)
     return 1000.0 / tpot if tpot else None
 
 
 def _shares(served: Sequence[LoadSample]) -> tuple[NodeShare, ...]:
+    """The part of the served requests of each node, in the order of the nodes' names."""
     by_node: dict[str, list[LoadSample]] = {}
     for record in served:
         if record.node is not None:
             by_node.setdefault(record.node, []).append(record)
-    return tuple(
-        NodeShare(
+    shares: list[NodeShare] = []
+    for node, records in sorted(by_node.items()):
+        server_rates = summarize_sample(record.counters.tokens_per_s if record.counters else None for record in records)
+        share = NodeShare(
             node,
-            len(records),
-            len(records) / len(served),
-            sum(record.tokens or 0 for record in records),
-            summarize_sample(record.counters.tokens_per_s if record.counters else None for record in records).mean,
+            served=len(records),
+            share=len(records) / len(served),
+            output_tokens=sum(record.tokens or 0 for record in records),
+            server_tokens_per_s=server_rates.mean,
         )
-        for node, records in sorted(by_node.items())
-    )
+        shares.append(share)
+    return tuple(shares)
 
 
 def _failures(records: Iterable[LoadSample]) -> tuple[FailureCount, ...]:
-    counts: dict[tuple[str, str], int] = {}
-    for record in records:
-        if record.error_code is not None:
-            key = (record.error_code, record.error or "")
-            counts[key] = counts.get(key, 0) + 1
-    most_frequent = sorted(counts.items(), key=lambda entry: -entry[1])[:MAX_FAILURES]
-    return tuple(FailureCount(code, message, count) for (code, message), count in most_frequent)
+    """The reasons why requests failed, the most frequent first, at most ``MAX_FAILURES`` reasons."""
+    counts = Counter((record.error_code, record.error or "") for record in records if record.error_code is not None)
+    return tuple(FailureCount(code, message, count) for (code, message), count in counts.most_common(MAX_FAILURES))
 
 
 def _phases(run: StageRun, records: Sequence[LoadSample]) -> tuple[Phase, ...]:
+    """The phases of a stage that was disturbed; none for another stage."""
     if run.disturbed_s is None:
         return ()
     begin_s, end_s = run.disturbed_s
-    spans = (("before", 0.0, begin_s), ("during", begin_s, end_s), ("after", end_s, run.duration_s))
-    return tuple(
-        _phase(
-            name,
-            [record for record in records if low <= record.sent_s < high],
-            _tokens_between(records, low, high),
-            high - low,
-        )
-        for name, low, high in spans
+    return (
+        _phase("before", records, 0.0, begin_s),
+        _phase("during", records, begin_s, end_s),
+        _phase("after", records, end_s, run.duration_s),
     )
 
 
-def _phase(name: str, records: Sequence[LoadSample], tokens: float, seconds: float) -> Phase:
+def _phase(name: str, records: Sequence[LoadSample], start_s: float, end_s: float) -> Phase:
+    """The figures of the phase from ``start_s`` to ``end_s`` (seconds of the stage)."""
+    sent = [record for record in records if start_s <= record.sent_s < end_s]
     return Phase(
         name,
-        len(records),
-        sum(record.outcome is not SampleOutcome.SERVED for record in records),
-        sum(record.attempts > 1 for record in records),
-        summarize_sample(record.end_to_end_ms for record in records),
-        rate(tokens, seconds),
-        max((gap for record in records for gap in gaps_ms(record.arrivals_s)), default=None),
+        requests=len(sent),
+        failed=sum(record.outcome is not SampleOutcome.SERVED for record in sent),
+        retried=sum(record.attempts > 1 for record in sent),
+        end_to_end=summarize_sample(record.end_to_end_ms for record in sent),
+        output_tokens_per_s=rate(_tokens_between(records, start_s, end_s), end_s - start_s),
+        longest_gap_ms=max((gap for record in sent for gap in gaps_ms(record.arrivals_s)), default=None),
     )
 
 
-def _tokens_between(records: Sequence[LoadSample], low: float, high: float) -> float:
-    """The tokens that arrived from ``low`` to ``high`` (seconds of the stage). All pieces of an answer count as equal
-    shares of its tokens."""
-    return math.fsum(
-        (record.tokens or 0) / len(record.arrivals_s) * sum(low <= moment < high for moment in record.arrivals_s)
-        for record in records
-        if record.arrivals_s
-    )
+def _tokens_between(records: Sequence[LoadSample], start_s: float, end_s: float) -> float:
+    """The number of tokens that arrived from ``start_s`` to ``end_s`` (seconds of the stage).
+
+    All pieces of an answer count as equal shares of the answer's tokens.
+    """
+    token_counts: list[float] = []
+    for record in records:
+        if record.arrivals_s:
+            tokens_per_piece = (record.tokens or 0) / len(record.arrivals_s)
+            pieces = sum(start_s <= arrival_s < end_s for arrival_s in record.arrivals_s)
+            token_counts.append(tokens_per_piece * pieces)
+    return math.fsum(token_counts)
 
 
 def scaling(stages: Sequence[StageResult]) -> Scaling | None:
-    """Compares the last stage of the mesh with the nodes alone. ``None`` if either is missing or produced no tokens."""
+    """Compares the output rate of the mesh's last stage with that of the nodes alone.
+
+    ``None`` if there are fewer than two nodes or no stage of the mesh, or if one of them produced no tokens.
+    """
     node_stages = [stage for stage in stages if stage.kind is StageKind.NODE and stage.node and stage.route is None]
     mesh_stages = [stage for stage in stages if stage.kind is StageKind.MESH and not stage.disturbance]
     if not mesh_stages or len(node_stages) < 2:  # a single node cannot scale
         return None
     compared = [*node_stages, mesh_stages[-1]]
     rates = [stage.rates.loaded_tokens_per_s for stage in compared]
-    if not all(rates):  # then none of the better rates is used, so that equal things are compared
+    if not all(rates):  # one rate is unknown: so all are replaced, because only rates of one kind can be compared
         rates = [stage.rates.output_tokens_per_s for stage in compared]
     known_rates = [value for value in rates if value]
     if len(known_rates) != len(compared):
         return None
     *node_rates, mesh_rate = known_rates
-    total = math.fsum(node_rates)
+    sum_of_nodes = math.fsum(node_rates)
     by_node = tuple((stage.node or "", value) for stage, value in zip(node_stages, node_rates, strict=True))
-    return Scaling(mesh_rate, total, mesh_rate / total, by_node)
+    return Scaling(mesh_rate, sum_of_nodes, mesh_rate / sum_of_nodes, by_node)
 
 
 def route_costs(stages: Sequence[StageResult]) -> tuple[RouteCost, ...]:
-    """The cost of each route, compared to the first route to the same node."""
+    """Computes the cost of each route, compared to the first route to the same node whose latency is known."""
     costs = []
-    baseline: dict[str, float] = {}  # of the first route, by node
+    baselines_ms: dict[str, float] = {}  # the latency of the first route, by node
     for stage in stages:
         if stage.route is None or stage.node is None:
             continue
-        end_to_end, outside = stage.latency.end_to_end.p50, stage.latency.outside_server.p50
+        end_to_end_ms, outside_ms = stage.latency.end_to_end.p50, stage.latency.outside_server.p50
         # The time outside the server is preferred: the server's own time varies more than the cost of a route.
-        compared = end_to_end if outside is None else outside
-        if compared is not None:
-            baseline.setdefault(stage.node, compared)
-        added = None if compared is None else compared - baseline[stage.node]
-        costs.append(RouteCost(stage.node, stage.route, end_to_end, outside, added))
+        latency_ms = end_to_end_ms if outside_ms is None else outside_ms
+        added_ms = None
+        if latency_ms is not None:
+            added_ms = latency_ms - baselines_ms.setdefault(stage.node, latency_ms)
+        costs.append(RouteCost(stage.node, stage.route, end_to_end_ms, outside_ms, added_ms))
     return tuple(costs)

@@ -1,4 +1,4 @@
-"""Draws small plots as SVG text: bars, ranges, lines, scatter. For a page without scripts. Pure.
+"""Draws the small plots of the benchmark's HTML report as SVG text: bars, ranges, lines, scatter. No scripts. Pure.
 
 Colours are CSS classes (``s0`` to ``s5``, ``axis``, ``grid``), so that the page's light and dark themes apply. All text
 is escaped here. Numbers that are not finite are left out.
@@ -12,24 +12,26 @@ from dataclasses import dataclass
 from html import escape
 from typing import TypeGuard
 
-# Sizes in the units of the view box. The margins hold the labels; the page scales the whole.
+# Sizes in the units of the view box; the page scales the whole plot.
 WIDTH = 720
-LEFT, RIGHT, TOP, BOTTOM = 150, 70, 12, 34
-ROW_HEIGHT = 28
-POINTS_HEIGHT = 260
-LEGEND_HEIGHT, LEGEND_STEP = 20, 130
-SERIES_COLOURS = 6
+LEFT, RIGHT, TOP, BOTTOM = 150, 70, 12, 34  # the margins, which hold the labels
+ROW_HEIGHT = 28  # of a bar or a range
+POINTS_HEIGHT = 260  # of a plot of points, without its legend
+LEGEND_HEIGHT, LEGEND_STEP = 20, 130  # the step is the width of one name
+SERIES_COLOURS = 6  # the CSS classes s0 to s5
 
 
 @dataclass(frozen=True, slots=True)
 class Bar:
+    """A row of a bar chart. ``value`` is ``None`` if it is unknown."""
+
     label: str
     value: float | None
 
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """A row of marks on one axis. The first mark is drawn larger; the line ends at the last."""
+    """A row of marks (name and value) on one axis, joined by a line. The first mark is drawn larger."""
 
     label: str
     marks: tuple[tuple[str, float | None], ...]
@@ -37,18 +39,21 @@ class Range:
 
 @dataclass(frozen=True, slots=True)
 class PlotSeries:
+    """Points (x, y) of one colour."""
+
     label: str
     points: tuple[tuple[float, float], ...]
 
 
 def format_number(value: float | None) -> str:
-    """Three significant digits, as in the tables; a dash for an unknown value."""
+    """Writes a number with three significant digits, but at most three after the point. A dash for an unknown value."""
     if not _is_finite(value):
         return "–"  # noqa: RUF001  # the dash of the tables
     if value == 0:
         return "0"
-    digits = max(2 - math.floor(math.log10(abs(value))), 0)
-    return f"{value:,.{min(digits, 3)}f}"
+    power_of_ten = math.floor(math.log10(abs(value)))
+    decimals = min(max(2 - power_of_ten, 0), 3)
+    return f"{value:,.{decimals}f}"
 
 
 def _is_finite(value: float | None) -> TypeGuard[float]:
@@ -56,17 +61,20 @@ def _is_finite(value: float | None) -> TypeGuard[float]:
 
 
 def tick_label(value: float) -> str:
-    """A round number as a person writes it, without trailing zeros."""
+    """Writes a round number as a person writes it, without trailing zeros."""
     return f"{value:,.10g}"
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Round numbers (1, 2 or 5 times a power of ten) from at most ``low`` to at least ``high``."""
+    """Chooses about ``count`` ticks for an axis, from at most ``low`` to at least ``high``.
+
+    The step between two ticks is 1, 2 or 5 times a power of ten, so all ticks are round numbers.
+    """
     if not (math.isfinite(low) and math.isfinite(high)) or high <= low:
         high = low + 1.0
     min_step = (high - low) / count
     power = 10.0 ** math.floor(math.log10(min_step))
-    # A rounding error must not lead to the next larger step.
+    # The factor and the 1e-9 below are for rounding errors: they must not make the step or the axis larger.
     step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= min_step * 0.999999)
     first = math.floor(low / step)
     last = math.ceil(high / step - 1e-9)
@@ -74,11 +82,11 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def draw_bars(title: str, rows: Sequence[Bar], unit: str) -> str:
-    """Draws a horizontal bar for each row. Empty if no value is known."""
-    known = [row.value for row in rows if _is_finite(row.value)]
-    if not known:
+    """Draws a horizontal bar for each row. Returns an empty text if no value is known."""
+    known_values = [row.value for row in rows if _is_finite(row.value)]
+    if not known_values:
         return ""
-    axis = ticks(0.0, max(known))
+    axis = ticks(0.0, max(known_values))
     height = TOP + ROW_HEIGHT * len(rows) + BOTTOM
     parts = _vertical_grid(axis, height, unit)
     for index, row in enumerate(rows):
@@ -87,56 +95,65 @@ def draw_bars(title: str, rows: Sequence[Bar], unit: str) -> str:
         if not _is_finite(row.value):
             parts.append(_text(LEFT + 4, y + 18, "unknown", "axis"))
             continue
-        x = _scale(row.value, axis, LEFT, WIDTH - RIGHT)
+        bar_end = _scale(row.value, axis, LEFT, WIDTH - RIGHT)
+        bar_width = max(bar_end - LEFT, 0.5)  # a value of 0 has a bar that can be seen
+        tooltip = f"{escape(row.label)}: {format_number(row.value)} {escape(unit)}"
         parts.append(
-            f'<rect class="s0" x="{LEFT}" y="{y + 5}" width="{max(x - LEFT, 0.5):.1f}" height="18" rx="2">'
-            f"<title>{escape(row.label)}: {format_number(row.value)} {escape(unit)}</title></rect>"
+            f'<rect class="s0" x="{LEFT}" y="{y + 5}" width="{bar_width:.1f}" height="18" rx="2">'
+            f"<title>{tooltip}</title></rect>"
         )
-        parts.append(_text(x + 5, y + 18, format_number(row.value), "value"))
+        parts.append(_text(bar_end + 5, y + 18, format_number(row.value), "value"))
     return _figure(title, parts, height)
 
 
 def draw_ranges(title: str, rows: Sequence[Range], unit: str) -> str:
-    """Draws a line from the first known mark to the last, and each mark as a point that shows its name on hover."""
-    known = [value for row in rows for _, value in row.marks if _is_finite(value)]
-    if not known:
+    """Draws each row as a line from its first known mark to its last, with a point for each mark.
+
+    A point shows its mark's name and value on hover. Returns an empty text if no value is known.
+    """
+    known_marks = [[(name, value) for name, value in row.marks if _is_finite(value)] for row in rows]
+    all_marks = [mark for marks in known_marks for mark in marks]
+    if not all_marks:
         return ""
-    axis = ticks(0.0, max(known))
-    names = list(dict.fromkeys(name for row in rows for name, value in row.marks if _is_finite(value)))
+    axis = ticks(0.0, max(value for _name, value in all_marks))
+    names = list(dict.fromkeys(name for name, _value in all_marks))  # each name once; its position is its colour
     top = TOP + LEGEND_HEIGHT
     height = top + ROW_HEIGHT * len(rows) + BOTTOM
     parts = [*_legend(names), *_vertical_grid(axis, height, unit, top)]
-    for index, row in enumerate(rows):
+    for index, (row, marks) in enumerate(zip(rows, known_marks, strict=True)):
         y = top + ROW_HEIGHT * index + 14
         parts.append(_row_label(row.label, y + 4))
-        marks = [(name, value) for name, value in row.marks if _is_finite(value)]
         if not marks:
             parts.append(_text(LEFT + 4, y + 4, "unknown", "axis"))
             continue
-        positions = [(name, value, _scale(value, axis, LEFT, WIDTH - RIGHT)) for name, value in marks]
-        (_, _, first_x), (last_name, last_value, last_x) = positions[0], positions[-1]
+        x_positions = [_scale(value, axis, LEFT, WIDTH - RIGHT) for _name, value in marks]
+        first_x, last_x = x_positions[0], x_positions[-1]
         parts.append(f'<line class="span" x1="{first_x:.1f}" x2="{last_x:.1f}" y1="{y}" y2="{y}"/>')
-        for order, (name, value, x) in enumerate(positions):
+        for number, (x, (name, value)) in enumerate(zip(x_positions, marks, strict=True)):
+            colour, radius = names.index(name) % SERIES_COLOURS, 5 if number == 0 else 4
+            tooltip = f"{escape(row.label)}: {escape(name)} {format_number(value)} {escape(unit)}"
             parts.append(
-                f'<circle class="s{names.index(name) % SERIES_COLOURS}" cx="{x:.1f}" cy="{y}"'
-                f' r="{5 if order == 0 else 4}">'
-                f"<title>{escape(row.label)}: {escape(name)} {format_number(value)} {escape(unit)}</title></circle>"
+                f'<circle class="s{colour}" cx="{x:.1f}" cy="{y}" r="{radius}"><title>{tooltip}</title></circle>'
             )
+        last_name, last_value = marks[-1]
         parts.append(_text(last_x + 8, y + 4, f"{last_name} {format_number(last_value)}", "value"))
     return _figure(title, parts, height)
 
 
 def draw_points(title: str, series: Sequence[PlotSeries], x_unit: str, y_unit: str, *, lines: bool) -> str:
-    """Draws points over two axes that start at 0, joined if ``lines``. Several series get a legend."""
-    shown = [
-        PlotSeries(plotted.label, tuple(point for point in plotted.points if all(map(math.isfinite, point))))
-        for plotted in series
+    """Draws points over two axes that start at 0, joined by lines if ``lines``. Several series get a legend.
+
+    Returns an empty text if there is no point.
+    """
+    finite_series = [
+        PlotSeries(one_series.label, tuple((x, y) for x, y in one_series.points if _is_finite(x) and _is_finite(y)))
+        for one_series in series
     ]
-    points = [point for plotted in shown for point in plotted.points]
-    if not points:
+    all_points = [point for one_series in finite_series for point in one_series.points]
+    if not all_points:
         return ""
-    x_axis, y_axis = ticks(0.0, max(x for x, _ in points)), ticks(0.0, max(y for _, y in points))
-    legend_height = LEGEND_HEIGHT if len(shown) > 1 else 0
+    x_axis, y_axis = ticks(0.0, max(x for x, _ in all_points)), ticks(0.0, max(y for _, y in all_points))
+    legend_height = LEGEND_HEIGHT if len(finite_series) > 1 else 0
     height = POINTS_HEIGHT + legend_height
     top, bottom = TOP + legend_height, height - BOTTOM
     parts = []
@@ -149,29 +166,29 @@ def draw_points(title: str, series: Sequence[PlotSeries], x_unit: str, y_unit: s
         parts.append(_text(x, bottom + 16, tick_label(tick), "axis", "middle"))
     parts.append(_text(WIDTH - 2, bottom + 16, x_unit, "axis", "end"))
     parts.append(_text(8, top + 4, y_unit, "axis"))
-    for index, plotted in enumerate(shown):
+    for index, one_series in enumerate(finite_series):
         positions = [
-            (_scale(x, x_axis, LEFT, WIDTH - RIGHT), _scale(y, y_axis, bottom, top)) for x, y in plotted.points
+            (_scale(x, x_axis, LEFT, WIDTH - RIGHT), _scale(y, y_axis, bottom, top)) for x, y in one_series.points
         ]
         style = f"s{index % SERIES_COLOURS}"
         if lines and len(positions) > 1:
             path = " ".join(f"{x:.1f},{y:.1f}" for x, y in positions)
             parts.append(f'<polyline class="line {style}" points="{path}"/>')
-        for (x, y), (x_value, y_value) in zip(positions, plotted.points, strict=True):
-            tooltip = escape(f"{plotted.label}: {format_number(y_value)} {y_unit} at {format_number(x_value)} {x_unit}")
-            radius = 4 if lines else 2.5
-            parts.append(
-                f'<circle class="{style}" cx="{x:.1f}" cy="{y:.1f}" r="{radius}"><title>{tooltip}</title></circle>'
-            )
+        radius = 4 if lines else 2.5
+        for (x, y), (x_value, y_value) in zip(positions, one_series.points, strict=True):
+            tooltip = f"{one_series.label}: {format_number(y_value)} {y_unit} at {format_number(x_value)} {x_unit}"
+            circle = f'<circle class="{style}" cx="{x:.1f}" cy="{y:.1f}" r="{radius}">'
+            parts.append(f"{circle}<title>{escape(tooltip)}</title></circle>")
     if legend_height:
-        parts += _legend([plotted.label for plotted in shown])
+        parts += _legend([one_series.label for one_series in finite_series])
     return _figure(title, parts, height)
 
 
 def _legend(names: Sequence[str]) -> list[str]:
-    """The names with their colours, as many as fit on one line. Colours repeat after ``SERIES_COLOURS``."""
+    """Draws the names with their colours, as many as fit on one line. Colours repeat after ``SERIES_COLOURS``."""
     parts = []
-    for index, name in enumerate(names[: (WIDTH - LEFT) // LEGEND_STEP]):
+    max_names = (WIDTH - LEFT) // LEGEND_STEP
+    for index, name in enumerate(names[:max_names]):
         x = LEFT + LEGEND_STEP * index
         parts.append(f'<circle class="s{index % SERIES_COLOURS}" cx="{x}" cy="{TOP}" r="4"/>')
         parts.append(_text(x + 9, TOP + 4, _truncate(name, 16), "axis"))
@@ -179,6 +196,7 @@ def _legend(names: Sequence[str]) -> list[str]:
 
 
 def _vertical_grid(axis: Sequence[float], height: int, unit: str, top: int = TOP) -> list[str]:
+    """Draws a vertical line and a number for each tick of the x axis, from ``top`` to the bottom margin."""
     parts = []
     for tick in axis:
         x = _scale(tick, axis, LEFT, WIDTH - RIGHT)
@@ -189,9 +207,11 @@ def _vertical_grid(axis: Sequence[float], height: int, unit: str, top: int = TOP
 
 
 def _scale(value: float, axis: Sequence[float], low: float, high: float) -> float:
-    """The position of ``value`` if the first tick of the axis is at ``low`` and the last at ``high``."""
-    span = axis[-1] - axis[0]
-    return low + (value - axis[0]) / span * (high - low) if span else low
+    """The position of ``value`` if the first tick of the axis is at position ``low`` and the last at ``high``."""
+    first_tick, last_tick = axis[0], axis[-1]
+    if first_tick == last_tick:
+        return low
+    return low + (value - first_tick) / (last_tick - first_tick) * (high - low)
 
 
 def _row_label(label: str, y: float) -> str:
@@ -203,10 +223,12 @@ def _truncate(label: str, limit: int) -> str:
 
 
 def _text(x: float, y: float, text: str, style: str, anchor: str = "start") -> str:
+    """Draws a text, escaped. ``style`` is a CSS class; ``anchor`` tells which point of the text is at ``x``."""
     return f'<text class="{style}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
 
 
 def _figure(title: str, parts: Sequence[str], height: int) -> str:
+    """Joins the parts of a plot into a figure with its title."""
     body = "\n".join(parts)
     return (
         f'<figure><figcaption>{escape(title)}</figcaption><svg viewBox="0 0 {WIDTH} {height}" role="img" '
