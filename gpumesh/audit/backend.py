@@ -1,4 +1,4 @@
-"""The inference server: whether it serves, and whether on the GPU."""
+"""The audit's rules about a node's inference server: does it serve, does it run on the GPU, is its version too old."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from gpumesh.state import BackendPhase, BackendState, Finding, LoadedModel, Node
 from gpumesh.topology import NodeSpec
 from gpumesh.versions import version_key
 
-MAX_NAMED = 4  # models that a message names; it only counts the others
+MAX_NAMED = 4  # a message names at most so many models, and counts the others
 
 
 def check(spec: NodeSpec, state: NodeState) -> Iterator[Finding]:
+    """Yields the findings about the server of a node whose tunnel is up."""
     backend, node = state.backend, spec.name
     if state.tunnel.state is not TunnelPhase.UP:
         return
@@ -41,11 +42,17 @@ def check(spec: NodeSpec, state: NodeState) -> Iterator[Finding]:
 
 
 def _check_version(node: str, backend: BackendState) -> Iterator[Finding]:
+    """Yields ``version-old`` if the server is older than the oldest version that gpumesh works with."""
     dialect = find_dialect(backend.kind)
     if dialect is None or dialect.oldest_version is None or backend.version is None:
         return
     version, oldest = version_key(backend.version), version_key(dialect.oldest_version)
-    if version is not None and oldest is not None and version[0] < oldest[0]:
+    if version is None or oldest is None:
+        return
+    # Only the numbers are compared: a pre-release of the oldest version is new enough.
+    numbers, *_stage = version
+    oldest_numbers, *_stage = oldest
+    if numbers < oldest_numbers:
         yield Finding(
             "version-old",
             Severity.WARNING,
@@ -56,14 +63,20 @@ def _check_version(node: str, backend: BackendState) -> Iterator[Finding]:
 
 
 def describe_cpu_models(loaded: Iterable[LoadedModel]) -> str | None:
-    """A sentence that names the models that are not wholly on the GPU; ``None`` if there is none. The reason of a
-    node's health uses the same sentence, so that a reader recognises the same fault."""
-    names = [f"{model.name} ({share} %)" for model in loaded if (share := cpu_share_pct(model))]
-    return f"runs on the CPU: {join_some(names, MAX_NAMED)}" if names else None
+    """Returns a sentence that names the models that are not wholly on the GPU; ``None`` if there is none.
+
+    The reason of a node's health uses the same sentence, so that a reader recognises the same fault.
+    """
+    descriptions: list[str] = []
+    for model in loaded:
+        share_pct = cpu_share_pct(model)
+        if share_pct > 0:
+            descriptions.append(f"{model.name} ({share_pct} %)")
+    return f"runs on the CPU: {join_some(descriptions, MAX_NAMED)}" if descriptions else None
 
 
 def cpu_share_pct(model: LoadedModel) -> int:
-    """The share of a loaded model that is outside the GPU's memory, in percent; 0 where that is not known."""
+    """Returns how much of a loaded model is outside the GPU's memory, in percent; 0 where that is not known."""
     if not model.size_mib or model.size_vram_mib is None:
         return 0
     return max(100 * (model.size_mib - model.size_vram_mib) // model.size_mib, 0)

@@ -1,8 +1,9 @@
-"""One finding for one fault: drops findings that only follow from another finding of the same node. Pure."""
+"""Leaves one finding for one fault: drops findings that only follow from another finding of the same node. Pure."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 from gpumesh.state import Finding, Severity
 from gpumesh.topology import NodeSpec
@@ -20,25 +21,31 @@ CAUSES: Mapping[str, frozenset[str]] = {
 
 
 def drop_consequences(findings: Iterable[Finding]) -> list[Finding]:
-    """One node's findings without consequences. Of several findings with one code only the first remains."""
-    by_code: dict[str, Finding] = {}
+    """Returns one node's findings without mere consequences. Of several findings with one code, the first remains."""
+    first_by_code: dict[str, Finding] = {}
     for finding in findings:
-        by_code.setdefault(finding.code, finding)
-    return [finding for code, finding in by_code.items() if not CAUSES.get(code, frozenset()) & by_code.keys()]
+        first_by_code.setdefault(finding.code, finding)
+    remaining: list[Finding] = []
+    for code, finding in first_by_code.items():
+        causes_found = CAUSES.get(code, frozenset()) & first_by_code.keys()
+        if not causes_found:
+            remaining.append(finding)
+    return remaining
 
 
 def adjust_severities(spec: NodeSpec, noticed: Sequence[Finding]) -> list[Finding]:
-    """The probes' findings (``noticed``), with severities that fit mesh.yaml: a missing NVIDIA GPU matters only where
-    mesh.yaml expects a GPU."""
+    """Returns the probes' findings (``noticed``) with severities that fit mesh.yaml.
+
+    A missing NVIDIA GPU matters only where mesh.yaml expects a GPU.
+    """
     expect = spec.expect
-    gpu_expected = any(value for value in (expect.gpus, expect.gpu, expect.vram_mib, expect.driver))
-    adjusted_findings = []
+    gpu_expected = any((expect.gpus, expect.gpu, expect.vram_mib, expect.driver))
+    adjusted_findings: list[Finding] = []
     for finding in noticed:
         if finding.code == "gpu-missing" and expect.gpus == 0:
             continue
         if finding.code == "nvidia-smi-missing" and not gpu_expected:
-            finding = Finding(  # noqa: PLW2901 - the same finding, less severe
-                finding.code, Severity.INFO, finding.node, finding.message, finding.hint, finding.nodes
-            )
-        adjusted_findings.append(finding)
+            adjusted_findings.append(replace(finding, severity=Severity.INFO))
+        else:
+            adjusted_findings.append(finding)
     return adjusted_findings

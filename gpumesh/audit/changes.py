@@ -1,4 +1,4 @@
-"""The changes that make mesh.yaml true, for `audit --write`. Pure.
+"""Plans the changes that correct mesh.yaml, for `gpumesh audit --write`: expectations, and nodes to switch off. Pure.
 
 Only errors of the *file* are corrected: a wrong hostname, GPU or kind of server, and nodes that duplicate another node
 or lead nowhere. An error of a *host* (a broken driver, a missing model, a server that does not run) stays a finding:
@@ -28,11 +28,11 @@ _EXPECT_CODES = frozenset({"hostname-differs", "gpu-differs", "gpu-count", "vram
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """A new value for one key of mesh.yaml.
+    """A new value for one key of a node in mesh.yaml.
 
     ``path`` names the key below the node: ``("expect", "gpus")``. ``settled_codes`` are the codes of the findings that
-    the change settles: findings about ``node``, or about several nodes of which ``node`` is one. ``why`` is the reason,
-    for a comment in the file.
+    the change settles, if they are about ``node`` or about several nodes with ``node`` among them. ``why`` is the
+    reason, for a comment in the file.
     """
 
     node: str
@@ -43,15 +43,18 @@ class Change:
 
 
 def plan_changes(topology: Topology, nodes: Sequence[NodeState], findings: Sequence[Finding]) -> tuple[Change, ...]:
-    """The changes in the order of mesh.yaml. A key of the file is changed at most once; a node that is switched off
-    gets no other change."""
+    """Plans the changes of mesh.yaml, in the order of its nodes. A key of the file is changed at most once.
+
+    A node that is switched off gets no other change.
+    """
     states = {state.name: state for state in nodes}
     specs = {spec.name: spec for spec in topology.nodes if spec.enabled and spec.name in states}
-    any_host_answers = any(
-        states[name].tunnel.state is TunnelPhase.UP for name, spec in specs.items() if _uses_network(spec)
-    )
-    switched_off = dict(_switch_off_absent(specs, states, findings)) if any_host_answers else {}
-    # An absent duplicate gets the reason of a duplicate, because this stays true when the host comes back.
+    network_nodes = [name for name, spec in specs.items() if _uses_network(spec)]
+    any_host_answers = any(states[name].tunnel.state is TunnelPhase.UP for name in network_nodes)
+    switched_off: dict[str, Change] = {}
+    if any_host_answers:
+        switched_off.update(_switch_off_absent(specs, states, findings))
+    # A duplicate that is also absent gets the reason of a duplicate, because this stays true when the host comes back.
     switched_off.update(_switch_off_duplicates(specs, states, findings))
     changes: list[Change] = []
     for name, spec in specs.items():
@@ -65,21 +68,23 @@ def plan_changes(topology: Topology, nodes: Sequence[NodeState], findings: Seque
 
 
 def _uses_network(spec: NodeSpec) -> bool:
-    return spec.ssh is not None or not all(is_loopback(target.host) for target in spec.backend.targets)
+    """Whether a node is on another machine: its tunnel then shows whether this machine's network works."""
+    return spec.ssh is not None or any(not is_loopback(target.host) for target in spec.backend.targets)
 
 
 def unsettled_findings(findings: Sequence[Finding], changes: Sequence[Change]) -> tuple[Finding, ...]:
-    """The findings that none of ``changes`` settles."""
+    """Returns the findings that none of ``changes`` settles."""
     settled = {(change.node, code) for change in changes for code in change.settled_codes}
-    return tuple(
-        finding
-        for finding in findings
-        if not any((name, finding.code) in settled for name in (finding.nodes or (finding.node,)))
-    )
+    unsettled: list[Finding] = []
+    for finding in findings:
+        names = finding.nodes or (finding.node,)
+        if not any((name, finding.code) in settled for name in names):
+            unsettled.append(finding)
+    return tuple(unsettled)
 
 
 def apply_changes(topology: Topology, changes: Sequence[Change]) -> Topology:
-    """The topology with ``changes``. It is what the file must mean after the changes are written into it."""
+    """Returns the topology with ``changes``: what mesh.yaml must mean after the changes are written into it."""
     nodes = []
     for spec in topology.nodes:
         new_spec = spec
@@ -91,6 +96,7 @@ def apply_changes(topology: Topology, changes: Sequence[Change]) -> Topology:
 
 
 def _apply_change(spec: NodeSpec, change: Change) -> NodeSpec:
+    """Returns the node with the change's value. Raises ``ValueError`` for a key that no change has."""
     match change.path:
         case ("enabled",):
             return replace(spec, enabled=bool(change.value))
@@ -106,27 +112,29 @@ def _apply_change(spec: NodeSpec, change: Change) -> NodeSpec:
 def _switch_off_duplicates(
     specs: dict[str, NodeSpec], states: dict[str, NodeState], findings: Sequence[Finding]
 ) -> Iterator[tuple[str, Change]]:
-    """The nodes that duplicate another node, by name, each with its change."""
+    """Yields the name of each node that duplicates another node, and the change that switches the node off."""
     for finding in findings:
         names = [name for name in finding.nodes if name in specs]
         if finding.code not in ("same-gpu", "tunnel-duplicate") or len(names) < 2:
             continue
         node_to_keep = identity.choose_node_to_keep(names, specs, states)
-        shared = "the same server" if finding.code == "tunnel-duplicate" else "the same GPU"
+        duplicate_of = "the same server" if finding.code == "tunnel-duplicate" else "the same GPU"
         for name in names:
             if name != node_to_keep:
-                why = f"{shared} as {node_to_keep}"
+                why = f"{duplicate_of} as {node_to_keep}"
                 yield name, Change(name, ("enabled",), False, frozenset({finding.code}), why)
 
 
 def _switch_off_absent(
     specs: dict[str, NodeSpec], states: dict[str, NodeState], findings: Sequence[Finding]
 ) -> Iterator[tuple[str, Change]]:
-    """The nodes whose host is not there, by name, each with its change."""
+    """Yields the name of each node whose host does not exist, and the change that switches the node off."""
     for finding in findings:
-        state = states.get(finding.node or "")
-        if state is None or finding.node not in specs or finding.code not in ("node-unreachable", "backend-down"):
+        if finding.node is None or finding.node not in specs:
             continue
+        if finding.code not in ("node-unreachable", "backend-down"):
+            continue
+        state = states[finding.node]
         tunnel = state.tunnel
         if tunnel.state is not TunnelPhase.UP and tunnel.error_code in _HOST_ABSENT_CODES:
             why = f"not found: {finding.message}"
@@ -134,45 +142,45 @@ def _switch_off_absent(
 
 
 def _correct_expectations(spec: NodeSpec, state: NodeState, codes: set[str]) -> Iterator[Change]:
-    """Corrects all keys of ``expect`` together: another GPU has a single finding, but its memory differs as well."""
+    """Yields changes of all wrong keys of ``expect``, if ``codes`` has a finding about one of them.
+
+    All keys are corrected together: another GPU has a single finding, but its memory differs as well.
+    """
     if not codes & _EXPECT_CODES:
         return
-    expect, present = spec.expect, state.gpus or ()  # present: the GPUs that nvidia-smi shows
+    expect, found_gpus = spec.expect, state.gpus or ()
 
-    def change(key: str, value: str | int, code: str) -> Change:
+    def change_expectation(key: str, value: str | int, code: str) -> Change:
         return Change(spec.name, ("expect", key), value, frozenset({code}))
 
-    hostname = state.host.hostname
-    if (
-        expect.hostname is not None
-        and hostname is not None
-        and not identity.hostname_matches(expect.hostname, hostname)
-    ):
-        yield change("hostname", hostname, "hostname-differs")
-    if not present:
+    expected, found = expect.hostname, state.host.hostname
+    if expected is not None and found is not None and not identity.hostname_matches(expected, found):
+        yield change_expectation("hostname", found, "hostname-differs")
+    if not found_gpus:
         return
     if "gpu-count" in codes and expect.gpus is not None:
-        yield change("gpus", len(present), "gpu-count")
-    names = {gpu.name for gpu in present}
-    if (
-        expect.gpu is not None
-        and not all(gpus.gpu_name_matches(expect.gpu, name) for name in names)
-        and len(names) == 1
-    ):
-        yield change("gpu", names.pop(), "gpu-differs")
-    sizes = {gpu.memory_total_mib for gpu in present}
-    if expect.vram_mib is not None and not gpus.vram_matches(expect.vram_mib, present) and len(sizes) == 1:
-        size = sizes.pop()
-        if size is not None:
-            yield change("vram_mib", size, "vram-differs")
+        yield change_expectation("gpus", len(found_gpus), "gpu-count")
+    # mesh.yaml has one name and one size for all GPUs of a node: so with different GPUs there is no right value.
+    names = {gpu.name for gpu in found_gpus}
+    if expect.gpu is not None and len(names) == 1:
+        (name,) = names
+        if not gpus.gpu_name_matches(expect.gpu, name):
+            yield change_expectation("gpu", name, "gpu-differs")
+    sizes = {gpu.memory_total_mib for gpu in found_gpus}
+    if expect.vram_mib is not None and len(sizes) == 1:
+        (size,) = sizes
+        if size is not None and not gpus.vram_matches(expect.vram_mib, found_gpus):
+            yield change_expectation("vram_mib", size, "vram-differs")
     if "driver-differs" in codes and state.host.driver is not None:
-        yield change("driver", state.host.driver, "driver-differs")
+        yield change_expectation("driver", state.host.driver, "driver-differs")
 
 
 def _correct_kind(spec: NodeSpec, state: NodeState, codes: set[str]) -> Iterator[Change]:
-    """Corrects the kind of the server if all candidates that answer are servers of one other kind."""
-    if "wrong-server" not in codes:
+    """Yields a change of ``backend.kind`` if all candidates that answer are servers of one other kind."""
+    if "wrong-server" not in codes or routes.route_in_use(state) is not None:
         return
     kinds = {route.kind for route in state.routes if not route.offered and route.kind is not None}
-    if len(kinds) == 1 and routes.route_in_use(state) is None and (kind := kinds.pop()) != spec.backend.kind:
-        yield Change(spec.name, ("backend", "kind"), kind, frozenset({"wrong-server"}))
+    if len(kinds) == 1:
+        (kind,) = kinds
+        if kind != spec.backend.kind:
+            yield Change(spec.name, ("backend", "kind"), kind, frozenset({"wrong-server"}))

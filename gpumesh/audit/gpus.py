@@ -1,4 +1,4 @@
-"""Rules about GPUs: what mesh.yaml expects against what nvidia-smi shows."""
+"""The audit's rules about GPUs: do number, name, memory and driver match what mesh.yaml expects."""
 
 from __future__ import annotations
 
@@ -7,16 +7,18 @@ from collections.abc import Iterator, Sequence
 from gpumesh.state import Finding, GpuState, NodeState, Severity, TunnelPhase
 from gpumesh.topology import NodeSpec
 
-# A share of the expected memory. Drivers reserve amounts that differ by some MiB; the next smaller card differs by far
-# more.
+# The memory may differ by this share of the expected memory. Drivers reserve amounts that differ by some MiB; the next
+# smaller card differs by far more.
 VRAM_TOLERANCE = 0.02
 
 
 def check(spec: NodeSpec, state: NodeState) -> Iterator[Finding]:
+    """Yields the findings about the GPUs of a node whose tunnel is up and whose GPUs are known."""
     gpus, expect, node = state.gpus, spec.expect, spec.name
     if gpus is None or state.tunnel.state is not TunnelPhase.UP:
         return
-    gpu_expected = expect.gpus != 0 and any(value is not None for value in (expect.gpus, expect.gpu, expect.vram_mib))
+    names_a_gpu = expect.gpus is not None or expect.gpu is not None or expect.vram_mib is not None
+    gpu_expected = names_a_gpu and expect.gpus != 0
     if gpu_expected and not gpus:
         expected_gpu = expect.gpu or "a GPU"
         yield Finding(
@@ -59,14 +61,19 @@ def check(spec: NodeSpec, state: NodeState) -> Iterator[Finding]:
 
 
 def gpu_name_matches(expected: str, found: str) -> bool:
-    """Whether ``found`` ends with the words of ``expected``. ``RTX 4090`` matches ``NVIDIA GeForce RTX 4090``, but not
-    ``RTX 4090 D`` nor ``RTX 4090 Laptop GPU``."""
+    """Whether the GPU's name ``found`` ends with the words of ``expected``.
+
+    ``RTX 4090`` matches ``NVIDIA GeForce RTX 4090``, but not ``RTX 4090 D`` nor ``RTX 4090 Laptop GPU``.
+    """
     expected_words, found_words = expected.lower().split(), found.lower().split()
-    return bool(expected_words) and found_words[-len(expected_words) :] == expected_words
+    if not expected_words:
+        return False
+    last_words = found_words[-len(expected_words) :]
+    return last_words == expected_words
 
 
 def _check_vram(node: str, expected: int, gpus: Sequence[GpuState]) -> Iterator[Finding]:
-    """``expected`` is the memory of each GPU in MiB."""
+    """Yields ``vram-differs`` if the GPUs' memory is not ``expected`` (MiB), and names the first wrong size."""
     if not vram_matches(expected, gpus):
         wrong_size = next(size for size in _list_sizes(gpus) if not _is_close(size, expected))
         yield Finding(
@@ -81,10 +88,13 @@ def _check_vram(node: str, expected: int, gpus: Sequence[GpuState]) -> Iterator[
 def vram_matches(expected: int, gpus: Sequence[GpuState]) -> bool:
     """Whether each GPU, or all GPUs together, have ``expected`` MiB. Also true while the sizes are not known."""
     sizes = _list_sizes(gpus)
-    return not sizes or _is_close(sum(sizes), expected) or all(_is_close(size, expected) for size in sizes)
+    if not sizes:
+        return True
+    return _is_close(sum(sizes), expected) or all(_is_close(size, expected) for size in sizes)
 
 
 def _list_sizes(gpus: Sequence[GpuState]) -> list[int]:
+    """The known memory sizes in MiB."""
     return [gpu.memory_total_mib for gpu in gpus if gpu.memory_total_mib is not None]
 
 
@@ -93,15 +103,22 @@ def _is_close(found: int, expected: int) -> bool:
 
 
 def driver_matches(expected: str, found: str) -> bool:
-    """``550`` and ``550.54`` match the version ``550.54.15``; ``55`` does not."""
+    """Whether the driver's version ``found`` is ``expected`` or begins with its numbers.
+
+    ``550`` and ``550.54`` match the version ``550.54.15``; ``55`` does not.
+    """
     return found == expected or found.startswith(expected.rstrip(".") + ".")
 
 
 def describe_gpu_count(found: int, expected: int) -> str:
-    """The reason of a node's health uses the same sentence, so that a reader recognises the same fault."""
+    """Returns a sentence about a wrong number of GPUs.
+
+    The reason of a node's health uses the same sentence, so that a reader recognises the same fault.
+    """
     gpus = "1 GPU is" if found == 1 else f"{found} GPUs are"
     return f"{gpus} there, expected {'was' if expected == 1 else 'were'} {expected}"
 
 
 def _join_names(gpus: Sequence[GpuState]) -> str:
+    """The names of the GPUs as one text, each name once."""
     return ", ".join(sorted({gpu.name for gpu in gpus}))

@@ -1,4 +1,4 @@
-"""The rule about a host's disk: free space for models."""
+"""The audit's rule about a host's disk: too little free space for models (``disk-full``)."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ MIN_FREE_MIB = 2048  # the smallest models in wide use take more than this
 
 
 def check(spec: NodeSpec, state: NodeState) -> Iterator[Finding]:
-    free = state.host.store_free_mib
-    if free is None or free >= MIN_FREE_MIB or state.tunnel.state is not TunnelPhase.UP:
+    """Yields ``disk-full`` if the disk that keeps the models has less than ``MIN_FREE_MIB`` of free space."""
+    free_mib = state.host.store_free_mib
+    if free_mib is None or free_mib >= MIN_FREE_MIB or state.tunnel.state is not TunnelPhase.UP:
         return
     yield Finding(
         "disk-full",
         Severity.WARNING,
         spec.name,
-        f"only {free / 1024:.1f} GiB are free where its models are kept: the next pull will fail",
+        f"only {free_mib / 1024:.1f} GiB are free where its models are kept: the next pull will fail",
         "`gpumesh models rm` what nobody uses, or point OLLAMA_MODELS at a larger disk",
     )

@@ -1,8 +1,8 @@
-"""Rules about identity: whether a node is the expected host, and which nodes are one machine.
+"""The audit's rules about identity: is a node the expected host, and which nodes are one machine (``find_machines``).
 
-A common GPU UUID in both nodes' nvidia-smi proves that two nodes are routes to one machine. Where nvidia-smi cannot be
-asked, a common SSH host key shows it, and without a key the model store: ``modified_at`` is the nanosecond at which
-*this* host stored a model, so two nodes that agree in every ``modified_at`` reach one store
+A common GPU UUID in both nodes' nvidia-smi proves that two nodes are routes to one machine. Where nvidia-smi gives no
+answer, a common SSH host key is the proof, and without a key the model store: ``modified_at`` is the nanosecond at
+which *this* host stored a model, so two nodes that agree in every ``modified_at`` reach one store
 (docs/internals/ollama.md). Images made from one template can share a host key, and a store may be on a network share.
 So these two proofs count as likely, not as certain.
 
@@ -13,6 +13,7 @@ have a host key or a store in common.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -37,8 +38,11 @@ class Proof(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """Nodes that use the same GPUs, in the order of mesh.yaml. ``proof`` is the weakest proof that was needed to join
-    them, ``None`` for a single node; ``shared_mark`` is the UUID or fingerprint of this proof."""
+    """Nodes that are one machine and so use the same GPUs. ``nodes`` are their names, in the order of mesh.yaml.
+
+    ``proof`` is the weakest proof that was needed to join the nodes, ``None`` for a single node; ``shared_mark`` is the
+    UUID or fingerprint of this proof.
+    """
 
     nodes: tuple[str, ...]
     gpus: tuple[GpuState, ...]
@@ -47,62 +51,81 @@ class Machine:
 
     @property
     def certain(self) -> bool:
+        """Whether it is certain that the nodes are one machine."""
         return self.proof in (None, Proof.GPU)
 
 
-def find_machines(nodes: Sequence[NodeState]) -> tuple[Machine, ...]:
-    """Groups the nodes: each node is in exactly one machine. The machines are in the order of their first nodes."""
-    # A union-find: `parent` leads from each node to the first node of its machine, which is its own parent.
-    parent = {node.name: node.name for node in nodes}
-    order = {node.name: index for index, node in enumerate(nodes)}
-    last_join: dict[str, tuple[Proof, str]] = {}  # the proof and the mark, by the machine's first node
+class _JoinedNodes:
+    """Nodes by name, which are joined step by step until each group is one machine: a union-find."""
 
-    def find_first_node(name: str) -> str:
-        while parent[name] != name:
-            parent[name] = parent[parent[name]]
-            name = parent[name]
+    def __init__(self, names: Sequence[str]) -> None:
+        self._positions = {name: position for position, name in enumerate(names)}
+        # The parents of a node lead to the first node of its group, which is its own parent.
+        self._parents = {name: name for name in names}
+        self.last_joins: dict[str, tuple[Proof, str]] = {}
+        """The proof and the mark of each group's last join, by the group's first node."""
+
+    def find_first_node(self, name: str) -> str:
+        """Returns the first node of the node's group."""
+        while self._parents[name] != name:
+            self._parents[name] = self._parents[self._parents[name]]  # a shorter way for the next call
+            name = self._parents[name]
         return name
 
+    def join(self, name: str, other: str, proof: Proof, mark: str) -> None:
+        """Joins the groups of two nodes, and records by which proof. Nothing changes if the nodes have one group."""
+        first_nodes = self.find_first_node(name), self.find_first_node(other)
+        earlier, later = sorted(first_nodes, key=self._positions.__getitem__)
+        if earlier != later:
+            self._parents[later] = earlier
+            self.last_joins[earlier] = (proof, mark)
+
+
+def find_machines(nodes: Sequence[NodeState]) -> tuple[Machine, ...]:
+    """Groups the nodes into machines, in the order of their first nodes. Each node is in exactly one machine."""
+    joined = _JoinedNodes([node.name for node in nodes])
     # The strongest proof first: so the last join of a machine is by its weakest proof.
     for proof in Proof:
         for mark, holders in _group_by_mark(nodes, proof).items():
-            for node, other in _pairs(holders):
-                if parent[node.name] == parent[other.name] or not _may_be_one_machine(node, other, proof):
-                    continue
-                first_nodes = find_first_node(node.name), find_first_node(other.name)
-                earlier, later = sorted(first_nodes, key=order.__getitem__)
-                if earlier != later:
-                    parent[later] = earlier
-                    last_join[earlier] = (proof, mark)
-    members: dict[str, list[NodeState]] = {}
+            for node, other in itertools.combinations(holders, 2):
+                is_one_machine = joined.find_first_node(node.name) == joined.find_first_node(other.name)
+                if not is_one_machine and _may_be_one_machine(node, other, proof):
+                    joined.join(node.name, other.name, proof, mark)
+    nodes_by_first_node: dict[str, list[NodeState]] = {}
     for node in nodes:
-        members.setdefault(find_first_node(node.name), []).append(node)
-    machines = []
-    for first, machine_nodes in members.items():
-        gpus = {gpu.uuid: gpu for node in machine_nodes for gpu in node.gpus or ()}
-        weakest_proof, shared_mark = last_join.get(first, (None, None))
+        nodes_by_first_node.setdefault(joined.find_first_node(node.name), []).append(node)
+    machines: list[Machine] = []
+    for first_node, machine_nodes in nodes_by_first_node.items():
         names = tuple(node.name for node in machine_nodes)
+        gpus = {gpu.uuid: gpu for node in machine_nodes for gpu in node.gpus or ()}
+        weakest_proof, shared_mark = joined.last_joins.get(first_node, (None, None))
         machines.append(Machine(names, tuple(gpus.values()), weakest_proof, shared_mark))
     return tuple(machines)
 
 
 def gpu_groups(nodes: Sequence[NodeState]) -> Mapping[str, str]:
-    """Each node's group by the node's name. The nodes of one machine have one group, whose name is that of the first of
-    these nodes."""
-    return {name: machine.nodes[0] for machine in find_machines(nodes) for name in machine.nodes}
+    """Returns each node's group, by the node's name: the name of the first node of the same machine."""
+    groups: dict[str, str] = {}
+    for machine in find_machines(nodes):
+        for name in machine.nodes:
+            groups[name] = machine.nodes[0]
+    return groups
 
 
 def identifying_marks(node: NodeState) -> frozenset[str]:
-    """The marks by which ``find_machines`` recognises this node. When they change, ``find_machines`` must run again."""
-    return frozenset(mark for proof in Proof for mark in _marks(node, proof)) | frozenset(
-        filter(None, (_server_port(node),))
-    )
+    """Returns all that ``find_machines`` looks at in this node. When it changes, ``find_machines`` must run again."""
+    marks = {mark for proof in Proof for mark in _marks(node, proof)}
+    port_mark = _server_port(node)
+    if port_mark is not None:
+        marks.add(port_mark)
+    return frozenset(marks)
 
 
 # -- rules -----------------------------------------------------------------------------------------------------------
 
 
 def check(spec: NodeSpec, state: NodeState) -> Iterator[Finding]:
+    """Yields ``hostname-differs`` if the host of a node whose tunnel is up has another name than mesh.yaml expects."""
     expected, found = spec.expect.hostname, state.host.hostname
     if expected is None or found is None or state.tunnel.state is not TunnelPhase.UP:
         return
@@ -118,21 +141,26 @@ def check(spec: NodeSpec, state: NodeState) -> Iterator[Finding]:
 
 
 def hostname_matches(expected: str, found: str) -> bool:
-    """``box`` and ``box.example.org`` match; ``box.a`` and ``box.b`` do not."""
+    """Whether two host names may be those of one host: they are equal, or only one of them has a domain.
+
+    ``box`` and ``box.example.org`` match; ``box.a`` and ``box.b`` do not.
+    """
     expected, found = expected.strip().lower(), found.strip().lower()
     if expected == found:
         return True
-    only_one_has_domain = ("." in expected) != ("." in found)
-    return only_one_has_domain and expected.split(".")[0] == found.split(".")[0]
+    expected_host, dot_in_expected, _domain = expected.partition(".")
+    found_host, dot_in_found, _domain = found.partition(".")
+    only_one_has_domain = bool(dot_in_expected) != bool(dot_in_found)
+    return only_one_has_domain and expected_host == found_host
 
 
 def check_across_nodes(pairs: Sequence[tuple[NodeSpec, NodeState]]) -> Iterator[Finding]:
-    """The findings ``same-gpu`` and ``tunnel-duplicate``: several nodes that are one machine."""
-    specs = {spec.name: spec for spec, _ in pairs}
-    states = {state.name: state for _, state in pairs}
-    reported: set[str] = set()
-    for names in find_duplicates([spec for spec, _ in pairs]):
-        reported.update(names)
+    """Yields ``tunnel-duplicate`` and ``same-gpu`` for several nodes that are one server or one machine."""
+    specs = {spec.name: spec for spec, _state in pairs}
+    states = {state.name: state for _spec, state in pairs}
+    duplicate_names: set[str] = set()
+    for names in find_duplicates(list(specs.values())):
+        duplicate_names.update(names)
         yield Finding(
             "tunnel-duplicate",
             Severity.WARNING,
@@ -141,22 +169,23 @@ def check_across_nodes(pairs: Sequence[tuple[NodeSpec, NodeState]]) -> Iterator[
             f"delete {join_all(names[1:])} from mesh.yaml, or let `gpumesh audit --write` switch the rest off",
             nodes=tuple(names),
         )
-    for machine in find_machines([state for _, state in pairs]):
-        if machine.proof is None or reported.issuperset(machine.nodes):
+    for machine in find_machines(list(states.values())):
+        if machine.proof is None or duplicate_names.issuperset(machine.nodes):
             continue
-        keep = choose_node_to_keep(machine.nodes, specs, states)
+        node_to_keep = choose_node_to_keep(machine.nodes, specs, states)
         yield Finding(
             "same-gpu",
             Severity.WARNING,
             machine.nodes[0],
             f"{join_all(machine.nodes)} are {_describe_proof(machine)}",
-            f"they count once in every total and are balanced as one; keep {keep} and delete the rest "
+            f"they count once in every total and are balanced as one; keep {node_to_keep} and delete the rest "
             "(`gpumesh audit --write` switches them off)",
             nodes=machine.nodes,
         )
 
 
 def _describe_proof(machine: Machine) -> str:
+    """The end of a sentence that says what the nodes are and how this is known."""
     match machine.proof:
         case Proof.GPU:
             return f"one GPU, that is certain: nvidia-smi shows {machine.shared_mark} to each"
@@ -167,27 +196,34 @@ def _describe_proof(machine: Machine) -> str:
 
 
 def choose_node_to_keep(names: Sequence[str], specs: Mapping[str, NodeSpec], states: Mapping[str, NodeState]) -> str:
-    """The best of several nodes with one GPU: one that serves, then one that shows the GPU, then one without SSH. Of
-    equal nodes the first."""
+    """Returns the best of several nodes with one GPU, by name; of equal nodes the first.
+
+    A node that serves is better than another; then a node whose GPU is known; then a node without SSH.
+    """
 
     def rank(name: str) -> tuple[bool, bool, bool]:
         state = states[name]
-        return state.backend.state is BackendPhase.UP, bool(hardware_uuids(state)), specs[name].ssh is None
+        serves = state.backend.state is BackendPhase.UP
+        shows_gpu = bool(hardware_uuids(state))
+        needs_no_ssh = specs[name].ssh is None
+        return serves, shows_gpu, needs_no_ssh
 
-    return max(names, key=rank)  # max returns the first of equals
+    return max(names, key=rank)  # ``max`` returns the first of equals
 
 
 def find_duplicates(specs: Sequence[NodeSpec]) -> Iterator[list[str]]:
-    """Groups of nodes that have the same address, user and candidates in mesh.yaml."""
+    """Yields groups of nodes (their names) that have the same address, user and candidates in mesh.yaml."""
     names_by_route: dict[object, list[str]] = {}
     for spec in specs:
         ssh = spec.ssh
-        login = None
-        if ssh is not None:
-            if not ssh.host and ssh.address_from is None:
-                continue  # an alias, whose address is not in mesh.yaml
+        if ssh is None:
+            login = None
+        elif not ssh.host and ssh.address_from is None:
+            continue  # an alias, whose address is not in mesh.yaml
+        else:
             login = (ssh.host.lower(), ssh.port, ssh.user, ssh.proxy_jump, ssh.address_from)
-        names_by_route.setdefault((login, spec.backend.targets), []).append(spec.name)
+        route = (login, spec.backend.targets)
+        names_by_route.setdefault(route, []).append(spec.name)
     for names in names_by_route.values():
         if len(names) > 1:
             yield names
@@ -197,12 +233,13 @@ def find_duplicates(specs: Sequence[NodeSpec]) -> Iterator[list[str]]:
 
 
 def hardware_uuids(node: NodeState) -> set[str]:
-    """The UUIDs that nvidia-smi shows, without those that a probe made up for a GPU whose UUID is unknown."""
-    return {gpu.uuid for gpu in node.gpus or () if gpu.uuid.startswith(("GPU-", "MIG-")) and len(gpu.uuid) >= 12}
+    """Returns the UUIDs that nvidia-smi shows, without UUIDs that a probe made up for a GPU whose UUID is unknown."""
+    uuids = [gpu.uuid for gpu in node.gpus or ()]
+    return {uuid for uuid in uuids if uuid.startswith(("GPU-", "MIG-")) and len(uuid) >= 12}
 
 
 def store_fingerprint(catalog: Iterable[ModelInfo]) -> str | None:
-    """A fingerprint of a model store; ``None`` if another store could have the same one by chance."""
+    """Returns a fingerprint of a model store; ``None`` if another store could have the same fingerprint by chance."""
     models = tuple(catalog)
     if not models or not all(model.modified_at for model in models):
         return None
@@ -213,17 +250,19 @@ def store_fingerprint(catalog: Iterable[ModelInfo]) -> str | None:
 
 
 def _marks(node: NodeState, proof: Proof) -> Iterable[str]:
+    """The node's UUIDs or fingerprints for this kind of proof. Nodes with a common mark may be one machine."""
     match proof:
         case Proof.GPU:
             return hardware_uuids(node)
         case Proof.HOST_KEY:
             return node.tunnel.host_keys if node.tunnel.state is TunnelPhase.UP else ()
-        case _:
-            return filter(None, (store_fingerprint(node.backend.catalog),))
+        case Proof.STORE:
+            fingerprint = store_fingerprint(node.backend.catalog)
+            return () if fingerprint is None else (fingerprint,)
 
 
 def _group_by_mark(nodes: Sequence[NodeState], proof: Proof) -> Mapping[str, list[NodeState]]:
-    """The nodes that have a mark, for each mark of this kind of proof."""
+    """Returns the nodes that have a mark, by the mark, for all marks of this kind of proof."""
     holders: dict[str, list[NodeState]] = {}
     for node in nodes:
         for mark in sorted(_marks(node, proof)):
@@ -231,35 +270,37 @@ def _group_by_mark(nodes: Sequence[NodeState], proof: Proof) -> Mapping[str, lis
     return holders
 
 
-def _pairs(nodes: Sequence[NodeState]) -> Iterator[tuple[NodeState, NodeState]]:
-    """Each two of the nodes."""
-    return ((earlier, node) for index, node in enumerate(nodes) for earlier in nodes[:index])
-
-
 def _may_be_one_machine(node: NodeState, other: NodeState, proof: Proof) -> bool:
-    """Whether a common mark of this kind of proof may join the nodes."""
+    """Whether a common mark of this kind of proof may join the nodes.
+
+    If the GPUs of both nodes are known, only the GPUs decide.
+    """
     if _may_have_own_gpus(node, other):
         return False
-    return proof is Proof.GPU or not (hardware_uuids(node) and hardware_uuids(other))
+    if proof is Proof.GPU:
+        return True
+    both_gpus_known = bool(hardware_uuids(node)) and bool(hardware_uuids(other))
+    return not both_gpus_known
 
 
 def _may_have_own_gpus(node: NodeState, other: NodeState) -> bool:
-    """Whether the nodes may be two servers on one host with several GPUs. Then each may have GPUs of its own, so the
-    nodes do not count as one machine.
+    """Whether the nodes may be two servers on one host with several GPUs, each with GPUs of its own.
 
-    Two servers of a host have different ports there. These ports are known of SSH nodes only. Servers that share the
-    host's only GPU are one machine to the balancer, however many they are.
+    Such nodes do not count as one machine. Two servers of a host have different ports there. These ports are known of
+    SSH nodes only. Servers that share the host's only GPU are one machine to the balancer, however many they are.
     """
     port, other_port = _server_port(node), _server_port(other)
     if port is None or other_port is None or port == other_port:
         return False
-    one_has_single_gpu = any(len(state.gpus) == 1 for state in (node, other) if state.gpus)
-    return not one_has_single_gpu
+    host_has_single_gpu = any(len(state.gpus or ()) == 1 for state in (node, other))
+    return not host_has_single_gpu
 
 
 def _server_port(node: NodeState) -> str | None:
-    """The port of the server in use on the node's host, as a mark; ``None`` where it is not known."""
+    """The port on the node's host of the server that is in use, as ``port:11434``; ``None`` where it is not known."""
     if node.tunnel.transport == "direct" or node.backend.url is None:
         return None
-    targets = [route.target for route in node.routes if route.url == node.backend.url]
-    return f"port:{urlsplit(targets[0]).port}" if targets else None
+    for route in node.routes:
+        if route.url == node.backend.url:
+            return f"port:{urlsplit(route.target).port}"
+    return None

@@ -1,4 +1,4 @@
-"""Rules about models: whether the expected ones are there, and whether a name means the same model on all nodes."""
+"""The audit's rules about models: are the expected models there, and is a name the same model on all nodes."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from gpumesh.sentences import join_some
 from gpumesh.state import BackendPhase, Finding, NodeState, Severity, TunnelPhase
 from gpumesh.topology import NodeSpec
 
-MAX_NAMED = 10  # models that a message names; it only counts the others
+MAX_NAMED = 10  # a message names at most so many models, and counts the others
 
 
 def check(spec: NodeSpec, state: NodeState) -> Iterator[Finding]:
-    up = state.tunnel.state is TunnelPhase.UP and state.backend.state is BackendPhase.UP
-    if not up or not spec.expect.models:
+    """Yields ``model-missing`` if the server of a node that is up lacks models that mesh.yaml expects."""
+    is_up = state.tunnel.state is TunnelPhase.UP and state.backend.state is BackendPhase.UP
+    if not is_up or not spec.expect.models:
         return
-    present = {full_name(name) for name in state.backend.models}
-    missing = [name for name in spec.expect.models if full_name(name) not in present]
+    present_names = {full_name(name) for name in state.backend.models}
+    missing = [name for name in spec.expect.models if full_name(name) not in present_names]
     if not missing:
         return
     dialect = find_dialect(state.backend.kind)
@@ -27,27 +28,29 @@ def check(spec: NodeSpec, state: NodeState) -> Iterator[Finding]:
 
 
 def check_across_nodes(states: Sequence[NodeState]) -> Iterator[Finding]:
-    """Finds model names that have several digests: with such a name the answer to a prompt depends on the node."""
-    first_seen: dict[str, tuple[str, str]] = {}  # the node and the digest, by the model's name
-    differing: set[str] = set()
+    """Yields ``model-differs`` if a model's name has another digest on another node.
+
+    With such a name, the answer to a prompt depends on the node.
+    """
+    nodes_by_name: dict[str, list[str]] = {}  # the nodes that have a model of this name
+    first_by_name: dict[str, tuple[str, str]] = {}  # the first of these nodes, and the digest there
+    differing_names: set[str] = set()
     for state in states:
         for model in state.backend.catalog:
             if model.digest:
                 name = full_name(model.name)
-                node, digest = first_seen.setdefault(name, (state.name, model.digest))
-                if digest != model.digest and node != state.name:
-                    differing.add(name)
-    if differing:
-        nodes = tuple(
-            state.name
-            for state in states
-            if any(model.digest and full_name(model.name) in differing for model in state.backend.catalog)
-        )
+                nodes_by_name.setdefault(name, []).append(state.name)
+                first_node, first_digest = first_by_name.setdefault(name, (state.name, model.digest))
+                if model.digest != first_digest and state.name != first_node:
+                    differing_names.add(name)
+    if differing_names:
+        affected = {node for name in differing_names for node in nodes_by_name[name]}
+        nodes = tuple(state.name for state in states if state.name in affected)
         yield Finding(
             "model-differs",
             Severity.WARNING,
             None,
-            f"{join_some(sorted(differing), MAX_NAMED)} is not the same on {', '.join(nodes)}",
+            f"{join_some(sorted(differing_names), MAX_NAMED)} is not the same on {', '.join(nodes)}",
             "`ollama pull` it again on each of them, so that an answer does not depend on the node",
             nodes=nodes,
         )

@@ -1,4 +1,4 @@
-"""Rules about the routes to a node's server: which routes work, whether all lead to one server, which is faster.
+"""The audit's rules about routes to a node's server: dead, exposed or faster routes, and routes to different servers.
 
 The rules yield no finding before the node's first inspection, which asks each route by itself.
 """
@@ -11,12 +11,16 @@ from gpumesh.quoting import yaml_text
 from gpumesh.state import BackendPhase, Finding, NodeState, RouteState, Severity, TunnelPhase
 from gpumesh.topology import NodeSpec
 
-# A route counts as faster if its latency is at most this share of the latency in use, and lower by at least this gain.
+# A route counts as faster if its latency is at most this share of the current route's, and lower by at least this gain.
 MAX_LATENCY_SHARE = 0.7
 MIN_GAIN_MS = 2.0
 
 
 def check(spec: NodeSpec, state: NodeState) -> Iterator[Finding]:
+    """Yields the findings about the routes of a node that is up.
+
+    Candidates are the routes of mesh.yaml. Offered routes are not in mesh.yaml: an inspection has found them.
+    """
     if state.tunnel.state is not TunnelPhase.UP or state.backend.state is not BackendPhase.UP:
         return
     current = route_in_use(state)
@@ -24,16 +28,22 @@ def check(spec: NodeSpec, state: NodeState) -> Iterator[Finding]:
         return
     candidates = [route for route in state.routes if not route.offered]
     other_routes = [route for route in candidates if route.state is BackendPhase.UP and route is not current]
-    other_servers = [route for route in other_routes if current.store and route.store and route.store != current.store]
+    to_other_servers = [route for route in other_routes if _leads_to_other_server(route, current)]
     offered_routes = [route for route in state.routes if route.offered and route.state is BackendPhase.UP]
-    same_server = [route for route in (*other_routes, *offered_routes) if route not in other_servers]
+    to_same_server = [route for route in (*other_routes, *offered_routes) if route not in to_other_servers]
     yield from _check_dead_routes(spec.name, candidates)
-    yield from _check_other_servers(spec.name, current, other_servers)
+    yield from _check_other_servers(spec.name, current, to_other_servers)
     yield from _check_exposed_routes(spec.name, offered_routes)
-    yield from _check_faster_routes(spec.name, current, same_server)
+    yield from _check_faster_routes(spec.name, current, to_same_server)
+
+
+def _leads_to_other_server(route: RouteState, current: RouteState) -> bool:
+    """Whether the two routes lead to servers with different model stores. Unknown stores count as the same."""
+    return bool(route.store and current.store and route.store != current.store)
 
 
 def _check_dead_routes(node: str, candidates: Sequence[RouteState]) -> Iterator[Finding]:
+    """Yields ``route-dead`` if some candidates do not serve."""
     dead_routes = [route for route in candidates if route.state is BackendPhase.DOWN]
     if dead_routes:
         reasons = "; ".join(route.error or f"{route.target} does not serve" for route in dead_routes)
@@ -47,9 +57,10 @@ def _check_dead_routes(node: str, candidates: Sequence[RouteState]) -> Iterator[
         )
 
 
-def _check_other_servers(node: str, current: RouteState, other_servers: Sequence[RouteState]) -> Iterator[Finding]:
-    if other_servers:
-        targets = ", ".join(route.target for route in other_servers)
+def _check_other_servers(node: str, current: RouteState, to_other_servers: Sequence[RouteState]) -> Iterator[Finding]:
+    """Yields ``routes-differ`` if some candidates lead to other servers than the current route."""
+    if to_other_servers:
+        targets = ", ".join(route.target for route in to_other_servers)
         yield Finding(
             "routes-differ",
             Severity.WARNING,
@@ -60,6 +71,7 @@ def _check_other_servers(node: str, current: RouteState, other_servers: Sequence
 
 
 def _check_exposed_routes(node: str, offered_routes: Sequence[RouteState]) -> Iterator[Finding]:
+    """Yields ``backend-exposed`` if the server answers on a public address."""
     exposed_routes = [route for route in offered_routes if route.exposed]
     if exposed_routes:
         yield Finding(
@@ -72,17 +84,19 @@ def _check_exposed_routes(node: str, offered_routes: Sequence[RouteState]) -> It
         )
 
 
-def _check_faster_routes(node: str, current: RouteState, same_server: Sequence[RouteState]) -> Iterator[Finding]:
-    """``same_server``: the other routes that work and lead to the server in use."""
-    faster_routes = [route for route in same_server if _is_faster(route, current)]
+def _check_faster_routes(node: str, current: RouteState, to_same_server: Sequence[RouteState]) -> Iterator[Finding]:
+    """Yields ``route-slower`` if another route to the same server is clearly faster than the current route.
+
+    ``to_same_server``: the other routes that work and lead to the server of the current route.
+    """
+    faster_routes = [route for route in to_same_server if _is_faster(route, current)]
     if faster_routes:
         fastest = min(faster_routes, key=lambda route: route.latency_ms or 0.0)
-        hint = (
-            f"give the node `backend: {{url: {yaml_text(fastest.target)}}}` and no `ssh`, if the way between may be"
-            " seen by others"
-            if fastest.offered
-            else f"put {fastest.target} first under `backend.urls`"
-        )
+        if fastest.offered:
+            backend = f"backend: {{url: {yaml_text(fastest.target)}}}"
+            hint = f"give the node `{backend}` and no `ssh`, if the way between may be seen by others"
+        else:
+            hint = f"put {fastest.target} first under `backend.urls`"
         yield Finding(
             "route-slower",
             Severity.INFO,
@@ -94,14 +108,13 @@ def _check_faster_routes(node: str, current: RouteState, same_server: Sequence[R
 
 
 def route_in_use(state: NodeState) -> RouteState | None:
-    """The candidate of mesh.yaml to which requests are sent now."""
+    """Returns the candidate of mesh.yaml over which requests are sent now; ``None`` if there is none."""
     return next((route for route in state.routes if route.url == state.backend.url and not route.offered), None)
 
 
 def _is_faster(route: RouteState, current: RouteState) -> bool:
+    """Whether ``route`` is clearly faster than ``current``; false if a latency is unknown."""
     if route.latency_ms is None or current.latency_ms is None:
         return False
-    return (
-        route.latency_ms <= MAX_LATENCY_SHARE * current.latency_ms
-        and current.latency_ms - route.latency_ms >= MIN_GAIN_MS
-    )
+    gain_ms = current.latency_ms - route.latency_ms
+    return route.latency_ms <= MAX_LATENCY_SHARE * current.latency_ms and gain_ms >= MIN_GAIN_MS

@@ -1,4 +1,4 @@
-"""All rules applied to a whole mesh: ``collect_findings``."""
+"""Applies all rules of the audit to a whole mesh, or to one node, and sorts the findings by severity. Pure."""
 
 from __future__ import annotations
 
@@ -15,28 +15,31 @@ SEVERITY_RANKS = {Severity.ERROR: 0, Severity.WARNING: 1, Severity.INFO: 2}
 
 
 def collect_findings(topology: Topology, nodes: Sequence[NodeState]) -> tuple[Finding, ...]:
-    """The findings of the probes and of all rules: worst first, then in the order of mesh.yaml. A node has at most one
-    finding of each code, and no finding that is only a consequence of another one."""
+    """Returns the findings of the probes and of all rules: the worst first, then in the order of mesh.yaml.
+
+    Only nodes that are enabled and have a state are checked. A node has at most one finding of each code, and no
+    finding that is only a consequence of another finding.
+    """
     states = {state.name: state for state in nodes}
     pairs = [(spec, states[spec.name]) for spec in topology.nodes if spec.enabled and spec.name in states]
-    findings = [finding for spec, state in pairs for finding in check_node(spec, state)]
     identity_findings = list(identity.check_across_nodes(pairs))
-    # A node's GPU is known if another node that is the same machine shows it.
-    with_known_gpu = {
-        name
-        for finding in identity_findings
-        for name in finding.nodes
-        if any(states[other].gpus for other in finding.nodes)
-    }
-    findings = [
-        finding for finding in findings if not (finding.code == "gpu-unknown" and finding.node in with_known_gpu)
-    ]
-    findings += [*identity_findings, *models.check_across_nodes([state for _, state in pairs])]
+    nodes_with_known_gpu: set[str] = set()
+    for finding in identity_findings:
+        # These nodes are one machine: so if one of them shows its GPU, the GPU of all of them is known.
+        if any(states[name].gpus for name in finding.nodes):
+            nodes_with_known_gpu.update(finding.nodes)
+    findings: list[Finding] = []
+    for spec, state in pairs:
+        for finding in check_node(spec, state):
+            if finding.code != "gpu-unknown" or finding.node not in nodes_with_known_gpu:
+                findings.append(finding)
+    findings += identity_findings
+    findings += models.check_across_nodes([state for _spec, state in pairs])
     return tuple(sorted(findings, key=lambda finding: SEVERITY_RANKS[finding.severity]))
 
 
 def check_node(spec: NodeSpec, state: NodeState) -> list[Finding]:
-    """The findings about one node by itself, the probes' findings first."""
-    of_probes = [replace(finding, node=spec.name) for finding in adjust_severities(spec, state.noticed)]
-    of_rules = [finding for rule in _NODE_RULES for finding in rule(spec, state)]
-    return drop_consequences([*of_probes, *of_rules])
+    """Returns the findings about one node by itself, those of the probes first."""
+    probe_findings = [replace(finding, node=spec.name) for finding in adjust_severities(spec, state.noticed)]
+    rule_findings = [finding for rule in _NODE_RULES for finding in rule(spec, state)]
+    return drop_consequences([*probe_findings, *rule_findings])

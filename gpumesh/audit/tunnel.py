@@ -1,4 +1,4 @@
-"""The rule about tunnels: nodes that cannot be reached."""
+"""The audit's rule about tunnels: nodes that cannot be reached, the reason, and a hint what to do."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _OWN_CODES = frozenset(
         "transport-unsupported",
     }
 )
-_HINTS = {
+_HINTS = {  # by the error's code
     "host-unresolved": "check `ssh.host` in mesh.yaml, and this machine's DNS",
     "connect-refused": "nothing listens on that port: pods get a new one at each restart, check `ssh.port`",
     "connect-timeout": "check that the host runs, and that no firewall drops port and address",
@@ -34,6 +34,7 @@ _PHASES_WITHOUT_FINDING = (TunnelPhase.IDLE, TunnelPhase.UP, TunnelPhase.CLOSED)
 
 
 def check(spec: NodeSpec, state: NodeState) -> Iterator[Finding]:
+    """Yields one finding if the node's tunnel has failed: the last error of the tunnel, with a hint."""
     tunnel = state.tunnel
     if tunnel.state in _PHASES_WITHOUT_FINDING or tunnel.last_error is None:
         return
@@ -49,7 +50,7 @@ def check(spec: NodeSpec, state: NodeState) -> Iterator[Finding]:
 
 
 def _test_command(spec: NodeSpec) -> str:
-    """A command with which a person can test the connection."""
+    """Returns a command with which a person can test the connection to the node."""
     if spec.ssh is None:
         url = f"{spec.backend.targets[0].url}/api/version" if spec.backend.targets else "URL"
         return paste_command("curl {URL}", URL=url)

@@ -13,7 +13,7 @@ from gpumesh.audit.catalog.explanation import Explanation
 
 
 class _Catalog(Mapping[str, Explanation]):
-    """All explanations by code, in the order of docs/codes.md."""
+    """All explanations by code, in the order of docs/codes.md. The files with the texts are imported at first use."""
 
     @cached_property
     def _explanations(self) -> dict[str, Explanation]:
@@ -36,9 +36,12 @@ CATALOG: Mapping[str, Explanation] = _Catalog()
 
 
 def explain(code: str) -> Explanation | None:
-    """The explanation of ``code``; ``None`` for a code that does not exist. Codes have lower case and dashes, but
-    ``code`` may have upper case, and blanks or underscores instead of dashes."""
-    return CATALOG.get(code.strip().lower().replace("_", "-").replace(" ", "-"))
+    """Returns the explanation of a code; ``None`` for a code that does not exist.
+
+    Codes have lower case and dashes, but ``code`` may have upper case, and blanks or underscores instead of dashes.
+    """
+    normalized_code = code.strip().lower().replace("_", "-").replace(" ", "-")
+    return CATALOG.get(normalized_code)
 
 
 __all__ = ["CATALOG", "Explanation", "explain"]

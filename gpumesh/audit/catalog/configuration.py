@@ -1,4 +1,4 @@
-"""Codes of `gpumesh config check` and of writing mesh.yaml."""
+"""The explanations of the codes of `gpumesh config check`, and of failures to write mesh.yaml."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Codes of the errors with which requests and commands end."""
+"""The explanations of the codes of errors with which requests and commands end: no-node, deadline, queue-full, …"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One row of the catalog: a code, its usual severity, its meaning and its remedy."""
+"""The row of the catalog of codes: a code, its usual severity, its title, its meaning and its remedy."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ E, W, I = Severity.ERROR, Severity.WARNING, Severity.INFO  # noqa: E741  # short
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """``title`` is a clause without a full stop; ``meaning`` and ``remedy`` are sentences."""
+    """What one code means. ``title`` is a clause without a full stop; ``meaning`` and ``remedy`` are sentences."""
 
     code: str
     severity: Severity

@@ -1,4 +1,4 @@
-"""Codes about GPUs, the NVIDIA driver and nvidia-smi."""
+"""The explanations of codes about GPUs, the NVIDIA driver and nvidia-smi."""
 
 from __future__ import annotations
 

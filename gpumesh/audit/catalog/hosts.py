@@ -1,4 +1,4 @@
-"""Codes about reaching a node: connection, SSH login, host keys, tunnel; and which host answers."""
+"""The explanations of codes about the way to a node: connection, SSH login, host keys, tunnel, identity of the host."""
 
 from __future__ import annotations
 

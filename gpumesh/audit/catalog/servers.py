@@ -1,4 +1,4 @@
-"""Codes about the inference server, its models, and the routes to it."""
+"""The explanations of codes about the inference server, its models, and the routes to it."""
 
 from __future__ import annotations
 
