@@ -128,7 +128,7 @@ def _switch_off_duplicates(
 def _switch_off_absent(
     specs: dict[str, NodeSpec], states: dict[str, NodeState], findings: Sequence[Finding]
 ) -> Iterator[tuple[str, Change]]:
-    """Yields the name of each node whose host does not exist, and the change that switches the node off."""
+    """Yields the name of each node whose host is absent (``_HOST_ABSENT_CODES``), and the change to switch it off."""
     for finding in findings:
         if finding.node is None or finding.node not in specs:
             continue

@@ -99,6 +99,7 @@ def _list_sizes(gpus: Sequence[GpuState]) -> list[int]:
 
 
 def _is_close(found: int, expected: int) -> bool:
+    """Whether two memory sizes differ by no more than ``VRAM_TOLERANCE``."""
     return abs(found - expected) <= VRAM_TOLERANCE * expected
 
 

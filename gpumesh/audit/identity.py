@@ -113,7 +113,7 @@ def gpu_groups(nodes: Sequence[NodeState]) -> Mapping[str, str]:
 
 
 def identifying_marks(node: NodeState) -> frozenset[str]:
-    """Returns all that ``find_machines`` looks at in this node. When it changes, ``find_machines`` must run again."""
+    """Returns the marks by which ``find_machines`` recognises this node. If they change, the machines may change."""
     marks = {mark for proof in Proof for mark in _marks(node, proof)}
     port_mark = _server_port(node)
     if port_mark is not None:
@@ -246,6 +246,7 @@ def store_fingerprint(catalog: Iterable[ModelInfo]) -> str | None:
     if not any(_HAS_NANOSECONDS.search(model.modified_at or "") for model in models):
         return None
     names_and_times = sorted((model.name, model.modified_at) for model in models)
+    # ``surrogatepass``: a hostile name can hold half of a surrogate pair. 16 hex digits are 64 bits: enough for a mesh.
     return "store:" + hashlib.sha256(repr(names_and_times).encode(errors="surrogatepass")).hexdigest()[:16]
 
 

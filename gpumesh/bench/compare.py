@@ -17,6 +17,8 @@ MIN_MEDIAN_CHANGE = 0.01
 
 
 class DifferenceVerdict(StrEnum):
+    """How a figure of result B differs from that of result A."""
+
     BETTER = "better"
     WORSE = "worse"
     SAME = "same"
@@ -118,6 +120,7 @@ def _judge_failed_shares(a: float, b: float) -> DifferenceVerdict:
 def _make_difference(
     stage: str, figure: str, unit: str, a: float | None, b: float | None, verdict: DifferenceVerdict
 ) -> Difference:
+    """Makes the difference between the values ``a`` and ``b`` of a figure, with their ratio."""
     return Difference(stage, figure, unit, a, b, ratio(b, a), verdict)
 
 

@@ -194,6 +194,7 @@ class _RunningStage:
         return self.clock() - self.start
 
     def add(self, record: LoadSample) -> None:
+        """Keeps the outcome of a request that has ended, and reports it."""
         self.records.append(record)
         self.record_added.set()
         self.on_record(record)

@@ -59,10 +59,12 @@ def write_result(folder: Path, result: BenchResult, records: Sequence[LoadSample
 
 
 def _write_error(folder: Path, error: OSError) -> UsageError:
+    """Makes the error for a folder to which a result cannot be written."""
     return UsageError(f"cannot write to {folder}: {error.strerror or error}", hint="choose another with --out")
 
 
 def _write_file(path: Path, text: str) -> None:
+    """Replaces the file as a whole, without a sync to the disk: a result that a power failure loses is no disaster."""
     atomic_file.replace(path, text, mode=0o644, sync=False)
 
 
@@ -87,5 +89,5 @@ def find_newest_result(folder: Path) -> Path | None:
     result_files = list(folder.glob(f"*/{RESULT_FILE}"))
     if not result_files:
         return None
-    newest_file = max(result_files, key=lambda file: (file.stat().st_mtime, file.parent))
+    newest_file = max(result_files, key=lambda file: (file.stat().st_mtime, file.parent))  # of equal times, by name
     return newest_file.parent

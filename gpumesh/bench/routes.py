@@ -84,6 +84,7 @@ class HttpRoute:
             raise BackendUnreachable(f"no answer: {str(error) or type(error).__name__}", node=node) from error
 
     def _headers(self, call: HttpCall, node: str | None) -> list[tuple[str, str]]:
+        """The headers of a request: those of its API, the node for the gateway, and the API key."""
         headers = [*call.headers]
         if self._through_gateway and node is not None:
             headers.append(("X-GPUMesh-Node", node))

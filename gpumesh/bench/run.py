@@ -77,6 +77,7 @@ class DrainDisturbance:
         self._drained_node: str | None = None
 
     async def begin(self) -> str:
+        """Drains the node with the most requests in flight. Returns a description."""
         state = await self._target.status()
         candidates = [node for node in state.nodes if node.name in self._nodes]
         busiest = max(candidates, key=lambda node: node.load.in_flight)
@@ -85,6 +86,7 @@ class DrainDisturbance:
         return f"{busiest.name} drained"
 
     async def end(self) -> None:
+        """Puts the node back into service, if ``begin`` has drained a node."""
         if self._drained_node is not None:
             await self._target.resume(self._drained_node)
             self._drained_node = None
@@ -96,6 +98,7 @@ def usable_nodes(state: MeshState, model: str) -> list[NodeState]:
 
 
 def _is_usable(node: NodeState, model: str) -> bool:
+    """Whether the node is up and has the model, or may have it."""
     is_up = node.health in (Health.HEALTHY, Health.DEGRADED) and node.backend.state is BackendPhase.UP
     models = node.backend.models
     return is_up and (not models or has_model(models, model))
@@ -129,7 +132,7 @@ async def run_benchmark(
     objective = objective or Objective()
     started_at = now()
     state = await target.status()
-    nodes = [node for node in usable_nodes(state, settings.model) if only_node in (None, node.name)]
+    nodes = _select_nodes(usable_nodes(state, settings.model), only_node)
     if not nodes:
         raise _no_usable_node(state, settings.model, only_node)
     facts = [NodeFacts(node.name, node.load.limit) for node in nodes]
@@ -178,12 +181,17 @@ async def run_benchmark(
     return BenchOutput(result, tuple(records))
 
 
+def _select_nodes(nodes: Sequence[NodeState], only_node: str | None) -> list[NodeState]:
+    """The node ``only_node``, or all nodes if ``only_node`` is ``None``."""
+    return [node for node in nodes if only_node is None or node.name == only_node]
+
+
 def _no_usable_node(state: MeshState, model: str, only_node: str | None) -> NoNodeError | UsageError:
     """Makes the error for a run without a usable node: the reason of each node, or that there is no such node."""
     if only_node is not None and all(node.name != only_node for node in state.nodes):
         names = ", ".join(node.name for node in state.nodes)
         return UsageError(f"there is no node {only_node!r}", hint=f"the nodes are: {names}")
-    candidates = [node for node in state.nodes if only_node in (None, node.name)]
+    candidates = _select_nodes(state.nodes, only_node)
     reasons = "; ".join(f"{node.name}: {_exclusion_reason(node)}" for node in candidates)
     return NoNodeError(f"no node can serve {model!r} ({reasons})")
 

@@ -310,15 +310,16 @@ def _plan_failover(settings: BenchSettings, prompts: PromptFactory, nodes: Seque
     if len(nodes) < 2:
         raise UsageError("failover needs two nodes that can serve the model", hint="`gpumesh status` shows them")
     level = settings.concurrency[0] if settings.concurrency else 2 * len(nodes)
-    return [_make_mesh_stage("failover", prompts, settings.requests or 10 * level, level, disturb=True)]
+    count = settings.requests or 10 * level  # ten rounds: enough before, during and after the disturbance
+    return [_make_mesh_stage("failover", prompts, count, level, disturb=True)]
 
 
 def _plan_replay(settings: BenchSettings, prompts: PromptFactory, trace: Sequence[TracedRequest]) -> list[Stage]:
-    """Replays a public trace. Requests are sent at the trace's own times, whether or not the mesh keeps up."""
+    """Replays a public trace: sends requests at the trace's own times (÷ speed), whether or not the mesh keeps up."""
     if not trace:
         raise UsageError("replay needs a trace", hint="--trace FILE: Azure's CSV or Mooncake's JSONL")
     traced_requests = trace[: settings.requests] if settings.requests else trace
-    start_s = traced_requests[0].at_s
+    start_s = traced_requests[0].at_s  # the first request is sent at the start of the stage
     requests = [
         PlannedRequest(prompts.make_traced_prompt(traced), at_s=(traced.at_s - start_s) / settings.speed)
         for traced in traced_requests

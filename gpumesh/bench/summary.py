@@ -217,6 +217,7 @@ def request_tpot_ms(record: LoadSample) -> float | None:
 
 
 def _latency(served: Sequence[LoadSample]) -> Latency:
+    """Summarizes the latencies of the served requests."""
     return Latency(
         ttft=summarize_sample(record.ttft_ms for record in served),
         tpot=summarize_sample(request_tpot_ms(record) for record in served),
@@ -319,15 +320,16 @@ def _phases(run: StageRun, records: Sequence[LoadSample]) -> tuple[Phase, ...]:
 
 def _phase(name: str, records: Sequence[LoadSample], start_s: float, end_s: float) -> Phase:
     """The figures of the phase from ``start_s`` to ``end_s`` (seconds of the stage)."""
-    sent = [record for record in records if start_s <= record.sent_s < end_s]
+    phase_records = [record for record in records if start_s <= record.sent_s < end_s]
+    gaps = [gap_ms for record in phase_records for gap_ms in gaps_ms(record.arrivals_s)]
     return Phase(
         name,
-        requests=len(sent),
-        failed=sum(record.outcome is not SampleOutcome.SERVED for record in sent),
-        retried=sum(record.attempts > 1 for record in sent),
-        end_to_end=summarize_sample(record.end_to_end_ms for record in sent),
+        requests=len(phase_records),
+        failed=sum(record.outcome is not SampleOutcome.SERVED for record in phase_records),
+        retried=sum(record.attempts > 1 for record in phase_records),
+        end_to_end=summarize_sample(record.end_to_end_ms for record in phase_records),
         output_tokens_per_s=rate(_tokens_between(records, start_s, end_s), end_s - start_s),
-        longest_gap_ms=max((gap for record in sent for gap in gaps_ms(record.arrivals_s)), default=None),
+        longest_gap_ms=max(gaps, default=None),
     )
 
 

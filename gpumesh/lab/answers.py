@@ -41,6 +41,8 @@ class GenerationRequest:
 
 @dataclass(frozen=True, slots=True)
 class ToolCall:
+    """A call of a tool by the model: the tool's name and the arguments by name."""
+
     name: str
     arguments: Mapping[str, Any]
 
@@ -101,7 +103,7 @@ def plan_answer(request: GenerationRequest, profile: HostProfile) -> PlannedAnsw
 def _generate_text(
     request: GenerationRequest, prompt: str, limit: int | None, length_range: tuple[int, int]
 ) -> text.GeneratedText:
-    """Generates text with the request's ``seed`` and ``stop``. ``limit`` (tokens) and ``length_range`` (words)."""
+    """Generates text with the request's ``seed`` and ``stop``: at most ``limit`` tokens, ``length_range`` words."""
     seed = request.options.get("seed")
     stop = request.options.get("stop") or ()
     return text.generate_text(

@@ -23,7 +23,7 @@ RETRY_S = 0.003  # seconds between two attempts to send: paramiko has no call-ba
 
 
 class ChannelIo:
-    """Reads and writes one channel on the event loop, without waiting.
+    """Reads and writes one channel without blocking the event loop.
 
     ``on_data`` is called with each piece of the client's bytes, and once with empty bytes at their end.
     """
@@ -57,13 +57,13 @@ class ChannelIo:
         return len(self._unsent_stdout) + len(self._unsent_stderr)
 
     def resume(self) -> None:
-        """Starts to read, or reads again after ``pause``."""
+        """Starts reading, or reads again after ``pause``."""
         if not self._reading and not self._closed:
             self._reading = True
             self._loop.add_reader(self._channel_fd, self._read)
 
     def pause(self) -> None:
-        """Stops to read: the client's next bytes stay in the channel, whose window then stops the client."""
+        """Stops reading: the client's next bytes stay in the channel, whose window then stops the client."""
         if self._reading:
             self._reading = False
             self._loop.remove_reader(self._channel_fd)
@@ -168,9 +168,10 @@ class ChannelStreams:
 
     def _add_input(self, data: bytes) -> None:
         self._input.put_nowait(data)
-        self._io.pause()  # bytes that the command does not read fill the channel's window
+        self._io.pause()  # until the command reads again: its unread input must not fill this process's memory
 
     async def read(self) -> bytes:
+        """The next bytes of standard input; empty at their end."""
         if self._input.empty():
             self._io.resume()
         data = await self._input.get()
@@ -179,11 +180,12 @@ class ChannelStreams:
         return data
 
     async def write(self, data: bytes, *, error: bool = False) -> None:
+        """Writes to standard output, or to standard error if ``error``. Waits while the client does not read."""
         if not self._io.write(data, error=error):
             await self._io.wait_drained()
 
     async def wait_closed(self) -> None:
-        """Waits until the client closes the channel. paramiko tells it only a reader; some commands never read."""
+        """Waits until the client closes the channel. A read would show this too, but some commands never read."""
         while not self._io.closed:  # noqa: ASYNC110  # paramiko has no event for it
             await asyncio.sleep(0.05)
 
@@ -216,12 +218,14 @@ class ForwardedChannel(asyncio.Protocol):
         self._server_ended = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast("asyncio.Transport", transport)  # a cast: uvloop's are no subclasses
+        """Begins to pass bytes: the local connection is there."""
+        self._transport = cast("asyncio.Transport", transport)  # uvloop's transports are no subclasses of asyncio's
         sock = transport.get_extra_info("socket")
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._io.resume()
 
     def data_received(self, data: bytes) -> None:
+        """Passes the server's bytes to the client. Stops reading from the server while the client does not read."""
         if not self._io.write(data) and self._transport is not None and self._drain_task is None:
             self._transport.pause_reading()
             self._drain_task = asyncio.ensure_future(self._resume_when_drained())
@@ -235,19 +239,23 @@ class ForwardedChannel(asyncio.Protocol):
             self._transport.resume_reading()
 
     def pause_writing(self) -> None:
+        """Stops reading from the client: the server does not take the client's bytes now."""
         self._io.pause()
 
     def resume_writing(self) -> None:
+        """Reads from the client again: the server takes bytes again."""
         if not self._client_ended:
             self._io.resume()
 
     def eof_received(self) -> bool:
+        """Tells the client that the server has sent its last bytes."""
         self._server_ended = True
         self._io.write_eof()
         self._finish_if_both_ended()
-        return True  # the other half stays open
+        return True  # tells asyncio to keep the other direction open
 
     def connection_lost(self, error: Exception | None) -> None:
+        """Closes the channel after the last bytes: the local connection has ended."""
         del error
         self._transport = None
         self._finish_soon()
@@ -280,6 +288,7 @@ class ForwardedChannel(asyncio.Protocol):
         self._finish_if_both_ended()
 
     def _finish_if_both_ended(self) -> None:
+        """Closes both sides if neither side sends any more."""
         if self._client_ended and self._server_ended:
             self._finish_soon()
 
@@ -289,6 +298,7 @@ class ForwardedChannel(asyncio.Protocol):
             self._finish_task = asyncio.ensure_future(self._finish())
 
     async def _finish(self) -> None:
+        """Waits until the client has all bytes, and closes both sides."""
         await self._io.wait_flushed()
         self._finish_task = None
         self.close()

@@ -164,11 +164,11 @@ class Engine:
         self.max_running = 0
         self._runner_lock = asyncio.Lock()  # one request at a time loads a model or joins a runner
         self._runner_released = asyncio.Event()
-        self._busy = UsageAverage(0.3, clock)
-        self._warmth = UsageAverage(15.0, clock)
+        self._busy = UsageAverage(tau_s=0.3, clock=clock)
+        self._warmth = UsageAverage(tau_s=15.0, clock=clock)
+        default_options = (None,) * len(RELOAD_OPTIONS)
         for model in profile.models:
             if model.resident:
-                default_options = (None,) * len(RELOAD_OPTIONS)
                 self.runners[model.name] = self._new_runner(model, default_options)
 
     def find_model(self, name: str) -> ModelProfile | None:
@@ -260,6 +260,7 @@ class Engine:
         )
 
     def _new_runner(self, model: ModelProfile, reload_options: tuple[object, ...]) -> Runner:
+        """Makes a runner with these values of ``RELOAD_OPTIONS``. The caller adds it to ``runners``."""
         num_ctx = reload_options[RELOAD_OPTIONS.index("num_ctx")]
         context_length = num_ctx if isinstance(num_ctx, int) else default_context(model)
         slots = 1 if model.embedding else self.profile.slots

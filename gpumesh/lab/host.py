@@ -126,6 +126,7 @@ async def _answer(host: SimHost, question: dict[str, Any]) -> dict[str, Any]:
 
 
 async def _open_stdin() -> asyncio.StreamReader:
+    """Opens standard input for reading on the event loop."""
     reader = asyncio.StreamReader(limit=LINE_LIMIT)
     await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
     return reader

@@ -149,6 +149,7 @@ class LabHost:
         return from_json(SimCounters, reply["counters"])
 
     def _send_signal(self, signal_number: signal.Signals) -> None:
+        """Sends a signal to the host's process. Raises GPUMeshError when the process has ended."""
         if self.pid is None:
             raise self._not_running_error()
         os.kill(self.pid, signal_number)

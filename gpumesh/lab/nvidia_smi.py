@@ -62,10 +62,10 @@ def make_snapshots(profile: HostProfile, load: GpuLoad) -> tuple[GpuSnapshot, ..
     cards = [GpuSnapshot(gpu, profile.driver, IDLE_MIB, busy=0.0, warmth=0.0) for gpu in profile.gpus]
     for number, (_name, model_mib) in enumerate(load.models):
         if cards and model_mib:
-            emptiest = min(range(len(cards)), key=lambda index: cards[index].used_mib)
-            card = cards[emptiest]
+            emptiest_index = min(range(len(cards)), key=lambda index: cards[index].used_mib)
+            card = cards[emptiest_index]
             process = GpuProcess(FIRST_PID + number, "/usr/local/bin/ollama runner", model_mib)
-            cards[emptiest] = replace(
+            cards[emptiest_index] = replace(
                 card,
                 used_mib=card.used_mib + model_mib,
                 busy=load.busy,
@@ -274,14 +274,16 @@ def _table(cards: Sequence[GpuSnapshot]) -> str:
         line,
     ]
     for card in cards:
-        value = {name: GPU_FIELDS[name](card)[0] for name in GPU_FIELDS}
-        busy = value["utilization.gpu"]
-        usage = f"{round(float(value['power.draw']))}W / {round(card.gpu.power_limit_w)}W"
+        utilization, _unit = GPU_FIELDS["utilization.gpu"](card)
+        temperature, _unit = GPU_FIELDS["temperature.gpu"](card)
+        fan_speed, _unit = GPU_FIELDS["fan.speed"](card)
+        pstate, _unit = GPU_FIELDS["pstate"](card)
+        power = f"{round(_power_w(card))}W / {round(card.gpu.power_limit_w)}W"
         memory = f"{card.used_mib}MiB / {card.gpu.memory_mib}MiB"
-        fan_and_temperature = f"{value['fan.speed']:>3}%   {value['temperature.gpu']}C"
+        fan_and_temperature = f"{fan_speed:>3}%   {temperature}C"
         parts += [
             f"| {card.gpu.index:>3}  {card.gpu.name[:25]:<28}On  | {card.gpu.pci_bus_id} Off   |{'N/A':>21} |\n",
-            f"| {fan_and_temperature:<11} {value['pstate']:<8} {usage:>18} |{memory:>23} |{busy:>6}%      Default |\n",
+            f"| {fan_and_temperature:<11} {pstate:<8} {power:>18} |{memory:>23} |{utilization:>6}%      Default |\n",
             line,
         ]
     return "".join(parts)

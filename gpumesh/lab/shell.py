@@ -30,6 +30,7 @@ _TOKEN = re.compile(
     r"""|(?P<plain>[^ \t\r\n;&|<>()`'"\\$]+|\$)""",
     re.DOTALL,
 )
+KILLED_STATUS = 128 + 9  # a shell's exit status for a command that SIGKILL (9) has ended
 _SHELLS = ("sh", "bash", "dash")
 _WRAPPERS = ("exec", "command", "env", "nice", "timeout")  # programs that run the command in their arguments
 
@@ -72,7 +73,7 @@ class SimShell:
             if (operator == "&&" and status != 0) or (operator == "||" and status == 0):
                 continue
             argv = [word.replace(_STATUS, str(status)) for word in words if word not in _REDIRECTS]
-            while argv and _ASSIGNMENT.match(argv[0]):
+            while argv and _ASSIGNMENT.match(argv[0]):  # NAME=value before a command has no effect here
                 del argv[0]
             if argv and argv[0] == "exit":
                 has_status = len(argv) > 1 and argv[1].isdigit()
@@ -129,7 +130,7 @@ class SimShell:
         input_task = asyncio.ensure_future(read_to_the_end())
         try:
             await asyncio.wait((command_task, input_task), return_when=asyncio.FIRST_COMPLETED)
-            return command_task.result() if command_task.done() else 128 + 9  # the status after SIGKILL
+            return command_task.result() if command_task.done() else KILLED_STATUS
         finally:
             for task in (command_task, input_task):
                 task.cancel()
@@ -143,36 +144,36 @@ class SimShell:
         if faults.nvidia_smi_delay_s > 0:
             await asyncio.sleep(faults.nvidia_smi_delay_s)
         status, output = nvidia_smi.run_nvidia_smi(arguments, self.profile, self.load(), faults.nvidia_smi)
-        is_not_found = status == 127  # then the text comes from the shell, which writes it to standard error
-        await streams.write(output, error=is_not_found)
+        is_not_found = status == 127
+        await streams.write(output, error=is_not_found)  # the message "not found" is the shell's, on standard error
         return status
 
 
 class _NoInput:
-    """The streams of a command with ``</dev/null``."""
+    """The streams of a command with ``</dev/null``: standard input is empty."""
 
     def __init__(self, streams: StandardStreams) -> None:
-        self._terminal = streams
+        self._streams = streams
 
     async def read(self) -> bytes:
         return b""
 
     async def write(self, data: bytes, *, error: bool = False) -> None:
-        await self._terminal.write(data, error=error)
+        await self._streams.write(data, error=error)
 
 
 class _MergedStreams:
-    """The streams of a command with ``2>&1``."""
+    """The streams of a command with ``2>&1``: standard error goes to standard output."""
 
     def __init__(self, streams: StandardStreams) -> None:
-        self._terminal = streams
+        self._streams = streams
 
     async def read(self) -> bytes:
-        return await self._terminal.read()
+        return await self._streams.read()
 
     async def write(self, data: bytes, *, error: bool = False) -> None:
         del error
-        await self._terminal.write(data)
+        await self._streams.write(data)
 
 
 class _Command(NamedTuple):
@@ -205,7 +206,10 @@ def _split_commands(text: str) -> list[_Command]:
 
 
 def _unquote(kind: str | None, part: str) -> str:
-    """The text that a part of a word means. ``kind`` is the group of ``_TOKEN`` that has matched the part."""
+    """The text that a part of a word means. ``kind`` is the group of ``_TOKEN`` that has matched the part.
+
+    Raises ``ValueError`` for syntax that is not simulated.
+    """
     match kind:
         case "unsupported":
             raise ValueError(f"{part!r} unexpected")
@@ -225,12 +229,14 @@ ShellCommand = Callable[[SimShell, list[str], StandardStreams], Awaitable[int]]
 
 
 async def _hostname(shell: SimShell, arguments: list[str], streams: StandardStreams) -> int:
+    """Writes the host's name, which shows that the host is simulated."""
     del arguments
     await streams.write(f"{shell.profile.hostname}\n".encode())
     return 0
 
 
 async def _uname(shell: SimShell, arguments: list[str], streams: StandardStreams) -> int:
+    """Writes the system's name; with ``-a`` also the host's name, kernel and machine."""
     full_name = f"Linux {shell.profile.hostname} 6.8.0-lab #1 SMP simulated x86_64 GNU/Linux"
     output = full_name if "-a" in arguments else "Linux"
     await streams.write(f"{output}\n".encode())
@@ -244,6 +250,7 @@ async def _whoami(shell: SimShell, arguments: list[str], streams: StandardStream
 
 
 async def _echo(shell: SimShell, arguments: list[str], streams: StandardStreams) -> int:
+    """Writes its arguments and a newline; with ``-n`` no newline."""
     del shell
     output = " ".join(arguments[1:]) if arguments[:1] == ["-n"] else " ".join(arguments) + "\n"
     await streams.write(output.encode(errors="replace"))
@@ -263,6 +270,7 @@ async def _cat(shell: SimShell, arguments: list[str], streams: StandardStreams) 
 
 
 async def _sleep(shell: SimShell, arguments: list[str], streams: StandardStreams) -> int:
+    """Waits for the seconds of its argument, at most a day, or for ever with ``infinity``."""
     del shell
     if arguments == ["infinity"]:
         await asyncio.Event().wait()  # until the command is cancelled

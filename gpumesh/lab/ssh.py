@@ -109,6 +109,7 @@ class SimSshServer:
         await asyncio.gather(*(connection.close() for connection in list(self._connections)))
 
     async def _accept_clients(self, listener: socket.socket) -> None:
+        """Accepts clients until it is cancelled, and starts a task for each."""
         loop = asyncio.get_running_loop()
         while True:
             sock, _ = await loop.sock_accept(listener)
@@ -154,6 +155,7 @@ class _Connection:
         self._transport = _Transport(sock, self)
 
     def start(self) -> None:
+        """Starts paramiko's thread, which does the handshake and then calls the methods below."""
         self._transport.local_version = BANNER
         for key in self.server.host_keys:
             self._transport.add_server_key(key)
@@ -189,6 +191,7 @@ class _Connection:
             self._loop.call_soon_threadsafe(callback, *arguments)
 
     def transport_ended(self) -> None:
+        """Ends the channels: the SSH connection has ended, from any side."""
         self.post(self._end_channels)
 
     def open_target(self, channel_id: int, host: str, port: int) -> int:
@@ -212,7 +215,7 @@ class _Connection:
     def channel_opened(self, channel: paramiko.Channel) -> None:
         """Keeps the channel, and starts the forwarding of bytes if it has a target."""
         # paramiko holds channels only by weak references: without this dictionary, the garbage collector closes them.
-        self._channels = {number: kept for number, kept in self._channels.items() if not kept.closed}
+        self._channels = {number: earlier for number, earlier in self._channels.items() if not earlier.closed}
         self._channels[channel.get_id()] = channel
         target_socket = self._target_sockets.pop(channel.get_id(), None)
         if target_socket is not None:
@@ -234,6 +237,7 @@ class _Connection:
     # -- on the event loop -------------------------------------------------------------------------------------------
 
     def _start_forward(self, channel: paramiko.Channel, target_socket: socket.socket) -> None:
+        """Starts to pass bytes between the channel and the socket of its target, unless the connection has ended."""
         if self._closed:
             target_socket.close()
             return
@@ -352,17 +356,18 @@ class _Transport(paramiko.Transport):
             self._connection.transport_ended()
 
     def _queue_incoming_channel(self, channel: paramiko.Channel) -> None:
-        # The channel does not go into paramiko's own queue: no code calls ``accept``.
+        """Reports a new channel. It does not go into paramiko's own queue, because no code here calls ``accept``."""
         self._connection.channel_opened(channel)
 
     def _send_user_message(self, data: paramiko.Message) -> None:
+        """Sends a message, and reports the reply to a channel's request after it is sent."""
         super()._send_user_message(data)  # type: ignore[misc]
         if data.asbytes()[:1] == cMSG_CHANNEL_SUCCESS:
             self._connection.reply_sent()
 
 
 class _IgnoredEvent:
-    """Takes the place of the ``threading.Event`` that paramiko sets after the handshake."""
+    """Takes the place of the ``threading.Event`` that paramiko sets after the handshake: no code waits for it."""
 
     def set(self) -> None:
         pass

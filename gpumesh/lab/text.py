@@ -103,31 +103,37 @@ def generate_text(
     mean_length = max(1, sum(length_range) // 2)
 
     tokens: list[str] = []
-    blank = ""
-    if last_word:
+    separator = ""
+    if last_word:  # no blank follows the last word: the answer may have been cut in this word
         word = _choose_word(state)
         belongs_to_answer = answer_at is None or last_word_at >= answer_at
         if belongs_to_answer and word.startswith(last_word) and word != last_word:
-            tokens.append(word.removeprefix(last_word))  # the answer was cut in this word, which is in ``words_left``
+            tokens.append(word.removeprefix(last_word))  # the rest of a word that ``words_left`` counts already
             state = _extend_state(state, word)
         else:
             state = _extend_state(state, last_word)
-        blank = " "
-    reason = "stop"
+        separator = " "
+    done_reason = "stop"
     while True:
         if len(tokens) >= max_tokens:
-            reason = "length"
+            done_reason = "length"
             break
-        is_complete = _mix(state + _END_SALT) % mean_length == 0 if words_left is None else words_left <= 0
-        if is_complete:
+        if _is_complete(state, words_left, mean_length):
             break
         word = _choose_word(state)
-        tokens.append(blank + word)
+        tokens.append(separator + word)
         state = _extend_state(state, word)
-        blank = " "
+        separator = " "
         if words_left is not None:
             words_left -= 1
-    return cut_at_stop(GeneratedText(tuple(tokens[:max_tokens]), reason), stop)
+    return cut_at_stop(GeneratedText(tuple(tokens[:max_tokens]), done_reason), stop)
+
+
+def _is_complete(state: int, words_left: int | None, mean_length: int) -> bool:
+    """Whether the answer ends here: after its last word, or, if its length is unknown, by a random decision."""
+    if words_left is not None:
+        return words_left <= 0
+    return _mix(state + _END_SALT) % mean_length == 0
 
 
 def cut_at_stop(answer: GeneratedText, stop: Sequence[str]) -> GeneratedText:

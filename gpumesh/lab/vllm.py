@@ -100,6 +100,7 @@ class SimVllm(SimServer):
         return card | {"root": name, "parent": None, "max_model_len": model.context_length}
 
     async def _chat(self, request: web.Request) -> web.StreamResponse:
+        """Answers the messages of a chat, or continues the last message with ``continue_final_message``."""
         body = await read_json(request)
         continues = body.get("continue_final_message") is True
         if continues and body.get("add_generation_prompt", True) is True:
@@ -111,6 +112,7 @@ class SimVllm(SimServer):
         return await self.write_answer(request, generation, frames, stream=body.get("stream") is True)
 
     async def _completions(self, request: web.Request) -> web.StreamResponse:
+        """Answers a prompt, which the model gets as it is."""
         body = await read_json(request)
         generation = self._read_request(body, prompt=str(body.get("prompt") or ""), options=read_options(body))
         frames = CompletionFrames(generation.name, usage=wants_usage(body))

@@ -42,6 +42,7 @@ class ChatFrames:
         }
 
     def encode_piece(self, content: str, thinking: str, tool: ToolCall | None) -> bytes:
+        """A chunk with the next piece. Thinking is in ``reasoning``, as Ollama writes it."""
         delta: dict[str, Any] = {"role": "assistant", "content": content}
         if thinking:
             delta["reasoning"] = thinking
@@ -51,6 +52,7 @@ class ChatFrames:
         return encode_event(self._chunk(delta, None))
 
     def encode_final(self, reason: str, timings: Timings) -> bytes:
+        """The chunk with the finish reason, the chunk with the usage if the client wants it, and ``[DONE]``."""
         finish_reason = "tool_calls" if self._called_tool else reason
         frames = encode_event(self._chunk({"role": "assistant", "content": ""}, finish_reason))
         if self._usage:
@@ -62,6 +64,7 @@ class ChatFrames:
         return encode_event(self._chunk({"role": "assistant", "content": ""}, None))
 
     def build_document(self, answer: PlannedAnswer, timings: Timings) -> dict[str, Any]:
+        """The whole answer as a ``chat.completion``."""
         message: dict[str, Any] = {"role": "assistant", "content": "" if answer.tool else "".join(answer.tokens)}
         if answer.thinking:
             message["reasoning"] = "".join(answer.thinking)
@@ -95,6 +98,7 @@ class CompletionFrames:
         return encode_event(self._chunk(content, None))
 
     def encode_final(self, reason: str, timings: Timings) -> bytes:
+        """The chunk with the finish reason, the chunk with the usage if the client wants it, and ``[DONE]``."""
         frames = encode_event(self._chunk("", reason))
         if self._usage:
             frames += encode_event({**self._base, "choices": [], "usage": build_usage(timings)})

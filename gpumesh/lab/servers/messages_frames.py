@@ -34,6 +34,7 @@ class MessagesFrames:
         self._called_tool = False
 
     def encode_piece(self, content: str, thinking: str, tool: ToolCall | None) -> bytes:
+        """The event with the next piece, after the events that open a content block of its type if none is open."""
         if tool is not None:
             self._called_tool = True
             block = {"type": "tool_use", "id": "toolu_1", "name": tool.name, "input": {}}
@@ -45,6 +46,7 @@ class MessagesFrames:
         return self._open_block(_EMPTY_TEXT) + self._encode_delta({"type": "text_delta", "text": content})
 
     def encode_final(self, reason: str, timings: Timings) -> bytes:
+        """The events that end the open content block and the message."""
         delta = {"stop_reason": _stop_reason(reason, called_tool=self._called_tool), "stop_sequence": None}
         usage = {"input_tokens": timings.prompt_tokens, "output_tokens": timings.tokens}
         # An answer without a piece has an empty block of text.
@@ -60,6 +62,7 @@ class MessagesFrames:
         return self._encode_event("error", error={"type": "api_error", "message": message})
 
     def build_document(self, answer: PlannedAnswer, timings: Timings) -> dict[str, Any]:
+        """The whole answer as a ``message``, whose blocks are thinking (if any), then text or the tool call."""
         content: list[dict[str, Any]] = []
         if answer.thinking:
             content.append({"type": "thinking", "thinking": "".join(answer.thinking)})

@@ -30,6 +30,7 @@ class NativeFrames:
         self._line_start = f'{{"model":{dump_json(name)},"created_at":'
 
     def encode_piece(self, content: str, thinking: str, tool: ToolCall | None) -> bytes:
+        """A line with the next piece. ``/api/generate`` has no tool calls."""
         if self._chat:
             members = f'"message":{dump_json(build_message(content, thinking, tool))}'
         else:
@@ -46,6 +47,7 @@ class NativeFrames:
         return (dump_json({"error": message}) + "\n").encode()
 
     def build_document(self, answer: PlannedAnswer, timings: Timings) -> dict[str, Any]:
+        """The whole answer as one object: the members of the last line, with the whole text."""
         content = "" if answer.tool else "".join(answer.tokens)
         thinking = "".join(answer.thinking)
         if self._chat:

@@ -64,14 +64,22 @@ class NativeRoutes:
         return json_response({"version": self._server.profile.version})
 
     async def status(self, _request: web.Request) -> web.Response:
+        """Tells that the server works, and that it is simulated."""
         return json_response({"status": "ok", "simulated": True})
 
     async def tags(self, _request: web.Request) -> web.Response:
-        models = [(stored_at, name, model) for name, (model, stored_at) in self._engine.store.items()]
-        models.sort(key=lambda stored_model: stored_model[0], reverse=True)  # the latest first
-        return json_response({"models": [_tag(name, model, stored_at) for stored_at, name, model in models]})
+        """Lists the stored models, the latest first."""
+        store = self._engine.store
+
+        def stored_at(name: str) -> datetime:
+            _model, time = store[name]
+            return time
+
+        names = sorted(store, key=stored_at, reverse=True)
+        return json_response({"models": [_tag(name, *store[name]) for name in names]})
 
     async def ps(self, _request: web.Request) -> web.Response:
+        """Lists the models in memory."""
         return json_response({"models": [self._runner_entry(runner) for runner in self._engine.list_runners()]})
 
     def _runner_entry(self, runner: Runner) -> dict[str, Any]:
@@ -91,6 +99,7 @@ class NativeRoutes:
         }
 
     async def show(self, request: web.Request) -> web.Response:
+        """Describes a stored model: its architecture, template and capabilities."""
         body = await read_json(request)
         model, stored_at = self._find_stored(body.get("model") or body.get("name"))
         info = {
@@ -112,10 +121,11 @@ class NativeRoutes:
         )
 
     async def generate(self, request: web.Request) -> web.StreamResponse:
+        """Answers a prompt. With ``raw``, the model gets the prompt as it is; otherwise as a chat of one message."""
         body = await read_json(request)
         raw = body.get("raw") is True
         prompt = str(body.get("prompt") or "")
-        generation = self._server.read_generation_request(body)
+        generation = self._server.read_generation_request(body)  # the errors about the model come first
         if generation.model.embedding:
             raise ApiError(400, f'"{generation.name}" does not support generate')
         if not prompt and not body.get("suffix"):
@@ -136,9 +146,10 @@ class NativeRoutes:
                 }
             )
         frames = NativeFrames(generation.name, chat=False, raw=raw)
-        return await self._server.write_answer(request, generation, frames, stream=body.get("stream") is not False)
+        return await self._server.write_answer(request, generation, frames, stream=_wants_stream(body))
 
     async def chat(self, request: web.Request) -> web.StreamResponse:
+        """Answers the messages of a chat. Without messages, only loads or unloads the model."""
         body = await read_json(request)
         messages = body.get("messages") or []
         if not isinstance(messages, list) or not all(isinstance(entry, dict) for entry in messages):
@@ -153,7 +164,7 @@ class NativeRoutes:
         if body.get("_debug_render_only") is True:
             return json_response({"model": generation.name, "created_at": format_now(), **_rendered_prompt(generation)})
         frames = NativeFrames(generation.name, chat=True)
-        return await self._server.write_answer(request, generation, frames, stream=body.get("stream") is not False)
+        return await self._server.write_answer(request, generation, frames, stream=_wants_stream(body))
 
     async def _preload(self, body: Mapping[str, Any], content: Mapping[str, Any]) -> web.Response:
         """Loads or unloads the model, as a request without a prompt asks for. The answer has ``content``."""
@@ -166,6 +177,7 @@ class NativeRoutes:
         )
 
     async def embed(self, request: web.Request) -> web.StreamResponse:
+        """Answers with an embedding of each text of ``input``."""
         body = await read_json(request)
         embed_input = body.get("input", "")
         texts = [embed_input] if isinstance(embed_input, str) else [str(entry) for entry in embed_input or []]
@@ -174,6 +186,7 @@ class NativeRoutes:
         return json_response(await self._embed_texts(body, texts))
 
     async def embeddings(self, request: web.Request) -> web.StreamResponse:
+        """Answers with an embedding of ``prompt``: the older form of ``/api/embed``."""
         body = await read_json(request)
         answer = await self._embed_texts(body, [str(body.get("prompt") or "")])
         return json_response({"embedding": answer["embeddings"][0]})
@@ -201,6 +214,7 @@ class NativeRoutes:
     # -- the store ---------------------------------------------------------------------------------------------------
 
     async def pull(self, request: web.Request) -> web.StreamResponse:
+        """Simulates the download of a model, in the time ``pull_s`` of the profile."""
         body = await read_json(request)
         name = str(body.get("model") or body.get("name") or "")
         if not name:
@@ -229,6 +243,7 @@ class NativeRoutes:
         yield {"status": "success"}
 
     async def create(self, request: web.Request) -> web.StreamResponse:
+        """Stores the model ``from`` under the name ``model``."""
         body = await read_json(request)
         name = str(body.get("model") or body.get("name") or "")
         if not name:
@@ -240,21 +255,25 @@ class NativeRoutes:
         )
 
     async def copy(self, request: web.Request) -> web.Response:
+        """Stores the model ``source`` under the name ``destination`` too."""
         body = await read_json(request)
         base, _stored_at = self._find_stored(body.get("source"))
         self._store_copy(base, str(body.get("destination") or ""))
         return web.Response()
 
     async def delete(self, request: web.Request) -> web.Response:
+        """Deletes a stored model. A loaded model stays in memory until it expires."""
         body = await read_json(request)
         model, _stored_at = self._find_stored(body.get("model") or body.get("name"))
         del self._engine.store[model.name]
         return web.Response()
 
     async def has_blob(self, request: web.Request) -> web.Response:
+        """Answers 200 if a file with this digest was uploaded, otherwise 404."""
         return web.Response(status=200 if request.match_info["digest"] in self._blobs else 404)
 
     async def add_blob(self, request: web.Request) -> web.Response:
+        """Takes an uploaded file: only its digest is kept, after a check that it is right."""
         digest = request.match_info["digest"]
         if f"sha256:{hashlib.sha256(await request.read()).hexdigest()}" != digest:
             raise ApiError(400, "digest mismatch")
@@ -343,7 +362,13 @@ def _tag(name: str, model: ModelProfile, stored_at: datetime) -> dict[str, Any]:
     }
 
 
+def _wants_stream(body: Mapping[str, Any]) -> bool:
+    """Whether the answer is streamed: Ollama streams unless ``stream`` is false."""
+    return body.get("stream") is not False
+
+
 async def _status_steps(*statuses: str) -> AsyncIterator[dict[str, Any]]:
+    """The progress of an operation that takes no time."""
     for status in statuses:
         yield {"status": status}
 
@@ -355,8 +380,8 @@ async def _write_progress(
 
     The status is 200; only without ``stream``, an error has status 500.
     """
-    if body.get("stream") is False:
-        last_step = [step async for step in steps][-1]
+    if not _wants_stream(body):
+        *_earlier_steps, last_step = [step async for step in steps]
         return json_response(last_step, status=500 if "error" in last_step else 200)
     response = web.StreamResponse(headers={"Content-Type": NDJSON})
     response.enable_chunked_encoding()

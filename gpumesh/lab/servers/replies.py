@@ -17,7 +17,7 @@ def dump_json(value: Any) -> str:
 
 
 async def read_json(request: web.Request) -> dict[str, Any]:
-    """Reads the body as a JSON object, whatever its Content-Type. Raises ApiError if it is none."""
+    """Reads the body as a JSON object, whatever its Content-Type. Raises ApiError for any other body."""
     data = await request.read()
     if not data:
         raise ApiError(400, "missing request body")
@@ -31,7 +31,10 @@ async def read_json(request: web.Request) -> dict[str, Any]:
 
 
 async def abort_connection(request: web.Request, response: web.StreamResponse | None) -> web.StreamResponse:
-    """Resets the client's connection. Bytes that were written before are sent. Returns a response for aiohttp only."""
+    """Resets the client's connection. Bytes that were written before are sent.
+
+    The returned response means nothing to the client: aiohttp wants a response from each handler.
+    """
     if request.transport is not None:
         sock = request.transport.get_extra_info("socket")
         # RST instead of FIN, as when a process is killed whose buffer holds unread bytes.

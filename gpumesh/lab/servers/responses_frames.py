@@ -32,6 +32,7 @@ class ResponseFrames:
         self._item_started = False
 
     def encode_piece(self, content: str, thinking: str, tool: ToolCall | None) -> bytes:
+        """The event with the next piece of text. Thinking has no event; a tool call is kept for the last event."""
         self._tool = tool or self._tool
         events = self._start_item()
         if thinking or not content:  # only text has an event of its own
@@ -40,6 +41,7 @@ class ResponseFrames:
         return events + self._encode_event("response.output_text.delta", **self._position(), delta=content)
 
     def encode_final(self, reason: str, timings: Timings) -> bytes:
+        """The events that end the item and the response."""
         text = "".join(self._text_parts)
         item = self._message_item(text, "completed")
         return (

@@ -134,16 +134,8 @@ class SimServer(ABC):
         asked_at = self.engine.clock()
         answer = plan_answer(generation, self.profile)
         entry = _LogEntry(LoggedRequest(request.path, generation.model.name, asked_at, answer.prompt[-400:]))
-        self._log.append(entry)
-        counters = self._counters
-        in_flight = counters.in_flight + 1
-        self._counters = replace(
-            counters,
-            started=counters.started + 1,
-            in_flight=in_flight,
-            max_in_flight=max(counters.max_in_flight, in_flight),
-        )
-        outcome = "failed"
+        self._record_start(entry)
+        outcome = "failed"  # until the answer is complete or the client has gone
         try:
             async with self.engine.lease_slot(generation.model, generation.options, generation.keep_alive) as lease:
                 prompt_tokens, prefill_s = await self.engine.prefill(lease, answer.prompt)
@@ -173,6 +165,18 @@ class SimServer(ABC):
             raise
         finally:
             self._record_outcome(entry, outcome)
+
+    def _record_start(self, entry: _LogEntry) -> None:
+        """Counts a request that starts, and adds it to the log."""
+        self._log.append(entry)
+        counters = self._counters
+        in_flight = counters.in_flight + 1
+        self._counters = replace(
+            counters,
+            started=counters.started + 1,
+            in_flight=in_flight,
+            max_in_flight=max(counters.max_in_flight, in_flight),
+        )
 
     def _record_outcome(self, entry: _LogEntry, outcome: str) -> None:
         """Counts the end of a request and writes it to the log. ``outcome``: finished, cancelled or failed."""
@@ -294,8 +298,10 @@ class SimServer(ABC):
             raise
 
     def _reset_connections(self) -> None:
-        server = self._runner.server if self._runner is not None else None
-        for connection in list(server.connections) if server is not None else ():
+        """Closes the connections of all clients at once. Answers that run are cut."""
+        if self._runner is None or self._runner.server is None:
+            return
+        for connection in list(self._runner.server.connections):
             if connection.transport is not None:
                 connection.transport.abort()
 

@@ -35,6 +35,7 @@ class V1Routes:
         self._server = server
 
     async def chat(self, request: web.Request) -> web.StreamResponse:
+        """Answers the messages of a chat, in OpenAI's form."""
         body = await read_json(request)
         generation = self._server.read_generation_request(
             body,
@@ -48,6 +49,7 @@ class V1Routes:
         return await self._server.write_answer(request, generation, frames, stream=body.get("stream") is True)
 
     async def completions(self, request: web.Request) -> web.StreamResponse:
+        """Answers a prompt, in OpenAI's older form."""
         body = await read_json(request)
         # Ollama applies the model's template to this prompt, as it does for /api/generate.
         messages = [{"role": "user", "content": str(body.get("prompt") or "")}]
@@ -58,6 +60,7 @@ class V1Routes:
         return await self._server.write_answer(request, generation, frames, stream=body.get("stream") is True)
 
     async def responses(self, request: web.Request) -> web.StreamResponse:
+        """Answers a text or a list of messages, in the form of OpenAI's Responses API."""
         body = await read_json(request)
         response_input = body.get("input")
         if isinstance(response_input, str):
@@ -68,7 +71,7 @@ class V1Routes:
             messages.insert(0, {"role": "system", "content": str(body["instructions"])})
         if not all(isinstance(entry, dict) for entry in messages):
             raise ApiError(400, "input must be a string or a list of items")
-        options = read_options({**body, "max_tokens": body.get("max_output_tokens")})
+        options = read_options({**body, "max_tokens": body.get("max_output_tokens")})  # this API's name for the limit
         generation = self._server.read_generation_request(
             body, messages=messages, options=options, tools=body.get("tools") or ()
         )
@@ -77,6 +80,7 @@ class V1Routes:
         )
 
     async def messages(self, request: web.Request) -> web.StreamResponse:
+        """Answers the messages of a chat, in Anthropic's form."""
         body = await read_json(request)
         messages = body.get("messages")
         if not isinstance(messages, list) or not all(isinstance(entry, dict) for entry in messages):
@@ -88,7 +92,7 @@ class V1Routes:
         thinking = body.get("thinking")
         think = isinstance(thinking, dict) and thinking.get("type") == "enabled"
         tools = body.get("tools") or ()
-        options = read_options({**body, "stop": body.get("stop_sequences")})
+        options = read_options({**body, "stop": body.get("stop_sequences")})  # Anthropic's name
         generation = self._server.read_generation_request(
             body, messages=messages, options=options, tools=tools, think=think
         )
@@ -97,6 +101,7 @@ class V1Routes:
         )
 
     async def embeddings(self, request: web.Request) -> web.StreamResponse:
+        """Answers with an embedding of each text of ``input``, in OpenAI's form."""
         body = await read_json(request)
         embed_input = body.get("input")
         texts = [embed_input] if isinstance(embed_input, str) else [str(content) for content in embed_input or []]
@@ -119,6 +124,7 @@ class V1Routes:
         return json_response({"object": "list", "data": [self._entry(name) for name in self._server.engine.store]})
 
     async def model(self, request: web.Request) -> web.Response:
+        """Describes one stored model."""
         name = request.match_info["model"]
         model = self._server.engine.find_model(name)
         if model is None:
