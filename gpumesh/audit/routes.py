@@ -91,7 +91,7 @@ def _check_faster_routes(node: str, current: RouteState, to_same_server: Sequenc
     """
     faster_routes = [route for route in to_same_server if _is_faster(route, current)]
     if faster_routes:
-        fastest = min(faster_routes, key=lambda route: route.latency_ms or 0.0)
+        fastest = min(faster_routes, key=lambda route: route.latency_ms or 0.0)  # each latency is known here
         if fastest.offered:
             backend = f"backend: {{url: {yaml_text(fastest.target)}}}"
             hint = f"give the node `{backend}` and no `ssh`, if the way between may be seen by others"

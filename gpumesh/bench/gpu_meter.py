@@ -51,8 +51,8 @@ def gpu_use(samples: Sequence[GpuSample], nodes: frozenset[str] | None = None) -
     """Computes the use of the GPUs of these nodes (``None``: of all nodes) from the samples of one stage. Pure.
 
     Returns ``None`` when there are too few samples, or no GPU. A GPU counts once, by its UUID, even when several nodes
-    report it. Samples of the first ``LAG_S`` are left out. Energy is the mean power times the whole time from the first
-    sample, even if left out, to the last.
+    report it. Samples of the first ``LAG_S`` are left out, because they may show the GPUs before the stage. Energy is
+    the mean power times the time of the whole stage, from the very first sample to the last.
     """
     used_samples = [sample for sample in samples if sample.at_s - samples[0].at_s >= LAG_S]
     if len(used_samples) < MIN_SAMPLES:

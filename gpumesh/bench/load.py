@@ -357,9 +357,9 @@ async def _send_request(
 
 
 async def _measure_lag(run: _RunningStage) -> None:
-    """Measures again and again how late (ms) the event loop returns from a short sleep, and adds it to ``lags_ms``.
+    """Measures the event loop's lag (ms) again and again, and adds each value to ``lags_ms``.
 
-    Each measured latency can be wrong by such a time.
+    The lag is how late the event loop returns from a short sleep. Each measured latency can be wrong by such a time.
     """
     while True:
         start = run.clock()

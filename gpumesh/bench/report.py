@@ -157,7 +157,7 @@ def _latency(stages: Sequence[StageResult]) -> str:
 
 
 def _plots(result: BenchResult) -> list[str]:
-    """The plots of a result: others for ``sweep`` and ``overhead`` than for the other scenarios."""
+    """The plots of a result. The scenarios ``sweep`` and ``overhead`` have plots of their own."""
     stages = result.stages
     if result.scenario is Scenario.SWEEP:
         return _sweep_plots(stages)

@@ -245,6 +245,7 @@ def _make_stage(
     node: str | None = None,
     disturb: bool = False,
 ) -> Stage:
+    """Makes a stage of these requests. Without ``concurrency``, it is an open loop. The rest is as in ``Stage``."""
     return Stage(name, kind, tuple(requests), node=node, concurrency=concurrency, disturb=disturb)
 
 

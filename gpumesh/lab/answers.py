@@ -10,6 +10,9 @@ from typing import Any
 from gpumesh.lab import text
 from gpumesh.lab.profile import HostProfile, ModelProfile
 
+JSON_WORDS = 12  # of the answer to a request for any JSON: its length does not matter
+THINKING_TOKENS = 12  # of each answer that begins with thinking
+
 
 class ApiError(Exception):
     """Refuses a request: the answer is this HTTP status and this message, in the form of the request's API."""
@@ -91,12 +94,13 @@ def plan_answer(request: GenerationRequest, profile: HostProfile) -> PlannedAnsw
     elif request.format:
         words = [token.strip() for token in answer.tokens] or ["nothing"]
         if request.format == "json":
-            answer = _json_answer({"answer": " ".join(words[:12])}, limit)
+            answer = _json_answer({"answer": " ".join(words[:JSON_WORDS])}, limit)
         else:
             answer = _json_answer(text.make_schema_example(request.format, words), limit)
     thinking: tuple[str, ...] = ()
     if _should_think(request) and not prompt.endswith("</think>"):
-        thinking = text.generate_text(f"{prompt}<think>", model=request.model.name, num_predict=12).tokens
+        thought = text.generate_text(f"{prompt}<think>", model=request.model.name, num_predict=THINKING_TOKENS)
+        thinking = thought.tokens
     return PlannedAnswer(prompt, thinking, answer.tokens, tool, answer.done_reason)
 
 

@@ -129,7 +129,7 @@ class ChannelIo:
             self._retry_timer = None
         try:
             self._send_unsent_bytes()
-        except TimeoutError:
+        except TimeoutError:  # the channel takes no more bytes now
             self._retry_timer = self._loop.call_later(RETRY_S, self._flush)
         except (OSError, EOFError, paramiko.SSHException):
             self.close()

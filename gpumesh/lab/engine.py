@@ -90,7 +90,7 @@ class Pacer:
         if wait_s > 0:
             await asyncio.sleep(wait_s)
         elapsed_s = self._clock() - self._start
-        due = int(elapsed_s * self._rate + 1e-6)  # a rounding error must not make the last token late
+        due = int(elapsed_s * self._rate + 1e-6)  # with 1e-6, a rounding error does not hide a token that is due
         self.sent = min(self._total, max(self.sent + 1, due))
         return self.sent
 

@@ -112,7 +112,7 @@ class LabHost:
         await self.kill()
         with self._log.open("ab") as log:
             self._process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-P", "-m", "gpumesh.lab.host"),
+                *(sys.executable, "-P", "-m", "gpumesh.lab.host"),  # -P: no modules of the working directory
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -268,7 +268,7 @@ class Lab:
         if nodes is None:
             nodes = [host.node_entry() for host in self._hosts.values()]
         first_host = next(iter(self._hosts.values()))
-        user = first_host.profile.user  # the same for all hosts of a lab
+        user = first_host.profile.user  # ``defaults`` has one user, so all hosts of a lab have the same
         ssh = {"user": user, "identity_file": str(self.identity), "known_hosts": str(self.known_hosts), "agent": False}
         lines = ["# A mesh of simulated hosts, made by gpumesh's lab.", "version: 1", "name: lab"]
         lines += [f"gateway: {json.dumps(gateway_section)}", "defaults:", f"  ssh: {json.dumps(ssh)}", "nodes:"]

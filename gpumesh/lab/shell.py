@@ -86,7 +86,7 @@ class SimShell:
         return status
 
     async def _run_command(self, argv: list[str], streams: StandardStreams, depth: int) -> int:
-        """Runs one command: its name, or path, and its arguments. Returns the exit status."""
+        """Runs one command and returns its exit status. ``argv`` is the command's name, or path, and its arguments."""
         path, *arguments = argv
         name = path.rsplit("/", 1)[-1]
         if name in _SHELLS and len(arguments) >= 2 and arguments[0] in ("-c", "-lc"):

@@ -296,6 +296,7 @@ class _Policy(paramiko.ServerInterface):
         return "publickey,password" if self._server.shell.profile.password is not None else "publickey"
 
     def check_auth_publickey(self, username: str, key: paramiko.PKey) -> int:
+        """Accepts the host's user with an authorized key. paramiko itself checks the client's signature."""
         if self._server.faults().ssh_refuse_key:
             return AUTH_FAILED
         is_authorized = username == self._server.shell.profile.user and key.asbytes() in self._server.authorized
@@ -323,11 +324,13 @@ class _Policy(paramiko.ServerInterface):
     def check_channel_direct_tcpip_request(
         self, chanid: int, origin: tuple[str, int], destination: tuple[str, int]
     ) -> int:
+        """Opens the target of a port forwarding. ``destination`` is its host and port as the client names them."""
         del origin
         host, port = destination
         return self._connection.open_target(chanid, host, port)
 
     def check_channel_exec_request(self, channel: paramiko.Channel, command: bytes) -> bool:
+        """Accepts each command. An unknown command fails later, as with a real shell."""
         self._connection.command_requested(channel, command.decode("utf-8", "replace"))
         return True
 
@@ -346,10 +349,10 @@ class _Transport(paramiko.Transport):
     def __init__(self, sock: socket.socket, connection: _Connection) -> None:
         super().__init__(sock)
         self._connection = connection
-        self.daemon = True
+        self.daemon = True  # the connection's thread must not keep the process alive
 
     def run(self) -> None:
-        """The thread of the connection."""
+        """Serves the connection until it ends. This is the whole life of the connection's thread."""
         try:
             super().run()
         finally:

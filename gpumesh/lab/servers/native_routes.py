@@ -321,7 +321,7 @@ def read_common_parts(body: Mapping[str, Any]) -> dict[str, Any]:
     """
     options = body.get("options") or {}
     try:
-        parse_keep_alive(body.get("keep_alive"), 0.0)
+        parse_keep_alive(body.get("keep_alive"), 0.0)  # only a check: the engine reads the value when it needs it
     except ValueError as error:
         raise ApiError(400, str(error)) from error
     return {
@@ -368,7 +368,7 @@ def _wants_stream(body: Mapping[str, Any]) -> bool:
 
 
 async def _status_steps(*statuses: str) -> AsyncIterator[dict[str, Any]]:
-    """The progress of an operation that takes no time."""
+    """Yields each status as a step: the progress of an operation that takes no time."""
     for status in statuses:
         yield {"status": status}
 

@@ -247,7 +247,7 @@ class SimServer(ABC):
         if (faults.hang or faults.status or faults.disconnect) and self._use_fault(request.path):
             await request.read()
             if faults.hang:
-                await self._faults_changed.wait()  # then the request is handled
+                await self._faults_changed.wait()  # afterwards the request is handled as usual
             elif faults.status:
                 message = _STATUS_TEXTS.get(faults.status, "simulated fault")
                 return self.build_error(request.path, faults.status, message)
