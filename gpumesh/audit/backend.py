@@ -1,4 +1,4 @@
-"""The audit's rules about a node's inference server: does it serve, does it run on the GPU, is its version too old."""
+"""The audit's rules about a node's inference server: whether it serves, on the GPU, and whether it is too old."""
 
 from __future__ import annotations
 

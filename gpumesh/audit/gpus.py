@@ -1,4 +1,4 @@
-"""The audit's rules about GPUs: do number, name, memory and driver match what mesh.yaml expects."""
+"""The audit's rules about GPUs: whether their number, name, memory and driver are as mesh.yaml expects."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The audit's rules about identity: is a node the expected host, and which nodes are one machine (``find_machines``).
+"""The audit's rules about identity: whether a node is the expected host, and which nodes are one machine or GPU.
 
 A common GPU UUID in both nodes' nvidia-smi proves that two nodes are routes to one machine. Where nvidia-smi gives no
 answer, a common SSH host key is the proof, and without a key the model store: ``modified_at`` is the nanosecond at

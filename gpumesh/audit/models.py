@@ -1,4 +1,4 @@
-"""The audit's rules about models: are the expected models there, and is a name the same model on all nodes."""
+"""The audit's rules about models: whether expected models are missing, and whether a name means two models."""
 
 from __future__ import annotations
 

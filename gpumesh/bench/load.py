@@ -53,11 +53,15 @@ class SendPrompt(Protocol):
 
 
 class Disturbance(Protocol):
-    """Takes a node out of service in mid-run and puts it back. ``begin`` returns a description of what it did."""
+    """Takes a node out of service in the middle of a stage, and puts the node back."""
 
-    async def begin(self) -> str: ...
+    async def begin(self) -> str:
+        """Takes a node out of service. Returns what was done, for the result: "oslo drained"."""
+        ...
 
-    async def end(self) -> None: ...
+    async def end(self) -> None:
+        """Puts the node back into service."""
+        ...
 
 
 class SampleOutcome(StrEnum):

@@ -99,6 +99,7 @@ def describe_environment(state: MeshState, *, embedded: bool) -> Environment:
 
 
 def _node_environment(node: NodeState) -> NodeEnvironment:
+    """Describes a node as it is now."""
     return NodeEnvironment(
         name=node.name,
         transport=node.tunnel.transport,

@@ -54,6 +54,7 @@ class ChannelIo:
 
     @property
     def _unsent_bytes(self) -> int:
+        """The number of bytes that the channel has not taken yet."""
         return len(self._unsent_stdout) + len(self._unsent_stderr)
 
     def resume(self) -> None:

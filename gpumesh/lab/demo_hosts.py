@@ -16,7 +16,8 @@ def make_hosts(count: int, *, load_s: float = 1.0) -> tuple[HostProfile, ...]:
     """Makes the profiles of ``count`` hosts, each with one RTX 4090 and with ``QWEN_7B`` as its first model.
 
     The rates and the other models differ: host number n takes entry n of the tables above, and a table that is too
-    short begins again. ``load_s`` is the time to load a model.
+    short begins again. After the last name, hosts are called ``host9``, ``host10`` and so on. ``load_s`` is the time to
+    load a model, in seconds.
     """
     hosts: list[HostProfile] = []
     for number in range(count):

@@ -292,6 +292,7 @@ class _Policy(paramiko.ServerInterface):
         self._server = connection.server
 
     def get_allowed_auths(self, username: str) -> str:
+        """The methods to log in, separated by commas. A password is possible only if the host has a password."""
         del username
         return "publickey,password" if self._server.shell.profile.password is not None else "publickey"
 

@@ -56,6 +56,7 @@ class SimVllm(SimServer):
         return json_response({"error": "Unauthorized"}, status=401)
 
     def build_error(self, path: str, status: int, message: str) -> web.Response:  # noqa: ARG002 - all paths have one form of error
+        """Builds an error in vLLM's form."""
         error_type = _ERROR_TYPES.get(status, HTTPStatus(status).phrase)
         error = {"message": message, "type": error_type, "param": None, "code": status}
         return json_response({"error": error}, status=status)
@@ -91,6 +92,7 @@ class SimVllm(SimServer):
             yield f'vllm:{name}{{engine="0",model_name="{first_model.name}"}} {value}'
 
     async def _models(self, _request: web.Request) -> web.Response:
+        """Lists the served models."""
         return json_response({"object": "list", "data": [self._model_card(name) for name in self.engine.store]})
 
     def _model_card(self, name: str) -> dict[str, Any]:

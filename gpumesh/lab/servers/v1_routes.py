@@ -121,6 +121,7 @@ class V1Routes:
         return json_response({"object": "list", "data": data, "model": generation.name, "usage": usage})
 
     async def models(self, _request: web.Request) -> web.Response:
+        """Lists the stored models."""
         return json_response({"object": "list", "data": [self._entry(name) for name in self._server.engine.store]})
 
     async def model(self, request: web.Request) -> web.Response:
