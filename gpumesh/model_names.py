@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 
+
+@lru_cache(maxsize=512)  # every request passes here
 def full_name(model: str) -> str:
     """Returns the name in lower case and with its tag: ``Qwen2.5`` gives ``qwen2.5:latest``.
 

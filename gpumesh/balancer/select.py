@@ -60,7 +60,7 @@ def select_candidates(candidates: Sequence[Candidate], demand: Demand, *, exclud
         if not candidate.usable or not meets_demand(candidate, demand) or candidate.name in exclude:
             continue
         limit = candidate.limit if demand.needs_slot else None
-        if limit is None or loads[gpu_group(candidate)] < limit:
+        if limit is None or loads[candidate.group or candidate.name] < limit:
             free.append(candidate)
         else:
             busy.append(candidate)
@@ -83,7 +83,7 @@ def group_loads(candidates: Sequence[Candidate]) -> dict[str, int]:
     """Counts the requests in flight by GPU group: those of all nodes in the group, and from all gateways."""
     loads: dict[str, int] = {}
     for candidate in candidates:
-        group = gpu_group(candidate)
+        group = candidate.group or candidate.name  # ``gpu_group``, written out: every request passes here
         loads[group] = loads.get(group, 0) + candidate.in_flight + candidate.other_gateways_in_flight
     return loads
 

@@ -25,6 +25,8 @@ from gpumesh.gateway.http.request import Request
 _APPLICATION_SCHEMES = frozenset({"app", "file", "tauri", "vscode-file", "vscode-webview"})  # Ollama's list
 _THIS_MACHINE = frozenset({"localhost", "127.0.0.1", "0.0.0.0", "::1"})  # noqa: S104  # hosts of an Origin, not to bind
 _DEFAULT_PORTS = {"http": 80, "https": 443}
+# Every check of a request's purpose and origin reads one of these.
+_BROWSER_HEADERS = frozenset({"origin", "service-worker", "sec-fetch-dest", "sec-fetch-site"})
 _LOCAL_SUFFIXES = (".localhost", ".local", ".internal")
 
 
@@ -51,6 +53,8 @@ class Guard:
         if not self.host_allowed(host):
             message = "this Host is not served here: ask for localhost or an IP address, or set gateway.api_key_env"
             raise BadRequest(message, status=403)
+        if _BROWSER_HEADERS.isdisjoint(headers):  # not sent by a browser, as nearly all requests
+            return
         if is_request_to_render(headers, is_own_page=is_own_page):
             message = (
                 "a browser may ask for this by fetch() only, not show, embed or run it; the page for people is at /ui"

@@ -101,8 +101,10 @@ async def forward_request(
     if require_json and not _is_readable(answer):
         answer = await _ask_other_nodes(mesh, demand, calls, answer, timeout_s)
     on_answer(answer)
+    if answer.body is not None:
+        return _whole_response(answer, answer.body, shape)
     try:
-        return await _respond(request, answer, shape)
+        return await _stream_response(request, answer, shape)
     finally:
         await answer.aclose()
 
@@ -132,9 +134,7 @@ async def _ask_other_nodes(
     raise BackendError("its answer is not the JSON that it should be", node=answer.node)
 
 
-async def _respond(request: Request, answer: Answer, shape: ClientApi) -> Response | StreamingResponse:
-    if answer.body is not None:
-        return _whole_response(answer, answer.body, shape)
+async def _stream_response(request: Request, answer: Answer, shape: ClientApi) -> StreamingResponse:
     stream = request.start_stream(_response_headers(answer), status=answer.status)
     try:
         await answer.send_to(stream)

@@ -98,8 +98,26 @@ class Router:
         self, request: Request, record: RequestRecord, route: ModelRoute
     ) -> Response | StreamingResponse:
         """Forwards the request to a node that has the model."""
-        demand, body = await self._read_demand(request, route)
-        record.demand = demand
+        body = request.take_body()
+        if body is None:
+            body = await request.read_body()
+        members = read_small_members(body) or await read_members(body, request)
+        model = read_model(route, members)
+        record.demand = demand = read_demand(
+            route,
+            request.headers,
+            members,
+            size=len(body),
+            model=model or self._spec.default_model,
+            node=read_node(request.headers, self._mesh.topology),
+            request_id=request.id,
+        )
+        # The body for the node has the name of the model where every server looks for it.
+        if model is None:
+            assert demand.model is not None, "it is the default model"
+            body = await rewrite_body(body, members, request, model=demand.model)
+        elif not members.has_common_spelling:
+            body = await rewrite_body(body, members, request)
         return await proxy.forward_request(
             self._mesh,
             request,
@@ -110,28 +128,6 @@ class Router:
             on_answer=record.note_answer,
             require_json=not route.needs_slot,
         )
-
-    async def _read_demand(self, request: Request, route: ModelRoute) -> tuple[Demand, bytes]:
-        """Returns the request's demand, then its body for the node. The body has the name of the model where every
-        server looks for it."""
-        body = await request.read_body()
-        members = read_small_members(body) or await read_members(body, request)
-        model = read_model(route, members)
-        demand = read_demand(
-            route,
-            request.headers,
-            members,
-            size=len(body),
-            model=model or self._spec.default_model,
-            node=read_node(request.headers, self._mesh.topology),
-            request_id=request.id,
-        )
-        if model is None:
-            assert demand.model is not None, "it is the default model"
-            body = await rewrite_body(body, members, request, model=demand.model)
-        elif not members.has_common_spelling:
-            body = await rewrite_body(body, members, request)
-        return demand, body
 
     async def _forward_to_any_node(self, request: Request, record: RequestRecord) -> Response | StreamingResponse:
         """Forwards the request to any node; a question about one model goes to any node that has it."""

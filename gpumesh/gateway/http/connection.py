@@ -35,6 +35,7 @@ from gpumesh.gateway.http.request import Handler, Request
 from gpumesh.gateway.http.request_queue import RequestQueue
 from gpumesh.gateway.http.request_reader import RequestReader
 from gpumesh.gateway.http.responses import ErrorRenderer, Response
+from gpumesh.gateway.http.streaming_response import StreamingResponse
 from gpumesh.slice_queue import SliceQueue
 from gpumesh.turn_end import TurnEnd
 
@@ -104,6 +105,7 @@ class ClientConnection(asyncio.Protocol):
         self.client_address: str | None = None
         self._server = server
         self._peer = "not connected"
+        self._registered_key: str | None = ""  # "": no request was accepted yet
         self._queue = RequestQueue()
         self._task: asyncio.Task[None] | None = None
         self._idle_since = loop.time()
@@ -211,7 +213,8 @@ class ClientConnection(asyncio.Protocol):
                     write_refusal(self.writer, self._server.render_error(item.status, item.message))
                     self._linger()
                     return
-                await self._answer(item)
+                answer = await call_handler(self._server.handler, item, self._server.render_error)
+                self._finish_answer(item, answer)
                 if self.state in END_STATES:
                     return
                 if self.writer.backpressured:  # a client gets its next answer only after it has read the last one
@@ -232,9 +235,8 @@ class ClientConnection(asyncio.Protocol):
             self._idle_since = self.loop.time()
             self._server.admission.mark_idle(self)
 
-    async def _answer(self, request: Request) -> None:
-        """Answers, and ends the connection if it cannot stay. Raises ConnectionError if there is no whole answer."""
-        answer = await call_handler(self._server.handler, request, self._server.render_error)
+    def _finish_answer(self, request: Request, answer: Response | StreamingResponse) -> None:
+        """Writes a whole answer (a streamed one has been written), and ends the connection if it cannot stay."""
         keeps_alive = self.keeps_alive(request)
         if isinstance(answer, Response):
             write_answer(self.writer, answer, request, keep_alive=keeps_alive)
@@ -253,7 +255,12 @@ class ClientConnection(asyncio.Protocol):
         self._reader.resume()
 
     def register_key(self, key: str | None) -> str | None:
-        return self._server.register_key(self, key)
+        if key == self._registered_key:  # as that of the request before
+            return None
+        refusal_reason = self._server.register_key(self, key)
+        if refusal_reason is None:
+            self._registered_key = key
+        return refusal_reason
 
     # -- the end -----------------------------------------------------------------------------------------------------
 

@@ -132,17 +132,29 @@ class Request:
 
     # -- the body ----------------------------------------------------------------------------------------------------
 
+    @property
+    def _max_body_bytes(self) -> int:
+        return min(self._connection.bounds.max_body_bytes, self._connection.memory.max_body_bytes)
+
+    def take_body(self) -> bytes | None:
+        """Returns the body if it has come as a whole and is not packed, as nearly all have. Otherwise it returns
+        ``None``, and ``read_body`` must be called. Raises BadRequest if the body is too large."""
+        body = self.body
+        if not body.whole or body.reservation.refused or "content-encoding" in self.headers:
+            return None
+        if body.buffered > self._max_body_bytes:
+            raise body_too_large()
+        return body.take()
+
     async def read_body(self) -> bytes:
         """Returns the whole body, unpacked. Raises BadRequest if the body is too large, too slow, or not as its head
         says. Raises QueueFull if there is no room for it."""
+        whole_body = self.take_body()
+        if whole_body is not None:
+            return whole_body
         memory, bounds, body = self._connection.memory, self._connection.bounds, self.body
-        limit = min(bounds.max_body_bytes, memory.max_body_bytes)
+        limit = self._max_body_bytes
         encoding = self.headers.get("content-encoding", "")
-        if body.whole and not encoding and not body.reservation.refused:  # by far the most common case
-            data = body.take()
-            if len(data) > limit:
-                raise body_too_large()
-            return data
         length = (self.headers.get("content-length") or "").lstrip("0")  # int() takes no more than 4,300 digits
         if length:
             if len(length) > 18 or int(length) > limit:

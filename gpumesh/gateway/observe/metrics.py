@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
-from typing import Generic, TypeVar
+from typing import TypeVar
 
 from gpumesh.backends.base import ServerCounters
 from gpumesh.gateway.observe.exposition import Family, Labels, counter, histogram
@@ -68,29 +68,24 @@ class ModelMetrics:
         self.continuations = 0
 
 
-class LabeledSeries(Generic[T]):
+class LabeledSeries(dict[tuple[str, ...], T]):
     """Values by their labels; a value is created when its labels are first used. When there are ``bound`` series, all
     new labels share one series of ``other``."""
 
     def __init__(self, names: tuple[str, ...], create: Callable[[], T], bound: int = MAX_SERIES) -> None:
+        super().__init__()
         self._names = names
         self._create = create
         self._bound = bound
-        self._values: dict[tuple[str, ...], T] = {}
 
-    def __getitem__(self, labels: tuple[str, ...]) -> T:
-        value = self._values.get(labels)
-        if value is None:
-            if len(self._values) >= self._bound:
-                labels = (OTHER_LABEL,) * len(self._names)
-            value = self._values.setdefault(labels, self._create())
-        return value
+    def __missing__(self, labels: tuple[str, ...]) -> T:
+        if len(self) >= self._bound:
+            labels = (OTHER_LABEL,) * len(self._names)
+        return self.setdefault(labels, self._create())
 
-    def __len__(self) -> int:
-        return len(self._values)
-
-    def items(self) -> Iterator[tuple[Labels, T]]:
-        for labels, value in self._values.items():
+    def named(self) -> Iterator[tuple[Labels, T]]:
+        """Each value, after its labels with their names."""
+        for labels, value in self.items():
             yield tuple(zip(self._names, labels, strict=True)), value
 
 
@@ -146,12 +141,12 @@ class RequestMetrics:
 
     def _histograms(self, select: Callable[[ModelMetrics], Histogram]) -> dict[Labels, Histogram]:
         """One of the histograms of each model, without the empty ones."""
-        histograms = ((labels, select(metrics)) for labels, metrics in self.models.items())
+        histograms = ((labels, select(metrics)) for labels, metrics in self.models.named())
         return {labels: histogram for labels, histogram in histograms if any(histogram.counts)}
 
     def _totals(self, select: Callable[[ModelMetrics], int]) -> Iterator[tuple[Labels, float]]:
         """One of the counters of each model, without those that are 0."""
-        for labels, metrics in self.models.items():
+        for labels, metrics in self.models.named():
             if total := select(metrics):
                 yield labels, total
 
@@ -159,7 +154,7 @@ class RequestMetrics:
         yield counter(
             "gpumesh_requests_total",
             "Requests to the gateway that have ended, by how they did; code is the HTTP status (0: nothing was sent).",
-            ((labels, total.value) for labels, total in self.requests.items()),
+            ((labels, total.value) for labels, total in self.requests.named()),
         )
         yield histogram(
             "gpumesh_request_duration_seconds",
@@ -183,7 +178,7 @@ class RequestMetrics:
             "gpumesh_queue_wait_seconds",
             "Time that requests waited in the gateway for a place on a node.",
             WAIT_BOUNDS,
-            dict(self.queue_wait.items()),
+            dict(self.queue_wait.named()),
         )
         yield counter(
             "gpumesh_output_tokens_total",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TypeVar
 
 import msgspec
@@ -17,6 +18,7 @@ from gpumesh.balancer.outcomes import Outcome, classify_status, rule_for_outcome
 from gpumesh.errors import BackendStatus, BackendUnreachable, DeadlineExceeded, GPUMeshError, StreamCut
 from gpumesh.mesh.nodes.lease import Lease
 from gpumesh.mesh.requests.answer import WholeAnswer, error_answer
+from gpumesh.mesh.requests.task_deadlines import TaskDeadline
 from gpumesh.mesh.requests.upstream import Upstream, UpstreamResponse
 
 STREAMING_TYPES = frozenset({"application/x-ndjson", "text/event-stream"})
@@ -54,7 +56,7 @@ class OpenedStream(msgspec.Struct, frozen=True, eq=False):
     first_bytes: bytes
 
 
-async def run_attempt(
+def run_attempt(
     upstream: Upstream,
     lease: Lease,
     call: HttpCall,
@@ -62,29 +64,32 @@ async def run_attempt(
     timeout_s: float,
     continuation: Callable[[], Continuation] | None = None,
     at_most_once: bool = False,
-) -> WholeAnswer | OpenedStream | FailedAttempt:
+) -> Awaitable[WholeAnswer | OpenedStream | FailedAttempt]:
     """Sends the request to the leased node. ``continuation`` creates the reader of a stream with generated text;
     without it every stream is passed on unread. ``at_most_once``: the server must not get the request twice.
 
     Releases the lease, unless the result is an OpenedStream, which holds it. A cancelled attempt releases it as well.
     """
+    read_answer = partial(_read_answer, lease, call, continuation)
+    return _send_and_read(upstream, lease, call, read_answer, timeout_s=timeout_s, at_most_once=at_most_once)
 
-    async def read_answer(response: UpstreamResponse) -> WholeAnswer | OpenedStream | FailedAttempt:
-        outcome = classify_status(response.status, model_asked=lease.model is not None)
-        if response.problem is not None:
-            return await _replace_answer(lease, response, outcome, response.problem)
-        if outcome is not Outcome.SERVED:
-            return await _read_error(lease, response, outcome)
-        if response.content_type not in STREAMING_TYPES and (response.content_length or 0) <= HELD_BYTES:
-            whole_body = response.take_whole(HELD_BYTES)
-            if whole_body is None:
-                whole_body = await _read_at_most(response, HELD_BYTES)
-            return _build_whole_answer(lease, response, call, whole_body)
-        if continuation is not None and generates_text(call.path):
-            return await _read_first_frame(lease, response, continuation())
-        return OpenedStream(lease, response, None, await response.read())
 
-    return await _send_and_read(upstream, lease, call, read_answer, timeout_s=timeout_s, at_most_once=at_most_once)
+async def _read_answer(
+    lease: Lease, call: HttpCall, continuation: Callable[[], Continuation] | None, response: UpstreamResponse
+) -> WholeAnswer | OpenedStream | FailedAttempt:
+    outcome = classify_status(response.status, model_asked=lease.model is not None)
+    if response.problem is not None:
+        return await _replace_answer(lease, response, outcome, response.problem)
+    if outcome is not Outcome.SERVED:
+        return await _read_error(lease, response, outcome)
+    if response.content_type not in STREAMING_TYPES and (response.content_length or 0) <= HELD_BYTES:
+        whole_body = response.take_whole(HELD_BYTES)
+        if whole_body is None:
+            whole_body = await _read_at_most(response, HELD_BYTES)
+        return _build_whole_answer(lease, response, call, whole_body)
+    if continuation is not None and generates_text(call.path):
+        return await _read_first_frame(lease, response, continuation())
+    return OpenedStream(lease, response, None, await response.read())
 
 
 async def ask_node(
@@ -130,7 +135,7 @@ async def _send_and_read(
     if lease.aborted:  # the tunnel failed before the request was sent
         return _fail_unreachable(lease)
     try:
-        with upstream.deadlines.after(timeout_s) as deadline:
+        with TaskDeadline(upstream.deadlines, timeout_s) as deadline:
             lease.set_abort_callback(deadline.expire)
             response = await upstream.request(
                 node.base_url,

@@ -31,16 +31,17 @@ class ConnectionPool:
         idle = sum(len(connections) for connections in self._idle.values())
         return f"<ConnectionPool {len(self._connections)} connections, {idle} idle>"
 
-    async def take(self, address: Address, *, new: bool = False) -> UpstreamConnection:
-        """An idle connection, or a new one. ``new``: always a new one. Raises OSError and TimeoutError."""
-        idle = None if new else self._idle.get(address)
+    def take_idle(self, address: Address) -> UpstreamConnection | None:
+        """Removes an idle connection from the pool and returns it; ``None`` if there is none."""
+        idle = self._idle.get(address)
         while idle:
             connection = idle.pop()
             if connection.open:
                 return connection
-        return await self._connect(address)
+        return None
 
-    async def _connect(self, address: Address) -> UpstreamConnection:
+    async def connect(self, address: Address) -> UpstreamConnection:
+        """A new connection. Raises OSError and TimeoutError."""
         loop = self._loop
         tls: dict[str, Any] = {
             "ssl": _tls_context() if address.tls else None,

@@ -4,7 +4,7 @@ answer streams, it tries the other nodes for the rest of the answer."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from random import Random
@@ -197,13 +197,13 @@ class RequestDelivery:
 
     # -- attempts ------------------------------------------------------------------------------------------------
 
-    async def _attempt(
+    def _attempt(
         self, lease: Lease, call: HttpCall, continuation: Callable[[], Continuation]
-    ) -> WholeAnswer | OpenedStream | FailedAttempt:
+    ) -> Awaitable[WholeAnswer | OpenedStream | FailedAttempt]:
         self.attempts += 1
         context = self._context
         lease.can_move = lambda: context.dispatcher.could_serve(self._demand, exclude=self._exclude | {lease.node.name})
-        return await run_attempt(
+        return run_attempt(
             context.upstream,
             lease,
             call,

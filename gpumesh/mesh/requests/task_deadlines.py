@@ -24,10 +24,6 @@ class TaskDeadlines:
     def __repr__(self) -> str:
         return f"<TaskDeadlines {len(self.running)} running>"
 
-    def after(self, timeout_s: float) -> TaskDeadline:
-        """A deadline for the current task. It runs while its ``with`` block does."""
-        return TaskDeadline(self, self.loop.time() + timeout_s)
-
     def schedule_check(self, deadline_at: float) -> None:
         """Schedules the next check, at this time at the latest."""
         if self._timer is not None:
@@ -49,13 +45,13 @@ class TaskDeadlines:
 
 
 class TaskDeadline:
-    """A context manager. When the time ``at`` (of the loop's clock) has come, the task is cancelled, and the ``with``
-    block raises TimeoutError, as ``asyncio.timeout`` does."""
+    """A context manager for code of the current task. When the time ``at`` (of the loop's clock) has come, the task is
+    cancelled, and the ``with`` block raises TimeoutError, as ``asyncio.timeout`` does."""
 
     __slots__ = ("_cancels_before", "_deadlines", "_task", "at", "expired")
 
-    def __init__(self, deadlines: TaskDeadlines, at: float) -> None:
-        self.at = at
+    def __init__(self, deadlines: TaskDeadlines, timeout_s: float) -> None:
+        self.at = deadlines.loop.time() + timeout_s
         self.expired = False
         self._deadlines = deadlines
         self._task: asyncio.Task[object] | None = None

@@ -23,7 +23,7 @@ from gpumesh.mesh.requests.body_sink import BodySink
 from gpumesh.mesh.requests.connection_pool import CONNECT_TIMEOUT_S, ConnectionPool
 from gpumesh.mesh.requests.response_parser import ResponseHead
 from gpumesh.mesh.requests.task_deadlines import TaskDeadlines
-from gpumesh.mesh.requests.upstream_connection import Address, Exchange, exception_text
+from gpumesh.mesh.requests.upstream_connection import Address, Exchange, UpstreamConnection, exception_text
 from gpumesh.slice_queue import FRAME_SLICE_BYTES, SliceQueue
 from gpumesh.tunnels.local_system.unix_urls import split_unix_url
 
@@ -171,12 +171,9 @@ class Upstream:
         address, prefix, default_host = _parse_base_url(base_url, server_name)
         head = _render_head(call, prefix, headers, default_host if host is None else host)
         while True:
-            try:
-                connection = await self._pool.take(address, new=at_most_once)
-            except TimeoutError as error:
-                raise BackendUnreachable(f"no connection within {CONNECT_TIMEOUT_S:g} s", node=node) from error
-            except OSError as error:
-                raise BackendUnreachable(f"no connection: {exception_text(error)}", node=node) from error
+            connection = None if at_most_once else self._pool.take_idle(address)
+            if connection is None:
+                connection = await self._connect(address, node)
             exchange = connection.start(call.method, head, call.body)
             try:
                 response_head = await exchange.head
@@ -192,6 +189,14 @@ class Upstream:
                     connection.abort()
                 raise
             return UpstreamResponse(response_head, exchange, self._pool.slices, node)
+
+    async def _connect(self, address: Address, node: str) -> UpstreamConnection:
+        try:
+            return await self._pool.connect(address)
+        except TimeoutError as error:
+            raise BackendUnreachable(f"no connection within {CONNECT_TIMEOUT_S:g} s", node=node) from error
+        except OSError as error:
+            raise BackendUnreachable(f"no connection: {exception_text(error)}", node=node) from error
 
 
 def _render_head(call: HttpCall, prefix: str, headers: Sequence[tuple[str, str]], host: str) -> bytes:

@@ -56,6 +56,9 @@ class ReadState(Enum):
     AWAITING_TURN = "awaiting turn"  # the connection waits to parse the next slice
 
 
+_READING = ReadState.READING
+
+
 class Exchange:
     """One request on a connection, and its response.
 
@@ -181,7 +184,8 @@ class UpstreamConnection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Each streamed token passes here."""
-        if self.state is not _RECEIVING_BODY or self._unparsed or len(data) > self._slice_bytes:
+        is_next = self._exchange is not None and not self._unparsed and self._read_state is _READING
+        if not is_next or len(data) > self._slice_bytes:
             self._receive(data)
             return
         parser, sink = self._parser, self._sink
@@ -190,7 +194,7 @@ class UpstreamConnection(asyncio.Protocol):
             sink.write(body)
             if sink.backpressured:
                 self._pause_reading(ReadState.BACKPRESSURED)
-        if parser.state is not _IN_BODY:
+        if parser.state is not _IN_BODY or self.state is not _RECEIVING_BODY:
             self._handle_state()
 
     def _receive(self, data: bytes) -> None:

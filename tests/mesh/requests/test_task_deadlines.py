@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from gpumesh.mesh.requests.task_deadlines import CHECK_S, TaskDeadlines
+from gpumesh.mesh.requests.task_deadlines import CHECK_S, TaskDeadline, TaskDeadlines
 
 
 @pytest.fixture
@@ -15,7 +15,7 @@ async def deadlines() -> TaskDeadlines:
 
 async def test_a_block_that_takes_too_long_raises_timeout_error(deadlines: TaskDeadlines) -> None:
     started = time.monotonic()
-    with pytest.raises(TimeoutError), deadlines.after(0.02):
+    with pytest.raises(TimeoutError), TaskDeadline(deadlines, 0.02):
         await asyncio.sleep(30)
     assert time.monotonic() - started < CHECK_S  # a short deadline is not rounded up to the next check
     assert repr(deadlines) == "<TaskDeadlines 0 running>"
@@ -23,7 +23,7 @@ async def test_a_block_that_takes_too_long_raises_timeout_error(deadlines: TaskD
 
 
 async def test_a_block_that_ends_in_time_is_left_alone(deadlines: TaskDeadlines) -> None:
-    with deadlines.after(0.02) as deadline:
+    with TaskDeadline(deadlines, 0.02) as deadline:
         await asyncio.sleep(0)
     assert repr(deadline) == "<TaskDeadline not running>"
     await asyncio.sleep(0.04)
@@ -37,7 +37,7 @@ async def test_several_deadlines_end_each_at_its_time(deadlines: TaskDeadlines) 
 
     async def wait(timeout_s: float) -> None:
         try:
-            with deadlines.after(timeout_s):
+            with TaskDeadline(deadlines, timeout_s):
                 await asyncio.sleep(30)
         except TimeoutError:
             ended.append(timeout_s)
@@ -49,7 +49,7 @@ async def test_several_deadlines_end_each_at_its_time(deadlines: TaskDeadlines) 
 
 
 async def test_expire_ends_the_block_at_once(deadlines: TaskDeadlines) -> None:
-    deadline = deadlines.after(600)
+    deadline = TaskDeadline(deadlines, 600)
     asyncio.get_running_loop().call_soon(deadline.expire)
     with pytest.raises(TimeoutError), deadline:
         await asyncio.sleep(30)
@@ -58,7 +58,7 @@ async def test_expire_ends_the_block_at_once(deadlines: TaskDeadlines) -> None:
 
 async def test_a_cancellation_from_outside_stays_one(deadlines: TaskDeadlines) -> None:
     async def wait() -> None:
-        with deadlines.after(600) as deadline:
+        with TaskDeadline(deadlines, 600) as deadline:
             deadline.expire()
             task.cancel()  # in the same turn of the loop as the deadline
             await asyncio.sleep(30)
@@ -75,7 +75,7 @@ async def test_an_error_in_the_block_is_not_replaced(deadlines: TaskDeadlines) -
         finally:
             raise KeyError
 
-    deadline = deadlines.after(0.01)
+    deadline = TaskDeadline(deadlines, 0.01)
     with pytest.raises(KeyError), deadline:
         await fail_when_cancelled()
     assert deadline.expired
@@ -83,7 +83,7 @@ async def test_an_error_in_the_block_is_not_replaced(deadlines: TaskDeadlines) -
 
 
 async def test_a_deadline_in_a_deadline(deadlines: TaskDeadlines) -> None:
-    with deadlines.after(600):
-        with pytest.raises(TimeoutError), deadlines.after(0.01):
+    with TaskDeadline(deadlines, 600):
+        with pytest.raises(TimeoutError), TaskDeadline(deadlines, 0.01):
             await asyncio.sleep(30)
         await asyncio.sleep(0)
