@@ -32,8 +32,12 @@ _LOCAL_SUFFIXES = (".localhost", ".local", ".internal")
 
 @dataclass(frozen=True, slots=True)
 class Guard:
-    """``api_key`` ``None``: no key is needed. ``hostnames``: the names under which clients may reach the gateway, in
-    addition to the local names."""
+    """The rules of one gateway.
+
+    - ``api_key``: ``None`` if no key is needed.
+    - ``origins``: the origins of mesh.yaml whose pages may send requests; ``*`` stands for every origin.
+    - ``hostnames``: the names under which clients may reach the gateway, in addition to the local names. In lower case.
+    """
 
     api_key: bytes | None
     origins: frozenset[str]
@@ -61,12 +65,12 @@ class Guard:
             )
             raise BadRequest(message, status=403)
         if origin is None:
-            if not is_own_page and is_blind_cross_site_request(headers):
+            if is_blind_cross_site_request(headers) and not is_own_page:  # a link to the own page is allowed
                 raise BadRequest("a page of another site may ask here by CORS only", status=403)
-        elif not self.origin_allowed(origin, host=host, backend_ports=backend_ports()):
+            return
+        if not self.origin_allowed(origin, host=host, backend_ports=backend_ports()):
             raise BadRequest("this Origin is not in gateway.cors_origins of mesh.yaml", status=403)
-        else:
-            request.cors = self.cors_headers(origin, headers)
+        request.cors = self.cors_headers(origin, headers)
 
     def require_key(self, headers: Mapping[str, str]) -> None:
         """Raises BadRequest if a key is needed and the client has not sent it."""
@@ -109,9 +113,11 @@ class Guard:
             return False
 
     def _is_own_origin(self, scheme: str, netloc: str, host: str | None) -> bool:
+        """Whether the gateway's own page has this origin, if the request has this Host header."""
         if not host or scheme not in _DEFAULT_PORTS or netloc != host.lower():
             return False
-        return self.api_key is not None or _parse_address(_strip_port(host)) is not None
+        host_is_address = _parse_address(_strip_port(host)) is not None
+        return host_is_address or self.api_key is not None
 
     def cors_headers(self, origin: str, headers: Mapping[str, str]) -> dict[str, str]:
         """The CORS fields of every answer to a page of this allowed origin, also of the answer to a preflight."""
@@ -129,18 +135,19 @@ class Guard:
         return fields
 
     def key_allowed(self, headers: Mapping[str, str]) -> bool:
-        """Whether one of the two headers holds the key: some clients send both, and only one is our key. The check
-        takes the same time for every key."""
+        """Whether ``Authorization`` or ``x-api-key`` holds the key: some clients send both headers, with our key in
+        only one of them. The check takes the same time for every key."""
         if self.api_key is None:
             return True
-        scheme, _, value = headers.get("authorization", "").partition(" ")
-        bearer = value.strip() if scheme.lower() == "bearer" else ""
-        matches = [self._is_key(headers.get("x-api-key", "")), self._is_key(bearer)]
-        return any(matches)
+        scheme, _, credentials = headers.get("authorization", "").partition(" ")
+        bearer_key = credentials.strip() if scheme.lower() == "bearer" else ""
+        bearer_matches = self._is_key(bearer_key)
+        x_api_key_matches = self._is_key(headers.get("x-api-key", ""))
+        return bearer_matches or x_api_key_matches  # both were compared, whichever matches
 
-    def _is_key(self, given: str) -> bool:
+    def _is_key(self, client_key: str) -> bool:
         assert self.api_key is not None
-        return hmac.compare_digest(given.encode("utf-8", "surrogateescape"), self.api_key)
+        return hmac.compare_digest(client_key.encode("utf-8", "surrogateescape"), self.api_key)
 
 
 def is_request_to_render(headers: Mapping[str, str], *, is_own_page: bool) -> bool:
@@ -158,11 +165,15 @@ def is_request_to_render(headers: Mapping[str, str], *, is_own_page: bool) -> bo
 def is_blind_cross_site_request(headers: Mapping[str, str]) -> bool:
     """Whether a page of another site sends a request without an Origin: ``fetch(…, {mode: "no-cors"})``, a prefetch or
     a link. The page could not read the answer, but the request would have its effect."""
-    return headers.get("sec-fetch-site", "none") not in ("none", "same-origin") and headers.get("origin") is None
+    if headers.get("origin") is not None:
+        return False
+    site = headers.get("sec-fetch-site", "none")  # "none": typed by a person; no header: no browser, or plain HTTP
+    return site not in ("none", "same-origin")
 
 
 @lru_cache(maxsize=256)
 def _is_local_name(host: str) -> bool:
+    """Whether a Host header names this machine or a private network: a local name, or a loopback or private address."""
     name = _strip_port(host)
     if name == "localhost" or name.endswith(_LOCAL_SUFFIXES):
         return True

@@ -1,7 +1,6 @@
-"""``Gateway``: an HTTP server over a mesh, from listening to draining. It checks whether a request is allowed, answers
-it with a reply or an error, and records it.
+"""``Gateway``: the HTTP server over a mesh, from its start to its drain; it admits, answers and records each request.
 
-``routing`` decides which handler answers a request, ``access_guard`` whether the client may send it at all.
+``routing`` decides which handler answers a request, and ``access_guard`` whether the client may send it at all.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ from gpumesh.state import GatewayPhase, GatewayState, LocalAccess
 
 log = logging.getLogger(__name__)
 
-DRAIN_S = 10.0
+DRAIN_S = 10.0  # the longest time in which requests in flight may end
 ABORT_S = 0.5  # after draining: the time in which handlers must end and their errors must be sent
 STOPPED_MESSAGE = "the gateway was stopped"
 CLIENT_GONE_STATUS = 499  # nginx records this status when a client left before its answer
@@ -49,18 +48,18 @@ _PATHS_WITHOUT_KEY = ("/healthz", UI_PATH)
 
 
 class _ActiveRequest(msgspec.Struct, frozen=True, eq=False):
-    """A request that is being answered."""
+    """A request that is being answered, and the task that answers it."""
 
     record: RequestRecord
     task: asyncio.Task[None] | None
 
 
 class Gateway:
-    """An async context manager. The mesh must have been entered before.
+    """The gateway listens inside ``async with``. The mesh must have been entered before.
 
-    On exit the gateway accepts no more clients, waits until the requests in flight have ended (at most ``drain_s``),
-    and closes. When ``stop_now`` is set, it waits no longer. Raises UsageError if other machines can reach the address
-    and no key is set, and MeshAlreadyRunning if the address is taken.
+    On exit the gateway accepts no more clients, waits at most ``drain_s`` seconds until the requests in flight have
+    ended, and closes. When ``stop_now`` is set, it waits no longer. Raises UsageError if other machines can reach the
+    address and no key is set, and MeshAlreadyRunning if the address is taken.
     """
 
     def __init__(
@@ -122,11 +121,14 @@ class Gateway:
     @property
     def listen_description(self) -> str:
         """A text for the log: all addresses, and which users of this machine can use them."""
+        addresses = self.url
         socket = self._listener.unix_socket
-        second_address = f" and {UNIX_PREFIX}{socket}" if socket is not None and self._host is not None else ""
-        return f"{self.url}{second_address} (local access: {self._local_access})"
+        if socket is not None and self._host is not None:  # then ``url`` is the TCP address
+            addresses += f" and {UNIX_PREFIX}{socket}"
+        return f"{addresses} (local access: {self._local_access})"
 
     def _announce(self, phase: GatewayPhase) -> None:
+        """Tells the mesh the gateway's phase and addresses, for the status."""
         self.mesh.set_gateway_state(
             GatewayState(self.url, phase, socket=self._listener.unix_socket, access=self._local_access)
         )
@@ -154,18 +156,19 @@ class Gateway:
 
     async def _drain(self, timeout_s: float) -> None:
         """Returns when no request is in flight, when ``stop_now`` is set, or after the time-out."""
-        waits = [asyncio.ensure_future(event.wait()) for event in (self._idle, self._stop_now)]
+        tasks = [asyncio.ensure_future(event.wait()) for event in (self._idle, self._stop_now)]
         try:
-            await asyncio.wait(waits, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(tasks, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            for wait in waits:
-                wait.cancel()
+            for task in tasks:
+                task.cancel()
 
     async def _abort_active(self) -> None:
         """Ends the requests in flight with an error that tells the reason: in the stream, or with a status.
 
         In the first round the answers expire, and requests without an answer are cancelled. In the second round all
-        tasks are cancelled: an answer that is looking for another node does not notice that it has expired."""
+        tasks are cancelled: an answer that is looking for another node does not notice that it has expired. Each round
+        waits at most half of ``ABORT_S``."""
         self._stopped = True
         for is_first_round in (True, False):
             for active in list(self._active.values()):
@@ -181,6 +184,7 @@ class Gateway:
     # -- one request ---------------------------------------------------------------------------------------------
 
     async def _handle(self, request: Request) -> Response | StreamingResponse:
+        """The handler that the server calls for each request. Returns the reply, and records the request's end."""
         record = RequestRecord(self._server.clock, request.received_at, request.method, request.path)
         self._active[request] = _ActiveRequest(record, asyncio.current_task())
         self._idle.clear()
@@ -197,6 +201,8 @@ class Gateway:
     def _finish_record(
         self, request: Request, record: RequestRecord, reply: Response | StreamingResponse | None
     ) -> None:
+        """Writes the end of the request into its record, the metrics and the access log. ``reply`` ``None``: the client
+        got no complete reply."""
         sent_bytes = len(reply.body) if isinstance(reply, Response) else request.sent_bytes
         if reply is None:  # cancelled, or its connection broke
             record.note_client_gone(status=CLIENT_GONE_STATUS, sent_bytes=sent_bytes)
@@ -207,15 +213,15 @@ class Gateway:
             self._access_log.add(record, client=request.client_address, request_id=request.id)
 
     async def _reply(self, request: Request, record: RequestRecord) -> Response | StreamingResponse:
-        """Returns the reply of a handler, or an error in the shape of the client's API. Raises ConnectionError if a
-        part of an answer was sent, so that the client could not understand an error after it."""
+        """Returns the reply of a handler, or an error in the shape of the client's API. Raises ConnectionError if the
+        client has left, or if a part of an answer was sent: the client could not understand an error after it."""
         try:
             self._admit(request)
             return await self._router.route_request(request, record)
         except GPUMeshError as error:
             record.outcome = RequestOutcome.REFUSED if error_status(error) < 500 else RequestOutcome.FAILED
             return error_reply(record.path, error)
-        except ConnectionError:
+        except ConnectionError:  # the client has left: nobody could read an error
             raise
         except asyncio.CancelledError:
             if not self._can_reply_stopped(request):
@@ -229,20 +235,24 @@ class Gateway:
             return error_reply(record.path, GPUMeshError("the gateway failed inside"))
 
     def _can_reply_stopped(self, request: Request) -> bool:
-        """Whether the gateway itself has cancelled the request, and can still tell the client the reason."""
+        """Whether the gateway itself has cancelled the request, and can still tell the client the reason: nothing was
+        sent yet, or the stream is still open."""
         return self._stopped and (not request.answer_started or request.unfinished_stream is not None)
 
     def _reply_stopped(self, request: Request, record: RequestRecord) -> Response | StreamingResponse:
         """Tells the client that the gateway has stopped: with an error at the end of the stream, or with a status if no
         stream has begun."""
-        task, stream = asyncio.current_task(), request.unfinished_stream
+        task = asyncio.current_task()
         if task is not None:
-            task.uncancel()
+            task.uncancel()  # the task goes on to send the error
         record.outcome = RequestOutcome.FAILED
+        stream = request.unfinished_stream
         if stream is None:
             return error_reply(record.path, NoNodeError(STOPPED_MESSAGE, hint="try again in a moment"))
         frame = None if record.answer is None else record.answer.error_frame(STOPPED_MESSAGE)
-        stream.write(frame or error_frame(find_client_api(record.path), 503, STOPPED_MESSAGE))
+        if frame is None:  # the stream has no frames of its own
+            frame = error_frame(find_client_api(record.path), 503, STOPPED_MESSAGE)
+        stream.write(frame)
         stream.finish()
         return stream
 
@@ -250,8 +260,8 @@ class Gateway:
         """Raises BadRequest if the client may not send this request, and QueueFull if it has too many connections."""
         is_page = request.path == UI_PATH
         self._guard.require_allowed_source(request, is_own_page=is_page, backend_ports=self.mesh.local_ports)
-        if request.method == "OPTIONS" or request.path in _PATHS_WITHOUT_KEY:
-            return  # a preflight carries no key
+        if request.method == "OPTIONS" or request.path in _PATHS_WITHOUT_KEY:  # browsers send a preflight without a key
+            return
         self._guard.require_key(request.headers)
         request.register_key(self._spec.api_key_env)
 
@@ -261,10 +271,16 @@ def _find_local_access(host: str | None, key: bytes | None) -> LocalAccess:
     TCP port."""
     if key is not None:
         return LocalAccess.KEY
-    return LocalAccess.OWN_USER if host is None else LocalAccess.ANY_USER
+    if host is None:  # only a Unix socket, which only the gateway's own user may open
+        return LocalAccess.OWN_USER
+    return LocalAccess.ANY_USER
 
 
 def _find_hostnames(host: str | None, socket: Path | None) -> frozenset[str]:
-    """The names that a client may send as Host, in addition to the local ones. Some clients of a Unix socket send
-    ``unix``."""
-    return frozenset({*(() if host is None else (host.lower(),)), *(() if socket is None else ("unix",))})
+    """The names that a client may send as Host, in addition to the local names."""
+    names: set[str] = set()
+    if host is not None:
+        names.add(host.lower())
+    if socket is not None:
+        names.add("unix")  # some clients of a Unix socket send this name
+    return frozenset(names)

@@ -23,12 +23,13 @@ from gpumesh.printable import printable
 _OPENAI_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 _ANTHROPIC_TYPES = {**_OPENAI_TYPES, 413: "request_too_large", 503: "overloaded_error", 529: "overloaded_error"}
 NO_NODE_RETRY_S = 2
-# Such a request is answered before its whole body has come. The rest of the body would be taken for the next request,
-# so the connection is closed.
+# A request with such a reply is answered before its whole body has come. The rest of the body would be taken for the
+# next request, so the connection is closed.
 _CLOSING_STATUSES = (408, 413, 417)
 
 
 def error_status(error: GPUMeshError) -> int:
+    """The HTTP status of the reply to a request that ends with this error."""
     match error:
         case BadRequest():
             return error.status
@@ -46,7 +47,7 @@ def error_status(error: GPUMeshError) -> int:
 
 
 def retry_after_s(error: GPUMeshError) -> int | None:
-    """Seconds for the Retry-After header; ``None`` if it is of no use to try again."""
+    """Whole seconds for the Retry-After header; ``None`` if it is of no use to try again."""
     if isinstance(error, QueueFull):
         return max(round(error.retry_after_s), 1)
     if isinstance(error, NoNodeError) and not isinstance(error, ModelMissing):
@@ -55,7 +56,8 @@ def retry_after_s(error: GPUMeshError) -> int | None:
 
 
 def client_message(error: GPUMeshError) -> str:
-    """Message and hint on one line. For a missing model Ollama's own message stands first: clients look for it."""
+    """The error's message and hint on one line. For a missing model, Ollama's own message stands first: clients look
+    for it."""
     message = error.message
     if isinstance(error, ModelMissing):
         message = f"model '{printable(error.model)}' not found: {message}"
@@ -66,7 +68,7 @@ def client_message(error: GPUMeshError) -> str:
 
 
 def error_body(api: ClientApi, status: int, message: str) -> bytes:
-    """The whole body of an error response."""
+    """The whole body of an error response in the shape of the client's API."""
     match api:
         case ClientApi.OLLAMA:
             document: dict[str, object] = {"error": message}
@@ -92,11 +94,12 @@ def is_error_body(api: ClientApi, document: Mapping[str, Any] | None) -> bool:
 
 
 def _error_type(types: Mapping[int, str], status: int) -> str:
+    """The name of the error for this status. ``types``: the names for some statuses, by status."""
     return types.get(status, "invalid_request_error" if 400 <= status < 500 else "api_error")
 
 
 def error_frame(api: ClientApi, status: int, message: str) -> bytes:
-    """An error inside a stream that has begun: the client must see that the answer is not complete."""
+    """An error as a frame of a stream that has begun: from it the client learns that the answer is not complete."""
     body = error_body(api, status, message)
     match api:
         case ClientApi.OLLAMA:

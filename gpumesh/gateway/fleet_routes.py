@@ -29,24 +29,30 @@ MAX_LIST_BYTES = 8 << 20  # a node with a longer list is missing too: the probes
 
 
 class FleetRoutes:
+    """The handlers, one for each route."""
+
     def __init__(self, mesh: Mesh, metrics: RequestMetrics, server: Server) -> None:
         self._mesh = mesh
         self._metrics = metrics
         self._server = server
 
     async def root(self, _request: Request) -> Response:
+        """The same text as Ollama's."""
         return Response(b"Ollama is running", content_type="text/plain; charset=utf-8")
 
     async def healthz(self, _request: Request) -> Response:
-        """200 while any node can serve. A load balancer asks this to learn whether it may send requests here."""
+        """Answers 200 while any node can serve, else 503. A load balancer asks this to learn whether it may send
+        requests here."""
         usable = self._mesh.usable_nodes()
         document = {"status": "ok" if usable else "no node can serve", "nodes_usable": len(usable)}
         return _json(document, status=200 if usable else 503)
 
     async def status(self, _request: Request) -> Response:
+        """The state of the mesh as JSON, as `gpumesh status --json` prints it."""
         return _json(status_json(self._mesh.snapshot()))
 
     async def metrics(self, _request: Request) -> Response:
+        """All metrics in Prometheus's text format."""
         families = [
             *gauges.mesh_families(self._mesh.snapshot(), self._mesh.attempt_outcomes),
             *gauges.server_families(
@@ -58,37 +64,38 @@ class FleetRoutes:
         return Response(exposition.render(families).encode("utf-8", "replace"), content_type=exposition.CONTENT_TYPE)
 
     async def version(self, _request: Request) -> Response:
-        """The oldest version of all nodes: every node that may answer has at least this version."""
-        versions = [
-            node.backend.version
-            for node in self._mesh.snapshot().nodes
-            if node.backend.kind in OLLAMA_ONLY
-            and node.backend.state is BackendPhase.UP
-            and node.backend.version is not None
-        ]
+        """The oldest version of Ollama on the nodes: every node that may answer has at least this version. If no node
+        is up, gpumesh's own version."""
+        backends = [node.backend for node in self._mesh.snapshot().nodes]
+        running = [backend for backend in backends if backend.state is BackendPhase.UP and backend.kind in OLLAMA_ONLY]
+        versions = [backend.version for backend in running if backend.version is not None]
         return _json({"version": oldest_version(versions) or __version__})
 
     async def tags(self, _request: Request) -> Response:
+        """The models of all nodes in Ollama's format."""
         merged = merged_lists.MergedList(
             merged_lists.TAGS_FORMAT, latest_time=merged_lists.latest_plausible_time(datetime.now(UTC))
         )
         return await self._merge_lists(merged, "/api/tags", OLLAMA_ONLY)
 
     async def ps(self, _request: Request) -> Response:
+        """The loaded models of all nodes in Ollama's format."""
         return await self._merge_lists(merged_lists.MergedList(merged_lists.LOADED_FORMAT), "/api/ps", OLLAMA_ONLY)
 
     async def openai_models(self, _request: Request) -> Response:
+        """The models of all nodes in OpenAI's format."""
         merged = merged_lists.MergedList(merged_lists.OPENAI_FORMAT)
         return await self._merge_lists(merged, "/v1/models", frozenset(BackendKind))
 
     async def _merge_lists(self, merged: merged_lists.MergedList, path: str, kinds: frozenset[BackendKind]) -> Response:
+        """Asks all nodes of these kinds for their list at ``path``, adds the lists to ``merged``, and returns it."""
         for body in await self._ask_nodes(path, kinds):
             for _ in merged.add_body(body):
                 await asyncio.sleep(0)  # a list of thousands must not hold up the streams of other clients
         return json_response(merged.render())
 
     async def _ask_nodes(self, path: str, kinds: frozenset[BackendKind]) -> Iterable[bytes]:
-        """Returns the bodies of the nodes that answered in time."""
+        """Returns the bodies of the nodes that answered in time, with status 200 and at most ``MAX_LIST_BYTES``."""
 
         async def ask_node(node: str) -> bytes | None:
             demand = Demand(model=None, kinds=kinds, node=node, needs_slot=False)
@@ -97,7 +104,7 @@ class FleetRoutes:
                 answer = await self._mesh.send(demand, calls, timeout_s=LIST_TIMEOUT_S)
                 return await answer.read_at_most(MAX_LIST_BYTES) if answer.status == 200 else None
             except GPUMeshError:
-                return None  # the node is missing from the list, whose format has no place for errors
+                return None  # the node is missing from the list: the list's format has no place for errors
 
         bodies = await asyncio.gather(*(ask_node(node) for node in self._mesh.usable_nodes(kinds)))
         return [body for body in bodies if body is not None]

@@ -38,11 +38,11 @@ from gpumesh.gateway.json_scanner import MAX_MEMBERS, JsonScanner, not_json_erro
 
 SMALL_BODY_BYTES = 32 << 10  # read in one call: 7 ms at the worst, for thousands of members
 MAX_TEXT_BYTES = 4 << 10  # of a member whose value is read as a name
-COPY_BYTES = 1 << 20  # copied in one step
+COPY_BYTES = 1 << 20  # bytes that are copied in one step
 
 # All members that Ollama reads from the outermost object of any route, and the other members that the gateway reads,
 # here or to continue an answer.
-_NAMES = """
+_KNOWN_NAMES = """
     model name messages prompt suffix system template context stream raw format keep_alive images tools options think
     truncate shift logprobs top_logprobs input dimensions _debug_render_only
     max_tokens max_completion_tokens max_output_tokens stream_options seed stop temperature frequency_penalty
@@ -52,9 +52,10 @@ _NAMES = """
     source destination insecure username password verbose from files adapters draft_files quantize quantization
     draft_quantize license parameters renderer parser requires info remote_host
 """
-KNOWN_MEMBERS = frozenset(_NAMES.split())
+KNOWN_MEMBERS = frozenset(_KNOWN_NAMES.split())
 
 RawValue = bytes | memoryview | msgspec.Raw
+"""JSON as it is written in the body: a value, or a name with its quotation marks."""
 T = TypeVar("T")
 
 
@@ -66,14 +67,17 @@ class _UniqueName(str):
     __eq__ = object.__eq__
 
 
+# ``dec_hook`` makes a _UniqueName of each name: msgspec calls it with the class and the text.
 _decode_object = msgspec.json.Decoder(dict[_UniqueName, msgspec.Raw], dec_hook=operator.call).decode
 _decode_text_or_null = msgspec.json.Decoder(str | None).decode
 
 
 class Members:
-    """The outermost members of a body. ``known``: the value of each member that Ollama knows, as it is written.
-    ``has_common_spelling``: all known names are spelled as every server knows them. Raises BadRequest if a known member
-    occurs twice."""
+    """The outermost members of a body. Raises BadRequest if a known member occurs twice.
+
+    - ``known``: the values of the members of ``KNOWN_MEMBERS``, as they are written, by name.
+    - ``has_common_spelling``: all known names are spelled as every server knows them.
+    """
 
     __slots__ = ("_pairs", "_written_names", "has_common_spelling", "known")
 
@@ -108,8 +112,8 @@ class Members:
             raise BadRequest(f"{name} is required, as a string") from error
 
     def render_pieces(self, **texts: str) -> list[RawValue]:
-        """The object in pieces, with ``texts`` in place of the members of these names, and with every known member in
-        its common spelling."""
+        """The JSON object in pieces, to be joined to a body. ``texts`` replace the members of these names, or are
+        added. Every known name gets its common spelling."""
         pieces: list[RawValue] = []
         for name, text in texts.items():
             pieces += (b",", json.dumps(name).encode(), b":", json.dumps(text).encode())
@@ -135,7 +139,7 @@ def fold_name(name: str) -> str:
 
 
 class BodyOwner(Protocol):
-    """The request whose body is read."""
+    """The request whose body is read, as far as the functions here use it."""
 
     async def run_sliced(self, work: Generator[None, None, T]) -> T:
         """Does long work in steps, and returns its result."""
@@ -148,14 +152,17 @@ class BodyOwner(Protocol):
 
 
 async def read_members(body: bytes, request: BodyOwner) -> Members:
-    """Reads a body of any size. Raises BadRequest if it is no JSON object, or if servers would read it differently."""
+    """Reads the members of a body of any size. Raises BadRequest if the body is no JSON object, or if servers would
+    read it differently."""
     members = read_small_members(body)
-    return await request.run_sliced(scan_members(body)) if members is None else members
+    if members is None:
+        members = await request.run_sliced(scan_members(body))
+    return members
 
 
 async def rewrite_body(body: bytes, members: Members, request: BodyOwner, **texts: str) -> bytes:
-    """Returns a new body with ``texts`` among its members. The caller must not keep the old body: its memory is
-    released. Raises QueueFull if there is no room for both."""
+    """Returns a new body with ``texts`` among its members, and with the common spelling of known names. The caller must
+    not keep the old body: its memory is released. Raises QueueFull if there is no room for both bodies at once."""
     pieces = members.render_pieces(**texts)
     if len(body) <= COPY_BYTES:
         return b"".join(pieces)
@@ -166,8 +173,9 @@ async def rewrite_body(body: bytes, members: Members, request: BodyOwner, **text
 
 
 def read_small_members(body: bytes) -> Members | None:
-    """Reads a small body in one call. Returns ``None`` if the body must be scanned in steps: it is large, or msgspec
-    cannot read it (Go reads more). Raises BadRequest."""
+    """Reads the members of a small body in one call. Returns ``None`` if the body must be scanned in steps: it is
+    large, or msgspec cannot read it (Go can read bodies that msgspec refuses). Raises BadRequest if the body is empty,
+    is no JSON object, or if servers would read it differently."""
     if not body:
         raise BadRequest("missing request body")
     if len(body) > SMALL_BODY_BYTES:
@@ -184,21 +192,22 @@ def read_small_members(body: bytes) -> Members | None:
 
 
 def scan_members(body: bytes) -> Generator[None, None, Members]:
-    """Reads a body of any size. Yields after each step. Raises BadRequest."""
+    """Reads the members of a body of any size, and yields after each step. Raises BadRequest as ``read_members``."""
     pairs, written_names = yield from JsonScanner(body).scan_members()
-    if len(body) <= SMALL_BODY_BYTES:
+    if len(body) <= SMALL_BODY_BYTES:  # of a larger body the server finds the faults that the scanner does not see
         _require_json(body)
     return Members(pairs, written_names)
 
 
 def join_pieces(pieces: Iterable[RawValue]) -> Generator[None, None, bytes]:
-    """Joins the pieces to one body. Yields after each step."""
+    """Joins the pieces to one body. Yields after each step of copying a large piece, and not for small ones."""
     body = BytesIO()
     for piece in pieces:
         view = memoryview(piece)
+        is_large = len(view) > COPY_BYTES
         for start in range(0, len(view), COPY_BYTES):
             body.write(view[start : start + COPY_BYTES])
-            if len(view) > COPY_BYTES:
+            if is_large:
                 yield
     return body.getvalue()  # BytesIO returns its own bytes, without a copy
 
@@ -215,4 +224,5 @@ def _require_json(body: bytes) -> None:
 
 
 def _refuse_constant(constant: str) -> None:
+    """Raises ValueError: Python's parser would read ``NaN`` and ``Infinity``, which are no JSON."""
     raise ValueError(f"{constant} is none of its values")

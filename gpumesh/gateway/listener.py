@@ -11,12 +11,12 @@ from gpumesh.config.listen_address import UNIX_PREFIX
 from gpumesh.errors import GPUMeshError, MeshAlreadyRunning
 from gpumesh.tunnels.local_system.unix_sockets import PathInUse, UnixListener
 
-BACKLOG = 1024
+BACKLOG = 1024  # connections that the system holds until they are accepted
 
 
 class HttpListener:
     """Listens for clients on ``host`` and ``port``, on a Unix socket at ``path``, or on both. ``open`` may be called
-    once. ``close`` stops accepting clients."""
+    once. ``url`` is the first address, with the port that the system chose for port 0."""
 
     def __init__(self, host: str | None, port: int, path: Path | None) -> None:
         self._host = host
@@ -64,6 +64,7 @@ class HttpListener:
             self._unix.close()
 
     def _listen_tcp(self, host: str) -> socket.socket:
+        """A socket that is bound to the address. Raises MeshAlreadyRunning if it cannot be bound."""
         listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -78,6 +79,8 @@ class HttpListener:
 
 
 def _listen_unix(path: Path) -> UnixListener:
+    """A Unix socket that listens at ``path``. Raises MeshAlreadyRunning if another process has the path, and
+    GPUMeshError if no socket can be made there."""
     try:
         return UnixListener(path, BACKLOG)
     except PathInUse as error:

@@ -37,6 +37,7 @@ _MIN_TIME = datetime.min.replace(tzinfo=UTC)
 
 Entry = dict[str, Any]
 Reader = Callable[[Any], Any]
+"""Returns the value as clients expect it; ``None`` leaves the key out of the entry."""
 SortTime = tuple[datetime, str]
 """A time, then its text. The text decides between times of the same microsecond: a datetime holds no nanoseconds."""
 
@@ -66,31 +67,39 @@ class MergedList:
     def __init__(self, list_format: ListFormat, *, latest_time: datetime | None = None) -> None:
         self._format = list_format
         self._latest_time = latest_time
-        self._entries: dict[str, tuple[SortTime, Entry]] = {}
+        self._entries: dict[str, tuple[SortTime, Entry]] = {}  # by the name in the form in which names are compared
 
     def add_body(self, body: bytes) -> Iterator[None]:
-        """Adds one node's list, in steps. A body without a list, or with too long a list, is ignored, as in probes."""
+        """Adds one node's list in steps, and yields after each. Ignores a body that has no list, or a list of more than
+        ``model_list.MAX_MODELS`` entries: the probes ignore such a body too."""
         list_format = self._format
         document = safe_json.parse_report(body)
-        listed = None if document is None else document.get(list_format.key)
-        if not isinstance(listed, list) or len(listed) > model_list.MAX_MODELS:
+        node_list = None if document is None else document.get(list_format.key)
+        if not isinstance(node_list, list) or len(node_list) > model_list.MAX_MODELS:
             return
         yield
         # Ollama compares names without case, and adds a missing tag. Other servers compare names as they are. Only
         # Ollama's lists have a time.
         identify = full_name if list_format.time_key is not None else str
-        read_entries = model_list.read_listing(listed, *list_format.names).entries
-        for number, (name, node_entry) in enumerate(read_entries.items()):
+        entries_by_name = model_list.read_listing(node_list, *list_format.names).entries
+        for number, (name, node_entry) in enumerate(entries_by_name.items(), 1):
             entry = _read_entry(name, node_entry, list_format)
-            time = self._sort_time(entry)
-            identity = identify(name)
-            if identity not in self._entries or time > self._entries[identity][0]:
-                self._entries[identity] = (time, entry)
-            if number % STEP_ENTRIES == STEP_ENTRIES - 1:
+            self._keep_later_entry(identify(name), entry)
+            if number % STEP_ENTRIES == 0:
                 yield
 
-    def _sort_time(self, entry: Entry) -> SortTime:
-        """The entry's time. A time in the future is removed from the entry."""
+    def _keep_later_entry(self, identity: str, entry: Entry) -> None:
+        """Adds an entry, unless one with this identity and the same or a later time is there already."""
+        time = self._take_time(entry)
+        if identity in self._entries:
+            known_time, _ = self._entries[identity]
+            if time <= known_time:
+                return
+        self._entries[identity] = (time, entry)
+
+    def _take_time(self, entry: Entry) -> SortTime:
+        """Returns the entry's time. Removes a time later than ``latest_time`` from the entry, and returns the earliest
+        time in its place, as for an entry without a time."""
         key = self._format.time_key or ""
         text = entry.get(key)
         time = safe_json.as_datetime(text) or _MIN_TIME
@@ -100,10 +109,11 @@ class MergedList:
         return time, text or ""
 
     def render(self) -> bytes:
-        entries = list(self._entries.values())
+        """The merged list as the body of a response."""
+        times_and_entries = list(self._entries.values())
         if self._format.newest_first:
-            entries.sort(key=lambda pair: pair[0], reverse=True)
-        document = {**self._format.head, self._format.key: [entry for _, entry in entries]}
+            times_and_entries.sort(key=lambda time_and_entry: time_and_entry[0], reverse=True)
+        document = {**self._format.head, self._format.key: [entry for _, entry in times_and_entries]}
         return json.dumps(document, allow_nan=False).encode()
 
 
@@ -120,16 +130,18 @@ def merge_loaded(bodies: Iterable[bytes]) -> bytes:
 
 
 def merge_openai_models(bodies: Iterable[bytes]) -> bytes:
-    """The union of ``/v1/models``, in the order of first mention."""
+    """The union of ``/v1/models``, in the order in which the nodes first list the models."""
     return _merge(MergedList(OPENAI_FORMAT), bodies)
 
 
 def latest_plausible_time(now: datetime | None) -> datetime | None:
-    """The latest time that a correct clock can give; ``None`` without ``now``. The clocks of hosts differ a little."""
+    """The latest time that a correct clock of a host can give now, as the clocks of hosts differ a little; ``None``
+    without ``now``."""
     return None if now is None else now + MAX_CLOCK_SKEW
 
 
 def _merge(merged: MergedList, bodies: Iterable[bytes]) -> bytes:
+    """Adds the bodies to the list in one step, and returns the list as a body."""
     for body in bodies:
         for _ in merged.add_body(body):
             pass
@@ -137,20 +149,23 @@ def _merge(merged: MergedList, bodies: Iterable[bytes]) -> bytes:
 
 
 def _read_entry(name: str, node_entry: Mapping[str, Any], list_format: ListFormat) -> Entry:
+    """A new entry with this name and all readable values of a node's entry."""
     entry: Entry = dict.fromkeys(list_format.names, name)  # the node may have sent only one of the names
-    budget = [MAX_VALUES]
+    budget = [MAX_VALUES]  # one budget for all unknown keys of the entry
     for key, value in node_entry.items():
         if key in list_format.names:
             continue
-        if (reader := list_format.readers.get(key)) is not None:
-            if (known_value := reader(value)) is not None:
-                entry[key] = known_value
-        elif (plain_value := _plain_json(value, budget)) is not None:
-            entry[printable(key, MAX_LABEL_CHARS)] = plain_value
+        reader = list_format.readers.get(key)
+        if reader is None:
+            entry_key, entry_value = printable(key, MAX_LABEL_CHARS), _plain_json(value, budget)
+        else:
+            entry_key, entry_value = key, reader(value)
+        if entry_value is not None:
+            entry[entry_key] = entry_value
     return entry
 
 
-# -- keys that clients know ------------------------------------------------------------------------------------------
+# -- readers of the keys that clients know; they return None for a value of another type -----------------------------
 
 
 def _read_text(value: Any) -> str | None:
@@ -158,6 +173,7 @@ def _read_text(value: Any) -> str | None:
 
 
 def _read_texts(value: Any) -> list[str] | None:
+    """The texts of a list. Leaves out its other values."""
     if not isinstance(value, list):
         return None
     return [printable(text, MAX_LABEL_CHARS) for text in value[:MAX_TEXTS] if isinstance(text, str)]
@@ -168,17 +184,20 @@ def _read_count(value: Any) -> int | None:
 
 
 def _read_time(value: Any) -> str | None:
-    """The text of a time: as it came if every parser reads it, written anew if only Python's parser reads it."""
+    """The text of a time: unchanged if every parser reads it, written anew if only Python's parser reads it."""
     time = safe_json.as_datetime(value)
     if time is None:
         return _NO_TIME if value == _NO_TIME else None
-    return value if _RFC3339.fullmatch(value) else time.isoformat().replace("+00:00", "Z")
+    if _RFC3339.fullmatch(value):
+        return str(value)
+    return time.isoformat().replace("+00:00", "Z")
 
 
 def _read_details(value: Any) -> Entry | None:
+    """The ``details`` of a model in Ollama's lists: its family, its quantization and so on."""
     if not isinstance(value, dict):
         return None
-    budget = [MAX_VALUES]
+    budget = [MAX_VALUES]  # one budget for all unknown keys of the details
     details: Entry = {}
     for key, detail in value.items():
         if key == "families":
@@ -231,8 +250,8 @@ def _plain_json(value: Any, budget: list[int], depth: int = 0) -> Any:
     if isinstance(value, int):  # or a bool
         return value if -_MAX_INT <= value <= _MAX_INT else None
     if isinstance(value, list):
-        return [_plain_json(part, budget, depth + 1) for part in value[: max(budget[0], 0)]]
+        return [_plain_json(part, budget, depth + 1) for part in value[: budget[0]]]
     if isinstance(value, dict):
-        items = list(value.items())[: max(budget[0], 0)]
-        return {printable(key, MAX_LABEL_CHARS): _plain_json(part, budget, depth + 1) for key, part in items}
+        members = list(value.items())[: budget[0]]
+        return {printable(key, MAX_LABEL_CHARS): _plain_json(part, budget, depth + 1) for key, part in members}
     return None

@@ -1,4 +1,4 @@
-"""The routes of models, and the ``Demand`` that is read from a request's route, headers and body. Pure."""
+"""The routes that need a model, and the reading of a request's ``Demand`` from its route, headers and body. Pure."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from gpumesh.gateway.json_members import Members, RawValue
 from gpumesh.topology import BackendKind, Topology
 
 MAX_OPTIONS_BYTES = 64 << 10  # plenty for a dozen numbers and a few stop words
-MAX_NUMBER_BYTES = 32
+MAX_NUMBER_BYTES = 32  # of a limit of tokens as it is written; a longer value is no sensible number
 MIN_PROMPT_BYTES = 2000  # bytes of a body; the time to evaluate a shorter prompt does not matter to the balancer
 BYTES_PER_TOKEN = 4  # in English text
 MAX_TIMEOUT_S = 86400.0  # a day
@@ -82,7 +82,9 @@ def read_demand(
     node: str | None = None,
     request_id: str | None = None,
 ) -> Demand:
-    """``members`` are the members of the body, which has ``size`` bytes. ``model`` comes from ``read_model``, or is the
+    """Returns the demand of a request: its model, node, priority, and about how many tokens it will take.
+
+    ``members`` are the members of the body, which has ``size`` bytes. ``model`` comes from ``read_model``, or is the
     default model. ``node`` comes from ``read_node``.
 
     Raises BadRequest for a request that no server could answer.
@@ -105,9 +107,10 @@ def read_demand(
 
 
 def read_model(route: ModelRoute, members: Members) -> str | None:
-    """The model that the client names; ``None`` if the client names no model. Raises BadRequest."""
-    for name in route.model_keys:
-        model = members.text(name)
+    """The model that the client names; ``None`` if the client names no model. Raises BadRequest if the name is no text,
+    or too long."""
+    for key in route.model_keys:
+        model = members.text(key)
         if model:
             return model
     return None
@@ -125,9 +128,12 @@ _decode_options = msgspec.json.Decoder(_Options).decode
 
 
 def _read_options(value: RawValue) -> _Options:
-    """Returns no options if they cannot be read: the server will tell the client what is wrong with them."""
+    """Reads the member ``options``. Returns ``_NO_OPTIONS`` if it cannot be read: the server will tell the client what
+    is wrong with it."""
+    if len(value) > MAX_OPTIONS_BYTES:
+        return _NO_OPTIONS
     try:
-        return _NO_OPTIONS if len(value) > MAX_OPTIONS_BYTES else _decode_options(value)
+        return _decode_options(value)
     except (msgspec.MsgspecError, RecursionError, ValueError):
         return _NO_OPTIONS
 
@@ -145,6 +151,7 @@ def read_node(headers: Mapping[str, str], topology: Topology) -> str | None:
 
 
 def read_priority(headers: Mapping[str, str]) -> Priority:
+    """The priority that the client asks for, else NORMAL. Raises BadRequest for an unknown priority."""
     header = headers.get("x-gpumesh-priority")
     if header is None:
         return Priority.NORMAL
@@ -155,21 +162,23 @@ def read_priority(headers: Mapping[str, str]) -> Priority:
 
 
 def read_timeout(headers: Mapping[str, str], default_s: float) -> float:
-    """The request's time-out in seconds. A client may shorten the gateway's time-out, or lengthen it up to a day."""
+    """The request's time-out in seconds. A client may shorten the gateway's time-out, or lengthen it up to a day.
+    Raises BadRequest for any other value."""
     header = headers.get("x-gpumesh-timeout")
     if header is None:
         return default_s
     try:
         seconds = float(header.strip().removesuffix("s"))
     except ValueError:
-        seconds = 0.0
-    if not 0.0 < seconds <= MAX_TIMEOUT_S:  # NaN is refused too
-        raise BadRequest(f"X-GPUMesh-Timeout is a number of seconds, not {header!r}")
-    return seconds
+        seconds = 0.0  # refused below
+    if 0.0 < seconds <= MAX_TIMEOUT_S:  # false for NaN
+        return seconds
+    raise BadRequest(f"X-GPUMesh-Timeout is a number of seconds, not {header!r}")
 
 
 def _read_max_tokens(members: Members, options: _Options) -> int | None:
-    """How many tokens the answer may have; ``None`` if the client sets no limit."""
+    """How many tokens the answer may have; ``None`` if the client sets no limit. Ollama's option comes first, then the
+    members of OpenAI's and Anthropic's APIs. A value that is no number above 0 is ignored."""
     values = [options.num_predict]
     for name in ("max_completion_tokens", "max_tokens", "max_output_tokens"):
         raw_value = members.known.get(name)
@@ -180,6 +189,6 @@ def _read_max_tokens(members: Members, options: _Options) -> int | None:
                 continue
     for value in values:
         count = safe_json.as_count(value)
-        if count:
+        if count is not None and count > 0:
             return count
     return None

@@ -2,8 +2,8 @@
 
 A client may name one node (``X-GPUMesh-Node``). ``gpumesh/mesh/models/fleet_store.py`` defines what a request means
 over several nodes, and carries it out. The code here reads the requests, and writes the results as HTTP answers and
-lines of NDJSON. If an operation succeeds on some nodes only, the client gets an error that names the nodes where it
-succeeded and those where it failed, never a success.
+lines of NDJSON. If an operation succeeds on some nodes only, the client never gets a success, but an error that names
+the nodes where the operation succeeded and the nodes where it failed.
 """
 
 from __future__ import annotations
@@ -36,37 +36,48 @@ _DIGEST = re.compile(r"sha256[:-][0-9a-fA-F]{64}")
 
 
 class ModelStoreRoutes:
-    """The handlers, one for each route. They raise BadRequest, and the errors of ``FleetStore``."""
+    """The handlers, one for each route. They raise BadRequest for a request that cannot be read, and the errors of
+    ``FleetStore`` if no node can do what the client asks for."""
 
     def __init__(self, mesh: Mesh) -> None:
         self._mesh = mesh
         self._store = FleetStore(mesh)
 
-    def _node_of(self, request: Request) -> str | None:
-        """The node that the client names. Raises BadRequest."""
+    def _read_node(self, request: Request) -> str | None:
+        """The node that the client names; ``None`` if the client names no node. Raises BadRequest if there is no such
+        node."""
         return read_node(request.headers, self._mesh.topology)
 
     # -- operations with progress --------------------------------------------------------------------------------
 
     async def pull(self, request: Request) -> Response | StreamingResponse:
-        node, (document, _) = self._node_of(request), await _read_document(request)
+        """Downloads a model to the nodes, and streams the progress."""
+        node = self._read_node(request)
+        document, _ = await _read_document(request)
         _require_model(document, "model", "name")
-        operation = self._store.start_pull(_streamed_call(request, document), node, timeout_s=_read_timeout(request))
+        call, timeout_s = _streamed_call(request, document), _read_timeout(request)
+        operation = self._store.start_pull(call, node, timeout_s=timeout_s)
         return await _stream_operation(request, document, operation, "pulled")
 
     async def push(self, request: Request) -> Response | StreamingResponse:
-        node, (document, _) = self._node_of(request), await _read_document(request)
+        """Uploads a model from a node that has it, and streams the progress."""
+        node = self._read_node(request)
+        document, _ = await _read_document(request)
         model = _require_model(document, "model", "name")
         call, timeout_s = _streamed_call(request, document), _read_timeout(request)
         operation = self._store.start_push(call, model, node, timeout_s=timeout_s)
         return await _stream_operation(request, document, operation, "pushed")
 
     async def create(self, request: Request) -> Response | StreamingResponse:
-        node, (document, _) = self._node_of(request), await _read_document(request)
+        """Makes a model on the nodes that have its parts, and streams the progress. The parts are the blobs of
+        ``files`` and ``adapters``, or the model that ``from`` names."""
+        node = self._read_node(request)
+        document, _ = await _read_document(request)
         _require_model(document, "model", "name")
-        nodes = self._store.usable_nodes(node)
-        digests = {digest for key in ("files", "adapters") for digest in _read_digests(document.get(key))}
-        nodes = await self._store.nodes_for_create(nodes, digests, safe_json.as_text(document.get("from")))
+        usable_nodes = self._store.usable_nodes(node)
+        digests = {*_read_digests(document.get("files")), *_read_digests(document.get("adapters"))}
+        base_model = safe_json.as_text(document.get("from"))
+        nodes = await self._store.nodes_for_create(usable_nodes, digests, base_model)
         call, timeout_s = _streamed_call(request, document), _read_timeout(request)
         operation = self._store.start_create(call, nodes, timeout_s=timeout_s)
         return await _stream_operation(request, document, operation, "created")
@@ -74,32 +85,38 @@ class ModelStoreRoutes:
     # -- copy and delete -----------------------------------------------------------------------------------------
 
     async def copy(self, request: Request) -> Response:
-        node, (document, body) = self._node_of(request), await _read_document(request)
+        """Copies a model to a second name, on every node that has the model."""
+        node = self._read_node(request)
+        document, body = await _read_document(request)
         source = _require_model(document, "source")
         call, timeout_s = build_call(request, body), _read_timeout(request)
-        return _render_results(await self._store.copy(call, source, node, timeout_s=timeout_s), "copied")
+        results = await self._store.copy(call, source, node, timeout_s=timeout_s)
+        return _render_results(results, "copied")
 
     async def delete(self, request: Request) -> Response:
-        node, (document, body) = self._node_of(request), await _read_document(request)
+        """Deletes a model from every node that has it."""
+        node = self._read_node(request)
+        document, body = await _read_document(request)
         model = _require_model(document, "model", "name")
         call, timeout_s = build_call(request, body), _read_timeout(request)
-        return _render_results(await self._store.delete(call, model, node, timeout_s=timeout_s), "deleted")
+        results = await self._store.delete(call, model, node, timeout_s=timeout_s)
+        return _render_results(results, "deleted")
 
     # -- blobs ---------------------------------------------------------------------------------------------------
 
     async def has_blob(self, request: Request) -> Response:
-        """Answers 404 if a node lacks the blob, so that the client sends it, else 200. Nodes that give no usable answer
-        do not count, unless there are no others."""
-        nodes = self._store.usable_nodes(self._node_of(request))
+        """Answers 404 if a node lacks the blob, so that the client sends it, else 200. Ignores nodes that give no
+        usable answer, and raises BackendError if no node gives one."""
+        nodes = self._store.usable_nodes(self._read_node(request))
         holders = await self._store.find_blob(nodes, _read_blob_digest(request))
-        if len(holders.unsure) == len(nodes):
+        if not holders.having and not holders.lacking:
             first_result = holders.unsure[0]
             raise BackendError(first_result.error_text, node=first_result.node)
         return Response(status=404 if holders.lacking else 200, headers=_node_header(holders.having))
 
     async def add_blob(self, request: Request) -> Response:
         """Answers 201 if all nodes have the blob now, 200 if they had it before, else an error."""
-        nodes = self._store.usable_nodes(self._node_of(request))
+        nodes = self._store.usable_nodes(self._read_node(request))
         digest = _read_blob_digest(request)
         holders = await self._store.find_blob(nodes, digest)
         if not holders.lacking and not holders.unsure:
@@ -108,7 +125,7 @@ class ModelStoreRoutes:
         if holders.lacking:
             pieces, timeout_s = request.read_body_pieces(), _read_timeout(request)
             results = await self._store.add_blob(holders.lacking, digest, pieces, timeout_s=timeout_s)
-        results += holders.unsure
+        results += holders.unsure  # such a node may lack the blob, so it counts as a failure
         if all(result.done for result in results):
             return Response(status=201, headers=_node_header(nodes))
         return _render_failures(results, "stored")
@@ -118,11 +135,12 @@ class ModelStoreRoutes:
 
 
 def _read_timeout(request: Request) -> float:
+    """The time-out of an operation, in seconds. Raises BadRequest for a client's time-out that is out of range."""
     return read_timeout(request.headers, OPERATION_TIMEOUT_S)
 
 
 def _read_blob_digest(request: Request) -> str:
-    """The digest in the request's path. Raises BadRequest."""
+    """The digest in the request's path. Raises BadRequest if it does not have the form of a digest."""
     digest = request.path.removeprefix("/api/blobs/")
     if not _DIGEST.fullmatch(digest):
         raise BadRequest("invalid digest format")
@@ -130,8 +148,8 @@ def _read_blob_digest(request: Request) -> str:
 
 
 async def _read_document(request: Request) -> tuple[dict[str, Any], bytes]:
-    """The body as a document, then as bytes for the nodes. In both the members have Ollama's own spelling. Raises
-    BadRequest."""
+    """Returns the body as a document, then as bytes for the nodes. Both have the members' names in Ollama's own
+    spelling. Raises BadRequest if the body is no JSON object, or too large."""
     body = await request.read_body()
     members = await read_members(body, request)
     if not members.has_common_spelling:
@@ -147,7 +165,7 @@ async def _read_document(request: Request) -> tuple[dict[str, Any], bytes]:
 
 
 def _require_model(document: Mapping[str, Any], *keys: str) -> str:
-    """The model's name: the value of the first of these keys that has one. Raises BadRequest."""
+    """The model's name: the text of the first of these keys that has a text. Raises BadRequest if none has."""
     for key in keys:
         value = document.get(key)
         if isinstance(value, str) and value.strip():
@@ -156,8 +174,8 @@ def _require_model(document: Mapping[str, Any], *keys: str) -> str:
 
 
 def _read_digests(files: object) -> list[str]:
-    """The digests of ``{"name": "sha256:…"}``. They are checked, because each becomes a part of a path. Raises
-    BadRequest."""
+    """The digests of ``{"name": "sha256:…"}``. Raises BadRequest for a digest of another form: each digest becomes a
+    part of a path."""
     digests = list(files.values()) if isinstance(files, dict) else []
     for digest in digests:
         if not isinstance(digest, str) or not _DIGEST.fullmatch(digest):
@@ -166,7 +184,8 @@ def _read_digests(files: object) -> list[str]:
 
 
 def _streamed_call(request: Request, document: Mapping[str, Any]) -> HttpCall:
-    """The request to a node. It always asks for a stream of progress, so that a node that hangs is noticed."""
+    """The request to a node. It asks for a stream of progress even if the client does not: so a node that hangs is
+    noticed."""
     return json_call("POST", request.path, {**document, "stream": True})
 
 
@@ -176,10 +195,11 @@ def _streamed_call(request: Request, document: Mapping[str, Any]) -> HttpCall:
 async def _stream_operation(
     request: Request, document: Mapping[str, Any], operation: StoreOperation, verb: str
 ) -> Response | StreamingResponse:
-    """Runs the operation on all nodes and streams their merged progress.
+    """Runs the operation on all nodes and streams their merged progress. ``verb``: the operation in a message, as
+    ``pulled``.
 
-    Two kinds of clients get a single document instead of a stream: those that do not want a stream, and those of an
-    operation that fails before its first step.
+    The client gets a single document instead of a stream in two cases: it does not want a stream, or the operation
+    fails before its first step.
     """
     wants_stream = document.get("stream") is not False
     stream: StreamingResponse | None = None
@@ -190,19 +210,25 @@ async def _stream_operation(
                 stream.write(b"".join(safe_json.dump_compact(_step_document(step)) + b"\n" for step in steps))
                 await stream.drain()
     result = operation.result
-    refusal = result.refusal
-    if stream is None and refusal is not None and refusal.status is not None and result.common_failure is not None:
-        # All nodes gave the same refusal: the client gets it as the server's own answer, with its status.
-        body = error_shapes.error_body(ClientApi.OLLAMA, refusal.status, refusal.message)
-        return json_response(body, status=refusal.status, headers=_node_header(operation.nodes))
-    status, last_document = _last_document(result, verb)
-    line = safe_json.dump_compact(last_document)
     if stream is None and (result.failures or not wants_stream):
-        return json_response(line, status=status, headers=_node_header(operation.nodes))
+        return _single_document(result, verb)
     stream = stream or _start_stream(request, operation)
-    stream.write(line + b"\n")
+    _, last_document = _last_document(result, verb)
+    stream.write(safe_json.dump_compact(last_document) + b"\n")
     stream.finish()
     return stream
+
+
+def _single_document(result: OperationResult, verb: str) -> Response:
+    """The result of an operation as one document, for a client that gets no stream."""
+    headers = _node_header(result.nodes)
+    refusal = result.refusal
+    if refusal is not None and refusal.status is not None and result.common_failure is not None:
+        # All nodes gave the same refusal: the client gets it as the server's own answer, with its status.
+        body = error_shapes.error_body(ClientApi.OLLAMA, refusal.status, refusal.message)
+        return json_response(body, status=refusal.status, headers=headers)
+    status, document = _last_document(result, verb)
+    return json_response(safe_json.dump_compact(document), status=status, headers=headers)
 
 
 def _start_stream(request: Request, operation: StoreOperation) -> StreamingResponse:
@@ -210,6 +236,7 @@ def _start_stream(request: Request, operation: StoreOperation) -> StreamingRespo
 
 
 def _step_document(step: StoreStep) -> dict[str, object]:
+    """A step of progress as Ollama writes it. Only the step of a layer has a digest and sizes, in bytes."""
     if step.digest is None:
         return {"status": step.status}
     return {
@@ -221,7 +248,7 @@ def _step_document(step: StoreStep) -> dict[str, object]:
 
 
 def _last_document(result: OperationResult, verb: str) -> tuple[int, dict[str, str]]:
-    """The HTTP status for a client that gets no stream, and the last document of the operation's progress."""
+    """Returns the HTTP status for a client that gets no stream, then the last document of the operation's progress."""
     if not result.failures:
         return 200, {"status": SUCCESS}
     if result.common_failure is not None:
@@ -230,34 +257,41 @@ def _last_document(result: OperationResult, verb: str) -> tuple[int, dict[str, s
 
 
 def _render_results(results: Sequence[NodeResult], verb: str) -> Response:
+    """Answers a ``copy`` or ``delete`` with success if it succeeded on every node that has the model, else with an
+    error."""
     if not is_done_where_possible(results):
         return _render_failures(results, verb)
     successes = [result for result in results if result.done]
-    # Ollama's own answers have no body.
+    # Without a body, as Ollama's own answers.
     return Response(status=_http_status(successes[0]), headers=_node_header([result.node for result in successes]))
 
 
 def _render_failures(results: Sequence[NodeResult], verb: str) -> Response:
     """Answers with the servers' own error if it is the same on all nodes, else with the nodes where the operation
     succeeded and the reasons of the others."""
-    headers = _node_header([result.node for result in results])
-    status, message = _http_status(results[0]), results[0].error_text
-    if any((_http_status(result), result.error_text) != (status, message) for result in results):
-        failures = {result.node: result.error_text for result in results if not result.done}
+    different_errors = {(_http_status(result), result.error_text) for result in results}
+    if len(different_errors) == 1:
+        [(status, message)] = different_errors
+    else:
         status = 502
-        message = _describe_partial_success(verb, [result.node for result in results if result.done], failures)
+        successful_nodes = [result.node for result in results if result.done]
+        failures = {result.node: result.error_text for result in results if not result.done}
+        message = _describe_partial_success(verb, successful_nodes, failures)
+    headers = _node_header([result.node for result in results])
     return json_response(error_shapes.error_body(ClientApi.OLLAMA, status, message), status=status, headers=headers)
 
 
 def _http_status(result: NodeResult) -> int:
+    """The status that the node's server sent; if it sent none, the gateway's status for the error."""
     if result.status is not None:
         return result.status
     return 500 if result.error is None else error_shapes.error_status(result.error)
 
 
-def _describe_partial_success(verb: str, done: Sequence[str], failures: Mapping[str, str]) -> str:
+def _describe_partial_success(verb: str, successful_nodes: Sequence[str], failures: Mapping[str, str]) -> str:
+    """The error message of an operation that failed on some nodes. ``failures``: the reasons by node."""
     reasons = "; ".join(f"{node}: {reason}" for node, reason in failures.items())
-    return f"{verb} on {', '.join(done) or 'no node'}; not on {reasons}"
+    return f"{verb} on {', '.join(successful_nodes) or 'no node'}; not on {reasons}"
 
 
 def _node_header(nodes: Iterable[str]) -> HeaderPairs:

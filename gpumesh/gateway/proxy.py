@@ -1,4 +1,4 @@
-"""The hot path: a client's request goes to the mesh, and the answer is pushed into the client's stream as it comes.
+"""The hot path: sends a client's request to the mesh, and pushes the answer into the client's stream as it comes.
 
 Nothing is parsed without need: the request's body and the answer's pieces are passed on as they come. A client that
 reads slowly pauses the connection to its node, so that memory does not grow.
@@ -26,7 +26,7 @@ from gpumesh.mesh.mesh import Mesh
 from gpumesh.mesh.requests.answer import Answer
 from gpumesh.topology import BackendKind
 
-# Headers that concern only the client, or only the connection to the client, and not a backend.
+# Headers that concern only the client, or only the connection to the client, and not a backend. In lower case.
 _NOT_FORWARDED = frozenset(
     {
         "host",
@@ -57,18 +57,18 @@ _NOT_FORWARDED = frozenset(
         "if-unmodified-since",
     }
 )
+_NOT_FORWARDED_PREFIXES = ("x-gpumesh-", "x-forwarded-", "sec-")
 
 
 def build_call(request: Request, body: bytes) -> HttpCall:
     """The request to the backend: the client's path and query, ``body``, and the client's headers that concern a
     backend."""
-    headers = tuple(
-        (name, value)
-        for name, value in request.headers.pairs
-        if (lower := name.lower()) not in _NOT_FORWARDED
-        and not lower.startswith(("x-gpumesh-", "x-forwarded-", "sec-"))
-    )
-    return HttpCall(request.method, request.target, body, headers)
+    headers: list[tuple[str, str]] = []
+    for name, value in request.headers.pairs:
+        lower_name = name.lower()
+        if lower_name not in _NOT_FORWARDED and not lower_name.startswith(_NOT_FORWARDED_PREFIXES):
+            headers.append((name, value))
+    return HttpCall(request.method, request.target, body, tuple(headers))
 
 
 async def forward_request(
@@ -82,11 +82,11 @@ async def forward_request(
     on_answer: Callable[[Answer], None],
     require_json: bool = False,
 ) -> Response | StreamingResponse:
-    """Sends the request to the mesh, and the answer to the client.
+    """Sends the request to the mesh. Returns the whole answer as a response, or the stream when the answer has ended.
 
     ``on_answer`` is called with the answer when its first bytes have come, for the accounting. ``require_json``: the
-    answer must be a JSON object, and any node can give it. If a client could not read the answer, other nodes are
-    asked.
+    answer must be a JSON object, and any node can give it. If the answer of the first node is none that a client could
+    read, other nodes are asked.
 
     Raises GPUMeshError only before the first byte to the client.
     """
@@ -110,7 +110,7 @@ async def forward_request(
 
 
 def _is_readable(answer: Answer) -> bool:
-    """Whether the answer is whole and, if it is a success, a JSON object that any client can parse."""
+    """Whether the answer came in one piece and, if it is a success, is a JSON object that any client can parse."""
     return answer.body is not None and (answer.status != 200 or safe_json.is_strict_object(answer.body))
 
 
@@ -119,34 +119,47 @@ async def _ask_other_nodes(
 ) -> Answer:
     """Asks the other nodes one by one, and returns the first readable answer. Raises BackendError if there is none."""
     await answer.aclose()
-    for candidate in mesh.candidates():
-        can_serve = candidate.usable and candidate.kind in demand.kinds and has_model(candidate, demand.model)
-        if candidate.name == answer.node or demand.node is not None or not can_serve:
-            continue  # ``demand.node``: the client asked for one node
+    for node in _find_other_nodes(mesh, demand, answer.node):
         try:
-            other = await mesh.send(replace(demand, node=candidate.name), calls, timeout_s=timeout_s)
+            other_answer = await mesh.send(replace(demand, node=node), calls, timeout_s=timeout_s)
         except GPUMeshError:
             continue
-        if _is_readable(other):
-            other.attempts += answer.attempts
-            return other
-        await other.aclose()
+        if _is_readable(other_answer):
+            other_answer.attempts += answer.attempts
+            return other_answer
+        await other_answer.aclose()
     raise BackendError("its answer is not the JSON that it should be", node=answer.node)
 
 
+def _find_other_nodes(mesh: Mesh, demand: Demand, asked_node: str) -> list[str]:
+    """The names of all nodes that can serve the demand, except ``asked_node``; none if the client asked for one
+    node."""
+    if demand.node is not None:
+        return []
+    usable = [candidate for candidate in mesh.candidates() if candidate.usable and candidate.name != asked_node]
+    return [
+        candidate.name for candidate in usable if candidate.kind in demand.kinds and has_model(candidate, demand.model)
+    ]
+
+
 async def _stream_response(request: Request, answer: Answer, shape: ClientApi) -> StreamingResponse:
+    """Streams the answer to the client, and returns the stream at its end. An error in the midst of the stream becomes
+    its last frame."""
     stream = request.start_stream(_response_headers(answer), status=answer.status)
     try:
         await answer.send_to(stream)
     except GPUMeshError as error:
         message = error_shapes.client_message(error)
         frame = answer.error_frame(message)
-        stream.write(frame or error_shapes.error_frame(shape, error_shapes.error_status(error), message))
+        if frame is None:  # the answer's stream has no frames of its own
+            frame = error_shapes.error_frame(shape, error_shapes.error_status(error), message)
+        stream.write(frame)
     stream.finish()
     return stream
 
 
 def _whole_response(answer: Answer, body: bytes, shape: ClientApi) -> Response:
+    """The response for an answer that came in one piece. Its error, if any, has the shape of the client's API."""
     if answer.error_message is not None:
         body = error_shapes.error_body(shape, answer.status, answer.error_message)
     elif answer.status >= 500 and not error_shapes.is_error_body(shape, safe_json.parse_object(body)):
@@ -157,24 +170,28 @@ def _whole_response(answer: Answer, body: bytes, shape: ClientApi) -> Response:
 def _translate_error(answer: Answer, body: bytes, shape: ClientApi) -> Response:
     """Writes a server's failure in the client's dialect: the server has another dialect, or sent the failure as an
     event."""
-    # The last event of a stream, or the whole body if it is no event.
-    message = DIALECTS[answer.kind].error_text(answer.status, body.rpartition(b"data: ")[2])
-    headers = tuple(pair for pair in _response_headers(answer) if pair[0].lower() != "content-type")
+    _, _, last_event = body.rpartition(b"data: ")  # the whole body, if the body holds no event
+    message = DIALECTS[answer.kind].error_text(answer.status, last_event)
+    headers = tuple((name, value) for name, value in _response_headers(answer) if name.lower() != "content-type")
     return json_response(error_shapes.error_body(shape, answer.status, message), status=answer.status, headers=headers)
 
 
 def read_resume(headers: Mapping[str, str]) -> bool:
-    """Whether another node may continue a cut answer. Raises BadRequest for an unknown value of
-    ``X-GPUMesh-Resume``."""
+    """Whether another node may continue a cut answer: yes, unless ``X-GPUMesh-Resume`` is ``off``. Raises BadRequest
+    for an unknown value."""
     value = headers.get("x-gpumesh-resume")
-    if value is None or value.strip().lower() == "on":
+    if value is None:
         return True
-    if value.strip().lower() == "off":
-        return False
+    match value.strip().lower():
+        case "on":
+            return True
+        case "off":
+            return False
     raise BadRequest(f"X-GPUMesh-Resume is on or off, not {value!r}")
 
 
 def _response_headers(answer: Answer) -> HeaderPairs:
+    """The headers of the node's answer, and the gateway's own: the node, the attempts and the wait in the queue."""
     return (
         *answer.headers,
         ("X-GPUMesh-Node", answer.node),

@@ -1,4 +1,4 @@
-"""``Router``: the table of the gateway's routes, and the two sorts of routes that forward a request to one node.
+"""``Router``: finds the handler of a request by its path and method, or forwards the request to a node.
 
 There are three sorts of routes. Requests to ``MODEL_ROUTES`` (``model_requests``) go to a node that has the model.
 Requests to ``ANY_NODE_ROUTES`` go to any node. All other requests are answered by a handler: ``fleet_routes`` for
@@ -18,7 +18,7 @@ from gpumesh.gateway.http.errors import BadRequest
 from gpumesh.gateway.http.request import Handler, Request
 from gpumesh.gateway.http.responses import Response
 from gpumesh.gateway.http.streaming_response import StreamingResponse
-from gpumesh.gateway.json_members import read_members, read_small_members, rewrite_body
+from gpumesh.gateway.json_members import read_members, rewrite_body
 from gpumesh.gateway.model_requests import (
     ALL_KINDS,
     MODEL_ROUTES,
@@ -56,9 +56,12 @@ _TEMPLATE_BY_PREFIX = {
     "/mesh/nodes/": "/mesh/nodes/{node}/{action}",
 }
 HandlersByMethod = tuple[tuple[tuple[str, ...], Handler], ...]
+"""Pairs of methods and their handler."""
 
 
 class Router:
+    """The gateway's routes over one mesh."""
+
     def __init__(
         self, mesh: Mesh, fleet_routes: FleetRoutes, model_store_routes: ModelStoreRoutes, page: UiPage
     ) -> None:
@@ -67,7 +70,8 @@ class Router:
         self._handlers = _handler_table(fleet_routes, model_store_routes, page)
 
     async def route_request(self, request: Request, record: RequestRecord) -> Response | StreamingResponse:
-        """Answers a request. Raises GPUMeshError if nothing was sent yet: BadRequest for a path that is not served."""
+        """Answers a request, and notes its route in the record. Raises GPUMeshError only if nothing was sent yet;
+        BadRequest for a path that is not served."""
         path = request.path
         route = MODEL_ROUTES.get(path)
         if route is not None:
@@ -102,19 +106,19 @@ class Router:
         if body is None:
             body = await request.read_body()
         members = read_small_members(body) or await read_members(body, request)
-        model = read_model(route, members)
+        client_model = read_model(route, members)
         record.demand = demand = read_demand(
             route,
             request.headers,
             members,
             size=len(body),
-            model=model or self._spec.default_model,
+            model=client_model or self._spec.default_model,
             node=read_node(request.headers, self._mesh.topology),
             request_id=request.id,
         )
         # The body for the node has the name of the model where every server looks for it.
-        if model is None:
-            assert demand.model is not None, "it is the default model"
+        if client_model is None:
+            assert demand.model is not None, "read_demand refuses a request without a model"
             body = await rewrite_body(body, members, request, model=demand.model)
         elif not members.has_common_spelling:
             body = await rewrite_body(body, members, request)
@@ -130,15 +134,18 @@ class Router:
         )
 
     async def _forward_to_any_node(self, request: Request, record: RequestRecord) -> Response | StreamingResponse:
-        """Forwards the request to any node; a question about one model goes to any node that has it."""
+        """Forwards the request to any node; a question about one model goes to any node that has the model."""
         path = request.path
-        model = path.removeprefix(OPENAI_MODEL_PREFIX) if path.startswith(OPENAI_MODEL_PREFIX) else None
         node = read_node(request.headers, self._mesh.topology)
-        record.demand = Demand(model, OLLAMA_ONLY if model is None else ALL_KINDS, node, needs_slot=False)
+        if path.startswith(OPENAI_MODEL_PREFIX):
+            demand = Demand(path.removeprefix(OPENAI_MODEL_PREFIX), ALL_KINDS, node, needs_slot=False)
+        else:
+            demand = Demand(None, OLLAMA_ONLY, node, needs_slot=False)
+        record.demand = demand
         return await proxy.forward_request(
             self._mesh,
             request,
-            record.demand,
+            demand,
             proxy.build_call(request, await request.read_body()),
             find_client_api(path),
             timeout_s=ANY_NODE_TIMEOUT_S,
@@ -148,7 +155,7 @@ class Router:
 
 
 def _find_template(path: str) -> str:
-    """The template of the path; the path itself if it has none."""
+    """The template under which the tables here list the path: for most paths the path itself."""
     for prefix, template in _TEMPLATE_BY_PREFIX.items():
         if path.startswith(prefix):
             return template
@@ -156,8 +163,8 @@ def _find_template(path: str) -> str:
 
 
 def _refuse_method(request: Request, record: RequestRecord, methods: Iterable[str]) -> Response:
-    """Answers 405. A preflight of an allowed origin also comes here, because no route has the method OPTIONS: its
-    answer is 204, and the CORS headers are added as to every answer to that origin."""
+    """Answers 405, but 204 to a preflight of an allowed origin. A preflight comes here because no route has the method
+    OPTIONS; its CORS headers are added as to every answer to that origin."""
     allow_header = (("Allow", ", ".join(sorted(methods))),)
     if request.method == "OPTIONS" and request.cors is not None:
         return Response(status=204, headers=allow_header)
@@ -166,6 +173,7 @@ def _refuse_method(request: Request, record: RequestRecord, methods: Iterable[st
 
 
 def _handler_table(fleet: FleetRoutes, stores: ModelStoreRoutes, page: UiPage) -> dict[str, HandlersByMethod]:
+    """The handlers of all routes that are not forwarded, by the path's template."""
     return {
         "/": ((_GET, fleet.root),),
         "/healthz": ((_GET, fleet.healthz),),

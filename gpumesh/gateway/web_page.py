@@ -1,6 +1,6 @@
-"""The web page at /ui: one static file, its server-sent events, and how long a history it shows.
+"""The routes of the web page at /ui: its static file, its server-sent events, and its changes of a node.
 
-The file holds no data of the mesh, and every client gets it. The events need the key, if one is set. The page can
+The file holds no data of the mesh, and every client gets it. The events need the key, if a key is set. The page can
 change something (drain, resume or reconnect a node) only if a key is set: a client that can only reach the port cannot
 change anything.
 """
@@ -25,7 +25,7 @@ from gpumesh.mesh.history import Recorder
 from gpumesh.mesh.mesh import Mesh
 from gpumesh.wire import status_json, to_json
 
-HISTORY_STEP_S = 15.0
+HISTORY_STEP_S = 15.0  # the time that one point of a plot covers
 HISTORY_STEPS = 240  # one hour in all
 UI_PATH = "/ui"
 SAMPLE_S = 2.5  # between two samples of the mesh's state, for the plots
@@ -37,8 +37,8 @@ _CHANGE_PATH = re.compile(r"/mesh/nodes/([^/]+)/([a-z]+)")
 
 
 class UiPage:
-    """``writable``: an API key is set. Then every request that changes something has been checked for the key before it
-    comes here."""
+    """The handlers of the page's routes. ``writable``: an API key is set, so the page may change something. Then
+    every request that changes something has been checked for the key before it comes here."""
 
     def __init__(self, mesh: Mesh, *, writable: bool) -> None:
         self._mesh = mesh
@@ -61,40 +61,44 @@ class UiPage:
         self._closing.set()
 
     async def html(self, _request: Request) -> Response:
+        """The page itself, with its style and script."""
         content_type = "text/html; charset=utf-8"
         return Response(
             self._html, content_type=content_type, headers=self._headers, content_security_policy=self._security_policy
         )
 
     async def events(self, request: Request) -> StreamingResponse:
+        """Streams the server-sent events of the page, until the client leaves or the gateway stops."""
         stream = request.start_stream((("Content-Type", "text/event-stream"), ("Cache-Control", "no-store")))
         async with aclosing(self._generate_events()) as events:
             async for event in events:
                 stream.write(event)
                 await stream.drain()
-                if request.method == "HEAD":  # the answer has no body, so its head is all
+                if request.method == "HEAD":  # the answer is only a head, which has been sent now
                     break
         stream.finish()
         return stream
 
     async def _generate_events(self) -> AsyncGenerator[bytes]:
-        """Yields the history, then the status after each change, until ``close`` is called."""
+        """Yields whether the page may change something, the history, and then the status after each change, until
+        ``close`` is called."""
         yield _render_event("hello", {"writable": self._writable})
-        now = self._mesh.snapshot()
-        yield _render_event("history", {"at": to_json(now.at), "history": to_json(self._recorder.history())})
+        now = self._mesh.snapshot().at
+        yield _render_event("history", {"at": to_json(now), "history": to_json(self._recorder.history())})
         closing = asyncio.ensure_future(self._closing.wait())
         changes = self._mesh.watch_changes()
         change: asyncio.Future[None] | None = None
         try:
             while not closing.done():
-                change = change or asyncio.ensure_future(anext(changes))
+                if change is None:  # else the last wait timed out, and still waits for this change
+                    change = asyncio.ensure_future(anext(changes))
                 await asyncio.wait((change, closing), timeout=KEEPALIVE_S, return_when=asyncio.FIRST_COMPLETED)
                 if closing.done():
                     return
                 if not change.done():
                     yield b": still here\n\n"
                     continue
-                change.result()
+                change.result()  # raises the error of a watch that failed
                 change = None
                 yield _render_event("status", status_json(self._mesh.snapshot()))
                 await asyncio.wait((closing,), timeout=MIN_EVENT_INTERVAL_S)
@@ -107,16 +111,17 @@ class UiPage:
                 await changes.aclose()
 
     async def change_node(self, request: Request) -> Response:
-        """Handles POST /mesh/nodes/NAME/drain, …/resume and …/reconnect."""
+        """Handles POST /mesh/nodes/NAME/drain, …/resume and …/reconnect. Raises BadRequest for another action, for an
+        unknown node, and if the page is read-only."""
         match = _CHANGE_PATH.fullmatch(request.path)
-        if match is None or match[2] not in _ACTIONS:
+        name, action = ("", "") if match is None else match.groups()
+        if action not in _ACTIONS:
             raise BadRequest(f"what can be done to a node is {', '.join(_ACTIONS)}", status=404)
         if not self._writable:
             raise BadRequest(
                 "read-only: set gateway.api_key_env in mesh.yaml to allow changes with its key", status=403
             )
-        name, action = match[1], match[2]
-        if all(node.name != name for node in self._mesh.topology.nodes):
+        if name not in [node.name for node in self._mesh.topology.nodes]:
             raise BadRequest(f"there is no node {name[:100]!r}", status=404)
         if action == "drain":
             self._mesh.drain(name)
@@ -128,6 +133,7 @@ class UiPage:
 
 
 def _render_event(name: str, document: Any) -> bytes:
+    """A server-sent event with the document as JSON."""
     return f"event: {name}\ndata: {json.dumps(document, separators=(',', ':'))}\n\n".encode()
 
 

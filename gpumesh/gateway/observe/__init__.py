@@ -1,1 +1,1 @@
-"""What is recorded of requests: a record of each, the access log, the metrics. Nothing here changes an answer."""
+"""Observes requests: a record of each request, the access log, the metrics. Nothing here changes an answer."""

@@ -20,18 +20,18 @@ from gpumesh.gateway.observe.record import RequestRecord
 
 log = logging.getLogger(__name__)
 
-# Lines are written after this time, or when there are this many.
+# Lines are written FLUSH_S after the first of them, or when there are FLUSH_LINES.
 FLUSH_S = 0.5
 FLUSH_LINES = 500
-ROTATE_BYTES = 8 << 20
-ROTATED_FILES = 4
+ROTATE_BYTES = 8 << 20  # a file that would become larger is rotated
+ROTATED_FILES = 4  # older files that are kept
 MAX_TEXT_CHARS = 200  # of a text that a client sends: a path, a model
 
 _encode = msgspec.json.Encoder().encode  # takes a tenth of the time of json.dumps
 
 
 class AccessLog:
-    """The log at ``path``. ``now`` gives the time in UTC."""
+    """The log at ``path``. ``now`` returns the time in UTC."""
 
     def __init__(
         self,
@@ -52,6 +52,7 @@ class AccessLog:
         self._failing = False
 
     def add(self, record: RequestRecord, *, client: str | None, request_id: str | None) -> None:
+        """Adds a request that has ended. ``client`` is the client's address."""
         self._pending.append(build_entry(record, self._now(), client=client, request_id=request_id))
         if len(self._pending) >= FLUSH_LINES:
             self.flush()
@@ -59,11 +60,13 @@ class AccessLog:
             self._timer = asyncio.get_running_loop().call_later(FLUSH_S, self.flush)
 
     def __repr__(self) -> str:
-        phase = "failing" if self._failing else "open" if self._file is not None else "not open"
+        phase = "not open" if self._file is None else "open"
+        if self._failing:
+            phase = "failing"
         return f"<AccessLog {self._path} {phase} {len(self._pending)} pending>"
 
     def flush(self) -> None:
-        """Writes the pending lines now."""
+        """Writes the pending lines now. If that fails, the lines are lost, and the first failure is logged."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -85,9 +88,10 @@ class AccessLog:
         self._close_file()
 
     def _write(self, data: bytes) -> None:
+        """Appends the data to the file, or to a new file if the file would become too large. Raises OSError."""
         if self._file is None:
             self._open_file()
-        if self._size and self._size + len(data) > self._rotate_bytes:
+        if self._size > 0 and self._size + len(data) > self._rotate_bytes:
             self._close_file()
             self._rotate()
             self._open_file()
@@ -110,9 +114,9 @@ class AccessLog:
     def _rotate(self) -> None:
         """``access.jsonl`` becomes ``access.jsonl.1``, which becomes ``.2`` and so on. The oldest file is removed."""
         for number in range(self._rotated_files, 0, -1):
-            older = self._path if number == 1 else self._rotated_path(number - 1)
-            if older.exists():
-                older.replace(self._rotated_path(number))
+            path = self._path if number == 1 else self._rotated_path(number - 1)
+            if path.exists():
+                path.replace(self._rotated_path(number))
 
     def _rotated_path(self, number: int) -> Path:
         return self._path.with_name(f"{self._path.name}.{number}")
@@ -131,11 +135,13 @@ def render_line(entry: dict[str, object]) -> bytes:
 def build_entry(
     record: RequestRecord, at: datetime, *, client: str | None, request_id: str | None
 ) -> dict[str, object]:
-    """The line of one request. ``node`` is the node where the answer began. Only streamed answers have ``ttft_ms``.
-    ``bytes`` is the size of the body; that of a stream includes the framing."""
+    """The line of one request as a document. ``at`` is the time at which the request ended. ``node`` is the node where
+    the answer began. Only streamed answers have ``ttft_ms``. ``bytes`` is the size of the body; the size of a stream
+    includes the framing."""
     answer, demand = record.answer, record.demand
+    is_streamed = answer is not None and answer.body is None
     ttft_ms = None
-    if answer is not None and answer.body is None and record.first_byte_at is not None:
+    if is_streamed and record.first_byte_at is not None:
         ttft_ms = round((record.first_byte_at - record.started_at) * 1000.0, 1)
     return {
         "at": at.isoformat(timespec="milliseconds").removesuffix("+00:00") + "Z",

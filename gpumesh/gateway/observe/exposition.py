@@ -13,9 +13,10 @@ from typing import Protocol
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
-MAX_LABEL_CHARS = 300
+MAX_LABEL_CHARS = 300  # of a label's value; the rest is cut off
 
 Labels = tuple[tuple[str, str], ...]
+"""Pairs of name and value."""
 
 
 class MetricKind(StrEnum):
@@ -45,7 +46,8 @@ class Family:
 
 
 class Distribution(Protocol):
-    """The state of a histogram. ``counts`` has one number for each bound, and one more for values beyond the last."""
+    """The state of a histogram. ``counts`` has the number of values in each bucket: one bucket for each bound, and one
+    for values beyond the last bound. ``sum`` is the sum of all values."""
 
     @property
     def counts(self) -> Sequence[int]: ...
@@ -55,10 +57,12 @@ class Distribution(Protocol):
 
 
 def gauge(name: str, text: str, samples: Iterable[tuple[Labels, float | None]]) -> Family:
-    """A gauge without samples for unknown values (``None``). Of several samples with the same labels the last counts:
-    Prometheus refuses a whole page that has a series twice."""
-    known = {labels: value for labels, value in samples if value is not None}
-    return Family(name, MetricKind.GAUGE, text, tuple(MetricSample(labels, value) for labels, value in known.items()))
+    """A gauge with a sample for each known value: ``None`` is left out. Of several samples with the same labels the
+    last counts: Prometheus refuses a whole page that has a series twice."""
+    by_labels = {labels: value for labels, value in samples if value is not None}
+    return Family(
+        name, MetricKind.GAUGE, text, tuple(MetricSample(labels, value) for labels, value in by_labels.items())
+    )
 
 
 def counter(name: str, text: str, samples: Iterable[tuple[Labels, float]]) -> Family:
@@ -70,23 +74,25 @@ def counter(name: str, text: str, samples: Iterable[tuple[Labels, float]]) -> Fa
 
 
 def histogram(name: str, text: str, bounds: Sequence[float], series: Mapping[Labels, Distribution]) -> Family:
-    """A histogram. Each bucket counts all values up to its bound ``le``, those of smaller buckets included."""
+    """A histogram. The sample of a bucket counts all values up to its bound ``le``, also the values of smaller
+    buckets."""
     samples: list[MetricSample] = []
     for labels, distribution in series.items():
-        cumulative = 0
+        values_so_far = 0
         for bound, count in zip((*bounds, float("inf")), distribution.counts, strict=True):
-            cumulative += count
-            samples.append(MetricSample((*labels, ("le", _render_number(bound))), cumulative, "_bucket"))
-        samples += [MetricSample(labels, distribution.sum, "_sum"), MetricSample(labels, cumulative, "_count")]
+            values_so_far += count
+            samples.append(MetricSample((*labels, ("le", _render_number(bound))), values_so_far, "_bucket"))
+        samples += [MetricSample(labels, distribution.sum, "_sum"), MetricSample(labels, values_so_far, "_count")]
     return Family(name, MetricKind.HISTOGRAM, text, tuple(samples))
 
 
 def render(families: Iterable[Family]) -> str:
-    """The page. A family without samples is left out."""
+    """The text that Prometheus reads. A family without samples is left out."""
     return "".join(line for family in families for line in _render_family(family))
 
 
 def _render_family(family: Family) -> Iterator[str]:
+    """Yields the two comment lines of the family, then a line for each sample."""
     if not family.samples:
         return
     yield f"# HELP {family.name} {_escape(family.help)}\n# TYPE {family.name} {family.kind.value}\n"
@@ -97,13 +103,17 @@ def _render_family(family: Family) -> Iterator[str]:
 
 
 def _escape(text: str, *, quoted: bool = False) -> str:
+    """The text with the escapes of the format. ``quoted``: it stands in quotation marks, as a label's value does."""
     escaped = text.replace("\\", "\\\\").replace("\n", "\\n")
     return escaped.replace('"', '\\"') if quoted else escaped
 
 
 def _render_number(value: float) -> str:
-    if not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "+Inf" if value > 0 else "-Inf"
-    # Up to here a float holds every whole number exactly.
+    """The number as Prometheus reads it; whole numbers without a fraction."""
+    if math.isnan(value):
+        return "NaN"
+    if math.isinf(value):
+        return "+Inf" if value > 0 else "-Inf"
+    # Below 1e15 a float holds every whole number exactly.
     is_exact_integer = value == int(value) and abs(value) < 1e15
     return str(int(value)) if is_exact_integer else repr(float(value))

@@ -1,5 +1,7 @@
-"""The metrics of the mesh's state: nodes, tunnels, GPUs, queue, and this process. Only ``process_families`` is not
-pure."""
+"""The metrics of the mesh's state for Prometheus: nodes, tunnels, GPUs, queue, and this process.
+
+Only ``process_families`` is not pure.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,7 @@ from gpumesh.gateway.observe.exposition import Family, Labels, counter, gauge
 from gpumesh.gateway.observe.metrics import OTHER_LABEL
 from gpumesh.state import BackendPhase, GpuState, Health, LoadedModel, MeshState, NodeState, TunnelPhase
 
-MIB = float(1 << 20)
+MIB = float(1 << 20)  # bytes
 MAX_LOADED_MODELS = 32  # of one node
 
 
@@ -46,6 +48,8 @@ def mesh_families(state: MeshState, attempts: Mapping[str, Mapping[Outcome, int]
 
 
 def server_families(connections: int, refused: int, evicted: int) -> Iterator[Family]:
+    """The metrics of clients' connections: how many are open now, and how many were refused and evicted since the
+    start."""
     yield gauge("gpumesh_client_connections", "Connections that clients have open.", [((), connections)])
     yield counter(
         "gpumesh_client_connections_refused_total",
@@ -59,14 +63,17 @@ def server_families(connections: int, refused: int, evicted: int) -> Iterator[Fa
     )
 
 
-def _node_families(nodes: Iterable[NodeState]) -> Iterator[Family]:
-    nodes = tuple(nodes)
+def _node_families(nodes: Sequence[NodeState]) -> Iterator[Family]:
+    """The metrics of each node, its tunnel, its server and its loaded models."""
+    labels = [_node_labels(node) for node in nodes]
 
     def gauge_by_node(name: str, text: str, values: Iterable[float | None]) -> Family:
-        return gauge(name, text, zip((_node_labels(node) for node in nodes), values, strict=True))
+        return gauge(name, text, zip(labels, values, strict=True))
 
-    serving = (Health.HEALTHY, Health.DEGRADED)
-    yield gauge_by_node("gpumesh_node_up", "1 if the node serves.", [float(node.health in serving) for node in nodes])
+    serving_states = (Health.HEALTHY, Health.DEGRADED)
+    yield gauge_by_node(
+        "gpumesh_node_up", "1 if the node serves.", [float(node.health in serving_states) for node in nodes]
+    )
     yield gauge_by_node(
         "gpumesh_node_draining",
         "1 if the node is given no new work.",
@@ -120,25 +127,27 @@ def _node_families(nodes: Iterable[NodeState]) -> Iterator[Family]:
 
 
 def _loaded_memory(loaded: Sequence[LoadedModel]) -> Iterator[tuple[str, float | None]]:
-    """The name and memory (MiB) of the largest models. All others are one entry: Prometheus keeps a series for each
-    name, for months."""
-    largest = sorted(loaded, key=lambda model: -(model.size_vram_mib or 0))
-    for model in largest[:MAX_LOADED_MODELS]:
+    """Yields the name and memory (MiB) of the ``MAX_LOADED_MODELS`` largest models, then all others as one entry:
+    Prometheus keeps a series for each name, for months."""
+    largest_first = sorted(loaded, key=lambda model: -(model.size_vram_mib or 0))
+    for model in largest_first[:MAX_LOADED_MODELS]:
         yield model.name, model.size_vram_mib
-    rest = [model.size_vram_mib for model in largest[MAX_LOADED_MODELS:] if model.size_vram_mib is not None]
-    if rest:
-        yield OTHER_LABEL, sum(rest)
+    other_sizes = [model.size_vram_mib for model in largest_first[MAX_LOADED_MODELS:]]
+    known_sizes = [size for size in other_sizes if size is not None]
+    if known_sizes:
+        yield OTHER_LABEL, sum(known_sizes)
 
 
 def _gpu_families(nodes: Iterable[NodeState]) -> Iterator[Family]:
-    """The metrics of GPUs. A GPU that two nodes share appears under both: sum by ``uuid``, not by node."""
-    pairs = [(node, gpu) for node in nodes for gpu in node.gpus or ()]
-    labels = [_gpu_labels(node, gpu) for node, gpu in pairs]
+    """The metrics of GPUs. A GPU that two nodes share appears under both nodes, so a reader of the metrics should sum
+    by ``uuid``, not by node."""
+    nodes_and_gpus = [(node, gpu) for node in nodes for gpu in node.gpus or ()]
+    labels = [_gpu_labels(node, gpu) for node, gpu in nodes_and_gpus]
 
     def gauge_by_gpu(name: str, text: str, values: Iterable[float | None]) -> Family:
         return gauge(name, text, zip(labels, values, strict=True))
 
-    gpus = [gpu for _, gpu in pairs]
+    gpus = [gpu for _, gpu in nodes_and_gpus]
     yield gauge_by_gpu(
         "gpumesh_gpu_memory_total_bytes", "GPU memory.", [_scale(gpu.memory_total_mib, MIB) for gpu in gpus]
     )
@@ -156,20 +165,22 @@ def _gpu_families(nodes: Iterable[NodeState]) -> Iterator[Family]:
 
 
 def process_families() -> Iterator[Family]:
-    """Metrics of this process, with the names that Prometheus's own clients use."""
+    """Metrics of this process, with the names that Prometheus's own clients use. Memory and open files are known on
+    Linux only."""
     usage = resource.getrusage(resource.RUSAGE_SELF)
     yield counter(
         "process_cpu_seconds_total", "CPU time of the gateway's process.", [((), usage.ru_utime + usage.ru_stime)]
     )
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    yield gauge("process_max_fds", "How many files it may have open.", [((), float(soft))])
-    proc = Path("/proc/self")
+    soft_limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    yield gauge("process_max_fds", "How many files it may have open.", [((), float(soft_limit))])
+    process_folder = Path("/proc/self")
     try:
-        pages = int((proc / "statm").read_text().split()[1])
-        open_files = len(os.listdir(proc / "fd"))
-    except (OSError, ValueError, IndexError):
+        _, resident_pages, *_ = (process_folder / "statm").read_text().split()
+        resident_bytes = int(resident_pages) * os.sysconf("SC_PAGE_SIZE")
+        open_files = len(os.listdir(process_folder / "fd"))
+    except (OSError, ValueError):
         return  # not Linux
-    yield gauge("process_resident_memory_bytes", "Memory.", [((), float(pages * os.sysconf("SC_PAGE_SIZE")))])
+    yield gauge("process_resident_memory_bytes", "Memory.", [((), float(resident_bytes))])
     yield gauge("process_open_fds", "Files that it has open.", [((), float(open_files))])
 
 
@@ -182,4 +193,5 @@ def _gpu_labels(node: NodeState, gpu: GpuState) -> Labels:
 
 
 def _scale(value: float | None, factor: float) -> float | None:
+    """The value in another unit: multiplied by ``factor``, and rounded, as 0.01 and 0.001 are not exact."""
     return None if value is None else round(value * factor, 9)

@@ -1,4 +1,4 @@
-"""The metrics of requests: counters and histograms by route, node and model.
+"""The metrics of requests for Prometheus: counters and histograms by route, node and model.
 
 No client can make the metrics grow without bound. A model's name becomes a label only after a node has answered for
 that model, and there are at most ``MAX_MODELS`` such labels. Each metric has at most ``MAX_SERIES`` series. All other
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 MAX_MODELS = 200
 MAX_SERIES = 5000
-MAX_SPELLINGS = 1000  # of model names whose label is cached
+MAX_SPELLINGS = 1000  # spellings of model names whose label is cached
 OTHER_LABEL = "other"
 
 # Upper bounds of the buckets, in seconds.
@@ -28,12 +28,15 @@ OTHER_LABEL = "other"
 TTFT_BOUNDS = (0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.5, 3.0, 6.0, 12.0, 25.0, 50.0, 100.0)
 # For a token: from 400 tokens/s down to one token/s on a CPU.
 TPOT_BOUNDS = (0.0025, 0.005, 0.0075, 0.01, 0.0125, 0.015, 0.02, 0.025, 0.03, 0.04, 0.06, 0.1, 0.2, 0.4, 1.0)
+# Of a whole request.
 DURATION_BOUNDS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 640.0)
+# In the queue.
 WAIT_BOUNDS = (0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 
 
 class Histogram:
-    """A ``Distribution`` that counts values as they are observed."""
+    """A ``Distribution`` that counts values as they are observed. ``bounds``: the upper bounds of the buckets, in
+    rising order."""
 
     __slots__ = ("bounds", "counts", "sum")
 
@@ -48,6 +51,8 @@ class Histogram:
 
 
 class CounterValue:
+    """A number that a ``LabeledSeries`` holds and that its users raise."""
+
     __slots__ = ("value",)
 
     def __init__(self) -> None:
@@ -70,7 +75,7 @@ class ModelMetrics:
 
 class LabeledSeries(dict[tuple[str, ...], T]):
     """Values by their labels; a value is created when its labels are first used. When there are ``bound`` series, all
-    new labels share one series of ``other``."""
+    new labels share one series, whose labels are all ``other``."""
 
     def __init__(self, names: tuple[str, ...], create: Callable[[], T], bound: int = MAX_SERIES) -> None:
         super().__init__()
@@ -84,7 +89,7 @@ class LabeledSeries(dict[tuple[str, ...], T]):
         return self.setdefault(labels, self._create())
 
     def named(self) -> Iterator[tuple[Labels, T]]:
-        """Each value, after its labels with their names."""
+        """Yields the labels as pairs of name and value, then the value of the series."""
         for labels, value in self.items():
             yield tuple(zip(self._names, labels, strict=True)), value
 
@@ -100,7 +105,7 @@ class RequestMetrics:
         self._labels: dict[str, str] = {}
 
     def add(self, record: RequestRecord) -> None:
-        """Counts a request that has ended. Only a request that needed a slot has durations and tokens."""
+        """Counts a request that has ended. Only a request that needed a slot adds to durations and tokens."""
         answer, demand = record.answer, record.demand
         outcome = "" if record.outcome is None else record.outcome
         code = str(record.status)
@@ -115,16 +120,19 @@ class RequestMetrics:
         metrics = self.models[node, model]
         metrics.duration.observe(record.ended_at - record.started_at)
         metrics.continuations += answer.continuations
-        self.queue_wait[demand.priority,].observe(answer.queue_ms / 1000.0)
+        priority_label = (demand.priority,)
+        self.queue_wait[priority_label].observe(answer.queue_ms / 1000.0)
         first_byte_at = record.first_byte_at if answer.body is None else None  # only a stream shows when tokens come
         if first_byte_at is not None:
-            first_node_metrics = self.models[record.node or node, model]
-            first_node_metrics.ttft.observe(first_byte_at - record.started_at)
+            first_node = record.node or node  # after a continuation ``node`` is another one
+            self.models[first_node, model].ttft.observe(first_byte_at - record.started_at)
         if answer.counters is not None:
             _add_tokens(metrics, answer.counters, first_byte_at, record.ended_at)
 
     def _model_label(self, name: str | None, *, answered: bool) -> str:
-        """One label for a model, however its name is spelled; ``other`` for a model that no node has answered for."""
+        """The label of a model: the same for all spellings of its name. ``other`` if no node has answered for the
+        model, or if there are ``MAX_MODELS`` labels; empty for a request without a model. ``answered``: a node has
+        answered this request without an error."""
         if name is None:
             return ""
         label = self._labels.get(name)
@@ -151,6 +159,7 @@ class RequestMetrics:
                 yield labels, total
 
     def families(self) -> Iterator[Family]:
+        """All metrics of requests, for the page of metrics."""
         yield counter(
             "gpumesh_requests_total",
             "Requests to the gateway that have ended, by how they did; code is the HTTP status (0: nothing was sent).",

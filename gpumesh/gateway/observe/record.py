@@ -12,10 +12,14 @@ from gpumesh.mesh.requests.answer import Answer
 
 
 class RequestRecord(msgspec.Struct, eq=False):
-    """``started_at``, ``first_byte_at`` and ``ended_at`` are seconds of ``clock``. ``first_byte_at`` is the time at
-    which the answer's first bytes had come. ``node`` is the node where the answer began: after a continuation
-    ``answer.node`` is another node. ``route`` is one of a fixed set of names, whatever the path was. ``status`` 0:
-    nothing was sent."""
+    """The facts about one request. A field is ``None`` until its fact is known.
+
+    - ``started_at``, ``first_byte_at``, ``ended_at``: seconds of ``clock``. ``first_byte_at`` is the time at which the
+      answer's first bytes had come.
+    - ``node``: the node where the answer began. After a continuation ``answer.node`` is another node.
+    - ``route``: one of a fixed set of names, whatever the path was.
+    - ``status``: the HTTP status; 0 if nothing was sent.
+    """
 
     clock: Callable[[], float]
     started_at: float
