@@ -15,7 +15,7 @@ from typer.main import get_command as build_command
 
 from gpumesh.cli.deferred_parameters import defer_parameters
 
-# name -> (module in gpumesh.cli.commands, one line of help), in the order of the overview.
+# By name: the module in gpumesh.cli.commands, then one line of help. In the order of the overview (`gpumesh --help`).
 COMMANDS: Mapping[str, tuple[str, str]] = {
     "up": ("up", "Open the tunnels, start the gateway, and watch over both."),
     "down": ("down", "Drain and stop the background mesh."),
@@ -39,24 +39,24 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
 
 
 class _LazyCommands(MutableMapping[str, Any]):
-    """The commands by name. Each is imported when it is first looked up."""
+    """The commands by name. The module of a command is imported when the command is first looked up."""
 
     def __init__(self) -> None:
-        self._built: dict[str, Any] = {}
+        self._imported: dict[str, Any] = {}
 
     def __getitem__(self, name: str) -> Any:
-        if name not in self._built:
-            module, _ = COMMANDS[name]
-            command = build_command(importlib.import_module(f"gpumesh.cli.commands.{module}").app)
+        if name not in self._imported:
+            module_name, _ = COMMANDS[name]
+            command = build_command(importlib.import_module(f"gpumesh.cli.commands.{module_name}").app)
             command.name = name
-            self._built[name] = _prepare_command(command)
-        return self._built[name]
+            self._imported[name] = _prepare_command(command)
+        return self._imported[name]
 
     def __setitem__(self, name: str, command: Any) -> None:
-        self._built[name] = command
+        self._imported[name] = command
 
     def __delitem__(self, name: str) -> None:
-        del self._built[name]
+        del self._imported[name]
 
     def __iter__(self) -> Iterator[str]:
         return iter(COMMANDS)
@@ -78,38 +78,46 @@ class LazyGroup(TyperGroup):
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         del ctx  # the overview is the same everywhere
         with formatter.section("Commands"):
-            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+            formatter.write_dl([(name, help_line) for name, (_, help_line) in COMMANDS.items()])
 
 
-def _use_plain_name(argument: Any) -> None:
-    """Writes ``NODE...`` in the usage line, as ssh and kubectl do, not ``{NODE}...``, and leaves out the type."""
-    if argument.param_type_name != "argument" or not hasattr(argument, "_usage_display_name"):
+def _use_plain_name(parameter: Any) -> None:
+    """Gives an argument the name ``NODE...`` in the usage line, as in ssh and kubectl, not ``{NODE}...``, and hides its
+    type. Does nothing to an option, and nothing with a version of Typer that has no such method."""
+    if parameter.param_type_name != "argument" or not hasattr(parameter, "_usage_display_name"):
         return
-    name = argument.display_name_raw
-    if not argument.required and not name.startswith("["):
+    name = parameter.display_name_raw
+    if not parameter.required and not name.startswith("["):
         name = f"[{name}]"
-    if argument.nargs != 1 and not name.endswith("..."):
+    if parameter.nargs != 1 and not name.endswith("..."):
         name += "..."
-    argument._usage_display_name = lambda: name
-    argument.display_type_rich = lambda **_: None
+    parameter._usage_display_name = lambda: name
+    parameter.display_type_rich = lambda **_: None
 
 
 def _prepare_command(command: Any) -> Any:
-    """Gives a command and its subcommands plain names in the usage line, and lets the options of `gpumesh` itself
-    follow the command's name (`gpumesh status -c mesh.yaml`). A command's own option keeps a name that both have."""
-    from gpumesh.cli.global_options import repeat_global_options
-
-    for subcommand in getattr(command, "commands", {}).values():
+    """The same command, with plain names in its usage line, and with the options of `gpumesh` itself, which may follow
+    the command's name (`gpumesh status -c mesh.yaml`). Prepares its subcommands too."""
+    subcommands = getattr(command, "commands", {})
+    for subcommand in subcommands.values():
         _prepare_command(subcommand)
     for parameter in command.params:
         _use_plain_name(parameter)
-    if not getattr(command, "commands", None):
-        own_names = {name for parameter in command.params for name in parameter.opts}
-        for option in repeat_global_options():
-            option.opts = [name for name in option.opts if name not in own_names]
-            if option.opts:
-                command.params.append(option)
+    if not subcommands:
+        _add_global_options(command)
     return defer_parameters(command)
+
+
+def _add_global_options(command: Any) -> None:
+    """Adds ``--config``, ``--quiet`` and ``--verbose`` to a command, without the names (as ``-c``) that the command
+    gives to options of its own."""
+    from gpumesh.cli.global_options import repeat_global_options
+
+    own_names = {name for parameter in command.params for name in parameter.opts}
+    for option in repeat_global_options():
+        option.opts = [name for name in option.opts if name not in own_names]
+        if option.opts:
+            command.params.append(option)
 
 
 def new_app(**settings: Any) -> typer.Typer:

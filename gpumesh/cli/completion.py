@@ -1,6 +1,6 @@
-"""The names that the shell can complete: nodes, models, priorities and scenarios.
+"""Shell completion: proposes the names of nodes, models, priorities and scenarios.
 
-Completion reads a file and a socket at most, and never fails or waits.
+Completion reads a file and a socket at most, never fails, and waits at most ``STATUS_TIMEOUT_S``.
 
 Completed text goes into a shell. Names from hosts and from mesh.yaml pass ``_safe_names``, which lets only plain names
 through: no shell and no program finds a special meaning in them. The scripts are in ``completion_scripts.py``.
@@ -18,14 +18,18 @@ import typer
 from gpumesh.errors import GPUMeshError
 from gpumesh.quoting import is_plain
 
+STATUS_TIMEOUT_S = 0.5  # for the status of a running mesh: a person waits for the completion
+
 
 def _safe_names(names: Iterable[object], incomplete: str) -> list[str]:
     """The names that begin with ``incomplete`` and are safe in every shell."""
-    return [name for name in names if isinstance(name, str) and name.startswith(incomplete) and is_plain(name)]
+    texts = [name for name in names if isinstance(name, str)]
+    return [text for text in texts if text.startswith(incomplete) and is_plain(text)]
 
 
 def complete_nodes(ctx: typer.Context, incomplete: str) -> list[str]:
-    """The nodes of mesh.yaml. No command of mesh.yaml is run, and ssh is not asked about aliases."""
+    """The nodes of mesh.yaml; none if the file cannot be read. No command of mesh.yaml is run, and ssh is not asked
+    about aliases."""
     with contextlib.suppress(GPUMeshError, OSError):
         from gpumesh import config
         from gpumesh.config import environment
@@ -39,20 +43,24 @@ def complete_nodes(ctx: typer.Context, incomplete: str) -> list[str]:
 
 
 def complete_models(ctx: typer.Context, incomplete: str) -> list[str]:
-    """The models of a running mesh. Names from hosts are hostile until ``_safe_names`` has filtered them."""
+    """The models of a running mesh, in the order of the alphabet; none if no mesh runs. Names from hosts are hostile
+    until ``_safe_names`` has filtered them."""
     names: set[str] = set()
     with contextlib.suppress(GPUMeshError, OSError, KeyError, TypeError):
         from gpumesh import config
         from gpumesh.daemon import paths
         from gpumesh.daemon.control_socket.quick_status import fetch_status
 
-        state = fetch_status(paths.for_config(config.find_config(_config_option(ctx))).socket, timeout_s=0.5)
-        for node in state["nodes"] if state is not None else ():
-            names.update(_safe_names(node["backend"]["models"], incomplete))
+        mesh_paths = paths.for_config(config.find_config(_config_option(ctx)))
+        status = fetch_status(mesh_paths.socket, timeout_s=STATUS_TIMEOUT_S)
+        if status is not None:
+            for node in status["nodes"]:
+                names.update(_safe_names(node["backend"]["models"], incomplete))
     return sorted(names)
 
 
 def complete_priorities(incomplete: str) -> list[str]:
+    """The priorities of `run`."""
     from gpumesh.balancer.base import Priority
 
     return [priority for priority in Priority if priority.startswith(incomplete)]
@@ -66,12 +74,14 @@ def complete_scenarios(incomplete: str) -> list[str]:
 
 
 def _config_option(ctx: typer.Context) -> Path | None:
-    """The value of ``--config``, before or after the command's name."""
-    if (after_command := ctx.meta.get("gpumesh.config")) is not None:
-        return Path(after_command)
+    """The value of ``--config`` after the command's name, else before it; ``None`` if it is not given."""
+    value_after_command = ctx.meta.get("gpumesh.config")
+    if value_after_command is not None:
+        return Path(value_after_command)
     context: Any = ctx
     while context is not None:
-        if (before_command := context.params.get("config")) is not None:
-            return Path(before_command)
+        value_before_command = context.params.get("config")
+        if value_before_command is not None:
+            return Path(value_before_command)
         context = context.parent
     return None

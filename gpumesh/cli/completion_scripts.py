@@ -97,17 +97,14 @@ def filter_typer_completions() -> None:
 def _filter_completions(
     get_unfiltered: Callable[[Any, list[str], str], list[Any]],
 ) -> Callable[[Any, list[str], str], list[Any]]:
-    """A ``get_completions`` that keeps only the plain words among the completions of Typer's own."""
+    """A ``get_completions`` that returns only the plain words among the completions of ``get_unfiltered``, Typer's
+    own."""
 
     def get_completions(self: Any, args: list[str], incomplete: str) -> list[Any]:
-        # Options are proposed only where the word begins with a hyphen.
-        hyphens = "-" if incomplete.startswith("-") else ""
-        proposed = get_unfiltered(self, args, incomplete)
-        return [
-            candidate
-            for candidate in proposed
-            if candidate.type == "plain" and is_plain(candidate.value.lstrip(hyphens))
-        ]
+        # A word that begins with a hyphen is not plain, but an option: allowed only where a person has typed a hyphen.
+        allowed_prefix = "-" if incomplete.startswith("-") else ""
+        words = [candidate for candidate in get_unfiltered(self, args, incomplete) if candidate.type == "plain"]
+        return [word for word in words if is_plain(word.value.lstrip(allowed_prefix))]
 
     get_completions.is_filtered = True  # type: ignore[attr-defined]  # so that it is wrapped once
     return get_completions

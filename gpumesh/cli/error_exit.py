@@ -12,7 +12,8 @@ import typer
 
 from gpumesh.errors import ConfigError, ExitCode, GPUMeshError
 
-# The errors of the system that are expected, with hints: disk, permissions and limits are outside of this program.
+# The numbers of the system's errors that are expected, with hints for a person (empty: no hint). Disk, permissions and
+# limits are outside of this program.
 _SYSTEM_ERRORS = {
     errno.ENOSPC: "make room there",
     errno.EDQUOT: "make room there",
@@ -28,30 +29,37 @@ _SYSTEM_ERRORS = {
 
 def is_expected(error: BaseException) -> bool:
     """Whether a person, a host or the system caused the error: then a sentence is shown, and no traceback."""
-    return isinstance(error, (GPUMeshError, BrokenPipeError, KeyboardInterrupt)) or (
-        isinstance(error, OSError) and error.errno in _SYSTEM_ERRORS
-    )
+    if isinstance(error, (GPUMeshError, BrokenPipeError, KeyboardInterrupt)):
+        return True
+    return isinstance(error, OSError) and error.errno in _SYSTEM_ERRORS
 
 
 def exit_with(error: BaseException) -> NoReturn:
-    """Prints the error and ends the process. KeyboardInterrupt exits with 130."""
+    """Prints an expected error and ends the process with its exit code. KeyboardInterrupt exits with 130, and prints
+    nothing."""
     if isinstance(error, GPUMeshError):
         print_error(error)
         sys.exit(int(error.exit_code))
     if isinstance(error, OSError):
-        # The reader of our output is gone, or the disk is full. When Python exits, it writes its buffer once more: that
-        # must go to a file that takes it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if not isinstance(error, BrokenPipeError):
-            file_prefix = f"{error.filename}: " if error.filename else ""
-            hint = _SYSTEM_ERRORS.get(error.errno or 0, "")
-            print_error(GPUMeshError(f"{file_prefix}{(error.strerror or str(error)).lower()}", hint=hint))
-        sys.exit(int(ExitCode.FAILED))
+        _exit_after_system_error(error)
     sys.exit(int(ExitCode.INTERRUPTED))
 
 
+def _exit_after_system_error(error: OSError) -> NoReturn:
+    """Prints the error, unless the reader of our output has gone (BrokenPipeError), and ends the process."""
+    # When Python exits, it writes its buffer of stdout once more. stdout may be the file that failed, so stdout becomes
+    # a file that takes the buffer.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if not isinstance(error, BrokenPipeError):
+        file_prefix = f"{error.filename}: " if error.filename else ""
+        reason = (error.strerror or str(error)).lower()
+        hint = _SYSTEM_ERRORS.get(error.errno or 0, "")
+        print_error(GPUMeshError(f"{file_prefix}{reason}", hint=hint))
+    sys.exit(int(ExitCode.FAILED))
+
+
 def flatten_group(group: BaseExceptionGroup[BaseException]) -> Iterator[BaseException]:
-    """The errors of a group and of the groups inside it."""
+    """Yields the single errors of a group and of the groups inside it."""
     for error in group.exceptions:
         if isinstance(error, BaseExceptionGroup):
             yield from flatten_group(error)
@@ -60,18 +68,19 @@ def flatten_group(group: BaseExceptionGroup[BaseException]) -> Iterator[BaseExce
 
 
 def print_error(error: GPUMeshError) -> None:
-    """Prints one sentence that says what is wrong and where, and a hint. A ConfigError has a line for each problem."""
+    """Prints one sentence that says what is wrong and where, then a hint, to stderr. For a ConfigError with several
+    problems it prints a line for each problem."""
     from gpumesh.cli.views.safe_text import clean_text
 
-    node_prefix = f"{error.node}: " if error.node and error.node not in error.message else ""
     if isinstance(error, ConfigError) and len(error.problems) > 1:
         from gpumesh.config.mesh_file.reader import MAX_PROBLEMS
 
-        # If there are more than MAX_PROBLEMS, the last one only says how many are left out.
+        # If there are more than MAX_PROBLEMS, the last problem of the list only says how many are left out.
         is_cut = len(error.problems) > MAX_PROBLEMS
         count = f"more than {MAX_PROBLEMS}" if is_cut else len(error.problems)
         lines = [f"error: {count} problems in the configuration", *map(str, error.problems)]
     else:
+        node_prefix = f"{error.node}: " if error.node and error.node not in error.message else ""
         lines = [f"error: {node_prefix}{error.message}"]
     if error.hint:
         lines.append(f"hint: {error.hint}")

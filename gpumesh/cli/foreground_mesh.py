@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 # The time for one connect and one probe together. Facts that are not known by then are shown as unknown.
 FIRST_REPORT_TIMEOUT_S = 7.0
-REDRAW_S = 0.5
+REDRAW_S = 0.5  # between two looks at the mesh's state
 
 
 async def show_mesh(
@@ -61,6 +61,7 @@ async def _show_live_table(session: LocalSession, stop: Shutdown, options: Globa
 
 
 async def _print_changes(session: LocalSession, stop: Shutdown) -> None:
+    """Prints the first report to stdout, and then a line to stderr for each change, until ``stop`` is requested."""
     from gpumesh.cli.views.safe_text import clean_line
     from gpumesh.cli.views.status.status_view import print_status
     from gpumesh.daemon.state_changes import compare_states
@@ -77,11 +78,12 @@ async def _print_changes(session: LocalSession, stop: Shutdown) -> None:
 
 
 async def _first_report(session: LocalSession) -> AsyncGenerator[MeshState]:
+    """Yields one state: the first in which every node is known, or the state after ``FIRST_REPORT_TIMEOUT_S``."""
     yield await session.wait_first_report(FIRST_REPORT_TIMEOUT_S)
 
 
 async def until_stopped(items: AsyncIterator[T], stop: Shutdown) -> AsyncGenerator[T]:
-    """The items until ``stop`` is requested. A request also ends the waiting for the next item."""
+    """Yields the items until ``stop`` is requested. A request also ends the waiting for the next item."""
     stop_request = asyncio.ensure_future(stop.wait())
     try:
         async with closing_iterator(items):

@@ -24,7 +24,7 @@ VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Say more."
 
 @dataclass(slots=True)
 class GlobalOptions:
-    """The root command makes one for each run (``ctx.obj``)."""
+    """The options of this run. The root command stores them in ``ctx.obj``."""
 
     config: Path | None = None
     quiet: bool = False
@@ -37,8 +37,9 @@ class GlobalOptions:
         return config.find_config(self.config)
 
     def paths(self) -> MeshPaths:
-        """The paths of the mesh.yaml in use. If there is no such file any more, but a mesh that was started from it
-        still runs, these are the paths of that mesh, so that `down` can stop it. Raises UsageError."""
+        """The paths of the mesh that belongs to the mesh.yaml in use. If the file was removed, but a mesh that was
+        started from it still runs, returns the paths of that mesh, so that `down` can stop it. Raises UsageError when
+        there is neither."""
         from gpumesh import config
         from gpumesh.daemon.paths import for_config
 
@@ -52,7 +53,7 @@ class GlobalOptions:
             raise
 
     def topology(self) -> Topology:
-        """Raises ConfigError with every problem of the file."""
+        """The content of the mesh.yaml in use. Raises ConfigError with every problem of the file."""
         from gpumesh import config
 
         return config.load(self.config_file())
@@ -66,7 +67,8 @@ def global_options(ctx: typer.Context) -> GlobalOptions:
 
 
 def repeat_global_options() -> list[Any]:
-    """``--config``, ``--quiet`` and ``--verbose`` as options of a single command. They set the same GlobalOptions."""
+    """New options ``--config``, ``--quiet`` and ``--verbose`` for a single command, which set the same GlobalOptions as
+    the options before the command's name."""
     from typer.main import get_command as build_command
 
     template = typer.Typer(rich_markup_mode=None, add_completion=False)
@@ -76,7 +78,7 @@ def repeat_global_options() -> list[Any]:
 
     options: list[Any] = []
     for option in build_command(template).params:
-        if option.name in ("config", "quiet", "verbose"):
+        if option.name in ("config", "quiet", "verbose"):  # not Typer's own --help
             option.callback = _store_option
             option.expose_value = False
             options.append(option)
@@ -84,8 +86,11 @@ def repeat_global_options() -> list[Any]:
 
 
 def _store_option(ctx: Any, parameter: Any, value: Any) -> Any:
+    """The callback of the repeated options: stores a value that was given in the GlobalOptions."""
     if value:
-        ctx.meta[f"gpumesh.{parameter.name}"] = value  # completion does not run the root's callback
-        if ctx.find_root().obj is not None:
-            setattr(ctx.find_root().obj, parameter.name, value)
+        # Completion does not run the root's callback, so there is no GlobalOptions: it reads ``meta`` instead.
+        ctx.meta[f"gpumesh.{parameter.name}"] = value
+        options = ctx.find_root().obj
+        if options is not None:
+            setattr(options, parameter.name, value)
     return value

@@ -24,8 +24,8 @@ class NotConfirmed(GPUMeshError):
 
 
 def confirm_key(spec: NodeSpec, ssh: SshSpec, *, yes: bool) -> None:
-    """Shows the host's key, and records it if it is not on record. A person is asked first, unless ``yes``. The keys of
-    jump hosts come first, because we log in to them on the way. Raises NotConfirmed."""
+    """Shows the host's key, asks a person unless ``yes`` is set, and records the key if it is not on record. Does the
+    same for jump hosts first, because we log in to them on the way. Raises NotConfirmed if the person answers no."""
     from gpumesh.tunnels.jump_hosts import list_hops
 
     if ssh.address_from is not None:
@@ -37,13 +37,13 @@ def confirm_key(spec: NodeSpec, ssh: SshSpec, *, yes: bool) -> None:
 
 
 def _confirm_host(node: str, shown_name: str, ssh: SshSpec, key: HostKey, *, yes: bool) -> None:
-    """``node`` is "" for a jump host, of which a key that is on record is not even mentioned."""
+    """Shows, confirms and records the key of one host. ``node`` is "" for a jump host: if its key is on record,
+    nothing is shown."""
     from gpumesh.tunnels import hostkeys, known_hosts
     from gpumesh.tunnels.hostkeys import HostKeyStatus
 
-    judgement = hostkeys.check_host_key(
-        known_hosts.read_known_hosts(ssh.known_hosts), key, node=node, host=ssh.host, port=ssh.port
-    )
+    recorded_keys = known_hosts.read_known_hosts(ssh.known_hosts)
+    judgement = hostkeys.check_host_key(recorded_keys, key, node=node, host=ssh.host, port=ssh.port)
     address = known_hosts.known_hosts_address(ssh.host, ssh.port)
     is_on_record = judgement.status is HostKeyStatus.KNOWN
     if is_on_record and not node:
@@ -68,6 +68,7 @@ def _confirm_host(node: str, shown_name: str, ssh: SshSpec, key: HostKey, *, yes
 
 
 def _print_key(shown_name: str, address: str, key: HostKey, status: HostKeyStatus) -> None:
+    """Prints one line: the node, the address, the type and fingerprint of the key, and whether the key is known."""
     from gpumesh.tunnels.hostkeys import HostKeyStatus
 
     status_text = {HostKeyStatus.UNKNOWN: "new", HostKeyStatus.CHANGED: "CHANGED"}.get(status, status.value)
@@ -89,9 +90,9 @@ def _ask_person(shown_name: str, address: str) -> None:
 def explain_judgement(judgement: HostKeyCheck, known_hosts: Path) -> list[str]:
     """Says in sentences what the judgement means and what to do. Pure."""
     if judgement.expected:
-        on_record = [f"on record in {known_hosts}: {old.key_type} {old.fingerprint}" for old in judgement.expected]
+        record_lines = [f"on record in {known_hosts}: {old.key_type} {old.fingerprint}" for old in judgement.expected]
         return [
-            *on_record,
+            *record_lines,
             "The host shows another key than the one on record. That is so after a pod was reset or its machine"
             " replaced. On a machine that nobody touched, somebody may be in between: ask its owner before you go on.",
         ]
@@ -107,6 +108,7 @@ def explain_judgement(judgement: HostKeyCheck, known_hosts: Path) -> list[str]:
 
 
 async def _look_up_address(spec: NodeSpec, ssh: SshSpec) -> SshSpec:
+    """``ssh`` with the host and port that the node's command ``address_from`` prints. Raises GPUMeshError."""
     from gpumesh.tunnels import address_command
 
     assert ssh.address_from is not None
@@ -115,17 +117,16 @@ async def _look_up_address(spec: NodeSpec, ssh: SshSpec) -> SshSpec:
 
 
 def _fetch_key(node: str, ssh: SshSpec) -> HostKey:
-    """The public key of which the host proves that it has the private part. Raises GPUMeshError."""
+    """The public key that the host shows; the host proves that it has the private part. Raises GPUMeshError if the host
+    cannot be reached."""
     from gpumesh import config
     from gpumesh.tunnels import transports
 
-    secrets: tuple[tuple[str, str], ...] = ()
+    secrets: list[tuple[str, str]] = []  # pairs of name and value
     if ssh.proxy_jump:  # we log in to jump hosts, so secrets are needed
-        secrets = tuple(
-            (name, config.read_secret(variable, node=node or None))
-            for name, variable in (("password", ssh.password_env), ("passphrase", ssh.passphrase_env))
-            if variable is not None
-        )
+        for name, variable in (("password", ssh.password_env), ("passphrase", ssh.passphrase_env)):
+            if variable is not None:
+                secrets.append((name, config.read_secret(variable, node=node or None)))
     else:
         ssh = replace(ssh, password_env=None, passphrase_env=None)
-    return run_async(transports.fetch_host_key(node, ssh, secrets=secrets, timeout_s=ssh.connect_timeout_s))
+    return run_async(transports.fetch_host_key(node, ssh, secrets=tuple(secrets), timeout_s=ssh.connect_timeout_s))

@@ -32,8 +32,8 @@ def run_async(main: Coroutine[Any, Any, T]) -> T:
 
 @asynccontextmanager
 async def open_session(options: GlobalOptions, *, embed: bool = True) -> AsyncGenerator[Session]:
-    """Opens a Session on the running mesh of this configuration. If no mesh runs, a mesh runs in this process while the
-    context is open.
+    """Opens a Session on the running mesh of this configuration; if no mesh runs, on a mesh that runs in this process
+    while the context is open.
 
     Raises MeshNotRunning when no mesh runs and ``embed`` is false.
     """
@@ -43,10 +43,10 @@ async def open_session(options: GlobalOptions, *, embed: bool = True) -> AsyncGe
 
     paths = options.paths()
     watch = LockWatch.open(paths)
-    if watch is not None:
+    if watch is not None:  # there is a lock file: a mesh runs, or has crashed
         with watch:
-            lock_is_held = not watch.remove_if_stale(paths)
-        if lock_is_held and await _accepts_connections(paths.socket):
+            lock_was_stale = watch.remove_if_stale(paths)
+        if not lock_was_stale and await _accepts_connections(paths.socket):
             yield RemoteSession(paths.socket)
             return
     if not embed:
@@ -61,12 +61,13 @@ async def open_session(options: GlobalOptions, *, embed: bool = True) -> AsyncGe
 
 
 async def _accepts_connections(socket: Path) -> bool:
+    """Whether the mesh listens on its control socket: not while it starts or ends."""
     import asyncio
 
     try:
         _, writer = await asyncio.open_unix_connection(socket)
     except OSError:
-        return False  # the mesh is starting or ending, and has no socket
+        return False
     writer.close()
     await writer.wait_closed()
     return True

@@ -1,6 +1,6 @@
-"""Reads the input of `run`: a file of prompts (a line each, or JSON objects), and model options (`-o key=value`). Pure.
+"""Reads the input of `run`: a file of prompts (plain lines or JSON lines), and model options (`-o key=value`). Pure.
 
-Each problem of a file is reported with its line.
+The error for a file names the line that is wrong.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ PROMPT_KEYS = ("prompt", "messages", "model", "system", "options", "node")
 
 @dataclass(frozen=True, slots=True)
 class PromptEntry:
-    """One prompt of a file. The result repeats ``text``. The other fields override the options of the command line."""
+    """One prompt of a file. The output of `run` repeats ``text``. The other fields override the options of the command
+    line."""
 
     text: str
     messages: tuple[Message, ...] = ()
@@ -30,9 +31,11 @@ class PromptEntry:
     options: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
 
     def make_request(self, common: PromptRequest, system: str | None) -> PromptRequest:
-        """This prompt as a request. ``common`` and ``system`` fill in the fields that the prompt does not set."""
+        """This prompt as a request. ``common`` and ``system``, the system prompt, come from the command line and fill
+        in the fields that the file does not set."""
         messages = self.messages or (Message("user", self.text),)
-        system = self.system if self.system is not None else system
+        if self.system is not None:
+            system = self.system
         if system is not None:
             messages = (Message("system", system), *messages)
         return replace(
@@ -45,14 +48,16 @@ class PromptEntry:
 
 
 def read_prompts(text: str, *, name: str) -> list[PromptEntry]:
-    """The prompts of a file. A file is JSON lines if its name says so or its first line is a JSON object. In any other
-    file each line that is not blank is a prompt. Raises UsageError."""
-    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-    if not lines:
+    """The prompts in a file's ``text``. A file has JSON lines if its ``name`` ends so or its first line is a JSON
+    object. In any other file each line that is not blank is a prompt. Raises UsageError for a line that is wrong, and
+    if there is no prompt."""
+    numbered_lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if not numbered_lines:
         raise UsageError(f"{name} has no prompts", hint="one prompt a line, or JSON lines with a key `prompt`")
-    if not name.endswith((".jsonl", ".ndjson")) and not _is_json_object(lines[0][1]):
-        return [PromptEntry(line.rstrip("\r")) for _, line in lines]
-    return [_read_entry(line, f"{name}:{number}") for number, line in lines]
+    _, first_line = numbered_lines[0]
+    if name.endswith((".jsonl", ".ndjson")) or _is_json_object(first_line):
+        return [_read_entry(line, f"{name}:{number}") for number, line in numbered_lines]
+    return [PromptEntry(line.rstrip("\r")) for _, line in numbered_lines]
 
 
 def _is_json_object(line: str) -> bool:
@@ -63,6 +68,8 @@ def _is_json_object(line: str) -> bool:
 
 
 def _read_entry(line: str, location: str) -> PromptEntry:
+    """The prompt of a JSON line: a string, or an object with some of ``PROMPT_KEYS``. ``location``: file and line, for
+    the UsageError that a wrong line raises."""
     entry = _parse_line(line, location)
     if isinstance(entry, str):
         return PromptEntry(entry)
@@ -78,14 +85,15 @@ def _read_entry(line: str, location: str) -> PromptEntry:
     if not isinstance(options, dict):
         raise UsageError(f"{location}: options is not an object")
     messages = _read_messages(entry.get("messages"), location)
-    has_prompt = entry.get("prompt") is not None
-    if has_prompt == bool(messages):  # both, or neither
+    has_prompt, has_messages = entry.get("prompt") is not None, bool(messages)
+    if has_prompt == has_messages:  # both, or neither
         raise UsageError(f"{location}: needs either prompt or messages")
-    text = entry["prompt"] if not messages else messages[-1].content
+    text = messages[-1].content if has_messages else entry["prompt"]
     return PromptEntry(text, messages, entry.get("model"), entry.get("system"), entry.get("node"), options)
 
 
 def _parse_line(line: str, location: str) -> Any:
+    """The JSON value of a line. Raises UsageError with the column where the JSON breaks."""
     try:
         return json.loads(line)
     except RecursionError as error:
@@ -98,33 +106,38 @@ def _parse_line(line: str, location: str) -> Any:
 
 
 def _read_messages(value: Any, location: str) -> tuple[Message, ...]:
+    """The messages of a chat; empty if the line has none. Raises UsageError for a value of another form."""
     if value is None:
         return ()
     if not isinstance(value, list) or not value:
         raise UsageError(f"{location}: messages is not a list")
-    messages = []
-    for entry in value:
-        if not isinstance(entry, dict) or not {"role", "content"} <= entry.keys() <= {"role", "content", "images"}:
-            raise UsageError(f"{location}: a message is an object with role and content")
-        images = entry.get("images") or []
-        if not isinstance(images, list):
-            raise UsageError(f"{location}: images is not a list")
-        if not all(isinstance(value, str) for value in (entry["role"], entry["content"], *images)):
-            raise UsageError(f"{location}: role, content and images of a message are strings")
-        messages.append(Message(entry["role"], entry["content"], tuple(images)))
-    return tuple(messages)
+    return tuple(_read_message(entry, location) for entry in value)
+
+
+def _read_message(entry: Any, location: str) -> Message:
+    """One message: ``role`` and ``content``, and ``images`` in base64 if it has some. Raises UsageError for a value of
+    another form."""
+    if not isinstance(entry, dict) or not {"role", "content"} <= entry.keys() <= {"role", "content", "images"}:
+        raise UsageError(f"{location}: a message is an object with role and content")
+    images = entry.get("images") or []
+    if not isinstance(images, list):
+        raise UsageError(f"{location}: images is not a list")
+    if not all(isinstance(text, str) for text in (entry["role"], entry["content"], *images)):
+        raise UsageError(f"{location}: role, content and images of a message are strings")
+    return Message(entry["role"], entry["content"], tuple(images))
 
 
 def read_options(pairs: list[str]) -> dict[str, Any]:
-    """The values of ``-o``: ``temperature=0.2``, ``stop=["###"]``. A value that is no JSON is text. Raises
-    UsageError."""
+    """The values of ``-o`` by key: ``temperature=0.2``, ``stop=["###"]``. A value that is no JSON is text. Raises
+    UsageError for a text without a key or without ``=``."""
     options: dict[str, Any] = {}
     for pair in pairs:
-        key, equals, value = pair.partition("=")
-        if not equals or not key.strip():
+        key, equals_sign, value = pair.partition("=")
+        key = key.strip()
+        if not equals_sign or not key:
             raise UsageError(f"-o {pair!r} is not key=value", hint="for example -o temperature=0.2 -o num_predict=100")
         try:
-            options[key.strip()] = json.loads(value)
+            options[key] = json.loads(value)
         except (ValueError, RecursionError):
-            options[key.strip()] = value
+            options[key] = value
     return options

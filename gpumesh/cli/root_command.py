@@ -40,6 +40,7 @@ app = typer.Typer(
 
 
 def _print_version(requested: bool) -> None:
+    """The callback of ``--version``: prints the version and ends the program, if the option is given."""
     if requested:
         typer.echo(f"gpumesh {__version__}")
         raise typer.Exit
@@ -61,7 +62,8 @@ def root(
 
 
 def run_app() -> None:
-    """Runs the command line; never returns. Shows no traceback for an error that a person or a host caused."""
+    """Runs the command line, and ends the process with its exit code. For an error that a person, a host or the system
+    caused, prints a sentence and no traceback."""
     _prepare_streams()
     completion_scripts.install_completion_scripts()
     completion_scripts.filter_typer_completions()
@@ -83,12 +85,14 @@ def run_app() -> None:
 
 
 def _prepare_streams() -> None:
-    """Opens the standard streams that are closed. Replaces characters that an output stream cannot encode."""
-    for number in range(3):
+    """Opens the standard streams that are closed. Makes the output streams replace characters that they cannot
+    encode."""
+    for descriptor in range(3):  # stdin, stdout, stderr
         try:
-            os.fstat(number)
+            os.fstat(descriptor)
         except OSError:
-            # The stream was closed (`>&-`). The next file that we open would get its number and become our output.
+            # The stream was closed (`>&-`). The next file that is opened gets the lowest free descriptor, this one: so
+            # open a file now that may receive our output.
             os.open(os.devnull, os.O_RDWR)
     sys.stdin = sys.stdin or open(0)  # noqa: SIM115  # open until the process ends
     sys.stdout = sys.stdout or open(1, "w")  # noqa: SIM115

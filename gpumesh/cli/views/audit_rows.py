@@ -21,10 +21,10 @@ ROUTE, SERVER = "route", "server"
 
 @dataclass(frozen=True, slots=True)
 class ComparisonRow:
-    """One thing that is expected of a node (``what``), and what was found.
+    """A row of the comparison: what mesh.yaml expects of a node, and what was found. ``what`` names the property.
 
-    With a finding, ``verdict`` is its code, ``severity`` its severity and ``todo`` its hint. Without a finding,
-    ``verdict`` is a word such as ``AS_EXPECTED``, and the other two are ``None``.
+    With a finding, ``verdict`` is the finding's code, ``severity`` its severity and ``todo`` its hint. Without a
+    finding, ``verdict`` is a word such as ``AS_EXPECTED``, and ``severity`` and ``todo`` are ``None``.
     """
 
     node: str
@@ -36,7 +36,7 @@ class ComparisonRow:
     todo: str | None = None
 
 
-# The row (``what``) to which a finding of this code belongs.
+# By the code of a finding: the row (its ``what``) to which the finding belongs.
 _ROW_BY_CODE = {
     "hostname-differs": "hostname",
     "gpu-count": "GPUs",
@@ -46,7 +46,7 @@ _ROW_BY_CODE = {
     "driver-differs": "driver",
     "model-missing": "models",
 }
-# Other findings get rows of their own, whose names depend on how the code begins.
+# Other findings get rows of their own. If their code begins with one of these texts, the row has the name after them.
 _ROW_BY_PREFIX = (
     (("gpu", "driver", "nvidia", "persistence"), "GPUs"),
     (("route", "backend-exposed"), "routes"),
@@ -75,7 +75,8 @@ _SERVER_CODES = frozenset(
 def compare_nodes(
     topology: Topology, states: Sequence[NodeState], findings: Sequence[Finding]
 ) -> Iterator[ComparisonRow]:
-    """The rows of each node: its route, its server and each expectation; then the findings about several nodes."""
+    """Yields the rows of each node (its route, its server and each expectation), then the findings about several
+    nodes."""
     states_by_name = {state.name: state for state in states}
     for spec in topology.nodes:
         if not spec.enabled:
@@ -97,55 +98,61 @@ def _only_node(finding: Finding) -> str | None:
 
 
 def _compare_node(spec: NodeSpec, state: NodeState, findings: Sequence[Finding]) -> Iterator[ComparisonRow]:
-    up = state.tunnel.state is TunnelPhase.UP
-    findings_left = {finding.code: finding for finding in findings}  # those that have no row yet
+    """Yields the rows of one node. Each row takes the first finding that belongs to it; the other findings follow as
+    rows of their own."""
+    tunnel_is_up = state.tunnel.state is TunnelPhase.UP
+    findings_without_row = {finding.code: finding for finding in findings}
     rows = [_route_row(spec, state)]
-    if up:
+    if tunnel_is_up:
         rows += [_server_row(spec, state), *_expectation_rows(spec, state)]
     for row in rows:
-        codes = [code for code in findings_left if _row_name_for_code(code, up) == row.what]
+        codes = [code for code in findings_without_row if _row_name_for_code(code, tunnel_is_up) == row.what]
         if not codes:
             yield row
             continue
-        finding = findings_left.pop(codes[0])
+        finding = findings_without_row.pop(codes[0])
         # For a route and a server the finding's message says more than the state. Its message may begin with the URL,
         # which the row already shows as expected.
         message = finding.message.removeprefix(f"{row.expected}: ")
         found = message if row.what in (ROUTE, SERVER) else row.found
         yield _add_verdict(replace(row, found=found), finding)
-    for finding in findings_left.values():
+    for finding in findings_without_row.values():
         yield _finding_row(spec.name, finding)
 
 
-def _row_name_for_code(code: str, up: bool) -> str | None:
-    """The row to which a finding of this code belongs; ``None`` if the finding gets a row of its own. ``up``: the
-    node's tunnel is up."""
+def _row_name_for_code(code: str, tunnel_is_up: bool) -> str | None:
+    """The row to which a finding of this code belongs; ``None`` if the finding gets a row of its own."""
     if code in _ROW_BY_CODE:
         return _ROW_BY_CODE[code]
-    if not up:
+    if not tunnel_is_up:
         return ROUTE
     return SERVER if code in _SERVER_CODES else None
 
 
-def _finding_row(where: str, finding: Finding) -> ComparisonRow:
-    """A row for a finding that belongs to no other row."""
+def _finding_row(node: str, finding: Finding) -> ComparisonRow:
+    """A row for a finding that belongs to no other row. ``node``: the text of the column NODE."""
     what = next((name for prefixes, name in _ROW_BY_PREFIX if finding.code.startswith(prefixes)), "node")
-    return _add_verdict(ComparisonRow(where, what, UNKNOWN, finding.message, ""), finding)
+    return _add_verdict(ComparisonRow(node, what, UNKNOWN, finding.message, ""), finding)
 
 
 def _add_verdict(row: ComparisonRow, finding: Finding) -> ComparisonRow:
+    """The row with the finding as its verdict."""
     return replace(row, verdict=finding.code, severity=finding.severity, todo=finding.hint)
 
 
 def _route_row(spec: NodeSpec, state: NodeState) -> ComparisonRow:
+    """The row of the tunnel: whether it is up, and its round trip."""
     tunnel = state.tunnel
-    up = tunnel.state is TunnelPhase.UP
-    found = f"up, {format_milliseconds(tunnel.rtt_ms)}" if up and tunnel.rtt_ms is not None else str(tunnel.state)
-    verdict = AS_EXPECTED if up else state.reason or str(state.health)
+    found, verdict = str(tunnel.state), AS_EXPECTED
+    if tunnel.state is not TunnelPhase.UP:
+        verdict = state.reason or str(state.health)
+    elif tunnel.rtt_ms is not None:
+        found = f"up, {format_milliseconds(tunnel.rtt_ms)}"
     return ComparisonRow(spec.name, ROUTE, describe_route(spec), found, verdict)
 
 
 def _server_row(spec: NodeSpec, state: NodeState) -> ComparisonRow:
+    """The row of the inference server: its kind and version, the route in use if there are several, and the latency."""
     backend = state.backend
     expected = ", ".join(target.url for target in spec.backend.targets)
     if backend.state is not BackendPhase.UP:
@@ -160,48 +167,50 @@ def _server_row(spec: NodeSpec, state: NodeState) -> ComparisonRow:
 
 
 def _expectation_rows(spec: NodeSpec, state: NodeState) -> Iterator[ComparisonRow]:
-    expect, gpus = spec.expect, state.gpus
-
-    def row(what: str, expected: str, found: str | None, matches: bool) -> ComparisonRow:
-        """``found`` is ``None`` where nothing is known, and empty where there is nothing."""
-        if found is None:
-            return ComparisonRow(spec.name, what, expected, UNKNOWN, NOT_KNOWN)
-        return ComparisonRow(spec.name, what, expected, found or "none", AS_EXPECTED if matches else "differs")
-
+    """Yields a row for each expectation (``expect``) that mesh.yaml sets for the node."""
+    expect = spec.expect
     if expect.hostname is not None:
-        found = state.host.hostname
-        yield row("hostname", expect.hostname, found, found is not None and hostname_matches(expect.hostname, found))
-    if expect.gpus is not None:
-        count = None if gpus is None else str(len(gpus))
-        yield row("GPUs", str(expect.gpus), count, gpus is not None and len(gpus) == expect.gpus)
-    if expect.gpu is not None:
-        matches = gpus is not None and bool(gpus) and all(gpu_name_matches(expect.gpu, gpu.name) for gpu in gpus)
-        yield row(
-            "GPU",
-            short_gpu(expect.gpu),
-            None if gpus is None else _join_distinct(short_gpu(gpu.name) for gpu in gpus),
-            matches,
-        )
-    if expect.vram_mib is not None:
-        sizes = (
-            None
-            if gpus is None
-            else _join_distinct(f"{gpu.memory_total_mib} MiB" for gpu in gpus if gpu.memory_total_mib)
-        )
-        yield row("VRAM", f"{expect.vram_mib} MiB", sizes, bool(gpus) and vram_matches(expect.vram_mib, gpus or ()))
+        hostname = state.host.hostname
+        matches = hostname is not None and hostname_matches(expect.hostname, hostname)
+        yield _expectation_row(spec, "hostname", expect.hostname, hostname, matches)
+    yield from _gpu_expectation_rows(spec, state.gpus)
     if expect.driver is not None:
         driver = state.host.driver
-        yield row("driver", expect.driver, driver, driver is not None and driver_matches(expect.driver, driver))
+        matches = driver is not None and driver_matches(expect.driver, driver)
+        yield _expectation_row(spec, "driver", expect.driver, driver, matches)
     if expect.models:
-        models_known = state.backend.state is BackendPhase.UP
-        present = {full_name(name) for name in state.backend.models}
-        models = [name for name in expect.models if full_name(name) in present]
-        yield row(
-            "models",
-            ", ".join(expect.models),
-            ", ".join(models) if models_known else None,
-            len(models) == len(expect.models),
-        )
+        available = {full_name(name) for name in state.backend.models}
+        models = [name for name in expect.models if full_name(name) in available]
+        found = ", ".join(models) if state.backend.state is BackendPhase.UP else None
+        yield _expectation_row(spec, "models", ", ".join(expect.models), found, len(models) == len(expect.models))
+
+
+def _gpu_expectation_rows(spec: NodeSpec, gpus: Sequence[GpuState] | None) -> Iterator[ComparisonRow]:
+    """Yields the rows for the number of GPUs, their name and their memory. ``gpus``: ``None`` if nothing is known."""
+    expect = spec.expect
+    known_gpus = gpus or ()
+
+    def row(what: str, expected: str, found: str, matches: bool) -> ComparisonRow:
+        return _expectation_row(spec, what, expected, None if gpus is None else found, matches)
+
+    if expect.gpus is not None:
+        yield row("GPUs", str(expect.gpus), str(len(known_gpus)), len(known_gpus) == expect.gpus)
+    if expect.gpu is not None:
+        expected_name = expect.gpu
+        names = _join_distinct(short_gpu(gpu.name) for gpu in known_gpus)
+        matches = bool(known_gpus) and all(gpu_name_matches(expected_name, gpu.name) for gpu in known_gpus)
+        yield row("GPU", short_gpu(expected_name), names, matches)
+    if expect.vram_mib is not None:
+        sizes = _join_distinct(f"{gpu.memory_total_mib} MiB" for gpu in known_gpus if gpu.memory_total_mib)
+        matches = bool(known_gpus) and vram_matches(expect.vram_mib, known_gpus)
+        yield row("VRAM", f"{expect.vram_mib} MiB", sizes, matches)
+
+
+def _expectation_row(spec: NodeSpec, what: str, expected: str, found: str | None, matches: bool) -> ComparisonRow:
+    """A row for one expectation. ``found`` is ``None`` where nothing is known, and empty where there is nothing."""
+    if found is None:
+        return ComparisonRow(spec.name, what, expected, UNKNOWN, NOT_KNOWN)
+    return ComparisonRow(spec.name, what, expected, found or "none", AS_EXPECTED if matches else "differs")
 
 
 def _join_distinct(values: Iterator[str]) -> str:
@@ -209,13 +218,15 @@ def _join_distinct(values: Iterator[str]) -> str:
 
 
 def describe_route(spec: NodeSpec) -> str:
-    """The route to the node, by mesh.yaml: its URLs or its SSH address."""
+    """The route to the node, by mesh.yaml: its URLs, its SSH address, or the program that prints its address."""
     ssh = spec.ssh
     if ssh is None:
         return ", ".join(target.url for target in spec.backend.targets)
     if ssh.address_from is not None:
-        return f"ssh, address from {ssh.address_from.command[0]}"
-    return f"ssh {ssh.user}@{ssh.host or ssh.alias}" + (f":{ssh.port}" if ssh.port != 22 else "")
+        program, *_ = ssh.address_from.command
+        return f"ssh, address from {program}"
+    port_suffix = "" if ssh.port == 22 else f":{ssh.port}"
+    return f"ssh {ssh.user}@{ssh.host or ssh.alias}{port_suffix}"
 
 
 # -- the drawing -----------------------------------------------------------------------------------------------------
@@ -234,8 +245,9 @@ class RouteLine:
 
 @dataclass(frozen=True, slots=True)
 class MachineBranch:
-    """A machine with its routes, or all nodes that are not reached. ``remark``: the proof that the nodes are one
-    machine."""
+    """A machine with its routes, or, if ``reached`` is false, all nodes that are not reached.
+
+    ``remark``: the proof that the nodes are one machine."""
 
     title: str
     lines: tuple[RouteLine, ...]
@@ -244,16 +256,16 @@ class MachineBranch:
 
 
 def draw_topology(topology: Topology, states: Sequence[NodeState]) -> tuple[MachineBranch, ...]:
-    """The machines with the routes that lead to them, then the nodes that are not reached."""
+    """The machines with the routes that lead to them, then one branch with all nodes that are not reached."""
     specs = {spec.name: spec for spec in topology.nodes if spec.enabled}
     states_by_name = {state.name: state for state in states if state.name in specs}
-    reached = [state for state in states_by_name.values() if state.tunnel.state is TunnelPhase.UP]
-    branches = [_machine_branch(machine, specs, states_by_name) for machine in find_machines(reached)]
-    not_reached = [state for state in states_by_name.values() if state.tunnel.state is not TunnelPhase.UP]
-    if not_reached:
+    reached_nodes = [state for state in states_by_name.values() if state.tunnel.state is TunnelPhase.UP]
+    branches = [_machine_branch(machine, specs, states_by_name) for machine in find_machines(reached_nodes)]
+    unreached_nodes = [state for state in states_by_name.values() if state.tunnel.state is not TunnelPhase.UP]
+    if unreached_nodes:
         lines = tuple(
             RouteLine(state.name, describe_route(specs[state.name]), state.reason or "", dim=True)
-            for state in not_reached
+            for state in unreached_nodes
         )
         branches.append(MachineBranch("not reached", lines, reached=False))
     return tuple(branches)
@@ -267,30 +279,37 @@ _PROOF_REMARKS = {
 
 
 def _machine_branch(machine: Machine, specs: Mapping[str, NodeSpec], states: Mapping[str, NodeState]) -> MachineBranch:
-    hosts = sorted({name for node in machine.nodes if (name := states[node].host.hostname) is not None})
-    title = _describe_gpus(machine.gpus, [states[node] for node in machine.nodes])
-    if hosts:
-        title += f" on {', '.join(hosts)}"
+    """The branch of a machine. ``specs`` and ``states``: those of all nodes, by name."""
+    node_states = [states[node] for node in machine.nodes]
+    title = _describe_gpus(machine.gpus, node_states)
+    hostnames = {state.host.hostname for state in node_states if state.host.hostname is not None}
+    if hostnames:
+        title += f" on {', '.join(sorted(hostnames))}"
     lines = [line for node in machine.nodes for line in _route_lines(specs[node], states[node])]
-    return MachineBranch(title, tuple(lines), "" if machine.proof is None else _PROOF_REMARKS[machine.proof])
+    remark = "" if machine.proof is None else _PROOF_REMARKS[machine.proof]
+    return MachineBranch(title, tuple(lines), remark)
 
 
 def _describe_gpus(gpus: Sequence[GpuState], nodes: Sequence[NodeState]) -> str:
+    """The GPUs of a machine in a few words: ``2 x RTX 4090, 24.0 GiB``. A single GPU is named with its UUID's
+    beginning. ``nodes``: the nodes on the machine."""
     if not gpus:
         return "no GPU" if any(node.gpus is not None for node in nodes) else "GPU not known"
-    kinds: dict[str, list[GpuState]] = {}
+    counts: dict[str, int] = {}  # by name and size
     for gpu in gpus:
         size = "" if gpu.memory_total_mib is None else f", {format_gib(gpu.memory_total_mib)} GiB"
-        kinds.setdefault(f"{short_gpu(gpu.name)}{size}", []).append(gpu)
-    parts = [kind if len(alike) == 1 else f"{len(alike)} x {kind}" for kind, alike in kinds.items()]
-    return f"{' + '.join(parts)} ({gpus[0].uuid[:12]}…)" if len(gpus) == 1 else " + ".join(parts)
+        kind = f"{short_gpu(gpu.name)}{size}"
+        counts[kind] = counts.get(kind, 0) + 1
+    description = " + ".join(kind if count == 1 else f"{count} x {kind}" for kind, count in counts.items())
+    return f"{description} ({gpus[0].uuid[:12]}…)" if len(gpus) == 1 else description
 
 
 def _route_lines(spec: NodeSpec, state: NodeState) -> Iterator[RouteLine]:
+    """Yields a line for each route of a node, first the route in use. Only the first line has the node's name."""
     routes = state.routes
     current_route = route_in_use(state)
     name = spec.name
-    for route in sorted(routes, key=lambda route: route is not current_route):
+    for route in sorted(routes, key=lambda route: route is not current_route):  # False comes first
         yield RouteLine(
             name,
             _describe_route_state(spec, route),
@@ -303,21 +322,20 @@ def _route_lines(spec: NodeSpec, state: NodeState) -> Iterator[RouteLine]:
 
 
 def _describe_route_state(spec: NodeSpec, route: RouteState) -> str:
-    if spec.ssh is None or route.offered:
-        return route.target + (" without SSH" if route.offered else "")
+    """How the route leads to the server: through SSH, or directly to its address."""
+    if route.offered:
+        return f"{route.target} without SSH"
+    if spec.ssh is None:
+        return route.target
     return f"{describe_route(spec)} → {route.target}"
 
 
 def _route_remark(route: RouteState, current_route: RouteState | None, state: NodeState) -> str:
-    parts = []
+    """Whether the route serves and is in use, and its latency."""
     if route.state is BackendPhase.DOWN:
-        parts.append("does not serve")
-    elif route is current_route:
-        parts.append(
-            format_milliseconds(route.latency_ms if route.latency_ms is not None else state.backend.latency_ms)
-        )
-    else:
-        parts.append("not in use")
-        if route.latency_ms is not None:
-            parts.append(format_milliseconds(route.latency_ms))
-    return ", ".join(parts)
+        return "does not serve"
+    if route is current_route:
+        return format_milliseconds(state.backend.latency_ms if route.latency_ms is None else route.latency_ms)
+    if route.latency_ms is None:
+        return "not in use"
+    return f"not in use, {format_milliseconds(route.latency_ms)}"

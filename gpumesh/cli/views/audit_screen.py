@@ -1,4 +1,4 @@
-"""Prints `audit`: the comparison as a table where six columns fit, else as a list; then the drawing of the topology."""
+"""Prints the output of `audit`: the comparison as a table or, on a narrow terminal, as a list; then the drawing."""
 
 from __future__ import annotations
 
@@ -14,49 +14,53 @@ from gpumesh.cli.views.figures import UNKNOWN
 from gpumesh.cli.views.findings import SEVERITY_MARKS
 from gpumesh.cli.views.safe_text import clean_line
 
-MIN_TABLE_WIDTH = 110  # columns of the terminal
+MIN_TABLE_WIDTH = 110  # columns of the terminal; the six columns of the table do not fit into fewer
 TITLES = ("NODE", "WHAT", "EXPECTED", "FOUND", "VERDICT", "WHAT TO DO")
 
 
 def print_comparison(rows: Sequence[ComparisonRow]) -> None:
+    """Prints what mesh.yaml expects of each node beside what was found."""
     out = console()
     print_plain(out, _comparison_table(rows) if out.width >= MIN_TABLE_WIDTH else _comparison_list(rows))
 
 
 def print_drawing(branches: Sequence[MachineBranch]) -> None:
+    """Prints the topology as a tree: each machine, and below it its nodes with their routes."""
     out = console()
     for branch in branches:
         mark = Text("●", "green") if branch.reached else Text("✗", "red")
         title = Text(clean_line(branch.title), "bold")
         if branch.remark:
             title.append(f"  {branch.remark}", "not bold yellow")
-        head = Table.grid(padding=(0, 1))
-        head.add_row(mark, title)
-        print_plain(out, head)
+        title_line = Table.grid(padding=(0, 1))
+        title_line.add_row(mark, title)
+        print_plain(out, title_line)
         print_plain(out, _branch_lines(branch))
 
 
 def _branch_lines(branch: MachineBranch) -> Table:
+    """The lines below a machine: the line of the tree, the node's name, and the route."""
     table = Table.grid(padding=(0, 1))
     table.add_column(no_wrap=True, style="dim")
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
-    last_node_at = max((index for index, line in enumerate(branch.lines) if line.node), default=0)
+    last_node_index = max((index for index, line in enumerate(branch.lines) if line.node), default=0)
     for index, line in enumerate(branch.lines):
-        if index > last_node_at:
-            sign = " "  # another route of the last node
-        elif not line.node:
-            sign = "│"
+        if index > last_node_index:
+            tree_sign = " "  # another route of the last node
+        elif index == last_node_index:
+            tree_sign = "└"
         else:
-            sign = "└" if index == last_node_at else "├"
+            tree_sign = "├" if line.node else "│"
         route = Text(clean_line(line.route), "dim" if line.dim else "")
         if line.remark:
             route.append(f"  {clean_line(line.remark, 200)}", "dim" if line.dim else "cyan")
-        table.add_row(sign, Text(clean_line(line.node, 24), "bold"), route)
+        table.add_row(tree_sign, Text(clean_line(line.node, 24), "bold"), route)
     return table
 
 
 def _comparison_table(rows: Sequence[ComparisonRow]) -> Table:
+    """The comparison in six columns. A node's name stands in its first row only."""
     table = tables.new_table()
     for title in TITLES:
         table.add_column(title, overflow="fold", no_wrap=title in ("WHAT", "VERDICT"), min_width=len(title))
@@ -73,6 +77,7 @@ def _comparison_table(rows: Sequence[ComparisonRow]) -> Table:
 
 
 def _comparison_list(rows: Sequence[ComparisonRow]) -> Table:
+    """The comparison as a list: a line with the name of each node, and below it a mark and a text for each row."""
     table = Table.grid(padding=(0, 1))
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
@@ -86,7 +91,7 @@ def _comparison_list(rows: Sequence[ComparisonRow]) -> Table:
 
 
 def _list_item_parts(row: ComparisonRow) -> Iterator[tuple[str, str]]:
-    """The texts of one row, each with its style."""
+    """Yields pairs of text and style, which together are the text of one row."""
     expected, found = clean_line(row.expected, 400), clean_line(row.found, 400)
     yield f"{clean_line(row.what, 40)}: ", ""
     if row.expected == UNKNOWN:
@@ -115,5 +120,6 @@ def _severity_mark(row: ComparisonRow) -> Text:
 
 def _verdict_style(row: ComparisonRow) -> str:
     if row.severity is not None:
-        return SEVERITY_MARKS[row.severity][1]
+        _, style = SEVERITY_MARKS[row.severity]
+        return style
     return "green" if row.verdict == AS_EXPECTED else "dim"

@@ -1,4 +1,4 @@
-"""The tables of `bench`: a result with its remarks, and the comparison of two results."""
+"""Prints the tables of `bench`: a result with its remarks, and the comparison of two results."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ VERDICT_STYLES = {
     DifferenceVerdict.UNKNOWN: "dim",
 }
 VERDICT_TEXTS = {DifferenceVerdict.SAME: "no clear difference", DifferenceVerdict.UNKNOWN: "too few to tell"}
+# The second argument is the rank: columns with a low rank get their place first.
 RESULT_COLUMNS = (
     Column("STAGE", min_width=21),
     Column("IN FLIGHT", 6, right=True),
@@ -38,6 +39,8 @@ RESULT_COLUMNS = (
 
 
 def print_result(result: BenchResult, *, notes: bool) -> None:
+    """Prints the table of the stages, and the figures for which it has no column, to stdout; with ``notes`` the
+    result's notes to stderr."""
     print_fitted_table(RESULT_COLUMNS, [_stage_cells(stage) for stage in result.stages])
     for line in _result_lines(result):
         typer.echo(clean_line(line))
@@ -47,6 +50,7 @@ def print_result(result: BenchResult, *, notes: bool) -> None:
 
 
 def _stage_cells(stage: StageResult) -> list[Cell | str]:
+    """The row of a stage: a cell for each of ``RESULT_COLUMNS``."""
     failed = stage.failed + stage.cut
     return [
         stage_label(stage),
@@ -65,9 +69,11 @@ def _stage_cells(stage: StageResult) -> list[Cell | str]:
 
 
 def _result_lines(result: BenchResult) -> Iterator[str]:
-    """The figures for which the table has no column. A figure without another percentile is the median (p50)."""
-    if result.scaling is not None:
-        scaling = result.scaling
+    """Yields a line for each figure for which the table has no column: scaling, the cost of routes, phases and power.
+
+    The median is called p50."""
+    scaling = result.scaling
+    if scaling is not None:
         yield (
             f"scaling: mesh {format_number(scaling.mesh_tokens_per_s)} tok/s"
             f" of {format_number(scaling.sum_tokens_per_s)} "
@@ -84,6 +90,7 @@ def _result_lines(result: BenchResult) -> Iterator[str]:
 
 
 def _stage_lines(stage: StageResult) -> Iterator[str]:
+    """Yields a line for each phase of the stage, and one for the GPUs if their power is known."""
     for phase in stage.phases:
         yield (
             f"{phase.name}: {phase.requests} sent, {phase.failed} failed, {phase.retried} retried, "
@@ -100,15 +107,16 @@ def _stage_lines(stage: StageResult) -> Iterator[str]:
 
 
 def print_comparison(comparison: Comparison) -> None:
+    """Prints the differences between the results A and B to stdout, and their caveats to stderr."""
     print_table(["stage", "figure", "A", "B", "B ÷ A", ""], map(_difference_cells, comparison.differences))
-    missing = [f"only in A: {name}" for name in comparison.only_a] + [
-        f"only in B: {name}" for name in comparison.only_b
-    ]
-    for line in (*comparison.caveats, *missing):
+    only_in_a = [f"only in A: {name}" for name in comparison.only_a]
+    only_in_b = [f"only in B: {name}" for name in comparison.only_b]
+    for line in (*comparison.caveats, *only_in_a, *only_in_b):
         typer.echo(f"note: {clean_line(line)}", err=True)
 
 
 def _difference_cells(difference: Difference) -> list[Cell | str]:
+    """The row of one figure that is compared."""
     verdict = difference.verdict
     return [
         difference.stage,

@@ -1,5 +1,4 @@
-"""The console that views print on. It turns a view into lines, with colours where it has them, and with ASCII signs
-where the stream cannot encode others."""
+"""The console that views print on: turns a view into lines, with colours on a terminal, in ASCII where necessary."""
 
 from __future__ import annotations
 
@@ -11,8 +10,8 @@ from rich.console import Console, RenderableType
 from gpumesh.cli.views.figures import UNKNOWN
 
 PIPED_WIDTH = 160  # columns, where the output is no terminal and COLUMNS is not set
-# Characters beyond ASCII -> their replacements on terminals and pipes that cannot encode them.
-_ASCII = str.maketrans(
+# The characters beyond ASCII that views draw, and their replacements where the stream cannot encode them.
+_TO_ASCII = str.maketrans(
     {
         "●": "*",
         "◐": "~",
@@ -43,28 +42,32 @@ _ASCII = str.maketrans(
 
 
 def console(*, stderr: bool = False) -> Console:
-    """For results (stdout), or for remarks and progress (stderr). Colours on terminals only, and never with
-    NO_COLOR."""
+    """A console for results (stdout), or for remarks and progress (stderr). It uses colours on terminals only, and
+    never with NO_COLOR."""
     stream = sys.stderr if stderr else sys.stdout
+    # Without a width rich asks the terminal, also after its size has changed. ``get_terminal_size`` reads COLUMNS.
     width = None if stream.isatty() else shutil.get_terminal_size((PIPED_WIDTH, 50)).columns
     return Console(file=stream, width=width, highlight=False, markup=False, emoji=False)
 
 
 def print_plain(out: Console, view: RenderableType) -> None:
-    """Prints without the blanks that rich pads lines with, and in ASCII where the stream cannot encode other
+    """Prints a view without the blanks that rich appends to lines, and in ASCII where the stream cannot encode other
     characters."""
     out.file.write("\n".join(render_lines(out, view)) + "\n")
 
 
 def render_lines(out: Console, view: RenderableType) -> list[str]:
-    """The lines that ``out`` would show, with colours where it has them."""
-    with out.capture() as captured:
+    """The lines that ``out`` would show for this view, with colours where ``out`` has them."""
+    with out.capture() as capture:
         out.print(view)
-    text = captured.get().removesuffix("\n")
-    return [line.rstrip(" ") for line in (text if _can_encode(out) else text.translate(_ASCII)).split("\n")]
+    text = capture.get().removesuffix("\n")
+    if not _can_encode(out):
+        text = text.translate(_TO_ASCII)
+    return [line.rstrip(" ") for line in text.split("\n")]
 
 
 def _can_encode(out: Console) -> bool:
+    """Whether the stream can encode the characters beyond ASCII that views draw; tested with some of them."""
     try:
         "●█░…▁".encode(out.encoding)
     except (UnicodeEncodeError, LookupError):

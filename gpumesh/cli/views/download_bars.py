@@ -1,4 +1,4 @@
-"""Progress of several downloads at a time: a bar for each on a terminal, else a line for each tenth of a download."""
+"""Shows the progress of several downloads at once: a bar for each on a terminal, else a line for each 10 % of one."""
 
 from __future__ import annotations
 
@@ -22,18 +22,17 @@ MAX_STATUS_CHARS = 60
 
 
 class DownloadDisplay(Protocol):
-    """Shows a new step of the download ``name``."""
+    """A display of downloads. A call shows a new step of the download ``name``; ``write`` writes a result to stdout."""
 
     def __call__(self, name: str, step: StoreStep) -> None: ...
 
-    def write(self, line: str) -> None:
-        """Writes a result to stdout."""
-        ...
+    def write(self, line: str) -> None: ...
 
 
 @contextmanager
 def show_downloads(*, quiet: bool) -> Iterator[DownloadDisplay]:
-    """Shows progress on stderr, because stdout is for results. With ``quiet`` only results are written."""
+    """Gives the caller a display that shows progress on stderr, because stdout is for results. With ``quiet`` it shows
+    no progress, and only writes results."""
     stderr = console(stderr=True)
     if quiet:
         yield _NoProgress()
@@ -43,13 +42,24 @@ def show_downloads(*, quiet: bool) -> Iterator[DownloadDisplay]:
         return
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-    texts = TextColumn("{task.description}", markup=False), TextColumn("{task.fields[what]}", markup=False)
-    columns = (*texts, BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    name_column = TextColumn("{task.description}", markup=False)
+    status_column = TextColumn("{task.fields[status]}", markup=False)
+    columns = (
+        name_column,
+        status_column,
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    # By default rich redirects stdout to its own console: results would go to the terminal and not into a file.
     with Progress(*columns, console=stderr, transient=True, redirect_stdout=False) as bars:
         yield _ProgressBars(bars)
 
 
 class _NoProgress:
+    """A display that only writes results."""
+
     def __call__(self, name: str, step: StoreStep) -> None: ...
 
     def write(self, line: str) -> None:
@@ -57,18 +67,20 @@ class _NoProgress:
 
 
 class _ProgressBars:
+    """A bar for each download."""
+
     def __init__(self, bars: Progress) -> None:
         self._bars = bars
         self._tasks: dict[str, TaskID] = {}
 
     def __call__(self, name: str, step: StoreStep) -> None:
         if name not in self._tasks:
-            self._tasks[name] = self._bars.add_task(clean_line(name, 40), total=None, what="")
+            self._tasks[name] = self._bars.add_task(clean_line(name, 40), total=None, status="")
         status = printable(step.status, MAX_STATUS_CHARS)
         if step.total_bytes is None:
-            self._bars.update(self._tasks[name], what=status)
+            self._bars.update(self._tasks[name], status=status)
         else:
-            self._bars.update(self._tasks[name], what=status, completed=step.completed_bytes, total=step.total_bytes)
+            self._bars.update(self._tasks[name], status=status, completed=step.completed_bytes, total=step.total_bytes)
 
     def write(self, line: str) -> None:
         write_above_bars(self._bars, line)
@@ -88,9 +100,11 @@ class _ProgressLines(_NoProgress):
 
 
 def format_step(step: StoreStep) -> str:
-    """The status, and how much of it is done, in percent rounded down to tens."""
+    """The status of a step and, if its size is known, how much of it is done: ``pulling 30 %``, rounded down to
+    tens."""
     status = printable(step.status, MAX_STATUS_CHARS)
     if step.total_bytes is None:
         return status
     share = min((step.completed_bytes or 0) / step.total_bytes, 1.0)
-    return f"{status} {10 * int(10 * share)} %"
+    completed_tenths = int(10 * share)
+    return f"{status} {10 * completed_tenths} %"

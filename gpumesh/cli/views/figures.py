@@ -1,4 +1,4 @@
-"""Figures and names as people write them: GiB, milliseconds, durations, sparklines, short GPU names. Pure; no rich."""
+"""Formats figures and names for people: GiB, milliseconds, durations, sparklines, short GPU names. Pure; no rich."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import math
 from collections.abc import Sequence
 from datetime import datetime
 
-UNKNOWN = "–"  # noqa: RUF001  # a dash, as tables have it
+UNKNOWN = "–"  # noqa: RUF001  # a dash, the usual sign for "no value" in tables
 
 
 def shorten(text: str, limit: int) -> str:
+    """At most ``limit`` characters of the text, with ``…`` as the last one if something is cut off."""
     return text if len(text) <= limit else text[: max(limit - 1, 0)] + "…"
 
 
@@ -20,11 +21,11 @@ def short_gpu(name: str) -> str:
 
 
 def format_gib(mib: int | None) -> str:
-    """``5.5``: GiB with one decimal below 100."""
+    """A size in MiB as GiB, without the unit: ``5.5``, with one decimal below 100; ``?`` for an unknown size."""
     if mib is None:
         return "?"
-    value = mib / 1024
-    return f"{value:.0f}" if value >= 99.95 else f"{value:.1f}"  # 99.95 would become "100.0"
+    gib = mib / 1024
+    return f"{gib:.0f}" if gib >= 99.95 else f"{gib:.1f}"  # with a decimal, 99.95 would become "100.0"
 
 
 _SPARK_LEVELS = "▁▂▃▄▅▆▇█"
@@ -32,13 +33,18 @@ _SPARK_LEVELS = "▁▂▃▄▅▆▇█"
 
 def sparkline(values: Sequence[float | None], highest: float) -> str:
     """One character for each value, on a scale from 0 to ``highest``; a blank where the value is unknown."""
-    top = len(_SPARK_LEVELS) - 1
-    return "".join(
-        " " if value is None else _SPARK_LEVELS[min(max(math.ceil(value / highest * top), 0), top)] for value in values
-    )
+    return "".join(" " if value is None else _spark(value / highest) for value in values)
+
+
+def _spark(share: float) -> str:
+    """The character for a share of the highest value. Only the share 0 gets the lowest level."""
+    highest_level = len(_SPARK_LEVELS) - 1
+    level = math.ceil(share * highest_level)
+    return _SPARK_LEVELS[min(max(level, 0), highest_level)]
 
 
 def format_milliseconds(value: float | None) -> str:
+    """A time in milliseconds with its unit: ``2.5 ms``, ``250 ms``, ``2.5 s``, ``25 s``."""
     if value is None:
         return UNKNOWN
     if value >= 10_000:
@@ -49,16 +55,16 @@ def format_milliseconds(value: float | None) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """``45s``, ``4m``, ``3h``, ``2d``: the largest unit that fits."""
-    for size, unit in ((86400, "d"), (3600, "h"), (60, "m")):
-        if seconds >= size:
-            return f"{seconds / size:.0f}{unit}"
+    """A duration in the largest unit that fits: ``45s``, ``4m``, ``3h``, ``2d``."""
+    for unit_s, unit in ((86400, "d"), (3600, "h"), (60, "m")):
+        if seconds >= unit_s:
+            return f"{seconds / unit_s:.0f}{unit}"
     return f"{max(seconds, 0):.0f}s"
 
 
 def format_time_left(until: datetime | None, now: datetime) -> str | None:
-    """The time for which a model still stays in memory. It is ``∞`` when ``until`` is more than a year away: Ollama
-    writes such a date for ``keep_alive: -1``."""
+    """The time for which a model still stays in memory; ``None`` if that is not known. It is ``∞`` when ``until`` is
+    more than a year away: Ollama writes such a date for ``keep_alive: -1``."""
     if until is None:
         return None
     seconds = (until - now).total_seconds()

@@ -1,4 +1,4 @@
-"""Findings and remarks as text: a mark, the node, the message, and the hint below it."""
+"""Draws findings and remarks as text: a mark, the node, the message, and the hint on a line below the message."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from gpumesh.cli.views.console import console, print_plain
 from gpumesh.cli.views.safe_text import clean_line
 from gpumesh.state import Finding, Severity
 
+# By severity: the mark before a finding, then its colour.
 SEVERITY_MARKS = {Severity.ERROR: ("✗", "red"), Severity.WARNING: ("!", "yellow"), Severity.INFO: ("i", "cyan")}
 
 
 def print_findings(findings: Sequence[Finding]) -> None:
+    """Prints the findings to stdout, or that there are none."""
     out = console()
     if not findings:
         print_plain(out, Text("no findings", style="green"))
@@ -26,7 +28,7 @@ def print_findings(findings: Sequence[Finding]) -> None:
 
 
 def make_notes_table(notes: Sequence[tuple[Text, Text]]) -> Table:
-    """A table of remarks, which are pairs of a mark (left) and its text (right)."""
+    """A table of remarks. ``notes``: pairs of a mark, which stands on the left, and a text."""
     table = Table.grid(padding=(0, 1))
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
@@ -36,6 +38,7 @@ def make_notes_table(notes: Sequence[tuple[Text, Text]]) -> Table:
 
 
 def finding_text(finding: Finding) -> Text:
+    """The nodes, the code, the message and the hint of a finding."""
     node_names = ", ".join(finding.nodes) or finding.node
     text = Text()
     if node_names:
@@ -46,5 +49,6 @@ def finding_text(finding: Finding) -> Text:
 
 
 def add_hint(text: Text, hint: str | None) -> None:
+    """Appends the hint to the text, on a line of its own; nothing if there is no hint."""
     if hint:
         text.append(f"\n→ {clean_line(hint, 400)}", style="dim")

@@ -1,4 +1,4 @@
-"""Selects and sorts nodes of a mesh for `status`: by name, by label, by a figure. Pure."""
+"""Selects the nodes that `status` shows, by name and by label, and sorts them by name, health or a figure. Pure."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from gpumesh.state import GpuState, Health, MeshState, NodeState, compute_totals
 
 
 class SortKey(StrEnum):
-    """``config``: the order of mesh.yaml. ``name``: by the alphabet. ``health``: the worst first. All others are
-    figures: the highest first."""
+    """The values of `status --sort`. ``config``: the order of mesh.yaml. ``name``: the alphabet. ``health``: the worst
+    first. All others are figures: the highest first."""
 
     CONFIG = "config"
     NAME = "name"
@@ -32,19 +32,15 @@ _WORST_FIRST = (Health.DOWN, Health.DEGRADED, Health.UNKNOWN, Health.DRAINING, H
 
 
 def health_rank(node: NodeState) -> int:
-    """0 for the worst health."""
+    """The place of the node's health in the order of badness: 0 for the worst."""
     return _WORST_FIRST.index(node.health)
 
 
 def select_nodes(state: MeshState, names: Sequence[str] = (), labels: Sequence[str] = ()) -> MeshState:
     """Only the nodes with one of these names (``*`` and ``?`` as in a shell) and all of these labels (``key=value``,
     or ``key`` for any value), with the totals and findings of these nodes. Raises UsageError when no node remains."""
-    nodes = state.nodes
-    if names:
-        for name in names:
-            if not any(fnmatch.fnmatchcase(node.name, name) for node in state.nodes):
-                raise unknown_node(name, (node.name for node in state.nodes))
-        nodes = tuple(node for node in nodes if any(fnmatch.fnmatchcase(node.name, name) for name in names))
+    selected_names = _match_names(names, [node.name for node in state.nodes])
+    nodes = tuple(node for node in state.nodes if node.name in selected_names)
     for label in labels:
         nodes = tuple(node for node in nodes if _has_label(node, label))
     if labels and not nodes:
@@ -53,19 +49,35 @@ def select_nodes(state: MeshState, names: Sequence[str] = (), labels: Sequence[s
         return state
     selected_names = {node.name for node in nodes}
     findings = tuple(
-        finding
-        for finding in state.findings
-        if finding.node in selected_names or not selected_names.isdisjoint(finding.nodes)
+        finding for finding in state.findings if not selected_names.isdisjoint({finding.node, *finding.nodes})
     )
     return replace(state, nodes=nodes, totals=compute_totals(nodes), findings=findings)
 
 
+def _match_names(patterns: Sequence[str], names: Sequence[str]) -> set[str]:
+    """The names that match one of the patterns; all names without a pattern. Raises UsageError for a pattern that
+    matches no name."""
+    if not patterns:
+        return set(names)
+    matches: set[str] = set()
+    for pattern in patterns:
+        new_matches = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
+        if not new_matches:
+            raise unknown_node(pattern, names)
+        matches.update(new_matches)
+    return matches
+
+
 def _has_label(node: NodeState, label: str) -> bool:
-    key, equals, value = label.partition("=")
-    return any(key == name and (not equals or value == own_value) for name, own_value in node.labels)
+    """Whether the node has the label ``key=value``; for ``key`` alone, whether it has the key with any value."""
+    key, equals_sign, value = label.partition("=")
+    if equals_sign:
+        return (key, value) in node.labels
+    return any(key == node_key for node_key, _ in node.labels)
 
 
 def _known_labels(state: MeshState) -> str:
+    """A hint that lists the labels of all nodes."""
     labels = sorted({f"{key}={value}" for node in state.nodes for key, value in node.labels})
     return f"the labels are: {', '.join(labels)}" if labels else "no node in mesh.yaml has `labels`"
 
@@ -80,19 +92,21 @@ class ViewSelection:
     verbose: bool = False
 
     def apply(self, state: MeshState) -> MeshState:
-        """Raises UsageError when no node remains."""
+        """The state with only the nodes that are shown, sorted. Raises UsageError when no node remains."""
         return sort_nodes(select_nodes(state, self.names, self.labels), self.sort)
 
 
 def sort_nodes(state: MeshState, key: SortKey) -> MeshState:
-    """Nodes whose figure is unknown come last. Nodes with equal figures keep the order of mesh.yaml."""
+    """The state with its nodes sorted. Nodes whose figure is unknown come last, and nodes with equal figures keep the
+    order of mesh.yaml."""
     if key is SortKey.CONFIG:
         return state
     return replace(state, nodes=tuple(sorted(state.nodes, key=_ORDERS[key])))
 
 
 def _highest_first(figure: Callable[[NodeState], float | None]) -> Callable[[NodeState], tuple[bool, float]]:
-    """A key for ``sorted``. True comes after False, so nodes whose figure is unknown come last."""
+    """A key for ``sorted`` that puts the node with the highest figure first. ``sorted`` puts False before True, so
+    nodes whose figure is unknown come last."""
 
     def order(node: NodeState) -> tuple[bool, float]:
         value = figure(node)
@@ -104,23 +118,26 @@ def _highest_first(figure: Callable[[NodeState], float | None]) -> Callable[[Nod
 def _over_gpus(
     figure: Callable[[GpuState], float | None], combine: Callable[[list[float]], float]
 ) -> Callable[[NodeState], float | None]:
-    """A figure of a node, combined from the figures of its GPUs; ``None`` when no GPU's figure is known."""
+    """A function that combines the figures of a node's GPUs into one figure of the node. It returns ``None`` when no
+    GPU's figure is known."""
 
     def node_figure(node: NodeState) -> float | None:
-        values = [value for gpu in node.gpus or () if (value := figure(gpu)) is not None]
-        return combine(values) if values else None
+        figures = [figure(gpu) for gpu in node.gpus or ()]
+        known_figures = [value for value in figures if value is not None]
+        return combine(known_figures) if known_figures else None
 
     return node_figure
 
 
 def _used_share(gpu: GpuState) -> float | None:
+    """The share of the GPU's memory that is in use, from 0 to 1; ``None`` if it is not known."""
     if gpu.memory_used_mib is None or not gpu.memory_total_mib:
         return None
     return gpu.memory_used_mib / gpu.memory_total_mib
 
 
-_Order = Callable[[NodeState], tuple[bool, float] | str | int]
-_ORDERS: dict[SortKey, _Order] = {
+# By sort key: the function that ``sorted`` gets as its key.
+_ORDERS: dict[SortKey, Callable[[NodeState], tuple[bool, float] | str | int]] = {
     SortKey.NAME: lambda node: node.name,
     SortKey.HEALTH: health_rank,
     SortKey.MEMORY: _highest_first(_over_gpus(_used_share, max)),

@@ -1,4 +1,4 @@
-"""Progress bars on stderr, and the writing of results to stdout while a bar is shown."""
+"""Shows a progress bar on stderr, and writes results to stdout while a bar is shown."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ if TYPE_CHECKING:
 
 
 class ProgressDisplay(Protocol):
-    """The caller passes the number of prompts or requests that have ended. ``note`` stands behind the bar."""
+    """A display of progress. A call passes ``done``, the number of prompts or requests that have ended, and ``note``, a
+    text behind the bar. ``write`` writes a result to stdout."""
 
     def __call__(self, done: int, note: str = "") -> None: ...
 
-    def write(self, line: str) -> None:
-        """Writes a result to stdout."""
-        ...
+    def write(self, line: str) -> None: ...
 
 
 class _NoBar:
+    """A display that only writes results."""
+
     def __call__(self, done: int, note: str = "") -> None: ...
 
     def write(self, line: str) -> None:
@@ -35,6 +36,8 @@ class _NoBar:
 
 
 class _Bar(_NoBar):
+    """A display with one bar."""
+
     def __init__(self, bar: Progress, task: TaskID) -> None:
         self._bar = bar
         self._task = task
@@ -47,7 +50,7 @@ class _Bar(_NoBar):
 
 
 def write_above_bars(bars: Progress, line: str) -> None:
-    """Writes a result to stdout while bars are shown on stderr; above the bars where both are the same terminal."""
+    """Writes a result to stdout while bars are shown on stderr: above the bars if stdout is the same terminal."""
     if sys.stdout.isatty():
         bars.console.print(Text(line), soft_wrap=True)
     else:
@@ -56,7 +59,8 @@ def write_above_bars(bars: Progress, line: str) -> None:
 
 @contextmanager
 def show_progress(total: int, title: str, *, quiet: bool) -> Iterator[ProgressDisplay]:
-    """Shows a bar on stderr. Shows nothing with ``quiet``, or where stderr is no terminal."""
+    """Gives the caller a display with a bar on stderr, which is full at ``total``. With ``quiet``, or where stderr is
+    no terminal, the display shows no bar."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     out = console(stderr=True)

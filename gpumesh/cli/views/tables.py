@@ -22,7 +22,7 @@ from gpumesh.cli.views.safe_text import clean_line
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """``text`` may be hostile: it is cleaned when it is drawn."""
+    """A cell and its style for rich, as ``bold red``. ``text`` may be hostile: it is cleaned when it is drawn."""
 
     text: str
     style: str = ""
@@ -30,9 +30,13 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """A column of a table that must fit the width. Columns with a low ``rank`` are placed first; rank 0 always stays.
-    ``min_width``: how narrow the column may become. An empty column is left out, unless its rank is
-    MAX_RANK_WHEN_EMPTY or less."""
+    """A column of a table that must fit the width.
+
+    - ``rank``: columns with a low rank get their place first; a column of rank 0 always stays. An empty column is left
+      out, unless its rank is MAX_RANK_WHEN_EMPTY or less.
+    - ``right``: the cells are aligned on the right.
+    - ``min_width``: how narrow the column may become, in characters; ``None`` if it must not be narrowed.
+    """
 
     title: str
     rank: int = 0
@@ -43,49 +47,55 @@ class Column:
 MAX_RANK_WHEN_EMPTY = 2  # up to this rank a column stays although all its cells are empty
 
 ColumnCells = tuple[Column, Sequence[Text]]
+"""A column, then its cells from the first row to the last."""
 
 
 def print_fitted_table(columns: Sequence[Column], rows: Iterable[Sequence[Cell | str]]) -> None:
-    """Prints as many of the columns as there is room for."""
+    """Prints as many of the columns as there is room for. A row has a cell for each column."""
     out = console()
-    cells = [[_cell_text(cell) for cell in row] for row in rows]
-    print_plain(out, fit_table([(column, [row[n] for row in cells]) for n, column in enumerate(columns)], out.width))
+    text_rows = [[_cell_text(cell) for cell in row] for row in rows]
+    columns_with_cells = [(column, [row[index] for row in text_rows]) for index, column in enumerate(columns)]
+    print_plain(out, fit_table(columns_with_cells, out.width))
 
 
 def fit_table(columns: Sequence[ColumnCells], width: int, *, styles: Sequence[str] = ()) -> Table:
-    """A table of the columns that fit, chosen by rank and shown in their given order. ``styles`` are those of rows."""
+    """A table of the columns that fit into ``width`` characters, chosen by rank and shown in their given order.
+    ``styles``: the style of each row."""
     widths = _choose_widths(columns, width)
     table = new_table()
+    shown_cells: list[Sequence[Text]] = []
     for position in sorted(widths):
-        column = columns[position][0]
+        column, cells = columns[position]
         side: Literal["left", "right"] = "right" if column.right else "left"
         table.add_column(column.title, justify=side, no_wrap=True, overflow="ellipsis", width=widths[position])
-    for number, line in enumerate(zip(*(columns[position][1] for position in sorted(widths)), strict=True)):
-        if any(cell.plain for cell in line):  # a row whose cells are all left out is left out too
-            table.add_row(*line, style=styles[number] if styles else "")
+        shown_cells.append(cells)
+    for number, row in enumerate(zip(*shown_cells, strict=True)):
+        if any(cell.plain for cell in row):  # a row of which no text is shown is left out too
+            table.add_row(*row, style=styles[number] if styles else "")
     return table
 
 
 def _choose_widths(columns: Sequence[ColumnCells], width: int) -> dict[int, int]:
-    """Position -> width, for the columns that fit. First the columns get their least widths, in the order of
-    their ranks. Then the rest of the width goes to the columns that want more, in the same order."""
-    by_rank = sorted(enumerate(columns), key=lambda numbered: numbered[1][0].rank)
+    """The widths of the columns that fit, by the column's position. First the columns get their least widths, in the
+    order of their ranks. Then the rest of the width goes to the columns that want more, in the same order."""
+    ranks = [column.rank for column, _ in columns]
+    by_rank = sorted(range(len(columns)), key=lambda position: ranks[position])
     free_width = width
     widths: dict[int, int] = {}
     full_widths: dict[int, int] = {}
-    for position, (column, cells) in by_rank:
+    for position in by_rank:
+        column, cells = columns[position]
         if column.rank > MAX_RANK_WHEN_EMPTY and all(cell.plain in ("", UNKNOWN) for cell in cells):
             continue
-        full_widths[position] = max([cell_len(column.title), *(cell.cell_len for cell in cells)])
+        full_width = max([cell_len(column.title), *(cell.cell_len for cell in cells)])
+        least_width = full_width if column.min_width is None else min(full_width, column.min_width)
         gap = 2 if widths else 0  # blanks between two columns
-        least_width = (
-            full_widths[position] if column.min_width is None else min(full_widths[position], column.min_width)
-        )
         if gap + least_width > free_width and column.rank > 0:
             continue
+        full_widths[position] = full_width
         widths[position] = min(least_width, max(free_width - gap, 1))
         free_width -= gap + widths[position]
-    for position, _ in by_rank:
+    for position in by_rank:
         if position in widths:
             extra_width = min(full_widths[position] - widths[position], max(free_width, 0))
             widths[position] += extra_width
@@ -94,7 +104,8 @@ def _choose_widths(columns: Sequence[ColumnCells], width: int) -> dict[int, int]
 
 
 def print_table(titles: Sequence[str], rows: Iterable[Sequence[Cell | str]], *, wrap: bool = False) -> None:
-    """Prints a plain table. ``wrap`` breaks long cells into lines instead of shortening them."""
+    """Prints a table of all columns, whatever the width. ``wrap`` breaks long cells into lines instead of shortening
+    them."""
     out = console()
     table = new_table()
     for title in titles:
@@ -105,10 +116,12 @@ def print_table(titles: Sequence[str], rows: Iterable[Sequence[Cell | str]], *, 
 
 
 def _cell_text(cell: Cell | str) -> Text:
+    """The cell for rich, without anything that a terminal acts on."""
     if isinstance(cell, str):
         return Text(clean_line(cell))
     return Text(clean_line(cell.text), style=cell.style)
 
 
 def new_table() -> Table:
+    """An empty table in the style that all tables of the program have."""
     return Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold dim")

@@ -1,4 +1,4 @@
-"""The output of `demo`: lines of text, one after the other, above a status table that is redrawn."""
+"""Draws the output of `demo`: lines of text, one after the other, above a status table that is redrawn."""
 
 from __future__ import annotations
 
@@ -15,9 +15,12 @@ from gpumesh.state import MeshState
 if TYPE_CHECKING:
     from rich.live import Live
 
+LINES_ABOVE_TABLE = 4  # the last lines of text stay on the screen
+MIN_TABLE_HEIGHT = 8  # lines
+
 
 class DemoDisplay:
-    """A context manager. Without a terminal only the lines are printed, and the table when ``print_table`` is
+    """The display inside ``with``. Without a terminal it only prints the lines, and the table when ``print_table`` is
     called."""
 
     def __init__(self) -> None:
@@ -38,12 +41,15 @@ class DemoDisplay:
             self._live = None
 
     def update_table(self, state: MeshState) -> None:
+        """Redraws the table on a terminal; elsewhere does nothing."""
         if self._live is not None:
             size = self._out.size
-            view = status_view(state, size.width, ViewOptions(height=max(size.height - 4, 8)))
+            height = max(size.height - LINES_ABOVE_TABLE, MIN_TABLE_HEIGHT)
+            view = status_view(state, size.width, ViewOptions(height=height))
             self._live.update(Group(Text(""), view), refresh=True)
 
     def print_table(self, state: MeshState) -> None:
+        """Redraws the table on a terminal; elsewhere prints it."""
         if self._live is None:
             print_plain(self._out, status_view(state, self._out.width, ViewOptions()))
             self._out.file.flush()
@@ -51,6 +57,7 @@ class DemoDisplay:
             self.update_table(state)
 
     def print_line(self, text: str, style: str = "") -> None:
+        """Prints a line, on a terminal above the table. ``style``: for rich, as ``bold``."""
         line = Text(clean_text(text), style=style)
         if self._live is not None:
             self._live.console.print(line)

@@ -1,5 +1,4 @@
-"""The meaning of the keys of the live table: they select a node, sort the table, and ask for an action on a node.
-Pure."""
+"""Handles the keys of the live table: they select a node, sort the table, and ask for an action on a node. Pure."""
 
 from __future__ import annotations
 
@@ -9,15 +8,20 @@ from dataclasses import dataclass, field, replace
 from gpumesh.cli.views.node_selection import SortKey, ViewSelection
 
 KEY_HELP = "q quit  ↑↓ node  d drain  r resume  c reconnect  s sort  v processes"
-PAGE_ROWS = 10
-_STEPS = {"up": -1, "k": -1, "down": 1, "j": 1, "page up": -PAGE_ROWS, "page down": PAGE_ROWS}
+PAGE_NODES = 10  # by so many nodes a page key moves the selection
+# By key: the number of nodes by which the selection moves.
+_STEPS = {"up": -1, "k": -1, "down": 1, "j": 1, "page up": -PAGE_NODES, "page down": PAGE_NODES}
 _ACTIONS = {"d": "drain", "r": "resume", "c": "reconnect"}
 
 
 @dataclass(slots=True)
 class KeySelection:
-    """The state that keys change. ``nodes``: the names of the nodes on the screen. ``note``: the response to the last
-    key, for the last line of the screen."""
+    """The state that keys change.
+
+    - ``selected``: the name of the selected node; empty if no node is selected.
+    - ``note``: the response to the last key, for the last line of the screen.
+    - ``nodes``: the names of the nodes on the screen, in their order.
+    """
 
     view: ViewSelection
     selected: str = ""
@@ -25,18 +29,19 @@ class KeySelection:
     nodes: Sequence[str] = field(default=())
 
     def handle_key(self, key: str) -> str | None:
-        """Returns the action for the caller: ``quit``; or ``drain``, ``resume`` or ``reconnect`` for the node
-        ``selected``; or ``None``."""
+        """Changes the state. Returns the action that the caller must perform: ``quit``; or ``drain``, ``resume`` or
+        ``reconnect`` for the node ``selected``; or ``None`` for no action."""
         self.note = ""
         if key in _STEPS or key in ("home", "end"):
-            self._move_selection(_STEPS.get(key, 0), key)
+            self._move_selection(key)
         elif key == "escape":
             self.selected = ""
         elif key == "s":
-            order = list(SortKey)
-            sort = order[(order.index(self.view.sort) + 1) % len(order)]
-            self.view = replace(self.view, sort=sort)
-            self.note = f"sorted by {sort}"
+            sort_keys = list(SortKey)
+            next_index = (sort_keys.index(self.view.sort) + 1) % len(sort_keys)
+            sort_key = sort_keys[next_index]
+            self.view = replace(self.view, sort=sort_key)
+            self.note = f"sorted by {sort_key}"
         elif key == "v":
             self.view = replace(self.view, verbose=not self.view.verbose)
         elif key in ("q", "Q"):
@@ -46,6 +51,7 @@ class KeySelection:
         return None
 
     def _choose_action(self, key: str) -> str | None:
+        """Returns the action of the key; ``None`` if no node is selected. Selects the only node of the screen."""
         if not self.selected and len(self.nodes) == 1:
             self.selected = self.nodes[0]
         if not self.selected:
@@ -53,7 +59,9 @@ class KeySelection:
             return None
         return _ACTIONS[key]
 
-    def _move_selection(self, step: int, key: str) -> None:
+    def _move_selection(self, key: str) -> None:
+        """Selects the node to which the key moves. Without a selection a key that moves down selects the first node,
+        and a key that moves up the last."""
         if not self.nodes:
             return
         last_position = len(self.nodes) - 1
@@ -62,7 +70,8 @@ class KeySelection:
         elif key == "end":
             position = last_position
         elif self.selected not in self.nodes:
-            position = 0 if step > 0 else last_position
+            position = 0 if _STEPS[key] > 0 else last_position
         else:
-            position = min(max(self.nodes.index(self.selected) + step, 0), last_position)
+            position = self.nodes.index(self.selected) + _STEPS[key]
+            position = min(max(position, 0), last_position)
         self.selected = self.nodes[position]

@@ -26,8 +26,10 @@ MIN_ROWS = 8  # of the table; the text below it gets the other lines of the scre
 
 
 class LiveTable:
-    """Redraws the table when the state changes or a key is pressed. ``footer`` is the last line when no keys are read.
-    ``notes`` stand below the table if the screen has room for them."""
+    """Redraws the table when the state changes or a key is pressed.
+
+    ``footer`` is the last line of the screen when no keys are read. ``notes`` stand below the table if the screen has
+    room for them."""
 
     def __init__(self, session: Session, view: ViewSelection, *, footer: str, notes: Sequence[str] = ()) -> None:
         self._session = session
@@ -43,13 +45,15 @@ class LiveTable:
         self._quit = False
 
     def __repr__(self) -> str:
-        phase = "QUIT" if self._quit else "WAITING" if self._state is None else "SHOWN"
         nodes = 0 if self._state is None else len(self._state.nodes)
+        phase = "WAITING" if self._state is None else "SHOWN"
+        if self._quit:
+            phase = "QUIT"
         return f"<LiveTable {phase} {nodes} nodes selected {self._selection.selected!r}>"
 
     async def run(self, states: AsyncIterator[MeshState]) -> MeshState | None:
-        """Shows the table until ``q`` is pressed or ``states`` ends, and gives the last state. Raises what ``states``
-        raises, and UsageError when the view selects no node."""
+        """Shows the table until ``q`` is pressed or ``states`` ends. Returns the last state; ``None`` if there was
+        none. Raises the errors of ``states``, and UsageError when the view selects no node."""
         follow_task = asyncio.create_task(self._follow(states), name="states")
         follow_task.add_done_callback(lambda _: self._redraw.set())
         try:
@@ -57,14 +61,15 @@ class LiveTable:
                 await self._redraw_until_end(screen, follow_task)
         finally:
             follow_task.cancel()
-            results = await asyncio.gather(follow_task, return_exceptions=True)
+            [follow_result] = await asyncio.gather(follow_task, return_exceptions=True)
             await self._actions.close()
             self._note.close()
-        if isinstance(results[0], Exception):
-            raise results[0]
+        if isinstance(follow_result, Exception):  # not CancelledError, which is no Exception
+            raise follow_result
         return self._state
 
     async def _redraw_until_end(self, screen: Screen, follow_task: asyncio.Task[None]) -> None:
+        """Draws the screen each time when ``_redraw`` is set, until ``q`` is pressed or ``follow_task`` ends."""
         while not self._quit:
             await self._redraw.wait()
             self._redraw.clear()
@@ -75,41 +80,50 @@ class LiveTable:
             await asyncio.sleep(MIN_REDRAW_S)
 
     async def _follow(self, states: AsyncIterator[MeshState]) -> None:
-        """Takes each new state for the table, until ``states`` ends. The history comes from the mesh, if it has one."""
-        earlier_history: History | None = await self._fetch_history()
+        """Takes each new state for the table, until ``states`` ends. The history goes on from the history of the mesh,
+        if the mesh has one. Raises UsageError when the view selects no node."""
+        mesh_history = await self._fetch_history()
         async with closing_iterator(states):
             async for state in states:
-                self._selection.view.apply(state)  # raises UsageError, which ends the table
-                if earlier_history is not None:
-                    self._recorder, earlier_history = Recorder(earlier_history, at=state.at), None
+                self._selection.view.apply(state)  # raises UsageError
+                if self._state is None:  # the first state tells the time at which the mesh's history ends
+                    self._recorder = Recorder(mesh_history, at=state.at)
                 self._state = state
                 self._recorder.add(state)
                 self._redraw.set()
 
     async def _fetch_history(self) -> History:
+        """The history that the mesh keeps of the last minute; empty if the mesh is of an older version and has none."""
         try:
             return await self._session.history()
         except GPUMeshError:
-            return History()  # a mesh of an older version keeps none
+            return History()
 
     def _lines(self, state: MeshState, *, reads_keys: bool) -> list[str]:
         """All lines of the screen: the table, the notes below, and the last line."""
         size = self._out.size
-        selected_state = self._selection.view.apply(state)
-        self._selection.nodes = [node.name for node in selected_state.nodes]
-        # Notes are folded and not shortened, because a path that ends in "…" could not be copied.
-        note_lines = [
-            line for text in self._notes_below for line in render_lines(self._out, Text(text, overflow="fold"))
-        ]
-        note_lines = note_lines[: max(size.height - 1 - MIN_ROWS, 0)]
-        rows = size.height - 1 - len(note_lines)
-        selected = self._selection.selected or None
-        options = ViewOptions(self._selection.view.verbose, rows, selected, self._recorder.history())
-        table = render_lines(self._out, status_view(selected_state, size.width, options))[:rows]
-        last_line = shorten(self._note.text or (KEY_HELP if reads_keys else self._footer), size.width)
-        return [*table, *note_lines, *render_lines(self._out, Text(last_line, style="dim", no_wrap=True))]
+        shown_state = self._selection.view.apply(state)
+        self._selection.nodes = [node.name for node in shown_state.nodes]
+        note_lines: list[str] = []
+        for note in self._notes_below:
+            # Notes are folded and not shortened, because a path that ends in "…" could not be copied.
+            note_lines += render_lines(self._out, Text(note, overflow="fold"))
+        height = size.height - 1  # without the last line
+        note_lines = note_lines[: max(height - MIN_ROWS, 0)]
+        table_height = height - len(note_lines)
+        options = ViewOptions(
+            verbose=self._selection.view.verbose,
+            height=table_height,
+            selected=self._selection.selected or None,
+            history=self._recorder.history(),
+        )
+        table_lines = render_lines(self._out, status_view(shown_state, size.width, options))[:table_height]
+        default_last_line = KEY_HELP if reads_keys else self._footer
+        last_line = shorten(self._note.text or default_last_line, size.width)
+        return [*table_lines, *note_lines, *render_lines(self._out, Text(last_line, style="dim", no_wrap=True))]
 
     def _handle_key(self, key: str) -> None:
+        """Changes the selection or starts an action. The note makes the screen redraw."""
         action = self._selection.handle_key(key)
         if action == "quit":
             self._quit = True

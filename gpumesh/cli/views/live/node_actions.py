@@ -1,4 +1,4 @@
-"""Drains, resumes and reconnects a node when a key asks for it, and reports the result."""
+"""Drains, resumes or reconnects a node when a key of the live table asks for it, and reports the result."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from gpumesh.errors import GPUMeshError
 
 
 class NodeActions:
-    """Runs each action as a task, so that the table goes on meanwhile. ``report`` gets one line at the end of each
-    action."""
+    """Runs each action as a task, so that the table is redrawn meanwhile. At the end of each action calls ``report``
+    with one line of text."""
 
     def __init__(self, session: Session, report: Callable[[str], None]) -> None:
         self._calls: dict[str, Callable[[str], Coroutine[Any, Any, None]]] = {
@@ -25,6 +25,7 @@ class NodeActions:
         self._running: set[asyncio.Task[None]] = set()
 
     def start(self, action: str, node: str) -> None:
+        """Starts ``drain``, ``resume`` or ``reconnect`` of a node, and returns at once."""
         task = asyncio.create_task(self._perform(action, node), name=action)
         self._running.add(task)
         task.add_done_callback(self._running.discard)

@@ -1,4 +1,4 @@
-"""A short text in the last line of the live table, which disappears after a few seconds."""
+"""``Note``: a short text in the last line of the live table, which disappears after a few seconds."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ NOTE_SHOWN_S = 4.0
 
 
 class Note:
-    """``on_change`` is called when the text changes, also when it disappears. ``close`` stops the timer."""
+    """A text that disappears ``NOTE_SHOWN_S`` after it was shown. ``on_change`` is called when the text changes, also
+    when it disappears."""
 
     def __init__(self, on_change: Callable[[], None]) -> None:
         self.text = ""
@@ -17,12 +18,14 @@ class Note:
         self._timer: asyncio.TimerHandle | None = None
 
     def show(self, text: str) -> None:
+        """Replaces the text."""
         self.close()
         self.text = text
         self._timer = asyncio.get_running_loop().call_later(NOTE_SHOWN_S, self._clear)
         self._on_change()
 
     def close(self) -> None:
+        """Stops the timer, so that ``on_change`` is not called any more."""
         if self._timer is not None:
             self._timer.cancel()
 

@@ -1,7 +1,7 @@
-"""The terminal as a screen to draw on and a keyboard to read key by key.
+"""``Screen``: the terminal as a screen to draw on, and as a keyboard to read key by key.
 
-The terminal is restored at the end of the context, after an exception, after Ctrl-C, and during Ctrl-Z. The caller
-turns SIGTERM and SIGHUP into one of these.
+The terminal is restored at the end of the context, after an exception, after Ctrl-C, and during Ctrl-Z. After SIGTERM
+and SIGHUP the caller must end the context or raise an exception.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, TextIO
 
 _ENTER = "\x1b[?1049h\x1b[?25l\x1b[?7l\x1b[H\x1b[2J"  # the second screen; no cursor, no wrapping
 _LEAVE = "\x1b[?7h\x1b[?25h\x1b[?1049l"
-# A terminal that supports synchronised updates shows everything between these at once; others ignore them.
+# A terminal that supports synchronised updates shows everything between these two at once; other terminals ignore them.
 _BEGIN_UPDATE, _END_UPDATE = "\x1b[?2026h", "\x1b[?2026l"
 
 _KEY_SEQUENCES = {
@@ -36,16 +36,18 @@ _KEY_SEQUENCES = {
 
 
 def parse_keys(data: bytes) -> Iterator[str]:
-    """The keys that were pressed: ``up``, ``escape`` … or the character. Unknown sequences are skipped."""
+    """Yields the keys that were pressed: ``up``, ``escape`` … or the ASCII character. Skips unknown sequences, blanks
+    and all other bytes."""
     while data:
         known_sequence = next((sequence for sequence in _KEY_SEQUENCES if data.startswith(sequence)), None)
         if known_sequence is not None:
             yield _KEY_SEQUENCES[known_sequence]
             data = data[len(known_sequence) :]
-        elif data[:2] in (b"\x1b[", b"\x1bO"):  # an unknown sequence: it ends with the first byte from @ to ~
+        elif data.startswith((b"\x1b[", b"\x1bO")):
+            # An unknown sequence. It ends with the first byte from @ to ~, or with the data.
             end = next((index for index in range(2, len(data)) if 0x40 <= data[index] <= 0x7E), len(data) - 1)
             data = data[end + 1 :]
-        elif data[:1] == b"\x1b":
+        elif data.startswith(b"\x1b"):
             yield "escape"
             data = data[1:]
         else:
@@ -55,20 +57,22 @@ def parse_keys(data: bytes) -> Iterator[str]:
 
 
 def diff_screen(old: Sequence[str], new: Sequence[str]) -> str:
-    """The text to write so that a screen with the lines ``old`` shows ``new``. Empty when no line differs."""
-    parts = [
-        f"\x1b[{number};1H\x1b[K{line}\x1b[0m"
-        for number, line in enumerate(new, 1)
-        if number > len(old) or old[number - 1] != line
-    ]
+    """The text to write so that a screen with the lines ``old`` shows the lines ``new``. Empty when no line differs."""
+    parts = []
+    for index, line in enumerate(new):
+        if index >= len(old) or old[index] != line:
+            parts.append(f"\x1b[{index + 1};1H\x1b[K{line}\x1b[0m")  # go to the line, clear it, write it, end its style
     if len(new) < len(old):
-        parts.append(f"\x1b[{len(new) + 1};1H\x1b[J")
-    return _BEGIN_UPDATE + "".join(parts) + _END_UPDATE if parts else ""
+        parts.append(f"\x1b[{len(new) + 1};1H\x1b[J")  # clear all lines below the last new line
+    if not parts:
+        return ""
+    return _BEGIN_UPDATE + "".join(parts) + _END_UPDATE
 
 
 class Screen:
-    """A context manager. The event loop calls ``on_key`` for each key, and ``on_change`` when the size has changed or
-    the program has come back from Ctrl-Z. Without ``on_key``, or if stdin is no terminal, no key is read."""
+    """The screen inside ``with``. The event loop calls ``on_key`` for each key, and ``on_change`` when the size has
+    changed or the program has come back from Ctrl-Z. Without ``on_key``, or if stdin is no terminal, no key is
+    read."""
 
     def __init__(self, out: TextIO, *, on_key: Callable[[str], None] | None, on_change: Callable[[], None]) -> None:
         self._out = out
@@ -80,6 +84,7 @@ class Screen:
 
     @property
     def reads_keys(self) -> bool:
+        """Whether ``on_key`` is called for keys."""
         return self._on_key is not None
 
     def __repr__(self) -> str:
@@ -103,13 +108,14 @@ class Screen:
 
     def draw(self, lines: Sequence[str]) -> None:
         """Shows these lines from the top. There may be no more lines than the screen is high."""
-        changed = diff_screen(self._shown, lines)
-        if changed:
-            self._out.write(changed)
+        update = diff_screen(self._shown, lines)
+        if update:
+            self._out.write(update)
             self._out.flush()
         self._shown = list(lines)
 
     def _enter(self) -> None:
+        """Switches to the second screen of the terminal, which is empty, and to reading key by key."""
         if self._on_key is not None:
             import termios
             import tty
@@ -123,14 +129,16 @@ class Screen:
         self._out.flush()
 
     def _leave(self) -> None:
+        """Switches back to the first screen, and to the usual keyboard. May be called twice."""
         try:
-            with suppress(OSError):
+            with suppress(OSError):  # the terminal itself is gone
                 self._out.write(_LEAVE)
                 self._out.flush()
         finally:
             self._release_keys()
 
     def _release_keys(self) -> None:
+        """Ends the reading of keys, and restores the modes that the terminal had before."""
         if self._saved_modes is None:
             return
         import termios
@@ -142,6 +150,7 @@ class Screen:
             termios.tcsetattr(descriptor, termios.TCSADRAIN, modes)
 
     def _read_keys(self) -> None:
+        """Calls ``on_key`` for each key that was pressed. The event loop calls this when stdin is readable."""
         try:
             data = os.read(sys.stdin.fileno(), 4096)
         except OSError:
@@ -155,11 +164,13 @@ class Screen:
             self._on_key(key)
 
     def _handle_resize(self) -> None:
+        """Clears the screen, so that the next ``draw`` writes every line in the new size."""
         self._shown = []
         self._out.write("\x1b[2J")
         self._on_change()
 
     def _suspend(self) -> None:
+        """Stops the program after Ctrl-Z, with the terminal restored, until a person continues it."""
         self._leave()
         os.kill(os.getpid(), signal.SIGSTOP)
         self._enter()  # SIGCONT continues here

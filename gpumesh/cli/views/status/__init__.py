@@ -1,3 +1,5 @@
-"""The output of `status`. ``status_view.py`` puts it together: the table of nodes and GPUs (``rows.py``,
-``columns.py``), the remarks below it, the line of the whole pool, and the processes. Text from hosts is cleaned here.
+"""Draws the output of `status`: the table of nodes and GPUs, the remarks, the line of the pool, the processes.
+
+``status_view.py`` puts the parts together. The table is in ``rows.py`` and ``columns.py``. Text from hosts is cleaned
+here.
 """

@@ -1,4 +1,4 @@
-"""The columns of the status table: the title and rank of each, and the function that draws its cell in a row."""
+"""The columns of the status table: their titles and ranks, and the functions that draw their cells."""
 
 from __future__ import annotations
 
@@ -26,26 +26,32 @@ from gpumesh.state import BackendPhase, GpuState, LoadedModel, NodeState, Tunnel
 
 WIDE_TERMINAL = 150  # characters; from here on the columns FULL_WIDTH_TITLES are not narrowed
 FULL_WIDTH_TITLES = ("NODE", "GPU")
-HOT_C = 83  # where a 4090 begins to slow down
-SHOWN_MODELS = 2
+# The length of bars in characters, on terminals that have at least so many columns.
+_BAR_LENGTHS = ((150, 14), (110, 8), (80, 6), (0, 4))
+HOT_C = 83  # degrees Celsius, at which a 4090 begins to slow down
+SHOWN_MODELS = 2  # of the loaded models of a node; the others are counted
 
 DrawCell = Callable[[StatusRow, int], Text]
+"""Draws the cell of a row. The second argument is the length of bars, in characters."""
 
 
 def status_table(rows: Sequence[StatusRow], width: int) -> Table:
     """The table of these rows, with the columns that fit into ``width`` characters."""
-    bar_length = 4 if width < 80 else 6 if width < 110 else 8 if width < 150 else 14
+    bar_length = next(length for min_width, length in _BAR_LENGTHS if width >= min_width)
     columns = []
-    for column, draw in COLUMNS:
+    for column, draw_cell in COLUMNS:
+        cells = [draw_cell(row, bar_length) for row in rows]
         # A wide terminal has room for more than the most important columns, so they need not be narrowed.
-        in_full = width >= WIDE_TERMINAL and column.title in FULL_WIDTH_TITLES
-        cells = [draw(row, bar_length) for row in rows]
-        columns.append((replace(column, min_width=None) if in_full else column, cells))
+        if width >= WIDE_TERMINAL and column.title in FULL_WIDTH_TITLES:
+            columns.append((replace(column, min_width=None), cells))
+        else:
+            columns.append((column, cells))
     return fit_table(columns, width, styles=["reverse" if row.selected else "" for row in rows])
 
 
 def _node_column(cell: Callable[[NodeState, datetime], Text | str]) -> DrawCell:
-    """A column about the node: filled in the node's first row only."""
+    """Draws a column about the node: only the node's first row has its cell. ``cell`` gets the node and the time of the
+    state."""
 
     def draw(row: StatusRow, _bar_length: int) -> Text:
         content = cell(row.node, row.at) if row.first else ""
@@ -55,7 +61,7 @@ def _node_column(cell: Callable[[NodeState, datetime], Text | str]) -> DrawCell:
 
 
 def _gpu_column(cell: Callable[[GpuState], Text | str]) -> DrawCell:
-    """A column about the GPU."""
+    """Draws a column about the GPU: every row with a GPU has its cell."""
 
     def draw(row: StatusRow, _bar_length: int) -> Text:
         if row.gpu is None:
@@ -70,15 +76,20 @@ def _gpu_column(cell: Callable[[GpuState], Text | str]) -> DrawCell:
 
 
 def bar_text(share: float | None, length: int, low: float, high: float) -> Text:
-    """A share (0 to 1) as a bar: green below ``low``, red from ``high`` on (nvitop's thresholds)."""
+    """A share (0 to 1) as a bar of ``length`` characters: green below ``low``, red from ``high`` on (nvitop's
+    thresholds), else yellow. An unknown share is an empty bar."""
     if share is None:
         return Text("░" * length, style="dim")
     share = min(max(share, 0.0), 1.0)
-    full = round(share * length)
-    if share >= 0.01 and full == 0:  # from one percent on, the bar is not empty
-        full = 1
-    style = "green" if share < low else "yellow" if share < high else "red"
-    return Text.assemble(("█" * full, style), ("░" * (length - full), "dim"))
+    filled = round(share * length)
+    if share >= 0.01 and filled == 0:  # from one percent on, the bar is not empty
+        filled = 1
+    style = "yellow"
+    if share < low:
+        style = "green"
+    elif share >= high:
+        style = "red"
+    return Text.assemble(("█" * filled, style), ("░" * (length - filled), "dim"))
 
 
 def _gpu_cell(row: StatusRow, _bar_length: int) -> Text:
@@ -88,54 +99,65 @@ def _gpu_cell(row: StatusRow, _bar_length: int) -> Text:
         if row.no_gpu_reason is not None:
             return Text(row.no_gpu_reason, style="red")
         return Text("none" if row.node.gpus is not None else UNKNOWN, style="dim")
+    # "A100 MIG 1g.5gb" is shown as "MIG 1g.5gb A100": the slice comes first, because the end may be cut off.
     card, slice_mark, slice_name = short_gpu(clean_line(gpu.name, 40)).partition("MIG")
-    if slice_mark or gpu.uuid.startswith("MIG-"):  # the slice comes first: the card's name may be cut
+    if slice_mark or gpu.uuid.startswith("MIG-"):
         card = " ".join(("MIG", *slice_name.split(), *card.split()))
-    several = row.node.gpus is not None and len(row.node.gpus) > 1
-    return Text(f"{gpu.index} {card}" if several else card)
+    has_several_gpus = row.node.gpus is not None and len(row.node.gpus) > 1
+    return Text(f"{gpu.index} {card}" if has_several_gpus else card)
 
 
 def _memory_cell(row: StatusRow, bar_length: int) -> Text:
+    """The used share of the GPU's memory as a bar, then the used and the whole memory in GiB."""
     gpu = row.gpu
     if gpu is None:
         return Text(UNKNOWN if row.first else "")
-    if gpu.memory_total_mib is None:
+    total_mib, used_mib = gpu.memory_total_mib, gpu.memory_used_mib
+    if total_mib is None:
         return Text(UNKNOWN)
-    used = gpu.memory_used_mib
-    share = None if used is None or not gpu.memory_total_mib else used / gpu.memory_total_mib
-    return bar_text(share, bar_length, 0.10, 0.80).append(f" {format_gib(used):>4}/{format_gib(gpu.memory_total_mib)}")
+    share = None if used_mib is None or total_mib == 0 else used_mib / total_mib
+    return bar_text(share, bar_length, 0.10, 0.80).append(f" {format_gib(used_mib):>4}/{format_gib(total_mib)}")
 
 
 def _utilization_cell(row: StatusRow, bar_length: int) -> Text:
-    if row.gpu is None or row.gpu.utilization_pct is None:
-        return Text(UNKNOWN if row.first or row.gpu is not None else "")
+    """The utilization of the GPU as a bar, then in percent."""
+    if row.gpu is None:
+        return Text(UNKNOWN if row.first else "")
     percent = row.gpu.utilization_pct
+    if percent is None:
+        return Text(UNKNOWN)
     return bar_text(percent / 100, bar_length, 0.10, 0.75).append(f" {percent:>3}%")
 
 
 def _last_minute_cell(row: StatusRow, _bar_length: int) -> Text:
+    """The utilization of the GPU over the last minute as a sparkline from 0 to 100 %."""
     if all(value is None for value in row.utilization):
         return Text("")
     return Text(sparkline(row.utilization, 100), style="cyan")
 
 
 def _temperature_cell(gpu: GpuState) -> Text | str:
+    """The temperature; in red if the GPU is hot, or slows down because of heat or power."""
     if gpu.temperature_c is None:
         return UNKNOWN
-    slowed = gpu.throttle is not None and ("thermal" in gpu.throttle or "slowdown" in gpu.throttle)
-    return Text(f"{gpu.temperature_c}°", style="red" if slowed or gpu.temperature_c >= HOT_C else "")
+    is_slowed = gpu.throttle is not None and ("thermal" in gpu.throttle or "slowdown" in gpu.throttle)
+    return Text(f"{gpu.temperature_c}°", style="red" if is_slowed or gpu.temperature_c >= HOT_C else "")
 
 
 def _power_cell(gpu: GpuState) -> str:
+    """The power draw, and its limit if it is known, in watts."""
     if gpu.power_w is None:
         return UNKNOWN
-    return f"{gpu.power_w:.0f}/{gpu.power_limit_w:.0f} W" if gpu.power_limit_w is not None else f"{gpu.power_w:.0f} W"
+    if gpu.power_limit_w is None:
+        return f"{gpu.power_w:.0f} W"
+    return f"{gpu.power_w:.0f}/{gpu.power_limit_w:.0f} W"
 
 
 # -- cells of nodes --------------------------------------------------------------------------------------------------
 
 
 def _node_cell(node: NodeState, _at: datetime) -> Text:
+    """The mark of the node's health, then the node's name."""
     return Text.assemble((MARKS[node.health], STYLES[node.health]), " ", (clean_line(node.name, 24), "bold"))
 
 
@@ -144,6 +166,7 @@ def _health_cell(node: NodeState, _at: datetime) -> Text:
 
 
 def _loaded_cell(node: NodeState, at: datetime) -> str:
+    """The models that the node has loaded. If it has loaded none: how many models it has on disk."""
     backend = node.backend
     if backend.state is not BackendPhase.UP:
         return UNKNOWN
@@ -155,22 +178,29 @@ def _loaded_cell(node: NodeState, at: datetime) -> str:
 
 
 def _loaded_model_text(model: LoadedModel, at: datetime) -> str:
-    text = clean_line(model.name.rpartition("/")[2] or model.name, 40)  # without the registry that it came from
+    """The model's name, the share of it that is not in GPU memory, and how long it stays loaded."""
+    _, _, name_without_registry = model.name.rpartition("/")
+    text = clean_line(name_without_registry or model.name, 40)
     if model.size_mib and model.size_vram_mib is not None and model.size_vram_mib < model.size_mib:
-        text += f" ({100 - round(100 * model.size_vram_mib / model.size_mib)}% CPU)"
+        gpu_percent = round(100 * model.size_vram_mib / model.size_mib)
+        text += f" ({100 - gpu_percent}% CPU)"
     time_left = format_time_left(model.expires_at, at)
     return f"{text} {time_left}" if time_left is not None else text
 
 
 def _busy_cell(node: NodeState, _at: datetime) -> str:
+    """The requests in flight, of how many that the node runs at once, and the queued requests: ``2/4 +1``."""
     load = node.load
     text = str(load.in_flight) if load.limit is None else f"{load.in_flight}/{load.limit}"
     return f"{text} +{load.queued}" if load.queued else text
 
 
 def _rate_cell(node: NodeState, _at: datetime) -> str:
+    """The node's tokens per second, with one decimal below 10."""
     rate = node.backend.tokens_per_s
-    return UNKNOWN if rate is None else f"{rate:.0f}" if rate >= 9.95 or rate == 0 else f"{rate:.1f}"
+    if rate is None:
+        return UNKNOWN
+    return f"{rate:.1f}" if 0 < rate < 9.95 else f"{rate:.0f}"  # with a decimal, 9.95 would become "10.0"
 
 
 def _round_trip_cell(node: NodeState, _at: datetime) -> str:
@@ -178,6 +208,7 @@ def _round_trip_cell(node: NodeState, _at: datetime) -> str:
 
 
 def _tunnel_cell(node: NodeState, at: datetime) -> str:
+    """The transport and state of the tunnel, for how long it has been up, and how often it was opened again."""
     tunnel = node.tunnel
     text = f"{clean_line(tunnel.transport, 12)} {tunnel.state}"
     if tunnel.state is TunnelPhase.UP and tunnel.since is not None:
@@ -186,16 +217,18 @@ def _tunnel_cell(node: NodeState, at: datetime) -> str:
 
 
 def _backend_cell(node: NodeState, _at: datetime) -> str:
+    """The kind of inference server, with its version while it is up, else with its state."""
+    kind = clean_line(node.backend.kind, 10)
     if node.backend.state is not BackendPhase.UP:
-        return f"{clean_line(node.backend.kind, 10)} {node.backend.state}"
-    return f"{clean_line(node.backend.kind, 10)} {clean_line(node.backend.version or '', 20)}".rstrip()
+        return f"{kind} {node.backend.state}"
+    return f"{kind} {clean_line(node.backend.version or '', 20)}".rstrip()
 
 
 def _served_cell(node: NodeState, _at: datetime) -> str:
     return str(node.load.served)
 
 
-# The columns in their order on the screen.
+# The columns in their order on the screen. The second argument is the rank: low ranks get their place first.
 COLUMNS: tuple[tuple[Column, DrawCell], ...] = (
     (Column("NODE", 0, min_width=14), _node_column(_node_cell)),
     (Column("HEALTH", 1), _node_column(_health_cell)),

@@ -1,4 +1,4 @@
-"""The line of the whole pool below the status table: nodes, GPUs, memory, tokens/s, requests, and the largest fit."""
+"""Draws the line of the whole pool below the status table: nodes, GPUs, memory, tokens/s, requests, largest fit."""
 
 from __future__ import annotations
 
@@ -13,16 +13,18 @@ from gpumesh.state import MeshState
 
 
 def pool_line(state: MeshState, width: int) -> Text:
-    """The parts, the most important first. A part for which there is no room is left out."""
-    first, *others = _pool_parts(state)
-    line = first
-    for part in others:
-        if cell_len(line) + 3 + cell_len(part) <= width:
-            line += f" · {part}"
+    """The figures of the pool in one line of at most ``width`` characters. A figure for which there is no room is left
+    out."""
+    line, *other_parts = _pool_parts(state)
+    for part in other_parts:
+        longer_line = f"{line} · {part}"
+        if cell_len(longer_line) <= width:
+            line = longer_line
     return Text(shorten(line, width), style="bold", no_wrap=True)
 
 
 def _pool_parts(state: MeshState) -> Iterator[str]:
+    """Yields the known figures as text, the most important first."""
     totals = state.totals
     yield f"{totals.nodes_up} of {totals.nodes} node{'' if totals.nodes == 1 else 's'} up"
     if totals.gpus is not None:
@@ -33,5 +35,6 @@ def _pool_parts(state: MeshState) -> Iterator[str]:
     yield f"{state.gateway.in_flight} in flight"
     if state.gateway.queued:
         yield f"{state.gateway.queued} queued"
-    if (fits := memory_fit.format_fits(memory_fit.find_largest_fits(state))) is not None:
-        yield fits
+    largest_fits = memory_fit.format_fits(memory_fit.find_largest_fits(state))
+    if largest_fits is not None:
+        yield largest_fits

@@ -1,4 +1,4 @@
-"""The remarks below the status table: the reasons why nodes are not healthy, then the findings that say more."""
+"""Draws the remarks below the status table: the reasons why nodes are not healthy, then the findings that say more."""
 
 from __future__ import annotations
 
@@ -15,34 +15,37 @@ from gpumesh.cli.views.status.health_marks import MARKS, STYLES
 from gpumesh.sentences import join_some
 from gpumesh.state import Finding, MeshState, NodeState, TunnelPhase
 
-MAX_NAMED_NODES = 4
+MAX_NAMED_NODES = 4  # of the nodes that have equal findings; the others are counted
 
-Remark = tuple[Text, Text]  # the mark, and the text
+Remark = tuple[Text, Text]
+"""A mark, then the text."""
 
 
 def list_remarks(state: MeshState) -> list[Remark]:
-    """Reasons of nodes first. A finding that only repeats the reason of its node is left out."""
-    nodes_with_reason = [node for node in state.nodes if node.reason is not None]
-    # A node, and the message or the code of a finding that would repeat the reason of this node.
-    repeated: set[tuple[str | None, str]] = set()
-    for node in nodes_with_reason:
-        repeated.add((node.name, node.reason or ""))
+    """The remarks of the whole mesh: first the reasons of nodes, then the findings. Leaves out a finding that only
+    repeats the reason of its node."""
+    remarks: list[Remark] = []
+    # Pairs of a node, and the message or the code of a finding that would repeat the reason of this node.
+    repetitions: set[tuple[str | None, str]] = set()
+    for node in state.nodes:
+        if node.reason is None:
+            continue
+        remarks.append((Text(MARKS[node.health], style=STYLES[node.health]), _reason_text(node, state)))
+        repetitions.add((node.name, node.reason))
         if node.tunnel.error_code is not None:
-            repeated.add((node.name, node.tunnel.error_code))
-    remaining = [
+            repetitions.add((node.name, node.tunnel.error_code))
+    new_findings = [
         finding
         for finding in state.findings
-        if (finding.node, finding.message) not in repeated and (finding.node, finding.code) not in repeated
+        if repetitions.isdisjoint({(finding.node, finding.message), (finding.node, finding.code)})
     ]
-    reasons = [
-        (Text(MARKS[node.health], style=STYLES[node.health]), _reason_text(node, state)) for node in nodes_with_reason
-    ]
-    return reasons + [
-        (Text(*SEVERITY_MARKS[finding.severity]), finding_text(finding)) for finding in merge_equal(remaining)
-    ]
+    for finding in merge_equal(new_findings):
+        remarks.append((Text(*SEVERITY_MARKS[finding.severity]), finding_text(finding)))
+    return remarks
 
 
 def _reason_text(node: NodeState, state: MeshState) -> Text:
+    """The node, its health, the reason for it, when the tunnel tries again, and a hint."""
     reason = clean_line(node.reason or "", 400)
     text = Text.assemble((clean_line(node.name, 60), "bold"), f" {node.health}: {reason}")
     if node.tunnel.retry_in_s is not None and node.tunnel.state is not TunnelPhase.UP:
@@ -52,40 +55,46 @@ def _reason_text(node: NodeState, state: MeshState) -> Text:
 
 
 def _reason_hint(node: NodeState, state: MeshState) -> str | None:
-    """What to do about a node's reason: the hint of its tunnel, else of the finding with the same message."""
+    """What to do about a node's reason: the hint of its tunnel if the tunnel is not up, else the hint of the finding
+    that has the reason as its message."""
     if node.tunnel.state is not TunnelPhase.UP:
         return node.tunnel.hint
-    matching = (finding for finding in state.findings if finding.node == node.name and finding.message == node.reason)
-    return next((finding.hint for finding in matching), None)
+    node_findings = [finding for finding in state.findings if finding.node == node.name]
+    return next((finding.hint for finding in node_findings if finding.message == node.reason), None)
 
 
 def merge_equal(findings: list[Finding]) -> Iterator[Finding]:
-    """Merges equal findings of different nodes into one that names the nodes, the first MAX_NAMED_NODES of them."""
-    nodes_of: dict[Finding, list[str]] = {}
+    """Merges equal findings of different nodes into one finding, whose ``node`` names the first MAX_NAMED_NODES nodes
+    and counts the others."""
+    nodes_by_finding: dict[Finding, list[str]] = {}
     for finding in findings:
         if finding.nodes or finding.node is None:  # a finding about several nodes, or about none
-            nodes_of[finding] = []
+            nodes_by_finding[finding] = []
         else:
-            nodes_of.setdefault(replace(finding, node=None), []).append(finding.node)
-    for finding, names in nodes_of.items():
-        shown_names = join_some([clean_line(name, 60) for name in names], MAX_NAMED_NODES)
-        yield replace(finding, node=shown_names) if names else finding
+            nodes_by_finding.setdefault(replace(finding, node=None), []).append(finding.node)
+    for finding, nodes in nodes_by_finding.items():
+        if nodes:
+            shown_names = join_some([clean_line(node, 60) for node in nodes], MAX_NAMED_NODES)
+            yield replace(finding, node=shown_names)
+        else:
+            yield finding
 
 
 def fit_remarks(remarks: list[Remark], width: int, room: int) -> tuple[list[Remark], int]:
-    """Returns the first remarks that fit into ``room`` lines, with a line that counts the rest; and then the number
-    of these lines."""
-    out, fitting, used_lines = console(), list[Remark](), 0
-    for position, remark in enumerate(remarks):
-        height = len(remark[1].wrap(out, max(width - 2, 1), overflow="fold"))
+    """Returns the first remarks that fit into ``room`` lines, and a remark that counts the others; then the number of
+    lines that the returned remarks need."""
+    out = console()
+    text_width = max(width - 2, 1)  # without the mark and a blank
+    used_lines = 0
+    for position, (_, text) in enumerate(remarks):
+        height = len(text.wrap(out, text_width, overflow="fold"))
         is_last = position == len(remarks) - 1
-        lines_after = 0 if is_last else 1  # for the count of the rest
-        if used_lines + height + lines_after > room:
+        count_lines = 0 if is_last else 1  # for the remark that counts the others
+        if used_lines + height + count_lines > room:
             hidden_count = len(remarks) - position
-            more = "more " if fitting else ""
-            text = f"{hidden_count} {more}remark{'' if hidden_count == 1 else 's'}: `gpumesh status` says all"
-            rest = (Text("…", style="dim"), Text(shorten(text, max(width - 2, 1)), style="dim"))
-            return [*fitting, rest], used_lines + 1
-        fitting.append(remark)
+            more = "" if position == 0 else "more "
+            count_text = f"{hidden_count} {more}remark{'' if hidden_count == 1 else 's'}: `gpumesh status` says all"
+            count_remark = (Text("…", style="dim"), Text(shorten(count_text, text_width), style="dim"))
+            return [*remarks[:position], count_remark], used_lines + 1
         used_lines += height
-    return fitting, used_lines
+    return remarks, used_lines

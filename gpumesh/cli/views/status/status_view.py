@@ -1,4 +1,4 @@
-"""The whole of `status`: a line about the mesh, the table of nodes and GPUs, the pool in one line, and the remarks.
+"""Draws the whole of `status`: a line about the mesh, the table of nodes and GPUs, the line of the pool, the remarks.
 
 The table has as many columns as there is room for. Text from hosts is cleaned and reaches rich as ``Text``.
 """
@@ -22,15 +22,21 @@ from gpumesh.cli.views.status.rows import fit_rows, make_rows
 from gpumesh.mesh.history import History
 from gpumesh.state import MeshState
 
-MIN_WIDTH_OF_REMARKS = 20
+MIN_WIDTH_OF_REMARKS = 20  # characters; on a narrower terminal a remark could not be read
 LINES_AROUND_ROWS = 5  # the mesh, the head of the table (two lines), the number of hidden rows, the pool
-MIN_REMARK_LINES = 2
+MIN_REMARK_LINES = 2  # lines of a screen that remarks get, however small the screen is
 
 
 @dataclass(frozen=True, slots=True)
 class ViewOptions:
-    """Options of the view. ``height``: the lines of a screen that cannot scroll; rows that do not fit are left out
-    (``fit_rows``)."""
+    """Options of the view.
+
+    - ``verbose``: also show the processes, and who on this machine can use the gateway and the tunnels.
+    - ``height``: the lines of a screen that cannot scroll; rows that do not fit are left out (``fit_rows``). ``None``:
+      all rows are shown.
+    - ``selected``: the name of the selected node.
+    - ``history``: the utilization of the GPUs in the last minute.
+    """
 
     verbose: bool = False
     height: int | None = None
@@ -39,24 +45,26 @@ class ViewOptions:
 
 
 def print_status(state: MeshState, options: ViewOptions | None = None) -> None:
+    """Prints the view to stdout."""
     out = console()
     print_plain(out, status_view(state, out.width, options or ViewOptions()))
 
 
 def status_view(state: MeshState, width: int, options: ViewOptions) -> RenderableType:
+    """The whole view for a terminal of ``width`` characters."""
     remarks = list_remarks(state) if width >= MIN_WIDTH_OF_REMARKS else []
     rows = make_rows(state, selected=options.selected, history=options.history)
-    left_out = 0
+    hidden_rows = 0
     if options.height is not None:
         # The remarks get the lines that the rows leave free, or a third of the screen if the rows leave less.
         free_lines = options.height - len(rows) - LINES_AROUND_ROWS
         remarks, remark_lines = fit_remarks(remarks, width, max(free_lines, options.height // 3, MIN_REMARK_LINES))
         # One line of the screen stays empty.
         room = options.height - remark_lines - LINES_AROUND_ROWS - 1
-        rows, left_out = fit_rows(rows, max(room, 1), options.selected)
+        rows, hidden_rows = fit_rows(rows, max(room, 1), options.selected)
     parts: list[RenderableType] = [_mesh_line(state, width), status_table(rows, width)]
-    if left_out:
-        parts.append(Text(f"… and {left_out} more rows", style="dim"))
+    if hidden_rows:
+        parts.append(Text(f"… and {hidden_rows} more rows", style="dim"))
     parts.append(pool_line(state, width))
     if options.verbose:
         parts.extend(process_views(state))
@@ -67,6 +75,7 @@ def status_view(state: MeshState, width: int, options: ViewOptions) -> Renderabl
 
 
 def _mesh_line(state: MeshState, width: int) -> Text:
+    """The mesh's name, the gateway's address and state, and the time of the state on a terminal of 80 characters."""
     line = Text(clean_line(state.mesh, 30), style="bold", no_wrap=True, overflow="ellipsis")
     gateway = state.gateway
     if gateway.url is not None:
