@@ -1,1 +1,1 @@
-"""The parts of `gpumesh bench`: it reads the options, and runs a benchmark on the mesh of a Session."""
+"""The parts of `gpumesh bench`: the reading of its options, and the run of a benchmark on the mesh of a Session."""

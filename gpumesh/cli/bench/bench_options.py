@@ -14,10 +14,11 @@ if TYPE_CHECKING:
     from gpumesh.bench.scenarios import Scenario
     from gpumesh.bench.traces import TracedRequest
 
-MAX_CONCURRENCY = 4096
+MAX_CONCURRENCY = 4096  # requests in flight
 
 
 def parse_scenario(name: str) -> Scenario:
+    """The scenario of this name. Raises UsageError for an unknown name."""
     from gpumesh.bench.scenarios import Scenario
 
     try:
@@ -27,7 +28,8 @@ def parse_scenario(name: str) -> Scenario:
 
 
 def parse_levels(text: str | None) -> tuple[int, ...]:
-    """``1,2,4`` as numbers of requests in flight. Raises UsageError."""
+    """The levels of concurrency: ``1,2,4`` as numbers of requests in flight; empty if the option is not given. Raises
+    UsageError."""
     if text is None:
         return ()
     try:
@@ -40,7 +42,8 @@ def parse_levels(text: str | None) -> tuple[int, ...]:
 
 
 def read_trace(file: Path | None, limit: int | None) -> Sequence[TracedRequest]:
-    """Raises UsageError."""
+    """The first ``limit`` requests of a trace, all without a limit; empty if no file is given. Raises UsageError if the
+    file cannot be read, or is no trace."""
     if file is None:
         return ()
     from gpumesh.bench import traces
@@ -62,8 +65,12 @@ def results_folder() -> Path:
 def new_result_folder(scenario: Scenario) -> Path:
     """The path of a folder that does not exist yet, named for the time and the scenario."""
     name = f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{scenario}"
-    names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
-    return next(folder for folder in (results_folder() / name for name in names) if not folder.exists())
+    folder = results_folder() / name
+    for number in itertools.count(2):
+        if not folder.exists():
+            break
+        folder = results_folder() / f"{name}-{number}"
+    return folder
 
 
 def remove_if_empty(folder: Path) -> None:
@@ -72,4 +79,4 @@ def remove_if_empty(folder: Path) -> None:
         if not any(folder.iterdir()):
             folder.rmdir()
     except OSError:
-        pass  # somebody put something there, or removed it
+        pass  # another process has put a file there, or has removed the folder

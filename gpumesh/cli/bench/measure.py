@@ -37,7 +37,11 @@ async def measure(
     trace: Sequence[TracedRequest],
     node: str | None,
 ) -> BenchOutput:
-    """Measures the running mesh, or one in this process. ``make_settings`` gets the name of the model."""
+    """Measures the running mesh, or a mesh in this process if none runs. Returns the result and the records of all
+    requests.
+
+    Without ``model`` the default model is measured. ``make_settings`` gets the name of the model. ``node``: the only
+    node to measure."""
     from gpumesh.bench import run as bench
     from gpumesh.daemon.sessions.local_session import LocalSession
     from gpumesh.mesh.models.default_model import choose_model
@@ -62,31 +66,35 @@ async def measure(
 
 
 def _read_api_keys(topology: Topology) -> ApiKeys:
-    """The keys whose variables are set. A server that gets no key reports that itself."""
+    """The API keys of the gateway and the nodes. Leaves out a key whose variable is not set: a server that gets no key
+    reports that itself."""
     from gpumesh import config
     from gpumesh.bench.routes import ApiKeys
     from gpumesh.errors import SecretMissing
 
-    def read(variable: str | None) -> str | None:
+    def read_key(variable: str | None) -> str | None:
         try:
             return None if variable is None else config.read_secret(variable)
         except SecretMissing:
             return None
 
-    node_keys = {node.name: read(node.backend.api_key_env) for node in topology.nodes}
-    return ApiKeys(
-        read(topology.gateway.api_key_env), {name: key for name, key in node_keys.items() if key is not None}
-    )
+    node_keys: dict[str, str] = {}
+    for node in topology.nodes:
+        key = read_key(node.backend.api_key_env)
+        if key is not None:
+            node_keys[node.name] = key
+    return ApiKeys(read_key(topology.gateway.api_key_env), node_keys)
 
 
 class _SessionTarget:
-    """The mesh behind a session, as a benchmark sees it."""
+    """The mesh behind a session, as a benchmark sees it. ``embedded``: the mesh runs in this process."""
 
     def __init__(self, session: Session, *, embedded: bool) -> None:
         self._session = session
         self.embedded = embedded
 
     def send(self) -> SendPrompt:
+        """The function that sends a prompt through the mesh."""
         return self._send_prompt
 
     def _send_prompt(self, request: ChatRequest, node: str | None) -> AbstractAsyncContextManager[AnswerStream]:
@@ -115,17 +123,19 @@ class _SessionTarget:
 
 
 class _ProgressBar:
-    """A bar on stderr: how many requests have ended, and which stage runs."""
+    """A progress bar on stderr, with the number of requests that have ended, and the stage that runs. ``stack`` closes
+    the bar."""
 
     def __init__(self, stack: ExitStack, *, quiet: bool) -> None:
         self._stack = stack
         self._quiet = quiet
-        self._update: Callable[[int, str], None] = lambda _done, _note: None
+        self._update: Callable[[int, str], None] = lambda _done, _note: None  # there is no bar before the plan
         self._stage = ""
         self._ended_count = 0
         self._failed_count = 0
 
     def set_plan(self, plan: scenarios.Plan) -> None:
+        """Opens the bar: now the number of requests is known."""
         from gpumesh.cli.views.progress_bar import show_progress
 
         self._update = self._stack.enter_context(show_progress(plan.total, "requests", quiet=self._quiet))
@@ -135,7 +145,9 @@ class _ProgressBar:
         self._update(self._ended_count, self._stage)
 
     def add_record(self, record: LoadSample) -> None:
+        """Counts a request that has ended."""
         self._ended_count += 1
-        self._failed_count += record.error_code is not None
+        if record.error_code is not None:
+            self._failed_count += 1
         failed_text = f", {self._failed_count} failed" if self._failed_count else ""
         self._update(self._ended_count, f"{self._stage}{failed_text}")

@@ -1,4 +1,4 @@
-"""One file for each command: its options, what it does with a Session, its exit codes.
+"""The commands, one file for each: the command's options, what it does with a Session, and its exit codes.
 
 ``cli/views`` draws the output. Code that another program could use too belongs to the rooms below ``cli``.
 """

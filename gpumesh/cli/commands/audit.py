@@ -1,4 +1,4 @@
-"""`gpumesh audit`: what mesh.yaml expects against what is found, and, with --write, the corrected mesh.yaml."""
+"""`gpumesh audit`: compares what mesh.yaml expects with what is found; with --write, corrects mesh.yaml."""
 
 from __future__ import annotations
 
@@ -60,29 +60,27 @@ def audit(
     topology = edit.parse_edited(path, text)
     state, is_running_mesh = run_async(_inspect(options, topology))
     correction = propose_correction(path, text, topology, state) if write else None
+    findings: Sequence[Finding] = state.findings  # of the mesh.yaml that is there at the end
     if as_json:
         written = correction is not None and yes and correction.write()
         print_json(audit_document(topology, state, correction, written=written))
-        findings: Sequence[Finding] = (
-            correction.remaining_findings if correction is not None and written else state.findings
-        )
+        if correction is not None and written:
+            findings = correction.remaining_findings
     else:
         audit_screen.print_comparison(list(audit_rows.compare_nodes(topology, state.nodes, state.findings)))
         typer.echo("")
         audit_screen.print_drawing(audit_rows.draw_topology(topology, state.nodes))
         if not state.findings:
             typer.echo("\nall is as mesh.yaml says")
-        findings = (
-            state.findings
-            if correction is None
-            else _offer_correction(correction, yes=yes, is_running_mesh=is_running_mesh, quiet=options.quiet)
-        )
+        if correction is not None:
+            findings = _offer_correction(correction, yes=yes, is_running_mesh=is_running_mesh, quiet=options.quiet)
     if any(finding.severity is not Severity.INFO for finding in findings):
         raise typer.Exit(int(ExitCode.DEGRADED))
 
 
 async def _inspect(options: GlobalOptions, topology: Topology) -> tuple[MeshState, bool]:
-    """The state, then whether it comes from a mesh that runs in the background."""
+    """Inspects all nodes of the topology. Returns the state, then whether it comes from a mesh that runs in the
+    background."""
     from gpumesh.daemon.control_socket.remote_session import RemoteSession
     from gpumesh.mesh.inspection.fresh_inspection import inspect_mesh
 
@@ -125,6 +123,7 @@ class Correction:
 
     @property
     def diff(self) -> str:
+        """The changes as a unified diff."""
         name = self.path.name
         lines = difflib.unified_diff(
             self.old_text.splitlines(), self.new_text.splitlines(), name, f"{name} (corrected)", n=2
@@ -132,7 +131,8 @@ class Correction:
         return "\n".join(line.rstrip("\n") for line in lines)
 
     def write(self) -> bool:
-        """Writes the file if its text changes, and returns whether it does. Raises GPUMeshError."""
+        """Writes the file if its text changes, and returns whether it does. Raises GPUMeshError if the file cannot be
+        written."""
         from gpumesh.config import edit
 
         if self.new_text == self.old_text:
@@ -142,45 +142,47 @@ class Correction:
 
 
 def propose_correction(path: Path, text: str, topology: Topology, state: MeshState) -> Correction:
-    """Plans the changes and applies each to the text. A change is kept only if the file then means this change and
-    nothing else; any other becomes a manual step."""
+    """Plans the changes that the findings call for, and applies each to the text. A change whose new text would mean
+    anything else than this change becomes a manual step."""
     from gpumesh.audit import changes
     from gpumesh.config import edit
 
-    indexes = {spec.name: index for index, spec in enumerate(topology.nodes)}
+    node_indexes = {spec.name: index for index, spec in enumerate(topology.nodes)}
     new_text = text
-    applied: list[Change] = []
+    applied_changes: list[Change] = []
     manual_steps: list[str] = []
     for change in changes.plan_changes(topology, state.nodes, state.findings):
         comment = None if change.why is None else f"gpumesh audit, {state.at:%Y-%m-%d}: {change.why}"
-        file_edit = edit.Edit(indexes[change.node], change.path, change.value, comment)
+        file_edit = edit.Edit(node_indexes[change.node], change.path, change.value, comment)
         try:
             edited_text = edit.apply_edits(new_text, [file_edit])
-            if edit.parse_edited(path, edited_text) != changes.apply_changes(topology, [*applied, change]):
+            expected_topology = changes.apply_changes(topology, [*applied_changes, change])
+            if edit.parse_edited(path, edited_text) != expected_topology:
                 raise edit.CannotEdit(f"{change.node}: {'.'.join(change.path)} cannot be set by itself")
         except GPUMeshError as error:
             manual_steps.append(f"{error.message}: it should be {change.value!r}")
             continue
         new_text = edited_text
-        applied.append(change)
-    remaining = changes.unsettled_findings(state.findings, applied)
-    return Correction(path, text, new_text, tuple(applied), remaining, tuple(manual_steps))
+        applied_changes.append(change)
+    remaining_findings = changes.unsettled_findings(state.findings, applied_changes)
+    return Correction(path, text, new_text, tuple(applied_changes), remaining_findings, tuple(manual_steps))
 
 
 def _offer_correction(correction: Correction, *, yes: bool, is_running_mesh: bool, quiet: bool) -> Sequence[Finding]:
-    """Shows the diff, and writes the file if the user agrees. Returns the findings that remain. ``is_running_mesh``: a
-    mesh in the background still runs with the old file."""
+    """Shows the diff, and writes the file if the user agrees or ``yes`` is set. Returns the findings that remain.
+
+    ``is_running_mesh``: a mesh in the background still runs with the old file. Raises UsageError if nobody can be
+    asked."""
     from gpumesh.cli.views.findings import print_findings
 
     typer.echo("")
     for line in correction.manual_steps:
         typer.echo(clean_text(f"by hand: {line}"), err=True)
     if correction.new_text == correction.old_text:
-        typer.echo(
-            "mesh.yaml is as it should be"
-            if not correction.remaining_findings
-            else "nothing in mesh.yaml would put this right"
-        )
+        if correction.remaining_findings:
+            typer.echo("nothing in mesh.yaml would put this right")
+        else:
+            typer.echo("mesh.yaml is as it should be")
         return correction.remaining_findings
     typer.echo(clean_text(correction.diff))
     if not yes:
@@ -204,7 +206,8 @@ def _offer_correction(correction: Correction, *, yes: bool, is_running_mesh: boo
 def audit_document(
     topology: Topology, state: MeshState, correction: Correction | None = None, *, written: bool = False
 ) -> dict[str, object]:
-    """The document of ``audit --json``, of the schema ``gpumesh.audit/1``."""
+    """The document of ``audit --json``, of the schema ``gpumesh.audit/1``. ``written``: the correction was written to
+    mesh.yaml."""
     from gpumesh.audit import find_machines
     from gpumesh.cli.views.audit_rows import compare_nodes
     from gpumesh.wire import to_json

@@ -1,6 +1,6 @@
-"""`gpumesh bench`: measures, shows a result again, compares two results. Further parts of it are in `cli/bench/`.
+"""`gpumesh bench`: measures latency and throughput, shows a result again, compares two results.
 
-Progress goes to stderr, only the result to stdout.
+Progress goes to stderr, only the result to stdout. Further parts of the command are in `cli/bench/`.
 """
 
 from __future__ import annotations
@@ -80,35 +80,35 @@ def run(
 
     options = global_options(ctx)
     chosen_scenario = bench_options.parse_scenario(scenario)
-    traced = bench_options.read_trace(trace, requests)
+    traced_requests = bench_options.read_trace(trace, requests)
     levels = bench_options.parse_levels(concurrency)
     folder = out or bench_options.new_result_folder(chosen_scenario)
     check_result_folder(folder, force=force)
 
-    def make_settings(name: str) -> scenarios.BenchSettings:
+    def make_settings(model_name: str) -> scenarios.BenchSettings:
         from gpumesh.bench.scenarios import BenchSettings
 
-        return BenchSettings(name, requests, levels, tokens, prompt_tokens, think, seed, speed)
+        return BenchSettings(model_name, requests, levels, tokens, prompt_tokens, think, seed, speed)
 
+    objective = Objective(slo_ttft, slo_tpot)
     try:
         output = run_async(
-            measure(
-                options, chosen_scenario, model, make_settings, Objective(slo_ttft, slo_tpot), trace=traced, node=node
-            )
+            measure(options, chosen_scenario, model, make_settings, objective, trace=traced_requests, node=node)
         )
     finally:
         bench_options.remove_if_empty(folder)
-    write_result(folder, output.result, output.records, force=force)
+    result = output.result
+    write_result(folder, result, output.records, force=force)
     if as_json:
-        print_json(result_json(output.result))
+        print_json(result_json(result))
     else:
-        bench_tables.print_result(output.result, notes=not options.quiet)
+        bench_tables.print_result(result, notes=not options.quiet)
     if not options.quiet:
         typer.echo(f"result in {folder} (report.html opens in a browser)", err=True)
-    if output.result.failed:
+    if result.failed:
         if not options.quiet:
-            count = "1 request" if output.result.failed == 1 else f"{output.result.failed} requests"
-            typer.echo(f"{count} failed; the report says why", err=True)
+            failed_text = "1 request" if result.failed == 1 else f"{result.failed} requests"
+            typer.echo(f"{failed_text} failed; the report says why", err=True)
         raise typer.Exit(int(ExitCode.FAILED))
 
 

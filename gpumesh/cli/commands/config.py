@@ -1,4 +1,4 @@
-"""`gpumesh config`: checks mesh.yaml, shows it as it is in effect, prints its JSON Schema."""
+"""`gpumesh config`: checks mesh.yaml, shows the configuration that is in effect, prints the JSON Schema."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ def check(ctx: typer.Context) -> None:
         typer.echo(clean_line(f"{finding.severity}: {finding.node or topology.name}: {finding.message}"), err=True)
         if finding.hint:
             typer.echo(clean_line(f"  hint: {finding.hint}"), err=True)
-    enabled = sum(node.enabled for node in topology.nodes)
-    broken = any(finding.severity is Severity.ERROR for finding in findings)
+    has_errors = any(finding.severity is Severity.ERROR for finding in findings)
     if not options.quiet:
         count = len(topology.nodes)
-        disabled_text = f", {count - enabled} of them disabled" if enabled < count else ""
-        broken_text = "; but not all of it can work from here" if broken else ""
+        disabled_count = sum(not node.enabled for node in topology.nodes)
         count_text = f"{count} node{'' if count == 1 else 's'}"
+        disabled_text = f", {disabled_count} of them disabled" if disabled_count else ""
+        error_text = "; but not all of it can work from here" if has_errors else ""
         typer.echo(
-            clean_line(f"{topology.source or 'the configuration'} is valid: {count_text}{disabled_text}{broken_text}")
+            clean_line(f"{topology.source or 'the configuration'} is valid: {count_text}{disabled_text}{error_text}")
         )
-    if broken:
+    if has_errors:
         raise typer.Exit(int(ExitCode.USAGE))
 
 

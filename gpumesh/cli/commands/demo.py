@@ -23,16 +23,20 @@ if TYPE_CHECKING:
     from gpumesh.cli.views.live.demo_display import DemoDisplay
     from gpumesh.daemon.sessions.local_session import LocalSession
     from gpumesh.daemon.sessions.prompt_sender import PromptResult
+    from gpumesh.daemon.sessions.session import PromptRequest
     from gpumesh.daemon.shutdown import Shutdown
     from gpumesh.lab.lab import Lab
 
 MODEL = "qwen2.5:7b"
 PROMPT_COUNT = 24
 PROMPTS_BEFORE_KILL = 6  # so many answers come before a host is killed; by then all hosts are busy
-ANSWER_TOKENS = (16, 48)  # short answers: a few slow hosts must answer all prompts while a person watches
+# From at least to at most so many tokens. Answers are short: a few slow hosts must answer all prompts while a person
+# watches.
+ANSWER_TOKENS = (16, 48)
 FIRST_REPORT_TIMEOUT_S = 15.0
 RECOVERY_TIMEOUT_S = 12.0
 REDRAW_S = 0.25
+BUSY_POLL_S = 0.02  # a host answers a prompt in a fraction of a second
 NEXT_STEPS = """
 What to try next:
   gpumesh demo --keep                              leaves it running, to play with
@@ -65,6 +69,8 @@ def demo(
 
 
 async def _run_demo(options: GlobalOptions, count: int, keep: bool) -> ExitCode:
+    """Starts ``count`` simulated hosts and a mesh over them, shows the demo, and returns the exit code of the
+    command."""
     from gpumesh import config
     from gpumesh.daemon.mesh_lock import MeshLock
     from gpumesh.daemon.mesh_process import run_mesh
@@ -98,6 +104,7 @@ async def _run_demo(options: GlobalOptions, count: int, keep: bool) -> ExitCode:
 
 
 async def _show_demo(session: LocalSession, lab: Lab, count: int) -> ExitCode:
+    """Shows the scenes above a table that is redrawn. Returns the exit code of the command."""
     from gpumesh.cli.views.live.demo_display import DemoDisplay
 
     with DemoDisplay() as display:
@@ -118,22 +125,23 @@ async def _redraw_while_open(display: DemoDisplay, session: LocalSession) -> Asy
             async for state in states:
                 display.update_table(state)
 
-    drawing = asyncio.create_task(draw(), name="redraw")
+    redraw_task = asyncio.create_task(draw(), name="redraw")
     try:
         yield
     finally:
-        drawing.cancel()
-        await asyncio.gather(drawing, return_exceptions=True)
+        redraw_task.cancel()
+        await asyncio.gather(redraw_task, return_exceptions=True)
 
 
 async def _run_scenes(display: DemoDisplay, session: LocalSession, lab: Lab) -> ExitCode:
-    """Shows the tunnels, one answer, many answers while a host is killed, and the return of that host."""
-    began = time.monotonic()
+    """Shows the tunnels, one answer, many answers while a host is killed, and the return of that host. Returns the exit
+    code of the command."""
+    started_at = time.monotonic()
     state = await session.wait_first_report(FIRST_REPORT_TIMEOUT_S)
+    spent_s = time.monotonic() - started_at
     healthy_names = [node.name for node in state.nodes if node.health is Health.HEALTHY]
     display.print_line(
-        f"→ {len(healthy_names)} tunnels are up after {time.monotonic() - began:.1f} s,"
-        " and the GPUs behind them are seen."
+        f"→ {len(healthy_names)} tunnels are up after {spent_s:.1f} s, and the GPUs behind them are seen."
     )
     display.print_table(state)
     if len(healthy_names) < 2:
@@ -155,16 +163,21 @@ async def _run_scenes(display: DemoDisplay, session: LocalSession, lab: Lab) -> 
     return code
 
 
-async def _show_one_answer(display: DemoDisplay, session: LocalSession) -> None:
+def _make_request(text: str) -> PromptRequest:
+    """A request to the demo's model, with the text as the only message."""
     from gpumesh.cli.prompt_input import PromptEntry
-    from gpumesh.cli.views.figures import shorten
-    from gpumesh.daemon.sessions.prompt_sender import send_prompt
     from gpumesh.daemon.sessions.session import PromptRequest
 
+    return PromptEntry(text).make_request(PromptRequest((), model=MODEL), None)
+
+
+async def _show_one_answer(display: DemoDisplay, session: LocalSession) -> None:
+    """Sends one prompt, and prints the node that answered, its speed, and the begin of the answer."""
+    from gpumesh.cli.views.figures import shorten
+    from gpumesh.daemon.sessions.prompt_sender import send_prompt
+
     question = "Why is the sky blue?"
-    result = await send_prompt(
-        session, PromptEntry(question).make_request(PromptRequest((), model=MODEL), None), 0, question
-    )
+    result = await send_prompt(session, _make_request(question), 0, question)
     rate = "" if result.tokens_per_s is None else f" at {result.tokens_per_s:.0f} tokens/s"
     display.print_line(f"→ gpumesh run {question!r}: {result.tokens} tokens from {result.node}{rate}")
     display.print_line(f"    {shorten((result.response or '').strip(), 100)}", "dim")
@@ -173,60 +186,59 @@ async def _show_one_answer(display: DemoDisplay, session: LocalSession) -> None:
 async def _send_and_kill(
     display: DemoDisplay, session: LocalSession, lab: Lab, victim: str
 ) -> tuple[Sequence[PromptResult], float]:
-    """Sends all prompts at once. Kills the host when some answers are in and the host itself works on one."""
-    from gpumesh.cli.prompt_input import PromptEntry
+    """Sends all prompts at once, and kills the host ``victim`` when some answers have come and the host works on a
+    prompt. Returns the results, then the seconds until the last of them."""
     from gpumesh.daemon.sessions.prompt_sender import send_with_retries
-    from gpumesh.daemon.sessions.session import PromptRequest
 
-    answered = 0
-    some_answered = asyncio.Event()
+    answer_count = 0
+    may_kill = asyncio.Event()
 
     async def send(index: int) -> PromptResult:
-        nonlocal answered
+        nonlocal answer_count
         text = f"Tell me something about the number {index}."
-        result = await send_with_retries(
-            session, PromptEntry(text).make_request(PromptRequest((), model=MODEL), None), index, text
-        )
-        answered += 1
-        if answered >= PROMPTS_BEFORE_KILL:
-            some_answered.set()
+        result = await send_with_retries(session, _make_request(text), index, text)
+        answer_count += 1
+        if answer_count >= PROMPTS_BEFORE_KILL:
+            may_kill.set()
         return result
 
-    async def kill() -> None:
-        await some_answered.wait()
-        async for state in session.watch(0.02):
-            if state.node(victim).load.in_flight or answered >= PROMPT_COUNT:
+    async def kill_busy_host() -> None:
+        await may_kill.wait()
+        async for state in session.watch(BUSY_POLL_S):
+            host_is_busy = state.node(victim).load.in_flight > 0
+            if host_is_busy or answer_count >= PROMPT_COUNT:
                 break
         await lab.host(victim).kill()
-        display.print_line(f"✗ {victim} is dead, with {PROMPT_COUNT - answered} prompts still to answer.", "red")
+        display.print_line(f"✗ {victim} is dead, with {PROMPT_COUNT - answer_count} prompts still to answer.", "red")
 
-    began = time.monotonic()
+    started_at = time.monotonic()
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(send(index)) for index in range(PROMPT_COUNT)]
-        group.create_task(kill())
-    return [task.result() for task in tasks], time.monotonic() - began
+        group.create_task(kill_busy_host())
+    return [task.result() for task in tasks], time.monotonic() - started_at
 
 
 def _print_results(display: DemoDisplay, results: Sequence[PromptResult], spent_s: float, victim: str) -> ExitCode:
-    """Prints how many prompts were answered, and by which hosts. Returns the exit code of the command."""
-    lost = [result for result in results if result.error is not None or not result.response]
-    moved = sum(result.attempts > 1 for result in results)
-    served = Counter(result.node or "?" for result in results if result.error is None)
-    shares = ", ".join(f"{name} {count}" for name, count in sorted(served.items()))
-    if lost:
-        display.print_line(f"→ {len(lost)} of {len(results)} prompts were lost: {lost[0].error}", "bold red")
+    """Prints how many prompts were answered, and by which hosts. Returns the exit code of the command: FAILED if a
+    prompt was lost."""
+    lost_results = [result for result in results if result.error is not None or not result.response]
+    if lost_results:
+        first_error = lost_results[0].error
+        display.print_line(f"→ {len(lost_results)} of {len(results)} prompts were lost: {first_error}", "bold red")
         return ExitCode.FAILED
+    moved_count = sum(result.attempts > 1 for result in results)
+    answers_by_host = Counter(result.node or "?" for result in results)
+    shares = ", ".join(f"{host} {count}" for host, count in sorted(answers_by_host.items()))
     display.print_line(
-        f"→ {len(results)} of {len(results)} answered in {spent_s:.1f} s, 0 lost, {moved} moved away from {victim}"
-        f" ({shares}).",
+        f"→ {len(results)} of {len(results)} answered in {spent_s:.1f} s, 0 lost,"
+        f" {moved_count} moved away from {victim} ({shares}).",
         "bold green",
     )
     return ExitCode.OK
 
 
 async def _wait_healthy(session: LocalSession, name: str) -> bool:
-    """Returns False when the node is not healthy after RECOVERY_TIMEOUT_S."""
-
+    """Returns True as soon as the node is healthy, and False after RECOVERY_TIMEOUT_S."""
     from gpumesh.async_iterators import closing_iterator
 
     try:
@@ -240,7 +252,7 @@ async def _wait_healthy(session: LocalSession, name: str) -> bool:
 
 
 async def _keep_running(session: LocalSession, stop: Shutdown, file: Path, options: GlobalOptions) -> None:
-    """``--keep``: shows the mesh until Ctrl-C."""
+    """Shows the mesh until Ctrl-C, for ``--keep``, with the commands that a person may try. ``file``: its mesh.yaml."""
     from gpumesh.cli.foreground_mesh import show_mesh
 
     state: MeshState = await session.status()

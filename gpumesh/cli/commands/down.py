@@ -31,16 +31,17 @@ def down(
     from gpumesh.daemon.background import stop_background
 
     options = global_options(ctx)
-    reported_count = 0
+    last_count = 0
 
-    def on_state(state: MeshState) -> None:
-        nonlocal reported_count
+    def report_waiting(state: MeshState) -> None:
+        """Prints how many requests have not ended, each time when their number has changed."""
+        nonlocal last_count
         count = state.gateway.in_flight + state.gateway.queued
-        if count and count != reported_count and not options.quiet:
+        if count > 0 and count != last_count and not options.quiet:
             typer.echo(f"waiting for {count} request{'' if count == 1 else 's'} to end", err=True)
-        reported_count = count
+        last_count = count
 
-    stopped_by_itself = run_async(stop_background(options.paths(), wait, on_state=on_state))
+    stopped_by_itself = run_async(stop_background(options.paths(), wait, on_state=report_waiting))
     if not stopped_by_itself:
         typer.echo("the mesh did not end by itself and was killed; `gpumesh logs` may say why", err=True)
         raise typer.Exit(1)

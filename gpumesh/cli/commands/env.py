@@ -43,12 +43,14 @@ def env(
 
 
 def client_variables(url: str) -> dict[str, str]:
-    """The names of the variables that clients read, with the gateway's base URLs. No variable holds a key: the gateway
-    needs no key on loopback, and a key that the user has set stays as it is."""
+    """The variables that clients read, by name, with the gateway's base URL as each client expects it.
+
+    No variable holds a key: the gateway needs no key on loopback, and a key that the user has set stays as it is."""
     return {"OLLAMA_HOST": url, "OPENAI_BASE_URL": f"{url}/v1", "ANTHROPIC_BASE_URL": url}
 
 
 def export_lines(variables: Mapping[str, str], shell: ShellKind) -> str:
+    """The commands that set and export the variables in this shell, a line for each."""
     match shell:
         case ShellKind.FISH:
             return "\n".join(f"set -gx {name} {shell_word(value)};" for name, value in variables.items())
@@ -59,13 +61,14 @@ def export_lines(variables: Mapping[str, str], shell: ShellKind) -> str:
 
 
 def _gateway_url(options: GlobalOptions) -> str:
-    """The gateway's URL in the running mesh, where the port may be any free port. If no mesh runs, the URL that
-    mesh.yaml gives."""
+    """The gateway's URL: of the running mesh, whose port may be any free port, else the URL that mesh.yaml gives.
+
+    Raises MeshNotRunning if the port is not known, and UsageError if there is only a Unix socket."""
     from gpumesh.daemon.control_socket.quick_status import fetch_status
 
-    state = fetch_status(options.paths().socket)
-    if state is not None:
-        url = state.get("gateway", {}).get("url")
+    status = fetch_status(options.paths().socket)
+    if status is not None:
+        url = status.get("gateway", {}).get("url")
         if not isinstance(url, str):
             raise MeshNotRunning("the running mesh has no gateway", hint="`gpumesh down`, then `gpumesh up -d`")
         if url.startswith(UNIX_PREFIX):
@@ -83,19 +86,26 @@ def _gateway_url(options: GlobalOptions) -> str:
 
 
 def _unix_only_error(address: str) -> UsageError:
+    """The error for a gateway that has no TCP port, because no variable can name its Unix socket. ``address``: with or
+    without ``unix:``."""
     path = address.removeprefix(UNIX_PREFIX)
+    listen_setting = f"`gateway: {{listen: [127.0.0.1:11430, {yaml_text(UNIX_PREFIX + path)}]}}`"
+    curl_command = paste_command("curl --unix-socket {PATH} http://localhost/api/tags", PATH=path)
     return UsageError(
         f"the gateway listens on the Unix socket {path} alone, which these variables cannot name",
-        hint=f"add a port, `gateway: {{listen: [127.0.0.1:11430, {yaml_text(UNIX_PREFIX + path)}]}}`,"
-        " or take a program "
-        "that can use a socket: " + paste_command("curl --unix-socket {PATH} http://localhost/api/tags", PATH=path),
+        hint=f"add a port, {listen_setting}, or take a program that can use a socket: {curl_command}",
     )
 
 
 def _user_shell() -> ShellKind:
+    """The user's shell by ``$SHELL``. ``sh`` stands for every shell that understands ``export``."""
     from gpumesh.config import environment
 
-    name = Path(environment.shell() or "sh").name
-    return {"fish": ShellKind.FISH, "pwsh": ShellKind.POWERSHELL, "powershell": ShellKind.POWERSHELL}.get(
-        name, ShellKind.SH
-    )
+    program = Path(environment.shell() or "sh").name
+    match program:
+        case "fish":
+            return ShellKind.FISH
+        case "pwsh" | "powershell":
+            return ShellKind.POWERSHELL
+        case _:
+            return ShellKind.SH

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from gpumesh.daemon.sessions.session import Session
     from gpumesh.tunnels.base import ExecChunk, OutputStream
 
-MAX_LINE_LENGTH = 1 << 16  # bytes that wait for the end of their line, and characters that are printed of a line
+# Bytes that wait for the end of their line, and characters that are printed of a line.
+MAX_LINE_LENGTH = 1 << 16
 
 app = new_app()
 
@@ -46,17 +47,22 @@ def exec_(
       gpumesh exec iceland -- sh -c 'du -sh ~/.ollama/models | sort'
     """
     options = global_options(ctx)
-    node, command = (None, words) if everywhere else (words[0], words[1:])
-    command = command[1:] if command[:1] == ["--"] else command
+    node: str | None = None
+    command = words
+    if not everywhere:
+        node, *command = words
+    if command[:1] == ["--"]:
+        command = command[1:]
     if not command:
         raise UsageError("which command?", hint="for example: gpumesh exec NODE -- nvidia-smi")
-    status = run_async(_run_on_all(options, command) if node is None else _run_on_node(options, node, command))
-    if status:
-        raise typer.Exit(status)
+    exit_code = run_async(_run_on_all(options, command) if node is None else _run_on_node(options, node, command))
+    if exit_code != 0:
+        raise typer.Exit(exit_code)
 
 
 async def _run_on_node(options: GlobalOptions, node: str, command: list[str]) -> int:
-    """Writes the output as it comes: unchanged to a pipe or a file, made safe for a terminal. Returns the exit code."""
+    """Runs the command on the node's host, and writes its output as it comes: unchanged to a pipe or a file, made safe
+    for a terminal. Returns the exit code. Raises GPUMeshError if there is none."""
     from gpumesh.async_iterators import closing_iterator
     from gpumesh.tunnels.base import OutputStream
 
@@ -67,9 +73,10 @@ async def _run_on_node(options: GlobalOptions, node: str, command: list[str]) ->
     status: int | None = None
     async with open_session(options) as session, closing_iterator(session.exec(node, command)) as chunks:
         async for chunk in chunks:
-            out = sys.stdout if chunk.stream is OutputStream.STDOUT else sys.stderr
             cleaner = cleaners[chunk.stream]
-            out.buffer.write(chunk.data if cleaner is None else cleaner.feed(chunk.data).encode("utf-8", "replace"))
+            data = chunk.data if cleaner is None else cleaner.feed(chunk.data).encode("utf-8", "replace")
+            out = sys.stdout if chunk.stream is OutputStream.STDOUT else sys.stderr
+            out.buffer.write(data)
             out.buffer.flush()
             if chunk.ended:
                 status = chunk.exit_status
@@ -83,27 +90,31 @@ class _TerminalCleaner:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def feed(self, data: bytes) -> str:
+        """The safe text of the bytes. The first bytes of a character wait for the others."""
         return clean_text(self._decoder.decode(data))
 
 
 def _exit_code(status: int | None, node: str) -> int:
-    """The exit code of `gpumesh exec` for a command's exit status, from 0 to 255. Raises GPUMeshError without one."""
+    """The exit code of `gpumesh exec`, from 0 to 255, for the command's exit status. Raises GPUMeshError if the command
+    ended without an exit status."""
     if status is None:
         raise GPUMeshError(f"{node}: the command ended without an exit status (killed, or the connection was cut)")
     return min(max(status, 0), 255)
 
 
 async def _run_on_all(options: GlobalOptions, command: list[str]) -> int:
+    """Runs the command on all nodes at once. Returns 0 if it succeeded on all of them, else 1."""
     async with open_session(options) as session:
-        nodes = [node.name for node in (await session.status()).nodes]
+        state = await session.status()
+        nodes = [node.name for node in state.nodes]
         width = max(map(len, nodes), default=0)
-        codes = await asyncio.gather(*(_run_with_prefix(session, node, command, width) for node in nodes))
-    return int(any(codes))
+        exit_codes = await asyncio.gather(*(_run_with_prefix(session, node, command, width) for node in nodes))
+    return 0 if all(code == 0 for code in exit_codes) else 1
 
 
 async def _run_with_prefix(session: Session, node: str, command: list[str], width: int) -> int:
-    """Runs the command on one node and prints its output. Returns its exit code; 1 if the command could not be run."""
-
+    """Runs the command on one node, and prints its output after the node's name, which is padded to ``width``
+    characters. Returns its exit code; 1 if the command could not be run."""
     from gpumesh.async_iterators import closing_iterator
 
     printer = _PrefixPrinter(f"{node:<{width}}")
@@ -130,23 +141,27 @@ class _PrefixPrinter:
 
     def __init__(self, prefix: str) -> None:
         self._prefix = prefix
-        self._partial: dict[OutputStream, bytes] = {}
+        self._unended_lines: dict[OutputStream, bytes] = {}
 
     def feed(self, chunk: ExecChunk) -> None:
+        """Prints the lines that end in this piece of output. The rest waits for the next piece of the same stream."""
         stream = chunk.stream
-        *lines, partial = (self._partial.get(stream, b"") + chunk.data).split(b"\n")
-        if len(partial) > MAX_LINE_LENGTH:
-            lines, partial = [*lines, partial], b""
-        self._partial[stream] = partial
+        data = self._unended_lines.get(stream, b"") + chunk.data
+        *lines, unended_line = data.split(b"\n")
+        if len(unended_line) > MAX_LINE_LENGTH:
+            lines.append(unended_line)
+            unended_line = b""
+        self._unended_lines[stream] = unended_line
         for line in lines:
             self._print(stream, line)
 
     def finish(self) -> None:
         """Prints the last lines, which had no line feed at their end."""
-        for stream, line in self._partial.items():
+        for stream, line in self._unended_lines.items():
             if line:
                 self._print(stream, line)
 
     def _print(self, stream: OutputStream, line: bytes) -> None:
+        """Prints one line to stdout or stderr, where the command wrote it."""
         text = f"{self._prefix}  {clean_line(line.decode('utf-8', 'replace'), MAX_LINE_LENGTH)}"
         typer.echo(text.rstrip(), err=stream.value == "stderr")

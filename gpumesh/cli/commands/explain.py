@@ -12,12 +12,13 @@ import typer
 from gpumesh.cli.command_group import new_app
 from gpumesh.errors import UsageError
 
-MAX_TEXT_WIDTH = 100
+MAX_TEXT_WIDTH = 100  # characters; longer lines are hard to read
 
 app = new_app()
 
 
 def complete_codes(incomplete: str) -> list[str]:
+    """The codes that begin with ``incomplete``, for the completion of the shell."""
     from gpumesh.audit.catalog import CATALOG
 
     return [code for code in CATALOG if code.startswith(incomplete)]

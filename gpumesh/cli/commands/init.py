@@ -1,6 +1,6 @@
 """`gpumesh init`: writes a mesh.yaml from ssh command lines, after a probe of their hosts.
 
-Further parts of it are in `cli/init/`.
+Further parts of the command are in `cli/init/`.
 """
 
 from __future__ import annotations
@@ -73,40 +73,44 @@ def init(
     drafts = make_drafts(ssh_lines, from_ssh_config or (), pods, identity=identity)
     _confirm_host_keys(drafts, yes=yes)
     if not options.quiet:
-        remote = sum(draft.ssh is not None for draft in drafts)
-        places = f"{remote} host{'' if remote == 1 else 's'} and this machine" if remote else "this machine"
-        typer.echo(f"looking at {places} …", err=True)
-    probed = run_async(probe_drafts(drafts))
+        host_count = sum(draft.ssh is not None for draft in drafts)
+        hosts_text = f"{host_count} host{'' if host_count == 1 else 's'} and " if host_count else ""
+        typer.echo(f"looking at {hosts_text}this machine …", err=True)
+    probed_drafts = run_async(probe_drafts(drafts))
     # A host that a person named is listed even if nothing answers there. A local port only if a server answers.
-    listed = [draft for draft in probed if draft.ssh is not None or draft.is_serving]
-    if not listed:
+    listed_drafts = [draft for draft in probed_drafts if draft.ssh is not None or draft.is_serving]
+    if not listed_drafts:
         raise UsageError(
             "there is no inference server on this machine, and no other place was named",
             hint="gpumesh init --from 'ssh root@HOST -p PORT'",
         )
-    write_output(output, "\n".join(mesh_yaml_lines(listed)) + "\n", force=force)
-    _print_report(options, output, listed)
-    if not all(draft.is_serving for draft in listed):
+    write_output(output, "\n".join(mesh_yaml_lines(listed_drafts)) + "\n", force=force)
+    _print_report(options, output, listed_drafts)
+    if not all(draft.is_serving for draft in listed_drafts):
         raise typer.Exit(int(ExitCode.DEGRADED))
 
 
 def _confirm_host_keys(drafts: Sequence[Draft], *, yes: bool) -> None:
-    """Asks about host keys that are not on record, because a probe with a strict policy would only fail."""
-    if not yes and not sys.stdin.isatty():
+    """Asks a person about host keys that are not on record, or records them if ``yes``: a probe with a strict policy
+    would only fail. Does nothing if nobody can be asked. Raises NotConfirmed if a person says no."""
+    nobody_can_agree = not yes and not sys.stdin.isatty()
+    if nobody_can_agree:
         return
     for spec in topology_of(drafts).nodes:
-        if spec.ssh is not None:
-            try:
-                confirm_key(spec, spec.ssh, yes=yes)
-            except typer.Abort:
-                raise typer.Exit(int(ExitCode.INTERRUPTED)) from None
-            except NotConfirmed as error:
-                raise NotConfirmed(f"{error.message}; no mesh.yaml was written", hint=error.hint) from None
-            except GPUMeshError as error:
-                typer.echo(clean_line(f"{spec.name}: {error.message}"), err=True)
+        if spec.ssh is None:
+            continue
+        try:
+            confirm_key(spec, spec.ssh, yes=yes)
+        except typer.Abort:
+            raise typer.Exit(int(ExitCode.INTERRUPTED)) from None
+        except NotConfirmed as error:
+            raise NotConfirmed(f"{error.message}; no mesh.yaml was written", hint=error.hint) from None
+        except GPUMeshError as error:  # the host cannot be reached; the probe will say so too
+            typer.echo(clean_line(f"{spec.name}: {error.message}"), err=True)
 
 
 def _print_report(options: GlobalOptions, output: Path, drafts: Sequence[Draft]) -> None:
+    """Prints the result of each probe to stderr, and to stdout the file's name with a command to try next."""
     if not options.quiet:
         for draft in drafts:
             typer.echo(summarize_draft(draft), err=True)

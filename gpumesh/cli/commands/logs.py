@@ -21,8 +21,8 @@ from gpumesh.cli.json_output import json_option
 from gpumesh.cli.views.safe_text import clean_line, clean_text
 from gpumesh.errors import GPUMeshError
 
-POLL_S = 0.2
-MAX_JSON_LINE = 1 << 16  # characters
+POLL_S = 0.2  # between two looks for new lines
+MAX_JSON_LINE = 1 << 16  # characters of a line that are printed with --json
 
 app = new_app()
 
@@ -43,20 +43,20 @@ def logs(
       gpumesh logs -n 1000 --json | jq 'select(.node == "iceland")'
     """
     paths = global_options(ctx).paths()
-    # The access log is made with the first request. `gpumesh run` does not go through the gateway.
-    hint = "a line is written for each request that comes to the gateway" if access and paths.log.exists() else None
     path = paths.access_log if access else paths.log
+    hint = "`gpumesh up -d` starts a mesh, which writes it"
+    if access and paths.log.exists():
+        # The access log is made with the first request. `gpumesh run` does not go through the gateway.
+        hint = "a line is written for each request that comes to the gateway"
     try:
         with path.open(encoding="utf-8", errors="replace") as file:
-            for line in deque(file, lines):
+            for line in deque(file, lines):  # reads the whole file, and keeps the last lines
                 _print_line(line, as_json)
             if follow:
                 for line in _follow(path, file):
                     _print_line(line, as_json)
     except FileNotFoundError:
-        raise GPUMeshError(
-            f"there is no log yet at {path}", hint=hint or "`gpumesh up -d` starts a mesh, which writes it"
-        ) from None
+        raise GPUMeshError(f"there is no log yet at {path}", hint=hint) from None
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
 
@@ -66,23 +66,33 @@ def _print_line(line: str, as_json: bool) -> None:
 
 
 def format_log_line(line: str) -> str:
-    """A line of the log, or of the access log, as a person reads it. A line that is no JSON stays as it is."""
+    """A line of the log, or of the access log, as a person reads it. A line that cannot be read is only made safe for a
+    terminal."""
     try:
         entry = json.loads(line)
-        if "path" in entry:
+        if "path" in entry:  # a line of the access log
             return clean_line(_format_request(entry))
-        at, level = str(entry["at"]), str(entry["level"])
-        parts = [_local_time(at), f"{clean_line(level):<7}", f"{clean_line(str(entry.get('node') or '-')):<12}"]
-        parts.append(clean_line(str(entry["message"])))
+        return _format_event(entry)
     except (ValueError, KeyError, TypeError, RecursionError):
         return clean_line(line)
+
+
+def _format_event(entry: dict[str, Any]) -> str:
+    """An entry of the log: its time, level, node and message, and on further lines the traceback, if it has one."""
+    parts = (
+        _local_time(str(entry["at"])),
+        f"{clean_line(str(entry['level'])):<7}",
+        f"{clean_line(str(entry.get('node') or '-')):<12}",
+        clean_line(str(entry["message"])),
+    )
     text = "  ".join(parts)
     trace = entry.get("trace")
     return f"{text}\n{clean_text(trace).rstrip()}" if isinstance(trace, str) else text
 
 
 def _format_request(entry: dict[str, Any]) -> str:
-    """A line of the access log as a person reads it."""
+    """An entry of the access log: the time, the client, the request, the result, and the durations and names that it
+    has. Raises KeyError, TypeError or ValueError for an entry of another form."""
     parts = [
         _local_time(str(entry["at"])),
         str(entry.get("client") or "-"),
@@ -91,25 +101,26 @@ def _format_request(entry: dict[str, Any]) -> str:
         str(entry.get("outcome")),
         f"{entry['total_ms']:.0f} ms",
     ]
-    for key, unit in (("ttft_ms", " ms"), ("queue_ms", " ms"), ("attempts", "")):
+    for key, label, unit in (("ttft_ms", "ttft", " ms"), ("queue_ms", "queue", " ms"), ("attempts", "attempts", "")):
         if entry.get(key):
-            parts.append(f"{key.removesuffix('_ms')} {entry[key]:.0f}{unit}")
+            parts.append(f"{label} {entry[key]:.0f}{unit}")
     parts += [str(entry[key]) for key in ("model", "node", "id") if entry.get(key)]
     return "  ".join(parts)
 
 
 def _local_time(at: str) -> str:
-    """A time of the log, which is UTC, in the local time zone."""
+    """A time of the log, which is UTC in ISO 8601, in the local time zone. Raises ValueError for any other text."""
     return f"{datetime.fromisoformat(at).astimezone():%Y-%m-%d %H:%M:%S}"
 
 
 def _follow(path: Path, file: TextIO) -> Iterator[str]:
-    """Yields new lines until interrupted, also after rotations of the log and restarts of the mesh."""
+    """Yields new lines until interrupted, also after rotations of the log and restarts of the mesh. ``file`` is the
+    open file at ``path``, of which the old lines were read."""
     line = ""
     while True:
-        text = file.readline()
-        if text:
-            line += text
+        piece = file.readline()  # empty at the end of the file; without "\n" if the line is still being written
+        if piece:
+            line += piece
             if line.endswith("\n"):
                 yield line
                 line = ""
@@ -128,15 +139,16 @@ def _wait_for_poll() -> None:
         time.sleep(POLL_S)  # stdout is no real file (in tests)
         return
     poller = select.poll()
-    poller.register(output, 0)
-    if any(event & (select.POLLERR | select.POLLHUP) for _, event in poller.poll(POLL_S * 1000)):
-        raise BrokenPipeError
+    poller.register(output, 0)  # no events of our own: poll always reports POLLERR and POLLHUP
+    for _, event in poller.poll(POLL_S * 1000):
+        if event & (select.POLLERR | select.POLLHUP):
+            raise BrokenPipeError
 
 
 def _is_replaced(path: Path, file: TextIO) -> bool:
-    """Whether there is another file at the path than the open one."""
+    """Whether there is another file at the path than the open file. False if there is none: the next file comes."""
     try:
-        at_path = path.stat()
+        path_status = path.stat()
     except FileNotFoundError:
         return False
-    return at_path.st_ino != os.fstat(file.fileno()).st_ino
+    return path_status.st_ino != os.fstat(file.fileno()).st_ino

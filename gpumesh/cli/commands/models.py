@@ -1,4 +1,4 @@
-"""`gpumesh models`: the fleet's models, through Ollama's own API on each node."""
+"""`gpumesh models`: lists, pulls, removes, loads and syncs the fleet's models, through Ollama's API on each node."""
 
 from __future__ import annotations
 
@@ -19,12 +19,11 @@ from gpumesh.errors import ExitCode, GPUMeshError
 
 if TYPE_CHECKING:
     from gpumesh.mesh.models import inventory
-    from gpumesh.state import MeshState
+    from gpumesh.state import MeshState, NodeState
 
 FIRST_REPORT_TIMEOUT_S = 7.0
 MAX_LISTED_NAMES = 6  # in one cell of the table; the cell only counts the others
-
-# A year. For a model that stays loaded for ever (keep_alive -1) Ollama names a time some centuries ahead.
+# A year. For a model that stays loaded for ever (keep_alive -1) Ollama gives a time some centuries ahead.
 FOREVER_S = 86400.0 * 365
 
 NodesOption = Annotated[
@@ -69,6 +68,7 @@ def list_(ctx: typer.Context, as_json: JsonOption = False) -> None:
 
 
 async def _list_models(options: GlobalOptions, *, as_json: bool) -> None:
+    """Prints the models of all nodes that are up to stdout, and remarks to stderr."""
     from gpumesh.mesh.models import inventory
     from gpumesh.mesh.models.url_stores import open_url_stores
     from gpumesh.wire import to_json
@@ -76,27 +76,44 @@ async def _list_models(options: GlobalOptions, *, as_json: bool) -> None:
     async with open_session(options) as session, open_url_stores(options.topology()) as stores:
         state = await stores.refresh_backends(await session.wait_first_report(FIRST_REPORT_TIMEOUT_S))
         rows = inventory.list_model_rows(state)
-        # A digest has the same context length everywhere, so only the first of a row's nodes with a store is asked.
-        nodes = {node.name: node for node in inventory.list_store_nodes(state)}
-        models_to_ask = [
-            (nodes[names[0]], row.name) for row in rows if (names := [name for name in row.nodes if name in nodes])
-        ]
-        lengths = await stores.context_lengths(models_to_ask)
+        lengths = await stores.context_lengths(_models_to_ask(state, rows))
     rows = inventory.add_context_lengths(rows, lengths)
     if as_json:
         print_json({"schema": "gpumesh.models/1", "models": to_json(rows)})
     else:
         _print_table(rows)
     if not options.quiet:
-        for name in sorted({row.name for row in rows if row.copies > 1}):
-            typer.echo(clean_line(f"{name} is not the same on all nodes: `gpumesh models sync` makes it so"), err=True)
-        for node in state.nodes:
-            if node not in inventory.list_up_nodes(state):
-                message = f"{node.name} is not counted: {node.reason or 'no answer yet'}"
-                typer.echo(clean_line(message), err=True)
+        _print_remarks(state, rows)
+
+
+def _models_to_ask(state: MeshState, rows: Sequence[inventory.ModelRow]) -> list[tuple[NodeState, str]]:
+    """Pairs of node and model, for the question about the context length. A digest has the same context length
+    everywhere, so only the first of a row's nodes with a store is asked."""
+    from gpumesh.mesh.models import inventory
+
+    store_nodes = {node.name: node for node in inventory.list_store_nodes(state)}
+    pairs = []
+    for row in rows:
+        first_node = next((store_nodes[name] for name in row.nodes if name in store_nodes), None)
+        if first_node is not None:
+            pairs.append((first_node, row.name))
+    return pairs
+
+
+def _print_remarks(state: MeshState, rows: Sequence[inventory.ModelRow]) -> None:
+    """Prints to stderr which models differ between nodes, and which nodes are missing from the list."""
+    from gpumesh.mesh.models import inventory
+
+    for name in sorted({row.name for row in rows if row.copies > 1}):
+        typer.echo(clean_line(f"{name} is not the same on all nodes: `gpumesh models sync` makes it so"), err=True)
+    up_nodes = inventory.list_up_nodes(state)
+    for node in state.nodes:
+        if node not in up_nodes:
+            typer.echo(clean_line(f"{node.name} is not counted: {node.reason or 'no answer yet'}"), err=True)
 
 
 def _print_table(rows: Sequence[inventory.ModelRow]) -> None:
+    """Prints the models to stdout. A digest is yellow if nodes have other digests under the same name."""
     from gpumesh.cli.views import tables
     from gpumesh.mesh.models import inventory
 
@@ -121,14 +138,17 @@ def _print_table(rows: Sequence[inventory.ModelRow]) -> None:
 
 
 def _join_names(names: Sequence[str]) -> str:
-    unlisted = len(names) - MAX_LISTED_NAMES
-    return ", ".join(names[:MAX_LISTED_NAMES]) + (f" +{unlisted}" if unlisted > 0 else "")
+    """The first MAX_LISTED_NAMES names, and how many others there are: ``a, b +3``."""
+    hidden_count = len(names) - MAX_LISTED_NAMES
+    return ", ".join(names[:MAX_LISTED_NAMES]) + (f" +{hidden_count}" if hidden_count > 0 else "")
 
 
 def _format_loaded(copy: inventory.LoadedCopy) -> str:
+    """The node, and how long the model stays in its memory if that is known: ``iceland 4m``."""
     if copy.left_s is None:
         return copy.node
-    return f"{copy.node} {'∞' if copy.left_s > FOREVER_S else format_duration(copy.left_s)}"
+    time_left = "∞" if copy.left_s > FOREVER_S else format_duration(copy.left_s)
+    return f"{copy.node} {time_left}"
 
 
 # -- operations ------------------------------------------------------------------------------------------------------
@@ -181,9 +201,11 @@ def sync(
         tasks = plan(state)
         if not tasks and not options.quiet:
             typer.echo(f"nothing to do: the others have all that {from_} has", err=True)
-        for task in tasks if dry_run else ():
+        if not dry_run:
+            return tasks
+        for task in tasks:
             typer.echo(clean_line(f"{task.node.name}: {task.model} would be pulled"))
-        return [] if dry_run else tasks
+        return []
 
     for task in run_async(_pull_models(options, plan_and_print, plan_again=plan)):
         message = f"{task.node.name}: {task.model} is still another than on {from_}: the library has a newer one"
@@ -227,8 +249,10 @@ async def _run_operation(
     *,
     keep_alive: str | None = None,
 ) -> None:
-    """Performs ``operation`` (rm, load, unload) on the nodes ``names``; without names on every node that has the model,
-    if ``everywhere`` or there is only one. ``verb`` is for the lines with the results."""
+    """Performs ``operation`` (rm, load, unload) on the nodes ``names``. Without names, on every node that has the
+    model, if ``everywhere`` is set or there is only one such node.
+
+    ``verb``: the operation in the lines with the results, as ``removed``. Exits with FAILED if a task failed."""
     from gpumesh.mesh.models import inventory
     from gpumesh.mesh.models.url_stores import open_url_stores
 
@@ -241,7 +265,8 @@ async def _run_operation(
         ]
 
         async def perform(task: inventory.ModelTask) -> None:
-            store, embedder = stores.of(task.node), inventory.is_embedder_on(task.node, task.model)
+            store = stores.of(task.node)
+            embedder = inventory.is_embedder_on(task.node, task.model)
             match operation:
                 case "rm":
                     await store.remove(task.model)
@@ -254,13 +279,14 @@ async def _run_operation(
 
 
 TaskPlanner = Callable[["MeshState"], list["inventory.ModelTask"]]
+"""Chooses the pulls for a state of the mesh."""
 
 
 async def _pull_models(
     options: GlobalOptions, plan: TaskPlanner, plan_again: TaskPlanner | None = None
 ) -> list[inventory.ModelTask]:
-    """Performs the pulls that ``plan`` returns. Returns those of them that ``plan_again`` returns afterwards: these
-    pulls have not changed the models as planned."""
+    """Performs the pulls that ``plan`` returns. Returns the pulls that had no effect: ``plan_again`` returns them again
+    for the state afterwards."""
     from gpumesh.cli.views.download_bars import show_downloads
     from gpumesh.mesh.models.url_stores import open_url_stores
 
@@ -278,9 +304,9 @@ async def _pull_models(
             await _perform_and_report(tasks, perform, "pulled", write=display.write)
         if plan_again is None or not tasks:
             return []
-        tasks_afterwards = plan_again(await stores.refresh_backends(await session.status()))
-    planned = {(task.node.name, task.model) for task in tasks}
-    return [task for task in tasks_afterwards if (task.node.name, task.model) in planned]
+        remaining_tasks = plan_again(await stores.refresh_backends(await session.status()))
+    planned_pulls = {(task.node.name, task.model) for task in tasks}
+    return [task for task in remaining_tasks if (task.node.name, task.model) in planned_pulls]
 
 
 async def _perform_and_report(
@@ -290,8 +316,8 @@ async def _perform_and_report(
     *,
     write: Callable[[str], None] = typer.echo,
 ) -> None:
-    """Performs the tasks. Writes a line to stdout for each task that is done, and to stderr for each that failed, then
-    the hints. Exits with FAILED if a task failed."""
+    """Performs the tasks. Writes a line to stdout for each task that succeeded, a line to stderr for each that failed,
+    then the hints of the errors. Exits with FAILED if a task failed."""
     from gpumesh.mesh.models.url_stores import TaskResult, perform_tasks
 
     errors: list[GPUMeshError] = []
@@ -305,7 +331,7 @@ async def _perform_and_report(
             typer.echo(clean_line(f"{node}: {model}: {result.error.message}"), err=True)
 
     await perform_tasks(tasks, perform, report)
-    for hint in dict.fromkeys(error.hint for error in errors if error.hint):
+    for hint in dict.fromkeys(error.hint for error in errors if error.hint):  # equal hints once
         typer.echo(clean_line(f"hint: {hint}"), err=True)
     if errors:
         raise typer.Exit(int(ExitCode.FAILED))

@@ -1,4 +1,4 @@
-"""`gpumesh reconnect NODE`: connects a tunnel at once, without waiting for the end of its pause."""
+"""`gpumesh reconnect NODE`: lets a tunnel connect at once, without the pause before its next attempt."""
 
 from __future__ import annotations
 

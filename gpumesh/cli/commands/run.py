@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from gpumesh.daemon.sessions.prompt_sender import PromptResult
     from gpumesh.daemon.sessions.session import PromptRequest, Session
 
-PROMPTS_PER_NODE = 8  # concurrent prompts for each node: enough for a node that runs several at a time
-MAX_CONCURRENT_PROMPTS = 256
+PROMPTS_PER_NODE = 8  # concurrent prompts for each node: enough for a node that runs several prompts at a time
+MAX_CONCURRENT_PROMPTS = 256  # of all nodes, so that a large file does not flood the mesh's queue
 
 app = new_app()
 
@@ -104,12 +104,13 @@ def run(
         common = replace(common, priority=_parse_priority(priority))
     options = global_options(ctx)
     if file is not None:
-        prompts = read_prompts(_read_input(file), name="stdin" if file == "-" else file)
-        requests = [entry.make_request(common, system) for entry in prompts]
-        failed = run_async(_send_file(options, requests, [entry.text for entry in prompts], concurrency))
-        if failed:
+        entries = read_prompts(_read_input(file), name="stdin" if file == "-" else file)
+        requests = [entry.make_request(common, system) for entry in entries]
+        failed_count = run_async(_send_file(options, requests, [entry.text for entry in entries], concurrency))
+        if failed_count:
             if not options.quiet:
-                typer.echo(f"{failed} of {len(requests)} prompts failed; `error` in their lines says why", err=True)
+                message = f"{failed_count} of {len(requests)} prompts failed; `error` in their lines says why"
+                typer.echo(message, err=True)
             raise typer.Exit(int(ExitCode.FAILED))
         return
     text = _read_input("-") if prompt in (None, "-") else prompt
@@ -121,6 +122,7 @@ def run(
 
 
 def _parse_priority(text: str) -> Priority:
+    """The value of ``--priority``. Raises UsageError for an unknown name."""
     from gpumesh.balancer.base import Priority
 
     try:
@@ -130,6 +132,7 @@ def _parse_priority(text: str) -> Priority:
 
 
 def _read_input(name: str) -> str:
+    """The text of the file, or of standard input for ``-``. Raises UsageError if the file cannot be read."""
     if name == "-":
         if sys.stdin.isatty():
             typer.echo("reading from the terminal; Ctrl-D ends the input", err=True)
@@ -147,6 +150,8 @@ def _read_input(name: str) -> str:
 async def _send_single(
     options: GlobalOptions, request: PromptRequest, text: str, *, as_json: bool, stream: bool
 ) -> None:
+    """Sends one prompt, and prints its answer to stdout: in pieces as they come (``stream``), as a JSON object
+    (``as_json``), or as a whole text. With ``--verbose`` prints the node and its speed to stderr."""
     from gpumesh.daemon.sessions.prompt_sender import send_prompt
 
     printer = _StreamPrinter()
@@ -175,13 +180,15 @@ class _StreamPrinter:
         self._last_character = "\n"
 
     def feed(self, piece: str) -> None:
-        safe = clean_text(piece)
-        if safe:
-            sys.stdout.write(safe)
+        """Writes one piece."""
+        safe_piece = clean_text(piece)
+        if safe_piece:
+            sys.stdout.write(safe_piece)
             sys.stdout.flush()
-            self._last_character = safe[-1]
+            self._last_character = safe_piece[-1]
 
     def end(self) -> None:
+        """Writes a newline, unless the last piece ended with one. May be called twice."""
         if self._last_character != "\n":
             self._last_character = "\n"
             with suppress(BrokenPipeError):
@@ -195,7 +202,8 @@ class _StreamPrinter:
 async def _send_file(
     options: GlobalOptions, requests: Sequence[PromptRequest], texts: Sequence[str], concurrency: int | None
 ) -> int:
-    """Writes the results in the order of the prompts. Returns how many prompts failed."""
+    """Sends the prompts, at most ``concurrency`` at a time, and writes the results to stdout in the order of the
+    prompts. ``texts``: the prompts as the results repeat them. Returns how many prompts failed."""
     from gpumesh.cli.views.progress_bar import show_progress
     from gpumesh.daemon.sessions.prompt_sender import send_with_retries
 
@@ -221,12 +229,14 @@ async def _send_file(
                     task.add_done_callback(count_ended)
                 for task in tasks:
                     result = await task
-                    failed_count += result.error is not None
+                    if result.error is not None:
+                        failed_count += 1
                     progress.write(json_text(asdict(result)))
     return failed_count
 
 
 async def _default_concurrency(session: Session) -> int:
     """How many prompts to send at a time: enough for all nodes, but not enough to flood the mesh's queue."""
-    nodes = len((await session.status()).nodes)
-    return min(max(nodes, 1) * PROMPTS_PER_NODE, MAX_CONCURRENT_PROMPTS)
+    state = await session.status()
+    node_count = max(len(state.nodes), 1)
+    return min(node_count * PROMPTS_PER_NODE, MAX_CONCURRENT_PROMPTS)

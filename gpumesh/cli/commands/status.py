@@ -1,4 +1,4 @@
-"""`gpumesh status`: shows every node and GPU. It must be quick on a running mesh, so this imports no heavy module."""
+"""`gpumesh status`: shows every node and GPU, once or redrawn. To be quick, this file imports no heavy module."""
 
 from __future__ import annotations
 
@@ -85,11 +85,13 @@ def status(
         from gpumesh.cli.views.status.status_view import ViewOptions, print_status
 
         print_status(state, ViewOptions(verbose=options.verbose, history=history))
-    if check and (code := health_exit_code(state)):
-        raise typer.Exit(int(code))
+    exit_code = health_exit_code(state)
+    if check and exit_code is not ExitCode.OK:
+        raise typer.Exit(int(exit_code))
 
 
 def _parse_sort_key(text: str) -> SortKey:
+    """The value of ``--sort``. Raises UsageError for an unknown name."""
     from gpumesh.errors import UsageError
 
     try:
@@ -99,32 +101,36 @@ def _parse_sort_key(text: str) -> SortKey:
 
 
 def health_exit_code(state: MeshState) -> ExitCode:
-    """0 when all is well, 3 when the mesh works but something is wrong, 4 when no node can serve."""
+    """The exit code of ``--check``: 0 when all is well, 3 when the mesh works but something is wrong, 4 when no node
+    can serve. A node that a person drains is well."""
     healths = [node.health for node in state.nodes]
-    if not any(health in (Health.HEALTHY, Health.DEGRADED) for health in healths):
+    any_node_serves = any(health in (Health.HEALTHY, Health.DEGRADED) for health in healths)
+    if not any_node_serves:
         return ExitCode.NO_NODE
-    nodes_are_well = all(health in (Health.HEALTHY, Health.DRAINING) for health in healths)
-    if nodes_are_well and all(finding.severity is Severity.INFO for finding in state.findings):
-        return ExitCode.OK
-    return ExitCode.DEGRADED
+    all_nodes_are_well = all(health in (Health.HEALTHY, Health.DRAINING) for health in healths)
+    all_findings_are_remarks = all(finding.severity is Severity.INFO for finding in state.findings)
+    return ExitCode.OK if all_nodes_are_well and all_findings_are_remarks else ExitCode.DEGRADED
 
 
 def _read_state(options: GlobalOptions, *, with_history: bool) -> tuple[MeshState, History]:
-    """Returns the state and the history of the running mesh. If no mesh runs, this opens one for a probe, which has no
-    history."""
+    """Returns the state, then the history of the running mesh. If no mesh runs, opens a mesh for one probe, which has
+    no history."""
     from gpumesh.daemon.control_socket.quick_status import fetch_history, fetch_status
     from gpumesh.mesh.history import History
     from gpumesh.wire import from_json
 
     socket = options.paths().socket
-    state = fetch_status(socket)
-    if state is None:
+    status_document = fetch_status(socket)
+    if status_document is None:
         return run_async(_probe_once(options)), History()
-    history = fetch_history(socket) if with_history else None
-    return from_json(MeshState, state), History() if history is None else from_json(History, history)
+    state = from_json(MeshState, status_document)
+    history_document = fetch_history(socket) if with_history else None
+    history = History() if history_document is None else from_json(History, history_document)
+    return state, history
 
 
 async def _probe_once(options: GlobalOptions) -> MeshState:
+    """The first report of a mesh that runs in this process for that long."""
     async with open_session(options) as session:
         if not options.quiet and sys.stderr.isatty():
             typer.echo("no mesh is running: probing once …", err=True)
@@ -134,6 +140,8 @@ async def _probe_once(options: GlobalOptions) -> MeshState:
 async def _watch(
     options: GlobalOptions, names: list[str], labels: list[str], sort: SortKey, interval: float, *, as_json: bool
 ) -> None:
+    """Shows the state after each change, until interrupted: as a live table on a terminal, else as one table or one
+    line of JSON after the other. ``interval``: the least seconds between two states."""
     from gpumesh.async_iterators import closing_iterator
     from gpumesh.cli.views.live.live_table import LiveTable
     from gpumesh.cli.views.node_selection import ViewSelection
@@ -145,34 +153,36 @@ async def _watch(
             await LiveTable(session, view, footer="Ctrl-C leaves").run(states)
             return
         async for state in states:
+            shown_state = view.apply(state)
             if as_json:
-                typer.echo(json_text(_status_document(view.apply(state))))
+                typer.echo(json_text(_status_document(shown_state)))
             else:
-                print_status(view.apply(state), ViewOptions(verbose=options.verbose))
+                print_status(shown_state, ViewOptions(verbose=options.verbose))
             sys.stdout.flush()
 
 
 @contextmanager
 def _signals_as_interrupt() -> Iterator[None]:
-    """Turns SIGTERM and SIGHUP into a Ctrl-C, after which the terminal is restored. Then the signal ends the
-    process."""
-    received: list[int] = []
+    """Turns SIGTERM and SIGHUP into a Ctrl-C while the context is open, so that the terminal is restored. At the end of
+    the context the signal itself ends the process."""
+    received_signals: list[int] = []
 
-    def handle(number: int, _frame: object) -> None:
-        received.append(number)
+    def interrupt(number: int, _frame: object) -> None:
+        received_signals.append(number)
         signal.raise_signal(signal.SIGINT)
 
-    previous_handlers = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGHUP)}
+    previous_handlers = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
         yield
     finally:
         for number, handler in previous_handlers.items():
             signal.signal(number, handler)
-        if received:
-            os.kill(os.getpid(), received[0])
+        if received_signals:
+            os.kill(os.getpid(), received_signals[0])
 
 
 def _status_document(state: MeshState) -> dict[str, object]:
+    """The document of ``status --json``, of the schema ``gpumesh.status/1``."""
     from gpumesh.wire import status_json
 
     return status_json(state)

@@ -1,4 +1,4 @@
-"""`gpumesh trust`: shows the host key of a node and records it when a person confirms it."""
+"""`gpumesh trust`: shows the host key of a node, and records the key when a person confirms it."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def trust(
 
 
 def _find_ssh_node(topology: Topology, name: str) -> tuple[NodeSpec, SshSpec]:
-    """The node and its SSH settings. Raises UsageError."""
+    """The node and its SSH settings. Raises UsageError if there is no such node, or if it is reached without SSH."""
     try:
         spec = topology.node(name)
     except KeyError:

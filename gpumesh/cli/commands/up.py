@@ -69,6 +69,7 @@ def up(
 
 
 def _run_in_background(options: GlobalOptions, up_options: UpOptions) -> None:
+    """Starts the background mesh, and prints its first report."""
     from gpumesh.cli.views.status.status_view import ViewOptions, print_status
     from gpumesh.daemon.background import start_background
     from gpumesh.daemon.control_socket.quick_status import fetch_status
@@ -79,9 +80,10 @@ def _run_in_background(options: GlobalOptions, up_options: UpOptions) -> None:
     paths = options.paths()
     pid = start_background(paths, up_options)
     if not options.quiet:
-        # This comes before the first report, which may wait for a host that hangs. So a person who presses Ctrl-C
+        # These lines come before the first report, which may wait for a host that hangs. So a person who presses Ctrl-C
         # meanwhile knows that the mesh runs.
-        gateway = (fetch_status(paths.socket) or {}).get("gateway") or {}
+        status = fetch_status(paths.socket) or {}  # empty: the mesh did not answer in time
+        gateway = status.get("gateway") or {}
         serving_text = f", serving {gateway['url']}" if gateway.get("url") else ""
         typer.echo(f"runs in the background (pid {pid}){serving_text}; `gpumesh down` stops it", err=True)
         _warn_if_open(gateway)
@@ -117,7 +119,7 @@ async def _run_in_foreground(options: GlobalOptions, up_options: UpOptions) -> b
 
 
 def _warn_if_open(gateway: Mapping[str, Any]) -> None:
-    """Warns when every user of this machine can use the gateway. ``gateway`` is as in `status --json`."""
+    """Prints a warning if every user of this machine can use the gateway. ``gateway``: as in `status --json`."""
     from gpumesh.cli.views.local_access import OPEN_GATEWAY
     from gpumesh.cli.views.safe_text import clean_line
     from gpumesh.state import LocalAccess

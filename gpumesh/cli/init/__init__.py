@@ -1,1 +1,1 @@
-"""The parts of `gpumesh init`: the hosts that a person names, the probe of these hosts, and the text of mesh.yaml."""
+"""The parts of `gpumesh init`: reading the hosts that a person names, probing them, and writing mesh.yaml."""

@@ -1,4 +1,4 @@
-"""The hosts that a person names for `init`: ssh command lines, JSON of a provider's tool, or answers at a prompt."""
+"""Reads the hosts that a person names for `init`: ssh command lines, JSON of a provider's tool, or typed answers."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ MAX_INPUT_BYTES = 16 << 20
 
 
 def read_hosts(values: Sequence[str]) -> tuple[list[SshLine], list[Pod]]:
-    """The values of ``--from``. ``-`` stands for standard input: ssh command lines, or JSON that lists pods. Raises
-    UsageError."""
+    """Reads the values of ``--from``. Returns the ssh command lines, then the pods. ``-`` stands for standard input,
+    which has ssh command lines, or JSON that lists pods. Raises UsageError for any other text."""
     lines: list[SshLine] = []
     pods: list[Pod] = []
     for value in values:
@@ -27,19 +27,23 @@ def read_hosts(values: Sequence[str]) -> tuple[list[SshLine], list[Pod]]:
         text = _read_stdin()
         if text.startswith(("{", "[")):
             pods += read_pods(text)
-        else:
-            lines += [parse_ssh_line(line) for line in text.splitlines() if line.strip() and not line.startswith("#")]
+            continue
+        for line in text.splitlines():
+            is_comment = line.startswith("#")
+            if line.strip() and not is_comment:
+                lines.append(parse_ssh_line(line))
     return lines, pods
 
 
 def _read_stdin() -> str:
+    """The text of standard input, without the blanks around it; at most MAX_INPUT_BYTES."""
     if sys.stdin.isatty():
         typer.echo("reading from the terminal; Ctrl-D ends the input", err=True)
     return sys.stdin.buffer.read(MAX_INPUT_BYTES).decode("utf-8", "replace").removeprefix("\ufeff").strip()
 
 
 def ask_for_hosts() -> list[SshLine]:
-    """Asks for the hosts line by line. After a line that cannot be read, it asks for the same host again."""
+    """Asks a person for the hosts line by line, until an empty line. Asks again after a line that cannot be read."""
     typer.echo("Where are your GPUs? Paste an ssh command line for each host; an empty line ends the list.", err=True)
     lines: list[SshLine] = []
     while True:

@@ -1,4 +1,4 @@
-"""The text of the mesh.yaml that `init` writes, with comments, from drafts of nodes. Pure."""
+"""Renders the mesh.yaml that `init` writes, with comments, from drafts of nodes. Pure."""
 
 from __future__ import annotations
 
@@ -12,21 +12,24 @@ from gpumesh.mesh.models.default_model import is_embedding_model
 from gpumesh.quoting import yaml_text
 from gpumesh.state import NodeState
 
+MAX_TEXT_CHARS = 300  # of a name that a host gives
+
 
 def default_model(drafts: Sequence[Draft]) -> str | None:
-    """The chat model that most nodes have. If several models are on equally many nodes, the first of them by name."""
-    names: Counter[str] = Counter()
+    """The chat model that most nodes have; ``None`` if no node has one. If several models are on equally many nodes,
+    the first of them by name."""
+    node_counts: Counter[str] = Counter()  # by model
     for draft in drafts:
         if draft.state is None:
             continue
         families = {info.name: info.family for info in draft.state.backend.catalog}
         models = _printable_lines(draft.state.backend.models)
-        names.update(name for name in models if not is_embedding_model(name, families.get(name)))
-    return min(names, key=lambda name: (-names[name], name), default=None)
+        node_counts.update(model for model in models if not is_embedding_model(model, families.get(model)))
+    return min(node_counts, key=lambda model: (-node_counts[model], model), default=None)
 
 
 def mesh_yaml_lines(drafts: Sequence[Draft]) -> Iterator[str]:
-    """The lines of mesh.yaml. Values are JSON strings: YAML reads them the same."""
+    """Yields the lines of mesh.yaml. Values that are not plain are JSON strings: YAML reads them the same."""
     yield "# Your GPUs, and how to reach them. `gpumesh config check` looks it over; all keys: `gpumesh config schema`."
     yield "version: 1"
     yield "name: home"
@@ -43,6 +46,7 @@ def mesh_yaml_lines(drafts: Sequence[Draft]) -> Iterator[str]:
 
 
 def _node_lines(draft: Draft) -> Iterator[str]:
+    """Yields the lines of one node."""
     node = draft.state
     yield f"  - name: {_scalar(draft.name)}"
     if draft.note is not None:
@@ -51,45 +55,58 @@ def _node_lines(draft: Draft) -> Iterator[str]:
         yield f"    # not seen when this was written: {clean_line(node.reason or 'no answer', 200)}"
     if draft.ssh is not None:
         yield f"    ssh: {_flow_mapping(draft.ssh)}"
-    if len(draft.ports) > 1:
-        joined = ", ".join(_scalar(f"http://127.0.0.1:{port}") for port in draft.ports)
-        yield f"    backend: {{urls: [{joined}]}}   # as the host sees them; the first that answers"
+    first_port, *other_ports = draft.ports
+    if other_ports:
+        urls = ", ".join(_scalar(f"http://127.0.0.1:{port}") for port in draft.ports)
+        yield f"    backend: {{urls: [{urls}]}}   # as the host sees them; the first that answers"
     elif draft.ssh is not None:
-        yield f"    backend: {{port: {draft.ports[0]}}}   # as the host sees it"
+        yield f"    backend: {{port: {first_port}}}   # as the host sees it"
     else:
-        yield f"    backend: {{url: {_scalar(f'http://127.0.0.1:{draft.ports[0]}')}}}"
+        yield f"    backend: {{url: {_scalar(f'http://127.0.0.1:{first_port}')}}}"
     if node is not None and draft.is_serving:
         yield from _expect_lines(node)
 
 
 def _expect_lines(node: NodeState) -> Iterator[str]:
-    """From now on the file expects what the probe has found; `gpumesh audit` reports differences."""
-    expect: dict[str, str | int] = {}
-    for hostname in _printable_lines([node.host.hostname or ""]):
-        expect["hostname"] = hostname
-    if node.gpus:
-        expect["gpus"] = len(node.gpus)
-        if len({gpu.name for gpu in node.gpus}) == 1:
-            expect["gpu"] = next(_printable_lines([node.gpus[0].name]), "unknown GPU")
-        sizes = {gpu.memory_total_mib for gpu in node.gpus}
-        if len(sizes) == 1 and (size := sizes.pop()) is not None:
-            expect["vram_mib"] = size
-    lines = [f"{key}: {_scalar(value)}" for key, value in expect.items()]
+    """Yields the lines of ``expect``, with the facts that the probe has found. `gpumesh audit` reports when they are no
+    longer so."""
+    facts = [f"{key}: {_scalar(value)}" for key, value in _host_facts(node).items()]
     models = [_scalar(name) for name in _printable_lines(node.backend.models)]
-    if not lines and not models:
+    if not facts and not models:
         return
     yield "    expect:   # what was found; `gpumesh audit` tells when it is no longer so"
-    yield from (f"      {line}" for line in lines)
+    yield from (f"      {fact}" for fact in facts)
     if models:
         yield f"      models: [{', '.join(models)}]"
 
 
+def _host_facts(node: NodeState) -> dict[str, str | int]:
+    """The host's name and GPUs, by the key of ``expect``. The GPUs' name and size only if all GPUs have the same."""
+    facts: dict[str, str | int] = {}
+    hostname = clean_line(node.host.hostname or "", MAX_TEXT_CHARS)
+    if hostname:
+        facts["hostname"] = hostname
+    gpus = node.gpus or ()
+    if gpus:
+        facts["gpus"] = len(gpus)
+    names = {gpu.name for gpu in gpus}
+    if len(names) == 1:
+        facts["gpu"] = clean_line(names.pop(), MAX_TEXT_CHARS) or "unknown GPU"
+    sizes = {gpu.memory_total_mib for gpu in gpus}
+    if len(sizes) == 1:
+        size = sizes.pop()
+        if size is not None:
+            facts["vram_mib"] = size
+    return facts
+
+
 def _printable_lines(texts: Iterable[str]) -> Iterator[str]:
-    """Texts from a host, cleaned; empty ones are left out."""
-    return filter(None, (clean_line(text, 300) for text in texts))
+    """Yields texts from a host, cleaned. Leaves out texts that are empty then."""
+    return filter(None, (clean_line(text, MAX_TEXT_CHARS) for text in texts))
 
 
 def _flow_mapping(values: SshValues) -> str:
+    """A YAML mapping on one line: ``{host: 203.0.113.7, port: 13323}``."""
     return "{" + ", ".join(f"{key}: {_scalar(value)}" for key, value in values.items()) + "}"
 
 
@@ -99,8 +116,8 @@ _YAML_KEYWORDS = re.compile(r"(?i)(true|false|yes|no|on|off|null|y|n|~)")
 
 
 def _scalar(value: str | int) -> str:
-    """Text is quoted unless it is plain: text from a host must not be read as YAML, and no variable in it is
-    expanded."""
+    """The value as YAML. A text is quoted unless it is plain: text from a host must not be read as YAML, and no
+    variable in it may be expanded."""
     if isinstance(value, int):
         return str(value)
     if _PLAIN.fullmatch(value) and not _YAML_KEYWORDS.fullmatch(value):

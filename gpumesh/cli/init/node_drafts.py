@@ -1,4 +1,4 @@
-"""The nodes that `init` proposes: made from ssh lines, aliases, pods and this machine's ports, then probed. Pure."""
+"""Makes drafts of the nodes that `init` proposes, from ssh lines, aliases, pods and this machine's ports. Pure."""
 
 from __future__ import annotations
 
@@ -24,8 +24,13 @@ SshValues = Mapping[str, str | int]
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """A node as it will be in the file. ``ssh`` has the keys and values of its mapping ``ssh``; it is ``None`` for a
-    server on this machine. ``state`` is the result of a probe. ``note`` becomes a comment."""
+    """A node as it will be in the file.
+
+    - ``ssh``: the keys and values of the node's mapping ``ssh``; ``None`` for a server on this machine.
+    - ``ports``: the ports where its server may be; after a probe only the port that answered, if one did.
+    - ``state``: the result of a probe.
+    - ``note``: becomes a comment.
+    """
 
     name: str
     ssh: SshValues | None
@@ -41,56 +46,65 @@ class Draft:
 def make_drafts(
     lines: Sequence[SshLine], aliases: Sequence[str], pods: Sequence[Pod] = (), *, identity: str | None = None
 ) -> list[Draft]:
-    """One draft for each host and one for each usual port of this machine, with unique names. ``identity`` is the key
-    file for hosts without a key file of their own."""
-    drafts: list[Draft] = []
-    for line in lines:
-        ssh: dict[str, str | int] = {"host": line.host, "port": line.port}
-        for key, value in (("user", line.user), ("identity_file", line.identity), ("proxy_jump", line.jump)):
-            if value is not None:
-                ssh[key] = value
-        drafts.append(Draft(line.name, ssh, ports=tuple(dict.fromkeys((*line.forwarded_ports, *HOST_PORTS)))))
+    """One draft for each host, then one for each usual port of this machine, with unique names. ``identity`` is the key
+    file for hosts without a key file of their own. Leaves out pods that cannot be reached now."""
+    drafts = [_draft_from_line(line) for line in lines]
     drafts += [Draft(node_name(alias), {"alias": alias}) for alias in aliases]
     for pod in pods:
         if pod.host is not None:
             note = f"{pod.provider}: its address changes when it restarts; `address_from` can look it up each time"
-            values: dict[str, str | int] = {"host": pod.host, "port": pod.port, "user": "root"}
-            drafts.append(Draft(node_name(pod.name), values, note=note))
+            ssh: SshValues = {"host": pod.host, "port": pod.port, "user": "root"}
+            drafts.append(Draft(node_name(pod.name), ssh, note=note))
     if identity is not None:
         drafts = [replace(draft, ssh={"identity_file": identity, **(draft.ssh or {})}) for draft in drafts]
-    drafts += [
-        Draft(LOCAL_NODE_NAME if port == LOCAL_PORTS[0] else f"{LOCAL_NODE_NAME}-{port}", None, ports=(port,))
-        for port in LOCAL_PORTS
-    ]
+    first_port, *other_ports = LOCAL_PORTS
+    drafts.append(Draft(LOCAL_NODE_NAME, None, ports=(first_port,)))
+    drafts += [Draft(f"{LOCAL_NODE_NAME}-{port}", None, ports=(port,)) for port in other_ports]
     return _with_unique_names(drafts)
 
 
+def _draft_from_line(line: SshLine) -> Draft:
+    """The draft of a host. The ports that the line forwards come before the usual ports."""
+    ssh: dict[str, str | int] = {"host": line.host, "port": line.port}
+    for key, value in (("user", line.user), ("identity_file", line.identity), ("proxy_jump", line.jump)):
+        if value is not None:
+            ssh[key] = value
+    ports = dict.fromkeys((*line.forwarded_ports, *HOST_PORTS))  # each port once
+    return Draft(line.name, ssh, ports=tuple(ports))
+
+
 def _with_unique_names(drafts: Sequence[Draft]) -> list[Draft]:
+    """The drafts, where a second ``gpu`` is named ``gpu-2``."""
     used_names: set[str] = set()
-    renamed = []
+    renamed_drafts = []
     for draft in drafts:
-        name, number = draft.name, 2
+        name, next_number = draft.name, 2
         while name in used_names:
-            name, number = f"{draft.name}-{number}", number + 1
+            name = f"{draft.name}-{next_number}"
+            next_number += 1
         used_names.add(name)
-        renamed.append(replace(draft, name=name))
-    return renamed
+        renamed_drafts.append(replace(draft, name=name))
+    return renamed_drafts
 
 
 def node_name(text: str) -> str:
-    """The letters, digits and hyphens of ``text``, in lower case."""
+    """A name for a node: the letters and digits of ``text`` in lower case, with hyphens between them, at most 40
+    characters."""
     name = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:40]
     return name or "node"
 
 
 def summarize_draft(draft: Draft) -> str:
-    """The result of the probe as one line."""
+    """The result of the probe as one line: the server, its port, the GPUs and the number of models, or the reason why
+    nothing answers."""
     node = draft.state
-    if node is None or not draft.is_serving:
-        return clean_line(f"{draft.name}: {node.reason if node is not None and node.reason else 'no answer'}")
+    if node is None:
+        return clean_line(f"{draft.name}: no answer")
+    if not draft.is_serving:
+        return clean_line(f"{draft.name}: {node.reason or 'no answer'}")
     backend = node.backend
-    gpus = Counter(gpu.name for gpu in node.gpus or ())
-    cards = ", ".join(name if count == 1 else f"{count} x {name}" for name, count in gpus.items()) or "no GPU seen"
+    counts = Counter(gpu.name for gpu in node.gpus or ())
+    cards = ", ".join(name if count == 1 else f"{count} x {name}" for name, count in counts.items()) or "no GPU seen"
     models = f"{len(backend.models)} model{'' if len(backend.models) == 1 else 's'}"
     server = f"{backend.kind} {backend.version or ''}"
     return clean_line(f"{draft.name}: {server} on port {draft.ports[0]}, {cards}, {models}")

@@ -11,7 +11,8 @@ from gpumesh.quoting import shell_word
 
 
 def check_output(path: Path, *, force: bool) -> None:
-    """Raises UsageError when the file cannot be written. `init` calls this first, before the steps that take time."""
+    """Raises UsageError when ``write_output`` could not write the file. `init` calls this first, before the steps that
+    take time."""
     if path.is_dir():
         raise UsageError(f"{path} is a folder", hint=f"--output {shell_word(str(path / 'mesh.yaml'))}")
     if path.exists() and not force:
@@ -23,7 +24,7 @@ def check_output(path: Path, *, force: bool) -> None:
 def write_output(path: Path, text: str, *, force: bool) -> None:
     """Writes the file completely or not at all. Without ``force`` it never overwrites a file, not even one that was
     made since ``check_output``. Raises UsageError."""
-    umask = os.umask(0)  # only setting it tells its value
+    umask = os.umask(0)  # the only call that returns the umask also sets it
     os.umask(umask)
     write = atomic_file.replace if force else atomic_file.create
     try:

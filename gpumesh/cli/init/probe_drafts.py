@@ -1,4 +1,4 @@
-"""Probes drafts of nodes: opens a mesh of them for a moment and keeps what each node reports."""
+"""Probes the drafts of nodes for `init`: opens a mesh of the drafts for a moment, and keeps the report of each node."""
 
 from __future__ import annotations
 
@@ -11,30 +11,34 @@ from gpumesh.errors import ConfigError, UsageError
 from gpumesh.state import BackendPhase
 from gpumesh.topology import Topology
 
-FIRST_REPORT_TIMEOUT_S = 12.0
+FIRST_REPORT_TIMEOUT_S = 12.0  # for a connect, and a probe of every usual port
 
 
 async def probe_drafts(drafts: Sequence[Draft]) -> list[Draft]:
-    """The drafts with their states, and with the port that answered. Each server is asked for its kind, because the
-    file names no kind."""
+    """The drafts with their states, and with the port that answered as the only port. Each server is asked for its
+    kind, because the drafts name no kind."""
     from gpumesh.mesh.mesh import Mesh
 
     async with Mesh(topology_of(drafts)) as mesh:
         state = await mesh.wait_first_report(FIRST_REPORT_TIMEOUT_S)
-        probed = []
+        probed_drafts = []
         for draft in drafts:
             node = state.node(draft.name)
-            port = None
+            ports = draft.ports
             if node.backend.state is BackendPhase.UP:
-                urls = mesh.tunnel(draft.name).urls
-                port = next((target.port for target, url in urls.items() if url == node.backend.url), None)
-            probed.append(replace(draft, state=node, ports=draft.ports if port is None else (port,)))
-        return probed
+                local_urls = mesh.tunnel(draft.name).urls  # by the server's address on its host
+                answering_port = next(
+                    (target.port for target, url in local_urls.items() if url == node.backend.url), None
+                )
+                if answering_port is not None:
+                    ports = (answering_port,)
+            probed_drafts.append(replace(draft, state=node, ports=ports))
+        return probed_drafts
 
 
 def topology_of(drafts: Sequence[Draft]) -> Topology:
-    """The drafts as a topology. They are written to a file and read again, so that aliases, defaults and checks are the
-    same as for any mesh.yaml."""
+    """The drafts as a topology. The drafts are written to a file and read again, so that aliases, defaults and checks
+    are the same as for any mesh.yaml. Raises UsageError for drafts that are no valid mesh.yaml."""
     from gpumesh import config
     from gpumesh.tunnels.local_system.socket_folders import private_folder
 

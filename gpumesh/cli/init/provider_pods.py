@@ -1,6 +1,6 @@
 """Reads the SSH addresses of pods from the JSON of providers' tools. Pure.
 
-It understands the pods of RunPod's REST API (``/v1/pods``) and the output of ``vastai show instances --raw``.
+Two formats are known: the pods of RunPod's REST API (``/v1/pods``), and the output of ``vastai show instances --raw``.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ from typing import Any
 
 from gpumesh.errors import UsageError
 
-SSH_PORT_KEY = "22"
+SSH_PORT_KEY = "22"  # in the tables that map the pod's ports to public ports
 _HINT = "for example: vastai show instances --raw | gpumesh init --from -"
 
 
 @dataclass(frozen=True, slots=True)
 class Pod:
-    """``unreachable_reason`` says why the pod cannot be reached now; then ``host`` is ``None``."""
+    """A pod and the public address of its SSH server. ``unreachable_reason`` says why the pod cannot be reached now;
+    then ``host`` is ``None``."""
 
     name: str
     provider: str
@@ -41,6 +42,7 @@ def read_pods(text: str) -> list[Pod]:
 
 
 def _find_pods(document: Any) -> Iterator[Pod]:
+    """Yields the pods of a JSON value and of the lists inside it. Raises UsageError for a value without pods."""
     if isinstance(document, dict):
         for key in ("pods", "instances", "data"):
             if isinstance(document.get(key), (list, dict)):
@@ -55,53 +57,56 @@ def _find_pods(document: Any) -> Iterator[Pod]:
 
 
 def _read_pod(entry: Mapping[str, Any]) -> Pod:
+    """A pod of either provider, told by the keys. Raises UsageError for an object with other keys."""
     if "portMappings" in entry or "publicIp" in entry:
         return _read_runpod(entry)
-    if not entry.keys().isdisjoint(("ssh_host", "public_ipaddr", "actual_status")):
+    if any(key in entry for key in ("ssh_host", "public_ipaddr", "actual_status")):
         return _read_vast(entry)
-    raise UsageError(
-        f"this is neither a pod of RunPod nor an instance of vast.ai: {', '.join(list(map(str, entry))[:6])}",
-        hint=_HINT,
-    )
+    first_keys = ", ".join(list(map(str, entry))[:6])
+    raise UsageError(f"this is neither a pod of RunPod nor an instance of vast.ai: {first_keys}", hint=_HINT)
 
 
 def _read_runpod(pod: Mapping[str, Any]) -> Pod:
+    """A pod of RunPod, with its public IP address and the public port of port 22."""
     name = str(pod.get("name") or pod.get("id") or "pod")
-    host, ports = pod.get("publicIp"), pod.get("portMappings")
-    if not host or not ports:
-        return Pod(
-            name, "RunPod", unreachable_reason=f"it has no address yet (it is {pod.get('desiredStatus') or 'starting'})"
-        )
-    port = _read_port(ports.get(SSH_PORT_KEY)) if isinstance(ports, dict) else None
+    host, public_ports = pod.get("publicIp"), pod.get("portMappings")
+    if not host or not public_ports:
+        reason = f"it has no address yet (it is {pod.get('desiredStatus') or 'starting'})"
+        return Pod(name, "RunPod", unreachable_reason=reason)
+    port = _read_port(public_ports.get(SSH_PORT_KEY)) if isinstance(public_ports, dict) else None
     if port is None:
         return Pod(name, "RunPod", unreachable_reason="it does not expose port 22: add 22 to its TCP ports")
     return Pod(name, "RunPod", str(host), port)
 
 
 def _read_vast(instance: Mapping[str, Any]) -> Pod:
-    """The direct address if there is one, else the proxy's. ``ports`` may be a dict, a list, or null."""
+    """An instance of vast.ai, with its direct address if there is one, else the address of vast.ai's proxy."""
     name = str(instance.get("label") or f"vast-{instance.get('id', 'instance')}")
-    host, ports = str(instance.get("public_ipaddr") or "").strip(), instance.get("ports")
-    mapped = ports.get(f"{SSH_PORT_KEY}/tcp") if isinstance(ports, dict) else None
-    if host and isinstance(mapped, list) and mapped and isinstance(mapped[0], dict):
-        port = _read_port(mapped[0].get("HostPort"))
-        if port is not None:
-            return Pod(name, "vast.ai", host, port)
-    proxy, port = instance.get("ssh_host"), _read_port(instance.get("ssh_port"))
-    if not proxy or port is None:
-        return Pod(
-            name,
-            "vast.ai",
-            unreachable_reason=f"it has no address yet (it is {instance.get('actual_status') or 'starting'})",
-        )
+    host = str(instance.get("public_ipaddr") or "").strip()
+    direct_port = _read_direct_port(instance.get("ports"))
+    if host and direct_port is not None:
+        return Pod(name, "vast.ai", host, direct_port)
+    proxy, proxy_port = instance.get("ssh_host"), _read_port(instance.get("ssh_port"))
+    if not proxy or proxy_port is None:
+        reason = f"it has no address yet (it is {instance.get('actual_status') or 'starting'})"
+        return Pod(name, "vast.ai", unreachable_reason=reason)
     if "jupyter" in str(instance.get("image_runtype") or ""):
-        port += 1  # Jupyter has the proxy's port, and sshd the next port
-    return Pod(name, "vast.ai", str(proxy), port)
+        proxy_port += 1  # Jupyter has the proxy's port, and sshd the next port
+    return Pod(name, "vast.ai", str(proxy), proxy_port)
+
+
+def _read_direct_port(ports: Any) -> int | None:
+    """The public port of port 22, from Docker's table ``{"22/tcp": [{"HostPort": "40123"}]}``; ``None`` if there is
+    none. ``ports`` may also be a list, or null."""
+    mappings = ports.get(f"{SSH_PORT_KEY}/tcp") if isinstance(ports, dict) else None
+    if not isinstance(mappings, list) or not mappings or not isinstance(mappings[0], dict):
+        return None
+    return _read_port(mappings[0].get("HostPort"))
 
 
 def _read_port(value: Any) -> int | None:
-    """The port, which some tools write as text; ``None`` if it is no port. At most 65534: it may be the next port that
-    is used (``_read_vast``)."""
+    """The port, which some tools write as text; ``None`` if it is no port. The highest port is 65534, because
+    ``_read_vast`` may use the port after it."""
     try:
         port = int(value)
     except (TypeError, ValueError, OverflowError):
