@@ -45,6 +45,7 @@ class _LazyCommands(MutableMapping[str, Any]):
         self._imported: dict[str, Any] = {}
 
     def __getitem__(self, name: str) -> Any:
+        """The command, which is imported and prepared now if this is the first time. Raises KeyError."""
         if name not in self._imported:
             module_name, _ = COMMANDS[name]
             command = build_command(importlib.import_module(f"gpumesh.cli.commands.{module_name}").app)

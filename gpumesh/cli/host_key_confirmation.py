@@ -56,15 +56,16 @@ def _confirm_host(node: str, shown_name: str, ssh: SshSpec, key: HostKey, *, yes
             node=node or None,
         )
     if is_on_record and judgement.recorded_for_node:
-        return
+        return  # for the address and for the node's name: nothing is to be added
     if not is_on_record:
         for line in explain_judgement(judgement, ssh.known_hosts):
             typer.echo(f"  {clean_line(line)}", err=True)
         if not yes:
             _ask_person(shown_name, address)
     known_hosts.record_host_key(ssh.known_hosts, key, node=node, host=ssh.host, port=ssh.port)
-    names = f"{address} and for {node}, wherever it moves" if node else address
-    typer.echo(f"  {clean_line(f'recorded in {ssh.known_hosts} for {names}')}", err=True)
+    owners = f"{address} and for {node}, wherever it moves" if node else address
+    message = clean_line(f"recorded in {ssh.known_hosts} for {owners}")
+    typer.echo(f"  {message}", err=True)
 
 
 def _print_key(shown_name: str, address: str, key: HostKey, status: HostKeyStatus) -> None:
@@ -88,7 +89,7 @@ def _ask_person(shown_name: str, address: str) -> None:
 
 
 def explain_judgement(judgement: HostKeyCheck, known_hosts: Path) -> list[str]:
-    """Says in sentences what the judgement means and what to do. Pure."""
+    """The sentences that say what the judgement means and what to do. Pure."""
     if judgement.expected:
         record_lines = [f"on record in {known_hosts}: {old.key_type} {old.fingerprint}" for old in judgement.expected]
         return [

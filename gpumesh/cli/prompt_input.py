@@ -75,9 +75,9 @@ def _read_entry(line: str, location: str) -> PromptEntry:
         return PromptEntry(entry)
     if not isinstance(entry, dict):
         raise UsageError(f"{location}: expected an object with a key `prompt`, or a string")
-    unknown = [key for key in entry if key not in PROMPT_KEYS]
-    if unknown:
-        raise UsageError(f"{location}: unknown key {unknown[0]!r}", hint=f"the keys are: {', '.join(PROMPT_KEYS)}")
+    for key in entry:
+        if key not in PROMPT_KEYS:
+            raise UsageError(f"{location}: unknown key {key!r}", hint=f"the keys are: {', '.join(PROMPT_KEYS)}")
     for key in ("prompt", "model", "system", "node"):
         if entry.get(key) is not None and not isinstance(entry[key], str):
             raise UsageError(f"{location}: {key} is not a string")

@@ -182,6 +182,7 @@ def _is_local_name(host: str) -> bool:
 
 
 def _parse_address(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """The IP address; ``None`` if the name is none."""
     try:
         return ipaddress.ip_address(name)
     except ValueError:
@@ -193,5 +194,9 @@ def _strip_port(host: str) -> str:
     ``localhost``."""
     host = host.strip().lower()
     if host.startswith("["):
-        return host[1:].partition("]")[0]
-    return host.rsplit(":", 1)[0] if host.count(":") == 1 else host
+        address, _, _ = host[1:].partition("]")
+        return address
+    if host.count(":") > 1:  # an IPv6 address without brackets, so without a port
+        return host
+    name, _, _ = host.partition(":")
+    return name

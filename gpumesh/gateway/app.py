@@ -149,7 +149,8 @@ class Gateway:
                 log.warning("requests that did not end in time and are cut: %d", len(self._active))
                 await self._abort_active()
         finally:
-            await self._server.close(ABORT_S if self._stop_now.is_set() else None)
+            linger_s = ABORT_S if self._stop_now.is_set() else None  # None: the usual time
+            await self._server.close(linger_s)
             if self._access_log is not None:
                 self._access_log.close()
             self.mesh.set_gateway_state(GatewayState())

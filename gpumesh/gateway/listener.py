@@ -37,7 +37,8 @@ class HttpListener:
             if self._host is not None:
                 listener = self._listen_tcp(self._host)
                 host = f"[{self._host}]" if ":" in self._host else self._host
-                self.url = f"http://{host}:{listener.getsockname()[1]}"
+                _, port, *_ = listener.getsockname()  # another port than ``_port`` if that is 0
+                self.url = f"http://{host}:{port}"
                 self._servers.append(await loop.create_server(create_connection, sock=listener, backlog=BACKLOG))
             if self._path is not None:
                 self._unix = _listen_unix(self._path)

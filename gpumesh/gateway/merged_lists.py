@@ -151,7 +151,7 @@ def _merge(merged: MergedList, bodies: Iterable[bytes]) -> bytes:
 def _read_entry(name: str, node_entry: Mapping[str, Any], list_format: ListFormat) -> Entry:
     """A new entry with this name and all readable values of a node's entry."""
     entry: Entry = dict.fromkeys(list_format.names, name)  # the node may have sent only one of the names
-    budget = [MAX_VALUES]  # one budget for all unknown keys of the entry
+    budget = _ValueBudget()  # for all unknown keys of the entry together
     for key, value in node_entry.items():
         if key in list_format.names:
             continue
@@ -173,7 +173,7 @@ def _read_text(value: Any) -> str | None:
 
 
 def _read_texts(value: Any) -> list[str] | None:
-    """The texts of a list. Leaves out its other values."""
+    """The first MAX_TEXTS values of a list, without those that are no texts."""
     if not isinstance(value, list):
         return None
     return [printable(text, MAX_LABEL_CHARS) for text in value[:MAX_TEXTS] if isinstance(text, str)]
@@ -197,7 +197,7 @@ def _read_details(value: Any) -> Entry | None:
     """The ``details`` of a model in Ollama's lists: its family, its quantization and so on."""
     if not isinstance(value, dict):
         return None
-    budget = [MAX_VALUES]  # one budget for all unknown keys of the details
+    budget = _ValueBudget()  # for all unknown keys of the details together
     details: Entry = {}
     for key, detail in value.items():
         if key == "families":
@@ -205,8 +205,10 @@ def _read_details(value: Any) -> Entry | None:
         elif key in _TEXT_DETAILS:
             if isinstance(detail, str):
                 details[key] = printable(detail, MAX_TEXT_CHARS)
-        elif (plain_value := _plain_json(detail, budget)) is not None:
-            details[printable(key, MAX_LABEL_CHARS)] = plain_value
+        else:
+            plain_value = _plain_json(detail, budget)
+            if plain_value is not None:
+                details[printable(key, MAX_LABEL_CHARS)] = plain_value
     return details
 
 
@@ -237,11 +239,18 @@ OPENAI_FORMAT = ListFormat("data", ("id",), _OPENAI_READERS, head={"object": "li
 # -- other keys ------------------------------------------------------------------------------------------------------
 
 
-def _plain_json(value: Any, budget: list[int], depth: int = 0) -> Any:
+@dataclass(slots=True)
+class _ValueBudget:
+    """How many values of unknown keys may still be copied."""
+
+    remaining: int = MAX_VALUES
+
+
+def _plain_json(value: Any, budget: _ValueBudget, depth: int = 0) -> Any:
     """A copy of the value, with ``None`` for each part that some JSON parser cannot read, and for each part beyond the
-    limits. ``budget[0]`` is the number of values that may still be copied; the function reduces it."""
-    budget[0] -= 1
-    if budget[0] < 0 or depth > MAX_DEPTH:
+    limits. Takes the copied values from the budget."""
+    budget.remaining -= 1
+    if budget.remaining < 0 or depth > MAX_DEPTH:
         return None
     if isinstance(value, str):
         return printable(value, MAX_TEXT_CHARS)
@@ -250,8 +259,8 @@ def _plain_json(value: Any, budget: list[int], depth: int = 0) -> Any:
     if isinstance(value, int):  # or a bool
         return value if -_MAX_INT <= value <= _MAX_INT else None
     if isinstance(value, list):
-        return [_plain_json(part, budget, depth + 1) for part in value[: budget[0]]]
+        return [_plain_json(part, budget, depth + 1) for part in value[: budget.remaining]]
     if isinstance(value, dict):
-        members = list(value.items())[: budget[0]]
+        members = list(value.items())[: budget.remaining]
         return {printable(key, MAX_LABEL_CHARS): _plain_json(part, budget, depth + 1) for key, part in members}
     return None

@@ -88,7 +88,7 @@ class Router:
             return await self._forward_to_any_node(request, record)
         handlers = self._handlers.get(template)
         if handlers is None:
-            record.route = "other"
+            record.route = "other"  # the route is a label of metrics: clients must not add names to it
             raise BadRequest(f"there is no {path[:200]} here", status=404)
         record.route = template
         for methods, handler in handlers:

@@ -138,8 +138,8 @@ def _render_event(name: str, document: Any) -> bytes:
 
 
 def _content_security_policy(html: str) -> str:
-    """The Content-Security-Policy of the page: only its own script runs, and the page loads nothing from another server
-    and sends nothing to one."""
+    """The Content-Security-Policy of the page: only the page's own script runs, and the page can neither load data from
+    other servers nor send data to other servers."""
     script = html[html.index("<script>") + len("<script>") : html.rindex("</script>")]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -65,10 +64,9 @@ def results_folder() -> Path:
 def new_result_folder(scenario: Scenario) -> Path:
     """The path of a folder that does not exist yet, named for the time and the scenario."""
     name = f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{scenario}"
-    folder = results_folder() / name
-    for number in itertools.count(2):
-        if not folder.exists():
-            break
+    folder, number = results_folder() / name, 1
+    while folder.exists():
+        number += 1
         folder = results_folder() / f"{name}-{number}"
     return folder
 

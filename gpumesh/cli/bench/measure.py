@@ -98,6 +98,7 @@ class _SessionTarget:
         return self._send_prompt
 
     def _send_prompt(self, request: ChatRequest, node: str | None) -> AbstractAsyncContextManager[AnswerStream]:
+        """Sends a prompt to ``node``, or to any node, and gives its answer as a context."""
         from gpumesh.balancer.base import Priority
         from gpumesh.daemon.sessions.session import PromptRequest
 

@@ -64,7 +64,7 @@ def demo(
         code = event_loop.run(_run_demo(global_options(ctx), nodes, keep))
     except (KeyboardInterrupt, asyncio.CancelledError):  # CancelledError: a third signal came
         raise typer.Exit(130) from None
-    if code:
+    if code is not ExitCode.OK:
         raise typer.Exit(int(code))
 
 
@@ -94,10 +94,10 @@ async def _run_demo(options: GlobalOptions, count: int, keep: bool) -> ExitCode:
                         handle_signals(stop)
                         await _keep_running(session, stop, file, options)
                     else:
-                        stop.request(1.0)  # all answers are there: nothing has to drain
+                        stop.request(drain_s=1.0)  # all answers are there: nothing has to drain
             finally:
                 lock.release()
-                paths.log.unlink(missing_ok=True)
+                paths.log.unlink(missing_ok=True)  # no mesh will have this mesh.yaml again
     if not keep and not options.quiet:
         typer.echo(NEXT_STEPS.rstrip())
     return code
@@ -204,7 +204,7 @@ async def _send_and_kill(
 
     async def kill_busy_host() -> None:
         await may_kill.wait()
-        async for state in session.watch(BUSY_POLL_S):
+        async for state in session.watch(interval_s=BUSY_POLL_S):
             host_is_busy = state.node(victim).load.in_flight > 0
             if host_is_busy or answer_count >= PROMPT_COUNT:
                 break
@@ -242,7 +242,7 @@ async def _wait_healthy(session: LocalSession, name: str) -> bool:
     from gpumesh.async_iterators import closing_iterator
 
     try:
-        async with asyncio.timeout(RECOVERY_TIMEOUT_S), closing_iterator(session.watch(0.1)) as states:
+        async with asyncio.timeout(RECOVERY_TIMEOUT_S), closing_iterator(session.watch(interval_s=0.1)) as states:
             async for state in states:
                 if state.node(name).health is Health.HEALTHY:
                     return True

@@ -74,8 +74,10 @@ def init(
     _confirm_host_keys(drafts, yes=yes)
     if not options.quiet:
         host_count = sum(draft.ssh is not None for draft in drafts)
-        hosts_text = f"{host_count} host{'' if host_count == 1 else 's'} and " if host_count else ""
-        typer.echo(f"looking at {hosts_text}this machine …", err=True)
+        places = "this machine"
+        if host_count > 0:
+            places = f"{host_count} host{'' if host_count == 1 else 's'} and this machine"
+        typer.echo(f"looking at {places} …", err=True)
     probed_drafts = run_async(probe_drafts(drafts))
     # A host that a person named is listed even if nothing answers there. A local port only if a server answers.
     listed_drafts = [draft for draft in probed_drafts if draft.ssh is not None or draft.is_serving]
@@ -114,9 +116,8 @@ def _print_report(options: GlobalOptions, output: Path, drafts: Sequence[Draft])
     if not options.quiet:
         for draft in drafts:
             typer.echo(summarize_draft(draft), err=True)
-            hint = None if draft.state is None or draft.is_serving else draft.state.tunnel.hint
-            if hint:
-                typer.echo(clean_line(f"  hint: {hint}"), err=True)
+            if draft.state is not None and not draft.is_serving and draft.state.tunnel.hint:
+                typer.echo(clean_line(f"  hint: {draft.state.tunnel.hint}"), err=True)
     config_option = "" if output == Path("mesh.yaml") else f" -c {shell_word(str(output))}"
     if any(draft.is_serving for draft in drafts):
         typer.echo(clean_line(f"wrote {output}; try it: gpumesh run{config_option} 'Hello'"))

@@ -130,7 +130,7 @@ def _read_state(options: GlobalOptions, *, with_history: bool) -> tuple[MeshStat
 
 
 async def _probe_once(options: GlobalOptions) -> MeshState:
-    """The first report of a mesh that runs in this process for that long."""
+    """Opens a mesh in this process, returns its first report, and closes the mesh."""
     async with open_session(options) as session:
         if not options.quiet and sys.stderr.isatty():
             typer.echo("no mesh is running: probing once …", err=True)

@@ -43,7 +43,8 @@ class SshLine:
         if self.given_name is not None:
             return self.given_name
         name = re.sub(r"[^a-z0-9]+", "-", self.host.lower()).strip("-")
-        return f"host-{name}" if not name or name[0].isdigit() else name
+        begins_with_letter = name[:1].isalpha()
+        return name if begins_with_letter else f"host-{name}"
 
 
 def parse_ssh_line(line: str) -> SshLine:

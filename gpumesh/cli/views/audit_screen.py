@@ -113,12 +113,14 @@ def _list_item_parts(row: ComparisonRow) -> Iterator[tuple[str, str]]:
 
 
 def _severity_mark(row: ComparisonRow) -> Text:
+    """The mark before a row of the list: by the finding's severity, else whether all is as expected or not known."""
     if row.severity is not None:
         return Text(*SEVERITY_MARKS[row.severity])
     return Text("●", "green") if row.verdict == AS_EXPECTED else Text("?", "dim")
 
 
 def _verdict_style(row: ComparisonRow) -> str:
+    """The style of the verdict for rich: by the finding's severity, else green if all is as expected."""
     if row.severity is not None:
         _, style = SEVERITY_MARKS[row.severity]
         return style

@@ -48,9 +48,7 @@ def select_nodes(state: MeshState, names: Sequence[str] = (), labels: Sequence[s
     if len(nodes) == len(state.nodes):
         return state
     selected_names = {node.name for node in nodes}
-    findings = tuple(
-        finding for finding in state.findings if not selected_names.isdisjoint({finding.node, *finding.nodes})
-    )
+    findings = tuple(finding for finding in state.findings if selected_names & {finding.node, *finding.nodes})
     return replace(state, nodes=nodes, totals=compute_totals(nodes), findings=findings)
 
 

@@ -128,8 +128,10 @@ def render_line(entry: dict[str, object]) -> bytes:
     try:
         line = _encode(entry)
     except ValueError:  # half of a surrogate pair, which UTF-8 cannot hold
-        line = b"\xff"
-    return line + b"\n" if line.isascii() else json.dumps(entry).encode() + b"\n"
+        line = None
+    if line is None or not line.isascii():
+        line = json.dumps(entry).encode()  # slower, but escapes every character beyond ASCII
+    return line + b"\n"
 
 
 def build_entry(

@@ -97,8 +97,8 @@ def _render_family(family: Family) -> Iterator[str]:
         return
     yield f"# HELP {family.name} {_escape(family.help)}\n# TYPE {family.name} {family.kind.value}\n"
     for sample in family.samples:
-        labels = ",".join(f'{name}="{_escape(value[:MAX_LABEL_CHARS], quoted=True)}"' for name, value in sample.labels)
-        label_set = f"{{{labels}}}" if labels else ""
+        labels = [f'{name}="{_escape(value[:MAX_LABEL_CHARS], quoted=True)}"' for name, value in sample.labels]
+        label_set = "{" + ",".join(labels) + "}" if labels else ""
         yield f"{family.name}{sample.suffix}{label_set} {_render_number(sample.value)}\n"
 
 

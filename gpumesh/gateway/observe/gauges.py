@@ -14,24 +14,30 @@ from gpumesh import __version__
 from gpumesh.balancer.outcomes import Outcome
 from gpumesh.gateway.observe.exposition import Family, Labels, counter, gauge
 from gpumesh.gateway.observe.metrics import OTHER_LABEL
-from gpumesh.state import BackendPhase, GpuState, Health, LoadedModel, MeshState, NodeState, TunnelPhase
+from gpumesh.state import BackendPhase, Finding, GpuState, Health, LoadedModel, MeshState, NodeState, TunnelPhase
 
 MIB = float(1 << 20)  # bytes
 MAX_LOADED_MODELS = 32  # of one node
+NO_LABELS: Labels = ()
 
 
 def mesh_families(state: MeshState, attempts: Mapping[str, Mapping[Outcome, int]]) -> Iterator[Family]:
     """The metrics of the mesh as a whole and of its nodes. ``attempts``: for each node, the number of attempts by
     outcome."""
-    yield gauge("gpumesh_build_info", "The version, as a label.", [((("version", __version__),), 1.0)])
-    yield gauge("gpumesh_requests_in_flight", "Requests that a node works on.", [((), state.gateway.in_flight)])
-    yield gauge("gpumesh_queue_length", "Requests that wait for a place on a node.", [((), state.gateway.queued)])
+    version_labels: Labels = (("version", __version__),)
+    yield gauge("gpumesh_build_info", "The version, as a label.", [(version_labels, 1.0)])
+    yield gauge("gpumesh_requests_in_flight", "Requests that a node works on.", [(NO_LABELS, state.gateway.in_flight)])
+    yield gauge(
+        "gpumesh_queue_length", "Requests that wait for a place on a node.", [(NO_LABELS, state.gateway.queued)]
+    )
     yield from _node_families(state.nodes)
+    yield from _tunnel_families(state.nodes)
+    yield from _backend_families(state.nodes)
     yield counter(
         "gpumesh_attempts_total",
         "Tries on a node by how they ended; a request that moved on has several.",
         (
-            ((("node", node), ("outcome", outcome.value)), float(count))
+            (_attempt_labels(node, outcome), float(count))
             for node, counts in attempts.items()
             for outcome, count in counts.items()
         ),
@@ -40,31 +46,28 @@ def mesh_families(state: MeshState, attempts: Mapping[str, Mapping[Outcome, int]
     yield gauge(
         "gpumesh_finding",
         "1 for each thing that is not as it should be; `gpumesh explain CODE` says more.",
-        (
-            ((("node", finding.node or ""), ("code", finding.code), ("severity", finding.severity.value)), 1.0)
-            for finding in state.findings
-        ),
+        ((_finding_labels(finding), 1.0) for finding in state.findings),
     )
 
 
 def server_families(connections: int, refused: int, evicted: int) -> Iterator[Family]:
     """The metrics of clients' connections: how many are open now, and how many were refused and evicted since the
     start."""
-    yield gauge("gpumesh_client_connections", "Connections that clients have open.", [((), connections)])
+    yield gauge("gpumesh_client_connections", "Connections that clients have open.", [(NO_LABELS, connections)])
     yield counter(
         "gpumesh_client_connections_refused_total",
         "Connections past what the process can hold.",
-        [((), float(refused))],
+        [(NO_LABELS, float(refused))],
     )
     yield counter(
         "gpumesh_client_connections_closed_for_others_total",
         "Idle connections that were closed because others were needed.",
-        [((), float(evicted))],
+        [(NO_LABELS, float(evicted))],
     )
 
 
 def _node_families(nodes: Sequence[NodeState]) -> Iterator[Family]:
-    """The metrics of each node, its tunnel, its server and its loaded models."""
+    """The metrics of each node's health and load."""
     labels = [_node_labels(node) for node in nodes]
 
     def gauge_by_node(name: str, text: str, values: Iterable[float | None]) -> Family:
@@ -89,39 +92,41 @@ def _node_families(nodes: Sequence[NodeState]) -> Iterator[Family]:
         "How many requests the node truly runs at once, as far as known.",
         [node.load.limit for node in nodes],
     )
+
+
+def _tunnel_families(nodes: Sequence[NodeState]) -> Iterator[Family]:
+    """The metrics of each node's tunnel."""
     yield gauge(
         "gpumesh_tunnel_up",
         "1 if the way to the node is open.",
-        (
-            ((*_node_labels(node), ("transport", node.tunnel.transport)), float(node.tunnel.state is TunnelPhase.UP))
-            for node in nodes
-        ),
+        ((_tunnel_labels(node), float(node.tunnel.state is TunnelPhase.UP)) for node in nodes),
     )
-    yield gauge_by_node(
+    yield gauge(
         "gpumesh_tunnel_round_trip_seconds",
         "Round trip through the tunnel.",
-        [_scale(node.tunnel.rtt_ms, 1e-3) for node in nodes],
+        ((_node_labels(node), _scale(node.tunnel.rtt_ms, 1e-3)) for node in nodes),
     )
     yield counter(
         "gpumesh_tunnel_reconnects_total",
         "How often the tunnel was lost and opened again.",
         ((_node_labels(node), float(node.tunnel.reconnects)) for node in nodes),
     )
+
+
+def _backend_families(nodes: Sequence[NodeState]) -> Iterator[Family]:
+    """The metrics of each node's inference server and its loaded models."""
     yield gauge(
         "gpumesh_backend_up",
         "1 if the inference server answers.",
-        (
-            ((*_node_labels(node), ("kind", node.backend.kind)), float(node.backend.state is BackendPhase.UP))
-            for node in nodes
-        ),
+        ((_backend_labels(node), float(node.backend.state is BackendPhase.UP)) for node in nodes),
     )
     yield gauge(
         "gpumesh_model_loaded_bytes",
         "GPU memory of each model that is loaded.",
         (
-            ((*_node_labels(node), ("model", name)), _scale(size, MIB))
+            (_model_labels(node, model), _scale(size_mib, MIB))
             for node in nodes
-            for name, size in _loaded_memory(node.backend.loaded)
+            for model, size_mib in _loaded_memory(node.backend.loaded)
         ),
     )
 
@@ -168,11 +173,10 @@ def process_families() -> Iterator[Family]:
     """Metrics of this process, with the names that Prometheus's own clients use. Memory and open files are known on
     Linux only."""
     usage = resource.getrusage(resource.RUSAGE_SELF)
-    yield counter(
-        "process_cpu_seconds_total", "CPU time of the gateway's process.", [((), usage.ru_utime + usage.ru_stime)]
-    )
+    cpu_s = usage.ru_utime + usage.ru_stime
+    yield counter("process_cpu_seconds_total", "CPU time of the gateway's process.", [(NO_LABELS, cpu_s)])
     soft_limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    yield gauge("process_max_fds", "How many files it may have open.", [((), float(soft_limit))])
+    yield gauge("process_max_fds", "How many files it may have open.", [(NO_LABELS, float(soft_limit))])
     process_folder = Path("/proc/self")
     try:
         _, resident_pages, *_ = (process_folder / "statm").read_text().split()
@@ -180,12 +184,35 @@ def process_families() -> Iterator[Family]:
         open_files = len(os.listdir(process_folder / "fd"))
     except (OSError, ValueError):
         return  # not Linux
-    yield gauge("process_resident_memory_bytes", "Memory.", [((), float(resident_bytes))])
-    yield gauge("process_open_fds", "Files that it has open.", [((), float(open_files))])
+    yield gauge("process_resident_memory_bytes", "Memory.", [(NO_LABELS, float(resident_bytes))])
+    yield gauge("process_open_fds", "Files that it has open.", [(NO_LABELS, float(open_files))])
+
+
+# -- labels ----------------------------------------------------------------------------------------------------------
+
+
+def _attempt_labels(node: str, outcome: Outcome) -> Labels:
+    return (("node", node), ("outcome", outcome.value))
+
+
+def _finding_labels(finding: Finding) -> Labels:
+    return (("node", finding.node or ""), ("code", finding.code), ("severity", finding.severity.value))
 
 
 def _node_labels(node: NodeState) -> Labels:
     return (("node", node.name),)
+
+
+def _tunnel_labels(node: NodeState) -> Labels:
+    return (("node", node.name), ("transport", node.tunnel.transport))
+
+
+def _backend_labels(node: NodeState) -> Labels:
+    return (("node", node.name), ("kind", node.backend.kind))
+
+
+def _model_labels(node: NodeState, model: str) -> Labels:
+    return (("node", node.name), ("model", model))
 
 
 def _gpu_labels(node: NodeState, gpu: GpuState) -> Labels:

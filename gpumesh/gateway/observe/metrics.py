@@ -84,6 +84,7 @@ class LabeledSeries(dict[tuple[str, ...], T]):
         self._bound = bound
 
     def __missing__(self, labels: tuple[str, ...]) -> T:
+        """Creates the value for new labels, whose values are in the order of ``names``."""
         if len(self) >= self._bound:
             labels = (OTHER_LABEL,) * len(self._names)
         return self.setdefault(labels, self._create())

@@ -51,7 +51,8 @@ class KeySelection:
         return None
 
     def _choose_action(self, key: str) -> str | None:
-        """Returns the action of the key; ``None`` if no node is selected. Selects the only node of the screen."""
+        """Returns the action of the key; ``None`` if no node is selected. If there is only one node, selects it
+        first."""
         if not self.selected and len(self.nodes) == 1:
             self.selected = self.nodes[0]
         if not self.selected:

@@ -31,6 +31,7 @@ class NodeActions:
         task.add_done_callback(self._running.discard)
 
     async def _perform(self, action: str, node: str) -> None:
+        """Carries out the action, and reports its end or its error."""
         try:
             await self._calls[action](node)
         except GPUMeshError as error:

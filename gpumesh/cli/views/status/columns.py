@@ -50,8 +50,8 @@ def status_table(rows: Sequence[StatusRow], width: int) -> Table:
 
 
 def _node_column(cell: Callable[[NodeState, datetime], Text | str]) -> DrawCell:
-    """Draws a column about the node: only the node's first row has its cell. ``cell`` gets the node and the time of the
-    state."""
+    """The drawing of a column about the node, which is empty except in the node's first row. ``cell`` gets the node and
+    the time of the state."""
 
     def draw(row: StatusRow, _bar_length: int) -> Text:
         content = cell(row.node, row.at) if row.first else ""
@@ -61,7 +61,8 @@ def _node_column(cell: Callable[[NodeState, datetime], Text | str]) -> DrawCell:
 
 
 def _gpu_column(cell: Callable[[GpuState], Text | str]) -> DrawCell:
-    """Draws a column about the GPU: every row with a GPU has its cell."""
+    """The drawing of a column about the GPU. A row without a GPU has no cell, or a dash if it is the node's only
+    row."""
 
     def draw(row: StatusRow, _bar_length: int) -> Text:
         if row.gpu is None:

@@ -34,11 +34,12 @@ def list_remarks(state: MeshState) -> list[Remark]:
         repetitions.add((node.name, node.reason))
         if node.tunnel.error_code is not None:
             repetitions.add((node.name, node.tunnel.error_code))
-    new_findings = [
-        finding
-        for finding in state.findings
-        if repetitions.isdisjoint({(finding.node, finding.message), (finding.node, finding.code)})
-    ]
+    new_findings = []
+    for finding in state.findings:
+        repeats_reason = (finding.node, finding.message) in repetitions
+        repeats_error_code = (finding.node, finding.code) in repetitions
+        if not repeats_reason and not repeats_error_code:
+            new_findings.append(finding)
     for finding in merge_equal(new_findings):
         remarks.append((Text(*SEVERITY_MARKS[finding.severity]), finding_text(finding)))
     return remarks
