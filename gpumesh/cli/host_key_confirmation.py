@@ -46,7 +46,8 @@ def _confirm_host(node: str, shown_name: str, ssh: SshSpec, key: HostKey, *, yes
     judgement = hostkeys.check_host_key(recorded_keys, key, node=node, host=ssh.host, port=ssh.port)
     address = known_hosts.known_hosts_address(ssh.host, ssh.port)
     is_on_record = judgement.status is HostKeyStatus.KNOWN
-    if is_on_record and not node:
+    is_jump_host = not node
+    if is_on_record and is_jump_host:
         return
     _print_key(shown_name, address, key, judgement.status)
     if judgement.status is HostKeyStatus.REVOKED:

@@ -130,7 +130,7 @@ class Router:
             route.api,
             timeout_s=read_timeout(request.headers, self._spec.timeout_s),
             on_answer=record.note_answer,
-            require_json=not route.needs_slot,
+            require_json=not route.needs_slot,  # facts about a model: any node that has it can give them
         )
 
     async def _forward_to_any_node(self, request: Request, record: RequestRecord) -> Response | StreamingResponse:

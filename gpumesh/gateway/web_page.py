@@ -90,7 +90,7 @@ class UiPage:
         change: asyncio.Future[None] | None = None
         try:
             while not closing.done():
-                if change is None:  # else the last wait timed out, and still waits for this change
+                if change is None:  # otherwise the last wait has timed out, and the same change is awaited again
                     change = asyncio.ensure_future(anext(changes))
                 await asyncio.wait((change, closing), timeout=KEEPALIVE_S, return_when=asyncio.FIRST_COMPLETED)
                 if closing.done():

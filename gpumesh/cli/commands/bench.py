@@ -88,7 +88,16 @@ def run(
     def make_settings(model_name: str) -> scenarios.BenchSettings:
         from gpumesh.bench.scenarios import BenchSettings
 
-        return BenchSettings(model_name, requests, levels, tokens, prompt_tokens, think, seed, speed)
+        return BenchSettings(
+            model_name,
+            requests=requests,
+            concurrency=levels,
+            tokens=tokens,
+            prompt_tokens=prompt_tokens,
+            think=think,
+            seed=seed,
+            speed=speed,
+        )
 
     objective = Objective(slo_ttft, slo_tpot)
     try:

@@ -139,7 +139,7 @@ def _wait_for_poll() -> None:
         time.sleep(POLL_S)  # stdout is no real file (in tests)
         return
     poller = select.poll()
-    poller.register(output, 0)  # no events of our own: poll always reports POLLERR and POLLHUP
+    poller.register(output, 0)  # asks for no event, but POLLERR and POLLHUP are always reported
     for _, event in poller.poll(POLL_S * 1000):
         if event & (select.POLLERR | select.POLLHUP):
             raise BrokenPipeError

@@ -74,7 +74,8 @@ async def _list_models(options: GlobalOptions, *, as_json: bool) -> None:
     from gpumesh.wire import to_json
 
     async with open_session(options) as session, open_url_stores(options.topology()) as stores:
-        state = await stores.refresh_backends(await session.wait_first_report(FIRST_REPORT_TIMEOUT_S))
+        first_report = await session.wait_first_report(FIRST_REPORT_TIMEOUT_S)
+        state = await stores.refresh_backends(first_report)
         rows = inventory.list_model_rows(state)
         lengths = await stores.context_lengths(_models_to_ask(state, rows))
     rows = inventory.add_context_lengths(rows, lengths)
@@ -257,7 +258,8 @@ async def _run_operation(
     from gpumesh.mesh.models.url_stores import open_url_stores
 
     async with open_session(options) as session, open_url_stores(options.topology()) as stores:
-        state = await stores.refresh_backends(await session.wait_first_report(FIRST_REPORT_TIMEOUT_S))
+        first_report = await session.wait_first_report(FIRST_REPORT_TIMEOUT_S)
+        state = await stores.refresh_backends(first_report)
         tasks = [
             inventory.ModelTask(node, model)
             for model in models
@@ -291,7 +293,8 @@ async def _pull_models(
     from gpumesh.mesh.models.url_stores import open_url_stores
 
     async with open_session(options) as session, open_url_stores(options.topology()) as stores:
-        tasks = plan(await stores.refresh_backends(await session.wait_first_report(FIRST_REPORT_TIMEOUT_S)))
+        first_report = await session.wait_first_report(FIRST_REPORT_TIMEOUT_S)
+        tasks = plan(await stores.refresh_backends(first_report))
         several_models = len({task.model for task in tasks}) > 1
         with show_downloads(quiet=options.quiet) as display:
 

@@ -53,7 +53,7 @@ def up(
     """
     from gpumesh.daemon.up_options import UpOptions
 
-    up_options = UpOptions(tuple(nodes or ()), not no_gateway, listen)
+    up_options = UpOptions(nodes=tuple(nodes or ()), gateway=not no_gateway, listen=listen)
     options = global_options(ctx)
     if detach:
         _run_in_background(options, up_options)

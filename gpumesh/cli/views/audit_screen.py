@@ -66,8 +66,9 @@ def _comparison_table(rows: Sequence[ComparisonRow]) -> Table:
         table.add_column(title, overflow="fold", no_wrap=title in ("WHAT", "VERDICT"), min_width=len(title))
     last_node = None
     for row in rows:
+        node = "" if row.node == last_node else clean_line(row.node, 40)
         table.add_row(
-            Text(clean_line(row.node, 40) if row.node != last_node else "", "bold"),
+            Text(node, "bold"),
             *(Text(clean_line(text, 400)) for text in (row.what, row.expected, row.found)),
             Text(clean_line(row.verdict), _verdict_style(row)),
             Text(clean_line(row.todo or "", 400), "dim"),

@@ -15,7 +15,7 @@ def shorten(text: str, limit: int) -> str:
 
 
 def short_gpu(name: str) -> str:
-    """``NVIDIA GeForce RTX 4090`` -> ``RTX 4090``: the part that distinguishes cards."""
+    """The part of a GPU's name that distinguishes cards: ``RTX 4090`` of ``NVIDIA GeForce RTX 4090``."""
     parts = [part for part in name.split(" ") if part.lower() not in ("nvidia", "geforce", "tesla", "quadro")]
     return " ".join(parts) or name
 

@@ -106,11 +106,12 @@ def _highest_first(figure: Callable[[NodeState], float | None]) -> Callable[[Nod
     """A key for ``sorted`` that puts the node with the highest figure first. ``sorted`` puts False before True, so
     nodes whose figure is unknown come last."""
 
-    def order(node: NodeState) -> tuple[bool, float]:
+    def sort_value(node: NodeState) -> tuple[bool, float]:
         value = figure(node)
-        return value is None, -(value or 0.0)
+        is_unknown = value is None
+        return is_unknown, -(value or 0.0)
 
-    return order
+    return sort_value
 
 
 def _over_gpus(

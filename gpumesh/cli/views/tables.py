@@ -93,13 +93,13 @@ def _choose_widths(columns: Sequence[ColumnCells], width: int) -> dict[int, int]
         if gap + least_width > free_width and column.rank > 0:
             continue
         full_widths[position] = full_width
-        widths[position] = min(least_width, max(free_width - gap, 1))
+        widths[position] = min(least_width, max(free_width - gap, 1))  # a column of rank 0 may get less than it needs
         free_width -= gap + widths[position]
-    for position in by_rank:
-        if position in widths:
-            extra_width = min(full_widths[position] - widths[position], max(free_width, 0))
-            widths[position] += extra_width
-            free_width -= extra_width
+    for position, full_width in full_widths.items():  # in the order of their ranks
+        missing_width = full_width - widths[position]
+        extra_width = min(missing_width, max(free_width, 0))
+        widths[position] += extra_width
+        free_width -= extra_width
     return widths
 
 

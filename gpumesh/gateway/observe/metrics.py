@@ -96,7 +96,8 @@ class LabeledSeries(dict[tuple[str, ...], T]):
 
 
 class RequestMetrics:
-    """``add`` is called once for each request, at its end, and costs some microseconds."""
+    """The metrics of all requests of a gateway. ``add`` is called once for each request, at its end, and costs some
+    microseconds."""
 
     def __init__(self) -> None:
         self.requests = LabeledSeries(("route", "node", "model", "outcome", "code"), CounterValue)
@@ -149,14 +150,15 @@ class RequestMetrics:
         return label
 
     def _histograms(self, select: Callable[[ModelMetrics], Histogram]) -> dict[Labels, Histogram]:
-        """One of the histograms of each model, without the empty ones."""
+        """One histogram of each model, by the model's labels. Leaves out empty histograms."""
         histograms = ((labels, select(metrics)) for labels, metrics in self.models.named())
         return {labels: histogram for labels, histogram in histograms if any(histogram.counts)}
 
     def _totals(self, select: Callable[[ModelMetrics], int]) -> Iterator[tuple[Labels, float]]:
-        """One of the counters of each model, without those that are 0."""
+        """Yields the labels and one counter of each model. Leaves out counters that are 0."""
         for labels, metrics in self.models.named():
-            if total := select(metrics):
+            total = select(metrics)
+            if total > 0:
                 yield labels, total
 
     def families(self) -> Iterator[Family]:
