@@ -224,8 +224,8 @@ def _depth_after(brackets: bytes, depth: int) -> int:
     ``MAX_DEPTH``.
 
     To save time, empty pairs of brackets are removed first, again and again. Then mostly two sorts of brackets remain:
-    brackets that close levels that were open before, and brackets that open levels that stay open. They are counted in
-    parts. Only a part that could reach depth 0, or the limit, is counted bracket by bracket."""
+    brackets that close levels that were open before, and brackets that open levels that stay open. These brackets are
+    counted in parts. Only a part that could reach depth 0, or the limit, is counted bracket by bracket."""
     rest = brackets
     if depth + brackets.count(b"[") < MAX_DEPTH:  # otherwise a removed pair might have been too deep
         for _ in range(MAX_COLLAPSES):

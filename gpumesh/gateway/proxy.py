@@ -85,8 +85,8 @@ async def forward_request(
     """Sends the request to the mesh. Returns the whole answer as a response, or the stream when the answer has ended.
 
     ``on_answer`` is called with the answer when its first bytes have come, for the accounting. ``require_json``: the
-    answer must be a JSON object, and any node can give it. If the answer of the first node is none that a client could
-    read, other nodes are asked.
+    answer must be a JSON object, and any node can give it. If a client could not read the first node's answer, the
+    other nodes are asked.
 
     Raises GPUMeshError only before the first byte to the client.
     """

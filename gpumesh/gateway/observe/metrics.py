@@ -103,8 +103,8 @@ class RequestMetrics:
         self.requests = LabeledSeries(("route", "node", "model", "outcome", "code"), CounterValue)
         self.models = LabeledSeries(("node", "model"), ModelMetrics)
         self.queue_wait = LabeledSeries(("priority",), lambda: Histogram(WAIT_BOUNDS))
-        self._models: set[str] = set()
-        self._labels: dict[str, str] = {}
+        self._models: set[str] = set()  # the full names of models that have a label
+        self._labels: dict[str, str] = {}  # by the name as a client spells it
 
     def add(self, record: RequestRecord) -> None:
         """Counts a request that has ended. Only a request that needed a slot adds to durations and tokens."""
