@@ -146,7 +146,7 @@ def _wait_for_poll() -> None:
 
 
 def _is_replaced(path: Path, file: TextIO) -> bool:
-    """Whether there is another file at the path than the open file. False if there is none: the next file comes."""
+    """Whether there is another file at the path than the open file. False if there is no file: a new one will come."""
     try:
         path_status = path.stat()
     except FileNotFoundError:

@@ -291,8 +291,8 @@ def _machine_branch(machine: Machine, specs: Mapping[str, NodeSpec], states: Map
 
 
 def _describe_gpus(gpus: Sequence[GpuState], nodes: Sequence[NodeState]) -> str:
-    """The GPUs of a machine in a few words: ``2 x RTX 4090, 24.0 GiB``. A single GPU is named with its UUID's
-    beginning. ``nodes``: the nodes on the machine."""
+    """The GPUs of a machine in a few words: ``2 x RTX 4090, 24.0 GiB``, and the beginning of its UUID for a single GPU.
+    ``nodes``: the nodes on the machine."""
     if not gpus:
         return "no GPU" if any(node.gpus is not None for node in nodes) else "GPU not known"
     counts: dict[str, int] = {}  # by name and size
