@@ -199,6 +199,7 @@ def sync(
         return inventory.plan_sync(state, from_, node or (), models or ())
 
     def plan_and_print(state: MeshState) -> list[inventory.ModelTask]:
+        """Returns the pulls to perform. With ``--dry-run`` prints them instead, and returns none."""
         tasks = plan(state)
         if not tasks and not options.quiet:
             typer.echo(f"nothing to do: the others have all that {from_} has", err=True)
