@@ -18,7 +18,7 @@ from gpumesh.gateway.http.errors import BadRequest
 from gpumesh.gateway.http.request import Handler, Request
 from gpumesh.gateway.http.responses import Response
 from gpumesh.gateway.http.streaming_response import StreamingResponse
-from gpumesh.gateway.json_members import read_members, rewrite_body
+from gpumesh.gateway.json_members import read_members, read_small_members, rewrite_body
 from gpumesh.gateway.model_requests import (
     ALL_KINDS,
     MODEL_ROUTES,
