@@ -3,9 +3,12 @@
     python benchmarks/cpu_cost.py [--rounds N] [--beside CHECKOUT]
 
 CPU time depends less on other load of the machine than wall time does, so small differences show. Each program is
-measured in turn, round after round, and the figure is the median over the rounds. Only figures of one run can be
-compared. nginx is measured if it is installed. ``--beside`` measures another checkout of gpumesh in the same run: the
-code before a change, for example a `git worktree` of the commit on which the change is based.
+measured in turn, round after round, in a new random order each time. The figure is the median over the rounds. Only
+figures of one run can be compared.
+
+nginx is measured if it is installed. `copy` is a proxy in Python that only copies bytes (`copying_proxy.py`): no
+gateway on uvloop can cost less. ``--beside`` measures another checkout of gpumesh in the same run: the code before a
+change, for example a `git worktree` of the commit on which the change is based.
 
 - request: answers in one piece, 32 in flight; the stand-in answers at once
 - token: 128 streams of 100 tokens/s, each token in a write of its own; the cost of the streams' requests is included
@@ -17,13 +20,14 @@ import argparse
 import asyncio
 import contextlib
 import os
+import random
 import shutil
 import statistics
 import sys
 import tempfile
 from pathlib import Path
 
-from gateway import NGINX, PATH, client, direct_node, free_port, gpumesh, program, stand_in
+from gateway import HERE, NGINX, PATH, client, direct_node, free_port, gpumesh, program, stand_in
 
 STREAMS, TOKENS = 128, 200
 
@@ -64,6 +68,10 @@ async def measure(rounds: int, beside: Path | None) -> dict[str, dict[str, list[
         if beside is not None:
             started = gpumesh(nodes, folder, "beside", checkout=beside.resolve())
             programs["beside"] = await stack.enter_async_context(started)
+        port = free_port()
+        argv = (sys.executable, str(HERE / "copying_proxy.py"), str(port), str(target))
+        process = await stack.enter_async_context(program(*argv, port=port, folder=folder))
+        programs["copy"] = (port, process.pid)
         nginx = shutil.which("nginx", path=PATH)
         if nginx is not None:
             port, file = free_port(), folder / "nginx.conf"
@@ -71,9 +79,12 @@ async def measure(rounds: int, beside: Path | None) -> dict[str, dict[str, list[
             process = await stack.enter_async_context(program(nginx, "-c", str(file), port=port, folder=folder))
             programs["nginx"] = (port, process.pid)
         costs: dict[str, dict[str, list[float]]] = {name: {} for name in programs}
-        for index in range(rounds):
-            order = list(programs.items())
-            for name, (port, group) in order if index % 2 == 0 else reversed(order):
+        order = list(programs.items())
+        for _ in range(rounds):
+            random.shuffle(
+                order
+            )  # each place in the order has its own bias: which program ran before, how warm the CPU is
+            for name, (port, group) in order:
                 for kind in ("request", "token"):
                     costs[name].setdefault(kind, []).append(await cost_us(kind, port, group))
     return costs

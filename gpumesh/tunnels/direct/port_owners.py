@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
 from typing import NamedTuple
 
-from gpumesh.tunnels.local_system.proc_net import parse_table_address
+from gpumesh.tunnels.local_system.listening_sockets import ListeningSocket, list_listening_sockets
 
 # Programs that only pass bytes on, perhaps to another machine: the names of their processes, as the kernel keeps them
 # (at most 15 characters).
@@ -61,8 +61,15 @@ class PortOwnerLookup:
     together, and an answer is kept for as long as the listening sockets have the same inodes.
     """
 
-    def __init__(self, *, proc: Path = Path("/proc"), platform: str = sys.platform) -> None:
+    def __init__(
+        self,
+        *,
+        proc: Path = Path("/proc"),
+        platform: str = sys.platform,
+        list_sockets: Callable[[], Iterable[ListeningSocket]] = list_listening_sockets,
+    ) -> None:
         self._proc = proc
+        self._list_sockets = list_sockets
         self._platform = platform
         self._known_owners: dict[HostPort, _KnownOwner] = {}
 
@@ -74,7 +81,7 @@ class PortOwnerLookup:
                 (host, port): PortOwner(False, f"which process listens on port {port} is not known on this system")
                 for host, port in addresses
             }
-        listening = _find_listening_sockets(self._proc, addresses)
+        listening = _select_sockets(self._list_sockets(), addresses)
         known_owners: dict[HostPort, _KnownOwner] = {}
         changed: dict[HostPort, _Sockets] = {}
         for address, sockets in listening.items():
@@ -119,36 +126,17 @@ class PortOwnerLookup:
         return PortOwner(True)
 
 
-def _find_listening_sockets(proc: Path, addresses: Collection[HostPort]) -> dict[HostPort, _Sockets]:
+def _select_sockets(sockets: Iterable[ListeningSocket], addresses: Collection[HostPort]) -> dict[HostPort, _Sockets]:
     """For each of the addresses, the listening sockets that would get a connection to it."""
-    sockets: dict[HostPort, set[tuple[int, int]]] = {address: set() for address in addresses}
+    selected: dict[HostPort, set[tuple[int, int]]] = {address: set() for address in addresses}
     hosts_by_port: dict[int, list[str]] = {}
     for host, port in addresses:
         hosts_by_port.setdefault(port, []).append(host)
-    for bound, port, inode, uid in _read_listening_sockets(proc):
+    for bound, port, inode, uid in sockets:
         for host in hosts_by_port.get(port, ()):
             if _receives(bound, host):
-                sockets[host, port].add((inode, uid))
-    return {address: frozenset(pairs) for address, pairs in sockets.items()}
-
-
-def _read_listening_sockets(proc: Path) -> Iterator[tuple[IPv4Address | IPv6Address, int, int, int]]:
-    """Yields the bound address, port, inode and uid of each listening TCP socket of this machine."""
-    for table in ("net/tcp", "net/tcp6"):
-        try:
-            lines = (proc / table).read_text().splitlines()[1:]  # without the heading
-        except OSError:
-            continue
-        for line in lines:
-            if " 0A " not in line:  # a quick check, because most lines are connections
-                continue
-            fields = line.split()
-            if len(fields) < 10:
-                continue
-            _number, local_address, _remote, state, _queues, _timer, _retransmits, uid, _timeout, inode = fields[:10]
-            if state == "0A":  # TCP_LISTEN
-                bound, port = parse_table_address(local_address)
-                yield bound, port, int(inode), int(uid)
+                selected[host, port].add((inode, uid))
+    return {address: frozenset(pairs) for address, pairs in selected.items()}
 
 
 def _receives(bound: IPv4Address | IPv6Address, host: str) -> bool:

@@ -84,9 +84,14 @@ def parse_table_address(text: str) -> tuple[IPv4Address | IPv6Address, int]:
     digits, _, port = text.partition(":")
     words = [int(digits[start : start + 8], 16) for start in range(0, len(digits), 8)]
     address = ip_address(b"".join(word.to_bytes(4, sys.byteorder) for word in words))
+    return unmap_ipv4(address), int(port, 16)
+
+
+def unmap_ipv4(address: IPv4Address | IPv6Address) -> IPv4Address | IPv6Address:
+    """An IPv4 address in IPv6's form (``::ffff:127.0.0.1``) as an IPv4 address. Any other address stays as it is."""
     if isinstance(address, IPv6Address) and address.ipv4_mapped is not None:
-        address = address.ipv4_mapped
-    return address, int(port, 16)
+        return address.ipv4_mapped
+    return address
 
 
 def parse_socket_info(line: bytes) -> SocketInfo:

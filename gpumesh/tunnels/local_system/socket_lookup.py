@@ -12,6 +12,7 @@ import os
 import socket
 import struct
 import sys
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Protocol
@@ -29,7 +30,10 @@ from gpumesh.tunnels.local_system.proc_net import (
 _NETLINK_SOCK_DIAG = 4
 _SOCK_DIAG_BY_FAMILY = 20
 _NLM_F_REQUEST = 1
+_NLM_F_DUMP = 0x300  # all sockets that match, not one
 _NLMSG_ERROR = 2
+_NLMSG_DONE = 3
+_DUMP_BYTES = 1 << 16  # the kernel sends at most 32 KiB at once
 _NLMSG_HEADER = struct.Struct("=IHHII")  # length, type, flags, sequence, port
 # The structs of linux/inet_diag.h. A request (inet_diag_req_v2) begins with family, protocol, ext, pad, states. Then
 # comes the socket id (inet_diag_sockid): ports, addresses, interface, cookie.
@@ -39,11 +43,19 @@ _ANY_INTERFACE_AND_COOKIE = struct.pack("=III", 0, 0xFFFFFFFF, 0xFFFFFFFF)
 # counters: expires, rqueue, wqueue, uid, inode.
 _ANSWER_START = struct.Struct("=BBBB")
 _ID_SIZE = 48
+_PORTS = struct.Struct("!HH")  # the begin of a socket id; the local address follows
 _COUNTERS = struct.Struct("=IIIII")
 _ALL_STATES = 0xFFFFFFFF
 
 # The errors of a system that is short of descriptors or memory now.
 _EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS})
+
+
+def _parse_answer(answer: bytes, start: int) -> SocketInfo:
+    """The data of a socket in an ``inet_diag_msg`` that begins at ``start``."""
+    _family, state, _timer, _retrans = _ANSWER_START.unpack_from(answer, start)
+    _expires, _rqueue, _wqueue, uid, inode = _COUNTERS.unpack_from(answer, start + _ANSWER_START.size + _ID_SIZE)
+    return SocketInfo(state, uid, inode)
 
 
 class SocketLookup(Protocol):
@@ -70,17 +82,13 @@ class SockDiag:
         self._sequence = 0
 
     def __call__(self, pair: AddressPair) -> SocketInfo | None:
-        self._sequence = (self._sequence + 1) & 0xFFFFFFFF
         socket_id = (
             struct.pack("!HH", pair.port, pair.remote_port)
             + pair.address.ljust(16, b"\0")
             + pair.remote_address.ljust(16, b"\0")
             + _ANY_INTERFACE_AND_COOKIE
         )
-        request = _REQUEST.pack(pair.family, socket.IPPROTO_TCP, 0, 0, _ALL_STATES) + socket_id
-        length = _NLMSG_HEADER.size + len(request)
-        header = _NLMSG_HEADER.pack(length, _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST, self._sequence, 0)
-        self._netlink.send(header + request)
+        self._send(_NLM_F_REQUEST, _REQUEST.pack(pair.family, socket.IPPROTO_TCP, 0, 0, _ALL_STATES) + socket_id)
         while True:
             answer = self._netlink.recv(4096)
             _length, answer_type, _flags, sequence, _port = _NLMSG_HEADER.unpack_from(answer)
@@ -88,10 +96,44 @@ class SockDiag:
                 break
         if answer_type == _NLMSG_ERROR:  # ENOENT: no such socket, or a kernel without tcp_diag (``open_socket_lookup``)
             return None
-        _family, state, _timer, _retrans = _ANSWER_START.unpack_from(answer, _NLMSG_HEADER.size)
-        counters_offset = _NLMSG_HEADER.size + _ANSWER_START.size + _ID_SIZE
-        _expires, _rqueue, _wqueue, uid, inode = _COUNTERS.unpack_from(answer, counters_offset)
-        return SocketInfo(state, uid, inode)
+        return _parse_answer(answer, _NLMSG_HEADER.size)
+
+    def list_listening(self) -> Iterator[tuple[bytes, int, SocketInfo]]:
+        """Yields the packed address, the port and the data of each listening TCP socket.
+
+        Raises OSError when the kernel refuses the question, ValueError and struct.error for an answer in an unknown
+        form.
+        """
+        for family, address_size in ((socket.AF_INET, 4), (socket.AF_INET6, 16)):
+            listening = _REQUEST.pack(family, socket.IPPROTO_TCP, 0, 0, 1 << LISTEN_STATE) + bytes(_ID_SIZE)
+            self._send(_NLM_F_REQUEST | _NLM_F_DUMP, listening)
+            for message in self._receive_dump():
+                port, _remote_port = _PORTS.unpack_from(message, _ANSWER_START.size)
+                address_start = _ANSWER_START.size + _PORTS.size
+                yield message[address_start : address_start + address_size], port, _parse_answer(message, 0)
+
+    def _send(self, flags: int, request: bytes) -> None:
+        self._sequence = (self._sequence + 1) & 0xFFFFFFFF
+        length = _NLMSG_HEADER.size + len(request)
+        header = _NLMSG_HEADER.pack(length, _SOCK_DIAG_BY_FAMILY, flags, self._sequence, 0)
+        self._netlink.send(header + request)
+
+    def _receive_dump(self) -> Iterator[bytes]:
+        """Yields the content of each message in the answer to a question with many answers."""
+        while True:
+            data = self._netlink.recv(_DUMP_BYTES)
+            start = 0
+            while start < len(data):
+                length, message_type, _flags, sequence, _port = _NLMSG_HEADER.unpack_from(data, start)
+                message = data[start + _NLMSG_HEADER.size : start + length]
+                if length < _NLMSG_HEADER.size or sequence != self._sequence:
+                    raise ValueError("not the answer to this question")
+                if message_type == _NLMSG_ERROR:
+                    raise OSError("the kernel lists no sockets")
+                if message_type == _NLMSG_DONE:
+                    return
+                yield message
+                start += (length + 3) & ~3  # each message begins at a multiple of 4 bytes
 
     def close(self) -> None:
         self._netlink.close()

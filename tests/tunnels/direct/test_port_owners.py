@@ -6,12 +6,14 @@ import asyncio
 import os
 import socket
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from gpumesh.tunnels.direct import port_owners
 from gpumesh.tunnels.direct.port_owners import PortOwner, PortOwnerLookup
+from gpumesh.tunnels.local_system.listening_sockets import ListeningSocket, read_listening_sockets
 
 
 def find_owner(ports: PortOwnerLookup, host: str = "127.0.0.1", port: int = 11434) -> PortOwner:
@@ -90,7 +92,10 @@ class FakeProc:
         return find_owner(self.ports(), host, port)
 
     def ports(self) -> PortOwnerLookup:
-        return PortOwnerLookup(proc=self.folder, platform="linux")
+        return PortOwnerLookup(proc=self.folder, platform="linux", list_sockets=self.list_sockets)
+
+    def list_sockets(self) -> Iterator[ListeningSocket]:
+        return read_listening_sockets(self.folder)
 
 
 @pytest.fixture

@@ -88,7 +88,7 @@ async def test_port_owners_are_looked_up_once_for_all_nodes(tmp_path: Path) -> N
         proc.listen("127.0.0.1", port, port)
     proc.process(42, "ollama", "ollama", "serve", inodes=tuple(range(11434, 11443)))
     proc.process(43, "ssh", "ssh", "-L", "x", inodes=(11443,))
-    ports = CountingLookup(proc=proc.folder, platform="linux")
+    ports = CountingLookup(proc=proc.folder, platform="linux", list_sockets=proc.list_sockets)
     machine = ThisMachine(ports, clock=clock)
     for port in range(11434, 11444):
         machine.register_port("127.0.0.1", port)
