@@ -36,7 +36,7 @@ from random import Random
 from gpumesh.daemon import paths as mesh_paths
 from gpumesh.daemon.control_socket.server import ControlServer
 from gpumesh.daemon.mesh_lock import MeshLock
-from gpumesh.daemon.sessions.session import ChatStream, PromptRequest
+from gpumesh.daemon.sessions.session import PromptAnswer, PromptRequest
 from gpumesh.mesh.change_notifier import ChangeNotifier
 from gpumesh.mesh.history import History, Recorder
 from gpumesh.state import (
@@ -146,7 +146,7 @@ class SimulatedSession:
     async def history(self) -> History:
         return self._recorder.history()
 
-    def chat(self, ask: PromptRequest) -> AbstractAsyncContextManager[ChatStream]:
+    def chat(self, ask: PromptRequest) -> AbstractAsyncContextManager[PromptAnswer]:
         raise NotImplementedError
 
     async def exec(self, node: str, argv: Sequence[str]) -> AsyncGenerator[ExecChunk]:

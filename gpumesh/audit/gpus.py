@@ -1,4 +1,8 @@
-"""The audit's rules about GPUs: whether their number, name, memory and driver are as mesh.yaml expects."""
+"""The audit's rules about the GPUs that mesh.yaml expects. (Throttled and faulty GPUs: probes/gpu_problems.py.)
+
+The rules compare number, name, memory and driver with the ``expect`` of mesh.yaml. A probe finds what is wrong with a
+GPU by itself.
+"""
 
 from __future__ import annotations
 

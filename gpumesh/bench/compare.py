@@ -166,6 +166,10 @@ def _find_caveats(a: BenchResult, b: BenchResult) -> Iterator[str]:
     for name, properties_a in nodes_a.items():
         if name in nodes_b and nodes_b[name] != properties_a:
             yield f"node {name} is not the same: its GPUs, server or transport changed"
+    for label, nodes, other_nodes in (("A", nodes_a, nodes_b), ("B", nodes_b, nodes_a)):
+        for name in nodes:
+            if name not in other_nodes:
+                yield f"node {name} is only in {label}"
     for label, result in (("A", a), ("B", b)):
         if any(stage.client.bound for stage in result.stages):
             yield f"{label} was bound by the client in some stage (see its notes)"

@@ -1,4 +1,4 @@
-"""Generates the text of the simulated models: pure, deterministic, and continuable from any cut. Also embeddings.
+"""Generates the text and the embeddings of the simulated models: pure, deterministic, continuable from any cut.
 
 The text up to the last blank decides the next word, as the context does for a model at temperature 0. So an answer can
 be cut anywhere, even within a word, and continued on another host, as a last message of the assistant or as a raw
@@ -25,6 +25,7 @@ VOCABULARY = (  # noqa: SIM905 - a list of a hundred quoted words reads worse
     "🙂 🚀 👩\u200d🚀 ½ → “quoted” it's 42 3.14 100% x=1 `code` {json} <tag> C:\\temp"
 ).split(" ")
 
+EMBEDDING_LENGTH = 768  # numbers in one embedding, as in nomic-embed-text
 ASSISTANT_MARK = "<|im_start|>assistant\n"
 UNLIMITED_TOKENS = 1 << 16  # the limit of an answer without ``num_predict``: no simulated answer is as long
 # Two decisions from one state must not be the same random number as the choice of the word: so a number is added.
@@ -192,7 +193,7 @@ def make_schema_example(schema: Any, words: Sequence[str], depth: int = 0) -> An
     return example_text
 
 
-def make_embedding(text: str, size: int = 768) -> list[float]:
+def make_embedding(text: str, size: int = EMBEDDING_LENGTH) -> list[float]:
     """Makes an embedding of ``size`` numbers: the same text always gives the same numbers. The norm is 1."""
     state = zlib.crc32(text.encode(errors="replace"))
     values = [(_mix(state + number) / 0xFFFFFFFF) - 0.5 for number in range(size)]

@@ -25,7 +25,7 @@ def make_http_client(*, timeout: httpx.Timeout | float = TIMEOUT_S) -> httpx.Asy
     """A new client. The number of its connections is not limited: the caller limits how many requests run at once. A
     request that fails because of what the server does raises ``httpx.HTTPError`` and no other error."""
     return httpx.AsyncClient(
-        transport=_Transport(),
+        transport=_TransportPerServer(),
         cookies=_no_cookies(),
         trust_env=False,
         follow_redirects=False,
@@ -86,7 +86,7 @@ _Origin = tuple[str, str, int | None]
 """The scheme, the host or the path of the Unix socket, and the port."""
 
 
-class _Transport(httpx.AsyncBaseTransport):
+class _TransportPerServer(httpx.AsyncBaseTransport):
     """One transport of httpx, with its pool of connections, for each server, including servers at Unix sockets.
 
     httpcore looks through all connections of a pool at each request. One pool for all servers, with three calls to each

@@ -1,4 +1,4 @@
-"""Probes a host's GPUs by nvidia-smi, over the tunnel's connection; the hostname comes in the same round trip."""
+"""Probes a host's GPUs: runs nvidia-smi and ``hostname`` over the tunnel's connection, and builds the report."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from gpumesh.errors import ExecError, TunnelDown
 from gpumesh.printable import printable
 from gpumesh.probes.combined_commands import Argv, CommandOutput, RunCommand, run_commands
+from gpumesh.probes.gpu_problems import find_gpu_problems
 from gpumesh.probes.smi_failures import INFOROM, SmiFailure, classify_failure
 from gpumesh.probes.smi_tables import FIELDS, OLD_FIELDS, PROCESS_FIELDS, GpuTable, read_gpus, read_processes
 from gpumesh.state import Finding, GpuState, Severity
@@ -22,8 +23,6 @@ HOSTNAME: Argv = ("hostname",)
 PROCESSES: Argv = ("nvidia-smi", f"--query-compute-apps={','.join(PROCESS_FIELDS)}", FORMAT)
 # If one GPU is lost, the call for all GPUs fails. Then each GPU is asked by itself, up to this number.
 MAX_GPUS_ASKED_SINGLY = 16
-# Of the reasons for lower clocks (`smi_tables`), those that cost speed and have a remedy.
-REMEDIABLE_THROTTLES = ("hw-slowdown", "thermal", "hw-thermal", "power-brake")
 _HOSTNAME = re.compile(r"[A-Za-z0-9._-]{1,253}")
 
 
@@ -114,7 +113,7 @@ def build_gpu_report(
         hint = "run `nvidia-smi` on the host; is it a wrapper script?"
         finding = Finding("gpu-unreadable", Severity.ERROR, node, message, hint)
         return GpuReport(hostname=hostname, error=message, findings=(finding,))
-    findings = _find_gpu_problems(table, node)
+    findings = find_gpu_problems(table, node)
     if gpus.exit_status == INFOROM:
         findings.append(
             Finding(
@@ -160,7 +159,7 @@ async def _probe_gpus_singly(
     table = read_gpus(b"\n".join(rows), fields, hostname=hostname)
     if not table.gpus:
         return no_gpus_report
-    findings = (lost_finding, *_find_gpu_problems(table, node))
+    findings = (lost_finding, *find_gpu_problems(table, node))
     return GpuReport(_add_processes(table, processes), table.driver, hostname, findings=findings)
 
 
@@ -168,49 +167,6 @@ def _add_processes(table: GpuTable, processes: CommandOutput) -> tuple[GpuState,
     """The GPUs of the table, each with its processes from the answer to ``PROCESSES``."""
     by_uuid = read_processes(processes.output) if processes.exit_status == 0 else {}
     return tuple(replace(gpu, processes=by_uuid.get(gpu.uuid, ())) for gpu in table.gpus)
-
-
-def _find_gpu_problems(table: GpuTable, node: str | None) -> list[Finding]:
-    """The findings about GPUs that do answer: at most one finding of each code, which names all GPUs with this
-    problem."""
-    findings: list[Finding] = []
-
-    def add(code: str, severity: Severity, gpus: list[GpuState], problem: str, hint: str) -> None:
-        if gpus:
-            indexes = ("GPU " if len(gpus) == 1 else "GPUs ") + ", ".join(str(gpu.index) for gpu in gpus)
-            findings.append(Finding(code, severity, node, f"{indexes}: {problem}", hint))
-
-    faulty = [gpu for gpu in table.gpus if gpu.uuid in table.faulty_fields]
-    fields = sorted({field for gpu in faulty for field in table.faulty_fields[gpu.uuid]})
-    add(
-        "gpu-faulty",
-        Severity.ERROR,
-        faulty,
-        f"nvidia-smi reads an error for {', '.join(fields)}",
-        "look for `NVRM: Xid` in the host's `dmesg`, then reset the GPU (`nvidia-smi -r`) or reboot",
-    )
-    throttled = [gpu for gpu in table.gpus if _remediable_throttles(gpu)]
-    reasons = sorted({reason for gpu in throttled for reason in _remediable_throttles(gpu)})
-    add(
-        "gpu-throttled",
-        Severity.WARNING,
-        throttled,
-        f"slowed down ({', '.join(reasons)})",
-        "check its fans, the air around it and its power supply",
-    )
-    add(
-        "persistence-off",
-        Severity.INFO,
-        [gpu for gpu in table.gpus if gpu.persistence is False],
-        "persistence mode is off, so each idle spell unloads the driver and the next call takes seconds",
-        "`nvidia-smi -pm 1` on the host, or the nvidia-persistenced service",
-    )
-    return findings
-
-
-def _remediable_throttles(gpu: GpuState) -> list[str]:
-    """The reasons for the GPU's lower clocks that cost speed and have a remedy."""
-    return [reason for reason in (gpu.throttle or "").split(",") if reason in REMEDIABLE_THROTTLES]
 
 
 def _no_commands_report(answer: CommandOutput, node: str | None) -> GpuReport:

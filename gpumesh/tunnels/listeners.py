@@ -1,9 +1,10 @@
-"""The permanent local ends of a node's tunnel: one listening port or Unix socket for each target.
+"""The permanent local ports (or Unix sockets) of a node's tunnel; during an outage their clients wait, then are reset.
 
-They are bound once and stay open during a reconnect. The supervisor owns the listening sockets and lends them to the
-worker that is connected. Without a worker, the kernel completes a client's connect and the client waits in the backlog,
-so that a short outage is only a delay. After some seconds the supervisor accepts and resets such clients, so that no
-client hangs when the host stays away.
+There is one for each target. They are bound once and stay open during a reconnect. The supervisor owns the listening
+sockets and lends them to the worker that is connected. Without a worker, the kernel completes a client's connect and
+the client waits in the backlog, so that a short outage is only a delay. After ``CLIENT_WAIT_S`` such clients are
+accepted and reset, so that no client hangs when the host stays away. The supervisor says when an outage begins and
+ends.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from gpumesh.tunnels.local_system.sockets import close_with_reset
 from gpumesh.tunnels.local_system.unix_sockets import UnixListener, open_tunnel_listener
 from gpumesh.tunnels.local_system.unix_urls import unix_url
 
+CLIENT_WAIT_S = 8.0  # clients of a local port wait this long for a connection to the host; then they are reset
 BACKLOG = 1024  # clients of one listener that can wait for a worker
 _ACCEPTS_PER_EVENT = 64  # after this many accepts in a row, other tasks get their turn
 _ACCEPT_RETRY_S = 0.1  # the pause after an accept for which the system had no descriptor or no memory
@@ -92,7 +94,7 @@ class Listeners:
                 self._resetting_loop.remove_reader(listener)
             self._resetting_loop = None
 
-    def reset_clients_after(self, delay_s: float) -> None:
+    def reset_clients_after(self, delay_s: float = CLIENT_WAIT_S) -> None:
         """Calls ``reset_clients`` after ``delay_s``, unless ``hold_clients`` is called before."""
         self._cancel_timer()
         self._reset_timer = asyncio.get_running_loop().call_later(delay_s, self.reset_clients)

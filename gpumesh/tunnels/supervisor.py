@@ -41,7 +41,7 @@ from gpumesh.tunnels.lifecycle import (
     Woke,
     step,
 )
-from gpumesh.tunnels.listeners import Listeners
+from gpumesh.tunnels.listeners import CLIENT_WAIT_S, Listeners
 from gpumesh.tunnels.local_system.network_watch import watch_network, watch_sleep
 from gpumesh.tunnels.transport import ConnectionInfo, ConnectRequest
 from gpumesh.tunnels.workers.connection_watch import follow_connection
@@ -51,7 +51,6 @@ from gpumesh.tunnels.workers.worker_pool import WorkerHandle, WorkerPool
 
 log = logging.getLogger(__name__)
 
-CLIENT_WAIT_S = 8.0  # clients of a local port wait this long for a connection to the host; then they are reset
 CLOSE_S = 2.0  # the time for a worker to end its commands and close its connection
 # The time for the worker of a lost connection to reset its clients. A killed worker would only close the clients'
 # connections, and a cut answer may look whole.

@@ -108,6 +108,14 @@ def test_other_machines_are_said() -> None:
     assert "simulated" in simulated
 
 
+def test_a_node_in_only_one_of_the_results_is_named() -> None:
+    plain = result(measured())
+    (node,) = plain.environment.nodes
+    both = replace(plain, environment=replace(plain.environment, nodes=(node, replace(node, name="norway"))))
+    assert compare(plain, both).caveats == ("node norway is only in B",)
+    assert compare(both, plain).caveats == ("node norway is only in A",)
+
+
 def test_changed_nodes_are_named_in_the_order_of_the_file() -> None:
     plain = result(measured())
     (node,) = plain.environment.nodes

@@ -8,7 +8,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import replace
 
 from gpumesh.backends.base import Chunk, ServerCounters
-from gpumesh.daemon.sessions.session import ChatStream, PromptRequest
+from gpumesh.daemon.sessions.session import PromptAnswer, PromptRequest
 from gpumesh.errors import ModelMissing, QueueFull, UsageError
 from gpumesh.mesh.history import History, HistorySeries
 from gpumesh.state import MeshState
@@ -58,11 +58,11 @@ class ScriptedSession:
             yield replace(self.state, mesh=name)
         await asyncio.Event().wait()
 
-    def chat(self, prompt: PromptRequest) -> AbstractAsyncContextManager[ChatStream]:
+    def chat(self, prompt: PromptRequest) -> AbstractAsyncContextManager[PromptAnswer]:
         return self._open_chat(prompt)
 
     @asynccontextmanager
-    async def _open_chat(self, prompt: PromptRequest) -> AsyncGenerator[ChatStream]:
+    async def _open_chat(self, prompt: PromptRequest) -> AsyncGenerator[PromptAnswer]:
         self.prompts.append(prompt)
         if prompt.model == "missing":
             raise ModelMissing("missing", available=("a", "b"), hint="pull it")

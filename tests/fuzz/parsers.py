@@ -388,7 +388,7 @@ TARGETS: dict[str, FuzzTarget] = {
     ),
     "worker-message": FuzzTarget(
         _whole(protocol.decode_message),
-        (b'{"kind":"Output","number":1,"stream":"stdout","data":"aGk="}\n', b'{"kind":"Pong","number":1}\n'),
+        (b'{"kind":"OutputPiece","id":1,"stream":"stdout","data":"aGk="}\n', b'{"kind":"Pong","id":1,"rtt_ms":2.0}\n'),
         (ValueError,),
     ),
     "status": FuzzTarget(_status, (_STATUS,), (ValueError,)),

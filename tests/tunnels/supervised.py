@@ -22,7 +22,8 @@ from gpumesh.topology import (
     TransportKind,
     TunnelsSpec,
 )
-from gpumesh.tunnels.supervisor import CLIENT_WAIT_S, Prompter, SshTunnel, run_tunnel
+from gpumesh.tunnels.listeners import CLIENT_WAIT_S
+from gpumesh.tunnels.supervisor import Prompter, SshTunnel, run_tunnel
 from gpumesh.tunnels.workers.worker_pool import WorkerPool
 from tests.tunnels.polling import wait_until
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from gpumesh.backends.base import Chunk
 from gpumesh.daemon.control_socket import client_errors, framing, messages
 from gpumesh.daemon.control_socket.messages import ControlReply, ControlRequest
-from gpumesh.daemon.sessions.session import ChatStream, PromptRequest
+from gpumesh.daemon.sessions.session import PromptAnswer, PromptRequest
 from gpumesh.errors import GPUMeshError
 from gpumesh.mesh.history import History
 from gpumesh.state import MeshState
@@ -42,11 +42,11 @@ class RemoteSession:
                 if isinstance(reply, messages.State):
                     yield reply.state
 
-    def chat(self, prompt: PromptRequest) -> AbstractAsyncContextManager[ChatStream]:
+    def chat(self, prompt: PromptRequest) -> AbstractAsyncContextManager[PromptAnswer]:
         return self._open_chat(prompt)
 
     @asynccontextmanager
-    async def _open_chat(self, prompt: PromptRequest) -> AsyncIterator[ChatStream]:
+    async def _open_chat(self, prompt: PromptRequest) -> AsyncIterator[PromptAnswer]:
         async with aclosing(self._send_request(messages.Chat(prompt))) as replies:
             yield _RemoteChat(replies)
 
@@ -137,7 +137,7 @@ class RemoteSession:
 
 
 class _RemoteChat:
-    """The ChatStream whose chunks come as replies to ``Chat``."""
+    """The PromptAnswer whose chunks come as replies to ``Chat``."""
 
     def __init__(self, replies: AsyncIterator[ControlReply]) -> None:
         self._replies = replies

@@ -8,7 +8,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 from gpumesh.async_iterators import closing_iterator
 from gpumesh.backends.base import ChatRequest
-from gpumesh.daemon.sessions.session import ChatStream, PromptRequest
+from gpumesh.daemon.sessions.session import PromptAnswer, PromptRequest
 from gpumesh.errors import MeshNotRunning, TunnelDown, tunnel_error_from_code, unknown_node
 from gpumesh.mesh.history import History, Recorder
 from gpumesh.mesh.mesh import Mesh
@@ -54,11 +54,11 @@ class LocalSession:
                 yield self.mesh.snapshot()
                 await asyncio.sleep(interval_s)
 
-    def chat(self, prompt: PromptRequest) -> AbstractAsyncContextManager[ChatStream]:
+    def chat(self, prompt: PromptRequest) -> AbstractAsyncContextManager[PromptAnswer]:
         return self._open_chat(prompt)
 
     @asynccontextmanager
-    async def _open_chat(self, prompt: PromptRequest) -> AsyncGenerator[ChatStream]:
+    async def _open_chat(self, prompt: PromptRequest) -> AsyncGenerator[PromptAnswer]:
         if self._stopping:
             raise MeshNotRunning("the mesh is stopping and takes no new prompts")
         self._require_node(prompt.node)

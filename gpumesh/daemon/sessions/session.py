@@ -37,7 +37,7 @@ class PromptRequest:
     timeout_s: float | None = None
 
 
-class ChatStream(Protocol):
+class PromptAnswer(Protocol):
     """The answer to one prompt, chunk by chunk. ``node`` and ``attempts`` are known from the first chunk on, and final
     after the last."""
 
@@ -70,7 +70,7 @@ class Session(Protocol):
         state then."""
         ...
 
-    def chat(self, prompt: PromptRequest) -> AbstractAsyncContextManager[ChatStream]:
+    def chat(self, prompt: PromptRequest) -> AbstractAsyncContextManager[PromptAnswer]:
         """Sends a prompt and yields the stream of its answer. The end of the block stops the generation."""
         ...
 

@@ -106,7 +106,7 @@ class NativeRoutes:
             "general.architecture": model.family,
             "general.parameter_count": int(float(model.parameter_size.rstrip("BM")) * 1e9),
             f"{model.family}.context_length": model.context_length,
-            f"{model.family}.embedding_length": 768 if model.embedding else 3584,
+            f"{model.family}.embedding_length": text.EMBEDDING_LENGTH if model.embedding else 3584,
         }
         return json_response(
             {

@@ -1,5 +1,6 @@
-"""A node's ledger: the leases that are held, the breaker, the learned limit and rates, and the counts of outcomes.
+"""A node's ledger: leases, breaker, learned limit and rates, counts of outcomes, and sessions (conversations).
 
+A node remembers the sessions that came to it, because the beginning of their prompts may still be in its cache.
 All of this runs on the mesh's event loop, without I/O.
 """
 
@@ -20,7 +21,7 @@ from gpumesh.model_names import full_name
 from gpumesh.topology import BackendSpec
 
 MIN_LOAD_MS = 200.0  # a shorter load_duration is no load: a model that is in memory reports some ms too
-MAX_SESSIONS = 256  # of one node; the oldest are forgotten
+MAX_SESSIONS = 256  # of one node; with more, the session whose last request is the oldest is forgotten
 MIN_RATE_TOKENS = 4  # an answer with fewer tokens is too short to measure tokens/s
 
 
@@ -50,7 +51,7 @@ class Ledger:
         self.load_times = Smoothed()
         """Seconds that the loading of a model took, by model."""
         self.sessions: dict[str, None] = {}
-        """The sessions whose last request came to this node, the oldest first."""
+        """The sessions that have sent a request to this node, ordered by their last request, the oldest first."""
         self.served = self.failed = self.cancelled = 0
         self.attempt_outcomes: Counter[Outcome] = Counter()
         """The number of attempts that took a slot, by the outcome of the attempt."""

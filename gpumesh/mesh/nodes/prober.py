@@ -165,6 +165,9 @@ class Prober:
             self._first_round_done.set()  # without its key, the server cannot be asked in this round
             self._on_report()
             return
+        # A key that was missing before may be there now: programs that use the library set it while the mesh runs.
+        if self.reports.missing_secret is not None:
+            self.reports = replace(self.reports, missing_secret=None)
         report = await probe_backend(
             self._http,
             self._spec.backend,

@@ -23,8 +23,8 @@ from gpumesh.wire import from_json, to_json
 
 
 @dataclass(frozen=True, slots=True)
-class Exec:
-    """Run ``command`` (quoted already) on the host, and answer with ``Output`` messages and one ``Done``.
+class StartCommand:
+    """Run ``command`` (quoted already) on the host, and answer with ``OutputPiece`` messages and one ``Done``.
 
     ``stream``: send the output as it comes, without a limit of bytes. Otherwise send at most ``limit_bytes`` of stdout
     and of stderr, at the end. ``timeout_s``: end the command after this time; ``None``: it has no deadline.
@@ -87,7 +87,7 @@ class Lost:
 
 
 @dataclass(frozen=True, slots=True)
-class Output:
+class OutputPiece:
     """A piece of a command's output. ``stream`` is a value of ``OutputStream``; ``data`` is base64."""
 
     id: int
@@ -144,8 +144,8 @@ class Prompt:
     echo: bool
 
 
-ToWorker = ConnectRequest | Exec | Kill | Ping | Reply | Close
-FromWorker = ConnectionInfo | Failed | Lost | Output | Done | Pong | ForwardFailed | PeerRefused | Prompt
+ToWorker = ConnectRequest | StartCommand | Kill | Ping | Reply | Close
+FromWorker = ConnectionInfo | Failed | Lost | OutputPiece | Done | Pong | ForwardFailed | PeerRefused | Prompt
 
 _TYPES_BY_NAME: Mapping[str, type[ToWorker] | type[FromWorker]] = {
     message_type.__name__: message_type for message_type in (*get_args(ToWorker), *get_args(FromWorker))

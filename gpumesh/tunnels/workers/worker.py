@@ -29,18 +29,18 @@ from gpumesh.tunnels.workers import protocol
 from gpumesh.tunnels.workers.protocol import (
     Close,
     Done,
-    Exec,
     Failed,
     ForwardFailed,
     FromWorker,
     Kill,
     Lost,
-    Output,
+    OutputPiece,
     PeerRefused,
     Ping,
     Pong,
     Prompt,
     Reply,
+    StartCommand,
 )
 
 if TYPE_CHECKING:
@@ -170,7 +170,7 @@ class Worker:
                         answer.set_result(text)
                 case Ping():
                     group.create_task(self._ping(message))
-                case Exec():
+                case StartCommand():
                     self._commands[message.id] = group.create_task(self._exec(message))
                 case Kill(id=command_id):
                     if command_id in self._commands:
@@ -190,8 +190,8 @@ class Worker:
             rtt_ms = await self._connection.ping(request.timeout_s)
         await self._send(Pong(request.id, rtt_ms))
 
-    async def _exec(self, request: Exec) -> None:
-        """Runs one command. Sends its ``Output``, and then, in any case, one ``Done``. A cancel kills the command."""
+    async def _exec(self, request: StartCommand) -> None:
+        """Runs one command. Sends its output, and then, in any case, one ``Done``. A cancel kills the command."""
         if self._connection is None:
             await self._send(Done(request.id, None, error="the tunnel is not up"))
             return
@@ -214,7 +214,7 @@ class Worker:
                 await command.kill()
             await self._send(done)
 
-    async def _send_output(self, command: RemoteCommand, request: Exec) -> bool:
+    async def _send_output(self, command: RemoteCommand, request: StartCommand) -> bool:
         """Sends the command's output until the command ends. Returns true when output above ``limit_bytes`` was cut.
 
         With ``request.stream`` there is no limit.
@@ -238,5 +238,5 @@ class Worker:
         return truncated
 
 
-def _make_output(command_id: int, stream: OutputStream, data: bytes) -> Output:
-    return Output(command_id, stream.value, base64.b64encode(data).decode("ascii"))
+def _make_output(command_id: int, stream: OutputStream, data: bytes) -> OutputPiece:
+    return OutputPiece(command_id, stream.value, base64.b64encode(data).decode("ascii"))

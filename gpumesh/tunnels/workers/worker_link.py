@@ -15,18 +15,18 @@ from gpumesh.tunnels.transport import ConnectionInfo
 from gpumesh.tunnels.workers.protocol import (
     Close,
     Done,
-    Exec,
     Failed,
     ForwardFailed,
     FromWorker,
     Kill,
     Lost,
-    Output,
+    OutputPiece,
     PeerRefused,
     Ping,
     Pong,
     Prompt,
     Reply,
+    StartCommand,
 )
 from gpumesh.tunnels.workers.worker_pool import WorkerHandle
 
@@ -54,7 +54,7 @@ class _PendingCommand:
     """
 
     limit_bytes: int
-    messages: asyncio.Queue[Output | Done | None] = field(default_factory=asyncio.Queue)
+    messages: asyncio.Queue[OutputPiece | Done | None] = field(default_factory=asyncio.Queue)
     queued_bytes: int = 0
 
 
@@ -132,7 +132,7 @@ class WorkerLink:
                 ping = self._pings.get(ping_id)
                 if ping is not None and not ping.done():
                     ping.set_result(rtt_ms)
-            case Output() | Done():
+            case OutputPiece() | Done():
                 self._queue_message(message)
             case ForwardFailed():
                 self._on_forward_failed(message)
@@ -186,7 +186,7 @@ class WorkerLink:
         Raises TunnelDown when there is no connection, and ExecError when the command failed, took too long or was cut
         off.
         """
-        request = Exec(next(self._ids), command, timeout_s=timeout_s, limit_bytes=limit_bytes)
+        request = StartCommand(next(self._ids), command, timeout_s=timeout_s, limit_bytes=limit_bytes)
         output = {OutputStream.STDOUT: bytearray(), OutputStream.STDERR: bytearray()}
         succeeded = False
         try:
@@ -194,7 +194,7 @@ class WorkerLink:
                 # Two streams of ``limit_bytes`` take 8/3 of that as base64, and their short last pieces a little more.
                 pending = await self._start_command(request, limit_bytes=4 * limit_bytes + (1 << 20))
                 message = await pending.messages.get()
-                while isinstance(message, Output):
+                while isinstance(message, OutputPiece):
                     output[OutputStream(message.stream)] += base64.b64decode(message.data)
                     message = await pending.messages.get()
             succeeded = message is not None and message.error is None
@@ -211,12 +211,12 @@ class WorkerLink:
 
         Closing the iterator ends the command. Raises as ``run_command``.
         """
-        request = Exec(next(self._ids), command, timeout_s=None, limit_bytes=0, stream=True)
+        request = StartCommand(next(self._ids), command, timeout_s=None, limit_bytes=0, stream=True)
         succeeded = False
         try:
             pending = await self._start_command(request, limit_bytes=STREAM_LIMIT_BYTES)
             message = await pending.messages.get()
-            while isinstance(message, Output):
+            while isinstance(message, OutputPiece):
                 pending.queued_bytes -= len(message.data)
                 yield ExecChunk(OutputStream(message.stream), base64.b64decode(message.data))
                 message = await pending.messages.get()
@@ -226,7 +226,7 @@ class WorkerLink:
         finally:
             await self._forget_command(request.id, succeeded=succeeded)
 
-    async def _start_command(self, request: Exec, limit_bytes: int) -> _PendingCommand:
+    async def _start_command(self, request: StartCommand, limit_bytes: int) -> _PendingCommand:
         """Sends the request, and returns the command whose ``messages`` get the answers. Raises TunnelDown."""
         pending = self._commands[request.id] = _PendingCommand(limit_bytes)
         if self.end_cause.done():
@@ -234,12 +234,12 @@ class WorkerLink:
         await self._worker.send(request)
         return pending
 
-    def _queue_message(self, message: Output | Done) -> None:
+    def _queue_message(self, message: OutputPiece | Done) -> None:
         """Puts a message into its command's queue. Ends the command with an error if too much output waits there."""
         command = self._commands.get(message.id)
         if command is None:
             return  # the caller does not wait for the command any more
-        if isinstance(message, Output):
+        if isinstance(message, OutputPiece):
             command.queued_bytes += len(message.data)
             if command.queued_bytes > command.limit_bytes:
                 command.messages.put_nowait(Done(message.id, None, error="its output came faster than it was read"))

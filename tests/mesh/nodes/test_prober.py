@@ -147,6 +147,17 @@ async def test_a_missing_secret_ends_the_first_round(monkeypatch: pytest.MonkeyP
         assert desk.prober.reports.backend is None
 
 
+async def test_a_secret_that_appears_later_ends_the_complaint(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GPUMESH_TEST_KEY", raising=False)
+    async with open_desk(api_key_env="GPUMESH_TEST_KEY") as desk:
+        desk.link.update(UP)
+        await desk.prober.refresh()
+        monkeypatch.setenv("GPUMESH_TEST_KEY", "secret")
+        await desk.prober.refresh()
+        assert desk.prober.reports.missing_secret is None
+        assert desk.prober.reports.backend_is_up
+
+
 async def test_both_loops_run_and_end_the_first_round() -> None:
     async with open_desk() as desk:
         loops = [desk.prober.keep_probing_backend(), desk.prober.keep_probing_gpus()]

@@ -23,17 +23,17 @@ from gpumesh.tunnels.transports import load_connect
 from gpumesh.tunnels.workers.protocol import (
     Close,
     Done,
-    Exec,
     Failed,
     ForwardFailed,
     FromWorker,
     Kill,
     Lost,
-    Output,
+    OutputPiece,
     Ping,
     Pong,
     Prompt,
     Reply,
+    StartCommand,
 )
 from gpumesh.tunnels.workers.worker import CHUNK_BYTES, Worker
 from gpumesh.tunnels.workers.worker_pool import WorkerHandle, WorkerPool
@@ -80,7 +80,7 @@ async def wait_up(worker: WorkerHandle) -> None:
 async def collect_output(worker: WorkerHandle, number: int) -> tuple[bytes, bytes, Done]:
     """All output of a command, to its end. No other message may come meanwhile."""
     output = {"stdout": b"", "stderr": b""}
-    while isinstance(message := await receive(worker), Output):
+    while isinstance(message := await receive(worker), OutputPiece):
         assert message.id == number
         data = base64.b64decode(message.data)
         assert len(data) <= CHUNK_BYTES
@@ -104,7 +104,7 @@ async def test_a_connection_from_setup_to_close(
         started_worker(pool, make_setup(sshd.spec(transport=transport), folder, port)) as made,
     ):
         worker, (local,) = made
-        await worker.send(Exec(1, "true", 5.0, 10))  # too early
+        await worker.send(StartCommand(1, "true", 5.0, 10))  # too early
         assert await receive(worker) == Done(1, None, error="the tunnel is not up")
         await wait_up(worker)
         assert await exchange(local, b"hello") == b"hello"
@@ -112,11 +112,11 @@ async def test_a_connection_from_setup_to_close(
         pong = await receive(worker)
         assert isinstance(pong, Pong)
         assert pong.rtt_ms is not None
-        await worker.send(Exec(3, "sh -c 'echo out; echo err >&2; exit 3'", 20.0, 100))
+        await worker.send(StartCommand(3, "sh -c 'echo out; echo err >&2; exit 3'", 20.0, 100))
         assert await collect_output(worker, 3) == (b"out\n", b"err\n", Done(3, 3))
-        await worker.send(Exec(4, "head -c 100000 /dev/zero", 20.0, 50_000))
+        await worker.send(StartCommand(4, "head -c 100000 /dev/zero", 20.0, 50_000))
         assert await collect_output(worker, 4) == (bytes(50_000), b"", Done(4, 0, truncated=True))
-        await worker.send(Exec(5, "sleep 600", 0.2, 100))
+        await worker.send(StartCommand(5, "sleep 600", 0.2, 100))
         assert (await collect_output(worker, 5))[2].error == "no end of the command within 0.2 s"
         await worker.send(Close())
         assert await receive(worker) is None
@@ -132,15 +132,15 @@ async def test_streamed_output_is_sent_at_once_and_the_command_can_be_killed(
 ) -> None:
     async with started_worker(pool, make_setup(sshd.spec(transport=transport), folder)) as (worker, _):
         await wait_up(worker)
-        await worker.send(Exec(1, "sh -c 'echo $$; exec sleep 600'", None, 0, stream=True))
+        await worker.send(StartCommand(1, "sh -c 'echo $$; exec sleep 600'", None, 0, stream=True))
         first = await receive(worker)
-        assert isinstance(first, Output)
+        assert isinstance(first, OutputPiece)
         pid = int(base64.b64decode(first.data))
         await worker.send(Kill(1))
         assert await receive(worker) == Done(1, None, error="stopped")
         await wait_until(lambda: not alive(pid), "the command's end")
         await worker.send(Kill(1))  # there is none any more
-        await worker.send(Exec(2, "head -c 3000000 /dev/zero", None, 0, stream=True))
+        await worker.send(StartCommand(2, "head -c 3000000 /dev/zero", None, 0, stream=True))
         assert len((await collect_output(worker, 2))[0]) == 3_000_000
 
 
@@ -216,12 +216,12 @@ async def test_many_commands_at_once(sshd: Sshd, pool: WorkerPool, folder: Path)
         await wait_up(worker)
         count = 8
         for number in range(count):
-            await worker.send(Exec(number, f"echo {number}", 30.0, 100))
+            await worker.send(StartCommand(number, f"echo {number}", 30.0, 100))
         output: dict[int, bytes] = {}
         done: dict[int, Done] = {}
         while len(done) < count:
             message = await receive(worker)
-            if isinstance(message, Output):
+            if isinstance(message, OutputPiece):
                 output[message.id] = base64.b64decode(message.data)
             elif isinstance(message, Done):
                 done[message.id] = message

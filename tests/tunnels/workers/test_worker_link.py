@@ -20,18 +20,18 @@ from gpumesh.tunnels.workers import protocol, worker_link
 from gpumesh.tunnels.workers.protocol import (
     Close,
     Done,
-    Exec,
     Failed,
     ForwardFailed,
     FromWorker,
     Kill,
     Lost,
-    Output,
+    OutputPiece,
     PeerRefused,
     Ping,
     Pong,
     Prompt,
     Reply,
+    StartCommand,
     ToWorker,
 )
 from gpumesh.tunnels.workers.worker_link import WorkerLink, cause_from_error, error_from_cause
@@ -58,7 +58,7 @@ class LinkWithWorker:
             self.writer.write(protocol.encode_message(message))
 
     def send_output(self, number: int, stream: OutputStream, data: bytes) -> None:
-        self.send(Output(number, stream.value, base64.b64encode(data).decode()))
+        self.send(OutputPiece(number, stream.value, base64.b64encode(data).decode()))
 
 
 @contextlib.asynccontextmanager
@@ -207,7 +207,7 @@ async def test_a_command_and_its_output() -> None:
     async with running_link() as pair:
         running = asyncio.create_task(pair.link.run_command("nvidia-smi -L", timeout_s=20.0, limit_bytes=100))
         request = await pair.receive()
-        assert isinstance(request, Exec)
+        assert isinstance(request, StartCommand)
         assert (request.command, request.timeout_s, request.limit_bytes, request.stream) == (
             "nvidia-smi -L",
             20.0,
@@ -233,7 +233,7 @@ async def test_a_command_that_fails(how: str) -> None:
             return
         running = asyncio.create_task(pair.link.run_command("true", timeout_s=20.0, limit_bytes=10))
         request = await pair.receive()
-        assert isinstance(request, Exec)
+        assert isinstance(request, StartCommand)
         if how == "error":
             pair.send(Done(request.id, None, error="the host gives no session"))
         else:
@@ -249,7 +249,7 @@ async def test_a_worker_that_does_not_keep_the_deadline(monkeypatch: pytest.Monk
         with pytest.raises(ExecError, match=r"within 0\.05 s"):
             await pair.link.run_command("sleep 600", timeout_s=0.05, limit_bytes=10)
         request = await pair.receive()
-        assert isinstance(request, Exec)
+        assert isinstance(request, StartCommand)
         assert await pair.receive() == Kill(request.id)
         pair.send(Done(request.id, None, error="late"))  # its caller is gone
         assert not pair.link._commands
@@ -262,7 +262,7 @@ async def test_a_cancelled_command_is_killed() -> None:
         running.cancel()
         with pytest.raises(asyncio.CancelledError):
             await running
-        assert isinstance(request, Exec)
+        assert isinstance(request, StartCommand)
         assert await pair.receive() == Kill(request.id)
 
 
@@ -271,7 +271,7 @@ async def test_output_beyond_the_limit_fails_the_command() -> None:
     async with running_link() as pair:
         running = asyncio.create_task(pair.link.run_command("yes", timeout_s=60.0, limit_bytes=1000))
         request = await pair.receive()
-        assert isinstance(request, Exec)
+        assert isinstance(request, StartCommand)
         for _ in range(100):
             pair.send_output(request.id, OutputStream.STDOUT, bytes(32 * 1024))
         with pytest.raises(ExecError, match="faster"):
@@ -284,7 +284,7 @@ async def test_a_stream_yields_output_and_closing_it_kills_the_command() -> None
         stream = pair.link.stream_command("tail -f x")
         first = asyncio.ensure_future(anext(stream))
         request = await pair.receive()
-        assert isinstance(request, Exec)
+        assert isinstance(request, StartCommand)
         assert (request.stream, request.timeout_s) == (True, None)
         pair.send_output(request.id, OutputStream.STDOUT, b"one")
         chunks.append(await first)
@@ -301,7 +301,7 @@ async def test_a_stream_yields_output_and_closing_it_kills_the_command() -> None
         stream = pair.link.stream_command("yes")
         first = asyncio.ensure_future(anext(stream))
         request = await pair.receive()
-        assert isinstance(request, Exec)
+        assert isinstance(request, StartCommand)
         pair.send_output(request.id, OutputStream.STDOUT, b"y\n")
         await first
         await stream.aclose()
