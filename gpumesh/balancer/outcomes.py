@@ -1,4 +1,4 @@
-"""``Outcome``: how one attempt on a node ended, and one table with the consequences of each outcome. Pure.
+"""``Outcome``: how an attempt ended; the table of its consequences; how often a request is tried. Pure.
 
 The table says whether another node is tried, whether the outcome counts against the node's breaker, whether the tunnel
 is checked, and the outcome of the request if this attempt was its last (served, failed or cancelled). Before the first

@@ -1,8 +1,8 @@
-"""``Dispatcher``: gives each request a slot on the node that the balancer chooses, and holds the queue for a free slot.
+"""``Dispatcher``: gives each request a slot on the chosen node; a request waits here while its nodes are busy or away.
 
-``acquire`` returns at once while a slot is free. Otherwise the request waits in the mesh's queue until
-``grant_waiting`` gives it a slot. So requests wait where people can see them, and not in Ollama's queue. A request also
-waits for a node that is away only for a moment (reconnecting), but at most ``grace_s``.
+The balancer chooses the node. ``acquire`` returns at once while a slot is free. Otherwise the request waits in the
+mesh's queue until ``grant_waiting`` gives it a slot. So requests wait where people can see them, and not in Ollama's
+queue. A request also waits for a node that is away only for a moment (reconnecting), but at most ``grace_s``.
 """
 
 from __future__ import annotations
