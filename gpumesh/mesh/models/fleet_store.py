@@ -1,4 +1,4 @@
-"""Pulls, creates, copies, deletes and pushes models on the nodes of a running mesh, on one node or on several.
+"""Pulls, creates, copies, deletes and pushes models on several nodes, or on one: for the gateway's /api routes.
 
 A caller may name one node: then the operation is for this node only. Otherwise:
 
