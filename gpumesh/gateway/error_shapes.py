@@ -99,7 +99,12 @@ def _error_type(types: Mapping[int, str], status: int) -> str:
 
 
 def error_frame(api: ClientApi, status: int, message: str) -> bytes:
-    """An error as a frame of a stream that has begun: from it the client learns that the answer is not complete."""
+    """An error as a frame of a stream that has begun: from it the client learns that the answer is not complete.
+
+    Only for streams of routes that generate no text, such as the progress of a pull. A stream with generated text ends
+    with the ``error_frame`` of its own format (backends/continuation), which names a cut, not a status, and which
+    knows the events of ``/v1/responses``.
+    """
     body = error_body(api, status, message)
     match api:
         case ClientApi.OLLAMA:

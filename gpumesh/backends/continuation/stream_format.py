@@ -135,7 +135,12 @@ class StreamFormat(Protocol):
         ``reason`` is the finish reason, or empty if the client has received it.
         """
 
-    def error_frame(self, message: str) -> bytes: ...
+    def error_frame(self, message: str) -> bytes:
+        """The frame of an error that ends the client's stream, for example when a cut answer cannot be continued.
+
+        It is not ``gateway.error_shapes.error_frame``, whose error type follows from a status: that frame ends streams
+        of routes that generate no text. Here the status 200 is sent already, so the error cannot have one of its own.
+        """
 
 
 def read_debug_rendering(document: JsonObject) -> RenderedPrompt | None:
