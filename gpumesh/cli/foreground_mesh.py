@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 import typer
 
 from gpumesh.async_iterators import closing_iterator
+from gpumesh.cli.first_report import FIRST_REPORT_TIMEOUT_S
 from gpumesh.config import environment
 
 if TYPE_CHECKING:
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# The time for one connect and one probe together. Facts that are not known by then are shown as unknown.
-FIRST_REPORT_TIMEOUT_S = 7.0
 REDRAW_S = 0.5  # between two looks at the mesh's state
 
 

@@ -1,4 +1,4 @@
-"""Starts a mesh in the background (`up -d`), and stops one that runs there (`down`)."""
+"""Starts the process of a background mesh (`up -d`) and waits until its sockets listen; stops such a mesh (`down`)."""
 
 from __future__ import annotations
 

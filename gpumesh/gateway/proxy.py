@@ -14,7 +14,7 @@ from gpumesh.backends import safe_json
 from gpumesh.backends.base import HttpCall
 from gpumesh.backends.dialects import DIALECTS
 from gpumesh.balancer.base import Demand
-from gpumesh.balancer.select import has_model
+from gpumesh.balancer.select import meets_demand
 from gpumesh.errors import BackendError, GPUMeshError
 from gpumesh.gateway import error_shapes
 from gpumesh.gateway.http.errors import BadRequest
@@ -137,9 +137,7 @@ def _find_other_nodes(mesh: Mesh, demand: Demand, asked_node: str) -> list[str]:
     if demand.node is not None:
         return []
     usable = [candidate for candidate in mesh.candidates() if candidate.usable and candidate.name != asked_node]
-    return [
-        candidate.name for candidate in usable if candidate.kind in demand.kinds and has_model(candidate, demand.model)
-    ]
+    return [candidate.name for candidate in usable if meets_demand(candidate, demand)]
 
 
 async def _stream_response(request: Request, answer: Answer, shape: ClientApi) -> StreamingResponse:

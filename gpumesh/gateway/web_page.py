@@ -1,4 +1,4 @@
-"""The routes of the web page at /ui: its static file, its server-sent events, and its changes of a node.
+"""The routes of the web page at /ui: static file, server-sent events, the last hour for its plots, changes of a node.
 
 The file holds no data of the mesh, and every client gets it. The events need the key, if a key is set. The page can
 change something (drain, resume or reconnect a node) only if a key is set: a client that can only reach the port cannot

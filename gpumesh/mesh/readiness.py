@@ -1,4 +1,4 @@
-"""Waits until the nodes of a mesh have reported, or until a node can serve a demand."""
+"""Waits until all nodes of a mesh have reported (the first report), or until a node can serve a demand."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ from contextlib import AbstractAsyncContextManager, ExitStack
 from random import Random
 from typing import TYPE_CHECKING
 
+from gpumesh.cli.first_report import FIRST_REPORT_TIMEOUT_S
 from gpumesh.cli.global_options import GlobalOptions
 from gpumesh.cli.open_session import open_session
 
@@ -22,9 +23,6 @@ if TYPE_CHECKING:
     from gpumesh.daemon.sessions.session import Session
     from gpumesh.state import MeshState
     from gpumesh.topology import Topology
-
-# Every node is measured, so every node gets the time for one connect and one probe together.
-FIRST_REPORT_TIMEOUT_S = 7.0
 
 
 async def measure(

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gpumesh.cli.command_group import new_app
+from gpumesh.cli.first_report import DEMO_FIRST_REPORT_TIMEOUT_S
 from gpumesh.cli.global_options import GlobalOptions, global_options
 from gpumesh.errors import ExitCode
 from gpumesh.quoting import shell_word
@@ -33,7 +34,6 @@ PROMPTS_BEFORE_KILL = 6  # so many answers come before a host is killed; by then
 # From at least to at most so many tokens. Answers are short: a few slow hosts must answer all prompts while a person
 # watches.
 ANSWER_TOKENS = (16, 48)
-FIRST_REPORT_TIMEOUT_S = 15.0
 RECOVERY_TIMEOUT_S = 12.0
 REDRAW_S = 0.25
 BUSY_POLL_S = 0.02  # a host answers a prompt in a fraction of a second
@@ -137,7 +137,7 @@ async def _run_scenes(display: DemoDisplay, session: LocalSession, lab: Lab) -> 
     """Shows the tunnels, one answer, many answers while a host is killed, and the return of that host. Returns the exit
     code of the command."""
     started_at = time.monotonic()
-    state = await session.wait_first_report(FIRST_REPORT_TIMEOUT_S)
+    state = await session.wait_first_report(DEMO_FIRST_REPORT_TIMEOUT_S)
     spent_s = time.monotonic() - started_at
     healthy_names = [node.name for node in state.nodes if node.health is Health.HEALTHY]
     display.print_line(

@@ -10,6 +10,7 @@ import typer
 
 from gpumesh.cli import completion
 from gpumesh.cli.command_group import new_app
+from gpumesh.cli.first_report import FIRST_REPORT_TIMEOUT_S
 from gpumesh.cli.global_options import GlobalOptions, global_options
 from gpumesh.cli.json_output import json_option, print_json
 from gpumesh.cli.open_session import open_session, run_async
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from gpumesh.mesh.models import inventory
     from gpumesh.state import MeshState, NodeState
 
-FIRST_REPORT_TIMEOUT_S = 7.0
 MAX_LISTED_NAMES = 6  # in one cell of the table; the cell only counts the others
 # A year. For a model that stays loaded for ever (keep_alive -1) Ollama gives a time some centuries ahead.
 FOREVER_S = 86400.0 * 365

@@ -13,6 +13,7 @@ import typer
 
 from gpumesh.cli import completion
 from gpumesh.cli.command_group import new_app
+from gpumesh.cli.first_report import FIRST_REPORT_TIMEOUT_S
 from gpumesh.cli.global_options import GlobalOptions, global_options
 from gpumesh.cli.json_output import json_option, print_json
 from gpumesh.cli.open_session import open_session, run_async
@@ -24,8 +25,6 @@ from gpumesh.state import Health, MeshState, Severity
 
 if TYPE_CHECKING:
     from gpumesh.mesh.history import History
-
-FIRST_REPORT_TIMEOUT_S = 7.0
 
 app = new_app()
 

@@ -1,4 +1,4 @@
-"""`gpumesh up`: runs the mesh, in the foreground with a live table or in the background."""
+"""`gpumesh up`: runs the mesh here with a live table, or starts it in the background and waits for its first report."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import typer
 
 from gpumesh.cli import completion
 from gpumesh.cli.command_group import new_app
-from gpumesh.cli.foreground_mesh import FIRST_REPORT_TIMEOUT_S, show_mesh
+from gpumesh.cli.first_report import FIRST_REPORT_TIMEOUT_S
+from gpumesh.cli.foreground_mesh import show_mesh
 from gpumesh.cli.global_options import GlobalOptions, global_options
 from gpumesh.cli.open_session import run_async
 
@@ -69,7 +70,8 @@ def up(
 
 
 def _run_in_background(options: GlobalOptions, up_options: UpOptions) -> None:
-    """Starts the background mesh, and prints its first report."""
+    """Starts the background mesh, waits at most ``FIRST_REPORT_TIMEOUT_S`` for the first report of all nodes, and
+    prints it."""
     from gpumesh.cli.views.status.status_view import ViewOptions, print_status
     from gpumesh.daemon.background import start_background
     from gpumesh.daemon.control_socket.quick_status import fetch_status

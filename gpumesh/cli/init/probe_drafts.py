@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from gpumesh.cli.first_report import INIT_FIRST_REPORT_TIMEOUT_S
 from gpumesh.cli.init.mesh_yaml import mesh_yaml_lines
 from gpumesh.cli.init.node_drafts import Draft
 from gpumesh.errors import ConfigError, UsageError
 from gpumesh.state import BackendPhase
 from gpumesh.topology import Topology
-
-FIRST_REPORT_TIMEOUT_S = 12.0  # for a connect, and a probe of every usual port
 
 
 async def probe_drafts(drafts: Sequence[Draft]) -> list[Draft]:
@@ -20,7 +19,7 @@ async def probe_drafts(drafts: Sequence[Draft]) -> list[Draft]:
     from gpumesh.mesh.mesh import Mesh
 
     async with Mesh(topology_of(drafts)) as mesh:
-        state = await mesh.wait_first_report(FIRST_REPORT_TIMEOUT_S)
+        state = await mesh.wait_first_report(INIT_FIRST_REPORT_TIMEOUT_S)
         probed_drafts = []
         for draft in drafts:
             node = state.node(draft.name)

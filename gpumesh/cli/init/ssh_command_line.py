@@ -61,19 +61,19 @@ def parse_ssh_line(line: str) -> SshLine:
         words = words[1:]
     options: dict[str, str] = {}
     forwards: list[str] = []
-    destination: str | None = None
+    host: str | None = None
     remaining_words = iter(words)
     for word in remaining_words:
         is_option = word.startswith("-") and word != "-"
         if is_option:
             _read_option(word, remaining_words, options, forwards, line)
-        elif destination is None:
-            destination = word
+        elif host is None:
+            host = _read_destination(word, options)
         else:
             break  # the rest is a command to run on the host
-    if destination is None:
+    if host is None:
         raise UsageError(f"{line!r} names no host", hint="for example --from 'ssh root@203.0.113.7 -p 13323'")
-    return replace(_make_line(destination, options, line), forwarded_ports=tuple(_remote_ports(forwards)))
+    return replace(_make_line(host, options, line), forwarded_ports=tuple(_remote_ports(forwards)))
 
 
 def _remote_ports(forwards: Sequence[str]) -> Iterator[int]:
@@ -89,8 +89,9 @@ def _read_option(
     word: str, remaining_words: Iterator[str], options: dict[str, str], forwards: list[str], line: str
 ) -> None:
     """Reads a word of option letters, as ``-4p``. Adds its value to ``options`` (by the field of SshLine), or a value
-    of ``-L`` to ``forwards``. The first letter that takes a value takes the rest of the word, or the next word.
-    ``line``: the whole line, for the UsageError if there is no value."""
+    of ``-L`` to ``forwards``. The first letter that takes a value takes the rest of the word, or the next word. Of two
+    values of one field the first counts, as in ssh. ``line``: the whole line, for the UsageError if there is no value.
+    """
     for position, letter in enumerate(word[1:], 1):
         if letter not in _OPTIONS_WITH_VALUE:
             continue
@@ -98,7 +99,7 @@ def _read_option(
         if value is None:
             raise UsageError(f"{line!r}: -{letter} needs a value")
         if letter in _FIELD_BY_LETTER:
-            options[_FIELD_BY_LETTER[letter]] = value
+            options.setdefault(_FIELD_BY_LETTER[letter], value)
         elif letter == "L":
             forwards.append(value)
         elif letter == "o":
@@ -109,15 +110,23 @@ def _read_option(
         return
 
 
-def _make_line(destination: str, options: dict[str, str], line: str) -> SshLine:
-    """The SshLine of a destination, which is ``[user@]host`` or an ``ssh://`` URL, and of the values of options. As in
-    ssh, the destination's user wins over ``-l``, but ``-p`` wins over the URL's port. Raises UsageError."""
+def _read_destination(destination: str, options: dict[str, str]) -> str:
+    """Returns the host of a destination, which is ``[user@]host`` or an ``ssh://`` URL. Adds its user and its port to
+    ``options``, unless an option before it has given them: as in ssh, the first value counts."""
     if destination.startswith("ssh://"):
         destination = destination.removeprefix("ssh://").rstrip("/")
         address, colon, url_port = destination.rpartition(":")
         if colon and url_port.isdecimal():
-            destination, options = address, {"port": url_port, **options}
+            destination = address
+            options.setdefault("port", url_port)
     user, at_sign, host = destination.rpartition("@")
+    if at_sign:
+        options.setdefault("user", user)
+    return host
+
+
+def _make_line(host: str, options: dict[str, str], line: str) -> SshLine:
+    """The SshLine of a host and of the values of options, by the field of SshLine. Raises UsageError."""
     port = options.get("port", "22")
     is_number = port.isascii() and port.isdecimal()
     if not is_number or not 1 <= int(port) <= 65535:
@@ -130,7 +139,7 @@ def _make_line(destination: str, options: dict[str, str], line: str) -> SshLine:
     return SshLine(
         host=host.strip("[]"),
         port=int(port),
-        user=user if at_sign else options.get("user"),
+        user=options.get("user"),
         identity=options.get("identity"),
         jump=options.get("jump"),
     )
