@@ -1,6 +1,8 @@
-"""The interface of a transport: a ``ConnectFunction`` takes a ``ConnectRequest`` and returns a ``HostConnection``.
+"""The interface of a transport (``ConnectFunction``, ``HostConnection``), and the times that all transports share.
 
-transports.py lists the transports. All of this runs on the event loop of the worker's process.
+A ``ConnectFunction`` takes a ``ConnectRequest`` and returns a ``HostConnection``. transports.py lists the transports.
+The shared times: for a person's answer to a question (a passphrase), and for the repetition of a ping. All of this runs
+on the event loop of the worker's process.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ class ProgressDisplay(Protocol):
     def write(self, line: str) -> None: ...
 
 
-class _NoBar:
+class _HiddenBar:
     """A display that only writes results."""
 
     def __call__(self, done: int, note: str = "") -> None: ...
@@ -35,7 +35,7 @@ class _NoBar:
         sys.stdout.flush()
 
 
-class _Bar(_NoBar):
+class _ShownBar(_HiddenBar):
     """A display with one bar."""
 
     def __init__(self, bar: Progress, task: TaskID) -> None:
@@ -54,7 +54,7 @@ def write_above_bars(bars: Progress, line: str) -> None:
     if sys.stdout.isatty():
         bars.console.print(Text(line), soft_wrap=True)
     else:
-        _NoBar().write(line)
+        _HiddenBar().write(line)
 
 
 @contextmanager
@@ -65,11 +65,11 @@ def show_progress(total: int, title: str, *, quiet: bool) -> Iterator[ProgressDi
 
     out = console(stderr=True)
     if quiet or not out.is_terminal:
-        yield _NoBar()
+        yield _HiddenBar()
         return
     title_column = TextColumn("{task.description}", markup=False)
     note_column = TextColumn("{task.fields[note]}", markup=False)
     columns = (title_column, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), note_column)
     # By default rich redirects stdout to its own console: results would go to the terminal and not into a file.
     with Progress(*columns, console=out, transient=True, redirect_stdout=False) as bar:
-        yield _Bar(bar, bar.add_task(title, total=total, note=""))
+        yield _ShownBar(bar, bar.add_task(title, total=total, note=""))

@@ -1,4 +1,4 @@
-"""``Prober``: probes a node's inference server and its GPUs in two loops, and keeps the last reports of both.
+"""``Prober``: probes a node's inference server and its GPUs every 2 s each, and keeps the last reports of both.
 
 The loops change only three things: they update ``reports``, reset the ledger's breaker, and abort attempts on a server
 that no longer answers. No fault of a host makes them raise.
