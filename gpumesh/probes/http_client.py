@@ -42,9 +42,11 @@ def _no_cookies() -> CookieJar:
 
 @cache
 def _tls_context() -> ssl.SSLContext:
-    """The TLS settings of all connections. They are made only once: it takes 20 ms to read the authorities'
-    certificates."""
-    return httpx.create_ssl_context(trust_env=False)
+    """The TLS settings of all connections: the authorities that this system trusts, as for the requests of clients
+    (mesh/requests/connection_pool.py). httpx's own settings have another list of authorities, so a server with a
+    company's certificate would get requests but fail every probe. Made only once: reading the certificates takes 20 ms.
+    """
+    return ssl.create_default_context()
 
 
 def parse_unix_url(url: httpx.URL) -> tuple[str, str] | None:

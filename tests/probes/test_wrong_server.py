@@ -21,6 +21,8 @@ from cryptography.x509.oid import NameOID
 from gpumesh.audit.catalog import CATALOG
 from gpumesh.lab import profile
 from gpumesh.lab.ollama import SimOllama
+from gpumesh.mesh.requests import connection_pool
+from gpumesh.probes import http_client
 from gpumesh.probes.backend import probe_backend
 from gpumesh.probes.http_client import make_http_client
 from gpumesh.state import Finding
@@ -111,6 +113,15 @@ async def test_a_certificate_of_no_known_authority(client: httpx.AsyncClient, ce
     assert finding.code == "tls-refused"
     assert "certificate is not accepted: self" in finding.message
     assert "known authority" in (finding.hint or "")
+
+
+def test_probes_and_requests_trust_the_authorities_of_this_system(
+    certificate: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``SSL_CERT_FILE`` stands for the system's list of authorities."""
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    for make_context in (http_client._tls_context, connection_pool._tls_context):
+        assert make_context.__wrapped__().cert_store_stats()["x509"] == 1
 
 
 async def test_https_to_an_ssh_server(client: httpx.AsyncClient) -> None:
