@@ -1,1 +1,1 @@
-"""Settings of the mesh's own process: its event loop (uvloop), its memory (glibc), its limit of open files."""
+"""Settings of the mesh's process: event loop (uvloop), memory (glibc), garbage collection, the limit of open files."""
