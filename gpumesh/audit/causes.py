@@ -1,4 +1,4 @@
-"""Leaves one finding for one fault: drops findings that only follow from another finding of the same node. Pure."""
+"""Drops findings that only follow from another finding of the same node, and lowers severities by mesh.yaml. Pure."""
 
 from __future__ import annotations
 
