@@ -18,14 +18,14 @@ def find_gpu_problems(table: GpuTable, node: str | None) -> list[Finding]:
     problem."""
     findings: list[Finding] = []
 
-    def add(code: str, severity: Severity, gpus: list[GpuState], problem: str, hint: str) -> None:
+    def add_finding(code: str, severity: Severity, gpus: list[GpuState], problem: str, hint: str) -> None:
         if gpus:
             indexes = ("GPU " if len(gpus) == 1 else "GPUs ") + ", ".join(str(gpu.index) for gpu in gpus)
             findings.append(Finding(code, severity, node, f"{indexes}: {problem}", hint))
 
     faulty = [gpu for gpu in table.gpus if gpu.uuid in table.faulty_fields]
     fields = sorted({field for gpu in faulty for field in table.faulty_fields[gpu.uuid]})
-    add(
+    add_finding(
         "gpu-faulty",
         Severity.ERROR,
         faulty,
@@ -34,14 +34,14 @@ def find_gpu_problems(table: GpuTable, node: str | None) -> list[Finding]:
     )
     throttled = [gpu for gpu in table.gpus if _remediable_throttles(gpu)]
     reasons = sorted({reason for gpu in throttled for reason in _remediable_throttles(gpu)})
-    add(
+    add_finding(
         "gpu-throttled",
         Severity.WARNING,
         throttled,
         f"slowed down ({', '.join(reasons)})",
         "check its fans, the air around it and its power supply",
     )
-    add(
+    add_finding(
         "persistence-off",
         Severity.INFO,
         [gpu for gpu in table.gpus if gpu.persistence is False],

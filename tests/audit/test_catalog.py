@@ -21,7 +21,7 @@ from gpumesh.errors import GPUMeshError
 PACKAGE = Path(gpumesh.__file__).parent
 CODE = re.compile(r"[a-z]+(-[a-z]+)*")
 # Classes and functions that take a code, and its place among their arguments.
-CODE_PLACES = {"Finding": 0, "SmiFailure": 0, "Cause": 0, "Failed": 0, "Lost": 0, "ForwardFailed": 0, "add": 0}
+CODE_PLACES = {"Finding": 0, "SmiFailure": 0, "Cause": 0, "Failed": 0, "Lost": 0, "ForwardFailed": 0, "add_finding": 0}
 CODE_KEYWORDS = ("code", "error_code", "finding_code")
 
 
