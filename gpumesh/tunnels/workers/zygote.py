@@ -56,6 +56,9 @@ class Zygote:
         child_process.die_with_parent()
         child_process.set_title("gpumesh tunnels")
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+        # paramiko imports invoke, if it is there, to run the commands of "Match exec" in an ssh configuration. A worker
+        # reads no such file, and the import would be a quarter of the zygote's start.
+        sys.modules["invoke"] = None  # type: ignore[assignment]
         # Imported here: the mesh imports this module too, and must not load paramiko.
         from gpumesh.tunnels.workers import worker
 
