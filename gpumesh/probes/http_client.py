@@ -41,12 +41,13 @@ def _no_cookies() -> CookieJar:
 
 
 @cache
-def _tls_context() -> ssl.SSLContext:
-    """The TLS settings of all connections: the authorities that this system trusts, as for the requests of clients
-    (mesh/requests/connection_pool.py). httpx's own settings have another list of authorities, so a server with a
-    company's certificate would get requests but fail every probe. Made only once: reading the certificates takes 20 ms.
+def _tls_context(scheme: str) -> ssl.SSLContext:
+    """The TLS settings of all connections to servers of this scheme: the authorities that this system trusts, as for
+    the requests of clients (mesh/requests/connection_pool.py). httpx's own settings have another list of authorities,
+    so a server with a company's certificate would get requests but fail every probe. Made only once: reading the
+    certificates takes 20 ms. For ``http``, which is all that comes through a tunnel, they are not read.
     """
-    return ssl.create_default_context()
+    return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT) if scheme == "http" else ssl.create_default_context()
 
 
 def parse_unix_url(url: httpx.URL) -> tuple[str, str] | None:
@@ -61,12 +62,13 @@ def parse_unix_url(url: httpx.URL) -> tuple[str, str] | None:
     return unix_parts if socket_path.endswith(SUFFIX) else None  # any other path: "unix" is the name of a host
 
 
-def _create_transport(socket_path: str | None) -> httpx.AsyncHTTPTransport:
+def _create_transport(scheme: str, socket_path: str | None) -> httpx.AsyncHTTPTransport:
     """A transport of httpx that uses our ``PacedNetwork``, for the Unix socket at ``socket_path``, or for TCP if that
-    is ``None``. httpx has no option for the network, so the transport's pool is replaced."""
-    transport = httpx.AsyncHTTPTransport(verify=_tls_context(), trust_env=False)
+    is ``None``. It must get requests of this scheme only. httpx has no option for the network, so the transport's pool
+    is replaced."""
+    transport = httpx.AsyncHTTPTransport(verify=_tls_context(scheme), trust_env=False)
     transport._pool = httpcore.AsyncConnectionPool(
-        ssl_context=_tls_context(),
+        ssl_context=_tls_context(scheme),
         max_connections=None,
         keepalive_expiry=KEEPALIVE_S,
         uds=socket_path,
@@ -114,7 +116,7 @@ class _TransportPerServer(httpx.AsyncBaseTransport):
         origin = (request.url.scheme, host, request.url.port)
         transport = self._transports.get(origin)
         if transport is None:
-            transport = self._transports[origin] = _create_transport(socket_path)
+            transport = self._transports[origin] = _create_transport(request.url.scheme, socket_path)
         try:
             response = await transport.handle_async_request(request)
         except (AttributeError, OSError) as error:
