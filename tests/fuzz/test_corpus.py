@@ -53,7 +53,6 @@ async def test_a_greeting_survives_the_probes(path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.exclusive
 @pytest.mark.timeout(240)
 async def test_on_a_mesh(tmp_path: Path) -> None:
     """No 500, no traceback, honest nodes healthy, honest streams whole and not held up."""

@@ -23,7 +23,7 @@ from tests.prerequisites import needs
 from tests.real.command import GPUMESH, Gpumesh
 from tests.tunnels.sshd import Sshd
 
-pytestmark = [pytest.mark.real, pytest.mark.exclusive, needs("sshd", "ssh", "netns")]
+pytestmark = [pytest.mark.real, needs("sshd", "ssh", "netns")]
 
 
 @dataclass(frozen=True)

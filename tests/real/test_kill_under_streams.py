@@ -24,7 +24,7 @@ from gpumesh.lab.profile import Faults, ModelProfile
 from gpumesh.mesh.mesh import Mesh
 from tests.tunnels.polling import wait_until
 
-pytestmark = [pytest.mark.real, pytest.mark.slow, pytest.mark.exclusive, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.real, pytest.mark.slow, pytest.mark.timeout(600)]
 
 STREAMS = 64
 TOKENS = 40

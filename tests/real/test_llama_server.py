@@ -17,7 +17,7 @@ from tests.prerequisites import needs
 from tests.real.hosts import LlamaServer
 from tests.tunnels.polling import wait_until
 
-pytestmark = [pytest.mark.real, pytest.mark.slow, pytest.mark.exclusive, needs("llama-server")]
+pytestmark = [pytest.mark.real, pytest.mark.slow, needs("llama-server")]
 
 SLOTS, CONTEXT = 2, 1024
 

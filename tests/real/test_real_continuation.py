@@ -17,9 +17,9 @@ from tests.mesh.meshes import mesh_of_nodes, node
 from tests.prerequisites import needs
 from tests.real.hosts import LlamaServer
 
-pytestmark = [pytest.mark.real, pytest.mark.slow, pytest.mark.exclusive, needs("llama-server")]
+pytestmark = [pytest.mark.real, pytest.mark.slow, needs("llama-server")]
 
-TOKENS = 300
+TOKENS = 150
 ASKED: dict[str, Any] = {
     "model": "tiny",
     "messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why is the sky blue?"}],
@@ -51,15 +51,20 @@ async def read(http: aiohttp.ClientSession, url: str, *, kill: LlamaServer | Non
     return "".join(said), last
 
 
-@pytest.mark.parametrize("kind", [BackendKind.AUTO, BackendKind.LLAMACPP, BackendKind.OPENAI])
-async def test_another_llama_server_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: BackendKind) -> None:
-    # Its tokenizer reads a blank as other tokens than the model writes: answers without any can be read back.
+@pytest.fixture(scope="module")
+def slow_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.real import tiny_model  # numpy takes its time, and is for these tests only
 
-    monkeypatch.setattr(tiny_model, "ANSWERED", tiny_model.ANSWERED.replace(b" ", b""))
-    # Slow enough that the whole answer is not in the sockets' buffers when its server dies.
-    model = tiny_model.write_tiny_model(tmp_path / "slow.gguf", layers=16, dim=512)
-    async with LlamaServer(model) as one, LlamaServer(model) as other:
+    with pytest.MonkeyPatch.context() as patch:
+        # Its tokenizer reads a blank as other tokens than the model writes: answers without any can be read back.
+        patch.setattr(tiny_model, "ANSWERED", tiny_model.ANSWERED.replace(b" ", b""))
+        # Slow enough that the whole answer is not in the sockets' buffers when its server dies.
+        return tiny_model.write_tiny_model(tmp_path_factory.mktemp("model") / "slow.gguf", layers=16, dim=512)
+
+
+@pytest.mark.parametrize("kind", [BackendKind.AUTO, BackendKind.LLAMACPP, BackendKind.OPENAI])
+async def test_another_llama_server_goes_on(slow_model: Path, kind: BackendKind) -> None:
+    async with LlamaServer(slow_model) as one, LlamaServer(slow_model) as other:
         specs = (
             node("one", one.url, weight=100.0, kind=kind, max_parallel=2),
             node("other", other.url, kind=kind, max_parallel=2),
