@@ -73,6 +73,11 @@ _PREREQUISITES: dict[str, tuple[str, Callable[[], bool]]] = {
 }
 
 
+def is_there(name: str) -> bool:
+    """For a test that is better with it and does without."""
+    return _PREREQUISITES[name][1]()
+
+
 def needs(*names: str) -> pytest.MarkDecorator:
     """Skips a test where one of the prerequisites is missing."""
     missing = [text for text, is_there in (_PREREQUISITES[name] for name in names) if not is_there()]

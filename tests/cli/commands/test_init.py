@@ -3,26 +3,36 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import signal
 import subprocess
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from gpumesh.lab.ollama import SimOllama
 from gpumesh.lab.profile import EMBEDDER, GPU_4090, QWEN_7B
 from tests.cli.meshes import SimulatedMesh, quick_host, simulated_mesh
-from tests.prerequisites import needs
+from tests.prerequisites import is_there, needs
 from tests.real.command import Gpumesh
+from tests.real.netns import private_network
 from tests.tunnels.sshd import Sshd
 
 slow = pytest.mark.slow
 
 
 # -- the command -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def own_network() -> Iterator[None]:
+    """On the ports of this machine that ``init`` looks at, other programs may listen, and other tests do."""
+    with private_network() if is_there("netns") else contextlib.nullcontext():
+        yield
 
 
 @pytest.fixture
@@ -140,27 +150,14 @@ async def test_from_standard_input(pod: SimulatedMesh, shape: str) -> None:
 
 
 @slow
-async def test_servers_on_this_machine_are_found_on_their_usual_ports(
-    gpumesh: Gpumesh, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The command is another process, so its ports are: nothing else may listen there now."""
-    from gpumesh.lab.ollama import SimOllama
-
-    for port in (8081, 11435):
-        server = SimOllama(quick_host("here"), port=port)
-        try:
-            await server.__aenter__()
-        except OSError:
-            continue  # taken on this machine
-        try:
-            ended = await gpumesh("init", "--yes", "-O", f"{port}.yaml", code=None)
-            names = [node["name"] for node in yaml.safe_load((gpumesh.home / f"{port}.yaml").read_text())["nodes"]]
-            assert f"local-{port}" in names, ended
-            assert "ssh" not in (gpumesh.home / f"{port}.yaml").read_text()
-        finally:
-            await server.__aexit__(None, None, None)
-        return
-    pytest.fail("all of the usual ports are taken")
+@pytest.mark.real
+@needs("netns")
+async def test_servers_on_this_machine_are_found_on_their_usual_ports(gpumesh: Gpumesh) -> None:
+    async with SimOllama(quick_host("here"), port=8081), SimOllama(quick_host("here"), port=11435):
+        await gpumesh("init", "--yes", code=None)
+    text = (gpumesh.home / "mesh.yaml").read_text()
+    assert {node["name"] for node in yaml.safe_load(text)["nodes"]} == {"local-8081", "local-11435"}
+    assert "ssh" not in text
 
 
 @slow
