@@ -55,8 +55,9 @@ async def hung_in_connect(host: RealHost, model: Path) -> Nodes:
     async def say_nothing(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.read()
 
+    # Given up well before `status` stops waiting for the first report of a node.
     async with serving(say_nothing) as port:
-        yield host.node(ssh={"port": port})
+        yield host.node(ssh={"port": port, "connect_timeout": "3s"})
 
 
 @contextlib.asynccontextmanager
@@ -185,7 +186,7 @@ async def test_a_host_that_dies_under_load_costs_nothing(
 ) -> None:
     """Its sshd and all sessions are killed in mid-work; what ran there is answered by the other."""
     prompts = tmp_path / "prompts.txt"
-    prompts.write_text("".join(f"prompt {number}\n" for number in range(300)))
+    prompts.write_text("".join(f"prompt {number}\n" for number in range(150)))
     victim = two_hosts[0]
     await gpumesh("up", "-d")
     async with gpumesh.started("run", "-f", str(prompts), "-o", "num_predict=100") as process:
@@ -197,7 +198,7 @@ async def test_a_host_that_dies_under_load_costs_nothing(
             rest = await process.stdout.read()
             assert await process.wait() == 0
     lines = (first + rest).decode().splitlines()
-    assert len(lines) == 300
+    assert len(lines) == 150
     status = valid((await gpumesh("status", "--json")).json())
     assert status["nodes"][0]["health"] == "down"
     await victim.sshd.start()

@@ -7,9 +7,11 @@ from dataclasses import replace
 import pytest
 
 from gpumesh.cli.commands.status import health_exit_code
+from gpumesh.cli.first_report import FIRST_REPORT_TIMEOUT_S
 from gpumesh.errors import ExitCode
 from gpumesh.lab.profile import Faults, SmiMode
 from gpumesh.state import Finding, Health, MeshState, Severity
+from gpumesh.topology import SshSpec
 from tests.cli.meshes import SimulatedMesh, quick_host, simulated_mesh
 from tests.cli.states import down, healthy, mesh, typical
 from tests.real.command import Gpumesh
@@ -139,3 +141,8 @@ async def test_watch_into_a_pipe_prints_a_table_for_each_change(direct: Simulate
             seen += await process.stdout.readline()
         process.stdout.feed_eof()
     assert b"\x1b" not in seen
+
+
+def test_a_host_that_does_not_answer_is_given_up_before_status_stops_waiting() -> None:
+    """Otherwise a probe without a running mesh shows such a host as unknown. Starting its process takes time, too."""
+    assert SshSpec(host="gpu").connect_timeout_s + 1.0 <= FIRST_REPORT_TIMEOUT_S
