@@ -148,10 +148,13 @@ async def test_exec_where_nobody_listens(one: SimulatedMesh) -> None:
 async def test_reconnect_connects_at_once(one: SimulatedMesh) -> None:
     await one.hosts["alpha"].set_faults(Faults(ssh_refuse_key=True))
     async with session_of(one) as session:
-        state = await session.wait_first_report(20)
-        assert state.node("alpha").tunnel.state is TunnelPhase.FAILED
-        await one.hosts["alpha"].set_faults(Faults())
-        await session.reconnect("alpha")
         async for state in session.watch(0.02):
-            if state.node("alpha").tunnel.state is TunnelPhase.UP:
+            if state.node("alpha").tunnel.state is TunnelPhase.FAILED:
                 break
+        await one.hosts["alpha"].set_faults(Faults())
+        async for state in session.watch(0.02):  # for less time than a failed tunnel waits by itself
+            if state.node("alpha").health is Health.HEALTHY:
+                break
+            # Again, if it fails again: a change of this machine's network may have begun an attempt before the mend.
+            if state.node("alpha").tunnel.state is TunnelPhase.FAILED:
+                await session.reconnect("alpha")
