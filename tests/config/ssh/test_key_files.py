@@ -1,23 +1,20 @@
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
 
 import pytest
 
 from gpumesh.config.ssh.key_files import KeyKind, detect_key_kind
 from gpumesh.lab.keys import new_key
-from tests.prerequisites import needs, program
+from tests.prerequisites import needs
+from tests.tunnels.sshd import keygen
 
 
 @needs("sshd")
 @pytest.mark.parametrize("passphrase", ["", "secret"])
 @pytest.mark.parametrize("algorithm", ["ed25519", "ecdsa", "rsa"])
 def test_keys_of_ssh_keygen(tmp_path: Path, algorithm: str, passphrase: str) -> None:
-    keygen = program("ssh-keygen")
-    assert keygen is not None
-    file = tmp_path / "key"
-    subprocess.run([keygen, "-q", "-t", algorithm, "-N", passphrase, "-f", str(file)], check=True)
+    file = keygen(tmp_path / "key", kind=algorithm, passphrase=passphrase)
     assert detect_key_kind(file) is KeyKind.PRIVATE
     assert detect_key_kind(file.with_name("key.pub")) is KeyKind.PUBLIC
 
