@@ -12,6 +12,7 @@ import httpx
 import pytest
 
 from gpumesh.lab.ollama import SimOllama
+from gpumesh.lab.profile import Faults
 from tests.gateway.fleet import MODEL, quick_host
 from tests.real.command import Gpumesh, write_config
 from tests.tunnels.polling import wait_until
@@ -50,7 +51,9 @@ async def up(alone: Gpumesh) -> AsyncIterator[Up]:
 
 async def test_drain_and_resume(up: Up) -> None:
     long = {**CHAT, "options": {"num_predict": 100}, "messages": [{"role": "user", "content": "a long one"}]}
-    up.hosts["a"].profile = quick_host("a", tokens_per_s=60.0, answer_tokens=(100, 100))
+    up.hosts["a"].profile = quick_host("a", answer_tokens=(100, 100))
+    # The answer takes eight seconds: on a busy machine so do the commands that must find it in flight.
+    await up.hosts["a"].set_faults(Faults(slow=5.0))
     async with up.client.stream("POST", "/api/chat", json=long, headers={"X-GPUMesh-Node": "a"}) as begun:
         pieces = begun.aiter_lines()
         await anext(pieces)
