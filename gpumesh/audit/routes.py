@@ -93,8 +93,10 @@ def _check_faster_routes(node: str, current: RouteState, to_same_server: Sequenc
     if faster_routes:
         fastest = min(faster_routes, key=lambda route: route.latency_ms or 0.0)  # each latency is known here
         if fastest.offered:
-            backend = f"backend: {{url: {yaml_text(fastest.target)}}}"
-            hint = f"give the node `{backend}` and no `ssh`, if the way between may be seen by others"
+            hint = (
+                f"give the node `backend: {{url: {yaml_text(fastest.target)}}}` and no `ssh`, if the way between may be"
+                " seen by others"
+            )
         else:
             hint = f"put {fastest.target} first under `backend.urls`"
         yield Finding(
