@@ -22,7 +22,7 @@ MAX_SMALL_PIECES = 128  # a slice with more pieces than this ends the connection
 
 
 class SliceQueue:
-    """A queue of steps. In each turn of the event loop, the first step of the queue is run."""
+    """Runs steps in the order in which they were added, one step in each turn of the event loop."""
 
     def __init__(self) -> None:
         self._steps: deque[Callable[[], None]] = deque()
@@ -37,32 +37,30 @@ class SliceQueue:
             asyncio.get_running_loop().call_soon(self._run_next)
 
     async def wait_turn(self) -> None:
-        """Returns in a later turn, when all steps that were added before have run."""
+        """Returns in a later turn of the event loop, when all steps that were added before this call have run."""
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
         def begin_turn() -> None:
-            if not turn.done():  # it is done if the waiting task was cancelled
+            if not turn.done():  # the future is done already if the waiting task was cancelled
                 turn.set_result(None)
 
         self.add(begin_turn)
         await turn
 
     async def run(self, work: Generator[None, None, T]) -> T:
-        """Runs the generator ``work``, in each turn up to its next ``yield``. Returns its result, or raises its error.
-
-        The steps of other work run between two steps of this work.
-        """
+        """Runs the generator ``work`` step by step, and returns its result, or raises its error. A step ends with a
+        ``yield``. The steps of other work run between two steps of this work."""
         while True:
             await self.wait_turn()
             try:
                 next(work)
-            except StopIteration as end:
-                result: T = end.value
+            except StopIteration as stop:
+                result: T = stop.value
                 return result
 
     def _run_next(self) -> None:
         """Runs the first step, removes it, and schedules the next call if steps remain."""
-        # The step stays in the queue while it runs, so that `add` does not schedule a second call.
+        # The step stays in the queue while it runs, so that ``add`` does not schedule a second call.
         step = self._steps[0]
         try:
             step()  # the step may add itself again, at the end of the queue

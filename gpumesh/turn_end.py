@@ -1,8 +1,8 @@
-"""``TurnEnd``: callbacks for the end of this turn of the event loop. The writes of one turn leave together.
+"""``TurnEnd`` runs callbacks at the end of a turn of the event loop, so that all writes of the turn leave together.
 
 Each write to a socket wakes the process that reads there. On a machine with few cores that process often takes the core
 at once, and comes back with cold caches. So a turn first computes all that it will write, and then writes it. This
-takes a fifth off the CPU time of a request (``benchmarks/cpu_cost.py``).
+saves a fifth of the CPU time of a request (``benchmarks/cpu_cost.py``).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 
 class TurnEnd:
-    """Calls each callback once, after all that is ready to run now."""
+    """Calls each added callback once, after everything that is ready to run in the event loop now."""
 
     __slots__ = ("_callbacks",)
 
@@ -23,12 +23,13 @@ class TurnEnd:
         return f"<TurnEnd {len(self._callbacks)} callbacks>"
 
     def add(self, callback: Callable[[], None]) -> None:
-        """The callback must not raise."""
+        """Calls ``callback`` at the end of this turn. It must not raise: the callbacks after it would not be called."""
         if not self._callbacks:
-            asyncio.get_running_loop().call_soon(self._run)
+            asyncio.get_running_loop().call_soon(self._run_callbacks)
         self._callbacks.append(callback)
 
-    def _run(self) -> None:
+    def _run_callbacks(self) -> None:
+        # A new list: a callback that is added from now on belongs to the next turn.
         callbacks, self._callbacks = self._callbacks, []
         for callback in callbacks:
             callback()

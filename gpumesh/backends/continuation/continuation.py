@@ -1,4 +1,4 @@
-"""One answer out of several upstream streams: a cut stream is continued, at most MAX_CUTS times, or ends with an error.
+"""``Continuation`` makes one answer of several upstream streams: a cut stream is continued, or ends with an error.
 
 Pure, no I/O.
 
@@ -39,26 +39,28 @@ from gpumesh.backends.dialects import find_counters
 from gpumesh.backends.frames import LINE_LIMIT, FrameAssembler
 from gpumesh.topology import BackendKind
 
-MAX_CUTS = 3
+MAX_CUTS = 3  # an answer that is cut more often is not continued
 
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """The end of an answer that no node continues. ``data`` completes the answer, unless ``error`` says why the answer
-    is incomplete."""
+    """The end of an answer that no node continues. Either ``data`` completes the answer, or ``error`` says why the
+    answer stays incomplete."""
 
     data: bytes = b""
     error: str | None = None
 
 
 class Continuation:
-    """``finished``: the client has the whole answer, or the answer ended with an error. ``cut_reason``: why the current
+    """One answer: the client's stream, made of the streams of the upstreams that serve it one after the other.
+
+    ``finished``: the client has the whole answer, or the answer ended with an error. ``cut_reason``: why the current
     upstream must not be read further, although the answer is not finished (an error frame, or bytes that are not a
-    frame). ``frame_separator`` ends a frame of the current upstream: there are about as many tokens as separators.
+    frame). ``frame_separator`` ends a frame of the current upstream; there are about as many tokens as separators.
     ``counters`` are the figures that the current upstream gave, ``answer_counters`` those of the whole answer.
 
-    ``resume`` is false for ``X-GPUMesh-Resume: off``. ``clock`` gives seconds. ``started_at`` is the time of the
-    request, if it came before now. ``reserve_bytes``: see ``ContinuationPlanner``.
+    ``resume`` is false for ``X-GPUMesh-Resume: off``. ``clock`` returns seconds. ``started_at`` is the time of the
+    request, if the request came before now. ``reserve_bytes``: see ``ContinuationPlanner``.
 
     This class is a little longer than others: a third of it calls the planner and the received text, so that a proxy
     needs one object only.
@@ -77,24 +79,25 @@ class Continuation:
     ) -> None:
         self._path = path
         self._request_body = request
-        self._form: StreamFormat = stream_format_for(path)
+        self._client_format: StreamFormat = stream_format_for(path)
         self._clock = clock
         self._resume = resume
         self._started_at = clock() if started_at is None else started_at
         strategies = {} if strategies is None else strategies
-        self._planner = ContinuationPlanner(path, request, self._form, strategies, reserve_bytes)
-        self._received = ReceivedText(self._form, keeps=resume and self._form.supports_continuation)
+        self._planner = ContinuationPlanner(path, request, self._client_format, strategies, reserve_bytes)
+        self._received = ReceivedText(self._client_format, keeps=resume and self._client_format.supports_continuation)
         self._unread = self._received.unread
-        # True while frames of text need no reading: the first upstream has sent text, the text is kept, and neither its
-        # end nor a cut has come.
+        # Whether frames of text are passed on unread: the first upstream has sent text, the text is kept, and neither
+        # the end of the stream nor a cut has come.
         self._passes_text = False
-        # Frames since the last ``take_frame_count``, without those in ``_unread`` after its first ``_counted_bytes``.
-        self._frames = 0
+        # The frames since the last ``take_frame_count``, without the frames in ``_unread`` that are counted later:
+        # those after its first ``_counted_bytes`` bytes.
+        self._frame_count = 0
         self._counted_bytes = 0
-        self._read_with(self._form)
+        self._use_upstream_format(self._client_format)
         # The times of the current upstream's first and last whole frames.
-        self._first_at: float | None = None
-        self._last_at = 0.0
+        self._first_frame_at: float | None = None
+        self._last_frame_at = 0.0
         self._spent_ms = 0.0  # the time that earlier upstreams took, from their first frame to their last
         self._partial_answer = PartialAnswer()
         self._cut_message = ""
@@ -128,23 +131,23 @@ class Continuation:
 
     def error_frame(self, message: str) -> bytes:
         """An explicit error in the client's dialect, as a frame of the stream."""
-        return self._form.error_frame(message)
+        return self._client_format.error_frame(message)
 
     # -- upstream to client --------------------------------------------------------------------------------------
 
     def feed(self, data: bytes, now: float | None = None) -> bytes:
         """Takes bytes of the current upstream, and returns the bytes for the client; empty after the end or a cut.
 
-        ``now`` is the clock's time, for a caller that knows it. Each streamed token passes here.
+        ``now`` is the clock's time, if the caller knows it already. Each streamed token passes here.
         """
         now = self._clock() if now is None else now
         if (
             self._passes_text
-            and not self._held
+            and not self._incomplete_frame
             and data.endswith(self.frame_separator)
             and self._find_marks(data) is None
         ):
-            self._last_at = now
+            self._last_frame_at = now
             unread = self._unread
             unread += data
             if len(unread) > UNREAD_BYTES:
@@ -153,16 +156,16 @@ class Continuation:
         return self._feed_frames(data, now)
 
     def _feed_frames(self, data: bytes, now: float) -> bytes:
-        """``feed`` in all but the most common case."""
+        """Does the work of ``feed`` in all cases but the most common one."""
         if self.finished or self.cut_reason is not None:
             return b""
-        if self._held or not data.endswith(self.frame_separator):
+        if self._incomplete_frame or not data.endswith(self.frame_separator):
             data = self._assemble(data)
             if not data:
                 return b""
-        self._note_time(now)
+        self._record_time(now)
         if self.cuts or self._find_marks(data) is not None:
-            self._frames += data.count(self.frame_separator)
+            self._frame_count += data.count(self.frame_separator)
             return self._pass_on_frames(data)
         # These frames hold text only, so they are passed on as they are. They are read later, if ever.
         received = self._received
@@ -171,91 +174,99 @@ class Continuation:
             received.unread += data
             self._passes_text = True
         else:
-            self._frames += data.count(self.frame_separator)
+            self._frame_count += data.count(self.frame_separator)
         return data
 
     def take_frame_count(self) -> int:
-        """The number of frames that the upstreams sent since the last call: about as many tokens."""
-        count = self._frames + self._unread.count(self.frame_separator, self._counted_bytes)
-        self._frames, self._counted_bytes = 0, len(self._unread)
+        """Returns the number of frames that the upstreams have sent since the last call: about as many tokens."""
+        count = self._frame_count + self._unread.count(self.frame_separator, self._counted_bytes)
+        self._frame_count, self._counted_bytes = 0, len(self._unread)
         return count
 
     def finish_body(self) -> bytes:
-        """Call this when the upstream's body has ended as HTTP requires. Returns the last bytes for the client.
+        """Takes the end of the upstream's body, if it ended as HTTP requires. Returns the last bytes for the client.
 
-        The end mark of the last frame may be missing. If a part of the frame is missing, the stream was cut.
+        The separator after the last frame may be missing. If a part of the frame itself is missing, the stream was cut.
         """
-        raw = self._assembler.take_rest() + self.frame_separator
+        raw = self._assembler.take_rest() + self.frame_separator  # the last frame, if anything is left
         if self.finished or self.cut_reason is not None:
             return b""
-        frame = self._source.read(raw)
+        frame = self._upstream_format.read(raw)
         self.cut_reason = frame.error
         self._passes_text = False
-        if frame.error is not None or (frame.document is None and not frame.ends_stream):
+        is_empty = frame.document is None and not frame.ends_stream
+        if frame.error is not None or is_empty:
             return b""
-        self._note_time(self._clock())
+        self._record_time(self._clock())
         return self._pass_on_frames(raw)
 
     def abandon_upstream(self) -> None:
-        """Forgets the current upstream's state, so that another upstream can take its place."""
+        """Forgets the state of the current upstream, so that another upstream can take its place."""
         self._passes_text = False
         self._assembler.take_rest()
         self.cut_reason = None
         self.counters = None
-        self._first_at = None
-        self._frames = 0
+        self._first_frame_at = None
+        self._frame_count = 0
 
-    def _read_with(self, form: StreamFormat) -> None:
-        """From now on the upstream's stream has this form."""
-        self._source = form
-        self._find_marks = form.find_marks
-        self._assembler = FrameAssembler(form.find_last_frame_end)
-        self._held = self._assembler.held
-        self.frame_separator = form.frame_separator
+    def _use_upstream_format(self, stream_format: StreamFormat) -> None:
+        """Reads the upstream's stream in this format from now on."""
+        self._upstream_format = stream_format
+        self._find_marks = stream_format.find_marks
+        self._assembler = FrameAssembler(stream_format.find_last_frame_end)
+        self._incomplete_frame = self._assembler.held  # a shorter way to the buffer, because each token tests it
+        self.frame_separator = stream_format.frame_separator
 
     def _assemble(self, data: bytes) -> bytes:
-        whole = self._assembler.feed(data)
+        """Adds the data to the incomplete frame. Returns the frames that are whole now. A frame that is too long is a
+        cut."""
+        whole_frames = self._assembler.feed(data)
         if self._assembler.is_too_long:
             self._assembler.take_rest()
             self._passes_text = False
             self.cut_reason = f"a frame of more than {LINE_LIMIT >> 20} MiB"
-        return whole
+        return whole_frames
 
-    def _note_time(self, now: float) -> None:
-        self._last_at = now
-        if self._first_at is None:
-            self._first_at = now
+    def _record_time(self, now: float) -> None:
+        """Notes when the current upstream's first and last whole frames came."""
+        self._last_frame_at = now
+        if self._first_frame_at is None:
+            self._first_frame_at = now
 
     def _read_unread(self) -> None:
-        self._frames = self.take_frame_count()
+        """Counts and reads the frames that were passed on unread."""
+        self._frame_count = self.take_frame_count()
         self._counted_bytes = 0
         self._received.read_unread()
         self._passes_text = self._passes_text and self._received.keeps
 
     def _pass_on_frames(self, frames: bytes) -> bytes:
+        """Reads whole frames one by one, and returns the client's frames for them."""
         self._read_unread()
-        passed_on = b"".join([self._pass_on(raw) for raw in split_frames(self._source, frames)])
+        client_frames = b"".join([self._pass_on_frame(raw) for raw in split_frames(self._upstream_format, frames)])
         if self.finished or self.cut_reason is not None:
             self._passes_text = False
-        return passed_on
+        return client_frames
 
-    def _pass_on(self, raw: bytes) -> bytes:
-        """Reads one frame, and returns the client's frame for it."""
+    def _pass_on_frame(self, raw: bytes) -> bytes:
+        """Reads one whole frame, and returns the client's frame for it; empty for an error, and after the end or a
+        cut."""
         if self.finished or self.cut_reason is not None:
             return b""
-        frame = self._source.read(raw)
+        frame = self._upstream_format.read(raw)
         if frame.error is not None:
             self.cut_reason = frame.error
             return b""
         if frame.ends_stream and not self._ends_with_reason(frame):
             self.cut_reason = "the stream ended without a reason to"
             return b""
-        counters = find_counters(raw) if frame.ends_stream or b'"usage":{' in raw or b'"timings"' in raw else None
+        may_have_counters = frame.ends_stream or b'"usage":{' in raw or b'"timings"' in raw
+        counters = find_counters(raw) if may_have_counters else None
         self.counters = counters or self.counters
         if self.cuts:
             elapsed_ms = (self._clock() - self._started_at) * 1000.0
-            # The client gets the figures of the whole answer; the frame holds those of the last attempt only.
-            raw = self._source.translate(frame, replace(self._partial_answer, elapsed_ms=elapsed_ms))
+            # The client gets the figures of the whole answer; this frame holds only the figures of the last attempt.
+            raw = self._upstream_format.translate(frame, replace(self._partial_answer, elapsed_ms=elapsed_ms))
             counters = None if counters is None else find_counters(raw)
         self.answer_counters = counters or self.answer_counters
         self._received.add_frame(frame)
@@ -263,21 +274,23 @@ class Continuation:
         return raw
 
     def _ends_with_reason(self, frame: Frame) -> bool:
-        """Whether the last frame ends a complete answer. OpenAI's ``[DONE]`` may also follow a failure: then no frame
-        with a finish reason came before it."""
-        return frame.document is not None or not self._form.supports_continuation or self._received.is_complete
+        """Whether the last frame ends a complete answer. OpenAI's ``[DONE]``, which holds no document, may also follow
+        a failure: then no frame with a finish reason came before. Other formats are not checked."""
+        if frame.document is not None or not self._client_format.supports_continuation:
+            return True
+        return self._received.is_complete
 
     # -- a cut ---------------------------------------------------------------------------------------------------
 
     def handle_cut(self, reason: str | None = None) -> Ending | None:
-        """Call this when the current upstream has ended and ``finished`` is false. ``None``: another node may
-        continue."""
+        """Takes the cut: the current upstream has ended, and ``finished`` is false. Returns the answer's end, or
+        ``None`` if another node may continue."""
         assert not self.finished, "the client has the whole answer"
         self._cut_message = reason or self.cut_reason or "the stream ended before its final frame"
         self._read_unread()
         received = self._received
-        if self._first_at is not None:
-            self._spent_ms += (self._last_at - self._first_at) * 1000.0
+        if self._first_frame_at is not None:
+            self._spent_ms += (self._last_frame_at - self._first_frame_at) * 1000.0
         self.abandon_upstream()
         self.cuts += 1
         self._partial_answer = PartialAnswer(
@@ -290,39 +303,39 @@ class Continuation:
             first_frame=received.first_frame,
         )
         if received.is_complete:  # only the frames after the text are missing
-            return self._complete(self._form.closing_frames("", self._partial_answer))
+            return self._complete(self._client_format.closing_frames("", self._partial_answer))
         refusal = self._refusal()
         if refusal is not None:
             return self._end_with_refusal(refusal)
         budget = self._planner.token_budget if received.tokens else None
         if budget is not None and received.tokens >= budget:
-            return self._complete(self._form.closing_frames("length", self._partial_answer))
+            return self._complete(self._client_format.closing_frames("length", self._partial_answer))
         return None
 
     def render_call(self, node: str, kind: BackendKind) -> HttpCall | None:
-        """The question to the node that will continue; ``None`` if it need not be asked."""
+        """The request for the rendered prompt, to the node that will continue; ``None`` if no prompt is needed."""
         return self._planner.render_call(node, kind, self._partial_answer)
 
     def apply_rendered_prompt(self, node: str, status: int, body: bytes) -> None:
-        """Takes the node's answer to ``render_call``."""
+        """Takes the status and the body of the node's answer to ``render_call``."""
         self._planner.apply_rendered_prompt(node, status, body)
 
     def next_call(self, node: str, kind: BackendKind) -> HttpCall | Ending | None:
-        """The request to the node that will continue. ``None``: it is not known how this node's model continues, but
-        another node may be able to."""
-        self._read_with(self._form)
-        if not self._partial_answer.text and not self._partial_answer.thinking:
+        """The request to the node that will continue, or the answer's end if no node can continue. ``None``: it is not
+        known how this node's model continues, but another node may be able to."""
+        self._use_upstream_format(self._client_format)
+        if not self._partial_answer.text and not self._partial_answer.thinking:  # the request is sent anew
             return HttpCall("POST", self._path, self._request_body, JSON_HEADERS)
         step = self._planner.next_call(node, kind, self._partial_answer)
         if isinstance(step, str):
             return self._end_with_refusal(step)
         if step is None:
             return None
-        self._read_with(step.form)
+        self._use_upstream_format(step.stream_format)
         return step.call
 
     def _refusal(self) -> str | None:
-        """Why no other node can continue the answer; ``None`` if one can."""
+        """Why no other node can continue the answer; ``None`` if a node can."""
         if not self._resume:
             return "the client asked for no continuation"
         if self.cuts > MAX_CUTS:
@@ -330,9 +343,11 @@ class Continuation:
         return self._planner.refusal(self._received)
 
     def _complete(self, data: bytes) -> Ending:
+        """Ends the answer, which ``data`` completes."""
         self.finished = True
         return Ending(data)
 
     def _end_with_refusal(self, refusal: str) -> Ending:
+        """Ends the answer with an error, because no node can continue it. ``refusal`` is the reason."""
         self.finished = True
         return Ending(error=f"the answer was cut ({self._cut_message}) and could not be continued: {refusal}")

@@ -1,4 +1,4 @@
-"""The formats of the streams of ``/v1``: how they are read, continued and ended, and their error frames."""
+"""The formats of the streams of ``/v1``: how these streams are read, continued and ended, and their error frames."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from gpumesh.backends.continuation.stream_format import (
 )
 from gpumesh.backends.frames import MAX_EVENT_LINES, find_last_event_end, read_event_line
 
-# All alternatives begin with one quotation mark outside of the group: so the search is for a single byte, which is
-# fast.
+# What makes an event more than text. The pattern begins with one quotation mark outside of the group: so the search is
+# for a single byte, which is fast.
 _MARKS = re.compile(
     rb'"(?:error"|finish_reason"\s*:\s*"|usage"\s*:\s*\{|tool_calls"|function_call"|message_stop"'
     rb'|response\.(?:completed|incomplete|failed)")'
@@ -50,7 +50,7 @@ class EventStreamFormat:
         self._path = path
 
     def find_marks(self, frames: bytes) -> object | None:
-        # Most frames end in this way. This test costs less than the search for "[DONE]", so it comes first.
+        # Most frames end as JSON. This test costs less than the search for "[DONE]", so it comes first.
         ends_as_json = frames.endswith(b"}\n\n")
         if frames.startswith(b"error:") or b"\nerror:" in frames or (not ends_as_json and b"[DONE]" in frames[-16:]):
             return frames
@@ -68,9 +68,9 @@ class EventStreamFormat:
         document = safe_json.parse_object(data)
         if document is None:
             return Frame(error="an event that is no JSON")
-        kind = document.get("type")
-        is_last = kind in ("message_stop", "response.completed", "response.incomplete", "response.failed")
-        error = error_text.find_error_message(document) if kind in (None, "error") else None
+        event_type = document.get("type")
+        is_last = event_type in ("message_stop", "response.completed", "response.incomplete", "response.failed")
+        error = error_text.find_error_message(document) if event_type in (None, "error") else None
         # The text is not needed, but it must not be empty: frames with text are counted as tokens.
         return Frame(document, text=" ", text_complete=is_last, ends_stream=is_last, error=error)
 
@@ -128,7 +128,7 @@ class EventStreamFormat:
 
 
 class OpenAIChatFormat(EventStreamFormat):
-    """``/v1/chat/completions``."""
+    """The streams of ``/v1/chat/completions``, which can be continued on servers that follow the template."""
 
     supports_continuation = True
 
@@ -146,17 +146,18 @@ class OpenAIChatFormat(EventStreamFormat):
         )
 
     def extract_texts(self, frames: bytes) -> TextPieces:
-        if b'"reasoning' not in frames and (pieces := find_strings(_TEXTS, frames)) is not None:
-            return pieces
+        if b'"reasoning' not in frames:
+            pieces = find_strings(_TEXTS, frames)
+            if pieces is not None:
+                return pieces
         events = frames.split(b"\n\n") if b"\r" not in frames else self.frame_end_pattern.split(frames)
-        data = [
+        data_of_events = [  # 6: the length of "data: "
             event[6:] if event.startswith(b"data: ") and b"\n" not in event else event_data(event)
             for event in events
             if event
         ]
-        return collect_texts(
-            _read_texts(document)[:2] for document in safe_json.parse_objects([text for text in data if text])
-        )
+        documents = safe_json.parse_objects([data for data in data_of_events if data])
+        return collect_texts(_read_texts(document)[:2] for document in documents)  # [:2]: the text and the thinking
 
     def continuation_refusal(self, request: JsonObject) -> str | None:
         for key in ("tools", "functions", "logprobs", "grammar", "json_schema", "guided_json", "guided_regex"):
@@ -199,10 +200,8 @@ class OpenAIChatFormat(EventStreamFormat):
         if budget is not None:
             options["num_predict"] = budget - partial_answer.tokens
         body = {key: request[key] for key in ("model", "keep_alive") if key in request}
-        return ContinuationCall(
-            raw_prompt_call(body, prompt + partial_answer.text, options),
-            OllamaAsOpenAIFormat(usage=wants_usage(request)),
-        )
+        call = raw_prompt_call(body, prompt + partial_answer.text, options)
+        return ContinuationCall(call, OllamaAsOpenAIFormat(usage=wants_usage(request)))
 
     def assistant_message_refusal(self, request: JsonObject) -> str | None:  # noqa: ARG002
         return None
@@ -222,11 +221,9 @@ class OpenAIChatFormat(EventStreamFormat):
         if frame.document is None:
             return DONE if frame.ends_stream else b""
         has_figures = isinstance(frame.document.get("usage"), dict) or isinstance(frame.document.get("timings"), dict)
-        if (
-            not (frame.text or frame.thinking or frame.text_complete or has_figures)
-            and partial_answer.first_frame is not None
-        ):
-            return b""  # the first delta of a stream, which holds only the role: the client has received one
+        holds_only_role = not (frame.text or frame.thinking or frame.text_complete or has_figures)
+        if holds_only_role and partial_answer.first_frame is not None:
+            return b""  # such a delta comes first in each stream: the client has received one already
         document = {**frame.document, **_first_frame_members(partial_answer)}
         if has_figures:
             document |= correct_figures(document, partial_answer)
@@ -237,9 +234,7 @@ class OpenAIChatFormat(EventStreamFormat):
     def closing_frames(self, reason: str, partial_answer: PartialAnswer) -> bytes:
         if not reason:  # the client has received the frame with the finish reason
             return DONE
-        return (
-            encode_event(make_chunk(partial_answer, {}, reason) | {"gpumesh": continuation_note(partial_answer)}) + DONE
-        )
+        return finish_events(partial_answer, reason, {})
 
 
 class MarkedChatFormat(OpenAIChatFormat):
@@ -282,7 +277,7 @@ class OllamaAsOpenAIFormat(OllamaStreamFormat):
 
 
 def wants_usage(request: JsonObject) -> bool:
-    """Whether the client asked for the chunk with the number of tokens at the end."""
+    """Whether the client asked for a last chunk with the number of tokens."""
     options = request.get("stream_options")
     return isinstance(options, dict) and options.get("include_usage") is True
 
@@ -299,22 +294,24 @@ def finish_events(partial_answer: PartialAnswer, reason: str, figures: JsonObjec
 
 def without_thinking(request: JsonObject) -> JsonObject:
     """The member of a request that switches thinking off in the model's template."""
-    kwargs = request.get("chat_template_kwargs")
-    return {"chat_template_kwargs": {**(kwargs if isinstance(kwargs, dict) else {}), "enable_thinking": False}}
+    value = request.get("chat_template_kwargs")
+    template_arguments = value if isinstance(value, dict) else {}
+    return {"chat_template_kwargs": {**template_arguments, "enable_thinking": False}}
 
 
 def event_data(frame: bytes) -> bytes:
     """The data of one server-sent event. An ``error:`` line is read as ``read_event_line`` describes."""
-    parts = [read_event_line(line.rstrip(b"\r")) for line in frame.split(b"\n")]
-    return b"\n".join([part for part in parts if part is not None]).strip()
+    data_of_lines = [read_event_line(line.rstrip(b"\r")) for line in frame.split(b"\n")]
+    return b"\n".join([data for data in data_of_lines if data is not None]).strip()
 
 
 def encode_event(document: JsonObject) -> bytes:
+    """The document as one server-sent event."""
     return b"data: " + safe_json.dump_compact(document) + b"\n\n"
 
 
 def _read_texts(document: JsonObject) -> tuple[str, str, JsonObject, JsonObject]:
-    """In this order: the text, the thinking, the choice, and the choice's delta that holds the two texts."""
+    """Returns the text, the thinking, the choice, and the choice's delta that holds the two texts, in this order."""
     choices = document.get("choices")
     choice = choices[0] if isinstance(choices, list) and choices else None
     if not isinstance(choice, dict):
@@ -327,12 +324,13 @@ def _read_texts(document: JsonObject) -> tuple[str, str, JsonObject, JsonObject]
 
 
 def _first_frame_members(partial_answer: PartialAnswer) -> dict[str, Any]:
-    """The members that name the answer. They are the same in each of its chunks."""
+    """The members that name the answer. They are the same in all chunks of the answer."""
     first = partial_answer.first_frame or {}
     return {key: first[key] for key in ("id", "object", "created", "model", "system_fingerprint") if key in first}
 
 
 def make_chunk(partial_answer: PartialAnswer, delta: JsonObject, reason: str | None) -> dict[str, Any]:
+    """A chunk of a chat's stream. ``reason`` is the finish reason; ``None`` before the last chunk."""
     return {**_first_frame_members(partial_answer), "choices": [{"index": 0, "delta": delta, "finish_reason": reason}]}
 
 
@@ -340,7 +338,9 @@ def _native_body(request: JsonObject) -> dict[str, Any]:
     """The members of a request to ``/api/chat``, without its messages and its options."""
     body = {key: request[key] for key in ("model", "keep_alive") if key in request}
     effort = request.get("reasoning_effort")
-    return body | {"think": False if effort == "none" else effort} if isinstance(effort, str) else body
+    if isinstance(effort, str):
+        body["think"] = False if effort == "none" else effort
+    return body
 
 
 def _native_options(request: JsonObject) -> dict[str, Any]:
@@ -355,9 +355,9 @@ def _native_options(request: JsonObject) -> dict[str, Any]:
 def _as_native(messages: list[Any], *, exact: bool) -> list[Any] | None:
     """The messages that Ollama's ``/v1`` makes of a request's messages: each part of a content becomes a message.
 
-    Parts that are not text (images, tool calls) are left out. If ``exact``, the result is ``None`` instead.
+    Parts that are not text (images, tool calls) are left out. If ``exact``, the result is ``None`` when there is any.
     """
-    out: list[Any] = []
+    native_messages: list[Any] = []
     for message in messages:
         if not isinstance(message, dict) or (exact and message.keys() - {"role", "content"}):
             return None
@@ -365,27 +365,27 @@ def _as_native(messages: list[Any], *, exact: bool) -> list[Any] | None:
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else safe_json.as_objects(content)
         for part in parts:
             if part.get("type") == "text" and isinstance(part.get("text"), str):
-                out.append({"role": message.get("role"), "content": part["text"]})
+                native_messages.append({"role": message.get("role"), "content": part["text"]})
             elif exact:
                 return None
-    return out
+    return native_messages
 
 
 def correct_figures(document: JsonObject, partial_answer: PartialAnswer) -> dict[str, Any]:
     """The figures of the whole answer, from those of the last attempt. The last attempt counted the partial answer as a
     part of its prompt. The durations of the attempts before it are measured by our clock."""
-    out: dict[str, Any] = {}
+    corrected: dict[str, Any] = {}
     usage, timings = document.get("usage"), document.get("timings")
     if isinstance(usage, dict):
         prompt = max((safe_json.as_count(usage.get("prompt_tokens")) or 0) - partial_answer.tokens, 0)
         tokens = (safe_json.as_count(usage.get("completion_tokens")) or 0) + partial_answer.tokens
         counts = {"prompt_tokens": prompt, "completion_tokens": tokens, "total_tokens": prompt + tokens}
-        out["usage"] = {**usage, **counts}
+        corrected["usage"] = {**usage, **counts}
     if isinstance(timings, dict):
         tokens = (safe_json.as_count(timings.get("predicted_n")) or 0) + partial_answer.tokens
         took_ms = (safe_json.as_number(timings.get("predicted_ms")) or 0.0) + partial_answer.spent_ms
-        out["timings"] = {**timings, "predicted_n": tokens, "predicted_ms": took_ms}
+        corrected["timings"] = {**timings, "predicted_n": tokens, "predicted_ms": took_ms}
         if tokens and took_ms:
             rates = {"predicted_per_token_ms": took_ms / tokens, "predicted_per_second": 1000.0 * tokens / took_ms}
-            out["timings"] |= rates
-    return out
+            corrected["timings"] |= rates
+    return corrected

@@ -1,4 +1,5 @@
-"""The format of Ollama's own streams, ``/api/chat`` and ``/api/generate``: to read, continue and end them. Pure."""
+"""``OllamaStreamFormat``: how the streams of ``/api/chat`` and ``/api/generate`` are read, continued and ended.
+Pure."""
 
 from __future__ import annotations
 
@@ -25,14 +26,15 @@ from gpumesh.backends.continuation.stream_format import (
 )
 from gpumesh.backends.frames import find_last_line_end
 
-# All alternatives begin with one quotation mark outside of the group: so the search is for a single byte, which is
-# fast.
+# What makes a line more than text. The pattern begins with one quotation mark outside of the group: so the search is
+# for a single byte, which is fast.
 _MARKS = re.compile(rb'"(?:done"\s*:\s*true|error"|tool_calls")')
+NS_PER_MS = 1e6  # Ollama gives durations in nanoseconds
 _TEXTS = re.compile(rb'"(?:content|response)"\s*:\s*("[^"\\]*(?:\\.[^"\\]*)*")')
 
 
 class OllamaStreamFormat:
-    """``/api/generate`` if ``generate``, otherwise ``/api/chat``."""
+    """The streams of ``/api/generate`` if ``generate``, otherwise those of ``/api/chat``."""
 
     frame_separator = b"\n"
     frame_end_pattern = re.compile(rb"\n[\r\n]*")
@@ -49,21 +51,23 @@ class OllamaStreamFormat:
         document = safe_json.parse_object(frame)
         if document is None:
             return Frame(error="a line that is no JSON")
-        text, thinking, source = _read_texts(document)
+        text, thinking, text_holder = _read_texts(document)
         done = document.get("done") is True
         return Frame(
             document,
             text=text,
             thinking=thinking,
-            calls_tools=bool(source.get("tool_calls")),
+            calls_tools=bool(text_holder.get("tool_calls")),
             text_complete=done,
             ends_stream=done,
             error=error_text.find_error_message(document),
         )
 
     def extract_texts(self, frames: bytes) -> TextPieces:
-        if b'"thinking"' not in frames and (pieces := find_strings(_TEXTS, frames)) is not None:
-            return pieces
+        if b'"thinking"' not in frames:
+            pieces = find_strings(_TEXTS, frames)
+            if pieces is not None:
+                return pieces
         lines = [line for line in frames.split(b"\n") if line.strip()]
         return collect_texts(_read_texts(document)[:2] for document in safe_json.parse_objects(lines))
 
@@ -72,11 +76,11 @@ class OllamaStreamFormat:
             if request.get(key):
                 return f"an answer with `{key}` cannot be continued"
         if self._generate:
-            if not isinstance(request.get("prompt"), str) or (request.get("raw") and request.get("images")):
-                return "an answer to this kind of prompt cannot be continued"
-        elif not isinstance(request.get("messages"), list):
-            return "an answer to this kind of prompt cannot be continued"
-        return None
+            is_raw_with_images = bool(request.get("raw") and request.get("images"))
+            has_known_prompt = isinstance(request.get("prompt"), str) and not is_raw_with_images
+        else:
+            has_known_prompt = isinstance(request.get("messages"), list)
+        return None if has_known_prompt else "an answer to this kind of prompt cannot be continued"
 
     def budget(self, request: JsonObject) -> int | None:
         return positive_count(_options(request).get("num_predict"))
@@ -100,9 +104,8 @@ class OllamaStreamFormat:
 
     def continue_raw_prompt(self, request: JsonObject, partial_answer: PartialAnswer, prompt: str) -> ContinuationCall:
         body = {key: request[key] for key in ("model", "keep_alive") if key in request}
-        return ContinuationCall(
-            raw_prompt_call(body, prompt + partial_answer.text, self._remaining_options(request, partial_answer)), self
-        )
+        options = self._remaining_options(request, partial_answer)
+        return ContinuationCall(raw_prompt_call(body, prompt + partial_answer.text, options), self)
 
     def read_rendered_prompt(self, document: JsonObject) -> RenderedPrompt | None:
         return read_debug_rendering(document)
@@ -114,21 +117,19 @@ class OllamaStreamFormat:
         options = self._remaining_options(request, partial_answer)
         if not self.uses_template(request):
             body = {key: value for key, value in request.items() if key != "options"}
-            return ContinuationCall(
-                raw_prompt_call(body, str(request.get("prompt")) + partial_answer.text, options), self
-            )
-        return ContinuationCall(
-            _chat_call(self._as_chat(request, partial_answer.text, partial_answer.thinking), options), self
-        )
+            prompt = str(request.get("prompt")) + partial_answer.text
+            return ContinuationCall(raw_prompt_call(body, prompt, options), self)
+        chat = self._as_chat(request, partial_answer.text, partial_answer.thinking)
+        return ContinuationCall(_chat_call(chat, options), self)
 
     def _remaining_options(self, request: JsonObject, partial_answer: PartialAnswer) -> dict[str, Any]:
-        """The request's options, with the part of its token limit that is left."""
+        """The request's options, with a token limit that is smaller by the tokens of the partial answer."""
         budget, options = self.budget(request), _options(request)
         return options if budget is None else options | {"num_predict": budget - partial_answer.tokens}
 
     def _as_chat(self, request: JsonObject, text: str, thinking: str) -> dict[str, Any]:
         """A chat whose last message is the partial answer. A prompt of ``/api/generate`` becomes the messages that
-        Ollama's own handler makes of it."""
+        Ollama's own handler makes of such a prompt."""
         body = {key: value for key, value in request.items() if key not in ("prompt", "system", "images", "raw")}
         if not self._generate:
             messages = list(request["messages"])
@@ -145,27 +146,25 @@ class OllamaStreamFormat:
     def translate(self, frame: Frame, partial_answer: PartialAnswer) -> bytes:
         if frame.document is None:
             return b""
-        members = {key: value for key, value in frame.document.items() if key not in ("message", "response", "context")}
-        out: dict[str, Any] = {key: members.pop(key) for key in ("model", "created_at") if key in members}
+        # The members in the order in which Ollama sends them: model, created_at, the text, the others.
+        others = {key: value for key, value in frame.document.items() if key not in ("message", "response", "context")}
+        translated: dict[str, Any] = {key: others.pop(key) for key in ("model", "created_at") if key in others}
         if partial_answer.first_frame is not None and "model" in partial_answer.first_frame:
-            out["model"] = partial_answer.first_frame["model"]
-        piece: dict[str, Any] = {"response": frame.text} if self._generate else {"content": frame.text}
+            translated["model"] = partial_answer.first_frame["model"]
+        texts: dict[str, Any] = {"response": frame.text} if self._generate else {"content": frame.text}
         if frame.thinking:
-            piece["thinking"] = frame.thinking
-        out |= piece if self._generate else {"message": {"role": "assistant", **piece}}
-        out |= members
+            texts["thinking"] = frame.thinking
+        translated |= texts if self._generate else {"message": {"role": "assistant", **texts}}
+        translated |= others
         if frame.ends_stream:
-            out |= _correct_figures(members, partial_answer)
-        return safe_json.dump_compact(out) + b"\n"
+            translated |= _correct_figures(others, partial_answer)
+        return safe_json.dump_compact(translated) + b"\n"
 
     def closing_frames(self, reason: str, partial_answer: PartialAnswer) -> bytes:
         document = {"done": True, "done_reason": reason, "eval_count": 0}
         if partial_answer.first_frame is not None:
-            document |= {
-                key: partial_answer.first_frame[key]
-                for key in ("model", "created_at")
-                if key in partial_answer.first_frame
-            }
+            first_frame = partial_answer.first_frame
+            document |= {key: first_frame[key] for key in ("model", "created_at") if key in first_frame}
         return self.translate(Frame(document, ends_stream=True), partial_answer)
 
     def error_frame(self, message: str) -> bytes:
@@ -173,18 +172,15 @@ class OllamaStreamFormat:
 
 
 def raw_prompt_call(body: dict[str, Any], prompt: str, options: dict[str, Any]) -> HttpCall:
-    """The request to continue this prompt without a template."""
+    """The request that lets the model continue this prompt, without a template. ``body`` holds the other members."""
     raw_body = body | {"prompt": prompt, "raw": True, "stream": True}
-    return HttpCall(
-        "POST",
-        "/api/generate",
-        safe_json.dump_compact(raw_body | {"options": options} if options else raw_body),
-        JSON_HEADERS,
-    )
+    if options:
+        raw_body["options"] = options
+    return HttpCall("POST", "/api/generate", safe_json.dump_compact(raw_body), JSON_HEADERS)
 
 
 def _read_texts(document: JsonObject) -> tuple[str, str, JsonObject]:
-    """In this order: the text, the thinking, and the object that holds the two texts."""
+    """Returns the text, the thinking, and the object that holds the two texts, in this order."""
     message = document.get("message")
     if isinstance(message, dict):
         return (
@@ -200,21 +196,25 @@ def _read_texts(document: JsonObject) -> tuple[str, str, JsonObject]:
 
 
 def _chat_call(body: dict[str, Any], options: dict[str, Any]) -> HttpCall:
+    """The request to ``/api/chat`` with this body, to which the options are added."""
     if options:
         body["options"] = options
     return HttpCall("POST", "/api/chat", safe_json.dump_compact(body), JSON_HEADERS)
 
 
 def _options(request: JsonObject) -> dict[str, Any]:
+    """A copy of the request's options; empty if it has none."""
     options = request.get("options")
     return dict(options) if isinstance(options, dict) else {}
 
 
 def _has_images(request: JsonObject) -> bool:
+    """Whether the request or one of its messages holds images."""
     return bool(request.get("images")) or any(message.get("images") for message in _messages(request))
 
 
 def _without_images(request: JsonObject) -> JsonObject:
+    """The request without its images, and without those of its messages."""
     if not _has_images(request):
         return request
     text_request = {key: value for key, value in request.items() if key != "images"}
@@ -226,20 +226,20 @@ def _without_images(request: JsonObject) -> JsonObject:
 
 
 def _messages(request: JsonObject) -> tuple[dict[str, Any], ...]:
+    """The messages of a chat that are objects."""
     return safe_json.as_objects(request.get("messages"))
 
 
 def _correct_figures(figures: JsonObject, partial_answer: PartialAnswer) -> dict[str, Any]:
     """The figures of the whole answer, from those of the last attempt. The last attempt counted the partial answer as a
     part of its prompt. The durations of the attempts before it are measured by our clock."""
-    out: dict[str, Any] = {"eval_count": (safe_json.as_count(figures.get("eval_count")) or 0) + partial_answer.tokens}
-    prompt = safe_json.as_count(figures.get("prompt_eval_count"))
-    if prompt is not None:
-        out["prompt_eval_count"] = max(prompt - partial_answer.tokens, 0)
-    out["eval_duration"] = (safe_json.as_count(figures.get("eval_duration")) or 0) + round(
-        partial_answer.spent_ms * 1e6
-    )
-    out["total_duration"] = max(
-        round(partial_answer.elapsed_ms * 1e6), safe_json.as_count(figures.get("total_duration")) or 0
-    )
-    return out | {"gpumesh": continuation_note(partial_answer)}
+    corrected: dict[str, Any] = {}
+    corrected["eval_count"] = (safe_json.as_count(figures.get("eval_count")) or 0) + partial_answer.tokens
+    prompt_tokens = safe_json.as_count(figures.get("prompt_eval_count"))
+    if prompt_tokens is not None:
+        corrected["prompt_eval_count"] = max(prompt_tokens - partial_answer.tokens, 0)
+    spent_ns = round(partial_answer.spent_ms * NS_PER_MS)
+    corrected["eval_duration"] = (safe_json.as_count(figures.get("eval_duration")) or 0) + spent_ns
+    elapsed_ns = round(partial_answer.elapsed_ms * NS_PER_MS)
+    corrected["total_duration"] = max(elapsed_ns, safe_json.as_count(figures.get("total_duration")) or 0)
+    return corrected | {"gpumesh": continuation_note(partial_answer)}

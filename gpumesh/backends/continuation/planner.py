@@ -1,7 +1,7 @@
-"""Makes the requests to the node that continues a cut answer: a question first, if needed, then the request. Pure.
+"""``ContinuationPlanner`` makes the requests to the node that continues a cut answer. Pure.
 
-The model's template decides whether a node continues a last message of the assistant. So the node may be asked to
-render the prompt first. The strategy that its answer shows is remembered by node and model.
+The model's template decides whether a node continues a last message of the assistant. So the node may first be asked to
+render the prompt. The rendered prompt shows the strategy for this template, which is remembered by node and model.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ REQUEST_COST = 64 << 20
 class ContinuationStrategy(StrEnum):
     """How a model's template lets an answer be continued."""
 
-    ASSISTANT_LAST = "assistant-last"
-    RAW = "raw"
+    ASSISTANT_LAST = "assistant-last"  # the partial answer is a last message of the assistant
+    RAW = "raw"  # the partial answer is text after the rendered prompt
 
 
 ContinuationStrategies = MutableMapping[tuple[str, str], ContinuationStrategy]
@@ -35,49 +35,52 @@ mapping for the gateway's life."""
 
 
 class ContinuationPlanner:
-    """Plans the continuation of one request. ``reserve_bytes`` returns whether this many more bytes may be held for the
-    request. The request is parsed only after a cut."""
+    """Plans the continuation of one request. ``reserve_bytes`` reserves this many bytes for the request, and returns
+    whether there is room. The request is parsed only after a cut."""
 
     def __init__(
         self,
         path: str,
         request_body: bytes,
-        form: StreamFormat,
+        stream_format: StreamFormat,
         strategies: ContinuationStrategies,
         reserve_bytes: Callable[[int], bool],
     ) -> None:
         self._path = path
         self._request_body = request_body
-        self._form = form
-        self._next_form = form
+        self._client_format = stream_format
+        self._upstream_format = stream_format
         self._strategies = strategies
         self._reserve_bytes = reserve_bytes
-        self._prompt: str | None = None
+        self._prompt: str | None = None  # rendered by a server, for the strategy RAW
 
     @cached_property
     def _is_affordable(self) -> bool:
-        """Whether there is enough memory to parse the request."""
+        """Whether there is enough memory to parse the request. At the first call, the memory is reserved."""
         cost = safe_json.estimate_memory(self._request_body, REQUEST_COST)
         return cost is not None and self._reserve_bytes(cost)
 
     @cached_property
     def _request(self) -> JsonObject:
+        """The parsed request; empty if it is no JSON object, or too large to be parsed."""
         return (safe_json.parse_object(self._request_body) if self._is_affordable else None) or {}
 
     @property
     def _model(self) -> str:
+        """The model that the request names; empty if it names none."""
         return safe_json.as_text(self._request.get("model")) or ""
 
     @property
     def token_budget(self) -> int | None:
         """The client's limit for the tokens of the answer; ``None`` without one."""
-        return self._form.budget(self._request)
+        return self._client_format.budget(self._request)
 
     def refusal(self, received: ReceivedText) -> str | None:
-        """Why no node can continue the received text; ``None`` if one can."""
-        if not received.started or (not received.tokens and not received.calls_tools and received.keeps):
+        """Why no node can continue the received text; ``None`` if a node can."""
+        has_nothing = not received.tokens and not received.calls_tools and received.keeps
+        if not received.started or has_nothing:
             return None  # the client has no text yet: the request is sent anew
-        if self._form.supports_continuation and not received.keeps:
+        if self._client_format.supports_continuation and not received.keeps:
             return "it is too long to be held"
         if received.calls_tools:
             return "it calls tools"
@@ -87,27 +90,27 @@ class ContinuationPlanner:
             return "it repeats itself"
         if not self._is_affordable:
             return "its request is too large to be taken apart for another node"
-        return self._form.continuation_refusal(self._request)
+        return self._client_format.continuation_refusal(self._request)
 
     def render_call(self, node: str, kind: BackendKind, partial_answer: PartialAnswer) -> HttpCall | None:
-        """The question to the node that will continue; ``None`` if it need not be asked."""
+        """The request for the rendered prompt, to the node that will continue; ``None`` if no prompt is needed."""
         strategy = self._strategies.get((node, self._model))
-        form = continuation_format_for(self._path, kind)
-        if type(form) is not type(self._next_form):
-            self._prompt = None  # a server of another kind rendered it
-        self._next_form = form
+        stream_format = continuation_format_for(self._path, kind)
+        if type(stream_format) is not type(self._upstream_format):
+            self._prompt = None  # a server of another kind rendered this prompt
+        self._upstream_format = stream_format
         strategy_is_ready = strategy is ContinuationStrategy.ASSISTANT_LAST or (
             strategy is ContinuationStrategy.RAW and self._prompt is not None
         )
-        if strategy_is_ready or not self._depends_on_template(form, partial_answer):
+        if strategy_is_ready or not self._depends_on_template(stream_format, partial_answer):
             return None
-        return form.render_call(self._request, partial_answer.thinking)
+        return stream_format.render_call(self._request, partial_answer.thinking)
 
     def apply_rendered_prompt(self, node: str, status: int, body: bytes) -> None:
-        """Takes the node's answer to ``render_call``. Without a usable answer the most common strategy stays: assistant
-        last."""
+        """Remembers the strategy that the node's answer to ``render_call`` shows. If the answer is not usable, the most
+        common strategy is used: ASSISTANT_LAST."""
         document = (safe_json.parse_object(body) if status == 200 else None) or {}
-        rendered = self._next_form.read_rendered_prompt(document)
+        rendered = self._upstream_format.read_rendered_prompt(document)
         if rendered is None:
             return
         if rendered.closes_turn:
@@ -119,16 +122,18 @@ class ContinuationPlanner:
     def next_call(self, node: str, kind: BackendKind, partial_answer: PartialAnswer) -> ContinuationCall | str | None:
         """The request to the node that will continue, or the reason why no node can. ``None``: it is not known how this
         node's model continues, but another node may be able to."""
-        form = continuation_format_for(self._path, kind)
+        stream_format = continuation_format_for(self._path, kind)
         strategy = self._strategies.get((node, self._model))
-        if strategy is not ContinuationStrategy.RAW or not self._depends_on_template(form, partial_answer):
-            refusal = form.assistant_message_refusal(self._request)
-            return refusal or form.continue_assistant_message(self._request, partial_answer)
-        refusal = form.raw_prompt_refusal(self._request)
+        if strategy is not ContinuationStrategy.RAW or not self._depends_on_template(stream_format, partial_answer):
+            refusal = stream_format.assistant_message_refusal(self._request)
+            return refusal or stream_format.continue_assistant_message(self._request, partial_answer)
+        refusal = stream_format.raw_prompt_refusal(self._request)
         if refusal is not None:
             return refusal
-        return None if self._prompt is None else form.continue_raw_prompt(self._request, partial_answer, self._prompt)
+        if self._prompt is None:
+            return None
+        return stream_format.continue_raw_prompt(self._request, partial_answer, self._prompt)
 
-    def _depends_on_template(self, form: StreamFormat, partial_answer: PartialAnswer) -> bool:
+    def _depends_on_template(self, stream_format: StreamFormat, partial_answer: PartialAnswer) -> bool:
         """Whether the model's template decides how the text is continued."""
-        return bool(partial_answer.text) and form.uses_template(self._request)
+        return bool(partial_answer.text) and stream_format.uses_template(self._request)

@@ -1,4 +1,4 @@
-"""The text that the client has received, kept so that another node can continue it. Bounded. Pure."""
+"""``ReceivedText``: the text that the client has received, kept so that another node can continue it. Pure."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ MAX_REPEATED_TOKENS = 30
 # Unread frames are kept up to this size. Then they are read, and only their text is kept: it is much shorter.
 UNREAD_BYTES = 64 << 10
 UNREAD_FRAMES = 4096  # more frames in UNREAD_BYTES are too short to hold text
-FIRST_FRAMES = 64  # one of the first 64 frames names the answer; later ones are not searched
-# Bytes; no model's context holds so much text. A longer answer is passed on, but not kept.
+FIRST_FRAMES = 64  # one of the first 64 frames names the answer; later frames are not searched
+# In bytes: no model's context holds so much text. A longer answer is passed on, but not kept.
 TEXT_LIMIT = 8 << 20
-PIECE_BYTES = 64  # memory of a piece of text besides its characters
+PIECE_BYTES = 64  # the memory that a piece of text takes besides its characters
 
 
 class ReceivedText:
-    """``started``: the client has received at least one frame. ``unread`` holds frames that were not read yet; most
-    answers are not cut, so most frames are never read. ``keeps`` is false if the text is not kept, or not any more.
+    """Keeps the text of one answer. ``started``: the client has received at least one frame. ``unread`` holds frames
+    that were not read yet; most answers are not cut, so most frames are never read. ``keeps`` is false if the text is
+    not kept, or no longer kept.
 
     ``tokens`` counts the frames with text. ``first_frame`` is the first frame with a document: it names the answer.
     ``calls_tools``: a frame held a tool call. ``is_complete``: the text is complete; frames after the text may be
@@ -30,9 +31,9 @@ class ReceivedText:
     """
 
     __slots__ = (
-        "_form",
         "_last_tokens",
         "_size",
+        "_stream_format",
         "calls_tools",
         "first_frame",
         "is_complete",
@@ -44,8 +45,8 @@ class ReceivedText:
         "unread",
     )
 
-    def __init__(self, form: StreamFormat, *, keeps: bool) -> None:
-        self._form = form
+    def __init__(self, stream_format: StreamFormat, *, keeps: bool) -> None:
+        self._stream_format = stream_format
         self.keeps = keeps
         self.started = False
         # The pieces are copied into one array, so that their memory is free at once. A list of the pieces would make
@@ -67,18 +68,19 @@ class ReceivedText:
         return len(tokens) == MAX_REPEATED_TOKENS and len({token.strip() for token in tokens}) == 1
 
     def read_unread(self) -> None:
+        """Reads the unread frames, and keeps their text instead."""
         if not self.unread:
             return
         frames = bytes(self.unread)
         self.unread.clear()
-        if frames.count(self._form.frame_separator) > UNREAD_FRAMES:
+        if frames.count(self._stream_format.frame_separator) > UNREAD_FRAMES:
             self._stop_keeping()
             return
         if self.first_frame is None:
-            first_frames = islice(split_frames(self._form, frames), FIRST_FRAMES)
-            documents = (self._form.read(frame).document for frame in first_frames)
+            first_frames = islice(split_frames(self._stream_format, frames), FIRST_FRAMES)
+            documents = (self._stream_format.read(frame).document for frame in first_frames)
             self.first_frame = next((document for document in documents if document), None)
-        self._add(self._form.extract_texts(frames))
+        self._add(self._stream_format.extract_texts(frames))
 
     def add_frame(self, frame: Frame) -> None:
         """Adds a frame that was read before the client got it."""
@@ -87,14 +89,18 @@ class ReceivedText:
             self.first_frame = frame.document
         self.calls_tools |= frame.calls_tools
         self.is_complete |= frame.text_complete and frame.document is not None
-        self._add(TextPieces((frame.text,) * bool(frame.text), (frame.thinking,) * bool(frame.thinking)))
+        texts = (frame.text,) if frame.text else ()
+        thinking_texts = (frame.thinking,) if frame.thinking else ()
+        self._add(TextPieces(texts, thinking_texts))
 
     def _add(self, pieces: TextPieces) -> None:
+        """Counts the pieces, and adds their text unless the text is not kept."""
         self.tokens += len(pieces.texts) + len(pieces.thinking_texts)
         if not self.keeps:
             return
         text, thinking = "".join(pieces.texts), "".join(pieces.thinking_texts)
-        self._last_tokens.extend((pieces.texts or pieces.thinking_texts)[-MAX_REPEATED_TOKENS:])
+        tokens = pieces.texts or pieces.thinking_texts
+        self._last_tokens.extend(tokens[-MAX_REPEATED_TOKENS:])
         if text:
             self.texts.append(text)
         if thinking:
@@ -104,14 +110,14 @@ class ReceivedText:
             self._stop_keeping()
 
     def _stop_keeping(self) -> None:
-        """Drops the text. From now on the answer can only be passed on, and not be continued."""
+        """Drops the text. From now on the answer can only be passed on, but not be continued."""
         self.keeps = False
         self.texts, self.thinking_texts = [], []
 
 
-def split_frames(form: StreamFormat, frames: bytes) -> Iterator[bytes]:
-    """Each frame with its end mark. All blank lines after a frame belong to its end mark."""
+def split_frames(stream_format: StreamFormat, frames: bytes) -> Iterator[bytes]:
+    """Yields each frame with its end mark. All blank lines after a frame belong to its end mark."""
     start = 0
-    for match in form.frame_end_pattern.finditer(frames):
+    for match in stream_format.frame_end_pattern.finditer(frames):
         yield frames[start : match.end()]
         start = match.end()

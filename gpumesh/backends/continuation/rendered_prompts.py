@@ -1,4 +1,4 @@
-"""Continues a chat on llama-server: the partial answer is text after the prompt that the server renders. Pure.
+"""Formats to continue a chat on llama-server, with the partial answer after the prompt that the server renders. Pure.
 
 ``/apply-template`` renders a chat as a prompt. ``/completion`` continues that prompt with the partial answer after it.
 Measured with build 10434: at temperature 0 the text is the same as in an answer without a cut. Most templates would
@@ -62,7 +62,7 @@ class RenderedPromptFormat(MarkedChatFormat):
 
     def read_rendered_prompt(self, document: JsonObject) -> RenderedPrompt | None:
         prompt = safe_json.as_text(document.get("prompt"))
-        if not prompt or _OPEN_THINKING.search(prompt):
+        if not prompt or _OPEN_THINKING.search(prompt):  # no prompt, or the partial answer cannot follow it
             return None
         return RenderedPrompt(prompt, closes_turn=True)
 
@@ -108,9 +108,8 @@ class CompletionAsChatFormat(EventStreamFormat):
             figures["usage"] = {"prompt_tokens": prompt, "completion_tokens": tokens}
         if isinstance(document.get("timings"), dict):
             figures["timings"] = document["timings"]
-        return out + finish_events(
-            partial_answer, "length" if document.get("stop_type") == "limit" else "stop", figures
-        )
+        reason = "length" if document.get("stop_type") == "limit" else "stop"
+        return out + finish_events(partial_answer, reason, figures)
 
 
 def _has_only_text(message: Any) -> bool:

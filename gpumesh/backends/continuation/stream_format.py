@@ -1,4 +1,4 @@
-"""The interface between a stream's format and ``continuation.Continuation``: to read, continue and end a stream. Pure.
+"""``StreamFormat``: what ``Continuation`` must know of a stream's format to read, continue and end the stream. Pure.
 
 Most models' templates leave a last message of the assistant open: the model continues it, and the reply holds only the
 new text. Other templates close the turn. Then the server renders the prompt, and continues the prompt with the partial
@@ -22,7 +22,8 @@ SENTINEL = "gpumesh8f1d2c7e5b3a9046"
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """One frame of a stream. ``text_complete``: the text ends with this frame. ``ends_stream``: no frame follows."""
+    """One frame of a stream. ``document`` is its JSON, if it holds any. ``text_complete``: the text ends with this
+    frame. ``ends_stream``: no frame follows. ``error``: the server's error, or why the frame is not valid."""
 
     document: JsonObject | None = None
     text: str = ""
@@ -46,7 +47,7 @@ class PartialAnswer:
     """The part of the answer that the client has received, over all attempts.
 
     ``spent_ms``: the time in which the servers generated this part. ``elapsed_ms``: the time since the request began.
-    ``first_frame`` names the answer.
+    ``first_frame`` is the first document of the stream; it names the answer.
     """
 
     text: str = ""
@@ -60,11 +61,11 @@ class PartialAnswer:
 
 @dataclass(frozen=True, slots=True)
 class ContinuationCall:
-    """The request for the rest of an answer. ``form`` reads the stream that comes back, and translates each of its
-    frames into a frame of the client's own stream."""
+    """The request for the rest of an answer. ``stream_format`` reads the stream that comes back, and translates each of
+    its frames into a frame of the client's own stream."""
 
     call: HttpCall
-    form: StreamFormat
+    stream_format: StreamFormat
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +78,8 @@ class RenderedPrompt:
 
 
 class StreamFormat(Protocol):
-    """``frame_end_pattern`` matches the end of a frame, ``frame_separator`` is its most common form.
+    """The format of the streams of one API. ``frame_end_pattern`` matches the end of a frame, ``frame_separator`` is
+    the most common end.
 
     ``supports_continuation``: an answer in this format can be continued, so its text is kept.
     """
@@ -87,13 +89,14 @@ class StreamFormat(Protocol):
     supports_continuation: bool
 
     def find_marks(self, frames: bytes) -> object | None:
-        """Looks for a frame that is more than text. ``None``: these frames hold text only, so they need not be read.
+        """Looks for a frame that holds more than text. ``None``: all frames hold text only, so they need not be read.
         This must be cheap: each streamed token passes here."""
 
     def find_last_frame_end(self, frames: bytearray, start: int) -> int:
         """The position after the last end of a frame, searched from ``start`` on; 0 if there is none."""
 
-    def read(self, frame: bytes) -> Frame: ...
+    def read(self, frame: bytes) -> Frame:
+        """Parses one frame."""
 
     def extract_texts(self, frames: bytes) -> TextPieces:
         """The texts of many frames that hold text only. Costs a tenth of a call of ``read`` for each frame."""
@@ -114,7 +117,8 @@ class StreamFormat(Protocol):
         """Why ``continue_raw_prompt`` cannot continue the answer correctly; ``None`` if it can."""
 
     def continue_raw_prompt(self, request: JsonObject, partial_answer: PartialAnswer, prompt: str) -> ContinuationCall:
-        """Sends the partial answer as text after the rendered prompt: for templates that close the turn."""
+        """Makes the request that sends the partial answer as text after the rendered prompt. This is for templates that
+        close the turn."""
 
     def read_rendered_prompt(self, document: JsonObject) -> RenderedPrompt | None:
         """The prompt in the answer to ``render_call``; ``None`` if the answer holds none."""
@@ -123,7 +127,7 @@ class StreamFormat(Protocol):
         """Why ``continue_assistant_message`` cannot continue the answer correctly; ``None`` if it can."""
 
     def continue_assistant_message(self, request: JsonObject, partial_answer: PartialAnswer) -> ContinuationCall:
-        """Sends the partial answer as a last message of the assistant."""
+        """Makes the request that sends the partial answer as a last message of the assistant."""
 
     def translate(self, frame: Frame, partial_answer: PartialAnswer) -> bytes:
         """Translates a frame of a later attempt into a frame of the client's own stream, with corrected figures. The
@@ -154,8 +158,8 @@ def read_debug_rendering(document: JsonObject) -> RenderedPrompt | None:
 
 
 def append_answer(messages: list[Any], text: str, thinking_key: str, thinking: str) -> list[Any]:
-    """The messages with the partial answer as the last one. If the client began the answer itself, the partial answer
-    is joined to the client's message."""
+    """The messages with the partial answer as the last message. If the client began the answer itself, the partial
+    answer is joined to the client's message."""
     if client_began_answer(messages):
         last = messages[-1]
         return [*messages[:-1], {**last, "content": last["content"] + text}]
@@ -164,13 +168,13 @@ def append_answer(messages: list[Any], text: str, thinking_key: str, thinking: s
 
 
 def client_began_answer(messages: Any) -> bool:
+    """Whether the last message is a text of the assistant: the client began the answer, and the model continues it."""
     last = messages[-1] if isinstance(messages, list) and messages else None
     return isinstance(last, dict) and last.get("role") == "assistant" and isinstance(last.get("content"), str)
 
 
 def find_strings(pattern: re.Pattern[bytes], frames: bytes) -> TextPieces | None:
-    """Every JSON string that the pattern finds, without parsing the frames. ``None`` if these strings are not valid
-    JSON.
+    """The JSON strings that the pattern finds, without parsing the frames. ``None`` if they are not valid JSON.
 
     The pattern begins with a key in quotation marks. A quotation mark inside of a string is escaped, so the pattern
     cannot match inside of a text.
@@ -180,10 +184,11 @@ def find_strings(pattern: re.Pattern[bytes], frames: bytes) -> TextPieces | None
 
 
 def collect_texts(pairs: Iterable[tuple[str, str]]) -> TextPieces:
-    """``pairs``: the text and the thinking of each frame."""
+    """Drops the empty pieces. ``pairs`` holds the text and the thinking of each frame."""
     all_pairs = list(pairs)
     texts = tuple(text for text, _ in all_pairs if text)
-    return TextPieces(texts, tuple(thinking for _, thinking in all_pairs if thinking))
+    thinking_texts = tuple(thinking for _, thinking in all_pairs if thinking)
+    return TextPieces(texts, thinking_texts)
 
 
 def continuation_note(partial_answer: PartialAnswer) -> dict[str, int]:
@@ -192,5 +197,5 @@ def continuation_note(partial_answer: PartialAnswer) -> dict[str, int]:
 
 
 def positive_count(value: Any) -> int | None:
-    """A count of at least 1; ``None`` for anything else."""
+    """The value if it is a count of at least 1; ``None`` for anything else."""
     return safe_json.as_count(value) or None

@@ -1,4 +1,4 @@
-"""The registry of formats: the stream format of each route, and the way each kind of server continues a stream."""
+"""The registry of stream formats: the format of each route, and how each kind of server continues a stream."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _CHAT_FORMATS: Mapping[ContinuationMethod, type[OpenAIChatFormat]] = {
 
 
 def generates_text(path: str) -> bool:
-    """Whether this route generates text, so that its stream has a final frame. ``path`` may have a query."""
+    """Whether this route generates text, so that its stream has a final frame. ``path`` may hold a query."""
     route = path.partition("?")[0]
     return route in _OLLAMA_PATHS or route in _EVENT_STREAM_PATHS or route in (_CHAT_PATH, COMPLETION_PATH)
 

@@ -20,18 +20,18 @@ from typing import Any, Generic, TypeVar
 
 C = TypeVar("C")
 
-MAX_SHARE = 0.75  # of all connections, for one client
+MAX_SHARE = 0.75  # the part of all connections that one client may hold
 UNIX_CLIENT = "unix"  # stands for the address of a client of a Unix socket
 NO_ROOM = "too many connections"
 Group = tuple[str, str]
 """The kind of the group ("address", "key", …), then its name: the address or the key that its connections share."""
-_ALL: Group = ("all", "")
+_ALL: Group = ("all", "")  # all connections
 _NEW: Group = ("new", "")  # the connections without any accepted request
 
 
 def normalize_address(host: str | None) -> str | None:
-    """The address that stands for the client in ``Admission.admit``; ``None`` for a client on this machine. A
-    provider's customer has a whole /64 network of IPv6, so such a network counts as one address."""
+    """The address by which a client's connections are counted; ``None`` for a client on this machine. A provider's
+    customer has a whole /64 network of IPv6, so such a network counts as one address."""
     if host is None or host == UNIX_CLIENT:
         return None
     try:
@@ -47,10 +47,12 @@ def normalize_address(host: str | None) -> str | None:
 
 @dataclass(slots=True)
 class _Members(Generic[C]):
-    """The connections of one group; ``idle`` in the order in which they became idle."""
+    """The connections of one group. ``count`` is the number of all of them. ``idle`` holds the idle ones, in the order
+    in which they became idle."""
 
     count: int = 0
-    idle: OrderedDict[C, None] = field(default_factory=OrderedDict)  # a dict does not find its first in constant time
+    # Not a dict: only an OrderedDict finds its first key in constant time.
+    idle: OrderedDict[C, None] = field(default_factory=OrderedDict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +62,7 @@ class Admitted(Generic[C]):
     evicted: C | None = None
 
 
-_ADMITTED: Admitted[Any] = Admitted()
+_ADMITTED: Admitted[Any] = Admitted()  # made once, because each request of a connection gets it
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +87,7 @@ class Admission(Generic[C]):
 
     @property
     def count(self) -> int:
+        """The number of the connections that are admitted now."""
         return self._groups[_ALL].count
 
     def admit(self, connection: C, address: str | None) -> Admitted[C] | Denied:
@@ -110,21 +113,24 @@ class Admission(Generic[C]):
         return decision
 
     def _make_room(self, group: Group, limit: int, reason: str) -> Admitted[C] | Denied:
-        """Makes room for one more connection in the group: forgets its longest idle connection if it has ``limit``
-        connections."""
+        """Makes room for one more connection in the group. If the group has ``limit`` connections, the connection that
+        has been idle the longest is evicted; without an idle one, the request for room is denied for ``reason``."""
         members = self._groups.get(group)
         if members is None or members.count < limit:
             return Admitted()
-        for longest_idle in members.idle:
-            self.forget(longest_idle)
-            return Admitted(longest_idle)
-        return Denied(reason)
+        if not members.idle:
+            return Denied(reason)
+        longest_idle = next(iter(members.idle))
+        self.forget(longest_idle)
+        return Admitted(longest_idle)
 
     def register_key(self, connection: C, key: str | None) -> Admitted[C] | Denied:
         """Decides on a request with a valid key on this connection. ``key`` is ``None`` where the gateway asks for no
         key. A connection whose request is denied stays in the groups that it is in."""
         old_groups = self._groups_of.get(connection)
-        if old_groups is None or (key is None and _NEW not in old_groups):
+        if old_groups is None:  # the connection is gone
+            return _ADMITTED
+        if key is None and _NEW not in old_groups:  # a request of this connection was accepted before
             return _ADMITTED
         key_group = None if key is None else ("key", key)
         if key_group in old_groups:
@@ -134,7 +140,7 @@ class Admission(Generic[C]):
             decision = self._make_room(key_group, self._max_per_client, f"{NO_ROOM} with this key")
             if isinstance(decision, Denied):
                 return decision
-        groups_to_leave = tuple(group for group in old_groups if group == _NEW or group[0] == "key")
+        groups_to_leave = tuple(group for group in old_groups if group == _NEW or _is_key_group(group))
         new_groups = tuple(group for group in old_groups if group not in groups_to_leave)
         for group in groups_to_leave:
             self._leave(connection, group)
@@ -161,8 +167,14 @@ class Admission(Generic[C]):
             self._leave(connection, group)
 
     def _leave(self, connection: C, group: Group) -> None:
+        """Removes the connection from the group, and the group if it is empty then."""
         members = self._groups[group]
         members.count -= 1
         members.idle.pop(connection, None)
         if not members.count and group not in (_ALL, _NEW):
             del self._groups[group]
+
+
+def _is_key_group(group: Group) -> bool:
+    kind, _ = group
+    return kind == "key"

@@ -1,4 +1,4 @@
-"""Answers one request: calls the handler, checks its answer, and writes a whole answer to the client."""
+"""Answers one request: calls the handler, checks its answer, and writes the answer to the client."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ JOINED_BYTES = 32 << 10  # a smaller body is sent in one piece with its head: to
 
 
 async def call_handler(handler: Handler, request: Request, render_error: ErrorRenderer) -> Response | StreamingResponse:
-    """Returns a whole answer, or a stream that is finished. Releases the request's body. Raises ConnectionError if the
-    connection must be cut, because only a part of an answer was sent."""
+    """Calls the handler, and returns its answer: a whole answer, or a stream that is finished. Releases the request's
+    body. Raises ConnectionError if the connection must be cut, because only a part of an answer was sent."""
     try:
         answer = await handler(request)
     except (ConnectionError, asyncio.CancelledError) as error:
@@ -55,13 +55,15 @@ def write_answer(writer: ClientWriter, response: Response, request: Request, *, 
 
 
 def write_refusal(writer: ClientWriter, response: Response, headers: HeaderPairs = ()) -> None:
-    """Writes an answer that belongs to no request. Its head tells the client that the connection ends."""
+    """Writes an answer that belongs to no request, with ``headers`` added. Its head tells the client that the
+    connection ends."""
     pairs = (*response.headers, *headers)
     head = render_head(response.status, pairs, length=len(response.body), keep_alive=False, is_http10=False)
     _write(writer, head, response.body)
 
 
 def _write(writer: ClientWriter, head: bytes, body: bytes) -> None:
+    """Writes head and body, in one piece if the body is small."""
     if len(body) < JOINED_BYTES:
         writer.write(head + body)
     else:  # in two pieces, so that the body is not copied

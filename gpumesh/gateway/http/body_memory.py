@@ -1,4 +1,4 @@
-"""Limits the memory that the bodies of all requests may take together, and counts how much of it each request holds.
+"""Limits the memory that the bodies of all requests may take together, and counts how much each request holds.
 
 Only bytes that have arrived are counted. A byte counts from the moment when it is read from its connection until its
 request has ended, also while the request waits in a queue or is sent a second time. So a client cannot reserve memory
@@ -17,14 +17,14 @@ from collections.abc import Callable
 
 from gpumesh.errors import QueueFull
 
-SMALL_BODY_BYTES = 1 << 20
-RETRY_AFTER_S = 5.0
+SMALL_BODY_BYTES = 1 << 20  # a body of up to this size is small
+RETRY_AFTER_S = 5.0  # when a client whose body found no room may try again
 
 
 class BodyMemory:
-    """``total`` and ``held`` are bytes. ``large_body_bytes``: the part of the memory that large bodies may use.
-    ``reading_since``: the bodies that are being read, with the time when reading started, the oldest first. ``clock``
-    returns seconds."""
+    """The memory for the bodies of all requests: ``held`` of its ``total`` bytes are taken. ``large_body_bytes``: the
+    part of the memory that large bodies may use. ``reading_since``: the bodies that are being read, with the time when
+    reading started, the oldest first. ``clock`` returns seconds."""
 
     def __init__(self, total: int, *, patience_s: float, clock: Callable[[], float]) -> None:
         self.total = total
@@ -53,12 +53,14 @@ class BodyMemory:
         latest_start = self.clock() - self._patience_s
         while not self.has_room(reservation.size, size):
             oldest = next(iter(self.reading_since), None)
+            # No other body is being read, or none of them has been arriving for too long.
             if oldest is None or oldest is reservation or self.reading_since[oldest] > latest_start:
                 return False
             oldest.revoke()
         return True
 
     def build_full_error(self) -> QueueFull:
+        """The error for a request whose body finds no room."""
         return QueueFull(
             f"the bodies of other requests take up what gateway.body_memory_mib allows ({self.total >> 20} MiB)",
             retry_after_s=RETRY_AFTER_S,
@@ -66,8 +68,8 @@ class BodyMemory:
 
 
 class MemoryReservation:
-    """The memory that one request holds: ``size`` bytes. ``refused``: there was no room for its whole body, so it holds
-    nothing. ``released``: the request has ended."""
+    """The memory that one request holds: ``size`` bytes. ``refused``: there was no room for the whole body, so the
+    request holds nothing. ``released``: the request has ended."""
 
     __slots__ = ("_memory", "_on_lost", "refused", "released", "size")
 
@@ -79,21 +81,23 @@ class MemoryReservation:
         self.released = False
 
     def __repr__(self) -> str:
-        state = "refused" if self.refused else "released" if self.released else "held"
+        state = "released" if self.released else "held"
+        if self.refused:
+            state = "refused"
         return f"<MemoryReservation {self.size} bytes {state}>"
 
     def reserve(self, size: int) -> bool:
-        """Reserves ``size`` bytes more. Without room it returns ``False``, and all bytes of the request become free."""
+        """Reserves ``size`` bytes more, and returns ``True``. Without room it returns ``False``, and frees all bytes of
+        the request."""
         memory = self._memory
         if self.refused or self.released:
             return False
         new_size = self.size + size
         # ``has_room``, written out here: every request passes here, and the call would cost time.
-        if memory.held + size > (memory.total if new_size <= SMALL_BODY_BYTES else memory.large_body_bytes):
-            if not memory.revoke_slow_bodies(self, size):
-                self.revoke()
-                return False
-            new_size = self.size + size
+        limit = memory.total if new_size <= SMALL_BODY_BYTES else memory.large_body_bytes
+        if memory.held + size > limit and not memory.revoke_slow_bodies(self, size):
+            self.revoke()
+            return False
         self.size = new_size
         memory.held += size
         return True
@@ -104,7 +108,8 @@ class MemoryReservation:
         return self._memory.has_room(self.size, missing) or self._memory.revoke_slow_bodies(self, missing)
 
     def try_reserve(self, size: int) -> bool:
-        """As ``reserve``, but without room the request keeps what it holds, and no other body is revoked."""
+        """Reserves ``size`` bytes more, and returns whether there was room. Otherwise the request keeps the bytes that
+        it holds. Unlike ``reserve``, this revokes no other body."""
         if self.refused or self.released or not self._memory.has_room(self.size, size):
             return False
         self.size += size
@@ -118,18 +123,19 @@ class MemoryReservation:
         self._memory.held -= size
 
     def start_reading(self, on_lost: Callable[[], None]) -> None:
-        """The body is being read from now on. Until ``finish_reading``, other requests may take its memory; when they
-        do, ``on_lost`` is called."""
+        """Notes that the body is being read from now on. Until ``finish_reading``, other requests may take its memory;
+        when they do, ``on_lost`` is called."""
         self._on_lost = on_lost
         self._memory.reading_since[self] = self._memory.clock()
 
     def finish_reading(self) -> None:
-        """The body is complete: no other request may take its memory. Harmless when the body was not being read."""
+        """Notes that the body is complete: no other request may take its memory any more. Does nothing if the body was
+        not being read."""
         self._on_lost = None
         self._memory.reading_since.pop(self, None)
 
     def revoke(self) -> None:
-        """Frees all bytes that the request holds. It cannot reserve any more."""
+        """Frees all bytes that the request holds. From now on the request cannot reserve any."""
         self.refused = True
         on_lost = self._on_lost
         self.finish_reading()
@@ -138,7 +144,7 @@ class MemoryReservation:
             on_lost()
 
     def release(self) -> None:
-        """Frees all bytes, because the request has ended. Harmless when called twice."""
+        """Frees all bytes, because the request has ended. A second call does nothing."""
         self.released = True
         if self._on_lost is not None:
             self.finish_reading()

@@ -5,22 +5,23 @@ from __future__ import annotations
 import resource
 from dataclasses import dataclass
 
-RESERVED_FILES = 256  # of the process's open files: tunnels, probes, log, sockets of other commands
+RESERVED_FILES = 256  # open files that are not for clients: tunnels, probes, the log, sockets of other commands
 
 
 def compute_max_connections() -> int:
-    """The number of clients' connections for which the process may have enough open files. Each of them counts twice,
-    because it may need a connection to a node."""
+    """The largest number of clients' connections for which the process may have enough open files. Each of them counts
+    twice, because a connection to a node may belong to it."""
     soft_limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft_limit == resource.RLIM_INFINITY:
-        return 1 << 20
+        return 1 << 20  # more than any gateway can serve
     return max((soft_limit - RESERVED_FILES) // 2, 64)
 
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """Units are seconds, bytes, and bytes/s.
+    """The limits for the clients of one server, in seconds, bytes, and bytes/s.
 
+    - A head must be complete within ``head_timeout_s``.
     - A body may take ``body_timeout_s``, and a second more for each ``min_bytes_per_s`` bytes of it.
     - After a refusal the connection is still read for ``linger_s``, so that the client sees the refusal and no reset.
     - A client is cut off if it takes less than ``min_bytes_per_s`` of its answer, averaged over ``write_timeout_s``.

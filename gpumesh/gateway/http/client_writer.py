@@ -1,4 +1,4 @@
-"""Writes to one client. Tells about back-pressure, and cuts off a client that does not take what it is sent."""
+"""``ClientWriter`` writes to one client, with back-pressure, and cuts off a client that reads too slowly."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Callable
 from gpumesh.gateway.http.bounds import Bounds
 from gpumesh.turn_end import TurnEnd
 
-MAX_PENDING_BYTES = 16 << 10  # a longer piece goes to the transport at once: to copy it costs more than a write
+MAX_PENDING_BYTES = 16 << 10  # more bytes go to the transport at once: to copy them costs more than a write
 
 
 class ClientWriter:
@@ -25,7 +25,7 @@ class ClientWriter:
     ) -> None:
         self.bounds = bounds
         self._turn_end = turn_end
-        self._pending = b""  # bytes for the end of this turn
+        self._pending = b""  # bytes that go to the transport at the end of this turn
         self.backpressured = False
         self.on_writable: Callable[[], None] | None = None
         self._transport: asyncio.Transport | None = transport
@@ -35,11 +35,14 @@ class ClientWriter:
         self._progress_timer: asyncio.TimerHandle | None = None
 
     def __repr__(self) -> str:
-        state = "closed" if self._transport is None else "backpressured" if self.backpressured else "writable"
+        state = "backpressured" if self.backpressured else "writable"
+        if self._transport is None:
+            state = "closed"
         return f"<ClientWriter {state}, {self.unsent_bytes} bytes unsent>"
 
     def write(self, data: bytes) -> None:
-        """Raises ConnectionResetError when the client is gone."""
+        """Writes these bytes, at the end of this turn if they are few. Raises ConnectionResetError when the client is
+        gone."""
         transport = self._transport
         if transport is None or transport.is_closing():
             raise ConnectionResetError("the client is gone")
@@ -54,7 +57,7 @@ class ClientWriter:
             self._turn_end.add(self.flush)
 
     def flush(self) -> None:
-        """Passes the bytes of this turn to the transport."""
+        """Passes the bytes that this turn has written to the transport. Drops them if the client is gone."""
         pending, transport = self._pending, self._transport
         if pending:
             self._pending = b""
@@ -89,12 +92,12 @@ class ClientWriter:
     # -- called by the connection ------------------------------------------------------------------------------------
 
     def pause(self) -> None:
-        """The transport's buffer is full."""
+        """Begins the back-pressure: the transport's buffer is full."""
         self.backpressured = True
         self.watch_progress()
 
     def resume(self) -> None:
-        """Most of the transport's buffer has been taken."""
+        """Ends the back-pressure: the client has taken most of the transport's buffer."""
         self.backpressured = False
         if self._progress_timer is not None and not self._finished:
             self._progress_timer.cancel()
@@ -105,33 +108,34 @@ class ClientWriter:
             self.on_writable()
 
     def finish(self) -> None:
-        """Nothing more will be written. The rest must still go out, so its progress is watched even without
-        back-pressure."""
+        """Notes that nothing more will be written. The unsent bytes must still go out, so their progress is watched
+        even without back-pressure."""
         self._finished = True
         self.watch_progress()
 
     def connection_lost(self) -> None:
-        """The connection is gone."""
+        """Notes that the connection is gone, and wakes the source of the answer and the task that waits to write."""
         self._transport = None
         if self._progress_timer is not None:
             self._progress_timer.cancel()
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_exception(ConnectionResetError("the client is gone"))
-            # The waiting task may have been cancelled. asyncio would then log an exception that nobody retrieved.
+            # Marks the exception as retrieved: asyncio would log it if the waiting task was cancelled.
             self._waiter.exception()
         if self.on_writable is not None:
             self.on_writable()  # tells the source of the answer: from now on a write raises ConnectionResetError
             self.on_writable = None
 
     def watch_progress(self) -> None:
-        """Starts to check at intervals whether the client takes the rest of the written bytes."""
+        """Starts to check at intervals whether the client takes the unsent bytes. Does nothing without unsent bytes."""
         if self._progress_timer is None and self.unsent_bytes:
             self._progress_timer = self._loop.call_later(
                 self.bounds.write_timeout_s, self._check_progress, self._count_remaining_bytes()
             )
 
     def _check_progress(self, remaining_before: int) -> None:
-        """Cuts off a client that is too slow. A large answer may take as long as it needs, if it moves fast enough."""
+        """Cuts off a client that has taken too few bytes since ``remaining_before`` bytes remained. A large answer may
+        take as long as it needs, if it moves fast enough."""
         self._progress_timer = None
         if self._transport is None or not self.unsent_bytes:
             return
@@ -142,13 +146,14 @@ class ClientWriter:
             self.watch_progress()
 
     def _count_remaining_bytes(self) -> int:
+        """The written bytes that the client has not taken, as far as the system tells."""
         return self.unacknowledged_bytes or self.unsent_bytes
 
 
 def _bytes_in_kernel(transport: asyncio.Transport) -> int | None:
-    """The bytes that the kernel has taken and the client has not; ``None`` if the system does not tell their number.
-    They may be megabytes, and the kernel takes more only when a third of them is gone. So without counting them, a slow
-    client would look like a client that takes nothing."""
+    """The number of bytes that the kernel has taken and the client has not; ``None`` if the system does not tell it.
+    These bytes may be megabytes, and the kernel takes more only when a third of them is gone. So if they were not
+    counted, a slow client would look like a client that takes nothing."""
     try:
         answer = fcntl.ioctl(transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, bytes(4))
     except OSError:

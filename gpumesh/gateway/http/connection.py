@@ -1,8 +1,8 @@
-"""One client's HTTP/1.1 connection: an ``asyncio.Protocol`` with a queue of requests and one task that answers them.
+"""``ClientConnection``: the HTTP/1.1 connection of one client, with a queue of requests and a task that answers them.
 
 The gateway has its own HTTP server for two reasons. Each token passes here, so the server must be fast
 (`benchmarks/gateway.py`). And it stands in front of hardware that costs money, so everything that a client can hold
-needs a limit. Without limits a client could hold a connection, a handler or a slot of a node for ever:
+needs a limit. Without limits a client could hold a connection, a handler or a slot of a node forever:
 
 - with a head that never becomes complete (slow loris),
 - with a body that hardly moves,
@@ -42,8 +42,8 @@ from gpumesh.turn_end import TurnEnd
 log = logging.getLogger(__name__)
 
 
-class ConnectionState(StrEnum):
-    """The states of a connection, in their order; states may be skipped.
+class ClientConnectionState(StrEnum):
+    """The states of a client's connection, in their order; states may be skipped.
 
     - ``READING``: requests are read and answered.
     - ``DRAINING``: the connection closes as soon as all requests that have been read are answered.
@@ -61,7 +61,8 @@ class ConnectionState(StrEnum):
     CLOSED = "CLOSED"
 
 
-END_STATES = (ConnectionState.LINGERING, ConnectionState.CLOSING, ConnectionState.CLOSED)  # no answer can be written
+# In these states no answer can be written any more.
+END_STATES = (ClientConnectionState.LINGERING, ClientConnectionState.CLOSING, ClientConnectionState.CLOSED)
 
 
 class ConnectionServer(Protocol):
@@ -90,7 +91,11 @@ class ConnectionServer(Protocol):
 
 
 class ClientConnection(asyncio.Protocol):
-    """One client's connection. ``writer`` exists after ``connection_made``."""
+    """One client's connection. ``writer`` exists after ``connection_made``.
+
+    A class a little longer than 250 lines: the transport, the reader and the requests call methods that change one
+    state, and every request passes here, so there are few objects.
+    """
 
     writer: ClientWriter
     _reader: RequestReader
@@ -101,7 +106,7 @@ class ClientConnection(asyncio.Protocol):
         self.bounds = server.bounds
         self.memory = server.memory
         self.slices = server.slices
-        self.state = ConnectionState.READING
+        self.state = ClientConnectionState.READING
         self.client_address: str | None = None
         self._server = server
         self._peer = "not connected"
@@ -133,7 +138,7 @@ class ClientConnection(asyncio.Protocol):
             self._close()
 
     def connection_lost(self, error: Exception | None) -> None:  # noqa: ARG002 - asyncio's name
-        self.state = ConnectionState.CLOSED
+        self.state = ClientConnectionState.CLOSED
         self._server.forget(self)
         if self._end_timer is not None:
             self._end_timer.cancel()
@@ -159,6 +164,7 @@ class ClientConnection(asyncio.Protocol):
     # -- called by the reader ----------------------------------------------------------------------------------------
 
     def take_events(self, events: Sequence[Event]) -> None:
+        """Queues the requests, feeds their bodies, and refuses input that is no request."""
         for event in events:
             if isinstance(event, RequestHead):
                 self._enqueue(Request(self, event, self._server.clock()))
@@ -173,29 +179,34 @@ class ClientConnection(asyncio.Protocol):
                 self._break_body()
 
     def fail_reading(self) -> None:
+        """Ends the reading after a bug of ours: breaks the body that is being read, or refuses the input."""
         if self._queue.incoming is not None:
             self._break_body()
         else:
             self._refuse(Refusal(400, "this is not HTTP"))
 
     def time_out_head(self) -> None:
+        """Refuses a head that was not complete in time."""
         self._refuse(Refusal(408, "the request's head came too slowly"))
 
     def _break_body(self) -> None:
-        self.state = ConnectionState.REFUSING
+        """Marks the body that is being read as broken. Nothing after it can be read."""
+        self.state = ClientConnectionState.REFUSING
         self._reader.stop()
         self._queue.end_body(broken=True)
 
     def _refuse(self, refusal: Refusal) -> None:
-        if self.state in (ConnectionState.READING, ConnectionState.DRAINING):
-            self.state = ConnectionState.REFUSING
+        """Stops reading, and queues the refusal behind the requests that have been read."""
+        if self.state in (ClientConnectionState.READING, ClientConnectionState.DRAINING):
+            self.state = ClientConnectionState.REFUSING
             self._reader.stop()
             self._enqueue(refusal)
 
     # -- answering ---------------------------------------------------------------------------------------------------
 
-    def _enqueue(self, item: Request | Refusal) -> None:
-        self._queue.add(item)
+    def _enqueue(self, entry: Request | Refusal) -> None:
+        """Adds to the queue, and starts the task that answers the queue if it does not run."""
+        self._queue.add(entry)
         if self._task is None:
             self._task = self.loop.create_task(self._answer_queue())
             self._server.admission.mark_busy(self)
@@ -203,18 +214,19 @@ class ClientConnection(asyncio.Protocol):
             self._reader.pause()
 
     async def _answer_queue(self) -> None:
+        """Answers the queued requests in their order, until the queue is empty or the connection ends."""
         queue = self._queue
         try:
-            while queue.waiting and self.state is not ConnectionState.CLOSED:
-                item = queue.pop()
+            while queue.waiting and self.state is not ClientConnectionState.CLOSED:
+                entry = queue.pop()
                 if self._reader.paused:
                     self._reader.resume()
-                if isinstance(item, Refusal):
-                    write_refusal(self.writer, self._server.render_error(item.status, item.message))
+                if isinstance(entry, Refusal):
+                    write_refusal(self.writer, self._server.render_error(entry.status, entry.message))
                     self._linger()
                     return
-                answer = await call_handler(self._server.handler, item, self._server.render_error)
-                self._finish_answer(item, answer)
+                answer = await call_handler(self._server.handler, entry, self._server.render_error)
+                self._finish_answer(entry, answer)
                 if self.state in END_STATES:
                     return
                 if self.writer.backpressured:  # a client gets its next answer only after it has read the last one
@@ -223,7 +235,7 @@ class ClientConnection(asyncio.Protocol):
                     self._reader.resume()
                 if queue.waiting:  # other clients have their turn between two requests that this one sent ahead
                     await asyncio.sleep(0)
-            if self.state is ConnectionState.DRAINING:
+            if self.state is ClientConnectionState.DRAINING:
                 self._close()
         except ConnectionError:
             self.abort()
@@ -236,11 +248,12 @@ class ClientConnection(asyncio.Protocol):
             self._server.admission.mark_idle(self)
 
     def _finish_answer(self, request: Request, answer: Response | StreamingResponse) -> None:
-        """Writes a whole answer (a streamed one has been written), and ends the connection if it cannot stay."""
+        """Writes a whole answer (a streamed answer has been written already), and ends a connection that cannot
+        stay."""
         keeps_alive = self.keeps_alive(request)
         if isinstance(answer, Response):
             write_answer(self.writer, answer, request, keep_alive=keeps_alive)
-        if not request.body.whole:  # the client may still be sending it
+        if not request.body.whole:  # the client may still be sending its body
             self._linger()
         elif not keeps_alive:
             self._close()
@@ -249,13 +262,15 @@ class ClientConnection(asyncio.Protocol):
 
     def keeps_alive(self, request: Request) -> bool:
         """Whether the connection stays after the answer to this request."""
-        return request.keep_alive and self.state is not ConnectionState.DRAINING and request.body.whole
+        return request.keep_alive and self.state is not ClientConnectionState.DRAINING and request.body.whole
 
     def resume_reading(self) -> None:
+        """Reads on, because the handler has taken the buffered part of the body."""
         self._reader.resume()
 
     def register_key(self, key: str | None) -> str | None:
-        if key == self._registered_key:  # as that of the request before
+        """Accepts a request with this key. Returns the reason why the request must be refused, or ``None``."""
+        if key == self._registered_key:  # the request before this one had the same key
             return None
         refusal_reason = self._server.register_key(self, key)
         if refusal_reason is None:
@@ -265,17 +280,17 @@ class ClientConnection(asyncio.Protocol):
     # -- the end -----------------------------------------------------------------------------------------------------
 
     def _linger(self) -> None:
-        """Ends our side. Bytes that the client still sends are read and dropped for a while. To close the connection at
-        once would reset it, and the client might see the reset before the answer."""
-        if self.state is ConnectionState.CLOSED:
+        """Ends our side of the connection. Bytes that the client still sends are read and dropped for a while. To close
+        the connection at once would reset it, and the client might see the reset before the answer."""
+        if self.state is ClientConnectionState.CLOSED:
             return
-        self._end(ConnectionState.LINGERING)
+        self._enter_end_state(ClientConnectionState.LINGERING)
         if self._transport.is_closing():
             return
         self._reader.resume()
         try:
             self._transport.write_eof()
-        except OSError:  # the client has left in this very moment
+        except OSError:  # the client has just left
             self.abort()
             return
         self.writer.finish()
@@ -283,12 +298,12 @@ class ClientConnection(asyncio.Protocol):
 
     def _close(self) -> None:
         """Ends both sides. The written bytes still go out; the writer cuts the connection if that is too slow."""
-        if self.state is not ConnectionState.CLOSED:
-            self._end(ConnectionState.CLOSING)
+        if self.state is not ClientConnectionState.CLOSED:
+            self._enter_end_state(ClientConnectionState.CLOSING)
             self._transport.close()
             self.writer.finish()
 
-    def _end(self, state: ConnectionState) -> None:
+    def _enter_end_state(self, state: ClientConnectionState) -> None:
         """Enters an end state: nothing more is parsed or answered."""
         self.state = state
         self._reader.stop()
@@ -298,6 +313,7 @@ class ClientConnection(asyncio.Protocol):
             self._end_timer.cancel()
 
     def _check_lingering(self) -> None:
+        """Ends a lingering connection when all bytes for the client have been sent."""
         if self.writer.unsent_bytes:  # the client takes them: otherwise the writer would have aborted
             self._end_timer = self.loop.call_later(self.bounds.linger_s, self._check_lingering)
         else:
@@ -305,7 +321,8 @@ class ClientConnection(asyncio.Protocol):
 
     def _check_idle(self) -> None:
         """Ends a connection that was idle for too long. Runs at intervals: so no request has to set or stop a timer."""
-        remaining_s = self.bounds.keepalive_s - (0.0 if self._is_busy else self.loop.time() - self._idle_since)
+        idle_s = 0.0 if self._is_busy else self.loop.time() - self._idle_since
+        remaining_s = self.bounds.keepalive_s - idle_s
         if remaining_s > 0.001:  # a timer may run a moment too early
             self._end_timer = self.loop.call_later(remaining_s, self._check_idle)
         else:
@@ -313,10 +330,11 @@ class ClientConnection(asyncio.Protocol):
 
     @property
     def _is_busy(self) -> bool:
+        """Whether a request is being answered, or a part of a head has come."""
         return self._task is not None or self._reader.in_head
 
     def evict(self) -> None:
-        """Ends this idle connection at once, because another one needs its place."""
+        """Ends this idle connection at once, because another connection needs its place."""
         if self.state in END_STATES or self.writer.unsent_bytes:
             self.abort()  # otherwise the connection would stay until its client has taken the unsent bytes
         else:
@@ -324,24 +342,26 @@ class ClientConnection(asyncio.Protocol):
 
     def close_when_idle(self) -> None:
         """Takes no more requests: an idle connection ends now, a busy one after its answers."""
-        if self.state is ConnectionState.READING:
-            self.state = ConnectionState.DRAINING
+        if self.state is ClientConnectionState.READING:
+            self.state = ClientConnectionState.DRAINING
             if not self._is_busy:
                 self._close()
 
     async def wait_closed(self) -> None:
         """Waits until the connection is gone."""
-        if self.state is not ConnectionState.CLOSED:
+        if self.state is not ClientConnectionState.CLOSED:
             self._closed = self._closed or self.loop.create_future()
             await asyncio.shield(self._closed)
 
     def abort(self) -> None:
-        if self.state is not ConnectionState.CLOSED:
+        """Cuts the connection. Bytes that the system does not take at once are lost."""
+        if self.state is not ClientConnectionState.CLOSED:
             self.writer.flush()
             self._transport.abort()
 
     def cancel(self) -> asyncio.Task[None] | None:
-        """Ends the connection at once. Returns its task, which is ending, if it has one."""
+        """Cuts the connection, and cancels its task. Returns the task, which is ending, or ``None`` if there is
+        none."""
         task = self._task
         if task is not None:
             task.cancel()
@@ -353,6 +373,7 @@ def _describe_peer(transport: asyncio.BaseTransport) -> tuple[str | None, str]:
     """The client's address (``None``: not known), then a text for ``__repr__``."""
     peer = transport.get_extra_info("peername")
     if isinstance(peer, tuple):
-        return peer[0], f"{peer[0]}:{peer[1]}"
+        host, port, *_ = peer
+        return host, f"{host}:{port}"
     # The peer name of a client of the Unix socket is "". asyncio gives None when it could not ask the system.
     return (None, "unknown") if peer is None else (UNIX_CLIENT, UNIX_CLIENT)

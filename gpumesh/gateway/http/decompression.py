@@ -1,4 +1,4 @@
-"""Unpacks compressed bodies (gzip, deflate) piece by piece as they come. Pure.
+"""``Decompressor`` unpacks a compressed body (gzip, deflate) piece by piece as it comes, with limits. Pure.
 
 A compressed body may become a thousand times as large when it is unpacked (a "zip bomb"). So there are two limits:
 
@@ -17,7 +17,8 @@ from collections.abc import Generator
 from gpumesh.gateway.http.errors import BadRequest, body_too_large
 
 STEP_BYTES = 256 << 10  # unpacked in one step, in under a millisecond: other clients' tokens wait meanwhile
-MAX_RATIO = 100
+MAX_RATIO = 100  # unpacked bytes per packed byte, beyond UNCHECKED_BYTES
+DEFLATE_METHOD = 8  # in the lower four bits of zlib's header
 UNCHECKED_BYTES = 4 << 20  # unpacked bytes to which MAX_RATIO does not apply
 
 
@@ -29,21 +30,22 @@ class Decompressor:
             raise BadRequest("the body's Content-Encoding is none of gzip, deflate", status=415)
         self._deflate = encoding == "deflate"
         self._limit = limit
-        self._first_bytes = b""  # kept until there are two: they tell the format
+        self._first_bytes = b""  # kept until there are two bytes, which show the format
         self._unpacker: zlib._Decompress | None = None
         self._packed_size = 0
         self._unpacked_size = 0
 
     def feed(self, data: bytes) -> Generator[None, None, list[bytes]]:
-        """Returns the unpacked pieces of ``data``. This is a generator for ``SliceQueue.run``, which does one step at a
-        time. Raises BadRequest."""
+        """Unpacks ``data``, and returns the unpacked pieces. This is a generator for ``SliceQueue.run``, which runs one
+        step at a time. Raises BadRequest."""
         if self._unpacker is None:
             data = self._first_bytes + data
             if len(data) < 2:
                 self._first_bytes = data
                 return []
             self._unpacker = self._create_unpacker(data)
-        unpacker, unpacked = self._unpacker, list[bytes]()
+        unpacker = self._unpacker
+        unpacked: list[bytes] = []
         # zlib copies its unconsumed input in each step, so it gets only a part of the data at a time.
         for start in range(0, len(data), STEP_BYTES):
             packed = data[start : start + STEP_BYTES]
@@ -57,29 +59,34 @@ class Decompressor:
                 self._count_unpacked(piece)
                 unpacked.append(piece)
                 packed = unpacker.unconsumed_tail
+                # After a piece of the full length, zlib may hold more of them, even if it has taken all input.
                 has_more = not unpacker.eof and (len(packed) > 0 or len(piece) == STEP_BYTES)
                 if has_more or len(data) > STEP_BYTES:
                     yield
-            if unpacker.unused_data:
+            if unpacker.unused_data:  # bytes after the end of the compressed data
                 raise _malformed_body()
         return unpacked
 
     def _count_unpacked(self, piece: bytes) -> None:
+        """Raises BadRequest if the body has become too large with this piece."""
         self._unpacked_size += len(piece)
         if self._unpacked_size > min(self._limit, max(UNCHECKED_BYTES, MAX_RATIO * self._packed_size)):
             raise body_too_large()
 
     def end(self) -> None:
-        """The whole body has been fed. Raises BadRequest if the compressed data is incomplete."""
+        """Checks the end of the body: raises BadRequest if the compressed data is incomplete."""
         if self._unpacker is None or not self._unpacker.eof:
             raise _malformed_body()
 
     def _create_unpacker(self, data: bytes) -> zlib._Decompress:
+        """Makes the unpacker for the format that the first two bytes of ``data`` show."""
         # "deflate" means data in zlib's format (RFC 9110 section 8.4.1.2). Some clients send it without zlib's header,
         # whose first byte ends in 8 (the method), and whose two bytes are a multiple of 31 (RFC 1950 section 2.2).
-        has_no_header = self._deflate and (data[0] & 15 != 8 or int.from_bytes(data[:2], "big") % 31)
-        # Negative bits: raw deflate. 32: zlib finds out itself whether the header is zlib's or gzip's.
-        return zlib.decompressobj(-zlib.MAX_WBITS if has_no_header else zlib.MAX_WBITS | 32)
+        has_zlib_header = data[0] & 15 == DEFLATE_METHOD and int.from_bytes(data[:2], "big") % 31 == 0
+        if self._deflate and not has_zlib_header:
+            return zlib.decompressobj(-zlib.MAX_WBITS)  # negative: raw deflate
+        # 32: zlib finds out itself whether the header is zlib's or gzip's.
+        return zlib.decompressobj(zlib.MAX_WBITS | 32)
 
 
 def _malformed_body() -> BadRequest:

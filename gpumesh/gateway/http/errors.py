@@ -1,4 +1,4 @@
-"""The errors of a client: its request is wrong, or it does not take its answer."""
+"""The errors that a client causes: its request is wrong, or it does not take its answer."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ class BadRequest(GPUMeshError):
 
 
 class ClientStalled(GPUMeshError):
-    """The client takes nothing of its answer while other requests wait for the node that this one uses."""
+    """The client has taken nothing of its answer for some seconds, while other requests wait for a slot on its node."""
 
     def __init__(self, seconds: float) -> None:
         super().__init__(f"the client took nothing of this answer for {seconds:g} s, and others wait for its node")
 
 
 def body_too_large() -> BadRequest:
+    """The error for a body that is longer than the limits allow."""
     return BadRequest("the request body is too large", status=413)

@@ -1,9 +1,9 @@
-"""Parses HTTP/1.1 requests without a socket: bytes in, events out, and one explicit state.
+"""``RequestParser`` parses HTTP/1.1 requests without a socket: bytes in, events out, and one explicit state.
 
 The engine is llhttp (by httptools), the parser of Node.js and uvicorn. This module adds three things: limits on the
 size of a head, the refusal of requests that another server could read differently (request smuggling), and the reading
-of a body after an offer of another protocol. The same input gives the same events, however it is cut into pieces. There
-are two exceptions: where the bytes of a body are cut, and at which byte too large a head is refused.
+of a body after an offer of another protocol. The same input gives the same events, however it is cut into pieces. Only
+two things may differ: where the bytes of a body are cut, and at which byte a head that is too large is refused.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ import httptools
 from gpumesh.gateway.http.body_framing import BodyDecoder, MalformedBody, create_body_decoder
 from gpumesh.gateway.http.responses import Headers
 
-MAX_FIELDS = 128  # header fields of a head
+MAX_FIELDS = 128  # limit for the header fields of a head
 
 
-class ParserState(Enum):
-    """``AWAITING_HEAD``: between two requests. ``REFUSED``: nothing more is parsed."""
+class RequestParserState(Enum):
+    """How far the current request has been parsed. ``AWAITING_HEAD``: between two requests. ``REFUSED``: nothing more
+    is parsed."""
 
     AWAITING_HEAD = auto()
     READING_HEAD = auto()
@@ -47,8 +48,8 @@ class RequestHead:
 
 @dataclass(frozen=True, slots=True)
 class RequestEnd:
-    """The body has ended. ``whole``: it is as its head announced. Otherwise its framing is broken, and this is the last
-    event."""
+    """The end of a body. ``whole``: the body is as its head announced. Otherwise its framing is broken, and this is the
+    last event."""
 
     whole: bool
 
@@ -62,7 +63,7 @@ class Refusal:
 
 
 Event = RequestHead | bytes | RequestEnd | Refusal
-"""``bytes``: a piece of the body of the request whose head came last."""
+"""What a parser reports. ``bytes`` are a piece of the body of the request whose head came last."""
 
 _WHOLE, _BROKEN = RequestEnd(whole=True), RequestEnd(whole=False)
 _NOT_HTTP = Refusal(400, "this is not HTTP")
@@ -79,13 +80,13 @@ class _RefusalError(Exception):
 
 
 class RequestParser:
-    """Parses the bytes of one client. ``piece_count``: into how many pieces the last input cut the bodies, before they
+    """Parses the bytes of one client. ``piece_count``: the number of pieces of bodies in the last input, before they
     were joined. Call ``close`` at the end: the parser and its engine refer to each other, so otherwise only the garbage
     collector would free them.
     """
 
     def __init__(self, max_head_bytes: int) -> None:
-        self.state = ParserState.AWAITING_HEAD
+        self.state = RequestParserState.AWAITING_HEAD
         self.piece_count = 0
         self._max_head_bytes = max_head_bytes
         self._engine = httptools.HttpRequestParser(self)
@@ -102,14 +103,15 @@ class RequestParser:
         return f"<RequestParser {self.state.name}>"
 
     def close(self) -> None:
-        self.state = ParserState.REFUSED
+        """Stops the parsing, and frees the engine."""
+        self.state = RequestParserState.REFUSED
         self._events, self._pieces = [], []
         del self._engine
 
     def feed(self, data: bytes) -> list[Event]:
-        """Returns the events that follow from this input."""
+        """Parses this input, and returns the events that it completes."""
         self.piece_count = 0
-        while data and self.state is not ParserState.REFUSED:
+        while data and self.state is not RequestParserState.REFUSED:
             data = self._feed_engine(data) if self._decoder is None else self._feed_decoder(self._decoder, data)
         if self._pieces:
             self._join_pieces()
@@ -119,15 +121,15 @@ class RequestParser:
         return events
 
     def _feed_engine(self, data: bytes) -> bytes:
-        """Returns the bytes that the engine did not take."""
+        """Parses with the engine, and returns the bytes that the engine did not take."""
         self._framing_size += len(data)
         try:
             self._engine.feed_data(data)
         except httptools.HttpParserUpgrade as offer:
             # A server may ignore such an offer, and we do. JDK's HTTP client offers HTTP/2 in the first request of each
-            # connection. But the engine takes the head for the whole request, and goes on with the next one. So if the
+            # connection. But the engine takes the head for the whole request, and stops after it. So if the
             # request has a body, ``_decoder`` reads it and not the engine.
-            offset: int = offer.args[0]
+            offset: int = offer.args[0]  # the index after the head
             if self._decoder is not None:
                 self._framing_size = 0
             return data[offset:]
@@ -136,7 +138,7 @@ class RequestParser:
         return b""
 
     def _feed_decoder(self, decoder: BodyDecoder, data: bytes) -> bytes:
-        """Returns the bytes after the body."""
+        """Reads a body that the engine does not read, and returns the bytes after the body."""
         pieces_before = len(self._pieces)
         try:
             rest = decoder.feed(data, self._pieces)
@@ -150,31 +152,33 @@ class RequestParser:
         return rest
 
     def _join_pieces(self) -> None:
-        """Makes one event of the pieces: thousands of small ones would each cost memory of their own."""
+        """Makes one event of all pieces: as thousands of small events they would each cost memory of their own."""
         pieces = self._pieces
         self.piece_count += len(pieces)
         self._events.append(pieces[0] if len(pieces) == 1 else b"".join(pieces))
         pieces.clear()
 
     def _end_request(self) -> None:
+        """Adds the event of a whole request's end. The next request may follow."""
         if self._pieces:
             self._join_pieces()
         self._framing_size = 0
         self._events.append(_WHOLE)
-        self.state = ParserState.AWAITING_HEAD
+        self.state = RequestParserState.AWAITING_HEAD
 
     def _refuse(self, refusal: Refusal) -> None:
+        """Adds the last event: the refusal, or the end of a broken body. Does nothing if there is a last event."""
         if self._pieces:
             self._join_pieces()
-        if self.state is not ParserState.REFUSED:
+        if self.state is not RequestParserState.REFUSED:
             # While a body is being read, its request has been accepted already. The handler sees that it is broken.
-            self._events.append(_BROKEN if self.state is ParserState.READING_BODY else refusal)
-            self.state = ParserState.REFUSED
+            self._events.append(_BROKEN if self.state is RequestParserState.READING_BODY else refusal)
+            self.state = RequestParserState.REFUSED
 
     # -- called by the engine ----------------------------------------------------------------------------------------
 
     def on_message_begin(self) -> None:
-        self.state = ParserState.READING_HEAD
+        self.state = RequestParserState.READING_HEAD
         self._head_size = 0
         self._fields = []
 
@@ -210,7 +214,7 @@ class RequestParser:
         keep_alive = engine.should_keep_alive() and not (is_http10 and is_chunked)
         method = engine.get_method().decode("latin-1")
         self._events.append(RequestHead(method, target, headers, is_http10, keep_alive))
-        self.state = ParserState.READING_BODY
+        self.state = RequestParserState.READING_BODY
 
     def on_body(self, data: bytes) -> None:
         self._framing_size = 0
@@ -222,8 +226,8 @@ class RequestParser:
 
 
 def _find_refusal(error: httptools.HttpParserError) -> Refusal:
-    """The refusal that this error of the engine stands for. If a callback raised another error, that one is raised
-    again: it is a bug of ours."""
+    """Returns the refusal for this error of the engine. If a callback raised another error than ``_RefusalError``, this
+    error is raised again, because it is a bug of ours."""
     cause = error.__context__ if isinstance(error, httptools.HttpParserCallbackError) else error
     if isinstance(cause, _RefusalError):
         return cause.refusal
@@ -233,8 +237,8 @@ def _find_refusal(error: httptools.HttpParserError) -> Refusal:
 
 
 def _is_ambiguous(headers: Headers) -> bool:
-    """Whether another server could read this head differently (RFC 9112 sections 3.2 and 6.3): it has several hosts, or
-    a body in another coding than chunks."""
+    """Whether another server could read this head differently (RFC 9112 sections 3.2 and 6.3): it names several hosts,
+    or a body in another coding than chunks."""
     codings = [value.lower() for name, value in headers.pairs if name.lower() == "transfer-encoding"]
     host_count = sum(name.lower() == "host" for name, _ in headers.pairs)
     return host_count > 1 or codings not in ([], ["chunked"])

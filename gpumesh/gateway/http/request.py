@@ -1,4 +1,4 @@
-"""A client's request, as the handler sees it."""
+"""``Request``: a client's request as the handler sees it: its head, its body, and the start of its answer."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from gpumesh.slice_queue import SliceQueue
 T = TypeVar("T")
 
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+MAX_LENGTH_DIGITS = 18  # without leading zeros; a longer Content-Length is above any limit
 MAX_ID_LENGTH = 128  # characters that are kept of a client's X-Request-Id
 
 
@@ -40,7 +41,7 @@ class RequestConnection(Protocol):
         """Whether the connection stays after the answer to this request."""
 
     def resume_reading(self) -> None:
-        """The handler has taken the buffered part of the body: more may be read."""
+        """Reads on, because the handler has taken the buffered part of the body."""
 
     def register_key(self, key: str | None) -> str | None:
         """Accepts a request with this key. Returns the reason why the request must be refused, or ``None``."""
@@ -49,7 +50,8 @@ class RequestConnection(Protocol):
 class Request:
     """A request, whose body may still be on its way.
 
-    - ``target``: path and query as they came. ``path`` is decoded.
+    - ``target``: path and query as they came. ``path``: the path without the query, decoded.
+    - ``id``: the client's X-Request-Id, if it has sent a usable one.
     - ``received_at``: when the head was complete, in seconds of the server's clock.
     - ``cors``: header fields that every answer to the request gets.
     - ``stream``: the answer, if it is written in pieces.
@@ -99,34 +101,36 @@ class Request:
 
     @property
     def body_received(self) -> bool:
-        """The whole body has come, though the handler may not have read it."""
+        """Whether the whole body has come. The handler may not have read it yet."""
         return self.body.whole
 
     @property
     def answer_started(self) -> bool:
-        """A part of a streamed answer may have been sent."""
+        """Whether a part of a streamed answer may have been sent."""
         return self.stream is not None and self.stream.started
 
     @property
     def unfinished_stream(self) -> StreamingResponse | None:
-        """The streamed answer, if a part of it may have been sent and its end has not."""
+        """The streamed answer if a part of it may have been sent, but not its end; otherwise ``None``."""
         stream = self.stream
-        return stream if stream is not None and stream.started and not stream.finished else None
+        if stream is None or not stream.started or stream.finished:
+            return None
+        return stream
 
     @property
     def sent_bytes(self) -> int:
-        """The bytes of a streamed answer's body, with their framing, that have been written."""
+        """The number of bytes of a streamed answer's body, with their framing, that have been written."""
         return 0 if self.stream is None else self.stream.sent_bytes
 
     def register_key(self, key: str | None) -> None:
-        """The key is valid. From now on the connection counts for this key. Raises QueueFull when too many connections
-        have the same key."""
+        """Counts the connection for this key, which is valid. Raises QueueFull when too many connections have the same
+        key."""
         refusal = self._connection.register_key(key)
         if refusal is not None:
             raise QueueFull(refusal, retry_after_s=1.0)
 
     def end(self) -> None:
-        """The handler has ended. Releases the body, and calls no more callback of the handler."""
+        """Releases the body, and forgets the callback of the handler, because the handler has ended."""
         self.body.release()
         self._connection.writer.on_writable = None
 
@@ -134,11 +138,12 @@ class Request:
 
     @property
     def _max_body_bytes(self) -> int:
+        """The longest body that may be read as a whole: by the bounds, and by the memory for bodies."""
         return min(self._connection.bounds.max_body_bytes, self._connection.memory.max_body_bytes)
 
     def take_body(self) -> bytes | None:
-        """Returns the body if it has come as a whole and is not packed, as nearly all have. Otherwise it returns
-        ``None``, and ``read_body`` must be called. Raises BadRequest if the body is too large."""
+        """Returns the body if all of it has come and it is not packed, as is the case for nearly all requests.
+        Otherwise returns ``None``: then call ``read_body``. Raises BadRequest if the body is too large."""
         body = self.body
         if not body.whole or body.reservation.refused or "content-encoding" in self.headers:
             return None
@@ -147,17 +152,17 @@ class Request:
         return body.take()
 
     async def read_body(self) -> bytes:
-        """Returns the whole body, unpacked. Raises BadRequest if the body is too large, too slow, or not as its head
-        says. Raises QueueFull if there is no room for it."""
+        """Waits for the whole body, and returns it unpacked. Raises BadRequest if the body is too large, too slow, or
+        not as its head says. Raises QueueFull if there is no room for the body."""
         whole_body = self.take_body()
         if whole_body is not None:
             return whole_body
         memory, bounds, body = self._connection.memory, self._connection.bounds, self.body
         limit = self._max_body_bytes
         encoding = self.headers.get("content-encoding", "")
-        length = (self.headers.get("content-length") or "").lstrip("0")  # int() takes no more than 4,300 digits
+        length = (self.headers.get("content-length") or "").lstrip("0")
         if length:
-            if len(length) > 18 or int(length) > limit:
+            if len(length) > MAX_LENGTH_DIGITS or int(length) > limit:
                 raise body_too_large()
             if not body.reservation.can_reserve(int(length)):
                 raise memory.build_full_error()
@@ -167,7 +172,9 @@ class Request:
         return await self._join_body(limit, decompressor)
 
     async def _join_body(self, limit: int, decompressor: Decompressor | None) -> bytes:
-        joined, reservation = BytesIO(), self.body.reservation  # BytesIO.getvalue() makes no copy
+        """Reads the body piece by piece, and returns it unpacked. ``limit`` is in bytes of the unpacked body."""
+        joined = BytesIO()  # its ``getvalue`` makes no copy
+        reservation = self.body.reservation
         async for piece in self._reserved_pieces():
             if decompressor is None:
                 joined.write(piece)
@@ -184,15 +191,15 @@ class Request:
         return joined.getvalue()
 
     async def read_body_pieces(self) -> AsyncIterator[bytes]:
-        """Yields the body as it comes, packed if the client packed it, of any length. The memory of a piece is released
-        when the caller asks for the next. Raises BadRequest for a body that is too slow or not as its head says. Raises
-        QueueFull if there is no room for a piece."""
+        """Yields the body as it comes, of any length, and packed if the client has packed it. The memory of a piece is
+        released when the caller asks for the next piece. Raises BadRequest for a body that is too slow or not as its
+        head says. Raises QueueFull if there is no room for a piece."""
         async for piece in self._reserved_pieces():
             yield piece
             self.body.reservation.release_bytes(len(piece))
 
     async def _reserved_pieces(self) -> AsyncIterator[bytes]:
-        """Yields the body as it comes. The memory of each piece stays reserved."""
+        """Yields the body as it comes. The memory of each piece stays reserved. Raises as ``read_body_pieces``."""
         body, bounds, loop = self.body, self._connection.bounds, self._connection.loop
         self._send_continue()
         if not body.whole:
@@ -223,8 +230,8 @@ class Request:
                 waited_s += loop.time() - started_at
 
     def _send_continue(self) -> None:
-        """Tells the client to send its body. curl and others ask before they send a large body, and lose a second if
-        they get no answer."""
+        """Tells a client that asks for it (``Expect: 100-continue``) to send the body. curl and others ask before they
+        send a large body, and wait a second if they get no answer. Raises BadRequest for another expectation."""
         expectation = self.headers.get("expect")
         if expectation is None:
             return
@@ -234,7 +241,7 @@ class Request:
             self._connection.writer.write(CONTINUE)
 
     async def run_sliced(self, work: Generator[None, None, T]) -> T:
-        """Does long work, one step in each turn of the event loop (``SliceQueue``), and returns its result."""
+        """Runs long work, one step in each turn of the event loop (``SliceQueue``), and returns its result."""
         return await self._connection.slices.run(work)
 
     # -- memory for data that is built from the body -----------------------------------------------------------------
@@ -257,15 +264,16 @@ class Request:
     # -- the answer --------------------------------------------------------------------------------------------------
 
     def answer_headers(self, headers: HeaderPairs) -> HeaderPairs:
-        """Returns ``headers`` with the fields that every answer to this request gets; these replace fields of the same
-        name."""
+        """Returns ``headers`` and the fields that every answer to this request gets. The latter replace fields of the
+        same name."""
         if self.cors is None and self.id is None:
             return headers
         added = dict(self.cors or {})
         if self.id is not None:
             added["X-Request-Id"] = self.id
         added_names = {name.lower() for name in added}
-        return (*(pair for pair in headers if pair[0].lower() not in added_names), *added.items())
+        other_pairs = [pair for pair in headers if pair[0].lower() not in added_names]
+        return (*other_pairs, *added.items())
 
     def start_stream(self, headers: Iterable[tuple[str, str]], *, status: int = 200) -> StreamingResponse:
         """Creates an answer that is written in pieces. The head goes out with the first piece."""
@@ -281,19 +289,21 @@ class Request:
 
 
 Handler = Callable[[Request], Awaitable[Response | StreamingResponse]]
-"""The type of the function that answers a request. A ConnectionError that it raises cuts the connection."""
+"""The type of the function that answers a request. If the function raises ConnectionError, the connection is cut."""
 
 
 def _normalize_target(target: str) -> str:
     """Removes the origin and the fragment of a request's target. A client that takes the server for a proxy asks for
     ``http://host/path``. A fragment (``#…``) has a meaning only for the client."""
     if not target.startswith("/") and "://" in target:
-        target = "/" + target.partition("://")[2].partition("/")[2]
-    return target.partition("#")[0] if "#" in target else target
+        _, _, host_and_path = target.partition("://")
+        _, _, path = host_and_path.partition("/")
+        target = f"/{path}"
+    without_fragment, _, _ = target.partition("#")
+    return without_fragment
 
 
 def _make_safe_id(request_id: str) -> str | None:
-    """A client's X-Request-Id, shortened; ``None`` if it is not safe in a header and in a log."""
-    if not request_id or not request_id.isascii() or not request_id.isprintable():
-        return None
-    return request_id[:MAX_ID_LENGTH]
+    """Shortens a client's X-Request-Id. Returns ``None`` if the id is empty, or not safe in a header or a log."""
+    is_safe = request_id.isascii() and request_id.isprintable()
+    return request_id[:MAX_ID_LENGTH] if request_id and is_safe else None

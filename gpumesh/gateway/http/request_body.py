@@ -1,4 +1,4 @@
-"""A request's body on its way from the parser to the handler."""
+"""``RequestBody``: a request's body on its way from the parser to the handler."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from gpumesh.wakeup import Wakeup
 
 
 class RequestBody:
-    """The bytes of a body that wait for the handler. Bytes that find no room in the memory are dropped; then
-    ``reservation.refused`` is set.
+    """Holds the bytes of a body that wait for the handler. If the body finds no room in the memory, its bytes are
+    dropped, and ``reservation.refused`` is set.
 
-    ``buffered``: the number of waiting bytes. ``complete``: nothing more will come. ``broken``: the body is not as its
-    head says, and never will be.
+    ``buffered``: the number of waiting bytes. ``complete``: nothing more will come. ``broken``: the body has ended,
+    and is not as its head says.
     """
 
     __slots__ = ("_changed", "_pieces", "broken", "buffered", "complete", "reservation")
@@ -25,15 +25,18 @@ class RequestBody:
         self._changed = Wakeup()
 
     def __repr__(self) -> str:
-        state = "broken" if self.broken else "complete" if self.complete else "coming"
+        state = "complete" if self.complete else "coming"
+        if self.broken:
+            state = "broken"
         return f"<RequestBody {state}, {self.buffered} bytes buffered>"
 
     @property
     def whole(self) -> bool:
+        """Whether the whole body has come, as its head says."""
         return self.complete and not self.broken
 
     def feed(self, data: bytes) -> int:
-        """Adds a piece. Returns how many bytes wait for the handler now."""
+        """Adds a piece, and returns how many bytes wait for the handler now."""
         if self.reservation.reserve(len(data)):
             self._pieces.append(data)
             self.buffered += len(data)
@@ -43,6 +46,7 @@ class RequestBody:
         return self.buffered
 
     def end(self, *, broken: bool = False) -> None:
+        """Marks the body as complete, and as ``broken`` if it is not as its head says."""
         self.complete = True
         if broken:
             self.broken = True
@@ -55,7 +59,7 @@ class RequestBody:
         return data
 
     def release(self) -> None:
-        """Frees the body's memory: the request has ended, or will never be served."""
+        """Frees the body's memory, because the request has ended or will never be served."""
         self.reservation.release()
         if self._pieces:
             self._drop_pieces()
@@ -65,6 +69,7 @@ class RequestBody:
         await self._changed.wait()
 
     def wake(self) -> None:
+        """Lets ``wait_for_change`` return."""
         self._changed.wake()
 
     def _drop_pieces(self) -> None:

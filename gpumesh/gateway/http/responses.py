@@ -9,12 +9,12 @@ from functools import lru_cache
 from http import HTTPStatus
 
 HeaderPairs = tuple[tuple[str, str], ...]
-"""Pairs of name and value."""
+"""The name and the value of each header field."""
 
 # ``render_head`` renders these itself. A handler's own fields of these names are dropped: they come from the connection
 # to a node and do not hold for the connection to the client.
 _OWN_HEADERS = frozenset({"server", "date", "connection", "keep-alive", "content-length", "transfer-encoding"})
-_BODILESS_STATUSES = frozenset({204, 304})
+_BODILESS_STATUSES = frozenset({204, 304})  # RFC 9110: no content, not modified
 
 # The Content-Security-Policy of every answer except the gateway's own page: a browser that shows such an answer must
 # not run or load anything in it.
@@ -41,7 +41,7 @@ class Headers(dict[str, str]):
 
 
 class Response:
-    """A whole answer. ``close``: the connection ends after it."""
+    """A whole answer. ``close``: the connection ends after this answer."""
 
     __slots__ = ("body", "close", "content_security_policy", "headers", "status")
 
@@ -63,6 +63,7 @@ class Response:
 
 
 def json_response(body: bytes, *, status: int = 200, headers: HeaderPairs = (), close: bool = False) -> Response:
+    """Makes an answer of a body that is JSON."""
     return Response(body, status=status, content_type="application/json", headers=headers, close=close)
 
 
@@ -71,6 +72,7 @@ ErrorRenderer = Callable[[int, str], Response]
 
 
 def plain_error(status: int, message: str) -> Response:
+    """Makes an error's answer as plain text."""
     return Response(f"{message}\n".encode(), status=status, content_type="text/plain; charset=utf-8")
 
 
@@ -88,9 +90,11 @@ def render_head(
     is_http10: bool,
     content_security_policy: str = SANDBOX,
 ) -> bytes:
-    """Renders an answer's head. ``length`` is the number of bytes of the body. ``None``: the body is chunked, or, for a
-    client of HTTP/1.0 (``is_http10``), it lasts until the connection ends. ``keep_alive``: the connection stays. Raises
-    ValueError for a header that contains a line end."""
+    """Renders an answer's head, with the empty line after it. ``keep_alive``: the connection stays after the answer.
+
+    ``length`` is the number of bytes of the body. If it is ``None``, the body is chunked; but for a client of HTTP/1.0
+    (``is_http10``) it ends with the connection. Raises ValueError if a header contains a line end.
+    """
     lines = [f"Date: {_format_date(int(time.time()))}"]
     lines += [f"{name}: {value}" for name, value in headers if name.lower() not in _OWN_HEADERS]
     if length is None:
@@ -103,6 +107,7 @@ def render_head(
     elif is_http10:
         lines.append("Connection: keep-alive")
     text = "\r\n".join(lines)
+    # The only line ends are those between the lines; otherwise a header could add a line of its own.
     if text.count("\n") != len(lines) - 1 or text.count("\r") != len(lines) - 1:
         raise ValueError("a line end inside of a header")
     return _render_first_lines(status, content_security_policy) + text.encode("utf-8", "surrogateescape") + b"\r\n\r\n"
@@ -113,7 +118,7 @@ def _render_first_lines(status: int, policy: str) -> bytes:
     """Renders the lines that are the same in all answers with this status and policy."""
     try:
         phrase = HTTPStatus(status).phrase
-    except ValueError:  # a status that no standard knows
+    except ValueError:  # a status without a standard meaning
         phrase = "Unknown"
     lines = f"HTTP/1.1 {status} {phrase}\r\nServer: gpumesh\r\nContent-Security-Policy: {policy}\r\n{_BROWSER_HEADERS}"
     return lines.encode()
@@ -121,4 +126,5 @@ def _render_first_lines(status: int, policy: str) -> bytes:
 
 @lru_cache(maxsize=2)
 def _format_date(now: int) -> str:
+    """The ``Date`` of an answer. ``now`` is in seconds of Unix time, so a text is used again for a second."""
     return formatdate(now, usegmt=True)

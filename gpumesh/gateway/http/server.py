@@ -1,4 +1,4 @@
-"""The HTTP server: it admits connections, counts them, and ends them."""
+"""``Server``: the HTTP server. It admits connections, counts them, and ends them."""
 
 from __future__ import annotations
 
@@ -20,10 +20,12 @@ MAX_LINGERING = 64  # refused connections that may linger, so that their clients
 
 
 class Server:
-    """Makes a ``ClientConnection`` for each client (``loop.create_server(server, …)``), all for one handler.
+    """Makes a ``ClientConnection`` for each client. All of them use one handler. Use it as the factory of protocols in
+    ``loop.create_server(server, …)``.
 
     ``render_error`` makes the answers to input that is no request. ``clock`` returns seconds. ``refused_connections``
-    counts the connections that were not admitted, ``evicted_connections`` the idle ones that were closed for others.
+    counts the connections that were not admitted, ``evicted_connections`` the idle connections that were closed to
+    make room.
     """
 
     def __init__(
@@ -55,10 +57,12 @@ class Server:
         return f"<Server {state}, {self.connection_count} of {self.admission.max_connections} connections>"
 
     def __call__(self) -> ClientConnection:
+        """Makes the connection of a new client."""
         return ClientConnection(self, asyncio.get_running_loop())
 
     @property
     def connection_count(self) -> int:
+        """The number of the connections that are admitted now."""
         return self.admission.count
 
     def admit(self, connection: ClientConnection) -> str | None:
@@ -102,7 +106,7 @@ class Server:
         self._lingering.discard(connection)
 
     def close_idle(self) -> None:
-        """Takes no more requests: idle connections end now, the others after their answers."""
+        """Takes no more requests: idle connections end now, busy ones after their answers."""
         self._closing = True
         for connection in list(self._connections):
             connection.close_when_idle()
@@ -111,11 +115,12 @@ class Server:
         """Ends all connections. Answers that are on their way have ``linger_s`` to arrive; ``None``: as long as
         ``Bounds.linger_s``."""
         self.close_idle()
-        sending = [connection for connection in self._connections if connection.writer.unsent_bytes]
-        tasks = [connection.cancel() for connection in (self._connections | self._lingering).difference(sending)]
+        sending_connections = [connection for connection in self._connections if connection.writer.unsent_bytes]
+        other_connections = (self._connections | self._lingering).difference(sending_connections)
+        tasks = [connection.cancel() for connection in other_connections]
         with suppress(TimeoutError):
             async with asyncio.timeout(self.bounds.linger_s if linger_s is None else linger_s):
-                await asyncio.gather(*(connection.wait_closed() for connection in sending))
-        tasks += [connection.cancel() for connection in sending]
+                await asyncio.gather(*(connection.wait_closed() for connection in sending_connections))
+        tasks += [connection.cancel() for connection in sending_connections]
         await asyncio.gather(*(task for task in tasks if task is not None), return_exceptions=True)
-        await asyncio.sleep(0)  # the transports close in the loop's next round
+        await asyncio.sleep(0)  # the transports close in the next turn of the event loop

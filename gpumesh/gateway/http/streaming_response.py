@@ -1,4 +1,4 @@
-"""An answer that is written in pieces: in chunks, unless the client speaks HTTP/1.0."""
+"""``StreamingResponse``: an answer that is written in pieces; in chunks, unless the client speaks HTTP/1.0."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from gpumesh.gateway.http.errors import ClientStalled
 
 class StreamingResponse:
     """A streamed answer. The handler calls ``write`` for each piece. While the stream is ``backpressured``, the handler
-    waits, with ``drain`` or until ``on_writable`` is called. ``finish`` completes the answer. Without it the connection
-    is cut, so that no client takes a part of the answer for the whole.
+    waits, with ``drain`` or until ``on_writable`` is called. ``finish`` completes the answer. An answer that is
+    not finished ends with a cut of the connection, so that no client takes a part of the answer for the whole.
 
     The head goes out with the first piece. ``started``: a part of the answer may have been sent. ``sent_bytes`` counts
     the bytes of the body with its framing. ``send_body``: the answer has a body; the answer to a HEAD has none.
@@ -36,13 +36,13 @@ class StreamingResponse:
 
     @property
     def backpressured(self) -> bool:
-        """The client reads more slowly than the answer is written."""
+        """Whether the client reads more slowly than the answer is written."""
         return self._writer.backpressured
 
     @property
     def on_writable(self) -> Callable[[], None] | None:
-        """A callback. It is called each time that the stream stops being ``backpressured``, and when the client is gone
-        (then ``write`` raises ConnectionResetError). The connection drops the callback when the handler has ended."""
+        """The function that is called each time when the stream stops being ``backpressured``, and when the client is
+        gone (then ``write`` raises ConnectionResetError). It is forgotten when the handler has ended."""
         return self._writer.on_writable
 
     @on_writable.setter
@@ -50,7 +50,8 @@ class StreamingResponse:
         self._writer.on_writable = callback
 
     def write(self, data: bytes) -> None:
-        """Writes a piece of the body. Raises ConnectionError when the client is gone."""
+        """Writes a piece of the body, and before the first piece the head. Raises ConnectionError when the client is
+        gone."""
         if not self._send_body:
             data = b""
         elif self._chunked and data:
@@ -61,10 +62,10 @@ class StreamingResponse:
             self.started = True
         self._writer.write(data)
 
-    async def drain(self, is_wanted: Callable[[], bool] = lambda: False) -> None:
+    async def drain(self, slot_is_wanted: Callable[[], bool] = lambda: False) -> None:
         """Waits until the client has taken most of the written bytes. Raises ConnectionError when the client is gone.
-        Raises ClientStalled when the client has taken nothing for ``Bounds.stall_timeout_s``, and ``is_wanted`` says
-        that other requests wait for the slot that this answer holds."""
+        Raises ClientStalled when the client has taken nothing for ``Bounds.stall_timeout_s``, and ``slot_is_wanted``
+        says that other requests wait for the slot that this answer holds."""
         writer = self._writer
         timeout_s = writer.bounds.stall_timeout_s
         while writer.backpressured:
@@ -73,10 +74,10 @@ class StreamingResponse:
                 async with asyncio.timeout(timeout_s):
                     await writer.wait_writable()
             except TimeoutError:
-                if bytes_before is None:  # the system does not tell, so the writer alone watches the progress
+                if bytes_before is None:  # the system does not tell the number: only the writer watches the progress
                     continue
                 has_taken_nothing = bytes_before <= (writer.unacknowledged_bytes or 0)
-                if has_taken_nothing and is_wanted():
+                if has_taken_nothing and slot_is_wanted():
                     raise ClientStalled(timeout_s) from None
 
     def finish(self) -> None:

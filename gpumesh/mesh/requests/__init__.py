@@ -1,1 +1,1 @@
-"""The delivery of one request: its attempts on nodes, its answer, and the continuation when a node is lost."""
+"""The delivery of one request: its attempts on nodes, its answer, and the continuation after a node is lost."""

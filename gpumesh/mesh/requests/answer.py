@@ -1,4 +1,4 @@
-"""The answer to a request, as the sender of the request gets it."""
+"""``Answer``: the answer to a request, as the sender of the request gets it, whole or as a stream."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from gpumesh.topology import BackendKind
 
 HeaderPairs = tuple[tuple[str, str], ...]
 OutcomeListener = Callable[[Outcome], None]
-"""Called once for each request, with its outcome: the counters of the whole mesh need it."""
+"""A function that gets the outcome of each request, once: for the counters of the whole mesh."""
 
 
 class ClientStream(ByteSink, Protocol):
-    """A client's stream. An answer is pushed into it."""
+    """A client's stream, into which an answer is pushed."""
 
-    async def drain(self, is_wanted: Callable[[], bool]) -> None:
+    async def drain(self, slot_is_wanted: Callable[[], bool]) -> None:
         """Waits while the stream is ``backpressured``. Raises ConnectionError when the client is gone.
 
-        ``is_wanted`` returns whether other requests wait for the slot of this answer. Then a client that takes no bytes
-        is an error as well.
+        ``slot_is_wanted`` returns whether other requests wait for the slot of this answer. If they do, it is also an
+        error when the client takes no bytes for some seconds.
         """
 
 
 class Answer:
-    """An answer's head and body. Use one of three ways: iterate the body to its end, push it to a client's stream with
-    ``send_to``, or ``aclose`` the answer.
+    """An answer's head and body. The holder must do one of three things: iterate the body to its end, push it to a
+    client's stream with ``send_to``, or ``aclose`` the answer.
 
     ``attempts`` counts the requests to nodes, ``queue_ms`` is the time that the request waited for slots. ``outcome``
     is ``None`` until the answer has ended; a whole answer has its outcome from the start. ``continuations`` counts how
@@ -68,6 +68,7 @@ class Answer:
 
     @property
     def counters(self) -> ServerCounters | None:
+        """The server's own figures for this answer; ``None`` if the server has given none."""
         return None
 
     @property
@@ -91,7 +92,8 @@ class Answer:
         answer's end."""
 
     def slot_is_wanted(self) -> bool:
-        """Whether other requests wait for the slot that this answer holds on its node."""
+        """Whether other requests wait for the slot that this answer holds on its node. An answer without a slot says
+        no."""
         return False
 
     async def aclose(self) -> None:
@@ -102,12 +104,12 @@ class Answer:
         return None
 
     async def read(self) -> bytes:
-        """The whole body."""
+        """Reads the whole body, of any length. Raises GPUMeshError when the answer is cut."""
         return b"".join([piece async for piece in self])
 
     async def read_at_most(self, limit: int) -> bytes | None:
-        """The whole body; ``None`` if it is longer than ``limit``. Ends the request in both cases: a node could send
-        without end."""
+        """Reads the whole body; returns ``None`` if it is longer than ``limit`` bytes. Ends the request in both cases:
+        a node could send without end."""
         pieces: list[bytes] = []
         size = 0
         try:
@@ -121,6 +123,7 @@ class Answer:
             await self.aclose()
 
     def _report_outcome(self, outcome: Outcome) -> None:
+        """Sets the outcome. Passes the first outcome to ``on_outcome``, and drops the listener."""
         self.outcome = outcome
         if self.on_outcome is not None:
             listener, self.on_outcome = self.on_outcome, None
@@ -145,6 +148,7 @@ class WholeAnswer(Answer):
         self._body = body
         self._counters = counters
         self._body_was_read = False
+        # A 4xx is the client's own mistake, so the server has served the request.
         self.outcome = Outcome.SERVED if status < 500 else Outcome.SERVER_ERROR
 
     @property
@@ -167,8 +171,8 @@ class WholeAnswer(Answer):
 
 
 def error_answer(node: str, kind: BackendKind, status: int, headers: HeaderPairs, problem: str) -> WholeAnswer:
-    """The answer that replaces a server's answer which no client may get. ``headers`` hold no Content-Type. ``problem``
-    is a sentence whose subject, "it", is the server."""
+    """Makes the error that a client gets instead of a server's answer that no client may get. ``headers`` hold no
+    Content-Type. ``problem`` is a sentence whose subject, "it", is the server."""
     message = f"{node}: {problem}"
     body = safe_json.dump_compact({"error": message})
     answer = WholeAnswer(node, kind, status, (("Content-Type", "application/json"), *headers), body)

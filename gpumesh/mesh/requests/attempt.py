@@ -1,4 +1,4 @@
-"""An attempt: one request to one node, up to the answer's first bytes."""
+"""``run_attempt`` sends one request to one node, and reads the answer up to its first bytes or as a whole."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from gpumesh.mesh.requests.task_deadlines import TaskDeadline
 from gpumesh.mesh.requests.upstream import Upstream, UpstreamResponse
 
 STREAMING_TYPES = frozenset({"application/x-ndjson", "text/event-stream"})
-# An answer that does not stream is held until it is complete: if it is cut, another node can be asked.
+# Limit for an answer that does not stream. It is held until it is complete: if it is cut, another node can be asked.
 HELD_BYTES = 32 << 20
-ERROR_BYTES = 1 << 20  # of an error's body, and of the answer to a question
+ERROR_BYTES = 1 << 20  # limit for an error's body, and for the answer to ``ask_node``
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class FailedAttempt:
-    """An attempt that failed; another node may succeed. ``answer`` is the server's own error, if it gave one.
+    """An attempt that failed; another node may succeed. ``answer`` is the server's own error, if the server sent one.
 
-    ``request_sent``: the server may have received the request before the failure. ``lease`` is the attempt's lease; it
-    is released. ``duration_s`` is the time from the start of the request to the failure.
+    ``request_sent``: the server may have received the request before the failure. ``lease`` is the attempt's lease,
+    which has been released. ``duration_s`` is the time from the start of the request to the failure.
     """
 
     node: str
@@ -47,7 +47,7 @@ class FailedAttempt:
 
 
 class OpenedStream(msgspec.Struct, frozen=True, eq=False):
-    """A stream that has begun. It holds its lease. The client gets ``first_bytes`` first, and then the rest of
+    """A stream that has begun, and holds its lease. The client gets ``first_bytes`` first, and then the rest of
     ``response``. ``continuation`` is ``None`` for a stream without generated text (the progress of a pull …)."""
 
     lease: Lease
@@ -65,8 +65,10 @@ def run_attempt(
     continuation: Callable[[], Continuation] | None = None,
     at_most_once: bool = False,
 ) -> Awaitable[WholeAnswer | OpenedStream | FailedAttempt]:
-    """Sends the request to the leased node. ``continuation`` creates the reader of a stream with generated text;
-    without it every stream is passed on unread. ``at_most_once``: the server must not get the request twice.
+    """Sends the request to the leased node. Returns a whole answer, a stream that has begun, or the failure.
+
+    ``continuation`` creates the reader of a stream with generated text; without it every stream is passed on unread.
+    ``at_most_once``: the server must not get the request twice.
 
     Releases the lease, unless the result is an OpenedStream, which holds it. A cancelled attempt releases it as well.
     """
@@ -77,6 +79,7 @@ def run_attempt(
 async def _read_answer(
     lease: Lease, call: HttpCall, continuation: Callable[[], Continuation] | None, response: UpstreamResponse
 ) -> WholeAnswer | OpenedStream | FailedAttempt:
+    """Reads an answer that does not stream as a whole, and a stream up to its first bytes."""
     outcome = classify_status(response.status, model_asked=lease.model is not None)
     if response.problem is not None:
         return await _replace_answer(lease, response, outcome, response.problem)
@@ -95,10 +98,10 @@ async def _read_answer(
 async def ask_node(
     upstream: Upstream, lease: Lease, call: HttpCall, *, timeout_s: float
 ) -> tuple[int, bytes] | FailedAttempt:
-    """Asks the node a short question during a request. Returns the status and the body. The lease stays held, unless
-    the node failed.
+    """Sends a short question to the node during a request. Returns the answer's status and body, or the failure.
 
-    A node that only takes too long has not failed: then the status is 0 and the body is empty.
+    The lease stays held, unless the node failed. A node that only takes too long has not failed: then the status is 0
+    and the body is empty.
     """
 
     async def read_answer(response: UpstreamResponse) -> tuple[int, bytes] | FailedAttempt:
@@ -123,10 +126,10 @@ async def _send_and_read(
     result_on_timeout: T | None = None,
     at_most_once: bool = False,
 ) -> T | FailedAttempt:
-    """Sends the request, and reads its answer with ``read_answer``.
+    """Sends the request, and returns what ``read_answer`` makes of the response, or the failure.
 
-    Any failure closes the connection, so that the server stops its work, and releases the lease. The exception is a
-    time-out with a ``result_on_timeout``: it returns this result, and the lease stays held.
+    Any failure closes the connection, so that the server stops its work, and releases the lease. Only a time-out is
+    different if there is a ``result_on_timeout``: this result is returned, and the lease stays held.
     """
     node = lease.node
     loop = upstream.deadlines.loop
@@ -135,6 +138,7 @@ async def _send_and_read(
     if lease.aborted:  # the tunnel failed before the request was sent
         return _fail_unreachable(lease)
     try:
+        # The tunnel's failure (``lease.aborted``) ends this block as the deadline does, with TimeoutError.
         with TaskDeadline(upstream.deadlines, timeout_s) as deadline:
             lease.set_abort_callback(deadline.expire)
             response = await upstream.request(
@@ -158,10 +162,11 @@ async def _send_and_read(
             return result_on_timeout
         return _fail(lease, Outcome.DEADLINE, DeadlineExceeded(f"no answer within {timeout_s:.0f} s", node=node.name))
     except BackendUnreachable as error:
-        failed, duration_s = _fail(lease, Outcome.UNREACHABLE, error), loop.time() - started_at
-        return replace(failed, request_sent=error.request_sent, duration_s=duration_s)
+        failed = _fail(lease, Outcome.UNREACHABLE, error)
+        return replace(failed, request_sent=error.request_sent, duration_s=loop.time() - started_at)
     except StreamCut as error:
-        return replace(_fail(lease, Outcome.CUT, error), request_sent=True, duration_s=loop.time() - started_at)
+        failed = _fail(lease, Outcome.CUT, error)
+        return replace(failed, request_sent=True, duration_s=loop.time() - started_at)
     except BaseException:
         if response is not None:
             response.abort()
@@ -170,7 +175,7 @@ async def _send_and_read(
 
 
 def _fail(lease: Lease, outcome: Outcome, error: GPUMeshError, answer: WholeAnswer | None = None) -> FailedAttempt:
-    """Releases the lease, and returns the failure."""
+    """Releases the lease with this outcome, and returns the failure. ``answer`` is the server's own error."""
     lease.release(outcome, error=str(error))
     # The traceback's frames hold the request, which holds the error. This cycle would keep the request's body in memory
     # until the garbage collector runs.
@@ -179,12 +184,14 @@ def _fail(lease: Lease, outcome: Outcome, error: GPUMeshError, answer: WholeAnsw
 
 
 def _fail_unreachable(lease: Lease) -> FailedAttempt:
+    """Releases the lease of a node whose tunnel was lost, and returns the failure."""
     error = BackendUnreachable("the way to it was lost", node=lease.node.name)
     return _fail(lease, Outcome.UNREACHABLE, error)
 
 
 async def _read_error(lease: Lease, response: UpstreamResponse, outcome: Outcome) -> WholeAnswer | FailedAttempt:
-    """Reads an answer whose status is an error. The error is the node's failure, or the client's mistake."""
+    """Reads an answer whose status is an error. Returns a failure if another node may succeed; otherwise the answer
+    itself, which the client gets."""
     node = lease.node
     body = await _read_at_most(response, ERROR_BYTES) or b""
     answer = WholeAnswer(node.name, node.kind, response.status, response.headers, body)
@@ -199,7 +206,8 @@ async def _replace_answer(
 ) -> WholeAnswer | FailedAttempt:
     """Replaces an answer that does not come from an inference server, but from a proxy, a login page or a hostile host.
 
-    No client may get its body. An error keeps its status; a success is not believed, and becomes a 502.
+    No client may get the body of such an answer. An error keeps its status; any other status becomes a 502. Returns a
+    failure if another node may succeed.
     """
     node, status = lease.node, response.status
     if not 400 <= status < 600:
@@ -207,7 +215,8 @@ async def _replace_answer(
         outcome, status = Outcome.SERVER_ERROR, 502
     else:
         body = await _read_at_most(response, ERROR_BYTES) or b""
-        problem = error_text(status, body) if is_web_page(body) else problem
+        if is_web_page(body):
+            problem = error_text(status, body)
     answer = error_answer(node.name, node.kind, status, response.headers, problem)
     if rule_for_outcome(outcome).fail_over:
         return _fail(lease, outcome, BackendStatus(problem, status=status, node=node.name), answer)
@@ -216,13 +225,15 @@ async def _replace_answer(
 
 
 def _status_error(lease: Lease, response: UpstreamResponse, body: bytes) -> BackendStatus:
+    """The error for an answer with an error status."""
     return BackendStatus(f"it answered {response.status}", status=response.status, body=body, node=lease.node.name)
 
 
 def _build_whole_answer(
     lease: Lease, response: UpstreamResponse, call: HttpCall, body: bytes | None
 ) -> WholeAnswer | FailedAttempt:
-    """``body`` ``None``: it was too long."""
+    """Releases the lease, and returns the answer. If ``body`` is ``None``, it was too long to hold: this is a
+    failure."""
     node = lease.node
     if body is None:
         return _fail(lease, Outcome.CUT, StreamCut("the answer is larger than can be held", node=node.name))
@@ -236,8 +247,8 @@ def _build_whole_answer(
 async def _read_first_frame(
     lease: Lease, response: UpstreamResponse, continuation: Continuation
 ) -> OpenedStream | FailedAttempt:
-    """Reads up to the first whole frame. Until then the client has received nothing, so another node can get the
-    request."""
+    """Reads the stream up to its first whole frame. Until then the client has received nothing: if the stream fails,
+    the failure is returned, and another node can get the request."""
     node = lease.node
     while True:
         data = await response.read_slice()
@@ -257,7 +268,7 @@ async def _read_first_frame(
 
 
 async def _read_at_most(response: UpstreamResponse, limit: int) -> bytes | None:
-    """The whole body. ``None`` if it is longer than ``limit``: then the rest is not read."""
+    """Reads the whole body. ``None`` if it is longer than ``limit`` bytes: then the connection is closed."""
     pieces: list[bytes] = []
     size = 0
     while data := await response.read():
@@ -270,15 +281,16 @@ async def _read_at_most(response: UpstreamResponse, limit: int) -> bytes | None:
 
 
 def _request_headers(lease: Lease, call: HttpCall) -> Sequence[tuple[str, str]]:
+    """The call's headers, as pairs of name and value. If the node has an API key, it replaces the client's own key."""
     key = lease.node.api_key()
     if key is None:
         return call.headers
-    headers = [pair for pair in call.headers if pair[0].lower() not in ("authorization", "x-api-key")]
-    return [*headers, ("Authorization", f"Bearer {key}")]
+    other_headers = [pair for pair in call.headers if pair[0].lower() not in ("authorization", "x-api-key")]
+    return [*other_headers, ("Authorization", f"Bearer {key}")]
 
 
 def _server_name(lease: Lease) -> str | None:
-    """The name that the TLS certificate must hold. Through a tunnel it is the host's own name, not our end of the
-    tunnel."""
+    """The name that the TLS certificate must hold; ``None`` without TLS. Through a tunnel this is the name of the host,
+    not the address of our end of the tunnel."""
     target = lease.node.target
     return target.host if target is not None and target.scheme == "https" else None

@@ -1,5 +1,7 @@
-"""The sinks that the bytes of a body are pushed into as they arrive, with back-pressure. One of them holds the bytes
-for a reader."""
+"""Sinks: the bytes of a body are pushed into a sink as they arrive, with back-pressure.
+
+``BufferedSink`` holds the bytes for a reader. The other sinks pass them on.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,7 @@ from typing import Protocol
 
 from gpumesh.wakeup import Wakeup
 
-BUFFER_BYTES = 1 << 16  # with more bytes for its reader, a sink is back-pressured
+BUFFER_BYTES = 1 << 16  # a ``BufferedSink`` that holds more bytes is back-pressured
 
 
 class ByteSink(Protocol):
@@ -22,29 +24,29 @@ class ByteSink(Protocol):
         """Whether the source should pause. The sink still takes bytes that the source cannot hold back."""
 
     def write(self, data: bytes) -> None:
-        """Takes these bytes. Raises ConnectionError if their reader is gone."""
+        """Takes these bytes. Raises ConnectionError if nobody reads from the sink any more."""
 
 
 class BodySink(ByteSink, Protocol):
-    """Takes a body and its end. The end is one call of ``finish`` or of ``fail``, after the last ``write``.
+    """Takes a body and its end. The source calls ``finish`` or ``fail`` once, after the last ``write``.
 
-    ``inspects_frames``: the sink parses each frame, which may cost more than to copy the bytes. So the bytes of one
-    read come in small slices, and other connections have their turn between two slices.
+    ``inspects_frames``: the sink parses each frame, which may cost more than to copy the bytes. So the source writes
+    the bytes of one read in small slices, and other connections have their turn between two slices.
     """
 
     inspects_frames: bool
 
     def finish(self) -> None:
-        """The body is complete."""
+        """Takes the end of a complete body."""
 
     def fail(self, problem: str) -> None:
-        """The body has ended before it was complete. ``problem`` is the reason."""
+        """Takes the end of a body that has ended before it was complete. ``problem`` is the reason."""
 
 
 class BufferedSink:
-    """Holds a body for a reader. All of it is in one piece of memory, even if it came in many small pieces.
+    """Holds the bytes of a body for a reader, in one piece of memory, even if they came in many small pieces.
 
-    ``ended``: no more bytes will come. ``problem`` is the reason if the body is not complete.
+    ``ended``: no more bytes will come. ``problem``: why the body ended before it was complete; ``None`` if it did not.
     """
 
     __slots__ = ("_buffer", "_changed", "backpressured", "ended", "on_writable", "problem")
@@ -52,7 +54,8 @@ class BufferedSink:
     inspects_frames = False
 
     def __init__(self, changed: Wakeup | None = None) -> None:
-        """Each ``write``, ``finish`` and ``fail`` wakes ``changed``. A reader may use it for other changes as well."""
+        """Each ``write``, ``finish`` and ``fail`` wakes ``changed``. The reader may share it with other sources of
+        changes."""
         self.on_writable: Callable[[], None] | None = None
         self.backpressured = False
         self.ended = False
@@ -61,7 +64,9 @@ class BufferedSink:
         self._changed = Wakeup() if changed is None else changed
 
     def __repr__(self) -> str:
-        end = "" if not self.ended else " complete" if self.problem is None else f" failed: {self.problem}"
+        end = ""
+        if self.ended:
+            end = " complete" if self.problem is None else f" failed: {self.problem}"
         return f"<BufferedSink {len(self._buffer)} bytes{end}>"
 
     def __len__(self) -> int:
@@ -82,7 +87,7 @@ class BufferedSink:
         self._changed.wake()
 
     def take(self, limit: int | None = None) -> bytes:
-        """Removes and returns all held bytes, or the first ``limit`` of them."""
+        """Removes and returns all held bytes, or at most the first ``limit`` bytes."""
         data = bytes(self._buffer) if limit is None else bytes(self._buffer[:limit])
         del self._buffer[: len(data)]
         if self.backpressured and len(self._buffer) <= BUFFER_BYTES:
@@ -96,5 +101,5 @@ class BufferedSink:
         self._buffer.clear()
 
     async def wait_changed(self) -> None:
-        """Returns when something was written, or when the body ended."""
+        """Returns after the next ``write``, or after the end of the body."""
         await self._changed.wait()

@@ -1,4 +1,4 @@
-"""The connections to all backends. Idle connections are kept for KEEPALIVE_S, to be used again."""
+"""``ConnectionPool``: the connections to all backends. Idle ones are kept for KEEPALIVE_S, to be used again."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from gpumesh.slice_queue import SliceQueue
 from gpumesh.turn_end import TurnEnd
 
 CONNECT_TIMEOUT_S = 3.0
-KEEPALIVE_S = 30.0
+KEEPALIVE_S = 30.0  # an idle connection is closed after this time, or up to as much later
 
 
 class ConnectionPool:
-    """Idle connections by address. The connection that was used last is taken first: the server is the least likely to
-    close it just now."""
+    """Makes connections, and keeps the idle ones by address. The connection that was used last is used again first: it
+    is the least likely to be closed by its server at this moment."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.slices = SliceQueue()
@@ -41,7 +41,7 @@ class ConnectionPool:
         return None
 
     async def connect(self, address: Address) -> UpstreamConnection:
-        """A new connection. Raises OSError and TimeoutError."""
+        """Opens a new connection. Raises OSError, and TimeoutError after CONNECT_TIMEOUT_S."""
         loop = self._loop
         tls: dict[str, Any] = {
             "ssl": _tls_context() if address.tls else None,
@@ -62,18 +62,21 @@ class ConnectionPool:
         return connection
 
     def _keep_idle(self, connection: UpstreamConnection) -> None:
+        """Puts a connection whose response is complete into the pool."""
         connection.idle_since = self._loop.time()
         self._idle.setdefault(connection.address, []).append(connection)
         if self._timer is None:
             self._timer = self._loop.call_later(KEEPALIVE_S, self._close_expired)
 
     def _forget(self, connection: UpstreamConnection) -> None:
+        """Removes a connection that is gone."""
         self._connections.discard(connection)
         idle = self._idle.get(connection.address, [])
         if connection in idle:
             idle.remove(connection)
 
     def _close_expired(self) -> None:
+        """Closes the connections that were idle for KEEPALIVE_S. Runs at intervals while there are idle connections."""
         expired_before = self._loop.time() - KEEPALIVE_S
         idle = [connection for connections in self._idle.values() for connection in connections]
         for connection in idle:
@@ -82,6 +85,7 @@ class ConnectionPool:
         self._timer = self._loop.call_later(KEEPALIVE_S, self._close_expired) if any(self._idle.values()) else None
 
     def close(self) -> None:
+        """Closes all connections."""
         if self._timer is not None:
             self._timer.cancel()
         for connection in list(self._connections):
@@ -90,4 +94,5 @@ class ConnectionPool:
 
 @cache
 def _tls_context() -> ssl.SSLContext:
+    """The settings of all TLS connections. They are cached, because to load the system's certificates takes long."""
     return ssl.create_default_context()

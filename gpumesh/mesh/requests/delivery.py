@@ -4,7 +4,7 @@ answer streams, it tries the other nodes for the rest of the answer."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from random import Random
@@ -35,19 +35,20 @@ from gpumesh.mesh.requests.streaming import StreamingAnswer
 from gpumesh.mesh.requests.upstream import Upstream
 from gpumesh.topology import BackendKind
 
-# Time for a node to render a prompt, which shows how its model continues an answer: the node may have to load the
-# model.
+# Longest wait for a node to render a prompt, which shows how its model continues an answer. The node may have to load
+# the model first.
 RENDER_TIMEOUT_S = 60.0
 # After this time the mesh knows whether the server or the tunnel ended a connection: a failed tunnel is down by then.
 TUNNEL_SETTLE_S = 0.5
-# If a connection ended sooner than both of these (seconds; round trips), it may never have reached a server.
-MIN_SERVER_S, MIN_SERVER_RTTS = 0.05, 4.0
+# A connection that ended sooner than the longer of these two times may never have reached a server.
+MIN_SERVER_S = 0.05
+MIN_SERVER_RTTS = 4.0  # in round trips to the host
 
 
 @dataclass(frozen=True, slots=True)
 class SendContext:
-    """The objects that all requests of a mesh share. ``explain_no_node`` makes the error that explains why no node can
-    serve a request."""
+    """The objects that all requests of a mesh share. ``clock`` returns seconds. ``explain_no_node`` makes the error
+    that explains why no node can serve a request."""
 
     upstream: Upstream
     dispatcher: Dispatcher
@@ -59,10 +60,11 @@ class SendContext:
 
 
 class RequestDelivery:
-    """``calls`` holds the request in the form for each kind of server. ``resume``: another node may continue a cut
-    answer. ``at_most_once``: the request is not sent again after a server may have begun to work on it.
+    """Delivers one request: ``deliver`` returns its answer. Implements ``Failover`` for an answer that streams.
 
-    Implements ``streaming.Failover``.
+    ``calls`` holds the request in the form for each kind of server. ``resume``: another node may continue a cut answer.
+    ``at_most_once``: the request is not sent again after a server may have begun to work on it. ``try_reserve_memory``
+    reserves this many bytes for the request, and returns whether there is room.
     """
 
     def __init__(
@@ -84,10 +86,10 @@ class RequestDelivery:
         self._try_reserve_memory = try_reserve_memory
         self._started_at = context.clock()
         self._deadline = self._started_at + timeout_s
-        self._exclude: frozenset[str] = frozenset()
+        self._excluded_nodes: frozenset[str] = frozenset()
         self._failures: list[FailedAttempt] = []
-        self._rounds = 1
-        self._waited_s = 0.0
+        self._round = 1
+        self._queue_wait_s = 0.0
         self.attempts = 0
 
     def __repr__(self) -> str:
@@ -95,28 +97,29 @@ class RequestDelivery:
         return f"<RequestDelivery model {self._demand.model} attempt {self.attempts} failed: {failed}>"
 
     async def deliver(self) -> Answer:
-        """Returns the answer of the first node that gives one. Raises NoNodeError, ModelMissing, QueueFull and
-        DeadlineExceeded."""
+        """Tries node after node, and returns the answer of the first node that answers. Raises NoNodeError,
+        ModelMissing, QueueFull and DeadlineExceeded."""
         while True:
-            lease = None if self._failures else self._context.dispatcher.acquire_now(self._demand, self._exclude)
+            # Most requests find a free slot at once. After a failure, ``_acquire_lease`` has more to decide.
+            lease = None if self._failures else self._context.dispatcher.acquire_now(self._demand, self._excluded_nodes)
             if lease is None:
                 lease = await self._acquire_lease()
             if lease is None:
-                return self._with_history(self._last_error_answer())
+                return self._set_figures(_last_error_answer(self._failures))
             call = self._calls[lease.node.kind]
-            result = await self._attempt(lease, call, partial(self._new_continuation, call))
+            result = await self._run_attempt(lease, call, partial(self._new_continuation, call))
             if isinstance(result, FailedAttempt):
                 self._record_failure(result)
                 if await self._request_breaks_servers():
-                    return self._with_history(self._last_error_answer())
+                    return self._set_figures(_last_error_answer(self._failures))
             elif isinstance(result, OpenedStream):
-                return self._with_history(self._streaming_answer(result))
+                return self._set_figures(self._streaming_answer(result))
             else:
-                return self._with_history(result)
+                return self._set_figures(result)
 
     def _new_continuation(self, call: HttpCall) -> Continuation:
-        """The ``Continuation`` of a new stream. It is made before the first byte, because it must see every byte that
-        the client gets."""
+        """Makes the ``Continuation`` of a new stream. It is made before the first byte, because it must see every byte
+        that the client gets."""
         return Continuation(
             call.path,
             call.body,
@@ -128,15 +131,17 @@ class RequestDelivery:
         )
 
     def _streaming_answer(self, opened: OpenedStream) -> StreamingAnswer:
+        """Makes the answer that passes on this stream, with the time that is left until the deadline."""
         # A server of another API could not continue this stream: its frames look different.
         self._demand = replace(self._demand, kinds=self._demand.kinds & kinds_that_continue(opened.lease.node.kind))
         clock = self._context.clock
         remaining_s = max(self._deadline - clock(), 0.0)
         return StreamingAnswer(opened, self, self._context.pauses, clock=clock, deadline_in_s=remaining_s)
 
-    def _with_history(self, answer: Answer) -> Answer:
+    def _set_figures(self, answer: Answer) -> Answer:
+        """Sets the figures of this delivery in the answer, and returns the answer."""
         answer.attempts = self.attempts
-        answer.queue_ms = self._waited_s * 1000.0
+        answer.queue_ms = self._queue_wait_s * 1000.0
         return answer
 
     # -- continuing a cut stream ---------------------------------------------------------------------------------
@@ -148,20 +153,21 @@ class RequestDelivery:
         return self._context.dispatcher.slot_is_wanted(node)
 
     async def continue_answer(self, continuation: Continuation, failed: FailedAttempt) -> OpenedStream | Ending:
-        self._failures, self._exclude, self._rounds = [failed], frozenset({failed.node}), 1
+        self._failures, self._excluded_nodes, self._round = [failed], frozenset({failed.node}), 1
         while True:
             lease = await self._acquire_lease()
             if lease is None:
-                raise self._all_failed_error()
+                raise _all_failed_error(self._failures)
             result = await self._continue_on(lease, continuation)
             if not isinstance(result, FailedAttempt):
                 return result
             self._record_failure(result)
             if await self._request_breaks_servers():
-                raise self._all_failed_error()
+                raise _all_failed_error(self._failures)
 
     async def _continue_on(self, lease: Lease, continuation: Continuation) -> OpenedStream | Ending | FailedAttempt:
-        """Asks this node for the rest of the answer, unless nothing is left to ask for."""
+        """Asks this node for the rest of the answer. Returns the node's stream, its failure, or the answer's end if no
+        node can continue or nothing is missing."""
         step = await self._next_call(lease, continuation)
         if isinstance(step, Ending):
             lease.discard()
@@ -170,39 +176,41 @@ class RequestDelivery:
             return step
         headers = self._calls[lease.node.kind].headers
         call = replace(step, headers=headers) if headers else step
-        result = await self._attempt(lease, call, lambda: continuation)
+        result = await self._run_attempt(lease, call, lambda: continuation)
         if isinstance(result, OpenedStream):
             return result
         continuation.abandon_upstream()
         return result if isinstance(result, FailedAttempt) else _refused_continuation(result)
 
     async def _next_call(self, lease: Lease, continuation: Continuation) -> HttpCall | Ending | FailedAttempt:
-        """The request to this node. If it depends on the model's template, the node is asked to render the prompt
-        first."""
+        """Makes the request for the rest of the answer. If it depends on the model's template, the node is asked to
+        render the prompt first. Returns the answer's end or the failure if there is no such request."""
         node, kind = lease.node.name, lease.node.kind
-        question = continuation.render_call(node, kind)
-        if question is not None:
+        render_call = continuation.render_call(node, kind)
+        if render_call is not None:
             timeout_s = min(RENDER_TIMEOUT_S, self._deadline - self._context.clock())
-            reply = await ask_node(self._context.upstream, lease, question, timeout_s=timeout_s)
+            reply = await ask_node(self._context.upstream, lease, render_call, timeout_s=timeout_s)
             if isinstance(reply, FailedAttempt):
                 return reply
             continuation.apply_rendered_prompt(node, *reply)
         step = continuation.next_call(node, kind)
         if step is None:
             lease.discard()
-            return FailedAttempt(
-                node, Outcome.CANNOT_CONTINUE, NoNodeError("it does not say how its model goes on", node=node)
-            )
+            error = NoNodeError("it does not say how its model goes on", node=node)
+            return FailedAttempt(node, Outcome.CANNOT_CONTINUE, error)
         return step
 
     # -- attempts ------------------------------------------------------------------------------------------------
 
-    def _attempt(
+    def _run_attempt(
         self, lease: Lease, call: HttpCall, continuation: Callable[[], Continuation]
     ) -> Awaitable[WholeAnswer | OpenedStream | FailedAttempt]:
+        """Counts the attempt, and sends the request to the leased node until the deadline."""
         self.attempts += 1
         context = self._context
-        lease.can_move = lambda: context.dispatcher.could_serve(self._demand, exclude=self._exclude | {lease.node.name})
+        lease.can_move = lambda: context.dispatcher.could_serve(
+            self._demand, exclude=self._excluded_nodes | {lease.node.name}
+        )
         return run_attempt(
             context.upstream,
             lease,
@@ -213,18 +221,18 @@ class RequestDelivery:
         )
 
     def _record_failure(self, failed: FailedAttempt) -> None:
-        """Records the failure, so that the next attempt goes to another node. Raises the failure if another node could
-        not do better, or must not get the request."""
+        """Records the failure, so that the next attempt goes to another node. Raises the error of the failure if
+        another node could not do better, or must not get the request."""
         self._failures.append(failed)
         may_have_run = self._at_most_once and failed.request_sent and failed.answer is None
         if may_have_run or not rule_for_outcome(failed.outcome).fail_over:
             raise _copy_error(failed.error) from failed.error.__cause__
-        self._exclude |= {failed.node}
+        self._excluded_nodes |= {failed.node}
 
     async def _request_breaks_servers(self) -> bool:
         """Whether the request itself may make servers fail: two servers have answered it with 500, or ended the
-        connection while they worked on it. Then no other node is asked, and the failures do not count against the
-        nodes."""
+        connection while they worked on it. If so, the nodes are forgiven these failures, and no other node is to be
+        asked."""
         if sum(_failed_at_request(failed) for failed in self._failures) < MAX_SERVER_FAILURES:
             return False
         if any(_lost_over_ssh(failed) for failed in self._failures):
@@ -240,10 +248,10 @@ class RequestDelivery:
     # -- leases --------------------------------------------------------------------------------------------------
 
     async def _acquire_lease(self) -> Lease | None:
-        """A slot on a node that has not failed at this request, or that may succeed after a pause.
+        """Waits for a slot on a node that has not failed at this request, or that may succeed after a pause.
 
-        ``None`` if there is no such node left. As long as no attempt has failed, it raises the errors of
-        ``Dispatcher.acquire`` instead."""
+        Returns ``None`` if no such node is left. While no attempt has failed, an error explains this instead. Raises
+        the other errors of ``Dispatcher.acquire`` as well."""
         while True:
             lease = self._acquire_despite_breaker()
             if lease is not None:
@@ -252,7 +260,7 @@ class RequestDelivery:
             try:
                 lease = await self._context.dispatcher.acquire(
                     self._demand,
-                    exclude=self._exclude,
+                    exclude=self._excluded_nodes,
                     timeout_s=self._deadline - asked_at,
                     since=self._started_at if self._failures else None,
                 )
@@ -262,65 +270,66 @@ class RequestDelivery:
                 if not await self._start_next_round():
                     return None
                 continue
-            self._waited_s += self._context.clock() - asked_at
+            self._queue_wait_s += self._context.clock() - asked_at
             return lease
 
     def _acquire_despite_breaker(self) -> Lease | None:
-        """A slot on a node with an open breaker, if the last failure was a server's error and no other node is left. An
-        attempt there is better than to return the error."""
+        """Takes a slot on a node with an open breaker, if the last failure was a server's error and no other node is
+        left: an attempt there is better than to return the error. ``None`` if there is no such slot."""
         if not self._failures or self._failures[-1].outcome is not Outcome.SERVER_ERROR:
             return None
         dispatcher = self._context.dispatcher
-        if dispatcher.could_serve(self._demand, exclude=self._exclude):
+        if dispatcher.could_serve(self._demand, exclude=self._excluded_nodes):
             return None
-        return dispatcher.acquire_despite_breaker(self._demand, exclude=self._exclude)
+        return dispatcher.acquire_despite_breaker(self._demand, exclude=self._excluded_nodes)
 
     async def _start_next_round(self) -> bool:
-        """Call this when every node has failed. After a pause, the nodes whose last failure may be over can be asked
-        again.
+        """Called when every node has failed. Pauses, and then allows the nodes whose last failure may be over by now.
 
-        False if there is no such node. Raises DeadlineExceeded if the pause would last until the deadline."""
+        Returns ``False`` if no node may be asked again. Raises DeadlineExceeded if the pause would last until the
+        deadline."""
         last_outcomes = {failed.node: failed.outcome for failed in self._failures}
-        retryable = frozenset(node for node, outcome in last_outcomes.items() if is_retryable(outcome))
-        if not retryable & self._exclude or self._rounds >= MAX_ROUNDS:
+        retryable_nodes = frozenset(node for node, outcome in last_outcomes.items() if is_retryable(outcome))
+        if not retryable_nodes & self._excluded_nodes or self._round >= MAX_ROUNDS:
             return False
-        pause_s = retry_delay_s(self._rounds, self._context.rng)
+        pause_s = retry_delay_s(self._round, self._context.rng)
         if self._context.clock() + pause_s >= self._deadline:
             raise DeadlineExceeded("the deadline passed while no node could serve this") from None
         await asyncio.sleep(pause_s)
-        self._rounds += 1
-        self._exclude -= retryable
+        self._round += 1
+        self._excluded_nodes -= retryable_nodes
         return True
 
-    # -- when every node has failed ------------------------------------------------------------------------------
 
-    def _last_error_answer(self) -> Answer:
-        """The last error answer of a server. Raises NoNodeError if no server answered."""
-        for failed in reversed(self._failures):
-            if failed.answer is not None:
-                return failed.answer
-        raise self._all_failed_error()
+def _last_error_answer(failures: Sequence[FailedAttempt]) -> Answer:
+    """The last error answer of a server. Raises NoNodeError if no server answered."""
+    for failed in reversed(failures):
+        if failed.answer is not None:
+            return failed.answer
+    raise _all_failed_error(failures)
 
-    def _all_failed_error(self) -> NoNodeError:
-        last_messages = {failed.node: failed.error.message for failed in self._failures}
-        reasons = "; ".join(f"{node}: {message}" for node, message in last_messages.items())
-        if sum(_is_server_failure(failed) for failed in self._failures) >= MAX_SERVER_FAILURES:
-            hint = "it may be the request itself that makes them fail"
-            return NoNodeError(f"two servers failed at this request, so no other was asked ({reasons})", hint=hint)
-        return NoNodeError(f"every node that could serve this has failed it ({reasons})")
+
+def _all_failed_error(failures: Sequence[FailedAttempt]) -> NoNodeError:
+    """The error that names the last failure of each node."""
+    last_messages = {failed.node: failed.error.message for failed in failures}
+    reasons = "; ".join(f"{node}: {message}" for node, message in last_messages.items())
+    if sum(_is_server_failure(failed) for failed in failures) >= MAX_SERVER_FAILURES:
+        hint = "it may be the request itself that makes them fail"
+        return NoNodeError(f"two servers failed at this request, so no other was asked ({reasons})", hint=hint)
+    return NoNodeError(f"every node that could serve this has failed it ({reasons})")
 
 
 def _copy_error(error: GPUMeshError) -> GPUMeshError:
-    """A copy of the error to raise. To raise the original would form a cycle: its traceback's frames hold the failures,
-    and these hold the error. Only the garbage collector would free them."""
+    """Makes a copy of the error, which is then raised. To raise the original would form a cycle: the frames of its
+    traceback hold the failures, and the failures hold the error. Only the garbage collector would free them."""
     copy = type(error).__new__(type(error), *error.args)
     copy.__dict__.update(error.__dict__)
     return copy
 
 
 def _failed_at_request(failed: FailedAttempt) -> bool:
-    """Whether the server seems to have failed at this request. Whether the tunnel ended the connection is not checked
-    here."""
+    """Whether the server seems to have failed at this request. It is not checked whether the tunnel ended the
+    connection: ``_is_server_failure`` does that."""
     if failed.lease is None or failed.lease.aborted:
         return False
     if failed.answer is not None:
@@ -329,26 +338,26 @@ def _failed_at_request(failed: FailedAttempt) -> bool:
 
 
 def _lost_over_ssh(failed: FailedAttempt) -> bool:
-    """Whether the connection went through a tunnel and ended without an answer: the tunnel may have ended it."""
+    """Whether the connection went through a tunnel and ended without an answer: then the tunnel may have ended it."""
     return failed.answer is None and failed.lease is not None and failed.lease.node.uses_ssh
 
 
 def _is_server_failure(failed: FailedAttempt) -> bool:
     """Whether the server failed at this request, and not the tunnel to it.
 
-    A server that did not run before the request does not count. Through a tunnel this looks similar: the connection to
+    A server that was not running does not count. Through a tunnel this looks similar to a failure: the connection to
     the local port is made, and then ends. But it ends at once."""
     if not _failed_at_request(failed) or failed.lease is None:
         return False
     if not _lost_over_ssh(failed):
         return True
     node = failed.lease.node
-    at_once_s = max(MIN_SERVER_S, MIN_SERVER_RTTS * (node.tunnel_state.rtt_ms or 0.0) / 1000.0)
-    return node.is_same_connection(failed.lease) and (node.reachable or failed.duration_s > at_once_s)
+    longest_at_once_s = max(MIN_SERVER_S, MIN_SERVER_RTTS * (node.tunnel_state.rtt_ms or 0.0) / 1000.0)
+    return node.is_same_connection(failed.lease) and (node.reachable or failed.duration_s > longest_at_once_s)
 
 
 def _refused_continuation(answer: WholeAnswer) -> FailedAttempt:
-    """The failure of a node that was asked for the rest of an answer, and sent a whole answer instead of a stream: it
-    does not understand the request."""
+    """The failure of a node that was asked for the rest of an answer, and sent a whole answer instead of a stream: the
+    node does not understand the request."""
     error = BackendStatus(f"it answered {answer.status} to the rest of an answer", status=answer.status)
     return FailedAttempt(answer.node, Outcome.CANNOT_CONTINUE, error, answer)

@@ -1,8 +1,8 @@
-"""A parser of HTTP/1.1 responses for a client, without I/O: bytes in; a head, pieces of the body, and the end out.
+"""``ResponseParser`` parses HTTP/1.1 responses, without I/O: bytes in; a head, the bytes of the body, and the end out.
 
 It uses httptools (llhttp, the parser of Node.js and uvicorn). llhttp reports a header field in pieces, and httptools
-joins all pieces again with each new piece. So the bytes that come outside of a body are counted, and limited, before a
-field is complete.
+joins all earlier pieces again with each new piece: a long field costs much time. So the bytes outside of a body are
+limited even before a field is complete.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import httptools
 import msgspec
 
 HEAD_BYTES = 1 << 16  # limit for a head, for the trailers, and for all bytes between two pieces of a body
-MAX_FIELDS = 256  # header fields of one head
+MAX_FIELDS = 256  # limit for the header fields of one head
 
 
-class ParserState(Enum):
+class ResponseParserState(Enum):
     """How far the response has been parsed."""
 
     HEAD = "head"
@@ -25,11 +25,12 @@ class ParserState(Enum):
     INVALID = "invalid"
 
 
-_BODY = ParserState.BODY  # each token passes here, and to read a global is faster than to read a member
+_BODY = ResponseParserState.BODY  # each token is compared with it: to read a global is faster than to read a member
 
 
 class ResponseHead(msgspec.Struct, frozen=True):
-    """The head of a response, as the server sent it. ``content_length`` is ``None`` if the head does not hold it."""
+    """The head of a response, as the server sent it. ``fields`` are pairs of name and value. ``content_length`` is
+    ``None`` if the head holds no valid Content-Length."""
 
     status: int
     fields: tuple[tuple[bytes, bytes], ...]
@@ -37,23 +38,23 @@ class ResponseHead(msgspec.Struct, frozen=True):
 
 
 class ResponseParser:
-    """Parses the responses of one connection, one after the other: ``begin``, then ``feed`` until the state is COMPLETE
-    or INVALID. ``head`` is set from the state BODY on. ``problem`` is the reason of INVALID.
+    """Parses the responses of one connection, one after the other. For each response, call ``begin``, and then ``feed``
+    until the state is COMPLETE or INVALID. ``head`` is set from the state BODY on. ``problem``: why it is INVALID.
 
-    ``reusable``: after a COMPLETE response, the connection may carry another one.
-    ``piece_count``: the number of pieces that the last ``feed`` joined.
+    ``reusable``: after a COMPLETE response, the connection may carry another request.
+    ``piece_count``: the number of pieces of the body in the last ``feed`` that returned any.
     """
 
     __slots__ = (
         "_bodiless",
+        "_bytes_outside_body",
         "_complete_pieces",
+        "_ends_with_connection",
         "_feed_data",
         "_fields",
         "_head_size",
         "_parser",
         "_pieces",
-        "_unframed",
-        "_until_eof",
         "head",
         "on_body",
         "piece_count",
@@ -63,19 +64,22 @@ class ResponseParser:
     )
 
     def __init__(self) -> None:
-        self.state = ParserState.COMPLETE
+        self.state = ResponseParserState.COMPLETE
         self.head: ResponseHead | None = None
         self.problem: str | None = None
         self.reusable = False
         self.piece_count = 0
-        self._pieces: list[bytes] = []  # of the body; only while ``feed`` runs
+        self._pieces: list[bytes] = []  # pieces of the body; empty except while ``feed`` runs
         self._complete_pieces = 0  # how many of ``_pieces`` belong to the complete response; later ones are dropped
-        self.on_body = self._pieces.append  # httptools calls ``append`` itself: a function of ours would cost more
+        self.on_body = (
+            self._pieces.append
+        )  # httptools calls ``append`` directly: a method of ours in between would cost more
         self._fields: list[tuple[bytes, bytes]] = []
         self._head_size = 0
-        self._unframed = 0  # bytes since the last piece of a body: field lines, sizes of chunks, trailers
+        # Since the last piece of a body: field lines, sizes of chunks, trailers.
+        self._bytes_outside_body = 0
         self._bodiless = False
-        self._until_eof = False
+        self._ends_with_connection = False
         self._parser = httptools.HttpResponseParser(self)
         self._feed_data = self._parser.feed_data
 
@@ -83,15 +87,15 @@ class ResponseParser:
         return f"<ResponseParser {self.state.name}>"
 
     def begin(self, *, bodiless: bool) -> None:
-        """Call this when a request was sent. ``bodiless``: its response has no body, even if its head announces one
-        (HEAD)."""
-        self.state = ParserState.HEAD
+        """Starts the next response: its request is sent now. ``bodiless``: the response has no body, even if its head
+        announces one (HEAD)."""
+        self.state = ResponseParserState.HEAD
         self.head = self.problem = None
         self.reusable = False
         self._fields.clear()
-        self._head_size = self._unframed = 0
+        self._head_size = self._bytes_outside_body = 0
         self._bodiless = bodiless
-        self._until_eof = False
+        self._ends_with_connection = False
 
     @property
     def has_fields(self) -> bool:
@@ -99,70 +103,72 @@ class ResponseParser:
         return bool(self._fields) or self.head is not None
 
     def feed(self, data: bytes) -> bytes:
-        """Parses ``data``, and returns the bytes of the body in it. Bytes after the response's end make the connection
-        not ``reusable``."""
+        """Parses ``data``, and returns the bytes of the body in it. Bytes after the response's end are dropped, and the
+        connection is no longer ``reusable``."""
         try:
             self._feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
-            if self.state is ParserState.COMPLETE:
+            if self.state is ResponseParserState.COMPLETE:
                 self.reusable = False
             else:
                 self._reject(f"what it says is not HTTP ({error.__context__ or error})")
         pieces = self._pieces
         if self.state is _BODY and len(pieces) == 1:  # by far the most common case
-            self._unframed = 0
+            self._bytes_outside_body = 0
             self.piece_count = 1
             return pieces.pop()
         return self._join_pieces(len(data))
 
     def _join_pieces(self, size: int) -> bytes:
-        """The bytes of the body in the last ``size`` bytes."""
+        """Removes and joins the pieces of the body that were found in the last ``size`` bytes. Rejects the response if
+        too many bytes have come outside of a body."""
         pieces = self._pieces
-        if self.state is ParserState.COMPLETE:
+        if self.state is ResponseParserState.COMPLETE:
             del pieces[self._complete_pieces :]
         if not pieces:
-            self._unframed += size
-            if self._unframed > HEAD_BYTES and self.state is not ParserState.COMPLETE:
+            self._bytes_outside_body += size
+            if self._bytes_outside_body > HEAD_BYTES and self.state is not ResponseParserState.COMPLETE:
                 self._reject(f"more than {HEAD_BYTES >> 10} KiB of its answer are no body")
             return b""
-        self._unframed = 0
+        self._bytes_outside_body = 0
         self.piece_count = len(pieces)
         body = pieces[0] if self.piece_count == 1 else b"".join(pieces)
         pieces.clear()
         return body
 
     def end_input(self) -> None:
-        """Call this when the server has closed the connection. This completes a body whose head announces no other
-        end."""
-        if self.state is ParserState.BODY and self._until_eof:
+        """Handles the end of the connection. This completes a body whose head announces no other end."""
+        if self.state is ResponseParserState.BODY and self._ends_with_connection:
             self._complete(reusable=False)
 
     def _reject(self, problem: str) -> None:
-        self.state = ParserState.INVALID
+        """Enters the state INVALID. The first problem counts."""
+        self.state = ResponseParserState.INVALID
         self.problem = self.problem or problem
 
     def _complete(self, *, reusable: bool) -> None:
-        self.state = ParserState.COMPLETE
+        """Enters the state COMPLETE. Pieces that httptools reports after this belong to no response."""
+        self.state = ResponseParserState.COMPLETE
         self.reusable = reusable
         self._complete_pieces = len(self._pieces)
 
     # -- called by httptools -----------------------------------------------------------------------------------------
 
     def on_message_begin(self) -> None:
-        if self.state is ParserState.COMPLETE:
+        if self.state is ResponseParserState.COMPLETE:
             self.reusable = False  # a second response without a request: the first one stays valid
 
     def on_header(self, name: bytes, value: bytes) -> None:
         self._head_size += len(name) + len(value)
         if self._head_size > HEAD_BYTES:
             raise httptools.HttpParserError(f"a head of more than {HEAD_BYTES >> 10} KiB")
-        if self.state is ParserState.HEAD:
+        if self.state is ResponseParserState.HEAD:
             self._fields.append((name, value))
             if len(self._fields) > MAX_FIELDS:
                 raise httptools.HttpParserError(f"a head of more than {MAX_FIELDS} fields")
 
     def on_headers_complete(self) -> None:
-        if self.state is not ParserState.HEAD:
+        if self.state is not ResponseParserState.HEAD:
             return
         status = self._parser.get_status_code()
         if status < 200:  # "100 Continue" and other 1xx: the final response follows
@@ -170,20 +176,20 @@ class ResponseParser:
             return
         chunked, length = False, None
         for name, value in self._fields:
-            lower = name.lower()
-            if lower == b"content-length":
+            lower_name = name.lower()
+            if lower_name == b"content-length":
                 length = int(value) if value.isdigit() else None
-            elif lower == b"transfer-encoding":
+            elif lower_name == b"transfer-encoding":
                 chunked = True
         self.head = ResponseHead(status, tuple(self._fields), length)
         self._fields.clear()
-        self.state = ParserState.BODY
-        self._until_eof = not chunked and length is None and status not in (204, 304)
+        self.state = ResponseParserState.BODY
+        self._ends_with_connection = not chunked and length is None and status not in (204, 304)
         if self._bodiless:
             # llhttp cannot be told that no body follows. So the response ends here, and the connection is not used
             # again.
             self._complete(reusable=False)
 
     def on_message_complete(self) -> None:
-        if self.state is ParserState.BODY:
-            self._complete(reusable=self._parser.should_keep_alive() and not self._until_eof)
+        if self.state is ResponseParserState.BODY:
+            self._complete(reusable=self._parser.should_keep_alive() and not self._ends_with_connection)

@@ -1,7 +1,7 @@
-"""Deadlines of tasks: as ``asyncio.timeout``, at a tenth of its cost, for code that every request runs through.
+"""``TaskDeadline``: as ``asyncio.timeout``, but at a tenth of its cost, for code that every request runs through.
 
 ``asyncio.timeout`` creates a timer for each use and cancels it again, though nearly no deadline ever passes. Here all
-deadlines of a loop share one timer. It runs once in ``CHECK_S``, or sooner if a deadline comes sooner.
+deadlines of a loop share one timer. The timer runs once in ``CHECK_S``, or sooner if a deadline comes sooner.
 """
 
 from __future__ import annotations
@@ -9,11 +9,12 @@ from __future__ import annotations
 import asyncio
 from types import TracebackType
 
-CHECK_S = 1.0  # between two checks of all deadlines, if none of them comes sooner
+CHECK_S = 1.0  # between two checks of all deadlines, if no deadline comes sooner
 
 
 class TaskDeadlines:
-    """Creates the deadlines of one event loop, and cancels the tasks whose deadline has passed."""
+    """Holds the deadlines of one event loop that are running, and ends those that have passed. ``next_check_at``: the
+    time of the next check by the loop's clock; infinite if no check is scheduled."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
@@ -25,28 +26,30 @@ class TaskDeadlines:
         return f"<TaskDeadlines {len(self.running)} running>"
 
     def schedule_check(self, deadline_at: float) -> None:
-        """Schedules the next check, at this time at the latest."""
+        """Schedules the next check at the time ``deadline_at``, or in ``CHECK_S`` if that is sooner."""
         if self._timer is not None:
             self._timer.cancel()
         self.next_check_at = check_at = min(deadline_at, self.loop.time() + CHECK_S)
         self._timer = self.loop.call_at(check_at, self._check)
 
     def close(self) -> None:
+        """Stops the checks. The deadlines that are still running never pass."""
         if self._timer is not None:
             self._timer.cancel()
 
     def _check(self) -> None:
+        """Ends the deadlines that have passed, and schedules the next check if others are running."""
         self._timer, self.next_check_at = None, float("inf")
         now = self.loop.time()
-        for deadline in [running for running in self.running if running.at <= now]:
+        for deadline in [deadline for deadline in self.running if deadline.at <= now]:
             deadline.expire()
         if self.running:
             self.schedule_check(min(deadline.at for deadline in self.running))
 
 
 class TaskDeadline:
-    """A context manager for code of the current task. When the time ``at`` (of the loop's clock) has come, the task is
-    cancelled, and the ``with`` block raises TimeoutError, as ``asyncio.timeout`` does."""
+    """Limits the time of a ``with`` block in the current task, as ``asyncio.timeout`` does: at the time ``at`` (of the
+    loop's clock) the task is cancelled, and the block raises TimeoutError instead of the CancelledError."""
 
     __slots__ = ("_cancels_before", "_deadlines", "_task", "at", "expired")
 
@@ -58,7 +61,9 @@ class TaskDeadline:
         self._cancels_before = 0
 
     def __repr__(self) -> str:
-        state = "expired" if self.expired else "not running" if self._task is None else "running"
+        state = "not running" if self._task is None else "running"
+        if self.expired:
+            state = "expired"
         return f"<TaskDeadline {state}>"
 
     def __enter__(self) -> TaskDeadline:
@@ -78,12 +83,13 @@ class TaskDeadline:
         self._deadlines.running.discard(self)
         if not self.expired or task is None:
             return
-        # If somebody else has cancelled the task as well, the cancellation stays one.
+        # If other code has cancelled the task as well, the CancelledError goes on and does not become a TimeoutError.
         if task.uncancel() <= self._cancels_before and kind is not None and issubclass(kind, asyncio.CancelledError):
             raise TimeoutError from error
 
     def expire(self) -> None:
-        """Ends the block now. Does nothing outside of the block, or at the second call."""
+        """Ends the block now, as if the deadline had passed. Does nothing outside of the block, or at the second
+        call."""
         if self._task is not None and not self.expired:
             self.expired = True
             self._deadlines.running.discard(self)

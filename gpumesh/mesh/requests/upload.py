@@ -1,6 +1,6 @@
-"""The upload of a body that is too large to hold. The body can be read only once: one attempt, no failover.
+"""``upload`` sends a body that is too large to hold. Such a body can be read only once: one attempt, no failover.
 
-httpx sends it, because httpx can stream a request's body. The client of the hot path (upstream.py) cannot.
+httpx sends the body, because httpx can stream it. The HTTP client of the hot path (upstream.py) cannot.
 """
 
 from __future__ import annotations
@@ -18,19 +18,22 @@ from gpumesh.errors import BackendUnreachable, DeadlineExceeded
 from gpumesh.mesh.nodes.lease import Lease
 from gpumesh.mesh.requests.answer import WholeAnswer, error_answer
 
-ANSWER_BYTES = 1 << 20  # of the answer; the rest is not read
+CONNECT_TIMEOUT_S = 10.0
+ANSWER_BYTES = 1 << 20  # of the answer's body; the rest is not read
 
 
 async def upload(
     http: httpx.AsyncClient, lease: Lease, path: str, body: AsyncIterable[bytes], *, timeout_s: float
 ) -> WholeAnswer:
-    """Posts the body and releases the lease. Raises BackendUnreachable and DeadlineExceeded."""
+    """Posts the body to ``path`` on the leased node, releases the lease, and returns the answer. Raises
+    BackendUnreachable and DeadlineExceeded."""
     node, loop = lease.node, asyncio.get_running_loop()
     try:
         async with asyncio.timeout(timeout_s) as scope:
+            # When the tunnel fails, the scope ends at once, with the same TimeoutError as at its deadline.
             lease.set_abort_callback(lambda: scope.reschedule(loop.time()))
-            # The deadline of the scope is the limit for everything after the connect.
-            httpx_timeout = httpx.Timeout(None, connect=10.0)
+            # httpx limits only the connect: the deadline of the scope is the limit for everything after it.
+            httpx_timeout = httpx.Timeout(None, connect=CONNECT_TIMEOUT_S)
             async with http.stream(
                 "POST", node.base_url + path, content=body, headers=_request_headers(lease), timeout=httpx_timeout
             ) as response:
@@ -52,19 +55,20 @@ async def upload(
     except BaseException:
         lease.release(Outcome.CLIENT_GONE)
         raise
-    status, answer = response.status_code, bytes(received)
-    head = read_head(status, response.headers.raw, empty=not answer)
-    if head.problem is not None and not 400 <= status < 600:
+    status, answer_body = response.status_code, bytes(received)
+    head = read_head(status, response.headers.raw, empty=not answer_body)
+    if head.problem is not None and not 400 <= status < 600:  # a success that no inference server sent
         lease.release(Outcome.SERVER_ERROR, error=head.problem)
         return error_answer(node.name, node.kind, 502, head.headers, head.problem)
     lease.release(classify_status(status, model_asked=False))
     if head.problem is not None:
-        problem = error_text(status, answer) if is_web_page(answer) else head.problem
+        problem = error_text(status, answer_body) if is_web_page(answer_body) else head.problem
         return error_answer(node.name, node.kind, status, head.headers, problem)
-    return WholeAnswer(node.name, node.kind, status, head.headers, answer)
+    return WholeAnswer(node.name, node.kind, status, head.headers, answer_body)
 
 
 def _request_headers(lease: Lease) -> dict[str, str]:
+    """The headers of the upload, with the node's own API key if it has one."""
     headers = {"Content-Type": "application/octet-stream", "Accept-Encoding": "identity"}
     if lease.node.target is not None:
         headers["Host"] = host_header(lease.node.target)

@@ -1,9 +1,9 @@
-"""The HTTP client of the hot path: one request to one backend, and its response as it arrives. The probes use httpx.
+"""``Upstream``: the HTTP client of the hot path. It sends a request to a backend, and passes on the response.
 
 It is built on an ``asyncio.Protocol`` because each token passes here: `benchmarks/gateway.py` shows the cost of a
-general client. It has only the features that a backend needs: one request at a time on a keep-alive connection, and
-TLS; no redirects, cookies, proxies or decompression. The parser is in response_parser.py, the connection in
-upstream_connection.py, the pool in connection_pool.py.
+general client. The probes use such a client, httpx. This client has only the features that a backend needs: one request
+at a time on a keep-alive connection, and TLS; no redirects, cookies, proxies or decompression. The parser is in
+response_parser.py, the connection in upstream_connection.py, the pool in connection_pool.py.
 
 All errors are translated here: to BackendUnreachable before the response's head, to StreamCut inside its body.
 """
@@ -29,9 +29,10 @@ from gpumesh.tunnels.local_system.unix_urls import split_unix_url
 
 
 class UpstreamResponse:
-    """One response. ``read`` it to the end, push it to a sink, or ``abort`` it.
+    """One response. The holder must ``read`` it to the end, push it to a sink, or ``abort`` it.
 
-    ``headers`` are those that a client may get. ``problem``: why this is not an answer of an inference server.
+    ``headers`` are those that a client may get. ``problem``: why no inference server can have sent this response;
+    ``None`` if there is no such reason. ``content_length`` is ``None`` if the server announced no length.
     """
 
     __slots__ = (
@@ -63,8 +64,8 @@ class UpstreamResponse:
         return f"<UpstreamResponse {self._node} {self.status} {progress} {self._exchange.buffer!r}>"
 
     async def read(self, limit: int | None = None) -> bytes:
-        """The next bytes of the body, at most ``limit``; empty at the end. Raises StreamCut when the body is not
-        complete."""
+        """Waits for the next bytes of the body, and returns at most ``limit`` of them; empty at the end. Raises
+        StreamCut when the body has ended before it was complete."""
         buffer = self._exchange.buffer
         while not buffer:
             if buffer.problem is not None:
@@ -84,12 +85,14 @@ class UpstreamResponse:
         return data
 
     def take_whole(self, limit: int) -> bytes | None:
-        """The whole body, if all of it has come and it is not longer than ``limit``; ``None`` otherwise."""
+        """Returns the whole body if it has come already and is not longer than ``limit`` bytes; ``None`` otherwise."""
         buffer = self._exchange.buffer
-        return buffer.take() if buffer.ended and buffer.problem is None and len(buffer) <= limit else None
+        is_complete = buffer.ended and buffer.problem is None
+        return buffer.take() if is_complete and len(buffer) <= limit else None
 
     def push_to(self, sink: BodySink) -> None:
-        """From now on the body goes to this sink as it arrives. The bytes that are held for a reader come first."""
+        """Pushes the body to this sink from now on: first the bytes that are held for a reader, then each byte as it
+        arrives."""
         self._sink = sink
         if self._has_unread_slice:  # ``read_slice`` has taken a slice: now other connections have their turn
             self._slice_queue.add(self._push_buffer)
@@ -97,9 +100,9 @@ class UpstreamResponse:
             self._push_buffer()
 
     def _push_buffer(self) -> None:
-        """Pushes the held bytes, slice by slice. After the last slice, the connection pushes into the sink itself."""
+        """Pushes the held bytes, slice by slice. After the last slice, the connection pushes to the sink directly."""
         buffer, sink, connection = self._exchange.buffer, self._sink, self._exchange.connection
-        if sink is None:
+        if sink is None:  # the response was aborted
             return
         if buffer and sink.backpressured:
             sink.on_writable = self._push_buffer
@@ -126,9 +129,9 @@ class UpstreamResponse:
 
 
 class Upstream:
-    """A pool of keep-alive connections to all backends. Use as an async context manager.
+    """Sends requests over a pool of keep-alive connections to all backends. Use it as an async context manager.
 
-    ``deadlines`` limits the time of attempts."""
+    ``deadlines`` holds the deadlines of all attempts."""
 
     deadlines: TaskDeadlines
     _pool: ConnectionPool
@@ -145,7 +148,7 @@ class Upstream:
     async def __aexit__(self, *_: object) -> None:
         self._pool.close()
         self.deadlines.close()
-        await asyncio.sleep(0)  # the transports close in the loop's next round
+        await asyncio.sleep(0)  # the transports close in the next turn of the event loop
 
     async def request(
         self,
@@ -158,15 +161,15 @@ class Upstream:
         server_name: str | None = None,
         at_most_once: bool = False,
     ) -> UpstreamResponse:
-        """Sends the request, and waits for the answer's head. If the call is cancelled, the connection is closed.
+        """Sends the request, and returns the response when its head has come. If the call is cancelled, the connection
+        is closed.
 
         ``host`` is the Host header, if it is not the address in the URL. ``server_name`` is the name in the TLS
         certificate, if it is not the host in the URL.
 
-        A server may close a kept-alive connection at any time: this is not a failure of the server. Then the request is
-        sent again on another connection, because no part of an answer has come, and inference has no side effects. An
-        ``at_most_once`` request goes over a new connection, where this cannot happen.
-        Raises BackendUnreachable.
+        A server may close a kept-alive connection at any time: this is not a failure of the server. If no part of an
+        answer has come, the request is sent again on another connection, because inference has no side effects. An
+        ``at_most_once`` request goes over a new connection, where this cannot happen. Raises BackendUnreachable.
         """
         address, prefix, default_host = _parse_base_url(base_url, server_name)
         head = _render_head(call, prefix, headers, default_host if host is None else host)
@@ -174,16 +177,16 @@ class Upstream:
             connection = None if at_most_once else self._pool.take_idle(address)
             if connection is None:
                 connection = await self._connect(address, node)
-            exchange = connection.start(call.method, head, call.body)
+            exchange = connection.start_exchange(call.method, head, call.body)
             try:
                 response_head = await exchange.head
             except ConnectionResetError as error:
-                if connection.requests > 1 and not exchange.answered:
+                is_kept_alive = connection.request_count > 1
+                if is_kept_alive and not exchange.answered:
                     continue
-                # Without its traceback, whose frames hold the request's body and form a cycle with the error.
-                raise BackendUnreachable(f"no answer: {error}", node=node, request_sent=True) from error.with_traceback(
-                    None
-                )
+                # The traceback's frames hold the request's body, and would form a cycle with the error.
+                cause = error.with_traceback(None)
+                raise BackendUnreachable(f"no answer: {error}", node=node, request_sent=True) from cause
             except BaseException:
                 if exchange.connection is not None:
                     connection.abort()
@@ -191,6 +194,7 @@ class Upstream:
             return UpstreamResponse(response_head, exchange, self._pool.slices, node)
 
     async def _connect(self, address: Address, node: str) -> UpstreamConnection:
+        """Opens a new connection. Raises BackendUnreachable."""
         try:
             return await self._pool.connect(address)
         except TimeoutError as error:
@@ -200,13 +204,14 @@ class Upstream:
 
 
 def _render_head(call: HttpCall, prefix: str, headers: Sequence[tuple[str, str]], host: str) -> bytes:
-    """The request's head as it goes on the wire. ``headers`` hold no Host. Raises ValueError where a header contains a
-    line end."""
+    """Renders the request's head as it is sent. ``prefix`` comes before the call's path. ``headers`` hold no Host.
+    Raises ValueError if a header contains a line end."""
     lines = [f"{call.method} {prefix}{call.path} HTTP/1.1", f"Host: {host}", "Accept-Encoding: identity"]
     lines += [f"{name}: {value}" for name, value in headers]
     if call.body or call.method not in ("GET", "HEAD"):
         lines.append(f"Content-Length: {len(call.body)}")
     head = "\r\n".join(lines)
+    # The only line ends are those between the lines; otherwise a header could add a line of its own.
     if head.count("\n") != len(lines) - 1 or head.count("\r") != len(lines) - 1:
         raise ValueError("a line end inside of a header")
     return head.encode("utf-8", "surrogateescape") + b"\r\n\r\n"
@@ -214,13 +219,15 @@ def _render_head(call: HttpCall, prefix: str, headers: Sequence[tuple[str, str]]
 
 @lru_cache(maxsize=1024)
 def _parse_base_url(base_url: str, server_name: str | None) -> tuple[Address, str, str]:
-    """In this order: the server's address, the prefix for the path of each call, the Host header."""
+    """Returns the server's address, the prefix for the path of each call, and the Host header, in this order."""
     parts = urlsplit(base_url)
     tls = parts.scheme == "https"
     server_name = server_name if tls else None
-    unix = split_unix_url(base_url)
-    if unix is not None:
-        socket, path = unix
-        return Address("localhost", 0, tls, server_name, socket), path.rstrip("/"), "localhost"
+    unix_parts = split_unix_url(base_url)
+    if unix_parts is not None:
+        socket, path = unix_parts
+        address = Address("localhost", 0, tls, server_name, socket)
+        return address, path.rstrip("/"), "localhost"
     host, port = parts.hostname or "127.0.0.1", parts.port or (443 if tls else 80)
-    return Address(host, port, tls, server_name, None), parts.path.rstrip("/"), f"{host}:{port}"
+    address = Address(host, port, tls, server_name, None)
+    return address, parts.path.rstrip("/"), f"{host}:{port}"

@@ -1,4 +1,4 @@
-"""A connection to a backend: an ``asyncio.Protocol`` that pushes each response's body into a sink as it is parsed.
+"""``UpstreamConnection``: a connection to a backend that pushes each response's body into a sink as it arrives.
 
 One read can hold thousands of chunks. Such a read is parsed in slices, and other connections have their turn between
 two slices (slice_queue.py).
@@ -12,12 +12,12 @@ from enum import Enum
 from typing import Any, NamedTuple, cast
 
 from gpumesh.mesh.requests.body_sink import BodySink, BufferedSink
-from gpumesh.mesh.requests.response_parser import ParserState, ResponseHead, ResponseParser
+from gpumesh.mesh.requests.response_parser import ResponseHead, ResponseParser, ResponseParserState
 from gpumesh.slice_queue import FRAME_SLICE_BYTES, MAX_SMALL_PIECES, SLICE_BYTES, SliceQueue
 from gpumesh.turn_end import TurnEnd
 
-JOINED_BYTES = 1 << 16  # a request's body that is shorter is sent together with its head
-_NO_SINK = BufferedSink()  # the sink of a connection without a response; nothing is written to it
+JOINED_BYTES = 1 << 16  # a shorter body is sent together with its head: a copy costs less than a second write
+_NO_SINK = BufferedSink()  # the sink of a connection without an exchange; nothing is written to this sink
 
 
 class Address(NamedTuple):
@@ -34,8 +34,8 @@ class Address(NamedTuple):
         return self.socket if self.socket is not None else f"{self.host}:{self.port}"
 
 
-class ConnectionState(Enum):
-    """The state of a connection."""
+class UpstreamConnectionState(Enum):
+    """The state of a connection to a backend."""
 
     IDLE = "idle"  # waits in the pool
     AWAITING_HEAD = "awaiting head"
@@ -43,28 +43,28 @@ class ConnectionState(Enum):
     CLOSED = "closed"
 
 
-# Each token passes here, and to read a global is faster than to read a member.
-_RECEIVING_BODY = ConnectionState.RECEIVING_BODY
-_IN_BODY = ParserState.BODY
+# Each token is compared with these: to read a global is faster than to read a member.
+_RECEIVING_BODY = UpstreamConnectionState.RECEIVING_BODY
+_IN_BODY = ResponseParserState.BODY
 
 
 class ReadState(Enum):
-    """Whether bytes are read from the socket; if not, the reason."""
+    """Whether bytes are read from the socket; if not, the reason why."""
 
     READING = "reading"
     BACKPRESSURED = "backpressured"  # the sink wants no more bytes for now
     AWAITING_TURN = "awaiting turn"  # the connection waits to parse the next slice
 
 
-_READING = ReadState.READING
+_READING = ReadState.READING  # a global, as ``_IN_BODY``
 
 
 class Exchange:
     """One request on a connection, and its response.
 
-    ``head`` is a future: the response's head, or ConnectionResetError. ``buffer`` holds the body until the connection
-    gets another sink. ``connection`` is ``None`` after the response has ended. ``answered``: a part of the response had
-    come when the exchange failed.
+    ``head`` is the future of the response's head; it may fail with ConnectionResetError. ``buffer`` holds the body
+    until the connection gets another sink. ``connection`` is ``None`` after the response has ended. ``answered``: a
+    part of the response had come when the exchange failed.
     """
 
     __slots__ = ("answered", "buffer", "connection", "head")
@@ -77,7 +77,11 @@ class Exchange:
 
 
 class UpstreamConnection(asyncio.Protocol):
-    """``on_idle`` is called when the connection may carry another request, ``on_closed`` when it is gone."""
+    """A connection that carries one exchange after the other. ``on_idle`` is called when the connection may carry
+    another request, ``on_closed`` when the connection is gone. ``request_count``: the requests that it has carried.
+
+    A class a little longer than 250 lines: each token passes here, and through few objects.
+    """
 
     __slots__ = (
         "__weakref__",
@@ -88,16 +92,16 @@ class UpstreamConnection(asyncio.Protocol):
         "_parsed_bytes",
         "_parser",
         "_read_state",
-        "_request",
         "_sink",
         "_slice_bytes",
-        "_slices",
+        "_slice_queue",
         "_transport",
         "_turn_end",
         "_unparsed",
+        "_unsent_request",
         "address",
         "idle_since",
-        "requests",
+        "request_count",
         "state",
     )
 
@@ -111,12 +115,14 @@ class UpstreamConnection(asyncio.Protocol):
         on_closed: Callable[[UpstreamConnection], None],
     ) -> None:
         self.address = address
-        self.state = ConnectionState.CLOSED
-        self.requests = 0
+        self.state = UpstreamConnectionState.CLOSED
+        self.request_count = 0
         self.idle_since = 0.0
-        self._slices = slices
+        self._slice_queue = slices
         self._turn_end = turn_end
-        self._request = b""  # a short request, until the end of the turn in which it started
+        self._unsent_request = (
+            b""  # a short request, until the end of the turn of the loop: all writes of a turn leave together
+        )
         self._on_idle = on_idle
         self._on_closed = on_closed
         self._loop = asyncio.get_running_loop()
@@ -127,40 +133,41 @@ class UpstreamConnection(asyncio.Protocol):
         self._read_state = ReadState.READING
         self._slice_bytes = SLICE_BYTES
         self._unparsed = b""  # bytes that were read, but could not be parsed at once
-        self._parsed_bytes = 0  # how many bytes at the start of ``_unparsed`` are parsed by now
+        self._parsed_bytes = 0  # how many bytes at the start of ``_unparsed`` have been parsed already
 
     def __repr__(self) -> str:
         waiting = f", {len(self._unparsed) - self._parsed_bytes} bytes unparsed" if self._has_unparsed else ""
         reading = "" if self._read_state is ReadState.READING else f" {self._read_state.name}"
-        return f"<UpstreamConnection {self.address} {self.state.name}{reading}, {self.requests} requests{waiting}>"
+        return f"<UpstreamConnection {self.address} {self.state.name}{reading}, {self.request_count} requests{waiting}>"
 
     @property
     def open(self) -> bool:
         return self._transport is not None and not self._transport.is_closing()
 
-    def start(self, method: str, head: bytes, body: bytes) -> Exchange:
-        """Sends a request. The connection must be idle."""
+    def start_exchange(self, method: str, head: bytes, body: bytes) -> Exchange:
+        """Sends a request, and returns its exchange. The connection must be idle."""
         assert self._transport is not None
-        self.requests += 1
-        self.state = ConnectionState.AWAITING_HEAD
+        self.request_count += 1
+        self.state = UpstreamConnectionState.AWAITING_HEAD
         self._parser.begin(bodiless=method == "HEAD")
         self._exchange = exchange = Exchange(self, self._loop)
         self.push_to(exchange.buffer)
         if len(body) < JOINED_BYTES:
-            self._request = head + body  # a short request is one packet
-            self._turn_end.add(self._send_request)
+            self._unsent_request = head + body
+            self._turn_end.add(self._write_request)
         else:  # a long body is not copied
             self._transport.write(head)
             self._transport.write(body)
         return exchange
 
-    def _send_request(self) -> None:
-        request, self._request = self._request, b""
+    def _write_request(self) -> None:
+        """Passes the short request to the transport, at the end of the turn in which the request was started."""
+        request, self._unsent_request = self._unsent_request, b""
         if self._transport is not None and not self._transport.is_closing():
             self._transport.write(request)
 
     def push_to(self, sink: BodySink) -> None:
-        """From now on the response's body goes to this sink."""
+        """Pushes the rest of the response's body to this sink."""
         self._sink = sink
         self._slice_bytes = FRAME_SLICE_BYTES if sink.inspects_frames else SLICE_BYTES
         sink.on_writable = self._continue_reading
@@ -179,13 +186,13 @@ class UpstreamConnection(asyncio.Protocol):
     # -- asyncio.Protocol --------------------------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast("asyncio.Transport", transport)  # a cast, because uvloop's transports are no subclasses
-        self.state = ConnectionState.IDLE
+        self._transport = cast("asyncio.Transport", transport)  # uvloop's transports are no subclasses of it
+        self.state = UpstreamConnectionState.IDLE
 
     def data_received(self, data: bytes) -> None:
         """Each streamed token passes here."""
-        is_next = self._exchange is not None and not self._unparsed and self._read_state is _READING
-        if not is_next or len(data) > self._slice_bytes:
+        may_parse_now = self._exchange is not None and not self._unparsed and self._read_state is _READING
+        if not may_parse_now or len(data) > self._slice_bytes:
             self._receive(data)
             return
         parser, sink = self._parser, self._sink
@@ -198,11 +205,13 @@ class UpstreamConnection(asyncio.Protocol):
             self._handle_state()
 
     def _receive(self, data: bytes) -> None:
-        """``data_received`` in all but the most common case."""
+        """Does the work of ``data_received`` in all cases but the most common one."""
         if self._exchange is None:
             self.abort()  # bytes without a request: later bytes on this connection could be taken for an answer
             return
-        self._unparsed, self._parsed_bytes = self._unparsed[self._parsed_bytes :] + data if self._unparsed else data, 0
+        if self._unparsed:
+            data = self._unparsed[self._parsed_bytes :] + data
+        self._unparsed, self._parsed_bytes = data, 0
         if self._read_state is ReadState.READING:
             self._parse_slices()
 
@@ -212,49 +221,54 @@ class UpstreamConnection(asyncio.Protocol):
         if error is not None:
             self._drop_unparsed()
             self._fail(exception_text(error))
-        elif not self._has_unparsed:  # otherwise ``_parse_slices`` calls ``_end_input``; TLS may end so early
+        elif not self._has_unparsed:
             self._end_input()
+        # Otherwise ``_parse_slices`` calls ``_end_input`` after the last byte (TLS can end while bytes are unparsed).
 
     # -- parsing -----------------------------------------------------------------------------------------------------
 
     def _end_input(self) -> None:
-        """Handles the end of the connection, after all bytes that came on it are parsed."""
+        """Handles the end of the connection, after all its bytes have been parsed."""
         self._parser.end_input()
         self._handle_state()
         self._fail("the server closed the connection")
 
     def _handle_state(self) -> None:
-        """Acts on the parser's state."""
+        """Acts on the parser's state: passes on the head, and ends a complete or invalid response."""
         parser, exchange = self._parser, self._exchange
         if exchange is None:
             return
-        if parser.head is not None and self.state is ConnectionState.AWAITING_HEAD:
-            self.state = ConnectionState.RECEIVING_BODY
+        if parser.head is not None and self.state is UpstreamConnectionState.AWAITING_HEAD:
+            self.state = UpstreamConnectionState.RECEIVING_BODY
             if not exchange.head.done():
                 exchange.head.set_result(parser.head)
-        if parser.state is ParserState.INVALID:
+        if parser.state is ResponseParserState.INVALID:
             if self._transport is not None:
                 self._transport.abort()
             self._fail(parser.problem or "")
-        elif parser.state is ParserState.COMPLETE:
+        elif parser.state is ResponseParserState.COMPLETE:
             self._complete(exchange)
 
     def _complete(self, exchange: Exchange) -> None:
+        """Ends the exchange, whose response is complete. The connection becomes idle, or is closed if it cannot carry
+        another request."""
         sink = self._end_exchange(exchange)
-        if not self.open or not self._parser.reusable or self._has_unparsed:
-            # Bytes after the response make the connection unusable, but the response is valid.
-            self._drop_unparsed()
-            self.state = ConnectionState.CLOSED
-            if self._transport is not None:
-                self._transport.abort()
-        else:
-            self.state = ConnectionState.IDLE
+        # Bytes after the response make the connection unusable, but the response is valid.
+        is_reusable = self.open and self._parser.reusable and not self._has_unparsed
+        if is_reusable:
+            self.state = UpstreamConnectionState.IDLE
             self._resume_reading()  # an idle connection must notice when the server closes it
             self._on_idle(self)
+        else:
+            self._drop_unparsed()
+            self.state = UpstreamConnectionState.CLOSED
+            if self._transport is not None:
+                self._transport.abort()
         sink.finish()
 
     def _fail(self, problem: str) -> None:
-        self.state = ConnectionState.CLOSED
+        """Marks the connection as closed. If there is an exchange, it fails with this problem."""
+        self.state = UpstreamConnectionState.CLOSED
         exchange = self._exchange
         if exchange is None:
             return
@@ -262,11 +276,11 @@ class UpstreamConnection(asyncio.Protocol):
         sink = self._end_exchange(exchange)
         if not exchange.head.done():
             exchange.head.set_exception(ConnectionResetError(problem))
-            exchange.head.exception()  # marks the error as retrieved: the task that waited may be gone
+            exchange.head.exception()  # marks the error as retrieved: asyncio would log it if the waiting task is gone
         sink.fail(problem)
 
     def _end_exchange(self, exchange: Exchange) -> BodySink:
-        """Removes the exchange from the connection, and returns its sink."""
+        """Removes the exchange from the connection, and returns the sink that the response was pushed to."""
         self._exchange = exchange.connection = None
         sink, self._sink = self._sink, _NO_SINK
         sink.on_writable = None
@@ -279,10 +293,12 @@ class UpstreamConnection(asyncio.Protocol):
         return self._parsed_bytes < len(self._unparsed)
 
     def _parse_slices(self) -> None:
-        """Parses the unparsed bytes until the sink is back-pressured, or until this connection's turn is over: after a
-        slice with many small pieces, or with frames that the sink inspects."""
+        """Parses the unparsed bytes, slice by slice. Stops when the sink is back-pressured, or when this connection's
+        turn is over: after a slice with many small pieces, or with frames that the sink inspects."""
         turn_is_over = False
-        while self._has_unparsed and self._exchange is not None and not (turn_is_over or self._sink.backpressured):
+        while self._has_unparsed and self._exchange is not None:
+            if turn_is_over or self._sink.backpressured:
+                break
             start = self._parsed_bytes
             self._parsed_bytes = end = start + self._slice_bytes
             self._parser.piece_count = 0
@@ -290,16 +306,15 @@ class UpstreamConnection(asyncio.Protocol):
             if body:
                 self._sink.write(body)
             self._handle_state()
-            turn_is_over = self._parser.piece_count > MAX_SMALL_PIECES or (
-                self._sink.inspects_frames and self._has_unparsed
-            )
+            has_more_frames = self._sink.inspects_frames and self._has_unparsed
+            turn_is_over = has_more_frames or self._parser.piece_count > MAX_SMALL_PIECES
         if not self._has_unparsed:
             self._drop_unparsed()
         if self._exchange is None:
             return
         if turn_is_over:
             self._pause_reading(ReadState.AWAITING_TURN)
-            self._slices.add(self._take_turn)
+            self._slice_queue.add(self._take_turn)
         elif self._sink.backpressured:
             self._pause_reading(ReadState.BACKPRESSURED)
         elif self._transport is None:
@@ -308,15 +323,18 @@ class UpstreamConnection(asyncio.Protocol):
             self._resume_reading()
 
     def _drop_unparsed(self) -> None:
+        """Forgets the bytes that were read but not parsed."""
         self._unparsed, self._parsed_bytes = b"", 0
 
     def _take_turn(self) -> None:
+        """Parses the next slice, because this connection's turn has come."""
         if self._read_state is ReadState.AWAITING_TURN:
+            # Reading is still paused. ``_parse_slices`` decides whether it goes on.
             self._read_state = ReadState.BACKPRESSURED
             self._parse_slices()
 
     def _continue_reading(self) -> None:
-        """The sink calls this when it takes bytes again."""
+        """Parses and reads on. The sink calls this when it takes bytes again."""
         if self._read_state is ReadState.BACKPRESSURED:
             self._parse_slices()
 
@@ -333,6 +351,6 @@ class UpstreamConnection(asyncio.Protocol):
 
 
 def exception_text(error: BaseException) -> str:
-    """An exception's text for a person: without the error number; the class name if there is no text."""
+    """The text of an exception for a person: without the error number, or the class name if there is no text."""
     text: Any = getattr(error, "strerror", None) or str(error)
     return str(text) or type(error).__name__

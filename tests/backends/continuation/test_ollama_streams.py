@@ -57,7 +57,7 @@ def test_a_raw_prompt_keeps_what_concerns_the_model_and_nothing_of_the_chat() ->
         {**REQUEST, "think": False}, PartialAnswer(text="so far", tokens=2), "<user>x<assistant>"
     )
     body = json.loads(rest.call.body)
-    assert rest.form is CHAT
+    assert rest.stream_format is CHAT
     assert rest.call.path == "/api/generate"
     assert body == {
         "model": "m",

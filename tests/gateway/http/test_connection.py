@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from gpumesh.gateway.http.bounds import Bounds
-from gpumesh.gateway.http.connection import ClientConnection, ConnectionState
+from gpumesh.gateway.http.connection import ClientConnection, ClientConnectionState
 from gpumesh.gateway.http.request import Request
 from gpumesh.gateway.http.responses import Response
 from tests.gateway.fleet import send_raw
@@ -35,7 +35,7 @@ def test_a_connection_goes_through_its_states(run: Run) -> None:
             assert repr(connection) == f"<ClientConnection {host}:{port} READING 2 queued>"
             assert repr(running.seen[0]) == "<Request GET / <RequestBody complete, 0 bytes buffered> None>"
             writer.write(b"no request\r\n\r\n")
-            await wait_until(lambda: connection.state is ConnectionState.REFUSING, "it is refused")
+            await wait_until(lambda: connection.state is ClientConnectionState.REFUSING, "it is refused")
             assert repr(connection) == f"<ClientConnection {host}:{port} REFUSING 3 queued>"
             go.set()
             for _ in range(3):
@@ -44,7 +44,7 @@ def test_a_connection_goes_through_its_states(run: Run) -> None:
             assert await reader.read() == b"", "our side has ended"
             assert repr(connection) == f"<ClientConnection {host}:{port} LINGERING 0 queued>"
             writer.close()
-            await wait_until(lambda: connection.state is ConnectionState.CLOSED, "the connection is gone")
+            await wait_until(lambda: connection.state is ClientConnectionState.CLOSED, "the connection is gone")
             assert repr(connection) == f"<ClientConnection {host}:{port} CLOSED 0 queued>"
             assert repr(connection.writer) == "<ClientWriter closed, 0 bytes unsent>"
 
@@ -67,7 +67,7 @@ def test_a_draining_server_lets_requests_end(run: Run) -> None:
             [connection] = running.server._connections
             assert repr(running.server).startswith("<Server serving, 1 of ")
             running.server.close_idle()
-            assert connection.state is ConnectionState.DRAINING
+            assert connection.state is ClientConnectionState.DRAINING
             assert repr(running.server).startswith("<Server closing, 1 of ")
             go.set()
             assert b"Connection: close\r\n" in await reader.read()

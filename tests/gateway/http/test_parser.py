@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from gpumesh.gateway.http.parser import Event, ParserState, Refusal, RequestEnd, RequestHead, RequestParser
+from gpumesh.gateway.http.parser import Event, Refusal, RequestEnd, RequestHead, RequestParser, RequestParserState
 from tests.gateway.http.raw_clients import GET, UPGRADE
 
 MAX_HEAD_BYTES = 2000
@@ -128,7 +128,7 @@ def test_a_request_in_one_input() -> None:
     assert (head.method, head.target, head.is_http10, head.keep_alive) == ("POST", "/", False, True)
     assert head.headers["x-blank"] == "a b"
     assert (body, end) == (b"hello", WHOLE)
-    assert parser.state is ParserState.AWAITING_HEAD
+    assert parser.state is RequestParserState.AWAITING_HEAD
     assert repr(parser) == "<RequestParser AWAITING_HEAD>"
 
 
@@ -200,7 +200,7 @@ def test_endless_framing_of_a_body_is_bounded(start: bytes, offer: list[str]) ->
     parse([request(*offer, CHUNKED, body=start)], parser)
     for _ in range(MAX_HEAD_BYTES // len(repeated) + 1):
         parser.feed(repeated)
-    assert parser.state is ParserState.REFUSED
+    assert parser.state is RequestParserState.REFUSED
 
 
 def test_one_input_gives_one_piece_of_a_body_however_many_chunks_it_has() -> None:

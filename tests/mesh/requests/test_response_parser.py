@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpumesh.mesh.requests.response_parser import HEAD_BYTES, MAX_FIELDS, ParserState, ResponseParser
+from gpumesh.mesh.requests.response_parser import HEAD_BYTES, MAX_FIELDS, ResponseParser, ResponseParserState
 from tests.mesh.servers import LAST_CHUNK, chunk, chunked_head, whole_response
 
 CHUNKED = chunked_head() + chunk(b"one\n") + chunk(b"two\n") + LAST_CHUNK
@@ -25,21 +25,21 @@ def test_a_response_is_the_same_however_it_is_cut_into_reads(places: list[int]) 
     cuts = sorted({*places, 0, len(CHUNKED)})
     parser, body = parse(*(CHUNKED[start:end] for start, end in itertools.pairwise(cuts)))
     assert body == b"one\ntwo\n"
-    assert (parser.state, parser.reusable) == (ParserState.COMPLETE, True)
+    assert (parser.state, parser.reusable) == (ResponseParserState.COMPLETE, True)
     assert parser.head is not None
     assert (parser.head.status, parser.head.content_length) == (200, None)
 
 
 def test_the_states_of_a_response() -> None:
     parser, body = parse(chunked_head())
-    assert (parser.state, body) == (ParserState.BODY, b"")
+    assert (parser.state, body) == (ResponseParserState.BODY, b"")
     assert repr(parser) == "<ResponseParser BODY>"
     assert parser.feed(chunk(b"one\n")) == b"one\n"
     assert parser.piece_count == 1
     assert parser.feed(chunk(b"a") * 3) == b"aaa"
     assert parser.piece_count == 3
     assert parser.feed(LAST_CHUNK) == b""
-    assert parser.state is ParserState.COMPLETE
+    assert parser.state is ResponseParserState.COMPLETE
     parser.begin(bodiless=False)
     assert parser.feed(whole_response(b"{}", status="404 Not Found")) == b"{}"
     assert parser.head is not None
@@ -49,26 +49,26 @@ def test_the_states_of_a_response() -> None:
 @pytest.mark.parametrize("more", [whole_response(b"evil"), b"rubbish", b"\x00"])
 def test_bytes_after_the_end_are_no_body_and_the_connection_is_not_reusable(more: bytes) -> None:
     parser, body = parse(whole_response(b"{}") + more)
-    assert (parser.state, body, parser.reusable) == (ParserState.COMPLETE, b"{}", False)
+    assert (parser.state, body, parser.reusable) == (ResponseParserState.COMPLETE, b"{}", False)
     parser, body = parse(CHUNKED + more)
-    assert (parser.state, body, parser.reusable) == (ParserState.COMPLETE, b"one\ntwo\n", False)
+    assert (parser.state, body, parser.reusable) == (ResponseParserState.COMPLETE, b"one\ntwo\n", False)
 
 
 def test_a_response_to_head_ends_with_its_head() -> None:
     parser, body = parse(b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nevil", bodiless=True)
-    assert (parser.state, body, parser.reusable) == (ParserState.COMPLETE, b"", False)
+    assert (parser.state, body, parser.reusable) == (ResponseParserState.COMPLETE, b"", False)
 
 
 def test_only_a_body_without_a_length_is_complete_when_the_input_ends() -> None:
     parser, body = parse(b"HTTP/1.1 200 OK\r\n\r\nto the end")
-    assert (parser.state, body) == (ParserState.BODY, b"to the end")
+    assert (parser.state, body) == (ResponseParserState.BODY, b"to the end")
     parser.end_input()
-    assert (parser.state, parser.reusable) == (ParserState.COMPLETE, False)
+    assert (parser.state, parser.reusable) == (ResponseParserState.COMPLETE, False)
     for unfinished in (chunked_head() + chunk(b"x"), b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nx", b"HTTP/1.1 2"):
         parser, _ = parse(unfinished)
         state = parser.state
         parser.end_input()
-        assert parser.state is state is not ParserState.COMPLETE
+        assert parser.state is state is not ResponseParserState.COMPLETE
 
 
 def test_an_interim_response_is_passed_over() -> None:
@@ -92,7 +92,7 @@ def test_an_interim_response_is_passed_over() -> None:
 )
 def test_what_is_no_response_or_past_a_bound_is_invalid(data: bytes, problem: str) -> None:
     parser, body = parse(*(data[start : start + 8192] for start in range(0, len(data), 8192)))
-    assert parser.state is ParserState.INVALID
+    assert parser.state is ResponseParserState.INVALID
     assert problem in (parser.problem or "")
     assert body in (b"", b"body"), "what came before the problem is not lost"
     assert not parser.reusable
