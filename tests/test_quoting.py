@@ -92,7 +92,7 @@ _COMMAND = re.compile(
 # What is put in there can be nothing else than a word of ours, or one whose form mesh.yaml's reader has checked.
 _CHECKED = {
     ("audit/tunnel.py", "try it by hand: \0"),
-    ("backends/continuation/event_streams.py", "an answer with `\0` cannot be continued"),
+    ("backends/continuation/chat_streams.py", "an answer with `\0` cannot be continued"),
     ("backends/continuation/ollama_streams.py", "an answer with `\0` cannot be continued"),
     ("cli/commands/audit.py", "gpumesh audit, \0: \0"),
     ("cli/commands/demo.py", "→ gpumesh run \0: \0 tokens from \0\0"),

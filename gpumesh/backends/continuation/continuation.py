@@ -108,7 +108,9 @@ class Continuation:
         self.answer_counters: ServerCounters | None = None
 
     def __repr__(self) -> str:
-        state = "finished" if self.finished else f"cut: {self.cut_reason}" if self.cut_reason else "under way"
+        state = f"cut: {self.cut_reason}" if self.cut_reason else "under way"
+        if self.finished:
+            state = "finished"
         return f"<Continuation {self._path} {state}, {self.cuts} cuts before>"
 
     @property

@@ -1,28 +1,18 @@
-"""The formats of the streams of ``/v1``: how these streams are read, continued and ended, and their error frames."""
+"""``EventStreamFormat``: the streams of ``/v1`` as server-sent events. They are passed on, but not continued. Pure."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import replace
-from typing import Any
 
 from gpumesh.backends import error_text, safe_json
 from gpumesh.backends.base import JSON_HEADERS, HttpCall
-from gpumesh.backends.continuation.ollama_streams import OllamaStreamFormat, raw_prompt_call
 from gpumesh.backends.continuation.stream_format import (
-    SENTINEL,
     ContinuationCall,
     Frame,
     JsonObject,
     PartialAnswer,
     RenderedPrompt,
     TextPieces,
-    append_answer,
-    client_began_answer,
-    collect_texts,
-    continuation_note,
-    find_strings,
-    positive_count,
     read_debug_rendering,
 )
 from gpumesh.backends.frames import MAX_EVENT_LINES, find_last_event_end, read_event_line
@@ -33,12 +23,12 @@ _MARKS = re.compile(
     rb'"(?:error"|finish_reason"\s*:\s*"|usage"\s*:\s*\{|tool_calls"|function_call"|message_stop"'
     rb'|response\.(?:completed|incomplete|failed)")'
 )
-_TEXTS = re.compile(rb'"content"\s*:\s*("[^"\\]*(?:\\.[^"\\]*)*")')
 DONE = b"data: [DONE]\n\n"
 
 
 class EventStreamFormat:
-    """A stream that is passed on, but never continued. After a cut it ends with an error in the form of its own API."""
+    """A stream that is passed on, but never continued. After a cut it ends with an error in the form of its own API.
+    Its methods are described in ``StreamFormat``."""
 
     frame_separator = b"\n\n"
     # The pattern begins with a fixed byte, which is found fast. A \r before this byte belongs to the line.
@@ -50,13 +40,16 @@ class EventStreamFormat:
         self._path = path
 
     def find_marks(self, frames: bytes) -> object | None:
+        """Looks for an error, the end of the stream, figures or a tool call; ``None`` if there is none."""
         # Most frames end as JSON. This test costs less than the search for "[DONE]", so it comes first.
         ends_as_json = frames.endswith(b"}\n\n")
-        if frames.startswith(b"error:") or b"\nerror:" in frames or (not ends_as_json and b"[DONE]" in frames[-16:]):
+        has_error_line = frames.startswith(b"error:") or b"\nerror:" in frames
+        if has_error_line or (not ends_as_json and b"[DONE]" in frames[-16:]):  # 16: longer than "data: [DONE]\n\n"
             return frames
         return _MARKS.search(frames)
 
     def read(self, frame: bytes) -> Frame:
+        """Parses one event. Its text is not read, but an event with a document counts as text."""
         frame = frame.strip(b"\r\n")
         if frame.count(b"\n") >= MAX_EVENT_LINES:
             return Frame(error=f"an event of more than {MAX_EVENT_LINES} lines")
@@ -75,30 +68,39 @@ class EventStreamFormat:
         return Frame(document, text=" ", text_complete=is_last, ends_stream=is_last, error=error)
 
     def extract_texts(self, frames: bytes) -> TextPieces:  # noqa: ARG002 - only a continuation would need the texts
+        """No texts: they are needed only to continue an answer."""
         return TextPieces()
 
     def continuation_refusal(self, request: JsonObject) -> str | None:  # noqa: ARG002
+        """The reason why no answer of this route is continued."""
         return f"an answer of {self._path.partition('?')[0]} cannot be continued"
 
-    def budget(self, request: JsonObject) -> int | None:  # noqa: ARG002
+    def token_budget(self, request: JsonObject) -> int | None:  # noqa: ARG002
+        """No limit, because it is needed only to continue an answer."""
         return None
 
     def uses_template(self, request: JsonObject) -> bool:  # noqa: ARG002
+        """``False``: no prompt is rendered for an answer that is not continued."""
         return False
 
     def render_call(self, request: JsonObject, thinking: str) -> HttpCall | None:  # noqa: ARG002
+        """No request, because the answer is not continued."""
         return None
 
     def raw_prompt_refusal(self, request: JsonObject) -> str | None:
+        """The reason why no answer of this route is continued."""
         return self.continuation_refusal(request)
 
     def continue_raw_prompt(self, request: JsonObject, partial_answer: PartialAnswer, prompt: str) -> ContinuationCall:  # noqa: ARG002
+        """The request as it was: without a text to continue, the answer starts anew."""
         return self.continue_assistant_message(request, partial_answer)
 
     def read_rendered_prompt(self, document: JsonObject) -> RenderedPrompt | None:
+        """The prompt in an answer of Ollama."""
         return read_debug_rendering(document)
 
     def assistant_message_refusal(self, request: JsonObject) -> str | None:
+        """The reason why no answer of this route is continued."""
         return self.continuation_refusal(request)
 
     def continue_assistant_message(
@@ -106,17 +108,22 @@ class EventStreamFormat:
         request: JsonObject,
         partial_answer: PartialAnswer,  # noqa: ARG002
     ) -> ContinuationCall:
+        """The request as it was: without a text to continue, the answer starts anew."""
         return ContinuationCall(HttpCall("POST", self._path, safe_json.dump_compact(request), JSON_HEADERS), self)
 
     def translate(self, frame: Frame, partial_answer: PartialAnswer) -> bytes:  # noqa: ARG002
+        """The same frame, written anew."""
         if frame.document is None:
             return DONE if frame.ends_stream else b""
         return b"data: " + safe_json.dump_compact(frame.document) + b"\n\n"
 
     def closing_frames(self, reason: str, partial_answer: PartialAnswer) -> bytes:  # noqa: ARG002
+        """The end mark of a stream of OpenAI's kind."""
         return DONE
 
     def error_frame(self, message: str) -> bytes:
+        """An error in the form of the API of this route: Anthropic's messages, OpenAI's responses, or others of
+        OpenAI."""
         if self._path.startswith("/v1/messages"):
             body: JsonObject = {"type": "error", "error": {"type": "api_error", "message": message}}
             return b"event: error\ndata: " + safe_json.dump_compact(body) + b"\n\n"
@@ -125,178 +132,6 @@ class EventStreamFormat:
             return b"event: error\ndata: " + safe_json.dump_compact(body) + b"\n\n"
         body = {"error": {"message": message, "type": "api_error", "param": None, "code": "stream_cut"}}
         return b"data: " + safe_json.dump_compact(body) + b"\n\n"
-
-
-class OpenAIChatFormat(EventStreamFormat):
-    """The streams of ``/v1/chat/completions``, which can be continued on servers that follow the template."""
-
-    supports_continuation = True
-
-    def read(self, frame: bytes) -> Frame:
-        event = super().read(frame)
-        if event.document is None:
-            return event
-        text, thinking, choice, delta = _read_texts(event.document)
-        return replace(
-            event,
-            text=text,
-            thinking=thinking,
-            calls_tools=bool(delta.get("tool_calls") or delta.get("function_call")),
-            text_complete=isinstance(choice.get("finish_reason"), str),
-        )
-
-    def extract_texts(self, frames: bytes) -> TextPieces:
-        if b'"reasoning' not in frames:
-            pieces = find_strings(_TEXTS, frames)
-            if pieces is not None:
-                return pieces
-        events = frames.split(b"\n\n") if b"\r" not in frames else self.frame_end_pattern.split(frames)
-        data_of_events = [  # 6: the length of "data: "
-            event[6:] if event.startswith(b"data: ") and b"\n" not in event else event_data(event)
-            for event in events
-            if event
-        ]
-        documents = safe_json.parse_objects([data for data in data_of_events if data])
-        return collect_texts(_read_texts(document)[:2] for document in documents)  # [:2]: the text and the thinking
-
-    def continuation_refusal(self, request: JsonObject) -> str | None:
-        for key in ("tools", "functions", "logprobs", "grammar", "json_schema", "guided_json", "guided_regex"):
-            if request.get(key):
-                return f"an answer with `{key}` cannot be continued"
-        response_format = request.get("response_format")
-        if isinstance(response_format, dict) and response_format.get("type") not in (None, "text"):
-            return "an answer with `response_format` cannot be continued"
-        if (safe_json.as_count(request.get("n")) or 1) > 1:
-            return "several answers at once cannot be continued"
-        if not isinstance(request.get("messages"), list):
-            return "an answer to this kind of prompt cannot be continued"
-        return None
-
-    def budget(self, request: JsonObject) -> int | None:
-        limits = [positive_count(request.get(key)) for key in ("max_completion_tokens", "max_tokens")]
-        return min((limit for limit in limits if limit is not None), default=None)
-
-    def uses_template(self, request: JsonObject) -> bool:  # noqa: ARG002
-        return True
-
-    def render_call(self, request: JsonObject, thinking: str) -> HttpCall | None:
-        messages = _as_native(request["messages"], exact=False)
-        if messages is None:
-            return None
-        body = _native_body(request) | {"messages": append_answer(messages, SENTINEL, "thinking", thinking)}
-        body |= {"_debug_render_only": True, "stream": False, "options": _native_options(request) | {"num_predict": 1}}
-        return HttpCall("POST", "/api/chat", safe_json.dump_compact(body), JSON_HEADERS)
-
-    def raw_prompt_refusal(self, request: JsonObject) -> str | None:
-        if _as_native(request["messages"], exact=True) is None:
-            return "its template closes the turn, and not all of these messages can be told as text"
-        if client_began_answer(request["messages"]):
-            return "its template closes the turn that the client began"
-        return None
-
-    def continue_raw_prompt(self, request: JsonObject, partial_answer: PartialAnswer, prompt: str) -> ContinuationCall:
-        """Uses Ollama's own API: its ``/v1`` applies the template to each prompt."""
-        options, budget = _native_options(request), self.budget(request)
-        if budget is not None:
-            options["num_predict"] = budget - partial_answer.tokens
-        body = {key: request[key] for key in ("model", "keep_alive") if key in request}
-        call = raw_prompt_call(body, prompt + partial_answer.text, options)
-        return ContinuationCall(call, OllamaAsOpenAIFormat(usage=wants_usage(request)))
-
-    def assistant_message_refusal(self, request: JsonObject) -> str | None:  # noqa: ARG002
-        return None
-
-    def continue_assistant_message(self, request: JsonObject, partial_answer: PartialAnswer) -> ContinuationCall:
-        body = dict(request)
-        body["messages"] = append_answer(
-            list(request["messages"]), partial_answer.text, "reasoning_content", partial_answer.thinking
-        )
-        for key in ("max_completion_tokens", "max_tokens"):
-            limit = positive_count(request.get(key))
-            if limit is not None:
-                body[key] = max(limit - partial_answer.tokens, 1)
-        return ContinuationCall(HttpCall("POST", self._path, safe_json.dump_compact(body), JSON_HEADERS), self)
-
-    def translate(self, frame: Frame, partial_answer: PartialAnswer) -> bytes:
-        if frame.document is None:
-            return DONE if frame.ends_stream else b""
-        has_figures = isinstance(frame.document.get("usage"), dict) or isinstance(frame.document.get("timings"), dict)
-        holds_only_role = not (frame.text or frame.thinking or frame.text_complete or has_figures)
-        if holds_only_role and partial_answer.first_frame is not None:
-            return b""  # such a delta comes first in each stream: the client has received one already
-        document = {**frame.document, **_first_frame_members(partial_answer)}
-        if has_figures:
-            document |= correct_figures(document, partial_answer)
-        if has_figures or frame.text_complete:
-            document["gpumesh"] = continuation_note(partial_answer)
-        return encode_event(document)
-
-    def closing_frames(self, reason: str, partial_answer: PartialAnswer) -> bytes:
-        if not reason:  # the client has received the frame with the finish reason
-            return DONE
-        return finish_events(partial_answer, reason, {})
-
-
-class MarkedChatFormat(OpenAIChatFormat):
-    """``/v1/chat/completions`` of a server that is not asked for a prompt. The request marks the message to continue.
-
-    Without the mark, vLLM and SGLang start a new turn. llama-server needs no mark, but refuses to continue if the model
-    could think first. So ``enable_thinking`` is off: the thinking before the partial answer, if any, is over.
-    """
-
-    def uses_template(self, request: JsonObject) -> bool:  # noqa: ARG002
-        return False
-
-    def assistant_message_refusal(self, request: JsonObject) -> str | None:
-        if client_began_answer(request["messages"]) and not request.get("continue_final_message"):
-            return "the client began the turn, and servers differ in what that means"
-        return None
-
-    def continue_assistant_message(self, request: JsonObject, partial_answer: PartialAnswer) -> ContinuationCall:
-        marks = {"continue_final_message": True, "add_generation_prompt": False}
-        return super().continue_assistant_message({**request, **marks, **without_thinking(request)}, partial_answer)
-
-
-class OllamaAsOpenAIFormat(OllamaStreamFormat):
-    """Frames of ``/api/generate`` that continue an answer of ``/v1/chat/completions``."""
-
-    def __init__(self, *, usage: bool) -> None:
-        super().__init__(generate=True)
-        self._usage = usage
-
-    def translate(self, frame: Frame, partial_answer: PartialAnswer) -> bytes:
-        out = encode_event(make_chunk(partial_answer, {"content": frame.text}, None)) if frame.text else b""
-        if not frame.ends_stream or frame.document is None:
-            return out
-        reason = "length" if frame.document.get("done_reason") == "length" else "stop"
-        counts = {
-            "prompt_tokens": safe_json.as_count(frame.document.get("prompt_eval_count")) or 0,
-            "completion_tokens": safe_json.as_count(frame.document.get("eval_count")) or 0,
-        }
-        return out + finish_events(partial_answer, reason, {"usage": counts} if self._usage else {})
-
-
-def wants_usage(request: JsonObject) -> bool:
-    """Whether the client asked for a last chunk with the number of tokens."""
-    options = request.get("stream_options")
-    return isinstance(options, dict) and options.get("include_usage") is True
-
-
-def finish_events(partial_answer: PartialAnswer, reason: str, figures: JsonObject) -> bytes:
-    """The end of a chat's stream: the chunk with the finish reason, a chunk with the figures if there are any, and
-    ``[DONE]``."""
-    out = encode_event(make_chunk(partial_answer, {}, reason) | {"gpumesh": continuation_note(partial_answer)})
-    if figures:
-        chunk = {**make_chunk(partial_answer, {}, None), "choices": [], **correct_figures(figures, partial_answer)}
-        out += encode_event(chunk | {"gpumesh": continuation_note(partial_answer)})
-    return out + DONE
-
-
-def without_thinking(request: JsonObject) -> JsonObject:
-    """The member of a request that switches thinking off in the model's template."""
-    value = request.get("chat_template_kwargs")
-    template_arguments = value if isinstance(value, dict) else {}
-    return {"chat_template_kwargs": {**template_arguments, "enable_thinking": False}}
 
 
 def event_data(frame: bytes) -> bytes:
@@ -308,84 +143,3 @@ def event_data(frame: bytes) -> bytes:
 def encode_event(document: JsonObject) -> bytes:
     """The document as one server-sent event."""
     return b"data: " + safe_json.dump_compact(document) + b"\n\n"
-
-
-def _read_texts(document: JsonObject) -> tuple[str, str, JsonObject, JsonObject]:
-    """Returns the text, the thinking, the choice, and the choice's delta that holds the two texts, in this order."""
-    choices = document.get("choices")
-    choice = choices[0] if isinstance(choices, list) and choices else None
-    if not isinstance(choice, dict):
-        return "", "", {}, {}
-    delta = choice.get("delta")
-    if not isinstance(delta, dict):
-        return "", "", choice, {}
-    thinking = safe_json.as_text(delta.get("reasoning_content")) or safe_json.as_text(delta.get("reasoning")) or ""
-    return safe_json.as_text(delta.get("content")) or "", thinking, choice, delta
-
-
-def _first_frame_members(partial_answer: PartialAnswer) -> dict[str, Any]:
-    """The members that name the answer. They are the same in all chunks of the answer."""
-    first = partial_answer.first_frame or {}
-    return {key: first[key] for key in ("id", "object", "created", "model", "system_fingerprint") if key in first}
-
-
-def make_chunk(partial_answer: PartialAnswer, delta: JsonObject, reason: str | None) -> dict[str, Any]:
-    """A chunk of a chat's stream. ``reason`` is the finish reason; ``None`` before the last chunk."""
-    return {**_first_frame_members(partial_answer), "choices": [{"index": 0, "delta": delta, "finish_reason": reason}]}
-
-
-def _native_body(request: JsonObject) -> dict[str, Any]:
-    """The members of a request to ``/api/chat``, without its messages and its options."""
-    body = {key: request[key] for key in ("model", "keep_alive") if key in request}
-    effort = request.get("reasoning_effort")
-    if isinstance(effort, str):
-        body["think"] = False if effort == "none" else effort
-    return body
-
-
-def _native_options(request: JsonObject) -> dict[str, Any]:
-    """The options that Ollama's ``/v1`` makes of a request. Its defaults differ from those of ``/api``."""
-    options = {"temperature": 1.0, "top_p": 1.0}
-    for key in ("temperature", "top_p", "seed", "frequency_penalty", "presence_penalty", "stop"):
-        if request.get(key) is not None:
-            options[key] = request[key]
-    return options
-
-
-def _as_native(messages: list[Any], *, exact: bool) -> list[Any] | None:
-    """The messages that Ollama's ``/v1`` makes of a request's messages: each part of a content becomes a message.
-
-    Parts that are not text (images, tool calls) are left out. If ``exact``, the result is ``None`` when there is any.
-    """
-    native_messages: list[Any] = []
-    for message in messages:
-        if not isinstance(message, dict) or (exact and message.keys() - {"role", "content"}):
-            return None
-        content = message.get("content")
-        parts = [{"type": "text", "text": content}] if isinstance(content, str) else safe_json.as_objects(content)
-        for part in parts:
-            if part.get("type") == "text" and isinstance(part.get("text"), str):
-                native_messages.append({"role": message.get("role"), "content": part["text"]})
-            elif exact:
-                return None
-    return native_messages
-
-
-def correct_figures(document: JsonObject, partial_answer: PartialAnswer) -> dict[str, Any]:
-    """The figures of the whole answer, from those of the last attempt. The last attempt counted the partial answer as a
-    part of its prompt. The durations of the attempts before it are measured by our clock."""
-    corrected: dict[str, Any] = {}
-    usage, timings = document.get("usage"), document.get("timings")
-    if isinstance(usage, dict):
-        prompt = max((safe_json.as_count(usage.get("prompt_tokens")) or 0) - partial_answer.tokens, 0)
-        tokens = (safe_json.as_count(usage.get("completion_tokens")) or 0) + partial_answer.tokens
-        counts = {"prompt_tokens": prompt, "completion_tokens": tokens, "total_tokens": prompt + tokens}
-        corrected["usage"] = {**usage, **counts}
-    if isinstance(timings, dict):
-        tokens = (safe_json.as_count(timings.get("predicted_n")) or 0) + partial_answer.tokens
-        took_ms = (safe_json.as_number(timings.get("predicted_ms")) or 0.0) + partial_answer.spent_ms
-        corrected["timings"] = {**timings, "predicted_n": tokens, "predicted_ms": took_ms}
-        if tokens and took_ms:
-            rates = {"predicted_per_token_ms": took_ms / tokens, "predicted_per_second": 1000.0 * tokens / took_ms}
-            corrected["timings"] |= rates
-    return corrected

@@ -34,7 +34,8 @@ _TEXTS = re.compile(rb'"(?:content|response)"\s*:\s*("[^"\\]*(?:\\.[^"\\]*)*")')
 
 
 class OllamaStreamFormat:
-    """The streams of ``/api/generate`` if ``generate``, otherwise those of ``/api/chat``."""
+    """The streams of ``/api/generate`` if ``generate``, otherwise those of ``/api/chat``. The methods are described in
+    ``StreamFormat``."""
 
     frame_separator = b"\n"
     frame_end_pattern = re.compile(rb"\n[\r\n]*")
@@ -46,6 +47,7 @@ class OllamaStreamFormat:
         self._generate = generate
 
     def read(self, frame: bytes) -> Frame:
+        """Parses one line, with its text, its thinking and its tool calls."""
         if not frame.strip():
             return Frame()
         document = safe_json.parse_object(frame)
@@ -64,14 +66,17 @@ class OllamaStreamFormat:
         )
 
     def extract_texts(self, frames: bytes) -> TextPieces:
+        """The texts of many lines. Lines with thinking are parsed one by one."""
         if b'"thinking"' not in frames:
             pieces = find_strings(_TEXTS, frames)
             if pieces is not None:
                 return pieces
         lines = [line for line in frames.split(b"\n") if line.strip()]
+        # [:2]: the text and the thinking.
         return collect_texts(_read_texts(document)[:2] for document in safe_json.parse_objects(lines))
 
     def continuation_refusal(self, request: JsonObject) -> str | None:
+        """The reason if the request holds something that a continuation could not keep: tools, a format, a suffix …"""
         for key in ("tools", "format", "suffix", "context", "template", "logprobs"):
             if request.get(key):
                 return f"an answer with `{key}` cannot be continued"
@@ -82,13 +87,17 @@ class OllamaStreamFormat:
             has_known_prompt = isinstance(request.get("messages"), list)
         return None if has_known_prompt else "an answer to this kind of prompt cannot be continued"
 
-    def budget(self, request: JsonObject) -> int | None:
+    def token_budget(self, request: JsonObject) -> int | None:
+        """The option ``num_predict``, if it is a limit."""
         return positive_count(_options(request).get("num_predict"))
 
     def uses_template(self, request: JsonObject) -> bool:
+        """Whether Ollama renders the prompt with the template: it does, except for a raw prompt of
+        ``/api/generate``."""
         return not (self._generate and request.get("raw"))
 
     def render_call(self, request: JsonObject, thinking: str) -> HttpCall | None:
+        """Asks for the rendered prompt, without images."""
         # Images do not change how the template treats the turn, so they are left out: the question stays small.
         body = self._as_chat(_without_images(request), SENTINEL, thinking)
         body |= {"_debug_render_only": True, "stream": False}
@@ -96,6 +105,7 @@ class OllamaStreamFormat:
         return _chat_call(body, _options(request) | {"num_predict": 1})
 
     def raw_prompt_refusal(self, request: JsonObject) -> str | None:
+        """The reason if the chat holds images, or if the client began the answer."""
         if _has_images(request):
             return "its template closes the turn, and images cannot be told as text"
         if not self._generate and client_began_answer(request.get("messages")):
@@ -103,17 +113,21 @@ class OllamaStreamFormat:
         return None
 
     def continue_raw_prompt(self, request: JsonObject, partial_answer: PartialAnswer, prompt: str) -> ContinuationCall:
+        """A request to ``/api/generate`` for a raw prompt: the rendered prompt and the partial answer."""
         body = {key: request[key] for key in ("model", "keep_alive") if key in request}
         options = self._remaining_options(request, partial_answer)
         return ContinuationCall(raw_prompt_call(body, prompt + partial_answer.text, options), self)
 
     def read_rendered_prompt(self, document: JsonObject) -> RenderedPrompt | None:
+        """The prompt in the answer to ``render_call``."""
         return read_debug_rendering(document)
 
     def assistant_message_refusal(self, request: JsonObject) -> str | None:  # noqa: ARG002
+        """``None``: a last message of the assistant can always be added."""
         return None
 
     def continue_assistant_message(self, request: JsonObject, partial_answer: PartialAnswer) -> ContinuationCall:
+        """A chat whose last message is the partial answer. A raw prompt stays raw: the partial answer follows it."""
         options = self._remaining_options(request, partial_answer)
         if not self.uses_template(request):
             body = {key: value for key, value in request.items() if key != "options"}
@@ -124,7 +138,7 @@ class OllamaStreamFormat:
 
     def _remaining_options(self, request: JsonObject, partial_answer: PartialAnswer) -> dict[str, Any]:
         """The request's options, with a token limit that is smaller by the tokens of the partial answer."""
-        budget, options = self.budget(request), _options(request)
+        budget, options = self.token_budget(request), _options(request)
         return options if budget is None else options | {"num_predict": budget - partial_answer.tokens}
 
     def _as_chat(self, request: JsonObject, text: str, thinking: str) -> dict[str, Any]:
@@ -144,6 +158,7 @@ class OllamaStreamFormat:
         return body
 
     def translate(self, frame: Frame, partial_answer: PartialAnswer) -> bytes:
+        """The same line in the form of the client's route. The last line gets the figures of the whole answer."""
         if frame.document is None:
             return b""
         # The members in the order in which Ollama sends them: model, created_at, the text, the others.
@@ -161,6 +176,7 @@ class OllamaStreamFormat:
         return safe_json.dump_compact(translated) + b"\n"
 
     def closing_frames(self, reason: str, partial_answer: PartialAnswer) -> bytes:
+        """A last line with the finish reason and the figures."""
         document = {"done": True, "done_reason": reason, "eval_count": 0}
         if partial_answer.first_frame is not None:
             first_frame = partial_answer.first_frame
@@ -168,6 +184,7 @@ class OllamaStreamFormat:
         return self.translate(Frame(document, ends_stream=True), partial_answer)
 
     def error_frame(self, message: str) -> bytes:
+        """A line with the error message."""
         return safe_json.dump_compact({"error": message}) + b"\n"
 
 

@@ -73,7 +73,7 @@ class ContinuationPlanner:
     @property
     def token_budget(self) -> int | None:
         """The client's limit for the tokens of the answer; ``None`` without one."""
-        return self._client_format.budget(self._request)
+        return self._client_format.token_budget(self._request)
 
     def refusal(self, received: ReceivedText) -> str | None:
         """Why no node can continue the received text; ``None`` if a node can."""
@@ -124,7 +124,8 @@ class ContinuationPlanner:
         node's model continues, but another node may be able to."""
         stream_format = continuation_format_for(self._path, kind)
         strategy = self._strategies.get((node, self._model))
-        if strategy is not ContinuationStrategy.RAW or not self._depends_on_template(stream_format, partial_answer):
+        is_raw = strategy is ContinuationStrategy.RAW and self._depends_on_template(stream_format, partial_answer)
+        if not is_raw:
             refusal = stream_format.assistant_message_refusal(self._request)
             return refusal or stream_format.continue_assistant_message(self._request, partial_answer)
         refusal = stream_format.raw_prompt_refusal(self._request)

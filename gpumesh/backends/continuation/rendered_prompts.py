@@ -13,15 +13,14 @@ from typing import Any
 
 from gpumesh.backends import safe_json
 from gpumesh.backends.base import JSON_HEADERS, HttpCall
-from gpumesh.backends.continuation.event_streams import (
-    EventStreamFormat,
+from gpumesh.backends.continuation.chat_streams import (
     MarkedChatFormat,
-    encode_event,
     finish_events,
     make_chunk,
     wants_usage,
     without_thinking,
 )
+from gpumesh.backends.continuation.event_streams import EventStreamFormat, encode_event
 from gpumesh.backends.continuation.stream_format import (
     ContinuationCall,
     Frame,
@@ -53,26 +52,31 @@ class RenderedPromptFormat(MarkedChatFormat):
     than text, the partial answer is sent as a last message of the assistant."""
 
     def uses_template(self, request: JsonObject) -> bool:
+        """Whether the chat holds only text: then its rendered prompt is complete."""
         return all(_has_only_text(message) for message in request["messages"])
 
     def render_call(self, request: JsonObject, thinking: str) -> HttpCall | None:  # noqa: ARG002 - the thinking is over
+        """Asks ``/apply-template`` for the prompt."""
         body: dict[str, Any] = {key: request[key] for key in ("model", "messages") if key in request}
         body |= without_thinking(request)
         return HttpCall("POST", "/apply-template", safe_json.dump_compact(body), JSON_HEADERS)
 
     def read_rendered_prompt(self, document: JsonObject) -> RenderedPrompt | None:
+        """The prompt in the answer; ``None`` if there is none, or if the partial answer cannot follow it."""
         prompt = safe_json.as_text(document.get("prompt"))
-        if not prompt or _OPEN_THINKING.search(prompt):  # no prompt, or the partial answer cannot follow it
+        if not prompt or _OPEN_THINKING.search(prompt):
             return None
         return RenderedPrompt(prompt, closes_turn=True)
 
     def raw_prompt_refusal(self, request: JsonObject) -> str | None:  # noqa: ARG002 - ``uses_template`` was checked before
+        """``None``: a rendered prompt can always be continued."""
         return None
 
     def continue_raw_prompt(self, request: JsonObject, partial_answer: PartialAnswer, prompt: str) -> ContinuationCall:
+        """A request to ``/completion``: the rendered prompt and the partial answer."""
         body: dict[str, Any] = {key: value for key, value in request.items() if key not in _CHAT_ONLY}
         body |= {"prompt": prompt + partial_answer.text, "stream": True}
-        budget = self.budget(request)
+        budget = self.token_budget(request)
         if budget is not None:
             body["n_predict"] = max(budget - partial_answer.tokens, 1)
         if isinstance(request.get("stop"), str):
@@ -89,6 +93,7 @@ class CompletionAsChatFormat(EventStreamFormat):
         self._usage = usage
 
     def read(self, frame: bytes) -> Frame:
+        """Parses one event of ``/completion``."""
         event = super().read(frame)
         if event.document is None:
             return event
@@ -97,6 +102,7 @@ class CompletionAsChatFormat(EventStreamFormat):
         return replace(event, text=text, text_complete=is_last, ends_stream=is_last)
 
     def translate(self, frame: Frame, partial_answer: PartialAnswer) -> bytes:
+        """An event of ``/completion`` as chunks of a chat. The last event becomes the end of the stream."""
         out = encode_event(make_chunk(partial_answer, {"content": frame.text}, None)) if frame.text else b""
         document = frame.document
         if not frame.ends_stream or document is None:

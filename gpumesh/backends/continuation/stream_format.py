@@ -104,7 +104,7 @@ class StreamFormat(Protocol):
     def continuation_refusal(self, request: JsonObject) -> str | None:
         """Why an answer to this request cannot be continued correctly; ``None`` if it can."""
 
-    def budget(self, request: JsonObject) -> int | None:
+    def token_budget(self, request: JsonObject) -> int | None:
         """The client's limit for the tokens of the answer; ``None`` without one."""
 
     def uses_template(self, request: JsonObject) -> bool:
@@ -170,7 +170,9 @@ def append_answer(messages: list[Any], text: str, thinking_key: str, thinking: s
 def client_began_answer(messages: Any) -> bool:
     """Whether the last message is a text of the assistant: the client began the answer, and the model continues it."""
     last = messages[-1] if isinstance(messages, list) and messages else None
-    return isinstance(last, dict) and last.get("role") == "assistant" and isinstance(last.get("content"), str)
+    if not isinstance(last, dict):
+        return False
+    return last.get("role") == "assistant" and isinstance(last.get("content"), str)
 
 
 def find_strings(pattern: re.Pattern[bytes], frames: bytes) -> TextPieces | None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from gpumesh.backends.base import ContinuationMethod
-from gpumesh.backends.continuation.event_streams import EventStreamFormat, MarkedChatFormat, OpenAIChatFormat
+from gpumesh.backends.continuation.chat_streams import MarkedChatFormat, OpenAIChatFormat
+from gpumesh.backends.continuation.event_streams import EventStreamFormat
 from gpumesh.backends.continuation.ollama_streams import OllamaStreamFormat
 from gpumesh.backends.continuation.rendered_prompts import COMPLETION_PATH, RenderedPromptFormat
 from gpumesh.backends.continuation.stream_format import StreamFormat

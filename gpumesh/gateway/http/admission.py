@@ -176,5 +176,6 @@ class Admission(Generic[C]):
 
 
 def _is_key_group(group: Group) -> bool:
+    """Whether the connections of this group share a key."""
     kind, _ = group
     return kind == "key"

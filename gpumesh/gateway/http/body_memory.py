@@ -108,8 +108,8 @@ class MemoryReservation:
         return self._memory.has_room(self.size, missing) or self._memory.revoke_slow_bodies(self, missing)
 
     def try_reserve(self, size: int) -> bool:
-        """Reserves ``size`` bytes more, and returns whether there was room. Otherwise the request keeps the bytes that
-        it holds. Unlike ``reserve``, this revokes no other body."""
+        """Reserves ``size`` bytes more, and returns whether there was room. Without room the request keeps the bytes
+        that it holds. Unlike ``reserve``, this revokes no other body."""
         if self.refused or self.released or not self._memory.has_room(self.size, size):
             return False
         self.size += size

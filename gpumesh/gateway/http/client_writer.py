@@ -65,7 +65,8 @@ class ClientWriter:
                 transport.write(pending)
 
     async def wait_writable(self) -> None:
-        """Returns when the client has taken most of the written bytes. Raises ConnectionResetError when it is gone."""
+        """Returns when the client has taken most of the written bytes. Raises ConnectionResetError when the client is
+        gone."""
         if not self.backpressured:
             return
         if self._transport is None:
@@ -78,12 +79,13 @@ class ClientWriter:
 
     @property
     def unsent_bytes(self) -> int:
-        """The written bytes that the kernel has not taken yet."""
+        """The number of written bytes that the kernel has not taken yet."""
         return 0 if self._transport is None else len(self._pending) + self._transport.get_write_buffer_size()
 
     @property
     def unacknowledged_bytes(self) -> int | None:
-        """The written bytes that the client's system has not acknowledged yet; ``None`` if the number is not known."""
+        """The number of written bytes that the client's system has not acknowledged yet; ``None`` if it is not
+        known."""
         if self._transport is None:
             return 0
         in_kernel = _bytes_in_kernel(self._transport)
@@ -146,7 +148,7 @@ class ClientWriter:
             self.watch_progress()
 
     def _count_remaining_bytes(self) -> int:
-        """The written bytes that the client has not taken, as far as the system tells."""
+        """The number of written bytes that the client has not taken, as far as the system tells."""
         return self.unacknowledged_bytes or self.unsent_bytes
 
 

@@ -110,7 +110,7 @@ class ClientConnection(asyncio.Protocol):
         self.client_address: str | None = None
         self._server = server
         self._peer = "not connected"
-        self._registered_key: str | None = ""  # "": no request was accepted yet
+        self._registered_key: str | None = ""  # the key of the last accepted request; "": there was no request
         self._queue = RequestQueue()
         self._task: asyncio.Task[None] | None = None
         self._idle_since = loop.time()
@@ -123,6 +123,7 @@ class ClientConnection(asyncio.Protocol):
     # -- called by the transport -------------------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Asks the server whether the connection may stay. If not, sends the refusal and ends the connection."""
         self._transport = transport = cast("asyncio.Transport", transport)  # uvloop's transports are no subclass of it
         self.client_address, self._peer = _describe_peer(transport)
         self.writer = ClientWriter(transport, self.loop, self.bounds, self._server.turn_end)
@@ -138,6 +139,7 @@ class ClientConnection(asyncio.Protocol):
             self._close()
 
     def connection_lost(self, error: Exception | None) -> None:  # noqa: ARG002 - asyncio's name
+        """Ends everything that belongs to the connection: its reader, its writer, its requests and its task."""
         self.state = ClientConnectionState.CLOSED
         self._server.forget(self)
         if self._end_timer is not None:
@@ -153,12 +155,15 @@ class ClientConnection(asyncio.Protocol):
         del self._transport  # the transport refers to this connection: the garbage collector would have to free both
 
     def data_received(self, data: bytes) -> None:
+        """Passes the bytes to the reader, which parses them and calls ``take_events``."""
         self._reader.receive(data)
 
     def pause_writing(self) -> None:
+        """Begins the back-pressure: the buffer of the transport is full."""
         self.writer.pause()
 
     def resume_writing(self) -> None:
+        """Ends the back-pressure: the client has taken most of the buffer."""
         self.writer.resume()
 
     # -- called by the reader ----------------------------------------------------------------------------------------
@@ -173,7 +178,7 @@ class ClientConnection(asyncio.Protocol):
                     self._reader.pause()
             elif isinstance(event, Refusal):
                 self._refuse(event)
-            elif event.whole:  # a RequestEnd
+            elif event.whole:  # the end of a whole body: a RequestEnd, as in the last case
                 self._queue.end_body()
             else:  # a broken body: its handler refuses the request, and nothing can be read after it
                 self._break_body()

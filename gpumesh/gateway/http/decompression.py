@@ -70,7 +70,8 @@ class Decompressor:
     def _count_unpacked(self, piece: bytes) -> None:
         """Raises BadRequest if the body has become too large with this piece."""
         self._unpacked_size += len(piece)
-        if self._unpacked_size > min(self._limit, max(UNCHECKED_BYTES, MAX_RATIO * self._packed_size)):
+        limit_by_ratio = max(UNCHECKED_BYTES, MAX_RATIO * self._packed_size)
+        if self._unpacked_size > min(self._limit, limit_by_ratio):
             raise body_too_large()
 
     def end(self) -> None:
@@ -90,4 +91,5 @@ class Decompressor:
 
 
 def _malformed_body() -> BadRequest:
+    """The error for a body that is not valid compressed data."""
     return BadRequest("the request body is not what its head says")

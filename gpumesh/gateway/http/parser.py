@@ -178,17 +178,20 @@ class RequestParser:
     # -- called by the engine ----------------------------------------------------------------------------------------
 
     def on_message_begin(self) -> None:
+        """Starts a new head."""
         self.state = RequestParserState.READING_HEAD
         self._head_size = 0
         self._fields = []
 
     def on_url(self, url: bytes) -> None:
+        """Adds a piece of the target."""
         self._target += url
         self._head_size += len(url)
         if self._head_size > self._max_head_bytes:
             raise _RefusalError(_HEAD_TOO_LARGE)
 
     def on_header(self, name: bytes, value: bytes) -> None:
+        """Adds a header field or a trailer field, within the limits."""
         fields = self._fields
         # The blanks after a value do not belong to it, but the engine does not remove them.
         fields.append((name.decode("latin-1"), value.rstrip().decode("utf-8", "surrogateescape")))
@@ -197,6 +200,7 @@ class RequestParser:
             raise _RefusalError(_HEAD_TOO_LARGE)
 
     def on_headers_complete(self) -> None:
+        """Adds the event of a complete head, unless the head must be refused."""
         engine = self._engine
         headers, target = Headers(tuple(self._fields)), self._target.decode("latin-1")
         self._fields, self._target = [], b""  # the next fields are trailers, which are dropped
@@ -217,10 +221,12 @@ class RequestParser:
         self.state = RequestParserState.READING_BODY
 
     def on_body(self, data: bytes) -> None:
+        """Adds a piece of the body."""
         self._framing_size = 0
         self._pieces.append(data)
 
     def on_message_complete(self) -> None:
+        """Ends the request, unless ``_decoder`` reads its body."""
         if self._decoder is None:
             self._end_request()
 

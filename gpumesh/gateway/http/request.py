@@ -76,6 +76,7 @@ class Request:
     def __init__(self, connection: RequestConnection, head: RequestHead, received_at: float) -> None:
         self._connection = connection
         self.method = head.method
+        # Most targets hold no "#", "?" or "%". To test for them costs less than the calls do.
         target = head.target
         if "#" in target or not target.startswith("/"):
             target = _normalize_target(target)
@@ -97,6 +98,7 @@ class Request:
 
     @property
     def client_address(self) -> str | None:
+        """The client's IP address, or ``UNIX_CLIENT``; ``None`` if it is not known."""
         return self._connection.client_address
 
     @property

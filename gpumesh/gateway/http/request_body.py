@@ -73,5 +73,6 @@ class RequestBody:
         self._changed.wake()
 
     def _drop_pieces(self) -> None:
+        """Forgets the waiting bytes."""
         self._pieces.clear()
         self.buffered = 0

@@ -31,7 +31,9 @@ class StreamingResponse:
         self._send_body = send_body
 
     def __repr__(self) -> str:
-        state = "finished" if self.finished else "started" if self.started else "not started"
+        state = "started" if self.started else "not started"
+        if self.finished:
+            state = "finished"
         return f"<StreamingResponse {self.status} {state}, {self.sent_bytes} bytes>"
 
     @property

@@ -80,6 +80,7 @@ class Answer:
         return self
 
     async def __anext__(self) -> bytes:
+        """The next bytes of the body. Raises as ``send_to``."""
         raise NotImplementedError
 
     async def send_to(self, client: ClientStream) -> None:
@@ -131,7 +132,7 @@ class Answer:
 
 
 class WholeAnswer(Answer):
-    """An answer whose whole body is known before the first byte goes to the client."""
+    """An answer whose whole body is known before the first byte goes to the client. Its methods: see ``Answer``."""
 
     __slots__ = ("_body", "_body_was_read", "_counters")
 

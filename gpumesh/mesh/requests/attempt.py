@@ -79,12 +79,14 @@ def run_attempt(
 async def _read_answer(
     lease: Lease, call: HttpCall, continuation: Callable[[], Continuation] | None, response: UpstreamResponse
 ) -> WholeAnswer | OpenedStream | FailedAttempt:
-    """Reads an answer that does not stream as a whole, and a stream up to its first bytes."""
+    """Reads an answer as a whole if it does not stream, and a stream up to its first bytes. Returns the failure if
+    another node may succeed."""
     outcome = classify_status(response.status, model_asked=lease.model is not None)
     if response.problem is not None:
         return await _replace_answer(lease, response, outcome, response.problem)
     if outcome is not Outcome.SERVED:
         return await _read_error(lease, response, outcome)
+    # An answer without a length is held too: its size shows while it is read.
     if response.content_type not in STREAMING_TYPES and (response.content_length or 0) <= HELD_BYTES:
         whole_body = response.take_whole(HELD_BYTES)
         if whole_body is None:
@@ -105,12 +107,13 @@ async def ask_node(
     """
 
     async def read_answer(response: UpstreamResponse) -> tuple[int, bytes] | FailedAttempt:
+        """Returns the status and the body, or the failure of the node."""
         outcome = classify_status(response.status, model_asked=lease.model is not None)
         if rule_for_outcome(outcome).fail_over:
             return _fail(lease, outcome, _status_error(lease, response, b""))
         if response.problem is not None:
             response.abort()
-            return 502, b""
+            return 502, b""  # no inference server sent this answer
         return response.status, await _read_at_most(response, ERROR_BYTES) or b""
 
     return await _send_and_read(upstream, lease, call, read_answer, timeout_s=timeout_s, result_on_timeout=(0, b""))
@@ -152,7 +155,9 @@ async def _send_and_read(
             )
             result = await read_answer(response)
             lease.set_abort_callback(response.abort)
-            return replace(result, duration_s=loop.time() - started_at) if isinstance(result, FailedAttempt) else result
+            if isinstance(result, FailedAttempt):
+                return replace(result, duration_s=loop.time() - started_at)
+            return result
     except TimeoutError:
         if response is not None:
             response.abort()

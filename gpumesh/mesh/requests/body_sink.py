@@ -47,6 +47,7 @@ class BufferedSink:
     """Holds the bytes of a body for a reader, in one piece of memory, even if they came in many small pieces.
 
     ``ended``: no more bytes will come. ``problem``: why the body ended before it was complete; ``None`` if it did not.
+    The other methods: see ``BodySink``.
     """
 
     __slots__ = ("_buffer", "_changed", "backpressured", "ended", "on_writable", "problem")

@@ -49,6 +49,7 @@ class ConnectionPool:
         }
 
         def create_connection() -> UpstreamConnection:
+            """The factory of protocols for the event loop."""
             return UpstreamConnection(
                 address, self.slices, self._turn_end, on_idle=self._keep_idle, on_closed=self._forget
             )

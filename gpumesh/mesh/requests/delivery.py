@@ -60,7 +60,8 @@ class SendContext:
 
 
 class RequestDelivery:
-    """Delivers one request: ``deliver`` returns its answer. Implements ``Failover`` for an answer that streams.
+    """Delivers one request: ``deliver`` returns its answer. Implements ``Failover`` (see there) for an answer that
+    streams.
 
     ``calls`` holds the request in the form for each kind of server. ``resume``: another node may continue a cut answer.
     ``at_most_once``: the request is not sent again after a server may have begun to work on it. ``try_reserve_memory``
@@ -168,14 +169,15 @@ class RequestDelivery:
     async def _continue_on(self, lease: Lease, continuation: Continuation) -> OpenedStream | Ending | FailedAttempt:
         """Asks this node for the rest of the answer. Returns the node's stream, its failure, or the answer's end if no
         node can continue or nothing is missing."""
-        step = await self._next_call(lease, continuation)
-        if isinstance(step, Ending):
+        call = await self._next_call(lease, continuation)
+        if isinstance(call, Ending):
             lease.discard()
-            return step
-        if isinstance(step, FailedAttempt):
-            return step
+            return call
+        if isinstance(call, FailedAttempt):
+            return call
         headers = self._calls[lease.node.kind].headers
-        call = replace(step, headers=headers) if headers else step
+        if headers:
+            call = replace(call, headers=headers)
         result = await self._run_attempt(lease, call, lambda: continuation)
         if isinstance(result, OpenedStream):
             return result
@@ -193,12 +195,12 @@ class RequestDelivery:
             if isinstance(reply, FailedAttempt):
                 return reply
             continuation.apply_rendered_prompt(node, *reply)
-        step = continuation.next_call(node, kind)
-        if step is None:
+        call = continuation.next_call(node, kind)
+        if call is None:
             lease.discard()
             error = NoNodeError("it does not say how its model goes on", node=node)
             return FailedAttempt(node, Outcome.CANNOT_CONTINUE, error)
-        return step
+        return call
 
     # -- attempts ------------------------------------------------------------------------------------------------
 
@@ -230,9 +232,9 @@ class RequestDelivery:
         self._excluded_nodes |= {failed.node}
 
     async def _request_breaks_servers(self) -> bool:
-        """Whether the request itself may make servers fail: two servers have answered it with 500, or ended the
-        connection while they worked on it. If so, the nodes are forgiven these failures, and no other node is to be
-        asked."""
+        """Returns whether the request itself may make servers fail: two servers have answered it with 500, or ended the
+        connection while they worked on it. Then no other node must be asked, and the nodes are forgiven the
+        failures."""
         if sum(_failed_at_request(failed) for failed in self._failures) < MAX_SERVER_FAILURES:
             return False
         if any(_lost_over_ssh(failed) for failed in self._failures):
@@ -345,15 +347,16 @@ def _lost_over_ssh(failed: FailedAttempt) -> bool:
 def _is_server_failure(failed: FailedAttempt) -> bool:
     """Whether the server failed at this request, and not the tunnel to it.
 
-    A server that was not running does not count. Through a tunnel this looks similar to a failure: the connection to
-    the local port is made, and then ends. But it ends at once."""
+    A server that was not running did not fail at the request. Through a tunnel, a connection is made even if no server
+    is running, but it ends at once."""
     if not _failed_at_request(failed) or failed.lease is None:
         return False
     if not _lost_over_ssh(failed):
         return True
     node = failed.lease.node
     longest_at_once_s = max(MIN_SERVER_S, MIN_SERVER_RTTS * (node.tunnel_state.rtt_ms or 0.0) / 1000.0)
-    return node.is_same_connection(failed.lease) and (node.reachable or failed.duration_s > longest_at_once_s)
+    server_was_running = node.reachable or failed.duration_s > longest_at_once_s
+    return server_was_running and node.is_same_connection(failed.lease)
 
 
 def _refused_continuation(answer: WholeAnswer) -> FailedAttempt:

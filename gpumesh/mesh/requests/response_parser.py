@@ -71,9 +71,8 @@ class ResponseParser:
         self.piece_count = 0
         self._pieces: list[bytes] = []  # pieces of the body; empty except while ``feed`` runs
         self._complete_pieces = 0  # how many of ``_pieces`` belong to the complete response; later ones are dropped
-        self.on_body = (
-            self._pieces.append
-        )  # httptools calls ``append`` directly: a method of ours in between would cost more
+        # httptools calls ``append`` directly: a method of ours in between would cost more.
+        self.on_body = self._pieces.append
         self._fields: list[tuple[bytes, bytes]] = []
         self._head_size = 0
         # Since the last piece of a body: field lines, sizes of chunks, trailers.
@@ -155,10 +154,12 @@ class ResponseParser:
     # -- called by httptools -----------------------------------------------------------------------------------------
 
     def on_message_begin(self) -> None:
+        """Notes the start of a response."""
         if self.state is ResponseParserState.COMPLETE:
             self.reusable = False  # a second response without a request: the first one stays valid
 
     def on_header(self, name: bytes, value: bytes) -> None:
+        """Adds a header field, within the limits. Trailer fields are counted and dropped."""
         self._head_size += len(name) + len(value)
         if self._head_size > HEAD_BYTES:
             raise httptools.HttpParserError(f"a head of more than {HEAD_BYTES >> 10} KiB")
@@ -168,6 +169,7 @@ class ResponseParser:
                 raise httptools.HttpParserError(f"a head of more than {MAX_FIELDS} fields")
 
     def on_headers_complete(self) -> None:
+        """Sets ``head``, unless a final response follows the one that has come."""
         if self.state is not ResponseParserState.HEAD:
             return
         status = self._parser.get_status_code()
@@ -191,5 +193,6 @@ class ResponseParser:
             self._complete(reusable=False)
 
     def on_message_complete(self) -> None:
+        """Completes the response."""
         if self.state is ResponseParserState.BODY:
             self._complete(reusable=self._parser.should_keep_alive() and not self._ends_with_connection)

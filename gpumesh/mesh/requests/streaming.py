@@ -29,7 +29,7 @@ _FLOWING = StreamState.FLOWING  # each token is compared with it: to read a glob
 
 class StreamingAnswer(Answer):
     """An answer that streams from a node to a client. Implements ``BodySink`` for the node's stream. Frees the slot on
-    the node as soon as the final frame has come.
+    the node as soon as the final frame has come. What the methods without a docstring do: see ``Answer``.
 
     A long class: the node's stream, the client, failover and timers change one state, and a token passes few objects.
     """

@@ -67,6 +67,7 @@ class TaskDeadline:
         return f"<TaskDeadline {state}>"
 
     def __enter__(self) -> TaskDeadline:
+        """Starts the deadline for the current task."""
         deadlines = self._deadlines
         self._task = task = asyncio.current_task(deadlines.loop)
         assert task is not None, "only a task can have a deadline"
@@ -79,6 +80,7 @@ class TaskDeadline:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        """Ends the deadline. If it has passed, raises TimeoutError in place of the CancelledError."""
         task, self._task = self._task, None
         self._deadlines.running.discard(self)
         if not self.expired or task is None:

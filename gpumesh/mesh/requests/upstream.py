@@ -140,12 +140,14 @@ class Upstream:
         return f"<Upstream {getattr(self, '_pool', 'not open')!r}>"
 
     async def __aenter__(self) -> Self:
+        """Creates the pool for the running event loop."""
         loop = asyncio.get_running_loop()
         self.deadlines = TaskDeadlines(loop)
         self._pool = ConnectionPool(loop)
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        """Closes all connections."""
         self._pool.close()
         self.deadlines.close()
         await asyncio.sleep(0)  # the transports close in the next turn of the event loop

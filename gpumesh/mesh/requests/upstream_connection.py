@@ -120,9 +120,7 @@ class UpstreamConnection(asyncio.Protocol):
         self.idle_since = 0.0
         self._slice_queue = slices
         self._turn_end = turn_end
-        self._unsent_request = (
-            b""  # a short request, until the end of the turn of the loop: all writes of a turn leave together
-        )
+        self._unsent_request = b""  # a short request, until the end of the turn in which it was started
         self._on_idle = on_idle
         self._on_closed = on_closed
         self._loop = asyncio.get_running_loop()
@@ -142,6 +140,7 @@ class UpstreamConnection(asyncio.Protocol):
 
     @property
     def open(self) -> bool:
+        """Whether the connection can still be used."""
         return self._transport is not None and not self._transport.is_closing()
 
     def start_exchange(self, method: str, head: bytes, body: bytes) -> Exchange:
@@ -186,11 +185,12 @@ class UpstreamConnection(asyncio.Protocol):
     # -- asyncio.Protocol --------------------------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Makes the connection ready for its first request."""
         self._transport = cast("asyncio.Transport", transport)  # uvloop's transports are no subclasses of it
         self.state = UpstreamConnectionState.IDLE
 
     def data_received(self, data: bytes) -> None:
-        """Each streamed token passes here."""
+        """Parses the bytes, and pushes the body into the sink. Each streamed token passes here."""
         may_parse_now = self._exchange is not None and not self._unparsed and self._read_state is _READING
         if not may_parse_now or len(data) > self._slice_bytes:
             self._receive(data)
@@ -216,6 +216,8 @@ class UpstreamConnection(asyncio.Protocol):
             self._parse_slices()
 
     def connection_lost(self, error: Exception | None) -> None:
+        """Ends the exchange, after all bytes that have come are parsed, or at once if ``error`` ended the
+        connection."""
         self._transport = None
         self._on_closed(self)
         if error is not None:
@@ -290,6 +292,7 @@ class UpstreamConnection(asyncio.Protocol):
 
     @property
     def _has_unparsed(self) -> bool:
+        """Whether bytes were read that are not parsed yet."""
         return self._parsed_bytes < len(self._unparsed)
 
     def _parse_slices(self) -> None:
@@ -339,11 +342,13 @@ class UpstreamConnection(asyncio.Protocol):
             self._parse_slices()
 
     def _pause_reading(self, reason: ReadState) -> None:
+        """Stops reading from the socket. ``reason`` becomes the state."""
         if self._read_state is ReadState.READING and self._transport is not None:
             self._transport.pause_reading()
         self._read_state = reason
 
     def _resume_reading(self) -> None:
+        """Reads from the socket again. Does nothing if it is being read."""
         if self._read_state is not ReadState.READING:
             self._read_state = ReadState.READING
             if self._transport is not None and not self._transport.is_closing():
@@ -352,5 +357,5 @@ class UpstreamConnection(asyncio.Protocol):
 
 def exception_text(error: BaseException) -> str:
     """The text of an exception for a person: without the error number, or the class name if there is no text."""
-    text: Any = getattr(error, "strerror", None) or str(error)
+    text: Any = getattr(error, "strerror", None) or str(error)  # an OSError has its text without the number
     return str(text) or type(error).__name__

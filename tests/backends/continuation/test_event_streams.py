@@ -7,13 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpumesh.backends.continuation.event_streams import (
-    EventStreamFormat,
-    MarkedChatFormat,
-    OllamaAsOpenAIFormat,
-    OpenAIChatFormat,
-    event_data,
-)
+from gpumesh.backends.continuation.chat_streams import MarkedChatFormat, OllamaAsOpenAIFormat, OpenAIChatFormat
+from gpumesh.backends.continuation.event_streams import EventStreamFormat, event_data
 from gpumesh.backends.continuation.stream_format import Frame, PartialAnswer, TextPieces
 
 CHAT = OpenAIChatFormat("/v1/chat/completions")
@@ -96,9 +91,9 @@ def test_errors_in_each_dialects_shape(path: str, start: bytes) -> None:
 
 
 def test_the_budget_is_the_lower_of_two_names_for_it() -> None:
-    assert CHAT.budget({"max_tokens": 9, "max_completion_tokens": 7}) == 7
-    assert CHAT.budget({"max_tokens": -1}) is None
-    assert CHAT.budget({}) is None
+    assert CHAT.token_budget({"max_tokens": 9, "max_completion_tokens": 7}) == 7
+    assert CHAT.token_budget({"max_tokens": -1}) is None
+    assert CHAT.token_budget({}) is None
 
 
 def test_timings_of_llama_server_are_those_of_the_whole_answer() -> None:

@@ -1,6 +1,7 @@
 import pytest
 
-from gpumesh.backends.continuation.event_streams import EventStreamFormat, OpenAIChatFormat
+from gpumesh.backends.continuation.chat_streams import OpenAIChatFormat
+from gpumesh.backends.continuation.event_streams import EventStreamFormat
 from gpumesh.backends.continuation.ollama_streams import OllamaStreamFormat
 from gpumesh.backends.continuation.stream_formats import generates_text, stream_format_for
 

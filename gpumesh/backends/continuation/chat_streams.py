@@ -1,0 +1,299 @@
+"""The formats of ``/v1/chat/completions``: how a chat's stream is read, continued and ended on each kind of server.
+Pure."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from typing import Any
+
+from gpumesh.backends import safe_json
+from gpumesh.backends.base import JSON_HEADERS, HttpCall
+from gpumesh.backends.continuation.event_streams import DONE, EventStreamFormat, encode_event, event_data
+from gpumesh.backends.continuation.ollama_streams import OllamaStreamFormat, raw_prompt_call
+from gpumesh.backends.continuation.stream_format import (
+    SENTINEL,
+    ContinuationCall,
+    Frame,
+    JsonObject,
+    PartialAnswer,
+    TextPieces,
+    append_answer,
+    client_began_answer,
+    collect_texts,
+    continuation_note,
+    find_strings,
+    positive_count,
+)
+
+_TEXTS = re.compile(rb'"content"\s*:\s*("[^"\\]*(?:\\.[^"\\]*)*")')
+
+
+class OpenAIChatFormat(EventStreamFormat):
+    """The streams of ``/v1/chat/completions``, which can be continued on servers that follow the template."""
+
+    supports_continuation = True
+
+    def read(self, frame: bytes) -> Frame:
+        """Parses one event, with its text, its thinking and its tool calls."""
+        event = super().read(frame)
+        if event.document is None:
+            return event
+        text, thinking, choice, delta = _read_texts(event.document)
+        return replace(
+            event,
+            text=text,
+            thinking=thinking,
+            calls_tools=bool(delta.get("tool_calls") or delta.get("function_call")),
+            text_complete=isinstance(choice.get("finish_reason"), str),
+        )
+
+    def extract_texts(self, frames: bytes) -> TextPieces:
+        """The texts of many events. Events with thinking are parsed one by one."""
+        if b'"reasoning' not in frames:
+            pieces = find_strings(_TEXTS, frames)
+            if pieces is not None:
+                return pieces
+        events = frames.split(b"\n\n") if b"\r" not in frames else self.frame_end_pattern.split(frames)
+        data_of_events = [  # 6: the length of "data: "
+            event[6:] if event.startswith(b"data: ") and b"\n" not in event else event_data(event)
+            for event in events
+            if event
+        ]
+        documents = safe_json.parse_objects([data for data in data_of_events if data])
+        return collect_texts(_read_texts(document)[:2] for document in documents)  # [:2]: the text and the thinking
+
+    def continuation_refusal(self, request: JsonObject) -> str | None:
+        """The reason if the request holds something that a continuation could not keep: tools, a grammar, several
+        answers at once …"""
+        for key in ("tools", "functions", "logprobs", "grammar", "json_schema", "guided_json", "guided_regex"):
+            if request.get(key):
+                return f"an answer with `{key}` cannot be continued"
+        response_format = request.get("response_format")
+        if isinstance(response_format, dict) and response_format.get("type") not in (None, "text"):
+            return "an answer with `response_format` cannot be continued"
+        if (safe_json.as_count(request.get("n")) or 1) > 1:
+            return "several answers at once cannot be continued"
+        if not isinstance(request.get("messages"), list):
+            return "an answer to this kind of prompt cannot be continued"
+        return None
+
+    def token_budget(self, request: JsonObject) -> int | None:
+        """The lower of the two limits for tokens that a request may hold; ``None`` if it holds none."""
+        limits = [positive_count(request.get(key)) for key in ("max_completion_tokens", "max_tokens")]
+        return min((limit for limit in limits if limit is not None), default=None)
+
+    def uses_template(self, request: JsonObject) -> bool:  # noqa: ARG002
+        """``True``: the server renders every chat with the template."""
+        return True
+
+    def render_call(self, request: JsonObject, thinking: str) -> HttpCall | None:
+        """Asks Ollama's own API for the rendered prompt, and for one token at most if the server generates an
+        answer."""
+        messages = _as_native(request["messages"], exact=False)
+        if messages is None:
+            return None
+        body = _native_body(request) | {"messages": append_answer(messages, SENTINEL, "thinking", thinking)}
+        body |= {"_debug_render_only": True, "stream": False, "options": _native_options(request) | {"num_predict": 1}}
+        return HttpCall("POST", "/api/chat", safe_json.dump_compact(body), JSON_HEADERS)
+
+    def raw_prompt_refusal(self, request: JsonObject) -> str | None:
+        """The reason if the chat holds more than text, or if the client began the answer."""
+        if _as_native(request["messages"], exact=True) is None:
+            return "its template closes the turn, and not all of these messages can be told as text"
+        if client_began_answer(request["messages"]):
+            return "its template closes the turn that the client began"
+        return None
+
+    def continue_raw_prompt(self, request: JsonObject, partial_answer: PartialAnswer, prompt: str) -> ContinuationCall:
+        """Uses Ollama's own API: its ``/v1`` applies the template to each prompt."""
+        options, budget = _native_options(request), self.token_budget(request)
+        if budget is not None:
+            options["num_predict"] = budget - partial_answer.tokens
+        body = {key: request[key] for key in ("model", "keep_alive") if key in request}
+        call = raw_prompt_call(body, prompt + partial_answer.text, options)
+        return ContinuationCall(call, OllamaAsOpenAIFormat(usage=wants_usage(request)))
+
+    def assistant_message_refusal(self, request: JsonObject) -> str | None:  # noqa: ARG002
+        """``None``: a last message of the assistant can always be added."""
+        return None
+
+    def continue_assistant_message(self, request: JsonObject, partial_answer: PartialAnswer) -> ContinuationCall:
+        """The request with the partial answer as its last message, and with lower limits for the tokens."""
+        body = dict(request)
+        body["messages"] = append_answer(
+            list(request["messages"]), partial_answer.text, "reasoning_content", partial_answer.thinking
+        )
+        for key in ("max_completion_tokens", "max_tokens"):
+            limit = positive_count(request.get(key))
+            if limit is not None:
+                body[key] = max(limit - partial_answer.tokens, 1)
+        return ContinuationCall(HttpCall("POST", self._path, safe_json.dump_compact(body), JSON_HEADERS), self)
+
+    def translate(self, frame: Frame, partial_answer: PartialAnswer) -> bytes:
+        """The same chunk with the members that name the answer, and with the figures of the whole answer."""
+        if frame.document is None:
+            return DONE if frame.ends_stream else b""
+        has_figures = isinstance(frame.document.get("usage"), dict) or isinstance(frame.document.get("timings"), dict)
+        holds_only_role = not (frame.text or frame.thinking or frame.text_complete or has_figures)
+        if holds_only_role and partial_answer.first_frame is not None:
+            return b""  # such a delta comes first in each stream: the client has received one already
+        document = {**frame.document, **_first_frame_members(partial_answer)}
+        if has_figures:
+            document |= correct_figures(document, partial_answer)
+        if has_figures or frame.text_complete:
+            document["gpumesh"] = continuation_note(partial_answer)
+        return encode_event(document)
+
+    def closing_frames(self, reason: str, partial_answer: PartialAnswer) -> bytes:
+        """The finish reason, unless the client has it, and the end mark."""
+        if not reason:  # the client has received the frame with the finish reason
+            return DONE
+        return finish_events(partial_answer, reason, {})
+
+
+class MarkedChatFormat(OpenAIChatFormat):
+    """``/v1/chat/completions`` of a server that is not asked for a prompt. The request marks the message to continue.
+
+    Without the mark, vLLM and SGLang start a new turn. llama-server needs no mark, but refuses to continue if the model
+    could think first. So ``enable_thinking`` is off: the thinking before the partial answer, if any, is over.
+    """
+
+    def uses_template(self, request: JsonObject) -> bool:  # noqa: ARG002
+        """``False``: the mark continues the message, whatever the template does."""
+        return False
+
+    def assistant_message_refusal(self, request: JsonObject) -> str | None:
+        """The reason if the client began the answer without a mark."""
+        if client_began_answer(request["messages"]) and not request.get("continue_final_message"):
+            return "the client began the turn, and servers differ in what that means"
+        return None
+
+    def continue_assistant_message(self, request: JsonObject, partial_answer: PartialAnswer) -> ContinuationCall:
+        """The request with the partial answer as its last message, which is marked."""
+        marks = {"continue_final_message": True, "add_generation_prompt": False}
+        return super().continue_assistant_message({**request, **marks, **without_thinking(request)}, partial_answer)
+
+
+class OllamaAsOpenAIFormat(OllamaStreamFormat):
+    """Frames of ``/api/generate`` that continue an answer of ``/v1/chat/completions``."""
+
+    def __init__(self, *, usage: bool) -> None:
+        super().__init__(generate=True)
+        self._usage = usage
+
+    def translate(self, frame: Frame, partial_answer: PartialAnswer) -> bytes:
+        """A line of ``/api/generate`` as chunks of a chat. The last line becomes the end of the stream."""
+        out = encode_event(make_chunk(partial_answer, {"content": frame.text}, None)) if frame.text else b""
+        if not frame.ends_stream or frame.document is None:
+            return out
+        reason = "length" if frame.document.get("done_reason") == "length" else "stop"
+        counts = {
+            "prompt_tokens": safe_json.as_count(frame.document.get("prompt_eval_count")) or 0,
+            "completion_tokens": safe_json.as_count(frame.document.get("eval_count")) or 0,
+        }
+        return out + finish_events(partial_answer, reason, {"usage": counts} if self._usage else {})
+
+
+def wants_usage(request: JsonObject) -> bool:
+    """Whether the client asked for a last chunk with the number of tokens."""
+    options = request.get("stream_options")
+    return isinstance(options, dict) and options.get("include_usage") is True
+
+
+def finish_events(partial_answer: PartialAnswer, reason: str, figures: JsonObject) -> bytes:
+    """The end of a chat's stream: the chunk with the finish reason, a chunk with the figures if there are any, and
+    ``[DONE]``."""
+    out = encode_event(make_chunk(partial_answer, {}, reason) | {"gpumesh": continuation_note(partial_answer)})
+    if figures:
+        chunk = {**make_chunk(partial_answer, {}, None), "choices": [], **correct_figures(figures, partial_answer)}
+        out += encode_event(chunk | {"gpumesh": continuation_note(partial_answer)})
+    return out + DONE
+
+
+def without_thinking(request: JsonObject) -> JsonObject:
+    """The member of a request that switches thinking off in the model's template."""
+    value = request.get("chat_template_kwargs")
+    template_arguments = value if isinstance(value, dict) else {}
+    return {"chat_template_kwargs": {**template_arguments, "enable_thinking": False}}
+
+
+def _read_texts(document: JsonObject) -> tuple[str, str, JsonObject, JsonObject]:
+    """Returns the text, the thinking, the choice, and the choice's delta that holds the two texts, in this order."""
+    choices = document.get("choices")
+    choice = choices[0] if isinstance(choices, list) and choices else None
+    if not isinstance(choice, dict):
+        return "", "", {}, {}
+    delta = choice.get("delta")
+    if not isinstance(delta, dict):
+        return "", "", choice, {}
+    thinking = safe_json.as_text(delta.get("reasoning_content")) or safe_json.as_text(delta.get("reasoning")) or ""
+    return safe_json.as_text(delta.get("content")) or "", thinking, choice, delta
+
+
+def _first_frame_members(partial_answer: PartialAnswer) -> dict[str, Any]:
+    """The members that name the answer. They are the same in all chunks of the answer."""
+    first = partial_answer.first_frame or {}
+    return {key: first[key] for key in ("id", "object", "created", "model", "system_fingerprint") if key in first}
+
+
+def make_chunk(partial_answer: PartialAnswer, delta: JsonObject, reason: str | None) -> dict[str, Any]:
+    """A chunk of a chat's stream. ``reason`` is the finish reason; ``None`` before the last chunk."""
+    return {**_first_frame_members(partial_answer), "choices": [{"index": 0, "delta": delta, "finish_reason": reason}]}
+
+
+def _native_body(request: JsonObject) -> dict[str, Any]:
+    """The members of a request to ``/api/chat``, without its messages and its options."""
+    body = {key: request[key] for key in ("model", "keep_alive") if key in request}
+    effort = request.get("reasoning_effort")
+    if isinstance(effort, str):
+        body["think"] = False if effort == "none" else effort
+    return body
+
+
+def _native_options(request: JsonObject) -> dict[str, Any]:
+    """The options that Ollama's ``/v1`` makes of a request. Its defaults differ from those of ``/api``."""
+    options = {"temperature": 1.0, "top_p": 1.0}
+    for key in ("temperature", "top_p", "seed", "frequency_penalty", "presence_penalty", "stop"):
+        if request.get(key) is not None:
+            options[key] = request[key]
+    return options
+
+
+def _as_native(messages: list[Any], *, exact: bool) -> list[Any] | None:
+    """The messages that Ollama's ``/v1`` makes of a request's messages: each part of a content becomes a message.
+
+    Parts that are not text (images, tool calls) are left out. If ``exact``, the result is ``None`` when there is any.
+    """
+    native_messages: list[Any] = []
+    for message in messages:
+        if not isinstance(message, dict) or (exact and message.keys() - {"role", "content"}):
+            return None
+        content = message.get("content")
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else safe_json.as_objects(content)
+        for part in parts:
+            if part.get("type") == "text" and isinstance(part.get("text"), str):
+                native_messages.append({"role": message.get("role"), "content": part["text"]})
+            elif exact:
+                return None
+    return native_messages
+
+
+def correct_figures(document: JsonObject, partial_answer: PartialAnswer) -> dict[str, Any]:
+    """The figures of the whole answer, from those of the last attempt. The last attempt counted the partial answer as a
+    part of its prompt. The durations of the attempts before it are measured by our clock."""
+    corrected: dict[str, Any] = {}
+    usage, timings = document.get("usage"), document.get("timings")
+    if isinstance(usage, dict):
+        prompt = max((safe_json.as_count(usage.get("prompt_tokens")) or 0) - partial_answer.tokens, 0)
+        tokens = (safe_json.as_count(usage.get("completion_tokens")) or 0) + partial_answer.tokens
+        counts = {"prompt_tokens": prompt, "completion_tokens": tokens, "total_tokens": prompt + tokens}
+        corrected["usage"] = {**usage, **counts}
+    if isinstance(timings, dict):
+        tokens = (safe_json.as_count(timings.get("predicted_n")) or 0) + partial_answer.tokens
+        took_ms = (safe_json.as_number(timings.get("predicted_ms")) or 0.0) + partial_answer.spent_ms
+        corrected["timings"] = {**timings, "predicted_n": tokens, "predicted_ms": took_ms}
+        if tokens and took_ms:
+            rates = {"predicted_per_token_ms": took_ms / tokens, "predicted_per_second": 1000.0 * tokens / took_ms}
+            corrected["timings"] |= rates
+    return corrected
