@@ -1,5 +1,4 @@
-"""The formats of ``/v1/chat/completions``: how a chat's stream is read, continued and ended on each kind of server.
-Pure."""
+"""The formats of ``/v1/chat/completions``: how its streams are read, continued and ended, by kind of server. Pure."""
 
 from __future__ import annotations
 
@@ -280,8 +279,8 @@ def _as_native(messages: list[Any], *, exact: bool) -> list[Any] | None:
 
 
 def correct_figures(document: JsonObject, partial_answer: PartialAnswer) -> dict[str, Any]:
-    """The figures of the whole answer, from those of the last attempt. The last attempt counted the partial answer as a
-    part of its prompt. The durations of the attempts before it are measured by our clock."""
+    """The figures of the whole answer. ``document`` holds those of the last attempt, which counted the partial answer
+    as a part of its prompt. The durations of the attempts before are measured by our clock."""
     corrected: dict[str, Any] = {}
     usage, timings = document.get("usage"), document.get("timings")
     if isinstance(usage, dict):

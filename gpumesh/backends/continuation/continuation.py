@@ -251,8 +251,8 @@ class Continuation:
         return client_frames
 
     def _pass_on_frame(self, raw: bytes) -> bytes:
-        """Reads one whole frame, and returns the client's frame for it; empty for an error, and after the end or a
-        cut."""
+        """Reads one whole frame (``raw``), and returns the client's frame for it; empty for an error, and after the end
+        or a cut."""
         if self.finished or self.cut_reason is not None:
             return b""
         frame = self._upstream_format.read(raw)
@@ -310,7 +310,7 @@ class Continuation:
         if refusal is not None:
             return self._end_with_refusal(refusal)
         budget = self._planner.token_budget if received.tokens else None
-        if budget is not None and received.tokens >= budget:
+        if budget is not None and received.tokens >= budget:  # only the frames after the text are missing
             return self._complete(self._client_format.closing_frames("length", self._partial_answer))
         return None
 

@@ -1,5 +1,4 @@
-"""``OllamaStreamFormat``: how the streams of ``/api/chat`` and ``/api/generate`` are read, continued and ended.
-Pure."""
+"""``OllamaStreamFormat``: how streams of ``/api/chat`` and ``/api/generate`` are read, continued and ended. Pure."""
 
 from __future__ import annotations
 
@@ -248,8 +247,8 @@ def _messages(request: JsonObject) -> tuple[dict[str, Any], ...]:
 
 
 def _correct_figures(figures: JsonObject, partial_answer: PartialAnswer) -> dict[str, Any]:
-    """The figures of the whole answer, from those of the last attempt. The last attempt counted the partial answer as a
-    part of its prompt. The durations of the attempts before it are measured by our clock."""
+    """The figures of the whole answer. ``figures`` are those of the last attempt, which counted the partial answer as a
+    part of its prompt. The durations of the attempts before are measured by our clock."""
     corrected: dict[str, Any] = {}
     corrected["eval_count"] = (safe_json.as_count(figures.get("eval_count")) or 0) + partial_answer.tokens
     prompt_tokens = safe_json.as_count(figures.get("prompt_eval_count"))

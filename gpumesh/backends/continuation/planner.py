@@ -77,7 +77,8 @@ class ContinuationPlanner:
 
     def refusal(self, received: ReceivedText) -> str | None:
         """Why no node can continue the received text; ``None`` if a node can."""
-        has_nothing = not received.tokens and not received.calls_tools and received.keeps
+        # If the text is no longer kept, the client has text, though none is counted here.
+        has_nothing = received.keeps and not received.tokens and not received.calls_tools
         if not received.started or has_nothing:
             return None  # the client has no text yet: the request is sent anew
         if self._client_format.supports_continuation and not received.keeps:
@@ -99,10 +100,8 @@ class ContinuationPlanner:
         if type(stream_format) is not type(self._upstream_format):
             self._prompt = None  # a server of another kind rendered this prompt
         self._upstream_format = stream_format
-        strategy_is_ready = strategy is ContinuationStrategy.ASSISTANT_LAST or (
-            strategy is ContinuationStrategy.RAW and self._prompt is not None
-        )
-        if strategy_is_ready or not self._depends_on_template(stream_format, partial_answer):
+        needs_prompt = strategy is None or (strategy is ContinuationStrategy.RAW and self._prompt is None)
+        if not needs_prompt or not self._depends_on_template(stream_format, partial_answer):
             return None
         return stream_format.render_call(self._request, partial_answer.thinking)
 

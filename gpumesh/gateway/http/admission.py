@@ -79,7 +79,7 @@ class Admission(Generic[C]):
         self.max_connections = max_connections
         self._max_per_client = max(int(max_connections * MAX_SHARE), 1)
         self._groups: dict[Group, _Members[C]] = {_ALL: _Members(), _NEW: _Members()}
-        self._groups_of: dict[C, tuple[Group, ...]] = {}
+        self._groups_of: dict[C, tuple[Group, ...]] = {}  # the groups of each admitted connection
 
     def __repr__(self) -> str:
         idle = len(self._groups[_ALL].idle)
@@ -91,8 +91,8 @@ class Admission(Generic[C]):
         return self._groups[_ALL].count
 
     def admit(self, connection: C, address: str | None) -> Admitted[C] | Denied:
-        """Decides on a new connection. ``address`` comes from ``normalize_address``. An evicted connection has been
-        forgotten already when this returns."""
+        """Decides whether a new connection is admitted. ``address`` comes from ``normalize_address``. When this
+        returns, an evicted connection is forgotten already."""
         groups: tuple[Group, ...] = (_ALL, _NEW)
         decision: Admitted[C] | Denied = Admitted()
         if address is not None:
@@ -100,7 +100,9 @@ class Admission(Generic[C]):
             groups = (*groups, address_group)
             decision = self._make_room(address_group, self._max_per_client, f"{NO_ROOM} from this address")
         # An eviction from the address's group has made room among all connections too.
-        if decision == Admitted() and self.count >= self.max_connections:
+        nothing_was_evicted = decision == Admitted()
+        if nothing_was_evicted and self.count >= self.max_connections:
+            # First the connections without any accepted request. Limit 0: one of them goes, however few they are.
             decision = self._make_room(_NEW, 0, NO_ROOM)
             if isinstance(decision, Denied):
                 decision = self._make_room(_ALL, self.max_connections, NO_ROOM)

@@ -44,7 +44,7 @@ def create_body_decoder(headers: Headers) -> BodyDecoder | None:
 
 
 class CountedDecoder:
-    """Reads a body of ``length`` bytes."""
+    """Reads a body of ``length`` bytes. The methods are described in ``BodyDecoder``."""
 
     def __init__(self, length: int) -> None:
         self._missing_bytes = length
@@ -71,7 +71,8 @@ class _Expected(Enum):
 
 
 class ChunkedDecoder:
-    """Reads a body in chunks. The trailers after it are checked and dropped. The caller limits the length of a line."""
+    """Reads a body in chunks. The trailers after it are checked and dropped. The caller limits the length of a line.
+    The methods are described in ``BodyDecoder``."""
 
     def __init__(self) -> None:
         self._expected = _Expected.SIZE_LINE

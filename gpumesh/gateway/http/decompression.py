@@ -40,7 +40,7 @@ class Decompressor:
         step at a time. Raises BadRequest."""
         if self._unpacker is None:
             data = self._first_bytes + data
-            if len(data) < 2:
+            if len(data) < 2:  # the format does not show yet
                 self._first_bytes = data
                 return []
             self._unpacker = self._create_unpacker(data)
@@ -59,7 +59,7 @@ class Decompressor:
                 self._count_unpacked(piece)
                 unpacked.append(piece)
                 packed = unpacker.unconsumed_tail
-                # After a piece of the full length, zlib may hold more of them, even if it has taken all input.
+                # After a piece of the full length, zlib may hold more output, even if it has taken all input.
                 has_more = not unpacker.eof and (len(packed) > 0 or len(piece) == STEP_BYTES)
                 if has_more or len(data) > STEP_BYTES:
                     yield

@@ -43,7 +43,7 @@ class ConnectionPool:
     async def connect(self, address: Address) -> UpstreamConnection:
         """Opens a new connection. Raises OSError, and TimeoutError after CONNECT_TIMEOUT_S."""
         loop = self._loop
-        tls: dict[str, Any] = {
+        tls_arguments: dict[str, Any] = {
             "ssl": _tls_context() if address.tls else None,
             "server_hostname": (address.server_name or address.host) if address.tls else None,
         }
@@ -56,9 +56,11 @@ class ConnectionPool:
 
         async with asyncio.timeout(CONNECT_TIMEOUT_S):
             if address.socket is not None:
-                _, connection = await loop.create_unix_connection(create_connection, address.socket, **tls)
+                _, connection = await loop.create_unix_connection(create_connection, address.socket, **tls_arguments)
             else:
-                _, connection = await loop.create_connection(create_connection, address.host, address.port, **tls)
+                _, connection = await loop.create_connection(
+                    create_connection, address.host, address.port, **tls_arguments
+                )
         self._connections.add(connection)
         return connection
 

@@ -1,5 +1,7 @@
-"""``RequestDelivery`` delivers one request: it tries node after node until one answers. If a node is lost while its
-answer streams, it tries the other nodes for the rest of the answer."""
+"""``RequestDelivery`` delivers one request: it tries node after node until a node answers.
+
+If a node is lost while its answer streams, the other nodes are tried for the rest of the answer.
+"""
 
 from __future__ import annotations
 
@@ -87,9 +89,9 @@ class RequestDelivery:
         self._try_reserve_memory = try_reserve_memory
         self._started_at = context.clock()
         self._deadline = self._started_at + timeout_s
-        self._excluded_nodes: frozenset[str] = frozenset()
+        self._excluded_nodes: frozenset[str] = frozenset()  # nodes that must not get the next attempt
         self._failures: list[FailedAttempt] = []
-        self._round = 1
+        self._round = 1  # in each round, every node may get one attempt
         self._queue_wait_s = 0.0
         self.attempts = 0
 
@@ -145,7 +147,7 @@ class RequestDelivery:
         answer.queue_ms = self._queue_wait_s * 1000.0
         return answer
 
-    # -- continuing a cut stream ---------------------------------------------------------------------------------
+    # -- continuing a cut stream (the first three methods: see Failover) -----------------------------------------
 
     def has_other_node(self, node: str) -> bool:
         return self._context.dispatcher.could_serve(self._demand, exclude=frozenset({node}))

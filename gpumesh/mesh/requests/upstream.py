@@ -56,8 +56,8 @@ class UpstreamResponse:
         self._has_unread_slice = False
         self.status = head.status
         self.content_length = head.content_length
-        empty = head.content_length == 0 or head.status == 204
-        self.content_type, self.headers, self.problem = read_head(head.status, head.fields, empty=empty)
+        is_empty = head.content_length == 0 or head.status == 204  # 204: no content
+        self.content_type, self.headers, self.problem = read_head(head.status, head.fields, empty=is_empty)
 
     def __repr__(self) -> str:
         progress = "ended" if self._exchange.connection is None else "under way"

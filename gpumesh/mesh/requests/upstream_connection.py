@@ -223,9 +223,10 @@ class UpstreamConnection(asyncio.Protocol):
         if error is not None:
             self._drop_unparsed()
             self._fail(exception_text(error))
-        elif not self._has_unparsed:
+            return
+        # TLS can end while bytes are unparsed. Then ``_parse_slices`` calls ``_end_input`` after the last byte.
+        if not self._has_unparsed:
             self._end_input()
-        # Otherwise ``_parse_slices`` calls ``_end_input`` after the last byte (TLS can end while bytes are unparsed).
 
     # -- parsing -----------------------------------------------------------------------------------------------------
 
@@ -348,7 +349,7 @@ class UpstreamConnection(asyncio.Protocol):
         self._read_state = reason
 
     def _resume_reading(self) -> None:
-        """Reads from the socket again. Does nothing if it is being read."""
+        """Reads from the socket again. Does nothing if the socket is being read."""
         if self._read_state is not ReadState.READING:
             self._read_state = ReadState.READING
             if self._transport is not None and not self._transport.is_closing():
