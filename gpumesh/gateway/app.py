@@ -62,6 +62,8 @@ class Gateway:
     address and no key is set, and MeshAlreadyRunning if the address is taken.
     """
 
+    _loop: asyncio.AbstractEventLoop
+
     def __init__(
         self,
         mesh: Mesh,
@@ -106,6 +108,7 @@ class Gateway:
     # -- lifetime ------------------------------------------------------------------------------------------------
 
     async def __aenter__(self) -> Self:
+        self._loop = asyncio.get_running_loop()
         await self._listener.open(self._server)
         self.url = self._listener.url
         if self._host is not None and not config.is_loopback(self._host):
@@ -187,7 +190,7 @@ class Gateway:
     async def _handle(self, request: Request) -> Response | StreamingResponse:
         """The handler that the server calls for each request. Returns the reply, and records the request's end."""
         record = RequestRecord(self._server.clock, request.received_at, request.method, request.path)
-        self._active[request] = _ActiveRequest(record, asyncio.current_task())
+        self._active[request] = _ActiveRequest(record, asyncio.current_task(self._loop))
         self._idle.clear()
         reply: Response | StreamingResponse | None = None
         try:

@@ -7,7 +7,7 @@ questions about the whole fleet, ``model_store_routes`` for changes of model sto
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Awaitable, Iterable, Mapping
 
 from gpumesh.balancer.base import Demand
 from gpumesh.balancer.outcomes import RequestOutcome
@@ -69,23 +69,23 @@ class Router:
         self._spec = mesh.topology.gateway
         self._handlers = _handler_table(fleet_routes, model_store_routes, page)
 
-    async def route_request(self, request: Request, record: RequestRecord) -> Response | StreamingResponse:
+    def route_request(self, request: Request, record: RequestRecord) -> Awaitable[Response | StreamingResponse]:
         """Answers a request, and notes its route in the record. Raises GPUMeshError only if nothing was sent yet;
-        BadRequest for a path that is not served."""
+        BadRequest for a path that is not served. It is no coroutine, because each coroutine costs time."""
         path = request.path
         route = MODEL_ROUTES.get(path)
         if route is not None:
             record.route = path
             if request.method not in route.methods:
                 return _refuse_method(request, record, route.methods)
-            return await self._forward_to_model(request, record, route)
+            return self._forward_to_model(request, record, route)
         template = _find_template(path)
         methods = ANY_NODE_ROUTES.get(template)
         if methods is not None:
             record.route = template
             if request.method not in methods:
                 return _refuse_method(request, record, methods)
-            return await self._forward_to_any_node(request, record)
+            return self._forward_to_any_node(request, record)
         handlers = self._handlers.get(template)
         if handlers is None:
             record.route = "other"  # the route is a label of metrics: clients must not add names to it
@@ -93,7 +93,7 @@ class Router:
         record.route = template
         for methods, handler in handlers:
             if request.method in methods:
-                return await handler(request)
+                return handler(request)
         return _refuse_method(request, record, [method for methods, _ in handlers for method in methods])
 
     # -- to one node ---------------------------------------------------------------------------------------------
@@ -162,7 +162,7 @@ def _find_template(path: str) -> str:
     return path
 
 
-def _refuse_method(request: Request, record: RequestRecord, methods: Iterable[str]) -> Response:
+async def _refuse_method(request: Request, record: RequestRecord, methods: Iterable[str]) -> Response:
     """Answers 405, but 204 to a preflight of an allowed origin. A preflight comes here because no route has the method
     OPTIONS; its CORS headers are added as to every answer to that origin."""
     allow_header = (("Allow", ", ".join(sorted(methods))),)
