@@ -10,11 +10,11 @@ def is_loopback(host: str) -> bool:
 
     Of all names, only ``localhost`` is loopback: any other name may have another address tomorrow.
     """
-    if host.rstrip(".").lower() == "localhost":
+    if host.rstrip(".").lower() == "localhost":  # ``localhost.`` is the same name, written with DNS's root
         return True
     try:
         return ipaddress.ip_address(host).is_loopback
-    except ValueError:
+    except ValueError:  # any other name
         return False
 
 

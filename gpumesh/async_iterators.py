@@ -11,10 +11,11 @@ T = TypeVar("T")
 
 @asynccontextmanager
 async def closing_iterator(items: AsyncIterator[T]) -> AsyncIterator[AsyncIterator[T]]:
-    """Yields ``items`` and closes them at the end of the block. Unlike ``contextlib.aclosing``, accepts an iterator
-    whose type promises no ``aclose``.
+    """Yields ``items``, and closes it at the end of the block if it is an async generator. Unlike
+    ``contextlib.aclosing``, accepts an iterator whose type promises no ``aclose``.
 
-    Closing ends the generator's work at once. Otherwise the work would go on until the garbage is collected.
+    Closing a generator ends its work at once. Otherwise the work would go on until the garbage is collected. An
+    iterator that is no generator has nothing to close.
     """
     try:
         yield items

@@ -23,8 +23,9 @@ _RANDOM_SUFFIX = re.compile(r"[a-z0-9_]{8}")  # ``tempfile.mkstemp`` appends it 
 def replace(target: Path, text: str, *, mode: int = 0o600, errors: str = "strict", sync: bool = True) -> None:
     """Makes ``text`` the whole content of the file ``target``. Raises OSError, and then the target is unchanged.
 
-    With ``sync`` the new content survives a loss of power. ``errors`` is the argument of ``open``: what happens to
-    characters that UTF-8 cannot encode.
+    ``mode`` is the file's mode afterwards, whatever it was before. With ``sync`` the data is on the disk before the
+    file gets its name, so that a loss of power leaves no empty file. ``errors`` is the argument of ``open``: what
+    happens to characters that UTF-8 cannot encode.
     """
     _write(target, text, os.replace, mode=mode, errors=errors, sync=sync)
 
@@ -44,8 +45,8 @@ def _write(
     errors: str = "strict",
     sync: bool = True,
 ) -> None:
-    """Writes ``text`` to a temporary file, then calls ``take_name(temporary, target)``, which gives it the name of the
-    target."""
+    """Writes ``text`` to a temporary file, then calls ``take_name(temporary, target)``, which gives the file the name
+    of the target: ``os.replace``, or ``os.link``, which fails if the target exists."""
     prefix = f".{target.name}.gpumesh-"  # no other program gives its files such names
     _remove_stale_files(target.parent, prefix)
     descriptor, temporary = _make_locked_file(target.parent, prefix)
@@ -58,7 +59,7 @@ def _write(
                 os.fsync(file.fileno())
             take_name(temporary, target)
     finally:
-        with contextlib.suppress(FileNotFoundError):  # os.replace has moved it
+        with contextlib.suppress(FileNotFoundError):  # os.replace has moved the file; os.link leaves its first name
             os.unlink(temporary)
 
 
@@ -70,8 +71,8 @@ def _make_locked_file(folder: Path, prefix: str) -> tuple[int, str]:
     while True:
         descriptor, path = tempfile.mkstemp(prefix=prefix, dir=folder)
         _lock(descriptor, wait=True)  # a process that looks for stale files holds the lock for an instant
-        with contextlib.suppress(FileNotFoundError):  # the file was removed
-            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+        with contextlib.suppress(FileNotFoundError):  # from os.stat: the file was removed before we locked it
+            if os.path.samestat(os.fstat(descriptor), os.stat(path)):  # it is still there, and not another one
                 return descriptor, path
         os.close(descriptor)
 
@@ -87,11 +88,12 @@ def _remove_stale_files(folder: Path, prefix: str) -> None:
 
 def _remove_if_stale(path: str) -> None:
     """Removes the file if it is a regular file of our user and no process holds its lock. Raises OSError."""
-    # O_NONBLOCK: another user may have put a FIFO there, and opening a FIFO waits for its writer.
+    # Another user may have put something else there. O_NOFOLLOW refuses a link. O_NONBLOCK is for a FIFO: without it,
+    # opening a FIFO waits for its writer.
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
     try:
         status = os.fstat(descriptor)
-        belongs_to_us = not hasattr(os, "geteuid") or status.st_uid == os.geteuid()
+        belongs_to_us = not hasattr(os, "geteuid") or status.st_uid == os.geteuid()  # Windows has no user numbers
         if stat.S_ISREG(status.st_mode) and belongs_to_us and _lock(descriptor):
             os.unlink(path)
     finally:

@@ -14,8 +14,8 @@ class LineBuffer:
     """Takes pieces of a stream and returns the lines that they complete.
 
     ``limit_bytes`` is the limit for one line. A longer line raises ``LineTooLong``. With ``cut``, a longer line is
-    shortened to the limit instead: this is for text that is only shown. Without a limit, the stream must come from a
-    process of ours.
+    shortened to the limit instead: this is for text that is only shown. Without a limit, a line without end would fill
+    the memory, so the stream must come from a process of ours.
     """
 
     def __init__(self, limit_bytes: int | None = None, *, cut: bool = False) -> None:
@@ -27,8 +27,8 @@ class LineBuffer:
         return f"<LineBuffer {len(self._partial)} bytes of a partial line>"
 
     def feed(self, data: bytes) -> list[bytes]:
-        """Takes the next bytes of the stream. Returns the lines that they complete, without the LF. Raises
-        ``LineTooLong``."""
+        """Takes the next bytes of the stream. Returns the lines that these bytes complete, without the LF. Raises
+        ``LineTooLong``, unless ``cut`` is set."""
         *lines, partial = data.split(b"\n")
         if lines and self._partial:  # the first line has begun in an earlier piece
             lines[0] = bytes(self._partial) + lines[0]
@@ -45,8 +45,8 @@ class LineBuffer:
         return line
 
     def _apply_limit(self, lines: list[bytes], limit: int) -> list[bytes]:
-        """Returns ``lines`` if they and the partial line are within the limit. If not, cuts the longer ones, or raises
-        ``LineTooLong``."""
+        """Returns ``lines`` as they are if no line, the partial line included, is longer than the limit. Otherwise cuts
+        the long lines, or raises ``LineTooLong`` if long lines may not be cut."""
         if len(self._partial) <= limit and all(len(line) <= limit for line in lines):
             return lines
         if not self._cut_long_lines:

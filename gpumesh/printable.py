@@ -28,7 +28,8 @@ def printable(text: str | bytes, limit: int = 300) -> str:
     text = text[: limit * 16]
     if isinstance(text, bytes):
         text = text.decode("utf-8", "replace")
-    # A shortcut that almost every text of a server takes: a list of models has thousands of texts.
+    # A shortcut that almost every text of a server takes: a list of models has thousands of texts. A text with a blank
+    # does not take it: the blank may stand at an end or beside another blank.
     is_safe_word = text.isascii() and text.isprintable() and " " not in text
     if is_safe_word and len(text) <= limit:
         return text

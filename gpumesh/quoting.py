@@ -36,7 +36,7 @@ def shell_word(text: str) -> str:
     """
     if _PLAIN.fullmatch(text):
         return text
-    if _FISH_ESCAPE.search(text) is None:
+    if _FISH_ESCAPE.search(text) is None:  # then fish reads single quotes as a POSIX shell does
         return "'" + text.replace("'", "'\"'\"'") + "'"  # a quote stands in double quotes, between two quoted parts
     return "".join(map(_quote_run, _SHELL_RUNS.findall(text)))
 
@@ -76,14 +76,16 @@ def paste_command(template: str, **values: str) -> str:
 
 
 def _may_be_pasted(value: str) -> bool:
-    """Whether a person may paste the value: not empty, short enough to read, only visible characters, no option."""
+    """Whether a person may paste the value: it is not empty, is short enough to read, has no invisible characters, and
+    does not look like an option."""
     return 0 < len(value) <= MAX_PASTED_LENGTH and value.isprintable() and not value.startswith("-")
 
 
 def yaml_text(text: str) -> str:
     """Returns ``text`` between double quotes, as a value for mesh.yaml. The result is valid JSON too.
 
-    The reader of mesh.yaml gives back exactly ``text`` and expands no variable in it. Only surrogates become U+FFFD.
+    The reader of mesh.yaml gives back exactly ``text``, without expanding a variable in it. There is one exception:
+    surrogates, which no file can hold, become U+FFFD.
     """
     escaped = _SURROGATES.sub("\ufffd", text).replace("${", "$${")
     return _NOT_IN_YAML.sub(lambda match: f"\\u{ord(match[0]):04x}", json.dumps(escaped, ensure_ascii=False))

@@ -14,7 +14,8 @@ def join_all(names: Sequence[str]) -> str:
 
 
 def join_some(names: Sequence[str], limit: int) -> str:
-    """Returns the first ``limit`` names and the number of the other names: ``a, b and 3 more``."""
+    """Returns the first ``limit`` names and the number of the other names: ``a, b and 3 more``. If there are no others,
+    returns the names alone: ``a, b``."""
     shown_names = ", ".join(names[:limit])
     hidden_count = len(names) - limit
     return f"{shown_names} and {hidden_count} more" if hidden_count > 0 else shown_names

@@ -246,7 +246,8 @@ class NodeState:
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """Sums over the pool. A GPU that two nodes share counts once (by UUID). A sum of unknown values is ``None``."""
+    """Sums over the pool. A GPU that two nodes share counts once (by UUID). A sum leaves out unknown values; it is
+    ``None`` when all its values are unknown."""
 
     nodes: int
     nodes_up: int
@@ -313,10 +314,10 @@ class MeshState:
 
 
 def compute_totals(nodes: tuple[NodeState, ...]) -> Totals:
-    """Returns the sums over these nodes. Each GPU counts once, by its UUID."""
+    """Returns the sums over these nodes. Each GPU counts once, by its UUID. Unknown values are left out of the sums."""
     gpus_by_uuid = {gpu.uuid: gpu for node in nodes for gpu in node.gpus or ()}
     gpus = gpus_by_uuid.values()
-    is_gpu_count_known = any(node.gpus is not None for node in nodes)
+    is_gpu_count_known = any(node.gpus is not None for node in nodes)  # one known node is enough for a sum
     return Totals(
         nodes=len(nodes),
         nodes_up=sum(node.health in (Health.HEALTHY, Health.DEGRADED) for node in nodes),
@@ -343,4 +344,4 @@ def free_mib(gpu: GpuState) -> int | None:
         return gpu.memory_free_mib
     if gpu.memory_total_mib is None or gpu.memory_used_mib is None:
         return None
-    return max(gpu.memory_total_mib - gpu.memory_used_mib, 0)
+    return max(gpu.memory_total_mib - gpu.memory_used_mib, 0)  # a host may report figures that contradict each other

@@ -28,7 +28,7 @@ def version_key(text: str) -> VersionKey | None:
 
     ``0.9`` = ``0.9.0`` < ``0.10.0-rc1`` < ``0.10.0`` = ``0.10.0-lab``.
     """
-    version = _VERSION.fullmatch(text.strip()[:100])
+    version = _VERSION.fullmatch(text.strip()[:100])  # a server may send a very long text
     if version is None:
         return None
     numbers = [int(part) for part in version["release"].split(".")]

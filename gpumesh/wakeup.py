@@ -23,5 +23,5 @@ class Wakeup:
 
     def wake(self) -> None:
         """Lets ``wait`` return. Does nothing when no task waits."""
-        if self._waiter is not None and not self._waiter.done():
+        if self._waiter is not None and not self._waiter.done():  # done: woken or cancelled, but has not run since
             self._waiter.set_result(None)

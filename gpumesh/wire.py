@@ -22,8 +22,8 @@ T = TypeVar("T")
 
 
 def to_json(value: Any) -> Any:
-    """Turns a tree of dataclasses, enums, datetimes and tuples into values that ``json.dumps`` accepts. NaN and
-    infinity become ``None``, because JSON cannot express them."""
+    """Turns a tree of dataclasses, enums, datetimes, paths and collections into values that ``json.dumps`` accepts. NaN
+    and infinity become ``None``, because JSON cannot express them. A value of any other type is returned as it is."""
     value_type = type(value)  # the exact types come first: they are the most frequent, and need no slow isinstance
     if value is None or value_type is str or value_type is int or value_type is bool:
         return value
@@ -31,7 +31,7 @@ def to_json(value: Any) -> Any:
         return value if math.isfinite(value) else None
     if value_type is tuple or value_type is list:
         return [to_json(item) for item in value]
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):  # an object, not the class itself
         return {name: to_json(getattr(value, name)) for name in _field_names(value_type)}  # type: ignore[arg-type]
     if isinstance(value, Enum):
         return value.value
@@ -41,7 +41,7 @@ def to_json(value: Any) -> Any:
         return value.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
     if isinstance(value, Mapping):
         return {str(key): to_json(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, (list, tuple)):  # of a subclass, such as a NamedTuple
         return [to_json(item) for item in value]
     return value
 
@@ -65,9 +65,9 @@ def status_from_json(document: Mapping[str, Any]) -> MeshState:
 
 def from_json(kind: type[T], value: Any) -> T:
     """Builds an object of the class ``kind`` from the result of ``to_json``. Ignores unknown keys, so that a newer
-    version can add keys.
+    version can add keys. A missing key gives its field's default.
 
-    Raises ``ValueError`` where a value is not of its field's type or a required field is missing.
+    Raises ``ValueError`` where a value is not of its field's type, or where a field without a default has no key.
     """
     try:
         result: T = _read(kind, value)
@@ -83,7 +83,8 @@ def _field_types(dataclass_type: type) -> dict[str, Any]:
 
 def _read(expected: Any, value: Any) -> Any:
     """Returns the JSON ``value`` as the type ``expected``: a class, or a generic such as ``str | None`` or
-    ``tuple[int, ...]``. Raises ``ValueError`` when the value does not fit."""
+    ``tuple[int, ...]``. Raises ``ValueError`` when the value does not fit. Any value fits ``Any``, and a generic that
+    has no branch below."""
     origin = get_origin(expected)
     if origin in (Union, types.UnionType):
         return _read_union(get_args(expected), value)
@@ -96,10 +97,10 @@ def _read(expected: Any, value: Any) -> Any:
     if isinstance(expected, type) and issubclass(expected, (datetime, PurePath)):
         text = _read(str, value)
         return _read_datetime(text) if issubclass(expected, datetime) else expected(text)
-    if expected is float and _has_json_type(value, int):
+    if expected is float and _has_json_type(value, int):  # in JSON, 1 and 1.0 are the same number
         try:
             return float(value)
-        except OverflowError as error:
+        except OverflowError as error:  # an integer of more than 308 digits
             raise ValueError("a number beyond all bounds") from error
     if isinstance(expected, type) and not _has_json_type(value, expected):
         raise ValueError(f"expected {expected.__name__}, got {value!r}")
@@ -114,7 +115,8 @@ def _has_json_type(value: Any, expected: type) -> bool:
 
 
 def _read_union(members: tuple[Any, ...], value: Any) -> Any:
-    """Returns the value as the first type of the union (``bool | str``) that fits."""
+    """Returns the value as the first type of the union (``bool | str``) that fits. Raises the ``ValueError`` of the
+    last type if no type fits. Null always gives ``None``: every union of our fields has ``None``."""
     if value is None:
         return None
     *others, last = [member for member in members if member is not type(None)]
@@ -127,8 +129,8 @@ def _read_union(members: tuple[Any, ...], value: Any) -> Any:
 
 
 def _read_tuple(members: tuple[Any, ...], value: Any) -> tuple[Any, ...]:
-    """Returns the JSON list as a tuple. ``members`` are the arguments of its type: of ``tuple[int, ...]`` or of
-    ``tuple[str, int]``."""
+    """Returns the JSON list as a tuple. ``members`` are the arguments of the tuple's type: ``(int, ...)`` for
+    ``tuple[int, ...]``, ``(str, int)`` for ``tuple[str, int]``."""
     if not isinstance(value, list):
         raise ValueError(f"expected a list, got {value!r}")  # noqa: TRY004  # ``from_json`` promises ValueError
     if members[1:] == (Ellipsis,):
@@ -139,9 +141,10 @@ def _read_tuple(members: tuple[Any, ...], value: Any) -> tuple[Any, ...]:
 
 
 def _read_dataclass(dataclass_type: Any, value: Any) -> Any:
-    """Builds the dataclass from a JSON object. A key that is missing gives the field's default."""
+    """Builds the dataclass from a JSON object. A missing key gives its field's default. Raises ``ValueError``, also for
+    a missing key whose field has no default."""
     if not isinstance(value, Mapping):
-        raise ValueError(f"expected an object, got {value!r}")  # noqa: TRY004
+        raise ValueError(f"expected an object, got {value!r}")  # noqa: TRY004  # ``from_json`` promises ValueError
     field_types = _field_types(dataclass_type)
     fields = {
         field.name: _read(field_types[field.name], value[field.name])

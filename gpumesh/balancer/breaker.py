@@ -42,7 +42,8 @@ class Breaker:
         return BreakerPhase.OPEN if now < self.open_until else BreakerPhase.HALF_OPEN
 
     def allows(self, now: float) -> bool:
-        """Whether a request may be sent to the node: while half-open, only one request at a time."""
+        """Whether a request may be sent to the node: any request while closed, none while open, and only one at a time
+        while half-open."""
         return self.open_until is None or (now >= self.open_until and not self.trial_in_flight)
 
     def record_start(self, now: float) -> Breaker:
@@ -56,8 +57,11 @@ class Breaker:
         return _CLOSED
 
     def record_failure(self, now: float) -> Breaker:
-        """The state after a request failed by the node's fault. A failed trial opens the breaker again, for twice as
-        long as before."""
+        """The state after a request failed by the node's fault.
+
+        ``THRESHOLD`` failures open a closed breaker. A failed trial opens the breaker again, for twice as long as
+        before. While the breaker is open, a failure is only counted: its request was sent before the breaker opened.
+        """
         failures = self.failures + 1
         if self.phase(now) is BreakerPhase.HALF_OPEN:
             open_s = min(self.open_s * 2, MAX_OPEN_S)
@@ -67,8 +71,8 @@ class Breaker:
         return replace(self, failures=failures)
 
     def forgive_failure(self, now: float) -> Breaker:
-        """The state with one failure less, because it was not the node's fault: another node failed at the same
-        request."""
+        """The state with one failure less. That failure was not the node's fault after all, because another node failed
+        at the same request."""
         failures = max(self.failures - 1, 0)
         if self.open_until is None:
             return replace(self, failures=failures)
@@ -78,8 +82,11 @@ class Breaker:
         return replace(self, failures=failures, open_until=min(self.open_until, now), trial_in_flight=False)
 
     def cancel_trial(self) -> Breaker:
-        """The state without a trial in flight, so that another request may be the trial. For a request that ended in a
-        way that proves nothing about the node (the client left, for example), or whose answer has begun."""
+        """The state without a trial in flight, so that another request may be the trial.
+
+        For a trial that ended in a way that proves nothing about the node (the client left, for example). Also for a
+        trial whose answer has begun: other requests need not wait for the end of this answer.
+        """
         return replace(self, trial_in_flight=False)
 
 

@@ -37,7 +37,7 @@ class ParallelLimit:
 def learn_limit(
     limit: ParallelLimit, *, waited_ms: float | None, total_ms: float | None, concurrent: int, now: float
 ) -> ParallelLimit:
-    """Returns the limit after one answer, which may have shown that more or fewer requests run in parallel.
+    """Returns the limit after one answer. It is ``limit`` itself if the answer shows nothing new.
 
     ``waited_ms`` is the part of ``total_ms`` in which the request waited inside the server. Both are the server's own
     durations, ``None`` if the server gave none. ``concurrent`` counts the requests that were in flight on the node when
@@ -47,11 +47,11 @@ def learn_limit(
         return limit
     has_waited = waited_ms > max(NOISE_MS, NOISE_SHARE * total_ms)
     exceeds_proven = concurrent > limit.proven
-    if has_waited and exceeds_proven:
+    if has_waited and exceeds_proven:  # one request more than the proven number was too many
         return ParallelLimit(limit.proven, now + CEILING_S)
     if has_waited:
         # Even the proven number is too high now: the server was restarted with fewer slots, or other clients use it.
         return ParallelLimit(max(limit.proven - 1, 1), now + CEILING_S)
-    if exceeds_proven:
+    if exceeds_proven:  # more requests than ever before have run together, and this one did not wait
         return replace(limit, proven=concurrent)
     return limit

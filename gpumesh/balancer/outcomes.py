@@ -113,7 +113,8 @@ def classify_status(status: int, *, model_asked: bool) -> Outcome:
     """The outcome that an HTTP status means. ``model_asked``: the request names a model, so 404 is about this model.
 
     Ollama answers 404 only for a model that it does not have. Ollama answers 503 when its queue is full, but so does a
-    server that starts or stops: therefore a 503 counts against the node."""
+    server that starts or stops: therefore a 503 counts against the node. Any other error status (400, 501 …) is an
+    answer about the request itself, which the client gets as it is."""
     if status < 400:
         return Outcome.SERVED
     if status == 404 and model_asked:

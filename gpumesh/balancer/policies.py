@@ -93,10 +93,12 @@ def predict_duration_s(candidate: Candidate, demand: Demand, *, queued_ahead: in
     slots = candidate.limit or max(queued_ahead + 1, 1)  # without a limit, all requests run at the same time
     concurrent = min(queued_ahead, slots - 1)  # the other requests that run at the same time as this one
     generation_s = tokens / rate * (1.0 + SLOWDOWN_PER_STREAM * concurrent)
-    # The requests ahead are taken to be as long as this one. ``slots`` of them end in each ``generation_s``.
+    # Before this request gets a slot, so many requests must end that ``slots - 1`` of those ahead are left. They are
+    # taken to be as long as this request, so ``slots`` of them end in each ``generation_s``.
     wait_s = max(queued_ahead - slots + 1, 0) / slots * generation_s
     load_s = 0.0
-    # A server that lists no models serves whatever it has loaded, so it loads nothing.
+    # The node loads the model if the request names one that is not in memory. A server that lists no models is the
+    # exception: it serves whatever it has loaded, so it loads nothing.
     if model is not None and candidate.models and model not in full_names(candidate.loaded):
         load_s = candidate.load_s.get(model, DEFAULT_LOAD_S)
     is_cached = demand.session is not None and demand.session in candidate.sessions
@@ -124,7 +126,7 @@ def _is_plausible(rate: float | None) -> TypeGuard[float]:
 def _rotate(candidates: Sequence[Candidate], turn: int) -> list[Candidate]:
     """Sorts the candidates by name, and then rotates the list: each turn begins with the next candidate."""
     ordered = sorted(candidates, key=lambda candidate: candidate.name)
-    start = turn % len(ordered) if ordered else 0
+    start = turn % len(ordered) if ordered else 0  # without candidates, % would divide by 0
     return ordered[start:] + ordered[:start]
 
 

@@ -24,6 +24,7 @@ def has_model(candidate: Candidate, model: str | None) -> bool:
     that the node is tried."""
     if model is None or candidate.models is None:
         return True
+    # The first test is only a shortcut: most clients write the name as the node lists it.
     return model in candidate.models or full_name(model) in full_names(candidate.models)
 
 
@@ -51,8 +52,8 @@ class Selection(msgspec.Struct, frozen=True):
 
 
 def select_candidates(candidates: Sequence[Candidate], demand: Demand, *, exclude: Collection[str] = ()) -> Selection:
-    """Finds the nodes that can serve this demand, with or without a free slot. ``exclude``: names of nodes to leave
-    out."""
+    """Finds the nodes that can serve this demand, with or without a free slot. For a demand that needs no slot, every
+    node counts as free. ``exclude``: names of nodes to leave out."""
     loads = group_loads(candidates)
     free: list[Candidate] = []
     busy: list[Candidate] = []
@@ -68,8 +69,8 @@ def select_candidates(candidates: Sequence[Candidate], demand: Demand, *, exclud
 
 
 def meets_demand(candidate: Candidate, demand: Demand) -> bool:
-    """Whether the node could serve the demand while it is usable and has a free slot: the node itself, the kind of its
-    server, and its models are the demanded ones."""
+    """Whether the node can serve the demand when it is usable and has a free slot: it is the named node if the demand
+    names one, its server is of a demanded kind, and it has the model."""
     is_allowed = demand.node is None or candidate.name == demand.node
     return is_allowed and candidate.kind in demand.kinds and has_model(candidate, demand.model)
 
@@ -94,6 +95,7 @@ def no_node_error(candidates: Sequence[Candidate], demand: Demand, *, exclude: C
     all_names = sorted(candidate.name for candidate in candidates)
     if demand.node is not None and demand.node not in all_names:
         return NoNodeError(f"there is no node {demand.node!r}", hint=f"the nodes are: {', '.join(all_names) or 'none'}")
+    # The node that the demand names, or all nodes if it names none.
     allowed = [candidate for candidate in candidates if demand.node in (None, candidate.name)]
     usable = [candidate for candidate in allowed if candidate.usable]
     if not usable:

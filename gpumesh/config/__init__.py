@@ -60,9 +60,9 @@ def parse(
 ) -> Topology:
     """Returns the topology of a mesh.yaml with this text, without reading files or the environment.
 
-    ``file`` is the file's name in messages. ``source`` is the absolute path of the file: relative paths in the text
-    start from its folder. Without ``resolve_alias`` an ``alias`` is used as the host's name. Raises ConfigError with
-    all problems.
+    ``file`` is the file's name in messages. ``env`` has the variables for ``${VAR}``, and ``home`` is the folder for
+    ``~``. ``source`` is the absolute path of the file: relative paths in the text start from its folder. Without
+    ``resolve_alias`` an ``alias`` is used as the host's name. Raises ConfigError with all problems.
     """
     from gpumesh.config.mesh_file import reader
 

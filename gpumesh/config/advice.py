@@ -68,7 +68,8 @@ def _check_variable(variable: str, key: str, node: str | None) -> Iterator[Findi
 
 
 def _check_alias(alias: str, ssh: SshSpec, node: str) -> Iterator[Finding]:
-    """Findings about a node's alias: unreadable, unknown, or with features that need the system's ssh."""
+    """Findings about a node's alias: unreadable, unknown, or with features that need the system's ssh. The last is only
+    for information if the node uses the system's ssh already."""
     try:
         settings = ssh_config.resolve_alias(alias, home=environment.home())
     except ValueError as error:
@@ -96,7 +97,7 @@ def _check_credentials(ssh: SshSpec, node: str) -> Iterator[Finding]:
         yield from _check_key_file(path, ssh, node)
     has_agent = ssh.agent and environment.ssh_auth_sock() is not None
     has_credentials = ssh.identity_files or has_agent or ssh.password_env
-    # The system's ssh may have others: keys and passwords that only its own configuration names.
+    # The system's ssh may have credentials that this file does not name: the keys of its own configuration.
     if not has_credentials and ssh.transport is not TransportKind.OPENSSH:
         message = "there is nothing to log in with: no key file, no SSH agent, no password"
         hint = "give `ssh.identity_file` or `ssh.password_env`, or start an agent and `ssh-add` a key"
@@ -104,7 +105,8 @@ def _check_credentials(ssh: SshSpec, node: str) -> Iterator[Finding]:
 
 
 def _check_key_file(path: Path, ssh: SshSpec, node: str) -> Iterator[Finding]:
-    """Findings about one key file of a node: unreadable, open to other users, a public key, on a security token."""
+    """Findings about one key file of a node: it is unreadable, other users can read it, it is a public key, or its
+    secret is on a security token, which transport sshtunnel cannot use."""
     try:
         mode = path.stat().st_mode
         kind = key_files.detect_key_kind(path)
@@ -132,21 +134,27 @@ def _check_host(ssh: SshSpec, node: str) -> Iterator[Finding]:
     if ssh.transport is TransportKind.OPENSSH and shutil.which("ssh") is None:
         message = "transport openssh needs the program ssh, which is not installed here"
         yield Finding("transport-unsupported", Severity.ERROR, node, message, "install OpenSSH's client")
-    is_strict = ssh.host_key_policy is HostKeyPolicy.STRICT
-    if is_strict and ssh.transport is TransportKind.SSHTUNNEL and not ssh.known_hosts.is_file():
+    # Policy accept-new needs no known key. The system's ssh also reads the keys in /etc/ssh/ssh_known_hosts.
+    needs_known_hosts = ssh.host_key_policy is HostKeyPolicy.STRICT and ssh.transport is TransportKind.SSHTUNNEL
+    if needs_known_hosts and not ssh.known_hosts.is_file():
         message = f"there is no {ssh.known_hosts} yet, so no host's key is known"
         hint = f"{paste_command('gpumesh trust {NODE}', NODE=node)} shows and records it"
         if ssh.proxy_jump:
             hint += ", and first those of the jump hosts"
         yield Finding("host-key-unknown", Severity.WARNING, node, message, hint)
-    if ssh.address_from is not None and shutil.which(ssh.address_from.command[0]) is None:
-        message = f"the program of address_from, {ssh.address_from.command[0]!r}, cannot be found or run"
-        yield Finding("address-from", Severity.ERROR, node, message, "give its whole path, and make it executable")
+    if ssh.address_from is not None:
+        program, *_ = ssh.address_from.command
+        if shutil.which(program) is None:
+            message = f"the program of address_from, {program!r}, cannot be found or run"
+            yield Finding("address-from", Severity.ERROR, node, message, "give its whole path, and make it executable")
 
 
 def _find_shared_servers(topology: Topology) -> Iterator[Finding]:
-    """Findings about nodes that name the same server: the balancer would send that server twice its share."""
-    nodes_by_server: dict[str, list[str]] = defaultdict(list)
+    """Findings about nodes that name the same server: the balancer would send that server twice its share.
+
+    A node whose address only `address_from` knows is left out.
+    """
+    nodes_by_server: dict[str, list[str]] = defaultdict(list)  # by the URL, and the host from which it is seen
     for node in topology.nodes:
         address_is_unknown = node.ssh is not None and node.ssh.address_from is not None
         if not node.enabled or address_is_unknown:

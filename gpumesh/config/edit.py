@@ -105,12 +105,12 @@ def _apply_edit(text: str, edit: Edit) -> str:
             return _insert_entry(text, parent, edit.path[depth:], edit)
         if depth == last_depth:
             return _replace_value(text, value, edit)
-        if _is_empty(value):
+        if _is_empty(value):  # ``expect:`` alone: there is no mapping whose form the new key could have
             raise CannotEdit(f"{_format_path(edit, depth)} has nothing behind it")
-        if not isinstance(value, yaml.MappingNode):
+        if not isinstance(value, yaml.MappingNode):  # an alias, for example
             raise CannotEdit(f"{_format_path(edit, depth)} is not written out there")
         parent = value
-    raise AssertionError("a path has at least one key")
+    raise AssertionError("the edit's path is empty")
 
 
 def _format_path(edit: Edit, depth: int) -> str:
@@ -144,12 +144,13 @@ def _is_empty(value: yaml.Node) -> bool:
 
 
 def _replace_value(text: str, value: yaml.Node, edit: Edit) -> str:
-    """Returns ``text`` with the edit's value in place of ``value``. Raises CannotEdit unless that is a plain value."""
-    if not isinstance(value, yaml.ScalarNode) or value.style in ("|", ">"):
-        raise CannotEdit(f"{_format_path(edit, len(edit.path))} is no plain value")
-    quoted = value.style == '"' and isinstance(edit.value, str)
-    new_value = yaml_text(str(edit.value)) if quoted else _format_value(edit.value)
-    if _is_empty(value):
+    """Returns ``text`` with the edit's value in place of ``value``. A text in double quotes gets double quotes again.
+    Raises CannotEdit if ``value`` is a list, a mapping or a block of text."""
+    if not isinstance(value, yaml.ScalarNode) or value.style in ("|", ">"):  # the styles of a block of text
+        raise CannotEdit(f"{_format_path(edit, len(edit.path) - 1)} is no plain value")
+    stays_quoted = value.style == '"' and isinstance(edit.value, str)
+    new_value = yaml_text(str(edit.value)) if stays_quoted else _format_value(edit.value)
+    if _is_empty(value):  # the new value comes directly behind the colon
         new_value = f" {new_value}"
     return text[: value.start_mark.index] + new_value + text[value.end_mark.index :]
 
@@ -157,7 +158,7 @@ def _replace_value(text: str, value: yaml.Node, edit: Edit) -> str:
 def _insert_entry(text: str, parent: yaml.MappingNode, path: tuple[str, ...], edit: Edit) -> str:
     """Returns ``text`` with the edit's value added to ``parent`` under the keys ``path``."""
     # A mapping in braces whose first key stands in double quotes is taken for JSON, and stays JSON.
-    first_key = parent.value[0][0] if parent.value else None
+    first_key, _ = parent.value[0] if parent.value else (None, None)
     as_json = bool(parent.flow_style) and first_key is not None and first_key.style == '"'
     entry = _format_entry(path, edit.value, as_json=as_json)
     # The comment may hold text from a host. A line break in it would end the comment. JSON has no comments.
@@ -178,15 +179,16 @@ def _format_entry(path: tuple[str, ...], value: str | int | bool, *, as_json: bo
 
 
 def _insert_into_flow(text: str, parent: yaml.MappingNode, entry: str, comment: str | None) -> str:
-    """Returns ``text`` with ``entry`` added to the mapping ``parent``, which is written in braces."""
+    """Returns ``text`` with ``entry`` added to the mapping ``parent``, which is written in braces: at its end, with the
+    comment behind the brace, or else at its start, without the comment."""
     start, end = parent.start_mark.index, parent.end_mark.index
     if not parent.value:
         return f"{text[:start]}{{ {entry} }}{_add_comment(text[end:], comment)}"
     _, last_value = parent.value[-1]
     last_value_end = last_value.end_mark.index
-    before_closing_brace = text[last_value_end : end - 1]
+    before_closing_brace, closing_brace = text[last_value_end : end - 1], text[end - 1]
     if not before_closing_brace.strip():
-        with_entry = f"{text[:last_value_end]}, {entry}{before_closing_brace}{text[end - 1]}"
+        with_entry = f"{text[:last_value_end]}, {entry}{before_closing_brace}{closing_brace}"
         return with_entry + _add_comment(text[end:], comment)
     # A comma or a comment follows the last value, so the entry cannot be added there. At the start it always can.
     after_opening_brace = text[start + 1 :]
@@ -198,7 +200,7 @@ def _insert_into_flow(text: str, parent: yaml.MappingNode, entry: str, comment: 
 def _insert_into_block(text: str, parent: yaml.MappingNode, entry: str, comment: str | None) -> str:
     """Returns ``text`` with ``entry`` on a line of its own, after the last line of the block mapping ``parent``."""
     leaf = _find_last_leaf(parent)
-    if isinstance(leaf, yaml.ScalarNode) and leaf.style in ("|", ">"):
+    if isinstance(leaf, yaml.ScalarNode) and leaf.style in ("|", ">"):  # the new line could become a part of the text
         raise CannotEdit("the entry ends in a block of text")
     line_break = _LINE_BREAK.search(text, leaf.end_mark.index)
     line_end = len(text) if line_break is None else line_break.start()
@@ -235,7 +237,8 @@ def _format_value(value: str | int | bool) -> str:
     if isinstance(value, int):
         return str(value)
     has_plain_characters = all(character.isalnum() or character in " ._/+-()@" for character in value)
-    begins_plainly = value[:1].isalnum() and value == value.strip()
-    if has_plain_characters and begins_plainly and yaml.safe_load(value) == value:
+    has_plain_ends = value[:1].isalnum() and value == value.strip()
+    # The last condition is for a text such as ``12`` or ``true``: YAML would read a number or a truth value.
+    if has_plain_characters and has_plain_ends and yaml.safe_load(value) == value:
         return value
     return yaml_text(value)

@@ -34,9 +34,10 @@ def variables() -> dict[str, str]:
 def child_environment(changes: Mapping[str, str | None] | None = None) -> dict[str, str]:
     """Returns the environment for a program that we start: ours without the secrets that mesh.yaml names.
 
-    ``changes`` has new values of variables; ``None`` removes a variable. All processes of the same user can read the
-    environment of a process in /proc. It appears in crash reports, and the children of the process inherit it. No
-    program that we start needs our secrets from its environment.
+    No such program needs our secrets, and an environment is no safe place for them: all processes of the same user can
+    read it in /proc, crash reports show it, and the program's own children inherit it.
+
+    ``changes`` has new values of variables; ``None`` removes a variable.
     """
     withheld = credentials.withheld_variables()
     child_variables = {name: value for name, value in os.environ.items() if name not in withheld}
@@ -110,7 +111,11 @@ def home() -> Path:
 
 
 def config_dir() -> Path:
-    """The folder for our configuration on this platform. The folder may not exist."""
+    """The folder for our configuration. The folder may not exist.
+
+    It is ``$XDG_CONFIG_HOME/gpumesh``, else ``~/.config/gpumesh``. On macOS, the latter is used only if it exists, and
+    else ``~/Library/Application Support/gpumesh``. On Windows it is in APPDATA.
+    """
     if sys.platform == "win32":
         return Path(get("APPDATA") or home() / "AppData" / "Roaming") / _APP
     if (xdg_folder := _absolute_path("XDG_CONFIG_HOME")) is not None:
@@ -139,15 +144,17 @@ def runtime_dir() -> Path:
 def runtime_dirs() -> tuple[Path, ...]:
     """The existing, private folders that ``runtime_dir`` may have returned for this user.
 
-    There can be two folders: a service or a cron job has no XDG_RUNTIME_DIR, while the same user's shell has.
+    There can be two folders: a service or a cron job has no XDG_RUNTIME_DIR, while the same user's shell has. On
+    Windows, which has no such shared folders, the result is empty.
     """
     if sys.platform == "win32":
         return ()
+    # Without the variable, we look at the folder that systemd gives to the user's other sessions.
     base = _absolute_path("XDG_RUNTIME_DIR") or Path(f"/run/user/{os.geteuid()}")
     candidates = (base / _APP, Path("/tmp") / f"{_APP}-{os.geteuid()}")  # noqa: S108 - checked below
     folders = []
     for folder in candidates:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # the folder does not exist
             if _privacy_problem(folder.lstat()) is None:
                 folders.append(folder)
     return tuple(folders)
@@ -166,7 +173,7 @@ def state_dir() -> Path:
         return _make_private(home() / "Library" / "Application Support" / _APP)
     try:
         return _make_private(home() / ".local" / "state" / _APP)
-    except GPUMeshError:
+    except GPUMeshError:  # the home cannot be written to
         return _make_private(runtime_dir() / "state")
 
 
@@ -197,7 +204,7 @@ def _make_private(folder: Path) -> Path:
         with contextlib.suppress(FileExistsError):
             folder.mkdir(mode=0o700)
         status = folder.lstat()
-        if sys.platform == "win32":
+        if sys.platform == "win32":  # the folder is in the user's own profile, which Windows keeps private
             return folder
         problem = _privacy_problem(status)
         others_have_rights = bool(stat.S_IMODE(status.st_mode) & 0o077)

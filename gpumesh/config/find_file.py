@@ -80,7 +80,7 @@ def _refuse_untrusted(local_file: Path) -> None:
 
 
 def _resolve_file(path: Path, origin: str) -> Path:
-    """Returns the resolved path of an existing file. Raises UsageError when ``path`` is not a file.
+    """Returns the resolved path of an existing file. Raises UsageError when ``path`` is a folder or does not exist.
 
     ``origin`` follows the file's name in the error's message: it says where that name comes from.
     """

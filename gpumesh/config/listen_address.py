@@ -41,17 +41,19 @@ def parse_listen_option(text: str, *, api_key_env: str | None) -> ListenAddresse
     """Parses ``HOST:PORT``, ``PORT``, ``unix:PATH``, or an address and ``unix:PATH`` with a comma between them. Raises
     UsageError as ``parse_listen_address`` does."""
     address, separator, path = text.partition(f",{UNIX_PREFIX}")
-    if not separator:
+    if not separator:  # HOST:PORT alone, or unix:PATH alone
         if not text.startswith(UNIX_PREFIX):
-            return ListenAddresses(*parse_listen_address(text, api_key_env=api_key_env), None)
+            host, port = parse_listen_address(text, api_key_env=api_key_env)
+            return ListenAddresses(host, port, socket=None)
         address, path = "", text.removeprefix(UNIX_PREFIX)
     try:
         socket = Path(check_socket_path(path)).expanduser().absolute()
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError) as error:  # RuntimeError: there is no home folder for ``~``
         raise UsageError(f"{text[:80]!r} {error}") from error
     if not address:
         return ListenAddresses(None, 0, socket)
-    return ListenAddresses(*parse_listen_address(address, api_key_env=api_key_env), socket)
+    host, port = parse_listen_address(address, api_key_env=api_key_env)
+    return ListenAddresses(host, port, socket)
 
 
 def parse_listen_entry(text: str) -> tuple[str, int] | str:
@@ -90,7 +92,8 @@ def parse_listen_address(text: str, *, api_key_env: str | None) -> tuple[str, in
 
 
 def require_key_beyond_loopback(host: str, *, api_key_env: str | None) -> None:
-    """Raises UsageError for an address that other machines can reach when no API key is required."""
+    """Raises UsageError if other machines can reach ``host`` and no variable holds an API key that clients must
+    send."""
     if api_key_env is None and not is_loopback(host):
         raise UsageError(f"listening on {host} {OPEN_LISTEN_MESSAGE}", hint=OPEN_LISTEN_HINT)
 
@@ -98,7 +101,7 @@ def require_key_beyond_loopback(host: str, *, api_key_env: str | None) -> None:
 def split_host_port(text: str) -> tuple[str, int]:
     """Splits ``HOST:PORT`` or ``PORT`` into the host and the port. Brackets around an IPv6 address are removed.
 
-    Raises ValueError whose text completes a sentence that begins with the value.
+    ``PORT`` alone gives ``DEFAULT_HOST``. Raises ValueError whose text completes a sentence that begins with the value.
     """
     match = _HOST_PORT.fullmatch(text.strip())
     if match is None:

@@ -9,7 +9,8 @@ def describe_terminal_proxy(host: str) -> str | None:
     """Returns a sentence if ``host`` is a provider's proxy that gives people a terminal and forwards no ports; else
     ``None``.
 
-    RunPod offers two kinds of SSH access to each pod. Its page shows this proxy first: ``PODID-HASH@ssh.runpod.io``.
+    RunPod offers two kinds of SSH access to each pod: such a proxy, and a port of the pod itself, which allows
+    forwarding. RunPod's page shows the address of the proxy first, so people copy it: ``PODID-HASH@ssh.runpod.io``.
     """
     host = host.rstrip(".").lower()
     if host == "ssh.runpod.io" or host.endswith(".ssh.runpod.io"):

@@ -38,8 +38,8 @@ class _Dumper(yaml.SafeDumper):
 
 
 def _gateway_entries(spec: GatewaySpec) -> dict[str, Any]:
-    """Returns the section ``gateway`` of mesh.yaml, without keys that have no value. So do the functions below for the
-    other sections."""
+    """Returns the section ``gateway`` of mesh.yaml, without keys that have no value. The functions below return the
+    other sections in the same way."""
     listen: list[str] = []
     if spec.host is not None:
         listen.append(format_address(spec.host, spec.port))
@@ -80,7 +80,7 @@ def _node_entries(node: NodeSpec) -> dict[str, Any]:
 def _ssh_entries(spec: SshSpec) -> dict[str, Any]:
     entries = _drop_empty(
         {
-            "host": spec.host or None,
+            "host": spec.host or None,  # empty if only ``address_from`` knows the host
             "alias": spec.alias,
             "port": spec.port,
             "user": spec.user,
@@ -130,9 +130,9 @@ def _drop_empty(entries: dict[str, Any]) -> dict[str, Any]:
 
 
 def _mask_and_escape(value: Any) -> Any:
-    """Returns the value with secrets masked and ``${`` escaped in all its strings, in lists and mappings too."""
+    """Returns the value with secrets masked and ``${`` escaped in all its strings, also inside lists and mappings."""
     if isinstance(value, str):
-        return mask_secrets(value).replace("${", "$${")  # "${" would be read back as a variable
+        return mask_secrets(value).replace("${", "$${")  # the reader of mesh.yaml would expand "${" as a variable
     if isinstance(value, list):
         return [_mask_and_escape(member) for member in value]
     if isinstance(value, dict):

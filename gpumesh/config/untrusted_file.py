@@ -34,9 +34,10 @@ def untrusted_reason(path: Path) -> str | None:
 
 
 def _trusted_users() -> frozenset[int]:
-    """The user ids of our user, of root, and of the user who became root by sudo."""
+    """The user ids of our user, of root, and of the user who became root by sudo: with `sudo gpumesh`, the mesh.yaml is
+    usually that user's own file."""
     trusted = {0, os.geteuid()}
-    if os.geteuid() == 0:
+    if os.geteuid() == 0:  # only for root: any other user could set SUDO_UID to any number
         sudo_uid = environment.get("SUDO_UID") or ""
         if sudo_uid.isascii() and sudo_uid.isdecimal():
             trusted.add(int(sudo_uid))
@@ -44,12 +45,13 @@ def _trusted_users() -> frozenset[int]:
 
 
 def _follow_links(path: Path) -> Iterator[Path]:
-    """Yields ``path``. While the last path is a link, yields the path that the link leads to."""
+    """Yields ``path``. While the last path is a link, yields the path that the link leads to, ``MAX_LINKS`` paths at
+    most: links may form a circle."""
     for _ in range(MAX_LINKS):
         yield path
         if not path.is_symlink():
             return
-        path = path.parent / path.readlink()
+        path = path.parent / path.readlink()  # an absolute target replaces ``path.parent``
 
 
 def _folder_problem(folder: Path, trusted: frozenset[int]) -> str | None:

@@ -63,9 +63,10 @@ def parse_weight(text: str) -> float:
 
 
 def check_range(number: _N, minimum: _N, maximum: _N, format_number: Callable[[_N], str]) -> _N:
-    """Returns ``number`` if it is from ``minimum`` to ``maximum``. ``format_number`` writes the two for the message."""
+    """Returns ``number`` if it is from ``minimum`` to ``maximum``, both included. ``format_number`` writes these two
+    for the message."""
     if not minimum <= number <= maximum:
-        if minimum == maximum:
+        if minimum == maximum:  # as for the key ``version``
             raise ValueError(f"is not {format_number(minimum)}, which is all that is known here")
         raise ValueError(f"is not between {format_number(minimum)} and {format_number(maximum)}")
     return number
@@ -104,7 +105,7 @@ def format_duration(seconds: float) -> str:
 def parse_host(text: str) -> str:
     """Returns the host name or address. Brackets around an IPv6 address are removed; a zone (``%eth0``) stays."""
     bare = text[1:-1] if text.startswith("[") and text.endswith("]") else text
-    if ":" in bare:
+    if ":" in bare:  # an IPv6 address, or a mistake
         address, _, zone = bare.partition("%")
         try:
             ipaddress.IPv6Address(address)
@@ -189,7 +190,8 @@ def check_argv(arguments: Sequence[str]) -> tuple[str, ...]:
 
 
 def parse_url(text: str) -> Target:
-    """Returns the server's address in ``http://host[:port][/path]``, or in the same with https.
+    """Returns the server's address in ``http://host[:port][/path]``, or in the same with https. Without a port, the
+    port is 80 or 443.
 
     A trailing ``/v1`` is removed: gpumesh adds the path of the API itself.
     """
@@ -232,7 +234,8 @@ def parse_redis_url(text: str) -> str:
 
 
 def parse_origin(text: str) -> str:
-    """Returns ``text`` if it is an Origin as browsers send it (scheme, host, port), or ``*``, which is every page."""
+    """Returns ``text`` if it is an Origin as browsers send it (``https://app.example.com:8443``), or ``*``, which
+    stands for every page."""
     if text == "*" or re.fullmatch(r"[a-z][a-z0-9+.-]*://[A-Za-z0-9._\[\]:-]+", text):
         return text
     raise ValueError("is not an origin: write it like https://app.example.com, without a path")

@@ -18,8 +18,8 @@ MAX_LOAD = 1_000_000
 
 
 def encode_loads(gateway: str, loads: Mapping[str, int], *, leaving: bool = False) -> bytes:
-    """Returns the message with the loads of ``gateway``. ``leaving``: the gateway ends, so the others forget its
-    loads."""
+    """Returns the message with the loads of ``gateway``, without those of 0: a missing key means 0. ``leaving``: the
+    gateway ends, so the others forget its loads."""
     busy = {key: count for key, count in loads.items() if count > 0}
     return json.dumps({"v": VERSION, "gateway": gateway, "loads": busy, "leaving": leaving}).encode()
 
@@ -46,7 +46,7 @@ def decode_loads(data: bytes) -> tuple[str, dict[str, int], bool]:
 
 
 def _is_count(value: object) -> bool:
-    """Whether the value is a whole number from 0 to ``MAX_LOAD``."""
+    """Whether the value is a whole number from 0 to ``MAX_LOAD``. A bool is none, although it is an int in Python."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_LOAD
 
 
@@ -65,9 +65,10 @@ class Peers:
         return f"<Peers {len(self._loads)} known>"
 
     def receive(self, data: bytes, now: float) -> bool:
-        """Takes a message of any gateway. Returns whether the message has changed a load.
+        """Takes a message of any gateway. Returns whether the message has changed a load; a gateway that was not known
+        counts as a change.
 
-        A message that cannot be read, or that has another version, is ignored.
+        A message is ignored if it cannot be read, has another version, or is from this gateway itself.
         """
         try:
             gateway, loads, leaving = decode_loads(data)
@@ -78,7 +79,7 @@ class Peers:
         old_entry = self._loads.pop(gateway, None)  # so that the new entry comes last
         if leaving:
             return old_entry is not None
-        while len(self._loads) >= MAX_PEERS:
+        while len(self._loads) >= MAX_PEERS:  # the gateway that has been silent for the longest time makes room
             earliest_gateway = next(iter(self._loads))
             del self._loads[earliest_gateway]
         self._loads[gateway] = (loads, now)

@@ -113,7 +113,7 @@ class RedisCoordination:
             password=self._password(),
             socket_connect_timeout=CONNECT_TIMEOUT_S,
             socket_timeout=ANSWER_TIMEOUT_S,
-            retry_on_timeout=False,
+            retry_on_timeout=False,  # ``_stay_connected`` tries again, and reports the problem meanwhile
             client_name=f"gpumesh-{self._name}",
         )
         async with contextlib.AsyncExitStack() as stack:
@@ -128,19 +128,19 @@ class RedisCoordination:
                 await self._receive_messages(subscription)
 
     async def _send_messages(self, client: redis.Redis) -> None:
-        """Sends this gateway's loads at each change and at each heartbeat. At the end sends a message that this gateway
-        leaves."""
+        """Sends this gateway's loads at each change and at each heartbeat, until it is cancelled or Redis fails. At the
+        end sends a message that this gateway leaves, if Redis still takes it."""
         try:
             while True:
                 self._own_loads_changed.clear()
                 await client.publish(CHANNEL, encode_loads(self._name, self._own_loads))
                 raise_if_cancelled()
                 await asyncio.sleep(MIN_INTERVAL_S)
-                with contextlib.suppress(TimeoutError):
+                with contextlib.suppress(TimeoutError):  # no change for so long: a heartbeat is due
                     async with asyncio.timeout(HEARTBEAT_S):
                         await self._own_loads_changed.wait()
         finally:
-            with contextlib.suppress(RedisError, OSError, TimeoutError):
+            with contextlib.suppress(RedisError, OSError, TimeoutError):  # usually the connection has just been lost
                 async with asyncio.timeout(ANSWER_TIMEOUT_S):
                     await client.publish(CHANNEL, encode_loads(self._name, {}, leaving=True))
 
@@ -152,13 +152,14 @@ class RedisCoordination:
                 message = await subscription.get_message(timeout=None)
                 # Hundreds of messages may come together, and ``get_message`` would then hold up the event loop.
                 await asyncio.sleep(0)
-            data = message.get("data") if message is not None else None
+            data = message.get("data") if message is not None else None  # None: the subscription is confirmed
             raise_if_cancelled()
             if isinstance(data, bytes) and self._peers.receive(data, self._clock()):
                 self._on_change()
 
     def _record_problem(self, problem: str) -> None:
-        """Sets ``problem``, and forgets the loads of the others: they are not known any more."""
+        """Sets ``problem``, and forgets the loads of the others: they are not known any more. Does nothing if the
+        problem is the same as before."""
         if self.problem != problem:
             self.problem = problem
             self._peers.forget_all()
@@ -166,9 +167,13 @@ class RedisCoordination:
 
 
 def _describe_failure(group: BaseExceptionGroup[BaseException]) -> str:
-    """Returns the first error of the group, as one line. redis-py's messages name host and port, never the password."""
+    """Returns the first error of the group, as one line. redis-py's messages name host and port, never the password.
+
+    The text of an error that is neither redis-py's, nor the system's, nor ours would tell a person nothing: such an
+    error comes from a server that is no Redis.
+    """
     error: BaseException = group
-    while isinstance(error, BaseExceptionGroup):
+    while isinstance(error, BaseExceptionGroup):  # a group may hold groups
         error = error.exceptions[0]
     if not isinstance(error, (RedisError, OSError, GPUMeshError)):
         return f"it does not answer as Redis does ({type(error).__name__})"

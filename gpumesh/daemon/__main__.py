@@ -76,7 +76,7 @@ def main() -> int:
     except GPUMeshError as error:
         ready.send(messages.message_from_error(error))
         return int(error.exit_code)
-    except asyncio.CancelledError:  # a third signal came
+    except asyncio.CancelledError:  # a third signal came (``handle_signals``)
         return int(ExitCode.INTERRUPTED)
     except BaseExceptionGroup as group:
         # The mesh's task groups wrap their errors. The parent shows them in one line; the log has their traces.
@@ -86,13 +86,13 @@ def main() -> int:
         )
         return int(ExitCode.FAILED)
     except Exception as error:
-        ready.send(messages.Error("failed", f"the mesh could not start: {_describe_error(error)}", ""))
+        ready.send(messages.Error("failed", f"the mesh could not start: {_describe_error(error)}", hint=""))
         raise  # the trace goes to our stderr, which the parent keeps in a file
     return int(ExitCode.OK)
 
 
 def _describe_error(error: BaseException) -> str:
-    """Returns the error in one line; for a group, each of its errors once."""
+    """Returns the error in one line; for a group, its errors one after the other, without repetitions."""
     if isinstance(error, BaseExceptionGroup):
         return "; ".join(dict.fromkeys(_describe_error(inner) for inner in error.exceptions))
     if isinstance(error, OSError) and error.strerror:

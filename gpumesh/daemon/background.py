@@ -36,7 +36,8 @@ def start_background(paths: MeshPaths, options: UpOptions, *, ready_timeout_s: f
     """
     paths.log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     reader, writer = os.pipe()
-    with os.fdopen(reader, "rb", 0) as ready_pipe, paths.stderr_log.open("wb") as stderr_file:
+    # buffering=0: ``_read_ready_message`` reads from the descriptor itself.
+    with os.fdopen(reader, "rb", buffering=0) as ready_pipe, paths.stderr_log.open("wb") as stderr_file:
         try:
             process = subprocess.Popen(
                 _daemon_command(paths.config, options, writer),
@@ -48,7 +49,7 @@ def start_background(paths: MeshPaths, options: UpOptions, *, ready_timeout_s: f
                 # The process inherits our whole environment, from which the mesh reads its secrets.
             )
         finally:
-            os.close(writer)
+            os.close(writer)  # the process has its own; while ours is open too, the pipe would not end with the process
         try:
             report = _read_ready_message(ready_pipe.fileno(), ready_timeout_s)
             if isinstance(report, messages.Error):
@@ -87,8 +88,8 @@ def _read_ready_message(descriptor: int, timeout_s: float) -> messages.ControlRe
 
 
 def _no_report_error(process: subprocess.Popen[bytes], paths: MeshPaths, timeout_s: float) -> GPUMeshError:
-    """Returns the error for a process that has sent no message, because it is slow or has ended. If it has ended, the
-    error has the last line of its stderr."""
+    """Returns the error for a process that has sent no message, because it is slow or has ended. If the process has
+    ended, the error names its exit status and has the last line of its stderr."""
     with suppress(subprocess.TimeoutExpired):
         process.wait(STATUS_WAIT_S)
     if process.returncode is None:
@@ -122,7 +123,7 @@ async def stop_background(
     """
     watch = LockWatch.open(paths)
     if watch is None:
-        raise MeshNotRunning("no mesh is running for this configuration", hint="")
+        raise MeshNotRunning("no mesh is running for this configuration", hint="")  # not the usual hint to start one
     with watch:
         if watch.remove_if_stale(paths):
             leftovers.remove_leftovers()
@@ -134,7 +135,7 @@ async def stop_background(
                 if not was_requested:  # the control socket does not answer, but a signal reaches the process
                     _signal_owner(watch, pid, signal.SIGTERM)
                 await _wait_unlocked(watch)
-        except TimeoutError:
+        except TimeoutError:  # the process hangs, or cannot close its tunnels
             _signal_owner(watch, pid, signal.SIGKILL)
             await _wait_unlocked(watch)
             watch.remove_if_stale(paths)

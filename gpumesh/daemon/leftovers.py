@@ -33,7 +33,7 @@ def remove_leftovers() -> None:
 
 
 def _remove_stale_mesh(folder: Path) -> None:
-    """Removes the runtime folder of a mesh whose process has ended."""
+    """Removes the runtime folder of a mesh if its process has ended. A file that cannot be removed stays."""
     log = environment.state_dir() / "logs" / f"{folder.name}.jsonl"
     paths = MeshPaths(config=folder, folder=folder, log=log)  # its mesh.yaml is not known, and not needed here
     with contextlib.suppress(OSError, GPUMeshError):

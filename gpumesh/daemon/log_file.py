@@ -53,7 +53,8 @@ class _PrivateFileHandler(logging.handlers.RotatingFileHandler):
 
 
 def start_log(path: Path) -> logging.Handler:
-    """Sends everything that gpumesh and asyncio log in this process to this file, until ``stop_log``."""
+    """Sends everything that gpumesh and asyncio log in this process to this file, until ``stop_log`` gets the returned
+    handler."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     handler = _PrivateFileHandler(
         path, maxBytes=ROTATE_BYTES, backupCount=ROTATED_FILES, encoding="utf-8", errors="backslashreplace"
@@ -63,7 +64,7 @@ def start_log(path: Path) -> logging.Handler:
     logger.setLevel(logging.INFO)
     logger.addHandler(handler)
     logging.getLogger("asyncio").addHandler(handler)
-    logger.propagate = False
+    logger.propagate = False  # a handler of the root logger could write the same lines into the table on the terminal
     return handler
 
 

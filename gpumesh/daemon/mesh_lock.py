@@ -121,7 +121,7 @@ class LockWatch:
         """Removes the mesh's files if no process holds the lock. Returns False if a process holds it."""
         if not file_lock.try_acquire(self._descriptor):
             return False
-        if _is_file_at(self._descriptor, paths.lock):
+        if _is_file_at(self._descriptor, paths.lock):  # otherwise the files at these paths belong to a newer mesh
             paths.remove_files()
         file_lock.release(self._descriptor)
         return True

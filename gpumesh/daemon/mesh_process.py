@@ -96,19 +96,22 @@ def _run_until_closed(stack: AsyncExitStack, work: Coroutine[Any, Any, None], *,
 
     async def cancel() -> None:
         task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
+        await asyncio.gather(task, return_exceptions=True)  # an error of the task must not stop the closing
 
     stack.push_async_callback(cancel)
 
 
 def _remove_files(paths: MeshPaths, lock: MeshLock | None) -> None:
-    """Removes the mesh's files, unless another mesh owns them by now."""
+    """Removes the mesh's files, unless another mesh owns them by now. Without ``lock`` this is not checked."""
     if lock is None or lock.still_owns(paths):
         paths.remove_files()
 
 
 def _log_failure(_kind: type[BaseException] | None, error: BaseException | None, _trace: TracebackType | None) -> None:
-    """Writes the error that ends the mesh into its log. An exit callback, which runs while the log is still open."""
+    """Writes the error that ends the mesh into its log. An exit callback, which runs while the log is still open.
+
+    A cancellation, the usual end, is not logged. The error goes on: an exit callback that returns None stops no error.
+    """
     if isinstance(error, GPUMeshError):
         log.error("the mesh ends: %s", error.message, extra={"event": "failed", "node": error.node})
     elif isinstance(error, Exception):

@@ -51,7 +51,7 @@ class MeshPaths:
             )
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self.folder.chmod(0o700)
+            self.folder.chmod(0o700)  # if the folder existed already, ``mkdir`` has left its mode as it was
         except OSError as error:
             raise GPUMeshError(
                 f"cannot use the runtime folder {self.folder}: {error.strerror}",
@@ -80,6 +80,7 @@ class MeshPaths:
 def for_config(config: Path) -> MeshPaths:
     """Returns the paths for the mesh.yaml ``config``. A relative path or a link to the file gives the same paths."""
     resolved = config.resolve()
+    # Only 16 digits of the hash, because the path of a Unix socket may not be long.
     key = hashlib.sha256(str(resolved).encode("utf-8", "surrogateescape")).hexdigest()[:16]
     return MeshPaths(
         config=resolved,

@@ -48,7 +48,8 @@ class Shutdown:
             self._requested.set()
 
     def request_within(self, drain_s: float) -> None:
-        """As ``request``. But if a stop was requested before, ends its draining ``drain_s`` seconds from now."""
+        """As ``request``. But if a stop was requested before, ends its draining ``drain_s`` seconds from now, unless it
+        ends earlier."""
         if self._requested.is_set():
             asyncio.get_running_loop().call_later(max(drain_s, 0.0), self.force)
         else:
@@ -66,9 +67,10 @@ class Shutdown:
 
 def handle_signals(stop: Shutdown, numbers: Iterable[signal.Signals] = STOP_SIGNALS) -> None:
     """Makes signals request the stop: the first drains, the second forces, the third cancels the current task and ends
-    the process soon after.
+    the process ``EXIT_TIMEOUT_S`` later.
 
-    SIGHUP counts only as the first signal: when a window is closed, both the terminal and the shell send SIGHUP.
+    SIGHUP counts only as the first signal: when a window is closed, both the terminal and the shell send SIGHUP, and
+    the second one must not cut the requests in flight.
     """
     task = asyncio.current_task()
     assert task is not None
@@ -84,7 +86,7 @@ def handle_signals(stop: Shutdown, numbers: Iterable[signal.Signals] = STOP_SIGN
             stop.force()
         else:
             task.cancel()
-            loop.call_later(EXIT_TIMEOUT_S, os._exit, 128 + number)
+            loop.call_later(EXIT_TIMEOUT_S, os._exit, 128 + number)  # the exit status of a process that a signal ends
 
     for number in numbers:
         loop.add_signal_handler(number, handle, number)

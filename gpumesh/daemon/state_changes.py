@@ -64,13 +64,15 @@ def _tunnel_change(node: str, old: TunnelState | None, new: TunnelState) -> Iter
 
 
 def _is_repeated_attempt(old: TunnelState, new: TunnelState) -> bool:
-    """Whether the change is one more attempt to reach a host that is away, or its failure for the same reason.
+    """Whether the change is one more attempt to reach a host that is away, or the failure of such an attempt for the
+    same reason as before.
 
     All these attempts are one event. A failure for a new reason is another event.
     """
-    if new.state is TunnelPhase.CONNECTING:
+    if new.state is TunnelPhase.CONNECTING:  # an attempt begins
         return old.state in (TunnelPhase.BACKOFF, TunnelPhase.FAILED)
     has_failed = old.state is TunnelPhase.CONNECTING and new.state is not TunnelPhase.UP
+    # While a tunnel connects, it keeps the error of the attempt before.
     return has_failed and old.last_error == new.last_error
 
 

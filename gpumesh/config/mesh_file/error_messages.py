@@ -80,7 +80,8 @@ def quote_value(text: str) -> str:
 def did_you_mean(word: str, choices: Iterable[str]) -> str | None:
     """Returns the choice that is most similar to ``word``; ``None`` if no choice is similar."""
     choice_by_form = {_normalize_key(choice): choice for choice in choices}
-    similar_forms = difflib.get_close_matches(_normalize_key(word[:64]), choice_by_form, n=1, cutoff=0.6)
+    short_word = word[:64]  # the comparison takes long for a long word
+    similar_forms = difflib.get_close_matches(_normalize_key(short_word), choice_by_form, n=1, cutoff=0.6)
     return choice_by_form[similar_forms[0]] if similar_forms else None
 
 
@@ -92,7 +93,8 @@ def not_one_of(text: str, choices: list[str]) -> str:
 
 
 def _translate(error_type: str, path: KeyPath, context: Mapping[str, Any], message: str, tree: Value) -> Fault:
-    """Returns the fault for one error of pydantic: its type, path, context and message. ``tree`` is the file."""
+    """Returns the fault for one error of pydantic, which has a type, a path, a context and a message. ``tree`` is the
+    file. A type that is not known here gives pydantic's own message."""
     steps, key_position, value = follow_path(tree, path)
     if error_type == "extra_forbidden":
         return Fault(_explain_unknown_key(path), key_position, path)
@@ -105,11 +107,13 @@ def _translate(error_type: str, path: KeyPath, context: Mapping[str, Any], messa
         subject = "this" if isinstance(reason, SensitiveError) else _subject(value)
         return Fault(f"{subject} {reason}", value.position, path)
     if error_type == "enum" and isinstance(value, ScalarValue) and value.text is not None:
-        return Fault(not_one_of(value.text, re.findall(r"'([^']*)'", context["expected"])), value.position, path)
+        choices = re.findall(r"'([^']*)'", context["expected"])  # "'strict' or 'accept-new'"
+        return Fault(not_one_of(value.text, choices), value.position, path)
     if error_type == "bool_parsing":
         return Fault(f"{_subject(value)} is neither true nor false", value.position, path)
     if error_type in _EXPECTED_PHRASES:
-        example = _EXAMPLES.get(str(path[-1])) if path and error_type == "model_type" else None
+        is_plain_section = bool(path) and error_type == "model_type"  # a section that is no mapping
+        example = _EXAMPLES.get(str(path[-1])) if is_plain_section else None
         such_as = f"; such as `{example}`" if example is not None else ""
         message = f"{_EXPECTED_PHRASES[error_type]} expected here, not {_describe_value(value)}{such_as}"
         return Fault(message, value.position, path)
@@ -122,7 +126,7 @@ def _subject(value: Value) -> str:
 
 
 def _describe_value(value: Value) -> str:
-    """Returns the value as a sentence names it that expects another kind of value."""
+    """Returns words for the kind of the value, for a sentence that ends with "not a list" or the like."""
     if isinstance(value, ScalarValue):
         return "nothing" if value.text is None else f"the text {quote_value(value.text)}"
     if isinstance(value, ListValue):
@@ -147,7 +151,7 @@ def _explain_unknown_key(path: KeyPath) -> str:
         )
     message = f"unknown key {quote_value(unknown_key)}"
     guess = _SYNONYMS.get(normal_form)
-    if guess not in known_keys:
+    if guess not in known_keys:  # there is no synonym, or it belongs under another section
         guess = did_you_mean(unknown_key, known_keys)
     if guess is not None:
         return f"{message}; did you mean {guess}?"
@@ -158,9 +162,11 @@ def _explain_unknown_key(path: KeyPath) -> str:
 
 
 def _find_variable_key(normal_form: str, known_keys: list[str]) -> str | None:
-    """If the unknown key holds a secret itself, returns the key that names the secret's variable; otherwise ``None``.
+    """If the unknown key holds a secret itself, returns the key that names the secret's variable: ``password_env`` for
+    ``password``. Otherwise returns ``None``.
 
-    Prefers a key that may stand at the same place.
+    The key must be one of ``known_keys``, which may stand at the same place. If none of them fits, the text "a key
+    ending in _env" is returned.
     """
     variable_keys = [
         variable_key
@@ -179,7 +185,7 @@ def keys_at(path: KeyPath) -> list[str]:
     """Returns the keys that may stand in the section at ``path``; an empty list if there is no such section."""
     section: type[Section] | None = MeshFile
     for part in path:
-        if isinstance(part, str) and section is not None:
+        if isinstance(part, str) and section is not None:  # an index of a list leads to no other section
             info = section.model_fields.get(part)
             section = _section_type(info) if info is not None else None
     return list(section.model_fields) if section is not None else []
@@ -208,6 +214,6 @@ def _sections_with_key(key: str) -> list[str]:
                 sections.append(section_label)
             inner_section = _section_type(info)
             inner_label = "a node" if name == "nodes" else name
-            if inner_section is not None and name != "defaults":  # `defaults` has the keys of a node
+            if inner_section is not None and name != "defaults":  # `defaults` has only keys that a node has too
                 pending.append((inner_label, inner_section))
     return sections

@@ -68,7 +68,7 @@ def read_text(path: Path, file: str) -> str:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        if data[:2] in (b"\xff\xfe", b"\xfe\xff"):  # the byte order marks of UTF-16
             problem = Problem("is UTF-16: save it as UTF-8", file)
         else:
             before_error = data[: error.start].decode("utf-8")
@@ -100,7 +100,7 @@ def parse(
     identities: tuple[Path, ...] = (),
     withhold_secrets: Callable[[Collection[str]], None] = lambda _: None,
 ) -> Topology:
-    """Returns the topology of a mesh.yaml with this text. Pure if the two callbacks are. Raises ConfigError.
+    """Returns the topology of a mesh.yaml with this text. Pure if the two callbacks are pure. Raises ConfigError.
 
     ``file``, ``source`` and ``resolve_alias`` are as for ``config.parse``; ``identities`` are the key files that ssh
     tries by default. ``withhold_secrets`` gets the names of the variables that the file names for secrets. It is called
@@ -114,7 +114,7 @@ def parse(
     reported_paths = {fault.path for fault in faults}
     faults += [fault for fault in broken_rules if fault.path not in reported_paths]
     mesh_file = _validate_schema(values, tree, faults)
-    if mesh_file is None or faults:
+    if mesh_file is None or faults:  # the schema accepts a file with a duplicate key or a broken rule
         raise _make_error(faults, file, tree)
     withhold_secrets(_secret_variables(values))
     builder = TopologyBuilder(
@@ -200,7 +200,7 @@ def _make_error(faults: list[Fault], file: str, tree: Value | None, hint: str | 
             _, position, _ = yaml_tree.follow_path(tree, fault.path)
         line, column = _line_and_column(position)
         problems.append(Problem(fault.message, file, line, column, yaml_tree.format_path(fault.path)))
-    problems.sort(key=lambda problem: (problem.line or 0, problem.column or 0))
+    problems.sort(key=lambda problem: (problem.line or 0, problem.column or 0))  # those without a position come first
     if len(problems) > MAX_PROBLEMS:
         remaining = len(problems) - MAX_PROBLEMS
         problems = [*problems[:MAX_PROBLEMS], Problem(f"and {remaining} more problems", file)]

@@ -23,7 +23,8 @@ BrokenRule = tuple[KeyPath, str]  # the path of the key, and a message
 
 
 def find_broken_rules(document: Mapping[str, Any]) -> Iterator[BrokenRule]:
-    """Yields the broken rules of a mesh.yaml, each as the path of its key and a message."""
+    """Yields the broken rules of a mesh.yaml, each as the path of its key and a message. A value of the wrong type
+    breaks no rule: the schema reports it."""
     yield from _check_listen(_as_mapping(document.get("gateway")))
     yield from _check_tunnels(document)
     defaults = _as_mapping(document.get("defaults"))
@@ -31,7 +32,7 @@ def find_broken_rules(document: Mapping[str, Any]) -> Iterator[BrokenRule]:
     nodes = document.get("nodes")
     if nodes is None or nodes == []:
         yield ("nodes",), "names no node: write at least one, such as `- {name: local, backend: {url: …}}`"
-    elif isinstance(nodes, Mapping):
+    elif isinstance(nodes, Mapping):  # a person has written the names of the nodes as keys
         usable_names = [name for name in nodes if re.fullmatch(NAME_PATTERN, name)]
         example_name = usable_names[0] if usable_names else "iceland"
         yield ("nodes",), f"nodes are a list: write `- name: {example_name}`"
@@ -49,7 +50,7 @@ def _check_nodes(nodes: list[Any], defaults: Mapping[str, Any]) -> Iterator[Brok
             first_index = first_index_of.setdefault(name, index)
             if first_index != index:
                 yield ("nodes", index, "name"), f"{quote_value(name)} is the name of nodes[{first_index}] already"
-        if node:
+        if node:  # not empty, and a mapping
             yield from _check_node(node, defaults, ("nodes", index))
 
 
@@ -94,7 +95,8 @@ def _parse_listen_entry(entry: Any) -> tuple[str, int] | str | None:
 def _check_tunnels(document: Mapping[str, Any]) -> Iterator[BrokenRule]:
     """The rule for ``tunnels``: Unix sockets cannot be shared."""
     tunnels = _as_mapping(document.get("tunnels"))
-    if tunnels.get("listen") == "unix" and str(tunnels.get("share")).lower() == "true":
+    is_shared = str(tunnels.get("share")).lower() == "true"  # all values of the file are text still
+    if tunnels.get("listen") == "unix" and is_shared:
         yield ("tunnels", "share"), "cannot hold for Unix sockets, which are your own user's: leave out one of the two"
 
 
@@ -117,7 +119,7 @@ def _check_node(node: Mapping[str, Any], defaults: Mapping[str, Any], path: KeyP
     is_direct = node.get("ssh") is None and node.get("address_from") is None
     if is_direct:
         if location_key == "port":
-            key_path = (*path, "backend", "port") if "port" in backend else path
+            key_path = (*path, "backend", "port") if "port" in backend else path  # ``defaults`` may give the port
             yield key_path, "a port is meant as seen from an ssh host: without `ssh`, write `url: http://127.0.0.1:…`"
         elif location_key is None:
             yield path, "has neither `ssh` nor a URL: say how to reach it, by `ssh: {host: …}` or `backend: {url: …}`"
@@ -126,7 +128,8 @@ def _check_node(node: Mapping[str, Any], defaults: Mapping[str, Any], path: KeyP
         yield (*path, "ssh"), "does not say which host: give `host`, `alias` or the node's `address_from`"
     kind = backend.get("kind") or default_backend.get("kind")
     dialect = find_dialect(kind) if isinstance(kind, str) else None
-    if location_key is None and dialect is not None and dialect.usual_port is None:
+    has_no_usual_port = dialect is not None and dialect.usual_port is None
+    if location_key is None and has_no_usual_port:
         yield (*path, "backend"), f"servers of kind {kind} have no usual port: give `port` or `url`"
 
 

@@ -96,7 +96,8 @@ class TopologyBuilder:
     def _build_ssh(self, node: Node, defaults: Ssh, path: KeyPath) -> SshSpec:
         """Returns the SSH spec of a node. ``path`` is where its section ``ssh`` stands.
 
-        A setting of the node takes precedence over a setting of its alias, and that over a default of the file.
+        A setting of the node takes precedence over a setting of its alias, which takes precedence over a default of the
+        file.
         """
         node_ssh = node.ssh or Ssh()
         alias = node_ssh.alias or defaults.alias
@@ -125,7 +126,8 @@ class TopologyBuilder:
         )
 
     def _choose_identity_files(self, settings: Ssh) -> tuple[Path, ...]:
-        """Returns the key files that the settings name; the default key files if they name neither key nor password."""
+        """Returns the key files that the settings name. If they name neither a key file nor a password, returns the
+        default key files; if they name a password alone, none."""
         if settings.identity_file is None and settings.password_env is None:
             return self.identities
         return tuple(self._absolute_path(file) for file in settings.identity_file or ())
@@ -155,15 +157,19 @@ class TopologyBuilder:
             return Ssh.model_validate(values)
         except ValidationError as error:
             for detail in error.errors(include_url=False):
+                key, *_ = detail["loc"]
+                # The ValueError of our own parser, if that has refused the value; else pydantic's message.
                 reason = detail.get("ctx", {}).get("error", detail["msg"])
-                self.faults.append(Fault(f"in ~/.ssh/config its {detail['loc'][0]} {reason}", None, path))
+                self.faults.append(Fault(f"in ~/.ssh/config its {key} {reason}", None, path))
             return Ssh()
 
     def _choose_transport(self, settings: Ssh, alias_settings: AliasSettings | None, path: KeyPath) -> TransportKind:
-        """Returns the transport that the file names. If the file names none, the transport that supports the alias.
+        """Returns the transport that the file names. If the file names none, returns the transport that supports the
+        alias.
 
-        A ProxyCommand cannot be ignored: without it, a connection would reach another machine or no machine. So it is a
-        fault at ``path`` if the file names a transport that does not support it.
+        If the file names a transport that does not support the alias, `config check` reports that, and the features of
+        the alias are ignored. Only a ProxyCommand cannot be ignored: without it, a connection would reach another
+        machine or no machine. So it is a fault at ``path``.
         """
         openssh_features = alias_settings.openssh_features if alias_settings is not None else ()
         if settings.transport is None:

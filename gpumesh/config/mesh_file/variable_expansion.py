@@ -59,8 +59,9 @@ def expand_tree(value: Value, env: Mapping[str, str], path: KeyPath = ()) -> tup
 def expand_variables(text: str, env: Mapping[str, str]) -> str:
     """Expands ``${VAR}`` and ``${VAR:-default}`` in ``text``; ``$${`` gives ``${`` itself.
 
-    The default is used when VAR is empty or not set. Raises ValueError, whose text never contains the value of a
-    variable.
+    The default is used when VAR is empty or not set. Without a default, an empty VAR gives an empty text. Raises
+    ValueError (VAR is not set or holds a secret, the syntax is wrong, the result is too long), whose text never
+    contains the value of a variable.
     """
     expanded = _REFERENCE.sub(lambda reference: _expand_reference(reference, env), text)
     if len(expanded) > MAX_EXPANDED:
@@ -69,7 +70,8 @@ def expand_variables(text: str, env: Mapping[str, str]) -> str:
 
 
 def _expand_reference(reference: re.Match[str], env: Mapping[str, str]) -> str:
-    """Returns the text that replaces one match of ``_REFERENCE``. Raises ValueError as ``expand_variables`` does."""
+    """Returns the text that replaces one match of ``_REFERENCE``: ``${VAR}``, ``${VAR:-default}`` or ``$${``. Raises
+    ValueError as ``expand_variables`` does."""
     if reference[0] == "$${":
         return "${"
     body = _BODY.fullmatch(reference["body"])

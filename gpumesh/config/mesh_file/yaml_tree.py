@@ -99,9 +99,9 @@ def _display_key(key: str) -> str:
 
 
 def follow_path(tree: Value, path: KeyPath) -> tuple[int, Position, Value]:
-    """Follows ``path`` from the root ``tree`` as far as it exists.
+    """Follows ``path`` from the root ``tree`` as far as ``path`` exists in the tree.
 
-    Returns the number of steps, the position of the last key (of a list's member: of the member), and its value.
+    Returns the number of steps, and the position and the value of the last key or list member that exists.
     """
     position, value = tree.position, tree
     for steps, part in enumerate(path):
@@ -121,7 +121,7 @@ class _StopParsing(Exception):
 
 def parse_yaml(text: str) -> tuple[Value | None, list[Fault]]:
     """Returns the tree and its faults. The tree is ``None`` for an empty text and for a text that is not YAML."""
-    text = text.removeprefix("\ufeff")
+    text = text.removeprefix("\ufeff")  # the byte order mark, with which some editors begin a file
     if len(text) > MAX_CHARACTERS:
         return None, [Fault(f"is larger than {MAX_CHARACTERS // 1024} KiB, which no mesh.yaml is")]
     forbidden = _UNPRINTABLE.search(text)
@@ -238,7 +238,7 @@ class _Composer:
         else:
             result = self.read_mapping(position, path)
         tag = getattr(event, "tag", None)
-        has_usual_meaning = tag in (None, "!") or tag in _CORE_TAGS  # `!` is the tag of a quoted scalar
+        has_usual_meaning = tag in (None, "!") or tag in _CORE_TAGS  # None: there is no tag; `!` names no type
         if not has_usual_meaning:
             self.faults.append(Fault(f"the tag {str(tag)[:60]!r} has no meaning here", position, path))
             return BrokenValue(position)
@@ -296,8 +296,9 @@ class _Composer:
             key_position = _event_position(event)
             key = self.read_key(event, path)
             value = self.read_value(next(self.events), (*path, key if key is not None else "?"))
-            if key is None:
+            if key is None:  # the value was read only for its own faults
                 continue
+            # A key "<<" in quotes is an ordinary key.
             if key == "<<" and isinstance(event, yaml.ScalarEvent) and _is_plain(event):
                 merge_values.extend(value.values if isinstance(value, ListValue) else [value])
             elif key in entries:
@@ -308,13 +309,14 @@ class _Composer:
                 entries[key] = (key_position, value)
         for merge_value in merge_values:
             if isinstance(merge_value, MappingValue):
-                entries = {**merge_value.entries, **entries}  # the mapping's own entries take precedence
+                # The mapping's own entries take precedence, then the entries of an earlier merge.
+                entries = {**merge_value.entries, **entries}
             elif not isinstance(merge_value, BrokenValue):
                 self.faults.append(Fault("<< takes an alias of a mapping", merge_value.position, path))
         return MappingValue(entries, position, 1 + sum(_size(value) for _, value in entries.values()))
 
     def read_key(self, event: yaml.Event, path: KeyPath) -> str | None:
-        """Returns the text of a key; ``None`` if the key is not a text, which is reported as a fault."""
+        """Returns the text of a key. If the key is empty or not a text, returns ``None`` and adds a fault."""
         value = self.read_value(event, path)
         if isinstance(value, ScalarValue) and value.text:
             return value.text

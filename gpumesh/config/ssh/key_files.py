@@ -25,7 +25,7 @@ def detect_key_kind(path: Path) -> KeyKind:
     """
     with path.open("rb") as file:
         data = file.read(_MAX_BYTES)
-    if data.startswith((b"ssh-", b"ecdsa-", b"sk-")):
+    if data.startswith((b"ssh-", b"ecdsa-", b"sk-")):  # a public key begins with its type, such as ssh-ed25519
         return KeyKind.PUBLIC
     lines = data.splitlines()
     if lines and lines[0].strip() == b"-----BEGIN OPENSSH PRIVATE KEY-----":

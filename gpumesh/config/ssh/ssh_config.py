@@ -62,7 +62,7 @@ def resolve_alias(alias: str, *, home: Path) -> AliasSettings:
 
     Raises ValueError with a sentence when ssh cannot read its configuration or is too slow.
     """
-    return _resolve_jumps(_read_settings(alias, home), home, 0)
+    return _resolve_jumps(_read_settings(alias, home), home, depth=0)
 
 
 def _resolve_jumps(settings: AliasSettings, home: Path, depth: int) -> AliasSettings:
@@ -81,7 +81,7 @@ def _resolve_jumps(settings: AliasSettings, home: Path, depth: int) -> AliasSett
             resolved_hops.append(hop)
             continue
         hop_settings = _resolve_jumps(_read_settings(hop, home), home, depth + 1)
-        resolved_hops += hop_settings.proxy_jump
+        resolved_hops += hop_settings.proxy_jump  # the hosts through which the hop itself is reached come before it
         resolved_hops.append(_format_hop(hop_settings))
         features += [feature for feature in hop_settings.openssh_features if feature not in features]
         # Transport sshtunnel logs in at every hop with the same key files.
@@ -112,7 +112,8 @@ def _read_settings(alias: str, home: Path) -> AliasSettings:
 
 
 def _read_configured_options(alias: str, home: Path) -> ssh_files.SshOptions:
-    """Returns the options of ``alias`` that are configured, by ``ssh -G``, as pairs of key and value."""
+    """Returns the options of ``alias`` that are configured, by ``ssh -G``, as pairs of key and value. ssh's defaults
+    are left out."""
     config_file = home / ".ssh" / "config"
     # ssh takes the home folder from passwd, not from HOME. If they differ, ssh gets the file as an option.
     is_other_home = home != _passwd_home() and config_file.is_file()
@@ -157,8 +158,9 @@ def _settings_from_options(alias: str, options: ssh_files.SshOptions, home: Path
 def _find_unsupported_features(values: dict[str, str]) -> tuple[str, ...]:
     """Returns the names of the options in ``values`` that transport sshtunnel does not support."""
     features = [name for key, name in _UNSUPPORTED.items() if values.get(key, "none").lower() != "none"]
-    default_agent = ("SSH_AUTH_SOCK", "$SSH_AUTH_SOCK", str(environment.ssh_auth_sock()))
-    if values.get("identityagent") in default_agent and "IdentityAgent" in features:
+    # An IdentityAgent with one of these values is the agent that sshtunnel uses, too.
+    usual_agent_values = ("SSH_AUTH_SOCK", "$SSH_AUTH_SOCK", str(environment.ssh_auth_sock()))
+    if values.get("identityagent") in usual_agent_values and "IdentityAgent" in features:
         features.remove("IdentityAgent")
     return tuple(features)
 
@@ -203,7 +205,7 @@ def _run_ssh_g(alias: str, options: list[str]) -> ssh_files.SshOptions:
                 stdout=stdout_file,
                 stderr=stderr_file,
                 env=environment.child_environment(),
-                start_new_session=True,
+                start_new_session=True,  # a process group of its own, so that killpg also ends a Match exec's command
             )
         except OSError as error:
             raise ValueError(f"cannot run ssh: {error.strerror}") from error
@@ -213,7 +215,7 @@ def _run_ssh_g(alias: str, options: list[str]) -> ssh_files.SshOptions:
             raise ValueError(f"{shown_command} did not answer within {TIMEOUT_S:g} s") from None
         finally:
             if process.returncode is None:  # not reaped yet, so the process id is still valid
-                with contextlib.suppress(ProcessLookupError, PermissionError):
+                with contextlib.suppress(ProcessLookupError, PermissionError):  # the processes have ended meanwhile
                     os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
         stdout_file.seek(0)
@@ -226,7 +228,8 @@ def _run_ssh_g(alias: str, options: list[str]) -> ssh_files.SshOptions:
 
 
 def _first_line(text: str) -> str:
-    """Returns the first line that is not empty, safe to print and cut to 200 characters."""
+    """Returns the first line that is not empty, with ``?`` for characters that are not safe to print, cut to 200
+    characters. Returns an empty text if there is no such line."""
     lines = [line for line in text.splitlines() if line]
     if not lines:
         return ""

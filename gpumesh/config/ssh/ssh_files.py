@@ -31,7 +31,7 @@ def read_host_options(alias: str, home: Path) -> SshOptions:
     A condition that needs a program to run counts as false. Unreadable files are skipped, as ssh does with included
     files.
     """
-    return list(islice(_read_options(home / ".ssh" / "config", alias, home, 0), _MAX_OPTIONS))
+    return list(islice(_read_options(home / ".ssh" / "config", alias, home, depth=0), _MAX_OPTIONS))
 
 
 def parse_option_line(line: str) -> tuple[str, str]:
@@ -90,7 +90,8 @@ def _evaluate_match(alias: str, criteria: Sequence[str]) -> tuple[bool, bool]:
             continue
         if criterion in ("host", "originalhost") and remaining:
             patterns = remaining.pop(0).split(",")
-            if matches_pattern_list(alias, patterns) == is_negated:
+            is_fulfilled = matches_pattern_list(alias, patterns) != is_negated
+            if not is_fulfilled:
                 applies = False
         elif criterion == "exec":
             return False, applies  # the command decides only if the criteria before it apply

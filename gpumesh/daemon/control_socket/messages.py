@@ -198,12 +198,13 @@ class RemoteError(GPUMeshError):
         self.code = message.code  # type: ignore[misc]  # a class variable elsewhere; here each instance has its own
         try:
             self.exit_code = ExitCode(message.exit_code)  # type: ignore[misc]
-        except ValueError:
+        except ValueError:  # an exit code that only a newer version has
             self.exit_code = ExitCode.FAILED  # type: ignore[misc]
 
 
 def message_from_error(error: GPUMeshError) -> Error:
-    """Returns the error as a message, for ``error_from_message`` in another process."""
+    """Returns the error as a message, for ``error_from_message`` in another process. ``detail`` gets the fields that
+    only this type of error has."""
     detail: dict[str, Any] | None = None
     if isinstance(error, QueueFull):
         detail = {"retry_after_s": error.retry_after_s}
@@ -213,7 +214,8 @@ def message_from_error(error: GPUMeshError) -> Error:
 
 
 def error_from_message(message: Error) -> GPUMeshError:
-    """Returns the error of a message: as its own type where a caller may act on that type, else as a RemoteError."""
+    """Returns the error of a message: as its own type where a caller may act on that type, else as a RemoteError. A
+    message without the fields that its type needs gives a RemoteError too."""
     detail = message.detail or {}
     if message.code == QueueFull.code and isinstance(detail.get("retry_after_s"), (int, float)):
         return QueueFull(message.message, retry_after_s=float(detail["retry_after_s"]))

@@ -53,7 +53,7 @@ def _fetch(path: Path, request_kind: str, reply_key: str, timeout_s: float) -> A
                 return None
             raise failure from error
         try:
-            connection.sendall(framing.encode_line(request_kind, {}))
+            connection.sendall(framing.encode_line(request_kind, {}))  # neither request has fields
             with connection.makefile("rb") as replies:
                 line = replies.readline(framing.LINE_LIMIT)
         except TimeoutError as error:

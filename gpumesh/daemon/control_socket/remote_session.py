@@ -81,7 +81,7 @@ class RemoteSession:
                     yield reply.state
 
     async def _request_state(self, request: ControlRequest) -> MeshState:
-        """Returns the state that the mesh sends as its reply."""
+        """Returns the state that the mesh sends as its reply. Raises GPUMeshError when the mesh sends none."""
         state: MeshState | None = None
         async with aclosing(self._send_request(request)) as replies:
             async for reply in replies:

@@ -78,9 +78,10 @@ class ControlServer:
             return
         assert self._server is not None
         old_server, self._server = self._server, await self._listen()
-        old_server.close()
+        old_server.close()  # ends only the listening
 
     async def __aexit__(self, *_: object) -> None:
+        """Stops listening, cancels the requests in progress, and removes the socket's file if it is still ours."""
         assert self._server is not None
         self._server.close()
         for task in self._connections:
@@ -118,13 +119,13 @@ class ControlServer:
 
     async def _read_request(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bytes:
         """Returns the request's line; empty when the client closes the connection, sends no line in time, or sends a
-        line that is too long."""
+        line that is too long. Only the last gets a reply."""
         try:
             async with asyncio.timeout(self._request_timeout_s):
                 return await reader.readline()
         except TimeoutError:
             return b""  # a client that connects and sends nothing must not stay for ever
-        except ValueError:
+        except ValueError:  # ``readline`` raises it for a line of more than LINE_LIMIT bytes
             message = f"a request is longer than {LINE_LIMIT >> 20} MiB"
             await _send_reply(writer, messages.Error("usage", message, exit_code=2))
             return b""
@@ -134,6 +135,7 @@ class ControlServer:
     ) -> None:
         """Answers the request. Cancels the answer as soon as the client closes its connection."""
         answering = asyncio.ensure_future(self._answer(line, writer))
+        # A client sends nothing after its request, so ``read`` returns only when the client closes its connection.
         client_closing = asyncio.ensure_future(reader.read(1))
         try:
             await asyncio.wait({answering, client_closing}, return_when=asyncio.FIRST_COMPLETED)
@@ -145,7 +147,8 @@ class ControlServer:
             await asyncio.gather(answering, client_closing, return_exceptions=True)
 
     async def _answer(self, line: bytes, writer: asyncio.StreamWriter) -> None:
-        """Sends all replies to one request. The last reply is ``End`` or ``Error``."""
+        """Sends all replies to one request. The last reply is ``End`` or ``Error``. Raises ConnectionError when the
+        client is gone."""
         try:
             request = messages.decode_request(line)
         except (ValueError, RecursionError) as error:

@@ -40,7 +40,8 @@ def run(main: Coroutine[Any, Any, T], *, use_uvloop: bool = True) -> T:
             return runner.run(run_main())
         except asyncio.CancelledError:
             if received_signals:
-                raise SystemExit(128 + received_signals[0]) from None
+                first_signal = received_signals[0]
+                raise SystemExit(128 + first_signal) from None
             raise
 
 
@@ -65,7 +66,7 @@ def _cancel_on_signals(received_signals: list[int]) -> None:
 
 @contextmanager
 def _sigint_blocked() -> Iterator[Callable[[], None]]:
-    """Blocks SIGINT until the block ends, or until the function that this yields is called."""
+    """Blocks SIGINT until the block ends, or until the function that this yields is called. Does nothing on Windows."""
     if not hasattr(signal, "pthread_sigmask"):
         yield lambda: None
         return

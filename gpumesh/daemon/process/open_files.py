@@ -27,7 +27,7 @@ def raise_file_limit() -> Iterator[int]:
     try:
         yield limit
     finally:
-        with contextlib.suppress(ValueError, OSError):
+        with contextlib.suppress(ValueError, OSError):  # if the hard limit was lowered meanwhile, the limits stay
             resource.setrlimit(resource.RLIMIT_NOFILE, (previous_soft, hard))
 
 
@@ -37,7 +37,7 @@ def _raise_soft_limit(soft: int, hard: int) -> int:
     for limit in candidate_limits(soft, hard):
         try:
             resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
-        except (ValueError, OSError):
+        except (ValueError, OSError):  # macOS: the limit is above kern.maxfilesperproc
             continue
         return limit
     return soft

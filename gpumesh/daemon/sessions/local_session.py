@@ -90,7 +90,7 @@ class LocalSession:
 
     async def _wait_tunnel_up(self, node: str) -> Tunnel:
         """Returns the node's tunnel when it is up. A tunnel that waits for its next attempt connects at once, because a
-        person is waiting. Raises TunnelError with the reason when that attempt fails."""
+        person is waiting. Raises TunnelError with the reason when the attempt fails or takes too long."""
         tunnel = self.mesh.tunnel(node)
         is_trying = tunnel.state.state in _TRYING_PHASES
         if not is_trying:
@@ -114,7 +114,8 @@ class LocalSession:
         state = tunnel.state
         if state.last_error is None:
             raise TunnelDown("the tunnel is not up: it is still connecting", node=node)
-        raise tunnel_error_from_code(state.error_code or "", state.last_error, hint=state.hint, node=node)
+        error_code = state.error_code or ""  # an empty code gives a plain TunnelError
+        raise tunnel_error_from_code(error_code, state.last_error, hint=state.hint, node=node)
 
     async def drain(self, node: str) -> None:
         self._require_node(node)

@@ -75,7 +75,7 @@ async def send_with_retries(session: Session, prompt: PromptRequest, index: int,
     """Sends one prompt of a batch and returns its result. If the prompt fails, the result holds the error.
 
     Waits while the queue is full. Sends the prompt again when its answer was cut: no part of the answer was shown yet.
-    Raises UsageError only.
+    Raises UsageError only. Each cut answer counts as one attempt in the result.
     """
     began = time.perf_counter()
     cut_answers = 0
