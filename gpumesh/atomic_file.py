@@ -51,6 +51,7 @@ def _write(
     _remove_stale_files(target.parent, prefix)
     descriptor, temporary = _make_locked_file(target.parent, prefix)
     try:
+        # newline="": line breaks are written as they are in ``text``, on Windows too.
         with os.fdopen(descriptor, "w", encoding="utf-8", errors=errors, newline="") as file:
             file.write(text)
             file.flush()

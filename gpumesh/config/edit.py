@@ -68,7 +68,7 @@ def write(path: Path, old: str, new: str) -> None:
     if read(target) != old:
         raise GPUMeshError(f"{path} was changed meanwhile; it was left as it is", hint="run the command again")
     try:
-        mode = target.stat().st_mode & 0o7777
+        mode = target.stat().st_mode & 0o7777  # without the bits for the type of the file
         atomic_file.replace(target, new, mode=mode)
     except OSError as error:
         raise GPUMeshError(

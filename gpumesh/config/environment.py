@@ -145,7 +145,7 @@ def runtime_dirs() -> tuple[Path, ...]:
     """The existing, private folders that ``runtime_dir`` may have returned for this user.
 
     There can be two folders: a service or a cron job has no XDG_RUNTIME_DIR, while the same user's shell has. On
-    Windows, which has no such shared folders, the result is empty.
+    Windows the result is empty: there are no locks (``file_lock``) that could show which files are stale.
     """
     if sys.platform == "win32":
         return ()
@@ -187,7 +187,7 @@ def _is_ours(folder: Path) -> bool:
     """Whether ``folder`` is a folder that belongs to our user and in which we can make files."""
     try:
         status = folder.stat()
-    except OSError:
+    except OSError:  # it does not exist, or we may not look into it
         return False
     return stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid() and os.access(folder, os.W_OK | os.X_OK)
 

@@ -23,18 +23,18 @@ def find_config(explicit: Path | None = None) -> Path:
     written the file in the current folder.
     """
     if explicit is not None:
-        return _resolve_file(Path(explicit), "")
+        return _resolve_file(Path(explicit), origin="")
     variable = environment.get("GPUMESH_CONFIG")
     if variable is not None:
-        return _resolve_file(Path(variable), " (named by $GPUMESH_CONFIG)")
+        return _resolve_file(Path(variable), origin=" (named by $GPUMESH_CONFIG)")
     local_file = Path(FILE_NAME)
     user_file = environment.config_dir() / FILE_NAME
     if _name_exists(local_file):
-        path = _resolve_file(local_file, "")
+        path = _resolve_file(local_file, origin="")  # first, because this has the message for a link that leads nowhere
         _refuse_untrusted(local_file)
         return path
     if _name_exists(user_file):
-        return _resolve_file(user_file, "")
+        return _resolve_file(user_file, origin="")
     hint = "`gpumesh init` writes one, `gpumesh demo` needs none, `--config FILE` names one"
     if _name_exists(Path("mesh.yml")):
         hint = "there is a mesh.yml here: rename it to mesh.yaml, or name it with --config"
@@ -53,7 +53,7 @@ def display_path(path: Path) -> str:
     """The path as a person would write it: relative to the current folder if it is below that folder."""
     try:
         return str(path.relative_to(Path.cwd()))
-    except (ValueError, OSError):
+    except (ValueError, OSError):  # the path is elsewhere; the current folder does not exist any more
         return str(path)
 
 

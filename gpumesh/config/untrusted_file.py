@@ -18,7 +18,8 @@ MAX_LINKS = 40  # the kernel's limit
 
 
 def untrusted_reason(path: Path) -> str | None:
-    """The reason why the file is not trusted; ``None`` if only root and our user could have written the file.
+    """The reason why the file is not trusted; ``None`` if only trusted users (``_trusted_users``: we, root) could have
+    written the file.
 
     The reason is the end of a sentence that begins with the file's name. If ``path`` is a link, the link, its target
     and the folder of each are checked. Raises OSError.

@@ -91,11 +91,11 @@ def format_duration(seconds: float) -> str:
     in_hours, in_minutes, in_seconds, in_milliseconds = (
         f"{seconds / _UNITS[unit]:.0f}{unit}" for unit in ("h", "m", "s", "ms")
     )
-    short_fraction = f"{seconds:.6g}s"
+    short_fraction, finest_fraction = f"{seconds:.6g}s", f"{seconds * 1000:.6f}ms"
     small_units = [in_milliseconds, short_fraction]
     if seconds > 1:
         small_units.reverse()  # 1.5s rather than 1500ms
-    for form in (in_hours, in_minutes, in_seconds, *small_units, f"{seconds * 1000:.6f}ms"):
+    for form in (in_hours, in_minutes, in_seconds, *small_units, finest_fraction):
         is_readable = _DURATION.fullmatch(form) is not None  # 1e-06s is not readable
         if is_readable and parse_duration(form) == seconds:
             return form

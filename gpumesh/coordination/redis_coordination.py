@@ -150,7 +150,8 @@ class RedisCoordination:
             # Our own heartbeat comes back here, so a longer silence means that the connection is dead.
             async with asyncio.timeout(HEARTBEAT_S + ANSWER_TIMEOUT_S):
                 message = await subscription.get_message(timeout=None)
-                # Hundreds of messages may come together, and ``get_message`` would then hold up the event loop.
+                # Hundreds of messages may come together. ``get_message`` returns each without waiting, so the other
+                # tasks of the event loop get their turn here.
                 await asyncio.sleep(0)
             data = message.get("data") if message is not None else None  # None: the subscription is confirmed
             raise_if_cancelled()

@@ -136,7 +136,7 @@ def _parse_mapping(text: str, file: str) -> tuple[MappingValue, list[Fault]]:
     is_null = isinstance(tree, yaml_tree.ScalarValue) and tree.text is None  # only comments, or `---`
     if tree is None or is_null:
         hint = None
-        if not faults:
+        if not faults:  # otherwise the text is not YAML, as the faults say
             faults = [Fault("is empty")]
             hint = "`gpumesh init` writes one; the shortest has a list `nodes` with one `name` and how to reach it"
         raise _make_error(faults, file, None, hint)
@@ -153,6 +153,7 @@ def _validate_schema(values: Any, tree: Value, faults: list[Fault]) -> MeshFile 
     except ValidationError as error:
         reported_paths = {fault.path for fault in faults}
         for fault in error_messages.translate_errors(error, tree):
+            # An unusable value was reported when it could not be read. pydantic only refuses its placeholder.
             if fault.path not in reported_paths and not _is_unusable(values, fault.path):
                 faults.append(fault)
         return None

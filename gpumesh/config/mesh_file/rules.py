@@ -23,8 +23,11 @@ BrokenRule = tuple[KeyPath, str]  # the path of the key, and a message
 
 
 def find_broken_rules(document: Mapping[str, Any]) -> Iterator[BrokenRule]:
-    """Yields the broken rules of a mesh.yaml, each as the path of its key and a message. A value of the wrong type
-    breaks no rule: the schema reports it."""
+    """Yields the broken rules of a mesh.yaml, each as the path of its key and a message.
+
+    A value of the wrong type breaks no rule, because the schema reports it. The one exception are nodes that are not a
+    list but a mapping: the message here shows how to write the list.
+    """
     yield from _check_listen(_as_mapping(document.get("gateway")))
     yield from _check_tunnels(document)
     defaults = _as_mapping(document.get("defaults"))

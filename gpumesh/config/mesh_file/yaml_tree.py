@@ -163,7 +163,7 @@ def _syntax_faults(text: str, error: yaml.YAMLError) -> list[Fault]:
 
 def _syntax_fault(error: yaml.YAMLError) -> Fault:
     """Returns the parser's error as a fault, at the position that the parser reports."""
-    if not isinstance(error, yaml.MarkedYAMLError):
+    if not isinstance(error, yaml.MarkedYAMLError):  # only a MarkedYAMLError has a position
         return Fault("is not YAML")
     mark = error.problem_mark or error.context_mark
     message = " ".join(part for part in (error.context, error.problem) if part)

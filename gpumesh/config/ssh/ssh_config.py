@@ -120,12 +120,13 @@ def _read_configured_options(alias: str, home: Path) -> ssh_files.SshOptions:
     effective = _run_ssh_g(alias, ["-F", str(config_file)] if is_other_home else [])
     defaults = set(_run_ssh_g(alias, ["-F", "none"]))
     configured = [option for option in effective if option not in defaults]
-    # ssh's default user comes from passwd, ours from the environment. If they differ, the user that ssh prints may be
-    # configured, and is the user that ssh would log in as.
+    # ssh's default user comes from passwd, ours from the environment. If they differ, we name the user as whom ssh
+    # would log in: a configured user that equals ssh's default has been left out above.
     ssh_user = dict(effective).get("user")
     if ssh_user is not None and ssh_user != environment.user() and "user" not in dict(configured):
         configured.append(("user", ssh_user))
-    # ssh has already run the command of a Match exec; its result may be different at the next connection.
+    # ssh has already run the command of a Match exec. Its result may be different at the next connection, so the alias
+    # needs transport openssh, which lets ssh run the command each time.
     file_options = ssh_files.read_host_options(alias, home)
     configured += [option for option in file_options if option == ssh_files.MATCH_EXEC]
     return configured

@@ -16,7 +16,7 @@ from gpumesh.daemon.control_socket import messages
 from gpumesh.daemon.control_socket.framing import LINE_LIMIT
 from gpumesh.daemon.control_socket.messages import ControlReply, ControlRequest
 from gpumesh.daemon.sessions.session import PromptRequest, Session
-from gpumesh.errors import GPUMeshError
+from gpumesh.errors import ExitCode, GPUMeshError
 
 log = logging.getLogger(__name__)
 
@@ -127,7 +127,7 @@ class ControlServer:
             return b""  # a client that connects and sends nothing must not stay for ever
         except ValueError:  # ``readline`` raises it for a line of more than LINE_LIMIT bytes
             message = f"a request is longer than {LINE_LIMIT >> 20} MiB"
-            await _send_reply(writer, messages.Error("usage", message, exit_code=2))
+            await _send_reply(writer, messages.Error("usage", message, exit_code=int(ExitCode.USAGE)))
             return b""
 
     async def _answer_until_client_closes(
@@ -152,7 +152,7 @@ class ControlServer:
         try:
             request = messages.decode_request(line)
         except (ValueError, RecursionError) as error:
-            await _send_reply(writer, messages.Error("usage", str(error), exit_code=2))
+            await _send_reply(writer, messages.Error("usage", str(error), exit_code=int(ExitCode.USAGE)))
             return
         last_reply: ControlReply = messages.End()
         try:

@@ -94,7 +94,7 @@ class LocalSession:
         tunnel = self.mesh.tunnel(node)
         is_trying = tunnel.state.state in _TRYING_PHASES
         if not is_trying:
-            tunnel.retry_now()
+            tunnel.retry_now()  # a tunnel that is up only checks its connection
         attempt_seen = False  # until an attempt is seen, BACKOFF or FAILED is the result of an earlier attempt
         try:
             async with (
