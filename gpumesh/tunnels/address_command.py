@@ -55,7 +55,7 @@ def _parse_json(text: str) -> tuple[str, int | None]:
     port = document["port"]
     if isinstance(port, str) and _PORT_PATTERN.fullmatch(port):
         port = int(port)
-    if isinstance(port, bool) or not isinstance(port, int):
+    if isinstance(port, bool) or not isinstance(port, int):  # in Python, True is an int too
         raise ValueError("its JSON has no `port` yet")  # noqa: TRY004 - the command's output is wrong, not our call
     return host, port
 
@@ -67,7 +67,7 @@ def _parse_fields(text: str) -> tuple[str, int | None]:
         host, port = fields
         if not _PORT_PATTERN.fullmatch(port):
             raise ValueError(f"{port[:80]!r} is not a port")
-        return host.strip("[]"), int(port)
+        return host.strip("[]"), int(port)  # also ``[v6] port``
     if len(fields) != 1:
         raise ValueError(f"expected `host port`, got {len(fields)} words")
     if bracketed := _BRACKETED_ADDRESS.fullmatch(text):
@@ -93,12 +93,13 @@ async def ask_address(command: AddressCommand, *, default_port: int, node: str) 
     hint = f"run {quoted_name} by hand: it must print `host port`, or JSON with host and port, and exit 0"
     try:
         async with local_command(command.command, stderr=False) as process, asyncio.timeout(command.timeout_s):
-            printed, _cut = await read_at_most(process.stdout, _MAX_OUTPUT_BYTES)
+            # Output above the limit is dropped: it cannot be part of an address.
+            printed, _truncated = await read_at_most(process.stdout, _MAX_OUTPUT_BYTES)
             status = await process.wait()
     except TimeoutError as error:
         message = f"address_from: {program!r} did not answer within {command.timeout_s:g} s"
         raise HostUnresolved(message, hint=hint, node=node) from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError) as error:  # ValueError: an argument holds a NUL
         reason = error.strerror if isinstance(error, OSError) else "it holds a NUL"
         raise HostUnresolved(f"address_from: cannot run {program!r}: {reason}", hint=hint, node=node) from error
     if status != 0:

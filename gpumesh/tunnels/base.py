@@ -72,13 +72,14 @@ class Tunnel(Protocol):
         """
 
     async def run(self) -> None:
-        """Opens, watches and reopens the tunnel until cancelled, then closes everything. A host cannot make it
-        raise."""
+        """Opens, watches and reopens the tunnel until cancelled, then closes everything. No error of a host ends it: a
+        host's errors are in ``state``."""
 
     async def wait_up(self) -> None:
-        """Returns when the tunnel is up. Raises the last TunnelError when only a person can mend its cause.
+        """Returns when the tunnel is up. Raises TunnelDown when the tunnel is closed.
 
-        Raises TunnelDown when the tunnel is closed.
+        When only a person can mend the cause of the last failure, waiting may never end, so the TunnelError of that
+        failure is raised.
         """
 
     async def exec(
@@ -95,11 +96,14 @@ class Tunnel(Protocol):
     def exec_stream(self, argv: Sequence[str]) -> AsyncIterator[ExecChunk]:
         """Runs a command as ``exec`` does, but without a deadline, and yields each piece of its output as it comes.
 
-        Closing the iterator ends the command.
+        Closing the iterator ends the command. Raises as ``exec``.
         """
 
     def suspect(self, reason: str) -> None:
-        """Checks the tunnel now, not at the next keepalive, because a request through it failed."""
+        """Checks the tunnel now, not at the next keepalive, because a request through it failed.
+
+        ``reason``: how the request failed. It has no effect on the check.
+        """
 
     def retry_now(self) -> None:
         """Connects at once if the tunnel is in phase backoff or failed. Called when a person asks for it."""

@@ -20,7 +20,7 @@ async def open_connect_request(
     node: str, ssh: SshSpec, targets: tuple[Target, ...], *, interactive: bool, share: bool
 ) -> AsyncIterator[ConnectRequest]:
     """Gives the block the request for one attempt to connect to ``node``. The end of the block removes the folder for
-    sockets, which only a request for transport openssh has.
+    sockets, which only a request for transport openssh has. ``ConnectRequest`` explains ``interactive`` and ``share``.
 
     Raises SecretMissing, HostUnresolved (address_from), TransportUnsupported (a host that cannot carry a tunnel), and
     GPUMeshError when no folder can be made.

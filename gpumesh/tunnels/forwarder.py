@@ -198,7 +198,7 @@ class Forwarder:
             try:
                 local, peer = listener.accept()
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
-                return
+                return  # no client waits, or the client has gone; the watch calls again for the next client
             except OSError:
                 # No descriptor or memory is left. The listener stays ready, so a watch would call this again at once.
                 self._selector.unregister(listener)
@@ -215,6 +215,7 @@ class Forwarder:
                 close_with_reset(local)
 
     def _drain_wakeups(self, _: int) -> None:
+        """Reads the bytes that ``_wake`` wrote; they have no meaning but to end the wait in ``select``."""
         try:
             while self._wake_reader.recv(4096):
                 pass
@@ -222,6 +223,7 @@ class Forwarder:
             pass
 
     def _wake(self) -> None:
+        """Ends the wait in ``select``, so that the loop sees a posted callback or a new state. For any thread."""
         try:
             self._wake_writer.send(b"\0")
         except (BlockingIOError, InterruptedError):
@@ -239,7 +241,8 @@ class Forwarder:
             timer.callback()
 
     def _tear_down(self) -> None:
-        """Aborts all relays and releases everything that the forwarder owns. Called once, when the loop has ended."""
+        """Aborts all relays and releases everything that the forwarder owns. Called once, when the loop has ended or
+        will never run."""
         for relay in list(self._relays):
             relay.abort()
         self._selector.close()

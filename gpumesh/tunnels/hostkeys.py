@@ -55,7 +55,7 @@ def check_host_key(known: KnownHosts, key: HostKey, *, node: str, host: str, por
     alias, address = host_key_alias(node), known_hosts_address(host, port)
     if _is_revoked(known, key, (alias, address)):
         return HostKeyCheck(HostKeyStatus.REVOKED)
-    for name in (alias, address):
+    for name in (alias, address):  # the first name with keys on record decides
         recorded_keys = known.keys_for(name)
         if any(recorded.blob == key.blob for recorded in recorded_keys):
             return HostKeyCheck(HostKeyStatus.KNOWN, recorded_for_node=(name == alias))
@@ -75,7 +75,8 @@ def _is_revoked(known: KnownHosts, key: HostKey, names: Sequence[str]) -> bool:
 
 
 def verify_host_key(key: HostKey, *, node: str, host: str, port: int, known_hosts: Path, policy: HostKeyPolicy) -> None:
-    """Returns if ``key`` is trusted. With policy ``accept-new``, an unknown key is recorded and then trusted.
+    """Returns if ``key`` is trusted. With policy ``accept-new``, an unknown key is recorded and then trusted, except
+    when a certificate authority is on record for the host: paramiko cannot check certificates, so a person must decide.
 
     Raises ``HostKeyUnknown``, ``HostKeyChanged`` or ``HostKeyRevoked`` for a key that is not trusted.
     """
@@ -101,7 +102,8 @@ def _host_key_error(check: HostKeyCheck, key: HostKey, *, node: str, address: st
             node=node,
         )
     if check.status is HostKeyStatus.CHANGED:
-        expected = ", ".join(f"{recorded.key_type} {recorded.fingerprint}" for recorded in check.expected[:3])
+        shown_expected_keys = check.expected[:3]  # three are enough for a message
+        expected = ", ".join(f"{recorded.key_type} {recorded.fingerprint}" for recorded in shown_expected_keys)
         return HostKeyChanged(
             f"the host key of {address} is {shown_key}, but {known_hosts} has {expected}",
             hint="expected after a pod was reset; on a machine of yours it may be an attack:"
@@ -135,12 +137,14 @@ def uses_node_alias(node: str, ssh: SshSpec) -> bool:
     if node_keys:
         return True
     address = known_hosts_address(ssh.host, ssh.port)
+    # A certificate authority for the address counts as well: ssh can check the host's certificate.
     address_is_known = any(entry.matches(address) for entry in known.entries if entry.marker != REVOKED)
     return ssh.host_key_policy is HostKeyPolicy.ACCEPT_NEW and not address_is_known
 
 
 def _refuse_revoked_keys(known: KnownHosts, node_keys: Sequence[HostKey], *, node: str, ssh: SshSpec) -> None:
-    """Raises ``HostKeyRevoked`` when one of ``node_keys``, the keys on record for the node, is revoked."""
+    """Raises ``HostKeyRevoked`` when one of ``node_keys``, the keys on record for the node, is revoked for the node or
+    for its address."""
     for key in node_keys:
         check = check_host_key(known, key, node=node, host=ssh.host, port=ssh.port)
         if check.status is HostKeyStatus.REVOKED:

@@ -8,7 +8,10 @@ from gpumesh.topology import SshSpec
 
 
 def split_jump(jump: str, default_user: str) -> tuple[str, str, int]:
-    """Splits ``[user@]host[:port]`` into user, host and port (22 if not given). Raises ``ValueError``."""
+    """Splits ``[user@]host[:port]`` into user (if missing: ``default_user``), host, and port (if missing: 22).
+
+    Raises ``ValueError`` if the host is empty or the port is no number.
+    """
     user, _, rest = jump.rpartition("@")
     if rest.startswith("["):
         host, _, after_bracket = rest[1:].partition("]")
@@ -26,7 +29,7 @@ def split_jump(jump: str, default_user: str) -> tuple[str, str, int]:
 def list_hops(ssh: SshSpec) -> tuple[SshSpec, ...]:
     """All hosts on the route to ``ssh``'s host, the nearest first. Each host is reached through the hosts before it;
     the last is ``ssh`` itself."""
-    hops = []
+    hops = []  # like ``ssh``, without its alias and its address command, which are for the node's own host
     for index, jump in enumerate(ssh.proxy_jump):
         user, host, port = split_jump(jump, ssh.user)
         earlier_jumps = ssh.proxy_jump[:index]

@@ -137,7 +137,7 @@ def _matches_hash(hosts: str, name: str) -> bool:
         _, _, salt, digest = hosts.split("|")
         expected = base64.b64decode(digest)
         computed = hmac.new(base64.b64decode(salt), name.encode(), "sha1").digest()
-    except (ValueError, binascii.Error):
+    except (ValueError, binascii.Error):  # a malformed line: not four fields, or no base64
         return False
     return hmac.compare_digest(expected, computed)
 
@@ -163,7 +163,7 @@ def record_host_key(path: Path, key: HostKey, *, node: str, host: str, port: int
     A jump host is no node: then ``node`` is "", and the key is recorded for the address only.
 
     Other lines stay as they are. The file is replaced as a whole (0600) under a lock, so that neither a crash nor a
-    second writer loses a line. Raises ``TunnelError`` when that fails.
+    second writer loses a line. Raises ``TunnelError`` when the file cannot be written, or is no known_hosts file.
     """
     path = path.expanduser()
     address = known_hosts_address(host, port)
@@ -174,7 +174,7 @@ def record_host_key(path: Path, key: HostKey, *, node: str, host: str, port: int
         with file_lock.locked_folder(target.parent):
             ensure_known_hosts_file(target)
             lines = _replace_keys(_read_text(target), key, names)
-            atomic_file.replace(target, "".join(lines), errors="surrogateescape")
+            atomic_file.replace(target, "".join(lines), errors="surrogateescape")  # the reverse of ``_read_text``
     except OSError as error:
         raise TunnelError(
             f"known_hosts file {path} cannot be written: {error.strerror}", hint="check the folder's owner and mode"
@@ -182,7 +182,8 @@ def record_host_key(path: Path, key: HostKey, *, node: str, host: str, port: int
 
 
 def ensure_known_hosts_file(path: Path) -> None:
-    """Raises ``TunnelError`` for a file that has lines other than comments but no host's key: no known_hosts file.
+    """Raises ``TunnelError`` for a file that is no known_hosts file: it has lines other than comments, and none of them
+    is a host's key. A missing or empty file is accepted.
 
     Called before we write into the file: in another person's mesh.yaml, ``known_hosts`` may name a shell's start-up
     file.
@@ -210,8 +211,8 @@ def _read_text(path: Path) -> str:
 
 
 def _replace_keys(text: str, key: HostKey, names: tuple[str, ...]) -> Iterator[str]:
-    """Yields the lines of the new file: ``text`` without other keys of ``names``, then a line with ``key`` for each of
-    ``names``. Each line has its newline."""
+    """Yields the lines of the new file: ``text`` without the present keys of ``names``, then a line with ``key`` for
+    each of ``names``. Lines with a marker (``@revoked``) stay. Each line has its newline."""
     for line in _split_lines(text):
         entry = _parse_line(line)
         matching_names: set[str] = set()
@@ -220,7 +221,8 @@ def _replace_keys(text: str, key: HostKey, names: tuple[str, ...]) -> Iterator[s
         if entry is None or not matching_names:
             yield line + "\n"
             continue
-        # The other hosts of a line (``a,b ssh-ed25519 …``) and its patterns keep the key. A hashed line has one name.
+        # The other hosts of a line (``a,b ssh-ed25519 …``) and its patterns keep the key. A hashed line has one name
+        # only, so the whole line goes.
         other_hosts = [host for host in entry.hosts.split(",") if host.lower() not in matching_names]
         if other_hosts and not entry.hashed:
             yield f"{','.join(other_hosts)} {entry.key.public_key_text}\n"

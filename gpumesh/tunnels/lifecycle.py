@@ -167,10 +167,13 @@ class Lifecycle:
 def step(
     life: Lifecycle, event: LifecycleEvent, *, now: float, jitter: float, timing: RetryTiming | None = None
 ) -> tuple[Lifecycle, Decision]:
-    """Returns the state after ``event``, and the decision. An event that does not fit the phase, because it came too
-    late, changes nothing."""
+    """Returns the state after ``event``, and the decision.
+
+    An event that does not fit the phase, because it came too late, changes nothing. ``now`` is monotonic seconds,
+    ``jitter`` a random number in [0, 1).
+    """
     timing = timing or RetryTiming()
-    if life.phase is TunnelPhase.CLOSED:
+    if life.phase is TunnelPhase.CLOSED:  # a closed tunnel never opens again
         return life, Decision.STOP
     match event:
         case CloseRequested():
@@ -186,6 +189,7 @@ def step(
                 return life, Decision.WAIT
             return _begin_attempt(life, now), Decision.CONNECT
         case RetryRequested() if life.waiting:
+            # The person may have mended the cause: if this attempt fails too, the waits begin with the shortest again.
             return _begin_attempt(replace(life, failures=0), now), Decision.CONNECT
         case RetryRequested() | Suspected() if life.phase is TunnelPhase.UP:
             return life, Decision.CHECK
@@ -200,7 +204,11 @@ def _begin_attempt(life: Lifecycle, now: float) -> Lifecycle:
 
 
 def _fail(life: Lifecycle, cause: Cause, now: float, jitter: float, timing: RetryTiming) -> Lifecycle:
-    """The state after a failure: ``failed`` when a person must act, otherwise ``backoff``."""
+    """The state after a failure: phase ``failed`` when a person must act, otherwise ``backoff``.
+
+    In phase ``failed`` the interval does not grow, because a person may mend the cause at any time. In ``backoff`` it
+    grows with the failures, and stays short for some time after a wake or a network change.
+    """
     if cause.needs_person:
         phase = TunnelPhase.FAILED
         failures = life.failures + 1
@@ -208,7 +216,7 @@ def _fail(life: Lifecycle, cause: Cause, now: float, jitter: float, timing: Retr
     else:
         phase = TunnelPhase.BACKOFF
         was_stable = life.phase is TunnelPhase.UP and now - life.since >= timing.stable_s
-        failures = 0 if was_stable else life.failures + 1
+        failures = 0 if was_stable else life.failures + 1  # 0: the next attempt comes at once
         is_eager = life.eager_until is not None and now < life.eager_until
         max_backoff_s = timing.eager_max_backoff_s if is_eager else timing.max_backoff_s
         delay_s = _backoff_delay_s(failures, jitter, max_backoff_s, timing)
@@ -218,22 +226,27 @@ def _fail(life: Lifecycle, cause: Cause, now: float, jitter: float, timing: Retr
 def _backoff_delay_s(failures: int, jitter: float, max_backoff_s: float, timing: RetryTiming) -> float:
     """Seconds until the next attempt: an interval that doubles with each failure, times 0.5 to 1.5 (by ``jitter``).
 
-    The result is between ``initial_backoff_s`` and ``max_backoff_s``; with no failure, it is at most
-    ``immediate_retry_s``. Jitter keeps nodes that were lost together from coming back at the same moment.
+    The result is between ``initial_backoff_s`` and ``max_backoff_s``. With no failure, which means that a stable
+    connection broke, the result is at most ``immediate_retry_s``. Jitter keeps nodes that were lost together from
+    coming back at the same moment.
     """
     if failures == 0:
         return timing.immediate_retry_s * jitter
     doublings = min(failures - 1, 32)  # a limit, because after a long outage 2.0 ** 2000 would overflow
     interval_s = min(timing.initial_backoff_s * 2.0**doublings, max_backoff_s)
-    at_least_initial_s = max(timing.initial_backoff_s, interval_s * (0.5 + jitter))
-    return min(max_backoff_s, at_least_initial_s)
+    spread_interval_s = interval_s * (0.5 + jitter)
+    return min(max_backoff_s, max(timing.initial_backoff_s, spread_interval_s))
 
 
 def _react_to_environment(
     life: Lifecycle, event: Woke | NetworkChanged, now: float, timing: RetryTiming
 ) -> tuple[Lifecycle, Decision]:
-    """The step for a wake from sleep, or for a change of the network: returns as ``step`` does."""
-    if life.phase is TunnelPhase.IDLE:
+    """The step for a wake from sleep, or for a change of the network: returns the new state and the decision.
+
+    A tunnel that is up is checked. A tunnel that waits is tried at once, or a moment later if a change of the network
+    has just started an attempt. An attempt under way is given up after a wake only.
+    """
+    if life.phase is TunnelPhase.IDLE:  # the tunnel is not wanted yet
         return life, Decision.NOTHING
     life = replace(life, eager_until=now + timing.eager_period_s)
     if life.phase is TunnelPhase.UP:
@@ -242,7 +255,8 @@ def _react_to_environment(
     if life.phase is TunnelPhase.CONNECTING:
         if isinstance(event, Woke):  # the attempt under way is most likely dead
             return _begin_attempt(life, now), Decision.RECONNECT
-        return life, Decision.NOTHING
+        return life, Decision.NOTHING  # the attempt may survive a change of the network; if not, it fails by itself
+    # From here on the tunnel waits, in phase backoff or failed.
     if isinstance(event, NetworkChanged) and life.tried_at is not None:
         # Changes come in bursts (link, address, route). The first change started an attempt; the next attempt comes
         # when the burst is over.

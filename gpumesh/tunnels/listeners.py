@@ -1,10 +1,10 @@
 """The permanent local ports (or Unix sockets) of a node's tunnel; during an outage their clients wait, then are reset.
 
-There is one for each target. They are bound once and stay open during a reconnect. The supervisor owns the listening
-sockets and lends them to the worker that is connected. Without a worker, the kernel completes a client's connect and
-the client waits in the backlog, so that a short outage is only a delay. After ``CLIENT_WAIT_S`` such clients are
-accepted and reset, so that no client hangs when the host stays away. The supervisor says when an outage begins and
-ends.
+Each target has one port or socket. They are bound once and stay open during a reconnect. The supervisor owns the
+listening sockets and lends them to the worker that is connected. Without a worker, the kernel completes a client's
+connect and the client waits in the backlog, so that a short outage is only a delay. After ``CLIENT_WAIT_S`` such
+clients are accepted and reset, so that no client hangs when the host stays away. The supervisor calls the methods of
+``Listeners`` when an outage begins and ends.
 """
 
 from __future__ import annotations
@@ -73,6 +73,7 @@ class Listeners:
             return LocalAccess.OWN_USER
         if spec.share:
             return LocalAccess.ANY_USER
+        # The worker refuses other users (peer_users.py) where the system shows which user has made a connection.
         return LocalAccess.OWN_USER if can_identify_peers(self.sockets[0]) else LocalAccess.UNCHECKED
 
     @property
@@ -108,14 +109,15 @@ class Listeners:
                 self._watch_to_reset(listener)
 
     def close(self) -> None:
-        self.hold_clients()
+        self.hold_clients()  # ends the timer and the watches
         for unix_listener in self._unix_listeners:
             unix_listener.close()
         for listener in self.sockets:
             listener.close()
 
     def _watch_to_reset(self, listener: socket.socket) -> None:
-        """Resets the clients of ``listener`` as they come. Does nothing if clients are held meanwhile."""
+        """Resets the clients of ``listener`` as they come. Does nothing if clients are held, perhaps since the pause
+        after which this was called."""
         if self._resetting_loop is not None:
             self._resetting_loop.add_reader(listener, self._reset_waiting_clients, listener)
 

@@ -71,11 +71,12 @@ def open_tunnel(
     tunnels_spec: TunnelsSpec = DEFAULT_TUNNELS,
     mesh_name: str = "mesh",
 ) -> Tunnel:
-    """Makes the tunnel of a node, and binds its local ports. The caller runs its ``run`` in a task, or ``run_tunnel``.
+    """Makes a node's tunnel, and binds an SSH node's local ports. ``run_tunnel`` or ``Tunnel.run`` then opens it.
 
-    ``clock`` returns monotonic seconds. ``on_change`` gets every new state, on the event loop; it must not block.
-    ``this_machine`` is shared by all nodes, so that they ask this machine only once. ``mesh_name`` is part of the names
-    of Unix sockets. Raises OSError and GPUMeshError when the local ends cannot be made.
+    ``clock`` returns monotonic seconds. ``rng`` spreads the retries. ``on_change`` gets every new state, on the event
+    loop; it must not block. ``prompter`` asks a person; ``None``: no person is there. ``this_machine`` is shared by all
+    nodes, so that they ask this machine only once. ``mesh_name`` is part of the names of Unix sockets. Raises OSError
+    and GPUMeshError when the local ends cannot be made.
     """
     if spec.ssh is None:
         return DirectTunnel(spec, clock=clock, on_change=on_change, this_machine=this_machine)
@@ -151,6 +152,8 @@ class SshTunnel:
 
     @property
     def state(self) -> TunnelState:
+        # While the tunnel is up, the last error stays, to explain the last reconnect. Its code and hint ask a person to
+        # act, so they do not stay.
         life = self._life
         up = life.phase is TunnelPhase.UP
         cause = life.cause
@@ -178,7 +181,7 @@ class SshTunnel:
 
     async def wait_up(self) -> None:
         while self._life.phase is not TunnelPhase.UP:
-            if self._life.phase is TunnelPhase.FAILED and self._life.cause is not None:
+            if self._life.phase is TunnelPhase.FAILED and self._life.cause is not None:  # this phase has a cause
                 raise error_from_cause(self._life.cause, self._node)
             if self._life.phase is TunnelPhase.CLOSED:
                 raise TunnelDown(f"the tunnel of {self._node} is closed", node=self._node)
@@ -210,7 +213,7 @@ class SshTunnel:
         self._listeners.close()
 
     def _link_when_up(self) -> WorkerLink:
-        """The link to the worker. Raises TunnelDown when the tunnel is not up."""
+        """The link to the worker. Raises TunnelDown when the tunnel is not up; its message has the cause if known."""
         if self._link is None or self._life.phase is not TunnelPhase.UP:
             reason = f": {self._life.cause.message}" if self._life.cause else ""
             raise TunnelDown(f"the tunnel of {self._node} is {self._life.phase.value}{reason}", node=self._node)
@@ -239,6 +242,7 @@ class SshTunnel:
 
     def _announce_state(self) -> None:
         """Wakes the callers that wait in ``wait_up``, and gives the new state to ``on_change``."""
+        # Each change has its own event: callers that still wait after this change wait for the next event.
         changed_event, self._state_changed = self._state_changed, asyncio.Event()
         changed_event.set()
         self._on_change(self.state)
@@ -286,6 +290,7 @@ class SshTunnel:
                         self._ssh,
                         self._targets,
                         interactive=self._prompter is not None,
+                        # Only with OWN_USER does the worker have to refuse the connections of other users.
                         share=self._listeners.access is not LocalAccess.OWN_USER,
                     )
                 )
@@ -355,16 +360,17 @@ class SshTunnel:
 def _hold_or_reset_clients(
     listeners: Listeners, old_phase: TunnelPhase, phase: TunnelPhase, client_wait_s: float
 ) -> None:
-    """Lets the clients of the local ports wait during an outage shorter than ``client_wait_s``, and resets them later.
+    """Lets the clients of the local ports wait for the first ``client_wait_s`` of an outage, and then resets them.
 
-    Called when the tunnel's phase changes. In phase failed the outage will be long, so they are reset at once.
+    Called when the tunnel's phase changes. In phase failed the outage will be long, so clients are reset at once.
     """
     if phase is TunnelPhase.UP:
         listeners.hold_clients()
     elif phase is TunnelPhase.FAILED:
         listeners.reset_clients()
     elif old_phase in (TunnelPhase.IDLE, TunnelPhase.UP) and phase is not TunnelPhase.CLOSED:
-        # The outage begins now. Its later phases (backoff, connecting) do not start the time again.
+        # The outage begins now; the time before the first connection counts as an outage too. The later phases of an
+        # outage (backoff, connecting) do not start the time again.
         listeners.reset_clients_after(client_wait_s)
 
 
@@ -383,11 +389,11 @@ def _log_refused_user(node: str, refused: PeerRefused) -> None:
 
 
 def _fingerprints_on_record(setup: ConnectRequest) -> tuple[str, ...]:
-    """The fingerprints of the keys on record for the host. The host has shown one of these keys: otherwise there would
-    be no connection."""
+    """The fingerprints of the keys on record for the host; empty when the file cannot be read now. The host has shown
+    one of these keys: otherwise there would be no connection."""
     ssh = setup.ssh
     try:
         keys = read_known_hosts(ssh.known_hosts).keys(node=setup.node, host=ssh.host, port=ssh.port)
-    except TunnelError:  # the connection was made; only the fingerprints remain unknown
+    except TunnelError:  # the file was readable a moment ago, for the connect; its loss must not end the connection
         return ()
     return tuple(key.fingerprint for key in keys)

@@ -114,6 +114,7 @@ class PortOwnerLookup:
             return PortOwner(False, f"which process listens on port {port} is not known")
         pids = {pid for inode, _uid in sockets for pid in pids_by_inode.get(inode, ())}
         if not pids:  # /proc hides the descriptors of other users' processes
+            # True: every socket belongs to an account that runs nothing but an inference server.
             if all(_find_account(uid) in SERVER_ACCOUNTS for _inode, uid in sockets):
                 return PortOwner(True)
             return PortOwner(
@@ -141,7 +142,7 @@ def _select_sockets(sockets: Iterable[ListeningSocket], addresses: Collection[Ho
 
 def _receives(bound: IPv4Address | IPv6Address, host: str) -> bool:
     """Whether a socket that is bound to this address gets connections to ``host``."""
-    if bound.is_unspecified:
+    if bound.is_unspecified:  # 0.0.0.0 or ::, which stand for all addresses
         return True
     if host.rstrip(".").lower() == "localhost":
         return bound.is_loopback
@@ -183,6 +184,7 @@ def _find_forwarder_name(process: Path) -> str | None:
     name = (process / "comm").read_text().strip()
     command_line = (process / "cmdline").read_bytes().decode("utf-8", "replace")
     arguments = command_line.split("\0")[:5]  # the interpreter, its options, and the program or module
+    # The name too: a worker of ours has set it to "gpumesh tunnel".
     modules = {_module_name(text) for text in (*arguments, name)}
     only_forwards = name in FORWARDING_PROGRAMS or bool(modules & FORWARDING_MODULES)
     return name if only_forwards else None

@@ -50,7 +50,11 @@ class ThisMachine:
 
     async def run_shared_command(self, argv: Sequence[str], *, timeout_s: float, limit_bytes: int) -> ExecResult:
         """Runs a command that changes nothing, or returns a result that is at most ``MAX_AGE_S`` old. Raises as
-        ``run_command``."""
+        ``run_command``.
+
+        Calls with the same ``argv`` and ``limit_bytes`` share a result. The first such call's ``timeout_s`` is used for
+        all of them.
+        """
         key = (*argv, str(limit_bytes))
         shared = self._shared_commands.get(key)
         if shared is None:
@@ -73,20 +77,20 @@ class SharedResult(Generic[T]):
         self._answered_at = 0.0
 
     async def get(self, *, refresh: bool = False) -> T:
-        """Returns an answer that is at most ``MAX_AGE_S`` old, waits for a running ``ask``, or starts a new one.
+        """Returns an answer that is at most ``MAX_AGE_S`` old, waits for a running ``ask``, or calls ``ask`` anew.
 
-        ``refresh``: an answer that is there already is not used. Raises what ``ask`` raises; an error is not kept for
-        later callers.
+        ``refresh``: an answer that is there already is not used, but a running ``ask`` is. Raises what ``ask`` raises;
+        an error is not kept for later callers.
         """
-        task = self._task
+        task = self._task  # the running ``ask``, or the last one with its answer
         if task is None or (task.done() and (refresh or self._is_too_old())):
             task = self._task = asyncio.create_task(self._ask_once(), name="this machine")
             self._waiting_callers = 0
         self._waiting_callers += 1
         try:
-            return await asyncio.shield(task)
+            return await asyncio.shield(task)  # a caller that is cancelled does not cancel the others' task
         finally:
-            if task is self._task:
+            if task is self._task:  # otherwise a newer task has its own count of callers
                 self._waiting_callers -= 1
                 if not self._waiting_callers and not task.done():
                     self._task = None
@@ -101,7 +105,7 @@ class SharedResult(Generic[T]):
         try:
             answer = await self._ask()
         except BaseException:
-            if self._task is asyncio.current_task():
+            if self._task is asyncio.current_task():  # otherwise a newer task has taken the place already
                 self._task = None
             raise
         self._answered_at = self._clock()

@@ -55,7 +55,7 @@ class DirectTunnel:
         self._check_requested = asyncio.Event()
         self._state_changed = asyncio.Event()
         self._answering_targets: tuple[Target, ...] = ()
-        self._was_up = False
+        self._was_up = False  # whether the tunnel has ever been up
 
     def __repr__(self) -> str:
         return f"<DirectTunnel {self._node} {self._state.state.upper()} {len(self._answering_targets)} targets answer>"
@@ -139,12 +139,15 @@ class DirectTunnel:
         return handshake_ms
 
     def _set_phase(self, phase: TunnelPhase, *, rtt_ms: float | None = None, error: TunnelError | None = None) -> None:
-        """Sets the state to this phase. Announces it if anything has changed."""
+        """Sets the state to this phase, and announces the state if anything in it has changed.
+
+        ``error``: the reason why no target answers. Its message stays as ``last_error`` when the tunnel is up again.
+        """
         old_state = self._state
         phase_changed = phase is not old_state.state
         reconnects = old_state.reconnects
         if phase is TunnelPhase.UP:
-            if phase_changed and self._was_up:
+            if phase_changed and self._was_up:  # the first time up is no reconnect
                 reconnects += 1
             self._was_up = True
         self._state = TunnelState(
@@ -171,6 +174,7 @@ class DirectTunnel:
         if self._state.state is not TunnelPhase.UP:
             raise TunnelDown(f"{self._node} is {self._state.state.value}", node=self._node)
         reason = "its URL is not on this machine"
+        # One answering target whose server runs here is enough; otherwise the last reason is shown.
         for target in self._answering_targets:
             if target in self._loopback_targets:
                 owner = await self._this_machine.find_owner(target.host, target.port)
@@ -199,7 +203,7 @@ class DirectTunnel:
         pieces: asyncio.Queue[ExecChunk | None] = asyncio.Queue(maxsize=16)
 
         async def read_pipe(stream: OutputStream, pipe: asyncio.StreamReader | None) -> None:
-            assert pipe is not None
+            assert pipe is not None, "the command was started without pipes"
             while data := await pipe.read(CHUNK_BYTES):
                 await pieces.put(ExecChunk(stream, data))
             await pieces.put(None)

@@ -121,7 +121,8 @@ class _Agent(paramiko.Agent):
 class _QuestionAnswerer:
     """Answers the host's questions in one keyboard-interactive login.
 
-    The first hidden question for a password gets ``password``; all other questions go to ``ask``.
+    The first question for a password whose answer must not be shown gets ``password``. All other questions go to
+    ``ask``; so does a second question for a password, because then ours was refused or another is meant.
     """
 
     def __init__(self, password: str | None, ask: AskPerson) -> None:
@@ -187,6 +188,7 @@ class _Login:
         return self._try_agent_keys()
 
     def _try_agent_keys(self) -> bool:
+        """Tries the first ``MAX_AGENT_KEYS`` keys of the agent, if there is an agent."""
         agent: _Agent | None = None
         try:
             agent = _Agent()
@@ -228,7 +230,10 @@ class _Login:
         )
 
     def make_refused_error(self, *, disconnected: bool = False) -> TunnelError:
-        """The error for a login of which no attempt succeeded. ``disconnected``: the host has closed the connection."""
+        """The error for a login of which no attempt succeeded. ``disconnected``: the host has closed the connection.
+
+        If nothing was tried because the key files cannot be used, this is the error of the first of these files.
+        """
         if self._unusable_keys and not self._attempts:
             return self._unusable_keys[0]
         tried = ", ".join(dict.fromkeys(self._attempts)) or "nothing: no key, agent or password is set"
@@ -269,6 +274,7 @@ class _Login:
             self._allowed_methods = tuple(error.allowed_types)
             return False
         except paramiko.AuthenticationException:
+            # A dead connection or a time-out, for which ``authenticate`` makes the error; otherwise a refusal.
             if not self._transport.is_active() or self._deadline.expired:
                 raise
             return False

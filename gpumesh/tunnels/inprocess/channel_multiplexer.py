@@ -84,7 +84,8 @@ class ChannelMultiplexer:
         self.transport: Any = transport
         self.forwarder = forwarder
         self._on_refused = on_refused
-        self._open_deadlines: dict[ChannelRelay, float] = {}  # monotonic seconds; the soonest deadline comes first
+        self._open_deadlines: dict[ChannelRelay, float] = {}
+        # Monotonic seconds. All relays have the same time-out, so the soonest deadline comes first.
         self._timer_is_running = False
         self._replace_channel_handlers()
         self._replace_open_failure_handler()
@@ -108,7 +109,7 @@ class ChannelMultiplexer:
     def send(self, message: paramiko.Message) -> None:
         """Sends a packet to the host. Blocks during a key exchange, and while the SSH socket is full.
 
-        Raises nothing: a transport that ends notifies each channel itself.
+        Raises nothing. If the packet cannot be sent, the transport is closed, and then notifies each channel itself.
         """
         try:
             self.transport._send_user_message(message)
@@ -172,7 +173,7 @@ class ChannelMultiplexer:
 
         relay_methods = {
             MSG_CHANNEL_DATA: ChannelRelay.on_data,
-            MSG_CHANNEL_EXTENDED_DATA: _ignore_message,
+            MSG_CHANNEL_EXTENDED_DATA: _ignore_message,  # a command's stderr; a forwarded connection has none
             MSG_CHANNEL_WINDOW_ADJUST: ChannelRelay.on_window_adjust,
             MSG_CHANNEL_EOF: ChannelRelay.on_eof,
             MSG_CHANNEL_REQUEST: _ignore_message,
@@ -192,11 +193,11 @@ class ChannelMultiplexer:
         def handle_open_failure(message: paramiko.Message) -> None:
             channel_number = message.get_int()
             channel = self.transport._channels.get(channel_number)
-            if type(channel) is ChannelRelay:
+            if type(channel) is ChannelRelay:  # ours; paramiko itself opens the channels of sessions
                 reason = message.get_int()
                 channel.on_refused(reason)
             else:
-                message.rewind()
+                message.rewind()  # paramiko reads the message from its beginning
                 original(message)
 
         self.transport._handler_table[MSG_CHANNEL_OPEN_FAILURE] = handle_open_failure

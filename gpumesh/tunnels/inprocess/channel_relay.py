@@ -91,7 +91,8 @@ class ChannelRelay:
         transport = self._multiplexer.transport
         self._forwarder.add_relay(self)
         self._number = _register_channel(transport, self)
-        # Only now, with the relay in the map: a transport that ends later calls ``_unlink``, an ended one is seen here.
+        # Checked when the relay is in the map: a transport that ends after that calls ``_unlink``, and a transport that
+        # ended before is noticed here.
         if not transport.active:
             self.abort()
             return
@@ -104,6 +105,7 @@ class ChannelRelay:
         self._send_close()
 
     def _on_ready(self, ready_events: int) -> None:
+        """Called when the local socket is ready for ``ready_events`` (READ, WRITE): writes first, then reads."""
         if self._local_closed:
             return
         if ready_events & WRITE:
@@ -117,13 +119,16 @@ class ChannelRelay:
         with self._lock:
             try:
                 self._uncredited += _write_pieces(self._local, self._pending)
-            except OSError:
+            except OSError:  # the client has gone. Posted, because ``abort`` takes the lock that is held here
                 self._forwarder.post(self.abort)
                 return
         self._send_credit()
 
     def _send_credit(self) -> None:
-        """Lets the host send as many more bytes as the local socket has taken, if that is at least ``MIN_CREDIT``."""
+        """Lets the host send as many more bytes as the local socket has taken, if that is at least ``MIN_CREDIT``.
+
+        Does nothing when the host sends no more data, or when we have closed the channel and so may not send for it.
+        """
         with self._lock:
             credit = self._uncredited
             if credit < MIN_CREDIT or self._host_ended or self._host_closed or self._close_sent:
@@ -138,16 +143,17 @@ class ChannelRelay:
         """Reads from the local socket, as far as the host's window allows, and sends the host the bytes or the end."""
         with self._lock:
             room = min(self._send_window, self._send_packet_limit)
+        # The host takes no more bytes now, the client sends no more, or we may not send for the channel any more.
         if room <= 0 or self._local_ended or self._close_sent:
             return
         try:
             data = self._local.recv(room)
         except (BlockingIOError, InterruptedError):
             return
-        except OSError:
+        except OSError:  # the client has reset the connection
             self.abort()
             return
-        if not data:
+        if not data:  # the client has sent its last byte
             self._local_ended = True
             self._multiplexer.send(_make_message(cMSG_CHANNEL_EOF, self._remote_number))
             return
@@ -169,15 +175,17 @@ class ChannelRelay:
             self._end_written = True
             try:
                 self._local.shutdown(socket.SHUT_WR)
-            except OSError:
+            except OSError:  # the client has reset the connection
                 self.abort()
                 return
+        # Nothing more can come: the host has closed the channel, or both sides have sent their last byte.
         if all_written and (self._host_closed or (self._end_written and self._local_ended)):
             # A host that closes without EOF has cut its data: its sshd was stopped, or died.
             self._close_local(reset=not self._host_ended)
             self._send_close()
             return
         events = 0 if all_written else WRITE
+        # The client's next bytes can go to the host: the channel is open in this direction, and its window has room.
         if self._remote_number >= 0 and host_has_room and not self._local_ended and not self._host_closed:
             events |= READ
         if events != self._events:
@@ -185,7 +193,8 @@ class ChannelRelay:
             self._forwarder.watch(self._local, events, self._on_ready)
 
     def _close_local(self, *, reset: bool) -> None:
-        """Closes the local socket, unless it is closed already. ``reset``: so that a cut answer does not look whole."""
+        """Closes the local socket, unless it is closed already. ``reset``: the client gets a reset and not an ordinary
+        end, so that a cut answer does not look whole."""
         with self._lock:
             if self._local_closed:
                 return
@@ -193,21 +202,24 @@ class ChannelRelay:
             self._pending.clear()
             if self._events:
                 self._events = 0
-                self._forwarder.watch(self._local, 0, self._on_ready)
+                self._forwarder.watch(self._local, 0, self._on_ready)  # 0 ends the watch
             if reset:
                 close_with_reset(self._local)
             else:
                 self._local.close()
 
     def _send_close(self) -> None:
-        """Sends CHANNEL_CLOSE, once and only on an open channel: ``_on_opened`` calls this again."""
+        """Sends CHANNEL_CLOSE, once, and removes the channel if both sides are now closed.
+
+        A channel that the host has not opened yet has no number to send: then ``_on_opened`` calls this again.
+        """
         if not self._close_sent and self._remote_number >= 0 and self._multiplexer.transport.active:
             self._close_sent = True
             self._multiplexer.send(_make_message(cMSG_CHANNEL_CLOSE, self._remote_number))
         self._remove_if_closed()
 
     def _remove_if_closed(self) -> None:
-        """Removes the channel from paramiko's map if both sides are closed: the host sends nothing more for it."""
+        """Removes the channel from paramiko's map if both sides are closed, because then no packet can come for it."""
         transport = self._multiplexer.transport
         if self._local_closed and (self._host_closed or not transport.active):
             self._multiplexer.cancel_open_timeout(self)
@@ -267,20 +279,21 @@ class ChannelRelay:
                 try:
                     sent = self._local.send(data)
                 except (BlockingIOError, InterruptedError):
-                    pass
-                except OSError:
+                    pass  # the socket has no room: nothing is sent
+                except OSError:  # the client has gone
                     self._forwarder.post(self.abort)
                     return
             if sent < len(data):
                 self._pending.append(data[sent:])
             self._uncredited += sent
             credit_due = self._uncredited >= MIN_CREDIT
-        if sent < len(data) and not had_pending:
+        if sent < len(data) and not had_pending:  # otherwise the socket is already watched for WRITE
             self._forwarder.post(self._update)
         if credit_due:
             self._forwarder.post(self._send_credit)
 
     def on_window_adjust(self, message: paramiko.Message) -> None:
+        """Called when the host takes more bytes. If it took none before, the local socket is watched for READ again."""
         credit = message.get_int()
         with self._lock:
             was_exhausted = self._send_window <= 0

@@ -100,7 +100,10 @@ class ParamikoConnection:
         return f"<ParamikoConnection {self._address} {state}>"
 
     def start_forwarding(self, routes: list[tuple[socket.socket, Target]], events: ConnectionEvents) -> None:
-        """Starts to serve clients. ``routes``: pairs of a listener and its target. Raises ``TunnelError``."""
+        """Starts to serve clients. ``routes``: pairs of a listener and its target.
+
+        Raises ``TunnelError`` when only our own user may connect, and the users cannot be found out.
+        """
 
         def on_refused(target: Target, reason: int) -> None:  # in the transport's thread
             code, message = self._explain_refusal(target, reason)
@@ -110,7 +113,7 @@ class ParamikoConnection:
             self._call_soon(events.report_peer_refused, port, uid)
 
         def make_peer_filter() -> PeerFilter | None:
-            if self._share:
+            if self._share:  # the connections of all users are served
                 return None
             first_listener, _target = routes[0]
             return open_own_user_filter(first_listener, on_peer_refused)
@@ -163,7 +166,7 @@ class ParamikoConnection:
 
     def _close_blocking(self) -> None:
         if self._forwarder is not None:
-            self._forwarder.stop(force=True)
+            self._forwarder.stop(force=True)  # force: does not wait for the clients to end their connections
         for transport in reversed(self._transports):
             transport.close()
 
@@ -172,6 +175,7 @@ class ParamikoConnection:
         self._set_lost()
 
     def _set_lost(self) -> None:
+        """Ends ``wait_lost``, with the error that has ended the transport. A second call changes nothing."""
         if not self._lost.done():
             error = self._transport.get_exception()
             reason = printable(str(error), 120) if error is not None else ""

@@ -189,9 +189,10 @@ def perform_trusted_handshake(
 def disable_nagle_on_host(transport: paramiko.Transport, deadline: Deadline) -> paramiko.Channel | None:
     """Starts a command on the host, because sshd sets TCP_NODELAY on a connection when its first command starts.
 
-    The command tests for a POSIX shell. Returns its channel at once: ``sessions.has_posix_shell`` reads the result. The
-    caller must keep the channel until the channel has closed by itself. ``None``: the host gives no session. Then the
-    tunnel still works, but an answer in small pieces comes up to 40 ms late.
+    The command tests for a POSIX shell. Returns the command's channel at once: ``sessions.has_posix_shell`` reads the
+    result. The caller must keep the channel until it has closed by itself, because paramiko closes a channel that is
+    garbage-collected. ``None``: the host gives no session. Then the tunnel still works, but an answer in small pieces
+    comes up to 40 ms late.
     """
     try:
         channel = transport.open_session(timeout=max(0.1, deadline.remaining_s))

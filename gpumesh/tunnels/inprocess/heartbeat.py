@@ -32,8 +32,8 @@ class Heartbeat:
     def measure_round_trip_ms(self) -> float | None:
         """Pings the host, and returns the time until its answer in ms; ``None``: the transport has ended.
 
-        The ping is a request that every SSH server answers, if only by a refusal. Raises what paramiko raises when the
-        request cannot be sent.
+        The ping is a request that every SSH server answers, if only by a refusal. The time ends with the answer to the
+        first request, also if the request was sent again. Raises what paramiko raises when a request cannot be sent.
         """
         sent_at = time.monotonic()
         answered = self._send_request()
@@ -52,7 +52,7 @@ class Heartbeat:
         message = paramiko.Message()
         message.add_byte(cMSG_GLOBAL_REQUEST)
         message.add_string("keepalive@openssh.com")
-        message.add_boolean(True)
+        message.add_boolean(True)  # "want reply": without it the host does not answer
         self._unanswered.append(answered)
         self._transport._send_user_message(message)
         return answered

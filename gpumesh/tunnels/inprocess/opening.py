@@ -91,8 +91,10 @@ class Opening:
         return OpenedConnection(tuple(self._transports), self._shell_tests[-1], heartbeat, rtt_ms)
 
     def fetch_host_key(self) -> HostKey:
-        """Returns the key that the host shows, trusted or not. The caller then calls ``give_up``. Raises
-        ``TunnelError``."""
+        """Returns the key that the host shows, trusted or not. Raises ``TunnelError``.
+
+        In both cases the caller then calls ``give_up``, which closes everything.
+        """
         *jumps, host = self._list_hops()
         for hop in jumps:
             transport = self._perform_handshake(hop)
@@ -104,7 +106,7 @@ class Opening:
         self._given_up = True
         for transport in reversed(self._transports):
             transport.close()
-        if isinstance(self._last_socket, socket.socket):
+        if isinstance(self._last_socket, socket.socket):  # otherwise a channel, which its transport has closed
             with contextlib.suppress(OSError):  # the socket is not connected any more
                 self._last_socket.shutdown(socket.SHUT_RDWR)  # ends a handshake under way on the socket
 
@@ -114,7 +116,10 @@ class Opening:
         return [*(_Hop("", jump) for jump in jumps), _Hop(self._setup.node, host)]
 
     def _perform_handshake(self, hop: _Hop, *, check_key: bool = True) -> paramiko.Transport:
-        """Connects to the next host, and exchanges keys with it. ``check_key``: the key must be trusted."""
+        """Connects to the next host, and exchanges keys with it. ``check_key``: the key must be trusted.
+
+        Raises ``TunnelError``, also after ``give_up``.
+        """
         ssh = hop.ssh
         self._last_socket = sock = self._connect_through_last(ssh.host, ssh.port)
         if self._given_up:  # after each long step: a ``give_up`` during the step could not close what the step made
@@ -147,7 +152,7 @@ class Opening:
         if not self._transports:
             return handshake.connect_tcp(host, port, self._deadline)
         try:
-            return self._transports[-1].open_channel(
+            return self._transports[-1].open_channel(  # ("127.0.0.1", 0): the originator, which needs not be true
                 "direct-tcpip", (host, port), ("127.0.0.1", 0), timeout=max(0.1, self._deadline.remaining_s)
             )
         except (paramiko.SSHException, EOFError, OSError) as error:

@@ -34,7 +34,7 @@ class BufferedSocket:
             data = self._sock.recv(READ_AHEAD_BYTES)
             if len(self.greeting) < KEPT_GREETING_BYTES:
                 self.greeting += data[:KEPT_GREETING_BYTES]
-            if len(data) <= size:
+            if len(data) <= size:  # nothing is left for the buffer, whose bytes are all given out
                 return data
             self._buffer = data
             self._position = 0

@@ -43,7 +43,8 @@ async def start_command(transport: paramiko.Transport, command: str, *, posix: b
 async def has_posix_shell(test: paramiko.Channel | None) -> bool:
     """Whether the host has a POSIX shell, by the output of the command ``SHELL_TEST``.
 
-    ``test`` is the session in which that command runs; ``None``: the host gave no session.
+    ``test`` is the session in which that command runs; ``None``: the host gave no session. False also when the test
+    fails or takes longer than ``TEST_TIMEOUT_S``: commands then run without the shell.
     """
     if test is None:
         return False
@@ -52,7 +53,7 @@ async def has_posix_shell(test: paramiko.Channel | None) -> bool:
     try:
         with contextlib.suppress(TimeoutError, OSError, ExecError):
             async with asyncio.timeout(TEST_TIMEOUT_S):
-                while len(output) < READ_BYTES:
+                while len(output) < READ_BYTES:  # a limit for a host that prints without end
                     piece = await command.read()
                     if piece is None:
                         break
@@ -66,7 +67,7 @@ async def has_posix_shell(test: paramiko.Channel | None) -> bool:
 def _open_session(transport: paramiko.Transport, command: str, *, has_input: bool) -> paramiko.Channel:
     """Opens a session, starts ``command`` in it, and returns the session's channel, set to non-blocking.
 
-    Blocks until then. ``has_input``: the command's input stays open.
+    Blocks until the host has started the command. ``has_input``: the command's input stays open.
     """
     channel = transport.open_session(timeout=OPEN_TIMEOUT_S)
     try:
@@ -84,7 +85,7 @@ def _open_session(transport: paramiko.Transport, command: str, *, has_input: boo
 def _end_input(channel: Any) -> None:
     """Tells the host that the session's input has ended."""
     with channel.lock:
-        message = channel._send_eof()
+        message = channel._send_eof()  # returns the message without sending it; ``None``: it was sent already
     if message is not None:
         _send_while_open(channel, message)
 
@@ -92,10 +93,11 @@ def _end_input(channel: Any) -> None:
 def _send_while_open(channel: Any, message: paramiko.Message) -> None:
     """Sends ``message``, unless the channel is closed.
 
-    An sshd ends the whole connection when it gets a message for a channel that we have closed. paramiko's thread may
-    answer the host's close with our close at any moment. That thread first marks the channel as closed, and it needs
-    ``clear_to_send_lock`` to send. So under that lock, while the channel has no mark, a message is sent before the
-    close. (paramiko's own ``shutdown_write`` checks the mark, releases the lock, and then sends.)
+    An sshd ends the whole connection when it gets a message for a channel that we have closed. At any moment paramiko's
+    thread may send our close, as the answer to the host's close. For this it first marks the channel as closed
+    (``closed``), and then takes ``clear_to_send_lock`` to send. So this function holds that lock while it checks the
+    mark and sends: if the channel has no mark yet, the close is sent after ``message``. (paramiko's own
+    ``shutdown_write`` checks the mark, releases the channel's lock, and then sends.)
     """
     transport = channel.transport
     while transport.active:
@@ -103,6 +105,7 @@ def _send_while_open(channel: Any, message: paramiko.Message) -> None:
         with transport.clear_to_send_lock:
             if channel.closed:
                 return
+            # Otherwise the wait was too short, or another key exchange has begun: try again.
             if transport.clear_to_send.is_set():
                 transport._send_message(message)
                 return
@@ -134,7 +137,8 @@ class SessionCommand:
             if channel.recv_stderr_ready():
                 return OutputStream.STDERR, channel.recv_stderr(READ_BYTES)
             if output_ended:
-                # The exit status comes between the end of the output and the channel's close, or never.
+                # The exit status comes between the end of the output and the channel's close, or never. The close sets
+                # the event too, so the wait always ends.
                 await blocking.run_in_thread(channel.status_event.wait)
                 await self._ensure_connected()
                 return None
@@ -154,6 +158,7 @@ class SessionCommand:
         connection broke."""
         transport = self._channel.get_transport()
         if self._channel.exit_status < 0 and not self._channel.eof_received:
+            # When a connection breaks, paramiko closes the channels a moment before it marks the transport as ended.
             await blocking.run_in_thread(transport.join, DISCONNECT_TIMEOUT_S)
             if not transport.is_active():
                 raise ExecError("the connection broke")
@@ -162,7 +167,12 @@ class SessionCommand:
         """Waits until there is output to read, or its end."""
         loop = asyncio.get_running_loop()
         ready: asyncio.Future[None] = loop.create_future()
-        loop.add_reader(self._fd, lambda: None if ready.done() else ready.set_result(None))
+
+        def set_ready() -> None:  # may be called again before the reader is removed
+            if not ready.done():
+                ready.set_result(None)
+
+        loop.add_reader(self._fd, set_ready)
         try:
             await ready
         finally:
@@ -171,14 +181,15 @@ class SessionCommand:
     def _signal_and_close(self) -> None:
         """Asks sshd to kill the command, and closes the channel.
 
-        sshd passes the signal on since OpenSSH 7.9, but not for a login of root. Where sshd does not, the command only
-        finds its output closed. Not for a wrapped command: the signal would end the shell that watches its input.
+        sshd passes the signal on since OpenSSH 7.9, but not for a login of root. Where sshd does not pass it on, the
+        command only finds its output closed. Not for a wrapped command: the signal would end the shell that watches the
+        session's input, and the command could run on.
         """
         message = paramiko.Message()
         message.add_byte(cMSG_CHANNEL_REQUEST)
         message.add_int(self._channel.remote_chanid)
         message.add_string("signal")
-        message.add_boolean(False)
+        message.add_boolean(False)  # no answer wanted, as RFC 4254 demands for a signal
         message.add_string("KILL")
         _send_while_open(self._channel, message)
         self._channel.close()

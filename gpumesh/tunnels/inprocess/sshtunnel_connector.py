@@ -65,6 +65,7 @@ class TransportForwarder(sshtunnel.SSHTunnelForwarder):  # type: ignore[misc]  #
         self._on_end = on_end
         self.uses_channels = channel_multiplexer.find_missing_feature(transport) is None
         self.skip_tunnel_checkup = True
+        # The transport is logged in, so sshtunnel must not look for a configuration, an agent or keys, nor ping.
         super().__init__(
             (ssh.host, ssh.port),
             ssh_config_file=None,
@@ -148,6 +149,7 @@ class _FallbackServer(sshtunnel._ThreadingForwardServer):  # type: ignore[misc] 
     def __init__(
         self, listener: socket.socket, handler: Any, logger: logging.Logger, peer_filter: PeerFilter | None
     ) -> None:
+        # The address is a placeholder: this server gets a socket that listens already.
         super().__init__(("127.0.0.1", 0), handler, bind_and_activate=False, logger=logger)
         self._peer_filter = peer_filter
         self.socket.close()  # the socket that sshtunnel's constructor made
@@ -172,7 +174,7 @@ def _relay(local: socket.socket, channel: paramiko.Channel) -> None:
 
     sshtunnel's own relaying ends both directions when one ends, and makes a cut answer look whole.
     """
-    open_ends: set[socket.socket | paramiko.Channel] = {local, channel}
+    open_ends: set[socket.socket | paramiko.Channel] = {local, channel}  # the ends that have not sent their last byte
     # After the host's end, the client's bytes still go to the host, until one of the two has closed.
     while channel in open_ends or (local in open_ends and not channel.closed):
         ready, _, _ = select.select(list(open_ends), [], [], RELAY_POLL_S)
@@ -182,7 +184,8 @@ def _relay(local: socket.socket, channel: paramiko.Channel) -> None:
             if data := source.recv(RELAY_CHUNK_BYTES):
                 sink.sendall(data)
                 continue
-            if source is channel and not channel.eof_received:  # the host has cut the answer
+            # ``source`` sends no more bytes. A channel that ended without EOF: the host has cut the answer.
+            if source is channel and not channel.eof_received:
                 reset_on_close(local)
                 return
             open_ends.discard(source)

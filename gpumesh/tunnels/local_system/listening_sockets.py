@@ -28,8 +28,8 @@ class ListeningSocket(NamedTuple):
 
 
 def list_listening_sockets() -> list[ListeningSocket]:
-    """All listening TCP sockets. Blocks for less than a millisecond, or for some milliseconds where only /proc tells
-    them."""
+    """All listening TCP sockets; empty on systems without netlink and /proc. Blocks for less than a millisecond with
+    netlink, and for some milliseconds with /proc."""
     try:
         with closing(SockDiag()) as sock_diag:
             sockets = [
@@ -46,10 +46,11 @@ def read_listening_sockets(proc: Path) -> Iterator[ListeningSocket]:
     for table in ("net/tcp", "net/tcp6"):
         try:
             lines = (proc / table).read_bytes().splitlines()[1:]  # without the heading
-        except OSError:
+        except OSError:  # there is no such table: no IPv6, or no Linux
             continue
         for line in lines:
-            if b" 0A " not in line:  # a quick check, because most lines are connections
+            # A quick check for LISTEN_STATE (0A), because most lines are connections. The state is parsed below.
+            if b" 0A " not in line:
                 continue
             try:
                 info = parse_socket_info(line)

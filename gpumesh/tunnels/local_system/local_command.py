@@ -38,7 +38,8 @@ async def local_command(argv: Sequence[str], *, stderr: bool = True) -> AsyncIte
     try:
         process = await asyncio.shield(start_task)
     except asyncio.CancelledError:
-        # The start goes on in its own task. A cancel would make asyncio kill the process, but not its children.
+        # ``shield`` lets the start go on: a cancelled start would make asyncio kill the process, but not its children.
+        # So the start is awaited here, and then the whole group is killed. A start that fails leaves nothing.
         with contextlib.suppress(OSError, ValueError):
             await _kill_group(await start_task)
         raise
@@ -50,6 +51,7 @@ async def local_command(argv: Sequence[str], *, stderr: bool = True) -> AsyncIte
 
 async def _kill_group(process: asyncio.subprocess.Process) -> None:
     """Kills the process and all processes that it started, and waits for its end."""
+    # Nothing in the group runs any more: ProcessLookupError, on macOS perhaps PermissionError.
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     await release_process(process, END_TIMEOUT_S)

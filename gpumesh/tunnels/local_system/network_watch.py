@@ -60,10 +60,10 @@ async def watch_network(on_change: Callable[[], None]) -> None:
     """
     try:
         events = _open_kernel_events()
-    except OSError:
+    except OSError:  # a sandbox forbids it
         events = None
     if events is None:
-        await asyncio.get_running_loop().create_future()  # never done
+        await asyncio.get_running_loop().create_future()  # waits for ever: nobody sets a result
         return
     with events:
         loop = asyncio.get_running_loop()

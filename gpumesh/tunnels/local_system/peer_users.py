@@ -53,6 +53,7 @@ class OwnUserFilter:
         self._lookup = lookup
         self._on_refused = on_refused
         self._clock = clock
+        # The overflow uid stands for many users, so it is never allowed, not even if it is our own.
         self._allowed = frozenset({0, os.geteuid()} - {overflow_uid()})
         self._reported_at: dict[int, float] = {}
 
@@ -71,7 +72,8 @@ class OwnUserFilter:
         return False
 
     def find_peer_uid(self, connection: socket.socket, peer: Any) -> int | None:
-        """The uid of the user who made the socket at the other end; ``None``: no process holds that socket any more."""
+        """The uid of the user who made the socket at the other end; ``None``: no process holds that socket any more, or
+        the user cannot be found out."""
         try:
             info = self._look_up(make_address_pair(peer, connection.getsockname(), connection.family))
             connection.getpeername()  # raises when our end is closed; then another socket may have these ports
@@ -85,7 +87,7 @@ class OwnUserFilter:
         self._lookup.close()
 
     def _look_up(self, pair: AddressPair) -> SocketInfo | None:
-        """Finds a socket; if the first way fails, in /proc/net. Raises OSError when both ways fail."""
+        """Finds a socket with ``_lookup``, or in /proc/net if that fails. Raises OSError when both fail."""
         try:
             return self._lookup(pair)
         except OSError:  # netlink has no buffers or no memory

@@ -105,6 +105,7 @@ class SockDiag:
         form.
         """
         for family, address_size in ((socket.AF_INET, 4), (socket.AF_INET6, 16)):
+            # A set of states has a bit for each state. A socket id of zeros: sockets with any address and port.
             listening = _REQUEST.pack(family, socket.IPPROTO_TCP, 0, 0, 1 << LISTEN_STATE) + bytes(_ID_SIZE)
             self._send(_NLM_F_REQUEST | _NLM_F_DUMP, listening)
             for message in self._receive_dump():
@@ -113,9 +114,10 @@ class SockDiag:
                 yield message[address_start : address_start + address_size], port, _parse_answer(message, 0)
 
     def _send(self, flags: int, request: bytes) -> None:
+        """Sends a request with a new sequence number, by which its answer is known."""
         self._sequence = (self._sequence + 1) & 0xFFFFFFFF
         length = _NLMSG_HEADER.size + len(request)
-        header = _NLMSG_HEADER.pack(length, _SOCK_DIAG_BY_FAMILY, flags, self._sequence, 0)
+        header = _NLMSG_HEADER.pack(length, _SOCK_DIAG_BY_FAMILY, flags, self._sequence, 0)  # port 0: not needed
         self._netlink.send(header + request)
 
     def _receive_dump(self) -> Iterator[bytes]:
@@ -154,6 +156,7 @@ class ProcNet:
         info = self._search_table("tcp", pair)
         if info is not None:
             return info
+        # A program may have made this IPv4 connection with a socket of family IPv6.
         return self._search_table("tcp6", map_to_ipv6(pair))
 
     def _search_table(self, name: str, pair: AddressPair) -> SocketInfo | None:
@@ -192,15 +195,16 @@ def open_socket_lookup(listener: socket.socket) -> SocketLookup | None:
         except OSError as error:
             if error.errno in _EXHAUSTED:
                 raise
+            # Otherwise this system does not have this lookup.
     return None
 
 
 def _finds_listener(lookup: SocketLookup, listener: socket.socket) -> bool:
-    """Whether the lookup finds ``listener``, a socket whose data we know. Raises OSError."""
+    """Whether the lookup finds ``listener`` and shows it as what it is: listening, open, and ours. Raises OSError."""
     try:
         info = lookup(make_address_pair(listener.getsockname(), None, listener.family))
     except (ValueError, IndexError, struct.error):  # an answer in a form that we do not know
         return False
-    if info is None or info.inode == 0:
+    if info is None or info.inode == 0:  # inode 0: a socket that no process holds
         return False
     return info.state == LISTEN_STATE and info.uid == os.geteuid()

@@ -50,9 +50,12 @@ class UnixListener:
         return f"<UnixListener {self.path} {'closed' if self._identity is None else 'listening'}>"
 
     def remove_path(self) -> None:
-        """Removes the path, so that no new client can connect. May be called twice."""
+        """Removes the path, so that no new client can connect. May be called twice.
+
+        The path stays if another socket has replaced ours there.
+        """
         identity, self._identity = self._identity, None
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # the path is gone already
             status = self.path.lstat()
             if identity == (status.st_dev, status.st_ino):
                 self.path.unlink()
@@ -76,8 +79,9 @@ def check_path_length(path: Path) -> None:
 def open_tunnel_listener(mesh: str, node: str, number: int, backlog: int) -> UnixListener:
     """Opens local end ``number`` (from 0) of a node's tunnel, in the runtime folder (0700).
 
-    The file name is the same each time, unless another mesh of this user with the same names runs now. Raises
-    GPUMeshError and OSError.
+    The file name is ``MESH-NODE.sock``; from the second local end on ``MESH-NODE-2.sock``. If another mesh of this user
+    with the same names runs now, the name gets a number: ``MESH-NODE.2.sock``. Raises OSError, and GPUMeshError when no
+    name is free or the path would be too long.
     """
     folder = environment.runtime_dir()
     stem = f"{mesh}-{node}" if number == 0 else f"{mesh}-{node}-{number + 1}"
@@ -124,7 +128,7 @@ def _remove_stale_socket(path: Path) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.setblocking(False)
         result = probe.connect_ex(os.fsencode(path))
-    if result == errno.ENOENT:
+    if result == errno.ENOENT:  # somebody has removed it meanwhile
         return
     if result != errno.ECONNREFUSED:  # 0: a process listens; EAGAIN: a process listens, and its queue is full
         raise PathInUse(f"another program listens at {path}", hint="stop it, or choose another path")
@@ -136,7 +140,8 @@ def _listen(path: Path, backlog: int) -> socket.socket:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     bound = False
     try:
-        # Linux gives the path the mode of the unbound socket. On other systems no client can connect before ``listen``.
+        # Linux gives the path the mode of the unbound socket. Other systems may refuse this. There no client can
+        # connect before ``listen``, so the later ``chmod`` is early enough.
         with contextlib.suppress(OSError):
             os.fchmod(sock.fileno(), 0o600)
         sock.bind(os.fsencode(path))

@@ -14,13 +14,14 @@ import sys
 def main(path: str, question: str) -> int:
     """Asks ``question`` at ``path``, the Unix socket of ``prompts.AskpassServer``, and prints the answer.
 
-    Returns the exit status.
+    Returns the exit status: 0, or 1 when there is no answer.
     """
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as server:
         server.connect(path)
         server.sendall(json.dumps(question).encode() + b"\n")
         with server.makefile("rb") as answers:
             line = answers.readline()
+    # A line without its end: the worker ended, or closed the connection, before it had answered.
     answer = json.loads(line) if line.endswith(b"\n") else None
     if not isinstance(answer, str):
         return 1

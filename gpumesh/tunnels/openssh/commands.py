@@ -25,8 +25,11 @@ STOP_TIMEOUT_S = 1.0  # the time for a client to end by itself, and again after 
 async def start_client(
     control: Path, command: str, *, posix: bool, is_master_alive: Callable[[], Awaitable[bool]]
 ) -> MuxCommand:
-    """Starts ``command`` on the host. ``posix``: under a POSIX shell that ends the command when its session ends
-    (remote_command.py)."""
+    """Starts ``command`` on the host. ``MuxCommand`` explains ``is_master_alive``.
+
+    ``posix``: under a POSIX shell that ends the command when the session's input ends (remote_command.py). So the input
+    is then a pipe that we hold open.
+    """
     command_line = wrap_killable(command) if posix else command
     process = await asyncio.create_subprocess_exec(
         *client_command(control, "--", CLIENT_HOST, command_line),
@@ -39,7 +42,10 @@ async def start_client(
 
 
 async def request_session(control: Path) -> None:
-    """Asks the host for a session, and returns when the host has given or refused it. A cancel kills the client."""
+    """Asks the host for a session, and returns when the host has given or refused it. A cancel kills the client.
+
+    The command in the session is ``exit``, which does nothing.
+    """
     process = await asyncio.create_subprocess_exec(
         *client_command(control, "--", CLIENT_HOST, "exit"),
         stdin=DEVNULL,
@@ -55,7 +61,7 @@ async def request_session(control: Path) -> None:
 
 class MuxCommand:
     """A command on the host; see ``transport.RemoteCommand``. ``is_master_alive`` pings the master and returns
-    whether it answers."""
+    whether it answers: if it does not, a command that ended with status 255 was cut off."""
 
     def __init__(self, process: Process, is_master_alive: Callable[[], Awaitable[bool]]) -> None:
         self._process = process
@@ -94,7 +100,10 @@ class MuxCommand:
         await _end_process(self._process, patience_s=STOP_TIMEOUT_S)
 
     async def _ensure_ssh_worked(self) -> None:
-        """Called for exit status 255: raises ExecError if ssh failed, returns if the command ended with this status."""
+        """Called for exit status 255: raises ExecError if ssh failed, returns if the command ended with this status.
+
+        ssh failed if it printed that there is no session, or if the connection is gone.
+        """
         if NO_SESSION_PATTERN.search(self._stderr_tail.decode("latin-1")):
             raise ExecError(
                 "the host gives no session to run a command in",

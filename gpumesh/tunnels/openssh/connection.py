@@ -74,7 +74,7 @@ class OpensshConnection:
     def __init__(
         self, setup: ConnectRequest, master: OpensshMaster, events: ConnectionEvents, listeners: Sequence[socket.socket]
     ) -> None:
-        """Raises ``TunnelError``."""
+        """Raises ``TunnelError`` when only our own user may connect, and the users cannot be found out."""
         self._setup = setup
         self._listeners = listeners
         self._destination = format_destination(setup.ssh)
@@ -86,6 +86,7 @@ class OpensshConnection:
         peer_filter = open_own_user_filter(listeners[0], self._on_peer_refused) if own_user_only else None
         self._forwarder = Forwarder(self._on_forwarder_end, peer_filter=peer_filter)
         self._last_dialled: Target | None = None
+        # The round trip is measured later. The version is not the host's: ssh does not report that.
         self.info = ConnectionInfo(None, "OpenSSH client")
 
     def __repr__(self) -> str:
@@ -125,7 +126,8 @@ class OpensshConnection:
     async def _ping_by_session(self, timeout_s: float) -> float | None:
         """Pings through a master that does not echo (or not yet): asks the host for one more session.
 
-        The host is alive if it answers, even by a refusal.
+        The host is alive if it answers, even by a refusal. Returns the time until the answer in ms; ``None``: no answer
+        within ``timeout_s``, or the master has ended.
         """
         started_at = time.perf_counter()
         try:
@@ -152,7 +154,7 @@ class OpensshConnection:
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         finally:
             forwarder_ended.cancel()
-        if not self._master.exit_task.done():
+        if not self._master.exit_task.done():  # then the forwarder has ended, by an error of ours
             return TunnelLost(f"the tunnel's process for {self._destination} stopped forwarding")
         return error_from_stderr(self._master.error_lines, self._destination, was_up=True)
 
@@ -225,7 +227,8 @@ class OpensshConnection:
 
 
 async def _first_result(*measurements: Any) -> float | None:
-    """Runs all measurements at once, and returns the first result that is not ``None``. Cancels the others."""
+    """Runs all measurements at once, and returns the first result that is not ``None``; ``None``: there is no such
+    result. Cancels the measurements that still run."""
     tasks = [asyncio.create_task(measurement) for measurement in measurements]
     try:
         for finished in asyncio.as_completed(tasks):

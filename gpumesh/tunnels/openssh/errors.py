@@ -165,7 +165,8 @@ _ERRORS_BY_TEXT: tuple[tuple[re.Pattern[str], _MakeError], ...] = tuple(
 def error_from_stderr(lines: Sequence[str], destination: str, *, was_up: bool = False) -> TunnelError:
     """Makes the error that ``lines`` mean: the last lines of ssh's stderr, made printable.
 
-    ``was_up``: ssh was connected before, so the error is ``TunnelLost`` whatever the lines say.
+    ``was_up``: ssh was connected before, so the error is ``TunnelLost`` whatever the lines say. If no text in the lines
+    is known, the error is a plain ``TunnelError`` with the last line.
     """
     if was_up:
         last_line = lines[-1] if lines else "ssh ended without a word"

@@ -44,9 +44,10 @@ async def open_forwards(master: OpensshMaster, routes: Sequence[Route], destinat
 
 
 async def check_forwards(master: OpensshMaster, routes: Sequence[Route]) -> ForwardCheck:
-    """Finds the targets to which the host forbids forwarding. The master must be ``ECHOING``."""
+    """Finds the targets to which the host forbids forwarding. The master must be ``ECHOING``: an echo shows that the
+    host has answered all requests before it (``_count_refused``)."""
     refused_count, rtt_ms = await _count_refused(master, routes)
-    if refused_count == 0:
+    if refused_count == 0:  # usual; otherwise each target is tried alone, because ssh does not name the refused ones
         return ForwardCheck((), rtt_ms)
     forbidden: list[Target] = []
     for path, target in routes:

@@ -28,6 +28,7 @@ async def fetch_host_key(
         async with AskpassServer(folder, dict(secrets), _NoEvents(), deadline, interactive=False) as prompts:
             command = host_key_command(setup, known_hosts, batch=not prompts.can_answer)
             askpass = prompts.askpass_path if prompts.can_answer else None
+            # No master, and it makes no control socket: only its process and its stderr are used.
             child = await OpensshMaster.start(command, folder / "c", askpass)
             try:
                 await asyncio.wait([child.exit_task], timeout=timeout_s)

@@ -33,6 +33,7 @@ async def log_in(setup: ConnectRequest, folder: Path, prompts: AskpassServer, de
     await master.close()
     if not was_only_session_refused(master.error_lines, master.process.returncode):
         raise error_from_stderr(master.error_lines, format_destination(setup.ssh))
+    # That ssh had logged in, so a second ssh, without a session, needs the same secrets again.
     prompts.forget_given_secrets()
     master = await _start_and_log_in(setup, folder / "n", prompts, deadline, session=False)
     if not master.exited:
@@ -44,13 +45,15 @@ async def log_in(setup: ConnectRequest, folder: Path, prompts: AskpassServer, de
 def was_only_session_refused(error_lines: Iterable[str], returncode: int | None) -> bool:
     """Whether an ssh that has ended was logged in, and failed only because the host gave it no session.
 
-    Then an ssh without a session may work. An exit status other than ``SSH_FAILED`` comes from a command that the host
-    ran instead of ours, so the login worked.
+    Then an ssh without a session may work. Two things show it: ssh printed that the host gave no session, or its exit
+    status is not ``SSH_FAILED``. Another status comes from a command that the host ran instead of ours.
     """
     lines = list(error_lines)
     if any(NO_TERMINAL_TEXT in line for line in lines):
         return False  # such a host carries no tunnel, with or without a session
-    return returncode != SSH_FAILED or any(NO_SESSION_PATTERN.search(line) for line in lines)
+    host_ran_other_command = returncode != SSH_FAILED
+    host_gave_no_session = any(NO_SESSION_PATTERN.search(line) for line in lines)
+    return host_ran_other_command or host_gave_no_session
 
 
 async def _start_and_log_in(

@@ -92,7 +92,7 @@ class OpensshMaster:
         """
         environment_changes: dict[str, str | None] = {"SSH_ASKPASS": None, "SSH_ASKPASS_REQUIRE": "never"}
         if askpass is not None:
-            # DISPLAY: without it, ssh before 8.4 does not run the program.
+            # DISPLAY: without this variable, whatever its value, ssh before 8.4 does not run the program.
             display = environment.display() or "gpumesh:0"
             environment_changes = {"SSH_ASKPASS": str(askpass), "SSH_ASKPASS_REQUIRE": "force", "DISPLAY": display}
         try:
@@ -152,7 +152,7 @@ class OpensshMaster:
                         return (first_echo.result() - sent_at) * 1000
                     if self.exit_task.done():
                         return None
-        except (TimeoutError, ConnectionError):
+        except (TimeoutError, ConnectionError):  # ConnectionError: ssh has closed its input, because it is ending
             return None
         finally:
             for line in echoes:
@@ -164,6 +164,8 @@ class OpensshMaster:
             with contextlib.suppress(ProcessLookupError):
                 self.process.terminate()
             await asyncio.wait([self.exit_task], timeout=STOP_TIMEOUT_S)
+        # Also after ssh has ended: a ProxyCommand of its process group may still run. For a group without a living
+        # process, macOS may raise PermissionError.
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
         await asyncio.wait([self.exit_task], timeout=STOP_TIMEOUT_S)
@@ -200,7 +202,11 @@ class OpensshMaster:
             self.on_error_line(text)
 
     async def _read_echoes(self) -> None:
-        """Assigns the lines of stdout to the lines that wait for their echo, until the end of stdout."""
+        """Assigns the lines of stdout to the lines that wait for their echo, until the end of stdout.
+
+        A line with our nonce is an echo, also if no ping waits for it any more. Other lines, such as a greeting, are
+        dropped.
+        """
         async for line in _read_lines(self.process.stdout):
             if line.startswith(self._nonce.encode()):
                 self._advance(MasterState.ECHOING)

@@ -29,6 +29,7 @@ class MuxError(Exception):
 
 async def open_forwards(control: Path, routes: list[tuple[Path, Target]]) -> None:
     """Makes the master listen at each path and forward to the path's target. Raises ``MuxError``."""
+    # Message type, request number, type of forward; then host and port to listen at, and host and port to reach.
     messages = [
         struct.pack(">III", _OPEN_FORWARD, request_id, _LOCAL)
         + _encode_string(str(path))
@@ -45,7 +46,7 @@ async def open_forwards(control: Path, routes: list[tuple[Path, Target]]) -> Non
 async def is_master_alive(control: Path) -> bool:
     """Pings the master, and returns whether it answers."""
     try:
-        answers = await _exchange(control, [struct.pack(">II", _ALIVE_CHECK, 0)])
+        answers = await _exchange(control, [struct.pack(">II", _ALIVE_CHECK, 0)])  # 0: the request number
     except MuxError:
         return False
     [(answer_type, _content)] = answers
@@ -74,7 +75,7 @@ async def _exchange(control: Path, messages: list[bytes]) -> list[tuple[int, byt
             answer_type, answered_id = struct.unpack_from(">II", packet)
             if answered_id != request_id:
                 raise MuxError("it answered something else")
-            answers.append((answer_type, packet[8:]))
+            answers.append((answer_type, packet[8:]))  # 8: the bytes of the answer's type and request number
         return answers
     except (OSError, EOFError, struct.error) as error:
         raise MuxError("it ended the talk on its control socket") from error

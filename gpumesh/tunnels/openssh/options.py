@@ -69,14 +69,15 @@ def host_key_command(setup: ConnectRequest, known_hosts: Path, *, batch: bool) -
         "UserKnownHostsFile": quote_option_path(known_hosts),
         "GlobalKnownHostsFile": "/dev/null",
         "HashKnownHosts": "no",
-        "HostKeyAlias": CLIENT_HOST,
-        "PreferredAuthentications": "none",
+        "HostKeyAlias": CLIENT_HOST,  # any name: the file is new, and gets one line
+        "PreferredAuthentications": "none",  # ssh ends before it tries any login
         "PermitLocalCommand": "no",
         "RemoteCommand": "none",
         "HostName": ssh.host,
     }
     key_types = read_known_hosts(ssh.known_hosts).key_types(node=setup.node, host=ssh.host, port=ssh.port)
     if key_types:
+        # ^: these come first, and the other algorithms stay allowed.
         options["HostKeyAlgorithms"] = "^" + ",".join(host_key_algorithms(key_types))
     arguments = [*_option_arguments(options), *_jump_arguments(ssh, batch=batch)]
     return ["ssh", "-T", *arguments, "-p", str(ssh.port), "-l", ssh.user, "--", ssh.alias or ssh.host, "exit"]
@@ -142,7 +143,7 @@ def _connect_options(ssh: SshSpec, *, batch: bool) -> dict[str, str]:
 
 
 def _option_arguments(options: Mapping[str, str]) -> list[str]:
-    """The options as arguments of ``ssh``: ``-o NAME=VALUE`` for each."""
+    """The options as arguments of ``ssh``: ``-o`` and ``NAME=VALUE`` for each."""
     arguments: list[str] = []
     for name, value in options.items():
         arguments += ["-o", f"{name}={value}"]

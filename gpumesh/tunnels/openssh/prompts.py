@@ -61,6 +61,7 @@ class AskpassServer:
         if self.can_answer:
             self._server = await asyncio.start_unix_server(self._serve, self._socket_path, limit=_QUESTION_LIMIT)
             self._socket_path.chmod(0o600)
+            # -P: so that a file in the current folder is not imported as a module.
             command = [sys.executable, "-P", "-m", "gpumesh.tunnels.openssh.askpass", str(self._socket_path)]
             self.askpass_path.write_text(f'#!/bin/sh\nexec {shlex.join(command)} "$1"\n')
             self.askpass_path.chmod(0o700)
@@ -86,7 +87,7 @@ class AskpassServer:
 
     async def answer_question(self, question: str) -> str | None:
         """Returns the answer to a question of ssh; ``None``: ssh gets no answer."""
-        if _TRUST_QUESTION.search(question):
+        if _TRUST_QUESTION.search(question):  # ``gpumesh trust`` is for that
             return None
         if _TOUCH_REQUEST.search(question):
             with self._deadline.paused(ANSWER_TIMEOUT_S):
@@ -96,7 +97,7 @@ class AskpassServer:
         if secret is not None and question not in self._answered_questions:
             self._answered_questions.add(question)
             return secret
-        if not self._interactive:
+        if not self._interactive:  # no person is there
             return None
         with self._deadline.paused(ANSWER_TIMEOUT_S):
             return await self._events.ask_person(printable(question), echo=False)

@@ -78,10 +78,11 @@ class UnixRelay:
             if ready_events & READ and not self._pending[1 - side]:
                 self._read(side)
         except (BlockingIOError, InterruptedError):
-            pass
-        except OSError:
+            pass  # the socket was not ready any more; its watch calls again
+        except OSError:  # a side has reset its connection
             self._close(reset=True)
             return
+        # Both sides have sent their last byte, and all bytes are written.
         if all(self._ended) and not any(self._pending):
             self._close(reset=False)
         else:
@@ -102,7 +103,7 @@ class UnixRelay:
             sent = self._sockets[side].send(data)
         except (BlockingIOError, InterruptedError):
             sent = 0
-        self._pending[side] = data[sent:]
+        self._pending[side] = data[sent:]  # nothing else was pending, or ``data`` was what was pending
         if self._ended[1 - side]:
             self._shut_down_when_written(side)
 
@@ -128,7 +129,7 @@ class UnixRelay:
         self._closed = True
         for sock, events in zip(self._sockets, self._events, strict=True):
             if events:
-                self._forwarder.watch(sock, 0, self._on_local_ready)
+                self._forwarder.watch(sock, 0, self._on_local_ready)  # 0 ends the watch, whatever its handler is
         local, remote = self._sockets
         remote.close()
         if reset:

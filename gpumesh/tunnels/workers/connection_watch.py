@@ -33,7 +33,11 @@ async def follow_connection(
     check_requested: asyncio.Event,
     on_rtt_ms: Callable[[float], None],
 ) -> Cause | None:
-    """Waits until the connection is over, and returns the cause. ``None``: ``give_up`` was set first."""
+    """Waits until the connection is over, and returns the cause; ``None``: ``give_up`` was set first.
+
+    Also receives the worker's messages, and calls ``on_rtt_ms`` with each smoothed round trip. ``check_requested``
+    makes the next ping come at once.
+    """
 
     async def watch_link() -> None:
         if await wait_connected(link, ssh, node=node):
@@ -59,6 +63,7 @@ async def follow_connection(
     except* _LinkOver:
         pass
     finally:
+        # Ends the link's pings and commands, also after ``give_up`` or a cancel. An earlier cause stays.
         link.finish(Cause("tunnel-lost", "the tunnel is closing"))
     raise_if_cancelled()  # the task group may have swallowed a cancellation
     return cause

@@ -81,9 +81,10 @@ class Worker:
     async def serve(self, control: socket.socket) -> None:
         """Runs until the supervisor sends ``Close`` or closes the socket, or until the connection ends."""
         reader, self._writer = await asyncio.open_unix_connection(sock=control, limit=LINE_LIMIT)
+        # SIGTERM comes when the zygote ends. The host then sees the connection end, and that is enough.
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, os._exit, 0)
         setup = await self._receive(reader)
-        if not isinstance(setup, ConnectRequest):
+        if not isinstance(setup, ConnectRequest):  # the supervisor ended before it sent the request
             return
         self._setup = setup
         async with asyncio.TaskGroup() as group:
@@ -98,7 +99,7 @@ class Worker:
     async def ask_person(self, text: str, *, echo: bool) -> str | None:
         if self._setup is None or not self._setup.interactive:
             return None
-        prompt_id = len(self._prompts)
+        prompt_id = len(self._prompts)  # no prompt is ever removed, so this number is new
         answer: asyncio.Future[str | None] = asyncio.get_running_loop().create_future()
         self._prompts[prompt_id] = answer
         await self._send(Prompt(prompt_id, text, echo))
@@ -143,17 +144,17 @@ class Worker:
     # -- the supervisor's messages -----------------------------------------------------------------------------------
 
     async def _receive(self, reader: asyncio.StreamReader) -> protocol.ToWorker | None:
-        """Waits for the supervisor's next message; ``None``: the socket has ended."""
+        """Waits for the supervisor's next message; ``None``: the socket has ended, or the line is too long."""
         try:
             line = await reader.readline()
-        except (ConnectionError, ValueError):
+        except (ConnectionError, ValueError):  # ValueError: a line longer than LINE_LIMIT
             return None
         return protocol.decode_message(line) if line.endswith(b"\n") else None  # type: ignore[return-value]
 
     async def _handle_messages(
         self, reader: asyncio.StreamReader, group: asyncio.TaskGroup, connection_task: asyncio.Task[None]
     ) -> None:
-        """Handles messages until the supervisor closes, or ``connection_task`` ends."""
+        """Handles messages until the supervisor sends ``Close``, the socket ends, or ``connection_task`` ends."""
         while True:
             receive_task = group.create_task(self._receive(reader))
             await asyncio.wait({receive_task, connection_task}, return_when=asyncio.FIRST_COMPLETED)
@@ -168,7 +169,7 @@ class Worker:
                     answer = self._prompts.get(prompt_id)
                     if answer is not None and not answer.done():
                         answer.set_result(text)
-                case Ping():
+                case Ping():  # in a task, as commands: other messages do not wait for the host's answer
                     group.create_task(self._ping(message))
                 case StartCommand():
                     self._commands[message.id] = group.create_task(self._exec(message))
@@ -185,6 +186,7 @@ class Worker:
             await self._writer.drain()
 
     async def _ping(self, request: Ping) -> None:
+        """Measures the round trip, and answers with ``Pong``; without a connection, its ``rtt_ms`` is ``None``."""
         rtt_ms: float | None = None
         if self._connection is not None:
             rtt_ms = await self._connection.ping(request.timeout_s)
@@ -215,9 +217,10 @@ class Worker:
             await self._send(done)
 
     async def _send_output(self, command: RemoteCommand, request: StartCommand) -> bool:
-        """Sends the command's output until the command ends. Returns true when output above ``limit_bytes`` was cut.
+        """Reads the command's output until the command ends, and sends it. Returns whether output was cut.
 
-        With ``request.stream`` there is no limit.
+        With ``request.stream``, each piece is sent as it comes, and nothing is cut. Otherwise the first ``limit_bytes``
+        of stdout and of stderr are sent at the end; the rest is read and dropped, so that the command can end.
         """
         if request.stream:
             while (piece := await command.read()) is not None:
@@ -229,7 +232,7 @@ class Worker:
         while (piece := await command.read()) is not None:
             stream, data = piece
             room = request.limit_bytes - len(collected[stream])
-            if len(data) > room:
+            if len(data) > room:  # this piece does not fit as a whole
                 truncated = True
             collected[stream] += data[:room]
         for stream, output in collected.items():

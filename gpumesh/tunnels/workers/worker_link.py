@@ -37,12 +37,12 @@ KILL_TIMEOUT_S = 2.0  # the time to send ``Kill``
 
 
 def cause_from_error(error: TunnelError) -> Cause:
-    """The same failure for the lifecycle. ``error_from_cause`` is the reverse."""
+    """The failure ``error`` in the form of the lifecycle. ``error_from_cause`` is the reverse."""
     return Cause(error.code, error.message, error.hint, needs_person=error.needs_person)
 
 
 def error_from_cause(cause: Cause, node: str) -> TunnelError:
-    """The same failure as an error of the type that belongs to its code."""
+    """The failure ``cause`` as an error, whose type belongs to the cause's code."""
     return tunnel_error_from_code(cause.code, cause.message, hint=cause.hint, node=node)
 
 
@@ -121,6 +121,7 @@ class WorkerLink:
             self._handle_message(message, group)
 
     def _handle_message(self, message: FromWorker, group: asyncio.TaskGroup) -> None:
+        """Passes one message of the worker on to the code that waits for it. ``group``: see ``receive_messages``."""
         match message:
             case ConnectionInfo():
                 self.connected.set()
@@ -130,7 +131,7 @@ class WorkerLink:
                 self.finish(cause_from_error(error))
             case Pong(id=ping_id, rtt_ms=rtt_ms):
                 ping = self._pings.get(ping_id)
-                if ping is not None and not ping.done():
+                if ping is not None and not ping.done():  # otherwise the answer came after the ping's time-out
                     ping.set_result(rtt_ms)
             case OutputPiece() | Done():
                 self._queue_message(message)
@@ -142,7 +143,7 @@ class WorkerLink:
                 group.create_task(self._answer_prompt(message))
 
     async def _answer_prompt(self, prompt: Prompt) -> None:
-        """Asks a person the question, and sends the answer to the worker."""
+        """Asks a person the question, and sends the answer to the worker; without a prompter, the answer ``None``."""
         self.open_prompts += 1
         try:
             answer: str | None = None
@@ -155,7 +156,8 @@ class WorkerLink:
             self.open_prompts -= 1
 
     async def ping(self, timeout_s: float) -> float | None:
-        """Measures the round trip to the host in ms. ``None``: host or worker did not answer within ``timeout_s``."""
+        """Measures the round trip to the host in ms; ``None``: the host or the worker did not answer within
+        ``timeout_s``, or the connection has ended."""
         ping_id = next(self._ids)
         answer: asyncio.Future[float | None] = asyncio.get_running_loop().create_future()
         self._pings[ping_id] = answer
@@ -176,7 +178,7 @@ class WorkerLink:
                 while await self._worker.receive() is not None:
                     pass
         except (TimeoutError, TunnelDown, ValueError):
-            pass
+            pass  # the worker hangs, has ended, or sent no message: the caller's kill is enough
 
     # -- commands ----------------------------------------------------------------------------------------------------
 
@@ -191,7 +193,8 @@ class WorkerLink:
         succeeded = False
         try:
             async with asyncio.timeout(timeout_s + DEADLINE_SLACK_S):
-                # Two streams of ``limit_bytes`` take 8/3 of that as base64, and their short last pieces a little more.
+                # base64 takes 4/3 of the bytes, so two streams of ``limit_bytes`` take 8/3 of it, and their short last
+                # pieces a little more. The limit here is larger, so that only a broken worker exceeds it.
                 pending = await self._start_command(request, limit_bytes=4 * limit_bytes + (1 << 20))
                 message = await pending.messages.get()
                 while isinstance(message, OutputPiece):

@@ -214,7 +214,7 @@ class WorkerPool:
             data = control.recv(zygote.READ_BYTES)
         except (BlockingIOError, InterruptedError):
             return
-        except OSError:
+        except OSError:  # the zygote was killed: the same as an ordinary end
             data = b""
         if not data:
             asyncio.get_running_loop().remove_reader(control)
@@ -237,7 +237,7 @@ class WorkerPool:
     # -- the zygote's life -------------------------------------------------------------------------------------------
 
     def _start_zygote(self) -> None:
-        """Starts the zygote, and receives its answers from now on. Raises TunnelError."""
+        """Starts the zygote, and receives its answers from now on. Raises TunnelError when it cannot be started."""
         our_end, zygote_end = socket.socketpair()
         with zygote_end:
             try:
@@ -263,13 +263,13 @@ class WorkerPool:
         """Ends the zygote and its workers. Does nothing if no zygote runs."""
         control, process = self._control, self._process
         self._control = self._process = None
-        if control is None or process is None:
+        if control is None or process is None:  # both are ``None``, or neither
             return
         asyncio.get_running_loop().remove_reader(control)
         self._fail_pending_forks("the process that starts them was ended")
         try:
-            with contextlib.suppress(OSError):
-                control.shutdown(socket.SHUT_WR)
+            with contextlib.suppress(OSError):  # also TimeoutError, which is an OSError
+                control.shutdown(socket.SHUT_WR)  # tells the zygote to end
                 async with asyncio.timeout(STOP_TIMEOUT_S):  # the zygote closes its end when all workers have ended
                     while await asyncio.get_running_loop().sock_recv(control, 4096):
                         pass

@@ -28,7 +28,7 @@ END_PATIENCE_S = 1.0  # the time for workers to end after SIGTERM, and again aft
 
 
 def encode_line(document: dict[str, object]) -> bytes:
-    """A request to the zygote, or its answer: one line of JSON."""
+    """A request to the zygote, or the zygote's answer: one line of JSON, with its newline."""
     return json.dumps(document).encode() + b"\n"
 
 
@@ -74,10 +74,11 @@ class Zygote:
         while True:
             # Answers wait until no more requests are there: workers that were requested together are all forked first.
             # After an answer the mesh lets that worker connect, which would take the processor from the next forks.
+            # So with answers to send, select only looks (0.0) and does not wait (``None``).
             watched: list[Any] = [self._control, child_ended_fd]
             ready, _, _ = select.select(watched, [], [], 0.0 if answers else None)
             if not ready:
-                with contextlib.suppress(OSError):
+                with contextlib.suppress(OSError):  # the mesh has ended: then the next read ends this loop
                     self._control.sendall(answers)
                 answers = b""
             if child_ended_fd in ready:
@@ -86,7 +87,7 @@ class Zygote:
             if self._control in ready:
                 data, fds, _flags, _sender = socket.recv_fds(self._control, READ_BYTES, MAX_FDS)
                 self._received_fds += fds
-                if not data:
+                if not data:  # the mesh has closed its end
                     return
                 for line in self._requests.feed(data):
                     answers += self._handle_request(json.loads(line))
@@ -95,7 +96,7 @@ class Zygote:
         """Kills or forks a worker, and returns the answer; empty for a kill."""
         if "kill" in request:
             pid = request["kill"]
-            if pid in self._children:
+            if pid in self._children:  # otherwise the worker has ended, and the pid may be another process's
                 os.kill(pid, signal.SIGKILL)
             return b""
         return self._fork_worker(request)
@@ -145,7 +146,7 @@ class Zygote:
         while self._children:
             try:
                 pid, _status = os.waitpid(-1, os.WNOHANG)
-            except ChildProcessError:
+            except ChildProcessError:  # no child is left. Not expected while we remember one, but no reason to crash
                 return
             if pid == 0:  # all other workers still run
                 return
