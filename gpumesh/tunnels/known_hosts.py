@@ -195,7 +195,7 @@ def ensure_known_hosts_file(path: Path) -> None:
 
 
 def _read_text(path: Path) -> str:
-    """The text of a file; empty if there is no file. Raises ``TunnelError``."""
+    """The text of a file; empty if there is no file. Raises ``TunnelError`` if it is too large or cannot be read."""
     try:
         with path.open("rb") as file:
             raw = file.read(SIZE_LIMIT + 1)

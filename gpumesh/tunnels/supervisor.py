@@ -137,13 +137,13 @@ class SshTunnel:
         self._since: datetime | None = None  # when the present phase began
         self._rtt_ms: float | None = None
         self._host_keys: tuple[str, ...] = ()
-        self._forbidden_targets: set[Target] = set()
+        self._forbidden_targets: set[Target] = set()  # to which the present connection's host forbids forwarding
         self._link: WorkerLink | None = None
         # Decisions of the lifecycle, for the tasks that wait for them.
         self._reconnect = asyncio.Event()
         self._retry_wakeup = asyncio.Event()  # ends ``_wait_for_retry``, also when only the time of the retry changed
         self._check_requested = asyncio.Event()
-        self._state_changed = asyncio.Event()
+        self._state_changed = asyncio.Event()  # set once, at the next change; then replaced
 
     def __repr__(self) -> str:
         return f"<SshTunnel {self._node} {self._life.phase.upper()} {self._life.reconnects} reconnects>"
@@ -181,7 +181,7 @@ class SshTunnel:
 
     async def wait_up(self) -> None:
         while self._life.phase is not TunnelPhase.UP:
-            if self._life.phase is TunnelPhase.FAILED and self._life.cause is not None:  # this phase has a cause
+            if self._life.phase is TunnelPhase.FAILED and self._life.cause is not None:  # always with a cause
                 raise error_from_cause(self._life.cause, self._node)
             if self._life.phase is TunnelPhase.CLOSED:
                 raise TunnelDown(f"the tunnel of {self._node} is closed", node=self._node)
@@ -242,7 +242,6 @@ class SshTunnel:
 
     def _announce_state(self) -> None:
         """Wakes the callers that wait in ``wait_up``, and gives the new state to ``on_change``."""
-        # Each change has its own event: callers that still wait after this change wait for the next event.
         changed_event, self._state_changed = self._state_changed, asyncio.Event()
         changed_event.set()
         self._on_change(self.state)

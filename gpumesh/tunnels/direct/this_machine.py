@@ -41,7 +41,7 @@ class ThisMachine:
         """Finds out whether the server at the port runs on this machine. ``host``: a loopback address or localhost."""
         self.register_port(host, port)
         owners = await self._shared_owners.get()
-        if (host, port) not in owners:  # this look-up began before the address was registered
+        if (host, port) not in owners:  # this look-up began before the address was registered; the next one has it
             owners = await self._shared_owners.get(refresh=True)
         return owners[host, port]
 
@@ -72,9 +72,9 @@ class SharedResult(Generic[T]):
     def __init__(self, ask: Callable[[], Awaitable[T]], clock: Callable[[], float]) -> None:
         self._ask = ask
         self._clock = clock
-        self._task: asyncio.Task[T] | None = None
-        self._waiting_callers = 0
-        self._answered_at = 0.0
+        self._task: asyncio.Task[T] | None = None  # the last call of ``ask``, which may still run
+        self._waiting_callers = 0  # the callers of ``get`` that wait for ``_task``
+        self._answered_at = 0.0  # when the last answer came, by ``clock``
 
     async def get(self, *, refresh: bool = False) -> T:
         """Returns an answer that is at most ``MAX_AGE_S`` old, waits for a running ``ask``, or calls ``ask`` anew.
@@ -82,7 +82,7 @@ class SharedResult(Generic[T]):
         ``refresh``: an answer that is there already is not used, but a running ``ask`` is. Raises what ``ask`` raises;
         an error is not kept for later callers.
         """
-        task = self._task  # the running ``ask``, or the last one with its answer
+        task = self._task
         if task is None or (task.done() and (refresh or self._is_too_old())):
             task = self._task = asyncio.create_task(self._ask_once(), name="this machine")
             self._waiting_callers = 0

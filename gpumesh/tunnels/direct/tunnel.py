@@ -54,7 +54,7 @@ class DirectTunnel:
         self._state = TunnelState(transport="direct")
         self._check_requested = asyncio.Event()
         self._state_changed = asyncio.Event()
-        self._answering_targets: tuple[Target, ...] = ()
+        self._answering_targets: tuple[Target, ...] = ()  # the targets that accepted a connection in the last check
         self._was_up = False  # whether the tunnel has ever been up
 
     def __repr__(self) -> str:

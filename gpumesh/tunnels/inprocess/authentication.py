@@ -152,8 +152,8 @@ class _QuestionAnswerer:
 class _Login:
     """One login. The ``try_`` methods return whether the host has now accepted the login.
 
-    ``_attempts`` describes what was tried, for the error message. ``_allowed_methods`` are the methods that the host
-    last named; empty: the host has not named any.
+    ``_attempts`` describes what was tried, and ``_unusable_keys`` why key files could not be tried, both for the error
+    message. ``_allowed_methods`` are the methods that the host last named; empty: the host has not named any.
     """
 
     def __init__(

@@ -228,7 +228,8 @@ class ChannelRelay:
             self._forwarder.discard_relay(self)
 
     def _on_opened(self) -> None:
-        """Starts to forward, or closes the channel if the local socket was closed meanwhile."""
+        """Called when the host has opened the channel: starts to forward, or closes the channel if the local socket was
+        closed meanwhile."""
         self._multiplexer.cancel_open_timeout(self)
         if self._local_closed:
             self._send_close()

@@ -69,6 +69,7 @@ async def _run_opening(opening: Opening, ssh: SshSpec, deadline: Deadline) -> Op
                 raise ConnectTimeout(f"no connection to {address} within {ssh.connect_timeout_s:g} s")
         return await opening_task
     except BaseException:
+        # A cancel does not stop the thread. ``give_up`` closes what the thread uses, so that its next step fails.
         opening_task.cancel()
         opening.give_up()
         raise
@@ -146,7 +147,7 @@ class ParamikoConnection:
         try:
             async with asyncio.timeout(timeout_s):
                 return await asyncio.shield(self._ping_task)
-        except (TimeoutError, paramiko.SSHException, EOFError, OSError):
+        except (TimeoutError, paramiko.SSHException, EOFError, OSError):  # no answer, or the connection has broken
             return None
 
     async def start_command(self, command: str) -> RemoteCommand:

@@ -57,6 +57,7 @@ def connect_tcp(host: str, port: int, deadline: Deadline) -> socket.socket:
         sock = socket.socket(family, socket_type, protocol)
         try:
             # Each address gets an equal share of the time that is left: a silent address leaves time for the others.
+            # At least 0.05 s: a time-out of 0 would make the socket non-blocking.
             sock.settimeout(max(0.05, deadline.remaining_s / (len(addresses) - index)))
             sock.connect(address)
             disable_nagle(sock)
@@ -191,8 +192,8 @@ def disable_nagle_on_host(transport: paramiko.Transport, deadline: Deadline) -> 
 
     The command tests for a POSIX shell. Returns the command's channel at once: ``sessions.has_posix_shell`` reads the
     result. The caller must keep the channel until it has closed by itself, because paramiko closes a channel that is
-    garbage-collected. ``None``: the host gives no session. Then the tunnel still works, but an answer in small pieces
-    comes up to 40 ms late.
+    garbage-collected, perhaps in the middle of the test. ``None``: the host gives no session. Then the tunnel still
+    works, but an answer in small pieces comes up to 40 ms late.
     """
     try:
         channel = transport.open_session(timeout=max(0.1, deadline.remaining_s))

@@ -42,7 +42,7 @@ class Heartbeat:
             if not self._transport.active:
                 return None
             if time.monotonic() >= resend_at:
-                self._send_request()
+                self._send_request()  # its answer comes after the answer that we wait for
                 resend_at += PING_RESEND_S
         return (time.monotonic() - sent_at) * 1000
 

@@ -152,8 +152,9 @@ class Opening:
         if not self._transports:
             return handshake.connect_tcp(host, port, self._deadline)
         try:
-            return self._transports[-1].open_channel(  # ("127.0.0.1", 0): the originator, which needs not be true
-                "direct-tcpip", (host, port), ("127.0.0.1", 0), timeout=max(0.1, self._deadline.remaining_s)
+            originator = ("127.0.0.1", 0)  # the jump host need not know from where we connect
+            return self._transports[-1].open_channel(
+                "direct-tcpip", (host, port), originator, timeout=max(0.1, self._deadline.remaining_s)
             )
         except (paramiko.SSHException, EOFError, OSError) as error:
             raise TunnelError(

@@ -150,6 +150,7 @@ class SessionCommand:
             return
         with contextlib.suppress(TimeoutError, paramiko.SSHException, EOFError, OSError):
             async with asyncio.timeout(KILL_TIMEOUT_S):
+                # The close ends a wrapped command: its input ends. Any other command needs a signal.
                 close_function = self._channel.close if self._wrapped else self._signal_and_close
                 await blocking.run_in_thread(close_function)
 

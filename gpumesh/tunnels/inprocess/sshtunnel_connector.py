@@ -157,7 +157,10 @@ class _FallbackServer(sshtunnel._ThreadingForwardServer):  # type: ignore[misc] 
         self.server_address = _local_address(listener)
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
-        """Resets the connection of another user. Called by socketserver in the thread that accepts."""
+        """Returns whether the connection is served. Resets the connection of another user, and returns false.
+
+        Called by socketserver in the thread that accepts.
+        """
         if self._peer_filter is None or self._peer_filter.allows(request, client_address):
             return True
         close_with_reset(request)

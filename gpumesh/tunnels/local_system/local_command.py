@@ -81,7 +81,7 @@ async def release_process(process: asyncio.subprocess.Process, timeout_s: float)
 
 
 def exit_status(process: asyncio.subprocess.Process) -> int | None:
-    """The exit status of a process that has ended; ``None`` when a signal ended it."""
+    """The exit status of a process that has ended; ``None`` when a signal ended it, or when it still runs."""
     status = process.returncode
     if status is None or status < 0:  # negative: the number of the signal
         return None

@@ -35,7 +35,8 @@ def private_folder() -> Iterator[Path]:
     """
     runtime = environment.runtime_dir()
     with file_lock.open_folder(runtime) as parent:
-        # A file system may have no locks. Then only the sockets in a folder show whether the folder is in use.
+        # Shared: several processes may make folders at once, but ``remove_stale_folders`` must be alone. A file
+        # system may have no locks. Then only the sockets in a folder show whether the folder is in use.
         with contextlib.suppress(OSError):
             file_lock.acquire(parent, shared=True)
         folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=runtime))
@@ -82,7 +83,7 @@ def _has_listener(folder: Path) -> bool:
                 probe.connect(str(folder / name))
             except BlockingIOError:
                 return True  # a process listens, and its queue is full
-            except OSError:
+            except OSError:  # there is no such socket, or nothing listens at it any more
                 continue
             return True
     return False

@@ -100,6 +100,7 @@ def _file_name(stem: str, attempt_suffix: str, folder: Path) -> str:
     A changed or cut stem gets a digest, so that different stems never get the same name. Raises GPUMeshError if not
     even the digest fits.
     """
+    # The bytes that are left for the stem, also if the attempt has the longest suffix.
     room = SOCKET_PATH_LIMIT - len(os.fsencode(folder)) - len("/") - len(f".{NAMES_TRIED}") - len(SUFFIX)
     name = re.sub(r"[^A-Za-z0-9._-]", "_", stem)
     if len(name) > room or name != stem:

@@ -22,7 +22,7 @@ CLIENT_HOST = "gpumesh"  # clients of the control socket need some host name; th
 
 
 def master_command(setup: ConnectRequest, control: Path, *, batch: bool, session: bool) -> list[str]:
-    """The command line of the master. ``session``: its own session runs ``cat`` on the host.
+    """The command line of the master. ``session``: its own session runs ``cat`` on the host (connection.py).
 
     ``batch``: ssh asks no questions. The options switch off everything that would make ssh ask, forward or share by
     itself: the user's settings for that in ~/.ssh/config are meant for ssh in a terminal. Raises ``HostKeyRevoked`` and
@@ -39,7 +39,7 @@ def master_command(setup: ConnectRequest, control: Path, *, batch: bool, session
         "ServerAliveCountMax": "3",
         "TCPKeepAlive": "yes",
         "ExitOnForwardFailure": "yes",
-        "StreamLocalBindMask": "0177",
+        "StreamLocalBindMask": "0177",  # the sockets of forwards get the mode 0600
         "StreamLocalBindUnlink": "yes",
         "ForwardX11": "no",
         "Tunnel": "no",
@@ -86,7 +86,10 @@ def host_key_command(setup: ConnectRequest, known_hosts: Path, *, batch: bool) -
 def jump_command(ssh: SshSpec, *, batch: bool) -> str:
     """The chain of jump hosts as a value of ProxyCommand; "" without jump hosts.
 
-    With ``-J``, ssh would not use our known_hosts, keys and policy for the jump hosts.
+    For one jump host it is ``ssh -o NAME=VALUE … -l USER -p PORT -W '[%h]:%p' -- HOST``. For another jump host before
+    it, that host's command is its own option ProxyCommand.
+
+    Not ``-J``: with it, ssh would not use our known_hosts, keys and policy for the jump hosts.
     """
     command = ""  # leads to the jump hosts so far; the next jump host is reached through it
     for jump in ssh.proxy_jump:

@@ -58,7 +58,7 @@ class UnixRelay:
                 self._forwarder.call_later(CONNECT_RETRY_S, lambda: self._connect(tries - 1))
             else:
                 self.abort()
-        except OSError:
+        except OSError:  # ssh has ended, or does not listen there any more
             self.abort()
         else:
             self._update_watch()

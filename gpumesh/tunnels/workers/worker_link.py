@@ -151,7 +151,7 @@ class WorkerLink:
                 answer = await self._prompter(self._node, prompt.text, echo=prompt.echo)
             await self._worker.send(Reply(prompt.id, answer))
         except TunnelDown:
-            pass  # the worker is gone; ``receive_messages`` reports why
+            pass  # the worker has ended; ``receive_messages`` notices that too, and calls ``finish``
         finally:
             self.open_prompts -= 1
 
@@ -214,6 +214,7 @@ class WorkerLink:
 
         Closing the iterator ends the command. Raises as ``run_command``.
         """
+        # ``limit_bytes`` has no effect on a stream.
         request = StartCommand(next(self._ids), command, timeout_s=None, limit_bytes=0, stream=True)
         succeeded = False
         try:

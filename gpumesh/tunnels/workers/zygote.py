@@ -55,9 +55,9 @@ class Zygote:
         """Serves requests until the mesh closes its end of the control socket."""
         child_process.die_with_parent()
         child_process.set_title("gpumesh tunnels")
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the mesh, which then ends the zygote
         # paramiko imports invoke, if it is there, to run the commands of "Match exec" in an ssh configuration. A worker
-        # reads no such file, and the import would be a quarter of the zygote's start.
+        # reads no such file, and the import would be a quarter of the zygote's start. ``None`` makes the import fail.
         sys.modules["invoke"] = None  # type: ignore[assignment]
         # Imported here: the mesh imports this module too, and must not load paramiko.
         from gpumesh.tunnels.workers import worker
