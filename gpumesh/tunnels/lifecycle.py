@@ -257,7 +257,7 @@ def _react_to_environment(
             return _begin_attempt(life, now), Decision.RECONNECT
         return life, Decision.NOTHING  # the attempt may survive a change of the network; if not, it fails by itself
     # From here on the tunnel waits, in phase backoff or failed.
-    if isinstance(event, NetworkChanged) and life.tried_at is not None:
+    if isinstance(event, NetworkChanged) and life.tried_at is not None:  # a tunnel that waits was tried before
         # Changes come in bursts (link, address, route). The first change started an attempt; the next attempt comes
         # when the burst is over.
         settled_at = life.tried_at + timing.network_settle_s

@@ -92,7 +92,7 @@ class SharedResult(Generic[T]):
         finally:
             if task is self._task:  # otherwise a newer task has its own count of callers
                 self._waiting_callers -= 1
-                if not self._waiting_callers and not task.done():
+                if not self._waiting_callers and not task.done():  # the last caller was cancelled, too
                     self._task = None
                     task.cancel()
                     await asyncio.wait([task])

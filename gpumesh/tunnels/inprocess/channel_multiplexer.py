@@ -84,8 +84,8 @@ class ChannelMultiplexer:
         self.transport: Any = transport
         self.forwarder = forwarder
         self._on_refused = on_refused
-        self._open_deadlines: dict[ChannelRelay, float] = {}
         # Monotonic seconds. All relays have the same time-out, so the soonest deadline comes first.
+        self._open_deadlines: dict[ChannelRelay, float] = {}
         self._timer_is_running = False
         self._replace_channel_handlers()
         self._replace_open_failure_handler()

@@ -115,7 +115,7 @@ def perform_handshake(
         # Behind a jump host the greeting is not known here. Then it is taken for the greeting of an SSH server.
         greeting = stream.greeting if isinstance(stream, BufferedSocket) else b"SSH-"
         raise _handshake_error(error, greeting, format_address(host, port), deadline) from error
-    except BaseException:
+    except BaseException:  # a bug of ours, or the end of the process
         transport.close()
         sock.close()
         raise
@@ -182,7 +182,7 @@ def perform_trusted_handshake(
             policy=ssh.host_key_policy,
         )
     except BaseException:
-        transport.close()
+        transport.close()  # closes ``sock`` too
         raise
     return transport
 
@@ -205,7 +205,7 @@ def disable_nagle_on_host(transport: paramiko.Transport, deadline: Deadline) -> 
         message.add_string(SHELL_TEST)
         send: Callable[[paramiko.Message], None] = transport._send_user_message  # type: ignore[attr-defined]
         send(message)
-    except (paramiko.SSHException, EOFError, OSError):
+    except (paramiko.SSHException, EOFError, OSError):  # the host refuses, or does not answer in time
         return None
     return channel
 

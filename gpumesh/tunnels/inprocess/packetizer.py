@@ -34,7 +34,7 @@ class BufferedSocket:
             data = self._sock.recv(READ_AHEAD_BYTES)
             if len(self.greeting) < KEPT_GREETING_BYTES:
                 self.greeting += data[:KEPT_GREETING_BYTES]
-            if len(data) <= size:  # nothing is left for the buffer, whose bytes are all given out
+            if len(data) <= size:  # all of it is given out, so the old buffer stays used up
                 return data
             self._buffer = data
             self._position = 0

@@ -155,8 +155,10 @@ class SessionCommand:
                 await blocking.run_in_thread(close_function)
 
     async def _ensure_connected(self) -> None:
-        """Returns if the command has ended by itself. Raises ExecError if its channel has no exit status because the
-        connection broke."""
+        """Raises ExecError if the connection broke before the command ended.
+
+        A command that has an exit status, or whose output ended with EOF, has ended by itself.
+        """
         transport = self._channel.get_transport()
         if self._channel.exit_status < 0 and not self._channel.eof_received:
             # When a connection breaks, paramiko closes the channels a moment before it marks the transport as ended.

@@ -69,10 +69,8 @@ async def wait_for_exit(process: asyncio.subprocess.Process) -> None:
 
 
 async def release_process(process: asyncio.subprocess.Process, timeout_s: float) -> None:
-    """Waits at most ``timeout_s`` for the end of a process that was told to end, and then closes its pipes.
-
-    The pipes may be open after its end, because a child of the process may hold them.
-    """
+    """Waits at most ``timeout_s`` until a process that was told to end, and its pipes, have ended. Then closes the
+    pipes, because a child of the process may still hold them."""
     try:
         async with asyncio.timeout(timeout_s):
             await wait_for_exit(process)

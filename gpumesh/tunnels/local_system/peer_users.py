@@ -79,6 +79,7 @@ class OwnUserFilter:
             connection.getpeername()  # raises when our end is closed; then another socket may have these ports
         except OSError:
             return None
+        # No socket has these ports, or no process holds the socket, or it is a listener and not the peer's socket.
         if info is None or info.inode == 0 or info.state not in _CONNECTED:
             return None
         return info.uid

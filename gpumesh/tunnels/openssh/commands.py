@@ -123,7 +123,7 @@ class MuxCommand:
 
 
 async def _end_process(process: Process, patience_s: float = 0.0) -> None:
-    """Kills the process, unless it ends by itself within ``patience_s``, and waits for its end."""
+    """Kills the process, unless it ends by itself within ``patience_s``, and waits for its end. 0: kills it at once."""
     if patience_s > 0.0:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(patience_s):

@@ -107,10 +107,10 @@ class OpensshConnection:
                 check = await forwards.check_forwards(self._master, routes)
                 self._report_forbidden(check.forbidden)
                 rtt_ms = check.rtt_ms
-        if rtt_ms is None:
+        if rtt_ms is None:  # nothing was checked, or no echo came in time
             rtt_ms = await self.ping(forwards.ECHO_TIMEOUT_S)
         self.info = ConnectionInfo(rtt_ms, "OpenSSH client")
-        self._master.on_error_line = self._on_error_line
+        self._master.on_error_line = self._on_error_line  # not before the check, whose refusals are reported above
         for listener, (path, target) in zip(self._listeners, routes, strict=True):
             self._forwarder.listen(listener, self._make_dialer(path, target))
         self._forwarder.start()

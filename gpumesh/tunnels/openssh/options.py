@@ -47,7 +47,7 @@ def master_command(setup: ConnectRequest, control: Path, *, batch: bool, session
         "EscapeChar": "none",
         "PermitLocalCommand": "no",
         "RemoteCommand": "none",
-        "HostName": ssh.host,
+        "HostName": ssh.host,  # and not what ~/.ssh/config has for the alias
     }
     if uses_node_alias(setup.node, ssh):
         options["HostKeyAlias"] = host_key_alias(setup.node)
@@ -127,7 +127,7 @@ def _common_options(ssh: SshSpec, *, batch: bool) -> dict[str, str]:
     return {
         "BatchMode": "yes" if batch else "no",
         "UpdateHostKeys": "no",
-        "ConnectTimeout": str(max(1, round(ssh.connect_timeout_s))),
+        "ConnectTimeout": str(max(1, round(ssh.connect_timeout_s))),  # ssh takes whole seconds
         "ClearAllForwardings": "yes",
         "ForwardAgent": "no",
         "LogLevel": "INFO",

@@ -86,7 +86,7 @@ class AskpassServer:
             writer.close()
 
     async def answer_question(self, question: str) -> str | None:
-        """Returns the answer to a question of ssh; ``None``: ssh gets no answer."""
+        """Returns the answer to a question of ssh: a secret of ours, or a person's text; ``None``: no answer."""
         if _TRUST_QUESTION.search(question):  # ``gpumesh trust`` is for that
             return None
         if _TOUCH_REQUEST.search(question):
@@ -100,6 +100,7 @@ class AskpassServer:
         if not self._interactive:  # no person is there
             return None
         with self._deadline.paused(ANSWER_TIMEOUT_S):
+            # Not echoed: most questions of ssh are for a password, a passphrase or a code.
             return await self._events.ask_person(printable(question), echo=False)
 
 

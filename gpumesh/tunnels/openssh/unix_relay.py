@@ -70,6 +70,7 @@ class UnixRelay:
         self._on_ready(REMOTE, ready_events)
 
     def _on_ready(self, side: int, ready_events: int) -> None:
+        """Called when this side's socket is ready for ``ready_events`` (READ, WRITE): writes first, then reads."""
         if self._closed:
             return  # closed by the other side's event, in the same pass of the loop
         try:

@@ -72,8 +72,8 @@ async def follow_connection(
 async def wait_connected(link: WorkerLink, ssh: SshSpec, *, node: str) -> bool:
     """Returns true when the worker is connected. After too long a time, finishes the link and returns false.
 
-    The worker itself enforces ``connect_timeout_s``. The limit here is several times as long, and is for a worker that
-    hangs. While a person is being asked a question, the time does not count.
+    The worker itself enforces ``connect_timeout_s``. The limit here is more than twice as long, and longer with jump
+    hosts: it is for a worker that hangs. While a person is being asked a question, the time does not count.
     """
     limit_s = ssh.connect_timeout_s * (2 + len(ssh.proxy_jump)) + 10.0
     spent_s = 0.0

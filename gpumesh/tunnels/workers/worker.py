@@ -90,6 +90,7 @@ class Worker:
         async with asyncio.TaskGroup() as group:
             connection_task = group.create_task(self._run_connection(setup))
             await self._handle_messages(reader, group, connection_task)
+            # The group waits for its tasks, so all that still run are cancelled.
             connection_task.cancel()
             for task in (*self._commands.values(), *self._report_tasks):
                 task.cancel()
@@ -130,7 +131,7 @@ class Worker:
             return
         except Exception as error:  # a bug of ours, or a host that breaks the protocol: the user has to see it
             await self._send(Failed(TunnelError.code, f"{type(error).__name__}: {printable(str(error))}"))
-            raise
+            raise  # ends the process; zygote.py prints the traceback
         try:
             await self._send(connection.info)
             self._connection = connection

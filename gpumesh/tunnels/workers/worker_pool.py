@@ -180,7 +180,7 @@ class WorkerPool:
                     await self._stop_zygote()
                 if attempt == 2:
                     raise TunnelError(f"no process for the tunnel of {node}: {error}", node=node) from error
-        raise AssertionError("unreachable")
+        raise AssertionError("unreachable")  # the second attempt has returned or raised
 
     async def _request_fork(self, node: str, fds: list[int]) -> int:
         """Asks the zygote for one fork, and returns the worker's pid. Raises EOFError when the zygote ends first."""
@@ -272,7 +272,7 @@ class WorkerPool:
                 control.shutdown(socket.SHUT_WR)  # tells the zygote to end
                 async with asyncio.timeout(STOP_TIMEOUT_S):  # the zygote closes its end when all workers have ended
                     while await asyncio.get_running_loop().sock_recv(control, 4096):
-                        pass
+                        pass  # an answer for which no call waits any more
         finally:
             control.close()
             process.kill()  # usually the zygote has ended already; if not, it had its time

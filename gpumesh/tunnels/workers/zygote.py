@@ -103,7 +103,7 @@ class Zygote:
 
     def _fork_worker(self, request: dict[str, Any]) -> bytes:
         """Forks a worker, and returns the answer: the worker's pid, or the error. Returns in the zygote only."""
-        count = request["fds"]
+        count = request["fds"]  # the descriptors come in the order of the requests
         fds, self._received_fds = self._received_fds[:count], self._received_fds[count:]
         try:
             parent = os.getpid()
@@ -169,7 +169,7 @@ def _open_signal_pipe(signal_number: int) -> int:
     os.set_blocking(reader, False)
     os.set_blocking(writer, False)
     signal.signal(signal_number, lambda *_: None)  # without a handler Python writes nothing into the pipe
-    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)  # a full pipe is readable, which is enough
     return reader
 
 
