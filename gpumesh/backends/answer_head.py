@@ -98,10 +98,11 @@ def read_head(status: int, fields: Iterable[tuple[bytes, bytes]], *, empty: bool
             encoding = value
         else:
             name = _HEADERS.get(lower_name)
+            # A header with one of the prefixes keeps its own name, if that is a plain name.
             if name is None and lower_name.startswith(_HEADER_PREFIXES) and _HEADER_NAME.fullmatch(lower_name):
                 name = lower_name.decode()
             if name is not None and len(client_headers) < MAX_HEADERS and _HEADER_VALUE.fullmatch(value):
-                client_headers.setdefault(name, value.decode())
+                client_headers.setdefault(name, value.decode())  # if a header comes twice, its first value counts
     headers = tuple(client_headers.items())
     problem = _find_problem(status, content_types, encoding, empty=empty)
     if problem is not None:
@@ -111,13 +112,15 @@ def read_head(status: int, fields: Iterable[tuple[bytes, bytes]], *, empty: bool
         return AnswerHead(media_type.name, (("Content-Type", media_type.header), *headers), None)
     if empty:
         return AnswerHead("", headers, None)
+    # A body without a Content-Type gets one, because a browser would guess a type.
     return AnswerHead("", (("Content-Type", OCTETS), *headers), None)
 
 
 def _find_problem(status: int, content_types: Sequence[bytes], encoding: bytes, *, empty: bool) -> str | None:
     """Why these are not the status, the Content-Types and the Content-Encoding of an inference server's answer;
     ``None`` if they may be."""
-    if not (200 <= status < 300 or 400 <= status < 600):
+    is_success_or_error = 200 <= status < 300 or 400 <= status < 600
+    if not is_success_or_error:  # a redirect, or a status that HTTP does not have
         return f"it answered {status}, as no inference server does"
     if encoding and encoding.strip().lower() != b"identity":
         return f"it answered {status} with a packed body ({_printable_value(encoding)}), which nobody asked for"
@@ -127,7 +130,7 @@ def _find_problem(status: int, content_types: Sequence[bytes], encoding: bytes, 
     if read_media_type(last_content_type) is None and not empty:
         shown = _printable_value(last_content_type)
         return f"it answered {status} with {shown}, which is no answer of an inference server"
-    if len(content_types) > 1 and len(set(map(read_media_type, content_types))) > 1:
+    if len(content_types) > 1 and len(set(map(read_media_type, content_types))) > 1:  # the same type twice may pass
         return f"it answered {status} with two media types, of which one must be wrong"
     return None
 
@@ -159,7 +162,7 @@ def _parse_media_type(value: bytes) -> MediaType | None:
         parameter_name = match["name"].decode().lower()
         parameter_value = (match["token"] or match["quoted"] or b"").decode()
         if parameter_name == "charset":
-            if parameter_value.lower() in _CHARSETS and not parameters:
+            if parameter_value.lower() in _CHARSETS and not parameters:  # only a first charset, and only a known one
                 parameters = f"; charset={parameter_value.lower()}"
         elif is_audio and match["token"]:  # the rate and the channels of raw samples
             parameters += f"; {parameter_name}={parameter_value}"

@@ -33,7 +33,8 @@ class Message:
 @dataclass(frozen=True, slots=True)
 class ChatRequest:
     """A chat, in no server's dialect. ``options`` have Ollama's names (``temperature``, ``num_predict``, ``num_ctx``
-    …)."""
+    …). ``think`` turns the model's thinking on or off, or names its effort, such as ``high``; ``None`` leaves this to
+    the server."""
 
     model: str
     messages: tuple[Message, ...]
@@ -71,6 +72,7 @@ class ServerCounters:
         seconds = (self.eval_ms or 0.0) / 1000.0
         if self.tokens is None or not seconds:
             return None
+        # Compared before the division: a tiny ``seconds`` would make the rate infinite.
         return self.tokens / seconds if self.tokens <= FASTEST_TOKENS_PER_S * seconds else None
 
     @property

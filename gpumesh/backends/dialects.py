@@ -90,7 +90,7 @@ def find_counters(body: bytes) -> ServerCounters | None:
         document = _find_last_object(body)
     if document is None:
         return None
-    if "eval_count" in document or "total_duration" in document:
+    if "eval_count" in document or "total_duration" in document:  # Ollama's names
         return ollama.parse_counters(document)
     return openai.parse_counters(document) or _find_nested_counters(document)
 

@@ -39,7 +39,8 @@ def describe_web_page(body: bytes) -> str:
 
 
 def find_error_message(document: dict[str, Any]) -> str | None:
-    """The message of an error that an answer with status 200 holds; ``None`` if the document reports no error."""
+    """The message of an error in an answer with status 200, or in a frame of a stream; ``None`` if the document reports
+    no error."""
     if document.get("error") in (None, ""):
         return None
     return printable(_find_message(document) or "") or "an error without words"

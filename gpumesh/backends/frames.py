@@ -66,7 +66,7 @@ def find_last_event_end(data: bytearray, start: int) -> int:
     """``find_last_end`` of a FrameAssembler whose frames are server-sent events: each ends with an empty line. Both
     line ends, LF and CRLF, may be there."""
     lf_at = data.rfind(b"\n\n", start)
-    crlf_at = data.rfind(b"\n\r\n", start)
+    crlf_at = data.rfind(b"\n\r\n", start)  # the end of CR LF CR LF
     lf_end = lf_at + 2 if lf_at >= 0 else 0
     crlf_end = crlf_at + 3 if crlf_at >= 0 else 0
     return max(lf_end, crlf_end)

@@ -56,7 +56,8 @@ class LlamacppDialect(OpenAIDialect):
         return status == 200 and "llamacpp" in owner_names(body)
 
     def read_inventory(self, answers: ProbeAnswers) -> Inventory:
-        """The inventory of any server with OpenAI's API. Raises ProbeError also if ``/props`` is not llama-server's."""
+        """The inventory as of any server with OpenAI's API, with the context of the slots and the load. Raises
+        ProbeError also if ``/props`` is not llama-server's."""
         inventory = super().read_inventory(answers)
         answer = answers.get("props")
         status, body = answer if answer is not None else (404, b"")  # no answer: as from a server without this route

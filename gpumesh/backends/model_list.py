@@ -52,8 +52,8 @@ def clean_name(value: str | None) -> str | None:
 def read_listing(entries: Any, *name_keys: str, identity: Callable[[str], str] = str) -> Listing:
     """Reads the objects of a list by their names. Anything but a list is read as an empty list.
 
-    ``name_keys``: the keys that may hold the name; the first key with a text counts. ``identity`` returns the same
-    value for all names of one model.
+    ``name_keys``: the keys that may hold the name; the first of them that holds a text is used. ``identity`` returns
+    the same value for all names of one model, as ``full_name`` does for ``llama3`` and ``llama3:latest``.
     """
     entries_by_name: dict[str, Mapping[str, Any]] = {}
     seen_identities: set[str] = set()
@@ -61,7 +61,8 @@ def read_listing(entries: Any, *name_keys: str, identity: Callable[[str], str] =
     for entry in safe_json.as_objects(entries):
         listed_name = _find_first_text(entry, name_keys)
         name = clean_name(listed_name)
-        if name is None or name != listed_name:
+        had_to_be_cleaned = name != listed_name
+        if name is None or had_to_be_cleaned:
             unusable += 1
         if name is not None and identity(name) not in seen_identities:
             seen_identities.add(identity(name))
@@ -70,6 +71,6 @@ def read_listing(entries: Any, *name_keys: str, identity: Callable[[str], str] =
 
 
 def _find_first_text(entry: Mapping[str, Any], keys: Iterable[str]) -> str | None:
-    """The first text that is not empty under one of the keys."""
+    """The first text that is not empty under one of the keys; ``None`` if there is none."""
     texts = (safe_json.as_text(entry.get(key)) for key in keys)
     return next((text for text in texts if text), None)

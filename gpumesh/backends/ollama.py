@@ -113,7 +113,8 @@ class OllamaDialect:
     def _read_answer(
         self, answer: tuple[int, bytes] | None, path: str, key: str, types: tuple[type, ...]
     ) -> dict[str, Any]:
-        """The object in the answer to ``path``. Raises ProbeError unless its member ``key`` has one of ``types``."""
+        """The object in the answer to ``path``. Raises ProbeError if there is no such answer, or if the object has no
+        member ``key`` of one of these ``types``; ``NoneType`` is the type of null."""
         if answer is None:
             raise ProbeError(f"no answer to {path}", finding_code="backend-down")
         status, body = answer

@@ -46,7 +46,7 @@ _OWNERS_IN_MEMORY = frozenset({"llamacpp", "vllm", "sglang"})
 MOST_SLOTS = 4096  # a larger number of slots is not believed
 MAX_OWNERS = 64  # entries of a list whose owner is read: a server has one owner, or a few
 MOST_PARAMETERS = 10**15  # a larger number of parameters is not believed
-# The type of an image, by the first characters of its base64.
+# The type of an image, by the first five characters of its base64. An image that is not here is taken for a JPEG.
 _IMAGE_TYPES = {"iVBOR": "png", "R0lGO": "gif", "UklGR": "webp"}
 
 
@@ -83,13 +83,13 @@ class OpenAIDialect:
             "stream": request.stream,
         }
         if request.stream:
-            body["stream_options"] = {"include_usage": True}
+            body["stream_options"] = {"include_usage": True}  # without it, a stream has no counters
         for name, value in request.options.items():
             if name == "num_predict" and not safe_json.as_count(value):
                 continue  # a number below 1 means "no limit" to Ollama: then this API gets no max_tokens
             if name in _OPTIONS:
                 body[_OPTIONS[name]] = value
-        if isinstance(request.think, str):
+        if isinstance(request.think, str):  # an effort, such as "high"
             body["reasoning_effort"] = request.think
         elif request.think is not None:
             body["chat_template_kwargs"] = {"enable_thinking": request.think}
@@ -121,19 +121,20 @@ class OpenAIDialect:
             raise ProbeError("no answer to /v1/models", finding_code="backend-down")
         status, body = answer
         unusable_answers.raise_for_status(status, body)  # llama-server: 503 "Loading model"
-        document = safe_json.parse_report(body)
-        if status != 200 or document is None or not isinstance(document.get("data"), list):
+        document = safe_json.parse_report(body) or {}
+        entries = document.get("data")
+        if status != 200 or not isinstance(entries, list):
             broken_error = unusable_answers.broken_json_error(body, "/v1/models") if status == 200 else None
             raise broken_error or unusable_answers.other_server_error(self.label, "/v1/models", status, body)
-        too_many_error = unusable_answers.long_list_error(document["data"])
+        too_many_error = unusable_answers.long_list_error(entries)
         if too_many_error is not None:
             raise too_many_error
         health_status, health_body = answers.get("health") or (None, b"")
-        if health_status == 503:
+        if health_status == 503:  # the server still lists its models, but cannot use them: vLLM's engine is dead
             raise unusable_answers.unavailable_error(503, health_body)
         props = read_object(answers.get("props"))
         version = read_object(answers.get("version"))
-        models = model_list.read_listing(document["data"], "id")
+        models = model_list.read_listing(entries, "id")
         models_in_memory = [
             (name, entry)
             for name, entry in models.entries.items()
@@ -165,8 +166,8 @@ class OpenAIEventReader(BaseFrameReader):
 
     def _read_rest(self, chunks: list[Chunk]) -> None:
         for event in self._events.take_rest():
-            # Any other event was cut by the end of the stream.
-            if event.strip() == b"[DONE]" or safe_json.parse_object(event) is not None:
+            is_whole = event.strip() == b"[DONE]" or safe_json.parse_object(event) is not None
+            if is_whole:  # any other event was cut by the end of the stream
                 self._read_event(event, chunks)
         if not self.done and self._finish_reason is not None:
             # The text is complete: some servers end the stream without [DONE].
@@ -179,7 +180,8 @@ class OpenAIEventReader(BaseFrameReader):
             return
         if event.strip() == b"[DONE]":
             if self._finish_reason is None and self._counters is None:
-                return  # a failure came before [DONE]: close() will raise StreamCut
+                # No event has said that the answer is complete: the server failed. ``close`` will raise StreamCut.
+                return
             self._finish(chunks)
             return
         frame = safe_json.parse_object(event)
@@ -277,7 +279,7 @@ def _build_message(message: Message) -> dict[str, Any]:
         return {"role": message.role, "content": message.content}
     parts: list[dict[str, Any]] = [{"type": "text", "text": message.content}]
     for image in message.images:
-        image_type = _IMAGE_TYPES.get(image[:5], "jpeg")
+        image_type = _IMAGE_TYPES.get(image[:5], "jpeg")  # see ``_IMAGE_TYPES``
         parts.append({"type": "image_url", "image_url": {"url": f"data:image/{image_type};base64,{image}"}})
     return {"role": message.role, "content": parts}
 

@@ -21,8 +21,8 @@ MAX_SAMPLE = 1e12  # a larger sample is left out
 
 
 def read_samples(page: bytes, *names: str) -> tuple[float, ...]:
-    """The samples of one metric, one for each series. ``names``: the possible names of the metric; the first name with
-    samples counts."""
+    """The samples of one metric, one for each series; empty if the page does not have the metric. ``names``: the
+    possible names of the metric, of which the first that has samples is used."""
     page = page[:PAGE_BYTES]
     for name in names:
         lines = islice(_line_pattern(name).finditer(page), MAX_SERIES)

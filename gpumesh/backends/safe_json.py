@@ -55,6 +55,7 @@ def parse(data: bytes) -> Any:
 
 
 def _exceeds_answer_limits(data: bytes) -> bool:
+    """Whether a document is too large for a frame or an answer, in bytes or in values."""
     if len(data) <= SMALL_BYTES:
         return False
     return len(data) > ANSWER_BYTES or too_many_values(data, ANSWER_VALUES)
@@ -94,9 +95,9 @@ def is_strict_object(data: bytes) -> bool:
         return False
     try:
         document = _STRICT_DECODER.decode(data.decode("utf-8"))
-        if b"\\ud" in data.lower():
+        if b"\\ud" in data.lower():  # there are escapes of surrogates, in pairs or alone
             json.dumps(document, ensure_ascii=False).encode()  # raises ValueError for a lone surrogate
-    except (ValueError, RecursionError):
+    except (ValueError, RecursionError):  # no strict JSON, no UTF-8, a lone surrogate; or brackets that are too deep
         return False
     return isinstance(document, dict)
 
@@ -119,7 +120,7 @@ def parse_objects(pieces: Sequence[bytes]) -> list[dict[str, Any]]:
     """Parses many small documents for little more than the cost of one. A piece that is not an object becomes
     ``{}``."""
     documents = parse(b"[" + b",".join(pieces) + b"]")
-    # A broken piece breaks the list, or it makes one entry too many or too few.
+    # A broken piece breaks the list, or it makes one entry too many or too few. Then each piece is parsed by itself.
     if not isinstance(documents, list) or len(documents) != len(pieces):
         documents = [parse(piece) for piece in pieces]
     return [document if isinstance(document, dict) else {} for document in documents]

@@ -21,7 +21,7 @@ def raise_for_status(status: int, body: bytes) -> None:
 
 
 def key_refused_error(status: int, body: bytes) -> ProbeError:
-    """The error for status 401, and for 403 with a body."""
+    """The error for status 401 and 403. Ollama's 403 without a body is another error: ``host-refused``."""
     message = error_text.error_text(status, body)
     hint = "set `backend.api_key_env` to the variable that holds its key"
     if error_text.is_web_page(body):

@@ -50,9 +50,10 @@ class VllmDialect(OpenAIDialect):
         return status == 200 and OWNER in owner_names(body)
 
     def read_inventory(self, answers: ProbeAnswers) -> Inventory:
-        """The inventory of any server with OpenAI's API. Raises ProbeError also if the models are not owned by vLLM."""
+        """The inventory as of any server with OpenAI's API, and the load from ``/metrics``. Raises ProbeError also if
+        the models are not owned by vLLM."""
         inventory = super().read_inventory(answers)
-        models = answers.get("models")
+        models = answers.get("models")  # the status and the body; never None here, because ``super`` needs them
         if models is not None and not self.recognizes(*models):
             raise unusable_answers.other_server_error(self.label, "/v1/models", *models)
         page = successful_body(answers.get("metrics"))

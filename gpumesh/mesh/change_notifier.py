@@ -33,7 +33,7 @@ class ChangeNotifier:
         self._watchers.add(event)
         try:
             while True:
-                event.clear()
+                event.clear()  # before the yield: a change while the watcher works must not be lost
                 yield None
                 await event.wait()
         finally:

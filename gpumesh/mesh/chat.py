@@ -85,20 +85,21 @@ class ChatStream:
         return self
 
     async def __anext__(self) -> Chunk:
-        """Returns the next chunk. Raises StreamCut if the answer was cut and could not be continued."""
+        """Returns the next chunk. Raises StreamCut if the answer was cut and could not be continued, and at the first
+        chunk the errors of ``_start``."""
         if self._answer is None:
             await self._start()
         answer, reader = self._answer, self._reader
-        assert answer is not None
-        assert reader is not None
+        assert answer is not None, "the chat has started without an answer"
+        assert reader is not None, "the chat has started without a reader"
         while not self._chunks:
             if self._ended:
                 raise StopAsyncIteration
             try:
                 self._add_chunks(reader.feed(await anext(answer)))
-            except StopAsyncIteration:
+            except StopAsyncIteration:  # the answer has no more bytes
                 self._ended = True
-                self._add_chunks(reader.close())
+                self._add_chunks(reader.close())  # StreamCut comes from here
             except BaseException:
                 # A frame is not readable, or the caller was cancelled: nobody will read the rest.
                 await answer.aclose()
@@ -112,8 +113,8 @@ class ChatStream:
                 self.counters = chunk.counters
 
     async def _start(self) -> None:
-        """Sends the request and waits for the head of the answer. Raises BackendStatus or ModelMissing for an answer
-        with an error."""
+        """Sends the request and waits for the head of the answer. Raises the errors of ``Mesh.send``; for an answer
+        with status 404 ModelMissing, and for any other error BackendStatus."""
         calls = {kind: dialect.build_chat_call(self._request) for kind, dialect in DIALECTS.items()}
         answer = await self._send(self._demand, calls, timeout_s=self._timeout_s, resume=self._resume)
         dialect = DIALECTS[answer.kind]

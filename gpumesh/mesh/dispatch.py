@@ -30,8 +30,9 @@ WAIT_SMOOTHING = 0.2  # weight of the newest wait in the mean wait that is sent 
 
 @dataclass(slots=True)
 class _Waiter:
-    """A request that waits for a slot. ``exclude``: names of the nodes that have failed it. ``granted`` gets its lease
-    or an error. ``recovery_wait_since``: since this time all nodes that could serve it are away."""
+    """A request that waits for a slot. ``exclude``: names of the nodes that have failed the request. ``granted`` gets
+    the request's lease, or an error. ``recovery_wait_since``: since this time all nodes that could serve the request
+    are away; ``None``: one of them is there."""
 
     demand: Demand
     exclude: frozenset[str]
@@ -94,13 +95,15 @@ class Dispatcher:
         """Whether any waiting request would take a slot of this node, or of a node that shares its GPU."""
         candidates = self._fleet.candidates()
         groups = {gpu_group(candidate) for candidate in candidates if candidate.name == node}
-        # Many waiting requests often differ only in things that do not matter here: they have the same key.
+        # Many waiting requests often differ only in things that do not matter here. They have the same key, and only
+        # the first of them is checked.
         checked_keys: set[tuple[Demand, frozenset[str]]] = set()
         for entry in self._queue:
             waiter = entry.payload
             demand = _selection_key(waiter.demand)
             key = (demand, waiter.exclude)
-            if waiter.granted.done() or key in checked_keys:
+            is_leaving_queue = waiter.granted.done()
+            if is_leaving_queue or key in checked_keys:
                 continue
             checked_keys.add(key)
             busy = select_candidates(candidates, demand, exclude=waiter.exclude).busy
@@ -116,9 +119,10 @@ class Dispatcher:
         return bool(selection.free or selection.busy)
 
     def is_worth_waiting(self, demand: Demand) -> bool:
-        """Whether a node that could serve this demand a moment ago is away, but may come back in a moment."""
+        """Whether a node that could serve this demand a moment ago is away, but may come back in a moment. A node that
+        has never listed its models does not count: it has not worked before."""
         probed = [candidate for candidate in self._fleet.candidates() if candidate.models is not None]
-        return self._any_may_recover(probed, demand, frozenset())
+        return self._any_may_recover(probed, demand, exclude=frozenset())
 
     def _any_may_recover(self, candidates: Sequence[Candidate], demand: Demand, exclude: frozenset[str]) -> bool:
         """Whether any of these nodes is away now, may come back in a moment, and could then serve this demand."""
@@ -160,13 +164,13 @@ class Dispatcher:
         waiter = _Waiter(demand, exclude, asyncio.get_running_loop().create_future())
         if not self._may_wait(waiter, candidates):
             raise no_node_error(candidates, demand, exclude=exclude)
-        if self._queue.is_full and since is None:
+        if self._queue.is_full and since is None:  # a request that a node has failed was accepted before
             raise QueueFull(f"{len(self._queue)} requests wait already", retry_after_s=max(self._recent_wait_s, 1.0))
         return await self._wait(waiter, timeout_s, since)
 
     def acquire_despite_breaker(self, demand: Demand, *, exclude: frozenset[str]) -> Lease | None:
-        """Takes a free slot on a node that works, even if its breaker is open because it failed too often lately.
-        Returns ``None`` if there is none.
+        """Takes a free slot on a node whose server answers probes, even if the node's breaker is open because requests
+        failed there lately. Returns ``None`` if there is none.
 
         This is for a request that no other node can take any more: an attempt on such a node is better than an
         error."""
@@ -188,11 +192,12 @@ class Dispatcher:
     # -- the queue -----------------------------------------------------------------------------------------------
 
     async def _wait(self, waiter: _Waiter, timeout_s: float, since: float | None) -> Lease:
-        """Puts the request into the queue, and returns the lease that ``grant_waiting`` gives it. ``since`` and the
-        errors are as for ``acquire``."""
+        """Puts the request into the queue, and returns the lease that ``grant_waiting`` gives to the request. ``since``
+        and the errors are as for ``acquire``."""
         started_at = self._clock()
         queued_at = started_at if since is None else since
-        entry = self._queue.add(waiter, waiter.demand.priority, queued_at, bounded=since is None)
+        was_accepted_before = since is not None  # then a full queue does not refuse the request
+        entry = self._queue.add(waiter, waiter.demand.priority, queued_at, bounded=not was_accepted_before)
         try:
             async with asyncio.timeout(timeout_s):
                 lease = await waiter.granted
@@ -216,7 +221,7 @@ class Dispatcher:
         demands_without_slot: set[Demand] = set()
         for entry in self._queue:
             waiter = entry.payload
-            if waiter.granted.done():  # it leaves the queue as soon as its task runs
+            if waiter.granted.done():  # the request leaves the queue as soon as its task runs
                 continue
             key = _selection_key(waiter.demand)
             if key in demands_without_slot and not waiter.exclude:
@@ -231,9 +236,9 @@ class Dispatcher:
                 waiter.granted.set_exception(no_node_error(candidates, waiter.demand, exclude=waiter.exclude))
 
     def _may_wait(self, waiter: _Waiter, candidates: Sequence[Candidate]) -> bool:
-        """Whether the request may wait: a busy node could serve it, or all nodes that could serve it have been away for
-        less than the grace period. Starts the grace period when these nodes are away, and ends it when a node is
-        back."""
+        """Whether the request may wait: a busy node could serve it, or the nodes that could serve it are away, but not
+        longer than the grace period, and may come back. Starts the grace period when all these nodes are away, and ends
+        it when one of them is back."""
         demand = waiter.demand
         if select_candidates(candidates, demand, exclude=waiter.exclude).busy:
             waiter.recovery_wait_since = None
@@ -248,8 +253,8 @@ class Dispatcher:
         return now - waiter.recovery_wait_since < self._grace_s
 
     def _recheck(self) -> None:
-        """Grants slots after a breaker's pause, and refuses requests after a grace period: no event announces either
-        end, so this runs every ``RECHECK_S``."""
+        """Grants slots after a breaker's pause, and refuses requests after a grace period. No event announces that such
+        a time is over, so this runs every ``RECHECK_S`` while a request waits for a node that is away."""
         self._recheck_timer = None
         self.grant_waiting()
 
@@ -259,7 +264,7 @@ class Dispatcher:
 
 
 def _return_grant(waiter: _Waiter) -> None:
-    """Gives back a slot that was granted in the same moment in which the request left the queue."""
+    """Gives back the slot if one was granted in the same moment in which the request stopped waiting."""
     granted = waiter.granted
     has_lease = granted.done() and not granted.cancelled() and granted.exception() is None
     if has_lease:

@@ -83,7 +83,8 @@ class Recorder:
         step_s: float = STEP_S,
         steps: int = STEPS,
     ) -> None:
-        """Continues the history ``earlier``, which was taken at the time ``at``, if both are given."""
+        """Continues the history ``earlier``, which was taken at the time ``at``, if both are given. A history with
+        steps of another length cannot be continued and is dropped."""
         self._step_s = step_s
         self._steps: deque[_Step] = deque(maxlen=steps)
         if earlier is not None and at is not None and earlier.step_s == step_s:
@@ -97,7 +98,7 @@ class Recorder:
                 for series in getattr(earlier, kind):
                     value = series.values[-1 - age] if age < len(series.values) else None
                     if value is not None:
-                        step.sums[kind][series.key] = (value, 1)
+                        step.sums[kind][series.key] = (value, 1)  # the old mean counts as one value
             self._steps.append(step)
 
     def _step_number(self, at: datetime) -> int:
@@ -122,7 +123,7 @@ class Recorder:
         if not self._steps:
             return History(self._step_s)
         last_number = self._steps[-1].number
-        first_number = last_number - (self._steps.maxlen or 0) + 1
+        first_number = last_number - (self._steps.maxlen or 0) + 1  # maxlen is set; ``or 0`` is for the type checker
         steps_by_number = {step.number: step for step in self._steps}
         steps = [steps_by_number.get(number) for number in range(first_number, last_number + 1)]
         series = {}
@@ -142,7 +143,8 @@ def _add_values(sums: _SumsByKey, values: Iterable[tuple[str, float | None]]) ->
 
 def _build_series(steps: list[_SumsByKey | None]) -> tuple[HistorySeries, ...]:
     """Builds one series for each key, in the order in which the keys came up. All keys of the last two steps get a
-    series. Of the older keys, only the ``MAX_OLD_SERIES`` that were seen last get one."""
+    series: they are in the mesh now, and the last step may have only begun. Of the older keys, only the
+    ``MAX_OLD_SERIES`` that were seen last get one."""
     filled_steps = [step for step in steps if step is not None]
     keys_latest_first = dict.fromkeys(chain(*reversed(filled_steps)))
     current_keys = set(chain(*filled_steps[-2:]))

@@ -121,7 +121,7 @@ class Mesh:
             await stack.enter_async_context(self._upstream)
             workers = await stack.enter_async_context(WorkerPool())
             group = await stack.enter_async_context(asyncio.TaskGroup())
-            stack.callback(self._stop)
+            stack.callback(self._stop)  # on exit this runs first: the task group then waits for the cancelled tasks
             coordination = self._coordination.run(self._watch_own_loads())
             self._tasks.append(group.create_task(coordination, name="other gateways"))
             for node in self.fleet:
@@ -129,7 +129,7 @@ class Mesh:
                     tunnel = node.tunnel = self._open_tunnel(node, workers)  # set before the node's task runs
                     self._tasks.append(group.create_task(node.run(tunnel), name=f"node {node.name}"))
             self._tasks.append(group.create_task(self._inspection.run(), name="inspection"))
-            self._stack = stack.pop_all()
+            self._stack = stack.pop_all()  # nothing has failed here, so only ``__aexit__`` closes it all
         return self
 
     async def __aexit__(
@@ -287,10 +287,10 @@ class Mesh:
         except BaseException:
             self._count_ended_request(Outcome.UNREACHABLE)  # no node answered
             raise
-        if answer.outcome is not None:
+        if answer.outcome is not None:  # the answer has ended already
             self._count_ended_request(answer.outcome)
         else:
-            answer.on_outcome = self._count_ended_request  # the answer is still being read
+            answer.on_outcome = self._count_ended_request
         return answer
 
     def _count_ended_request(self, outcome: Outcome) -> None:
@@ -317,7 +317,7 @@ class Mesh:
         resume: bool = True,
     ) -> ChatStream:
         """Starts a chat. ``request`` is the name of a model, with ``messages``, or a whole ChatRequest. A text as
-        ``messages`` is one message of the user.
+        ``messages`` is one message of the user. ``timeout_s`` is by default ``gateway.timeout_s`` of mesh.yaml.
 
         The result yields the chunks of the answer as they come. It is also an async context manager: an early exit
         stops the generation on the host. If an answer is cut, another node continues it, unless ``resume`` is false.
@@ -332,7 +332,8 @@ class Mesh:
     # -- nodes ---------------------------------------------------------------------------------------------------
 
     async def exec(self, node: str, argv: Sequence[str], *, timeout_s: float) -> ExecResult:
-        """Runs a command on a node's host. Raises TunnelDown and ExecError."""
+        """Runs a command on a node's host. Raises UsageError for an unknown or disabled node, TunnelDown and
+        ExecError."""
         return await self.tunnel(node).exec(argv, timeout_s=timeout_s)
 
     def tunnel(self, node: str) -> Tunnel:

@@ -25,8 +25,9 @@ async def wait_usable(
 ) -> str:
     """Waits until a node can serve this demand, and returns the node's name.
 
-    Raises NoNodeError or ModelMissing as soon as it is known that no node will, or after ``timeout_s``. If such a node
-    was lost only a moment ago, waits up to ``GRACE_S`` for it, as a request in the queue does.
+    Raises NoNodeError or ModelMissing as soon as it is known that no node will, or after ``timeout_s``. If a node that
+    could serve the demand was lost only a moment ago, waits up to ``GRACE_S`` for this node, as a request in the queue
+    does.
     """
     loop = asyncio.get_running_loop()
     deadline = loop.time() + timeout_s
@@ -42,8 +43,8 @@ async def wait_usable(
                     continue  # a node that was not probed yet may be the one
                 if not dispatcher.is_worth_waiting(demand):
                     raise fleet.explain_no_node(demand)
-                deadline = min(deadline, loop.time() + GRACE_S)
+                deadline = min(deadline, loop.time() + GRACE_S)  # later iterations cannot make it later
                 scope.reschedule(deadline)
     except TimeoutError:
-        pass
+        pass  # the error below gives the reason of each node, and does not say only that time is over
     raise fleet.explain_no_node(demand)

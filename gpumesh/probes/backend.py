@@ -20,7 +20,7 @@ from gpumesh.topology import BackendSpec
 
 log = logging.getLogger(__name__)
 
-GRACE_S = 1.0  # how long a candidate that has answered waits for earlier candidates
+GRACE_S = 1.0  # how long the first good answer waits for the answers of earlier candidates
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,17 +50,18 @@ async def probe_backend(
     """Asks all candidates at the same time, and reports on the first of them, in order, that answers as a server of
     this kind.
 
-    ``urls`` are the routes to ``spec.targets``, in the same order. The caller passes the same ``known_kinds`` to every
-    probe of a node, so that with kind ``auto`` a server is asked only once which kind it is. Never raises because of
-    what a server does. The client must have ``trust_env`` off: a request through a tunnel must not go to a proxy that
-    the environment names.
+    ``urls`` are the routes to ``spec.targets``, in the same order. ``timeout_s`` is for each request. ``node`` is the
+    name in the findings. The caller passes the same ``known_kinds`` to every probe of a node, so that with kind
+    ``auto`` a server is asked only once which kind it is. Never raises because of what a server does. The client must
+    have ``trust_env`` off: a request through a tunnel must not go to a proxy that the environment names.
     """
     known_kinds = KnownKinds() if known_kinds is None else known_kinds
     if not urls:
         return _down_report(
             spec, ProbeError("there is no way to it now", finding_code="backend-down"), node, known_kinds
         )
-    # If only some of the targets have a URL, it is not known here which targets these are.
+    # If only some of the targets have a URL, it is not known here which URL belongs to which target. Then the requests
+    # name no target, and the server gets its URL's own address as the Host header.
     targets = spec.targets if len(spec.targets) == len(urls) else (None,) * len(urls)
     tasks = [
         asyncio.ensure_future(
@@ -75,7 +76,7 @@ async def probe_backend(
             return _down_report(spec, error, node, known_kinds)
         answer = tasks[index].result()
     finally:
-        for task in tasks:
+        for task in tasks:  # the answers of the other candidates are not needed
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
     known_kinds.last = answer.kind
@@ -83,19 +84,24 @@ async def probe_backend(
 
 
 async def _wait_for_first_in_order(tasks: Sequence[asyncio.Future[TimedInventory]]) -> int | None:
-    """The index of the first task in order that succeeds; ``None`` if no task succeeds. Returns when all earlier tasks
-    have failed, or ``GRACE_S`` after the first success."""
+    """Waits for a task that succeeds, and returns its index; ``None`` if all tasks fail.
+
+    If several tasks succeed, the first of them in order counts. So a success is returned when all tasks before it have
+    failed, but at the latest ``GRACE_S`` after the first success: a candidate that hangs must not hold up the probe.
+    """
     pending: set[asyncio.Future[TimedInventory]] = set(tasks)
-    grace_ends_at: float | None = None  # None before the first success: the tasks have their own time-outs
+    grace_ends_at: float | None = None  # None before the first success
     while pending:
+        # Before the first success, the time-outs of the tasks' own requests end the wait.
         timeout_s = None if grace_ends_at is None else max(grace_ends_at - time.monotonic(), 0.0)
         done, pending = await asyncio.wait(pending, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
         successes = [index for index, task in enumerate(tasks) if task.done() and task.exception() is None]
         if not successes:
             continue
         first = successes[0]
+        all_before_have_failed = all(task.done() for task in tasks[:first])
         grace_is_over = not done
-        if grace_is_over or all(task.done() for task in tasks[:first]):
+        if grace_is_over or all_before_have_failed:
             return first
         if grace_ends_at is None:
             grace_ends_at = time.monotonic() + GRACE_S
@@ -104,14 +110,14 @@ async def _wait_for_first_in_order(tasks: Sequence[asyncio.Future[TimedInventory
 
 def _probe_error(task: asyncio.Future[TimedInventory]) -> ProbeError:
     """The error with which a failed task ended. An exception that is a bug of ours counts as an answer that cannot be
-    read. Raises a cancellation."""
-    error = task.exception()
+    read. What is no ``Exception``, such as a cancellation, is raised."""
+    error = task.exception()  # raises the cancellation of a cancelled task
+    assert error is not None, "the task has succeeded"
     if isinstance(error, ProbeError):
         return error
-    assert error is not None, "no candidate answered"
-    if not isinstance(error, Exception):
+    if not isinstance(error, Exception):  # KeyboardInterrupt, SystemExit
         raise error
-    # A bug of ours: the code that reads answers did not expect this one. The bug must not end the mesh, so the node
+    # A bug of ours: the code that reads answers did not expect this answer. The bug must not end the mesh, so the node
     # counts as down, and the log has the traceback.
     log.error("a server's answer to a probe could not be read", exc_info=error, extra={"event": "probe-failed"})
     return unusable_answers.broken_answer_error(f"what it says cannot be read ({type(error).__name__})")
@@ -154,7 +160,7 @@ def _find_unusable_models(inventory: Inventory, node: str) -> tuple[Finding, ...
 
 def _down_report(spec: BackendSpec, error: ProbeError, node: str, known_kinds: KnownKinds) -> BackendReport:
     """The report on a node none of whose candidates gave a right answer; ``error`` becomes its finding."""
-    kind = known_kinds.last or spec.kind
+    kind = known_kinds.last or spec.kind  # a node of kind ``auto`` keeps the kind of the server that answered last
     state = BackendState(
         kind=kind.value, state=BackendPhase.DOWN, last_error=error.message, error_code=error.finding_code
     )

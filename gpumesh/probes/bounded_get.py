@@ -36,11 +36,12 @@ async def get_bounded(
         finally:
             await response.aclose()
     except (httpx.NetworkError, httpx.RemoteProtocolError) as error:
-        if response is not None:
+        if response is not None:  # the head had come
             message = f"it stopped in the middle of its answer: {_describe_error(error)}"
             raise unusable_answers.broken_answer_error(message) from error
         raise await _no_answer_error(url, error) from error
     except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError) as error:
+        # httpx's time-outs, and all its other errors: the caller expects ProbeError only.
         message = f"it gave no answer: {_describe_error(error)}"
         raise ProbeError(message, finding_code="backend-down", hint=SILENT_SERVER_HINT) from error
     except ValueError as error:  # httpx raises it for a Location whose host name is not valid
@@ -48,8 +49,8 @@ async def get_bounded(
     location = response.headers.get("Location")
     if response.is_redirect and location is not None:
         raise _redirect_error(url, response.status_code, location)
+    # Go's server, nginx and Apache answer plain HTTP on a TLS port with status 400 and a text that names https.
     if response.status_code == 400 and b"https" in body[:2000].lower() and httpx.URL(url).scheme == "http":
-        # Go's server, nginx and Apache give this answer to plain HTTP on a TLS port.
         raise wrong_server.wrong_scheme_error(url)
     return response.status_code, body
 
@@ -61,14 +62,16 @@ async def _read_body(response: httpx.Response) -> bytes:
         body += piece
         if len(body) > BODY_LIMIT:
             message = f"it answers with more than {BODY_LIMIT >> 20} MiB"
-            if any(key in body[:200] for key in _MODEL_LIST_KEYS):
+            is_model_list = any(key in body[:200] for key in _MODEL_LIST_KEYS)
+            if is_model_list:  # it is an inference server, only with too many models
                 raise unusable_answers.too_many_models_error(f"{message} of models")
             raise ProbeError(message, finding_code="wrong-server", hint=wrong_server.WRONG_SERVICE_HINT)
     return bytes(body)
 
 
 async def _no_answer_error(url: str, error: httpx.TransportError) -> ProbeError:
-    """The error that says why no HTTP answer came. May ask the server again to find the reason."""
+    """The error that says why no HTTP answer came. If a connection was made, asks the server again to find the
+    reason."""
     tls_error = next((cause for cause in _list_causes(error) if isinstance(cause, ssl.SSLError)), None)
     if tls_error is not None:
         return await wrong_server.explain_tls_failure(url, tls_error)
@@ -104,6 +107,7 @@ def _describe_error(error: Exception) -> str:
     """The operating system's text for the error, if a system call caused it; else the error's own text. httpx's own
     text for a failed system call says only that all attempts failed, or is empty."""
     for cause in _list_causes(error):
+        # The errors of getaddrinfo have negative numbers, which strerror does not know.
         if isinstance(cause, OSError) and cause.errno is not None and cause.errno > 0:
             return os.strerror(cause.errno).lower()
     return printable(str(error), 120) or type(error).__name__

@@ -61,8 +61,8 @@ def split_script_output(output: bytes, count: int) -> list[CommandOutput]:
 
 
 async def run_commands(run_command: RunCommand, commands: Sequence[Argv], *, timeout_s: float) -> list[CommandOutput]:
-    """Runs the commands on a host, and returns one output for each, in order. Raises TunnelDown, ExecError, and
-    TimeoutError after ``timeout_s``."""
+    """Runs the commands on a host, and returns one output for each, in order. If the script's output was cut, the
+    commands after the cut have empty outputs. Raises TunnelDown, ExecError, and TimeoutError after ``timeout_s``."""
     async with asyncio.timeout(timeout_s):
         # The deadline of this block comes 1 s before the connection's. So a TimeoutError means that the commands were
         # slow, and an ExecError means that the connection failed.

@@ -19,6 +19,7 @@ def find_gpu_problems(table: GpuTable, node: str | None) -> list[Finding]:
     findings: list[Finding] = []
 
     def add_finding(code: str, severity: Severity, gpus: list[GpuState], problem: str, hint: str) -> None:
+        """Adds the finding about these GPUs, unless there are none."""
         if gpus:
             indexes = ("GPU " if len(gpus) == 1 else "GPUs ") + ", ".join(str(gpu.index) for gpu in gpus)
             findings.append(Finding(code, severity, node, f"{indexes}: {problem}", hint))

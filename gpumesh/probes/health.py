@@ -39,12 +39,12 @@ def assess_health(
 
 
 def _describe_gpu_problem(gpu: GpuReport | None, spec: NodeSpec) -> str | None:
-    """The reason why the GPUs of a node that serves cannot be used, or only in part; ``None`` if there is none. A
-    warning counts as a reason only if mesh.yaml expects something of the GPUs."""
+    """What is wrong with the GPUs of a node whose server is up: the worst finding, or fewer GPUs than mesh.yaml
+    expects; ``None`` if nothing is wrong. A warning counts only if mesh.yaml expects something of the GPUs."""
     if gpu is None:
         return None
     has_expectations = any(getattr(spec.expect, name) is not None for name in _GPU_EXPECTATIONS)
-    for finding in sorted(gpu.findings, key=lambda finding: SEVERITY_RANKS[finding.severity]):
+    for finding in sorted(gpu.findings, key=lambda finding: SEVERITY_RANKS[finding.severity]):  # errors first
         if finding.severity is Severity.ERROR or (finding.severity is Severity.WARNING and has_expectations):
             return finding.message
     if gpu.error is None and spec.expect.gpus is not None and len(gpu.gpus) < spec.expect.gpus:
@@ -70,7 +70,7 @@ def _assess_without_tunnel(tunnel: TunnelState) -> tuple[Health, str | None]:
     """The health and the reason of a node whose tunnel is not up."""
     if tunnel.state is TunnelPhase.IDLE:
         return Health.UNKNOWN, "not opened yet"
-    if tunnel.state is TunnelPhase.CONNECTING and tunnel.last_error is None:
+    if tunnel.state is TunnelPhase.CONNECTING and tunnel.last_error is None:  # no attempt has failed yet
         return Health.UNKNOWN, "connecting"
     if tunnel.state is TunnelPhase.CLOSED:
         return Health.DOWN, "closed"

@@ -44,8 +44,10 @@ def _no_cookies() -> CookieJar:
 def _tls_context(scheme: str) -> ssl.SSLContext:
     """The TLS settings of all connections to servers of this scheme: the authorities that this system trusts, as for
     the requests of clients (mesh/requests/connection_pool.py). httpx's own settings have another list of authorities,
-    so a server with a company's certificate would get requests but fail every probe. Made only once: reading the
-    certificates takes 20 ms. For ``http``, which is all that comes through a tunnel, they are not read.
+    so a server with a company's certificate would get requests but fail every probe.
+
+    The settings are made only once, because reading the certificates takes 20 ms. For ``http`` they are never used, but
+    httpx wants settings in any case, so they have no certificates.
     """
     return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT) if scheme == "http" else ssl.create_default_context()
 
@@ -124,7 +126,7 @@ class _TransportPerServer(httpx.AsyncBaseTransport):
             # anyio then asks a closed socket for its peer, and httpx does not translate that error.
             raise httpx.ConnectError("connection reset by peer", request=request) from error
         if "Location" in response.headers and not _is_valid_redirect(request.url, response.headers["Location"]):
-            del response.headers["Location"]
+            del response.headers["Location"]  # so that httpx does not parse it; the rest of the answer is good
         return response
 
     async def aclose(self) -> None:

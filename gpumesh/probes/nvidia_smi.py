@@ -39,13 +39,16 @@ class GpuReport:
 
 
 async def probe_gpus(run_command: RunCommand, *, timeout_s: float, node: str | None = None) -> GpuReport:
-    """Asks a host for its GPUs, its driver and its hostname. Never raises because of what the host does. Without
-    persistence mode a first call takes 1 to 3 s, so a ``timeout_s`` of 10 s is right."""
+    """Asks a host for its GPUs, its driver and its hostname. Never raises because of what the host does.
+
+    ``timeout_s`` is for the whole probe; after it the finding is ``driver-hung``. The prober sets it to 5 s
+    (``GPU_TIMEOUT_S`` in mesh/nodes/prober.py), because a first call without persistence mode takes 1 to 3 s. ``node``
+    is the name in the findings."""
     try:
         return await _probe_gpus(run_command, timeout_s=timeout_s, node=node)
     except Exception as error:
-        # A bug of ours: the code that reads answers did not expect this one. The bug must not end the mesh, so only the
-        # report on these GPUs is lost.
+        # A bug of ours: the code that reads answers did not expect this answer. The bug must not end the mesh, so only
+        # the report on these GPUs is lost.
         log.exception("what a host says of its GPUs could not be read", extra={"event": "probe-failed"})
         message = f"what nvidia-smi says cannot be read ({type(error).__name__})"
         hint = "the mesh's log has the details (`gpumesh logs`)"
@@ -61,9 +64,12 @@ async def _probe_gpus(run_command: RunCommand, *, timeout_s: float, node: str | 
     commands = (HOSTNAME, build_query_command(fields), PROCESSES)
     try:
         hostname_answer, gpus, processes = await run_commands(run_command, commands, timeout_s=timeout_s)
+        # If the login shell refuses all commands, each of them fails with the shell's own text, for example "This
+        # account is not available."
         has_failed = hostname_answer.exit_status != 0
-        if has_failed and hostname_answer.output.strip() and hostname_answer.output == gpus.output:
-            return _no_commands_report(hostname_answer, node)  # for example "This account is not available."
+        has_same_text = hostname_answer.output == gpus.output and hostname_answer.output.strip() != b""
+        if has_failed and has_same_text:
+            return _no_commands_report(hostname_answer, node)
         hostname = read_hostname(hostname_answer)
         failure = classify_failure(gpus)
         if failure is not None and failure.code == "nvidia-smi-old":
@@ -147,7 +153,7 @@ async def _probe_gpus_singly(
     timeout_s: float,
 ) -> GpuReport:
     """Asks for each GPU by itself, because the call for all GPUs fails if one GPU is lost. The report has the GPUs that
-    answer, and ``lost_failure`` as a finding."""
+    answer, and ``lost_failure`` as a finding. If no answer comes in time, the report has this finding only."""
     lost_finding = _failure_finding(lost_failure, node)
     no_gpus_report = GpuReport(hostname=hostname, error=lost_failure.message, findings=(lost_finding,))
     try:

@@ -57,8 +57,11 @@ class _PacedStream(httpcore.AsyncNetworkStream):
         self._tail = b""  # the last bytes read: the blank line that ends a head may be split between two reads
 
     async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
+        """Reads at most ``READ_BYTES``, then lets other tasks run. Raises RemoteProtocolError for a head that is too
+        long."""
         data = await self._stream.read(min(max_bytes, READ_BYTES), timeout)
-        await asyncio.sleep(PAUSE_S if data.count(b"\n") > MAX_LINE_ENDS else 0)
+        is_slow_to_parse = data.count(b"\n") > MAX_LINE_ENDS
+        await asyncio.sleep(PAUSE_S if is_slow_to_parse else 0)  # with 0, each other task that is ready runs once
         if self._head_size is not None:
             self._check_head_size(data)
         return data
@@ -66,14 +69,14 @@ class _PacedStream(httpcore.AsyncNetworkStream):
     def _check_head_size(self, data: bytes) -> None:
         """Counts ``data`` to the answer's head, unless the head ends in it. Raises RemoteProtocolError for a head that
         is too long."""
-        assert self._head_size is not None
+        assert self._head_size is not None, "the head has ended already"
         self._head_size += len(data)
         data_with_tail = self._tail + data
         if b"\r\n\r\n" in data_with_tail or b"\n\n" in data_with_tail:
             self._head_size = None
         elif self._head_size > MAX_HEAD_BYTES:
             raise httpcore.RemoteProtocolError(f"a head of more than {MAX_HEAD_BYTES >> 10} KiB")
-        self._tail = data_with_tail[-3:]
+        self._tail = data_with_tail[-3:]  # CR LF CR, if the LF that completes the blank line is in the next read
 
     async def write(self, buffer: bytes, timeout: float | None = None) -> None:
         if self._head_size is None:  # the next request on this connection begins

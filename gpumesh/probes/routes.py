@@ -47,8 +47,10 @@ class BackendRoute:
 
 
 def list_backend_routes(spec: NodeSpec, state: NodeState) -> tuple[BackendRoute, ...]:
-    """The routes to the candidates of mesh.yaml that have a URL now, then the offered routes. An offered route goes to
-    the host's own address without SSH, if mesh.yaml has that address and SSH goes there without a jump host."""
+    """The routes to the candidates of mesh.yaml that have a URL now, then the offered routes.
+
+    An offered route goes to the host's own address without SSH. There is one for each candidate on the host's loopback
+    address, if mesh.yaml has the host's address and SSH needs no jump host to reach it."""
     route_states = {route.target: route for route in state.routes if not route.offered}
     routes: list[BackendRoute] = []
     for target in spec.backend.targets:
@@ -60,7 +62,8 @@ def list_backend_routes(spec: NodeSpec, state: NodeState) -> tuple[BackendRoute,
         for target in spec.backend.targets:
             if is_loopback(target.host):
                 direct_target = replace(target, host=ssh.host)
-                routes.append(BackendRoute(target, direct_target.url.rstrip("/"), DIRECT, offered=True))
+                base_url = direct_target.url.rstrip("/")  # the path of each request is appended to it
+                routes.append(BackendRoute(target, base_url, DIRECT, offered=True))
     return tuple(routes)
 
 
@@ -68,7 +71,8 @@ async def probe_routes(
     client: httpx.AsyncClient, spec: NodeSpec, state: NodeState, *, api_key: str | None, timeout_s: float
 ) -> tuple[RouteState, ...]:
     """The states of the routes to the candidates of mesh.yaml, and of the offered routes that lead to the server in
-    use. Never raises because of what a server does. The client must have ``trust_env`` off."""
+    use. ``timeout_s`` is for each server's answer; no latency is measured after this time either. Never raises because
+    of what a server does. The client must have ``trust_env`` off: a proxy would be another route."""
     deadline = asyncio.get_running_loop().time() + timeout_s
     prober = _RouteProber(client, spec.backend.kind, api_key, timeout_s)
     routes = list_backend_routes(spec, state)
@@ -124,6 +128,7 @@ class _RouteProber:
         target = route.url if route.offered else route.target.url
         state = RouteState(target, route.url, route.via, offered=route.offered)
         if isinstance(answer, ProbeError):
+            # Another kind of server than mesh.yaml names may answer there: the report says which.
             kind = await self._find_other_kind(route) if answer.finding_code == "wrong-server" else None
             error = printable(answer.message)
             state = replace(state, state=BackendPhase.DOWN, error=error, error_code=answer.finding_code, kind=kind)
@@ -133,7 +138,7 @@ class _RouteProber:
             state = replace(
                 state,
                 state=BackendPhase.UP,
-                latency_ms=latency_ms or answer.latency_ms,
+                latency_ms=latency_ms or answer.latency_ms,  # the second is less exact: it may include a connect
                 store=store_fingerprint(answer.inventory.catalog),
                 kind=answer.kind.value,
             )
@@ -170,10 +175,11 @@ def _is_in_use(route: BackendRoute, state: NodeState) -> bool:
 
 
 def _is_same_server(answer: Answer, answer_in_use: Answer | None, route: BackendRoute) -> bool:
-    """Whether the server that gave ``answer`` over an offered route is the server in use.
+    """Whether the server that gave ``answer`` over an offered route is the server in use: the model stores of both have
+    the same fingerprint.
 
-    If neither model store has a fingerprint, a server with the same models counts as the same server, because the
-    route's host is the node's host. This does not hold for a loopback address, which is this machine's.
+    If neither store has a fingerprint, a server with the same models counts as the same server, because the route's
+    host is the node's host. This does not hold for a loopback address: it is this machine's, not the host's.
     """
     if not isinstance(answer, TimedInventory) or not isinstance(answer_in_use, TimedInventory):
         return False
@@ -190,7 +196,7 @@ def _model_names(answer: TimedInventory) -> Sequence[str]:
 
 
 async def _is_public(url: str) -> bool:
-    """Whether the URL's host has an address that the whole internet can reach."""
+    """Whether the URL's host has an address that the whole internet can reach. False if its name has no address."""
     host = httpx.URL(url).host
     try:
         entries = await asyncio.get_running_loop().getaddrinfo(host, None, type=socket.SOCK_STREAM)

@@ -23,7 +23,8 @@ _WRONG_KEY_HINT = "it does not accept the key that it was given: check the varia
 
 @dataclass(frozen=True, slots=True)
 class TimedInventory:
-    """A server's own description of itself; ``latency_ms`` is the time from the start to its first answer."""
+    """A server's own description of itself; ``latency_ms`` is the time from the probe's start to the server's first
+    answer."""
 
     kind: BackendKind
     inventory: Inventory
@@ -47,25 +48,31 @@ async def ask_server(
     """
     session = _ProbeSession(client, url, target, api_key=api_key, timeout_s=timeout_s)
     try:
-        if kind in DIALECTS:
+        if kind in DIALECTS:  # any kind but ``auto``
             return await session.ask_inventory(kind)
         return await _ask_unknown_server(session, url, KnownKinds() if known_kinds is None else known_kinds)
     except ProbeError as error:
         address = url if target is None else target.url
-        hint = _WRONG_KEY_HINT if error.finding_code == "key-refused" and api_key is not None else error.hint
+        hint = error.hint
+        if error.finding_code == "key-refused" and api_key is not None:
+            hint = _WRONG_KEY_HINT  # the error's own hint tells how to set a key
         raise ProbeError(f"{address}: {error.message}", finding_code=error.finding_code, hint=hint) from error
 
 
 async def _ask_unknown_server(session: _ProbeSession, url: str, known_kinds: KnownKinds) -> TimedInventory:
-    """Asks a server whose kind mesh.yaml does not give. If an earlier probe found its kind, the server is first asked
-    as a server of this kind. If it has another kind now, or was not probed before, its kind is asked for."""
+    """Asks a server whose kind mesh.yaml does not give.
+
+    If an earlier probe found the kind, the server is asked as a server of this kind. The server is asked for its kind
+    if no earlier probe found it, or if another kind of server answers now. Raises ProbeError for any other failure; the
+    next probe then asks for the kind again, because another server may have taken the port by then."""
     last_kind = known_kinds.find(url)
     if last_kind is not None:
         try:
             return await session.ask_inventory(last_kind)
         except ProbeError as error:
             known_kinds.forget(url)
-            if error.finding_code != "wrong-server":
+            is_other_kind = error.finding_code == "wrong-server"
+            if not is_other_kind:
                 raise
     server = await identify_server(session.ask)
     answer = await session.ask_inventory(server.kind, server.answers)
@@ -104,8 +111,8 @@ class _ProbeSession:
         calls = dialect.probe_calls()
 
         async def get_answer(name: str, call: HttpCall) -> tuple[int, bytes] | ProbeError | None:
-            """The answer to one request; ``None`` for an optional answer that did not come. Errors are returned, so
-            that ``gather`` waits for the other answers."""
+            """The answer to one request; ``None`` for an optional answer that did not come. An error is returned and
+            not raised: ``gather`` would pass it on at once, while the other requests still run."""
             if call.path in answers:
                 return answers[call.path]
             try:
@@ -126,7 +133,7 @@ class _ProbeSession:
         return TimedInventory(kind, inventory, self._latency_ms)
 
     async def _ask_optional(self, call: HttpCall) -> tuple[int, bytes] | None:
-        """As ``ask``, but returns ``None`` if no answer comes within ``OPTIONAL_TIMEOUT_S``."""
+        """As ``ask``, but returns ``None`` if no usable answer comes within ``OPTIONAL_TIMEOUT_S``."""
         try:
             return await self._get(call, min(self._timeout_s, OPTIONAL_TIMEOUT_S))
         except (ProbeError, TimeoutError):
@@ -142,8 +149,9 @@ class _ProbeSession:
 
 
 def build_request_options(target: Target | None, api_key: str | None) -> tuple[dict[str, str], dict[str, str]]:
-    """The headers, then httpx's extensions, of a request to a server whose address on its own host is ``target``."""
-    headers = {"Accept-Encoding": "identity"}
+    """The headers, then httpx's extensions, of a request to a server whose address on its own host is ``target``. With
+    ``None``, httpx takes the Host header from the URL."""
+    headers = {"Accept-Encoding": "identity"}  # a small compressed body could unpack to any size
     if target is not None:
         headers["Host"] = host_header(target)
     if api_key is not None:

@@ -36,7 +36,7 @@ class KnownKinds:
     _by_url: dict[str, BackendKind] = field(default_factory=dict)
 
     def find(self, url: str) -> BackendKind | None:
-        """The kind of the server at this URL; ``None`` if it must be asked for."""
+        """The kind of the server at this URL; ``None`` if the server must be asked which kind it is."""
         return self._by_url.get(url)
 
     def remember(self, url: str, kind: BackendKind) -> None:
@@ -71,11 +71,11 @@ _USUAL_PORTS_HINT = "point `backend.port` or `backend.url` at the server itself;
 
 def _unknown_server_error(answers: dict[str, tuple[int, bytes]]) -> ProbeError:
     """The error for a server of which no dialect recognizes an answer. A refusal or a broken answer tells more than an
-    answer of an unknown form. The last answers are read first: their paths are those of the most kinds of server."""
+    answer of an unknown form. The last path is read first: most kinds of server have it (``/v1/models``)."""
     for path, (status, body) in reversed(answers.items()):
         try:
             unusable_answers.raise_for_status(status, body)
-        except ProbeError as error:
+        except ProbeError as error:  # a refusal, or a server that is overloaded or still loading
             return error
         broken_error = unusable_answers.broken_json_error(body, path) if status == 200 else None
         if broken_error is not None:

@@ -24,7 +24,7 @@ NOT_EXECUTABLE, NOT_FOUND = 126, 127
 
 _NOT_FOUND_TEXTS = ("not found", "no such file", "not recog")  # of shells; the last one is Windows' "not recognized"
 _LOST = re.compile(r"unable to determine the device handle|gpu is lost|gpu has fallen off the bus", re.IGNORECASE)
-# Texts that mean a failure even with status 0, with which every call ends under WSL and in wrapper scripts.
+# Texts that mean a failure even if the status is 0. Under WSL and in wrapper scripts every call ends with status 0.
 _FAILED_WITH_STATUS_0 = re.compile(
     rf"nvidia-smi has failed|failed to initialize nvml|^no devices were found|{_LOST.pattern}", re.IGNORECASE
 )
@@ -43,7 +43,8 @@ class SmiFailure:
 
 
 def classify_failure(answer: CommandOutput) -> SmiFailure | None:
-    """The failure that nvidia-smi's exit status and text mean; ``None`` if its answer is a table."""
+    """The failure that nvidia-smi's exit status and text mean; ``None`` if neither of them is a sign of a failure, so
+    that the answer should be a table."""
     text = printable(answer.output, 2000)
     lower = text.lower()
     status = answer.exit_status
@@ -78,6 +79,7 @@ def classify_failure(answer: CommandOutput) -> SmiFailure | None:
             "the driver is there, but finds no GPU",
             "check `lspci | grep -i nvidia` on the host; a container needs `--gpus all`",
         )
+    # The failures of NVML that have a cause of their own were tested before.
     if "couldn't communicate with the nvidia driver" in lower or "failed to initialize nvml" in lower:
         return _driver_failure(text)
     if status == NO_DRIVER or "nvidia-smi has failed" in lower:

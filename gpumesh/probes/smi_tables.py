@@ -97,8 +97,8 @@ class GpuTable:
 
 
 def read_gpus(output: bytes, fields: Sequence[str] = FIELDS, *, hostname: str | None = None) -> GpuTable:
-    """Reads the rows that ``--query-gpu=…`` prints for ``fields``. Lines that are not rows, such as warnings, are
-    skipped."""
+    """Reads the rows that ``--query-gpu=…`` prints for ``fields``. Skips lines that are not rows, such as warnings, the
+    rows of GPUs that it has read already, and all rows after ``MAX_GPUS`` GPUs."""
     gpus: list[GpuState] = []
     seen_uuids: set[str] = set()
     faulty_fields: dict[str, tuple[str, ...]] = {}
@@ -122,13 +122,14 @@ def read_gpus(output: bytes, fields: Sequence[str] = FIELDS, *, hostname: str | 
 
 
 def _is_error_value(field: str, value: str) -> bool:
-    """Whether nvidia-smi reports that it could not read this field. The name of a GPU may hold any text."""
+    """Whether nvidia-smi reports that it could not read this field. The name of a GPU may hold any text, so it never
+    counts."""
     return field != "name" and any(mark in value.lower() for mark in _ERROR_VALUES)
 
 
 def split_row(line: str, fields: Sequence[str]) -> dict[str, str] | None:
     """A row's values by field; ``None`` for a line with too few values. The name may contain commas, so surplus parts
-    belong to the name."""
+    belong to the name: ``1234, python, a.py, 300`` has the process name ``python, a.py``."""
     parts = [part.strip() for part in line.split(",")]
     surplus = len(parts) - len(fields)
     if surplus < 0:
@@ -142,9 +143,9 @@ def split_row(line: str, fields: Sequence[str]) -> dict[str, str] | None:
 
 
 def read_processes(output: bytes) -> dict[str, tuple[ProcessState, ...]]:
-    """Reads the rows that ``--query-compute-apps`` prints for ``PROCESS_FIELDS``: the processes by the GPU's uuid. In a
-    container the list may be empty, or have the pids of the host. So an empty list does not mean that a GPU is
-    idle."""
+    """Reads the rows that ``--query-compute-apps`` prints for ``PROCESS_FIELDS``: the processes by the GPU's uuid. A
+    row without a pid is skipped. In a container the list may be empty, or have the pids of the host. So an empty list
+    does not mean that a GPU is idle."""
     by_gpu: dict[str, list[ProcessState]] = {}
     count = 0
     for line in _list_lines(output):
@@ -162,8 +163,8 @@ def read_processes(output: bytes) -> dict[str, tuple[ProcessState, ...]]:
 
 
 def _list_lines(output: bytes) -> Iterator[str]:
-    """The lines that are not blank, each cut to ``MAX_LINE_BYTES``."""
-    lines = output[:OUTPUT_BYTES].split(b"\n", MAX_LINES)[:MAX_LINES]
+    """The lines that are not blank, each cut to ``MAX_LINE_BYTES``, among the first ``MAX_LINES`` lines."""
+    lines = output[:OUTPUT_BYTES].split(b"\n", MAX_LINES)[:MAX_LINES]  # without the rest, which is not split
     return (line[:MAX_LINE_BYTES].decode("utf-8", "replace") for line in lines if line.strip())
 
 
@@ -175,13 +176,13 @@ def _read_gpu(row: Mapping[str, str], position: int, hostname: str | None) -> Gp
     index = _read_int(row.get("index", ""))
     name = _read_text(row.get("name"), 100)
     is_real_uuid = uuid is not None and uuid.startswith(("GPU-", "MIG-"))
-    if index is None and not is_real_uuid:
+    if index is None and not is_real_uuid:  # for example a warning that contains commas
         return None
     if uuid is None or not is_real_uuid:
         # A uuid of our own, which no other GPU of this host or of another host has.
         uuid = f"unknown-{hostname or 'host'}-{bus or position}"
     total = _read_amount(row.get("memory.total"), MAX_MIB) or None  # 0 means that the GPU did not say
-    temperature = _read_int(row.get("temperature.gpu", ""))
+    temperature = _read_int(row.get("temperature.gpu", ""))  # not an amount, because it may be below 0
     return GpuState(
         index=index if index is not None and 0 <= index <= MAX_INDEX else position,
         uuid=uuid,

@@ -12,7 +12,7 @@ from gpumesh.errors import ProbeError
 from gpumesh.printable import printable
 from gpumesh.probes.http_client import parse_unix_url
 
-GREETING_TIMEOUT_S = 0.5
+GREETING_TIMEOUT_S = 0.5  # of one connection; short, because it is a part of the probe's own time
 GREETING_BYTES = 200  # of the first answer; the rest is not read
 BUFFER_BYTES = 1 << 12  # of a connection: asyncio reads no more in advance
 WRONG_SERVICE_HINT = "another service listens there: point `backend.port` or `backend.url` at the inference server"
@@ -31,12 +31,13 @@ _TLS_ALERT = b"\x15\x03"  # a TLS server's answer to bytes that are not TLS
 
 
 async def identify_wrong_server(url: str) -> ProbeError | None:
-    """Asks a server that gave no HTTP answer once more, and returns the error that names its kind. ``None`` if nothing
-    answers, or if the server does speak HTTP after all."""
+    """Asks a server that gave no HTTP answer once more, and returns the error that names its kind, or the scheme that
+    it wants instead. ``None`` if no readable answer comes, or if the server does speak HTTP after all."""
     parsed_url = httpx.URL(url)
     greeting = await _read_greeting(parsed_url)
     if greeting.startswith(b"HTTP/"):
         return None if parsed_url.scheme == "http" else wrong_scheme_error(url)
+    # To a request in plain HTTP, a TLS server answers with an alert or not at all.
     may_speak_tls = not greeting or greeting.startswith(_TLS_ALERT)
     if parsed_url.scheme == "http" and may_speak_tls and await _accepts_tls(parsed_url):
         return wrong_scheme_error(url)
@@ -67,7 +68,7 @@ def wrong_scheme_error(url: str) -> ProbeError:
 
 
 async def explain_tls_failure(url: str, error: ssl.SSLError) -> ProbeError:
-    """The error that says why no TLS connection was made. May ask the server again to find the reason."""
+    """The error that says why no TLS connection was made. Asks the server again if it may not speak TLS at all."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return ProbeError(
             f"its certificate is not accepted: {printable(error.verify_message, 120)}",
@@ -86,7 +87,8 @@ async def explain_tls_failure(url: str, error: ssl.SSLError) -> ProbeError:
 
 
 async def _read_greeting(url: httpx.URL) -> bytes:
-    """The first bytes of the server's answer to a request in plain HTTP; empty if none come in time."""
+    """The first bytes of the server's answer to a request in plain HTTP; empty if there is no connection, or if no
+    bytes come in time."""
     try:
         async with asyncio.timeout(GREETING_TIMEOUT_S):
             reader, writer = await _connect(url, limit=BUFFER_BYTES)
@@ -126,7 +128,7 @@ async def _connect(url: httpx.URL, **options: Any) -> tuple[asyncio.StreamReader
     if unix_parts is not None:
         socket_path, _request_path = unix_parts
         if "ssl" in options:
-            options["server_hostname"] = "localhost"
+            options["server_hostname"] = "localhost"  # asyncio demands a name for TLS, and a socket's path has none
         return await asyncio.open_unix_connection(socket_path, **options)
     default_port = 443 if url.scheme == "https" else 80
     return await asyncio.open_connection(url.host, url.port or default_port, **options)

@@ -41,12 +41,14 @@ class _Inspector:
     run_command_on: RunCommandOn
 
     async def inspect(self, nodes: Sequence[NodeState], timeout_s: float) -> dict[str, InspectionReport]:
-        """Inspects the nodes, and returns the reports by node. A node that is not up gets no report."""
+        """Inspects the nodes, and returns the reports by node. There is no report on a node that is not up, that
+        mesh.yaml disables, or whose API key is missing."""
         up_nodes = [node for node in nodes if node.tunnel.state is TunnelPhase.UP and node.name in self.specs]
         reports = await asyncio.gather(*(self._inspect_node(node, timeout_s) for node in up_nodes))
         return {node.name: report for node, report in zip(up_nodes, reports, strict=True) if report is not None}
 
     async def _inspect_node(self, node: NodeState, timeout_s: float) -> InspectionReport | None:
+        """The report on the node; ``None`` if the server's API key is missing."""
         spec = self.specs[node.name]
         variable = spec.backend.api_key_env
         try:
@@ -70,7 +72,8 @@ async def inspect_mesh(
         inspector = _Inspector(client, specs, run_command_on)
         state = await wait_first_report(EARLY_REPORT_S)
         reports = await inspector.inspect(state.nodes, TIMEOUT_S)
-        state = await wait_first_report(max(start_time + REPORT_DEADLINE_S - loop.time(), 0.1))
+        time_left_s = start_time + REPORT_DEADLINE_S - loop.time()
+        state = await wait_first_report(max(time_left_s, 0.1))  # a new state is needed even if no time is left
         late_nodes = [node for node in state.nodes if node.name not in reports]
         reports |= await inspector.inspect(late_nodes, LATE_TIMEOUT_S)
     nodes: list[NodeState] = []
@@ -84,7 +87,8 @@ def _mark_absent(node: NodeState) -> NodeState:
     """The node's state with a time-out as error if its host has not answered by now. So the host counts as absent, even
     if mesh.yaml gives it more time."""
     tunnel = node.tunnel
-    if tunnel.state is not TunnelPhase.CONNECTING or tunnel.last_error is not None:
+    is_first_attempt = tunnel.state is TunnelPhase.CONNECTING and tunnel.last_error is None
+    if not is_first_attempt:  # the host has answered, or there is an error already
         return node
     message = f"no connection within {REPORT_DEADLINE_S:g} s"
     return replace(node, tunnel=replace(tunnel, last_error=message, error_code=ConnectTimeout.code))

@@ -106,7 +106,8 @@ class _NodeRecord:
         return route is not None and self.task is None and now >= self.due_at
 
     def current_report(self) -> InspectionReport | None:
-        """The last report, if the node is still reached by the same route; else ``None``."""
+        """The last report, if the node is still reached by the same route; else ``None``. The report of a draining node
+        stays valid: only new inspections wait for the end of the draining."""
         is_current = self.reported_route == _route_of(self.node, despite_draining=True)
         return self.report if is_current else None
 
@@ -165,13 +166,13 @@ class RegularInspection:
         try:
             report = await self._inspect_node(node)
         except Exception:
-            # A bug of ours: the code that reads answers did not expect this one. The bug must not end the mesh, so only
-            # this inspection is lost.
+            # A bug of ours: the code that reads answers did not expect this answer. The bug must not end the mesh, so
+            # only this inspection is lost.
             log.exception("a node could not be inspected", extra={"event": "probe-failed", "node": node.name})
             report = None
         finally:
             record.task = None
-            if record.route == route:  # a new route has its own time already
+            if record.route == route:  # for a new route, ``update`` has set the time of the first inspection
                 record.due_at = self._clock() + INTERVAL_S
         if report is not None and route == _route_of(node, despite_draining=True):
             record.report, record.reported_route = report, route
@@ -180,10 +181,11 @@ class RegularInspection:
     async def _inspect_node(self, node: InspectedNode) -> InspectionReport | None:
         """The report of one inspection; ``None`` if the key of the node's server is missing."""
         tunnel = node.tunnel
-        assert tunnel is not None, "a node without a tunnel is never due"
+        assert tunnel is not None, "a node without a tunnel was due"
 
         async def run_command(argv: Sequence[str]) -> bytes:
             async with node.command_lock:
+                # ``shareable``: another node on the same machine may have got this answer a moment ago.
                 result = await tunnel.exec(argv, timeout_s=TIMEOUT_S, limit_bytes=MAX_COMMAND_OUTPUT, shareable=True)
             return result.stdout
 
@@ -199,7 +201,8 @@ class RegularInspection:
 def _route_of(node: InspectedNode, *, despite_draining: bool = False) -> Route | None:
     """How the node is reached now; ``None`` while it is down. A draining node counts as down, unless
     ``despite_draining``."""
-    if not node.reachable or (node.role.draining and not despite_draining):
+    counts_as_down = not node.reachable or (node.role.draining and not despite_draining)
+    if counts_as_down:
         return None
     return (node.connection_count, node.base_url)
 

@@ -40,6 +40,7 @@ class PieceQueue:
         self._changed.set()
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
+        """Yields the pieces as they come, until the empty piece, or until the queue is closed."""
         while not self._closed:
             if not self._pieces:
                 await self._wait_for_change()
@@ -74,7 +75,7 @@ async def upload_to_nodes(nodes: Sequence[str], pieces: AsyncIterable[bytes], up
             if all(task.done() for task in tasks):
                 break
         for queue in queues.values():
-            await queue.put(b"")
+            await queue.put(b"")  # ends the body
         return list(await asyncio.gather(*tasks))
     finally:
         for task in tasks:

@@ -20,7 +20,9 @@ def chat_models(state: MeshState, node: str | None = None) -> tuple[str, ...]:
     nodes."""
     names: dict[str, None] = {}
     for node_state in state.nodes:
-        if node not in (None, node_state.name) or node_state.health not in (Health.HEALTHY, Health.DEGRADED):
+        is_wanted = node in (None, node_state.name)
+        is_up = node_state.health in (Health.HEALTHY, Health.DEGRADED)
+        if not (is_wanted and is_up):
             continue
         families = {info.name: info.family or "" for info in node_state.backend.catalog}
         for name in node_state.backend.models:

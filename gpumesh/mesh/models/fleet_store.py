@@ -62,8 +62,9 @@ class BlobHolders:
 
 @dataclass(frozen=True, slots=True)
 class OperationResult:
-    """How an operation with progress ended: on all its ``nodes``, on those where it is ``done``, and the reasons of
-    ``failures`` by node. ``refusal``: the first refusal of a server that has an HTTP status."""
+    """How an operation with progress ended on its ``nodes``. ``done``: the nodes on which it has succeeded.
+    ``failures``: the reasons by node, of the nodes on which it has failed. ``refusal``: the first refusal that a server
+    sent with an HTTP status; ``None`` if no server did."""
 
     nodes: tuple[str, ...]
     done: tuple[str, ...]
@@ -119,7 +120,7 @@ class StoreOperation:
             while not all_ended:
                 await self._changed.wait()
                 self._changed.clear()
-                all_ended = all(task.done() for task in tasks)
+                all_ended = all(task.done() for task in tasks)  # if so, the steps that follow are the last ones
                 new_steps = self.progress.take_steps()
                 if new_steps:
                     yield new_steps
@@ -136,8 +137,8 @@ class StoreOperation:
         return OperationResult(self.nodes, self.progress.done, self.progress.failures, self._refusal)
 
     async def _run_on_node(self, node: str) -> None:
-        """Runs the operation on one node, and adds its steps to the progress. Sends the request up to ``max_attempts``
-        times, as long as the answers fail or are cut; a refusal is final."""
+        """Runs the operation on one node, and adds its steps to the progress, or marks the node as failed there. Sends
+        the request up to ``max_attempts`` times, as long as the answers fail or are cut."""
         store = ModelStore(node, over_mesh(self._mesh, node))
         reason = ""
         for attempt in range(self._max_attempts):
@@ -148,14 +149,14 @@ class StoreOperation:
                     async for step in steps:
                         self.progress.add_step(node, step)
                         self._changed.set()
-            except StoreRefusal as error:
+            except StoreRefusal as error:  # a refusal is final
                 if error.status is not None and self._refusal is None:
                     self._refusal = error
                 reason = error.message
                 break
-            except BackendError as error:
+            except BackendError as error:  # the server gave no answer, or the answer was cut: the next attempt may work
                 reason = error.message
-            except GPUMeshError as error:  # the request was not sent, for example because no node is up
+            except GPUMeshError as error:  # the request was not sent, for example because the node is not up
                 reason = error.message
                 break
             else:
@@ -204,7 +205,8 @@ class FleetStore:
 
     async def nodes_for_create(self, nodes: Sequence[str], digests: Collection[str], base: str | None) -> list[str]:
         """Chooses from ``nodes`` the nodes that have all blobs of ``digests``. Without ``digests``, chooses the nodes
-        that have the model ``base``. If no node has them, returns all ``nodes``."""
+        that have the model ``base``. If no node has them, returns all ``nodes``, which then fetch them as Ollama
+        does."""
         chosen: list[str] = []
         if digests:
             chosen = await self._nodes_with_blobs(nodes, digests)
@@ -255,6 +257,7 @@ class FleetStore:
         if node is None:
             unusable = [candidate for candidate in self._candidates() if not candidate.usable]
             for candidate in unusable:
+                # ``has_model`` is also true for a node whose models are not known.
                 is_listed = candidate.models is not None and has_model(candidate, model)
                 if is_listed:
                     error = NoNodeError("it cannot be reached now", node=candidate.name)
@@ -313,6 +316,7 @@ class FleetStore:
 
 
 def is_done_where_possible(results: Sequence[NodeResult]) -> bool:
-    """Whether a ``copy`` or ``delete`` has succeeded on every node that has the model. A node that has lost the model
-    since it was chosen does not count."""
-    return any(result.done for result in results) and all(result.done or result.model_is_missing for result in results)
+    """Whether a ``copy`` or ``delete`` has succeeded on every node that has the model, and on one node at least. A node
+    that has lost the model since it was chosen does not count."""
+    is_done_somewhere = any(result.done for result in results)
+    return is_done_somewhere and all(result.done or result.model_is_missing for result in results)

@@ -81,7 +81,7 @@ def list_model_rows(state: MeshState) -> list[ModelRow]:
             family=info.family,
             nodes=tuple(node_names[name, digest]),
             loaded=tuple(loaded_copies.get((name, digest), ())),
-            copies=len(digests[name]) or 1,
+            copies=len(digests[name]) or 1,  # 1 if no node gives a digest
         )
         for (name, digest), info in infos.items()
     ]
@@ -160,7 +160,8 @@ def choose_nodes(
 def _find_named_nodes(
     state: MeshState, names: Sequence[str], store_nodes: Sequence[NodeState], required_model: str | None
 ) -> list[NodeState]:
-    """The nodes of these names, each once. Raises UsageError and NoNodeError."""
+    """The nodes of these names, each once. Raises UsageError for a name that mesh.yaml does not have and for a node
+    without ``required_model``, and NoNodeError for a node that is not up."""
     all_names = [node.name for node in state.nodes]
     for name in names:
         if name not in all_names:
@@ -180,9 +181,9 @@ def _find_named_nodes(
 
 
 def plan_sync(state: MeshState, source: str, names: Sequence[str], models: Sequence[str]) -> list[ModelTask]:
-    """The pulls that give other nodes the models of the node ``source``, with the same digests. ``names``: the other
-    nodes, by default all nodes that are up. ``models``: the models, by default all models of ``source``. Raises
-    UsageError and NoNodeError."""
+    """The pulls that give other nodes the models of the node ``source``, with the same digests. A node that has such a
+    model with another digest pulls it again. ``names``: the other nodes, by default all nodes that are up. ``models``:
+    the models, by default all models of ``source``. Raises UsageError and NoNodeError."""
     (source_node,) = choose_nodes(state, [source], everywhere=False, required_model=None)
     for model in models:
         if not has_model(source_node, model):
@@ -205,7 +206,7 @@ def plan_sync(state: MeshState, source: str, names: Sequence[str], models: Seque
 
 
 def _digests_differ(digest: str | None, other_digest: str | None) -> bool:
-    """Whether two digests are known and different."""
+    """Whether both digests are known, and are different. An unknown digest is no reason for a pull."""
     return digest is not None and other_digest is not None and digest != other_digest
 
 

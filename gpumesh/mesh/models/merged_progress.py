@@ -73,7 +73,8 @@ class MergedProgress:
             self._statuses.setdefault(step.status, _Status(at_first_node=comes_before_layers))
 
     def _add_layer(self, progress: _NodeProgress, digest: str, status: str, total: int, completed: int) -> None:
-        """Notes how many bytes of a layer a node has. ``total`` counts only if no node has named the layer before."""
+        """Notes how many bytes of a layer a node has. ``total`` counts only if no node has named the layer before: the
+        total of a layer never changes. Drops new layers of a node that has named too many."""
         if digest not in self._layers:
             if progress.new_layers >= MAX_STEPS_PER_NODE:
                 return
@@ -113,6 +114,7 @@ class MergedProgress:
                 steps.append(StoreStep(layer.status, digest, mean, layer.total))
         late_statuses = [status for status, state in unreported.items() if not state.at_first_node]
         for status in late_statuses:
+            # A node that is done has passed this status, even if it never reported it.
             if counted_nodes and all(node.done or status in node.statuses for node in counted_nodes):
                 steps.append(self._mark_reported(status))
         return steps

@@ -74,14 +74,14 @@ class ModelStore:
         what the node does: the result has the error."""
         try:
             answer = await self._send(call, timeout_s=timeout_s)
-            body = await store_answers.read_body(answer) or b""
+            body = await store_answers.read_body(answer) or b""  # of a body that is too long, only the status counts
         except GPUMeshError as error:
             return store_answers.failed_result(self.node, error)
         return store_answers.answered_result(self.node, answer.status, body)
 
     async def _ask(self, method: str, path: str, document: Mapping[str, Any]) -> dict[str, Any]:
-        """Sends a JSON document, and returns the JSON object of the answer. Raises StoreRefusal if the server
-        refuses."""
+        """Sends a JSON document, and returns the JSON object of the answer. Raises StoreRefusal if the server refuses,
+        and BackendError if the answer is too long."""
         answer = await self._send(json_call(method, path, document), timeout_s=OPERATION_TIMEOUT_S)
         body = await store_answers.read_body(answer)
         if body is None:
@@ -112,13 +112,13 @@ class ModelStore:
         if keep_alive is not None:
             document["keep_alive"] = _parse_keep_alive(keep_alive)
         if embedder:
-            await self._ask("POST", "/api/embed", {**document, "input": []})
+            await self._ask("POST", "/api/embed", {**document, "input": []})  # without input it only loads
         else:
-            await self._ask("POST", "/api/generate", {**document, "stream": False})
+            await self._ask("POST", "/api/generate", {**document, "stream": False})  # without a prompt it only loads
 
     async def unload(self, model: str, *, embedder: bool) -> None:
         """Removes the model from GPU memory. ``embedder`` as for ``load``."""
-        await self.load(model, embedder=embedder, keep_alive="0")
+        await self.load(model, embedder=embedder, keep_alive="0")  # 0 s without use: Ollama unloads it at once
 
     async def context_length(self, model: str) -> int | None:
         """The longest context that the model was made for, in tokens; ``None`` if the server does not say in time."""

@@ -113,12 +113,12 @@ async def read_lines(answer: StoreAnswer, node: str) -> AsyncIterator[bytes]:
         try:
             lines = splitter.feed(piece)
         except ProbeError as error:
-            raise not_ollama_error(node) from error
+            raise not_ollama_error(node) from error  # a line that is too long
         for number, line in enumerate(lines, 1):
             yield line
             if number % LINES_PER_TURN == 0:
                 await asyncio.sleep(0)
-    yield splitter.take_rest()
+    yield splitter.take_rest()  # empty if the body has ended with a line end
 
 
 def parse_step(line: bytes, node: str) -> StoreStep | None:
@@ -134,13 +134,13 @@ def parse_step(line: bytes, node: str) -> StoreStep | None:
         return None
     status = printable(status, MAX_STATUS_CHARS)
     total = safe_json.as_count(entry.get("total"))
-    if not total:
+    if not total:  # the line is not about a layer
         return StoreStep(status)
     digest = safe_json.as_text(entry.get("digest"))
     return StoreStep(
         status,
         None if digest is None else printable(digest, MAX_STATUS_CHARS),
-        min(safe_json.as_count(entry.get("completed")) or 0, total),
+        min(safe_json.as_count(entry.get("completed")) or 0, total),  # Ollama leaves it out while it is 0
         total,
     )
 
@@ -158,8 +158,8 @@ def parse_document(status: int, body: bytes, node: str) -> dict[str, Any]:
 
 
 def parse_context_length(document: Mapping[str, Any]) -> int | None:
-    """The context length in an answer of ``/api/show``, in tokens. Its key in ``model_info`` begins with the model's
-    architecture: ``qwen2.context_length``."""
+    """The context length in an answer of ``/api/show``, in tokens; ``None`` if the answer has none that can be
+    believed. Its key in ``model_info`` begins with the model's architecture: ``qwen2.context_length``."""
     info = document.get("model_info")
     if not isinstance(info, dict):
         return None

@@ -46,7 +46,7 @@ class UrlStores:
     def of(self, node: NodeState) -> ModelStore:
         """The model store of a node, whose server must be up."""
         api_key_env = self._topology.node(node.name).backend.api_key_env
-        url = node.backend.url or ""
+        url = node.backend.url or ""  # a server that is up has a URL
         return ModelStore(node.name, over_url(self._client, url, node=node.name, api_key_env=api_key_env))
 
     async def refresh_backends(self, state: MeshState) -> MeshState:
@@ -56,7 +56,8 @@ class UrlStores:
         return replace(state, at=datetime.now(UTC), nodes=tuple(nodes))
 
     async def _refresh_backend(self, node: NodeState) -> NodeState:
-        """The node's state with a new report on its server; as it is if the server is down."""
+        """The node's state with a new report on its server; unchanged if the server is down, or does not answer
+        now."""
         from gpumesh.probes.backend import probe_backend
 
         if node.backend.state is not BackendPhase.UP or node.backend.url is None:
@@ -90,7 +91,8 @@ class UrlStores:
                 task.cancel()
             results = await asyncio.gather(*tasks, return_exceptions=True)
         for result in results:
-            if isinstance(result, Exception):  # not a server's fault: a missing API key, for example
+            # A cancelled task is no Exception. An Exception is not a server's fault: a missing API key, for example.
+            if isinstance(result, Exception):
                 raise result
         return lengths
 

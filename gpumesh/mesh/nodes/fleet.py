@@ -51,15 +51,15 @@ class Fleet:
         """Builds the error that tells why no node can serve this demand, with the reason for each node that the demand
         allows."""
         error = no_node_error(self.candidates(), demand)
-        if type(error) is not NoNodeError:  # for a missing model, the reasons of the nodes do not matter
+        if type(error) is not NoNodeError:  # a ModelMissing says all: the nodes are up, but none has the model
             return error
-        states = [node.state(0) for node in self if demand.node in (None, node.name)]
+        states = [node.state(queued=0) for node in self if demand.node in (None, node.name)]
         reasons = "; ".join(f"{state.name}: {state.reason or 'no answer yet'}" for state in states)
         return NoNodeError(f"{error.message} ({reasons})" if reasons else error.message, hint=error.hint)
 
     def regroup(self) -> None:
         """Puts nodes that share a GPU into one group: the balancer treats a group as one node."""
-        groups = audit.gpu_groups([node.state(0) for node in self])
+        groups = audit.gpu_groups([node.state(queued=0) for node in self])
         seen_groups: set[str] = set()
         for node in self:
             role = node.role
@@ -68,7 +68,8 @@ class Fleet:
             seen_groups.add(role.group)
 
     def loads(self) -> dict[str, int]:
-        """The number of requests in flight by coordination key, for other gateways."""
+        """The number of requests in flight by coordination key, for other gateways. Nodes with the same key are added
+        up: they share their GPUs, or are one server."""
         loads: dict[str, int] = {}
         for node in self:
             loads[node.coordination_key] = loads.get(node.coordination_key, 0) + node.in_flight
@@ -82,7 +83,7 @@ class Fleet:
     def local_ports(self) -> frozenset[int]:
         """The ports of this machine behind which a node's server answers: ends of tunnels, and servers on this machine.
 
-        What such a port answers was written by a node's host, although the port's address is on this machine."""
+        An answer from such a port comes from a node's host, although the port's address is on this machine."""
         tunnels = [node.tunnel for node in self if node.tunnel is not None]
         urls = [urlsplit(url) for tunnel in tunnels for url in tunnel.urls.values()]
         local_ports = [url.port for url in urls if config.is_loopback(url.hostname or "")]

@@ -75,13 +75,14 @@ class LeaseKeeper(Protocol):
 
 
 class Lease:
-    """A slot on a node for one attempt. In every case it is released exactly once.
+    """A slot on a node for one attempt. In every case it ends exactly once, with ``release`` or ``discard``.
 
     ``model`` is the full name of the demanded model. ``concurrent`` is the number of slots in use on the node when this
     lease was given, this lease included. ``connection_number`` is the number of the tunnel's connection that the lease
-    uses. ``can_move`` tells, until the answer has begun, whether another node could give the answer instead.
-    ``abort_callback`` is set by the attempt that uses the lease. Both callbacks are dropped at the release: they refer
-    to the request, and only the garbage collector could free such a cycle.
+    uses. ``can_move`` is set by the request: it tells whether another node could give the answer instead, and is
+    ``None`` once the answer has begun. ``abort_callback`` is set by the attempt that uses the lease. Both callbacks are
+    dropped at the lease's end: they refer to the request, which refers to the lease, and only the garbage collector
+    could free such a cycle.
     """
 
     __slots__ = (
@@ -136,18 +137,19 @@ class Lease:
         self.abort_callback = self.can_move = None
 
     def mark_answer_started(self) -> None:
-        """Call this when the answer has begun. Then no other node can give this answer any more, and a half-open
-        breaker may allow the next trial."""
+        """The attempt calls this when its answer has begun. From then on no other node can give this answer, and a
+        half-open breaker may allow the next trial."""
         self.can_move = None
         self._ledger.end_trial_early()
 
     def set_abort_callback(self, abort: Callable[[], None]) -> None:
-        """Sets the function that ``abort_attempt`` calls, until the release."""
+        """Sets the function that ``abort_attempt`` calls. Does nothing after the lease's end."""
         if not self._released:
             self.abort_callback = abort
 
     def abort_attempt(self) -> None:
-        """Ends the attempt at once instead of at its time-out: the node no longer answers."""
+        """Ends the attempt at once instead of at its time-out, because the node no longer answers. An attempt that has
+        not begun sees ``aborted`` and does not begin."""
         self.aborted = True
         if self.abort_callback is not None:
             self.abort_callback()

@@ -80,9 +80,11 @@ class Ledger:
         return len(self._slot_leases)
 
     def lease(self, node: LeasedNode, demand: Demand) -> Lease:
-        """Gives out a lease of ``node``, even if no slot is free."""
+        """Gives out a lease of ``node``, even if no slot is free: the dispatcher has decided that. A request to the
+        model store gets a lease without a slot."""
         model = None if demand.model is None else full_name(demand.model)
-        lease = Lease(node, self, model, len(self._slot_leases) + 1)
+        concurrent = len(self._slot_leases) + 1  # with this lease
+        lease = Lease(node, self, model, concurrent)
         leases = self._slot_leases if demand.needs_slot else self._slotless_leases
         leases.add(lease)
         self.breaker = self.breaker.record_start(self._clock())
@@ -105,7 +107,7 @@ class Ledger:
         """Removes a used lease, and learns from its outcome. ``Lease.release`` calls this once for each lease."""
         now = self._clock()
         has_slot = lease in self._slot_leases
-        increment = 1 if has_slot else 0  # of the counters, which count only attempts with a slot
+        increment = 1 if has_slot else 0  # the counters count only attempts with a slot
         self._remove(lease)
         self.last_release_at = now
         self.attempt_outcomes[outcome] += increment
@@ -121,7 +123,7 @@ class Ledger:
         else:
             if outcome is Outcome.CLIENT_GONE:
                 self.cancelled += increment
-            self.breaker = self.breaker.cancel_trial()
+            self.breaker = self.breaker.cancel_trial()  # this outcome proves nothing about the node
         self._announce_free_slot()
 
     def discard(self, lease: Lease) -> None:
@@ -182,18 +184,19 @@ class Ledger:
             lease.abort_attempt()
 
     def abort_movable_attempts(self) -> None:
-        """Aborts each attempt whose answer has not begun and could come from another node.
+        """Aborts each attempt with a slot whose answer has not begun and could come from another node.
 
         Called when the server does not answer probes. A server process that hangs closes no connection, so these
         requests would wait until their deadline."""
         for lease in list(self._slot_leases):  # a copy, because an aborted attempt may release its lease
-            if lease.can_move is not None and lease.can_move():
+            if lease.can_move is not None and lease.can_move():  # None: the answer has begun
                 lease.abort_attempt()
 
 
 def _is_node_failure(outcome: Outcome, *, has_slot: bool) -> bool:
-    """Whether the node was at fault for this outcome of an attempt.
+    """Whether the node was at fault for this outcome of an attempt, so that its breaker counts a failure.
 
-    A request without a slot needs no inference. For such a request a status of 500 is about the model store: Ollama
-    sends it, for example, when it cannot copy a model. It does not show that the node generates badly."""
-    return rule_for_outcome(outcome).counts_against_node and (has_slot or outcome is not Outcome.SERVER_ERROR)
+    A request without a slot needs no inference. For such a request a status of 5xx is about the model store: Ollama
+    sends 500, for example, when it cannot copy a model. That does not show that the node generates badly."""
+    is_store_error = outcome is Outcome.SERVER_ERROR and not has_slot
+    return rule_for_outcome(outcome).counts_against_node and not is_store_error

@@ -107,14 +107,14 @@ class Node:
         elif was_up and not self._link.is_up:
             self._prober.forget_host()
             self.ledger.abort_all_attempts()
-        if state.state in (TunnelPhase.BACKOFF, TunnelPhase.FAILED):
+        if state.state in (TunnelPhase.BACKOFF, TunnelPhase.FAILED):  # the node is out of reach
             self._prober.end_first_round()
         self._announce_change()
 
     def _on_report(self) -> None:
         """The prober calls this after each report. If the marks that identify the node's GPUs have changed, the nodes
         of the mesh are grouped anew."""
-        marks = audit.identifying_marks(self.state(0))
+        marks = audit.identifying_marks(self.state(queued=0))
         if marks != self._gpu_marks:
             self._gpu_marks = marks
             self._on_gpus_identified()
@@ -202,14 +202,14 @@ class Node:
     def base_url(self) -> str:
         """The URL to which requests go, without a slash at the end. It exists only while ``reachable``."""
         report = self._prober.reports.backend
-        assert report is not None
-        assert report.url is not None
+        assert report is not None, "the server was not probed over this connection"
+        assert report.url is not None, "the server did not answer its last probe"
         return report.url
 
     @property
     def target(self) -> Target | None:
-        """The server's address on its own host. The Host header must name this address, because Ollama answers 403 to a
-        Host that is neither local nor its own."""
+        """The server's address on its own host; ``None`` while it is not known which of the node's candidates answers.
+        The Host header must name this address: Ollama answers 403 to a Host that is neither local nor its own."""
         return self._prober.reports.target
 
     @property

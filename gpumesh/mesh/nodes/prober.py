@@ -1,7 +1,8 @@
-"""``Prober``: probes a node's inference server and its GPUs every 2 s each, and keeps the last reports of both.
+"""Sets how often a node is probed and how long a probe may take; ``Prober`` runs the probes and keeps the last reports.
 
-The loops change only three things: they update ``reports``, reset the ledger's breaker, and abort attempts on a server
-that no longer answers. No fault of a host makes them raise.
+One loop probes the node's inference server, another loop its GPUs, every 2 s each. The loops change only three things:
+they update ``reports``, reset the ledger's breaker, and abort attempts on a server that no longer answers. No fault of
+a host makes them raise.
 """
 
 from __future__ import annotations
@@ -29,11 +30,16 @@ from gpumesh.topology import BackendKind, NodeSpec, Target
 from gpumesh.tunnels.stagger import stagger_intervals
 
 BACKEND_INTERVAL_S = 2.0
-BACKEND_TIMEOUT_S = 4.0  # of one request of a probe
+# Of one request of a probe. A server that hangs is noticed within 10 s, even if it misses a first probe that is ignored
+# (``_may_ignore_miss``): after one interval, two probes in a row run into this time-out.
+BACKEND_TIMEOUT_S = 4.0
 GPU_INTERVAL_S = 2.0
-GPU_TIMEOUT_S = 5.0  # of one probe
-# nvidia-smi averages the utilisation over up to a second. So only this long after our last request, the whole
-# utilisation comes from other programs.
+# Of one probe; after this time the node has the finding ``driver-hung``. A first call of nvidia-smi without persistence
+# mode takes 1 to 3 s, so the time-out must be longer. It must be shorter than the 7 s in which a command expects the
+# first report of all nodes (cli/first_report.py): a node has not reported before this probe has ended.
+GPU_TIMEOUT_S = 5.0
+# nvidia-smi averages the utilisation over up to a second. So the utilisation comes from other programs alone only if
+# our last request ended longer ago than this.
 IDLE_S = 2.0
 
 
@@ -42,9 +48,10 @@ class NodeReports:
     """The last results of a node's probes. ``backend`` and ``gpus`` are ``None`` until the host was probed over the
     present connection; the other values stay when the tunnel reconnects.
 
+    - ``missing_secret`` is set while the variable with the server's API key is not: then the server is not probed.
     - ``kind`` is the kind of the server; with ``auto`` in mesh.yaml it is known after the first answered probe.
-    - ``models`` holds each listed name twice: as it is, and in full. ``None``: no list was read yet. ``loaded`` holds
-      the full names of the models in memory.
+    - ``models`` holds each listed name twice, as it is and in full, so that a request finds it by both. ``None``: no
+      list was read yet. ``loaded`` holds the full names of the models in memory.
     - ``target`` is the address on its own host of the server in use.
     - ``foreign_load`` is the utilisation (0 to 1) of the busiest GPU, measured while we had no request in flight there.
     """
@@ -151,12 +158,12 @@ class Prober:
             try:
                 async with asyncio.timeout(interval_s):
                     await self._probe_requested.wait()
-            except TimeoutError:
+            except TimeoutError:  # the interval is over, and nobody has asked for an earlier probe
                 continue
 
     async def _probe_backend(self) -> None:
-        """Probes the server once, and records the report, unless the report is out of date or a miss that may be
-        ignored."""
+        """Probes the server once, and records the report, unless the connection was lost meanwhile or the report is a
+        miss that may be ignored. Without the server's API key, records that the key is missing."""
         urls = self._link.urls
         try:
             api_key = read_api_key(self._spec)
@@ -188,8 +195,8 @@ class Prober:
         self._record_backend(report, target_in_use)
 
     def _may_ignore_miss(self) -> bool:
-        """Whether the last probe was the first that failed, while requests are in flight on a server that was probed
-        before. A server that is busy prefilling may miss one probe."""
+        """Whether the last probe failed only because the server is busy: a server that is prefilling may miss one
+        probe. So the probe before it must have succeeded, over this connection, and requests must be in flight."""
         return self._missed_backend_probes == 1 and self.reports.backend is not None and self._ledger.in_flight > 0
 
     def _record_backend(self, report: BackendReport, target: Target | None) -> None:
@@ -219,6 +226,7 @@ class Prober:
         for interval_s in stagger_intervals(self._spec.name, GPU_INTERVAL_S):
             tunnel = await self._link.wait_up()
             was_idle = self._is_idle()
+            # ``shareable``: another node on the same machine may have got this answer a moment ago.
             run_command = partial(tunnel.exec, shareable=True, limit_bytes=OUTPUT_BYTES)
             async with self._link.command_lock:
                 report = await probe_gpus(run_command, timeout_s=GPU_TIMEOUT_S, node=self._spec.name)

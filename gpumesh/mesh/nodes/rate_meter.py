@@ -46,7 +46,8 @@ class RateMeter:
             self._buckets.popleft()
 
     def rate(self) -> float:
-        """Tokens per second since the first count in the window, divided by at least one second."""
+        """The mean of tokens per second, from the first count in the window to now. A time of less than 1 s counts as
+        1 s: right after a first token the rate would be far too high."""
         now = self._clock()
         self._trim(now)
         if not self._buckets:

@@ -86,7 +86,7 @@ class SnapshotBuilder:
         The node is connecting, or its connection was lost a moment ago, or the pause of its breaker will end."""
         if self._role.draining:
             return False
-        if self.reachable:
+        if self.reachable:  # then only an open breaker keeps requests away, and its pause will end
             return not self._ledger.breaker.allows(self._clock())
         phase, reports = self._link.reported.state, self._prober.reports
         if phase is TunnelPhase.UP:
@@ -99,6 +99,7 @@ class SnapshotBuilder:
         """The node as the balancer sees it at the time ``now``. ``despite_breaker``: an open breaker does not make the
         node unusable."""
         role, link, reports, ledger = self._role, self._link, self._prober.reports, self._ledger
+        # The property ``reachable``, written out: this is computed for each request.
         reachable = link.is_up and reports.backend_is_up
         usable = reachable and not role.draining and (despite_breaker or ledger.breaker.allows(now))
         other_gateways_in_flight = 0
@@ -123,7 +124,8 @@ class SnapshotBuilder:
         )
 
     def _find_limit(self, now: float) -> int | None:
-        """How many requests may be in flight on the node; ``None`` if there is no known limit."""
+        """How many requests may be in flight on the node: the number in mesh.yaml, else the learned number, else the
+        number that the server gave to the probe. ``None`` if none of them is known: then there is no limit."""
         if self._spec.backend.max_parallel is not None:
             return self._spec.backend.max_parallel
         if self._prober.reports.learns_limit:
@@ -150,7 +152,7 @@ class SnapshotBuilder:
         spec, tunnel, gpu_report = self._spec, self._link.state, self._prober.reports.gpus
         backend = self._build_backend_state(tunnel)
         health, reason = self._assess_health(tunnel)
-        gpus = None
+        gpus = None  # not known
         if gpu_report is not None and gpu_report.error is None:
             gpus = gpu_report.gpus
         return NodeState(
@@ -169,6 +171,7 @@ class SnapshotBuilder:
         )
 
     def _assess_health(self, tunnel: TunnelState) -> tuple[Health, str | None]:
+        """The node's health, and the reason for it in one sentence; a healthy node has no reason."""
         reports = self._prober.reports
         if not self._spec.enabled:
             return Health.UNKNOWN, "disabled in mesh.yaml"
@@ -188,15 +191,17 @@ class SnapshotBuilder:
         )
 
     def _find_shown_limit(self) -> int | None:
-        """The limit for people; ``None`` if it is not known. A learned limit is the proven number of requests. The
-        balancer's limit may be one more, to try whether one more request runs in parallel."""
+        """The limit for people; ``None`` if it is not known. A learned limit is shown as the proven number of requests,
+        and only after the first served request, which proves it. The balancer's limit may be one more, to try whether
+        one more request runs in parallel."""
         is_learned = self._spec.backend.max_parallel is None and self._prober.reports.learns_limit
         if not is_learned:
             return self._find_limit(self._clock())
         return self._ledger.learned_limit.proven if self._ledger.served else None
 
     def _build_backend_state(self, tunnel: TunnelState) -> BackendState:
-        """The state of the server by its last probe, with the rate that is measured now."""
+        """The state of the server by its last probe, with the rate that is measured now. While the tunnel is not up, or
+        before the first probe, only the kind is known, and whether the API key is missing."""
         reports = self._prober.reports
         if reports.backend is None or tunnel.state is not TunnelPhase.UP:
             missing_secret = reports.missing_secret
@@ -213,7 +218,8 @@ class SnapshotBuilder:
         return tuple(RouteState(target.url, url, transport) for target, url in self._link.urls.items())
 
     def _collect_findings(self, tunnel: TunnelState) -> tuple[Finding, ...]:
-        """The findings of the last probes. The audit's rules add the findings that follow from mesh.yaml."""
+        """The findings of the last probes; none while the tunnel is not up, because the probes are out of date then.
+        The audit's rules add the findings about the tunnel, and those that follow from mesh.yaml."""
         if tunnel.state is not TunnelPhase.UP:
             return ()
         reports = self._prober.reports

@@ -44,7 +44,7 @@ class TunnelLink:
     async def wait_up(self) -> Tunnel:
         """Returns the tunnel as soon as it is up."""
         await self._up.wait()
-        assert self.tunnel is not None, "only a tunnel reports that it is up"
+        assert self.tunnel is not None, "it is reported as up, but there is no tunnel"
         return self.tunnel
 
     @property
