@@ -48,7 +48,7 @@ def find_error_message(document: dict[str, Any]) -> str | None:
 
 def _find_message(document: Any, depth: int = 0) -> str | None:
     """The first text that is not blank, under the keys that servers use for an error message; ``None`` if there is
-    none. ``depth``: how many objects and lists are around ``document``."""
+    none. Of a list, only the first entry is searched. ``depth``: how many objects and lists are around ``document``."""
     if isinstance(document, str):
         return document if document.strip() else None
     if depth > MAX_DEPTH:

@@ -94,6 +94,7 @@ class OllamaDialect:
         """The inventory from the answers to ``probe_calls``. Raises ProbeError with one of these codes as
         ``finding_code``: ``wrong-server``, ``backend-down``, ``host-refused``, ``key-refused``, ``answer-broken``,
         ``models-too-many``. The answer to ``ps`` may be missing: older servers do not have this route."""
+        # A null counts as an unknown version, and as an empty list of models.
         version = self._read_answer(answers.get("version"), "/api/version", "version", (str, NoneType))
         tags = self._read_answer(answers.get("tags"), "/api/tags", "models", (list, NoneType))
         too_many_error = unusable_answers.long_list_error(tags["models"])
@@ -193,6 +194,7 @@ def wrong_server_error(status: int, body: bytes, document: dict[str, Any] | None
     if is_web_page(body):
         description = describe_web_page(body)
     elif document is not None and ("object" in document or isinstance(document.get("error"), dict)):
+        # A list and an error of OpenAI's API have this form.
         description = "an OpenAI-compatible server (llama-server, vLLM, LM Studio …)"
         hint = "leave out `backend.kind`, which is found by asking, or " + hint
     else:

@@ -142,6 +142,7 @@ class OpenAIDialect:
         ][: model_list.MAX_LOADED_MODELS]
         slot_context = _read_slot_context(props)
         return Inventory(
+            # The first is llama-server's, the second that of vLLM and others.
             version=printable_label(props.get("build_info")) or printable_label(version.get("version")),
             catalog=tuple(_read_model(name, entry) for name, entry in models.entries.items()),
             loaded=tuple(_read_loaded_model(name, entry, slot_context) for name, entry in models_in_memory),

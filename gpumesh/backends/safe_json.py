@@ -179,8 +179,8 @@ def as_objects(value: Any, limit: int = 10_000) -> tuple[dict[str, Any], ...]:
 
 def as_datetime(value: Any) -> datetime | None:
     """A time in RFC 3339 as Go writes it, with nanoseconds; ``None`` for any other value, and for the year 1: Go's zero
-    time means "no time"."""
-    if not isinstance(value, str) or len(value) > 64:
+    time means "no time". A time without a zone counts as UTC."""
+    if not isinstance(value, str) or len(value) > 64:  # no time is so long
         return None
     try:
         time = datetime.fromisoformat(_LONG_FRACTION.sub(r"\1", value))

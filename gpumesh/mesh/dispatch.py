@@ -62,9 +62,9 @@ class Dispatcher:
         self._clock = clock
         self._rng = rng
         self._grace_s = grace_s
-        self._turn = 0
+        self._turn = 0  # grows with each choice among several free nodes; policies rotate equal nodes by it
         self._queue: WaitQueue[_Waiter] = WaitQueue(max_queue)
-        self._recent_wait_s = 1.0
+        self._recent_wait_s = 1.0  # the smoothed mean of the waits in the queue
         self._recheck_timer: asyncio.TimerHandle | None = None
 
     def __repr__(self) -> str:
@@ -107,7 +107,8 @@ class Dispatcher:
                 continue
             checked_keys.add(key)
             busy = select_candidates(candidates, demand, exclude=waiter.exclude).busy
-            if any(gpu_group(candidate) in groups for candidate in busy):
+            would_take_slot = any(gpu_group(candidate) in groups for candidate in busy)
+            if would_take_slot:
                 return True
         return False
 

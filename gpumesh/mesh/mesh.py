@@ -276,12 +276,12 @@ class Mesh:
             at_most_once=at_most_once,
             try_reserve_memory=try_reserve_memory,
         )
-        if not demand.needs_slot:
+        if not demand.needs_slot:  # a request to a model store is not counted
             return await delivery.deliver()
         self.request_counters.accepted += 1
         try:
             answer = await delivery.deliver()
-        except asyncio.CancelledError:
+        except asyncio.CancelledError:  # the caller does not want the answer any more
             self._count_ended_request(Outcome.CLIENT_GONE)
             raise
         except BaseException:

@@ -35,7 +35,7 @@ async def wait_usable(
         async with asyncio.timeout_at(deadline) as scope:
             async for _ in changes.watch():
                 selection = select_candidates(fleet.candidates(), demand)
-                candidates = selection.free or selection.busy
+                candidates = selection.free or selection.busy  # a busy node can serve as soon as it has a free slot
                 if candidates:
                     return candidates[0].name
                 allowed_nodes = [node for node in fleet if demand.node in (None, node.name)]

@@ -76,8 +76,8 @@ async def _no_answer_error(url: str, error: httpx.TransportError) -> ProbeError:
     if tls_error is not None:
         return await wrong_server.explain_tls_failure(url, tls_error)
     if not isinstance(error, httpx.ConnectError):
-        # httpx reads and drops an answer that is not HTTP and has no blank line, such as the banner of an SSH server.
-        # So the server is asked again, without httpx.
+        # A connection was made. httpx reads and drops an answer that is not HTTP and has no blank line, such as the
+        # banner of an SSH server. So the server is asked again, without httpx.
         wrong_server_error = await wrong_server.identify_wrong_server(url)
         if wrong_server_error is not None:
             return wrong_server_error

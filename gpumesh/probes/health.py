@@ -47,7 +47,8 @@ def _describe_gpu_problem(gpu: GpuReport | None, spec: NodeSpec) -> str | None:
     for finding in sorted(gpu.findings, key=lambda finding: SEVERITY_RANKS[finding.severity]):  # errors first
         if finding.severity is Severity.ERROR or (finding.severity is Severity.WARNING and has_expectations):
             return finding.message
-    if gpu.error is None and spec.expect.gpus is not None and len(gpu.gpus) < spec.expect.gpus:
+    gpus_are_known = gpu.error is None
+    if gpus_are_known and spec.expect.gpus is not None and len(gpu.gpus) < spec.expect.gpus:
         return describe_gpu_count(len(gpu.gpus), spec.expect.gpus)
     return None
 

@@ -66,7 +66,7 @@ def parse_unix_url(url: httpx.URL) -> tuple[str, str] | None:
 
 def _create_transport(scheme: str, socket_path: str | None) -> httpx.AsyncHTTPTransport:
     """A transport of httpx that uses our ``PacedNetwork``, for the Unix socket at ``socket_path``, or for TCP if that
-    is ``None``. It must get requests of this scheme only. httpx has no option for the network, so the transport's pool
+    is ``None``. Its TLS settings are for this scheme only. httpx has no option for the network, so the transport's pool
     is replaced."""
     transport = httpx.AsyncHTTPTransport(verify=_tls_context(scheme), trust_env=False)
     transport._pool = httpcore.AsyncConnectionPool(
@@ -80,11 +80,11 @@ def _create_transport(scheme: str, socket_path: str | None) -> httpx.AsyncHTTPTr
 
 
 def _is_valid_redirect(url: httpx.URL, location: str) -> bool:
-    """Whether httpx can parse the target of a redirect. httpx parses it even if the redirect is not followed. For a
-    host name that is not valid it raises an error of the idna package, not its own."""
+    """Whether httpx can parse the target of a redirect. httpx parses the target even if it does not follow the
+    redirect. For a host name that is not valid, httpx raises an error of the idna package instead of its own."""
     try:
         return bool(url.join(httpx.URL(location)).host)
-    except (httpx.InvalidURL, ValueError):
+    except (httpx.InvalidURL, ValueError):  # idna's error is a ValueError
         return False
 
 

@@ -202,5 +202,5 @@ async def _is_public(url: str) -> bool:
         entries = await asyncio.get_running_loop().getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except OSError:
         return False
-    addresses = [socket_address[0] for *_, socket_address in entries]
+    addresses = [socket_address[0] for *_, socket_address in entries]  # the IP address comes before the port
     return any(ip_address(address).is_global for address in addresses)

@@ -59,7 +59,8 @@ async def identify_server(ask: AskServer) -> IdentifiedServer:
         call = dialect.probe_calls()[dialect.identity_probe]
         if call.path not in answers:
             answers[call.path] = await ask(call)
-        if dialect.recognizes(*answers[call.path]):
+        status, body = answers[call.path]
+        if dialect.recognizes(status, body):
             return IdentifiedServer(kind, answers)
     raise _unknown_server_error(answers)
 

@@ -129,7 +129,7 @@ def _is_error_value(field: str, value: str) -> bool:
 
 def split_row(line: str, fields: Sequence[str]) -> dict[str, str] | None:
     """A row's values by field; ``None`` for a line with too few values. The name may contain commas, so surplus parts
-    belong to the name: ``1234, python, a.py, 300`` has the process name ``python, a.py``."""
+    belong to the name: ``GPU-1, 1234, python, a.py, 300`` has the process name ``python, a.py``."""
     parts = [part.strip() for part in line.split(",")]
     surplus = len(parts) - len(fields)
     if surplus < 0:

@@ -155,7 +155,8 @@ class RegularInspection:
         now = self._clock()
         due = [record for record in self._records.values() if record.update(now)]
         due.sort(key=lambda record: record.due_at)
-        return due[: max(MAX_CONCURRENT - self._count_running(), 0)]
+        free_places = max(MAX_CONCURRENT - self._count_running(), 0)
+        return due[:free_places]
 
     def _count_running(self) -> int:
         return sum(record.task is not None for record in self._records.values())

@@ -142,7 +142,7 @@ class StoreOperation:
         store = ModelStore(node, over_mesh(self._mesh, node))
         reason = ""
         for attempt in range(self._max_attempts):
-            if attempt:
+            if attempt:  # not the first
                 await asyncio.sleep(self._pause_s * 2 ** (attempt - 1))
             try:
                 async with aclosing(store.follow(self._call, timeout_s=self._timeout_s)) as steps:

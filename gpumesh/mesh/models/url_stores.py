@@ -132,5 +132,6 @@ async def open_url_stores(topology: Topology) -> AsyncIterator[UrlStores]:
 
     from gpumesh.probes.http_client import make_http_client
 
-    async with make_http_client(timeout=httpx.Timeout(30.0, read=READ_TIMEOUT_S)) as client:
+    timeout = httpx.Timeout(30.0, read=READ_TIMEOUT_S)  # 30 s to connect, and for each write
+    async with make_http_client(timeout=timeout) as client:
         yield UrlStores(client, topology)

@@ -51,7 +51,7 @@ class Fleet:
         """Builds the error that tells why no node can serve this demand, with the reason for each node that the demand
         allows."""
         error = no_node_error(self.candidates(), demand)
-        if type(error) is not NoNodeError:  # a ModelMissing says all: the nodes are up, but none has the model
+        if type(error) is not NoNodeError:  # ModelMissing: nodes are up, but none has the model, which is the reason
             return error
         states = [node.state(queued=0) for node in self if demand.node in (None, node.name)]
         reasons = "; ".join(f"{state.name}: {state.reason or 'no answer yet'}" for state in states)
@@ -83,7 +83,8 @@ class Fleet:
     def local_ports(self) -> frozenset[int]:
         """The ports of this machine behind which a node's server answers: ends of tunnels, and servers on this machine.
 
-        An answer from such a port comes from a node's host, although the port's address is on this machine."""
+        A page in a browser that comes from such a port was written by a node's host, although the page's address is
+        on this machine. So the gateway does not take it for a page of this machine."""
         tunnels = [node.tunnel for node in self if node.tunnel is not None]
         urls = [urlsplit(url) for tunnel in tunnels for url in tunnel.urls.values()]
         local_ports = [url.port for url in urls if config.is_loopback(url.hostname or "")]

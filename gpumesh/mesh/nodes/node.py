@@ -56,7 +56,7 @@ class Node:
         self._changes = changes
         self._on_slot_freed = on_slot_freed
         self._on_gpus_identified = on_gpus_identified
-        self._gpu_marks: frozenset[str] = frozenset()
+        self._gpu_marks: frozenset[str] = frozenset()  # of the last report; they identify the node's GPUs
         self._link = TunnelLink(spec)
         self.ledger = Ledger(
             spec.backend,

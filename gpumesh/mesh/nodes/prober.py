@@ -103,7 +103,7 @@ class Prober:
         self._probe_requested = asyncio.Event()
         self._backend_probe_lock = asyncio.Lock()
         self._first_round_done = asyncio.Event()
-        self._missed_backend_probes = 0
+        self._missed_backend_probes = 0  # in a row
 
     def __repr__(self) -> str:
         backend = None if self.reports.backend is None else self.reports.backend.state.state.value

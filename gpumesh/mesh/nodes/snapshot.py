@@ -175,7 +175,7 @@ class SnapshotBuilder:
         reports = self._prober.reports
         if not self._spec.enabled:
             return Health.UNKNOWN, "disabled in mesh.yaml"
-        if reports.missing_secret is not None and reports.backend is None:
+        if reports.missing_secret is not None and reports.backend is None:  # the server could not be asked yet
             return Health.DOWN, reports.missing_secret.message
         return assess_health(tunnel, reports.gpus, reports.backend, self._spec, self._role.draining)
 
