@@ -15,21 +15,25 @@ MAX_NAMED = 4  # a message names at most so many models, and counts the others
 
 
 def check(spec: NodeSpec, state: NodeState) -> Iterator[Finding]:
-    """Yields the findings about the server of a node whose tunnel is up."""
+    """Yields the findings about the server of a node whose tunnel is up. No finding while the tunnel is not up."""
     backend, node = state.backend, spec.name
     if state.tunnel.state is not TunnelPhase.UP:
         return
     if backend.state is BackendPhase.DOWN:
-        # The probe's own finding of this code comes first and replaces this one (`drop_consequences`). Some states lack
-        # the probe's finding: those of a mesh of an older version, or of a mesh that has just started.
         code = backend.error_code or "backend-down"
         explanation = explain(code) or explain("backend-down")
         hint = None if explanation is None else explanation.remedy
+        # Usually the probe itself has noticed a finding with this code (``state.noticed``), and ``drop_consequences``
+        # keeps only the probe's. The finding here is for states without it: those of a mesh of an older version, or of
+        # a mesh that has just started.
         yield Finding(code, Severity.ERROR, node, backend.last_error or "its server does not answer", hint)
     if backend.state is not BackendPhase.UP:
         return
     cpu_models = describe_cpu_models(backend.loaded)
-    if cpu_models is not None and state.gpus != ():  # a host without any GPU has the finding gpu-missing
+    # ``()``: nvidia-smi has shown that there is no GPU. Models must then run on the CPU, and if a GPU was expected, its
+    # absence has the finding gpu-missing. ``None``: the GPUs are unknown.
+    has_no_gpu = state.gpus == ()
+    if cpu_models is not None and not has_no_gpu:
         yield Finding(
             "backend-on-cpu",
             Severity.WARNING,
@@ -42,7 +46,10 @@ def check(spec: NodeSpec, state: NodeState) -> Iterator[Finding]:
 
 
 def _check_version(node: str, backend: BackendState) -> Iterator[Finding]:
-    """Yields ``version-old`` if the server is older than the oldest version that gpumesh works with."""
+    """Yields ``version-old`` if the server is older than the oldest version that gpumesh works with.
+
+    No finding if the server's version is unknown or no version, or if its kind has no oldest version.
+    """
     dialect = find_dialect(backend.kind)
     if dialect is None or dialect.oldest_version is None or backend.version is None:
         return
@@ -79,4 +86,5 @@ def cpu_share_pct(model: LoadedModel) -> int:
     """Returns how much of a loaded model is outside the GPU's memory, in percent; 0 where that is not known."""
     if not model.size_mib or model.size_vram_mib is None:
         return 0
-    return max(100 * (model.size_mib - model.size_vram_mib) // model.size_mib, 0)
+    outside_mib = max(model.size_mib - model.size_vram_mib, 0)  # not negative, whatever the server reports
+    return 100 * outside_mib // model.size_mib

@@ -10,7 +10,8 @@ from gpumesh.topology import NodeSpec
 
 _NO_DRIVER = frozenset({"driver-broken", "driver-hung", "driver-mismatch", "gpu-cgroup-lost"})
 _NO_GPU = frozenset({"gpu-lost", "gpu-missing"})
-# A finding with a code on the left is only a consequence of a finding with one of the codes on the right.
+# A finding with a code on the left is only a consequence if the node also has a finding with a code on the right. For
+# example, all models run on the CPU because the driver is broken.
 CAUSES: Mapping[str, frozenset[str]] = {
     "backend-on-cpu": _NO_DRIVER | _NO_GPU,
     "gpu-count": _NO_GPU,
@@ -21,7 +22,7 @@ CAUSES: Mapping[str, frozenset[str]] = {
 
 
 def drop_consequences(findings: Iterable[Finding]) -> list[Finding]:
-    """Returns one node's findings without mere consequences. Of several findings with one code, the first remains."""
+    """Returns one node's findings without mere consequences (``CAUSES``). Of several with one code, keeps the first."""
     first_by_code: dict[str, Finding] = {}
     for finding in findings:
         first_by_code.setdefault(finding.code, finding)
@@ -34,11 +35,13 @@ def drop_consequences(findings: Iterable[Finding]) -> list[Finding]:
 
 
 def adjust_severities(spec: NodeSpec, noticed: Sequence[Finding]) -> list[Finding]:
-    """Returns the probes' findings (``noticed``) with severities that fit mesh.yaml.
+    """Returns the probes' findings (``noticed``) with severities that fit the ``expect`` of mesh.yaml.
 
-    A missing NVIDIA GPU matters only where mesh.yaml expects a GPU.
+    ``gpu-missing`` is left out where mesh.yaml expects 0 GPUs. ``nvidia-smi-missing`` is only an information where
+    mesh.yaml expects no GPU: a host without an NVIDIA GPU has no nvidia-smi.
     """
     expect = spec.expect
+    # One of these keys has a value. ``gpus: 0`` counts as none.
     gpu_expected = any((expect.gpus, expect.gpu, expect.vram_mib, expect.driver))
     adjusted_findings: list[Finding] = []
     for finding in noticed:

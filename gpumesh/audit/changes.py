@@ -78,7 +78,8 @@ def unsettled_findings(findings: Sequence[Finding], changes: Sequence[Change]) -
     unsettled: list[Finding] = []
     for finding in findings:
         names = finding.nodes or (finding.node,)
-        if not any((name, finding.code) in settled for name in names):
+        is_settled = any((name, finding.code) in settled for name in names)  # a change of one of the nodes is enough
+        if not is_settled:
             unsettled.append(finding)
     return tuple(unsettled)
 
@@ -114,8 +115,10 @@ def _switch_off_duplicates(
 ) -> Iterator[tuple[str, Change]]:
     """Yields the name of each node that duplicates another node, and the change that switches the node off."""
     for finding in findings:
+        if finding.code not in ("same-gpu", "tunnel-duplicate"):
+            continue
         names = [name for name in finding.nodes if name in specs]
-        if finding.code not in ("same-gpu", "tunnel-duplicate") or len(names) < 2:
+        if len(names) < 2:  # the other nodes are switched off, or have no state
             continue
         node_to_keep = identity.choose_node_to_keep(names, specs, states)
         duplicate_of = "the same server" if finding.code == "tunnel-duplicate" else "the same GPU"
@@ -132,6 +135,7 @@ def _switch_off_absent(
     for finding in findings:
         if finding.node is None or finding.node not in specs:
             continue
+        # ``backend-down`` is the code for a direct node whose host refuses the connection (audit/tunnel.py).
         if finding.code not in ("node-unreachable", "backend-down"):
             continue
         state = states[finding.node]
@@ -144,7 +148,8 @@ def _switch_off_absent(
 def _correct_expectations(spec: NodeSpec, state: NodeState, codes: set[str]) -> Iterator[Change]:
     """Yields changes of all wrong keys of ``expect``, if ``codes`` has a finding about one of them.
 
-    All keys are corrected together: another GPU has a single finding, but its memory differs as well.
+    All keys are corrected together, also those without a finding of their own: another GPU has only ``gpu-differs``,
+    but its memory differs as well.
     """
     if not codes & _EXPECT_CODES:
         return
@@ -176,7 +181,10 @@ def _correct_expectations(spec: NodeSpec, state: NodeState, codes: set[str]) -> 
 
 
 def _correct_kind(spec: NodeSpec, state: NodeState, codes: set[str]) -> Iterator[Change]:
-    """Yields a change of ``backend.kind`` if all candidates that answer are servers of one other kind."""
+    """Yields a change of ``backend.kind`` if all candidates that answer are servers of one other kind.
+
+    No change if ``codes`` has no ``wrong-server``, or if a candidate is in use: then this one has the right kind.
+    """
     if "wrong-server" not in codes or routes.route_in_use(state) is not None:
         return
     kinds = {route.kind for route in state.routes if not route.offered and route.kind is not None}

@@ -1,7 +1,7 @@
 """The audit's rules about the GPUs that mesh.yaml expects. (Throttled and faulty GPUs: probes/gpu_problems.py.)
 
-The rules compare number, name, memory and driver with the ``expect`` of mesh.yaml. A probe finds what is wrong with a
-GPU by itself.
+The rules compare number, name, memory and driver with the ``expect`` of mesh.yaml. A fault that shows without such a
+comparison, for example heat, is found by a probe.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ def check(spec: NodeSpec, state: NodeState) -> Iterator[Finding]:
             f"{expected_gpu} was expected, no GPU is there",
             "check that it is the right machine, and that its container was started with its GPUs (`--gpus all`)",
         )
-        return
+        return  # without a GPU, there is nothing more to compare
     if expect.gpus is not None and len(gpus) != expect.gpus:
         yield Finding(
             "gpu-count",
-            Severity.ERROR if len(gpus) < expect.gpus else Severity.INFO,
+            Severity.ERROR if len(gpus) < expect.gpus else Severity.INFO,  # more GPUs than expected do no harm
             node,
             describe_gpu_count(len(gpus), expect.gpus),
             "one may have fallen off the bus (`dmesg | grep -i nvrm`), or be kept from the container; "
@@ -51,7 +51,7 @@ def check(spec: NodeSpec, state: NodeState) -> Iterator[Finding]:
             f"{_join_names(other_gpus)} is there, expected was {expect.gpu}",
             "another machine may answer at this address; if it is the right one, change `expect.gpu`",
         )
-    elif expect.vram_mib is not None:
+    elif expect.vram_mib is not None:  # only for GPUs with the right name: another GPU has other memory anyhow
         yield from _check_vram(node, expect.vram_mib, gpus)
     driver = state.host.driver
     if expect.driver is not None and driver is not None and not driver_matches(expect.driver, driver):
@@ -67,7 +67,8 @@ def check(spec: NodeSpec, state: NodeState) -> Iterator[Finding]:
 def gpu_name_matches(expected: str, found: str) -> bool:
     """Whether the GPU's name ``found`` ends with the words of ``expected``.
 
-    ``RTX 4090`` matches ``NVIDIA GeForce RTX 4090``, but not ``RTX 4090 D`` nor ``RTX 4090 Laptop GPU``.
+    ``RTX 4090`` matches ``NVIDIA GeForce RTX 4090``, but not ``RTX 4090 D`` nor ``RTX 4090 Laptop GPU``. Upper and
+    lower case are the same. An ``expected`` without words matches no GPU.
     """
     expected_words, found_words = expected.lower().split(), found.lower().split()
     if not expected_words:
@@ -77,8 +78,9 @@ def gpu_name_matches(expected: str, found: str) -> bool:
 
 
 def _check_vram(node: str, expected: int, gpus: Sequence[GpuState]) -> Iterator[Finding]:
-    """Yields ``vram-differs`` if the GPUs' memory is not ``expected`` (MiB), and names the first wrong size."""
+    """Yields ``vram-differs`` if the GPUs' memory is not ``expected`` (MiB). The message has the first wrong size."""
     if not vram_matches(expected, gpus):
+        # There is a wrong size: if all sizes were right, ``vram_matches`` would be true.
         wrong_size = next(size for size in _list_sizes(gpus) if not _is_close(size, expected))
         yield Finding(
             "vram-differs",
@@ -90,11 +92,16 @@ def _check_vram(node: str, expected: int, gpus: Sequence[GpuState]) -> Iterator[
 
 
 def vram_matches(expected: int, gpus: Sequence[GpuState]) -> bool:
-    """Whether each GPU, or all GPUs together, have ``expected`` MiB. Also true while the sizes are not known."""
+    """Whether each GPU, or all GPUs together, have ``expected`` MiB: a person may write the one or the other.
+
+    Also true while the sizes are not known.
+    """
     sizes = _list_sizes(gpus)
     if not sizes:
         return True
-    return _is_close(sum(sizes), expected) or all(_is_close(size, expected) for size in sizes)
+    sum_is_right = _is_close(sum(sizes), expected)
+    each_is_right = all(_is_close(size, expected) for size in sizes)
+    return sum_is_right or each_is_right
 
 
 def _list_sizes(gpus: Sequence[GpuState]) -> list[int]:

@@ -11,7 +11,10 @@ MIN_FREE_MIB = 2048  # the smallest models in wide use take more than this
 
 
 def check(spec: NodeSpec, state: NodeState) -> Iterator[Finding]:
-    """Yields ``disk-full`` if the disk that keeps the models has less than ``MIN_FREE_MIB`` of free space."""
+    """Yields ``disk-full`` if the disk that keeps the models has less than ``MIN_FREE_MIB`` of free space.
+
+    No finding if the free space is unknown, or while the tunnel is not up: the last known value may be old then.
+    """
     free_mib = state.host.store_free_mib
     if free_mib is None or free_mib >= MIN_FREE_MIB or state.tunnel.state is not TunnelPhase.UP:
         return

@@ -25,7 +25,8 @@ from gpumesh.state import BackendPhase, Finding, GpuState, ModelInfo, NodeState,
 from gpumesh.topology import NodeSpec
 
 # Ollama writes nanoseconds. A store that other tools copied or made has whole seconds, which can be equal by chance.
-_HAS_NANOSECONDS = re.compile(r"\.[0-9]{7,9}(?:Z|[+-])")
+_HAS_NANOSECONDS = re.compile(r"\.[0-9]{7,9}(?:Z|[+-])")  # a fraction with seven or more digits, before the time zone
+_MIN_UUID_LENGTH = 12  # a real UUID has 40 characters; a text of a few characters could be the same by chance
 
 
 class Proof(StrEnum):
@@ -40,8 +41,8 @@ class Proof(StrEnum):
 class Machine:
     """Nodes that are one machine and so use the same GPUs. ``nodes`` are their names, in the order of mesh.yaml.
 
-    ``proof`` is the weakest proof that was needed to join the nodes, ``None`` for a single node; ``shared_mark`` is the
-    UUID or fingerprint of this proof.
+    ``proof`` is the weakest proof that was needed to join the nodes, because the machine is only as certain as this
+    proof. ``shared_mark`` is the UUID or fingerprint of this proof. For a single node, both are ``None``.
     """
 
     nodes: tuple[str, ...]
@@ -51,7 +52,7 @@ class Machine:
 
     @property
     def certain(self) -> bool:
-        """Whether it is certain that the nodes are one machine."""
+        """Whether it is certain that the nodes are one machine: their GPUs prove it, or there is only one node."""
         return self.proof in (None, Proof.GPU)
 
 
@@ -73,11 +74,11 @@ class _JoinedNodes:
         return name
 
     def join(self, name: str, other: str, proof: Proof, mark: str) -> None:
-        """Joins the groups of two nodes, and records by which proof. Nothing changes if the nodes have one group."""
+        """Joins the groups of two nodes, and records by which proof. Nothing changes if they are joined already."""
         first_nodes = self.find_first_node(name), self.find_first_node(other)
         earlier, later = sorted(first_nodes, key=self._positions.__getitem__)
         if earlier != later:
-            self._parents[later] = earlier
+            self._parents[later] = earlier  # so the parents still lead to the first node of the group
             self.last_joins[earlier] = (proof, mark)
 
 
@@ -88,8 +89,8 @@ def find_machines(nodes: Sequence[NodeState]) -> tuple[Machine, ...]:
     for proof in Proof:
         for mark, holders in _group_by_mark(nodes, proof).items():
             for node, other in itertools.combinations(holders, 2):
-                is_one_machine = joined.find_first_node(node.name) == joined.find_first_node(other.name)
-                if not is_one_machine and _may_be_one_machine(node, other, proof):
+                are_joined = joined.find_first_node(node.name) == joined.find_first_node(other.name)
+                if not are_joined and _may_be_one_machine(node, other, proof):
                     joined.join(node.name, other.name, proof, mark)
     nodes_by_first_node: dict[str, list[NodeState]] = {}
     for node in nodes:
@@ -115,7 +116,7 @@ def gpu_groups(nodes: Sequence[NodeState]) -> Mapping[str, str]:
 def identifying_marks(node: NodeState) -> frozenset[str]:
     """Returns the marks by which ``find_machines`` recognises this node. If they change, the machines may change."""
     marks = {mark for proof in Proof for mark in _marks(node, proof)}
-    port_mark = _server_port(node)
+    port_mark = _server_port(node)  # also decides about the machines: see ``_may_have_own_gpus``
     if port_mark is not None:
         marks.add(port_mark)
     return frozenset(marks)
@@ -125,7 +126,10 @@ def identifying_marks(node: NodeState) -> frozenset[str]:
 
 
 def check(spec: NodeSpec, state: NodeState) -> Iterator[Finding]:
-    """Yields ``hostname-differs`` if the host of a node whose tunnel is up has another name than mesh.yaml expects."""
+    """Yields ``hostname-differs`` if the host of a node whose tunnel is up has another name than mesh.yaml expects.
+
+    No finding if mesh.yaml expects no name, or if the host's name is unknown.
+    """
     expected, found = spec.expect.hostname, state.host.hostname
     if expected is None or found is None or state.tunnel.state is not TunnelPhase.UP:
         return
@@ -155,7 +159,10 @@ def hostname_matches(expected: str, found: str) -> bool:
 
 
 def check_across_nodes(pairs: Sequence[tuple[NodeSpec, NodeState]]) -> Iterator[Finding]:
-    """Yields ``tunnel-duplicate`` and ``same-gpu`` for several nodes that are one server or one machine."""
+    """Yields ``tunnel-duplicate`` for nodes that mesh.yaml has twice, and ``same-gpu`` for nodes that are one machine.
+
+    Nodes with ``tunnel-duplicate`` have no ``same-gpu`` among themselves: the first finding says it already.
+    """
     specs = {spec.name: spec for spec, _state in pairs}
     states = {state.name: state for _spec, state in pairs}
     duplicate_names: set[str] = set()
@@ -170,7 +177,8 @@ def check_across_nodes(pairs: Sequence[tuple[NodeSpec, NodeState]]) -> Iterator[
             nodes=tuple(names),
         )
     for machine in find_machines(list(states.values())):
-        if machine.proof is None or duplicate_names.issuperset(machine.nodes):
+        is_single_node = machine.proof is None
+        if is_single_node or duplicate_names.issuperset(machine.nodes):
             continue
         node_to_keep = choose_node_to_keep(machine.nodes, specs, states)
         yield Finding(
@@ -185,20 +193,20 @@ def check_across_nodes(pairs: Sequence[tuple[NodeSpec, NodeState]]) -> Iterator[
 
 
 def _describe_proof(machine: Machine) -> str:
-    """The end of a sentence that says what the nodes are and how this is known."""
+    """The end of a sentence such as ``oslo and bergen are …``: whether the nodes are one GPU, and how this is known."""
     match machine.proof:
         case Proof.GPU:
             return f"one GPU, that is certain: nvidia-smi shows {machine.shared_mark} to each"
         case Proof.HOST_KEY:
             return f"most likely one machine: the same SSH host key, {machine.shared_mark}"
-        case _:
+        case _:  # the store: this function is not called for a single node, whose proof is ``None``
             return "most likely one machine: one model store, the same in every model's time to the nanosecond"
 
 
 def choose_node_to_keep(names: Sequence[str], specs: Mapping[str, NodeSpec], states: Mapping[str, NodeState]) -> str:
-    """Returns the best of several nodes with one GPU, by name; of equal nodes the first.
+    """Returns the name of the best of several nodes with one GPU; of equal nodes the first.
 
-    A node that serves is better than another; then a node whose GPU is known; then a node without SSH.
+    The best is a node that serves. Of several, it is one whose GPU is known; of several of these, one without SSH.
     """
 
     def rank(name: str) -> tuple[bool, bool, bool]:
@@ -217,7 +225,7 @@ def find_duplicates(specs: Sequence[NodeSpec]) -> Iterator[list[str]]:
     for spec in specs:
         ssh = spec.ssh
         if ssh is None:
-            login = None
+            login = None  # a direct node: its targets are the whole route
         elif not ssh.host and ssh.address_from is None:
             continue  # an alias, whose address is not in mesh.yaml
         else:
@@ -233,13 +241,19 @@ def find_duplicates(specs: Sequence[NodeSpec]) -> Iterator[list[str]]:
 
 
 def hardware_uuids(node: NodeState) -> set[str]:
-    """Returns the UUIDs that nvidia-smi shows, without UUIDs that a probe made up for a GPU whose UUID is unknown."""
+    """Returns the UUIDs that nvidia-smi shows, without UUIDs that a probe made up for a GPU whose UUID is unknown.
+
+    A real UUID begins with ``GPU-`` or ``MIG-``, one that a probe made up with ``unknown-`` (probes/smi_tables.py).
+    """
     uuids = [gpu.uuid for gpu in node.gpus or ()]
-    return {uuid for uuid in uuids if uuid.startswith(("GPU-", "MIG-")) and len(uuid) >= 12}
+    return {uuid for uuid in uuids if uuid.startswith(("GPU-", "MIG-")) and len(uuid) >= _MIN_UUID_LENGTH}
 
 
 def store_fingerprint(catalog: Iterable[ModelInfo]) -> str | None:
-    """Returns a fingerprint of a model store; ``None`` if another store could have the same fingerprint by chance."""
+    """Returns a fingerprint of a model store; ``None`` if another store could have the same fingerprint by chance.
+
+    So an empty store has none, nor a store with a model without a time, nor a store in which no time has nanoseconds.
+    """
     models = tuple(catalog)
     if not models or not all(model.modified_at for model in models):
         return None
@@ -256,6 +270,7 @@ def _marks(node: NodeState, proof: Proof) -> Iterable[str]:
         case Proof.GPU:
             return hardware_uuids(node)
         case Proof.HOST_KEY:
+            # ``host_keys`` are those of the last host that was reached: only while the tunnel is up, it is this host.
             return node.tunnel.host_keys if node.tunnel.state is TunnelPhase.UP else ()
         case Proof.STORE:
             fingerprint = store_fingerprint(node.backend.catalog)
@@ -263,7 +278,7 @@ def _marks(node: NodeState, proof: Proof) -> Iterable[str]:
 
 
 def _group_by_mark(nodes: Sequence[NodeState], proof: Proof) -> Mapping[str, list[NodeState]]:
-    """Returns the nodes that have a mark, by the mark, for all marks of this kind of proof."""
+    """Groups the nodes by their marks for this kind of proof. A node is in the group of each of its marks."""
     holders: dict[str, list[NodeState]] = {}
     for node in nodes:
         for mark in sorted(_marks(node, proof)):
@@ -272,9 +287,10 @@ def _group_by_mark(nodes: Sequence[NodeState], proof: Proof) -> Mapping[str, lis
 
 
 def _may_be_one_machine(node: NodeState, other: NodeState, proof: Proof) -> bool:
-    """Whether a common mark of this kind of proof may join the nodes.
+    """Whether two nodes that have a mark in common may be joined by this kind of proof.
 
-    If the GPUs of both nodes are known, only the GPUs decide.
+    They may not if each may have GPUs of its own. A host key or a store in common does not join them either if the GPUs
+    of both are known: then only the GPUs decide.
     """
     if _may_have_own_gpus(node, other):
         return False
@@ -285,20 +301,26 @@ def _may_be_one_machine(node: NodeState, other: NodeState, proof: Proof) -> bool
 
 
 def _may_have_own_gpus(node: NodeState, other: NodeState) -> bool:
-    """Whether the nodes may be two servers on one host with several GPUs, each with GPUs of its own.
+    """Whether the nodes may be two servers of one host, each with GPUs of its own.
 
-    Such nodes do not count as one machine. Two servers of a host have different ports there. These ports are known of
-    SSH nodes only. Servers that share the host's only GPU are one machine to the balancer, however many they are.
+    To the balancer they are then two machines, though the host is one. They may be such servers if they have different
+    ports on the host, and the host has more than one GPU: servers that share its only GPU are one machine, however many
+    they are. A port is known of SSH nodes only; an unknown port means no.
     """
     port, other_port = _server_port(node), _server_port(other)
     if port is None or other_port is None or port == other_port:
         return False
+    # One answer of nvidia-smi is enough, because both nodes show the same host. No answer counts as several GPUs.
     host_has_single_gpu = any(len(state.gpus or ()) == 1 for state in (node, other))
     return not host_has_single_gpu
 
 
 def _server_port(node: NodeState) -> str | None:
-    """The port on the node's host of the server that is in use, as ``port:11434``; ``None`` where it is not known."""
+    """The port on the node's host of the server that is in use, as ``port:11434``; ``None`` where it is not known.
+
+    Of a direct node it is not known: the port at its address may only forward to another port of the host
+    (``ssh -L 11435:localhost:11434``).
+    """
     if node.tunnel.transport == "direct" or node.backend.url is None:
         return None
     for route in node.routes:

@@ -14,7 +14,10 @@ MAX_NAMED = 10  # a message names at most so many models, and counts the others
 
 
 def check(spec: NodeSpec, state: NodeState) -> Iterator[Finding]:
-    """Yields ``model-missing`` if the server of a node that is up lacks models that mesh.yaml expects."""
+    """Yields ``model-missing`` if the server of a node that is up lacks models that mesh.yaml expects.
+
+    One finding names all of these models. Its hint is ``None`` if the kind of server is unknown.
+    """
     is_up = state.tunnel.state is TunnelPhase.UP and state.backend.state is BackendPhase.UP
     if not is_up or not spec.expect.models:
         return
@@ -28,9 +31,10 @@ def check(spec: NodeSpec, state: NodeState) -> Iterator[Finding]:
 
 
 def check_across_nodes(states: Sequence[NodeState]) -> Iterator[Finding]:
-    """Yields ``model-differs`` if a model's name has another digest on another node.
+    """Yields ``model-differs`` if a model's name has different digests on different nodes.
 
-    With such a name, the answer to a prompt depends on the node.
+    With such a name, the answer to a prompt depends on the node. One finding is about all such names, and all nodes
+    that have one of these names. A model whose digest is unknown is not compared.
     """
     nodes_by_name: dict[str, list[str]] = {}  # the nodes that have a model of this name
     first_by_name: dict[str, tuple[str, str]] = {}  # the first of these nodes, and the digest there
@@ -41,11 +45,12 @@ def check_across_nodes(states: Sequence[NodeState]) -> Iterator[Finding]:
                 name = full_name(model.name)
                 nodes_by_name.setdefault(name, []).append(state.name)
                 first_node, first_digest = first_by_name.setdefault(name, (state.name, model.digest))
-                if model.digest != first_digest and state.name != first_node:
+                is_other_node = state.name != first_node  # one node can list ``x`` and ``x:latest``: one full name
+                if is_other_node and model.digest != first_digest:
                     differing_names.add(name)
     if differing_names:
         affected = {node for name in differing_names for node in nodes_by_name[name]}
-        nodes = tuple(state.name for state in states if state.name in affected)
+        nodes = tuple(state.name for state in states if state.name in affected)  # in the order of ``states``
         yield Finding(
             "model-differs",
             Severity.WARNING,

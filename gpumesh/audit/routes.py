@@ -11,7 +11,8 @@ from gpumesh.quoting import yaml_text
 from gpumesh.state import BackendPhase, Finding, NodeState, RouteState, Severity, TunnelPhase
 from gpumesh.topology import NodeSpec
 
-# A route counts as faster if its latency is at most this share of the current route's, and lower by at least this gain.
+# A route counts as faster only if its latency is at most this share of the current route's, and also lower by at least
+# this gain. A smaller difference may be chance.
 MAX_LATENCY_SHARE = 0.7
 MIN_GAIN_MS = 2.0
 
@@ -19,7 +20,8 @@ MIN_GAIN_MS = 2.0
 def check(spec: NodeSpec, state: NodeState) -> Iterator[Finding]:
     """Yields the findings about the routes of a node that is up.
 
-    Candidates are the routes of mesh.yaml. Offered routes are not in mesh.yaml: an inspection has found them.
+    Candidates are the routes of mesh.yaml. Offered routes are not in mesh.yaml: an inspection has found them. No
+    finding while the route in use is unknown, because the others are compared with this route.
     """
     if state.tunnel.state is not TunnelPhase.UP or state.backend.state is not BackendPhase.UP:
         return
@@ -38,8 +40,9 @@ def check(spec: NodeSpec, state: NodeState) -> Iterator[Finding]:
 
 
 def _leads_to_other_server(route: RouteState, current: RouteState) -> bool:
-    """Whether the two routes lead to servers with different model stores. Unknown stores count as the same."""
-    return bool(route.store and current.store and route.store != current.store)
+    """Whether the two routes lead to servers with different model stores. An unknown store counts as the same."""
+    both_known = bool(route.store and current.store)
+    return both_known and route.store != current.store
 
 
 def _check_dead_routes(node: str, candidates: Sequence[RouteState]) -> Iterator[Finding]:
@@ -71,7 +74,7 @@ def _check_other_servers(node: str, current: RouteState, to_other_servers: Seque
 
 
 def _check_exposed_routes(node: str, offered_routes: Sequence[RouteState]) -> Iterator[Finding]:
-    """Yields ``backend-exposed`` if the server answers on a public address."""
+    """Yields ``backend-exposed`` if the server answers on a public address. The message has the first such address."""
     exposed_routes = [route for route in offered_routes if route.exposed]
     if exposed_routes:
         yield Finding(
@@ -91,8 +94,9 @@ def _check_faster_routes(node: str, current: RouteState, to_same_server: Sequenc
     """
     faster_routes = [route for route in to_same_server if _is_faster(route, current)]
     if faster_routes:
-        fastest = min(faster_routes, key=lambda route: route.latency_ms or 0.0)  # each latency is known here
-        if fastest.offered:
+        # ``or 0.0`` is only for mypy: ``_is_faster`` is true only for a known latency.
+        fastest = min(faster_routes, key=lambda route: route.latency_ms or 0.0)
+        if fastest.offered:  # the address is not in mesh.yaml, and the server answers there without SSH
             hint = (
                 f"give the node `backend: {{url: {yaml_text(fastest.target)}}}` and no `ssh`, if the way between may be"
                 " seen by others"
@@ -118,5 +122,6 @@ def _is_faster(route: RouteState, current: RouteState) -> bool:
     """Whether ``route`` is clearly faster than ``current``; false if a latency is unknown."""
     if route.latency_ms is None or current.latency_ms is None:
         return False
-    gain_ms = current.latency_ms - route.latency_ms
-    return route.latency_ms <= MAX_LATENCY_SHARE * current.latency_ms and gain_ms >= MIN_GAIN_MS
+    share_is_small = route.latency_ms <= MAX_LATENCY_SHARE * current.latency_ms
+    gain_is_large = current.latency_ms - route.latency_ms >= MIN_GAIN_MS
+    return share_is_small and gain_is_large

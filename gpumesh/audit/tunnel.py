@@ -1,4 +1,7 @@
-"""The audit's rule about tunnels: nodes that cannot be reached, the reason, and a hint what to do."""
+"""The audit's rule about tunnels: nodes that cannot be reached, the reason, and a hint where the error has none.
+
+Most errors have a hint of their own, from the code in ``tunnels`` that raises them. The hints here are for the others.
+"""
 
 from __future__ import annotations
 
@@ -30,11 +33,14 @@ _HINTS = {  # by the error's code
     "host-unreachable": "check this machine's network, and that the address is still the host's",
     "not-ssh": "check `ssh.port`: another service listens there",
 }
-_PHASES_WITHOUT_FINDING = (TunnelPhase.IDLE, TunnelPhase.UP, TunnelPhase.CLOSED)
+_PHASES_WITHOUT_FINDING = (TunnelPhase.IDLE, TunnelPhase.UP, TunnelPhase.CLOSED)  # no connection is wanted, or it works
 
 
 def check(spec: NodeSpec, state: NodeState) -> Iterator[Finding]:
-    """Yields one finding if the node's tunnel has failed: the last error of the tunnel, with a hint."""
+    """Yields one finding if the node's tunnel has failed: the last error of the tunnel, with a hint.
+
+    No finding while the tunnel is up or not wanted, or before its first error.
+    """
     tunnel = state.tunnel
     if tunnel.state in _PHASES_WITHOUT_FINDING or tunnel.last_error is None:
         return
@@ -50,8 +56,13 @@ def check(spec: NodeSpec, state: NodeState) -> Iterator[Finding]:
 
 
 def _test_command(spec: NodeSpec) -> str:
-    """Returns a command with which a person can test the connection to the node."""
+    """Returns a command with which a person can test the connection to the node.
+
+    For a direct node the command asks for Ollama's version: with other servers, even a 404 shows that the connection
+    works.
+    """
     if spec.ssh is None:
+        # "URL" is a word for the person to replace. In practice each node of mesh.yaml has a target.
         url = f"{spec.backend.targets[0].url}/api/version" if spec.backend.targets else "URL"
         return paste_command("curl {URL}", URL=url)
     return paste_command("ssh -p {PORT} {HOST}", PORT=str(spec.ssh.port), HOST=f"{spec.ssh.user}@{spec.ssh.host}")

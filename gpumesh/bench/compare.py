@@ -70,7 +70,7 @@ _RATE_FIGURES: tuple[tuple[str, str, bool, Callable[[StageResult], float | None]
 
 
 def compare(a: BenchResult, b: BenchResult) -> Comparison:
-    """Compares result B with result A: the figures of all stages that both results have."""
+    """Compares result B with result A: the figures of all stages that both results have, by the stage's label."""
     stages_a, stages_b = _stages_by_label(a), _stages_by_label(b)
     differences: list[Difference] = []
     for label, stage_a in stages_a.items():
@@ -89,7 +89,10 @@ def _stages_by_label(result: BenchResult) -> dict[str, StageResult]:
 
 
 def _compare_stages(label: str, a: StageResult, b: StageResult) -> Iterator[Difference]:
-    """Compares the figures of one stage in both results. A figure that both results lack is left out."""
+    """Compares the figures of one stage in both results. A figure that both results lack is left out.
+
+    So is the share of failures if no request of the stage has failed in either result.
+    """
     for figure, unit, more_is_better, sample_of in _SAMPLE_FIGURES:
         sample_a, sample_b = sample_of(a), sample_of(b)
         if sample_a.n or sample_b.n:
@@ -100,13 +103,14 @@ def _compare_stages(label: str, a: StageResult, b: StageResult) -> Iterator[Diff
         if rate_a is not None or rate_b is not None:
             verdict = _judge_rates(rate_a, rate_b, more_is_better=more_is_better)
             yield _make_difference(label, figure, unit, rate_a, rate_b, verdict)
-    if a.failed + a.cut + b.failed + b.cut:
+    any_failed = a.failed + a.cut + b.failed + b.cut > 0
+    if any_failed:
         share_a, share_b = _failed_share(a), _failed_share(b)
         yield _make_difference(label, "failed share", "", share_a, share_b, _judge_failed_shares(share_a, share_b))
 
 
 def _failed_share(stage: StageResult) -> float:
-    """The share of requests that failed or whose answer was cut, from 0 to 1."""
+    """The share of requests that failed or whose answer was cut, from 0 to 1; 0 for a stage without requests."""
     return (stage.failed + stage.cut) / max(stage.requests, 1)
 
 
@@ -127,21 +131,26 @@ def _make_difference(
 def _judge_samples(a: SampleSummary, b: SampleSummary, *, more_is_better: bool) -> DifferenceVerdict:
     """Judges the median of B against that of A: they differ if their 95 % confidence intervals do not touch.
 
-    This is a cautious criterion: some real differences count as none.
+    This is a cautious criterion: some real differences count as none. ``UNKNOWN`` if a sample is too small for an
+    interval. A change of less than ``MIN_MEDIAN_CHANGE`` is no difference.
     """
     if a.p50_low is None or a.p50_high is None or b.p50_low is None or b.p50_high is None:
         return DifferenceVerdict.UNKNOWN
+    # A median of 0 has no useful ratio: then only the intervals decide.
     if a.p50 and b.p50 and abs(b.p50 / a.p50 - 1.0) < MIN_MEDIAN_CHANGE:
         return DifferenceVerdict.SAME
-    if b.p50_low > a.p50_high:
+    if b.p50_low > a.p50_high:  # all of B's interval is above A's
         return DifferenceVerdict.BETTER if more_is_better else DifferenceVerdict.WORSE
-    if b.p50_high < a.p50_low:
+    if b.p50_high < a.p50_low:  # all of B's interval is below A's
         return DifferenceVerdict.WORSE if more_is_better else DifferenceVerdict.BETTER
     return DifferenceVerdict.SAME
 
 
 def _judge_rates(a: float | None, b: float | None, *, more_is_better: bool) -> DifferenceVerdict:
-    """Judges the rate of B against that of A. A change of less than ``NOISE_RATIO`` is no difference."""
+    """Judges the rate of B against that of A. A change of less than ``NOISE_RATIO`` is no difference.
+
+    ``UNKNOWN`` if a rate is unknown, or if that of A is 0: then there is no ratio.
+    """
     if a is None or b is None or a <= 0:
         return DifferenceVerdict.UNKNOWN
     if abs(b / a - 1.0) < NOISE_RATIO:

@@ -52,7 +52,8 @@ def gpu_use(samples: Sequence[GpuSample], nodes: frozenset[str] | None = None) -
 
     Returns ``None`` when there are too few samples, or no GPU. A GPU counts once, by its UUID, even when several nodes
     report it. Samples of the first ``LAG_S`` are left out, because they may show the GPUs before the stage. Energy is
-    the mean power times the time of the whole stage, from the very first sample to the last.
+    the mean power times the time of the whole stage, from the very first sample to the last. A sum over all GPUs is
+    unknown for a sample in which one of the GPUs, or its value, is missing.
     """
     used_samples = [sample for sample in samples if sample.at_s - samples[0].at_s >= LAG_S]
     if len(used_samples) < MIN_SAMPLES:
@@ -79,9 +80,9 @@ def gpu_use(samples: Sequence[GpuSample], nodes: frozenset[str] | None = None) -
 
 
 def _mean_power(times_s: Sequence[float], powers_w: Sequence[float | None]) -> float | None:
-    """The mean power over time, in W: each reading counts until the next reading, and the last one does not count.
+    """The mean power over time, in W: each reading counts until the next reading.
 
-    ``None`` if a power that counts is unknown, or if no time passed.
+    So the last reading does not count. ``None`` if a reading that counts is unknown, or if no time passed.
     """
     energy_j = 0.0
     for (start_s, end_s), power_w in zip(itertools.pairwise(times_s), powers_w[:-1], strict=True):
@@ -89,8 +90,10 @@ def _mean_power(times_s: Sequence[float], powers_w: Sequence[float | None]) -> f
             return None
         energy_j += power_w * (end_s - start_s)
     seconds = times_s[-1] - times_s[0]
-    mean_w = energy_j / seconds if seconds > 0 else math.nan
-    return mean_w if math.isfinite(mean_w) else None
+    if seconds <= 0:
+        return None
+    mean_w = energy_j / seconds
+    return mean_w if math.isfinite(mean_w) else None  # not finite: a reading was infinite or not a number
 
 
 def _gpus_by_uuid(state: MeshState, nodes: frozenset[str] | None) -> dict[str, GpuState]:
@@ -100,7 +103,7 @@ def _gpus_by_uuid(state: MeshState, nodes: frozenset[str] | None) -> dict[str, G
 
 
 def _complete_sum(values: Sequence[float | None], expected_count: int) -> float | None:
-    """The sum of the values, or ``None`` unless ``expected_count`` values are known."""
+    """The sum of the values; ``None`` if a value is unknown or missing, so that not ``expected_count`` are known."""
     known_values = [value for value in values if value is not None]
     return math.fsum(known_values) if len(known_values) == expected_count else None
 

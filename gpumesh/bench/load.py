@@ -78,8 +78,9 @@ class LoadSample:
     """The outcome of one request. Times are seconds since the start of the stage.
 
     ``index`` is the number of the request in its stage, from 0. ``intended_s`` is when an open loop should have sent
-    the request, ``sent_s`` when it was sent. ``arrivals_s`` has one time for each piece of the answer. ``tokens`` is
-    the server's own count, or the number of pieces if the server gave no count (``counted_pieces``).
+    the request, ``sent_s`` when it was sent; in a closed loop both are equal. ``attempts`` is 0 if the answer did not
+    end well. ``arrivals_s`` has one time for each piece of the answer. ``tokens`` is the server's own count, or the
+    number of pieces if the server gave no count (``counted_pieces``).
     """
 
     stage: str
@@ -154,8 +155,8 @@ class StageRun:
 def judge_client(cpu: float, lags_ms: Sequence[float], late_sends: int, sends: int) -> ClientLoad:
     """Judges whether this process itself limited the figures of a stage. Pure.
 
-    ``cpu``: CPU time ÷ wall time. ``late_sends``: how many of the ``sends`` requests of an open loop were sent more
-    than ``LATE_CLIENT_MS`` after their intended moment.
+    ``cpu``: CPU time ÷ wall time. ``lags_ms``: of the event loop. ``late_sends``: how many of the ``sends`` requests
+    of an open loop were sent more than ``LATE_CLIENT_MS`` after their intended moment.
     """
     ordered = sorted(lags_ms)
     # The 90th percentile: a single pause of the machine is no reason to doubt all figures.
@@ -179,7 +180,7 @@ class _RunningStage:
     clock: Callable[[], float]
     on_record: Callable[[LoadSample], None]
     start: float = 0.0  # on ``clock``
-    cpu_start_s: float = 0.0
+    cpu_start_s: float = 0.0  # the CPU time of this process at the start
     records: list[LoadSample] = field(default_factory=list)
     lags_ms: list[float] = field(default_factory=list)
     late_sends: int = 0
@@ -204,7 +205,7 @@ class _RunningStage:
         self.on_record(record)
 
     def complete(self, duration_s: float, cpu_s: float) -> StageRun:
-        """Makes the stage's outcome, with the records in the order of the plan."""
+        """Makes the stage's outcome, with the records in the order of the plan. ``cpu_s``: CPU time of this process."""
         disturbed_s = None
         if self.disturbance_began_s is not None:
             # Without a time of its end, the disturbance was still being ended when the stage ended.
@@ -247,7 +248,7 @@ async def run_stage(
                 await _send_in_closed_loop(send, run, stage.concurrency)
             duration_s = run.now()
             cpu_s = time.process_time() - run.cpu_start_s
-        finally:
+        finally:  # also after an error: the helpers never end by themselves, and the group waits for them
             for helper in helpers:
                 helper.cancel()
     return run.complete(duration_s, cpu_s)
@@ -283,6 +284,7 @@ async def run_interleaved(
 
 async def _send_in_closed_loop(send: SendPrompt, run: _RunningStage, concurrency: int) -> None:
     """Sends all requests, ``concurrency`` at a time: a worker sends its next request when its last answer has ended."""
+    # All workers take their requests from this one iterator, so each request is sent once.
     unsent: Iterator[tuple[int, PlannedRequest]] = iter(enumerate(run.stage.requests))
 
     async def worker() -> None:
@@ -309,7 +311,7 @@ async def _send_in_open_loop(send: SendPrompt, run: _RunningStage, sleep: Callab
 async def _send_request(
     send: SendPrompt, run: _RunningStage, index: int, planned: PlannedRequest, *, route: str | None = None
 ) -> None:
-    """Sends one request, reads its answer, and adds a record of how the request ended."""
+    """Sends one request, reads its answer, and adds a record of how it ended: a failure is recorded, not raised."""
     sent_s = run.now()
     intended_s = sent_s if planned.at_s is None else planned.at_s
     if (sent_s - intended_s) * 1000.0 > LATE_CLIENT_MS:
@@ -329,11 +331,11 @@ async def _send_request(
             node, attempts = answer.node, answer.attempts
     except GPUMeshError as raised:
         error = raised
-        node = raised.node or node
+        node = raised.node or node  # for a request to the mesh, only the error names the node
     server_tokens = counters.tokens if counters is not None else None
     if error is None:
         outcome = SampleOutcome.SERVED
-    elif arrivals_s or isinstance(error, StreamCut):
+    elif arrivals_s or isinstance(error, StreamCut):  # StreamCut: an answer can break off before its first piece
         outcome = SampleOutcome.CUT
     else:
         outcome = SampleOutcome.FAILED
@@ -381,7 +383,7 @@ async def _disturb(run: _RunningStage, disturbance: Disturbance) -> None:
     try:
         await _wait_for_records(run, 2 * total // 3)
     finally:
-        # Also when the stage has ended or was cancelled: the node must not stay out of service.
+        # Also when the end of the stage cancels this function: the node must not stay out of service.
         await disturbance.end()
         run.disturbance_ended_s = run.now()
 

@@ -47,7 +47,7 @@ dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; } d
 
 
 def report_html(result: BenchResult, records: Sequence[LoadSample] = ()) -> str:
-    """Writes the page. With ``records``, it also has a plot of the requests over time."""
+    """Returns the page. With ``records``, it also has a plot of the requests over time, except for ``overhead``."""
     title = f"gpumesh bench: {result.scenario} of {result.settings.model}"
     body = [
         f"<h1>{_escape(title)}</h1>",
@@ -60,7 +60,7 @@ def report_html(result: BenchResult, records: Sequence[LoadSample] = ()) -> str:
         *_plots(result),
         "<h2>Latency</h2>",
         _latency(result.stages),
-        _timeline(records) if result.scenario is not Scenario.OVERHEAD else "",
+        _timeline(result.scenario, records),
         _scaling(result),
         _phases(result.stages),
         _shares(result.stages),
@@ -68,13 +68,13 @@ def report_html(result: BenchResult, records: Sequence[LoadSample] = ()) -> str:
         _failures(result.stages),
         _conditions(result),
     ]
-    policy = "default-src 'none'; style-src 'unsafe-inline'"
+    policy = "default-src 'none'; style-src 'unsafe-inline'"  # nothing may be loaded or run, except the style below
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{_escape(title)}</title><style>{_STYLE}</style></head>\n<body>\n"
-        + "\n".join(part for part in body if part)
+        + "\n".join(part for part in body if part)  # a section without content is an empty text
         + "\n</body></html>\n"
     )
 
@@ -85,7 +85,7 @@ def _escape(value: object) -> str:
 
 
 def _table(column_names: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Writes a table, or an empty text if there are no rows. The cells must be escaped."""
+    """Writes a table, or an empty text if there are no rows. The caller escapes the cells, this function the names."""
     body = ""
     for row in rows:
         cells = "".join(f"<td>{cell}</td>" for cell in row)
@@ -138,7 +138,7 @@ def _percentiles(sample: SampleSummary) -> list[str]:
 
 
 def _latency(stages: Sequence[StageResult]) -> str:
-    """The table of latencies: a row for each stage and each kind of latency that was measured."""
+    """The table of latencies: a row for each stage and each kind of latency that has values in this stage."""
     rows: list[list[str]] = []
     for stage in stages:
         latency = stage.latency
@@ -166,6 +166,7 @@ def _plots(result: BenchResult) -> list[str]:
         samples = [stage.latency.outside_server for stage in stages]
         return [svg.draw_ranges("Outside the server: the way there and back", _ranges(names, samples), "ms")]
     throughput = [svg.Bar(name, stage.rates.output_tokens_per_s) for name, stage in zip(names, stages, strict=True)]
+    # Only the stage of ``failover`` has phases: before, during and after the disturbance.
     throughput += [svg.Bar(phase.name, phase.output_tokens_per_s) for stage in stages for phase in stage.phases]
     return [
         svg.draw_bars("Output tokens per second", throughput, "tok/s"),
@@ -190,7 +191,7 @@ def _sweep_plots(stages: Sequence[StageResult]) -> list[str]:
         points: list[tuple[float, float]] = []
         for stage, value in zip(stages, values, strict=True):
             if value is not None:
-                points.append((float(stage.concurrency or 0), value))
+                points.append((float(stage.concurrency or 0), value))  # a stage of ``sweep`` has a concurrency: never 0
         return svg.PlotSeries(label, tuple(points))
 
     throughput = [plot_over_concurrency("tokens", (stage.rates.output_tokens_per_s for stage in stages))]
@@ -204,18 +205,19 @@ def _sweep_plots(stages: Sequence[StageResult]) -> list[str]:
     ]
 
 
-def _timeline(records: Sequence[LoadSample]) -> str:
+def _timeline(scenario: Scenario, records: Sequence[LoadSample]) -> str:
     """A plot of the served requests of the last stage: when each was sent and how long it took, in a colour per node.
 
-    With more than ``MAX_POINTS`` requests, only every second (third, …) request has a point.
+    With more than ``MAX_POINTS`` requests, only every second (third, …) request has a point. Empty without requests,
+    and for ``overhead``.
     """
-    if not records:
+    if not records or scenario is Scenario.OVERHEAD:  # the last stage of ``overhead`` has one node: nothing to compare
         return ""
     last_stage = records[-1].stage
     points = [
         (record.node, record.sent_s, record.end_to_end_ms)
         for record in records
-        if record.stage == last_stage and record.end_to_end_ms is not None
+        if record.stage == last_stage and record.end_to_end_ms is not None  # ``None``: the request was not served
     ]
     step = max(math.ceil(len(points) / MAX_POINTS), 1)
     points_by_node: dict[str, list[tuple[float, float]]] = {}

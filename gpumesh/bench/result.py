@@ -27,8 +27,9 @@ BENCH_SCHEMA = "gpumesh.bench/1"
 class NodeEnvironment:
     """A node as it was when the run ended.
 
-    ``gpus`` are the names of its GPUs, ``None`` if nvidia-smi gave no answer. ``parallel`` is the number of requests
-    that its server runs at once, ``None`` if unknown.
+    ``backend`` is the kind of its server, ``version`` the server's version. ``gpus`` are the names of its GPUs,
+    ``None`` if nvidia-smi gave no answer. ``parallel`` is the number of requests that its server runs at once,
+    ``None`` if unknown.
     """
 
     name: str
@@ -130,6 +131,8 @@ def result_from_json(document: object) -> BenchResult:
     try:
         return from_json(BenchResult, document)
     except (TypeError, KeyError, AttributeError) as error:
+        # ``from_json`` should raise only ValueError. If it meets a document for which it was not made, the document is
+        # at fault all the same.
         raise ValueError(str(error)) from error
 
 

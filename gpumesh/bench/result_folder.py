@@ -26,7 +26,8 @@ MAX_RESULT_BYTES = 64 << 20
 def check_result_folder(folder: Path, *, force: bool = False) -> None:
     """Raises UsageError when a result could not be written to ``folder``. Makes the folder if it does not exist.
 
-    A measurement takes minutes: so this is called before it starts.
+    A measurement takes minutes: so this is called before it starts. ``force``: a folder that holds a result already is
+    no error.
     """
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{folder} is not a folder", hint="choose another with --out")
@@ -46,7 +47,8 @@ def check_result_folder(folder: Path, *, force: bool = False) -> None:
 def write_result(folder: Path, result: BenchResult, records: Sequence[LoadSample], *, force: bool = False) -> None:
     """Writes the three files to ``folder``. Raises UsageError when that fails.
 
-    ``result.json`` is written last: where this file exists, the others exist too. ``force``: replaces an older result.
+    ``result.json`` is written last: where this file exists, the others exist too. ``force``: replaces an older result,
+    which is an error otherwise.
     """
     check_result_folder(folder, force=force)
     lines = "".join(json.dumps(record_json(record), allow_nan=False) + "\n" for record in records)
@@ -80,7 +82,7 @@ def read_result(path: Path) -> BenchResult:
         raise UsageError(
             f"cannot read {file}: {error.strerror or error}", hint="`gpumesh bench run --out DIR` makes one"
         ) from None
-    except (ValueError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # RecursionError: JSON that is nested too deep
         raise UsageError(f"{file} is not a result of `gpumesh bench`: {error}") from None
 
 

@@ -38,6 +38,7 @@ class HttpRoute:
     """A ``SendPrompt`` that sends over plain HTTP to one base URL. ``kind`` is the kind of server, which tells its API.
 
     ``api_key`` is sent as a Bearer token. With ``through_gateway``, a header tells the gateway which node to use.
+    ``timeout_s`` limits a whole request, with its answer.
     """
 
     def __init__(
@@ -62,7 +63,11 @@ class HttpRoute:
 
     @asynccontextmanager
     async def _send(self, request: ChatRequest, node: str | None) -> AsyncGenerator[AnswerStream]:
-        """Sends the request and yields its answer. Raises BackendStatus, StreamCut or BackendUnreachable."""
+        """Sends the request and yields its answer.
+
+        Raises BackendStatus for another status than 200, StreamCut when the answer breaks off, and BackendUnreachable
+        when no answer comes.
+        """
         call = self._dialect.build_chat_call(request)
         try:
             async with self._http.request(
@@ -78,7 +83,7 @@ class HttpRoute:
                     message = self._dialect.error_text(response.status, body)
                     raise BackendStatus(message, status=response.status, body=body, node=node)
                 yield _HttpAnswer(self._read_chunks(response, stream=request.stream), node)
-        except aiohttp.ClientPayloadError as error:
+        except aiohttp.ClientPayloadError as error:  # the connection has ended in the middle of the body
             raise StreamCut(f"the answer stopped short: {error}", node=node) from error
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise BackendUnreachable(f"no answer: {str(error) or type(error).__name__}", node=node) from error
@@ -93,7 +98,7 @@ class HttpRoute:
         return headers
 
     async def _read_chunks(self, response: aiohttp.ClientResponse, *, stream: bool) -> AsyncGenerator[Chunk]:
-        """Yields the pieces of the answer as they arrive."""
+        """Yields the pieces of the answer as they arrive. ``stream``: the request asked for a streamed answer."""
         reader = self._dialect.create_reader(stream=stream)
         async for data in response.content.iter_any():
             for chunk in reader.feed(data):
@@ -125,7 +130,10 @@ async def http_route(
 
 
 def _split_socket(url: str) -> tuple[str | None, str]:
-    """Splits ``url`` into the path of its Unix socket (``None`` if it has none) and the base URL for requests."""
+    """Splits ``url`` into the path of its Unix socket (``None`` if it has none) and the base URL for requests.
+
+    The base URL for a socket names ``localhost``: HTTP needs a host, but the requests go to the socket.
+    """
     if url.startswith(UNIX_PREFIX):  # the form of the gateway's state
         return url.removeprefix(UNIX_PREFIX), "http://localhost"
     socket_and_prefix = split_unix_url(url)  # the form of a node's state

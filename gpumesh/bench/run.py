@@ -53,7 +53,7 @@ class BenchTarget(Protocol):
 
 
 class ProgressReporter(Protocol):
-    """Is told the progress of a run, and shows it to a person who waits."""
+    """Shows the progress of a run to a person who waits. The run calls these methods."""
 
     def set_plan(self, plan: Plan) -> None: ...
 
@@ -127,9 +127,12 @@ async def run_benchmark(
 ) -> BenchOutput:
     """Runs a scenario and computes its result.
 
-    ``only_node``: measures one node as if it were the mesh. ``disturbance``: for ``failover``, another one than
-    ``DrainDisturbance``. Warm-up requests are recorded, but no figure includes them. Raises NoNodeError when no node
-    can serve the model, and UsageError when the scenario cannot be run here.
+    ``rng`` makes the nonces of the prompts. ``objective`` is that of goodput (``None``: the default). ``trace`` is for
+    ``replay`` only. ``disturbance``: for ``failover``, in the place of ``DrainDisturbance``. ``only_node``: measures
+    one node as if it were the mesh. ``keys``: for the routes of ``overhead`` that start outside the mesh.
+
+    Warm-up requests are recorded, but no figure includes them. Raises NoNodeError when no node can serve the model, and
+    UsageError when the scenario cannot be run here.
     """
     objective = objective or Objective()
     started_at = now()
@@ -147,7 +150,7 @@ async def run_benchmark(
     stages: list[StageResult] = []
     records: list[LoadSample] = []
     notes: list[str] = _node_notes(nodes, state.findings)
-    if only_node is None:
+    if only_node is None:  # with ``only_node``, the others are not measured because the person wants so: no note
         excluded_nodes = [node for node in state.nodes if node not in nodes]
         notes.extend(f"{node.name} is not measured: {_exclusion_reason(node)}" for node in excluded_nodes)
     for stage in plan.stages:
@@ -176,6 +179,7 @@ async def run_benchmark(
         objective=objective,
         environment=describe_environment(await target.status(), embedded=target.embedded),
         stages=tuple(stages),
+        # Only these two scenarios measure each node alone and then the mesh.
         scaling=scaling(stages) if scenario in (Scenario.SCALE, Scenario.QUICK) else None,
         routes=route_costs(stages),
         notes=tuple(dict.fromkeys(notes)),  # each note once
@@ -190,16 +194,19 @@ def _select_nodes(nodes: Sequence[NodeState], only_node: str | None) -> list[Nod
 
 def _no_usable_node(state: MeshState, model: str, only_node: str | None) -> NoNodeError | UsageError:
     """Makes the error for a run without a usable node: the reason of each node, or that there is no such node."""
-    if only_node is not None and all(node.name != only_node for node in state.nodes):
-        names = ", ".join(node.name for node in state.nodes)
-        return UsageError(f"there is no node {only_node!r}", hint=f"the nodes are: {names}")
+    names = [node.name for node in state.nodes]
+    if only_node is not None and only_node not in names:
+        return UsageError(f"there is no node {only_node!r}", hint=f"the nodes are: {', '.join(names)}")
     candidates = _select_nodes(state.nodes, only_node)
     reasons = "; ".join(f"{node.name}: {_exclusion_reason(node)}" for node in candidates)
     return NoNodeError(f"no node can serve {model!r} ({reasons})")
 
 
 def _exclusion_reason(node: NodeState) -> str:
-    """The reason why a node that is not usable is not measured."""
+    """The reason why a node that is not usable is not measured: the reason of its health, or that it lacks the model.
+
+    If neither is known, it is the health itself, for example ``unknown``.
+    """
     if node.reason:
         return node.reason
     return "no such model there" if node.backend.models else node.health.value
@@ -242,12 +249,12 @@ async def _run_over_routes(
 ) -> StageRun:
     """Runs a stage of one node over several routes: the tunnel alone, the mesh, and the gateway if the gateway serves.
 
-    Each request takes the next route.
+    Each request takes the next route. ``state`` is the mesh's state, with the URLs of the node and of the gateway.
     """
-    node = state.node(stage.node or "")
+    node = state.node(stage.node or "")  # a stage of one node has its name
     async with AsyncExitStack() as stack:
         routes: list[tuple[str, SendPrompt]] = []  # the shortest route first: ``summary.route_costs`` compares with it
-        assert node.backend.url is not None, "a node that is up has a URL"
+        assert node.backend.url is not None, "a node that is up has no URL"
         kind = BackendKind(node.backend.kind)
         tunnel = http_route(node.backend.url, kind, api_key=keys.nodes.get(node.name))
         routes.append((TUNNEL, await stack.enter_async_context(tunnel)))

@@ -2,8 +2,8 @@
 
 The plan is complete before the first request is sent. Every prompt begins with a nonce, so that no server answers from
 its prefix cache. In ``replay`` all prompts begin with the nonce of the run, so that they still share the prefixes that
-they share in the trace. ``think`` is always sent, because Ollama's default is true for models that can think. The
-temperature is 0 and the seed is fixed, so that runs can be compared.
+they share in the trace. ``think`` is sent with each request (by default false), because Ollama's default is true for
+models that can think. The temperature is 0 and the seed is fixed, so that runs can be compared.
 """
 
 from __future__ import annotations
@@ -65,8 +65,11 @@ class BenchSettings:
     """The settings of a benchmark, as `bench run` has them as options.
 
     ``requests`` is the number for each stage. ``concurrency`` holds the levels of ``sweep``; other scenarios use the
-    first level. ``tokens`` and ``prompt_tokens`` are the lengths of an answer and of a prompt. ``speed`` divides the
-    gaps between a trace's requests. ``max_context`` limits the length of replayed prompts, in tokens.
+    first level. If one of these two is not given (``None``, empty), each scenario has its own default. ``tokens`` and
+    ``prompt_tokens`` are the lengths of an answer and of a prompt. ``think``: whether a model that can think shall
+    think; ``None``: the server's default. ``seed`` decides the words of the prompts, and is sent to the servers.
+    ``speed`` divides the gaps between a trace's requests. ``max_context`` limits the length of replayed prompts, in
+    tokens.
     """
 
     model: str
@@ -158,11 +161,11 @@ class PromptFactory:
         prompt_tokens = min(traced.prompt_tokens, self._settings.max_context)
         if not traced.blocks:
             return self.make_prompt(tokens=traced.output_tokens, prompt_tokens=prompt_tokens)
-        block_count = math.ceil(prompt_tokens / REPLAY_BLOCK_TOKENS)
+        block_count = math.ceil(prompt_tokens / REPLAY_BLOCK_TOKENS)  # fewer than the trace has, if the prompt is cut
         parts = [f"[{self._run_nonce}]"]
         tokens_left = prompt_tokens
         for block in traced.blocks[:block_count]:
-            block_rng = Random(f"{self._settings.seed}/{block}")
+            block_rng = Random(f"{self._settings.seed}/{block}")  # the same words for each block with this id
             parts.append(_choose_words(block_rng, min(tokens_left, REPLAY_BLOCK_TOKENS)))
             tokens_left -= REPLAY_BLOCK_TOKENS
         return self._make_request(" ".join(parts), traced.output_tokens)
@@ -226,9 +229,9 @@ def _check_settings(settings: BenchSettings) -> None:
         ("-n", settings.requests),
         ("--tokens", settings.tokens),
         ("--prompt-tokens", settings.prompt_tokens),
-        ("-c", min(settings.concurrency, default=None)),
+        ("-c", min(settings.concurrency, default=None)),  # the smallest level; the other levels are larger
     ):
-        if value is not None and value < 1:
+        if value is not None and value < 1:  # ``None``: not given, so the scenario's default is used
             raise UsageError(f"{option} must be at least 1, not {value}")
     if settings.speed <= 0:
         raise UsageError(f"--speed must be more than 0, not {settings.speed:g}")
@@ -275,7 +278,8 @@ def _plan_sweep(settings: BenchSettings, prompts: PromptFactory) -> list[Stage]:
     """The mesh at rising concurrency: shows where throughput stops growing, and the latency at that point."""
     stages: list[Stage] = []
     for level in settings.concurrency or (1, 2, 4, 8):
-        # At least three rounds: in the first round and in the last, not all slots are taken all the time.
+        # At least ten requests, which are enough for a p90, and three rounds: in the first round and in the last, not
+        # all slots are taken all the time.
         count = max(settings.requests or 0, 10, 3 * level)
         stages.append(_make_mesh_stage(f"c={level}", prompts, count, level))
     return stages
@@ -297,7 +301,10 @@ def _plan_scale(settings: BenchSettings, prompts: PromptFactory, nodes: Sequence
 def _plan_overhead(
     settings: BenchSettings, prompts: PromptFactory, nodes: Sequence[NodeFacts], routes: int
 ) -> list[Stage]:
-    """Answers of one token, one at a time, so that the route's overhead dominates. ``requests`` count per route."""
+    """A stage for each node: answers of one token, one at a time, so that the overhead of the routes dominates.
+
+    ``routes`` is the number of routes, which take turns. ``settings.requests`` is the number for each route.
+    """
     count = (settings.requests or 50) * routes
     stages: list[Stage] = []
     for node in nodes:
@@ -310,6 +317,7 @@ def _plan_failover(settings: BenchSettings, prompts: PromptFactory, nodes: Seque
     """A steady load. In the middle of the stage one node is taken out of service and put back."""
     if len(nodes) < 2:
         raise UsageError("failover needs two nodes that can serve the model", hint="`gpumesh status` shows them")
+    # Two requests per node: so each node has work at every moment, also between two requests.
     level = settings.concurrency[0] if settings.concurrency else 2 * len(nodes)
     count = settings.requests or 10 * level  # ten rounds: enough before, during and after the disturbance
     return [_make_mesh_stage("failover", prompts, count, level, disturb=True)]

@@ -101,7 +101,7 @@ def median_interval(ordered: Sequence[float]) -> tuple[float, float] | None:
             break
         tail_probability += probability
         rank += 1
-    return ordered[rank - 1], ordered[n - rank]
+    return ordered[rank - 1], ordered[n - rank]  # number ``rank`` from the start (counted from 1), and from the end
 
 
 def summarize_sample(values: Iterable[float | None]) -> SampleSummary:

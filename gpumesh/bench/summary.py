@@ -55,7 +55,10 @@ class Rates:
 
 @dataclass(frozen=True, slots=True)
 class NodeShare:
-    """The part of a stage's requests that one node served: ``served`` is their number, ``share`` from 0 to 1."""
+    """The part of a stage's served requests that one node served: ``served`` is their number, ``share`` from 0 to 1.
+
+    ``server_tokens_per_s`` is the mean rate of its answers by the server's clock.
+    """
 
     node: str
     served: int
@@ -68,8 +71,8 @@ class NodeShare:
 class Phase:
     """A part of a stage that was disturbed: ``before``, ``during`` or ``after`` the disturbance.
 
-    A request belongs to the phase in which it was sent, a token to the phase in which it arrived. ``longest_gap_ms``:
-    the longest time between two pieces of one answer.
+    A request belongs to the phase in which it was sent, a token to the phase in which it arrived. ``failed`` includes
+    the requests whose answer was cut. ``longest_gap_ms``: the longest time between two pieces of one answer.
     """
 
     name: str
@@ -229,7 +232,10 @@ def _latency(served: Sequence[LoadSample]) -> Latency:
 
 
 def _outside_server_ms(record: LoadSample) -> float | None:
-    """The part of a request's time that the server did not count as its own. ``None`` if its counters are unknown."""
+    """The part of a request's time that the server did not count as its own, in ms, from the moment it was sent.
+
+    ``None`` if the server gave no total time.
+    """
     server_ms = record.counters.total_ms if record.counters else None
     if server_ms is None:
         return None
@@ -307,7 +313,7 @@ def _failures(records: Iterable[LoadSample]) -> tuple[FailureCount, ...]:
 
 
 def _phases(run: StageRun, records: Sequence[LoadSample]) -> tuple[Phase, ...]:
-    """The phases of a stage that was disturbed; none for another stage."""
+    """The three phases of a stage that was disturbed, in the order of time; empty for another stage."""
     if run.disturbed_s is None:
         return ()
     begin_s, end_s = run.disturbed_s
@@ -352,16 +358,17 @@ def scaling(stages: Sequence[StageResult]) -> Scaling | None:
 
     ``None`` if there are fewer than two nodes or no stage of the mesh, or if one of them produced no tokens.
     """
+    # Left out: a stage with routes, which measures the routes, and a stage that was disturbed.
     node_stages = [stage for stage in stages if stage.kind is StageKind.NODE and stage.node and stage.route is None]
     mesh_stages = [stage for stage in stages if stage.kind is StageKind.MESH and not stage.disturbance]
     if not mesh_stages or len(node_stages) < 2:  # a single node cannot scale
         return None
     compared = [*node_stages, mesh_stages[-1]]
     rates = [stage.rates.loaded_tokens_per_s for stage in compared]
-    if not all(rates):  # one rate is unknown: so all are replaced, because only rates of one kind can be compared
+    if not all(rates):  # one is unknown or 0: so all are replaced, because only rates of one kind can be compared
         rates = [stage.rates.output_tokens_per_s for stage in compared]
     known_rates = [value for value in rates if value]
-    if len(known_rates) != len(compared):
+    if len(known_rates) != len(compared):  # a stage produced no tokens
         return None
     *node_rates, mesh_rate = known_rates
     sum_of_nodes = math.fsum(node_rates)

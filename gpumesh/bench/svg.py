@@ -46,7 +46,10 @@ class PlotSeries:
 
 
 def format_number(value: float | None) -> str:
-    """Writes a number with three significant digits, but at most three after the point. A dash for an unknown value."""
+    """Writes a number with the decimals that three significant digits need, at most three: 12,345, 1.23, 0.012.
+
+    An unknown value is a dash.
+    """
     if not _is_finite(value):
         return "–"  # noqa: RUF001  # the dash of the tables
     if value == 0:
@@ -61,20 +64,23 @@ def _is_finite(value: float | None) -> TypeGuard[float]:
 
 
 def tick_label(value: float) -> str:
-    """Writes a round number as a person writes it, without trailing zeros."""
-    return f"{value:,.10g}"
+    """Writes a round number as a person writes it, without trailing zeros: 1,000, 0.3."""
+    return f"{value:,.10g}"  # ten digits: more would show a rounding error (0.30000000000000004)
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
     """Chooses about ``count`` ticks for an axis, from at most ``low`` to at least ``high``.
 
-    The step between two ticks is 1, 2 or 5 times a power of ten, so all ticks are round numbers.
+    The step between two ticks is 1, 2 or 5 times a power of ten, so all ticks are round numbers. If ``high`` is not
+    above ``low``, or not finite, the axis gets the length 1.
     """
-    if not (math.isfinite(low) and math.isfinite(high)) or high <= low:
+    has_length = math.isfinite(low) and math.isfinite(high) and high > low
+    if not has_length:
         high = low + 1.0
     min_step = (high - low) / count
     power = 10.0 ** math.floor(math.log10(min_step))
-    # The factor and the 1e-9 below are for rounding errors: they must not make the step or the axis larger.
+    # A factor of 10 is 1 times the next power. 0.999999 and the 1e-9 below are for rounding errors: they must not make
+    # the step or the axis larger.
     step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= min_step * 0.999999)
     first = math.floor(low / step)
     last = math.ceil(high / step - 1e-9)
@@ -91,9 +97,10 @@ def draw_bars(title: str, rows: Sequence[Bar], unit: str) -> str:
     parts = _vertical_grid(axis, height, unit)
     for index, row in enumerate(rows):
         y = TOP + ROW_HEIGHT * index
-        parts.append(_row_label(row.label, y + 18))
+        text_y = y + 18  # the base line of the row's texts
+        parts.append(_row_label(row.label, text_y))
         if not _is_finite(row.value):
-            parts.append(_text(LEFT + 4, y + 18, "unknown", "axis"))
+            parts.append(_text(LEFT + 4, text_y, "unknown", "axis"))
             continue
         bar_end = _scale(row.value, axis, LEFT, WIDTH - RIGHT)
         bar_width = max(bar_end - LEFT, 0.5)  # a value of 0 has a bar that can be seen
@@ -102,7 +109,7 @@ def draw_bars(title: str, rows: Sequence[Bar], unit: str) -> str:
             f'<rect class="s0" x="{LEFT}" y="{y + 5}" width="{bar_width:.1f}" height="18" rx="2">'
             f"<title>{tooltip}</title></rect>"
         )
-        parts.append(_text(bar_end + 5, y + 18, format_number(row.value), "value"))
+        parts.append(_text(bar_end + 5, text_y, format_number(row.value), "value"))
     return _figure(title, parts, height)
 
 
@@ -121,22 +128,24 @@ def draw_ranges(title: str, rows: Sequence[Range], unit: str) -> str:
     height = top + ROW_HEIGHT * len(rows) + BOTTOM
     parts = [*_legend(names), *_vertical_grid(axis, height, unit, top)]
     for index, (row, marks) in enumerate(zip(rows, known_marks, strict=True)):
-        y = top + ROW_HEIGHT * index + 14
-        parts.append(_row_label(row.label, y + 4))
+        y = top + ROW_HEIGHT * index + ROW_HEIGHT // 2  # the middle of the row
+        text_y = y + 4  # the base line of the row's texts
+        parts.append(_row_label(row.label, text_y))
         if not marks:
-            parts.append(_text(LEFT + 4, y + 4, "unknown", "axis"))
+            parts.append(_text(LEFT + 4, text_y, "unknown", "axis"))
             continue
         x_positions = [_scale(value, axis, LEFT, WIDTH - RIGHT) for _name, value in marks]
         first_x, last_x = x_positions[0], x_positions[-1]
         parts.append(f'<line class="span" x1="{first_x:.1f}" x2="{last_x:.1f}" y1="{y}" y2="{y}"/>')
         for number, (x, (name, value)) in enumerate(zip(x_positions, marks, strict=True)):
-            colour, radius = names.index(name) % SERIES_COLOURS, 5 if number == 0 else 4
+            colour = names.index(name) % SERIES_COLOURS
+            radius = 5 if number == 0 else 4  # the first mark is larger
             tooltip = f"{escape(row.label)}: {escape(name)} {format_number(value)} {escape(unit)}"
             parts.append(
                 f'<circle class="s{colour}" cx="{x:.1f}" cy="{y}" r="{radius}"><title>{tooltip}</title></circle>'
             )
         last_name, last_value = marks[-1]
-        parts.append(_text(last_x + 8, y + 4, f"{last_name} {format_number(last_value)}", "value"))
+        parts.append(_text(last_x + 8, text_y, f"{last_name} {format_number(last_value)}", "value"))
     return _figure(title, parts, height)
 
 
@@ -158,7 +167,7 @@ def draw_points(title: str, series: Sequence[PlotSeries], x_unit: str, y_unit: s
     top, bottom = TOP + legend_height, height - BOTTOM
     parts = []
     for tick in y_axis:
-        y = _scale(tick, y_axis, bottom, top)
+        y = _scale(tick, y_axis, bottom, top)  # in SVG, y grows downwards: so the axis begins at the bottom
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(_text(LEFT - 8, y + 4, tick_label(tick), "axis", "end"))
     for tick in x_axis:
@@ -174,7 +183,7 @@ def draw_points(title: str, series: Sequence[PlotSeries], x_unit: str, y_unit: s
         if lines and len(positions) > 1:
             path = " ".join(f"{x:.1f},{y:.1f}" for x, y in positions)
             parts.append(f'<polyline class="line {style}" points="{path}"/>')
-        radius = 4 if lines else 2.5
+        radius = 4 if lines else 2.5  # points without lines are many, and so smaller
         for (x, y), (x_value, y_value) in zip(positions, one_series.points, strict=True):
             tooltip = f"{one_series.label}: {format_number(y_value)} {y_unit} at {format_number(x_value)} {x_unit}"
             circle = f'<circle class="{style}" cx="{x:.1f}" cy="{y:.1f}" r="{radius}">'
@@ -207,7 +216,10 @@ def _vertical_grid(axis: Sequence[float], height: int, unit: str, top: int = TOP
 
 
 def _scale(value: float, axis: Sequence[float], low: float, high: float) -> float:
-    """The position of ``value`` if the first tick of the axis is at position ``low`` and the last at ``high``."""
+    """The position of ``value`` if the first tick of the axis is at position ``low`` and the last at ``high``.
+
+    On an axis with only one tick, it is ``low``.
+    """
     first_tick, last_tick = axis[0], axis[-1]
     if first_tick == last_tick:
         return low

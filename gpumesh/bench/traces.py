@@ -37,7 +37,8 @@ class TracedRequest:
 def parse_trace(lines: Iterable[str], *, file: str, limit: int | None = None) -> list[TracedRequest]:
     """Reads the first ``limit`` requests of a trace in one of the two formats, and returns them in order of time.
 
-    ``file`` is the file's name for errors. Raises UsageError, with file and line, when the text has neither format.
+    ``limit`` is at most ``MAX_REQUESTS``, and this by default. ``file`` is the file's name for errors. Raises
+    UsageError, with file and line, when the text has neither format or holds no request.
     """
     numbered_lines = ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
     first_numbered_line = next(numbered_lines, None)
@@ -81,12 +82,14 @@ def _parse_azure(lines: NumberedLines, file: str) -> Iterator[TracedRequest]:
 
 
 def _parse_timestamp(text: str) -> datetime:
-    """Parses a time of Azure's CSV, in UTC if it names no zone. Raises ``ValueError``.
+    """Parses a time of Azure's CSV, in UTC if it names no zone. Raises ``ValueError`` for a text that is no time.
 
-    Azure writes seven digits after the point of the seconds; Python reads at most six.
+    Azure writes seven digits after the point of the seconds; Python reads at most six. A zone after these digits is
+    lost: no harm, because only differences of times are used.
     """
     whole, _, fraction = text.strip().partition(".")
-    time = datetime.fromisoformat(f"{whole}.{fraction[:6]:0<6}" if fraction else whole)
+    microseconds = f"{fraction[:6]:0<6}"  # exactly six digits: a shorter fraction gets zeros at its end
+    time = datetime.fromisoformat(f"{whole}.{microseconds}" if fraction else whole)
     return time if time.tzinfo else time.replace(tzinfo=UTC)
 
 
@@ -99,6 +102,7 @@ def _parse_mooncake(lines: NumberedLines, file: str) -> Iterator[TracedRequest]:
             at_s = float(row["timestamp"]) / 1000.0
             request = _make_request(at_s, int(row["input_length"]), int(row["output_length"]), blocks)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            # The line is no JSON or no object, a member is missing or of another type, or the JSON is nested too deep.
             raise UsageError(f"{file}:{number}: not a request of this trace: {error!r}") from None
         yield request
 
@@ -106,7 +110,7 @@ def _parse_mooncake(lines: NumberedLines, file: str) -> Iterator[TracedRequest]:
 def _make_request(at_s: float, prompt_tokens: int, output_tokens: int, blocks: tuple[int, ...] = ()) -> TracedRequest:
     """Makes a request with at least one token in the prompt and the answer: a length of 0 cannot be replayed.
 
-    Raises ``ValueError`` for a negative or infinite value.
+    Raises ``ValueError`` for a negative time or length, and for an infinite time.
     """
     if not math.isfinite(at_s) or at_s < 0 or prompt_tokens < 0 or output_tokens < 0:
         raise ValueError("times and lengths are not negative")
