@@ -10,8 +10,8 @@ from typing import Any
 from gpumesh.lab import text
 from gpumesh.lab.profile import HostProfile, ModelProfile
 
-JSON_WORDS = 12  # of the answer to a request for any JSON: its length does not matter
-THINKING_TOKENS = 12  # of each answer that begins with thinking
+JSON_WORDS = 12  # words of the answer to a request for any JSON: its length does not matter
+THINKING_TOKENS = 12  # tokens of thinking, in each answer that begins with thinking
 
 
 class ApiError(Exception):
@@ -27,7 +27,8 @@ class ApiError(Exception):
 class GenerationRequest:
     """A request for an answer, the same for all APIs. A chat has ``messages``; otherwise ``prompt`` is a raw prompt.
 
-    ``options``, ``keep_alive``, ``think`` and ``format`` are as in Ollama's API.
+    ``options``, ``keep_alive``, ``think`` and ``format`` are as in Ollama's API. ``tools`` are as in the API of the
+    request, because each API has its own form.
     """
 
     model: ModelProfile
@@ -98,7 +99,8 @@ def plan_answer(request: GenerationRequest, profile: HostProfile) -> PlannedAnsw
         else:
             answer = _json_answer(text.make_schema_example(request.format, words), limit)
     thinking: tuple[str, ...] = ()
-    if _should_think(request) and not prompt.endswith("</think>"):
+    thinking_has_ended = prompt.endswith("</think>")  # the client's prompt holds the thinking already
+    if _should_think(request) and not thinking_has_ended:
         thought = text.generate_text(f"{prompt}<think>", model=request.model.name, num_predict=THINKING_TOKENS)
         thinking = thought.tokens
     return PlannedAnswer(prompt, thinking, answer.tokens, tool, answer.done_reason)
@@ -107,7 +109,10 @@ def plan_answer(request: GenerationRequest, profile: HostProfile) -> PlannedAnsw
 def _generate_text(
     request: GenerationRequest, prompt: str, limit: int | None, length_range: tuple[int, int]
 ) -> text.GeneratedText:
-    """Generates text with the request's ``seed`` and ``stop``: at most ``limit`` tokens, ``length_range`` words."""
+    """Generates text with the request's ``seed`` and ``stop``: at most ``limit`` tokens (``None``: no limit).
+
+    ``length_range`` are the least and the greatest number of words of an answer without a limit.
+    """
     seed = request.options.get("seed")
     stop = request.options.get("stop") or ()
     return text.generate_text(
@@ -121,7 +126,7 @@ def _generate_text(
 
 
 def _json_answer(document: Any, limit: int | None) -> text.GeneratedText:
-    """The document's JSON as tokens, at most ``limit`` tokens."""
+    """The document's JSON as tokens, at most ``limit`` tokens (``None``: no limit)."""
     tokens = text.split_tokens(json.dumps(document, ensure_ascii=False))
     if limit is not None and len(tokens) > limit:
         return text.GeneratedText(tokens[:limit], "length")
@@ -129,9 +134,10 @@ def _json_answer(document: Any, limit: int | None) -> text.GeneratedText:
 
 
 def _should_think(request: GenerationRequest) -> bool:
-    """Whether the model thinks before its answer. A thinking model does so in a chat, unless ``think`` is false.
+    """Whether the model thinks before its answer. A thinking model thinks in a chat, unless ``think`` is false.
 
-    It does not think when it continues an answer. Raises ApiError if the request asks another model to think.
+    It does not think before a raw prompt's answer, nor when it continues an answer. Raises ApiError if the request asks
+    a model to think that is no thinking model.
     """
     if request.think and not request.model.thinking:
         raise ApiError(400, f'"{request.name}" does not support thinking')
@@ -141,9 +147,10 @@ def _should_think(request: GenerationRequest) -> bool:
 
 
 def _plan_tool_call(request: GenerationRequest, answer_tokens: tuple[str, ...]) -> ToolCall | None:
-    """Plans a call of the request's first tool if the last message is the user's; otherwise returns ``None``.
+    """Plans a call of the request's first tool. Returns ``None`` if there is no tool, or nothing to call it for.
 
-    ``answer_tokens`` become the texts in the call's arguments. Raises ApiError if the model has no tools.
+    The model calls a tool if the last message is the user's; after a message with the tool's result it answers with
+    text. ``answer_tokens`` become the texts in the call's arguments. Raises ApiError if the model cannot use tools.
     """
     if not request.tools or not request.messages or request.messages[-1].get("role") != "user":
         return None

@@ -40,7 +40,7 @@ class ChannelIo:
         self._drained.set()
         self._reading = False
         self._closed = False
-        channel.settimeout(0.0)
+        channel.settimeout(0.0)  # a read or a send never waits: it raises TimeoutError in that case
         sock = channel.get_transport().sock
         self._connection_poll = select.poll()  # tells whether the connection's socket takes bytes
         self._connection_poll.register(sock.fileno(), select.POLLOUT)
@@ -70,7 +70,7 @@ class ChannelIo:
             self._loop.remove_reader(self._channel_fd)
 
     def write(self, data: bytes, *, error: bool = False) -> bool:
-        """Sends ``data``, and keeps the bytes that the channel does not take yet.
+        """Sends ``data``, and keeps the bytes that the channel does not take yet. A closed channel ignores ``data``.
 
         Returns false if the caller should pause and ``wait_drained``. ``error``: ``data`` goes to standard error.
         """
@@ -108,7 +108,7 @@ class ChannelIo:
         if self._retry_timer is not None:
             self._retry_timer.cancel()
         self._drained.set()
-        with contextlib.suppress(OSError, EOFError, paramiko.SSHException):
+        with contextlib.suppress(OSError, EOFError, paramiko.SSHException):  # the connection has ended already
             self._channel.close()
 
     def _read(self) -> None:
@@ -117,7 +117,7 @@ class ChannelIo:
             data = self._channel.recv(READ_SIZE)
         except TimeoutError:  # there was nothing to read
             return
-        except OSError:
+        except OSError:  # the connection has failed: for the reader, this is the end of the bytes
             data = b""
         if not data:
             self.pause()  # after the end, the channel's file descriptor would stay readable for ever
@@ -132,24 +132,25 @@ class ChannelIo:
             self._send_unsent_bytes()
         except TimeoutError:  # the channel takes no more bytes now
             self._retry_timer = self._loop.call_later(RETRY_S, self._flush)
-        except (OSError, EOFError, paramiko.SSHException):
+        except (OSError, EOFError, paramiko.SSHException):  # the channel or the connection has ended
             self.close()
             return
-        if self.closed:
+        if self.closed:  # no one takes these bytes any more
             self._unsent_stdout.clear()
             self._unsent_stderr.clear()
         if self._unsent_bytes < LOW_WATER:
             self._drained.set()
         if self._eof_pending and not self._unsent_bytes and not self.closed:
             self._eof_pending = False
-            with contextlib.suppress(OSError, EOFError, paramiko.SSHException):
+            with contextlib.suppress(OSError, EOFError, paramiko.SSHException):  # the connection has just ended
                 self._channel.shutdown_write()
 
     def _send_unsent_bytes(self) -> None:
         """Sends all unsent bytes, standard error first. Raises ``TimeoutError`` when no more can be sent now."""
         while self._unsent_bytes and not self.closed:
             # Without this check, paramiko would block the event loop while the client does not read.
-            if not self._connection_poll.poll(0):
+            connection_takes_bytes = self._connection_poll.poll(0)  # 0 ms: does not wait
+            if not connection_takes_bytes:
                 raise TimeoutError
             if self._unsent_stderr:
                 sent = self._channel.send_stderr(bytes(self._unsent_stderr[:READ_SIZE]))
@@ -191,10 +192,10 @@ class ChannelStreams:
             await asyncio.sleep(0.05)
 
     async def finish(self, status: int) -> None:
-        """Sends the exit status, after all output."""
+        """Sends the exit status, after all output. A client that has closed the channel gets none."""
         await self._io.wait_flushed()
         if not self._io.closed:
-            with contextlib.suppress(OSError, EOFError, paramiko.SSHException):
+            with contextlib.suppress(OSError, EOFError, paramiko.SSHException):  # the connection has just ended
                 self._channel.send_exit_status(status)
 
     def close(self) -> None:
@@ -233,7 +234,7 @@ class ForwardedChannel(asyncio.Protocol):
 
     async def _resume_when_drained(self) -> None:
         """Reads from the server again when the client has taken the earlier bytes."""
-        with contextlib.suppress(ConnectionError):
+        with contextlib.suppress(ConnectionError):  # the client has gone: the server's next bytes are thrown away
             await self._io.wait_drained()
         self._drain_task = None
         if self._transport is not None and not self._transport.is_closing():
@@ -280,11 +281,11 @@ class ForwardedChannel(asyncio.Protocol):
             self._transport.write(data)
             return
         self._client_ended = True
-        if self._io.closed:
+        if self._io.closed:  # the client has closed both directions: no answer could reach it
             self._transport.close()  # asyncio sends its unsent bytes first
             return
         if not self._server_ended:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError):  # the server has just closed the connection
                 self._transport.write_eof()
         self._finish_if_both_ended()
 

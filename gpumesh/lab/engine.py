@@ -82,8 +82,11 @@ class Pacer:
         self.sent = 0
 
     async def wait_due(self) -> int:
-        """Waits until the next token is due. Returns how many tokens of the answer are due then, and sets ``sent``."""
-        if math.isinf(self._rate):
+        """Waits until the next token is due. Returns how many tokens of the answer are due then, and sets ``sent``.
+
+        The number counts the tokens from the start of the answer. It grows by more than 1 if the caller is late.
+        """
+        if math.isinf(self._rate):  # all tokens are due at once
             self.sent = self._total
             return self.sent
         wait_s = self._start + (self.sent + 1) / self._rate - self._clock()
@@ -118,8 +121,8 @@ class Runner:
 class SlotLease:
     """A slot that a request holds. The rates are in tokens/s.
 
-    ``load_s`` is the time that the request waited for the model's load, ``queued_s`` the time that it waited for the
-    slot.
+    ``load_s`` is the time that the request waited for the model's load, ``queued_s`` the time that the request then
+    waited for the slot.
     """
 
     runner: Runner
@@ -155,7 +158,7 @@ class Engine:
         self.faults = Faults()
         self.clock = clock
         self.store: dict[str, tuple[ModelProfile, datetime]] = {}
-        for number, model in enumerate(profile.models):
+        for number, model in enumerate(profile.models):  # the first model is the latest, each other one a day older
             age = timedelta(days=number, microseconds=hash_us(profile.hostname, model.name))
             self.store[model.name] = (model, STORED_AT - age)
         self.runners: dict[str, Runner] = {}  # by the model's name
@@ -166,7 +169,7 @@ class Engine:
         self._runner_released = asyncio.Event()
         self._busy = UsageAverage(tau_s=0.3, clock=clock)
         self._warmth = UsageAverage(tau_s=15.0, clock=clock)
-        default_options = (None,) * len(RELOAD_OPTIONS)
+        default_options = (None,) * len(RELOAD_OPTIONS)  # ``None``: the default
         for model in profile.models:
             if model.resident:
                 self.runners[model.name] = self._new_runner(model, default_options)
@@ -228,7 +231,7 @@ class Engine:
         tokens = count_tokens(prompt)
         if math.isinf(lease.prefill_rate):
             return tokens, 0.0
-        new_tokens = max(1, tokens - self._use_cache(lease.runner, prompt))
+        new_tokens = max(1, tokens - self._use_cache(lease.runner, prompt))  # the last token is always computed
         seconds = new_tokens / lease.prefill_rate
         await asyncio.sleep(seconds)
         return tokens, seconds
@@ -250,7 +253,10 @@ class Engine:
         return 0 if self.faults.on_cpu else model.vram_mib
 
     def gpu_load(self) -> GpuLoad:
-        """The load of the host's GPUs at this moment. ``Faults.foreign_load`` is its least value."""
+        """The load of the host's GPUs at this moment.
+
+        ``Faults.foreign_load`` is the least value of ``busy`` and ``warmth``: so much the other programs use.
+        """
         self.expire_runners()
         foreign = self.faults.foreign_load
         return GpuLoad(
@@ -279,7 +285,7 @@ class Engine:
             if runner is None or runner.reload_options != reload_options:
                 runner = await self._load_runner(model, reload_options)
             runner.users += 1
-            runner.expires_at = math.inf
+            runner.expires_at = math.inf  # a model in use does not expire; ``_release_runner`` sets the time
             return runner
 
     async def _load_runner(self, model: ModelProfile, reload_options: tuple[object, ...]) -> Runner:
@@ -294,7 +300,7 @@ class Engine:
         try:
             if self.profile.load_s > 0:
                 await asyncio.sleep(self.profile.load_s / model.speed)
-        except asyncio.CancelledError:
+        except asyncio.CancelledError:  # the client has gone: an incomplete load is given up
             del self.runners[model.name]
             raise
         runner.loading = False
@@ -302,7 +308,10 @@ class Engine:
         return runner
 
     async def _free_memory(self, needed_mib: int) -> None:
-        """Unloads models until so much GPU memory is free, the soonest to expire first. Waits while all are in use."""
+        """Unloads models until ``needed_mib`` of GPU memory are free, first the model that expires first.
+
+        Waits while all models are in use. A model that is larger than the memory is loaded when no other model is left.
+        """
         total_mib = sum(gpu.memory_mib - IDLE_MIB for gpu in self.profile.gpus)
         while self.runners:
             used_mib = sum(self.vram_mib(runner.model) for runner in self.runners.values())
@@ -336,7 +345,7 @@ class Engine:
         self._warmth.set_target(target)
 
     def _use_cache(self, runner: Runner, prompt: str) -> int:
-        """Returns how many tokens of the prompt's start are in the runner's cache, and adds the prompt to the cache."""
+        """Returns how many tokens of the prompt's start are in the cache (0 if there is none), and adds the prompt."""
         if not self.profile.prefix_cache:
             return 0
         cached_length = max((_common_prefix_length(prompt, cached) for cached in runner.prompts), default=0)
@@ -352,7 +361,10 @@ RELOAD_OPTIONS = ("num_ctx", "num_batch", "num_gpu", "main_gpu", "use_mmap", "nu
 
 
 def _read_reload_options(options: Mapping[str, object], model: ModelProfile) -> tuple[object, ...]:
-    """The request's values of ``RELOAD_OPTIONS``; ``None``: the default. The default context counts as not given."""
+    """The request's values of ``RELOAD_OPTIONS``, in this order; ``None``: the default.
+
+    A ``num_ctx`` that equals the default context counts as the default: it needs no reload.
+    """
     values = {name: options.get(name) for name in RELOAD_OPTIONS}
     if values["num_ctx"] == default_context(model):
         values["num_ctx"] = None

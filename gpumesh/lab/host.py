@@ -140,7 +140,8 @@ def _write_reply(reply: dict[str, Any]) -> None:
 async def serve_host() -> None:
     """Runs one host until standard input ends. The first line is a ``HostStart``, each later line is a question.
 
-    Each line gets one line as its reply. The reply to the first line holds the ports, when the host is ready.
+    Each line gets one line as its reply. The reply to the first line comes when the host is ready, and holds the ports.
+    If standard input ends before the first line, no host is started.
     """
     questions = await _open_stdin()
     start_line = await questions.readline()
@@ -151,7 +152,7 @@ async def serve_host() -> None:
         while line := await questions.readline():
             try:
                 _write_reply(await _answer(host, json.loads(line)))
-            except ValueError as error:
+            except ValueError as error:  # no JSON, or an unknown question: a fault of the caller, not of the host
                 _write_reply({"error": str(error)})
 
 

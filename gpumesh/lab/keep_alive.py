@@ -21,7 +21,7 @@ def parse_keep_alive(keep_alive: object, default: float) -> float:
     else:
         text = str(keep_alive).strip()
         unsigned = text.removeprefix("-")
-        if unsigned == "0":
+        if unsigned == "0":  # the only number that Go takes without a unit
             return 0.0
         if not re.fullmatch(rf"(?:{_DURATION_PART.pattern})+", unsigned):
             raise ValueError(f"time: invalid duration {text!r}")

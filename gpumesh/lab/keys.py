@@ -15,7 +15,10 @@ LOOPBACK_HOST = "127.0.0.1"
 
 
 def new_key(kind: str = "ed25519") -> str:
-    """Makes a new private key (``ed25519`` or ``rsa``), as text in OpenSSH's format without a passphrase."""
+    """Makes a new private key (``ed25519`` or ``rsa``), as text in OpenSSH's format without a passphrase.
+
+    Raises ``ValueError`` for any other kind.
+    """
     private_key: ed25519.Ed25519PrivateKey | rsa.RSAPrivateKey
     if kind == "ed25519":
         private_key = ed25519.Ed25519PrivateKey.generate()

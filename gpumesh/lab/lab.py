@@ -79,13 +79,13 @@ class LabHost:
     @property
     def known_hosts_line(self) -> str:
         """The line for this host in a known_hosts file."""
-        assert self.ssh_port is not None, "a host without SSH has no host key"
+        assert self.ssh_port is not None, "this host has no SSH, and so no host key"
         return keys.known_hosts_line(self._host_key, self.ssh_port)
 
     def node_entry(self, **changes: Any) -> dict[str, Any]:
         """The host's entry in the ``nodes`` of mesh.yaml. User, key and known_hosts are in the file's ``defaults``.
 
-        ``changes`` are keys that replace the entry's own, or are added.
+        ``changes`` are keys that replace the entry's own, or are added. Without SSH, the node is a direct node.
         """
         entry: dict[str, Any] = {"name": self.name}
         if self.ssh_port is None:
@@ -107,7 +107,7 @@ class LabHost:
     async def restart(self) -> None:
         """Ends the process and starts a new one with the same ports and keys, and waits until the new one is ready.
 
-        Loaded models and counters are lost.
+        Loaded models and counters are lost. The first start, which ``__aenter__`` makes, has no process to end.
         """
         await self.kill()
         with self._log.open("ab") as log:
@@ -195,15 +195,15 @@ class LabHost:
         if process.returncode is None:
             with suppress(ProcessLookupError):
                 process.send_signal(signal.SIGCONT)  # a frozen process would not notice the end of its input
-            assert process.stdin is not None
+            assert process.stdin is not None, "the process has no pipe as its standard input"
             process.stdin.close()
             try:
                 async with asyncio.timeout(STOP_TIMEOUT_S):
                     await process.wait()
             except TimeoutError:
-                pass
+                pass  # the process is killed next
             finally:
-                await self.kill()
+                await self.kill()  # no effect if the process has ended
 
 
 class Lab:

@@ -18,7 +18,7 @@ _NO_DRIVER = (
     "Make sure that the latest NVIDIA driver is installed and running.\n"
 )
 _LOST = "Unable to determine the device handle for GPU {bus}: GPU is lost.  Reboot the system to recover this GPU\n"
-_FAILURES = {  # the exit status and the output in each mode
+_FAILURES = {  # the exit status and the output of the real tool, for the modes in which every call fails
     SmiMode.MISSING: (127, "sh: 1: nvidia-smi: not found\n"),
     SmiMode.NO_DRIVER: (9, _NO_DRIVER),
     SmiMode.DRIVER_MISMATCH: (
@@ -57,7 +57,7 @@ class GpuSnapshot:
 def make_snapshots(profile: HostProfile, load: GpuLoad) -> tuple[GpuSnapshot, ...]:
     """Distributes the host's load over its GPUs: each model goes to the GPU with the least used memory.
 
-    Only GPUs with models are busy and warm.
+    Only GPUs with models are busy and warm. A model without GPU memory runs on the CPU, and is left out.
     """
     cards = [GpuSnapshot(gpu, profile.driver, IDLE_MIB, busy=0.0, warmth=0.0) for gpu in profile.gpus]
     for number, (_name, model_mib) in enumerate(load.models):
@@ -78,7 +78,8 @@ def make_snapshots(profile: HostProfile, load: GpuLoad) -> tuple[GpuSnapshot, ..
 def run_nvidia_smi(argv: Sequence[str], profile: HostProfile, load: GpuLoad, mode: SmiMode) -> tuple[int, bytes]:
     """Runs nvidia-smi with these arguments. Returns the exit status and the output.
 
-    Errors are in the output too: the real tool writes them to stdout.
+    Errors are in the output too: the real tool writes them to stdout. The exit statuses are also those of the real
+    tool: 6 for no GPU, 15 for a GPU that is lost, 2 for wrong arguments.
     """
     if mode in _FAILURES:
         status, message = _FAILURES[mode]
@@ -90,6 +91,7 @@ def run_nvidia_smi(argv: Sequence[str], profile: HostProfile, load: GpuLoad, mod
         return 6, b"No devices were found\n"
     if mode is SmiMode.GPU_LOST:
         lost_gpu = profile.gpus[0]
+        # The whole call fails, unless the option ``-i`` selects only other GPUs.
         if any(card.gpu.index == lost_gpu.index for card in selected):
             return 15, _LOST.format(bus=lost_gpu.pci_bus_id.removeprefix("0000")).encode()
     if mode is SmiMode.ESCAPES:
@@ -98,7 +100,10 @@ def run_nvidia_smi(argv: Sequence[str], profile: HostProfile, load: GpuLoad, mod
 
 
 def _answer_options(argv: Sequence[str], cards: Sequence[GpuSnapshot], mode: SmiMode) -> tuple[int, bytes]:
-    """Returns the exit status, and what the options ask for: a query's answer, a list of GPUs, or else a table."""
+    """Returns the exit status, and what the options ask for: a query's answer, a list of GPUs, or else a table.
+
+    The table takes no option but ``-i``; any other option is an error. ``cards`` are the GPUs that ``-i`` has selected.
+    """
     format_words = frozenset((_read_option(argv, "--format") or "").split(","))
     gpu_fields = _read_option(argv, "--query-gpu")
     if gpu_fields is not None:
@@ -111,7 +116,8 @@ def _answer_options(argv: Sequence[str], cards: Sequence[GpuSnapshot], mode: Smi
         lines = [f"GPU {card.gpu.index}: {card.gpu.name} (UUID: {card.gpu.uuid})\n" for card in cards]
         return 0, "".join(lines).encode()
     for word in argv:
-        if word.startswith("-") and not word.startswith(("-i", "--id")):
+        selects_gpus = word.startswith(("-i", "--id"))  # ``_select_cards`` has applied this option already
+        if word.startswith("-") and not selects_gpus:
             message = f"Invalid combination of input arguments. Please run 'nvidia-smi -h' for help.\n\n{word}\n"
             return 2, message.encode()
     return 0, _table(cards).encode()
@@ -121,6 +127,7 @@ FieldValue = tuple[str, str]
 """A value and its unit; the unit is empty if the value has none."""
 
 _IDLE_MAX_BUSY = 0.02  # a GPU with less use counts as idle: low clocks, state P8
+# The figures are typical of an RTX 4090: ``busy`` and ``warmth`` move them between those at rest and under full load.
 GPU_FIELDS: dict[str, Callable[[GpuSnapshot], FieldValue]] = {
     "index": lambda card: (str(card.gpu.index), ""),
     "uuid": lambda card: (card.gpu.uuid, ""),
@@ -147,6 +154,7 @@ GPU_FIELDS: dict[str, Callable[[GpuSnapshot], FieldValue]] = {
     "fan.speed": lambda card: (str(round(card.warmth * 46)), "%"),
     "pstate": lambda card: ("P2" if card.busy > _IDLE_MAX_BUSY else "P8", ""),
     "persistence_mode": lambda _: ("Enabled", ""),
+    # A mask of bits. 1 means "idle", the usual reason for low clocks; 0 means no reason.
     "clocks_throttle_reasons.active": lambda card: (f"0x{0 if card.busy > _IDLE_MAX_BUSY else 1:016x}", ""),
     "clocks_event_reasons.active": lambda card: (f"0x{0 if card.busy > _IDLE_MAX_BUSY else 1:016x}", ""),
     "compute_mode": lambda _: ("Default", ""),
@@ -183,10 +191,11 @@ def _query(
     format_words: frozenset[str],
     mode: SmiMode,
 ) -> tuple[int, bytes]:
-    """Answers ``--query-…``: the exit status, and a line of CSV for each row.
+    """Answers ``--query-…``: returns the exit status, and a line of CSV for each row.
 
-    ``field_list`` are the names that the option gives, ``fields`` the functions that make the values of a row,
-    ``format_words`` the words of ``--format``.
+    ``field_list`` are the names that the option gives, separated by commas. ``fields`` holds the functions that make a
+    row's values, by the field's name; ``rows`` are their arguments. ``format_words`` are the words of ``--format``:
+    ``csv``, ``noheader``, ``nounits``. Without ``csv``, or with an unknown field, the query fails with status 2.
     """
     names = [name.strip() for name in field_list.split(",")]
     getters: list[Callable[..., FieldValue]] = []
@@ -214,7 +223,7 @@ def _query(
 def _header_line(
     names: Sequence[str], getters: Sequence[Callable[..., FieldValue]], rows: Sequence[tuple[object, ...]]
 ) -> str:
-    """The line of column names, each with its unit. The units are those of the first row."""
+    """The line of column names, each with its unit: that of the first row. Without rows there are no units."""
     if not rows:
         return ", ".join(names)
     titles: list[str] = []
@@ -235,7 +244,10 @@ _UNKNOWN_TEXTS = ("[N/A]", "N/A", "[Not Supported]", "[Unknown Error]", "[Insuff
 
 
 def _replace_by_unknown(name: str, cell: FieldValue, column: int) -> FieldValue:
-    """Replaces a value by one of the texts for an unknown value. Fields that identify a GPU or a process stay."""
+    """Replaces a value by one of the texts for an unknown value, another text in each column.
+
+    Fields that identify a GPU or a process keep their value, so that a reader can still tell the rows apart.
+    """
     if name in ("index", "uuid", "gpu_uuid", "name", "pid"):
         return cell
     return _UNKNOWN_TEXTS[column % len(_UNKNOWN_TEXTS)], ""

@@ -40,7 +40,7 @@ class SimOllama(SimServer):
 
 def _is_local_name(name: str, own_name: str) -> bool:
     """Whether Ollama accepts this Host header: a local address or name, or ``own_name``, the name of its machine."""
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError):  # the text is a name, not an address
         address = ipaddress.ip_address(name)
         return address.is_loopback or address.is_private or address.is_unspecified
     return name in ("", "localhost", own_name.lower()) or name.endswith((".localhost", ".local", ".internal"))

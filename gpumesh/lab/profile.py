@@ -42,7 +42,7 @@ class SmiMode(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Faults:
-    """The faults of a host, all at the same time. By default there are none.
+    """The faults of a host; several can be there at the same time. By default there are none.
 
     HTTP faults hit requests whose path starts with one of ``paths`` (if empty: all requests), and at most ``times``
     requests (``None``: no limit). ``…_after_tokens``: the number of tokens of one answer that are sent before the
@@ -117,7 +117,10 @@ class ModelProfile:
 
     @property
     def vram_mib(self) -> int:
-        """The GPU memory that the loaded model uses, in MiB: its weights, its context and the runner itself."""
+        """The GPU memory that the loaded model uses, in MiB: its weights, its context and the runner itself.
+
+        It is only a rough estimate.
+        """
         context_mib, runner_mib = self.size_mib // 8, 256
         return self.size_mib + context_mib + runner_mib
 
@@ -231,7 +234,7 @@ def make_gpu(host: str, index: int = 0, **changes: Any) -> GpuProfile:
 
 def make_host(name: str, *, gpus: int = 1, **changes: Any) -> HostProfile:
     """Makes the profile of a host with ``gpus`` RTX 4090s. ``changes`` are other values of its HostProfile."""
-    hostname = f"sim-{name}-{uuid.uuid5(_NAMESPACE, name).hex[:6]}"
+    hostname = f"sim-{name}-{uuid.uuid5(_NAMESPACE, name).hex[:6]}"  # the same in every run
     cards = tuple(make_gpu(name, index) for index in range(gpus))
     return HostProfile(name, hostname, cards, **changes)
 

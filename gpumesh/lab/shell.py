@@ -58,7 +58,8 @@ class SimShell:
     async def run(self, text: str, streams: StandardStreams, depth: int = 0) -> int:
         """Runs the commands in ``text``. Returns the exit status of the last one, as ``sh -c text`` does.
 
-        ``depth`` is the number of shells around this one.
+        ``depth`` is the number of shells around this one. The exit statuses for errors of the shell itself are those of
+        ``sh``: 126 (cannot run the command), 127 (no such command), 2 (a syntax error).
         """
         if len(text) > MAX_COMMAND or depth > MAX_DEPTH:
             await streams.write(b"sh: Argument list too long\n", error=True)
@@ -70,14 +71,16 @@ class SimShell:
             return 2
         status = 0
         for operator, words in commands:
-            if (operator == "&&" and status != 0) or (operator == "||" and status == 0):
+            failed_before_and = operator == "&&" and status != 0
+            succeeded_before_or = operator == "||" and status == 0
+            if failed_before_and or succeeded_before_or:
                 continue
             argv = [word.replace(_STATUS, str(status)) for word in words if word not in _REDIRECTS]
             while argv and _ASSIGNMENT.match(argv[0]):  # NAME=value before a command has no effect here
                 del argv[0]
             if argv and argv[0] == "exit":
                 has_status = len(argv) > 1 and argv[1].isdigit()
-                return int(argv[1]) & 0xFF if has_status else status
+                return int(argv[1]) & 0xFF if has_status else status  # an exit status has 8 bits
             if argv:
                 command_streams = _MergedStreams(streams) if "2>&1" in words else streams
                 status = await self._run_command(argv, command_streams, depth)
@@ -86,7 +89,10 @@ class SimShell:
         return status
 
     async def _run_command(self, argv: list[str], streams: StandardStreams, depth: int) -> int:
-        """Runs one command and returns its exit status. ``argv`` is the command's name, or path, and its arguments."""
+        """Runs one command and returns its exit status. ``argv`` is the command's name, or path, and its arguments.
+
+        A command that runs another one (``sh -c``, ``exec``, ``timeout`` …) has the exit status of the other.
+        """
         path, *arguments = argv
         name = path.rsplit("/", 1)[-1]
         if name in _SHELLS and len(arguments) >= 2 and arguments[0] in ("-c", "-lc"):
@@ -190,7 +196,7 @@ def _split_commands(text: str) -> list[_Command]:
     """
     commands = [_Command(";", [])]
     word: str | None = None  # the word so far: several parts without a blank between them are one word, as in a"b c"
-    for match in _TOKEN.finditer(text.replace(_STATUS, "")):
+    for match in _TOKEN.finditer(text.replace(_STATUS, "")):  # the client's own NUL must not be taken for ``$?``
         kind, part = match.lastgroup, match.group()
         if kind in ("blank", "operator"):
             if word is not None:
@@ -198,7 +204,7 @@ def _split_commands(text: str) -> list[_Command]:
                 word = None
             if kind == "operator":
                 commands.append(_Command(";" if part == "\n" else part, []))
-        else:
+        else:  # a part of a word
             word = (word or "") + _unquote(kind, part)
     if word is not None:
         commands[-1].words.append(word)
@@ -216,6 +222,7 @@ def _unquote(kind: str | None, part: str) -> str:
         case "single_quoted":
             return part[1:-1]
         case "double_quoted":
+            # Between double quotes, a backslash counts only before one of these four characters.
             return re.sub(r'\\([\\"$`])', r"\1", part[1:-1].replace("$?", _STATUS))
         case "escape":
             return part.removeprefix("\\")
@@ -276,7 +283,7 @@ async def _sleep(shell: SimShell, arguments: list[str], streams: StandardStreams
         await asyncio.Event().wait()  # until the command is cancelled
     try:
         await asyncio.sleep(min(float(arguments[0]), 86400.0))
-    except (IndexError, ValueError):
+    except (IndexError, ValueError):  # no argument, or no number
         await streams.write(b"sleep: invalid time interval\n", error=True)
         return 1
     return 0
@@ -296,7 +303,10 @@ async def _seq(shell: SimShell, arguments: list[str], streams: StandardStreams) 
 
 
 async def _test(shell: SimShell, arguments: list[str], streams: StandardStreams) -> int:
-    """Compares two texts, or tests that a text is not empty. Tests for files are always false: there are no files."""
+    """Compares two texts, or tests that a text is not empty. Tests for files are always false: there are no files.
+
+    Returns 0 for true and 1 for false. The name of this command is ``test``, or ``[`` with ``]`` as its last argument.
+    """
     del shell, streams
     words = arguments[:-1] if arguments[-1:] == ["]"] else arguments
     is_true = len(words) == 1 and words[0] != ""

@@ -75,7 +75,7 @@ class SimSshServer:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.setblocking(False)
             listener.bind((self._host, self._port))
-            listener.listen(1024)
+            listener.listen(1024)  # clients that may wait to be accepted: many tunnels may connect at once
         except BaseException:
             listener.close()
             raise
@@ -127,7 +127,7 @@ class SimSshServer:
             if faults.ssh_delay_s > 0:
                 await asyncio.sleep(faults.ssh_delay_s)
             connection = _Connection(self, sock)
-        except BaseException:
+        except BaseException:  # a cancellation too: without a ``_Connection``, no other code closes the socket
             sock.close()
             raise
         self._connections.add(connection)
@@ -197,7 +197,8 @@ class _Connection:
     def open_target(self, channel_id: int, host: str, port: int) -> int:
         """Connects to the target of a new direct-tcpip channel, and returns SSH's code for success or the failure.
 
-        The client learns that its channel is open only after the connect, as with sshd.
+        ``host`` and ``port`` are those that the client names. Only names of this host are allowed. The client learns
+        that its channel is open only after the connect, as with sshd.
         """
         is_own_name = host in (*_LOOPBACK_NAMES, self.server.shell.profile.hostname)
         if self.server.faults().ssh_no_forwarding or not is_own_name:
@@ -258,7 +259,7 @@ class _Connection:
     def _start_command(self, channel_id: int) -> None:
         """Starts the channel's command, unless it has started already: a reply and a timer both call this."""
         channel, command = self._waiting_commands.pop(channel_id, (None, ""))
-        if channel is None or self._closed:
+        if channel is None or self._closed:  # ``None``: the command has started already
             return
         self._start_task(self._run_command(channel, command))
 
@@ -297,7 +298,10 @@ class _Policy(paramiko.ServerInterface):
         return "publickey,password" if self._server.shell.profile.password is not None else "publickey"
 
     def check_auth_publickey(self, username: str, key: paramiko.PKey) -> int:
-        """Accepts the host's user with an authorized key. paramiko itself checks the client's signature."""
+        """Accepts the host's user with an authorized key. paramiko itself checks the client's signature.
+
+        The fault ``ssh_refuse_key`` refuses every key.
+        """
         if self._server.faults().ssh_refuse_key:
             return AUTH_FAILED
         is_authorized = username == self._server.shell.profile.user and key.asbytes() in self._server.authorized
@@ -314,7 +318,10 @@ class _Policy(paramiko.ServerInterface):
         return kind == "keepalive@openssh.com"
 
     def check_channel_request(self, kind: str, chanid: int) -> int:
-        """Accepts sessions. For a direct-tcpip channel, paramiko calls ``check_channel_direct_tcpip_request``."""
+        """Accepts sessions, unless the faults refuse them. Returns SSH's code for success or the failure.
+
+        For a direct-tcpip channel, paramiko calls ``check_channel_direct_tcpip_request`` instead.
+        """
         del chanid
         if kind != "session":
             return OPEN_FAILED_UNKNOWN_CHANNEL_TYPE

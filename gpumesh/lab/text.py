@@ -28,7 +28,8 @@ VOCABULARY = (  # noqa: SIM905 - a list of a hundred quoted words reads worse
 EMBEDDING_LENGTH = 768  # numbers in one embedding, as in nomic-embed-text
 ASSISTANT_MARK = "<|im_start|>assistant\n"
 UNLIMITED_TOKENS = 1 << 16  # the limit of an answer without ``num_predict``: no simulated answer is as long
-# Two decisions from one state must not be the same random number as the choice of the word: so a number is added.
+# A state decides the next word, and also the length of an answer or its end. For these two decisions a number is added
+# to the state: so each has a random number of its own. The values themselves have no meaning.
 _END_SALT = 0x9E3779B1
 _LENGTH_SALT = 7
 
@@ -44,7 +45,8 @@ class GeneratedText:
 def render_messages(messages: Sequence[Mapping[str, Any]], *, continues: bool = True) -> str:
     """Renders a chat as the prompt that a ChatML template makes of it.
 
-    If ``continues``, a last message of the assistant stays open, so that the model continues this message.
+    If ``continues``, a last message of the assistant stays open, so that the model continues this message. Any other
+    prompt ends with ``ASSISTANT_MARK``, after which the model begins a new message.
     """
     parts: list[str] = []
     for number, message in enumerate(messages):
@@ -60,7 +62,10 @@ def render_messages(messages: Sequence[Mapping[str, Any]], *, continues: bool = 
 
 
 def content_text(content: Any) -> str:
-    """The text of a message's content, which is a string, or a list of parts as in the OpenAI and Anthropic APIs."""
+    """The text of a message's content, which is a string, or a list of parts as in the OpenAI and Anthropic APIs.
+
+    A part without text, such as an image, adds nothing. Any other content is an empty text.
+    """
     if isinstance(content, str):
         return content
     if isinstance(content, list):
@@ -85,9 +90,12 @@ def generate_text(
 ) -> GeneratedText:
     """Generates the text of ``model`` after the rendered ``prompt``.
 
-    If the prompt holds a template's mark of the assistant's turn, the length of the answer is drawn once from
-    ``length_range`` (words). Without this mark, the answer ends at a random word; its mean length is the same. At most
-    ``num_predict`` tokens; ``None`` or a negative number: no limit. ``stop`` are stop sequences.
+    If the prompt holds a template's mark of the assistant's turn, the text before the answer decides the length of the
+    answer, in words from ``length_range``. So an answer that is continued gets the same length. Without this mark, the
+    beginning of the answer is unknown: it ends at a random word, and its mean length is the same.
+
+    At most ``num_predict`` tokens; ``None`` or a negative number: no limit. The answer ends before the first of the
+    stop sequences ``stop`` in it.
     """
     # ``state`` is a CRC of the model, the seed and all text up to the last blank. It decides the next word.
     model_state = zlib.crc32(f"{model}\n{seed}\n".encode())
@@ -106,9 +114,10 @@ def generate_text(
     tokens: list[str] = []
     separator = ""
     if last_word:  # no blank follows the last word: the answer may have been cut in this word
-        word = _choose_word(state)
+        word = _choose_word(state)  # the word that the model would have generated here
         belongs_to_answer = answer_at is None or last_word_at >= answer_at
-        if belongs_to_answer and word.startswith(last_word) and word != last_word:
+        is_cut = belongs_to_answer and word.startswith(last_word) and word != last_word
+        if is_cut:
             tokens.append(word.removeprefix(last_word))  # the rest of a word that ``words_left`` counts already
             state = _extend_state(state, word)
         else:
@@ -127,6 +136,7 @@ def generate_text(
         separator = " "
         if words_left is not None:
             words_left -= 1
+    # ``[:max_tokens]``: with a limit of 0, the rest of a cut word is already too much.
     return cut_at_stop(GeneratedText(tuple(tokens[:max_tokens]), done_reason), stop)
 
 
@@ -134,7 +144,7 @@ def _is_complete(state: int, words_left: int | None, mean_length: int) -> bool:
     """Whether the answer ends here: after its last word, or, if its length is unknown, by a random decision."""
     if words_left is not None:
         return words_left <= 0
-    return _mix(state + _END_SALT) % mean_length == 0
+    return _mix(state + _END_SALT) % mean_length == 0  # once in ``mean_length`` words, on average
 
 
 def cut_at_stop(answer: GeneratedText, stop: Sequence[str]) -> GeneratedText:
@@ -158,9 +168,10 @@ def split_tokens(text: str, size: int = 4) -> tuple[str, ...]:
 
 
 def make_schema_example(schema: Any, words: Sequence[str], depth: int = 0) -> Any:
-    """Makes a value that fits a JSON schema. Only simple schemas are supported.
+    """Makes a value that fits a JSON schema. Only simple schemas are supported; for others, the value is a string.
 
-    The first ``words`` are the value of each string. ``depth`` is the number of schemas around this one.
+    The first ``words`` are the value of each string. ``depth`` is the number of schemas around this one: a schema that
+    is nested too deep also gives a string.
     """
     example_text = " ".join(words[:4])
     if not isinstance(schema, Mapping) or depth > 16:
@@ -173,7 +184,7 @@ def make_schema_example(schema: Any, words: Sequence[str], depth: int = 0) -> An
         if schema.get(key):
             return make_schema_example(schema[key][0], words, depth + 1)
     schema_type = schema.get("type", "object" if "properties" in schema else "string")
-    if isinstance(schema_type, list):
+    if isinstance(schema_type, list):  # ["string", "null"]: the value may have one of these types
         schema_type = next((name for name in schema_type if name != "null"), "null")
     match schema_type:
         case "object":
@@ -196,7 +207,7 @@ def make_schema_example(schema: Any, words: Sequence[str], depth: int = 0) -> An
 def make_embedding(text: str, size: int = EMBEDDING_LENGTH) -> list[float]:
     """Makes an embedding of ``size`` numbers: the same text always gives the same numbers. The norm is 1."""
     state = zlib.crc32(text.encode(errors="replace"))
-    values = [(_mix(state + number) / 0xFFFFFFFF) - 0.5 for number in range(size)]
+    values = [(_mix(state + number) / 0xFFFFFFFF) - 0.5 for number in range(size)]  # each from -0.5 to 0.5
     norm = sum(value * value for value in values) ** 0.5
     return [value / norm for value in values]
 
@@ -209,7 +220,10 @@ def _draw_length(question: str, model_state: int, length_range: tuple[int, int])
 
 
 def _mix(state: int) -> int:
-    """Makes a random 32-bit number of a CRC. A CRC is linear: without the mixing, the words would show a pattern."""
+    """Makes a random 32-bit number of a CRC. A CRC is linear: without the mixing, the words would show a pattern.
+
+    The steps and the factor are those of a known hash function for 32-bit numbers (Thomas Mueller's).
+    """
     state = (state ^ (state >> 16)) * 0x45D9F3B & 0xFFFFFFFF
     state = (state ^ (state >> 16)) * 0x45D9F3B & 0xFFFFFFFF
     return state ^ (state >> 16)

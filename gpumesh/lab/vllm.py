@@ -29,7 +29,7 @@ class SimVllm(SimServer):
     """One simulated vLLM server. All models of its profile are in memory from the start.
 
     The profile's ``slots`` is the server's ``--max-num-seqs``. ``api_key``: only requests with this key may use
-    ``/v1``; ``None``: all may.
+    ``/v1``; ``None``: every request may.
     """
 
     def __init__(
@@ -80,12 +80,13 @@ class SimVllm(SimServer):
         """The lines of /metrics: vLLM's gauges of running and waiting requests and of the KV cache."""
         counters = self.counters
         running, waiting = float(counters.running), float(counters.in_flight - counters.running)
+        # The KV cache has no other figure here: each request counts as one slot's share of the cache.
         gauges = (  # name, help text, value
             ("num_requests_running", "Number of requests in model execution batches.", running),
             ("num_requests_waiting", "Number of requests waiting to be processed.", waiting),
             ("kv_cache_usage_perc", "KV-cache usage. 1 means 100 percent usage.", running / self.profile.slots),
         )
-        first_model = self.profile.models[0]
+        first_model = self.profile.models[0]  # a real vLLM serves one model
         for name, help_text, value in gauges:
             yield f"# HELP vllm:{name} {help_text}"
             yield f"# TYPE vllm:{name} gauge"
@@ -102,7 +103,10 @@ class SimVllm(SimServer):
         return card | {"root": name, "parent": None, "max_model_len": model.context_length}
 
     async def _chat(self, request: web.Request) -> web.StreamResponse:
-        """Answers the messages of a chat, or continues the last message with ``continue_final_message``."""
+        """Answers the messages of a chat, or continues the last message with ``continue_final_message``.
+
+        A client that asks for this must also set ``add_generation_prompt``, whose default is true, to false.
+        """
         body = await read_json(request)
         continues = body.get("continue_final_message") is True
         if continues and body.get("add_generation_prompt", True) is True:
@@ -121,7 +125,10 @@ class SimVllm(SimServer):
         return await self.write_answer(request, generation, frames, stream=body.get("stream") is True)
 
     def _read_request(self, body: Mapping[str, Any], **parts: Any) -> GenerationRequest:
-        """As ``read_generation_request``, but a name without a tag does not mean ``:latest``. Raises ApiError."""
+        """As ``read_generation_request``, but a name without a tag does not mean ``:latest``.
+
+        Raises ApiError if the model is not served, or if the request names no model.
+        """
         name = body.get("model")
         if isinstance(name, str) and name not in self.engine.store:
             raise ApiError(404, f"The model `{name}` does not exist.")

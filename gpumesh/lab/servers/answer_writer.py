@@ -86,14 +86,14 @@ class AnswerWriter:
         return await self.stop()
 
     async def fail(self, message: str) -> web.StreamResponse:
-        """Ends the answer with an error: a status before the first byte, otherwise a frame."""
+        """Ends the answer with an error: before the first byte with the status 500, after it with a frame."""
         if self.response is None:
             return self._build_error(self.request.path, 500, message)
         await self._send(self._frames.encode_error(message))
         return await self.stop()
 
     async def stop(self) -> web.StreamResponse:
-        """Ends the body without a final frame, as if the answer were complete."""
+        """Ends the body without a final frame, as if the answer were complete. Before the first byte, it is empty."""
         if self.response is None:
             return web.Response(status=200, content_type=self._frames.content_type)
         await self.response.write_eof()

@@ -75,6 +75,7 @@ class ChatFrames:
         return {**self._base, "object": "chat.completion", "choices": [choice], "usage": build_usage(timings)}
 
     def _chunk(self, delta: Mapping[str, Any], reason: str | None) -> dict[str, Any]:
+        """A chunk of the stream. ``reason`` is ``None`` until the answer is complete."""
         return {**self._base, "choices": [{"index": 0, "delta": delta, "finish_reason": reason}]}
 
 
@@ -112,6 +113,7 @@ class CompletionFrames:
         return {**self._chunk("".join(answer.tokens), answer.done_reason), "usage": build_usage(timings)}
 
     def _chunk(self, content: str, reason: str | None) -> dict[str, Any]:
+        """A chunk of the stream, or the whole answer. ``reason`` is ``None`` until the answer is complete."""
         return {**self._base, "choices": [{"text": content, "index": 0, "finish_reason": reason}]}
 
 

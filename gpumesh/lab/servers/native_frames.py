@@ -40,6 +40,7 @@ class NativeFrames:
         return f'{self._line_start}"{format_now()}",{members},"done":false}}\n'.encode()
 
     def encode_final(self, reason: str, timings: Timings) -> bytes:
+        """The last line: it has no more text, but the reason and the counters."""
         content: dict[str, Any] = {"message": build_message("", "", None)} if self._chat else {"response": ""}
         return (dump_json(self._document(content, reason, timings)) + "\n").encode()
 

@@ -170,7 +170,7 @@ class NativeRoutes:
         """Loads or unloads the model, as a request without a prompt asks for. The answer has ``content``."""
         generation = self._server.read_generation_request(body, **read_common_parts(body))
         await self._engine.preload(generation.model, generation.options, generation.keep_alive)
-        unloads = parse_keep_alive(generation.keep_alive, 1.0) == 0
+        unloads = parse_keep_alive(generation.keep_alive, 1.0) == 0  # 1.0: any default but 0, which would unload
         reason = "unload" if unloads else "load"
         return json_response(
             {"model": generation.name, "created_at": format_now(), **content, "done": True, "done_reason": reason}
@@ -321,7 +321,8 @@ def read_common_parts(body: Mapping[str, Any]) -> dict[str, Any]:
     """
     options = body.get("options") or {}
     try:
-        parse_keep_alive(body.get("keep_alive"), 0.0)  # only a check: the engine reads the value when it needs it
+        # Only a check, for which the default (0.0) has no meaning: the engine reads the value when it needs it.
+        parse_keep_alive(body.get("keep_alive"), 0.0)
     except ValueError as error:
         raise ApiError(400, str(error)) from error
     return {
@@ -378,7 +379,7 @@ async def _write_progress(
 ) -> web.StreamResponse:
     """Writes each step as a line as soon as it comes. If ``stream`` is false, the answer is the last step alone.
 
-    The status is 200; only without ``stream``, an error has status 500.
+    A step with ``error`` then has the status 500. A stream always has 200, because the status is sent before the steps.
     """
     if not _wants_stream(body):
         *_earlier_steps, last_step = [step async for step in steps]

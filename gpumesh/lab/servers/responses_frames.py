@@ -47,6 +47,7 @@ class ResponseFrames:
         return (
             self._start_item()
             + self._encode_event("response.output_text.done", **self._position(), text=text)
+            # The item has one part, its text.
             + self._encode_event("response.content_part.done", **self._position(), part=item["content"][0])
             + self._encode_event("response.output_item.done", output_index=0, item=item)
             + self._encode_event("response.completed", response=self._response(self._output(text), reason, timings))

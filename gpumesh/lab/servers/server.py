@@ -150,6 +150,7 @@ class SimServer(ABC):
                         total_ns=int((self.engine.clock() - asked_at) * 1e9),
                         load_ns=int(lease.load_s * 1e9),
                         prompt_tokens=prompt_tokens,
+                        # At least 1 ns: Ollama's frames leave out a counter that is 0.
                         prompt_ns=max(1, int(prefill_s * 1e9)),
                         tokens=answer.total,
                         eval_ns=max(1, round(answer.total / lease.rate * 1e9)),
@@ -159,7 +160,8 @@ class SimServer(ABC):
                     return response
                 return await self._apply_fault(request, writer, fault)
         except (asyncio.CancelledError, ConnectionError):
-            # The client has closed its connection: aiohttp cancels the handler, or a write fails.
+            # The client has closed its connection: aiohttp cancels the handler, or a write fails. The outcome is still
+            # "failed" if a fault had stopped the answer before.
             if outcome == "failed" and not entry.hit_by_fault:
                 outcome = "cancelled"
             raise
@@ -198,10 +200,11 @@ class SimServer(ABC):
         sent = 0
         while True:
             fault, stop_at = self._find_token_fault(writer.request.path)  # may have changed since the last token
+            # ``_use_fault`` comes last, because it counts a hit.
             if stop_at is not None and sent >= stop_at and self._use_fault(writer.request.path):
                 if fault == "stall_after_tokens":
                     await self._faults_changed.wait()
-                    continue
+                    continue  # with the new faults
                 entry.hit_by_fault = True
                 return fault
             if sent >= writer.answer.total:
@@ -227,7 +230,10 @@ class SimServer(ABC):
         return "", None
 
     async def _apply_fault(self, request: web.Request, writer: AnswerWriter, fault: str) -> web.StreamResponse:
-        """Ends the answer as the fault says: with an error, with the end of the body, or with a reset."""
+        """Ends the answer as the fault says: with an error, with the end of the body, or else with a reset.
+
+        ``fault`` is the name of a field of ``Faults``, as ``_write_tokens`` returns it.
+        """
         if fault == "error_line_after_tokens":
             return await writer.fail("model runner has unexpectedly stopped, this may be due to resource limitations")
         if fault == "end_after_tokens":
@@ -285,7 +291,7 @@ class SimServer(ABC):
 
     async def _listen(self) -> None:
         """Opens the port: the same port as before ``Faults.refuse``, or the caller's port, or a free port."""
-        assert self._runner is not None
+        assert self._runner is not None, "the server has not started"
         sock = socket.socket(socket.AF_INET6 if ":" in self._host else socket.AF_INET)
         try:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -108,6 +108,7 @@ class V1Routes:
         if not texts:
             raise ApiError(400, "invalid input")
         generation = self._server.read_generation_request(body)
+        # ``{}`` and ``None``: OpenAI's form has neither Ollama's ``options`` nor its ``keep_alive``.
         async with self._server.engine.lease_slot(generation.model, {}, None) as lease:
             total_tokens = 0
             for content in texts:
@@ -139,7 +140,7 @@ class V1Routes:
 
 
 def read_options(body: Mapping[str, Any]) -> dict[str, Any]:
-    """Ollama's ``options`` for a request in OpenAI's form."""
+    """Translates the members of a request in OpenAI's form into Ollama's ``options``. ``None``: not given."""
     limit = body.get("max_tokens") or body.get("max_completion_tokens")
     return {"num_predict": limit, "seed": body.get("seed"), "stop": body.get("stop")}
 
