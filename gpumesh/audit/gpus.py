@@ -21,8 +21,8 @@ def check(spec: NodeSpec, state: NodeState) -> Iterator[Finding]:
     gpus, expect, node = state.gpus, spec.expect, spec.name
     if gpus is None or state.tunnel.state is not TunnelPhase.UP:
         return
-    names_a_gpu = expect.gpus is not None or expect.gpu is not None or expect.vram_mib is not None
-    gpu_expected = names_a_gpu and expect.gpus != 0
+    says_something_about_gpus = expect.gpus is not None or expect.gpu is not None or expect.vram_mib is not None
+    gpu_expected = says_something_about_gpus and expect.gpus != 0  # ``gpus: 0`` says that there is none
     if gpu_expected and not gpus:
         expected_gpu = expect.gpu or "a GPU"
         yield Finding(

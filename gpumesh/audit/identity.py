@@ -193,7 +193,7 @@ def check_across_nodes(pairs: Sequence[tuple[NodeSpec, NodeState]]) -> Iterator[
 
 
 def _describe_proof(machine: Machine) -> str:
-    """The end of a sentence such as ``oslo and bergen are …``: whether the nodes are one GPU, and how this is known."""
+    """The end of the sentence ``oslo and bergen are …``: one GPU, or likely one machine, and how this is known."""
     match machine.proof:
         case Proof.GPU:
             return f"one GPU, that is certain: nvidia-smi shows {machine.shared_mark} to each"
@@ -206,7 +206,8 @@ def _describe_proof(machine: Machine) -> str:
 def choose_node_to_keep(names: Sequence[str], specs: Mapping[str, NodeSpec], states: Mapping[str, NodeState]) -> str:
     """Returns the name of the best of several nodes with one GPU; of equal nodes the first.
 
-    The best is a node that serves. Of several, it is one whose GPU is known; of several of these, one without SSH.
+    Nodes are compared by three questions: whether the node serves, whether its GPU is known, whether it needs no SSH.
+    A question counts only between nodes that are equal in the questions before.
     """
 
     def rank(name: str) -> tuple[bool, bool, bool]:
@@ -252,7 +253,8 @@ def hardware_uuids(node: NodeState) -> set[str]:
 def store_fingerprint(catalog: Iterable[ModelInfo]) -> str | None:
     """Returns a fingerprint of a model store; ``None`` if another store could have the same fingerprint by chance.
 
-    So an empty store has none, nor a store with a model without a time, nor a store in which no time has nanoseconds.
+    It is ``None`` for an empty store, for a store with a model whose time is unknown, and for a store in which no time
+    has nanoseconds.
     """
     models = tuple(catalog)
     if not models or not all(model.modified_at for model in models):
@@ -289,8 +291,8 @@ def _group_by_mark(nodes: Sequence[NodeState], proof: Proof) -> Mapping[str, lis
 def _may_be_one_machine(node: NodeState, other: NodeState, proof: Proof) -> bool:
     """Whether two nodes that have a mark in common may be joined by this kind of proof.
 
-    They may not if each may have GPUs of its own. A host key or a store in common does not join them either if the GPUs
-    of both are known: then only the GPUs decide.
+    They may not if each may have GPUs of its own. If the GPUs of both are known, only a GPU in common joins them, not a
+    host key or a store in common.
     """
     if _may_have_own_gpus(node, other):
         return False

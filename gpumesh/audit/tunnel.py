@@ -44,7 +44,7 @@ def check(spec: NodeSpec, state: NodeState) -> Iterator[Finding]:
     tunnel = state.tunnel
     if tunnel.state in _PHASES_WITHOUT_FINDING or tunnel.last_error is None:
         return
-    error_code = tunnel.error_code or TunnelError.code
+    error_code = tunnel.error_code or TunnelError.code  # without a code of its own: ``tunnel``
     hint = tunnel.hint or _HINTS.get(error_code) or f"try it by hand: {_test_command(spec)}"
     if error_code in _OWN_CODES:
         finding_code = error_code

@@ -91,7 +91,7 @@ def _stages_by_label(result: BenchResult) -> dict[str, StageResult]:
 def _compare_stages(label: str, a: StageResult, b: StageResult) -> Iterator[Difference]:
     """Compares the figures of one stage in both results. A figure that both results lack is left out.
 
-    So is the share of failures if no request of the stage has failed in either result.
+    The share of failures is left out if no request has failed in either result.
     """
     for figure, unit, more_is_better, sample_of in _SAMPLE_FIGURES:
         sample_a, sample_b = sample_of(a), sample_of(b)

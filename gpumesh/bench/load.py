@@ -248,7 +248,7 @@ async def run_stage(
                 await _send_in_closed_loop(send, run, stage.concurrency)
             duration_s = run.now()
             cpu_s = time.process_time() - run.cpu_start_s
-        finally:  # also after an error: the helpers never end by themselves, and the group waits for them
+        finally:  # also after an error: ``_measure_lag`` never ends by itself, and the group waits for it
             for helper in helpers:
                 helper.cancel()
     return run.complete(duration_s, cpu_s)
@@ -324,7 +324,7 @@ async def _send_request(
     try:
         async with send(planned.chat, planned.node) as answer:
             async for chunk in answer:
-                if chunk.text or chunk.thinking:
+                if chunk.text or chunk.thinking:  # another chunk, such as the final one, is no piece of the answer
                     arrivals_s.append(run.now())
                 if chunk.done:
                     counters, done_reason = chunk.counters, chunk.done_reason

@@ -267,7 +267,7 @@ def _make_mesh_stage(
 
 
 def _plan_quick(settings: BenchSettings, prompts: PromptFactory, nodes: Sequence[NodeFacts]) -> list[Stage]:
-    """Each node alone with one request at a time, then all nodes together with one request in flight per node."""
+    """Each node alone with one request at a time, then all nodes together, by default with one request per node."""
     count = settings.requests or 10  # ten are enough for a p90 (``stats.supports_percentile``)
     level = settings.concurrency[0] if settings.concurrency else len(nodes)
     node_stages = [_make_node_stage(prompts, node, count, concurrency=1) for node in nodes]
@@ -290,6 +290,7 @@ def _plan_scale(settings: BenchSettings, prompts: PromptFactory, nodes: Sequence
     stages = []
     total_level = 0
     for node in nodes:
+        # By default the full load: as many requests as the node runs at once; 1 if that is unknown.
         level = settings.concurrency[0] if settings.concurrency else node.parallel or 1
         total_level += level
         node_count = max(settings.requests or 10, 3 * level)  # at least three rounds, as in ``_plan_sweep``

@@ -273,7 +273,10 @@ def _loaded_rate(stage: Stage, records: Sequence[LoadSample]) -> float | None:
 
 
 def _meets_objective(record: LoadSample, objective: Objective) -> bool:
-    """Whether the request counts for goodput. An answer of one token has no TPOT, so only its TTFT matters."""
+    """Whether the request counts for goodput. An answer of one token has no TPOT, so only its TTFT matters.
+
+    A request whose TTFT is unknown does not count.
+    """
     ttft, tpot = record.ttft_ms, request_tpot_ms(record)
     if ttft is None or ttft > objective.ttft_ms:
         return False
@@ -287,7 +290,7 @@ def _wall_rate(record: LoadSample) -> float | None:
 
 
 def _shares(served: Sequence[LoadSample]) -> tuple[NodeShare, ...]:
-    """The part of the served requests of each node, in the order of the nodes' names."""
+    """The part of the served requests that each node has served, in the order of the nodes' names."""
     by_node: dict[str, list[LoadSample]] = {}
     for record in served:
         if record.node is not None:

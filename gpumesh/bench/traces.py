@@ -37,8 +37,8 @@ class TracedRequest:
 def parse_trace(lines: Iterable[str], *, file: str, limit: int | None = None) -> list[TracedRequest]:
     """Reads the first ``limit`` requests of a trace in one of the two formats, and returns them in order of time.
 
-    ``limit`` is at most ``MAX_REQUESTS``, and this by default. ``file`` is the file's name for errors. Raises
-    UsageError, with file and line, when the text has neither format or holds no request.
+    Without ``limit``, or with a larger one, it reads the first ``MAX_REQUESTS``. ``file`` is the file's name for
+    errors. Raises UsageError, with file and line, when the text has neither format or holds no request.
     """
     numbered_lines = ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
     first_numbered_line = next(numbered_lines, None)

@@ -81,10 +81,10 @@ def render_request(request: GenerationRequest) -> str:
 def plan_answer(request: GenerationRequest, profile: HostProfile) -> PlannedAnswer:
     """Plans the whole answer of the request's model. Raises ApiError if Ollama would refuse the request.
 
-    The answer is a tool call, a JSON document (``request.format``) or text.
+    The answer is a tool call, a JSON document (``request.format``) or text. Thinking may come first.
     """
     prompt = render_request(request)
-    num_predict = request.options.get("num_predict")
+    num_predict = request.options.get("num_predict")  # negative: no limit
     limit = num_predict if isinstance(num_predict, int) and num_predict >= 0 else None
     answer = _generate_text(request, prompt, limit, profile.answer_tokens)
     tool = _plan_tool_call(request, answer.tokens)
@@ -136,8 +136,8 @@ def _json_answer(document: Any, limit: int | None) -> text.GeneratedText:
 def _should_think(request: GenerationRequest) -> bool:
     """Whether the model thinks before its answer. A thinking model thinks in a chat, unless ``think`` is false.
 
-    It does not think before a raw prompt's answer, nor when it continues an answer. Raises ApiError if the request asks
-    a model to think that is no thinking model.
+    It thinks neither for a raw prompt, nor when it continues an answer. Raises ApiError if the request asks for
+    thinking, but the model cannot think.
     """
     if request.think and not request.model.thinking:
         raise ApiError(400, f'"{request.name}" does not support thinking')
@@ -147,10 +147,11 @@ def _should_think(request: GenerationRequest) -> bool:
 
 
 def _plan_tool_call(request: GenerationRequest, answer_tokens: tuple[str, ...]) -> ToolCall | None:
-    """Plans a call of the request's first tool. Returns ``None`` if there is no tool, or nothing to call it for.
+    """Plans a call of the request's first tool, if the last message is the user's.
 
-    The model calls a tool if the last message is the user's; after a message with the tool's result it answers with
-    text. ``answer_tokens`` become the texts in the call's arguments. Raises ApiError if the model cannot use tools.
+    Returns ``None`` if the request has no tool, or if its last message is another one: after a tool's result, the model
+    answers with text. ``answer_tokens`` become the texts in the call's arguments. Raises ApiError if the model cannot
+    use tools.
     """
     if not request.tools or not request.messages or request.messages[-1].get("role") != "user":
         return None

@@ -140,7 +140,7 @@ class ChannelIo:
             self._unsent_stderr.clear()
         if self._unsent_bytes < LOW_WATER:
             self._drained.set()
-        if self._eof_pending and not self._unsent_bytes and not self.closed:
+        if self._eof_pending and not self._unsent_bytes and not self.closed:  # the end goes after the last byte
             self._eof_pending = False
             with contextlib.suppress(OSError, EOFError, paramiko.SSHException):  # the connection has just ended
                 self._channel.shutdown_write()
@@ -223,7 +223,7 @@ class ForwardedChannel(asyncio.Protocol):
         """Begins to pass bytes: the local connection is there."""
         self._transport = cast("asyncio.Transport", transport)  # uvloop's transports are no subclasses of asyncio's
         sock = transport.get_extra_info("socket")
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # a small piece does not wait for the next one
         self._io.resume()
 
     def data_received(self, data: bytes) -> None:

@@ -167,8 +167,8 @@ class Engine:
         self.max_running = 0
         self._runner_lock = asyncio.Lock()  # one request at a time loads a model or joins a runner
         self._runner_released = asyncio.Event()
-        self._busy = UsageAverage(tau_s=0.3, clock=clock)
-        self._warmth = UsageAverage(tau_s=15.0, clock=clock)
+        self._busy = UsageAverage(tau_s=0.3, clock=clock)  # follows the load almost at once
+        self._warmth = UsageAverage(tau_s=15.0, clock=clock)  # a card becomes warm and cold slowly
         default_options = (None,) * len(RELOAD_OPTIONS)  # ``None``: the default
         for model in profile.models:
             if model.resident:
@@ -229,7 +229,7 @@ class Engine:
         Tokens in the prefix cache take no time, but are counted.
         """
         tokens = count_tokens(prompt)
-        if math.isinf(lease.prefill_rate):
+        if math.isinf(lease.prefill_rate):  # prefill takes no time
             return tokens, 0.0
         new_tokens = max(1, tokens - self._use_cache(lease.runner, prompt))  # the last token is always computed
         seconds = new_tokens / lease.prefill_rate
@@ -242,7 +242,7 @@ class Engine:
         return list(self.runners.values())
 
     def expire_runners(self) -> None:
-        """Unloads the models whose time has passed, unless they are in use."""
+        """Unloads the models whose time has passed, unless they are in use or still load."""
         now = self.clock()
         for name, runner in list(self.runners.items()):
             if runner.users == 0 and not runner.loading and runner.expires_at <= now:
@@ -269,7 +269,7 @@ class Engine:
         """Makes a runner with these values of ``RELOAD_OPTIONS``. The caller adds it to ``runners``."""
         num_ctx = reload_options[RELOAD_OPTIONS.index("num_ctx")]
         context_length = num_ctx if isinstance(num_ctx, int) else default_context(model)
-        slots = 1 if model.embedding else self.profile.slots
+        slots = 1 if model.embedding else self.profile.slots  # as in Ollama
         expires_at = self.clock() + self.profile.keep_alive_s
         return Runner(model, reload_options, asyncio.Semaphore(slots), expires_at, context_length=context_length)
 
@@ -345,7 +345,7 @@ class Engine:
         self._warmth.set_target(target)
 
     def _use_cache(self, runner: Runner, prompt: str) -> int:
-        """Returns how many tokens of the prompt's start are in the cache (0 if there is none), and adds the prompt."""
+        """Returns how many tokens of the prompt's start are in the cache, and adds the prompt. 0 without a cache."""
         if not self.profile.prefix_cache:
             return 0
         cached_length = max((_common_prefix_length(prompt, cached) for cached in runner.prompts), default=0)

@@ -120,6 +120,7 @@ class LabHost:
                 env=environment.child_environment(),
                 start_new_session=True,  # a Ctrl-C in the terminal must not reach the host
             )
+        # At the first start, both ports are 0: the host chooses them.
         start = HostStart(self.profile, self._host_key, self._authorized, self.ssh_port or 0, self.backend_port)
         reply = await self._ask(to_json(start))
         self.ssh_port, self.backend_port = reply["ssh_port"], reply["backend_port"]
@@ -217,7 +218,7 @@ class Lab:
         self.identity = folder / "id_ed25519"
         self.known_hosts = folder / "known_hosts"
         key = keys.new_key()
-        self.identity.touch(mode=0o600)
+        self.identity.touch(mode=0o600)  # before the key is written: ssh refuses a key that others can read
         self.identity.write_text(key)
         self._hosts = {
             profile.name: LabHost(profile, folder, authorized=[keys.public_key_line(key)]) for profile in profiles

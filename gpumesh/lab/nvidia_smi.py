@@ -273,8 +273,8 @@ def _select_cards(argv: Sequence[str], cards: Sequence[GpuSnapshot]) -> Sequence
 
 
 def _table(cards: Sequence[GpuSnapshot]) -> str:
-    """The table for people: nvidia-smi's output without options."""
-    driver = cards[0].driver
+    """The table for people: nvidia-smi's output without options. There is at least one card."""
+    driver = cards[0].driver  # the same for all GPUs of a host
     line = "+" + "-" * 41 + "+" + "-" * 24 + "+" + "-" * 22 + "+\n"
     parts = [
         "+" + "-" * 89 + "+\n",

@@ -43,6 +43,7 @@ def _is_local_name(name: str, own_name: str) -> bool:
     with contextlib.suppress(ValueError):  # the text is a name, not an address
         address = ipaddress.ip_address(name)
         return address.is_loopback or address.is_private or address.is_unspecified
+    # "": the request has no Host header.
     return name in ("", "localhost", own_name.lower()) or name.endswith((".localhost", ".local", ".internal"))
 
 

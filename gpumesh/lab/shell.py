@@ -95,7 +95,8 @@ class SimShell:
         """
         path, *arguments = argv
         name = path.rsplit("/", 1)[-1]
-        if name in _SHELLS and len(arguments) >= 2 and arguments[0] in ("-c", "-lc"):
+        is_shell_with_text = name in _SHELLS and len(arguments) >= 2 and arguments[0] in ("-c", "-lc")
+        if is_shell_with_text:
             text = arguments[1]
             killable_command = unwrap_killable(text)
             if killable_command is not None:
@@ -117,9 +118,11 @@ class SimShell:
 
     async def _find_command(self, names: list[str], streams: StandardStreams) -> int:
         """Runs ``command -v NAME``: writes the path of a known command, or returns status 127."""
-        if not names or (names[0] not in _COMMANDS and names[0] != "nvidia-smi"):
+        name = names[0] if names else ""
+        is_known = name in _COMMANDS or name == "nvidia-smi"
+        if not is_known:
             return 127
-        await streams.write(f"/usr/bin/{names[0]}\n".encode())
+        await streams.write(f"/usr/bin/{name}\n".encode())
         return 0
 
     async def _run_until_input_ends(self, command: str, streams: StandardStreams, depth: int) -> int:

@@ -276,6 +276,7 @@ class _Connection:
         command_task = asyncio.ensure_future(self.server.shell.run(command, streams))
         try:
             await asyncio.wait((command_task, close_watch), return_when=asyncio.FIRST_COMPLETED)
+            # An exception: the client has closed the channel, or the lab has a bug. There is no status to send then.
             if command_task.done() and command_task.exception() is None:
                 await streams.finish(command_task.result())
         finally:

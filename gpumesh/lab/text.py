@@ -193,7 +193,7 @@ def make_schema_example(schema: Any, words: Sequence[str], depth: int = 0) -> An
         case "array":
             count = max(1, int(schema.get("minItems", 1)))
             return [make_schema_example(schema.get("items", {}), words, depth + 1)] * count
-        case "integer":
+        case "integer":  # 42, and 0.5 below: without a minimum, any number fits
             return int(schema.get("minimum", 42))
         case "number":
             return float(schema.get("minimum", 0.5))

@@ -34,7 +34,7 @@ class MessagesFrames:
         self._called_tool = False
 
     def encode_piece(self, content: str, thinking: str, tool: ToolCall | None) -> bytes:
-        """The event with the next piece, after the events that open a content block of its type if none is open."""
+        """The event with the next piece. If no content block of its type is open, events that open one come first."""
         if tool is not None:
             self._called_tool = True
             block = {"type": "tool_use", "id": "toolu_1", "name": tool.name, "input": {}}
@@ -82,7 +82,7 @@ class MessagesFrames:
     def _open_block(self, block: Mapping[str, Any]) -> bytes:
         """The events that begin the content block, or no bytes if a block of this type is open already.
 
-        The events before its own start the message, or end the block that is open.
+        Before them come the events that start the message, or that end the block that is open.
         """
         if self._block_type == block["type"]:
             return b""

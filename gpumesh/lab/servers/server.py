@@ -53,7 +53,8 @@ class SimServer(ABC):
     async def __aenter__(self) -> Self:
         app = web.Application(middlewares=[self._middleware], client_max_size=MAX_BODY)
         self.add_routes(app)
-        # The server stops generating when its client goes: the handler is cancelled as soon as the connection ends.
+        # The server stops generating when its client goes: the handler is cancelled as soon as the connection ends. At
+        # the end of the server there is little to wait for (0.1 s), because ``__aexit__`` resets all connections.
         self._runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=0.1)
         await self._runner.setup()
         await self._listen()
@@ -133,7 +134,8 @@ class SimServer(ABC):
         """
         asked_at = self.engine.clock()
         answer = plan_answer(generation, self.profile)
-        entry = _LogEntry(LoggedRequest(request.path, generation.model.name, asked_at, answer.prompt[-400:]))
+        prompt_end = answer.prompt[-400:]  # enough to recognize a request; whole prompts would fill the memory
+        entry = _LogEntry(LoggedRequest(request.path, generation.model.name, asked_at, prompt_end))
         self._record_start(entry)
         outcome = "failed"  # until the answer is complete or the client has gone
         try:
@@ -195,7 +197,8 @@ class SimServer(ABC):
     async def _write_tokens(self, writer: AnswerWriter, pacer: Pacer, entry: _LogEntry) -> str | None:
         """Sends each token when it is due. Returns the name of the fault that stops the answer, or ``None``.
 
-        The names are those of the fields of ``Faults``. While the answer stalls, this waits until the faults change.
+        ``None``: the answer is complete. The names are those of the fields of ``Faults``. While the answer stalls, this
+        waits until the faults change.
         """
         sent = 0
         while True:
@@ -222,7 +225,8 @@ class SimServer(ABC):
     def _find_token_fault(self, path: str) -> tuple[str, int | None]:
         """The fault that stops answers of this path: its name, and after how many tokens. ``("", None)``: no fault."""
         faults = self._faults
-        if self._fault_hits_left != 0 and _hits(faults, path):
+        may_still_hit = self._fault_hits_left != 0
+        if may_still_hit and _hits(faults, path):
             for name in ("cut_after_tokens", "end_after_tokens", "error_line_after_tokens", "stall_after_tokens"):
                 token_count = getattr(faults, name)
                 if token_count is not None:
@@ -244,13 +248,17 @@ class SimServer(ABC):
 
     @web.middleware
     async def _middleware(self, request: web.Request, handler: RequestHandler) -> web.StreamResponse:
-        """Handles each HTTP request: counts it, refuses it, applies a fault, or calls the route's handler."""
+        """Handles each HTTP request: counts it, refuses it, applies a fault, or calls the route's handler.
+
+        Of the faults ``hang``, ``status`` and ``disconnect``, the first that is set is applied.
+        """
         self._http_requests += 1
         refusal = self.find_refusal(request)
         if refusal is not None:
             return refusal
         faults = self._faults
-        if (faults.hang or faults.status or faults.disconnect) and self._use_fault(request.path):
+        has_fault = faults.hang or faults.status or faults.disconnect
+        if has_fault and self._use_fault(request.path):  # ``_use_fault`` counts a hit: only if there is such a fault
             await request.read()
             if faults.hang:
                 await self._faults_changed.wait()  # afterwards the request is handled as usual

@@ -146,7 +146,7 @@ def read_options(body: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_messages(body: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Reads the messages of a chat. Raises ApiError if they are missing or not objects."""
+    """Reads the messages of a chat. Raises ApiError if there are none, or if one of them is not an object."""
     messages = body.get("messages")
     if not isinstance(messages, list) or not messages:
         raise ApiError(400, "[] is too short - 'messages'")
