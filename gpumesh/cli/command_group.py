@@ -45,7 +45,8 @@ class _LazyCommands(MutableMapping[str, Any]):
         self._imported: dict[str, Any] = {}
 
     def __getitem__(self, name: str) -> Any:
-        """The command, which is imported and prepared now if this is the first time. Raises KeyError."""
+        """The command, which is imported and prepared now if this is the first time. Raises KeyError for an unknown
+        name."""
         if name not in self._imported:
             module_name, _ = COMMANDS[name]
             command = build_command(importlib.import_module(f"gpumesh.cli.commands.{module_name}").app)
@@ -70,7 +71,7 @@ class LazyGroup(TyperGroup):
     """Lists its commands without importing them."""
 
     def __init__(self, **attrs: Any) -> None:
-        super().__init__(**{**attrs, "commands": None})
+        super().__init__(**{**attrs, "commands": None})  # no commands of Typer's own: _LazyCommands has them all
         self.commands = _LazyCommands()
 
     def list_commands(self, _ctx: Any) -> list[str]:
@@ -84,13 +85,17 @@ class LazyGroup(TyperGroup):
 
 def _use_plain_name(parameter: Any) -> None:
     """Gives an argument the name ``NODE...`` in the usage line, as in ssh and kubectl, not ``{NODE}...``, and hides its
-    type. Does nothing to an option, and nothing with a version of Typer that has no such method."""
-    if parameter.param_type_name != "argument" or not hasattr(parameter, "_usage_display_name"):
+    type. Does nothing to an option, and nothing if this version of Typer lacks ``_usage_display_name``: that method is
+    private to Typer."""
+    is_argument = parameter.param_type_name == "argument"
+    if not is_argument or not hasattr(parameter, "_usage_display_name"):
         return
     name = parameter.display_name_raw
+    # Some names have the brackets or the dots already: their ``metavar`` was written so.
     if not parameter.required and not name.startswith("["):
         name = f"[{name}]"
-    if parameter.nargs != 1 and not name.endswith("..."):
+    takes_several_words = parameter.nargs != 1
+    if takes_several_words and not name.endswith("..."):
         name += "..."
     parameter._usage_display_name = lambda: name
     parameter.display_type_rich = lambda **_: None
@@ -110,8 +115,8 @@ def _prepare_command(command: Any) -> Any:
 
 
 def _add_global_options(command: Any) -> None:
-    """Adds ``--config``, ``--quiet`` and ``--verbose`` to a command, without the names (as ``-c``) that the command
-    gives to options of its own."""
+    """Adds ``--config``, ``--quiet`` and ``--verbose`` to a command. If the command has an option of its own with one
+    of their names, this name stays with the command: in `bench run`, ``-c`` is ``--concurrency``."""
     from gpumesh.cli.global_options import repeat_global_options
 
     own_names = {name for parameter in command.params for name in parameter.opts}

@@ -46,6 +46,7 @@ def complete_models(ctx: typer.Context, incomplete: str) -> list[str]:
     """The models of a running mesh, in the order of the alphabet; none if no mesh runs. Names from hosts are hostile
     until ``_safe_names`` has filtered them."""
     names: set[str] = set()
+    # KeyError and TypeError: the status of a mesh of another version may have another form.
     with contextlib.suppress(GPUMeshError, OSError, KeyError, TypeError):
         from gpumesh import config
         from gpumesh.daemon import paths
@@ -60,14 +61,14 @@ def complete_models(ctx: typer.Context, incomplete: str) -> list[str]:
 
 
 def complete_priorities(incomplete: str) -> list[str]:
-    """The priorities of `run`."""
+    """The priorities of `run` that begin with ``incomplete``."""
     from gpumesh.balancer.base import Priority
 
     return [priority for priority in Priority if priority.startswith(incomplete)]
 
 
 def complete_scenarios(incomplete: str) -> list[str]:
-    """The scenarios of `bench run`."""
+    """The scenarios of `bench run` that begin with ``incomplete``."""
     from gpumesh.bench.scenarios import Scenario
 
     return [scenario for scenario in Scenario if scenario.startswith(incomplete)]
@@ -75,7 +76,7 @@ def complete_scenarios(incomplete: str) -> list[str]:
 
 def _config_option(ctx: typer.Context) -> Path | None:
     """The value of ``--config`` after the command's name, else before it; ``None`` if it is not given."""
-    value_after_command = ctx.meta.get("gpumesh.config")
+    value_after_command = ctx.meta.get("gpumesh.config")  # global_options._store_option has put it there
     if value_after_command is not None:
         return Path(value_after_command)
     context: Any = ctx

@@ -101,7 +101,8 @@ def _filter_completions(
     own."""
 
     def get_completions(self: Any, args: list[str], incomplete: str) -> list[Any]:
-        # A word that begins with a hyphen is not plain, but an option: allowed only where a person has typed a hyphen.
+        # A word that begins with a hyphen is an option, and not plain. It is allowed only where a person has typed a
+        # hyphen: then the test leaves out its hyphens (`lstrip("")` removes nothing).
         allowed_prefix = "-" if incomplete.startswith("-") else ""
         words = [candidate for candidate in get_unfiltered(self, args, incomplete) if candidate.type == "plain"]
         return [word for word in words if is_plain(word.value.lstrip(allowed_prefix))]

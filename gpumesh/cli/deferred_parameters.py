@@ -19,14 +19,16 @@ class _DeferredParameter:
     def coerce(self, value: Any, param: Any, ctx: Any) -> Any:
         """Converts the value of a parameter. Values that need no conversion are returned without Typer's reader.
 
-        Typer calls this method on its own reader, with these names."""
-        if value is None:
+        Typer calls this method on its own reader, so its name and its parameters are Typer's."""
+        if value is None:  # the parameter is not given
             takes_several = param.multiple or param.nargs == -1
             return () if takes_several else None
-        annotation = param.type_descriptor.annotation
-        if value == param.default or (isinstance(value, str) and annotation is str):
+        is_text, annotation = isinstance(value, str), param.type_descriptor.annotation
+        if value == param.default:
             return value
-        if isinstance(value, str) and annotation is Path and param.name == "config":
+        if is_text and annotation is str:
+            return value
+        if is_text and annotation is Path and param.name == "config":  # given with most commands, so it must be quick
             return Path(value)
         self._parameter._runtime_param = None  # Typer's own reader is made by the next call
         return self._parameter.get_runtime_param().coerce(value, param=param, ctx=ctx)
@@ -44,7 +46,7 @@ def defer_parameters(command: Any) -> Any:
 
 def _defer(parameter: Any) -> Any:
     """The same parameter, which has a _DeferredParameter now unless Typer has made its own reader already."""
-    # Older versions of Typer have no such attribute, and no such cost.
+    # ``None``: Typer has not made its reader yet. Older versions of Typer have no such attribute, and no such cost.
     own_reader = getattr(parameter, "_runtime_param", "no such attribute")
     if own_reader is None:
         parameter._runtime_param = _DeferredParameter(parameter)

@@ -35,25 +35,25 @@ def is_expected(error: BaseException) -> bool:
 
 
 def exit_with(error: BaseException) -> NoReturn:
-    """Prints an expected error and ends the process with its exit code. KeyboardInterrupt exits with 130, and prints
-    nothing."""
+    """Prints an expected error (``is_expected``), and ends the process with its exit code. KeyboardInterrupt exits with
+    130, and prints nothing."""
     if isinstance(error, GPUMeshError):
         print_error(error)
         sys.exit(int(error.exit_code))
     if isinstance(error, OSError):
         _exit_after_system_error(error)
-    sys.exit(int(ExitCode.INTERRUPTED))
+    sys.exit(int(ExitCode.INTERRUPTED))  # KeyboardInterrupt
 
 
 def _exit_after_system_error(error: OSError) -> NoReturn:
     """Prints the error, unless the reader of our output has gone (BrokenPipeError), and ends the process."""
-    # When Python exits, it writes its buffer of stdout once more. stdout may be the file that failed, so stdout becomes
-    # a file that takes the buffer.
+    # When Python exits, it writes its buffer of stdout once more. If stdout is the file that failed, that would fail
+    # again. So stdout becomes /dev/null, which takes the buffer.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if not isinstance(error, BrokenPipeError):
         file_prefix = f"{error.filename}: " if error.filename else ""
         reason = (error.strerror or str(error)).lower()
-        hint = _SYSTEM_ERRORS.get(error.errno or 0, "")
+        hint = _SYSTEM_ERRORS.get(error.errno or 0, "")  # 0 is the number of no error
         print_error(GPUMeshError(f"{file_prefix}{reason}", hint=hint))
     sys.exit(int(ExitCode.FAILED))
 
@@ -80,6 +80,7 @@ def print_error(error: GPUMeshError) -> None:
         count = f"more than {MAX_PROBLEMS}" if is_cut else len(error.problems)
         lines = [f"error: {count} problems in the configuration", *map(str, error.problems)]
     else:
+        # The node's name comes first, unless the message names the node itself.
         node_prefix = f"{error.node}: " if error.node and error.node not in error.message else ""
         lines = [f"error: {node_prefix}{error.message}"]
     if error.hint:

@@ -60,9 +60,9 @@ class GlobalOptions:
 
 
 def global_options(ctx: typer.Context) -> GlobalOptions:
-    """The options of this run."""
+    """The options of this run, which the root command has stored."""
     options = ctx.find_root().obj
-    assert isinstance(options, GlobalOptions), "the root command's callback makes them"
+    assert isinstance(options, GlobalOptions), "the root command's callback has not run"
     return options
 
 
@@ -80,14 +80,15 @@ def repeat_global_options() -> list[Any]:
     for option in build_command(template).params:
         if option.name in ("config", "quiet", "verbose"):  # not Typer's own --help
             option.callback = _store_option
-            option.expose_value = False
+            option.expose_value = False  # the command's function has no parameter for it
             options.append(option)
     return options
 
 
 def _store_option(ctx: Any, parameter: Any, value: Any) -> Any:
-    """The callback of the repeated options: stores a value that was given in the GlobalOptions."""
-    if value:
+    """The callback of the repeated options: stores the option's value in the GlobalOptions, if the option is given.
+    Returns the value unchanged."""
+    if value:  # else the option is not given, and must not replace a value from before the command's name
         # Completion does not run the root's callback, so there is no GlobalOptions: it reads ``meta`` instead.
         ctx.meta[f"gpumesh.{parameter.name}"] = value
         options = ctx.find_root().obj

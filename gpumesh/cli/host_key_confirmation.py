@@ -37,8 +37,10 @@ def confirm_key(spec: NodeSpec, ssh: SshSpec, *, yes: bool) -> None:
 
 
 def _confirm_host(node: str, shown_name: str, ssh: SshSpec, key: HostKey, *, yes: bool) -> None:
-    """Shows, confirms and records the key of one host. ``node`` is "" for a jump host: if its key is on record,
-    nothing is shown."""
+    """Shows the key of one host, lets a person confirm it unless ``yes`` is set, and records it. Records it without a
+    question if it is on record for the address, but not for the node. Raises GPUMeshError for a revoked key.
+
+    ``node`` is "" for a jump host: if its key is on record, nothing is shown. ``shown_name``: the host in messages."""
     from gpumesh.tunnels import hostkeys, known_hosts
     from gpumesh.tunnels.hostkeys import HostKeyStatus
 
@@ -56,8 +58,8 @@ def _confirm_host(node: str, shown_name: str, ssh: SshSpec, key: HostKey, *, yes
             hint="whoever marked it knows why: do not connect to a host that shows it",
             node=node or None,
         )
-    if is_on_record and judgement.recorded_for_node:
-        return  # for the address and for the node's name: nothing is to be added
+    if is_on_record and judgement.recorded_for_node:  # for the address and for the node's name
+        return
     if not is_on_record:
         for line in explain_judgement(judgement, ssh.known_hosts):
             typer.echo(f"  {clean_line(line)}", err=True)
@@ -113,22 +115,22 @@ async def _look_up_address(spec: NodeSpec, ssh: SshSpec) -> SshSpec:
     """``ssh`` with the host and port that the node's command ``address_from`` prints. Raises GPUMeshError."""
     from gpumesh.tunnels import address_command
 
-    assert ssh.address_from is not None
+    assert ssh.address_from is not None, "the node has no address_from"
     host, port = await address_command.ask_address(ssh.address_from, node=spec.name, default_port=ssh.port)
     return replace(ssh, host=host, port=port)
 
 
 def _fetch_key(node: str, ssh: SshSpec) -> HostKey:
-    """The public key that the host shows; the host proves that it has the private part. Raises GPUMeshError if the host
-    cannot be reached."""
+    """The public key that the host shows; the host proves that it has the private part. ``node`` is "" for a jump host.
+    Raises GPUMeshError if the host cannot be reached."""
     from gpumesh import config
     from gpumesh.tunnels import transports
 
     secrets: list[tuple[str, str]] = []  # pairs of name and value
-    if ssh.proxy_jump:  # we log in to jump hosts, so secrets are needed
+    if ssh.proxy_jump:  # on the way to the host we log in to its jump hosts, which needs the secrets
         for name, variable in (("password", ssh.password_env), ("passphrase", ssh.passphrase_env)):
             if variable is not None:
                 secrets.append((name, config.read_secret(variable, node=node or None)))
-    else:
+    else:  # a host shows its key before a login, so a secret that is not set must not be an error
         ssh = replace(ssh, password_env=None, passphrase_env=None)
     return run_async(transports.fetch_host_key(node, ssh, secrets=tuple(secrets), timeout_s=ssh.connect_timeout_s))

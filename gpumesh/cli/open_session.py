@@ -18,16 +18,16 @@ T = TypeVar("T")
 
 
 def run_async(main: Coroutine[Any, Any, T]) -> T:
-    """Runs the coroutine to its end. Ctrl-C cancels it, which also ends its work on the hosts; then the command exits
-    with 130."""
+    """Runs the coroutine to its end, and returns its result. Ctrl-C cancels the coroutine, which also ends its work on
+    the hosts; then the command exits with 130."""
     try:
         from gpumesh.daemon.process import event_loop
 
-        return event_loop.run(main, use_uvloop=False)
+        return event_loop.run(main, use_uvloop=False)  # a short command: the import of uvloop would not pay
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
     finally:
-        main.close()  # Python would warn of a coroutine that never began
+        main.close()  # Ctrl-C may come before the coroutine begins; Python would warn that it was never awaited
 
 
 @asynccontextmanager
@@ -61,7 +61,7 @@ async def open_session(options: GlobalOptions, *, embed: bool = True) -> AsyncGe
 
 
 async def _accepts_connections(socket: Path) -> bool:
-    """Whether the mesh listens on its control socket: not while it starts or ends."""
+    """Whether the mesh listens on its control socket. While it starts or ends, it does not."""
     import asyncio
 
     try:

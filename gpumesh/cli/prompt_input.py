@@ -48,9 +48,9 @@ class PromptEntry:
 
 
 def read_prompts(text: str, *, name: str) -> list[PromptEntry]:
-    """The prompts in a file's ``text``. A file has JSON lines if its ``name`` ends so or its first line is a JSON
-    object. In any other file each line that is not blank is a prompt. Raises UsageError for a line that is wrong, and
-    if there is no prompt."""
+    """The prompts in a file's ``text``. A file has JSON lines if its ``name`` ends with ``.jsonl`` or ``.ndjson``, or
+    if its first line that is not blank is a JSON object. In any other file each line that is not blank is a prompt.
+    Raises UsageError for a line that is wrong, and if there is no prompt."""
     numbered_lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not numbered_lines:
         raise UsageError(f"{name} has no prompts", hint="one prompt a line, or JSON lines with a key `prompt`")
@@ -117,7 +117,8 @@ def _read_messages(value: Any, location: str) -> tuple[Message, ...]:
 def _read_message(entry: Any, location: str) -> Message:
     """One message: ``role`` and ``content``, and ``images`` in base64 if it has some. Raises UsageError for a value of
     another form."""
-    if not isinstance(entry, dict) or not {"role", "content"} <= entry.keys() <= {"role", "content", "images"}:
+    needed_keys, known_keys = {"role", "content"}, {"role", "content", "images"}
+    if not isinstance(entry, dict) or not needed_keys <= entry.keys() <= known_keys:
         raise UsageError(f"{location}: a message is an object with role and content")
     images = entry.get("images") or []
     if not isinstance(images, list):
@@ -138,6 +139,6 @@ def read_options(pairs: list[str]) -> dict[str, Any]:
             raise UsageError(f"-o {pair!r} is not key=value", hint="for example -o temperature=0.2 -o num_predict=100")
         try:
             options[key] = json.loads(value)
-        except (ValueError, RecursionError):
+        except (ValueError, RecursionError):  # no JSON, so it is text
             options[key] = value
     return options

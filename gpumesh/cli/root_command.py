@@ -73,7 +73,7 @@ def run_app() -> None:
         finally:
             sys.stdout.flush()  # a failure to write is reported below, and not by Python when it exits
     except BaseExceptionGroup as group:
-        # A task group wraps the errors of its tasks. If all of them are expected, the first is the reason.
+        # A task group wraps the errors of its tasks. If all of them are expected, the first is shown as the reason.
         _, unexpected = group.split(is_expected)
         if unexpected is not None:
             raise
@@ -94,6 +94,7 @@ def _prepare_streams() -> None:
             # The stream was closed (`>&-`). The next file that is opened gets the lowest free descriptor, this one: so
             # open a file now that may receive our output.
             os.open(os.devnull, os.O_RDWR)
+    # Python sets a stream that was closed at the start to None. 0, 1 and 2 are the descriptors from above.
     sys.stdin = sys.stdin or open(0)  # noqa: SIM115  # open until the process ends
     sys.stdout = sys.stdout or open(1, "w")  # noqa: SIM115
     sys.stderr = sys.stderr or open(2, "w")  # noqa: SIM115

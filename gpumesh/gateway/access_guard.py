@@ -5,9 +5,9 @@ make its own name resolve to 127.0.0.1, but it cannot make the browser send anot
 allow-list may not read answers (they have no CORS header), and may not send requests that change something.
 
 A browser tells for which purpose a page requests an answer (Fetch Metadata, https://www.w3.org/TR/fetch-metadata/), and
-no page can change that. A script in a page requests answers with ``fetch()``. All other answers are shown, embedded or
-run as a part of some page. The browser must never do that with an answer of a host: it would then be a page of the
-gateway's origin, and could do everything that the gateway's own page can do.
+no page can change that. An answer to ``fetch()`` goes to a script of the page. Any other answer is shown, embedded or
+run as a part of some page. The browser must never do that with an answer of a host: such an answer would be a page of
+the gateway's origin, and could do everything that the gateway's own page can do.
 """
 
 from __future__ import annotations
@@ -98,7 +98,8 @@ class Guard:
           end of a tunnel: a page behind it was written by the tunnel's host.
         - Applications whose pages are no web pages are allowed.
         - The gateway's own page is allowed: its origin equals ``host`` (the Host header). The host must be an address,
-          because DNS rebinding can change where a name leads. With a key the host may also be a name."""
+          because DNS rebinding can change where a name leads. If a key is set, the host may also be a name: the page of
+          an attacker does not know the key."""
         if origin is None or origin in self.origins or "*" in self.origins:
             return True
         try:
@@ -114,19 +115,22 @@ class Guard:
 
     def _is_own_origin(self, scheme: str, netloc: str, host: str | None) -> bool:
         """Whether the gateway's own page has this origin, if the request has this Host header."""
-        if not host or scheme not in _DEFAULT_PORTS or netloc != host.lower():
+        if not host:
             return False
-        host_is_address = _parse_address(_strip_port(host)) is not None
-        return host_is_address or self.api_key is not None
+        is_web_page = scheme in _DEFAULT_PORTS
+        origin_is_host = netloc == host.lower()
+        host_is_trusted = _parse_address(_strip_port(host)) is not None or self.api_key is not None
+        return is_web_page and origin_is_host and host_is_trusted
 
     def cors_headers(self, origin: str, headers: Mapping[str, str]) -> dict[str, str]:
         """The CORS fields of every answer to a page of this allowed origin, also of the answer to a preflight."""
         fields = {
             "Access-Control-Allow-Origin": origin,
+            # A preflight names the headers that it asks for. Else all of them: "*" does not cover Authorization.
             "Access-Control-Allow-Headers": headers.get("access-control-request-headers") or "*, Authorization",
             "Access-Control-Allow-Methods": "GET, HEAD, POST, DELETE, OPTIONS",
             "Access-Control-Expose-Headers": "X-GPUMesh-Node, X-GPUMesh-Attempts, X-GPUMesh-Queue-Ms, X-Request-Id",
-            "Access-Control-Max-Age": "600",
+            "Access-Control-Max-Age": "600",  # seconds in which the browser need not send another preflight
             "Vary": "Origin",
         }
         if headers.get("access-control-request-private-network") == "true":
@@ -146,7 +150,9 @@ class Guard:
         return bearer_matches or x_api_key_matches  # both were compared, whichever matches
 
     def _is_key(self, client_key: str) -> bool:
-        assert self.api_key is not None
+        """Whether the client's text is the key. Only for a gateway with a key."""
+        assert self.api_key is not None, "the gateway has no key"
+        # "surrogateescape" gives the bytes that the client sent: the parser has decoded the header in the same way.
         return hmac.compare_digest(client_key.encode("utf-8", "surrogateescape"), self.api_key)
 
 
@@ -168,12 +174,13 @@ def is_blind_cross_site_request(headers: Mapping[str, str]) -> bool:
     if headers.get("origin") is not None:
         return False
     site = headers.get("sec-fetch-site", "none")  # "none": typed by a person; no header: no browser, or plain HTTP
-    return site not in ("none", "same-origin")
+    return site not in ("none", "same-origin")  # "cross-site", or "same-site": another origin with a related name
 
 
 @lru_cache(maxsize=256)
 def _is_local_name(host: str) -> bool:
-    """Whether a Host header names this machine or a private network: a local name, or a loopback or private address."""
+    """Whether a Host header names this machine, or a machine of a private network, by a local name or by its address.
+    DNS rebinding cannot give such a name to a page of the internet."""
     name = _strip_port(host)
     if name == "localhost" or name.endswith(_LOCAL_SUFFIXES):
         return True

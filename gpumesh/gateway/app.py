@@ -48,7 +48,8 @@ _PATHS_WITHOUT_KEY = ("/healthz", UI_PATH)
 
 
 class _ActiveRequest(msgspec.Struct, frozen=True, eq=False):
-    """A request that is being answered, and the task that answers it."""
+    """A request that is being answered, and the task that answers it. ``task`` may be ``None`` only by its type: the
+    server answers each request in a task."""
 
     record: RequestRecord
     task: asyncio.Task[None] | None
@@ -57,9 +58,10 @@ class _ActiveRequest(msgspec.Struct, frozen=True, eq=False):
 class Gateway:
     """The gateway listens inside ``async with``. The mesh must have been entered before.
 
-    On exit the gateway accepts no more clients, waits at most ``drain_s`` seconds until the requests in flight have
-    ended, and closes. When ``stop_now`` is set, it waits no longer. Raises UsageError if other machines can reach the
-    address and no key is set, and MeshAlreadyRunning if the address is taken.
+    ``host`` and ``port`` replace those of mesh.yaml. On exit the gateway accepts no more clients, waits at most
+    ``drain_s`` seconds until the requests in flight have ended, and closes. As soon as ``stop_now`` is set, the gateway
+    stops waiting for them. Raises UsageError if other machines can reach the address and no key is set, and
+    MeshAlreadyRunning if the address is taken.
     """
 
     _loop: asyncio.AbstractEventLoop
@@ -91,9 +93,9 @@ class Gateway:
         self._active: dict[Request, _ActiveRequest] = {}
         self._stopped = False
         self._stop_now = stop_now or asyncio.Event()
-        self._idle = asyncio.Event()
+        self._idle = asyncio.Event()  # set while no request is in flight
         self._idle.set()
-        bounds = bounds or Bounds(total_body_bytes=spec.body_memory_mib << 20)
+        bounds = bounds or Bounds(total_body_bytes=spec.body_memory_mib << 20)  # MiB to bytes
         self._server = Server(self._handle, bounds, render_error=error_reply_without_path)
         self._listener = HttpListener(self._host, spec.port if port is None else port, spec.socket)
         self._page = UiPage(mesh, writable=key is not None)
@@ -143,7 +145,7 @@ class Gateway:
         self._page.close()
         if self._history_task is not None:
             self._history_task.cancel()
-            await asyncio.gather(self._history_task, return_exceptions=True)
+            await asyncio.gather(self._history_task, return_exceptions=True)  # waits, and raises no CancelledError
         self._listener.close()
         self._server.close_idle()
         try:
@@ -152,7 +154,8 @@ class Gateway:
                 log.warning("requests that did not end in time and are cut: %d", len(self._active))
                 await self._abort_active()
         finally:
-            linger_s = ABORT_S if self._stop_now.is_set() else None  # None: the usual time
+            # For so long may answers that are on their way still arrive; ``None``: the usual time.
+            linger_s = ABORT_S if self._stop_now.is_set() else None
             await self._server.close(linger_s)
             if self._access_log is not None:
                 self._access_log.close()
@@ -207,8 +210,9 @@ class Gateway:
     ) -> None:
         """Writes the end of the request into its record, the metrics and the access log. ``reply`` ``None``: the client
         got no complete reply."""
+        # A Response is sent after this, as a whole. A stream has counted the bytes that it has written.
         sent_bytes = len(reply.body) if isinstance(reply, Response) else request.sent_bytes
-        if reply is None:  # cancelled, or its connection broke
+        if reply is None:  # the request was cancelled, or its connection broke
             record.note_client_gone(status=CLIENT_GONE_STATUS, sent_bytes=sent_bytes)
         else:
             record.note_end(status=reply.status, sent_bytes=sent_bytes)
@@ -234,13 +238,13 @@ class Gateway:
         except Exception:  # a bug of ours: one client gets an error in its API's shape, and the log has the traceback
             log.exception("a request to %s failed inside", record.route, extra={"event": "request-failed"})
             record.outcome = RequestOutcome.FAILED
-            if request.answer_started:
+            if request.answer_started:  # ``from None``: the log has the error already
                 raise ConnectionError("a part of an answer has been sent already") from None
             return error_reply(record.path, GPUMeshError("the gateway failed inside"))
 
     def _can_reply_stopped(self, request: Request) -> bool:
-        """Whether the gateway itself has cancelled the request, and can still tell the client the reason: nothing was
-        sent yet, or the stream is still open."""
+        """Whether the gateway itself has cancelled the request, and can still tell the client the reason. It can if
+        nothing was sent yet (then with a status), or if the stream is still open (then in the stream)."""
         return self._stopped and (not request.answer_started or request.unfinished_stream is not None)
 
     def _reply_stopped(self, request: Request, record: RequestRecord) -> Response | StreamingResponse:
@@ -254,25 +258,26 @@ class Gateway:
         if stream is None:
             return error_reply(record.path, NoNodeError(STOPPED_MESSAGE, hint="try again in a moment"))
         frame = None if record.answer is None else record.answer.error_frame(STOPPED_MESSAGE)
-        if frame is None:  # the stream has no frames of its own
+        if frame is None:  # the stream is no generated text, but for example the progress of a pull
             frame = error_frame(find_client_api(record.path), 503, STOPPED_MESSAGE)
         stream.write(frame)
         stream.finish()
         return stream
 
     def _admit(self, request: Request) -> None:
-        """Raises BadRequest if the client may not send this request, and QueueFull if it has too many connections."""
+        """Raises BadRequest if the client may not send this request, and QueueFull if too many connections use the
+        key."""
         is_page = request.path == UI_PATH
         self._guard.require_allowed_source(request, is_own_page=is_page, backend_ports=self.mesh.local_ports)
         if request.method == "OPTIONS" or request.path in _PATHS_WITHOUT_KEY:  # browsers send a preflight without a key
             return
         self._guard.require_key(request.headers)
-        request.register_key(self._spec.api_key_env)
+        request.register_key(self._spec.api_key_env)  # connections are counted by the variable's name: it is no secret
 
 
 def _find_local_access(host: str | None, key: bytes | None) -> LocalAccess:
-    """Which users of this machine can use the gateway: any user, as with Ollama, unless a key is needed or there is no
-    TCP port."""
+    """Which users of this machine can use the gateway: any user, as with Ollama, unless a key is needed or the gateway
+    has no TCP port."""
     if key is not None:
         return LocalAccess.KEY
     if host is None:  # only a Unix socket, which only the gateway's own user may open

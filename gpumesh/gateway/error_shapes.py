@@ -50,9 +50,9 @@ def retry_after_s(error: GPUMeshError) -> int | None:
     """Whole seconds for the Retry-After header; ``None`` if it is of no use to try again."""
     if isinstance(error, QueueFull):
         return max(round(error.retry_after_s), 1)
-    if isinstance(error, NoNodeError) and not isinstance(error, ModelMissing):
-        return NO_NODE_RETRY_S
-    return None
+    if isinstance(error, ModelMissing):  # a NoNodeError, too, but waiting does not bring the model
+        return None
+    return NO_NODE_RETRY_S if isinstance(error, NoNodeError) else None
 
 
 def client_message(error: GPUMeshError) -> str:
@@ -82,7 +82,8 @@ def error_body(api: ClientApi, status: int, message: str) -> bytes:
 
 
 def is_error_body(api: ClientApi, document: Mapping[str, Any] | None) -> bool:
-    """Whether the body of an error response has the shape that clients of this API expect."""
+    """Whether the body of an error response has the shape that clients of this API expect. ``document``: the body as a
+    JSON object; ``None`` if it is none."""
     error = None if document is None else document.get("error")
     match api:
         case ClientApi.OLLAMA:
@@ -101,9 +102,9 @@ def _error_type(types: Mapping[int, str], status: int) -> str:
 def error_frame(api: ClientApi, status: int, message: str) -> bytes:
     """An error as a frame of a stream that has begun: from it the client learns that the answer is not complete.
 
-    Only for streams of routes that generate no text, such as the progress of a pull. A stream with generated text ends
-    with the ``error_frame`` of its own format (backends/continuation), which names a cut, not a status, and which
-    knows the events of ``/v1/responses``.
+    ``status`` chooses the type of the error in the frame. Only for streams of routes that generate no text, such as
+    the progress of a pull. For generated text there is ``StreamFormat.error_frame`` (backends/continuation): it needs
+    no status, and it also has the form of ``/v1/responses``.
     """
     body = error_body(api, status, message)
     match api:

@@ -1,4 +1,4 @@
-"""Routes about the whole fleet: health, status, metrics, and lists that are merged from the answers of all nodes."""
+"""Routes about the whole fleet: health, status, metrics, version, and lists of models merged from all nodes."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ class FleetRoutes:
         self._server = server
 
     async def root(self, _request: Request) -> Response:
-        """The same text as Ollama's."""
+        """Answers with the same text as Ollama: clients ask ``/`` to learn whether a server runs."""
         return Response(b"Ollama is running", content_type="text/plain; charset=utf-8")
 
     async def healthz(self, _request: Request) -> Response:
-        """Answers 200 while any node can serve, else 503. A load balancer asks this to learn whether it may send
-        requests here."""
+        """Answers 200 while any node can serve, else 503. A load balancer asks this route to learn whether it may send
+        requests to this gateway."""
         usable = self._mesh.usable_nodes()
         document = {"status": "ok" if usable else "no node can serve", "nodes_usable": len(usable)}
         return _json(document, status=200 if usable else 503)
@@ -64,8 +64,8 @@ class FleetRoutes:
         return Response(exposition.render(families).encode("utf-8", "replace"), content_type=exposition.CONTENT_TYPE)
 
     async def version(self, _request: Request) -> Response:
-        """The oldest version of Ollama on the nodes: every node that may answer has at least this version. If no node
-        is up, gpumesh's own version."""
+        """The oldest version of Ollama on the nodes: every node that may answer has at least this version. If no such
+        node is up, or none has given its version, gpumesh's own version."""
         backends = [node.backend for node in self._mesh.snapshot().nodes]
         running = [backend for backend in backends if backend.state is BackendPhase.UP and backend.kind in OLLAMA_ONLY]
         versions = [backend.version for backend in running if backend.version is not None]
@@ -99,7 +99,7 @@ class FleetRoutes:
 
         async def ask_node(node: str) -> bytes | None:
             demand = Demand(model=None, kinds=kinds, node=node, needs_slot=False)
-            calls = dict.fromkeys(BackendKind, HttpCall("GET", path))
+            calls = dict.fromkeys(BackendKind, HttpCall("GET", path))  # the same call for every kind of server
             try:
                 answer = await self._mesh.send(demand, calls, timeout_s=LIST_TIMEOUT_S)
                 return await answer.read_at_most(MAX_LIST_BYTES) if answer.status == 200 else None

@@ -182,9 +182,9 @@ def read_small_members(body: bytes) -> Members | None:
         return None
     try:
         document = _decode_object(body)
-    except msgspec.ValidationError as error:
+    except msgspec.ValidationError as error:  # it is JSON, but no object
         raise BadRequest("the request body is not a JSON object") from error
-    except (msgspec.DecodeError, ValueError, RecursionError):
+    except (msgspec.DecodeError, ValueError, RecursionError):  # no JSON, as far as msgspec knows
         return None
     if len(document) > MAX_MEMBERS:
         raise too_many_members_error()
@@ -194,7 +194,8 @@ def read_small_members(body: bytes) -> Members | None:
 def scan_members(body: bytes) -> Generator[None, None, Members]:
     """Reads the members of a body of any size, and yields after each step. Raises BadRequest as ``read_members``."""
     pairs, written_names = yield from JsonScanner(body).scan_members()
-    if len(body) <= SMALL_BODY_BYTES:  # of a larger body the server finds the faults that the scanner does not see
+    # The scanner sees no faults inside values. A small body is checked here; in a larger body the server finds them.
+    if len(body) <= SMALL_BODY_BYTES:
         _require_json(body)
     return Members(pairs, written_names)
 
@@ -216,8 +217,9 @@ def _require_json(body: bytes) -> None:
     """Raises BadRequest unless Go reads this small body, which msgspec refused. Go accepts bodies that nest deeply,
     that hold half of a surrogate pair, or that are no UTF-8."""
     try:
+        # ``str`` keeps numbers as text: Python refuses to convert an integer of more than 4300 digits.
         json.loads(body.decode("utf-8", "replace"), parse_constant=_refuse_constant, parse_int=str, parse_float=str)
-    except RecursionError:  # the scanner has checked the depth
+    except RecursionError:  # too deep for Python, but not for Go: the scanner has checked the depth
         pass
     except ValueError as error:
         raise not_json_error(str(error)) from error

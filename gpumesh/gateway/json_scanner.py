@@ -117,9 +117,9 @@ class JsonScanner:
         while True:
             window_end = self._position + WINDOW
             match = pattern.match(self._body, self._position, window_end)
-            assert match is not None, "the pattern also matches zero bytes"
+            assert match is not None, "a pattern that does not match zero bytes"
             self._position = match.end()
-            if self._position < window_end:
+            if self._position < window_end:  # the next byte does not match
                 return
             yield
 
@@ -136,8 +136,9 @@ class JsonScanner:
         else:
             start = self._position
             yield from self._skip_run(_WORD)
-            # A longer number is left to the server: to match it would take too long for one step.
-            if self._position - start < WINDOW and _SCALAR.fullmatch(self._body, start, self._position) is None:
+            # A number that is longer is not checked, but left to the server: that would take too long for one step.
+            is_short = self._position - start < WINDOW
+            if is_short and _SCALAR.fullmatch(self._body, start, self._position) is None:
                 raise self._error_here("no value")
 
     def _skip_string(self) -> _Steps:
@@ -146,13 +147,14 @@ class JsonScanner:
         while True:
             window_end = self._position + WINDOW
             match = _STRING_PART.match(self._body, self._position, window_end)
-            assert match is not None, "the pattern also matches zero bytes"
+            assert match is not None, "a pattern that does not match zero bytes"
             self._position = match.end()
             if self._position >= self._size:
                 raise self._error_here("no end of a string")
             if self._body[self._position] == _QUOTE:
                 self._position += 1
                 return
+            # Either the window is at its end, or its last byte begins an escape, or the next byte is not allowed.
             window_cuts_escape = self._body[self._position] == _BACKSLASH and self._position + 1 == window_end
             if self._position < window_end and not window_cuts_escape:
                 raise self._error_here("no character of a string")
@@ -190,7 +192,8 @@ class JsonScanner:
 
     def _find_brackets(self, piece: bytes, *, in_string: bool) -> tuple[bytes, int]:
         """Returns the brackets of this piece outside of strings, all written as square brackets, then the number of
-        quotation marks in the piece. ``in_string``: the piece begins inside a string."""
+        quotation marks in the piece that begin or end a string. ``in_string``: the piece begins inside a string. Raises
+        BadRequest for a character that may not stand outside of strings."""
         if b"\\" in piece:  # without escapes each quotation mark begins or ends a string
             piece = piece.replace(b"\\\\", b"").replace(b'\\"', b"")
         parts = piece.split(b'"')  # in turn outside and inside of strings
@@ -206,7 +209,7 @@ class JsonScanner:
         position = self._position
         if in_string:  # skip the rest of the string; the pattern needs its first quotation mark, of an earlier window
             match = _STRING_OR_BRACKET.match(b'"' + self._body[position:window_end])
-            assert match is not None, "the bytes begin with a quotation mark"
+            assert match is not None, "the bytes do not begin with a quotation mark"
             position += match.end() - 1  # without the quotation mark that was added
         depths = accumulate(map(_DEPTH_CHANGE.__getitem__, brackets), initial=depth)
         remaining_brackets = list(depths).index(0)  # up to the bracket that closes the value, this bracket included
@@ -216,7 +219,7 @@ class JsonScanner:
                 remaining_brackets -= 1
                 if remaining_brackets == 0:
                     return token.end()
-        raise AssertionError("the window has as many brackets as were counted")
+        raise AssertionError("the window has fewer brackets than were counted")
 
 
 def _depth_after(brackets: bytes, depth: int) -> int:

@@ -16,7 +16,7 @@ BACKLOG = 1024  # connections that the system holds until they are accepted
 
 class HttpListener:
     """Listens for clients on ``host`` and ``port``, on a Unix socket at ``path``, or on both. ``open`` may be called
-    once. ``url`` is the first address, with the port that the system chose for port 0."""
+    once. ``url`` is the TCP address, with the port that the system chose for port 0; without TCP, the Unix socket."""
 
     def __init__(self, host: str | None, port: int, path: Path | None) -> None:
         self._host = host
@@ -46,7 +46,7 @@ class HttpListener:
                 self._servers.append(
                     await loop.create_unix_server(create_connection, sock=self._unix.sock, backlog=BACKLOG)
                 )
-        except BaseException:
+        except BaseException:  # the second address failed, or we were cancelled: the first must not stay open
             self.close()
             raise
 
@@ -67,6 +67,7 @@ class HttpListener:
     def _listen_tcp(self, host: str) -> socket.socket:
         """A socket that is bound to the address. Raises MeshAlreadyRunning if it cannot be bound."""
         listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+        # 1: on. After a restart the address is free at once, although old connections are still in TIME_WAIT.
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind((host, self._port))

@@ -46,10 +46,10 @@ SortTime = tuple[datetime, str]
 class ListFormat:
     """The format of a list.
 
-    - ``key``: the key of the list's entries. ``names``: the keys under which an entry has its name.
+    - ``key``: the key under which the document has the list. ``names``: the keys under which an entry has its name.
     - ``readers``: a function for each key that clients know, which reads its value.
-    - ``time_key``: the key of an entry's time. Of two entries with one name, the later one is kept. Without a time key,
-      the first one is kept.
+    - ``time_key``: the key of an entry's time. Of two entries with one name, the later entry is kept; without a time
+      key, the first. ``newest_first``: the list is sorted by this time.
     - ``head``: keys and values that come before the entries.
     """
 
@@ -62,7 +62,8 @@ class ListFormat:
 
 
 class MergedList:
-    """The entries of many nodes' lists. The time of an entry is removed if it is later than ``latest_time``."""
+    """The entries of many nodes' lists. The time of an entry is removed if it is later than ``latest_time``: by a wrong
+    clock this entry would be the newest of its name on every list."""
 
     def __init__(self, list_format: ListFormat, *, latest_time: datetime | None = None) -> None:
         self._format = list_format
@@ -78,9 +79,9 @@ class MergedList:
         if not isinstance(node_list, list) or len(node_list) > model_list.MAX_MODELS:
             return
         yield
-        # Ollama compares names without case, and adds a missing tag. Other servers compare names as they are. Only
-        # Ollama's lists have a time.
-        identify = full_name if list_format.time_key is not None else str
+        # Ollama compares names without case, and adds a missing tag. Other servers compare names as they are.
+        is_ollama_list = list_format.time_key is not None  # only Ollama's lists have a time
+        identify = full_name if is_ollama_list else str
         entries_by_name = model_list.read_listing(node_list, *list_format.names).entries
         for number, (name, node_entry) in enumerate(entries_by_name.items(), 1):
             entry = _read_entry(name, node_entry, list_format)
@@ -98,9 +99,11 @@ class MergedList:
         self._entries[identity] = (time, entry)
 
     def _take_time(self, entry: Entry) -> SortTime:
-        """Returns the entry's time. Removes a time later than ``latest_time`` from the entry, and returns the earliest
-        time in its place, as for an entry without a time."""
-        key = self._format.time_key or ""
+        """Returns the entry's time, and for an entry without a time the earliest time. Removes a time that is later
+        than ``latest_time`` from the entry, which then counts as an entry without a time."""
+        key = self._format.time_key
+        if key is None:
+            return _MIN_TIME, ""
         text = entry.get(key)
         time = safe_json.as_datetime(text) or _MIN_TIME
         if self._latest_time is not None and time > self._latest_time:
@@ -135,8 +138,8 @@ def merge_openai_models(bodies: Iterable[bytes]) -> bytes:
 
 
 def latest_plausible_time(now: datetime | None) -> datetime | None:
-    """The latest time that a correct clock of a host can give now, as the clocks of hosts differ a little; ``None``
-    without ``now``."""
+    """The latest time that the clock of a host can show at ``now`` if it is not plainly wrong: a day of difference is
+    allowed. ``None`` (no limit) without ``now``."""
     return None if now is None else now + MAX_CLOCK_SKEW
 
 
@@ -187,7 +190,7 @@ def _read_time(value: Any) -> str | None:
     """The text of a time: unchanged if every parser reads it, written anew if only Python's parser reads it."""
     time = safe_json.as_datetime(value)
     if time is None:
-        return _NO_TIME if value == _NO_TIME else None
+        return _NO_TIME if value == _NO_TIME else None  # Ollama sends Go's zero time, and clients can read it
     if _RFC3339.fullmatch(value):
         return str(value)
     return time.isoformat().replace("+00:00", "Z")
@@ -248,7 +251,7 @@ class _ValueBudget:
 
 def _plain_json(value: Any, budget: _ValueBudget, depth: int = 0) -> Any:
     """A copy of the value, with ``None`` for each part that some JSON parser cannot read, and for each part beyond the
-    limits. Takes the copied values from the budget."""
+    limits. Each value that is copied takes one from the budget; ``depth`` is its level of nesting."""
     budget.remaining -= 1
     if budget.remaining < 0 or depth > MAX_DEPTH:
         return None
@@ -258,6 +261,7 @@ def _plain_json(value: Any, budget: _ValueBudget, depth: int = 0) -> Any:
         return value if math.isfinite(value) else None
     if isinstance(value, int):  # or a bool
         return value if -_MAX_INT <= value <= _MAX_INT else None
+    # The slices leave out the parts for which the budget has no room: a million of them must not become a million None.
     if isinstance(value, list):
         return [_plain_json(part, budget, depth + 1) for part in value[: budget.remaining]]
     if isinstance(value, dict):

@@ -117,8 +117,8 @@ def read_model(route: ModelRoute, members: Members) -> str | None:
 
 
 class _Options(msgspec.Struct, gc=False):
-    """The part of ``options`` that the gateway reads. As in Ollama, which reads them into a map of Go, names have only
-    this spelling, and the last of two members with one name counts."""
+    """The part of ``options`` that the gateway reads. Ollama reads ``options`` into a map of Go. So, other than in the
+    outermost object, only this spelling of a name counts, and of two members with one name the last counts."""
 
     num_predict: Any = None
 
@@ -162,8 +162,8 @@ def read_priority(headers: Mapping[str, str]) -> Priority:
 
 
 def read_timeout(headers: Mapping[str, str], default_s: float) -> float:
-    """The request's time-out in seconds. A client may shorten the gateway's time-out, or lengthen it up to a day.
-    Raises BadRequest for any other value."""
+    """The request's time-out in seconds: the client's, else ``default_s``. A client may shorten the gateway's time-out,
+    or lengthen it up to a day. Raises BadRequest for a longer time, for 0 or less, and for text that is no number."""
     header = headers.get("x-gpumesh-timeout")
     if header is None:
         return default_s
@@ -185,7 +185,7 @@ def _read_max_tokens(members: Members, options: _Options) -> int | None:
         if raw_value is not None and len(raw_value) <= MAX_NUMBER_BYTES:
             try:
                 values.append(msgspec.json.decode(raw_value))
-            except (msgspec.MsgspecError, ValueError):
+            except (msgspec.MsgspecError, ValueError):  # not JSON: the server will tell the client
                 continue
     for value in values:
         count = safe_json.as_count(value)

@@ -109,7 +109,7 @@ class ModelStoreRoutes:
         usable answer, and raises BackendError if no node gives one."""
         nodes = self._store.usable_nodes(self._read_node(request))
         holders = await self._store.find_blob(nodes, _read_blob_digest(request))
-        if not holders.having and not holders.lacking:
+        if not holders.having and not holders.lacking:  # so all nodes are unsure
             first_result = holders.unsure[0]
             raise BackendError(first_result.error_text, node=first_result.node)
         return Response(status=404 if holders.lacking else 200, headers=_node_header(holders.having))
@@ -149,7 +149,8 @@ def _read_blob_digest(request: Request) -> str:
 
 async def _read_document(request: Request) -> tuple[dict[str, Any], bytes]:
     """Returns the body as a document, then as bytes for the nodes. Both have the members' names in Ollama's own
-    spelling. Raises BadRequest if the body is no JSON object, or too large."""
+    spelling. Raises BadRequest if the body is no JSON object, or too large, and QueueFull if there is no memory for the
+    document."""
     body = await request.read_body()
     members = await read_members(body, request)
     if not members.has_common_spelling:
@@ -165,7 +166,7 @@ async def _read_document(request: Request) -> tuple[dict[str, Any], bytes]:
 
 
 def _require_model(document: Mapping[str, Any], *keys: str) -> str:
-    """The model's name: the text of the first of these keys that has a text. Raises BadRequest if none has."""
+    """The model's name: the text of the first of these keys that has a text. Raises BadRequest if no key has one."""
     for key in keys:
         value = document.get(key)
         if isinstance(value, str) and value.strip():
@@ -174,8 +175,8 @@ def _require_model(document: Mapping[str, Any], *keys: str) -> str:
 
 
 def _read_digests(files: object) -> list[str]:
-    """The digests of ``{"name": "sha256:…"}``. Raises BadRequest for a digest of another form: each digest becomes a
-    part of a path."""
+    """The digests of ``{"name": "sha256:…"}``; none if ``files`` is no object. Raises BadRequest for a digest of
+    another form, because each digest becomes a part of a path."""
     digests = list(files.values()) if isinstance(files, dict) else []
     for digest in digests:
         if not isinstance(digest, str) or not _DIGEST.fullmatch(digest):
@@ -184,8 +185,8 @@ def _read_digests(files: object) -> list[str]:
 
 
 def _streamed_call(request: Request, document: Mapping[str, Any]) -> HttpCall:
-    """The request to a node. It asks for a stream of progress even if the client does not: so a node that hangs is
-    noticed."""
+    """The request to a node. It asks for a stream of progress even if the client does not want one: without progress,
+    nobody would notice that a node hangs."""
     return json_call("POST", request.path, {**document, "stream": True})
 
 
@@ -223,8 +224,9 @@ def _single_document(result: OperationResult, verb: str) -> Response:
     """The result of an operation as one document, for a client that gets no stream."""
     headers = _node_header(result.nodes)
     refusal = result.refusal
-    if refusal is not None and refusal.status is not None and result.common_failure is not None:
-        # All nodes gave the same refusal: the client gets it as the server's own answer, with its status.
+    # The operation failed on all nodes for one reason, which a server gave with an HTTP status: the client gets this
+    # status, where ``_last_document`` has 500. (By its type a refusal may have no status; ``result.refusal`` has one.)
+    if result.common_failure is not None and refusal is not None and refusal.status is not None:
         body = error_shapes.error_body(ClientApi.OLLAMA, refusal.status, refusal.message)
         return json_response(body, status=refusal.status, headers=headers)
     status, document = _last_document(result, verb)
@@ -251,8 +253,9 @@ def _last_document(result: OperationResult, verb: str) -> tuple[int, dict[str, s
     """Returns the HTTP status for a client that gets no stream, then the last document of the operation's progress."""
     if not result.failures:
         return 200, {"status": SUCCESS}
-    if result.common_failure is not None:
+    if result.common_failure is not None:  # on all nodes, for one reason
         return 500, {"error": result.common_failure}
+    # On some nodes only, or for several reasons.
     return 502, {"error": _describe_partial_success(verb, result.done, result.failures)}
 
 
@@ -262,13 +265,13 @@ def _render_results(results: Sequence[NodeResult], verb: str) -> Response:
     if not is_done_where_possible(results):
         return _render_failures(results, verb)
     successes = [result for result in results if result.done]
-    # Without a body, as Ollama's own answers.
+    # Without a body, and with a server's own status, as Ollama answers.
     return Response(status=_http_status(successes[0]), headers=_node_header([result.node for result in successes]))
 
 
 def _render_failures(results: Sequence[NodeResult], verb: str) -> Response:
-    """Answers with the servers' own error if it is the same on all nodes, else with the nodes where the operation
-    succeeded and the reasons of the others."""
+    """Answers with the servers' own error if all nodes gave the same, else with 502 and one message: the nodes where
+    the operation succeeded, and the reasons of the others. ``results``: at least one of them is a failure."""
     different_errors = {(_http_status(result), result.error_text) for result in results}
     if len(different_errors) == 1:
         [(status, message)] = different_errors

@@ -84,9 +84,9 @@ async def forward_request(
 ) -> Response | StreamingResponse:
     """Sends the request to the mesh. Returns the whole answer as a response, or the stream when the answer has ended.
 
-    ``on_answer`` is called with the answer when its first bytes have come, for the accounting. ``require_json``: the
-    answer must be a JSON object, and any node can give it. If a client could not read the first node's answer, the
-    other nodes are asked.
+    ``shape``: the API of the client, for the form of errors. ``on_answer`` is called with the answer when its first
+    bytes have come, for the accounting. ``require_json``: the answer must be a JSON object, and any node can give it.
+    If a client could not read the first node's answer, the other nodes are asked.
 
     Raises GPUMeshError only before the first byte to the client.
     """
@@ -110,7 +110,8 @@ async def forward_request(
 
 
 def _is_readable(answer: Answer) -> bool:
-    """Whether the answer came in one piece and, if it is a success, is a JSON object that any client can parse."""
+    """Whether every client can read the answer: it came in one piece, and is a JSON object that any parser takes. An
+    error, which has another status than 200, need not be JSON."""
     return answer.body is not None and (answer.status != 200 or safe_json.is_strict_object(answer.body))
 
 
@@ -122,10 +123,10 @@ async def _ask_other_nodes(
     for node in _find_other_nodes(mesh, demand, answer.node):
         try:
             other_answer = await mesh.send(replace(demand, node=node), calls, timeout_s=timeout_s)
-        except GPUMeshError:
+        except GPUMeshError:  # this node gives no answer, but the next may
             continue
         if _is_readable(other_answer):
-            other_answer.attempts += answer.attempts
+            other_answer.attempts += answer.attempts  # the client is told all attempts (X-GPUMesh-Attempts)
             return other_answer
         await other_answer.aclose()
     raise BackendError("its answer is not the JSON that it should be", node=answer.node)
@@ -149,7 +150,7 @@ async def _stream_response(request: Request, answer: Answer, shape: ClientApi) -
     except GPUMeshError as error:
         message = error_shapes.client_message(error)
         frame = answer.error_frame(message)
-        if frame is None:  # the answer's stream has no frames of its own
+        if frame is None:  # the mesh does not know the format of this stream
             frame = error_shapes.error_frame(shape, error_shapes.error_status(error), message)
         stream.write(frame)
     stream.finish()
@@ -157,8 +158,9 @@ async def _stream_response(request: Request, answer: Answer, shape: ClientApi) -
 
 
 def _whole_response(answer: Answer, body: bytes, shape: ClientApi) -> Response:
-    """The response for an answer that came in one piece. Its error, if any, has the shape of the client's API."""
-    if answer.error_message is not None:
+    """The response for an answer that came in one piece. An error of the mesh, or a failure of the server (status 500
+    or above), gets the shape of the client's API. A refusal (4xx) is the server's own answer, and is not changed."""
+    if answer.error_message is not None:  # an error of the mesh
         body = error_shapes.error_body(shape, answer.status, answer.error_message)
     elif answer.status >= 500 and not error_shapes.is_error_body(shape, safe_json.parse_object(body)):
         return _translate_error(answer, body, shape)
@@ -166,10 +168,11 @@ def _whole_response(answer: Answer, body: bytes, shape: ClientApi) -> Response:
 
 
 def _translate_error(answer: Answer, body: bytes, shape: ClientApi) -> Response:
-    """Writes a server's failure in the client's dialect: the server has another dialect, or sent the failure as an
-    event."""
+    """Writes a server's failure in the client's dialect, because the server has another dialect, or has sent the
+    failure as an event of a stream."""
     _, _, last_event = body.rpartition(b"data: ")  # the whole body, if the body holds no event
     message = DIALECTS[answer.kind].error_text(answer.status, last_event)
+    # The type of the server's body does not fit: the new body is JSON.
     headers = tuple((name, value) for name, value in _response_headers(answer) if name.lower() != "content-type")
     return json_response(error_shapes.error_body(shape, answer.status, message), status=answer.status, headers=headers)
 

@@ -103,9 +103,9 @@ class Router:
     ) -> Response | StreamingResponse:
         """Forwards the request to a node that has the model."""
         body = request.take_body()
-        if body is None:
+        if body is None:  # it has not come as a whole yet, or is packed
             body = await request.read_body()
-        members = read_small_members(body) or await read_members(body, request)
+        members = read_small_members(body) or await read_members(body, request)  # most bodies are small: no await
         client_model = read_model(route, members)
         record.demand = demand = read_demand(
             route,
@@ -116,9 +116,9 @@ class Router:
             node=read_node(request.headers, self._mesh.topology),
             request_id=request.id,
         )
-        # The body for the node has the name of the model where every server looks for it.
-        if client_model is None:
-            assert demand.model is not None, "read_demand refuses a request without a model"
+        # In the body for the node, the model's name stands in the member where every server looks for it.
+        if client_model is None:  # the default model is added
+            assert demand.model is not None, "a demand without a model, which read_demand should have refused"
             body = await rewrite_body(body, members, request, model=demand.model)
         elif not members.has_common_spelling:
             body = await rewrite_body(body, members, request)
@@ -150,6 +150,7 @@ class Router:
             find_client_api(path),
             timeout_s=ANY_NODE_TIMEOUT_S,
             on_answer=record.note_answer,
+            # HEAD has no body, and a POST is not repeated on a second node: it may change something.
             require_json=request.method == "GET",
         )
 

@@ -1,8 +1,8 @@
 """The routes of the web page at /ui: static file, server-sent events, the last hour for its plots, changes of a node.
 
 The file holds no data of the mesh, and every client gets it. The events need the key, if a key is set. The page can
-change something (drain, resume or reconnect a node) only if a key is set: a client that can only reach the port cannot
-change anything.
+change something (drain, resume or reconnect a node) only if a key is set. Without a key, everybody who can reach the
+port could make such changes.
 """
 
 from __future__ import annotations
@@ -101,20 +101,20 @@ class UiPage:
                 change.result()  # raises the error of a watch that failed
                 change = None
                 yield _render_event("status", status_json(self._mesh.snapshot()))
-                await asyncio.wait((closing,), timeout=MIN_EVENT_INTERVAL_S)
+                await asyncio.wait((closing,), timeout=MIN_EVENT_INTERVAL_S)  # a pause, which ``close`` ends
         finally:
             closing.cancel()
             if change is not None:
                 change.cancel()
                 await asyncio.gather(change, return_exceptions=True)
-            if isinstance(changes, AsyncGenerator):
+            if isinstance(changes, AsyncGenerator):  # other iterators cannot be closed
                 await changes.aclose()
 
     async def change_node(self, request: Request) -> Response:
         """Handles POST /mesh/nodes/NAME/drain, …/resume and …/reconnect. Raises BadRequest for another action, for an
         unknown node, and if the page is read-only."""
         match = _CHANGE_PATH.fullmatch(request.path)
-        name, action = ("", "") if match is None else match.groups()
+        name, action = ("", "") if match is None else match.groups()  # a path of another form is refused below
         if action not in _ACTIONS:
             raise BadRequest(f"what can be done to a node is {', '.join(_ACTIONS)}", status=404)
         if not self._writable:

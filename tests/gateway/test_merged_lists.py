@@ -29,6 +29,11 @@ def test_openai_models_are_in_the_order_of_first_mention() -> None:
     assert [entry["id"] for entry in json.loads(merged_lists.merge_openai_models(bodies))["data"]] == ["a", "b"]
 
 
+def test_a_list_without_times_takes_no_time_from_an_entry() -> None:
+    bodies = [json.dumps({"data": [{"id": "a", "": [1]}]}).encode(), json.dumps({"data": [{"id": "a"}]}).encode()]
+    assert [entry["id"] for entry in json.loads(merged_lists.merge_openai_models(bodies))["data"]] == ["a"]
+
+
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(max_size=5),
     lambda inner: (

@@ -28,7 +28,7 @@ def parse_scenario(name: str) -> Scenario:
 
 def parse_levels(text: str | None) -> tuple[int, ...]:
     """The levels of concurrency: ``1,2,4`` as numbers of requests in flight; empty if the option is not given. Raises
-    UsageError."""
+    UsageError for any other text, and for a number out of range."""
     if text is None:
         return ()
     try:
@@ -41,8 +41,8 @@ def parse_levels(text: str | None) -> tuple[int, ...]:
 
 
 def read_trace(file: Path | None, limit: int | None) -> Sequence[TracedRequest]:
-    """The first ``limit`` requests of a trace, all without a limit; empty if no file is given. Raises UsageError if the
-    file cannot be read, or is no trace."""
+    """The first ``limit`` requests of a trace (``None``: all); empty if no file is given. Raises UsageError if the file
+    cannot be read, or is no trace."""
     if file is None:
         return ()
     from gpumesh.bench import traces

@@ -38,8 +38,8 @@ async def measure(
     """Measures the running mesh, or a mesh in this process if none runs. Returns the result and the records of all
     requests.
 
-    Without ``model`` the default model is measured. ``make_settings`` gets the name of the model. ``node``: the only
-    node to measure."""
+    Without ``model`` the default model is measured. ``make_settings`` gets the name of the model. ``trace``: the
+    requests of the scenario ``replay``, empty for the others. ``node``: the only node to measure."""
     from gpumesh.bench import run as bench
     from gpumesh.daemon.sessions.local_session import LocalSession
     from gpumesh.mesh.models.default_model import choose_model
@@ -64,8 +64,8 @@ async def measure(
 
 
 def _read_api_keys(topology: Topology) -> ApiKeys:
-    """The API keys of the gateway and the nodes. Leaves out a key whose variable is not set: a server that gets no key
-    reports that itself."""
+    """The API keys of the gateway and the nodes. Leaves out a key whose variable is not set: a server that needs a key
+    and gets none reports that itself."""
     from gpumesh import config
     from gpumesh.bench.routes import ApiKeys
     from gpumesh.errors import SecretMissing
@@ -73,7 +73,7 @@ def _read_api_keys(topology: Topology) -> ApiKeys:
     def read_key(variable: str | None) -> str | None:
         try:
             return None if variable is None else config.read_secret(variable)
-        except SecretMissing:
+        except SecretMissing:  # the variable is not set
             return None
 
     node_keys: dict[str, str] = {}

@@ -60,8 +60,9 @@ def audit(
     topology = edit.parse_edited(path, text)
     state, is_running_mesh = run_async(_inspect(options, topology))
     correction = propose_correction(path, text, topology, state) if write else None
-    findings: Sequence[Finding] = state.findings  # of the mesh.yaml that is there at the end
+    findings: Sequence[Finding] = state.findings  # for the exit code: of the mesh.yaml that is there at the end
     if as_json:
+        # With --json nobody is asked, so the correction is only written with --yes.
         written = correction is not None and yes and correction.write()
         print_json(audit_document(topology, state, correction, written=written))
         if correction is not None and written:
@@ -111,8 +112,9 @@ async def _read_output(session: Session, node: str, argv: Sequence[str]) -> byte
 class Correction:
     """The proposed new text of mesh.yaml.
 
-    ``new_text`` equals ``old_text`` if nothing needs a change. ``remaining_findings``: the findings that no change
-    settles. ``manual_steps``: changes that could not be written, for a person to make.
+    ``new_text`` equals ``old_text`` if nothing needs a change, or nothing can be written. ``changes``: the differences
+    between the two. ``remaining_findings``: the findings that no change settles. ``manual_steps``: changes that could
+    not be written, for a person to make.
     """
 
     path: Path
@@ -132,8 +134,8 @@ class Correction:
         return "\n".join(line.rstrip("\n") for line in lines)
 
     def write(self) -> bool:
-        """Writes the file if its text changes, and returns whether it does. Raises GPUMeshError if the file cannot be
-        written."""
+        """Writes the file, unless the text is the same, and returns whether it was written. Raises GPUMeshError if the
+        file cannot be written."""
         from gpumesh.config import edit
 
         if self.new_text == self.old_text:
@@ -143,8 +145,10 @@ class Correction:
 
 
 def propose_correction(path: Path, text: str, topology: Topology, state: MeshState) -> Correction:
-    """Plans the changes that the findings call for, and applies each to the text. A change whose new text would mean
-    anything else than this change becomes a manual step."""
+    """Plans the changes that the findings call for, and applies them to the text one after the other.
+
+    After each change the new text is read again. It must mean the old configuration with this change, and nothing else.
+    If it does not, or if the text cannot be changed there, the change becomes a manual step."""
     from gpumesh.audit import changes
     from gpumesh.config import edit
 
@@ -160,7 +164,7 @@ def propose_correction(path: Path, text: str, topology: Topology, state: MeshSta
             expected_topology = changes.apply_changes(topology, [*applied_changes, change])
             if edit.parse_edited(path, edited_text) != expected_topology:
                 raise edit.CannotEdit(f"{change.node}: {'.'.join(change.path)} cannot be set by itself")
-        except GPUMeshError as error:
+        except GPUMeshError as error:  # CannotEdit, or the ConfigError of a text that is no valid mesh.yaml any more
             manual_steps.append(f"{error.message}: it should be {change.value!r}")
             continue
         new_text = edited_text
@@ -170,10 +174,11 @@ def propose_correction(path: Path, text: str, topology: Topology, state: MeshSta
 
 
 def _offer_correction(correction: Correction, *, yes: bool, is_running_mesh: bool, quiet: bool) -> Sequence[Finding]:
-    """Shows the diff, and writes the file if the user agrees or ``yes`` is set. Returns the findings that remain.
+    """Shows the diff, and writes the file if ``yes`` is set or the user agrees; else ends the command. Returns the
+    findings that remain.
 
     ``is_running_mesh``: a mesh in the background still runs with the old file. Raises UsageError if nobody can be
-    asked."""
+    asked, and Abort if the user does not agree."""
     from gpumesh.cli.views.findings import print_findings
 
     typer.echo("")

@@ -105,7 +105,7 @@ def run(
             measure(options, chosen_scenario, model, make_settings, objective, trace=traced_requests, node=node)
         )
     finally:
-        bench_options.remove_if_empty(folder)
+        bench_options.remove_if_empty(folder)  # ``write_result`` makes it again; without a result it must not stay
     result = output.result
     write_result(folder, result, output.records, force=force)
     if as_json:

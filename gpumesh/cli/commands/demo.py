@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 MODEL = "qwen2.5:7b"
 PROMPT_COUNT = 24
 PROMPTS_BEFORE_KILL = 6  # so many answers come before a host is killed; by then all hosts are busy
-# From at least to at most so many tokens. Answers are short: a few slow hosts must answer all prompts while a person
+# The least and the most tokens of an answer. Answers are short: a few slow hosts must answer all prompts while a person
 # watches.
 ANSWER_TOKENS = (16, 48)
 RECOVERY_TIMEOUT_S = 12.0
@@ -62,15 +62,15 @@ def demo(
 
     try:
         code = event_loop.run(_run_demo(global_options(ctx), nodes, keep))
-    except (KeyboardInterrupt, asyncio.CancelledError):  # CancelledError: a third signal came
+    except (KeyboardInterrupt, asyncio.CancelledError):  # with --keep the third Ctrl-C raises CancelledError
         raise typer.Exit(130) from None
     if code is not ExitCode.OK:
         raise typer.Exit(int(code))
 
 
 async def _run_demo(options: GlobalOptions, count: int, keep: bool) -> ExitCode:
-    """Starts ``count`` simulated hosts and a mesh over them, shows the demo, and returns the exit code of the
-    command."""
+    """Starts ``count`` simulated hosts and a mesh over them, and shows the demo. With ``keep`` the mesh then runs until
+    Ctrl-C. Returns the exit code of the command."""
     from gpumesh import config
     from gpumesh.daemon.mesh_lock import MeshLock
     from gpumesh.daemon.mesh_process import run_mesh
@@ -168,7 +168,7 @@ def _make_request(text: str) -> PromptRequest:
     from gpumesh.cli.prompt_input import PromptEntry
     from gpumesh.daemon.sessions.session import PromptRequest
 
-    return PromptEntry(text).make_request(PromptRequest((), model=MODEL), None)
+    return PromptEntry(text).make_request(PromptRequest((), model=MODEL), None)  # None: without a system message
 
 
 async def _show_one_answer(display: DemoDisplay, session: LocalSession) -> None:
@@ -177,7 +177,7 @@ async def _show_one_answer(display: DemoDisplay, session: LocalSession) -> None:
     from gpumesh.daemon.sessions.prompt_sender import send_prompt
 
     question = "Why is the sky blue?"
-    result = await send_prompt(session, _make_request(question), 0, question)
+    result = await send_prompt(session, _make_request(question), 0, question)  # 0: the number of the only prompt
     rate = "" if result.tokens_per_s is None else f" at {result.tokens_per_s:.0f} tokens/s"
     display.print_line(f"→ gpumesh run {question!r}: {result.tokens} tokens from {result.node}{rate}")
     display.print_line(f"    {shorten((result.response or '').strip(), 100)}", "dim")
@@ -206,7 +206,8 @@ async def _send_and_kill(
         await may_kill.wait()
         async for state in session.watch(interval_s=BUSY_POLL_S):
             host_is_busy = state.node(victim).load.in_flight > 0
-            if host_is_busy or answer_count >= PROMPT_COUNT:
+            all_answered = answer_count >= PROMPT_COUNT  # then the host will not become busy any more
+            if host_is_busy or all_answered:
                 break
         await lab.host(victim).kill()
         display.print_line(f"✗ {victim} is dead, with {PROMPT_COUNT - answer_count} prompts still to answer.", "red")

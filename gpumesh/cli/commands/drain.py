@@ -28,6 +28,7 @@ def drain(
     options = global_options(ctx)
 
     async def drain_nodes() -> None:
+        # embed=False: without a running mesh this is an error, for a mesh opened here would end with the command.
         async with open_session(options, embed=False) as session:
             for node in nodes:
                 await session.drain(node)

@@ -45,7 +45,8 @@ def env(
 def client_variables(url: str) -> dict[str, str]:
     """The variables that clients read, by name, with the gateway's base URL as each client expects it.
 
-    No variable holds a key: the gateway needs no key on loopback, and a key that the user has set stays as it is."""
+    The variables of keys are left out: on loopback the gateway usually needs no key, and a key that the user has set
+    must stay as it is."""
     return {"OLLAMA_HOST": url, "OPENAI_BASE_URL": f"{url}/v1", "ANTHROPIC_BASE_URL": url}
 
 
@@ -61,9 +62,11 @@ def export_lines(variables: Mapping[str, str], shell: ShellKind) -> str:
 
 
 def _gateway_url(options: GlobalOptions) -> str:
-    """The gateway's URL: of the running mesh, whose port may be any free port, else the URL that mesh.yaml gives.
+    """The gateway's URL: that of the running mesh, whose port may be any free port; if no mesh runs, the URL that
+    mesh.yaml gives.
 
-    Raises MeshNotRunning if the port is not known, and UsageError if there is only a Unix socket."""
+    Raises MeshNotRunning if the running mesh has no gateway, or if no mesh runs and mesh.yaml gives no port. Raises
+    UsageError if there is only a Unix socket."""
     from gpumesh.daemon.control_socket.quick_status import fetch_status
 
     status = fetch_status(options.paths().socket)
@@ -77,7 +80,7 @@ def _gateway_url(options: GlobalOptions) -> str:
     spec = options.topology().gateway
     if spec.host is None:
         raise _unix_only_error(f"{UNIX_PREFIX}{spec.socket}")
-    if spec.port == 0:
+    if spec.port == 0:  # any free port, which the system chooses at the start
         raise MeshNotRunning("no mesh is running, and mesh.yaml lets the gateway take any port")
     if not options.quiet:
         typer.echo("no mesh is running now: `gpumesh up -d` starts it", err=True)

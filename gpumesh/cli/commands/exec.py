@@ -51,7 +51,7 @@ def exec_(
     command = words
     if not everywhere:
         node, *command = words
-    if command[:1] == ["--"]:
+    if command[:1] == ["--"]:  # stands between the node and the command
         command = command[1:]
     if not command:
         raise UsageError("which command?", hint="for example: gpumesh exec NODE -- nvidia-smi")
@@ -62,7 +62,8 @@ def exec_(
 
 async def _run_on_node(options: GlobalOptions, node: str, command: list[str]) -> int:
     """Runs the command on the node's host, and writes its output as it comes: unchanged to a pipe or a file, made safe
-    for a terminal. Returns the exit code. Raises GPUMeshError if there is none."""
+    for a terminal. Returns the exit code of `gpumesh exec`. Raises GPUMeshError if the command ends without an exit
+    status."""
     from gpumesh.async_iterators import closing_iterator
     from gpumesh.tunnels.base import OutputStream
 
@@ -84,13 +85,13 @@ async def _run_on_node(options: GlobalOptions, node: str, command: list[str]) ->
 
 
 class _TerminalCleaner:
-    """Turns bytes into safe text for a terminal. The bytes of one character may come in two pieces."""
+    """Turns the bytes of one stream into safe text for a terminal. A piece may end in the midst of a character."""
 
     def __init__(self) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def feed(self, data: bytes) -> str:
-        """The safe text of the bytes. The first bytes of a character wait for the others."""
+        """The safe text of this piece. The first bytes of a cut character wait for the next piece."""
         return clean_text(self._decoder.decode(data))
 
 
@@ -99,7 +100,7 @@ def _exit_code(status: int | None, node: str) -> int:
     ended without an exit status."""
     if status is None:
         raise GPUMeshError(f"{node}: the command ended without an exit status (killed, or the connection was cut)")
-    return min(max(status, 0), 255)
+    return min(max(status, 0), 255)  # a host may send any number
 
 
 async def _run_on_all(options: GlobalOptions, command: list[str]) -> int:
@@ -136,8 +137,8 @@ async def _run_with_prefix(session: Session, node: str, command: list[str], widt
 
 
 class _PrefixPrinter:
-    """Prints whole lines only, each after the prefix, so that no line has output of two nodes. A line that is longer
-    than MAX_LINE_LENGTH is printed in parts."""
+    """Prints the output of one node in whole lines, each after the prefix, so that no line has output of two nodes. A
+    line that is longer than MAX_LINE_LENGTH is printed in parts."""
 
     def __init__(self, prefix: str) -> None:
         self._prefix = prefix

@@ -55,5 +55,5 @@ def _wrap(paragraph: str) -> str:
     """The paragraph, wrapped to a readable width for a terminal, and unchanged for a program that reads lines."""
     if not sys.stdout.isatty():
         return paragraph
-    width = max(min(shutil.get_terminal_size().columns, MAX_TEXT_WIDTH), 20)
+    width = max(min(shutil.get_terminal_size().columns, MAX_TEXT_WIDTH), 20)  # some terminals report a width of 0
     return textwrap.fill(paragraph, width, break_long_words=False, break_on_hyphens=False)

@@ -65,7 +65,9 @@ def init(
     options = global_options(ctx)
     check_output(output, force=force)
     ssh_lines, pods = read_hosts(from_ or ())
-    if not (from_ or from_ssh_config) and not yes and sys.stdin.isatty():
+    no_host_named = not from_ and not from_ssh_config
+    person_can_answer = sys.stdin.isatty() and not yes
+    if no_host_named and person_can_answer:
         ssh_lines = ask_for_hosts()
     for pod in pods:
         if pod.unreachable_reason is not None:
@@ -93,8 +95,8 @@ def init(
 
 
 def _confirm_host_keys(drafts: Sequence[Draft], *, yes: bool) -> None:
-    """Asks a person about host keys that are not on record, or records them if ``yes``: a probe with a strict policy
-    would only fail. Does nothing if nobody can be asked. Raises NotConfirmed if a person says no."""
+    """Asks a person about host keys that are not on record, or records them if ``yes``: otherwise a probe with a strict
+    policy would fail. Does nothing if nobody can be asked. Raises NotConfirmed if a person says no."""
     nobody_can_agree = not yes and not sys.stdin.isatty()
     if nobody_can_agree:
         return
@@ -103,7 +105,7 @@ def _confirm_host_keys(drafts: Sequence[Draft], *, yes: bool) -> None:
             continue
         try:
             confirm_key(spec, spec.ssh, yes=yes)
-        except typer.Abort:
+        except typer.Abort:  # Ctrl-C at the question
             raise typer.Exit(int(ExitCode.INTERRUPTED)) from None
         except NotConfirmed as error:
             raise NotConfirmed(f"{error.message}; no mesh.yaml was written", hint=error.hint) from None
@@ -116,7 +118,9 @@ def _print_report(options: GlobalOptions, output: Path, drafts: Sequence[Draft])
     if not options.quiet:
         for draft in drafts:
             typer.echo(summarize_draft(draft), err=True)
-            if draft.state is not None and not draft.is_serving and draft.state.tunnel.hint:
+            if draft.state is None or draft.is_serving:  # was not probed, or needs no hint
+                continue
+            if draft.state.tunnel.hint:
                 typer.echo(clean_line(f"  hint: {draft.state.tunnel.hint}"), err=True)
     config_option = "" if output == Path("mesh.yaml") else f" -c {shell_word(str(output))}"
     if any(draft.is_serving for draft in drafts):

@@ -66,19 +66,20 @@ def _print_line(line: str, as_json: bool) -> None:
 
 
 def format_log_line(line: str) -> str:
-    """A line of the log, or of the access log, as a person reads it. A line that cannot be read is only made safe for a
+    """A line of the log, or of the access log, in the form for a person. A line of unknown form is only made safe for a
     terminal."""
     try:
         entry = json.loads(line)
         if "path" in entry:  # a line of the access log
             return clean_line(_format_request(entry))
         return _format_event(entry)
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError, RecursionError):  # no JSON, or JSON without the keys that we expect
         return clean_line(line)
 
 
 def _format_event(entry: dict[str, Any]) -> str:
-    """An entry of the log: its time, level, node and message, and on further lines the traceback, if it has one."""
+    """An entry of the log: its time, level, node and message, and on further lines the traceback, if it has one. Raises
+    KeyError, TypeError or ValueError for an entry of another form."""
     parts = (
         _local_time(str(entry["at"])),
         f"{clean_line(str(entry['level'])):<7}",
@@ -91,8 +92,8 @@ def _format_event(entry: dict[str, Any]) -> str:
 
 
 def _format_request(entry: dict[str, Any]) -> str:
-    """An entry of the access log: the time, the client, the request, the result, and the durations and names that it
-    has. Raises KeyError, TypeError or ValueError for an entry of another form."""
+    """An entry of the access log: the time, the client, the request, the result, and those durations and names that the
+    entry has. Raises KeyError, TypeError or ValueError for an entry of another form."""
     parts = [
         _local_time(str(entry["at"])),
         str(entry.get("client") or "-"),
@@ -115,7 +116,7 @@ def _local_time(at: str) -> str:
 
 def _follow(path: Path, file: TextIO) -> Iterator[str]:
     """Yields new lines until interrupted, also after rotations of the log and restarts of the mesh. ``file`` is the
-    open file at ``path``, of which the old lines were read."""
+    open file at ``path``, whose old lines the caller has read."""
     line = ""
     while True:
         piece = file.readline()  # empty at the end of the file; without "\n" if the line is still being written
@@ -124,29 +125,30 @@ def _follow(path: Path, file: TextIO) -> Iterator[str]:
             if line.endswith("\n"):
                 yield line
                 line = ""
-        elif _is_replaced(path, file):
+        elif _is_replaced(path, file):  # and the old file is read to its end
             file = path.open(encoding="utf-8", errors="replace")  # used by the next iteration
         else:
             _wait_for_poll()
 
 
 def _wait_for_poll() -> None:
-    """Waits until it is time to look for new lines. Raises BrokenPipeError when nobody reads our output any more: as
-    long as there is no line to write, nothing else would notice."""
+    """Waits until it is time to look for new lines. Raises BrokenPipeError when nobody reads our output any more, as
+    after `gpumesh logs -f | head`: while there is no line to write, no write can fail."""
     try:
         output = sys.stdout.fileno()
     except (AttributeError, ValueError):
         time.sleep(POLL_S)  # stdout is no real file (in tests)
         return
     poller = select.poll()
-    poller.register(output, 0)  # asks for no event, but POLLERR and POLLHUP are always reported
-    for _, event in poller.poll(POLL_S * 1000):
+    poller.register(output, 0)  # 0 asks for no event, but POLLERR and POLLHUP are always reported
+    for _, event in poller.poll(POLL_S * 1000):  # milliseconds
         if event & (select.POLLERR | select.POLLHUP):
             raise BrokenPipeError
 
 
 def _is_replaced(path: Path, file: TextIO) -> bool:
-    """Whether there is another file at the path than the open file. False if there is no file: a new one will come."""
+    """Whether the path leads to another file than the open file. False if it leads to no file: the mesh will make a
+    new one."""
     try:
         path_status = path.stat()
     except FileNotFoundError:

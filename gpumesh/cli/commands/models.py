@@ -89,7 +89,8 @@ async def _list_models(options: GlobalOptions, *, as_json: bool) -> None:
 
 def _models_to_ask(state: MeshState, rows: Sequence[inventory.ModelRow]) -> list[tuple[NodeState, str]]:
     """Pairs of node and model, for the question about the context length. A digest has the same context length
-    everywhere, so only the first of a row's nodes with a store is asked."""
+    everywhere, so for each row only its first node with a model store is asked. Leaves out rows without such a
+    node."""
     from gpumesh.mesh.models import inventory
 
     store_nodes = {node.name: node for node in inventory.list_store_nodes(state)}
@@ -251,8 +252,8 @@ async def _run_operation(
     *,
     keep_alive: str | None = None,
 ) -> None:
-    """Performs ``operation`` (rm, load, unload) on the nodes ``names``. Without names, on every node that has the
-    model, if ``everywhere`` is set or there is only one such node.
+    """Performs ``operation`` (rm, load, unload) on the nodes ``names``, or without names on every node that has the
+    model. Raises UsageError if several nodes have it and neither ``names`` nor ``everywhere`` is given.
 
     ``verb``: the operation in the lines with the results, as ``removed``. Exits with FAILED if a task failed."""
     from gpumesh.mesh.models import inventory
@@ -275,7 +276,7 @@ async def _run_operation(
                     await store.remove(task.model)
                 case "load":
                     await store.load(task.model, embedder=embedder, keep_alive=keep_alive)
-                case _:
+                case _:  # unload
                     await store.unload(task.model, embedder=embedder)
 
         await _perform_and_report(tasks, perform, verb)
@@ -288,8 +289,8 @@ TaskPlanner = Callable[["MeshState"], list["inventory.ModelTask"]]
 async def _pull_models(
     options: GlobalOptions, plan: TaskPlanner, plan_again: TaskPlanner | None = None
 ) -> list[inventory.ModelTask]:
-    """Performs the pulls that ``plan`` returns. Returns the pulls that had no effect: ``plan_again`` returns them again
-    for the state afterwards."""
+    """Performs the pulls that ``plan`` returns. Returns the pulls that had no effect, which are those that
+    ``plan_again`` still returns for the state afterwards; none without ``plan_again``."""
     from gpumesh.cli.views.download_bars import show_downloads
     from gpumesh.mesh.models.url_stores import open_url_stores
 

@@ -26,6 +26,7 @@ def reconnect(
     options = global_options(ctx)
 
     async def reconnect_nodes() -> None:
+        # embed=False: without a running mesh this is an error, for a mesh opened here would end with the command.
         async with open_session(options, embed=False) as session:
             for node in nodes:
                 await session.reconnect(node)

@@ -113,12 +113,12 @@ def run(
                 typer.echo(message, err=True)
             raise typer.Exit(int(ExitCode.FAILED))
         return
-    text = _read_input("-") if prompt in (None, "-") else prompt
-    assert text is not None
+    text = _read_input("-") if prompt is None or prompt == "-" else prompt
     if not text.strip():
         raise UsageError("the prompt is empty", hint='gpumesh run "Why is the sky blue?"')
     request = PromptEntry(text).make_request(common, system)
-    run_async(_send_single(options, request, text, as_json=as_json, stream=not no_stream and not as_json))
+    stream = not no_stream and not as_json  # a JSON object is printed as a whole
+    run_async(_send_single(options, request, text, as_json=as_json, stream=stream))
 
 
 def _parse_priority(text: str) -> Priority:
@@ -132,7 +132,8 @@ def _parse_priority(text: str) -> Priority:
 
 
 def _read_input(name: str) -> str:
-    """The text of the file, or of standard input for ``-``. Raises UsageError if the file cannot be read."""
+    """The text of the file, without a byte order mark, or of standard input for ``-``. Raises UsageError if the file
+    cannot be read."""
     if name == "-":
         if sys.stdin.isatty():
             typer.echo("reading from the terminal; Ctrl-D ends the input", err=True)
@@ -157,7 +158,8 @@ async def _send_single(
     printer = _StreamPrinter()
     try:
         async with open_session(options) as session:
-            result = await send_prompt(session, request, 0, text, on_text=printer.feed if stream else None)
+            on_text = printer.feed if stream else None
+            result = await send_prompt(session, request, 0, text, on_text=on_text)  # 0: the number of the only prompt
     except BaseException:
         printer.end()  # the error or the shell's prompt that follows gets a line of its own
         raise
@@ -177,7 +179,7 @@ class _StreamPrinter:
     """Writes the pieces of an answer to stdout as they come, and ends with a newline."""
 
     def __init__(self) -> None:
-        self._last_character = "\n"
+        self._last_character = "\n"  # nothing was written yet, so the cursor is at the begin of a line
 
     def feed(self, piece: str) -> None:
         """Writes one piece."""
@@ -191,7 +193,7 @@ class _StreamPrinter:
         """Writes a newline, unless the last piece ended with one. May be called twice."""
         if self._last_character != "\n":
             self._last_character = "\n"
-            with suppress(BrokenPipeError):
+            with suppress(BrokenPipeError):  # another error may be under way, which is to be reported
                 sys.stdout.write("\n")
                 sys.stdout.flush()
 
@@ -227,7 +229,7 @@ async def _send_file(
 
                 for task in tasks:
                     task.add_done_callback(count_ended)
-                for task in tasks:
+                for task in tasks:  # in the order of the prompts, although the tasks may end in any order
                     result = await task
                     if result.error is not None:
                         failed_count += 1

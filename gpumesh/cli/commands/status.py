@@ -100,8 +100,8 @@ def _parse_sort_key(text: str) -> SortKey:
 
 
 def health_exit_code(state: MeshState) -> ExitCode:
-    """The exit code of ``--check``: 0 when all is well, 3 when the mesh works but something is wrong, 4 when no node
-    can serve. A node that a person drains is well."""
+    """The exit code of ``--check``: OK (0) when all is well, DEGRADED (3) when the mesh works but something is wrong,
+    NO_NODE (4) when no node can serve. A node that a person drains is well, but does not serve."""
     healths = [node.health for node in state.nodes]
     any_node_serves = any(health in (Health.HEALTHY, Health.DEGRADED) for health in healths)
     if not any_node_serves:
@@ -112,8 +112,8 @@ def health_exit_code(state: MeshState) -> ExitCode:
 
 
 def _read_state(options: GlobalOptions, *, with_history: bool) -> tuple[MeshState, History]:
-    """Returns the state, then the history of the running mesh. If no mesh runs, opens a mesh for one probe, which has
-    no history."""
+    """Returns the state, then the history of the running mesh; an empty history without ``with_history``, and if the
+    mesh is of an older version. If no mesh runs, opens a mesh for one probe, which has no history."""
     from gpumesh.daemon.control_socket.quick_status import fetch_history, fetch_status
     from gpumesh.mesh.history import History
     from gpumesh.wire import from_json

@@ -38,6 +38,7 @@ def trust(
         except GPUMeshError as error:
             if len(specs) == 1:
                 raise
+            # The message of NotConfirmed names the node itself.
             message = error.message if isinstance(error, NotConfirmed) else f"{spec.name}: {error.message}"
             typer.echo(clean_line(message), err=True)
             failed = True

@@ -63,7 +63,7 @@ def up(
 
         try:
             interrupted = event_loop.run(_run_in_foreground(options, up_options))
-        except (KeyboardInterrupt, asyncio.CancelledError):  # CancelledError: a third signal came
+        except (KeyboardInterrupt, asyncio.CancelledError):  # CancelledError: the third signal came
             interrupted = True
         if interrupted:
             raise typer.Exit(130)
@@ -114,14 +114,15 @@ async def _run_in_foreground(options: GlobalOptions, up_options: UpOptions) -> b
             if not options.quiet:
                 typer.echo("closing; Ctrl-C once more does not wait for what is in flight", err=True)
         except OSError as error:
-            if error.errno != errno.EIO:
+            if error.errno != errno.EIO:  # EIO: the terminal was closed
                 raise
-            stop.request()  # the terminal was closed; requests in flight may still end
+            stop.request()  # as after Ctrl-C: requests in flight may still end
     return stop.interrupted
 
 
 def _warn_if_open(gateway: Mapping[str, Any]) -> None:
-    """Prints a warning if every user of this machine can use the gateway. ``gateway``: as in `status --json`."""
+    """Prints a warning if every user of this machine can use the gateway. ``gateway``: the mapping ``gateway`` of
+    `status --json`."""
     from gpumesh.cli.views.local_access import OPEN_GATEWAY
     from gpumesh.cli.views.safe_text import clean_line
     from gpumesh.state import LocalAccess

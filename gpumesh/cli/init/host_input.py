@@ -49,8 +49,8 @@ def ask_for_hosts() -> list[SshLine]:
     while True:
         try:
             text = typer.prompt(f"host {len(lines) + 1}", default="", show_default=False, err=True)
-        except typer.Abort:
-            typer.echo("", err=True)
+        except typer.Abort:  # Ctrl-C or Ctrl-D
+            typer.echo("", err=True)  # ends the line of the question
             raise typer.Exit(int(ExitCode.INTERRUPTED)) from None
         if not text.strip():
             return lines

@@ -29,7 +29,8 @@ def default_model(drafts: Sequence[Draft]) -> str | None:
 
 
 def mesh_yaml_lines(drafts: Sequence[Draft]) -> Iterator[str]:
-    """Yields the lines of mesh.yaml. Values that are not plain are JSON strings: YAML reads them the same."""
+    """Yields the lines of mesh.yaml, without line feeds. Values that are not plain are JSON strings: YAML reads such
+    strings as JSON does."""
     yield "# Your GPUs, and how to reach them. `gpumesh config check` looks it over; all keys: `gpumesh config schema`."
     yield "version: 1"
     yield "name: home"
@@ -46,7 +47,7 @@ def mesh_yaml_lines(drafts: Sequence[Draft]) -> Iterator[str]:
 
 
 def _node_lines(draft: Draft) -> Iterator[str]:
-    """Yields the lines of one node."""
+    """Yields the lines of one node. ``expect`` is written only if the server answered the probe."""
     node = draft.state
     yield f"  - name: {_scalar(draft.name)}"
     if draft.note is not None:
@@ -101,7 +102,7 @@ def _host_facts(node: NodeState) -> dict[str, str | int]:
 
 
 def _printable_lines(texts: Iterable[str]) -> Iterator[str]:
-    """Yields texts from a host, cleaned. Leaves out texts that are empty then."""
+    """Yields texts from a host, each cleaned to one line. Leaves out a text of which nothing remains."""
     return filter(None, (clean_line(text, MAX_TEXT_CHARS) for text in texts))
 
 

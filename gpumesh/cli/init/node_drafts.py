@@ -28,8 +28,8 @@ class Draft:
 
     - ``ssh``: the keys and values of the node's mapping ``ssh``; ``None`` for a server on this machine.
     - ``ports``: the ports where its server may be; after a probe only the port that answered, if one did.
-    - ``state``: the result of a probe.
-    - ``note``: becomes a comment.
+    - ``state``: the result of a probe; ``None`` before a probe.
+    - ``note``: a comment for the file.
     """
 
     name: str
@@ -55,7 +55,7 @@ def make_drafts(
             note = f"{pod.provider}: its address changes when it restarts; `address_from` can look it up each time"
             ssh: SshValues = {"host": pod.host, "port": pod.port, "user": "root"}
             drafts.append(Draft(node_name(pod.name), ssh, note=note))
-    if identity is not None:
+    if identity is not None:  # a key file that is set for a host itself replaces ``identity``
         drafts = [replace(draft, ssh={"identity_file": identity, **(draft.ssh or {})}) for draft in drafts]
     first_port, *other_ports = LOCAL_PORTS
     drafts.append(Draft(LOCAL_NODE_NAME, None, ports=(first_port,)))
@@ -88,15 +88,15 @@ def _with_unique_names(drafts: Sequence[Draft]) -> list[Draft]:
 
 
 def node_name(text: str) -> str:
-    """A name for a node: the letters and digits of ``text`` in lower case, with hyphens between them, at most 40
-    characters."""
+    """A name for a node: ``text`` in lower case, with one hyphen in the place of each run of other characters than
+    letters and digits, at most 40 characters. ``My pod (2)`` becomes ``my-pod-2``. ``node`` if nothing remains."""
     name = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:40]
     return name or "node"
 
 
 def summarize_draft(draft: Draft) -> str:
-    """The result of the probe as one line: the server, its port, the GPUs and the number of models, or the reason why
-    nothing answers."""
+    """The result of the probe as one line: the server, its port, the GPUs and the number of models; if no server
+    answers, the reason."""
     node = draft.state
     if node is None:
         return clean_line(f"{draft.name}: no answer")

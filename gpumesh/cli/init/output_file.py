@@ -24,11 +24,11 @@ def check_output(path: Path, *, force: bool) -> None:
 def write_output(path: Path, text: str, *, force: bool) -> None:
     """Writes the file completely or not at all. Without ``force`` it never overwrites a file, not even one that was
     made since ``check_output``. Raises UsageError."""
-    umask = os.umask(0)  # the only call that returns the umask also sets it
+    umask = os.umask(0)  # the only call that returns the umask also sets it, so it is set back
     os.umask(umask)
     write = atomic_file.replace if force else atomic_file.create
     try:
-        write(path, text, mode=0o666 & ~umask)
+        write(path, text, mode=0o666 & ~umask)  # the mode that a new file usually gets
     except FileExistsError as error:
         raise UsageError(f"{path} is there already", hint="--force overwrites it") from error
     except OSError as error:

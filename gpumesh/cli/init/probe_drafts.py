@@ -25,7 +25,7 @@ async def probe_drafts(drafts: Sequence[Draft]) -> list[Draft]:
             node = state.node(draft.name)
             ports = draft.ports
             if node.backend.state is BackendPhase.UP:
-                local_urls = mesh.tunnel(draft.name).urls  # by the server's address on its host
+                local_urls = mesh.tunnel(draft.name).urls  # by the target, which is the server's address on its host
                 answering_port = next(
                     (target.port for target, url in local_urls.items() if url == node.backend.url), None
                 )

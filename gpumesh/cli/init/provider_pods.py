@@ -42,7 +42,8 @@ def read_pods(text: str) -> list[Pod]:
 
 
 def _find_pods(document: Any) -> Iterator[Pod]:
-    """Yields the pods of a JSON value and of the lists inside it. Raises UsageError for a value without pods."""
+    """Yields the pods of a JSON value and of the lists inside it; none for an empty list. Raises UsageError for a value
+    that is no list and no object, and for an object that is no pod."""
     if isinstance(document, dict):
         for key in ("pods", "instances", "data"):
             if isinstance(document.get(key), (list, dict)):
@@ -57,12 +58,13 @@ def _find_pods(document: Any) -> Iterator[Pod]:
 
 
 def _read_pod(entry: Mapping[str, Any]) -> Pod:
-    """A pod of either provider, told by the keys. Raises UsageError for an object with other keys."""
+    """A pod of RunPod or an instance of vast.ai: the keys tell which. Raises UsageError for an object with other
+    keys."""
     if "portMappings" in entry or "publicIp" in entry:
         return _read_runpod(entry)
     if any(key in entry for key in ("ssh_host", "public_ipaddr", "actual_status")):
         return _read_vast(entry)
-    first_keys = ", ".join(list(map(str, entry))[:6])
+    first_keys = ", ".join(list(map(str, entry))[:6])  # enough to recognise the document
     raise UsageError(f"this is neither a pod of RunPod nor an instance of vast.ai: {first_keys}", hint=_HINT)
 
 
@@ -99,9 +101,10 @@ def _read_direct_port(ports: Any) -> int | None:
     """The public port of port 22, from Docker's table ``{"22/tcp": [{"HostPort": "40123"}]}``; ``None`` if there is
     none. ``ports`` may also be a list, or null."""
     mappings = ports.get(f"{SSH_PORT_KEY}/tcp") if isinstance(ports, dict) else None
-    if not isinstance(mappings, list) or not mappings or not isinstance(mappings[0], dict):
+    if not isinstance(mappings, list) or not mappings:
         return None
-    return _read_port(mappings[0].get("HostPort"))
+    first_mapping = mappings[0]
+    return _read_port(first_mapping.get("HostPort")) if isinstance(first_mapping, dict) else None
 
 
 def _read_port(value: Any) -> int | None:

@@ -39,7 +39,9 @@ class SshLine:
 
     @property
     def name(self) -> str:
-        """The name of the node: the given name, else the letters and digits of the host, with hyphens between them."""
+        """The name of the node: the given name, else the host in lower case, with one hyphen in the place of each run
+        of other characters than letters and digits. If the host does not begin with a letter, ``host-`` comes first, so
+        that the name of an address does not look like a number: ``host-203-0-113-7``."""
         if self.given_name is not None:
             return self.given_name
         name = re.sub(r"[^a-z0-9]+", "-", self.host.lower()).strip("-")
@@ -77,10 +79,11 @@ def parse_ssh_line(line: str) -> SshLine:
 
 
 def _remote_ports(forwards: Sequence[str]) -> Iterator[int]:
-    """Yields the last port of each ``[bind:]port:host:hostport``, if ``host`` is the remote host itself."""
+    """Yields ``hostport`` of each ``[bind:]port:host:hostport`` in which ``host`` is the remote host itself, as in
+    ``8080:localhost:11434``."""
     for forward in forwards:
         match = _FORWARD.search(forward)
-        port = 0 if match is None else int(match[1])
+        port = 0 if match is None else int(match[1])  # 0 is left out below
         if 1 <= port <= 65535:
             yield port
 
@@ -88,12 +91,12 @@ def _remote_ports(forwards: Sequence[str]) -> Iterator[int]:
 def _read_option(
     word: str, remaining_words: Iterator[str], options: dict[str, str], forwards: list[str], line: str
 ) -> None:
-    """Reads a word of option letters, as ``-4p``. Adds its value to ``options`` (by the field of SshLine), or a value
-    of ``-L`` to ``forwards``. The first letter that takes a value takes the rest of the word, or the next word. Of two
-    values of one field the first counts, as in ssh. ``line``: the whole line, for the UsageError if there is no value.
-    """
+    """Reads a word of option letters, as ``-4p``. Adds its value to ``options`` (by the field of SshLine), or the value
+    of ``-L`` to ``forwards``. The first letter that takes a value takes the rest of the word (``-4p22``), or, if
+    nothing is left of the word, the next word (``-4p 22``). Of two values of one field the first counts, as in ssh.
+    ``line``: the whole line, for the UsageError if there is no value."""
     for position, letter in enumerate(word[1:], 1):
-        if letter not in _OPTIONS_WITH_VALUE:
+        if letter not in _OPTIONS_WITH_VALUE:  # a switch such as ``-4``, which `init` does not need
             continue
         value = word[position + 1 :] or next(remaining_words, None)
         if value is None:
@@ -103,7 +106,7 @@ def _read_option(
         elif letter == "L":
             forwards.append(value)
         elif letter == "o":
-            key, _, setting = value.replace("=", " ", 1).partition(" ")
+            key, _, setting = value.replace("=", " ", 1).partition(" ")  # ``Port=22`` or ``Port 22``
             field = _FIELD_BY_CONFIG_KEY.get(key.lower())
             if field is not None:
                 options.setdefault(field, setting.strip())
@@ -126,7 +129,9 @@ def _read_destination(destination: str, options: dict[str, str]) -> str:
 
 
 def _make_line(host: str, options: dict[str, str], line: str) -> SshLine:
-    """The SshLine of a host and of the values of options, by the field of SshLine. Raises UsageError."""
+    """The SshLine of a host, and of options by the field of SshLine. Raises UsageError for an empty host, for a port
+    that is none, and for a provider's terminal proxy, which forwards no ports. ``line``: the whole line, for these
+    errors."""
     port = options.get("port", "22")
     is_number = port.isascii() and port.isdecimal()
     if not is_number or not 1 <= int(port) <= 65535:

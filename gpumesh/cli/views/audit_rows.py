@@ -75,8 +75,8 @@ _SERVER_CODES = frozenset(
 def compare_nodes(
     topology: Topology, states: Sequence[NodeState], findings: Sequence[Finding]
 ) -> Iterator[ComparisonRow]:
-    """Yields the rows of each node (its route, its server and each expectation), then the findings about several
-    nodes."""
+    """Yields the rows of each node (its route, its server and each expectation), then a row for each finding about
+    several nodes or about none."""
     states_by_name = {state.name: state for state in states}
     for spec in topology.nodes:
         if not spec.enabled:
@@ -94,7 +94,7 @@ def compare_nodes(
 
 def _only_node(finding: Finding) -> str | None:
     """The node of a finding about a single node, else ``None``."""
-    return None if finding.nodes else finding.node
+    return None if finding.nodes else finding.node  # ``nodes`` is set only if the finding is about several
 
 
 def _compare_node(spec: NodeSpec, state: NodeState, findings: Sequence[Finding]) -> Iterator[ComparisonRow]:
@@ -111,8 +111,8 @@ def _compare_node(spec: NodeSpec, state: NodeState, findings: Sequence[Finding])
             yield row
             continue
         finding = findings_without_row.pop(codes[0])
-        # For a route and a server the finding's message says more than the state. Its message may begin with the URL,
-        # which the row already shows as expected.
+        # For a route and a server the message of the finding says more than ``row.found``. The message may begin with
+        # the URL, which the row already shows as expected.
         message = finding.message.removeprefix(f"{row.expected}: ")
         found = message if row.what in (ROUTE, SERVER) else row.found
         yield _add_verdict(replace(row, found=found), finding)
@@ -124,7 +124,7 @@ def _row_name_for_code(code: str, tunnel_is_up: bool) -> str | None:
     """The row to which a finding of this code belongs; ``None`` if the finding gets a row of its own."""
     if code in _ROW_BY_CODE:
         return _ROW_BY_CODE[code]
-    if not tunnel_is_up:
+    if not tunnel_is_up:  # then the node has no other row
         return ROUTE
     return SERVER if code in _SERVER_CODES else None
 
@@ -186,7 +186,8 @@ def _expectation_rows(spec: NodeSpec, state: NodeState) -> Iterator[ComparisonRo
 
 
 def _gpu_expectation_rows(spec: NodeSpec, gpus: Sequence[GpuState] | None) -> Iterator[ComparisonRow]:
-    """Yields the rows for the number of GPUs, their name and their memory. ``gpus``: ``None`` if nothing is known."""
+    """Yields a row for each of these that mesh.yaml expects: the number of GPUs, their name, their memory. ``gpus``:
+    ``None`` if nothing is known."""
     expect = spec.expect
     known_gpus = gpus or ()
 
@@ -207,7 +208,8 @@ def _gpu_expectation_rows(spec: NodeSpec, gpus: Sequence[GpuState] | None) -> It
 
 
 def _expectation_row(spec: NodeSpec, what: str, expected: str, found: str | None, matches: bool) -> ComparisonRow:
-    """A row for one expectation. ``found`` is ``None`` where nothing is known, and empty where there is nothing."""
+    """A row for one expectation. ``found`` is ``None`` if nothing is known, and empty if the host has nothing of the
+    kind. ``matches``: it is as expected."""
     if found is None:
         return ComparisonRow(spec.name, what, expected, UNKNOWN, NOT_KNOWN)
     return ComparisonRow(spec.name, what, expected, found or "none", AS_EXPECTED if matches else "differs")
@@ -309,7 +311,7 @@ def _route_lines(spec: NodeSpec, state: NodeState) -> Iterator[RouteLine]:
     routes = state.routes
     current_route = route_in_use(state)
     name = spec.name
-    for route in sorted(routes, key=lambda route: route is not current_route):  # False comes first
+    for route in sorted(routes, key=lambda route: route is not current_route):  # ``sorted`` puts False first
         yield RouteLine(
             name,
             _describe_route_state(spec, route),
@@ -323,7 +325,7 @@ def _route_lines(spec: NodeSpec, state: NodeState) -> Iterator[RouteLine]:
 
 def _describe_route_state(spec: NodeSpec, route: RouteState) -> str:
     """How the route leads to the server: through SSH, or directly to its address."""
-    if route.offered:
+    if route.offered:  # not in mesh.yaml; the host's own address answers without SSH
         return f"{route.target} without SSH"
     if spec.ssh is None:
         return route.target
@@ -331,7 +333,7 @@ def _describe_route_state(spec: NodeSpec, route: RouteState) -> str:
 
 
 def _route_remark(route: RouteState, current_route: RouteState | None, state: NodeState) -> str:
-    """Whether the route serves and is in use, and its latency."""
+    """What to add to a route: that it does not serve or is not in use, and its latency if it is known."""
     if route.state is BackendPhase.DOWN:
         return "does not serve"
     if route is current_route:

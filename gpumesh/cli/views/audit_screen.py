@@ -44,6 +44,7 @@ def _branch_lines(branch: MachineBranch) -> Table:
     table.add_column(no_wrap=True, style="dim")
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
+    # Lines without a node are further routes of the node above, and get no sign of their own.
     last_node_index = max((index for index, line in enumerate(branch.lines) if line.node), default=0)
     for index, line in enumerate(branch.lines):
         if index > last_node_index:
@@ -92,10 +93,10 @@ def _comparison_list(rows: Sequence[ComparisonRow]) -> Table:
 
 
 def _list_item_parts(row: ComparisonRow) -> Iterator[tuple[str, str]]:
-    """Yields pairs of text and style, which together are the text of one row."""
+    """Yields pairs of text and style, which together are the text of one row. The style "" is the usual one."""
     expected, found = clean_line(row.expected, 400), clean_line(row.found, 400)
     yield f"{clean_line(row.what, 40)}: ", ""
-    if row.expected == UNKNOWN:
+    if row.expected == UNKNOWN:  # the row of a finding: mesh.yaml expects nothing
         yield found, ""
     elif row.found == UNKNOWN:
         yield expected, ""
@@ -107,7 +108,7 @@ def _list_item_parts(row: ComparisonRow) -> Iterator[tuple[str, str]]:
         yield f"{expected}: {found}", ""
     else:
         yield f"expected {expected}, found {found}", ""
-    if row.verdict not in (AS_EXPECTED, row.what):
+    if row.verdict not in (AS_EXPECTED, row.what):  # a verdict that equals the row's name would only repeat it
         yield f" [{clean_line(row.verdict)}]", _verdict_style(row)
     if row.todo:
         yield f"\n→ {clean_line(row.todo, 400)}", "dim"

@@ -51,7 +51,7 @@ def print_result(result: BenchResult, *, notes: bool) -> None:
 
 def _stage_cells(stage: StageResult) -> list[Cell | str]:
     """The row of a stage: a cell for each of ``RESULT_COLUMNS``."""
-    failed = stage.failed + stage.cut
+    failed = stage.failed + stage.cut  # an answer that was cut is a failure, too
     return [
         stage_label(stage),
         "open" if stage.concurrency is None else str(stage.concurrency),
@@ -69,9 +69,8 @@ def _stage_cells(stage: StageResult) -> list[Cell | str]:
 
 
 def _result_lines(result: BenchResult) -> Iterator[str]:
-    """Yields a line for each figure for which the table has no column: scaling, the cost of routes, phases and power.
-
-    The median is called p50."""
+    """Yields a line for each figure for which the table has no column: the scaling, the cost of routes, and the lines
+    of each stage. ``p50`` is the median."""
     scaling = result.scaling
     if scaling is not None:
         yield (
@@ -80,7 +79,7 @@ def _result_lines(result: BenchResult) -> Iterator[str]:
             f"that its nodes give alone: {scaling.efficiency:.0%}"
         )
     for node, costs in itertools.groupby(result.routes, key=lambda cost: cost.node):
-        shortest, *others = costs
+        shortest, *others = costs  # the result lists the routes of a node from the shortest on
         outside = format_number(shortest.outside_server_p50_ms)
         parts = [f"{node}: {outside} ms outside the server at p50 through the {shortest.route}"]
         parts += [f"{cost.route} adds {format_number(cost.added_p50_ms)} ms" for cost in others]
@@ -107,7 +106,8 @@ def _stage_lines(stage: StageResult) -> Iterator[str]:
 
 
 def print_comparison(comparison: Comparison) -> None:
-    """Prints the differences between the results A and B to stdout, and their caveats to stderr."""
+    """Prints the differences between the results A and B to stdout. Prints their caveats, and the stages that only one
+    of them has, to stderr."""
     print_table(["stage", "figure", "A", "B", "B ÷ A", ""], map(_difference_cells, comparison.differences))
     only_in_a = [f"only in A: {name}" for name in comparison.only_a]
     only_in_b = [f"only in B: {name}" for name in comparison.only_b]

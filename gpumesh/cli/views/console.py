@@ -45,7 +45,8 @@ def console(*, stderr: bool = False) -> Console:
     """A console for results (stdout), or for remarks and progress (stderr). It uses colours on terminals only, and
     never with NO_COLOR."""
     stream = sys.stderr if stderr else sys.stdout
-    # Without a width rich asks the terminal, also after its size has changed. ``get_terminal_size`` reads COLUMNS.
+    # With the width None rich asks the terminal, also after its size has changed. Elsewhere ``get_terminal_size`` reads
+    # COLUMNS, and without COLUMNS gives the size here, of which the 50 lines are not used.
     width = None if stream.isatty() else shutil.get_terminal_size((PIPED_WIDTH, 50)).columns
     return Console(file=stream, width=width, highlight=False, markup=False, emoji=False)
 
@@ -70,6 +71,6 @@ def _can_encode(out: Console) -> bool:
     """Whether the stream can encode the characters beyond ASCII that views draw; tested with some of them."""
     try:
         "●█░…▁".encode(out.encoding)
-    except (UnicodeEncodeError, LookupError):
+    except (UnicodeEncodeError, LookupError):  # LookupError: Python does not know the encoding
         return False
     return True

@@ -87,7 +87,8 @@ class _ProgressBars:
 
 
 class _ProgressLines(_NoProgress):
-    """A line for each new step, and for each tenth of a step whose size is known."""
+    """A line for each new step, and for each tenth of a step whose size is known. A text that did not change since the
+    last line of its download is not printed again."""
 
     def __init__(self) -> None:
         self._last_texts: dict[str, str] = {}

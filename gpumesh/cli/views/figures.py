@@ -25,7 +25,7 @@ def format_gib(mib: int | None) -> str:
     if mib is None:
         return "?"
     gib = mib / 1024
-    return f"{gib:.0f}" if gib >= 99.95 else f"{gib:.1f}"  # with a decimal, 99.95 would become "100.0"
+    return f"{gib:.0f}" if gib >= 99.95 else f"{gib:.1f}"  # not 100: with a decimal, 99.95 would become "100.0"
 
 
 _SPARK_LEVELS = "▁▂▃▄▅▆▇█"
@@ -37,7 +37,8 @@ def sparkline(values: Sequence[float | None], highest: float) -> str:
 
 
 def _spark(share: float) -> str:
-    """The character for a share of the highest value. Only the share 0 gets the lowest level."""
+    """The character for a share (0 to 1) of the highest value. Shares are rounded up: only the share 0 gets the lowest
+    level."""
     highest_level = len(_SPARK_LEVELS) - 1
     level = math.ceil(share * highest_level)
     return _SPARK_LEVELS[min(max(level, 0), highest_level)]
@@ -63,8 +64,8 @@ def format_duration(seconds: float) -> str:
 
 
 def format_time_left(until: datetime | None, now: datetime) -> str | None:
-    """The time for which a model still stays in memory; ``None`` if that is not known. It is ``∞`` when ``until`` is
-    more than a year away: Ollama writes such a date for ``keep_alive: -1``."""
+    """The time for which a model still stays in memory; ``None`` if ``until`` is not known. ``∞`` if ``until`` is more
+    than a year away: Ollama writes such a date for ``keep_alive: -1``."""
     if until is None:
         return None
     seconds = (until - now).total_seconds()

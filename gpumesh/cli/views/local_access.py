@@ -22,7 +22,7 @@ _TUNNEL_SENTENCES = {
 
 
 def access_lines(state: MeshState) -> Iterator[str]:
-    """Yields one line for the gateway, and one line for all tunnels with the same access."""
+    """Yields a line for the gateway, and for each kind of access a line with all tunnels that have it."""
     gateway = state.gateway
     if gateway.url is not None and gateway.access in _GATEWAY_SENTENCES:
         addresses = [gateway.url]

@@ -32,7 +32,7 @@ _WORST_FIRST = (Health.DOWN, Health.DEGRADED, Health.UNKNOWN, Health.DRAINING, H
 
 
 def health_rank(node: NodeState) -> int:
-    """The place of the node's health in the order of badness: 0 for the worst."""
+    """The place of the node's health among all healths: 0 for the worst."""
     return _WORST_FIRST.index(node.health)
 
 
@@ -48,6 +48,7 @@ def select_nodes(state: MeshState, names: Sequence[str] = (), labels: Sequence[s
     if len(nodes) == len(state.nodes):
         return state
     selected_names = {node.name for node in nodes}
+    # A finding stays if it is about at least one selected node.
     findings = tuple(finding for finding in state.findings if selected_names & {finding.node, *finding.nodes})
     return replace(state, nodes=nodes, totals=compute_totals(nodes), findings=findings)
 
@@ -109,7 +110,7 @@ def _highest_first(figure: Callable[[NodeState], float | None]) -> Callable[[Nod
     def sort_value(node: NodeState) -> tuple[bool, float]:
         value = figure(node)
         is_unknown = value is None
-        return is_unknown, -(value or 0.0)
+        return is_unknown, -(value or 0.0)  # negative, because ``sorted`` puts the lowest value first
 
     return sort_value
 
@@ -130,7 +131,7 @@ def _over_gpus(
 
 def _used_share(gpu: GpuState) -> float | None:
     """The share of the GPU's memory that is in use, from 0 to 1; ``None`` if it is not known."""
-    if gpu.memory_used_mib is None or not gpu.memory_total_mib:
+    if gpu.memory_used_mib is None or not gpu.memory_total_mib:  # the total is unknown or 0
         return None
     return gpu.memory_used_mib / gpu.memory_total_mib
 

@@ -50,7 +50,8 @@ class _ShownBar(_HiddenBar):
 
 
 def write_above_bars(bars: Progress, line: str) -> None:
-    """Writes a result to stdout while bars are shown on stderr: above the bars if stdout is the same terminal."""
+    """Writes a result to stdout while bars are shown on stderr. If stdout is a terminal, rich must write it, above the
+    bars: otherwise it would end up in the midst of them."""
     if sys.stdout.isatty():
         bars.console.print(Text(line), soft_wrap=True)
     else:

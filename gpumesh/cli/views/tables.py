@@ -76,8 +76,9 @@ def fit_table(columns: Sequence[ColumnCells], width: int, *, styles: Sequence[st
 
 
 def _choose_widths(columns: Sequence[ColumnCells], width: int) -> dict[int, int]:
-    """The widths of the columns that fit, by the column's position. First the columns get their least widths, in the
-    order of their ranks. Then the rest of the width goes to the columns that want more, in the same order."""
+    """The widths of the columns that fit, by the column's position. First each column gets its least width, in the
+    order of the ranks; a column that does not fit any more is left out. Then the rest of the width goes to the columns
+    that want more, in the same order."""
     ranks = [column.rank for column, _ in columns]
     by_rank = sorted(range(len(columns)), key=lambda position: ranks[position])
     free_width = width
@@ -124,4 +125,5 @@ def _cell_text(cell: Cell | str) -> Text:
 
 def new_table() -> Table:
     """An empty table in the style that all tables of the program have."""
-    return Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold dim")
+    padding = (0, 1, 0, 0)  # above, on the right, below, on the left of each cell
+    return Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=padding, header_style="bold dim")

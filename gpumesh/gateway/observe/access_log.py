@@ -1,7 +1,8 @@
-"""The access log: one line with a JSON object for each request that ended. No prompt, no answer, no header, no query.
+"""The access log: a JSON line per request, from its ``RequestRecord`` and, beside it, the client and the request id.
 
-Lines are collected and written a moment later, so that no request waits for the disk. When the disk is full the log
-loses lines, but no request fails. Only the gateway's own user can read the file. The file is rotated by size.
+No line holds a prompt, an answer, a header or a query. Lines are collected and written a moment later, so that no
+request waits for the disk. When the disk is full the log loses lines, but no request fails. Only the gateway's own user
+can read the file. The file is rotated by size.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ class AccessLog:
         self._failing = False
 
     def add(self, record: RequestRecord, *, client: str | None, request_id: str | None) -> None:
-        """Adds a request that has ended. ``client`` is the client's address."""
+        """Adds a request that has ended. Two of its facts are not in the record: ``client``, the client's address, and
+        ``request_id``, the id of ``X-Request-Id``."""
         self._pending.append(build_entry(record, self._now(), client=client, request_id=request_id))
         if len(self._pending) >= FLUSH_LINES:
             self.flush()
@@ -91,12 +93,13 @@ class AccessLog:
         """Appends the data to the file, or to a new file if the file would become too large. Raises OSError."""
         if self._file is None:
             self._open_file()
-        if self._size > 0 and self._size + len(data) > self._rotate_bytes:
+        would_be_too_large = self._size + len(data) > self._rotate_bytes
+        if would_be_too_large and self._size > 0:  # an empty file takes data of any size
             self._close_file()
             self._rotate()
             self._open_file()
-        assert self._file is not None
-        while data:
+        assert self._file is not None, "the log's file is not open"
+        while data:  # one call may write only a part
             written = os.write(self._file, data)
             self._size += written
             data = data[written:]
@@ -113,7 +116,7 @@ class AccessLog:
 
     def _rotate(self) -> None:
         """``access.jsonl`` becomes ``access.jsonl.1``, which becomes ``.2`` and so on. The oldest file is removed."""
-        for number in range(self._rotated_files, 0, -1):
+        for number in range(self._rotated_files, 0, -1):  # the oldest first: each file takes the name that became free
             path = self._path if number == 1 else self._rotated_path(number - 1)
             if path.exists():
                 path.replace(self._rotated_path(number))
@@ -137,9 +140,9 @@ def render_line(entry: dict[str, object]) -> bytes:
 def build_entry(
     record: RequestRecord, at: datetime, *, client: str | None, request_id: str | None
 ) -> dict[str, object]:
-    """The line of one request as a document. ``at`` is the time at which the request ended. ``node`` is the node where
-    the answer began. Only streamed answers have ``ttft_ms``. ``bytes`` is the size of the body; the size of a stream
-    includes the framing."""
+    """The line of one request as a document. ``at`` is the time at which the request ended. ``status`` is null if
+    nothing was sent. ``node`` is the node where the answer began. Only streamed answers have ``ttft_ms``. ``bytes`` is
+    the size of the body; the size of a stream includes the framing."""
     answer, demand = record.answer, record.demand
     is_streamed = answer is not None and answer.body is None
     ttft_ms = None

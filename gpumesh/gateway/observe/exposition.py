@@ -103,7 +103,8 @@ def _render_family(family: Family) -> Iterator[str]:
 
 
 def _escape(text: str, *, quoted: bool = False) -> str:
-    """The text with the escapes of the format. ``quoted``: it stands in quotation marks, as a label's value does."""
+    """The text with the escapes of the format. ``quoted``: the text stands in quotation marks, as a label's value
+    does."""
     escaped = text.replace("\\", "\\\\").replace("\n", "\\n")
     return escaped.replace('"', '\\"') if quoted else escaped
 

@@ -132,8 +132,8 @@ def _backend_families(nodes: Sequence[NodeState]) -> Iterator[Family]:
 
 
 def _loaded_memory(loaded: Sequence[LoadedModel]) -> Iterator[tuple[str, float | None]]:
-    """Yields the name and memory (MiB) of the ``MAX_LOADED_MODELS`` largest models, then all others as one entry:
-    Prometheus keeps a series for each name, for months."""
+    """Yields the name and memory (MiB) of the ``MAX_LOADED_MODELS`` largest models, then one entry with the sum of all
+    others whose memory is known: Prometheus keeps a series for each name, for months."""
     largest_first = sorted(loaded, key=lambda model: -(model.size_vram_mib or 0))
     for model in largest_first[:MAX_LOADED_MODELS]:
         yield model.name, model.size_vram_mib
@@ -220,5 +220,6 @@ def _gpu_labels(node: NodeState, gpu: GpuState) -> Labels:
 
 
 def _scale(value: float | None, factor: float) -> float | None:
-    """The value in another unit: multiplied by ``factor``, and rounded, as 0.01 and 0.001 are not exact."""
+    """The value in another unit: multiplied by ``factor``, and rounded, as the factors 0.01 and 0.001 are not exact in
+    a float. ``None`` for an unknown value."""
     return None if value is None else round(value * factor, 9)

@@ -46,6 +46,7 @@ class Histogram:
         self.sum = 0.0
 
     def observe(self, value: float) -> None:
+        """Counts the value in the first bucket whose bound is the value or more; beyond all bounds, in the last."""
         self.counts[bisect_left(self.bounds, value)] += 1
         self.sum += value
 
@@ -84,7 +85,8 @@ class LabeledSeries(dict[tuple[str, ...], T]):
         self._bound = bound
 
     def __missing__(self, labels: tuple[str, ...]) -> T:
-        """Creates the value for new labels, whose values are in the order of ``names``."""
+        """Creates the value for new labels, whose values are in the order of ``names``. Beyond the bound, returns the
+        value of the series ``other``, and creates it the first time."""
         if len(self) >= self._bound:
             labels = (OTHER_LABEL,) * len(self._names)
         return self.setdefault(labels, self._create())
@@ -218,7 +220,7 @@ def _add_tokens(metrics: ModelMetrics, counters: ServerCounters, first_byte_at: 
         return
     metrics.output_tokens += tokens
     if first_byte_at is not None:
-        if tokens > 1:
+        if tokens > 1:  # the first token came at ``first_byte_at``, the others after it
             metrics.tpot.observe((ended_at - first_byte_at) / (tokens - 1))
     elif counters.eval_ms:
         metrics.tpot.observe(counters.eval_ms / 1000.0 / tokens)

@@ -36,14 +36,14 @@ class RequestRecord(msgspec.Struct, eq=False):
     outcome: RequestOutcome | None = None
 
     def note_answer(self, answer: Answer) -> None:
-        """A node's answer has begun."""
+        """Notes that a node's answer has begun, now."""
         self.answer = answer
         self.node = answer.node
         self.first_byte_at = self.clock()
 
     def note_end(self, *, status: int, sent_bytes: int) -> None:
-        """A reply was sent. If no outcome was set before, the outcome follows from the node's answer. If no node
-        answered, the gateway itself has served the request."""
+        """Notes that the request has ended with a reply, now. If no outcome was set before, the outcome follows from
+        the node's answer; if no node answered, the gateway itself has served the request."""
         self.ended_at = self.clock()
         self.status = status
         self.sent_bytes = sent_bytes
@@ -52,6 +52,6 @@ class RequestRecord(msgspec.Struct, eq=False):
             self.outcome = RequestOutcome.SERVED if last_outcome is None else request_outcome(last_outcome)
 
     def note_client_gone(self, *, status: int, sent_bytes: int) -> None:
-        """The client had left before its reply was complete."""
+        """Notes that the client left before its reply was complete."""
         self.outcome = RequestOutcome.CANCELLED
         self.note_end(status=status, sent_bytes=sent_bytes)

@@ -15,8 +15,8 @@ from gpumesh.state import MeshState
 if TYPE_CHECKING:
     from rich.live import Live
 
-LINES_ABOVE_TABLE = 4  # the last lines of text stay on the screen
-MIN_TABLE_HEIGHT = 8  # lines
+LINES_ABOVE_TABLE = 4  # of the screen: so the last lines of text stay visible
+MIN_TABLE_HEIGHT = 8  # lines of the table, however small the screen is
 
 
 class DemoDisplay:

@@ -61,8 +61,8 @@ class KeySelection:
         return _ACTIONS[key]
 
     def _move_selection(self, key: str) -> None:
-        """Selects the node to which the key moves. Without a selection a key that moves down selects the first node,
-        and a key that moves up the last."""
+        """Selects the node to which the key moves; does nothing if there is no node. If no node is selected, or the
+        selected node is gone, a key that moves down selects the first node, and a key that moves up the last."""
         if not self.nodes:
             return
         last_position = len(self.nodes) - 1

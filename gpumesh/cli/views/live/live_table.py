@@ -61,7 +61,7 @@ class LiveTable:
                 await self._redraw_until_end(screen, follow_task)
         finally:
             follow_task.cancel()
-            [follow_result] = await asyncio.gather(follow_task, return_exceptions=True)
+            [follow_result] = await asyncio.gather(follow_task, return_exceptions=True)  # waits for its end
             await self._actions.close()
             self._note.close()
         if isinstance(follow_result, Exception):  # not CancelledError, which is no Exception
@@ -80,8 +80,8 @@ class LiveTable:
             await asyncio.sleep(MIN_REDRAW_S)
 
     async def _follow(self, states: AsyncIterator[MeshState]) -> None:
-        """Takes each new state for the table, until ``states`` ends. The history goes on from the history of the mesh,
-        if the mesh has one. Raises UsageError when the view selects no node."""
+        """Takes each new state for the table, until ``states`` ends. The history of the table begins with the history
+        of the mesh, if the mesh has one. Raises UsageError when the view selects no node."""
         mesh_history = await self._fetch_history()
         async with closing_iterator(states):
             async for state in states:

@@ -15,7 +15,7 @@ from contextlib import suppress
 from typing import Any, TextIO
 
 _ENTER = "\x1b[?1049h\x1b[?25l\x1b[?7l\x1b[H\x1b[2J"  # the second screen; no cursor, no wrapping
-_LEAVE = "\x1b[?7h\x1b[?25h\x1b[?1049l"
+_LEAVE = "\x1b[?7h\x1b[?25h\x1b[?1049l"  # wrapping and the cursor again; the first screen
 # A terminal that supports synchronised updates shows everything between these two at once; other terminals ignore them.
 _BEGIN_UPDATE, _END_UPDATE = "\x1b[?2026h", "\x1b[?2026l"
 
@@ -152,14 +152,14 @@ class Screen:
     def _read_keys(self) -> None:
         """Calls ``on_key`` for each key that was pressed. The event loop calls this when stdin is readable."""
         try:
-            data = os.read(sys.stdin.fileno(), 4096)
-        except OSError:
+            data = os.read(sys.stdin.fileno(), 4096)  # more than a person types at once
+        except OSError:  # EIO: the terminal is gone
             data = b""
         if not data:
-            # The terminal is gone. Its descriptor would stay readable for ever.
+            # The terminal is gone. Its descriptor would stay readable for ever, and we would be called for ever.
             self._loop.remove_reader(sys.stdin.fileno())
             return
-        assert self._on_key is not None
+        assert self._on_key is not None, "keys are read without on_key"
         for key in parse_keys(data):
             self._on_key(key)
 

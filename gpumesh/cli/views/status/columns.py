@@ -26,7 +26,7 @@ from gpumesh.state import BackendPhase, GpuState, LoadedModel, NodeState, Tunnel
 
 WIDE_TERMINAL = 150  # characters; from here on the columns FULL_WIDTH_TITLES are not narrowed
 FULL_WIDTH_TITLES = ("NODE", "GPU")
-# The length of bars in characters, on terminals that have at least so many columns.
+# Pairs: the least width of a terminal, and the length of bars on it, both in characters.
 _BAR_LENGTHS = ((150, 14), (110, 8), (80, 6), (0, 4))
 HOT_C = 83  # degrees Celsius, at which a 4090 begins to slow down
 SHOWN_MODELS = 2  # of the loaded models of a node; the others are counted
@@ -61,8 +61,8 @@ def _node_column(cell: Callable[[NodeState, datetime], Text | str]) -> DrawCell:
 
 
 def _gpu_column(cell: Callable[[GpuState], Text | str]) -> DrawCell:
-    """The drawing of a column about the GPU. A row without a GPU has no cell, or a dash if it is the node's only
-    row."""
+    """The drawing of a column about the GPU. A row without a GPU has an empty cell, or a dash if it is the node's first
+    row: then the node has no other."""
 
     def draw(row: StatusRow, _bar_length: int) -> Text:
         if row.gpu is None:
@@ -94,7 +94,8 @@ def bar_text(share: float | None, length: int, low: float, high: float) -> Text:
 
 
 def _gpu_cell(row: StatusRow, _bar_length: int) -> Text:
-    """The name of the card, after its index if the node has several; or the reason why no GPU is shown."""
+    """The name of the card, after its index if the node has several. In a row without a GPU: the reason, if it is
+    known; ``none`` if the node has no GPU; a dash if its GPUs are not known."""
     gpu = row.gpu
     if gpu is None:
         if row.no_gpu_reason is not None:
@@ -117,7 +118,9 @@ def _memory_cell(row: StatusRow, bar_length: int) -> Text:
     if total_mib is None:
         return Text(UNKNOWN)
     share = None if used_mib is None or total_mib == 0 else used_mib / total_mib
-    return bar_text(share, bar_length, 0.10, 0.80).append(f" {format_gib(used_mib):>4}/{format_gib(total_mib)}")
+    return bar_text(share, bar_length, low=0.10, high=0.80).append(
+        f" {format_gib(used_mib):>4}/{format_gib(total_mib)}"
+    )
 
 
 def _utilization_cell(row: StatusRow, bar_length: int) -> Text:
@@ -127,11 +130,11 @@ def _utilization_cell(row: StatusRow, bar_length: int) -> Text:
     percent = row.gpu.utilization_pct
     if percent is None:
         return Text(UNKNOWN)
-    return bar_text(percent / 100, bar_length, 0.10, 0.75).append(f" {percent:>3}%")
+    return bar_text(percent / 100, bar_length, low=0.10, high=0.75).append(f" {percent:>3}%")
 
 
 def _last_minute_cell(row: StatusRow, _bar_length: int) -> Text:
-    """The utilization of the GPU over the last minute as a sparkline from 0 to 100 %."""
+    """The utilization of the GPU over the last minute as a sparkline from 0 to 100 %; empty if nothing is known."""
     if all(value is None for value in row.utilization):
         return Text("")
     return Text(sparkline(row.utilization, 100), style="cyan")
@@ -179,8 +182,9 @@ def _loaded_cell(node: NodeState, at: datetime) -> str:
 
 
 def _loaded_model_text(model: LoadedModel, at: datetime) -> str:
-    """The model's name, the share of it that is not in GPU memory, and how long it stays loaded."""
-    _, _, name_without_registry = model.name.rpartition("/")
+    """The model's name, the share of the model that is not in GPU memory (if some is not), and how long the model stays
+    loaded: ``qwen2.5:7b (25% CPU) 4m``."""
+    _, _, name_without_registry = model.name.rpartition("/")  # as in ``hf.co/owner/model:tag``
     text = clean_line(name_without_registry or model.name, 40)
     if model.size_mib and model.size_vram_mib is not None and model.size_vram_mib < model.size_mib:
         gpu_percent = round(100 * model.size_vram_mib / model.size_mib)
@@ -190,7 +194,8 @@ def _loaded_model_text(model: LoadedModel, at: datetime) -> str:
 
 
 def _busy_cell(node: NodeState, _at: datetime) -> str:
-    """The requests in flight, of how many that the node runs at once, and the queued requests: ``2/4 +1``."""
+    """The requests in flight, how many requests the node runs at once (if known), and the queued requests (if any):
+    ``2/4 +1``."""
     load = node.load
     text = str(load.in_flight) if load.limit is None else f"{load.in_flight}/{load.limit}"
     return f"{text} +{load.queued}" if load.queued else text

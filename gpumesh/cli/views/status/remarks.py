@@ -69,7 +69,7 @@ def merge_equal(findings: list[Finding]) -> Iterator[Finding]:
     and counts the others."""
     nodes_by_finding: dict[Finding, list[str]] = {}
     for finding in findings:
-        if finding.nodes or finding.node is None:  # a finding about several nodes, or about none
+        if finding.nodes or finding.node is None:  # a finding about several nodes, or about none, stays as it is
             nodes_by_finding[finding] = []
         else:
             nodes_by_finding.setdefault(replace(finding, node=None), []).append(finding.node)
@@ -82,8 +82,8 @@ def merge_equal(findings: list[Finding]) -> Iterator[Finding]:
 
 
 def fit_remarks(remarks: list[Remark], width: int, room: int) -> tuple[list[Remark], int]:
-    """Returns the first remarks that fit into ``room`` lines, and a remark that counts the others; then the number of
-    lines that the returned remarks need."""
+    """Returns the first remarks that fit into ``room`` lines, with a last remark that counts the others, if there are
+    others; then the number of lines that the returned remarks need."""
     out = console()
     text_width = max(width - 2, 1)  # without the mark and a blank
     used_lines = 0

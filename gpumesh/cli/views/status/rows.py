@@ -67,8 +67,8 @@ def _node_rows(node: NodeState, state: MeshState, selected: bool, history: Histo
 
 
 def fit_rows(rows: list[StatusRow], room: int, selected: str | None) -> tuple[list[StatusRow], int]:
-    """Returns ``room`` rows in their order, then the number of rows that are left out. If the node ``selected`` has
-    rows, rows far from it are left out; else rows of healthy nodes are left out first."""
+    """Returns at most ``room`` rows in their order, then the number of rows that are left out. If the node ``selected``
+    has rows, the rows around its first row stay. Else the rows of the nodes with the worst health stay."""
     hidden_count = len(rows) - room
     if hidden_count <= 0:
         return rows, 0
@@ -77,5 +77,5 @@ def fit_rows(rows: list[StatusRow], room: int, selected: str | None) -> tuple[li
         worst_first = sorted(range(len(rows)), key=lambda position: health_rank(rows[position].node))
         shown_positions = sorted(worst_first[:room])
         return [rows[position] for position in shown_positions], hidden_count
-    start = min(max(selected_position - room // 2, 0), hidden_count)
+    start = min(max(selected_position - room // 2, 0), hidden_count)  # half of the rows before it, if there are so many
     return rows[start : start + room], hidden_count

@@ -75,7 +75,8 @@ def status_view(state: MeshState, width: int, options: ViewOptions) -> Renderabl
 
 
 def _mesh_line(state: MeshState, width: int) -> Text:
-    """The mesh's name, the gateway's address and state, and the time of the state on a terminal of 80 characters."""
+    """The mesh's name, the gateway's address and state, whether hosts are simulated, and, on a terminal of at least 80
+    characters, the time of the state."""
     line = Text(clean_line(state.mesh, 30), style="bold", no_wrap=True, overflow="ellipsis")
     gateway = state.gateway
     if gateway.url is not None:
