@@ -75,7 +75,8 @@ def install_completion_scripts() -> None:
     """Makes ``--install-completion`` and ``--show-completion`` give the scripts above."""
     from typer import _completion_shared as shared
 
-    # This dictionary is private to Typer. A version without it gives Typer's own scripts, which stop at a colon.
+    # This dictionary is private to Typer. With a version that lacks it, the lines here change an empty dictionary which
+    # nobody reads, and Typer gives its own scripts, which stop at a colon.
     scripts = getattr(shared, "_completion_scripts", {})
     scripts["bash"], scripts["zsh"] = BASH_SCRIPT, ZSH_SCRIPT
 

@@ -94,10 +94,10 @@ async def until_stopped(items: AsyncIterator[T], stop: Shutdown) -> AsyncGenerat
                         return
                     try:
                         item = next_item.result()
-                    except StopAsyncIteration:
+                    except StopAsyncIteration:  # there are no more items
                         return
                 finally:
-                    next_item.cancel()
+                    next_item.cancel()  # does nothing if the item has come
                     await asyncio.gather(next_item, return_exceptions=True)
                 yield item
     finally:

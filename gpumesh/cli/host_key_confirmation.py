@@ -112,7 +112,8 @@ def explain_judgement(judgement: HostKeyCheck, known_hosts: Path) -> list[str]:
 
 
 async def _look_up_address(spec: NodeSpec, ssh: SshSpec) -> SshSpec:
-    """``ssh`` with the host and port that the node's command ``address_from`` prints. Raises GPUMeshError."""
+    """``ssh`` with the host and port that the node's command ``address_from`` prints. Raises GPUMeshError if the
+    command fails, or prints no address."""
     from gpumesh.tunnels import address_command
 
     assert ssh.address_from is not None, "the node has no address_from"

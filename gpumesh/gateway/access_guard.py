@@ -57,7 +57,7 @@ class Guard:
         if not self.host_allowed(host):
             message = "this Host is not served here: ask for localhost or an IP address, or set gateway.api_key_env"
             raise BadRequest(message, status=403)
-        if _BROWSER_HEADERS.isdisjoint(headers):  # not sent by a browser, as nearly all requests
+        if _BROWSER_HEADERS.isdisjoint(headers):  # nearly all requests: they do not come from a browser
             return
         if is_request_to_render(headers, is_own_page=is_own_page):
             message = (
@@ -94,6 +94,7 @@ class Guard:
         """Whether a page of this origin may send requests. A request without an Origin is allowed: it is no cross-site
         request of a browser.
 
+        - The origins of mesh.yaml are allowed.
         - Pages of this machine are allowed, as Ollama allows them, but not from ``backend_ports``. Such a port is the
           end of a tunnel: a page behind it was written by the tunnel's host.
         - Applications whose pages are no web pages are allowed.
@@ -119,6 +120,7 @@ class Guard:
             return False
         is_web_page = scheme in _DEFAULT_PORTS
         origin_is_host = netloc == host.lower()
+        # DNS rebinding needs a name, so an address is safe. With a key, rebinding gains nothing.
         host_is_trusted = _parse_address(_strip_port(host)) is not None or self.api_key is not None
         return is_web_page and origin_is_host and host_is_trusted
 

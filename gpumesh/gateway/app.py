@@ -154,7 +154,7 @@ class Gateway:
                 log.warning("requests that did not end in time and are cut: %d", len(self._active))
                 await self._abort_active()
         finally:
-            # For so long may answers that are on their way still arrive; ``None``: the usual time.
+            # The time that answers on their way still have to arrive; ``None``: the usual time.
             linger_s = ABORT_S if self._stop_now.is_set() else None
             await self._server.close(linger_s)
             if self._access_log is not None:

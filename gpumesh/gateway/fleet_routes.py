@@ -72,7 +72,7 @@ class FleetRoutes:
         return _json({"version": oldest_version(versions) or __version__})
 
     async def tags(self, _request: Request) -> Response:
-        """The models of all nodes in Ollama's format."""
+        """The models of all nodes in Ollama's format, without times that lie in the future."""
         merged = merged_lists.MergedList(
             merged_lists.TAGS_FORMAT, latest_time=merged_lists.latest_plausible_time(datetime.now(UTC))
         )

@@ -164,7 +164,7 @@ async def rewrite_body(body: bytes, members: Members, request: BodyOwner, **text
     """Returns a new body with ``texts`` among its members, and with the common spelling of known names. The caller must
     not keep the old body: its memory is released. Raises QueueFull if there is no room for both bodies at once."""
     pieces = members.render_pieces(**texts)
-    if len(body) <= COPY_BYTES:
+    if len(body) <= COPY_BYTES:  # small enough to be copied at once, and to be in memory twice for that time
         return b"".join(pieces)
     request.reserve_memory(len(body))
     new_body = await request.run_sliced(join_pieces(pieces))
@@ -194,14 +194,15 @@ def read_small_members(body: bytes) -> Members | None:
 def scan_members(body: bytes) -> Generator[None, None, Members]:
     """Reads the members of a body of any size, and yields after each step. Raises BadRequest as ``read_members``."""
     pairs, written_names = yield from JsonScanner(body).scan_members()
-    # The scanner sees no faults inside values. A small body is checked here; in a larger body the server finds them.
+    # The scanner does not see faults inside values. A small body is checked for them here, a larger body by the server.
     if len(body) <= SMALL_BODY_BYTES:
         _require_json(body)
     return Members(pairs, written_names)
 
 
 def join_pieces(pieces: Iterable[RawValue]) -> Generator[None, None, bytes]:
-    """Joins the pieces to one body. Yields after each step of copying a large piece, and not for small ones."""
+    """Joins the pieces to one body. A large piece is copied in steps, with a yield after each step; a small piece at
+    once, without a yield."""
     body = BytesIO()
     for piece in pieces:
         view = memoryview(piece)

@@ -136,7 +136,7 @@ class JsonScanner:
         else:
             start = self._position
             yield from self._skip_run(_WORD)
-            # A number that is longer is not checked, but left to the server: that would take too long for one step.
+            # A longer number is left to the server: to check it would take too long for one step.
             is_short = self._position - start < WINDOW
             if is_short and _SCALAR.fullmatch(self._body, start, self._position) is None:
                 raise self._error_here("no value")
@@ -172,7 +172,7 @@ class JsonScanner:
             piece = self._body[self._position : self._position + window_bytes]
             is_last_window = self._position + len(piece) == self._size
             trailing_backslashes = len(piece) - len(piece.rstrip(b"\\"))
-            if not is_last_window and trailing_backslashes % 2:
+            if not is_last_window and trailing_backslashes % 2 == 1:
                 piece = piece[:-1]  # the last backslash begins an escape: both its bytes must be in one window
             brackets, quote_count = self._find_brackets(piece, in_string=in_string)
             new_depth = _depth_after(brackets, depth)
@@ -187,7 +187,7 @@ class JsonScanner:
             if quote_count % 2 == 1:
                 in_string = not in_string
             self._position += len(piece)
-            window_bytes = min(window_bytes * 8, WINDOW)
+            window_bytes = min(window_bytes * 8, WINDOW)  # the value is not as short as most are
             yield
 
     def _find_brackets(self, piece: bytes, *, in_string: bool) -> tuple[bytes, int]:

@@ -187,7 +187,8 @@ def _read_count(value: Any) -> int | None:
 
 
 def _read_time(value: Any) -> str | None:
-    """The text of a time: unchanged if every parser reads it, written anew if only Python's parser reads it."""
+    """The text of a time: unchanged if every parser reads it, written anew if only Python's parser reads it. ``None``
+    for any other value."""
     time = safe_json.as_datetime(value)
     if time is None:
         return _NO_TIME if value == _NO_TIME else None  # Ollama sends Go's zero time, and clients can read it

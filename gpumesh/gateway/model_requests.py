@@ -85,9 +85,9 @@ def read_demand(
     """Returns the demand of a request: its model, node, priority, and about how many tokens it will take.
 
     ``members`` are the members of the body, which has ``size`` bytes. ``model`` comes from ``read_model``, or is the
-    default model. ``node`` comes from ``read_node``.
+    default model. ``node`` comes from ``read_node``. The length of a short prompt stays unknown (``MIN_PROMPT_BYTES``).
 
-    Raises BadRequest for a request that no server could answer.
+    Raises BadRequest for a request without a model, or with an unknown priority.
     """
     if model is None or not model.strip():
         raise BadRequest("model is required")

@@ -119,7 +119,7 @@ class ModelStoreRoutes:
         nodes = self._store.usable_nodes(self._read_node(request))
         digest = _read_blob_digest(request)
         holders = await self._store.find_blob(nodes, digest)
-        if not holders.lacking and not holders.unsure:
+        if not holders.lacking and not holders.unsure:  # so all nodes have it
             return Response(status=200, headers=_node_header(nodes))
         results: list[NodeResult] = []
         if holders.lacking:

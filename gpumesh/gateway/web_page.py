@@ -140,7 +140,7 @@ def _render_event(name: str, document: Any) -> bytes:
 def _content_security_policy(html: str) -> str:
     """The Content-Security-Policy of the page: only the page's own script runs, and the page can neither load data from
     other servers nor send data to other servers."""
-    script = html[html.index("<script>") + len("<script>") : html.rindex("</script>")]
+    script = html[html.index("<script>") + len("<script>") : html.rindex("</script>")]  # the page has only one
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return (
         f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; img-src data:; "

@@ -55,7 +55,7 @@ async def measure(
                 scenario,
                 make_settings(model_name),
                 progress=_ProgressBar(stack, quiet=options.quiet),
-                rng=Random(time.time_ns()),
+                rng=Random(time.time_ns()),  # other nonces in each run, so that no prompt is in a server's cache
                 objective=objective,
                 trace=trace,
                 only_node=node,

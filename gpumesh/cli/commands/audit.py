@@ -126,12 +126,12 @@ class Correction:
 
     @property
     def diff(self) -> str:
-        """The changes as a unified diff."""
+        """The changes as a unified diff, with two lines of context."""
         name = self.path.name
         lines = difflib.unified_diff(
             self.old_text.splitlines(), self.new_text.splitlines(), name, f"{name} (corrected)", n=2
         )
-        return "\n".join(line.rstrip("\n") for line in lines)
+        return "\n".join(line.rstrip("\n") for line in lines)  # ``difflib`` ends its own lines with a line feed
 
     def write(self) -> bool:
         """Writes the file, unless the text is the same, and returns whether it was written. Raises GPUMeshError if the

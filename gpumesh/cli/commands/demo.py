@@ -222,6 +222,7 @@ async def _send_and_kill(
 def _print_results(display: DemoDisplay, results: Sequence[PromptResult], spent_s: float, victim: str) -> ExitCode:
     """Prints how many prompts were answered, and by which hosts. Returns the exit code of the command: FAILED if a
     prompt was lost."""
+    # An empty answer counts as lost, too.
     lost_results = [result for result in results if result.error is not None or not result.response]
     if lost_results:
         first_error = lost_results[0].error

@@ -115,7 +115,7 @@ async def _run_on_all(options: GlobalOptions, command: list[str]) -> int:
 
 async def _run_with_prefix(session: Session, node: str, command: list[str], width: int) -> int:
     """Runs the command on one node, and prints its output after the node's name, which is padded to ``width``
-    characters. Returns its exit code; 1 if the command could not be run."""
+    characters. Returns its exit code; 1 if the command could not be run, or ended without an exit status."""
     from gpumesh.async_iterators import closing_iterator
 
     printer = _PrefixPrinter(f"{node:<{width}}")

@@ -127,7 +127,7 @@ def _print_table(rows: Sequence[inventory.ModelRow]) -> None:
         digest = tables.Cell(inventory.shorten_digest(row.digest) or UNKNOWN, "yellow" if row.copies > 1 else "dim")
         loaded = _join_names([_format_loaded(copy) for copy in row.loaded]) or UNKNOWN
         cells.append((row.name, size, kind, context, digest, _join_names(row.nodes), loaded))
-    columns = (
+    columns = (  # the second argument is the rank: columns with a low rank get their place first
         tables.Column("MODEL"),
         tables.Column("GiB", 3, right=True),
         tables.Column("KIND", 4),

@@ -148,7 +148,8 @@ async def _watch(
 
     view = ViewSelection(names, labels, sort, options.verbose)
     async with open_session(options) as session, closing_iterator(session.watch(interval)) as states:
-        if not as_json and sys.stdout.isatty() and not environment.dumb_terminal():
+        on_terminal = sys.stdout.isatty() and not environment.dumb_terminal()
+        if on_terminal and not as_json:
             await LiveTable(session, view, footer="Ctrl-C leaves").run(states)
             return
         async for state in states:

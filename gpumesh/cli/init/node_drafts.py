@@ -88,8 +88,8 @@ def _with_unique_names(drafts: Sequence[Draft]) -> list[Draft]:
 
 
 def node_name(text: str) -> str:
-    """A name for a node: ``text`` in lower case, with one hyphen in the place of each run of other characters than
-    letters and digits, at most 40 characters. ``My pod (2)`` becomes ``my-pod-2``. ``node`` if nothing remains."""
+    """A name for a node: ``text`` in lower case, with a hyphen between its parts of letters and digits, at most 40
+    characters. ``My pod (2)`` becomes ``my-pod-2``. ``node`` if the text has no letter and no digit."""
     name = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:40]
     return name or "node"
 

@@ -112,6 +112,6 @@ def _read_port(value: Any) -> int | None:
     ``_read_vast`` may use the port after it."""
     try:
         port = int(value)
-    except (TypeError, ValueError, OverflowError):
+    except (TypeError, ValueError, OverflowError):  # neither a number nor text; text that is no number; infinity
         return None
     return port if 1 <= port <= 65534 else None

@@ -39,9 +39,9 @@ class SshLine:
 
     @property
     def name(self) -> str:
-        """The name of the node: the given name, else the host in lower case, with one hyphen in the place of each run
-        of other characters than letters and digits. If the host does not begin with a letter, ``host-`` comes first, so
-        that the name of an address does not look like a number: ``host-203-0-113-7``."""
+        """The name of the node: the given name, else the host in lower case, with a hyphen between its parts of letters
+        and digits: ``gpu1.example.com`` becomes ``gpu1-example-com``. If the host does not begin with a letter,
+        ``host-`` comes first, so that the name does not look like a number: ``host-203-0-113-7``."""
         if self.given_name is not None:
             return self.given_name
         name = re.sub(r"[^a-z0-9]+", "-", self.host.lower()).strip("-")
@@ -51,7 +51,8 @@ class SshLine:
 
 def parse_ssh_line(line: str) -> SshLine:
     """Reads a line such as ``ssh root@203.0.113.7 -p 13323 -i ~/.ssh/id``. The word ``ssh`` may be missing, and a name
-    for the node may come first (``iceland=ssh …``). A command at the end is ignored. Raises UsageError."""
+    for the node may come first (``iceland=ssh …``). A command at the end is ignored. Raises UsageError for a line
+    without a host, and for an option without its value or with a wrong one."""
     name_match = _GIVEN_NAME.match(line)
     if name_match is not None:
         return replace(parse_ssh_line(line[name_match.end() :]), given_name=name_match[1])

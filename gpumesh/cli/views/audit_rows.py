@@ -110,7 +110,8 @@ def _compare_node(spec: NodeSpec, state: NodeState, findings: Sequence[Finding])
         if not codes:
             yield row
             continue
-        finding = findings_without_row.pop(codes[0])
+        first_code, *_ = codes
+        finding = findings_without_row.pop(first_code)
         # For a route and a server the message of the finding says more than ``row.found``. The message may begin with
         # the URL, which the row already shows as expected.
         message = finding.message.removeprefix(f"{row.expected}: ")
@@ -199,6 +200,7 @@ def _gpu_expectation_rows(spec: NodeSpec, gpus: Sequence[GpuState] | None) -> It
     if expect.gpu is not None:
         expected_name = expect.gpu
         names = _join_distinct(short_gpu(gpu.name) for gpu in known_gpus)
+        # Without a GPU nothing matches, although ``all`` of none would be true.
         matches = bool(known_gpus) and all(gpu_name_matches(expected_name, gpu.name) for gpu in known_gpus)
         yield row("GPU", short_gpu(expected_name), names, matches)
     if expect.vram_mib is not None:
@@ -228,7 +230,7 @@ def describe_route(spec: NodeSpec) -> str:
         program, *_ = ssh.address_from.command
         return f"ssh, address from {program}"
     port_suffix = "" if ssh.port == 22 else f":{ssh.port}"
-    return f"ssh {ssh.user}@{ssh.host or ssh.alias}{port_suffix}"
+    return f"ssh {ssh.user}@{ssh.host or ssh.alias}{port_suffix}"  # with an alias, mesh.yaml may name no host
 
 
 # -- the drawing -----------------------------------------------------------------------------------------------------
@@ -295,7 +297,7 @@ def _machine_branch(machine: Machine, specs: Mapping[str, NodeSpec], states: Map
 def _describe_gpus(gpus: Sequence[GpuState], nodes: Sequence[NodeState]) -> str:
     """The GPUs of a machine in a few words: ``2 x RTX 4090, 24.0 GiB``, and the beginning of its UUID for a single GPU.
     ``nodes``: the nodes on the machine."""
-    if not gpus:
+    if not gpus:  # ``node.gpus`` is not None if nvidia-smi has answered on that node
         return "no GPU" if any(node.gpus is not None for node in nodes) else "GPU not known"
     counts: dict[str, int] = {}  # by name and size
     for gpu in gpus:

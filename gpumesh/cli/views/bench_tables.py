@@ -116,7 +116,7 @@ def print_comparison(comparison: Comparison) -> None:
 
 
 def _difference_cells(difference: Difference) -> list[Cell | str]:
-    """The row of one figure that is compared."""
+    """The row of one figure that is compared, with the cells in the order of the titles in ``print_comparison``."""
     verdict = difference.verdict
     return [
         difference.stage,

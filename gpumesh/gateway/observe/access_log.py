@@ -149,7 +149,7 @@ def build_entry(
     if is_streamed and record.first_byte_at is not None:
         ttft_ms = round((record.first_byte_at - record.started_at) * 1000.0, 1)
     return {
-        "at": at.isoformat(timespec="milliseconds").removesuffix("+00:00") + "Z",
+        "at": at.isoformat(timespec="milliseconds").removesuffix("+00:00") + "Z",  # ``at`` is in UTC
         "client": client,
         "method": record.method,
         "path": record.path[:MAX_TEXT_CHARS],

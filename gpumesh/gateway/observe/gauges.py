@@ -104,7 +104,7 @@ def _tunnel_families(nodes: Sequence[NodeState]) -> Iterator[Family]:
     yield gauge(
         "gpumesh_tunnel_round_trip_seconds",
         "Round trip through the tunnel.",
-        ((_node_labels(node), _scale(node.tunnel.rtt_ms, 1e-3)) for node in nodes),
+        ((_node_labels(node), _scale(node.tunnel.rtt_ms, 1e-3)) for node in nodes),  # ms to s
     )
     yield counter(
         "gpumesh_tunnel_reconnects_total",
@@ -162,7 +162,7 @@ def _gpu_families(nodes: Iterable[NodeState]) -> Iterator[Family]:
     yield gauge_by_gpu(
         "gpumesh_gpu_utilization_ratio",
         "Share of time in which any kernel ran.",
-        [_scale(gpu.utilization_pct, 0.01) for gpu in gpus],
+        [_scale(gpu.utilization_pct, 0.01) for gpu in gpus],  # percent to a share of 1
     )
     yield gauge_by_gpu("gpumesh_gpu_temperature_celsius", "GPU temperature.", [gpu.temperature_c for gpu in gpus])
     yield gauge_by_gpu("gpumesh_gpu_power_watts", "Power draw.", [gpu.power_w for gpu in gpus])

@@ -119,7 +119,7 @@ class RequestMetrics:
         node = answer.node
         model = self._model_label(demand.model, answered=answer.status < 400)
         self.requests[record.route, node, model, outcome, code].value += 1
-        if not demand.needs_slot:
+        if not demand.needs_slot:  # no inference, but for example a question about a model
             return
         metrics = self.models[node, model]
         metrics.duration.observe(record.ended_at - record.started_at)

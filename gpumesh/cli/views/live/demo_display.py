@@ -46,7 +46,7 @@ class DemoDisplay:
             size = self._out.size
             height = max(size.height - LINES_ABOVE_TABLE, MIN_TABLE_HEIGHT)
             view = status_view(state, size.width, ViewOptions(height=height))
-            self._live.update(Group(Text(""), view), refresh=True)
+            self._live.update(Group(Text(""), view), refresh=True)  # an empty line above the table
 
     def print_table(self, state: MeshState) -> None:
         """Redraws the table on a terminal; elsewhere prints it."""

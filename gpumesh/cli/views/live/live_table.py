@@ -85,7 +85,7 @@ class LiveTable:
         mesh_history = await self._fetch_history()
         async with closing_iterator(states):
             async for state in states:
-                self._selection.view.apply(state)  # raises UsageError
+                self._selection.view.apply(state)  # only for its UsageError: ``_lines`` applies the view again
                 if self._state is None:  # the first state tells the time at which the mesh's history ends
                     self._recorder = Recorder(mesh_history, at=state.at)
                 self._state = state
@@ -117,6 +117,7 @@ class LiveTable:
             selected=self._selection.selected or None,
             history=self._recorder.history(),
         )
+        # A very small screen has no room even for the smallest table: then the table is cut.
         table_lines = render_lines(self._out, status_view(shown_state, size.width, options))[:table_height]
         default_last_line = KEY_HELP if reads_keys else self._footer
         last_line = shorten(self._note.text or default_last_line, size.width)

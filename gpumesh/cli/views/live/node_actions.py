@@ -16,6 +16,7 @@ class NodeActions:
     with one line of text."""
 
     def __init__(self, session: Session, report: Callable[[str], None]) -> None:
+        # By action: the function that carries it out on a node.
         self._calls: dict[str, Callable[[str], Coroutine[Any, Any, None]]] = {
             "drain": session.drain,
             "resume": session.resume,

@@ -96,7 +96,7 @@ class Screen:
             self._enter()
             self._loop.add_signal_handler(signal.SIGWINCH, self._handle_resize)
             self._loop.add_signal_handler(signal.SIGTSTP, self._suspend)
-        except BaseException:
+        except BaseException:  # whatever it is, the terminal must not stay changed
             self._leave()
             raise
         return self

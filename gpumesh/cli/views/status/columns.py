@@ -61,8 +61,8 @@ def _node_column(cell: Callable[[NodeState, datetime], Text | str]) -> DrawCell:
 
 
 def _gpu_column(cell: Callable[[GpuState], Text | str]) -> DrawCell:
-    """The drawing of a column about the GPU. A row without a GPU has an empty cell, or a dash if it is the node's first
-    row: then the node has no other."""
+    """The drawing of a column about the GPU. In a row without a GPU the cell is a dash if this is the node's only row,
+    and empty if it follows the rows of other GPUs."""
 
     def draw(row: StatusRow, _bar_length: int) -> Text:
         if row.gpu is None:
@@ -103,14 +103,15 @@ def _gpu_cell(row: StatusRow, _bar_length: int) -> Text:
         return Text("none" if row.node.gpus is not None else UNKNOWN, style="dim")
     # "A100 MIG 1g.5gb" is shown as "MIG 1g.5gb A100": the slice comes first, because the end may be cut off.
     card, slice_mark, slice_name = short_gpu(clean_line(gpu.name, 40)).partition("MIG")
-    if slice_mark or gpu.uuid.startswith("MIG-"):
+    if slice_mark or gpu.uuid.startswith("MIG-"):  # some names of slices do not say MIG
         card = " ".join(("MIG", *slice_name.split(), *card.split()))
     has_several_gpus = row.node.gpus is not None and len(row.node.gpus) > 1
     return Text(f"{gpu.index} {card}" if has_several_gpus else card)
 
 
 def _memory_cell(row: StatusRow, bar_length: int) -> Text:
-    """The used share of the GPU's memory as a bar, then the used and the whole memory in GiB."""
+    """The used share of the GPU's memory as a bar, then the used and the whole memory in GiB. A dash if they are not
+    known. Without a GPU: as in ``_gpu_column``."""
     gpu = row.gpu
     if gpu is None:
         return Text(UNKNOWN if row.first else "")
@@ -124,7 +125,8 @@ def _memory_cell(row: StatusRow, bar_length: int) -> Text:
 
 
 def _utilization_cell(row: StatusRow, bar_length: int) -> Text:
-    """The utilization of the GPU as a bar, then in percent."""
+    """The utilization of the GPU as a bar, then in percent. A dash if it is not known. Without a GPU: as in
+    ``_gpu_column``."""
     if row.gpu is None:
         return Text(UNKNOWN if row.first else "")
     percent = row.gpu.utilization_pct
@@ -144,6 +146,7 @@ def _temperature_cell(gpu: GpuState) -> Text | str:
     """The temperature; in red if the GPU is hot, or slows down because of heat or power."""
     if gpu.temperature_c is None:
         return UNKNOWN
+    # ``throttle`` is text: nvidia-smi's reasons with commas between them, as in ``hw-slowdown,thermal``.
     is_slowed = gpu.throttle is not None and ("thermal" in gpu.throttle or "slowdown" in gpu.throttle)
     return Text(f"{gpu.temperature_c}°", style="red" if is_slowed or gpu.temperature_c >= HOT_C else "")
 
@@ -186,6 +189,7 @@ def _loaded_model_text(model: LoadedModel, at: datetime) -> str:
     loaded: ``qwen2.5:7b (25% CPU) 4m``."""
     _, _, name_without_registry = model.name.rpartition("/")  # as in ``hf.co/owner/model:tag``
     text = clean_line(name_without_registry or model.name, 40)
+    # Both sizes are known, and a part of the model has no place in GPU memory.
     if model.size_mib and model.size_vram_mib is not None and model.size_vram_mib < model.size_mib:
         gpu_percent = round(100 * model.size_vram_mib / model.size_mib)
         text += f" ({100 - gpu_percent}% CPU)"

@@ -82,8 +82,8 @@ def merge_equal(findings: list[Finding]) -> Iterator[Finding]:
 
 
 def fit_remarks(remarks: list[Remark], width: int, room: int) -> tuple[list[Remark], int]:
-    """Returns the first remarks that fit into ``room`` lines, with a last remark that counts the others, if there are
-    others; then the number of lines that the returned remarks need."""
+    """Returns the remarks that fit into ``room`` lines, then the number of lines that they need. If there is no room
+    for all, the first remarks stay, and one more remark counts the others."""
     out = console()
     text_width = max(width - 2, 1)  # without the mark and a blank
     used_lines = 0

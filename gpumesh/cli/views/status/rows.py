@@ -52,7 +52,8 @@ def make_rows(state: MeshState, *, selected: str | None, history: History) -> li
 
 
 def _node_rows(node: NodeState, state: MeshState, selected: bool, history: History) -> Iterator[StatusRow]:
-    """Yields the rows of one node: one for each GPU and, if a GPU was lost, one more; a single row without GPUs."""
+    """Yields the rows of one node: one for each GPU and, if a GPU was lost, one more that says so. A node without GPUs
+    has a single row, with the reason if it is known."""
     codes = [finding.code for finding in state.findings if finding.node == node.name]
     if not node.gpus:
         reason = next((NO_GPU_REASONS[code] for code in codes if code in NO_GPU_REASONS), None)
