@@ -224,15 +224,18 @@ class Dispatcher:
             waiter = entry.payload
             if waiter.granted.done():  # the request leaves the queue as soon as its task runs
                 continue
-            key = _selection_key(waiter.demand)
-            if key in demands_without_slot and not waiter.exclude:
-                continue  # a request before this one, which the same nodes can serve, got no slot
+            # A request before this one, which the same nodes can serve, got no slot. With ``exclude``, fewer nodes can
+            # serve a request than its demand says, so such a request says nothing about the others.
+            key = None if waiter.exclude else _selection_key(waiter.demand)
+            if key in demands_without_slot:
+                continue
             lease = self._take_slot(waiter.demand, waiter.exclude, candidates)
             if lease is not None:
                 waiter.granted.set_result(lease)
                 candidates = self._fleet.candidates()  # the lease has changed the load of its node
             elif self._may_wait(waiter, candidates):
-                demands_without_slot.add(key)
+                if key is not None:
+                    demands_without_slot.add(key)
             else:
                 waiter.granted.set_exception(no_node_error(candidates, waiter.demand, exclude=waiter.exclude))
 

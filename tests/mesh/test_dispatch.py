@@ -248,6 +248,20 @@ async def test_excluded_nodes_are_not_used_and_do_not_count_as_able_to_serve() -
             await desk.acquire(exclude=frozenset({"a", "b"}))
 
 
+async def test_a_request_that_a_node_failed_does_not_hold_up_others_from_that_node() -> None:
+    async with open_desk("a", "b") as desk:
+        leases = {name: await desk.acquire(Demand(MODEL, node=name)) for name in ("a", "b")}
+        not_a = await desk.queue(exclude=frozenset({"a"}))  # before the other one, and it cannot go to a
+        either = await desk.queue()
+        leases["a"].release(Outcome.SERVED)
+        lease = await either
+        assert lease.node.name == "a"
+        leases["b"].release(Outcome.SERVED)
+        assert (await not_a).node.name == "b"
+        lease.release(Outcome.SERVED)
+        not_a.result().release(Outcome.SERVED)
+
+
 async def test_a_missing_model_is_an_error_at_once_also_for_waiting_requests() -> None:
     async with open_desk("a") as desk:
         with pytest.raises(ModelMissing):
