@@ -37,11 +37,11 @@ def drop_consequences(findings: Iterable[Finding]) -> list[Finding]:
 def adjust_severities(spec: NodeSpec, noticed: Sequence[Finding]) -> list[Finding]:
     """Returns the probes' findings (``noticed``) with severities that fit the ``expect`` of mesh.yaml.
 
-    ``gpu-missing`` is left out where mesh.yaml expects 0 GPUs. ``nvidia-smi-missing`` is only an information where
-    mesh.yaml expects no GPU: a host without an NVIDIA GPU has no nvidia-smi.
+    ``gpu-missing`` is left out if mesh.yaml says ``gpus: 0``. ``nvidia-smi-missing`` becomes an INFO if no key of
+    mesh.yaml asks for a GPU: a host without an NVIDIA GPU has no nvidia-smi.
     """
     expect = spec.expect
-    # One of these keys has a value. ``gpus: 0`` counts as none.
+    # Whether one of these keys asks for a GPU: a missing key and ``gpus: 0`` do not.
     gpu_expected = any((expect.gpus, expect.gpu, expect.vram_mib, expect.driver))
     adjusted_findings: list[Finding] = []
     for finding in noticed:

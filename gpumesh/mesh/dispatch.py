@@ -25,6 +25,7 @@ from gpumesh.topology import PolicyKind
 
 GRACE_S = 6.0  # how long a request waits if all nodes that could serve it are away
 RECHECK_S = 0.2  # between two attempts to grant slots while a request waits for such a node
+MIN_RETRY_AFTER_S = 1.0  # the least that Retry-After says
 WAIT_SMOOTHING = 0.2  # weight of the newest wait in the mean wait that is sent as Retry-After
 
 
@@ -64,7 +65,7 @@ class Dispatcher:
         self._grace_s = grace_s
         self._turn = 0  # grows with each choice among several free nodes; policies rotate equal nodes by it
         self._queue: WaitQueue[_Waiter] = WaitQueue(max_queue)
-        self._recent_wait_s = 1.0  # the smoothed mean of the waits in the queue
+        self._recent_wait_s = MIN_RETRY_AFTER_S  # the smoothed mean of the waits in the queue; at first a guess
         self._recheck_timer: asyncio.TimerHandle | None = None
 
     def __repr__(self) -> str:
@@ -166,7 +167,8 @@ class Dispatcher:
         if not self._may_wait(waiter, candidates):
             raise no_node_error(candidates, demand, exclude=exclude)
         if self._queue.is_full and since is None:  # a request that a node has failed was accepted before
-            raise QueueFull(f"{len(self._queue)} requests wait already", retry_after_s=max(self._recent_wait_s, 1.0))
+            retry_after_s = max(self._recent_wait_s, MIN_RETRY_AFTER_S)
+            raise QueueFull(f"{len(self._queue)} requests wait already", retry_after_s=retry_after_s)
         return await self._wait(waiter, timeout_s, since)
 
     def acquire_despite_breaker(self, demand: Demand, *, exclude: frozenset[str]) -> Lease | None:

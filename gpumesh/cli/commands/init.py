@@ -47,14 +47,14 @@ def init(
         "mesh.yaml"
     ),
     force: Annotated[bool, typer.Option("--force", help="Overwrite the file if it is there.")] = False,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Trust host keys that are new without asking.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Ask nothing, and trust host keys that are new.")] = False,
 ) -> None:
     """Write a commented mesh.yaml after looking at what is there: servers, models, GPUs.
 
-    Servers on this machine's usual ports are found by themselves. With --from - the places come from standard input:
-    ssh command lines, or the JSON that RunPod's API and `vastai show instances --raw` give. Without any of these, on a
-    terminal, it asks. A host that cannot be reached is written down all the same, with the reason, and the exit code
-    is 3.
+    Servers on this machine's usual ports are found by themselves. `--from -` reads the hosts from standard input: ssh
+    command lines, or the JSON that RunPod's API and `vastai show instances --raw` give. Without --from and
+    --from-ssh-config it asks for the hosts, if it runs on a terminal and without --yes. A host where no server answers
+    is written down all the same, with the reason, and the exit code is 3.
 
     \b
     Examples:
@@ -66,8 +66,8 @@ def init(
     check_output(output, force=force)
     ssh_lines, pods = read_hosts(from_ or ())
     no_host_named = not from_ and not from_ssh_config
-    person_can_answer = sys.stdin.isatty() and not yes
-    if no_host_named and person_can_answer:
+    may_ask = sys.stdin.isatty() and not yes
+    if no_host_named and may_ask:
         ssh_lines = ask_for_hosts()
     for pod in pods:
         if pod.unreachable_reason is not None:

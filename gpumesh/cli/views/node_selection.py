@@ -54,8 +54,8 @@ def select_nodes(state: MeshState, names: Sequence[str] = (), labels: Sequence[s
 
 
 def _match_names(patterns: Sequence[str], names: Sequence[str]) -> set[str]:
-    """The names that match one of the patterns; all names without a pattern. Raises UsageError for a pattern that
-    matches no name."""
+    """The names that match one of the patterns; if there are no patterns, all names. Raises UsageError for a pattern
+    that matches no name."""
     if not patterns:
         return set(names)
     matches: set[str] = set()

@@ -279,8 +279,9 @@ class Request:
 
     def start_stream(self, headers: Iterable[tuple[str, str]], *, status: int = 200) -> StreamingResponse:
         """Creates an answer that is written in pieces. The head goes out with the first piece."""
-        # A streamed answer to HTTP/1.0 ends with the connection. The decision is stored, because the head announces it
-        # to the client: it holds even if the connection's state changes before the answer ends.
+        # Whether the connection stays after this answer. With HTTP/1.0 it does not, because only its end marks the end
+        # of a stream. Stored because the head promises it to the client: a later change of the connection's state must
+        # not change it.
         self.keep_alive = keep_alive = not self.is_http10 and self._connection.keeps_alive(self)
         pairs = self.answer_headers(tuple(headers))
         head = render_head(status, pairs, length=None, keep_alive=keep_alive, is_http10=self.is_http10)

@@ -171,10 +171,10 @@ class Node:
         return self._link.command_lock
 
     def is_same_connection(self, lease: Lease) -> bool:
-        """Whether the connection over which this lease was sent is still the tunnel's connection.
+        """Whether the tunnel still has the connection that it had when this lease was given.
 
-        If it is not, a failed request says nothing about the server. A direct node has no connection that could be lost
-        while its server still runs, so the result is always true."""
+        If it has not, a failed request says nothing about the server. Always true for a direct node: it has no
+        connection that could be lost while its server still runs."""
         if not self.uses_ssh:
             return True
         return self._link.is_up and lease.connection_number == self._link.connection_count

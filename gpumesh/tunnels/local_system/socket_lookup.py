@@ -92,9 +92,12 @@ class SockDiag:
         while True:
             answer = self._netlink.recv(4096)
             _length, answer_type, _flags, sequence, _port = _NLMSG_HEADER.unpack_from(answer)
-            if sequence == self._sequence:  # an answer to an earlier request is skipped
+            if sequence == self._sequence:
                 break
-        if answer_type == _NLMSG_ERROR:  # ENOENT: no such socket, or a kernel without tcp_diag (``open_socket_lookup``)
+            # Otherwise it was the answer to an earlier request, which is skipped.
+        if answer_type == _NLMSG_ERROR:
+            # ENOENT: there is no such socket. A kernel without tcp_diag says this of every socket; the trial in
+            # ``open_socket_lookup`` finds that out.
             return None
         return _parse_answer(answer, _NLMSG_HEADER.size)
 

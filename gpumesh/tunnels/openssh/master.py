@@ -90,7 +90,8 @@ class OpensshMaster:
 
         Raises TransportUnsupported when ``ssh`` cannot be run.
         """
-        # ``None`` removes a variable, here the user's own program: without ``askpass``, ssh gets no answers.
+        # Without ``askpass``, nobody answers ssh: it may not ask a program that the user's own SSH_ASKPASS names.
+        # ``None`` removes that variable.
         environment_changes: dict[str, str | None] = {"SSH_ASKPASS": None, "SSH_ASKPASS_REQUIRE": "never"}
         if askpass is not None:
             # DISPLAY: without this variable, whatever its value, ssh before 8.4 does not run the program.
