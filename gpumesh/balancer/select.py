@@ -101,25 +101,40 @@ def no_node_error(candidates: Sequence[Candidate], demand: Demand, *, exclude: C
     if not usable:
         subject = f"node {demand.node!r} is not" if demand.node is not None else "no node is"
         return NoNodeError(f"{subject} usable now", node=demand.node)
-    if demand.model is not None and not any(has_model(candidate, demand.model) for candidate in usable):
-        unusable = [candidate for candidate in allowed if not candidate.usable]
+    unusable = [candidate for candidate in allowed if not candidate.usable]
+    with_model = [candidate for candidate in usable if has_model(candidate, demand.model)]
+    if demand.model is not None and not with_model:
         return _missing_model_error(demand.model, usable, unusable)
-    if not any(candidate.kind in demand.kinds for candidate in usable):
+    usable_of_kind = [candidate for candidate in usable if candidate.kind in demand.kinds]
+    if not usable_of_kind:
         kinds = ", ".join(sorted(demand.kinds))
         return NoNodeError(
             f"no node that is up speaks this API ({kinds})",
             hint="native Ollama routes need a node of kind ollama; /v1 routes work with every kind",
         )
+    # Nodes have the model and nodes are of a demanded kind, but these may be different nodes.
+    if demand.model is not None and not any(has_model(candidate, demand.model) for candidate in usable_of_kind):
+        return _missing_model_error(demand.model, usable_of_kind, unusable, of_other_kinds=with_model)
     failed_nodes = ", ".join(sorted(exclude))
     return NoNodeError(f"every node that could serve this has failed it ({failed_nodes})")
 
 
-def _missing_model_error(model: str, usable: Sequence[Candidate], unusable: Sequence[Candidate]) -> ModelMissing:
+def _missing_model_error(
+    model: str,
+    usable: Sequence[Candidate],
+    unusable: Sequence[Candidate],
+    *,
+    of_other_kinds: Sequence[Candidate] = (),
+) -> ModelMissing:
     """The error for a model that no usable node has. Its hint names the unusable nodes that have the model, the models
-    of the usable nodes, and a command to pull the model."""
+    of the usable nodes, and a command to pull the model. ``of_other_kinds``: nodes that have the model, but whose
+    servers do not speak the API of the request."""
     available = _list_models(usable)
     unusable_with_model = [candidate.name for candidate in unusable if has_model(candidate, model)]
     hint = f"it is on {', '.join(unusable_with_model)}, which cannot be used now; " if unusable_with_model else ""
+    if of_other_kinds:
+        names = ", ".join(f"{candidate.name} (kind {candidate.kind})" for candidate in of_other_kinds)
+        hint += f"it is on {names}, which cannot serve this API; "
     hint += f"there are: {', '.join(available[:MAX_SHOWN_MODELS]) or 'no models'}"
     hint += " …" if len(available) > MAX_SHOWN_MODELS else ""
     pull_targets = [candidate.name for candidate in usable if candidate.kind in KINDS_WITH_MODEL_STORE]

@@ -73,5 +73,26 @@ def test_the_error_of_a_missing_model_names_the_models_there_are_and_nodes_that_
     assert error.available == ("m:latest",)
 
 
+def test_the_error_of_a_model_that_only_a_server_of_another_kind_has_names_that_server() -> None:
+    nodes = [
+        node("ollama"),
+        node("vllm", kind=BackendKind.VLLM, models=frozenset({"big:70b"})),
+        node("away", usable=False, models=frozenset({"big:70b"})),
+    ]
+    error = no_node_error(nodes, Demand("big:70b", frozenset({BackendKind.OLLAMA})))
+    assert isinstance(error, ModelMissing)
+    assert error.available == ("m:latest",)
+    assert error.hint is not None
+    assert error.hint.startswith(
+        "it is on away, which cannot be used now; it is on vllm (kind vllm), which cannot serve this API; there are: m"
+    )
+    assert "pulled to ollama:" in error.hint
+
+
+def test_the_error_names_the_nodes_that_have_failed_the_request() -> None:
+    error = no_node_error([node("a"), node("b", models=frozenset())], Demand("m"), exclude={"a"})
+    assert (type(error), error.message) == (NoNodeError, "every node that could serve this has failed it (a)")
+
+
 def test_a_demand_without_a_model_is_met_by_every_node() -> None:
     assert has_model(node("a"), None)
