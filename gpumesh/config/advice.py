@@ -162,7 +162,9 @@ def _find_shared_servers(topology: Topology) -> Iterator[Finding]:
         host = "" if node.ssh is None else f" at {node.ssh.user}@{node.ssh.host}:{node.ssh.port}"
         for target in node.backend.targets:
             url = target.url.replace("//localhost:", "//127.0.0.1:")  # two names of one address
-            nodes_by_server[url + host].append(node.name)
+            names = nodes_by_server[url + host]
+            if node.name not in names:  # one node may name one server twice
+                names.append(node.name)
     for server, names in nodes_by_server.items():
         if len(names) > 1:
             both_or_all = "both" if len(names) == 2 else "all"

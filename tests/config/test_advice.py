@@ -126,5 +126,12 @@ def test_two_names_for_one_server() -> None:
     assert config.check(replace(mesh, nodes=(mesh.nodes[0], replace(mesh.nodes[1], enabled=False)))) == []
 
 
+def test_a_node_that_names_one_server_twice_shares_it_with_no_other_node() -> None:
+    node = NodeSpec("a", BackendSpec(targets=(Target("localhost", 1), Target("127.0.0.1", 1))))
+    assert config.check(Topology("m", (node,))) == []
+    (finding,) = config.check(Topology("m", (node, replace(node, name="b"))))
+    assert finding.message == "a and b both name http://127.0.0.1:1"
+
+
 def test_nothing_enabled() -> None:
     assert codes(None, enabled=False) == ["no-node"]
