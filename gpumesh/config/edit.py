@@ -182,19 +182,24 @@ def _insert_into_flow(text: str, parent: yaml.MappingNode, entry: str, comment: 
     """Returns ``text`` with ``entry`` added to the mapping ``parent``, which is written in braces: at its end, with the
     comment behind the brace, or else at its start, without the comment."""
     start, end = parent.start_mark.index, parent.end_mark.index
-    if not parent.value:
+    if text[start] != "{":  # the parser reports the start of an anchor or a tag, and no position of the brace
+        raise CannotEdit("an anchor or a tag stands before the braces")
+    content_start, content_end = start + 1, end - 1
+    if not text[content_start:content_end].strip():
         return f"{text[:start]}{{ {entry} }}{_add_comment(text[end:], comment)}"
-    _, last_value = parent.value[-1]
-    last_value_end = last_value.end_mark.index
-    before_closing_brace, closing_brace = text[last_value_end : end - 1], text[end - 1]
-    if not before_closing_brace.strip():
-        with_entry = f"{text[:last_value_end]}, {entry}{before_closing_brace}{closing_brace}"
-        return with_entry + _add_comment(text[end:], comment)
-    # A comma or a comment follows the last value, so the entry cannot be added there. At the start it always can.
-    after_opening_brace = text[start + 1 :]
+    if parent.value:
+        _, last_value = parent.value[-1]
+        last_value_end = last_value.end_mark.index
+        if not text[last_value_end:content_end].strip():
+            with_entry = f"{text[:last_value_end]}, {entry}{text[last_value_end:end]}"
+            return with_entry + _add_comment(text[end:], comment)
+    # A comma or a comment stands before the closing brace, so the entry cannot be added there. At the start it always
+    # can.
+    after_opening_brace = text[content_start:]
     blank_before = " " if after_opening_brace[0] == " " else ""
+    separator = "," if parent.value else ""
     blank_after = "" if after_opening_brace[0].isspace() else " "
-    return f"{text[: start + 1]}{blank_before}{entry},{blank_after}{after_opening_brace}"
+    return f"{text[:content_start]}{blank_before}{entry}{separator}{blank_after}{after_opening_brace}"
 
 
 def _insert_into_block(text: str, parent: yaml.MappingNode, entry: str, comment: str | None) -> str:

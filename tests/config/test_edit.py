@@ -76,6 +76,21 @@ CASES: dict[str, tuple[str, Edit, list[str]]] = {
     "a table that was not there": (NODE, GPUS, ["+    expect: { gpus: 2 }"]),
     "after a key without a value": (NODE + "    expect:\n", OFF, ["+    enabled: false # the same GPU as iceland"]),
     "an empty table": (NODE + "    expect: {}\n", GPUS, ["-    expect: {}", "+    expect: { gpus: 2 }"]),
+    "a comment in empty braces": (
+        NODE + "    expect: { # keep me\n    }\n",
+        GPUS,
+        ["-    expect: { # keep me", "+    expect: { gpus: 2 # keep me"],
+    ),
+    "a comment directly behind an empty table's brace": (
+        NODE + "    expect: {# keep me\n    }\n",
+        GPUS,
+        ["-    expect: {# keep me", "+    expect: {gpus: 2 # keep me"],
+    ),
+    "a line of its own for a comment in empty braces": (
+        NODE + "    expect: {\n      # keep me\n    } # mine\n",
+        GPUS,
+        ["-    expect: {", "+    expect: {gpus: 2"],
+    ),
     "into braces": (
         NODE + "    expect: {gpu: x}\n",
         GPUS,
@@ -161,6 +176,8 @@ def test_line_ends_stay_as_they_are(name: str) -> None:
         ("nodes:\n- name: a\n  expect:\n    gpu: |\n      x\n", Edit(0, ("expect", "gpu"), "y")),
         ("nodes:\n- name: a\n  expect:\n    gpu: |\n      x\n", OFF),
         ("nodes:\n- name: a\n  expect: [gpus]\n", GPUS),
+        ("nodes:\n- name: a\n  expect: &e {}\n- name: b\n  expect: *e\n", GPUS),
+        ("nodes:\n- name: a\n  expect: !!map {gpu: x,}\n", GPUS),
         ("nodes:\n- name: a\n", Edit(1, ("enabled",), False)),
         ("x: &n [{name: a}]\nnodes: *n\n", Edit(0, ("enabled",), False)),
         ("- name: a\n", OFF),
