@@ -1,8 +1,14 @@
 """Checks whether another user could have written the mesh.yaml in the current folder, which our user did not name.
 
 Such a file could run any program (`address_from`), send our variables to foreign URLs, and offer our keys to foreign
-hosts. So a file that another user owns or could have written is refused, as git refuses such a repository
-(safe.directory). A user who wants to use the file names it with ``--config``.
+hosts. So a file that another user owns or could have written is refused. A user who wants to use the file names it
+with ``--config``.
+
+The owners are checked as git does for a repository (safe.directory; git ignores modes). The modes are checked as sshd
+does for ``authorized_keys`` (StrictModes): neither a group nor all users may have permission to write to the file or to
+its folder. Two exceptions: the owner's private group, as in Debian's sshd, and a folder with the sticky bit. Folders
+further up are not checked: git does not check them either, and sshd only up to the home folder, outside which a project
+may lie.
 """
 
 from __future__ import annotations
@@ -60,11 +66,15 @@ def _folder_problem(folder: Path, trusted: frozenset[int]) -> str | None:
     status = folder.stat()
     if status.st_uid not in trusted:
         return f"lies in a folder of another user ({_user_label(status.st_uid)})"
-    any_user_may_write = bool(status.st_mode & stat.S_IWOTH)
-    # In a folder with the sticky bit, such as /tmp, users cannot replace each other's files.
-    is_sticky = bool(status.st_mode & stat.S_ISVTX)
-    if any_user_may_write and not is_sticky:
+    # A user who may write to a folder can rename any other file of ours there to mesh.yaml: we would own the file, so
+    # ``_file_problem`` would find nothing. In a folder with the sticky bit, such as /tmp, users cannot rename each
+    # other's files.
+    if status.st_mode & stat.S_ISVTX:
+        return None
+    if status.st_mode & stat.S_IWOTH:
         return "lies in a folder that every user of this machine may write to"
+    if _others_may_write_as_group(status):
+        return f"lies in a folder that others may write to ({_group_label(status.st_gid)})"
     return None
 
 
@@ -77,9 +87,14 @@ def _file_problem(path: Path, trusted: frozenset[int]) -> str | None:
         return None  # the mode of a link has no meaning
     if status.st_mode & stat.S_IWOTH:
         return "may be written to by every user of this machine"
-    if status.st_mode & stat.S_IWGRP and not _is_private_group(status.st_gid, status.st_uid):
+    if _others_may_write_as_group(status):
         return f"may be written to by others ({_group_label(status.st_gid)})"
     return None
+
+
+def _others_may_write_as_group(status: os.stat_result) -> bool:
+    """Whether the group of the file or folder may write to it, and the group is not the private group of the owner."""
+    return bool(status.st_mode & stat.S_IWGRP) and not _is_private_group(status.st_gid, status.st_uid)
 
 
 def _is_private_group(gid: int, uid: int) -> bool:

@@ -92,6 +92,16 @@ def test_a_folder_that_all_may_write_to_unless_it_is_as_tmp_is(here: Path) -> No
 
 
 @root
+@pytest.mark.parametrize("gid", [0, STRANGER])
+def test_a_folder_that_a_group_may_write_to_unless_it_is_as_tmp_is(here: Path, gid: int) -> None:
+    os.chown(here, 0, gid)
+    here.chmod(0o775)
+    refused(r"lies in a folder that others may write to \(group ")
+    here.chmod(0o1775)
+    assert config.find_config() == here / "mesh.yaml"
+
+
+@root
 def test_links_count_with_all_that_they_lead_to(here: Path) -> None:
     file, elsewhere = here / "mesh.yaml", here.parent / "elsewhere"
     elsewhere.mkdir(mode=0o755)
@@ -179,7 +189,11 @@ def test_the_group_that_a_system_makes_for_each_user_is_that_user(here: Path, mo
     os.chown(here, own[0].pw_uid, own[0].pw_gid)
     os.chown(here / "mesh.yaml", own[0].pw_uid, own[0].pw_gid)
     (here / "mesh.yaml").chmod(0o664)
+    here.chmod(0o775)
     monkeypatch.setenv("SUDO_UID", str(own[0].pw_uid))
     assert untrusted_reason(Path("mesh.yaml")) is None
+    os.chown(here, own[0].pw_uid, 0)
+    assert "lies in a folder that others may write to" in (untrusted_reason(Path("mesh.yaml")) or "")
+    os.chown(here, own[0].pw_uid, own[0].pw_gid)
     os.chown(here / "mesh.yaml", own[0].pw_uid, 0)
-    assert untrusted_reason(Path("mesh.yaml")) is not None
+    assert "may be written to by others" in (untrusted_reason(Path("mesh.yaml")) or "")
