@@ -15,6 +15,7 @@ import asyncio
 import contextlib
 import socket
 from collections.abc import Callable, Coroutine, Mapping, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
@@ -115,7 +116,13 @@ class SimSshServer:
             sock, _ = await loop.sock_accept(listener)
             task = asyncio.create_task(self._open_connection(sock))
             self._open_tasks.add(task)
-            task.add_done_callback(self._open_tasks.discard)
+            task.add_done_callback(partial(self._open_task_ended, sock))
+
+    def _open_task_ended(self, sock: socket.socket, task: asyncio.Task[None]) -> None:
+        """Closes the client's socket if the task was cancelled: perhaps before its first line ran."""
+        self._open_tasks.discard(task)
+        if task.cancelled():
+            sock.close()
 
     async def _open_connection(self, sock: socket.socket) -> None:
         """Starts SSH on the client's socket, later or never if the faults say so."""
@@ -146,7 +153,8 @@ class _Connection:
         self._loop = asyncio.get_running_loop()
         # The keys of these three are paramiko's channel numbers.
         self._channels: dict[int, paramiko.Channel] = {}
-        self._target_sockets: dict[int, socket.socket] = {}  # connected, but their channel is not open yet
+        # Connected, but their channel is not open yet. Only paramiko's thread uses this dictionary.
+        self._target_sockets: dict[int, socket.socket] = {}
         self._waiting_commands: dict[int, tuple[paramiko.Channel, str]] = {}  # requested, but not started yet
         self._forwards: set[ForwardedChannel] = set()
         self._tasks: set[asyncio.Task[None]] = set()  # the commands that run, and the forwards that start
@@ -168,6 +176,7 @@ class _Connection:
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)  # wakes paramiko's thread: ``close`` waits for this thread
         await asyncio.to_thread(self._transport.close)
+        await asyncio.to_thread(self._transport.join)  # paramiko's ``close`` does not wait for a thread that connects
         self._sock.close()
 
     def _end_channels(self) -> None:
@@ -179,8 +188,6 @@ class _Connection:
             forward.close()
         for task in self._tasks:
             task.cancel()
-        for sock in self._target_sockets.values():
-            sock.close()
         self.server.remove_connection(self)
 
     # -- called by paramiko's thread ---------------------------------------------------------------------------------
@@ -191,7 +198,11 @@ class _Connection:
             self._loop.call_soon_threadsafe(callback, *arguments)
 
     def transport_ended(self) -> None:
-        """Ends the channels: the SSH connection has ended, from any side."""
+        """Ends the channels, and closes the sockets of targets whose channel never opened: the SSH connection has
+        ended, from any side."""
+        for target_socket in self._target_sockets.values():
+            target_socket.close()
+        self._target_sockets.clear()
         self.post(self._end_channels)
 
     def open_target(self, channel_id: int, host: str, port: int) -> int:
@@ -242,7 +253,9 @@ class _Connection:
         if self._closed:
             target_socket.close()
             return
-        self._start_task(self._forward(channel, target_socket))
+        task = self._start_task(self._forward(channel, target_socket))
+        # The task may be cancelled before its first line runs, so it cannot close the socket itself.
+        task.add_done_callback(lambda task: target_socket.close() if task.cancelled() else None)
 
     async def _forward(self, channel: paramiko.Channel, target_socket: socket.socket) -> None:
         """Joins the channel and the socket: from now on, the event loop passes bytes between the two."""
@@ -263,11 +276,12 @@ class _Connection:
             return
         self._start_task(self._run_command(channel, command))
 
-    def _start_task(self, coroutine: Coroutine[Any, Any, None]) -> None:
-        """Runs the coroutine until it or the connection ends."""
-        task = asyncio.ensure_future(coroutine)
+    def _start_task(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Runs the coroutine until it or the connection ends. Returns its task."""
+        task = asyncio.create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     async def _run_command(self, channel: paramiko.Channel, command: str) -> None:
         """Runs the command, sends its exit status, and closes the channel. Stops early if the client closes it."""

@@ -2,9 +2,11 @@
 
 import asyncio
 import contextlib
+import socket
 import subprocess
+import threading
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import paramiko
@@ -137,6 +139,83 @@ async def test_a_command_ends_with_its_client(visitor: Visitor) -> None:
         assert process.stdout is not None
         await asyncio.wait_for(process.stdout.readline(), 20)
     await wait_until(lambda: asyncio.all_tasks() <= before, "the command's task ended")
+
+
+@dataclass
+class TargetConnects:
+    """The server's connects to targets of forwards. Each waits for ``may_connect``."""
+
+    connecting: threading.Event = field(default_factory=threading.Event)
+    may_connect: threading.Event = field(default_factory=threading.Event)
+    sockets: list[socket.socket] = field(default_factory=list)
+
+
+@pytest.fixture
+def targets(monkeypatch: pytest.MonkeyPatch) -> TargetConnects:
+    made, connect = TargetConnects(), socket.create_connection
+
+    def create_connection(address: tuple[str, int], timeout: float) -> socket.socket:
+        made.connecting.set()
+        assert made.may_connect.wait(10)
+        made.sockets.append(connect(address, timeout))
+        return made.sockets[-1]
+
+    monkeypatch.setattr(socket, "create_connection", create_connection)
+    return made
+
+
+def connect_client(visitor: Visitor) -> paramiko.Transport:
+    """Blocks until the client is logged in."""
+    assert visitor.host.ssh_port is not None
+    sock = socket.socket()
+    sock.connect(("127.0.0.1", visitor.host.ssh_port))
+    client = paramiko.Transport(sock)
+    key = paramiko.Ed25519Key.from_private_key_file(str(visitor.folder / "id"))
+    client.connect(username="root", pkey=key)
+    return client
+
+
+def open_forward(client: paramiko.Transport) -> None:
+    """Blocks until the server has opened the channel, or the connection has ended."""
+    with contextlib.suppress(paramiko.SSHException, EOFError, OSError):
+        client.open_channel("direct-tcpip", ("127.0.0.1", 11434), ("127.0.0.1", 1), timeout=10)
+
+
+async def no_connections(visitor: Visitor) -> None:
+    await wait_until(lambda: visitor.host.ssh is not None and visitor.host.ssh.connections == 0, "the connection ended")
+
+
+async def test_a_connection_that_ends_as_its_forward_begins_leaves_no_socket(
+    visitor: Visitor, targets: TargetConnects
+) -> None:
+    client = await asyncio.to_thread(connect_client, visitor)
+    server_threads = [thread for thread in threading.enumerate() if type(thread).__module__ == "gpumesh.lab.ssh"]
+    targets.may_connect.set()
+    # Without an await: the event loop learns in one and the same turn that the forward begins and that it ends.
+    open_forward(client)
+    client.close()
+    for thread in server_threads:
+        thread.join(10)
+    await no_connections(visitor)
+    await asyncio.sleep(0)  # the cancelled task ends
+    await asyncio.sleep(0)  # its callback runs
+    assert [sock.fileno() for sock in targets.sockets] == [-1]
+
+
+async def test_a_server_that_ends_while_it_connects_to_a_target_leaves_no_socket(
+    visitor: Visitor, targets: TargetConnects
+) -> None:
+    client = await asyncio.to_thread(connect_client, visitor)
+    opening = asyncio.create_task(asyncio.to_thread(open_forward, client))
+    assert await asyncio.to_thread(targets.connecting.wait, 10)
+    assert visitor.host.ssh is not None
+    dropping = asyncio.create_task(visitor.host.ssh.drop_connections())
+    await no_connections(visitor)
+    targets.may_connect.set()
+    await dropping
+    assert [sock.fileno() for sock in targets.sockets] == [-1]
+    await opening
+    client.close()
 
 
 def test_what_is_used_of_paramikos_inside_is_still_there() -> None:
