@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import socket
 import struct
 import threading
+import warnings
 from collections.abc import Iterator
 
 import httpx
@@ -52,6 +54,33 @@ def test_a_connection_that_is_reset_at_once_is_an_http_error() -> None:
 
     with resetting_server() as url:
         event_loop.run(ask(url))
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+async def test_a_cancelled_request_leaves_no_socket_to_the_garbage_collector(scheme: str) -> None:
+    """To a server that takes the first bytes, of a request or of a TLS handshake, and never answers."""
+    asked, ended = asyncio.Event(), asyncio.Event()
+
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(1)
+        asked.set()
+        with contextlib.suppress(ConnectionError):
+            await reader.read()
+        writer.close()
+        ended.set()
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", ResourceWarning)
+        async with asyncio.timeout(20), await asyncio.start_server(handle, "127.0.0.1", 0) as server:
+            port = server.sockets[0].getsockname()[1]
+            async with make_http_client() as client:
+                request = asyncio.create_task(client.get(f"{scheme}://127.0.0.1:{port}/"))
+                await asked.wait()
+                request.cancel()
+                await asyncio.wait({request})
+                await ended.wait()
+        gc.collect()
+    assert [str(warning.message) for warning in caught] == []
 
 
 async def test_each_server_has_a_pool_of_its_own() -> None:
