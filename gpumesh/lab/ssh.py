@@ -66,7 +66,6 @@ class SimSshServer:
         self._host = host
         self._port = port
         self._listener: socket.socket | None = None
-        self._accept_task: asyncio.Task[None] | None = None
         self._connections: set[_Connection] = set()
         self._open_tasks: set[asyncio.Task[None]] = set()  # one for each accepted client, until its SSH begins
 
@@ -82,18 +81,18 @@ class SimSshServer:
             raise
         self._listener = listener
         self._port = listener.getsockname()[1]
-        self._accept_task = asyncio.create_task(self._accept_clients(listener))
+        asyncio.get_running_loop().add_reader(listener, self._accept_client, listener)
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        tasks = [task for task in (self._accept_task, *self._open_tasks) if task is not None]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
         if self._listener is not None:
+            asyncio.get_running_loop().remove_reader(self._listener)
             self._listener.close()
+        for task in self._open_tasks:
+            task.cancel()
+        await asyncio.gather(*self._open_tasks, return_exceptions=True)
         await self.drop_connections()
 
     @property
@@ -109,14 +108,16 @@ class SimSshServer:
         """Cuts all connections, as a router or a reboot does. The port stays open."""
         await asyncio.gather(*(connection.close() for connection in list(self._connections)))
 
-    async def _accept_clients(self, listener: socket.socket) -> None:
-        """Accepts clients until it is cancelled, and starts a task for each."""
-        loop = asyncio.get_running_loop()
-        while True:
-            sock, _ = await loop.sock_accept(listener)
-            task = asyncio.create_task(self._open_connection(sock))
-            self._open_tasks.add(task)
-            task.add_done_callback(partial(self._open_task_ended, sock))
+    def _accept_client(self, listener: socket.socket) -> None:
+        """Accepts one client, and starts a task for it. The event loop calls this while a client waits: a task with
+        ``loop.sock_accept`` would lose a client that it has accepted in the same turn in which it is cancelled."""
+        try:
+            sock, _address = listener.accept()
+        except (BlockingIOError, ConnectionAbortedError):  # the client has gone again
+            return
+        task = asyncio.create_task(self._open_connection(sock))
+        self._open_tasks.add(task)
+        task.add_done_callback(partial(self._open_task_ended, sock))
 
     def _open_task_ended(self, sock: socket.socket, task: asyncio.Task[None]) -> None:
         """Closes the client's socket if the task was cancelled: perhaps before its first line ran."""
@@ -396,10 +397,4 @@ class _IgnoredEvent:
     """Takes the place of the ``threading.Event`` that paramiko sets after the handshake: no code waits for it."""
 
     def set(self) -> None:
-        pass
-
-    def is_set(self) -> bool:
-        return True
-
-    def clear(self) -> None:
         pass

@@ -2,9 +2,11 @@
 
 import asyncio
 import contextlib
+import gc
 import socket
 import subprocess
 import threading
+import warnings
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -216,6 +218,20 @@ async def test_a_server_that_ends_while_it_connects_to_a_target_leaves_no_socket
     assert [sock.fileno() for sock in targets.sockets] == [-1]
     await opening
     client.close()
+
+
+@pytest.mark.parametrize("turns", range(6))
+async def test_a_server_that_ends_as_a_client_comes_closes_the_clients_connection(turns: int) -> None:
+    start = HostStart(profile.make_host("one", load_s=0.0), keys.new_key(), ())
+    with warnings.catch_warnings(record=True) as caught, socket.socket() as client:
+        warnings.simplefilter("always", ResourceWarning)
+        async with SimHost(start) as host:
+            await asyncio.sleep(0)  # the server begins to accept
+            client.connect(("127.0.0.1", host.ssh_port))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+        gc.collect()
+    assert [str(warning.message) for warning in caught] == []
 
 
 def test_what_is_used_of_paramikos_inside_is_still_there() -> None:
