@@ -38,7 +38,7 @@ def through_json(value: Any) -> Any:
     return json.loads(json.dumps(to_json(value)))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.from_type(MeshState))
 def test_a_status_survives_to_json_and_back(state: MeshState) -> None:
     document = json.loads(json.dumps(status_json(state)))
@@ -46,7 +46,7 @@ def test_a_status_survives_to_json_and_back(state: MeshState) -> None:
     assert status_from_json(document) == state
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.from_type(NodeState), st.from_type(SshSpec), st.from_type(Target))
 def test_values_survive_to_json_and_back(node: NodeState, ssh: SshSpec, target: Target) -> None:
     assert from_json(NodeState, through_json(node)) == node
@@ -159,7 +159,6 @@ def test_a_value_of_the_wrong_type_is_a_value_error(document: Any) -> None:
         from_json(Sample, document)
 
 
-@settings(deadline=None)
 @given(JSON)
 def test_any_document_is_read_or_a_value_error(document: Any) -> None:
     for kind in (Sample, MeshState, Topology, GpuState):
@@ -169,7 +168,7 @@ def test_any_document_is_read_or_a_value_error(document: Any) -> None:
             continue
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.from_type(NodeState), st.data())
 def test_a_status_spoilt_anywhere_is_read_or_a_value_error(node: NodeState, data: st.DataObject) -> None:
     document = through_json(node)

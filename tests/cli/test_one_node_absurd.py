@@ -46,7 +46,7 @@ SCHEMA = json.loads((Path(__file__).parents[1] / "real" / "status_schema.json").
 EXPECT = ExpectSpec("box", 1, "RTX 4090", 24564, "550.54.15", ("qwen2.5:7b",))
 HONEST = healthy("honest", gpus=(gpu(),))
 NAMES = HONEST.backend.models
-EXAMPLES = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+EXAMPLES = settings(max_examples=60, suppress_health_check=list(HealthCheck))
 MOST_BYTES = 8 << 20
 
 Reports = tuple[BackendKind, Mapping[str, Any], bytes, bytes]

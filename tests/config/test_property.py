@@ -15,10 +15,6 @@ from gpumesh.errors import ConfigError
 from gpumesh.topology import Topology
 from tests.config.build import HOME
 
-# How long one example takes says nothing on a machine that does something else as well.
-settings.register_profile("no-deadline", deadline=None)
-settings.load_profile("no-deadline")
-
 KEYS = sorted(
     {
         key

@@ -310,7 +310,6 @@ def test_malformed_requests() -> None:
 
         @settings(
             max_examples=max(REQUESTS // TOGETHER, 1),
-            deadline=None,
             phases=(Phase.generate,),  # a failure names the one request; to shrink the other 24 would take long
             suppress_health_check=list(HealthCheck),
             derandomize=REQUESTS <= 1000,

@@ -38,7 +38,6 @@ MOST_BYTES = 4 << 20
 # Not shrunk: each example is a dozen requests.
 EXAMPLES = settings(
     max_examples=40,
-    deadline=None,
     phases=(Phase.explicit, Phase.reuse, Phase.generate),
     suppress_health_check=list(HealthCheck),
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from gpumesh.errors import ExecError
@@ -100,7 +100,6 @@ async def test_the_error_of_a_connection_is_raised_unchanged() -> None:
 TEXT = st.text(alphabet=st.characters(codec="utf-8", exclude_characters="@\r"), max_size=30)
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(TEXT, st.integers(0, 255)), min_size=1, max_size=5), st.booleans())
 def test_the_output_of_a_shell_is_split(answers: list[tuple[str, int]], returns: bool) -> None:
     end = "\r\n" if returns else "\n"

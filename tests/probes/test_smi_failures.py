@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from gpumesh.audit.catalog import CATALOG
@@ -53,7 +53,6 @@ def test_only_a_lost_gpu_leaves_other_gpus_usable() -> None:
     assert [each.affects_whole_host for each in failure if each] == [False, True, True, True]
 
 
-@settings(deadline=None)
 @given(STATUSES, st.binary(max_size=300) | st.lists(WORDS, max_size=8).map(lambda words: "".join(words).encode()))
 def test_any_failure_has_a_code_that_is_explained(status: int | None, output: bytes) -> None:
     failure = classify_failure(CommandOutput(status, output))

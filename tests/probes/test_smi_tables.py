@@ -3,7 +3,7 @@ from __future__ import annotations
 import time
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from gpumesh.probes.smi_tables import (
@@ -202,7 +202,6 @@ def assert_printable(table: GpuTable) -> None:
     assert (table.unread_line or "").isprintable()
 
 
-@settings(deadline=None)
 @given(st.binary(max_size=400) | LINES.map(str.encode))
 def test_no_output_raises(output: bytes) -> None:
     for fields in (FIELDS, OLD_FIELDS):
@@ -211,7 +210,6 @@ def test_no_output_raises(output: bytes) -> None:
         assert all(process.name.isprintable() and process.pid >= 0 for process in processes)
 
 
-@settings(deadline=None)
 @given(st.integers(0, len(row())), st.binary(max_size=8))
 def test_a_row_with_noise_anywhere_never_raises(place: int, noise: bytes) -> None:
     good = row().encode()

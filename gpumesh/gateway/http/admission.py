@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from ipaddress import IPv6Address, IPv6Network, ip_address
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 C = TypeVar("C")
 
@@ -60,9 +60,6 @@ class Admitted(Generic[C]):
     """The connection may stay. ``evicted``: another connection that must be closed to make room."""
 
     evicted: C | None = None
-
-
-_ADMITTED: Admitted[Any] = Admitted()  # made once, because each request of a connection gets it
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,12 +128,12 @@ class Admission(Generic[C]):
         key. A connection whose request is denied stays in the groups that it is in."""
         old_groups = self._groups_of.get(connection)
         if old_groups is None:  # the connection is gone
-            return _ADMITTED
+            return Admitted()
         if key is None and _NEW not in old_groups:  # a request of this connection was accepted before
-            return _ADMITTED
+            return Admitted()
         key_group = None if key is None else ("key", key)
         if key_group in old_groups:
-            return _ADMITTED
+            return Admitted()
         decision: Admitted[C] | Denied = Admitted()
         if key_group is not None:
             decision = self._make_room(key_group, self._max_per_client, f"{NO_ROOM} with this key")

@@ -52,7 +52,7 @@ def test_cut_at_every_byte(form: str, continues: bool) -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 @given(st.data())
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_several_cuts_anywhere_whatever_the_network_makes_of_the_bytes(form: str, data: st.DataObject) -> None:
     call = FORMS[form](options={"seed": data.draw(st.integers(0, 1000))}, seed=data.draw(st.integers(0, 1000)))
     server = ModelServer(continues=data.draw(st.booleans()), tokens=data.draw(st.integers(1, 30)))

@@ -109,7 +109,7 @@ def test_normalize_address(host: str | None, address: str | None) -> None:
     assert normalize_address(host) == address
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(st.data())
 def test_the_bounds_hold_and_only_idle_connections_are_evicted(data: st.DataObject) -> None:
     admission: Admission[int] = Admission(6)
