@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from gpumesh.backends import error_text, model_list, safe_json
+from gpumesh.backends.error_meanings import is_busy_status, is_proxy_status
 from gpumesh.errors import ProbeError
 from gpumesh.printable import printable
 
@@ -16,7 +17,7 @@ def raise_for_status(status: int, body: bytes) -> None:
     on the kind of server."""
     if status in (401, 403):
         raise key_refused_error(status, body)
-    if status == 429 or status >= 500:
+    if is_busy_status(status) or status >= 500:
         raise unavailable_error(status, body)
 
 
@@ -30,11 +31,11 @@ def key_refused_error(status: int, body: bytes) -> ProbeError:
 
 
 def unavailable_error(status: int, body: bytes) -> ProbeError:
-    """The error for status 429 and 5xx."""
+    """The error for a status of 500 and above, and for 429."""
     message = error_text.error_text(status, body)
-    if status == 429:
+    if is_busy_status(status):
         hint = "it has too much to do, or a limit of requests: raise that, if it stays so; it is asked again by itself"
-    elif error_text.is_web_page(body) or status in (502, 504):
+    elif error_text.is_web_page(body) or is_proxy_status(status):
         hint = "a proxy answers, and the server behind it does not: start that, or point `backend.url` at it directly"
     elif status == 503 and "loading" in message.lower():
         hint = "wait until it has loaded its model; it is asked again by itself"

@@ -3,7 +3,7 @@
 The table says whether another node is tried, whether the outcome counts against the node's breaker, whether the tunnel
 is checked, and the outcome of the request if this attempt was its last (served, failed or cancelled). Before the first
 byte of an answer any failure of a node moves the request to another node. A 4xx for a mistake of the client is passed
-on as it is. A client's cancel, a 4xx and a 429 are no fault of the node.
+on as it is. A client's cancel, a 4xx, a 429 and a 529 are no fault of the node.
 """
 
 from __future__ import annotations
@@ -12,18 +12,21 @@ from dataclasses import dataclass
 from enum import StrEnum
 from random import Random
 
+from gpumesh.backends.error_meanings import NOT_SUPPORTED_STATUS, is_busy_status
+
 
 class Outcome(StrEnum):
-    """How one attempt ended. ``BUSY``: the server answered 429. ``TIMED_OUT``: the server fell silent within an answer.
-    ``CUT``: the answer stopped short. ``STREAM_ERROR``: the server reported an error within an answer.
-    ``CANNOT_CONTINUE``: the node cannot continue an answer that another node began. ``DEADLINE``: the time that the
-    client gave the request has passed."""
+    """How one attempt ended. ``BUSY``: the server answered 429 or 529. ``NOT_SUPPORTED``: the server answered 501.
+    ``TIMED_OUT``: the server fell silent within an answer. ``CUT``: the answer stopped short. ``STREAM_ERROR``: the
+    server reported an error within an answer. ``CANNOT_CONTINUE``: the node cannot continue an answer that another node
+    began. ``DEADLINE``: the time that the client gave the request has passed."""
 
     SERVED = "served"
     CLIENT_GONE = "client-gone"
     CLIENT_ERROR = "client-error"
     MODEL_NOT_FOUND = "model-not-found"
     BUSY = "busy"
+    NOT_SUPPORTED = "not-supported"
     SERVER_ERROR = "server-error"
     UNREACHABLE = "unreachable"
     TIMED_OUT = "timed-out"
@@ -64,6 +67,9 @@ _RULES = {
     Outcome.CLIENT_ERROR: OutcomeRule(fail_over=False, counts_against_node=False, request=_SERVED),
     Outcome.MODEL_NOT_FOUND: OutcomeRule(fail_over=True, counts_against_node=False),
     Outcome.BUSY: OutcomeRule(fail_over=True, counts_against_node=False),
+    # The server works, but cannot do this: llama-server answers 501 to a request for embeddings if it was started
+    # without them. The server of another node may be able to.
+    Outcome.NOT_SUPPORTED: OutcomeRule(fail_over=True, counts_against_node=False),
     Outcome.SERVER_ERROR: OutcomeRule(fail_over=True, counts_against_node=True),
     Outcome.UNREACHABLE: OutcomeRule(fail_over=True, counts_against_node=True, check_tunnel=True),
     Outcome.TIMED_OUT: OutcomeRule(fail_over=True, counts_against_node=True, check_tunnel=True),
@@ -74,7 +80,6 @@ _RULES = {
     Outcome.DEADLINE: OutcomeRule(fail_over=False, counts_against_node=False),
 }
 
-
 # When every node has failed a request, nodes that were lost or busy are asked again after a pause that grows. Each such
 # pass over the nodes is a round.
 MAX_ROUNDS = 5  # of one request, the first round included
@@ -84,7 +89,8 @@ _RETRYABLE = frozenset({Outcome.UNREACHABLE, Outcome.TIMED_OUT, Outcome.CUT, Out
 # When this many servers have failed at a request, and it was not the network or a proxy that failed, the request is not
 # sent to another server: the request itself may be the cause.
 MAX_SERVER_FAILURES = 2
-# A server that failed at this very request answers with this status. A proxy in front of the server answers 502 to 504.
+# A server that failed at this very request answers with this status. A proxy in front of the server answers with a
+# status from 502 upwards.
 SERVER_ERROR_STATUS = 500
 
 
@@ -99,7 +105,7 @@ def request_outcome(outcome: Outcome) -> RequestOutcome:
 
 def is_retryable(outcome: Outcome) -> bool:
     """Whether the same node may succeed if it is asked again in a moment. A server that answered with a 4xx or 5xx
-    other than 429 would probably give the same answer again."""
+    other than 429 and 529 would probably give the same answer again."""
     return outcome in _RETRYABLE
 
 
@@ -112,15 +118,16 @@ def retry_delay_s(rounds: int, rng: Random) -> float:
 def classify_status(status: int, *, model_asked: bool) -> Outcome:
     """The outcome that an HTTP status means. ``model_asked``: the request names a model, so 404 is about this model.
 
-    Ollama answers 404 only for a model that it does not have. Ollama answers 503 when its queue is full, but so does a
-    server that starts or stops: therefore a 503 counts against the node. Any other error status (400, 501 …) is an
-    answer about the request itself, which the client gets as it is."""
+    Every status from 500 upwards moves the request to another node: those of servers and those of proxies in front of
+    them (502 to 504, 520 to 530 of Cloudflare, 598, 599 …). Ollama answers 404 only for a model that it does not have.
+    Ollama answers 503 when its queue is full, but so does a server that starts or stops: therefore a 503 counts against
+    the node. A 4xx other than 404 and 429 is an answer about the request itself, which the client gets as it is."""
     if status < 400:
         return Outcome.SERVED
+    if is_busy_status(status):
+        return Outcome.BUSY
+    if status >= 500:
+        return Outcome.NOT_SUPPORTED if status == NOT_SUPPORTED_STATUS else Outcome.SERVER_ERROR
     if status == 404 and model_asked:
         return Outcome.MODEL_NOT_FOUND
-    if status == 429:
-        return Outcome.BUSY
-    if status in (500, 502, 503, 504):
-        return Outcome.SERVER_ERROR
     return Outcome.CLIENT_ERROR

@@ -17,7 +17,9 @@ PAGE = b"<html><title>502 Bad Gateway</title></html>"
         (500, b'{"error":"oops"}', "oops", "log on its host"),
         (503, b'{"error":{"message":"Loading model"}}', "Loading model", "wait until"),
         (503, b'{"error":"server busy"}', "server busy", "log on its host"),
+        (529, b"overloaded", "overloaded", "limit of requests"),
         (502, b"", "HTTP 502", "a proxy answers"),
+        (522, b"", "HTTP 522", "a proxy answers"),
         (500, PAGE, '"502 Bad Gateway"', "a proxy answers"),
     ],
 )

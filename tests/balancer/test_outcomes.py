@@ -1,6 +1,8 @@
 import random
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from gpumesh.balancer.outcomes import (
     MAX_ROUNDS,
@@ -30,11 +32,19 @@ from gpumesh.balancer.outcomes import (
         (502, Outcome.SERVER_ERROR),
         (503, Outcome.SERVER_ERROR),
         (504, Outcome.SERVER_ERROR),
-        (501, Outcome.CLIENT_ERROR),
+        (501, Outcome.NOT_SUPPORTED),
+        (529, Outcome.BUSY),
+        *((status, Outcome.SERVER_ERROR) for status in (505, 507, 508, 509, 511, *range(520, 529), 530, 598, 599, 999)),
     ],
 )
 def test_outcome_of_each_status(status: int, outcome: Outcome) -> None:
     assert classify_status(status, model_asked=True) is outcome
+
+
+@given(st.integers(500, 999))
+def test_every_status_of_a_failed_server_or_proxy_moves_the_request_on(status: int) -> None:
+    for model_asked in (True, False):
+        assert rule_for_outcome(classify_status(status, model_asked=model_asked)).fail_over
 
 
 def test_404_without_a_model_is_the_clients_error() -> None:

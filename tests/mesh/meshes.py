@@ -107,6 +107,23 @@ def ollama_script(answer: Callable[[Exchange], Awaitable[None]]) -> Callable[[Ex
     return script
 
 
+def openai_script(answer: Callable[[Exchange], Awaitable[None]]) -> Callable[[Exchange], Awaitable[None]]:
+    """A script for ``servers.serve``: a server of the OpenAI API that lists MODEL, as far as probes go; the rest is
+    ``answer``'s."""
+    listing = json.dumps({"object": "list", "data": [{"id": MODEL, "object": "model"}]}).encode()
+
+    async def script(exchange: Exchange) -> None:
+        request_line = exchange.head.partition(b" HTTP/")[0]
+        if request_line == b"GET /v1/models":
+            await exchange.send(whole_response(listing))
+        elif request_line.startswith(b"GET "):
+            await exchange.send(whole_response(b"{}", status="404 Not Found"))
+        else:
+            await answer(exchange)
+
+    return script
+
+
 CHAT: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "Wie groß ist es?"}]}
 BODIES: dict[str, dict[str, Any]] = {
     "/api/chat": CHAT,

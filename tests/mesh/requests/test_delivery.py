@@ -25,6 +25,7 @@ from tests.mesh.meshes import (
     mesh_of_nodes,
     node,
     ollama_script,
+    openai_script,
     send,
     text_of,
 )
@@ -69,6 +70,44 @@ async def test_any_failure_of_a_node_moves_the_request_on(faults: Faults, outcom
 
 def _fields(faults: Faults) -> dict[str, Any]:
     return {name: getattr(faults, name) for name in Faults.__slots__}
+
+
+@pytest.mark.parametrize("kind", [BackendKind.OLLAMA, BackendKind.OPENAI])
+@pytest.mark.parametrize(
+    ("status", "outcome"),
+    [
+        (501, Outcome.NOT_SUPPORTED),
+        (507, Outcome.SERVER_ERROR),
+        (520, Outcome.SERVER_ERROR),
+        (524, Outcome.SERVER_ERROR),
+        (529, Outcome.BUSY),
+        (530, Outcome.SERVER_ERROR),
+        (599, Outcome.SERVER_ERROR),
+    ],
+)
+@pytest.mark.parametrize("page", [True, False], ids=["web page", "json"])
+async def test_a_status_of_a_proxy_moves_the_request_on(
+    status: int, outcome: Outcome, kind: BackendKind, page: bool
+) -> None:
+    async def proxy(exchange: Exchange) -> None:
+        if page:
+            body, content_type = b"<html><title>Web server is down</title></html>", "text/html"
+        else:
+            body, content_type = b'{"error":{"message":"overloaded"}}', "application/json"
+        await exchange.send(whole_response(body, status=f"{status} No", kind=content_type))
+
+    async def good(exchange: Exchange) -> None:
+        await exchange.send(whole_response(b'{"choices":[{"message":{"content":"y"},"finish_reason":"stop"}]}'))
+
+    script = ollama_script if kind is BackendKind.OLLAMA else openai_script
+    async with (
+        serve(script(proxy)) as first,
+        serve(script(good)) as second,
+        mesh_of_nodes(node("a", first.url, weight=100.0, kind=kind), node("b", second.url, kind=kind)) as mesh,
+    ):
+        await assert_moved_on(mesh, make_call("/v1/chat/completions", stream=False), outcome)
+        # 529 and 501 say nothing against the node, as 429 does not.
+        assert mesh.mesh.snapshot().nodes[0].load.failed == (outcome is Outcome.SERVER_ERROR)
 
 
 async def test_a_whole_body_that_stops_short_moves_the_request_on() -> None:
