@@ -223,11 +223,26 @@ class LoadState:
 
 
 @dataclass(frozen=True, slots=True)
+class BrokenModelState:
+    """A model that gets no requests on a node, because it failed there. ``name`` is its full name.
+
+    ``why``: ``model-load`` (the server says that it cannot load it), ``model`` (the server fails before it has loaded
+    it), ``missing-model`` (the server lists it, but answers that it is not there). ``error`` is the server's message.
+    ``retry_in_s``: after this time one request is sent there as a trial.
+    """
+
+    name: str
+    why: str
+    error: str | None = None
+    retry_in_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class NodeState:
     """The state of one node. ``reason`` says why ``health`` is as it is.
 
     ``gpus`` is ``None`` when the host's GPUs are not known, and empty when the host has none. ``noticed`` are the
-    findings of the probes; the rules of `audit` add the findings that follow from mesh.yaml.
+    findings of the probes and of requests; the rules of `audit` add the findings that follow from mesh.yaml.
     """
 
     name: str
@@ -242,6 +257,7 @@ class NodeState:
     simulated: bool = False
     routes: tuple[RouteState, ...] = ()
     noticed: tuple[Finding, ...] = ()
+    broken_models: tuple[BrokenModelState, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

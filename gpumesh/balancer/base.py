@@ -52,6 +52,8 @@ class Candidate(msgspec.Struct, frozen=True):
     GPU: they are balanced as one node. ``tokens_per_s`` and ``load_s`` (seconds to load) are by model. ``foreign_load``
     is the GPU's utilisation (0 to 1) while we have nothing in flight there; ``None`` if it is not known. ``rtt_ms`` is
     the tunnel's round-trip time. ``sessions`` are the sessions whose prompt prefix the node may have in its cache.
+    ``broken_models`` are the full names of models that the node has, but that must not be asked for now: it cannot load
+    them, or does not have them although it lists them.
     """
 
     name: str
@@ -69,3 +71,4 @@ class Candidate(msgspec.Struct, frozen=True):
     foreign_load: float | None = None
     rtt_ms: float | None = None
     sessions: AbstractSet[str] = frozenset()
+    broken_models: AbstractSet[str] = frozenset()

@@ -1,18 +1,49 @@
-"""The circuit breaker of a node: closed, open, and half-open with one trial at a time. Pure.
+"""The circuit breakers of a node and of its models: closed, open, and half-open with one trial at a time. Pure.
 
-A client's cancel, a 4xx and a 429 are no fault of the node. They never reach the breaker
-(``outcomes.rule_for_outcome`` decides that).
+A node has one ``Breaker`` for what shows that the node itself is broken, and ``ModelBreakers`` for models that fail
+there while others may work. ``outcomes.find_blame`` decides which breaker an outcome counts for. A client's cancel, a
+4xx of the request itself and a 429 never reach a breaker.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
-THRESHOLD = 3  # failures in a row that open the breaker
-# How long the breaker stays open. The time doubles with each failed trial.
+from gpumesh.balancer.outcomes import Blame
+from gpumesh.state import ModelInfo
+
+THRESHOLD = 3  # failures in a row that open a node's breaker
+# How long a node's breaker stays open. The time doubles with each failed trial.
 FIRST_OPEN_S = 1.0
 MAX_OPEN_S = 30.0
+
+MAX_MODEL_FAULTS = 64  # of one node; with more, the one that is known longest is forgotten
+FAILED_MODELS_OPEN_NODE = (
+    3  # different models that fail in a row, with no success between, show that the node is broken
+)
+SERVED_LATELY_S = 600.0  # a model that was served this recently can be loaded, so one failed load does not open it
+
+
+@dataclass(frozen=True, slots=True)
+class BreakerPace:
+    """When a breaker opens, and for how long. ``threshold``: the failures in a row that open it. ``first_open_s`` and
+    ``max_open_s``: the seconds for which it is open at first, and at most; the time doubles with each failed trial."""
+
+    threshold: int
+    first_open_s: float
+    max_open_s: float
+
+
+NODE_PACE = BreakerPace(THRESHOLD, FIRST_OPEN_S, MAX_OPEN_S)
+# A failed trial of a model costs more than a failed trial of a node: the load takes seconds, and pushes other models
+# out of the memory.
+MODEL_PACE = BreakerPace(THRESHOLD, 5.0, 300.0)
+# A model that is listed and not there stays away until the list changes. It is asked for again after this time
+# nevertheless, because the answer may have come from only one of several servers behind one address.
+MISSING_PACE = BreakerPace(1, 900.0, 900.0)
 
 
 class BreakerPhase(StrEnum):
@@ -23,7 +54,7 @@ class BreakerPhase(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Breaker:
-    """One state of a node's breaker. The object never changes: after an event, a method returns the new state.
+    """One state of a breaker. The object never changes: after an event, a method returns the new state.
 
     ``failures`` counts the failures since the last success. The breaker is open until ``open_until``, a time of the
     caller's monotonic clock in seconds; ``None`` while it is closed. ``open_s``: for how many seconds it was opened
@@ -34,6 +65,7 @@ class Breaker:
     open_until: float | None = None
     open_s: float = FIRST_OPEN_S
     trial_in_flight: bool = False
+    pace: BreakerPace = NODE_PACE
 
     def phase(self, now: float) -> BreakerPhase:
         """The phase at the time ``now``, in seconds of the caller's clock."""
@@ -42,33 +74,43 @@ class Breaker:
         return BreakerPhase.OPEN if now < self.open_until else BreakerPhase.HALF_OPEN
 
     def allows(self, now: float) -> bool:
-        """Whether a request may be sent to the node: any request while closed, none while open, and only one at a time
-        while half-open."""
+        """Whether a request may be sent: any request while closed, none while open, and only one at a time while
+        half-open."""
         return self.open_until is None or (now >= self.open_until and not self.trial_in_flight)
 
     def record_start(self, now: float) -> Breaker:
-        """The state after a request was sent to the node: it is the trial if the breaker is half-open."""
+        """The state after a request was sent: it is the trial if the breaker is half-open."""
         if self.phase(now) is BreakerPhase.HALF_OPEN:
             return replace(self, trial_in_flight=True)
         return self
 
     def record_success(self) -> Breaker:
         """The state after a request succeeded: closed, without failures."""
-        return _CLOSED
+        return _CLOSED if self.pace is NODE_PACE else closed_breaker(self.pace)
 
     def record_failure(self, now: float) -> Breaker:
-        """The state after a request failed by the node's fault.
+        """The state after a request failed by the fault of the node, or of the model, whose breaker this is.
 
-        ``THRESHOLD`` failures open a closed breaker. A failed trial opens the breaker again, for twice as long as
+        ``pace.threshold`` failures open a closed breaker. A failed trial opens the breaker again, for twice as long as
         before. While the breaker is open, a failure is only counted: its request was sent before the breaker opened.
         """
         failures = self.failures + 1
-        if self.phase(now) is BreakerPhase.HALF_OPEN:
-            open_s = min(self.open_s * 2, MAX_OPEN_S)
-            return Breaker(failures, now + open_s, open_s)
-        if failures >= THRESHOLD and self.open_until is None:
-            return Breaker(failures, now + self.open_s, self.open_s)
-        return replace(self, failures=failures)
+        if self.open_until is None and failures < self.pace.threshold:
+            return replace(self, failures=failures)
+        return self.trip(now)
+
+    def trip(self, now: float) -> Breaker:
+        """The state after a failure that opens a closed breaker even if it is the first. In the other phases it is a
+        failure like any other."""
+        failures = self.failures + 1
+        phase = self.phase(now)
+        if phase is BreakerPhase.OPEN:
+            return replace(self, failures=failures)
+        if phase is BreakerPhase.CLOSED:
+            failures, open_s = max(failures, self.pace.threshold), self.open_s
+        else:
+            open_s = min(self.open_s * 2, self.pace.max_open_s)
+        return Breaker(failures, now + open_s, open_s, pace=self.pace)
 
     def forgive_failure(self, now: float) -> Breaker:
         """The state with one failure less. That failure was not the node's fault after all, because another node failed
@@ -76,8 +118,8 @@ class Breaker:
         failures = max(self.failures - 1, 0)
         if self.open_until is None:
             return replace(self, failures=failures)
-        if failures < THRESHOLD:
-            return Breaker(failures)  # closed: without that failure the breaker would not have opened
+        if failures < self.pace.threshold:  # closed: without that failure the breaker would not have opened
+            return replace(closed_breaker(self.pace), failures=failures)
         # The other failures still count, but the breaker is half-open at once: the next request may be its trial.
         return replace(self, failures=failures, open_until=min(self.open_until, now), trial_in_flight=False)
 
@@ -90,4 +132,164 @@ class Breaker:
         return replace(self, trial_in_flight=False)
 
 
+def closed_breaker(pace: BreakerPace) -> Breaker:
+    """A closed breaker without failures."""
+    return Breaker(open_s=pace.first_open_s, pace=pace)
+
+
 _CLOSED = Breaker()
+"""``closed_breaker(NODE_PACE)``, made once: each served request needs it."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFault:
+    """A model that fails on a node, and its breaker there. ``model`` is the full name. ``blame`` is that of the last
+    failure. ``message`` is the server's error message, safe to print; it may be empty.
+
+    ``confirmed``, for a missing model: the server has listed the model again since it answered that it does not have
+    it.
+    """
+
+    model: str
+    blame: Blame
+    message: str
+    breaker: Breaker
+    confirmed: bool = False
+
+
+_NO_MODELS: AbstractSet[str] = frozenset()
+
+
+class ModelBreakers:
+    """The breakers of one node's models, by full name. A model without a failure has none.
+
+    A model that cannot be loaded, or that is listed and not there, gets no requests on this node, while the node serves
+    its other models. All times are seconds of the caller's monotonic clock.
+    """
+
+    def __init__(self) -> None:
+        self._faults: dict[str, ModelFault] = {}
+        self._failed_in_row: set[str] = set()  # the models that failed since the node's last success
+        self._served_at: dict[str, float] = {}  # when each model was served last
+        self._catalog: Sequence[ModelInfo] | None = None  # the server's last list of models
+
+    def __repr__(self) -> str:
+        return f"<ModelBreakers {', '.join(sorted(self._faults)) or 'no fault'}>"
+
+    # -- questions -----------------------------------------------------------------------------------------------
+
+    def broken(self, now: float, *, despite_doubt: bool = False) -> AbstractSet[str]:
+        """The models that must not be asked for now. ``despite_doubt``: models that fail for a reason that is not known
+        may be asked for; those that cannot be loaded or are not there may not."""
+        if not self._faults:  # the usual case, for each request
+            return _NO_MODELS
+        return frozenset(
+            model
+            for model, fault in self._faults.items()
+            if not fault.breaker.allows(now) and not (despite_doubt and fault.blame is Blame.MODEL)
+        )
+
+    def pause_left(self, model: str, now: float) -> float | None:
+        """The seconds until a request for this broken model may be tried; 0 if a trial is in flight, whose end decides.
+        ``None`` if the model is not broken."""
+        fault = self._faults.get(model)
+        if fault is None or fault.breaker.open_until is None or fault.breaker.allows(now):
+            return None
+        return max(fault.breaker.open_until - now, 0.0)
+
+    def find_fault(self, model: str) -> ModelFault | None:
+        """The fault of this model; ``None`` if it has none, or if its breaker has not opened."""
+        fault = self._faults.get(model)
+        return fault if fault is not None and fault.breaker.open_until is not None else None
+
+    @property
+    def open_faults(self) -> tuple[ModelFault, ...]:
+        """The faults whose breakers have opened and have not closed since, sorted by the model's name."""
+        models = sorted(model for model, fault in self._faults.items() if fault.breaker.open_until is not None)
+        return tuple(self._faults[model] for model in models)
+
+    # -- events --------------------------------------------------------------------------------------------------
+
+    def record_start(self, model: str, now: float) -> None:
+        """Notes that a request for the model was sent: it is the trial if the model's breaker is half-open."""
+        fault = self._faults.get(model)
+        if fault is not None:
+            self._faults[model] = replace(fault, breaker=fault.breaker.record_start(now))
+
+    def record_success(self, model: str | None, now: float) -> None:
+        """Notes that the node has served a request that needed inference. ``None``: the request named no model."""
+        self._failed_in_row.clear()
+        if model is None:
+            return
+        self._faults.pop(model, None)
+        self._served_at.pop(model, None)
+        self._served_at[model] = now
+        if len(self._served_at) > MAX_MODEL_FAULTS:
+            del self._served_at[next(iter(self._served_at))]  # the one that was served longest ago
+
+    def record_failure(self, model: str, blame: Blame, message: str, now: float) -> bool:
+        """Notes that a request failed by the model's fault. Returns whether the failure makes the node itself suspect:
+        several different models have failed in a row, and this one had not failed since the node's last success."""
+        if blame is Blame.MISSING_MODEL and self._catalog is None:
+            return False  # the server has listed no models, so it does not contradict itself
+        pace = MISSING_PACE if blame is Blame.MISSING_MODEL else MODEL_PACE
+        old = self._faults.pop(model, None)  # so that the model becomes the newest
+        breaker = old.breaker if old is not None and old.breaker.pace is pace else closed_breaker(pace)
+        # A server that says that it cannot load a model will say so again. But if the model was served lately, the load
+        # may have failed for this request alone (a huge ``num_ctx``).
+        is_certain = blame is Blame.MODEL_LOAD and not self._was_served_lately(model, now)
+        breaker = breaker.trip(now) if is_certain else breaker.record_failure(now)
+        self._faults[model] = ModelFault(model, blame, message, breaker)
+        if len(self._faults) > MAX_MODEL_FAULTS:
+            del self._faults[next(iter(self._faults))]
+        if blame is Blame.MISSING_MODEL or model in self._failed_in_row:
+            return False
+        self._failed_in_row.add(model)
+        return len(self._failed_in_row) >= FAILED_MODELS_OPEN_NODE
+
+    def _was_served_lately(self, model: str, now: float) -> bool:
+        served_at = self._served_at.get(model)
+        return served_at is not None and now - served_at < SERVED_LATELY_S
+
+    def cancel_trial(self, model: str | None) -> bool:
+        """Notes that a request for the model ended, or began to be answered, in a way that proves nothing. Returns
+        whether there was a trial of this model."""
+        fault = self._faults.get(model) if model is not None else None
+        if fault is None or not fault.breaker.trial_in_flight:
+            return False
+        self._faults[fault.model] = replace(fault, breaker=fault.breaker.cancel_trial())
+        return True
+
+    def forgive_failure(self, model: str, now: float) -> None:
+        """Takes back one failure: the request was at fault."""
+        fault = self._faults.get(model)
+        if fault is None:
+            return
+        self._failed_in_row.discard(model)
+        breaker = fault.breaker.forgive_failure(now)
+        if breaker.failures == 0:
+            del self._faults[model]
+        else:
+            self._faults[model] = replace(fault, breaker=breaker)
+
+    def note_catalog(self, catalog: Sequence[ModelInfo]) -> None:
+        """Takes the server's list of models from a new probe. If it differs from the last list, all faults are
+        forgotten: somebody has changed the models. If not, the missing models are confirmed as listed."""
+        old_catalog, self._catalog = self._catalog, catalog
+        if not self._faults or old_catalog is None:
+            return
+        # The order of a list means nothing.
+        if catalog != old_catalog and set(catalog) != set(old_catalog):
+            self._faults.clear()
+            self._failed_in_row.clear()
+            return
+        for model, fault in self._faults.items():
+            if fault.blame is Blame.MISSING_MODEL and not fault.confirmed:
+                self._faults[model] = replace(fault, confirmed=True)
+
+    def forget_all(self) -> None:
+        """Forgets all faults, because the connection or the server is new."""
+        self._faults.clear()
+        self._failed_in_row.clear()
+        self._served_at.clear()
+        self._catalog = None

@@ -11,8 +11,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 from random import Random
+from typing import NamedTuple
 
-from gpumesh.backends.error_meanings import NOT_SUPPORTED_STATUS, is_busy_status
+from gpumesh.backends.error_meanings import (
+    NOT_SUPPORTED_STATUS,
+    is_busy_status,
+    is_load_failure,
+    says_model_is_missing,
+)
 
 
 class Outcome(StrEnum):
@@ -45,13 +51,46 @@ class RequestOutcome(StrEnum):
     REFUSED = "refused"
 
 
+class Blame(StrEnum):
+    """What an outcome shows to be broken. ``MODEL_LOAD``: the server said that it cannot load the model. ``MODEL``: the
+    server failed before it had loaded the model; the reason is not known. ``MISSING_MODEL``: the server answered that
+    it does not have the model."""
+
+    NOBODY = "nobody"
+    NODE = "node"
+    MODEL_LOAD = "model-load"
+    MODEL = "model"
+    MISSING_MODEL = "missing-model"
+
+
+class ErrorReply(NamedTuple):
+    """The error that a server reported. ``message`` is safe to print."""
+
+    status: int
+    message: str
+
+
+class AttemptContext(NamedTuple):
+    """The circumstances of an attempt that matter for the blame.
+
+    ``takes_slot`` is false for a request that costs no inference. ``model`` is the full name of the demanded model.
+    ``was_loaded``: the model was in the server's memory when the request was sent; ``None`` if that is not known.
+    ``reply`` is the server's error, if the server reported one.
+    """
+
+    takes_slot: bool
+    model: str | None
+    was_loaded: bool | None
+    reply: ErrorReply | None
+
+
 @dataclass(frozen=True, slots=True)
 class OutcomeRule:
     """The consequences of one outcome.
 
     ``fail_over``: another node is tried, if the client has not got a byte yet. ``counts_against_node``: the outcome is
-    a failure for the node's breaker. ``request``: the outcome of the request if this attempt was its last.
-    ``check_tunnel``: the node's tunnel checks its connection at once.
+    a failure for the node's breaker, or for that of the model on this node (``find_blame``). ``request``: the outcome
+    of the request if this attempt was its last. ``check_tunnel``: the node's tunnel checks its connection at once.
     """
 
     fail_over: bool
@@ -96,6 +135,32 @@ SERVER_ERROR_STATUS = 500
 
 def rule_for_outcome(outcome: Outcome) -> OutcomeRule:
     return _RULES[outcome]
+
+
+def find_blame(outcome: Outcome, context: AttemptContext) -> Blame:
+    """Which breaker an outcome counts for: that of the node, that of the model on this node, or none.
+
+    A request without a slot needs no inference. For such a request a status of 5xx is about the model store: Ollama
+    sends 500, for example, when it cannot copy a model. That does not show that the node generates badly.
+    """
+    reply, model = context.reply, context.model
+    if outcome is Outcome.MODEL_NOT_FOUND:
+        if not context.takes_slot or reply is None or model is None:
+            return Blame.NOBODY
+        return Blame.MISSING_MODEL if says_model_is_missing(reply.status, reply.message, model) else Blame.NOBODY
+    if not rule_for_outcome(outcome).counts_against_node:
+        return Blame.NOBODY
+    if outcome is Outcome.SERVER_ERROR and not context.takes_slot:
+        return Blame.NOBODY
+    if reply is None or model is None or not context.takes_slot:
+        return Blame.NODE
+    if is_load_failure(reply.status, reply.message):
+        return Blame.MODEL_LOAD
+    # A server that answers 500 before its first byte has failed while it loaded the model, or just after.
+    failed_at_load = outcome is Outcome.SERVER_ERROR and reply.status == SERVER_ERROR_STATUS
+    if failed_at_load and context.was_loaded is False:
+        return Blame.MODEL
+    return Blame.NODE
 
 
 def request_outcome(outcome: Outcome) -> RequestOutcome:

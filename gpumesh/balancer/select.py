@@ -68,11 +68,23 @@ def select_candidates(candidates: Sequence[Candidate], demand: Demand, *, exclud
     return Selection(tuple(free), tuple(busy))
 
 
-def meets_demand(candidate: Candidate, demand: Demand) -> bool:
-    """Whether the node can serve the demand when it is usable and has a free slot: it is the named node if the demand
-    names one, its server is of a demanded kind, and it has the model."""
+def is_model_broken(candidate: Candidate, model: str | None) -> bool:
+    """Whether the model must not be asked for on this node now, although the node may have it."""
+    return bool(candidate.broken_models) and model is not None and full_name(model) in candidate.broken_models
+
+
+def suits_demand(candidate: Candidate, demand: Demand) -> bool:
+    """Whether the node could serve the demand if nothing were broken there: it is the named node if the demand names
+    one, its server is of a demanded kind, and it has the model."""
     is_allowed = demand.node is None or candidate.name == demand.node
     return is_allowed and candidate.kind in demand.kinds and has_model(candidate, demand.model)
+
+
+def meets_demand(candidate: Candidate, demand: Demand) -> bool:
+    """Whether the node can serve the demand when it is usable and has a free slot: it suits the demand, and the model
+    is not broken there. A demand that needs no slot is about the model store, for which a model is never broken."""
+    is_broken = demand.needs_slot and is_model_broken(candidate, demand.model)
+    return not is_broken and suits_demand(candidate, demand)
 
 
 def gpu_group(candidate: Candidate) -> str:
@@ -115,6 +127,10 @@ def no_node_error(candidates: Sequence[Candidate], demand: Demand, *, exclude: C
     # Nodes have the model and nodes are of a demanded kind, but these may be different nodes.
     if demand.model is not None and not any(has_model(candidate, demand.model) for candidate in usable_of_kind):
         return _missing_model_error(demand.model, usable_of_kind, unusable, of_other_kinds=with_model)
+    suited = [candidate for candidate in usable_of_kind if has_model(candidate, demand.model)]
+    if demand.model is not None and all(is_model_broken(candidate, demand.model) for candidate in suited):
+        names = ", ".join(candidate.name for candidate in suited)
+        return NoNodeError(f"{demand.model!r} cannot be used now where it is ({names})", node=demand.node)
     failed_nodes = ", ".join(sorted(exclude))
     return NoNodeError(f"every node that could serve this has failed it ({failed_nodes})")
 

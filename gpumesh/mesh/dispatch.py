@@ -16,7 +16,7 @@ from random import Random
 from gpumesh.balancer.base import Candidate, Demand
 from gpumesh.balancer.policies import POLICIES
 from gpumesh.balancer.queue import WaitQueue
-from gpumesh.balancer.select import gpu_group, meets_demand, no_node_error, select_candidates
+from gpumesh.balancer.select import gpu_group, no_node_error, select_candidates, suits_demand
 from gpumesh.errors import DeadlineExceeded, QueueFull
 from gpumesh.mesh.nodes.fleet import Fleet
 from gpumesh.mesh.nodes.lease import Lease
@@ -129,8 +129,8 @@ class Dispatcher:
     def _any_may_recover(self, candidates: Sequence[Candidate], demand: Demand, exclude: frozenset[str]) -> bool:
         """Whether any of these nodes is away now, may come back in a moment, and could then serve this demand."""
         for candidate in candidates:
-            may_recover = candidate.name not in exclude and self._fleet[candidate.name].may_recover
-            if may_recover and meets_demand(candidate, demand):
+            is_suited = candidate.name not in exclude and suits_demand(candidate, demand)
+            if is_suited and self._fleet[candidate.name].may_recover(demand.model):
                 return True
         return False
 
@@ -280,4 +280,4 @@ def _return_grant(waiter: _Waiter) -> None:
 def _selection_key(demand: Demand) -> Demand:
     """The demand with only the members that decide which nodes can serve it. Demands that the same nodes can serve
     have equal keys."""
-    return Demand(model=demand.model, kinds=demand.kinds, node=demand.node)
+    return Demand(model=demand.model, kinds=demand.kinds, node=demand.node, needs_slot=demand.needs_slot)

@@ -306,7 +306,7 @@ async def test_only_a_node_that_was_up_is_worth_waiting_for() -> None:
         dispatcher = Dispatcher(fleet, PolicyKind.LEAST_LOADED, clock=desk.events.clock, rng=Random(7), max_queue=1)
         only_c = Demand(model=MODEL, node="c")
         never_up.on_tunnel(TunnelState("sshtunnel", TunnelPhase.CONNECTING, last_error="no SSH greeting"))
-        assert never_up.may_recover
+        assert never_up.may_recover()
         assert not dispatcher.is_worth_waiting(only_c), "it has been tried, and was never up"
         desk.fleet["a"].on_tunnel(TunnelState("sshtunnel", TunnelPhase.BACKOFF, last_error="gone"))
         assert dispatcher.is_worth_waiting(Demand(model=MODEL, node="a"))

@@ -116,6 +116,25 @@ EXPLANATIONS = (
         "`ollama pull MODEL` on the host; `gpumesh models` shows which node has what.",
     ),
     Explanation(
+        "model-listed-missing",
+        W,
+        "a listed model is not there",
+        "The server lists the model, but answers 404 to requests for it: a part of it is missing, or somebody has just "
+        "deleted it. No request for it goes to this node until the server's list changes; other models are served.",
+        "`ollama pull MODEL` again on the host, or `ollama rm MODEL`. If several servers are behind one address, give "
+        "each of them the model.",
+    ),
+    Explanation(
+        "model-unloadable",
+        W,
+        "a model cannot be loaded",
+        "The server fails when it loads the model, most often because the GPU's memory or the host's does not suffice. "
+        "Requests for this model go to other nodes, and it is tried again after 5 s to 5 min; the node serves its "
+        "other models.",
+        "See what uses the memory (`ollama ps`, `nvidia-smi`), and free it; else choose a smaller model, quantisation "
+        "or `num_ctx`, or remove the model from this node (`ollama rm MODEL`).",
+    ),
+    Explanation(
         "model-differs",
         W,
         "one name, different models",

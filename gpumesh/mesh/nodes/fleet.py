@@ -7,10 +7,13 @@ from urllib.parse import urlsplit
 
 from gpumesh import audit, config
 from gpumesh.balancer.base import Candidate, Demand
-from gpumesh.balancer.outcomes import Outcome
-from gpumesh.balancer.select import no_node_error
-from gpumesh.errors import GPUMeshError, NoNodeError, UsageError
+from gpumesh.balancer.breaker import ModelFault
+from gpumesh.balancer.outcomes import Blame, Outcome
+from gpumesh.balancer.select import has_model, no_node_error
+from gpumesh.errors import GPUMeshError, ModelMissing, NoNodeError, UsageError
+from gpumesh.mesh.nodes.model_findings import describe_model_fault
 from gpumesh.mesh.nodes.node import Node
+from gpumesh.state import NodeState
 
 
 class Fleet:
@@ -50,12 +53,27 @@ class Fleet:
     def explain_no_node(self, demand: Demand) -> GPUMeshError:
         """Builds the error that tells why no node can serve this demand, with the reason for each node that the demand
         allows."""
-        error = no_node_error(self.candidates(), demand)
+        candidates = self.candidates()
+        error = no_node_error(candidates, demand)
         if type(error) is not NoNodeError:  # ModelMissing: nodes are up, but none has the model, which is the reason
             return error
-        states = [node.state(queued=0) for node in self if demand.node in (None, node.name)]
-        reasons = "; ".join(f"{state.name}: {state.reason or 'no answer yet'}" for state in states)
+        allowed = [candidate for candidate in candidates if demand.node in (None, candidate.name)]
+        faults: dict[str, ModelFault] = {}  # by node
+        if demand.model is not None:
+            faults = self._find_model_faults(allowed, demand.model)
+            listing = {candidate.name for candidate in allowed if has_model(candidate, demand.model)}
+            lacking = [name for name, fault in faults.items() if fault.blame is Blame.MISSING_MODEL]
+            if listing and listing.issubset(lacking):  # no node has the model, although some list it
+                hint = f"{', '.join(lacking)} lists it, but answers that it is not there: pull it again there"
+                return ModelMissing(demand.model, hint=hint)
+        states = [self[candidate.name].state(queued=0) for candidate in allowed]
+        reasons = "; ".join(f"{state.name}: {_describe_reason(state, faults.get(state.name))}" for state in states)
         return NoNodeError(f"{error.message} ({reasons})" if reasons else error.message, hint=error.hint)
+
+    def _find_model_faults(self, candidates: Iterable[Candidate], model: str) -> dict[str, ModelFault]:
+        """The faults of this model on these nodes, by node. Nodes on which the model has no fault are left out."""
+        faults = {candidate.name: self[candidate.name].find_model_fault(model) for candidate in candidates}
+        return {name: fault for name, fault in faults.items() if fault is not None}
 
     def regroup(self) -> None:
         """Puts nodes that share a GPU into one group: the balancer treats a group as one node."""
@@ -89,3 +107,10 @@ class Fleet:
         urls = [urlsplit(url) for tunnel in tunnels for url in tunnel.urls.values()]
         local_ports = [url.port for url in urls if config.is_loopback(url.hostname or "")]
         return frozenset(port for port in local_ports if port is not None)
+
+
+def _describe_reason(state: NodeState, fault: ModelFault | None) -> str:
+    """Why the node does not serve a request. ``fault``: that of the demanded model on this node, if it has one."""
+    if state.reason is not None or fault is None:
+        return state.reason or "no answer yet"
+    return describe_model_fault(fault)

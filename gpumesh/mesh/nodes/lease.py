@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from gpumesh.backends.base import ServerCounters
-from gpumesh.balancer.outcomes import Outcome
+from gpumesh.balancer.outcomes import Blame, ErrorReply, Outcome
 from gpumesh.mesh.nodes.rate_meter import RateMeter
 from gpumesh.state import TunnelState
 from gpumesh.topology import BackendKind, Target
@@ -57,21 +57,31 @@ class LeasedNode(Protocol):
     def is_same_connection(self, lease: Lease) -> bool:
         """Whether the connection over which this lease was sent is still the tunnel's connection."""
 
-    def forgive_failure(self) -> None:
-        """Takes back one failure of the node, because the request was at fault."""
+    def is_loaded(self, model: str) -> bool | None:
+        """Whether the model, given by its full name, is in the server's memory; ``None`` if that is not known."""
+
+    def forgive_failure(self, lease: Lease) -> None:
+        """Takes back the failure with which this lease ended, because the request was at fault."""
 
 
 class LeaseKeeper(Protocol):
     """Keeps account of leases: the node's ledger."""
 
-    def settle(self, lease: Lease, outcome: Outcome, counters: ServerCounters | None, error: str | None) -> None:
+    def settle(
+        self,
+        lease: Lease,
+        outcome: Outcome,
+        counters: ServerCounters | None,
+        error: str | None,
+        reply: ErrorReply | None,
+    ) -> None:
         """Counts the outcome of a lease that was used."""
 
     def discard(self, lease: Lease) -> None:
         """Removes a lease that was never used."""
 
-    def end_trial_early(self) -> None:
-        """Ends a half-open breaker's trial, because the answer of an attempt has begun."""
+    def end_trials_early(self, lease: Lease) -> None:
+        """Ends the trials of half-open breakers, because the answer of this lease's attempt has begun."""
 
 
 class Lease:
@@ -79,10 +89,13 @@ class Lease:
 
     ``model`` is the full name of the demanded model. ``concurrent`` is the number of slots in use on the node when this
     lease was given, this lease included. ``connection_number`` is the number of the tunnel's connection that the lease
-    uses. ``can_move`` is set by the request: it tells whether another node could give the answer instead, and is
-    ``None`` once the answer has begun. ``abort_callback`` is set by the attempt that uses the lease. Both callbacks are
-    dropped at the lease's end: they refer to the request, which refers to the lease, and only the garbage collector
-    could free such a cycle.
+    uses. ``was_loaded``: the model was in the server's memory when the lease was given; ``None`` if that is not known.
+    ``blame`` is set at the lease's end: the breaker for which its outcome counted.
+
+    ``can_move`` is set by the request: it tells whether another node could give the answer instead, and is ``None``
+    once the answer has begun. ``abort_callback`` is set by the attempt that uses the lease. Both callbacks are dropped
+    at the lease's end: they refer to the request, which refers to the lease, and only the garbage collector could free
+    such a cycle.
     """
 
     __slots__ = (
@@ -90,11 +103,13 @@ class Lease:
         "_released",
         "abort_callback",
         "aborted",
+        "blame",
         "can_move",
         "concurrent",
         "connection_number",
         "model",
         "node",
+        "was_loaded",
     )
 
     def __init__(self, node: LeasedNode, ledger: LeaseKeeper, model: str | None, concurrent: int) -> None:
@@ -102,6 +117,8 @@ class Lease:
         self.connection_number = node.connection_count
         self.model = model
         self.concurrent = concurrent
+        self.was_loaded = None if model is None else node.is_loaded(model)
+        self.blame = Blame.NOBODY
         self.abort_callback: Callable[[], None] | None = None
         self.can_move: Callable[[], bool] | None = None
         self.aborted = False
@@ -120,11 +137,19 @@ class Lease:
     def released(self) -> bool:
         return self._released
 
-    def release(self, outcome: Outcome, *, counters: ServerCounters | None = None, error: str | None = None) -> None:
-        """Gives the slot back and counts the outcome. A second call does nothing."""
+    def release(
+        self,
+        outcome: Outcome,
+        *,
+        counters: ServerCounters | None = None,
+        error: str | None = None,
+        reply: ErrorReply | None = None,
+    ) -> None:
+        """Gives the slot back and counts the outcome. ``reply`` is the error that the server reported. A second call
+        does nothing."""
         if not self._released:
             self._mark_released()
-            self._ledger.settle(self, outcome, counters, error)
+            self._ledger.settle(self, outcome, counters, error, reply)
 
     def discard(self) -> None:
         """Gives the slot back without counting an outcome, because no attempt was made with it."""
@@ -137,10 +162,10 @@ class Lease:
         self.abort_callback = self.can_move = None
 
     def mark_answer_started(self) -> None:
-        """The attempt calls this when its answer has begun. From then on no other node can give this answer, and a
-        half-open breaker may allow the next trial."""
+        """The attempt calls this when its answer has begun. From then on no other node can give this answer, and
+        half-open breakers may allow the next trial."""
         self.can_move = None
-        self._ledger.end_trial_early()
+        self._ledger.end_trials_early(self)
 
     def set_abort_callback(self, abort: Callable[[], None]) -> None:
         """Sets the function that ``abort_attempt`` calls. Does nothing after the lease's end."""

@@ -1,4 +1,4 @@
-"""A node's ledger: leases, breaker, learned limit and rates, counts of outcomes, and sessions (conversations).
+"""A node's ledger: leases, breakers, learned limit and rates, counts of outcomes, and sessions (conversations).
 
 A node remembers the sessions that came to it, because the beginning of their prompts may still be in its cache.
 All of this runs on the mesh's event loop, without I/O.
@@ -12,9 +12,9 @@ from collections.abc import Callable
 from gpumesh.backends.base import ParallelismSource, ServerCounters
 from gpumesh.backends.dialects import find_dialect
 from gpumesh.balancer.base import Demand
-from gpumesh.balancer.breaker import Breaker
+from gpumesh.balancer.breaker import Breaker, ModelBreakers
 from gpumesh.balancer.limits import ParallelLimit, learn_limit
-from gpumesh.balancer.outcomes import Outcome, rule_for_outcome
+from gpumesh.balancer.outcomes import AttemptContext, Blame, ErrorReply, Outcome, find_blame
 from gpumesh.mesh.nodes.lease import Lease, LeasedNode
 from gpumesh.mesh.nodes.rate_meter import Smoothed
 from gpumesh.model_names import full_name
@@ -30,7 +30,8 @@ class Ledger:
 
     - ``on_slot_freed`` is called when a slot may have become free.
     - ``on_change`` is called when a figure has changed.
-    - ``on_failure`` is called with outcome and reason when an attempt failed and the node was at fault.
+    - ``on_failure`` is called with outcome and reason when an attempt failed and the node, or the model on it, was at
+      fault.
     - ``on_model_loaded`` is called with a model that has just answered, so that it is in the server's memory.
     """
 
@@ -45,6 +46,7 @@ class Ledger:
         on_model_loaded: Callable[[str], None],
     ) -> None:
         self.breaker = Breaker()
+        self.model_breakers = ModelBreakers()
         self.learned_limit = ParallelLimit()
         self.rates = Smoothed()
         """Tokens/s by model."""
@@ -87,7 +89,10 @@ class Ledger:
         lease = Lease(node, self, model, concurrent)
         leases = self._slot_leases if demand.needs_slot else self._slotless_leases
         leases.add(lease)
-        self.breaker = self.breaker.record_start(self._clock())
+        now = self._clock()
+        self.breaker = self.breaker.record_start(now)
+        if model is not None and demand.needs_slot:
+            self.model_breakers.record_start(model, now)
         if demand.session is not None:
             self._remember_session(demand.session)
         self._on_change()
@@ -103,7 +108,14 @@ class Ledger:
 
     # -- the end of a lease --------------------------------------------------------------------------------------
 
-    def settle(self, lease: Lease, outcome: Outcome, counters: ServerCounters | None, error: str | None) -> None:
+    def settle(
+        self,
+        lease: Lease,
+        outcome: Outcome,
+        counters: ServerCounters | None,
+        error: str | None,
+        reply: ErrorReply | None,
+    ) -> None:
         """Removes a used lease, and learns from its outcome. ``Lease.release`` calls this once for each lease."""
         now = self._clock()
         has_slot = lease in self._slot_leases
@@ -114,20 +126,39 @@ class Ledger:
         if outcome is Outcome.SERVED:
             self.served += increment
             self.breaker = self.breaker.record_success()
+            if has_slot:  # a request without a slot needs no inference, so it shows nothing about the models
+                self.model_breakers.record_success(lease.model, now)
             if counters is not None:
                 self._learn(lease, counters, now)
-        elif _is_node_failure(outcome, has_slot=has_slot):
-            self.failed += increment
-            self.breaker = self.breaker.record_failure(now)
-            self._on_failure(outcome, error)
         else:
+            lease.blame = find_blame(outcome, AttemptContext(has_slot, lease.model, lease.was_loaded, reply))
             if outcome is Outcome.CLIENT_GONE:
                 self.cancelled += increment
-            self.breaker = self.breaker.cancel_trial()  # this outcome proves nothing about the node
+            elif lease.blame not in (Blame.NOBODY, Blame.MISSING_MODEL):
+                self.failed += increment
+            self._count_failure(lease, reply, now, has_slot=has_slot)
+            if lease.blame is not Blame.NOBODY:
+                self._on_failure(outcome, error)
         self._announce_free_slot()
+
+    def _count_failure(self, lease: Lease, reply: ErrorReply | None, now: float, *, has_slot: bool) -> None:
+        """Counts an outcome other than success for the breaker that ``lease.blame`` names. For the other breakers the
+        outcome proves nothing, so it only ends their trials."""
+        is_models_fault = lease.blame not in (Blame.NOBODY, Blame.NODE)
+        if is_models_fault and lease.model is not None:
+            message = "" if reply is None else reply.message
+            node_is_suspect = self.model_breakers.record_failure(lease.model, lease.blame, message, now)
+            self.breaker = self.breaker.trip(now) if node_is_suspect else self.breaker.cancel_trial()
+            return
+        if has_slot:
+            self.model_breakers.cancel_trial(lease.model)
+        is_nodes_fault = lease.blame is Blame.NODE
+        self.breaker = self.breaker.record_failure(now) if is_nodes_fault else self.breaker.cancel_trial()
 
     def discard(self, lease: Lease) -> None:
         """Removes a lease that was never used. ``Lease.discard`` calls this once for each lease."""
+        if lease in self._slot_leases:
+            self.model_breakers.cancel_trial(lease.model)
         self._remove(lease)
         self.breaker = self.breaker.cancel_trial()
         self._announce_free_slot()
@@ -158,22 +189,32 @@ class Ledger:
             self.load_times.add(lease.model, counters.load_ms / 1000.0)
         self._on_model_loaded(lease.model)
 
-    # -- the breaker ---------------------------------------------------------------------------------------------
+    # -- the breakers --------------------------------------------------------------------------------------------
 
-    def reset_breaker(self) -> None:
+    def reset_breakers(self) -> None:
         """Forgets all failures, because the connection or the server is new."""
         self.breaker = Breaker()
+        self.model_breakers.forget_all()
 
-    def forgive_failure(self) -> None:
-        """Takes back one failure: another node failed at the same request, so the request was at fault."""
-        self.breaker = self.breaker.forgive_failure(self._clock())
+    def forgive_failure(self, lease: Lease) -> None:
+        """Takes back the failure with which this lease ended: another node failed at the same request, so the request
+        was at fault."""
+        now = self._clock()
+        if lease.blame is Blame.NODE:
+            self.breaker = self.breaker.forgive_failure(now)
+        elif lease.blame is Blame.MODEL and lease.model is not None:
+            self.model_breakers.forgive_failure(lease.model, now)
         self._announce_free_slot()
 
-    def end_trial_early(self) -> None:
-        """Ends a half-open breaker's trial when the trial's answer has begun. So the next request need not wait for the
-        end of this answer."""
-        if self.breaker.trial_in_flight:
+    def end_trials_early(self, lease: Lease) -> None:
+        """Ends the trials of half-open breakers when the answer of this lease's attempt has begun. So the next request
+        need not wait for the end of this answer."""
+        had_trial = self.breaker.trial_in_flight
+        if had_trial:
             self.breaker = self.breaker.cancel_trial()
+        if lease in self._slot_leases:
+            had_trial |= self.model_breakers.cancel_trial(lease.model)
+        if had_trial:
             self._on_slot_freed()
 
     # -- aborting ------------------------------------------------------------------------------------------------
@@ -191,12 +232,3 @@ class Ledger:
         for lease in list(self._slot_leases):  # a copy, because an aborted attempt may release its lease
             if lease.can_move is not None and lease.can_move():  # None: the answer has begun
                 lease.abort_attempt()
-
-
-def _is_node_failure(outcome: Outcome, *, has_slot: bool) -> bool:
-    """Whether the node was at fault for this outcome of an attempt, so that its breaker counts a failure.
-
-    A request without a slot needs no inference. For such a request a status of 5xx is about the model store: Ollama
-    sends 500, for example, when it cannot copy a model. That does not show that the node generates badly."""
-    is_store_error = outcome is Outcome.SERVER_ERROR and not has_slot
-    return rule_for_outcome(outcome).counts_against_node and not is_store_error

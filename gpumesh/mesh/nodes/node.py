@@ -14,6 +14,7 @@ import httpx
 
 from gpumesh import audit
 from gpumesh.balancer.base import Candidate, Demand
+from gpumesh.balancer.breaker import ModelFault
 from gpumesh.balancer.outcomes import Outcome, rule_for_outcome
 from gpumesh.coordination.base import Coordination
 from gpumesh.coordination.single_gateway import SingleGateway
@@ -24,6 +25,7 @@ from gpumesh.mesh.nodes.prober import Prober, read_api_key
 from gpumesh.mesh.nodes.rate_meter import RateMeter
 from gpumesh.mesh.nodes.snapshot import NodeRole, SnapshotBuilder
 from gpumesh.mesh.nodes.tunnel_link import TunnelLink
+from gpumesh.model_names import full_name
 from gpumesh.state import NodeState, TunnelPhase, TunnelState
 from gpumesh.topology import BackendKind, NodeSpec, Target
 from gpumesh.tunnels.base import Tunnel
@@ -100,9 +102,9 @@ class Node:
         was_up = self._link.is_up
         self._link.update(state)
         if self._link.is_up and not was_up:
-            # The breaker is reset here, and not when the old connection was lost: the requests that were cut with it
+            # The breakers are reset here, and not when the old connection was lost: the requests that were cut with it
             # are counted as failed only a moment after the loss.
-            self.ledger.reset_breaker()
+            self.ledger.reset_breakers()
             self._prober.request_probe()
         elif was_up and not self._link.is_up:
             self._prober.forget_host()
@@ -185,9 +187,13 @@ class Node:
         """Takes a slot for this demand, without a check that one is free: the dispatcher has decided that."""
         return self.ledger.lease(self, demand)
 
-    def forgive_failure(self) -> None:
-        """Takes back one failure of the node, because the request was at fault."""
-        self.ledger.forgive_failure()
+    def is_loaded(self, model: str) -> bool | None:
+        """Whether the model, given by its full name, is in the server's memory; ``None`` if that is not known."""
+        return self._prober.reports.is_loaded(model)
+
+    def forgive_failure(self, lease: Lease) -> None:
+        """Takes back the failure with which this lease ended, because the request was at fault."""
+        self.ledger.forgive_failure(lease)
 
     @property
     def in_flight(self) -> int:
@@ -228,10 +234,14 @@ class Node:
         """Whether the tunnel is up and the server answered its last probe."""
         return self._snapshots.reachable
 
-    @property
-    def may_recover(self) -> bool:
-        """Whether the node takes no requests now, but probably will in a moment."""
-        return self._snapshots.may_recover
+    def may_recover(self, model: str | None = None) -> bool:
+        """Whether the node takes no requests for this model now, but probably will in a moment. ``None``: no requests
+        at all."""
+        return self._snapshots.may_recover(model)
+
+    def find_model_fault(self, model: str) -> ModelFault | None:
+        """The fault for which requests for this model are kept away from the node; ``None`` if there is none."""
+        return self.ledger.model_breakers.find_fault(full_name(model))
 
     def candidate(self, now: float, *, despite_breaker: bool = False) -> Candidate:
         """The node as the balancer sees it now."""

@@ -1,7 +1,7 @@
 """Sets how often a node is probed and how long a probe may take; ``Prober`` runs the probes and keeps the last reports.
 
 One loop probes the node's inference server, another loop its GPUs, every 2 s each. The loops change only three things:
-they update ``reports``, reset the ledger's breaker, and abort attempts on a server that no longer answers. No fault of
+they update ``reports``, reset the ledger's breakers, and abort attempts on a server that no longer answers. No fault of
 a host makes them raise.
 """
 
@@ -16,7 +16,7 @@ import httpx
 
 from gpumesh import config
 from gpumesh.backends.base import ParallelismSource
-from gpumesh.backends.dialects import find_dialect
+from gpumesh.backends.dialects import KINDS_WITH_MODEL_STORE, find_dialect
 from gpumesh.errors import SecretMissing
 from gpumesh.mesh.nodes.ledger import Ledger
 from gpumesh.mesh.nodes.tunnel_link import TunnelLink
@@ -77,6 +77,13 @@ class NodeReports:
         # The only way to set the fields of a frozen dataclass.
         object.__setattr__(self, "learns_limit", learns_limit)
         object.__setattr__(self, "backend_is_up", backend_is_up)
+
+    def is_loaded(self, model: str) -> bool | None:
+        """Whether the model, given by its full name, is in the server's memory; ``None`` if the server does not tell
+        which models are. Servers with a model store (Ollama) tell."""
+        if model in self.loaded:
+            return True
+        return False if self.backend_is_up and self.kind in KINDS_WITH_MODEL_STORE else None
 
 
 class Prober:
@@ -200,7 +207,7 @@ class Prober:
         return self._missed_backend_probes == 1 and self.reports.backend is not None and self._ledger.in_flight > 0
 
     def _record_backend(self, report: BackendReport, target: Target | None) -> None:
-        """Stores the report. A server that is up again gets a new breaker; attempts on a server that is down are
+        """Stores the report. A server that is up again gets new breakers; attempts on a server that is down are
         aborted if they can move."""
         was_down = self.reports.backend is not None and not self.reports.backend_is_up
         self.reports = replace(self.reports, backend=report, target=target)
@@ -213,7 +220,8 @@ class Prober:
                 loaded=frozenset(full_name(loaded.name) for loaded in report.state.loaded),
             )
             if was_down:
-                self._ledger.reset_breaker()
+                self._ledger.reset_breakers()
+            self._ledger.model_breakers.note_catalog(report.state.catalog)
         else:
             self._ledger.abort_movable_attempts()
         self._end_first_round_when_complete()

@@ -12,9 +12,11 @@ from hashlib import sha256
 from gpumesh.balancer.base import Candidate
 from gpumesh.coordination.base import Coordination
 from gpumesh.mesh.nodes.ledger import Ledger
+from gpumesh.mesh.nodes.model_findings import broken_model_states, find_model_findings
 from gpumesh.mesh.nodes.prober import NodeReports, Prober
 from gpumesh.mesh.nodes.rate_meter import RateMeter
 from gpumesh.mesh.nodes.tunnel_link import TunnelLink
+from gpumesh.model_names import full_name
 from gpumesh.probes.health import assess_health
 from gpumesh.state import (
     BackendState,
@@ -31,6 +33,7 @@ from gpumesh.state import (
 from gpumesh.topology import NodeSpec
 
 MAX_KEY_CHARS = 400  # room for the UUIDs of eight GPUs
+MAX_MODEL_PAUSE_S = 6.0  # a request waits for a model's breaker if its pause ends within this time
 
 
 @dataclass(slots=True)
@@ -79,15 +82,19 @@ class SnapshotBuilder:
         """Whether the tunnel is up and the server answered its last probe."""
         return self._link.is_up and self._prober.reports.backend_is_up
 
-    @property
-    def may_recover(self) -> bool:
-        """Whether the node takes no requests now, but probably will in a moment.
+    def may_recover(self, model: str | None) -> bool:
+        """Whether the node takes no requests for this model now, but probably will in a moment. ``None``: no requests
+        at all.
 
-        The node is connecting, or its connection was lost a moment ago, or the pause of its breaker will end."""
+        The node is connecting, or its connection was lost a moment ago, or the pause of a breaker will end."""
         if self._role.draining:
             return False
+        now = self._clock()
+        pause_s = None if model is None else self._ledger.model_breakers.pause_left(full_name(model), now)
+        if pause_s is not None and pause_s > MAX_MODEL_PAUSE_S:
+            return False
         if self.reachable:  # then only an open breaker keeps requests away, and its pause will end
-            return not self._ledger.breaker.allows(self._clock())
+            return pause_s is not None or not self._ledger.breaker.allows(now)
         phase, reports = self._link.reported.state, self._prober.reports
         if phase is TunnelPhase.UP:
             return reports.backend is None  # the first probe over this connection is not complete
@@ -97,7 +104,7 @@ class SnapshotBuilder:
 
     def candidate(self, now: float, *, despite_breaker: bool) -> Candidate:
         """The node as the balancer sees it at the time ``now``. ``despite_breaker``: an open breaker does not make the
-        node unusable."""
+        node unusable, nor a model that fails for a reason that is not known."""
         role, link, reports, ledger = self._role, self._link, self._prober.reports, self._ledger
         # The property ``reachable``, written out: this is computed for each request.
         reachable = link.is_up and reports.backend_is_up
@@ -121,6 +128,7 @@ class SnapshotBuilder:
             foreign_load=reports.foreign_load,
             rtt_ms=link.reported.rtt_ms,
             sessions=ledger.sessions.keys(),
+            broken_models=ledger.model_breakers.broken(now, despite_doubt=despite_breaker),
         )
 
     def _find_limit(self, now: float) -> int | None:
@@ -168,6 +176,7 @@ class SnapshotBuilder:
             simulated=(backend.version or "").endswith("-lab"),  # as the simulated servers of ``gpumesh.lab`` do
             routes=self._build_routes(),
             noticed=self._collect_findings(tunnel),
+            broken_models=broken_model_states(self._ledger.model_breakers.open_faults, self._clock()),
         )
 
     def _assess_health(self, tunnel: TunnelState) -> tuple[Health, str | None]:
@@ -218,14 +227,15 @@ class SnapshotBuilder:
         return tuple(RouteState(target.url, url, transport) for target, url in self._link.urls.items())
 
     def _collect_findings(self, tunnel: TunnelState) -> tuple[Finding, ...]:
-        """The findings of the last probes; none while the tunnel is not up, because the probes are out of date then.
-        The audit's rules add the findings about the tunnel, and those that follow from mesh.yaml."""
+        """The findings of the last probes and of the last requests; none while the tunnel is not up, because they are
+        out of date then. The audit's rules add the findings about the tunnel, and those that follow from mesh.yaml."""
         if tunnel.state is not TunnelPhase.UP:
             return ()
         reports = self._prober.reports
         findings = reports.gpus.findings if reports.gpus is not None else ()
         if reports.backend is not None:
-            return (*findings, *reports.backend.findings)
+            model_findings = find_model_findings(self._spec.name, self._ledger.model_breakers.open_faults)
+            return (*findings, *reports.backend.findings, *model_findings)
         error = reports.missing_secret
         if error is None:
             return findings

@@ -14,7 +14,7 @@ from gpumesh.backends.continuation.continuation import Continuation
 from gpumesh.backends.continuation.stream_formats import generates_text
 from gpumesh.backends.dialects import find_counters, host_header
 from gpumesh.backends.error_text import error_text, is_web_page
-from gpumesh.balancer.outcomes import Outcome, classify_status, rule_for_outcome
+from gpumesh.balancer.outcomes import ErrorReply, Outcome, classify_status, rule_for_outcome
 from gpumesh.errors import BackendStatus, BackendUnreachable, DeadlineExceeded, GPUMeshError, StreamCut
 from gpumesh.mesh.nodes.lease import Lease
 from gpumesh.mesh.requests.answer import WholeAnswer, error_answer
@@ -181,7 +181,12 @@ async def _send_and_read(
 
 def _fail(lease: Lease, outcome: Outcome, error: GPUMeshError, answer: WholeAnswer | None = None) -> FailedAttempt:
     """Releases the lease with this outcome, and returns the failure. ``answer`` is the server's own error."""
-    lease.release(outcome, error=str(error))
+    reply = None
+    if isinstance(error, BackendStatus):
+        # A body is the server's own error. Without one, the error's text is what the server said, or a description.
+        message = error_text(error.status, error.body) if error.body else error.message
+        reply = ErrorReply(error.status, message)
+    lease.release(outcome, error=str(error), reply=reply)
     # The traceback's frames hold the request, which holds the error. This cycle would keep the request's body in memory
     # until the garbage collector runs.
     error.__traceback__ = None

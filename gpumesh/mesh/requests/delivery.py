@@ -22,6 +22,7 @@ from gpumesh.balancer.outcomes import (
     MAX_ROUNDS,
     MAX_SERVER_FAILURES,
     SERVER_ERROR_STATUS,
+    Blame,
     Outcome,
     is_retryable,
     retry_delay_s,
@@ -246,7 +247,7 @@ class RequestDelivery:
             return False
         for failed in suspects:
             if self._demand.needs_slot and failed.lease is not None and failed.lease.node.reachable:
-                failed.lease.node.forgive_failure()
+                failed.lease.node.forgive_failure(failed.lease)
         return True
 
     # -- leases --------------------------------------------------------------------------------------------------
@@ -334,8 +335,8 @@ def _copy_error(error: GPUMeshError) -> GPUMeshError:
 def _failed_at_request(failed: FailedAttempt) -> bool:
     """Whether the server seems to have failed at this request. It is not checked whether the tunnel ended the
     connection: ``_is_server_failure`` does that."""
-    if failed.lease is None or failed.lease.aborted:
-        return False
+    if failed.lease is None or failed.lease.aborted or failed.lease.blame is Blame.MODEL_LOAD:
+        return False  # a model that does not fit into one server's memory may fit into another's
     if failed.answer is not None:
         return failed.answer.status == SERVER_ERROR_STATUS
     return failed.request_sent and failed.outcome in (Outcome.UNREACHABLE, Outcome.CUT)

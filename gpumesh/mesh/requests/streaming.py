@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from gpumesh.backends.base import ServerCounters
 from gpumesh.backends.continuation.continuation import Continuation, Ending
-from gpumesh.balancer.outcomes import Outcome
+from gpumesh.balancer.outcomes import SERVER_ERROR_STATUS, ErrorReply, Outcome
 from gpumesh.errors import DeadlineExceeded, GPUMeshError, StreamCut
 from gpumesh.mesh.requests.answer import Answer, ClientStream
 from gpumesh.mesh.requests.attempt import FailedAttempt, OpenedStream
@@ -331,7 +331,8 @@ class StreamingAnswer(Answer):
         if self._expiry_message is not None:
             self._end_answer(Outcome.DEADLINE)
             raise DeadlineExceeded(self._expiry_message, node=self.node)
-        self._lease.release(outcome, error=reason)
+        reply = ErrorReply(SERVER_ERROR_STATUS, reason) if outcome is Outcome.STREAM_ERROR else None
+        self._lease.release(outcome, error=reason, reply=reply)
         if self._continuation is None:
             self._end_answer(outcome)
             raise StreamCut(reason, node=self.node)

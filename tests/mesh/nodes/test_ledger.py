@@ -128,8 +128,11 @@ async def test_a_client_that_leaves_is_no_failure(desk: LedgerDesk) -> None:
 
 
 async def test_a_forgiven_failure_closes_the_breaker(desk: LedgerDesk) -> None:
-    desk.fail(3)
-    desk.ledger.forgive_failure()
+    desk.fail(2)
+    lease = desk.lease()
+    lease.release(Outcome.SERVER_ERROR)
+    assert desk.is_open()
+    desk.ledger.forgive_failure(lease)
     assert not desk.is_open()
 
 

@@ -78,7 +78,7 @@ async def test_a_server_that_was_away_and_is_back_starts_with_a_closed_breaker(
 async def test_an_open_breaker_may_recover(node: Node) -> None:
     for _ in range(3):
         node.lease(DEMAND).release(Outcome.SERVER_ERROR, error="it answered 500")
-    assert node.may_recover, "its pause will end: worth waiting for"
+    assert node.may_recover(), "its pause will end: worth waiting for"
 
 
 async def test_max_parallel_is_taken_as_it_is(server: SimOllama, events: NodeEvents) -> None:
@@ -95,7 +95,7 @@ async def test_a_lost_tunnel_aborts_attempts_and_forgets_the_reports(node: Node)
     assert aborted == ["aborted"]
     assert lease.aborted
     assert not node.candidate(100.0).usable
-    assert node.may_recover, "it was up a moment ago"
+    assert node.may_recover(), "it was up a moment ago"
     lease.release(Outcome.UNREACHABLE, error="gone")
 
 
@@ -127,7 +127,7 @@ async def test_a_server_that_stops_is_noticed_and_comes_back(node: Node, server:
 async def test_a_draining_node_takes_no_new_work(node: Node) -> None:
     node.role.draining = True
     assert not node.candidate(100.0).usable
-    assert not node.may_recover
+    assert not node.may_recover()
     assert node.state(0).health is Health.DRAINING
 
 

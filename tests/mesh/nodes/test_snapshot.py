@@ -110,7 +110,7 @@ async def test_an_open_breaker_makes_it_unusable_unless_that_is_asked_for(desk: 
     desk.ledger.breaker = Breaker(THRESHOLD, desk.events.now + 30.0)
     assert not desk.builder.candidate(desk.events.now, despite_breaker=False).usable
     assert desk.builder.candidate(desk.events.now, despite_breaker=True).usable
-    assert desk.builder.may_recover
+    assert desk.builder.may_recover(None)
 
 
 async def test_other_gateways_count_once_for_a_group(desk: SnapshotDesk) -> None:
@@ -138,9 +138,9 @@ async def test_which_nodes_may_recover(
 ) -> None:
     desk.set_up(reports, TunnelState("direct", phase))
     assert not desk.builder.reachable
-    assert desk.builder.may_recover is expected
+    assert desk.builder.may_recover(None) is expected
     desk.role.draining = True
-    assert not desk.builder.may_recover
+    assert not desk.builder.may_recover(None)
 
 
 async def test_a_missing_secret_is_the_reason_and_a_finding(desk: SnapshotDesk) -> None:
