@@ -238,11 +238,25 @@ class BrokenModelState:
 
 
 @dataclass(frozen=True, slots=True)
+class SlownessState:
+    """How much slower a node is than it was and than the other nodes are. All values are ratios: 2.0 is twice as slow.
+
+    ``factor`` multiplies the forecasts of its answers. ``first_token``: the time to the first token, against the
+    node's own past. ``decode``: the time of each token. ``None`` where there are too few recent answers.
+    """
+
+    factor: float
+    first_token: float | None = None
+    decode: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class NodeState:
     """The state of one node. ``reason`` says why ``health`` is as it is.
 
     ``gpus`` is ``None`` when the host's GPUs are not known, and empty when the host has none. ``noticed`` are the
     findings of the probes and of requests; the rules of `audit` add the findings that follow from mesh.yaml.
+    ``slowness`` is ``None`` unless the node has become slow.
     """
 
     name: str
@@ -258,6 +272,7 @@ class NodeState:
     routes: tuple[RouteState, ...] = ()
     noticed: tuple[Finding, ...] = ()
     broken_models: tuple[BrokenModelState, ...] = ()
+    slowness: SlownessState | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""The audit's rules about a node's inference server: whether it serves, on the GPU, and whether it is too old."""
+"""The audit's rules about a node's inference server: does it serve, on the GPU, as fast as before; is it too old."""
 
 from __future__ import annotations
 
@@ -7,7 +7,16 @@ from collections.abc import Iterable, Iterator
 from gpumesh.audit.catalog import explain
 from gpumesh.backends.dialects import find_dialect
 from gpumesh.sentences import join_some
-from gpumesh.state import BackendPhase, BackendState, Finding, LoadedModel, NodeState, Severity, TunnelPhase
+from gpumesh.state import (
+    BackendPhase,
+    BackendState,
+    Finding,
+    LoadedModel,
+    NodeState,
+    Severity,
+    SlownessState,
+    TunnelPhase,
+)
 from gpumesh.topology import NodeSpec
 from gpumesh.versions import version_key
 
@@ -43,6 +52,15 @@ def check(spec: NodeSpec, state: NodeState) -> Iterator[Finding]:
             "if all of it is on the CPU, the server has lost the GPU: restart it",
         )
     yield from _check_version(node, backend)
+    if state.slowness is not None:
+        yield Finding(
+            "node-slow",
+            Severity.WARNING,
+            node,
+            describe_slowness(state.slowness),
+            "see on the host what slows it down (`nvidia-smi -q -d PERFORMANCE`, `ollama ps`, other programs); it gets "
+            "fewer requests until it is faster again",
+        )
 
 
 def _check_version(node: str, backend: BackendState) -> Iterator[Finding]:
@@ -80,6 +98,17 @@ def describe_cpu_models(loaded: Iterable[LoadedModel]) -> str | None:
         if share_pct > 0:
             descriptions.append(f"{model.name} ({share_pct} %)")
     return f"runs on the CPU: {join_some(descriptions, MAX_NAMED)}" if descriptions else None
+
+
+def describe_slowness(slowness: SlownessState) -> str:
+    """Returns a sentence that says how much slower the node has become, with the figures that are known."""
+    parts: list[str] = []
+    if slowness.first_token is not None:
+        parts.append(f"first token {slowness.first_token:.1f} times its usual time")
+    if slowness.decode is not None:
+        parts.append(f"each token {slowness.decode:.1f} times")
+    figures = f" ({', '.join(parts)})" if parts else ""
+    return f"answers {slowness.factor:.1f} times slower than usual{figures}, and the other nodes do not"
 
 
 def cpu_share_pct(model: LoadedModel) -> int:

@@ -14,6 +14,7 @@ _NO_GPU = frozenset({"gpu-lost", "gpu-missing"})
 # example, all models run on the CPU because the driver is broken.
 CAUSES: Mapping[str, frozenset[str]] = {
     "backend-on-cpu": _NO_DRIVER | _NO_GPU,
+    "node-slow": frozenset({"backend-on-cpu"}) | _NO_DRIVER | _NO_GPU,
     "gpu-count": _NO_GPU,
     "gpu-faulty": frozenset({"gpu-lost"}),
     "vram-differs": frozenset({"gpu-differs"}),

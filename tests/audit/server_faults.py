@@ -13,6 +13,7 @@ from gpumesh.state import (
     BackendState,
     HostState,
     ModelInfo,
+    SlownessState,
 )
 from gpumesh.topology import ExpectSpec
 from tests.audit.build import (
@@ -128,6 +129,13 @@ SERVER_FAULTS: dict[str, Fault] = {
     ),
     "half on the CPU": node_fault(
         state(backend=PARTLY_ON_CPU), "backend-on-cpu", WARNING, "llama3:70b (50 %)", "quantisation"
+    ),
+    "a node that has become slow": node_fault(
+        replace(state(), slowness=SlownessState(2.6, 3.1, 1.2)),
+        "node-slow",
+        WARNING,
+        "2.6 times slower than usual (first token 3.1 times its usual time, each token 1.2 times)",
+        "nvidia-smi",
     ),
     "version too old": node_fault(
         state(backend=backend(version="0.5.1")), "version-old", WARNING, "0.5.1", "install.sh"

@@ -93,6 +93,16 @@ EXPLANATIONS = (
         "the GPU is free, restart the server: it has lost the GPU.",
     ),
     Explanation(
+        "node-slow",
+        W,
+        "a node has become slow",
+        "Its first tokens come later than forecast, or its tokens more slowly, than this node's own past says, by a "
+        "factor of two and more, while the other nodes are as fast as before. Its forecasts are multiplied by this "
+        "factor, so it gets fewer requests, and every twentieth as a probe.",
+        "See what slows it down on the host: a throttled or shared GPU (`nvidia-smi -q -d PERFORMANCE`), a model "
+        "partly on the CPU (`ollama ps`), a server that swaps. It recovers by itself when its answers are fast again.",
+    ),
+    Explanation(
         "redis-away",
         W,
         "other gateways are not heard",

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from hashlib import sha256
 
 from gpumesh.balancer.base import Candidate
+from gpumesh.balancer.outliers import Slowness
 from gpumesh.coordination.base import Coordination
 from gpumesh.mesh.nodes.ledger import Ledger
 from gpumesh.mesh.nodes.model_findings import broken_model_states, find_model_findings
@@ -27,6 +28,7 @@ from gpumesh.state import (
     NodeState,
     RouteState,
     Severity,
+    SlownessState,
     TunnelPhase,
     TunnelState,
 )
@@ -41,12 +43,14 @@ class NodeRole:
     """The decisions of the mesh about a node. ``group`` is the same for all nodes that share a GPU.
 
     ``counts_for_group``: the node is the first of its group. Only this node counts the requests that other gateways
-    have in flight on the shared GPU, so that they are counted once.
+    have in flight on the shared GPU, so that they are counted once. ``slowness``: the node has become slow; ``None``
+    while its speed is as usual.
     """
 
     group: str
     counts_for_group: bool = True
     draining: bool = False
+    slowness: Slowness | None = None
 
 
 class SnapshotBuilder:
@@ -177,6 +181,7 @@ class SnapshotBuilder:
             routes=self._build_routes(),
             noticed=self._collect_findings(tunnel),
             broken_models=broken_model_states(self._ledger.model_breakers.open_faults, self._clock()),
+            slowness=_build_slowness_state(self._role.slowness),
         )
 
     def _assess_health(self, tunnel: TunnelState) -> tuple[Health, str | None]:
@@ -240,6 +245,15 @@ class SnapshotBuilder:
         if error is None:
             return findings
         return (*findings, Finding(error.code, Severity.ERROR, self._spec.name, error.message, error.hint))
+
+
+def _build_slowness_state(slowness: Slowness | None) -> SlownessState | None:
+    """The slowness for people, rounded."""
+    if slowness is None:
+        return None
+    ratios = (slowness.factor, slowness.first_token, slowness.decode)
+    factor, first_token, decode = (None if ratio is None else round(ratio, 2) for ratio in ratios)
+    return SlownessState(factor or 1.0, first_token, decode)
 
 
 def coordination_key(spec: NodeSpec, reports: NodeReports) -> str:

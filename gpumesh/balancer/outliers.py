@@ -1,0 +1,236 @@
+"""Finds nodes that have become much slower than they were and than the other nodes are. Pure.
+
+A slow node is not switched off: its forecast is multiplied by a factor, and an occasional request is sent there as a
+probe, so that its recovery is seen. ``OutlierWatch`` compares a node with its own past first. Whether the other nodes
+have become slower too is looked at second: then the work has changed (longer prompts, more streams), and not the node.
+
+All slownesses are ratios: 1.0 is as usual, 2.0 takes twice as long. They are averaged as logarithms, so that half the
+speed and twice the speed cancel out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field
+from statistics import median
+
+SLOW_FROM = 2.0  # a node that is this many times slower than usual becomes slow …
+NORMAL_BELOW = 1.4  # … and is normal again only below this: so it does not change its state with each answer
+MAX_FACTOR = 8.0  # by which a forecast is multiplied at most
+
+MIN_PAST = 16  # with fewer answers, the usual speed is not known
+RECENT_ANSWERS = 9  # whose median is the speed of now
+MIN_RECENT = 5  # with fewer recent answers, a node does not become slow
+PROBE_ANSWERS = 3  # whose median is the speed of now while the node is slow: it gets few requests then
+RECENT_S = 600.0  # an older answer is not recent
+FORGET_SLOW_S = 3600.0  # a slow node without any answer for this time is taken for normal
+# The usual speed follows each answer by this share, after the first ``MIN_PAST``. An answer that is far off counts as
+# one that is off by a factor of 1.4: so hundreds of slow answers are needed before slowness is usual.
+PAST_WEIGHT = 0.02
+MAX_DEVIATION = 0.5  # in powers of two
+
+PROBE_EVERY = 20  # a slow node gets at least each 20th of the requests that it could serve
+IDLE_PROBE_S = 10.0  # a slow node with nothing in flight gets one if its last request was longer ago than this
+
+MAX_MODELS = 64  # of one node; with more, the one whose usual speed is known longest is forgotten
+MAX_PEERS = 64  # with more other nodes, the median of so many is as good
+_LEAST, _GREATEST = 1e-6, 1e9  # bounds of a time in seconds and of a rate; what is outside is ignored
+
+
+@dataclass(frozen=True, slots=True)
+class Slowness:
+    """How slow a slow node is. ``factor`` (1 to 8) multiplies its forecast. ``first_token`` and ``decode``: how many
+    times slower than usual the first token comes and the tokens follow; ``None`` without recent answers."""
+
+    factor: float
+    first_token: float | None = None
+    decode: float | None = None
+
+
+@dataclass(slots=True)
+class _Usual:
+    """The usual value of a quantity, as a logarithm to the base 2: the median of the first ``MIN_PAST`` values, which
+    then follows slowly. ``value`` is ``None`` until these are there."""
+
+    value: float | None = None
+    first_values: list[float] = field(default_factory=list)
+
+    def add(self, value: float) -> float | None:
+        """Adds a value. Returns how far it is from the usual value, which did not contain it yet; ``None`` if the usual
+        value is not known yet."""
+        if self.value is None:
+            self.first_values.append(value)
+            if len(self.first_values) == MIN_PAST:
+                self.value = median(self.first_values)
+                self.first_values.clear()
+            return None
+        deviation = value - self.value
+        self.value += PAST_WEIGHT * min(max(deviation, -MAX_DEVIATION), MAX_DEVIATION)
+        return deviation
+
+
+class _Recent:
+    """The last deviations from the usual value, as logarithms to the base 2; positive ones are slower."""
+
+    def __init__(self) -> None:
+        self._entries: deque[tuple[float, float]] = deque(maxlen=RECENT_ANSWERS)  # time in seconds, deviation
+
+    def add(self, now: float, deviation: float) -> None:
+        self._entries.append((now, deviation))
+
+    def slowness(self, now: float, *, of_slow_node: bool) -> float | None:
+        """The median of the recent deviations as a ratio; ``None`` if there are too few. Of a node that is slow, only
+        the very last answers count."""
+        deviations = [deviation for added_at, deviation in self._entries if now - added_at <= RECENT_S]
+        if of_slow_node:
+            deviations = deviations[-PROBE_ANSWERS:]
+        if len(deviations) < (1 if of_slow_node else MIN_RECENT):
+            return None
+        return float(2.0 ** median(deviations))
+
+
+@dataclass(slots=True)
+class _Track:
+    """What is known of one node's speed. ``slow`` is ``None`` while the node is normal. ``slowness`` is that of the
+    last answer, at ``last_answer_at``. ``passed_over`` counts the requests that went elsewhere since the node's last
+    request, at ``last_request_at``; both matter only while the node is slow."""
+
+    first_token: _Usual = field(default_factory=_Usual)
+    decode: dict[str, _Usual] = field(default_factory=dict)  # by model
+    recent_first_token: _Recent = field(default_factory=_Recent)
+    recent_decode: _Recent = field(default_factory=_Recent)
+    slowness: float = 1.0
+    last_answer_at: float = -math.inf
+    slow: Slowness | None = None
+    passed_over: int = 0
+    last_request_at: float = -math.inf
+
+
+class OutlierWatch:
+    """Watches the speed of all nodes, by name. All times are seconds of the caller's monotonic clock."""
+
+    def __init__(self) -> None:
+        self._tracks: dict[str, _Track] = {}
+        self._slow_nodes: set[str] = set()
+
+    def __repr__(self) -> str:
+        return f"<OutlierWatch {len(self._tracks)} nodes, slow: {', '.join(sorted(self._slow_nodes)) or 'none'}>"
+
+    # -- what was measured ---------------------------------------------------------------------------------------
+
+    def add_first_token(self, node: str, measured_s: float, forecast_s: float, now: float) -> None:
+        """Adds the time to the first token of one answer, and what was forecast for it. The forecast must not contain
+        the factor of this watch, else a slow node would look normal."""
+        if not (_is_plausible(measured_s) and _is_plausible(forecast_s)):
+            return
+        track = self._tracks.setdefault(node, _Track())
+        deviation = track.first_token.add(math.log2(measured_s / forecast_s))
+        if deviation is not None:
+            track.recent_first_token.add(now, deviation)
+        self._judge(node, track, now)
+
+    def add_decode_rate(self, node: str, model: str, tokens_per_s: float, now: float) -> None:
+        """Adds the rate of one answer, cleaned of the streams that ran at the same time: a rate that falls with each
+        concurrent stream would make a busy node look slow."""
+        if not _is_plausible(tokens_per_s):
+            return
+        track = self._tracks.setdefault(node, _Track())
+        usual = track.decode.get(model)
+        if usual is None:
+            if len(track.decode) >= MAX_MODELS:
+                del track.decode[next(iter(track.decode))]
+            usual = track.decode[model] = _Usual()
+        deviation = usual.add(-math.log2(tokens_per_s))
+        if deviation is not None:
+            track.recent_decode.add(now, deviation)
+        self._judge(node, track, now)
+
+    def forget(self, node: str) -> None:
+        """Forgets a node, because its server or its connection is new."""
+        self._tracks.pop(node, None)
+        self._slow_nodes.discard(node)
+
+    def _judge(self, node: str, track: _Track, now: float) -> None:
+        """Decides after an answer whether the node is slow."""
+        track.last_answer_at = now
+        was_slow = track.slow is not None
+        first_token = track.recent_first_token.slowness(now, of_slow_node=was_slow)
+        decode = track.recent_decode.slowness(now, of_slow_node=was_slow)
+        if first_token is None and decode is None:
+            return  # too little is known: the verdict stays as it is
+        track.slowness = max(first_token or 1.0, decode or 1.0)
+        relative = track.slowness
+        if relative >= NORMAL_BELOW:  # below it, the other nodes need not be looked at
+            relative /= max(self._peer_slowness(node, now), 1.0)
+        is_slow = relative >= (NORMAL_BELOW if was_slow else SLOW_FROM)
+        if is_slow:
+            track.slow = Slowness(min(relative, MAX_FACTOR), first_token, decode)
+            self._slow_nodes.add(node)
+        else:
+            track.slow = None
+            self._slow_nodes.discard(node)
+        if is_slow and not was_slow:
+            track.passed_over, track.last_request_at = 0, now
+
+    def _peer_slowness(self, node: str, now: float) -> float:
+        """The median slowness of the other nodes that have answered lately; 1.0 if there is none."""
+        slownesses: list[float] = []
+        for name, track in self._tracks.items():
+            if name != node and now - track.last_answer_at <= RECENT_S:
+                slownesses.append(track.slowness)
+                if len(slownesses) == MAX_PEERS:
+                    break
+        return median(slownesses) if slownesses else 1.0
+
+    # -- verdicts ------------------------------------------------------------------------------------------------
+
+    def slowness(self, node: str, now: float) -> Slowness | None:
+        """How slow the node is; ``None`` if it is normal, or if nothing is known."""
+        track = self._tracks.get(node)
+        if track is None or track.slow is None or now - track.last_answer_at > FORGET_SLOW_S:
+            return None
+        return track.slow
+
+    def factors(self, servable: AbstractSet[str], now: float) -> Mapping[str, float]:
+        """The factors (above 1, up to 8) by which the forecasts of slow nodes are multiplied; a node that is not in it
+        has the factor 1. ``servable``: the names of the nodes that could serve the request. At most half of them count
+        as slow, the slowest first: if most are slow, slow is usual."""
+        if not self._slow_nodes:  # the usual case, for each request
+            return {}
+        factors: dict[str, float] = {}
+        for node in self._slow_nodes:  # few, where ``servable`` may be many
+            slowness = self.slowness(node, now) if node in servable else None
+            if slowness is not None:
+                factors[node] = slowness.factor
+        most = len(servable) // 2
+        slowest_first = sorted(factors, key=lambda node: (-factors[node], node))
+        return {node: factors[node] for node in slowest_first[:most]}
+
+    # -- probes --------------------------------------------------------------------------------------------------
+
+    def wants_probe(self, node: str, now: float, *, in_flight: int) -> bool:
+        """Whether the next request that this slow node could serve should go there, to see whether it has recovered.
+        ``in_flight``: the requests in flight on the node; while there is one, its answer will tell."""
+        track = self._tracks.get(node)
+        if track is None or track.slow is None or in_flight > 0:
+            return False
+        return track.passed_over >= PROBE_EVERY - 1 or now - track.last_request_at >= IDLE_PROBE_S
+
+    def record_choice(self, chosen: str, servable: AbstractSet[str], now: float) -> None:
+        """Notes that ``chosen`` was given a request which the nodes in ``servable`` could serve."""
+        for node in self._slow_nodes:  # most often empty
+            if node not in servable:
+                continue
+            track = self._tracks[node]
+            if node == chosen:
+                track.passed_over, track.last_request_at = 0, now
+            else:
+                track.passed_over += 1
+
+
+def _is_plausible(value: float) -> bool:
+    """Whether a time or rate can be used. False for NaN, infinity, zero and negative numbers too."""
+    return _LEAST <= value <= _GREATEST
