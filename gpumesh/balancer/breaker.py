@@ -227,17 +227,21 @@ class ModelBreakers:
         if len(self._served_at) > MAX_MODEL_FAULTS:
             del self._served_at[next(iter(self._served_at))]  # the one that was served longest ago
 
-    def record_failure(self, model: str, blame: Blame, message: str, now: float) -> bool:
-        """Notes that a request failed by the model's fault. Returns whether the failure makes the node itself suspect:
-        several different models have failed in a row, and this one had not failed since the node's last success."""
+    def record_failure(
+        self, model: str, blame: Blame, message: str, now: float, *, was_loaded: bool | None = None
+    ) -> bool:
+        """Notes that a request failed by the model's fault. ``was_loaded``: the model was in memory when the request
+        was sent; ``None`` if that is not known. Returns whether the failure makes the node itself suspect: several
+        different models have failed in a row, and this one had not failed since the node's last success."""
         if blame is Blame.MISSING_MODEL and self._catalog is None:
             return False  # the server has listed no models, so it does not contradict itself
         pace = MISSING_PACE if blame is Blame.MISSING_MODEL else MODEL_PACE
         old = self._faults.pop(model, None)  # so that the model becomes the newest
         breaker = old.breaker if old is not None and old.breaker.pace is pace else closed_breaker(pace)
-        # A server that says that it cannot load a model will say so again. But if the model was served lately, the load
-        # may have failed for this request alone (a huge ``num_ctx``).
-        is_certain = blame is Blame.MODEL_LOAD and not self._was_served_lately(model, now)
+        # A server that says that it cannot load a model will say so again. But if the model was in memory, or was
+        # served lately, the load may have failed for this request alone (a huge ``num_ctx``).
+        can_be_loaded = was_loaded or self._was_served_lately(model, now)
+        is_certain = blame is Blame.MODEL_LOAD and not can_be_loaded
         breaker = breaker.trip(now) if is_certain else breaker.record_failure(now)
         self._faults[model] = ModelFault(model, blame, message, breaker)
         if len(self._faults) > MAX_MODEL_FAULTS:

@@ -118,6 +118,14 @@ def test_a_model_that_was_served_lately_is_not_taken_away_by_one_request() -> No
     assert models.broken(SERVED_LATELY_S) == {M}
 
 
+def test_nor_is_a_model_that_was_in_memory() -> None:
+    models = ModelBreakers()
+    for _ in range(3):
+        assert not models.broken(0.0)
+        models.record_failure(M, Blame.MODEL_LOAD, TOO_LARGE, 0.0, was_loaded=True)
+    assert models.broken(0.0) == {M}
+
+
 def test_without_a_reason_it_takes_three_failures_and_can_be_overruled() -> None:
     models = ModelBreakers()
     for _ in range(3):

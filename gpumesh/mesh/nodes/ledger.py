@@ -147,7 +147,9 @@ class Ledger:
         is_models_fault = lease.blame not in (Blame.NOBODY, Blame.NODE)
         if is_models_fault and lease.model is not None:
             message = "" if reply is None else reply.message
-            node_is_suspect = self.model_breakers.record_failure(lease.model, lease.blame, message, now)
+            node_is_suspect = self.model_breakers.record_failure(
+                lease.model, lease.blame, message, now, was_loaded=lease.was_loaded
+            )
             self.breaker = self.breaker.trip(now) if node_is_suspect else self.breaker.cancel_trial()
             return
         if has_slot:

@@ -7,7 +7,7 @@ import pytest
 from gpumesh.backends.base import ServerCounters
 from gpumesh.balancer.base import Demand, Priority
 from gpumesh.balancer.breaker import Breaker
-from gpumesh.balancer.outcomes import Outcome
+from gpumesh.balancer.outcomes import Blame, ErrorReply, Outcome
 from gpumesh.mesh.nodes.lease import Lease
 from gpumesh.mesh.nodes.ledger import Ledger
 from gpumesh.topology import BackendKind, BackendSpec
@@ -119,6 +119,38 @@ async def test_a_trial_whose_answer_has_begun_lets_others_try(desk: LedgerDesk) 
     assert desk.events.slots_freed > freed, "the queue is looked through again"
     trial.release(Outcome.CUT, error="it broke off")
     assert desk.is_open(), "the trial has failed after all"
+
+
+async def test_a_model_that_cannot_be_loaded_leaves_the_nodes_breaker_alone(desk: LedgerDesk) -> None:
+    reply = ErrorReply(500, "model requires more system memory (7.5 GiB) than is available (5.2 GiB)")
+    lease = desk.lease()
+    lease.release(Outcome.SERVER_ERROR, error="it answered 500", reply=reply)
+    assert lease.blame is Blame.MODEL_LOAD
+    assert desk.ledger.breaker == Breaker()
+    assert desk.ledger.model_breakers.broken(desk.events.now) == {"qwen2.5:7b"}
+    assert (desk.counts(), desk.failures) == ((0, 0, 1, 0), [(Outcome.SERVER_ERROR, "it answered 500")])
+    desk.events.now += 5.0
+    trial = desk.lease()
+    assert desk.ledger.model_breakers.broken(desk.events.now) == {"qwen2.5:7b"}, "one trial at a time"
+    desk.lease(Demand(model="qwen2.5:7b", needs_slot=False)).release(Outcome.SERVED)
+    assert desk.ledger.model_breakers.broken(desk.events.now) == {"qwen2.5:7b"}, "that request was no trial"
+    freed = desk.events.slots_freed
+    trial.mark_answer_started()
+    assert not desk.ledger.model_breakers.broken(desk.events.now)
+    assert desk.events.slots_freed > freed, "the queue is looked through again"
+    trial.discard()
+    desk.lease().release(Outcome.SERVED)
+    assert desk.ledger.model_breakers.open_faults == ()
+
+
+async def test_three_models_that_cannot_be_loaded_open_the_nodes_breaker(desk: LedgerDesk) -> None:
+    for model in ("x", "y", "z"):
+        assert not desk.is_open()
+        desk.lease(Demand(model=model)).release(Outcome.SERVER_ERROR, reply=ErrorReply(500, "out of memory"))
+    assert desk.is_open()
+    desk.ledger.reset_breakers()
+    assert not desk.is_open()
+    assert desk.ledger.model_breakers.open_faults == ()
 
 
 async def test_a_client_that_leaves_is_no_failure(desk: LedgerDesk) -> None:
