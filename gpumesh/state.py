@@ -227,7 +227,8 @@ class BrokenModelState:
     """A model that gets no requests on a node, because it failed there. ``name`` is its full name.
 
     ``why``: ``model-load`` (the server says that it cannot load it), ``model`` (the server fails before it has loaded
-    it), ``missing-model`` (the server lists it, but answers that it is not there). ``error`` is the server's message.
+    it), ``missing-model`` (the server lists it, but answers that it is not there). ``error`` is the server's message
+    about a load that failed.
     ``retry_in_s``: after this time one request is sent there as a trial.
     """
 

@@ -167,6 +167,8 @@ async def test_500_without_a_reason_before_a_model_was_in_memory_is_about_the_mo
         assert [await fleet.node_of("big") for _ in range(4)] == [("b", 2)] * 3 + [("b", 1)]
         assert await fleet.node_of("small") == ("a", 1)
         assert fleet.running.mesh.fleet["a"].ledger.breaker == breaker.Breaker()
+        (broken,) = (await fleet.state("a")).broken_models
+        assert (broken.why, broken.error) == ("model", None), "a message for an unknown reason could quote a prompt"
 
 
 async def test_500_with_the_model_in_memory_is_about_the_node() -> None:

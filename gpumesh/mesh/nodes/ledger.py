@@ -146,7 +146,8 @@ class Ledger:
         outcome proves nothing, so it only ends their trials."""
         is_models_fault = lease.blame not in (Blame.NOBODY, Blame.NODE)
         if is_models_fault and lease.model is not None:
-            message = "" if reply is None else reply.message
+            # Everybody can read it in the status. A message about a load is kept; another one may quote a prompt.
+            message = reply.message if reply is not None and lease.blame is Blame.MODEL_LOAD else ""
             node_is_suspect = self.model_breakers.record_failure(
                 lease.model, lease.blame, message, now, was_loaded=lease.was_loaded
             )
