@@ -143,8 +143,9 @@ _CLOSED = Breaker()
 
 @dataclass(frozen=True, slots=True)
 class ModelFault:
-    """A model that fails on a node, and its breaker there. ``model`` is the full name. ``blame`` is that of the last
-    failure. ``message`` is what the server said of a load that failed, safe to print; else it is empty.
+    """A model that fails on a node, and its breaker there. ``model`` is the full name, from a client's request.
+    ``blame`` is that of the last failure. ``message`` is what the server said of a load that failed, safe to print;
+    else it is empty.
 
     ``confirmed``, for a missing model: the server has listed the model again since it answered that it does not have
     it.

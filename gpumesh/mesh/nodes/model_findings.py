@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 
 from gpumesh.balancer.breaker import ModelFault
 from gpumesh.balancer.outcomes import Blame
+from gpumesh.printable import printable
+from gpumesh.quoting import paste_command
 from gpumesh.sentences import join_some
 from gpumesh.state import BrokenModelState, Finding, Severity
 
@@ -14,24 +16,25 @@ MAX_NAMED = 4  # a message names at most so many models, and counts the others
 
 def describe_model_fault(fault: ModelFault) -> str:
     """What is wrong with the model on its node, in a sentence without a subject."""
+    model = printable(fault.model)
     if fault.blame is Blame.MISSING_MODEL:
-        return f"lists {fault.model}, but answers that it is not there"
+        return f"lists {model}, but answers that it is not there"
     verb = "cannot load" if fault.blame is Blame.MODEL_LOAD else "fails at"
-    return f"{verb} {fault.model}: {fault.message}" if fault.message else f"{verb} {fault.model}"
+    return f"{verb} {model}: {fault.message}" if fault.message else f"{verb} {model}"
 
 
 def find_model_findings(node: str, faults: Sequence[ModelFault]) -> Iterator[Finding]:
     """Yields at most one finding of each code. A model that was answered to be missing is a finding only when the
     server has listed it once more: its list may have been out of date."""
-    missing = [fault.model for fault in faults if fault.blame is Blame.MISSING_MODEL and fault.confirmed]
+    missing = [printable(fault.model) for fault in faults if fault.blame is Blame.MISSING_MODEL and fault.confirmed]
     if missing:
         yield Finding(
             "model-listed-missing",
             Severity.WARNING,
             node,
             f"lists {join_some(missing, MAX_NAMED)}, but answers that it is not there",
-            f"pull it again on the host (`ollama pull {missing[0]}`), or remove it there; until the server's list "
-            "changes, no request for it goes there",
+            "until the server's list changes, no request for it goes there: remove it on the host, or pull it again, "
+            f"with Ollama: {paste_command('ollama pull {MODEL}', MODEL=missing[0])}",
         )
     failing = [fault for fault in faults if fault.blame is not Blame.MISSING_MODEL]
     if failing:
@@ -49,7 +52,7 @@ def broken_model_states(faults: Sequence[ModelFault], now: float) -> tuple[Broke
     """The faults as people see them. ``now`` is the time of the clock that the breakers use, in seconds."""
     return tuple(
         BrokenModelState(
-            fault.model,
+            printable(fault.model),
             fault.blame.value,
             fault.message or None,
             None if fault.breaker.open_until is None else round(max(fault.breaker.open_until - now, 0.0), 3),
