@@ -9,6 +9,8 @@ import httpx
 import pytest
 
 from gpumesh.balancer.breaker import THRESHOLD, Breaker
+from gpumesh.balancer.outcomes import Blame
+from gpumesh.balancer.outliers import Slowness
 from gpumesh.coordination.base import Loads
 from gpumesh.errors import SecretMissing
 from gpumesh.mesh.nodes.ledger import Ledger
@@ -18,7 +20,17 @@ from gpumesh.mesh.nodes.snapshot import MAX_KEY_CHARS, NodeRole, SnapshotBuilder
 from gpumesh.mesh.nodes.tunnel_link import TunnelLink
 from gpumesh.probes.backend import BackendReport
 from gpumesh.probes.nvidia_smi import GpuReport
-from gpumesh.state import BackendPhase, BackendState, Finding, GpuState, Health, TunnelPhase, TunnelState
+from gpumesh.state import (
+    BackendPhase,
+    BackendState,
+    BrokenModelState,
+    Finding,
+    GpuState,
+    Health,
+    SlownessState,
+    TunnelPhase,
+    TunnelState,
+)
 from gpumesh.topology import BackendKind, BackendSpec, NodeSpec, SshSpec, Target
 from tests.mesh.nodes.build import NodeEvents
 
@@ -111,6 +123,31 @@ async def test_an_open_breaker_makes_it_unusable_unless_that_is_asked_for(desk: 
     assert not desk.builder.candidate(desk.events.now, despite_breaker=False).usable
     assert desk.builder.candidate(desk.events.now, despite_breaker=True).usable
     assert desk.builder.may_recover(None)
+
+
+async def test_a_broken_model_is_in_the_candidate_and_the_state(desk: SnapshotDesk) -> None:
+    desk.set_up()
+    now, models = desk.events.now, desk.ledger.model_breakers
+    for _ in range(3):
+        models.record_failure("m:latest", Blame.MODEL, "", now)
+    assert desk.builder.candidate(now, despite_breaker=False).broken_models == {"m:latest"}
+    assert desk.builder.candidate(now, despite_breaker=False).usable
+    assert desk.builder.candidate(now, despite_breaker=True).broken_models == set(), "the reason is not known"
+    assert desk.builder.may_recover("M"), "the pause ends soon"
+    assert not desk.builder.may_recover("n")
+    state = desk.builder.state(queued=0)
+    assert state.broken_models == (BrokenModelState("m:latest", "model", None, 5.0),)
+    assert [found.code for found in state.noticed] == ["model-unloadable"]
+    models.record_failure("m:latest", Blame.MODEL_LOAD, "out of memory", now + 5.0)
+    assert not desk.builder.may_recover("m"), "10 s is too long to wait for"
+    assert desk.builder.candidate(now, despite_breaker=True).broken_models == {"m:latest"}
+
+
+async def test_a_slow_node_is_shown_with_its_figures(desk: SnapshotDesk) -> None:
+    desk.set_up()
+    assert desk.builder.state(queued=0).slowness is None
+    desk.role.slowness = Slowness(2.3456, None, 3.0)
+    assert desk.builder.state(queued=0).slowness == SlownessState(2.35, None, 3.0)
 
 
 async def test_other_gateways_count_once_for_a_group(desk: SnapshotDesk) -> None:
