@@ -135,7 +135,8 @@ class ExpectSpec:
 
 @dataclass(frozen=True, slots=True)
 class NodeSpec:
-    """One host with one inference server. ``ssh`` is ``None`` for a direct node."""
+    """One host with one inference server. ``ssh`` is ``None`` for a direct node. ``tier`` is 1 or more: a node of a
+    lower tier is used first."""
 
     name: str
     backend: BackendSpec
@@ -144,6 +145,7 @@ class NodeSpec:
     weight: float = 1.0
     labels: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     enabled: bool = True
+    tier: int = 1
 
 
 @dataclass(frozen=True, slots=True)

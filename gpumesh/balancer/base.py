@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 from enum import StrEnum
 from types import MappingProxyType
+from typing import NamedTuple
 
 import msgspec
 
@@ -20,6 +21,19 @@ class Priority(StrEnum):
     BATCH = "batch"
 
 
+class ResidencyKey(NamedTuple):
+    """The values that must be equal for a server to serve two requests with one load of the model.
+
+    ``model`` is the full name (``model_names.full_name``). ``context`` is the context in tokens (``num_ctx``) that the
+    request asks for; ``None``: the server's default. ``options`` are the other options that make a server load the
+    model again, as pairs of name and value, sorted by name.
+    """
+
+    model: str
+    context: int | None = None
+    options: tuple[tuple[str, object], ...] = ()
+
+
 class Demand(msgspec.Struct, frozen=True):
     """The properties of a request that matter for the choice of a node.
 
@@ -29,6 +43,11 @@ class Demand(msgspec.Struct, frozen=True):
     ``needs_slot`` is false for a request that costs no inference (``show``, ``pull`` …): such a request neither waits
     for a slot nor takes one. ``session`` names a conversation whose prompt prefix a node may have in its cache. ``id``
     is the client's own name for this request; ``status`` shows it.
+
+    ``residency`` is what the model must be loaded with; ``None`` for a request without a model, or one that loads none.
+    ``client`` names who is asking, for fairness between clients; empty if nobody can be told from others. ``route`` is
+    the path of the request's route; empty for a request that came by no route. ``prompt`` are the hashed blocks of the
+    prompt (``PromptPrint``); ``None`` if the prompt is not known or too short.
     """
 
     model: str | None
@@ -40,6 +59,10 @@ class Demand(msgspec.Struct, frozen=True):
     max_tokens: int | None = None
     needs_slot: bool = True
     id: str | None = None
+    residency: ResidencyKey | None = None
+    client: str = ""
+    route: str = ""
+    prompt: object | None = None
 
 
 class Candidate(msgspec.Struct, frozen=True):
@@ -54,6 +77,7 @@ class Candidate(msgspec.Struct, frozen=True):
     the tunnel's round-trip time. ``sessions`` are the sessions whose prompt prefix the node may have in its cache.
     ``broken_models`` are the full names of models that the node has, but that must not be asked for now: it cannot load
     them, or does not have them although it lists them.
+    ``tier`` is the node's tier in mesh.yaml (1 or more): a lower tier is used first.
     """
 
     name: str
@@ -72,3 +96,4 @@ class Candidate(msgspec.Struct, frozen=True):
     rtt_ms: float | None = None
     sessions: AbstractSet[str] = frozenset()
     broken_models: AbstractSet[str] = frozenset()
+    tier: int = 1

@@ -133,6 +133,7 @@ class SnapshotBuilder:
             rtt_ms=link.reported.rtt_ms,
             sessions=ledger.sessions.keys(),
             broken_models=ledger.model_breakers.broken(now, despite_doubt=despite_breaker),
+            tier=self._spec.tier,
         )
 
     def _find_limit(self, now: float) -> int | None:
