@@ -43,16 +43,44 @@ class PolicyKind(StrEnum):
     ADAPTIVE = "adaptive"
 
 
+class Priority(StrEnum):
+    """The class of a request: it decides how soon a waiting request gets a slot (``balancer/queue.py``)."""
+
+    INTERACTIVE = "interactive"
+    NORMAL = "normal"
+    BATCH = "batch"
+
+
 class TunnelListen(StrEnum):
     TCP = "tcp"
     UNIX = "unix"
 
 
 @dataclass(frozen=True, slots=True)
+class KeySpec:
+    """An API key of the gateway, and what its holder may use. Exactly one of ``env`` and ``sha256`` is set.
+
+    - ``env``: the name of the variable that holds the key. ``sha256``: the SHA-256 of the key, in hexadecimal.
+    - ``priority``: the class of a request that asks for none; ``None``: this key changes nothing.
+    - ``nodes``, ``models``: the only nodes and models that the holder may use; ``None``: all.
+    """
+
+    name: str
+    env: str | None = None
+    sha256: str | None = None
+    priority: Priority | None = None
+    nodes: tuple[str, ...] | None = None
+    models: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class GatewaySpec:
     """The single endpoint of the mesh. The key ``listen`` of mesh.yaml sets ``host`` and ``port`` (0: any free port),
     ``socket`` (the path of a Unix socket), or both. ``host`` is ``None`` when the gateway listens on the Unix socket
-    only."""
+    only.
+
+    ``api_key_env`` is the name of the variable with the key for everybody, ``keys`` are the keys of single users.
+    ``route_priority`` has the class of requests to a route (``/api/embed``) that ask for none."""
 
     host: str | None = "127.0.0.1"
     port: int = 11430
@@ -65,6 +93,19 @@ class GatewaySpec:
     access_log: bool = True
     socket: Path | None = None
     body_memory_mib: int = 512
+    keys: tuple[KeySpec, ...] = ()
+    route_priority: Mapping[str, Priority] = field(default_factory=lambda: MappingProxyType({}))
+
+    @property
+    def needs_key(self) -> bool:
+        """Whether clients must send an API key."""
+        return self.api_key_env is not None or bool(self.keys)
+
+    @property
+    def key_variables(self) -> tuple[str, ...]:
+        """The names of the variables that hold API keys of clients."""
+        named_variables = [key.env for key in self.keys]
+        return tuple(name for name in (self.api_key_env, *named_variables) if name is not None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +190,30 @@ class NodeSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """The rules of mesh.yaml for one model.
+
+    - ``nodes``: the only nodes that serve the model; ``None``: every node that has it.
+    - ``prefer``: the nodes that serve it first, as nodes of a lower tier do. They are a part of ``nodes``.
+    - ``wanted_copies``: on how many of its nodes the model should be in memory; ``None``: as its demand requires.
+    - ``pinned``: no other model may push those copies out of memory.
+    - ``context_steps``: a context (``num_ctx``) that a client asks for is rounded up to one of these, in tokens, in
+      rising order; empty: it is left as it is.
+    - ``aliases``: other names of the same model, for clients and for servers.
+    - ``fallback``: the model that serves a request if no node can serve it with this one; ``None``: no other model.
+    """
+
+    name: str
+    nodes: tuple[str, ...] | None = None
+    prefer: tuple[str, ...] = ()
+    wanted_copies: int | None = None
+    pinned: bool = False
+    context_steps: tuple[int, ...] = ()
+    aliases: tuple[str, ...] = ()
+    fallback: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class TunnelsSpec:
     """The local ends of the tunnels of all SSH nodes. ``share``: every user of this machine may use the tunnels.
     ``listen`` is the kind of the local ends: ports on loopback, or Unix sockets that only this user can open."""
@@ -178,11 +243,12 @@ class Topology:
     redis: RedisSpec | None = None
     source: Path | None = None
     tunnels: TunnelsSpec = DEFAULT_TUNNELS
+    models: tuple[ModelSpec, ...] = ()
 
     @property
     def secret_variables(self) -> frozenset[str]:
         """The names of the environment variables that hold this mesh's secrets."""
-        names = [self.gateway.api_key_env]
+        names: list[str | None] = [*self.gateway.key_variables]
         if self.redis is not None:
             names.append(self.redis.password_env)
         for node in self.nodes:

@@ -4,21 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
-from enum import StrEnum
 from types import MappingProxyType
 from typing import NamedTuple
 
 import msgspec
 
 from gpumesh.topology import BackendKind
-
-
-class Priority(StrEnum):
-    """The class of a request: it decides how soon a waiting request gets a slot (``queue.py``)."""
-
-    INTERACTIVE = "interactive"
-    NORMAL = "normal"
-    BATCH = "batch"
+from gpumesh.topology import Priority as Priority  # noqa: PLC0414 - all users of a Demand know it from here
 
 
 class ResidencyKey(NamedTuple):
@@ -37,8 +29,10 @@ class ResidencyKey(NamedTuple):
 class Demand(msgspec.Struct, frozen=True):
     """The properties of a request that matter for the choice of a node.
 
-    ``kinds`` are the kinds of server that can answer the request. ``node`` is the only node that may answer it;
-    ``None``: any node may.
+    ``kinds`` are the kinds of server that can answer the request. ``node`` is the only node that may answer it, because
+    its client named it; ``None``: any node may. ``nodes`` are the only nodes that may answer it, by the rules of
+    mesh.yaml for its model and its key; ``None``: all nodes may. ``preferred_nodes`` are asked first, as nodes of a
+    lower tier are.
 
     ``needs_slot`` is false for a request that costs no inference (``show``, ``pull`` …): such a request neither waits
     for a slot nor takes one. ``session`` names a conversation whose prompt prefix a node may have in its cache. ``id``
@@ -63,6 +57,8 @@ class Demand(msgspec.Struct, frozen=True):
     client: str = ""
     route: str = ""
     prompt: object | None = None
+    nodes: frozenset[str] | None = None
+    preferred_nodes: frozenset[str] = frozenset()
 
 
 class Candidate(msgspec.Struct, frozen=True):

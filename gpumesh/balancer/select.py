@@ -74,10 +74,15 @@ def is_model_broken(candidate: Candidate, model: str | None) -> bool:
 
 
 def suits_demand(candidate: Candidate, demand: Demand) -> bool:
-    """Whether the node could serve the demand if nothing were broken there: it is the named node if the demand names
-    one, its server is of a demanded kind, and it has the model."""
-    is_allowed = demand.node is None or candidate.name == demand.node
-    return is_allowed and candidate.kind in demand.kinds and has_model(candidate, demand.model)
+    """Whether the node could serve the demand if nothing were broken there: the demand allows the node, its server is of
+    a demanded kind, and it has the model."""
+    return allows_node(demand, candidate.name) and candidate.kind in demand.kinds and has_model(candidate, demand.model)
+
+
+def allows_node(demand: Demand, name: str) -> bool:
+    """Whether the demand lets this node answer: it is the named node if the demand names one, and no rule excludes
+    it."""
+    return (demand.node is None or name == demand.node) and (demand.nodes is None or name in demand.nodes)
 
 
 def meets_demand(candidate: Candidate, demand: Demand) -> bool:
@@ -107,11 +112,16 @@ def no_node_error(candidates: Sequence[Candidate], demand: Demand, *, exclude: C
     all_names = sorted(candidate.name for candidate in candidates)
     if demand.node is not None and demand.node not in all_names:
         return NoNodeError(f"there is no node {demand.node!r}", hint=f"the nodes are: {', '.join(all_names) or 'none'}")
-    # The node that the demand names, or all nodes if it names none.
-    allowed = [candidate for candidate in candidates if demand.node in (None, candidate.name)]
+    allowed = [candidate for candidate in candidates if allows_node(demand, candidate.name)]
+    if not allowed and demand.nodes is not None:
+        return _excluded_by_rules_error(demand, demand.nodes)
     usable = [candidate for candidate in allowed if candidate.usable]
     if not usable:
-        subject = f"node {demand.node!r} is not" if demand.node is not None else "no node is"
+        subject = "no node is"
+        if demand.node is not None:
+            subject = f"node {demand.node!r} is not"
+        elif demand.nodes is not None:
+            subject = f"none of the nodes that may serve this ({', '.join(sorted(demand.nodes))}) is"
         return NoNodeError(f"{subject} usable now", node=demand.node)
     unusable = [candidate for candidate in allowed if not candidate.usable]
     with_model = [candidate for candidate in usable if has_model(candidate, demand.model)]
@@ -133,6 +143,15 @@ def no_node_error(candidates: Sequence[Candidate], demand: Demand, *, exclude: C
         return NoNodeError(f"{demand.model!r} cannot be used now where it is ({names})", node=demand.node)
     failed_nodes = ", ".join(sorted(exclude))
     return NoNodeError(f"every node that could serve this has failed it ({failed_nodes})")
+
+
+def _excluded_by_rules_error(demand: Demand, allowed_names: frozenset[str]) -> NoNodeError:
+    """The error for a demand that mesh.yaml keeps away from all nodes, or from the node that the client named."""
+    model = "this" if demand.model is None else repr(demand.model)
+    hint = f"the nodes that may serve it are: {', '.join(sorted(allowed_names)) or 'none'}"
+    if demand.node is None:
+        return NoNodeError(f"the rules of mesh.yaml leave no node for {model}", hint=hint)
+    return NoNodeError(f"the rules of mesh.yaml keep {model} away from node {demand.node!r}", hint=hint)
 
 
 def _missing_model_error(

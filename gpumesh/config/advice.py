@@ -38,6 +38,9 @@ def _check_gateway(topology: Topology) -> Iterator[Finding]:
     gateway = topology.gateway
     if gateway.api_key_env is not None:
         yield from _check_variable(gateway.api_key_env, "gateway.api_key_env", None)
+    for key in gateway.keys:
+        if key.env is not None:
+            yield from _check_variable(key.env, f"the key {key.name} of the gateway", None)
     if gateway.host is not None and not is_loopback(gateway.host):
         message = (
             f"the gateway listens on {gateway.host} without encryption: prompts and the key can be read on the way"

@@ -37,13 +37,13 @@ class ListenAddresses(NamedTuple):
     socket: Path | None
 
 
-def parse_listen_option(text: str, *, api_key_env: str | None) -> ListenAddresses:
+def parse_listen_option(text: str, *, has_key: bool) -> ListenAddresses:
     """Parses ``HOST:PORT``, ``PORT``, ``unix:PATH``, or an address and ``unix:PATH`` with a comma between them. Raises
     UsageError as ``parse_listen_address`` does."""
     address, separator, path = text.partition(f",{UNIX_PREFIX}")
     if not separator:  # HOST:PORT alone, or unix:PATH alone
         if not text.startswith(UNIX_PREFIX):
-            host, port = parse_listen_address(text, api_key_env=api_key_env)
+            host, port = parse_listen_address(text, has_key=has_key)
             return ListenAddresses(host, port, socket=None)
         address, path = "", text.removeprefix(UNIX_PREFIX)
     try:
@@ -52,7 +52,7 @@ def parse_listen_option(text: str, *, api_key_env: str | None) -> ListenAddresse
         raise UsageError(f"{text[:80]!r} {error}") from error
     if not address:
         return ListenAddresses(None, 0, socket)
-    host, port = parse_listen_address(address, api_key_env=api_key_env)
+    host, port = parse_listen_address(address, has_key=has_key)
     return ListenAddresses(host, port, socket)
 
 
@@ -78,7 +78,7 @@ def check_socket_path(text: str) -> str:
     return text
 
 
-def parse_listen_address(text: str, *, api_key_env: str | None) -> tuple[str, int]:
+def parse_listen_address(text: str, *, has_key: bool) -> tuple[str, int]:
     """Parses ``HOST:PORT`` or ``PORT`` for the gateway. Returns the host and the port.
 
     Raises UsageError when the text is neither, or when other machines could connect and no API key is required.
@@ -87,14 +87,13 @@ def parse_listen_address(text: str, *, api_key_env: str | None) -> tuple[str, in
         host, port = split_host_port(text)
     except ValueError as error:
         raise UsageError(f"{text[:80]!r} {error}") from error
-    require_key_beyond_loopback(host, api_key_env=api_key_env)
+    require_key_beyond_loopback(host, has_key=has_key)
     return host, port
 
 
-def require_key_beyond_loopback(host: str, *, api_key_env: str | None) -> None:
-    """Raises UsageError if other machines can reach ``host`` and no variable holds an API key that clients must
-    send."""
-    if api_key_env is None and not is_loopback(host):
+def require_key_beyond_loopback(host: str, *, has_key: bool) -> None:
+    """Raises UsageError if other machines can reach ``host`` and clients need not send an API key."""
+    if not has_key and not is_loopback(host):
         raise UsageError(f"listening on {host} {OPEN_LISTEN_MESSAGE}", hint=OPEN_LISTEN_HINT)
 
 

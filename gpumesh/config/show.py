@@ -13,7 +13,7 @@ import yaml
 from gpumesh.addresses import format_address
 from gpumesh.config import listen_address, value_parsers
 from gpumesh.config.credentials import mask_secrets
-from gpumesh.topology import BackendSpec, ExpectSpec, GatewaySpec, NodeSpec, SshSpec, Topology
+from gpumesh.topology import BackendSpec, ExpectSpec, GatewaySpec, KeySpec, ModelSpec, NodeSpec, SshSpec, Topology
 
 
 def dump_effective(topology: Topology) -> str:
@@ -21,6 +21,8 @@ def dump_effective(topology: Topology) -> str:
     document: dict[str, Any] = {"version": 1, "name": topology.name, "gateway": _gateway_entries(topology.gateway)}
     document["tunnels"] = {"share": topology.tunnels.share, "listen": topology.tunnels.listen.value}
     document["nodes"] = [_node_entries(node) for node in topology.nodes]
+    if topology.models:
+        document["models"] = {model.name: _model_entries(model) for model in topology.models}
     if topology.redis is not None:
         # The password in redis://USER:PASSWORD@HOST. mesh.yaml does not allow one, but a caller can build such a spec.
         url = re.sub(r"(?<=://)([^/@:]*):[^/@]*@", r"\1:********@", topology.redis.url)
@@ -56,6 +58,21 @@ def _gateway_entries(spec: GatewaySpec) -> dict[str, Any]:
             "timeout": value_parsers.format_duration(spec.timeout_s),
             "cors_origins": list(spec.cors_origins),
             "access_log": spec.access_log,
+            "keys": [_key_entries(key) for key in spec.keys],
+            "route_priority": {path: priority.value for path, priority in spec.route_priority.items()},
+        }
+    )
+
+
+def _key_entries(spec: KeySpec) -> dict[str, Any]:
+    return _drop_empty(
+        {
+            "name": spec.name,
+            "env": spec.env,
+            "hash": spec.sha256,
+            "priority": None if spec.priority is None else spec.priority.value,
+            "nodes": list(spec.nodes or ()),
+            "models": list(spec.models or ()),
         }
     )
 
@@ -73,6 +90,7 @@ def _node_entries(node: NodeSpec) -> dict[str, Any]:
     entries["backend"] = _backend_entries(node.backend)
     entries["expect"] = _expect_entries(node.expect)
     entries["weight"] = node.weight
+    entries["tier"] = node.tier
     entries["labels"] = dict(node.labels)
     return {**_drop_empty(entries), "enabled": node.enabled}
 
@@ -119,6 +137,20 @@ def _expect_entries(spec: ExpectSpec) -> dict[str, Any]:
             "vram_mib": spec.vram_mib,
             "driver": spec.driver,
             "models": list(spec.models),
+        }
+    )
+
+
+def _model_entries(spec: ModelSpec) -> dict[str, Any]:
+    return _drop_empty(
+        {
+            "nodes": list(spec.nodes or ()),
+            "prefer": list(spec.prefer),
+            "copies": spec.wanted_copies,
+            "pinned": spec.pinned,
+            "context_steps": list(spec.context_steps),
+            "aliases": list(spec.aliases),
+            "fallback": spec.fallback,
         }
     )
 

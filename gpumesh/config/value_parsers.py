@@ -25,6 +25,7 @@ _SHELL_CHARACTERS = re.compile(r"""['"`;&<>|(){}]|\\$""")
 _USER = re.compile(r"[^\s\x00-\x20\x7f-\x9f,-][^\s\x00-\x20\x7f-\x9f,]{0,127}")
 _SCHEME_PORTS = {"http": 80, "https": 443}
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"
+SHA256_PATTERN = r"^[0-9A-Fa-f]{64}$"
 DURATION_PATTERN = r"^\d+(\.\d+)?\s*(ms|s|m|h)$"
 
 
@@ -162,6 +163,13 @@ def parse_variable_name(text: str) -> str:
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,127}", text):
         raise SensitiveError("must be the name of an environment variable, not the secret itself")
     return text
+
+
+def parse_sha256(text: str) -> str:
+    """Returns a SHA-256 in hexadecimal, in lower case. A text of another form may be the key itself."""
+    if not re.fullmatch(SHA256_PATTERN, text):
+        raise SensitiveError("must be the SHA-256 of the key, 64 hexadecimal digits, not the key itself")
+    return text.lower()
 
 
 def parse_path(text: str) -> str:

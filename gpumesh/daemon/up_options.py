@@ -32,7 +32,7 @@ def apply_options(topology: Topology, options: UpOptions) -> Topology:
         chosen_nodes = tuple(node for node in topology.nodes if node.name in options.nodes)
         topology = replace(topology, nodes=chosen_nodes)
     if options.listen is not None:
-        listen = config.parse_listen_option(options.listen, api_key_env=topology.gateway.api_key_env)
+        listen = config.parse_listen_option(options.listen, has_key=topology.gateway.needs_key)
         gateway = replace(topology.gateway, host=listen.host, port=listen.port, socket=listen.socket)
         topology = replace(topology, gateway=gateway)
     return topology

@@ -86,7 +86,7 @@ class Gateway:
         self._host = spec.host if host is None else host
         self._access_log = access_log
         if self._host is not None:
-            config.require_key_beyond_loopback(self._host, api_key_env=spec.api_key_env)
+            config.require_key_beyond_loopback(self._host, has_key=spec.needs_key)
         key = None if spec.api_key_env is None else config.read_secret(spec.api_key_env).encode()
         self._local_access = _find_local_access(self._host, key)
         self._guard = Guard(key, frozenset(spec.cors_origins), _find_hostnames(self._host, spec.socket))

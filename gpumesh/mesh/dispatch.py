@@ -280,4 +280,6 @@ def _return_grant(waiter: _Waiter) -> None:
 def _selection_key(demand: Demand) -> Demand:
     """The demand with only the members that decide which nodes can serve it. Demands that the same nodes can serve
     have equal keys."""
-    return Demand(model=demand.model, kinds=demand.kinds, node=demand.node, needs_slot=demand.needs_slot)
+    return Demand(
+        model=demand.model, kinds=demand.kinds, node=demand.node, nodes=demand.nodes, needs_slot=demand.needs_slot
+    )

@@ -9,7 +9,7 @@ import sys
 def test_finding_the_file_imports_neither_yaml_nor_pydantic() -> None:
     program = (
         "import sys; from gpumesh import config; from gpumesh.config import environment\n"
-        "environment.runtime_dir(); config.parse_listen_address('1', api_key_env=None)\n"
+        "environment.runtime_dir(); config.parse_listen_address('1', has_key=False)\n"
         "try: config.find_config()\n"
         "except Exception: pass\n"
         "print([name for name in ('yaml', 'pydantic', 'subprocess', 'asyncio') if name in sys.modules])"

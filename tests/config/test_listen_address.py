@@ -21,7 +21,7 @@ from gpumesh.errors import UsageError
     ],
 )
 def test_parse_listen_address(text: str, address: tuple[str, int]) -> None:
-    assert config.parse_listen_address(text, api_key_env=None) == address
+    assert config.parse_listen_address(text, has_key=False) == address
 
 
 @pytest.mark.parametrize(
@@ -29,7 +29,7 @@ def test_parse_listen_address(text: str, address: tuple[str, int]) -> None:
 )
 def test_an_invalid_address_is_refused(text: str) -> None:
     with pytest.raises(UsageError):
-        config.parse_listen_address(text, api_key_env="KEY")
+        config.parse_listen_address(text, has_key=True)
 
 
 @pytest.mark.parametrize(
@@ -41,12 +41,12 @@ def test_an_invalid_address_is_refused(text: str) -> None:
     ],
 )
 def test_parse_listen_option(text: str, listen: tuple[object, ...]) -> None:
-    assert config.parse_listen_option(text, api_key_env=None) == listen
+    assert config.parse_listen_option(text, has_key=False) == listen
 
 
 def test_a_relative_socket_path_starts_from_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert config.parse_listen_option("unix:x.sock", api_key_env=None).socket == tmp_path / "x.sock"
+    assert config.parse_listen_option("unix:x.sock", has_key=False).socket == tmp_path / "x.sock"
 
 
 @pytest.mark.parametrize(
@@ -54,14 +54,14 @@ def test_a_relative_socket_path_starts_from_the_current_folder(tmp_path: Path, m
 )
 def test_an_invalid_socket_path_is_refused(text: str) -> None:
     with pytest.raises(UsageError):
-        config.parse_listen_option(text, api_key_env=None)
+        config.parse_listen_option(text, has_key=False)
 
 
 @pytest.mark.parametrize("text", ["0.0.0.0:1", "[::]:1", "192.168.1.5:1", "box:1", "[fe80::1]:1"])
 def test_an_address_beyond_loopback_needs_a_key(text: str) -> None:
     with pytest.raises(UsageError, match="no API key is asked for"):
-        config.parse_listen_address(text, api_key_env=None)
-    assert config.parse_listen_address(text, api_key_env="KEY")[1] == 1
+        config.parse_listen_address(text, has_key=False)
+    assert config.parse_listen_address(text, has_key=True)[1] == 1
 
 
 def test_is_loopback() -> None:

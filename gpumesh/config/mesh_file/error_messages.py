@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
@@ -63,6 +63,8 @@ _SYNONYMS = {
     "tags": "labels",
     "vram": "vram_mib",
 }
+# How a person names the sections that stand in a list or under names of their own.
+_SECTION_LABELS = {"nodes": "a node", "keys": "a key of the gateway", "models": "a model"}
 _MAX_QUOTED = 60  # characters
 
 
@@ -175,7 +177,7 @@ def _find_variable_key(normal_form: str, known_keys: list[str]) -> str | None:
     ]
     if not variable_keys:
         return None
-    for key in (variable_keys[0], "password_env", "api_key_env"):
+    for key in (variable_keys[0], "password_env", "api_key_env", "env"):
         if key in known_keys:
             return key
     return "a key ending in _env"
@@ -184,11 +186,26 @@ def _find_variable_key(normal_form: str, known_keys: list[str]) -> str | None:
 def keys_at(path: KeyPath) -> list[str]:
     """Returns the keys that may stand in the section at ``path``; an empty list if there is no such section."""
     section: type[Section] | None = MeshFile
+    is_name = False  # whether the next part is a name that the user gave, in a mapping such as ``models``
     for part in path:
-        if isinstance(part, str) and section is not None:  # an index of a list leads to no other section
-            info = section.model_fields.get(part)
-            section = _section_type(info) if info is not None else None
-    return list(section.model_fields) if section is not None else []
+        if isinstance(part, int) or section is None:  # an index of a list leads to no other section
+            continue
+        if is_name:
+            is_name = False
+            continue
+        info = section.model_fields.get(part)
+        section = _section_type(info) if info is not None else None
+        is_name = info is not None and _is_mapping_of_sections(info)
+    if section is None or is_name:  # under ``models`` any key may stand
+        return []
+    return list(section.model_fields)
+
+
+def _is_mapping_of_sections(info: FieldInfo) -> bool:
+    """Whether a field holds sections by names that the user gives, as ``models`` does."""
+    return any(get_origin(part) is dict for part in (info.annotation, *get_args(info.annotation))) and (
+        _section_type(info) is not None
+    )
 
 
 def _section_type(info: FieldInfo) -> type[Section] | None:
@@ -213,7 +230,7 @@ def _sections_with_key(key: str) -> list[str]:
             if name == key:
                 sections.append(section_label)
             inner_section = _section_type(info)
-            inner_label = "a node" if name == "nodes" else name
+            inner_label = _SECTION_LABELS.get(name, name)
             if inner_section is not None and name != "defaults":  # `defaults` has only keys that a node has too
                 pending.append((inner_label, inner_section))
     return sections

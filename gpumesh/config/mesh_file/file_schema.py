@@ -13,7 +13,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
 from gpumesh.config import listen_address, value_parsers
-from gpumesh.topology import BackendKind, HostKeyPolicy, PolicyKind, Target, TransportKind, TunnelListen
+from gpumesh.topology import BackendKind, HostKeyPolicy, PolicyKind, Priority, Target, TransportKind, TunnelListen
 
 SCHEMA_ID = "https://json-schema.org/draft/2020-12/schema"
 
@@ -111,6 +111,18 @@ Interval = Annotated[float, _duration_between(0.1, 300), _DURATION_SCHEMA]
 LongWait = Annotated[float, _duration_between(0.1, 86400), _DURATION_SCHEMA]
 RedisUrl = Annotated[
     str, _parse_with(value_parsers.parse_redis_url), WithJsonSchema({**_TEXT, "examples": ["redis://localhost:6379/0"]})
+]
+_NODE_LIST_SCHEMA = WithJsonSchema({"anyOf": [_TEXT, {"type": "array", "items": _TEXT, "minItems": 1}]})
+NodeNames = Annotated[tuple[Name, ...], BeforeValidator(_as_tuple), _NODE_LIST_SCHEMA]
+Models = Annotated[tuple[Line, ...], BeforeValidator(_as_tuple), _list_schema(_TEXT, minItems=1)]
+ContextStep = Annotated[int, _integer_between(1, 1 << 31), _integer_schema(1, 1 << 31)]
+ContextSteps = Annotated[
+    tuple[ContextStep, ...],
+    BeforeValidator(_as_tuple),
+    WithJsonSchema({"type": "array", "items": {"type": "integer", "minimum": 1}, "minItems": 1}),
+]
+Sha256 = Annotated[
+    str, _parse_with(value_parsers.parse_sha256), WithJsonSchema({**_TEXT, "pattern": value_parsers.SHA256_PATTERN})
 ]
 Origin = Annotated[str, _parse_with(value_parsers.parse_origin)]
 Origins = Annotated[tuple[Origin, ...], BeforeValidator(_as_tuple), _list_schema(_TEXT)]
@@ -216,6 +228,11 @@ class NodeDefaults(Section):
         ]
         | None
     ) = Field(default=None, description="Share of the work relative to other nodes; 1 if not given.")
+    tier: Annotated[int, _integer_between(1, 1000), _integer_schema(1, 1000)] | None = Field(
+        default=None,
+        description="1 if not given. A node of a higher tier is used only when the lower ones are full, away or much "
+        "slower.",
+    )
     labels: dict[Name, Line] | None = Field(default=None, description="Words of your own, shown by `status --json`.")
     enabled: bool | None = Field(default=None, description="false: the node stays in the file and is left alone.")
 
@@ -225,6 +242,19 @@ class Node(NodeDefaults):
 
     name: Name = Field(description="Letters, digits, dots, hyphens, underscores.")
     address_from: AddressFrom | None = None
+
+
+class ApiKey(Section):
+    """An API key of one user or program. Either `env` or `hash` says which key it is."""
+
+    name: Name = Field(description="Who holds the key: shown in tables, and the client whose share is counted.")
+    env: Variable | None = Field(default=None, description="Name of the variable that holds the key.")
+    hash: Sha256 | None = Field(default=None, description="The key's SHA-256 in hexadecimal, in place of `env`.")
+    priority: Priority | None = Field(
+        default=None, description="Of requests that ask for none: interactive, normal or batch."
+    )
+    nodes: NodeNames | None = Field(default=None, description="The only nodes that it may use; all if not given.")
+    models: Models | None = Field(default=None, description="The only models that it may use; all if not given.")
 
 
 class Gateway(Section):
@@ -237,6 +267,12 @@ class Gateway(Section):
     )
     api_key_env: Variable | None = Field(
         default=None, description="Name of the variable with the key that clients must send; needed beyond loopback."
+    )
+    keys: tuple[ApiKey, ...] | None = Field(
+        default=None, description="Keys of single users and programs, each with what it may use."
+    )
+    route_priority: dict[str, Priority] | None = Field(
+        default=None, description="The class of requests to a route that ask for none, such as `/api/embed: batch`."
     )
     default_model: Line | None = Field(default=None, description="Used where a command is given no model.")
     policy: PolicyKind | None = Field(default=None, description="How a node is chosen; adaptive if not given.")
@@ -271,6 +307,33 @@ class Tunnels(Section):
     )
 
 
+class Model(Section):
+    """What holds for one model, whatever node has it."""
+
+    nodes: NodeNames | None = Field(
+        default=None,
+        description="The only nodes that serve it, each of which should have it in memory; `all` for every node. Any "
+        "node that has the model if not given.",
+    )
+    prefer: NodeNames | None = Field(default=None, description="Nodes that serve it first, as those of a lower tier.")
+    copies: Annotated[int, _integer_between(1, 4096), _integer_schema(1, 4096)] | None = Field(
+        default=None,
+        description="On how many of its nodes it should be in memory; on all of `nodes`, or else as its demand "
+        "requires, if not given.",
+    )
+    pinned: bool | None = Field(
+        default=None, description="true: no other model pushes those copies out. false if not given."
+    )
+    context_steps: ContextSteps | None = Field(
+        default=None,
+        description="Contexts in tokens, rising: what a client asks for (`num_ctx`) is rounded up to one of them.",
+    )
+    aliases: Models | None = Field(
+        default=None, description="Other names of the same model, which clients may use and servers may list."
+    )
+    fallback: Line | None = Field(default=None, description="The model that serves a request if no node can with this.")
+
+
 class Redis(Section):
     """Optional: several gateways share what they have in flight."""
 
@@ -290,6 +353,9 @@ class MeshFile(Section):
     defaults: NodeDefaults | None = None
     nodes: tuple[Node, ...] = Field(description="The hosts, at least one.")
     redis: Redis | None = None
+    models: dict[Line, Model | None] | None = Field(
+        default=None, description="Rules for single models, by their names."
+    )
 
 
 def schema() -> dict[str, Any]:

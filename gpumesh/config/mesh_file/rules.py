@@ -13,6 +13,7 @@ from typing import Any
 from gpumesh.addresses import is_loopback
 from gpumesh.backends.dialects import find_dialect
 from gpumesh.config import listen_address
+from gpumesh.config.mesh_file import model_rules
 from gpumesh.config.mesh_file.error_messages import quote_value
 from gpumesh.config.mesh_file.yaml_tree import KeyPath
 from gpumesh.config.value_parsers import NAME_PATTERN
@@ -41,6 +42,16 @@ def find_broken_rules(document: Mapping[str, Any]) -> Iterator[BrokenRule]:
         yield ("nodes",), f"nodes are a list: write `- name: {example_name}`"
     elif isinstance(nodes, list):
         yield from _check_nodes(nodes, defaults)
+        yield from _check_names_of_nodes(document, nodes)
+
+
+def _check_names_of_nodes(document: Mapping[str, Any], nodes: list[Any]) -> Iterator[BrokenRule]:
+    """The rules for the sections that name nodes: ``models`` and the gateway's keys; and for the gateway's routes."""
+    names = [str(_as_mapping(node).get("name")) for node in nodes]
+    gateway = _as_mapping(document.get("gateway"))
+    yield from model_rules.check_models(_as_mapping(document.get("models")), names)
+    yield from model_rules.check_keys(gateway.get("keys"), gateway.get("api_key_env"), names)
+    yield from model_rules.check_route_priority(gateway.get("route_priority"))
 
 
 def _check_nodes(nodes: list[Any], defaults: Mapping[str, Any]) -> Iterator[BrokenRule]:
@@ -77,7 +88,8 @@ def _check_listen(gateway: Mapping[str, Any]) -> Iterator[BrokenRule]:
             yield entry_path, f"{first_entry} stands here already: give one HOST:PORT, one unix:PATH, or both"
         else:
             first_entry_of[kind] = entry
-        if isinstance(address, tuple) and gateway.get("api_key_env") is None:
+        asks_for_key = gateway.get("api_key_env") is not None or bool(gateway.get("keys"))
+        if isinstance(address, tuple) and not asks_for_key:
             host, _ = address
             if not is_loopback(host):
                 message = f"listening on {host} {listen_address.OPEN_LISTEN_MESSAGE}; {listen_address.OPEN_LISTEN_HINT}"

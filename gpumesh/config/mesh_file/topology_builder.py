@@ -14,16 +14,19 @@ from gpumesh.backends.dialects import find_dialect
 from gpumesh.config import listen_address
 from gpumesh.config.mesh_file.file_schema import (
     AddressFrom,
+    ApiKey,
     Backend,
     Expect,
     Gateway,
     MeshFile,
+    Model,
     Node,
     NodeDefaults,
     Section,
     Ssh,
     Tunnels,
 )
+from gpumesh.config.mesh_file.model_rules import ALL_NODES
 from gpumesh.config.mesh_file.yaml_tree import Fault, KeyPath
 from gpumesh.config.ssh.ssh_config import AliasSettings
 from gpumesh.topology import (
@@ -34,6 +37,8 @@ from gpumesh.topology import (
     ExpectSpec,
     GatewaySpec,
     HostKeyPolicy,
+    KeySpec,
+    ModelSpec,
     NodeSpec,
     PolicyKind,
     RedisSpec,
@@ -77,7 +82,9 @@ class TopologyBuilder:
         redis = RedisSpec(file.redis.url, file.redis.password_env) if file.redis is not None else None
         gateway = self._build_gateway(file.gateway or Gateway())
         tunnels = _build_tunnels(file.tunnels or Tunnels())
-        return Topology(file.name or DEFAULT_NAME, nodes, gateway, redis, source, tunnels)
+        node_names = tuple(node.name for node in nodes)
+        models = tuple(_build_model(name, model or Model(), node_names) for name, model in (file.models or {}).items())
+        return Topology(file.name or DEFAULT_NAME, nodes, gateway, redis, source, tunnels, models)
 
     def _build_node(self, node: Node, defaults: NodeDefaults, path: KeyPath) -> NodeSpec:
         """Returns the spec of one node, with the defaults merged under it. ``path`` is where the node stands."""
@@ -91,6 +98,7 @@ class TopologyBuilder:
             weight=_value_or(node.weight, _value_or(defaults.weight, 1.0)),
             labels=MappingProxyType({**(defaults.labels or {}), **(node.labels or {})}),
             enabled=_value_or(node.enabled, _value_or(defaults.enabled, True)),
+            tier=_value_or(node.tier, _value_or(defaults.tier, 1)),
         )
 
     def _build_ssh(self, node: Node, defaults: Ssh, path: KeyPath) -> SshSpec:
@@ -210,6 +218,8 @@ class TopologyBuilder:
             timeout_s=_value_or(gateway.timeout, default.timeout_s),
             cors_origins=gateway.cors_origins or (),
             access_log=_value_or(gateway.access_log, default.access_log),
+            keys=tuple(_build_key(key) for key in gateway.keys or ()),
+            route_priority=MappingProxyType(gateway.route_priority or {}),
         )
 
     def _socket_path(self, text: str) -> Path:
@@ -226,6 +236,31 @@ class TopologyBuilder:
         if text == "~" or text.startswith("~/"):
             return self.home / text.removeprefix("~").lstrip("/")
         return self.base / text
+
+
+def _build_key(key: ApiKey) -> KeySpec:
+    return KeySpec(key.name, key.env, key.hash, key.priority, key.nodes, key.models)
+
+
+def _build_model(name: str, model: Model, node_names: tuple[str, ...]) -> ModelSpec:
+    """Returns the rules for the model ``name``. ``node_names`` are all nodes of the mesh, for ``nodes: all``."""
+    nodes, wanted_copies = model.nodes, model.copies
+    if nodes == (ALL_NODES,):
+        nodes, wanted_copies = None, _value_or(wanted_copies, len(node_names))
+    elif nodes is not None:
+        wanted_copies = _value_or(wanted_copies, len(nodes))
+    elif model.pinned:
+        wanted_copies = _value_or(wanted_copies, 1)
+    return ModelSpec(
+        name=name,
+        nodes=nodes,
+        prefer=model.prefer or (),
+        wanted_copies=wanted_copies,
+        pinned=_value_or(model.pinned, False),
+        context_steps=model.context_steps or (),
+        aliases=model.aliases or (),
+        fallback=model.fallback,
+    )
 
 
 def _build_tunnels(tunnels: Tunnels) -> TunnelsSpec:

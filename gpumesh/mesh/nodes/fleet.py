@@ -9,7 +9,7 @@ from gpumesh import audit, config
 from gpumesh.balancer.base import Candidate, Demand
 from gpumesh.balancer.breaker import ModelFault
 from gpumesh.balancer.outcomes import Blame, Outcome
-from gpumesh.balancer.select import has_model, no_node_error
+from gpumesh.balancer.select import allows_node, has_model, no_node_error
 from gpumesh.errors import GPUMeshError, ModelMissing, NoNodeError, UsageError
 from gpumesh.mesh.nodes.model_findings import describe_model_fault
 from gpumesh.mesh.nodes.node import Node
@@ -57,7 +57,7 @@ class Fleet:
         error = no_node_error(candidates, demand)
         if type(error) is not NoNodeError:  # ModelMissing: nodes are up, but none has the model, which is the reason
             return error
-        allowed = [candidate for candidate in candidates if demand.node in (None, candidate.name)]
+        allowed = [candidate for candidate in candidates if allows_node(demand, candidate.name)]
         faults: dict[str, ModelFault] = {}  # by node
         if demand.model is not None:
             faults = self._find_model_faults(allowed, demand.model)

@@ -1,0 +1,91 @@
+"""``ModelRules``: what mesh.yaml says of models (``models:``), as the balancer and the gateway ask for it. Pure.
+
+A model with aliases has one name in the mesh, its key in mesh.yaml. Demands, candidates and all that is learned use
+this name only. Each server gets the name under which it lists the model.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterable, Mapping
+
+from msgspec.structs import replace
+
+from gpumesh.balancer.base import Demand
+from gpumesh.model_names import full_name
+from gpumesh.topology import ModelSpec
+
+
+class ModelRules:
+    """The rules of one mesh.yaml."""
+
+    def __init__(self, specs: Iterable[ModelSpec] = ()) -> None:
+        self.specs = tuple(specs)
+        self._spec_by_name = {full_name(name): spec for spec in self.specs for name in (spec.name, *spec.aliases)}
+
+    def __repr__(self) -> str:
+        return f"<ModelRules {len(self.specs)} models>"
+
+    def find(self, model: str | None) -> ModelSpec | None:
+        """The rules for a model, by its name or by an alias; ``None`` if mesh.yaml has none."""
+        # Most mesh.yaml have no rules: then a request pays for one test only.
+        if not self._spec_by_name or model is None:
+            return None
+        return self._spec_by_name.get(full_name(model))
+
+    def name_in_mesh(self, model: str) -> str:
+        """The name that the mesh uses for a model: for an alias the name of its model, else the name as it is."""
+        spec = self.find(model)
+        return model if spec is None else spec.name
+
+    def apply(self, demand: Demand) -> Demand:
+        """The demand with the name that the mesh uses for its model, and with the nodes that may serve it. Applying the
+        rules twice changes nothing more."""
+        spec = self.find(demand.model)
+        if spec is None:
+            return demand
+        nodes = demand.nodes
+        if spec.nodes is not None:
+            nodes = frozenset(spec.nodes) if nodes is None else nodes.intersection(spec.nodes)
+        return replace(demand, model=spec.name, nodes=nodes, preferred_nodes=frozenset(spec.prefer))
+
+    def fallbacks(self, model: str | None) -> list[str]:
+        """The models that serve a request for ``model`` if no node can serve it, in order. Each is named once, even if
+        fallbacks form a circle."""
+        names: list[str] = []
+        spec = self.find(model)
+        seen = set() if model is None else {full_name(self.name_in_mesh(model))}
+        while spec is not None and spec.fallback is not None:
+            name = self.name_in_mesh(spec.fallback)
+            if full_name(name) in seen:
+                break
+            seen.add(full_name(name))
+            names.append(name)
+            spec = self.find(name)
+        return names
+
+    # -- the names that servers use ------------------------------------------------------------------------------
+
+    def server_names(self, listed_names: Iterable[str]) -> Mapping[str, str]:
+        """For each model with aliases that a server lists, the name that the server gets. The keys are the names in the
+        mesh. Of several names of one model, the first in mesh.yaml is used."""
+        listed: dict[str, str] = {}
+        for name in listed_names:
+            listed.setdefault(full_name(name), name)
+        chosen_names: dict[str, str] = {}
+        for spec in self.specs:
+            if not spec.aliases:
+                continue
+            names = [listed[full_name(name)] for name in (spec.name, *spec.aliases) if full_name(name) in listed]
+            if names:
+                chosen_names[spec.name] = names[0]
+        return chosen_names
+
+    def round_context(self, model: str, context: int) -> int:
+        """The context in tokens that a server gets for a request that asks for ``context`` tokens: the next step of the
+        model. A context beyond the last step is left as it is."""
+        spec = self.find(model)
+        if spec is None or not spec.context_steps:
+            return context
+        index = bisect_left(spec.context_steps, context)
+        return spec.context_steps[index] if index < len(spec.context_steps) else context

@@ -1,0 +1,212 @@
+"""The rules of mesh.yaml for ``models``, ``gateway.keys`` and ``gateway.route_priority``: names that must exist. Pure.
+
+As in ``rules``, a value of the wrong type breaks no rule here: the schema reports it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from gpumesh.config.mesh_file.error_messages import did_you_mean, quote_value
+from gpumesh.config.mesh_file.yaml_tree import KeyPath
+from gpumesh.model_names import full_name
+
+ALL_NODES = "all"
+# The routes whose requests wait for a slot: a class has a meaning only for these.
+QUEUED_ROUTES = (
+    "/api/chat",
+    "/api/generate",
+    "/api/embed",
+    "/api/embeddings",
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/embeddings",
+    "/v1/responses",
+    "/v1/messages",
+    "/v1/audio/transcriptions",
+)
+
+BrokenRule = tuple[KeyPath, str]  # the path of the key, and a message
+
+
+def check_models(models: Mapping[str, Any], node_names: Sequence[str]) -> Iterator[BrokenRule]:
+    """The rules for ``models``. ``node_names`` are the nodes of the mesh."""
+    yield from _check_names(models)
+    for name, value in models.items():
+        if not isinstance(value, Mapping):
+            continue
+        path = ("models", name)
+        nodes, allows_all = value.get("nodes"), False
+        if isinstance(nodes, str):
+            allows_all = nodes == ALL_NODES
+            nodes = [nodes]
+        if not allows_all:
+            yield from check_node_names(nodes, node_names, (*path, "nodes"))
+        allowed_names = node_names if nodes is None or allows_all else _texts(nodes)
+        yield from _check_preferred(value.get("prefer"), node_names, allowed_names, (*path, "prefer"))
+        yield from _check_copies(value.get("copies"), len(set(allowed_names)), (*path, "copies"))
+        yield from _check_context_steps(value.get("context_steps"), (*path, "context_steps"))
+        if value.get("aliases") == []:
+            yield (*path, "aliases"), "names no model"
+    yield from _check_fallbacks(models)
+
+
+def _check_names(models: Mapping[str, Any]) -> Iterator[BrokenRule]:
+    """No two names, of models or aliases, mean the same model: ``llama3`` and ``LLAMA3:latest`` do."""
+    first_use: dict[str, str] = {}  # by the full name: how a person finds the name in the file
+    for name in models:
+        earlier = first_use.setdefault(full_name(name), name)
+        if earlier != name:
+            yield ("models", name), f"is the same model as {quote_value(earlier)}"
+    for name, value in models.items():
+        aliases = value.get("aliases") if isinstance(value, Mapping) else None
+        for path, alias in _entries(aliases, ("models", name, "aliases")):
+            earlier = first_use.setdefault(full_name(alias), f"alias of {name}")
+            if earlier == name:
+                yield path, f"{quote_value(alias)} is the model's own name"
+            elif earlier in models:
+                yield path, f"{quote_value(alias)} is another model of this file"
+            elif earlier != f"alias of {name}" or _is_repeated(aliases, path, alias):
+                yield path, f"{quote_value(alias)} is an {earlier} already"
+
+
+def _is_repeated(aliases: Any, path: KeyPath, alias: str) -> bool:
+    """Whether the same alias stands before ``path`` in this list."""
+    index = path[-1]
+    earlier = aliases[:index] if isinstance(aliases, list) and isinstance(index, int) else []
+    return full_name(alias) in {full_name(text) for text in _texts(earlier)}
+
+
+def check_node_names(nodes: Any, node_names: Sequence[str], path: KeyPath) -> Iterator[BrokenRule]:
+    """A list of nodes names at least one, and only nodes of the mesh, each once."""
+    if nodes == []:
+        yield path, "names no node: leave it out if any node may be used"
+    seen: set[str] = set()
+    for entry_path, name in _entries(nodes, path):
+        if name not in node_names:
+            yield entry_path, _unknown_node(name, node_names)
+        elif name in seen:
+            yield entry_path, f"{quote_value(name)} stands here already"
+        seen.add(name)
+
+
+def _unknown_node(name: str, node_names: Sequence[str]) -> str:
+    if name == ALL_NODES:
+        return "all stands alone, as `nodes: all`"
+    guess = did_you_mean(name, node_names)
+    if guess is not None:
+        return f"there is no node {quote_value(name)}; did you mean {guess}?"
+    return f"there is no node {quote_value(name)}; the nodes are: {', '.join(node_names)[:300] or 'none'}"
+
+
+def _check_preferred(
+    prefer: Any, node_names: Sequence[str], allowed_names: Sequence[str], path: KeyPath
+) -> Iterator[BrokenRule]:
+    """``prefer`` names nodes of the mesh that may serve the model."""
+    yield from check_node_names(prefer, node_names, path)
+    for entry_path, name in _entries(prefer, path):
+        if name in node_names and name not in allowed_names:
+            yield entry_path, f"{quote_value(name)} is none of the model's nodes"
+
+
+def _check_copies(copies: Any, node_count: int, path: KeyPath) -> Iterator[BrokenRule]:
+    """There are at most as many copies as nodes."""
+    if isinstance(copies, str) and copies.isdecimal() and len(copies) < 10 and int(copies) > node_count > 0:
+        nodes = "node" if node_count == 1 else "nodes"
+        yield path, f"{copies} copies need as many nodes, and the model may use {node_count} {nodes}"
+
+
+def _check_context_steps(steps: Any, path: KeyPath) -> Iterator[BrokenRule]:
+    """The steps rise."""
+    if steps == []:
+        yield path, "names no context: leave it out if contexts are not to be changed"
+    previous: int | None = None
+    for entry_path, text in _entries(steps, path):
+        if not text.isdecimal() or len(text) > 18:  # the schema reports it
+            continue
+        if previous is not None and int(text) <= previous:
+            yield entry_path, f"{text} does not rise: it follows {previous}"
+        previous = int(text)
+
+
+def _check_fallbacks(models: Mapping[str, Any]) -> Iterator[BrokenRule]:
+    """No model falls back to itself, also not by way of others."""
+    model_by_name = {full_name(name): name for name in models}
+    for name, value in models.items():
+        aliases = value.get("aliases") if isinstance(value, Mapping) else None
+        for _, alias in _entries(aliases, ()):
+            model_by_name.setdefault(full_name(alias), name)
+
+    def find_fallback(name: str) -> str | None:
+        """The model of this file to which the model falls back; ``None`` if there is none."""
+        value = models[name]
+        fallback = value.get("fallback") if isinstance(value, Mapping) else None
+        return model_by_name.get(full_name(fallback)) if isinstance(fallback, str) else None
+
+    reported: set[str] = set()  # the models of circles that were reported
+    for name in models:
+        circle = [name]
+        while (following := find_fallback(circle[-1])) is not None and following not in circle:
+            circle.append(following)
+        if following == name and name not in reported:
+            reported.update(circle)
+            if len(circle) == 1:
+                yield ("models", name, "fallback"), "is the model itself"
+            else:
+                yield ("models", name, "fallback"), f"falls back in a circle: {' → '.join([*circle, name])[:300]}"
+
+
+def check_keys(keys: Any, api_key_env: Any, node_names: Sequence[str]) -> Iterator[BrokenRule]:
+    """The rules for ``gateway.keys``. ``api_key_env`` is the variable of the gateway's own key."""
+    path: KeyPath = ("gateway", "keys")
+    if keys == []:
+        yield path, "names no key"
+    if not isinstance(keys, list):
+        return
+    first_use: dict[tuple[str, str], str] = {}  # by a key's member and its value
+    if isinstance(api_key_env, str):
+        first_use["env", api_key_env] = "gateway.api_key_env"
+    for index, key in enumerate(keys):
+        if not isinstance(key, Mapping):
+            continue
+        for member in ("name", "env", "hash"):
+            text = key.get(member)
+            if not isinstance(text, str):
+                continue
+            place = f"gateway.keys[{index}]"
+            earlier = first_use.setdefault((member, text.lower() if member == "hash" else text), place)
+            if earlier != place:
+                yield (*path, index, member), f"is that of {earlier} already"
+        given = [member for member in ("env", "hash") if key.get(member) is not None]
+        if not given:
+            yield (*path, index), "says neither `env` nor `hash`: give the variable that holds the key, or its SHA-256"
+        elif len(given) > 1:
+            yield (*path, index, "hash"), "env stands here already: give one of env and hash"
+        yield from check_node_names(key.get("nodes"), node_names, (*path, index, "nodes"))
+        if key.get("models") == []:
+            yield (*path, index, "models"), "names no model: leave it out if all models may be used"
+
+
+def check_route_priority(routes: Any) -> Iterator[BrokenRule]:
+    """``gateway.route_priority`` has routes whose requests wait for a slot."""
+    if not isinstance(routes, Mapping):
+        return
+    for route in routes:
+        if route not in QUEUED_ROUTES:
+            guess = did_you_mean(route, QUEUED_ROUTES)
+            end = f"; did you mean {guess}?" if guess is not None else f"; there are: {', '.join(QUEUED_ROUTES)}"
+            yield ("gateway", "route_priority", route), f"is no route whose requests wait{end}"
+
+
+def _entries(value: Any, path: KeyPath) -> list[tuple[KeyPath, str]]:
+    """The texts of a list with their paths. A single text stands in the place of a list."""
+    if isinstance(value, str):
+        return [(path, value)]
+    if not isinstance(value, list):
+        return []
+    return [((*path, index), entry) for index, entry in enumerate(value) if isinstance(entry, str)]
+
+
+def _texts(value: Any) -> list[str]:
+    return [text for _, text in _entries(value, ())]
