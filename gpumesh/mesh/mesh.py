@@ -23,6 +23,7 @@ from typing import Self
 from gpumesh import audit, config
 from gpumesh.backends.base import ChatRequest, HttpCall, Message
 from gpumesh.balancer.base import Candidate, Demand, Priority
+from gpumesh.balancer.model_rules import ModelRules
 from gpumesh.balancer.outcomes import Outcome
 from gpumesh.coordination.factory import create_coordination
 from gpumesh.errors import UsageError
@@ -69,6 +70,7 @@ class Mesh:
     ) -> None:
         self.topology = topology
         config.withhold_variables(topology.secret_variables)
+        self.model_rules = ModelRules(topology.models)
         self.request_counters = RequestCounters()
         self.gateway = GatewayState()
         self._clock = clock
@@ -91,6 +93,7 @@ class Mesh:
                     on_slot_freed=self._grant_waiting,
                     on_gpus_identified=self._regroup,
                     coordination=self._coordination,
+                    rules=self.model_rules,
                 )
                 for spec in topology.nodes
             ],
@@ -101,7 +104,14 @@ class Mesh:
         self._dispatcher = Dispatcher(
             self.fleet, topology.gateway.policy, clock=clock, rng=self._rng, max_queue=topology.gateway.max_queue
         )
-        self._send_context = SendContext(self._upstream, self._dispatcher, clock, self._rng, self.fleet.explain_no_node)
+        self._send_context = SendContext(
+            self._upstream,
+            self._dispatcher,
+            clock,
+            self._rng,
+            self.fleet.explain_no_node,
+            server_name=self.fleet.server_name,
+        )
 
     def __repr__(self) -> str:
         counters = self.request_counters
@@ -222,7 +232,7 @@ class Mesh:
 
         Raises NoNodeError or ModelMissing as soon as it is known that no node will, or after ``timeout_s``.
         """
-        demand = Demand(model=model, node=self.fleet.require_known(node))
+        demand = self.model_rules.apply(Demand(model=model, node=self.fleet.require_known(node)))
         return await readiness.wait_usable(self.fleet, self._dispatcher, self._changes, demand, timeout_s=timeout_s)
 
     def candidates(self) -> tuple[Candidate, ...]:
@@ -257,7 +267,8 @@ class Mesh:
     ) -> Answer:
         """Sends a request to the best node. If this node fails, sends the request to other nodes until a node answers.
 
-        - ``calls`` holds the request in the form of each kind of server.
+        - ``calls`` holds the request in the form of each kind of server. Each server gets the name under which it lists
+          the model.
         - ``resume``: if an answer is cut while it streams, another node continues it.
         - ``at_most_once``: the request changes something. It is never sent again after a server may have begun to work
           on it.
@@ -269,7 +280,7 @@ class Mesh:
         """
         delivery = RequestDelivery(
             self._send_context,
-            demand,
+            self.model_rules.apply(demand),
             calls,
             timeout_s=timeout_s,
             resume=resume,

@@ -50,6 +50,11 @@ class Fleet:
         now = self._clock()
         return [node.candidate(now, despite_breaker=despite_breaker) for node in self._nodes.values()]
 
+    def server_name(self, node: str, model: str | None) -> str | None:
+        """The name under which a node's server must be asked for a model; ``None`` if any spelling of its name will
+        do."""
+        return None if model is None else self._nodes[node].server_name(model)
+
     def explain_no_node(self, demand: Demand) -> GPUMeshError:
         """Builds the error that tells why no node can serve this demand, with the reason for each node that the demand
         allows."""

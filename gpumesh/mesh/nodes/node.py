@@ -15,6 +15,7 @@ import httpx
 from gpumesh import audit
 from gpumesh.balancer.base import Candidate, Demand
 from gpumesh.balancer.breaker import ModelFault
+from gpumesh.balancer.model_rules import ModelRules
 from gpumesh.balancer.outcomes import Outcome, rule_for_outcome
 from gpumesh.coordination.base import Coordination
 from gpumesh.coordination.single_gateway import SingleGateway
@@ -36,7 +37,7 @@ class Node:
 
     ``on_slot_freed`` is called when a slot may have become free, or when the node may have become usable.
     ``on_gpus_identified`` is called when a probe shows other GPUs than before. ``coordination`` knows the load of other
-    gateways.
+    gateways, ``rules`` what mesh.yaml says of models.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class Node:
         on_slot_freed: Callable[[], None],
         on_gpus_identified: Callable[[], None],
         coordination: Coordination | None = None,
+        rules: ModelRules | None = None,
     ) -> None:
         self.spec = spec
         self.name = spec.name
@@ -68,7 +70,10 @@ class Node:
             on_failure=self._check_after_failure,
             on_model_loaded=self._note_loaded,
         )
-        self._prober = Prober(spec, self._link, self.ledger, clock=clock, http=http, on_report=self._on_report)
+        self._rules = rules or ModelRules()
+        self._prober = Prober(
+            spec, self._link, self.ledger, clock=clock, http=http, on_report=self._on_report, rules=self._rules
+        )
         self._snapshots = SnapshotBuilder(
             spec,
             self.role,
@@ -194,6 +199,14 @@ class Node:
     def forgive_failure(self, lease: Lease) -> None:
         """Takes back the failure with which this lease ended, because the request was at fault."""
         self.ledger.forgive_failure(lease)
+
+    def server_name(self, model: str) -> str | None:
+        """The name under which this node's server must be asked for a model. ``None`` if the model has no aliases: then
+        any spelling of its name will do."""
+        spec = self._rules.find(model)
+        if spec is None or not spec.aliases:
+            return None
+        return self._prober.reports.server_names.get(spec.name, spec.name)
 
     @property
     def in_flight(self) -> int:

@@ -8,7 +8,7 @@ a host makes them raise.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -17,6 +17,7 @@ import httpx
 from gpumesh import config
 from gpumesh.backends.base import ParallelismSource
 from gpumesh.backends.dialects import KINDS_WITH_MODEL_STORE, find_dialect
+from gpumesh.balancer.model_rules import ModelRules
 from gpumesh.errors import SecretMissing
 from gpumesh.mesh.nodes.ledger import Ledger
 from gpumesh.mesh.nodes.tunnel_link import TunnelLink
@@ -52,6 +53,8 @@ class NodeReports:
     - ``kind`` is the kind of the server; with ``auto`` in mesh.yaml it is known after the first answered probe.
     - ``models`` holds each listed name twice, as it is and in full, so that a request finds it by both. ``None``: no
       list was read yet. ``loaded`` holds the full names of the models in memory.
+    - ``server_names`` has, for each model with aliases (``models:`` in mesh.yaml) that the server lists, the name
+      under which the server lists it. For the balancer, ``models`` and ``loaded`` hold the name in the mesh.
     - ``target`` is the address on its own host of the server in use.
     - ``foreign_load`` is the utilisation (0 to 1) of the busiest GPU, measured while we had no request in flight there.
     """
@@ -62,6 +65,7 @@ class NodeReports:
     kind: BackendKind = BackendKind.AUTO
     models: frozenset[str] | None = None
     loaded: frozenset[str] = frozenset()
+    server_names: Mapping[str, str] = field(default_factory=dict)
     target: Target | None = None
     foreign_load: float | None = None
 
@@ -87,7 +91,8 @@ class NodeReports:
 
 
 class Prober:
-    """Probes one node while its tunnel is up. ``on_report`` is called after each change of ``reports``."""
+    """Probes one node while its tunnel is up. ``on_report`` is called after each change of ``reports``. ``rules`` know
+    the models' names in the mesh."""
 
     def __init__(
         self,
@@ -98,6 +103,7 @@ class Prober:
         clock: Callable[[], float],
         http: httpx.AsyncClient,
         on_report: Callable[[], None],
+        rules: ModelRules | None = None,
     ) -> None:
         self.reports = NodeReports(kind=spec.backend.kind)
         self._known_kinds = KnownKinds()
@@ -107,6 +113,7 @@ class Prober:
         self._clock = clock
         self._http = http
         self._on_report = on_report
+        self._rules = rules or ModelRules()
         self._probe_requested = asyncio.Event()
         self._backend_probe_lock = asyncio.Lock()
         self._first_round_done = asyncio.Event()
@@ -212,12 +219,16 @@ class Prober:
         was_down = self.reports.backend is not None and not self.reports.backend_is_up
         self.reports = replace(self.reports, backend=report, target=target)
         if self.reports.backend_is_up:
+            rules = self._rules
             names = report.state.models
+            server_names = rules.server_names(names)
+            all_names = (*names, *server_names)
             self.reports = replace(
                 self.reports,
                 kind=BackendKind(report.state.kind),
-                models=frozenset(names) | frozenset(full_name(name) for name in names),
-                loaded=frozenset(full_name(loaded.name) for loaded in report.state.loaded),
+                models=frozenset(all_names) | frozenset(full_name(name) for name in all_names),
+                loaded=frozenset(full_name(rules.name_in_mesh(loaded.name)) for loaded in report.state.loaded),
+                server_names=server_names,
             )
             if was_down:
                 self._ledger.reset_breakers()

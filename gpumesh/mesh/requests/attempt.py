@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from io import BytesIO
 from typing import TypeVar
 
 import msgspec
@@ -14,8 +16,9 @@ from gpumesh.backends.continuation.continuation import Continuation
 from gpumesh.backends.continuation.stream_formats import generates_text
 from gpumesh.backends.dialects import find_counters, host_header
 from gpumesh.backends.error_text import error_text, is_web_page
+from gpumesh.backends.model_member import replace_model
 from gpumesh.balancer.outcomes import ErrorReply, Outcome, classify_status, rule_for_outcome
-from gpumesh.errors import BackendStatus, BackendUnreachable, DeadlineExceeded, GPUMeshError, StreamCut
+from gpumesh.errors import BackendStatus, BackendUnreachable, DeadlineExceeded, GPUMeshError, QueueFull, StreamCut
 from gpumesh.mesh.nodes.lease import Lease
 from gpumesh.mesh.requests.answer import WholeAnswer, error_answer
 from gpumesh.mesh.requests.task_deadlines import TaskDeadline
@@ -24,6 +27,7 @@ from gpumesh.mesh.requests.upstream import Upstream, UpstreamResponse
 STREAMING_TYPES = frozenset({"application/x-ndjson", "text/event-stream"})
 # Limit for an answer that does not stream. It is held until it is complete: if it is cut, another node can be asked.
 HELD_BYTES = 32 << 20
+COPY_BYTES = 1 << 20  # bytes of a body that are copied in one step
 ERROR_BYTES = 1 << 20  # limit for an error's body, and for the answer to ``ask_node``
 
 T = TypeVar("T")
@@ -117,6 +121,25 @@ async def ask_node(
         return response.status, await _read_at_most(response, ERROR_BYTES) or b""
 
     return await _send_and_read(upstream, lease, call, read_answer, timeout_s=timeout_s, result_on_timeout=(0, b""))
+
+
+async def with_model(call: HttpCall, name: str, try_reserve_memory: Callable[[int], bool]) -> HttpCall:
+    """The call with this name of its model. A long body is copied in steps, with turns of other requests between them.
+    Raises QueueFull if there is no room for the copy."""
+    parts = replace_model(call.body, name)
+    if parts is None:
+        return call
+    head, rest = parts
+    if len(rest) <= COPY_BYTES:
+        return msgspec.structs.replace(call, body=head + rest)
+    if not try_reserve_memory(len(rest)):
+        raise QueueFull("the bodies of other requests take all the memory that they may", retry_after_s=1.0)
+    copy = BytesIO()
+    copy.write(head)
+    for start in range(0, len(rest), COPY_BYTES):
+        copy.write(rest[start : start + COPY_BYTES])
+        await asyncio.sleep(0)
+    return msgspec.structs.replace(call, body=copy.getvalue())
 
 
 async def _send_and_read(

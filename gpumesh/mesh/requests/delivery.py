@@ -32,7 +32,7 @@ from gpumesh.errors import BackendStatus, DeadlineExceeded, GPUMeshError, NoNode
 from gpumesh.mesh.dispatch import Dispatcher
 from gpumesh.mesh.nodes.lease import Lease
 from gpumesh.mesh.requests.answer import Answer, WholeAnswer
-from gpumesh.mesh.requests.attempt import FailedAttempt, OpenedStream, ask_node, run_attempt
+from gpumesh.mesh.requests.attempt import FailedAttempt, OpenedStream, ask_node, run_attempt, with_model
 from gpumesh.mesh.requests.silence_watch import PauseTracker
 from gpumesh.mesh.requests.streaming import StreamingAnswer
 from gpumesh.mesh.requests.upstream import Upstream
@@ -51,7 +51,8 @@ MIN_SERVER_RTTS = 4.0  # in round trips to the host
 @dataclass(frozen=True, slots=True)
 class SendContext:
     """The objects that all requests of a mesh share. ``clock`` returns seconds. ``explain_no_node`` makes the error
-    that explains why no node can serve a request."""
+    that explains why no node can serve a request. ``server_name`` returns the name under which a node must be asked for
+    a model; ``None`` if the name in the request will do."""
 
     upstream: Upstream
     dispatcher: Dispatcher
@@ -60,6 +61,7 @@ class SendContext:
     explain_no_node: Callable[[Demand], GPUMeshError]
     strategies: ContinuationStrategies = field(default_factory=dict)
     pauses: PauseTracker = field(default_factory=PauseTracker)
+    server_name: Callable[[str, str | None], str | None] = lambda _node, _model: None
 
 
 class RequestDelivery:
@@ -111,7 +113,8 @@ class RequestDelivery:
             if lease is None:
                 return self._set_figures(_last_error_answer(self._failures))
             call = self._calls[lease.node.kind]
-            result = await self._run_attempt(lease, call, partial(self._new_continuation, call))
+            named_call = await self._name_model(lease, call)
+            result = await self._run_attempt(lease, named_call, partial(self._new_continuation, call))
             if isinstance(result, FailedAttempt):
                 self._record_failure(result)
                 if await self._request_breaks_servers():
@@ -181,6 +184,7 @@ class RequestDelivery:
         headers = self._calls[lease.node.kind].headers
         if headers:
             call = replace(call, headers=headers)
+        call = await self._name_model(lease, call)
         result = await self._run_attempt(lease, call, lambda: continuation)
         if isinstance(result, OpenedStream):
             return result
@@ -193,6 +197,7 @@ class RequestDelivery:
         node, kind = lease.node.name, lease.node.kind
         render_call = continuation.render_call(node, kind)
         if render_call is not None:
+            render_call = await self._name_model(lease, render_call)
             timeout_s = min(RENDER_TIMEOUT_S, self._deadline - self._context.clock())
             reply = await ask_node(self._context.upstream, lease, render_call, timeout_s=timeout_s)
             if isinstance(reply, FailedAttempt):
@@ -204,6 +209,18 @@ class RequestDelivery:
             error = NoNodeError("it does not say how its model goes on", node=node)
             return FailedAttempt(node, Outcome.CANNOT_CONTINUE, error)
         return call
+
+    async def _name_model(self, lease: Lease, call: HttpCall) -> HttpCall:
+        """The call with the name under which the leased node lists the model. Discards the lease and raises QueueFull
+        if there is no room for a copy of the body."""
+        name = self._context.server_name(lease.node.name, self._demand.model)
+        if name is None:
+            return call
+        try:
+            return await with_model(call, name, self._try_reserve_memory)
+        except BaseException:
+            lease.discard()
+            raise
 
     # -- attempts ------------------------------------------------------------------------------------------------
 

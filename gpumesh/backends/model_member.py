@@ -1,0 +1,47 @@
+"""Replaces the model's name in the body of a request, for a server that lists the model under another name. Pure."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import msgspec
+
+# The usual body: its first member is the model.
+_LEADING_MODEL = re.compile(rb'\s*\{\s*"model"\s*:\s*("(?:[^"\\]|\\.)*")', re.DOTALL)
+_decode_members = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+_decode_text = msgspec.json.Decoder(str).decode
+
+
+def replace_model(body: bytes, name: str) -> tuple[bytes, memoryview] | None:
+    """The two parts of a body like ``body``, but with this model: a short new beginning, and the unchanged rest.
+
+    ``None`` if ``body`` is to be sent as it is: it names this model already, or it is no JSON object that names any.
+    The name should be the first member. If it is not, the whole body is parsed, which takes long for a long body.
+    """
+    match = _LEADING_MODEL.match(body)
+    if match is None:
+        return _replace_later_member(body, name)
+    if _is_name(match[1], name):
+        return None
+    return b'{"model":' + json.dumps(name).encode(), memoryview(body)[match.end() :]
+
+
+def _replace_later_member(body: bytes, name: str) -> tuple[bytes, memoryview] | None:
+    """The work of ``replace_model`` for a body that does not begin with the model's name."""
+    try:
+        members = _decode_members(body)
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        return None
+    if "model" not in members or _is_name(bytes(members["model"]), name):
+        return None
+    others = [json.dumps(key).encode() + b":" + bytes(value) for key, value in members.items() if key != "model"]
+    return b'{"model":' + json.dumps(name).encode(), memoryview(b"".join(b"," + other for other in others) + b"}")
+
+
+def _is_name(value: bytes, name: str) -> bool:
+    """Whether a value, as it is written in a body, is this name."""
+    try:
+        return _decode_text(value) == name
+    except (msgspec.MsgspecError, ValueError):
+        return False
