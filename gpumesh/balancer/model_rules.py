@@ -38,6 +38,18 @@ class ModelRules:
         spec = self.find(model)
         return model if spec is None else spec.name
 
+    def identity(self, model: str) -> str:
+        """A text that is the same for all names and spellings of one model."""
+        return full_name(self.name_in_mesh(model))
+
+    def has_other_name(self, name: str, model: str) -> bool:
+        """Whether a request that names ``name`` must be written anew for ``model``: it is another model, or one with
+        aliases. The new body begins with the name, which is easy to replace there by the one that a server lists."""
+        if name == model and not self.specs:  # nearly every request
+            return False
+        spec = self.find(model)
+        return full_name(name) != full_name(model) or (spec is not None and bool(spec.aliases))
+
     def apply(self, demand: Demand) -> Demand:
         """The demand with the name that the mesh uses for its model, and with the nodes that may serve it. Applying the
         rules twice changes nothing more."""
@@ -54,12 +66,12 @@ class ModelRules:
         fallbacks form a circle."""
         names: list[str] = []
         spec = self.find(model)
-        seen = set() if model is None else {full_name(self.name_in_mesh(model))}
+        seen = set() if model is None else {self.identity(model)}
         while spec is not None and spec.fallback is not None:
             name = self.name_in_mesh(spec.fallback)
-            if full_name(name) in seen:
+            if self.identity(name) in seen:
                 break
-            seen.add(full_name(name))
+            seen.add(self.identity(name))
             names.append(name)
             spec = self.find(name)
         return names

@@ -1,6 +1,6 @@
 """``Gateway``: the HTTP server over a mesh, from its start to its drain; it admits, answers and records each request.
 
-``routing`` decides which handler answers a request, and ``access_guard`` whether the client may send it at all.
+``routing`` decides which handler answers a request, and ``access/guard`` whether the client may send it at all.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from gpumesh import config
 from gpumesh.balancer.outcomes import RequestOutcome
 from gpumesh.config.listen_address import UNIX_PREFIX
 from gpumesh.errors import GPUMeshError, NoNodeError
-from gpumesh.gateway.access_guard import Guard
+from gpumesh.gateway.access.api_keys import read_api_keys
+from gpumesh.gateway.access.client_names import ClientNames
+from gpumesh.gateway.access.guard import Guard
 from gpumesh.gateway.error_shapes import error_frame, error_reply, error_reply_without_path, error_status
 from gpumesh.gateway.fleet_routes import FleetRoutes
 from gpumesh.gateway.http.bounds import Bounds
@@ -87,9 +89,9 @@ class Gateway:
         self._access_log = access_log
         if self._host is not None:
             config.require_key_beyond_loopback(self._host, has_key=spec.needs_key)
-        key = None if spec.api_key_env is None else config.read_secret(spec.api_key_env).encode()
-        self._local_access = _find_local_access(self._host, key)
-        self._guard = Guard(key, frozenset(spec.cors_origins), _find_hostnames(self._host, spec.socket))
+        keys = read_api_keys(spec, read_secret=config.read_secret, identity=mesh.model_rules.identity)
+        self._local_access = _find_local_access(self._host, needs_key=spec.needs_key)
+        self._guard = Guard(keys, frozenset(spec.cors_origins), _find_hostnames(self._host, spec.socket))
         self._active: dict[Request, _ActiveRequest] = {}
         self._stopped = False
         self._stop_now = stop_now or asyncio.Event()
@@ -98,10 +100,11 @@ class Gateway:
         bounds = bounds or Bounds(total_body_bytes=spec.body_memory_mib << 20)  # MiB to bytes
         self._server = Server(self._handle, bounds, render_error=error_reply_without_path)
         self._listener = HttpListener(self._host, spec.port if port is None else port, spec.socket)
-        self._page = UiPage(mesh, writable=key is not None)
+        self._page = UiPage(mesh, writable=spec.needs_key)
         self._history_task: asyncio.Task[None] | None = None
         fleet_routes = FleetRoutes(mesh, self.metrics, self._server)
-        self._router = Router(mesh, fleet_routes, ModelStoreRoutes(mesh), self._page)
+        client_names = ClientNames(() if keys is None else keys.names)
+        self._router = Router(mesh, fleet_routes, ModelStoreRoutes(mesh), self._page, client_names)
 
     def __repr__(self) -> str:
         phase = "stopped" if self._stopped else self.mesh.gateway.state.value
@@ -271,14 +274,14 @@ class Gateway:
         self._guard.require_allowed_source(request, is_own_page=is_page, backend_ports=self.mesh.local_ports)
         if request.method == "OPTIONS" or request.path in _PATHS_WITHOUT_KEY:  # browsers send a preflight without a key
             return
-        self._guard.require_key(request.headers)
-        request.register_key(self._spec.api_key_env)  # connections are counted by the variable's name: it is no secret
+        request.key = key = self._guard.require_key(request.headers)
+        request.register_key(None if key is None else key.label)
 
 
-def _find_local_access(host: str | None, key: bytes | None) -> LocalAccess:
+def _find_local_access(host: str | None, *, needs_key: bool) -> LocalAccess:
     """Which users of this machine can use the gateway: any user, as with Ollama, unless a key is needed or the gateway
     has no TCP port."""
-    if key is not None:
+    if needs_key:
         return LocalAccess.KEY
     if host is None:  # only a Unix socket, which only the gateway's own user may open
         return LocalAccess.OWN_USER

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from gpumesh import __version__
 from gpumesh.backends.base import HttpCall
 from gpumesh.balancer.base import Demand
-from gpumesh.errors import GPUMeshError
+from gpumesh.errors import GPUMeshError, ModelMissing
 from gpumesh.gateway import merged_lists
 from gpumesh.gateway.http.request import Request
 from gpumesh.gateway.http.responses import Response, json_response
@@ -25,6 +25,7 @@ from gpumesh.versions import oldest_version
 from gpumesh.wire import status_json
 
 LIST_TIMEOUT_S = 3.0  # a slower node is missing from a merged list
+OPENAI_LIST_PATH = "/v1/models"
 MAX_LIST_BYTES = 8 << 20  # a node with a longer list is missing too: the probes do not read such a list either
 
 
@@ -71,31 +72,59 @@ class FleetRoutes:
         versions = [backend.version for backend in running if backend.version is not None]
         return _json({"version": oldest_version(versions) or __version__})
 
-    async def tags(self, _request: Request) -> Response:
+    async def tags(self, request: Request) -> Response:
         """The models of all nodes in Ollama's format, without times that lie in the future."""
         merged = merged_lists.MergedList(
             merged_lists.TAGS_FORMAT, latest_time=merged_lists.latest_plausible_time(datetime.now(UTC))
         )
-        return await self._merge_lists(merged, "/api/tags", OLLAMA_ONLY)
+        return await self._merge_lists(request, merged, "/api/tags", OLLAMA_ONLY, aliases=True)
 
-    async def ps(self, _request: Request) -> Response:
+    async def ps(self, request: Request) -> Response:
         """The loaded models of all nodes in Ollama's format."""
-        return await self._merge_lists(merged_lists.MergedList(merged_lists.LOADED_FORMAT), "/api/ps", OLLAMA_ONLY)
+        merged = merged_lists.MergedList(merged_lists.LOADED_FORMAT)
+        return await self._merge_lists(request, merged, "/api/ps", OLLAMA_ONLY)
 
-    async def openai_models(self, _request: Request) -> Response:
+    async def openai_models(self, request: Request) -> Response:
         """The models of all nodes in OpenAI's format."""
         merged = merged_lists.MergedList(merged_lists.OPENAI_FORMAT)
-        return await self._merge_lists(merged, "/v1/models", frozenset(BackendKind))
+        return await self._merge_lists(request, merged, OPENAI_LIST_PATH, frozenset(BackendKind), aliases=True)
 
-    async def _merge_lists(self, merged: merged_lists.MergedList, path: str, kinds: frozenset[BackendKind]) -> Response:
-        """Asks all nodes of these kinds for their list at ``path``, adds the lists to ``merged``, and returns it."""
-        for body in await self._ask_nodes(path, kinds):
+    async def openai_model(self, request: Request, model: str) -> Response:
+        """The entry of one model with aliases in OpenAI's list. Raises ModelMissing if no node has it."""
+        merged = merged_lists.MergedList(merged_lists.OPENAI_FORMAT)
+        await self._merge_lists(request, merged, OPENAI_LIST_PATH, frozenset(BackendKind), aliases=True)
+        entry = merged.find(model)
+        if entry is None:
+            raise ModelMissing(model, hint="no node that is up lists it under any of its names")
+        return _json(entry)
+
+    async def _merge_lists(
+        self,
+        request: Request,
+        merged: merged_lists.MergedList,
+        path: str,
+        kinds: frozenset[BackendKind],
+        *,
+        aliases: bool = False,
+    ) -> Response:
+        """Asks all nodes of these kinds for their list at ``path``, adds the lists to ``merged``, and returns it as far
+        as the client may use the models. ``aliases``: each model is listed under all its names."""
+        rules, key = self._mesh.model_rules, request.key
+        for body in await self._ask_nodes(path, kinds, allowed_nodes=None if key is None else key.nodes):
             for _ in merged.add_body(body):
                 await asyncio.sleep(0)  # a list of thousands must not hold up the streams of other clients
+        if aliases:
+            for spec in rules.specs:
+                merged.add_names((spec.name, *spec.aliases))
+        if key is not None and key.models is not None:
+            merged.keep(lambda name: key.allows_model(rules.identity(name)))
         return json_response(merged.render())
 
-    async def _ask_nodes(self, path: str, kinds: frozenset[BackendKind]) -> Iterable[bytes]:
-        """Returns the bodies of the nodes that answered in time, with status 200 and at most ``MAX_LIST_BYTES``."""
+    async def _ask_nodes(
+        self, path: str, kinds: frozenset[BackendKind], *, allowed_nodes: frozenset[str] | None
+    ) -> Iterable[bytes]:
+        """Returns the bodies of the nodes that answered in time, with status 200 and at most ``MAX_LIST_BYTES``.
+        ``allowed_nodes``: the only nodes to ask; ``None``: all."""
 
         async def ask_node(node: str) -> bytes | None:
             demand = Demand(model=None, kinds=kinds, node=node, needs_slot=False)
@@ -106,7 +135,10 @@ class FleetRoutes:
             except GPUMeshError:
                 return None  # the node is missing from the list: the list's format has no place for errors
 
-        bodies = await asyncio.gather(*(ask_node(node) for node in self._mesh.usable_nodes(kinds)))
+        nodes = self._mesh.usable_nodes(kinds)
+        bodies = await asyncio.gather(
+            *(ask_node(node) for node in nodes if allowed_nodes is None or node in allowed_nodes)
+        )
         return [body for body in bodies if body is not None]
 
 

@@ -111,15 +111,16 @@ class Members:
         except (msgspec.MsgspecError, ValueError) as error:  # also half of a surrogate pair, and no UTF-8
             raise BadRequest(f"{name} is required, as a string") from error
 
-    def render_pieces(self, **texts: str) -> list[RawValue]:
-        """The JSON object in pieces, to be joined to a body. ``texts`` replace the members of these names, or are
-        added. Every known name gets its common spelling."""
+    def render_pieces(self, **values: str | bytes) -> list[RawValue]:
+        """The JSON object in pieces, to be joined to a body. ``values`` replace the members of these names, or are
+        added, at the begin: a ``str`` as a text, ``bytes`` as JSON. Every known name gets its common spelling."""
         pieces: list[RawValue] = []
-        for name, text in texts.items():
-            pieces += (b",", json.dumps(name).encode(), b":", json.dumps(text).encode())
-        for index, (name, value) in enumerate(self._pairs):
+        for name, value in values.items():
+            encoded_value = json.dumps(value).encode() if isinstance(value, str) else value
+            pieces += (b",", json.dumps(name).encode(), b":", encoded_value)
+        for index, (name, raw_value) in enumerate(self._pairs):
             folded = fold_name(name)
-            if folded in texts:
+            if folded in values:
                 continue
             if folded in KNOWN_MEMBERS:
                 encoded_name: RawValue = json.dumps(folded).encode()
@@ -127,7 +128,7 @@ class Members:
                 encoded_name = json.dumps(str(name)).encode()
             else:
                 encoded_name = self._written_names[index]
-            pieces += (b",", encoded_name, b":", value)
+            pieces += (b",", encoded_name, b":", raw_value)
         return [b"{", *pieces[1:], b"}"]  # without the comma before the first member
 
 
@@ -160,10 +161,11 @@ async def read_members(body: bytes, request: BodyOwner) -> Members:
     return members
 
 
-async def rewrite_body(body: bytes, members: Members, request: BodyOwner, **texts: str) -> bytes:
-    """Returns a new body with ``texts`` among its members, and with the common spelling of known names. The caller must
-    not keep the old body: its memory is released. Raises QueueFull if there is no room for both bodies at once."""
-    pieces = members.render_pieces(**texts)
+async def rewrite_body(body: bytes, members: Members, request: BodyOwner, **values: str | bytes) -> bytes:
+    """Returns a new body with ``values`` among its members (see ``render_pieces``), and with the common spelling of
+    known names. The caller must not keep the old body: its memory is released. Raises QueueFull if there is no room for
+    both bodies at once."""
+    pieces = members.render_pieces(**values)
     if len(body) <= COPY_BYTES:  # small enough to be copied at once, and to be in memory twice for that time
         return b"".join(pieces)
     request.reserve_memory(len(body))

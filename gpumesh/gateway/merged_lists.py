@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -79,15 +79,18 @@ class MergedList:
         if not isinstance(node_list, list) or len(node_list) > model_list.MAX_MODELS:
             return
         yield
-        # Ollama compares names without case, and adds a missing tag. Other servers compare names as they are.
-        is_ollama_list = list_format.time_key is not None  # only Ollama's lists have a time
-        identify = full_name if is_ollama_list else str
         entries_by_name = model_list.read_listing(node_list, *list_format.names).entries
         for number, (name, node_entry) in enumerate(entries_by_name.items(), 1):
             entry = _read_entry(name, node_entry, list_format)
-            self._keep_later_entry(identify(name), entry)
+            self._keep_later_entry(self._identify(name), entry)
             if number % STEP_ENTRIES == 0:
                 yield
+
+    def _identify(self, name: str) -> str:
+        """The form in which names are compared. Ollama compares names without case, and adds a missing tag. Other
+        servers compare names as they are."""
+        is_ollama_list = self._format.time_key is not None  # only Ollama's lists have a time
+        return full_name(name) if is_ollama_list else name
 
     def _keep_later_entry(self, identity: str, entry: Entry) -> None:
         """Adds an entry, unless one with this identity and the same or a later time is there already."""
@@ -110,6 +113,33 @@ class MergedList:
             del entry[key]
             return _MIN_TIME, ""
         return time, text or ""
+
+    def add_names(self, names: Sequence[str]) -> None:
+        """Adds an entry for each of these names of one model, if the list has an entry for any of them. The new entries
+        are copies of the first of those entries."""
+        entries_by_name = {
+            full_name(entry[self._format.names[0]]): (time, entry) for time, entry in self._entries.values()
+        }
+        known = [entries_by_name[full_name(name)] for name in names if full_name(name) in entries_by_name]
+        if not known:
+            return
+        time, entry = known[0]
+        for name in names:
+            if full_name(name) not in entries_by_name:
+                self._entries[self._identify(name)] = (time, {**entry, **dict.fromkeys(self._format.names, name)})
+
+    def keep(self, is_kept: Callable[[str], bool]) -> None:
+        """Removes all entries but those whose name ``is_kept`` accepts."""
+        name_key = self._format.names[0]
+        self._entries = {
+            identity: (time, entry) for identity, (time, entry) in self._entries.items() if is_kept(entry[name_key])
+        }
+
+    def find(self, name: str) -> Entry | None:
+        """The entry of this name; ``None`` if there is none."""
+        name_key = self._format.names[0]
+        entries = [entry for _, entry in self._entries.values()]
+        return next((entry for entry in entries if full_name(entry[name_key]) == full_name(name)), None)
 
     def render(self) -> bytes:
         """The merged list as the body of a response."""

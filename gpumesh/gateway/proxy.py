@@ -7,6 +7,7 @@ reads slowly pauses the connection to its node, so that memory does not grow.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from urllib.parse import quote
 
 from msgspec.structs import replace
 
@@ -57,6 +58,7 @@ _NOT_FORWARDED = frozenset(
         "if-unmodified-since",
     }
 )
+_SAFE_IN_HEADER = "/:@+ ,()[]"  # characters of a model's name that stand in a header as they are, beside letters
 _NOT_FORWARDED_PREFIXES = ("x-gpumesh-", "x-forwarded-", "sec-")
 
 
@@ -192,9 +194,12 @@ def read_resume(headers: Mapping[str, str]) -> bool:
 
 
 def _response_headers(answer: Answer) -> HeaderPairs:
-    """The headers of the node's answer, and the gateway's own: the node, the attempts and the wait in the queue."""
+    """The headers of the node's answer, and the gateway's own: the node, the attempts and the wait in the queue; the
+    model, if the client used another name."""
+    model = () if answer.model is None else (("X-GPUMesh-Model", quote(answer.model, safe=_SAFE_IN_HEADER)),)
     return (
         *answer.headers,
+        *model,
         ("X-GPUMesh-Node", answer.node),
         ("X-GPUMesh-Attempts", str(answer.attempts)),
         ("X-GPUMesh-Queue-Ms", f"{answer.queue_ms:.1f}"),

@@ -1,6 +1,6 @@
 """``Router``: finds the handler of a request by its path and method, or forwards the request to a node.
 
-There are three sorts of routes. Requests to ``MODEL_ROUTES`` (``model_requests``) go to a node that has the model.
+There are three sorts of routes. Requests to ``MODEL_ROUTES`` go to a node that has the model (``model_forwarding``).
 Requests to ``ANY_NODE_ROUTES`` go to any node. All other requests are answered by a handler: ``fleet_routes`` for
 questions about the whole fleet, ``model_store_routes`` for changes of model stores, ``web_page`` for the web page.
 """
@@ -9,27 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Iterable, Mapping
 
+from msgspec.structs import replace
+
 from gpumesh.balancer.base import Demand
 from gpumesh.balancer.outcomes import RequestOutcome
 from gpumesh.gateway import proxy
+from gpumesh.gateway.access.client_names import ClientNames
 from gpumesh.gateway.error_shapes import error_reply
 from gpumesh.gateway.fleet_routes import FleetRoutes
 from gpumesh.gateway.http.errors import BadRequest
 from gpumesh.gateway.http.request import Handler, Request
 from gpumesh.gateway.http.responses import Response
 from gpumesh.gateway.http.streaming_response import StreamingResponse
-from gpumesh.gateway.json_members import read_members, read_small_members, rewrite_body
-from gpumesh.gateway.model_requests import (
-    ALL_KINDS,
-    MODEL_ROUTES,
-    OLLAMA_ONLY,
-    ModelRoute,
-    find_client_api,
-    read_demand,
-    read_model,
-    read_node,
-    read_timeout,
-)
+from gpumesh.gateway.model_forwarding import ModelForwarder
+from gpumesh.gateway.model_requests import ALL_KINDS, MODEL_ROUTES, OLLAMA_ONLY, find_client_api, read_node
 from gpumesh.gateway.model_store_routes import ModelStoreRoutes
 from gpumesh.gateway.observe.record import RequestRecord
 from gpumesh.gateway.web_page import UI_PATH, UiPage
@@ -63,10 +56,16 @@ class Router:
     """The gateway's routes over one mesh."""
 
     def __init__(
-        self, mesh: Mesh, fleet_routes: FleetRoutes, model_store_routes: ModelStoreRoutes, page: UiPage
+        self,
+        mesh: Mesh,
+        fleet_routes: FleetRoutes,
+        model_store_routes: ModelStoreRoutes,
+        page: UiPage,
+        client_names: ClientNames,
     ) -> None:
         self._mesh = mesh
-        self._spec = mesh.topology.gateway
+        self._fleet_routes = fleet_routes
+        self._forwarder = ModelForwarder(mesh, client_names)
         self._handlers = _handler_table(fleet_routes, model_store_routes, page)
 
     def route_request(self, request: Request, record: RequestRecord) -> Awaitable[Response | StreamingResponse]:
@@ -78,19 +77,21 @@ class Router:
             record.route = path
             if request.method not in route.methods:
                 return _refuse_method(request, record, route.methods)
-            return self._forward_to_model(request, record, route)
+            return self._forwarder.forward(request, record, route)
         template = _find_template(path)
         methods = ANY_NODE_ROUTES.get(template)
         if methods is not None:
             record.route = template
             if request.method not in methods:
                 return _refuse_method(request, record, methods)
+            _require_unlimited_key(request)
             return self._forward_to_any_node(request, record)
         handlers = self._handlers.get(template)
         if handlers is None:
             record.route = "other"  # the route is a label of metrics: clients must not add names to it
             raise BadRequest(f"there is no {path[:200]} here", status=404)
         record.route = template
+        _require_unlimited_key(request)
         for methods, handler in handlers:
             if request.method in methods:
                 return handler(request)
@@ -98,49 +99,23 @@ class Router:
 
     # -- to one node ---------------------------------------------------------------------------------------------
 
-    async def _forward_to_model(
-        self, request: Request, record: RequestRecord, route: ModelRoute
-    ) -> Response | StreamingResponse:
-        """Forwards the request to a node that has the model."""
-        body = request.take_body()
-        if body is None:  # it has not come as a whole yet, or is packed
-            body = await request.read_body()
-        members = read_small_members(body) or await read_members(body, request)  # most bodies are small: no await
-        client_model = read_model(route, members)
-        record.demand = demand = read_demand(
-            route,
-            request.headers,
-            members,
-            size=len(body),
-            model=client_model or self._spec.default_model,
-            node=read_node(request.headers, self._mesh.topology),
-            request_id=request.id,
-        )
-        # In the body for the node, the model's name stands in the member where every server looks for it.
-        if client_model is None:  # the default model is added
-            assert demand.model is not None, "a demand without a model, which read_demand should have refused"
-            body = await rewrite_body(body, members, request, model=demand.model)
-        elif not members.has_common_spelling:
-            body = await rewrite_body(body, members, request)
-        return await proxy.forward_request(
-            self._mesh,
-            request,
-            demand,
-            proxy.build_call(request, body),
-            route.api,
-            timeout_s=read_timeout(request.headers, self._spec.timeout_s),
-            on_answer=record.note_answer,
-            require_json=not route.needs_slot,  # facts about a model: any node that has it can give them
-        )
-
     async def _forward_to_any_node(self, request: Request, record: RequestRecord) -> Response | StreamingResponse:
         """Forwards the request to any node; a question about one model goes to any node that has the model."""
-        path = request.path
+        path, key = request.path, request.key
         node = read_node(request.headers, self._mesh.topology)
+        allowed_nodes = None
+        if key is not None:
+            key.require_node(node)
+            allowed_nodes = key.nodes
+        demand = Demand(None, OLLAMA_ONLY, node, needs_slot=False, nodes=allowed_nodes)
         if path.startswith(OPENAI_MODEL_PREFIX):
-            demand = Demand(path.removeprefix(OPENAI_MODEL_PREFIX), ALL_KINDS, node, needs_slot=False)
-        else:
-            demand = Demand(None, OLLAMA_ONLY, node, needs_slot=False)
+            model, rules = path.removeprefix(OPENAI_MODEL_PREFIX), self._mesh.model_rules
+            if key is not None:
+                key.require_model(model, rules.identity(model))
+            spec = rules.find(model)
+            if spec is not None and spec.aliases:  # servers know it by different names
+                return await self._fleet_routes.openai_model(request, model)
+            demand = replace(demand, model=model, kinds=ALL_KINDS)
         record.demand = demand
         return await proxy.forward_request(
             self._mesh,
@@ -153,6 +128,12 @@ class Router:
             # HEAD has no body, and a POST is not repeated on a second node: it may change something.
             require_json=request.method == "GET",
         )
+
+
+def _require_unlimited_key(request: Request) -> None:
+    """Raises BadRequest if the request may change the mesh or a node, and its key is limited to a part of them."""
+    if request.key is not None and request.method not in ("GET", "HEAD", "OPTIONS"):
+        request.key.require_all()
 
 
 def _find_template(path: str) -> str:

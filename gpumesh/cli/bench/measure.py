@@ -81,7 +81,8 @@ def _read_api_keys(topology: Topology) -> ApiKeys:
         key = read_key(node.backend.api_key_env)
         if key is not None:
             node_keys[node.name] = key
-    return ApiKeys(read_key(topology.gateway.api_key_env), node_keys)
+    gateway_keys = [key for key in map(read_key, topology.gateway.key_variables) if key is not None]
+    return ApiKeys(gateway_keys[0] if gateway_keys else None, node_keys)
 
 
 class _SessionTarget:

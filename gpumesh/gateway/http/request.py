@@ -11,6 +11,7 @@ from urllib.parse import unquote
 from gpumesh.errors import QueueFull
 from gpumesh.gateway.http.body_memory import BodyMemory
 from gpumesh.gateway.http.bounds import Bounds
+from gpumesh.gateway.http.client_key import ClientKey
 from gpumesh.gateway.http.client_writer import ClientWriter
 from gpumesh.gateway.http.decompression import Decompressor
 from gpumesh.gateway.http.errors import BadRequest, body_too_large
@@ -53,6 +54,7 @@ class Request:
     - ``target``: path and query as they came. ``path``: the path without the query, decoded.
     - ``id``: the client's X-Request-Id, if it has sent a usable one.
     - ``received_at``: when the head was complete, in seconds of the server's clock.
+    - ``key``: the API key that the client has sent; ``None`` if the gateway needs none, or before it was checked.
     - ``cors``: header fields that every answer to the request gets.
     - ``stream``: the answer, if it is written in pieces.
     - ``body``: only for the connection, which feeds it. Handlers read the body with the methods here.
@@ -66,6 +68,7 @@ class Request:
         "id",
         "is_http10",
         "keep_alive",
+        "key",
         "method",
         "path",
         "received_at",
@@ -90,6 +93,7 @@ class Request:
         request_id = head.headers.get("x-request-id")
         self.id = None if request_id is None else _make_safe_id(request_id)
         self.cors: dict[str, str] | None = None
+        self.key: ClientKey | None = None
         self.body = RequestBody(connection.memory)
         self.stream: StreamingResponse | None = None
 

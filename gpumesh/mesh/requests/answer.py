@@ -33,9 +33,9 @@ class Answer:
 
     ``attempts`` counts the requests to nodes, ``queue_ms`` is the time that the request waited for slots. ``outcome``
     is ``None`` until the answer has ended; a whole answer has its outcome from the start. ``continuations`` counts how
-    often another node continued the answer; ``node`` is the last node. ``counters`` are the server's own figures, if it
-    gave any. ``error_message``: the body is an error that the mesh made from this text. The gateway writes it in the
-    client's dialect.
+    often another node continued the answer; ``node`` is the last node. ``model`` is the model that answers; ``None`` if
+    the client used this name of it. ``counters`` are the server's own figures, if it gave any. ``error_message``: the
+    body is an error that the mesh made from this text. The gateway writes it in the client's dialect.
     """
 
     __slots__ = (
@@ -44,6 +44,7 @@ class Answer:
         "error_message",
         "headers",
         "kind",
+        "model",
         "node",
         "on_outcome",
         "outcome",
@@ -56,6 +57,7 @@ class Answer:
         self.kind = kind
         self.status = status
         self.headers = headers
+        self.model: str | None = None
         self.attempts = 1
         self.queue_ms = 0.0
         self.on_outcome: OutcomeListener | None = None

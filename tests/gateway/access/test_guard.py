@@ -1,9 +1,13 @@
 import pytest
 
-from gpumesh.gateway.access_guard import Guard, is_blind_cross_site_request, is_request_to_render
+from gpumesh.gateway.access.api_keys import ApiKeys, hash_key
+from gpumesh.gateway.access.guard import Guard, is_blind_cross_site_request, is_request_to_render
+from gpumesh.gateway.http.client_key import ClientKey
+from gpumesh.gateway.http.errors import BadRequest
 
 OPEN = Guard(None, frozenset({"https://chat.example.org"}), frozenset({"gpu-box"}))
-KEYED = Guard("kéy".encode(), frozenset())
+KEY = ClientKey("OWN_KEY")
+KEYED = Guard(ApiKeys({hash_key("kéy".encode()): KEY}), frozenset())
 
 
 @pytest.mark.parametrize(
@@ -89,8 +93,12 @@ def test_the_gateways_own_page_is_allowed_under_the_address_at_which_it_was_open
     ],
 )
 def test_either_header_may_hold_the_key(headers: dict[str, str], allowed: bool) -> None:
-    assert KEYED.key_allowed(headers) is allowed
-    assert OPEN.key_allowed(headers)
+    assert OPEN.require_key(headers) is None
+    if allowed:
+        assert KEYED.require_key(headers) == KEY
+    else:
+        with pytest.raises(BadRequest):
+            KEYED.require_key(headers)
 
 
 def test_the_headers_of_a_preflights_answer() -> None:

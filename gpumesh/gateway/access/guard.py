@@ -12,13 +12,14 @@ the gateway's origin, and could do everything that the gateway's own page can do
 
 from __future__ import annotations
 
-import hmac
 import ipaddress
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from urllib.parse import urlsplit
 
+from gpumesh.gateway.access.api_keys import ApiKeys
+from gpumesh.gateway.http.client_key import ClientKey
 from gpumesh.gateway.http.errors import BadRequest
 from gpumesh.gateway.http.request import Request
 
@@ -34,12 +35,12 @@ _LOCAL_SUFFIXES = (".localhost", ".local", ".internal")
 class Guard:
     """The rules of one gateway.
 
-    - ``api_key``: ``None`` if no key is needed.
+    - ``keys``: the keys of clients; ``None`` if no key is needed.
     - ``origins``: the origins of mesh.yaml whose pages may send requests; ``*`` stands for every origin.
     - ``hostnames``: the names under which clients may reach the gateway, in addition to the local names. In lower case.
     """
 
-    api_key: bytes | None
+    keys: ApiKeys | None
     origins: frozenset[str]
     hostnames: frozenset[str] = frozenset()
 
@@ -72,17 +73,22 @@ class Guard:
             raise BadRequest("this Origin is not in gateway.cors_origins of mesh.yaml", status=403)
         request.cors = self.cors_headers(origin, headers)
 
-    def require_key(self, headers: Mapping[str, str]) -> None:
-        """Raises BadRequest if a key is needed and the client has not sent it."""
-        if not self.key_allowed(headers):
+    def require_key(self, headers: Mapping[str, str]) -> ClientKey | None:
+        """The key that the client sends; ``None`` if no key is needed. Raises BadRequest if a key is needed and the
+        client has not sent one."""
+        if self.keys is None:
+            return None
+        key = self.keys.find(headers)
+        if key is None:
             raise BadRequest("an API key is needed: Authorization: Bearer … or x-api-key", status=401)
+        return key
 
     # -- the rules -----------------------------------------------------------------------------------------------
 
     def host_allowed(self, host: str | None) -> bool:
         """Whether the Host header may have this value. With a key any Host is allowed: DNS rebinding gives a page
         nothing, because the page does not know the key."""
-        if self.api_key is not None:
+        if self.keys is not None:
             return True
         if not host:
             return False
@@ -121,7 +127,7 @@ class Guard:
         is_web_page = scheme in _DEFAULT_PORTS
         origin_is_host = netloc == host.lower()
         # DNS rebinding needs a name, so an address is safe. With a key, rebinding gains nothing.
-        host_is_trusted = _parse_address(_strip_port(host)) is not None or self.api_key is not None
+        host_is_trusted = _parse_address(_strip_port(host)) is not None or self.keys is not None
         return is_web_page and origin_is_host and host_is_trusted
 
     def cors_headers(self, origin: str, headers: Mapping[str, str]) -> dict[str, str]:
@@ -131,7 +137,8 @@ class Guard:
             # A preflight names the headers that it asks for. Else all of them: "*" does not cover Authorization.
             "Access-Control-Allow-Headers": headers.get("access-control-request-headers") or "*, Authorization",
             "Access-Control-Allow-Methods": "GET, HEAD, POST, DELETE, OPTIONS",
-            "Access-Control-Expose-Headers": "X-GPUMesh-Node, X-GPUMesh-Attempts, X-GPUMesh-Queue-Ms, X-Request-Id",
+            "Access-Control-Expose-Headers": "X-GPUMesh-Node, X-GPUMesh-Model, X-GPUMesh-Attempts, X-GPUMesh-Queue-Ms, "
+            "X-Request-Id",
             "Access-Control-Max-Age": "600",  # seconds in which the browser need not send another preflight
             "Vary": "Origin",
         }
@@ -139,23 +146,6 @@ class Guard:
             # A page from the internet sends a request to a private address: browsers ask for this permission first.
             fields["Access-Control-Allow-Private-Network"] = "true"
         return fields
-
-    def key_allowed(self, headers: Mapping[str, str]) -> bool:
-        """Whether ``Authorization`` or ``x-api-key`` holds the key: some clients send both headers, with our key in
-        only one of them. The check takes the same time for every key."""
-        if self.api_key is None:
-            return True
-        scheme, _, credentials = headers.get("authorization", "").partition(" ")
-        bearer_key = credentials.strip() if scheme.lower() == "bearer" else ""
-        bearer_matches = self._is_key(bearer_key)
-        x_api_key_matches = self._is_key(headers.get("x-api-key", ""))
-        return bearer_matches or x_api_key_matches  # both were compared, whichever matches
-
-    def _is_key(self, client_key: str) -> bool:
-        """Whether the client's text is the key. Only for a gateway with a key."""
-        assert self.api_key is not None, "the gateway has no key"
-        # "surrogateescape" gives the bytes that the client sent: the parser has decoded the header in the same way.
-        return hmac.compare_digest(client_key.encode("utf-8", "surrogateescape"), self.api_key)
 
 
 def is_request_to_render(headers: Mapping[str, str], *, is_own_page: bool) -> bool:

@@ -1,0 +1,92 @@
+"""``ApiKeys``: the keys that clients may send.
+
+The gateway keeps only the SHA-256 of each key, and looks a client's key up by its SHA-256. The time of this look-up
+tells nothing about the keys: nobody can choose a text whose hash comes closer to the hash of a key.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping
+
+from gpumesh.errors import UsageError
+from gpumesh.gateway.http.client_key import ClientKey
+from gpumesh.topology import GatewaySpec
+
+
+class ApiKeys:
+    """All keys of a gateway. ``keys``: by the SHA-256 of their secret."""
+
+    def __init__(self, keys: Mapping[bytes, ClientKey]) -> None:
+        self._keys = dict(keys)
+
+    def __repr__(self) -> str:
+        return f"<ApiKeys {', '.join(key.label for key in self._keys.values())}>"
+
+    @property
+    def names(self) -> frozenset[str]:
+        """The names of all holders."""
+        return frozenset(key.name for key in self._keys.values() if key.name is not None)
+
+    def find(self, headers: Mapping[str, str]) -> ClientKey | None:
+        """The key in ``Authorization`` or ``x-api-key``; ``None`` if neither holds a key of this gateway. Some clients
+        send both headers, with our key in only one of them. If both hold keys, the first counts."""
+        found: ClientKey | None = None
+        for text in sent_keys(headers):
+            # "surrogateescape" gives the bytes that the client sent: the parser has decoded the header in that way.
+            key = self._keys.get(hash_key(text.encode("utf-8", "surrogateescape")))
+            found = key if found is None else found
+        return found
+
+
+def sent_keys(headers: Mapping[str, str]) -> list[str]:
+    """The keys that a client sends, at most two, whether they are valid or not."""
+    keys = []
+    authorization = headers.get("authorization")
+    if authorization is not None:
+        scheme, _, credentials = authorization.partition(" ")
+        if scheme.lower() == "bearer":
+            keys.append(credentials.strip())
+    x_api_key = headers.get("x-api-key")
+    if x_api_key is not None:
+        keys.append(x_api_key)
+    return keys
+
+
+def hash_key(key: bytes) -> bytes:
+    """The SHA-256 of a key, by which it is known here."""
+    return hashlib.sha256(key).digest()
+
+
+def read_api_keys(
+    spec: GatewaySpec, *, read_secret: Callable[[str], str], identity: Callable[[str], str]
+) -> ApiKeys | None:
+    """The keys of a gateway; ``None`` if it needs none. ``read_secret`` returns the secret in a variable.
+    ``identity``: see ``ModelRules``.
+
+    Raises the errors of ``read_secret``, and UsageError if two keys have the same secret."""
+    if not spec.needs_key:
+        return None
+    keys: dict[bytes, ClientKey] = {}
+
+    def add(digest: bytes, key: ClientKey) -> None:
+        if digest in keys:
+            raise UsageError(
+                f"the keys {keys[digest].label} and {key.label} of mesh.yaml have the same secret",
+                hint="give each holder a key of its own",
+            )
+        keys[digest] = key
+
+    if spec.api_key_env is not None:
+        add(hash_key(read_secret(spec.api_key_env).encode()), ClientKey(label=spec.api_key_env))
+    for key in spec.keys:
+        digest = bytes.fromhex(key.sha256) if key.sha256 is not None else b""
+        if key.env is not None:
+            digest = hash_key(read_secret(key.env).encode())
+        models = None if key.models is None else frozenset(map(identity, key.models))
+        add(digest, ClientKey(key.name, key.name, key.priority, _as_set(key.nodes), models))
+    return ApiKeys(keys)
+
+
+def _as_set(names: Iterable[str] | None) -> frozenset[str] | None:
+    return None if names is None else frozenset(names)

@@ -1,0 +1,55 @@
+"""``ClientKey``: the API key with which a request came, and what its holder may use."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gpumesh.gateway.http.errors import BadRequest
+from gpumesh.topology import Priority
+
+
+@dataclass(frozen=True, slots=True)
+class ClientKey:
+    """A key, without its secret.
+
+    - ``label`` names the key for the connections that use it, and is never a secret.
+    - ``name`` is the name of its holder; ``None`` for the key of ``gateway.api_key_env``, which many may hold.
+    - ``priority``: the class of a request that asks for none; ``None``: this key changes nothing.
+    - ``nodes`` and ``models`` are all that the holder may use; ``None``: no limit. The models are compared by
+      ``ModelRules.identity``.
+    """
+
+    label: str
+    name: str | None = None
+    priority: Priority | None = None
+    nodes: frozenset[str] | None = None
+    models: frozenset[str] | None = None
+
+    @property
+    def is_limited(self) -> bool:
+        """Whether the holder may use a part of the mesh only."""
+        return self.nodes is not None or self.models is not None
+
+    def allows_model(self, identity: str) -> bool:
+        """Whether the holder may use the model with this ``ModelRules.identity``."""
+        return self.models is None or identity in self.models
+
+    def require_node(self, node: str | None) -> None:
+        """Raises BadRequest if the holder may not use the node that the client names; ``None``: it names none."""
+        if node is not None and self.nodes is not None and node not in self.nodes:
+            raise _forbidden(f"this key may not use node {node!r}; it may use: {', '.join(sorted(self.nodes))}")
+
+    def require_model(self, model: str, identity: str) -> None:
+        """Raises BadRequest if the holder may not use this model. ``identity``: its ``ModelRules.identity``."""
+        if not self.allows_model(identity):
+            allowed = ", ".join(sorted(self.models or ()))
+            raise _forbidden(f"this key may not use model {model[:100]!r}; it may use: {allowed}")
+
+    def require_all(self) -> None:
+        """Raises BadRequest if the holder may use a part of the mesh only: the request concerns all of it."""
+        if self.is_limited:
+            raise _forbidden("this key is limited to some nodes or models, and may not change the mesh")
+
+
+def _forbidden(message: str) -> BadRequest:
+    return BadRequest(message, status=403)

@@ -1,0 +1,193 @@
+"""``ModelForwarder`` sends a request to a node that has its model, by the rules of mesh.yaml for models and keys.
+
+Without such rules the body passes as it came. With them another name of the model may stand in it, and another context.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable
+from functools import partial
+
+import msgspec
+from msgspec.structs import replace
+
+from gpumesh.balancer.base import Demand, Priority
+from gpumesh.errors import NoNodeError
+from gpumesh.gateway import proxy
+from gpumesh.gateway.access.client_names import ClientNames
+from gpumesh.gateway.http.request import Request
+from gpumesh.gateway.http.responses import Response
+from gpumesh.gateway.http.streaming_response import StreamingResponse
+from gpumesh.gateway.json_members import COPY_BYTES, Members, read_members, read_small_members, rewrite_body
+from gpumesh.gateway.model_requests import ModelRoute, read_demand, read_model, read_node, read_options, read_timeout
+from gpumesh.gateway.observe.record import RequestRecord
+from gpumesh.mesh.mesh import Mesh
+from gpumesh.mesh.requests.answer import Answer
+from gpumesh.model_names import full_name
+
+# Statuses of an answer that comes from no model: the servers could not be reached, or could not take the request. A
+# model that takes the place of another may then do better. Not 500: the request itself may make servers fail.
+FALLBACK_STATUSES = (502, 503)
+_decode_object = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+_encode = msgspec.json.Encoder().encode
+
+
+class _ClientBody(msgspec.Struct, frozen=True, gc=False):
+    """The body of a request as the client has sent it. ``model`` is the name that stands in it, if any."""
+
+    data: bytes
+    members: Members
+    model: str | None
+
+
+class ModelForwarder:
+    """Forwards requests to the routes of ``MODEL_ROUTES``."""
+
+    def __init__(self, mesh: Mesh, client_names: ClientNames) -> None:
+        self._mesh = mesh
+        self._spec = mesh.topology.gateway
+        self._rules = mesh.model_rules
+        self._client_names = client_names
+
+    async def forward(self, request: Request, record: RequestRecord, route: ModelRoute) -> Response | StreamingResponse:
+        """Forwards the request to a node that has its model. If no node can serve the model, tries its fallbacks.
+        Raises GPUMeshError before the first byte to the client, and BadRequest if the client's key forbids the
+        request."""
+        data = request.take_body()
+        if data is None:  # it has not come as a whole yet, or is packed
+            data = await request.read_body()
+        members = read_small_members(data) or await read_members(data, request)  # most bodies are small: no await
+        body = _ClientBody(data, members, read_model(route, members))
+        demand = self._read_demand(request, route, body)
+        if self._rules.specs:
+            return await self._forward_by_rules(request, record, route, body, demand)
+        # Nearly every mesh: no aliases, no other contexts, no fallbacks.
+        new_data = await self._render_body(request, body, demand)
+        del data, members, body  # a body that was written anew need not stay in memory
+        return await self._send(request, record, route, demand, new_data)
+
+    async def _forward_by_rules(
+        self, request: Request, record: RequestRecord, route: ModelRoute, body: _ClientBody, client_demand: Demand
+    ) -> Response | StreamingResponse:
+        """Does the work of ``forward`` for a mesh with rules for models. ``client_demand`` is what the client asks for,
+        before any rule."""
+        assert client_demand.model is not None, "a demand without a model, which read_demand should have refused"
+        models = [self._rules.name_in_mesh(client_demand.model), *self._find_fallbacks(request, client_demand)]
+        first_error: NoNodeError | None = None
+        reserves_copy = False
+        for model in models:
+            is_last = model == models[-1]
+            demand = self._demand_for(client_demand, model)
+            new_data = await self._render_body(request, body, demand)
+            if new_data is not body.data and len(body.data) > COPY_BYTES and not reserves_copy:
+                request.reserve_memory(len(body.data))  # the client's body stays in memory beside the new one
+                reserves_copy = True
+            try:
+                reply = await self._send(request, record, route, demand, new_data, asked_model=body.model)
+            except NoNodeError as error:  # also ModelMissing
+                first_error = first_error or error
+                if is_last:
+                    raise first_error from None
+                continue
+            # A stream has been sent already, so only a whole reply can be replaced.
+            may_be_replaced = isinstance(reply, Response) and reply.status in FALLBACK_STATUSES
+            if is_last or not may_be_replaced:
+                return reply
+        raise AssertionError("the loop returns or raises for the last model")
+
+    def _read_demand(self, request: Request, route: ModelRoute, body: _ClientBody) -> Demand:
+        """The demand of the request, before any rule for models. Raises BadRequest if the client's key forbids it."""
+        headers, key, path = request.headers, request.key, request.path
+        default_priority = self._spec.route_priority.get(path, Priority.NORMAL)
+        if key is not None and key.priority is not None:  # who asks is more particular than what is asked for
+            default_priority = key.priority
+        demand = read_demand(
+            route,
+            headers,
+            body.members,
+            size=len(body.data),
+            model=body.model or self._spec.default_model,
+            node=read_node(headers, self._mesh.topology),
+            request_id=request.id,
+            path=path,
+            client=self._client_names.name_client(key, headers, request.client_address),
+            default_priority=default_priority,
+            nodes=None if key is None else key.nodes,
+        )
+        if key is not None and key.is_limited:
+            key.require_node(demand.node)
+            assert demand.model is not None, "a demand without a model, which read_demand should have refused"
+            key.require_model(demand.model, self._rules.identity(demand.model))
+        return demand
+
+    def _find_fallbacks(self, request: Request, demand: Demand) -> list[str]:
+        """The models that may take the place of the demanded one, in order, as far as the client's key allows them."""
+        key = request.key
+        models = self._rules.fallbacks(demand.model)
+        return [model for model in models if key is None or key.allows_model(self._rules.identity(model))]
+
+    def _demand_for(self, client_demand: Demand, model: str) -> Demand:
+        """The demand with this model, which is the demanded one or a fallback, with its nodes and its context."""
+        residency = client_demand.residency
+        if residency is not None:
+            context = residency.context
+            if context is not None:
+                context = self._rules.round_context(model, context)
+            residency = residency._replace(model=full_name(model), context=context)
+        return self._rules.apply(replace(client_demand, model=model, residency=residency))
+
+    async def _render_body(self, request: Request, body: _ClientBody, demand: Demand) -> bytes:
+        """The body for the nodes: the client's own, unless the demand has another model or another context, or a server
+        could misread a name of it."""
+        members, model = body.members, demand.model
+        assert model is not None, "a demand without a model, which read_demand should have refused"
+        values: dict[str, str | bytes] = {}
+        if body.model is None or self._rules.has_other_name(body.model, model):
+            values["model"] = model
+        if self._rules.specs:
+            options = self._change_options(members, demand)
+            if options is not None:
+                values["options"] = options
+        if not values and members.has_common_spelling:
+            return body.data
+        return await rewrite_body(body.data, members, request, **values)
+
+    def _change_options(self, members: Members, demand: Demand) -> bytes | None:
+        """The member ``options`` with the context of the demand, as JSON; ``None`` if it has this context already."""
+        raw_options, residency = members.known.get("options"), demand.residency
+        if raw_options is None or residency is None or residency.context in (None, read_options(raw_options).context):
+            return None
+        return _encode({**_decode_object(raw_options), "num_ctx": residency.context})
+
+    def _send(
+        self,
+        request: Request,
+        record: RequestRecord,
+        route: ModelRoute,
+        demand: Demand,
+        body: bytes,
+        *,
+        asked_model: str | None = None,
+    ) -> Awaitable[Response | StreamingResponse]:
+        """Sends the request with this body. ``asked_model`` is the name that the client used; if another model answers,
+        or the same under another name, the answer tells which."""
+        record.demand = demand
+        on_answer = record.note_answer
+        if asked_model is not None and demand.model is not None and full_name(asked_model) != full_name(demand.model):
+            on_answer = partial(_note_model, record, demand.model)
+        return proxy.forward_request(
+            self._mesh,
+            request,
+            demand,
+            proxy.build_call(request, body),
+            route.api,
+            timeout_s=read_timeout(request.headers, self._spec.timeout_s),
+            on_answer=on_answer,
+            require_json=not route.needs_slot,  # facts about a model: any node that has it can give them
+        )
+
+
+def _note_model(record: RequestRecord, model: str, answer: Answer) -> None:
+    """Notes that the answer has begun, and that it comes from this model."""
+    answer.model = model
+    record.note_answer(answer)
