@@ -26,6 +26,11 @@ class ModelRules:
     def __repr__(self) -> str:
         return f"<ModelRules {len(self.specs)} models>"
 
+    @property
+    def has_aliases(self) -> bool:
+        """Whether any model has aliases."""
+        return any(spec.aliases for spec in self.specs)
+
     def find(self, model: str | None) -> ModelSpec | None:
         """The rules for a model, by its name or by an alias; ``None`` if mesh.yaml has none."""
         # Most mesh.yaml have no rules: then a request pays for one test only.
@@ -75,6 +80,24 @@ class ModelRules:
             names.append(name)
             spec = self.find(name)
         return names
+
+    def plan_models(self, demand: Demand) -> list[Demand]:
+        """The demands by which a request is served, in order: with the demanded model, and with its fallbacks. Each has
+        the nodes of its model, and its context is rounded."""
+        if demand.model is None or self.find(demand.model) is None:
+            return [demand]
+        return [self.demand_for(demand, model) for model in (demand.model, *self.fallbacks(demand.model))]
+
+    def demand_for(self, demand: Demand, model: str) -> Demand:
+        """The demand with this model, which is the demanded one or a fallback, with its nodes and its context.
+        ``demand`` is what the client asks for, before any rule."""
+        name, residency = self.name_in_mesh(model), demand.residency
+        if residency is not None:
+            context = residency.context
+            if context is not None:
+                context = self.round_context(name, context)
+            residency = residency._replace(model=full_name(name), context=context)
+        return self.apply(replace(demand, model=name, residency=residency))
 
     # -- the names that servers use ------------------------------------------------------------------------------
 

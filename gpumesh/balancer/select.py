@@ -76,7 +76,10 @@ def is_model_broken(candidate: Candidate, model: str | None) -> bool:
 def suits_demand(candidate: Candidate, demand: Demand) -> bool:
     """Whether the node could serve the demand if nothing were broken there: the demand allows the node, its server is of
     a demanded kind, and it has the model."""
-    return allows_node(demand, candidate.name) and candidate.kind in demand.kinds and has_model(candidate, demand.model)
+    # ``allows_node``, written out: this is asked for each node.
+    name = candidate.name
+    is_allowed = (demand.node is None or name == demand.node) and (demand.nodes is None or name in demand.nodes)
+    return is_allowed and candidate.kind in demand.kinds and has_model(candidate, demand.model)
 
 
 def allows_node(demand: Demand, name: str) -> bool:

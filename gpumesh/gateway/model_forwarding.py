@@ -9,7 +9,6 @@ from collections.abc import Awaitable
 from functools import partial
 
 import msgspec
-from msgspec.structs import replace
 
 from gpumesh.balancer.base import Demand, Priority
 from gpumesh.errors import NoNodeError
@@ -62,22 +61,21 @@ class ModelForwarder:
         if self._rules.specs:
             return await self._forward_by_rules(request, record, route, body, demand)
         # Nearly every mesh: no aliases, no other contexts, no fallbacks.
-        new_data = await self._render_body(request, body, demand)
-        del data, members, body  # a body that was written anew need not stay in memory
-        return await self._send(request, record, route, demand, new_data)
+        if body.model is None or not members.has_common_spelling:
+            data = await self._render_body(request, body, demand)
+        del members, body  # a body that was written anew need not stay in memory
+        return await self._send(request, record, route, demand, data)
 
     async def _forward_by_rules(
         self, request: Request, record: RequestRecord, route: ModelRoute, body: _ClientBody, client_demand: Demand
     ) -> Response | StreamingResponse:
         """Does the work of ``forward`` for a mesh with rules for models. ``client_demand`` is what the client asks for,
         before any rule."""
-        assert client_demand.model is not None, "a demand without a model, which read_demand should have refused"
-        models = [self._rules.name_in_mesh(client_demand.model), *self._find_fallbacks(request, client_demand)]
+        demands = [demand for demand in self._rules.plan_models(client_demand) if self._may_use(request, demand)]
         first_error: NoNodeError | None = None
         reserves_copy = False
-        for model in models:
-            is_last = model == models[-1]
-            demand = self._demand_for(client_demand, model)
+        for demand in demands:
+            is_last = demand is demands[-1]
             new_data = await self._render_body(request, body, demand)
             if new_data is not body.data and len(body.data) > COPY_BYTES and not reserves_copy:
                 request.reserve_memory(len(body.data))  # the client's body stays in memory beside the new one
@@ -120,21 +118,10 @@ class ModelForwarder:
             key.require_model(demand.model, self._rules.identity(demand.model))
         return demand
 
-    def _find_fallbacks(self, request: Request, demand: Demand) -> list[str]:
-        """The models that may take the place of the demanded one, in order, as far as the client's key allows them."""
+    def _may_use(self, request: Request, demand: Demand) -> bool:
+        """Whether the client's key allows the demand's model."""
         key = request.key
-        models = self._rules.fallbacks(demand.model)
-        return [model for model in models if key is None or key.allows_model(self._rules.identity(model))]
-
-    def _demand_for(self, client_demand: Demand, model: str) -> Demand:
-        """The demand with this model, which is the demanded one or a fallback, with its nodes and its context."""
-        residency = client_demand.residency
-        if residency is not None:
-            context = residency.context
-            if context is not None:
-                context = self._rules.round_context(model, context)
-            residency = residency._replace(model=full_name(model), context=context)
-        return self._rules.apply(replace(client_demand, model=model, residency=residency))
+        return key is None or demand.model is None or key.allows_model(self._rules.identity(demand.model))
 
     async def _render_body(self, request: Request, body: _ClientBody, demand: Demand) -> bytes:
         """The body for the nodes: the client's own, unless the demand has another model or another context, or a server

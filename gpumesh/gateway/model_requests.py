@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
 
 import msgspec
 
 from gpumesh.backends import safe_json
 from gpumesh.backends.dialects import kinds_that_serve
-from gpumesh.backends.model_list import MAX_CONTEXT_TOKENS
 from gpumesh.balancer.base import Demand, Priority, ResidencyKey
+from gpumesh.balancer.load_options import LoadOptions
 from gpumesh.gateway.http.errors import BadRequest
 from gpumesh.gateway.json_members import Members, RawValue
 from gpumesh.model_names import full_name
@@ -22,7 +21,6 @@ MAX_OPTIONS_BYTES = 64 << 10  # plenty for a dozen numbers and a few stop words
 MAX_NUMBER_BYTES = 32  # of a limit of tokens as it is written; a longer value is no sensible number
 MIN_PROMPT_BYTES = 2000  # bytes of a body; the time to evaluate a shorter prompt does not matter to the balancer
 BYTES_PER_TOKEN = 4  # in English text
-MAX_OPTION_VALUE = 1 << 31  # of an option of a load, such as a number of layers
 MAX_TIMEOUT_S = 86400.0  # a day
 OLLAMA_ONLY = kinds_that_serve("/api/chat")
 ALL_KINDS = kinds_that_serve("/v1/chat/completions")
@@ -101,7 +99,11 @@ def read_demand(
     if model is None or not model.strip():
         raise BadRequest("model is required")
     raw_options = members.known.get("options")
-    options = NO_OPTIONS if raw_options is None else read_options(raw_options)
+    if raw_options is None:
+        options, residency = NO_OPTIONS, ResidencyKey(full_name(model))
+    else:
+        options = read_options(raw_options)
+        residency = options.residency_key(model)
     return Demand(
         model=model,
         kinds=route.kinds,
@@ -112,7 +114,7 @@ def read_demand(
         max_tokens=_read_max_tokens(members, options),
         needs_slot=route.needs_slot,
         id=request_id,
-        residency=_read_residency(model, options) if route.needs_slot else None,
+        residency=residency if route.needs_slot else None,
         client=client,
         route=path,
         nodes=nodes,
@@ -129,31 +131,11 @@ def read_model(route: ModelRoute, members: Members) -> str | None:
     return None
 
 
-class Options(msgspec.Struct, gc=False):
-    """The part of ``options`` that the gateway reads. Ollama reads ``options`` into a map of Go. So, other than in the
-    outermost object, only this spelling of a name counts, and of two members with one name the last counts."""
-
-    num_predict: Any = None
-    num_ctx: Any = None
-    main_gpu: Any = None
-    num_batch: Any = None
-    num_gpu: Any = None
-    num_thread: Any = None
-    use_mmap: Any = None
-
-    @property
-    def context(self) -> int | None:
-        """The context in tokens that the client asks for; ``None`` if it asks for none that could be one."""
-        return safe_json.as_bounded_count(self.num_ctx, MAX_CONTEXT_TOKENS) or None
+NO_OPTIONS = LoadOptions()
+_decode_options = msgspec.json.Decoder(LoadOptions).decode
 
 
-NO_OPTIONS = Options()
-# Another value of one of these makes Ollama load the model again, as another ``num_ctx`` does. In alphabetical order.
-_RELOAD_OPTIONS = ("main_gpu", "num_batch", "num_gpu", "num_thread", "use_mmap")
-_decode_options = msgspec.json.Decoder(Options).decode
-
-
-def read_options(value: RawValue) -> Options:
+def read_options(value: RawValue) -> LoadOptions:
     """Reads the member ``options``. Returns ``NO_OPTIONS`` if it cannot be read: the server will tell the client what
     is wrong with it."""
     if len(value) > MAX_OPTIONS_BYTES:
@@ -162,22 +144,6 @@ def read_options(value: RawValue) -> Options:
         return _decode_options(value)
     except (msgspec.MsgspecError, RecursionError, ValueError):
         return NO_OPTIONS
-
-
-def _read_residency(model: str, options: Options) -> ResidencyKey:
-    """What the model must be loaded with for this request. An option that is no number and no truth value is left out:
-    the server refuses it."""
-    if options is NO_OPTIONS:
-        return ResidencyKey(full_name(model))
-    reload_options = []
-    for name in _RELOAD_OPTIONS:
-        value = getattr(options, name)
-        is_number = (
-            isinstance(value, (int, float)) and abs(value) <= MAX_OPTION_VALUE
-        )  # false for NaN; a bool is an int
-        if is_number:
-            reload_options.append((name, value))
-    return ResidencyKey(full_name(model), options.context, tuple(reload_options))
 
 
 def read_node(headers: Mapping[str, str], topology: Topology) -> str | None:
@@ -218,7 +184,7 @@ def read_timeout(headers: Mapping[str, str], default_s: float) -> float:
     raise BadRequest(f"X-GPUMesh-Timeout is a number of seconds, not {header!r}")
 
 
-def _read_max_tokens(members: Members, options: Options) -> int | None:
+def _read_max_tokens(members: Members, options: LoadOptions) -> int | None:
     """How many tokens the answer may have; ``None`` if the client sets no limit. Ollama's option comes first, then the
     members of OpenAI's and Anthropic's APIs. A value that is no number above 0 is ignored."""
     values = [options.num_predict]

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Iterable, Mapping
-from types import TracebackType
+from collections.abc import AsyncIterator, Awaitable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from types import MappingProxyType, TracebackType
 from typing import Protocol, Self
 
 from gpumesh.backends.base import ChatRequest, Chunk, FrameReader, HttpCall, ServerCounters
 from gpumesh.backends.dialects import DIALECTS
 from gpumesh.balancer.base import Demand
-from gpumesh.errors import BackendStatus, ModelMissing
+from gpumesh.errors import BackendStatus, ModelMissing, NoNodeError
 from gpumesh.mesh.requests.answer import Answer
 from gpumesh.topology import BackendKind
 
@@ -30,11 +31,12 @@ class ChatStream:
     ``node``, ``attempts`` and ``queue_ms`` are known from the first chunk on, ``counters`` after the last chunk."""
 
     def __init__(
-        self, send: SendRequest, request: ChatRequest, demand: Demand, timeout_s: float, *, resume: bool
+        self, send: SendRequest, request: ChatRequest, demands: Sequence[Demand], timeout_s: float, *, resume: bool
     ) -> None:
+        """``demands``: the demanded model, then the models that take its place if no node can serve it."""
         self._send = send
         self._request = request
-        self._demand = demand
+        self._demands = demands
         self._timeout_s = timeout_s
         self._resume = resume
         self._answer: Answer | None = None
@@ -115,8 +117,7 @@ class ChatStream:
     async def _start(self) -> None:
         """Sends the request and waits for the head of the answer. Raises the errors of ``Mesh.send``; for an answer
         with status 404 ModelMissing, and for any other error BackendStatus."""
-        calls = {kind: dialect.build_chat_call(self._request) for kind, dialect in DIALECTS.items()}
-        answer = await self._send(self._demand, calls, timeout_s=self._timeout_s, resume=self._resume)
+        answer = await self._send_to_any_model()
         dialect = DIALECTS[answer.kind]
         if answer.status >= 400:
             body = await answer.read()
@@ -126,3 +127,26 @@ class ChatStream:
             raise BackendStatus(reason, status=answer.status, body=body, node=answer.node)
         self._reader = dialect.create_reader(stream=self._request.stream)
         self._answer = answer
+
+    async def _send_to_any_model(self) -> Answer:
+        """Sends the request for the first of its models that a node can serve. Raises the errors of ``Mesh.send`` for
+        the first of them."""
+        first_error: NoNodeError | None = None
+        for demand in self._demands:
+            request = adapt_request(self._request, demand)
+            calls = {kind: dialect.build_chat_call(request) for kind, dialect in DIALECTS.items()}
+            try:
+                return await self._send(demand, calls, timeout_s=self._timeout_s, resume=self._resume)
+            except NoNodeError as error:  # also ModelMissing
+                first_error = first_error or error
+        assert first_error is not None, "a chat has at least one demand"
+        raise first_error
+
+
+def adapt_request(request: ChatRequest, demand: Demand) -> ChatRequest:
+    """The request with the model and the context of the demand."""
+    options = request.options
+    context = None if demand.residency is None else demand.residency.context
+    if context is not None and options.get("num_ctx") != context:
+        options = MappingProxyType({**options, "num_ctx": context})
+    return replace(request, model=demand.model or request.model, options=options)

@@ -23,6 +23,7 @@ from typing import Self
 from gpumesh import audit, config
 from gpumesh.backends.base import ChatRequest, HttpCall, Message
 from gpumesh.balancer.base import Candidate, Demand, Priority
+from gpumesh.balancer.load_options import read_load_options
 from gpumesh.balancer.model_rules import ModelRules
 from gpumesh.balancer.outcomes import Outcome
 from gpumesh.coordination.factory import create_coordination
@@ -110,7 +111,7 @@ class Mesh:
             clock,
             self._rng,
             self.fleet.explain_no_node,
-            server_name=self.fleet.server_name,
+            server_name=self.fleet.server_name if self.model_rules.has_aliases else None,
         )
 
     def __repr__(self) -> str:
@@ -230,10 +231,13 @@ class Mesh:
     async def wait_usable(self, model: str | None = None, *, timeout_s: float, node: str | None = None) -> str:
         """Waits until a node can serve this model, and returns the node's name.
 
-        Raises NoNodeError or ModelMissing as soon as it is known that no node will, or after ``timeout_s``.
+        A fallback of the model will do as well. Raises NoNodeError or ModelMissing as soon as it is known that no node
+        will, or after ``timeout_s``.
         """
-        demand = self.model_rules.apply(Demand(model=model, node=self.fleet.require_known(node)))
-        return await readiness.wait_usable(self.fleet, self._dispatcher, self._changes, demand, timeout_s=timeout_s)
+        demands = self.model_rules.plan_models(Demand(model=model, node=self.fleet.require_known(node)))
+        return await readiness.wait_any_usable(
+            self.fleet, self._dispatcher, self._changes, demands, timeout_s=timeout_s
+        )
 
     def candidates(self) -> tuple[Candidate, ...]:
         """All nodes, as the balancer sees them now."""
@@ -337,8 +341,15 @@ class Mesh:
         if isinstance(request, str):
             messages = (Message("user", messages),) if isinstance(messages, str) else tuple(messages)
             request = ChatRequest(request, messages)
-        demand = Demand(model=request.model, node=self.fleet.require_known(node), priority=priority, session=session)
-        return ChatStream(self.send, request, demand, timeout_s or self.topology.gateway.timeout_s, resume=resume)
+        demand = Demand(
+            model=request.model,
+            node=self.fleet.require_known(node),
+            priority=priority,
+            session=session,
+            residency=read_load_options(request.options).residency_key(request.model),
+        )
+        demands = self.model_rules.plan_models(demand)
+        return ChatStream(self.send, request, demands, timeout_s or self.topology.gateway.timeout_s, resume=resume)
 
     # -- nodes ---------------------------------------------------------------------------------------------------
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 
 from gpumesh.balancer.base import Demand
-from gpumesh.balancer.select import select_candidates
+from gpumesh.balancer.select import allows_node, select_candidates
+from gpumesh.errors import NoNodeError
 from gpumesh.mesh.change_notifier import ChangeNotifier
 from gpumesh.mesh.dispatch import GRACE_S, Dispatcher
 from gpumesh.mesh.nodes.fleet import Fleet
@@ -18,6 +20,21 @@ async def wait_first_report(fleet: Fleet, timeout_s: float) -> None:
             await asyncio.gather(*(node.wait_reported() for node in fleet))
     except TimeoutError:
         pass  # the report then shows the nodes that have answered by now
+
+
+async def wait_any_usable(
+    fleet: Fleet, dispatcher: Dispatcher, changes: ChangeNotifier, demands: Sequence[Demand], *, timeout_s: float
+) -> str:
+    """Waits until a node can serve one of these demands, of which the first is preferred, and returns the node's name.
+    Raises the error of ``wait_usable`` for the first."""
+    first_error: NoNodeError | None = None
+    for demand in demands:
+        try:
+            return await wait_usable(fleet, dispatcher, changes, demand, timeout_s=timeout_s)
+        except NoNodeError as error:  # also ModelMissing
+            first_error = first_error or error
+    assert first_error is not None, "there is at least one demand"
+    raise first_error
 
 
 async def wait_usable(
@@ -38,7 +55,7 @@ async def wait_usable(
                 candidates = selection.free or selection.busy  # a busy node can serve as soon as it has a free slot
                 if candidates:
                     return candidates[0].name
-                allowed_nodes = [node for node in fleet if demand.node in (None, node.name)]
+                allowed_nodes = [node for node in fleet if allows_node(demand, node.name)]
                 if not all(node.reported for node in allowed_nodes):
                     continue  # a node that was not probed yet may be the one
                 if not dispatcher.is_worth_waiting(demand):

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpumesh.balancer.base import Demand, Priority
+from gpumesh.balancer.base import Demand, Priority, ResidencyKey
 from gpumesh.gateway.http.errors import BadRequest
 from gpumesh.gateway.json_members import Members, read_small_members, scan_members
 from gpumesh.gateway.model_requests import (
@@ -20,6 +20,7 @@ from gpumesh.gateway.model_requests import (
     read_demand,
     read_model,
     read_node,
+    read_options,
     read_priority,
     read_timeout,
 )
@@ -145,3 +146,46 @@ def test_the_api_follows_from_the_path() -> None:
     assert find_client_api("/api/whatever") is ClientApi.OLLAMA
     assert find_client_api("/v1/whatever") is ClientApi.OPENAI
     assert find_client_api("/v1/messages") is ClientApi.ANTHROPIC
+
+
+@pytest.mark.parametrize(
+    ("options", "residency"),
+    [
+        (None, ResidencyKey("m:latest")),
+        ({}, ResidencyKey("m:latest")),
+        ({"num_ctx": 4096, "temperature": 1}, ResidencyKey("m:latest", 4096)),
+        ({"num_ctx": 4096.0}, ResidencyKey("m:latest", 4096)),
+        ({"num_ctx": 0}, ResidencyKey("m:latest")),
+        ({"num_ctx": -5}, ResidencyKey("m:latest")),
+        ({"num_ctx": 1 << 60}, ResidencyKey("m:latest")),
+        ({"num_ctx": "4096"}, ResidencyKey("m:latest")),
+        ({"num_ctx": [1]}, ResidencyKey("m:latest")),
+        (
+            {"use_mmap": False, "num_gpu": 99, "num_batch": 512, "num_thread": 8, "main_gpu": 1},
+            ResidencyKey(
+                "m:latest",
+                None,
+                (("main_gpu", 1), ("num_batch", 512), ("num_gpu", 99), ("num_thread", 8), ("use_mmap", False)),
+            ),
+        ),
+        ({"num_gpu": [], "num_batch": {}, "num_thread": "8", "main_gpu": 1e300}, ResidencyKey("m:latest")),
+    ],
+)
+def test_what_a_model_must_be_loaded_with(options: object, residency: ResidencyKey) -> None:
+    demand = demand_of(CHAT, body(model="M", options=options))
+    assert demand.residency == residency
+    assert hash(demand) == hash(demand), "whatever a client sends"
+
+
+@pytest.mark.parametrize("options", [b"[]", b'{"num_ctx": NaN}', b'{"num_ctx": 4096', b'"x"'])
+def test_options_that_cannot_be_read_are_left_to_the_server(options: bytes) -> None:
+    assert read_options(options).residency_key("m") == ResidencyKey("m:latest")
+
+
+def test_a_request_without_inference_loads_nothing() -> None:
+    assert demand_of(MODEL_ROUTES["/api/show"], body(model="m")).residency is None
+
+
+def test_the_class_of_a_request_that_asks_for_none() -> None:
+    assert read_priority({}, Priority.BATCH) is Priority.BATCH
+    assert read_priority({"x-gpumesh-priority": "interactive"}, Priority.BATCH) is Priority.INTERACTIVE

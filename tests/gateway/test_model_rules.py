@@ -12,6 +12,9 @@ from typing import Any
 import httpx
 import pytest
 
+from gpumesh.backends.base import ChatRequest, Message
+from gpumesh.balancer.base import Demand, ResidencyKey
+from gpumesh.errors import ModelMissing
 from gpumesh.gateway.app import Gateway
 from gpumesh.lab.profile import EMBEDDER, LLAMA_8B
 from gpumesh.mesh.mesh import Mesh
@@ -379,3 +382,71 @@ async def test_secrets_are_not_passed_on_nor_logged(
         status = (await fleet.client.get("/mesh/status", headers=BEARER_CHAT)).text
     assert CHAT_KEY not in caplog.text + status
     assert NIGHT_KEY not in caplog.text + status + str(hosts["b"].raw_bodies)
+
+
+# -- what the balancer decides on ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def demands(monkeypatch: pytest.MonkeyPatch) -> list[Demand]:
+    """The demands that reach the mesh, except those of probes and lists."""
+    seen: list[Demand] = []
+    send = Mesh.send
+
+    def record(mesh: Mesh, demand: Demand, *args: Any, **more: Any) -> Any:
+        seen.append(demand)
+        return send(mesh, demand, *args, **more)
+
+    monkeypatch.setattr(Mesh, "send", record)
+    return seen
+
+
+async def test_a_demand_says_what_is_loaded_for_whom_and_by_which_route(demands: list[Demand]) -> None:
+    rules = ModelSpec(MODEL, context_steps=(8192,), aliases=("assistant",), prefer=("b",))
+    async with serve(rules, hosts={"a": StandIn(MODEL), "b": StandIn(MODEL)}) as fleet:
+        body = {"model": "assistant", **CHAT, "options": {"num_ctx": 100, "num_gpu": 5}}
+        await fleet.client.post("/api/chat", json=body, headers={"X-GPUMesh-Client": "app"})
+        await fleet.client.post("/v1/chat/completions", json={"model": MODEL, **CHAT})
+    named, plain = demands
+    assert named.model == MODEL
+    assert named.residency == ResidencyKey(MODEL, 8192, (("num_gpu", 5),))
+    assert (named.client, named.route, named.preferred_nodes) == ("app", "/api/chat", frozenset({"b"}))
+    assert plain.residency == ResidencyKey(MODEL)
+    assert (plain.client, plain.route, plain.priority) == ("127.0.0.1", "/v1/chat/completions", Priority.NORMAL)
+
+
+async def test_the_class_comes_from_the_header_then_the_key_then_the_route(
+    demands: list[Demand], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with serve_keyed(monkeypatch) as (fleet, _):
+        embed = {"model": MODEL, "input": "x"}
+        await fleet.client.post("/api/embed", json=embed, headers=BEARER_CHAT)
+        await fleet.client.post("/api/embed", json=embed, headers=BEARER_CHAT | {"X-GPUMesh-Priority": "interactive"})
+        await fleet.chat(headers=BEARER_CHAT)
+        await fleet.chat(headers=BEARER_NIGHT)
+        await fleet.chat(headers=BEARER_NIGHT | {"X-GPUMesh-Client": "chat"})
+    classes = [Priority.BATCH, Priority.INTERACTIVE, Priority.NORMAL, Priority.BATCH, Priority.BATCH]
+    assert [demand.priority for demand in demands] == classes
+    assert [demand.client for demand in demands] == ["chat", "chat", "chat", "night", "night"]
+
+
+# -- chats of the library and of `gpumesh run` -----------------------------------------------------------------------
+
+
+async def test_a_chat_keeps_to_the_rules_too(demands: list[Demand]) -> None:
+    host = StandIn("assistant")
+    rules = (
+        ModelSpec(LLAMA_8B.name, aliases=("assistant", "llama"), context_steps=(4096,)),
+        ModelSpec("large", fallback="llama"),
+    )
+    async with serve(*rules, hosts={"a": host}) as fleet:
+        assert await fleet.mesh.wait_usable("large", timeout_s=5.0) == "a"
+        request = ChatRequest("large", (Message("user", "hi"),), {"num_ctx": 10})
+        async with fleet.mesh.chat(request) as stream:
+            text = "".join([chunk.text async for chunk in stream])
+        with pytest.raises(ModelMissing):
+            await fleet.mesh.wait_usable("nowhere", timeout_s=5.0)
+    assert text == "ab"
+    (body,) = host.bodies
+    assert (body["model"], body["options"]["num_ctx"]) == ("assistant", 4096)
+    assert demands[-1].residency == ResidencyKey(LLAMA_8B.name, 4096)

@@ -52,7 +52,7 @@ MIN_SERVER_RTTS = 4.0  # in round trips to the host
 class SendContext:
     """The objects that all requests of a mesh share. ``clock`` returns seconds. ``explain_no_node`` makes the error
     that explains why no node can serve a request. ``server_name`` returns the name under which a node must be asked for
-    a model; ``None`` if the name in the request will do."""
+    a model, or ``None`` if the name in the request will do. It is ``None`` itself if no model has aliases."""
 
     upstream: Upstream
     dispatcher: Dispatcher
@@ -61,7 +61,7 @@ class SendContext:
     explain_no_node: Callable[[Demand], GPUMeshError]
     strategies: ContinuationStrategies = field(default_factory=dict)
     pauses: PauseTracker = field(default_factory=PauseTracker)
-    server_name: Callable[[str, str | None], str | None] = lambda _node, _model: None
+    server_name: Callable[[str, str | None], str | None] | None = None
 
 
 class RequestDelivery:
@@ -113,7 +113,8 @@ class RequestDelivery:
             if lease is None:
                 return self._set_figures(_last_error_answer(self._failures))
             call = self._calls[lease.node.kind]
-            named_call = await self._name_model(lease, call)
+            # Most meshes have no aliases; then not even a coroutine is made.
+            named_call = call if self._context.server_name is None else await self._name_model(lease, call)
             result = await self._run_attempt(lease, named_call, partial(self._new_continuation, call))
             if isinstance(result, FailedAttempt):
                 self._record_failure(result)
@@ -213,7 +214,8 @@ class RequestDelivery:
     async def _name_model(self, lease: Lease, call: HttpCall) -> HttpCall:
         """The call with the name under which the leased node lists the model. Discards the lease and raises QueueFull
         if there is no room for a copy of the body."""
-        name = self._context.server_name(lease.node.name, self._demand.model)
+        server_name = self._context.server_name
+        name = None if server_name is None else server_name(lease.node.name, self._demand.model)
         if name is None:
             return call
         try:
