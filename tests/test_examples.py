@@ -32,6 +32,7 @@ PYTHON = sys.executable
 GPUMESH = str(Path(PYTHON).with_name("gpumesh"))
 # What stands in the variables that examples name.
 SECRETS = {"GPUMESH_API_KEY": "k-0123456789", "VLLM_API_KEY": "k-abcdef", "RUNPOD_API_KEY": "rp-0123456789"}
+SECRETS |= {"CHAT_KEY": "c-0123456789", "NIGHT_KEY": "n-0123456789"}
 
 
 def script(name: str) -> ModuleType:
@@ -63,7 +64,7 @@ async def run(*command: str, stdin: str = "", **environment: str) -> tuple[int |
 
 def test_the_topologies_that_the_documentation_names_are_there() -> None:
     names = {path.stem for path in TOPOLOGIES}
-    assert names >= {"two-hosts", "runpod", "vastai", "jump-host", "lan-gateway", "vllm"}
+    assert names >= {"two-hosts", "runpod", "vastai", "jump-host", "lan-gateway", "vllm", "two-models"}
 
 
 @pytest.fixture

@@ -64,7 +64,8 @@ class ModelForwarder:
         if body.model is None or not members.has_common_spelling:
             data = await self._render_body(request, body, demand)
         del members, body  # a body that was written anew need not stay in memory
-        return await self._send(request, record, route, demand, data)
+        timeout_s = read_timeout(request.headers, self._spec.timeout_s)
+        return await self._send(request, record, route, demand, data, timeout_s)
 
     async def _forward_by_rules(
         self, request: Request, record: RequestRecord, route: ModelRoute, body: _ClientBody, client_demand: Demand
@@ -72,26 +73,30 @@ class ModelForwarder:
         """Does the work of ``forward`` for a mesh with rules for models. ``client_demand`` is what the client asks for,
         before any rule."""
         demands = [demand for demand in self._rules.plan_models(client_demand) if self._may_use(request, demand)]
-        first_error: NoNodeError | None = None
+        deadline = record.clock() + read_timeout(request.headers, self._spec.timeout_s)
+        first_failure: Response | NoNodeError | None = None
         reserves_copy = False
         for demand in demands:
-            is_last = demand is demands[-1]
-            new_data = await self._render_body(request, body, demand)
-            if new_data is not body.data and len(body.data) > COPY_BYTES and not reserves_copy:
+            data = await self._render_body(request, body, demand)
+            if data is not body.data and len(body.data) > COPY_BYTES and not reserves_copy:
                 request.reserve_memory(len(body.data))  # the client's body stays in memory beside the new one
                 reserves_copy = True
+            timeout_s = max(deadline - record.clock(), 0.0)
+            failure: Response | NoNodeError
             try:
-                reply = await self._send(request, record, route, demand, new_data, asked_model=body.model)
+                reply = await self._send(request, record, route, demand, data, timeout_s, asked_model=body.model)
             except NoNodeError as error:  # also ModelMissing
-                first_error = first_error or error
-                if is_last:
-                    raise first_error from None
-                continue
-            # A stream has been sent already, so only a whole reply can be replaced.
-            may_be_replaced = isinstance(reply, Response) and reply.status in FALLBACK_STATUSES
-            if is_last or not may_be_replaced:
-                return reply
-        raise AssertionError("the loop returns or raises for the last model")
+                failure = error
+            else:
+                # A stream has been sent already, so only a whole reply can be replaced.
+                if not isinstance(reply, Response) or reply.status not in FALLBACK_STATUSES:
+                    return reply
+                failure = reply
+            first_failure = first_failure or failure
+        assert first_failure is not None, "the model that the client asks for is among the demands"
+        if isinstance(first_failure, NoNodeError):
+            raise first_failure
+        return first_failure
 
     def _read_demand(self, request: Request, route: ModelRoute, body: _ClientBody) -> Demand:
         """The demand of the request, before any rule for models. Raises BadRequest if the client's key forbids it."""
@@ -153,6 +158,7 @@ class ModelForwarder:
         route: ModelRoute,
         demand: Demand,
         body: bytes,
+        timeout_s: float,
         *,
         asked_model: str | None = None,
     ) -> Awaitable[Response | StreamingResponse]:
@@ -168,7 +174,7 @@ class ModelForwarder:
             demand,
             proxy.build_call(request, body),
             route.api,
-            timeout_s=read_timeout(request.headers, self._spec.timeout_s),
+            timeout_s=timeout_s,
             on_answer=on_answer,
             require_json=not route.needs_slot,  # facts about a model: any node that has it can give them
         )

@@ -275,6 +275,23 @@ async def test_a_fallback_serves_what_failed_at_every_node() -> None:
     assert second.bodies[0]["options"] == {"num_ctx": 100}, "the steps are those of the other model"
 
 
+async def test_an_error_of_the_request_itself_asks_for_no_fallback() -> None:
+    host = StandIn("large", MODEL)
+    host.fails_with = 400
+    async with serve(ModelSpec("large", fallback=MODEL), hosts={"a": host}) as fleet:
+        answer = await fleet.client.post("/api/chat", json={**CHAT, "model": "large"})
+    assert (answer.status_code, asked_models(host)) == (400, ["large"])
+
+
+async def test_the_reply_is_that_of_the_first_model_if_its_fallback_is_missing() -> None:
+    host = StandIn("large")
+    host.fails_with = 502
+    async with serve(ModelSpec("large", fallback="nowhere"), hosts={"a": host}) as fleet:
+        answer = await fleet.client.post("/api/chat", json={**CHAT, "model": "large"})
+    assert answer.status_code == 502
+    assert answer.json() == {"error": "no"}
+
+
 async def test_the_error_is_that_of_the_model_that_was_asked_for() -> None:
     async with serve(ModelSpec("large", fallback="small"), hosts={"a": StandIn(MODEL)}) as fleet:
         answer = await fleet.client.post("/v1/chat/completions", json={**CHAT, "model": "large"})
