@@ -54,28 +54,27 @@ def check_models(models: Mapping[str, Any], node_names: Sequence[str]) -> Iterat
 
 def _check_names(models: Mapping[str, Any]) -> Iterator[BrokenRule]:
     """No two names, of models or aliases, mean the same model: ``llama3`` and ``LLAMA3:latest`` do."""
-    first_use: dict[str, str] = {}  # by the full name: how a person finds the name in the file
+    model_by_name: dict[str, str] = {}  # by the full name; the models' own names first
     for name in models:
-        earlier = first_use.setdefault(full_name(name), name)
+        earlier = model_by_name.setdefault(full_name(name), name)
         if earlier != name:
             yield ("models", name), f"is the same model as {quote_value(earlier)}"
+    model_by_alias: dict[str, str] = {}
     for name, value in models.items():
-        aliases = value.get("aliases") if isinstance(value, Mapping) else None
-        for path, alias in _entries(aliases, ("models", name, "aliases")):
-            earlier = first_use.setdefault(full_name(alias), f"alias of {name}")
-            if earlier == name:
+        for path, alias in _entries(_aliases(value), ("models", name, "aliases")):
+            full_alias = full_name(alias)
+            if full_alias in model_by_alias:
+                yield path, f"{quote_value(alias)} is an alias of {model_by_alias[full_alias]} already"
+            elif model_by_name.get(full_alias) == name:
                 yield path, f"{quote_value(alias)} is the model's own name"
-            elif earlier in models:
+            elif full_alias in model_by_name:
                 yield path, f"{quote_value(alias)} is another model of this file"
-            elif earlier != f"alias of {name}" or _is_repeated(aliases, path, alias):
-                yield path, f"{quote_value(alias)} is an {earlier} already"
+            model_by_alias.setdefault(full_alias, name)
 
 
-def _is_repeated(aliases: Any, path: KeyPath, alias: str) -> bool:
-    """Whether the same alias stands before ``path`` in this list."""
-    index = path[-1]
-    earlier = aliases[:index] if isinstance(aliases, list) and isinstance(index, int) else []
-    return full_name(alias) in {full_name(text) for text in _texts(earlier)}
+def _aliases(model: Any) -> Any:
+    """The aliases in the section of a model, of whatever type; ``None`` if it has none."""
+    return model.get("aliases") if isinstance(model, Mapping) else None
 
 
 def check_node_names(nodes: Any, node_names: Sequence[str], path: KeyPath) -> Iterator[BrokenRule]:
@@ -132,29 +131,37 @@ def _check_context_steps(steps: Any, path: KeyPath) -> Iterator[BrokenRule]:
 
 def _check_fallbacks(models: Mapping[str, Any]) -> Iterator[BrokenRule]:
     """No model falls back to itself, also not by way of others."""
-    model_by_name = {full_name(name): name for name in models}
-    for name, value in models.items():
-        aliases = value.get("aliases") if isinstance(value, Mapping) else None
-        for _, alias in _entries(aliases, ()):
-            model_by_name.setdefault(full_name(alias), name)
-
-    def find_fallback(name: str) -> str | None:
-        """The model of this file to which the model falls back; ``None`` if there is none."""
-        value = models[name]
-        fallback = value.get("fallback") if isinstance(value, Mapping) else None
-        return model_by_name.get(full_name(fallback)) if isinstance(fallback, str) else None
-
-    reported: set[str] = set()  # the models of circles that were reported
+    model_by_name: dict[str, str] = {}
     for name in models:
-        circle = [name]
-        while (following := find_fallback(circle[-1])) is not None and following not in circle:
-            circle.append(following)
-        if following == name and name not in reported:
-            reported.update(circle)
-            if len(circle) == 1:
-                yield ("models", name, "fallback"), "is the model itself"
-            else:
-                yield ("models", name, "fallback"), f"falls back in a circle: {' → '.join([*circle, name])[:300]}"
+        model_by_name.setdefault(full_name(name), name)
+    for name, value in models.items():
+        for _, alias in _entries(_aliases(value), ()):
+            model_by_name.setdefault(full_name(alias), name)
+    fallback_of: dict[str, str] = {}  # only for fallbacks that this file has rules for
+    for name, value in models.items():
+        fallback = value.get("fallback") if isinstance(value, Mapping) else None
+        if isinstance(fallback, str) and full_name(fallback) in model_by_name:
+            fallback_of[name] = model_by_name[full_name(fallback)]
+    checked: set[str] = set()
+    for start in models:
+        chain: dict[str, None] = {}  # keeps the order
+        model: str | None = start
+        while model is not None and model not in checked and model not in chain:
+            chain[model] = None
+            model = fallback_of.get(model)
+        if model is not None and model in chain:
+            names = list(chain)
+            yield _circle_of_fallbacks(names[names.index(model) :])
+        checked.update(chain)
+
+
+def _circle_of_fallbacks(circle: list[str]) -> BrokenRule:
+    """The broken rule for models of which each falls back to the next, and the last to the first."""
+    first = circle[0]
+    path = ("models", first, "fallback")
+    if len(circle) == 1:
+        return path, "is the model itself"
+    return path, f"falls back in a circle: {' → '.join([*circle, first])[:300]}"
 
 
 def check_keys(keys: Any, api_key_env: Any, node_names: Sequence[str]) -> Iterator[BrokenRule]:

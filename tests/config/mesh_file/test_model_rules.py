@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 
 import pytest
 
@@ -180,3 +181,14 @@ def test_problems_of_routes() -> None:
 
 def test_a_class_can_be_set_for_each_route_that_waits() -> None:
     assert set(QUEUED_ROUTES) == {path for path, route in MODEL_ROUTES.items() if route.needs_slot}
+
+
+def test_the_largest_file_is_checked_quickly() -> None:
+    """It takes a second if each model, alias and node is looked at once, and minutes if all pairs are."""
+    chain = "".join(f"  m{n}: {{fallback: m{n + 1}}}\n" for n in range(3000))
+    aliases = ", ".join(f"a{n}" for n in range(5000))
+    names = ", ".join(["local"] * 1000)
+    text = f"{NODES}models:\n{chain}  x: {{aliases: [{aliases}]}}\n  y: {{nodes: [{names}]}}\n"
+    began = time.process_time()
+    assert len(problems(text)) == 100 + 1, "only the repeated nodes are problems, of which some are shown"
+    assert time.process_time() - began < 20
