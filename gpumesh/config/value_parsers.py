@@ -6,6 +6,7 @@ the value: a user may have written a secret in the wrong place.
 
 from __future__ import annotations
 
+import hashlib
 import ipaddress
 import re
 import shlex
@@ -24,6 +25,8 @@ _PATH = re.compile(r"[A-Za-z0-9._~!$&'()*+,;=:@%/-]*")
 _SHELL_CHARACTERS = re.compile(r"""['"`;&<>|(){}]|\\$""")
 _USER = re.compile(r"[^\s\x00-\x20\x7f-\x9f,-][^\s\x00-\x20\x7f-\x9f,]{0,127}")
 _SCHEME_PORTS = {"http": 80, "https": 443}
+# The SHA-256 of an empty text and of an empty line, as the shell makes them from a variable that is not set.
+_HASHES_OF_NOTHING = frozenset(hashlib.sha256(text).hexdigest() for text in (b"", b"\n"))
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"
 SHA256_PATTERN = r"^[0-9A-Fa-f]{64}$"
 DURATION_PATTERN = r"^\d+(\.\d+)?\s*(ms|s|m|h)$"
@@ -169,6 +172,8 @@ def parse_sha256(text: str) -> str:
     """Returns a SHA-256 in hexadecimal, in lower case. A text of another form may be the key itself."""
     if not re.fullmatch(SHA256_PATTERN, text):
         raise SensitiveError("must be the SHA-256 of the key, 64 hexadecimal digits, not the key itself")
+    if text.lower() in _HASHES_OF_NOTHING:
+        raise ValueError("is the hash of an empty text: the variable with the key was not set")
     return text.lower()
 
 

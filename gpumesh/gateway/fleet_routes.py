@@ -114,8 +114,7 @@ class FleetRoutes:
             for _ in merged.add_body(body):
                 await asyncio.sleep(0)  # a list of thousands must not hold up the streams of other clients
         if aliases:
-            for spec in rules.specs:
-                merged.add_names((spec.name, *spec.aliases))
+            merged.add_names((spec.name, *spec.aliases) for spec in rules.specs)
         if key is not None and key.models is not None:
             merged.keep(lambda name: key.allows_model(rules.identity(name)))
         return json_response(merged.render())

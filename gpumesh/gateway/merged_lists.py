@@ -114,19 +114,19 @@ class MergedList:
             return _MIN_TIME, ""
         return time, text or ""
 
-    def add_names(self, names: Sequence[str]) -> None:
-        """Adds an entry for each of these names of one model, if the list has an entry for any of them. The new entries
-        are copies of the first of those entries."""
-        entries_by_name = {
-            full_name(entry[self._format.names[0]]): (time, entry) for time, entry in self._entries.values()
-        }
-        known = [entries_by_name[full_name(name)] for name in names if full_name(name) in entries_by_name]
-        if not known:
-            return
-        time, entry = known[0]
-        for name in names:
-            if full_name(name) not in entries_by_name:
-                self._entries[self._identify(name)] = (time, {**entry, **dict.fromkeys(self._format.names, name)})
+    def add_names(self, names_by_model: Iterable[Sequence[str]]) -> None:
+        """Lists models under all their names. ``names_by_model`` holds the names of each model: if the list has an
+        entry for one of them, the others get a copy of the first such entry."""
+        name_keys = self._format.names
+        known = {full_name(entry[name_keys[0]]): (time, entry) for time, entry in self._entries.values()}
+        for names in names_by_model:
+            first_known = next((known[full_name(name)] for name in names if full_name(name) in known), None)
+            if first_known is None:
+                continue
+            time, entry = first_known
+            for name in names:
+                if full_name(name) not in known:
+                    self._entries[self._identify(name)] = (time, {**entry, **dict.fromkeys(name_keys, name)})
 
     def keep(self, is_kept: Callable[[str], bool]) -> None:
         """Removes all entries but those whose name ``is_kept`` accepts."""

@@ -170,6 +170,13 @@ async def test_a_cut_stream_is_continued_under_the_other_name() -> None:
     assert set(asked_models(hosts["b"])) == {"assistant"}
 
 
+async def test_facts_about_a_model_under_another_name() -> None:
+    host = StandIn("assistant")
+    async with serve(LLAMA_RULES, hosts={"a": host}) as fleet:
+        answer = await fleet.client.post("/api/show", json={"name": LLAMA_ON_VLLM})
+    assert (answer.status_code, asked_models(host)) == (200, ["assistant"])
+
+
 async def test_a_long_body_with_its_name_at_the_end() -> None:
     host = StandIn("assistant")
     long = "x" * (3 << 20)

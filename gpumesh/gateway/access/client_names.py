@@ -1,4 +1,7 @@
-"""``ClientNames`` tells who sends a request, so that no client takes the share of another in the queue."""
+"""``ClientNames`` tells who sends a request, so that the queue can give each client its share.
+
+Only the name of a key's holder is proven. Clients without such a key are trusted to name themselves.
+"""
 
 from __future__ import annotations
 

@@ -151,6 +151,11 @@ def test_a_chain_that_leads_into_a_circle_is_reported_once() -> None:
             "is that of gateway.keys[0] already",
         ),
         ("[{name: a, hash: sk-hunter2}]", "gateway.keys[0].hash", "64 hexadecimal digits, not the key itself"),
+        (
+            f"[{{name: a, hash: {hashlib.sha256(b'').hexdigest()}}}]",
+            "gateway.keys[0].hash",
+            "the hash of an empty text",
+        ),
         ("[{name: a, env: sk-hunter2}]", "gateway.keys[0].env", "not the secret itself"),
         ("[{name: a, env: A, nodes: [icland]}]", "gateway.keys[0].nodes[0]", "did you mean iceland?"),
         ("[{name: a, env: A, nodes: []}]", "gateway.keys[0].nodes", "names no node"),
