@@ -1,0 +1,250 @@
+"""``FairQueue``: the requests that wait for a slot. It decides which goes next, and who may wait. Pure.
+
+- A higher class goes first. After ``GRANTS_BEFORE_SHARE`` slots that it took while a lower class waited for them, one
+  slot goes to the lower class: so a steady stream of chat does not stop a batch for ever.
+- Within a class, the client that was served least goes first (``fairness/client_counters.py``).
+- Within a client, the request that came first goes first.
+
+Times are seconds of the caller's clock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Iterator, KeysView
+from math import isfinite
+from typing import Generic, TypeVar
+
+from gpumesh.balancer.base import Priority
+from gpumesh.balancer.fairness.client_counters import ClientCounters
+from gpumesh.balancer.fairness.lane import RANKS, Lane, QueueEntry
+from gpumesh.balancer.fairness.wait_times import WaitTimes
+
+T = TypeVar("T")
+
+# So many slots go to a higher class before one goes to a lower class that waits for them. A lower class then has 1/17
+# of a busy mesh: enough that nothing waits for ever, and little enough that a chat does not feel it.
+GRANTS_BEFORE_SHARE = 16
+
+# A class may add to the queue while less than this part of it is taken. So a thousand batch requests leave room for
+# people: for a normal request the last three tenths, and of these the last tenth for interactive requests only.
+ROOM = {Priority.INTERACTIVE: 1.0, Priority.NORMAL: 0.9, Priority.BATCH: 0.7}
+
+MAX_WORK = 1e9  # the most that an entry counts in the sums of work; a greater forecast is a defect or a lie
+
+
+class FairQueue(Generic[T]):
+    """A queue of requests in classes, groups and clients. ``max_size``: how many may wait.
+
+    Entries of one group can be served by the same nodes. When a slot is free, the caller asks for the ``best`` entry
+    among the groups that could use the slot, and takes it; it may ask again without a group whose entry it would rather
+    keep waiting for another node. No operation but ``__iter__`` and ``position`` scans the queue: the cost grows with
+    the number of groups that are asked for, and with the logarithm of the number of entries.
+
+    **Why the share never costs a lone request of a higher class its slot.** The count for a lower class grows only when
+    a higher class takes a slot that the lower class waited for, and starts anew when the lower class gets a slot. In a
+    pause of the higher class, the next free slot goes to the lower class and ends the count, so no time limit is
+    needed. The count is kept by higher class: what normal requests took from a batch is no debt of interactive ones."""
+
+    def __init__(self, max_size: int) -> None:
+        self.max_size = max_size
+        self.waits = WaitTimes()  # the caller records the waits
+        self._entries: dict[int, QueueEntry[T]] = {}
+        self._next_sequence = 0
+        self._groups: dict[Hashable, dict[Priority, Lane[T]]] = {}  # without empty lanes and groups
+        self._counters = {priority: ClientCounters() for priority in Priority}
+        # For each client with waiting entries in a class: the lanes that have some of them, by group.
+        self._lanes_of_client: dict[tuple[Priority, str], dict[Hashable, Lane[T]]] = {}
+
+    def __repr__(self) -> str:
+        return f"<FairQueue {self.size} of {self.max_size} in {len(self._groups)} groups>"
+
+    # -- size and room -------------------------------------------------------------------------------------------
+
+    @property
+    def size(self) -> int:
+        return len(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, entry: QueueEntry[T]) -> bool:
+        return self._entries.get(entry.sequence) is entry
+
+    def size_of(self, group: Hashable) -> int:
+        return sum(lane.size for lane in self._groups.get(group, {}).values())
+
+    def has_room(self, priority: Priority) -> bool:
+        """Whether a request of this class may be added. Each class has room for one request in an empty queue, unless
+        ``max_size`` is 0."""
+        room = max(int(self.max_size * ROOM[priority]), min(self.max_size, 1))
+        return len(self._entries) < room
+
+    # -- change --------------------------------------------------------------------------------------------------
+
+    def add(
+        self,
+        payload: T,
+        priority: Priority,
+        queued_at: float,
+        *,
+        group: Hashable,
+        client: str = "",
+        work: float = 0.0,
+        tokens: float = 0.0,
+        bounded: bool = True,
+    ) -> QueueEntry[T]:
+        """Adds a request and returns its entry (``QueueEntry`` says what the arguments mean). Raises OverflowError when
+        its class has no room, unless ``bounded`` is false: a request that was accepted before is not refused."""
+        if bounded and not self.has_room(priority):
+            raise OverflowError(f"{len(self._entries)} requests wait already, no room for {priority.value} ones")
+        work = min(max(work, 0.0), MAX_WORK) if isfinite(work) else 0.0
+        entry = QueueEntry(payload, priority, group, client, queued_at, work, tokens, self._next_sequence)
+        self._next_sequence += 1
+        self._entries[entry.sequence] = entry
+        lane = self._groups.setdefault(group, {}).get(priority)
+        if lane is None:
+            lane = self._groups[group][priority] = Lane(RANKS[priority])
+        lanes = self._lanes_of_client.get((priority, client))
+        if lanes is None:
+            lanes = self._lanes_of_client[priority, client] = {}
+            least_competitor = lane.head_key[0] if lane.size else None
+            counter = self._counters[priority].start_waiting(client, least_competitor)
+        else:
+            counter = self._counters[priority].of(client)
+        if lane.add(entry, counter):
+            lanes[group] = lane
+        return entry
+
+    def take(self, entry: QueueEntry[T], among: Iterable[Hashable] | None = None) -> None:
+        """The entry gets a slot: removes it and charges its client its expected cost.
+
+        ``among`` are the groups that could have had this slot, as they were given to ``best``; ``None``: all groups.
+        The shares of lower classes are counted in these groups. Raises KeyError if the entry is not in the queue."""
+        if entry not in self:
+            raise KeyError(entry)
+        self._counters[entry.priority].grant(entry.client, entry.tokens)
+        self._remove(entry)
+        rank = RANKS[entry.priority]
+        for lane in self._lanes(self._groups if among is None else among):
+            if lane.rank > rank:
+                for higher_rank in range(rank, lane.rank):
+                    lane.skipped_by[higher_rank] += 1
+            elif lane.rank == rank:
+                lane.skipped_by = [0] * rank
+
+    def discard(self, entry: QueueEntry[T]) -> None:
+        """Removes the entry without a slot, if it is still in the queue."""
+        if entry in self:
+            self._remove(entry)
+
+    def _remove(self, entry: QueueEntry[T]) -> None:
+        priority, group, client = entry.priority, entry.group, entry.client
+        del self._entries[entry.sequence]
+        lanes = self._groups[group]
+        lane = lanes[priority]
+        if lane.remove(entry):
+            lanes_of_client = self._lanes_of_client[priority, client]
+            del lanes_of_client[group]
+            if not lanes_of_client:
+                del self._lanes_of_client[priority, client]
+                self._counters[priority].stop_waiting(client)
+        self._refresh_client(priority, client)
+        if not lane.size:
+            del lanes[priority]
+            if not lanes:
+                del self._groups[group]
+
+    # -- what goes next ------------------------------------------------------------------------------------------
+
+    def groups(self) -> KeysView[Hashable]:
+        """The groups with waiting requests: a view, which changes with the queue."""
+        return self._groups.keys()
+
+    def heads(self, group: Hashable) -> list[QueueEntry[T]]:
+        """For each class of this group with waiting requests the one that goes next, the highest class first."""
+        lanes = self._groups.get(group, {})
+        return [lanes[priority].head for priority in Priority if priority in lanes]
+
+    def best(self, groups: Iterable[Hashable]) -> QueueEntry[T] | None:
+        """The entry that goes next among these groups; ``None`` if nothing waits in them. Changes nothing."""
+        competing = self._lanes(groups)
+        if not competing:
+            return None
+        highest_rank = min(lane.rank for lane in competing)
+        with_share = [
+            lane
+            for lane in competing
+            if lane.rank > highest_rank and lane.skipped_by[highest_rank] >= GRANTS_BEFORE_SHARE
+        ]
+        if with_share:
+            competing = with_share
+            highest_rank = min(lane.rank for lane in competing)
+        of_class = [lane for lane in competing if lane.rank == highest_rank]
+        return min(of_class, key=_head_key).head
+
+    def _lanes(self, groups: Iterable[Hashable]) -> list[Lane[T]]:
+        """The lanes of these groups, none of them empty."""
+        return [lane for group in groups for lane in self._groups.get(group, {}).values()]
+
+    # -- what clients were served --------------------------------------------------------------------------------
+
+    def grant_unqueued(self, priority: Priority, client: str, tokens: float) -> None:
+        """A request got a slot without waiting; ``tokens`` is its expected cost in weighted tokens."""
+        self._counters[priority].grant_unqueued(client, tokens)
+        self._refresh_client(priority, client)
+
+    def charge(self, priority: Priority, client: str, tokens: float) -> None:
+        """Corrects what the client was charged for a request: its true minus its expected cost, in weighted tokens. For
+        a request that a node failed and that is added again: minus its expected cost."""
+        self._counters[priority].charge(client, tokens)
+        self._refresh_client(priority, client)
+
+    def _refresh_client(self, priority: Priority, client: str) -> None:
+        """Gives the client its new place in all lanes in which it waits."""
+        counter = self._counters[priority].of(client)
+        for lane in self._lanes_of_client.get((priority, client), {}).values():
+            lane.set_counter(client, counter)
+
+    # -- work that waits -----------------------------------------------------------------------------------------
+
+    def waiting_work(self, group: Hashable) -> float:
+        """The sum of the work of the waiting entries of this group, in the caller's unit."""
+        return sum(max(lane.work, 0.0) for lane in self._groups.get(group, {}).values())
+
+    def work_before(self, group: Hashable, priority: Priority) -> float:
+        """The work of the waiting entries of this group in this class and in higher ones: what a new request of this
+        class waits for at most (but for the small shares of lower classes), in the caller's unit."""
+        lanes = self._groups.get(group, {})
+        return sum(max(lane.work, 0.0) for lane in lanes.values() if lane.rank <= RANKS[priority])
+
+    # -- the order, for people -----------------------------------------------------------------------------------
+
+    def __iter__(self) -> Iterator[QueueEntry[T]]:
+        """The entries in the order in which they get slots, if each slot suits all groups and each request costs what
+        is expected. Serves a copy of the queue, so the queue may change during the iteration."""
+        copy = self._copy()
+        while (entry := copy.best(copy.groups())) is not None:
+            copy.take(entry)
+            yield entry
+
+    def position(self, entry: QueueEntry[T]) -> int:
+        """The number of requests that are served before this one. Raises ValueError if it is not in the queue."""
+        for position, other in enumerate(self):
+            if other is entry:
+                return position
+        raise ValueError("the entry is not in the queue")
+
+    def _copy(self) -> FairQueue[T]:
+        copy: FairQueue[T] = FairQueue(self.max_size)
+        copy._entries = self._entries.copy()
+        copy._counters = {priority: counters.copy() for priority, counters in self._counters.items()}
+        for group, lanes in self._groups.items():
+            copied = copy._groups[group] = {priority: lane.copy() for priority, lane in lanes.items()}
+            for priority, lane in copied.items():
+                for client in lane.clients:
+                    copy._lanes_of_client.setdefault((priority, client), {})[group] = lane
+        return copy
+
+
+def _head_key(lane: Lane[T]) -> tuple[float, float, int]:
+    return lane.head_key

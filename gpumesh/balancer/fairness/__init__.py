@@ -1,0 +1,1 @@
+"""The parts of ``FairQueue``: the order within a class and a group, the clients' counters, the usual waits. Pure."""

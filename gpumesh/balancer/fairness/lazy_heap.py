@@ -1,0 +1,64 @@
+"""``LazyHeap``: a heap whose items can be removed or get another key at any time."""
+
+from __future__ import annotations
+
+from heapq import heapify, heappop, heappush
+from typing import Generic, TypeVar
+
+KeyT = TypeVar("KeyT", bound="tuple[float, ...]")
+ItemT = TypeVar("ItemT")
+
+# The list is rebuilt when it has more than twice as many pairs as there are items, plus these. With few items the front
+# of the list is cleaned soon anyway.
+SPARE_PAIRS = 16
+
+
+class LazyHeap(Generic[KeyT, ItemT]):
+    """Hashable items, each with a key; the item with the least key is the first. No two items have equal keys.
+
+    A removed item's pair stays in the list. It is dropped when it comes to the front, or when the list is rebuilt
+    because most pairs are outdated. So each operation takes O(log n) on average."""
+
+    __slots__ = ("_current", "_heap")
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[KeyT, ItemT]] = []
+        self._current: dict[ItemT, tuple[KeyT, ItemT]] = {}  # the pairs of the list that are not outdated
+
+    def __len__(self) -> int:
+        return len(self._current)
+
+    def __contains__(self, item: ItemT) -> bool:
+        return item in self._current
+
+    def put(self, item: ItemT, key: KeyT) -> None:
+        """Adds the item, or gives it another key."""
+        current = self._current.get(item)
+        if current is not None and current[0] == key:
+            return
+        pair = self._current[item] = (key, item)
+        heappush(self._heap, pair)
+        self._rebuild_if_mostly_outdated()
+
+    def remove(self, item: ItemT) -> None:
+        """Removes the item. Raises KeyError if it is not there."""
+        del self._current[item]
+        self._rebuild_if_mostly_outdated()
+
+    def first(self) -> tuple[KeyT, ItemT]:
+        """The least key and its item. Raises IndexError if there is no item."""
+        heap, current = self._heap, self._current
+        while current.get(heap[0][1]) is not heap[0]:
+            heappop(heap)
+        return heap[0]
+
+    def copy(self) -> LazyHeap[KeyT, ItemT]:
+        copy: LazyHeap[KeyT, ItemT] = LazyHeap()
+        copy._heap = self._heap.copy()
+        copy._current = self._current.copy()
+        return copy
+
+    def _rebuild_if_mostly_outdated(self) -> None:
+        if len(self._heap) > 2 * len(self._current) + SPARE_PAIRS:
+            self._heap = list(self._current.values())
+            heapify(self._heap)
