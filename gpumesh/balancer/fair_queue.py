@@ -1,7 +1,7 @@
 """``FairQueue``: the requests that wait for a slot. It decides which goes next, and who may wait. Pure.
 
-- A higher class goes first. After ``GRANTS_BEFORE_SHARE`` slots that it took while a lower class waited for them, one
-  slot goes to the lower class: so a steady stream of chat does not stop a batch for ever.
+- A higher class goes first. After 16 slots that it took while a lower class waited for them, one slot goes to the lower
+  class (``fairness/lane.py``): so a steady stream of chat does not stop a batch for ever.
 - Within a class, the client that was served least goes first (``fairness/client_counters.py``).
 - Within a client, the request that came first goes first.
 
@@ -16,14 +16,11 @@ from typing import Generic, TypeVar
 
 from gpumesh.balancer.base import Priority
 from gpumesh.balancer.fairness.client_counters import ClientCounters
-from gpumesh.balancer.fairness.lane import RANKS, Lane, QueueEntry
+from gpumesh.balancer.fairness.lane import RANKS, Lane, QueueEntry, count_grant, next_lane
+from gpumesh.balancer.fairness.service_order import service_order
 from gpumesh.balancer.fairness.wait_times import WaitTimes
 
 T = TypeVar("T")
-
-# So many slots go to a higher class before one goes to a lower class that waits for them. A lower class then has 1/17
-# of a busy mesh: enough that nothing waits for ever, and little enough that a chat does not feel it.
-GRANTS_BEFORE_SHARE = 16
 
 # A class may add to the queue while less than this part of it is taken. So a thousand batch requests leave room for
 # people: for a normal request the last three tenths, and of these the last tenth for interactive requests only.
@@ -107,7 +104,7 @@ class FairQueue(Generic[T]):
         lanes = self._lanes_of_client.get((priority, client))
         if lanes is None:
             lanes = self._lanes_of_client[priority, client] = {}
-            least_competitor = lane.head_key[0] if lane.size else None
+            least_competitor = lane.head_key[1] if lane.size else None
             counter = self._counters[priority].start_waiting(client, least_competitor)
         else:
             counter = self._counters[priority].of(client)
@@ -122,33 +119,28 @@ class FairQueue(Generic[T]):
         The shares of lower classes are counted in these groups. Raises KeyError if the entry is not in the queue."""
         if entry not in self:
             raise KeyError(entry)
-        self._counters[entry.priority].grant(entry.client, entry.tokens)
-        self._remove(entry)
-        rank = RANKS[entry.priority]
-        for lane in self._lanes(self._groups if among is None else among):
-            if lane.rank > rank:
-                for higher_rank in range(rank, lane.rank):
-                    lane.skipped_by[higher_rank] += 1
-            elif lane.rank == rank:
-                lane.skipped_by = [0] * rank
+        counter = self._counters[entry.priority].grant(entry.client, entry.tokens)
+        self._remove(entry, counter)
+        self._refresh_client(entry.priority, entry.client, counter)
+        count_grant(self._lanes(self._groups if among is None else among), RANKS[entry.priority])
 
     def discard(self, entry: QueueEntry[T]) -> None:
         """Removes the entry without a slot, if it is still in the queue."""
         if entry in self:
-            self._remove(entry)
+            self._remove(entry, self._counters[entry.priority].of(entry.client))
 
-    def _remove(self, entry: QueueEntry[T]) -> None:
+    def _remove(self, entry: QueueEntry[T], counter: float) -> None:
+        """Removes an entry of a client with this counter."""
         priority, group, client = entry.priority, entry.group, entry.client
         del self._entries[entry.sequence]
         lanes = self._groups[group]
         lane = lanes[priority]
-        if lane.remove(entry):
+        if lane.remove(entry, counter):
             lanes_of_client = self._lanes_of_client[priority, client]
             del lanes_of_client[group]
             if not lanes_of_client:
                 del self._lanes_of_client[priority, client]
                 self._counters[priority].stop_waiting(client)
-        self._refresh_client(priority, client)
         if not lane.size:
             del lanes[priority]
             if not lanes:
@@ -167,41 +159,27 @@ class FairQueue(Generic[T]):
 
     def best(self, groups: Iterable[Hashable]) -> QueueEntry[T] | None:
         """The entry that goes next among these groups; ``None`` if nothing waits in them. Changes nothing."""
-        competing = self._lanes(groups)
-        if not competing:
-            return None
-        highest_rank = min(lane.rank for lane in competing)
-        with_share = [
-            lane
-            for lane in competing
-            if lane.rank > highest_rank and lane.skipped_by[highest_rank] >= GRANTS_BEFORE_SHARE
-        ]
-        if with_share:
-            competing = with_share
-            highest_rank = min(lane.rank for lane in competing)
-        of_class = [lane for lane in competing if lane.rank == highest_rank]
-        return min(of_class, key=_head_key).head
+        lanes = self._lanes(groups)
+        return next_lane(lanes).head if lanes else None
 
     def _lanes(self, groups: Iterable[Hashable]) -> list[Lane[T]]:
         """The lanes of these groups, none of them empty."""
-        return [lane for group in groups for lane in self._groups.get(group, {}).values()]
+        all_groups = self._groups
+        return [lane for group in groups if group in all_groups for lane in all_groups[group].values()]
 
     # -- what clients were served --------------------------------------------------------------------------------
 
     def grant_unqueued(self, priority: Priority, client: str, tokens: float) -> None:
         """A request got a slot without waiting; ``tokens`` is its expected cost in weighted tokens."""
-        self._counters[priority].grant_unqueued(client, tokens)
-        self._refresh_client(priority, client)
+        self._refresh_client(priority, client, self._counters[priority].grant_unqueued(client, tokens))
 
     def charge(self, priority: Priority, client: str, tokens: float) -> None:
         """Corrects what the client was charged for a request: its true minus its expected cost, in weighted tokens. For
         a request that a node failed and that is added again: minus its expected cost."""
-        self._counters[priority].charge(client, tokens)
-        self._refresh_client(priority, client)
+        self._refresh_client(priority, client, self._counters[priority].charge(client, tokens))
 
-    def _refresh_client(self, priority: Priority, client: str) -> None:
+    def _refresh_client(self, priority: Priority, client: str, counter: float) -> None:
         """Gives the client its new place in all lanes in which it waits."""
-        counter = self._counters[priority].of(client)
         for lane in self._lanes_of_client.get((priority, client), {}).values():
             lane.set_counter(client, counter)
 
@@ -220,12 +198,13 @@ class FairQueue(Generic[T]):
     # -- the order, for people -----------------------------------------------------------------------------------
 
     def __iter__(self) -> Iterator[QueueEntry[T]]:
-        """The entries in the order in which they get slots, if each slot suits all groups and each request costs what
-        is expected. Serves a copy of the queue, so the queue may change during the iteration."""
-        copy = self._copy()
-        while (entry := copy.best(copy.groups())) is not None:
-            copy.take(entry)
-            yield entry
+        """The entries in the order in which they get slots, as ``service_order`` forecasts it. The queue must not
+        change during the iteration."""
+        classes = []
+        for priority in Priority:
+            lanes = [lanes[priority] for lanes in self._groups.values() if priority in lanes]
+            classes.append((lanes, self._counters[priority]))
+        return service_order(classes)
 
     def position(self, entry: QueueEntry[T]) -> int:
         """The number of requests that are served before this one. Raises ValueError if it is not in the queue."""
@@ -233,18 +212,3 @@ class FairQueue(Generic[T]):
             if other is entry:
                 return position
         raise ValueError("the entry is not in the queue")
-
-    def _copy(self) -> FairQueue[T]:
-        copy: FairQueue[T] = FairQueue(self.max_size)
-        copy._entries = self._entries.copy()
-        copy._counters = {priority: counters.copy() for priority, counters in self._counters.items()}
-        for group, lanes in self._groups.items():
-            copied = copy._groups[group] = {priority: lane.copy() for priority, lane in lanes.items()}
-            for priority, lane in copied.items():
-                for client in lane.clients:
-                    copy._lanes_of_client.setdefault((priority, client), {})[group] = lane
-        return copy
-
-
-def _head_key(lane: Lane[T]) -> tuple[float, float, int]:
-    return lane.head_key

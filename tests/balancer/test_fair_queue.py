@@ -3,8 +3,9 @@ from itertools import islice
 import pytest
 
 from gpumesh.balancer.base import Priority
-from gpumesh.balancer.fair_queue import GRANTS_BEFORE_SHARE, FairQueue
+from gpumesh.balancer.fair_queue import FairQueue
 from gpumesh.balancer.fairness.client_counters import MAX_LAG, weighted_tokens
+from gpumesh.balancer.fairness.lane import GRANTS_BEFORE_SHARE
 
 INTERACTIVE, NORMAL, BATCH = Priority
 

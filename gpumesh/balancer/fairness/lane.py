@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterable
+from operator import attrgetter
 from typing import Generic, TypeVar
+
+import msgspec
 
 from gpumesh.balancer.base import Priority
 from gpumesh.balancer.fairness.lazy_heap import LazyHeap
@@ -13,9 +15,12 @@ T = TypeVar("T")
 
 RANKS = {priority: rank for rank, priority in enumerate(Priority)}  # 0: the highest class
 
+# So many slots go to a higher class before one goes to a lower class that waits for them. A lower class then has 1/17
+# of a busy mesh: enough that nothing waits for ever, and little enough that a chat does not feel it.
+GRANTS_BEFORE_SHARE = 16
 
-@dataclass(frozen=True, slots=True, eq=False)
-class QueueEntry(Generic[T]):
+
+class QueueEntry(msgspec.Struct, Generic[T], frozen=True, eq=False):
     """A request in the queue. ``payload`` is the caller's own object for it.
 
     ``group`` decides which nodes can serve the request: entries with equal groups can be served by the same nodes.
@@ -37,10 +42,15 @@ class Lane(Generic[T]):
     """The waiting requests of one class and one group: for each client in the order of arrival, and the clients by
     their counters, the least first; equal counters by the arrival of the clients' first requests.
 
-    ``skipped_by[rank]`` counts the slots that went to classes of this rank or a higher class while a request of this
-    lane waited that could have had the slot, since the last slot that went to this lane's class instead."""
+    ``head`` is the entry that goes next; only an empty lane has none, and nobody keeps such a lane. ``head_key`` is its
+    place among the heads of all lanes, the least first: the rank of its class, its client's counter, its arrival, its
+    sequence. ``skipped_by[rank]`` counts the slots that classes of this rank or a higher one took although a request of
+    this lane could have had them, since the last such slot that went to this lane's class."""
 
-    __slots__ = ("_clients", "_order", "rank", "size", "skipped_by", "work")
+    __slots__ = ("_borrowed", "_clients", "_order", "head", "head_key", "rank", "size", "skipped_by", "work")
+
+    head: QueueEntry[T]
+    head_key: tuple[float, float, float, int]
 
     def __init__(self, rank: int) -> None:
         self.rank = rank
@@ -48,58 +58,91 @@ class Lane(Generic[T]):
         self.work = 0.0
         self.skipped_by = [0] * rank
         self._clients: dict[str, LazyHeap[tuple[float, int], QueueEntry[T]]] = {}
-        self._order: LazyHeap[tuple[float, float, int], str] = LazyHeap()
+        self._order: LazyHeap[tuple[float, float, float, int], str] = LazyHeap()
+        self._borrowed: set[str] = set()  # clients whose heap belongs to another lane: it is copied before a change
+
+    @classmethod
+    def merge(cls, lanes: Iterable[Lane[T]], counter_of: Callable[[str], float]) -> Lane[T]:
+        """A new lane with the entries of these lanes, which are of one class. It may be used until one of them changes,
+        because it copies as little as possible. ``counter_of`` gives a client's counter."""
+        lanes = list(lanes)
+        merged: Lane[T] = cls(lanes[0].rank)
+        for lane in lanes:
+            merged.size += lane.size
+            merged.skipped_by = [max(counts) for counts in zip(merged.skipped_by, lane.skipped_by, strict=True)]
+            for client, requests in lane._clients.items():
+                other = merged._clients.get(client)
+                merged._clients[client] = requests if other is None else LazyHeap(other.pairs() + requests.pairs())
+        merged._borrowed = set(merged._clients)
+        merged._order = LazyHeap(
+            ((merged.rank, counter_of(client), *requests.first()[0]), client)
+            for client, requests in merged._clients.items()
+        )
+        merged._find_head()
+        return merged
 
     def add(self, entry: QueueEntry[T], counter: float) -> bool:
         """Adds an entry of a client with this counter. Returns whether the client had no entry in this lane."""
-        requests = self._clients.get(entry.client)
-        is_new_client = requests is None
-        if requests is None:
-            requests = self._clients[entry.client] = LazyHeap()
-        requests.put(entry, (entry.queued_at, entry.sequence))
         self.size += 1
         self.work += entry.work
+        client = entry.client
+        requests = self._clients.get(client)
+        is_new_client = requests is None
+        if requests is None:
+            requests = self._clients[client] = LazyHeap()
+        requests.put(entry, (entry.queued_at, entry.sequence))
         if requests.first()[1] is entry:
-            self._order.put(entry.client, (counter, entry.queued_at, entry.sequence))
+            self.set_counter(client, counter)
         return is_new_client
 
-    def remove(self, entry: QueueEntry[T]) -> bool:
-        """Removes an entry. Returns whether its client has no other entry in this lane. Otherwise the caller must call
-        ``set_counter``, because the client may have another first entry now."""
-        requests = self._clients[entry.client]
-        requests.remove(entry)
+    def remove(self, entry: QueueEntry[T], counter: float) -> bool:
+        """Removes an entry of a client with this counter. Returns whether the client has no other entry in the lane."""
         self.size -= 1
         self.work -= entry.work
+        client = entry.client
+        requests = self._clients[client]
+        if client in self._borrowed:
+            self._borrowed.discard(client)
+            requests = self._clients[client] = LazyHeap(requests.pairs())
+        was_first = requests.first()[1] is entry
+        requests.remove(entry)
         if not requests:
-            del self._clients[entry.client]
-            self._order.remove(entry.client)
+            del self._clients[client]
+            self._order.remove(client)
+            if self.size:
+                self._find_head()
             return True
+        if was_first:
+            self.set_counter(client, counter)
         return False
 
     def set_counter(self, client: str, counter: float) -> None:
         """The client, which has an entry in this lane, has another counter or another first entry now."""
         queued_at, sequence = self._clients[client].first()[0]
-        self._order.put(client, (counter, queued_at, sequence))
+        self._order.put(client, (self.rank, counter, queued_at, sequence))
+        self._find_head()
 
-    @property
-    def head(self) -> QueueEntry[T]:
-        """The entry that goes next in this lane. Raises IndexError if there is none."""
-        return self._clients[self._order.first()[1]].first()[1]
+    def _find_head(self) -> None:
+        self.head_key, client = self._order.first()
+        self.head = self._clients[client].first()[1]
 
-    @property
-    def head_key(self) -> tuple[float, float, int]:
-        """The order among the heads of lanes of one class, the least first: the client's counter, the time of arrival,
-        the sequence. Raises IndexError if there is none."""
-        return self._order.first()[0]
 
-    def copy(self) -> Lane[T]:
-        copy: Lane[T] = Lane(self.rank)
-        copy.size, copy.work = self.size, self.work
-        copy.skipped_by = self.skipped_by.copy()
-        copy._clients = {client: requests.copy() for client, requests in self._clients.items()}
-        copy._order = self._order.copy()
-        return copy
+def next_lane(lanes: list[Lane[T]]) -> Lane[T]:
+    """The lane among these whose head goes next. Raises ValueError if there is no lane."""
+    first = min(lanes, key=_head_key)
+    rank = first.rank
+    with_share = [lane for lane in lanes if lane.rank > rank and lane.skipped_by[rank] >= GRANTS_BEFORE_SHARE]
+    return min(with_share, key=_head_key) if with_share else first
 
-    @property
-    def clients(self) -> list[str]:
-        return list(self._clients)
+
+def count_grant(lanes: list[Lane[T]], rank: int) -> None:
+    """A class of this rank got a slot that the heads of all these lanes could have had."""
+    for lane in lanes:
+        if lane.rank > rank:
+            for higher_rank in range(rank, lane.rank):
+                lane.skipped_by[higher_rank] += 1
+        elif lane.rank == rank:
+            lane.skipped_by = [0] * rank
+
+
+_head_key = attrgetter("head_key")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from heapq import heapify, heappop, heappush
 from typing import Generic, TypeVar
 
@@ -21,15 +22,14 @@ class LazyHeap(Generic[KeyT, ItemT]):
 
     __slots__ = ("_current", "_heap")
 
-    def __init__(self) -> None:
-        self._heap: list[tuple[KeyT, ItemT]] = []
-        self._current: dict[ItemT, tuple[KeyT, ItemT]] = {}  # the pairs of the list that are not outdated
+    def __init__(self, pairs: Iterable[tuple[KeyT, ItemT]] = ()) -> None:
+        """``pairs``: the first keys and items."""
+        self._heap = list(pairs)
+        heapify(self._heap)
+        self._current = {pair[1]: pair for pair in self._heap}  # the pairs of the list that are not outdated
 
     def __len__(self) -> int:
         return len(self._current)
-
-    def __contains__(self, item: ItemT) -> bool:
-        return item in self._current
 
     def put(self, item: ItemT, key: KeyT) -> None:
         """Adds the item, or gives it another key."""
@@ -48,17 +48,17 @@ class LazyHeap(Generic[KeyT, ItemT]):
     def first(self) -> tuple[KeyT, ItemT]:
         """The least key and its item. Raises IndexError if there is no item."""
         heap, current = self._heap, self._current
-        while current.get(heap[0][1]) is not heap[0]:
+        while True:
+            pair = heap[0]
+            if current.get(pair[1]) is pair:
+                return pair
             heappop(heap)
-        return heap[0]
 
-    def copy(self) -> LazyHeap[KeyT, ItemT]:
-        copy: LazyHeap[KeyT, ItemT] = LazyHeap()
-        copy._heap = self._heap.copy()
-        copy._current = self._current.copy()
-        return copy
+    def pairs(self) -> list[tuple[KeyT, ItemT]]:
+        """All keys and items, in no order."""
+        return list(self._current.values())
 
     def _rebuild_if_mostly_outdated(self) -> None:
         if len(self._heap) > 2 * len(self._current) + SPARE_PAIRS:
-            self._heap = list(self._current.values())
+            self._heap = self.pairs()
             heapify(self._heap)
