@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable
+from math import inf
 from operator import attrgetter
 from typing import Generic, TypeVar
 
@@ -47,16 +48,28 @@ class Lane(Generic[T]):
     sequence. ``skipped_by[rank]`` counts the slots that classes of this rank or a higher one took although a request of
     this lane could have had them, since the last such slot that went to this lane's class."""
 
-    __slots__ = ("_borrowed", "_clients", "_order", "head", "head_key", "rank", "size", "skipped_by", "work")
+    __slots__ = (
+        "_borrowed",
+        "_clients",
+        "_head_client",
+        "_order",
+        "head",
+        "head_key",
+        "rank",
+        "size",
+        "skipped_by",
+        "work",
+    )
 
     head: QueueEntry[T]
-    head_key: tuple[float, float, float, int]
 
     def __init__(self, rank: int) -> None:
         self.rank = rank
         self.size = 0
         self.work = 0.0
         self.skipped_by = [0] * rank
+        self.head_key: tuple[float, float, float, int] = (inf, inf, inf, 0)  # that of an empty lane
+        self._head_client = ""
         self._clients: dict[str, LazyHeap[tuple[float, int], QueueEntry[T]]] = {}
         self._order: LazyHeap[tuple[float, float, float, int], str] = LazyHeap()
         self._borrowed: set[str] = set()  # clients whose heap belongs to another lane: it is copied before a change
@@ -119,12 +132,14 @@ class Lane(Generic[T]):
     def set_counter(self, client: str, counter: float) -> None:
         """The client, which has an entry in this lane, has another counter or another first entry now."""
         queued_at, sequence = self._clients[client].first()[0]
-        self._order.put(client, (self.rank, counter, queued_at, sequence))
-        self._find_head()
+        key = (self.rank, counter, queued_at, sequence)
+        self._order.put(client, key)
+        if client == self._head_client or key < self.head_key:
+            self._find_head()
 
     def _find_head(self) -> None:
-        self.head_key, client = self._order.first()
-        self.head = self._clients[client].first()[1]
+        self.head_key, self._head_client = self._order.first()
+        self.head = self._clients[self._head_client].first()[1]
 
 
 def next_lane(lanes: list[Lane[T]]) -> Lane[T]:
@@ -141,7 +156,7 @@ def count_grant(lanes: list[Lane[T]], rank: int) -> None:
         if lane.rank > rank:
             for higher_rank in range(rank, lane.rank):
                 lane.skipped_by[higher_rank] += 1
-        elif lane.rank == rank:
+        elif rank and lane.rank == rank:  # the highest class has no counts
             lane.skipped_by = [0] * rank
 
 
