@@ -64,6 +64,19 @@ def test_slots_that_a_lower_class_could_not_use_count_nothing() -> None:
     assert serve(queue, 1) == ["i"]
 
 
+def test_a_share_goes_to_the_client_of_the_class_that_is_next_whatever_its_group() -> None:
+    """Only the requests of group g were skipped; the slot suits both groups, and the older request is in the other."""
+    queue: FairQueue[str] = FairQueue(1000)
+    fill(queue, "i", 50, INTERACTIVE)
+    queue.add("older", BATCH, 0.0, group="other", client="b")
+    queue.add("younger", BATCH, 1.0, group="g", client="b")
+    for _ in range(GRANTS_BEFORE_SHARE):
+        entry = queue.best(["g"])
+        assert entry is not None
+        queue.take(entry, among=["g"])
+    assert serve(queue, 2) == ["older", "i"]
+
+
 # -- clients --------------------------------------------------------------------------------------------------------
 
 

@@ -143,11 +143,17 @@ class Lane(Generic[T]):
 
 
 def next_lane(lanes: list[Lane[T]]) -> Lane[T]:
-    """The lane among these whose head goes next. Raises ValueError if there is no lane."""
+    """The lane among these whose head goes next. Raises ValueError if there is no lane.
+
+    A class has earned its share if it has earned it in one of these lanes. Any of its lanes may then get the slot, so
+    that the order among its clients stays the same."""
     first = min(lanes, key=_head_key)
     rank = first.rank
-    with_share = [lane for lane in lanes if lane.rank > rank and lane.skipped_by[rank] >= GRANTS_BEFORE_SHARE]
-    return min(with_share, key=_head_key) if with_share else first
+    with_share = [lane.rank for lane in lanes if lane.rank > rank and lane.skipped_by[rank] >= GRANTS_BEFORE_SHARE]
+    if not with_share:
+        return first
+    share_rank = min(with_share)
+    return min((lane for lane in lanes if lane.rank == share_rank), key=_head_key)
 
 
 def count_grant(lanes: list[Lane[T]], rank: int) -> None:
