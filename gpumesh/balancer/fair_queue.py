@@ -120,8 +120,8 @@ class FairQueue(Generic[T]):
         if entry not in self:
             raise KeyError(entry)
         counter = self._counters[entry.priority].grant(entry.client, entry.tokens)
-        self._remove(entry, counter)
-        self._refresh_client(entry.priority, entry.client, counter)
+        own_lane = self._remove(entry, counter)
+        self._refresh_client(entry.priority, entry.client, counter, except_lane=own_lane)
         count_grant(self._lanes(self._groups if among is None else among), RANKS[entry.priority])
 
     def discard(self, entry: QueueEntry[T]) -> None:
@@ -129,8 +129,8 @@ class FairQueue(Generic[T]):
         if entry in self:
             self._remove(entry, self._counters[entry.priority].of(entry.client))
 
-    def _remove(self, entry: QueueEntry[T], counter: float) -> None:
-        """Removes an entry of a client with this counter."""
+    def _remove(self, entry: QueueEntry[T], counter: float) -> Lane[T]:
+        """Removes an entry of a client with this counter. Returns its lane, where the client has its new place."""
         priority, group, client = entry.priority, entry.group, entry.client
         del self._entries[entry.sequence]
         lanes = self._groups[group]
@@ -145,6 +145,7 @@ class FairQueue(Generic[T]):
             del lanes[priority]
             if not lanes:
                 del self._groups[group]
+        return lane
 
     # -- what goes next ------------------------------------------------------------------------------------------
 
@@ -178,10 +179,13 @@ class FairQueue(Generic[T]):
         a request that a node failed and that is added again: minus its expected cost."""
         self._refresh_client(priority, client, self._counters[priority].charge(client, tokens))
 
-    def _refresh_client(self, priority: Priority, client: str, counter: float) -> None:
-        """Gives the client its new place in all lanes in which it waits."""
+    def _refresh_client(
+        self, priority: Priority, client: str, counter: float, *, except_lane: Lane[T] | None = None
+    ) -> None:
+        """Gives the client its new place in all lanes in which it waits, except this one."""
         for lane in self._lanes_of_client.get((priority, client), {}).values():
-            lane.set_counter(client, counter)
+            if lane is not except_lane:
+                lane.set_counter(client, counter)
 
     # -- work that waits -----------------------------------------------------------------------------------------
 

@@ -38,12 +38,14 @@ class LazyHeap(Generic[KeyT, ItemT]):
             return
         pair = self._current[item] = (key, item)
         heappush(self._heap, pair)
-        self._rebuild_if_mostly_outdated()
+        if len(self._heap) > 2 * len(self._current) + SPARE_PAIRS:
+            self._drop_outdated()
 
     def remove(self, item: ItemT) -> None:
         """Removes the item. Raises KeyError if it is not there."""
         del self._current[item]
-        self._rebuild_if_mostly_outdated()
+        if len(self._heap) > 2 * len(self._current) + SPARE_PAIRS:
+            self._drop_outdated()
 
     def first(self) -> tuple[KeyT, ItemT]:
         """The least key and its item. Raises IndexError if there is no item."""
@@ -58,7 +60,6 @@ class LazyHeap(Generic[KeyT, ItemT]):
         """All keys and items, in no order."""
         return list(self._current.values())
 
-    def _rebuild_if_mostly_outdated(self) -> None:
-        if len(self._heap) > 2 * len(self._current) + SPARE_PAIRS:
-            self._heap = self.pairs()
-            heapify(self._heap)
+    def _drop_outdated(self) -> None:
+        self._heap = self.pairs()
+        heapify(self._heap)
