@@ -175,7 +175,7 @@ async def test_rates_limit_and_load_times_are_learned_from_the_servers_counters(
     assert ledger.rates.values["qwen2.5:7b"] == pytest.approx(100.0)
     assert ledger.load_times.values["qwen2.5:7b"] == pytest.approx(0.5)
     assert ledger.learned_limit.proven == 2, "two ran together, and neither waited inside the server"
-    assert ledger.learned_limit.max_in_flight(desk.events.now) == 3, "one more is tried"
+    assert ledger.learned_limit.max_in_flight(desk.events.now) == 4, "twice as many are tried"
     assert desk.loaded == ["qwen2.5:7b"] * 2
 
 
