@@ -216,7 +216,7 @@ class SentRequest:
 class _ModelSlots:
     """The requests of one model in flight on the node, and the model's limit.
 
-    ``recent`` are the requests that were sent within the last ``SETTLE_S``. ``grown_at`` is the time at which the limit
+    ``recent`` are the requests that had been sent within ``SETTLE_S`` when the last one ended, and all since. ``grown_at`` is the time at which the limit
     grew by a first token, and ``proven_before`` the proven number before."""
 
     limit: ParallelLimit = field(default_factory=ParallelLimit)
@@ -274,10 +274,7 @@ class NodeSlots:
         slots.in_flight += 1
         self._sent += 1
         request = SentRequest(model, self._sent, now, slots.in_flight, slots.in_flight)
-        recent = slots.recent
-        recent.append(request)
-        while now - recent[0].sent_at > SETTLE_S:
-            recent.popleft()
+        slots.recent.append(request)
         slots.limit = on_sent(slots.limit, in_flight=slots.in_flight, now=now)
         return request
 
@@ -321,9 +318,12 @@ class NodeSlots:
         """Takes a request that has ended out of the counts, and corrects what was concluded while it seemed to run."""
         slots = self._models[request.model]
         slots.in_flight -= 1
-        for later in slots.recent:
-            if later.number > request.number and now - later.sent_at <= SETTLE_S:
-                later.overlapping -= 1  # this request may have left the server before the later one came there
+        while slots.recent and now - slots.recent[0].sent_at > SETTLE_S:
+            slots.recent.popleft()
+        for later in reversed(slots.recent):
+            if later.number <= request.number:
+                break
+            later.overlapping -= 1  # this request may have left the server before the later one came there
         if request.has_begun:
             slots.streaming -= 1
             if now - slots.grown_at <= END_DELAY_S and slots.limit.proven > slots.proven_before:

@@ -1,0 +1,115 @@
+"""Learns how long answers are: the mean number of tokens by client, route and model. Pure.
+
+A client's ``max_tokens`` is a cap and no forecast: most clients set it far above what they get. Answers to the same
+client on the same route with the same model are alike, so their mean is the forecast. With few answers, the forecast
+leans on what is more general: (client, route, model), then (route, model), then the route, then all answers, then
+``DEFAULT_TOKENS``.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+DEFAULT_TOKENS = 256.0
+MAX_TOKENS = 1 << 20  # a longer answer counts as one of this length
+PRIOR_ANSWERS = 3.0  # the weight of the more general mean, in answers
+MEMORY_ANSWERS = 50  # with more answers than this, old ones are gradually forgotten
+MAX_CLIENTS = 1000  # with more, the client that has not asked for the longest time is forgotten
+MAX_PER_CLIENT = 16  # pairs of route and model of one client
+MAX_ROUTES = 1000  # pairs of route and model, and routes
+MAX_KEY_CHARS = 200  # of a name that a client gives itself
+
+
+class _Mean:
+    """The mean of the lengths of answers."""
+
+    __slots__ = ("answers", "tokens")
+
+    def __init__(self) -> None:
+        self.answers = 0
+        self.tokens = 0.0
+
+    def add(self, tokens: float) -> None:
+        """Adds an answer. With ``MEMORY_ANSWERS`` answers or more, the mean moves by a fixed share."""
+        self.answers = min(self.answers + 1, MEMORY_ANSWERS)
+        self.tokens += (tokens - self.tokens) / self.answers
+
+    def shrink_towards(self, general: float) -> float:
+        """The mean, with the more general mean counting as ``PRIOR_ANSWERS`` answers."""
+        return (self.answers * self.tokens + PRIOR_ANSWERS * general) / (self.answers + PRIOR_ANSWERS)
+
+
+_Means = OrderedDict[tuple[str, str], _Mean]
+"""Means by route and model, the one that was used last at the end."""
+
+
+class ExpectedLengths:
+    """Forecasts the number of tokens of an answer. A mesh has one: lengths depend on who asks, not on the node.
+
+    ``client`` says who asks, ``route`` is the path, ``model`` the full name.
+    """
+
+    def __init__(self) -> None:
+        self._all = _Mean()
+        self._routes: _Means = OrderedDict()  # the key's model is "": the mean over all models
+        self._clients: OrderedDict[str, _Means] = OrderedDict()
+
+    def __repr__(self) -> str:
+        return f"<ExpectedLengths {self._all.tokens:.0f} tokens, {len(self._clients)} clients>"
+
+    def learn(self, client: str, route: str, model: str, tokens: int) -> None:
+        """Adds an answer of so many tokens. A negative number is ignored."""
+        if tokens < 0:
+            return
+        length = float(min(tokens, MAX_TOKENS))
+        client, route, model = client[:MAX_KEY_CHARS], route[:MAX_KEY_CHARS], model[:MAX_KEY_CHARS]
+        self._all.add(length)
+        _find_or_add(self._routes, (route, ""), MAX_ROUTES).add(length)
+        _find_or_add(self._routes, (route, model), MAX_ROUTES).add(length)
+        means = self._clients.get(client)
+        if means is None:
+            means = self._clients[client] = OrderedDict()
+            if len(self._clients) > MAX_CLIENTS:
+                self._clients.popitem(last=False)
+        else:
+            self._clients.move_to_end(client)
+        _find_or_add(means, (route, model), MAX_PER_CLIENT).add(length)
+
+    def expect(self, client: str, route: str, model: str, max_tokens: int | None = None) -> float:
+        """The expected number of tokens of an answer, at most ``max_tokens``; ``None``: the client sets no maximum."""
+        key = (route[:MAX_KEY_CHARS], model[:MAX_KEY_CHARS])
+        expected = self._all.shrink_towards(DEFAULT_TOKENS)
+        mean = self._routes.get((key[0], ""))
+        if mean is not None:
+            expected = mean.shrink_towards(expected)
+            mean = self._routes.get(key)
+            if mean is not None:
+                expected = mean.shrink_towards(expected)
+        means = self._clients.get(client[:MAX_KEY_CHARS])
+        mean = None if means is None else means.get(key)
+        if mean is not None:
+            expected = mean.shrink_towards(expected)
+        return expected if max_tokens is None or max_tokens < 0 else min(expected, float(max_tokens))
+
+
+def remaining(expected: float, done: float, max_tokens: int | None = None) -> float:
+    """How many tokens more are expected of an answer that has ``done`` tokens already, of ``expected`` in all.
+
+    An answer near or past its expected length is not about to end: it is probably one of the long ones. It is expected
+    to have half as many tokens more as it has, which is the mean residual life of a Pareto distribution with the
+    exponent 3. So the answer counts as at least 1.5 times as long as it is.
+    """
+    rest = max(expected - done, done / 2.0)
+    return rest if max_tokens is None or max_tokens < 0 else max(min(rest, max_tokens - done), 0.0)
+
+
+def _find_or_add(means: _Means, key: tuple[str, str], most: int) -> _Mean:
+    """The mean of this key, which becomes the last one used. With too many keys, the first is forgotten."""
+    mean = means.get(key)
+    if mean is None:
+        mean = means[key] = _Mean()
+        if len(means) > most:
+            means.popitem(last=False)
+    else:
+        means.move_to_end(key)
+    return mean

@@ -1,0 +1,315 @@
+"""Learns how fast a node serves each model: decoding, reading prompts, loading. Pure.
+
+Decoding rates are learned cleaned of concurrency (``rate_fits.py``). Figures that no hardware gives are ignored.
+Everything else moves what is known of this node by a bounded factor, and of no other node.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, NamedTuple, Self, TypeVar
+
+import msgspec
+
+from gpumesh.balancer.rate_fits import (
+    DEFAULT_SHARE,
+    MAX_READ_S,
+    MAX_SHARE,
+    MAX_STEP,
+    MAX_TOKEN_S,
+    MIN_READ_S,
+    MIN_TOKEN_S,
+    DecodeRate,
+    PrefillRate,
+)
+
+# Used where nothing was measured yet: about the figures of a 7B model in 4 bits on an RTX 4090.
+DEFAULT_TOKEN_S = 1 / 60  # seconds for one token of a lone stream
+DEFAULT_LOAD_S = 6.0  # to load a model into GPU memory
+PREFILL_SPEEDUP = 20.0  # prompt tokens are read about twenty times as fast as new tokens are generated
+
+# Figures outside these bounds are ignored.
+MIN_LOAD_S, MAX_LOAD_S = 0.2, 3600.0  # a shorter load_duration is no load: a model in memory reports some ms too
+MAX_TOKENS = 1 << 27
+MAX_STREAMS = 4096.0
+
+MIN_DECODED_TOKENS = 4  # an answer with fewer tokens is too short to measure the time for one
+FULL_WEIGHT_TOKENS = 32  # an answer with fewer tokens counts less
+MIN_READ_TOKENS = 16  # below it the fixed cost of a request hides the rate
+FULL_WEIGHT_READ = 2048.0  # a prompt with fewer tokens counts less
+LOAD_WEIGHT = 0.5  # of a new load time
+CLOCK_WEIGHT = 0.3  # of an answer that only our own clock has measured: the network is in its figures
+WAIT_WEIGHT = 0.3  # of a time that is longer than expected, where the request may have waited for others
+
+MAX_MODELS = 256  # of one node; with more, the model that was learned first is forgotten
+FORMAT = 1  # of ``as_dict``
+
+
+class ConcurrencyMark(NamedTuple):
+    """A reading of a ``ConcurrencyMeter``: the time in seconds, and the sum of all streams' times up to then."""
+
+    at: float
+    stream_seconds: float
+
+
+class ConcurrencyMeter:
+    """Measures how many streams run together on average. Times are in seconds of the caller's clock."""
+
+    __slots__ = ("_stream_seconds", "_updated_at", "streams")
+
+    def __init__(self) -> None:
+        self.streams = 0
+        """The number of streams that run now."""
+        self._stream_seconds = 0.0
+        self._updated_at = 0.0
+
+    def __repr__(self) -> str:
+        return f"<ConcurrencyMeter {self.streams} streams>"
+
+    def enter(self, now: float) -> None:
+        """A stream has begun."""
+        self._update(now)
+        self.streams += 1
+
+    def leave(self, now: float) -> None:
+        """A stream has ended."""
+        self._update(now)
+        self.streams = max(self.streams - 1, 0)
+
+    def mark(self, now: float) -> ConcurrencyMark:
+        """A reading, from which ``mean_since`` counts. Take it after ``enter``."""
+        self._update(now)
+        return ConcurrencyMark(self._updated_at, self._stream_seconds)
+
+    def mean_since(self, mark: ConcurrencyMark, now: float) -> float:
+        """The mean number of streams since the mark; the present number if no time has passed. Take it before
+        ``leave``."""
+        self._update(now)
+        elapsed_s = self._updated_at - mark.at
+        return (self._stream_seconds - mark.stream_seconds) / elapsed_s if elapsed_s > 0 else float(self.streams)
+
+    def _update(self, now: float) -> None:
+        if now > self._updated_at:
+            self._stream_seconds += self.streams * (now - self._updated_at)
+            self._updated_at = now
+
+
+class _StoredDecode(msgspec.Struct, forbid_unknown_fields=True):
+    """The decoding of one model as it is stored."""
+
+    token_s: Annotated[float, msgspec.Meta(ge=MIN_TOKEN_S, le=MAX_TOKEN_S)]
+    share: Annotated[float, msgspec.Meta(ge=0.0, le=MAX_SHARE)]
+
+
+_ModelName = Annotated[str, msgspec.Meta(min_length=1, max_length=400)]
+
+
+class _StoredRates(msgspec.Struct, forbid_unknown_fields=True):
+    """The document of ``as_dict``, by model."""
+
+    format: Annotated[int, msgspec.Meta(ge=FORMAT, le=FORMAT)]
+    decode: dict[_ModelName, _StoredDecode]
+    prefill: dict[_ModelName, Annotated[float, msgspec.Meta(ge=MIN_READ_S, le=MAX_READ_S)]]
+    load: dict[_ModelName, Annotated[float, msgspec.Meta(ge=MIN_LOAD_S, le=MAX_LOAD_S)]]
+
+
+class ServiceRates:
+    """How fast one node serves each model, by the model's full name.
+
+    A question about a model that was not measured on this node is answered from ``fallback``, which has learned from
+    the same model on other nodes; else from the last other model on this node; else from any model elsewhere; else by a
+    constant.
+    """
+
+    def __init__(self, fallback: ServiceRates | None = None) -> None:
+        self._fallback = fallback
+        self._decode: dict[str, DecodeRate] = {}
+        self._prefill: dict[str, PrefillRate] = {}
+        self._load: dict[str, float] = {}
+        self._last_decode: DecodeRate | None = None
+        self._last_prefill: PrefillRate | None = None
+        self._last_load: float | None = None
+
+    def __repr__(self) -> str:
+        models = (f"{model} {1 / rate.token_s:.0f} tokens/s" for model, rate in self._decode.items())
+        return f"<ServiceRates {', '.join(models) or 'nothing measured'}>"
+
+    # -- questions -----------------------------------------------------------------------------------------------
+
+    def decode_s(self, model: str, tokens: float, streams: float = 1.0) -> float:
+        """Seconds to generate so many tokens while ``streams`` streams run together, this one included."""
+        rate = self._decode.get(model) or self._find_decode(model)
+        if rate is None:
+            return tokens * DEFAULT_TOKEN_S * (1.0 + DEFAULT_SHARE * (streams - 1.0))
+        return tokens * rate.token_s * (1.0 + rate.share * (streams - 1.0))
+
+    def share(self, model: str) -> float:
+        """The share that each neighbour takes of a stream: 0.2 makes it take 1.2 times as long."""
+        rate = self._decode.get(model) or self._find_decode(model)
+        return DEFAULT_SHARE if rate is None else rate.share
+
+    def prefill_s(self, model: str, tokens: float) -> float:
+        """Seconds to read so many tokens of a prompt that are not in the server's cache."""
+        rate = self._prefill.get(model) or self._find_prefill(model)
+        if rate is None:
+            return self.decode_s(model, tokens) / PREFILL_SPEEDUP
+        return tokens * rate.token_s
+
+    def load_s(self, model: str) -> float:
+        """Seconds to load the model into memory."""
+        return self._load.get(model) or self._find_load(model) or DEFAULT_LOAD_S
+
+    def is_measured(self, model: str) -> bool:
+        """Whether this node has generated with this model."""
+        return model in self._decode
+
+    def is_slow_now(self, model: str) -> bool:
+        """Whether the node generates with this model at under half the rate of its own past."""
+        rate = self._decode.get(model)
+        return rate is not None and rate.is_slow_now()
+
+    def _find_decode(self, model: str) -> DecodeRate | None:
+        fallback = self._fallback
+        if fallback is None:
+            return self._last_decode
+        return fallback._decode.get(model) or self._last_decode or fallback._last_decode
+
+    def _find_prefill(self, model: str) -> PrefillRate | None:
+        fallback = self._fallback
+        if fallback is None:
+            return self._last_prefill
+        return fallback._prefill.get(model) or self._last_prefill or fallback._last_prefill
+
+    def _find_load(self, model: str) -> float | None:
+        fallback = self._fallback
+        if fallback is None:
+            return self._last_load
+        return fallback._load.get(model) or self._last_load or fallback._last_load
+
+    # -- learning ------------------------------------------------------------------------------------------------
+
+    def learn(
+        self,
+        model: str,
+        *,
+        tokens: int | None = None,
+        eval_s: float | None = None,
+        mean_streams: float = 1.0,
+        unread_tokens: int | None = None,
+        prompt_s: float | None = None,
+        mean_prefills: float = 1.0,
+        load_s: float | None = None,
+    ) -> None:
+        """Learns from the server's own figures for one answer; ``None`` for a figure that it did not give.
+
+        ``tokens`` of the answer took ``eval_s`` seconds, while ``mean_streams`` streams ran, this one included.
+        ``unread_tokens`` of the prompt, which were not in the server's cache, took ``prompt_s`` seconds, while
+        ``mean_prefills`` prompts were read, this one included. ``load_s`` is how long the request waited for a load.
+        """
+        self._learn_decode(model, tokens, eval_s, mean_streams, 1.0)
+        if prompt_s is not None and 1.0 <= mean_prefills <= MAX_STREAMS:
+            prompt_s /= mean_prefills  # prompts that are read at the same time share the GPU
+        self._learn_prefill(model, unread_tokens, prompt_s, 1.0)
+        self._learn_load(model, load_s)
+
+    def learn_from_clock(
+        self,
+        model: str,
+        *,
+        tokens: int | None,
+        stream_s: float | None,
+        mean_streams: float = 1.0,
+        unread_tokens: int | None = None,
+        ttft_s: float | None = None,
+    ) -> None:
+        """Learns from the gateway's own clock, for a server that gives no durations. These figures count less.
+
+        ``tokens`` of the answer came, the last one ``stream_s`` seconds after the first. ``ttft_s``: the first token
+        came so many seconds after the request was sent, less the round trip; the request may have waited meanwhile.
+        """
+        intervals = None if tokens is None else tokens - 1  # the first token came at the beginning
+        self._learn_decode(model, intervals, stream_s, mean_streams, CLOCK_WEIGHT)
+        weight = CLOCK_WEIGHT
+        if unread_tokens is not None and ttft_s is not None and ttft_s > self.prefill_s(model, unread_tokens):
+            weight *= WAIT_WEIGHT
+        self._learn_prefill(model, unread_tokens, ttft_s, weight)
+
+    def _learn_decode(
+        self, model: str, tokens: int | None, eval_s: float | None, streams: float, weight: float
+    ) -> None:
+        if tokens is None or eval_s is None or not MIN_DECODED_TOKENS <= tokens <= MAX_TOKENS:
+            return
+        token_s = eval_s / tokens
+        # Each comparison is false for NaN. A mean of slightly less than one stream comes from two clocks.
+        if not (MIN_TOKEN_S <= token_s <= MAX_TOKEN_S and 0.0 <= streams <= MAX_STREAMS):
+            return
+        neighbours = max(streams - 1.0, 0.0)
+        rate = self._decode.get(model)
+        if rate is None:
+            rate = DecodeRate(token_s / (1.0 + DEFAULT_SHARE * neighbours))
+            _add(self._decode, model, rate)
+        rate.learn(token_s, neighbours, weight * min(tokens / FULL_WEIGHT_TOKENS, 1.0))
+        self._last_decode = rate
+
+    def _learn_prefill(self, model: str, tokens: int | None, prompt_s: float | None, weight: float) -> None:
+        if tokens is None or prompt_s is None or not MIN_READ_TOKENS <= tokens <= MAX_TOKENS:
+            return
+        token_s = prompt_s / tokens
+        if not MIN_READ_S <= token_s <= MAX_READ_S:
+            return
+        rate = self._prefill.get(model)
+        if rate is None:
+            rate = PrefillRate(token_s)
+            _add(self._prefill, model, rate)
+        rate.learn(token_s, weight * min(tokens, FULL_WEIGHT_READ))
+        self._last_prefill = rate
+
+    def _learn_load(self, model: str, load_s: float | None) -> None:
+        if load_s is None or not MIN_LOAD_S <= load_s <= MAX_LOAD_S:
+            return
+        known = self._load.get(model)
+        if known is None:
+            _add(self._load, model, load_s)
+        else:
+            # The server's figure also covers the loads and answers for which this load had to wait. So a longer time
+            # counts less than a shorter one.
+            weight = LOAD_WEIGHT if load_s < known else LOAD_WEIGHT * WAIT_WEIGHT
+            self._load[model] = known + weight * (min(max(load_s, known / MAX_STEP), known * MAX_STEP) - known)
+        self._last_load = self._load[model]
+
+    # -- storing -------------------------------------------------------------------------------------------------
+
+    def as_dict(self) -> dict[str, object]:
+        """The rates in types that JSON has."""
+        return {
+            "format": FORMAT,
+            "decode": {model: {"token_s": r.token_s, "share": r.share} for model, r in self._decode.items()},
+            "prefill": {model: rate.token_s for model, rate in self._prefill.items()},
+            "load": dict(self._load),
+        }
+
+    @classmethod
+    def from_dict(cls, document: object, fallback: ServiceRates | None = None) -> Self:
+        """The rates from ``as_dict``. They count as few answers, so new answers soon outweigh them. Raises ValueError
+        for any other document."""
+        stored = msgspec.convert(document, _StoredRates)
+        rates = cls(fallback)
+        for model, decode in stored.decode.items():
+            rates._last_decode = DecodeRate.restore(decode.token_s, decode.share)
+            _add(rates._decode, model, rates._last_decode)
+        for model, token_s in stored.prefill.items():
+            rates._last_prefill = PrefillRate.restore(token_s)
+            _add(rates._prefill, model, rates._last_prefill)
+        for model, load_s in stored.load.items():
+            rates._last_load = load_s
+            _add(rates._load, model, load_s)
+        return rates
+
+
+_Value = TypeVar("_Value")
+
+
+def _add(values: dict[str, _Value], model: str, value: _Value) -> None:
+    """Adds the value of a model. With too many models, forgets the one that was added first."""
+    values[model] = value
+    if len(values) > MAX_MODELS:
+        del values[next(iter(values))]
