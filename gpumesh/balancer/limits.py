@@ -37,6 +37,7 @@ CEILING_ANSWERS = 50
 # A server that claims to run more requests together is not believed: its queue would be out of our control.
 MOST_PROVEN = 512
 MAX_MODELS = 256  # of one node; with more, the idle model that was used first is forgotten
+MAX_NAME_CHARS = 400  # of a model whose limit is stored
 # What the server does is seen later here. So when an answer ends this soon after another request was sent, or after an
 # answer has begun, the two may not have run together.
 SETTLE_S = 0.1
@@ -216,8 +217,9 @@ class SentRequest:
 class _ModelSlots:
     """The requests of one model in flight on the node, and the model's limit.
 
-    ``recent`` are the requests that had been sent within ``SETTLE_S`` when the last one ended, and all since. ``grown_at`` is the time at which the limit
-    grew by a first token, and ``proven_before`` the proven number before."""
+    ``recent`` are the requests that had been sent within ``SETTLE_S`` when the last one ended, and all that were sent
+    since. ``grown_at`` is the time at which the limit grew by a first token, and ``proven_before`` the proven number
+    before."""
 
     limit: ParallelLimit = field(default_factory=ParallelLimit)
     in_flight: int = 0
@@ -234,7 +236,7 @@ class _StoredLimit(msgspec.Struct, forbid_unknown_fields=True):
     has_been_full: bool
 
 
-_StoredLimits = dict[Annotated[str, msgspec.Meta(min_length=1, max_length=400)], _StoredLimit]
+_StoredLimits = dict[Annotated[str, msgspec.Meta(max_length=MAX_NAME_CHARS)], _StoredLimit]
 
 
 class NodeSlots:
@@ -342,11 +344,12 @@ class NodeSlots:
         return slots
 
     def as_dict(self) -> dict[str, object]:
-        """The limits in types that JSON has. Models of which nothing is known are left out."""
+        """The limits in types that JSON has. Left out are models of which nothing is known, and names of more than
+        ``MAX_NAME_CHARS``."""
         return {
             model: {"proven": slots.limit.proven, "has_been_full": slots.limit.has_been_full}
             for model, slots in self._models.items()
-            if slots.limit.proven > 1 or slots.limit.has_been_full
+            if (slots.limit.proven > 1 or slots.limit.has_been_full) and len(model) <= MAX_NAME_CHARS
         }
 
     def restore(self, document: object, *, now: float) -> None:

@@ -6,6 +6,7 @@ Everything else moves what is known of this node by a bounded factor, and of no 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, NamedTuple, Self, TypeVar
 
 import msgspec
@@ -41,6 +42,7 @@ CLOCK_WEIGHT = 0.3  # of an answer that only our own clock has measured: the net
 WAIT_WEIGHT = 0.3  # of a time that is longer than expected, where the request may have waited for others
 
 MAX_MODELS = 256  # of one node; with more, the model that was learned first is forgotten
+MAX_NAME_CHARS = 400  # of a model whose rates are stored
 FORMAT = 1  # of ``as_dict``
 
 
@@ -100,7 +102,8 @@ class _StoredDecode(msgspec.Struct, forbid_unknown_fields=True):
     share: Annotated[float, msgspec.Meta(ge=0.0, le=MAX_SHARE)]
 
 
-_ModelName = Annotated[str, msgspec.Meta(min_length=1, max_length=400)]
+_Value = TypeVar("_Value")
+_ModelName = Annotated[str, msgspec.Meta(max_length=MAX_NAME_CHARS)]
 
 
 class _StoredRates(msgspec.Struct, forbid_unknown_fields=True):
@@ -157,6 +160,11 @@ class ServiceRates:
     def load_s(self, model: str) -> float:
         """Seconds to load the model into memory."""
         return self._load.get(model) or self._find_load(model) or DEFAULT_LOAD_S
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing was measured on this node."""
+        return not (self._decode or self._prefill or self._load)
 
     def is_measured(self, model: str) -> bool:
         """Whether this node has generated with this model."""
@@ -279,33 +287,39 @@ class ServiceRates:
     # -- storing -------------------------------------------------------------------------------------------------
 
     def as_dict(self) -> dict[str, object]:
-        """The rates in types that JSON has."""
-        return {
-            "format": FORMAT,
-            "decode": {model: {"token_s": r.token_s, "share": r.share} for model, r in self._decode.items()},
-            "prefill": {model: rate.token_s for model, rate in self._prefill.items()},
-            "load": dict(self._load),
-        }
+        """The rates in types that JSON has. Models with a name of more than ``MAX_NAME_CHARS`` are left out."""
+        decode = {model: {"token_s": rate.token_s, "share": rate.share} for model, rate in _storable(self._decode)}
+        prefill = {model: rate.token_s for model, rate in _storable(self._prefill)}
+        return {"format": FORMAT, "decode": decode, "prefill": prefill, "load": dict(_storable(self._load))}
+
+    def restore(self, document: object) -> None:
+        """Takes the rates of ``as_dict`` for the models that have not been measured yet. They count as few answers, so
+        new answers soon outweigh them. Raises ValueError for any other document, and takes nothing of it then."""
+        stored = msgspec.convert(document, _StoredRates)
+        for model, decode in stored.decode.items():
+            if model not in self._decode:
+                self._last_decode = DecodeRate.restore(decode.token_s, decode.share)
+                _add(self._decode, model, self._last_decode)
+        for model, token_s in stored.prefill.items():
+            if model not in self._prefill:
+                self._last_prefill = PrefillRate.restore(token_s)
+                _add(self._prefill, model, self._last_prefill)
+        for model, load_s in stored.load.items():
+            if model not in self._load:
+                self._last_load = load_s
+                _add(self._load, model, load_s)
 
     @classmethod
     def from_dict(cls, document: object, fallback: ServiceRates | None = None) -> Self:
-        """The rates from ``as_dict``. They count as few answers, so new answers soon outweigh them. Raises ValueError
-        for any other document."""
-        stored = msgspec.convert(document, _StoredRates)
+        """The rates from ``as_dict``. Raises ValueError as ``restore`` does."""
         rates = cls(fallback)
-        for model, decode in stored.decode.items():
-            rates._last_decode = DecodeRate.restore(decode.token_s, decode.share)
-            _add(rates._decode, model, rates._last_decode)
-        for model, token_s in stored.prefill.items():
-            rates._last_prefill = PrefillRate.restore(token_s)
-            _add(rates._prefill, model, rates._last_prefill)
-        for model, load_s in stored.load.items():
-            rates._last_load = load_s
-            _add(rates._load, model, load_s)
+        rates.restore(document)
         return rates
 
 
-_Value = TypeVar("_Value")
+def _storable(values: dict[str, _Value]) -> Iterator[tuple[str, _Value]]:
+    """The models, with their values, whose names are not too long to be stored."""
+    return ((model, value) for model, value in values.items() if len(model) <= MAX_NAME_CHARS)
 
 
 def _add(values: dict[str, _Value], model: str, value: _Value) -> None:

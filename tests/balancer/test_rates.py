@@ -271,7 +271,7 @@ def test_rates_survive_being_stored() -> None:
         {"decode": {"m": {"token_s": 0.01, "share": -1.0}}},
         {"decode": {"m": {"token_s": "0.01", "share": 0.1}}},
         {"prefill": {"m": math.inf}},
-        {"prefill": {"": 0.1}},
+        {"prefill": {"m": 0.0}},
         {"load": {"m" * 500: 1.0}},
         {"load": []},
     ],
@@ -280,6 +280,20 @@ def test_a_damaged_document_is_refused(changes: dict[str, object]) -> None:
     document = {**ServiceRates().as_dict(), **changes}
     with pytest.raises(ValueError):
         ServiceRates.from_dict(document)
+
+
+def test_stored_rates_do_not_replace_what_was_measured_since() -> None:
+    stored, rates = ServiceRates(), ServiceRates()
+    assert rates.is_empty
+    figures: dict[str, Any] = {"tokens": 100, "unread_tokens": 1000, "prompt_s": 1.0}
+    for model in (MODEL, "other:latest", "", "m" * 500):
+        stored.learn(model, eval_s=1.0, load_s=3.0, **figures)
+    rates.learn(MODEL, eval_s=2.0, load_s=6.0, **figures | {"prompt_s": 2.0})
+    rates.restore(stored.as_dict())
+    assert not rates.is_empty
+    assert (rates.decode_s(MODEL, 100), rates.prefill_s(MODEL, 1000), rates.load_s(MODEL)) == (2.0, 2.0, 6.0)
+    assert (rates.decode_s("", 100), rates.prefill_s("", 1000), rates.load_s("")) == pytest.approx((1.0, 1.0, 3.0))
+    assert not rates.is_measured("m" * 500), "the name is too long to be stored"
 
 
 def test_the_models_of_a_node_are_bounded() -> None:
