@@ -49,7 +49,7 @@ class LearningNode(Protocol):
     def rates(self) -> ServiceRates: ...
 
     @property
-    def slots(self) -> NodeSlots: ...
+    def learned_slots(self) -> NodeSlots: ...
 
 
 class _LearnedHost(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -107,7 +107,7 @@ class LearnedState:
             rates, limits = msgspec.json.decode(host.rates), msgspec.json.decode(host.limits)
             node.rates.restore(rates)
             if host.server_version is not None and host.server_version == node.server_version:
-                node.slots.restore(limits, now=now)
+                node.learned_slots.restore(limits, now=now)
         except (ValueError, RecursionError) as error:
             log.warning(
                 "%s: what was learned about %r is damaged, so it is ignored: %s", self._path, node.host_key, error
@@ -145,7 +145,7 @@ class LearnedState:
         """Yields the state of each node about which something was learned. A state that has not changed since the last
         time is yielded as it was then."""
         for node in nodes:
-            key, rates, limits = node.host_key, node.rates, node.slots.as_dict()
+            key, rates, limits = node.host_key, node.rates, node.learned_slots.as_dict()
             if key is None or len(key) > MAX_KEY_CHARS or (rates.is_empty and not limits):
                 continue
             try:

@@ -7,15 +7,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpumesh.balancer.limits import (
+from gpumesh.balancer.limits import NodeSlots, ParallelLimit, SentRequest, SlotSearch, learn_limit
+from gpumesh.balancer.limits.node_slots import MAX_MODELS
+from gpumesh.balancer.limits.parallel_limit import (
     CEILING_ANSWERS,
     CEILING_S,
-    MAX_MODELS,
     MOST_PROVEN,
-    NodeSlots,
-    ParallelLimit,
-    SentRequest,
-    learn_limit,
+    UNCLEAR_TRIALS,
     on_first_token,
     on_sent,
     return_trial,
@@ -161,7 +159,7 @@ def test_at_most_one_of_50_requests_waits_once_the_number_is_known(slots: int, d
 
 
 def test_one_more_is_tried_again_only_after_a_while_and_one_at_a_time() -> None:
-    limit = ParallelLimit(proven=2, trials_left=0, has_been_full=True, ceiling_until=CEILING_S)
+    limit = ParallelLimit(proven=2, trials_left=0, search=SlotSearch.KNOWN, ceiling_until=CEILING_S)
     for _ in range(CEILING_ANSWERS - 1):
         limit = learn(limit, 0.0, concurrent=2, now=1.0)
     assert limit.max_in_flight(CEILING_S) == 2, "too few answers"
@@ -204,10 +202,51 @@ def test_the_time_of_a_load_is_no_waiting() -> None:
     limit = on_sent(ParallelLimit(), in_flight=2, now=0.0)
     assert limit.max_in_flight(1.0) == 1
     limit = learn(limit, 1500.0, concurrent=2, load_ms=4000.0, now=8.0)
-    assert (limit.proven, limit.has_been_full) == (1, False)
+    assert (limit.proven, limit.search) == (1, SlotSearch.DOUBLING)
     assert limit.max_in_flight(8.0) == 2, "the trial has shown nothing, so another one may be sent"
     assert learn(ParallelLimit(), 0.0, concurrent=2, load_ms=4000.0, now=8.0).proven == 1
     assert learn(ParallelLimit(), 0.0, concurrent=2, load_ms=30.0, now=8.0).proven == 2, "a model in memory"
+
+
+def test_streams_after_a_load_show_how_many_run_together() -> None:
+    """The requests are held until the model is in memory. Then their answers run at the same time."""
+    node, now = NodeSlots(), 0.0
+    first = [node.send(MODEL, now) for _ in range(node.max_in_flight(MODEL, now))]
+    for request in first:
+        node.begin(request, 4.1)
+    assert node.max_in_flight(MODEL, 4.1) == 4
+    for request in first:
+        node.end(request, 5.1, waited_ms=0.0, total_ms=5100.0, load_ms=4000.0)
+    assert (node.limit(MODEL).proven, node.limit(MODEL).has_been_full) == (2, False)
+
+
+def test_answers_in_one_piece_without_durations_are_no_trials() -> None:
+    node = NodeSlots()
+    for now in (0.0, 10.0, 20.0):
+        assert node.max_in_flight(MODEL, now) == 2
+        for request in [node.send(MODEL, now), node.send(MODEL, now)]:
+            node.begin(request, now + 5.0)  # all of the answer comes at its end
+            node.end(request, now + 5.001, waited_ms=None, total_ms=None, load_ms=None)
+            assert node.limit(MODEL).proven == 1
+
+
+def test_where_all_trials_are_unclear_a_known_number_stays() -> None:
+    limit = ParallelLimit(proven=8, trials_left=1, search=SlotSearch.KNOWN, ceiling_until=0.0)
+    for number in range(UNCLEAR_TRIALS):
+        assert limit.max_in_flight(float(number)) == 9
+        limit = on_sent(limit, in_flight=9, now=float(number))
+        limit = learn_limit(limit, waited_ms=5.0, total_ms=100.0, concurrent=9, overlapping=6, now=float(number) + 0.1)
+    assert limit.max_in_flight(10.0) == 8
+    assert limit.max_in_flight(CEILING_S) == 8, "until more answers have come"
+
+
+@pytest.mark.parametrize("slots", [1, 4, 8, 32])
+@pytest.mark.parametrize("streams", [True, False])
+def test_answers_of_different_lengths_show_the_number_too(slots: int, streams: bool) -> None:
+    server = Server(slots, requests=slots * 30, decode_s=2.0, streams=streams, jitter=Random(slots)).run()
+    assert server.limit.proven == slots
+    assert server.limit.search is SlotSearch.KNOWN
+    assert server.waited <= 3 * slots
 
 
 def test_a_trial_that_failed_or_was_cancelled_is_repeated() -> None:
@@ -342,7 +381,7 @@ def test_a_model_whose_name_is_too_long_is_not_stored() -> None:
     for model in ("m" * 500, ""):
         for request in [node.send(model, 0.0), node.send(model, 0.0)]:
             node.begin(request, 0.1)
-    assert node.as_dict() == {"": {"proven": 2, "has_been_full": False}}
+    assert node.as_dict() == {"": {"proven": 2, "search": "doubling"}}
 
 
 def test_a_stored_limit_does_not_replace_what_was_seen_since() -> None:
@@ -359,13 +398,13 @@ def test_a_stored_limit_does_not_replace_what_was_seen_since() -> None:
         None,
         [],
         {"m": {}},
-        {"m": {"proven": 0, "has_been_full": True}},
-        {"m": {"proven": 10**9, "has_been_full": True}},
-        {"m": {"proven": 1.5, "has_been_full": True}},
-        {"m": {"proven": True, "has_been_full": True}},
-        {"m": {"proven": 1, "has_been_full": 1}},
-        {"m": {"proven": 1, "has_been_full": True, "more": 1}},
-        {"m" * 1000: {"proven": 1, "has_been_full": True}},
+        {"m": {"proven": 0, "search": "known"}},
+        {"m": {"proven": 10**9, "search": "known"}},
+        {"m": {"proven": 1.5, "search": "known"}},
+        {"m": {"proven": True, "search": "known"}},
+        {"m": {"proven": 1, "search": "other"}},
+        {"m": {"proven": 1, "search": "known", "more": 1}},
+        {"m" * 1000: {"proven": 1, "search": "known"}},
     ],
 )
 def test_a_damaged_document_is_refused(document: object) -> None:

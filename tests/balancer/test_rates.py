@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpumesh.balancer.rate_fits import MAX_SHARE, MAX_STEP, MAX_TOKEN_S, MIN_SAMPLES_SLOW, MIN_TOKEN_S, SHARE_STEP
-from gpumesh.balancer.rates import DEFAULT_LOAD_S, MAX_MODELS, ConcurrencyMeter, ServiceRates
+from gpumesh.balancer.rates import ConcurrencyMeter, ServiceRates
+from gpumesh.balancer.rates.rate_fits import MAX_SHARE, MAX_STEP, MAX_TOKEN_S, MIN_SAMPLES_SLOW, MIN_TOKEN_S, SHARE_STEP
+from gpumesh.balancer.rates.service_rates import DEFAULT_LOAD_S, MAX_MODELS
 
 MODEL = "m:latest"
 

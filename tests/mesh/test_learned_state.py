@@ -24,17 +24,17 @@ class FakeNode:
     host_key: str | None = "ollama http://127.0.0.1:11434 GPU-1"
     server_version: str | None = "0.33.1"
     rates: ServiceRates = field(default_factory=ServiceRates)
-    slots: NodeSlots = field(default_factory=NodeSlots)
+    learned_slots: NodeSlots = field(default_factory=NodeSlots)
 
 
 def serve(node: FakeNode, token_s: float = 0.01, model: str = MODEL) -> None:
     """The node answers four streams at the same time."""
     node.rates.learn(model, tokens=100, eval_s=100 * token_s, unread_tokens=1000, prompt_s=0.5, load_s=4.0)
-    requests = [node.slots.send(model, 0.0) for _ in range(4)]
+    requests = [node.learned_slots.send(model, 0.0) for _ in range(4)]
     for request in requests:
-        node.slots.begin(request, 0.1)
+        node.learned_slots.begin(request, 0.1)
     for request in requests:
-        node.slots.end(request, 2.0, waited_ms=0.0, total_ms=2000.0, load_ms=0.0)
+        node.learned_slots.end(request, 2.0, waited_ms=0.0, total_ms=2000.0, load_ms=0.0)
 
 
 def learned_node(key: str | None = FakeNode.host_key, token_s: float = 0.01) -> FakeNode:
@@ -60,7 +60,7 @@ def test_what_was_learned_survives_a_restart(path: Path) -> None:
     assert node.rates.decode_s(MODEL, 100) == pytest.approx(1.0)
     assert node.rates.prefill_s(MODEL, 1000) == pytest.approx(0.5)
     assert node.rates.load_s(MODEL) == 4.0
-    assert node.slots.limit(MODEL).proven == 4
+    assert node.learned_slots.limit(MODEL).proven == 4
     assert path.stat().st_mode & 0o777 == 0o600
 
 
@@ -69,14 +69,14 @@ def test_limits_are_taken_only_for_the_same_version_of_the_server(path: Path) ->
     for version in ("0.34.0", None):
         node = restored(path, FakeNode(server_version=version))
         assert node.rates.is_measured(MODEL)
-        assert node.slots.limit(MODEL).proven == 1
+        assert node.learned_slots.limit(MODEL).proven == 1
 
 
 def test_a_server_of_unknown_version_has_no_stored_limits(path: Path) -> None:
     node = learned_node()
     node.server_version = None
     LearnedState(path).save([node])
-    assert restored(path, FakeNode(server_version=None)).slots.limit(MODEL).proven == 1
+    assert restored(path, FakeNode(server_version=None)).learned_slots.limit(MODEL).proven == 1
 
 
 def test_other_hosts_get_nothing(path: Path) -> None:
@@ -181,7 +181,7 @@ def test_a_damaged_file_is_ignored_and_replaced(path: Path, text: str, caplog: p
         ("{}", "{}"),
         ("5", "{}"),
         ('{"format":1,"decode":{"m":{"token_s":0,"share":0}},"prefill":{},"load":{}}', "{}"),
-        ('{"format":1,"decode":{},"prefill":{},"load":{}}', '{"m":{"proven":0,"has_been_full":true}}'),
+        ('{"format":1,"decode":{},"prefill":{},"load":{}}', '{"m":{"proven":0,"search":"known"}}'),
         ('{"format":1,"decode":{},"prefill":{},"load":{"m":1e999}}', "{}"),
     ],
 )
@@ -195,7 +195,7 @@ def test_damaged_figures_of_a_host_are_ignored(
         node = restored(path)
     assert "damaged" in caplog.text
     assert node.rates.is_empty
-    assert node.slots.as_dict() == {}
+    assert node.learned_slots.as_dict() == {}
 
 
 @given(st.binary(max_size=200), st.integers(0, 10_000))
@@ -206,7 +206,7 @@ def test_any_bytes_do_no_harm(tmp_path_factory: pytest.TempPathFactory, noise: b
     position %= len(data)
     path.write_bytes(data[:position] + noise + data[position + len(noise) :])
     node = restored(path)
-    assert 1 <= node.slots.limit(MODEL).proven <= 512
+    assert 1 <= node.learned_slots.limit(MODEL).proven <= 512
     assert 0.0 < node.rates.decode_s(MODEL, 1) <= 60.0
 
 

@@ -7,11 +7,11 @@ Everything else moves what is known of this node by a bounded factor, and of no 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, NamedTuple, Self, TypeVar
+from typing import Annotated, Self, TypeVar
 
 import msgspec
 
-from gpumesh.balancer.rate_fits import (
+from gpumesh.balancer.rates.rate_fits import (
     DEFAULT_SHARE,
     MAX_READ_S,
     MAX_SHARE,
@@ -44,55 +44,6 @@ WAIT_WEIGHT = 0.3  # of a time that is longer than expected, where the request m
 MAX_MODELS = 256  # of one node; with more, the model that was learned first is forgotten
 MAX_NAME_CHARS = 400  # of a model whose rates are stored
 FORMAT = 1  # of ``as_dict``
-
-
-class ConcurrencyMark(NamedTuple):
-    """A reading of a ``ConcurrencyMeter``: the time in seconds, and the sum of all streams' times up to then."""
-
-    at: float
-    stream_seconds: float
-
-
-class ConcurrencyMeter:
-    """Measures how many streams run together on average. Times are in seconds of the caller's clock."""
-
-    __slots__ = ("_stream_seconds", "_updated_at", "streams")
-
-    def __init__(self) -> None:
-        self.streams = 0
-        """The number of streams that run now."""
-        self._stream_seconds = 0.0
-        self._updated_at = 0.0
-
-    def __repr__(self) -> str:
-        return f"<ConcurrencyMeter {self.streams} streams>"
-
-    def enter(self, now: float) -> None:
-        """A stream has begun."""
-        self._update(now)
-        self.streams += 1
-
-    def leave(self, now: float) -> None:
-        """A stream has ended."""
-        self._update(now)
-        self.streams = max(self.streams - 1, 0)
-
-    def mark(self, now: float) -> ConcurrencyMark:
-        """A reading, from which ``mean_since`` counts. Take it after ``enter``."""
-        self._update(now)
-        return ConcurrencyMark(self._updated_at, self._stream_seconds)
-
-    def mean_since(self, mark: ConcurrencyMark, now: float) -> float:
-        """The mean number of streams since the mark; the present number if no time has passed. Take it before
-        ``leave``."""
-        self._update(now)
-        elapsed_s = self._updated_at - mark.at
-        return (self._stream_seconds - mark.stream_seconds) / elapsed_s if elapsed_s > 0 else float(self.streams)
-
-    def _update(self, now: float) -> None:
-        if now > self._updated_at:
-            self._stream_seconds += self.streams * (now - self._updated_at)
-            self._updated_at = now
 
 
 class _StoredDecode(msgspec.Struct, forbid_unknown_fields=True):

@@ -1,0 +1,197 @@
+"""Follows the requests in flight on one node, by model, and learns from them each model's limit. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import dataclass, field, replace
+from typing import Annotated
+
+import msgspec
+
+from gpumesh.balancer.limits.parallel_limit import (
+    MOST_PROVEN,
+    ParallelLimit,
+    SlotSearch,
+    count_new_trials,
+    learn_limit,
+    on_first_token,
+    on_sent,
+    return_trial,
+    set_ceiling,
+)
+
+MAX_MODELS = 256  # of one node; with more, the idle model that was used first is forgotten
+MAX_NAME_CHARS = 400  # of a model whose limit is stored
+# What the server does is seen later here. So when an answer ends this soon after another request was sent, or after an
+# answer has begun, the two may not have run together.
+SETTLE_S = 0.1
+END_DELAY_S = 0.02
+
+
+@dataclass(slots=True, eq=False)
+class SentRequest:
+    """A request in flight. Times are in seconds: ``begun_at`` is that of the first token, ``None`` before it.
+    ``concurrent`` and ``overlapping`` are as in ``learn_limit``."""
+
+    model: str
+    number: int
+    sent_at: float
+    concurrent: int
+    overlapping: int
+    begun_at: float | None = None
+
+
+@dataclass(slots=True)
+class _ModelSlots:
+    """The requests of one model in flight on the node, and the model's limit.
+
+    ``recent`` are the requests that had been sent within ``SETTLE_S`` when the last one ended, and all that were sent
+    since. ``grown_at`` is the time at which the limit grew by a first token, and ``proven_before`` the proven number
+    before."""
+
+    limit: ParallelLimit = field(default_factory=ParallelLimit)
+    in_flight: int = 0
+    streaming: int = 0
+    recent: deque[SentRequest] = field(default_factory=deque)
+    grown_at: float = -math.inf
+    proven_before: int = 1
+
+
+class _StoredLimit(msgspec.Struct, forbid_unknown_fields=True):
+    """A limit as it is stored, without the trials that were running."""
+
+    proven: Annotated[int, msgspec.Meta(ge=1, le=MOST_PROVEN)]
+    search: SlotSearch
+
+
+_StoredLimits = dict[Annotated[str, msgspec.Meta(max_length=MAX_NAME_CHARS)], _StoredLimit]
+
+
+class NodeSlots:
+    """Follows the requests in flight on one node, by the model's full name, and learns each model's limit.
+
+    Each request is sent once and ends once, by ``end`` or ``cancel``. ``now`` is in seconds of the caller's clock.
+    """
+
+    def __init__(self) -> None:
+        self._models: dict[str, _ModelSlots] = {}
+        self._sent = 0
+
+    def __repr__(self) -> str:
+        models = (f"{model} {slots.in_flight} of {slots.limit.proven}" for model, slots in self._models.items())
+        return f"<NodeSlots {', '.join(models) or 'nothing sent'}>"
+
+    def limit(self, model: str) -> ParallelLimit:
+        """The limit of this model; the first guess for a model of which nothing is known."""
+        slots = self._models.get(model)
+        return _FIRST_GUESS if slots is None else slots.limit
+
+    def in_flight(self, model: str) -> int:
+        """The number of requests of this model in flight."""
+        slots = self._models.get(model)
+        return 0 if slots is None else slots.in_flight
+
+    def max_in_flight(self, model: str, now: float) -> int:
+        """The most requests of this model that may be in flight now."""
+        slots = self._models.get(model)
+        return (_FIRST_GUESS if slots is None else slots.limit).max_in_flight(now)
+
+    def send(self, model: str, now: float) -> SentRequest:
+        """Counts a request that is sent now, even if no slot is free: the caller has decided that."""
+        slots = self._models.get(model)
+        if slots is None:
+            slots = self._add_model(model)
+        slots.in_flight += 1
+        self._sent += 1
+        request = SentRequest(model, self._sent, now, slots.in_flight, slots.in_flight)
+        slots.recent.append(request)
+        slots.limit = on_sent(slots.limit, in_flight=slots.in_flight, now=now)
+        return request
+
+    def begin(self, request: SentRequest, now: float) -> None:
+        """An answer has begun: its first token has come. For an answer in one piece this may be left out."""
+        slots = self._models[request.model]
+        request.begun_at = now
+        slots.streaming += 1
+        limit = on_first_token(slots.limit, streaming=slots.streaming)
+        if limit is not slots.limit:
+            slots.grown_at, slots.proven_before, slots.limit = now, slots.limit.proven, limit
+
+    def end(
+        self,
+        request: SentRequest,
+        now: float,
+        *,
+        waited_ms: float | None,
+        total_ms: float | None,
+        load_ms: float | None,
+    ) -> None:
+        """An answer is complete. The durations are the server's own, as in ``learn_limit``."""
+        slots = self._remove(request, now)
+        was_streamed = request.begun_at is not None and now - request.begun_at > END_DELAY_S
+        slots.limit = learn_limit(
+            slots.limit,
+            waited_ms=waited_ms,
+            total_ms=total_ms,
+            load_ms=load_ms,
+            concurrent=request.concurrent,
+            overlapping=request.overlapping,
+            streamed=was_streamed,
+            now=now,
+        )
+
+    def cancel(self, request: SentRequest, now: float) -> None:
+        """A request has ended without a complete answer: its client has gone, or it failed."""
+        slots = self._remove(request, now)
+        slots.limit = return_trial(slots.limit, concurrent=request.concurrent)
+
+    def _remove(self, request: SentRequest, now: float) -> _ModelSlots:
+        """Takes a request that has ended out of the counts, and corrects what was concluded while it seemed to run."""
+        slots = self._models[request.model]
+        slots.in_flight -= 1
+        while slots.recent and now - slots.recent[0].sent_at > SETTLE_S:
+            slots.recent.popleft()
+        for later in reversed(slots.recent):
+            if later.number <= request.number:
+                break
+            later.overlapping -= 1  # this request may have left the server before the later one came there
+        if request.begun_at is not None:
+            slots.streaming -= 1
+            if now - slots.grown_at <= END_DELAY_S and slots.limit.proven > slots.proven_before:
+                # The server may have ended this answer before it began the other one. Another trial will show it.
+                proven, trials_left = slots.limit.proven - 1, min(slots.limit.trials_left, slots.limit.proven - 1)
+                slots.limit = replace(slots.limit, proven=proven, trials_left=max(trials_left, 1))
+        return slots
+
+    def _add_model(self, model: str) -> _ModelSlots:
+        """Adds a model. With too many models, forgets an idle one."""
+        if len(self._models) >= MAX_MODELS:
+            idle = next((name for name, slots in self._models.items() if slots.in_flight == 0), None)
+            if idle is not None:
+                del self._models[idle]
+        slots = self._models[model] = _ModelSlots()
+        return slots
+
+    def as_dict(self) -> dict[str, object]:
+        """The limits in types that JSON has. Left out are models of which nothing is known, and names of more than
+        ``MAX_NAME_CHARS``."""
+        return {
+            model: {"proven": slots.limit.proven, "search": slots.limit.search.value}
+            for model, slots in self._models.items()
+            if (slots.limit.proven, slots.limit.search) != (1, SlotSearch.DOUBLING) and len(model) <= MAX_NAME_CHARS
+        }
+
+    def restore(self, document: object, *, now: float) -> None:
+        """Takes the limits of ``as_dict`` for the models that have not been used yet. Raises ValueError for any other
+        document, and takes nothing of it then."""
+        stored_limits = msgspec.convert(document, _StoredLimits)
+        for model, stored in list(stored_limits.items())[:MAX_MODELS]:
+            if model not in self._models:
+                trials_left = count_new_trials(stored.search, stored.proven)
+                limit = ParallelLimit(stored.proven, trials_left, stored.search)
+                is_known = stored.search is SlotSearch.KNOWN
+                self._add_model(model).limit = set_ceiling(limit, now) if is_known else limit
+
+
+_FIRST_GUESS = ParallelLimit()

@@ -1,0 +1,225 @@
+"""Learns how many requests of one model a server really runs in parallel (its slots). Pure.
+
+Ollama never answers 503 because a GPU is busy: requests past ``OLLAMA_NUM_PARALLEL`` wait inside it, unseen. There are
+two signs of how many slots it has:
+
+- Answers that come at the same time: when ``k`` answers have begun and none of them has ended, there are ``k`` slots.
+  This is known at the first token, while the answers still run.
+- Durations: ``total - load - prompt_eval - eval`` in the final frame is the time that the request waited inside
+  (docs/internals/ollama.md, "Queueing"). This is known only at the end, but also for answers that are not streamed.
+
+The number is found as TCP finds the rate of a path (slow start, RFC 5681): as many requests again as are proven may be
+sent, and the proven number grows with each first token, so it doubles in about the time of one first token. Once a
+request has waited inside the server, one request more at a time is tried. When that one waits too, the number is known.
+From then on one request more is tried at long intervals.
+
+The number belongs to a model on a node: Ollama runs embedding models with one slot, whatever ``OLLAMA_NUM_PARALLEL``
+is.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+# On an idle server the time that no duration covers stays below the larger of these two. The share is of the total.
+NOISE_MS = 50.0
+NOISE_SHARE = 0.05
+# A shorter load_duration is no load: a model that is in memory reports some ms too.
+LOAD_NOISE_MS = 200.0
+# How long, and for how many answers at least, the proven number is the limit before one request more is tried again. So
+# at most one request in 50 waits inside the server.
+CEILING_S = 300.0
+CEILING_ANSWERS = 50
+# A server that claims to run more requests together is not believed: its queue would be out of our control.
+MOST_PROVEN = 512
+# Where answers are very short, others end at about the time of each trial, and all trials are unclear. After so many in
+# a row, a number that is known stays as it is.
+UNCLEAR_TRIALS = 4
+# Many slots are given up in steps of this share, few slots one at a time: a restart with 4 slots instead of 32 is
+# followed within a few answers.
+SHRINK_SHARE = 1 / 8
+
+
+class SlotSearch(StrEnum):
+    """How far the search for the number of slots is."""
+
+    DOUBLING = "doubling"
+    """No request has waited inside the server yet: slow start."""
+    STEPPING = "stepping"
+    """Slow start went too far, or the server has become larger: one request more at a time is tried."""
+    KNOWN = "known"
+    """One request more than the proven number has waited."""
+
+
+@dataclass(frozen=True, slots=True)
+class ParallelLimit:
+    """What is known about how many requests of one model a node runs in parallel.
+
+    - ``proven``: the largest number of requests that ran together without waiting inside the server.
+    - ``trials_left``: how many requests may still be sent beyond ``proven`` before one of those that were sent beyond
+      it has proven something.
+    - ``ceiling_until``: until this time (seconds of the caller's clock) no request may be sent beyond ``proven``,
+      unless there are trials left. ``None``: no trial has failed since the number grew last.
+    - ``answers_below_ceiling``: the answers since the ceiling was set, counted up to ``CEILING_ANSWERS``.
+    - ``unclear_trials``: the trials in a row that may have run when a slot had just become free.
+    """
+
+    proven: int = 1
+    trials_left: int = 1
+    search: SlotSearch = SlotSearch.DOUBLING
+    ceiling_until: float | None = None
+    answers_below_ceiling: int = 0
+    unclear_trials: int = 0
+
+    @property
+    def has_been_full(self) -> bool:
+        """Whether a request has waited inside the server. Before that, each first token may make the number larger."""
+        return self.search is not SlotSearch.DOUBLING
+
+    def max_in_flight(self, now: float) -> int:
+        """The most requests that may be in flight now. During slow start it is twice the proven number. Later it is the
+        proven number, or one more when a trial is due."""
+        if self.trials_left > 0:
+            return 2 * self.proven if self.search is SlotSearch.DOUBLING else self.proven + 1
+        return self.proven + 1 if self._is_retry_due(now) else self.proven
+
+    def _is_retry_due(self, now: float) -> bool:
+        """Whether the last failed trial is so long ago that one request more may be tried."""
+        if self.ceiling_until is None:
+            return True
+        return now >= self.ceiling_until and self.answers_below_ceiling >= CEILING_ANSWERS
+
+
+def on_sent(limit: ParallelLimit, *, in_flight: int, now: float) -> ParallelLimit:
+    """Returns the limit after a request was sent. ``in_flight``: the requests of this model in flight on the node, this
+    request included. A request beyond the proven number uses up a trial; with the last trial the ceiling begins."""
+    if in_flight <= limit.proven:
+        return limit
+    trials_left = max(limit.trials_left - 1, 0)
+    if trials_left > 0:
+        return replace(limit, trials_left=trials_left)
+    return replace(limit, trials_left=0, ceiling_until=now + CEILING_S, answers_below_ceiling=0)
+
+
+def on_first_token(limit: ParallelLimit, *, streaming: int) -> ParallelLimit:
+    """Returns the limit after a streamed answer has begun.
+
+    ``streaming``: the answers of this model on the node that have begun and not ended, this answer included. An answer
+    has ended when its last frame has come from the server, even if the client has not read it yet: otherwise a slow
+    client would make the server look larger. It does not matter whether the model had to be loaded before: answers that
+    run together need a slot each.
+    """
+    return _grow(limit, streaming) if streaming > limit.proven else limit
+
+
+def learn_limit(
+    limit: ParallelLimit,
+    *,
+    waited_ms: float | None,
+    total_ms: float | None,
+    concurrent: int,
+    now: float,
+    load_ms: float | None = None,
+    overlapping: int | None = None,
+    streamed: bool = False,
+) -> ParallelLimit:
+    """Returns the limit after one answer.
+
+    ``waited_ms`` is the part of ``total_ms`` in which the request waited inside the server, ``load_ms`` the time for
+    which it waited until the model was loaded. All are the server's own durations, ``None`` if the server gave none.
+    ``concurrent`` counts the requests of this model that were in flight on the node when this request was sent, this
+    request included. ``overlapping`` counts those of them that were surely still inside the server when this request
+    came there; ``None``: all of them. ``now`` is in seconds. ``streamed``: ``on_first_token`` was called for this
+    answer.
+
+    An answer that waited for a load shows nothing about slots: while it waited, the requests before it may have ended.
+    """
+    limit = _count_answer(limit)
+    is_loaded_for = load_ms is not None and load_ms > LOAD_NOISE_MS
+    has_durations = _is_duration(waited_ms) and _is_duration(total_ms)
+    if waited_ms is None or total_ms is None or is_loaded_for or not has_durations:
+        # A streamed answer could have proven something by its first token. Any other answer was no trial at all.
+        return limit if streamed and not is_loaded_for else return_trial(limit, concurrent=concurrent)
+    exceeds_proven = concurrent > limit.proven
+    if waited_ms > max(NOISE_MS, NOISE_SHARE * total_ms):
+        sent_at = now - total_ms / 1000.0
+        return _stop_growth(limit, concurrent, now) if exceeds_proven else _shrink(limit, sent_at, now)
+    # A wait above NOISE_MS is within the noise of a long answer, but the request may have waited for the end of another
+    # one. So it does not prove anything.
+    if not exceeds_proven or waited_ms > NOISE_MS:
+        return limit
+    overlapping = concurrent if overlapping is None else overlapping
+    if overlapping > limit.proven:
+        return _grow(limit, overlapping)
+    return _repeat_trial(limit, concurrent, now)
+
+
+def return_trial(limit: ParallelLimit, *, concurrent: int) -> ParallelLimit:
+    """Returns the limit after a request has ended without a sign: its client has gone, or it failed. If the request was
+    a trial, another trial may be sent instead. ``concurrent`` is as in ``learn_limit``."""
+    if concurrent <= limit.proven:
+        return limit
+    return replace(limit, trials_left=min(limit.trials_left + 1, count_new_trials(limit.search, limit.proven)))
+
+
+def _repeat_trial(limit: ParallelLimit, concurrent: int, now: float) -> ParallelLimit:
+    """The limit after a trial that has not waited, but may have got the slot of an answer that had just ended."""
+    unclear_trials = limit.unclear_trials + 1
+    if limit.search is SlotSearch.KNOWN and unclear_trials >= UNCLEAR_TRIALS:
+        return set_ceiling(limit, now)
+    return replace(return_trial(limit, concurrent=concurrent), unclear_trials=unclear_trials)
+
+
+def count_new_trials(search: SlotSearch, proven: int) -> int:
+    """How many requests may be tried beyond this proven number."""
+    return proven if search is SlotSearch.DOUBLING else 1
+
+
+def _grow(limit: ParallelLimit, proven: int) -> ParallelLimit:
+    """The limit with a larger proven number, and new trials."""
+    proven = min(proven, MOST_PROVEN)
+    if proven <= limit.proven:
+        return limit
+    search = SlotSearch.DOUBLING if limit.search is SlotSearch.DOUBLING else SlotSearch.STEPPING
+    return ParallelLimit(proven, count_new_trials(search, proven), search)
+
+
+def _stop_growth(limit: ParallelLimit, concurrent: int, now: float) -> ParallelLimit:
+    """The limit after a request beyond the proven number has waited. If it was the next after the proven number, the
+    number is known. Otherwise slow start has gone too far, and the next after the proven number is tried."""
+    if concurrent == limit.proven + 1:
+        return set_ceiling(limit, now)
+    is_doubling = limit.search is SlotSearch.DOUBLING
+    return ParallelLimit(limit.proven, 1, SlotSearch.STEPPING) if is_doubling else limit
+
+
+def set_ceiling(limit: ParallelLimit, now: float) -> ParallelLimit:
+    """The limit when the proven number is known to be the number of slots."""
+    return ParallelLimit(limit.proven, 0, SlotSearch.KNOWN, now + CEILING_S)
+
+
+def _shrink(limit: ParallelLimit, sent_at: float, now: float) -> ParallelLimit:
+    """The limit after a request within the proven number has waited: the server was restarted with fewer slots, or
+    other clients use it.
+
+    Many requests that were sent together wait together, so the limit shrinks once for them: a request that was sent
+    before the ceiling was set says nothing new.
+    """
+    if limit.ceiling_until is not None and sent_at < limit.ceiling_until - CEILING_S:
+        return limit
+    step = max(int(limit.proven * SHRINK_SHARE), 1)
+    return set_ceiling(replace(limit, proven=max(limit.proven - step, 1)), now)
+
+
+def _count_answer(limit: ParallelLimit) -> ParallelLimit:
+    """Counts an answer below the ceiling, as long as the number matters."""
+    if limit.ceiling_until is None or limit.answers_below_ceiling >= CEILING_ANSWERS:
+        return limit
+    return replace(limit, answers_below_ceiling=limit.answers_below_ceiling + 1)
+
+
+def _is_duration(value: float | None) -> bool:
+    """Whether a server's duration can be one."""
+    return value is not None and math.isfinite(value) and value >= 0.0

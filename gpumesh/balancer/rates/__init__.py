@@ -1,0 +1,10 @@
+"""How fast a node serves each model, learned cleaned of concurrency. Pure.
+
+``ServiceRates`` (``service_rates.py``) tells how long a request would take. ``rate_fits.py`` fits the rates of one
+model to its answers. ``ConcurrencyMeter`` (``concurrency.py``) measures how many streams ran during an answer.
+"""
+
+from gpumesh.balancer.rates.concurrency import ConcurrencyMark, ConcurrencyMeter
+from gpumesh.balancer.rates.service_rates import ServiceRates
+
+__all__ = ["ConcurrencyMark", "ConcurrencyMeter", "ServiceRates"]
