@@ -11,6 +11,7 @@ import msgspec
 
 from gpumesh.balancer.limits.parallel_limit import (
     MOST_PROVEN,
+    NOISE_MS,
     ParallelLimit,
     SlotSearch,
     count_new_trials,
@@ -23,22 +24,37 @@ from gpumesh.balancer.limits.parallel_limit import (
 
 MAX_MODELS = 256  # of one node; with more, the idle model that was used first is forgotten
 MAX_NAME_CHARS = 400  # of a model whose limit is stored
-# What the server does is seen later here. So when an answer ends this soon after another request was sent, or after an
-# answer has begun, the two may not have run together.
+# What the server does is seen later here. So when an answer ends this soon after another request was sent (and the
+# round trip), or after an answer has begun, the two may not have run together.
 SETTLE_S = 0.1
 END_DELAY_S = 0.02
+TOGETHER_S = 0.01  # requests that are sent within this time may come to the server in another order
+
+
+@dataclass(slots=True, eq=False)
+class _Burst:
+    """Requests of one model that were sent within ``TOGETHER_S``.
+
+    ``earlier`` counts the requests that were sent before them and were surely still inside the server when they came
+    there. ``in_flight`` counts the requests of the burst, and ``unhindered`` those that have ended without a wait.
+    ``most_concurrent`` is the number in flight on the node when its last request was sent."""
+
+    number: int
+    began_at: float
+    earlier: int
+    in_flight: int = 0
+    unhindered: int = 0
+    most_concurrent: int = 0
 
 
 @dataclass(slots=True, eq=False)
 class SentRequest:
     """A request in flight. Times are in seconds: ``begun_at`` is that of the first token, ``None`` before it.
-    ``concurrent`` and ``overlapping`` are as in ``learn_limit``."""
+    ``concurrent``: the requests of its model in flight when it was sent, with it."""
 
     model: str
-    number: int
-    sent_at: float
     concurrent: int
-    overlapping: int
+    burst: _Burst
     begun_at: float | None = None
 
 
@@ -46,14 +62,13 @@ class SentRequest:
 class _ModelSlots:
     """The requests of one model in flight on the node, and the model's limit.
 
-    ``recent`` are the requests that had been sent within ``SETTLE_S`` when the last one ended, and all that were sent
-    since. ``grown_at`` is the time at which the limit grew by a first token, and ``proven_before`` the proven number
-    before."""
+    ``recent`` are the bursts that had begun shortly before the last request ended, and all since. ``grown_at`` is the
+    time at which the limit grew by a first token, and ``proven_before`` the proven number before."""
 
     limit: ParallelLimit = field(default_factory=ParallelLimit)
     in_flight: int = 0
     streaming: int = 0
-    recent: deque[SentRequest] = field(default_factory=deque)
+    recent: deque[_Burst] = field(default_factory=deque)
     grown_at: float = -math.inf
     proven_before: int = 1
 
@@ -75,8 +90,10 @@ class NodeSlots:
     """
 
     def __init__(self) -> None:
+        self.round_trip_s = 0.0
+        """The round trip to the server in seconds. The owner sets it when it was measured anew."""
         self._models: dict[str, _ModelSlots] = {}
-        self._sent = 0
+        self._bursts = 0
 
     def __repr__(self) -> str:
         models = (f"{model} {slots.in_flight} of {slots.limit.proven}" for model, slots in self._models.items())
@@ -102,10 +119,14 @@ class NodeSlots:
         slots = self._models.get(model)
         if slots is None:
             slots = self._add_model(model)
+        if not slots.recent or now - slots.recent[-1].began_at > TOGETHER_S:
+            self._bursts += 1
+            slots.recent.append(_Burst(self._bursts, now, earlier=slots.in_flight))
         slots.in_flight += 1
-        self._sent += 1
-        request = SentRequest(model, self._sent, now, slots.in_flight, slots.in_flight)
-        slots.recent.append(request)
+        burst = slots.recent[-1]
+        burst.in_flight += 1
+        burst.most_concurrent = slots.in_flight
+        request = SentRequest(model, slots.in_flight, burst)
         slots.limit = on_sent(slots.limit, in_flight=slots.in_flight, now=now)
         return request
 
@@ -130,13 +151,17 @@ class NodeSlots:
         """An answer is complete. The durations are the server's own, as in ``learn_limit``."""
         slots = self._remove(request, now)
         was_streamed = request.begun_at is not None and now - request.begun_at > END_DELAY_S
+        burst = request.burst
+        if waited_ms is not None and waited_ms <= NOISE_MS:
+            burst.unhindered += 1
         slots.limit = learn_limit(
             slots.limit,
             waited_ms=waited_ms,
             total_ms=total_ms,
             load_ms=load_ms,
-            concurrent=request.concurrent,
-            overlapping=request.overlapping,
+            concurrent=burst.most_concurrent,
+            overlapping=burst.earlier + burst.unhindered,
+            burst_is_complete=burst.in_flight == 0,
             streamed=was_streamed,
             now=now,
         )
@@ -150,12 +175,12 @@ class NodeSlots:
         """Takes a request that has ended out of the counts, and corrects what was concluded while it seemed to run."""
         slots = self._models[request.model]
         slots.in_flight -= 1
-        while slots.recent and now - slots.recent[0].sent_at > SETTLE_S:
+        request.burst.in_flight -= 1
+        while slots.recent and now - slots.recent[0].began_at > SETTLE_S + self.round_trip_s:
             slots.recent.popleft()
-        for later in reversed(slots.recent):
-            if later.number <= request.number:
-                break
-            later.overlapping -= 1  # this request may have left the server before the later one came there
+        for burst in slots.recent:
+            if request.burst.number < burst.number:
+                burst.earlier -= 1  # this request may have left the server before the burst came there
         if request.begun_at is not None:
             slots.streaming -= 1
             if now - slots.grown_at <= END_DELAY_S and slots.limit.proven > slots.proven_before:

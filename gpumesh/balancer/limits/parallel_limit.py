@@ -29,9 +29,9 @@ NOISE_SHARE = 0.05
 # A shorter load_duration is no load: a model that is in memory reports some ms too.
 LOAD_NOISE_MS = 200.0
 # How long, and for how many answers at least, the proven number is the limit before one request more is tried again. So
-# at most one request in 50 waits inside the server.
+# at most one request in 50 waits inside the server: now and then a trial makes a second request wait.
 CEILING_S = 300.0
-CEILING_ANSWERS = 50
+CEILING_ANSWERS = 60
 # A server that claims to run more requests together is not believed: its queue would be out of our control.
 MOST_PROVEN = 512
 # Where answers are very short, others end at about the time of each trial, and all trials are unclear. After so many in
@@ -123,6 +123,7 @@ def learn_limit(
     now: float,
     load_ms: float | None = None,
     overlapping: int | None = None,
+    burst_is_complete: bool = True,
     streamed: bool = False,
 ) -> ParallelLimit:
     """Returns the limit after one answer.
@@ -130,9 +131,10 @@ def learn_limit(
     ``waited_ms`` is the part of ``total_ms`` in which the request waited inside the server, ``load_ms`` the time for
     which it waited until the model was loaded. All are the server's own durations, ``None`` if the server gave none.
     ``concurrent`` counts the requests of this model that were in flight on the node when this request was sent, this
-    request included. ``overlapping`` counts those of them that were surely still inside the server when this request
-    came there; ``None``: all of them. ``now`` is in seconds. ``streamed``: ``on_first_token`` was called for this
-    answer.
+    request included, and those that were sent in the same moment (its burst): they may have come to the server before
+    it. ``overlapping`` is the number that surely ran together with this answer, ``None`` for all of them.
+    ``burst_is_complete``: all answers of the burst have ended. ``now`` is in seconds. ``streamed``: ``on_first_token``
+    was called for this answer.
 
     An answer that waited for a load shows nothing about slots: while it waited, the requests before it may have ended.
     """
@@ -140,25 +142,27 @@ def learn_limit(
     is_loaded_for = load_ms is not None and load_ms > LOAD_NOISE_MS
     has_durations = _is_duration(waited_ms) and _is_duration(total_ms)
     if waited_ms is None or total_ms is None or is_loaded_for or not has_durations:
-        # A streamed answer could have proven something by its first token. Any other answer was no trial at all.
-        return limit if streamed and not is_loaded_for else return_trial(limit, concurrent=concurrent)
-    exceeds_proven = concurrent > limit.proven
+        # A streamed answer could have proven something by its first token. Any other answer has shown nothing.
+        shows_nothing = burst_is_complete and (is_loaded_for or not streamed)
+        return return_trial(limit, concurrent=concurrent) if shows_nothing else limit
     if waited_ms > max(NOISE_MS, NOISE_SHARE * total_ms):
-        sent_at = now - total_ms / 1000.0
-        return _stop_growth(limit, concurrent, now) if exceeds_proven else _shrink(limit, sent_at, now)
+        if concurrent > limit.proven:
+            return _stop_growth(limit, concurrent, now)
+        return _shrink(limit, now - total_ms / 1000.0, now)
     # A wait above NOISE_MS is within the noise of a long answer, but the request may have waited for the end of another
     # one. So it does not prove anything.
-    if not exceeds_proven or waited_ms > NOISE_MS:
+    if waited_ms > NOISE_MS:
         return limit
     overlapping = concurrent if overlapping is None else overlapping
     if overlapping > limit.proven:
         return _grow(limit, overlapping)
-    return _repeat_trial(limit, concurrent, now)
+    is_unclear = burst_is_complete and concurrent > limit.proven
+    return _repeat_trial(limit, concurrent, now) if is_unclear else limit
 
 
 def return_trial(limit: ParallelLimit, *, concurrent: int) -> ParallelLimit:
     """Returns the limit after a request has ended without a sign: its client has gone, or it failed. If the request was
-    a trial, another trial may be sent instead. ``concurrent`` is as in ``learn_limit``."""
+    a trial, another trial may be sent instead. ``concurrent``: the requests in flight when it was sent, with it."""
     if concurrent <= limit.proven:
         return limit
     return replace(limit, trials_left=min(limit.trials_left + 1, count_new_trials(limit.search, limit.proven)))
