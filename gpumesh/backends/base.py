@@ -175,7 +175,7 @@ class ParallelismSource(StrEnum):
     """How the mesh learns how many requests a server runs at once, if mesh.yaml does not give the number."""
 
     DURATIONS = "durations"
-    """From the durations in the server's answers (``balancer/limits.py``): the server queues requests without a
+    """From the durations in the server's answers (``balancer/limits/``): the server queues requests without a
     sign."""
     PROBE = "probe"
     """From the probe (``Inventory.parallel``). If the probe does not give the number, it is unlimited."""
