@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -55,7 +55,8 @@ class HttpCall(msgspec.Struct, frozen=True):
 class ServerCounters:
     """The server's own figures for one answer. Durations are in ms. ``None``: the server did not give this figure.
 
-    ``tokens`` are those of the answer.
+    ``tokens`` are those of the answer. ``prompt_tokens`` are all tokens of the prompt; the server had ``cached_tokens``
+    of them in its cache, and did not read them again.
     """
 
     prompt_tokens: int | None = None
@@ -64,6 +65,7 @@ class ServerCounters:
     load_ms: float | None = None
     prompt_ms: float | None = None
     eval_ms: float | None = None
+    cached_tokens: int | None = None
 
     @property
     def tokens_per_s(self) -> float | None:
@@ -81,6 +83,13 @@ class ServerCounters:
         if self.total_ms is None or self.eval_ms is None:
             return None
         return max(self.total_ms - (self.load_ms or 0.0) - (self.prompt_ms or 0.0) - self.eval_ms, 0.0)
+
+    def with_prompt_counts_of(self, earlier: ServerCounters | None) -> ServerCounters:
+        """These counters. If they lack the prompt's tokens, they get its two counts from ``earlier`` counters of the
+        same answer: Anthropic's streams count the prompt in their first event, and the answer in their last."""
+        if self.prompt_tokens is not None or earlier is None:
+            return self
+        return replace(self, prompt_tokens=earlier.prompt_tokens, cached_tokens=earlier.cached_tokens)
 
 
 def token_count(value: Any) -> int | None:

@@ -248,16 +248,44 @@ def parse_counters(frame: Mapping[str, Any]) -> ServerCounters | None:
         return None
     # The second name of each count is the one of /v1/responses and of Anthropic's API.
     prompt_tokens = token_count(usage.get("prompt_tokens", usage.get("input_tokens")))
+    if prompt_tokens is not None and "cache_read_input_tokens" in usage:
+        # Anthropic's ``input_tokens`` counts only the tokens that neither came from the cache nor were added to it.
+        prompt_tokens += token_count(usage["cache_read_input_tokens"]) or 0
+        prompt_tokens += token_count(usage.get("cache_creation_input_tokens")) or 0
     if prompt_tokens is None and timings:
         # prompt_n counts only the tokens that were computed, cache_n those that came from the cache.
         prompt_tokens = (token_count(timings.get("prompt_n")) or 0) + (token_count(timings.get("cache_n")) or 0)
     completion_tokens = token_count(usage.get("completion_tokens", usage.get("output_tokens")))
+    cached_tokens = _count_cached_tokens(usage, timings)
+    if cached_tokens is not None and (prompt_tokens is None or cached_tokens > prompt_tokens):
+        cached_tokens = None  # a part of the prompt cannot be larger than the prompt
     return ServerCounters(
         prompt_tokens=prompt_tokens,
         tokens=completion_tokens if completion_tokens is not None else token_count(timings.get("predicted_n")),
         prompt_ms=duration_ms(timings.get("prompt_ms")),
         eval_ms=duration_ms(timings.get("predicted_ms")),
+        cached_tokens=cached_tokens,
     )
+
+
+def _count_cached_tokens(usage: Mapping[str, Any], timings: Mapping[str, Any]) -> int | None:
+    """How many tokens of the prompt came from the server's cache; ``None`` if the server does not say it.
+
+    llama-server says it in ``timings``. vLLM (started with ``--enable-prompt-tokens-details``), SGLang (with
+    ``--enable-cache-report``) and llama-server say it in ``usage`` in the forms of the three APIs.
+    """
+    if "cache_n" in timings:
+        return token_count(timings["cache_n"])
+    details = usage.get("prompt_tokens_details")
+    if isinstance(details, dict):
+        return token_count(details.get("cached_tokens"))
+    if "cache_read_input_tokens" in usage:  # of /v1/messages
+        return token_count(usage["cache_read_input_tokens"])
+    details = usage.get("input_tokens_details")  # of /v1/responses
+    if isinstance(details, dict):
+        # Ollama always writes 0 here (``openai/responses.go``), so 0 says nothing.
+        return token_count(details.get("cached_tokens")) or None
+    return None
 
 
 def _read_first_choice(frame: Mapping[str, Any], key: str) -> tuple[str, str, str | None]:

@@ -259,13 +259,46 @@ def _feed(reader: OpenAIBodyReader, piece: bytes) -> None:
         ({"usage": None, "timings": 5}, None),
         ({"usage": USAGE}, ServerCounters(26, 298)),
         ({"usage": {"input_tokens": 3, "output_tokens": 4}}, ServerCounters(3, 4)),
-        ({"timings": TIMINGS}, ServerCounters(26, 298, prompt_ms=500.0, eval_ms=3000.0)),
-        ({"usage": USAGE, "timings": TIMINGS}, ServerCounters(26, 298, prompt_ms=500.0, eval_ms=3000.0)),
+        ({"timings": TIMINGS}, ServerCounters(26, 298, prompt_ms=500.0, eval_ms=3000.0, cached_tokens=6)),
+        (
+            {"usage": USAGE, "timings": TIMINGS},
+            ServerCounters(26, 298, prompt_ms=500.0, eval_ms=3000.0, cached_tokens=6),
+        ),
         ({"usage": {"prompt_tokens": -1, "completion_tokens": "x"}}, ServerCounters()),
     ],
 )
 def test_counters(frame: dict[str, Any], found: ServerCounters | None) -> None:
     assert openai.parse_counters(frame) == found
+
+
+@pytest.mark.parametrize(
+    ("usage", "prompt_tokens", "cached_tokens"),
+    [
+        # llama-server, vLLM and SGLang on /v1/chat/completions and /v1/completions
+        ({"prompt_tokens": 26, "prompt_tokens_details": {"cached_tokens": 20}}, 26, 20),
+        ({"prompt_tokens": 26, "prompt_tokens_details": {"cached_tokens": 0}}, 26, 0),
+        ({"prompt_tokens": 26, "prompt_tokens_details": None}, 26, None),
+        ({"prompt_tokens": 26, "prompt_tokens_details": {"cached_tokens": None}}, 26, None),
+        # /v1/responses: Ollama's 0 is no count
+        ({"input_tokens": 26, "input_tokens_details": {"cached_tokens": 20}}, 26, 20),
+        ({"input_tokens": 26, "input_tokens_details": {"cached_tokens": 0}}, 26, None),
+        # /v1/messages: the three counts add up to the prompt
+        ({"input_tokens": 6, "cache_read_input_tokens": 20}, 26, 20),
+        ({"input_tokens": 6, "cache_read_input_tokens": 0}, 6, 0),
+        ({"input_tokens": 6, "cache_read_input_tokens": 10, "cache_creation_input_tokens": 10}, 26, 10),
+        ({"input_tokens": 6, "cache_read_input_tokens": None, "cache_creation_input_tokens": None}, 6, None),
+        # what no server can mean
+        ({"prompt_tokens": 26, "prompt_tokens_details": {"cached_tokens": 27}}, 26, None),
+        ({"prompt_tokens": 26, "prompt_tokens_details": {"cached_tokens": -1}}, 26, None),
+        ({"prompt_tokens": 26, "prompt_tokens_details": {"cached_tokens": 1e300}}, 26, None),
+        ({"prompt_tokens": 26, "prompt_tokens_details": [5]}, 26, None),
+        ({"prompt_tokens_details": {"cached_tokens": 5}}, None, None),
+    ],
+)
+def test_cached_tokens(usage: dict[str, Any], prompt_tokens: int | None, cached_tokens: int | None) -> None:
+    counters = openai.parse_counters({"usage": usage})
+    assert counters is not None
+    assert (counters.prompt_tokens, counters.cached_tokens) == (prompt_tokens, cached_tokens)
 
 
 # -- inventory -------------------------------------------------------------------------------------------------------

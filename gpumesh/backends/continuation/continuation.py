@@ -264,13 +264,15 @@ class Continuation:
             return b""
         may_have_counters = frame.ends_stream or b'"usage":{' in raw or b'"timings"' in raw
         counters = find_counters(raw) if may_have_counters else None
-        self.counters = counters or self.counters
+        if counters is not None:
+            self.counters = counters.with_prompt_counts_of(self.counters)
         if self.cuts:
             elapsed_ms = (self._clock() - self._started_at) * 1000.0
             # The client gets the figures of the whole answer; this frame holds only the figures of the last attempt.
             raw = self._upstream_format.translate(frame, replace(self._partial_answer, elapsed_ms=elapsed_ms))
             counters = None if counters is None else find_counters(raw)
-        self.answer_counters = counters or self.answer_counters
+        if counters is not None:
+            self.answer_counters = counters.with_prompt_counts_of(self.answer_counters)
         self._received.add_frame(frame)
         self.finished = frame.ends_stream
         return raw

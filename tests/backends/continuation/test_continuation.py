@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpumesh.backends.base import HttpCall
+from gpumesh.backends.base import HttpCall, ServerCounters
 from gpumesh.backends.continuation.continuation import MAX_CUTS, Continuation, Ending
 from gpumesh.backends.continuation.planner import ContinuationStrategy
 from gpumesh.backends.dialects import find_counters
@@ -274,6 +274,18 @@ def test_before_any_text_the_same_request_is_sent_again() -> None:
         step = continue_on_node(answer, ModelServer())
         assert isinstance(step, HttpCall)
         assert (step.path, step.body) == (call.path, call.body)
+
+
+def test_counters_of_anthropics_stream_come_from_its_first_and_its_last_event() -> None:
+    start = {"type": "message_start", "message": {"usage": {"input_tokens": 6, "cache_read_input_tokens": 20}}}
+    delta = {"type": "message_delta", "delta": {"stop_reason": "end_turn"}, "usage": {"output_tokens": 5}}
+    answer = start_answer(HttpCall("POST", "/v1/messages", b'{"model":"m","stream":true,"messages":[]}'))
+    for document in (start, delta, {"type": "message_stop"}):
+        data = json.dumps(document, separators=(",", ":")).encode()
+        answer.feed(b"event: " + str(document["type"]).encode() + b"\ndata: " + data + b"\n\n")
+    assert answer.finished
+    assert answer.counters == ServerCounters(prompt_tokens=26, tokens=5, cached_tokens=20)
+    assert answer.answer_counters == answer.counters
 
 
 def test_counters_are_searched_in_the_last_lines_only() -> None:

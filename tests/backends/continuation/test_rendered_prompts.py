@@ -97,7 +97,7 @@ def test_its_stream_becomes_the_rest_of_the_chat() -> None:
     assert usage["gpumesh"] == {"continued": 1, "tokens_before": 2}
     assert answer.finished
     assert (answer.text, answer.tokens) == ("The sky is blue", 4)
-    assert answer.counters == ServerCounters(prompt_tokens=12, tokens=2, prompt_ms=2.0, eval_ms=20.0)
+    assert answer.counters == ServerCounters(prompt_tokens=12, tokens=2, prompt_ms=2.0, eval_ms=20.0, cached_tokens=8)
 
 
 def test_a_second_cut_is_continued_from_all_that_came() -> None:
