@@ -1,0 +1,108 @@
+"""``CacheSize``: how many prompts a server keeps in its cache, as it says it and as its answers show it. Pure.
+
+A server with prefix caching keeps the last sequence of each of its slots (Ollama, llama-server), or as many sequences
+as fit into its memory (vLLM). What it says may be too much: other clients use the server too, or its cache is off. So
+the answers are compared with what was expected. Where a server reads prompts again that it should have had, it is
+believed to keep fewer sequences, and slowly more again while the answers are as expected.
+"""
+
+from __future__ import annotations
+
+import math
+
+from gpumesh.backends.base import ServerCounters
+
+DEFAULT_SEQUENCES = 4  # of a server that does not say how many slots it has
+DEFAULT_BYTES = 1 << 20  # of all its sequences together, if it does not say its context either
+BYTES_PER_TOKEN = 4.0  # in English text
+MAX_SEQUENCES = 256  # more are not kept, whatever a server says
+MAX_BYTES = 1 << 30
+
+MIN_PROVEN_BYTES = 2048  # less than four blocks prove nothing: a template's own text may be as long
+MISS_SHARE = 0.5  # a server that had less than this share of what it was believed to have has missed
+HIT_SHARE = 0.75
+# A miss adds to the doubt, a hit takes away. So a server that misses more than one of three times is believed to keep
+# fewer sequences.
+MISS_DOUBT = 2
+HIT_DOUBT = -1
+MAX_DOUBT = 6  # three misses in a row
+HITS_TO_GROW = 16  # hits without a miss after which one sequence more is believed
+
+
+def count_read_tokens(counters: ServerCounters, prefill_tokens_per_s: float | None) -> float | None:
+    """How many tokens of a prompt the server has read: those that were not in its cache. ``None`` if it is not known.
+
+    Ollama does not count them: its ``prompt_eval_count`` is the whole prompt. But ``prompt_eval_duration`` is the time
+    of the reading, and the reading's rate tells how many tokens these were. ``prefill_tokens_per_s``: that rate;
+    ``None`` if it is not known.
+    """
+    if counters.prompt_tokens is None:
+        return None
+    if counters.cached_tokens is not None:
+        return float(counters.prompt_tokens - counters.cached_tokens)
+    if counters.prompt_ms is None or prefill_tokens_per_s is None:
+        return None
+    return min(counters.prompt_ms / 1000.0 * prefill_tokens_per_s, float(counters.prompt_tokens))
+
+
+class CacheSize:
+    """The size of one server's cache for one residency key.
+
+    - ``sequences``: how many sequences the server is believed to keep; 0 if its cache seems to be off.
+    - ``max_bytes``: how many bytes all of them may have together.
+    """
+
+    __slots__ = ("_doubt", "_hits", "_stated_sequences", "max_bytes", "sequences")
+
+    def __init__(self) -> None:
+        self.sequences = self._stated_sequences = DEFAULT_SEQUENCES
+        self.max_bytes = DEFAULT_BYTES
+        self._doubt = 0
+        self._hits = 0
+
+    def __repr__(self) -> str:
+        return f"<CacheSize {self.sequences} of {self._stated_sequences} sequences, {self.max_bytes} bytes>"
+
+    def state(self, slots: int | None, context_tokens: int | None, bytes_per_token: float) -> None:
+        """Takes what the server says of itself: its slots, and the context of one slot in tokens; ``None``: unknown.
+        What was learned is forgotten if the number of slots is new."""
+        sequences = DEFAULT_SEQUENCES if slots is None else min(max(slots, 1), MAX_SEQUENCES)
+        if sequences != self._stated_sequences:
+            self.sequences = self._stated_sequences = sequences
+            self._doubt = self._hits = 0
+        if context_tokens is None:
+            self.max_bytes = DEFAULT_BYTES
+        elif context_tokens > 0 and 0.0 < bytes_per_token < math.inf:  # false for NaN
+            # ``min`` before ``int``: the product may be infinite.
+            self.max_bytes = int(min(float(min(context_tokens, MAX_BYTES)) * sequences * bytes_per_token, MAX_BYTES))
+
+    def learn(self, *, prompt_bytes: int, believed_bytes: int, prompt_tokens: float, read_tokens: float) -> None:
+        """Learns from one answer. The prompt had ``prompt_bytes``, or ``prompt_tokens`` by the server's count, of which
+        the server has read ``read_tokens``. It was believed to have ``believed_bytes`` in its cache. Impossible figures
+        are ignored, and so are figures that prove nothing."""
+        if not (0.0 <= read_tokens < math.inf and 0.0 < prompt_tokens < math.inf):  # also for NaN
+            return
+        cached_share = max(1.0 - read_tokens / prompt_tokens, 0.0)
+        cached_bytes = cached_share * prompt_bytes
+        if believed_bytes < MIN_PROVEN_BYTES:
+            # The server had what nobody expected: while no sequences are believed, this is the only sign of a cache.
+            if self.sequences == 0 and cached_bytes >= MIN_PROVEN_BYTES:
+                self._count_hit()
+        elif cached_bytes < MISS_SHARE * believed_bytes:
+            self._count_miss()
+        elif cached_bytes >= HIT_SHARE * believed_bytes:
+            self._count_hit()
+
+    def _count_hit(self) -> None:
+        self._doubt = max(self._doubt + HIT_DOUBT, 0)
+        self._hits += 1
+        if self._hits >= HITS_TO_GROW:
+            self._hits = 0
+            self.sequences = min(self.sequences + 1, self._stated_sequences)
+
+    def _count_miss(self) -> None:
+        self._hits = 0
+        self._doubt += MISS_DOUBT
+        if self._doubt >= MAX_DOUBT:
+            self._doubt = 0
+            self.sequences = self.sequences * 3 // 4

@@ -1,0 +1,258 @@
+"""``PrefixIndex``: the prompts and sessions that the fleet's servers are believed to have in their caches. Pure.
+
+For each node and residency key the index holds the last prompts that were sent there, as many as the server's cache is
+believed to hold (``cache_size.py``). A prompt that continues an earlier one takes its place, as it does on the server.
+Times are seconds of the caller's clock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+
+from gpumesh.balancer.prefixes.cache_size import BYTES_PER_TOKEN, CacheSize
+from gpumesh.balancer.prefixes.prints import BLOCK_ENDS, PromptPrint
+from gpumesh.balancer.prefixes.tree import PrefixTree, Run
+
+MAX_BLOCKS = 1 << 19  # of all nodes together, about 100 MB; beyond, the prompt that was used longest ago is forgotten
+MAX_KEYS = 64  # residency keys of one node: a client may ask for any ``num_ctx``
+MAX_SESSIONS = 256  # of one node and key
+MAX_ALL_SESSIONS = 1 << 16  # of all nodes together
+MAX_AGE_S = 3600.0  # a prompt that was last used longer ago is not believed to be in a cache
+MAX_EXPIRED = 4  # prompts that are forgotten for their age in one call, to bound its time
+
+
+class _Sequence:
+    """A prompt that a node holds. ``run`` is its last run, ``size`` is in bytes."""
+
+    __slots__ = ("cache", "run", "size", "used_at")
+
+    def __init__(self, cache: _NodeCache, run: Run) -> None:
+        self.cache = cache
+        self.run = run
+        self.size = 0
+        self.used_at = 0.0
+
+
+class _NodeCache:
+    """What one node holds for one residency key. ``sequences`` (by their last run) and ``sessions`` are ordered by
+    their last use, the oldest first. ``total_bytes``: of all sequences."""
+
+    __slots__ = ("key", "node", "sequences", "sessions", "size", "total_bytes")
+
+    def __init__(self, node: str, key: Hashable) -> None:
+        self.node = node
+        self.key = key
+        self.size = CacheSize()
+        self.sequences: dict[Run, _Sequence] = {}
+        self.sessions: dict[int, None] = {}
+        self.total_bytes = 0
+
+    @property
+    def is_too_full(self) -> bool:
+        """Whether the oldest sequence must go. The last sequence stays, however long it is: its length in tokens is not
+        known (an image has few)."""
+        count = len(self.sequences)
+        return count > self.size.sequences or (count > 1 and self.total_bytes > self.size.max_bytes)
+
+
+class PrefixIndex:
+    """The index of the whole fleet. A ``key`` is a residency key (``base.ResidencyKey``)."""
+
+    def __init__(self) -> None:
+        self._trees: dict[Hashable, PrefixTree] = {}
+        self._caches: dict[str, dict[Hashable, _NodeCache]] = {}
+        self._sequences: dict[_Sequence, None] = {}
+        """Those of all nodes, ordered by their last use, the oldest first."""
+        self._session_nodes: dict[tuple[Hashable, int], dict[str, None]] = {}
+        """For each key and session its nodes. Both the sessions and the nodes of each are ordered by their last use,
+        the oldest first."""
+        self._block_count = 0
+
+    def __repr__(self) -> str:
+        return f"<PrefixIndex {len(self._caches)} nodes, {len(self._sequences)} prompts, {self._block_count} blocks>"
+
+    # -- prompts -------------------------------------------------------------------------------------------------
+
+    def match(self, key: Hashable, prompt: PromptPrint) -> dict[str, int]:
+        """How many bytes of the prompt each node is believed to have in its cache, from the prompt's beginning on.
+        Nodes that have none are left out."""
+        tree = self._trees.get(key)
+        if tree is None:
+            return {}
+        held = tree.find_holders(prompt.blocks)
+        for node, count in held.items():
+            held[node] = BLOCK_ENDS[count - 1]
+        return held
+
+    def add(self, node: str, key: Hashable, prompt: PromptPrint, now: float) -> None:
+        """Notes that the prompt was sent to the node, so that its server will have it."""
+        cache = self._use_cache(node, key)
+        tree = self._trees.get(key)
+        if tree is None:
+            tree = self._trees[key] = PrefixTree()
+        old_count = len(tree)
+        sequence, continued = self._place(cache, tree, prompt.blocks)
+        self._block_count += len(tree) - old_count
+        cache.total_bytes += prompt.size - sequence.size
+        sequence.size = prompt.size
+        sequence.used_at = now
+        # Both are moved to the end of the order.
+        cache.sequences.pop(sequence.run, None)
+        cache.sequences[sequence.run] = sequence
+        self._sequences.pop(sequence, None)
+        self._sequences[sequence] = None
+        if continued is not None:
+            self._drop(continued)
+        self._drop_surplus(cache)
+        self._drop_oldest(now)
+
+    def _place(
+        self, cache: _NodeCache, tree: PrefixTree, blocks: tuple[int, ...]
+    ) -> tuple[_Sequence, _Sequence | None]:
+        """Puts the blocks of a prompt into the tree. Returns the sequence for it, and the sequence that the prompt
+        continues and that must be dropped, if there is one."""
+        run, depth = tree.find(blocks)
+        own_run = run  # the last run that this node holds
+        while own_run is not None and cache.node not in own_run.holders:
+            own_run = own_run.parent
+        continued = None
+        if own_run is not None and own_run.end <= depth:  # the prompt has all blocks of the run
+            continued = cache.sequences.get(own_run)
+        if continued is None or own_run is None:
+            return _Sequence(cache, tree.insert(cache.node, blocks, run, depth)), None
+        if own_run.end == len(blocks):  # the same prompt as before
+            return continued, None
+        if own_run.children == 0 and len(own_run.holders) == 1 and own_run.holders[cache.node] == 1:
+            tree.extend(own_run, blocks)
+            return continued, None
+        return _Sequence(cache, tree.insert(cache.node, blocks, run, depth)), continued
+
+    def _drop_surplus(self, cache: _NodeCache) -> None:
+        """Forgets the oldest sequences of a node that the server is believed to have no room for."""
+        while cache.is_too_full:
+            self._drop(next(iter(cache.sequences.values())))
+
+    def _drop_oldest(self, now: float) -> None:
+        """Forgets the oldest sequences of all nodes: those above the limit, and some of those that are too old."""
+        while self._block_count > MAX_BLOCKS:
+            self._drop(next(iter(self._sequences)))
+        for _ in range(MAX_EXPIRED):
+            oldest = next(iter(self._sequences), None)
+            if oldest is None or now - oldest.used_at <= MAX_AGE_S:
+                return
+            self._drop(oldest)
+
+    def _drop(self, sequence: _Sequence) -> None:
+        cache = sequence.cache
+        del cache.sequences[sequence.run]
+        cache.total_bytes -= sequence.size
+        del self._sequences[sequence]
+        tree = self._trees[cache.key]
+        old_count = len(tree)
+        tree.remove(cache.node, sequence.run)
+        self._block_count += len(tree) - old_count
+        if not len(tree):
+            del self._trees[cache.key]
+
+    # -- the caches of the servers -------------------------------------------------------------------------------
+
+    def _use_cache(self, node: str, key: Hashable) -> _NodeCache:
+        """The cache of the node for this key, a new one if there is none. Of too many keys the one that was used
+        longest ago is forgotten."""
+        caches = self._caches.get(node)
+        if caches is None:
+            caches = self._caches[node] = {}
+        cache = caches.pop(key, None)
+        if cache is None:
+            cache = _NodeCache(node, key)
+            if len(caches) >= MAX_KEYS:
+                self._empty(caches.pop(next(iter(caches))))
+        caches[key] = cache
+        return cache
+
+    def set_capacity(
+        self,
+        node: str,
+        key: Hashable,
+        *,
+        slots: int | None,
+        context_tokens: int | None,
+        bytes_per_token: float = BYTES_PER_TOKEN,
+    ) -> None:
+        """Sets the size of the server's cache: one sequence for each of its ``slots``, each of ``context_tokens`` at
+        most. ``None``: the server does not say it. May be called again with the same figures: what was learned stays
+        as long as the number of slots does."""
+        cache = self._use_cache(node, key)
+        cache.size.state(slots, context_tokens, bytes_per_token)
+        self._drop_surplus(cache)
+
+    def learn(
+        self,
+        node: str,
+        key: Hashable,
+        *,
+        prompt_bytes: int,
+        believed_bytes: int,
+        prompt_tokens: float,
+        read_tokens: float,
+    ) -> None:
+        """Learns from one answer how many sequences the server keeps (``CacheSize.learn``). ``believed_bytes`` is what
+        ``match`` gave for the node when the prompt was sent."""
+        cache = self._caches.get(node, {}).get(key)
+        if cache is not None:
+            cache.size.learn(
+                prompt_bytes=prompt_bytes,
+                believed_bytes=believed_bytes,
+                prompt_tokens=prompt_tokens,
+                read_tokens=read_tokens,
+            )
+            self._drop_surplus(cache)
+
+    def forget(self, node: str, key: Hashable | None = None) -> None:
+        """Forgets what the node holds for this key, because the model was unloaded. ``None``: forgets all about the
+        node, because its server was restarted or the node is gone."""
+        caches = self._caches.get(node)
+        if caches is None:
+            return
+        if key is None:
+            for cache in caches.values():
+                self._empty(cache)
+            del self._caches[node]
+        elif key in caches:
+            self._empty(caches[key])  # its size stays: the server is the same
+
+    def _empty(self, cache: _NodeCache) -> None:
+        """Forgets the sequences and the sessions of a cache."""
+        for sequence in list(cache.sequences.values()):
+            self._drop(sequence)
+        for session in list(cache.sessions):
+            self._drop_session(cache, session)
+
+    # -- sessions ------------------------------------------------------------------------------------------------
+
+    def note_session(self, node: str, key: Hashable, session: int) -> None:
+        """Notes that a request of this session was sent to the node. ``session`` is a hash of the session's name."""
+        cache = self._use_cache(node, key)
+        cache.sessions.pop(session, None)
+        cache.sessions[session] = None
+        nodes = self._session_nodes.pop((key, session), {})
+        nodes.pop(node, None)
+        nodes[node] = None
+        self._session_nodes[key, session] = nodes
+        if len(cache.sessions) > MAX_SESSIONS:
+            self._drop_session(cache, next(iter(cache.sessions)))
+        if len(self._session_nodes) > MAX_ALL_SESSIONS:
+            old_key, old_session = next(iter(self._session_nodes))
+            for old_node in list(self._session_nodes[old_key, old_session]):
+                self._drop_session(self._caches[old_node][old_key], old_session)
+
+    def nodes_of(self, key: Hashable, session: int) -> list[str]:
+        """The nodes that have had requests of this session, the last one first."""
+        return list(reversed(self._session_nodes.get((key, session), {})))
+
+    def _drop_session(self, cache: _NodeCache, session: int) -> None:
+        del cache.sessions[session]
+        nodes = self._session_nodes[cache.key, session]
+        del nodes[cache.node]
+        if not nodes:
+            del self._session_nodes[cache.key, session]
