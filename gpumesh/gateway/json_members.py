@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import json
 import operator
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Collection, Generator, Iterable, Sequence
 from io import BytesIO
 from typing import Protocol, TypeVar
 
@@ -110,6 +110,11 @@ class Members:
             return _decode_text_or_null(value)
         except (msgspec.MsgspecError, ValueError) as error:  # also half of a surrogate pair, and no UTF-8
             raise BadRequest(f"{name} is required, as a string") from error
+
+    def find_unknown(self, names: Collection[str]) -> dict[str, RawValue]:
+        """The values of members with these names, which are not in ``KNOWN_MEMBERS``. Only this spelling of a name
+        counts, and of two members with one name the last."""
+        return {str(name): value for name, value in self._pairs if str(name) in names}
 
     def render_pieces(self, **values: str | bytes) -> list[RawValue]:
         """The JSON object in pieces, to be joined to a body. ``values`` replace the members of these names, or are

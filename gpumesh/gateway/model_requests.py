@@ -38,29 +38,34 @@ class ClientApi(StrEnum):
 class ModelRoute:
     """A route whose requests go to a node that has the model. ``needs_slot``: the request needs inference, so it takes
     a slot on its node. ``model_keys``: the members that may name the model; the first of them that is not empty counts
-    (``server/routes.go`` of Ollama)."""
+    (``server/routes.go`` of Ollama). ``prompt_members``: the members that are the prompt, in the order in which servers
+    render them; none if no server keeps prompts of this route in its cache."""
 
     methods: frozenset[str]
     api: ClientApi = ClientApi.OLLAMA
     kinds: frozenset[BackendKind] = OLLAMA_ONLY
     needs_slot: bool = True
     model_keys: tuple[str, ...] = ("model",)
+    prompt_members: tuple[str, ...] = ()
 
 
 _POST = frozenset({"POST"})
 
 # All other routes are in routing.py.
 MODEL_ROUTES: Mapping[str, ModelRoute] = {
-    "/api/chat": ModelRoute(_POST),
-    "/api/generate": ModelRoute(_POST),
+    "/api/chat": ModelRoute(_POST, prompt_members=("tools", "messages")),
+    # ``context`` holds the tokens of the conversation so far. Images are rendered before the prompt.
+    "/api/generate": ModelRoute(_POST, prompt_members=("context", "system", "images", "prompt")),
     "/api/embed": ModelRoute(_POST),
     "/api/embeddings": ModelRoute(_POST),
     "/api/show": ModelRoute(_POST, needs_slot=False, model_keys=("model", "name")),
-    "/v1/chat/completions": ModelRoute(_POST, ClientApi.OPENAI, ALL_KINDS),
-    "/v1/completions": ModelRoute(_POST, ClientApi.OPENAI, ALL_KINDS),
+    "/v1/chat/completions": ModelRoute(
+        _POST, ClientApi.OPENAI, ALL_KINDS, prompt_members=("tools", "functions", "messages")
+    ),
+    "/v1/completions": ModelRoute(_POST, ClientApi.OPENAI, ALL_KINDS, prompt_members=("prompt",)),
     "/v1/embeddings": ModelRoute(_POST, ClientApi.OPENAI, ALL_KINDS),
-    "/v1/responses": ModelRoute(_POST, ClientApi.OPENAI, ALL_KINDS),
-    "/v1/messages": ModelRoute(_POST, ClientApi.ANTHROPIC, ALL_KINDS),
+    "/v1/responses": ModelRoute(_POST, ClientApi.OPENAI, ALL_KINDS, prompt_members=("instructions", "tools", "input")),
+    "/v1/messages": ModelRoute(_POST, ClientApi.ANTHROPIC, ALL_KINDS, prompt_members=("system", "tools", "messages")),
     "/v1/audio/transcriptions": ModelRoute(_POST, ClientApi.OPENAI, ALL_KINDS),
 }
 

@@ -28,6 +28,7 @@ from gpumesh.gateway.http.errors import BadRequest
 from gpumesh.gateway.http.parser import Refusal, RequestEnd, RequestHead, RequestParser
 from gpumesh.gateway.json_members import read_small_members, scan_members
 from gpumesh.gateway.model_requests import MODEL_ROUTES, read_demand, read_model
+from gpumesh.gateway.prompt_reading import PromptReader
 from gpumesh.mesh.models.merged_progress import MergedProgress
 from gpumesh.mesh.models.store_answers import StoreRefusal, parse_step
 from gpumesh.printable import printable
@@ -276,6 +277,11 @@ def _request(pieces: Sequence[bytes]) -> None:
     for path in ("/api/chat", "/v1/chat/completions", "/v1/messages"):
         route = MODEL_ROUTES[path]
         read_demand(route, {}, members, size=len(body), model=read_model(route, members))
+        _result_of(_PROMPTS.scan_prompt(route, members, "m"))
+    _PROMPTS.read_session({}, members)
+
+
+_PROMPTS = PromptReader(b"secret of a test")
 
 
 _OFFER = b"POST / HTTP/1.1\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n"
