@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Hashable
 
 from gpumesh.balancer.prefixes.cache_size import BYTES_PER_TOKEN, CacheSize
-from gpumesh.balancer.prefixes.prints import BLOCK_ENDS, PromptPrint
+from gpumesh.balancer.prefixes.prints import PromptPrint
 from gpumesh.balancer.prefixes.tree import PrefixTree, Run
 
 MAX_BLOCKS = 1 << 19  # of all nodes together, about 100 MB; beyond, the prompt that was used longest ago is forgotten
@@ -77,12 +77,7 @@ class PrefixIndex:
         """How many bytes of the prompt each node is believed to have in its cache, from the prompt's beginning on.
         Nodes that have none are left out."""
         tree = self._trees.get(key)
-        if tree is None:
-            return {}
-        held = tree.find_holders(prompt.blocks)
-        for node, count in held.items():
-            held[node] = BLOCK_ENDS[count - 1]
-        return held
+        return {} if tree is None else tree.find_holders(prompt.blocks)
 
     def add(self, node: str, key: Hashable, prompt: PromptPrint, now: float) -> None:
         """Notes that the prompt was sent to the node, so that its server will have it."""

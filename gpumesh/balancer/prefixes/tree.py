@@ -9,7 +9,8 @@ above it.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable
+
+from gpumesh.balancer.prefixes.prints import BLOCK_ENDS
 
 
 class Run:
@@ -22,8 +23,8 @@ class Run:
 
     __slots__ = ("blocks", "children", "end", "holders", "parent")
 
-    def __init__(self, blocks: Iterable[int], end: int, holders: dict[str, int], parent: Run | None) -> None:
-        self.blocks = list(blocks)
+    def __init__(self, blocks: tuple[int, ...], end: int, holders: dict[str, int], parent: Run | None) -> None:
+        self.blocks = blocks
         self.end = end
         self.holders = holders
         self.parent = parent
@@ -63,13 +64,13 @@ class PrefixTree:
         return runs[blocks[depth - 1]], depth
 
     def find_holders(self, blocks: tuple[int, ...]) -> dict[str, int]:
-        """How many blocks of a prompt each node holds, from its beginning on. Nodes that hold none are left out."""
+        """How many bytes of a prompt each node holds, from its beginning on. Nodes that hold none are left out."""
         run, depth = self.find(blocks)
         held: dict[str, int] = {}
         while run is not None:
             # The nodes that hold a run hold its parent as well: equal numbers mean that the parent adds no node.
             if len(run.holders) != len(held):
-                more = dict.fromkeys(run.holders, depth)
+                more = dict.fromkeys(run.holders, BLOCK_ENDS[depth - 1])
                 more.update(held)  # the nodes of the runs below hold more
                 held = more
             run = run.parent
@@ -85,7 +86,7 @@ class PrefixTree:
             if run is not None:
                 run.children += 1
             run = Run(blocks[depth:], len(blocks), {}, run)
-            self._runs.update(dict.fromkeys(run.blocks, run))
+            self._register(run.blocks, run)
         assert run is not None, "a prompt without blocks"
         above: Run | None = run
         while above is not None:
@@ -99,7 +100,7 @@ class PrefixTree:
         new_blocks = blocks[run.end :]
         run.blocks += new_blocks
         run.end = len(blocks)
-        self._runs.update(dict.fromkeys(new_blocks, run))
+        self._register(new_blocks, run)
 
     def remove(self, node: str, run: Run) -> None:
         """Removes the sequence of ``node`` whose last run is ``run``, and the blocks that no other sequence has."""
@@ -115,9 +116,15 @@ class PrefixTree:
                     self._remove_run(above)
             above = parent
 
+    def _register(self, blocks: tuple[int, ...], run: Run) -> None:
+        runs = self._runs
+        for block in blocks:  # this takes half of the time of ``update`` with ``dict.fromkeys``
+            runs[block] = run
+
     def _remove_run(self, run: Run) -> None:
+        runs = self._runs
         for block in run.blocks:
-            del self._runs[block]
+            del runs[block]
         if run.parent is not None:
             run.parent.children -= 1
 
@@ -127,7 +134,7 @@ class PrefixTree:
         length = len(run.blocks) - (run.end - depth)
         head = Run(run.blocks[:length], depth, dict(run.holders), run.parent)
         head.children = 1
-        del run.blocks[:length]
+        run.blocks = run.blocks[length:]
         run.parent = head
-        self._runs.update(dict.fromkeys(head.blocks, head))
+        self._register(head.blocks, head)
         return head
