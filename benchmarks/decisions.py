@@ -217,7 +217,7 @@ def measure_add() -> Iterator[Row]:
         index.add("n1", KEY, turns[next(numbers) % len(turns)], 0.0)
 
     yield Row("add of the next turn of a conversation: 2 new blocks", measure_us(add_turn), 20.0)
-    note = lambda: index.note_session("n1", KEY, next(numbers) % 400)  # noqa: E731
+    note = lambda: index.note_session("n1", KEY, next(numbers) % 400, 5000)  # noqa: E731
     yield Row("note of a session", measure_us(note))
 
 

@@ -1,9 +1,10 @@
 """``CacheSize``: how many prompts a server keeps in its cache, as it says it and as its answers show it. Pure.
 
-A server with prefix caching keeps the last sequence of each of its slots (Ollama, llama-server), or as many sequences
-as fit into its memory (vLLM). What it says may be too much: other clients use the server too, or its cache is off. So
-the answers are compared with what was expected. Where a server reads prompts again that it should have had, it is
-believed to keep fewer sequences, and slowly more again while the answers are as expected.
+A server with prefix caching keeps at least the last sequence of each of its slots. It may keep more: llama-server, and
+Ollama that runs it, move older sequences to the host's memory (``--cache-ram``, 8 GiB by default), and vLLM keeps what
+fits into the GPU's. It may keep fewer: other clients use the server too, or its cache is off. No server says it. So its
+answers are compared with what was believed. Where a server reads prompts again that it should have had, it is believed
+to keep fewer sequences. Where it has had prompts that were believed to be gone, it is believed to keep more.
 """
 
 from __future__ import annotations
@@ -21,12 +22,13 @@ MAX_BYTES = 1 << 30
 MIN_PROVEN_BYTES = 2048  # less than four blocks prove nothing: a template's own text may be as long
 MISS_SHARE = 0.5  # a server that had less than this share of what it was believed to have has missed
 HIT_SHARE = 0.75
-# A miss adds to the doubt, a hit takes away. So a server that misses more than one of three times is believed to keep
-# fewer sequences.
+# A miss adds to the doubt, a hit takes from it. So a server that misses more than one of three times is believed to
+# keep fewer sequences.
 MISS_DOUBT = 2
 HIT_DOUBT = -1
 MAX_DOUBT = 6  # three misses in a row
-HITS_TO_GROW = 16  # hits without a miss after which one sequence more is believed
+HITS_TO_GROW = 16  # hits without a miss after which one sequence more is believed, up to what the server says
+SURPRISES_TO_GROW = 3  # surprises without a miss after which half as many sequences more are believed
 
 
 def count_read_tokens(counters: ServerCounters, prefill_tokens_per_s: float | None) -> float | None:
@@ -49,19 +51,22 @@ class CacheSize:
     """The size of one server's cache for one residency key.
 
     - ``sequences``: how many sequences the server is believed to keep; 0 if its cache seems to be off.
-    - ``max_bytes``: how many bytes all of them may have together.
     """
 
-    __slots__ = ("_doubt", "_hits", "_stated_sequences", "max_bytes", "sequences")
+    __slots__ = ("_doubt", "_hits", "_stated_bytes", "_stated_sequences", "_surprises", "sequences")
 
     def __init__(self) -> None:
         self.sequences = self._stated_sequences = DEFAULT_SEQUENCES
-        self.max_bytes = DEFAULT_BYTES
-        self._doubt = 0
-        self._hits = 0
+        self._stated_bytes = DEFAULT_BYTES
+        self._doubt = self._hits = self._surprises = 0
 
     def __repr__(self) -> str:
         return f"<CacheSize {self.sequences} of {self._stated_sequences} sequences, {self.max_bytes} bytes>"
+
+    @property
+    def max_bytes(self) -> int:
+        """How many bytes all sequences may have together: more than the slots have, if more sequences are believed."""
+        return self._stated_bytes * max(self.sequences, self._stated_sequences) // self._stated_sequences
 
     def state(self, slots: int | None, context_tokens: int | None, bytes_per_token: float) -> None:
         """Takes what the server says of itself: its slots, and the context of one slot in tokens; ``None``: unknown.
@@ -69,12 +74,14 @@ class CacheSize:
         sequences = DEFAULT_SEQUENCES if slots is None else min(max(slots, 1), MAX_SEQUENCES)
         if sequences != self._stated_sequences:
             self.sequences = self._stated_sequences = sequences
-            self._doubt = self._hits = 0
+            self._doubt = self._hits = self._surprises = 0
         if context_tokens is None:
-            self.max_bytes = DEFAULT_BYTES
+            self._stated_bytes = DEFAULT_BYTES
         elif context_tokens > 0 and 0.0 < bytes_per_token < math.inf:  # false for NaN
             # ``min`` before ``int``: the product may be infinite.
-            self.max_bytes = int(min(float(min(context_tokens, MAX_BYTES)) * sequences * bytes_per_token, MAX_BYTES))
+            self._stated_bytes = int(
+                min(float(min(context_tokens, MAX_BYTES)) * sequences * bytes_per_token, MAX_BYTES)
+            )
 
     def learn(self, *, prompt_bytes: int, believed_bytes: int, prompt_tokens: float, read_tokens: float) -> None:
         """Learns from one answer. The prompt had ``prompt_bytes``, or ``prompt_tokens`` by the server's count, of which
@@ -84,10 +91,10 @@ class CacheSize:
             return
         cached_share = max(1.0 - read_tokens / prompt_tokens, 0.0)
         cached_bytes = cached_share * prompt_bytes
-        if believed_bytes < MIN_PROVEN_BYTES:
-            # The server had what nobody expected: while no sequences are believed, this is the only sign of a cache.
-            if self.sequences == 0 and cached_bytes >= MIN_PROVEN_BYTES:
-                self._count_hit()
+        if cached_bytes >= 2 * believed_bytes + MIN_PROVEN_BYTES:  # twice, because it also has the answers before
+            self._count_surprise()
+        elif believed_bytes < MIN_PROVEN_BYTES:
+            return
         elif cached_bytes < MISS_SHARE * believed_bytes:
             self._count_miss()
         elif cached_bytes >= HIT_SHARE * believed_bytes:
@@ -98,10 +105,16 @@ class CacheSize:
         self._hits += 1
         if self._hits >= HITS_TO_GROW:
             self._hits = 0
-            self.sequences = min(self.sequences + 1, self._stated_sequences)
+            self.sequences = max(self.sequences, min(self.sequences + 1, self._stated_sequences))
+
+    def _count_surprise(self) -> None:
+        self._surprises += 1
+        if self._surprises >= SURPRISES_TO_GROW:
+            self._surprises = 0
+            self.sequences = min(self.sequences + max(self.sequences // 2, 1), MAX_SEQUENCES)
 
     def _count_miss(self) -> None:
-        self._hits = 0
+        self._hits = self._surprises = 0
         self._doubt += MISS_DOUBT
         if self._doubt >= MAX_DOUBT:
             self._doubt = 0

@@ -8,6 +8,7 @@ Times are seconds of the caller's clock.
 from __future__ import annotations
 
 from collections.abc import Hashable
+from itertools import islice
 
 from gpumesh.balancer.prefixes.cache_size import BYTES_PER_TOKEN, CacheSize
 from gpumesh.balancer.prefixes.prints import PromptPrint
@@ -34,8 +35,9 @@ class _Sequence:
 
 
 class _NodeCache:
-    """What one node holds for one residency key. ``sequences`` (by their last run) and ``sessions`` are ordered by
-    their last use, the oldest first. ``total_bytes``: of all sequences."""
+    """What one node holds for one residency key. ``sequences`` (by their last run) and ``sessions`` (the size of the
+    last prompt in bytes, by session) are ordered by their last use, the oldest first. ``total_bytes``: of all
+    sequences."""
 
     __slots__ = ("key", "node", "sequences", "sessions", "size", "total_bytes")
 
@@ -44,7 +46,7 @@ class _NodeCache:
         self.key = key
         self.size = CacheSize()
         self.sequences: dict[Run, _Sequence] = {}
-        self.sessions: dict[int, None] = {}
+        self.sessions: dict[int, int] = {}
         self.total_bytes = 0
 
     @property
@@ -73,11 +75,21 @@ class PrefixIndex:
 
     # -- prompts -------------------------------------------------------------------------------------------------
 
-    def match(self, key: Hashable, prompt: PromptPrint) -> dict[str, int]:
+    def match(self, key: Hashable, prompt: PromptPrint, session: int | None = None) -> dict[str, int]:
         """How many bytes of the prompt each node is believed to have in its cache, from the prompt's beginning on.
-        Nodes that have none are left out."""
+        Nodes that have none are left out.
+
+        If no node has the first block, the client's word counts: the nodes of ``session`` are believed to have as much
+        as the session's last prompt had."""
         tree = self._trees.get(key)
-        return {} if tree is None else tree.find_holders(prompt.blocks)
+        held = {} if tree is None else tree.find_holders(prompt.blocks)
+        if session is not None and not held:
+            for node in self._session_nodes.get((key, session), ()):
+                cache = self._caches[node][key]
+                # The server keeps no more sessions than sequences.
+                if session in islice(reversed(cache.sessions), cache.size.sequences):
+                    held[node] = min(cache.sessions[session], prompt.size)
+        return held
 
     def add(self, node: str, key: Hashable, prompt: PromptPrint, now: float) -> None:
         """Notes that the prompt was sent to the node, so that its server will have it."""
@@ -225,11 +237,11 @@ class PrefixIndex:
 
     # -- sessions ------------------------------------------------------------------------------------------------
 
-    def note_session(self, node: str, key: Hashable, session: int) -> None:
+    def note_session(self, node: str, key: Hashable, session: int, prompt_bytes: int) -> None:
         """Notes that a request of this session was sent to the node. ``session`` is a hash of the session's name."""
         cache = self._use_cache(node, key)
         cache.sessions.pop(session, None)
-        cache.sessions[session] = None
+        cache.sessions[session] = prompt_bytes
         nodes = self._session_nodes.pop((key, session), {})
         nodes.pop(node, None)
         nodes[node] = None

@@ -13,6 +13,7 @@ from gpumesh.balancer.prefixes.cache_size import (
     HITS_TO_GROW,
     MAX_BYTES,
     MAX_SEQUENCES,
+    SURPRISES_TO_GROW,
     CacheSize,
     count_read_tokens,
 )
@@ -93,9 +94,30 @@ def test_a_server_without_a_cache_is_believed_to_have_nothing_until_it_shows_one
     for _ in range(12):
         miss(size)
     assert size.sequences == 0
-    for _ in range(HITS_TO_GROW):
+    for _ in range(SURPRISES_TO_GROW):
         hit(size, believed_bytes=0)
     assert size.sequences == 1
+
+
+def test_a_server_that_has_more_than_believed_keeps_more_than_its_slots() -> None:
+    size = make_size()
+    for _ in range(SURPRISES_TO_GROW):
+        assert size.sequences == 4
+        hit(size, believed_bytes=2000)  # only the system prompt was believed to be there
+    assert (size.sequences, size.max_bytes) == (6, 6 * 8192 * 4)
+    for _ in range(2 * HITS_TO_GROW):
+        hit(size)
+    assert size.sequences == 6  # hits alone do not prove more than the server says
+    for _ in range(100 * SURPRISES_TO_GROW):
+        hit(size, believed_bytes=0)
+    assert size.sequences == MAX_SEQUENCES
+
+
+def test_the_answer_of_the_last_turn_is_no_surprise() -> None:
+    size = make_size()
+    for _ in range(100):
+        hit(size, believed_bytes=20_000)
+    assert size.sequences == 4
 
 
 def test_what_was_learned_is_forgotten_only_with_other_slots() -> None:
@@ -126,7 +148,7 @@ def test_no_figures_break_the_bounds(figures: list[tuple[int, int, float, float]
             prompt_tokens=prompt_tokens,
             read_tokens=read_tokens,
         )
-    assert 0 <= size.sequences <= 4
+    assert 0 <= size.sequences <= MAX_SEQUENCES
 
 
 @pytest.mark.parametrize(

@@ -104,7 +104,7 @@ def test_an_unloaded_model_and_a_restarted_server_are_forgotten() -> None:
     for node in "ab":
         for key in (KEY, OTHER_KEY):
             index.add(node, key, prompt_of("text"), 0.0)
-            index.note_session(node, key, 7)
+            index.note_session(node, key, 7, 100)
     index.forget("a", KEY)
     assert (list(index.match(KEY, prompt_of("text"))), index.nodes_of(KEY, 7)) == (["b"], ["b"])
     assert (list(index.match(OTHER_KEY, prompt_of("text"))), index.nodes_of(OTHER_KEY, 7)) == (["a", "b"], ["b", "a"])
@@ -160,7 +160,7 @@ def test_the_keys_of_a_node_are_bounded() -> None:
     index = PrefixIndex()
     for context in range(MAX_KEYS + 1):
         index.add("a", ("m", context), prompt_of("text"), float(context))
-        index.note_session("a", ("m", context), 7)
+        index.note_session("a", ("m", context), 7, 100)
     assert index.match(("m", 0), prompt_of("text")) == {}
     assert index.nodes_of(("m", 0), 7) == []
     assert index.match(("m", 1), prompt_of("text")) == {"a": size_of("text")}
@@ -169,21 +169,48 @@ def test_the_keys_of_a_node_are_bounded() -> None:
 def test_the_sessions_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     index = PrefixIndex()
     for session in range(MAX_SESSIONS + 1):
-        index.note_session("a", KEY, session)
+        index.note_session("a", KEY, session, 100)
     assert (index.nodes_of(KEY, 0), index.nodes_of(KEY, 1)) == ([], ["a"])
     monkeypatch.setattr(index_module, "MAX_ALL_SESSIONS", MAX_SESSIONS)
-    index.note_session("b", KEY, 2)
-    index.note_session("b", KEY, 1000)
+    index.note_session("b", KEY, 2, 100)
+    index.note_session("b", KEY, 1000, 100)
     assert (index.nodes_of(KEY, 1), index.nodes_of(KEY, 2), index.nodes_of(KEY, 1000)) == ([], ["b", "a"], ["b"])
 
 
 def test_a_session_is_on_the_nodes_that_had_its_requests() -> None:
     index = make_index("a", "b")
     for node in "aba":
-        index.note_session(node, KEY, 7)
+        index.note_session(node, KEY, 7, 100)
     assert index.nodes_of(KEY, 7) == ["a", "b"]
     assert index.nodes_of(KEY, 8) == []
     assert index.nodes_of(OTHER_KEY, 7) == []
+
+
+def test_a_session_counts_where_no_block_matches() -> None:
+    index = make_index("a", "b", slots=2)
+    index.note_session("a", KEY, 7, 900)
+    index.add("b", KEY, prompt_of("text"), 0.0)
+    new = prompt_of("another")
+    assert index.match(KEY, new, 7) == {"a": 900}
+    assert index.match(KEY, new) == index.match(KEY, new, 8) == index.match(OTHER_KEY, new, 7) == {}
+    assert index.match(KEY, prompt_of("text"), 7) == {"b": size_of("text")}
+    index.note_session("a", KEY, 7, 1 << 20)
+    assert index.match(KEY, new, 7) == {"a": new.size}
+    for session in (8, 9):  # the server has two slots
+        index.note_session("a", KEY, session, 900)
+    assert index.match(KEY, new, 7) == {}
+    assert index.nodes_of(KEY, 7) == ["a"]
+
+
+def test_a_server_that_had_what_was_believed_to_be_gone_is_believed_to_hold_more() -> None:
+    index = make_index("a", slots=1)
+    texts = ("first ", "second")
+    for number in range(8):
+        prompt = prompt_of(texts[number % 2])
+        believed_bytes = index.match(KEY, prompt).get("a", 0)
+        index.learn("a", KEY, prompt_bytes=4000, believed_bytes=believed_bytes, prompt_tokens=1000, read_tokens=5)
+        index.add("a", KEY, prompt, float(number))
+    assert [index.match(KEY, prompt_of(text)) for text in texts] == [{"a": size_of(text)} for text in texts]
 
 
 # -- against a model that stores each prompt by itself ---------------------------------------------------------------
