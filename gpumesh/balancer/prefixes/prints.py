@@ -9,9 +9,9 @@ position: a prompt and a longer prompt that begins with it have the same first b
 What stands after the last end in ``BLOCK_ENDS`` (10.7 MiB) belongs to no block: no model reads so much.
 
 **The hash** is Python's own ``hash()`` of bytes: SipHash-1-3, to which a secret of 16 bytes or more is fed before each
-block. It takes a third of the time of BLAKE2b (``benchmarks/decisions.py``). Nobody without the secret can find two
-texts with an equal hash, or test a guess of a text. Python's hash has a random key of its own in each process as well,
-unless ``PYTHONHASHSEED`` is set.
+block. It takes less than half of the time of BLAKE2b (``benchmarks/decisions.py prefixes``). Nobody without the secret
+can find two texts with an equal hash, or test a guess of a text. Python's hash has a random key of its own in each
+process as well, unless ``PYTHONHASHSEED`` is set.
 """
 
 from __future__ import annotations
