@@ -14,7 +14,7 @@ from gpumesh.balancer.prefixes.cache_size import BYTES_PER_TOKEN, CacheSize
 from gpumesh.balancer.prefixes.prints import PromptPrint
 from gpumesh.balancer.prefixes.tree import PrefixTree, Run
 
-MAX_BLOCKS = 1 << 19  # of all nodes together, about 100 MB; beyond, the prompt that was used longest ago is forgotten
+MAX_BLOCKS = 1 << 19  # of all nodes together, about 50 MB; beyond, the prompt that was used longest ago is forgotten
 MAX_KEYS = 64  # residency keys of one node: a client may ask for any ``num_ctx``
 MAX_SESSIONS = 256  # of one node and key
 MAX_ALL_SESSIONS = 1 << 16  # of all nodes together
