@@ -137,7 +137,8 @@ async def gpumesh(
     gateway = {"listen": f"127.0.0.1:{port}"}
     file.write_text(json.dumps({"version": 1, "name": name, "gateway": gateway, "nodes": list(nodes)}))
     argv = (sys.executable, "-P", "-m", "gpumesh", "--config", str(file), "--quiet", "up")
-    environment = {"XDG_RUNTIME_DIR": str(runtime), "PYTHONPATH": str(checkout)}
+    # The state folder, too: what an earlier run has learned would change the figures of this one.
+    environment = {"XDG_RUNTIME_DIR": str(runtime), "XDG_STATE_HOME": str(runtime), "PYTHONPATH": str(checkout)}
     async with program(*argv, port=port, folder=folder, **environment) as process:
         async with asyncio.timeout(30):
             while True:  # the gateway listens before its nodes are up

@@ -1,0 +1,214 @@
+"""Compares where the gateway sends requests with the same work routed by hand, on the real gateway (issue 13).
+
+    python benchmarks/scheduling.py [SCENARIO …] [--seed N] [--beside CHECKOUT] [--json FILE] [--check]
+
+The servers are the lab's stand-ins for Ollama, each in a process of its own; they sleep instead of computing, so two
+cores are enough. Each route of a scenario has stand-ins of its own and all routes run at the same time, with the same
+work: ``hand`` is a client that knows which node is best and sends to it directly, ``gpumesh`` is ``gpumesh up`` of this
+checkout, ``beside`` that of another checkout. Latency counts from the moment at which a request should have been sent.
+
+- mean, p99, ttft: seconds of latency, and the median until the first piece of an answer
+- all: seconds from the start until the last answer
+- watched: the longest wait of a watched request (the interactive ones, those of the second client)
+- loads: models loaded; read: tokens of prompts that were read, of all; inside: requests that waited inside a server
+- full: answers that had ended before the only node had all its slots in use
+- lost: requests without a complete answer; x hand: the scenario's figure ÷ the same figure by hand
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import random
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from urllib.parse import urlsplit
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import uvloop  # noqa: E402
+from gateway import gpumesh  # noqa: E402
+from lean_client import percentile  # noqa: E402
+from scheduling_scenarios import SCENARIOS, Scenario  # noqa: E402
+from scheduling_work import Client, Job  # noqa: E402
+
+from gpumesh.lab.lab import Lab  # noqa: E402
+from gpumesh.lab.profile import LoggedRequest, SimCounters  # noqa: E402
+
+HAND = "hand"
+WAIT_S = 0.05  # a request that waited longer inside a server for a slot has waited
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """The figures of one route of a scenario (see the module's docstring). ``None``: there is no such figure."""
+
+    requests: int
+    lost: int
+    mean_s: float
+    p99_s: float
+    ttft_p50_s: float
+    makespan_s: float
+    watched_max_s: float | None
+    loads: int
+    waited_inside: int
+    answers_before_full: int | None
+    times_hand: float | None = None
+
+
+async def run_scenario(
+    scenario: Scenario, seed: int, checkouts: Mapping[str, Path], folder: Path
+) -> dict[str, Figures]:
+    """The figures of each route: by hand, and through the gateway of each checkout."""
+    jobs = scenario.make_jobs(random.Random(seed))
+    routes: dict[str, Path | None] = {HAND: None, **checkouts}
+    async with contextlib.AsyncExitStack() as stack:
+        ready = [
+            await stack.enter_async_context(_open_route(scenario, folder / name, checkout))
+            for name, checkout in routes.items()
+        ]
+        results = await asyncio.gather(
+            *(
+                _run_route(scenario, _hand_jobs(scenario, jobs) if name == HAND else jobs, lab, port)
+                for name, (lab, port) in zip(routes, ready, strict=True)
+            )
+        )
+    figures = dict(zip(routes, results, strict=True))
+    by_hand = getattr(figures[HAND], scenario.figure)
+    return {
+        name: replace(row, times_hand=getattr(row, scenario.figure) / by_hand if by_hand else None)
+        for name, row in figures.items()
+    }
+
+
+def _hand_jobs(scenario: Scenario, jobs: list[Job]) -> list[Job]:
+    return [job for job in jobs if job.watched] if scenario.watched_only else jobs
+
+
+@contextlib.asynccontextmanager
+async def _open_route(scenario: Scenario, folder: Path, checkout: Path | None) -> AsyncIterator[tuple[Lab, int | None]]:
+    """The scenario's hosts, and the port of a gateway in front of them (``None`` without a checkout: no gateway)."""
+    folder.mkdir(mode=0o700)
+    async with Lab(scenario.hosts, folder) as lab:
+        if checkout is None:
+            yield lab, None
+            return
+        nodes = [host.node_entry() for host in lab.hosts.values()]
+        async with gpumesh(nodes, folder, folder.name, checkout=checkout) as (port, _):
+            yield lab, port
+
+
+async def _run_route(scenario: Scenario, jobs: Sequence[Job], lab: Lab, port: int | None) -> Figures:
+    """Sends the work to the gateway at ``port``, or by hand to the hosts themselves, and measures."""
+    urls = [urlsplit(host.backend_url) for host in lab.hosts.values()]
+
+    def address(job: Job) -> tuple[str, int]:
+        url = urls[job.hand]
+        return ("127.0.0.1", port) if port is not None else (url.hostname or "", url.port or 0)
+
+    client = Client(address)
+    await client.run(jobs, scenario.limit_s, ends_with_watched=scenario.watched_only)
+    counters = await asyncio.gather(*(host.counters() for host in lab.hosts.values()))
+    return _measure(client, jobs, counters, scenario)
+
+
+def _measure(client: Client, jobs: Sequence[Job], counters: Sequence[SimCounters], scenario: Scenario) -> Figures:
+    counted = [job for job in jobs if job.watched] if scenario.watched_only else jobs
+    expected = sum(len(job.turns) for job in counted)
+    took = sorted(sent.took_s for sent in client.sent)
+    first = sorted(sent.first_at - sent.due_at for sent in client.sent if sent.first_at is not None)
+    logged = [entry for counter in counters for entry in counter.requests]
+    return Figures(
+        requests=expected,
+        lost=expected - sum(sent.ok for sent in client.sent),
+        mean_s=sum(took) / len(took),
+        p99_s=percentile(took, 0.99),
+        ttft_p50_s=percentile(first, 0.5),
+        makespan_s=max(sent.ended_at for sent in client.sent) - min(sent.due_at for sent in client.sent),
+        watched_max_s=max((sent.took_s for sent in client.sent if sent.watched), default=None),
+        loads=sum(counter.loads for counter in counters),
+        waited_inside=sum(entry.queued_s > WAIT_S for entry in logged),
+        answers_before_full=_answers_before_full(client, logged, scenario) if len(counters) == 1 else None,
+    )
+
+
+def _answers_before_full(client: Client, logged: Sequence[LoggedRequest], scenario: Scenario) -> int | None:
+    """The number of answers that had ended when all slots of the only node were in use for the first time.
+
+    ``None`` if they never were. All times are of one clock: that of this machine.
+    """
+    ends = sorted(sent.ended_at for sent in client.sent)
+    ended = 0
+    for number, entry in enumerate(sorted(logged, key=lambda entry: entry.at_s), start=1):
+        while ended < len(ends) and ends[ended] <= entry.at_s:
+            ended += 1
+        if number - ended >= scenario.hosts[0].slots:
+            return ended
+    return None
+
+
+def _print_table(scenario: Scenario, figures: Mapping[str, Figures]) -> None:
+    print(f"\n{scenario.name} ({scenario.figure.removesuffix('_s')} <= {scenario.bound:g} x hand)")
+    columns = ("mean", "p99", "ttft", "all", "watched", "loads", "inside", "full", "lost", "x hand")
+    print(f"{'':<10}" + "".join(f"{column:>9}" for column in columns))
+    for name, row in figures.items():
+        cells = (
+            f"{row.mean_s:.2f}",
+            f"{row.p99_s:.2f}",
+            f"{row.ttft_p50_s:.3f}",
+            f"{row.makespan_s:.1f}",
+            "" if row.watched_max_s is None else f"{row.watched_max_s:.2f}",
+            row.loads,
+            row.waited_inside,
+            "" if row.answers_before_full is None else row.answers_before_full,
+            row.lost,
+            "" if row.times_hand is None else f"{row.times_hand:.2f}",
+        )
+        print(f"{name:<10}" + "".join(f"{cell:>9}" for cell in cells), flush=True)
+
+
+async def measure(given: argparse.Namespace) -> dict[str, dict[str, Figures]]:
+    checkouts = {"gpumesh": ROOT}
+    if given.beside is not None:
+        checkouts["beside"] = given.beside.resolve()
+    results: dict[str, dict[str, Figures]] = {}
+    for name in given.scenarios or SCENARIOS:
+        # Short, because a runtime folder holds Unix sockets, whose paths are limited to 107 bytes.
+        with tempfile.TemporaryDirectory(prefix="gm-", dir="/tmp") as folder:
+            results[name] = await run_scenario(SCENARIOS[name], given.seed, checkouts, Path(folder))
+        _print_table(SCENARIOS[name], results[name])
+    return results
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("scenarios", nargs="*", choices=[*SCENARIOS, []], metavar="SCENARIO", help=", ".join(SCENARIOS))
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--beside", type=Path, metavar="CHECKOUT", help="another checkout of gpumesh")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to this file, too")
+    parser.add_argument("--check", action="store_true", help="exit 1 if a goal is missed or a request is lost")
+    given = parser.parse_args()
+    os.environ["PYTHONPATH"] = str(ROOT)  # the stand-ins are always those of this checkout
+    results = uvloop.run(measure(given))
+    if given.json is not None:
+        figures = {name: {route: asdict(row) for route, row in rows.items()} for name, rows in results.items()}
+        given.json.write_text(json.dumps(figures, indent=2) + "\n")
+    missed = [
+        name
+        for name, rows in results.items()
+        if rows["gpumesh"].lost or (rows["gpumesh"].times_hand or 0.0) > SCENARIOS[name].bound
+    ]
+    if missed:
+        print(f"\nmissed: {', '.join(missed)}")
+    return 1 if given.check and missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
