@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from gpumesh.lab.engine import IDLE_MIB, GpuLoad
+from gpumesh.lab.inference.runners import IDLE_MIB
+from gpumesh.lab.inference.usage import GpuLoad
 from gpumesh.lab.profile import GpuProfile, HostProfile, SmiMode
 
 FIRST_PID = 4000  # of the simulated processes

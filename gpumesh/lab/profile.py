@@ -155,11 +155,18 @@ class GpuProfile:
 class HostProfile:
     """One simulated host: its hardware, models and speed.
 
-    ``tokens_per_s`` and ``prefill_tokens_per_s`` are the rates of each stream, however many streams run; with ``None``,
-    this part of an answer takes no time. ``slots`` is how many requests a model runs in parallel
-    (``OLLAMA_NUM_PARALLEL``); the other requests wait, and get no sign. ``answer_tokens``: the least and the greatest
-    length of an answer. ``load_s`` and ``pull_s`` are the seconds that a model's load and its download take.
-    ``backend_port`` is the port of the inference server on the host itself, behind SSH.
+    ``tokens_per_s`` and ``prefill_tokens_per_s`` are the rates of a stream alone; with ``None``, this part of an answer
+    takes no time. With ``k`` streams on the host, a token takes ``1 + share * (k - 1)`` times as long. If
+    ``prefill_stalls``, prompts are read one after the other, and no stream gets a token meanwhile; otherwise each is
+    read at the full rate, and nothing else notices. ``slots`` is how many requests a model runs in parallel
+    (``OLLAMA_NUM_PARALLEL``); the other requests wait, and get no sign. ``max_loaded`` is how many models may be in
+    memory (``OLLAMA_MAX_LOADED_MODELS``); ``None``: as many as the memory holds, but three for each GPU. ``context`` is
+    the context of a request without ``num_ctx``, in tokens (``OLLAMA_CONTEXT_LENGTH``).
+
+    ``prefix_cache``: a slot does not read again what it has read last. ``shared_cache``: nor what any other slot has
+    read. ``answer_tokens``: the least and the greatest length of an answer. ``load_s`` and ``pull_s`` are the seconds
+    that a model's load and its download take. ``backend_port`` is the port of the inference server on the host itself,
+    behind SSH.
     """
 
     name: str
@@ -168,11 +175,16 @@ class HostProfile:
     models: tuple[ModelProfile, ...] = (QWEN_7B,)
     tokens_per_s: float | None = 100.0
     prefill_tokens_per_s: float | None = 3000.0
+    share: float = 0.0
+    prefill_stalls: bool = False
     load_s: float = 2.0
     slots: int = 1
+    max_loaded: int | None = None
+    context: int = 32768
     answer_tokens: tuple[int, int] = (48, 160)
     keep_alive_s: float = 300.0
     prefix_cache: bool = True
+    shared_cache: bool = False
     pull_s: float = 1.0
     version: str = VERSION
     driver: str = DRIVER
@@ -188,7 +200,7 @@ class LoggedRequest:
 
     ``outcome`` is ``finished``, ``cancelled`` (by the client), ``failed`` (by a fault) or ``running``. ``at_s`` is the
     time of the request on the host's monotonic clock. ``prompt`` is the end of the rendered prompt. ``tokens`` counts
-    the sent tokens.
+    the sent tokens. ``read_tokens`` are those of ``prompt_tokens`` that were not in the cache.
     """
 
     path: str
@@ -198,6 +210,7 @@ class LoggedRequest:
     outcome: str = "running"
     tokens: int = 0
     prompt_tokens: int = 0
+    read_tokens: int = 0
     queued_s: float = 0.0
     load_s: float = 0.0
 

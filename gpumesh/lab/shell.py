@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from gpumesh.lab import nvidia_smi
-from gpumesh.lab.engine import GpuLoad
+from gpumesh.lab.inference.usage import GpuLoad
 from gpumesh.lab.profile import Faults, HostProfile, SmiMode
 from gpumesh.tunnels.remote_command import unwrap_killable
 

@@ -36,7 +36,7 @@ class SimVllm(SimServer):
         self, profile: HostProfile, *, host: str = "127.0.0.1", port: int = 0, api_key: str | None = None
     ) -> None:
         loaded_models = tuple(replace(model, resident=True) for model in profile.models)
-        super().__init__(replace(profile, models=loaded_models, load_s=0.0), host=host, port=port)
+        super().__init__(replace(profile, models=loaded_models, load_s=0.0, shared_cache=True), host=host, port=port)
         self._api_key = api_key
 
     def add_routes(self, app: web.Application) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from gpumesh.backends.base import HttpCall
 from gpumesh.lab import profile
 from gpumesh.lab.answers import GenerationRequest, PlannedAnswer, plan_answer, render_request
-from gpumesh.lab.engine import Timings
+from gpumesh.lab.inference.engine import Timings
 from gpumesh.lab.profile import ModelProfile
 from gpumesh.lab.servers.chat_frames import ChatFrames
 from gpumesh.lab.servers.native_frames import NativeFrames

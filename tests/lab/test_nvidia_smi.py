@@ -3,7 +3,7 @@
 import pytest
 
 from gpumesh.lab import nvidia_smi, profile
-from gpumesh.lab.engine import GpuLoad
+from gpumesh.lab.inference.usage import GpuLoad
 from gpumesh.lab.profile import HostProfile, SmiMode
 
 ONE = profile.make_host("one")

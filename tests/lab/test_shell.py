@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from gpumesh.lab import profile
-from gpumesh.lab.engine import GpuLoad
+from gpumesh.lab.inference.usage import GpuLoad
 from gpumesh.lab.profile import Faults, SmiMode
 from gpumesh.lab.shell import SimShell
 from gpumesh.probes.nvidia_smi import probe_gpus

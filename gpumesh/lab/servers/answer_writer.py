@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from aiohttp import web
 
 from gpumesh.lab.answers import PlannedAnswer, ToolCall
-from gpumesh.lab.engine import Timings
+from gpumesh.lab.inference.engine import Timings
 from gpumesh.lab.servers.replies import dump_json
 
 BuildError = Callable[[str, int, str], web.Response]

@@ -9,7 +9,7 @@ from itertools import count
 from typing import Any
 
 from gpumesh.lab.answers import PlannedAnswer, ToolCall
-from gpumesh.lab.engine import Timings
+from gpumesh.lab.inference.engine import Timings
 from gpumesh.lab.servers.replies import dump_json
 
 SSE = "text/event-stream"

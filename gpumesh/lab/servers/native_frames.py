@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from gpumesh.lab.answers import PlannedAnswer, ToolCall
-from gpumesh.lab.engine import Timings
+from gpumesh.lab.inference.engine import Timings
 from gpumesh.lab.servers.replies import dump_json
 
 NDJSON = "application/x-ndjson"

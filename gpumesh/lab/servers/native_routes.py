@@ -14,8 +14,8 @@ from aiohttp import web
 
 from gpumesh.lab import text
 from gpumesh.lab.answers import ApiError, GenerationRequest, render_request
-from gpumesh.lab.engine import Runner
-from gpumesh.lab.keep_alive import parse_keep_alive
+from gpumesh.lab.inference.keep_alive import parse_keep_alive
+from gpumesh.lab.inference.runners import Runner
 from gpumesh.lab.profile import ModelProfile
 from gpumesh.lab.servers.native_frames import NDJSON, NativeFrames, build_message, format_now
 from gpumesh.lab.servers.replies import dump_json, json_response, read_json

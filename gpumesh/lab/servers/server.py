@@ -19,7 +19,8 @@ from typing import Any, Self
 from aiohttp import web
 
 from gpumesh.lab.answers import ApiError, GenerationRequest, plan_answer
-from gpumesh.lab.engine import Engine, Pacer, Timings
+from gpumesh.lab.inference.engine import Engine, Timings, record_output
+from gpumesh.lab.inference.pacing import Pacer
 from gpumesh.lab.profile import Faults, HostProfile, LoggedRequest, SimCounters
 from gpumesh.lab.servers.answer_writer import AnswerFrames, AnswerWriter
 from gpumesh.lab.servers.replies import abort_connection, error_response
@@ -142,11 +143,18 @@ class SimServer(ABC):
             async with self.engine.lease_slot(generation.model, generation.options, generation.keep_alive) as lease:
                 prompt_tokens, prefill_s = await self.engine.prefill(lease, answer.prompt)
                 entry.log = replace(
-                    entry.log, prompt_tokens=prompt_tokens, queued_s=lease.queued_s, load_s=lease.load_s
+                    entry.log,
+                    prompt_tokens=prompt_tokens,
+                    read_tokens=lease.read_tokens,
+                    queued_s=lease.queued_s,
+                    load_s=lease.load_s,
                 )
-                pacer = Pacer(answer.total, lease.rate, self.engine.clock, self.engine.clock())
+                pacer = self.engine.start_decoding(lease, answer.total)
                 writer = AnswerWriter(request, frames, answer, stream=stream, build_error=self.build_error)
-                fault = await self._write_tokens(writer, pacer, entry)
+                try:
+                    fault = await self._write_tokens(writer, pacer, entry)
+                finally:
+                    record_output(lease, "".join((*answer.thinking, *answer.tokens)[: pacer.sent]))
                 if fault is None:
                     timings = Timings(
                         total_ns=int((self.engine.clock() - asked_at) * 1e9),
@@ -155,7 +163,7 @@ class SimServer(ABC):
                         # At least 1 ns: Ollama's frames leave out a counter that is 0.
                         prompt_ns=max(1, int(prefill_s * 1e9)),
                         tokens=answer.total,
-                        eval_ns=max(1, round(answer.total / lease.rate * 1e9)),
+                        eval_ns=max(1, round(pacer.measure_decoding() * 1e9)),
                     )
                     response = await writer.finish(timings)
                     outcome = "finished"
