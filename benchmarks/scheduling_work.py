@@ -24,7 +24,8 @@ class Job:
     """One client's work: ``turns`` are the texts that it says, each after the answer to the last and ``pause_s``.
 
     ``at_s``: when the first is sent, in seconds after the start. ``hand``: the number of the node that it is sent to
-    when the work is routed by hand. ``tokens``: the length of each answer. ``watched``: the requests of the scenario's
+    when the work is routed by hand; jobs with a ``hand_order`` are then sent one after the other in this order, if they
+    are due at the same time. ``tokens``: the length of each answer. ``watched``: the requests of the scenario's
     question, for example the interactive ones behind a batch; the others are only load.
     """
 
@@ -38,6 +39,7 @@ class Job:
     options: Mapping[str, Any] = field(default_factory=dict)
     headers: Mapping[str, str] = field(default_factory=dict)
     watched: bool = False
+    hand_order: int = 0
 
 
 @dataclass(frozen=True, slots=True)
