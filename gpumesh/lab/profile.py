@@ -164,9 +164,10 @@ class HostProfile:
     the context of a request without ``num_ctx``, in tokens (``OLLAMA_CONTEXT_LENGTH``).
 
     ``prefix_cache``: a slot does not read again what it has read last. ``shared_cache``: nor what any other slot has
-    read. ``answer_tokens``: the least and the greatest length of an answer. ``load_s`` and ``pull_s`` are the seconds
-    that a model's load and its download take. ``backend_port`` is the port of the inference server on the host itself,
-    behind SSH.
+    read. ``lost_tokens``: how many tokens that slots have lost are kept in the host's memory (``--cache-ram``;
+    llama-server's default of 8 GiB holds about 65,000 tokens of an 8B model). ``answer_tokens``: the least and the
+    greatest length of an answer. ``load_s`` and ``pull_s`` are the seconds that a model's load and its download take.
+    ``backend_port`` is the port of the inference server on the host itself, behind SSH.
     """
 
     name: str
@@ -185,6 +186,7 @@ class HostProfile:
     keep_alive_s: float = 300.0
     prefix_cache: bool = True
     shared_cache: bool = False
+    lost_tokens: int = 0
     pull_s: float = 1.0
     version: str = VERSION
     driver: str = DRIVER

@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpumesh.lab.inference.slots import Slot, SlotPool, common_prefix_length
+from gpumesh.lab.inference.prefixes import LostTexts, common_prefix_length
+from gpumesh.lab.inference.slots import Slot, SlotPool
 
 SYSTEM = "You are a helpful assistant. "
 
@@ -80,3 +81,38 @@ def test_the_common_prefix_is_the_longest_one(first: str, second: str) -> None:
 @pytest.mark.parametrize("count", [1, 4])
 async def test_all_slots_can_be_taken_at_once(count: int) -> None:
     assert len({id(slot) for slot in await work(SlotPool(count), *(str(n) for n in range(count)))}) == count
+
+
+async def test_a_text_that_its_slot_has_lost_comes_back() -> None:
+    pool = SlotPool(1, lost_tokens=100)
+    await work(pool, "one two three four")
+    await work(pool, "another text")
+    await pool.acquire()
+    slot, cached = pool.take_slot("one two three four five")
+    assert cached == len("one two three four")
+    assert slot.text == "one two three four"
+
+
+async def test_without_a_cache_in_memory_what_is_lost_is_lost() -> None:
+    pool = SlotPool(1)
+    await work(pool, "one two three four")
+    await work(pool, "another text")
+    await pool.acquire()
+    assert pool.take_slot("one two three four five")[1] == 0
+
+
+def test_lost_texts_are_kept_up_to_their_limit_the_latest_longest() -> None:
+    lost = LostTexts(4)
+    for text in ("a b", "a b c", "d e"):  # the second has the first in it; with the third they are five tokens
+        lost.save(text)
+    assert lost.take_better("", "a b c d") == ""
+    assert lost.take_better("", "d e f") == "d e"
+    assert lost.take_better("", "d e f") == ""  # it is in the slot now
+
+
+def test_a_lost_text_must_be_better_than_the_slots_own_and_mostly_used() -> None:
+    lost = LostTexts(100)
+    lost.save("abcdefgh" * 4)
+    assert lost.take_better("", "abcdef") == ""  # less than a quarter of it
+    assert lost.take_better("abcdefgh", "abcdefgh" * 2) == "abcdefgh"  # all of the slot's own text is used
+    assert lost.take_better("axx", "abcdefgh" * 2) == "abcdefgh" * 4

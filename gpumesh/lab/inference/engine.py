@@ -19,8 +19,9 @@ from datetime import UTC, datetime, timedelta
 
 from gpumesh.lab.inference.keep_alive import parse_keep_alive
 from gpumesh.lab.inference.pacing import DecodeClock, Pacer
+from gpumesh.lab.inference.prefixes import common_prefix_length
 from gpumesh.lab.inference.runners import Runner, Runners
-from gpumesh.lab.inference.slots import Slot, common_prefix_length
+from gpumesh.lab.inference.slots import Slot
 from gpumesh.lab.inference.usage import GpuLoad, UsageAverage
 from gpumesh.lab.profile import Faults, HostProfile, ModelProfile
 from gpumesh.lab.text import count_tokens

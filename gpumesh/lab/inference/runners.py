@@ -196,7 +196,7 @@ class Runners:
         return Runner(
             model,
             reload_options,
-            SlotPool(slots, shared_cache=self._profile.shared_cache),
+            SlotPool(slots, shared_cache=self._profile.shared_cache, lost_tokens=self._profile.lost_tokens),
             keep_alive_s,
             expires_at=self._clock() + keep_alive_s,
             context_length=context_length,

@@ -2,6 +2,7 @@
 
 A request takes the idle slot whose cached text has the longest prefix in common with its prompt, if that is more than a
 tenth of the prompt. Otherwise it takes the slot that was used longest ago. It computes only what is new to this slot.
+What a slot loses may be kept in the host's memory, and brought back into any slot (prefixes.py).
 """
 
 from __future__ import annotations
@@ -10,8 +11,13 @@ import asyncio
 import itertools
 from dataclasses import dataclass
 
+from gpumesh.lab.inference.prefixes import LostTexts, common_prefix_length
+
 MIN_SIMILARITY = 0.1
 """``--slot-prompt-similarity`` of llama-server: the share of the prompt that must be in a slot's cache."""
+
+MAX_LOSS = 0.5
+"""A slot that loses more than this share of its text has the text kept in the host's memory before."""
 
 
 @dataclass(slots=True, eq=False)
@@ -30,12 +36,14 @@ class SlotPool:
     """The slots of one loaded model. Requests past them wait, first come, first served.
 
     ``shared_cache``: what any slot has cached helps all (vLLM). Otherwise a slot has only its own text (llama-server).
+    ``lost_tokens``: how many tokens of lost texts are kept.
     """
 
-    def __init__(self, count: int, *, shared_cache: bool = False) -> None:
+    def __init__(self, count: int, *, shared_cache: bool = False, lost_tokens: int = 0) -> None:
         self._slots = [Slot() for _ in range(count)]
         self._places = asyncio.Semaphore(count)
         self._shared_cache = shared_cache
+        self._lost_texts = LostTexts(lost_tokens)
         self._uses = itertools.count(1)
 
     async def acquire(self) -> None:
@@ -48,13 +56,18 @@ class SlotPool:
         The caller holds a place, so there is an idle slot.
         """
         idle = [slot for slot in self._slots if not slot.busy]
-        common = {id(slot): common_prefix_length(slot.text, prompt) for slot in self._slots}
-        slot = max(idle, key=lambda slot: common[id(slot)])
-        if common[id(slot)] <= MIN_SIMILARITY * len(prompt):
+        slot = max(idle, key=lambda slot: common_prefix_length(slot.text, prompt))
+        common_length = common_prefix_length(slot.text, prompt)
+        is_similar = common_length > MIN_SIMILARITY * len(prompt)
+        if not is_similar:
             slot = min(idle, key=lambda slot: slot.used)
+        if not is_similar or common_length < (1 - MAX_LOSS) * len(slot.text):
+            self._lost_texts.save(slot.text)
+            slot.text = self._lost_texts.take_better(slot.text, prompt)
         slot.busy = True
         slot.used = next(self._uses)
-        return slot, max(common.values()) if self._shared_cache else common[id(slot)]
+        sources = self._slots if self._shared_cache else [slot]
+        return slot, max(common_prefix_length(source.text, prompt) for source in sources)
 
     def release(self, slot: Slot | None) -> None:
         """Gives a place back, with its slot if one was taken."""
@@ -62,15 +75,3 @@ class SlotPool:
             slot.busy = False
             slot.used = next(self._uses)
         self._places.release()
-
-
-def common_prefix_length(first: str, second: str) -> int:
-    """The number of characters that both texts begin with. A binary search, because prompts may be long."""
-    equal, limit = 0, min(len(first), len(second))  # the first ``equal`` characters are the same
-    while equal < limit:
-        middle = (equal + limit + 1) // 2
-        if first[equal:middle] == second[equal:middle]:
-            equal = middle
-        else:
-            limit = middle - 1
-    return equal
