@@ -95,10 +95,17 @@ def _times_hand(scenario: Scenario, row: Figures, hand: Figures) -> float:
 
 def _find_misses(scenario: Scenario, row: Figures) -> list[str]:
     """The goals that the route misses, as the names of their figures."""
-    misses = [name for name, limit in scenario.at_most.items() if (getattr(row, name) or 0) > limit]
+    misses = {name for name, limit in scenario.at_most.items() if not _is_within(getattr(row, name), limit)}
     if row.times_hand > scenario.bound:
-        misses.append(" or ".join(scenario.figures))
-    return misses + ["lost"] * (row.lost > 0)
+        misses.add(" or ".join(scenario.figures))
+    if row.lost:
+        misses.add("lost")
+    return sorted(misses)
+
+
+def _is_within(value: float | None, limit: float) -> bool:
+    """Whether the figure is there and keeps the limit."""
+    return value is not None and value <= limit
 
 
 def _hand_jobs(scenario: Scenario, jobs: list[Job]) -> list[Job]:

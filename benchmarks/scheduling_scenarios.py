@@ -89,6 +89,11 @@ def _about_a_second(rng: random.Random) -> int:
     return rng.randint(SECOND // 2 - 2, 3 * SECOND // 2 - 2)
 
 
+def _mixed_length(rng: random.Random) -> int:
+    """The tokens of an answer: many short ones and few long ones, up to four seconds, one second on average."""
+    return min(1 + int(rng.expovariate(1.0 / (SECOND - 3))), 4 * SECOND)
+
+
 # -- what is in memory ------------------------------------------------------------------------------------------------
 
 TWO_MODEL_HOSTS = (_host("a", HOT), _host("b", HOT), _host("c", HOT), _host("d", COLD))
@@ -103,7 +108,7 @@ def _two_models(rate: float) -> Callable[[random.Random], list[Job]]:
             is_hot = rng.random() < 0.7
             hot += is_hot
             hand, model = (hot % 3, HOT) if is_hot else (3, COLD)
-            jobs.append(Job(at_s, hand, model, (prose(rng, 100),), _about_a_second(rng)))
+            jobs.append(Job(at_s, hand, model, (prose(rng, 100),), _mixed_length(rng)))
         return jobs
 
     return make
@@ -115,7 +120,7 @@ def _num_ctx(rng: random.Random) -> list[Job]:
     for at_s in poisson(rng, 2.0, 25.0):
         client = rng.randrange(2)
         options = {"num_ctx": (4096, 8192)[client]}
-        jobs.append(Job(at_s, client, HOT, (prose(rng, 100),), _about_a_second(rng), options=options))
+        jobs.append(Job(at_s, client, HOT, (prose(rng, 100),), _mixed_length(rng), options=options))
     return jobs
 
 
