@@ -162,7 +162,7 @@ def test_the_meter_forgets() -> None:
 
 async def test_a_pacer_that_is_late_catches_up_and_never_passes_its_total() -> None:
     now = 0.0
-    pacer = Pacer(5, 100.0, DecodeClock(clock=lambda: now), lambda: now)
+    pacer = Pacer(5, 100.0, DecodeClock(clock=lambda: now))
     now = 0.035
     assert await pacer.wait_due() == 3
     now = 1.0

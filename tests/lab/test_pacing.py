@@ -15,7 +15,7 @@ async def decode(decode_clock: DecodeClock, clock: Clock, start_s: float, tokens
     """Decodes as a stream from ``start_s`` on. Returns when each token was due, and last what the pacer measured."""
     await asyncio.sleep(start_s)
     decode_clock.add_stream()
-    pacer = Pacer(tokens, rate, decode_clock, clock)
+    pacer = Pacer(tokens, rate, decode_clock)
     times = []
     try:
         while pacer.sent < tokens:
@@ -106,3 +106,13 @@ def ends_of(share: float, streams: list[tuple[float, int, float]]) -> list[float
                 left[n], ends[n] = 0.0, until
         now = until
     return ends
+
+
+@given(st.floats(0.0, 1e6), st.floats(0.0, 1.0), st.integers(1, 500), st.floats(1.0, 500.0))
+def test_what_a_stream_alone_measures_is_exactly_its_rate_however_late_it_is(
+    start: float, late_s: float, tokens: int, rate: float
+) -> None:
+    now = start
+    pacer = Pacer(tokens, rate, DecodeClock(0.5, clock=lambda: now))
+    now += tokens / rate + late_s
+    assert round(pacer.measure_decoding() * 1e9) == pytest.approx(tokens / rate * 1e9, abs=5)

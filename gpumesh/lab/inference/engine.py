@@ -166,7 +166,7 @@ class Engine:
         """Begins the ``total`` tokens of the answer, which from now on share the GPU with the other streams."""
         lease.decodes = True
         self._decode_clock.add_stream()
-        return Pacer(total, lease.rate, self._decode_clock, self.clock)
+        return Pacer(total, lease.rate, self._decode_clock)
 
     def list_runners(self) -> list[Runner]:
         """The models in memory, and the models that load."""

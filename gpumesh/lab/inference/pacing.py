@@ -29,8 +29,9 @@ class DecodeClock:
         self._clock = clock
         self._streams = 0
         self._pauses = 0
-        self._decoded_s = clock()  # with one stream at a time, both clocks show the same
-        self._updated_at = self._decoded_s
+        self.read_at = clock()
+        """The time on the other clock when this clock was read last."""
+        self._decoded_s = self.read_at  # with one stream at a time, both clocks show the same
         self._order = itertools.count()  # a heap compares it if two waiters are due at the same time
         self._waiters: list[tuple[float, int, asyncio.Future[None]]] = []
         self._timer: asyncio.TimerHandle | None = None
@@ -45,8 +46,8 @@ class DecodeClock:
     def read(self) -> float:
         """The time on this clock, in seconds."""
         now = self._clock()
-        self._decoded_s += (now - self._updated_at) * self.speed
-        self._updated_at = now
+        self._decoded_s += (now - self.read_at) * self.speed
+        self.read_at = now
         return self._decoded_s
 
     def add_stream(self) -> None:
@@ -112,13 +113,12 @@ class Pacer:
     that the caller has sent, or will send now.
     """
 
-    def __init__(self, total: int, rate: float, decode_clock: DecodeClock, clock: Callable[[], float]) -> None:
+    def __init__(self, total: int, rate: float, decode_clock: DecodeClock) -> None:
         self._total = total
         self._rate = rate
         self._decode_clock = decode_clock
-        self._clock = clock
         self._start = decode_clock.read()
-        self._started_at = clock()
+        self._started_at = decode_clock.read_at
         self.sent = 0
 
     async def wait_due(self) -> int:
@@ -141,4 +141,4 @@ class Pacer:
             return 0.0
         late_s = self._decode_clock.read() - self._start - self._total / self._rate  # below 0: a timer was early
         speed = self._decode_clock.speed
-        return self._clock() - self._started_at - (late_s / speed if speed else 0.0)
+        return self._decode_clock.read_at - self._started_at - (late_s / speed if speed else 0.0)
