@@ -50,10 +50,10 @@ def report_html(result: BenchResult, records: Sequence[LoadSample] = ()) -> str:
     """Returns the page. With ``records``, it also has a plot of the requests over time, except for ``overhead``."""
     title = f"gpumesh bench: {result.scenario} of {result.settings.model}"
     body = [
-        f"<h1>{_escape(title)}</h1>",
-        f'<p class="sub">mesh {_escape(result.environment.mesh)}, {result.at:%Y-%m-%d %H:%M} UTC, '
-        f"gpumesh {_escape(result.environment.gpumesh)}</p>",
-        *(f'<p class="note">{_escape(note)}</p>' for note in result.notes),
+        f"<h1>{escape_text(title)}</h1>",
+        f'<p class="sub">mesh {escape_text(result.environment.mesh)}, {result.at:%Y-%m-%d %H:%M} UTC, '
+        f"gpumesh {escape_text(result.environment.gpumesh)}</p>",
+        *(f'<p class="note">{escape_text(note)}</p>' for note in result.notes),
         _routes(result),
         "<h2>Throughput</h2>",
         _throughput(result.stages),
@@ -68,23 +68,29 @@ def report_html(result: BenchResult, records: Sequence[LoadSample] = ()) -> str:
         _failures(result.stages),
         _conditions(result),
     ]
+    return html_page(title, body)
+
+
+def html_page(title: str, body: Sequence[str]) -> str:
+    """The whole page around the parts of its body. ``title`` is escaped here, the parts by the caller; empty parts are
+    left out."""
     policy = "default-src 'none'; style-src 'unsafe-inline'"  # nothing may be loaded or run, except the style below
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{_escape(title)}</title><style>{_STYLE}</style></head>\n<body>\n"
+        f"<title>{escape_text(title)}</title><style>{_STYLE}</style></head>\n<body>\n"
         + "\n".join(part for part in body if part)  # a section without content is an empty text
         + "\n</body></html>\n"
     )
 
 
-def _escape(value: object) -> str:
+def escape_text(value: object) -> str:
     """The value as text for the page, without control characters and markup of its own."""
     return escape(printable(str(value)))
 
 
-def _table(column_names: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def html_table(column_names: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Writes a table, or an empty text if there are no rows. The caller escapes the cells, this function the names."""
     body = ""
     for row in rows:
@@ -112,11 +118,11 @@ _THROUGHPUT_COLUMNS = (
 
 def _throughput(stages: Sequence[StageResult]) -> str:
     """The table of rates, a row for each stage."""
-    return _table(
+    return html_table(
         _THROUGHPUT_COLUMNS,
         (
             [
-                _escape(stage_label(stage)),
+                escape_text(stage_label(stage)),
                 "open loop" if stage.concurrency is None else str(stage.concurrency),
                 str(stage.requests),
                 str(stage.failed + stage.cut),
@@ -150,10 +156,10 @@ def _latency(stages: Sequence[StageResult]) -> str:
             ("outside the server", latency.outside_server),
         ):
             if sample.n:
-                label = _escape(f"{stage_label(stage)}, {name}")
+                label = escape_text(f"{stage_label(stage)}, {name}")
                 mean, maximum = svg.format_number(sample.mean), svg.format_number(sample.max)
                 rows.append([label, f"{sample.n:,}", *_percentiles(sample), mean, maximum])
-    return _table(["ms", "n", "p50", "p90", "p99", "mean", "max"], rows)
+    return html_table(["ms", "n", "p50", "p90", "p99", "mean", "max"], rows)
 
 
 def _plots(result: BenchResult) -> list[str]:
@@ -233,21 +239,21 @@ def _scaling(result: BenchResult) -> str:
     scaling = result.scaling
     if scaling is None:
         return ""
-    rows = [[_escape(name), svg.format_number(value)] for name, value in scaling.nodes]
+    rows = [[escape_text(name), svg.format_number(value)] for name, value in scaling.nodes]
     rows.append(["sum of the nodes alone", svg.format_number(scaling.sum_tokens_per_s)])
     rows.append(["mesh", svg.format_number(scaling.mesh_tokens_per_s)])
     rows.append(["efficiency (mesh ÷ sum)", f"{scaling.efficiency:.1%}"])
     explanation = "While every place was taken: without the end, at which the faster nodes have nothing left to do."
-    return f'<h2>Scaling</h2><p class="sub">{explanation}</p>' + _table(["", "output tok/s"], rows)
+    return f'<h2>Scaling</h2><p class="sub">{explanation}</p>' + html_table(["", "output tok/s"], rows)
 
 
 def _routes(result: BenchResult) -> str:
     """The section about the cost of each route; empty unless the scenario is ``overhead``."""
-    table = _table(
+    table = html_table(
         ["node and route", "end-to-end p50 ms", "outside the server p50 ms", "added p50 ms"],
         (
             [
-                _escape(f"{cost.node} via {cost.route}"),
+                escape_text(f"{cost.node} via {cost.route}"),
                 svg.format_number(cost.end_to_end_p50_ms),
                 svg.format_number(cost.outside_server_p50_ms),
                 svg.format_number(cost.added_p50_ms),
@@ -263,10 +269,10 @@ def _phases(stages: Sequence[StageResult]) -> str:
     parts = []
     for stage in stages:
         if stage.phases:
-            parts.append(f"<h2>{_escape(stage.disturbance or 'Disturbance')}</h2>")
+            parts.append(f"<h2>{escape_text(stage.disturbance or 'Disturbance')}</h2>")
             rows = (
                 [
-                    _escape(phase.name),
+                    escape_text(phase.name),
                     str(phase.requests),
                     str(phase.failed),
                     str(phase.retried),
@@ -278,7 +284,7 @@ def _phases(stages: Sequence[StageResult]) -> str:
             )
             column_names = ["phase", "requests", "failed", "retried", "end-to-end p50 ms", "p90", "p99"]
             column_names += ["longest gap ms", "output tok/s"]
-            parts.append(_table(column_names, rows))
+            parts.append(html_table(column_names, rows))
     return "".join(parts)
 
 
@@ -286,7 +292,7 @@ def _shares(stages: Sequence[StageResult]) -> str:
     """The section about the requests that each node served in the stages of the mesh; empty without such stages."""
     rows = (
         [
-            _escape(f"{stage_label(stage)}: {share.node}"),
+            escape_text(f"{stage_label(stage)}: {share.node}"),
             str(share.served),
             f"{share.share:.0%}",
             f"{share.output_tokens:,}",
@@ -296,7 +302,7 @@ def _shares(stages: Sequence[StageResult]) -> str:
         if stage.node is None
         for share in stage.nodes
     )
-    table = _table(["stage: node", "served", "share", "output tokens", "server tok/s"], rows)
+    table = html_table(["stage: node", "served", "share", "output tokens", "server tok/s"], rows)
     return "<h2>Who served what</h2>" + table if table else ""
 
 
@@ -304,7 +310,7 @@ def _gpus(stages: Sequence[StageResult]) -> str:
     """The section about the use of the GPUs; empty if it is unknown for all stages."""
     rows = (
         [
-            _escape(stage_label(stage)),
+            escape_text(stage_label(stage)),
             str(stage.gpu.gpus),
             svg.format_number(stage.gpu.utilization_pct),
             svg.format_number(stage.gpu.power_w),
@@ -314,18 +320,18 @@ def _gpus(stages: Sequence[StageResult]) -> str:
         for stage in stages
         if stage.gpu is not None
     )
-    table = _table(["stage", "GPUs", "utilisation %", "power W", "energy J", "tokens/J"], rows)
+    table = html_table(["stage", "GPUs", "utilisation %", "power W", "energy J", "tokens/J"], rows)
     return "<h2>GPUs</h2>" + table if table else ""
 
 
 def _failures(stages: Sequence[StageResult]) -> str:
     """The section about requests that failed; empty if none failed."""
     rows = (
-        [_escape(stage_label(stage)), str(failure.count), _escape(failure.code), _escape(failure.message)]
+        [escape_text(stage_label(stage)), str(failure.count), escape_text(failure.code), escape_text(failure.message)]
         for stage in stages
         for failure in stage.failures
     )
-    table = _table(["stage", "requests", "code", "reason"], rows)
+    table = html_table(["stage", "requests", "code", "reason"], rows)
     return "<h2>What failed</h2>" + table if table else ""
 
 
@@ -350,5 +356,5 @@ def _conditions(result: BenchResult) -> str:
         if node.simulated:
             text += ", simulated"
         conditions.append((node.name, text))
-    rows = "".join(f"<dt>{_escape(name)}</dt><dd>{_escape(text)}</dd>\n" for name, text in conditions)
+    rows = "".join(f"<dt>{escape_text(name)}</dt><dd>{escape_text(text)}</dd>\n" for name, text in conditions)
     return f"<h2>Conditions</h2><dl>{rows}</dl>"

@@ -74,6 +74,13 @@ def complete_scenarios(incomplete: str) -> list[str]:
     return [scenario for scenario in Scenario if scenario.startswith(incomplete)]
 
 
+def complete_policies(incomplete: str) -> list[str]:
+    """The policies of `bench simulate` that begin with ``incomplete``."""
+    from gpumesh.bench.simulate.decisions import POLICY_NAMES
+
+    return [name for name in POLICY_NAMES if name.startswith(incomplete)]
+
+
 def _config_option(ctx: typer.Context) -> Path | None:
     """The value of ``--config`` after the command's name, else before it; ``None`` if it is not given."""
     value_after_command = ctx.meta.get("gpumesh.config")  # global_options._store_option has put it there

@@ -159,3 +159,108 @@ def compare(
         print_json({"schema": "gpumesh.bench-compare/1", **to_json(comparison)})
     else:
         bench_tables.print_comparison(comparison)
+
+
+@app.command()
+def simulate(
+    ctx: typer.Context,
+    fleet: Annotated[Path, typer.Option("--fleet", metavar="FILE", help="The simulated nodes, as YAML.")],
+    trace: Annotated[Path | None, typer.Option(metavar="FILE", help="Azure's CSV or Mooncake's JSONL.")] = None,
+    poisson: Annotated[float | None, typer.Option(metavar="RATE", help="Requests a second, at random.")] = None,
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="P", help="A policy, or reference; else all.", autocompletion=completion.complete_policies
+        ),
+    ] = None,
+    requests: Annotated[
+        int | None, typer.Option("-n", metavar="N", help="How many; else the trace's, or 10000.")
+    ] = None,
+    load: Annotated[float | None, typer.Option(help="0.8: 80 % of what the fleet can serve.")] = None,
+    speed: Annotated[float, typer.Option(help="So many times as fast.")] = 1.0,
+    mix: Annotated[str | None, typer.Option(metavar="MODEL=SHARE,…", help="Models; else the fleet's first.")] = None,
+    contexts: Annotated[
+        str | None, typer.Option(metavar="N=SHARE,…", help="Context lengths that are asked for.")
+    ] = None,
+    priorities: Annotated[str | None, typer.Option(metavar="CLASS=SHARE,…", help="Classes of requests.")] = None,
+    clients: Annotated[int, typer.Option(min=1, help="How many clients send.")] = 1,
+    prompt_tokens: Annotated[float, typer.Option(help="Mean length of a prompt (with --poisson).")] = 400.0,
+    tokens: Annotated[float, typer.Option(help="Mean length of an answer (with --poisson).")] = 200.0,
+    fixed: Annotated[bool, typer.Option("--fixed", help="All prompts and answers have the mean length.")] = False,
+    turns: Annotated[int, typer.Option(min=1, help="Turns of each conversation (with --poisson).")] = 1,
+    think_s: Annotated[float, typer.Option(min=0, help="Seconds between an answer and the next turn.")] = 5.0,
+    systems: Annotated[int, typer.Option(min=0, help="How many system prompts conversations share.")] = 0,
+    system_tokens: Annotated[int, typer.Option(min=1, help="Length of a system prompt.")] = 1000,
+    sessions: Annotated[bool, typer.Option("--sessions", help="Clients name their conversations.")] = False,
+    batch: Annotated[int, typer.Option(min=0, help="So many batch requests at the start, too.")] = 0,
+    max_queue: Annotated[int, typer.Option(min=0, help="The gateway's queue.")] = 1024,
+    seed: Annotated[int, typer.Option(help="Seed of all that is random.")] = 1,
+    out: OutOption = None,
+    force: Annotated[bool, typer.Option("--force", help="Write over a result that is there.")] = False,
+    as_json: Annotated[bool, json_option("As JSON (schema gpumesh.simulation/1).")] = False,
+) -> None:
+    """Simulate a fleet: the balancer's own code against simulated servers, in simulated time.
+
+    The policy `reference` knows the lengths of all answers and the caches of all servers: a yardstick.
+
+    \b
+    Examples:
+      gpumesh bench simulate --fleet fleet.yaml --poisson 4 --load 0.8
+      gpumesh bench simulate --fleet fleet.yaml --trace azure_conv_2023.csv --policy adaptive --policy reference
+      gpumesh bench simulate --fleet fleet.yaml --poisson 4 --mix llama3.1:8b=0.7,qwen2.5:14b=0.3 --json
+    """
+    from gpumesh.balancer.base import Priority
+    from gpumesh.bench.simulate.decisions import POLICY_NAMES
+    from gpumesh.bench.simulate.report import simulation_json
+    from gpumesh.bench.simulate.run import simulate_policies
+    from gpumesh.bench.simulate.workloads import Workload
+    from gpumesh.cli.bench import simulate_options
+    from gpumesh.cli.views import bench_tables
+
+    options = global_options(ctx)
+    if (trace is None) == (poisson is None):
+        raise UsageError("give either --trace FILE or --poisson RATE")
+    nodes = simulate_options.read_fleet(fleet)
+    traced_requests = bench_options.read_trace(trace, requests)
+    for name, number in (("--poisson", poisson), ("--load", load), ("--speed", speed)):
+        if number is not None:
+            simulate_options.check_positive(name, number)
+    workload = Workload(
+        models=simulate_options.models_mix(mix, nodes),
+        count=requests or len(traced_requests) or 10_000,
+        rate=poisson or 1.0,
+        trace=traced_requests,
+        time_factor=1.0 / speed,
+        prompt_tokens=max(prompt_tokens, 1.0),
+        output_tokens=max(tokens, 1.0),
+        has_fixed_lengths=fixed,
+        contexts=simulate_options.parse_mix("--contexts", contexts or "default", simulate_options.parse_context),
+        priorities=simulate_options.parse_mix("--priorities", priorities or "normal", Priority),
+        clients=clients,
+        turns=turns,
+        think_s=think_s,
+        system_prompts=systems,
+        system_tokens=system_tokens,
+        names_sessions=sessions,
+        batch=batch,
+        seed=seed,
+    )
+    source = f"trace {trace.name}" if trace is not None else "requests at random times"
+    if out is not None:
+        simulate_options.check_folder(out, force=force)
+    result = simulate_policies(
+        nodes,
+        workload,
+        policy or POLICY_NAMES,
+        source=source,
+        load=load,
+        max_queue=max_queue,
+    )
+    if out is not None:
+        simulate_options.write_result(out, result)
+        if not options.quiet:
+            typer.echo(f"result in {out} (report.html opens in a browser)", err=True)
+    if as_json:
+        print_json(simulation_json(result))
+    else:
+        bench_tables.print_simulation(result, notes=not options.quiet)

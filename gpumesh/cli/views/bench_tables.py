@@ -9,6 +9,7 @@ import typer
 
 from gpumesh.bench.compare import Comparison, Difference, DifferenceVerdict
 from gpumesh.bench.result import BenchResult
+from gpumesh.bench.simulate.report import FIGURE_NAMES, SimulationResult, figures
 from gpumesh.bench.summary import StageResult, stage_label
 from gpumesh.bench.svg import format_number
 from gpumesh.cli.views.safe_text import clean_line
@@ -21,6 +22,7 @@ VERDICT_STYLES = {
     DifferenceVerdict.UNKNOWN: "dim",
 }
 VERDICT_TEXTS = {DifferenceVerdict.SAME: "no clear difference", DifferenceVerdict.UNKNOWN: "too few to tell"}
+MAX_NODES_SHOWN = 16  # the spread over more nodes is in the JSON
 # The second argument is the rank: columns with a low rank get their place first.
 RESULT_COLUMNS = (
     Column("STAGE", min_width=21),
@@ -126,3 +128,26 @@ def _difference_cells(difference: Difference) -> list[Cell | str]:
         format_number(difference.ratio),
         Cell(VERDICT_TEXTS.get(verdict, verdict.value), VERDICT_STYLES[verdict]),
     ]
+
+
+# The ranks of the columns of ``FIGURE_NAMES``: on a narrow screen the last ones are left out.
+_SIMULATION_RANKS = (0, 1, 5, 6, 2, 3, 7, 8, 4, 9, 2)
+
+
+def print_simulation(result: SimulationResult, *, notes: bool) -> None:
+    """Prints the table of the policies, and how the requests were spread over the nodes, to stdout; with ``notes`` what
+    was simulated to stderr."""
+    columns = [Column(name, rank, right=rank > 0) for name, rank in zip(FIGURE_NAMES, _SIMULATION_RANKS, strict=True)]
+    print_fitted_table(columns, [figures(policy) for policy in result.policies])
+    for policy in result.policies:
+        if 1 < len(policy.nodes) <= MAX_NODES_SHOWN:
+            spread = ", ".join(f"{node.name} {node.share or 0.0:.0%}" for node in policy.nodes)
+            typer.echo(clean_line(f"{policy.policy}: {spread}"))
+    if notes:
+        typer.echo(
+            clean_line(
+                f"note: {result.workload}: {result.requests:,} requests, {format_number(result.offered_per_s)} a second"
+                f" of {format_number(result.capacity_per_s)} that the fleet can serve"
+            ),
+            err=True,
+        )

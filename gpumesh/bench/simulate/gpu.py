@@ -1,0 +1,162 @@
+"""A GPU that its streams share: prompts are read in turn, answers are generated side by side, each slower with more.
+
+Decoding is processor sharing: with k streams each token takes ``(1 + share * (k - 1))`` times as long. So all streams
+slow down alike, and one *virtual time* serves for all of them: it runs at the speed of each stream relative to a stream
+that runs alone. A stream that starts at the virtual time v and needs s seconds alone ends at the virtual time v + s,
+whatever comes and goes meanwhile. So an event costs O(log k). (Virtual time: Zhang, "VirtualClock", 1990; Parekh and
+Gallager, "Generalized processor sharing", 1993.)
+
+Streams of different models share the GPU in the same way.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from heapq import heappop, heappush
+
+from gpumesh.bench.simulate.requests import Attempt
+
+ROUNDING_S = 1e-9  # an event that is so near counts as due: sums of floating point numbers are not exact
+
+
+class SharedGpu:
+    """Reads prompts and generates answers. ``now`` is in seconds and never decreases. The figures are NodeSpec's.
+
+    ``next_event_at``: the time at which the next prompt or answer is done if nothing else happens; infinite if nothing
+    runs. ``decoded_s`` sums the virtual seconds that all streams have got, ``read_s`` the seconds of reading.
+    """
+
+    __slots__ = (
+        "_decoding",
+        "_lanes",
+        "_prefills",
+        "_sequence",
+        "_share",
+        "_speed",
+        "_stall",
+        "_virtual",
+        "_virtual_at",
+        "_waiting_prefills",
+        "decoded_s",
+        "factor",
+        "next_event_at",
+        "read_s",
+    )
+
+    def __init__(self, *, share: float, prefill_stall: float, prefill_lanes: int) -> None:
+        self._share = share
+        self._stall = prefill_stall
+        self._lanes = prefill_lanes
+        self.factor = 1.0  # of all times: a fault makes the GPU slower
+        self._virtual = 0.0
+        self._virtual_at = 0.0  # the time at which ``_virtual`` was computed
+        self._speed = 0.0  # virtual seconds per second
+        self._sequence = 0  # orders equal times: attempts cannot be compared
+        self._decoding: list[tuple[float, int, Attempt]] = []  # a heap by the virtual time of the end
+        self._prefills: list[tuple[float, int, Attempt]] = []  # a heap by the time of the end
+        self._waiting_prefills: deque[Attempt] = deque()
+        self.next_event_at = math.inf
+        self.decoded_s = 0.0
+        self.read_s = 0.0
+
+    def __repr__(self) -> str:
+        return f"<SharedGpu {len(self._decoding)} decoding, {len(self._prefills)} reading>"
+
+    @property
+    def decoding(self) -> int:
+        """The number of streams that are generated."""
+        return len(self._decoding)
+
+    def start_prefill(self, attempt: Attempt, now: float) -> None:
+        """Reads the attempt's prompt for ``attempt.prefill_s``, when a lane is free."""
+        if len(self._prefills) >= self._lanes:
+            self._waiting_prefills.append(attempt)
+            return
+        self._move(now)
+        self._push_prefill(attempt, now)
+        self._update()
+
+    def _push_prefill(self, attempt: Attempt, now: float) -> None:
+        self._sequence += 1
+        heappush(self._prefills, (now + attempt.prefill_s * self.factor, self._sequence, attempt))
+
+    def finish_prefill(self, now: float) -> Attempt | None:
+        """Removes and returns an attempt whose prompt is read at ``now``, and starts to generate its answer, for
+        ``attempt.decode_s``. ``None`` if there is none."""
+        if not self._prefills or self._prefills[0][0] > now + ROUNDING_S:
+            return None
+        attempt = heappop(self._prefills)[2]
+        self.read_s += attempt.prefill_s
+        self._move(now)
+        if self._waiting_prefills:
+            self._push_prefill(self._waiting_prefills.popleft(), now)
+        attempt.decode_from = self._virtual
+        self._sequence += 1
+        heappush(self._decoding, (self._virtual + attempt.decode_s, self._sequence, attempt))
+        self._update()
+        return attempt
+
+    def finish_answer(self, now: float) -> Attempt | None:
+        """Removes and returns an attempt whose answer is complete at ``now``; ``None`` if there is none."""
+        if not self._decoding:
+            return None
+        self._move(now)
+        if self._decoding[0][0] > self._virtual + ROUNDING_S:
+            return None
+        attempt = heappop(self._decoding)[2]
+        self.decoded_s += attempt.decode_s
+        self._update()
+        return attempt
+
+    def decoded_share(self, attempt: Attempt, now: float) -> float:
+        """The share of the attempt's answer (0 to 1) that is generated at ``now``."""
+        self._move(now)
+        return min((self._virtual - attempt.decode_from) / attempt.decode_s, 1.0)
+
+    def set_factor(self, factor: float, now: float) -> None:
+        """Makes everything take ``factor`` times as long as when nothing is wrong."""
+        self._move(now)
+        change = factor / self.factor
+        self.factor = factor
+        # All ends move in the same way, so the heap stays a heap.
+        self._prefills = [(now + (at - now) * change, number, attempt) for at, number, attempt in self._prefills]
+        self._update()
+
+    def clear(self, now: float) -> None:
+        """Forgets all attempts: the connection to the host is lost."""
+        self._move(now)
+        self._decoding.clear()
+        self._prefills.clear()
+        self._waiting_prefills.clear()
+        self._update()
+
+    def _move(self, now: float) -> None:
+        """Brings the virtual time to ``now``."""
+        self._virtual += (now - self._virtual_at) * self._speed
+        self._virtual_at = now
+
+    def _update(self) -> None:
+        """Computes the speed and the next event anew. The virtual time must be that of now."""
+        streams = len(self._decoding)
+        next_at = math.inf
+        speed = 0.0
+        if self._prefills:
+            next_at = self._prefills[0][0]
+        if streams:
+            speed = 1.0 / ((1.0 + self._share * (streams - 1)) * self.factor)
+            if self._prefills:
+                speed *= 1.0 - self._stall
+            if speed > 0.0:
+                answer_at = self._virtual_at + max(self._decoding[0][0] - self._virtual, 0.0) / speed
+                next_at = min(next_at, answer_at)
+        self._speed = speed
+        self.next_event_at = next_at
+
+    def snapshot(self, now: float) -> tuple[list[tuple[float, Attempt]], list[tuple[float, Attempt]]]:
+        """What is left to do at ``now``: the seconds of reading of each prompt, in the order of reading, and the
+        virtual seconds of each stream. For the reference policy only: no gateway can know this."""
+        self._move(now)
+        prefills = [((at - now) / self.factor, attempt) for at, _, attempt in sorted(self._prefills)]
+        prefills += [(attempt.prefill_s, attempt) for attempt in self._waiting_prefills]
+        return prefills, [(end - self._virtual, attempt) for end, _, attempt in self._decoding]

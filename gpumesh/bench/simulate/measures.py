@@ -1,0 +1,127 @@
+"""Collects what became of each request of a simulation, and summarizes it."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from gpumesh.balancer.base import Priority
+from gpumesh.bench.simulate.requests import Attempt, Job
+from gpumesh.bench.simulate.server import SimulatedServer
+from gpumesh.bench.stats import SampleSummary, ratio, summarize_sample
+
+
+@dataclass(frozen=True, slots=True)
+class NodeResult:
+    """The part of one node. ``share`` is its part of all served requests (0 to 1)."""
+
+    name: str
+    served: int
+    share: float | None
+    loads: int
+    prompt_tokens: int
+    read_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyResult:
+    """The result of one policy. Times are in seconds of the simulated clock, those of ``completion``, ``ttft`` and
+    ``queue_wait`` count from the arrival of a request. ``lost``: refused or failed on all nodes. ``moved``: served
+    after more than one attempt. ``makespan_s``: from the start to the last end. ``ttft_by_priority`` has only the
+    classes that occurred."""
+
+    policy: str
+    served: int
+    lost: int
+    moved: int
+    completion: SampleSummary
+    ttft: SampleSummary
+    queue_wait: SampleSummary
+    completion_by_priority: Mapping[str, SampleSummary]
+    loads: int
+    prompt_tokens: int
+    read_tokens: int
+    makespan_s: float
+    nodes: tuple[NodeResult, ...]
+
+    @property
+    def read_share(self) -> float | None:
+        """The share of the prompts' tokens that the servers read, because their caches had not got them."""
+        return ratio(self.read_tokens, self.prompt_tokens)
+
+
+class Measures:
+    """Takes each request that ends, and makes the ``PolicyResult``. Three numbers are kept for each request."""
+
+    def __init__(self, policy: str, nodes: Sequence[str]) -> None:
+        self.policy = policy
+        self.completion_s = array("d")
+        self.ttft_s = array("d")
+        self.wait_s = array("d")
+        self.lost = 0
+        self.moved = 0
+        self._completion_by_priority: dict[Priority, array[float]] = {}
+        self._served_by_node = dict.fromkeys(nodes, 0)
+        self._servers: tuple[SimulatedServer, ...] = ()
+        self._ended_at = 0.0
+
+    def __repr__(self) -> str:
+        return f"<Measures {self.policy} {len(self.completion_s)} served, {self.lost} lost>"
+
+    def add_served(self, job: Job, attempt: Attempt, now: float) -> None:
+        completion_s = now - job.submitted_at
+        self.completion_s.append(completion_s)
+        self.ttft_s.append((now if job.first_token_at is None else job.first_token_at) - job.submitted_at)
+        self.wait_s.append((job.submitted_at if job.sent_at is None else job.sent_at) - job.submitted_at)
+        self._served_by_node[attempt.node] += 1
+        if job.attempts > 1:
+            self.moved += 1
+        priority = job.request.priority
+        by_priority = self._completion_by_priority.get(priority)
+        if by_priority is None:
+            by_priority = self._completion_by_priority[priority] = array("d")
+        by_priority.append(completion_s)
+
+    def add_lost(self, job: Job) -> None:  # noqa: ARG002  # a person who debugs wants to know which
+        self.lost += 1
+
+    def finish(self, now: float, servers: Iterable[SimulatedServer]) -> None:
+        """Called once, when all requests have ended."""
+        self._ended_at = now
+        self._servers = tuple(servers)
+
+    def result(self) -> PolicyResult:
+        """Summarizes what was collected."""
+        served = len(self.completion_s)
+        nodes = tuple(
+            NodeResult(
+                name=server.spec.name,
+                served=self._served_by_node[server.spec.name],
+                share=ratio(self._served_by_node[server.spec.name], served),
+                loads=server.loads,
+                prompt_tokens=server.prompt_tokens,
+                read_tokens=server.read_tokens,
+            )
+            for server in self._servers
+        )
+        by_priority = {
+            priority.value: summarize_sample(self._completion_by_priority[priority])
+            for priority in Priority
+            if priority in self._completion_by_priority
+        }
+        return PolicyResult(
+            policy=self.policy,
+            served=served,
+            lost=self.lost,
+            moved=self.moved,
+            completion=summarize_sample(self.completion_s),
+            ttft=summarize_sample(self.ttft_s),
+            queue_wait=summarize_sample(self.wait_s),
+            completion_by_priority=by_priority,
+            loads=sum(node.loads for node in nodes),
+            prompt_tokens=sum(node.prompt_tokens for node in nodes),
+            read_tokens=sum(node.read_tokens for node in nodes),
+            makespan_s=self._ended_at,
+            nodes=nodes,
+        )

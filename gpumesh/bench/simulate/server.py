@@ -1,0 +1,299 @@
+"""A simulated inference server. It loads, evicts, queues and generates as Ollama does (server/sched.go).
+
+- A request for a model in memory, with the same context length, goes to its runner. Past the runner's slots it waits
+  there, first come first served. All other requests wait for a load, first come first served.
+- One load at a time. If memory is short, one runner must go: an idle one if there is one, the first by name. It is
+  drained first, and meanwhile no other load begins. But it takes requests for its own model until it is gone: so many
+  such requests can delay the load without an end, as in Ollama.
+- A request with another ``num_ctx`` drains the model's runner and loads it again.
+- The counters are those of Ollama's final frame: ``load_duration`` covers the whole wait for the runner. The wait for
+  a slot is in no duration but the total.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+
+from gpumesh.backends.base import ServerCounters
+from gpumesh.balancer.outcomes import Outcome
+from gpumesh.bench.simulate.fleet import Fault, FaultKind, NodeSpec
+from gpumesh.bench.simulate.gpu import ROUNDING_S, SharedGpu
+from gpumesh.bench.simulate.requests import Attempt
+from gpumesh.bench.simulate.runner import Runner
+
+Ended = tuple[Attempt, Outcome, ServerCounters | None]
+"""An attempt that has ended, how, and the server's counters; ``None`` without an answer."""
+
+
+class SimulatedServer:
+    """The server of one node.
+
+    ``accept`` and ``advance`` change its state. What they bring about is added to ``first_tokens`` and ``ended``; the
+    caller empties both. ``revision`` grows with each change. ``loads`` counts the loads; ``prompt_tokens`` and
+    ``read_tokens`` the tokens of the prompts that came, and those that were not in a cache.
+    """
+
+    def __init__(self, spec: NodeSpec) -> None:
+        self.spec = spec
+        self.gpu = SharedGpu(share=spec.share, prefill_stall=spec.prefill_stall, prefill_lanes=spec.prefill_lanes)
+        self.runners: dict[str, Runner] = {}
+        self.pending: deque[Attempt] = deque()  # these wait for a load
+        self.running: dict[Attempt, Runner] = {}  # these have a slot
+        self.loading: Runner | None = None
+        self.load_ends_at = math.inf
+        self.first_tokens: list[Attempt] = []
+        self.ended: list[Ended] = []
+        self.is_up = True
+        self.revision = 0
+        self._is_busy = False  # the fault BUSY
+        self._lie = 1.0  # the factor of the fault LYING
+        self.loads = 0
+        self.read_tokens = 0
+        self.prompt_tokens = 0
+        self._loaded: frozenset[str] | None = None  # the cache of ``loaded_models``
+        for name in spec.loaded:
+            runner = Runner(spec.models[name], spec.context, spec.cache_tokens, 0.0)
+            runner.is_ready = True
+            self.runners[name] = runner
+
+    def __repr__(self) -> str:
+        return f"<SimulatedServer {self.spec.name} {len(self.running)} running, {len(self.pending)} pending>"
+
+    @property
+    def next_event_at(self) -> float:
+        """The time at which ``advance`` must be called; infinite if nothing will happen by itself."""
+        return min(self.gpu.next_event_at, self.load_ends_at)
+
+    def loaded_models(self, now: float) -> frozenset[str]:
+        """The models in memory, as ``/api/ps`` lists them: those that are still loading too."""
+        self._unload_unused(now)
+        if self._loaded is None:
+            self._loaded = frozenset(self.runners)
+        return self._loaded
+
+    # -- requests come -------------------------------------------------------------------------------------------
+
+    def accept(self, attempt: Attempt, now: float) -> None:
+        """Takes a request that has arrived at the server, or refuses it."""
+        attempt.arrived_at = now
+        self.revision += 1
+        if not self.is_up:
+            self.ended.append((attempt, Outcome.UNREACHABLE, None))
+            return
+        if self._is_busy:
+            self.ended.append((attempt, Outcome.SERVER_ERROR, None))
+            return
+        request = attempt.job.request
+        if request.model not in self.spec.models:
+            self.ended.append((attempt, Outcome.MODEL_NOT_FOUND, None))
+            return
+        self.prompt_tokens += attempt.job.prompt_tokens
+        runner = self._usable_runner(attempt, now)
+        if runner is not None:
+            self._join(runner, attempt, now)
+        elif len(self.pending) >= self.spec.max_pending:
+            self.ended.append((attempt, Outcome.SERVER_ERROR, None))
+        else:
+            self.pending.append(attempt)
+            self._process_pending(now)
+
+    def _usable_runner(self, attempt: Attempt, now: float) -> Runner | None:
+        """The runner that can serve the attempt without a load; ``None`` if there is none. A runner that is still
+        loading is usable: the attempt waits there."""
+        request = attempt.job.request
+        runner = self.runners.get(request.model)
+        if runner is None or runner.context != (request.context or self.spec.context):
+            return None
+        if runner.users == 0 and now - runner.last_used_at > self.spec.keep_alive_s:
+            self._unload(runner)
+            return None
+        return runner
+
+    def _join(self, runner: Runner, attempt: Attempt, now: float) -> None:
+        """Gives the attempt to the runner: it gets a slot, or waits there."""
+        runner.users += 1
+        if not runner.is_ready:
+            runner.waiting.append(attempt)
+            return
+        attempt.ready_at = now
+        if runner.free_slots:
+            self._start(runner, attempt, now)
+        else:
+            runner.waiting.append(attempt)
+
+    def _start(self, runner: Runner, attempt: Attempt, now: float) -> None:
+        """Gives the attempt a slot, which must be free, and begins to read its prompt."""
+        job = attempt.job
+        slot, cached_tokens = runner.take_slot(job.request)
+        unread_tokens = max(job.prompt_tokens - cached_tokens, 1)  # the last token of a prompt is always read
+        attempt.slot = slot
+        attempt.slot_at = now
+        attempt.unread_tokens = unread_tokens
+        attempt.prefill_s = unread_tokens / runner.spec.prefill_tokens_per_s
+        attempt.decode_s = job.tokens_left / runner.spec.tokens_per_s
+        self.read_tokens += unread_tokens
+        self.running[attempt] = runner
+        self.gpu.start_prefill(attempt, now)
+
+    # -- models come and go --------------------------------------------------------------------------------------
+
+    def _process_pending(self, now: float) -> None:
+        """Starts the load for the first pending attempt, or begins to make room for it. Attempts for which a runner is
+        usable by now go there."""
+        while self.pending and self.loading is None:
+            attempt = self.pending[0]
+            runner = self._usable_runner(attempt, now)
+            if runner is not None:
+                self.pending.popleft()
+                self._join(runner, attempt, now)
+                continue
+            request = attempt.job.request
+            self._unload_unused(now)
+            # A runner of this model with another context length must go; else one for whose memory there is need.
+            to_unload = self.runners.get(request.model) or self.runner_to_unload(request.model)
+            if to_unload is not None and to_unload.users > 0:
+                to_unload.is_expiring = True  # ``_leave`` goes on here when its last user has left
+                return
+            if to_unload is not None:
+                self._unload(to_unload)
+                continue
+            self.pending.popleft()
+            self._start_load(attempt, now)
+
+    def _start_load(self, attempt: Attempt, now: float) -> None:
+        request = attempt.job.request
+        context = request.context or self.spec.context
+        runner = Runner(self.spec.models[request.model], context, self.spec.cache_tokens, now)
+        self.runners[request.model] = runner
+        self._loaded = None
+        self.loading = runner
+        self.load_ends_at = now + runner.spec.load_s
+        self.loads += 1
+        self._join(runner, attempt, now)
+
+    def runner_to_unload(self, model: str) -> Runner | None:
+        """The runner that must go before this model fits into memory; ``None`` if it fits. The first idle one by name,
+        else the first by name: Ollama orders by keep_alive first, which is the same for all here."""
+        spec = self.spec
+        used_mib = sum(runner.spec.vram_mib for runner in self.runners.values())
+        fits = spec.vram_mib is None or used_mib + spec.models[model].vram_mib <= spec.vram_mib
+        has_place = spec.max_loaded is None or len(self.runners) < spec.max_loaded
+        if not self.runners or (fits and has_place):  # a model that is too large for an empty GPU is loaded in part
+            return None
+        expiring = [runner for runner in self.runners.values() if runner.is_expiring]
+        if expiring:
+            return expiring[0]
+        by_name = sorted(self.runners.values(), key=lambda runner: runner.spec.name)
+        return next((runner for runner in by_name if runner.users == 0), by_name[0])
+
+    def _unload_unused(self, now: float) -> None:
+        """Unloads the models that were not used for ``keep_alive_s``."""
+        for runner in list(self.runners.values()):
+            if runner.users == 0 and runner.is_ready and now - runner.last_used_at > self.spec.keep_alive_s:
+                self._unload(runner)
+
+    def _unload(self, runner: Runner) -> None:
+        del self.runners[runner.spec.name]
+        self._loaded = None
+
+    # -- time passes ---------------------------------------------------------------------------------------------
+
+    def advance(self, now: float) -> None:
+        """Does all that is due at ``now``. Must be called at ``next_event_at``, not later."""
+        self.revision += 1
+        while (attempt := self.gpu.finish_prefill(now)) is not None:
+            attempt.has_first_token = True
+            attempt.first_token_at = now
+            self.first_tokens.append(attempt)
+        while (attempt := self.gpu.finish_answer(now)) is not None:
+            self.ended.append((attempt, Outcome.SERVED, self._counters(attempt, now)))
+            self._leave(attempt, now)
+        if self.load_ends_at <= now + ROUNDING_S:
+            self._finish_load(now)
+
+    def _finish_load(self, now: float) -> None:
+        runner = self.loading
+        assert runner is not None
+        self.loading = None
+        self.load_ends_at = math.inf
+        runner.is_ready = True
+        runner.last_used_at = now
+        for attempt in runner.waiting:
+            attempt.ready_at = now
+        self._fill_slots(runner, now)
+        self._process_pending(now)
+
+    def _leave(self, attempt: Attempt, now: float) -> None:
+        """Frees the attempt's slot, and goes on with whatever waited for that."""
+        runner = self.running.pop(attempt)
+        runner.free_slots.append(attempt.slot)
+        runner.users -= 1
+        runner.last_used_at = now
+        self._fill_slots(runner, now)
+        if runner.users == 0 and runner.is_expiring:
+            self._unload(runner)
+            self._process_pending(now)
+
+    def _fill_slots(self, runner: Runner, now: float) -> None:
+        while runner.waiting and runner.free_slots:
+            self._start(runner, runner.waiting.popleft(), now)
+
+    def _counters(self, attempt: Attempt, now: float) -> ServerCounters:
+        """What the final frame of the answer says, in ms."""
+        factor = 1000.0 * self._lie
+        return ServerCounters(
+            prompt_tokens=attempt.job.prompt_tokens,
+            tokens=attempt.job.tokens_left,
+            total_ms=(now - attempt.arrived_at) * factor,
+            load_ms=(attempt.ready_at - attempt.arrived_at) * factor,
+            prompt_ms=(attempt.first_token_at - attempt.slot_at) * factor,
+            eval_ms=(now - attempt.first_token_at) * factor,
+        )
+
+    # -- faults --------------------------------------------------------------------------------------------------
+
+    def start_fault(self, fault: Fault, now: float) -> None:
+        self.revision += 1
+        if fault.kind is FaultKind.AWAY:
+            self.is_up = False
+            self._lose_connection(now)
+        elif fault.kind is FaultKind.SLOW:
+            self.gpu.set_factor(fault.factor, now)
+        elif fault.kind is FaultKind.LYING:
+            self._lie = fault.factor
+        else:
+            self._is_busy = True
+
+    def end_fault(self, fault: Fault, now: float) -> None:
+        self.revision += 1
+        if fault.kind is FaultKind.AWAY:
+            self.is_up = True
+        elif fault.kind is FaultKind.SLOW:
+            self.gpu.set_factor(1.0, now)
+        elif fault.kind is FaultKind.LYING:
+            self._lie = 1.0
+        else:
+            self._is_busy = False
+
+    def _lose_connection(self, now: float) -> None:
+        """Ends all attempts, as an Ollama does whose clients are gone. The models stay in memory."""
+        waiting = [attempt for runner in self.runners.values() for attempt in runner.waiting]
+        for attempt in (*self.running, *waiting, *self.pending):
+            if attempt.has_first_token:
+                share = self.gpu.decoded_share(attempt, now)
+                tokens = min(int(share * attempt.job.tokens_left), attempt.job.tokens_left - 1)
+                attempt.job.tokens_left -= tokens  # another node continues the answer
+                attempt.job.prompt_tokens += tokens
+            self.ended.append((attempt, Outcome.CUT if attempt.has_first_token else Outcome.UNREACHABLE, None))
+        for attempt, runner in self.running.items():
+            runner.free_slots.append(attempt.slot)
+        self.gpu.clear(now)
+        self.running.clear()
+        self.pending.clear()
+        for runner in list(self.runners.values()):
+            runner.waiting.clear()
+            runner.users = 0
+            runner.last_used_at = now
+            if runner.is_expiring:
+                self._unload(runner)

@@ -1,0 +1,221 @@
+"""The loop over the events of one simulation: requests come, the balancer decides, the servers work.
+
+The balancer sees what a gateway sees. The way to a server and back takes a round trip: the whole of it is spent before
+the request arrives at the server. So each event of the server is noticed at once, at the very time at which a gateway
+would notice it; only the server's clock is half a round trip late, which nobody can see.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from heapq import heappop, heappush
+from random import Random
+from typing import Any
+
+from gpumesh.balancer.outcomes import Outcome, RequestOutcome, request_outcome, rule_for_outcome
+from gpumesh.bench.simulate.decisions import make_decisions
+from gpumesh.bench.simulate.fleet import Fault, NodeSpec
+from gpumesh.bench.simulate.measures import Measures
+from gpumesh.bench.simulate.requests import Attempt, Grant, Job, SimulatedRequest
+from gpumesh.bench.simulate.server import SimulatedServer
+
+PROBE_S = 2.0  # between two probes of each server, as the mesh does it
+MAX_ATTEMPTS = 10  # of one job: a bound on what a broken fleet can cost
+RETRY_S = 0.2  # the pause before a job that all nodes have failed is tried again
+
+# The kinds of events, in the order in which equal times are served.
+_ARRIVE, _SERVER, _REQUEST, _FAULT_START, _FAULT_END, _PROBE, _CHECK, _RETRY = range(8)
+
+
+class Simulation:
+    """One run of a workload over a fleet with one policy. ``run`` may be called once.
+
+    ``requests`` must be in the order of their times. ``seed`` decides what the policy draws at random."""
+
+    def __init__(
+        self,
+        nodes: Sequence[NodeSpec],
+        requests: Iterable[SimulatedRequest],
+        policy: str,
+        *,
+        seed: int = 1,
+        max_queue: int = 1024,
+    ) -> None:
+        self.servers = {node.name: SimulatedServer(node) for node in nodes}
+        self.decisions = make_decisions(policy, list(self.servers.values()), rng=Random(seed), max_queue=max_queue)
+        self.measures = Measures(policy, [node.name for node in nodes])
+        self._requests: Iterator[SimulatedRequest] = iter(requests)
+        self._events: list[tuple[float, int, int, Any]] = []  # a heap: time, kind, sequence, object
+        self._sequence = 0
+        self._scheduled = dict.fromkeys(self.servers, math.inf)  # when each server's next event is on the heap
+        self._unfinished = 0  # jobs that have come and not ended, and turns that will come
+        self._check_at = math.inf
+
+    def __repr__(self) -> str:
+        return f"<Simulation {self._unfinished} unfinished, {self.decisions.waiting} waiting>"
+
+    def run(self) -> Measures:
+        """Runs until all requests have ended."""
+        events = self._events
+        for node in self.servers.values():
+            for fault in node.spec.faults:
+                self._push(fault.starts_at, _FAULT_START, (node, fault))
+                if fault.ends_at < math.inf:
+                    self._push(fault.ends_at, _FAULT_END, (node, fault))
+        self._push(PROBE_S, _PROBE, None)
+        request = next(self._requests, None)
+        now = 0.0
+        while request is not None or self._unfinished:
+            if request is not None and (not events or request.at_s <= events[0][0]):
+                now = request.at_s
+                self._begin(request, now)
+                request = next(self._requests, None)
+            else:
+                now, kind, _, subject = heappop(events)
+                self._handle(kind, subject, now, may_come=request is not None)
+            if self.decisions.waiting:
+                self._schedule_check(now)
+        self.measures.finish(now, self.servers.values())
+        return self.measures
+
+    def _push(self, at: float, kind: int, subject: Any) -> None:
+        self._sequence += 1
+        heappush(self._events, (at, kind, self._sequence, subject))
+
+    def _handle(self, kind: int, subject: Any, now: float, *, may_come: bool) -> None:
+        """Handles one event of the heap. ``may_come``: further requests of the workload will come."""
+        if kind == _SERVER:
+            server: SimulatedServer = subject
+            if self._scheduled[server.spec.name] == now:  # else the server's next event has moved meanwhile
+                self._scheduled[server.spec.name] = math.inf
+                server.advance(now)
+                self._take_news(server, now)
+        elif kind == _ARRIVE:
+            attempt: Attempt = subject
+            server = self.servers[attempt.node]
+            server.accept(attempt, now)
+            self._take_news(server, now)
+        elif kind == _REQUEST:
+            self._unfinished -= 1  # it was counted as a turn that will come
+            self._begin(subject, now)
+        elif kind == _RETRY:
+            self._submit(subject, now)
+        elif kind == _CHECK:
+            self._check_at = math.inf
+            self._grant_waiting(now)
+        elif kind == _PROBE:
+            self._probe(now, may_come=may_come)
+        else:
+            server, fault = subject
+            self._change_fault(server, fault, now, starts=kind == _FAULT_START)
+
+    # -- jobs ----------------------------------------------------------------------------------------------------
+
+    def _begin(self, request: SimulatedRequest, now: float) -> None:
+        self._unfinished += 1
+        self._submit(Job(request, now, request.prompt_tokens, request.output_tokens), now)
+
+    def _submit(self, job: Job, now: float) -> None:
+        grant = self.decisions.submit(job, now)
+        if grant is not None:
+            self._follow(grant, now)
+
+    def _follow(self, grant: Grant, now: float) -> None:
+        """Sends the job to the node of the grant, or ends it."""
+        job, node = grant.job, grant.node
+        if node is None:
+            self._give_up(job, now)
+            return
+        if job.sent_at is None:
+            job.sent_at = now
+        job.attempts += 1
+        attempt = Attempt(job, node, grant.running)
+        self._push(now + self.servers[node].spec.rtt_s, _ARRIVE, attempt)
+
+    def _give_up(self, job: Job, now: float) -> None:
+        """Ends a job that no node could serve; one that was sent before is tried anew after a pause, as often as the
+        gateway does it."""
+        if job.attempts and job.attempts < MAX_ATTEMPTS and job.failed_nodes:
+            job.failed_nodes = frozenset()
+            self._push(now + RETRY_S, _RETRY, job)
+            return
+        self._end_job(job, now, None)
+
+    def _end_job(self, job: Job, now: float, attempt: Attempt | None) -> None:
+        """Counts a job that has ended: served by this attempt, or lost (``None``). The client's next turn follows."""
+        self._unfinished -= 1
+        if attempt is None:
+            self.measures.add_lost(job)
+        else:
+            self.measures.add_served(job, attempt, now)
+        next_turn = job.request.next_turn
+        if next_turn is not None:
+            self._unfinished += 1
+            self._push(now + job.request.think_s, _REQUEST, next_turn)
+
+    # -- the servers ---------------------------------------------------------------------------------------------
+
+    def _take_news(self, server: SimulatedServer, now: float) -> None:
+        """Tells the balancer what has happened at the server, and schedules the server's next event."""
+        next_at = server.next_event_at
+        name = server.spec.name
+        if next_at != self._scheduled[name]:
+            self._scheduled[name] = next_at
+            if next_at < math.inf:
+                self._push(next_at, _SERVER, server)
+        if server.first_tokens:
+            for attempt in server.first_tokens:
+                if attempt.job.first_token_at is None:
+                    attempt.job.first_token_at = now
+                self.decisions.note_first_token(attempt, now)
+            server.first_tokens.clear()
+            if self.decisions.waiting and not server.ended:
+                self._grant_waiting(now)
+        if server.ended:
+            ended = server.ended
+            server.ended = []
+            for attempt, outcome, counters in ended:
+                self.decisions.end(attempt, now, outcome, counters)
+            for attempt, outcome, _counters in ended:
+                self._go_on(attempt, outcome, now)
+            if self.decisions.waiting:
+                self._grant_waiting(now)
+
+    def _go_on(self, attempt: Attempt, outcome: Outcome, now: float) -> None:
+        """Ends the attempt's job, or moves it to another node."""
+        job = attempt.job
+        if request_outcome(outcome) is RequestOutcome.SERVED:
+            self._end_job(job, now, attempt)
+        elif rule_for_outcome(outcome).fail_over and job.attempts < MAX_ATTEMPTS:
+            job.failed_nodes |= {attempt.node}
+            self._submit(job, now)
+        else:
+            self._end_job(job, now, None)
+
+    def _grant_waiting(self, now: float) -> None:
+        for grant in self.decisions.grants(now):
+            self._follow(grant, now)
+
+    def _schedule_check(self, now: float) -> None:
+        check_at = self.decisions.next_check(now)
+        if check_at is not None and check_at < self._check_at:
+            self._check_at = check_at
+            self._push(max(check_at, now), _CHECK, None)
+
+    def _probe(self, now: float, *, may_come: bool) -> None:
+        """Tells the balancer what the probes of all servers find. Ends when nothing can happen any more."""
+        for name, server in self.servers.items():
+            loaded = server.loaded_models(now)
+            self.decisions.set_report(name, is_up=server.is_up, loaded=loaded, now=now)
+        if may_come or self._unfinished:
+            self._push(now + PROBE_S, _PROBE, None)
+        if self.decisions.waiting:
+            self._grant_waiting(now)
+
+    def _change_fault(self, server: SimulatedServer, fault: Fault, now: float, *, starts: bool) -> None:
+        if starts:
+            server.start_fault(fault, now)
+        else:
+            server.end_fault(fault, now)
+        self._take_news(server, now)

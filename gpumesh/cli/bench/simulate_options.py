@@ -1,0 +1,98 @@
+"""Reads the options of `bench simulate`: the fleet file, shares (``a=0.7,b=0.3``), and the workload."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from gpumesh.errors import UsageError
+
+if TYPE_CHECKING:
+    from gpumesh.bench.simulate.fleet import NodeSpec
+    from gpumesh.bench.simulate.report import SimulationResult
+    from gpumesh.bench.simulate.workloads import Mix
+
+RESULT_FILE, REPORT_FILE = "simulation.json", "report.html"
+
+T = TypeVar("T")
+
+
+def read_fleet(path: Path) -> tuple[NodeSpec, ...]:
+    """The nodes of a fleet file. Raises UsageError with all its problems, and if it cannot be read."""
+    from gpumesh.bench.simulate.fleet_file import parse_fleet
+    from gpumesh.config.mesh_file.reader import read_text
+
+    return parse_fleet(read_text(path, str(path)), file=str(path))
+
+
+def parse_mix(option: str, text: str, parse: Callable[[str], T]) -> Mix[T]:
+    """Reads values with shares, as ``a=0.7,b=0.3``; a value alone has the share 1. ``parse`` reads one value. Raises
+    UsageError with the name of the option."""
+    from gpumesh.bench.simulate.workloads import Mix
+
+    values: list[T] = []
+    shares: list[float] = []
+    for part in text.split(","):
+        name, _, share_text = part.strip().rpartition("=") if "=" in part else (part.strip(), "", "1")
+        try:
+            value, share = parse(name), float(share_text)
+        except ValueError:
+            raise UsageError(f"{option} {text!r}: {part.strip()!r} cannot be read", hint="e.g. a=0.7,b=0.3") from None
+        if not name or not 0 < share < math.inf:
+            raise UsageError(f"{option} {text!r}: {part.strip()!r} is no value with a share above 0")
+        values.append(value)
+        shares.append(share)
+    return Mix(tuple(values), tuple(shares))
+
+
+def models_mix(text: str | None, nodes: Sequence[NodeSpec]) -> Mix[str]:
+    """The models of the workload; without the option the fleet's first model. Raises UsageError for a model that no
+    node has."""
+    from gpumesh.model_names import full_name
+
+    known = list(dict.fromkeys(model for node in nodes for model in node.models))
+    if text is None:
+        return parse_mix("--mix", known[0], full_name)
+    mix = parse_mix("--mix", text, full_name)
+    for model in mix.values:
+        if model not in known:
+            raise UsageError(f"--mix: no node of the fleet has the model {model!r}", hint=f"it has {', '.join(known)}")
+    return mix
+
+
+def parse_context(text: str) -> int | None:
+    """A context length; ``None`` for the word `default`. Raises ValueError."""
+    return None if text == "default" else int(text)
+
+
+def check_positive(option: str, number: float) -> None:
+    """Raises UsageError if the number is not above 0, or not finite."""
+    if not 0 < number < math.inf:
+        raise UsageError(f"{option} {number:g} is not above 0")
+
+
+def check_folder(folder: Path, *, force: bool) -> None:
+    """Makes the folder for a result if it does not exist. Raises UsageError if it holds a result and ``force`` is not
+    given, or if it cannot be made."""
+    if (folder / RESULT_FILE).exists() and not force:
+        raise UsageError(f"{folder} holds a result already", hint="choose another with --out, or add --force")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"cannot make {folder}: {error.strerror or error}", hint="choose another with --out") from None
+
+
+def write_result(folder: Path, result: SimulationResult) -> None:
+    """Writes ``simulation.json`` and ``report.html`` to the folder. Raises UsageError when that fails."""
+    from gpumesh import atomic_file
+    from gpumesh.bench.simulate.report import simulation_html, simulation_json
+
+    text = json.dumps(simulation_json(result), indent=1, allow_nan=False) + "\n"
+    try:
+        atomic_file.replace(folder / REPORT_FILE, simulation_html(result), mode=0o644, sync=False)
+        atomic_file.replace(folder / RESULT_FILE, text, mode=0o644, sync=False)
+    except OSError as error:
+        raise UsageError(f"cannot write to {folder}: {error.strerror or error}") from None
