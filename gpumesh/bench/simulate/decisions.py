@@ -10,7 +10,7 @@ from random import Random
 
 from gpumesh.bench.simulate.reference import ReferenceDecisions
 from gpumesh.bench.simulate.requests import Decisions
-from gpumesh.bench.simulate.server import SimulatedServer
+from gpumesh.bench.simulate.servers.server import SimulatedServer
 from gpumesh.bench.simulate.todays_decisions import TodaysDecisions
 from gpumesh.errors import UsageError
 from gpumesh.topology import PolicyKind

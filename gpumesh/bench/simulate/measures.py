@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from gpumesh.balancer.base import Priority
 from gpumesh.bench.simulate.requests import Attempt, Job
-from gpumesh.bench.simulate.server import SimulatedServer
+from gpumesh.bench.simulate.servers.server import SimulatedServer
 from gpumesh.bench.stats import SampleSummary, ratio, summarize_sample
 
 

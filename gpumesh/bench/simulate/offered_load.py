@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import takewhile
 
 from gpumesh.bench.simulate.fleet import MeanWork, NodeSpec, fleet_capacity
-from gpumesh.bench.simulate.prefix_cache import PrefixCache
 from gpumesh.bench.simulate.requests import SimulatedRequest
+from gpumesh.bench.simulate.servers.prefix_cache import PrefixCache
 from gpumesh.bench.simulate.workloads import Workload
 from gpumesh.errors import UsageError
 

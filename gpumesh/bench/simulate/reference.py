@@ -2,9 +2,12 @@
 
 It knows the true length of each answer, the contents of the servers' caches, and everything that runs or waits there.
 For each node it computes what would happen there until all is done, with and without the new request, if nothing else
-came. It sends the request at once to the node where its own completion time plus the delay of all others is the least.
-The gateway's queue stays empty. A load is charged with what it pushes out: the time to load that model again, if it was
-asked for lately, for all requests that would have to wait for it, divided by its copies.
+came. The best node is the one where the request's own completion time plus the delay of all others is the least. The
+request is sent there, even if it must wait there. Only while no node has a free slot, requests wait in the gateway,
+first come first served. A load is charged with what it pushes out: the time to load that model again, if it was asked
+for lately, for all requests that would have to wait for it, divided by its copies.
+
+It does not know which requests will come. So on a very busy fleet a policy can be better than it, by some per cent.
 """
 
 from __future__ import annotations
@@ -19,8 +22,8 @@ from gpumesh.backends.base import ServerCounters
 from gpumesh.balancer.outcomes import Outcome
 from gpumesh.bench.simulate.fleet import ModelSpec
 from gpumesh.bench.simulate.requests import Attempt, Grant, Job
-from gpumesh.bench.simulate.runner import Runner, Slot
-from gpumesh.bench.simulate.server import SimulatedServer
+from gpumesh.bench.simulate.servers.runner import Runner, Slot
+from gpumesh.bench.simulate.servers.server import SimulatedServer
 
 RECENT_S = 60.0  # a model that was asked for within this time will probably be asked for again
 DEMAND_SMOOTHING = 0.1  # the weight of the newest gap between two requests for a model
@@ -70,19 +73,40 @@ class ReferenceDecisions:
         self._in_transit: dict[str, deque[tuple[float, Job]]] = {name: deque() for name in self._servers}
         self._demand: dict[str, _Demand] = {}
         self._others: dict[str, tuple[int, int, float]] = {}  # the cache of ``_sum_of_others``
+        self._queue: dict[int, Job] = {}  # by the number of the request, in the order of arrival
         self._turn = 0
 
     @property
     def waiting(self) -> int:
-        return 0
+        return len(self._queue)
 
     def submit(self, job: Job, now: float) -> Grant | None:
+        self._note_demand(job, now)
+        if self._queue or not self._any_free_slot(job, now):  # the jobs that wait go first
+            self._queue[job.request.number] = job
+            return None
+        return self._decide(job, now)
+
+    def grants(self, now: float) -> Sequence[Grant]:
+        granted: list[Grant] = []
+        for job in list(self._queue.values()):
+            if not self._any_free_slot(job, now):
+                break
+            del self._queue[job.request.number]
+            granted.append(self._decide(job, now))
+        return granted
+
+    def _note_demand(self, job: Job, now: float) -> None:
         model = job.request.model
         demand = self._demand.get(model)
         if demand is None:
             self._demand[model] = _Demand(now)
         else:
             demand.note(now)
+
+    def _decide(self, job: Job, now: float) -> Grant:
+        """The grant for the best node; without a node if there is none that could serve the job."""
+        model = job.request.model
         self._turn += 1
         names = list(self._servers)
         start = self._turn % len(names)
@@ -95,12 +119,10 @@ class ReferenceDecisions:
             cost = self._cost(server, job, now)
             if cost < best_cost - 1e-9:
                 best, best_cost = name, cost
-        if best is not None:
-            self._in_transit[best].append((now + self._servers[best].spec.rtt_s, job))
+        if best is None:
+            return Grant(job, None)
+        self._in_transit[best].append((now + self._servers[best].spec.rtt_s, job))
         return Grant(job, best)
-
-    def grants(self, now: float) -> Sequence[Grant]:  # noqa: ARG002  # the queue is always empty
-        return ()
 
     def next_check(self, now: float) -> float | None:  # noqa: ARG002
         return None
@@ -111,14 +133,33 @@ class ReferenceDecisions:
 
     def set_report(self, node: str, *, is_up: bool, loaded: AbstractSet[str], now: float) -> None: ...
 
+    def _any_free_slot(self, job: Job, now: float) -> bool:
+        """Whether the job can be decided on: a slot is free for it, or no node will ever have one."""
+        servers = [each for each in self._servers.values() if job.request.model in each.spec.models]
+        return not servers or any(self._has_free_slot(server, job, now) for server in servers)
+
+    def _has_free_slot(self, server: SimulatedServer, job: Job, now: float) -> bool:
+        """Whether the job would get a slot of its model at once, or after the load that it needs."""
+        spec = server.spec.models.get(job.request.model)
+        if spec is None or not server.is_up:
+            return False
+        runner = server.runners.get(job.request.model)
+        users = 0 if runner is None else runner.users
+        return users + len(server.pending) + len(self._still_in_transit(server.spec.name, now)) < spec.slots
+
+    def _still_in_transit(self, name: str, now: float) -> deque[tuple[float, Job]]:
+        """What was sent to the node and has not arrived, each with the time of its arrival."""
+        in_transit = self._in_transit[name]
+        while in_transit and in_transit[0][0] <= now:
+            in_transit.popleft()
+        return in_transit
+
     # -- the cost of a node --------------------------------------------------------------------------------------
 
     def _cost(self, server: SimulatedServer, job: Job, now: float) -> float:
         """The seconds until this job would be done on this server, plus those by which it would delay the others."""
         name = server.spec.name
-        in_transit = self._in_transit[name]
-        while in_transit and in_transit[0][0] <= now:
-            in_transit.popleft()
+        in_transit = self._still_in_transit(name, now)
         arrives_at = now + server.spec.rtt_s
         key = (server.revision, len(in_transit))
         cached = self._others.get(name)

@@ -18,7 +18,7 @@ from gpumesh.bench.simulate.decisions import make_decisions
 from gpumesh.bench.simulate.fleet import Fault, NodeSpec
 from gpumesh.bench.simulate.measures import Measures
 from gpumesh.bench.simulate.requests import Attempt, Grant, Job, SimulatedRequest
-from gpumesh.bench.simulate.server import SimulatedServer
+from gpumesh.bench.simulate.servers.server import SimulatedServer
 
 PROBE_S = 2.0  # between two probes of each server, as the mesh does it
 MAX_ATTEMPTS = 10  # of one job: a bound on what a broken fleet can cost

@@ -11,8 +11,8 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 
 from gpumesh.bench.simulate.fleet import ModelSpec
-from gpumesh.bench.simulate.prefix_cache import PrefixCache
 from gpumesh.bench.simulate.requests import Attempt, SimulatedRequest
+from gpumesh.bench.simulate.servers.prefix_cache import PrefixCache
 
 # llama.cpp's --slot-prompt-similarity: a slot is chosen for its content if it holds more than this share of the prompt.
 MIN_SIMILARITY = 0.1

@@ -18,9 +18,9 @@ from collections import deque
 from gpumesh.backends.base import ServerCounters
 from gpumesh.balancer.outcomes import Outcome
 from gpumesh.bench.simulate.fleet import Fault, FaultKind, NodeSpec
-from gpumesh.bench.simulate.gpu import ROUNDING_S, SharedGpu
 from gpumesh.bench.simulate.requests import Attempt
-from gpumesh.bench.simulate.runner import Runner
+from gpumesh.bench.simulate.servers.gpu import ROUNDING_S, SharedGpu
+from gpumesh.bench.simulate.servers.runner import Runner
 
 Ended = tuple[Attempt, Outcome, ServerCounters | None]
 """An attempt that has ended, how, and the server's counters; ``None`` without an answer."""
