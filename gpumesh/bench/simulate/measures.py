@@ -11,6 +11,8 @@ from gpumesh.bench.simulate.requests import Attempt, Job
 from gpumesh.bench.simulate.servers.server import SimulatedServer
 from gpumesh.bench.stats import SampleSummary, ratio, summarize_sample
 
+MAX_CLIENTS = 16  # whose figures are kept apart
+
 
 @dataclass(frozen=True, slots=True)
 class NodeResult:
@@ -28,8 +30,8 @@ class NodeResult:
 class PolicyResult:
     """The result of one policy. Times are in seconds of the simulated clock, those of ``completion``, ``ttft`` and
     ``queue_wait`` count from the arrival of a request. ``lost``: refused or failed on all nodes. ``moved``: served
-    after more than one attempt. ``makespan_s``: from the start to the last end. ``ttft_by_priority`` has only the
-    classes that occurred."""
+    after more than one attempt. ``makespan_s``: from the start to the last end. ``completion_by_priority`` has only the
+    classes that occurred, ``completion_by_client`` at most ``MAX_CLIENTS`` clients, those that came first."""
 
     policy: str
     served: int
@@ -39,6 +41,7 @@ class PolicyResult:
     ttft: SampleSummary
     queue_wait: SampleSummary
     completion_by_priority: Mapping[str, SampleSummary]
+    completion_by_client: Mapping[str, SampleSummary]
     loads: int
     prompt_tokens: int
     read_tokens: int
@@ -61,7 +64,8 @@ class Measures:
         self.wait_s = array("d")
         self.lost = 0
         self.moved = 0
-        self._completion_by_priority: dict[Priority, array[float]] = {}
+        self._by_priority: dict[str, array[float]] = {}
+        self._by_client: dict[str, array[float]] = {}
         self._served_by_node = dict.fromkeys(nodes, 0)
         self._servers: tuple[SimulatedServer, ...] = ()
         self._ended_at = 0.0
@@ -77,11 +81,9 @@ class Measures:
         self._served_by_node[attempt.node] += 1
         if job.attempts > 1:
             self.moved += 1
-        priority = job.request.priority
-        by_priority = self._completion_by_priority.get(priority)
-        if by_priority is None:
-            by_priority = self._completion_by_priority[priority] = array("d")
-        by_priority.append(completion_s)
+        _add_to_group(self._by_priority, job.request.priority.value, completion_s)
+        if job.request.client in self._by_client or len(self._by_client) < MAX_CLIENTS:
+            _add_to_group(self._by_client, job.request.client, completion_s)
 
     def add_lost(self, job: Job) -> None:  # noqa: ARG002  # a person who debugs wants to know which
         self.lost += 1
@@ -105,11 +107,6 @@ class Measures:
             )
             for server in self._servers
         )
-        by_priority = {
-            priority.value: summarize_sample(self._completion_by_priority[priority])
-            for priority in Priority
-            if priority in self._completion_by_priority
-        }
         return PolicyResult(
             policy=self.policy,
             served=served,
@@ -118,10 +115,22 @@ class Measures:
             completion=summarize_sample(self.completion_s),
             ttft=summarize_sample(self.ttft_s),
             queue_wait=summarize_sample(self.wait_s),
-            completion_by_priority=by_priority,
+            completion_by_priority={
+                priority.value: summarize_sample(self._by_priority[priority.value])
+                for priority in Priority
+                if priority.value in self._by_priority
+            },
+            completion_by_client={name: summarize_sample(values) for name, values in self._by_client.items()},
             loads=sum(node.loads for node in nodes),
             prompt_tokens=sum(node.prompt_tokens for node in nodes),
             read_tokens=sum(node.read_tokens for node in nodes),
             makespan_s=self._ended_at,
             nodes=nodes,
         )
+
+
+def _add_to_group(groups: dict[str, array[float]], name: str, value: float) -> None:
+    group = groups.get(name)
+    if group is None:
+        group = groups[name] = array("d")
+    group.append(value)

@@ -14,8 +14,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
-from collections.abc import Set as AbstractSet
+from collections.abc import Iterator, Mapping, Sequence
 from heapq import heapify, heappop, heappush
 
 from gpumesh.backends.base import ServerCounters
@@ -131,7 +130,7 @@ class ReferenceDecisions:
 
     def end(self, attempt: Attempt, now: float, outcome: Outcome, counters: ServerCounters | None) -> None: ...
 
-    def set_report(self, node: str, *, is_up: bool, loaded: AbstractSet[str], now: float) -> None: ...
+    def set_report(self, node: str, *, is_up: bool, loaded: Mapping[str, tuple[int, int]], now: float) -> None: ...
 
     def _any_free_slot(self, job: Job, now: float) -> bool:
         """Whether the job can be decided on: a slot is free for it, or no node will ever have one."""

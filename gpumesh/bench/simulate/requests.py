@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from collections.abc import Set as AbstractSet
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import msgspec
@@ -121,6 +120,7 @@ class Decisions(Protocol):
         """Frees the attempt's slot, and learns from how it ended."""
         ...
 
-    def set_report(self, node: str, *, is_up: bool, loaded: AbstractSet[str], now: float) -> None:
-        """What a probe of the node has found: whether the server answers, and the models in its memory."""
+    def set_report(self, node: str, *, is_up: bool, loaded: Mapping[str, tuple[int, int]], now: float) -> None:
+        """What a probe of the node has found: whether the server answers, and the models in its memory: for each its
+        size in MiB and its context length, by its full name."""
         ...

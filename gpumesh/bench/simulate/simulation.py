@@ -19,9 +19,11 @@ from gpumesh.bench.simulate.fleet import Fault, NodeSpec
 from gpumesh.bench.simulate.measures import Measures
 from gpumesh.bench.simulate.requests import Attempt, Grant, Job, SimulatedRequest
 from gpumesh.bench.simulate.servers.server import SimulatedServer
+from gpumesh.errors import GPUMeshError
 
 PROBE_S = 2.0  # between two probes of each server, as the mesh does it
 MAX_ATTEMPTS = 10  # of one job: a bound on what a broken fleet can cost
+STUCK_S = 3600.0  # without any event at a server for so long, what waits would wait for ever
 RETRY_S = 0.2  # the pause before a job that all nodes have failed is tried again
 
 # The kinds of events, in the order in which equal times are served.
@@ -51,6 +53,7 @@ class Simulation:
         self._scheduled = dict.fromkeys(self.servers, math.inf)  # when each server's next event is on the heap
         self._unfinished = 0  # jobs that have come and not ended, and turns that will come
         self._check_at = math.inf
+        self._last_event_at = 0.0  # of a server, or the arrival of a request
 
     def __repr__(self) -> str:
         return f"<Simulation {self._unfinished} unfinished, {self.decisions.waiting} waiting>"
@@ -114,6 +117,7 @@ class Simulation:
 
     def _begin(self, request: SimulatedRequest, now: float) -> None:
         self._unfinished += 1
+        self._last_event_at = now
         self._submit(Job(request, now, request.prompt_tokens, request.output_tokens), now)
 
     def _submit(self, job: Job, now: float) -> None:
@@ -158,6 +162,7 @@ class Simulation:
 
     def _take_news(self, server: SimulatedServer, now: float) -> None:
         """Tells the balancer what has happened at the server, and schedules the server's next event."""
+        self._last_event_at = now
         next_at = server.next_event_at
         name = server.spec.name
         if next_at != self._scheduled[name]:
@@ -210,8 +215,20 @@ class Simulation:
             self.decisions.set_report(name, is_up=server.is_up, loaded=loaded, now=now)
         if may_come or self._unfinished:
             self._push(now + PROBE_S, _PROBE, None)
+        self._check_progress(now)
         if self.decisions.waiting:
             self._grant_waiting(now)
+
+    def _check_progress(self, now: float) -> None:
+        """Raises GPUMeshError when requests wait in the gateway, and nothing has happened for ``STUCK_S``: a fault of
+        the balancer, or nodes that stay away for ever."""
+        will_happen = any(at < math.inf for at in self._scheduled.values())
+        if self.decisions.waiting and not will_happen and now - self._last_event_at > STUCK_S:
+            raise GPUMeshError(
+                f"policy {self.measures.policy}: {self.decisions.waiting} requests wait for ever, since "
+                f"{self._last_event_at:.0f} s of simulated time",
+                hint="either all nodes that could serve them stay away, or the balancer has lost them",
+            )
 
     def _change_fault(self, server: SimulatedServer, fault: Fault, now: float, *, starts: bool) -> None:
         if starts:

@@ -5,8 +5,7 @@ It uses the balancer's own code: the policies, the queue, the learned limit, the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from collections.abc import Set as AbstractSet
+from collections.abc import Mapping, Sequence
 from random import Random
 
 from gpumesh.backends.base import ServerCounters
@@ -184,9 +183,9 @@ class TodaysDecisions:
             node.breaker = node.breaker.cancel_trial()
         self._refresh(attempt.node, now)
 
-    def set_report(self, node: str, *, is_up: bool, loaded: AbstractSet[str], now: float) -> None:
+    def set_report(self, node: str, *, is_up: bool, loaded: Mapping[str, tuple[int, int]], now: float) -> None:
         state = self._nodes[node]
-        if state.is_up and state.is_up == is_up and state.loaded == loaded:
+        if state.is_up and is_up and state.loaded == loaded.keys():
             return
         state.is_up = is_up
         state.loaded = frozenset(loaded)

@@ -9,6 +9,7 @@ import typer
 
 from gpumesh.bench.compare import Comparison, Difference, DifferenceVerdict
 from gpumesh.bench.result import BenchResult
+from gpumesh.bench.simulate.measures import PolicyResult
 from gpumesh.bench.simulate.report import FIGURE_NAMES, SimulationResult, figures
 from gpumesh.bench.summary import StageResult, stage_label
 from gpumesh.bench.svg import format_number
@@ -140,9 +141,8 @@ def print_simulation(result: SimulationResult, *, notes: bool) -> None:
     columns = [Column(name, rank, right=rank > 0) for name, rank in zip(FIGURE_NAMES, _SIMULATION_RANKS, strict=True)]
     print_fitted_table(columns, [figures(policy) for policy in result.policies])
     for policy in result.policies:
-        if 1 < len(policy.nodes) <= MAX_NODES_SHOWN:
-            spread = ", ".join(f"{node.name} {node.share or 0.0:.0%}" for node in policy.nodes)
-            typer.echo(clean_line(f"{policy.policy}: {spread}"))
+        for line in _policy_lines(policy):
+            typer.echo(clean_line(line))
     if notes:
         typer.echo(
             clean_line(
@@ -151,3 +151,17 @@ def print_simulation(result: SimulationResult, *, notes: bool) -> None:
             ),
             err=True,
         )
+
+
+def _policy_lines(policy: PolicyResult) -> Iterator[str]:
+    """Yields how the requests were spread over the nodes, and the times of each class and client if there are
+    several."""
+    if 1 < len(policy.nodes) <= MAX_NODES_SHOWN:
+        yield f"{policy.policy}: " + ", ".join(f"{node.name} {node.share or 0.0:.0%}" for node in policy.nodes)
+    for groups in (policy.completion_by_priority, policy.completion_by_client):
+        if len(groups) > 1:
+            parts = [
+                f"{name} mean {format_number(summary.mean)} s, p99 {format_number(summary.p99)} s"
+                for name, summary in groups.items()
+            ]
+            yield f"{policy.policy}: " + "; ".join(parts)

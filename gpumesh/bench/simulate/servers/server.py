@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Mapping
 
 from gpumesh.backends.base import ServerCounters
 from gpumesh.balancer.outcomes import Outcome
@@ -51,7 +52,7 @@ class SimulatedServer:
         self.loads = 0
         self.read_tokens = 0
         self.prompt_tokens = 0
-        self._loaded: frozenset[str] | None = None  # the cache of ``loaded_models``
+        self._loaded: dict[str, tuple[int, int]] | None = None  # the cache of ``loaded_models``
         for name in spec.loaded:
             runner = Runner(spec.models[name], spec.context, spec.cache_tokens, 0.0)
             runner.is_ready = True
@@ -65,11 +66,12 @@ class SimulatedServer:
         """The time at which ``advance`` must be called; infinite if nothing will happen by itself."""
         return min(self.gpu.next_event_at, self.load_ends_at)
 
-    def loaded_models(self, now: float) -> frozenset[str]:
-        """The models in memory, as ``/api/ps`` lists them: those that are still loading too."""
+    def loaded_models(self, now: float) -> Mapping[str, tuple[int, int]]:
+        """The models in memory with their sizes in MiB and their context lengths, as ``/api/ps`` lists them: those that
+        are still loading too."""
         self._unload_unused(now)
         if self._loaded is None:
-            self._loaded = frozenset(self.runners)
+            self._loaded = {name: (int(runner.spec.vram_mib), runner.context) for name, runner in self.runners.items()}
         return self._loaded
 
     # -- requests come -------------------------------------------------------------------------------------------
