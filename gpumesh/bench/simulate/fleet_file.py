@@ -202,7 +202,7 @@ class _FleetReader:
                 continue
             speed = own["tokens_per_s"] or node["tokens_per_s"]
             if speed is None:
-                self._add("is missing: how fast an answer is generated", member.position, (*path, "tokens_per_s"))
+                self._add("is missing: how fast an answer is generated", position, (*path, "tokens_per_s"))
                 continue
             prefill = own["prefill_tokens_per_s"] or node["prefill_tokens_per_s"] or PREFILL_SPEEDUP * speed
             load_s = own["load_s"] if own["load_s"] is not None else node["load_s"]

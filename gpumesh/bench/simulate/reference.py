@@ -69,6 +69,7 @@ class ReferenceDecisions:
 
     def __init__(self, servers: Sequence[SimulatedServer]) -> None:
         self._servers = {server.spec.name: server for server in servers}
+        self._sent = dict.fromkeys(self._servers, 0)  # the jobs that were sent to each node
         self._in_transit: dict[str, deque[tuple[float, Job]]] = {name: deque() for name in self._servers}
         self._demand: dict[str, _Demand] = {}
         self._others: dict[str, tuple[int, int, float]] = {}  # the cache of ``_sum_of_others``
@@ -81,7 +82,7 @@ class ReferenceDecisions:
 
     def submit(self, job: Job, now: float) -> Grant | None:
         self._note_demand(job, now)
-        if self._queue or not self._any_free_slot(job, now):  # the jobs that wait go first
+        if self._queue or not self._any_free_slot(job):  # the jobs that wait go first
             self._queue[job.request.number] = job
             return None
         return self._decide(job, now)
@@ -89,7 +90,7 @@ class ReferenceDecisions:
     def grants(self, now: float) -> Sequence[Grant]:
         granted: list[Grant] = []
         for job in list(self._queue.values()):
-            if not self._any_free_slot(job, now):
+            if not self._any_free_slot(job):
                 break
             del self._queue[job.request.number]
             granted.append(self._decide(job, now))
@@ -120,6 +121,7 @@ class ReferenceDecisions:
                 best, best_cost = name, cost
         if best is None:
             return Grant(job, None)
+        self._sent[best] += 1
         self._in_transit[best].append((now + self._servers[best].spec.rtt_s, job))
         return Grant(job, best)
 
@@ -132,24 +134,24 @@ class ReferenceDecisions:
 
     def set_report(self, node: str, *, is_up: bool, loaded: Mapping[str, tuple[int, int]], now: float) -> None: ...
 
-    def _any_free_slot(self, job: Job, now: float) -> bool:
+    def _any_free_slot(self, job: Job) -> bool:
         """Whether the job can be decided on: a slot is free for it, or no node will ever have one."""
         servers = [each for each in self._servers.values() if job.request.model in each.spec.models]
-        return not servers or any(self._has_free_slot(server, job, now) for server in servers)
+        return not servers or any(self._has_free_slot(server, job) for server in servers)
 
-    def _has_free_slot(self, server: SimulatedServer, job: Job, now: float) -> bool:
+    def _has_free_slot(self, server: SimulatedServer, job: Job) -> bool:
         """Whether the job would get a slot of its model at once, or after the load that it needs."""
         spec = server.spec.models.get(job.request.model)
         if spec is None or not server.is_up:
             return False
         runner = server.runners.get(job.request.model)
         users = 0 if runner is None else runner.users
-        return users + len(server.pending) + len(self._still_in_transit(server.spec.name, now)) < spec.slots
+        return users + len(server.pending) + len(self._still_in_transit(server)) < spec.slots
 
-    def _still_in_transit(self, name: str, now: float) -> deque[tuple[float, Job]]:
-        """What was sent to the node and has not arrived, each with the time of its arrival."""
-        in_transit = self._in_transit[name]
-        while in_transit and in_transit[0][0] <= now:
+    def _still_in_transit(self, server: SimulatedServer) -> deque[tuple[float, Job]]:
+        """What was sent to the server and has not arrived, each with the time of its arrival, in order."""
+        in_transit = self._in_transit[server.spec.name]
+        while len(in_transit) > self._sent[server.spec.name] - server.arrivals:
             in_transit.popleft()
         return in_transit
 
@@ -158,7 +160,7 @@ class ReferenceDecisions:
     def _cost(self, server: SimulatedServer, job: Job, now: float) -> float:
         """The seconds until this job would be done on this server, plus those by which it would delay the others."""
         name = server.spec.name
-        in_transit = self._still_in_transit(name, now)
+        in_transit = self._still_in_transit(server)
         arrives_at = now + server.spec.rtt_s
         key = (server.revision, len(in_transit))
         cached = self._others.get(name)

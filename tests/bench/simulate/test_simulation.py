@@ -8,7 +8,7 @@ from dataclasses import replace
 from random import Random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpumesh.bench.simulate.decisions import POLICY_NAMES
@@ -114,6 +114,7 @@ def test_a_full_queue_refuses() -> None:
 
 
 @pytest.mark.parametrize("policy", POLICY_NAMES)
+@settings(max_examples=20)
 @given(seed=st.integers(0, 10**6))
 def test_each_request_ends_once_and_busy_time_is_work(policy: str, seed: int) -> None:
     rng = Random(seed)

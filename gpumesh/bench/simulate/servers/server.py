@@ -31,8 +31,9 @@ class SimulatedServer:
     """The server of one node.
 
     ``accept`` and ``advance`` change its state. What they bring about is added to ``first_tokens`` and ``ended``; the
-    caller empties both. ``revision`` grows with each change. ``loads`` counts the loads; ``prompt_tokens`` and
-    ``read_tokens`` the tokens of the prompts that came, and those that were not in a cache.
+    caller empties both. ``revision`` grows with each change, ``arrivals`` with each call of ``accept``. ``loads``
+    counts the loads; ``prompt_tokens`` and ``read_tokens`` the tokens of the prompts that came, and those that were not
+    in a cache.
     """
 
     def __init__(self, spec: NodeSpec) -> None:
@@ -47,6 +48,7 @@ class SimulatedServer:
         self.ended: list[Ended] = []
         self.is_up = True
         self.revision = 0
+        self.arrivals = 0
         self._is_busy = False  # the fault BUSY
         self._lie = 1.0  # the factor of the fault LYING
         self.loads = 0
@@ -79,6 +81,7 @@ class SimulatedServer:
     def accept(self, attempt: Attempt, now: float) -> None:
         """Takes a request that has arrived at the server, or refuses it."""
         attempt.arrived_at = now
+        self.arrivals += 1
         self.revision += 1
         if not self.is_up:
             self.ended.append((attempt, Outcome.UNREACHABLE, None))
