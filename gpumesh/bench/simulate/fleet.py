@@ -52,8 +52,8 @@ class NodeSpec:
     - ``prefill_lanes``: how many prompts are read at the same time, each at full speed. The others wait.
     - ``cache_tokens``: the size of a cache of prompts that all slots share, beside what each slot holds itself. It is
       lost when its model is unloaded.
-    - ``vram_mib``: the memory for models; ``None``: without a limit. ``max_loaded``: the most models in memory;
-      ``None``: as many as fit.
+    - ``vram_mib``: the memory for models; ``None``: without a limit. ``max_loaded``: the most models in memory
+      (``OLLAMA_MAX_LOADED_MODELS``).
     - ``context``: the context length of a request that asks for none.
     - ``keep_alive_s``: a model that was not used for so long is unloaded.
     - ``max_pending``: with more requests that wait for a load, the server answers 503.
@@ -69,7 +69,7 @@ class NodeSpec:
     prefill_lanes: int = 1
     cache_tokens: int = 0
     vram_mib: float | None = None
-    max_loaded: int | None = None
+    max_loaded: int = 3
     context: int = 4096
     keep_alive_s: float = 300.0
     max_pending: int = 512

@@ -99,7 +99,7 @@ def test_an_idle_model_is_pushed_out_before_a_busy_one() -> None:
 
 
 def test_memory_decides_what_fits() -> None:
-    driver = Driver(models=(MODEL, OTHER, THIRD), vram_mib=10_500.0)
+    driver = Driver(models=(MODEL, OTHER, THIRD), vram_mib=11_300.0)
     driver.send(0, 0.0, model=OTHER.name)
     driver.finish()
     assert driver.server.loaded_models(6.0) == {MODEL.name: (5000, 4096), OTHER.name: (5000, 4096)}

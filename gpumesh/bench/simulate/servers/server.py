@@ -23,6 +23,8 @@ from gpumesh.bench.simulate.requests import Attempt
 from gpumesh.bench.simulate.servers.gpu import ROUNDING_S, SharedGpu
 from gpumesh.bench.simulate.servers.runner import Runner
 
+MAX_FILL = 0.8  # a model is loaded beside others only if it needs at most this share of the free memory
+
 Ended = tuple[Attempt, Outcome, ServerCounters | None]
 """An attempt that has ended, how, and the server's counters; ``None`` without an answer."""
 
@@ -182,8 +184,8 @@ class SimulatedServer:
         else the first by name: Ollama orders by keep_alive first, which is the same for all here."""
         spec = self.spec
         used_mib = sum(runner.spec.vram_mib for runner in self.runners.values())
-        fits = spec.vram_mib is None or used_mib + spec.models[model].vram_mib <= spec.vram_mib
-        has_place = spec.max_loaded is None or len(self.runners) < spec.max_loaded
+        fits = spec.vram_mib is None or spec.models[model].vram_mib <= MAX_FILL * (spec.vram_mib - used_mib)
+        has_place = len(self.runners) < spec.max_loaded
         if not self.runners or (fits and has_place):  # a model that is too large for an empty GPU is loaded in part
             return None
         expiring = [runner for runner in self.runners.values() if runner.is_expiring]
