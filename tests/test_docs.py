@@ -21,6 +21,7 @@ import yaml
 from typer.main import get_command
 
 from gpumesh import config, state
+from gpumesh.bench.simulate import fleet_file
 from gpumesh.cli.global_options import GlobalOptions
 from gpumesh.cli.root_command import app
 from gpumesh.config.mesh_file.file_schema import MeshFile, Node
@@ -189,6 +190,15 @@ def test_every_mesh_yaml_that_is_shown_is_valid(page: Path, block: Block) -> Non
     )
     mesh = config.parse(text, file=page_id(page), env={"LOGNAME": "ada"}, home=Path("/home/ada"), source=page)
     assert mesh.nodes
+
+
+def test_the_fleet_file_that_is_shown_is_valid_and_its_keys_are_described() -> None:
+    page = DOCS / "how-to" / "bench.md"
+    (shown,) = [block for block in blocks(page) if block.more == 'title="fleet.yaml"']
+    assert fleet_file.parse_fleet(shown.body, file="fleet.yaml")
+    first_cells = re.findall(r"^\| (`.*?) \|", page.read_text(), re.MULTILINE)
+    described = {key for cell in first_cells for key in re.findall(r"`(\w+)`", cell)}
+    assert set(fleet_file.NODE_KEYS) <= described
 
 
 def test_the_readme_shows_a_mesh_yaml_of_three_lines() -> None:

@@ -49,6 +49,9 @@ class _Line:
         self.queue: deque[_Work] = deque()
 
 
+_Lines = dict[tuple[str, int], _Line]  # by model and context length
+
+
 class _Demand:
     """How often a model is asked for. ``gap_s`` is the smoothed time between two requests; ``None`` before two."""
 
@@ -176,11 +179,13 @@ class ReferenceDecisions:
         # The difference of the sums is this job's own end plus the delays of the others.
         return total - cached[2] - now + penalty_s
 
-    def _lines(self, server: SimulatedServer, now: float) -> dict[str, _Line]:
-        """The server's runners with all that waits there, by model; also those that will be loaded."""
-        lines: dict[str, _Line] = {}
-        for model, runner in server.runners.items():
-            line = lines[model] = _Line(now if runner.is_ready else server.load_ends_at, len(runner.free_slots))
+    def _lines(self, server: SimulatedServer, now: float) -> _Lines:
+        """The server's runners with all that waits there; also those that will be loaded."""
+        lines: _Lines = {}
+        for runner in server.runners.values():
+            line = lines[runner.spec.name, runner.context] = _Line(
+                now if runner.is_ready else server.load_ends_at, len(runner.free_slots)
+            )
             for attempt in runner.waiting:
                 line.queue.append(_work_of(server, attempt.job))
         for job in (
@@ -191,14 +196,14 @@ class ReferenceDecisions:
             line.queue.append(_work_of(server, job))
         return lines
 
-    def _line_for(self, server: SimulatedServer, lines: dict[str, _Line], job: Job, now: float) -> tuple[_Line, float]:
+    def _line_for(self, server: SimulatedServer, lines: _Lines, job: Job, now: float) -> tuple[_Line, float]:
         """The line of the job's model, and the seconds that its load costs those who use what it pushes out."""
         request = job.request
         spec = server.spec.models[request.model]
         runner = server.runners.get(request.model)
-        has_context = runner is not None and runner.context == (request.context or server.spec.context)
-        line = lines.get(request.model)
-        if line is not None and (has_context or runner is None):
+        key = (request.model, request.context or server.spec.context)
+        line = lines.get(key)
+        if line is not None:
             return line, 0.0
         # A load begins when all earlier loads have ended, and the runner that must go has no users any more.
         begins_at = max([now, *(other.ready_at for other in lines.values())])
@@ -207,7 +212,7 @@ class ReferenceDecisions:
         if victim is not None:
             begins_at = max(begins_at, now + _drain_s(server, victim))
             penalty_s = self._reload_cost(victim.spec, now)
-        line = lines[request.model] = _Line(begins_at + spec.load_s, spec.slots)
+        line = lines[key] = _Line(begins_at + spec.load_s, spec.slots)
         return line, penalty_s
 
     def _reload_cost(self, spec: ModelSpec, now: float) -> float:
@@ -244,12 +249,12 @@ def _drain_s(server: SimulatedServer, runner: Runner) -> float:
     return work_s / 2.0 / streams * (1.0 + server.spec.share * (streams - 1))
 
 
-def _finish_times(server: SimulatedServer, lines: dict[str, _Line], now: float) -> Iterator[float]:
+def _finish_times(server: SimulatedServer, lines: _Lines, now: float) -> Iterator[float]:
     """Yields when each request on the server ends, if no other request comes: the server's own rules, run ahead."""
     spec = server.spec
     share, stall, lanes = spec.share, spec.prefill_stall, spec.prefill_lanes
     reading, decoding = server.gpu.snapshot(now)
-    line_of = {attempt: lines[runner.spec.name] for attempt, runner in server.running.items()}
+    line_of = {attempt: lines[runner.spec.name, runner.context] for attempt, runner in server.running.items()}
     to_read: deque[tuple[float, float, _Line]] = deque(
         (seconds, attempt.decode_s, line_of[attempt]) for seconds, attempt in reading
     )

@@ -45,8 +45,9 @@ class Job(msgspec.Struct):
 
     ``submitted_at``: when it came. ``sent_at``: when it was sent to a node first; ``None``: it waits in the gateway's
     queue. ``first_token_at``: of the first attempt that had one. ``prompt_tokens`` and ``tokens_left`` change when a
-    cut answer is continued: the next attempt reads what was generated before. ``failed_nodes`` are the names of the
-    nodes that failed the request. ``attempts`` counts what was sent.
+    cut answer is continued: the next attempt reads what was generated before. ``attempts`` counts what was sent,
+    ``rounds`` how often all nodes were tried, from 1 on. ``failed_nodes`` are the names of the nodes that failed the
+    request in this round.
     """
 
     request: SimulatedRequest
@@ -56,6 +57,7 @@ class Job(msgspec.Struct):
     sent_at: float | None = None
     first_token_at: float | None = None
     attempts: int = 0
+    rounds: int = 1
     failed_nodes: frozenset[str] = frozenset()
 
 

@@ -13,7 +13,14 @@ from heapq import heappop, heappush
 from random import Random
 from typing import Any
 
-from gpumesh.balancer.outcomes import Outcome, RequestOutcome, request_outcome, rule_for_outcome
+from gpumesh.balancer.outcomes import (
+    MAX_ROUNDS,
+    Outcome,
+    RequestOutcome,
+    request_outcome,
+    retry_delay_s,
+    rule_for_outcome,
+)
 from gpumesh.bench.simulate.decisions import make_decisions
 from gpumesh.bench.simulate.fleet import Fault, NodeSpec
 from gpumesh.bench.simulate.measures import Measures
@@ -22,9 +29,8 @@ from gpumesh.bench.simulate.servers.server import SimulatedServer
 from gpumesh.errors import GPUMeshError
 
 PROBE_S = 2.0  # between two probes of each server, as the mesh does it
-MAX_ATTEMPTS = 10  # of one job: a bound on what a broken fleet can cost
+MAX_ATTEMPTS = 20  # of one job: a bound on what a broken fleet can cost
 STUCK_S = 3600.0  # without any event at a server for so long, what waits would wait for ever
-RETRY_S = 0.2  # the pause before a job that all nodes have failed is tried again
 
 # The kinds of events, in the order in which equal times are served.
 _ARRIVE, _SERVER, _REQUEST, _FAULT_START, _FAULT_END, _PROBE, _CHECK, _RETRY = range(8)
@@ -48,6 +54,7 @@ class Simulation:
         self.decisions = make_decisions(policy, list(self.servers.values()), rng=Random(seed), max_queue=max_queue)
         self.measures = Measures(policy, [node.name for node in nodes])
         self._requests: Iterator[SimulatedRequest] = iter(requests)
+        self._rng = Random(seed)  # of the loop itself; the policy has its own
         self._events: list[tuple[float, int, int, Any]] = []  # a heap: time, kind, sequence, object
         self._sequence = 0
         self._scheduled = dict.fromkeys(self.servers, math.inf)  # when each server's next event is on the heap
@@ -138,11 +145,12 @@ class Simulation:
         self._push(now + self.servers[node].spec.rtt_s, _ARRIVE, attempt)
 
     def _give_up(self, job: Job, now: float) -> None:
-        """Ends a job that no node could serve; one that was sent before is tried anew after a pause, as often as the
-        gateway does it."""
-        if job.attempts and job.attempts < MAX_ATTEMPTS and job.failed_nodes:
+        """Ends a job that no node could serve. One that was sent before is tried anew on all nodes after a pause, as
+        often as the gateway does it."""
+        if job.attempts and job.rounds < MAX_ROUNDS:
             job.failed_nodes = frozenset()
-            self._push(now + RETRY_S, _RETRY, job)
+            self._push(now + retry_delay_s(job.rounds, self._rng), _RETRY, job)
+            job.rounds += 1
             return
         self._end_job(job, now, None)
 

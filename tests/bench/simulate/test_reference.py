@@ -60,3 +60,9 @@ def test_its_forecast_is_what_happens_if_nothing_else_comes() -> None:
     measures = simulation.run()
     assert len(forecasts) == len(requests)
     assert forecasts[-1][-1] == pytest.approx(measures.result().makespan_s)
+
+
+def test_it_gives_each_context_length_a_node() -> None:
+    fleet = [node("a"), node("b")]
+    requests = [request(n, n * 0.4, context=(4096, 8192)[n % 2]) for n in range(40)]
+    assert simulate(fleet, requests, "reference").result().loads == 1

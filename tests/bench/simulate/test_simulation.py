@@ -15,6 +15,7 @@ from gpumesh.bench.simulate.decisions import POLICY_NAMES
 from gpumesh.bench.simulate.fleet import Fault, FaultKind
 from gpumesh.bench.simulate.requests import SimulatedRequest
 from gpumesh.bench.simulate.simulation import Simulation
+from gpumesh.errors import GPUMeshError
 from tests.bench.simulate.build import MODEL, OTHER, node, request, simulate
 
 
@@ -173,3 +174,17 @@ def test_the_wait_is_that_of_erlang_c(servers: int, load: float, count: int) -> 
     wait_chance = blocked / (sum(offered**k / math.factorial(k) for k in range(servers)) + blocked)
     expected_s = wait_chance * service_s / (servers * (1.0 - load))
     assert math.fsum(measures.wait_s) / count == pytest.approx(expected_s, rel=0.02)
+
+
+def test_a_job_that_all_nodes_have_failed_is_tried_again() -> None:
+    faults = (Fault(FaultKind.BUSY, 0.0, 0.35),)
+    measures = simulate([node("a", faults=faults), node("b", faults=faults)], [request(0, 0.01)], "reference")
+    # The nodes refuse at 0 s, after a pause of about 0.1 s, and after another of about 0.2 s; then 0.4 s.
+    assert measures.lost == 0
+    assert 0.35 + 1.1 < measures.completion_s[0] < 1.0 + 1.1
+
+
+def test_requests_that_would_wait_for_ever_are_an_error() -> None:
+    away = (Fault(FaultKind.AWAY, 0.0, math.inf),)
+    with pytest.raises(GPUMeshError, match="policy reference: 1 requests wait for ever"):
+        simulate([node("a", faults=away)], [request(0, 1.0)], "reference")
