@@ -1,9 +1,11 @@
-"""The time of the balancer's decisions, part by part, in us of CPU (the best of several runs).
+"""The time of the balancer's decisions, part by part, in us of CPU (the best of several runs, if not said otherwise).
 
     python benchmarks/decisions.py [prefixes ...] [--json FILE]
 
 - ``prefixes``: reading the print of a prompt from a body, and finding the nodes that have its beginning
   (``gateway/prompt_reading.py``, ``balancer/prefixes/``).
+- ``scheduler``: all decisions for one request, with 4, 16 and 1,000 nodes, while nobody or 10,000 requests wait
+  (``balancer/scheduler.py``). These are medians over single requests.
 
 Each row has the budget that was set for it. A row above its budget is marked.
 """
@@ -16,19 +18,28 @@ import json
 import os
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import asdict, dataclass
-from itertools import count
+from itertools import count, pairwise
 from pathlib import Path
+from random import Random
+from statistics import median
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from gpumesh.backends.base import ServerCounters
+from gpumesh.balancer.account import PlacedRequest
+from gpumesh.balancer.base import Demand, Priority, ResidencyKey
 from gpumesh.balancer.prefixes import PrefixIndex, PromptHasher, PromptPrint
 from gpumesh.balancer.prefixes.prints import BLOCK_ENDS, count_blocks
+from gpumesh.balancer.scheduling.scheduler import Placement, Scheduler
 from gpumesh.gateway.json_members import Members, read_small_members, scan_members
 from gpumesh.gateway.model_requests import MODEL_ROUTES
 from gpumesh.gateway.prompt_reading import PromptReader
+from gpumesh.model_names import full_name
+from gpumesh.topology import BackendKind, PolicyKind
 
 RUNS = 7
 RUN_S = 0.05  # about the time of one run
@@ -221,7 +232,96 @@ def measure_add() -> Iterator[Row]:
     yield Row("note of a session", measure_us(note))
 
 
-PARTS: dict[str, Callable[[], Iterator[Row]]] = {"prefixes": measure_prefixes}
+# -- scheduler -------------------------------------------------------------------------------------------------------
+
+DECISION_BUDGET_US = 100.0  # of a request at the median, with 1,000 nodes and 10,000 waiting (issue 13)
+SLOTS = 4  # of each node
+MODELS = ("llama3.1:8b", "qwen2.5:14b")
+SAMPLES = 400
+
+
+def measure_scheduler() -> Iterator[Row]:
+    for nodes in (4, 16, 1000):
+        for waiting in (0, 10_000):
+            for policy in (PolicyKind.ADAPTIVE, PolicyKind.LEAST_LOADED):
+                fleet = BusyFleet(policy, nodes, waiting)
+                parts_us = [fleet.serve_one() for _ in range(SAMPLES)]
+                name = f"{policy.value}, {nodes:,} nodes, {waiting:,} waiting"
+                if policy is PolicyKind.ADAPTIVE:
+                    yield Row(f"{name}: a request comes", median(come for come, _, _ in parts_us), DECISION_BUDGET_US)
+                    yield Row(f"{name}: another ends, what is learned", median(end for _, end, _ in parts_us))
+                    grant_us = median(grant for _, _, grant in parts_us)
+                    yield Row(f"{name}: its slot is granted", grant_us, DECISION_BUDGET_US)
+                yield Row(f"{name}: all of it", median(map(sum, parts_us)))
+
+
+class BusyFleet:
+    """A fleet with two models, half of its nodes with each, and requests of 8 clients with prompts of 4 KB.
+
+    If requests wait, all slots are taken. Else half of them are free."""
+
+    def __init__(self, policy: PolicyKind, nodes: int, waiting: int) -> None:
+        self._now = 1000.0
+        self._numbers = count()
+        self._scheduler = Scheduler(policy, rng=Random(1), max_queue=2 * waiting + 10)
+        self._running: deque[PlacedRequest] = deque()
+        for number in range(nodes):
+            account = self._scheduler.add_account(f"n{number}", max_parallel=SLOTS)
+            account.kind, account.is_up = BackendKind.OLLAMA, True
+            account.models = frozenset(full_name(model) for model in MODELS)
+            loaded = {full_name(MODELS[number % 2]): (6000, None)}
+            account.residency.replace_with_report(loaded, asked_at=0.0)
+            self._scheduler.note_report(account)
+        for _ in range(nodes * SLOTS // (1 if waiting else 2)):
+            self._take(self._scheduler.place_now(self._make_demand(), self._now, may_wait=False))
+        for _ in range(waiting):
+            self._scheduler.wait(self._make_demand(), self._now, None)
+        self._grant()
+
+    def _make_demand(self) -> Demand:
+        number = next(self._numbers)
+        model = MODELS[number % 2]
+        key = ResidencyKey(full_name(model))
+        prompt = make_print(f"conversation {number % 2000}", blocks=5)
+        client, priority = f"client {number % 8}", list(Priority)[number % 3]
+        return Demand(
+            model, residency=key, client=client, priority=priority, prompt_tokens=1000, max_tokens=300, prompt=prompt
+        )
+
+    def _take(self, placement: Placement | None) -> None:
+        if placement is not None:
+            self._scheduler.note_first_token(placement.placed, self._now)
+            self._running.append(placement.placed)
+
+    def _grant(self) -> None:
+        for _, placement in self._scheduler.grants(self._now):
+            self._take(placement)
+
+    def serve_one(self) -> tuple[float, float, float]:
+        """A request comes, gets a slot or waits; another ends; its slot goes to one that waits. Returns the CPU time of
+        each of these in us."""
+        scheduler = self._scheduler
+        self._now += 0.01
+        demand, counters = self._make_demand(), ServerCounters(100, 300, 4000.0, 0.0, 100.0, 3900.0)
+        ending = self._running.popleft()
+        times = [time.process_time_ns()]
+        placement = scheduler.place_now(demand, self._now)
+        if placement is None:
+            scheduler.wait(demand, self._now, None)
+        times.append(time.process_time_ns())
+        scheduler.end(ending, self._now, counters)
+        times.append(time.process_time_ns())
+        granted = scheduler.grants(self._now)
+        scheduler.next_check()
+        times.append(time.process_time_ns())
+        self._take(placement)
+        for _, other in granted:
+            self._take(other)
+        come_us, end_us, grant_us = ((after - before) / 1000.0 for before, after in pairwise(times))
+        return come_us, end_us, grant_us
+
+
+PARTS: dict[str, Callable[[], Iterator[Row]]] = {"prefixes": measure_prefixes, "scheduler": measure_scheduler}
 
 
 def main() -> None:

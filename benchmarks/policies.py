@@ -1,7 +1,8 @@
 """The balancer's policies beside a reference that knows everything, in simulation: real traces, unequal fleets, loads.
 
     python benchmarks/policies.py --traces ../shared/traces            the whole grid, as Markdown
-    python benchmarks/policies.py --traces ../shared/traces -n 2000 --nodes 2,4 --loads 50,80    a part of it, faster
+    python benchmarks/policies.py -n 2000 --nodes 2,4 --loads 50,80        a part of it, faster
+    python benchmarks/policies.py --policy least-loaded --keep ref.json    the reference only once: for tuning
 
 Each row is one trace, fleet and load. ``adaptive`` is compared with the best of our other policies, and with the
 reference (gpumesh/bench/simulate/reference.py). The load is the share of what the fleet can do if all nodes shared one
@@ -52,9 +53,15 @@ class Cell:
     load: float
     limit: int | None
 
+    @property
+    def name(self) -> str:
+        return f"{self.trace} {self.nodes} {self.load} {self.limit}"
+
 
 @dataclass(frozen=True)
 class Figures:
+    """Of one policy in one case. Times are in seconds; ``read``: the share of the prompts' tokens that were read."""
+
     mean: float
     p99: float
     ttft: float
@@ -142,6 +149,14 @@ def markdown(cells: Iterable[Cell], results: dict[tuple[Cell, str], Figures], po
     yield f"Lost requests: {lost}."
 
 
+def read_kept(file: Path | None) -> dict[str, Figures]:
+    """The reference's figures of earlier runs, by the name of the cell. The reference depends on nothing of the
+    balancer, so they stay true as long as the simulator and the fleets are the same."""
+    if file is None or not file.exists():
+        return {}
+    return {name: Figures(**values) for name, values in json.loads(file.read_text()).items()}
+
+
 def parse_numbers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
@@ -154,6 +169,9 @@ def main() -> None:
     parser.add_argument("--nodes", type=parse_numbers, default=[2, 4, 8, 16])
     parser.add_argument("--loads", type=parse_numbers, default=[20, 50, 80, 95], help="in per cent")
     parser.add_argument("--policy", action="append", help="besides adaptive and reference (all)")
+    parser.add_argument(
+        "--keep", type=Path, metavar="FILE", help="take the reference's figures from here, or keep them"
+    )
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
@@ -166,15 +184,21 @@ def main() -> None:
         for nodes in options.nodes
         for load in options.loads
     ]
-    jobs = [(cell, policy) for cell in cells for policy in policies]
-    results: dict[tuple[Cell, str], Figures] = {}
+    kept = read_kept(options.keep)
+    results = {(cell, REFERENCE): kept[cell.name] for cell in cells if cell.name in kept}
+    jobs = [(cell, policy) for cell in cells for policy in policies if (cell, policy) not in results]
     started_at = time.monotonic()
     with ProcessPoolExecutor(options.processes) as pool:
         for cell, policy, figures in pool.map(simulate, jobs):
             results[cell, policy] = figures
             if sys.stderr.isatty():
                 print(f"\r{len(results)} of {len(jobs)}", end="", file=sys.stderr, flush=True)
+    if sys.stderr.isatty():
+        print("\r", end="", file=sys.stderr)
     print(f"{len(jobs)} simulations in {time.monotonic() - started_at:.0f} s", file=sys.stderr)
+    if options.keep is not None:
+        kept |= {cell.name: figures for (cell, policy), figures in results.items() if policy == REFERENCE}
+        options.keep.write_text(json.dumps({name: vars(figures) for name, figures in kept.items()}, indent=1) + "\n")
     if options.json:
         rows = [
             {"trace": cell.trace, "nodes": cell.nodes, "load": cell.load, "policy": policy, **vars(figures)}

@@ -22,6 +22,7 @@ from gpumesh.audit.catalog import CATALOG
 from gpumesh.cli.root_command import app
 from gpumesh.errors import ExitCode, GPUMeshError, TunnelError
 from gpumesh.gateway.observe import gauges
+from gpumesh.gateway.observe.forecast_metrics import forecast_families
 from gpumesh.gateway.observe.metrics import RequestMetrics
 from gpumesh.state import GatewayState, MeshState, compute_totals
 
@@ -186,7 +187,12 @@ def _raised() -> dict[str, type[GPUMeshError]]:
 def metrics() -> str:
     """Families tell their names and meanings before there is anything to count."""
     nothing = MeshState("", datetime(2026, 1, 1, tzinfo=UTC), GatewayState(), compute_totals(()), ())
-    families = [*gauges.mesh_families(nothing, {}), *gauges.server_families(0, 0, 0), *RequestMetrics().families()]
+    families = [
+        *gauges.mesh_families(nothing, {}),
+        *gauges.server_families(0, 0, 0),
+        *RequestMetrics().families(),
+        *forecast_families({}),
+    ]
     lines = [
         "# Metrics",
         "",

@@ -11,6 +11,11 @@ from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
 
+from gpumesh.scheduling_state import DecisionState as DecisionState  # noqa: PLC0414 - a part of the node's state
+from gpumesh.scheduling_state import LearnedState as LearnedState  # noqa: PLC0414
+from gpumesh.scheduling_state import LoadingState as LoadingState  # noqa: PLC0414
+from gpumesh.scheduling_state import ModelLoadsState as ModelLoadsState  # noqa: PLC0414
+
 STATUS_SCHEMA = "gpumesh.status/1"
 
 
@@ -257,7 +262,9 @@ class NodeState:
 
     ``gpus`` is ``None`` when the host's GPUs are not known, and empty when the host has none. ``noticed`` are the
     findings of the probes and of requests; the rules of `audit` add the findings that follow from mesh.yaml.
-    ``slowness`` is ``None`` unless the node has become slow.
+    ``slowness`` is ``None`` unless the node has become slow. ``learned`` are the figures of each model that was
+    measured here, ``decisions`` the latest answered requests, ``loading`` the loads of the last minutes (``None``: no
+    loads).
     """
 
     name: str
@@ -274,6 +281,9 @@ class NodeState:
     noticed: tuple[Finding, ...] = ()
     broken_models: tuple[BrokenModelState, ...] = ()
     slowness: SlownessState | None = None
+    learned: tuple[LearnedState, ...] = ()
+    decisions: tuple[DecisionState, ...] = ()
+    loading: LoadingState | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,7 +44,7 @@ class PolicyKind(StrEnum):
 
 
 class Priority(StrEnum):
-    """The class of a request: it decides how soon a waiting request gets a slot (``balancer/queue.py``)."""
+    """The class of a request: it decides how soon a waiting request gets a slot (``balancer/fair_queue.py``)."""
 
     INTERACTIVE = "interactive"
     NORMAL = "normal"

@@ -29,6 +29,7 @@ LAYERS = {
     "versions": 0,
     "wakeup": 0,
     "topology": 1,
+    "scheduling_state": 0,
     "state": 1,
     "wire": 2,
     "backends": 2,

@@ -5,12 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from gpumesh.audit import backend, gpus, host, identity, models, routes, tunnel
+from gpumesh.audit import backend, gpus, host, identity, loading, models, routes, tunnel
 from gpumesh.audit.causes import adjust_severities, drop_consequences
 from gpumesh.state import Finding, NodeState, Severity
 from gpumesh.topology import NodeSpec, Topology
 
-_NODE_RULES = (tunnel.check, identity.check, gpus.check, backend.check, models.check, routes.check, host.check)
+_NODE_RULES = (
+    tunnel.check,
+    identity.check,
+    gpus.check,
+    backend.check,
+    models.check,
+    loading.check,
+    routes.check,
+    host.check,
+)
 SEVERITY_RANKS = {Severity.ERROR: 0, Severity.WARNING: 1, Severity.INFO: 2}  # the order of sorting: 0 comes first
 
 

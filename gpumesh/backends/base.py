@@ -18,6 +18,8 @@ from gpumesh.state import LoadedModel, ModelInfo
 MOST_TOKENS = 1 << 27
 LONGEST_MS = 30 * 86400 * 1000.0
 FASTEST_TOKENS_PER_S = 100_000.0
+# Of a stream: the role, the reason for the end, and the mark of the end.
+FRAMES_WITHOUT_TEXT = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +68,12 @@ class ServerCounters:
     prompt_ms: float | None = None
     eval_ms: float | None = None
     cached_tokens: int | None = None
+
+    def with_frame_count(self, frames: int) -> ServerCounters:
+        """These counters. If they lack the answer's tokens, they get the number of ``frames`` of the stream, without
+        the frames that hold no text: a frame is about one token."""
+        tokens = frames - FRAMES_WITHOUT_TEXT
+        return self if self.tokens is not None or tokens <= 0 else replace(self, tokens=tokens)
 
     @property
     def tokens_per_s(self) -> float | None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
-from types import MappingProxyType
 from typing import NamedTuple
 
 import msgspec
 
+from gpumesh.balancer.prefixes import PromptPrint
 from gpumesh.topology import BackendKind
 from gpumesh.topology import Priority as Priority  # noqa: PLC0414 - all users of a Demand know it from here
 
@@ -48,7 +47,7 @@ class Demand(msgspec.Struct, frozen=True):
     kinds: frozenset[BackendKind] = frozenset(BackendKind)
     node: str | None = None
     priority: Priority = Priority.NORMAL
-    session: str | None = None
+    session: str | int | None = None
     prompt_tokens: int | None = None
     max_tokens: int | None = None
     needs_slot: bool = True
@@ -56,40 +55,22 @@ class Demand(msgspec.Struct, frozen=True):
     residency: ResidencyKey | None = None
     client: str = ""
     route: str = ""
-    prompt: object | None = None
+    prompt: PromptPrint | None = None
     nodes: frozenset[str] | None = None
     preferred_nodes: frozenset[str] = frozenset()
 
 
 class Candidate(msgspec.Struct, frozen=True):
-    """A node as the balancer sees it: a snapshot that ``select.py`` filters and a policy ranks.
+    """A node as ``select.py`` sees it: a snapshot of what decides whether the node can serve a demand.
 
     ``usable``: tunnel and backend are up, the node is not draining, and its breaker is closed. ``models`` is ``None``
-    when the backend could not list its models: then any model may be tried. ``loaded`` are the models in memory.
-    ``in_flight`` counts the requests of this gateway in flight on the node, ``other_gateways_in_flight`` the requests
-    of other gateways. ``limit`` is the number of slots; ``None`` for no limit. Nodes with the same ``group`` share one
-    GPU: they are balanced as one node. ``tokens_per_s`` and ``load_s`` (seconds to load) are by model. ``foreign_load``
-    is the GPU's utilisation (0 to 1) while we have nothing in flight there; ``None`` if it is not known. ``rtt_ms`` is
-    the tunnel's round-trip time. ``sessions`` are the sessions whose prompt prefix the node may have in its cache.
-    ``broken_models`` are the full names of models that the node has, but that must not be asked for now: it cannot load
-    them, or does not have them although it lists them.
-    ``tier`` is the node's tier in mesh.yaml (1 or more): a lower tier is used first.
+    when the backend could not list its models: then any model may be tried. ``broken_models`` are the full names of
+    models that the node has, but that must not be asked for now: it cannot load them, or does not have them although it
+    lists them.
     """
 
     name: str
     kind: BackendKind
     usable: bool
     models: AbstractSet[str] | None
-    loaded: AbstractSet[str] = frozenset()
-    in_flight: int = 0
-    other_gateways_in_flight: int = 0
-    limit: int | None = None
-    weight: float = 1.0
-    group: str = ""
-    tokens_per_s: Mapping[str, float] = MappingProxyType({})
-    load_s: Mapping[str, float] = MappingProxyType({})
-    foreign_load: float | None = None
-    rtt_ms: float | None = None
-    sessions: AbstractSet[str] = frozenset()
     broken_models: AbstractSet[str] = frozenset()
-    tier: int = 1

@@ -34,8 +34,8 @@ class FairQueue(Generic[T]):
 
     Entries of one group can be served by the same nodes. When a slot is free, the caller asks for the ``best`` entry
     among the groups that could use the slot, and takes it; it may ask again without a group whose entry it would rather
-    keep waiting for another node. No operation but ``__iter__`` and ``position`` scans the queue: the cost grows with
-    the number of groups that are asked for, and with the logarithm of the number of entries.
+    keep waiting for another node. No operation but ``entries_of``, ``__iter__`` and ``position`` scans the queue: the
+    cost grows with the number of groups that are asked for, and with the logarithm of the number of entries.
 
     **Why the share never costs a lone request of a higher class its slot.** The count for a lower class grows only when
     a higher class takes a slot that the lower class waited for, and starts anew when the lower class gets a slot. In a
@@ -69,6 +69,10 @@ class FairQueue(Generic[T]):
 
     def size_of(self, group: Hashable) -> int:
         return sum(lane.size for lane in self._groups.get(group, {}).values())
+
+    def entries_of(self, group: Hashable) -> list[QueueEntry[T]]:
+        """The entries of this group in the order of their addition. Scans the queue."""
+        return [entry for entry in self._entries.values() if entry.group == group]
 
     def has_room(self, priority: Priority) -> bool:
         """Whether a request of this class may be added. Each class has room for one request in an empty queue, unless

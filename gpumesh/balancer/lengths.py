@@ -89,7 +89,8 @@ class ExpectedLengths:
         mean = None if means is None else means.get(key)
         if mean is not None:
             expected = mean.shrink_towards(expected)
-        return expected if max_tokens is None or max_tokens < 0 else min(expected, float(max_tokens))
+        # ``min`` first: a client may write a number that is too large for a float.
+        return expected if max_tokens is None or max_tokens < 0 else float(min(expected, max_tokens))
 
 
 def remaining(expected: float, done: float, max_tokens: int | None = None) -> float:
@@ -100,7 +101,7 @@ def remaining(expected: float, done: float, max_tokens: int | None = None) -> fl
     exponent 3. So the answer counts as at least 1.5 times as long as it is.
     """
     rest = max(expected - done, done / 2.0)
-    return rest if max_tokens is None or max_tokens < 0 else max(min(rest, max_tokens - done), 0.0)
+    return rest if max_tokens is None or max_tokens < 0 else max(min(done + rest, max_tokens) - done, 0.0)
 
 
 def _find_or_add(means: _Means, key: tuple[str, str], most: int) -> _Mean:

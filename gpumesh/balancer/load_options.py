@@ -6,6 +6,7 @@ Another value of one of them makes the server load the model again, which takes 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 import msgspec
@@ -18,6 +19,12 @@ from gpumesh.model_names import full_name
 MAX_VALUE = 1 << 31  # of an option, such as a number of layers; no server takes more
 # The options beside ``num_ctx``, in alphabetical order.
 _RELOAD_OPTIONS = ("main_gpu", "num_batch", "num_gpu", "num_thread", "use_mmap")
+
+
+@lru_cache(maxsize=512)  # most requests pass here
+def plain_residency_key(model: str) -> ResidencyKey:
+    """What the model must be loaded with for a request without options."""
+    return ResidencyKey(full_name(model))
 
 
 class LoadOptions(msgspec.Struct, gc=False):

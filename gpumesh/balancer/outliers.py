@@ -194,6 +194,13 @@ class OutlierWatch:
             return None
         return track.slow
 
+    def usual_token_s(self, node: str) -> Mapping[str, float]:
+        """The node's usual seconds for one token, by model, where they are known."""
+        track = self._tracks.get(node)
+        if track is None:
+            return {}
+        return {model: 2.0**usual.value for model, usual in track.decode.items() if usual.value is not None}
+
     def factors(self, servable: AbstractSet[str], now: float) -> Mapping[str, float]:
         """The factors (above 1, up to 8) by which the forecasts of slow nodes are multiplied; a node that is not in it
         has the factor 1. ``servable``: the names of the nodes that could serve the request. At most half of them count

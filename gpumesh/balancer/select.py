@@ -5,21 +5,35 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from collections.abc import Set as AbstractSet
 from itertools import islice, zip_longest
+from typing import Protocol
 from weakref import WeakKeyDictionary
-
-import msgspec
 
 from gpumesh.backends.dialects import KINDS_WITH_MODEL_STORE
 from gpumesh.balancer.base import Candidate, Demand
 from gpumesh.errors import GPUMeshError, ModelMissing, NoNodeError
 from gpumesh.model_names import full_name
 from gpumesh.quoting import paste_command
+from gpumesh.topology import BackendKind
+
+
+class Servable(Protocol):
+    """What decides whether a node suits a demand: a ``Candidate``, or the balancer's ``NodeAccount``."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def kind(self) -> BackendKind: ...
+
+    @property
+    def models(self) -> AbstractSet[str] | None: ...
+
 
 MAX_SHOWN_MODELS = 50  # in a sentence for people
 MAX_LISTED_MODELS = 1000  # in an error's data
 
 
-def has_model(candidate: Candidate, model: str | None) -> bool:
+def has_model(candidate: Servable, model: str | None) -> bool:
     """Whether the node has the model; true for ``None``. A node that could not list its models counts as having it, so
     that the node is tried."""
     if model is None or candidate.models is None:
@@ -43,39 +57,14 @@ def full_names(models: AbstractSet[str]) -> frozenset[str]:
     return names
 
 
-class Selection(msgspec.Struct, frozen=True):
-    """The nodes that can serve a demand, not ranked. The nodes in ``free`` have a free slot, the nodes in ``busy`` have
-    none."""
-
-    free: tuple[Candidate, ...]
-    busy: tuple[Candidate, ...]
-
-
-def select_candidates(candidates: Sequence[Candidate], demand: Demand, *, exclude: Collection[str] = ()) -> Selection:
-    """Finds the nodes that can serve this demand, with or without a free slot. For a demand that needs no slot, every
-    node counts as free. ``exclude``: names of nodes to leave out."""
-    loads = group_loads(candidates)
-    free: list[Candidate] = []
-    busy: list[Candidate] = []
-    for candidate in candidates:
-        if not candidate.usable or not meets_demand(candidate, demand) or candidate.name in exclude:
-            continue
-        limit = candidate.limit if demand.needs_slot else None
-        if limit is None or loads[candidate.group or candidate.name] < limit:
-            free.append(candidate)
-        else:
-            busy.append(candidate)
-    return Selection(tuple(free), tuple(busy))
-
-
 def is_model_broken(candidate: Candidate, model: str | None) -> bool:
     """Whether the model must not be asked for on this node now, although the node may have it."""
     return bool(candidate.broken_models) and model is not None and full_name(model) in candidate.broken_models
 
 
-def suits_demand(candidate: Candidate, demand: Demand) -> bool:
-    """Whether the node could serve the demand if nothing were broken there: the demand allows the node, its server is of
-    a demanded kind, and it has the model."""
+def suits_demand(candidate: Servable, demand: Demand) -> bool:
+    """Whether the node could serve the demand if nothing were broken there: the demand allows the node, its server is
+    of a demanded kind, and it has the model."""
     # ``allows_node``, written out: this is asked for each node.
     name = candidate.name
     is_allowed = (demand.node is None or name == demand.node) and (demand.nodes is None or name in demand.nodes)
@@ -95,22 +84,8 @@ def meets_demand(candidate: Candidate, demand: Demand) -> bool:
     return not is_broken and suits_demand(candidate, demand)
 
 
-def gpu_group(candidate: Candidate) -> str:
-    """The name of the group of nodes that share this node's GPU; the node's own name if it shares no GPU."""
-    return candidate.group or candidate.name
-
-
-def group_loads(candidates: Sequence[Candidate]) -> dict[str, int]:
-    """Counts the requests in flight by GPU group: those of all nodes in the group, and from all gateways."""
-    loads: dict[str, int] = {}
-    for candidate in candidates:
-        group = candidate.group or candidate.name  # ``gpu_group``, written out: every request passes here
-        loads[group] = loads.get(group, 0) + candidate.in_flight + candidate.other_gateways_in_flight
-    return loads
-
-
 def no_node_error(candidates: Sequence[Candidate], demand: Demand, *, exclude: Collection[str] = ()) -> GPUMeshError:
-    """The error that says why ``select_candidates`` found no node. ``exclude``: the nodes that have failed the
+    """The error that says why no node can serve the demand. ``exclude``: the nodes that have failed the
     request."""
     all_names = sorted(candidate.name for candidate in candidates)
     if demand.node is not None and demand.node not in all_names:

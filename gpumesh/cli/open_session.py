@@ -53,10 +53,13 @@ async def open_session(options: GlobalOptions, *, embed: bool = True) -> AsyncGe
         raise MeshNotRunning("no mesh is running for this configuration")
     from gpumesh.daemon import leftovers
     from gpumesh.daemon.sessions.local_session import LocalSession
+    from gpumesh.mesh.learned_state import LearnedState
     from gpumesh.mesh.mesh import Mesh
 
     leftovers.remove_leftovers()
-    async with Mesh(options.topology()) as mesh:
+    # A mesh for one command profits from what earlier meshes have learned. It sees too little to add to it.
+    learned = LearnedState(paths.learned, read_only=True)
+    async with Mesh(options.topology(), learned=learned) as mesh:
         yield LocalSession(mesh)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from types import TracebackType
@@ -52,7 +53,9 @@ async def run_mesh(
     """
     from gpumesh.gateway.app import Gateway
     from gpumesh.gateway.observe.access_log import AccessLog
+    from gpumesh.mesh.learned_state import LearnedState
     from gpumesh.mesh.mesh import Mesh
+    from gpumesh.mesh.models.placement import ModelPlacement
 
     async with AsyncExitStack() as stack:
         stack.enter_context(raise_file_limit())
@@ -63,10 +66,11 @@ async def run_mesh(
         leftovers.remove_leftovers()
         log.info("the mesh %s starts; nodes: %d", topology.name, len(topology.nodes), extra={"event": "start"})
         stack.callback(log.info, "the mesh %s ended", topology.name, extra={"event": "end"})
-        mesh = await stack.enter_async_context(Mesh(topology))
+        mesh = await stack.enter_async_context(Mesh(topology, learned=LearnedState(paths.learned)))
         session = LocalSession(mesh)
         _run_until_closed(stack, _log_changes(session), name="journal")
         _run_until_closed(stack, _record_history(session), name="history")
+        _run_until_closed(stack, ModelPlacement(mesh, clock=time.monotonic).run(), name="placement")
         control = await stack.enter_async_context(ControlServer(session, paths.socket, on_stop=shutdown.request_within))
         if lock is not None:
             restoring = _restore_when_removed(control, lock, paths, shutdown, check_every_s)

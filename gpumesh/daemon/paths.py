@@ -38,6 +38,11 @@ class MeshPaths:
         return self.log.with_suffix(".access.jsonl")
 
     @property
+    def learned(self) -> Path:
+        """The file with what was learned about hosts. All meshes of the user share it (``mesh/learned_state.py``)."""
+        return self.log.parent.parent / "learned.json"
+
+    @property
     def stderr_log(self) -> Path:
         """The file with the output of Python when the background process cannot even start; otherwise it is empty."""
         return self.log.with_suffix(".stderr")

@@ -17,6 +17,7 @@ from gpumesh.gateway.http.responses import Response, json_response
 from gpumesh.gateway.http.server import Server
 from gpumesh.gateway.model_requests import OLLAMA_ONLY
 from gpumesh.gateway.observe import exposition, gauges
+from gpumesh.gateway.observe.forecast_metrics import forecast_families
 from gpumesh.gateway.observe.metrics import RequestMetrics
 from gpumesh.mesh.mesh import Mesh
 from gpumesh.state import BackendPhase
@@ -60,6 +61,7 @@ class FleetRoutes:
                 self._server.connection_count, self._server.refused_connections, self._server.evicted_connections
             ),
             *self._metrics.families(),
+            *forecast_families(self._mesh.fleet.forecast_records),
             *gauges.process_families(),
         ]
         return Response(exposition.render(families).encode("utf-8", "replace"), content_type=exposition.CONTENT_TYPE)

@@ -5,21 +5,32 @@ Without such rules the body passes as it came. With them another name of the mod
 
 from __future__ import annotations
 
+import os
 from collections.abc import Awaitable
 from functools import partial
 
 import msgspec
+from msgspec.structs import replace
 
 from gpumesh.balancer.base import Demand, Priority
+from gpumesh.balancer.prefixes.prints import FIRST_BLOCK_BYTES, MIN_SECRET_BYTES
 from gpumesh.errors import NoNodeError
 from gpumesh.gateway import proxy
 from gpumesh.gateway.access.client_names import ClientNames
 from gpumesh.gateway.http.request import Request
 from gpumesh.gateway.http.responses import Response
 from gpumesh.gateway.http.streaming_response import StreamingResponse
-from gpumesh.gateway.json_members import COPY_BYTES, Members, read_members, read_small_members, rewrite_body
+from gpumesh.gateway.json_members import (
+    COPY_BYTES,
+    SMALL_BODY_BYTES,
+    Members,
+    read_members,
+    read_small_members,
+    rewrite_body,
+)
 from gpumesh.gateway.model_requests import ModelRoute, read_demand, read_model, read_node, read_options, read_timeout
 from gpumesh.gateway.observe.record import RequestRecord
+from gpumesh.gateway.prompt_reading import PromptReader
 from gpumesh.mesh.mesh import Mesh
 from gpumesh.mesh.requests.answer import Answer
 from gpumesh.model_names import full_name
@@ -47,6 +58,7 @@ class ModelForwarder:
         self._spec = mesh.topology.gateway
         self._rules = mesh.model_rules
         self._client_names = client_names
+        self._prompts = PromptReader(os.urandom(MIN_SECRET_BYTES))
 
     async def forward(self, request: Request, record: RequestRecord, route: ModelRoute) -> Response | StreamingResponse:
         """Forwards the request to a node that has its model. If no node can serve the model, tries its fallbacks.
@@ -56,16 +68,30 @@ class ModelForwarder:
         if data is None:  # it has not come as a whole yet, or is packed
             data = await request.read_body()
         members = read_small_members(data) or await read_members(data, request)  # most bodies are small: no await
-        body = _ClientBody(data, members, read_model(route, members))
-        demand = self._read_demand(request, route, body)
+        model = read_model(route, members)
+        demand = self._read_demand(request, route, members, model, size=len(data))
+        if route.prompt_members and len(data) >= FIRST_BLOCK_BYTES:  # a shorter prompt is read in no time
+            demand = await self._add_prompt(request, route, members, demand, len(data))
         if self._rules.specs:
+            body = _ClientBody(data, members, model)
             return await self._forward_by_rules(request, record, route, body, demand)
         # Nearly every mesh: no aliases, no other contexts, no fallbacks.
-        if body.model is None or not members.has_common_spelling:
-            data = await self._render_body(request, body, demand)
-        del members, body  # a body that was written anew need not stay in memory
+        if model is None or not members.has_common_spelling:
+            data = await self._render_body(request, _ClientBody(data, members, model), demand)
+        del members  # a body that was written anew need not stay in memory
         timeout_s = read_timeout(request.headers, self._spec.timeout_s)
         return await self._send(request, record, route, demand, data, timeout_s)
+
+    async def _add_prompt(
+        self, request: Request, route: ModelRoute, members: Members, demand: Demand, size: int
+    ) -> Demand:
+        """The demand with the hashed blocks of its prompt, by which the balancer finds the node that has the prompt's
+        beginning in its cache, and with the name of its conversation. ``size``: of the body, in bytes."""
+        if size <= SMALL_BODY_BYTES:
+            prompt = self._prompts.read_prompt(route, members, None)
+        else:
+            prompt = await request.run_sliced(self._prompts.scan_prompt(route, members, None))
+        return replace(demand, prompt=prompt, session=self._prompts.read_session(request.headers, members))
 
     async def _forward_by_rules(
         self, request: Request, record: RequestRecord, route: ModelRoute, body: _ClientBody, client_demand: Demand
@@ -98,8 +124,11 @@ class ModelForwarder:
             raise first_failure
         return first_failure
 
-    def _read_demand(self, request: Request, route: ModelRoute, body: _ClientBody) -> Demand:
-        """The demand of the request, before any rule for models. Raises BadRequest if the client's key forbids it."""
+    def _read_demand(
+        self, request: Request, route: ModelRoute, members: Members, model: str | None, *, size: int
+    ) -> Demand:
+        """The demand of the request, before any rule for models. ``model`` is the name in the body, which has ``size``
+        bytes. Raises BadRequest if the client's key forbids the request."""
         headers, key, path = request.headers, request.key, request.path
         default_priority = self._spec.route_priority.get(path, Priority.NORMAL)
         if key is not None and key.priority is not None:  # who asks is more particular than what is asked for
@@ -107,9 +136,9 @@ class ModelForwarder:
         demand = read_demand(
             route,
             headers,
-            body.members,
-            size=len(body.data),
-            model=body.model or self._spec.default_model,
+            members,
+            size=size,
+            model=model or self._spec.default_model,
             node=read_node(headers, self._mesh.topology),
             request_id=request.id,
             path=path,

@@ -10,11 +10,10 @@ import msgspec
 
 from gpumesh.backends import safe_json
 from gpumesh.backends.dialects import kinds_that_serve
-from gpumesh.balancer.base import Demand, Priority, ResidencyKey
-from gpumesh.balancer.load_options import LoadOptions
+from gpumesh.balancer.base import Demand, Priority
+from gpumesh.balancer.load_options import LoadOptions, plain_residency_key
 from gpumesh.gateway.http.errors import BadRequest
 from gpumesh.gateway.json_members import Members, RawValue
-from gpumesh.model_names import full_name
 from gpumesh.topology import BackendKind, Topology
 
 MAX_OPTIONS_BYTES = 64 << 10  # plenty for a dozen numbers and a few stop words
@@ -105,7 +104,7 @@ def read_demand(
         raise BadRequest("model is required")
     raw_options = members.known.get("options")
     if raw_options is None:
-        options, residency = NO_OPTIONS, ResidencyKey(full_name(model))
+        options, residency = NO_OPTIONS, plain_residency_key(model)
     else:
         options = read_options(raw_options)
         residency = options.residency_key(model)

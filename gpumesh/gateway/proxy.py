@@ -15,6 +15,7 @@ from gpumesh.backends import safe_json
 from gpumesh.backends.base import HttpCall
 from gpumesh.backends.dialects import DIALECTS
 from gpumesh.balancer.base import Demand
+from gpumesh.balancer.scheduling.explanation import NO_PLACEMENT, explain_placement
 from gpumesh.balancer.select import meets_demand
 from gpumesh.errors import BackendError, GPUMeshError
 from gpumesh.gateway import error_shapes
@@ -93,6 +94,7 @@ async def forward_request(
     Raises GPUMeshError only before the first byte to the client.
     """
     calls: Mapping[BackendKind, HttpCall] = dict.fromkeys(demand.kinds, call)
+    wants_why = read_explain(request.headers)
     answer = await mesh.send(
         demand,
         calls,
@@ -103,6 +105,8 @@ async def forward_request(
     if require_json and not _is_readable(answer):
         answer = await _ask_other_nodes(mesh, demand, calls, answer, timeout_s)
     on_answer(answer)
+    if wants_why:
+        answer.why = _explain_answer(mesh, answer)
     if answer.body is not None:
         return _whole_response(answer, answer.body, shape)
     try:
@@ -193,13 +197,39 @@ def read_resume(headers: Mapping[str, str]) -> bool:
     raise BadRequest(f"X-GPUMesh-Resume is on or off, not {value!r}")
 
 
+def read_explain(headers: Mapping[str, str]) -> bool:
+    """Whether the client asks why this node was chosen (``X-GPUMesh-Explain: 1``). Raises BadRequest for an unknown
+    value."""
+    value = headers.get("x-gpumesh-explain")
+    if value is None:
+        return False
+    match value.strip().lower():
+        case "1" | "on" | "true" | "yes":
+            return True
+        case "0" | "off" | "false" | "no":
+            return False
+    raise BadRequest(f"X-GPUMesh-Explain is 1 or 0, not {value!r}")
+
+
+def _explain_answer(mesh: Mesh, answer: Answer) -> str:
+    """Why this node was chosen, in one line."""
+    if answer.placement is None:
+        return NO_PLACEMENT
+    policy = mesh.topology.gateway.policy
+    return explain_placement(
+        answer.placement, policy=policy, queue_s=answer.queue_ms / 1000.0, failed_attempts=answer.attempts - 1
+    )
+
+
 def _response_headers(answer: Answer) -> HeaderPairs:
     """The headers of the node's answer, and the gateway's own: the node, the attempts and the wait in the queue; the
-    model, if the client used another name."""
+    model, if the client used another name; why this node was chosen, if the client has asked."""
     model = () if answer.model is None else (("X-GPUMesh-Model", quote(answer.model, safe=_SAFE_IN_HEADER)),)
+    why = () if answer.why is None else (("X-GPUMesh-Why", answer.why),)
     return (
         *answer.headers,
         *model,
+        *why,
         ("X-GPUMesh-Node", answer.node),
         ("X-GPUMesh-Attempts", str(answer.attempts)),
         ("X-GPUMesh-Queue-Ms", f"{answer.queue_ms:.1f}"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -10,10 +11,33 @@ from typing import Protocol, Self
 
 from gpumesh.backends.base import ChatRequest, Chunk, FrameReader, HttpCall, ServerCounters
 from gpumesh.backends.dialects import DIALECTS
-from gpumesh.balancer.base import Demand
+from gpumesh.balancer.base import Demand, Priority
+from gpumesh.balancer.experience import BYTES_PER_TOKEN
+from gpumesh.balancer.load_options import read_load_options
+from gpumesh.balancer.prefixes import PromptHasher
+from gpumesh.balancer.prefixes.prints import MIN_SECRET_BYTES
 from gpumesh.errors import BackendStatus, ModelMissing, NoNodeError
 from gpumesh.mesh.requests.answer import Answer
 from gpumesh.topology import BackendKind
+
+_hasher = PromptHasher(secrets.token_bytes(MIN_SECRET_BYTES))
+
+
+def chat_demand(request: ChatRequest, *, node: str | None, priority: Priority, session: str | None) -> Demand:
+    """The demand of a chat. It knows the prompt, so that the next turn of a conversation goes to the node that has its
+    beginning in memory."""
+    key = read_load_options(request.options).residency_key(request.model)
+    texts = [f"{message.role}\n{message.content}\n" for message in request.messages]
+    prompt = "".join(texts).encode(errors="replace")
+    return Demand(
+        model=request.model,
+        node=node,
+        priority=priority,
+        session=session,
+        prompt_tokens=int(len(prompt) / BYTES_PER_TOKEN),
+        residency=key,
+        prompt=_hasher.hash_prompt(key, prompt),
+    )
 
 
 class SendRequest(Protocol):

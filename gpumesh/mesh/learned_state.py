@@ -1,8 +1,9 @@
 """Keeps what was learned about hosts (rates and limits) in a file of the state folder, so that it survives a restart.
 
-All meshes of a user share the file. It is written every few minutes and at the end, and only its owner can read it. It
-holds no prompt and no answer, only names of hosts and models and figures. A damaged file is ignored, with a line in the
-log: everything in it is learned again within a few answers.
+All meshes of a user that were started with ``gpumesh up`` share the file. A mesh for a single command only reads it,
+and a program that uses the library has no such file unless it gives one. It is written every few minutes and at the
+end, and only its owner can read it. It holds no prompt and no answer, only names of hosts and models and figures. A
+damaged file is ignored, with a line in the log: everything in it is learned again within a few answers.
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ from gpumesh.balancer.rates import ServiceRates
 
 log = logging.getLogger(__name__)
 
-FILE_NAME = "learned.json"  # in the state folder (``config.environment.state_dir``)
 FORMAT = 1
 SAVE_INTERVAL_S = 180.0
 MAX_FILE_BYTES = 8 << 20
@@ -81,11 +81,12 @@ def build_host_key(coordination_key: str, *, url: str, kind: str) -> str:
 class LearnedState:
     """The file with what was learned. Reading and writing never fail: the reason for a failure is logged.
 
-    ``wall_clock`` returns seconds since 1970.
+    ``read_only``: the file is never written. ``wall_clock`` returns seconds since 1970.
     """
 
-    def __init__(self, path: Path, *, wall_clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, path: Path, *, read_only: bool = False, wall_clock: Callable[[], float] = time.time) -> None:
         self._path = path
+        self._read_only = read_only
         self._wall_clock = wall_clock
         self._hosts = _read_hosts(path)
         self._saved: dict[str, _LearnedHost] = {}  # the last state of our own hosts in the file
@@ -126,6 +127,8 @@ class LearnedState:
 
     def save(self, nodes: Iterable[LearningNode]) -> None:
         """Writes the state of these nodes to the file, if it has changed. The other hosts in the file stay."""
+        if self._read_only:
+            return
         own = dict(self._collect_hosts(nodes))
         if own == self._saved:
             return

@@ -23,16 +23,17 @@ from typing import Self
 from gpumesh import audit, config
 from gpumesh.backends.base import ChatRequest, HttpCall, Message
 from gpumesh.balancer.base import Candidate, Demand, Priority
-from gpumesh.balancer.load_options import read_load_options
 from gpumesh.balancer.model_rules import ModelRules
 from gpumesh.balancer.outcomes import Outcome
+from gpumesh.balancer.scheduling.scheduler import Scheduler
 from gpumesh.coordination.factory import create_coordination
 from gpumesh.errors import UsageError
 from gpumesh.mesh import readiness
 from gpumesh.mesh.change_notifier import ChangeNotifier
-from gpumesh.mesh.chat import ChatStream
+from gpumesh.mesh.chat import ChatStream, chat_demand
 from gpumesh.mesh.dispatch import Dispatcher
 from gpumesh.mesh.inspection.regular_inspection import RegularInspection
+from gpumesh.mesh.learned_state import LearnedState
 from gpumesh.mesh.nodes.fleet import Fleet
 from gpumesh.mesh.nodes.node import Node
 from gpumesh.mesh.request_counters import RequestCounters
@@ -40,6 +41,7 @@ from gpumesh.mesh.requests.answer import Answer
 from gpumesh.mesh.requests.delivery import RequestDelivery, SendContext
 from gpumesh.mesh.requests.upload import upload
 from gpumesh.mesh.requests.upstream import Upstream
+from gpumesh.model_names import full_name
 from gpumesh.probes.http_client import make_http_client
 from gpumesh.state import GatewayState, MeshState, compute_totals
 from gpumesh.topology import BackendKind, Topology
@@ -55,10 +57,9 @@ class Mesh:
     """A running mesh, as an async context manager. On entry the tunnels start to open, all at the same time.
 
     ``clock`` returns monotonic seconds. ``prompter`` passes the questions of hosts on to a person; ``None``: there is
-    no person to ask.
+    no person to ask. ``learned`` keeps what is learned about the servers over a restart; ``None``: nothing is kept.
 
-    The class is long because it is the public interface of the package: each operation is one short method, and the
-    docstrings are a third of it. The fleet, the dispatcher and the delivery do the work.
+    The class is the public interface of the package. The fleet, the dispatcher and the delivery do the work.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class Mesh:
         clock: Callable[[], float] = time.monotonic,
         rng: Random | None = None,
         prompter: Prompter | None = None,
+        learned: LearnedState | None = None,
     ) -> None:
         self.topology = topology
         config.withhold_variables(topology.secret_variables)
@@ -77,6 +79,7 @@ class Mesh:
         self._clock = clock
         self._rng = rng or Random()
         self._prompter = prompter
+        self._learned = learned
         self._changes = ChangeNotifier()
         self._stack = AsyncExitStack()
         self._tasks: list[asyncio.Task[None]] = []
@@ -84,6 +87,10 @@ class Mesh:
         self._upstream = Upstream()
         self._http = make_http_client()
         self._coordination = create_coordination(topology.redis, on_change=self._on_other_loads_changed, clock=clock)
+        pinned = frozenset(full_name(spec.name) for spec in topology.models if spec.pinned)
+        self._scheduler = Scheduler(
+            topology.gateway.policy, rng=self._rng, max_queue=topology.gateway.max_queue, pinned=pinned
+        )
         self.fleet = Fleet(
             [
                 Node(
@@ -91,10 +98,13 @@ class Mesh:
                     clock=clock,
                     http=self._http,
                     changes=self._changes,
+                    scheduler=self._scheduler,
                     on_slot_freed=self._grant_waiting,
+                    on_changed=self._on_node_changed,
                     on_gpus_identified=self._regroup,
                     coordination=self._coordination,
                     rules=self.model_rules,
+                    learned=learned,
                 )
                 for spec in topology.nodes
             ],
@@ -102,9 +112,7 @@ class Mesh:
         )
         enabled = [node for node in self.fleet if node.spec.enabled]
         self._inspection = RegularInspection(enabled, self._http, clock=clock, on_report=self._changes.notify)
-        self._dispatcher = Dispatcher(
-            self.fleet, topology.gateway.policy, clock=clock, rng=self._rng, max_queue=topology.gateway.max_queue
-        )
+        self._dispatcher = Dispatcher(self.fleet, self._scheduler, clock=clock)
         self._send_context = SendContext(
             self._upstream,
             self._dispatcher,
@@ -133,13 +141,14 @@ class Mesh:
             workers = await stack.enter_async_context(WorkerPool())
             group = await stack.enter_async_context(asyncio.TaskGroup())
             stack.callback(self._stop)  # on exit this runs first: the task group then waits for the cancelled tasks
-            coordination = self._coordination.run(self._watch_own_loads())
-            self._tasks.append(group.create_task(coordination, name="other gateways"))
+            self._tasks.append(group.create_task(self._coordination.run(self._watch_own_loads()), name="coordination"))
             for node in self.fleet:
                 if node.spec.enabled:
                     tunnel = node.tunnel = self._open_tunnel(node, workers)  # set before the node's task runs
                     self._tasks.append(group.create_task(node.run(tunnel), name=f"node {node.name}"))
             self._tasks.append(group.create_task(self._inspection.run(), name="inspection"))
+            if self._learned is not None:
+                self._tasks.append(group.create_task(self._learned.run(self.fleet), name="learned state"))
             self._stack = stack.pop_all()  # nothing has failed here, so only ``__aexit__`` closes it all
         return self
 
@@ -171,6 +180,9 @@ class Mesh:
             yield self.fleet.loads()
 
     def _on_other_loads_changed(self) -> None:
+        self.fleet.update_other_loads()
+        for node in self.fleet:
+            self._scheduler.note_change(node.account)
         self._grant_waiting()
         self._changes.notify()
 
@@ -179,13 +191,15 @@ class Mesh:
         for task in self._tasks:
             task.cancel()
 
-    # The nodes get these two methods, because they are made before the dispatcher and the fleet.
-
+    # The nodes get these methods, because they are made before the dispatcher and the fleet.
     def _grant_waiting(self) -> None:
         self._dispatcher.grant_waiting()
 
     def _regroup(self) -> None:
         self.fleet.regroup()
+
+    def _on_node_changed(self) -> None:
+        self._dispatcher.note_nodes_changed()
 
     # -- the state -----------------------------------------------------------------------------------------------
 
@@ -284,7 +298,7 @@ class Mesh:
         """
         delivery = RequestDelivery(
             self._send_context,
-            self.model_rules.apply(demand),
+            self.model_rules.apply(demand) if self.topology.models else demand,
             calls,
             timeout_s=timeout_s,
             resume=resume,
@@ -341,14 +355,8 @@ class Mesh:
         if isinstance(request, str):
             messages = (Message("user", messages),) if isinstance(messages, str) else tuple(messages)
             request = ChatRequest(request, messages)
-        demand = Demand(
-            model=request.model,
-            node=self.fleet.require_known(node),
-            priority=priority,
-            session=session,
-            residency=read_load_options(request.options).residency_key(request.model),
-        )
-        demands = self.model_rules.plan_models(demand)
+        node = self.fleet.require_known(node)
+        demands = self.model_rules.plan_models(chat_demand(request, node=node, priority=priority, session=session))
         return ChatStream(self.send, request, demands, timeout_s or self.topology.gateway.timeout_s, resume=resume)
 
     # -- nodes ---------------------------------------------------------------------------------------------------
@@ -378,6 +386,8 @@ class Mesh:
         self._set_draining(node, draining=False)
 
     def _set_draining(self, node: str, *, draining: bool) -> None:
-        self.fleet.find_node(node).role.draining = draining
-        self._grant_waiting()
+        found = self.fleet.find_node(node)
+        found.role.draining = draining
+        found.update_account()
+        self._dispatcher.note_nodes_changed()
         self._changes.notify()

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Sequence
 
 from gpumesh.balancer.base import Demand
-from gpumesh.balancer.select import allows_node, select_candidates
+from gpumesh.balancer.select import allows_node
 from gpumesh.errors import NoNodeError
 from gpumesh.mesh.change_notifier import ChangeNotifier
 from gpumesh.mesh.dispatch import GRACE_S, Dispatcher
@@ -51,10 +51,9 @@ async def wait_usable(
     try:
         async with asyncio.timeout_at(deadline) as scope:
             async for _ in changes.watch():
-                selection = select_candidates(fleet.candidates(), demand)
-                candidates = selection.free or selection.busy  # a busy node can serve as soon as it has a free slot
-                if candidates:
-                    return candidates[0].name
+                name = dispatcher.find_node(demand)
+                if name is not None:
+                    return name
                 allowed_nodes = [node for node in fleet if allows_node(demand, node.name)]
                 if not all(node.reported for node in allowed_nodes):
                     continue  # a node that was not probed yet may be the one

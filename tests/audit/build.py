@@ -18,7 +18,9 @@ from gpumesh.state import (
     Health,
     HostState,
     LoadedModel,
+    LoadingState,
     ModelInfo,
+    ModelLoadsState,
     NodeState,
     RouteState,
     TunnelPhase,
@@ -133,3 +135,9 @@ def audit_findings(specs: NodeSpec | Sequence[NodeSpec], *states: NodeState) -> 
 
 def with_openai_kind(made: NodeSpec) -> NodeSpec:
     return replace(made, backend=replace(made.backend, kind=BackendKind.OPENAI))
+
+
+def loading(load_s: float, *models: tuple[str, int, tuple[int | None, ...]], window_s: float = 100.0) -> LoadingState:
+    """The loads of these models: name, number of loads, contexts."""
+    states = tuple(ModelLoadsState(name, loads, contexts) for name, loads, contexts in models)
+    return LoadingState(window_s, load_s, sum(model.loads for model in states), states)

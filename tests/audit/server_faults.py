@@ -19,6 +19,7 @@ from gpumesh.topology import ExpectSpec
 from tests.audit.build import (
     backend,
     direct,
+    loading,
     route,
     state,
     state_with_error,
@@ -136,6 +137,27 @@ SERVER_FAULTS: dict[str, Fault] = {
         WARNING,
         "2.6 times slower than usual (first token 3.1 times its usual time, each token 1.2 times)",
         "nvidia-smi",
+    ),
+    "models that push each other out": node_fault(
+        replace(state(), loading=loading(44.0, ("qwen2.5:14b", 5, (None,)), ("llama3.1:8b", 6, (None, 8192)))),
+        "thrashing",
+        WARNING,
+        "(11 loads in the last 100 s, 44 % of its time): llama3.1:8b and qwen2.5:14b push each other out",
+        "give each nodes of its own",
+    ),
+    "contexts that take turns": node_fault(
+        replace(state(), loading=loading(44.0, ("qwen2.5:7b", 9, (4096, None, 16384)))),
+        "thrashing",
+        WARNING,
+        "qwen2.5:7b is asked for with different `num_ctx` in turn (4,096, 16,384 and none)",
+        "context_steps: [16384] of this model",
+    ),
+    "a model that others unload": node_fault(
+        replace(state(), loading=loading(44.0, ("qwen2.5:7b", 9, (4096,)))),
+        "thrashing",
+        WARNING,
+        "qwen2.5:7b goes out of its memory again and again",
+        "keep_alive",
     ),
     "version too old": node_fault(
         state(backend=backend(version="0.5.1")), "version-old", WARNING, "0.5.1", "install.sh"

@@ -105,3 +105,9 @@ def test_an_answer_that_is_longer_than_expected_is_not_about_to_end() -> None:
 @given(st.floats(0.0, 1e6), st.floats(0.0, 1e6))
 def test_the_expected_whole_length_never_falls_while_an_answer_grows(expected: float, done: float) -> None:
     assert remaining(expected, done + 1.0) + done + 1.0 >= remaining(expected, done) + done - 1e-6
+
+
+def test_a_maximum_that_no_float_can_hold_is_a_maximum() -> None:
+    lengths = ExpectedLengths()
+    assert lengths.expect("c", "r", "m", 10**400) == lengths.expect("c", "r", "m", None)
+    assert remaining(100.0, 20.0, 10**400) == 80.0

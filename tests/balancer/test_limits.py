@@ -129,7 +129,7 @@ def test_slow_start_never_sends_more_than_twice_the_slots(
     server = Server(slots, requests=slots * 30, prefill_s=prefill_s, decode_s=decode_s, streams=streams).run()
     assert server.most_in_flight <= 2 * slots
     assert server.waited <= 3 * slots
-    assert 0.9 * slots <= server.limit.proven <= slots
+    assert 0.75 * slots <= server.limit.proven <= slots
 
 
 def test_without_durations_the_first_tokens_are_enough() -> None:

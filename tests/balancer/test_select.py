@@ -1,9 +1,14 @@
+from collections.abc import Iterable
+
 import pytest
 
+from gpumesh.balancer.account import GpuGroup, NodeAccount
 from gpumesh.balancer.base import Candidate, Demand
-from gpumesh.balancer.select import group_loads, has_model, no_node_error, select_candidates
+from gpumesh.balancer.outcomes import Blame
+from gpumesh.balancer.select import has_model, no_node_error
 from gpumesh.errors import ModelMissing, NoNodeError
-from gpumesh.topology import BackendKind
+from gpumesh.topology import BackendKind, PolicyKind
+from tests.balancer.scheduling.fleets import NOW, A, B, ask, make_node, make_scheduler
 
 
 def node(name: str, **given: object) -> Candidate:
@@ -11,38 +16,73 @@ def node(name: str, **given: object) -> Candidate:
     return Candidate(name=name, **{**fields, **given})  # type: ignore[arg-type]
 
 
+# -- which nodes can serve ---------------------------------------------------------------------------------------------
+
+
+def names(accounts: Iterable[NodeAccount]) -> set[str]:
+    return {account.name for account in accounts}
+
+
 def test_only_nodes_that_are_up_and_speak_the_api_and_have_the_model_are_selected() -> None:
-    nodes = [
-        node("good"),
-        node("down", usable=False),
-        node("other", models=frozenset({"n:latest"})),
-        node("openai", kind=BackendKind.OPENAI),
-        node("unlisted", models=None),
-    ]
-    selection = select_candidates(nodes, Demand("M", frozenset({BackendKind.OLLAMA})))
-    assert {candidate.name for candidate in selection.free} == {"good", "unlisted"}
-    assert selection.busy == ()
+    scheduler = make_scheduler()
+    for name in ("good", "full"):
+        make_node(scheduler, name)
+    make_node(scheduler, "down").is_up = False
+    make_node(scheduler, "other", models={B})
+    make_node(scheduler, "openai").kind = BackendKind.OPENAI
+    make_node(scheduler, "unlisted", models=None)
+    tripped = make_node(scheduler, "tripped")
+    tripped.breaker = tripped.breaker.trip(NOW)
+    unloadable = make_node(scheduler, "unloadable")
+    unloadable.model_breakers.record_failure(A, Blame.MODEL_LOAD, "out of memory", NOW)
+    demand = ask("A", kinds=frozenset({BackendKind.OLLAMA}))
+    scheduler.accounts["full"].group.others_in_flight = 9
+    assert names(scheduler.choice.select(demand, NOW)) == {"good", "full", "unlisted"}, (
+        "a full node could serve it later"
+    )
+    assert names(scheduler.choice.select(demand, NOW, despite_breaker=True)) == {"good", "full", "unlisted", "tripped"}
+    assert names(scheduler.choice.select(ask("b"), NOW)) >= {"unloadable", "other", "openai"}
 
 
 def test_a_node_at_its_limit_is_busy_and_the_load_of_a_gpu_counts_for_all_its_nodes() -> None:
-    nodes = [
-        node("a", in_flight=1, limit=2, group="gpu1"),
-        node("b", in_flight=1, limit=2, group="gpu1"),
-        node("c", in_flight=1, limit=2),
-    ]
-    assert group_loads(nodes) == {"gpu1": 2, "c": 1}
-    selection = select_candidates(nodes, Demand("m"))
-    assert [candidate.name for candidate in selection.free] == ["c"]
-    assert {candidate.name for candidate in selection.busy} == {"a", "b"}
+    scheduler = make_scheduler(PolicyKind.LEAST_LOADED)
+    one, other, apart = (make_node(scheduler, name, slots=2) for name in ("one", "other", "apart"))
+    one.group = other.group = GpuGroup("gpu", (one, other))
+    for node_name in ("one", "other", "apart"):
+        assert scheduler.place_now(ask(node=node_name), NOW) is not None
+    assert (one.count(), other.count(), apart.count()) == (2, 2, 1)
+    assert scheduler.place_now(ask(node="one"), NOW) is None
+    assert scheduler.place_now(ask(node="other"), NOW) is None
+    placement = scheduler.place_now(ask(), NOW)
+    assert placement is not None
+    assert placement.placed.account is apart
 
 
-def test_a_request_without_inference_needs_no_slot() -> None:
-    full = [node("a", in_flight=5, limit=1)]
-    assert select_candidates(full, Demand("m", needs_slot=False)).free == tuple(full)
+def test_a_request_about_the_model_store_is_never_kept_from_a_broken_model() -> None:
+    scheduler = make_scheduler()
+    full = make_node(scheduler, "full", slots=1)
+    full.model_breakers.record_failure(A, Blame.MODEL_LOAD, "out of memory", NOW)
+    assert names(scheduler.choice.select(ask(needs_slot=False), NOW)) == {"full"}
+    assert names(scheduler.choice.select(ask(), NOW)) == set()
 
 
 def test_a_node_that_failed_this_request_is_left_out() -> None:
-    assert select_candidates([node("a")], Demand("m"), exclude={"a"}).free == ()
+    scheduler = make_scheduler()
+    make_node(scheduler, "a")
+    assert scheduler.choice.select(ask(), NOW, exclude={"a"}) == []
+    assert scheduler.place_now(ask(), NOW, exclude={"a"}) is None
+
+
+def test_only_the_nodes_that_client_and_rules_allow_are_selected() -> None:
+    scheduler = make_scheduler()
+    for name in "abc":
+        make_node(scheduler, name)
+    assert names(scheduler.choice.select(ask(node="b"), NOW)) == {"b"}
+    assert names(scheduler.choice.select(ask(nodes=frozenset("ac")), NOW)) == {"a", "c"}
+    assert names(scheduler.choice.select(ask(node="b", nodes=frozenset("ac")), NOW)) == set()
+
+
+# -- why none can ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,9 @@ from gpumesh.daemon.mesh_process import run_mesh
 from gpumesh.daemon.paths import MeshPaths
 from gpumesh.daemon.shutdown import Shutdown
 from gpumesh.errors import NoNodeError
+from gpumesh.lab.ollama import SimOllama
 from gpumesh.topology import BackendSpec, NodeSpec, Target, Topology
+from tests.mesh.meshes import MODEL, host, node
 from tests.tunnels.polling import wait_until
 
 TOPOLOGY = Topology(
@@ -97,3 +99,16 @@ async def test_a_mesh_ends_when_another_mesh_has_its_lock(tmp_path: Path) -> Non
     lock.release()
     (failed,) = [line for line in lines(paths) if line["event"] == "failed"]
     assert "runs already" in failed["message"]
+
+
+async def test_what_was_learned_is_kept_beside_the_logs_of_all_meshes(tmp_path: Path) -> None:
+    """The tests use a folder of their own, so they do not touch the user's."""
+    paths = paths_in(tmp_path)
+    assert paths.learned == tmp_path / "learned.json"
+    async with SimOllama(host("a")) as server:
+        topology = Topology("home", (node("a", server.url),))
+        async with run_mesh(topology, paths, gateway=False, shutdown=Shutdown()) as session:
+            await session.mesh.wait_usable(MODEL, timeout_s=10.0)
+            async with session.mesh.chat(MODEL, "Why?") as stream:
+                assert [chunk async for chunk in stream]
+    assert paths.learned.exists()

@@ -37,12 +37,12 @@ class StandIn:
         self.fails_with: int | None = None
         self.remaining_cuts: list[str] = []
         self.url = ""
-        self.connections: set[asyncio.Task[None]] = set()
+        self.connections: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
         assert task is not None
-        self.connections.add(task)
+        self.connections[task] = writer
         try:
             while head := await reader.readuntil(b"\r\n\r\n"):
                 lower = head.lower()
@@ -122,10 +122,12 @@ async def serve(
 
 
 async def close_stand_in(server: asyncio.Server, host: StandIn) -> None:
-    """Called when the mesh has closed its connections."""
+    """Closes the server's end of each connection too: a client's end may be open until its next collection."""
     server.close()
+    for writer in host.connections.values():
+        writer.close()
     if host.connections:
-        await asyncio.wait(host.connections)
+        await asyncio.wait(host.connections, timeout=5)
 
 
 def asked_models(host: StandIn) -> list[str]:

@@ -326,7 +326,8 @@ async def test_the_speed_that_a_server_reports_is_bounded(figures: dict[str, Any
                 assert (await fleet.chat(model=model, headers={"X-GPUMesh-Node": "honest"})).status_code == 200
             state = fleet.mesh.snapshot()
             assert 0 <= (state.node("hostile").backend.tokens_per_s or 0.0) < 10_000
-            candidates = {candidate.name: candidate for candidate in fleet.mesh.candidates()}
-            assert all(0 < rate <= 100_000 for rate in candidates["hostile"].tokens_per_s.values())
-            assert all(0 <= load <= 30 * 86400 for load in candidates["hostile"].load_s.values())
+            rates = fleet.mesh.fleet["hostile"].account.rates
+            assert 0 < 1 / rates.decode_s(model, 1) <= 100_000
+            assert 0 < 1 / rates.prefill_s(model, 1) <= 10_000_000
+            assert 0 <= rates.load_s(model) <= 3600
             await everything_holds(fleet)

@@ -174,7 +174,9 @@ async def test_500_without_a_reason_before_a_model_was_in_memory_is_about_the_mo
 async def test_500_with_the_model_in_memory_is_about_the_node() -> None:
     async with fleet_of("a", "b") as fleet:
         fleet.servers["a"].loaded.append("big:latest")
-        await fleet.state("a")
+        fleet.servers["b"].loaded.extend(MODELS)  # no request waits for a load there, so the pause of ``a`` lasts
+        for name in "ab":
+            await fleet.state(name)
         fleet.servers["a"].errors["big"] = STOPPED
         assert [await fleet.node_of("big") for _ in range(3)] == [("b", 2)] * 3
         assert await fleet.node_of("small") == ("b", 1), "the node's breaker is open"
@@ -183,6 +185,8 @@ async def test_500_with_the_model_in_memory_is_about_the_node() -> None:
 
 async def test_when_three_models_cannot_be_loaded_the_node_is_broken() -> None:
     async with fleet_of("a", "b") as fleet:
+        fleet.servers["b"].loaded.extend(MODELS)  # no request waits for a load there, so the pause of ``a`` lasts
+        await fleet.state("b")
         fleet.servers["a"].errors.update(dict.fromkeys(("big", "small", "third"), TOO_LARGE))
         for model in ("big", "small", "third"):
             assert await fleet.node_of(model) == ("b", 2)

@@ -30,6 +30,24 @@ async def test_chunks_come_with_the_node_and_the_counters_known() -> None:
         assert stream.counters.tokens == 40
 
 
+async def test_the_next_turn_of_a_conversation_goes_to_the_node_that_has_its_beginning() -> None:
+    async with mesh_of_hosts(host("a"), host("b")) as lab:
+        specs = [node(name, lab.hosts[name].url) for name in "ab"]  # equally good, so they take turns
+        async with mesh_of_nodes(*specs) as mesh:
+            nodes = set()
+            for number in range(4):
+                turns: list[Message] = []
+                served_by = []
+                for question in ("text " * 1000, "And then?", "And then?"):
+                    turns.append(Message("user", f"{number} {question}"))
+                    stream = mesh.mesh.chat(ChatRequest("m:latest", tuple(turns)), session=f"conversation {number}")
+                    turns.append(Message("assistant", await text_of(stream)))
+                    served_by.append(stream.node)
+                assert len(set(served_by)) == 1
+                nodes.update(served_by)
+            assert nodes == {"a", "b"}
+
+
 # The stand-in is an Ollama: it has the API of these kinds.
 KINDS = (BackendKind.AUTO, BackendKind.OLLAMA, BackendKind.OPENAI)
 

@@ -36,10 +36,8 @@ async def test_each_node_is_used_as_what_it_is() -> None:
             assert (first.backend.running, second.backend.running) == (None, 0)
             assert (second.backend.waiting, second.backend.kv_cache_pct) == (0, 0)
             assert [model.context_length for model in second.backend.loaded] == [32768]
-            assert {name: entry.limit for name, entry in zip("ab", mesh.mesh.fleet.candidates(), strict=True)} == {
-                "a": 2,
-                "b": None,
-            }
+            slots = {entry.name: entry.account.slots(MODEL, 0.0) for entry in mesh.mesh.fleet}
+            assert slots == {"a": 2, "b": None}
             for name in ("a", "b"):
                 assert await mesh.mesh.chat(MODEL, "Hi", node=name).__anext__()
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from gpumesh.backends.base import ChatRequest, Message
+from gpumesh.balancer.base import ResidencyKey
 from gpumesh.errors import BackendStatus
 from gpumesh.state import BackendState
 from gpumesh.topology import BackendKind
@@ -42,8 +43,10 @@ async def test_what_it_says_of_itself(server: LlamaServer) -> None:
         assert (state.running, state.waiting) == (0, 0)
         (loaded,) = state.loaded
         assert loaded.context_length == CONTEXT, "of one slot, not of all"
-        (candidate,) = mesh.mesh.fleet.candidates()
-        assert (candidate.limit, candidate.loaded) == (SLOTS, {"tiny:latest"})
+        (node_of_mesh,) = mesh.mesh.fleet
+        account = node_of_mesh.account
+        assert account.slots("tiny:latest", 0.0) == SLOTS
+        assert account.residency.is_resident(ResidencyKey("tiny:latest"))
 
 
 async def test_its_slots_are_the_limit(server: LlamaServer) -> None:

@@ -93,6 +93,18 @@ async def test_a_nodes_death_and_return_are_seen_live(browser: Any, tmp_path: Pa
         assert {url.removeprefix(seen.gateway.url) for url in seen.asked} <= {"/ui", "/mesh/events", "data:,"}
 
 
+async def test_forecasts_and_loads_are_shown(browser: Any, tmp_path: Path) -> None:
+    async with opened(browser, tmp_path) as seen:
+        for name in ("one", "two"):
+            async for _ in seen.mesh.chat(profile.QWEN_7B.name, "hello", node=name):
+                pass
+            await card(seen.page, name).get_by_text("last forecast").wait_for()
+            text = await card(seen.page, name).inner_text()
+            assert " way + " in text
+            assert "1 in the last 5 s" in text, text
+            assert "qwen2.5:7b once" in text
+
+
 async def test_read_only_without_a_key(browser: Any, tmp_path: Path) -> None:
     async with opened(browser, tmp_path) as seen:
         await card(seen.page, "one").get_by_text("healthy").wait_for()

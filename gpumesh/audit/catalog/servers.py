@@ -103,6 +103,18 @@ EXPLANATIONS = (
         "partly on the CPU (`ollama ps`), a server that swaps. It recovers by itself when its answers are fast again.",
     ),
     Explanation(
+        "thrashing",
+        W,
+        "the node loads models instead of serving them",
+        "In the last minutes the node has spent a fifth of its time or more on loads that requests through this mesh "
+        "have caused, and has loaded the same model several times: models push each other out of its memory, or "
+        "clients ask for one model with different contexts (`num_ctx`), and each change is a load.",
+        "Two models: give each nodes of its own with `models.<name>.nodes` in mesh.yaml, or say with "
+        "`models.<name>.copies` on how many nodes it stays (`pinned: true`: nothing pushes it out); where the memory "
+        "is large enough for both, raise OLLAMA_MAX_LOADED_MODELS on the host. Two contexts: "
+        "`models.<name>.context_steps` in mesh.yaml rounds them up to the same. `gpumesh status -v` shows the loads.",
+    ),
+    Explanation(
         "redis-away",
         W,
         "other gateways are not heard",

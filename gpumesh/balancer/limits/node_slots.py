@@ -104,6 +104,19 @@ class NodeSlots:
         slots = self._models.get(model)
         return _FIRST_GUESS if slots is None else slots.limit
 
+    @property
+    def most_proven(self) -> int:
+        """The largest number of slots that any model has proven."""
+        return max((slots.limit.proven for slots in self._models.values()), default=1)
+
+    def proven_slots(self) -> dict[str, int]:
+        """The proven number of slots of each model of which anything is known, by its full name."""
+        return {
+            model: slots.limit.proven
+            for model, slots in self._models.items()
+            if (slots.limit.proven, slots.limit.search) != (1, SlotSearch.DOUBLING)
+        }
+
     def in_flight(self, model: str) -> int:
         """The number of requests of this model in flight."""
         slots = self._models.get(model)

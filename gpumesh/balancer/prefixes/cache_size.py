@@ -13,10 +13,14 @@ import math
 
 from gpumesh.backends.base import ServerCounters
 
-DEFAULT_SEQUENCES = 4  # of a server that does not say how many slots it has
-DEFAULT_BYTES = 1 << 20  # of all its sequences together, if it does not say its context either
+DEFAULT_SLOTS = 4  # of a server that does not say how many it has
+# At first a server is believed to keep so many sequences for each slot: its last one, and those that it has moved to
+# the host's memory. To believe too much costs less than to believe too little: a miss is seen, a prompt that was sent
+# elsewhere is not.
+SEQUENCES_PER_SLOT = 16
+LEAST_BYTES = 4 << 20  # of all its sequences together: about 256,000 tokens, which 8 GiB hold for a model of 3B
 BYTES_PER_TOKEN = 4.0  # in English text
-MAX_SEQUENCES = 256  # more are not kept, whatever a server says
+MAX_SEQUENCES = 4096  # more are not kept, whatever a server says
 MAX_BYTES = 1 << 30
 
 MIN_PROVEN_BYTES = 2048  # less than four blocks prove nothing: a template's own text may be as long
@@ -53,11 +57,23 @@ class CacheSize:
     - ``sequences``: how many sequences the server is believed to keep; 0 if its cache seems to be off.
     """
 
-    __slots__ = ("_doubt", "_hits", "_stated_bytes", "_stated_sequences", "_surprises", "sequences")
+    __slots__ = (
+        "_doubt",
+        "_hits",
+        "_least_bytes",
+        "_per_slot",
+        "_stated_bytes",
+        "_stated_sequences",
+        "_surprises",
+        "sequences",
+    )
 
-    def __init__(self) -> None:
-        self.sequences = self._stated_sequences = DEFAULT_SEQUENCES
-        self._stated_bytes = DEFAULT_BYTES
+    def __init__(self, sequences_per_slot: int = SEQUENCES_PER_SLOT, least_bytes: int = LEAST_BYTES) -> None:
+        """``sequences_per_slot`` and ``least_bytes`` are what is believed at first."""
+        self._per_slot = sequences_per_slot
+        self._least_bytes = least_bytes
+        self.sequences = self._stated_sequences = DEFAULT_SLOTS * sequences_per_slot
+        self._stated_bytes = LEAST_BYTES
         self._doubt = self._hits = self._surprises = 0
 
     def __repr__(self) -> str:
@@ -70,18 +86,18 @@ class CacheSize:
 
     def state(self, slots: int | None, context_tokens: int | None, bytes_per_token: float) -> None:
         """Takes what the server says of itself: its slots, and the context of one slot in tokens; ``None``: unknown.
-        What was learned is forgotten if the number of slots is new."""
-        sequences = DEFAULT_SEQUENCES if slots is None else min(max(slots, 1), MAX_SEQUENCES)
+        With another number of slots, as much more or less is believed."""
+        slots = DEFAULT_SLOTS if slots is None else max(slots, 1)
+        sequences = min(slots * self._per_slot, MAX_SEQUENCES)
         if sequences != self._stated_sequences:
-            self.sequences = self._stated_sequences = sequences
-            self._doubt = self._hits = self._surprises = 0
+            self.sequences = min(round(self.sequences * sequences / self._stated_sequences), MAX_SEQUENCES)
+            self._stated_sequences = sequences
         if context_tokens is None:
-            self._stated_bytes = DEFAULT_BYTES
+            self._stated_bytes = LEAST_BYTES
         elif context_tokens > 0 and 0.0 < bytes_per_token < math.inf:  # false for NaN
             # ``min`` before ``int``: the product may be infinite.
-            self._stated_bytes = int(
-                min(float(min(context_tokens, MAX_BYTES)) * sequences * bytes_per_token, MAX_BYTES)
-            )
+            bytes_of_all = min(float(min(context_tokens, MAX_BYTES)) * sequences * bytes_per_token, MAX_BYTES)
+            self._stated_bytes = max(int(bytes_of_all), self._least_bytes)
 
     def learn(self, *, prompt_bytes: int, believed_bytes: int, prompt_tokens: float, read_tokens: float) -> None:
         """Learns from one answer. The prompt had ``prompt_bytes``, or ``prompt_tokens`` by the server's count, of which
@@ -118,4 +134,4 @@ class CacheSize:
         self._doubt += MISS_DOUBT
         if self._doubt >= MAX_DOUBT:
             self._doubt = 0
-            self.sequences = self.sequences * 3 // 4
+            self.sequences //= 2

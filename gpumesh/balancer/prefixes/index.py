@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Hashable
 from itertools import islice
 
-from gpumesh.balancer.prefixes.cache_size import BYTES_PER_TOKEN, CacheSize
+from gpumesh.balancer.prefixes.cache_size import BYTES_PER_TOKEN, LEAST_BYTES, SEQUENCES_PER_SLOT, CacheSize
 from gpumesh.balancer.prefixes.prints import PromptPrint
 from gpumesh.balancer.prefixes.tree import PrefixTree, Run
 
@@ -41,10 +41,10 @@ class _NodeCache:
 
     __slots__ = ("key", "node", "sequences", "sessions", "size", "total_bytes")
 
-    def __init__(self, node: str, key: Hashable) -> None:
+    def __init__(self, node: str, key: Hashable, size: CacheSize) -> None:
         self.node = node
         self.key = key
-        self.size = CacheSize()
+        self.size = size
         self.sequences: dict[Run, _Sequence] = {}
         self.sessions: dict[int, int] = {}
         self.total_bytes = 0
@@ -58,9 +58,12 @@ class _NodeCache:
 
 
 class PrefixIndex:
-    """The index of the whole fleet. A ``key`` is a residency key (``base.ResidencyKey``)."""
+    """The index of the whole fleet. A ``key`` is a residency key (``base.ResidencyKey``). ``sequences_per_slot`` and
+    ``least_bytes``: what every server is believed to hold at first (``CacheSize``)."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, sequences_per_slot: int = SEQUENCES_PER_SLOT, least_bytes: int = LEAST_BYTES) -> None:
+        self._per_slot = sequences_per_slot
+        self._least_bytes = least_bytes
         self._trees: dict[Hashable, PrefixTree] = {}
         self._caches: dict[str, dict[Hashable, _NodeCache]] = {}
         self._sequences: dict[_Sequence, None] = {}
@@ -90,6 +93,16 @@ class PrefixIndex:
                 if session in islice(reversed(cache.sessions), cache.size.sequences):
                     held[node] = min(cache.sessions[session], prompt.size)
         return held
+
+    def displaced_bytes(self, node: str, key: Hashable) -> int:
+        """The size of the prompt that the node's server would forget for one that continues none of those in its
+        cache; 0 if there is room for one more."""
+        caches = self._caches.get(node)
+        cache = None if caches is None else caches.get(key)
+        if cache is None or len(cache.sequences) < cache.size.sequences:
+            return 0
+        oldest = next(iter(cache.sequences.values()), None)
+        return 0 if oldest is None else oldest.size
 
     def add(self, node: str, key: Hashable, prompt: PromptPrint, now: float) -> None:
         """Notes that the prompt was sent to the node, so that its server will have it."""
@@ -171,7 +184,7 @@ class PrefixIndex:
             caches = self._caches[node] = {}
         cache = caches.pop(key, None)
         if cache is None:
-            cache = _NodeCache(node, key)
+            cache = _NodeCache(node, key, CacheSize(self._per_slot, self._least_bytes))
             if len(caches) >= MAX_KEYS:
                 self._empty(caches.pop(next(iter(caches))))
         caches[key] = cache
@@ -214,6 +227,10 @@ class PrefixIndex:
                 read_tokens=read_tokens,
             )
             self._drop_surplus(cache)
+
+    def keys_of(self, node: str) -> list[Hashable]:
+        """The keys for which the node is known to have a cache, at most ``MAX_KEYS``."""
+        return list(self._caches.get(node, ()))
 
     def forget(self, node: str, key: Hashable | None = None) -> None:
         """Forgets what the node holds for this key, because the model was unloaded. ``None``: forgets all about the

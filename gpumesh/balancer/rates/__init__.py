@@ -4,7 +4,8 @@
 model to its answers. ``ConcurrencyMeter`` (``concurrency.py``) measures how many streams ran during an answer.
 """
 
-from gpumesh.balancer.rates.concurrency import ConcurrencyMark, ConcurrencyMeter
+from gpumesh.balancer.rates.concurrency import BusyShare, ConcurrencyMark, ConcurrencyMeter
+from gpumesh.balancer.rates.read_stall import ReadStall
 from gpumesh.balancer.rates.service_rates import ServiceRates
 
-__all__ = ["ConcurrencyMark", "ConcurrencyMeter", "ServiceRates"]
+__all__ = ["BusyShare", "ConcurrencyMark", "ConcurrencyMeter", "ReadStall", "ServiceRates"]

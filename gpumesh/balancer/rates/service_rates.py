@@ -7,7 +7,7 @@ Everything else moves what is known of this node by a bounded factor, and of no 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Self, TypeVar
+from typing import Annotated, NamedTuple, Self, TypeVar
 
 import msgspec
 
@@ -66,6 +66,17 @@ class _StoredRates(msgspec.Struct, forbid_unknown_fields=True):
     load: dict[_ModelName, Annotated[float, msgspec.Meta(ge=MIN_LOAD_S, le=MAX_LOAD_S)]]
 
 
+class MeasuredRates(NamedTuple):
+    """The rates of one model on one node, as measured there; ``None``: not measured. ``token_s`` are the seconds for a
+    token of a lone stream, ``share`` the share that each neighbour takes, ``read_token_s`` the seconds to read a token
+    of a prompt, ``load_s`` those of a load."""
+
+    token_s: float | None
+    share: float | None
+    read_token_s: float | None
+    load_s: float | None
+
+
 class ServiceRates:
     """How fast one node serves each model, by the model's full name.
 
@@ -116,6 +127,16 @@ class ServiceRates:
     def is_empty(self) -> bool:
         """Whether nothing was measured on this node."""
         return not (self._decode or self._prefill or self._load)
+
+    def measured(self) -> dict[str, MeasuredRates]:
+        """What was measured on this node, by the model's full name."""
+        rates: dict[str, MeasuredRates] = {}
+        for model in {**self._decode, **self._prefill, **self._load}:
+            decode, prefill = self._decode.get(model), self._prefill.get(model)
+            token_s, share = (None, None) if decode is None else (decode.token_s, decode.share)
+            read_token_s = None if prefill is None else prefill.token_s
+            rates[model] = MeasuredRates(token_s, share, read_token_s, self._load.get(model))
+        return rates
 
     def is_measured(self, model: str) -> bool:
         """Whether this node has generated with this model."""

@@ -10,8 +10,8 @@ from random import Random
 
 from gpumesh.bench.simulate.reference import ReferenceDecisions
 from gpumesh.bench.simulate.requests import Decisions
+from gpumesh.bench.simulate.scheduler_decisions import SchedulerDecisions
 from gpumesh.bench.simulate.servers.server import SimulatedServer
-from gpumesh.bench.simulate.todays_decisions import TodaysDecisions
 from gpumesh.errors import UsageError
 from gpumesh.topology import PolicyKind
 
@@ -28,4 +28,4 @@ def make_decisions(policy: str, servers: Sequence[SimulatedServer], *, rng: Rand
         kind = PolicyKind(policy)
     except ValueError:
         raise UsageError(f"--policy {policy!r} is none of: {', '.join(POLICY_NAMES)}") from None
-    return TodaysDecisions([server.spec for server in servers], kind, rng=rng, max_queue=max_queue)
+    return SchedulerDecisions([server.spec for server in servers], kind, rng=rng, max_queue=max_queue)

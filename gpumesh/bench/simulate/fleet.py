@@ -1,9 +1,8 @@
-"""What the simulated nodes are: their speed, slots, memory, models and faults; and how much work they can do. Pure."""
+"""What the simulated nodes are: their speed, slots, memory, models and faults."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -77,64 +76,3 @@ class NodeSpec:
     rtt_s: float = 0.0
     weight: float = 1.0
     faults: tuple[Fault, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class MeanWork:
-    """The mean request of one model: its share of all requests, and the tokens that it reads and generates."""
-
-    model: str
-    share: float
-    unread_tokens: float
-    output_tokens: float
-
-
-def fleet_capacity(nodes: Iterable[NodeSpec], work: Iterable[MeanWork]) -> float:
-    """The requests per second that the fleet can serve at most, if each node gets the same mix of requests, with all
-    models that it has in its memory."""
-    all_work = tuple(work)
-    return sum(node_capacity(node, all_work) for node in nodes)
-
-
-def node_capacity(node: NodeSpec, work: Iterable[MeanWork]) -> float:
-    """The requests per second that one node can serve at most; 0 if it has none of the models.
-
-    All its slots are busy then: each reads a prompt or generates. At ``x`` requests a second the slots need
-    ``x * decode_s`` seconds of decoding in each second. The more they read, the less they can decode
-    (``_decoding_rate``). So the rate at which both are equal is found by bisection.
-    """
-    own = [(part, node.models[part.model]) for part in work if part.model in node.models]
-    total_share = sum(part.share for part, _ in own)
-    if total_share <= 0:
-        return 0.0
-    prefill_s = sum(part.share * part.unread_tokens / model.prefill_tokens_per_s for part, model in own) / total_share
-    decode_s = sum(part.share * part.output_tokens / model.tokens_per_s for part, model in own) / total_share
-    slots = max(round(sum(part.share * model.slots for part, model in own) / total_share), 1)
-    low, high = 0.0, slots / (prefill_s + decode_s)
-    if prefill_s > 0:
-        high = min(high, node.prefill_lanes / prefill_s)
-    for _ in range(60):
-        rate = (low + high) / 2.0
-        keeps_up = rate * decode_s < _decoding_rate(node, slots, rate * prefill_s)
-        low, high = (rate, high) if keeps_up else (low, rate)
-    return low
-
-
-def _decoding_rate(node: NodeSpec, slots: int, reading: float) -> float:
-    """How many seconds of decoding alone all slots of a busy node get in one second. ``reading``: the mean number of
-    slots that read a prompt. With one lane that is the share of time in which one slot reads; with more lanes each slot
-    reads independently of the others."""
-
-    def rate_with(readers: int) -> float:
-        streams = slots - readers
-        speed = 1.0 - node.prefill_stall if readers else 1.0
-        return streams * speed / (1.0 + node.share * (streams - 1)) if streams else 0.0
-
-    if node.prefill_lanes == 1:
-        share = min(reading, 1.0)
-        return (1.0 - share) * rate_with(0) + share * rate_with(1)
-    share = min(reading / slots, 1.0)
-    return sum(
-        math.comb(slots, readers) * share**readers * (1.0 - share) ** (slots - readers) * rate_with(readers)
-        for readers in range(slots + 1)
-    )

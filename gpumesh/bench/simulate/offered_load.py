@@ -2,37 +2,55 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import takewhile
+from random import Random
 
-from gpumesh.bench.simulate.fleet import MeanWork, NodeSpec, fleet_capacity
-from gpumesh.bench.simulate.requests import SimulatedRequest
+from gpumesh.bench.simulate.fleet import NodeSpec
+from gpumesh.bench.simulate.requests import Attempt, Job, SimulatedRequest
 from gpumesh.bench.simulate.servers.prefix_cache import PrefixCache
+from gpumesh.bench.simulate.servers.server import SimulatedServer
 from gpumesh.bench.simulate.workloads import Workload
 from gpumesh.errors import UsageError
+
+SAMPLE_SIZE = 4000  # requests of each model, for the capacity of the nodes
+MIN_SATURATED = 100  # requests of each slot: then the beginning, when all slots read, does not count
+
+
+@dataclass(frozen=True, slots=True)
+class OfferedWork:
+    """What a workload asks for. ``rate``: requests per second from the first to the last arrival. ``samples``: for each
+    model some of its requests, as the tokens of the prompt that must be read and those of the answer. ``shares``: the
+    part of each model of all requests."""
+
+    rate: float
+    samples: Mapping[str, Sequence[tuple[int, int]]]
+    shares: Mapping[str, float]
 
 
 def scale_to_load(workload: Workload, nodes: Sequence[NodeSpec], load: float) -> Workload:
     """The workload with its times changed so that its requests come at ``load`` (0.8: 80 %) times the rate that the
-    fleet can serve at most (``fleet.fleet_capacity``).
+    fleet can serve at most (``fleet_capacity``).
 
     Which part of a prompt must be read depends on the policy. It counts as read what one cache as large as those of all
     nodes together would not hold. Raises UsageError if no node can serve the workload's models.
     """
-    work, offered_rate = measure_work(workload, nodes)
+    work = measure_work(workload, nodes)
     capacity = fleet_capacity(nodes, work)
     if capacity <= 0:
         raise UsageError("no node of the fleet has a model of the workload")
-    return workload.scaled(offered_rate / (load * capacity))
+    return workload.scaled(work.rate / (load * capacity))
 
 
-def measure_work(requests: Iterable[SimulatedRequest], nodes: Sequence[NodeSpec]) -> tuple[list[MeanWork], float]:
-    """The mean work of each model, and the requests per second from the first to the last arrival. What is read of the
-    prompts is as in ``scale_to_load``."""
+def measure_work(requests: Iterable[SimulatedRequest], nodes: Sequence[NodeSpec]) -> OfferedWork:
+    """What the requests ask for. Raises UsageError if there are none."""
     cache = _PooledCache(nodes)
-    totals: dict[str, list[float]] = {}
-    count = 0
+    rng = Random(0)  # which requests are in the samples
+    samples: dict[str, list[tuple[int, int]]] = {}
+    counts: dict[str, int] = {}
     first_at_s: float | None = None
     last_at_s = 0.0
     for first_turn in requests:
@@ -40,16 +58,64 @@ def measure_work(requests: Iterable[SimulatedRequest], nodes: Sequence[NodeSpec]
             first_at_s = first_turn.at_s
         last_at_s = first_turn.at_s
         for request in _turns(first_turn):
-            total = totals.setdefault(request.model, [0.0, 0.0, 0.0])
-            total[0] += 1
-            total[1] += max(request.prompt_tokens - cache.use(request), 1)
-            total[2] += request.output_tokens
-            count += 1
-    if not count:
+            unread_tokens = max(request.prompt_tokens - cache.use(request), 1)
+            sample = samples.setdefault(request.model, [])
+            count = counts[request.model] = counts.get(request.model, 0) + 1
+            # Reservoir sampling (Vitter's algorithm R): each request is in the sample with the same probability.
+            if len(sample) < SAMPLE_SIZE:
+                sample.append((unread_tokens, request.output_tokens))
+            elif (position := rng.randrange(count)) < SAMPLE_SIZE:
+                sample[position] = (unread_tokens, request.output_tokens)
+    total = sum(counts.values())
+    if not total:
         raise UsageError("the workload has no requests")
-    work = [MeanWork(model, n / count, unread / n, output / n) for model, (n, unread, output) in totals.items()]
     span_s = last_at_s - (first_at_s or 0.0)
-    return work, count / span_s if span_s > 0 else float(count)
+    rate = total / span_s if span_s > 0 else float(total)
+    return OfferedWork(rate, samples, {model: count / total for model, count in counts.items()})
+
+
+def fleet_capacity(nodes: Iterable[NodeSpec], work: OfferedWork) -> float:
+    """The requests per second that the fleet can serve at most, if each node gets the mix of requests of those models
+    that it has, one model after the other. 0 if no node has a model."""
+    rates: dict[str, float] = {}  # equal nodes are measured once
+    total = 0.0
+    for node in nodes:
+        kind = repr(replace(node, name="", rtt_s=0.0, faults=()))
+        if kind not in rates:
+            rates[kind] = _node_capacity(node, work)
+        total += rates[kind]
+    return total
+
+
+def _node_capacity(node: NodeSpec, work: OfferedWork) -> float:
+    seconds = 0.0  # for one request of each model, by its share
+    total_share = 0.0
+    for model, sample in work.samples.items():
+        if model in node.models:
+            seconds += work.shares[model] / _saturated_rate(node, model, sample)
+            total_share += work.shares[model]
+    return total_share / seconds if seconds else 0.0
+
+
+def _saturated_rate(node: NodeSpec, model: str, sample: Sequence[tuple[int, int]]) -> float:
+    """The requests per second of a node whose slots are always busy with requests like these: measured, by a simulated
+    server that gets all at once. At the end slots fall idle, so the sample is sent often enough, and only what ends
+    before the last requests have begun is counted."""
+    slots = node.models[model].slots
+    server = SimulatedServer(replace(node, loaded=(model,)))
+    repeats = max(math.ceil(MIN_SATURATED * slots / len(sample)), 1)
+    requests = [pair for _ in range(repeats) for pair in sample]
+    for number, (unread_tokens, output_tokens) in enumerate(requests):
+        request = SimulatedRequest(number, 0.0, model, unread_tokens, output_tokens)
+        server.accept(Attempt(Job(request, 0.0, unread_tokens, output_tokens), "", None), 0.0)
+    ended = 0
+    now = 0.0
+    while server.runners[model].waiting:
+        now = server.next_event_at
+        server.advance(now)
+        ended += len(server.ended)
+        server.ended.clear()
+    return ended / now
 
 
 def _turns(request: SimulatedRequest) -> Iterator[SimulatedRequest]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from gpumesh.bench.simulate.fleet import NodeSpec, fleet_capacity
-from gpumesh.bench.simulate.offered_load import measure_work, scale_to_load
+from gpumesh.bench.simulate.fleet import NodeSpec
+from gpumesh.bench.simulate.offered_load import fleet_capacity, measure_work, scale_to_load
 from gpumesh.bench.simulate.report import SimulationResult
 from gpumesh.bench.simulate.simulation import Simulation
 from gpumesh.bench.simulate.workloads import Workload
@@ -24,7 +24,7 @@ def simulate_policies(
     ``scale_to_load``; ``None`` leaves the times of the workload as they are."""
     if load is not None:
         workload = scale_to_load(workload, nodes, load)
-    work, offered_rate = measure_work(workload, nodes)
+    work = measure_work(workload, nodes)
     results = [
         Simulation(nodes, workload, policy, seed=workload.seed, max_queue=max_queue).run().result()
         for policy in policies
@@ -33,7 +33,7 @@ def simulate_policies(
         workload=source,
         seed=workload.seed,
         requests=results[0].served + results[0].lost,
-        offered_per_s=offered_rate,
+        offered_per_s=work.rate,
         capacity_per_s=fleet_capacity(nodes, work),
         nodes=tuple(nodes),
         policies=tuple(results),

@@ -29,6 +29,7 @@ from gpumesh.bench.simulate.servers.server import SimulatedServer
 from gpumesh.errors import GPUMeshError
 
 PROBE_S = 2.0  # between two probes of each server, as the mesh does it
+MIN_CHECK_GAP_S = 0.001  # so that a balancer that asks for a check in the past does not stop the clock
 MAX_ATTEMPTS = 20  # of one job: a bound on what a broken fleet can cost
 STUCK_S = 3600.0  # without any event at a server for so long, what waits would wait for ever
 
@@ -60,6 +61,7 @@ class Simulation:
         self._scheduled = dict.fromkeys(self.servers, math.inf)  # when each server's next event is on the heap
         self._unfinished = 0  # jobs that have come and not ended, and turns that will come
         self._check_at = math.inf
+        self._checked_at = -1.0
         self._last_event_at = 0.0  # of a server, or the arrival of a request
 
     def __repr__(self) -> str:
@@ -113,6 +115,7 @@ class Simulation:
             self._submit(subject, now)
         elif kind == _CHECK:
             self._check_at = math.inf
+            self._checked_at = now
             self._grant_waiting(now)
         elif kind == _PROBE:
             self._probe(now, may_come=may_come)
@@ -212,9 +215,14 @@ class Simulation:
 
     def _schedule_check(self, now: float) -> None:
         check_at = self.decisions.next_check(now)
-        if check_at is not None and check_at < self._check_at:
-            self._check_at = check_at
-            self._push(max(check_at, now), _CHECK, None)
+        if check_at is None:
+            return
+        at = max(check_at, now)
+        if at <= self._checked_at:  # a check has just been made at this time, and changed nothing
+            at = self._checked_at + MIN_CHECK_GAP_S
+        if at < self._check_at:
+            self._check_at = at
+            self._push(at, _CHECK, None)
 
     def _probe(self, now: float, *, may_come: bool) -> None:
         """Tells the balancer what the probes of all servers find. Ends when nothing can happen any more."""

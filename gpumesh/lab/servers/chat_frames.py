@@ -13,7 +13,9 @@ from gpumesh.lab.inference.engine import Timings
 from gpumesh.lab.servers.replies import dump_json
 
 SSE = "text/event-stream"
-_next_number = count(1)  # for the ids of answers and tool calls
+_next_number = count(
+    100_000
+)  # for the ids of answers and tool calls: all as long, so a cut at a byte means the same in each answer
 
 
 def encode_event(document: Any, name: str | None = None) -> bytes:

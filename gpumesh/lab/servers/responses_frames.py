@@ -11,7 +11,9 @@ from gpumesh.lab.inference.engine import Timings
 from gpumesh.lab.servers.chat_frames import SSE, encode_event
 from gpumesh.lab.servers.replies import dump_json
 
-_next_number = count(1)  # for the ids of answers and items
+_next_number = count(
+    100_000
+)  # for the ids of answers and items: all as long, so a cut at a byte means the same in each answer
 
 
 class ResponseFrames:

@@ -6,11 +6,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from urllib.parse import urlsplit
 
 from gpumesh import audit, config
+from gpumesh.balancer.account import GpuGroup
 from gpumesh.balancer.base import Candidate, Demand
 from gpumesh.balancer.breaker import ModelFault
 from gpumesh.balancer.outcomes import Blame, Outcome
 from gpumesh.balancer.select import allows_node, has_model, no_node_error
 from gpumesh.errors import GPUMeshError, ModelMissing, NoNodeError, UsageError
+from gpumesh.mesh.nodes.forecast_record import ForecastRecord
 from gpumesh.mesh.nodes.model_findings import describe_model_fault
 from gpumesh.mesh.nodes.node import Node
 from gpumesh.state import NodeState
@@ -82,13 +84,20 @@ class Fleet:
 
     def regroup(self) -> None:
         """Puts nodes that share a GPU into one group: the balancer treats a group as one node."""
-        groups = audit.gpu_groups([node.state(queued=0) for node in self])
-        seen_groups: set[str] = set()
+        names = audit.gpu_groups([node.state(queued=0) for node in self])
+        members: dict[str, list[Node]] = {}
         for node in self:
-            role = node.role
-            role.group = groups.get(node.name, node.name)
-            role.counts_for_group = role.group not in seen_groups  # the group's first node counts
-            seen_groups.add(role.group)
+            members.setdefault(names.get(node.name, node.name), []).append(node)
+        for name, nodes in members.items():
+            group = GpuGroup(name, [node.account for node in nodes])
+            for node in nodes:
+                node.account.group = group
+        self.update_other_loads()
+
+    def update_other_loads(self) -> None:
+        """Tells the accounts how many requests other gateways have in flight."""
+        for node in self:
+            node.update_other_loads()
 
     def loads(self) -> dict[str, int]:
         """The number of requests in flight by coordination key, for other gateways. Nodes with the same key are added
@@ -102,6 +111,11 @@ class Fleet:
     def attempt_outcomes(self) -> dict[str, Mapping[Outcome, int]]:
         """For each node, the number of attempts that took a slot there, by the outcome of the attempt."""
         return {node.name: node.attempt_outcomes for node in self}
+
+    @property
+    def forecast_records(self) -> dict[str, ForecastRecord]:
+        """For each node, what was forecast for its requests, and what has happened."""
+        return {node.name: node.ledger.forecasts for node in self}
 
     def local_ports(self) -> frozenset[int]:
         """The ports of this machine behind which a node's server answers: ends of tunnels, and servers on this machine.

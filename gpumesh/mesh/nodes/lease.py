@@ -7,6 +7,7 @@ from typing import Protocol
 
 from gpumesh.backends.base import ServerCounters
 from gpumesh.balancer.outcomes import Blame, ErrorReply, Outcome
+from gpumesh.balancer.scheduling.scheduler import Placement
 from gpumesh.mesh.nodes.rate_meter import RateMeter
 from gpumesh.state import TunnelState
 from gpumesh.topology import BackendKind, Target
@@ -80,16 +81,16 @@ class LeaseKeeper(Protocol):
     def discard(self, lease: Lease) -> None:
         """Removes a lease that was never used."""
 
-    def end_trials_early(self, lease: Lease) -> None:
-        """Ends the trials of half-open breakers, because the answer of this lease's attempt has begun."""
+    def note_answer_started(self, lease: Lease) -> None:
+        """The first token of this lease's attempt has come."""
 
 
 class Lease:
     """A slot on a node for one attempt. In every case it ends exactly once, with ``release`` or ``discard``.
 
-    ``model`` is the full name of the demanded model. ``concurrent`` is the number of slots in use on the node when this
-    lease was given, this lease included. ``connection_number`` is the number of the tunnel's connection that the lease
-    uses. ``was_loaded``: the model was in the server's memory when the lease was given; ``None`` if that is not known.
+    ``model`` is the full name of the demanded model. ``placement`` is the balancer's decision; ``None`` for a request
+    that needs no slot. ``connection_number`` is the number of the tunnel's connection that the lease uses.
+    ``was_loaded``: the model was in the server's memory when the lease was given; ``None`` if that is not known.
     ``blame`` is set at the lease's end: the breaker for which its outcome counted.
 
     ``can_move`` is set by the request: it tells whether another node could give the answer instead, and is ``None``
@@ -105,18 +106,18 @@ class Lease:
         "aborted",
         "blame",
         "can_move",
-        "concurrent",
         "connection_number",
         "model",
         "node",
+        "placement",
         "was_loaded",
     )
 
-    def __init__(self, node: LeasedNode, ledger: LeaseKeeper, model: str | None, concurrent: int) -> None:
+    def __init__(self, node: LeasedNode, ledger: LeaseKeeper, model: str | None, placement: Placement | None) -> None:
         self.node = node
         self.connection_number = node.connection_count
         self.model = model
-        self.concurrent = concurrent
+        self.placement = placement
         self.was_loaded = None if model is None else node.is_loaded(model)
         self.blame = Blame.NOBODY
         self.abort_callback: Callable[[], None] | None = None
@@ -165,7 +166,12 @@ class Lease:
         """The attempt calls this when its answer has begun. From then on no other node can give this answer, and
         half-open breakers may allow the next trial."""
         self.can_move = None
-        self._ledger.end_trials_early(self)
+        self._ledger.note_answer_started(self)
+
+    def note_slow_client(self) -> None:
+        """The client takes the answer more slowly than it comes. So its pace says nothing about the node."""
+        if self.placement is not None:
+            self.placement.placed.had_slow_client = True
 
     def set_abort_callback(self, abort: Callable[[], None]) -> None:
         """Sets the function that ``abort_attempt`` calls. Does nothing after the lease's end."""

@@ -1,7 +1,7 @@
-"""A node's ledger: leases, breakers, learned limit and rates, counts of outcomes, and sessions (conversations).
+"""A node's ledger: its leases, the counts of their outcomes, and what the outcomes mean for the breakers.
 
-A node remembers the sessions that came to it, because the beginning of their prompts may still be in its cache.
-All of this runs on the mesh's event loop, without I/O.
+The balancer's ``NodeAccount`` knows the placed requests; the ledger tells the ``Scheduler`` how each of them ends. All
+of this runs on the mesh's event loop, without I/O.
 """
 
 from __future__ import annotations
@@ -9,24 +9,19 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 
-from gpumesh.backends.base import ParallelismSource, ServerCounters
-from gpumesh.backends.dialects import find_dialect
+from gpumesh.backends.base import ServerCounters
+from gpumesh.balancer.account import NodeAccount
 from gpumesh.balancer.base import Demand
-from gpumesh.balancer.breaker import Breaker, ModelBreakers
-from gpumesh.balancer.limits import ParallelLimit, learn_limit
+from gpumesh.balancer.breaker import Breaker
 from gpumesh.balancer.outcomes import AttemptContext, Blame, ErrorReply, Outcome, find_blame
+from gpumesh.balancer.scheduling.scheduler import Placement, Scheduler
+from gpumesh.mesh.nodes.forecast_record import ForecastRecord
 from gpumesh.mesh.nodes.lease import Lease, LeasedNode
-from gpumesh.mesh.nodes.rate_meter import Smoothed
 from gpumesh.model_names import full_name
-from gpumesh.topology import BackendSpec
-
-MIN_LOAD_MS = 200.0  # a shorter load_duration is no load: a model that is in memory reports some ms too
-MAX_SESSIONS = 256  # of one node; with more, the session whose last request is the oldest is forgotten
-MIN_RATE_TOKENS = 4  # an answer with fewer tokens is too short to measure tokens/s
 
 
 class Ledger:
-    """Gives out the leases of one node and keeps account of them.
+    """Gives out the leases of one node and keeps account of them. ``account`` is the node's in ``scheduler``.
 
     - ``on_slot_freed`` is called when a slot may have become free.
     - ``on_change`` is called when a figure has changed.
@@ -37,7 +32,8 @@ class Ledger:
 
     def __init__(
         self,
-        spec: BackendSpec,
+        account: NodeAccount,
+        scheduler: Scheduler,
         *,
         clock: Callable[[], float],
         on_slot_freed: Callable[[], None],
@@ -45,22 +41,14 @@ class Ledger:
         on_failure: Callable[[Outcome, str | None], None],
         on_model_loaded: Callable[[str], None],
     ) -> None:
-        self.breaker = Breaker()
-        self.model_breakers = ModelBreakers()
-        self.learned_limit = ParallelLimit()
-        self.rates = Smoothed()
-        """Tokens/s by model."""
-        self.load_times = Smoothed()
-        """Seconds that the loading of a model took, by model."""
-        self.sessions: dict[str, None] = {}
-        """The sessions that have sent a request to this node, ordered by their last request, the oldest first."""
+        self.account = account
+        self._scheduler = scheduler
+        self.model_breakers = account.model_breakers
         self.served = self.failed = self.cancelled = 0
         self.attempt_outcomes: Counter[Outcome] = Counter()
         """The number of attempts that took a slot, by the outcome of the attempt."""
+        self.forecasts = ForecastRecord()
         self.last_release_at = clock()
-        dialect = find_dialect(spec.kind)  # None for kind auto: the server may turn out to be Ollama
-        learns_from_durations = dialect is None or dialect.parallelism is ParallelismSource.DURATIONS
-        self._learns_limit = spec.max_parallel is None and learns_from_durations
         self._clock = clock
         self._on_slot_freed = on_slot_freed
         self._on_change = on_change
@@ -77,34 +65,32 @@ class Ledger:
         )
 
     @property
+    def breaker(self) -> Breaker:
+        """The breaker of the node itself."""
+        return self.account.breaker
+
+    @breaker.setter
+    def breaker(self, breaker: Breaker) -> None:
+        self.account.breaker = breaker
+
+    @property
     def in_flight(self) -> int:
         """The number of held leases that take a slot."""
         return len(self._slot_leases)
 
-    def lease(self, node: LeasedNode, demand: Demand) -> Lease:
-        """Gives out a lease of ``node``, even if no slot is free: the dispatcher has decided that. A request to the
-        model store gets a lease without a slot."""
+    def lease(self, node: LeasedNode, demand: Demand, placement: Placement | None) -> Lease:
+        """Gives out a lease of ``node`` for a request that the scheduler has placed there. A request to the model store
+        has no placement, and takes no slot."""
         model = None if demand.model is None else full_name(demand.model)
-        concurrent = len(self._slot_leases) + 1  # with this lease
-        lease = Lease(node, self, model, concurrent)
-        leases = self._slot_leases if demand.needs_slot else self._slotless_leases
-        leases.add(lease)
-        now = self._clock()
-        self.breaker = self.breaker.record_start(now)
-        if model is not None and demand.needs_slot:
-            self.model_breakers.record_start(model, now)
-        if demand.session is not None:
-            self._remember_session(demand.session)
+        lease = Lease(node, self, model, placement)
+        if placement is None:
+            self._slotless_leases.add(lease)
+            self.breaker = self.breaker.record_start(self._clock())
+        else:
+            self._slot_leases.add(lease)
+            self.forecasts.note_placed(placement)
         self._on_change()
         return lease
-
-    def _remember_session(self, session: str) -> None:
-        """Adds the session, or moves it to the end if it is there already."""
-        self.sessions.pop(session, None)
-        self.sessions[session] = None
-        while len(self.sessions) > MAX_SESSIONS:
-            oldest_session = next(iter(self.sessions))
-            del self.sessions[oldest_session]
 
     # -- the end of a lease --------------------------------------------------------------------------------------
 
@@ -121,6 +107,15 @@ class Ledger:
         has_slot = lease in self._slot_leases
         increment = 1 if has_slot else 0  # the counters count only attempts with a slot
         self._remove(lease)
+        if lease.placement is not None:
+            placed = lease.placement.placed
+            is_whole = outcome is Outcome.SERVED
+            if is_whole:
+                self._scheduler.end(placed, now, counters or ServerCounters())
+            else:
+                self._scheduler.end(placed, now)
+                self._scheduler.note_failed(placed)
+            self.forecasts.note_end(lease.placement, now, counters, is_answered=is_whole)
         self.last_release_at = now
         self.attempt_outcomes[outcome] += increment
         if outcome is Outcome.SERVED:
@@ -128,8 +123,8 @@ class Ledger:
             self.breaker = self.breaker.record_success()
             if has_slot:  # a request without a slot needs no inference, so it shows nothing about the models
                 self.model_breakers.record_success(lease.model, now)
-            if counters is not None:
-                self._learn(lease, counters, now)
+            if counters is not None and lease.model is not None:
+                self._on_model_loaded(lease.model)
         else:
             lease.blame = find_blame(outcome, AttemptContext(has_slot, lease.model, lease.was_loaded, reply))
             if outcome is Outcome.CLIENT_GONE:
@@ -160,8 +155,11 @@ class Ledger:
 
     def discard(self, lease: Lease) -> None:
         """Removes a lease that was never used. ``Lease.discard`` calls this once for each lease."""
-        if lease in self._slot_leases:
+        if lease.placement is not None:
             self.model_breakers.cancel_trial(lease.model)
+            self._scheduler.end(lease.placement.placed, self._clock())
+            self._scheduler.note_failed(lease.placement.placed)
+            self.forecasts.note_discarded(lease.placement)
         self._remove(lease)
         self.breaker = self.breaker.cancel_trial()
         self._announce_free_slot()
@@ -171,26 +169,9 @@ class Ledger:
         self._slotless_leases.discard(lease)
 
     def _announce_free_slot(self) -> None:
+        self._scheduler.note_change(self.account)
         self._on_slot_freed()
         self._on_change()
-
-    def _learn(self, lease: Lease, counters: ServerCounters, now: float) -> None:
-        """Updates the learned limit, rate and load time from the server's figures for one answer."""
-        if self._learns_limit:
-            self.learned_limit = learn_limit(
-                self.learned_limit,
-                waited_ms=counters.waited_ms,
-                total_ms=counters.total_ms,
-                concurrent=lease.concurrent,
-                now=now,
-            )
-        if lease.model is None:
-            return
-        if counters.tokens_per_s is not None and (counters.tokens or 0) >= MIN_RATE_TOKENS:
-            self.rates.add(lease.model, counters.tokens_per_s)
-        if counters.load_ms is not None and counters.load_ms > MIN_LOAD_MS:
-            self.load_times.add(lease.model, counters.load_ms / 1000.0)
-        self._on_model_loaded(lease.model)
 
     # -- the breakers --------------------------------------------------------------------------------------------
 
@@ -209,15 +190,19 @@ class Ledger:
             self.model_breakers.forgive_failure(lease.model, now)
         self._announce_free_slot()
 
-    def end_trials_early(self, lease: Lease) -> None:
-        """Ends the trials of half-open breakers when the answer of this lease's attempt has begun. So the next request
-        need not wait for the end of this answer."""
+    def note_answer_started(self, lease: Lease) -> None:
+        """The first token of this lease's attempt has come: the server may have shown that it has more slots. Ends the
+        trials of half-open breakers, so that the next request need not wait for the end of this answer."""
+        if lease.placement is not None:
+            self._scheduler.note_first_token(lease.placement.placed, self._clock())
         had_trial = self.breaker.trial_in_flight
         if had_trial:
             self.breaker = self.breaker.cancel_trial()
         if lease in self._slot_leases:
             had_trial |= self.model_breakers.cancel_trial(lease.model)
         if had_trial:
+            self._scheduler.note_change(self.account)
+        if had_trial or self._scheduler.queue.size:
             self._on_slot_freed()
 
     # -- aborting ------------------------------------------------------------------------------------------------

@@ -13,13 +13,19 @@ from collections.abc import Callable, Mapping
 import httpx
 
 from gpumesh import audit
-from gpumesh.balancer.base import Candidate, Demand
+from gpumesh.backends.base import ParallelismSource
+from gpumesh.backends.dialects import KINDS_WITH_MODEL_STORE, find_dialect
+from gpumesh.balancer.base import Candidate, Demand, ResidencyKey
 from gpumesh.balancer.breaker import ModelFault
+from gpumesh.balancer.limits import NodeSlots
 from gpumesh.balancer.model_rules import ModelRules
 from gpumesh.balancer.outcomes import Outcome, rule_for_outcome
+from gpumesh.balancer.rates import ServiceRates
+from gpumesh.balancer.scheduling.scheduler import Placement, Scheduler
 from gpumesh.coordination.base import Coordination
 from gpumesh.coordination.single_gateway import SingleGateway
 from gpumesh.mesh.change_notifier import ChangeNotifier
+from gpumesh.mesh.learned_state import LearnedState, build_host_key
 from gpumesh.mesh.nodes.lease import Lease
 from gpumesh.mesh.nodes.ledger import Ledger
 from gpumesh.mesh.nodes.prober import Prober, read_api_key
@@ -35,9 +41,10 @@ from gpumesh.tunnels.base import Tunnel
 class Node:
     """One node of a running mesh. Implements ``lease.LeasedNode``, the part of a node that a request uses.
 
-    ``on_slot_freed`` is called when a slot may have become free, or when the node may have become usable.
+    ``scheduler`` places the requests; the node keeps its account there. ``on_slot_freed`` is called when a slot may
+    have become free, ``on_changed`` when the node may serve more requests than before, or fewer.
     ``on_gpus_identified`` is called when a probe shows other GPUs than before. ``coordination`` knows the load of other
-    gateways, ``rules`` what mesh.yaml says of models.
+    gateways, ``rules`` what mesh.yaml says of models, ``learned`` what was learned about the server before a restart.
     """
 
     def __init__(
@@ -47,23 +54,37 @@ class Node:
         clock: Callable[[], float],
         http: httpx.AsyncClient,
         changes: ChangeNotifier,
+        scheduler: Scheduler,
         on_slot_freed: Callable[[], None],
+        on_changed: Callable[[], None],
         on_gpus_identified: Callable[[], None],
         coordination: Coordination | None = None,
         rules: ModelRules | None = None,
+        learned: LearnedState | None = None,
     ) -> None:
         self.spec = spec
         self.name = spec.name
         self.uses_ssh = spec.ssh is not None
-        self.role = NodeRole(group=spec.name)
+        self.role = NodeRole()
         self.meter = RateMeter(clock)
         self._changes = changes
-        self._on_slot_freed = on_slot_freed
+        self._on_changed = on_changed
+        self._scheduler = scheduler
+        self.account = scheduler.add_account(
+            spec.name, weight=spec.weight, tier=spec.tier, max_parallel=spec.backend.max_parallel
+        )
         self._on_gpus_identified = on_gpus_identified
         self._gpu_marks: frozenset[str] = frozenset()  # of the last report; they identify the node's GPUs
+        self._clock = clock
+        self._learned = learned
+        self.host_key: str | None = None
+        """The name of the server, in the file with what was learned; ``None`` until the server was seen."""
+        self.server_version: str | None = None
+        """The version of the server when it was seen last; ``None`` if it is not known."""
         self._link = TunnelLink(spec)
         self.ledger = Ledger(
-            spec.backend,
+            self.account,
+            scheduler,
             clock=clock,
             on_slot_freed=on_slot_freed,
             on_change=changes.notify,
@@ -86,6 +107,7 @@ class Node:
         )
         if not spec.enabled:
             self._prober.end_first_round()
+        self.update_account()
 
     def __repr__(self) -> str:
         flags = " draining" if self.role.draining else ""
@@ -121,6 +143,8 @@ class Node:
     def _on_report(self) -> None:
         """The prober calls this after each report. If the marks that identify the node's GPUs have changed, the nodes
         of the mesh are grouped anew."""
+        self._update_residency()
+        self._restore_learned()
         marks = audit.identifying_marks(self.state(queued=0))
         if marks != self._gpu_marks:
             self._gpu_marks = marks
@@ -128,14 +152,102 @@ class Node:
         self._announce_change()
 
     def _announce_change(self) -> None:
-        self._on_slot_freed()
+        self.update_account()
+        self._on_changed()
         self._changes.notify()
 
+    def update_account(self) -> None:
+        """Tells the scheduler what the tunnel and the last reports say of the node."""
+        account, reports = self.account, self._prober.reports
+        account.is_up = self.reachable and not self.role.draining
+        account.kind = reports.kind
+        account.models = reports.models
+        account.foreign_load = min(max(reports.foreign_load or 0.0, 0.0), 1.0)
+        account.rtt_s = (self._link.reported.rtt_ms or 0.0) / 1000.0
+        dialect = find_dialect(reports.kind)
+        account.learns_limit = dialect is not None and dialect.parallelism is ParallelismSource.DURATIONS
+        report = reports.backend
+        account.told_parallel = None if report is None or report.inventory is None else report.inventory.parallel
+        account.residency.is_tracked = reports.kind in KINDS_WITH_MODEL_STORE
+        self.role.slowness = self._scheduler.slow_nodes.slowness(self.name, self._clock())
+        self.update_other_loads()
+        self._scheduler.note_report(account)
+
+    def update_other_loads(self) -> None:
+        """Tells the account how many requests other gateways have in flight. The nodes of a group share their GPUs, so
+        its first node is asked for all. Also called after each report: a gateway that has crashed announces nothing."""
+        group = self.account.group
+        if group.accounts[0] is self.account:
+            group.others_in_flight = self._snapshots.other_gateways_in_flight
+
+    def _update_residency(self) -> None:
+        """Tells the scheduler which models the server has in memory, by its last report."""
+        reports, residency = self._prober.reports, self.account.residency
+        if reports.backend is None or not reports.backend_is_up:
+            return
+        state = reports.backend.state
+        name_in_mesh = self._rules.name_in_mesh
+        loaded = {
+            full_name(name_in_mesh(model.name)): (model.size_vram_mib, model.context_length) for model in state.loaded
+        }
+        residency.file_mib = {
+            full_name(name_in_mesh(model.name)): model.size_mib for model in state.catalog if model.size_mib is not None
+        }
+        gpus = () if reports.gpus is None else reports.gpus.gpus
+        memory_mib = sum(gpu.memory_total_mib or 0 for gpu in gpus)
+        residency.memory_mib = memory_mib or None
+        for model in residency.replace_with_report(loaded, asked_at=self._prober.asked_at):
+            self._scheduler.note_unloaded(self.account, model)
+
+    def _restore_learned(self) -> None:
+        """Takes over what was learned about the server before a restart, when the server is seen first. Its key changes
+        once more when its GPUs are seen."""
+        reports = self._prober.reports
+        if reports.backend is None or not reports.backend_is_up or reports.target is None:
+            return
+        key = build_host_key(self.coordination_key, url=reports.target.url, kind=reports.kind.value)
+        version = reports.backend.state.version
+        if (key, version) != (self.host_key, self.server_version):
+            if self.host_key is not None:
+                self._scheduler.slow_nodes.forget(self.name)
+            self.host_key, self.server_version = key, version
+            if self._learned is not None:
+                self._learned.restore(self, self._clock())
+
+    @property
+    def rates(self) -> ServiceRates:
+        """How fast the node serves each model."""
+        return self.account.rates
+
+    @property
+    def learned_slots(self) -> NodeSlots:
+        return self.account.learned_slots
+
+    def note_load_sent(self, model: str) -> None:
+        """The server was asked to load this model (a full name), without a request to it. It counts as loaded at
+        once."""
+        account, key = self.account, ResidencyKey(model)
+        pushed_out = account.residency.pushed_out_by(key, account.placed_by_model)
+        account.residency.note_sent(key, pushed_out, now=self._clock(), load_s=account.rates.load_s(model))
+        self._scheduler.note_report(account)
+
+    def note_load_ended(self, model: str, *, is_loaded: bool) -> None:
+        """The load of ``note_load_sent`` has ended."""
+        if is_loaded:
+            self.account.residency.note_answer(ResidencyKey(model), self._clock())
+        else:
+            self.account.residency.note_failed_load(model)
+            self._prober.request_probe()  # the server may have unloaded others before it failed
+        self._scheduler.note_report(self.account)
+        self._on_changed()
+
     def _check_after_failure(self, outcome: Outcome, error: str | None) -> None:
-        """Makes the prober, and for some outcomes also the tunnel, check the node at once: an attempt has failed."""
+        """Makes the prober, and for some outcomes also the tunnel, check the node at once: an attempt has failed. A
+        breaker may have opened, so that waiting requests have no node any more."""
         self._prober.request_probe()
         if rule_for_outcome(outcome).check_tunnel:
             self._link.suspect(error or outcome.value)
+        self._on_changed()
 
     def _note_loaded(self, model: str) -> None:
         self._prober.note_loaded(model)
@@ -188,9 +300,9 @@ class Node:
 
     # -- requests ------------------------------------------------------------------------------------------------
 
-    def lease(self, demand: Demand) -> Lease:
-        """Takes a slot for this demand, without a check that one is free: the dispatcher has decided that."""
-        return self.ledger.lease(self, demand)
+    def lease(self, demand: Demand, placement: Placement | None) -> Lease:
+        """Gives out the slot of a request that was placed here; ``None`` for a request that needs no slot."""
+        return self.ledger.lease(self, demand, placement)
 
     def is_loaded(self, model: str) -> bool | None:
         """Whether the model, given by its full name, is in the server's memory; ``None`` if that is not known."""

@@ -118,6 +118,8 @@ class Prober:
         self._backend_probe_lock = asyncio.Lock()
         self._first_round_done = asyncio.Event()
         self._missed_backend_probes = 0  # in a row
+        self.asked_at = clock()
+        """When the server was asked for the report that was recorded last."""
 
     def __repr__(self) -> str:
         backend = None if self.reports.backend is None else self.reports.backend.state.state.value
@@ -189,6 +191,7 @@ class Prober:
         # A key that was missing before may be there now: programs that use the library set it while the mesh runs.
         if self.reports.missing_secret is not None:
             self.reports = replace(self.reports, missing_secret=None)
+        asked_at = self._clock()
         report = await probe_backend(
             self._http,
             self._spec.backend,
@@ -206,6 +209,7 @@ class Prober:
             self.request_probe()  # the next probe, which comes at once, decides
             return
         target_in_use = next((target for target, url in urls.items() if url == report.url), None)
+        self.asked_at = asked_at
         self._record_backend(report, target_in_use)
 
     def _may_ignore_miss(self) -> bool:

@@ -16,6 +16,7 @@ from gpumesh.mesh.nodes.ledger import Ledger
 from gpumesh.mesh.nodes.model_findings import broken_model_states, find_model_findings
 from gpumesh.mesh.nodes.prober import NodeReports, Prober
 from gpumesh.mesh.nodes.rate_meter import RateMeter
+from gpumesh.mesh.nodes.scheduling_snapshot import decision_states, learned_states, loading_state
 from gpumesh.mesh.nodes.tunnel_link import TunnelLink
 from gpumesh.model_names import full_name
 from gpumesh.probes.health import assess_health
@@ -24,6 +25,7 @@ from gpumesh.state import (
     Finding,
     Health,
     HostState,
+    LearnedState,
     LoadState,
     NodeState,
     RouteState,
@@ -40,15 +42,10 @@ MAX_MODEL_PAUSE_S = 6.0  # a request waits for a model's breaker if its pause en
 
 @dataclass(slots=True)
 class NodeRole:
-    """The decisions of the mesh about a node. ``group`` is the same for all nodes that share a GPU.
-
-    ``counts_for_group``: the node is the first of its group. Only this node counts the requests that other gateways
-    have in flight on the shared GPU, so that they are counted once. ``slowness``: the node has become slow; ``None``
+    """The decisions of the mesh about a node. ``slowness``: the node has become slow; ``None``
     while its speed is as usual.
     """
 
-    group: str
-    counts_for_group: bool = True
     draining: bool = False
     slowness: Slowness | None = None
 
@@ -78,6 +75,8 @@ class SnapshotBuilder:
         self._coordination = coordination
         self._coordination_key = coordination_key(spec, prober.reports)
         self._coordination_key_reports = prober.reports  # the reports from which the key was computed
+        self._learned: tuple[LearnedState, ...] = ()
+        self._learned_version: tuple[int, bool, int | None] | None = None  # of what ``_learned`` was built from
 
     # -- for the balancer ----------------------------------------------------------------------------------------
 
@@ -113,40 +112,18 @@ class SnapshotBuilder:
         # The property ``reachable``, written out: this is computed for each request.
         reachable = link.is_up and reports.backend_is_up
         usable = reachable and not role.draining and (despite_breaker or ledger.breaker.allows(now))
-        other_gateways_in_flight = 0
-        if role.counts_for_group:
-            other_gateways_in_flight = self._coordination.other_gateways_load(self.coordination_key)
         return Candidate(
             name=self._spec.name,
             kind=reports.kind,
             usable=usable,
             models=reports.models,
-            loaded=reports.loaded,
-            in_flight=ledger.in_flight,
-            other_gateways_in_flight=other_gateways_in_flight,
-            limit=self._find_limit(now),
-            weight=self._spec.weight,
-            group=role.group,
-            tokens_per_s=ledger.rates.values,
-            load_s=ledger.load_times.values,
-            foreign_load=reports.foreign_load,
-            rtt_ms=link.reported.rtt_ms,
-            sessions=ledger.sessions.keys(),
             broken_models=ledger.model_breakers.broken(now, despite_doubt=despite_breaker),
-            tier=self._spec.tier,
         )
 
-    def _find_limit(self, now: float) -> int | None:
-        """How many requests may be in flight on the node: the number in mesh.yaml, else the learned number, else the
-        number that the server gave to the probe. ``None`` if none of them is known: then there is no limit."""
-        if self._spec.backend.max_parallel is not None:
-            return self._spec.backend.max_parallel
-        if self._prober.reports.learns_limit:
-            return self._ledger.learned_limit.max_in_flight(now)
-        report = self._prober.reports.backend
-        if report is None or report.inventory is None:
-            return None
-        return report.inventory.parallel
+    @property
+    def other_gateways_in_flight(self) -> int:
+        """The number of requests that other gateways have in flight on the node's GPUs."""
+        return self._coordination.other_gateways_load(self.coordination_key)
 
     @property
     def coordination_key(self) -> str:
@@ -163,6 +140,7 @@ class SnapshotBuilder:
         """The node as people see it now. ``queued``: the number of requests in the mesh's queue that wait for this node
         only."""
         spec, tunnel, gpu_report = self._spec, self._link.state, self._prober.reports.gpus
+        ledger, now = self._ledger, self._clock()
         backend = self._build_backend_state(tunnel)
         health, reason = self._assess_health(tunnel)
         gpus = None  # not known
@@ -181,9 +159,21 @@ class SnapshotBuilder:
             simulated=(backend.version or "").endswith("-lab"),  # as the simulated servers of ``gpumesh.lab`` do
             routes=self._build_routes(),
             noticed=self._collect_findings(tunnel),
-            broken_models=broken_model_states(self._ledger.model_breakers.open_faults, self._clock()),
+            broken_models=broken_model_states(ledger.model_breakers.open_faults, now),
             slowness=_build_slowness_state(self._role.slowness),
+            learned=self._build_learned_states(),
+            decisions=decision_states(ledger.forecasts, now),
+            loading=loading_state(ledger.forecasts, now),
         )
+
+    def _build_learned_states(self) -> tuple[LearnedState, ...]:
+        """What was learned about the models. It is built anew only when something may have changed: when a request was
+        served, when stored figures were restored, or when the server tells another number of slots."""
+        account = self._ledger.account
+        version = (self._ledger.served, account.rates.is_empty, account.told_parallel)
+        if version != self._learned_version:
+            self._learned_version, self._learned = version, learned_states(account)
+        return self._learned
 
     def _assess_health(self, tunnel: TunnelState) -> tuple[Health, str | None]:
         """The node's health, and the reason for it in one sentence; a healthy node has no reason."""
@@ -211,8 +201,9 @@ class SnapshotBuilder:
         one more request runs in parallel."""
         is_learned = self._spec.backend.max_parallel is None and self._prober.reports.learns_limit
         if not is_learned:
-            return self._find_limit(self._clock())
-        return self._ledger.learned_limit.proven if self._ledger.served else None
+            account = self._ledger.account
+            return account.max_parallel if account.max_parallel is not None else account.told_parallel
+        return self._ledger.account.learned_slots.most_proven if self._ledger.served else None
 
     def _build_backend_state(self, tunnel: TunnelState) -> BackendState:
         """The state of the server by its last probe, with the rate that is measured now. While the tunnel is not up, or

@@ -8,6 +8,7 @@ from typing import Protocol
 from gpumesh.backends import safe_json
 from gpumesh.backends.base import ServerCounters
 from gpumesh.balancer.outcomes import Outcome
+from gpumesh.balancer.scheduling.scheduler import Placement
 from gpumesh.mesh.requests.body_sink import ByteSink
 from gpumesh.topology import BackendKind
 
@@ -34,8 +35,10 @@ class Answer:
     ``attempts`` counts the requests to nodes, ``queue_ms`` is the time that the request waited for slots. ``outcome``
     is ``None`` until the answer has ended; a whole answer has its outcome from the start. ``continuations`` counts how
     often another node continued the answer; ``node`` is the last node. ``model`` is the model that answers; ``None`` if
-    the client used this name of it. ``counters`` are the server's own figures, if it gave any. ``error_message``: the
-    body is an error that the mesh made from this text. The gateway writes it in the client's dialect.
+    the client used this name of it. ``placement`` is the balancer's decision for the node where the answer began;
+    ``None`` if the request needed no slot. ``why`` explains it, if the client has asked. ``counters`` are the server's
+    own figures, if it gave any. ``error_message``: the body is an error that the mesh made from this text. The gateway
+    writes it in the client's dialect.
     """
 
     __slots__ = (
@@ -48,8 +51,10 @@ class Answer:
         "node",
         "on_outcome",
         "outcome",
+        "placement",
         "queue_ms",
         "status",
+        "why",
     )
 
     def __init__(self, node: str, kind: BackendKind, status: int, headers: HeaderPairs) -> None:
@@ -58,6 +63,8 @@ class Answer:
         self.status = status
         self.headers = headers
         self.model: str | None = None
+        self.placement: Placement | None = None
+        self.why: str | None = None
         self.attempts = 1
         self.queue_ms = 0.0
         self.on_outcome: OutcomeListener | None = None

@@ -111,7 +111,7 @@ class RequestDelivery:
             if lease is None:
                 lease = await self._acquire_lease()
             if lease is None:
-                return self._set_figures(_last_error_answer(self._failures))
+                return self._last_error_answer()
             call = self._calls[lease.node.kind]
             # Most meshes have no aliases; then not even a coroutine is made.
             named_call = call if self._context.server_name is None else await self._name_model(lease, call)
@@ -119,11 +119,11 @@ class RequestDelivery:
             if isinstance(result, FailedAttempt):
                 self._record_failure(result)
                 if await self._request_breaks_servers():
-                    return self._set_figures(_last_error_answer(self._failures))
+                    return self._last_error_answer()
             elif isinstance(result, OpenedStream):
-                return self._set_figures(self._streaming_answer(result))
+                return self._set_figures(self._streaming_answer(result), lease)
             else:
-                return self._set_figures(result)
+                return self._set_figures(result, lease)
 
     def _new_continuation(self, call: HttpCall) -> Continuation:
         """Makes the ``Continuation`` of a new stream. It is made before the first byte, because it must see every byte
@@ -146,11 +146,21 @@ class RequestDelivery:
         remaining_s = max(self._deadline - clock(), 0.0)
         return StreamingAnswer(opened, self, self._context.pauses, clock=clock, deadline_in_s=remaining_s)
 
-    def _set_figures(self, answer: Answer) -> Answer:
-        """Sets the figures of this delivery in the answer, and returns the answer."""
+    def _set_figures(self, answer: Answer, lease: Lease | None) -> Answer:
+        """Sets the figures of this delivery in the answer, and returns the answer. ``lease``: of the attempt that got
+        it."""
+        if lease is not None:
+            answer.placement = lease.placement
         answer.attempts = self.attempts
         answer.queue_ms = self._queue_wait_s * 1000.0
         return answer
+
+    def _last_error_answer(self) -> Answer:
+        """The last error answer of a server. Raises NoNodeError if no server answered."""
+        for failed in reversed(self._failures):
+            if failed.answer is not None:
+                return self._set_figures(failed.answer, failed.lease)
+        raise _all_failed_error(self._failures)
 
     # -- continuing a cut stream (the first three methods: see Failover) -----------------------------------------
 
@@ -323,14 +333,6 @@ class RequestDelivery:
         self._round += 1
         self._excluded_nodes -= retryable_nodes
         return True
-
-
-def _last_error_answer(failures: Sequence[FailedAttempt]) -> Answer:
-    """The last error answer of a server. Raises NoNodeError if no server answered."""
-    for failed in reversed(failures):
-        if failed.answer is not None:
-            return failed.answer
-    raise _all_failed_error(failures)
 
 
 def _all_failed_error(failures: Sequence[FailedAttempt]) -> NoNodeError:

@@ -44,6 +44,7 @@ class StreamingAnswer(Answer):
         "_expiry_message",
         "_failover",
         "_first_bytes",
+        "_frames",
         "_lease",
         "_loop",
         "_loss",
@@ -112,6 +113,7 @@ class StreamingAnswer(Answer):
         self._response = opened.response
         self._first_bytes = opened.first_bytes
         self._state = StreamState.FLOWING
+        self._frames = 0  # that have come from this node
         self.node = opened.lease.node.name
         self._watch = SilenceWatch(self._pauses, self.node, opened.lease.model, self._clock)
         if self._expiry_message is not None:
@@ -186,6 +188,7 @@ class StreamingAnswer(Answer):
     def _pause_stream(self) -> None:
         """Pauses the node's stream, and wakes the request's task, which waits until the client takes bytes again."""
         self.backpressured = True
+        self._lease.note_slow_client()
         self._changed.wake()
 
     def _resume_stream(self) -> None:
@@ -237,7 +240,9 @@ class StreamingAnswer(Answer):
     def _count_tokens(self, now: float) -> None:
         """Adds the tokens since the last count to the node's meter. ``now`` is the time of ``clock``."""
         if self._continuation is not None:
-            self._lease.node.meter.add(self._continuation.take_frame_count())
+            count = self._continuation.take_frame_count()
+            self._frames += count
+            self._lease.node.meter.add(count)
         self._next_count_at = now + COUNT_S
 
     def _handle_final_frame(self, continuation: Continuation) -> None:
@@ -245,7 +250,8 @@ class StreamingAnswer(Answer):
         connection can be used again only after the body has ended. So the node has ``DRAIN_S`` to end the body."""
         self._state = StreamState.DRAINING
         self._count_tokens(self._clock())
-        self._lease.release(Outcome.SERVED, counters=continuation.counters)
+        counters = (continuation.counters or ServerCounters()).with_frame_count(self._frames)
+        self._lease.release(Outcome.SERVED, counters=counters)
         self._watch.stop()
         self._watch.learn_pace()
         self._timer.cancel()

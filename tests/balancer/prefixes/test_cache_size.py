@@ -8,20 +8,25 @@ from hypothesis import strategies as st
 
 from gpumesh.backends.base import ServerCounters
 from gpumesh.balancer.prefixes.cache_size import (
-    DEFAULT_BYTES,
-    DEFAULT_SEQUENCES,
+    DEFAULT_SLOTS,
     HITS_TO_GROW,
+    LEAST_BYTES,
     MAX_BYTES,
     MAX_SEQUENCES,
+    SEQUENCES_PER_SLOT,
     SURPRISES_TO_GROW,
     CacheSize,
     count_read_tokens,
 )
 
+CONTEXT = 32768
+STATED_BYTES = 4 * SEQUENCES_PER_SLOT * CONTEXT * 4
+STATED = 4 * SEQUENCES_PER_SLOT  # the sequences of a server with four slots
+
 
 def make_size(slots: int | None = 4) -> CacheSize:
     size = CacheSize()
-    size.state(slots, 8192, 4.0)
+    size.state(slots, CONTEXT, 4.0)
     return size
 
 
@@ -33,18 +38,18 @@ def miss(size: CacheSize) -> None:
     size.learn(prompt_bytes=40_000, believed_bytes=30_000, prompt_tokens=10_000, read_tokens=10_000)
 
 
-def test_a_cache_has_one_sequence_for_each_slot() -> None:
-    assert (make_size().sequences, make_size().max_bytes) == (4, 4 * 8192 * 4)
+def test_a_cache_has_some_sequences_for_each_slot() -> None:
+    assert (make_size().sequences, make_size().max_bytes) == (STATED, STATED_BYTES)
     size = make_size(1)
     size.state(None, None, 4.0)
-    assert (size.sequences, size.max_bytes) == (DEFAULT_SEQUENCES, DEFAULT_BYTES)
+    assert (size.sequences, size.max_bytes) == (DEFAULT_SLOTS * SEQUENCES_PER_SLOT, LEAST_BYTES)
 
 
 @pytest.mark.parametrize("bytes_per_token", [0.0, -1.0, math.nan, math.inf])
 def test_impossible_bytes_per_token_change_nothing(bytes_per_token: float) -> None:
     size = make_size()
     size.state(4, 100, bytes_per_token)
-    assert size.max_bytes == 4 * 8192 * 4
+    assert size.max_bytes == STATED_BYTES
 
 
 @given(slots=st.none() | st.integers(), context=st.none() | st.integers(), per_token=st.floats())
@@ -55,21 +60,21 @@ def test_a_stated_size_is_bounded(slots: int | None, context: int | None, per_to
     assert 0 <= size.max_bytes <= MAX_BYTES
 
 
-def test_three_misses_in_a_row_take_a_sequence_and_hits_give_it_back_slowly() -> None:
+def test_three_misses_in_a_row_halve_the_belief_and_hits_give_it_back_slowly() -> None:
     size = make_size()
     for _ in range(2):
         miss(size)
-    assert size.sequences == 4
+    assert size.sequences == STATED
     miss(size)
-    assert size.sequences == 3
+    assert size.sequences == STATED // 2
     for _ in range(HITS_TO_GROW - 1):
         hit(size)
-    assert size.sequences == 3
+    assert size.sequences == STATED // 2
     hit(size)
-    assert size.sequences == 4
-    for _ in range(10 * HITS_TO_GROW):
+    assert size.sequences == STATED // 2 + 1
+    for _ in range(STATED * HITS_TO_GROW):
         hit(size)
-    assert size.sequences == 4  # never more than the server says
+    assert size.sequences == STATED  # never more than was believed at first
 
 
 def test_a_few_misses_among_hits_prove_nothing() -> None:
@@ -78,7 +83,7 @@ def test_a_few_misses_among_hits_prove_nothing() -> None:
         miss(size)
         for _ in range(3):
             hit(size)
-    assert size.sequences == 4
+    assert size.sequences == STATED
 
 
 def test_a_server_that_misses_every_second_time_keeps_fewer() -> None:
@@ -86,12 +91,12 @@ def test_a_server_that_misses_every_second_time_keeps_fewer() -> None:
     for _ in range(20):
         miss(size)
         hit(size)
-    assert size.sequences < 4
+    assert size.sequences < STATED
 
 
 def test_a_server_without_a_cache_is_believed_to_have_nothing_until_it_shows_one() -> None:
     size = make_size()
-    for _ in range(12):
+    for _ in range(3 * STATED.bit_length()):
         miss(size)
     assert size.sequences == 0
     for _ in range(SURPRISES_TO_GROW):
@@ -99,15 +104,15 @@ def test_a_server_without_a_cache_is_believed_to_have_nothing_until_it_shows_one
     assert size.sequences == 1
 
 
-def test_a_server_that_has_more_than_believed_keeps_more_than_its_slots() -> None:
+def test_a_server_that_has_more_than_believed_keeps_more() -> None:
     size = make_size()
     for _ in range(SURPRISES_TO_GROW):
-        assert size.sequences == 4
+        assert size.sequences == STATED
         hit(size, believed_bytes=2000)  # only the system prompt was believed to be there
-    assert (size.sequences, size.max_bytes) == (6, 6 * 8192 * 4)
+    assert (size.sequences, size.max_bytes) == (STATED * 3 // 2, STATED_BYTES * 3 // 2)
     for _ in range(2 * HITS_TO_GROW):
         hit(size)
-    assert size.sequences == 6  # hits alone do not prove more than the server says
+    assert size.sequences == STATED * 3 // 2  # hits alone do not prove more
     for _ in range(100 * SURPRISES_TO_GROW):
         hit(size, believed_bytes=0)
     assert size.sequences == MAX_SEQUENCES
@@ -117,17 +122,17 @@ def test_the_answer_of_the_last_turn_is_no_surprise() -> None:
     size = make_size()
     for _ in range(100):
         hit(size, believed_bytes=20_000)
-    assert size.sequences == 4
+    assert size.sequences == STATED
 
 
-def test_what_was_learned_is_forgotten_only_with_other_slots() -> None:
+def test_what_was_learned_grows_and_shrinks_with_the_slots() -> None:
     size = make_size()
     for _ in range(3):
         miss(size)
     size.state(4, 4096, 4.0)
-    assert size.sequences == 3
+    assert size.sequences == STATED // 2
     size.state(8, 4096, 4.0)
-    assert size.sequences == 8
+    assert size.sequences == STATED
 
 
 def test_a_short_belief_and_a_half_hit_prove_nothing() -> None:
@@ -135,7 +140,7 @@ def test_a_short_belief_and_a_half_hit_prove_nothing() -> None:
     for _ in range(20):
         size.learn(prompt_bytes=2000, believed_bytes=1024, prompt_tokens=500, read_tokens=500)
         size.learn(prompt_bytes=40_000, believed_bytes=30_000, prompt_tokens=10_000, read_tokens=5500)
-    assert repr(size) == "<CacheSize 4 of 4 sequences, 131072 bytes>"
+    assert repr(size) == f"<CacheSize {STATED} of {STATED} sequences, {STATED_BYTES} bytes>"
 
 
 @given(st.lists(st.tuples(st.integers(0), st.integers(0), st.floats(), st.floats()), max_size=60))

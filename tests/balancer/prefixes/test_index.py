@@ -15,6 +15,11 @@ OTHER_KEY = ("m:latest", 4096)
 SIZE_OF_BLOCK = 512
 
 
+def small_index() -> PrefixIndex:
+    """An index that believes at first that a server keeps one prompt for each slot."""
+    return PrefixIndex(sequences_per_slot=1, least_bytes=0)
+
+
 def prompt_of(text: str, rest: int = 10) -> PromptPrint:
     """A prompt whose blocks are the letters of ``text``; ``rest`` bytes follow the last block."""
     blocks = tuple(hash(text[: end + 1]) for end in range(len(text)))
@@ -26,7 +31,7 @@ def size_of(text: str) -> int:
 
 
 def make_index(*nodes: str, slots: int = 2) -> PrefixIndex:
-    index = PrefixIndex()
+    index = small_index()
     for node in nodes:
         index.set_capacity(node, KEY, slots=slots, context_tokens=100_000)
     return index
@@ -72,7 +77,7 @@ def test_a_node_holds_as_many_prompts_as_its_server_has_slots() -> None:
 
 
 def test_a_node_holds_as_many_bytes_as_its_servers_context_has() -> None:
-    index = PrefixIndex()
+    index = small_index()
     index.set_capacity("a", KEY, slots=4, context_tokens=1000)  # 16,000 bytes
     for number in range(4):
         index.add("a", KEY, prompt_of(f"{number}" * 12), float(number))  # 6,154 bytes each
@@ -84,7 +89,7 @@ def test_a_node_holds_as_many_bytes_as_its_servers_context_has() -> None:
 
 
 def test_bytes_per_token_can_be_passed_in() -> None:
-    index = PrefixIndex()
+    index = small_index()
     index.set_capacity("a", KEY, slots=4, context_tokens=1000, bytes_per_token=2.0)
     for number in range(2):
         index.add("a", KEY, prompt_of(f"{number}" * 12), float(number))
@@ -157,7 +162,7 @@ def test_all_nodes_together_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_the_keys_of_a_node_are_bounded() -> None:
-    index = PrefixIndex()
+    index = small_index()
     for context in range(MAX_KEYS + 1):
         index.add("a", ("m", context), prompt_of("text"), float(context))
         index.note_session("a", ("m", context), 7, 100)
@@ -167,7 +172,7 @@ def test_the_keys_of_a_node_are_bounded() -> None:
 
 
 def test_the_sessions_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    index = PrefixIndex()
+    index = small_index()
     for session in range(MAX_SESSIONS + 1):
         index.note_session("a", KEY, session, 100)
     assert (index.nodes_of(KEY, 0), index.nodes_of(KEY, 1)) == ([], ["a"])
@@ -250,7 +255,7 @@ texts = st.text("ab", min_size=1, max_size=6)
 @given(st.lists(st.tuples(st.sampled_from("xyz"), texts, texts, st.booleans()), max_size=40))
 def test_the_index_holds_what_the_simple_one_holds(steps: list[tuple[str, str, str, bool]]) -> None:
     slots = {"x": 1, "y": 2, "z": 5}
-    simple, index = SimpleIndex(slots), PrefixIndex()
+    simple, index = SimpleIndex(slots), small_index()
     for node, count in slots.items():
         index.set_capacity(node, KEY, slots=count, context_tokens=1_000_000)
     for number, (node, text, question, forgets) in enumerate(steps):
@@ -271,7 +276,7 @@ def test_the_index_holds_what_the_simple_one_holds(steps: list[tuple[str, str, s
 def test_conversations_over_many_nodes_stay_in_step_with_the_simple_index() -> None:
     rng = random.Random(5)
     slots = {f"n{number}": number % 4 + 1 for number in range(8)}
-    simple, index = SimpleIndex(slots), PrefixIndex()
+    simple, index = SimpleIndex(slots), small_index()
     for node, count in slots.items():
         index.set_capacity(node, KEY, slots=count, context_tokens=10_000_000)
     conversations = [rng.choice(("system A ", "system B")) for _ in range(20)]

@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 
 from gpumesh.balancer.base import Priority
-from gpumesh.bench.simulate.fleet import MeanWork, node_capacity
-from gpumesh.bench.simulate.offered_load import measure_work, scale_to_load
+from gpumesh.bench.simulate.offered_load import OfferedWork, fleet_capacity, measure_work, scale_to_load
 from gpumesh.bench.simulate.requests import SimulatedRequest
 from gpumesh.bench.simulate.servers.runner import common_blocks
 from gpumesh.bench.simulate.simulation import Simulation
@@ -74,20 +73,36 @@ def test_the_batch_comes_first() -> None:
 
 
 def test_a_capacity_by_hand() -> None:
-    # Two slots, no slowdown: a request reads for 0.1 s and generates for 1 s.
-    assert node_capacity(node(), [MeanWork(MODEL.name, 1.0, 100, 100)]) == pytest.approx(2 / 1.1)
+    def capacity(**changes: Any) -> float:
+        return fleet_capacity([node(**changes)], OfferedWork(1.0, {MODEL.name: [(100, 100)]}, {MODEL.name: 1.0}))
+
+    # Two slots: a request reads for 0.1 s and generates for 1 s, alone, or with another at 1.5 times the time.
+    assert capacity() == pytest.approx(2 / 1.1, rel=0.01)
+    assert capacity(share=0.5) == pytest.approx(2 / 1.6, rel=0.05)
     # One prompt at a time, and no answer meanwhile: x requests leave 1 - 0.1 x seconds of each second to two streams.
-    stalled = node(prefill_stall=1.0, prefill_lanes=1)
-    assert node_capacity(stalled, [MeanWork(MODEL.name, 1.0, 100, 100)]) == pytest.approx(2 / 1.2)
-    assert node_capacity(node(), [MeanWork("none:latest", 1.0, 100, 100)]) == 0.0
+    assert capacity(prefill_stall=1.0, prefill_lanes=1) == pytest.approx(2 / 1.2, rel=0.01)
+    assert capacity(models=(OTHER,), loaded=()) == 0.0
+
+
+def test_a_capacity_for_two_models_is_that_of_one_after_the_other() -> None:
+    slow = replace(OTHER, tokens_per_s=50.0, prefill_tokens_per_s=500.0)
+    samples = {MODEL.name: [(100, 100)], slow.name: [(100, 100)]}
+    work = OfferedWork(1.0, samples, {MODEL.name: 0.75, slow.name: 0.25})
+    seconds = (0.75 * 1.1 + 0.25 * 2.2) / 2
+    assert fleet_capacity([node(models=(MODEL, slow)), node()], work) == pytest.approx(1 / seconds + 2 / 1.1, rel=0.01)
 
 
 @pytest.mark.parametrize(
-    "changes", [{"share": 0.4}, {"share": 0.2, "prefill_stall": 1.0, "prefill_lanes": 1}, {"prefill_stall": 0.5}]
+    "changes",
+    [
+        {"share": 0.4},
+        {"share": 0.2, "prefill_stall": 1.0, "prefill_lanes": 1},
+        {"prefill_stall": 0.5, "prefill_lanes": 1, "models": [replace(MODEL, slots=8, prefill_tokens_per_s=400.0)]},
+    ],
 )
 def test_a_fleet_is_as_busy_as_the_load_says(changes: dict[str, Any]) -> None:
     """Just below its capacity a node keeps up; beyond, it does not."""
-    fleet = [node(max_parallel=2, **changes)]
+    fleet = [node(**changes)]
     workload = Workload(ONE_MODEL, 6000, prompt_tokens=300, output_tokens=100)
     span_s = {}
     for load in (0.9, 1.3):
@@ -96,7 +111,7 @@ def test_a_fleet_is_as_busy_as_the_load_says(changes: dict[str, Any]) -> None:
         ended_at = Simulation(fleet, scaled, "round-robin", max_queue=10**6).run().result().makespan_s
         span_s[load] = ended_at / last_at_s
     assert span_s[0.9] == pytest.approx(1.0, abs=0.03)
-    assert span_s[1.3] == pytest.approx(1.3, abs=0.09)
+    assert span_s[1.3] == pytest.approx(1.3, abs=0.06)
 
 
 def test_what_one_cache_would_hold_is_not_counted_as_work() -> None:
@@ -105,9 +120,9 @@ def test_what_one_cache_would_hold_is_not_counted_as_work() -> None:
         SimulatedRequest(1, 1.0, MODEL.name, 1500, 10, blocks=(1, 2, 3), block_tokens=500),
         SimulatedRequest(2, 2.0, MODEL.name, 1000, 10, blocks=(7, 8), block_tokens=500),
     ]
-    (work,), rate = measure_work(requests, [node()])
-    assert work.unread_tokens == pytest.approx((1000 + 500 + 1000) / 3)
-    assert rate == pytest.approx(1.5)
+    work = measure_work(requests, [node()])
+    assert work.samples == {MODEL.name: [(1000, 10), (500, 10), (1000, 10)]}
+    assert work.rate == pytest.approx(1.5)
 
 
 def test_a_fleet_without_the_model_has_no_load() -> None:

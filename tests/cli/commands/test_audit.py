@@ -8,11 +8,12 @@ import os
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from gpumesh.config import edit
-from gpumesh.lab.profile import GPU_4090, Faults, SmiMode
-from tests.cli.meshes import MODEL, SimulatedMesh
+from gpumesh.lab.profile import GPU_4090, LLAMA_8B, QWEN_7B, Faults, SmiMode
+from tests.cli.meshes import MODEL, SimulatedMesh, quick_host, simulated_mesh
 from tests.real.command import Gpumesh
 
 pytestmark = [pytest.mark.slow]
@@ -132,6 +133,31 @@ async def test_audit_of_a_running_mesh(two: SimulatedMesh) -> None:
     later = await two.gpumesh("audit", code=0)
     assert "not in the running mesh" in later.out
     await two.gpumesh("down")
+
+
+async def test_a_running_mesh_that_loads_again_and_again(gpumesh: Gpumesh) -> None:
+    """Its own figures say so; a mesh that is opened for the audit has none."""
+    host = quick_host("alpha", ssh=False, models=(QWEN_7B, LLAMA_8B), max_loaded=1, load_s=1.0)
+    async with simulated_mesh(gpumesh, host) as mesh:
+        await gpumesh("up", "-d")
+        url = (await gpumesh("status", "--json")).json()["gateway"]["url"]
+        # Not by commands: on a busy machine their own time would make the loads' share too small for the finding.
+        async with httpx.AsyncClient(base_url=url, trust_env=False, timeout=60) as client:
+            for model in (QWEN_7B, LLAMA_8B) * 3:
+                body = {"model": model.name, "messages": [{"role": "user", "content": "hello"}], "stream": False}
+                assert (await client.post("/api/chat", json=body)).status_code == 200
+        found = by_code((await gpumesh("audit", "--json", code=3)).json())["thrashing"]
+        assert (found["severity"], found["node"]) == ("warning", "alpha")
+        assert "llama3.1:8b and qwen2.5:7b push each other out" in found["message"]
+        assert "`nodes` of each model" in found["hint"]
+        shown = (await gpumesh("status", "-v")).out
+        assert "6 loads in the last " in shown
+        assert "last llama3.1:8b " in shown
+        assert "TOK/S ALONE" in shown
+        explained = (await gpumesh("explain", "thrashing")).out
+        assert "context_steps" in explained
+        await gpumesh("down")
+        assert "thrashing" not in by_code((await mesh.gpumesh("audit", "--json")).json())
 
 
 async def test_candidates_are_compared(direct: SimulatedMesh) -> None:

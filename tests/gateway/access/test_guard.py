@@ -108,6 +108,7 @@ def test_the_headers_of_a_preflights_answer() -> None:
     assert fields["Access-Control-Allow-Headers"] == "x-one, x-two"
     assert fields["Access-Control-Allow-Private-Network"] == "true"
     assert "X-GPUMesh-Node" in fields["Access-Control-Expose-Headers"]
+    assert "X-GPUMesh-Why" in fields["Access-Control-Expose-Headers"]
     plain = OPEN.cors_headers("https://chat.example.org", {})
     assert plain["Vary"] == "Origin", "a cache must not give one page the answer to another"
     assert "Access-Control-Allow-Private-Network" not in plain

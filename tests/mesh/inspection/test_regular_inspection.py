@@ -98,7 +98,7 @@ class InspectedHost:
         self.commands = HostCommands()
         self.commands.gate.set()
         self.tunnel: Tunnel | None = cast("Tunnel", self.commands)
-        self.role = NodeRole(group=name)
+        self.role = NodeRole()
         self.reachable = True
         self.connection_count = 1
         self.command_lock = asyncio.Lock()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from gpumesh.balancer.account import GpuGroup
 from gpumesh.balancer.base import Demand
 from gpumesh.balancer.outcomes import Outcome
 from gpumesh.errors import ModelMissing, NoNodeError, UsageError
@@ -11,7 +12,7 @@ from gpumesh.lab.ollama import SimOllama
 from gpumesh.mesh.nodes.fleet import Fleet
 from gpumesh.tunnels.direct.tunnel import DirectTunnel
 from tests.mesh.meshes import host, mesh_of_nodes, node
-from tests.mesh.nodes.build import NodeEvents, make_node, make_spec
+from tests.mesh.nodes.build import NodeEvents, OtherGateways, make_node, make_spec, take_lease
 
 
 def make_fleet(*names: str) -> Fleet:
@@ -36,17 +37,31 @@ async def test_two_nodes_that_reach_one_server_are_one_group() -> None:
     async with SimOllama(host("a")) as server, mesh_of_nodes(node("x", server.url), node("y", server.url)) as mesh:
         fleet = mesh.mesh.fleet
         fleet.regroup()
-        assert {entry.role.group for entry in fleet} == {"x"}
-        assert [entry.role.counts_for_group for entry in fleet] == [True, False]
+        (group,) = {entry.account.group for entry in fleet}
+        assert (group.name, [account.name for account in group.accounts]) == ("x", ["x", "y"])
 
 
 async def test_loads_are_added_up_by_coordination_key() -> None:
     fleet = make_fleet("a", "b")
-    leases = [fleet["a"].lease(Demand(model="m")) for _ in range(2)]
+    leases = [take_lease(fleet["a"], Demand(model="m"), 100.0) for _ in range(2)]
     assert fleet.loads() == {"http://127.0.0.1:1": 2, "http://127.0.0.1:2": 0}
     for lease in leases:
         lease.release(Outcome.SERVED)
     assert fleet.attempt_outcomes == {"a": {Outcome.SERVED: 2}, "b": {}}
+
+
+async def test_other_gateways_count_once_for_a_group() -> None:
+    events, others = NodeEvents(), OtherGateways(5)
+    specs = [make_spec(f"http://127.0.0.1:{port}", name=name) for name, port in (("a", 1), ("b", 2), ("c", 3))]
+    fleet = Fleet([make_node(spec, events, coordination=others) for spec in specs], clock=events.clock)
+    group = GpuGroup("a", [fleet["a"].account, fleet["b"].account])
+    fleet["a"].account.group = fleet["b"].account.group = group
+    fleet.update_other_loads()
+    assert [node.account.count() for node in fleet] == [5, 5, 5]
+    others.load, others.keys = 0, []
+    fleet.update_other_loads()
+    assert [node.account.count() for node in fleet] == [0, 0, 0]
+    assert others.keys == ["http://127.0.0.1:1", "http://127.0.0.1:3"]
 
 
 async def test_why_no_node_can_serve_names_each_nodes_reason() -> None:

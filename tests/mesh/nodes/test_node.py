@@ -13,12 +13,13 @@ from gpumesh.lab.ollama import SimOllama
 from gpumesh.lab.profile import Faults
 from gpumesh.mesh.nodes.node import Node
 from gpumesh.state import BackendPhase, Health, TunnelPhase, TunnelState
-from gpumesh.topology import BackendSpec, NodeSpec
-from tests.mesh.nodes.build import NodeEvents, make_node, make_spec, run_node
+from gpumesh.topology import BackendKind, BackendSpec, NodeSpec
+from tests.mesh.nodes.build import NodeEvents, OtherGateways, make_node, make_spec, run_node, take_lease
 from tests.tunnels.polling import wait_until
 
 HOST = profile.make_instant_host("one")
 DEMAND = Demand(model="qwen2.5:7b")
+NOW = 100.0
 LOST = TunnelState("direct", TunnelPhase.BACKOFF, last_error="gone")
 
 
@@ -54,7 +55,7 @@ async def test_the_probed_models_are_offered_and_the_state_shown(node: Node, ser
 
 
 async def test_repr_tells_the_state(node: Node) -> None:
-    lease = node.lease(DEMAND)
+    lease = take_lease(node, DEMAND, NOW)
     assert repr(node) == "<Node one reachable 1 in flight, tunnel up>"
     assert repr(lease) == "<Lease one held model qwen2.5:7b connection 1>"
     lease.discard()
@@ -68,7 +69,7 @@ async def test_a_server_that_was_away_and_is_back_starts_with_a_closed_breaker(
 ) -> None:
     await server.set_faults(Faults(status=500))
     for _ in range(3):
-        node.lease(DEMAND).release(Outcome.SERVER_ERROR, error="it answered 500")
+        take_lease(node, DEMAND, NOW).release(Outcome.SERVER_ERROR, error="it answered 500")
     await wait_until(lambda: node.state(0).backend.state is not BackendPhase.UP, "the probe sees the error, too")
     assert node.tunnel_state.state is TunnelPhase.UP
     await server.set_faults(Faults())
@@ -77,19 +78,43 @@ async def test_a_server_that_was_away_and_is_back_starts_with_a_closed_breaker(
 
 async def test_an_open_breaker_may_recover(node: Node) -> None:
     for _ in range(3):
-        node.lease(DEMAND).release(Outcome.SERVER_ERROR, error="it answered 500")
+        take_lease(node, DEMAND, NOW).release(Outcome.SERVER_ERROR, error="it answered 500")
     assert node.may_recover(), "its pause will end: worth waiting for"
 
 
 async def test_max_parallel_is_taken_as_it_is(server: SimOllama, events: NodeEvents) -> None:
     async with run_node(make_spec(server.url, max_parallel=7), events) as node:
         await wait_until(lambda: node.reachable, "the backend was probed")
-        assert node.candidate(events.now).limit == 7
+        assert node.account.slots("m:latest", NOW) == 7
+
+
+async def test_the_balancer_knows_what_mesh_yaml_says_before_the_first_probe(events: NodeEvents) -> None:
+    node = make_node(make_spec("http://127.0.0.1:9", kind=BackendKind.OLLAMA), events)
+    assert (node.account.kind, node.account.learns_limit) == (BackendKind.OLLAMA, True)
+    assert not node.account.is_up
+
+
+async def test_the_load_of_a_gateway_that_has_crashed_is_forgotten(server: SimOllama, events: NodeEvents) -> None:
+    """Such a gateway announces nothing: its loads are too old after some seconds."""
+    others = OtherGateways(5)
+    async with run_node(make_spec(server.url), events, coordination=others) as node:
+        await wait_until(lambda: node.reachable, "the backend was probed")
+        assert node.account.count() == 5
+        others.load = 0
+        await node.refresh()
+        assert node.account.count() == 0
+
+
+async def test_after_a_failure_the_waiting_requests_are_looked_at(node: Node, events: NodeEvents) -> None:
+    lease = take_lease(node, DEMAND, NOW)
+    changed = events.changed
+    lease.release(Outcome.SERVER_ERROR, error="it answered 500")
+    assert events.changed == changed + 1
 
 
 async def test_a_lost_tunnel_aborts_attempts_and_forgets_the_reports(node: Node) -> None:
     aborted: list[str] = []
-    lease = node.lease(DEMAND)
+    lease = take_lease(node, DEMAND, NOW)
     lease.abort_callback = lambda: aborted.append("aborted")
     node.on_tunnel(LOST)
     assert aborted == ["aborted"]
@@ -102,7 +127,7 @@ async def test_a_lost_tunnel_aborts_attempts_and_forgets_the_reports(node: Node)
 async def test_attempts_cut_with_a_lost_tunnel_do_not_count_against_the_next_one(
     node: Node, events: NodeEvents
 ) -> None:
-    leases = [node.lease(DEMAND) for _ in range(4)]
+    leases = [take_lease(node, DEMAND, NOW) for _ in range(4)]
     node.on_tunnel(LOST)
     for lease in leases:
         lease.release(Outcome.UNREACHABLE, error="the way to it was lost")
@@ -114,7 +139,7 @@ async def test_attempts_cut_with_a_lost_tunnel_do_not_count_against_the_next_one
 
 async def test_a_server_that_stops_is_noticed_and_comes_back(node: Node, server: SimOllama) -> None:
     await server.set_faults(Faults(refuse=True))
-    node.lease(DEMAND).release(Outcome.UNREACHABLE, error="refused")  # requests a probe at once
+    take_lease(node, DEMAND, NOW).release(Outcome.UNREACHABLE, error="refused")  # requests a probe at once
     await wait_until(lambda: not node.reachable, "the server is down")
     state = node.state(0)
     assert state.health is Health.DOWN

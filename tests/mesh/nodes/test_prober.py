@@ -15,13 +15,14 @@ from gpumesh.balancer.base import Demand
 from gpumesh.lab import profile
 from gpumesh.lab.ollama import SimOllama
 from gpumesh.lab.profile import Faults
+from gpumesh.mesh.nodes.lease import Lease
 from gpumesh.mesh.nodes.ledger import Ledger
 from gpumesh.mesh.nodes.prober import NodeReports, Prober
 from gpumesh.mesh.nodes.tunnel_link import TunnelLink
 from gpumesh.state import TunnelPhase, TunnelState
 from gpumesh.topology import NodeSpec
 from gpumesh.tunnels.direct.tunnel import DirectTunnel
-from tests.mesh.nodes.build import NodeEvents, make_node, make_spec
+from tests.mesh.nodes.build import NodeEvents, make_node, make_scheduler, make_spec, place
 from tests.tunnels.polling import wait_until
 
 HOST = profile.make_instant_host("one")
@@ -41,8 +42,10 @@ class ProberDesk:
     def __post_init__(self) -> None:
         self.link = TunnelLink(self.spec)
         self.link.tunnel = DirectTunnel(self.spec, on_change=self.link.update)
+        scheduler = make_scheduler()
         self.ledger = Ledger(
-            self.spec.backend,
+            scheduler.add_account(self.spec.name),
+            scheduler,
             clock=self.events.clock,
             on_slot_freed=self.events.on_slot_freed,
             on_change=self.events.changes.notify,
@@ -57,6 +60,11 @@ class ProberDesk:
             http=self.http,
             on_report=self.count_report,
         )
+
+    def lease(self) -> Lease:
+        demand = Demand(model="m")
+        placement = place(self.ledger.account, demand, self.events.now)
+        return self.ledger.lease(make_node(self.spec, self.events), demand, placement)
 
     def count_report(self) -> None:
         self.reports += 1
@@ -93,7 +101,7 @@ async def test_one_missed_probe_of_a_busy_server_is_excused() -> None:
     async with open_desk() as desk:
         desk.link.update(UP)
         await desk.prober.refresh()
-        lease = desk.ledger.lease(make_node(desk.spec, desk.events), Demand(model="m"))
+        lease = desk.lease()
         await desk.server.set_faults(Faults(status=500))
         await desk.prober.refresh()
         assert desk.prober.reports.backend_is_up
@@ -109,7 +117,7 @@ async def test_the_miss_of_an_idle_server_counts_and_moves_waiting_attempts() ->
         await desk.server.set_faults(Faults(status=500))
         await desk.prober.refresh()
         assert not desk.prober.reports.backend_is_up
-        lease = desk.ledger.lease(make_node(desk.spec, desk.events), Demand(model="m"))
+        lease = desk.lease()
         lease.can_move = lambda: True
         await desk.prober.refresh()
         assert lease.aborted

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from dataclasses import dataclass, field, replace
 
 import httpx
@@ -11,7 +10,6 @@ import pytest
 from gpumesh.balancer.breaker import THRESHOLD, Breaker
 from gpumesh.balancer.outcomes import Blame
 from gpumesh.balancer.outliers import Slowness
-from gpumesh.coordination.base import Loads
 from gpumesh.errors import SecretMissing
 from gpumesh.mesh.nodes.ledger import Ledger
 from gpumesh.mesh.nodes.prober import NodeReports, Prober
@@ -24,7 +22,6 @@ from gpumesh.state import (
     BackendPhase,
     BackendState,
     BrokenModelState,
-    Finding,
     GpuState,
     Health,
     SlownessState,
@@ -32,7 +29,7 @@ from gpumesh.state import (
     TunnelState,
 )
 from gpumesh.topology import BackendKind, BackendSpec, NodeSpec, SshSpec, Target
-from tests.mesh.nodes.build import NodeEvents
+from tests.mesh.nodes.build import NodeEvents, OtherGateways, make_scheduler
 
 TARGET = Target("127.0.0.1", 11434)
 SPEC = NodeSpec("one", BackendSpec(targets=(TARGET,)))
@@ -43,37 +40,20 @@ PROBED = NodeReports(
 )
 
 
-class BusyOthers:
-    """A coordination whose other gateways have five requests in flight everywhere."""
-
-    keys: list[str]
-
-    def __init__(self) -> None:
-        self.keys = []
-
-    def other_gateways_load(self, key: str) -> int:
-        self.keys.append(key)
-        return 5
-
-    def findings(self) -> tuple[Finding, ...]:
-        return ()
-
-    async def run(self, own_loads: AsyncIterator[Loads]) -> None:
-        pass
-
-
 @dataclass
 class SnapshotDesk:
     spec: NodeSpec = SPEC
     events: NodeEvents = field(default_factory=NodeEvents)
-    others: BusyOthers = field(default_factory=BusyOthers)
+    others: OtherGateways = field(default_factory=OtherGateways)
 
     def __post_init__(self) -> None:
-        self.role = NodeRole(self.spec.name)
+        self.role = NodeRole()
+        scheduler = make_scheduler()
         self.link = TunnelLink(self.spec)
         self.meter = RateMeter(self.events.clock)
         self.ledger = Ledger(
-            self.spec.backend,
+            scheduler.add_account(self.spec.name, max_parallel=self.spec.backend.max_parallel),
+            scheduler,
             clock=self.events.clock,
             on_slot_freed=self.events.on_slot_freed,
             on_change=self.events.changes.notify,
@@ -110,11 +90,10 @@ async def desk() -> SnapshotDesk:
 
 
 async def test_a_candidate_is_made_of_reports_link_and_ledger(desk: SnapshotDesk) -> None:
-    desk.set_up(replace(PROBED, foreign_load=0.5))
+    desk.set_up()
     candidate = desk.builder.candidate(desk.events.now, despite_breaker=False)
     assert candidate.usable
-    assert (candidate.models, candidate.loaded) == (PROBED.models, PROBED.loaded)
-    assert (candidate.foreign_load, candidate.rtt_ms, candidate.limit) == (0.5, 7.0, 2)
+    assert (candidate.kind, candidate.models) == (BackendKind.OLLAMA, PROBED.models)
 
 
 async def test_an_open_breaker_makes_it_unusable_unless_that_is_asked_for(desk: SnapshotDesk) -> None:
@@ -150,12 +129,10 @@ async def test_a_slow_node_is_shown_with_its_figures(desk: SnapshotDesk) -> None
     assert desk.builder.state(queued=0).slowness == SlownessState(2.35, None, 3.0)
 
 
-async def test_other_gateways_count_once_for_a_group(desk: SnapshotDesk) -> None:
+async def test_other_gateways_are_asked_for_by_the_nodes_key(desk: SnapshotDesk) -> None:
     desk.set_up()
-    assert desk.builder.candidate(0.0, despite_breaker=False).other_gateways_in_flight == 5
+    assert desk.builder.other_gateways_in_flight == 5
     assert desk.others.keys == [TARGET.url]
-    desk.role.counts_for_group = False
-    assert desk.builder.candidate(0.0, despite_breaker=False).other_gateways_in_flight == 0
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from gpumesh.mesh.requests.answer import WholeAnswer
 from gpumesh.mesh.requests.attempt import FailedAttempt, OpenedStream, ask_node, run_attempt
 from gpumesh.mesh.requests.upstream import Upstream
 from tests.mesh.meshes import MODEL, RunningMesh, make_call, mesh_of_nodes, node, ollama_script
+from tests.mesh.nodes.build import take_lease
 from tests.mesh.servers import LAST_CHUNK, Exchange, Script, answer_with, chunk, chunked_head, serve, whole_response
 
 FRAME = b'{"message":{"content":"x"},"done":false}\n'
@@ -33,7 +34,7 @@ class Place:
         self.running = running
         self.upstream = upstream
         self.node = running.mesh.fleet["a"]  # the mesh leases places only to requests of its own
-        self.lease: Lease = self.node.lease(Demand(model=MODEL))
+        self.lease: Lease = take_lease(self.node, Demand(model=MODEL), asyncio.get_running_loop().time())
 
     async def attempt(self, call: HttpCall, *, timeout_s: float = 10.0) -> WholeAnswer | OpenedStream | FailedAttempt:
         clock = asyncio.get_running_loop().time

@@ -158,7 +158,7 @@ class SimulatedServer:
             request = attempt.job.request
             self._unload_unused(now)
             # A runner of this model with another context length must go; else one for whose memory there is need.
-            to_unload = self.runners.get(request.model) or self.runner_to_unload(request.model)
+            to_unload = self.runners.get(request.model) or find_runner_to_unload(self.spec, self.runners, request.model)
             if to_unload is not None and to_unload.users > 0:
                 to_unload.is_expiring = True  # ``_leave`` goes on here when its last user has left
                 return
@@ -178,21 +178,6 @@ class SimulatedServer:
         self.load_ends_at = now + runner.spec.load_s
         self.loads += 1
         self._join(runner, attempt, now)
-
-    def runner_to_unload(self, model: str) -> Runner | None:
-        """The runner that must go before this model fits into memory; ``None`` if it fits. The first idle one by name,
-        else the first by name: Ollama orders by keep_alive first, which is the same for all here."""
-        spec = self.spec
-        used_mib = sum(runner.spec.vram_mib for runner in self.runners.values())
-        fits = spec.vram_mib is None or spec.models[model].vram_mib <= MAX_FILL * (spec.vram_mib - used_mib)
-        has_place = len(self.runners) < spec.max_loaded
-        if not self.runners or (fits and has_place):  # a model that is too large for an empty GPU is loaded in part
-            return None
-        expiring = [runner for runner in self.runners.values() if runner.is_expiring]
-        if expiring:
-            return expiring[0]
-        by_name = sorted(self.runners.values(), key=lambda runner: runner.spec.name)
-        return next((runner for runner in by_name if runner.users == 0), by_name[0])
 
     def _unload_unused(self, now: float) -> None:
         """Unloads the models that were not used for ``keep_alive_s``."""
@@ -214,7 +199,7 @@ class SimulatedServer:
             attempt.first_token_at = now
             self.first_tokens.append(attempt)
         while (attempt := self.gpu.finish_answer(now)) is not None:
-            self.ended.append((attempt, Outcome.SERVED, self._counters(attempt, now)))
+            self.ended.append((attempt, Outcome.SERVED, _final_counters(attempt, now, self._lie)))
             self._leave(attempt, now)
         if self.load_ends_at <= now + ROUNDING_S:
             self._finish_load(now)
@@ -245,18 +230,6 @@ class SimulatedServer:
     def _fill_slots(self, runner: Runner, now: float) -> None:
         while runner.waiting and runner.free_slots:
             self._start(runner, runner.waiting.popleft(), now)
-
-    def _counters(self, attempt: Attempt, now: float) -> ServerCounters:
-        """What the final frame of the answer says, in ms."""
-        factor = 1000.0 * self._lie
-        return ServerCounters(
-            prompt_tokens=attempt.job.prompt_tokens,
-            tokens=attempt.job.tokens_left,
-            total_ms=(now - attempt.arrived_at) * factor,
-            load_ms=(attempt.ready_at - attempt.arrived_at) * factor,
-            prompt_ms=(attempt.first_token_at - attempt.slot_at) * factor,
-            eval_ms=(now - attempt.first_token_at) * factor,
-        )
 
     # -- faults --------------------------------------------------------------------------------------------------
 
@@ -304,3 +277,31 @@ class SimulatedServer:
             runner.last_used_at = now
             if runner.is_expiring:
                 self._unload(runner)
+
+
+def find_runner_to_unload(spec: NodeSpec, runners: Mapping[str, Runner], model: str) -> Runner | None:
+    """The runner that must go before this model fits into memory; ``None`` if it fits. The first idle one by name, else
+    the first by name: Ollama orders by keep_alive first, which is the same for all here."""
+    used_mib = sum(runner.spec.vram_mib for runner in runners.values())
+    fits = spec.vram_mib is None or spec.models[model].vram_mib <= MAX_FILL * (spec.vram_mib - used_mib)
+    has_place = len(runners) < spec.max_loaded
+    if not runners or (fits and has_place):  # a model that is too large for an empty GPU is loaded in part
+        return None
+    expiring = [runner for runner in runners.values() if runner.is_expiring]
+    if expiring:
+        return expiring[0]
+    by_name = sorted(runners.values(), key=lambda runner: runner.spec.name)
+    return next((runner for runner in by_name if runner.users == 0), by_name[0])
+
+
+def _final_counters(attempt: Attempt, now: float, lie: float) -> ServerCounters:
+    """What the final frame of the answer says, in ms. ``lie`` is the factor of the fault LYING, 1 without it."""
+    factor = 1000.0 * lie
+    return ServerCounters(
+        prompt_tokens=attempt.job.prompt_tokens,
+        tokens=attempt.job.tokens_left,
+        total_ms=(now - attempt.arrived_at) * factor,
+        load_ms=(attempt.ready_at - attempt.arrived_at) * factor,
+        prompt_ms=(attempt.first_token_at - attempt.slot_at) * factor,
+        eval_ms=(now - attempt.first_token_at) * factor,
+    )

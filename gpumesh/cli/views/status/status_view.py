@@ -19,6 +19,7 @@ from gpumesh.cli.views.status.pool_line import pool_line
 from gpumesh.cli.views.status.processes import process_views
 from gpumesh.cli.views.status.remarks import fit_remarks, list_remarks
 from gpumesh.cli.views.status.rows import fit_rows, make_rows
+from gpumesh.cli.views.status.scheduling import scheduling_views
 from gpumesh.mesh.history import History
 from gpumesh.state import MeshState
 
@@ -31,7 +32,8 @@ MIN_REMARK_LINES = 2  # lines of a screen that remarks get, however small the sc
 class ViewOptions:
     """Options of the view.
 
-    - ``verbose``: also show the processes, and who on this machine can use the gateway and the tunnels.
+    - ``verbose``: also show the processes, what was learned and forecast, and who on this machine can use the gateway
+      and the tunnels.
     - ``height``: the lines of a screen that cannot scroll; rows that do not fit are left out (``fit_rows``). ``None``:
       all rows are shown.
     - ``selected``: the name of the selected node.
@@ -68,6 +70,7 @@ def status_view(state: MeshState, width: int, options: ViewOptions) -> Renderabl
     parts.append(pool_line(state, width))
     if options.verbose:
         parts.extend(process_views(state))
+        parts.extend(scheduling_views(state))
         parts.extend(Text(line, style="dim") for line in access_lines(state))
     if remarks:
         parts.append(make_notes_table(remarks))

@@ -1,0 +1,387 @@
+"""``NodeAccount``: all that the balancer knows of one node, and the requests that it has placed there. Pure.
+
+The owner tells it what probes found, and what happened to each request. All times are seconds of the caller's clock.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from types import MappingProxyType
+
+import msgspec
+
+from gpumesh.backends.base import ServerCounters
+from gpumesh.balancer.base import Demand
+from gpumesh.balancer.breaker import Breaker, ModelBreakers
+from gpumesh.balancer.limits import NodeSlots, SentRequest
+from gpumesh.balancer.rates import BusyShare, ConcurrencyMark, ConcurrencyMeter, ReadStall, ServiceRates
+from gpumesh.balancer.residency import Residency
+from gpumesh.topology import BackendKind
+
+# The least share of its time so far that a running request is taken to need still. A request that has run longer than
+# expected would else count as one that ends now.
+LEAST_REST_SHARE = 0.1
+
+
+NOTHING_CACHED: Mapping[str, float] = MappingProxyType({})
+
+
+class Work(msgspec.Struct, frozen=True):
+    """The expected work of a request: tokens of its prompt and of its answer. ``cached``: for each node, how many
+    tokens of the prompt its server is believed to have in its cache; nodes with none are left out."""
+
+    prompt_tokens: float = 0.0
+    answer_tokens: float = 0.0
+    cached: Mapping[str, float] = NOTHING_CACHED
+
+
+class PlacedRequest:
+    """A request that was placed on a node, from its placing to its end.
+
+    ``cached_tokens`` of its prompt are believed to be in the server's cache, ``unread_tokens`` have to be read, and
+    ``read_s`` the seconds that this takes. ``drain_s``: if this request makes the server load its model, the expected
+    wait for the models that must be unloaded before; ``None``: the model was in memory, or loads already. The answer is
+    expected to begin at ``begins_at`` and to end at ``ends_at``. ``write_s`` are the expected seconds from the first
+    token to the end. ``needs_load``: the server has to load the model first. ``first_token_at`` is ``None`` until the
+    answer has begun. ``is_charged``: its client was charged for it in the queue. ``had_slow_client``: the client took
+    the answer more slowly than it came. ``sent`` is the request as the node's slots count it; ``None`` if they need not
+    be learned.
+    """
+
+    __slots__ = (
+        "account",
+        "begins_at",
+        "cached_tokens",
+        "concurrency_mark",
+        "demand",
+        "drain_s",
+        "ended",
+        "ends_at",
+        "first_token_at",
+        "had_slow_client",
+        "is_charged",
+        "key",
+        "mean_reads",
+        "model",
+        "needs_load",
+        "read_mark",
+        "read_s",
+        "read_seconds_before",
+        "sent",
+        "sent_at",
+        "unread_tokens",
+        "work",
+        "write_s",
+    )
+
+    def __init__(
+        self,
+        account: NodeAccount,
+        demand: Demand,
+        work: Work,
+        *,
+        now: float,
+        unread_tokens: float,
+        cached_tokens: float,
+        read_s: float,
+        write_s: float,
+        needs_load: bool,
+        drain_s: float | None,
+        begins_at: float,
+    ) -> None:
+        self.account = account
+        self.demand = demand
+        self.key = demand.residency
+        self.model = None if demand.residency is None else demand.residency.model
+        self.work = work
+        self.sent_at = now
+        self.unread_tokens = unread_tokens
+        self.cached_tokens = cached_tokens
+        self.read_s = read_s
+        self.write_s = write_s
+        self.needs_load = needs_load
+        self.drain_s = drain_s
+        self.begins_at = begins_at
+        self.ends_at = begins_at + write_s
+        self.first_token_at: float | None = None
+        self.is_charged = False
+        self.had_slow_client = False
+        self.sent: SentRequest | None = None
+        self.concurrency_mark: ConcurrencyMark | None = None
+        self.read_mark = ConcurrencyMark(now, 0.0)
+        self.mean_reads = 1.0
+        self.read_seconds_before = 0.0
+        self.ended = False
+
+    def __repr__(self) -> str:
+        phase = "ended" if self.ended else "reading" if self.first_token_at is None else "writing"
+        return f"<PlacedRequest {self.account.name} {self.model} {phase}>"
+
+
+class GpuGroup:
+    """The nodes that share one GPU. They are balanced as one node; usually a group has one member.
+
+    ``others_in_flight`` is the number of requests that other gateways have in flight there."""
+
+    __slots__ = ("accounts", "name", "others_in_flight")
+
+    def __init__(self, name: str, accounts: Sequence[NodeAccount] = ()) -> None:
+        self.name = name
+        self.accounts = tuple(accounts)
+        self.others_in_flight = 0
+
+
+class NodeAccount:
+    """What the balancer knows of one node.
+
+    ``weight`` and ``tier`` are those of mesh.yaml. ``max_parallel`` is mesh.yaml's number of slots; ``None``: it is
+    told by the server, or learned. ``fleet_rates`` has learned from all nodes."""
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        weight: float = 1.0,
+        tier: int = 1,
+        max_parallel: int | None = None,
+        fleet_rates: ServiceRates | None = None,
+    ) -> None:
+        self.name = name
+        self.weight = weight
+        self.tier = tier
+        self.max_parallel = max_parallel
+        self.group = GpuGroup(name, (self,))
+        # -- set by the owner, from probes
+        self.kind = BackendKind.AUTO
+        self.is_up = False
+        """Whether the tunnel is up, the server answers, and the node is not draining."""
+        self.models: AbstractSet[str] | None = None
+        """The names of its models, as listed and in full; ``None``: the server could not list them, so any may be
+        tried."""
+        self.told_parallel: int | None = None
+        """How many requests the server says that it runs at once; ``None``: it does not say."""
+        self.learns_limit = False
+        """Whether the number of slots is learned from the answers."""
+        self._rtt_s = 0.0
+        self._foreign_load = 0.0
+        self.slowness = 1.0
+        """By this factor the node is slower than its own past and its peers."""
+        # -- learned
+        self.breaker = Breaker()
+        self.model_breakers = ModelBreakers()
+        self.residency = Residency()
+        self.rates = ServiceRates() if fleet_rates is None else ServiceRates(fleet_rates)
+        self.learned_at = self.first_token_noted_at = -math.inf  # when answers were learned from last
+        self.read_stall = ReadStall()
+        self.learned_slots = NodeSlots()
+        # -- the requests here
+        self.placed: set[PlacedRequest] = set()
+        self.placed_by_model: dict[str, int] = {}
+        self._decoding = ConcurrencyMeter()
+        self._decode_ends_sum = 0.0  # of the expected ends of the answers that have begun
+        self._decode_count = 0
+        self._reading = ConcurrencyMeter()  # of the prompts that are read
+        self._read_times = BusyShare()  # of the time in which any prompt is read
+        self._reads_end_at = 0.0  # when the prompts that were sent so far will be read
+
+    def __repr__(self) -> str:
+        state = "up" if self.is_up else "away"
+        return f"<NodeAccount {self.name} {state} {len(self.placed)} placed, {self.residency!r}>"
+
+    @property
+    def rtt_s(self) -> float:
+        """The tunnel's round trip."""
+        return self._rtt_s
+
+    @rtt_s.setter
+    def rtt_s(self, seconds: float) -> None:
+        self._rtt_s = self.learned_slots.round_trip_s = seconds
+
+    @property
+    def foreign_load(self) -> float:
+        """The GPU's utilisation by other programs, from 0 to 1. A host may tell anything, so it is set within these
+        bounds; NaN counts as 0."""
+        return self._foreign_load
+
+    @foreign_load.setter
+    def foreign_load(self, share: float) -> None:
+        self._foreign_load = min(share, 1.0) if share > 0.0 else 0.0
+
+    # -- can it serve --------------------------------------------------------------------------------------------
+
+    def is_usable(self, now: float) -> bool:
+        """Whether requests may be sent to the node now."""
+        return self.is_up and self.breaker.allows(now)
+
+    def is_broken_for(self, model: str, now: float, *, despite_doubt: bool = False) -> bool:
+        """Whether this model (a full name) must not be asked for here now. ``despite_doubt``: a model that fails for a
+        reason that is not known may be asked for."""
+        return model in self.model_breakers.broken(now, despite_doubt=despite_doubt)
+
+    @property
+    def in_flight(self) -> int:
+        """The requests of this gateway on the node."""
+        return len(self.placed)
+
+    def count(self, model: str | None = None) -> int:
+        """The requests on the node's GPU, from all gateways: those to this model (a full name), or all."""
+        group = self.group
+        total = group.others_in_flight
+        for account in group.accounts:
+            total += len(account.placed) if model is None else account.placed_by_model.get(model, 0)
+        return total
+
+    def slots(self, model: str, now: float) -> int | None:
+        """How many requests to this model may be on the node at once; ``None``: any number."""
+        if self.max_parallel is not None:
+            return self.max_parallel
+        if self.learns_limit:
+            return self.learned_slots.max_in_flight(model, now)
+        return self.told_parallel
+
+    def has_room(self, model: str | None, now: float) -> bool:
+        """Whether the node has a free slot for a request to this model."""
+        slots = self.slots(model or "", now)
+        if slots is None:
+            return True
+        # A server has slots for each model that it has in memory. A number in mesh.yaml, or one that a server with a
+        # single model tells, is for all requests.
+        return self.count((model or "") if self._counts_by_model else None) < slots
+
+    @property
+    def _counts_by_model(self) -> bool:
+        return self.max_parallel is None and self.learns_limit
+
+    # -- how busy it is ------------------------------------------------------------------------------------------
+
+    @property
+    def streams(self) -> int:
+        """The answers that are written on the node's GPU now, as far as this gateway knows."""
+        accounts = self.group.accounts
+        if len(accounts) == 1:
+            return self._decode_count
+        return sum(account._decode_count for account in accounts)
+
+    @property
+    def reading(self) -> int:
+        """The prompts that this gateway has sent there, and that are not read yet."""
+        return self._reading.streams
+
+    def reads_rest_s(self, now: float) -> float:
+        """The seconds until the prompts that were sent before are read."""
+        return max(self._reads_end_at - now, 0.0) if self._reading.streams else 0.0
+
+    def read_share(self, now: float) -> float:
+        """The share of the last time in which prompts were read here; answers stand still meanwhile."""
+        return self._read_times.share(now)
+
+    def mean_rest_s(self, now: float) -> float:
+        """The seconds that the running answers will still take, on the mean; 0 if none runs."""
+        if not self._decode_count:
+            return 0.0
+        return max(self._decode_ends_sum / self._decode_count - now, 0.0)
+
+    def next_free_s(self, now: float, model: str) -> float:
+        """The seconds until there is probably a free slot for this model."""
+        here = [placed for account in self.group.accounts for placed in account.placed]
+        if self._counts_by_model:
+            here = [placed for placed in here if (placed.model or "") == model]
+            if not self.learned_slots.limit(model).has_been_full:
+                # More slots are known as soon as the next answer begins.
+                rests = [placed.begins_at - now for placed in here if placed.first_token_at is None]
+                if rests:
+                    return max(min(rests), 0.0)
+        return min((_rest_s(placed, now) for placed in here), default=0.0)
+
+    def drain_s(self, now: float, models: Iterable[str]) -> float:
+        """The seconds until all requests to these models have ended; 0 if there are none."""
+        wanted = set(models)
+        return max((_rest_s(placed, now) for placed in self.placed if placed.model in wanted), default=0.0)
+
+    # -- what happens to requests --------------------------------------------------------------------------------
+
+    def place(self, placed: PlacedRequest, now: float, *, load_s: float = 0.0) -> None:
+        """Adds a request that is sent to the node now. Its prompt is read when its model is in memory, in ``load_s``
+        seconds, and when the prompts that were sent before are read."""
+        model = placed.model or ""
+        self.placed.add(placed)
+        self.placed_by_model[model] = self.placed_by_model.get(model, 0) + 1
+        if self._counts_by_model:
+            placed.sent = self.learned_slots.send(model, now)
+        if not self._reading.streams:
+            self._read_times.start(now)
+        self._reading.enter(now)
+        placed.read_mark = self._reading.mark(now)
+        self._reads_end_at = max(self._reads_end_at, now + load_s) + placed.read_s
+        self.breaker = self.breaker.record_start(now)
+        if placed.model is not None:
+            self.model_breakers.record_start(placed.model, now)
+
+    def note_first_token(self, placed: PlacedRequest, now: float) -> None:
+        """The answer has begun: its prompt is read. A second call does nothing."""
+        if placed.first_token_at is not None or placed.ended:
+            return
+        placed.first_token_at = now
+        placed.mean_reads = max(self._reading.mean_since(placed.read_mark, now), 1.0)
+        self._end_read(now)
+        placed.ends_at = now + placed.write_s
+        self._decode_count += 1
+        self._decode_ends_sum += placed.ends_at
+        self._decoding.enter(now)
+        placed.concurrency_mark = self._decoding.mark(now)
+        placed.read_seconds_before = self._read_times.busy_seconds(now)
+        if placed.sent is not None:
+            self.learned_slots.begin(placed.sent, now)
+        if placed.key is not None:
+            self.residency.note_answer(placed.key, now)
+
+    def remove(self, placed: PlacedRequest, now: float, counters: ServerCounters | None = None) -> None:
+        """Removes a request that has ended, in whatever way. ``counters`` are the server's figures for a whole answer;
+        ``None`` if there are none. A second call does nothing."""
+        if placed.ended:
+            return
+        placed.ended = True
+        if placed.sent is not None and counters is not None:
+            waited_ms, total_ms, load_ms = counters.waited_ms, counters.total_ms, counters.load_ms
+            self.learned_slots.end(placed.sent, now, waited_ms=waited_ms, total_ms=total_ms, load_ms=load_ms)
+        elif placed.sent is not None:
+            self.learned_slots.cancel(placed.sent, now)
+        model = placed.model or ""
+        self.placed.discard(placed)
+        left = self.placed_by_model.get(model, 1) - 1
+        if left:
+            self.placed_by_model[model] = left
+        else:
+            self.placed_by_model.pop(model, None)
+        if placed.first_token_at is None:
+            self._end_read(now)
+        else:
+            self._decode_count -= 1
+            self._decode_ends_sum -= placed.ends_at
+            self._decoding.leave(now)
+
+    def mean_streams(self, placed: PlacedRequest, now: float) -> float:
+        """The mean number of answers that were written at once while this one was; at least 1."""
+        if placed.concurrency_mark is None:
+            return 1.0
+        return max(self._decoding.mean_since(placed.concurrency_mark, now), 1.0)
+
+    def stalled_share(self, placed: PlacedRequest, now: float) -> float:
+        """The share of the time since the answer began in which prompts of others were read."""
+        if placed.first_token_at is None or now <= placed.first_token_at:
+            return 0.0
+        read_seconds = self._read_times.busy_seconds(now) - placed.read_seconds_before
+        return min(read_seconds / (now - placed.first_token_at), 1.0)
+
+    def _end_read(self, now: float) -> None:
+        self._reading.leave(now)
+        if not self._reading.streams:
+            self._read_times.stop(now)
+            self._reads_end_at = now
+
+
+def _rest_s(placed: PlacedRequest, now: float) -> float:
+    """The seconds that a request is expected to take still."""
+    return max(placed.ends_at - now, LEAST_REST_SHARE * (now - placed.sent_at))

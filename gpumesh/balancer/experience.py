@@ -1,0 +1,198 @@
+"""``Experience``: what was learned from earlier requests, and what it says about the work of the next. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from gpumesh.backends.base import ServerCounters
+from gpumesh.balancer.account import NOTHING_CACHED, PlacedRequest, Work
+from gpumesh.balancer.base import Demand, ResidencyKey
+from gpumesh.balancer.lengths import ExpectedLengths
+from gpumesh.balancer.prefixes import PrefixIndex
+from gpumesh.balancer.prefixes.cache_size import count_read_tokens
+from gpumesh.balancer.rates import ServiceRates
+
+BYTES_PER_TOKEN = 4.0  # in English text
+MIN_CLOCKED_TOKENS = 16  # a shorter stream often comes in a few packets
+MOST_READS = 1.5  # prompts that were read at once, on the mean
+SMOOTHING = 0.2  # weight of the newest value in a mean
+MIN_PROMPT_TOKENS = 50  # a shorter prompt is mostly the template's own tokens
+LEAST_BYTES_PER_TOKEN, MOST_BYTES_PER_TOKEN = 0.5, 20.0
+
+
+class Experience:
+    """What was learned from earlier requests of all nodes. What concerns one node alone is in its account."""
+
+    def __init__(self) -> None:
+        self.lengths = ExpectedLengths()
+        self.fleet_rates = ServiceRates()
+        """Learned from all nodes: what a node is asked that has not been measured."""
+        self.prefixes = PrefixIndex()
+        self._bytes_per_token: dict[str, float] = {}  # of prompts, by the model's full name
+
+    # -- before a request ----------------------------------------------------------------------------------------
+
+    def estimate(self, demand: Demand) -> Work:
+        """The expected work of a request, and how much of its prompt the nodes have in their caches."""
+        key = demand.residency
+        model = "" if key is None else key.model
+        # A client may ask for no token at all.
+        answer_tokens = max(self.lengths.expect(demand.client, demand.route, model, demand.max_tokens), 1.0)
+        bytes_per_token = self._bytes_per_token.get(model, BYTES_PER_TOKEN)
+        prompt_tokens = (demand.prompt_tokens or 0) * BYTES_PER_TOKEN / bytes_per_token
+        cached: Mapping[str, float] = NOTHING_CACHED
+        if demand.prompt is not None and key is not None:
+            found = self.prefixes.match(key, demand.prompt, _session_id(demand))
+            cached = {node: size / bytes_per_token for node, size in found.items()}
+        return Work(prompt_tokens, answer_tokens, cached)
+
+    def displaced_tokens(self, demand: Demand, node: str) -> float:
+        """How many tokens of other prompts the node's server would forget for this one."""
+        key = demand.residency
+        if demand.prompt is None or key is None:
+            return 0.0
+        return self.prefixes.displaced_bytes(node, key) / self._bytes_per_token.get(key.model, BYTES_PER_TOKEN)
+
+    def forget_prompts(self, node: str, model: str) -> None:
+        """The node's server has unloaded this model."""
+        for key in self.prefixes.keys_of(node):
+            if isinstance(key, ResidencyKey) and key.model == model:
+                self.prefixes.forget(node, key)
+
+    # -- after it ------------------------------------------------------------------------------------------------
+
+    def note_placed(self, placed: PlacedRequest, now: float) -> None:
+        """From now on the node has the prompt in its cache: a request with the same beginning should follow it."""
+        key, prompt = placed.key, placed.demand.prompt
+        if key is not None and prompt is not None:
+            node = placed.account.name
+            self.prefixes.add(node, key, prompt, now)
+            session = _session_id(placed.demand)
+            if session is not None:
+                self.prefixes.note_session(node, key, session, prompt.size)
+
+    def learn_from_answer(
+        self, placed: PlacedRequest, counters: ServerCounters, now: float, *, mean_streams: float, stalled_share: float
+    ) -> None:
+        """Learns from the server's figures for a whole answer, or from our clock if it gives no durations.
+        ``mean_streams`` answers were written meanwhile, this one included; in ``stalled_share`` of the time it stood
+        still, because prompts were read."""
+        account, demand = placed.account, placed.demand
+        model = placed.model or ""
+        if placed.key is None:
+            return
+        tokens = counters.tokens
+        # The server's figure covers the wait until other models were unloaded. Of a request that came while the model
+        # was loading, it says nothing about the load.
+        load_s = None
+        if placed.drain_s is not None and counters.load_ms is not None:
+            load_s = counters.load_ms / 1000.0 - placed.drain_s
+        eval_s = _seconds(counters.eval_ms)
+        if eval_s is not None:
+            tokens_s = account.rates.decode_s(model, tokens or 0, mean_streams)
+            account.read_stall.learn(eval_s, tokens_s, stalled_share)
+            eval_s = account.read_stall.clean(eval_s, stalled_share)
+        elif counters.prompt_ms is None:
+            self._learn_from_clock(placed, counters, now, mean_streams, stalled_share)
+        for rates in (account.rates, self.fleet_rates):
+            rates.learn(
+                model,
+                tokens=tokens,
+                eval_s=eval_s,
+                mean_streams=mean_streams,
+                unread_tokens=_count_unread(placed, counters),
+                prompt_s=_seconds(counters.prompt_ms),
+                mean_prefills=placed.mean_reads,
+                load_s=load_s,
+            )
+        self._learn_cache_size(placed, counters)
+        if tokens is not None:
+            self.lengths.learn(demand.client, demand.route, model, tokens)
+        self._learn_bytes_per_token(demand, model, counters.prompt_tokens)
+
+    def _learn_from_clock(
+        self, placed: PlacedRequest, counters: ServerCounters, now: float, mean_streams: float, stalled_share: float
+    ) -> None:
+        """Learns the rates of a server that gives no durations (vLLM, most servers of OpenAI's API)."""
+        account, model = placed.account, placed.model or ""
+        ttft_s: float | None = None
+        unread_tokens: int | None = None
+        # Where a model was loaded or other prompts were read, the time of the first token is not that of the reading.
+        if placed.first_token_at is not None and not placed.needs_load and placed.mean_reads <= MOST_READS:
+            ttft_s = placed.first_token_at - placed.sent_at - account.rtt_s
+            unread_tokens = _count_unread(placed, counters)
+            if counters.prompt_tokens is None and not placed.cached_tokens:
+                unread_tokens = int(placed.unread_tokens)  # estimated, as the forecasts that use the rate are
+        stream_s = measure_stream_s(placed, counters, now)
+        if stream_s is not None:
+            stream_s = account.read_stall.clean(stream_s, stalled_share)
+        for rates in (account.rates, self.fleet_rates):
+            rates.learn_from_clock(
+                model,
+                tokens=counters.tokens,
+                stream_s=stream_s,
+                mean_streams=mean_streams,
+                unread_tokens=unread_tokens,
+                ttft_s=ttft_s,
+            )
+
+    def _learn_cache_size(self, placed: PlacedRequest, counters: ServerCounters) -> None:
+        """Compares what the server has read of the prompt with what it was believed to have in its cache."""
+        prompt, key, account = placed.demand.prompt, placed.key, placed.account
+        if prompt is None or key is None:
+            return
+        rate = 1.0 / account.rates.prefill_s(key.model, 1.0)
+        read_tokens = count_read_tokens(counters, rate)
+        loaded = account.residency.loaded.get(key.model)
+        self.prefixes.set_capacity(
+            account.name,
+            key,
+            slots=account.slots(key.model, math.inf),
+            context_tokens=None if loaded is None else loaded.context_length,
+            bytes_per_token=self._bytes_per_token.get(key.model, BYTES_PER_TOKEN),
+        )
+        if read_tokens is not None and counters.prompt_tokens is not None:
+            bytes_per_token = self._bytes_per_token.get(key.model, BYTES_PER_TOKEN)
+            self.prefixes.learn(
+                account.name,
+                key,
+                prompt_bytes=prompt.size,
+                believed_bytes=int(placed.cached_tokens * bytes_per_token),
+                prompt_tokens=counters.prompt_tokens,
+                read_tokens=read_tokens,
+            )
+
+    def _learn_bytes_per_token(self, demand: Demand, model: str, prompt_tokens: int | None) -> None:
+        if demand.prompt_tokens is None or prompt_tokens is None or prompt_tokens < MIN_PROMPT_TOKENS:
+            return
+        sample = demand.prompt_tokens * BYTES_PER_TOKEN / prompt_tokens
+        if LEAST_BYTES_PER_TOKEN <= sample <= MOST_BYTES_PER_TOKEN:
+            mean = self._bytes_per_token.get(model, BYTES_PER_TOKEN)
+            self._bytes_per_token[model] = mean + SMOOTHING * (sample - mean)
+
+
+def measure_stream_s(placed: PlacedRequest, counters: ServerCounters, now: float) -> float | None:
+    """The seconds from the first token to the last, by our clock at the end of the answer. ``None`` if this says
+    nothing about the node: the answer did not come as a stream, is too short, or its client was slow."""
+    if placed.first_token_at is None or placed.had_slow_client or (counters.tokens or 0) < MIN_CLOCKED_TOKENS:
+        return None
+    return now - placed.first_token_at
+
+
+def _session_id(demand: Demand) -> int | None:
+    """The number that stands for the request's conversation; ``None`` if it has no name."""
+    return None if demand.session is None else hash(demand.session)
+
+
+def _seconds(milliseconds: float | None) -> float | None:
+    return None if milliseconds is None else milliseconds / 1000.0
+
+
+def _count_unread(placed: PlacedRequest, counters: ServerCounters) -> int | None:
+    """How many tokens of the prompt the server had to read, as far as that is sure."""
+    if counters.prompt_tokens is None:
+        return None
+    if counters.cached_tokens is not None:
+        return counters.prompt_tokens - counters.cached_tokens
+    return counters.prompt_tokens if not placed.cached_tokens else None

@@ -1,0 +1,290 @@
+"""Forecasts what a request costs on a node: its own time there, and the time that it takes from others. Pure.
+
+The sum over all requests of their time to finish is least if each request goes where this cost is least: its own time,
+and the delay of the requests that run there or will come. All parts are seconds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import msgspec
+
+from gpumesh.balancer.account import NodeAccount, PlacedRequest, Work
+from gpumesh.balancer.base import Demand, ResidencyKey
+from gpumesh.balancer.experience import Experience
+from gpumesh.balancer.model_demand import ModelDemand
+
+# A model that was not asked for in this time would be unloaded by the server anyway (OLLAMA_KEEP_ALIVE).
+RELOAD_HORIZON_S = 300.0
+# A model stays where it is for about so long: the time in which one copy more or less makes requests wait less or more.
+COPY_HORIZON_S = 60.0
+MOST_BUSY = 0.98  # of the slots: beyond it the formula for the wait has no finite value
+# A load must pay for itself: the model then stays for so many times the time that its load took, if it is asked for.
+LEAST_STAY = 2.0
+# nvidia-smi's utilisation is the share of time in which any kernel ran: at 1.0 another program takes about half.
+FOREIGN_SHARE = 0.5
+# Prompts are read one after another. So reading also delays requests that come later: on the mean by READ_DELAY of its
+# time on an idle node, and by more the busier the node is with reading (as in an M/G/1 queue: by busy / (1 - busy)).
+READ_DELAY = 0.5
+MOST_READING = 0.9  # a greater share of the time counts as this one
+RETURN_SHARE = 1.0  # of the prompts in a cache that are continued later: in a chat, nearly all
+MAX_COUNTED_COPIES = 16  # of a model: the slots of more are not counted anew for each forecast …
+COUNT_S = 1.0  # … but when the last count is older
+MAX_COUNTED_KEYS = 1000
+PINNED_COST_S = 3600.0  # to push out a model that mesh.yaml pins: only if nothing else can serve the request
+
+
+class Forecast(msgspec.Struct, frozen=True, gc=False):
+    """What a request would cost on a node, in seconds.
+
+    - ``way_s``: the tunnel's round trip.
+    - ``wait_s``: until a slot is free.
+    - ``load_s``: until the model is in memory; with the drain of what it pushes out.
+    - ``read_s``: until the prompt is read, with the prompts that were sent before.
+    - ``write_s``: from the first token to the last.
+    - ``others_s``: the delay of the requests that run there.
+    - ``evicted_s``: the expected reloads of the models that the load pushes out.
+
+    ``unread_tokens`` of the prompt are not in the server's cache. ``pushed_out`` are the models that go.
+    """
+
+    node: str
+    is_free: bool
+    way_s: float
+    wait_s: float
+    load_s: float
+    read_s: float
+    write_s: float
+    others_s: float
+    evicted_s: float
+    unread_tokens: float
+    own_read_s: float
+    pushed_out: Sequence[str]
+    total_s: float
+
+    @property
+    def own_s(self) -> float:
+        """The request's own time to finish."""
+        return self.way_s + self.wait_s + self.load_s + self.read_s + self.write_s
+
+
+class FleetLoad(msgspec.Struct, gc=False):
+    """What a forecast must know of the rest of the fleet: what was learned, how often each model is asked for, which
+    nodes have it in memory, and the full names of the models that must not be pushed out."""
+
+    experience: Experience
+    demands: ModelDemand
+    copies: Copies
+    pinned: frozenset[str] = frozenset()
+
+
+class Copies:
+    """Which nodes have a model in memory."""
+
+    def __init__(self) -> None:
+        self._accounts: dict[str, dict[str, NodeAccount]] = {}  # by full name of the model, then by node
+        self._models: dict[str, frozenset[str]] = {}  # by node
+        self._slots: dict[ResidencyKey, tuple[float, int]] = {}  # the time, and the slots on all nodes at this time
+
+    def update(self, account: NodeAccount) -> None:
+        """Takes over which models the node has in memory now."""
+        name, loaded = account.name, account.residency.loaded
+        before = self._models.get(name, frozenset())
+        if loaded.keys() == before:
+            return
+        self._models[name] = frozenset(loaded)
+        for model in self._models[name] - before:
+            self._accounts.setdefault(model, {})[name] = account
+        for model in before - self._models[name]:
+            accounts = self._accounts[model]
+            del accounts[name]
+            if not accounts:
+                del self._accounts[model]
+
+    def slots_elsewhere(self, key: ResidencyKey, account: NodeAccount, now: float) -> int:
+        """The slots for this key on the other nodes that have its model in memory. If these are very many, the number
+        is not older than ``COUNT_S``."""
+        copies = self._accounts.get(key.model, {})
+        if len(copies) <= MAX_COUNTED_COPIES:
+            return sum(_slots_for(key, other, now) for other in copies.values() if other is not account)
+        counted = self._slots.get(key)
+        if counted is None or not 0.0 <= now - counted[0] <= COUNT_S:
+            if len(self._slots) > MAX_COUNTED_KEYS:
+                self._slots.clear()
+            counted = self._slots[key] = (now, sum(_slots_for(key, other, now) for other in copies.values()))
+        own_slots = _slots_for(key, account, now) if account.name in copies else 0
+        return max(counted[1] - own_slots, 0)
+
+
+def _slots_for(key: ResidencyKey, account: NodeAccount, now: float) -> int:
+    """The slots of a node that serves this key without a load; 0 if the node does not."""
+    if not account.is_usable(now) or not account.residency.is_resident(key):
+        return 0
+    return account.slots(key.model, now) or 1
+
+
+def forecast(
+    account: NodeAccount,
+    demand: Demand,
+    work: Work,
+    fleet: FleetLoad,
+    queue_s: float,
+    now: float,
+) -> Forecast:
+    """Forecasts the cost of a request on this node, whether it has a free slot or not.
+
+    ``queue_s``: if the node has no free slot, the requests that wait before this one keep its slots busy for so
+    long."""
+    key = demand.residency
+    rates, model = account.rates, "" if key is None else key.model
+    streams = account.streams
+    speed = account.weight * (1.0 - FOREIGN_SHARE * account.foreign_load) / account.slowness
+    load_s, evicted_s, blocked_s = 0.0, 0.0, 0.0
+    pushed_out: Sequence[str] = ()
+    if key is not None and account.residency.is_tracked:
+        loading_until = account.residency.load_ends_at(model)
+        if not account.residency.is_resident(key):
+            blocked_s, load_s, evicted_s, pushed_out = _forecast_load(account, key, fleet, now)
+        elif loading_until is not None:
+            load_s = max(loading_until - now, 0.0)
+    cached = work.cached
+    cached_tokens = cached.get(account.name, 0.0) if cached else 0.0
+    unread_tokens = max(work.prompt_tokens - cached_tokens, 1.0)
+    own_read_s = rates.prefill_s(model, unread_tokens) / speed
+    read_s = own_read_s + max(account.reads_rest_s(now) - load_s, 0.0)
+    read_share, stall = account.read_share(now), account.read_stall.value
+    write_speed = speed * (1.0 - stall * read_share)
+    alone_s = rates.decode_s(model, work.answer_tokens, max(streams, 1)) / write_speed
+    write_s = rates.decode_s(model, work.answer_tokens, streams + 1) / write_speed if streams else alone_s
+    reading = min(read_share, MOST_READING)
+    others_s = own_read_s * (READ_DELAY + reading / (1.0 - reading))
+    if streams:
+        # Each running answer stands still while the prompt is read, and is slower while both are written.
+        overlap_s = min(account.mean_rest_s(now), write_s)
+        others_s += streams * (stall * min(own_read_s, overlap_s) + overlap_s * (write_s / alone_s - 1.0))
+    # Loads on one node come one at a time, so that the requests for which it loads now are served before.
+    is_free = account.has_room(model or None, now) and not blocked_s
+    if demand.prompt is not None and cached_tokens < max(cached.values(), default=0.0):
+        # Another node has more of this prompt: there it takes the place of its own beginning. Here it takes the place
+        # of another prompt, whose next turn must then be read again.
+        displaced_tokens = fleet.experience.displaced_tokens(demand, account.name)
+        evicted_s += RETURN_SHARE * rates.prefill_s(model, displaced_tokens) / speed
+    wait_s = 0.0
+    if not is_free:
+        wait_s = (blocked_s or account.next_free_s(now, model)) + queue_s
+    way_s = account.rtt_s
+    total_s = way_s + wait_s + load_s + read_s + write_s + others_s + evicted_s
+    return Forecast(
+        account.name,
+        is_free,
+        way_s,
+        wait_s,
+        load_s,
+        read_s,
+        write_s,
+        others_s,
+        evicted_s,
+        unread_tokens,
+        own_read_s,
+        pushed_out,
+        total_s,
+    )
+
+
+def _forecast_load(
+    account: NodeAccount, key: ResidencyKey, fleet: FleetLoad, now: float
+) -> tuple[float, float, float, Sequence[str]]:
+    """Forecasts the load of a model. Returns the seconds until another load can begin there, the seconds from then
+    until the model is in memory, what the load costs later requests, and the names of the models that it pushes out."""
+    residency, rates = account.residency, account.rates
+    pushed_out = residency.pushed_out_by(key, account.placed_by_model)
+    drain_s = account.drain_s(now, pushed_out) if pushed_out and account.placed else 0.0
+    blocked_s = max(residency.next_load_starts_at(now) - now, 0.0)
+    later_s = 0.0
+    for model in pushed_out:
+        loaded = residency.loaded[model]
+        evicted_key = loaded.key or ResidencyKey(model, loaded.context_length)
+        rate = fleet.demands.rate(evicted_key, now)
+        if model in fleet.pinned:
+            later_s += PINNED_COST_S
+        # The stay collects requests for one load. On an idle node none runs, so waiting would only lose time.
+        if rate * RELOAD_HORIZON_S > 1.0 and account.placed:
+            stays_until = loaded.loaded_at + LEAST_STAY * rates.load_s(model)
+            blocked_s = max(blocked_s, stays_until - now)
+        later_s += _eviction_s(account, evicted_key, rate, fleet, now)
+    load_s = rates.load_s(key.model)
+    later_s -= _gain_s(account, key, fleet, now)
+    return blocked_s, drain_s + load_s, max(later_s, 0.0), pushed_out
+
+
+def _eviction_s(account: NodeAccount, key: ResidencyKey, rate: float, fleet: FleetLoad, now: float) -> float:
+    """The expected delay of later requests if this node unloads this model, which is asked for ``rate`` times a second.
+
+    If it is the last copy, the next request must load it again, and the requests that come in the time of the load wait
+    too. If there are others, their slots will be busier."""
+    if rate <= 0.0:
+        return 0.0
+    other_slots = fleet.copies.slots_elsewhere(key, account, now)
+    if other_slots:
+        slots = other_slots + (account.slots(key.model, now) or 1)
+        service_s = fleet.demands.service_s(key)
+        more_s = mean_wait_s(rate, service_s, other_slots) - mean_wait_s(rate, service_s, slots)
+        return rate * COPY_HORIZON_S * more_s
+    load_s = account.rates.load_s(key.model)
+    will_be_asked = 1.0 - math.exp(-rate * RELOAD_HORIZON_S)
+    return will_be_asked * load_s * (1.0 + rate * load_s / 2.0)
+
+
+def _gain_s(account: NodeAccount, key: ResidencyKey, fleet: FleetLoad, now: float) -> float:
+    """How much less later requests for this model will wait if this node loads one more copy of it."""
+    other_slots = fleet.copies.slots_elsewhere(key, account, now)
+    rate = fleet.demands.rate(key, now)
+    if not other_slots or rate <= 0.0:
+        return 0.0
+    slots = other_slots + (account.slots(key.model, now) or 1)
+    service_s = fleet.demands.service_s(key)
+    less_s = mean_wait_s(rate, service_s, other_slots) - mean_wait_s(rate, service_s, slots)
+    return rate * COPY_HORIZON_S * less_s
+
+
+def mean_wait_s(rate: float, service_s: float, slots: int) -> float:
+    """The mean time that a request waits for one of ``slots`` slots, if requests come at random, ``rate`` a second, and
+    each takes ``service_s`` on the mean.
+
+    An approximation for M/M/c queues: Sakasegawa, "An approximation formula L_q = a b^p / (1 - p)", 1977."""
+    busy = min(rate * service_s / slots, MOST_BUSY)
+    return service_s / slots * math.pow(busy, math.sqrt(2.0 * (slots + 1)) - 1.0) / (1.0 - busy)
+
+
+def place_on(account: NodeAccount, demand: Demand, work: Work, found: Forecast, now: float) -> PlacedRequest:
+    """Places the request on the node, as this forecast says."""
+    key = demand.residency
+    begins_at = now + found.way_s + found.load_s + found.read_s
+    needs_load = False
+    drain_s: float | None = None
+    if key is not None:
+        residency = account.residency
+        needs_load = not residency.is_resident(key)
+        if needs_load:
+            drain_s = account.drain_s(now, found.pushed_out) if found.pushed_out and account.placed else 0.0
+            residency.note_sent(key, found.pushed_out, now=now, load_s=found.load_s)
+        else:
+            needs_load = residency.load_ends_at(key.model) is not None
+            residency.note_use(key.model, now)
+    placed = PlacedRequest(
+        account,
+        demand,
+        work,
+        now=now,
+        unread_tokens=found.unread_tokens,
+        cached_tokens=work.prompt_tokens - found.unread_tokens if found.unread_tokens > 1.0 else work.prompt_tokens,
+        read_s=found.own_read_s,
+        write_s=found.write_s,
+        needs_load=needs_load,
+        drain_s=drain_s,
+        begins_at=begins_at,
+    )
+    account.place(placed, now, load_s=found.load_s)
+    return placed

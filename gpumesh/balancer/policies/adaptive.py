@@ -1,0 +1,100 @@
+"""``adaptive``: the node where the request costs least, to itself and to others. It may be worth waiting for."""
+
+from __future__ import annotations
+
+from gpumesh.balancer.account import NodeAccount
+from gpumesh.balancer.forecast import Forecast
+from gpumesh.balancer.policies.base import Choice, Question
+from gpumesh.balancer.policies.simple import relative_load
+
+# A request waits for a busy node only if that is clearly better than a free one: so many times, and so many seconds
+# more. A forecast may be wrong, and a free slot that nobody takes is lost.
+PATIENCE_FACTOR = 1.5
+PATIENCE_S = 0.5
+# What a free slot that nobody takes costs, in waits for the queue as it is.
+QUEUE_PRICE = 2.0
+# A node of a lower tier is better than a free one of an upper tier only if it is so much faster.
+TIER_FACTOR = 3.0
+TIER_S = 1.0
+# Costs that differ by less are equal: the loads then decide, and the turn. Forecasts are not more exact.
+EQUAL_SHARE = 0.02
+EQUAL_S = 0.01
+
+
+class AdaptivePolicy:
+    ranks_all = False
+
+    def choose(self, question: Question) -> Choice:
+        return self._choose(question, question.queue_s)
+
+    def _choose(self, question: Question, queue_s: float) -> Choice:
+        forecasts = [question.forecast(account, queue_s=queue_s) for account in question.accounts]
+        chosen = self._best_free(forecasts, question)
+        if chosen is not None:
+            return decide(chosen, forecasts, question)
+        # Perhaps a node has a free slot, but must not begin another load yet. No event announces the time when it may.
+        rooms = zip(question.accounts, forecasts, strict=True)
+        blocked_s = [found.wait_s for account, found in rooms if account.has_room(question.model, question.now)]
+        return Choice(None, forecasts, max(min(blocked_s) - queue_s, 0.0) if blocked_s else None)
+
+    def _best_free(self, forecasts: list[Forecast], question: Question) -> Forecast | None:
+        """The best of the nodes with a free slot; ``None`` if there is none."""
+        accounts = question.accounts
+        free = [index for index, found in enumerate(forecasts) if found.is_free]
+        if not free:
+            return None
+        if len(free) == 1:
+            return forecasts[free[0]]
+        tier = min(question.tier(accounts[index]) for index in free)
+        costs = [
+            forecasts[index].total_s
+            if question.tier(accounts[index]) == tier
+            else forecasts[index].total_s * TIER_FACTOR + TIER_S
+            for index in free
+        ]
+        bound = min(costs) * (1.0 + EQUAL_SHARE) + EQUAL_S
+        equal = [index for index, cost in zip(free, costs, strict=True) if cost <= bound]
+        if len(equal) == 1:
+            return forecasts[equal[0]]
+        start = question.turn % len(equal)
+        best = min((*equal[start:], *equal[:start]), key=lambda index: relative_load(accounts[index], question))
+        return forecasts[best]
+
+    def accept(self, account: NodeAccount, question: Question) -> Choice:  # noqa: ARG002  # another may be free too
+        """A waiting request takes the best free slot unless another node is worth waiting for. It is the next in the
+        queue, so no request waits before it."""
+        return self._choose(question, 0.0)
+
+
+def decide(offered: Forecast, forecasts: list[Forecast], question: Question) -> Choice:
+    """Takes the free slot that ``offered`` is about, unless another node is worth waiting for.
+
+    While requests wait, a slot that is left free costs all of them time, and the more the longer the queue is. They get
+    that time back only so far as the other node saves work: the reading of a prompt.
+
+    A forecast may be wrong again and again. So a request waits at most as long as the free slot would have cost: then
+    it has lost twice that cost at the worst."""
+    if question.waited_s >= offered.total_s:
+        return Choice(offered, forecasts)
+    awaited: Forecast | None = None
+    awaited_cost_s = (offered.total_s - PATIENCE_S) / PATIENCE_FACTOR
+    for found in forecasts:
+        if not found.is_free:
+            if offered.load_s:
+                # A load would serve all requests that wait for the model. On the mean, they wait for half the others.
+                idle_cost_s = question.queue_s / 2.0
+            else:
+                idle_cost_s = QUEUE_PRICE * question.queue_s * (1.0 - saved_share(offered, found))
+            cost_s = found.total_s + idle_cost_s
+            if cost_s < awaited_cost_s:
+                awaited, awaited_cost_s = found, cost_s
+    if awaited is None:
+        return Choice(offered, forecasts)
+    return Choice(None, forecasts, awaited.wait_s * PATIENCE_FACTOR + PATIENCE_S)
+
+
+def saved_share(offered: Forecast, other: Forecast) -> float:
+    """Which share of its work the request would save on the other node, from 0 to 1, because that node has more of its
+    prompt in its cache. That a node is faster is no saving: its time is worth more."""
+    unread_saved = max(offered.unread_tokens - other.unread_tokens, 0.0) / offered.unread_tokens
+    return unread_saved * offered.own_read_s / (offered.own_read_s + offered.write_s)

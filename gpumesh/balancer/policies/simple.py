@@ -1,0 +1,62 @@
+"""The policies that look at loads only. They know nothing of models in memory, caches and lengths."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from gpumesh.balancer.account import NodeAccount
+from gpumesh.balancer.policies.base import Choice, Question, nodes_with_room
+
+
+class _SimplePolicy:
+    """Chooses among the nodes with a free slot."""
+
+    ranks_all = True
+
+    def choose(self, question: Question) -> Choice:
+        free = nodes_with_room(question)
+        if not free:
+            return Choice(None)
+        chosen = question.forecast(self._pick(free, question))
+        return Choice(chosen, (chosen,))
+
+    def accept(self, account: NodeAccount, question: Question) -> Choice:  # noqa: ARG002  # another may be free too
+        return self.choose(question)
+
+    def _pick(self, free: Sequence[NodeAccount], question: Question) -> NodeAccount:
+        raise NotImplementedError
+
+
+class RoundRobin(_SimplePolicy):
+    """Takes the nodes in turn, by name."""
+
+    def _pick(self, free: Sequence[NodeAccount], question: Question) -> NodeAccount:
+        return sorted(free, key=lambda account: account.name)[question.turn % len(free)]
+
+
+class LeastLoaded(_SimplePolicy):
+    """Takes the node with the fewest requests for its slots and its weight."""
+
+    def _pick(self, free: Sequence[NodeAccount], question: Question) -> NodeAccount:
+        start = question.turn % len(free)
+        return min((*free[start:], *free[:start]), key=lambda account: relative_load(account, question))
+
+
+class PowerOfTwo(LeastLoaded):
+    """Takes the less loaded of two nodes that are drawn at random. So many gateways that see the same outdated loads do
+    not all choose the same node.
+
+    Mitzenmacher, "The Power of Two Choices in Randomized Load Balancing", 2001.
+    """
+
+    ranks_all = False  # two nodes of a shortlist, which is random too, are as good
+
+    def _pick(self, free: Sequence[NodeAccount], question: Question) -> NodeAccount:
+        return super()._pick(free if len(free) <= 2 else question.rng.sample(free, 2), question)
+
+
+def relative_load(account: NodeAccount, question: Question) -> float:
+    """The requests in flight on the node's GPU for each slot, divided by the node's weight. A node without a limit
+    counts as one with a single slot."""
+    slots = account.slots(question.model or "", question.now) or 1
+    return account.count() / (slots * account.weight)

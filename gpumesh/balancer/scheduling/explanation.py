@@ -1,0 +1,141 @@
+"""Explains a placement in one line: what the request was forecast to cost on its node, and on the other nodes. Pure.
+
+::
+
+    iceland 1.2 s = 0.06 way + 0.0 wait + 0.3 read 1,100 of 4,200 + 0.8 write; vengeance 6.9 s = load qwen2.5:14b,
+    pushes out llama3.1:8b
+
+The line is printable ASCII, because it stands in a header. Each number without a unit is in seconds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+from gpumesh.balancer.base import ResidencyKey
+from gpumesh.balancer.forecast import Forecast
+from gpumesh.balancer.scheduling.scheduler import Placement
+from gpumesh.printable import printable
+from gpumesh.sentences import join_some
+from gpumesh.topology import PolicyKind
+
+# The explanation of a request that costs no inference: there is no forecast.
+NO_PLACEMENT = "it needs no slot, so the least busy node that can answer is asked"
+MAX_LINE_CHARS = 1000  # servers and proxies take headers of some kilobytes; this leaves room for the others
+MAX_NAME_CHARS = 60  # of a node or a model
+MAX_PUSHED_OUT = 2  # models that are named; the others are counted
+# Of a node that was not chosen, only the parts are told that are at least this share of its cost: they are the reason.
+MAIN_SHARE = 0.25
+# A part that the example of every answer has is told always. The others are told from this time on.
+LEAST_SHOWN_S = 0.005
+MOST_SHOWN = 999_999.0  # a larger number is told as this one, so that its length is bounded
+
+Part = tuple[float, str]
+"""Seconds, and what they are for."""
+
+
+def explain_placement(
+    placement: Placement, *, policy: PolicyKind, queue_s: float = 0.0, failed_attempts: int = 0
+) -> str:
+    """One line of at most ``MAX_LINE_CHARS`` characters. The chosen node comes first, with all parts of its cost, then
+    the others by their cost, each with its main parts.
+
+    ``queue_s``: how long the request waited in the gateway's queue. ``failed_attempts``: of the same request on other
+    nodes, or on this one, before.
+    """
+    demand, work = placement.placed.demand, placement.placed.work
+    chosen = placement.forecast
+    entry = _describe_node(chosen, _forecast_parts(chosen, demand.residency, work.prompt_tokens))
+    notes = "".join(f"; {note}" for note in _notes(policy, queue_s, failed_attempts))
+    line = entry + notes
+    others = sorted(
+        (found for found in placement.considered if found.node != chosen.node), key=lambda found: found.total_s
+    )
+    for position, other in enumerate(others):
+        parts = _main_parts(_forecast_parts(other, demand.residency, work.prompt_tokens), other.total_s)
+        entry = f"; {_describe_node(other, parts)}"
+        rest = f"; and {len(others) - position - 1:,} more"
+        if len(line) + len(entry) + len(rest) > MAX_LINE_CHARS:
+            return f"{line}; and {len(others) - position:,} more"
+        line += entry
+    return line
+
+
+def describe_forecast(forecast: Forecast, key: ResidencyKey | None, prompt_tokens: float) -> str:
+    """The parts of a forecast as a sum, without the node: ``0.06 way + 0.0 wait + 0.3 read 1,100 of 4,200 + 0.8
+    write``."""
+    return _render_parts(_forecast_parts(forecast, key, prompt_tokens))
+
+
+def _notes(policy: PolicyKind, queue_s: float, failed_attempts: int) -> Iterator[str]:
+    """What else explains the node, beside the forecasts."""
+    if queue_s >= LEAST_SHOWN_S:
+        yield f"waited {_number(queue_s)} s in the queue before"
+    if failed_attempts:
+        yield f"after {failed_attempts:,} failed {'attempt' if failed_attempts == 1 else 'attempts'}"
+    if policy is not PolicyKind.ADAPTIVE:
+        yield f"chosen by {policy.value}, which does not look at it"
+
+
+def _describe_node(forecast: Forecast, parts: Sequence[Part]) -> str:
+    return f"{safe_name(forecast.node)} {_number(forecast.total_s)} s = {_render_parts(parts)}"
+
+
+def _forecast_parts(forecast: Forecast, key: ResidencyKey | None, prompt_tokens: float) -> list[Part]:
+    """The parts of the cost, in the order in which they happen. Their sum is the forecast's total."""
+    read = "read"
+    if prompt_tokens > 0.0:
+        unread = min(forecast.unread_tokens, prompt_tokens)
+        read = f"read {_count(unread)} of {_count(prompt_tokens)}"
+    parts: list[Part] = [(forecast.way_s, "way"), (forecast.wait_s, "wait")]
+    if forecast.load_s >= LEAST_SHOWN_S:
+        parts.append((forecast.load_s, _describe_load(forecast, key)))
+    parts += [(forecast.read_s, read), (forecast.write_s, "write")]
+    if forecast.others_s >= LEAST_SHOWN_S:
+        parts.append((forecast.others_s, "delay of others"))
+    if forecast.evicted_s >= LEAST_SHOWN_S:
+        parts.append((forecast.evicted_s, "reloads later"))
+    return parts
+
+
+def _describe_load(forecast: Forecast, key: ResidencyKey | None) -> str:
+    """``load MODEL``, with the models that it pushes out. A model that is in memory with another context is pushed out
+    by itself: then the new context is told."""
+    if key is None:
+        return "load"
+    text = f"load {safe_name(key.model)}"
+    if key.model in forecast.pushed_out:
+        text += " anew" if key.context is None else f" anew with num_ctx {_count(key.context)}"
+    others = [safe_name(model) for model in forecast.pushed_out if model != key.model]
+    return f"{text}, pushes out {join_some(others, MAX_PUSHED_OUT)}" if others else text
+
+
+def _main_parts(parts: Sequence[Part], total_s: float) -> Sequence[Part]:
+    """The parts that are the reason for the cost; all parts if none is large."""
+    return [part for part in parts if part[0] >= MAIN_SHARE * total_s] or parts
+
+
+def _render_parts(parts: Sequence[Part]) -> str:
+    """The sum of the parts. A single part needs no number: the total has it."""
+    if len(parts) == 1:
+        return parts[0][1]
+    return " + ".join(f"{_number(seconds)} {purpose}" for seconds, purpose in parts)
+
+
+def safe_name(name: str) -> str:
+    """A name that may come from a host or a client, as printable ASCII of bounded length."""
+    text = printable(name, MAX_NAME_CHARS * 2).encode("ascii", "replace").decode()
+    return text if len(text) <= MAX_NAME_CHARS else f"{text[: MAX_NAME_CHARS - 3]}..."
+
+
+def _number(seconds: float) -> str:
+    """With two decimals below 0.1 s, else with one: more would be more exact than a forecast is."""
+    if not math.isfinite(seconds):
+        return "?"
+    seconds = min(max(seconds, -MOST_SHOWN), MOST_SHOWN)
+    return f"{seconds:.2f}" if LEAST_SHOWN_S <= seconds < 0.095 else f"{seconds:,.1f}"
+
+
+def _count(tokens: float) -> str:
+    return f"{min(max(tokens, 0.0), MOST_SHOWN):,.0f}" if math.isfinite(tokens) else "?"

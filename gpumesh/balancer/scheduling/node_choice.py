@@ -1,0 +1,98 @@
+"""``NodeChoice``: which nodes can serve a demand, which of them are compared, and what the policy chooses. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from functools import partial
+from random import Random
+
+from msgspec.structs import replace
+
+from gpumesh.balancer.account import NodeAccount, Work
+from gpumesh.balancer.base import Demand
+from gpumesh.balancer.policies import POLICIES
+from gpumesh.balancer.policies.base import Choice, Question
+from gpumesh.balancer.scheduling.shortlist import Shortlist
+from gpumesh.balancer.scheduling.waiting import with_residency
+from gpumesh.balancer.select import suits_demand
+from gpumesh.model_names import full_name
+from gpumesh.topology import PolicyKind
+
+
+class NodeChoice:
+    """Chooses among ``accounts``, to which their owner adds. In a large fleet only a shortlist is compared."""
+
+    def __init__(self, accounts: Mapping[str, NodeAccount], policy: PolicyKind, rng: Random) -> None:
+        self.shortlist = Shortlist(accounts, rng)
+        self.policy = POLICIES[policy]
+        self._accounts = accounts
+
+    def __repr__(self) -> str:
+        return f"<NodeChoice among {len(self._accounts)} nodes>"
+
+    def select(
+        self, demand: Demand, now: float, *, exclude: Collection[str] = (), despite_breaker: bool = False
+    ) -> list[NodeAccount]:
+        """The nodes that can serve this demand now, or as soon as they have a free slot."""
+        return self._filter(self._accounts.values(), demand, now, exclude, despite_breaker=despite_breaker)
+
+    def can_serve(self, demand: Demand, now: float, *, exclude: Collection[str] = ()) -> bool:
+        """Whether any node can serve this demand now, or as soon as it has a free slot."""
+        if demand.node is None and self.shortlist.is_needed:
+            demand = with_residency(demand)
+            table = self.shortlist.table(demand, now)
+            return any(self._filter((account,), demand, now, exclude) for account in table)
+        return bool(self.select(demand, now, exclude=exclude))
+
+    @staticmethod
+    def _filter(
+        among: Iterable[NodeAccount],
+        demand: Demand,
+        now: float,
+        exclude: Collection[str],
+        *,
+        despite_breaker: bool = False,
+    ) -> list[NodeAccount]:
+        accounts = [
+            account
+            for account in among
+            if account.is_up
+            and (despite_breaker or account.breaker.allows(now))
+            and account.name not in exclude
+            and suits_demand(account, demand)
+        ]
+        # A model is never broken for a request about the model store.
+        if demand.model is None or not demand.needs_slot:
+            return accounts
+        model = full_name(demand.model)
+        return [account for account in accounts if not account.is_broken_for(model, now, despite_doubt=despite_breaker)]
+
+    def compared(
+        self, demand: Demand, work: Work, now: float, *, exclude: Collection[str], ranks_all: bool = False
+    ) -> list[NodeAccount]:
+        """The nodes to compare for this demand: all that can serve it, or in a large fleet a few of them."""
+        if demand.node is None and not ranks_all and self.shortlist.is_needed:
+            return self.shortlist.pick(demand, work.cached, now, exclude=exclude)
+        return self.select(demand, now, exclude=exclude)
+
+    def choose(self, question: Question, exclude: Collection[str], free: NodeAccount | None = None) -> Choice:
+        """Asks the policy; for a waiting request, when this node is ``free``. If the few nodes of a shortlist cannot
+        load the model now, others are compared."""
+        ask = self.policy.choose if free is None else partial(self.policy.accept, free)
+        choice = ask(question)
+        demand, now = question.demand, question.now
+        patience_s: float | None = None  # until the first of the blocked nodes may load a model
+        while (
+            choice.chosen is None
+            and not any(found.is_free for found in choice.considered)
+            and demand.node is None
+            and self.shortlist.is_needed
+            and self.shortlist.note_not_free(demand, choice.considered, question.queue_s, now)
+        ):
+            if choice.patience_s is not None:
+                patience_s = choice.patience_s if patience_s is None else min(patience_s, choice.patience_s)
+            accounts = self.shortlist.pick(demand, question.work.cached, now, exclude=exclude)
+            choice = ask(replace(question, accounts=accounts))
+        if choice.chosen is None and choice.patience_s is None and patience_s is not None:
+            return replace(choice, patience_s=patience_s)
+        return choice

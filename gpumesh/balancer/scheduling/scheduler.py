@@ -1,0 +1,392 @@
+"""``Scheduler``: gives each request a slot on the node where it costs least, or a place in the queue. Pure.
+
+All nodes that could serve a request are ranked, busy ones too: to wait for a node that has the model in memory is often
+better than to load the model elsewhere. So a slot may stay free although requests wait. Such a request waits for a
+better node, but not longer than its forecast said, with a margin.
+
+The owner tells what happens (``place_now``, ``wait``, ``note_first_token``, ``end``, ``note_change``), and sends the
+requests that ``grants`` returns. It calls ``grants`` after each event, and at the time of ``next_check``. All times are
+seconds of the caller's clock.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from random import Random
+from typing import NamedTuple, cast
+
+from gpumesh.backends.base import ServerCounters
+from gpumesh.balancer.account import NodeAccount, PlacedRequest, Work
+from gpumesh.balancer.base import Demand
+from gpumesh.balancer.experience import Experience
+from gpumesh.balancer.fair_queue import FairQueue
+from gpumesh.balancer.fairness.client_counters import weighted_tokens
+from gpumesh.balancer.fairness.lane import QueueEntry
+from gpumesh.balancer.forecast import Copies, FleetLoad, Forecast, place_on
+from gpumesh.balancer.model_demand import ModelDemand
+from gpumesh.balancer.policies.base import Choice, Question
+from gpumesh.balancer.scheduling.node_choice import NodeChoice
+from gpumesh.balancer.scheduling.slow_nodes import SlowNodes
+from gpumesh.balancer.scheduling.waiting import Group, Patience, Waiting, demand_of, group_of, with_residency
+from gpumesh.balancer.select import suits_demand
+from gpumesh.model_names import full_name
+from gpumesh.topology import PolicyKind
+
+# Between two answers of one node that are learned from. A node that gives more answers is measured well enough by a
+# part of them, and the time of the gateway counts then.
+LEARN_INTERVAL_S = 0.05
+
+
+class Placement(NamedTuple):
+    """A slot on a node: the request there, and the forecast that chose it among ``considered``."""
+
+    placed: PlacedRequest
+    forecast: Forecast
+    considered: Sequence[Forecast]
+
+
+class Scheduler:
+    """Places requests on nodes, and lets at most ``max_queue`` requests wait. ``pinned`` are the full names of the
+    models that must not be pushed out of a node's memory.
+
+    The class is long because it is the interface to all that happens to requests: each event is one short method."""
+
+    def __init__(
+        self,
+        policy: PolicyKind,
+        *,
+        rng: Random,
+        max_queue: int,
+        pinned: frozenset[str] = frozenset(),
+    ) -> None:
+        self.accounts: dict[str, NodeAccount] = {}
+        self.experience = Experience()
+        self.queue: FairQueue[Waiting] = FairQueue(max_queue)
+        self.choice = NodeChoice(self.accounts, policy, rng)
+        self.slow_nodes = SlowNodes(self.accounts)
+        self._rng = rng
+        self._fleet = FleetLoad(self.experience, ModelDemand(), Copies(), pinned)
+        self._turn = 0  # grows with each choice; equal nodes are rotated by it
+        self._changed: dict[str, NodeAccount] = {}  # nodes that may have got a free slot, in the order of the changes
+        self._paused: dict[str, NodeAccount] = {}  # nodes whose breakers have opened; the pause ends without an event
+        self._patience = Patience()
+        self._refused: tuple[Demand, Choice] | None = None  # the last request that ``place_now`` did not place
+
+    def __repr__(self) -> str:
+        return f"<Scheduler {len(self.accounts)} nodes, {self.queue.size} waiting>"
+
+    def add_account(
+        self, name: str, *, weight: float = 1.0, tier: int = 1, max_parallel: int | None = None
+    ) -> NodeAccount:
+        """Adds a node, and returns its account. ``weight``, ``tier`` and ``max_parallel`` are those of mesh.yaml."""
+        account = NodeAccount(
+            name, weight=weight, tier=tier, max_parallel=max_parallel, fleet_rates=self.experience.fleet_rates
+        )
+        self.accounts[name] = account
+        self.choice.shortlist.note_change(account)
+        return account
+
+    # -- a request comes -----------------------------------------------------------------------------------------
+
+    def place_now(
+        self,
+        demand: Demand,
+        now: float,
+        *,
+        exclude: Collection[str] = (),
+        despite_breaker: bool = False,
+        may_wait: bool = True,
+    ) -> Placement | None:
+        """Places the request on the best node. Returns ``None`` if it should wait: no node that could serve it has a
+        free slot, or another is clearly worth waiting for. If it may not wait, it takes the best free slot."""
+        asked, demand = demand, with_residency(demand)
+        work = self.experience.estimate(demand)
+        if despite_breaker:
+            accounts = self.choice.select(demand, now, exclude=exclude, despite_breaker=True)
+        else:
+            accounts = self.choice.compared(demand, work, now, exclude=exclude, ranks_all=self.choice.policy.ranks_all)
+        if not accounts:
+            return None
+        question = self._question(accounts, demand, work, now, waited_s=0.0 if may_wait else math.inf)
+        choice = self.slow_nodes.find_probe(question) or self.choice.choose(question, exclude)
+        if choice.chosen is None:
+            self._refused = (asked, choice)
+            return None
+        if demand.residency is not None:
+            self._fleet.demands.note_request(demand.residency, now)
+        placement = self._place(choice, choice.chosen, question)
+        if self.queue.size:  # else nobody waits for what the client gets
+            cost = weighted_tokens(work.prompt_tokens, work.answer_tokens)
+            self.queue.grant_unqueued(demand.priority, demand.client, cost)
+            placement.placed.is_charged = True
+        return placement
+
+    def wait(
+        self,
+        demand: Demand,
+        now: float,
+        payload: object,
+        *,
+        exclude: frozenset[str] = frozenset(),
+        accepted_at: float | None = None,
+    ) -> QueueEntry[Waiting]:
+        """Puts the request into the queue. ``accepted_at`` is given for a request that a node has failed: it keeps its
+        place, and is taken even if the queue is full. Raises OverflowError if the queue is full."""
+        refused, self._refused = self._refused, None
+        choice = refused[1] if refused is not None and refused[0] is demand else None
+        demand = with_residency(demand)
+        work = self.experience.estimate(demand)
+        group = group_of(demand, exclude)
+        tokens = weighted_tokens(work.prompt_tokens, work.answer_tokens)
+        if choice is None:
+            # Asked before the request is in the queue, where its own work would count as work that waits before it.
+            accounts = self.choice.compared(demand, work, now, exclude=exclude, ranks_all=self.choice.policy.ranks_all)
+            choice = (
+                self.choice.choose(self._question(accounts, demand, work, now), exclude) if accounts else Choice(None)
+            )
+        entry = self.queue.add(
+            Waiting(demand, exclude, payload, now),
+            demand.priority,
+            now if accepted_at is None else accepted_at,
+            group=group,
+            client=demand.client,
+            work=self._service_s(demand),
+            tokens=tokens,
+            bounded=accepted_at is None,
+        )
+        if demand.residency is not None:
+            self._fleet.demands.note_request(demand.residency, now)
+        # If a slot is free, the request waits for a better node, and this must end.
+        if choice.patience_s is not None:
+            self._patience.limit(entry, now + choice.patience_s)
+        elif choice.chosen is not None:
+            self.note_change(self.accounts[choice.chosen.node])
+        return entry
+
+    def _question(
+        self,
+        accounts: Sequence[NodeAccount],
+        demand: Demand,
+        work: Work,
+        now: float,
+        *,
+        waited_s: float = 0.0,
+    ) -> Question:
+        queue_s = self._queue_s(demand, accounts, now) if self.queue.size else 0.0
+        return Question(accounts, demand, work, self._fleet, queue_s, now, self._turn, self._rng, waited_s)
+
+    def _queue_s(self, demand: Demand, accounts: Sequence[NodeAccount], now: float) -> float:
+        """How long the requests that wait before this one will keep the slots of the nodes with its model."""
+        key = demand.residency
+        group = group_of(demand, frozenset())
+        work_s = self.queue.work_before(group, demand.priority)
+        if not work_s:
+            return 0.0
+        if demand.node is None and self.choice.shortlist.is_needed:
+            return work_s / max(self.choice.shortlist.table(demand, now).warm_slots, 1)
+        slots = 0
+        for account in accounts:
+            if key is None or account.residency.is_resident(key):
+                slots += account.slots("" if key is None else key.model, now) or 1
+        return work_s / max(slots, 1)
+
+    def _service_s(self, demand: Demand) -> float:
+        key = demand.residency
+        return 1.0 if key is None else self._fleet.demands.service_s(key)
+
+    def _place(self, choice: Choice, chosen: Forecast, question: Question) -> Placement:
+        self._turn += 1
+        account = self.accounts[chosen.node]
+        placed = place_on(account, question.demand, question.work, chosen, question.now)
+        self.slow_nodes.record_choice(chosen.node, question)
+        for member in account.group.accounts:
+            self.choice.shortlist.note_change(member)
+        key = question.demand.residency
+        if key is not None and placed.needs_load:
+            self._fleet.copies.update(account)
+            for model in chosen.pushed_out:
+                self.note_unloaded(account, model)
+        if question.demand.prompt is not None:
+            self.experience.note_placed(placed, question.now)
+        return Placement(placed, chosen, choice.considered)
+
+    # -- a request goes on ---------------------------------------------------------------------------------------
+
+    def note_first_token(self, placed: PlacedRequest, now: float) -> None:
+        """The answer has begun. A second call does nothing."""
+        if placed.first_token_at is None and not placed.ended:
+            account = placed.account
+            known_models = len(account.residency.loaded)
+            account.note_first_token(placed, now)
+            if now >= account.first_token_noted_at + LEARN_INTERVAL_S:
+                account.first_token_noted_at = now
+                self.slow_nodes.note_first_token(placed, now)
+            if len(account.residency.loaded) != known_models:  # somebody else had loaded the model
+                self._fleet.copies.update(account)
+            self.note_change(account)  # more slots may be known now
+
+    def end(self, placed: PlacedRequest, now: float, counters: ServerCounters | None = None) -> None:
+        """The request has ended on its node. ``counters`` are the server's figures for a whole answer, even if it gave
+        none of them; ``None`` if the answer is not whole. A second call does nothing."""
+        if placed.ended:
+            return
+        account = placed.account
+        if counters is not None and (placed.is_charged or self.queue.size):
+            self._charge_true_cost(placed, counters)
+        if counters is None:
+            account.remove(placed, now)
+        elif placed.needs_load or now >= account.learned_at + LEARN_INTERVAL_S:
+            account.learned_at = now
+            self._learn(placed, counters, now)
+        else:
+            account.remove(placed, now, counters)
+        for member in account.group.accounts:
+            self.note_change(member)
+
+    def _learn(self, placed: PlacedRequest, counters: ServerCounters, now: float) -> None:
+        """Removes a request whose whole answer has come, and learns from it."""
+        account = placed.account
+        mean_streams, stalled_share = account.mean_streams(placed, now), account.stalled_share(placed, now)
+        account.remove(placed, now, counters)
+        self.experience.learn_from_answer(placed, counters, now, mean_streams=mean_streams, stalled_share=stalled_share)
+        self.slow_nodes.note_answer(placed, counters, now, mean_streams=mean_streams, stalled_share=stalled_share)
+        if placed.key is None:
+            return
+        if counters.load_ms is not None or not placed.needs_load:
+            load_s = (counters.load_ms or 0.0) / 1000.0
+            self._fleet.demands.note_service(placed.key, max(now - placed.sent_at - load_s, 0.0))
+        account.residency.note_answer(placed.key, now)
+        self._fleet.copies.update(account)
+
+    def note_failed(self, placed: PlacedRequest) -> None:
+        """The request has ended without success. If the server was to load the model for it, and has not answered, then
+        nobody knows whether it has. A load that does go on is in the next report."""
+        if placed.is_charged and placed.first_token_at is None:  # else its client would lose its place by the failure
+            cost = weighted_tokens(placed.work.prompt_tokens, placed.work.answer_tokens)
+            self.queue.charge(placed.demand.priority, placed.demand.client, -cost)
+        account, model = placed.account, placed.model
+        is_awaited = model is not None and account.residency.load_ends_at(model) is not None
+        if model is not None and is_awaited and placed.needs_load and model not in account.placed_by_model:
+            account.residency.note_failed_load(model)
+            self._fleet.copies.update(account)
+
+    def _charge_true_cost(self, placed: PlacedRequest, counters: ServerCounters) -> None:
+        """Charges the client what the request has really cost, less what it was charged before."""
+        if counters.tokens is None:
+            return
+        demand, work = placed.demand, placed.work
+        prompt_tokens = work.prompt_tokens if counters.prompt_tokens is None else float(counters.prompt_tokens)
+        cost = weighted_tokens(prompt_tokens, float(counters.tokens))
+        charged = weighted_tokens(work.prompt_tokens, work.answer_tokens) if placed.is_charged else 0.0
+        self.queue.charge(demand.priority, demand.client, cost - charged)
+
+    def note_change(self, account: NodeAccount) -> None:
+        """The node may have got a free slot, or may have become usable."""
+        self._changed[account.name] = account
+        self.choice.shortlist.note_change(account)
+
+    def note_report(self, account: NodeAccount) -> None:
+        """A probe has changed what the node has in memory."""
+        self._fleet.copies.update(account)
+        self.note_change(account)
+
+    def note_unloaded(self, account: NodeAccount, model: str) -> None:
+        """The server has unloaded this model, and with it the prompts in its cache."""
+        self.experience.forget_prompts(account.name, model)
+
+    # -- the queue -----------------------------------------------------------------------------------------------
+
+    def grants(self, now: float) -> list[tuple[QueueEntry[Waiting], Placement]]:
+        """Gives the free slots to the waiting requests, and takes these out of the queue."""
+        for account in self._changed.values():
+            if account.breaker.open_until is not None:
+                self._paused[account.name] = account
+        if not self.queue.size:
+            self._changed.clear()
+            self._patience.clear()
+            return []
+        self._end_patience(now)
+        self._end_pauses(now)
+        granted: list[tuple[QueueEntry[Waiting], Placement]] = []
+        while self._changed:
+            account = self._changed.pop(next(iter(self._changed)))
+            while self.queue.size:
+                grant = self._grant_next(account, now)
+                if grant is None:
+                    break
+                granted.append(grant)
+        return granted
+
+    def next_check(self) -> float | None:
+        """The time at which ``grants`` must be called even if nothing happens: the patience of a request is over, or
+        the pause of a node's breaker."""
+        next_end = self._patience.next_end(self.queue)
+        times = [] if next_end is None else [next_end]
+        if self._paused and self.queue.size:
+            pauses = (account.breaker.open_until for account in self._paused.values())
+            times += [until for until in pauses if until is not None]
+        return min(times, default=None)
+
+    def _grant_next(self, account: NodeAccount, now: float) -> tuple[QueueEntry[Waiting], Placement] | None:
+        """Gives a free slot of this node to the waiting request that is next. ``None`` if the node has none, or none
+        that a request would take."""
+        if not account.is_usable(now):
+            return None
+        groups = [group for group in self.groups() if self._can_serve(account, group, now)]
+        among = tuple(groups)
+        while groups:
+            entry = self.queue.best(groups)
+            if entry is None:
+                return None
+            waiting = entry.payload
+            work = self.experience.estimate(waiting.demand)
+            accounts = self.choice.compared(waiting.demand, work, now, exclude=waiting.exclude)
+            if account not in accounts:  # a shortlist may lack it
+                accounts.append(account)
+            waited_s = max(now - entry.queued_at, 0.0)
+            question = self._question(accounts, waiting.demand, work, now, waited_s=waited_s)
+            choice = self.choice.choose(question, waiting.exclude, account)
+            if choice.chosen is not None:
+                self.queue.take(entry, among)
+                placement = self._place(choice, choice.chosen, question)
+                placement.placed.is_charged = True
+                return entry, placement
+            is_due = waiting.patience_until is None or waiting.patience_until <= now
+            if choice.patience_s is not None and is_due:
+                self._patience.limit(entry, now + choice.patience_s)
+            groups.remove(cast("Group", entry.group))
+        return None
+
+    def _can_serve(self, account: NodeAccount, group: Group, now: float) -> bool:
+        """Whether the node has a free slot for the requests of this group."""
+        model = None if group.residency is None else group.residency.model
+        return account.has_room(model, now) and self.could_use(account, group, now)
+
+    def could_use(self, account: NodeAccount, group: Group, now: float) -> bool:
+        """Whether the node could serve the requests of this group if it had a free slot."""
+        if account.name in group.exclude or not suits_demand(account, demand_of(group)):
+            return False
+        return group.model is None or not account.is_broken_for(full_name(group.model), now)
+
+    def groups(self) -> Collection[Group]:
+        """The groups of the waiting requests."""
+        return cast("Collection[Group]", self.queue.groups())
+
+    def _end_pauses(self, now: float) -> None:
+        """The nodes whose breakers are half-open now, or closed, may be asked."""
+        for name, account in list(self._paused.items()):
+            until = account.breaker.open_until
+            if until is None or until <= now:
+                del self._paused[name]
+                self.note_change(account)
+
+    def _end_patience(self, now: float) -> None:
+        """The requests that have waited long enough for a better node may take any free slot from now on. If such a
+        request has left the queue, the next of its group is asked in its place: nobody may have asked it yet."""
+        for entry in self._patience.take_ended(now):
+            if self.queue.size_of(entry.group):
+                waiting = entry.payload
+                work = self.experience.estimate(waiting.demand)
+                for account in self.choice.compared(waiting.demand, work, now, exclude=waiting.exclude):
+                    self.note_change(account)

@@ -1,0 +1,355 @@
+"""``Shortlist``: of a large fleet, the few nodes that are worth ranking for a request. Pure.
+
+To forecast the cost of each request on each of a thousand nodes takes too long. So the nodes that suit a request are
+kept in bags, by what decides the cost most: whether the model is in memory, and whether a slot is free. A few of each
+bag are ranked, drawn at random, and the nodes that have the beginning of the prompt. A node is put into another bag
+when its account has changed, so no decision looks at all nodes. While any node that could serve the request has a free
+slot, one of them is ranked.
+
+Times are seconds of the caller's clock.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections import OrderedDict
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from enum import IntEnum
+from itertools import islice
+from math import gcd
+from random import Random
+from typing import NamedTuple
+
+from gpumesh.balancer.account import NodeAccount
+from gpumesh.balancer.base import Demand, ResidencyKey
+from gpumesh.balancer.forecast import Forecast
+from gpumesh.balancer.select import suits_demand
+from gpumesh.model_names import full_name
+from gpumesh.topology import BackendKind
+
+MAX_RANKED_WHOLE = 24  # a fleet with no more nodes is ranked whole
+MAX_TABLES = 64  # a client can ask for any context length, and each makes a table of its own
+# How many nodes of each sort are ranked. Of those with the model in memory and a free slot, these are two of each of
+# the fastest classes of pace. The others matter only if these are few or slow. Each node that is ranked costs time.
+WITH_PREFIX = 3
+PREFERRED = 4
+WARM_FREE = 4
+OF_EACH_PACE = 2
+PACE_CLASSES = 4  # for each doubling
+COLD_FREE = 1
+WARM_FULL = 2
+# A node that cannot load the model now (another load, or a model that must stay) is looked at again after this time.
+MIN_BLOCKED_S, MAX_BLOCKED_S = 0.01, 1.0
+
+
+class Bag(IntEnum):
+    """Where a node stands for a request. *Warm*: the server has the model in memory, with the options of the
+    request. *Empty*: it has no model in memory, so that a load pushes nothing out."""
+
+    WARM_FREE = 0
+    EMPTY_FREE = 1
+    COLD_FREE = 2
+    WARM_FULL = 3
+    COLD_FULL = 4
+
+
+_Place = tuple[int, Bag, int]
+"""A node's tier, its bag, and the class of its pace (``NodeTable._find_pace``; 0 in all bags but the warm free)."""
+
+FREE_BAGS = (Bag.WARM_FREE, Bag.EMPTY_FREE, Bag.COLD_FREE)
+
+
+class _TableKey(NamedTuple):
+    """What decides which nodes suit a request, and which of them are warm."""
+
+    model: str | None
+    residency: ResidencyKey | None
+    kinds: frozenset[BackendKind]
+    nodes: frozenset[str] | None
+
+
+class _NodeBag:
+    """Nodes in no order. To add, to remove and to draw one costs the same in a bag of any size."""
+
+    __slots__ = ("_accounts", "_positions")
+
+    def __init__(self) -> None:
+        self._accounts: list[NodeAccount] = []
+        self._positions: dict[str, int] = {}
+
+    def __len__(self) -> int:
+        return len(self._accounts)
+
+    def add(self, account: NodeAccount) -> None:
+        self._positions[account.name] = len(self._accounts)
+        self._accounts.append(account)
+
+    def remove(self, name: str) -> None:
+        position = self._positions.pop(name)
+        last = self._accounts.pop()
+        if last.name != name:
+            self._accounts[position] = last
+            self._positions[last.name] = position
+
+    def shuffled(self, rng: Random) -> Iterator[NodeAccount]:
+        """Yields each node once. Which comes first is random, and the first few are far from each other in the bag."""
+        accounts = self._accounts
+        count = len(accounts)
+        if not count:
+            return
+        step = max(int(count * 0.618), 1)
+        while gcd(step, count) > 1:  # else the steps would not come to all nodes
+            step += 1
+        position = int(rng.random() * count)
+        for _ in range(count):
+            yield accounts[position]
+            position = (position + step) % count
+
+
+class NodeTable:
+    """The nodes that suit one sort of request (``demand`` is an example), in bags by tier."""
+
+    def __init__(self, demand: Demand, accounts: Mapping[str, NodeAccount]) -> None:
+        self.warm_slots = 0
+        """The slots for the model on the nodes that have it in memory."""
+        self._demand = demand
+        self._model = None if demand.residency is None else demand.residency.model
+        self._bags: dict[_Place, _NodeBag] = {}  # by tier
+        self._tiers: list[int] = []  # sorted
+        self._bag_of: dict[str, _Place] = {}  # for each node that is up and suits the request
+        self._warm_slots_of: dict[str, int] = {}  # for each warm node
+        self._changed: dict[str, NodeAccount] = dict(accounts)  # since the last ``refresh``
+        self._blocked_until: dict[str, float] = {}
+        self._blocked: list[tuple[float, str]] = []  # a heap
+        self._accounts = accounts
+
+    def __repr__(self) -> str:
+        bags = (f"tier {tier} {bag.name} {len(nodes)}" for (tier, bag, _), nodes in self._bags.items())
+        return f"<NodeTable {self._model} {', '.join(bags)}>"
+
+    # -- changes -------------------------------------------------------------------------------------------------
+
+    def note_change(self, account: NodeAccount) -> None:
+        """The node may belong into another bag."""
+        self._changed[account.name] = account
+
+    def note_blocked(self, name: str, until: float) -> None:
+        """The node has a free slot, but it cannot load the model before this time."""
+        self._blocked_until[name] = until
+        heapq.heappush(self._blocked, (until, name))
+        self.note_change(self._accounts[name])
+
+    def refresh(self, now: float) -> None:
+        """Puts the changed nodes into their bags."""
+        while self._blocked and self._blocked[0][0] <= now:
+            _, name = heapq.heappop(self._blocked)
+            if self._blocked_until.get(name, now) <= now:
+                self._blocked_until.pop(name, None)
+                self._changed[name] = self._accounts[name]
+        if self._changed:
+            for account in self._changed.values():
+                self._put(account, now)
+            self._changed.clear()
+
+    def _put(self, account: NodeAccount, now: float) -> None:
+        name, old = account.name, self._bag_of.get(account.name)
+        new: _Place | None = None
+        warm_slots = 0
+        if account.is_up and suits_demand(account, self._demand):
+            bag_kind = self._find_bag(account, now)
+            pace = self._find_pace(account) if bag_kind is Bag.WARM_FREE else 0
+            new = (account.tier, bag_kind, pace)
+            if bag_kind in (Bag.WARM_FREE, Bag.WARM_FULL):
+                warm_slots = account.slots(self._model or "", now) or 1
+        self.warm_slots += warm_slots - self._warm_slots_of.get(name, 0)
+        self._warm_slots_of[name] = warm_slots
+        if new == old:
+            return
+        if old is not None:
+            self._bags[old].remove(name)
+            del self._bag_of[name]
+            if not self._bags[old]:
+                del self._bags[old]
+        if new is not None:
+            self._bag_of[name] = new
+            bag = self._bags.get(new)
+            if bag is None:
+                bag = self._bags[new] = _NodeBag()
+                self._tiers = sorted({tier for tier, _, _ in self._bags})
+            bag.add(account)
+
+    def _find_bag(self, account: NodeAccount, now: float) -> Bag:
+        key, residency = self._demand.residency, account.residency
+        is_free = account.has_room(self._model, now)
+        if key is None or residency.is_resident(key):
+            return Bag.WARM_FREE if is_free else Bag.WARM_FULL
+        if not is_free or account.name in self._blocked_until or residency.next_load_starts_at(now) > now:
+            return Bag.COLD_FULL
+        return Bag.COLD_FREE if residency.loaded else Bag.EMPTY_FREE
+
+    def _find_pace(self, account: NodeAccount) -> int:
+        """The class of the time that one more answer would take there now for each token, with the answers that run
+        there. A class is a factor of 1.2 wide; the lowest is the fastest."""
+        token_s = account.rates.decode_s(self._model or "", 1.0, account.streams + account.reading + 1)
+        return round(PACE_CLASSES * math.log2(max(token_s * account.slowness / account.weight, 1e-9)))
+
+    # -- questions -----------------------------------------------------------------------------------------------
+
+    def __iter__(self) -> Iterator[NodeAccount]:
+        """The nodes that are up and suit the request. Those with a free slot come first."""
+        for place in sorted(self._bags, key=lambda place: place[1]):
+            yield from self._bags[place]._accounts
+
+    def __len__(self) -> int:
+        return len(self._bag_of)
+
+    def is_suitable(self, name: str) -> bool:
+        return name in self._bag_of
+
+    def is_free(self, name: str) -> bool:
+        """Whether the node has a free slot for this request, and may load its model now if it must."""
+        place = self._bag_of.get(name)
+        return place is not None and place[1] in FREE_BAGS
+
+    def draw(self, tier: int, bag: Bag, rng: Random) -> Iterator[NodeAccount]:
+        """Yields the nodes of a bag, random ones first."""
+        nodes = self._bags.get((tier, bag, 0))
+        return iter(()) if nodes is None else nodes.shuffled(rng)
+
+    def draw_fastest(self, tier: int, rng: Random) -> Iterator[NodeAccount]:
+        """Yields the warm nodes with a free slot: a few of each class of pace, the fastest class first; then the
+        others."""
+        paces = sorted(place[2] for place in self._bags if place[0] == tier and place[1] is Bag.WARM_FREE)
+        rest: list[Iterator[NodeAccount]] = []
+        for pace in paces:
+            nodes = self._bags[tier, Bag.WARM_FREE, pace].shuffled(rng)
+            yield from islice(nodes, OF_EACH_PACE)
+            rest.append(nodes)
+        for nodes in rest:
+            yield from nodes
+
+    @property
+    def tiers(self) -> Sequence[int]:
+        return self._tiers
+
+
+class Shortlist:
+    """The tables of a fleet. ``accounts`` are all its nodes; the owner adds to them."""
+
+    def __init__(self, accounts: Mapping[str, NodeAccount], rng: Random) -> None:
+        self._accounts = accounts
+        self._rng = rng
+        self._tables: OrderedDict[_TableKey, NodeTable] = OrderedDict()
+
+    def __repr__(self) -> str:
+        return f"<Shortlist {len(self._accounts)} nodes, {len(self._tables)} tables>"
+
+    @property
+    def is_needed(self) -> bool:
+        """Whether the fleet is too large to be ranked whole."""
+        return len(self._accounts) > MAX_RANKED_WHOLE
+
+    def note_change(self, account: NodeAccount) -> None:
+        """The node's slots, models or state may have changed."""
+        for table in self._tables.values():
+            table.note_change(account)
+
+    def table(self, demand: Demand, now: float) -> NodeTable:
+        """The nodes that suit the demand. A table is made when it is asked for first: only that looks at all nodes.
+
+        The demand must have its residency key, and name no node."""
+        key = _TableKey(demand.model, demand.residency, demand.kinds, demand.nodes)
+        table = self._tables.get(key)
+        if table is None:
+            table = self._tables[key] = NodeTable(demand, self._accounts)
+            if len(self._tables) > MAX_TABLES:
+                self._tables.popitem(last=False)
+        else:
+            self._tables.move_to_end(key)
+        table.refresh(now)
+        return table
+
+    def pick(
+        self, demand: Demand, cached: Mapping[str, float], now: float, *, exclude: Collection[str] = ()
+    ) -> list[NodeAccount]:
+        """The nodes to rank. ``cached``: how many tokens of the prompt each node has. ``exclude``: names of nodes that
+        must not be used."""
+        table = self.table(demand, now)
+        picked: dict[str, NodeAccount] = {}
+        usable = _UsableCheck(demand, now, exclude)
+        if len(table) <= MAX_RANKED_WHOLE:
+            return [account for account in table if usable.allows(account)]
+        if cached:
+            names = (
+                cached if len(cached) <= WITH_PREFIX else heapq.nlargest(WITH_PREFIX, cached, key=cached.__getitem__)
+            )
+            self._add_named(picked, names, table, usable)
+        if demand.preferred_nodes:
+            free = [name for name in sorted(demand.preferred_nodes) if table.is_free(name)]
+            self._add_named(picked, self._rng.sample(free, min(len(free), PREFERRED)), table, usable)
+        has_warm_full = False
+        tiers_with_free = 0
+        for tier in table.tiers:
+            size = len(picked)
+            if tiers_with_free < 2:  # a lower tier is used where the upper one is much slower
+                self._add_drawn(picked, table.draw_fastest(tier, self._rng), WARM_FREE, usable)
+                self._add_drawn(picked, table.draw(tier, Bag.EMPTY_FREE, self._rng), COLD_FREE, usable)
+                if len(picked) == size:  # else a load that pushes out another model would hardly pay
+                    self._add_drawn(picked, table.draw(tier, Bag.COLD_FREE, self._rng), COLD_FREE, usable)
+                tiers_with_free += len(picked) > size
+            if not has_warm_full:
+                size = len(picked)
+                self._add_drawn(picked, table.draw(tier, Bag.WARM_FULL, self._rng), WARM_FULL, usable)
+                has_warm_full = len(picked) > size
+        return list(picked.values())
+
+    def _add_named(
+        self, picked: dict[str, NodeAccount], names: Collection[str], table: NodeTable, usable: _UsableCheck
+    ) -> None:
+        for name in names:
+            if table.is_suitable(name) and usable.allows(self._accounts[name]):
+                picked[name] = self._accounts[name]
+
+    @staticmethod
+    def _add_drawn(
+        picked: dict[str, NodeAccount], drawn: Iterator[NodeAccount], count: int, usable: _UsableCheck
+    ) -> None:
+        """Adds up to ``count`` usable nodes."""
+        for account in drawn:
+            if account.name not in picked and usable.allows(account):
+                picked[account.name] = account
+                count -= 1
+                if not count:
+                    return
+
+    def note_not_free(self, demand: Demand, considered: Sequence[Forecast], queue_s: float, now: float) -> bool:
+        """Puts the nodes that turned out to be blocked into their bag: they have a slot, but cannot load the model now.
+        Returns whether there were any, so that others should be ranked."""
+        table = self.table(demand, now)
+        if len(table) <= MAX_RANKED_WHOLE:
+            return False
+        was_any = False
+        for found in considered:
+            if not found.is_free and table.is_free(found.node):
+                blocked_s = min(max(found.wait_s - queue_s, MIN_BLOCKED_S), MAX_BLOCKED_S)
+                table.note_blocked(found.node, now + blocked_s)
+                was_any = True
+        return was_any
+
+
+class _UsableCheck:
+    """Whether a suitable node may get the request now."""
+
+    __slots__ = ("_exclude", "_model", "_now")
+
+    def __init__(self, demand: Demand, now: float, exclude: Collection[str]) -> None:
+        self._exclude = exclude
+        self._now = now
+        # A model is never broken for a request about the model store.
+        self._model = full_name(demand.model) if demand.model is not None and demand.needs_slot else None
+
+    def allows(self, account: NodeAccount) -> bool:
+        if account.name in self._exclude or not account.breaker.allows(self._now):
+            return False
+        return self._model is None or not account.is_broken_for(self._model, self._now)

@@ -1,0 +1,125 @@
+"""``SlowNodes``: feeds the watch for slow nodes from the requests, and gives its verdicts to the accounts. Pure.
+
+The forecasts of a slow node are multiplied by a factor (``NodeAccount.slowness``). An occasional request goes there all
+the same, so that its recovery is seen. Times are seconds of the caller's clock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from gpumesh.backends.base import ServerCounters
+from gpumesh.balancer.account import NodeAccount, PlacedRequest
+from gpumesh.balancer.experience import measure_stream_s
+from gpumesh.balancer.outliers import OutlierWatch, Slowness
+from gpumesh.balancer.policies.base import Choice, Question
+
+# Added to the measured and to the forecast time of a first token. A node is not slow because 1 ms became 5 ms.
+FIRST_TOKEN_FLOOR_S = 0.1
+MOST_READS = 1.2  # prompts that were read at once, on the mean
+MOST_STALLED = 0.25  # of the time of an answer
+MIN_TOKENS = 16  # a shorter answer says little about the rate
+
+
+class SlowNodes:
+    """``accounts`` are all nodes, by name; the owner adds to them."""
+
+    def __init__(self, accounts: Mapping[str, NodeAccount]) -> None:
+        self.watch = OutlierWatch()
+        self._accounts = accounts
+        self._slowed: set[str] = set()  # the nodes whose account has a factor above 1
+
+    def __repr__(self) -> str:
+        return f"<SlowNodes {', '.join(sorted(self._slowed)) or 'none'}>"
+
+    def slowness(self, node: str, now: float) -> Slowness | None:
+        """How slow the node is, for people; ``None`` if it is normal."""
+        return self.watch.slowness(node, now)
+
+    def forget(self, node: str) -> None:
+        """Forgets a node, because its server is new."""
+        self.watch.forget(node)
+        self._accounts[node].slowness = 1.0
+        self._slowed.discard(node)
+
+    # -- what was measured ---------------------------------------------------------------------------------------
+
+    def note_first_token(self, placed: PlacedRequest, now: float) -> None:
+        """The answer has begun. To be called once for each answer."""
+        # The time of a load is no sign of slowness. Where other prompts are read meanwhile, the forecast is not exact.
+        if placed.needs_load or placed.mean_reads > MOST_READS:
+            return
+        account = placed.account
+        # The forecast of the reading contains the account's factor.
+        read_s = (placed.begins_at - placed.sent_at - account.rtt_s) / account.slowness
+        forecast_s = account.rtt_s + max(read_s, 0.0)
+        measured_s = now - placed.sent_at
+        self.watch.add_first_token(
+            account.name, measured_s + FIRST_TOKEN_FLOOR_S, forecast_s + FIRST_TOKEN_FLOOR_S, now
+        )
+        self._update(now)
+
+    def note_answer(
+        self, placed: PlacedRequest, counters: ServerCounters, now: float, *, mean_streams: float, stalled_share: float
+    ) -> None:
+        """A whole answer has ended. ``mean_streams`` answers were written meanwhile, this one included; in
+        ``stalled_share`` of the time it stood still."""
+        account, model, tokens = placed.account, placed.model, counters.tokens
+        if counters.eval_ms is not None:
+            eval_s: float | None = counters.eval_ms / 1000.0
+        else:
+            eval_s = measure_stream_s(placed, counters, now)
+        if model is None or tokens is None or eval_s is None or tokens < MIN_TOKENS:
+            return
+        if stalled_share > MOST_STALLED:  # what is left after it was cleaned is not exact
+            return
+        eval_s = account.read_stall.clean(eval_s, stalled_share)
+        alone_s = eval_s / (1.0 + account.rates.share(model) * (mean_streams - 1.0))
+        if alone_s > 0.0:
+            self.watch.add_decode_rate(account.name, model, tokens / alone_s, now)
+            self._update(now)
+
+    def _update(self, now: float) -> None:
+        """Gives the factors of the slow nodes to their accounts."""
+        factors = self.watch.factors(self._accounts.keys(), now)
+        if not factors and not self._slowed:  # nearly always
+            return
+        for node in self._slowed.difference(factors):
+            self._accounts[node].slowness = 1.0
+        for node, factor in factors.items():
+            account = self._accounts[node]
+            account.slowness = max(factor / self._learned_share(account, now), 1.0)
+        self._slowed = set(factors)
+
+    def _learned_share(self, account: NodeAccount, now: float) -> float:
+        """By how much the slowness is in the account's learned rates already: else it would count twice."""
+        slowness = self.watch.slowness(account.name, now)
+        if slowness is None or (slowness.decode or 0.0) < (slowness.first_token or 0.0):
+            return 1.0  # a forecast of the first token is made from the learned rates, so what is late is not in them
+        shares = [
+            account.rates.decode_s(model, 1.0) / token_s
+            for model, token_s in self.watch.usual_token_s(account.name).items()
+            if account.rates.is_measured(model)
+        ]
+        return max(shares, default=1.0)
+
+    # -- probes --------------------------------------------------------------------------------------------------
+
+    def find_probe(self, question: Question) -> Choice | None:
+        """The choice of a slow node, if this request should go there to see whether the node has recovered; ``None``:
+        the policy decides."""
+        if not self._slowed:
+            return None
+        for account in question.accounts:
+            if account.name in self._slowed and self.watch.wants_probe(
+                account.name, question.now, in_flight=account.count()
+            ):
+                found = question.forecast(account)
+                if found.is_free and not found.load_s:
+                    return Choice(found, (found,))
+        return None
+
+    def record_choice(self, chosen: str, question: Question) -> None:
+        """Notes that ``chosen`` was given a request, for which the nodes of ``question`` were ranked."""
+        if self._slowed:
+            self.watch.record_choice(chosen, {account.name for account in question.accounts}, question.now)

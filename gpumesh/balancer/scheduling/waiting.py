@@ -1,0 +1,88 @@
+"""What waits in the queue: ``Waiting``, and its ``Group``, which decides which nodes can serve it. Pure."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from msgspec.structs import replace
+
+from gpumesh.balancer.base import Demand, ResidencyKey
+from gpumesh.balancer.fair_queue import FairQueue
+from gpumesh.balancer.fairness.lane import QueueEntry
+from gpumesh.model_names import full_name
+from gpumesh.topology import BackendKind
+
+
+class Group(NamedTuple):
+    """What decides which nodes can serve a waiting request. Requests of one group differ only in their order."""
+
+    model: str | None
+    residency: ResidencyKey | None
+    kinds: frozenset[BackendKind]
+    node: str | None
+    nodes: frozenset[str] | None
+    exclude: frozenset[str]
+
+
+@dataclass(slots=True, eq=False)
+class Waiting:
+    """A request in the queue, where it came at ``joined_at``. ``payload`` is the owner's own object.
+    ``patience_until``: until this time it waits for a better node although another has a free slot; ``None``: no other
+    node had one."""
+
+    demand: Demand
+    exclude: frozenset[str]
+    payload: object
+    joined_at: float
+    patience_until: float | None = None
+
+
+class Patience:
+    """How long requests wait for a better node although another has a free slot. Times are seconds of the caller's
+    clock."""
+
+    def __init__(self) -> None:
+        self._ends: list[tuple[float, int, QueueEntry[Waiting]]] = []  # a heap
+        self._count = 0  # so that no two members of the heap are equal
+
+    def __repr__(self) -> str:
+        return f"<Patience {len(self._ends)} times>"
+
+    def limit(self, entry: QueueEntry[Waiting], until: float) -> None:
+        """The request waits for a better node until this time."""
+        entry.payload.patience_until = until
+        self._count += 1
+        heapq.heappush(self._ends, (until, self._count, entry))
+
+    def next_end(self, queue: FairQueue[Waiting]) -> float | None:
+        """The next time at which a patience ends in a group that still waits; ``None``: there is none."""
+        while self._ends and not queue.size_of(self._ends[0][2].group):
+            heapq.heappop(self._ends)
+        return self._ends[0][0] if self._ends else None
+
+    def take_ended(self, now: float) -> Iterator[QueueEntry[Waiting]]:
+        """Removes and yields the requests whose patience is over."""
+        while self._ends and self._ends[0][0] <= now:
+            yield heapq.heappop(self._ends)[2]
+
+    def clear(self) -> None:
+        self._ends.clear()
+
+
+def group_of(demand: Demand, exclude: frozenset[str]) -> Group:
+    return Group(demand.model, demand.residency, demand.kinds, demand.node, demand.nodes, exclude)
+
+
+def with_residency(demand: Demand) -> Demand:
+    """The demand with what its model must be loaded with. A demand that does not say it needs the server's defaults."""
+    if demand.residency is not None or demand.model is None:
+        return demand
+    return replace(demand, residency=ResidencyKey(full_name(demand.model)))
+
+
+def demand_of(group: Group) -> Demand:
+    """A demand that the same nodes can serve as the requests of this group, but for the excluded ones."""
+    return Demand(model=group.model, kinds=group.kinds, node=group.node, nodes=group.nodes)

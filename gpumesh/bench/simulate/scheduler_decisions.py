@@ -1,0 +1,112 @@
+"""The mesh's own ``Scheduler`` as the balancer of a simulation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from random import Random
+
+from gpumesh.backends.base import ServerCounters
+from gpumesh.balancer.base import Demand, ResidencyKey
+from gpumesh.balancer.outcomes import Outcome, rule_for_outcome
+from gpumesh.balancer.prefixes.prints import PromptPrint, print_from_ids
+from gpumesh.balancer.scheduling.scheduler import Placement, Scheduler
+from gpumesh.bench.simulate.fleet import NodeSpec
+from gpumesh.bench.simulate.requests import Attempt, Grant, Job, SimulatedRequest
+from gpumesh.topology import PolicyKind
+
+BYTES_PER_TOKEN = 4
+
+
+class SchedulerDecisions:
+    """Implements ``Decisions``."""
+
+    def __init__(self, specs: Sequence[NodeSpec], kind: PolicyKind, *, rng: Random, max_queue: int) -> None:
+        self._scheduler = Scheduler(kind, rng=rng, max_queue=max_queue)
+        self._accounts = self._scheduler.accounts
+        for spec in specs:
+            account = self._scheduler.add_account(spec.name, weight=spec.weight, max_parallel=spec.max_parallel)
+            account.is_up = True
+            account.learns_limit = True
+            account.models = frozenset(spec.models)
+            account.rtt_s = spec.rtt_s
+            account.residency.memory_mib = None if spec.vram_mib is None else int(spec.vram_mib)
+            account.residency.file_mib = {name: int(model.vram_mib / 1.2) for name, model in spec.models.items()}
+            account.residency.replace_with_report(dict.fromkeys(spec.loaded, (None, None)), asked_at=0.0)
+            self._scheduler.note_report(account)
+        self._demands: dict[int, Demand] = {}
+
+    @property
+    def waiting(self) -> int:
+        return self._scheduler.queue.size
+
+    def submit(self, job: Job, now: float) -> Grant | None:
+        demand = _demand(job)
+        placement = self._scheduler.place_now(demand, now, exclude=job.failed_nodes)
+        if placement is not None:
+            return _grant(job, placement)
+        if not self._scheduler.choice.select(demand, now, exclude=job.failed_nodes):
+            return Grant(job, None)
+        try:
+            self._scheduler.wait(
+                demand,
+                now,
+                job,
+                exclude=job.failed_nodes,
+                accepted_at=job.submitted_at if job.attempts else None,
+            )
+        except OverflowError:
+            return Grant(job, None)
+        return None
+
+    def grants(self, now: float) -> Sequence[Grant]:
+        return [_grant(entry.payload.payload, placement) for entry, placement in self._scheduler.grants(now)]
+
+    def next_check(self, now: float) -> float | None:  # noqa: ARG002  # the scheduler knows the time
+        return self._scheduler.next_check()
+
+    def note_first_token(self, attempt: Attempt, now: float) -> None:
+        self._scheduler.note_first_token(attempt.running, now)
+
+    def end(self, attempt: Attempt, now: float, outcome: Outcome, counters: ServerCounters | None) -> None:
+        account = self._accounts[attempt.node]
+        if outcome is Outcome.SERVED:
+            account.breaker = account.breaker.record_success()
+        elif rule_for_outcome(outcome).counts_against_node:
+            account.breaker = account.breaker.record_failure(now)
+        else:
+            account.breaker = account.breaker.cancel_trial()
+        self._scheduler.end(attempt.running, now, counters if outcome is Outcome.SERVED else None)
+        if outcome is not Outcome.SERVED:
+            self._scheduler.note_failed(attempt.running)
+
+    def set_report(self, node: str, *, is_up: bool, loaded: Mapping[str, tuple[int, int]], now: float) -> None:
+        account = self._accounts[node]
+        account.is_up = is_up
+        account.residency.replace_with_report(loaded, asked_at=now)
+        self._scheduler.note_report(account)
+
+
+def _grant(job: object, placement: Placement) -> Grant:
+    assert isinstance(job, Job)
+    return Grant(job, placement.placed.account.name, placement.placed)
+
+
+def _demand(job: Job) -> Demand:
+    request = job.request
+    return Demand(
+        model=request.model,
+        priority=request.priority,
+        session=request.session,
+        prompt_tokens=job.prompt_tokens,
+        max_tokens=request.max_tokens,
+        residency=ResidencyKey(request.model, request.context),
+        client=request.client,
+        prompt=_print(request),
+    )
+
+
+def _print(request: SimulatedRequest) -> PromptPrint | None:
+    if not request.blocks:
+        return None
+    id_bytes = request.block_tokens * BYTES_PER_TOKEN
+    return print_from_ids(request.blocks, id_bytes=id_bytes, size=request.prompt_tokens * BYTES_PER_TOKEN)

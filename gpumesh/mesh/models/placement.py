@@ -1,0 +1,201 @@
+"""Loads models that mesh.yaml wants in memory (``copies``, ``nodes``, ``pinned`` of a model), where they are missing.
+
+``find_next_load`` decides, without I/O. ``ModelPlacement`` looks at the nodes after their first reports, and then every
+``CHECK_INTERVAL_S``; it loads one model at a time. It only adds what is missing: it unloads nothing by itself, and it
+waits for nodes that are busy.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from gpumesh.backends.dialects import KINDS_WITH_MODEL_STORE
+from gpumesh.balancer.base import ResidencyKey
+from gpumesh.errors import GPUMeshError
+from gpumesh.mesh.models.inventory import is_embedder_on
+from gpumesh.mesh.models.model_store import ModelStore, over_mesh
+from gpumesh.model_names import full_name
+from gpumesh.topology import ModelSpec
+
+if TYPE_CHECKING:
+    from gpumesh.mesh.mesh import Mesh
+    from gpumesh.mesh.nodes.node import Node
+
+log = logging.getLogger(__name__)
+
+CHECK_INTERVAL_S = 30.0
+FIRST_REPORT_TIMEOUT_S = 10.0
+LOAD_TIMEOUT_S = 600.0  # a large model from a slow disk takes minutes
+RETRY_S = 600.0  # after a load that has failed
+# How long the model stays in memory without use. Ollama's own 5 minutes would unload it again and again. It is not
+# "for ever", so that the memory is free some time after the mesh has ended.
+KEEP_ALIVE = "1h"
+RECENT_USE_S = 300.0  # a model that was used so lately is not pushed out
+AWAY_S = 60.0  # the copies of a node that is away for less are not replaced
+FOREIGN_LOAD = 0.3  # of the GPU, by other programs; with more, the node is busy
+
+
+@dataclass(frozen=True, slots=True)
+class PlacementNode:
+    """A node as the decision sees it. All models are full names in the mesh.
+
+    - ``is_idle``: the node can be used now, has a model store, and no request runs there.
+    - ``models``: those that it has on its disk; ``loaded``: those in its memory, or about to be.
+    - ``used``: those of ``loaded`` that were used lately.
+    - ``pushed_out``: for each wanted model that is not loaded there, what a load would push out.
+    - ``failed``: models that could not be loaded there a short time ago.
+    """
+
+    name: str
+    is_idle: bool
+    models: AbstractSet[str] = frozenset()
+    loaded: AbstractSet[str] = frozenset()
+    used: AbstractSet[str] = frozenset()
+    pushed_out: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    failed: AbstractSet[str] = frozenset()
+    tier: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class NextLoad:
+    """A model to load on a node. ``model`` is its name in mesh.yaml. ``present`` copies are in memory now, of the
+    ``wanted`` ones. ``pushed_out`` has to go."""
+
+    model: str
+    node: str
+    present: int
+    wanted: int
+    pushed_out: Sequence[str] = ()
+
+
+def find_next_load(specs: Sequence[ModelSpec], nodes: Sequence[PlacementNode]) -> NextLoad | None:
+    """The first copy that is missing and can be loaded now; ``None`` if there is none. Models come in the order of
+    mesh.yaml, pinned ones first.
+
+    A load never pushes out a pinned model, a model that was used lately, or a copy that mesh.yaml wants too."""
+    kept = {full_name(spec.name) for spec in specs if spec.pinned} | _wanted_without_surplus(specs, nodes)
+    for spec in sorted(specs, key=lambda spec: not spec.pinned):
+        model = full_name(spec.name)
+        allowed = _allowed_nodes(spec, nodes)
+        present = sum(model in node.loaded for node in allowed)
+        if spec.wanted_copies is None or present >= spec.wanted_copies:
+            continue
+        candidates = [node for node in allowed if _can_load(node, model, kept)]
+        if candidates:
+            best = min(
+                candidates,
+                key=lambda node: (node.name not in spec.prefer, node.tier, len(node.pushed_out.get(model, ()))),
+            )
+            pushed_out = tuple(best.pushed_out.get(model, ()))
+            return NextLoad(spec.name, best.name, present, spec.wanted_copies, pushed_out)
+    return None
+
+
+def _wanted_without_surplus(specs: Sequence[ModelSpec], nodes: Sequence[PlacementNode]) -> set[str]:
+    """The models of which no copy in memory is more than mesh.yaml wants."""
+    kept: set[str] = set()
+    for spec in specs:
+        model = full_name(spec.name)
+        present = sum(model in node.loaded for node in _allowed_nodes(spec, nodes))
+        if spec.wanted_copies is not None and present <= spec.wanted_copies:
+            kept.add(model)
+    return kept
+
+
+def _allowed_nodes(spec: ModelSpec, nodes: Sequence[PlacementNode]) -> list[PlacementNode]:
+    return [node for node in nodes if spec.nodes is None or node.name in spec.nodes]
+
+
+def _can_load(node: PlacementNode, model: str, kept: AbstractSet[str]) -> bool:
+    """Whether the model is missing in this node's memory, and may be loaded there now."""
+    if not node.is_idle or model not in node.models or model in node.loaded or model in node.failed:
+        return False
+    return not any(other in kept or other in node.used for other in node.pushed_out.get(model, ()))
+
+
+class ModelPlacement:
+    """Keeps the wanted copies of a running mesh in memory. ``clock`` is the mesh's."""
+
+    def __init__(self, mesh: Mesh, *, clock: Callable[[], float]) -> None:
+        self._mesh = mesh
+        self._clock = clock
+        self._specs = [spec for spec in mesh.topology.models if spec.wanted_copies]
+        self._failed_until: dict[tuple[str, str], float] = {}  # by node and model
+        self._away_since: dict[str, float] = {}
+
+    def __repr__(self) -> str:
+        return f"<ModelPlacement {len(self._specs)} models, {len(self._failed_until)} failed loads>"
+
+    async def run(self, *, sleep: Callable[[float], Awaitable[None]] = asyncio.sleep) -> None:
+        """Loads what is missing, until it is cancelled. Returns at once if mesh.yaml wants no copies."""
+        if not self._specs:
+            return
+        await self._mesh.wait_first_report(FIRST_REPORT_TIMEOUT_S)
+        while True:
+            while (found := find_next_load(self._specs, [self._see(node) for node in self._mesh.fleet])) is not None:
+                await self._load(found)
+            await sleep(CHECK_INTERVAL_S)
+
+    def _see(self, node: Node) -> PlacementNode:
+        account, now = node.account, self._clock()
+        residency = account.residency
+        is_idle = (
+            account.is_usable(now)
+            and account.kind in KINDS_WITH_MODEL_STORE
+            and account.count() == 0
+            and account.foreign_load <= FOREIGN_LOAD
+            and residency.next_load_starts_at(now) <= now
+        )
+        if account.is_up:
+            self._away_since.pop(node.name, None)
+        is_gone = not account.is_up and now - self._away_since.setdefault(node.name, now) >= AWAY_S
+        loaded: frozenset[str] = frozenset() if is_gone else frozenset(residency.loaded)
+        wanted = [full_name(spec.name) for spec in self._specs]
+        return PlacementNode(
+            node.name,
+            is_idle,
+            models=account.models or frozenset(),
+            loaded=loaded,
+            # 0: loaded by others, so it is not known when it was used.
+            used={name for name, model in residency.loaded.items() if 0.0 < model.used_at > now - RECENT_USE_S},
+            pushed_out={name: residency.pushed_out_by(ResidencyKey(name), {}) for name in wanted if name not in loaded},
+            failed={
+                name
+                for name in wanted
+                if account.is_broken_for(name, now) or self._failed_until.get((node.name, name), now) > now
+            },
+            tier=account.tier,
+        )
+
+    async def _load(self, found: NextLoad) -> None:
+        """Loads one model, and returns when it is in memory or the load has failed."""
+        node, model = self._mesh.fleet[found.node], full_name(found.model)
+        pushed_out = f", in place of {', '.join(found.pushed_out)}" if found.pushed_out else ""
+        log.info(
+            "loading %s%s: mesh.yaml wants %d in memory, there are %d",
+            found.model,
+            pushed_out,
+            found.wanted,
+            found.present,
+            extra={"event": "placement", "node": found.node},
+        )
+        store = ModelStore(found.node, over_mesh(self._mesh, found.node))
+        node.note_load_sent(model)
+        is_loaded = False
+        try:
+            async with asyncio.timeout(LOAD_TIMEOUT_S):
+                name_at_server = node.server_name(found.model) or found.model
+                is_embedder = is_embedder_on(node.state(queued=0), name_at_server)
+                await store.load(name_at_server, embedder=is_embedder, keep_alive=KEEP_ALIVE)
+            is_loaded = True
+        except (GPUMeshError, TimeoutError) as error:
+            reason = "it took too long" if isinstance(error, TimeoutError) else str(error)
+            log.warning("could not load %s: %s", found.model, reason, extra={"event": "placement", "node": found.node})
+            self._failed_until[found.node, model] = self._clock() + RETRY_S
+        finally:
+            node.note_load_ended(model, is_loaded=is_loaded)
