@@ -84,7 +84,8 @@ def decide(offered: Forecast, forecasts: list[Forecast], question: Question) -> 
                 # A load would serve all requests that wait for the model. On the mean, they wait for half the others.
                 idle_cost_s = question.queue_s / 2.0
             else:
-                idle_cost_s = QUEUE_PRICE * question.queue_s * (1.0 - saved_share(offered, found))
+                # The queue loses by the slot that stays free, and gains by the work that is not done twice.
+                idle_cost_s = QUEUE_PRICE * question.queue_s * (1.0 - 2.0 * saved_share(offered, found))
             cost_s = found.total_s + idle_cost_s
             if cost_s < awaited_cost_s:
                 awaited, awaited_cost_s = found, cost_s
