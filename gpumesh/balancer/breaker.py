@@ -179,6 +179,11 @@ class ModelBreakers:
 
     # -- questions -----------------------------------------------------------------------------------------------
 
+    @property
+    def has_faults(self) -> bool:
+        """Whether any model has failed here lately."""
+        return bool(self._faults)
+
     def broken(self, now: float, *, despite_doubt: bool = False) -> AbstractSet[str]:
         """The models that must not be asked for now. ``despite_doubt``: models that fail for a reason that is not known
         may be asked for; those that cannot be loaded or are not there may not."""

@@ -14,6 +14,7 @@ DEFAULT_TOKENS = 256.0
 MAX_TOKENS = 1 << 20  # a longer answer counts as one of this length
 PRIOR_ANSWERS = 3.0  # the weight of the more general mean, in answers
 MEMORY_ANSWERS = 50  # with more answers than this, old ones are gradually forgotten
+MAX_FORECASTS = 1000  # that are kept until the next answer
 MAX_CLIENTS = 1000  # with more, the client that has not asked for the longest time is forgotten
 MAX_PER_CLIENT = 16  # pairs of route and model of one client
 MAX_ROUTES = 1000  # pairs of route and model, and routes
@@ -53,6 +54,7 @@ class ExpectedLengths:
         self._all = _Mean()
         self._routes: _Means = OrderedDict()  # the key's model is "": the mean over all models
         self._clients: OrderedDict[str, _Means] = OrderedDict()
+        self._forecasts: dict[tuple[str, str, str], float] = {}  # those since the last answer
 
     def __repr__(self) -> str:
         return f"<ExpectedLengths {self._all.tokens:.0f} tokens, {len(self._clients)} clients>"
@@ -61,6 +63,7 @@ class ExpectedLengths:
         """Adds an answer of so many tokens. A negative number is ignored."""
         if tokens < 0:
             return
+        self._forecasts.clear()
         length = float(min(tokens, MAX_TOKENS))
         client, route, model = client[:MAX_KEY_CHARS], route[:MAX_KEY_CHARS], model[:MAX_KEY_CHARS]
         self._all.add(length)
@@ -77,6 +80,17 @@ class ExpectedLengths:
 
     def expect(self, client: str, route: str, model: str, max_tokens: int | None = None) -> float:
         """The expected number of tokens of an answer, at most ``max_tokens``; ``None``: the client sets no maximum."""
+        forecast_key = (client, route, model)
+        expected = self._forecasts.get(forecast_key)
+        if expected is None:
+            expected = self._expect(client, route, model)
+            if len(self._forecasts) < MAX_FORECASTS:
+                self._forecasts[forecast_key] = expected
+        # ``min`` first: a client may write a number that is too large for a float.
+        return expected if max_tokens is None or max_tokens < 0 else float(min(expected, max_tokens))
+
+    def _expect(self, client: str, route: str, model: str) -> float:
+        """The expected number of tokens without a maximum."""
         key = (route[:MAX_KEY_CHARS], model[:MAX_KEY_CHARS])
         expected = self._all.shrink_towards(DEFAULT_TOKENS)
         mean = self._routes.get((key[0], ""))
@@ -87,10 +101,7 @@ class ExpectedLengths:
                 expected = mean.shrink_towards(expected)
         means = self._clients.get(client[:MAX_KEY_CHARS])
         mean = None if means is None else means.get(key)
-        if mean is not None:
-            expected = mean.shrink_towards(expected)
-        # ``min`` first: a client may write a number that is too large for a float.
-        return expected if max_tokens is None or max_tokens < 0 else float(min(expected, max_tokens))
+        return expected if mean is None else mean.shrink_towards(expected)
 
 
 def remaining(expected: float, done: float, max_tokens: int | None = None) -> float:

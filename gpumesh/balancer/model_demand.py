@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from gpumesh.balancer.base import ResidencyKey
 
 WINDOW_S = 60.0  # the time constant of the rate: a burst of requests is forgotten after some minutes
+SAME_TIME_S = 0.05  # requests that come within this time count as one burst
 FIRST_SPAN_S = 10.0  # the first request counts as one in this time
 MAX_KEYS = 1000  # a client can ask for any context length, and each makes a key of its own
 SMOOTHING = 0.1  # weight of the newest time in the mean time of service
@@ -44,6 +45,9 @@ class ModelDemand:
                 self._demands.popitem(last=False)  # the key that was not asked for longest
             return
         self._demands.move_to_end(key)
+        if now - demand.at < SAME_TIME_S:
+            demand.weight += 1.0
+            return
         demand.weight = demand.weight * math.exp((demand.at - now) / WINDOW_S) + 1.0
         demand.at = now
 

@@ -31,7 +31,7 @@ class AdaptivePolicy:
         forecasts = [question.forecast(account, queue_s=queue_s) for account in question.accounts]
         chosen = self._best_free(forecasts, question)
         if chosen is not None:
-            return decide(chosen, forecasts, question)
+            return decide(chosen, forecasts, question) if len(forecasts) > 1 else Choice(chosen, forecasts)
         # Perhaps a node has a free slot, but must not begin another load yet. No event announces the time when it may.
         rooms = zip(question.accounts, forecasts, strict=True)
         blocked_s = [found.wait_s for account, found in rooms if account.has_room(question.model, question.now)]

@@ -6,6 +6,7 @@ import math
 from typing import NamedTuple
 
 SHARE_WINDOW_S = 30.0  # the time constant of ``BusyShare``
+SHARE_AGE_S = 0.1
 
 
 class ConcurrencyMark(NamedTuple):
@@ -81,8 +82,9 @@ class BusyShare:
         self._is_busy = False
 
     def share(self, now: float) -> float:
-        """The share of the last time in which it ran, from 0 to 1."""
-        self._update(now)
+        """The share of the last time in which it ran, from 0 to 1. It is not older than ``SHARE_AGE_S``."""
+        if now - self._updated_at > SHARE_AGE_S:
+            self._update(now)
         return self._share
 
     def busy_seconds(self, now: float) -> float:

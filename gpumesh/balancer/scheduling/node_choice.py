@@ -53,19 +53,21 @@ class NodeChoice:
         *,
         despite_breaker: bool = False,
     ) -> list[NodeAccount]:
-        accounts = [
-            account
-            for account in among
-            if account.is_up
-            and (despite_breaker or account.breaker.allows(now))
-            and account.name not in exclude
-            and suits_demand(account, demand)
-        ]
         # A model is never broken for a request about the model store.
-        if demand.model is None or not demand.needs_slot:
-            return accounts
-        model = full_name(demand.model)
-        return [account for account in accounts if not account.is_broken_for(model, now, despite_doubt=despite_breaker)]
+        model = None if demand.model is None or not demand.needs_slot else full_name(demand.model)
+        accounts: list[NodeAccount] = []
+        for account in among:
+            is_open = not despite_breaker and account.breaker.open_until is not None and not account.breaker.allows(now)
+            if not account.is_up or is_open or account.name in exclude or not suits_demand(account, demand):
+                continue
+            if (
+                model is not None
+                and account.model_breakers.has_faults
+                and account.is_broken_for(model, now, despite_doubt=despite_breaker)
+            ):
+                continue
+            accounts.append(account)
+        return accounts
 
     def compared(
         self, demand: Demand, work: Work, now: float, *, exclude: Collection[str], ranks_all: bool = False
