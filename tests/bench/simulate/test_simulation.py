@@ -156,7 +156,7 @@ def test_each_request_ends_once_and_busy_time_is_work(policy: str, seed: int) ->
 
 @pytest.mark.slow
 @pytest.mark.timeout(240)  # half a minute on a core of its own
-@pytest.mark.parametrize(("servers", "load", "count"), [(1, 0.5, 200_000), (4, 0.7, 400_000)])
+@pytest.mark.parametrize(("servers", "load", "count"), [(1, 0.5, 50_000), (4, 0.7, 100_000)])
 def test_the_wait_is_that_of_erlang_c(servers: int, load: float, count: int) -> None:
     """M/M/c: Poisson arrivals, exponential service times, c slots. The mean wait is Erlang's formula."""
     rng = Random(5)
@@ -171,12 +171,12 @@ def test_the_wait_is_that_of_erlang_c(servers: int, load: float, count: int) -> 
             yield request(number, at_s, prompt=1, tokens=tokens)
 
     fast = replace(MODEL, slots=servers, tokens_per_s=1e5, prefill_tokens_per_s=1e9)
-    measures = simulate([node(models=(fast,), max_parallel=servers)], arrivals())
+    measures = simulate([node(models=(fast,), max_parallel=servers)], arrivals(), "round-robin")
     offered = rate * service_s
     blocked = offered**servers / math.factorial(servers) / (1.0 - load)
     wait_chance = blocked / (sum(offered**k / math.factorial(k) for k in range(servers)) + blocked)
     expected_s = wait_chance * service_s / (servers * (1.0 - load))
-    assert math.fsum(measures.wait_s) / count == pytest.approx(expected_s, rel=0.02)
+    assert math.fsum(measures.wait_s) / count == pytest.approx(expected_s, rel=0.04)
 
 
 def test_a_job_that_all_nodes_have_failed_is_tried_again() -> None:
