@@ -172,7 +172,7 @@ class NodeAccount:
         self.breaker = Breaker()
         self.model_breakers = ModelBreakers()
         self.residency = Residency()
-        self.rates = ServiceRates() if fleet_rates is None else ServiceRates(fleet_rates)
+        self.rates = ServiceRates(fleet_rates)
         self.learned_at = self.first_token_noted_at = -math.inf  # when answers were learned from last
         self.read_stall = ReadStall()
         self.learned_slots = NodeSlots()
@@ -181,7 +181,6 @@ class NodeAccount:
         self.placed_by_model: dict[str, int] = {}
         self._decoding = ConcurrencyMeter()
         self._decode_ends_sum = 0.0  # of the expected ends of the answers that have begun
-        self._decode_count = 0
         self._reading = ConcurrencyMeter()  # of the prompts that are read
         self._read_times = BusyShare()  # of the time in which any prompt is read
         self._reads_end_at = 0.0  # when the prompts that were sent so far will be read
@@ -261,8 +260,8 @@ class NodeAccount:
         """The answers that are written on the node's GPU now, as far as this gateway knows."""
         accounts = self.group.accounts
         if len(accounts) == 1:
-            return self._decode_count
-        return sum(account._decode_count for account in accounts)
+            return self._decoding.streams
+        return sum(account._decoding.streams for account in accounts)
 
     @property
     def reading(self) -> int:
@@ -279,9 +278,8 @@ class NodeAccount:
 
     def mean_rest_s(self, now: float) -> float:
         """The seconds that the running answers will still take, on the mean; 0 if none runs."""
-        if not self._decode_count:
-            return 0.0
-        return max(self._decode_ends_sum / self._decode_count - now, 0.0)
+        count = self._decoding.streams
+        return max(self._decode_ends_sum / count - now, 0.0) if count else 0.0
 
     def next_free_s(self, now: float, model: str) -> float:
         """The seconds until there is probably a free slot for this model."""
@@ -327,7 +325,6 @@ class NodeAccount:
         placed.mean_reads = max(self._reading.mean_since(placed.read_mark, now), 1.0)
         self._end_read(now)
         placed.ends_at = now + placed.write_s
-        self._decode_count += 1
         self._decode_ends_sum += placed.ends_at
         self._decoding.enter(now)
         placed.concurrency_mark = self._decoding.mark(now)
@@ -358,7 +355,6 @@ class NodeAccount:
         if placed.first_token_at is None:
             self._end_read(now)
         else:
-            self._decode_count -= 1
             self._decode_ends_sum -= placed.ends_at
             self._decoding.leave(now)
 

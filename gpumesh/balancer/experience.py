@@ -10,10 +10,9 @@ from gpumesh.balancer.account import NOTHING_CACHED, PlacedRequest, Work
 from gpumesh.balancer.base import Demand, ResidencyKey
 from gpumesh.balancer.lengths import ExpectedLengths
 from gpumesh.balancer.prefixes import PrefixIndex
-from gpumesh.balancer.prefixes.cache_size import count_read_tokens
+from gpumesh.balancer.prefixes.cache_size import BYTES_PER_TOKEN, count_read_tokens
 from gpumesh.balancer.rates import ServiceRates
 
-BYTES_PER_TOKEN = 4.0  # in English text
 MIN_CLOCKED_TOKENS = 16  # a shorter stream often comes in a few packets
 MOST_READS = 1.5  # prompts that were read at once, on the mean
 SMOOTHING = 0.2  # weight of the newest value in a mean
@@ -39,7 +38,7 @@ class Experience:
         model = "" if key is None else key.model
         # A client may ask for no token at all.
         answer_tokens = max(self.lengths.expect(demand.client, demand.route, model, demand.max_tokens), 1.0)
-        bytes_per_token = self._bytes_per_token.get(model, BYTES_PER_TOKEN)
+        bytes_per_token = self._prompt_bytes_per_token(model)
         prompt_tokens = (demand.prompt_tokens or 0) * BYTES_PER_TOKEN / bytes_per_token
         cached: Mapping[str, float] = NOTHING_CACHED
         if demand.prompt is not None and key is not None:
@@ -47,12 +46,16 @@ class Experience:
             cached = {node: size / bytes_per_token for node, size in found.items()}
         return Work(prompt_tokens, answer_tokens, cached)
 
+    def _prompt_bytes_per_token(self, model: str) -> float:
+        """How many bytes of a prompt make one of this model's tokens; a guess until an answer has shown it."""
+        return self._bytes_per_token.get(model, BYTES_PER_TOKEN)
+
     def displaced_tokens(self, demand: Demand, node: str) -> float:
         """How many tokens of other prompts the node's server would forget for this one."""
         key = demand.residency
         if demand.prompt is None or key is None:
             return 0.0
-        return self.prefixes.displaced_bytes(node, key) / self._bytes_per_token.get(key.model, BYTES_PER_TOKEN)
+        return self.prefixes.displaced_bytes(node, key) / self._prompt_bytes_per_token(key.model)
 
     def forget_prompts(self, node: str, model: str) -> None:
         """The node's server has unloaded this model."""
@@ -145,15 +148,15 @@ class Experience:
         rate = 1.0 / account.rates.prefill_s(key.model, 1.0)
         read_tokens = count_read_tokens(counters, rate)
         loaded = account.residency.loaded.get(key.model)
+        bytes_per_token = self._prompt_bytes_per_token(key.model)
         self.prefixes.set_capacity(
             account.name,
             key,
             slots=account.slots(key.model, math.inf),
             context_tokens=None if loaded is None else loaded.context_length,
-            bytes_per_token=self._bytes_per_token.get(key.model, BYTES_PER_TOKEN),
+            bytes_per_token=bytes_per_token,
         )
         if read_tokens is not None and counters.prompt_tokens is not None:
-            bytes_per_token = self._bytes_per_token.get(key.model, BYTES_PER_TOKEN)
             self.prefixes.learn(
                 account.name,
                 key,
@@ -168,7 +171,7 @@ class Experience:
             return
         sample = demand.prompt_tokens * BYTES_PER_TOKEN / prompt_tokens
         if LEAST_BYTES_PER_TOKEN <= sample <= MOST_BYTES_PER_TOKEN:
-            mean = self._bytes_per_token.get(model, BYTES_PER_TOKEN)
+            mean = self._prompt_bytes_per_token(model)
             self._bytes_per_token[model] = mean + SMOOTHING * (sample - mean)
 
 

@@ -228,10 +228,7 @@ def _eviction_s(account: NodeAccount, key: ResidencyKey, rate: float, fleet: Fle
         return 0.0
     other_slots = fleet.copies.slots_elsewhere(key, account, now)
     if other_slots:
-        slots = other_slots + (account.slots(key.model, now) or 1)
-        service_s = fleet.demands.service_s(key)
-        more_s = mean_wait_s(rate, service_s, other_slots) - mean_wait_s(rate, service_s, slots)
-        return rate * COPY_HORIZON_S * more_s
+        return _copy_value_s(account, key, rate, other_slots, fleet, now)
     load_s = account.rates.load_s(key.model)
     will_be_asked = 1.0 - math.exp(-rate * RELOAD_HORIZON_S)
     return will_be_asked * load_s * (1.0 + rate * load_s / 2.0)
@@ -241,12 +238,17 @@ def _gain_s(account: NodeAccount, key: ResidencyKey, fleet: FleetLoad, now: floa
     """How much less later requests for this model will wait if this node loads one more copy of it."""
     other_slots = fleet.copies.slots_elsewhere(key, account, now)
     rate = fleet.demands.rate(key, now)
-    if not other_slots or rate <= 0.0:
-        return 0.0
+    return _copy_value_s(account, key, rate, other_slots, fleet, now) if other_slots and rate > 0.0 else 0.0
+
+
+def _copy_value_s(
+    account: NodeAccount, key: ResidencyKey, rate: float, other_slots: int, fleet: FleetLoad, now: float
+) -> float:
+    """How much longer the requests for this model, ``rate`` a second, wait with ``other_slots`` alone than with those
+    of this node too; the sum over the requests of ``COPY_HORIZON_S``."""
     slots = other_slots + (account.slots(key.model, now) or 1)
     service_s = fleet.demands.service_s(key)
-    less_s = mean_wait_s(rate, service_s, other_slots) - mean_wait_s(rate, service_s, slots)
-    return rate * COPY_HORIZON_S * less_s
+    return rate * COPY_HORIZON_S * (mean_wait_s(rate, service_s, other_slots) - mean_wait_s(rate, service_s, slots))
 
 
 def mean_wait_s(rate: float, service_s: float, slots: int) -> float:

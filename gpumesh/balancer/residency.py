@@ -178,9 +178,7 @@ class Residency:
         """The server could not load the model."""
         self.loaded.pop(model, None)
 
-    def replace_with_report(
-        self, reported: Mapping[str, tuple[int | None, int | None]], *, asked_at: float
-    ) -> list[str]:
+    def replace_with_report(self, reported: ReportedModels, *, asked_at: float) -> list[str]:
         """Takes over the server's own list: size in MiB and context length by full name. The server was asked at
         ``asked_at``. Returns the models that are not in memory any more.
 

@@ -12,6 +12,7 @@ from gpumesh.backends import safe_json
 from gpumesh.backends.dialects import kinds_that_serve
 from gpumesh.balancer.base import Demand, Priority
 from gpumesh.balancer.load_options import LoadOptions, plain_residency_key
+from gpumesh.balancer.prefixes.cache_size import BYTES_PER_TOKEN
 from gpumesh.gateway.http.errors import BadRequest
 from gpumesh.gateway.json_members import Members, RawValue
 from gpumesh.topology import BackendKind, Topology
@@ -19,7 +20,6 @@ from gpumesh.topology import BackendKind, Topology
 MAX_OPTIONS_BYTES = 64 << 10  # plenty for a dozen numbers and a few stop words
 MAX_NUMBER_BYTES = 32  # of a limit of tokens as it is written; a longer value is no sensible number
 MIN_PROMPT_BYTES = 2000  # bytes of a body; the time to evaluate a shorter prompt does not matter to the balancer
-BYTES_PER_TOKEN = 4  # in English text
 MAX_TIMEOUT_S = 86400.0  # a day
 OLLAMA_ONLY = kinds_that_serve("/api/chat")
 ALL_KINDS = kinds_that_serve("/v1/chat/completions")
@@ -114,7 +114,7 @@ def read_demand(
         node=node,
         priority=read_priority(headers, default_priority),
         session=headers.get("x-gpumesh-session"),
-        prompt_tokens=size // BYTES_PER_TOKEN if size > MIN_PROMPT_BYTES else None,
+        prompt_tokens=int(size // BYTES_PER_TOKEN) if size > MIN_PROMPT_BYTES else None,
         max_tokens=_read_max_tokens(members, options),
         needs_slot=route.needs_slot,
         id=request_id,

@@ -12,9 +12,9 @@ from typing import Protocol, Self
 from gpumesh.backends.base import ChatRequest, Chunk, FrameReader, HttpCall, ServerCounters
 from gpumesh.backends.dialects import DIALECTS
 from gpumesh.balancer.base import Demand, Priority
-from gpumesh.balancer.experience import BYTES_PER_TOKEN
 from gpumesh.balancer.load_options import read_load_options
 from gpumesh.balancer.prefixes import PromptHasher
+from gpumesh.balancer.prefixes.cache_size import BYTES_PER_TOKEN
 from gpumesh.balancer.prefixes.prints import MIN_SECRET_BYTES
 from gpumesh.errors import BackendStatus, ModelMissing, NoNodeError
 from gpumesh.mesh.requests.answer import Answer

@@ -117,8 +117,7 @@ class Scheduler:
             self._fleet.demands.note_request(demand.residency, now)
         placement = self._place(choice, choice.chosen, question)
         if self.queue.size:  # else nobody waits for what the client gets
-            cost = weighted_tokens(work.prompt_tokens, work.answer_tokens)
-            self.queue.grant_unqueued(demand.priority, demand.client, cost)
+            self.queue.grant_unqueued(demand.priority, demand.client, _expected_cost(work))
             placement.placed.is_charged = True
         return placement
 
@@ -138,7 +137,6 @@ class Scheduler:
         demand = with_residency(demand)
         work = self.experience.estimate(demand)
         group = group_of(demand, exclude)
-        tokens = weighted_tokens(work.prompt_tokens, work.answer_tokens)
         if choice is None:
             # Asked before the request is in the queue, where its own work would count as work that waits before it.
             accounts = self.choice.compared(demand, work, now, exclude=exclude, ranks_all=self.choice.policy.ranks_all)
@@ -152,7 +150,7 @@ class Scheduler:
             group=group,
             client=demand.client,
             work=self._service_s(demand),
-            tokens=tokens,
+            tokens=_expected_cost(work),
             bounded=accepted_at is None,
         )
         if demand.residency is not None:
@@ -263,8 +261,7 @@ class Scheduler:
         """The request has ended without success. If the server was to load the model for it, and has not answered, then
         nobody knows whether it has. A load that does go on is in the next report."""
         if placed.is_charged and placed.first_token_at is None:  # else its client would lose its place by the failure
-            cost = weighted_tokens(placed.work.prompt_tokens, placed.work.answer_tokens)
-            self.queue.charge(placed.demand.priority, placed.demand.client, -cost)
+            self.queue.charge(placed.demand.priority, placed.demand.client, -_expected_cost(placed.work))
         account, model = placed.account, placed.model
         is_awaited = model is not None and account.residency.load_ends_at(model) is not None
         if model is not None and is_awaited and placed.needs_load and model not in account.placed_by_model:
@@ -278,7 +275,7 @@ class Scheduler:
         demand, work = placed.demand, placed.work
         prompt_tokens = work.prompt_tokens if counters.prompt_tokens is None else float(counters.prompt_tokens)
         cost = weighted_tokens(prompt_tokens, float(counters.tokens))
-        charged = weighted_tokens(work.prompt_tokens, work.answer_tokens) if placed.is_charged else 0.0
+        charged = _expected_cost(work) if placed.is_charged else 0.0
         self.queue.charge(demand.priority, demand.client, cost - charged)
 
     def note_change(self, account: NodeAccount) -> None:
@@ -390,3 +387,8 @@ class Scheduler:
                 work = self.experience.estimate(waiting.demand)
                 for account in self.choice.compared(waiting.demand, work, now, exclude=waiting.exclude):
                     self.note_change(account)
+
+
+def _expected_cost(work: Work) -> float:
+    """What a client is charged for a request before its true cost is known, in weighted tokens."""
+    return weighted_tokens(work.prompt_tokens, work.answer_tokens)

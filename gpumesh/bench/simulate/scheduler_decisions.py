@@ -8,13 +8,12 @@ from random import Random
 from gpumesh.backends.base import ServerCounters
 from gpumesh.balancer.base import Demand, ResidencyKey
 from gpumesh.balancer.outcomes import Outcome, rule_for_outcome
+from gpumesh.balancer.prefixes.cache_size import BYTES_PER_TOKEN
 from gpumesh.balancer.prefixes.prints import PromptPrint, print_from_ids
 from gpumesh.balancer.scheduling.scheduler import Placement, Scheduler
 from gpumesh.bench.simulate.fleet import NodeSpec
 from gpumesh.bench.simulate.requests import Attempt, Grant, Job, SimulatedRequest
 from gpumesh.topology import PolicyKind
-
-BYTES_PER_TOKEN = 4
 
 
 class SchedulerDecisions:
@@ -108,5 +107,5 @@ def _demand(job: Job) -> Demand:
 def _print(request: SimulatedRequest) -> PromptPrint | None:
     if not request.blocks:
         return None
-    id_bytes = request.block_tokens * BYTES_PER_TOKEN
-    return print_from_ids(request.blocks, id_bytes=id_bytes, size=request.prompt_tokens * BYTES_PER_TOKEN)
+    id_bytes = int(request.block_tokens * BYTES_PER_TOKEN)
+    return print_from_ids(request.blocks, id_bytes=id_bytes, size=int(request.prompt_tokens * BYTES_PER_TOKEN))

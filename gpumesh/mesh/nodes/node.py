@@ -13,8 +13,7 @@ from collections.abc import Callable, Mapping
 import httpx
 
 from gpumesh import audit
-from gpumesh.backends.base import ParallelismSource
-from gpumesh.backends.dialects import KINDS_WITH_MODEL_STORE, find_dialect
+from gpumesh.backends.dialects import KINDS_WITH_MODEL_STORE
 from gpumesh.balancer.base import Candidate, Demand, ResidencyKey
 from gpumesh.balancer.breaker import ModelFault
 from gpumesh.balancer.limits import NodeSlots
@@ -162,10 +161,9 @@ class Node:
         account.is_up = self.reachable and not self.role.draining
         account.kind = reports.kind
         account.models = reports.models
-        account.foreign_load = min(max(reports.foreign_load or 0.0, 0.0), 1.0)
+        account.foreign_load = reports.foreign_load or 0.0
         account.rtt_s = (self._link.reported.rtt_ms or 0.0) / 1000.0
-        dialect = find_dialect(reports.kind)
-        account.learns_limit = dialect is not None and dialect.parallelism is ParallelismSource.DURATIONS
+        account.learns_limit = reports.learns_limit
         report = reports.backend
         account.told_parallel = None if report is None or report.inventory is None else report.inventory.parallel
         account.residency.is_tracked = reports.kind in KINDS_WITH_MODEL_STORE

@@ -1,8 +1,7 @@
-"""Measures how fast a node generates: tokens/s over the last seconds, and smoothed rates per model.
+"""Measures how fast a node generates: tokens/s over the last seconds.
 
 The meter counts frames: an NDJSON line or an SSE event of a generated answer is about one token. Its rate is for people
-who watch the mesh. The smoothed rates rank nodes: they use the exact counters that the server sends at the end of each
-answer.
+who watch the mesh. The rates that rank nodes are in ``gpumesh/balancer/rates/``.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ from dataclasses import dataclass
 
 WINDOW_S = 5.0  # the meter's rate is a mean over this time
 BUCKET_S = 0.25  # counts within this time are added up in one bucket
-SMOOTHING = 0.3  # weight of the newest value: after two more values an old mean has lost half of its weight
 
 
 @dataclass(slots=True)
@@ -54,20 +52,3 @@ class RateMeter:
             return 0.0
         span_s = max(now - self._buckets[0].started_at, 1.0)
         return sum(bucket.count for bucket in self._buckets) / span_s
-
-
-class Smoothed:
-    """Exponentially weighted means of values, by name. With more than ``max_names`` names, the name that was added to
-    longest ago is forgotten."""
-
-    def __init__(self, max_names: int = 256) -> None:
-        self._max_names = max_names
-        self.values: dict[str, float] = {}
-
-    def add(self, name: str, value: float) -> None:
-        """Adds a value to the mean of ``name``, and makes this name the newest."""
-        old_mean = self.values.pop(name, None)
-        self.values[name] = value if old_mean is None else old_mean + SMOOTHING * (value - old_mean)
-        while len(self.values) > self._max_names:
-            oldest_name = next(iter(self.values))
-            del self.values[oldest_name]

@@ -1,6 +1,6 @@
 import pytest
 
-from gpumesh.mesh.nodes.rate_meter import WINDOW_S, RateMeter, Smoothed
+from gpumesh.mesh.nodes.rate_meter import WINDOW_S, RateMeter
 
 
 class Clock:
@@ -26,13 +26,3 @@ def test_counts_older_than_the_window_are_forgotten() -> None:
     meter.add(500)
     clock.now += WINDOW_S + 1.0
     assert meter.rate() == 0.0
-
-
-def test_smoothed_rates_follow_new_ones_and_are_bounded() -> None:
-    rates = Smoothed(max_names=2)
-    rates.add("a", 100.0)
-    rates.add("a", 50.0)
-    assert rates.values["a"] == pytest.approx(85.0)
-    rates.add("b", 1.0)
-    rates.add("c", 1.0)
-    assert list(rates.values) == ["b", "c"]
