@@ -78,7 +78,7 @@ def _parse_counter_members(data: bytes) -> Mapping[str, Any] | None:
     if len(data) <= safe_json.SMALL_BYTES:
         try:
             return _decode_counter_members(data)
-        except (msgspec.MsgspecError, ValueError, RecursionError):
+        except (ValueError, RecursionError):
             pass  # ``parse_object`` reads documents that msgspec does not read, such as those with NaN
     return safe_json.parse_object(data)
 

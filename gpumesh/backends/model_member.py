@@ -31,7 +31,7 @@ def _replace_later_member(body: bytes, name: str) -> tuple[bytes, memoryview] | 
     """The work of ``replace_model`` for a body that does not begin with the model's name."""
     try:
         members = _decode_members(body)
-    except (msgspec.MsgspecError, ValueError, RecursionError):
+    except (ValueError, RecursionError):
         return None
     if "model" not in members or _is_name(bytes(members["model"]), name):
         return None
@@ -43,5 +43,5 @@ def _is_name(value: bytes, name: str) -> bool:
     """Whether a value, as it is written in a body, is this name."""
     try:
         return _decode_text(value) == name
-    except (msgspec.MsgspecError, ValueError):
+    except ValueError:
         return False

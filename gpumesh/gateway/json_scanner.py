@@ -259,7 +259,7 @@ def _decode_name(written: memoryview) -> str:
         return ""
     try:
         return _decode_string(written)
-    except (msgspec.MsgspecError, ValueError):
+    except ValueError:
         return ""
 
 

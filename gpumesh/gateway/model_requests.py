@@ -146,7 +146,7 @@ def read_options(value: RawValue) -> LoadOptions:
         return NO_OPTIONS
     try:
         return _decode_options(value)
-    except (msgspec.MsgspecError, RecursionError, ValueError):
+    except (ValueError, RecursionError):
         return NO_OPTIONS
 
 
@@ -197,7 +197,7 @@ def _read_max_tokens(members: Members, options: LoadOptions) -> int | None:
         if raw_value is not None and len(raw_value) <= MAX_NUMBER_BYTES:
             try:
                 values.append(msgspec.json.decode(raw_value))
-            except (msgspec.MsgspecError, ValueError):  # not JSON: the server will tell the client
+            except ValueError:  # not JSON: the server will tell the client
                 continue
     for value in values:
         count = safe_json.as_count(value)

@@ -99,7 +99,7 @@ def _read_user_id(metadata: RawValue) -> bytes | None:
         return None
     try:
         return _read_name(_decode_metadata(metadata).user_id)
-    except (msgspec.MsgspecError, ValueError, RecursionError):
+    except (ValueError, RecursionError):
         return None
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import signal
 import sys
 from pathlib import Path
@@ -15,12 +16,16 @@ _PR_SET_PDEATHSIG = 1
 _PR_SET_NAME = 15
 
 
-def die_with_parent() -> None:
+def die_with_parent(parent: int | None = None) -> None:
     """Makes the kernel kill this process (SIGKILL) when its parent ends. Linux only.
 
-    More exactly: when the thread that made this process ends.
+    More exactly: when the thread that made this process ends. ``parent`` is the parent's pid; if that process has ended
+    before this call, the kernel sends no signal, so this process ends here. A caller whose process also ends in another
+    way, as when its socket to the parent ends, need not give it.
     """
     _prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
+    if parent is not None and os.getppid() != parent:
+        os._exit(1)
 
 
 def set_title(title: str) -> None:

@@ -23,6 +23,7 @@ from asyncio.subprocess import PIPE, Process
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,8 @@ class OpensshMaster:
                 env=environment.child_environment(environment_changes),
                 # In its own session, ssh has no terminal for questions, and one process group with its ProxyCommand.
                 start_new_session=True,
-                preexec_fn=child_process.die_with_parent,  # safe: the worker has no threads of its own yet
+                # Safe: the worker has no threads of its own yet.
+                preexec_fn=partial(child_process.die_with_parent, os.getpid()),
             )
         except OSError as error:
             message = f"ssh cannot be run: {error.strerror}"

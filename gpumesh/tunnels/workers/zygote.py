@@ -126,9 +126,7 @@ class Zygote:
         try:
             signal.set_wakeup_fd(-1)  # the pipe of ``_open_signal_pipe`` is for the zygote
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            child_process.die_with_parent()
-            if os.getppid() != parent:  # the zygote ended before ``die_with_parent`` was called
-                os._exit(1)
+            child_process.die_with_parent(parent)
             child_process.set_title(f"gpumesh tunnel {node}")
             self._control.close()
             for fd in self._received_fds:  # these descriptors belong to later requests

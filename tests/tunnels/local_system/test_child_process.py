@@ -78,3 +78,21 @@ async def test_a_process_dies_with_its_parent() -> None:
         if alive(child):
             os.kill(child, signal.SIGKILL)
         await parent.communicate()
+
+
+LATE = """
+import os, sys
+from gpumesh.tunnels.local_system.child_process import die_with_parent
+parent = os.getpid()
+if os.fork() == 0:
+    sys.stdin.read()  # until the parent has ended
+    die_with_parent(parent)
+    print("it lives", flush=True)
+"""
+
+
+async def test_a_parent_that_ended_before_is_noticed() -> None:
+    parent = await start(LATE)
+    await wait_until(lambda: not alive(parent.pid), "the parent's end")
+    out, _ = await asyncio.wait_for(parent.communicate(b""), 30)
+    assert out == b""
