@@ -13,10 +13,10 @@ from types import MappingProxyType
 import msgspec
 
 from gpumesh.backends.base import ServerCounters
-from gpumesh.balancer.base import Demand
+from gpumesh.balancer.base import Demand, ResidencyKey
 from gpumesh.balancer.breaker import Breaker, ModelBreakers
 from gpumesh.balancer.limits import NodeSlots, SentRequest
-from gpumesh.balancer.rates import BusyShare, ConcurrencyMark, ConcurrencyMeter, ReadStall, ServiceRates
+from gpumesh.balancer.rates import ActivityMeter, ReadStall, ServiceRates
 from gpumesh.balancer.residency import Residency
 from gpumesh.topology import BackendKind
 
@@ -37,83 +37,48 @@ class Work(msgspec.Struct, frozen=True):
     cached: Mapping[str, float] = NOTHING_CACHED
 
 
-class PlacedRequest:
+class PlacedRequest(msgspec.Struct, eq=False):
     """A request that was placed on a node, from its placing to its end.
 
-    ``cached_tokens`` of its prompt are believed to be in the server's cache, ``unread_tokens`` have to be read, and
-    ``read_s`` the seconds that this takes. ``drain_s``: if this request makes the server load its model, the expected
-    wait for the models that must be unloaded before; ``None``: the model was in memory, or loads already. The answer is
-    expected to begin at ``begins_at`` and to end at ``ends_at``. ``write_s`` are the expected seconds from the first
-    token to the end. ``needs_load``: the server has to load the model first. ``first_token_at`` is ``None`` until the
-    answer has begun. ``is_charged``: its client was charged for it in the queue. ``had_slow_client``: the client took
-    the answer more slowly than it came. ``sent`` is the request as the node's slots count it; ``None`` if they need not
-    be learned.
+    - ``model`` is the full name of its model; ``None`` for a request without a residency key.
+    - ``unread_tokens`` of its prompt have to be read, and ``read_s`` are the seconds that this takes; ``cached_tokens``
+      are believed to be in the server's cache.
+    - ``write_s`` are the expected seconds from the first token to the end. The answer is expected to begin at
+      ``begins_at`` and to end at ``ends_at``.
+    - ``needs_load``: the server has to load the model first. ``drain_s``: if this request makes it load the model, the
+      expected wait for the models that must be unloaded before; ``None``: the model was in memory, or loads already.
+    - ``first_token_at`` is ``None`` until the answer has begun. ``mean_reads``: the mean number of prompts that were
+      read at once while this one was.
+    - ``is_charged``: its client was charged for it in the queue. ``had_slow_client``: the client took the answer more
+      slowly than it came.
+    - ``sent`` is the request as the node's slots count it; ``None`` if they need not be learned.
+    - ``read_sum``, ``stream_sum`` and ``busy_sum`` are readings of the node's ``ActivityMeter``: at the placing, and at
+      the first token.
     """
 
-    __slots__ = (
-        "account",
-        "begins_at",
-        "cached_tokens",
-        "concurrency_mark",
-        "demand",
-        "drain_s",
-        "ended",
-        "ends_at",
-        "first_token_at",
-        "had_slow_client",
-        "is_charged",
-        "key",
-        "mean_reads",
-        "model",
-        "needs_load",
-        "read_mark",
-        "read_s",
-        "read_seconds_before",
-        "sent",
-        "sent_at",
-        "unread_tokens",
-        "work",
-        "write_s",
-    )
-
-    def __init__(
-        self,
-        account: NodeAccount,
-        demand: Demand,
-        work: Work,
-        *,
-        now: float,
-        unread_tokens: float,
-        cached_tokens: float,
-        read_s: float,
-        write_s: float,
-        needs_load: bool,
-        drain_s: float | None,
-        begins_at: float,
-    ) -> None:
-        self.account = account
-        self.demand = demand
-        self.key = demand.residency
-        self.model = None if demand.residency is None else demand.residency.model
-        self.work = work
-        self.sent_at = now
-        self.unread_tokens = unread_tokens
-        self.cached_tokens = cached_tokens
-        self.read_s = read_s
-        self.write_s = write_s
-        self.needs_load = needs_load
-        self.drain_s = drain_s
-        self.begins_at = begins_at
-        self.ends_at = begins_at + write_s
-        self.first_token_at: float | None = None
-        self.is_charged = False
-        self.had_slow_client = False
-        self.sent: SentRequest | None = None
-        self.concurrency_mark: ConcurrencyMark | None = None
-        self.read_mark = ConcurrencyMark(now, 0.0)
-        self.mean_reads = 1.0
-        self.read_seconds_before = 0.0
-        self.ended = False
+    account: NodeAccount
+    demand: Demand
+    work: Work
+    key: ResidencyKey | None
+    model: str | None
+    sent_at: float
+    unread_tokens: float
+    cached_tokens: float
+    read_s: float
+    write_s: float
+    needs_load: bool
+    drain_s: float | None
+    begins_at: float
+    ends_at: float
+    first_token_at: float | None = None
+    mean_reads: float = 1.0
+    is_charged: bool = False
+    had_slow_client: bool = False
+    ended: bool = False
+    sent: SentRequest | None = None
+    read_sum: float = 0.0
+    stream_sum: float = 0.0
+    busy_sum: float = 0.0
 
     def __repr__(self) -> str:
         phase = "ended" if self.ended else "reading" if self.first_token_at is None else "writing"
@@ -179,10 +144,8 @@ class NodeAccount:
         # -- the requests here
         self.placed: set[PlacedRequest] = set()
         self.placed_by_model: dict[str, int] = {}
-        self._decoding = ConcurrencyMeter()
+        self.activity = ActivityMeter()
         self._decode_ends_sum = 0.0  # of the expected ends of the answers that have begun
-        self._reading = ConcurrencyMeter()  # of the prompts that are read
-        self._read_times = BusyShare()  # of the time in which any prompt is read
         self._reads_end_at = 0.0  # when the prompts that were sent so far will be read
 
     def __repr__(self) -> str:
@@ -224,6 +187,13 @@ class NodeAccount:
         """The requests of this gateway on the node."""
         return len(self.placed)
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether there is no request on the node's GPU."""
+        return (
+            not self.placed and (len(self.group.accounts) == 1 or not self.count()) and not self.group.others_in_flight
+        )
+
     def count(self, model: str | None = None) -> int:
         """The requests on the node's GPU, from all gateways: those to this model (a full name), or all."""
         group = self.group
@@ -260,25 +230,16 @@ class NodeAccount:
         """The answers that are written on the node's GPU now, as far as this gateway knows."""
         accounts = self.group.accounts
         if len(accounts) == 1:
-            return self._decoding.streams
-        return sum(account._decoding.streams for account in accounts)
-
-    @property
-    def reading(self) -> int:
-        """The prompts that this gateway has sent there, and that are not read yet."""
-        return self._reading.streams
+            return self.activity.streams
+        return sum(account.activity.streams for account in accounts)
 
     def reads_rest_s(self, now: float) -> float:
         """The seconds until the prompts that were sent before are read."""
-        return max(self._reads_end_at - now, 0.0) if self._reading.streams else 0.0
-
-    def read_share(self, now: float) -> float:
-        """The share of the last time in which prompts were read here; answers stand still meanwhile."""
-        return self._read_times.share(now)
+        return max(self._reads_end_at - now, 0.0) if self.activity.reading else 0.0
 
     def mean_rest_s(self, now: float) -> float:
         """The seconds that the running answers will still take, on the mean; 0 if none runs."""
-        count = self._decoding.streams
+        count = self.activity.streams
         return max(self._decode_ends_sum / count - now, 0.0) if count else 0.0
 
     def next_free_s(self, now: float, model: str) -> float:
@@ -308,13 +269,11 @@ class NodeAccount:
         self.placed_by_model[model] = self.placed_by_model.get(model, 0) + 1
         if self._counts_by_model:
             placed.sent = self.learned_slots.send(model, now)
-        if not self._reading.streams:
-            self._read_times.start(now)
-        self._reading.enter(now)
-        placed.read_mark = self._reading.mark(now)
+        placed.read_sum = self.activity.begin_read(now)
         self._reads_end_at = max(self._reads_end_at, now + load_s) + placed.read_s
-        self.breaker = self.breaker.record_start(now)
-        if placed.model is not None:
+        if self.breaker.open_until is not None:
+            self.breaker = self.breaker.record_start(now)
+        if placed.model is not None and self.model_breakers.has_faults:
             self.model_breakers.record_start(placed.model, now)
 
     def note_first_token(self, placed: PlacedRequest, now: float) -> None:
@@ -322,13 +281,11 @@ class NodeAccount:
         if placed.first_token_at is not None or placed.ended:
             return
         placed.first_token_at = now
-        placed.mean_reads = max(self._reading.mean_since(placed.read_mark, now), 1.0)
+        placed.mean_reads = self.activity.mean_reads(placed.sent_at, placed.read_sum, now)
         self._end_read(now)
         placed.ends_at = now + placed.write_s
         self._decode_ends_sum += placed.ends_at
-        self._decoding.enter(now)
-        placed.concurrency_mark = self._decoding.mark(now)
-        placed.read_seconds_before = self._read_times.busy_seconds(now)
+        placed.stream_sum, placed.busy_sum = self.activity.begin_stream(now)
         if placed.sent is not None:
             self.learned_slots.begin(placed.sent, now)
         if placed.key is not None:
@@ -356,25 +313,23 @@ class NodeAccount:
             self._end_read(now)
         else:
             self._decode_ends_sum -= placed.ends_at
-            self._decoding.leave(now)
+            self.activity.end_stream(now)
 
     def mean_streams(self, placed: PlacedRequest, now: float) -> float:
         """The mean number of answers that were written at once while this one was; at least 1."""
-        if placed.concurrency_mark is None:
+        if placed.first_token_at is None:
             return 1.0
-        return max(self._decoding.mean_since(placed.concurrency_mark, now), 1.0)
+        return self.activity.mean_streams(placed.first_token_at, placed.stream_sum, now)
 
     def stalled_share(self, placed: PlacedRequest, now: float) -> float:
         """The share of the time since the answer began in which prompts of others were read."""
-        if placed.first_token_at is None or now <= placed.first_token_at:
+        if placed.first_token_at is None:
             return 0.0
-        read_seconds = self._read_times.busy_seconds(now) - placed.read_seconds_before
-        return min(read_seconds / (now - placed.first_token_at), 1.0)
+        return self.activity.busy_share(placed.first_token_at, placed.busy_sum, now)
 
     def _end_read(self, now: float) -> None:
-        self._reading.leave(now)
-        if not self._reading.streams:
-            self._read_times.stop(now)
+        self.activity.end_read(now)
+        if not self.activity.reading:
             self._reads_end_at = now
 
 

@@ -224,11 +224,14 @@ class ModelBreakers:
 
     def record_success(self, model: str | None, now: float) -> None:
         """Notes that the node has served a request that needed inference. ``None``: the request named no model."""
-        self._failed_in_row.clear()
+        if self._failed_in_row:
+            self._failed_in_row.clear()
         if model is None:
             return
-        self._faults.pop(model, None)
-        self._served_at.pop(model, None)
+        if self._faults:
+            self._faults.pop(model, None)
+        if len(self._served_at) > 1:
+            self._served_at.pop(model, None)  # so that it becomes the last one served
         self._served_at[model] = now
         if len(self._served_at) > MAX_MODEL_FAULTS:
             del self._served_at[next(iter(self._served_at))]  # the one that was served longest ago

@@ -45,6 +45,8 @@ class FairQueue(Generic[T]):
     def __init__(self, max_size: int) -> None:
         self.max_size = max_size
         self.waits = WaitTimes()  # the caller records the waits
+        self.size = 0
+        """The number of requests that wait."""
         self._entries: dict[int, QueueEntry[T]] = {}
         self._next_sequence = 0
         self._groups: dict[Hashable, dict[Priority, Lane[T]]] = {}  # without empty lanes and groups
@@ -57,12 +59,8 @@ class FairQueue(Generic[T]):
 
     # -- size and room -------------------------------------------------------------------------------------------
 
-    @property
-    def size(self) -> int:
-        return len(self._entries)
-
     def __len__(self) -> int:
-        return len(self._entries)
+        return self.size
 
     def __contains__(self, entry: QueueEntry[T]) -> bool:
         return self._entries.get(entry.sequence) is entry
@@ -78,7 +76,7 @@ class FairQueue(Generic[T]):
         """Whether a request of this class may be added. Each class has room for one request in an empty queue, unless
         ``max_size`` is 0."""
         room = max(int(self.max_size * ROOM[priority]), min(self.max_size, 1))
-        return len(self._entries) < room
+        return self.size < room
 
     # -- change --------------------------------------------------------------------------------------------------
 
@@ -97,11 +95,12 @@ class FairQueue(Generic[T]):
         """Adds a request and returns its entry (``QueueEntry`` says what the arguments mean). Raises OverflowError when
         its class has no room, unless ``bounded`` is false: a request that was accepted before is not refused."""
         if bounded and not self.has_room(priority):
-            raise OverflowError(f"{len(self._entries)} requests wait already, no room for {priority.value} ones")
+            raise OverflowError(f"{self.size} requests wait already, no room for {priority.value} ones")
         work = min(max(work, 0.0), MAX_WORK) if isfinite(work) else 0.0
         entry = QueueEntry(payload, priority, group, client, queued_at, work, tokens, self._next_sequence)
         self._next_sequence += 1
         self._entries[entry.sequence] = entry
+        self.size += 1
         lane = self._groups.setdefault(group, {}).get(priority)
         if lane is None:
             lane = self._groups[group][priority] = Lane(RANKS[priority])
@@ -137,6 +136,7 @@ class FairQueue(Generic[T]):
         """Removes an entry of a client with this counter. Returns its lane, where the client has its new place."""
         priority, group, client = entry.priority, entry.group, entry.client
         del self._entries[entry.sequence]
+        self.size -= 1
         lanes = self._groups[group]
         lane = lanes[priority]
         if lane.remove(entry, counter):

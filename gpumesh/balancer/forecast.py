@@ -138,42 +138,48 @@ def forecast(
     ``queue_s``: if the node has no free slot, the requests that wait before this one keep its slots busy for so
     long."""
     key = demand.residency
-    rates, model = account.rates, "" if key is None else key.model
-    streams = account.streams
-    speed = account.weight * (1.0 - FOREIGN_SHARE * account.foreign_load) / account.slowness
+    activity, residency = account.activity, account.residency
     load_s, evicted_s, blocked_s = 0.0, 0.0, 0.0
     pushed_out: Sequence[str] = ()
-    if key is not None and account.residency.is_tracked:
-        loading_until = account.residency.load_ends_at(model)
-        if not account.residency.is_resident(key):
-            blocked_s, load_s, evicted_s, pushed_out = _forecast_load(account, key, fleet, now)
-        elif loading_until is not None:
-            load_s = max(loading_until - now, 0.0)
+    model = ""
+    if key is not None:
+        model = key.model
+        if residency.is_tracked:
+            if not residency.is_resident(key):
+                blocked_s, load_s, evicted_s, pushed_out = _forecast_load(account, key, fleet, now)
+            else:
+                loading_until = residency.loaded[model].loading_until
+                if loading_until is not None:
+                    load_s = max(loading_until - now, 0.0)
+    speed = account.weight
+    if account.foreign_load or account.slowness != 1.0:
+        speed *= (1.0 - FOREIGN_SHARE * account.foreign_load) / account.slowness
+    pace = account.rates.pace(model)
     cached = work.cached
     cached_tokens = cached.get(account.name, 0.0) if cached else 0.0
     unread_tokens = max(work.prompt_tokens - cached_tokens, 1.0)
-    own_read_s = rates.prefill_s(model, unread_tokens) / speed
-    read_s = own_read_s + max(account.reads_rest_s(now) - load_s, 0.0)
-    read_share, stall = account.read_share(now), account.read_stall.value
-    write_speed = speed * (1.0 - stall * read_share)
-    alone_s = rates.decode_s(model, work.answer_tokens, max(streams, 1)) / write_speed
-    write_s = rates.decode_s(model, work.answer_tokens, streams + 1) / write_speed if streams else alone_s
+    read_s = own_read_s = unread_tokens * pace.read_token_s / speed
+    if activity.reading:
+        read_s += max(account.reads_rest_s(now) - load_s, 0.0)
+    read_share, stall = activity.read_share(now), account.read_stall.value
+    alone_s = write_s = work.answer_tokens * pace.token_s / (speed * (1.0 - stall * read_share))
     reading = min(read_share, MOST_READING)
     others_s = own_read_s * (READ_DELAY + reading / (1.0 - reading))
+    streams = account.streams
     if streams:
+        alone_s *= 1.0 + pace.share * (streams - 1)
+        write_s *= 1.0 + pace.share * streams
         # Each running answer stands still while the prompt is read, and is slower while both are written.
         overlap_s = min(account.mean_rest_s(now), write_s)
         others_s += streams * (stall * min(own_read_s, overlap_s) + overlap_s * (write_s / alone_s - 1.0))
-    # Loads on one node come one at a time, so that the requests for which it loads now are served before.
-    is_free = account.has_room(model or None, now) and not blocked_s
-    if demand.prompt is not None and cached_tokens < max(cached.values(), default=0.0):
+    if cached and demand.prompt is not None and cached_tokens < max(cached.values()):
         # Another node has more of this prompt: there it takes the place of its own beginning. Here it takes the place
         # of another prompt, whose next turn must then be read again.
         displaced_tokens = fleet.experience.displaced_tokens(demand, account.name)
-        evicted_s += RETURN_SHARE * rates.prefill_s(model, displaced_tokens) / speed
-    wait_s = 0.0
-    if not is_free:
-        wait_s = (blocked_s or account.next_free_s(now, model)) + queue_s
+        evicted_s += RETURN_SHARE * displaced_tokens * pace.read_token_s / speed
+    # Loads on one node come one at a time, so that the requests for which it loads now are served before.
+    is_free = not blocked_s and account.has_room(model, now)
+    wait_s = 0.0 if is_free else (blocked_s or account.next_free_s(now, model)) + queue_s
     way_s = account.rtt_s
     total_s = way_s + wait_s + load_s + read_s + write_s + others_s + evicted_s
     return Forecast(
@@ -273,20 +279,23 @@ def place_on(account: NodeAccount, demand: Demand, work: Work, found: Forecast, 
             drain_s = account.drain_s(now, found.pushed_out) if found.pushed_out and account.placed else 0.0
             residency.note_sent(key, found.pushed_out, now=now, load_s=found.load_s)
         else:
-            needs_load = residency.load_ends_at(key.model) is not None
-            residency.note_use(key.model, now)
+            needs_load = residency.note_use(key.model, now)
+    unread_tokens = found.unread_tokens
     placed = PlacedRequest(
         account,
         demand,
         work,
-        now=now,
-        unread_tokens=found.unread_tokens,
-        cached_tokens=work.prompt_tokens - found.unread_tokens if found.unread_tokens > 1.0 else work.prompt_tokens,
-        read_s=found.own_read_s,
-        write_s=found.write_s,
-        needs_load=needs_load,
-        drain_s=drain_s,
-        begins_at=begins_at,
+        key,
+        None if key is None else key.model,
+        now,
+        unread_tokens,
+        work.prompt_tokens - unread_tokens if unread_tokens > 1.0 else work.prompt_tokens,
+        found.own_read_s,
+        found.write_s,
+        needs_load,
+        drain_s,
+        begins_at,
+        begins_at + found.write_s,
     )
     account.place(placed, now, load_s=found.load_s)
     return placed

@@ -152,11 +152,13 @@ class Residency:
         size_mib = self._expected_mib(key.model)
         self.loaded[key.model] = LoadedModel(key, size_mib, None, now + load_s, used_at=now, noted_at=now)
 
-    def note_use(self, model: str, now: float) -> None:
-        """A request was sent to a model that is in memory."""
+    def note_use(self, model: str, now: float) -> bool:
+        """A request was sent to a model that is in memory. Returns whether the model is still loading."""
         loaded = self.loaded.get(model)
-        if loaded is not None:
-            loaded.used_at = now
+        if loaded is None:  # what this server has in memory is not tracked
+            return False
+        loaded.used_at = now
+        return loaded.loading_until is not None
 
     def note_answer(self, key: ResidencyKey, now: float) -> None:
         """The server has answered this request, so the model is in memory with these options."""

@@ -9,12 +9,13 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpumesh.balancer.account import NodeAccount, PlacedRequest, Work
+from gpumesh.balancer.account import NodeAccount, Work
 from gpumesh.balancer.base import Demand, ResidencyKey
 from gpumesh.balancer.forecast import Forecast
 from gpumesh.balancer.scheduling.explanation import MAX_LINE_CHARS, describe_forecast, explain_placement
 from gpumesh.balancer.scheduling.scheduler import Placement
 from gpumesh.topology import PolicyKind
+from tests.balancer.placed import make_placed
 
 MODEL = "qwen2.5:14b"
 PARTS: dict[str, float] = {
@@ -49,19 +50,7 @@ def placement(
     chosen: Forecast, *others: Forecast, key: ResidencyKey | None = None, prompt_tokens: float = 4200.0
 ) -> Placement:
     demand = Demand(MODEL, residency=key or ResidencyKey(MODEL))
-    placed = PlacedRequest(
-        NodeAccount(chosen.node),
-        demand,
-        Work(prompt_tokens, 80.0),
-        now=0.0,
-        unread_tokens=chosen.unread_tokens,
-        cached_tokens=0.0,
-        read_s=chosen.own_read_s,
-        write_s=chosen.write_s,
-        needs_load=False,
-        drain_s=None,
-        begins_at=0.0,
-    )
+    placed = make_placed(NodeAccount(chosen.node), demand, Work(prompt_tokens, 80.0), now=0.0)
     return Placement(placed, chosen, (*others, chosen))
 
 

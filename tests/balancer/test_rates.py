@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpumesh.balancer.rates import ConcurrencyMeter, ServiceRates
+from gpumesh.balancer.rates import ServiceRates
 from gpumesh.balancer.rates.rate_fits import MAX_SHARE, MAX_STEP, MAX_TOKEN_S, MIN_SAMPLES_SLOW, MIN_TOKEN_S, SHARE_STEP
 from gpumesh.balancer.rates.service_rates import DEFAULT_LOAD_S, MAX_MODELS
 
@@ -306,29 +306,16 @@ def test_the_models_of_a_node_are_bounded() -> None:
     assert "tokens/s" in repr(rates)
 
 
-# -- the concurrency meter -------------------------------------------------------------------------------------------
-
-
-def test_the_mean_number_of_streams_is_weighted_by_time() -> None:
-    meter = ConcurrencyMeter()
-    meter.enter(10.0)
-    mark = meter.mark(10.0)
-    assert meter.mean_since(mark, 10.0) == 1.0, "no time has passed"
-    meter.enter(11.0)
-    meter.enter(12.0)
-    assert meter.mean_since(mark, 13.0) == pytest.approx((1 + 2 + 3) / 3)
-    meter.leave(13.0)
-    meter.leave(13.0)
-    assert meter.mean_since(mark, 16.0) == pytest.approx((1 + 2 + 3 + 3) / 6)
-    assert repr(meter) == "<ConcurrencyMeter 1 streams>"
-
-
-def test_a_clock_that_goes_back_and_an_end_too_many_do_no_harm() -> None:
-    meter = ConcurrencyMeter()
-    meter.enter(10.0)
-    mark = meter.mark(10.0)
-    meter.enter(9.0)
-    assert meter.mean_since(mark, 11.0) == 2.0
-    for _ in range(3):
-        meter.leave(11.0)
-    assert meter.streams == 0
+def test_the_pace_is_what_the_single_questions_say_before_and_after_each_answer() -> None:
+    fleet = ServiceRates()
+    rates, other = ServiceRates(fleet), ServiceRates(fleet)
+    for number in range(4):
+        for node in (other, rates) if number else (other,):
+            answer(node, 0.01 * (number + 1))
+            answer(fleet, 0.01 * (number + 1))
+            node.learn(MODEL, unread_tokens=1000, prompt_s=0.1 * (number + 1))
+        for node in (rates, other, fleet):
+            pace = node.pace(MODEL)
+            assert pace.token_s == pytest.approx(node.decode_s(MODEL, 1.0))
+            assert pace.share == node.share(MODEL)
+            assert pace.read_token_s == pytest.approx(node.prefill_s(MODEL, 1.0))

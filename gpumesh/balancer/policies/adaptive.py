@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from gpumesh.balancer.account import NodeAccount
-from gpumesh.balancer.forecast import Forecast
+from gpumesh.balancer.forecast import Forecast, forecast
 from gpumesh.balancer.policies.base import Choice, Question
 from gpumesh.balancer.policies.simple import relative_load
 
@@ -28,10 +28,13 @@ class AdaptivePolicy:
         return self._choose(question, question.queue_s)
 
     def _choose(self, question: Question, queue_s: float) -> Choice:
-        forecasts = [question.forecast(account, queue_s=queue_s) for account in question.accounts]
+        demand, work, fleet, now = question.demand, question.work, question.fleet, question.now
+        forecasts = [forecast(account, demand, work, fleet, queue_s, now) for account in question.accounts]
+        if len(forecasts) == 1 and forecasts[0].is_free:
+            return Choice(forecasts[0], forecasts)
         chosen = self._best_free(forecasts, question)
         if chosen is not None:
-            return decide(chosen, forecasts, question) if len(forecasts) > 1 else Choice(chosen, forecasts)
+            return decide(chosen, forecasts, question)
         # Perhaps a node has a free slot, but must not begin another load yet. No event announces the time when it may.
         rooms = zip(question.accounts, forecasts, strict=True)
         blocked_s = [found.wait_s for account, found in rooms if account.has_room(question.model, question.now)]
@@ -39,26 +42,26 @@ class AdaptivePolicy:
 
     def _best_free(self, forecasts: list[Forecast], question: Question) -> Forecast | None:
         """The best of the nodes with a free slot; ``None`` if there is none."""
-        accounts = question.accounts
-        free = [index for index, found in enumerate(forecasts) if found.is_free]
-        if not free:
-            return None
-        if len(free) == 1:
-            return forecasts[free[0]]
-        tier = min(question.tier(accounts[index]) for index in free)
-        costs = [
-            forecasts[index].total_s
-            if question.tier(accounts[index]) == tier
-            else forecasts[index].total_s * TIER_FACTOR + TIER_S
-            for index in free
-        ]
+        free = [(found, account) for found, account in zip(forecasts, question.accounts, strict=True) if found.is_free]
+        if len(free) < 2:
+            return free[0][0] if free else None
+        costs = [found.total_s for found, _ in free]
+        tiers = [question.tier(account) for _, account in free]
+        best_tier = min(tiers)
+        if best_tier != max(tiers):
+            costs = [
+                cost if tier == best_tier else cost * TIER_FACTOR + TIER_S
+                for cost, tier in zip(costs, tiers, strict=True)
+            ]
         bound = min(costs) * (1.0 + EQUAL_SHARE) + EQUAL_S
-        equal = [index for index, cost in zip(free, costs, strict=True) if cost <= bound]
+        equal = [pair for pair, cost in zip(free, costs, strict=True) if cost <= bound]
         if len(equal) == 1:
-            return forecasts[equal[0]]
+            return equal[0][0]
         start = question.turn % len(equal)
-        best = min((*equal[start:], *equal[:start]), key=lambda index: relative_load(accounts[index], question))
-        return forecasts[best]
+        found, account = equal[start]
+        if account.is_idle:  # no other can be less loaded
+            return found
+        return min((*equal[start:], *equal[:start]), key=lambda pair: relative_load(pair[1], question))[0]
 
     def accept(self, account: NodeAccount, question: Question) -> Choice:  # noqa: ARG002  # another may be free too
         """A waiting request takes the best free slot unless another node is worth waiting for. It is the next in the

@@ -1,11 +1,11 @@
 """How fast a node serves each model, learned cleaned of concurrency. Pure.
 
 ``ServiceRates`` (``service_rates.py``) tells how long a request would take. ``rate_fits.py`` fits the rates of one
-model to its answers. ``ConcurrencyMeter`` (``concurrency.py``) measures how many streams ran during an answer.
+model to its answers. ``ActivityMeter`` (``activity.py``) measures how many streams ran during an answer.
 """
 
-from gpumesh.balancer.rates.concurrency import BusyShare, ConcurrencyMark, ConcurrencyMeter
+from gpumesh.balancer.rates.activity import ActivityMeter
 from gpumesh.balancer.rates.read_stall import ReadStall
 from gpumesh.balancer.rates.service_rates import ServiceRates
 
-__all__ = ["BusyShare", "ConcurrencyMark", "ConcurrencyMeter", "ReadStall", "ServiceRates"]
+__all__ = ["ActivityMeter", "ReadStall", "ServiceRates"]

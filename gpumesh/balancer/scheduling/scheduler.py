@@ -279,8 +279,9 @@ class Scheduler:
         self.queue.charge(demand.priority, demand.client, cost - charged)
 
     def note_change(self, account: NodeAccount) -> None:
-        """The node may have got a free slot, or may have become usable."""
-        self._changed[account.name] = account
+        """The node may have got a free slot, may have become usable, or its breaker has changed."""
+        if self.queue.size or account.breaker.open_until is not None:  # else nobody waits for it
+            self._changed[account.name] = account
         self.choice.shortlist.note_change(account)
 
     def note_report(self, account: NodeAccount) -> None:

@@ -191,7 +191,7 @@ class NodeTable:
     def _find_pace(self, account: NodeAccount) -> int:
         """The class of the time that one more answer would take there now for each token, with the answers that run
         there. A class is a factor of 1.2 wide; the lowest is the fastest."""
-        token_s = account.rates.decode_s(self._model or "", 1.0, account.streams + account.reading + 1)
+        token_s = account.rates.decode_s(self._model or "", 1.0, account.streams + account.activity.reading + 1)
         return round(PACE_CLASSES * math.log2(max(token_s * account.slowness / account.weight, 1e-9)))
 
     # -- questions -----------------------------------------------------------------------------------------------
@@ -252,8 +252,9 @@ class Shortlist:
 
     def note_change(self, account: NodeAccount) -> None:
         """The node's slots, models or state may have changed."""
-        for table in self._tables.values():
-            table.note_change(account)
+        if self._tables:
+            for table in self._tables.values():
+                table.note_change(account)
 
     def table(self, demand: Demand, now: float) -> NodeTable:
         """The nodes that suit the demand. A table is made when it is asked for first: only that looks at all nodes.

@@ -6,6 +6,7 @@ the same, so that its recovery is seen. Times are seconds of the caller's clock.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from gpumesh.backends.base import ServerCounters
@@ -19,6 +20,7 @@ FIRST_TOKEN_FLOOR_S = 0.1
 MOST_READS = 1.2  # prompts that were read at once, on the mean
 MOST_STALLED = 0.25  # of the time of an answer
 MIN_TOKENS = 16  # a shorter answer says little about the rate
+UPDATE_INTERVAL_S = 0.1  # between two comparisons of all nodes, which take longer the more nodes there are
 
 
 class SlowNodes:
@@ -28,6 +30,7 @@ class SlowNodes:
         self.watch = OutlierWatch()
         self._accounts = accounts
         self._slowed: set[str] = set()  # the nodes whose account has a factor above 1
+        self._updated_at = -math.inf
 
     def __repr__(self) -> str:
         return f"<SlowNodes {', '.join(sorted(self._slowed)) or 'none'}>"
@@ -81,6 +84,9 @@ class SlowNodes:
 
     def _update(self, now: float) -> None:
         """Gives the factors of the slow nodes to their accounts."""
+        if now < self._updated_at + UPDATE_INTERVAL_S:
+            return
+        self._updated_at = now
         factors = self.watch.factors(self._accounts.keys(), now)
         if not factors and not self._slowed:  # nearly always
             return

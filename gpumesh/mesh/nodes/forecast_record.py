@@ -131,7 +131,8 @@ class ForecastRecord:
             ratio = actual_s / forecast_s
             self.ratios.counts[bisect_left(RATIO_BOUNDS, ratio)] += 1
             self.ratios.sum += ratio
-        self.cached_tokens += placed.cached_tokens
+        if placed.cached_tokens:
+            self.cached_tokens += placed.cached_tokens
         if counters is not None and counters.cached_tokens is not None:
             self.reported_cached_tokens += min(max(counters.cached_tokens, 0), MAX_CACHED_TOKENS)
         self.recent.append(AnsweredRequest(forecast, placed.key, placed.work.prompt_tokens, actual_s, now))

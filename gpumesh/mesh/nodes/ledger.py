@@ -19,6 +19,8 @@ from gpumesh.mesh.nodes.forecast_record import ForecastRecord
 from gpumesh.mesh.nodes.lease import Lease, LeasedNode
 from gpumesh.model_names import full_name
 
+_NO_FIGURES = ServerCounters()
+
 
 class Ledger:
     """Gives out the leases of one node and keeps account of them. ``account`` is the node's in ``scheduler``.
@@ -103,24 +105,22 @@ class Ledger:
         reply: ErrorReply | None,
     ) -> None:
         """Removes a used lease, and learns from its outcome. ``Lease.release`` calls this once for each lease."""
-        now = self._clock()
-        has_slot = lease in self._slot_leases
-        increment = 1 if has_slot else 0  # the counters count only attempts with a slot
+        now, placement, account = self._clock(), lease.placement, self.account
+        is_served = outcome is Outcome.SERVED
         self._remove(lease)
-        if lease.placement is not None:
-            placed = lease.placement.placed
-            is_whole = outcome is Outcome.SERVED
-            if is_whole:
-                self._scheduler.end(placed, now, counters or ServerCounters())
+        has_slot = placement is not None
+        if placement is not None:
+            self.attempt_outcomes[outcome] += 1
+            if is_served:
+                self.served += 1
+                self._scheduler.end(placement.placed, now, counters or _NO_FIGURES)
             else:
-                self._scheduler.end(placed, now)
-                self._scheduler.note_failed(placed)
-            self.forecasts.note_end(lease.placement, now, counters, is_answered=is_whole)
+                self._scheduler.end(placement.placed, now)
+                self._scheduler.note_failed(placement.placed)
+            self.forecasts.note_end(placement, now, counters, is_answered=is_served)
         self.last_release_at = now
-        self.attempt_outcomes[outcome] += increment
-        if outcome is Outcome.SERVED:
-            self.served += increment
-            self.breaker = self.breaker.record_success()
+        if is_served:
+            account.breaker = account.breaker.record_success()
             if has_slot:  # a request without a slot needs no inference, so it shows nothing about the models
                 self.model_breakers.record_success(lease.model, now)
             if counters is not None and lease.model is not None:
@@ -128,9 +128,9 @@ class Ledger:
         else:
             lease.blame = find_blame(outcome, AttemptContext(has_slot, lease.model, lease.was_loaded, reply))
             if outcome is Outcome.CLIENT_GONE:
-                self.cancelled += increment
+                self.cancelled += has_slot
             elif lease.blame not in (Blame.NOBODY, Blame.MISSING_MODEL):
-                self.failed += increment
+                self.failed += has_slot
             self._count_failure(lease, reply, now, has_slot=has_slot)
             if lease.blame is not Blame.NOBODY:
                 self._on_failure(outcome, error)
@@ -165,8 +165,7 @@ class Ledger:
         self._announce_free_slot()
 
     def _remove(self, lease: Lease) -> None:
-        self._slot_leases.discard(lease)
-        self._slotless_leases.discard(lease)
+        (self._slotless_leases if lease.placement is None else self._slot_leases).discard(lease)
 
     def _announce_free_slot(self) -> None:
         self._scheduler.note_change(self.account)
@@ -198,7 +197,7 @@ class Ledger:
         had_trial = self.breaker.trial_in_flight
         if had_trial:
             self.breaker = self.breaker.cancel_trial()
-        if lease in self._slot_leases:
+        if lease.placement is not None:
             had_trial |= self.model_breakers.cancel_trial(lease.model)
         if had_trial:
             self._scheduler.note_change(self.account)

@@ -9,6 +9,7 @@ from gpumesh.balancer.account import LEAST_REST_SHARE, GpuGroup, NodeAccount, Pl
 from gpumesh.balancer.base import Demand, ResidencyKey
 from gpumesh.balancer.breaker import BreakerPhase
 from gpumesh.balancer.outcomes import Blame
+from tests.balancer.placed import make_placed
 from tests.balancer.scheduling.fleets import KEY_A, NOW, A, B
 
 
@@ -22,19 +23,8 @@ def make_account(name: str = "n", *, slots: int | None = 2, learns: bool = False
 def place(
     account: NodeAccount, model: str | None = A, *, now: float = NOW, read_s: float = 1.0, write_s: float = 4.0
 ) -> PlacedRequest:
-    placed = PlacedRequest(
-        account,
-        Demand(model, residency=None if model is None else ResidencyKey(model)),
-        Work(100.0, 400.0),
-        now=now,
-        unread_tokens=100.0,
-        cached_tokens=0.0,
-        read_s=read_s,
-        write_s=write_s,
-        needs_load=False,
-        drain_s=None,
-        begins_at=now + read_s,
-    )
+    demand = Demand(model, residency=None if model is None else ResidencyKey(model))
+    placed = make_placed(account, demand, Work(100.0, 400.0), now=now, read_s=read_s, write_s=write_s)
     account.place(placed, now)
     return placed
 
@@ -111,16 +101,16 @@ def test_a_request_is_counted_from_its_placing_to_its_end() -> None:
     account = make_account(slots=4)
     first, second = place(account), place(account)
     assert account.placed_by_model == {A: 2}
-    assert account._reading.streams == 2
+    assert account.activity.reading == 2
     account.note_first_token(first, NOW + 1.0)
     account.note_first_token(first, NOW + 2.0)
     assert first.first_token_at == NOW + 1.0, "a second call does nothing"
-    assert (account._reading.streams, account.streams) == (1, 1)
+    assert (account.activity.reading, account.streams) == (1, 1)
     account.remove(first, NOW + 3.0)
     account.remove(first, NOW + 3.0)
-    assert (account._reading.streams, account.streams, account.in_flight) == (1, 0, 1)
+    assert (account.activity.reading, account.streams, account.in_flight) == (1, 0, 1)
     account.remove(second, NOW + 4.0)
-    assert (account._reading.streams, account.streams, account.in_flight) == (0, 0, 0)
+    assert (account.activity.reading, account.streams, account.in_flight) == (0, 0, 0)
     assert account.placed_by_model == {}
     account.note_first_token(second, NOW + 5.0)
     assert account.streams == 0, "it has ended before"

@@ -151,7 +151,7 @@ def test_a_node_that_often_reads_writes_slower_and_makes_others_wait_more_for_a_
         node.note_first_token(placed, NOW + number + 0.5)
         node.remove(placed, NOW + number + 0.5)
     now = NOW + 100.0
-    reading = node.read_share(now)
+    reading = node.activity.read_share(now)
     assert reading == pytest.approx(0.5, abs=0.1)
     found = look(scheduler, node, now=now)
     assert found.write_s == pytest.approx(ALONE_S / (1.0 - node.read_stall.value * reading))

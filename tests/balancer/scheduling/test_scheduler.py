@@ -409,7 +409,7 @@ def test_after_the_last_request_nothing_is_left(kind: PolicyKind) -> None:
         scheduler.end(placed, NOW + 1.0)
         scheduler.end(placed, NOW + 2.0)
     for account in scheduler.accounts.values():
-        assert (account.in_flight, account.streams, account._reading.streams, account.placed_by_model) == (0, 0, 0, {})
+        assert (account.in_flight, account.streams, account.activity.reading, account.placed_by_model) == (0, 0, 0, {})
 
 
 def test_a_node_that_fails_a_request_is_left_out_and_the_request_keeps_its_place() -> None:

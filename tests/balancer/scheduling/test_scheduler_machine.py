@@ -314,8 +314,8 @@ class AnyEvents(RuleBasedStateMachine):
             models = [placed.model or "" for placed in here]
             assert account.placed_by_model == {model: models.count(model) for model in models}
             begun = [placed for placed in here if placed.first_token_at is not None]
-            assert account._decoding.streams == len(begun)
-            assert account._reading.streams == len(here) - len(begun)
+            assert account.activity.streams == len(begun)
+            assert account.activity.reading == len(here) - len(begun)
             assert account._decode_ends_sum == pytest.approx(sum(placed.ends_at for placed in begun), abs=1e-3)
             if account.learns_limit and account.max_parallel is None:
                 for model in {A, B, C}:

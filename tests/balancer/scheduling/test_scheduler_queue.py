@@ -209,6 +209,7 @@ def test_a_node_whose_breakers_pause_is_over_is_asked_although_nothing_happens(w
         scheduler.wait(work(), NOW, "waiting")
     scheduler.end(failed.placed, NOW + 1.0)
     bad.breaker = bad.breaker.trip(NOW + 1.0)
+    scheduler.note_change(bad)
     assert scheduler.grants(NOW + 1.0) == []
     if not waits_before:
         assert scheduler.next_check() is None

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pytest
 
 from gpumesh.backends.base import ServerCounters
-from gpumesh.balancer.account import NodeAccount, PlacedRequest, Work
+from gpumesh.balancer.account import NodeAccount, Work
 from gpumesh.balancer.base import Demand, ResidencyKey
 from gpumesh.balancer.forecast import Forecast
 from gpumesh.balancer.scheduling.scheduler import Placement
@@ -21,6 +21,7 @@ from gpumesh.mesh.nodes.forecast_record import (
 )
 from gpumesh.mesh.nodes.scheduling_snapshot import decision_states, learned_states, loading_state
 from gpumesh.state import LearnedState, LoadingState, ModelLoadsState
+from tests.balancer.placed import make_placed
 
 MODEL = "qwen2.5:7b"
 
@@ -39,18 +40,14 @@ def placement(
     forecast = Forecast(
         "one", True, 0.0, 0.0, load_s, 0.0, write_s, 0.0, 0.0, 100.0, 0.0, tuple(pushed_out), load_s + write_s
     )
-    placed = PlacedRequest(
+    placed = make_placed(
         NodeAccount("one"),
         Demand(model, residency=ResidencyKey(model, context)),
         Work(400.0, 80.0),
         now=now,
-        unread_tokens=100.0,
         cached_tokens=300.0,
-        read_s=0.0,
         write_s=write_s,
-        needs_load=load_s > 0.0,
         drain_s=(drain_s or 0.0) if load_s > 0.0 else None,
-        begins_at=now,
     )
     return Placement(placed, forecast, (forecast,))
 
