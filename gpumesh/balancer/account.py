@@ -177,6 +177,11 @@ class NodeAccount:
         """Whether requests may be sent to the node now."""
         return self.is_up and self.breaker.allows(now)
 
+    @property
+    def is_suspect(self) -> bool:
+        """Whether any breaker of the node is not closed, so that it must be asked."""
+        return self.breaker.open_until is not None or self.model_breakers.has_faults
+
     def is_broken_for(self, model: str, now: float, *, despite_doubt: bool = False) -> bool:
         """Whether this model (a full name) must not be asked for here now. ``despite_doubt``: a model that fails for a
         reason that is not known may be asked for."""

@@ -65,10 +65,15 @@ def is_model_broken(candidate: Candidate, model: str | None) -> bool:
 def suits_demand(candidate: Servable, demand: Demand) -> bool:
     """Whether the node could serve the demand if nothing were broken there: the demand allows the node, its server is
     of a demanded kind, and it has the model."""
-    # ``allows_node``, written out: this is asked for each node.
-    name = candidate.name
-    is_allowed = (demand.node is None or name == demand.node) and (demand.nodes is None or name in demand.nodes)
-    return is_allowed and candidate.kind in demand.kinds and has_model(candidate, demand.model)
+    # ``allows_node`` and the usual answer of ``has_model``, written out: this is asked for each node.
+    if demand.node is not None and candidate.name != demand.node:
+        return False
+    if demand.nodes is not None and candidate.name not in demand.nodes:
+        return False
+    if candidate.kind not in demand.kinds:
+        return False
+    models, model = candidate.models, demand.model
+    return models is None or model in models or has_model(candidate, model)
 
 
 def allows_node(demand: Demand, name: str) -> bool:

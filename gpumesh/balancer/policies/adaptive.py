@@ -46,7 +46,9 @@ class AdaptivePolicy:
         if len(free) < 2:
             return free[0][0] if free else None
         costs = [found.total_s for found, _ in free]
-        tiers = [question.tier(account) for _, account in free]
+        tiers = [account.tier for _, account in free]
+        if question.demand.preferred_nodes:
+            tiers = [question.tier(account) for _, account in free]
         best_tier = min(tiers)
         if best_tier != max(tiers):
             costs = [

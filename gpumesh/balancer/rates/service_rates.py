@@ -103,7 +103,9 @@ class ServiceRates:
         self._last_decode: DecodeRate | None = None
         self._last_prefill: PrefillRate | None = None
         self._last_load: float | None = None
-        self._paces: dict[str, Pace] = {}  # of models that were measured here, since the last answer
+        self._version = 0  # grows with each answer
+        self._paces: dict[str, Pace] = {}  # as they were with these versions of this object and of ``fallback``
+        self._paces_version = (0, 0)
 
     def __repr__(self) -> str:
         models = (f"{model} {1 / rate.token_s:.0f} tokens/s" for model, rate in self._decode.items())
@@ -113,14 +115,16 @@ class ServiceRates:
 
     def pace(self, model: str) -> Pace:
         """All that a forecast needs, in one question."""
+        fallback = self._fallback
+        version = (self._version, 0 if fallback is None else fallback._version)
+        if version != self._paces_version or len(self._paces) > MAX_MODELS:
+            self._paces.clear()
+            self._paces_version = version
         pace = self._paces.get(model)
-        if pace is not None:
-            return pace
-        decode = self._decode.get(model) or self._find_decode(model)
-        token_s, share = (DEFAULT_TOKEN_S, DEFAULT_SHARE) if decode is None else (decode.token_s, decode.share)
-        pace = Pace(token_s, share, self.prefill_s(model, 1.0))
-        if model in self._decode and model in self._prefill:  # else it changes when other nodes are measured
-            self._paces[model] = pace
+        if pace is None:
+            decode = self._decode.get(model) or self._find_decode(model)
+            token_s, share = (DEFAULT_TOKEN_S, DEFAULT_SHARE) if decode is None else (decode.token_s, decode.share)
+            pace = self._paces[model] = Pace(token_s, share, self.prefill_s(model, 1.0))
         return pace
 
     def decode_s(self, model: str, tokens: float, streams: float = 1.0) -> float:
@@ -208,7 +212,7 @@ class ServiceRates:
         ``unread_tokens`` of the prompt, which were not in the server's cache, took ``prompt_s`` seconds, while
         ``mean_prefills`` prompts were read, this one included. ``load_s`` is how long the request waited for a load.
         """
-        self._paces.clear()
+        self._version += 1
         self._learn_decode(model, tokens, eval_s, mean_streams, 1.0)
         if prompt_s is not None and 1.0 <= mean_prefills <= MAX_STREAMS:
             prompt_s /= mean_prefills  # prompts that are read at the same time share the GPU
@@ -230,7 +234,7 @@ class ServiceRates:
         ``tokens`` of the answer came, the last one ``stream_s`` seconds after the first. ``ttft_s``: the first token
         came so many seconds after the request was sent, less the round trip; the request may have waited meanwhile.
         """
-        self._paces.clear()
+        self._version += 1
         intervals = None if tokens is None else tokens - 1  # the first token came at the beginning
         self._learn_decode(model, intervals, stream_s, mean_streams, CLOCK_WEIGHT)
         weight = CLOCK_WEIGHT
@@ -293,7 +297,7 @@ class ServiceRates:
         """Takes the rates of ``as_dict`` for the models that have not been measured yet. They count as few answers, so
         new answers soon outweigh them. Raises ValueError for any other document, and takes nothing of it then."""
         stored = msgspec.convert(document, _StoredRates)
-        self._paces.clear()
+        self._version += 1
         for model, decode in stored.decode.items():
             if model not in self._decode:
                 self._last_decode = DecodeRate.restore(decode.token_s, decode.share)

@@ -57,16 +57,15 @@ class NodeChoice:
         model = None if demand.model is None or not demand.needs_slot else full_name(demand.model)
         accounts: list[NodeAccount] = []
         for account in among:
-            is_open = not despite_breaker and account.breaker.open_until is not None and not account.breaker.allows(now)
-            if not account.is_up or is_open or account.name in exclude or not suits_demand(account, demand):
+            if not account.is_up or not suits_demand(account, demand):
                 continue
-            if (
-                model is not None
-                and account.model_breakers.has_faults
-                and account.is_broken_for(model, now, despite_doubt=despite_breaker)
-            ):
-                continue
-            accounts.append(account)
+            if account.is_suspect:  # seldom
+                if not despite_breaker and not account.breaker.allows(now):
+                    continue
+                if model is not None and account.is_broken_for(model, now, despite_doubt=despite_breaker):
+                    continue
+            if not exclude or account.name not in exclude:
+                accounts.append(account)
         return accounts
 
     def compared(
@@ -75,7 +74,7 @@ class NodeChoice:
         """The nodes to compare for this demand: all that can serve it, or in a large fleet a few of them."""
         if demand.node is None and not ranks_all and self.shortlist.is_needed:
             return self.shortlist.pick(demand, work.cached, now, exclude=exclude)
-        return self.select(demand, now, exclude=exclude)
+        return self._filter(self._accounts.values(), demand, now, exclude)
 
     def choose(self, question: Question, exclude: Collection[str], free: NodeAccount | None = None) -> Choice:
         """Asks the policy; for a waiting request, when this node is ``free``. If the few nodes of a shortlist cannot

@@ -23,7 +23,7 @@ from gpumesh.balancer.experience import Experience
 from gpumesh.balancer.fair_queue import FairQueue
 from gpumesh.balancer.fairness.client_counters import weighted_tokens
 from gpumesh.balancer.fairness.lane import QueueEntry
-from gpumesh.balancer.forecast import Copies, FleetLoad, Forecast, place_on
+from gpumesh.balancer.forecast import Copies, FleetLoad, Forecast, forecast, place_on
 from gpumesh.balancer.model_demand import ModelDemand
 from gpumesh.balancer.policies.base import Choice, Question
 from gpumesh.balancer.scheduling.node_choice import NodeChoice
@@ -108,14 +108,21 @@ class Scheduler:
             accounts = self.choice.compared(demand, work, now, exclude=exclude, ranks_all=self.choice.policy.ranks_all)
         if not accounts:
             return None
-        question = self._question(accounts, demand, work, now, waited_s=0.0 if may_wait else math.inf)
-        choice = self.slow_nodes.find_probe(question) or self.choice.choose(question, exclude)
-        if choice.chosen is None:
-            self._refused = (asked, choice)
-            return None
+        chosen: Forecast | None = None
+        if len(accounts) == 1 and not self.queue.size:  # with a free slot there, nothing is to be chosen
+            chosen = forecast(accounts[0], demand, work, self._fleet, 0.0, now)
+            considered: Sequence[Forecast] = (chosen,)
+        if chosen is None or not chosen.is_free:
+            question = self._question(accounts, demand, work, now, waited_s=0.0 if may_wait else math.inf)
+            choice = self.slow_nodes.find_probe(question) or self.choice.choose(question, exclude)
+            chosen, considered = choice.chosen, choice.considered
+            if chosen is None:
+                self._refused = (asked, choice)
+                return None
+            self.slow_nodes.record_choice(chosen.node, question)
         if demand.residency is not None:
             self._fleet.demands.note_request(demand.residency, now)
-        placement = self._place(choice, choice.chosen, question)
+        placement = self._place(chosen, considered, demand, work, now)
         if self.queue.size:  # else nobody waits for what the client gets
             self.queue.grant_unqueued(demand.priority, demand.client, _expected_cost(work))
             placement.placed.is_charged = True
@@ -193,21 +200,22 @@ class Scheduler:
         key = demand.residency
         return 1.0 if key is None else self._fleet.demands.service_s(key)
 
-    def _place(self, choice: Choice, chosen: Forecast, question: Question) -> Placement:
+    def _place(
+        self, chosen: Forecast, considered: Sequence[Forecast], demand: Demand, work: Work, now: float
+    ) -> Placement:
         self._turn += 1
         account = self.accounts[chosen.node]
-        placed = place_on(account, question.demand, question.work, chosen, question.now)
-        self.slow_nodes.record_choice(chosen.node, question)
-        for member in account.group.accounts:
-            self.choice.shortlist.note_change(member)
-        key = question.demand.residency
-        if key is not None and placed.needs_load:
+        placed = place_on(account, demand, work, chosen, now)
+        if self.choice.shortlist.is_needed:
+            for member in account.group.accounts:
+                self.choice.shortlist.note_change(member)
+        if placed.needs_load and placed.key is not None:
             self._fleet.copies.update(account)
             for model in chosen.pushed_out:
                 self.note_unloaded(account, model)
-        if question.demand.prompt is not None:
-            self.experience.note_placed(placed, question.now)
-        return Placement(placed, chosen, choice.considered)
+        if demand.prompt is not None:
+            self.experience.note_placed(placed, now)
+        return Placement(placed, chosen, considered)
 
     # -- a request goes on ---------------------------------------------------------------------------------------
 
@@ -347,7 +355,8 @@ class Scheduler:
             choice = self.choice.choose(question, waiting.exclude, account)
             if choice.chosen is not None:
                 self.queue.take(entry, among)
-                placement = self._place(choice, choice.chosen, question)
+                placement = self._place(choice.chosen, choice.considered, waiting.demand, work, now)
+                self.slow_nodes.record_choice(choice.chosen.node, question)
                 placement.placed.is_charged = True
                 return entry, placement
             is_due = waiting.patience_until is None or waiting.patience_until <= now
