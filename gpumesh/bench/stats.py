@@ -91,7 +91,8 @@ def median_interval(ordered: Sequence[float]) -> tuple[float, float] | None:
     if n < 6:
         return None
     tail_probability = 0.0  # that fewer than ``rank`` values lie below the true median
-    rank = 0
+    # Ranks that lie 20 standard deviations (of ``sqrt(n) / 2``) below the middle have no probability worth counting.
+    rank = max(n // 2 - 10 * math.isqrt(n), 0)
     while rank < n:
         # The probability that exactly ``rank`` values lie below the median: n choose rank, times 0.5 ** n. Computed
         # with logarithms, because 0.5 ** n underflows for large samples.

@@ -64,7 +64,7 @@ class Measures:
         self.wait_s = array("d")
         self.lost = 0
         self.moved = 0
-        self._by_priority: dict[str, array[float]] = {}
+        self._by_priority: dict[Priority, array[float]] = {}
         self._by_client: dict[str, array[float]] = {}
         self._served_by_node = dict.fromkeys(nodes, 0)
         self._servers: tuple[SimulatedServer, ...] = ()
@@ -74,16 +74,23 @@ class Measures:
         return f"<Measures {self.policy} {len(self.completion_s)} served, {self.lost} lost>"
 
     def add_served(self, job: Job, attempt: Attempt, now: float) -> None:
-        completion_s = now - job.submitted_at
+        request, submitted_at = job.request, job.submitted_at
+        completion_s = now - submitted_at
         self.completion_s.append(completion_s)
-        self.ttft_s.append((now if job.first_token_at is None else job.first_token_at) - job.submitted_at)
-        self.wait_s.append((job.submitted_at if job.sent_at is None else job.sent_at) - job.submitted_at)
+        self.ttft_s.append((now if job.first_token_at is None else job.first_token_at) - submitted_at)
+        self.wait_s.append(0.0 if job.sent_at is None else job.sent_at - submitted_at)
         self._served_by_node[attempt.node] += 1
         if job.attempts > 1:
             self.moved += 1
-        _add_to_group(self._by_priority, job.request.priority.value, completion_s)
-        if job.request.client in self._by_client or len(self._by_client) < MAX_CLIENTS:
-            _add_to_group(self._by_client, job.request.client, completion_s)
+        of_class = self._by_priority.get(request.priority)
+        if of_class is None:
+            of_class = self._by_priority[request.priority] = array("d")
+        of_class.append(completion_s)
+        of_client = self._by_client.get(request.client)
+        if of_client is not None:
+            of_client.append(completion_s)
+        elif len(self._by_client) < MAX_CLIENTS:
+            self._by_client[request.client] = array("d", (completion_s,))
 
     def add_lost(self, job: Job) -> None:  # noqa: ARG002  # a person who debugs wants to know which
         self.lost += 1
@@ -96,6 +103,11 @@ class Measures:
     def result(self) -> PolicyResult:
         """Summarizes what was collected."""
         served = len(self.completion_s)
+        completion = summarize_sample(self.completion_s)
+
+        def summarize_group(values: array[float]) -> SampleSummary:
+            return completion if len(values) == served else summarize_sample(values)
+
         nodes = tuple(
             NodeResult(
                 name=server.spec.name,
@@ -112,25 +124,18 @@ class Measures:
             served=served,
             lost=self.lost,
             moved=self.moved,
-            completion=summarize_sample(self.completion_s),
+            completion=completion,
             ttft=summarize_sample(self.ttft_s),
             queue_wait=summarize_sample(self.wait_s),
             completion_by_priority={
-                priority.value: summarize_sample(self._by_priority[priority.value])
+                priority.value: summarize_group(self._by_priority[priority])
                 for priority in Priority
-                if priority.value in self._by_priority
+                if priority in self._by_priority
             },
-            completion_by_client={name: summarize_sample(values) for name, values in self._by_client.items()},
+            completion_by_client={name: summarize_group(values) for name, values in self._by_client.items()},
             loads=sum(node.loads for node in nodes),
             prompt_tokens=sum(node.prompt_tokens for node in nodes),
             read_tokens=sum(node.read_tokens for node in nodes),
             makespan_s=self._ended_at,
             nodes=nodes,
         )
-
-
-def _add_to_group(groups: dict[str, array[float]], name: str, value: float) -> None:
-    group = groups.get(name)
-    if group is None:
-        group = groups[name] = array("d")
-    group.append(value)

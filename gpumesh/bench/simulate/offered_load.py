@@ -39,10 +39,15 @@ def scale_to_load(workload: Workload, nodes: Sequence[NodeSpec], load: float) ->
     nodes together would not hold. Raises UsageError if no node can serve the workload's models.
     """
     work = measure_work(workload, nodes)
-    capacity = fleet_capacity(nodes, work)
+    return scale_to_capacity(workload, work.rate, fleet_capacity(nodes, work), load)
+
+
+def scale_to_capacity(workload: Workload, rate: float, capacity: float, load: float) -> Workload:
+    """``scale_to_load`` for a workload that was measured before: its requests come ``rate`` times a second, and the
+    fleet serves ``capacity`` of them a second. Raises UsageError if the capacity is 0."""
     if capacity <= 0:
         raise UsageError("no node of the fleet has a model of the workload")
-    return workload.scaled(work.rate / (load * capacity))
+    return workload.scaled(rate / (load * capacity))
 
 
 def measure_work(requests: Iterable[SimulatedRequest], nodes: Sequence[NodeSpec]) -> OfferedWork:
@@ -58,14 +63,14 @@ def measure_work(requests: Iterable[SimulatedRequest], nodes: Sequence[NodeSpec]
             first_at_s = first_turn.at_s
         last_at_s = first_turn.at_s
         for request in _turns(first_turn):
-            unread_tokens = max(request.prompt_tokens - cache.use(request), 1)
-            sample = samples.setdefault(request.model, [])
+            cached_tokens = cache.use(request) if request.blocks else 0
+            unread_tokens = max(request.prompt_tokens - cached_tokens, 1)
             count = counts[request.model] = counts.get(request.model, 0) + 1
             # Reservoir sampling (Vitter's algorithm R): each request is in the sample with the same probability.
-            if len(sample) < SAMPLE_SIZE:
-                sample.append((unread_tokens, request.output_tokens))
-            elif (position := rng.randrange(count)) < SAMPLE_SIZE:
-                sample[position] = (unread_tokens, request.output_tokens)
+            if count <= SAMPLE_SIZE:
+                samples.setdefault(request.model, []).append((unread_tokens, request.output_tokens))
+            elif (position := int(rng.random() * count)) < SAMPLE_SIZE:
+                samples[request.model][position] = (unread_tokens, request.output_tokens)
     total = sum(counts.values())
     if not total:
         raise UsageError("the workload has no requests")
@@ -136,10 +141,9 @@ class _PooledCache:
         self._shared = PrefixCache(0)
 
     def use(self, request: SimulatedRequest) -> int:
-        """Returns the tokens of the prompt that are in the cache, and puts the prompt into the cache."""
+        """Returns the tokens of the prompt that are in the cache, and puts the prompt into the cache. The prompt must
+        have blocks."""
         blocks = request.blocks
-        if not blocks:
-            return 0
         if not self._prompts:
             self._shared = PrefixCache(self._tokens // request.block_tokens)
         count = sum(1 for _ in takewhile(self._holders.__contains__, blocks))

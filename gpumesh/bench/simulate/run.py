@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from gpumesh.bench.simulate.fleet import NodeSpec
-from gpumesh.bench.simulate.offered_load import fleet_capacity, measure_work, scale_to_load
+from gpumesh.bench.simulate.offered_load import fleet_capacity, measure_work, scale_to_capacity
 from gpumesh.bench.simulate.report import SimulationResult
 from gpumesh.bench.simulate.simulation import Simulation
 from gpumesh.bench.simulate.workloads import Workload
@@ -21,10 +21,12 @@ def simulate_policies(
     max_queue: int = 1024,
 ) -> SimulationResult:
     """Simulates the workload under each policy. ``source`` says in words where the requests come from. ``load``: as
-    ``scale_to_load``; ``None`` leaves the times of the workload as they are."""
+    ``scale_to_load``; ``None`` leaves the times of the workload as they are. Raises UsageError if the load cannot be
+    reached, or if the workload has no requests."""
+    work = measure_work(workload, nodes)  # once: this draws all requests
+    capacity = fleet_capacity(nodes, work)
     if load is not None:
-        workload = scale_to_load(workload, nodes, load)
-    work = measure_work(workload, nodes)
+        workload = scale_to_capacity(workload, work.rate, capacity, load)
     results = [
         Simulation(nodes, workload, policy, seed=workload.seed, max_queue=max_queue).run().result()
         for policy in policies
@@ -33,8 +35,8 @@ def simulate_policies(
         workload=source,
         seed=workload.seed,
         requests=results[0].served + results[0].lost,
-        offered_per_s=work.rate,
-        capacity_per_s=fleet_capacity(nodes, work),
+        offered_per_s=work.rate if load is None else load * capacity,
+        capacity_per_s=capacity,
         nodes=tuple(nodes),
         policies=tuple(results),
     )
