@@ -83,10 +83,6 @@ class ReferenceDecisions:
         self._queue: dict[int, Job] = {}  # by the number of the request, in the order of arrival
         self._turn = 0
 
-    @property
-    def waiting(self) -> int:
-        return len(self._queue)
-
     def submit(self, job: Job, now: float) -> Grant | None:
         self._note_demand(job, now)
         if self._queue or not self._any_free_slot(job):  # the jobs that wait go first

@@ -98,11 +98,6 @@ class Grant(NamedTuple):
 class Decisions(Protocol):
     """A balancer that decides in the simulator. ``now`` is in seconds of the simulated clock, and never decreases."""
 
-    @property
-    def waiting(self) -> int:
-        """The number of jobs in the gateway's queue."""
-        ...
-
     def submit(self, job: Job, now: float) -> Grant | None:
         """Decides for a job that has come, or that a node has failed (``job.failed_nodes``). ``None``: it waits in the
         queue. A grant without a node: the queue is full, or no node can serve the job."""
@@ -124,5 +119,5 @@ class Decisions(Protocol):
 
     def set_report(self, node: str, *, is_up: bool, loaded: Mapping[str, tuple[int, int]], now: float) -> None:
         """What a probe of the node has found: whether the server answers, and the models in its memory: for each its
-        size in MiB and its context length, by its full name."""
+        size in MiB and its context length, by its full name. It is the same object until the memory changes."""
         ...

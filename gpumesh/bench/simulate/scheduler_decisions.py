@@ -10,6 +10,7 @@ from gpumesh.balancer.base import Demand, ResidencyKey
 from gpumesh.balancer.outcomes import Outcome, rule_for_outcome
 from gpumesh.balancer.prefixes.cache_size import BYTES_PER_TOKEN
 from gpumesh.balancer.prefixes.prints import PromptPrint, print_from_ids
+from gpumesh.balancer.residency import Residency
 from gpumesh.balancer.scheduling.scheduler import Placement, Scheduler
 from gpumesh.bench.simulate.fleet import NodeSpec
 from gpumesh.bench.simulate.requests import Attempt, Grant, Job, SimulatedRequest
@@ -32,11 +33,7 @@ class SchedulerDecisions:
             account.residency.file_mib = {name: int(model.vram_mib / 1.2) for name, model in spec.models.items()}
             account.residency.replace_with_report(dict.fromkeys(spec.loaded, (None, None)), asked_at=0.0)
             self._scheduler.note_report(account)
-        self._demands: dict[int, Demand] = {}
-
-    @property
-    def waiting(self) -> int:
-        return self._scheduler.queue.size
+        self._reported: dict[str, Mapping[str, tuple[int, int]]] = {}  # the last report of each node
 
     def submit(self, job: Job, now: float) -> Grant | None:
         demand = _demand(job)
@@ -80,9 +77,19 @@ class SchedulerDecisions:
 
     def set_report(self, node: str, *, is_up: bool, loaded: Mapping[str, tuple[int, int]], now: float) -> None:
         account = self._accounts[node]
+        has_news = is_up != account.is_up or loaded is not self._reported.get(node)
+        if not has_news and not self._scheduler.queue.size and _agrees(account.residency, loaded):
+            return  # a report without news changes nothing, and most are: without this, they take 5 % of the time
+        self._reported[node] = loaded
         account.is_up = is_up
         account.residency.replace_with_report(loaded, asked_at=now)
         self._scheduler.note_report(account)
+
+
+def _agrees(residency: Residency, reported: Mapping[str, tuple[int, int]]) -> bool:
+    """Whether the balancer takes just the reported models for loaded, and awaits no load."""
+    loaded = residency.loaded
+    return loaded.keys() == reported.keys() and all(item.loading_until is None for item in loaded.values())
 
 
 def _grant(job: object, placement: Placement) -> Grant:

@@ -60,12 +60,13 @@ class Simulation:
         self._sequence = 0
         self._scheduled = dict.fromkeys(self.servers, math.inf)  # when each server's next event is on the heap
         self._unfinished = 0  # jobs that have come and not ended, and turns that will come
+        self._waiting = 0  # jobs in the gateway's queue
         self._check_at = math.inf
         self._checked_at = -1.0
         self._last_event_at = 0.0  # of a server, or the arrival of a request
 
     def __repr__(self) -> str:
-        return f"<Simulation {self._unfinished} unfinished, {self.decisions.waiting} waiting>"
+        return f"<Simulation {self._unfinished} unfinished, {self._waiting} waiting>"
 
     def run(self) -> Measures:
         """Runs until all requests have ended."""
@@ -86,7 +87,7 @@ class Simulation:
             else:
                 now, kind, _, subject = heappop(events)
                 self._handle(kind, subject, now, may_come=request is not None)
-            if self.decisions.waiting:
+            if self._waiting:
                 self._schedule_check(now)
         self.measures.finish(now, self.servers.values())
         return self.measures
@@ -99,8 +100,8 @@ class Simulation:
         """Handles one event of the heap. ``may_come``: further requests of the workload will come."""
         if kind == _SERVER:
             server: SimulatedServer = subject
-            if self._scheduled[server.spec.name] == now:  # else the server's next event has moved meanwhile
-                self._scheduled[server.spec.name] = math.inf
+            if self._scheduled[server.name] == now:  # else the server's next event has moved meanwhile
+                self._scheduled[server.name] = math.inf
                 server.advance(now)
                 self._take_news(server, now)
         elif kind == _ARRIVE:
@@ -132,7 +133,9 @@ class Simulation:
 
     def _submit(self, job: Job, now: float) -> None:
         grant = self.decisions.submit(job, now)
-        if grant is not None:
+        if grant is None:
+            self._waiting += 1
+        else:
             self._follow(grant, now)
 
     def _follow(self, grant: Grant, now: float) -> None:
@@ -175,7 +178,7 @@ class Simulation:
         """Tells the balancer what has happened at the server, and schedules the server's next event."""
         self._last_event_at = now
         next_at = server.next_event_at
-        name = server.spec.name
+        name = server.name
         if next_at != self._scheduled[name]:
             self._scheduled[name] = next_at
             if next_at < math.inf:
@@ -186,7 +189,7 @@ class Simulation:
                     attempt.job.first_token_at = now
                 self.decisions.note_first_token(attempt, now)
             server.first_tokens.clear()
-            if self.decisions.waiting and not server.ended:
+            if self._waiting and not server.ended:
                 self._grant_waiting(now)
         if server.ended:
             ended = server.ended
@@ -195,7 +198,7 @@ class Simulation:
                 self.decisions.end(attempt, now, outcome, counters)
             for attempt, outcome, _counters in ended:
                 self._go_on(attempt, outcome, now)
-            if self.decisions.waiting:
+            if self._waiting:
                 self._grant_waiting(now)
 
     def _go_on(self, attempt: Attempt, outcome: Outcome, now: float) -> None:
@@ -210,7 +213,9 @@ class Simulation:
             self._end_job(job, now, None)
 
     def _grant_waiting(self, now: float) -> None:
-        for grant in self.decisions.grants(now):
+        grants = self.decisions.grants(now)
+        self._waiting -= len(grants)
+        for grant in grants:
             self._follow(grant, now)
 
     def _schedule_check(self, now: float) -> None:
@@ -232,16 +237,16 @@ class Simulation:
         if may_come or self._unfinished:
             self._push(now + PROBE_S, _PROBE, None)
         self._check_progress(now)
-        if self.decisions.waiting:
+        if self._waiting:
             self._grant_waiting(now)
 
     def _check_progress(self, now: float) -> None:
         """Raises GPUMeshError when requests wait in the gateway, and nothing has happened for ``STUCK_S``: a fault of
         the balancer, or nodes that stay away for ever."""
         will_happen = any(at < math.inf for at in self._scheduled.values())
-        if self.decisions.waiting and not will_happen and now - self._last_event_at > STUCK_S:
+        if self._waiting and not will_happen and now - self._last_event_at > STUCK_S:
             raise GPUMeshError(
-                f"policy {self.measures.policy}: {self.decisions.waiting} requests wait for ever, since "
+                f"policy {self.measures.policy}: {self._waiting} requests wait for ever, since "
                 f"{self._last_event_at:.0f} s of simulated time",
                 hint="either all nodes that could serve them stay away, or the balancer has lost them",
             )

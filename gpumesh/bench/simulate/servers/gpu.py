@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Sequence
 from heapq import heappop, heappush
 
 from gpumesh.bench.simulate.requests import Attempt
@@ -81,33 +82,38 @@ class SharedGpu:
         self._sequence += 1
         heappush(self._prefills, (now + attempt.prefill_s * self.factor, self._sequence, attempt))
 
-    def finish_prefill(self, now: float) -> Attempt | None:
-        """Removes and returns an attempt whose prompt is read at ``now``, and starts to generate its answer, for
-        ``attempt.decode_s``. ``None`` if there is none."""
-        if not self._prefills or self._prefills[0][0] > now + ROUNDING_S:
-            return None
-        attempt = heappop(self._prefills)[2]
-        self.read_s += attempt.prefill_s
+    def advance(self, now: float) -> tuple[Sequence[Attempt], Sequence[Attempt]]:
+        """Does all that is due at ``now``. Removes and returns the attempts whose prompts are read, and those whose
+        answers are complete. The answers to the prompts are generated from now on, each for ``attempt.decode_s``."""
         self._move(now)
-        if self._waiting_prefills:
-            self._push_prefill(self._waiting_prefills.popleft(), now)
-        attempt.decode_from = self._virtual
-        self._sequence += 1
-        heappush(self._decoding, (self._virtual + attempt.decode_s, self._sequence, attempt))
+        prefills, decoding = self._prefills, self._decoding
+        read = self._finish_prefills(now) if prefills and prefills[0][0] <= now + ROUNDING_S else ()
+        answered = self._finish_answers() if decoding and decoding[0][0] <= self._virtual + ROUNDING_S else ()
         self._update()
-        return attempt
+        return read, answered
 
-    def finish_answer(self, now: float) -> Attempt | None:
-        """Removes and returns an attempt whose answer is complete at ``now``; ``None`` if there is none."""
-        if not self._decoding:
-            return None
-        self._move(now)
-        if self._decoding[0][0] > self._virtual + ROUNDING_S:
-            return None
-        attempt = heappop(self._decoding)[2]
-        self.decoded_s += attempt.decode_s
-        self._update()
-        return attempt
+    def _finish_prefills(self, now: float) -> list[Attempt]:
+        finished: list[Attempt] = []
+        prefills = self._prefills
+        while prefills and prefills[0][0] <= now + ROUNDING_S:
+            attempt = heappop(prefills)[2]
+            finished.append(attempt)
+            self.read_s += attempt.prefill_s
+            if self._waiting_prefills:
+                self._push_prefill(self._waiting_prefills.popleft(), now)
+            attempt.decode_from = self._virtual
+            self._sequence += 1
+            heappush(self._decoding, (self._virtual + attempt.decode_s, self._sequence, attempt))
+        return finished
+
+    def _finish_answers(self) -> list[Attempt]:
+        finished: list[Attempt] = []
+        decoding, due = self._decoding, self._virtual + ROUNDING_S
+        while decoding and decoding[0][0] <= due:
+            attempt = heappop(decoding)[2]
+            finished.append(attempt)
+            self.decoded_s += attempt.decode_s
+        return finished
 
     def decoded_share(self, attempt: Attempt, now: float) -> float:
         """The share of the attempt's answer (0 to 1) that is generated at ``now``."""
@@ -138,17 +144,16 @@ class SharedGpu:
 
     def _update(self) -> None:
         """Computes the speed and the next event anew. The virtual time must be that of now."""
-        streams = len(self._decoding)
-        next_at = math.inf
+        decoding, prefills = self._decoding, self._prefills
+        next_at = prefills[0][0] if prefills else math.inf
         speed = 0.0
-        if self._prefills:
-            next_at = self._prefills[0][0]
-        if streams:
-            speed = 1.0 / ((1.0 + self._share * (streams - 1)) * self.factor)
-            if self._prefills:
+        if decoding:
+            speed = 1.0 / ((1.0 + self._share * (len(decoding) - 1)) * self.factor)
+            if prefills:
                 speed *= 1.0 - self._stall
             if speed > 0.0:
-                answer_at = self._virtual_at + max(self._decoding[0][0] - self._virtual, 0.0) / speed
+                left_s = decoding[0][0] - self._virtual
+                answer_at = self._virtual_at + left_s / speed if left_s > 0.0 else self._virtual_at
                 next_at = min(next_at, answer_at)
         self._speed = speed
         self.next_event_at = next_at

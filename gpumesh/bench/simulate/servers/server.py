@@ -40,6 +40,7 @@ class SimulatedServer:
 
     def __init__(self, spec: NodeSpec) -> None:
         self.spec = spec
+        self.name = spec.name
         self.gpu = SharedGpu(share=spec.share, prefill_stall=spec.prefill_stall, prefill_lanes=spec.prefill_lanes)
         self.runners: dict[str, Runner] = {}
         self.pending: deque[Attempt] = deque()  # these wait for a load
@@ -194,11 +195,12 @@ class SimulatedServer:
     def advance(self, now: float) -> None:
         """Does all that is due at ``now``. Must be called at ``next_event_at``, not later."""
         self.revision += 1
-        while (attempt := self.gpu.finish_prefill(now)) is not None:
+        read, answered = self.gpu.advance(now)
+        for attempt in read:
             attempt.has_first_token = True
             attempt.first_token_at = now
             self.first_tokens.append(attempt)
-        while (attempt := self.gpu.finish_answer(now)) is not None:
+        for attempt in answered:
             self.ended.append((attempt, Outcome.SERVED, _final_counters(attempt, now, self._lie)))
             self._leave(attempt, now)
         if self.load_ends_at <= now + ROUNDING_S:
@@ -222,7 +224,8 @@ class SimulatedServer:
         runner.free_slots.append(attempt.slot)
         runner.users -= 1
         runner.last_used_at = now
-        self._fill_slots(runner, now)
+        if runner.waiting:
+            self._fill_slots(runner, now)
         if runner.users == 0 and runner.is_expiring:
             self._unload(runner)
             self._process_pending(now)
