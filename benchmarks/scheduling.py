@@ -43,7 +43,7 @@ from scheduling_scenarios import SCENARIOS, Scenario  # noqa: E402
 from scheduling_work import Client, Job  # noqa: E402
 
 from gpumesh.lab.lab import Lab  # noqa: E402
-from gpumesh.lab.profile import LoggedRequest, SimCounters  # noqa: E402
+from gpumesh.lab.profile import HostProfile, LoggedRequest, SimCounters  # noqa: E402
 
 HAND = "hand"
 WAIT_S = 0.05  # a request that waited longer inside a server for a slot has waited
@@ -75,7 +75,7 @@ async def run_scenario(
     routes: dict[str, Path | None] = {HAND: None, **checkouts}
     async with contextlib.AsyncExitStack() as stack:
         ready = [
-            await stack.enter_async_context(_open_route(scenario, folder / name, checkout))
+            await stack.enter_async_context(open_route(scenario.hosts, folder / name, checkout))
             for name, checkout in routes.items()
         ]
         results = await asyncio.gather(
@@ -115,10 +115,12 @@ def _hand_jobs(scenario: Scenario, jobs: list[Job]) -> list[Job]:
 
 
 @contextlib.asynccontextmanager
-async def _open_route(scenario: Scenario, folder: Path, checkout: Path | None) -> AsyncIterator[tuple[Lab, int | None]]:
-    """The scenario's hosts, and the port of a gateway in front of them (``None`` without a checkout: no gateway)."""
+async def open_route(
+    hosts: Sequence[HostProfile], folder: Path, checkout: Path | None
+) -> AsyncIterator[tuple[Lab, int | None]]:
+    """The hosts, and the port of a gateway in front of them (``None`` without a checkout: no gateway)."""
     folder.mkdir(mode=0o700)
-    async with Lab(scenario.hosts, folder) as lab:
+    async with Lab(hosts, folder) as lab:
         if checkout is None:
             yield lab, None
             return

@@ -49,8 +49,10 @@ class NodeSpec:
     - ``share``: how much longer each other stream makes a token take: with k streams ``(1 + share * (k - 1))``.
     - ``prefill_stall``: the share of its speed that decoding loses while a prompt is read (1: it stands still).
     - ``prefill_lanes``: how many prompts are read at the same time, each at full speed. The others wait.
-    - ``cache_tokens``: the size of a cache of prompts that all slots share, beside what each slot holds itself. It is
-      lost when its model is unloaded.
+    - ``cache_tokens``: the size of a cache of prompts that all slots share, beside what each slot holds itself (vLLM,
+      SGLang). ``lost_tokens``: how much of what the slots lose is kept, and can come back into one slot (llama-server
+      and Ollama: 8 GiB of the host's memory, about 65,000 tokens of an 8B model). Both are lost when their model is
+      unloaded.
     - ``vram_mib``: the memory for models; ``None``: without a limit. ``max_loaded``: the most models in memory
       (``OLLAMA_MAX_LOADED_MODELS``).
     - ``context``: the context length of a request that asks for none.
@@ -67,6 +69,7 @@ class NodeSpec:
     prefill_stall: float = 0.9
     prefill_lanes: int = 1
     cache_tokens: int = 0
+    lost_tokens: int = 0
     vram_mib: float | None = None
     max_loaded: int = 3
     context: int = 4096

@@ -135,7 +135,7 @@ class _PooledCache:
 
     def __init__(self, nodes: Sequence[NodeSpec]) -> None:
         self._slots = sum(max((model.slots for model in node.models.values()), default=0) for node in nodes)
-        self._tokens = sum(node.cache_tokens for node in nodes)
+        self._tokens = sum(node.cache_tokens + node.lost_tokens for node in nodes)
         self._prompts: OrderedDict[int, tuple[int, ...]] = OrderedDict()  # in the slots, by the id of the last block
         self._holders: dict[int, int] = {}  # by the id of a block: how many of these prompts have it
         self._shared = PrefixCache(0)

@@ -22,7 +22,7 @@ from gpumesh.balancer.outcomes import Outcome
 from gpumesh.bench.simulate.fleet import ModelSpec
 from gpumesh.bench.simulate.requests import Attempt, Grant, Job
 from gpumesh.bench.simulate.servers.runner import Runner, Slot
-from gpumesh.bench.simulate.servers.server import SimulatedServer, find_runner_to_unload
+from gpumesh.bench.simulate.servers.server import SimulatedServer, find_runner_to_unload, find_waiting_for_load
 
 # A node without a free slot must be so much better than one with a free slot: while a slot stays idle, the fleet loses
 # capacity, and the requests that are to come pay for it. Found by trial: with 1 the reference falls behind at 95 % of
@@ -151,7 +151,7 @@ class ReferenceDecisions:
             return False
         runner = server.runners.get(job.request.model)
         users = 0 if runner is None else runner.users
-        return users + len(server.pending) + len(self._still_in_transit(server)) < spec.slots
+        return users + len(find_waiting_for_load(server)) + len(self._still_in_transit(server)) < spec.slots
 
     def _still_in_transit(self, server: SimulatedServer) -> deque[tuple[float, Job]]:
         """What was sent to the server and has not arrived, each with the time of its arrival, in order."""
@@ -191,7 +191,7 @@ class ReferenceDecisions:
             for attempt in runner.waiting:
                 line.queue.append(_work_of(server, attempt.job))
         for job in (
-            *(attempt.job for attempt in server.pending),
+            *(attempt.job for attempt in find_waiting_for_load(server)),
             *(job for _, job in self._in_transit[server.spec.name]),
         ):
             line, _penalty = self._line_for(server, lines, job, now)

@@ -252,8 +252,5 @@ class Simulation:
             )
 
     def _change_fault(self, server: SimulatedServer, fault: Fault, now: float, *, starts: bool) -> None:
-        if starts:
-            server.start_fault(fault, now)
-        else:
-            server.end_fault(fault, now)
+        server.change_fault(fault, now, starts=starts)
         self._take_news(server, now)

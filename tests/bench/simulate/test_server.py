@@ -2,63 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
-from typing import Any
 
 import pytest
 
-from gpumesh.backends.base import ServerCounters
 from gpumesh.balancer.outcomes import Outcome
 from gpumesh.bench.simulate.fleet import Fault, FaultKind
-from gpumesh.bench.simulate.requests import Attempt, Job
+from gpumesh.bench.simulate.servers.blocks import common_blocks
 from gpumesh.bench.simulate.servers.prefix_cache import PrefixCache
-from gpumesh.bench.simulate.servers.runner import Runner, common_blocks
-from gpumesh.bench.simulate.servers.server import SimulatedServer
+from gpumesh.bench.simulate.servers.runner import Runner
 from tests.bench.simulate.build import MODEL, OTHER, node, request
+from tests.bench.simulate.server_driver import ServerDriver
 
 THIRD = replace(MODEL, name="third:latest")
 
 
-class Driver:
-    """Sends requests to a server at given times, and collects when each ended and how."""
-
-    def __init__(self, **changes: Any) -> None:
-        self.server = SimulatedServer(node(**changes))
-        self.ends: dict[int, tuple[float, Outcome]] = {}
-        self.counters: dict[int, ServerCounters | None] = {}
-        self.first_tokens: dict[int, float] = {}
-
-    def send(self, number: int, at: float, **changes: Any) -> None:
-        self.advance_to(at)
-        sent = request(number, at, **changes)
-        self.server.accept(Attempt(Job(sent, at, sent.prompt_tokens, sent.output_tokens), "a", None), at)
-        self._collect(at)
-
-    def advance_to(self, until: float) -> None:
-        while self.server.next_event_at <= until:
-            now = self.server.next_event_at
-            self.server.advance(now)
-            self._collect(now)
-
-    def finish(self) -> dict[int, float]:
-        """Runs until nothing is left to do. Returns when each request ended."""
-        while self.server.next_event_at < math.inf:
-            self.advance_to(self.server.next_event_at)
-        return {number: at for number, (at, _) in self.ends.items()}
-
-    def _collect(self, now: float) -> None:
-        for attempt in self.server.first_tokens:
-            self.first_tokens[attempt.job.request.number] = now
-        for attempt, outcome, counters in self.server.ended:
-            self.ends[attempt.job.request.number] = (now, outcome)
-            self.counters[attempt.job.request.number] = counters
-        self.server.first_tokens.clear()
-        self.server.ended.clear()
-
-
 def test_past_the_slots_a_request_waits_inside_and_only_the_total_shows_it() -> None:
-    driver = Driver()
+    driver = ServerDriver(node())
     for number in range(3):
         driver.send(number, 0.0)
     assert driver.finish() == pytest.approx({0: 1.1, 1: 1.1, 2: 2.2})
@@ -71,7 +31,7 @@ def test_past_the_slots_a_request_waits_inside_and_only_the_total_shows_it() -> 
 
 
 def test_the_load_duration_covers_the_wait_for_the_runner() -> None:
-    driver = Driver(models=(MODEL, OTHER), max_loaded=1)
+    driver = ServerDriver(node(models=(MODEL, OTHER), max_loaded=1))
     driver.send(0, 0.0)
     driver.send(1, 0.5, model=OTHER.name)
     driver.finish()
@@ -82,7 +42,7 @@ def test_the_load_duration_covers_the_wait_for_the_runner() -> None:
 
 
 def test_one_load_at_a_time_in_the_order_of_arrival() -> None:
-    driver = Driver(models=(MODEL, OTHER, THIRD), loaded=())
+    driver = ServerDriver(node(models=(MODEL, OTHER, THIRD), loaded=()))
     driver.send(0, 0.0, model=OTHER.name)
     driver.send(1, 0.0, model=THIRD.name)
     driver.send(2, 1.0, model=OTHER.name)  # waits for the load that runs
@@ -91,7 +51,7 @@ def test_one_load_at_a_time_in_the_order_of_arrival() -> None:
 
 
 def test_an_idle_model_is_pushed_out_before_a_busy_one() -> None:
-    driver = Driver(models=(MODEL, OTHER, THIRD), loaded=(MODEL.name, OTHER.name), max_loaded=2)
+    driver = ServerDriver(node(models=(MODEL, OTHER, THIRD), loaded=(MODEL.name, OTHER.name), max_loaded=2))
     driver.send(0, 0.0)  # MODEL is busy, and first by name
     driver.send(1, 0.0, model=THIRD.name)
     assert set(driver.server.loaded_models(0.0)) == {MODEL.name, THIRD.name}
@@ -99,7 +59,7 @@ def test_an_idle_model_is_pushed_out_before_a_busy_one() -> None:
 
 
 def test_memory_decides_what_fits() -> None:
-    driver = Driver(models=(MODEL, OTHER, THIRD), vram_mib=11_300.0)
+    driver = ServerDriver(node(models=(MODEL, OTHER, THIRD), vram_mib=11_300.0))
     driver.send(0, 0.0, model=OTHER.name)
     driver.finish()
     assert driver.server.loaded_models(6.0) == {MODEL.name: (5000, 4096), OTHER.name: (5000, 4096)}
@@ -108,7 +68,7 @@ def test_memory_decides_what_fits() -> None:
 
 
 def test_a_model_that_is_used_all_the_time_delays_what_would_push_it_out() -> None:
-    driver = Driver(models=(MODEL, OTHER), max_loaded=1)
+    driver = ServerDriver(node(models=(MODEL, OTHER), max_loaded=1))
     driver.send(0, 0.0)
     driver.send(1, 0.5, model=OTHER.name)
     for number in range(2, 6):
@@ -119,7 +79,7 @@ def test_a_model_that_is_used_all_the_time_delays_what_would_push_it_out() -> No
 
 
 def test_what_was_not_used_for_long_is_unloaded() -> None:
-    driver = Driver(keep_alive_s=60.0)
+    driver = ServerDriver(node(keep_alive_s=60.0))
     driver.send(0, 0.0)
     driver.send(1, 50.0)
     driver.finish()
@@ -130,7 +90,7 @@ def test_what_was_not_used_for_long_is_unloaded() -> None:
 
 
 def test_too_many_that_wait_for_loads_are_refused() -> None:
-    driver = Driver(models=(MODEL, OTHER), max_loaded=1, max_pending=1)
+    driver = ServerDriver(node(models=(MODEL, OTHER), max_loaded=1, max_pending=1))
     driver.send(0, 0.0)
     driver.send(1, 0.0, model=OTHER.name)
     driver.send(2, 0.0, model=OTHER.name)
@@ -138,14 +98,14 @@ def test_too_many_that_wait_for_loads_are_refused() -> None:
 
 
 def test_what_the_server_does_not_have_is_not_found() -> None:
-    driver = Driver()
+    driver = ServerDriver(node())
     driver.send(0, 0.0, model="nothing:latest")
     assert driver.ends[0] == (0.0, Outcome.MODEL_NOT_FOUND)
 
 
 def test_a_liar_has_true_times_and_false_counters() -> None:
-    driver = Driver()
-    driver.server.start_fault(Fault(FaultKind.LYING, 0.0, 10.0, factor=0.1), 0.0)
+    driver = ServerDriver(node())
+    driver.server.change_fault(Fault(FaultKind.LYING, 0.0, 10.0, factor=0.1), 0.0, starts=True)
     driver.send(0, 0.0)
     assert driver.finish()[0] == pytest.approx(1.1)
     counters = driver.counters[0]
@@ -154,16 +114,16 @@ def test_a_liar_has_true_times_and_false_counters() -> None:
 
 
 def test_a_lost_connection_ends_all_and_frees_the_slots() -> None:
-    driver = Driver(models=(MODEL, OTHER), max_loaded=1)
+    driver = ServerDriver(node(models=(MODEL, OTHER), max_loaded=1))
     for number in range(3):
         driver.send(number, 0.0)
     driver.send(3, 0.0, model=OTHER.name)
     driver.advance_to(0.6)
-    driver.server.start_fault(Fault(FaultKind.AWAY, 0.6, 1.0), 0.6)
+    driver.server.change_fault(Fault(FaultKind.AWAY, 0.6, 1.0), 0.6, starts=True)
     driver._collect(0.6)
     outcomes = {number: outcome for number, (_, outcome) in driver.ends.items()}
     assert outcomes == {0: Outcome.CUT, 1: Outcome.CUT, 2: Outcome.UNREACHABLE, 3: Outcome.UNREACHABLE}
-    driver.server.end_fault(Fault(FaultKind.AWAY, 0.6, 1.0), 1.0)
+    driver.server.change_fault(Fault(FaultKind.AWAY, 0.6, 1.0), 1.0, starts=False)
     driver.send(4, 2.0, model=OTHER.name)
     assert driver.finish()[4] == pytest.approx(2.0 + 4.0 + 1.1)
 
@@ -180,7 +140,7 @@ def test_common_blocks(one: tuple[int, ...], other: tuple[int, ...], count: int)
 
 
 def test_the_slot_with_the_same_beginning_is_taken_else_the_oldest() -> None:
-    runner = Runner(MODEL, 4096, 0, 0.0)
+    runner = Runner(MODEL, 4096, node(), 0.0)
     first, _ = runner.take_slot(request(0, prompt=300, blocks=(1, 2, 3), block_tokens=100))
     second, _ = runner.take_slot(request(1, prompt=300, blocks=(7, 8, 9), block_tokens=100))
     runner.free_slots += [second, first]
@@ -192,11 +152,44 @@ def test_the_slot_with_the_same_beginning_is_taken_else_the_oldest() -> None:
 
 
 def test_the_shared_cache_keeps_what_slots_have_lost() -> None:
-    runner = Runner(replace(MODEL, slots=1), 4096, 600, 0.0)
+    runner = Runner(replace(MODEL, slots=1), 4096, node(cache_tokens=600), 0.0)
     for blocks, expected in (((1, 2, 3), 0), ((7, 8, 9), 0), ((1, 2, 3, 4), 300)):
         slot, cached = runner.take_slot(request(0, prompt=100 * len(blocks), blocks=blocks, block_tokens=100))
         assert cached == expected
         runner.free_slots.append(slot)
+
+
+def test_of_slots_that_share_equally_much_the_first_is_taken() -> None:
+    runner = Runner(MODEL, 4096, node(), 0.0)
+    first, _ = runner.take_slot(request(0, prompt=300, blocks=(1, 2, 3), block_tokens=100))
+    second, _ = runner.take_slot(request(1, prompt=300, blocks=(1, 2, 4), block_tokens=100))
+    runner.free_slots += [second, first]
+    assert runner.take_slot(request(2, prompt=300, blocks=(1, 2, 5), block_tokens=100)) == (first, 200)
+
+
+def test_what_a_slot_loses_comes_back() -> None:
+    runner = Runner(replace(MODEL, slots=1), 4096, node(lost_tokens=3000), 0.0)
+
+    def cached(*blocks: int) -> int:
+        """Takes the slot for a prompt, and frees it. Returns the tokens that the server had of it."""
+        slot, tokens = runner.take_slot(request(0, prompt=100 * len(blocks), blocks=blocks, block_tokens=100))
+        runner.free_slots.append(slot)
+        return tokens
+
+    long = tuple(range(20, 40))
+    assert [cached(1, 2, 3), cached(7, 8, 9), cached(1, 2, 3, 4), cached(7)] == [0, 0, 300, 100]
+    assert [cached(*long), cached(50), cached(20, 21, 60), cached(51)] == [0, 0, 0, 0], "it has a tenth of what is kept"
+    assert cached(*long[:5], 60) == 500
+    assert cached(1, 2, 3) == 300
+    assert [cached(*range(100, 130)), cached(70), cached(1, 2, 3)] == [0, 0, 0], "the oldest are forgotten"
+
+
+def test_a_misfit_of_a_load_is_pending_only_when_the_load_has_ended() -> None:
+    driver = ServerDriver(node(models=(MODEL, OTHER), loaded=(), max_loaded=1))
+    driver.send(0, 0.0)
+    driver.send(1, 1.0, context=8192)  # Ollama compares the options only when the model is loaded
+    driver.send(2, 2.0, model=OTHER.name)
+    assert driver.finish() == pytest.approx({0: 5.1, 2: 5.1 + 5.1, 1: 5.1 + 2 * 5.1})
 
 
 def test_the_last_blocks_of_the_oldest_prompt_go_first() -> None:

@@ -12,7 +12,7 @@ import pytest
 from gpumesh.balancer.base import Priority
 from gpumesh.bench.simulate.offered_load import OfferedWork, fleet_capacity, measure_work, scale_to_load
 from gpumesh.bench.simulate.requests import SimulatedRequest
-from gpumesh.bench.simulate.servers.runner import common_blocks
+from gpumesh.bench.simulate.servers.blocks import common_blocks
 from gpumesh.bench.simulate.simulation import Simulation
 from gpumesh.bench.simulate.workloads import BLOCK_TOKENS, Mix, Workload
 from gpumesh.bench.traces import TracedRequest

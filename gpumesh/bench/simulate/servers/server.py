@@ -1,7 +1,8 @@
 """A simulated inference server. It loads, evicts, queues and generates as Ollama does (server/sched.go).
 
 - A request for a model in memory, with the same context length, goes to its runner. Past the runner's slots it waits
-  there, first come first served. All other requests wait for a load, first come first served.
+  there, first come first served. All other requests wait for a load, first come first served. One that needs another
+  context length than the runner that is loading joins them when this load has ended.
 - One load at a time. If memory is short, one runner must go: an idle one if there is one, the first by name. It is
   drained first, and meanwhile no other load begins. But it takes requests for its own model until it is gone: so many
   such requests can delay the load without an end, as in Ollama.
@@ -43,7 +44,7 @@ class SimulatedServer:
         self.name = spec.name
         self.gpu = SharedGpu(share=spec.share, prefill_stall=spec.prefill_stall, prefill_lanes=spec.prefill_lanes)
         self.runners: dict[str, Runner] = {}
-        self.pending: deque[Attempt] = deque()  # these wait for a load
+        self.pending: deque[Attempt] = deque()  # these wait for a load: see ``find_waiting_for_load``
         self.running: dict[Attempt, Runner] = {}  # these have a slot
         self.loading: Runner | None = None
         self.load_ends_at = math.inf
@@ -59,7 +60,7 @@ class SimulatedServer:
         self.prompt_tokens = 0
         self._loaded: dict[str, tuple[int, int]] | None = None  # the cache of ``loaded_models``
         for name in spec.loaded:
-            runner = Runner(spec.models[name], spec.context, spec.cache_tokens, 0.0)
+            runner = Runner(spec.models[name], spec.context, spec, 0.0)
             runner.is_ready = True
             self.runners[name] = runner
 
@@ -100,6 +101,8 @@ class SimulatedServer:
         runner = self._usable_runner(attempt, now)
         if runner is not None:
             self._join(runner, attempt, now)
+        elif self.loading is not None and self.loading.spec.name == request.model:
+            self.loading.misfits.append(attempt)
         elif len(self.pending) >= self.spec.max_pending:
             self.ended.append((attempt, Outcome.SERVER_ERROR, None))
         else:
@@ -172,7 +175,7 @@ class SimulatedServer:
     def _start_load(self, attempt: Attempt, now: float) -> None:
         request = attempt.job.request
         context = request.context or self.spec.context
-        runner = Runner(self.spec.models[request.model], context, self.spec.cache_tokens, now)
+        runner = Runner(self.spec.models[request.model], context, self.spec, now)
         self.runners[request.model] = runner
         self._loaded = None
         self.loading = runner
@@ -216,6 +219,8 @@ class SimulatedServer:
         for attempt in runner.waiting:
             attempt.ready_at = now
         self._fill_slots(runner, now)
+        self.pending.extend(runner.misfits)
+        runner.misfits.clear()
         self._process_pending(now)
 
     def _leave(self, attempt: Attempt, now: float) -> None:
@@ -236,33 +241,25 @@ class SimulatedServer:
 
     # -- faults --------------------------------------------------------------------------------------------------
 
-    def start_fault(self, fault: Fault, now: float) -> None:
+    def change_fault(self, fault: Fault, now: float, *, starts: bool) -> None:
+        """The fault begins, or ends."""
         self.revision += 1
+        factor = fault.factor if starts else 1.0
         if fault.kind is FaultKind.AWAY:
-            self.is_up = False
-            self._lose_connection(now)
+            self.is_up = not starts
+            if starts:
+                self._lose_connection(now)
         elif fault.kind is FaultKind.SLOW:
-            self.gpu.set_factor(fault.factor, now)
+            self.gpu.set_factor(factor, now)
         elif fault.kind is FaultKind.LYING:
-            self._lie = fault.factor
+            self._lie = factor
         else:
-            self._is_busy = True
-
-    def end_fault(self, fault: Fault, now: float) -> None:
-        self.revision += 1
-        if fault.kind is FaultKind.AWAY:
-            self.is_up = True
-        elif fault.kind is FaultKind.SLOW:
-            self.gpu.set_factor(1.0, now)
-        elif fault.kind is FaultKind.LYING:
-            self._lie = 1.0
-        else:
-            self._is_busy = False
+            self._is_busy = starts
 
     def _lose_connection(self, now: float) -> None:
         """Ends all attempts, as an Ollama does whose clients are gone. The models stay in memory."""
         waiting = [attempt for runner in self.runners.values() for attempt in runner.waiting]
-        for attempt in (*self.running, *waiting, *self.pending):
+        for attempt in (*self.running, *waiting, *find_waiting_for_load(self)):
             if attempt.has_first_token:
                 share = self.gpu.decoded_share(attempt, now)
                 tokens = min(int(share * attempt.job.tokens_left), attempt.job.tokens_left - 1)
@@ -276,10 +273,16 @@ class SimulatedServer:
         self.pending.clear()
         for runner in list(self.runners.values()):
             runner.waiting.clear()
+            runner.misfits.clear()
             runner.users = 0
             runner.last_used_at = now
             if runner.is_expiring:
                 self._unload(runner)
+
+
+def find_waiting_for_load(server: SimulatedServer) -> list[Attempt]:
+    """The attempts that no runner in memory will serve."""
+    return [*server.pending, *(() if server.loading is None else server.loading.misfits)]
 
 
 def find_runner_to_unload(spec: NodeSpec, runners: Mapping[str, Runner], model: str) -> Runner | None:
