@@ -11,6 +11,7 @@ from gpumesh.balancer.base import Demand, ResidencyKey
 from gpumesh.balancer.lengths import ExpectedLengths
 from gpumesh.balancer.prefixes import PrefixIndex
 from gpumesh.balancer.prefixes.cache_size import BYTES_PER_TOKEN, count_read_tokens
+from gpumesh.balancer.prefixes.prints import FIRST_BLOCK_BYTES
 from gpumesh.balancer.rates import ServiceRates
 
 MIN_CLOCKED_TOKENS = 16  # a shorter stream often comes in a few packets
@@ -39,12 +40,20 @@ class Experience:
         # A client may ask for no token at all.
         answer_tokens = max(self.lengths.expect(demand.client, demand.route, model, demand.max_tokens), 1.0)
         bytes_per_token = self._prompt_bytes_per_token(model)
-        prompt_tokens = (demand.prompt_tokens or 0) * BYTES_PER_TOKEN / bytes_per_token
+        prompt_tokens = _prompt_bytes(demand) / bytes_per_token
         cached: Mapping[str, float] = NOTHING_CACHED
-        if demand.prompt is not None and key is not None:
-            found = self.prefixes.match(key, demand.prompt, _session_id(demand))
+        if key is not None and (demand.prompt is not None or demand.session is not None):
+            found = self._find_cached(key, demand)
             cached = {node: size / bytes_per_token for node, size in found.items()}
         return Work(prompt_tokens, answer_tokens, cached)
+
+    def _find_cached(self, key: ResidencyKey, demand: Demand) -> Mapping[str, int]:
+        """How many bytes of the prompt the nodes have in their caches. A prompt that is shorter than a block is found
+        by its session alone."""
+        session = _session_id(demand)
+        if demand.prompt is not None:
+            return self.prefixes.match(key, demand.prompt, session)
+        return {} if session is None else self.prefixes.match_session(key, session, int(_prompt_bytes(demand)))
 
     def _prompt_bytes_per_token(self, model: str) -> float:
         """How many bytes of a prompt make one of this model's tokens; a guess until an answer has shown it."""
@@ -68,12 +77,14 @@ class Experience:
     def note_placed(self, placed: PlacedRequest, now: float) -> None:
         """From now on the node has the prompt in its cache: a request with the same beginning should follow it."""
         key, prompt = placed.key, placed.demand.prompt
-        if key is not None and prompt is not None:
-            node = placed.account.name
+        if key is None:
+            return
+        node, session = placed.account.name, _session_id(placed.demand)
+        if prompt is not None:
             self.prefixes.add(node, key, prompt, now)
-            session = _session_id(placed.demand)
-            if session is not None:
-                self.prefixes.note_session(node, key, session, prompt.size)
+        if session is not None:
+            size = int(_prompt_bytes(placed.demand)) if prompt is None else prompt.size
+            self.prefixes.note_session(node, key, session, size)
 
     def learn_from_answer(
         self, placed: PlacedRequest, counters: ServerCounters, now: float, *, mean_streams: float, stalled_share: float
@@ -186,6 +197,16 @@ def measure_stream_s(placed: PlacedRequest, counters: ServerCounters, now: float
 def _session_id(demand: Demand) -> int | None:
     """The number that stands for the request's conversation; ``None`` if it has no name."""
     return None if demand.session is None else hash(demand.session)
+
+
+def _prompt_bytes(demand: Demand) -> float:
+    """About how many bytes of a prompt the server has to read. The size of a short prompt is not known, and its reading
+    does not count, unless its client names a session: then the node that has had the session comes first."""
+    if demand.prompt_tokens is not None:
+        return demand.prompt_tokens * BYTES_PER_TOKEN
+    if demand.session is None:
+        return 0.0
+    return float(FIRST_BLOCK_BYTES if demand.prompt is None else demand.prompt.size)
 
 
 def _seconds(milliseconds: float | None) -> float | None:

@@ -70,8 +70,10 @@ class ModelForwarder:
         members = read_small_members(data) or await read_members(data, request)  # most bodies are small: no await
         model = read_model(route, members)
         demand = self._read_demand(request, route, members, model, size=len(data))
-        if route.prompt_members and len(data) >= FIRST_BLOCK_BYTES:  # a shorter prompt is read in no time
+        if route.prompt_members and len(data) >= FIRST_BLOCK_BYTES:  # a shorter prompt has no block
             demand = await self._add_prompt(request, route, members, demand, len(data))
+        elif demand.session is not None:
+            demand = replace(demand, session=self._prompts.read_session(request.headers, members))
         if self._rules.specs:
             body = _ClientBody(data, members, model)
             return await self._forward_by_rules(request, record, route, body, demand)

@@ -17,6 +17,7 @@ from tests.gateway.fleet import (
     events,
     lines,
     node,
+    quick_host,
     serve_hosts,
     serve_nodes,
 )
@@ -192,6 +193,18 @@ async def test_the_clients_request_id_is_in_the_answer(fleet: RunningGateway) ->
     assert (await fleet.chat(headers={"X-Request-Id": "r-1"})).headers["X-Request-Id"] == "r-1"
     assert "X-Request-Id" not in (await fleet.chat()).headers
     assert len((await fleet.chat(headers={"X-Request-Id": "x" * 500})).headers["X-Request-Id"]) == 128
+
+
+async def test_a_named_conversation_stays_on_its_node_however_short_it_is() -> None:
+    async with serve_hosts(quick_host("a"), quick_host("b")) as fleet:
+        for name in "ab":
+            await fleet.chat(headers={"X-GPUMesh-Node": name})  # loads the model
+        first = (await fleet.chat(headers={"X-GPUMesh-Session": "s"})).headers["X-GPUMesh-Node"]
+        for number in range(4):
+            for other in range(2):  # so that it would be the other node's turn
+                await fleet.chat(f"another {number} {other}")
+            answer = await fleet.chat("and more " * (20 * number), headers={"X-GPUMesh-Session": "s"})
+            assert answer.headers["X-GPUMesh-Node"] == first
 
 
 @pytest.mark.parametrize(

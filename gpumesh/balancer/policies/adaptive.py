@@ -57,6 +57,10 @@ class AdaptivePolicy:
             ]
         bound = min(costs) * (1.0 + EQUAL_SHARE) + EQUAL_S
         equal = [pair for pair, cost in zip(free, costs, strict=True) if cost <= bound]
+        if len(equal) > 1 and question.demand.session is not None:
+            # A named conversation stays on its node even if little of it has to be read elsewhere.
+            least = min(found.unread_tokens for found, _ in equal)
+            equal = [(found, account) for found, account in equal if found.unread_tokens == least]
         if len(equal) == 1:
             return equal[0][0]
         start = question.turn % len(equal)

@@ -86,12 +86,17 @@ class PrefixIndex:
         as the session's last prompt had."""
         tree = self._trees.get(key)
         held = {} if tree is None else tree.find_holders(prompt.blocks)
-        if session is not None and not held:
-            for node in self._session_nodes.get((key, session), ()):
-                cache = self._caches[node][key]
-                # The server keeps no more sessions than sequences.
-                if session in islice(reversed(cache.sessions), cache.size.sequences):
-                    held[node] = min(cache.sessions[session], prompt.size)
+        return self.match_session(key, session, prompt.size) if session is not None and not held else held
+
+    def match_session(self, key: Hashable, session: int, prompt_bytes: int) -> dict[str, int]:
+        """How many bytes of a prompt each node is believed to have in its cache if this is the next prompt of the
+        session: as much as the last one had."""
+        held: dict[str, int] = {}
+        for node in self._session_nodes.get((key, session), ()):
+            cache = self._caches[node][key]
+            # The server keeps no more sessions than sequences.
+            if session in islice(reversed(cache.sessions), cache.size.sequences):
+                held[node] = min(cache.sessions[session], prompt_bytes)
         return held
 
     def displaced_bytes(self, node: str, key: Hashable) -> int:
@@ -269,10 +274,6 @@ class PrefixIndex:
             old_key, old_session = next(iter(self._session_nodes))
             for old_node in list(self._session_nodes[old_key, old_session]):
                 self._drop_session(self._caches[old_node][old_key], old_session)
-
-    def nodes_of(self, key: Hashable, session: int) -> list[str]:
-        """The nodes that have had requests of this session, the last one first."""
-        return list(reversed(self._session_nodes.get((key, session), {})))
 
     def _drop_session(self, cache: _NodeCache, session: int) -> None:
         del cache.sessions[session]

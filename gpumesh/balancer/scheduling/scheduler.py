@@ -213,7 +213,7 @@ class Scheduler:
             self._fleet.copies.update(account)
             for model in chosen.pushed_out:
                 self.note_unloaded(account, model)
-        if demand.prompt is not None:
+        if demand.prompt is not None or demand.session is not None:
             self.experience.note_placed(placed, now)
         return Placement(placed, chosen, considered)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from msgspec.structs import replace
 
 from gpumesh.backends.base import ServerCounters
 from gpumesh.balancer.account import NodeAccount, PlacedRequest
@@ -297,6 +298,22 @@ def test_a_conversation_follows_its_prompt() -> None:
     first = serve(scheduler, chat_with(prompt_of("x")), NOW)
     for number in range(6):
         assert serve(scheduler, chat_with(prompt_of("x", 21 + number)), NOW + 10.0 * number + 10.0) == first
+
+
+@pytest.mark.parametrize("prompt", [None, prompt_of("x", 2)])
+def test_a_named_conversation_stays_where_it_was_from_its_first_words_on(prompt: PromptPrint | None) -> None:
+    """A prompt of less than a block has no print, and the size of one of a few blocks is not known."""
+    scheduler = make_scheduler()
+    for name in "abc":
+        make_node(scheduler, name, slots=4)
+    short = Demand(A, max_tokens=20, residency=KEY_A, session=7, prompt=prompt)
+    first = serve(scheduler, short, NOW)
+    for number in range(6):
+        serve(scheduler, ask(), NOW + 10.0 * number + 5.0)  # so that equal nodes are rotated
+        assert serve(scheduler, short, NOW + 10.0 * number + 10.0) == first
+    assert serve(scheduler, Demand(A, max_tokens=20, residency=KEY_A, session=7, prompt=prompt_of("y")), NOW) == first
+    others = [replace(short, session=number, prompt=None) for number in (8, 9, 10)]
+    assert {serve(scheduler, other, NOW + 100.0) for other in others} == set("abc")
 
 
 def test_conversations_spread_over_the_nodes() -> None:
