@@ -193,10 +193,6 @@ class FairQueue(Generic[T]):
 
     # -- work that waits -----------------------------------------------------------------------------------------
 
-    def waiting_work(self, group: Hashable) -> float:
-        """The sum of the work of the waiting entries of this group, in the caller's unit."""
-        return sum(max(lane.work, 0.0) for lane in self._groups.get(group, {}).values())
-
     def work_before(self, group: Hashable, priority: Priority) -> float:
         """The work of the waiting entries of this group in this class and in higher ones: what a new request of this
         class waits for at most (but for the small shares of lower classes), in the caller's unit."""

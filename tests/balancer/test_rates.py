@@ -107,7 +107,7 @@ def test_any_figures_keep_the_rates_within_their_bounds(lies: list[tuple[int | N
         assert abs(rates.share(MODEL) - share) <= 2 * SHARE_STEP + 1e-9
         assert math.isfinite(rates.prefill_s(MODEL, 1000))
         assert 0.2 <= rates.load_s(MODEL) <= 3600.0
-    ServiceRates.from_dict(rates.as_dict())
+    ServiceRates().restore(rates.as_dict())
 
 
 @pytest.mark.parametrize(
@@ -253,7 +253,8 @@ def test_rates_survive_being_stored() -> None:
     rates = ServiceRates()
     serve(rates, 0.01, 0.4)
     rates.learn(MODEL, unread_tokens=1000, prompt_s=0.5, load_s=5.0)
-    again = ServiceRates.from_dict(rates.as_dict())
+    again = ServiceRates()
+    again.restore(rates.as_dict())
     assert again.as_dict() == rates.as_dict()
     for streams in (1, 8):
         assert again.decode_s(MODEL, 10, streams) == pytest.approx(rates.decode_s(MODEL, 10, streams))
@@ -280,7 +281,7 @@ def test_rates_survive_being_stored() -> None:
 def test_a_damaged_document_is_refused(changes: dict[str, object]) -> None:
     document = {**ServiceRates().as_dict(), **changes}
     with pytest.raises(ValueError):
-        ServiceRates.from_dict(document)
+        ServiceRates().restore(document)
 
 
 def test_stored_rates_do_not_replace_what_was_measured_since() -> None:

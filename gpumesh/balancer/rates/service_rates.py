@@ -7,7 +7,7 @@ Everything else moves what is known of this node by a bounded factor, and of no 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, NamedTuple, Self, TypeVar
+from typing import Annotated, NamedTuple, TypeVar
 
 import msgspec
 
@@ -310,13 +310,6 @@ class ServiceRates:
             if model not in self._load:
                 self._last_load = load_s
                 _add(self._load, model, load_s)
-
-    @classmethod
-    def from_dict(cls, document: object, fallback: ServiceRates | None = None) -> Self:
-        """The rates from ``as_dict``. Raises ValueError as ``restore`` does."""
-        rates = cls(fallback)
-        rates.restore(document)
-        return rates
 
 
 def _storable(values: dict[str, _Value]) -> Iterator[tuple[str, _Value]]:
