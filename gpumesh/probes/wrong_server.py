@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ssl
 from typing import Any
 
@@ -96,7 +97,7 @@ async def _read_greeting(url: httpx.URL) -> bytes:
                 writer.write(b"GET / HTTP/1.0\r\n\r\n")
                 return await reader.read(GREETING_BYTES)
             finally:
-                writer.close()
+                await _close_at_once(writer)
     except (OSError, TimeoutError):
         return b""
 
@@ -109,7 +110,7 @@ async def _accepts_tls(url: httpx.URL) -> bool:
     try:
         async with asyncio.timeout(GREETING_TIMEOUT_S):
             _reader, writer = await _connect(url, ssl=context)
-            writer.close()
+            await _close_at_once(writer)
     except ssl.SSLError as error:
         return _is_tls_alert(error)
     except (OSError, TimeoutError):
@@ -120,6 +121,14 @@ async def _accepts_tls(url: httpx.URL) -> bool:
 def _is_tls_alert(error: ssl.SSLError) -> bool:
     """Whether the server sent an alert. Then the server does speak TLS, and refuses this handshake."""
     return "ALERT" in (error.reason or "")
+
+
+async def _close_at_once(writer: asyncio.StreamWriter) -> None:
+    """Closes the connection without waiting for the server. Takes the error of a connection that the server has reset:
+    asyncio may report an error that nobody takes on the terminal, when the command ends."""
+    writer.transport.abort()
+    with contextlib.suppress(OSError):
+        await writer.wait_closed()
 
 
 async def _connect(url: httpx.URL, **options: Any) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:

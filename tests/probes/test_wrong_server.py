@@ -4,7 +4,9 @@ in test_backend.py's table."""
 from __future__ import annotations
 
 import asyncio
+import socket
 import ssl
+import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -25,6 +27,7 @@ from gpumesh.mesh.requests import connection_pool
 from gpumesh.probes import http_client
 from gpumesh.probes.backend import probe_backend
 from gpumesh.probes.http_client import make_http_client
+from gpumesh.probes.wrong_server import identify_wrong_server
 from gpumesh.state import Finding
 from gpumesh.topology import BackendSpec, Target
 
@@ -134,3 +137,27 @@ async def test_https_to_an_ssh_server(client: httpx.AsyncClient) -> None:
         finding = await finding_of(client, f"https://127.0.0.1:{server.sockets[0].getsockname()[1]}")
     assert finding.code == "wrong-server"
     assert "an SSH server" in finding.message
+
+
+async def test_a_server_that_resets_the_connection_leaves_no_error_behind() -> None:
+    """asyncio reports an error that nobody took when its objects are freed, on the terminal of a command that ends."""
+
+    async def reset(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readline()
+        writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        writer.transport.abort()
+
+    closed_futures: list[asyncio.Future[None]] = []
+
+    class WatchedProtocol(asyncio.StreamReaderProtocol):
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            super().connection_made(transport)
+            closed_futures.append(self._closed)  # type: ignore[attr-defined]
+
+    server = await asyncio.start_server(reset, "127.0.0.1", 0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(asyncio.streams, "StreamReaderProtocol", WatchedProtocol)
+        async with server:
+            assert await identify_wrong_server(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}") is None
+    assert closed_futures
+    assert all(future.done() and not future._log_traceback for future in closed_futures)
