@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import StrEnum
 from types import MappingProxyType
 from typing import Any, Protocol
 
 import msgspec
+from msgspec.structs import replace
 
 from gpumesh.backends import safe_json
 from gpumesh.state import LoadedModel, ModelInfo
@@ -53,8 +54,7 @@ class HttpCall(msgspec.Struct, frozen=True):
     headers: tuple[tuple[str, str], ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class ServerCounters:
+class ServerCounters(msgspec.Struct, frozen=True, gc=False):
     """The server's own figures for one answer. Durations are in ms. ``None``: the server did not give this figure.
 
     ``tokens`` are those of the answer. ``prompt_tokens`` are all tokens of the prompt; the server had ``cached_tokens``

@@ -85,6 +85,9 @@ def _parse_counter_members(data: bytes) -> Mapping[str, Any] | None:
 
 def find_counters(body: bytes) -> ServerCounters | None:
     """The server's figures, from a whole answer or from one frame of any dialect; ``None`` if ``body`` holds none."""
+    counters = ollama.find_usual_counters(body)
+    if counters is not None:
+        return counters
     document = _parse_counter_members(body)
     if document is None:
         document = _find_last_object(body)

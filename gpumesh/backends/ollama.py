@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import NoneType
-from typing import Any
+from typing import Annotated, Any
+
+import msgspec
 
 from gpumesh.backends import model_list, safe_json, unusable_answers
 from gpumesh.backends.base import (
     JSON_HEADERS,
+    LONGEST_MS,
+    MOST_TOKENS,
     ChatRequest,
     Chunk,
     ContinuationMethod,
@@ -32,6 +36,8 @@ from gpumesh.state import LoadedModel, ModelInfo
 
 _MISSING = object()  # for a member that is not there: ``None`` would mean that its value is null
 NS_PER_MS = 1e6  # Ollama's durations are in nanoseconds
+_Nanoseconds = Annotated[int, msgspec.Meta(ge=0, le=int(LONGEST_MS * NS_PER_MS))]
+_Tokens = Annotated[int, msgspec.Meta(ge=0, le=MOST_TOKENS)]
 
 
 class OllamaDialect:
@@ -184,6 +190,40 @@ def parse_counters(frame: Mapping[str, Any]) -> ServerCounters:
         load_ms=duration_ms(get("load_duration"), per_ms=NS_PER_MS),
         prompt_ms=duration_ms(get("prompt_eval_duration"), per_ms=NS_PER_MS),
         eval_ms=duration_ms(get("eval_duration"), per_ms=NS_PER_MS),
+    )
+
+
+class _Figures(msgspec.Struct, gc=False):
+    """The figures of a final frame, durations in ns. The bounds are those of ``token_count`` and ``duration_ms``."""
+
+    total_duration: _Nanoseconds
+    load_duration: _Nanoseconds | None = None
+    prompt_eval_count: _Tokens | None = None
+    prompt_eval_duration: _Nanoseconds | None = None
+    eval_count: _Tokens | None = None
+    eval_duration: _Nanoseconds | None = None
+
+
+_decode_figures = msgspec.json.Decoder(_Figures).decode
+
+
+def find_usual_counters(data: bytes) -> ServerCounters | None:
+    """The counters of a small final frame as Ollama writes it, several times as fast as ``parse_counters`` gives them.
+    ``None`` for anything else, also for a frame with an impossible figure."""
+    if len(data) > safe_json.SMALL_BYTES or b'"total_duration"' not in data:
+        return None
+    try:
+        found = _decode_figures(data)
+    except (ValueError, RecursionError):
+        return None
+    load, prompt, answer = found.load_duration, found.prompt_eval_duration, found.eval_duration
+    return ServerCounters(
+        found.prompt_eval_count,
+        found.eval_count,
+        found.total_duration / NS_PER_MS,
+        None if load is None else load / NS_PER_MS,
+        None if prompt is None else prompt / NS_PER_MS,
+        None if answer is None else answer / NS_PER_MS,
     )
 
 

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gpumesh.backends import ollama
 from gpumesh.backends.base import ServerCounters
 from gpumesh.backends.dialects import DIALECTS, find_counters, host_header
 from gpumesh.topology import BackendKind, Target
@@ -50,6 +51,33 @@ def sse(*documents: Any) -> bytes:
 )  # fmt: skip
 def test_counters_of_any_answer(body: bytes, found: ServerCounters | None) -> None:
     assert find_counters(body) == found
+
+
+DURATIONS = ("total_duration", "load_duration", "prompt_eval_duration", "eval_duration")
+FIGURES = (*DURATIONS, "prompt_eval_count", "eval_count")
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from((*FIGURES, "done", "response", "model")),
+        st.one_of(
+            st.integers(-2, 10**7),
+            st.integers(),
+            st.floats(allow_nan=False, allow_infinity=False),
+            st.none(),
+            st.booleans(),
+            st.text(max_size=3),
+            st.lists(st.integers(), max_size=2),
+        ),
+    )
+)
+def test_the_fast_way_to_the_counters_of_ollama_finds_what_the_slow_one_does(frame: dict[str, Any]) -> None:
+    fast = ollama.find_usual_counters(json.dumps(frame).encode())
+    slow = ollama.parse_counters(frame)
+    assert fast in (None, slow)
+    ordinary = {name: value for name, value in frame.items() if name in FIGURES and type(value) is int}
+    if "total_duration" in ordinary and all(0 <= value <= 10**7 for value in ordinary.values()):
+        assert ollama.find_usual_counters(json.dumps(ordinary).encode()) == ollama.parse_counters(ordinary)
 
 
 @given(st.binary(max_size=300))
