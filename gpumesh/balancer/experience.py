@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from gpumesh.backends.base import ServerCounters
-from gpumesh.balancer.account import NOTHING_CACHED, PlacedRequest, Work
+from gpumesh.balancer.account import NOTHING_CACHED, NodeAccount, PlacedRequest, Work
 from gpumesh.balancer.base import Demand, ResidencyKey
 from gpumesh.balancer.lengths import ExpectedLengths
 from gpumesh.balancer.prefixes import PrefixIndex
@@ -16,6 +16,7 @@ from gpumesh.balancer.rates import ServiceRates
 
 MIN_CLOCKED_TOKENS = 16  # a shorter stream often comes in a few packets
 MOST_READS = 1.5  # prompts that were read at once, on the mean
+FLEET_LEARN_INTERVAL_S = 0.02  # between two answers that the rates of the fleet learn from
 SMOOTHING = 0.2  # weight of the newest value in a mean
 MIN_PROMPT_TOKENS = 50  # a shorter prompt is mostly the template's own tokens
 LEAST_BYTES_PER_TOKEN, MOST_BYTES_PER_TOKEN = 0.5, 20.0
@@ -29,6 +30,7 @@ class Experience:
         self.fleet_rates = ServiceRates()
         """Learned from all nodes: what a node is asked that has not been measured."""
         self.prefixes = PrefixIndex()
+        self._fleet_learned_at = -math.inf
         self._bytes_per_token: dict[str, float] = {}  # of prompts, by the model's full name
 
     # -- before a request ----------------------------------------------------------------------------------------
@@ -109,7 +111,7 @@ class Experience:
             eval_s = account.read_stall.clean(eval_s, stalled_share)
         elif counters.prompt_ms is None:
             self._learn_from_clock(placed, counters, now, mean_streams, stalled_share)
-        for rates in (account.rates, self.fleet_rates):
+        for rates in self._choose_rates(account, model, now, has_load=load_s is not None):
             rates.learn(
                 model,
                 tokens=tokens,
@@ -124,6 +126,15 @@ class Experience:
         if tokens is not None:
             self.lengths.learn(demand.client, demand.route, model, tokens)
         self._learn_bytes_per_token(demand, model, counters.prompt_tokens)
+
+    def _choose_rates(self, account: NodeAccount, model: str, now: float, *, has_load: bool) -> Sequence[ServiceRates]:
+        """The rates that learn from an answer: those of its node, and, from a part of all answers, those of the fleet.
+        In a large fleet, many nodes answer at the same time, and a part of their answers measures it well enough."""
+        is_due = now >= self._fleet_learned_at + FLEET_LEARN_INTERVAL_S
+        if not (is_due or has_load or not self.fleet_rates.is_measured(model)):
+            return (account.rates,)
+        self._fleet_learned_at = now
+        return (account.rates, self.fleet_rates)
 
     def _learn_from_clock(
         self, placed: PlacedRequest, counters: ServerCounters, now: float, mean_streams: float, stalled_share: float
@@ -141,7 +152,7 @@ class Experience:
         stream_s = measure_stream_s(placed, counters, now)
         if stream_s is not None:
             stream_s = account.read_stall.clean(stream_s, stalled_share)
-        for rates in (account.rates, self.fleet_rates):
+        for rates in self._choose_rates(account, model, now, has_load=False):
             rates.learn_from_clock(
                 model,
                 tokens=counters.tokens,

@@ -80,11 +80,13 @@ class MeasuredRates(NamedTuple):
 class Pace(msgspec.Struct, frozen=True, gc=False):
     """How fast a node works with one model, as far as anything is known. ``token_s`` are the seconds for a token of a
     lone stream, ``share`` the share that each neighbour takes, ``read_token_s`` the seconds to read a token of a
-    prompt."""
+    prompt. ``fallback_answers``: it was measured elsewhere in part, from so many answers; ``None``: all was measured
+    on this node."""
 
     token_s: float
     share: float
     read_token_s: float
+    fallback_answers: int | None
 
 
 class ServiceRates:
@@ -103,9 +105,8 @@ class ServiceRates:
         self._last_decode: DecodeRate | None = None
         self._last_prefill: PrefillRate | None = None
         self._last_load: float | None = None
-        self._version = 0  # grows with each answer
-        self._paces: dict[str, Pace] = {}  # as they were with these versions of this object and of ``fallback``
-        self._paces_version = (0, 0)
+        self._answers = 0
+        self._paces: dict[str, Pace] = {}  # since the last answer
 
     def __repr__(self) -> str:
         models = (f"{model} {1 / rate.token_s:.0f} tokens/s" for model, rate in self._decode.items())
@@ -115,16 +116,17 @@ class ServiceRates:
 
     def pace(self, model: str) -> Pace:
         """All that a forecast needs, in one question."""
-        fallback = self._fallback
-        version = (self._version, 0 if fallback is None else fallback._version)
-        if version != self._paces_version or len(self._paces) > MAX_MODELS:
-            self._paces.clear()
-            self._paces_version = version
+        fallback_answers = 0 if self._fallback is None else self._fallback._answers
         pace = self._paces.get(model)
-        if pace is None:
-            decode = self._decode.get(model) or self._find_decode(model)
-            token_s, share = (DEFAULT_TOKEN_S, DEFAULT_SHARE) if decode is None else (decode.token_s, decode.share)
-            pace = self._paces[model] = Pace(token_s, share, self.prefill_s(model, 1.0))
+        if pace is not None and (pace.fallback_answers is None or pace.fallback_answers == fallback_answers):
+            return pace
+        decode = self._decode.get(model) or self._find_decode(model)
+        token_s, share = (DEFAULT_TOKEN_S, DEFAULT_SHARE) if decode is None else (decode.token_s, decode.share)
+        is_own = model in self._decode and model in self._prefill
+        pace = Pace(token_s, share, self.prefill_s(model, 1.0), None if is_own else fallback_answers)
+        if len(self._paces) >= MAX_MODELS:
+            self._paces.clear()
+        self._paces[model] = pace
         return pace
 
     def decode_s(self, model: str, tokens: float, streams: float = 1.0) -> float:
@@ -194,6 +196,10 @@ class ServiceRates:
 
     # -- learning ------------------------------------------------------------------------------------------------
 
+    def _note_change(self) -> None:
+        self._answers += 1
+        self._paces.clear()
+
     def learn(
         self,
         model: str,
@@ -212,7 +218,7 @@ class ServiceRates:
         ``unread_tokens`` of the prompt, which were not in the server's cache, took ``prompt_s`` seconds, while
         ``mean_prefills`` prompts were read, this one included. ``load_s`` is how long the request waited for a load.
         """
-        self._version += 1
+        self._note_change()
         self._learn_decode(model, tokens, eval_s, mean_streams, 1.0)
         if prompt_s is not None and 1.0 <= mean_prefills <= MAX_STREAMS:
             prompt_s /= mean_prefills  # prompts that are read at the same time share the GPU
@@ -234,7 +240,7 @@ class ServiceRates:
         ``tokens`` of the answer came, the last one ``stream_s`` seconds after the first. ``ttft_s``: the first token
         came so many seconds after the request was sent, less the round trip; the request may have waited meanwhile.
         """
-        self._version += 1
+        self._note_change()
         intervals = None if tokens is None else tokens - 1  # the first token came at the beginning
         self._learn_decode(model, intervals, stream_s, mean_streams, CLOCK_WEIGHT)
         weight = CLOCK_WEIGHT
@@ -297,7 +303,7 @@ class ServiceRates:
         """Takes the rates of ``as_dict`` for the models that have not been measured yet. They count as few answers, so
         new answers soon outweigh them. Raises ValueError for any other document, and takes nothing of it then."""
         stored = msgspec.convert(document, _StoredRates)
-        self._version += 1
+        self._note_change()
         for model, decode in stored.decode.items():
             if model not in self._decode:
                 self._last_decode = DecodeRate.restore(decode.token_s, decode.share)

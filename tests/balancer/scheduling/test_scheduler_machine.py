@@ -200,6 +200,7 @@ class AnyEvents(RuleBasedStateMachine):
         self.scheduler.end(placed, self.now)
         self.leave(placed)
         account.breaker = account.breaker.record_success() if ends_pause else account.breaker.trip(self.now)
+        self.scheduler.note_change(account)
         self.grant()
 
     @rule(
