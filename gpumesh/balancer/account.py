@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from types import MappingProxyType
+from typing import NamedTuple
 
 import msgspec
 
@@ -23,6 +24,8 @@ from gpumesh.topology import BackendKind
 # The least share of its time so far that a running request is taken to need still. A request that has run longer than
 # expected would else count as one that ends now.
 LEAST_REST_SHARE = 0.1
+FREE_AT_AGE_S = 0.05
+MAX_KNOWN_TIMES = 256  # models of one node
 
 
 NOTHING_CACHED: Mapping[str, float] = MappingProxyType({})
@@ -85,17 +88,27 @@ class PlacedRequest(msgspec.Struct, eq=False):
         return f"<PlacedRequest {self.account.name} {self.model} {phase}>"
 
 
+class _FreeTime(NamedTuple):
+    """The time at which a slot is probably free, as it was found at ``found_at``, after so many ``events`` of the
+    group."""
+
+    events: int
+    found_at: float
+    free_at: float
+
+
 class GpuGroup:
     """The nodes that share one GPU. They are balanced as one node; usually a group has one member.
 
     ``others_in_flight`` is the number of requests that other gateways have in flight there."""
 
-    __slots__ = ("accounts", "name", "others_in_flight")
+    __slots__ = ("accounts", "events", "name", "others_in_flight")
 
     def __init__(self, name: str, accounts: Sequence[NodeAccount] = ()) -> None:
         self.name = name
         self.accounts = tuple(accounts)
         self.others_in_flight = 0
+        self.events = 0  # grows when a request is placed here, begins its answer, or ends
 
 
 class NodeAccount:
@@ -146,6 +159,7 @@ class NodeAccount:
         self.placed_by_model: dict[str, int] = {}
         self.activity = ActivityMeter()
         self._decode_ends_sum = 0.0  # of the expected ends of the answers that have begun
+        self._free_at: dict[str, _FreeTime] = {}  # by model
         self._reads_end_at = 0.0  # when the prompts that were sent so far will be read
 
     def __repr__(self) -> str:
@@ -248,7 +262,17 @@ class NodeAccount:
         return max(self._decode_ends_sum / count - now, 0.0) if count else 0.0
 
     def next_free_s(self, now: float, model: str) -> float:
-        """The seconds until there is probably a free slot for this model."""
+        """The seconds until there is probably a free slot for this model. While nothing happens on the node, the time
+        that was found is not older than ``FREE_AT_AGE_S``: many requests that come to full nodes ask for it."""
+        events = self.group.events
+        known = self._free_at.get(model)
+        if known is None or known.events != events or not 0.0 <= now - known.found_at <= FREE_AT_AGE_S:
+            if len(self._free_at) > MAX_KNOWN_TIMES:
+                self._free_at.clear()
+            known = self._free_at[model] = _FreeTime(events, now, now + self._find_next_free_s(now, model))
+        return max(known.free_at - now, 0.0)
+
+    def _find_next_free_s(self, now: float, model: str) -> float:
         here = [placed for account in self.group.accounts for placed in account.placed]
         if self._counts_by_model:
             here = [placed for placed in here if (placed.model or "") == model]
@@ -270,6 +294,7 @@ class NodeAccount:
         """Adds a request that is sent to the node now. Its prompt is read when its model is in memory, in ``load_s``
         seconds, and when the prompts that were sent before are read."""
         model = placed.model or ""
+        self.group.events += 1
         self.placed.add(placed)
         self.placed_by_model[model] = self.placed_by_model.get(model, 0) + 1
         if self._counts_by_model:
@@ -285,6 +310,7 @@ class NodeAccount:
         """The answer has begun: its prompt is read. A second call does nothing."""
         if placed.first_token_at is not None or placed.ended:
             return
+        self.group.events += 1
         placed.first_token_at = now
         placed.mean_reads = self.activity.mean_reads(placed.sent_at, placed.read_sum, now)
         self._end_read(now)
@@ -302,6 +328,7 @@ class NodeAccount:
         if placed.ended:
             return
         placed.ended = True
+        self.group.events += 1
         if placed.sent is not None and counters is not None:
             waited_ms, total_ms, load_ms = counters.waited_ms, counters.total_ms, counters.load_ms
             self.learned_slots.end(placed.sent, now, waited_ms=waited_ms, total_ms=total_ms, load_ms=load_ms)

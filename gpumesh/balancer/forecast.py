@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import msgspec
 
@@ -30,7 +31,7 @@ FOREIGN_SHARE = 0.5
 READ_DELAY = 0.5
 MOST_READING = 0.9  # a greater share of the time counts as this one
 RETURN_SHARE = 1.0  # of the prompts in a cache that are continued later: in a chat, nearly all
-MAX_COUNTED_COPIES = 16  # of a model: the slots of more are not counted anew for each forecast …
+MAX_COUNTED_COPIES = 16  # of a model: the slots of more are not counted anew for each request …
 COUNT_S = 1.0  # … but when the last count is older
 MAX_COUNTED_KEYS = 1000
 PINNED_COST_S = 3600.0  # to push out a model that mesh.yaml pins: only if nothing else can serve the request
@@ -91,6 +92,8 @@ class Copies:
     def update(self, account: NodeAccount) -> None:
         """Takes over which models the node has in memory now."""
         name, loaded = account.name, account.residency.loaded
+        if len(self._models) <= MAX_COUNTED_COPIES:
+            self._slots.clear()
         before = self._models.get(name, frozenset())
         if loaded.keys() == before:
             return
@@ -104,13 +107,14 @@ class Copies:
                 del self._accounts[model]
 
     def slots_elsewhere(self, key: ResidencyKey, account: NodeAccount, now: float) -> int:
-        """The slots for this key on the other nodes that have its model in memory. If these are very many, the number
-        is not older than ``COUNT_S``."""
-        copies = self._accounts.get(key.model, {})
-        if len(copies) <= MAX_COUNTED_COPIES:
-            return sum(_slots_for(key, other, now) for other in copies.values() if other is not account)
+        """The slots for this key on the other nodes that have its model in memory. They are counted once for all nodes
+        that are compared for a request; if these nodes are very many, the number is not older than ``COUNT_S``."""
+        copies = self._accounts.get(key.model)
+        if not copies:
+            return 0
         counted = self._slots.get(key)
-        if counted is None or not 0.0 <= now - counted[0] <= COUNT_S:
+        oldest_s = 0.0 if len(copies) <= MAX_COUNTED_COPIES else COUNT_S
+        if counted is None or not 0.0 <= now - counted[0] <= oldest_s:
             if len(self._slots) > MAX_COUNTED_KEYS:
                 self._slots.clear()
             counted = self._slots[key] = (now, sum(_slots_for(key, other, now) for other in copies.values()))
@@ -257,6 +261,7 @@ def _copy_value_s(
     return rate * COPY_HORIZON_S * (mean_wait_s(rate, service_s, other_slots) - mean_wait_s(rate, service_s, slots))
 
 
+@lru_cache(maxsize=64)  # the same for most nodes that are compared for a request
 def mean_wait_s(rate: float, service_s: float, slots: int) -> float:
     """The mean time that a request waits for one of ``slots`` slots, if requests come at random, ``rate`` a second, and
     each takes ``service_s`` on the mean.

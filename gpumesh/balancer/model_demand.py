@@ -22,12 +22,14 @@ FIRST_SERVICE_S = 5.0  # of an answer, before one was seen
 @dataclass(slots=True)
 class _Demand:
     """``weight`` is the sum over the requests of exp(-age / WINDOW_S), as it was at the time ``at``. The first request
-    came at ``since``."""
+    came at ``since``. ``rate`` is the rate as it was at the time ``rated_at``."""
 
     weight: float
     at: float
     since: float
     service_s: float = FIRST_SERVICE_S
+    rate: float = 0.0
+    rated_at: float = -math.inf
     services: int = 0
 
 
@@ -64,9 +66,13 @@ class ModelDemand:
         demand = self._demands.get(key)
         if demand is None:
             return 0.0
+        if demand.rated_at == now:  # it is asked for each node that is compared for a request
+            return demand.rate
         # A constant rate r has the weight r * WINDOW_S * (1 - exp(-age / WINDOW_S)) after the time ``age``.
         span_s = WINDOW_S * (1.0 - math.exp(-(now - demand.since + FIRST_SPAN_S) / WINDOW_S))
-        return demand.weight * math.exp((demand.at - now) / WINDOW_S) / span_s
+        demand.rate = demand.weight * math.exp((demand.at - now) / WINDOW_S) / span_s
+        demand.rated_at = now
+        return demand.rate
 
     def service_s(self, key: ResidencyKey) -> float:
         """The mean time in seconds that a request runs."""

@@ -276,6 +276,7 @@ def test_to_push_out_one_of_several_copies_costs_the_longer_wait_for_the_others(
     found = look(scheduler, node)
     assert found.evicted_s == pytest.approx(expected)
     scheduler.accounts["other"].is_up = False
+    scheduler.note_report(scheduler.accounts["other"])
     assert look(scheduler, node).evicted_s > expected, "a copy on a node that is away serves nobody"
 
 
