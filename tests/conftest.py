@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 
-from tests.parallel_runs import is_exclusive, machine_lock, order_tests
+from tests.parallel_runs import import_share, is_exclusive, machine_lock, order_tests
 from tests.prerequisites import REASON, in_ci
 
 _LOCK_FOLDER = pytest.StashKey[Path]()
@@ -39,6 +39,14 @@ def pytest_configure_node(node: Any) -> None:
 def pytest_unconfigure(config: pytest.Config) -> None:
     if _LOCK_FOLDER in config.stash and not hasattr(config, "workerinput"):
         shutil.rmtree(config.stash[_LOCK_FOLDER])
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    config = session.config
+    if hasattr(config, "workerinput"):
+        folders = [path for path in map(Path, config.args) if path.is_dir()]
+        process, processes = int(config.workerinput["workerid"].removeprefix("gw")), config.workerinput["workercount"]
+        import_share(config.rootpath, [config.rootpath / folder for folder in folders], process, processes)
 
 
 @pytest.hookimpl(trylast=True)

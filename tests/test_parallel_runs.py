@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.parallel_runs import is_exclusive, machine_lock, order_tests
+from tests.parallel_runs import import_share, is_exclusive, machine_lock, order_tests
 
 ROOT = Path(__file__).parents[1]
 
@@ -88,3 +88,19 @@ def test_each_process_begins_with_slow_tests_and_exclusive_tests_come_last(
     assert Counter(ordered) == Counter(tests), "each test exactly once"
     first_exclusive = next((place for place, test in enumerate(ordered) if is_exclusive(test)), len(ordered))
     assert all(is_exclusive(test) for test in ordered[first_exclusive:])
+
+
+def test_each_process_imports_its_share_of_the_test_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that cannot be imported is left to the collection of the tests."""
+    folder = tmp_path / "shared_out"
+    folder.mkdir()
+    (folder / "helper.py").write_text("raise AssertionError('no test module')")
+    for name in ("a", "b", "c", "d"):
+        (folder / f"test_{name}.py").write_text("raise OSError" if name == "d" else "")
+    monkeypatch.syspath_prepend(tmp_path)
+    for process, expected in ((1, {"b"}), (0, {"a", "b", "c"})):
+        import_share(tmp_path, [folder], process, 2)
+        imported = {name for name in sys.modules if name.startswith("shared_out.test_")}
+        assert imported == {f"shared_out.test_{name}" for name in expected}
+    for name in [name for name in sys.modules if name.startswith("shared_out")]:
+        monkeypatch.delitem(sys.modules, name)

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -31,24 +32,31 @@ def kinds_of_errors(root: type[GPUMeshError] = GPUMeshError) -> Iterator[type[GP
         yield from kinds_of_errors(kind)
 
 
-def written_codes() -> Iterator[tuple[str, str]]:
-    """Each code in the source and its place there: classes' ``code``, findings, failures, ``finding_code=…``."""
-    for path in sorted(PACKAGE.rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text())):
-            where = f"{path.relative_to(PACKAGE)}:{getattr(node, 'lineno', 0)}"
-            if isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value is not None:
-                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-                if any(isinstance(target, ast.Name) and target.id in CODE_KEYWORDS for target in targets):
-                    yield from ((code, where) for code in constants(node.value))
-            if not isinstance(node, ast.Call):
-                continue
-            name = node.func.id if isinstance(node.func, ast.Name) else getattr(node.func, "attr", "")
-            place = CODE_PLACES.get(name)
-            if place is not None and len(node.args) > place:
-                yield from ((code, where) for code in constants(node.args[place]))
-            for keyword in node.keywords:
-                if keyword.arg in CODE_KEYWORDS:
-                    yield from ((code, where) for code in constants(keyword.value))
+@cache
+def written_codes() -> dict[str, str]:
+    """Each code in the source and a place there: classes' ``code``, findings, failures, ``finding_code=…``."""
+    return {
+        code: f"{path.relative_to(PACKAGE)}:{expression.lineno}"
+        for path in sorted(PACKAGE.rglob("*.py"))
+        for expression in code_expressions(ast.parse(path.read_text()))
+        for code in constants(expression)
+    }
+
+
+def code_expressions(tree: ast.Module) -> Iterator[ast.expr]:
+    """The expressions in a module whose values are codes."""
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value is not None:
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            if any(isinstance(target, ast.Name) and target.id in CODE_KEYWORDS for target in targets):
+                yield node.value
+        if not isinstance(node, ast.Call):
+            continue
+        name = node.func.id if isinstance(node.func, ast.Name) else getattr(node.func, "attr", "")
+        place = CODE_PLACES.get(name)
+        if place is not None and len(node.args) > place:
+            yield node.args[place]
+        yield from (keyword.value for keyword in node.keywords if keyword.arg in CODE_KEYWORDS)
 
 
 def constants(node: ast.expr) -> Iterator[str]:
@@ -63,7 +71,7 @@ def constants(node: ast.expr) -> Iterator[str]:
 
 
 def test_every_code_in_the_source_is_explained() -> None:
-    codes = dict(written_codes())
+    codes = written_codes()
     assert len(codes) > 60, "the search finds them"
     missing = {code: where for code, where in codes.items() if CODE.fullmatch(code) and code not in CATALOG}
     assert not missing
@@ -81,7 +89,7 @@ def test_every_tunnel_error_comes_back_from_its_code() -> None:
 
 
 def test_every_explanation_is_of_a_code_that_exists() -> None:
-    used = {code for code, _ in written_codes()} | {kind.code for kind in kinds_of_errors()}
+    used = set(written_codes()) | {kind.code for kind in kinds_of_errors()}
     assert set(CATALOG) <= used
 
 
