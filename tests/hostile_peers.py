@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 
 ByteStream = Iterator[bytes]
+TICK_S = 0.001  # between two looks at the CPU time
 STALL_S = 0.1  # of CPU time: the other streams' longest wait for a turn of the loop
 
 
@@ -143,27 +144,29 @@ def ollama_with_attack(model: str, attack: Callable[[], ByteStream]) -> Callable
 
 @contextlib.asynccontextmanager
 async def track_longest_loop_turn() -> AsyncIterator[Callable[[], float]]:
-    """The most CPU time, in s, that one turn of this event loop has taken: what another stream had to wait for it.
-    CPU time, because how long a turn takes by the clock depends on what else the machine does."""
+    """The most CPU time, in s, that one turn of this event loop has taken, or up to ``TICK_S`` more: what another
+    stream had to wait for it. CPU time, because how long a turn takes by the clock depends on what else the machine
+    does."""
     largest = 0.0
 
     async def measure() -> None:
         nonlocal largest
         before = time.thread_time()
         while True:
-            await asyncio.sleep(0)
+            await asyncio.sleep(TICK_S)  # not 0: then the loop would never be idle, and each test would cost a core
             now = time.thread_time()
             largest = max(largest, now - before)
             before = now
 
     gc.collect()
-    gc.freeze()  # as the running mesh does: a full collection would look through all that earlier tests left
+    # As the running mesh does: a full collection would look through all that earlier tests left. It stays frozen: after
+    # gc.unfreeze() each later collection would look through all modules and tests again.
+    gc.freeze()
     measuring = asyncio.create_task(measure())
     try:
         await asyncio.sleep(0)
         yield lambda: largest
     finally:
-        gc.unfreeze()
         measuring.cancel()
         await asyncio.gather(measuring, return_exceptions=True)
 

@@ -39,7 +39,7 @@ def test_what_is_sent_as_it_is(body: bytes) -> None:
 
 
 @given(
-    st.dictionaries(st.text(), st.recursive(st.none() | st.integers() | st.text(), st.lists)),
+    st.dictionaries(st.text(), st.recursive(st.none() | st.integers() | st.text(), st.lists, max_leaves=10)),
     st.text(min_size=1),
     st.text(),
     st.booleans(),

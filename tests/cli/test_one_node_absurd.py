@@ -7,10 +7,8 @@ import json
 from collections.abc import Mapping
 from dataclasses import replace
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
-import jsonschema
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
@@ -41,8 +39,8 @@ from gpumesh.topology import BackendKind, BackendSpec, ExpectSpec, NodeSpec, Top
 from gpumesh.wire import status_from_json, status_json
 from tests.absurd_answers import gpu_tables, json_bytes, make_model_entries, ollama_answers, openai_answers
 from tests.cli.states import AT, gpu, healthy, mesh
+from tests.status_schema import check_status_document
 
-SCHEMA = json.loads((Path(__file__).parents[1] / "real" / "status_schema.json").read_text())
 EXPECT = ExpectSpec("box", 1, "RTX 4090", 24564, "550.54.15", ("qwen2.5:7b",))
 HONEST = healthy("honest", gpus=(gpu(),))
 NAMES = HONEST.backend.models
@@ -126,7 +124,7 @@ def test_all_views_hold(capsys: Any, reported: Reports) -> None:
     text = json.dumps(status_json(state), ensure_ascii=False, allow_nan=False)
     assert len(text.encode()) < MOST_BYTES
     document = json.loads(text)
-    jsonschema.validate(document, SCHEMA)
+    check_status_document(document)
     assert status_from_json(document).node("honest") == HONEST
     json_text(document).encode()
     page = exposition.render(gauges.mesh_families(state, {}))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import resource
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any
@@ -54,6 +55,20 @@ async def stream(fleet: RunningGateway, node_name: str, tokens: int, path: str =
         async for piece in answer.aiter_raw():
             last = (last + piece)[-500:]
         return answer.status_code, last
+
+
+async def test_a_turn_that_takes_too_long_is_seen() -> None:
+    def compute() -> None:
+        ends_at = time.thread_time() + STALL_S
+        while time.thread_time() < ends_at:
+            pass
+
+    async with track_longest_loop_turn() as turn:
+        await asyncio.sleep(0.02)
+        assert turn() < STALL_S
+        asyncio.get_running_loop().call_soon(compute)
+        await asyncio.sleep(0.02)
+        assert turn() >= STALL_S
 
 
 @pytest.mark.parametrize("part", UNFINISHED_ANSWERS)

@@ -12,11 +12,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 import httpx
-import jsonschema
 import pytest
 from hypothesis import HealthCheck, Phase, example, given, settings
 from prometheus_client.parser import text_string_to_metric_families
@@ -29,10 +27,10 @@ from gpumesh.wire import status_from_json
 from tests.absurd_answers import DEEPER, Raw, json_bytes, make_model_entries, ollama_answers, openai_answers
 from tests.gateway.fleet import RunningGateway, node, quick_host, serve_nodes
 from tests.mesh.servers import Exchange, serve, whole_response
+from tests.status_schema import check_status_document
 
 HONEST = quick_host("honest", models=(QWEN_7B, LLAMA_8B), version="0.12.6")
 NAMES = {QWEN_7B.name, LLAMA_8B.name}
-SCHEMA = json.loads((Path(__file__).parents[1] / "real" / "status_schema.json").read_text())
 MAX_DURATION_S = 5.0  # generous: two cores, shared
 MOST_BYTES = 4 << 20
 # Not shrunk: each example is a dozen requests.
@@ -163,7 +161,7 @@ async def everything_holds(fleet: RunningGateway) -> None:
     models = strict(await client.get("/v1/models"))["data"]
     assert {entry["id"] for entry in models} >= NAMES
     status = strict(await client.get("/mesh/status"))
-    jsonschema.validate(status, SCHEMA)
+    check_status_document(status)
     state = status_from_json(status)
     assert set(state.node("honest").backend.models) == NAMES
     await metrics_hold(client)

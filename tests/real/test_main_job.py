@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import re
 import signal
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 import pytest
 
 from gpumesh.lab import profile
@@ -19,15 +17,14 @@ from tests.prerequisites import needs
 from tests.real.command import Gpumesh, write_config
 from tests.real.conftest import Backends
 from tests.real.hosts import DRIVER, GPU, UTILIZATION_PCT, VRAM_MIB, LlamaServer, RealHost, hosts
+from tests.status_schema import check_status_document
 from tests.tunnels.polling import wait_until
 
 pytestmark = [pytest.mark.real, pytest.mark.slow, pytest.mark.timeout(180), needs("sshd", "llama-server")]
 
-SCHEMA = json.loads(Path(__file__).with_name("status_schema.json").read_text())
-
 
 def valid(document: Any) -> Any:
-    jsonschema.validate(document, SCHEMA, cls=jsonschema.Draft202012Validator)
+    check_status_document(document)
     return document
 
 

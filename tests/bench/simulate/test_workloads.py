@@ -103,7 +103,7 @@ def test_a_capacity_for_two_models_is_that_of_one_after_the_other() -> None:
 def test_a_fleet_is_as_busy_as_the_load_says(changes: dict[str, Any]) -> None:
     """Just below its capacity a node keeps up; beyond, it does not."""
     fleet = [node(**changes)]
-    workload = Workload(ONE_MODEL, 6000, prompt_tokens=300, output_tokens=100)
+    workload = Workload(ONE_MODEL, 2000, prompt_tokens=300, output_tokens=100)
     span_s = {}
     for load in (0.9, 1.3):
         scaled = scale_to_load(workload, fleet, load)
