@@ -105,12 +105,15 @@ class ModelStore:
         """Deletes the model from the node's disk."""
         await self._ask("DELETE", "/api/delete", {"model": model})
 
-    async def load(self, model: str, *, embedder: bool, keep_alive: str | None) -> None:
+    async def load(self, model: str, *, embedder: bool, keep_alive: str | None, context: int | None = None) -> None:
         """Loads the model into GPU memory. ``embedder``: the model turns text into vectors, and needs another request.
-        ``keep_alive``: how long the model stays there without use; ``None`` leaves this to the server."""
+        ``keep_alive``: how long the model stays there without use; ``context``: its context in tokens. ``None`` leaves
+        this to the server."""
         document: dict[str, Any] = {"model": model}
         if keep_alive is not None:
             document["keep_alive"] = _parse_keep_alive(keep_alive)
+        if context is not None:
+            document["options"] = {"num_ctx": context}
         if embedder:
             await self._ask("POST", "/api/embed", {**document, "input": []})  # without input it only loads
         else:

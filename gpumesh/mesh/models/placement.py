@@ -64,13 +64,14 @@ class PlacementNode:
 @dataclass(frozen=True, slots=True)
 class NextLoad:
     """A model to load on a node. ``model`` is its name in mesh.yaml. ``present`` copies are in memory now, of the
-    ``wanted`` ones. ``pushed_out`` has to go."""
+    ``wanted`` ones. ``pushed_out`` has to go. ``context`` in tokens; ``None``: the server's own."""
 
     model: str
     node: str
     present: int
     wanted: int
     pushed_out: Sequence[str] = ()
+    context: int | None = None
 
 
 def find_next_load(specs: Sequence[ModelSpec], nodes: Sequence[PlacementNode]) -> NextLoad | None:
@@ -92,7 +93,9 @@ def find_next_load(specs: Sequence[ModelSpec], nodes: Sequence[PlacementNode]) -
                 key=lambda node: (node.name not in spec.prefer, node.tier, len(node.pushed_out.get(model, ()))),
             )
             pushed_out = tuple(best.pushed_out.get(model, ()))
-            return NextLoad(spec.name, best.name, present, spec.wanted_copies, pushed_out)
+            # With another context than the first requests ask for, the server would load the model once more for them.
+            context = spec.context_steps[0] if spec.context_steps else None
+            return NextLoad(spec.name, best.name, present, spec.wanted_copies, pushed_out, context)
     return None
 
 
@@ -174,7 +177,11 @@ class ModelPlacement:
 
     async def _load(self, found: NextLoad) -> None:
         """Loads one model, and returns when it is in memory or the load has failed."""
-        node, model = self._mesh.fleet[found.node], full_name(found.model)
+        node = self._mesh.fleet[found.node]
+        name_at_server = node.server_name(found.model) or found.model
+        is_embedder = is_embedder_on(node.state(queued=0), name_at_server)
+        context = None if is_embedder else found.context  # nobody asks for one with a text to embed
+        key = ResidencyKey(full_name(found.model), context)
         pushed_out = f", in place of {', '.join(found.pushed_out)}" if found.pushed_out else ""
         log.info(
             "loading %s%s: mesh.yaml wants %d in memory, there are %d",
@@ -185,17 +192,15 @@ class ModelPlacement:
             extra={"event": "placement", "node": found.node},
         )
         store = ModelStore(found.node, over_mesh(self._mesh, found.node))
-        node.note_load_sent(model)
+        node.note_load_sent(key)
         is_loaded = False
         try:
             async with asyncio.timeout(LOAD_TIMEOUT_S):
-                name_at_server = node.server_name(found.model) or found.model
-                is_embedder = is_embedder_on(node.state(queued=0), name_at_server)
-                await store.load(name_at_server, embedder=is_embedder, keep_alive=KEEP_ALIVE)
+                await store.load(name_at_server, embedder=is_embedder, keep_alive=KEEP_ALIVE, context=context)
             is_loaded = True
         except (GPUMeshError, TimeoutError) as error:
             reason = "it took too long" if isinstance(error, TimeoutError) else str(error)
             log.warning("could not load %s: %s", found.model, reason, extra={"event": "placement", "node": found.node})
-            self._failed_until[found.node, model] = self._clock() + RETRY_S
+            self._failed_until[found.node, key.model] = self._clock() + RETRY_S
         finally:
-            node.note_load_ended(model, is_loaded=is_loaded)
+            node.note_load_ended(key, is_loaded=is_loaded)

@@ -221,20 +221,20 @@ class Node:
     def learned_slots(self) -> NodeSlots:
         return self.account.learned_slots
 
-    def note_load_sent(self, model: str) -> None:
-        """The server was asked to load this model (a full name), without a request to it. It counts as loaded at
+    def note_load_sent(self, key: ResidencyKey) -> None:
+        """The server was asked to load this model with these options, without a request to it. It counts as loaded at
         once."""
-        account, key = self.account, ResidencyKey(model)
+        account = self.account
         pushed_out = account.residency.pushed_out_by(key, account.placed_by_model)
-        account.residency.note_sent(key, pushed_out, now=self._clock(), load_s=account.rates.load_s(model))
+        account.residency.note_sent(key, pushed_out, now=self._clock(), load_s=account.rates.load_s(key.model))
         self._scheduler.note_report(account)
 
-    def note_load_ended(self, model: str, *, is_loaded: bool) -> None:
+    def note_load_ended(self, key: ResidencyKey, *, is_loaded: bool) -> None:
         """The load of ``note_load_sent`` has ended."""
         if is_loaded:
-            self.account.residency.note_answer(ResidencyKey(model), self._clock())
+            self.account.residency.note_answer(key, self._clock())
         else:
-            self.account.residency.note_failed_load(model)
+            self.account.residency.note_failed_load(key.model)
             self._prober.request_probe()  # the server may have unloaded others before it failed
         self._scheduler.note_report(self.account)
         self._on_changed()

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from gpumesh.backends.base import ChatRequest, Message
 from gpumesh.lab.ollama import SimOllama
 from gpumesh.lab.profile import Faults, ModelProfile, make_host
 from gpumesh.mesh.mesh import Mesh
@@ -84,6 +85,10 @@ def test_a_model_that_was_used_lately_is_not_pushed_out() -> None:
     assert find_next_load([wants()], nodes) is None
 
 
+def test_a_copy_gets_the_first_step_of_the_models_contexts() -> None:
+    assert find_next_load([wants(context_steps=(4096, 16384))], [idle("x")]) == NextLoad(A, "x", 0, 1, context=4096)
+
+
 def test_pinned_models_come_first() -> None:
     assert find_next_load([wants(), wants(B, pinned=True)], [idle("x")]) == NextLoad(B, "x", 0, 1)
 
@@ -136,6 +141,19 @@ async def test_an_embedding_model_is_loaded_too() -> None:
     async with AsyncExitStack() as stack:
         mesh, _ = await start(stack, await lab(stack, "x"), wants("nomic-embed-text", 1))
         await wait_until(lambda: count_loaded(mesh, "nomic-embed-text:latest") == 1, "it is loaded")
+
+
+async def test_a_request_for_the_first_step_finds_the_copy_in_memory() -> None:
+    async with AsyncExitStack() as stack:
+        servers = await lab(stack, "x")
+        mesh, _ = await start(stack, servers, wants(A, 1, context_steps=(8192,)))
+        await wait_until(lambda: count_loaded(mesh, A) == 1, "it is loaded")
+        (loaded,) = mesh.snapshot().nodes[0].backend.loaded
+        assert loaded.context_length == 8192
+        request = ChatRequest(A, (Message("user", "Why?"),), options={"num_ctx": 8192})
+        async with mesh.chat(request) as stream:
+            assert [chunk async for chunk in stream]
+        assert servers["x"].counters.loads == 1
 
 
 async def test_nothing_is_loaded_on_a_busy_node() -> None:
