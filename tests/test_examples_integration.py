@@ -18,11 +18,13 @@ import pytest
 from gpumesh.backends.base import ServerCounters
 from gpumesh.balancer.outcomes import Outcome
 from gpumesh.gateway.observe import gauges
+from gpumesh.gateway.observe.forecast_metrics import forecast_families
 from gpumesh.gateway.observe.metrics import RequestMetrics
 from gpumesh.lab import profile
 from gpumesh.lab.lab import Lab
 from gpumesh.lab.ollama import SimOllama
 from gpumesh.lab.profile import Faults
+from gpumesh.mesh.nodes.forecast_record import ForecastRecord
 from tests.cli import states
 from tests.gateway.fleet import MODEL, quick_host, serve_hosts
 from tests.gateway.observe.test_metrics import Streamed, record
@@ -128,10 +130,13 @@ def everything() -> dict[str, set[str]]:
     answer.continuations = 1
     metrics.add(record(answer))
     attempts = {"iceland": {Outcome.SERVED: 1}}
+    forecasts = ForecastRecord()
+    forecasts.loads = forecasts.pushed_out = {MODEL: 1}
     families = [
         *gauges.mesh_families(states.typical(), attempts),
         *gauges.server_families(1, 0, 0),
         *metrics.families(),
+        *forecast_families({"iceland": forecasts}),
         *gauges.process_families(),
     ]
     return {
@@ -175,4 +180,7 @@ async def test_metrics_of_a_gateway_are_those_of_the_dashboard() -> None:
         text = (await fleet.client.get("/metrics")).text
     asked = {name for _, expression in expressions() for name in re.findall(r"\bgpumesh_\w+", expression)}
     here = {re.split(r"[{ ]", line)[0] for line in text.splitlines() if not line.startswith("#")}
-    assert {name for name in asked - here if "_gpu_" not in name} == {"gpumesh_continuations_total"}
+    assert {name for name in asked - here if "_gpu_" not in name} == {
+        "gpumesh_continuations_total",
+        "gpumesh_models_pushed_out_total",
+    }
