@@ -243,6 +243,7 @@ def make_requests(jobs: Sequence[Job]) -> list[SimulatedRequest]:
                 block_tokens=BLOCK_TOKENS,
                 next_turn=following,
                 think_s=job.pause_s,
+                max_tokens=job.tokens,
             )
         assert following is not None
         requests.append(following)

@@ -16,7 +16,7 @@ from gpumesh.balancer.limits.parallel_limit import (
     UNCLEAR_TRIALS,
     on_first_token,
     on_sent,
-    return_trial,
+    return_trials,
 )
 
 MODEL = "chat:latest"
@@ -251,10 +251,18 @@ def test_answers_of_different_lengths_show_the_number_too(slots: int, streams: b
 
 def test_a_trial_that_failed_or_was_cancelled_is_repeated() -> None:
     limit = on_sent(ParallelLimit(), in_flight=2, now=0.0)
-    assert return_trial(limit, concurrent=1) == limit, "this was no trial"
-    limit = return_trial(limit, concurrent=2)
+    assert return_trials(limit, concurrent=1) == limit, "this was no trial"
+    limit = return_trials(limit, concurrent=2)
     assert limit.max_in_flight(0.0) == 2
-    assert return_trial(limit, concurrent=2).trials_left == 1
+    assert return_trials(limit, concurrent=2).trials_left == 1
+
+
+def test_all_trials_of_a_burst_that_has_shown_nothing_are_repeated() -> None:
+    limit = ParallelLimit(proven=8, trials_left=2)
+    unclear = learn_limit(limit, waited_ms=0.0, total_ms=40.0, concurrent=14, overlapping=5, trials=6, now=0.0)
+    assert (unclear.proven, unclear.trials_left) == (8, 8)
+    lost = learn_limit(limit, waited_ms=None, total_ms=None, concurrent=14, trials=4, now=0.0)
+    assert (lost.proven, lost.trials_left) == (8, 6)
 
 
 def test_a_wait_within_the_noise_of_a_long_answer_proves_nothing() -> None:
@@ -296,7 +304,7 @@ def test_any_signs_keep_the_limit_within_its_bounds(signs: list[tuple[str, int, 
         elif kind == "token":
             limit = on_first_token(limit, streaming=count)
         elif kind == "void":
-            limit = return_trial(limit, concurrent=count)
+            limit = return_trials(limit, concurrent=count)
         else:
             total_ms = None if waited_ms is None else waited_ms + 500.0
             limit = learn_limit(

@@ -18,7 +18,7 @@ from gpumesh.balancer.limits.parallel_limit import (
     learn_limit,
     on_first_token,
     on_sent,
-    return_trial,
+    return_trials,
     set_ceiling,
 )
 
@@ -36,14 +36,16 @@ class _Burst:
     """Requests of one model that were sent within ``TOGETHER_S``.
 
     ``earlier`` counts the requests that were sent before them and were surely still inside the server when they came
-    there. ``in_flight`` counts the requests of the burst, and ``unhindered`` those that have ended without a wait.
-    ``most_concurrent`` is the number in flight on the node when its last request was sent."""
+    there. ``in_flight`` counts the requests of the burst, ``unhindered`` those that have ended without a wait, and
+    ``trials`` those that were sent beyond the proven number. ``most_concurrent`` is the number in flight on the node
+    when its last request was sent."""
 
     number: int
     began_at: float
     earlier: int
     in_flight: int = 0
     unhindered: int = 0
+    trials: int = 0
     most_concurrent: int = 0
 
 
@@ -139,6 +141,7 @@ class NodeSlots:
         burst = slots.recent[-1]
         burst.in_flight += 1
         burst.most_concurrent = slots.in_flight
+        burst.trials += slots.in_flight > slots.limit.proven
         request = SentRequest(model, slots.in_flight, burst)
         slots.limit = on_sent(slots.limit, in_flight=slots.in_flight, now=now)
         return request
@@ -175,6 +178,7 @@ class NodeSlots:
             concurrent=burst.most_concurrent,
             overlapping=burst.earlier + burst.unhindered,
             burst_is_complete=burst.in_flight == 0,
+            trials=max(burst.trials, 1),
             streamed=was_streamed,
             now=now,
         )
@@ -182,7 +186,7 @@ class NodeSlots:
     def cancel(self, request: SentRequest, now: float) -> None:
         """A request has ended without a complete answer: its client has gone, or it failed."""
         slots = self._remove(request, now)
-        slots.limit = return_trial(slots.limit, concurrent=request.concurrent)
+        slots.limit = return_trials(slots.limit, concurrent=request.concurrent)
 
     def _remove(self, request: SentRequest, now: float) -> _ModelSlots:
         """Takes a request that has ended out of the counts, and corrects what was concluded while it seemed to run."""

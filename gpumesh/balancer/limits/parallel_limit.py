@@ -124,6 +124,7 @@ def learn_limit(
     load_ms: float | None = None,
     overlapping: int | None = None,
     burst_is_complete: bool = True,
+    trials: int = 1,
     streamed: bool = False,
 ) -> ParallelLimit:
     """Returns the limit after one answer.
@@ -133,8 +134,8 @@ def learn_limit(
     ``concurrent`` counts the requests of this model that were in flight on the node when this request was sent, this
     request included, and those that were sent in the same moment (its burst): they may have come to the server before
     it. ``overlapping`` is the number that surely ran together with this answer, ``None`` for all of them.
-    ``burst_is_complete``: all answers of the burst have ended. ``now`` is in seconds. ``streamed``: ``on_first_token``
-    was called for this answer.
+    ``burst_is_complete``: all answers of the burst have ended. ``trials``: how many requests of the burst were sent
+    beyond the proven number. ``now`` is in seconds. ``streamed``: ``on_first_token`` was called for this answer.
 
     An answer that waited for a load shows nothing about slots: while it waited, the requests before it may have ended.
     """
@@ -144,7 +145,7 @@ def learn_limit(
     if waited_ms is None or total_ms is None or is_loaded_for or not has_durations:
         # A streamed answer could have proven something by its first token. Any other answer has shown nothing.
         shows_nothing = burst_is_complete and (is_loaded_for or not streamed)
-        return return_trial(limit, concurrent=concurrent) if shows_nothing else limit
+        return return_trials(limit, trials, concurrent=concurrent) if shows_nothing else limit
     if waited_ms > max(NOISE_MS, NOISE_SHARE * total_ms):
         if concurrent > limit.proven:
             return _stop_growth(limit, concurrent, now)
@@ -157,23 +158,25 @@ def learn_limit(
     if overlapping > limit.proven:
         return _grow(limit, overlapping)
     is_unclear = burst_is_complete and concurrent > limit.proven
-    return _repeat_trial(limit, concurrent, now) if is_unclear else limit
+    return _repeat_trials(limit, trials, concurrent, now) if is_unclear else limit
 
 
-def return_trial(limit: ParallelLimit, *, concurrent: int) -> ParallelLimit:
-    """Returns the limit after a request has ended without a sign: its client has gone, or it failed. If the request was
-    a trial, another trial may be sent instead. ``concurrent``: the requests in flight when it was sent, with it."""
+def return_trials(limit: ParallelLimit, trials: int = 1, *, concurrent: int) -> ParallelLimit:
+    """Returns the limit after requests have ended without a sign: their clients have gone, or they failed. So many of
+    them were trials, and as many others may be sent instead. ``concurrent``: the requests in flight when they were
+    sent, with them."""
     if concurrent <= limit.proven:
         return limit
-    return replace(limit, trials_left=min(limit.trials_left + 1, count_new_trials(limit.search, limit.proven)))
+    trials_left = min(limit.trials_left + trials, count_new_trials(limit.search, limit.proven))
+    return replace(limit, trials_left=trials_left)
 
 
-def _repeat_trial(limit: ParallelLimit, concurrent: int, now: float) -> ParallelLimit:
-    """The limit after a trial that has not waited, but may have got the slot of an answer that had just ended."""
+def _repeat_trials(limit: ParallelLimit, trials: int, concurrent: int, now: float) -> ParallelLimit:
+    """The limit after trials that have not waited, but may have got the slots of answers that had just ended."""
     unclear_trials = limit.unclear_trials + 1
     if limit.search is SlotSearch.KNOWN and unclear_trials >= UNCLEAR_TRIALS:
         return set_ceiling(limit, now)
-    return replace(return_trial(limit, concurrent=concurrent), unclear_trials=unclear_trials)
+    return replace(return_trials(limit, trials, concurrent=concurrent), unclear_trials=unclear_trials)
 
 
 def count_new_trials(search: SlotSearch, proven: int) -> int:
