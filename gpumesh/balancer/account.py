@@ -21,12 +21,11 @@ from gpumesh.balancer.rates import ActivityMeter, ReadStall, ServiceRates
 from gpumesh.balancer.residency import Residency
 from gpumesh.topology import BackendKind
 
-# The least share of its time so far that a running request is taken to need still. A request that has run longer than
-# expected would else count as one that ends now.
+# A running request is expected to run for at least this share longer than it has run already. Without this, a request
+# that has run longer than expected would count as one that ends now.
 LEAST_REST_SHARE = 0.1
 FREE_AT_AGE_S = 0.05
 MAX_KNOWN_TIMES = 256  # models of one node
-
 
 NOTHING_CACHED: Mapping[str, float] = MappingProxyType({})
 
@@ -43,17 +42,19 @@ class Work(msgspec.Struct, frozen=True):
 class PlacedRequest(msgspec.Struct, eq=False):
     """A request that was placed on a node, from its placing to its end.
 
-    - ``model`` is the full name of its model; ``None`` for a request without a residency key.
+    - ``key`` is its residency key, ``model`` the full name of its model; both are ``None`` for a request that loads no
+      model.
     - ``unread_tokens`` of its prompt have to be read, and ``read_s`` are the seconds that this takes; ``cached_tokens``
       are believed to be in the server's cache.
     - ``write_s`` are the expected seconds from the first token to the end. The answer is expected to begin at
       ``begins_at`` and to end at ``ends_at``.
-    - ``needs_load``: the server has to load the model first. ``drain_s``: if this request makes it load the model, the
-      expected wait for the models that must be unloaded before; ``None``: the model was in memory, or loads already.
-    - ``first_token_at`` is ``None`` until the answer has begun. ``mean_reads``: the mean number of prompts that were
-      read at once while this one was.
+    - ``needs_load``: the answer must wait for a load of the model. ``drain_s``: if this request starts the load, the
+      expected wait for the requests to the models that are unloaded before; ``None``: the model was in memory, or an
+      earlier request had started its load.
+    - ``first_token_at`` is ``None`` until the answer has begun. ``mean_reads``: how many prompts, this one included,
+      the node read at once on the mean while it read this one.
     - ``is_charged``: its client was charged for it in the queue. ``had_slow_client``: the client took the answer more
-      slowly than it came.
+      slowly than the node sent it.
     - ``sent`` is the request as the node's slots count it; ``None`` if they need not be learned.
     - ``read_sum``, ``stream_sum`` and ``busy_sum`` are readings of the node's ``ActivityMeter``: at the placing, and at
       the first token.
@@ -100,7 +101,7 @@ class _FreeTime(NamedTuple):
 class GpuGroup:
     """The nodes that share one GPU. They are balanced as one node; usually a group has one member.
 
-    ``others_in_flight`` is the number of requests that other gateways have in flight there."""
+    ``others_in_flight`` is the number of requests that other gateways have in flight on this GPU."""
 
     __slots__ = ("accounts", "events", "name", "others_in_flight")
 
@@ -114,8 +115,9 @@ class GpuGroup:
 class NodeAccount:
     """What the balancer knows of one node.
 
-    ``weight`` and ``tier`` are those of mesh.yaml. ``max_parallel`` is mesh.yaml's number of slots; ``None``: it is
-    told by the server, or learned. ``fleet_rates`` has learned from all nodes."""
+    ``weight`` and ``tier`` are those of mesh.yaml. ``max_parallel`` is mesh.yaml's number of slots; ``None``: the
+    server tells the number, or it is learned. ``fleet_rates`` has learned from all nodes: it answers for what was not
+    measured on this node."""
 
     def __init__(
         self,
@@ -145,20 +147,21 @@ class NodeAccount:
         self._rtt_s = 0.0
         self._foreign_load = 0.0
         self.slowness = 1.0
-        """By this factor the node is slower than its own past and its peers."""
+        """How many times slower the node is than it was before and than its peers are (``outliers.py``)."""
         # -- learned
         self.breaker = Breaker()
         self.model_breakers = ModelBreakers()
         self.residency = Residency()
         self.rates = ServiceRates(fleet_rates)
-        self.learned_at = self.first_token_noted_at = -math.inf  # when answers were learned from last
+        self.learned_at = self.first_token_noted_at = -math.inf
+        """When the last answer, and the last time to a first token, was learned from. The scheduler sets them."""
         self.read_stall = ReadStall()
         self.learned_slots = NodeSlots()
         # -- the requests here
         self.placed: set[PlacedRequest] = set()
         self.placed_by_model: dict[str, int] = {}
         self.activity = ActivityMeter()
-        self._decode_ends_sum = 0.0  # of the expected ends of the answers that have begun
+        self._decode_ends_sum = 0.0  # the sum of the times at which the begun answers are expected to end
         self._free_at: dict[str, _FreeTime] = {}  # by model
         self._reads_end_at = 0.0  # when the prompts that were sent so far will be read
 
@@ -168,7 +171,7 @@ class NodeAccount:
 
     @property
     def rtt_s(self) -> float:
-        """The tunnel's round trip."""
+        """The tunnel's round trip in seconds."""
         return self._rtt_s
 
     @rtt_s.setter
@@ -177,8 +180,8 @@ class NodeAccount:
 
     @property
     def foreign_load(self) -> float:
-        """The GPU's utilisation by other programs, from 0 to 1. A host may tell anything, so it is set within these
-        bounds; NaN counts as 0."""
+        """The GPU's utilisation by other programs, from 0 to 1. A host may report anything, so the setter keeps the
+        value within these bounds; NaN counts as 0."""
         return self._foreign_load
 
     @foreign_load.setter
@@ -193,12 +196,13 @@ class NodeAccount:
 
     @property
     def is_suspect(self) -> bool:
-        """Whether any breaker of the node is not closed, so that it must be asked."""
+        """Whether a breaker of the node has opened, or a model has failed there lately: then the breakers must be asked
+        whether a request may be sent."""
         return self.breaker.open_until is not None or self.model_breakers.has_faults
 
     def is_broken_for(self, model: str, now: float, *, despite_doubt: bool = False) -> bool:
-        """Whether this model (a full name) must not be asked for here now. ``despite_doubt``: a model that fails for a
-        reason that is not known may be asked for."""
+        """Whether this model (a full name) must not be asked for here now. ``despite_doubt``: a model that failed for
+        an unknown reason may be asked for nevertheless."""
         return model in self.model_breakers.broken(now, despite_doubt=despite_doubt)
 
     @property
@@ -214,7 +218,8 @@ class NodeAccount:
         )
 
     def count(self, model: str | None = None) -> int:
-        """The requests on the node's GPU, from all gateways: those to this model (a full name), or all."""
+        """The number of requests on the node's GPU, from all gateways: those to this model (a full name); ``None``: to
+        any model. What other gateways sent counts for each model, because it is not known for which it is."""
         group = self.group
         total = group.others_in_flight
         for account in group.accounts:
@@ -234,12 +239,13 @@ class NodeAccount:
         slots = self.slots(model or "", now)
         if slots is None:
             return True
-        # A server has slots for each model that it has in memory. A number in mesh.yaml, or one that a server with a
-        # single model tells, is for all requests.
+        # A learned number is for one model: Ollama has slots for each model in memory. A number in mesh.yaml, or one
+        # that a server with a single model tells, is for all requests.
         return self.count((model or "") if self._counts_by_model else None) < slots
 
     @property
     def _counts_by_model(self) -> bool:
+        """Whether the node's slots are learned, and so counted for each model by itself."""
         return self.max_parallel is None and self.learns_limit
 
     # -- how busy it is ------------------------------------------------------------------------------------------
@@ -253,7 +259,7 @@ class NodeAccount:
         return sum(account.activity.streams for account in accounts)
 
     def reads_rest_s(self, now: float) -> float:
-        """The seconds until the prompts that were sent before are read."""
+        """The seconds until the prompts that were sent to this node are read; 0 if it reads none."""
         return max(self._reads_end_at - now, 0.0) if self.activity.reading else 0.0
 
     def mean_rest_s(self, now: float) -> float:
@@ -262,8 +268,10 @@ class NodeAccount:
         return max(self._decode_ends_sum / count - now, 0.0) if count else 0.0
 
     def next_free_s(self, now: float, model: str) -> float:
-        """The seconds until there is probably a free slot for this model. While nothing happens on the node, the time
-        that was found is not older than ``FREE_AT_AGE_S``: many requests that come to full nodes ask for it."""
+        """The seconds until there is probably a free slot for this model (a full name).
+
+        Many requests that come to full nodes ask for it. So the time is found again only when something has happened on
+        the node, or after ``FREE_AT_AGE_S``."""
         events = self.group.events
         known = self._free_at.get(model)
         if known is None or known.events != events or not 0.0 <= now - known.found_at <= FREE_AT_AGE_S:
@@ -273,18 +281,19 @@ class NodeAccount:
         return max(known.free_at - now, 0.0)
 
     def _find_next_free_s(self, now: float, model: str) -> float:
-        here = [placed for account in self.group.accounts for placed in account.placed]
+        running = [placed for account in self.group.accounts for placed in account.placed]
         if self._counts_by_model:
-            here = [placed for placed in here if (placed.model or "") == model]
+            running = [placed for placed in running if (placed.model or "") == model]
             if not self.learned_slots.limit(model).has_been_full:
-                # More slots are known as soon as the next answer begins.
-                rests = [placed.begins_at - now for placed in here if placed.first_token_at is None]
-                if rests:
-                    return max(min(rests), 0.0)
-        return min((_rest_s(placed, now) for placed in here), default=0.0)
+                # During slow start each first token may prove one slot more. So the next first token may give a slot,
+                # before any request ends.
+                until_first_tokens_s = [placed.begins_at - now for placed in running if placed.first_token_at is None]
+                if until_first_tokens_s:
+                    return max(min(until_first_tokens_s), 0.0)
+        return min((_rest_s(placed, now) for placed in running), default=0.0)
 
     def drain_s(self, now: float, models: Iterable[str]) -> float:
-        """The seconds until all requests to these models have ended; 0 if there are none."""
+        """The seconds until all requests to these models (full names) have ended; 0 if there are none."""
         wanted = set(models)
         return max((_rest_s(placed, now) for placed in self.placed if placed.model in wanted), default=0.0)
 
@@ -360,11 +369,12 @@ class NodeAccount:
         return self.activity.busy_share(placed.first_token_at, placed.busy_sum, now)
 
     def _end_read(self, now: float) -> None:
+        """Notes that one prompt is no longer read. After the last one, the expected end of all reading is corrected."""
         self.activity.end_read(now)
         if not self.activity.reading:
             self._reads_end_at = now
 
 
 def _rest_s(placed: PlacedRequest, now: float) -> float:
-    """The seconds that a request is expected to take still."""
+    """The seconds until this request is expected to end."""
     return max(placed.ends_at - now, LEAST_REST_SHARE * (now - placed.sent_at))

@@ -9,7 +9,7 @@ import msgspec
 
 from gpumesh.balancer.prefixes import PromptPrint
 from gpumesh.topology import BackendKind
-from gpumesh.topology import Priority as Priority  # noqa: PLC0414 - all users of a Demand know it from here
+from gpumesh.topology import Priority as Priority  # noqa: PLC0414 - the users of ``Demand`` import it from here
 
 
 class ResidencyKey(NamedTuple):
@@ -28,19 +28,22 @@ class ResidencyKey(NamedTuple):
 class Demand(msgspec.Struct, frozen=True):
     """The properties of a request that matter for the choice of a node.
 
-    ``kinds`` are the kinds of server that can answer the request. ``node`` is the only node that may answer it, because
-    its client named it; ``None``: any node may. ``nodes`` are the only nodes that may answer it, by the rules of
-    mesh.yaml for its model and its key; ``None``: all nodes may. ``preferred_nodes`` are asked first, as nodes of a
-    lower tier are.
+    ``model`` is ``None`` for a request that names no model. ``kinds`` are the kinds of server that can answer the
+    request. ``node`` is the only node that may answer it, because its client named this node; ``None``: any node may.
+    ``nodes`` are the only nodes that may answer it, by the rules of mesh.yaml for its model and its key; ``None``: all
+    nodes may. ``preferred_nodes`` are asked first, as nodes of a lower tier are.
+
+    ``prompt_tokens`` is estimated from the size of the prompt; ``None`` if the prompt is not known or short.
+    ``max_tokens`` is the longest answer that the client allows; ``None``: the client sets no maximum.
 
     ``needs_slot`` is false for a request that costs no inference (``show``, ``pull`` …): such a request neither waits
     for a slot nor takes one. ``session`` names a conversation whose prompt prefix a node may have in its cache. ``id``
     is the client's own name for this request; ``status`` shows it.
 
     ``residency`` is what the model must be loaded with; ``None`` for a request without a model, or one that loads none.
-    ``client`` names who is asking, for fairness between clients; empty if nobody can be told from others. ``route`` is
-    the path of the request's route; empty for a request that came by no route. ``prompt`` are the hashed blocks of the
-    prompt (``PromptPrint``); ``None`` if the prompt is not known or too short.
+    ``client`` is the name of the client (``ClientNames``), for fairness between clients; empty if it is not known.
+    ``route`` is the path of the request's route; empty for a request that came by no route. ``prompt`` are the hashed
+    blocks of the prompt (``PromptPrint``); ``None`` if the prompt is not known or too short.
     """
 
     model: str | None
@@ -63,10 +66,10 @@ class Demand(msgspec.Struct, frozen=True):
 class Candidate(msgspec.Struct, frozen=True):
     """A node as ``select.py`` sees it: a snapshot of what decides whether the node can serve a demand.
 
-    ``usable``: tunnel and backend are up, the node is not draining, and its breaker is closed. ``models`` is ``None``
-    when the backend could not list its models: then any model may be tried. ``broken_models`` are the full names of
-    models that the node has, but that must not be asked for now: it cannot load them, or does not have them although it
-    lists them.
+    ``usable``: tunnel and backend are up, the node is not draining, and its breaker lets a request through. ``models``
+    is ``None`` when the backend could not list its models: then any model may be tried. ``broken_models`` are the full
+    names of models that the node lists, but that must not be asked for now: the node cannot load them, or answered that
+    it does not have them.
     """
 
     name: str

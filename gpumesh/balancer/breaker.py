@@ -20,10 +20,9 @@ THRESHOLD = 3  # failures in a row that open a node's breaker
 FIRST_OPEN_S = 1.0
 MAX_OPEN_S = 30.0
 
-MAX_MODEL_FAULTS = 64  # of one node; with more, the one that is known longest is forgotten
-FAILED_MODELS_OPEN_NODE = (
-    3  # different models that fail in a row, with no success between, show that the node is broken
-)
+MAX_MODEL_FAULTS = 64  # of one node; with more, the fault that is known longest is forgotten
+# So many different models that fail in a row, with no success between, show that the node itself is broken.
+FAILED_MODELS_OPEN_NODE = 3
 SERVED_LATELY_S = 600.0  # a model that was served this recently can be loaded, so one failed load does not open it
 
 
@@ -74,8 +73,8 @@ class Breaker:
         return BreakerPhase.OPEN if now < self.open_until else BreakerPhase.HALF_OPEN
 
     def allows(self, now: float) -> bool:
-        """Whether a request may be sent: any request while closed, none while open, and only one at a time while
-        half-open."""
+        """Whether a request may be sent: while closed always, while open never, while half-open if no trial is in
+        flight."""
         return self.open_until is None or (now >= self.open_until and not self.trial_in_flight)
 
     def record_start(self, now: float) -> Breaker:
@@ -100,8 +99,8 @@ class Breaker:
         return self.trip(now)
 
     def trip(self, now: float) -> Breaker:
-        """The state after a failure that opens a closed breaker even if it is the first. In the other phases it is a
-        failure like any other."""
+        """The state after a failure that opens a closed breaker at once, even if it is the first failure. In the other
+        phases the failure counts as in ``record_failure``."""
         failures = self.failures + 1
         phase = self.phase(now)
         if phase is BreakerPhase.OPEN:
@@ -113,12 +112,12 @@ class Breaker:
         return Breaker(failures, now + open_s, open_s, pace=self.pace)
 
     def forgive_failure(self, now: float) -> Breaker:
-        """The state with one failure less. That failure was not the node's fault after all, because another node failed
-        at the same request."""
+        """The state with one failure less: another node has failed at the same request too, so the failure was probably
+        not this node's fault."""
         failures = max(self.failures - 1, 0)
         if self.open_until is None:
             return replace(self, failures=failures)
-        if failures < self.pace.threshold:  # closed: without that failure the breaker would not have opened
+        if failures < self.pace.threshold:  # without the forgiven failure the breaker would not have opened: close it
             return replace(closed_breaker(self.pace), failures=failures)
         # The other failures still count, but the breaker is half-open at once: the next request may be its trial.
         return replace(self, failures=failures, open_until=min(self.open_until, now), trial_in_flight=False)
@@ -144,11 +143,11 @@ _CLOSED = Breaker()
 @dataclass(frozen=True, slots=True)
 class ModelFault:
     """A model that fails on a node, and its breaker there. ``model`` is the full name, from a client's request.
-    ``blame`` is that of the last failure. ``message`` is what the server said of a load that failed, safe to print;
-    else it is empty.
+    ``blame`` is that of the last failure. ``message`` is the server's error if a load failed, safe to print; for any
+    other failure it is empty.
 
-    ``confirmed``, for a missing model: the server has listed the model again since it answered that it does not have
-    it.
+    ``confirmed`` matters for a missing model only: since the server answered that it does not have the model, it has
+    listed the model again.
     """
 
     model: str
@@ -185,9 +184,9 @@ class ModelBreakers:
         return bool(self._faults)
 
     def broken(self, now: float, *, despite_doubt: bool = False) -> AbstractSet[str]:
-        """The models that must not be asked for now. ``despite_doubt``: models that fail for a reason that is not known
-        may be asked for; those that cannot be loaded or are not there may not."""
-        if not self._faults:  # the usual case, for each request
+        """The models that must not be asked for now. ``despite_doubt``: models that failed for an unknown reason are
+        left out, so that they are tried; models that cannot be loaded or are missing are not."""
+        if not self._faults:  # the usual case; this is asked for each request
             return _NO_MODELS
         return frozenset(
             model
@@ -196,8 +195,8 @@ class ModelBreakers:
         )
 
     def pause_left(self, model: str, now: float) -> float | None:
-        """The seconds until a request for this broken model may be tried; 0 if a trial is in flight, whose end decides.
-        ``None`` if the model is not broken."""
+        """The seconds until a request for this broken model may be tried. 0: the pause is over, and a trial is in
+        flight whose end decides. ``None``: the model is not broken."""
         fault = self._faults.get(model)
         if fault is None or fault.breaker.open_until is None or fault.breaker.allows(now):
             return None
@@ -223,7 +222,8 @@ class ModelBreakers:
             self._faults[model] = replace(fault, breaker=fault.breaker.record_start(now))
 
     def record_success(self, model: str | None, now: float) -> None:
-        """Notes that the node has served a request that needed inference. ``None``: the request named no model."""
+        """Notes that the node has served a request that needed inference. ``model`` is ``None`` if the request named no
+        model."""
         if self._failed_in_row:
             self._failed_in_row.clear()
         if model is None:
@@ -231,19 +231,19 @@ class ModelBreakers:
         if self._faults:
             self._faults.pop(model, None)
         if len(self._served_at) > 1:
-            self._served_at.pop(model, None)  # so that it becomes the last one served
+            self._served_at.pop(model, None)  # so that the model moves to the end: the dict is in order of last use
         self._served_at[model] = now
         if len(self._served_at) > MAX_MODEL_FAULTS:
-            del self._served_at[next(iter(self._served_at))]  # the one that was served longest ago
+            del self._served_at[next(iter(self._served_at))]  # the model that was served longest ago
 
     def record_failure(
         self, model: str, blame: Blame, message: str, now: float, *, was_loaded: bool | None = None
     ) -> bool:
         """Notes that a request failed by the model's fault. ``was_loaded``: the model was in memory when the request
-        was sent; ``None`` if that is not known. Returns whether the failure makes the node itself suspect: several
-        different models have failed in a row, and this one had not failed since the node's last success."""
+        was sent; ``None`` if that is not known. Returns whether the failure makes the node itself suspect: this model
+        has failed for the first time since the node's last success, and so have several others."""
         if blame is Blame.MISSING_MODEL and self._catalog is None:
-            return False  # the server has listed no models, so it does not contradict itself
+            return False  # the server could not list its models, so nothing says that it should have this one
         pace = MISSING_PACE if blame is Blame.MISSING_MODEL else MODEL_PACE
         old = self._faults.pop(model, None)  # so that the model becomes the newest
         breaker = old.breaker if old is not None and old.breaker.pace is pace else closed_breaker(pace)
@@ -255,7 +255,7 @@ class ModelBreakers:
         self._faults[model] = ModelFault(model, blame, message, breaker)
         if len(self._faults) > MAX_MODEL_FAULTS:
             del self._faults[next(iter(self._faults))]
-        if blame is Blame.MISSING_MODEL or model in self._failed_in_row:
+        if blame is Blame.MISSING_MODEL or model in self._failed_in_row:  # a missing model says nothing of the node
             return False
         self._failed_in_row.add(model)
         return len(self._failed_in_row) >= FAILED_MODELS_OPEN_NODE
@@ -265,8 +265,8 @@ class ModelBreakers:
         return served_at is not None and now - served_at < SERVED_LATELY_S
 
     def cancel_trial(self, model: str | None) -> bool:
-        """Notes that a request for the model ended, or began to be answered, in a way that proves nothing. Returns
-        whether there was a trial of this model."""
+        """Notes that the request for the model is no longer a trial (``Breaker.cancel_trial``). Returns whether a trial
+        of this model was in flight."""
         fault = self._faults.get(model) if model is not None else None
         if fault is None or not fault.breaker.trial_in_flight:
             return False
@@ -274,7 +274,7 @@ class ModelBreakers:
         return True
 
     def forgive_failure(self, model: str, now: float) -> None:
-        """Takes back one failure: the request was at fault."""
+        """Takes back one failure of the model: the request was at fault, because another node failed at it too."""
         fault = self._faults.get(model)
         if fault is None:
             return
@@ -287,11 +287,12 @@ class ModelBreakers:
 
     def note_catalog(self, catalog: Sequence[ModelInfo]) -> None:
         """Takes the server's list of models from a new probe. If it differs from the last list, all faults are
-        forgotten: somebody has changed the models. If not, the missing models are confirmed as listed."""
+        forgotten: somebody has changed the models. If not, the server has listed the missing models again, and their
+        faults become ``confirmed``."""
         old_catalog, self._catalog = self._catalog, catalog
         if not self._faults or old_catalog is None:
             return
-        # The order of a list means nothing.
+        # The sets, because the order of a list means nothing. The lists first, because that is quick.
         if catalog != old_catalog and set(catalog) != set(old_catalog):
             self._faults.clear()
             self._failed_in_row.clear()

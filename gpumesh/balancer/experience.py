@@ -28,7 +28,7 @@ class Experience:
     def __init__(self) -> None:
         self.lengths = ExpectedLengths()
         self.fleet_rates = ServiceRates()
-        """Learned from all nodes: what a node is asked that has not been measured."""
+        """Learned from all nodes. It answers for a node where the same was not measured yet."""
         self.prefixes = PrefixIndex()
         self._fleet_learned_at = -math.inf
         self._bytes_per_token: dict[str, float] = {}  # of prompts, by the model's full name
@@ -39,7 +39,7 @@ class Experience:
         """The expected work of a request, and how much of its prompt the nodes have in their caches."""
         key = demand.residency
         model = "" if key is None else key.model
-        # A client may ask for no token at all.
+        # At least 1, because a client may ask for no token at all.
         answer_tokens = max(self.lengths.expect(demand.client, demand.route, model, demand.max_tokens), 1.0)
         bytes_per_token = self._prompt_bytes_per_token(model)
         prompt_tokens = _prompt_bytes(demand) / bytes_per_token
@@ -69,7 +69,7 @@ class Experience:
         return self.prefixes.displaced_bytes(node, key) / self._prompt_bytes_per_token(key.model)
 
     def forget_prompts(self, node: str, model: str) -> None:
-        """The node's server has unloaded this model."""
+        """Forgets the prompts that the node had in its cache for this model: its server has unloaded the model."""
         for key in self.prefixes.keys_of(node):
             if isinstance(key, ResidencyKey) and key.model == model:
                 self.prefixes.forget(node, key)
@@ -77,7 +77,8 @@ class Experience:
     # -- after it ------------------------------------------------------------------------------------------------
 
     def note_placed(self, placed: PlacedRequest, now: float) -> None:
-        """From now on the node has the prompt in its cache: a request with the same beginning should follow it."""
+        """Notes that the node has this request's prompt in its cache from now on, so that a request with the same
+        beginning is sent there too."""
         key, prompt = placed.key, placed.demand.prompt
         if key is None:
             return
@@ -91,16 +92,16 @@ class Experience:
     def learn_from_answer(
         self, placed: PlacedRequest, counters: ServerCounters, now: float, *, mean_streams: float, stalled_share: float
     ) -> None:
-        """Learns from the server's figures for a whole answer, or from our clock if it gives no durations.
-        ``mean_streams`` answers were written meanwhile, this one included; in ``stalled_share`` of the time it stood
-        still, because prompts were read."""
+        """Learns from the server's figures for a whole answer, or from our clock if the server gives no durations.
+        ``mean_streams`` answers, this one included, were written meanwhile on the mean. In ``stalled_share`` of the
+        time since its first token, the node read prompts of other requests."""
         account, demand = placed.account, placed.demand
         model = placed.model or ""
         if placed.key is None:
             return
         tokens = counters.tokens
-        # The server's figure covers the wait until other models were unloaded. Of a request that came while the model
-        # was loading, it says nothing about the load.
+        # The server's load_duration also covers the wait until other models were unloaded (``drain_s``). Of a request
+        # that came while the model was loading, it covers only the rest of the load, so nothing is learned from it.
         load_s = None
         if placed.drain_s is not None and counters.load_ms is not None:
             load_s = counters.load_ms / 1000.0 - placed.drain_s
@@ -206,13 +207,14 @@ def measure_stream_s(placed: PlacedRequest, counters: ServerCounters, now: float
 
 
 def _session_id(demand: Demand) -> int | None:
-    """The number that stands for the request's conversation; ``None`` if it has no name."""
+    """The number that stands for the request's conversation; ``None`` if its client named none."""
     return None if demand.session is None else hash(demand.session)
 
 
 def _prompt_bytes(demand: Demand) -> float:
-    """About how many bytes of a prompt the server has to read. The size of a short prompt is not known, and its reading
-    does not count, unless its client names a session: then the node that has had the session comes first."""
+    """About how many bytes of a prompt the server has to read. The size of a short prompt is not known. Its reading
+    takes no time that matters, so it counts as 0. But if the client names a session, it counts as one block, so that
+    the node that has had the session is the better one."""
     if demand.prompt_tokens is not None:
         return demand.prompt_tokens * BYTES_PER_TOKEN
     if demand.session is None:
@@ -225,7 +227,8 @@ def _seconds(milliseconds: float | None) -> float | None:
 
 
 def _count_unread(placed: PlacedRequest, counters: ServerCounters) -> int | None:
-    """How many tokens of the prompt the server had to read, as far as that is sure."""
+    """How many tokens of the prompt the server had to read. ``None`` if that is not sure: the server does not count its
+    tokens, or it may have had a part in its cache and does not say how much."""
     if counters.prompt_tokens is None:
         return None
     if counters.cached_tokens is not None:

@@ -19,9 +19,11 @@ from gpumesh.balancer.model_demand import ModelDemand
 
 # A model that was not asked for in this time would be unloaded by the server anyway (OLLAMA_KEEP_ALIVE).
 RELOAD_HORIZON_S = 300.0
-# A model stays where it is for about so long: the time in which one copy more or less makes requests wait less or more.
+# A model stays where it is for about this time. So long, one copy more makes the requests wait less, and one copy less
+# makes them wait more.
 COPY_HORIZON_S = 60.0
-MOST_BUSY = 0.98  # of the slots: beyond it the formula for the wait has no finite value
+# The slots count as busy for at most this share of the time: towards 1.0 the formula for the wait grows without end.
+MOST_BUSY = 0.98
 # A load must pay for itself: the model then stays for so many times the time that its load took, if it is asked for.
 LEAST_STAY = 2.0
 # nvidia-smi's utilisation is the share of time in which any kernel ran: at 1.0 another program takes about half.
@@ -30,11 +32,15 @@ FOREIGN_SHARE = 0.5
 # time on an idle node, and by more the busier the node is with reading (as in an M/G/1 queue: by busy / (1 - busy)).
 READ_DELAY = 0.5
 MOST_READING = 0.9  # a greater share of the time counts as this one
-RETURN_SHARE = 1.0  # of the prompts in a cache that are continued later: in a chat, nearly all
-MAX_COUNTED_COPIES = 16  # of a model: the slots of more are not counted anew for each request …
-COUNT_S = 1.0  # … but when the last count is older
-MAX_COUNTED_KEYS = 1000
-PINNED_COST_S = 3600.0  # to push out a model that mesh.yaml pins: only if nothing else can serve the request
+RETURN_SHARE = 1.0  # this share of the prompts in a cache is continued later: in a chat, nearly all
+# The slots of up to this many copies of a model are counted anew for each request. Those of more copies are counted
+# only when the last count is older than COUNT_S.
+MAX_COUNTED_COPIES = 16
+COUNT_S = 1.0
+MAX_COUNTED_KEYS = 1000  # with more counts, all are forgotten
+# What it costs to push out a model that mesh.yaml pins: so much that it happens only if no other node can serve the
+# request.
+PINNED_COST_S = 3600.0
 
 
 class Forecast(msgspec.Struct, frozen=True, gc=False):
@@ -42,13 +48,17 @@ class Forecast(msgspec.Struct, frozen=True, gc=False):
 
     - ``way_s``: the tunnel's round trip.
     - ``wait_s``: until a slot is free.
-    - ``load_s``: until the model is in memory; with the drain of what it pushes out.
-    - ``read_s``: until the prompt is read, with the prompts that were sent before.
+    - ``load_s``: until the model is in memory. It includes the drain of the models that the load pushes out.
+    - ``read_s``: until the prompt is read. It includes the reading of the prompts that were sent before;
+      ``own_read_s`` does not.
     - ``write_s``: from the first token to the last.
     - ``others_s``: the delay of the requests that run there.
-    - ``evicted_s``: the expected reloads of the models that the load pushes out.
+    - ``evicted_s``: the expected reloads of the models that the load pushes out, and the expected reading of prompts
+      that this one pushes out of the server's cache.
 
-    ``unread_tokens`` of the prompt are not in the server's cache. ``pushed_out`` are the models that go.
+    ``total_s`` is the sum of these, without ``own_read_s``. ``is_free``: the node has a free slot now.
+    ``unread_tokens`` of the prompt are not in the server's cache. ``pushed_out`` are the full names of the models that
+    the load pushes out.
     """
 
     node: str
@@ -72,8 +82,9 @@ class Forecast(msgspec.Struct, frozen=True, gc=False):
 
 
 class FleetLoad(msgspec.Struct, gc=False):
-    """What a forecast must know of the rest of the fleet: what was learned, how often each model is asked for, which
-    nodes have it in memory, and the full names of the models that must not be pushed out."""
+    """What a forecast must know of the rest of the fleet: what was learned (``experience``), how often each model is
+    asked for (``demands``), which nodes have each model in memory (``copies``), and the full names of the models that
+    must not be pushed out (``pinned``)."""
 
     experience: Experience
     demands: ModelDemand
@@ -82,12 +93,12 @@ class FleetLoad(msgspec.Struct, gc=False):
 
 
 class Copies:
-    """Which nodes have a model in memory."""
+    """Which nodes have which model in memory, and how many slots there are for each residency key."""
 
     def __init__(self) -> None:
         self._accounts: dict[str, dict[str, NodeAccount]] = {}  # by full name of the model, then by node
         self._models: dict[str, frozenset[str]] = {}  # by node
-        self._slots: dict[ResidencyKey, tuple[float, int]] = {}  # the time, and the slots on all nodes at this time
+        self._slots: dict[ResidencyKey, tuple[float, int]] = {}  # when they were counted, and how many all nodes had
 
     def update(self, account: NodeAccount) -> None:
         """Takes over which models the node has in memory now."""
@@ -107,23 +118,27 @@ class Copies:
                 del self._accounts[model]
 
     def slots_elsewhere(self, key: ResidencyKey, account: NodeAccount, now: float) -> int:
-        """The slots for this key on the other nodes that have its model in memory. They are counted once for all nodes
-        that are compared for a request; if these nodes are very many, the number is not older than ``COUNT_S``."""
+        """The number of slots for this key on the other nodes that have its model in memory.
+
+        They are counted once for all nodes that are compared for a request. If more than ``MAX_COUNTED_COPIES`` nodes
+        have the model, the number may be up to ``COUNT_S`` seconds old."""
         copies = self._accounts.get(key.model)
         if not copies:
             return 0
-        counted = self._slots.get(key)
+        counted_at, slots = self._slots.get(key, (-math.inf, 0))
         oldest_s = 0.0 if len(copies) <= MAX_COUNTED_COPIES else COUNT_S
-        if counted is None or not 0.0 <= now - counted[0] <= oldest_s:
+        if not 0.0 <= now - counted_at <= oldest_s:
+            slots = sum(_slots_for(key, other, now) for other in copies.values())
             if len(self._slots) > MAX_COUNTED_KEYS:
                 self._slots.clear()
-            counted = self._slots[key] = (now, sum(_slots_for(key, other, now) for other in copies.values()))
+            self._slots[key] = (now, slots)
         own_slots = _slots_for(key, account, now) if account.name in copies else 0
-        return max(counted[1] - own_slots, 0)
+        return max(slots - own_slots, 0)
 
 
 def _slots_for(key: ResidencyKey, account: NodeAccount, now: float) -> int:
-    """The slots of a node that serves this key without a load; 0 if the node does not."""
+    """The number of the node's slots if the node serves this key without a load; else 0. A node with any number of
+    slots counts as one slot."""
     if not account.is_usable(now) or not account.residency.is_resident(key):
         return 0
     return account.slots(key.model, now) or 1
@@ -137,10 +152,10 @@ def forecast(
     queue_s: float,
     now: float,
 ) -> Forecast:
-    """Forecasts the cost of a request on this node, whether it has a free slot or not.
+    """Forecasts the cost of a request on this node, whether the node has a free slot or not.
 
-    ``queue_s``: if the node has no free slot, the requests that wait before this one keep its slots busy for so
-    long."""
+    ``queue_s``: for so long the requests that wait before this one will keep the node's slots busy. It counts only if
+    the node has no free slot."""
     key = demand.residency
     activity, residency = account.activity, account.residency
     load_s, evicted_s, blocked_s = 0.0, 0.0, 0.0
@@ -173,15 +188,15 @@ def forecast(
     if streams:
         alone_s *= 1.0 + pace.share * (streams - 1)
         write_s *= 1.0 + pace.share * streams
-        # Each running answer stands still while the prompt is read, and is slower while both are written.
+        # Each running answer slows down or stands still while the prompt is read, and is slower while both are written.
         overlap_s = min(account.mean_rest_s(now), write_s)
         others_s += streams * (stall * min(own_read_s, overlap_s) + overlap_s * (write_s / alone_s - 1.0))
     if cached and demand.prompt is not None and cached_tokens < max(cached.values()):
-        # Another node has more of this prompt: there it takes the place of its own beginning. Here it takes the place
-        # of another prompt, whose next turn must then be read again.
+        # Another node has more of this prompt in its cache. There this prompt would take the place of its own
+        # beginning. Here it takes the place of another prompt, whose next turn must then be read again.
         displaced_tokens = fleet.experience.displaced_tokens(demand, account.name)
         evicted_s += RETURN_SHARE * displaced_tokens * pace.read_token_s / speed
-    # Loads on one node come one at a time, so that the requests for which it loads now are served before.
+    # A node loads one model at a time. While another load must come first, a free slot is of no use.
     is_free = not blocked_s and account.has_room(model, now)
     wait_s = 0.0 if is_free else (blocked_s or account.next_free_s(now, model)) + queue_s
     way_s = account.rtt_s
@@ -219,8 +234,10 @@ def _forecast_load(
         rate = fleet.demands.rate(evicted_key, now)
         if model in fleet.pinned:
             later_s += PINNED_COST_S
-        # The stay collects requests for one load. On an idle node none runs, so waiting would only lose time.
-        if rate * RELOAD_HORIZON_S > 1.0 and account.placed:
+        # A model that will be asked for again stays for a while, so that its load serves several requests. On an idle
+        # node no request would be served meanwhile, so the wait would only lose time.
+        is_asked_for = rate * RELOAD_HORIZON_S > 1.0
+        if is_asked_for and account.placed:
             stays_until = loaded.loaded_at + LEAST_STAY * rates.load_s(model)
             blocked_s = max(blocked_s, stays_until - now)
         later_s += _eviction_s(account, evicted_key, rate, fleet, now)
@@ -232,8 +249,8 @@ def _forecast_load(
 def _eviction_s(account: NodeAccount, key: ResidencyKey, rate: float, fleet: FleetLoad, now: float) -> float:
     """The expected delay of later requests if this node unloads this model, which is asked for ``rate`` times a second.
 
-    If it is the last copy, the next request must load it again, and the requests that come in the time of the load wait
-    too. If there are others, their slots will be busier."""
+    If this is the last copy of the model, the next request must load it again, and the requests that come during that
+    load wait too. If other nodes have copies, their slots will be busier."""
     if rate <= 0.0:
         return 0.0
     other_slots = fleet.copies.slots_elsewhere(key, account, now)
@@ -245,7 +262,8 @@ def _eviction_s(account: NodeAccount, key: ResidencyKey, rate: float, fleet: Fle
 
 
 def _gain_s(account: NodeAccount, key: ResidencyKey, fleet: FleetLoad, now: float) -> float:
-    """How much less later requests for this model will wait if this node loads one more copy of it."""
+    """How many seconds less all later requests for this model together will wait if this node loads one more copy of
+    it. 0 if nobody asks for the model, and for the first copy: it is loaded because a request needs it."""
     other_slots = fleet.copies.slots_elsewhere(key, account, now)
     rate = fleet.demands.rate(key, now)
     return _copy_value_s(account, key, rate, other_slots, fleet, now) if other_slots and rate > 0.0 else 0.0
@@ -254,8 +272,9 @@ def _gain_s(account: NodeAccount, key: ResidencyKey, fleet: FleetLoad, now: floa
 def _copy_value_s(
     account: NodeAccount, key: ResidencyKey, rate: float, other_slots: int, fleet: FleetLoad, now: float
 ) -> float:
-    """How much longer the requests for this model, ``rate`` a second, wait with ``other_slots`` alone than with those
-    of this node too; the sum over the requests of ``COPY_HORIZON_S``."""
+    """How many seconds this node's copy of the model saves: the requests for it, ``rate`` a second, wait longer if they
+    have only ``other_slots`` than if they have this node's slots too. The sum over the requests of
+    ``COPY_HORIZON_S``."""
     slots = other_slots + (account.slots(key.model, now) or 1)
     service_s = fleet.demands.service_s(key)
     return rate * COPY_HORIZON_S * (mean_wait_s(rate, service_s, other_slots) - mean_wait_s(rate, service_s, slots))
@@ -272,7 +291,8 @@ def mean_wait_s(rate: float, service_s: float, slots: int) -> float:
 
 
 def place_on(account: NodeAccount, demand: Demand, work: Work, found: Forecast, now: float) -> PlacedRequest:
-    """Places the request on the node, as this forecast says."""
+    """Places the request on the node, with the times that this forecast says. If the request makes the server load its
+    model, the model counts as loaded from now on."""
     key = demand.residency
     begins_at = now + found.way_s + found.load_s + found.read_s
     needs_load = False

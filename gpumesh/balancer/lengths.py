@@ -14,7 +14,7 @@ DEFAULT_TOKENS = 256.0
 MAX_TOKENS = 1 << 20  # a longer answer counts as one of this length
 PRIOR_ANSWERS = 3.0  # the weight of the more general mean, in answers
 MEMORY_ANSWERS = 50  # with more answers than this, old ones are gradually forgotten
-MAX_FORECASTS = 1000  # that are kept until the next answer
+MAX_FORECASTS = 1000  # kept until the next answer; a further one is not kept
 MAX_CLIENTS = 1000  # with more, the client that has not asked for the longest time is forgotten
 MAX_PER_CLIENT = 16  # pairs of route and model of one client
 MAX_ROUTES = 1000  # pairs of route and model, and routes
@@ -31,12 +31,12 @@ class _Mean:
         self.tokens = 0.0
 
     def add(self, tokens: float) -> None:
-        """Adds an answer. With ``MEMORY_ANSWERS`` answers or more, the mean moves by a fixed share."""
+        """Adds an answer. From ``MEMORY_ANSWERS`` answers on, the mean moves towards each by the same share."""
         self.answers = min(self.answers + 1, MEMORY_ANSWERS)
         self.tokens += (tokens - self.tokens) / self.answers
 
     def shrink_towards(self, general: float) -> float:
-        """The mean, with the more general mean counting as ``PRIOR_ANSWERS`` answers."""
+        """The mean over these answers, and over ``PRIOR_ANSWERS`` more whose mean is ``general``."""
         return (self.answers * self.tokens + PRIOR_ANSWERS * general) / (self.answers + PRIOR_ANSWERS)
 
 
@@ -47,14 +47,14 @@ _Means = OrderedDict[tuple[str, str], _Mean]
 class ExpectedLengths:
     """Forecasts the number of tokens of an answer. A mesh has one: lengths depend on who asks, not on the node.
 
-    ``client`` says who asks, ``route`` is the path, ``model`` the full name.
+    ``client`` is the client's name, ``route`` the path, ``model`` the model's full name.
     """
 
     def __init__(self) -> None:
         self._all = _Mean()
         self._routes: _Means = OrderedDict()  # the key's model is "": the mean over all models
         self._clients: OrderedDict[str, _Means] = OrderedDict()
-        self._forecasts: dict[tuple[str, str, str], float] = {}  # those since the last answer
+        self._forecasts: dict[tuple[str, str, str], float] = {}  # by client, route, model; made since the last answer
 
     def __repr__(self) -> str:
         return f"<ExpectedLengths {self._all.tokens:.0f} tokens, {len(self._clients)} clients>"
@@ -86,37 +86,43 @@ class ExpectedLengths:
             expected = self._expect(client, route, model)
             if len(self._forecasts) < MAX_FORECASTS:
                 self._forecasts[forecast_key] = expected
-        # ``min`` first: a client may write a number that is too large for a float.
-        return expected if max_tokens is None or max_tokens < 0 else float(min(expected, max_tokens))
+        if max_tokens is None or max_tokens < 0:  # Ollama takes a negative number as no maximum
+            return expected
+        return float(min(expected, max_tokens))  # ``min`` first: a client may write a number too large for a float
 
     def _expect(self, client: str, route: str, model: str) -> float:
-        """The expected number of tokens without a maximum."""
-        key = (route[:MAX_KEY_CHARS], model[:MAX_KEY_CHARS])
+        """The expected number of tokens without a maximum: from the most general mean to the most special one."""
+        route = route[:MAX_KEY_CHARS]
+        key = (route, model[:MAX_KEY_CHARS])
         expected = self._all.shrink_towards(DEFAULT_TOKENS)
-        mean = self._routes.get((key[0], ""))
-        if mean is not None:
-            expected = mean.shrink_towards(expected)
-            mean = self._routes.get(key)
-            if mean is not None:
-                expected = mean.shrink_towards(expected)
-        means = self._clients.get(client[:MAX_KEY_CHARS])
-        mean = None if means is None else means.get(key)
-        return expected if mean is None else mean.shrink_towards(expected)
+        route_mean = self._routes.get((route, ""))
+        if route_mean is not None:
+            expected = route_mean.shrink_towards(expected)
+            model_mean = self._routes.get(key)
+            if model_mean is not None:
+                expected = model_mean.shrink_towards(expected)
+        client_means = self._clients.get(client[:MAX_KEY_CHARS])
+        client_mean = None if client_means is None else client_means.get(key)
+        return expected if client_mean is None else client_mean.shrink_towards(expected)
 
 
 def remaining(expected: float, done: float, max_tokens: int | None = None) -> float:
-    """How many tokens more are expected of an answer that has ``done`` tokens already, of ``expected`` in all.
+    """How many more tokens are expected of an answer that has ``done`` tokens already, of ``expected`` in all.
 
     An answer near or past its expected length is not about to end: it is probably one of the long ones. It is expected
     to have half as many tokens more as it has, which is the mean residual life of a Pareto distribution with the
-    exponent 3. So the answer counts as at least 1.5 times as long as it is.
+    exponent 3. So the answer counts as at least 1.5 times as long as it is. ``max_tokens`` is the client's maximum;
+    ``None`` or a negative number: none.
     """
     rest = max(expected - done, done / 2.0)
-    return rest if max_tokens is None or max_tokens < 0 else max(min(done + rest, max_tokens) - done, 0.0)
+    if max_tokens is None or max_tokens < 0:
+        return rest
+    return max(min(done + rest, max_tokens) - done, 0.0)
 
 
 def _find_or_add(means: _Means, key: tuple[str, str], most: int) -> _Mean:
-    """The mean of this key, which becomes the last one used. With too many keys, the first is forgotten."""
+    """The mean of this key, an empty one if there is none; it moves to the end, as the last one used. With more than
+    ``most`` keys, the key that was used longest ago is forgotten."""
     mean = means.get(key)
     if mean is None:
         mean = means[key] = _Mean()

@@ -30,9 +30,9 @@ def plain_residency_key(model: str) -> ResidencyKey:
 class LoadOptions(msgspec.Struct, gc=False):
     """The part of ``options`` that the mesh reads. Its values may be anything that JSON can hold.
 
-    Ollama reads ``options`` into a map of Go. So, other than in the outermost object of a body, only this spelling of a
-    name counts, and of two members with one name the last counts. ``num_predict``, the longest answer in tokens, makes
-    no difference for the load."""
+    Ollama reads ``options`` into a map of Go. So a name counts only in exactly this spelling, and of two members with
+    one name the last counts. (In the outermost object of a body, ``MODEL`` is the same as ``model``.) ``num_predict``,
+    the longest answer in tokens, makes no difference for the load."""
 
     num_predict: Any = None
     num_ctx: Any = None
@@ -44,7 +44,8 @@ class LoadOptions(msgspec.Struct, gc=False):
 
     @property
     def context(self) -> int | None:
-        """The context in tokens that the client asks for; ``None`` if it asks for none that could be one."""
+        """The context in tokens that the client asks for; ``None`` if it asks for none, or for something that cannot be
+        a context."""
         if self.num_ctx is None:  # most requests
             return None
         return safe_json.as_bounded_count(self.num_ctx, MAX_CONTEXT_TOKENS) or None
@@ -55,12 +56,13 @@ class LoadOptions(msgspec.Struct, gc=False):
         reload_options = []
         for name in _RELOAD_OPTIONS:
             value = getattr(self, name)
-            # Of None as of NaN, the result is false. A bool is an int.
+            # A bool is an int for ``isinstance``, and None is not. The comparison is false for NaN.
             if isinstance(value, (int, float)) and abs(value) <= MAX_VALUE:
                 reload_options.append((name, value))
         return ResidencyKey(full_name(model), self.context, tuple(reload_options))
 
 
 def read_load_options(options: Mapping[str, Any]) -> LoadOptions:
-    """The options of a request that is no JSON yet."""
+    """The load options in the ``options`` of a request that this program makes itself: a dict, not yet written as
+    JSON."""
     return msgspec.convert({key: options[key] for key in LoadOptions.__struct_fields__ if key in options}, LoadOptions)

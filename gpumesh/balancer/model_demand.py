@@ -1,6 +1,6 @@
-"""``ModelDemand``: how often each model is asked for, and how long it then works. Pure.
+"""``ModelDemand``: how often each model is asked for, and how long its requests run. Pure.
 
-It tells what it would cost to unload a model: a model that is asked for again in a moment must be loaded again.
+From this the forecasts see what it costs to unload a model: a model that is often asked for must soon be loaded again.
 """
 
 from __future__ import annotations
@@ -12,17 +12,18 @@ from dataclasses import dataclass
 from gpumesh.balancer.base import ResidencyKey
 
 WINDOW_S = 60.0  # the time constant of the rate: a burst of requests is forgotten after some minutes
-SAME_TIME_S = 0.05  # requests that come within this time count as one burst
-FIRST_SPAN_S = 10.0  # the first request counts as one in this time
-MAX_KEYS = 1000  # a client can ask for any context length, and each makes a key of its own
-SMOOTHING = 0.1  # weight of the newest time in the mean time of service
-FIRST_SERVICE_S = 5.0  # of an answer, before one was seen
+SAME_TIME_S = 0.05  # requests that come within this time count as coming at the same time
+FIRST_SPAN_S = 10.0  # a first request counts as a rate of one request in this time
+MAX_KEYS = 1000  # a client can ask for any context length, and each length makes a key of its own
+SMOOTHING = 0.1  # the weight of the newest request's time in the mean time that a request runs
+FIRST_SERVICE_S = 5.0  # how long a request is taken to run, before one was seen
 
 
 @dataclass(slots=True)
 class _Demand:
-    """``weight`` is the sum over the requests of exp(-age / WINDOW_S), as it was at the time ``at``. The first request
-    came at ``since``. ``rate`` is the rate as it was at the time ``rated_at``."""
+    """The demand for one key. ``weight`` is the sum over its requests of exp(-age / WINDOW_S), as it was at the time
+    ``at``. The first request came at ``since``. ``service_s`` is the mean time that ``services`` requests ran. ``rate``
+    is the rate as it was at the time ``rated_at``."""
 
     weight: float
     at: float
@@ -44,7 +45,7 @@ class ModelDemand:
         if demand is None:
             self._demands[key] = _Demand(1.0, now, now)
             if len(self._demands) > MAX_KEYS:
-                self._demands.popitem(last=False)  # the key that was not asked for longest
+                self._demands.popitem(last=False)  # the key whose last request is longest ago
             return
         self._demands.move_to_end(key)
         if now - demand.at < SAME_TIME_S:
@@ -54,11 +55,12 @@ class ModelDemand:
         demand.at = now
 
     def note_service(self, key: ResidencyKey, seconds: float) -> None:
-        """A request has run for so long, without the load of its model."""
+        """Notes that a request has run for so many seconds, without the load of its model."""
         demand = self._demands.get(key)
         if demand is None:
             return
         demand.services += 1
+        # The mean of all at first, then a mean that forgets old requests.
         demand.service_s += max(SMOOTHING, 1.0 / demand.services) * (seconds - demand.service_s)
 
     def rate(self, key: ResidencyKey, now: float) -> float:
@@ -75,6 +77,6 @@ class ModelDemand:
         return demand.rate
 
     def service_s(self, key: ResidencyKey) -> float:
-        """The mean time in seconds that a request runs."""
+        """The mean time in seconds that a request with this key runs, without the load of its model."""
         demand = self._demands.get(key)
         return FIRST_SERVICE_S if demand is None else demand.service_s

@@ -33,7 +33,7 @@ class ModelRules:
 
     def find(self, model: str | None) -> ModelSpec | None:
         """The rules for a model, by its name or by an alias; ``None`` if mesh.yaml has none."""
-        # Most mesh.yaml have no rules: then a request pays for one test only.
+        # Most mesh.yaml files have no rules. Then a request costs one test only.
         if not self._spec_by_name or model is None:
             return None
         return self._spec_by_name.get(full_name(model))
@@ -44,12 +44,13 @@ class ModelRules:
         return model if spec is None else spec.name
 
     def identity(self, model: str) -> str:
-        """A text that is the same for all names and spellings of one model."""
+        """The text by which two names of one model are recognised: it is the same for its aliases and spellings."""
         return full_name(self.name_in_mesh(model))
 
     def has_other_name(self, name: str, model: str) -> bool:
-        """Whether a request that names ``name`` must be written anew for ``model``: it is another model, or one with
-        aliases. The new body begins with the name, which is easy to replace there by the one that a server lists."""
+        """Whether the body of a request that names ``name`` must be written anew to ask for ``model``: the two are
+        different models, or ``model`` has aliases. A new body begins with the model's name, so that this name is easy
+        to replace by the one under which a server lists the model."""
         if name == model and not self.specs:  # nearly every request
             return False
         spec = self.find(model)
@@ -67,8 +68,8 @@ class ModelRules:
         return replace(demand, model=spec.name, nodes=nodes, preferred_nodes=frozenset(spec.prefer))
 
     def fallbacks(self, model: str | None) -> list[str]:
-        """The models that serve a request for ``model`` if no node can serve it, in order. Each is named once, even if
-        fallbacks form a circle."""
+        """The models that serve a request if no node can serve ``model``: first its fallback, then the fallback of
+        that, and so on. Each is named once, even if the fallbacks form a circle."""
         names: list[str] = []
         spec = self.find(model)
         seen = set() if model is None else {self.identity(model)}
@@ -82,15 +83,15 @@ class ModelRules:
         return names
 
     def plan_models(self, demand: Demand) -> list[Demand]:
-        """The demands by which a request is served, in order: with the demanded model, and with its fallbacks. Each has
-        the nodes of its model, and its context is rounded."""
+        """The demands that are tried for a request, in order: with the demanded model, then with each of its fallbacks.
+        Each has the nodes that may serve its model, and its context is rounded (``round_context``)."""
         if demand.model is None or self.find(demand.model) is None:
             return [demand]
         return [self.demand_for(demand, model) for model in (demand.model, *self.fallbacks(demand.model))]
 
     def demand_for(self, demand: Demand, model: str) -> Demand:
-        """The demand with this model, which is the demanded one or a fallback, with its nodes and its context.
-        ``demand`` is what the client asks for, before any rule."""
+        """The demand with this model (the demanded one or a fallback), the nodes that may serve it, and its rounded
+        context. ``demand`` is what the client asks for, before any rule."""
         name, residency = self.name_in_mesh(model), demand.residency
         if residency is not None:
             context = residency.context
@@ -102,8 +103,8 @@ class ModelRules:
     # -- the names that servers use ------------------------------------------------------------------------------
 
     def server_names(self, listed_names: Iterable[str]) -> Mapping[str, str]:
-        """For each model with aliases that a server lists, the name that the server gets. The keys are the names in the
-        mesh. Of several names of one model, the first in mesh.yaml is used."""
+        """For each model with aliases that a server lists: by its name in the mesh, the name that requests to this
+        server use. If the server lists several names of the model, the first of them in mesh.yaml is used."""
         listed: dict[str, str] = {}
         for name in listed_names:
             listed.setdefault(full_name(name), name)

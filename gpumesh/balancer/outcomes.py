@@ -89,8 +89,9 @@ class OutcomeRule:
     """The consequences of one outcome.
 
     ``fail_over``: another node is tried, if the client has not got a byte yet. ``counts_against_node``: the outcome is
-    a failure for the node's breaker, or for that of the model on this node (``find_blame``). ``request``: the outcome
-    of the request if this attempt was its last. ``check_tunnel``: the node's tunnel checks its connection at once.
+    a failure for the node's breaker, or for the breaker of the model on this node (``find_blame``). ``request``: the
+    outcome of the request if this attempt was its last. ``check_tunnel``: the node's tunnel checks its connection at
+    once.
     """
 
     fail_over: bool
@@ -115,7 +116,7 @@ _RULES = {
     Outcome.CUT: OutcomeRule(fail_over=True, counts_against_node=True, check_tunnel=True),
     Outcome.STREAM_ERROR: OutcomeRule(fail_over=True, counts_against_node=True),
     Outcome.CANNOT_CONTINUE: OutcomeRule(fail_over=True, counts_against_node=False),
-    # The client's own deadline passed: a slow model is no broken node.
+    # The client's own deadline has passed. That shows a slow model, not a broken node.
     Outcome.DEADLINE: OutcomeRule(fail_over=False, counts_against_node=False),
 }
 
@@ -124,9 +125,8 @@ _RULES = {
 MAX_ROUNDS = 5  # of one request, the first round included
 _RETRYABLE = frozenset({Outcome.UNREACHABLE, Outcome.TIMED_OUT, Outcome.CUT, Outcome.STREAM_ERROR, Outcome.BUSY})
 
-
-# When this many servers have failed at a request, and it was not the network or a proxy that failed, the request is not
-# sent to another server: the request itself may be the cause.
+# When this many servers themselves (not the network or a proxy) have failed at a request, it is not sent to another
+# server: the request itself may be the cause.
 MAX_SERVER_FAILURES = 2
 # A server that failed at this very request answers with this status. A proxy in front of the server answers with a
 # status from 502 upwards.
@@ -138,7 +138,8 @@ def rule_for_outcome(outcome: Outcome) -> OutcomeRule:
 
 
 def find_blame(outcome: Outcome, context: AttemptContext) -> Blame:
-    """Which breaker an outcome counts for: that of the node, that of the model on this node, or none.
+    """What an outcome shows to be broken, and so which breaker it counts for: that of the node, that of the model on
+    this node, or none.
 
     A request without a slot needs no inference. For such a request a status of 5xx is about the model store: Ollama
     sends 500, for example, when it cannot copy a model. That does not show that the node generates badly.
@@ -147,6 +148,7 @@ def find_blame(outcome: Outcome, context: AttemptContext) -> Blame:
     if outcome is Outcome.MODEL_NOT_FOUND:
         if not context.takes_slot or reply is None or model is None:
             return Blame.NOBODY
+        # A 404 can also mean that the server does not know the path. Then its message does not name the model.
         return Blame.MISSING_MODEL if says_model_is_missing(reply.status, reply.message, model) else Blame.NOBODY
     if not rule_for_outcome(outcome).counts_against_node:
         return Blame.NOBODY
@@ -156,9 +158,10 @@ def find_blame(outcome: Outcome, context: AttemptContext) -> Blame:
         return Blame.NODE
     if is_load_failure(reply.status, reply.message):
         return Blame.MODEL_LOAD
-    # A server that answers 500 before its first byte has failed while it loaded the model, or just after.
-    failed_at_load = outcome is Outcome.SERVER_ERROR and reply.status == SERVER_ERROR_STATUS
-    if failed_at_load and context.was_loaded is False:
+    # A server that had to load the model, and answers 500 instead of a first token, has failed while it loaded the
+    # model, or just after. ``was_loaded`` may also be None (not known): that is not enough to blame the model.
+    failed_before_answer = outcome is Outcome.SERVER_ERROR and reply.status == SERVER_ERROR_STATUS
+    if failed_before_answer and context.was_loaded is False:
         return Blame.MODEL
     return Blame.NODE
 

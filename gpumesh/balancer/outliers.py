@@ -22,22 +22,23 @@ NORMAL_BELOW = 1.4  # … and is normal again only below this: so it does not ch
 MAX_FACTOR = 8.0  # by which a forecast is multiplied at most
 
 MIN_PAST = 16  # with fewer answers, the usual speed is not known
-RECENT_ANSWERS = 9  # whose median is the speed of now
+RECENT_ANSWERS = 9  # the median of the last so many answers is the present speed
 MIN_RECENT = 5  # with fewer recent answers, a node does not become slow
-PROBE_ANSWERS = 3  # whose median is the speed of now while the node is slow: it gets few requests then
+PROBE_ANSWERS = 3  # instead of RECENT_ANSWERS while the node is slow, because it gets few requests then
 RECENT_S = 600.0  # an older answer is not recent
 FORGET_SLOW_S = 3600.0  # a slow node without any answer for this time is taken for normal
-# The usual speed follows each answer by this share, after the first ``MIN_PAST``. An answer that is far off counts as
-# one that is off by a factor of 1.4: so hundreds of slow answers are needed before slowness is usual.
+# After the first ``MIN_PAST`` answers, the usual speed moves towards each answer by the share PAST_WEIGHT. An answer
+# that is further away than MAX_DEVIATION, a factor of 1.4, counts as one at this distance. So it takes about 50 answers
+# at half the usual speed, or 250 at an eighth, until this speed counts as usual.
 PAST_WEIGHT = 0.02
-MAX_DEVIATION = 0.5  # in powers of two
+MAX_DEVIATION = 0.5  # as a power of two: 2 ** 0.5 = 1.4
 
 PROBE_EVERY = 20  # a slow node gets at least each 20th of the requests that it could serve
-IDLE_PROBE_S = 10.0  # a slow node with nothing in flight gets one if its last request was longer ago than this
+IDLE_PROBE_S = 10.0  # a slow node with nothing in flight gets a request if its last one was longer ago than this
 
-MAX_MODELS = 64  # of one node; with more, the one whose usual speed is known longest is forgotten
-MAX_PEERS = 64  # with more other nodes, the median of so many is as good
-_LEAST, _GREATEST = 1e-6, 1e9  # bounds of a time in seconds and of a rate; what is outside is ignored
+MAX_MODELS = 64  # of one node; with more, the model whose usual speed is known longest is forgotten
+MAX_PEERS = 64  # of more other nodes, only so many are looked at: their median is as good
+_LEAST, _GREATEST = 1e-6, 1e9  # bounds of a time in seconds and of a rate in tokens/s; figures outside are ignored
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,15 +53,15 @@ class Slowness:
 
 @dataclass(slots=True)
 class _Usual:
-    """The usual value of a quantity, as a logarithm to the base 2: the median of the first ``MIN_PAST`` values, which
-    then follows slowly. ``value`` is ``None`` until these are there."""
+    """The usual value of a quantity, as a logarithm to the base 2. ``value`` begins as the median of the first
+    ``MIN_PAST`` values, and then follows the newer values slowly. It is ``None`` until there are so many values."""
 
     value: float | None = None
     first_values: list[float] = field(default_factory=list)
 
     def add(self, value: float) -> float | None:
-        """Adds a value. Returns how far it is from the usual value, which did not contain it yet; ``None`` if the usual
-        value is not known yet."""
+        """Adds a value. Returns the value minus the usual value as it was before; ``None`` if the usual value was not
+        known yet."""
         if self.value is None:
             self.first_values.append(value)
             if len(self.first_values) == MIN_PAST:
@@ -83,20 +84,22 @@ class _Recent:
 
     def slowness(self, now: float, *, of_slow_node: bool) -> float | None:
         """The median of the recent deviations as a ratio; ``None`` if there are too few. Of a node that is slow, only
-        the very last answers count."""
+        the last ``PROBE_ANSWERS`` count, and one is enough."""
         deviations = [deviation for added_at, deviation in self._entries if now - added_at <= RECENT_S]
+        least_count = MIN_RECENT
         if of_slow_node:
             deviations = deviations[-PROBE_ANSWERS:]
-        if len(deviations) < (1 if of_slow_node else MIN_RECENT):
+            least_count = 1
+        if len(deviations) < least_count:
             return None
         return float(2.0 ** median(deviations))
 
 
 @dataclass(slots=True)
 class _Track:
-    """What is known of one node's speed. ``slow`` is ``None`` while the node is normal. ``slowness`` is that of the
-    last answer, at ``last_answer_at``. ``passed_over`` counts the requests that went elsewhere since the node's last
-    request, at ``last_request_at``; both matter only while the node is slow."""
+    """What is known of one node's speed. ``slow`` is ``None`` while the node is normal. ``slowness`` is the ratio as it
+    was after the last answer, which ended at ``last_answer_at``. ``passed_over`` counts the requests that went to other
+    nodes since this node's last request, at ``last_request_at``; both matter only while the node is slow."""
 
     first_token: _Usual = field(default_factory=_Usual)
     decode: dict[str, _Usual] = field(default_factory=dict)  # by model
@@ -133,17 +136,17 @@ class OutlierWatch:
         self._judge(node, track, now)
 
     def add_decode_rate(self, node: str, model: str, tokens_per_s: float, now: float) -> None:
-        """Adds the rate of one answer, cleaned of the streams that ran at the same time: a rate that falls with each
-        concurrent stream would make a busy node look slow."""
+        """Adds the rate of one answer: the rate that the answer would have had alone on the node. (The rate as measured
+        falls with each concurrent stream, so it would make a busy node look slow.)"""
         if not _is_plausible(tokens_per_s):
             return
         track = self._tracks.setdefault(node, _Track())
         usual = track.decode.get(model)
         if usual is None:
             if len(track.decode) >= MAX_MODELS:
-                del track.decode[next(iter(track.decode))]
+                del track.decode[next(iter(track.decode))]  # the model that was added first
             usual = track.decode[model] = _Usual()
-        deviation = usual.add(-math.log2(tokens_per_s))
+        deviation = usual.add(-math.log2(tokens_per_s))  # negative: a low rate is slow
         if deviation is not None:
             track.recent_decode.add(now, deviation)
         self._judge(node, track, now)
@@ -160,7 +163,7 @@ class OutlierWatch:
         first_token = track.recent_first_token.slowness(now, of_slow_node=was_slow)
         decode = track.recent_decode.slowness(now, of_slow_node=was_slow)
         if first_token is None and decode is None:
-            return  # too little is known: the verdict stays as it is
+            return  # there are too few recent answers, so the node stays as it was: slow or normal
         track.slowness = max(first_token or 1.0, decode or 1.0)
         relative = track.slowness
         if relative >= NORMAL_BELOW:  # below it, the other nodes need not be looked at
@@ -202,13 +205,13 @@ class OutlierWatch:
         return {model: 2.0**usual.value for model, usual in track.decode.items() if usual.value is not None}
 
     def factors(self, servable: AbstractSet[str], now: float) -> Mapping[str, float]:
-        """The factors (above 1, up to 8) by which the forecasts of slow nodes are multiplied; a node that is not in it
-        has the factor 1. ``servable``: the names of the nodes that could serve the request. At most half of them count
-        as slow, the slowest first: if most are slow, slow is usual."""
-        if not self._slow_nodes:  # the usual case, for each request
+        """The factors (above 1, up to ``MAX_FACTOR``) by which the forecasts of slow nodes are multiplied, by node. A
+        node that is left out has the factor 1. ``servable``: the names of the nodes that could serve the request. At
+        most half of these nodes count as slow, the slowest first: where most are slow, slow is usual."""
+        if not self._slow_nodes:  # the usual case; this is asked for each request
             return {}
         factors: dict[str, float] = {}
-        for node in self._slow_nodes:  # few, where ``servable`` may be many
+        for node in self._slow_nodes:  # not over ``servable``: these are few, those may be many
             slowness = self.slowness(node, now) if node in servable else None
             if slowness is not None:
                 factors[node] = slowness.factor
@@ -220,7 +223,7 @@ class OutlierWatch:
 
     def wants_probe(self, node: str, now: float, *, in_flight: int) -> bool:
         """Whether the next request that this slow node could serve should go there, to see whether it has recovered.
-        ``in_flight``: the requests in flight on the node; while there is one, its answer will tell."""
+        ``in_flight``: the number of requests in flight on the node; if there is one, its answer will show it."""
         track = self._tracks.get(node)
         if track is None or track.slow is None or in_flight > 0:
             return False

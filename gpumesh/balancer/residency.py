@@ -1,8 +1,9 @@
 """``Residency``: which models one server has in its memory, and what a further load would push out. Pure.
 
 A server reloads a model when a request asks for other options than those with which the model was loaded. So residency
-is a matter of the ``ResidencyKey``: the model, its context length, and the other options that force a reload. What the
-probes tell comes late, so a load that was sent counts as loaded at once. Times are seconds of the caller's clock.
+is a matter of the ``ResidencyKey``: the model, its context length, and the other options that force a reload. The
+probes' reports come late. So as soon as a request was sent that loads a model, the model counts as loaded. Times are
+seconds of the caller's clock.
 
 The rules are those of Ollama's scheduler (docs/internals/ollama.md, "Queueing"): one runner for each model, one load at
 a time, and a runner is unloaded only when none of its requests runs.
@@ -18,7 +19,8 @@ from gpumesh.balancer.base import ResidencyKey
 
 # A model needs more memory than its file has: the cache of its context, and buffers. Used until it was seen in memory.
 FILE_TO_MEMORY = 1.2
-# A sent load that no probe and no answer has confirmed after this time has failed, or the model was unloaded since.
+# If no probe and no answer has confirmed a load so long after its request was sent, then the load has failed, or the
+# model was unloaded since.
 UNCONFIRMED_S = 120.0
 # A server's own list may be this old when it is read, so it says nothing about a load that was sent within this time.
 REPORT_LAG_S = 1.0
@@ -26,12 +28,13 @@ REPORT_LAG_S = 1.0
 
 @dataclass(slots=True)
 class LoadedModel:
-    """A model in the server's memory, or about to be. ``key`` is ``None`` if others loaded it: then only its context
-    length is known. ``size_mib`` and ``context_length`` are ``None`` until a probe told them.
+    """A model that is in the server's memory, or will soon be there. ``key`` is ``None`` if another program's request
+    loaded the model: then only its context length is known. ``size_mib`` and ``context_length`` are ``None`` until a
+    probe told them.
 
-    ``loading_until`` is the time at which a load that was sent is expected to end; ``None`` once it has ended at
-    ``loaded_at``, a time long ago if others loaded it. ``used_at`` is the time of the last request to it, ``noted_at``
-    the time when it was last known to be there."""
+    ``loading_until`` is the time at which the running load is expected to end; ``None`` if the load has ended. It ended
+    at ``loaded_at``; that is minus infinity if this gateway did not see the load. ``used_at`` is the time of the last
+    request to the model, ``noted_at`` the time when it was last known to be in memory."""
 
     key: ResidencyKey | None
     size_mib: int | None = None
@@ -80,17 +83,19 @@ class Residency:
         loaded = self.loaded.get(key.model)
         if loaded is None:
             return False
-        if loaded.key is not None:
-            return loaded.key == key or (loaded.key.options == key.options and self._same_context(loaded, key))
-        return not key.options and self._same_context(loaded, key)
+        if loaded.key is None:
+            # Another program loaded it, with options that are not known: taken to be the usual ones.
+            return not key.options and self._same_context(loaded, key)
+        return loaded.key == key or (loaded.key.options == key.options and self._same_context(loaded, key))
 
     def _same_context(self, loaded: LoadedModel, key: ResidencyKey) -> bool:
-        """Whether the model was loaded with the context length that this key would get."""
+        """Whether the model was loaded with the context length that a request with this key would get. What is not
+        known is taken to be the same."""
         if loaded.context_length is None:
             return loaded.key is None or loaded.key.context == key.context
         if key.context is None:
-            wanted = self._default_context.get(key.model)
-            return wanted is None or wanted == loaded.context_length
+            default = self._default_context.get(key.model)
+            return default is None or default == loaded.context_length
         return self._granted_context.get((key.model, key.context), key.context) == loaded.context_length
 
     def load_ends_at(self, model: str) -> float | None:
@@ -99,15 +104,16 @@ class Residency:
         return None if loaded is None else loaded.loading_until
 
     def next_load_starts_at(self, now: float) -> float:
-        """The earliest time at which a further load can start: a server loads one model at a time."""
+        """The time at which a further load can start: when the last of the running loads ends, because a server loads
+        one model at a time. ``now`` if none runs."""
         return max((item.loading_until for item in self.loaded.values() if item.loading_until is not None), default=now)
 
     def pushed_out_by(self, key: ResidencyKey, busy: Mapping[str, int]) -> Sequence[str]:
         """The full names of the models that the server would unload to load this one. ``busy``: the number of running
         requests by model.
 
-        The model itself is among them if it is loaded with other options. While it is not known how much fits, a
-        further model is taken to push out the others, unless so many were seen in memory together."""
+        If the model itself is loaded with other options, only that copy of it must go. While it is not known how much
+        fits, a further model is taken to push out the others, unless so many models were seen in memory together."""
         if key.model in self.loaded:
             return (key.model,)
         if not self.loaded:
@@ -115,18 +121,20 @@ class Residency:
         needed_mib = self._expected_mib(key.model)
         sizes = {name: item.size_mib or self._expected_mib(name) for name, item in self.loaded.items()}
         pushed_out: list[str] = []
-        # Ollama unloads first what no request uses, and of this what was not used for longest.
+        # The order in which Ollama unloads: first the models that no request uses, and of these first the one whose
+        # last use is longest ago.
         candidates = sorted(self.loaded, key=lambda name: (busy.get(name, 0) > 0, self.loaded[name].used_at))
         for name in candidates:
-            rest = [size for other, size in sizes.items() if other not in pushed_out]
-            if self._fits(needed_mib, rest):
+            staying = [size for other, size in sizes.items() if other not in pushed_out]
+            if self._fits(needed_mib, staying):
                 break
             pushed_out.append(name)
         return pushed_out
 
     def _fits(self, needed_mib: int | None, others: Sequence[int | None]) -> bool:
-        """Whether a model of this size fits beside models of these sizes."""
-        if not others:
+        """Whether a model of this size (MiB) fits beside models of these sizes; ``None``: the size is not known. If any
+        size is not known, the number of models decides: as many fit as were in memory together before."""
+        if not others:  # a server can always try to load one model
             return True
         known = [size for size in others if size is not None]
         if needed_mib is None or len(known) < len(others):
@@ -134,7 +142,8 @@ class Residency:
         return needed_mib + sum(known) <= max(self._fitted_mib, self.memory_mib or 0)
 
     def _expected_mib(self, model: str) -> int | None:
-        """About how much memory the model takes; ``None`` if neither it nor its file was ever seen."""
+        """About how much memory the model takes, in MiB; ``None`` if neither the loaded model nor its file was ever
+        seen."""
         known_mib = self._known_sizes.get(model)
         if known_mib is not None:
             return known_mib
@@ -144,8 +153,8 @@ class Residency:
     # -- changes -------------------------------------------------------------------------------------------------
 
     def note_sent(self, key: ResidencyKey, pushed_out: Sequence[str], *, now: float, load_s: float) -> None:
-        """A request was sent that makes the server load the model. From now on the model counts as loaded, and what it
-        pushes out does not. The load is expected to take ``load_s`` from now."""
+        """Notes that a request was sent that makes the server load the model. From now on the model counts as loaded,
+        and the models in ``pushed_out`` do not. The load is expected to end in ``load_s`` seconds."""
         for name in pushed_out:
             self.loaded.pop(name, None)
             self._pushed_out_at[name] = now
@@ -153,44 +162,47 @@ class Residency:
         self.loaded[key.model] = LoadedModel(key, size_mib, None, now + load_s, used_at=now, noted_at=now)
 
     def note_use(self, model: str, now: float) -> bool:
-        """A request was sent to a model that is in memory. Returns whether the model is still loading."""
+        """Notes that a request was sent to a model that is in memory. Returns whether the model is still loading."""
         loaded = self.loaded.get(model)
-        if loaded is None:  # what this server has in memory is not tracked
+        if loaded is None:  # the server's memory is not tracked (``is_tracked``), so it loads nothing
             return False
         loaded.used_at = now
         return loaded.loading_until is not None
 
     def note_answer(self, key: ResidencyKey, now: float) -> None:
-        """The server has answered this request, so the model is in memory with these options."""
+        """Notes that the server has answered a request with this key, so the model is in memory with these options."""
         loaded = self.loaded.get(key.model)
         if loaded is None:
-            # While another model loads, this answer may be one of the last before its model is unloaded.
-            if self.is_tracked and self.next_load_starts_at(now) <= now:
+            # While another model loads, this answer may be one of the last before its own model is unloaded. Then the
+            # model does not count as loaded again.
+            another_loads = self.next_load_starts_at(now) > now
+            if self.is_tracked and not another_loads:
                 self.loaded[key.model] = LoadedModel(key, self._expected_mib(key.model), used_at=now, noted_at=now)
             return
         if loaded.key != key:
             if not self.is_resident(key):
-                loaded.context_length = None  # it was loaded anew, with another context
+                loaded.context_length = None  # the model was loaded anew, with another context
             loaded.key = key
         if loaded.loading_until is not None:
             loaded.loading_until, loaded.loaded_at = None, now
         loaded.noted_at = now
 
     def note_failed_load(self, model: str) -> None:
-        """The server could not load the model."""
+        """Notes that the server could not load the model, so the model is not in memory."""
         self.loaded.pop(model, None)
 
     def replace_with_report(self, reported: ReportedModels, *, asked_at: float) -> list[str]:
-        """Takes over the server's own list: size in MiB and context length by full name. The server was asked at
-        ``asked_at``. Returns the models that are not in memory any more.
+        """Takes over the server's own list of the models in memory. The server was asked at ``asked_at``. Returns the
+        full names of the models that are not in memory any more.
 
-        What was noted after the server was asked stays: the list is too old to know it."""
+        A model that was noted after the server was asked stays: the list is too old to contain it."""
         gone: list[str] = []
         for name, loaded in list(self.loaded.items()):
             if name in reported:
                 continue
-            is_awaited = loaded.loading_until is not None and asked_at - loaded.noted_at < UNCONFIRMED_S
-            if is_awaited or loaded.noted_at > asked_at - REPORT_LAG_S:
+            may_still_load = loaded.loading_until is not None and asked_at - loaded.noted_at < UNCONFIRMED_S
+            is_newer_than_list = loaded.noted_at > asked_at - REPORT_LAG_S
+            if may_still_load or is_newer_than_list:
                 continue
             del self.loaded[name]
             gone.append(name)
@@ -202,14 +214,16 @@ class Residency:
         return gone
 
     def _note_reported(self, name: str, size_mib: int | None, context_length: int | None, asked_at: float) -> None:
+        """Takes over one model of the server's list, unless newer events show that this entry is out of date."""
         if size_mib is not None:
             self._known_sizes[name] = size_mib
         loaded = self.loaded.get(name)
         if loaded is None:
             pushed_out_at = self._pushed_out_at.get(name, -math.inf)
-            is_loading = self.next_load_starts_at(asked_at) > asked_at
-            if name in self._pushed_out_at and (is_loading or asked_at <= pushed_out_at + REPORT_LAG_S):
-                return  # the list is older than the load that pushes this model out, or the model is drained
+            another_loads = self.next_load_starts_at(asked_at) > asked_at  # which may have to wait for this one's drain
+            is_older_than_load = asked_at <= pushed_out_at + REPORT_LAG_S
+            if name in self._pushed_out_at and (another_loads or is_older_than_load):
+                return  # the model is still listed, but it was pushed out: it has gone since, or will soon go
             self._pushed_out_at.pop(name, None)
             self.loaded[name] = LoadedModel(None, size_mib, context_length, noted_at=asked_at)
             return
@@ -217,13 +231,15 @@ class Residency:
             return  # the list may show the runner that this load replaces
         loaded.size_mib = size_mib
         key = loaded.key
-        # A request without a context may have made the server load the model anew: nobody knew the server's default.
+        # A request without a context may have made the server load the model anew, when its default was not known yet.
         shows_default = key is not None and key.context is None and name not in self._default_context
-        if key is not None and context_length is not None and (loaded.context_length is None or shows_default):
+        is_load_of_key = loaded.context_length is None or shows_default
+        if key is not None and context_length is not None and is_load_of_key:
+            # The model was loaded for this key, so the reported context is what a request with this key gets.
             if key.context is None:
                 self._default_context[name] = context_length
             else:
                 self._granted_context[name, key.context] = context_length
         elif loaded.context_length != context_length:
-            loaded.key = None  # somebody else's request has loaded it anew
+            loaded.key = None  # another program's request has loaded the model anew
         loaded.context_length = context_length

@@ -65,7 +65,8 @@ def is_model_broken(candidate: Candidate, model: str | None) -> bool:
 def suits_demand(candidate: Servable, demand: Demand) -> bool:
     """Whether the node could serve the demand if nothing were broken there: the demand allows the node, its server is
     of a demanded kind, and it has the model."""
-    # ``allows_node`` and the usual answer of ``has_model``, written out: this is asked for each node.
+    # The first two tests are ``allows_node``, the last line begins with the usual case of ``has_model``. Both are
+    # written out because this function runs for each request and node.
     if demand.node is not None and candidate.name != demand.node:
         return False
     if demand.nodes is not None and candidate.name not in demand.nodes:

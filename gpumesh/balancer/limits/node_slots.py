@@ -24,21 +24,23 @@ from gpumesh.balancer.limits.parallel_limit import (
 
 MAX_MODELS = 256  # of one node; with more, the idle model that was used first is forgotten
 MAX_NAME_CHARS = 400  # of a model whose limit is stored
-# What the server does is seen later here. So when an answer ends this soon after another request was sent (and the
-# round trip), or after an answer has begun, the two may not have run together.
+# What the server does is seen later here. So when an answer ends within SETTLE_S (and the round trip) after another
+# request was sent, the server may have ended the answer before that request came, so that the two never ran together.
 SETTLE_S = 0.1
+# The same for an answer that ends this soon after the first token of another answer.
 END_DELAY_S = 0.02
 TOGETHER_S = 0.01  # requests that are sent within this time may come to the server in another order
 
 
 @dataclass(slots=True, eq=False)
 class _Burst:
-    """Requests of one model that were sent within ``TOGETHER_S``.
+    """Requests of one model that were sent within ``TOGETHER_S``. ``number`` counts the bursts of the node.
 
-    ``earlier`` counts the requests that were sent before them and were surely still inside the server when they came
-    there. ``in_flight`` counts the requests of the burst, ``unhindered`` those that have ended without a wait, and
-    ``trials`` those that were sent beyond the proven number. ``most_concurrent`` is the number in flight on the node
-    when its last request was sent."""
+    ``earlier`` counts the requests of this model that were sent before the burst and were surely still inside the
+    server when the burst came there. Of the burst's own requests, ``in_flight`` have not ended, ``unhindered`` have
+    ended without a wait inside the server, and ``trials`` were sent beyond the proven number. ``most_concurrent`` is
+    the number of requests of this model in flight on the node when the burst's last request was sent, this request
+    included."""
 
     number: int
     began_at: float
@@ -52,7 +54,7 @@ class _Burst:
 @dataclass(slots=True, eq=False)
 class SentRequest:
     """A request in flight. Times are in seconds: ``begun_at`` is that of the first token, ``None`` before it.
-    ``concurrent``: the requests of its model in flight when it was sent, with it."""
+    ``concurrent``: the requests of its model in flight when it was sent, itself included."""
 
     model: str
     concurrent: int
@@ -64,8 +66,9 @@ class SentRequest:
 class _ModelSlots:
     """The requests of one model in flight on the node, and the model's limit.
 
-    ``recent`` are the bursts that had begun shortly before the last request ended, and all since. ``grown_at`` is the
-    time at which the limit grew by a first token, and ``proven_before`` the proven number before."""
+    ``in_flight`` counts the requests, and ``streaming`` those of them whose answer has begun. ``recent`` are the bursts
+    that had begun shortly before the last request ended, and all bursts since. ``grown_at`` is the last time at which a
+    first token made the limit grow, and ``proven_before`` the proven number before that."""
 
     limit: ParallelLimit = field(default_factory=ParallelLimit)
     in_flight: int = 0
@@ -95,20 +98,20 @@ class NodeSlots:
         self.round_trip_s = 0.0
         """The round trip to the server in seconds. The owner sets it when it was measured anew."""
         self._models: dict[str, _ModelSlots] = {}
-        self._bursts = 0
+        self._bursts = 0  # how many there have been, of all models
 
     def __repr__(self) -> str:
         models = (f"{model} {slots.in_flight} of {slots.limit.proven}" for model, slots in self._models.items())
         return f"<NodeSlots {', '.join(models) or 'nothing sent'}>"
 
     def limit(self, model: str) -> ParallelLimit:
-        """The limit of this model; the first guess for a model of which nothing is known."""
+        """What is known of this model's slots; the first guess if nothing is known."""
         slots = self._models.get(model)
         return _FIRST_GUESS if slots is None else slots.limit
 
     @property
     def most_proven(self) -> int:
-        """The largest number of slots that any model has proven."""
+        """The largest number of slots that was proven for any model; 1 before anything was proven."""
         return max((slots.limit.proven for slots in self._models.values()), default=1)
 
     def proven_slots(self) -> dict[str, int]:
@@ -116,7 +119,7 @@ class NodeSlots:
         return {
             model: slots.limit.proven
             for model, slots in self._models.items()
-            if (slots.limit.proven, slots.limit.search) != (1, SlotSearch.DOUBLING)
+            if (slots.limit.proven, slots.limit.search) != (1, SlotSearch.DOUBLING)  # else nothing is known
         }
 
     def in_flight(self, model: str) -> int:
@@ -130,7 +133,8 @@ class NodeSlots:
         return (_FIRST_GUESS if slots is None else slots.limit).max_in_flight(now)
 
     def send(self, model: str, now: float) -> SentRequest:
-        """Counts a request that is sent now, even if no slot is free: the caller has decided that."""
+        """Counts a request that is sent now. It is not refused if no slot is free: whether to send it is the caller's
+        decision."""
         slots = self._models.get(model)
         if slots is None:
             slots = self._add_model(model)
@@ -166,6 +170,7 @@ class NodeSlots:
     ) -> None:
         """An answer is complete. The durations are the server's own, as in ``learn_limit``."""
         slots = self._remove(request, now)
+        # An answer that ended just after its first token came in one piece: its first token proves nothing.
         was_streamed = request.begun_at is not None and now - request.begun_at > END_DELAY_S
         burst = request.burst
         if waited_ms is not None and waited_ms <= NOISE_MS:
@@ -200,10 +205,13 @@ class NodeSlots:
                 burst.earlier -= 1  # this request may have left the server before the burst came there
         if request.begun_at is not None:
             slots.streaming -= 1
-            if now - slots.grown_at <= END_DELAY_S and slots.limit.proven > slots.proven_before:
-                # The server may have ended this answer before it began the other one. Another trial will show it.
-                proven, trials_left = slots.limit.proven - 1, min(slots.limit.trials_left, slots.limit.proven - 1)
-                slots.limit = replace(slots.limit, proven=proven, trials_left=max(trials_left, 1))
+            has_just_grown = now - slots.grown_at <= END_DELAY_S and slots.limit.proven > slots.proven_before
+            if has_just_grown:
+                # The limit grew because this answer and a new one seemed to run together. But the server may have ended
+                # this one before it began the other. So the last step is taken back, and another trial will show it.
+                proven = slots.limit.proven - 1
+                trials_left = max(min(slots.limit.trials_left, proven), 1)
+                slots.limit = replace(slots.limit, proven=proven, trials_left=trials_left)
         return slots
 
     def _add_model(self, model: str) -> _ModelSlots:
@@ -221,12 +229,13 @@ class NodeSlots:
         return {
             model: {"proven": slots.limit.proven, "search": slots.limit.search.value}
             for model, slots in self._models.items()
-            if (slots.limit.proven, slots.limit.search) != (1, SlotSearch.DOUBLING) and len(model) <= MAX_NAME_CHARS
+            if (slots.limit.proven, slots.limit.search) != (1, SlotSearch.DOUBLING)  # else nothing is known
+            and len(model) <= MAX_NAME_CHARS
         }
 
     def restore(self, document: object, *, now: float) -> None:
-        """Takes the limits of ``as_dict`` for the models that have not been used yet. Raises ValueError for any other
-        document, and takes nothing of it then."""
+        """Takes the limits that ``as_dict`` has stored, for the models that have not been used yet. Raises ValueError
+        for a document of another form, and then takes nothing of it."""
         stored_limits = msgspec.convert(document, _StoredLimits)
         for model, stored in list(stored_limits.items())[:MAX_MODELS]:
             if model not in self._models:

@@ -23,7 +23,7 @@ import math
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
-# On an idle server the time that no duration covers stays below the larger of these two. The share is of the total.
+# On an idle server the time that no duration covers stays below the larger of NOISE_MS and NOISE_SHARE of the total.
 NOISE_MS = 50.0
 NOISE_SHARE = 0.05
 # A shorter load_duration is no load: a model that is in memory reports some ms too.
@@ -34,8 +34,8 @@ CEILING_S = 300.0
 CEILING_ANSWERS = 60
 # A server that claims to run more requests together is not believed: its queue would be out of our control.
 MOST_PROVEN = 512
-# Where answers are very short, others end at about the time of each trial, and all trials are unclear. After so many in
-# a row, a number that is known stays as it is.
+# Where answers are very short, another answer ends at about the time of each trial, so that no trial is clear. After so
+# many unclear trials in a row, a number that is known stays as it is until the next trial is due.
 UNCLEAR_TRIALS = 4
 # Many slots are given up in steps of this share, few slots one at a time: a restart with 4 slots instead of 32 is
 # followed within a few answers.
@@ -58,12 +58,12 @@ class ParallelLimit:
     """What is known about how many requests of one model a node runs in parallel.
 
     - ``proven``: the largest number of requests that ran together without waiting inside the server.
-    - ``trials_left``: how many requests may still be sent beyond ``proven`` before one of those that were sent beyond
-      it has proven something.
+    - ``trials_left``: a trial is a request beyond ``proven``. So many trials may still be sent before one of them has
+      proven something.
     - ``ceiling_until``: until this time (seconds of the caller's clock) no request may be sent beyond ``proven``,
-      unless there are trials left. ``None``: no trial has failed since the number grew last.
+      unless there are trials left. ``None``: not all trials have been sent yet.
     - ``answers_below_ceiling``: the answers since the ceiling was set, counted up to ``CEILING_ANSWERS``.
-    - ``unclear_trials``: the trials in a row that may have run when a slot had just become free.
+    - ``unclear_trials``: the trials in a row that proved nothing, because a slot may have become free just before.
     """
 
     proven: int = 1
@@ -86,7 +86,7 @@ class ParallelLimit:
         return self.proven + 1 if self._is_retry_due(now) else self.proven
 
     def _is_retry_due(self, now: float) -> bool:
-        """Whether the last failed trial is so long ago that one request more may be tried."""
+        """Whether the ceiling was set so long ago that one request more may be tried: in seconds, and in answers."""
         if self.ceiling_until is None:
             return True
         return now >= self.ceiling_until and self.answers_below_ceiling >= CEILING_ANSWERS
@@ -133,25 +133,26 @@ def learn_limit(
     which it waited until the model was loaded. All are the server's own durations, ``None`` if the server gave none.
     ``concurrent`` counts the requests of this model that were in flight on the node when this request was sent, this
     request included, and those that were sent in the same moment (its burst): they may have come to the server before
-    it. ``overlapping`` is the number that surely ran together with this answer, ``None`` for all of them.
-    ``burst_is_complete``: all answers of the burst have ended. ``trials``: how many requests of the burst were sent
-    beyond the proven number. ``now`` is in seconds. ``streamed``: ``on_first_token`` was called for this answer.
+    this one. ``overlapping``: how many of these, this request included, surely ran together with it; ``None``: all of
+    them. ``burst_is_complete``: all answers of the burst have ended. ``trials``: how many requests of the burst were
+    sent beyond the proven number. ``now`` is in seconds. ``streamed``: ``on_first_token`` was called for this answer.
 
     An answer that waited for a load shows nothing about slots: while it waited, the requests before it may have ended.
     """
     limit = _count_answer(limit)
-    is_loaded_for = load_ms is not None and load_ms > LOAD_NOISE_MS
+    waited_for_load = load_ms is not None and load_ms > LOAD_NOISE_MS
     has_durations = _is_duration(waited_ms) and _is_duration(total_ms)
-    if waited_ms is None or total_ms is None or is_loaded_for or not has_durations:
-        # A streamed answer could have proven something by its first token. Any other answer has shown nothing.
-        shows_nothing = burst_is_complete and (is_loaded_for or not streamed)
+    if waited_ms is None or total_ms is None or waited_for_load or not has_durations:
+        # The durations say nothing. A streamed answer that needed no load had its say with its first token; any other
+        # answer has shown nothing, so the trials of its burst may be sent once more.
+        shows_nothing = burst_is_complete and (waited_for_load or not streamed)
         return return_trials(limit, trials, concurrent=concurrent) if shows_nothing else limit
     if waited_ms > max(NOISE_MS, NOISE_SHARE * total_ms):
         if concurrent > limit.proven:
             return _stop_growth(limit, concurrent, now)
         return _shrink(limit, now - total_ms / 1000.0, now)
-    # A wait above NOISE_MS is within the noise of a long answer, but the request may have waited for the end of another
-    # one. So it does not prove anything.
+    # A wait above NOISE_MS is within the noise of a long answer. But the request may also have waited for the end of
+    # another answer, so it proves nothing.
     if waited_ms > NOISE_MS:
         return limit
     overlapping = concurrent if overlapping is None else overlapping
@@ -162,9 +163,9 @@ def learn_limit(
 
 
 def return_trials(limit: ParallelLimit, trials: int = 1, *, concurrent: int) -> ParallelLimit:
-    """Returns the limit after requests have ended without a sign: their clients have gone, or they failed. So many of
-    them were trials, and as many others may be sent instead. ``concurrent``: the requests in flight when they were
-    sent, with them."""
+    """Returns the limit after requests have ended and have shown nothing: their clients have gone, or they failed.
+    ``trials`` of them were trials, and as many others may be sent instead. ``concurrent``: the requests of the model in
+    flight when they were sent, themselves included."""
     if concurrent <= limit.proven:
         return limit
     trials_left = min(limit.trials_left + trials, count_new_trials(limit.search, limit.proven))
@@ -185,7 +186,7 @@ def count_new_trials(search: SlotSearch, proven: int) -> int:
 
 
 def _grow(limit: ParallelLimit, proven: int) -> ParallelLimit:
-    """The limit with a larger proven number, and new trials."""
+    """The limit with this proven number and new trials; the limit as it is if the number is not larger."""
     proven = min(proven, MOST_PROVEN)
     if proven <= limit.proven:
         return limit
@@ -194,39 +195,41 @@ def _grow(limit: ParallelLimit, proven: int) -> ParallelLimit:
 
 
 def _stop_growth(limit: ParallelLimit, concurrent: int, now: float) -> ParallelLimit:
-    """The limit after a request beyond the proven number has waited. If it was the next after the proven number, the
-    number is known. Otherwise slow start has gone too far, and the next after the proven number is tried."""
+    """The limit after a request beyond the proven number has waited. If it was the first one beyond, the number is
+    known. Otherwise slow start has gone too far: from now on only the first one beyond is tried."""
     if concurrent == limit.proven + 1:
         return set_ceiling(limit, now)
-    is_doubling = limit.search is SlotSearch.DOUBLING
-    return ParallelLimit(limit.proven, 1, SlotSearch.STEPPING) if is_doubling else limit
+    if limit.search is SlotSearch.DOUBLING:
+        return ParallelLimit(limit.proven, trials_left=1, search=SlotSearch.STEPPING)
+    return limit
 
 
 def set_ceiling(limit: ParallelLimit, now: float) -> ParallelLimit:
     """The limit when the proven number is known to be the number of slots."""
-    return ParallelLimit(limit.proven, 0, SlotSearch.KNOWN, now + CEILING_S)
+    return ParallelLimit(limit.proven, trials_left=0, search=SlotSearch.KNOWN, ceiling_until=now + CEILING_S)
 
 
 def _shrink(limit: ParallelLimit, sent_at: float, now: float) -> ParallelLimit:
     """The limit after a request within the proven number has waited: the server was restarted with fewer slots, or
     other clients use it.
 
-    Many requests that were sent together wait together, so the limit shrinks once for them: a request that was sent
-    before the ceiling was set says nothing new.
+    Many requests that were sent together wait together, and the limit shrinks only once for them: a request that was
+    sent before the ceiling was set says nothing new.
     """
-    if limit.ceiling_until is not None and sent_at < limit.ceiling_until - CEILING_S:
+    ceiling_set_at = -math.inf if limit.ceiling_until is None else limit.ceiling_until - CEILING_S
+    if sent_at < ceiling_set_at:
         return limit
     step = max(int(limit.proven * SHRINK_SHARE), 1)
     return set_ceiling(replace(limit, proven=max(limit.proven - step, 1)), now)
 
 
 def _count_answer(limit: ParallelLimit) -> ParallelLimit:
-    """Counts an answer below the ceiling, as long as the number matters."""
+    """Counts an answer since the ceiling was set, up to the number from which it makes no difference."""
     if limit.ceiling_until is None or limit.answers_below_ceiling >= CEILING_ANSWERS:
         return limit
     return replace(limit, answers_below_ceiling=limit.answers_below_ceiling + 1)
 
 
 def _is_duration(value: float | None) -> bool:
-    """Whether a server's duration can be one."""
+    """Whether this figure of a server can be a duration: not ``None``, NaN, infinite or negative."""
     return value is not None and math.isfinite(value) and value >= 0.0

@@ -1,4 +1,4 @@
-"""Which node has the beginning of a prompt in its server's cache, so that it need not read that part again. Pure.
+"""Tells which nodes have the beginning of a prompt in their cache, so that they need not read it again. Pure.
 
 A prompt is cut into blocks, and each block is known only by a hash (``prints.py``). ``PrefixIndex`` (``index.py``)
 holds for every node the prompts that its server is believed to have in its cache. Not allowed here: I/O, a clock, the

@@ -1,10 +1,11 @@
-"""``CacheSize``: how many prompts a server keeps in its cache, as it says it and as its answers show it. Pure.
+"""``CacheSize``: how many prompts a server keeps in its cache, as its own reports and its answers show. Pure.
 
-A server with prefix caching keeps at least the last sequence of each of its slots. It may keep more: llama-server, and
-Ollama that runs it, move older sequences to the host's memory (``--cache-ram``, 8 GiB by default), and vLLM keeps what
-fits into the GPU's. It may keep fewer: other clients use the server too, or its cache is off. No server says it. So its
-answers are compared with what was believed. Where a server reads prompts again that it should have had, it is believed
-to keep fewer sequences. Where it has had prompts that were believed to be gone, it is believed to keep more.
+A sequence is a prompt in the cache, with its answer. A server with prefix caching keeps at least the last sequence of
+each of its slots. It may keep more: llama-server, and Ollama that runs it, move older sequences to the host's memory
+(``--cache-ram``, 8 GiB by default), and vLLM keeps what fits into the GPU's memory. It may keep fewer: other clients
+use the server too, or its cache is off. No server says how many. So its answers are compared with what was believed.
+Where a server reads prompts again that it should have had, it is believed to keep fewer sequences. Where it has had
+prompts that were believed to be gone, it is believed to keep more.
 """
 
 from __future__ import annotations
@@ -24,22 +25,26 @@ MAX_SEQUENCES = 4096  # more are not kept, whatever a server says
 MAX_BYTES = 1 << 30
 
 MIN_PROVEN_BYTES = 2048  # less than four blocks prove nothing: a template's own text may be as long
-MISS_SHARE = 0.5  # a server that had less than this share of what it was believed to have has missed
+# A server has missed if it had less than MISS_SHARE of the bytes that it was believed to have, and has hit if it had
+# HIT_SHARE of them or more. In between, its answer shows nothing.
+MISS_SHARE = 0.5
 HIT_SHARE = 0.75
-# A miss adds to the doubt, a hit takes from it. So a server that misses more than one of three times is believed to
-# keep fewer sequences.
+# A miss adds MISS_DOUBT to the doubt, a hit HIT_DOUBT. At MAX_DOUBT (three misses in a row, for example) the server is
+# believed to keep half as many sequences. So this happens if more than one of three prompts is missed.
 MISS_DOUBT = 2
 HIT_DOUBT = -1
-MAX_DOUBT = 6  # three misses in a row
-HITS_TO_GROW = 16  # hits without a miss after which one sequence more is believed, up to what the server says
-SURPRISES_TO_GROW = 3  # surprises without a miss after which half as many sequences more are believed
+MAX_DOUBT = 6
+HITS_TO_GROW = 16  # hits without a miss after which one sequence more is believed, up to the number stated at first
+# A surprise is a prompt that the server had, but was believed not to have. After so many without a miss, half as many
+# sequences more are believed.
+SURPRISES_TO_GROW = 3
 
 
 def count_read_tokens(counters: ServerCounters, prefill_tokens_per_s: float | None) -> float | None:
     """How many tokens of a prompt the server has read: those that were not in its cache. ``None`` if it is not known.
 
-    Ollama does not count them: its ``prompt_eval_count`` is the whole prompt. But ``prompt_eval_duration`` is the time
-    of the reading, and the reading's rate tells how many tokens these were. ``prefill_tokens_per_s``: that rate;
+    Ollama does not count them: its ``prompt_eval_count`` is the whole prompt. But its ``prompt_eval_duration`` is the
+    time of the reading, and this time by the rate of reading is their number. ``prefill_tokens_per_s`` is that rate;
     ``None`` if it is not known.
     """
     if counters.prompt_tokens is None:
@@ -81,12 +86,13 @@ class CacheSize:
 
     @property
     def max_bytes(self) -> int:
-        """How many bytes all sequences may have together: more than the slots have, if more sequences are believed."""
+        """How many bytes all sequences may have together. It grows where more sequences are believed than were stated,
+        but does not shrink where fewer are."""
         return self._stated_bytes * max(self.sequences, self._stated_sequences) // self._stated_sequences
 
     def state(self, slots: int | None, context_tokens: int | None, bytes_per_token: float) -> None:
         """Takes what the server says of itself: its slots, and the context of one slot in tokens; ``None``: unknown.
-        With another number of slots, as much more or less is believed."""
+        If the number of slots has changed, the believed number of sequences changes by the same factor."""
         slots = DEFAULT_SLOTS if slots is None else max(slots, 1)
         sequences = min(slots * self._per_slot, MAX_SEQUENCES)
         if sequences != self._stated_sequences:

@@ -18,12 +18,13 @@ MAX_BLOCKS = 1 << 19  # of all nodes together, about 50 MB; beyond, the prompt t
 MAX_KEYS = 64  # residency keys of one node: a client may ask for any ``num_ctx``
 MAX_SESSIONS = 256  # of one node and key
 MAX_ALL_SESSIONS = 1 << 16  # of all nodes together
-MAX_AGE_S = 3600.0  # a prompt that was last used longer ago is not believed to be in a cache
+MAX_AGE_S = 3600.0  # a prompt whose last use is longer ago is not believed to be in a cache
 MAX_EXPIRED = 4  # prompts that are forgotten for their age in one call, to bound its time
 
 
 class _Sequence:
-    """A prompt that a node holds. ``run`` is its last run, ``size`` is in bytes."""
+    """A prompt that a node holds, and the node's cache that holds it. ``run`` is its last run in the tree of the key
+    (``tree.py``), ``size`` its length in bytes, ``used_at`` the time when it was last sent."""
 
     __slots__ = ("cache", "run", "size", "used_at")
 
@@ -35,9 +36,9 @@ class _Sequence:
 
 
 class _NodeCache:
-    """What one node holds for one residency key. ``sequences`` (by their last run) and ``sessions`` (the size of the
-    last prompt in bytes, by session) are ordered by their last use, the oldest first. ``total_bytes``: of all
-    sequences."""
+    """What one node holds for one residency key. ``sequences`` (by their last run) and ``sessions`` (for each session
+    the size of its last prompt in bytes) are ordered by their last use, the oldest first. ``size`` is how much the
+    server's cache is believed to hold, ``total_bytes`` the size of all sequences."""
 
     __slots__ = ("key", "node", "sequences", "sessions", "size", "total_bytes")
 
@@ -67,10 +68,10 @@ class PrefixIndex:
         self._trees: dict[Hashable, PrefixTree] = {}
         self._caches: dict[str, dict[Hashable, _NodeCache]] = {}
         self._sequences: dict[_Sequence, None] = {}
-        """Those of all nodes, ordered by their last use, the oldest first."""
+        """The sequences of all nodes, ordered by their last use, the oldest first. (The dict is an ordered set.)"""
         self._session_nodes: dict[tuple[Hashable, int], dict[str, None]] = {}
-        """For each key and session its nodes. Both the sessions and the nodes of each are ordered by their last use,
-        the oldest first."""
+        """For each key and session, the nodes that had its requests (an ordered set). Both the sessions and the nodes
+        of each are ordered by their last use, the oldest first."""
         self._block_count = 0
 
     def __repr__(self) -> str:
@@ -82,19 +83,19 @@ class PrefixIndex:
         """How many bytes of the prompt each node is believed to have in its cache, from the prompt's beginning on.
         Nodes that have none are left out.
 
-        If no node has the first block, the client's word counts: the nodes of ``session`` are believed to have as much
-        as the session's last prompt had."""
+        If no node has the first block, the session that the client names counts instead (``match_session``)."""
         tree = self._trees.get(key)
         held = {} if tree is None else tree.find_holders(prompt.blocks)
         return self.match_session(key, session, prompt.size) if session is not None and not held else held
 
     def match_session(self, key: Hashable, session: int, prompt_bytes: int) -> dict[str, int]:
         """How many bytes of a prompt each node is believed to have in its cache if this is the next prompt of the
-        session: as much as the last one had."""
+        session: as many as the session's last prompt there had, and at most ``prompt_bytes``. Nodes that have not had
+        the session lately are left out."""
         held: dict[str, int] = {}
         for node in self._session_nodes.get((key, session), ()):
             cache = self._caches[node][key]
-            # The server keeps no more sessions than sequences.
+            # The server has no more sessions in its cache than sequences: those that were used last.
             if session in islice(reversed(cache.sessions), cache.size.sequences):
                 held[node] = min(cache.sessions[session], prompt_bytes)
         return held
@@ -121,7 +122,7 @@ class PrefixIndex:
         cache.total_bytes += prompt.size - sequence.size
         sequence.size = prompt.size
         sequence.used_at = now
-        # Both are moved to the end of the order.
+        # The sequence moves to the end of both orders: it is the one that was used last.
         cache.sequences.pop(sequence.run, None)
         cache.sequences[sequence.run] = sequence
         self._sequences.pop(sequence, None)
@@ -137,11 +138,12 @@ class PrefixIndex:
         """Puts the blocks of a prompt into the tree. Returns the sequence for it, and the sequence that the prompt
         continues and that must be dropped, if there is one."""
         run, depth = tree.find(blocks)
-        own_run = run  # the last run that this node holds
+        own_run = run  # after the loop: the last of the prompt's runs that this node holds
         while own_run is not None and cache.node not in own_run.holders:
             own_run = own_run.parent
+        # The prompt continues a sequence if that ends with this run, and the prompt has all blocks of the run.
         continued = None
-        if own_run is not None and own_run.end <= depth:  # the prompt has all blocks of the run
+        if own_run is not None and own_run.end <= depth:
             continued = cache.sequences.get(own_run)
         if continued is None or own_run is None:
             return _Sequence(cache, tree.insert(cache.node, blocks, run, depth)), None
@@ -153,7 +155,7 @@ class PrefixIndex:
         return _Sequence(cache, tree.insert(cache.node, blocks, run, depth)), continued
 
     def _drop_surplus(self, cache: _NodeCache) -> None:
-        """Forgets the oldest sequences of a node that the server is believed to have no room for."""
+        """Forgets the oldest sequences of one cache until it holds no more than the server is believed to."""
         while cache.is_too_full:
             self._drop(next(iter(cache.sequences.values())))
 
@@ -168,6 +170,7 @@ class PrefixIndex:
             self._drop(oldest)
 
     def _drop(self, sequence: _Sequence) -> None:
+        """Forgets a sequence, and the blocks that only this sequence has."""
         cache = sequence.cache
         del cache.sequences[sequence.run]
         cache.total_bytes -= sequence.size
@@ -204,9 +207,9 @@ class PrefixIndex:
         context_tokens: int | None,
         bytes_per_token: float = BYTES_PER_TOKEN,
     ) -> None:
-        """Sets the size of the server's cache: one sequence for each of its ``slots``, each of ``context_tokens`` at
-        most. ``None``: the server does not say it. May be called again with the same figures: what was learned stays
-        as long as the number of slots does."""
+        """Sets the size of the server's cache from what the server says (``CacheSize.state``): its ``slots``, and the
+        most tokens of one sequence. ``None``: the server does not say it. May be called again with the same figures:
+        what was learned from answers stays."""
         cache = self._use_cache(node, key)
         cache.size.state(slots, context_tokens, bytes_per_token)
         self._drop_surplus(cache)
@@ -238,8 +241,8 @@ class PrefixIndex:
         return list(self._caches.get(node, ()))
 
     def forget(self, node: str, key: Hashable | None = None) -> None:
-        """Forgets what the node holds for this key, because the model was unloaded. ``None``: forgets all about the
-        node, because its server was restarted or the node is gone."""
+        """Forgets the prompts that the node holds for this key, because the model was unloaded. Without a key: forgets
+        all about the node, because its server was restarted or the node is gone."""
         caches = self._caches.get(node)
         if caches is None:
             return
@@ -276,6 +279,7 @@ class PrefixIndex:
                 self._drop_session(self._caches[old_node][old_key], old_session)
 
     def _drop_session(self, cache: _NodeCache, session: int) -> None:
+        """Forgets that this node has had the session."""
         del cache.sessions[session]
         nodes = self._session_nodes[cache.key, session]
         del nodes[cache.node]

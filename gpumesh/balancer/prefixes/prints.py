@@ -6,7 +6,7 @@ equal hash at one block are equal up to the end of that block.
 **The blocks grow with their position**, so that a long prompt has few: the first 64 blocks have 512 bytes each (about
 128 tokens), the next 64 have 2 KiB, the next 8 KiB, and so on. The ends of the blocks depend on nothing but their
 position: a prompt and a longer prompt that begins with it have the same first blocks. A prompt of 1 MiB has 203 blocks.
-What stands after the last end in ``BLOCK_ENDS`` (10.7 MiB) belongs to no block: no model reads so much.
+The part of a prompt after the last end in ``BLOCK_ENDS`` (10.7 MiB) belongs to no block: no model reads so much.
 
 **The hash** is Python's own ``hash()`` of bytes: SipHash-1-3, to which a secret of 16 bytes or more is fed before each
 block. It takes less than half of the time of BLAKE2b (``benchmarks/decisions.py prefixes``). Nobody without the secret
@@ -82,7 +82,8 @@ class PromptHasher:
         return PromptPrint(tuple(blocks), len(prompt))
 
     def hash_pieces(self, key: Hashable, pieces: Sequence[Piece]) -> Generator[None, None, PromptPrint | None]:
-        """The same print as ``hash_prompt`` makes of the joined pieces. Yields after each step."""
+        """The same print as ``hash_prompt`` makes of the joined pieces, in steps of at most ``STEP_BYTES``. It yields
+        after each step, so that the caller can let other work run; the print is the generator's return value."""
         views = [memoryview(piece) for piece in pieces]
         size = sum(map(len, views))
         link, start = self._first_link(key), 0  # ``start``: the end of the last hashed block
@@ -103,7 +104,7 @@ class PromptHasher:
         return PromptPrint(tuple(blocks), size) if blocks else None
 
     def _first_link(self, key: Hashable) -> int:
-        """What stands in the place of a hash before the first block."""
+        """The number that takes the place of the previous block's hash where the first block is hashed."""
         return hash((self._secret, key))
 
     def _hash_blocks(self, link: int, data: memoryview, start: int, ends: Sequence[int]) -> list[int]:
@@ -123,6 +124,7 @@ class PromptHasher:
 def print_from_ids(ids: Sequence[int], *, id_bytes: int, size: int) -> PromptPrint | None:
     """The print of a prompt from a public trace, which has an id for each ``id_bytes`` of the prompt in place of its
     text. Equal ids at the beginning of two prompts give equal blocks. ``None`` if there is no whole block."""
+    # For each id a hash of all ids up to this one; [1:] leaves out the initial 0.
     links = list(accumulate(ids, lambda link, block_id: hash((link, block_id)), initial=0))[1:]
     ends = BLOCK_ENDS[: count_blocks(min(size, len(links) * id_bytes))]
     # A block that ends inside of an id's part of the text is equal if the ids up to this part are equal.

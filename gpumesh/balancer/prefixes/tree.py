@@ -14,7 +14,7 @@ from gpumesh.balancer.prefixes.prints import BLOCK_ENDS
 
 
 class Run:
-    """Consecutive blocks of prompts.
+    """Consecutive blocks of prompts, between which no prompt ends or branches off.
 
     - ``blocks``: their hashes. ``end``: how many blocks a prompt has up to the end of this run.
     - ``holders``: for each node that holds the run, how many of its sequences go through it.
@@ -54,8 +54,8 @@ class PrefixTree:
         """Returns the run of the last known block of a prompt, and the number of known blocks. They may end in the
         midst of the run. ``None`` and 0 if no block is known.
 
-        If a block is known, so are all blocks before it. So a binary search finds the last: seen from the end, first
-        come the unknown blocks (False), then the known ones (True)."""
+        If a block is known, so are all blocks before it. So a binary search finds the last known block: in the reversed
+        prompt, first come the unknown blocks (False), then the known blocks (True)."""
         runs = self._runs
         if blocks[0] not in runs:
             return None, 0
@@ -68,7 +68,7 @@ class PrefixTree:
         run, depth = self.find(blocks)
         held: dict[str, int] = {}
         while run is not None:
-            # The nodes that hold a run hold its parent as well: equal numbers mean that the parent adds no node.
+            # The nodes that hold a run hold its parent as well. So an equal number means: this run adds no node.
             if len(run.holders) != len(held):
                 more = dict.fromkeys(run.holders, BLOCK_ENDS[depth - 1])
                 more.update(held)  # the nodes of the runs below hold more
@@ -87,7 +87,7 @@ class PrefixTree:
                 run.children += 1
             run = Run(blocks[depth:], len(blocks), {}, run)
             self._register(run.blocks, run)
-        assert run is not None, "a prompt without blocks"
+        assert run is not None, "``blocks`` is empty"
         above: Run | None = run
         while above is not None:
             above.holders[node] = above.holders.get(node, 0) + 1
@@ -95,8 +95,9 @@ class PrefixTree:
         return run
 
     def extend(self, run: Run, blocks: tuple[int, ...]) -> None:
-        """Lengthens the only sequence that goes through ``run`` to these ``blocks``, which begin with that sequence."""
-        assert run.children == 0, "a run after which others come"
+        """Lengthens the sequence that ends with ``run`` to these ``blocks``, which begin with the blocks of that
+        sequence. No other sequence may go through ``run``."""
+        assert run.children == 0, "other runs come after this run"
         new_blocks = blocks[run.end :]
         run.blocks += new_blocks
         run.end = len(blocks)
@@ -117,11 +118,13 @@ class PrefixTree:
             above = parent
 
     def _register(self, blocks: tuple[int, ...], run: Run) -> None:
+        """Notes that these blocks belong to ``run``."""
         runs = self._runs
         for block in blocks:  # this takes half of the time of ``update`` with ``dict.fromkeys``
             runs[block] = run
 
     def _remove_run(self, run: Run) -> None:
+        """Removes a run that no node holds any more."""
         runs = self._runs
         for block in run.blocks:
             del runs[block]
@@ -130,7 +133,8 @@ class PrefixTree:
 
     def _split(self, run: Run, depth: int) -> Run:
         """Splits off the part of the run up to ``depth`` blocks from the prompt's beginning, and returns this part.
-        ``run`` is the part after it from then on, so that the sequences that end with it still do."""
+        From then on ``run`` is only the part after it: the sequences that end with ``run`` keep it as their last
+        run."""
         length = len(run.blocks) - (run.end - depth)
         head = Run(run.blocks[:length], depth, dict(run.holders), run.parent)
         head.children = 1

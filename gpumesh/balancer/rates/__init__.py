@@ -1,4 +1,4 @@
-"""How fast a node serves each model, learned cleaned of concurrency. Pure.
+"""Learns how fast a node serves each model: the rates that a request would have alone on the node. Pure.
 
 ``ServiceRates`` (``service_rates.py``) tells how long a request would take. ``rate_fits.py`` fits the rates of one
 model to its answers. ``ActivityMeter`` (``activity.py``) measures how many streams ran during an answer.

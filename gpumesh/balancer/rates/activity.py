@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import math
 
-SHARE_WINDOW_S = 30.0  # the time constant of ``read_share``
-SHARE_AGE_S = 0.1
+SHARE_WINDOW_S = 30.0  # the time constant of the mean that ``read_share`` gives
+SHARE_AGE_S = 0.1  # the result of ``read_share`` may be this old
 
 
 class ActivityMeter:
     """Measures what one node does. Times are in seconds of the caller's clock.
 
-    A mean since some time is the difference of two readings of a sum, divided by the time between them. There are three
-    such sums: of the times of all streams, of the times of all prompts that are read, and of the time in which any
-    prompt is read. ``streams`` are the answers that are written now, ``reading`` the prompts that are read now.
+    ``streams`` is the number of answers that are written now, ``reading`` the number of prompts that are read now.
 
-    It is asked several times for each request, so one method does what belongs to one event."""
+    Three sums grow with time, all in seconds: of the times of all streams, of the times of all prompts that are read,
+    and of the time in which any prompt is read. The mean since an earlier event is the growth of a sum since then,
+    divided by the time. So the methods for events return the sums as they are, and the questions take them back.
+
+    The methods are called several times for each request. So one method does all that belongs to one event."""
 
     __slots__ = (
         "_busy_at_share",
@@ -38,7 +40,7 @@ class ActivityMeter:
         self._updated_at = 0.0
         self._read_share = 0.0  # an exponential mean, as it was at ``_share_at``
         self._share_at = 0.0
-        self._busy_at_share = 0.0
+        self._busy_at_share = 0.0  # ``_busy_seconds`` at that time
 
     def __repr__(self) -> str:
         return f"<ActivityMeter {self.streams} streams, {self.reading} prompts>"
@@ -46,27 +48,28 @@ class ActivityMeter:
     # -- events --------------------------------------------------------------------------------------------------
 
     def begin_read(self, now: float) -> float:
-        """A prompt is read from now on. Returns the sum from which ``mean_reads`` counts."""
+        """Notes that a prompt is read from now on. Returns the sum that ``mean_reads`` needs."""
         if now > self._updated_at:
             self._update(now)
         self.reading += 1
         return self._read_seconds
 
     def end_read(self, now: float) -> None:
-        """A prompt has been read, or its request has ended before."""
+        """Notes that a prompt has been read, or that its request has ended before that."""
         if now > self._updated_at:
             self._update(now)
         self.reading -= 1
 
     def begin_stream(self, now: float) -> tuple[float, float]:
-        """An answer is written from now on. Returns the sums from which ``mean_streams`` and ``busy_share`` count."""
+        """Notes that an answer is written from now on. Returns the sums that ``mean_streams`` and ``busy_share``
+        need, in this order."""
         if now > self._updated_at:
             self._update(now)
         self.streams += 1
         return self._stream_seconds, self._busy_seconds
 
     def end_stream(self, now: float) -> None:
-        """An answer has ended."""
+        """Notes that an answer has ended."""
         if now > self._updated_at:
             self._update(now)
         self.streams -= 1
@@ -74,15 +77,15 @@ class ActivityMeter:
     # -- questions -----------------------------------------------------------------------------------------------
 
     def mean_reads(self, since: float, read_seconds: float, now: float) -> float:
-        """The mean number of prompts that were read at once since the time of a reading; at least 1. Ask it before
-        ``end_read``."""
+        """The mean number of prompts that were read at once since ``since``, when ``begin_read`` returned
+        ``read_seconds``; at least 1. To be called before ``end_read``."""
         if now > self._updated_at:
             self._update(now)
         return max((self._read_seconds - read_seconds) / (now - since), 1.0) if now > since else 1.0
 
     def mean_streams(self, since: float, stream_seconds: float, now: float) -> float:
-        """The mean number of answers that were written at once since the time of a reading; at least 1. Ask it before
-        ``end_stream``."""
+        """The mean number of answers that were written at once since ``since``, when ``begin_stream`` returned
+        ``stream_seconds``; at least 1. To be called before ``end_stream``."""
         if now > self._updated_at:
             self._update(now)
         if now <= since:
@@ -90,7 +93,8 @@ class ActivityMeter:
         return max((self._stream_seconds - stream_seconds) / (now - since), 1.0)
 
     def busy_share(self, since: float, busy_seconds: float, now: float) -> float:
-        """The share of the time since a reading in which any prompt was read, from 0 to 1."""
+        """The share of the time since ``since``, when ``begin_stream`` returned ``busy_seconds``, in which any prompt
+        was read; from 0 to 1."""
         if now <= since:
             return 0.0
         if now > self._updated_at:
@@ -98,19 +102,20 @@ class ActivityMeter:
         return min((self._busy_seconds - busy_seconds) / (now - since), 1.0)
 
     def read_share(self, now: float) -> float:
-        """The share of the last time in which any prompt was read, from 0 to 1. It is not older than
-        ``SHARE_AGE_S``."""
+        """The share of the time in which any prompt is read, from 0 to 1: an exponential mean over about the last
+        ``SHARE_WINDOW_S``. It may be ``SHARE_AGE_S`` old."""
         elapsed_s = now - self._share_at
         if elapsed_s > SHARE_AGE_S:
             if now > self._updated_at:
                 self._update(now)
-            kept = math.exp(-elapsed_s / SHARE_WINDOW_S)
+            old_weight = math.exp(-elapsed_s / SHARE_WINDOW_S)
             share = (self._busy_seconds - self._busy_at_share) / elapsed_s
-            self._read_share = self._read_share * kept + min(share, 1.0) * (1.0 - kept)
+            self._read_share = self._read_share * old_weight + min(share, 1.0) * (1.0 - old_weight)
             self._share_at, self._busy_at_share = now, self._busy_seconds
         return self._read_share
 
     def _update(self, now: float) -> None:
+        """Lets the three sums grow up to now."""
         elapsed_s = now - self._updated_at
         self._updated_at = now
         self._stream_seconds += self.streams * elapsed_s

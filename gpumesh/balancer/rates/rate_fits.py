@@ -25,22 +25,22 @@ MAX_SHARE = 2.0
 MEMORY = 0.98  # the weight of all older answers relative to a new one: about the last 50 answers count
 OUTLIER_MEMORY = 0.6  # the same, from the second outlier in a row on the same side: then the node has changed
 OUTLIER_FACTOR = 1.5  # an outlier is more than so many times above or below what was expected
-# A new figure counts as at most so many times as much, or as little, as was expected. The known values move by at most
-# this factor, the share by at most SHARE_STEP.
+# A new figure that is more than so many times above or below the expected one counts as one at this bound. A known time
+# changes by at most this factor with one answer, the share by at most SHARE_STEP.
 MAX_STEP = 2.0
 SHARE_STEP = 0.25
 MAX_FIRST_STEP = 16.0  # instead of MAX_STEP, for the first long prompt after short ones
-PRIOR_WEIGHT = 0.1  # of DEFAULT_SHARE: that of a tenth of an answer with one neighbour
+PRIOR_WEIGHT = 0.1  # DEFAULT_SHARE weighs as much as a tenth of an answer with one neighbour
 
-RECENT_WEIGHT = 0.4  # of a new figure in the recent rate
-PAST_WEIGHT = 0.02  # of a new figure in the rate of the node's past
-MAX_RECENT_STEP = 3.0  # with this bound, one bad answer alone does not make a node slow
-SLOW_FACTOR = 2.0
-MIN_SAMPLES_SLOW = 8  # answers before a node can be called slow
+RECENT_WEIGHT = 0.4  # of a new figure in the recent mean
+PAST_WEIGHT = 0.02  # of a new figure in the mean of the node's past
+MAX_RECENT_STEP = 3.0  # a figure counts as at most so many times the past: one bad answer does not make a node slow
+SLOW_FACTOR = 2.0  # a node is slow whose recent mean is more than so many times that of its past
+MIN_SAMPLES_SLOW = 8  # with fewer answers a node is not called slow
 
-RESTORED_ANSWERS = 8  # what was stored counts as so many answers
-RESTORED_NEIGHBOURS = 2.0  # of every second of them
-RESTORED_PROMPT = 256.0  # tokens
+RESTORED_ANSWERS = 8  # stored rates count as so many answers …
+RESTORED_NEIGHBOURS = 2.0  # … of which every second had so many neighbours …
+RESTORED_PROMPT = 256.0  # … and whose prompts had so many tokens each
 
 
 @dataclass(slots=True)
@@ -49,7 +49,7 @@ class DecodeRate:
 
     The sums are those of the least squares over the answers: ``weight``, and the weighted sums of x = k - 1, x², y =
     seconds for one token, and x*y. ``recent_s`` and ``past_s`` are means of the time for one token of a lone stream.
-    ``outliers`` counts the outliers in a row, negative if they were too fast."""
+    ``samples`` counts the answers. ``outliers`` counts the outliers in a row; negative if they were too fast."""
 
     token_s: float
     share: float = DEFAULT_SHARE
@@ -98,11 +98,12 @@ class DecodeRate:
         first = self.weight + PRIOR_WEIGHT * DEFAULT_SHARE**2
         mixed = self.sum_x - PRIOR_WEIGHT * DEFAULT_SHARE
         second = self.sum_xx + PRIOR_WEIGHT
-        token_s = self.sum_y * second - self.sum_xy * mixed  # both solutions lack the same positive divisor
+        # Cramer's rule. The determinant is left out: it is positive, and divides both, so the share does not need it.
+        token_s = self.sum_y * second - self.sum_xy * mixed
         slope = self.sum_xy * first - self.sum_y * mixed
         share = slope / token_s if token_s > 0.0 else MAX_SHARE
         share = min(max(share, self.share - SHARE_STEP, 0.0), self.share + SHARE_STEP, MAX_SHARE)
-        # With this share, the best t1.
+        # The best t1 for this share, which was bounded.
         slowed = self.weight + 2.0 * share * self.sum_x + share * share * self.sum_xx
         token_s = (self.sum_y + share * self.sum_xy) / slowed
         token_s = min(max(token_s, self.token_s / MAX_STEP), self.token_s * MAX_STEP)
@@ -128,9 +129,11 @@ class DecodeRate:
 
 @dataclass(slots=True)
 class PrefillRate:
-    """The reading of prompts: the weighted sums of the seconds and of the tokens, and the outliers in a row as in
-    ``DecodeRate``. ``token_s``: seconds for one token of the prompt. A long prompt counts more than a short one, in
-    which the fixed cost of a request hides the rate."""
+    """How fast a node reads the prompts of one model: ``token_s`` are the seconds for one token of a prompt.
+
+    It is the quotient of two weighted sums over the answers, ``seconds`` and ``tokens``. ``outliers`` is as in
+    ``DecodeRate``. A long prompt counts more than a short one, because in a short one the fixed cost of a request hides
+    the rate."""
 
     token_s: float
     seconds: float = 0.0
@@ -139,14 +142,16 @@ class PrefillRate:
 
     @classmethod
     def restore(cls, token_s: float) -> Self:
-        """A rate as after ``RESTORED_ANSWERS`` short prompts that were read at exactly this rate."""
+        """A rate as after ``RESTORED_ANSWERS`` prompts of ``RESTORED_PROMPT`` tokens that were read at exactly this
+        rate."""
         rate = cls(token_s)
         rate.learn(token_s, RESTORED_ANSWERS * RESTORED_PROMPT)
         return rate
 
     def learn(self, token_s: float, weight_tokens: float) -> None:
-        """Learns from the mean time for one token of a prompt. ``weight_tokens``: the tokens as which it counts."""
-        # A prompt that is longer than all before it together says more than they did.
+        """Learns from the mean time for one token of a prompt, which counts like a prompt of ``weight_tokens``
+        tokens."""
+        # A prompt that is longer than all earlier prompts together says more than these did.
         step = MAX_STEP if weight_tokens <= self.tokens else MAX_FIRST_STEP
         bounded = min(max(token_s, self.token_s / step), self.token_s * step)
         self.outliers = _count_outliers(self.outliers, token_s / self.token_s)
@@ -157,13 +162,17 @@ class PrefillRate:
 
 
 def _count_outliers(outliers: int, ratio: float) -> int:
-    """The outliers in a row on the same side: negative if they were too small, 0 if the last figure was none.
-    ``ratio``: of the last figure to what was expected."""
+    """The number of outliers in a row on the same side: positive if they were too large, negative if they were too
+    small, 0 if the last figure was no outlier. ``outliers`` is this number before the last figure, ``ratio`` the last
+    figure divided by what was expected."""
     if ratio > OUTLIER_FACTOR:
         return max(outliers, 0) + 1
-    return min(outliers, 0) - 1 if ratio < 1.0 / OUTLIER_FACTOR else 0
+    if ratio < 1.0 / OUTLIER_FACTOR:
+        return min(outliers, 0) - 1
+    return 0
 
 
 def _choose_memory(outliers: int) -> float:
-    """How much the older answers still count. Outliers in a row on the same side show that the node has changed."""
+    """The factor for the weight of all older answers. It is smaller after two outliers in a row on the same side, which
+    show that the node has changed."""
     return MEMORY if abs(outliers) < 2 else OUTLIER_MEMORY

@@ -29,6 +29,7 @@ class ReadStall:
         if not (0.0 < read_share <= 1.0 and seconds > 0.0 and expected_s > 0.0):  # false for NaN
             return
         sample = min(max((1.0 - expected_s / seconds) / read_share, 0.0), 1.0)
-        # The square: the expected time was itself cleaned with the mean share, so that only answers whose share is
-        # above the mean show in which direction the value is wrong.
+        # The square makes answers with a large share count most. For ``expected_s`` comes from earlier answers, which
+        # were cleaned with this value at their own share: only an answer with a larger share than these shows in which
+        # direction the value is wrong.
         self.value += GAIN * read_share * read_share * (sample - self.value)

@@ -23,7 +23,7 @@ from gpumesh.balancer.rates.rate_fits import (
     PrefillRate,
 )
 
-# Used where nothing was measured yet: about the figures of a 7B model in 4 bits on an RTX 4090.
+# Used where nothing was measured yet. These are about the figures of a 7B model in 4 bits on an RTX 4090.
 DEFAULT_TOKEN_S = 1 / 60  # seconds for one token of a lone stream
 DEFAULT_LOAD_S = 6.0  # to load a model into GPU memory
 PREFILL_SPEEDUP = 20.0  # prompt tokens are read about twenty times as fast as new tokens are generated
@@ -39,7 +39,7 @@ MIN_READ_TOKENS = 16  # below it the fixed cost of a request hides the rate
 FULL_WEIGHT_READ = 2048.0  # a prompt with fewer tokens counts less
 LOAD_WEIGHT = 0.5  # of a new load time
 CLOCK_WEIGHT = 0.3  # of an answer that only our own clock has measured: the network is in its figures
-WAIT_WEIGHT = 0.3  # of a time that is longer than expected, where the request may have waited for others
+WAIT_WEIGHT = 0.3  # of a time longer than expected that may contain a wait for other requests
 
 MAX_MODELS = 256  # of one node; with more, the model that was learned first is forgotten
 MAX_NAME_CHARS = 400  # of a model whose rates are stored
@@ -106,7 +106,7 @@ class ServiceRates:
         self._last_prefill: PrefillRate | None = None
         self._last_load: float | None = None
         self._answers = 0
-        self._paces: dict[str, Pace] = {}  # since the last answer
+        self._paces: dict[str, Pace] = {}  # the cache of ``pace``, since the last answer
 
     def __repr__(self) -> str:
         models = (f"{model} {1 / rate.token_s:.0f} tokens/s" for model, rate in self._decode.items())
@@ -115,7 +115,7 @@ class ServiceRates:
     # -- questions -----------------------------------------------------------------------------------------------
 
     def pace(self, model: str) -> Pace:
-        """All that a forecast needs, in one question."""
+        """The rates for this model that a forecast needs for each request, from a cache."""
         fallback_answers = 0 if self._fallback is None else self._fallback._answers
         pace = self._paces.get(model)
         if pace is not None and (pace.fallback_answers is None or pace.fallback_answers == fallback_answers):
@@ -175,6 +175,9 @@ class ServiceRates:
         """Whether the node generates with this model at under half the rate of its own past."""
         rate = self._decode.get(model)
         return rate is not None and rate.is_slow_now()
+
+    # Each of the next three methods finds what is known best of a model that was not measured on this node, in the
+    # order that the class's docstring says; ``None`` if nothing was measured anywhere.
 
     def _find_decode(self, model: str) -> DecodeRate | None:
         fallback = self._fallback
@@ -285,8 +288,8 @@ class ServiceRates:
         if known is None:
             _add(self._load, model, load_s)
         else:
-            # The server's figure also covers the loads and answers for which this load had to wait. So a longer time
-            # counts less than a shorter one.
+            # The server's figure also covers the wait for other loads, and for answers that had to end first. So a time
+            # that is longer than the known one counts less than a shorter one.
             weight = LOAD_WEIGHT if load_s < known else LOAD_WEIGHT * WAIT_WEIGHT
             self._load[model] = known + weight * (min(max(load_s, known / MAX_STEP), known * MAX_STEP) - known)
         self._last_load = self._load[model]
@@ -300,8 +303,9 @@ class ServiceRates:
         return {"format": FORMAT, "decode": decode, "prefill": prefill, "load": dict(_storable(self._load))}
 
     def restore(self, document: object) -> None:
-        """Takes the rates of ``as_dict`` for the models that have not been measured yet. They count as few answers, so
-        new answers soon outweigh them. Raises ValueError for any other document, and takes nothing of it then."""
+        """Takes the rates that ``as_dict`` has stored, for the models that have not been measured yet. They count as
+        few answers, so new answers soon outweigh them. Raises ValueError for a document of another form, and then takes
+        nothing of it."""
         stored = msgspec.convert(document, _StoredRates)
         self._note_change()
         for model, decode in stored.decode.items():
