@@ -158,6 +158,17 @@ def _interactive_behind_batch(rng: random.Random) -> list[Job]:
     ]
 
 
+def _interactive_full_queue(rng: random.Random) -> list[Job]:
+    """More batch requests than the queue takes, all the time, and an interactive one each second: none is refused."""
+    batch = [0.0] * 900 + list(poisson(rng, 10.0, 20.0))  # `max_queue` has room for 716 of them
+    headers = {"X-GPUMesh-Priority": "batch"}
+    jobs = [Job(at_s, 0, HOT, (prose(rng, 50),), _about_a_second(rng), headers=headers) for at_s in batch]
+    interactive = {"X-GPUMesh-Priority": "interactive"}
+    return jobs + [
+        Job(float(at_s), 0, HOT, (prose(rng, 50),), SECOND, headers=interactive, watched=True) for at_s in range(2, 20)
+    ]
+
+
 def _second_client(rng: random.Random) -> list[Job]:
     """200 requests of one client at once, and three of another one a little later."""
     first = {"X-GPUMesh-Client": "first"}
@@ -225,6 +236,15 @@ ALL = (
         (Figure.WATCHED,),
         2.5,  # the end of one answer, at most 1.5 s, and its own second
         limit_s=90.0,
+        watched_only=True,
+    ),
+    Scenario(
+        "interactive-full-queue",
+        "",
+        RESIDENT[:1],
+        _interactive_full_queue,
+        (Figure.WATCHED,),
+        2.5,
         watched_only=True,
     ),
     Scenario(

@@ -95,6 +95,24 @@ async def test_a_full_queue_refuses_clients_with_a_retry_time() -> None:
             task.cancel()
 
 
+async def test_an_interactive_request_is_not_refused_while_batch_fills_the_queue() -> None:
+    batch, interactive = ({"X-GPUMesh-Priority": name} for name in ("batch", "interactive"))
+    async with serve_hosts(SLOW, max_parallel=1, spec=GatewaySpec(max_queue=8)) as fleet, asyncio.TaskGroup() as tasks:
+        running = tasks.create_task(fleet.chat())
+        await wait_until(lambda: fleet.count_running() == 1, "the first runs")
+        waiting = [tasks.create_task(fleet.chat(headers=batch)) for _ in range(20)]
+        await wait_until(lambda: sum(task.done() for task in waiting) >= 12, "the queue is full of batch")
+        assert {task.result().status_code for task in waiting if task.done()} == {503}
+        queued = fleet.mesh.snapshot().gateway.queued
+        urgent = tasks.create_task(fleet.chat(headers=interactive, options={"num_predict": 2}))
+        await wait_until(lambda: fleet.mesh.snapshot().gateway.queued == queued + 1, "it waits")
+        running.cancel()
+        assert (await urgent).status_code == 200, "it is the next"
+        assert sum(not task.done() for task in waiting) >= queued - 1
+        for task in waiting:
+            task.cancel()
+
+
 async def test_a_deadline_holds_while_a_request_waits() -> None:
     async with serve_hosts(SLOW, max_parallel=1) as fleet, asyncio.TaskGroup() as tasks:
         first = tasks.create_task(fleet.chat())
