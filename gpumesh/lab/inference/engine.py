@@ -1,8 +1,8 @@
 """Simulates the inference of one host: load, wait for a slot, prefill, then one token after the other.
 
-These are the times that Ollama's own counters tell. A stream alone gets a token each ``1 / rate`` seconds; each token
-has a time of its own, so if one is late, the next are not (pacing.py). So ``eval_count / eval_duration`` is exactly the
-rate of the profile while a stream is alone, and a client measures the same rate.
+A stream that is alone on the host gets a token each ``1 / rate`` seconds. The time of each token is fixed when the
+stream begins, so a late token does not delay the next ones (pacing.py). So Ollama's counters (``eval_count /
+eval_duration``) show exactly the rate of the profile, and a client measures the same rate.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ class Timings:
 
 @dataclass(slots=True, eq=False)
 class SlotLease:
-    """A place of a request among a model's slots. The rates are those of a stream alone, in tokens/s.
+    """A request's use of one of a model's slots. The rates are those of a stream alone, in tokens/s.
 
-    ``load_s`` is the time until the model was there: the wait for other loads, for what had to be unloaded, and the
-    load. ``queued_s`` is the time that the request then waited for a slot. ``read_tokens`` are the tokens of its
-    prompts that were not in the slot's cache.
+    ``load_s`` is the time in seconds until the model was in memory: the wait for other loads, the wait for models that
+    had to be unloaded, and the load itself. ``queued_s`` is the time in seconds that the request then waited for a
+    slot. ``read_tokens`` are the tokens of its prompts that were not in the slot's cache.
     """
 
     runner: Runner
@@ -58,8 +58,9 @@ class SlotLease:
     queued_s: float
     read_tokens: int = 0
     slot: Slot | None = None
-    """``None`` until ``Engine.prefill``, which chooses the slot."""
+    """``None`` until ``Engine.prefill``, which chooses the slot; always ``None`` on a host without a prefix cache."""
     decodes: bool = False
+    """Whether its answer has begun, so that it counts as a stream of the host's decode clock."""
 
 
 class Engine:
@@ -75,7 +76,7 @@ class Engine:
         self.faults = Faults()
         self.clock = clock
         self.store: dict[str, tuple[ModelProfile, datetime]] = {}
-        for number, model in enumerate(profile.models):  # the first model is the latest, each other one a day older
+        for number, model in enumerate(profile.models):  # each model is a day older than the one before
             age = timedelta(days=number, microseconds=hash_us(profile.hostname, model.name))
             self.store[model.name] = (model, STORED_AT - age)
         self.running = 0
@@ -136,7 +137,8 @@ class Engine:
         if parse_keep_alive(keep_alive, self.profile.keep_alive_s) == 0:
             self._runners.unload(model.name)
             return
-        self._runners.release(await self._runners.acquire(model, options, keep_alive))
+        runner = await self._runners.acquire(model, options, keep_alive)
+        self._runners.release(runner)  # it stays in memory, and its keep_alive begins now
 
     async def prefill(self, lease: SlotLease, prompt: str) -> tuple[int, float]:
         """Chooses the slot, and waits for the time that prefill takes. Returns the prompt's tokens, and this time in s.
@@ -158,7 +160,7 @@ class Engine:
                 seconds += waited_s
             else:
                 await asyncio.sleep(seconds)
-        if lease.slot is not None:
+        if lease.slot is not None:  # ``None``: the host has no prefix cache
             lease.slot.text = prompt
         return tokens, seconds
 
@@ -192,7 +194,8 @@ class Engine:
     def _count_new_tokens(self, lease: SlotLease, prompt: str, tokens: int) -> int:
         """Takes a slot, unless the lease has one, and returns how many of the prompt's tokens are not in its cache.
 
-        The last token is always computed. What is cached of another text is lost with the first new token.
+        At least 1, because the last token is always computed. The slot's cache keeps only the text that the prompt
+        begins with. Without a prefix cache no slot is needed, and all tokens are new.
         """
         if not self.profile.prefix_cache:
             return max(1, tokens)
@@ -222,17 +225,17 @@ class Engine:
 
 
 def record_output(lease: SlotLease, output: str) -> None:
-    """Adds what the model has written to the slot's cache: the conversation's next prompt begins with it."""
-    if lease.slot is not None:
+    """Adds the answer to the text in the slot's cache: the next prompt of the conversation begins with both."""
+    if lease.slot is not None:  # ``None``: the host has no prefix cache
         lease.slot.text += output
 
 
 def _rate(tokens_per_s: float | None) -> float:
-    """The rate in tokens/s as a number: ``None`` in a profile (no time at all) is an infinite rate."""
+    """The rate in tokens/s as a number: ``None`` in a profile means that tokens take no time, an infinite rate."""
     return math.inf if tokens_per_s is None else tokens_per_s
 
 
 def hash_us(*parts: str) -> int:
-    """A number of microseconds, less than a day, that depends only on these names: each host and model has its own."""
+    """A number of microseconds, less than a day, made of these names alone: each host and model has its own number."""
     microseconds_per_day = 86_400_000_000
     return zlib.crc32("/".join(parts).encode()) % microseconds_per_day

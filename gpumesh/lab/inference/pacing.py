@@ -32,7 +32,8 @@ class DecodeClock:
         self.read_at = clock()
         """The time on the other clock when this clock was read last."""
         self._decoded_s = self.read_at  # with one stream at a time, both clocks show the same
-        self._order = itertools.count()  # a heap compares it if two waiters are due at the same time
+        self._order = itertools.count()
+        # A heap of (due, number, future). The number decides if two waiters are due at once: futures have no order.
         self._waiters: list[tuple[float, int, asyncio.Future[None]]] = []
         self._timer: asyncio.TimerHandle | None = None
 
@@ -72,14 +73,15 @@ class DecodeClock:
             return
         future = asyncio.get_running_loop().create_future()
         heapq.heappush(self._waiters, (due, next(self._order), future))
-        if self._waiters[0][2] is future:
+        _due, _order, first_future = self._waiters[0]
+        if first_future is future:  # the timer was set for a later waiter, or is not set
             self._set_timer()
         await future
 
     def _change(self, *, streams: int = 0, pauses: int = 0) -> None:
-        """Counts streams and pauses. The time until now has passed at the old speed."""
+        """Adds to the numbers of streams and pauses, and sets the timer anew if the clock's speed has changed."""
         old_speed = self.speed
-        self.read()
+        self.read()  # counts the time until now at the old speed
         self._streams += streams
         self._pauses += pauses
         if self._waiters and self.speed != old_speed:
@@ -91,13 +93,14 @@ class DecodeClock:
             self._timer.cancel()
             self._timer = None
         if self._waiters and self.speed > 0:
-            wait_s = (self._waiters[0][0] - self.read()) / self.speed
+            first_due, _order, _future = self._waiters[0]
+            wait_s = (first_due - self.read()) / self.speed
             self._timer = asyncio.get_running_loop().call_later(max(0.0, wait_s), self._wake_due)
 
     def _wake_due(self) -> None:
         """Wakes the waiters whose time has come, and sets the timer for the next one."""
         self._timer = None
-        now = self.read() + EARLY_S * self.speed
+        now = self.read() + EARLY_S * self.speed  # ``EARLY_S`` on this clock
         while self._waiters and self._waiters[0][0] <= now:
             _due, _order, future = heapq.heappop(self._waiters)
             if not future.done():  # the waiter may have been cancelled
@@ -124,7 +127,7 @@ class Pacer:
     async def wait_due(self) -> int:
         """Waits until the next token is due. Returns how many tokens of the answer are due then, and sets ``sent``.
 
-        The number counts the tokens from the start of the answer. It grows by more than 1 if the caller is late.
+        The number includes the tokens that were sent before. It grows by more than 1 if the caller is late.
         """
         if math.isinf(self._rate):  # all tokens are due at once
             self.sent = self._total
@@ -136,9 +139,13 @@ class Pacer:
         return self.sent
 
     def measure_decoding(self) -> float:
-        """The seconds that all tokens have taken, up to the time when the last was due. Call it when that was sent."""
+        """The seconds from the start until the last token was due. To be called when the last token was sent."""
         if math.isinf(self._rate):
             return 0.0
-        late_s = self._decode_clock.read() - self._start - self._total / self._rate  # below 0: a timer was early
+        # How late this call is, on the decode clock; below 0 if a timer was early.
+        late_s = self._decode_clock.read() - self._start - self._total / self._rate
+        elapsed_s = self._decode_clock.read_at - self._started_at
         speed = self._decode_clock.speed
-        return self._decode_clock.read_at - self._started_at - (late_s / speed if speed else 0.0)
+        if speed == 0:  # paused: nobody knows for how long, so the lateness is not subtracted
+            return elapsed_s
+        return elapsed_s - late_s / speed

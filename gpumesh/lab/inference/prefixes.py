@@ -1,4 +1,4 @@
-"""What llama-server remembers of texts that its slots have lost: its cache in the host's memory (``--cache-ram``)."""
+"""The texts that a simulated llama-server keeps in the host's memory after its slots lost them (``--cache-ram``)."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ MIN_KEPT = 0.25
 
 
 class LostTexts:
-    """The texts, the oldest first, of at most ``max_tokens`` tokens together; the latest one may be longer.
-
-    Its lengths are in characters, but for ``max_tokens``.
+    """Keeps lost texts of at most ``max_tokens`` tokens together, the oldest first. The latest text is always kept,
+    even if it alone is longer. All lengths except ``max_tokens`` are in characters.
     """
 
     def __init__(self, max_tokens: int) -> None:
@@ -19,8 +18,13 @@ class LostTexts:
         self._texts: list[str] = []
 
     def save(self, text: str) -> None:
-        """Keeps a text that a slot is about to lose. A text that another one begins with is in that one."""
-        if not self._max_tokens or not text or any(kept.startswith(text) for kept in self._texts):
+        """Keeps a text that a slot is about to lose, and drops the oldest texts until there is room.
+
+        Of two texts where one begins with the other, only the longer is kept: it contains the shorter.
+        """
+        if not self._max_tokens or not text:
+            return
+        if any(kept.startswith(text) for kept in self._texts):
             return
         self._texts = [kept for kept in self._texts if not text.startswith(kept)]
         self._texts.append(text)
@@ -28,17 +32,18 @@ class LostTexts:
             del self._texts[0]
 
     def take_better(self, slot_text: str, prompt: str) -> str:
-        """The text that the slot should have for this prompt: its own, or a kept one, which is then in the slot only.
+        """Returns the text that the slot should have for this prompt: ``slot_text``, or a better kept text.
 
-        The kept one must be better in both: how much of the prompt it has, and how much of it is kept.
+        A text is better if it is so in both: it has more of the prompt's beginning, and the prompt uses a larger share
+        of the text. The returned text is no longer kept here.
         """
         best, best_common = slot_text, common_prefix_length(slot_text, prompt)
-        best_kept = best_common / len(slot_text) if slot_text else -1.0
+        best_share = best_common / len(slot_text) if slot_text else -1.0  # any share is better than an empty slot
         for text in self._texts:
             common = common_prefix_length(text, prompt)
-            kept = common / len(text)
-            if kept >= MIN_KEPT and kept > best_kept and common > best_common:
-                best, best_common, best_kept = text, common, kept
+            share = common / len(text)
+            if share >= MIN_KEPT and share > best_share and common > best_common:
+                best, best_common, best_share = text, common, share
         if best is not slot_text:
             self._texts.remove(best)
         return best

@@ -1,4 +1,4 @@
-"""The models in memory and who may load the next one, as Ollama's ``server/sched.go`` decides it.
+"""The models in memory of a simulated host, and the order in which requests load more, as in Ollama's ``sched.go``.
 
 - A request for a model in memory that needs no reload runs at once, even while another model waits or loads, and even
   if this model is to be unloaded.
@@ -41,9 +41,9 @@ class Runner:
     """The values of ``RELOAD_OPTIONS`` with which the model was loaded. Other values need a reload."""
     slots: SlotPool
     keep_alive_s: float
-    """How long the model stays after its last use: what the last request with a ``keep_alive`` said."""
+    """How long the model stays after its last use, in seconds: the value of the last request with a ``keep_alive``."""
     expires_at: float
-    """The time on the engine's clock at which the model is unloaded; ``inf``: never, or the model is in use."""
+    """The time on the engine's clock at which the model is unloaded; ``inf``: never, or not while it is in use."""
     context_length: int
     """In tokens."""
     loaded: asyncio.Event = field(default_factory=asyncio.Event)
@@ -75,7 +75,7 @@ class Runners:
                 self.by_name[model.name].loaded.set()
 
     async def acquire(self, model: ModelProfile, options: Mapping[str, object], keep_alive: object) -> Runner:
-        """Returns the model's runner, which is loaded if needed. The caller is one of its users until ``release``."""
+        """Returns the model's runner, and loads it first if needed. The caller counts as a user until ``release``."""
         wanted = _read_reload_options(options, model, self._profile)
         self.expire()
         runner = self.by_name.get(model.name)
@@ -122,7 +122,10 @@ class Runners:
         return runner
 
     async def _make_room(self, model: ModelProfile, wanted: tuple[object, ...]) -> None:
-        """Unloads models until the wanted one is in memory already or can be loaded. Waits for their users."""
+        """Unloads models until this model is in memory with the wanted options, or can be loaded.
+
+        A model in use is unloaded only when no request uses it any more: the caller waits for this.
+        """
         while True:
             self.expire()
             runner = self.by_name.get(model.name)
@@ -130,10 +133,11 @@ class Runners:
                 return
             if runner is None and self._has_room(model):
                 return
+            # A runner of the model itself is there with other options, so it must go; else there is no room.
             await self._wait_unloaded(runner or self._choose_to_unload())
 
     def _has_room(self, model: ModelProfile) -> bool:
-        """Whether the model can be loaded beside the others. The only model is loaded, however large it is."""
+        """Whether the model can be loaded beside the others. Into an empty memory it is loaded, however large it is."""
         if not self.by_name:
             return True
         max_loaded = self._profile.max_loaded or MODELS_PER_GPU * max(1, len(self._profile.gpus))
@@ -142,18 +146,18 @@ class Runners:
         return len(self.by_name) < max_loaded and self._vram_mib(model) <= MAX_FILL * free_mib
 
     def _choose_to_unload(self) -> Runner:
-        """The unused model with the shortest ``keep_alive``; if all are used, the model with the shortest one."""
+        """The unused model with the shortest ``keep_alive``; if all are used, the used model with the shortest."""
         return min(self.by_name.values(), key=lambda runner: (runner.users > 0, *_unload_rank(runner)))
 
     async def _wait_unloaded(self, runner: Runner) -> None:
         """Unloads the runner as soon as no request uses it. Waits for this, or until another model was unloaded.
 
-        Requests for it that come meanwhile still run, and make the wait longer. If one of them has a ``keep_alive``,
-        the wait even lasts until this has passed, as in Ollama.
+        Requests for this model that come during the wait still run, and make the wait longer. If such a request has a
+        ``keep_alive``, the model even stays until this time has passed, as in Ollama.
         """
-        unloads = self._unloads
+        unloads_before = self._unloads
         self._unload_when_unused(runner)
-        while self._unloads == unloads:
+        while self._unloads == unloads_before:
             self._changed.clear()
             next_expiry = min((other.expires_at for other in self.by_name.values()), default=math.inf)
             wait_s = None if math.isinf(next_expiry) else max(0.0, next_expiry - self._clock())
@@ -163,7 +167,7 @@ class Runners:
             self.expire()
 
     def _unload_when_unused(self, runner: Runner) -> None:
-        runner.keep_alive_s = 0.0
+        runner.keep_alive_s = 0.0  # for a model in use: ``release`` of its last user then unloads it
         if not runner.users and runner.loaded.is_set():
             self._remove(runner)
 
@@ -173,7 +177,7 @@ class Runners:
         self._changed.set()
 
     async def _load(self, model: ModelProfile, reload_options: tuple[object, ...]) -> Runner:
-        """Loads the model. A load whose client has gone is given up."""
+        """Loads the model, and returns its runner. If the client goes, its load is given up (CancelledError)."""
         runner = self._new_runner(model, reload_options)
         self.by_name[model.name] = runner
         try:
@@ -188,7 +192,7 @@ class Runners:
         return runner
 
     def _new_runner(self, model: ModelProfile, reload_options: tuple[object, ...]) -> Runner:
-        """Makes a runner with these values of ``RELOAD_OPTIONS``, which does not count as loaded yet."""
+        """Makes a runner that was loaded with these values of ``RELOAD_OPTIONS``. Its ``loaded`` is not set yet."""
         num_ctx = reload_options[RELOAD_OPTIONS.index("num_ctx")]
         context_length = num_ctx if isinstance(num_ctx, int) else default_context(model, self._profile)
         slots = 1 if model.embedding else self._profile.slots  # as in Ollama
@@ -213,15 +217,15 @@ def _read_reload_options(
 ) -> tuple[object, ...]:
     """The request's values of ``RELOAD_OPTIONS``, in this order; ``None``: the default.
 
-    What means the same as the default counts as the default: it needs no reload. A ``num_ctx`` is at least 4 and at
-    most what the model was trained with.
+    A value that means the same as the default becomes ``None`` too, because it needs no reload. A ``num_ctx`` is moved
+    into the range from 4 to the context that the model was trained with.
     """
     values = {name: options.get(name) for name in RELOAD_OPTIONS}
     num_ctx, num_gpu = values["num_ctx"], values["num_gpu"]
     if isinstance(num_ctx, int):
         context = min(max(num_ctx, 4), model.context_length)
         values["num_ctx"] = None if context == default_context(model, profile) else context
-    if isinstance(num_gpu, int) and num_gpu < 0:
+    if isinstance(num_gpu, int) and num_gpu < 0:  # as many layers on the GPU as fit: the default
         values["num_gpu"] = None
     return tuple(values.values())
 

@@ -1,8 +1,9 @@
 """The slots of a loaded model, each with the cache of the last text that it worked on, as llama-server has them.
 
 A request takes the idle slot whose cached text has the longest prefix in common with its prompt, if that is more than a
-tenth of the prompt. Otherwise it takes the slot that was used longest ago. It computes only what is new to this slot.
-What a slot loses may be kept in the host's memory, and brought back into any slot (prefixes.py).
+tenth of the prompt. Otherwise it takes the slot that was used longest ago. It computes only the tokens that are not in
+this slot's cache. A text that a slot loses may be kept in the host's memory, and brought back into any slot
+(prefixes.py).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ MIN_SIMILARITY = 0.1
 """``--slot-prompt-similarity`` of llama-server: the share of the prompt that must be in a slot's cache."""
 
 MAX_LOSS = 0.5
-"""A slot that loses more than this share of its text has the text kept in the host's memory before."""
+"""If a slot is to lose more than this share of its text, the text is first saved in the host's memory."""
 
 
 @dataclass(slots=True, eq=False)
@@ -33,10 +34,10 @@ class Slot:
 
 
 class SlotPool:
-    """The slots of one loaded model. Requests past them wait, first come, first served.
+    """The slots of one loaded model. If all are taken, requests wait: first come, first served.
 
-    ``shared_cache``: what any slot has cached helps all (vLLM). Otherwise a slot has only its own text (llama-server).
-    ``lost_tokens``: how many tokens of lost texts are kept.
+    ``shared_cache``: every slot can use the cached texts of all (vLLM). Otherwise a slot can use only its own cached
+    text (llama-server). ``lost_tokens``: how many tokens of lost texts are kept.
     """
 
     def __init__(self, count: int, *, shared_cache: bool = False, lost_tokens: int = 0) -> None:
@@ -47,13 +48,13 @@ class SlotPool:
         self._uses = itertools.count(1)
 
     async def acquire(self) -> None:
-        """Waits for a place. Its holder may call ``take_slot`` once, and calls ``release``."""
+        """Waits until a slot is free, and reserves one. The caller may call ``take_slot`` once; it must ``release``."""
         await self._places.acquire()
 
     def take_slot(self, prompt: str) -> tuple[Slot, int]:
         """Takes the idle slot that fits best. Returns it with the number of the prompt's characters in the cache.
 
-        The caller holds a place, so there is an idle slot.
+        The caller has called ``acquire``, so there is an idle slot.
         """
         idle = [slot for slot in self._slots if not slot.busy]
         slot = max(idle, key=lambda slot: common_prefix_length(slot.text, prompt))
@@ -61,7 +62,8 @@ class SlotPool:
         is_similar = common_length > MIN_SIMILARITY * len(prompt)
         if not is_similar:
             slot = min(idle, key=lambda slot: slot.used)
-        if not is_similar or common_length < (1 - MAX_LOSS) * len(slot.text):
+        loses_much = common_length < (1 - MAX_LOSS) * len(slot.text)
+        if not is_similar or loses_much:
             self._lost_texts.save(slot.text)
             slot.text = self._lost_texts.take_better(slot.text, prompt)
         slot.busy = True
@@ -70,7 +72,7 @@ class SlotPool:
         return slot, max(common_prefix_length(source.text, prompt) for source in sources)
 
     def release(self, slot: Slot | None) -> None:
-        """Gives a place back, with its slot if one was taken."""
+        """Ends what ``acquire`` began. ``slot`` is that of ``take_slot``; ``None`` if ``take_slot`` was not called."""
         if slot is not None:
             slot.busy = False
             slot.used = next(self._uses)
