@@ -228,7 +228,9 @@ class ForwardedChannel(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Passes the server's bytes to the client. Stops reading from the server while the client does not read."""
-        if not self._io.write(data) and self._transport is not None and self._drain_task is None:
+        takes_more = self._io.write(data)
+        is_paused = self._drain_task is not None
+        if not takes_more and not is_paused and self._transport is not None:
             self._transport.pause_reading()
             self._drain_task = asyncio.ensure_future(self._resume_when_drained())
 

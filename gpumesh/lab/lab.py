@@ -162,7 +162,7 @@ class LabHost:
         """
         async with self._ask_lock:
             process = self._process
-            if process is None or process.stdin is None or process.stdout is None:
+            if process is None or process.stdin is None or process.stdout is None:  # the pipes only by their types
                 raise self._not_running_error()
             try:
                 process.stdin.write(json.dumps(question).encode() + b"\n")

@@ -94,7 +94,8 @@ def run_nvidia_smi(argv: Sequence[str], profile: HostProfile, load: GpuLoad, mod
         lost_gpu = profile.gpus[0]
         # The whole call fails, unless the option ``-i`` selects only other GPUs.
         if any(card.gpu.index == lost_gpu.index for card in selected):
-            return 15, _LOST.format(bus=lost_gpu.pci_bus_id.removeprefix("0000")).encode()
+            short_bus_id = lost_gpu.pci_bus_id.removeprefix("0000")  # this message writes four of its leading zeros
+            return 15, _LOST.format(bus=short_bus_id).encode()
     if mode is SmiMode.ESCAPES:
         selected = [replace(card, gpu=replace(card.gpu, name=_ESCAPES)) for card in selected]
     return _answer_options(argv, selected, mode)
@@ -202,7 +203,8 @@ def _query(
     getters: list[Callable[..., FieldValue]] = []
     for name in names:
         getter = fields.get(name) or fields.get(_FIELD_ALIASES.get(name, ""))
-        if getter is None or (mode is SmiMode.OLD and name in _FIELDS_OF_NEW_DRIVERS):
+        is_too_new = mode is SmiMode.OLD and name in _FIELDS_OF_NEW_DRIVERS
+        if getter is None or is_too_new:
             return 2, f'Field "{name}" is not a valid field to query.\n\n'.encode()
         getters.append(getter)
     if "csv" not in format_words:

@@ -160,14 +160,15 @@ class HostProfile:
     ``prefill_stalls``, prompts are read one after the other, and no stream gets a token meanwhile; otherwise each is
     read at the full rate, and nothing else notices. ``slots`` is how many requests a model runs in parallel
     (``OLLAMA_NUM_PARALLEL``); the other requests wait, and get no sign. ``max_loaded`` is how many models may be in
-    memory (``OLLAMA_MAX_LOADED_MODELS``); ``None``: as many as the memory holds, but three for each GPU. ``context`` is
+    memory (``OLLAMA_MAX_LOADED_MODELS``); ``None``: all that fit, but at most three for each GPU. ``context`` is
     the context of a request without ``num_ctx``, in tokens (``OLLAMA_CONTEXT_LENGTH``).
 
-    ``prefix_cache``: a slot does not read again what it has read last. ``shared_cache``: nor what any other slot has
-    read. ``lost_tokens``: how many tokens that slots have lost are kept in the host's memory (``--cache-ram``;
-    llama-server's default of 8 GiB holds about 65,000 tokens of an 8B model). ``answer_tokens``: the least and the
-    greatest length of an answer. ``load_s`` and ``pull_s`` are the seconds that a model's load and its download take.
-    ``backend_port`` is the port of the inference server on the host itself, behind SSH.
+    ``prefix_cache``: a slot does not compute again the beginning of a prompt that its last text has too.
+    ``shared_cache``: nor a beginning that the text of any other slot has. ``lost_tokens``: how many tokens of the texts
+    that slots have lost are kept in the host's memory (``--cache-ram``; llama-server's default of 8 GiB holds about
+    65,000 tokens of an 8B model). ``answer_tokens``: the least and the greatest length of an answer. ``load_s`` and
+    ``pull_s`` are the seconds that a model's load and its download take. ``backend_port`` is the port of the inference
+    server on the host itself, behind SSH.
     """
 
     name: str

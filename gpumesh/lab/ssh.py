@@ -220,7 +220,7 @@ class _Connection:
             return OPEN_FAILED_CONNECT_FAILED
         try:
             target_socket = socket.create_connection(("127.0.0.1", real_port), timeout=CONNECT_TIMEOUT_S)
-        except OSError:
+        except OSError:  # nothing listens there, or it does not accept in time
             return OPEN_FAILED_CONNECT_FAILED
         self._target_sockets[channel_id] = target_socket
         return OPEN_SUCCEEDED

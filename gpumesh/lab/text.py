@@ -91,8 +91,8 @@ def generate_text(
     """Generates the text of ``model`` after the rendered ``prompt``.
 
     If the prompt holds a template's mark of the assistant's turn, the text before the answer decides the length of the
-    answer, in words from ``length_range``. So an answer that is continued gets the same length. Without this mark, the
-    beginning of the answer is unknown: it ends at a random word, and its mean length is the same.
+    answer, in words from ``length_range``. So an answer that is continued gets the same length. Without this mark, it
+    is unknown where the answer begins. Then the answer ends at a random word; its mean length is the same.
 
     At most ``num_predict`` tokens; ``None`` or a negative number: no limit. The answer ends before the first of the
     stop sequences ``stop`` in it.

@@ -93,7 +93,8 @@ class AnswerWriter:
         return await self.stop()
 
     async def stop(self) -> web.StreamResponse:
-        """Ends the body without a final frame, as if the answer were complete. Before the first byte, it is empty."""
+        """Ends the body as of a complete answer. Adds no final frame: ``finish`` and ``fail`` have sent their last
+        frame; without it, this is a fault. If no byte was sent before, the body is empty."""
         if self.response is None:
             return web.Response(status=200, content_type=self._frames.content_type)
         await self.response.write_eof()

@@ -13,9 +13,9 @@ from gpumesh.lab.inference.engine import Timings
 from gpumesh.lab.servers.replies import dump_json
 
 SSE = "text/event-stream"
-_next_number = count(
-    100_000
-)  # for the ids of answers and tool calls: all as long, so a cut at a byte means the same in each answer
+# For the ids of answers and tool calls. All numbers have six digits, so a fault that cuts an answer after N bytes cuts
+# each answer at the same place.
+_next_number = count(100_000)
 
 
 def encode_event(document: Any, name: str | None = None) -> bytes:

@@ -11,7 +11,7 @@ from gpumesh.lab.inference.engine import Timings
 from gpumesh.lab.servers.chat_frames import SSE, encode_event
 from gpumesh.lab.servers.replies import dump_json
 
-_next_number = count(100_000)  # for the ids of answers: all as long, so a cut at a byte means the same in each answer
+_next_number = count(100_000)  # for the ids of answers. All numbers have six digits, as in chat_frames.py
 
 
 class MessagesFrames:

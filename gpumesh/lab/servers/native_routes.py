@@ -195,6 +195,7 @@ class NativeRoutes:
     async def _embed_texts(self, body: Mapping[str, Any], texts: list[str]) -> dict[str, Any]:
         """Builds the answer of ``/api/embed``, with an embedding of each text, after the time that prefill takes."""
         name = body.get("model")
+        # This route has a message of its own for a missing model. ``read_generation_request`` has those of all routes.
         if isinstance(name, str) and name and self._engine.find_model(name) is None:
             raise ApiError(404, f'model "{name}" not found, try pulling it first')
         generation = self._server.read_generation_request(body, **read_common_parts(body))

@@ -11,9 +11,8 @@ from gpumesh.lab.inference.engine import Timings
 from gpumesh.lab.servers.chat_frames import SSE, encode_event
 from gpumesh.lab.servers.replies import dump_json
 
-_next_number = count(
-    100_000
-)  # for the ids of answers and items: all as long, so a cut at a byte means the same in each answer
+# For the ids of answers and items. All numbers have six digits, as in chat_frames.py.
+_next_number = count(100_000)
 
 
 class ResponseFrames:

@@ -109,7 +109,7 @@ class SimServer(ABC):
                 await site.stop()
                 self._reset_connections()
             elif not faults.refuse and self._site is None and self._runner is not None:
-                await self._listen()
+                await self._listen()  # the server runs, and earlier faults have closed its port
 
     @property
     def counters(self) -> SimCounters:
@@ -153,7 +153,7 @@ class SimServer(ABC):
                 writer = AnswerWriter(request, frames, answer, stream=stream, build_error=self.build_error)
                 try:
                     fault = await self._write_tokens(writer, pacer, entry)
-                finally:
+                finally:  # the tokens that were sent, also if a fault or the client has stopped the answer
                     record_output(lease, "".join((*answer.thinking, *answer.tokens)[: pacer.sent]))
                 if fault is None:
                     timings = Timings(
