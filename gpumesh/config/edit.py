@@ -185,7 +185,7 @@ def _insert_into_flow(text: str, parent: yaml.MappingNode, entry: str, comment: 
     if text[start] != "{":  # the parser reports the start of an anchor or a tag, and no position of the brace
         raise CannotEdit("an anchor or a tag stands before the braces")
     content_start, content_end = start + 1, end - 1
-    if not text[content_start:content_end].strip():
+    if not text[content_start:content_end].strip():  # ``{}``, perhaps with blanks
         return f"{text[:start]}{{ {entry} }}{_add_comment(text[end:], comment)}"
     if parent.value:
         _, last_value = parent.value[-1]
@@ -217,6 +217,7 @@ def _insert_into_block(text: str, parent: yaml.MappingNode, entry: str, comment:
 def _find_last_leaf(node: yaml.Node) -> yaml.Node:
     """Returns the last scalar or flow collection below ``node``: the parser reports its exact end. As the end of a
     block collection, the parser reports the start of the next token."""
+    # As long as it is a collection in block style that is not empty.
     while isinstance(node, yaml.CollectionNode) and not node.flow_style and node.value:
         if isinstance(node, yaml.SequenceNode):
             node = node.value[-1]

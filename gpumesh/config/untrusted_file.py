@@ -108,7 +108,7 @@ def _is_private_group(gid: int, uid: int) -> bool:
 
     try:
         user, group = pwd.getpwuid(uid), grp.getgrgid(gid)
-    except KeyError:
+    except KeyError:  # without an entry, nobody can tell the members: the group counts as not private
         return False
     is_own_group = user.pw_gid == gid and group.gr_name == user.pw_name
     has_other_members = any(member != user.pw_name for member in group.gr_mem)

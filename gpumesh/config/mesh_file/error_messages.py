@@ -188,7 +188,9 @@ def keys_at(path: KeyPath) -> list[str]:
     section: type[Section] | None = MeshFile
     is_name = False  # whether the next part is a name that the user gave, in a mapping such as ``models``
     for part in path:
-        if isinstance(part, int) or section is None:  # an index of a list leads to no other section
+        if section is None:  # the path has left the sections
+            continue
+        if isinstance(part, int):  # the index of a list: all members of a list are sections of one type
             continue
         if is_name:
             is_name = False
@@ -203,9 +205,9 @@ def keys_at(path: KeyPath) -> list[str]:
 
 def _is_mapping_of_sections(info: FieldInfo) -> bool:
     """Whether a field holds sections by names that the user gives, as ``models`` does."""
-    return any(get_origin(part) is dict for part in (info.annotation, *get_args(info.annotation))) and (
-        _section_type(info) is not None
-    )
+    types = (info.annotation, *get_args(info.annotation))  # with the parts of ``dict[…] | None``
+    is_mapping = any(get_origin(part) is dict for part in types)
+    return is_mapping and _section_type(info) is not None
 
 
 def _section_type(info: FieldInfo) -> type[Section] | None:

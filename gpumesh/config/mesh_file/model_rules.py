@@ -31,19 +31,19 @@ BrokenRule = tuple[KeyPath, str]  # the path of the key, and a message
 
 
 def check_models(models: Mapping[str, Any], node_names: Sequence[str]) -> Iterator[BrokenRule]:
-    """The rules for ``models``. ``node_names`` are the nodes of the mesh."""
+    """Yields the broken rules of ``models``. ``node_names`` are the nodes of the mesh."""
     yield from _check_names(models)
     for name, value in models.items():
         if not isinstance(value, Mapping):
             continue
         path = ("models", name)
-        nodes, allows_all = value.get("nodes"), False
-        if isinstance(nodes, str):
-            allows_all = nodes == ALL_NODES
-            nodes = [nodes]
+        nodes = value.get("nodes")
+        allows_all = nodes is None or nodes == ALL_NODES
         if not allows_all:
+            # A single name counts as a list of one, also in the path of a broken rule.
+            nodes = [nodes] if isinstance(nodes, str) else nodes
             yield from check_node_names(nodes, node_names, (*path, "nodes"))
-        allowed_names = node_names if nodes is None or allows_all else _texts(nodes)
+        allowed_names = node_names if allows_all else _texts(nodes)
         yield from _check_preferred(value.get("prefer"), node_names, allowed_names, (*path, "prefer"))
         yield from _check_copies(value.get("copies"), len(set(allowed_names)), (*path, "copies"))
         yield from _check_context_steps(value.get("context_steps"), (*path, "context_steps"))
@@ -53,13 +53,16 @@ def check_models(models: Mapping[str, Any], node_names: Sequence[str]) -> Iterat
 
 
 def _check_names(models: Mapping[str, Any]) -> Iterator[BrokenRule]:
-    """No two names, of models or aliases, mean the same model: ``llama3`` and ``LLAMA3:latest`` do."""
-    model_by_name: dict[str, str] = {}  # by the full name; the models' own names first
+    """Yields each name, of a model or an alias, that means the same model as an earlier name does.
+
+    ``llama3`` and ``LLAMA3:latest``, for example: both have the full name ``llama3:latest``.
+    """
+    model_by_name: dict[str, str] = {}  # each model's name as in the file, by its full name
     for name in models:
         earlier = model_by_name.setdefault(full_name(name), name)
         if earlier != name:
             yield ("models", name), f"is the same model as {quote_value(earlier)}"
-    model_by_alias: dict[str, str] = {}
+    model_by_alias: dict[str, str] = {}  # by the full name of the alias
     for name, value in models.items():
         for path, alias in _entries(_aliases(value), ("models", name, "aliases")):
             full_alias = full_name(alias)
@@ -78,7 +81,7 @@ def _aliases(model: Any) -> Any:
 
 
 def check_node_names(nodes: Any, node_names: Sequence[str], path: KeyPath) -> Iterator[BrokenRule]:
-    """A list of nodes names at least one, and only nodes of the mesh, each once."""
+    """Yields what is wrong in a list of nodes: it must name at least one, and only nodes of the mesh, each once."""
     if nodes == []:
         yield path, "names no node: leave it out if any node may be used"
     seen: set[str] = set()
@@ -91,6 +94,7 @@ def check_node_names(nodes: Any, node_names: Sequence[str], path: KeyPath) -> It
 
 
 def _unknown_node(name: str, node_names: Sequence[str]) -> str:
+    """The message for a name that is no node of the mesh."""
     if name == ALL_NODES:
         return "all stands alone, as `nodes: all`"
     guess = did_you_mean(name, node_names)
@@ -110,14 +114,16 @@ def _check_preferred(
 
 
 def _check_copies(copies: Any, node_count: int, path: KeyPath) -> Iterator[BrokenRule]:
-    """There are at most as many copies as nodes."""
-    if isinstance(copies, str) and copies.isdecimal() and len(copies) < 10 and int(copies) > node_count > 0:
+    """Yields a number of copies that is greater than the number of nodes that the model may use."""
+    is_number = isinstance(copies, str) and copies.isdecimal() and len(copies) < 10  # else the schema reports it
+    # Without any node, another rule is broken already.
+    if is_number and node_count > 0 and int(copies) > node_count:
         nodes = "node" if node_count == 1 else "nodes"
         yield path, f"{copies} copies need as many nodes, and the model may use {node_count} {nodes}"
 
 
 def _check_context_steps(steps: Any, path: KeyPath) -> Iterator[BrokenRule]:
-    """The steps rise."""
+    """Yields each step that is not greater than the step before, and an empty list."""
     if steps == []:
         yield path, "names no context: leave it out if contexts are not to be changed"
     previous: int | None = None
@@ -130,26 +136,26 @@ def _check_context_steps(steps: Any, path: KeyPath) -> Iterator[BrokenRule]:
 
 
 def _check_fallbacks(models: Mapping[str, Any]) -> Iterator[BrokenRule]:
-    """No model falls back to itself, also not by way of others."""
-    model_by_name: dict[str, str] = {}
+    """Yields each circle of fallbacks: models that fall back to themselves, directly or by way of others."""
+    model_by_name: dict[str, str] = {}  # each model's name as in the file, by its full name and those of its aliases
     for name in models:
         model_by_name.setdefault(full_name(name), name)
     for name, value in models.items():
-        for _, alias in _entries(_aliases(value), ()):
+        for alias in _texts(_aliases(value)):
             model_by_name.setdefault(full_name(alias), name)
-    fallback_of: dict[str, str] = {}  # only for fallbacks that this file has rules for
+    fallback_of: dict[str, str] = {}  # without fallbacks that have no section here: no circle goes on from them
     for name, value in models.items():
         fallback = value.get("fallback") if isinstance(value, Mapping) else None
         if isinstance(fallback, str) and full_name(fallback) in model_by_name:
             fallback_of[name] = model_by_name[full_name(fallback)]
-    checked: set[str] = set()
+    checked: set[str] = set()  # the models of all earlier chains, so that each circle is reported once
     for start in models:
-        chain: dict[str, None] = {}  # keeps the order
+        chain: dict[str, None] = {}  # a set in order
         model: str | None = start
         while model is not None and model not in checked and model not in chain:
             chain[model] = None
             model = fallback_of.get(model)
-        if model is not None and model in chain:
+        if model is not None and model in chain:  # the chain has come back to itself
             names = list(chain)
             yield _circle_of_fallbacks(names[names.index(model) :])
         checked.update(chain)
@@ -165,13 +171,13 @@ def _circle_of_fallbacks(circle: list[str]) -> BrokenRule:
 
 
 def check_keys(keys: Any, api_key_env: Any, node_names: Sequence[str]) -> Iterator[BrokenRule]:
-    """The rules for ``gateway.keys``. ``api_key_env`` is the variable of the gateway's own key."""
+    """Yields the broken rules of ``gateway.keys``. ``api_key_env`` is the variable of the gateway's own key."""
     path: KeyPath = ("gateway", "keys")
     if keys == []:
         yield path, "names no key"
     if not isinstance(keys, list):
         return
-    first_use: dict[tuple[str, str], str] = {}  # by a key's member and its value
+    first_use: dict[tuple[str, str], str] = {}  # the first place of each value, by the member (``name``) and the value
     if isinstance(api_key_env, str):
         first_use["env", api_key_env] = "gateway.api_key_env"
     for index, key in enumerate(keys):
@@ -182,7 +188,8 @@ def check_keys(keys: Any, api_key_env: Any, node_names: Sequence[str]) -> Iterat
             if not isinstance(text, str):
                 continue
             place = f"gateway.keys[{index}]"
-            earlier = first_use.setdefault((member, text.lower() if member == "hash" else text), place)
+            compared = text.lower() if member == "hash" else text  # hexadecimal digits: ``AB`` is ``ab``
+            earlier = first_use.setdefault((member, compared), place)
             if earlier != place:
                 yield (*path, index, member), f"is that of {earlier} already"
         given = [member for member in ("env", "hash") if key.get(member) is not None]
@@ -196,7 +203,7 @@ def check_keys(keys: Any, api_key_env: Any, node_names: Sequence[str]) -> Iterat
 
 
 def check_route_priority(routes: Any) -> Iterator[BrokenRule]:
-    """``gateway.route_priority`` has routes whose requests wait for a slot."""
+    """Yields each route of ``gateway.route_priority`` whose requests do not wait for a slot."""
     if not isinstance(routes, Mapping):
         return
     for route in routes:
@@ -207,7 +214,7 @@ def check_route_priority(routes: Any) -> Iterator[BrokenRule]:
 
 
 def _entries(value: Any, path: KeyPath) -> list[tuple[KeyPath, str]]:
-    """The texts of a list with their paths. A single text stands in the place of a list."""
+    """The texts of a list, each with its path. A single text counts as a list of one; any other value has no texts."""
     if isinstance(value, str):
         return [(path, value)]
     if not isinstance(value, list):
@@ -216,4 +223,5 @@ def _entries(value: Any, path: KeyPath) -> list[tuple[KeyPath, str]]:
 
 
 def _texts(value: Any) -> list[str]:
+    """The same texts without their paths."""
     return [text for _, text in _entries(value, ())]

@@ -197,7 +197,7 @@ def _make_error(faults: list[Fault], file: str, tree: Value | None, hint: str | 
     problems = []
     for fault in faults:
         position = fault.position
-        if position is None and fault.path and tree is not None:
+        if position is None and fault.path and tree is not None:  # without a path: a fault of the whole file
             _, position, _ = yaml_tree.follow_path(tree, fault.path)
         line, column = _line_and_column(position)
         problems.append(Problem(fault.message, file, line, column, yaml_tree.format_path(fault.path)))

@@ -103,7 +103,7 @@ def _parse_listen_entry(entry: Any) -> tuple[str, int] | str | None:
         return None
     try:
         return listen_address.parse_listen_entry(entry)
-    except ValueError:
+    except ValueError:  # the schema reports it
         return None
 
 

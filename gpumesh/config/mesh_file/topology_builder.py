@@ -243,7 +243,11 @@ def _build_key(key: ApiKey) -> KeySpec:
 
 
 def _build_model(name: str, model: Model, node_names: tuple[str, ...]) -> ModelSpec:
-    """Returns the rules for the model ``name``. ``node_names`` are all nodes of the mesh, for ``nodes: all``."""
+    """Returns the rules for the model ``name``. ``node_names`` are all nodes of the mesh, for ``nodes: all``.
+
+    If the file does not give ``copies``, the number depends on the other keys: one on each of ``nodes``; one for a
+    pinned model without ``nodes``; else ``None``, as many as its demand requires.
+    """
     nodes, wanted_copies = model.nodes, model.copies
     if nodes == (ALL_NODES,):
         nodes, wanted_copies = None, _value_or(wanted_copies, len(node_names))

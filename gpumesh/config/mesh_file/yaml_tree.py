@@ -131,7 +131,7 @@ def parse_yaml(text: str) -> tuple[Value | None, list[Fault]]:
     composer = _Composer(yaml.parse(text, Loader=_LOADER))
     try:
         return composer.read_document(), composer.faults
-    except _StopParsing:
+    except _StopParsing:  # the last fault says what has stopped the parsing
         return None, composer.faults
     except yaml.YAMLError as error:
         # Earlier faults (a duplicate key) are kept. The first syntax error hides everything after it.

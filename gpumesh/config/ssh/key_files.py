@@ -32,7 +32,7 @@ def detect_key_kind(path: Path) -> KeyKind:
         base64_lines = [line for line in lines if not line.startswith(b"-----")]
         try:
             decoded_key = base64.b64decode(b"".join(base64_lines))
-        except binascii.Error:
+        except binascii.Error:  # no base64
             return KeyKind.PRIVATE
         head = decoded_key.removeprefix(_MAGIC)[:_HEAD_BYTES]
         if b"sk-ssh-ed25519@openssh.com" in head or b"sk-ecdsa-sha2-nistp256@openssh.com" in head:

@@ -186,7 +186,7 @@ def _passwd_home() -> Path | None:
         import pwd
 
         return Path(pwd.getpwuid(os.getuid()).pw_dir)
-    except (ImportError, KeyError):
+    except (ImportError, KeyError):  # Windows has no pwd; a container may run with a uid that has no entry
         return None
 
 
