@@ -1,4 +1,4 @@
-"""The audit's rule about loads: does a node spend its time on loading models again and again."""
+"""The audit's rule about loads of models: whether a node spends its time on loading models again and again."""
 
 from __future__ import annotations
 
@@ -31,17 +31,16 @@ def check(spec: NodeSpec, state: NodeState) -> Iterator[Finding]:
 
 
 def is_thrashing(loading: LoadingState) -> bool:
-    """Whether loads take much of the node's time, and are not only first loads."""
+    """Whether there were many loads, some of them of a model that was loaded before, and they took much of the time."""
     has_loaded_again = any(model.loads > 1 for model in loading.models)
-    return (
-        loading.loads >= LEAST_LOADS and has_loaded_again and loading.load_s >= LEAST_SHARE * max(loading.window_s, 1.0)
-    )
+    takes_much_time = loading.load_s >= LEAST_SHARE * max(loading.window_s, 1.0)  # just started: as if 1 s had passed
+    return loading.loads >= LEAST_LOADS and has_loaded_again and takes_much_time
 
 
 def find_alternating_models(loading: LoadingState) -> Sequence[ModelLoadsState]:
     """The models that were loaded more than once; the most often loaded first. Not empty if the node is thrashing."""
-    again = [model for model in loading.models if model.loads > 1]
-    return sorted(again, key=lambda model: (-model.loads, model.name))
+    loaded_again = [model for model in loading.models if model.loads > 1]
+    return sorted(loaded_again, key=lambda model: (-model.loads, model.name))
 
 
 def _describe_models(models: Sequence[ModelLoadsState]) -> tuple[str, str]:
@@ -56,7 +55,10 @@ def _describe_models(models: Sequence[ModelLoadsState]) -> tuple[str, str]:
 
 
 def _describe_single_model(model: ModelLoadsState) -> tuple[str, str]:
-    """The message and the hint for one model that was loaded several times, with one context or several."""
+    """The message and the hint for one model that was loaded several times, with one context or several.
+
+    The ``None`` among its contexts stands for requests without ``num_ctx``.
+    """
     numbers = sorted(context for context in model.contexts if context is not None)
     if len(model.contexts) < 2:
         return (

@@ -103,7 +103,7 @@ def _gpus_by_uuid(state: MeshState, nodes: frozenset[str] | None) -> dict[str, G
 
 
 def _complete_sum(values: Sequence[float | None], expected_count: int) -> float | None:
-    """The sum of the values; ``None`` if a value is unknown or missing, so that not ``expected_count`` are known."""
+    """The sum of the values; ``None`` if fewer than ``expected_count`` of them are known."""
     known_values = [value for value in values if value is not None]
     return math.fsum(known_values) if len(known_values) == expected_count else None
 

@@ -103,12 +103,15 @@ def _is_usable(node: NodeState, model: str) -> bool:
     """Whether the node is up and has the model, or may have it."""
     is_up = node.health in (Health.HEALTHY, Health.DEGRADED) and node.backend.state is BackendPhase.UP
     models = node.backend.models
-    return is_up and (not models or has_model(models, model))
+    may_have_model = not models or has_model(models, model)  # no models: its list is unknown
+    return is_up and may_have_model
 
 
 def has_model(models: Sequence[str], model: str) -> bool:
     """Whether ``model`` is one of ``models``. As in Ollama, a name without a tag means ``:latest``."""
-    return model in models or (":" not in model and f"{model}:latest" in models)
+    if ":" not in model and f"{model}:latest" in models:
+        return True
+    return model in models
 
 
 async def run_benchmark(

@@ -159,7 +159,7 @@ async def _probe_gpus_singly(
     try:
         commands = [build_query_command(fields, gpu=index) for index in range(MAX_GPUS_ASKED_SINGLY)]
         outputs = await run_commands(run_command, commands, timeout_s=timeout_s)
-    except (TimeoutError, ExecError, TunnelDown):
+    except (TimeoutError, ExecError, TunnelDown):  # the GPUs stay unknown, but ``lost_failure`` is known
         return no_gpus_report
     rows = [output.output for output in outputs if classify_failure(output) is None]
     table = read_gpus(b"\n".join(rows), fields, hostname=hostname)

@@ -136,7 +136,7 @@ class _ProbeSession:
         """As ``ask``, but returns ``None`` if no usable answer comes within ``OPTIONAL_TIMEOUT_S``."""
         try:
             return await self._get(call, min(self._timeout_s, OPTIONAL_TIMEOUT_S))
-        except (ProbeError, TimeoutError):
+        except (ProbeError, TimeoutError):  # the inventory does without it
             return None
 
     async def _get(self, call: HttpCall, timeout_s: float) -> tuple[int, bytes]:

@@ -98,7 +98,7 @@ async def _read_greeting(url: httpx.URL) -> bytes:
                 return await reader.read(GREETING_BYTES)
             finally:
                 await _close_at_once(writer)
-    except (OSError, TimeoutError):
+    except (OSError, TimeoutError):  # refused, reset, or no byte in time
         return b""
 
 
@@ -111,9 +111,9 @@ async def _accepts_tls(url: httpx.URL) -> bool:
         async with asyncio.timeout(GREETING_TIMEOUT_S):
             _reader, writer = await _connect(url, ssl=context)
             await _close_at_once(writer)
-    except ssl.SSLError as error:
+    except ssl.SSLError as error:  # an alert refuses this handshake, but only a TLS server sends it
         return _is_tls_alert(error)
-    except (OSError, TimeoutError):
+    except (OSError, TimeoutError):  # no connection, or no answer to the handshake
         return False
     return True
 
