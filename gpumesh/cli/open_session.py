@@ -69,7 +69,7 @@ async def _accepts_connections(socket: Path) -> bool:
 
     try:
         _, writer = await asyncio.open_unix_connection(socket)
-    except OSError:
+    except OSError:  # there is no socket, or nobody listens at it
         return False
     writer.close()
     await writer.wait_closed()

@@ -63,7 +63,7 @@ def read_prompts(text: str, *, name: str) -> list[PromptEntry]:
 def _is_json_object(line: str) -> bool:
     try:
         return isinstance(json.loads(line), dict)
-    except (ValueError, RecursionError):
+    except (ValueError, RecursionError):  # no JSON; RecursionError: nested too deep
         return False
 
 

@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 def read_fleet(path: Path) -> tuple[NodeSpec, ...]:
-    """The nodes of a fleet file. Raises UsageError with all its problems, and if it cannot be read."""
+    """The nodes of a fleet file. Raises UsageError if the file cannot be read, or with all problems in it."""
     from gpumesh.bench.simulate.fleet_file import parse_fleet
     from gpumesh.config.mesh_file.reader import read_text
 
@@ -36,7 +36,9 @@ def parse_mix(option: str, text: str, parse: Callable[[str], T]) -> Mix[T]:
     values: list[T] = []
     shares: list[float] = []
     for part in text.split(","):
-        name, _, share_text = part.strip().rpartition("=") if "=" in part else (part.strip(), "", "1")
+        name, share_text = part.strip(), "1"
+        if "=" in part:  # the last "=", as the name of a model may contain one
+            name, _, share_text = part.strip().rpartition("=")
         try:
             value, share = parse(name), float(share_text)
         except ValueError:
@@ -64,7 +66,7 @@ def models_mix(text: str | None, nodes: Sequence[NodeSpec]) -> Mix[str]:
 
 
 def parse_context(text: str) -> int | None:
-    """A context length; ``None`` for the word `default`. Raises ValueError."""
+    """A context length in tokens; ``None`` for the word `default`. Raises ValueError for any other text."""
     return None if text == "default" else int(text)
 
 

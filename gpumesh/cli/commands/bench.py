@@ -218,7 +218,7 @@ def simulate(
     from gpumesh.cli.views import bench_tables
 
     options = global_options(ctx)
-    if (trace is None) == (poisson is None):
+    if (trace is None) == (poisson is None):  # both are given, or neither
         raise UsageError("give either --trace FILE or --poisson RATE")
     nodes = simulate_options.read_fleet(fleet)
     traced_requests = bench_options.read_trace(trace, requests)
@@ -228,7 +228,7 @@ def simulate(
     workload = Workload(
         models=simulate_options.models_mix(mix, nodes),
         count=requests or len(traced_requests) or 10_000,
-        rate=poisson or 1.0,
+        rate=poisson or 1.0,  # not used with a trace, which has its own times
         trace=traced_requests,
         time_factor=1.0 / speed,
         prompt_tokens=max(prompt_tokens, 1.0),

@@ -248,7 +248,7 @@ async def _wait_healthy(session: LocalSession, name: str) -> bool:
             async for state in states:
                 if state.node(name).health is Health.HEALTHY:
                     return True
-    except TimeoutError:
+    except TimeoutError:  # the caller says that the host is still coming back
         pass
     return False
 

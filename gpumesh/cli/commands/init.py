@@ -66,7 +66,7 @@ def init(
     check_output(output, force=force)
     ssh_lines, pods = read_hosts(from_ or ())
     no_host_named = not from_ and not from_ssh_config
-    may_ask = sys.stdin.isatty() and not yes
+    may_ask = sys.stdin.isatty() and not yes  # --yes: a script, which must not be asked anything
     if no_host_named and may_ask:
         ssh_lines = ask_for_hosts()
     for pod in pods:

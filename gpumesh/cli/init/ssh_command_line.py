@@ -60,7 +60,7 @@ def parse_ssh_line(line: str) -> SshLine:
         words = shlex.split(line)
     except ValueError as error:
         raise UsageError(f"{line!r}: {error}") from error
-    if words and (words[0] == "ssh" or words[0].endswith("/ssh")):
+    if words and (words[0] == "ssh" or words[0].endswith("/ssh")):  # the program's name, or its path
         words = words[1:]
     options: dict[str, str] = {}
     forwards: list[str] = []

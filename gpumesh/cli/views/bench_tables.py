@@ -138,6 +138,7 @@ _SIMULATION_RANKS = (0, 1, 5, 6, 2, 3, 7, 8, 4, 9, 2)
 def print_simulation(result: SimulationResult, *, notes: bool) -> None:
     """Prints the table of the policies, and how the requests were spread over the nodes, to stdout; with ``notes`` what
     was simulated to stderr."""
+    # Only the first column is text, the policy's name. It has rank 0.
     columns = [Column(name, rank, right=rank > 0) for name, rank in zip(FIGURE_NAMES, _SIMULATION_RANKS, strict=True)]
     print_fitted_table(columns, [figures(policy) for policy in result.policies])
     for policy in result.policies:
@@ -156,7 +157,7 @@ def print_simulation(result: SimulationResult, *, notes: bool) -> None:
 def _policy_lines(policy: PolicyResult) -> Iterator[str]:
     """Yields how the requests were spread over the nodes, and the times of each class and client if there are
     several."""
-    if 1 < len(policy.nodes) <= MAX_NODES_SHOWN:
+    if 1 < len(policy.nodes) <= MAX_NODES_SHOWN:  # the share is ``None`` if no node has served a request
         yield f"{policy.policy}: " + ", ".join(f"{node.name} {node.share or 0.0:.0%}" for node in policy.nodes)
     for groups in (policy.completion_by_priority, policy.completion_by_client):
         if len(groups) > 1:

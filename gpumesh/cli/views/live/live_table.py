@@ -96,7 +96,7 @@ class LiveTable:
         """The history that the mesh keeps of the last minute; empty if the mesh is of an older version and has none."""
         try:
             return await self._session.history()
-        except GPUMeshError:
+        except GPUMeshError:  # a mesh of an older version answers with an error
             return History()
 
     def _lines(self, state: MeshState, *, reads_keys: bool) -> list[str]:

@@ -21,7 +21,7 @@ def scheduling_views(state: MeshState) -> Iterator[RenderableType]:
     rows = [(node.name, learned) for node in state.nodes for learned in node.learned[:MAX_SHOWN_MODELS]]
     if rows:
         table = new_table()
-        for title, right in (
+        for title, is_number in (
             ("NODE", False),
             ("MODEL", False),
             ("TOK/S ALONE", True),
@@ -30,7 +30,7 @@ def scheduling_views(state: MeshState) -> Iterator[RenderableType]:
             ("LOADS IN", True),
             ("SLOTS", True),
         ):
-            table.add_column(title, no_wrap=True, overflow="ellipsis", justify="right" if right else "left")
+            table.add_column(title, no_wrap=True, overflow="ellipsis", justify="right" if is_number else "left")
         for node_name, learned in rows:
             share = learned.neighbour_share
             cells = (
@@ -53,6 +53,7 @@ def scheduling_views(state: MeshState) -> Iterator[RenderableType]:
 
 
 def _number(value: float | None) -> str:
+    """A rate without decimals, as the text of a cell."""
     return UNKNOWN if value is None else f"{value:,.0f}"
 
 

@@ -58,7 +58,8 @@ def status_view(state: MeshState, width: int, options: ViewOptions) -> Renderabl
     rows = make_rows(state, selected=options.selected, history=options.history)
     hidden_rows = 0
     if options.height is not None:
-        # The remarks get the lines that the rows leave free, or a third of the screen if the rows leave less.
+        # The remarks get the lines that the rows leave free, but at least a third of the screen, and at least
+        # ``MIN_REMARK_LINES``.
         free_lines = options.height - len(rows) - LINES_AROUND_ROWS
         remarks, remark_lines = fit_remarks(remarks, width, max(free_lines, options.height // 3, MIN_REMARK_LINES))
         # One line of the screen stays empty.
