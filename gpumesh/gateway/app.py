@@ -248,7 +248,9 @@ class Gateway:
     def _can_reply_stopped(self, request: Request) -> bool:
         """Whether the gateway itself has cancelled the request, and can still tell the client the reason. It can if
         nothing was sent yet (then with a status), or if the stream is still open (then in the stream)."""
-        return self._stopped and (not request.answer_started or request.unfinished_stream is not None)
+        nothing_sent = not request.answer_started
+        stream_is_open = request.unfinished_stream is not None
+        return self._stopped and (nothing_sent or stream_is_open)
 
     def _reply_stopped(self, request: Request, record: RequestRecord) -> Response | StreamingResponse:
         """Tells the client that the gateway has stopped: with an error at the end of the stream, or with a status if no

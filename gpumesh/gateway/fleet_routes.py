@@ -109,8 +109,9 @@ class FleetRoutes:
         *,
         aliases: bool = False,
     ) -> Response:
-        """Asks all nodes of these kinds for their list at ``path``, adds the lists to ``merged``, and returns it as far
-        as the client may use the models. ``aliases``: each model is listed under all its names."""
+        """Asks all nodes of these kinds for their list at ``path``, adds the lists to ``merged``, and returns it as a
+        response, without the models that the client's key does not allow. ``aliases``: each model is listed under all
+        its names."""
         rules, key = self._mesh.model_rules, request.key
         for body in await self._ask_nodes(path, kinds, allowed_nodes=None if key is None else key.nodes):
             for _ in merged.add_body(body):
@@ -128,6 +129,7 @@ class FleetRoutes:
         ``allowed_nodes``: the only nodes to ask; ``None``: all."""
 
         async def ask_node(node: str) -> bytes | None:
+            """The body of one node; ``None`` if it gave no usable answer."""
             demand = Demand(model=None, kinds=kinds, node=node, needs_slot=False)
             calls = dict.fromkeys(BackendKind, HttpCall("GET", path))  # the same call for every kind of server
             try:

@@ -112,8 +112,8 @@ class Members:
             raise BadRequest(f"{name} is required, as a string") from error
 
     def find_unknown(self, names: Collection[str]) -> dict[str, RawValue]:
-        """The values of members with these names, which are not in ``KNOWN_MEMBERS``. Only this spelling of a name
-        counts, and of two members with one name the last."""
+        """The values of the members with these names, none of which is in ``KNOWN_MEMBERS``. A name in another spelling
+        (``Model``) is another name. Of two members with one name, the last counts."""
         return {str(name): value for name, value in self._pairs if str(name) in names}
 
     def render_pieces(self, **values: str | bytes) -> list[RawValue]:

@@ -62,8 +62,8 @@ class ListFormat:
 
 
 class MergedList:
-    """The entries of many nodes' lists. The time of an entry is removed if it is later than ``latest_time``: by a wrong
-    clock this entry would be the newest of its name on every list."""
+    """The entries of many nodes' lists. The time of an entry is removed if it is later than ``latest_time``: otherwise
+    a host whose clock is wrong would always have the newest entry of a name."""
 
     def __init__(self, list_format: ListFormat, *, latest_time: datetime | None = None) -> None:
         self._format = list_format

@@ -211,7 +211,7 @@ async def _stream_operation(
                 stream.write(b"".join(safe_json.dump_compact(_step_document(step)) + b"\n" for step in steps))
                 await stream.drain()
     result = operation.result
-    if stream is None and (result.failures or not wants_stream):
+    if stream is None and (result.failures or not wants_stream):  # the two cases of a single document
         return _single_document(result, verb)
     stream = stream or _start_stream(request, operation)
     _, last_document = _last_document(result, verb)

@@ -36,7 +36,7 @@ def normalize_address(host: str | None) -> str | None:
         return None
     try:
         address = ip_address(host.partition("%")[0])
-    except ValueError:
+    except ValueError:  # no IP address: not expected, but it can be counted by its text
         return host
     if isinstance(address, IPv6Address):
         if address.ipv4_mapped is None:

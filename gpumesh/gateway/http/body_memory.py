@@ -53,7 +53,8 @@ class BodyMemory:
         latest_start = self.clock() - self._patience_s
         while not self.has_room(reservation.size, size):
             oldest = next(iter(self.reading_since), None)
-            # No other body is being read, or none of them has been arriving for too long.
+            # Nothing to revoke: no body is being read, the oldest is this body itself, or even the oldest has not been
+            # arriving for too long.
             if oldest is None or oldest is reservation or self.reading_since[oldest] > latest_start:
                 return False
             oldest.revoke()

@@ -149,6 +149,7 @@ class ClientWriter:
 
     def _count_remaining_bytes(self) -> int:
         """The number of written bytes that the client has not taken, as far as the system tells."""
+        # ``None``: the system tells only the unsent bytes. 0 includes them, so they are 0 too.
         return self.unacknowledged_bytes or self.unsent_bytes
 
 
@@ -158,6 +159,6 @@ def _bytes_in_kernel(transport: asyncio.Transport) -> int | None:
     counted, a slow client would look like a client that takes nothing."""
     try:
         answer = fcntl.ioctl(transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, bytes(4))
-    except OSError:
+    except OSError:  # the system has no TIOCOUTQ, or the socket is closed
         return None
     return int.from_bytes(answer, sys.byteorder)

@@ -131,7 +131,7 @@ class RequestParser:
             # request has a body, ``_decoder`` reads it and not the engine.
             offset: int = offer.args[0]  # the index after the head
             if self._decoder is not None:
-                self._framing_size = 0
+                self._framing_size = 0  # the head is complete; ``_feed_decoder`` counts from here on
             return data[offset:]
         except httptools.HttpParserError as error:
             self._refuse(_find_refusal(error))

@@ -166,7 +166,7 @@ class Request:
         memory, bounds, body = self._connection.memory, self._connection.bounds, self.body
         limit = self._max_body_bytes
         encoding = self.headers.get("content-encoding", "")
-        length = (self.headers.get("content-length") or "").lstrip("0")
+        length = (self.headers.get("content-length") or "").lstrip("0")  # empty: not given, or 0
         if length:
             if len(length) > MAX_LENGTH_DIGITS or int(length) > limit:
                 raise body_too_large()

@@ -100,6 +100,7 @@ class RequestReader:
         except Exception:
             log.exception("a request could not be read", extra={"event": "request-failed"})
             self._owner.fail_reading()
+        # A head has begun: its timer is not running yet, and no event has refused the input.
         if parser.state is RequestParserState.READING_HEAD and self._head_timer is None and not self._stopped:
             self._head_timer = self._loop.call_later(self._head_timeout_s, self._end_slow_head)
 

@@ -117,7 +117,7 @@ class Server:
         self.close_idle()
         sending_connections = [connection for connection in self._connections if connection.writer.unsent_bytes]
         other_connections = (self._connections | self._lingering).difference(sending_connections)
-        tasks = [connection.cancel() for connection in other_connections]
+        tasks = [connection.cancel() for connection in other_connections]  # the tasks that are now ending, or ``None``
         with suppress(TimeoutError):
             async with asyncio.timeout(self.bounds.linger_s if linger_s is None else linger_s):
                 await asyncio.gather(*(connection.wait_closed() for connection in sending_connections))
