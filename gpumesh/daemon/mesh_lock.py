@@ -152,7 +152,7 @@ def _is_file_at(descriptor: int, path: Path) -> bool:
     """Whether the open file is still the file at ``path``."""
     try:
         status_at_path = path.stat()
-    except FileNotFoundError:
+    except FileNotFoundError:  # the file at the path was removed, although we have it open
         return False
     return os.path.samestat(os.fstat(descriptor), status_at_path)
 

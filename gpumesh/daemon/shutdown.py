@@ -73,7 +73,7 @@ def handle_signals(stop: Shutdown, numbers: Iterable[signal.Signals] = STOP_SIGN
     the second one must not cut the requests in flight.
     """
     task = asyncio.current_task()
-    assert task is not None
+    assert task is not None, "this was called outside of a task"
     loop = asyncio.get_running_loop()
 
     def handle(number: signal.Signals) -> None:

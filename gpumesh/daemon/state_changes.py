@@ -56,8 +56,10 @@ def _tunnel_change(node: str, old: TunnelState | None, new: TunnelState) -> Iter
     """Yields one event if the tunnel's phase has changed; none for the first phase and for a repeated attempt."""
     if new.state is TunnelPhase.IDLE:
         return
-    if old is not None and (old.state is new.state or _is_repeated_attempt(old, new)):
-        return
+    if old is not None:
+        has_same_phase = old.state is new.state
+        if has_same_phase or _is_repeated_attempt(old, new):
+            return
     reason = f": {new.last_error}" if new.last_error and new.state is not TunnelPhase.UP else ""
     level = _level(new.state in (TunnelPhase.BACKOFF, TunnelPhase.FAILED))
     yield LogEvent(level, f"tunnel {new.state}", node, f"tunnel {new.state}{reason}")

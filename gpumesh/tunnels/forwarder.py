@@ -219,7 +219,7 @@ class Forwarder:
         try:
             while self._wake_reader.recv(4096):
                 pass
-        except (BlockingIOError, InterruptedError):
+        except (BlockingIOError, InterruptedError):  # all bytes have been read
             pass
 
     def _wake(self) -> None:

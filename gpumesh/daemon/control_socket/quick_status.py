@@ -32,7 +32,7 @@ def fetch_history(path: Path, *, timeout_s: float = 2.0) -> dict[str, Any] | Non
     """
     try:
         history = _fetch(path, "GetHistory", "history", timeout_s)
-    except GPUMeshError:
+    except GPUMeshError:  # the table is shown without the history
         return None
     return history if isinstance(history, dict) else None
 

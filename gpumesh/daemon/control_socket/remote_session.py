@@ -117,7 +117,7 @@ class RemoteSession:
                 if isinstance(reply, messages.Error):
                     raise messages.error_from_message(reply)
                 yield reply
-        except OSError as error:
+        except OSError as error:  # raised below, unless the mesh was expected to close the connection
             connection_error = error
         finally:
             writer.close()

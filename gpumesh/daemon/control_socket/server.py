@@ -76,13 +76,13 @@ class ControlServer:
         if self._owns_socket():
             os.utime(self._path)  # makes the file new again, so that the system does not clear it
             return
-        assert self._server is not None
+        assert self._server is not None, "the server does not listen"
         old_server, self._server = self._server, await self._listen()
         old_server.close()  # ends only the listening
 
     async def __aexit__(self, *_: object) -> None:
         """Stops listening, cancels the requests in progress, and removes the socket's file if it is still ours."""
-        assert self._server is not None
+        assert self._server is not None, "the server does not listen"
         self._server.close()
         for task in self._connections:
             task.cancel()
@@ -95,13 +95,13 @@ class ControlServer:
         """Whether the file at our path is the socket that we listen on."""
         try:
             return self._path.lstat().st_ino == self._inode
-        except FileNotFoundError:
+        except FileNotFoundError:  # a system has cleared the folder, or another mesh removed the file
             return False
 
     async def _handle_connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Reads one request, answers it, and closes the connection."""
         task = asyncio.current_task()
-        assert task is not None
+        assert task is not None, "asyncio has called this outside of a task"
         self._connections.add(task)
         try:
             line = await self._read_request(reader, writer)

@@ -51,7 +51,7 @@ def _cancel_on_signals(received_signals: list[int]) -> None:
     The task may replace these handlers later. A signal that is ignored stays ignored.
     """
     task, loop = asyncio.current_task(), asyncio.get_running_loop()
-    assert task is not None
+    assert task is not None, "this was called outside of a task"
 
     def handle(number: int) -> None:
         received_signals.append(number)

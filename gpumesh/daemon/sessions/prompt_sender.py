@@ -50,7 +50,8 @@ async def send_prompt(
     counters = None
     async with session.chat(prompt) as stream:
         async for chunk in stream:
-            if first_token_at is None and (chunk.text or chunk.thinking):
+            has_token = bool(chunk.text or chunk.thinking)  # the final chunk, for example, has none
+            if has_token and first_token_at is None:
                 first_token_at = time.perf_counter()
             if chunk.text:
                 pieces.append(chunk.text)

@@ -83,7 +83,8 @@ class SharedResult(Generic[T]):
         an error is not kept for later callers.
         """
         task = self._task
-        if task is None or (task.done() and (refresh or self._is_too_old())):
+        is_old_answer = task is not None and task.done() and (refresh or self._is_too_old())
+        if task is None or is_old_answer:
             task = self._task = asyncio.create_task(self._ask_once(), name="this machine")
             self._waiting_callers = 0
         self._waiting_callers += 1

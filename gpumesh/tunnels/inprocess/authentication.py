@@ -93,7 +93,9 @@ def authenticate(
     """
     login = _Login(transport, credentials, address, deadline, ask)
     try:
-        if not (login.try_keys() or login.try_password() or login.try_questions()):
+        # Each method is tried only if all methods before it have failed.
+        succeeded = login.try_keys() or login.try_password() or login.try_questions()
+        if not succeeded:
             raise login.make_refused_error()
     except EOFError as error:
         raise TunnelLost(f"{address} closed the connection during the login") from error

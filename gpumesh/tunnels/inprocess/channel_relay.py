@@ -171,7 +171,7 @@ class ChannelRelay:
         with self._lock:
             all_written = not self._pending
             host_has_room = self._send_window > 0
-        if self._host_ended and all_written and not self._end_written:
+        if self._host_ended and all_written and not self._end_written:  # the client does not know of the end yet
             self._end_written = True
             try:
                 self._local.shutdown(socket.SHUT_WR)
@@ -221,7 +221,7 @@ class ChannelRelay:
     def _remove_if_closed(self) -> None:
         """Removes the channel from paramiko's map if both sides are closed, because then no packet can come for it."""
         transport = self._multiplexer.transport
-        if self._local_closed and (self._host_closed or not transport.active):
+        if self._local_closed and (self._host_closed or not transport.active):  # its end closes the host's side too
             self._multiplexer.cancel_open_timeout(self)
             transport._channels.delete(self._number)
             transport.channels_seen.pop(self._number, None)
@@ -336,7 +336,7 @@ def _write_pieces(sock: socket.socket, pieces: deque[bytes]) -> int:
         piece = pieces[0]
         try:
             sent = sock.send(piece)
-        except (BlockingIOError, InterruptedError):
+        except (BlockingIOError, InterruptedError):  # the socket has no more room
             break
         written += sent
         if sent < len(piece):

@@ -34,7 +34,8 @@ TIMEOUT_SLACK_S = 0.5  # the outer time-out is longer by this, because an error 
 class OpenedConnection:
     """An authenticated connection. ``transports``: one for each host on the route; the last is that of the node's host.
 
-    ``shell_test``: the session that tests the host for a POSIX shell (``handshake.disable_nagle_on_host``).
+    ``shell_test``: the session that tests the host for a POSIX shell (``handshake.disable_nagle_on_host``). ``rtt_ms``:
+    the first round trip; ``None`` if the connection ended before the answer.
     """
 
     transports: tuple[paramiko.Transport, ...]

@@ -55,7 +55,7 @@ def read_listening_sockets(proc: Path) -> Iterator[ListeningSocket]:
             try:
                 info = parse_socket_info(line)
                 address, port = parse_table_address(line.split()[1].decode())
-            except (ValueError, IndexError):
+            except (ValueError, IndexError):  # a line of another form
                 continue
             if info.state == LISTEN_STATE:
                 yield ListeningSocket(address, port, info.inode, info.uid)

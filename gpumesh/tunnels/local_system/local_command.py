@@ -91,7 +91,7 @@ async def read_at_most(pipe: asyncio.StreamReader | None, limit: int) -> tuple[b
 
     The rest is read and dropped, so that the command can end.
     """
-    assert pipe is not None
+    assert pipe is not None, "the command was started without this pipe"
     output = bytearray()
     truncated = False
     while piece := await pipe.read(CHUNK_BYTES):

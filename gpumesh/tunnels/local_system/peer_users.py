@@ -129,7 +129,7 @@ def open_own_user_filter(listener: socket.socket, on_refused: OnPeerRefused) -> 
     reason = "this system does not say"
     try:
         lookup = open_socket_lookup(listener)
-    except OSError as error:
+    except OSError as error:  # descriptors or memory are short, so the trial was not possible
         lookup = None
         reason = os.strerror(error.errno or 0)
     if lookup is None:

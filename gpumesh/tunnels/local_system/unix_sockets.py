@@ -89,7 +89,7 @@ def open_tunnel_listener(mesh: str, node: str, number: int, backlog: int) -> Uni
         attempt_suffix = "" if attempt == 1 else f".{attempt}"
         try:
             return UnixListener(folder / _file_name(stem, attempt_suffix, folder), backlog)
-        except PathInUse as error:
+        except PathInUse as error:  # the next name is tried
             last_error = error
     raise last_error
 

@@ -114,7 +114,7 @@ class MuxCommand:
 
     async def _read_pipe(self, stream: OutputStream, pipe: asyncio.StreamReader | None) -> None:
         """Puts the pieces of one pipe into the queue, and ``None`` at the pipe's end."""
-        assert pipe is not None
+        assert pipe is not None, "ssh was started without this pipe"
         while data := await pipe.read(READ_BYTES):
             if stream is OutputStream.STDERR:
                 self._stderr_tail = (self._stderr_tail + data)[-STDERR_TAIL_BYTES:]

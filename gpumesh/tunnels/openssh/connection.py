@@ -133,7 +133,7 @@ class OpensshConnection:
         try:
             async with asyncio.timeout(timeout_s):
                 await commands.request_session(self._master.control)
-        except TimeoutError:
+        except TimeoutError:  # the host has not answered
             return None
         return None if self._master.exited else (time.perf_counter() - started_at) * 1000
 
@@ -171,7 +171,7 @@ class OpensshConnection:
         try:
             async with asyncio.timeout(forwards.MUX_TIMEOUT_S):
                 return await mux.is_master_alive(self._master.control)
-        except TimeoutError:
+        except TimeoutError:  # the master hangs
             return False
 
     def _report_forbidden(self, forbidden: Sequence[Target]) -> None:

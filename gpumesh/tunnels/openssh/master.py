@@ -184,7 +184,7 @@ class OpensshMaster:
             self.state = state
 
     async def _write_line(self, line: bytes) -> None:
-        assert self.process.stdin is not None
+        assert self.process.stdin is not None, "ssh was started without a pipe as its input"
         self.process.stdin.write(line + b"\n")
         await self.process.stdin.drain()
 
@@ -223,7 +223,7 @@ class OpensshMaster:
 
 async def _read_lines(pipe: asyncio.StreamReader | None) -> AsyncIterator[bytes]:
     """Yields the lines of a hostile stream. A line longer than ``LINE_LIMIT`` is cut."""
-    assert pipe is not None
+    assert pipe is not None, "ssh was started without this pipe"
     buffer = LineBuffer(LINE_LIMIT, cut=True)
     while data := await pipe.read(READ_BYTES):
         for line in buffer.feed(data):

@@ -86,14 +86,15 @@ def host_key_command(setup: ConnectRequest, known_hosts: Path, *, batch: bool) -
 def jump_command(ssh: SshSpec, *, batch: bool) -> str:
     """The chain of jump hosts as a value of ProxyCommand; "" without jump hosts.
 
-    For one jump host it is ``ssh -o NAME=VALUE … -l USER -p PORT -W '[%h]:%p' -- HOST``. For another jump host before
-    it, that host's command is its own option ProxyCommand.
+    For one jump host it is ``ssh -o NAME=VALUE … -l USER -p PORT -W '[%h]:%p' -- HOST``. If that jump host is reached
+    through an earlier jump host, this ``ssh`` has an option ProxyCommand, whose value is the command for the earlier
+    one.
 
-    Not ``-J``: with it, ssh would not use our known_hosts, keys and policy for the jump hosts.
+    ``-J`` is not used: with it, ssh would not use our known_hosts, keys and policy for the jump hosts.
     """
     command = ""  # leads to the jump hosts so far; the next jump host is reached through it
     for jump in ssh.proxy_jump:
-        user, host, port = split_jump(jump, "")
+        user, host, port = split_jump(jump, default_user="")  # "": without a user, ssh takes its own default
         options = {"ControlPath": "none", **_connect_options(ssh, batch=batch)}
         arguments = ["ssh", *_option_arguments(options), *_identity_arguments(ssh)]
         if command:

@@ -60,7 +60,7 @@ async def follow_connection(
             cause = link.end_cause.result() if link.end_cause.done() else None
             # This cancels the group's tasks, also a task that waits for a person's answer, but not our own task.
             raise _LinkOver
-    except* _LinkOver:
+    except* _LinkOver:  # the group has ended, as intended
         pass
     finally:
         # Ends the link's pings and commands, also after ``give_up`` or a cancel. An earlier cause stays.

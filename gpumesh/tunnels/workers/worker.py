@@ -181,7 +181,7 @@ class Worker:
                     return  # a second ConnectRequest: our supervisor never sends that
 
     async def _send(self, message: FromWorker) -> None:
-        assert self._writer is not None
+        assert self._writer is not None, "``serve`` has not opened the socket"
         with contextlib.suppress(ConnectionError):  # the supervisor is gone: ``_receive`` notices that too, and ends us
             self._writer.write(protocol.encode_message(message))
             await self._writer.drain()

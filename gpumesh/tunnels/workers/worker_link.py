@@ -165,7 +165,7 @@ class WorkerLink:
             async with asyncio.timeout(timeout_s + PING_SLACK_S):
                 await self._worker.send(Ping(ping_id, timeout_s))
                 return await answer
-        except (TimeoutError, TunnelDown):
+        except (TimeoutError, TunnelDown):  # the worker does not answer in time, or has ended
             return None
         finally:
             del self._pings[ping_id]
