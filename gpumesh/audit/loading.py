@@ -8,10 +8,11 @@ from gpumesh.sentences import join_all, join_some
 from gpumesh.state import Finding, LoadingState, ModelLoadsState, NodeState, Severity, TunnelPhase
 from gpumesh.topology import NodeSpec
 
-# The loads after a start are no fault, nor is a change of the model from time to time.
+# Fewer loads are no fault: the first loads after a start, or a change of the model from time to time.
 LEAST_LOADS = 4
-# The scheduler keeps a model that is asked for at least twice as long as its load has taken: then loads are a third of
-# the time. So a smaller share than a third must be a finding.
+# The scheduler lets a model that has requests stay for at least twice the time that its load took (``LEAST_STAY`` in
+# balancer/forecast.py). So even a node that always loads the next model after that spends only a third of its time on
+# loads. It must be found too, so the limit is below a third.
 LEAST_SHARE = 0.2
 MAX_NAMED = 4  # a message names at most so many models or contexts, and counts the others
 

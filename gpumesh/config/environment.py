@@ -113,8 +113,8 @@ def home() -> Path:
 def config_dir() -> Path:
     """The folder for our configuration. The folder may not exist.
 
-    It is ``$XDG_CONFIG_HOME/gpumesh``, else ``~/.config/gpumesh``. On macOS, the latter is used only if it exists, and
-    else ``~/Library/Application Support/gpumesh``. On Windows it is in APPDATA.
+    It is ``$XDG_CONFIG_HOME/gpumesh``; without this variable ``~/.config/gpumesh``. On macOS without the variable, it
+    is ``~/Library/Application Support/gpumesh`` if there is no ``~/.config/gpumesh``. On Windows it is in APPDATA.
     """
     if sys.platform == "win32":
         return Path(get("APPDATA") or home() / "AppData" / "Roaming") / _APP

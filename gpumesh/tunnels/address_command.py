@@ -42,7 +42,7 @@ def parse_address(text: str, *, default_port: int) -> tuple[str, int]:
 
 def _parse_json(text: str) -> tuple[str, int | None]:
     """Host and port from a JSON object; port ``None``: the object has no ``port``. Raises ``ValueError``."""
-    # A pod's API may answer with null for host or port until the pod has started: hence "yet" in the messages.
+    # The messages say "yet" because a pod's API may answer with null for host or port until the pod has started.
     try:
         document = json.loads(text)
     except (ValueError, RecursionError) as error:
