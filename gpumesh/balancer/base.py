@@ -33,7 +33,7 @@ class Demand(msgspec.Struct, frozen=True):
     ``nodes`` are the only nodes that may answer it, by the rules of mesh.yaml for its model and its key; ``None``: all
     nodes may. ``preferred_nodes`` are asked first, as nodes of a lower tier are.
 
-    ``prompt_tokens`` is estimated from the size of the prompt; ``None`` if the prompt is not known or short.
+    ``prompt_tokens`` is estimated from the size of the request's body; ``None`` if the body is small or not known.
     ``max_tokens`` is the longest answer that the client allows; ``None``: the client sets no maximum.
 
     ``needs_slot`` is false for a request that costs no inference (``show``, ``pull`` …): such a request neither waits

@@ -22,7 +22,7 @@ from gpumesh.mesh.nodes.lease import Lease
 from gpumesh.state import WaitingState
 
 GRACE_S = 6.0  # how long a request waits if all nodes that could serve it are away
-RECHECK_S = 0.2  # between two looks at the nodes while a request waits for one that is away
+RECHECK_S = 0.2  # while a request waits for a node that is away, the nodes are looked at so often
 MIN_RETRY_AFTER_S = 1.0  # the least that Retry-After says
 
 
@@ -40,10 +40,10 @@ class Dispatcher:
         self._queue = scheduler.queue
         self._clock = clock
         self._grace_s = grace_s
-        self._turn = 0  # of requests that need no slot
-        # Since when all nodes that could serve the requests of a group are away, for the groups where it is so.
+        self._turn = 0  # counts the requests without a slot, so that equal nodes take turns
+        # The groups of which all nodes that could serve them are away, and since when that is so.
         self._away_since: dict[Group, float] = {}
-        self._groups_may_fail = False  # whether a node was lost since the groups were looked at
+        self._groups_may_fail = False  # whether, since the last look, a group may have lost its last node
         self._timer: asyncio.TimerHandle | None = None
 
     def __repr__(self) -> str:
@@ -53,6 +53,7 @@ class Dispatcher:
 
     @property
     def queued(self) -> int:
+        """The number of requests that wait."""
         return self._queue.size
 
     def waiting(self, limit: int) -> tuple[WaitingState, ...]:
@@ -89,8 +90,8 @@ class Dispatcher:
         return accounts[0].name if accounts else None
 
     def is_worth_waiting(self, demand: Demand) -> bool:
-        """Whether a node that could serve this demand a moment ago is away, but may come back in a moment. A node that
-        has never listed its models does not count: it has not worked before."""
+        """Whether a node that could serve this demand is away now, but has worked before and may come back in a
+        moment. (A node that has never listed its models has not worked before.)"""
         return self._any_may_recover(demand, frozenset(), only_probed=True)
 
     def _any_may_recover(self, demand: Demand, exclude: frozenset[str], *, only_probed: bool = False) -> bool:
@@ -108,7 +109,7 @@ class Dispatcher:
     def acquire_now(self, demand: Demand, exclude: frozenset[str]) -> Lease | None:
         """Takes a slot on the best node for this demand. Returns ``None`` if the request should wait: there is no free
         slot, or another node is worth waiting for."""
-        if self._queue.size:  # the requests that wait already choose first among the free slots
+        if self._queue.size:  # the requests that wait already come first: they get what is free now
             self.grant_waiting()
         if not demand.needs_slot:
             return self._lease_without_slot(demand, exclude)
@@ -126,8 +127,9 @@ class Dispatcher:
         """Takes a slot on the best node for this demand, and waits for a slot if necessary. ``exclude``: names of nodes
         that must not be used.
 
-        ``since`` is given for a request that a node has failed: it is the time when the request was accepted. The
-        request then gets the place in the queue that belongs to this time, and is not refused if the queue is full.
+        ``since`` is given for a request whose last attempt on a node has failed: it is the time when the request was
+        accepted. The request then gets the place in the queue that belongs to this time, and is not refused if the
+        queue is full.
 
         Raises NoNodeError or ModelMissing if no node could serve the demand, QueueFull if the queue is full, and
         DeadlineExceeded if no slot became free in time.
@@ -144,7 +146,8 @@ class Dispatcher:
         now = self._clock()
         try:
             entry = self._scheduler.wait(demand, now, granted, exclude=exclude, accepted_at=since)
-        except OverflowError as error:
+        except OverflowError as error:  # the queue is full
+            # Perhaps a slot is free, but another node was worth waiting for. Better this slot than an error.
             placement = self._scheduler.place_now(demand, now, exclude=exclude, may_wait=False)
             if placement is not None:
                 return self._lease(placement)
@@ -158,7 +161,7 @@ class Dispatcher:
         except TimeoutError:
             _return_grant(granted)
             raise _deadline_error(timeout_s) from None
-        except asyncio.CancelledError:
+        except asyncio.CancelledError:  # the client has gone
             _return_grant(granted)
             raise
         finally:
@@ -168,7 +171,7 @@ class Dispatcher:
 
     def acquire_despite_breaker(self, demand: Demand, *, exclude: frozenset[str]) -> Lease | None:
         """Takes a free slot on a node whose server answers probes, even if the node's breaker is open because requests
-        failed there lately. Returns ``None`` if there is none.
+        failed there lately. Returns ``None`` if no such node has a free slot.
 
         This is for a request that no other node can take any more: an attempt on such a node is better than an
         error."""
@@ -180,6 +183,7 @@ class Dispatcher:
         return None if placement is None else self._lease(placement)
 
     def _lease(self, placement: Placement) -> Lease:
+        """The lease for a request that the scheduler has placed."""
         node = self._fleet[placement.placed.account.name]
         return node.lease(placement.placed.demand, placement)
 
@@ -200,8 +204,8 @@ class Dispatcher:
         return self._fleet[least_busy.name].lease(demand, None)
 
     async def _wait_without_slot(self, demand: Demand, exclude: frozenset[str], timeout_s: float) -> Lease:
-        """Waits until a node is back, for a request that costs no inference. It needs no place in the queue: while any
-        node could serve it, it does not wait. Raises as ``acquire`` does."""
+        """Waits until a node is back that can serve a request without a slot. Such a request needs no place in the
+        queue: it waits only while no node can serve it. Raises as ``acquire`` does."""
         started_at = self._clock()
         while self._any_may_recover(demand, exclude):
             waited_s = self._clock() - started_at
@@ -221,7 +225,8 @@ class Dispatcher:
     # -- the queue -----------------------------------------------------------------------------------------------
 
     def note_nodes_changed(self) -> None:
-        """A node may have been lost, or changed what it can serve: perhaps waiting requests have no node any more."""
+        """Grants slots again, and looks for requests that have no node any more: a node may have been lost, or may
+        serve other models than before."""
         self._groups_may_fail = True
         self.grant_waiting()
 
@@ -233,7 +238,7 @@ class Dispatcher:
             return
         for entry, placement in self._scheduler.grants(self._clock()):
             granted = _future(entry)
-            if granted.done():  # the request leaves the queue as soon as its task runs
+            if granted.done():  # the request was cancelled; its task leaves the queue as soon as it runs
                 self._lease(placement).discard()
             else:
                 granted.set_result(self._lease(placement))
@@ -243,9 +248,10 @@ class Dispatcher:
         self._set_timer()
 
     def _refuse_hopeless(self) -> None:
-        """Gives an error to the requests that no node can serve, now or in a moment.
+        """Gives an error to the waiting requests that no node can serve, now or in a moment.
 
-        Each request waits for the whole grace period, from the time when its nodes went away, or when it came."""
+        A request whose nodes may come back waits for the whole grace period. The period begins when its nodes went
+        away, or when the request came, if that was later."""
         now = self._clock()
         away_since = {}
         for group in tuple(self._scheduler.groups()):
@@ -277,18 +283,21 @@ class Dispatcher:
             self._timer = asyncio.get_running_loop().call_later(delay_s, self._recheck)
 
     def _recheck(self) -> None:
+        """Looks at the queue again when the timer has run out."""
         self._timer = None
-        if self._away_since:
+        if self._away_since:  # the scheduler must look at all nodes again: one that was away may be back
             for node in self._fleet:
                 self._scheduler.note_change(node.account)
         self.grant_waiting()
 
     def close(self) -> None:
+        """Stops the timer."""
         if self._timer is not None:
             self._timer.cancel()
 
 
 def _refuse(entry: QueueEntry[Waiting], error: GPUMeshError) -> None:
+    """Lets ``acquire`` raise this error, unless it has ended in this moment."""
     granted = _future(entry)
     if not granted.done():
         granted.set_exception(error)
@@ -299,8 +308,9 @@ def _deadline_error(timeout_s: float) -> DeadlineExceeded:
 
 
 def _future(entry: QueueEntry[Waiting]) -> asyncio.Future[Lease]:
+    """The future that ``acquire`` waits for."""
     future = entry.payload.payload
-    assert isinstance(future, asyncio.Future), "another payload than ``acquire`` gave"
+    assert isinstance(future, asyncio.Future), "not the payload that ``acquire`` gave to ``Scheduler.wait``"
     return future
 
 

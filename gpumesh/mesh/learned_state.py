@@ -1,9 +1,10 @@
 """Keeps what was learned about hosts (rates and limits) in a file of the state folder, so that it survives a restart.
 
-All meshes of a user that were started with ``gpumesh up`` share the file. A mesh for a single command only reads it,
-and a program that uses the library has no such file unless it gives one. It is written every few minutes and at the
-end, and only its owner can read it. It holds no prompt and no answer, only names of hosts and models and figures. A
-damaged file is ignored, with a line in the log: everything in it is learned again within a few answers.
+All meshes of a user that were started with ``gpumesh up`` share the file. A mesh for a single command only reads it. A
+program that uses gpumesh as a library has no such file unless it names one. The file is written every few minutes and
+at the end of the mesh, and only its owner can read it. It holds no prompt and no answer, only names of hosts and
+models, and figures. A damaged file is ignored, with a line in the log: everything in it is learned again within a few
+answers.
 """
 
 from __future__ import annotations
@@ -28,9 +29,10 @@ log = logging.getLogger(__name__)
 FORMAT = 1
 SAVE_INTERVAL_S = 180.0
 MAX_FILE_BYTES = 8 << 20
-# A host that shows more models than any real one must not push the others out of the file.
+# A host with more figures than this is not stored. Otherwise a host that shows endless models would push the others out
+# of the file.
 MAX_HOST_BYTES = 256 << 10
-MAX_HOSTS = 1000  # with more, those that were saved longest ago are forgotten
+MAX_HOSTS = 1000  # with more, the hosts whose last save is longest ago are forgotten
 MAX_KEY_CHARS = 1000
 
 
@@ -53,7 +55,7 @@ class LearningNode(Protocol):
 
 
 class _LearnedHost(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What was learned about one server. ``saved_at``: seconds since 1970. The rates and limits are read only when a
+    """What was learned about one server. ``saved_at``: seconds since 1970. The rates and limits stay raw JSON until a
     node needs them."""
 
     server_version: Annotated[str, msgspec.Meta(max_length=MAX_KEY_CHARS)] | None
@@ -73,8 +75,8 @@ class _LearnedFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def build_host_key(coordination_key: str, *, url: str, kind: str) -> str:
-    """The key of a server: its GPUs or host (``coordination_key``), its address there, and its kind. Two servers on one
-    GPU have different keys."""
+    """The key of a server in the file: its kind, its address on its host, and its GPUs or host (``coordination_key``).
+    So two servers on one GPU have different keys."""
     return f"{kind} {url} {coordination_key}"
 
 
@@ -89,8 +91,8 @@ class LearnedState:
         self._read_only = read_only
         self._wall_clock = wall_clock
         self._hosts = _read_hosts(path)
-        self._saved: dict[str, _LearnedHost] = {}  # the last state of our own hosts in the file
-        self._is_failing = False
+        self._saved: dict[str, _LearnedHost] = {}  # the state of this mesh's hosts that was written last
+        self._is_failing = False  # whether the last save has failed; the log says it once
 
     def __repr__(self) -> str:
         return f"<LearnedState {self._path} {len(self._hosts)} hosts{' failing' if self._is_failing else ''}>"
@@ -109,7 +111,7 @@ class LearnedState:
             node.rates.restore(rates)
             if host.server_version is not None and host.server_version == node.server_version:
                 node.learned_slots.restore(limits, now=now)
-        except (ValueError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # RecursionError: JSON that is nested too deeply
             log.warning(
                 "%s: what was learned about %r is damaged, so it is ignored: %s", self._path, node.host_key, error
             )
@@ -117,7 +119,8 @@ class LearnedState:
     async def run(
         self, nodes: Iterable[LearningNode], *, sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
     ) -> None:
-        """Saves every few minutes, and once more when it is cancelled. ``nodes`` is read each time anew."""
+        """Saves every ``SAVE_INTERVAL_S``, and once more when it is cancelled. ``nodes`` is iterated over at each
+        save."""
         try:
             while True:
                 await sleep(SAVE_INTERVAL_S)
@@ -126,7 +129,8 @@ class LearnedState:
             self.save(nodes)
 
     def save(self, nodes: Iterable[LearningNode]) -> None:
-        """Writes the state of these nodes to the file, if it has changed. The other hosts in the file stay."""
+        """Writes the state of these nodes to the file, if the state has changed. The other hosts in the file stay. A
+        failure is logged, and the next call tries again."""
         if self._read_only:
             return
         own = dict(self._collect_hosts(nodes))
@@ -145,16 +149,17 @@ class LearnedState:
         self._hosts, self._saved, self._is_failing = hosts, own, False
 
     def _collect_hosts(self, nodes: Iterable[LearningNode]) -> Iterable[tuple[str, _LearnedHost]]:
-        """Yields the state of each node about which something was learned. A state that has not changed since the last
-        time is yielded as it was then."""
+        """Yields the key and the state of each node about which something was learned. A state that has not changed
+        since it was written is yielded as it was then, with its old ``saved_at``."""
         for node in nodes:
             key, rates, limits = node.host_key, node.rates, node.learned_slots.as_dict()
-            if key is None or len(key) > MAX_KEY_CHARS or (rates.is_empty and not limits):
+            nothing_is_learned = rates.is_empty and not limits
+            if key is None or len(key) > MAX_KEY_CHARS or nothing_is_learned:
                 continue
             try:
                 raw_rates = msgspec.Raw(msgspec.json.encode(rates.as_dict()))
                 raw_limits = msgspec.Raw(msgspec.json.encode(limits))
-            except UnicodeEncodeError:  # a lone surrogate in the name of a model
+            except UnicodeEncodeError:  # the name of a model has a lone surrogate, which JSON cannot hold
                 continue
             host = _LearnedHost(node.server_version, self._wall_clock(), raw_rates, raw_limits)
             saved = self._saved.get(key)
@@ -171,7 +176,7 @@ def _encode_file(hosts: dict[str, _LearnedHost]) -> str:
     size = 0
     for key, host in latest_first[:MAX_HOSTS]:
         size += len(msgspec.json.encode({key: host}))
-        if size > MAX_FILE_BYTES // 2:  # so that the file is surely read again
+        if size > MAX_FILE_BYTES // 2:  # half: so the file surely stays below the size at which it is not read
             break
         kept[key] = host
     return msgspec.json.encode(_LearnedFile(FORMAT, kept)).decode()
@@ -182,14 +187,14 @@ def _read_hosts(path: Path) -> dict[str, _LearnedHost]:
     try:
         data = _read_own_file(path)
         return {} if data is None else msgspec.json.decode(data, type=_LearnedFile).hosts
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # RecursionError: JSON that is nested too deeply
         log.warning("%s is damaged, so it is ignored: %s", path, error)
         return {}
 
 
 def _read_own_file(path: Path) -> bytes | None:
-    """The content of the file; ``None`` if there is none. Raises OSError, and ValueError for a file that we would not
-    have written: a link, a pipe, too large, or a file that other users may write to."""
+    """The content of the file; ``None`` if there is no file. Raises OSError, or ValueError, for a file that gpumesh
+    does not write: a link, a pipe, a file that is too large, or one that another user owns or may write to."""
     try:
         # O_NOFOLLOW refuses a link. O_NONBLOCK is for a FIFO: without it, opening a FIFO waits for its writer.
         flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
@@ -200,8 +205,11 @@ def _read_own_file(path: Path) -> bytes | None:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise ValueError("it is not a regular file")
-        if hasattr(os, "geteuid") and (status.st_uid != os.geteuid() or status.st_mode & 0o022):
-            raise ValueError("other users may have written it")
+        if hasattr(os, "geteuid"):  # not on Windows
+            is_ours = status.st_uid == os.geteuid()
+            others_may_write = bool(status.st_mode & 0o022)  # the bits "write" of the group and of all others
+            if not is_ours or others_may_write:
+                raise ValueError("other users may have written it")
         data = file.read(MAX_FILE_BYTES + 1)
     if len(data) > MAX_FILE_BYTES:
         raise ValueError("it is too large")

@@ -1,4 +1,7 @@
-"""Uploads one body to several nodes at once, at the pace of the slowest node. A node that fails gets no more pieces."""
+"""Uploads one body (a model's blob) to several nodes at once, at the pace of the slowest node.
+
+A node that fails gets no more pieces; the upload to the others goes on.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, S
 
 from gpumesh.mesh.models.store_answers import NodeResult
 
-QUEUED_PIECES = 4  # at most, for a node that is slower than the client; a piece has about 64 KiB
+QUEUED_PIECES = 4  # so many pieces of about 64 KiB may wait for a node that is slower than the client
 
 Upload = Callable[[str, AsyncIterable[bytes]], Awaitable[NodeResult]]
 """Sends a body to the node of this name. Never raises because of what the node does."""
@@ -52,13 +55,14 @@ class PieceQueue:
             yield piece
 
     async def _wait_for_change(self) -> None:
+        """Returns at the next change of the queue."""
         self._changed.clear()
         await self._changed.wait()
 
 
 async def upload_to_nodes(nodes: Sequence[str], pieces: AsyncIterable[bytes], upload: Upload) -> list[NodeResult]:
-    """Uploads the body of ``pieces`` to all nodes, and returns the results in the order of ``nodes``. When all uploads
-    have ended, the rest of ``pieces`` is not read."""
+    """Uploads the body of ``pieces`` to all nodes, and returns the results in the order of ``nodes``. If all uploads
+    end before the body does (all nodes have failed), the rest of ``pieces`` is not read."""
     queues = {node: PieceQueue() for node in nodes}
 
     async def upload_from_queue(node: str) -> NodeResult:

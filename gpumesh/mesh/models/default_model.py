@@ -5,7 +5,7 @@ from __future__ import annotations
 from gpumesh.errors import NoNodeError, UsageError
 from gpumesh.state import Health, MeshState
 
-# A model with one of these in its name or family turns text into vectors, and cannot chat.
+# A model whose name or family contains one of these turns text into vectors, and cannot chat.
 EMBEDDER_MARKS = ("bert", "embed")
 
 

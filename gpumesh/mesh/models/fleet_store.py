@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 BLOB_CHECK_TIMEOUT_S = 30.0
 MAX_PULL_ATTEMPTS = 5  # on one node; Ollama continues where the last attempt was cut
-RETRY_PAUSE_S = 1.0  # before the second attempt; twice as long before each further attempt
+RETRY_PAUSE_S = 1.0  # the pause before the second attempt; it doubles before each further attempt
 BLOBS_PATH = "/api/blobs/"
 
 
@@ -76,12 +76,16 @@ class OperationResult:
         """The reason if the operation failed on all nodes for the same reason, else ``None``."""
         reasons = set(self.failures.values())
         failed_everywhere = len(self.failures) == len(self.nodes)
-        return reasons.pop() if failed_everywhere and len(reasons) == 1 else None
+        has_one_reason = len(reasons) == 1
+        return reasons.pop() if failed_everywhere and has_one_reason else None
 
 
 class StoreOperation:
-    """One ``pull``, ``push`` or ``create`` on several nodes at once. Iterate ``steps`` to its end, then read
-    ``result``."""
+    """One ``pull``, ``push`` or ``create`` on several nodes at once. To be used so: iterate over ``steps`` to its end,
+    then read ``result``.
+
+    ``call`` is the request that each node gets, with a time-out of ``timeout_s``. It is sent to a node up to
+    ``max_attempts`` times; ``pause_s`` is the pause before the second attempt."""
 
     def __init__(
         self,
@@ -125,7 +129,7 @@ class StoreOperation:
                 if new_steps:
                     yield new_steps
             for task in tasks:
-                task.result()  # raises the error of a task that a bug of ours ended
+                task.result()  # no fault of a node makes a task raise; this raises the error of a bug of ours
             await self._mesh.refresh(self.progress.done)
         finally:
             for task in tasks:
@@ -137,12 +141,12 @@ class StoreOperation:
         return OperationResult(self.nodes, self.progress.done, self.progress.failures, self._refusal)
 
     async def _run_on_node(self, node: str) -> None:
-        """Runs the operation on one node, and adds its steps to the progress, or marks the node as failed there. Sends
-        the request up to ``max_attempts`` times, as long as the answers fail or are cut."""
+        """Runs the operation on one node, and adds its steps to the progress. If it does not succeed, marks the node as
+        failed there. Sends the request up to ``max_attempts`` times, as long as another attempt may help."""
         store = ModelStore(node, over_mesh(self._mesh, node))
         reason = ""
         for attempt in range(self._max_attempts):
-            if attempt:  # not the first
+            if attempt > 0:  # not before the first
                 await asyncio.sleep(self._pause_s * 2 ** (attempt - 1))
             try:
                 async with aclosing(store.follow(self._call, timeout_s=self._timeout_s)) as steps:
@@ -168,7 +172,8 @@ class StoreOperation:
 
 
 class FleetStore:
-    """The model stores of a mesh that runs in this process."""
+    """The model stores of a mesh that runs in this process. ``pause_s``: the pause before the second attempt of a
+    pull."""
 
     def __init__(self, mesh: Mesh, *, pause_s: float = RETRY_PAUSE_S) -> None:
         self._mesh = mesh
@@ -186,8 +191,8 @@ class FleetStore:
         ]
 
     def usable_nodes(self, node: str | None) -> list[str]:
-        """The nodes that can be used now; if ``node`` is given, only this node. Raises NoNodeError if there are
-        none."""
+        """The nodes with a model store that can be used now; if ``node`` is given, only this node. Raises NoNodeError
+        if there are none."""
         usable_names = [candidate.name for candidate in self._candidates() if candidate.usable]
         names = [name for name in usable_names if node in (None, name)]
         if not names:
@@ -195,8 +200,8 @@ class FleetStore:
         return names
 
     def nodes_with(self, model: str, node: str | None) -> list[str]:
-        """The usable nodes that have the model; if ``node`` is given, only this node. Raises NoNodeError and
-        ModelMissing."""
+        """The usable nodes that have the model; if ``node`` is given, only this node. Raises NoNodeError if no node is
+        usable, and ModelMissing if none of them has the model."""
         usable = {candidate.name: candidate for candidate in self._candidates() if candidate.usable}
         names = [name for name in self.usable_nodes(node) if has_model(usable[name], model)]
         if not names:
@@ -257,7 +262,7 @@ class FleetStore:
         if node is None:
             unusable = [candidate for candidate in self._candidates() if not candidate.usable]
             for candidate in unusable:
-                # ``has_model`` is also true for a node whose models are not known.
+                # ``has_model`` alone would also be true for a node whose models are not known.
                 is_listed = candidate.models is not None and has_model(candidate, model)
                 if is_listed:
                     error = NoNodeError("it cannot be reached now", node=candidate.name)
@@ -317,6 +322,6 @@ class FleetStore:
 
 def is_done_where_possible(results: Sequence[NodeResult]) -> bool:
     """Whether a ``copy`` or ``delete`` has succeeded on every node that has the model, and on one node at least. A node
-    that has lost the model since it was chosen does not count."""
+    that answers that it does not have the model does not count: it has lost the model since the node was chosen."""
     is_done_somewhere = any(result.done for result in results)
     return is_done_somewhere and all(result.done or result.model_is_missing for result in results)

@@ -27,8 +27,9 @@ class LoadedCopy:
 
 @dataclass(frozen=True, slots=True)
 class ModelRow:
-    """One model of the fleet: one name with one digest. ``nodes`` have it, ``loaded`` are its copies in memory.
-    ``copies``: the number of different digests that nodes have under this name. ``context_length`` is in tokens."""
+    """One model of the fleet: one name with one digest. ``nodes`` are the names of the nodes that have it, ``loaded``
+    its copies in memory. ``copies``: the number of different digests that the fleet has under this name.
+    ``context_length`` is in tokens. ``None``: the value is not known."""
 
     name: str
     digest: str | None
@@ -66,7 +67,7 @@ def list_model_rows(state: MeshState) -> list[ModelRow]:
             key = (name, info.digest)
             node_names.setdefault(key, []).append(node.name)
             infos.setdefault(key, info)
-    digests: dict[str, set[str]] = {name: set() for name, _ in infos}
+    digests: dict[str, set[str]] = {name: set() for name, _ in infos}  # the known digests of each name
     for name, digest in infos:
         if digest:
             digests[name].add(digest)
@@ -101,7 +102,8 @@ def _list_loaded_copies(state: MeshState) -> dict[_ModelKey, list[LoadedCopy]]:
 
 
 def add_context_lengths(rows: Sequence[ModelRow], lengths: Mapping[tuple[str, str], int]) -> list[ModelRow]:
-    """The rows with their context lengths. ``lengths`` are in tokens, by the names of node and model."""
+    """The rows with their context lengths. ``lengths`` are in tokens, by the names of node and model. A model takes the
+    length that the first of its nodes has given."""
 
     def find_length(row: ModelRow) -> int | None:
         for node in row.nodes:
@@ -129,7 +131,8 @@ def has_model(node: NodeState, model: str) -> bool:
 
 
 def is_embedder_on(node: NodeState, model: str) -> bool:
-    """Whether the model turns text into vectors. A server needs another request to load such a model."""
+    """Whether the model turns text into vectors, by what the node says of it. A server needs another request to load
+    such a model."""
     family = next((info.family for info in node.backend.catalog if full_name(info.name) == full_name(model)), None)
     return is_embedding_model(model, family)
 
@@ -181,9 +184,10 @@ def _find_named_nodes(
 
 
 def plan_sync(state: MeshState, source: str, names: Sequence[str], models: Sequence[str]) -> list[ModelTask]:
-    """The pulls that give other nodes the models of the node ``source``, with the same digests. A node that has such a
-    model with another digest pulls it again. ``names``: the other nodes, by default all nodes that are up. ``models``:
-    the models, by default all models of ``source``. Raises UsageError and NoNodeError."""
+    """The pulls after which other nodes have the models of the node ``source``, with the same digests. A node that has
+    such a model with another digest pulls it again. ``names``: the other nodes; if empty, all nodes that are up.
+    ``models``: the models; if empty, all models of ``source``. Raises UsageError for a name that is wrong, and
+    NoNodeError for a node that is not up."""
     (source_node,) = choose_nodes(state, [source], everywhere=False, required_model=None)
     for model in models:
         if not has_model(source_node, model):
@@ -211,5 +215,5 @@ def _digests_differ(digest: str | None, other_digest: str | None) -> bool:
 
 
 def shorten_digest(digest: str | None) -> str | None:
-    """The digest as `ollama list` shows it."""
+    """The digest as `ollama list` shows it: its first 12 digits; ``None`` if it is not known."""
     return None if digest is None else digest.removeprefix("sha256:")[:SHORT_DIGEST_CHARS]

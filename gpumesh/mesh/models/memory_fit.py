@@ -40,8 +40,10 @@ class Fit:
 
 
 def find_largest_fits(state: MeshState) -> tuple[Fit, ...]:
-    """The largest size that fits on any node, then the largest size that fits on more nodes than the first size. Empty
-    if no node's free memory is known; if no size fits, one Fit with 0 nodes."""
+    """The largest size that fits on any node, and after it the largest size that fits on more nodes than the first one
+    (left out if no size does). Empty if no node's free memory is known. One ``Fit`` with 0 nodes if no size fits.
+
+    Example: 14B fits on 1 node, 8B on 1 node, 3B on 4 nodes: the fits are 14B on 1 node and 3B on 4 nodes."""
     free_mib_by_node = _list_free_mib(state)
     if not free_mib_by_node:
         return ()
@@ -69,7 +71,7 @@ def format_fits(fits: tuple[Fit, ...]) -> str | None:
 
 
 def _with_article(size: str) -> str:
-    """The size with its article, by its spoken form: "an 8B", "a 14B"."""
+    """The size with the article that its spoken form needs: "an 8B" (eight), "a 14B" (fourteen)."""
     return f"an {size}" if size.startswith("8") else f"a {size}"
 
 

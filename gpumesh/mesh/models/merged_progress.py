@@ -14,13 +14,14 @@ from dataclasses import dataclass, field
 
 from gpumesh.mesh.models.store_answers import SUCCESS, StoreStep
 
-MAX_STEPS_PER_NODE = 1000  # layers of one node, and also its different statuses; more of them are dropped
+MAX_STEPS_PER_NODE = 1000  # of one node: so many layers, and so many different statuses; further ones are dropped
 
 
 @dataclass(slots=True)
 class _NodeProgress:
-    """The progress of one node. ``layers``: the completed bytes by digest. ``statuses``: the statuses without a layer,
-    as keys. ``new_layers``: how many layers this node was the first to name. ``failure``: the reason if it failed."""
+    """The progress of one node. ``layers``: the completed bytes by digest. ``statuses``: the statuses that concern no
+    layer, as keys (an ordered set). ``new_layers``: how many layers this node was the first to name. ``failure``: the
+    reason if it failed, else ``None``."""
 
     layers: dict[str, int] = field(default_factory=dict)
     statuses: dict[str, None] = field(default_factory=dict)
@@ -41,8 +42,8 @@ class _Layer:
 
 @dataclass(slots=True)
 class _Status:
-    """A status of the merged progress. ``at_first_node``: it is reported when the first node has reported it, else when
-    all nodes have reported it."""
+    """A status of the merged progress, such as ``pulling manifest``. It is reported when the first node has reported it
+    (``at_first_node``), or else when all nodes have."""
 
     at_first_node: bool
     reported: bool = False
@@ -73,20 +74,21 @@ class MergedProgress:
             self._statuses.setdefault(step.status, _Status(at_first_node=comes_before_layers))
 
     def _add_layer(self, progress: _NodeProgress, digest: str, status: str, total: int, completed: int) -> None:
-        """Notes how many bytes of a layer a node has. ``total`` counts only if no node has named the layer before: the
-        total of a layer never changes. Drops new layers of a node that has named too many."""
+        """Notes how many bytes of a layer a node has. ``total`` is used only if no node has named the layer before,
+        because the total of a layer must never change. Drops further new layers of a node that has named too many."""
         if digest not in self._layers:
             if progress.new_layers >= MAX_STEPS_PER_NODE:
                 return
             progress.new_layers += 1
             self._layers[digest] = _Layer(status, total)
-        progress.layers[digest] = max(progress.layers.get(digest, 0), min(completed, self._layers[digest].total))
+        bounded = min(completed, self._layers[digest].total)
+        progress.layers[digest] = max(progress.layers.get(digest, 0), bounded)  # never less than before
 
     def mark_failed(self, node: str, reason: str) -> None:
         self._nodes[node].failure = reason
 
     def add_note(self, status: str) -> None:
-        """Adds a status that no node has reported."""
+        """Adds a status of the mesh's own, which no node has reported. It is among the next steps."""
         self._statuses.setdefault(status, _Status(at_first_node=True))
 
     @property
@@ -115,11 +117,12 @@ class MergedProgress:
         late_statuses = [status for status, state in unreported.items() if not state.at_first_node]
         for status in late_statuses:
             # A node that is done has passed this status, even if it never reported it.
-            if counted_nodes and all(node.done or status in node.statuses for node in counted_nodes):
+            all_have_passed = all(node.done or status in node.statuses for node in counted_nodes)
+            if counted_nodes and all_have_passed:  # if all nodes have failed, no node is counted
                 steps.append(self._mark_reported(status))
         return steps
 
     def _mark_reported(self, status: str) -> StoreStep:
-        """The step that reports this status; it is not reported again."""
+        """Returns the step that reports this status, and notes that it need not be reported again."""
         self._statuses[status].reported = True
         return StoreStep(status)

@@ -70,18 +70,18 @@ class ModelStore:
             await answer.aclose()
 
     async def request(self, call: HttpCall, *, timeout_s: float = OPERATION_TIMEOUT_S) -> NodeResult:
-        """Sends a request of whose answer only the HTTP status and the error message matter. Never raises because of
-        what the node does: the result has the error."""
+        """Sends a request, and returns the HTTP status and the error message of its answer. Never raises because of
+        what the node does: if there is no answer, the result has the error."""
         try:
             answer = await self._send(call, timeout_s=timeout_s)
-            body = await store_answers.read_body(answer) or b""  # of a body that is too long, only the status counts
+            body = await store_answers.read_body(answer) or b""  # b"": it is too long, so only the status counts
         except GPUMeshError as error:
             return store_answers.failed_result(self.node, error)
         return store_answers.answered_result(self.node, answer.status, body)
 
     async def _ask(self, method: str, path: str, document: Mapping[str, Any]) -> dict[str, Any]:
-        """Sends a JSON document, and returns the JSON object of the answer. Raises StoreRefusal if the server refuses,
-        and BackendError if the answer is too long."""
+        """Sends a JSON document, and returns the answer's JSON object; empty if the answer is none. Raises StoreRefusal
+        if the server refuses, and BackendError if the answer is too long."""
         answer = await self._send(json_call(method, path, document), timeout_s=OPERATION_TIMEOUT_S)
         body = await store_answers.read_body(answer)
         if body is None:
@@ -124,11 +124,12 @@ class ModelStore:
         await self.load(model, embedder=embedder, keep_alive="0")  # 0 s without use: Ollama unloads it at once
 
     async def context_length(self, model: str) -> int | None:
-        """The longest context that the model was made for, in tokens; ``None`` if the server does not say in time."""
+        """The longest context that the model was made for, in tokens; ``None`` if the server does not say it, or not in
+        time."""
         try:
             async with asyncio.timeout(SHOW_TIMEOUT_S):
                 return store_answers.parse_context_length(await self._ask("POST", "/api/show", {"model": model}))
-        except (BackendError, TimeoutError):
+        except (BackendError, TimeoutError):  # the figure is only shown to people, so it may be missing
             return None
 
 
@@ -139,10 +140,10 @@ def json_call(method: str, path: str, document: Mapping[str, Any]) -> HttpCall:
 
 def _parse_keep_alive(text: str) -> str | int:
     """The value that Ollama expects for this text: a number of seconds (-1 means for ever), or a text for a duration
-    such as ``30m``."""
+    such as ``30m``. (Ollama refuses a number in a text: ``"30"``.)"""
     try:
         return int(text)
-    except ValueError:
+    except ValueError:  # a duration with its unit; the server refuses any other text
         return text
 
 

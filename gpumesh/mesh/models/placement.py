@@ -31,24 +31,24 @@ log = logging.getLogger(__name__)
 CHECK_INTERVAL_S = 30.0
 FIRST_REPORT_TIMEOUT_S = 10.0
 LOAD_TIMEOUT_S = 600.0  # a large model from a slow disk takes minutes
-RETRY_S = 600.0  # after a load that has failed
+RETRY_S = 600.0  # so long after a failed load, the same model is not loaded on the same node again
 # How long the model stays in memory without use. Ollama's own 5 minutes would unload it again and again. It is not
 # "for ever", so that the memory is free some time after the mesh has ended.
 KEEP_ALIVE = "1h"
-RECENT_USE_S = 300.0  # a model that was used so lately is not pushed out
-AWAY_S = 60.0  # the copies of a node that is away for less are not replaced
-FOREIGN_LOAD = 0.3  # of the GPU, by other programs; with more, the node is busy
+RECENT_USE_S = 300.0  # a model that was used within this time is not pushed out
+AWAY_S = 60.0  # a node's copies count for so long after the node went away; only then are they replaced
+FOREIGN_LOAD = 0.3  # a node is busy if other programs use more than this share of its GPU
 
 
 @dataclass(frozen=True, slots=True)
 class PlacementNode:
     """A node as the decision sees it. All models are full names in the mesh.
 
-    - ``is_idle``: the node can be used now, has a model store, and no request runs there.
-    - ``models``: those that it has on its disk; ``loaded``: those in its memory, or about to be.
-    - ``used``: those of ``loaded`` that were used lately.
-    - ``pushed_out``: for each wanted model that is not loaded there, what a load would push out.
-    - ``failed``: models that could not be loaded there a short time ago.
+    - ``is_idle``: the node can be used now, has a model store, and is not busy with requests or a load.
+    - ``models``: the models on its disk. ``loaded``: the models in its memory, and those that it loads now.
+    - ``used``: the models that were used lately.
+    - ``pushed_out``: for each wanted model that is not loaded there, the models that its load would push out.
+    - ``failed``: the models that could not be loaded there a short time ago.
     """
 
     name: str
@@ -100,7 +100,8 @@ def find_next_load(specs: Sequence[ModelSpec], nodes: Sequence[PlacementNode]) -
 
 
 def _wanted_without_surplus(specs: Sequence[ModelSpec], nodes: Sequence[PlacementNode]) -> set[str]:
-    """The models of which no copy in memory is more than mesh.yaml wants."""
+    """The models of which all copies in memory are wanted by mesh.yaml. (Of other models there are more copies than
+    wanted, so that one may go.)"""
     kept: set[str] = set()
     for spec in specs:
         model = full_name(spec.name)
@@ -115,7 +116,8 @@ def _allowed_nodes(spec: ModelSpec, nodes: Sequence[PlacementNode]) -> list[Plac
 
 
 def _can_load(node: PlacementNode, model: str, kept: AbstractSet[str]) -> bool:
-    """Whether the model is missing in this node's memory, and may be loaded there now."""
+    """Whether the model is missing in this node's memory, and may be loaded there now: its load pushes out no model in
+    ``kept``, and none that was used lately."""
     if not node.is_idle or model not in node.models or model in node.loaded or model in node.failed:
         return False
     return not any(other in kept or other in node.used for other in node.pushed_out.get(model, ()))
@@ -128,8 +130,8 @@ class ModelPlacement:
         self._mesh = mesh
         self._clock = clock
         self._specs = [spec for spec in mesh.topology.models if spec.wanted_copies]
-        self._failed_until: dict[tuple[str, str], float] = {}  # by node and model
-        self._away_since: dict[str, float] = {}
+        self._failed_until: dict[tuple[str, str], float] = {}  # by node and model: not loaded again before this time
+        self._away_since: dict[str, float] = {}  # by node, for the nodes that are away
 
     def __repr__(self) -> str:
         return f"<ModelPlacement {len(self._specs)} models, {len(self._failed_until)} failed loads>"
@@ -145,6 +147,7 @@ class ModelPlacement:
             await sleep(CHECK_INTERVAL_S)
 
     def _see(self, node: Node) -> PlacementNode:
+        """The node as ``find_next_load`` sees it now."""
         account, now = node.account, self._clock()
         residency = account.residency
         is_idle = (
@@ -164,7 +167,7 @@ class ModelPlacement:
             is_idle,
             models=account.models or frozenset(),
             loaded=loaded,
-            # 0: loaded by others, so it is not known when it was used.
+            # ``used_at`` is 0 for a model that other programs have loaded: it is not known when they used it.
             used={name for name, model in residency.loaded.items() if 0.0 < model.used_at > now - RECENT_USE_S},
             pushed_out={name: residency.pushed_out_by(ResidencyKey(name), {}) for name in wanted if name not in loaded},
             failed={

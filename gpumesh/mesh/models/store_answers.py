@@ -66,6 +66,7 @@ class NodeResult:
 
     @property
     def model_is_missing(self) -> bool:
+        """Whether the server answered that it does not have the model."""
         return self.status == 404
 
 
@@ -107,7 +108,8 @@ async def read_body(answer: StoreAnswer) -> bytes | None:
 
 
 async def read_lines(answer: StoreAnswer, node: str) -> AsyncIterator[bytes]:
-    """Yields the lines of the body. Raises BackendError for a line that is longer than ``MAX_LINE_BYTES``."""
+    """Yields the lines of the body; the last one may be empty. Raises BackendError for a line that is longer than
+    ``MAX_LINE_BYTES``."""
     splitter = LineSplitter(MAX_LINE_BYTES)
     async for piece in answer:
         try:
@@ -134,13 +136,13 @@ def parse_step(line: bytes, node: str) -> StoreStep | None:
         return None
     status = printable(status, MAX_STATUS_CHARS)
     total = safe_json.as_count(entry.get("total"))
-    if not total:  # the line is not about a layer
+    if not total:  # None or 0: the line is not about a layer
         return StoreStep(status)
     digest = safe_json.as_text(entry.get("digest"))
     return StoreStep(
         status,
         None if digest is None else printable(digest, MAX_STATUS_CHARS),
-        min(safe_json.as_count(entry.get("completed")) or 0, total),  # Ollama leaves it out while it is 0
+        min(safe_json.as_count(entry.get("completed")) or 0, total),  # Ollama leaves ``completed`` out while it is 0
         total,
     )
 

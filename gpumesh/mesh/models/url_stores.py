@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from gpumesh.topology import Topology
 
-READ_TIMEOUT_S = 600.0  # between two lines of progress, or while a model is loaded from a slow disk
+READ_TIMEOUT_S = 600.0  # the longest wait for the next line of progress, or for a load from a slow disk
 MAX_CONCURRENT_SHOWS = 8  # requests for a context length (``/api/show``) to one node at a time
 CONTEXT_LENGTHS_TIMEOUT_S = 5.0  # for all models together; a context length that comes later stays unknown
 
@@ -56,8 +56,8 @@ class UrlStores:
         return replace(state, at=datetime.now(UTC), nodes=tuple(nodes))
 
     async def _refresh_backend(self, node: NodeState) -> NodeState:
-        """The node's state with a new report on its server; unchanged if the server is down, or does not answer
-        now."""
+        """The node's state with a new report on its server. If the server is down, or does not answer this probe, the
+        state as it is."""
         from gpumesh.probes.backend import probe_backend
 
         if node.backend.state is not BackendPhase.UP or node.backend.url is None:
@@ -70,9 +70,9 @@ class UrlStores:
         return replace(node, backend=report.state) if report.state.state is BackendPhase.UP else node
 
     async def context_lengths(self, models: Sequence[tuple[NodeState, str]]) -> dict[tuple[str, str], int]:
-        """The context lengths in tokens, by the names of node and model, as far as the servers say them in time. Each
-        node has its own limit of requests at a time. So a node that is slow or lists thousands of models does not delay
-        the other nodes."""
+        """The context lengths in tokens, by the names of node and model. Lengths that the servers do not say in time
+        are left out. Each node gets up to ``MAX_CONCURRENT_SHOWS`` requests at a time, whatever the others do. So a
+        node that is slow or lists thousands of models does not delay the other nodes."""
         semaphores = {node.name: asyncio.Semaphore(MAX_CONCURRENT_SHOWS) for node, _ in models}
         lengths: dict[tuple[str, str], int] = {}
 
@@ -91,7 +91,8 @@ class UrlStores:
                 task.cancel()
             results = await asyncio.gather(*tasks, return_exceptions=True)
         for result in results:
-            # A cancelled task is no Exception. An Exception is not a server's fault: a missing API key, for example.
+            # The result of a cancelled task is a CancelledError, which is a BaseException, but no Exception. A server's
+            # faults give no length. So an Exception is another mistake: a missing API key, for example.
             if isinstance(result, Exception):
                 raise result
         return lengths

@@ -1,4 +1,4 @@
-"""All nodes of a running mesh, by name. Only this file computes their candidates, groups and loads."""
+"""``Fleet``: all nodes of a running mesh, by name; it computes their candidates, groups and loads."""
 
 from __future__ import annotations
 
@@ -42,13 +42,14 @@ class Fleet:
         return self._nodes[name]
 
     def require_known(self, name: str | None) -> str | None:
-        """Returns ``name``; ``None`` stands for any node. Raises UsageError for a node that mesh.yaml does not have."""
+        """Returns ``name`` as it is, also ``None``, which stands for any node. Raises UsageError for a node that
+        mesh.yaml does not have."""
         if name is not None and name not in self._nodes:
             raise UsageError(f"there is no node {name!r}", hint=f"the nodes are: {', '.join(self._nodes)}")
         return name
 
     def candidates(self, *, despite_breaker: bool = False) -> list[Candidate]:
-        """All nodes as the balancer sees them now. ``despite_breaker``: nodes with an open breaker count as usable."""
+        """All nodes as the balancer sees them now. ``despite_breaker``: as in ``SnapshotBuilder.candidate``."""
         now = self._clock()
         return [node.candidate(now, despite_breaker=despite_breaker) for node in self._nodes.values()]
 
@@ -62,7 +63,7 @@ class Fleet:
         allows."""
         candidates = self.candidates()
         error = no_node_error(candidates, demand)
-        if type(error) is not NoNodeError:  # ModelMissing: nodes are up, but none has the model, which is the reason
+        if type(error) is not NoNodeError:  # ModelMissing: that no usable node has the model is the whole reason
             return error
         allowed = [candidate for candidate in candidates if allows_node(demand, candidate.name)]
         faults: dict[str, ModelFault] = {}  # by node
@@ -70,7 +71,9 @@ class Fleet:
             faults = self._find_model_faults(allowed, demand.model)
             listing = {candidate.name for candidate in allowed if has_model(candidate, demand.model)}
             lacking = [name for name, fault in faults.items() if fault.blame is Blame.MISSING_MODEL]
-            if listing and listing.issubset(lacking):  # no node has the model, although some list it
+            # Whether all nodes that list the model have answered that they do not have it.
+            no_node_has_model = bool(listing) and listing.issubset(lacking)
+            if no_node_has_model:
                 hint = f"{', '.join(lacking)} lists it, but answers that it is not there: pull it again there"
                 return ModelMissing(demand.model, hint=hint)
         states = [self[candidate.name].state(queued=0) for candidate in allowed]
@@ -114,14 +117,15 @@ class Fleet:
 
     @property
     def forecast_records(self) -> dict[str, ForecastRecord]:
-        """For each node, what was forecast for its requests, and what has happened."""
+        """For each node, what was forecast for its requests, and how long they have taken."""
         return {node.name: node.ledger.forecasts for node in self}
 
     def local_ports(self) -> frozenset[int]:
-        """The ports of this machine behind which a node's server answers: ends of tunnels, and servers on this machine.
+        """The ports of this machine on which a node's server answers: the local ends of tunnels, and the ports of
+        servers that run on this machine.
 
-        A page in a browser that comes from such a port was written by a node's host, although the page's address is
-        on this machine. So the gateway does not take it for a page of this machine."""
+        A web page from such a port was written by a node's host, although its address is one of this machine. So the
+        gateway does not trust such a page as one of this machine."""
         tunnels = [node.tunnel for node in self if node.tunnel is not None]
         urls = [urlsplit(url) for tunnel in tunnels for url in tunnel.urls.values()]
         local_ports = [url.port for url in urls if config.is_loopback(url.hostname or "")]
@@ -129,7 +133,8 @@ class Fleet:
 
 
 def _describe_reason(state: NodeState, fault: ModelFault | None) -> str:
-    """Why the node does not serve a request. ``fault``: that of the demanded model on this node, if it has one."""
-    if state.reason is not None or fault is None:
-        return state.reason or "no answer yet"
-    return describe_model_fault(fault)
+    """Why the node does not serve a request. ``fault``: that of the demanded model on this node; ``None``: it has none.
+    A reason that concerns the whole node comes first."""
+    if state.reason is None and fault is not None:
+        return describe_model_fault(fault)
+    return state.reason or "no answer yet"

@@ -1,4 +1,4 @@
-"""``ForecastRecord``: what was forecast for the requests of one node, and what has happened. Pure.
+"""``ForecastRecord``: the forecasts for the requests of one node beside the times that they have taken. Pure.
 
 The scheduler decides by forecasts, so people must be able to see how good they are, and how much time loads take. The
 record costs about a microsecond a request; texts are made only when somebody asks.
@@ -22,9 +22,10 @@ from gpumesh.balancer.scheduling.explanation import describe_forecast
 from gpumesh.balancer.scheduling.scheduler import Placement
 
 RECENT_REQUESTS = 3  # the latest requests that people see
-LOADING_WINDOW_S = 300.0  # loads that began longer ago do not count
-MAX_LOAD_EVENTS = 256  # in this window
-MAX_MODELS = 64  # whose loads are counted one by one: the names become labels of metrics
+LOADING_WINDOW_S = 300.0  # loads that began longer ago do not count as recent
+MAX_LOAD_EVENTS = 256  # the latest loads that are remembered
+# So many models are counted by name, all others together as OTHER_MODELS: the names become labels of metrics.
+MAX_MODELS = 64
 OTHER_MODELS = "other"
 LEAST_LOAD_MS = 200.0  # a server reports some milliseconds of load for a model in memory too
 MAX_CACHED_TOKENS = 1 << 27  # of one prompt: a server may tell any figure
@@ -33,7 +34,7 @@ RATIO_BOUNDS = (0.25, 0.5, 0.75, 0.9, 1.1, 1.5, 2.0, 4.0)
 
 
 class AnsweredRequest(msgspec.Struct, gc=False):
-    """A request that was answered to its end: the forecast for it, and the seconds that it has taken."""
+    """A request that was answered to its end: the forecast for it, and the seconds that it has taken (``actual_s``)."""
 
     forecast: Forecast
     key: ResidencyKey | None
@@ -43,7 +44,8 @@ class AnsweredRequest(msgspec.Struct, gc=False):
     _explanation: str | None = None
 
     def explain(self) -> str:
-        """The parts of the forecast. The text is made once, when it is needed first: most requests are never shown."""
+        """The parts of the forecast as a text. It is made when it is needed first, because most requests are never
+        shown."""
         if self._explanation is None:
             self._explanation = describe_forecast(self.forecast, self.key, self.prompt_tokens)
         return self._explanation
@@ -51,8 +53,8 @@ class AnsweredRequest(msgspec.Struct, gc=False):
 
 @dataclass(slots=True, eq=False)
 class LoadEvent:
-    """A load that a request has caused, and that is expected to take ``expected_s``. ``seconds`` is ``None`` while it
-    runs."""
+    """A load that a request has caused. It is expected to take ``expected_s`` seconds, and has taken ``seconds``;
+    ``None`` while it runs."""
 
     key: ResidencyKey
     began_at: float
@@ -60,12 +62,16 @@ class LoadEvent:
     seconds: float | None = None
 
     def seconds_until(self, now: float) -> float:
-        """How long the load has lasted until now."""
-        return min(max(now - self.began_at, 0.0), self.expected_s) if self.seconds is None else self.seconds
+        """The seconds that the load has lasted until now. Of a running load nobody knows whether it still runs, so it
+        counts for at most the expected time."""
+        if self.seconds is not None:
+            return self.seconds
+        return min(max(now - self.began_at, 0.0), self.expected_s)
 
 
 class RatioCounts:
-    """How often each ratio of actual time to forecast time has come about, by ``RATIO_BOUNDS``; and their sum."""
+    """How often the ratio of actual time to forecast time has fallen into each bucket of ``RATIO_BOUNDS`` (the last
+    bucket: above all bounds), and the sum of the ratios."""
 
     __slots__ = ("counts", "sum")
 
@@ -77,10 +83,11 @@ class RatioCounts:
 class ForecastRecord:
     """The record of one node. Each sent request is noted when it is placed (``note_placed``), and once when it ends.
 
-    The sums ``forecast_s`` and ``actual_s`` are over the requests that were answered to their end. ``cached_tokens`` of
-    their prompts were believed to be in the server's cache; ``reported_cached_tokens`` were, by the servers that tell.
-    ``loads`` and ``pushed_out`` count the models that requests of this gateway have made the server load and unload,
-    by full name; ``load_s`` is the time that these loads have taken.
+    ``forecast_s`` and ``actual_s`` are sums over the requests that were answered to their end. ``cached_tokens`` of
+    their prompts were believed to be in the server's cache; ``reported_cached_tokens`` were there by the figures of the
+    servers that report them. ``loads`` counts for each model (full name) how often requests of this gateway have made
+    the server load it, ``pushed_out`` how often these loads have made the server unload it. ``load_s`` is the time that
+    the loads have taken.
     """
 
     def __init__(self) -> None:
@@ -102,7 +109,7 @@ class ForecastRecord:
     # -- what happens --------------------------------------------------------------------------------------------
 
     def note_placed(self, placement: Placement) -> None:
-        """The request is about to be sent."""
+        """Notes that the request is about to be sent."""
         placed = placement.placed
         if placed.drain_s is not None and placed.key is not None:  # this request makes the server load its model
             event = LoadEvent(placed.key, placed.sent_at, placement.forecast.load_s)
@@ -110,15 +117,16 @@ class ForecastRecord:
             self._load_events.append(event)
 
     def note_discarded(self, placement: Placement) -> None:
-        """The request was not sent after all."""
+        """Notes that the request was not sent after all."""
         event = self._running_loads.pop(placement.placed, None)
         if event is not None and event in self._load_events:
             self._load_events.remove(event)
 
     def note_end(self, placement: Placement, now: float, counters: ServerCounters | None, *, is_answered: bool) -> None:
-        """The request has ended. ``is_answered``: with a whole answer. ``counters`` are the server's figures for it."""
+        """Notes that the request has ended. ``is_answered``: with a whole answer. ``counters`` are the server's figures
+        for the answer; ``None`` if there are none."""
         placed, forecast = placement.placed, placement.forecast
-        if placed.drain_s is not None:
+        if placed.drain_s is not None:  # this request made the server load its model
             self._end_load(placement, now, counters)
         elif counters is not None and counters.load_ms is not None and not placed.needs_load:
             self._note_unexpected_load(placed, now, counters.load_ms)
@@ -139,26 +147,30 @@ class ForecastRecord:
 
     def _end_load(self, placement: Placement, now: float, counters: ServerCounters | None) -> None:
         """Counts the load that this request has caused. Its time is the server's own figure, without the wait until
-        other models could be unloaded; if there is none, the expected time."""
+        other models could be unloaded. If the server gives none, it is the expected time, or the time until now if that
+        is shorter."""
         placed = placement.placed
         event = self._running_loads.pop(placed, None)
         if event is None:
             return
         event.seconds = event.seconds_until(now)
         if counters is not None and counters.load_ms is not None and math.isfinite(counters.load_ms):
-            told_s = counters.load_ms / 1000.0 - (placed.drain_s or 0.0)
-            event.seconds = min(max(told_s, 0.0), max(now - event.began_at, 0.0))  # a server may tell any figure
+            reported_s = counters.load_ms / 1000.0 - (placed.drain_s or 0.0)
+            # Bounded by the time that has passed, because a server may report any figure.
+            event.seconds = min(max(reported_s, 0.0), max(now - event.began_at, 0.0))
         self._count_load(event)
         for model in placement.forecast.pushed_out:
             _count(self.pushed_out, model)
 
     def _note_unexpected_load(self, placed: PlacedRequest, now: float, load_ms: float) -> None:
-        """Counts a load of a model that was believed to be in memory: somebody else, or a limit of the server that is
-        not known, has pushed it out. Requests that have waited for the same load count it once."""
-        if placed.key is None or not LEAST_LOAD_MS <= load_ms < math.inf:  # false for NaN
+        """Counts a load of a model that was believed to be in memory: another program, or a limit of the server that is
+        not known here, has pushed the model out. If several requests have waited for one load, it is counted once."""
+        is_load = LEAST_LOAD_MS <= load_ms < math.inf  # false for NaN
+        if placed.key is None or not is_load:
             return
         seconds = min(load_ms / 1000.0, max(now - placed.sent_at, 0.0))
         for known in reversed(self._load_events):
+            # A load of the same model that began so lately is the one for which this request has waited.
             if known.key == placed.key and known.began_at >= placed.sent_at - seconds:
                 return
         event = LoadEvent(placed.key, placed.sent_at, seconds, seconds)
@@ -166,6 +178,7 @@ class ForecastRecord:
         self._count_load(event)
 
     def _count_load(self, event: LoadEvent) -> None:
+        """Adds a load that has ended to the sums."""
         self.load_s += event.seconds or 0.0
         _count(self.loads, event.key.model)
 
@@ -177,6 +190,7 @@ class ForecastRecord:
 
 
 def _count(counts: dict[str, int], model: str) -> None:
+    """Counts the model under its name, or as one of the other models if too many names are counted already."""
     if model not in counts and len(counts) >= MAX_MODELS:
         model = OTHER_MODELS
     counts[model] = counts.get(model, 0) + 1

@@ -56,7 +56,7 @@ class LeasedNode(Protocol):
         """The server's API key. Raises SecretMissing."""
 
     def is_same_connection(self, lease: Lease) -> bool:
-        """Whether the connection over which this lease was sent is still the tunnel's connection."""
+        """Whether the tunnel still has the connection that it had when this lease was given."""
 
     def is_loaded(self, model: str) -> bool | None:
         """Whether the model, given by its full name, is in the server's memory; ``None`` if that is not known."""
@@ -86,17 +86,17 @@ class LeaseKeeper(Protocol):
 
 
 class Lease:
-    """A slot on a node for one attempt. In every case it ends exactly once, with ``release`` or ``discard``.
+    """A slot on a node for one attempt. Every lease ends exactly once, with ``release`` or ``discard``.
 
-    ``model`` is the full name of the demanded model. ``placement`` is the balancer's decision; ``None`` for a request
-    that needs no slot. ``connection_number`` is the number of the tunnel's connection that the lease uses.
-    ``was_loaded``: the model was in the server's memory when the lease was given; ``None`` if that is not known.
-    ``blame`` is set at the lease's end: the breaker for which its outcome counted.
+    ``model`` is the full name of the demanded model; ``None`` if the request names none. ``placement`` is the
+    balancer's decision; ``None`` for a request that needs no slot. ``connection_number`` is the number of the tunnel's
+    connection at the time when the lease was given. ``was_loaded``: the model was in the server's memory at this time;
+    ``None`` if that is not known. ``blame`` is set at the lease's end: the breaker for which its outcome counted.
 
-    ``can_move`` is set by the request: it tells whether another node could give the answer instead, and is ``None``
-    once the answer has begun. ``abort_callback`` is set by the attempt that uses the lease. Both callbacks are dropped
-    at the lease's end: they refer to the request, which refers to the lease, and only the garbage collector could free
-    such a cycle.
+    The request sets ``can_move``, which tells whether another node could give the answer instead; it is ``None`` before
+    that, and again once the answer has begun. The attempt that uses the lease sets ``abort_callback``. Both callbacks
+    are dropped at the lease's end: they refer to the request, and the request refers to the lease. Only the garbage
+    collector could free such a cycle.
     """
 
     __slots__ = (
@@ -146,8 +146,9 @@ class Lease:
         error: str | None = None,
         reply: ErrorReply | None = None,
     ) -> None:
-        """Gives the slot back and counts the outcome. ``reply`` is the error that the server reported. A second call
-        does nothing."""
+        """Gives the slot back and counts the outcome. ``counters`` are the server's figures for the answer, ``error``
+        is the reason of a failure in words, and ``reply`` the error that the server reported; each is ``None`` if there
+        is none. A second call does nothing."""
         if not self._released:
             self._mark_released()
             self._ledger.settle(self, outcome, counters, error, reply)
@@ -159,6 +160,7 @@ class Lease:
             self._ledger.discard(self)
 
     def _mark_released(self) -> None:
+        """Marks the lease's end, and drops both callbacks."""
         self._released = True
         self.abort_callback = self.can_move = None
 
@@ -169,12 +171,14 @@ class Lease:
         self._ledger.note_answer_started(self)
 
     def note_slow_client(self) -> None:
-        """The client takes the answer more slowly than it comes. So its pace says nothing about the node."""
+        """Notes that the client takes the answer more slowly than the node sends it. So the answer's duration says
+        nothing about the node."""
         if self.placement is not None:
             self.placement.placed.had_slow_client = True
 
     def set_abort_callback(self, abort: Callable[[], None]) -> None:
-        """Sets the function that ``abort_attempt`` calls. Does nothing after the lease's end."""
+        """Sets the function that ``abort_attempt`` calls. After the lease's end it does nothing: there is no attempt
+        that could be aborted."""
         if not self._released:
             self.abort_callback = abort
 

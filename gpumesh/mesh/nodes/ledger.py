@@ -23,13 +23,15 @@ _NO_FIGURES = ServerCounters()
 
 
 class Ledger:
-    """Gives out the leases of one node and keeps account of them. ``account`` is the node's in ``scheduler``.
+    """Gives out the leases of one node and keeps account of them. ``account`` is the node's account in ``scheduler``.
+    ``served``, ``failed`` and ``cancelled`` count attempts that took a slot.
 
     - ``on_slot_freed`` is called when a slot may have become free.
     - ``on_change`` is called when a figure has changed.
-    - ``on_failure`` is called with outcome and reason when an attempt failed and the node, or the model on it, was at
-      fault.
-    - ``on_model_loaded`` is called with a model that has just answered, so that it is in the server's memory.
+    - ``on_failure`` is called when an attempt has failed and the node, or the model on this node, was at fault. Its
+      arguments are the outcome and the reason; ``None``: no reason is known.
+    - ``on_model_loaded`` is called with the full name of a model that has just answered, so that it must be in the
+      server's memory.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class Ledger:
         """The number of attempts that took a slot, by the outcome of the attempt."""
         self.forecasts = ForecastRecord()
         self.last_release_at = clock()
+        """When the last used lease ended; at first the time of the start."""
         self._clock = clock
         self._on_slot_freed = on_slot_freed
         self._on_change = on_change
@@ -104,7 +107,8 @@ class Ledger:
         error: str | None,
         reply: ErrorReply | None,
     ) -> None:
-        """Removes a used lease, and learns from its outcome. ``Lease.release`` calls this once for each lease."""
+        """Removes a lease that was used, and learns from its outcome. The arguments are those of ``Lease.release``,
+        which calls this once."""
         now, placement, account = self._clock(), lease.placement, self.account
         is_served = outcome is Outcome.SERVED
         self._remove(lease)
@@ -123,12 +127,12 @@ class Ledger:
             account.breaker = account.breaker.record_success()
             if has_slot:  # a request without a slot needs no inference, so it shows nothing about the models
                 self.model_breakers.record_success(lease.model, now)
-            if counters is not None and lease.model is not None:
+            if counters is not None and lease.model is not None:  # only a model that was used has figures
                 self._on_model_loaded(lease.model)
         else:
             lease.blame = find_blame(outcome, AttemptContext(has_slot, lease.model, lease.was_loaded, reply))
             if outcome is Outcome.CLIENT_GONE:
-                self.cancelled += has_slot
+                self.cancelled += has_slot  # as a number: 1 with a slot, 0 without
             elif lease.blame not in (Blame.NOBODY, Blame.MISSING_MODEL):
                 self.failed += has_slot
             self._count_failure(lease, reply, now, has_slot=has_slot)
@@ -137,11 +141,12 @@ class Ledger:
         self._announce_free_slot()
 
     def _count_failure(self, lease: Lease, reply: ErrorReply | None, now: float, *, has_slot: bool) -> None:
-        """Counts an outcome other than success for the breaker that ``lease.blame`` names. For the other breakers the
-        outcome proves nothing, so it only ends their trials."""
+        """Counts an outcome other than success for the breaker that ``lease.blame`` names. For the other breaker the
+        outcome proves nothing: if this request was its trial, the trial ends."""
         is_models_fault = lease.blame not in (Blame.NOBODY, Blame.NODE)
         if is_models_fault and lease.model is not None:
-            # Everybody can read it in the status. A message about a load is kept; another one may quote a prompt.
+            # Everybody can read the message in the status. So only a message about a load is kept: any other message
+            # may quote the prompt.
             message = reply.message if reply is not None and lease.blame is Blame.MODEL_LOAD else ""
             node_is_suspect = self.model_breakers.record_failure(
                 lease.model, lease.blame, message, now, was_loaded=lease.was_loaded
@@ -165,9 +170,11 @@ class Ledger:
         self._announce_free_slot()
 
     def _remove(self, lease: Lease) -> None:
-        (self._slotless_leases if lease.placement is None else self._slot_leases).discard(lease)
+        leases = self._slotless_leases if lease.placement is None else self._slot_leases
+        leases.discard(lease)
 
     def _announce_free_slot(self) -> None:
+        """Tells the scheduler and the mesh that a slot may have become free, or that a breaker may have changed."""
         self._scheduler.note_change(self.account)
         self._on_slot_freed()
         self._on_change()
@@ -190,8 +197,9 @@ class Ledger:
         self._announce_free_slot()
 
     def note_answer_started(self, lease: Lease) -> None:
-        """The first token of this lease's attempt has come: the server may have shown that it has more slots. Ends the
-        trials of half-open breakers, so that the next request need not wait for the end of this answer."""
+        """Notes that the first token of this lease's attempt has come. That may prove that the server has one slot
+        more. It also ends the trials of half-open breakers, so that the next request need not wait for the end of this
+        answer."""
         if lease.placement is not None:
             self._scheduler.note_first_token(lease.placement.placed, self._clock())
         had_trial = self.breaker.trial_in_flight
@@ -217,5 +225,6 @@ class Ledger:
         Called when the server does not answer probes. A server process that hangs closes no connection, so these
         requests would wait until their deadline."""
         for lease in list(self._slot_leases):  # a copy, because an aborted attempt may release its lease
-            if lease.can_move is not None and lease.can_move():  # None: the answer has begun
+            can_move = lease.can_move is not None and lease.can_move()  # ``None``: the answer has begun
+            if can_move:
                 lease.abort_attempt()

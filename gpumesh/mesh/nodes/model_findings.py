@@ -15,7 +15,8 @@ MAX_NAMED = 4  # a message names at most so many models, and counts the others
 
 
 def describe_model_fault(fault: ModelFault) -> str:
-    """What is wrong with the model on its node, in a sentence without a subject."""
+    """What is wrong with the model on its node, as a sentence whose subject (the node) the caller puts before it:
+    ``cannot load llama3.1:70b: out of memory``."""
     model = printable(fault.model)
     if fault.blame is Blame.MISSING_MODEL:
         return f"lists {model}, but answers that it is not there"
@@ -24,8 +25,8 @@ def describe_model_fault(fault: ModelFault) -> str:
 
 
 def find_model_findings(node: str, faults: Sequence[ModelFault]) -> Iterator[Finding]:
-    """Yields at most one finding of each code. A model that was answered to be missing is a finding only when the
-    server has listed it once more: its list may have been out of date."""
+    """Yields at most one finding of each code. A missing model is a finding only after the server has listed it once
+    more (``confirmed``): before that, its list may have been out of date."""
     missing = [printable(fault.model) for fault in faults if fault.blame is Blame.MISSING_MODEL and fault.confirmed]
     if missing:
         yield Finding(

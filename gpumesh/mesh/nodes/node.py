@@ -43,7 +43,8 @@ class Node:
     ``scheduler`` places the requests; the node keeps its account there. ``on_slot_freed`` is called when a slot may
     have become free, ``on_changed`` when the node may serve more requests than before, or fewer.
     ``on_gpus_identified`` is called when a probe shows other GPUs than before. ``coordination`` knows the load of other
-    gateways, ``rules`` what mesh.yaml says of models, ``learned`` what was learned about the server before a restart.
+    gateways; ``None``: there are none. ``rules`` are those of mesh.yaml for models; ``None``: there are none.
+    ``learned`` knows what was learned about the server before a restart; ``None``: nothing is stored.
     """
 
     def __init__(
@@ -73,11 +74,11 @@ class Node:
             spec.name, weight=spec.weight, tier=spec.tier, max_parallel=spec.backend.max_parallel
         )
         self._on_gpus_identified = on_gpus_identified
-        self._gpu_marks: frozenset[str] = frozenset()  # of the last report; they identify the node's GPUs
+        self._gpu_marks: frozenset[str] = frozenset()  # what identifies the node's GPUs, by the last report
         self._clock = clock
         self._learned = learned
         self.host_key: str | None = None
-        """The name of the server, in the file with what was learned; ``None`` until the server was seen."""
+        """The key of the server in the file of learned figures; ``None`` until the server was seen."""
         self.server_version: str | None = None
         """The version of the server when it was seen last; ``None`` if it is not known."""
         self._link = TunnelLink(spec)
@@ -124,7 +125,7 @@ class Node:
             tasks.create_task(self._prober.keep_probing_gpus(), name=f"gpus of {self.name}")
 
     def on_tunnel(self, state: TunnelState) -> None:
-        """The tunnel calls this after each change of its state."""
+        """Acts on a new state of the tunnel, which calls this after each change of its state."""
         was_up = self._link.is_up
         self._link.update(state)
         if self._link.is_up and not was_up:
@@ -135,13 +136,13 @@ class Node:
         elif was_up and not self._link.is_up:
             self._prober.forget_host()
             self.ledger.abort_all_attempts()
-        if state.state in (TunnelPhase.BACKOFF, TunnelPhase.FAILED):  # the node is out of reach
+        if state.state in (TunnelPhase.BACKOFF, TunnelPhase.FAILED):  # out of reach: nobody needs to wait for a probe
             self._prober.end_first_round()
         self._announce_change()
 
     def _on_report(self) -> None:
-        """The prober calls this after each report. If the marks that identify the node's GPUs have changed, the nodes
-        of the mesh are grouped anew."""
+        """Acts on a new report of the prober. If the marks that identify the node's GPUs have changed, the nodes of the
+        mesh are grouped anew."""
         self._update_residency()
         self._restore_learned()
         marks = audit.identifying_marks(self.state(queued=0))
@@ -151,6 +152,7 @@ class Node:
         self._announce_change()
 
     def _announce_change(self) -> None:
+        """Tells everybody who depends on the node's state that it may have changed."""
         self.update_account()
         self._on_changed()
         self._changes.notify()
@@ -172,10 +174,10 @@ class Node:
         self._scheduler.note_report(account)
 
     def update_other_loads(self) -> None:
-        """Tells the account how many requests other gateways have in flight. The nodes of a group share their GPUs, so
-        its first node is asked for all. Also called after each report: a gateway that has crashed announces nothing."""
+        """Tells the account how many requests other gateways have in flight on the node's GPUs. Also called after each
+        report, because a gateway that has crashed does not announce that its load is gone."""
         group = self.account.group
-        if group.accounts[0] is self.account:
+        if group.accounts[0] is self.account:  # the first node of a group answers for all, because they share the GPUs
             group.others_in_flight = self._snapshots.other_gateways_in_flight
 
     def _update_residency(self) -> None:
@@ -198,15 +200,15 @@ class Node:
             self._scheduler.note_unloaded(self.account, model)
 
     def _restore_learned(self) -> None:
-        """Takes over what was learned about the server before a restart, when the server is seen first. Its key changes
-        once more when its GPUs are seen."""
+        """Takes over what was learned about the server before a restart of the mesh. This happens when the server is
+        seen first, and again when its key or version changes: the key changes when the server's GPUs are seen."""
         reports = self._prober.reports
         if reports.backend is None or not reports.backend_is_up or reports.target is None:
             return
         key = build_host_key(self.coordination_key, url=reports.target.url, kind=reports.kind.value)
         version = reports.backend.state.version
         if (key, version) != (self.host_key, self.server_version):
-            if self.host_key is not None:
+            if self.host_key is not None:  # perhaps another server: its speed must not be compared with the old one's
                 self._scheduler.slow_nodes.forget(self.name)
             self.host_key, self.server_version = key, version
             if self._learned is not None:
@@ -240,12 +242,12 @@ class Node:
         self._on_changed()
 
     def _check_after_failure(self, outcome: Outcome, error: str | None) -> None:
-        """Makes the prober, and for some outcomes also the tunnel, check the node at once: an attempt has failed. A
-        breaker may have opened, so that waiting requests have no node any more."""
+        """Makes the prober, and for some outcomes also the tunnel, check the node at once, because an attempt has
+        failed."""
         self._prober.request_probe()
         if rule_for_outcome(outcome).check_tunnel:
             self._link.suspect(error or outcome.value)
-        self._on_changed()
+        self._on_changed()  # a breaker may have opened, so that waiting requests have no node any more
 
     def _note_loaded(self, model: str) -> None:
         self._prober.note_loaded(model)
@@ -299,7 +301,8 @@ class Node:
     # -- requests ------------------------------------------------------------------------------------------------
 
     def lease(self, demand: Demand, placement: Placement | None) -> Lease:
-        """Gives out the slot of a request that was placed here; ``None`` for a request that needs no slot."""
+        """Gives out a lease for a request that was placed here. ``placement`` is ``None`` for a request that needs no
+        slot."""
         return self.ledger.lease(self, demand, placement)
 
     def is_loaded(self, model: str) -> bool | None:
@@ -311,8 +314,9 @@ class Node:
         self.ledger.forgive_failure(lease)
 
     def server_name(self, model: str) -> str | None:
-        """The name under which this node's server must be asked for a model. ``None`` if the model has no aliases: then
-        any spelling of its name will do."""
+        """The name under which this node's server must be asked for a model: the one that the server lists, or the name
+        in the mesh if the server lists none. ``None`` if the model has no aliases: then any spelling of its name will
+        do."""
         spec = self._rules.find(model)
         if spec is None or not spec.aliases:
             return None
@@ -331,8 +335,8 @@ class Node:
     def base_url(self) -> str:
         """The URL to which requests go, without a slash at the end. It exists only while ``reachable``."""
         report = self._prober.reports.backend
-        assert report is not None, "the server was not probed over this connection"
-        assert report.url is not None, "the server did not answer its last probe"
+        assert report is not None, "not reachable: the server was not probed over this connection"
+        assert report.url is not None, "not reachable: the server did not answer its last probe"
         return report.url
 
     @property
@@ -358,8 +362,8 @@ class Node:
         return self._snapshots.reachable
 
     def may_recover(self, model: str | None = None) -> bool:
-        """Whether the node takes no requests for this model now, but probably will in a moment. ``None``: no requests
-        at all."""
+        """Whether the node takes no requests for this model now, but probably will in a moment. ``None``: whether this
+        is so for requests of any model."""
         return self._snapshots.may_recover(model)
 
     def find_model_fault(self, model: str) -> ModelFault | None:

@@ -31,16 +31,16 @@ from gpumesh.topology import BackendKind, NodeSpec, Target
 from gpumesh.tunnels.stagger import stagger_intervals
 
 BACKEND_INTERVAL_S = 2.0
-# Of one request of a probe. A server that hangs is noticed within 10 s, even if it misses a first probe that is ignored
-# (``_may_ignore_miss``): after one interval, two probes in a row run into this time-out.
+# Each request of a probe may take so long. A server that hangs is noticed within 10 s, even if the first missed probe
+# is ignored (``_may_ignore_miss``): that is one interval, and two probes that run into this time-out.
 BACKEND_TIMEOUT_S = 4.0
 GPU_INTERVAL_S = 2.0
-# Of one probe; after this time the node has the finding ``driver-hung``. A first call of nvidia-smi without persistence
-# mode takes 1 to 3 s, so the time-out must be longer. It must be shorter than the 7 s in which a command expects the
-# first report of all nodes (cli/first_report.py): a node has not reported before this probe has ended.
+# A probe of the GPUs may take so long; then the node gets the finding ``driver-hung``. The time-out must be longer than
+# the 1 to 3 s that a first call of nvidia-smi takes without persistence mode. It must be shorter than the 7 s in which
+# a command expects the first report of all nodes (cli/first_report.py): without this probe a node has not reported.
 GPU_TIMEOUT_S = 5.0
-# nvidia-smi averages the utilisation over up to a second. So the utilisation comes from other programs alone only if
-# our last request ended longer ago than this.
+# Only if our last request ended longer ago than this, the GPUs' utilisation comes from other programs alone: nvidia-smi
+# averages it over up to a second.
 IDLE_S = 2.0
 
 
@@ -49,14 +49,17 @@ class NodeReports:
     """The last results of a node's probes. ``backend`` and ``gpus`` are ``None`` until the host was probed over the
     present connection; the other values stay when the tunnel reconnects.
 
-    - ``missing_secret`` is set while the variable with the server's API key is not: then the server is not probed.
+    - ``missing_secret`` is the error that the variable with the server's API key is not set: then the server is not
+      probed. ``None``: it is set, or no key is needed.
     - ``kind`` is the kind of the server; with ``auto`` in mesh.yaml it is known after the first answered probe.
     - ``models`` holds each listed name twice, as it is and in full, so that a request finds it by both. ``None``: no
       list was read yet. ``loaded`` holds the full names of the models in memory.
     - ``server_names`` has, for each model with aliases (``models:`` in mesh.yaml) that the server lists, the name
-      under which the server lists it. For the balancer, ``models`` and ``loaded`` hold the name in the mesh.
-    - ``target`` is the address on its own host of the server in use.
-    - ``foreign_load`` is the utilisation (0 to 1) of the busiest GPU, measured while we had no request in flight there.
+      under which the server lists it, by the name in the mesh. The balancer uses the name in the mesh, so ``models``
+      holds this name too, and ``loaded`` holds it instead.
+    - ``target`` is the server's address on its own host; ``None`` until a server has answered.
+    - ``foreign_load`` is the utilisation (0 to 1) of the busiest GPU, measured while we had no request in flight there;
+      ``None`` until it was measured.
     """
 
     backend: BackendReport | None = None
@@ -72,6 +75,7 @@ class NodeReports:
     learns_limit: bool = field(init=False)
     """Whether the durations in the server's answers show how many requests the server runs at once."""
     backend_is_up: bool = field(init=False)
+    """Whether the server answered its last probe."""
 
     def __post_init__(self) -> None:
         """Computes the two values once: they are read for each request, and the reports change every few seconds."""
@@ -83,16 +87,17 @@ class NodeReports:
         object.__setattr__(self, "backend_is_up", backend_is_up)
 
     def is_loaded(self, model: str) -> bool | None:
-        """Whether the model, given by its full name, is in the server's memory; ``None`` if the server does not tell
-        which models are. Servers with a model store (Ollama) tell."""
+        """Whether the model, given by its full name, is in the server's memory; ``None`` if that is not known. Only
+        servers with a model store (Ollama) tell that a model is not in memory."""
         if model in self.loaded:
             return True
-        return False if self.backend_is_up and self.kind in KINDS_WITH_MODEL_STORE else None
+        server_tells = self.backend_is_up and self.kind in KINDS_WITH_MODEL_STORE
+        return False if server_tells else None
 
 
 class Prober:
-    """Probes one node while its tunnel is up. ``on_report`` is called after each change of ``reports``. ``rules`` know
-    the models' names in the mesh."""
+    """Probes one node while its tunnel is up. ``on_report`` is called after each probe whose report was recorded.
+    ``rules`` know the models' names in the mesh; ``None``: mesh.yaml has no rules."""
 
     def __init__(
         self,
@@ -188,7 +193,8 @@ class Prober:
             self._first_round_done.set()  # without its key, the server cannot be asked in this round
             self._on_report()
             return
-        # A key that was missing before may be there now: programs that use the library set it while the mesh runs.
+        # A key that was missing before may be there now: a program that uses gpumesh as a library can set the variable
+        # while the mesh runs.
         if self.reports.missing_secret is not None:
             self.reports = replace(self.reports, missing_secret=None)
         asked_at = self._clock()
@@ -213,8 +219,9 @@ class Prober:
         self._record_backend(report, target_in_use)
 
     def _may_ignore_miss(self) -> bool:
-        """Whether the last probe failed only because the server is busy: a server that is prefilling may miss one
-        probe. So the probe before it must have succeeded, over this connection, and requests must be in flight."""
+        """Whether the last probe may have failed only because the server is busy: a server that reads a long prompt may
+        miss one probe. So it must be the first miss in a row, a probe over this connection must have been recorded
+        before, and requests must be in flight."""
         return self._missed_backend_probes == 1 and self.reports.backend is not None and self._ledger.in_flight > 0
 
     def _record_backend(self, report: BackendReport, target: Target | None) -> None:
@@ -272,6 +279,7 @@ class Prober:
         self._on_report()
 
     def _end_first_round_when_complete(self) -> None:
+        """Ends the first round when the server and the GPUs have both been probed."""
         if self.reports.gpus is not None and self.reports.backend is not None:
             self._first_round_done.set()
 

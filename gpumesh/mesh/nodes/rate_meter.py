@@ -44,8 +44,8 @@ class RateMeter:
             self._buckets.popleft()
 
     def rate(self) -> float:
-        """The mean of tokens per second, from the first count in the window to now. A time of less than 1 s counts as
-        1 s: right after a first token the rate would be far too high."""
+        """The mean of tokens per second, from the first count in the window to now; 0 if nothing was counted. A time of
+        less than 1 s counts as 1 s, because right after a first token the rate would be far too high."""
         now = self._clock()
         self._trim(now)
         if not self._buckets:

@@ -8,14 +8,15 @@ from gpumesh.printable import printable
 from gpumesh.state import DecisionState, LearnedState, LoadingState, ModelLoadsState
 
 MAX_LEARNED_MODELS = 32  # of one node, in a snapshot
-MAX_LOADED_MODELS = 8  # the most often loaded models in a snapshot
+MAX_LOADED_MODELS = 8  # a snapshot names the most often loaded models, at most so many
 MAX_CONTEXTS = 8  # of one model
-# The shortest time in which a share of loading is counted: a single load just now would else be all of it.
+# The window in which the loads are counted is at least so long. Otherwise a single load just now would take 100 % of
+# the time.
 LEAST_WINDOW_S = 5.0
 
 
 def learned_states(account: NodeAccount) -> tuple[LearnedState, ...]:
-    """The figures of each model that was measured on this node, by name."""
+    """The figures of each model that was measured on this node, sorted by name."""
     proven = account.learned_slots.proven_slots() if account.learns_limit else {}
     fixed_slots = account.max_parallel if account.max_parallel is not None else account.told_parallel
     states: list[LearnedState] = []
@@ -35,6 +36,7 @@ def learned_states(account: NodeAccount) -> tuple[LearnedState, ...]:
 
 
 def _per_second(token_s: float | None) -> float | None:
+    """Tokens per second, rounded, from the seconds for one token; ``None`` if these are not known (or 0)."""
     return None if not token_s else round(1.0 / token_s, 1)
 
 
@@ -53,13 +55,13 @@ def decision_states(record: ForecastRecord, now: float) -> tuple[DecisionState, 
 
 
 def loading_state(record: ForecastRecord, now: float) -> LoadingState | None:
-    """The loads of the last minutes; ``None`` if there were none."""
+    """How much of the last minutes the node has spent with loads, and of which models; ``None`` if there were none."""
     events = list(record.recent_loads(now))
     if not events:
         return None
     window_s = max(now - min(event.began_at for event in events), LEAST_WINDOW_S)
     counts: dict[str, int] = {}
-    contexts: dict[str, dict[int | None, None]] = {}  # by model, in the order in which they were asked for
+    contexts: dict[str, dict[int | None, None]] = {}  # by model, an ordered set: in the order of the loads
     for event in events:
         name = event.key.model
         counts[name] = counts.get(name, 0) + 1

@@ -1,6 +1,7 @@
 """Builds the ``Candidate`` of a node, which the balancer ranks, and its ``NodeState``, which people read.
 
-Both are built from the tunnel's state, the probes' reports and the ledger, without I/O. Nothing here changes these.
+Both are built from the tunnel's state, the probes' reports and the ledger. The builder only reads these three, and does
+no I/O.
 """
 
 from __future__ import annotations
@@ -42,9 +43,8 @@ MAX_MODEL_PAUSE_S = 6.0  # a request waits for a model's breaker if its pause en
 
 @dataclass(slots=True)
 class NodeRole:
-    """The decisions of the mesh about a node. ``slowness``: the node has become slow; ``None``
-    while its speed is as usual.
-    """
+    """What the mesh has decided about a node. ``draining``: it gets no new requests. ``slowness``: how slow it has
+    become; ``None`` while its speed is as usual."""
 
     draining: bool = False
     slowness: Slowness | None = None
@@ -76,7 +76,7 @@ class SnapshotBuilder:
         self._coordination_key = coordination_key(spec, prober.reports)
         self._coordination_key_reports = prober.reports  # the reports from which the key was computed
         self._learned: tuple[LearnedState, ...] = ()
-        self._learned_version: tuple[int, bool, int | None] | None = None  # of what ``_learned`` was built from
+        self._learned_version: tuple[int, bool, int | None] | None = None  # what ``_learned`` was built from
 
     # -- for the balancer ----------------------------------------------------------------------------------------
 
@@ -86,17 +86,18 @@ class SnapshotBuilder:
         return self._link.is_up and self._prober.reports.backend_is_up
 
     def may_recover(self, model: str | None) -> bool:
-        """Whether the node takes no requests for this model now, but probably will in a moment. ``None``: no requests
-        at all.
+        """Whether the node takes no requests for this model now, but probably will in a moment. ``None``: whether this
+        is so for requests of any model.
 
-        The node is connecting, or its connection was lost a moment ago, or the pause of a breaker will end."""
-        if self._role.draining:
+        It is so while the node connects, or after its connection was lost, or while a breaker pauses it for a short
+        time."""
+        if self._role.draining:  # it takes requests again only when somebody resumes it
             return False
         now = self._clock()
         pause_s = None if model is None else self._ledger.model_breakers.pause_left(full_name(model), now)
         if pause_s is not None and pause_s > MAX_MODEL_PAUSE_S:
             return False
-        if self.reachable:  # then only an open breaker keeps requests away, and its pause will end
+        if self.reachable:  # then only an open breaker keeps requests away: the model's, or the node's own
             return pause_s is not None or not self._ledger.breaker.allows(now)
         phase, reports = self._link.reported.state, self._prober.reports
         if phase is TunnelPhase.UP:
@@ -106,8 +107,8 @@ class SnapshotBuilder:
         return phase in (TunnelPhase.IDLE, TunnelPhase.CONNECTING)
 
     def candidate(self, now: float, *, despite_breaker: bool) -> Candidate:
-        """The node as the balancer sees it at the time ``now``. ``despite_breaker``: an open breaker does not make the
-        node unusable, nor a model that fails for a reason that is not known."""
+        """The node as the balancer sees it at the time ``now``. ``despite_breaker``: the node counts as usable even if
+        its breaker is open, and so does a model that failed for an unknown reason."""
         role, link, reports, ledger = self._role, self._link, self._prober.reports, self._ledger
         # The property ``reachable``, written out: this is computed for each request.
         reachable = link.is_up and reports.backend_is_up
@@ -224,8 +225,9 @@ class SnapshotBuilder:
         return tuple(RouteState(target.url, url, transport) for target, url in self._link.urls.items())
 
     def _collect_findings(self, tunnel: TunnelState) -> tuple[Finding, ...]:
-        """The findings of the last probes and of the last requests; none while the tunnel is not up, because they are
-        out of date then. The audit's rules add the findings about the tunnel, and those that follow from mesh.yaml."""
+        """The findings of the last probes and of the last requests. While the tunnel is not up there are none, because
+        they would be out of date. The findings about the tunnel and about mesh.yaml come from the audit's rules, not
+        from here."""
         if tunnel.state is not TunnelPhase.UP:
             return ()
         reports = self._prober.reports

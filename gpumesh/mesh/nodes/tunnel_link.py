@@ -1,4 +1,4 @@
-"""A node's tunnel as the node sees it: the tunnel, its last reported state, and the number of its connections."""
+"""``TunnelLink``: a node's tunnel, the state that it reported last, and the number of its connections so far."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class TunnelLink:
     async def wait_up(self) -> Tunnel:
         """Returns the tunnel as soon as it is up."""
         await self._up.wait()
-        assert self.tunnel is not None, "it is reported as up, but there is no tunnel"
+        assert self.tunnel is not None, "a state UP was reported, but the node has no tunnel"
         return self.tunnel
 
     @property
