@@ -34,11 +34,11 @@ class Answer:
 
     ``attempts`` counts the requests to nodes, ``queue_ms`` is the time that the request waited for slots. ``outcome``
     is ``None`` until the answer has ended; a whole answer has its outcome from the start. ``continuations`` counts how
-    often another node continued the answer; ``node`` is the last node. ``model`` is the model that answers; ``None`` if
-    the client used this name of it. ``placement`` is the balancer's decision for the node where the answer began;
-    ``None`` if the request needed no slot. ``why`` explains it, if the client has asked. ``counters`` are the server's
-    own figures, if it gave any. ``error_message``: the body is an error that the mesh made from this text. The gateway
-    writes it in the client's dialect.
+    often another node continued the answer; ``node`` is the last node. ``model`` is the name of the model that answers;
+    ``None`` if the client asked for this name. ``placement`` is the balancer's decision for the node where the answer
+    began; ``None`` if the request needed no slot. ``why`` explains this decision; ``None`` if the client has not asked
+    for it. ``error_message``: the body is an error that the mesh made from this text, and the gateway writes the text
+    in the client's dialect; ``None`` for any other body.
     """
 
     __slots__ = (
@@ -89,7 +89,7 @@ class Answer:
         return self
 
     async def __anext__(self) -> bytes:
-        """The next bytes of the body. Raises as ``send_to``."""
+        """The next bytes of the body. Raises GPUMeshError when the answer is cut."""
         raise NotImplementedError
 
     async def send_to(self, client: ClientStream) -> None:

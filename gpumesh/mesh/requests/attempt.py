@@ -90,8 +90,9 @@ async def _read_answer(
         return await _replace_answer(lease, response, outcome, response.problem)
     if outcome is not Outcome.SERVED:
         return await _read_error(lease, response, outcome)
-    # An answer without a length is held too: its size shows while it is read.
-    if response.content_type not in STREAMING_TYPES and (response.content_length or 0) <= HELD_BYTES:
+    # An answer without a length is held too: while it is read, its size is watched.
+    announced_bytes = response.content_length or 0
+    if response.content_type not in STREAMING_TYPES and announced_bytes <= HELD_BYTES:
         whole_body = response.take_whole(HELD_BYTES)
         if whole_body is None:
             whole_body = await _read_at_most(response, HELD_BYTES)
@@ -115,9 +116,9 @@ async def ask_node(
         outcome = classify_status(response.status, model_asked=lease.model is not None)
         if rule_for_outcome(outcome).fail_over:
             return _fail(lease, outcome, _status_error(lease, response, b""))
-        if response.problem is not None:
+        if response.problem is not None:  # no inference server sent this answer, so its body says nothing
             response.abort()
-            return 502, b""  # no inference server sent this answer
+            return 502, b""
         return response.status, await _read_at_most(response, ERROR_BYTES) or b""
 
     return await _send_and_read(upstream, lease, call, read_answer, timeout_s=timeout_s, result_on_timeout=(0, b""))
@@ -125,9 +126,9 @@ async def ask_node(
 
 async def with_model(call: HttpCall, name: str, try_reserve_memory: Callable[[int], bool]) -> HttpCall:
     """The call with this name of its model. A long body is copied in steps, with turns of other requests between them.
-    Raises QueueFull if there is no room for the copy."""
+    ``try_reserve_memory`` is asked for the memory of such a copy. Raises QueueFull if there is no room for it."""
     parts = replace_model(call.body, name)
-    if parts is None:
+    if parts is None:  # the body has this name already, or names no model
         return call
     head, rest = parts
     if len(rest) <= COPY_BYTES:
@@ -195,7 +196,7 @@ async def _send_and_read(
     except StreamCut as error:
         failed = _fail(lease, Outcome.CUT, error)
         return replace(failed, request_sent=True, duration_s=loop.time() - started_at)
-    except BaseException:
+    except BaseException:  # a cancellation, because the client has gone; or a bug of ours
         if response is not None:
             response.abort()
         lease.release(Outcome.CLIENT_GONE)
@@ -206,7 +207,7 @@ def _fail(lease: Lease, outcome: Outcome, error: GPUMeshError, answer: WholeAnsw
     """Releases the lease with this outcome, and returns the failure. ``answer`` is the server's own error."""
     reply = None
     if isinstance(error, BackendStatus):
-        # A body is the server's own error. Without one, the error's text is what the server said, or a description.
+        # The server's own error is in the body. If there is no body, the message of our error has to do.
         message = error_text(error.status, error.body) if error.body else error.message
         reply = ErrorReply(error.status, message)
     lease.release(outcome, error=str(error), reply=reply)

@@ -37,10 +37,10 @@ class BodySink(ByteSink, Protocol):
     inspects_frames: bool
 
     def finish(self) -> None:
-        """Takes the end of a complete body."""
+        """Notes that the body is complete."""
 
     def fail(self, problem: str) -> None:
-        """Takes the end of a body that has ended before it was complete. ``problem`` is the reason."""
+        """Notes that the body has ended before it was complete. ``problem`` is the reason."""
 
 
 class BufferedSink:

@@ -1,4 +1,4 @@
-"""``ConnectionPool``: the connections to all backends. Idle ones are kept for KEEPALIVE_S, to be used again."""
+"""``ConnectionPool``: the connections to all backends. Idle connections stay open for a while, to be used again."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gpumesh.slice_queue import SliceQueue
 from gpumesh.turn_end import TurnEnd
 
 CONNECT_TIMEOUT_S = 3.0
-KEEPALIVE_S = 30.0  # an idle connection is closed after this time, or up to as much later
+KEEPALIVE_S = 30.0  # an idle connection is closed after this time, or at the latest after twice this time
 
 
 class ConnectionPool:
@@ -79,7 +79,7 @@ class ConnectionPool:
             idle.remove(connection)
 
     def _close_expired(self) -> None:
-        """Closes the connections that were idle for KEEPALIVE_S. Runs at intervals while there are idle connections."""
+        """Closes the connections that were idle for KEEPALIVE_S. Runs every KEEPALIVE_S while any are idle."""
         expired_before = self._loop.time() - KEEPALIVE_S
         idle = [connection for connections in self._idle.values() for connection in connections]
         for connection in idle:

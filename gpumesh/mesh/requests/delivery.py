@@ -50,9 +50,11 @@ MIN_SERVER_RTTS = 4.0  # in round trips to the host
 
 @dataclass(frozen=True, slots=True)
 class SendContext:
-    """The objects that all requests of a mesh share. ``clock`` returns seconds. ``explain_no_node`` makes the error
-    that explains why no node can serve a request. ``server_name`` returns the name under which a node must be asked for
-    a model, or ``None`` if the name in the request will do. It is ``None`` itself if no model has aliases."""
+    """The objects that all requests of a mesh share.
+
+    ``clock`` returns seconds. ``explain_no_node`` makes the error that explains why no node can serve a request.
+    ``server_name`` takes a node and a model, and returns the name under which the node must be asked for the model;
+    ``None``: the name in the request will do. The field itself is ``None`` if no model has aliases."""
 
     upstream: Upstream
     dispatcher: Dispatcher
@@ -140,15 +142,16 @@ class RequestDelivery:
 
     def _streaming_answer(self, opened: OpenedStream) -> StreamingAnswer:
         """Makes the answer that passes on this stream, with the time that is left until the deadline."""
-        # A server of another API could not continue this stream: its frames look different.
+        # From now on only servers that speak the same API can continue this stream: the frames of others look
+        # different.
         self._demand = replace(self._demand, kinds=self._demand.kinds & kinds_that_continue(opened.lease.node.kind))
         clock = self._context.clock
         remaining_s = max(self._deadline - clock(), 0.0)
         return StreamingAnswer(opened, self, self._context.pauses, clock=clock, deadline_in_s=remaining_s)
 
     def _set_figures(self, answer: Answer, lease: Lease | None) -> Answer:
-        """Sets the figures of this delivery in the answer, and returns the answer. ``lease``: of the attempt that got
-        it."""
+        """Sets the figures of this delivery in the answer, and returns the answer. ``lease``: the lease of the attempt
+        that got the answer."""
         if lease is not None:
             answer.placement = lease.placement
         answer.attempts = self.attempts
@@ -171,6 +174,7 @@ class RequestDelivery:
         return self._context.dispatcher.slot_is_wanted(node)
 
     async def continue_answer(self, continuation: Continuation, failed: FailedAttempt) -> OpenedStream | Ending:
+        # Earlier failures no longer count: each cut of the answer begins a new search for a node.
         self._failures, self._excluded_nodes, self._round = [failed], frozenset({failed.node}), 1
         while True:
             lease = await self._acquire_lease()
@@ -203,8 +207,9 @@ class RequestDelivery:
         return result if isinstance(result, FailedAttempt) else _refused_continuation(result)
 
     async def _next_call(self, lease: Lease, continuation: Continuation) -> HttpCall | Ending | FailedAttempt:
-        """Makes the request for the rest of the answer. If it depends on the model's template, the node is asked to
-        render the prompt first. Returns the answer's end or the failure if there is no such request."""
+        """Makes the request for the rest of the answer. If this request depends on the model's template, the node is
+        first asked to render the prompt. Returns the answer's end if nothing is missing or no node can continue, and
+        the failure if this node cannot."""
         node, kind = lease.node.name, lease.node.kind
         render_call = continuation.render_call(node, kind)
         if render_call is not None:
@@ -230,7 +235,7 @@ class RequestDelivery:
             return call
         try:
             return await with_model(call, name, self._try_reserve_memory)
-        except BaseException:
+        except BaseException:  # also a cancellation: the attempt was not made, so its slot is free again
             lease.discard()
             raise
 
@@ -258,8 +263,10 @@ class RequestDelivery:
         """Records the failure, so that the next attempt goes to another node. Raises the error of the failure if
         another node could not do better, or must not get the request."""
         self._failures.append(failed)
-        may_have_run = self._at_most_once and failed.request_sent and failed.answer is None
-        if may_have_run or not rule_for_outcome(failed.outcome).fail_over:
+        # A server that has answered with an error has not carried out the request.
+        may_have_run = failed.request_sent and failed.answer is None
+        must_not_repeat = self._at_most_once and may_have_run
+        if must_not_repeat or not rule_for_outcome(failed.outcome).fail_over:
             raise _copy_error(failed.error) from failed.error.__cause__
         self._excluded_nodes |= {failed.node}
 
@@ -269,7 +276,7 @@ class RequestDelivery:
         failures."""
         if sum(_failed_at_request(failed) for failed in self._failures) < MAX_SERVER_FAILURES:
             return False
-        if any(_lost_over_ssh(failed) for failed in self._failures):
+        if any(_lost_over_ssh(failed) for failed in self._failures):  # soon it is known whether a tunnel was lost
             await asyncio.sleep(TUNNEL_SETTLE_S)
         suspects = [failed for failed in self._failures if _is_server_failure(failed)]
         if len(suspects) < MAX_SERVER_FAILURES:
@@ -284,8 +291,8 @@ class RequestDelivery:
     async def _acquire_lease(self) -> Lease | None:
         """Waits for a slot on a node that has not failed at this request, or that may succeed after a pause.
 
-        Returns ``None`` if no such node is left. While no attempt has failed, an error explains this instead. Raises
-        the other errors of ``Dispatcher.acquire`` as well."""
+        If no such node is left, returns ``None`` after failed attempts, and raises the error that explains it if there
+        was no attempt. Raises the other errors of ``Dispatcher.acquire`` as well."""
         while True:
             lease = self._acquire_despite_breaker()
             if lease is not None:
@@ -309,7 +316,8 @@ class RequestDelivery:
 
     def _acquire_despite_breaker(self) -> Lease | None:
         """Takes a slot on a node with an open breaker, if the last failure was a server's error and no other node is
-        left: an attempt there is better than to return the error. ``None`` if there is no such slot."""
+        left: an attempt there is better than to return the error. Returns ``None`` if this is not so, or if no such
+        node has a free slot."""
         if not self._failures or self._failures[-1].outcome is not Outcome.SERVER_ERROR:
             return None
         dispatcher = self._context.dispatcher
@@ -324,7 +332,8 @@ class RequestDelivery:
         deadline."""
         last_outcomes = {failed.node: failed.outcome for failed in self._failures}
         retryable_nodes = frozenset(node for node, outcome in last_outcomes.items() if is_retryable(outcome))
-        if not retryable_nodes & self._excluded_nodes or self._round >= MAX_ROUNDS:
+        no_node_to_retry = not retryable_nodes & self._excluded_nodes
+        if no_node_to_retry or self._round >= MAX_ROUNDS:
             return False
         pause_s = retry_delay_s(self._round, self._context.rng)
         if self._context.clock() + pause_s >= self._deadline:

@@ -75,7 +75,7 @@ class ResponseParser:
         self.on_body = self._pieces.append
         self._fields: list[tuple[bytes, bytes]] = []
         self._head_size = 0
-        # Since the last piece of a body: field lines, sizes of chunks, trailers.
+        # How many bytes have come since the last piece of a body: field lines, sizes of chunks, trailers.
         self._bytes_outside_body = 0
         self._bodiless = False
         self._ends_with_connection = False
@@ -107,7 +107,7 @@ class ResponseParser:
         try:
             self._feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
-            if self.state is ResponseParserState.COMPLETE:
+            if self.state is ResponseParserState.COMPLETE:  # only what follows the response is wrong
                 self.reusable = False
             else:
                 self._reject(f"what it says is not HTTP ({error.__context__ or error})")
@@ -141,7 +141,7 @@ class ResponseParser:
             self._complete(reusable=False)
 
     def _reject(self, problem: str) -> None:
-        """Enters the state INVALID. The first problem counts."""
+        """Enters the state INVALID. Of several problems the first is kept."""
         self.state = ResponseParserState.INVALID
         self.problem = self.problem or problem
 
@@ -154,9 +154,10 @@ class ResponseParser:
     # -- called by httptools -----------------------------------------------------------------------------------------
 
     def on_message_begin(self) -> None:
-        """Notes the start of a response."""
+        """Notes the start of a response. If it follows a complete response, nobody has asked for it: the first response
+        stays valid, but the connection is not used again."""
         if self.state is ResponseParserState.COMPLETE:
-            self.reusable = False  # a second response without a request: the first one stays valid
+            self.reusable = False
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """Adds a header field, within the limits. Trailer fields are counted and dropped."""
@@ -169,8 +170,8 @@ class ResponseParser:
                 raise httptools.HttpParserError(f"a head of more than {MAX_FIELDS} fields")
 
     def on_headers_complete(self) -> None:
-        """Sets ``head``, unless a final response follows the one that has come."""
-        if self.state is not ResponseParserState.HEAD:
+        """Sets ``head``, unless this is an interim response (1xx), which a final response follows."""
+        if self.state is not ResponseParserState.HEAD:  # the head of a second response, which is dropped
             return
         status = self._parser.get_status_code()
         if status < 200:  # "100 Continue" and other 1xx: the final response follows

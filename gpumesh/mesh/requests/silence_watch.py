@@ -10,10 +10,11 @@ import asyncio
 from collections.abc import Callable
 
 MIN_TIMEOUT_S = 5.0  # another request's long prompt may hold up a server's tokens for some seconds
-PAUSE_FACTOR = 20.0  # the time-out is 20 times the longest pause
-DEFAULT_TIMEOUT_S = 30.0  # while no pause is known: nobody would wait longer for one token
+PAUSE_FACTOR = 20.0  # the time-out is so many times the longest known pause
+DEFAULT_TIMEOUT_S = 30.0  # the time-out while no pause is known: nobody would wait longer for one token
 MAX_TIMEOUT_S = 300.0  # upper limit: whatever was learned, a node that sends nothing for so long is lost
-PAUSE_DECAY = 0.9  # after an answer with shorter pauses, the known pause is this much shorter: outliers are forgotten
+# After an answer with shorter pauses, the known pause shrinks to this share of it. So a single long pause is forgotten.
+PAUSE_DECAY = 0.9
 MAX_TRACKED = 1024  # pairs of node and model whose pause is remembered
 MIN_PAUSE_S = 0.001  # pieces with a shorter pause came together, so they say nothing about the server's pace
 
@@ -27,8 +28,8 @@ def silence_timeout_s(longest_s: float | None) -> float:
 
 
 class PauseTracker:
-    """Remembers the longest pause between two pieces of an answer, by node and model. Bounded: the entry that was
-    updated the longest time ago is dropped first."""
+    """Remembers the longest pause between two pieces of an answer, by node and model. With more than ``MAX_TRACKED``
+    entries, the one whose last update is longest ago is dropped."""
 
     def __init__(self) -> None:
         self._longest: dict[tuple[str, str | None], float] = {}
@@ -40,6 +41,7 @@ class PauseTracker:
     def learn(self, node: str, model: str | None, longest_s: float) -> None:
         """Updates the entry after a complete answer, whose longest pause was ``longest_s``."""
         key = (node, model)
+        # ``pop``, so that the entry moves to the end: the dict is in the order of the updates.
         self._longest[key] = max(longest_s, PAUSE_DECAY * self._longest.pop(key, 0.0))
         while len(self._longest) > MAX_TRACKED:
             oldest_key = next(iter(self._longest))
@@ -48,7 +50,7 @@ class PauseTracker:
 
 class SilenceWatch:
     """Watches one node's stream. ``waits_since``: when the wait for the next piece began. ``longest_s``: the longest
-    wait until now. The stream itself updates both, without a call of the watch, because each token passes there."""
+    wait for a piece so far. The stream itself sets both at each token: a call of a method here would cost more."""
 
     __slots__ = ("_clock", "_model", "_node", "_pauses", "_timer", "longest_s", "waits_since")
 

@@ -113,7 +113,7 @@ class StreamingAnswer(Answer):
         self._response = opened.response
         self._first_bytes = opened.first_bytes
         self._state = StreamState.FLOWING
-        self._frames = 0  # that have come from this node
+        self._frames = 0  # how many frames of text have come from this node
         self.node = opened.lease.node.name
         self._watch = SilenceWatch(self._pauses, self.node, opened.lease.model, self._clock)
         if self._expiry_message is not None:
@@ -202,7 +202,7 @@ class StreamingAnswer(Answer):
             self.on_writable()
 
     def finish(self) -> None:
-        """Takes the end of a complete body. Without a final frame in it, the answer was cut nevertheless."""
+        """Handles the end of a complete body. If the body has no final frame, the answer was cut nevertheless."""
         if self._state is StreamState.DRAINING:
             self._end_answer(Outcome.SERVED)
             return
@@ -222,8 +222,8 @@ class StreamingAnswer(Answer):
             self._mark_lost(Outcome.CUT, continuation.cut_reason or "the answer ended before its final frame")
 
     def fail(self, problem: str) -> None:
-        """Takes the end of a body that is not complete: its connection was lost, or closed by this side."""
-        if self._state is StreamState.DRAINING:
+        """Handles the end of a body that is not complete: its connection was lost, or closed by this side."""
+        if self._state is StreamState.DRAINING:  # the client has the final frame, so nothing is missing
             self._end_answer(Outcome.SERVED)
         elif self._lease.aborted:
             self._mark_lost(Outcome.UNREACHABLE, "the way to its node was lost")
@@ -320,6 +320,7 @@ class StreamingAnswer(Answer):
 
     async def aclose(self) -> None:
         if self._state is not StreamState.ENDED:
+            # DRAINING: the final frame has been written to the client, if there is a client.
             client_has_everything = self._state is StreamState.DRAINING and self._client is not None
             self._end_answer(Outcome.SERVED if client_has_everything else Outcome.CLIENT_GONE)
             self._response.abort()
@@ -370,7 +371,7 @@ class StreamingAnswer(Answer):
             self._end_answer(failed.outcome)
             message = f"the answer was cut ({failed.error}) and could not be continued: {error}"
             raise StreamCut(message, node=self.node) from error
-        except BaseException:
+        except BaseException:  # a cancellation: the client has left
             self._end_answer(Outcome.CLIENT_GONE)
             raise
 

@@ -86,7 +86,8 @@ class TaskDeadline:
         if not self.expired or task is None:
             return
         # If other code has cancelled the task as well, the CancelledError goes on and does not become a TimeoutError.
-        if task.uncancel() <= self._cancels_before and kind is not None and issubclass(kind, asyncio.CancelledError):
+        only_we_cancelled = task.uncancel() <= self._cancels_before
+        if only_we_cancelled and kind is not None and issubclass(kind, asyncio.CancelledError):
             raise TimeoutError from error
 
     def expire(self) -> None:

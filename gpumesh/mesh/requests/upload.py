@@ -19,7 +19,7 @@ from gpumesh.mesh.nodes.lease import Lease
 from gpumesh.mesh.requests.answer import WholeAnswer, error_answer
 
 CONNECT_TIMEOUT_S = 10.0
-ANSWER_BYTES = 1 << 20  # of the answer's body; the rest is not read
+ANSWER_BYTES = 1 << 20  # at most so much of the answer's body is read
 
 
 async def upload(
@@ -52,7 +52,7 @@ async def upload(
         message = f"the upload broke off: {error or type(error).__name__}"
         lease.release(Outcome.UNREACHABLE, error=message)
         raise BackendUnreachable(message, node=node.name) from error
-    except BaseException:
+    except BaseException:  # a cancellation, or an error of ``body``: the client has gone
         lease.release(Outcome.CLIENT_GONE)
         raise
     status, answer_body = response.status_code, bytes(received)

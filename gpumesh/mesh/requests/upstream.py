@@ -166,8 +166,8 @@ class Upstream:
         """Sends the request, and returns the response when its head has come. If the call is cancelled, the connection
         is closed.
 
-        ``host`` is the Host header, if it is not the address in the URL. ``server_name`` is the name in the TLS
-        certificate, if it is not the host in the URL.
+        ``host`` is the Host header; ``None``: the address in the URL. ``server_name`` is the name that the TLS
+        certificate must have; ``None``: the host in the URL.
 
         A server may close a kept-alive connection at any time: this is not a failure of the server. If no part of an
         answer has come, the request is sent again on another connection, because inference has no side effects. An
@@ -183,14 +183,14 @@ class Upstream:
             try:
                 response_head = await exchange.head
             except ConnectionResetError as error:
-                is_kept_alive = connection.request_count > 1
-                if is_kept_alive and not exchange.answered:
+                was_kept_alive = connection.request_count > 1
+                if was_kept_alive and not exchange.answered:
                     continue
                 # The traceback's frames hold the request's body, and would form a cycle with the error.
                 cause = error.with_traceback(None)
                 raise BackendUnreachable(f"no answer: {error}", node=node, request_sent=True) from cause
-            except BaseException:
-                if exchange.connection is not None:
+            except BaseException:  # the call was cancelled
+                if exchange.connection is not None:  # the exchange has not ended
                     connection.abort()
                 raise
             return UpstreamResponse(response_head, exchange, self._pool.slices, node)

@@ -62,9 +62,9 @@ _READING = ReadState.READING  # a global, as ``_IN_BODY``
 class Exchange:
     """One request on a connection, and its response.
 
-    ``head`` is the future of the response's head; it may fail with ConnectionResetError. ``buffer`` holds the body
-    until the connection gets another sink. ``connection`` is ``None`` after the response has ended. ``answered``: a
-    part of the response had come when the exchange failed.
+    ``head`` is the future of the response's head; it fails with ConnectionResetError if no head comes. ``buffer`` holds
+    the body until the connection gets another sink. ``connection`` is ``None`` after the response has ended.
+    ``answered`` is set when the exchange fails: a part of the response had come before.
     """
 
     __slots__ = ("answered", "buffer", "connection", "head")
@@ -333,7 +333,7 @@ class UpstreamConnection(asyncio.Protocol):
     def _take_turn(self) -> None:
         """Parses the next slice, because this connection's turn has come."""
         if self._read_state is ReadState.AWAITING_TURN:
-            # Reading is still paused. ``_parse_slices`` decides whether it goes on.
+            # The turn has come, but the socket is still not read. ``_parse_slices`` decides whether reading goes on.
             self._read_state = ReadState.BACKPRESSURED
             self._parse_slices()
 
