@@ -1,6 +1,7 @@
 """``ModelForwarder`` sends a request to a node that has its model, by the rules of mesh.yaml for models and keys.
 
-Without such rules the body passes as it came. With them another name of the model may stand in it, and another context.
+Without such rules the node gets the body as the client sent it. With them, the body may get another name of the model,
+and another context.
 """
 
 from __future__ import annotations
@@ -35,15 +36,16 @@ from gpumesh.mesh.mesh import Mesh
 from gpumesh.mesh.requests.answer import Answer
 from gpumesh.model_names import full_name
 
-# Statuses of an answer that comes from no model: the servers could not be reached, or could not take the request. A
-# model that takes the place of another may then do better. Not 500: the request itself may make servers fail.
+# After an answer with one of these statuses, the fallback of the model is tried: the servers with the model could not
+# be reached, or could not take the request. Not 500, because the request itself may make servers fail.
 FALLBACK_STATUSES = (502, 503)
 _decode_object = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 _encode = msgspec.json.Encoder().encode
 
 
 class _ClientBody(msgspec.Struct, frozen=True, gc=False):
-    """The body of a request as the client has sent it. ``model`` is the name that stands in it, if any."""
+    """The body of a request as the client has sent it. ``model`` is the model's name in it; ``None`` if it names
+    none."""
 
     data: bytes
     members: Members
@@ -65,9 +67,10 @@ class ModelForwarder:
         Raises GPUMeshError before the first byte to the client, and BadRequest if the client's key forbids the
         request."""
         data = request.take_body()
-        if data is None:  # it has not come as a whole yet, or is packed
+        if data is None:  # the body has not come as a whole yet, or is compressed
             data = await request.read_body()
-        members = read_small_members(data) or await read_members(data, request)  # most bodies are small: no await
+        # ``read_small_members`` returns None for a large or unusual body. Most bodies are small, and so need no await.
+        members = read_small_members(data) or await read_members(data, request)
         model = read_model(route, members)
         demand = self._read_demand(request, route, members, model, size=len(data))
         if route.prompt_members and len(data) >= FIRST_BLOCK_BYTES:  # a shorter prompt has no block
@@ -103,7 +106,7 @@ class ModelForwarder:
         demands = [demand for demand in self._rules.plan_models(client_demand) if self._may_use(request, demand)]
         deadline = record.clock() + read_timeout(request.headers, self._spec.timeout_s)
         first_failure: Response | NoNodeError | None = None
-        reserves_copy = False
+        reserves_copy = False  # whether memory was reserved for a body that is written anew
         for demand in demands:
             data = await self._render_body(request, body, demand)
             if data is not body.data and len(body.data) > COPY_BYTES and not reserves_copy:
@@ -133,7 +136,7 @@ class ModelForwarder:
         bytes. Raises BadRequest if the client's key forbids the request."""
         headers, key, path = request.headers, request.key, request.path
         default_priority = self._spec.route_priority.get(path, Priority.NORMAL)
-        if key is not None and key.priority is not None:  # who asks is more particular than what is asked for
+        if key is not None and key.priority is not None:  # mesh.yaml's class for the key comes before that of the route
             default_priority = key.priority
         demand = read_demand(
             route,
@@ -150,7 +153,7 @@ class ModelForwarder:
         )
         if key is not None and key.is_limited:
             key.require_node(demand.node)
-            assert demand.model is not None, "a demand without a model, which read_demand should have refused"
+            assert demand.model is not None, "``read_demand`` has let through a demand without a model"
             key.require_model(demand.model, self._rules.identity(demand.model))
         return demand
 
@@ -161,10 +164,10 @@ class ModelForwarder:
 
     async def _render_body(self, request: Request, body: _ClientBody, demand: Demand) -> bytes:
         """The body for the nodes: the client's own, unless the demand has another model or another context, or a server
-        could misread a name of it."""
+        could read the name of a member otherwise than we do (``Members.has_common_spelling``)."""
         members, model = body.members, demand.model
-        assert model is not None, "a demand without a model, which read_demand should have refused"
-        values: dict[str, str | bytes] = {}
+        assert model is not None, "``read_demand`` has let through a demand without a model"
+        values: dict[str, str | bytes] = {}  # the members to replace
         if body.model is None or self._rules.has_other_name(body.model, model):
             values["model"] = model
         if self._rules.specs:
@@ -176,9 +179,12 @@ class ModelForwarder:
         return await rewrite_body(body.data, members, request, **values)
 
     def _change_options(self, members: Members, demand: Demand) -> bytes | None:
-        """The member ``options`` with the context of the demand, as JSON; ``None`` if it has this context already."""
+        """The member ``options`` with the context of the demand, as JSON; ``None`` if nothing has to change: the client
+        asks for no context, or for this one."""
         raw_options, residency = members.known.get("options"), demand.residency
-        if raw_options is None or residency is None or residency.context in (None, read_options(raw_options).context):
+        if raw_options is None or residency is None:
+            return None
+        if residency.context is None or residency.context == read_options(raw_options).context:
             return None
         return _encode({**_decode_object(raw_options), "num_ctx": residency.context})
 
@@ -193,8 +199,8 @@ class ModelForwarder:
         *,
         asked_model: str | None = None,
     ) -> Awaitable[Response | StreamingResponse]:
-        """Sends the request with this body. ``asked_model`` is the name that the client used; if another model answers,
-        or the same under another name, the answer tells which."""
+        """Sends the request with this body. ``asked_model`` is the name that the client used; ``None``: it used none,
+        or mesh.yaml has no rules for models. If the demand has another name, the answer tells which."""
         record.demand = demand
         on_answer = record.note_answer
         if asked_model is not None and demand.model is not None and full_name(asked_model) != full_name(demand.model):

@@ -18,8 +18,8 @@ from gpumesh.gateway.json_members import Members, RawValue
 from gpumesh.topology import BackendKind, Topology
 
 MAX_OPTIONS_BYTES = 64 << 10  # plenty for a dozen numbers and a few stop words
-MAX_NUMBER_BYTES = 32  # of a limit of tokens as it is written; a longer value is no sensible number
-MIN_PROMPT_BYTES = 2000  # bytes of a body; the time to evaluate a shorter prompt does not matter to the balancer
+MAX_NUMBER_BYTES = 32  # a limit of tokens that is written with more bytes is no sensible number, and is ignored
+MIN_PROMPT_BYTES = 2000  # of a smaller body, the time to read the prompt does not matter to the balancer
 MAX_TIMEOUT_S = 86400.0  # a day
 OLLAMA_ONLY = kinds_that_serve("/api/chat")
 ALL_KINDS = kinds_that_serve("/v1/chat/completions")
@@ -35,9 +35,11 @@ class ClientApi(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class ModelRoute:
-    """A route whose requests go to a node that has the model. ``needs_slot``: the request needs inference, so it takes
-    a slot on its node. ``model_keys``: the members that may name the model; the first of them that is not empty counts
-    (``server/routes.go`` of Ollama). ``prompt_members``: the members that are the prompt, in the order in which servers
+    """A route whose requests go to a node that has the model.
+
+    ``kinds`` are the kinds of server that serve it. ``needs_slot``: the request needs inference, so it takes a slot on
+    its node. ``model_keys``: the members that may name the model; the first of them that is not empty is used (as in
+    ``server/routes.go`` of Ollama). ``prompt_members``: the members that are the prompt, in the order in which servers
     render them; none if no server keeps prompts of this route in its cache."""
 
     methods: frozenset[str]
@@ -95,8 +97,8 @@ def read_demand(
 
     ``members`` are the members of the body, which has ``size`` bytes. ``model`` comes from ``read_model``, or is the
     default model. ``node`` comes from ``read_node``. The length of a short prompt stays unknown (``MIN_PROMPT_BYTES``).
-    ``path`` is the route's path. ``client`` names who asks. ``default_priority`` is the class of a request that asks
-    for none. ``nodes`` are the only nodes that the client may use; ``None``: all.
+    ``path`` is the route's path. ``client`` is the client's name (``ClientNames``). ``default_priority`` is the
+    priority of a request that asks for none. ``nodes`` are the only nodes that the client may use; ``None``: all.
 
     Raises BadRequest for a request without a model, or with an unknown priority.
     """
@@ -146,7 +148,7 @@ def read_options(value: RawValue) -> LoadOptions:
         return NO_OPTIONS
     try:
         return _decode_options(value)
-    except (ValueError, RecursionError):
+    except (ValueError, RecursionError):  # no JSON object, or nested too deeply
         return NO_OPTIONS
 
 
@@ -197,7 +199,7 @@ def _read_max_tokens(members: Members, options: LoadOptions) -> int | None:
         if raw_value is not None and len(raw_value) <= MAX_NUMBER_BYTES:
             try:
                 values.append(msgspec.json.decode(raw_value))
-            except ValueError:  # not JSON: the server will tell the client
+            except ValueError:  # not JSON: ignored here, and the server will tell the client
                 continue
     for value in values:
         count = safe_json.as_count(value)

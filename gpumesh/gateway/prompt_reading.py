@@ -17,9 +17,9 @@ from gpumesh.gateway.json_members import Members, RawValue
 from gpumesh.gateway.model_requests import ModelRoute
 
 MAX_HINT_BYTES = 1024  # a longer value is no name of a conversation
-MAX_METADATA_BYTES = 16 << 10  # 16 pairs of 512 characters, which is what the APIs allow
+MAX_METADATA_BYTES = 16 << 10  # room for 16 pairs of 512 characters, which is what the APIs allow
 _EMPTY_VALUES = frozenset({b"null", b'""', b"[]", b"{}"})
-_MAX_END_BYTES = 64  # the end of a list: the blanks after the last message, and the bracket
+_MAX_END_BYTES = 64  # so many bytes at a list's end are looked at: its bracket, and the blanks before it
 
 
 class PromptReader:
@@ -64,23 +64,24 @@ _HINT_MEMBERS = ("prompt_cache_key", "user")
 
 
 def _collect_pieces(route: ModelRoute, members: Members) -> list[RawValue]:
-    """The parts of the prompt in their order, each after the name of its member. No name can be mistaken for a part of
-    a prompt: JSON holds no zero byte.
+    """The parts of the prompt in their order, each after the name of its member between two zero bytes. JSON holds no
+    zero byte, so a name cannot be mistaken for a part of a prompt.
 
-    A later prompt may continue the last part, a list or a text. So its last bracket or quotation mark is left out,
-    because there the later prompt goes on."""
+    The last bracket or quotation mark of the last part is left out, with the blanks before it: the next prompt of the
+    conversation goes on there. Example: ``["a"]`` becomes ``["a"``, with which ``["a", "b"]`` begins too."""
     pieces: list[RawValue] = []
     known = members.known
     for name in route.prompt_members:
         value = known.get(name)
-        if value is None or (len(value) <= 4 and bytes(value) in _EMPTY_VALUES):
+        if value is None or (len(value) <= 4 and bytes(value) in _EMPTY_VALUES):  # 4: a long value is not copied
             continue
         pieces += (b"\0%b\0" % name.encode(), value)
     if pieces:
         last_value = memoryview(pieces[-1])
         end = bytes(last_value[-_MAX_END_BYTES:])
         if end[-1:] in (b"]", b'"'):
-            pieces[-1] = last_value[: len(last_value) - len(end) + len(end[:-1].rstrip(b" \t\r\n"))]
+            shortened_end = end[:-1].rstrip(b" \t\r\n")
+            pieces[-1] = last_value[: len(last_value) - len(end) + len(shortened_end)]
     return pieces
 
 
@@ -99,14 +100,14 @@ def _read_user_id(metadata: RawValue) -> bytes | None:
         return None
     try:
         return _read_name(_decode_metadata(metadata).user_id)
-    except (ValueError, RecursionError):
+    except (ValueError, RecursionError):  # no JSON object, or nested too deeply: the server will tell the client
         return None
 
 
 def _read_name(value: RawValue | None) -> bytes | None:
     """A name as it is written in the body, with its quotation marks; ``None`` if it is no text, or empty, or too
     long."""
-    if value is None or not 2 < len(value) <= MAX_HINT_BYTES:
+    if value is None or not 2 < len(value) <= MAX_HINT_BYTES:  # 2: the quotation marks of an empty text
         return None
     name = bytes(value)
     return name if name.startswith(b'"') else None

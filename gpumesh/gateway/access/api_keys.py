@@ -1,7 +1,7 @@
-"""``ApiKeys``: the keys that clients may send.
+"""``ApiKeys``: the keys with which clients may use the gateway, and the check of the key that a client sends.
 
-The gateway keeps only the SHA-256 of each key, and looks a client's key up by its SHA-256. The time of this look-up
-tells nothing about the keys: nobody can choose a text whose hash comes closer to the hash of a key.
+The gateway keeps only the SHA-256 of each key, and looks a client's key up by its SHA-256. The time that this look-up
+takes tells nothing about the keys: nobody can choose a text whose hash comes closer to the hash of a key.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from gpumesh.topology import GatewaySpec
 
 
 class ApiKeys:
-    """All keys of a gateway. ``keys``: by the SHA-256 of their secret."""
+    """All keys of a gateway. ``keys`` has each key by the SHA-256 of its secret."""
 
     def __init__(self, keys: Mapping[bytes, ClientKey]) -> None:
         self._keys = dict(keys)
@@ -25,22 +25,23 @@ class ApiKeys:
 
     @property
     def names(self) -> frozenset[str]:
-        """The names of all holders."""
+        """The names of all holders of keys. A key that is given by ``api_key_env`` has no holder's name."""
         return frozenset(key.name for key in self._keys.values() if key.name is not None)
 
     def find(self, headers: Mapping[str, str]) -> ClientKey | None:
         """The key in ``Authorization`` or ``x-api-key``; ``None`` if neither holds a key of this gateway. Some clients
-        send both headers, with our key in only one of them. If both hold keys, the first counts."""
+        send both headers, with our key in only one of them. If both hold our keys, ``Authorization`` counts."""
         found: ClientKey | None = None
         for text in sent_keys(headers):
             # "surrogateescape" gives the bytes that the client sent: the parser has decoded the header in that way.
             key = self._keys.get(hash_key(text.encode("utf-8", "surrogateescape")))
-            found = key if found is None else found
+            if found is None:
+                found = key
         return found
 
 
 def sent_keys(headers: Mapping[str, str]) -> list[str]:
-    """The keys that a client sends, at most two, whether they are valid or not."""
+    """The keys that a client sends, whether they are valid or not: at most two, that of ``Authorization`` first."""
     keys = []
     authorization = headers.get("authorization")
     if authorization is not None:
@@ -54,15 +55,15 @@ def sent_keys(headers: Mapping[str, str]) -> list[str]:
 
 
 def hash_key(key: bytes) -> bytes:
-    """The SHA-256 of a key, by which it is known here."""
+    """The SHA-256 of a key, under which ``ApiKeys`` stores it."""
     return hashlib.sha256(key).digest()
 
 
 def read_api_keys(
     spec: GatewaySpec, *, read_secret: Callable[[str], str], identity: Callable[[str], str]
 ) -> ApiKeys | None:
-    """The keys of a gateway; ``None`` if it needs none. ``read_secret`` returns the secret in a variable.
-    ``identity``: see ``ModelRules``.
+    """The keys of a gateway; ``None`` if it needs none. ``read_secret`` returns the secret in the variable of this
+    name. ``identity`` returns the text by which all names of one model are recognised (``ModelRules.identity``).
 
     Raises the errors of ``read_secret``, and UsageError if two keys have the same secret."""
     if not spec.needs_key:
@@ -70,6 +71,7 @@ def read_api_keys(
     keys: dict[bytes, ClientKey] = {}
 
     def add(digest: bytes, key: ClientKey) -> None:
+        """Adds a key. Raises UsageError for a secret that another key has."""
         if digest in keys:
             raise UsageError(
                 f"the keys {keys[digest].label} and {key.label} of mesh.yaml have the same secret",
@@ -79,7 +81,7 @@ def read_api_keys(
 
     if spec.api_key_env is not None:
         add(hash_key(read_secret(spec.api_key_env).encode()), ClientKey(label=spec.api_key_env))
-    for key in spec.keys:
+    for key in spec.keys:  # exactly one of ``sha256`` and ``env`` is set
         digest = bytes.fromhex(key.sha256) if key.sha256 is not None else b""
         if key.env is not None:
             digest = hash_key(read_secret(key.env).encode())

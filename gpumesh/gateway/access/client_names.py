@@ -1,4 +1,4 @@
-"""``ClientNames`` tells who sends a request, so that the queue can give each client its share.
+"""``ClientNames`` names the client that sends a request, so that the queue can give each client its share.
 
 Only the name of a key's holder is proven. Clients without such a key are trusted to name themselves.
 """
@@ -18,7 +18,8 @@ MAX_NAME_CHARS = 64
 class ClientNames:
     """The names of clients. ``key_names``: the holders of keys, whose names nobody else may use.
 
-    The secret is new for each process: from a name, nobody can find the credential behind it by trying.
+    A credential in a name is hashed with a secret that is new for each process. So nobody who reads the name can find
+    the credential by trying: without the secret, no guess can be tested.
     """
 
     def __init__(self, key_names: Collection[str] = ()) -> None:

@@ -6,8 +6,8 @@ allow-list may not read answers (they have no CORS header), and may not send req
 
 A browser tells for which purpose a page requests an answer (Fetch Metadata, https://www.w3.org/TR/fetch-metadata/), and
 no page can change that. An answer to ``fetch()`` goes to a script of the page. Any other answer is shown, embedded or
-run as a part of some page. The browser must never do that with an answer of a host: such an answer would be a page of
-the gateway's origin, and could do everything that the gateway's own page can do.
+run as a part of some page. The browser must never show, embed or run the answer of a node's host: for the browser it
+would be a page of the gateway's origin, and could do everything that the gateway's own page can do.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from gpumesh.gateway.http.request import Request
 _APPLICATION_SCHEMES = frozenset({"app", "file", "tauri", "vscode-file", "vscode-webview"})  # Ollama's list
 _THIS_MACHINE = frozenset({"localhost", "127.0.0.1", "0.0.0.0", "::1"})  # noqa: S104  # hosts of an Origin, not to bind
 _DEFAULT_PORTS = {"http": 80, "https": 443}
-# Every check of a request's purpose and origin reads one of these.
+# The headers that only browsers send. Each check of a request's purpose and origin reads some of these and no others.
 _BROWSER_HEADERS = frozenset({"origin", "service-worker", "sec-fetch-dest", "sec-fetch-site"})
 _LOCAL_SUFFIXES = (".localhost", ".local", ".internal")
 
@@ -50,9 +50,10 @@ class Guard:
         self, request: Request, *, is_own_page: bool, backend_ports: Callable[[], Collection[int]]
     ) -> None:
         """Raises BadRequest unless a request with this Host, Origin and purpose is allowed. Sets the request's CORS
-        headers.
+        headers if it has an Origin.
 
-        ``is_own_page``: the request asks for the gateway's own page."""
+        ``is_own_page``: the request asks for the gateway's own page. ``backend_ports`` returns the ports of this
+        machine on which nodes' servers answer (``Fleet.local_ports``): pages from there are not trusted."""
         headers = request.headers
         origin, host = headers.get("origin"), headers.get("host")
         if not self.host_allowed(host):
@@ -66,7 +67,7 @@ class Guard:
             )
             raise BadRequest(message, status=403)
         if origin is None:
-            if is_blind_cross_site_request(headers) and not is_own_page:  # a link to the own page is allowed
+            if is_blind_cross_site_request(headers) and not is_own_page:  # other sites may link to the own page
                 raise BadRequest("a page of another site may ask here by CORS only", status=403)
             return
         if not self.origin_allowed(origin, host=host, backend_ports=backend_ports()):
@@ -75,7 +76,7 @@ class Guard:
 
     def require_key(self, headers: Mapping[str, str]) -> ClientKey | None:
         """The key that the client sends; ``None`` if no key is needed. Raises BadRequest if a key is needed and the
-        client has not sent one."""
+        client has sent none, or one that is not of this gateway."""
         if self.keys is None:
             return None
         key = self.keys.find(headers)
@@ -97,13 +98,13 @@ class Guard:
     def origin_allowed(
         self, origin: str | None, *, host: str | None = None, backend_ports: Collection[int] = ()
     ) -> bool:
-        """Whether a page of this origin may send requests. A request without an Origin is allowed: it is no cross-site
-        request of a browser.
+        """Whether a page of this origin may send requests. ``None`` is allowed: it stands for a request without an
+        Origin, which no page of another site sends in a way that it could read the answer.
 
         - The origins of mesh.yaml are allowed.
-        - Pages of this machine are allowed, as Ollama allows them, but not from ``backend_ports``. Such a port is the
-          end of a tunnel: a page behind it was written by the tunnel's host.
-        - Applications whose pages are no web pages are allowed.
+        - Pages of this machine are allowed, as Ollama allows them, but not from ``backend_ports``: a page from such a
+          port was written by a node's host.
+        - Applications whose pages are no web pages (``app://`` …) are allowed.
         - The gateway's own page is allowed: its origin equals ``host`` (the Host header). The host must be an address,
           because DNS rebinding can change where a name leads. If a key is set, the host may also be a name: the page of
           an attacker does not know the key."""
@@ -117,7 +118,7 @@ class Guard:
                 return True
             port = parts.port or _DEFAULT_PORTS.get(parts.scheme)
             return parts.hostname in _THIS_MACHINE and port not in backend_ports
-        except ValueError:  # brackets without an address in them, a port that is no number
+        except ValueError:  # no valid origin: brackets without an address in them, a port that is no number
             return False
 
     def _is_own_origin(self, scheme: str, netloc: str, host: str | None) -> bool:
@@ -134,7 +135,8 @@ class Guard:
         """The CORS fields of every answer to a page of this allowed origin, also of the answer to a preflight."""
         fields = {
             "Access-Control-Allow-Origin": origin,
-            # A preflight names the headers that it asks for. Else all of them: "*" does not cover Authorization.
+            # A preflight names the headers for which it asks, and gets these. Any other request gets all headers; "*"
+            # does not cover Authorization.
             "Access-Control-Allow-Headers": headers.get("access-control-request-headers") or "*, Authorization",
             "Access-Control-Allow-Methods": "GET, HEAD, POST, DELETE, OPTIONS",
             "Access-Control-Expose-Headers": "X-GPUMesh-Node, X-GPUMesh-Model, X-GPUMesh-Attempts, X-GPUMesh-Queue-Ms, "
@@ -143,19 +145,19 @@ class Guard:
             "Vary": "Origin",
         }
         if headers.get("access-control-request-private-network") == "true":
-            # A page from the internet sends a request to a private address: browsers ask for this permission first.
+            # Before a page from the internet may send a request to a private address, browsers ask for this permission.
             fields["Access-Control-Allow-Private-Network"] = "true"
         return fields
 
 
 def is_request_to_render(headers: Mapping[str, str], *, is_own_page: bool) -> bool:
-    """Whether a browser would show, embed or run the answer. ``is_own_page``: the request asks for the gateway's own
-    page, which may be shown, but not in a frame. Browsers send these headers to loopback and over HTTPS; other programs
-    do not send them."""
+    """Whether a browser would show, embed or run the answer, although it must not. ``is_own_page``: the request asks
+    for the gateway's own page, which may be shown, but not in a frame. Browsers send the headers that tell it to
+    loopback addresses and over HTTPS; other programs do not send them."""
     if headers.get("service-worker") is not None:  # the script of a service worker, which the browser would run
         return True
     destination = headers.get("sec-fetch-dest", "empty")  # no header: no browser, or plain HTTP to another machine
-    if is_own_page and destination == "document":  # a tab of its own, not a frame
+    if is_own_page and destination == "document":  # shown in a tab of its own, not in a frame
         return False
     return destination != "empty"  # "empty" is what fetch() sends
 
@@ -172,7 +174,7 @@ def is_blind_cross_site_request(headers: Mapping[str, str]) -> bool:
 @lru_cache(maxsize=256)
 def _is_local_name(host: str) -> bool:
     """Whether a Host header names this machine, or a machine of a private network, by a local name or by its address.
-    DNS rebinding cannot give such a name to a page of the internet."""
+    A page from the internet cannot have such a name, so it cannot use DNS rebinding."""
     name = _strip_port(host)
     if name == "localhost" or name.endswith(_LOCAL_SUFFIXES):
         return True
@@ -181,7 +183,7 @@ def _is_local_name(host: str) -> bool:
 
 
 def _parse_address(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    """The IP address; ``None`` if the name is none."""
+    """The IP address that the text is; ``None`` if it is a name."""
     try:
         return ipaddress.ip_address(name)
     except ValueError:

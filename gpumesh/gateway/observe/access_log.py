@@ -1,4 +1,4 @@
-"""The access log: a JSON line per request, from its ``RequestRecord`` and, beside it, the client and the request id.
+"""The access log: a JSON line for each request, from its ``RequestRecord``, the client's address and the request id.
 
 No line holds a prompt, an answer, a header or a query. Lines are collected and written a moment later, so that no
 request waits for the disk. When the disk is full the log loses lines, but no request fails. Only the gateway's own user
@@ -25,8 +25,8 @@ log = logging.getLogger(__name__)
 FLUSH_S = 0.5
 FLUSH_LINES = 500
 ROTATE_BYTES = 8 << 20  # a file that would become larger is rotated
-ROTATED_FILES = 4  # older files that are kept
-MAX_TEXT_CHARS = 200  # of a text that a client sends: a path, a model
+ROTATED_FILES = 4  # so many older files are kept
+MAX_TEXT_CHARS = 200  # a text that a client sends (a path, a model) is cut to this length
 
 _encode = msgspec.json.Encoder().encode  # takes a tenth of the time of json.dumps
 
@@ -48,9 +48,9 @@ class AccessLog:
         self._now = now
         self._pending: list[dict[str, object]] = []
         self._timer: asyncio.TimerHandle | None = None
-        self._file: int | None = None
-        self._size = 0
-        self._failing = False
+        self._file: int | None = None  # the file's descriptor
+        self._size = 0  # of the file, in bytes
+        self._failing = False  # whether the last write has failed
 
     def add(self, record: RequestRecord, *, client: str | None, request_id: str | None) -> None:
         """Adds a request that has ended. Two of its facts are not in the record: ``client``, the client's address, and
@@ -105,6 +105,7 @@ class AccessLog:
             data = data[written:]
 
     def _open_file(self) -> None:
+        """Opens the file, and creates it and its folder if they are missing, for the gateway's own user only."""
         self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         self._size = os.fstat(self._file).st_size
@@ -130,10 +131,10 @@ def render_line(entry: dict[str, object]) -> bytes:
     when somebody reads the file."""
     try:
         line = _encode(entry)
-    except ValueError:  # half of a surrogate pair, which UTF-8 cannot hold
+    except ValueError:  # a text has half of a surrogate pair, which UTF-8 cannot hold
         line = None
     if line is None or not line.isascii():
-        line = json.dumps(entry).encode()  # slower, but escapes every character beyond ASCII
+        line = json.dumps(entry).encode()  # slower, but it escapes every character beyond ASCII
     return line + b"\n"
 
 

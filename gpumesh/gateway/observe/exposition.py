@@ -57,8 +57,8 @@ class Distribution(Protocol):
 
 
 def gauge(name: str, text: str, samples: Iterable[tuple[Labels, float | None]]) -> Family:
-    """A gauge with a sample for each known value: ``None`` is left out. Of several samples with the same labels the
-    last counts: Prometheus refuses a whole page that has a series twice."""
+    """A gauge with a sample for each known value; a value of ``None`` is left out. Of several samples with the same
+    labels only the last is used, because Prometheus refuses a whole page that has a series twice."""
     by_labels = {labels: value for labels, value in samples if value is not None}
     return Family(
         name, MetricKind.GAUGE, text, tuple(MetricSample(labels, value) for labels, value in by_labels.items())
@@ -66,7 +66,7 @@ def gauge(name: str, text: str, samples: Iterable[tuple[Labels, float | None]]) 
 
 
 def counter(name: str, text: str, samples: Iterable[tuple[Labels, float]]) -> Family:
-    """A counter. Of several samples with the same labels the last counts, as in ``gauge``."""
+    """A counter. Of several samples with the same labels only the last is used, as in ``gauge``."""
     by_labels = dict(samples)
     return Family(
         name, MetricKind.COUNTER, text, tuple(MetricSample(labels, value) for labels, value in by_labels.items())
@@ -74,8 +74,8 @@ def counter(name: str, text: str, samples: Iterable[tuple[Labels, float]]) -> Fa
 
 
 def histogram(name: str, text: str, bounds: Sequence[float], series: Mapping[Labels, Distribution]) -> Family:
-    """A histogram. The sample of a bucket counts all values up to its bound ``le``, also the values of smaller
-    buckets."""
+    """A histogram. ``bounds`` are the upper bounds of the buckets, ``series`` the distributions by their labels. In
+    this format the sample of a bucket counts all values up to its bound ``le``, also those of the smaller buckets."""
     samples: list[MetricSample] = []
     for labels, distribution in series.items():
         values_so_far = 0

@@ -1,4 +1,4 @@
-"""The metrics of forecasts for Prometheus: how good they were, and what loads the gateway has caused. Pure."""
+"""The metrics of forecasts for Prometheus: how good they were, and which loads the gateway has caused. Pure."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from gpumesh.mesh.nodes.forecast_record import RATIO_BOUNDS, ForecastRecord
 
 
 def forecast_families(records: Mapping[str, ForecastRecord]) -> Iterator[Family]:
-    """The metrics of these records, which are given by node."""
+    """Yields the metrics of the forecasts. ``records``: the record of each node, by its name."""
 
     def counter_by_node(name: str, text: str, values: Mapping[str, float]) -> Family:
+        """A counter with one sample for each node."""
         return counter(name, text, ((_node_labels(node), value) for node, value in values.items()))
 
     yield counter_by_node(

@@ -71,6 +71,7 @@ def _node_families(nodes: Sequence[NodeState]) -> Iterator[Family]:
     labels = [_node_labels(node) for node in nodes]
 
     def gauge_by_node(name: str, text: str, values: Iterable[float | None]) -> Family:
+        """A gauge with a sample for each node. ``values`` are in the order of ``nodes``."""
         return gauge(name, text, zip(labels, values, strict=True))
 
     serving_states = (Health.HEALTHY, Health.DEGRADED)
@@ -132,8 +133,8 @@ def _backend_families(nodes: Sequence[NodeState]) -> Iterator[Family]:
 
 
 def _loaded_memory(loaded: Sequence[LoadedModel]) -> Iterator[tuple[str, float | None]]:
-    """Yields the name and memory (MiB) of the ``MAX_LOADED_MODELS`` largest models, then one entry with the sum of all
-    others whose memory is known: Prometheus keeps a series for each name, for months."""
+    """Yields the name and memory (MiB) of the ``MAX_LOADED_MODELS`` largest models, then one entry for all others, with
+    the sum of the known figures. The number is bounded because Prometheus keeps a series for each name, for months."""
     largest_first = sorted(loaded, key=lambda model: -(model.size_vram_mib or 0))
     for model in largest_first[:MAX_LOADED_MODELS]:
         yield model.name, model.size_vram_mib
@@ -144,12 +145,13 @@ def _loaded_memory(loaded: Sequence[LoadedModel]) -> Iterator[tuple[str, float |
 
 
 def _gpu_families(nodes: Iterable[NodeState]) -> Iterator[Family]:
-    """The metrics of GPUs. A GPU that two nodes share appears under both nodes, so a reader of the metrics should sum
-    by ``uuid``, not by node."""
+    """The metrics of GPUs. A GPU that two nodes share appears under both nodes. So whoever adds up these metrics should
+    count each ``uuid`` once."""
     nodes_and_gpus = [(node, gpu) for node in nodes for gpu in node.gpus or ()]
     labels = [_gpu_labels(node, gpu) for node, gpu in nodes_and_gpus]
 
     def gauge_by_gpu(name: str, text: str, values: Iterable[float | None]) -> Family:
+        """A gauge with a sample for each GPU. ``values`` are in the order of ``gpus``."""
         return gauge(name, text, zip(labels, values, strict=True))
 
     gpus = [gpu for _, gpu in nodes_and_gpus]
@@ -182,8 +184,8 @@ def process_families() -> Iterator[Family]:
         _, resident_pages, *_ = (process_folder / "statm").read_text().split()
         resident_bytes = int(resident_pages) * os.sysconf("SC_PAGE_SIZE")
         open_files = len(os.listdir(process_folder / "fd"))
-    except (OSError, ValueError):
-        return  # not Linux
+    except (OSError, ValueError):  # there is no /proc: not Linux
+        return
     yield gauge("process_resident_memory_bytes", "Memory.", [(NO_LABELS, float(resident_bytes))])
     yield gauge("process_open_fds", "Files that it has open.", [(NO_LABELS, float(open_files))])
 
@@ -220,6 +222,6 @@ def _gpu_labels(node: NodeState, gpu: GpuState) -> Labels:
 
 
 def _scale(value: float | None, factor: float) -> float | None:
-    """The value in another unit: multiplied by ``factor``, and rounded, as the factors 0.01 and 0.001 are not exact in
-    a float. ``None`` for an unknown value."""
+    """The value in another unit: multiplied by ``factor``. It is rounded because a float cannot hold the factors 0.01
+    and 0.001 exactly. ``None`` for an unknown value."""
     return None if value is None else round(value * factor, 9)

@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 MAX_MODELS = 200
 MAX_SERIES = 5000
-MAX_SPELLINGS = 1000  # spellings of model names whose label is cached
+MAX_SPELLINGS = 1000  # so many spellings of model names have their label in a cache
 OTHER_LABEL = "other"
 
 # Upper bounds of the buckets, in seconds.
@@ -46,7 +46,8 @@ class Histogram:
         self.sum = 0.0
 
     def observe(self, value: float) -> None:
-        """Counts the value in the first bucket whose bound is the value or more; beyond all bounds, in the last."""
+        """Counts the value in the first bucket whose bound is not below the value. A value above all bounds counts in
+        the last bucket."""
         self.counts[bisect_left(self.bounds, value)] += 1
         self.sum += value
 
@@ -75,8 +76,10 @@ class ModelMetrics:
 
 
 class LabeledSeries(dict[tuple[str, ...], T]):
-    """Values by their labels; a value is created when its labels are first used. When there are ``bound`` series, all
-    new labels share one series, whose labels are all ``other``."""
+    """Values by their labels; a value is created when its labels are first used. Once there are ``bound`` series, all
+    new labels share one further series, whose labels are all ``other``.
+
+    ``names`` are the labels' names, and ``create`` makes a new value."""
 
     def __init__(self, names: tuple[str, ...], create: Callable[[], T], bound: int = MAX_SERIES) -> None:
         super().__init__()
@@ -134,9 +137,9 @@ class RequestMetrics:
             _add_tokens(metrics, answer.counters, first_byte_at, record.ended_at)
 
     def _model_label(self, name: str | None, *, answered: bool) -> str:
-        """The label of a model: the same for all spellings of its name. ``other`` if no node has answered for the
-        model, or if there are ``MAX_MODELS`` labels; empty for a request without a model. ``answered``: a node has
-        answered this request without an error."""
+        """The label of a model: the same for all spellings of its name; empty for a request without a model. The label
+        is ``other`` for a model for which no node has ever answered, and for a new model once there are ``MAX_MODELS``
+        labels. ``answered``: a node has answered this request without an error."""
         if name is None:
             return ""
         label = self._labels.get(name)
@@ -152,12 +155,14 @@ class RequestMetrics:
         return label
 
     def _histograms(self, select: Callable[[ModelMetrics], Histogram]) -> dict[Labels, Histogram]:
-        """One histogram of each model, by the model's labels. Leaves out empty histograms."""
+        """The histogram that ``select`` takes from the metrics of each model, by the model's labels. Leaves out empty
+        histograms."""
         histograms = ((labels, select(metrics)) for labels, metrics in self.models.named())
         return {labels: histogram for labels, histogram in histograms if any(histogram.counts)}
 
     def _totals(self, select: Callable[[ModelMetrics], int]) -> Iterator[tuple[Labels, float]]:
-        """Yields the labels and one counter of each model. Leaves out counters that are 0."""
+        """Yields for each model its labels and the counter that ``select`` takes from its metrics. Leaves out counters
+        that are 0."""
         for labels, metrics in self.models.named():
             total = select(metrics)
             if total > 0:
@@ -213,7 +218,7 @@ class RequestMetrics:
 
 def _add_tokens(metrics: ModelMetrics, counters: ServerCounters, first_byte_at: float | None, ended_at: float) -> None:
     """Counts the tokens of an answer, and observes the mean time of a token. ``first_byte_at`` is ``None`` for an
-    answer in one piece: then the server's own clock counts."""
+    answer in one piece: then the server's own duration is used, if it gives one."""
     metrics.prompt_tokens += counters.prompt_tokens or 0
     tokens = counters.tokens
     if not tokens:

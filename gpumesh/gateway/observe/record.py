@@ -43,7 +43,7 @@ class RequestRecord(msgspec.Struct, eq=False):
 
     def note_end(self, *, status: int, sent_bytes: int) -> None:
         """Notes that the request has ended, now. If no outcome was set before, the outcome follows from the node's
-        answer; if no node answered, the gateway itself has served the request."""
+        answer. If no node answered either, the gateway itself has served the request."""
         self.ended_at = self.clock()
         self.status = status
         self.sent_bytes = sent_bytes
