@@ -16,8 +16,8 @@ from typing import NamedTuple
 from gpumesh.printable import printable
 
 OCTETS = "application/octet-stream"  # no browser shows it or runs it
-MAX_TYPE_BYTES = 200  # of a Content-Type; a longer one is not read
-MAX_HEADERS = 32  # of one answer; more are dropped
+MAX_TYPE_BYTES = 200  # a longer Content-Type is not read
+MAX_HEADERS = 32  # the client gets at most so many headers of one answer; the rest is dropped
 
 # The media types that may pass -> the type that the client gets. Subtitles become text, old names of JSON become JSON.
 _MEDIA_TYPES = {
@@ -67,8 +67,9 @@ _PARAMETER = re.compile(
 class AnswerHead(NamedTuple):
     """The part of an answer's head that clients may get.
 
-    ``media_type`` is empty if the answer has none. ``headers`` are for the client, with a Content-Type that is written
-    here. ``problem``: why this is not an inference server's answer, as a sentence whose subject is "it"; else ``None``.
+    ``media_type`` is empty if the answer has none. ``headers`` are for the client; their Content-Type was written anew.
+    ``problem``: why this is not an inference server's answer, as a sentence whose subject "it" is the server; ``None``
+    if the answer may come from one.
     """
 
     media_type: str
@@ -98,11 +99,11 @@ def read_head(status: int, fields: Iterable[tuple[bytes, bytes]], *, empty: bool
             encoding = value
         else:
             name = _HEADERS.get(lower_name)
-            # A header with one of the prefixes keeps its own name, if that is a plain name.
+            # A header with one of the prefixes may pass too, under its own name, if that is a plain name.
             if name is None and lower_name.startswith(_HEADER_PREFIXES) and _HEADER_NAME.fullmatch(lower_name):
                 name = lower_name.decode()
             if name is not None and len(client_headers) < MAX_HEADERS and _HEADER_VALUE.fullmatch(value):
-                client_headers.setdefault(name, value.decode())  # if a header comes twice, its first value counts
+                client_headers.setdefault(name, value.decode())  # of a header that comes twice, the first value is kept
     headers = tuple(client_headers.items())
     problem = _find_problem(status, content_types, encoding, empty=empty)
     if problem is not None:
@@ -130,7 +131,8 @@ def _find_problem(status: int, content_types: Sequence[bytes], encoding: bytes, 
     if read_media_type(last_content_type) is None and not empty:
         shown = _printable_value(last_content_type)
         return f"it answered {status} with {shown}, which is no answer of an inference server"
-    if len(content_types) > 1 and len(set(map(read_media_type, content_types))) > 1:  # the same type twice may pass
+    has_different_types = len(content_types) > 1 and len(set(map(read_media_type, content_types))) > 1
+    if has_different_types:
         return f"it answered {status} with two media types, of which one must be wrong"
     return None
 
@@ -143,8 +145,8 @@ def read_media_type(value: bytes) -> MediaType | None:
 
 @lru_cache(maxsize=128)
 def _parse_media_type(value: bytes) -> MediaType | None:
-    """Does the work of ``read_media_type``, piece by piece. One pattern for the whole value could be made very slow:
-    each further blank would double the number of ways to match."""
+    """Does the work of ``read_media_type``, piece by piece. A hostile value could make a pattern for the whole value
+    very slow: each further blank would double the number of ways to match."""
     type_piece, *parameter_pieces = (piece.strip(b" \t") for piece in value.split(b";"))
     type_match = _TYPE.fullmatch(type_piece.lower())
     if type_match is None:

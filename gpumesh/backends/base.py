@@ -14,12 +14,12 @@ from msgspec.structs import replace
 from gpumesh.backends import safe_json
 from gpumesh.state import LoadedModel, ModelInfo
 
-# Larger figures of a server for one answer are not believed: the balancer learns from them, and the totals of pools
-# add them up.
+# Larger figures of a server for one answer are not believed: the balancer learns from these figures, and the totals of
+# pools add them up.
 MOST_TOKENS = 1 << 27
-LONGEST_MS = 30 * 86400 * 1000.0
+LONGEST_MS = 30 * 86400 * 1000.0  # 30 days
 FASTEST_TOKENS_PER_S = 100_000.0
-# Of a stream: the role, the reason for the end, and the mark of the end.
+# So many frames of a stream hold no text: the role, the reason for the end, and the mark of the end.
 FRAMES_WITHOUT_TEXT = 3
 
 
@@ -57,8 +57,11 @@ class HttpCall(msgspec.Struct, frozen=True):
 class ServerCounters(msgspec.Struct, frozen=True, gc=False):
     """The server's own figures for one answer. Durations are in ms. ``None``: the server did not give this figure.
 
-    ``tokens`` are those of the answer. ``prompt_tokens`` are all tokens of the prompt; the server had ``cached_tokens``
-    of them in its cache, and did not read them again.
+    ``tokens`` counts the tokens of the answer, ``prompt_tokens`` all tokens of the prompt. ``cached_tokens`` of the
+    prompt's tokens were in the server's cache, so that the server did not read them again.
+
+    ``total_ms`` is the time of the whole request inside the server. Parts of it are ``load_ms`` (the wait until the
+    model was in memory), ``prompt_ms`` (the reading of the prompt) and ``eval_ms`` (the generation of the answer).
     """
 
     prompt_tokens: int | None = None
@@ -70,19 +73,23 @@ class ServerCounters(msgspec.Struct, frozen=True, gc=False):
     cached_tokens: int | None = None
 
     def with_frame_count(self, frames: int) -> ServerCounters:
-        """These counters. If they lack the answer's tokens, they get the number of ``frames`` of the stream, without
-        the frames that hold no text: a frame is about one token."""
+        """These counters. If they lack the number of the answer's tokens, they get the number of ``frames`` of the
+        stream, less the frames that hold no text: a frame is about one token."""
         tokens = frames - FRAMES_WITHOUT_TEXT
-        return self if self.tokens is not None or tokens <= 0 else replace(self, tokens=tokens)
+        if self.tokens is not None or tokens <= 0:
+            return self
+        return replace(self, tokens=tokens)
 
     @property
     def tokens_per_s(self) -> float | None:
-        """Generation rate by the server's own clock; ``None`` if it is not known, or if no hardware reaches it."""
+        """Generation rate by the server's own clock; ``None`` if it is not known, or so high that no hardware reaches
+        it."""
         seconds = (self.eval_ms or 0.0) / 1000.0
         if self.tokens is None or not seconds:
             return None
-        # Compared before the division: a tiny ``seconds`` would make the rate infinite.
-        return self.tokens / seconds if self.tokens <= FASTEST_TOKENS_PER_S * seconds else None
+        # The bound is compared by a product, because a division by tiny ``seconds`` could give infinity.
+        is_possible = self.tokens <= FASTEST_TOKENS_PER_S * seconds
+        return self.tokens / seconds if is_possible else None
 
     @property
     def waited_ms(self) -> float | None:
@@ -119,7 +126,8 @@ def duration_ms(value: Any, *, per_ms: float = 1.0) -> float | None:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A piece of an answer. Only the final chunk is ``done``; it also carries ``counters`` and ``done_reason``."""
+    """A piece of an answer. Only the final chunk is ``done``. It also has ``counters`` and ``done_reason``, as far as
+    the server gave them."""
 
     text: str = ""
     thinking: str = ""

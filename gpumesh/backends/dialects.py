@@ -26,7 +26,8 @@ DIALECTS: Mapping[BackendKind, Dialect] = {
     BackendKind.OPENAI: OpenAIDialect(),
 }
 
-# Only a kind with the same API continues a request that another kind began: the streams of the APIs differ.
+# The kinds of server by the API that they speak. Only a kind with the same API can continue a stream that another kind
+# began, because the streams of different APIs look different.
 _KINDS_BY_CHAT_PATH = {
     path: frozenset(kind for kind, dialect in DIALECTS.items() if dialect.chat_path == path)
     for path in {dialect.chat_path for dialect in DIALECTS.values()}
@@ -35,12 +36,14 @@ KINDS_WITH_MODEL_STORE = frozenset(kind for kind, dialect in DIALECTS.items() if
 # The gateway's own routes to the nodes' model stores use the API of this dialect.
 MODEL_STORE_DIALECT: Dialect = DIALECTS[BackendKind.OLLAMA]
 
-LAST_LINES = 16  # of an answer: the figures are in one of its last two or three lines; blank lines may follow them
+# So many of an answer's last lines are searched for its figures. These are in one of the last two or three lines, which
+# blank lines may follow.
+LAST_LINES = 16
 
 
 def find_dialect(kind: str) -> Dialect | None:
-    """The dialect of a kind. ``kind`` is its name in mesh.yaml and in a node's state. ``None`` for any other text: a
-    node whose kind is not known yet has such a text."""
+    """The dialect of a kind, by the kind's name in mesh.yaml and in a node's state. ``None`` for any other text, such
+    as ``auto``, the kind of a node whose server is not known yet."""
     return DIALECTS.get(kind)  # type: ignore[call-overload, no-any-return]  # a StrEnum's members are its strings
 
 
@@ -74,12 +77,12 @@ _decode_counter_members = msgspec.json.Decoder(_CounterMembers).decode
 
 def _parse_counter_members(data: bytes) -> Mapping[str, Any] | None:
     """The members of a JSON object that hold figures; ``None`` if ``data`` is no object. The other members of a small
-    answer are skipped: it would take most of the time to build them."""
+    answer are skipped, because to build them would take most of the time."""
     if len(data) <= safe_json.SMALL_BYTES:
         try:
             return _decode_counter_members(data)
         except (ValueError, RecursionError):
-            pass  # ``parse_object`` reads documents that msgspec does not read, such as those with NaN
+            pass  # ``parse_object`` may read it: msgspec refuses some documents, such as those with NaN
     return safe_json.parse_object(data)
 
 
@@ -111,8 +114,8 @@ def _find_last_object(body: bytes) -> Mapping[str, Any] | None:
 
 
 def _find_nested_counters(document: Mapping[str, Any]) -> ServerCounters | None:
-    """The figures inside of ``response.completed`` of the responses API, or of Anthropic's ``message_start``; ``None``
-    if there are none."""
+    """The figures that the event ``response.completed`` of the responses API has in its ``response``, or Anthropic's
+    ``message_start`` in its ``message``; ``None`` if there are none."""
     for key in ("response", "message"):
         inner = document.get(key)
         counters = openai.parse_counters(inner) if isinstance(inner, dict) else None
@@ -130,5 +133,5 @@ def host_header(target: Target) -> str:
 
 @lru_cache(maxsize=1024)
 def _host_header(host: str, port: int) -> str:
-    """The work of ``host_header``, by arguments that are fast to look up in the cache."""
+    """Does the work of ``host_header``. Its arguments are found in the cache faster than a ``Target``."""
     return format_address("127.0.0.1" if is_loopback(host) else host, port)

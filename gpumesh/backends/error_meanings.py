@@ -8,13 +8,13 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 
-READ_CHARS = 2000  # of a message; what comes later is not searched
+READ_CHARS = 2000  # only so much of a message is searched
 
 _BUSY_STATUSES = frozenset({429, 529})  # 529: Anthropic's "overloaded"
 # 520 to 530 are Cloudflare's; 598 and 599 are time-outs of other proxies.
 _PROXY_STATUSES = frozenset({502, 504, *range(520, 529), 530, 598, 599})
 NOT_SUPPORTED_STATUS = 501
-TOO_LARGE_STATUS = 507  # mlx-knife and others, for a model that needs more memory than there is
+TOO_LARGE_STATUS = 507  # mlx-knife and others answer so for a model that needs more memory than there is
 
 # Parts of messages about a model that cannot be loaded, in lower case.
 _LOAD_FAILURES = (
@@ -89,7 +89,7 @@ def says_model_is_missing(status: int, message: str, model: str) -> bool:
 
 @lru_cache(maxsize=64)
 def _name_pattern(model: str) -> re.Pattern[str]:
-    """A pattern for the name as a word of its own. The tag ``latest`` may be left out, because a client may leave it
-    out."""
+    """A pattern that finds the model's name in a message, but not as a part of a longer name. The message may leave out
+    the tag ``latest``, because it repeats the name as the client wrote it."""
     name = re.escape(model.removesuffix(":latest"))
     return re.compile(rf"(?<![\w.:/-]){name}(?::latest)?(?![\w/-]|:\w)", re.IGNORECASE)

@@ -8,9 +8,9 @@ from typing import Any
 from gpumesh.backends import safe_json
 from gpumesh.printable import printable
 
-ERROR_BYTES = 1 << 20  # of an error response; the rest is not read
-TITLE_BYTES = 64 << 10  # of a web page; a title that comes later is not found
-MAX_DEPTH = 4  # objects inside of objects; deeper objects are not searched for a message
+ERROR_BYTES = 1 << 20  # only so much of an error response is read
+TITLE_BYTES = 64 << 10  # a web page's title is searched for only in so many of its first bytes
+MAX_DEPTH = 4  # objects that lie inside of more than so many objects and lists are not searched for a message
 _TITLE = re.compile(rb"<title[^>]{0,200}>(?P<title>[^<]{1,300})", re.IGNORECASE)
 
 
@@ -39,8 +39,8 @@ def describe_web_page(body: bytes) -> str:
 
 
 def find_error_message(document: dict[str, Any]) -> str | None:
-    """The message of an error in an answer with status 200, or in a frame of a stream; ``None`` if the document reports
-    no error."""
+    """The message of an error in an answer with status 200, or in a frame of a stream, safe to print; ``None`` if the
+    document reports no error."""
     if document.get("error") in (None, ""):
         return None
     return printable(_find_message(document) or "") or "an error without words"

@@ -11,21 +11,21 @@ from gpumesh.backends.base import Chunk, ServerCounters
 from gpumesh.errors import BackendError, GPUMeshError, ProbeError, StreamCut
 from gpumesh.lines import LineBuffer, LineTooLong
 
-# The final line of /api/generate holds the whole context as numbers: 2 MB at 262144 tokens. Parsing a line holds up all
-# other streams, a tenth of a second for 8 MiB.
+# The longest line in bytes. The final line of /api/generate holds the whole context as numbers: 2 MB at 262144 tokens.
+# While a line is parsed, all other streams wait: a tenth of a second for 8 MiB.
 LINE_LIMIT = 8 << 20
-EVENT_LIMIT = LINE_LIMIT  # bytes of one server-sent event, all its lines together
-MAX_EVENT_LINES = 1 << 10  # of one server-sent event; an inference server sends two or three
-MAX_FRAME_END = 4  # bytes; no end of a frame is longer
-BODY_LIMIT = 64 << 20  # bytes of an answer in one piece
+EVENT_LIMIT = LINE_LIMIT  # the most bytes of one server-sent event, all its lines together
+MAX_EVENT_LINES = 1 << 10  # the most lines of one server-sent event; an inference server sends two or three
+MAX_FRAME_END = 4  # no end of a frame has more bytes
+BODY_LIMIT = 64 << 20  # the most bytes of an answer in one piece
 
 
 class FrameAssembler:
-    """Passes on the bytes of a stream as soon as they end a frame, and holds the beginning of a frame until its end
-    comes. Several whole frames are passed on in one piece.
+    """Cuts a byte stream into whole frames. It returns bytes as soon as their frame is whole, and holds the beginning
+    of a frame until its end comes. Several whole frames are returned in one piece.
 
     ``find_last_end(data, start)`` looks for ends of frames from ``start`` on. It returns the position after the last
-    end, or 0 if there is none. ``limit``: the longest frame in bytes. ``held`` is the beginning of a frame.
+    end, or 0 if there is none. ``limit``: the longest frame in bytes. ``held`` is the beginning that is held now.
     """
 
     __slots__ = ("_find_last_end", "_limit", "held")
@@ -43,7 +43,8 @@ class FrameAssembler:
     def feed(self, data: bytes) -> bytes:
         """Adds ``data``, and returns all bytes up to the end of the last whole frame."""
         held = self.held
-        start = max(len(held) - MAX_FRAME_END, 0)  # the held bytes were searched before, but an end may be cut
+        # The held bytes were searched before. But the first bytes of an end may be the last held bytes.
+        start = max(len(held) - MAX_FRAME_END, 0)
         held += data
         end = self._find_last_end(held, start)
         whole = bytes(held[:end])
@@ -148,7 +149,8 @@ def read_event_line(line: bytes) -> bytes | None:
 
 
 class BaseFrameReader:
-    """The base of the readers of all dialects. An error is raised only after the chunks before it were returned.
+    """The base of the readers of all dialects. If an error comes after chunks in the same bytes, ``feed`` returns the
+    chunks, and the next call raises the error.
 
     ``done``: the final frame has come."""
 
@@ -196,5 +198,5 @@ def final_chunk(text: str = "", thinking: str = "", *, reason: str | None, count
 
 
 def wrong_dialect_error(reason: str) -> ProbeError:
-    """The error for an answer that the mesh's dialect of this node cannot read."""
+    """The error for an answer that cannot be read by the dialect that this server should have."""
     return ProbeError(f"the answer is not of this kind of server: {reason}", finding_code="wrong-server")

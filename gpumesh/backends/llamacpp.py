@@ -60,14 +60,15 @@ class LlamacppDialect(OpenAIDialect):
         ProbeError also if ``/props`` is not llama-server's."""
         inventory = super().read_inventory(answers)
         answer = answers.get("props")
-        status, body = answer if answer is not None else (404, b"")  # no answer: as from a server without this route
+        # No answer is treated as the 404 of a server that does not have this route.
+        status, body = answer if answer is not None else (404, b"")
         unusable_answers.raise_for_status(status, body)
         if not isinstance(read_object(answer).get("default_generation_settings"), dict):
             broken_error = unusable_answers.broken_json_error(body, "/props") if status == 200 else None
             raise broken_error or unusable_answers.other_server_error(self.label, "/props", status, body)
         slots = _read_slots(answers.get("slots"))
         contexts = [safe_json.as_bounded_count(slot.get("n_ctx"), model_list.MAX_CONTEXT_TOKENS) for slot in slots]
-        # A request gets any of the slots, so only the smallest context is sure.
+        # A request may get any slot, so it can count only on the smallest context.
         smallest_context = min(filter(None, contexts), default=None)
         loaded = inventory.loaded
         if smallest_context is not None:

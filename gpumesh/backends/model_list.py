@@ -16,13 +16,13 @@ from typing import Any
 from gpumesh.backends import safe_json
 from gpumesh.printable import printable
 
-# A longer list is not read. Each probe reads the list, every two seconds; 10,000 models take 100 ms, in which the event
-# loop does nothing else.
+# A longer list is not read. Each probe, every two seconds, reads the list: 10,000 models would take 100 ms, in which
+# the event loop does nothing else.
 MAX_MODELS = 4_000
-LONGEST_NAME = 200
-MAX_CONTEXT_TOKENS = 1 << 31
-# More models in memory at once are not read: each is a row, a label of /metrics and part of the reason of a node's
-# state.
+LONGEST_NAME = 200  # characters; a model with a longer name is left out
+MAX_CONTEXT_TOKENS = 1 << 31  # a larger context is not believed
+# Of more models in memory at once, only the first are read: each is a row of tables, a label of /metrics and a part of
+# the reason of a node's state.
 MAX_LOADED_MODELS = 256
 
 

@@ -16,8 +16,9 @@ _decode_text = msgspec.json.Decoder(str).decode
 def replace_model(body: bytes, name: str) -> tuple[bytes, memoryview] | None:
     """The two parts of a body like ``body``, but with this model: a short new beginning, and the unchanged rest.
 
-    ``None`` if ``body`` is to be sent as it is: it names this model already, or it is no JSON object that names any.
-    The name should be the first member. If it is not, the whole body is parsed, which takes long for a long body.
+    ``None`` if ``body`` is to be sent as it is: it names this model already, or it is no JSON object that names a
+    model. The model should be the first member. If it is not, the whole body is parsed, which takes long for a long
+    body.
     """
     match = _LEADING_MODEL.match(body)
     if match is None:
@@ -28,20 +29,21 @@ def replace_model(body: bytes, name: str) -> tuple[bytes, memoryview] | None:
 
 
 def _replace_later_member(body: bytes, name: str) -> tuple[bytes, memoryview] | None:
-    """The work of ``replace_model`` for a body that does not begin with the model's name."""
+    """Does the work of ``replace_model`` for a body that does not begin with the model's name."""
     try:
         members = _decode_members(body)
-    except (ValueError, RecursionError):
+    except (ValueError, RecursionError):  # no JSON object, or nested too deeply: the server will answer with an error
         return None
     if "model" not in members or _is_name(bytes(members["model"]), name):
         return None
     others = [json.dumps(key).encode() + b":" + bytes(value) for key, value in members.items() if key != "model"]
-    return b'{"model":' + json.dumps(name).encode(), memoryview(b"".join(b"," + other for other in others) + b"}")
+    rest = b"".join(b"," + other for other in others) + b"}"
+    return b'{"model":' + json.dumps(name).encode(), memoryview(rest)
 
 
 def _is_name(value: bytes, name: str) -> bool:
     """Whether a value, as it is written in a body, is this name."""
     try:
         return _decode_text(value) == name
-    except ValueError:
+    except ValueError:  # no text, or one that msgspec cannot read
         return False

@@ -34,7 +34,7 @@ from gpumesh.printable import printable
 from gpumesh.quoting import paste_command
 from gpumesh.state import LoadedModel, ModelInfo
 
-_MISSING = object()  # for a member that is not there: ``None`` would mean that its value is null
+_MISSING = object()  # stands for a member that is not there; ``None`` stands for a member whose value is null
 NS_PER_MS = 1e6  # Ollama's durations are in nanoseconds
 _Nanoseconds = Annotated[int, msgspec.Meta(ge=0, le=int(LONGEST_MS * NS_PER_MS))]
 _Tokens = Annotated[int, msgspec.Meta(ge=0, le=MOST_TOKENS)]
@@ -120,8 +120,8 @@ class OllamaDialect:
     def _read_answer(
         self, answer: tuple[int, bytes] | None, path: str, key: str, types: tuple[type, ...]
     ) -> dict[str, Any]:
-        """The object in the answer to ``path``. Raises ProbeError if there is no such answer, or if the object has no
-        member ``key`` of one of these ``types``; ``NoneType`` is the type of null."""
+        """The JSON object in the answer to ``path``. Raises ProbeError if there is no answer, or if it is no object
+        whose member ``key`` has one of these ``types`` (``NoneType``: null)."""
         if answer is None:
             raise ProbeError(f"no answer to {path}", finding_code="backend-down")
         status, body = answer
@@ -229,7 +229,7 @@ def find_usual_counters(data: bytes) -> ServerCounters | None:
 
 def wrong_server_error(status: int, body: bytes, document: dict[str, Any] | None, path: str) -> ProbeError:
     """The error for a port that answers to ``path``, but not as Ollama. The message names the kind of the other server
-    if the answer shows it. ``document`` is the body's JSON object, if the body is one."""
+    if the answer shows it. ``document`` is the body's JSON object; ``None`` if the body is none."""
     hint = "point `backend.port` or `backend.url` at Ollama (11434 unless OLLAMA_HOST says otherwise)"
     if is_web_page(body):
         description = describe_web_page(body)

@@ -27,8 +27,9 @@ from gpumesh.errors import BackendError, ProbeError
 from gpumesh.printable import printable
 from gpumesh.state import LoadedModel, ModelInfo
 
-# Ollama's names of options -> this API's. top_k, min_p and repeat_penalty do not belong to OpenAI's own API, but these
-# servers take them by the same names. Options that are not here (num_ctx, num_gpu …) are set when such a server starts.
+# Ollama's names of options -> the names in this API. top_k, min_p and repeat_penalty do not belong to OpenAI's own API,
+# but these servers take them by Ollama's names. Options that are not here (num_ctx, num_gpu …) are set when such a
+# server starts, so they are left out.
 _OPTIONS = {
     "temperature": "temperature",
     "top_p": "top_p",
@@ -44,7 +45,7 @@ _OPTIONS = {
 # The ``owned_by`` of servers that list the models in memory. Other servers list the models on disk.
 _OWNERS_IN_MEMORY = frozenset({"llamacpp", "vllm", "sglang"})
 MOST_SLOTS = 4096  # a larger number of slots is not believed
-MAX_OWNERS = 64  # entries of a list whose owner is read: a server has one owner, or a few
+MAX_OWNERS = 64  # the owners of so many entries of a list are read: a server has one owner, or a few
 MOST_PARAMETERS = 10**15  # a larger number of parameters is not believed
 # The type of an image, by the first five characters of its base64. An image that is not here is taken for a JPEG.
 _IMAGE_TYPES = {"iVBOR": "png", "R0lGO": "gif", "UklGR": "webp"}
@@ -142,7 +143,7 @@ class OpenAIDialect:
         ][: model_list.MAX_LOADED_MODELS]
         slot_context = _read_slot_context(props)
         return Inventory(
-            # The first is llama-server's, the second that of vLLM and others.
+            # llama-server's version, or else that of vLLM and others.
             version=printable_label(props.get("build_info")) or printable_label(version.get("version")),
             catalog=tuple(_read_model(name, entry) for name, entry in models.entries.items()),
             loaded=tuple(_read_loaded_model(name, entry, slot_context) for name, entry in models_in_memory),

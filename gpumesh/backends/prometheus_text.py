@@ -14,15 +14,15 @@ from itertools import islice
 from gpumesh.backends import safe_json
 
 PAGE_BYTES = 1 << 20  # vLLM's page has about 100 KiB for each model, by far the most of it histograms
-MAX_SERIES = 64  # a server has one series for each engine, or one for each model
-MAX_LABEL_BYTES = 2000  # of all labels of one sample
+MAX_SERIES = 64  # of one metric; a server has one series for each engine, or one for each model
+MAX_LABEL_BYTES = 2000  # a sample whose labels together are longer is not read
 MAX_REQUESTS = 1_000_000  # a larger number of requests is not believed
 MAX_SAMPLE = 1e12  # a larger sample is left out
 
 
 def read_samples(page: bytes, *names: str) -> tuple[float, ...]:
-    """The samples of one metric, one for each series; empty if the page does not have the metric. ``names``: the
-    possible names of the metric, of which the first that has samples is used."""
+    """The samples of one metric, one for each series; empty if the page does not have the metric. ``names`` are the
+    possible names of the metric; the first name that has samples is used."""
     page = page[:PAGE_BYTES]
     for name in names:
         lines = islice(_line_pattern(name).finditer(page), MAX_SERIES)
@@ -41,8 +41,8 @@ def read_request_count(page: bytes, *names: str) -> int | None:
 
 
 def read_share_pct(page: bytes, *names: str) -> int | None:
-    """A gauge from 0 to 1, in percent: the largest of its series. ``None`` if the page does not have it, or if a sample
-    is above 1. ``names`` as for ``read_samples``."""
+    """A gauge that goes from 0 to 1, as percent: the largest of its series. ``None`` if the page does not have it, or
+    if a sample is above 1, so that the gauge means something else. ``names`` as for ``read_samples``."""
     samples = read_samples(page, *names)
     if not samples or max(samples) > 1:
         return None

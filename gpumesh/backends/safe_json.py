@@ -11,15 +11,18 @@ from typing import Any
 import msgspec
 
 MIB = 1 << 20
-# The number of values decides what it costs to parse a document, not the number of bytes: a few MiB of `[[],[],…` take
-# a second and a gigabyte. The limit for a report of a server; 4,000 models of Ollama are 60,000 values.
+# The limit for a report of a server, in values; 4,000 models of Ollama are 60,000 values. Not in bytes, because the
+# number of values decides what it costs to parse a document: a few MiB of `[[],[],…` take a second and a gigabyte.
 REPORT_VALUES = 200_000
 # The limits for a frame or an answer: the final line of /api/generate holds its whole context, a number for each token.
 ANSWER_VALUES = 300_000
 ANSWER_BYTES = 16 << 20
 SMALL_BYTES = 1 << 16  # a document up to this size is parsed without counting its values: it cannot cost much
-OBJECT_BYTES = 100  # memory of one value and of its place in its parent: a dictionary takes 64 to 232, a number 32
-TEXT_COPIES = 4  # in memory: the decoded text, its strings, the text that is written anew, and this text as bytes
+# The memory that one value takes on the mean, with its place in its parent: a dictionary takes 64 to 232, a number 32.
+OBJECT_BYTES = 100
+# So many copies of a document's text are in memory while it is changed: the decoded text, its strings, the text that is
+# written anew, and this text as bytes.
+TEXT_COPIES = 4
 _MAX_NUMBER = 1 << 62  # a larger number is not believed
 _MAX_MODEL_BYTES = 1 << 46  # 64 TiB; a larger model is not believed
 # Digits of a 64-bit number with its sign. Python reads longer numbers slowly, and none of more than 4,300 digits.
@@ -40,7 +43,7 @@ def parse(data: bytes) -> Any:
 
     The document ``null`` gives ``None`` as well: no caller has a use for it.
     """
-    if not data or data.isspace():  # MiB of blanks would be scanned by both parsers
+    if not data or data.isspace():  # otherwise both parsers would scan what may be MiB of blanks
         return None
     if _exceeds_answer_limits(data):
         return None
@@ -120,7 +123,8 @@ def parse_objects(pieces: Sequence[bytes]) -> list[dict[str, Any]]:
     """Parses many small documents for little more than the cost of one. A piece that is not an object becomes
     ``{}``."""
     documents = parse(b"[" + b",".join(pieces) + b"]")
-    # A broken piece breaks the list, or it makes one entry too many or too few. Then each piece is parsed by itself.
+    # A piece that is no JSON breaks the list, or makes one entry too many or too few. Then each piece is parsed by
+    # itself.
     if not isinstance(documents, list) or len(documents) != len(pieces):
         documents = [parse(piece) for piece in pieces]
     return [document if isinstance(document, dict) else {} for document in documents]

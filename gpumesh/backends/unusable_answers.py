@@ -72,6 +72,7 @@ def broken_json_error(body: bytes, path: str) -> ProbeError | None:
 
 
 def broken_answer_error(message: str) -> ProbeError:
+    """The error for an answer that is not whole, or is no JSON."""
     hint = "see the server's log on its host, and restart it; or a proxy on the way cuts long answers: go around it"
     return ProbeError(message, finding_code="answer-broken", hint=hint)
 
@@ -85,5 +86,6 @@ def long_list_error(models: Any) -> ProbeError | None:
 
 
 def too_many_models_error(message: str) -> ProbeError:
+    """The error for a server that lists more models than are read."""
     hint = "remove what nobody uses (`ollama rm`), or let a server of its own offer those that you need"
     return ProbeError(f"{message}; {MAX_MODELS} are read at most", finding_code="models-too-many", hint=hint)

@@ -29,7 +29,8 @@ _TEXTS = re.compile(rb'"content"\s*:\s*("[^"\\]*(?:\\.[^"\\]*)*")')
 
 
 class OpenAIChatFormat(EventStreamFormat):
-    """The streams of ``/v1/chat/completions``, which can be continued on servers that follow the template."""
+    """The streams of ``/v1/chat/completions``. On this kind of server (Ollama) the model's template decides how an
+    answer is continued."""
 
     supports_continuation = True
 
@@ -136,7 +137,7 @@ class OpenAIChatFormat(EventStreamFormat):
         has_figures = isinstance(frame.document.get("usage"), dict) or isinstance(frame.document.get("timings"), dict)
         holds_only_role = not (frame.text or frame.thinking or frame.text_complete or has_figures)
         if holds_only_role and partial_answer.first_frame is not None:
-            return b""  # such a delta comes first in each stream: the client has received one already
+            return b""  # each stream begins with such a frame, and the client has received one already
         document = {**frame.document, **_first_frame_members(partial_answer)}
         if has_figures:
             document |= correct_figures(document, partial_answer)
@@ -218,7 +219,8 @@ def without_thinking(request: JsonObject) -> JsonObject:
 
 
 def _read_texts(document: JsonObject) -> tuple[str, str, JsonObject, JsonObject]:
-    """Returns the text, the thinking, the choice, and the choice's delta that holds the two texts, in this order."""
+    """Returns the text, the thinking, the choice, and the choice's delta that holds the two texts, in this order. What
+    the document does not have is empty."""
     choices = document.get("choices")
     choice = choices[0] if isinstance(choices, list) and choices else None
     if not isinstance(choice, dict):
@@ -262,7 +264,9 @@ def _native_options(request: JsonObject) -> dict[str, Any]:
 def _as_native(messages: list[Any], *, exact: bool) -> list[Any] | None:
     """The messages that Ollama's ``/v1`` makes of a request's messages: each part of a content becomes a message.
 
-    Parts that are not text (images, tool calls) are left out. If ``exact``, the result is ``None`` when there is any.
+    Parts that are not text (images, tool calls) are left out. If ``exact``, nothing may be left out: then the result is
+    ``None`` if there is such a part, or another member than role and content. It is also ``None`` if a message is no
+    object.
     """
     native_messages: list[Any] = []
     for message in messages:
@@ -280,7 +284,7 @@ def _as_native(messages: list[Any], *, exact: bool) -> list[Any] | None:
 
 def correct_figures(document: JsonObject, partial_answer: PartialAnswer) -> dict[str, Any]:
     """The figures of the whole answer. ``document`` holds those of the last attempt, which counted the partial answer
-    as a part of its prompt. The durations of the attempts before are measured by our clock."""
+    as a part of its prompt. The durations of the earlier attempts were measured by our clock."""
     corrected: dict[str, Any] = {}
     usage, timings = document.get("usage"), document.get("timings")
     if isinstance(usage, dict):

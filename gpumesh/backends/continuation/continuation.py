@@ -90,8 +90,8 @@ class Continuation:
         # Whether frames of text are passed on unread: the first upstream has sent text, the text is kept, and neither
         # the end of the stream nor a cut has come.
         self._passes_text = False
-        # The frames since the last ``take_frame_count``, without the frames in ``_unread`` that are counted later:
-        # those after its first ``_counted_bytes`` bytes.
+        # The number of frames since the last ``take_frame_count``. It does not include the frames in ``_unread`` after
+        # its first ``_counted_bytes`` bytes: these are counted later.
         self._frame_count = 0
         self._counted_bytes = 0
         self._use_upstream_format(self._client_format)
@@ -186,7 +186,7 @@ class Continuation:
         return count
 
     def finish_body(self) -> bytes:
-        """Takes the end of the upstream's body, if it ended as HTTP requires. Returns the last bytes for the client.
+        """Handles the end of the upstream's body, if it ended as HTTP requires. Returns the last bytes for the client.
 
         The separator after the last frame may be missing. If a part of the frame itself is missing, the stream was cut.
         """
@@ -287,8 +287,8 @@ class Continuation:
     # -- a cut ---------------------------------------------------------------------------------------------------
 
     def handle_cut(self, reason: str | None = None) -> Ending | None:
-        """Takes the cut: the current upstream has ended, and ``finished`` is false. Returns the answer's end, or
-        ``None`` if another node may continue."""
+        """Handles a cut: the current upstream has ended, and ``finished`` is false. ``reason``: how it was cut;
+        ``None``: as ``cut_reason`` says. Returns the answer's end, or ``None`` if another node may continue."""
         assert not self.finished, "the client has the whole answer"
         self._cut_message = reason or self.cut_reason or "the stream ended before its final frame"
         self._read_unread()
@@ -321,14 +321,15 @@ class Continuation:
         return self._planner.render_call(node, kind, self._partial_answer)
 
     def apply_rendered_prompt(self, node: str, status: int, body: bytes) -> None:
-        """Takes the status and the body of the node's answer to ``render_call``."""
+        """Learns from the node's answer to ``render_call`` (its status and its body) how to continue there."""
         self._planner.apply_rendered_prompt(node, status, body)
 
     def next_call(self, node: str, kind: BackendKind) -> HttpCall | Ending | None:
         """The request to the node that will continue, or the answer's end if no node can continue. ``None``: it is not
         known how this node's model continues, but another node may be able to."""
         self._use_upstream_format(self._client_format)
-        if not self._partial_answer.text and not self._partial_answer.thinking:  # the request is sent anew
+        client_has_nothing = not self._partial_answer.text and not self._partial_answer.thinking
+        if client_has_nothing:  # the request is sent anew
             return HttpCall("POST", self._path, self._request_body, JSON_HEADERS)
         step = self._planner.next_call(node, kind, self._partial_answer)
         if isinstance(step, str):

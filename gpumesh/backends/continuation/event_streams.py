@@ -41,9 +41,9 @@ class EventStreamFormat:
 
     def find_marks(self, frames: bytes) -> object | None:
         """Looks for an error, the end of the stream, figures or a tool call; ``None`` if there is none."""
-        # Most frames end as JSON. This test costs less than the search for "[DONE]", so it comes first.
-        ends_as_json = frames.endswith(b"}\n\n")
         has_error_line = frames.startswith(b"error:") or b"\nerror:" in frames
+        # Most frames end as JSON, and then "[DONE]" need not be searched for, which would cost more than this test.
+        ends_as_json = frames.endswith(b"}\n\n")
         if has_error_line or (not ends_as_json and b"[DONE]" in frames[-16:]):  # 16: longer than "data: [DONE]\n\n"
             return frames
         return _MARKS.search(frames)

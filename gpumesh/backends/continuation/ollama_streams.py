@@ -248,7 +248,7 @@ def _messages(request: JsonObject) -> tuple[dict[str, Any], ...]:
 
 def _correct_figures(figures: JsonObject, partial_answer: PartialAnswer) -> dict[str, Any]:
     """The figures of the whole answer. ``figures`` are those of the last attempt, which counted the partial answer as a
-    part of its prompt. The durations of the attempts before are measured by our clock."""
+    part of its prompt. The durations of the earlier attempts were measured by our clock."""
     corrected: dict[str, Any] = {}
     corrected["eval_count"] = (safe_json.as_count(figures.get("eval_count")) or 0) + partial_answer.tokens
     prompt_tokens = safe_json.as_count(figures.get("prompt_eval_count"))

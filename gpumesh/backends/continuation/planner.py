@@ -63,7 +63,9 @@ class ContinuationPlanner:
     @cached_property
     def _request(self) -> JsonObject:
         """The parsed request; empty if it is no JSON object, or too large to be parsed."""
-        return (safe_json.parse_object(self._request_body) if self._is_affordable else None) or {}
+        if not self._is_affordable:
+            return {}
+        return safe_json.parse_object(self._request_body) or {}
 
     @property
     def _model(self) -> str:
@@ -77,10 +79,10 @@ class ContinuationPlanner:
 
     def refusal(self, received: ReceivedText) -> str | None:
         """Why no node can continue the received text; ``None`` if a node can."""
-        # If the text is no longer kept, the client has text, though none is counted here.
-        has_nothing = received.keeps and not received.tokens and not received.calls_tools
-        if not received.started or has_nothing:
-            return None  # the client has no text yet: the request is sent anew
+        # Only if the text is kept, its absence here means that the client has none.
+        has_no_text = received.keeps and not received.tokens and not received.calls_tools
+        if not received.started or has_no_text:
+            return None  # the request is sent anew
         if self._client_format.supports_continuation and not received.keeps:
             return "it is too long to be held"
         if received.calls_tools:
@@ -98,7 +100,7 @@ class ContinuationPlanner:
         strategy = self._strategies.get((node, self._model))
         stream_format = continuation_format_for(self._path, kind)
         if type(stream_format) is not type(self._upstream_format):
-            self._prompt = None  # a server of another kind rendered this prompt
+            self._prompt = None  # a server of another kind rendered this prompt, so it is of no use here
         self._upstream_format = stream_format
         needs_prompt = strategy is None or (strategy is ContinuationStrategy.RAW and self._prompt is None)
         if not needs_prompt or not self._depends_on_template(stream_format, partial_answer):
@@ -135,5 +137,6 @@ class ContinuationPlanner:
         return stream_format.continue_raw_prompt(self._request, partial_answer, self._prompt)
 
     def _depends_on_template(self, stream_format: StreamFormat, partial_answer: PartialAnswer) -> bool:
-        """Whether the model's template decides how the text is continued."""
+        """Whether the model's template decides how the text is continued. Without a text there is nothing to
+        continue."""
         return bool(partial_answer.text) and stream_format.uses_template(self._request)

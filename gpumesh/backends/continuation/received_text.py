@@ -8,14 +8,14 @@ from itertools import islice
 
 from gpumesh.backends.continuation.stream_format import Frame, JsonObject, StreamFormat, TextPieces
 
-# Ollama's runner ends an answer without an error when one token has come more than 30 times. An answer
-# that the runner gave up in this way is not continued.
+# Ollama's runner ends an answer, without an error, when one token has come more than 30 times in a row. An answer that
+# the runner gave up in this way is not continued.
 MAX_REPEATED_TOKENS = 30
 # Unread frames are kept up to this size. Then they are read, and only their text is kept: it is much shorter.
 UNREAD_BYTES = 64 << 10
-UNREAD_FRAMES = 4096  # more frames in UNREAD_BYTES are too short to hold text
+UNREAD_FRAMES = 4096  # if more frames are in UNREAD_BYTES, they are too short to hold text
 FIRST_FRAMES = 64  # one of the first 64 frames names the answer; later frames are not searched
-# In bytes: no model's context holds so much text. A longer answer is passed on, but not kept.
+# The most bytes of text that are kept; no model's context holds so much. A longer answer is passed on, but not kept.
 TEXT_LIMIT = 8 << 20
 PIECE_BYTES = 64  # the memory that a piece of text takes besides its characters
 
@@ -73,7 +73,7 @@ class ReceivedText:
             return
         frames = bytes(self.unread)
         self.unread.clear()
-        if frames.count(self._stream_format.frame_separator) > UNREAD_FRAMES:
+        if frames.count(self._stream_format.frame_separator) > UNREAD_FRAMES:  # no honest server sends such frames
             self._stop_keeping()
             return
         if self.first_frame is None:

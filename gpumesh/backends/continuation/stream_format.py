@@ -22,8 +22,9 @@ SENTINEL = "gpumesh8f1d2c7e5b3a9046"
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """One frame of a stream. ``document`` is its JSON, if it holds any. ``text_complete``: the text ends with this
-    frame. ``ends_stream``: no frame follows. ``error``: the server's error, or why the frame is not valid."""
+    """One frame of a stream. ``document`` is its JSON object; ``None`` if it holds none. ``calls_tools``: it holds a
+    call of a tool. ``text_complete``: the text ends with this frame. ``ends_stream``: no frame follows. ``error``: the
+    server's error, or why the frame is not valid; ``None`` for a frame without an error."""
 
     document: JsonObject | None = None
     text: str = ""
@@ -46,8 +47,9 @@ class TextPieces:
 class PartialAnswer:
     """The part of the answer that the client has received, over all attempts.
 
-    ``spent_ms``: the time in which the servers generated this part. ``elapsed_ms``: the time since the request began.
-    ``first_frame`` is the first document of the stream; it names the answer.
+    ``tokens`` counts its frames with text: about as many tokens. ``spent_ms``: the time in which the servers generated
+    this part. ``elapsed_ms``: the time since the request began. ``cuts``: how often the answer was cut. ``first_frame``
+    is the first document of the stream, which names the answer; ``None`` if no document has come.
     """
 
     text: str = ""
@@ -130,8 +132,8 @@ class StreamFormat(Protocol):
         """Makes the request that sends the partial answer as a last message of the assistant."""
 
     def translate(self, frame: Frame, partial_answer: PartialAnswer) -> bytes:
-        """Translates a frame of a later attempt into a frame of the client's own stream, with corrected figures. The
-        result may be empty."""
+        """Translates a frame of a later attempt into frames of the client's own stream, with corrected figures. The
+        result is empty if the client must not get this frame."""
 
     def closing_frames(self, reason: str, partial_answer: PartialAnswer) -> bytes:
         """The frames that complete a stream whose text is complete.
@@ -142,24 +144,25 @@ class StreamFormat(Protocol):
     def error_frame(self, message: str) -> bytes:
         """The frame of an error that ends the client's stream, for example when a cut answer cannot be continued.
 
-        It is not ``gateway.error_shapes.error_frame``, whose error type follows from a status: that frame ends streams
-        of routes that generate no text. Here the status 200 is sent already, so the error cannot have one of its own.
+        Streams of routes that generate no text end with ``gateway.error_shapes.error_frame`` instead. The type of that
+        error follows from a status. Here the status 200 was sent already, so the error has no status.
         """
 
 
 def read_debug_rendering(document: JsonObject) -> RenderedPrompt | None:
-    """Reads Ollama's answer to a chat with ``_debug_render_only`` and SENTINEL as the partial answer."""
+    """Reads Ollama's answer to a chat with ``_debug_render_only`` and SENTINEL as the partial answer. ``None`` if the
+    answer holds no prompt, or one in which the sentinel is not exactly once."""
     info = document.get("_debug_info")
     prompt = safe_json.as_text(info.get("rendered_template")) if isinstance(info, dict) else None
     if prompt is None or prompt.count(SENTINEL) != 1:
         return None
     before, _, after = prompt.partition(SENTINEL)
-    return RenderedPrompt(before, closes_turn=bool(after.strip()))
+    return RenderedPrompt(before, closes_turn=bool(after.strip()))  # text after the partial answer closes the turn
 
 
 def append_answer(messages: list[Any], text: str, thinking_key: str, thinking: str) -> list[Any]:
     """The messages with the partial answer as the last message. If the client began the answer itself, the partial
-    answer is joined to the client's message."""
+    answer is joined to the client's message. ``thinking_key`` is the member of a message that holds its thinking."""
     if client_began_answer(messages):
         last = messages[-1]
         return [*messages[:-1], {**last, "content": last["content"] + text}]
@@ -182,11 +185,13 @@ def find_strings(pattern: re.Pattern[bytes], frames: bytes) -> TextPieces | None
     cannot match inside of a text.
     """
     strings = safe_json.parse(b"[" + b",".join(pattern.findall(frames)) + b"]")
-    return TextPieces(tuple(filter(None, strings))) if isinstance(strings, list) else None
+    if not isinstance(strings, list):
+        return None
+    return TextPieces(tuple(filter(None, strings)))  # without empty strings
 
 
 def collect_texts(pairs: Iterable[tuple[str, str]]) -> TextPieces:
-    """Drops the empty pieces. ``pairs`` holds the text and the thinking of each frame."""
+    """The texts and the thinking of many frames, without empty pieces. ``pairs`` holds both of each frame."""
     all_pairs = list(pairs)
     texts = tuple(text for text, _ in all_pairs if text)
     thinking_texts = tuple(thinking for _, thinking in all_pairs if thinking)

@@ -34,11 +34,14 @@ def stream_format_for(path: str) -> StreamFormat:
     route = path.partition("?")[0]
     if route in _OLLAMA_PATHS:
         return OllamaStreamFormat(generate=route == "/api/generate")
-    return OpenAIChatFormat(path) if route == _CHAT_PATH else EventStreamFormat(path)
+    if route == _CHAT_PATH:
+        return OpenAIChatFormat(path)
+    return EventStreamFormat(path)
 
 
 def continuation_format_for(path: str, kind: BackendKind) -> StreamFormat:
-    """The format of this route that continues a stream on this kind of server."""
+    """The format of this route that continues a stream on this kind of server. Only chats of ``/v1`` are continued
+    differently by different kinds."""
     if path.partition("?")[0] != _CHAT_PATH:
         return stream_format_for(path)
     return _CHAT_FORMATS[DIALECTS[kind].continuation](path)
