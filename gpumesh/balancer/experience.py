@@ -41,6 +41,8 @@ class Experience:
         model = "" if key is None else key.model
         # At least 1, because a client may ask for no token at all.
         answer_tokens = max(self.lengths.expect(demand.client, demand.route, model, demand.max_tokens), 1.0)
+        if demand.prompt_tokens is None and demand.prompt is None and demand.session is None:  # most short requests
+            return Work(0.0, answer_tokens)
         bytes_per_token = self._prompt_bytes_per_token(model)
         prompt_tokens = _prompt_bytes(demand) / bytes_per_token
         cached: Mapping[str, float] = NOTHING_CACHED
