@@ -109,8 +109,8 @@ class Experience:
             load_s = counters.load_ms / 1000.0 - placed.drain_s
         eval_s = _seconds(counters.eval_ms)
         if eval_s is not None:
-            tokens_s = account.rates.decode_s(model, tokens or 0, mean_streams)
-            account.read_stall.learn(eval_s, tokens_s, stalled_share)
+            expected_s = account.rates.decode_s(model, tokens or 0, mean_streams)
+            account.read_stall.learn(eval_s, expected_s, stalled_share)
             eval_s = account.read_stall.clean(eval_s, stalled_share)
         elif counters.prompt_ms is None:
             self._learn_from_clock(placed, counters, now, mean_streams, stalled_share)

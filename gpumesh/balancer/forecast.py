@@ -186,6 +186,8 @@ def forecast(
     others_s = own_read_s * (READ_DELAY + reading / (1.0 - reading))
     streams = account.streams
     if streams:
+        # The time with as many streams as run now, and the time with this one more. Their ratio is how much each
+        # running answer slows down.
         alone_s *= 1.0 + pace.share * (streams - 1)
         write_s *= 1.0 + pace.share * streams
         # Each running answer slows down or stands still while the prompt is read, and is slower while both are written.
@@ -305,16 +307,19 @@ def place_on(account: NodeAccount, demand: Demand, work: Work, found: Forecast, 
             residency.note_sent(key, found.pushed_out, now=now, load_s=found.load_s)
         else:
             needs_load = residency.note_use(key.model, now)
+    model = None if key is None else key.model
     unread_tokens = found.unread_tokens
+    # ``unread_tokens`` is never below 1, also if all tokens are in the cache.
+    cached_tokens = work.prompt_tokens - unread_tokens if unread_tokens > 1.0 else work.prompt_tokens
     placed = PlacedRequest(
         account,
         demand,
         work,
         key,
-        None if key is None else key.model,
+        model,
         now,
         unread_tokens,
-        work.prompt_tokens - unread_tokens if unread_tokens > 1.0 else work.prompt_tokens,
+        cached_tokens,
         found.own_read_s,
         found.write_s,
         needs_load,

@@ -55,7 +55,8 @@ class OpenAIChatFormat(EventStreamFormat):
             if pieces is not None:
                 return pieces
         events = frames.split(b"\n\n") if b"\r" not in frames else self.frame_end_pattern.split(frames)
-        data_of_events = [  # 6: the length of "data: "
+        # Nearly all events are one line "data: …"; 6 is the length of "data: ".
+        data_of_events = [
             event[6:] if event.startswith(b"data: ") and b"\n" not in event else event_data(event)
             for event in events
             if event
@@ -106,7 +107,8 @@ class OpenAIChatFormat(EventStreamFormat):
         return None
 
     def continue_raw_prompt(self, request: JsonObject, partial_answer: PartialAnswer, prompt: str) -> ContinuationCall:
-        """Uses Ollama's own API: its ``/v1`` applies the template to each prompt."""
+        """A request to Ollama's own ``/api/generate`` for a raw prompt, because Ollama's ``/v1`` would apply the
+        template to the prompt once more."""
         options, budget = _native_options(request), self.token_budget(request)
         if budget is not None:
             options["num_predict"] = budget - partial_answer.tokens

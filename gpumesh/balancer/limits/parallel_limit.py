@@ -142,6 +142,7 @@ def learn_limit(
     limit = _count_answer(limit)
     waited_for_load = load_ms is not None and load_ms > LOAD_NOISE_MS
     has_durations = _is_duration(waited_ms) and _is_duration(total_ms)
+    # mypy needs the first two tests; ``has_durations`` is false in these cases too.
     if waited_ms is None or total_ms is None or waited_for_load or not has_durations:
         # The durations say nothing. A streamed answer that needed no load had its say with its first token; any other
         # answer has shown nothing, so the trials of its burst may be sent once more.

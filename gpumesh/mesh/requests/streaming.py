@@ -172,7 +172,7 @@ class StreamingAnswer(Answer):
     def _write_to_client(self, data: bytes) -> None:
         """Writes to the client. If the client is gone or slow, the node's stream pauses."""
         client = self._client
-        assert client is not None
+        assert client is not None, "the stream is pushed only to a client"
         try:
             client.write(data)
         except ConnectionError as error:
@@ -387,7 +387,7 @@ class StreamingAnswer(Answer):
         """Handles a silence of the node that is too long. Returns whether the watch continues."""
         message = f"no token for {waited_s:.0f} s"
         continuation = self._continuation
-        assert continuation is not None
+        assert continuation is not None, "only a stream with generated text is watched"
         if continuation.continuable and self._failover.has_other_node(self.node):
             self._mark_lost(Outcome.TIMED_OUT, message)
             self._response.abort()
