@@ -214,7 +214,7 @@ def find_usual_counters(data: bytes) -> ServerCounters | None:
         return None
     try:
         found = _decode_figures(data)
-    except (ValueError, RecursionError):
+    except (ValueError, RecursionError):  # no such frame, or a figure outside of its bounds
         return None
     load, prompt, answer = found.load_duration, found.prompt_eval_duration, found.eval_duration
     return ServerCounters(
@@ -247,6 +247,7 @@ def wrong_server_error(status: int, body: bytes, document: dict[str, Any] | None
 
 
 def _build_message(message: Message) -> dict[str, Any]:
+    """The message as this API has it."""
     body: dict[str, Any] = {"role": message.role, "content": message.content}
     if message.images:
         body["images"] = list(message.images)

@@ -167,7 +167,7 @@ class OpenAIEventReader(BaseFrameReader):
             self._read_event(event, chunks)
 
     def _read_rest(self, chunks: list[Chunk]) -> None:
-        for event in self._events.take_rest():
+        for event in self._events.take_rest():  # the blank line after the last event may be missing
             is_whole = event.strip() == b"[DONE]" or safe_json.parse_object(event) is not None
             if is_whole:  # any other event was cut by the end of the stream
                 self._read_event(event, chunks)
@@ -222,7 +222,7 @@ class OpenAIBodyReader(BaseFrameReader):
         if frame is None:
             if body and not body.startswith(b"{"):
                 raise wrong_dialect_error(f"{printable(body, 60)!r} is no answer")
-            return  # the answer was cut: close() will raise StreamCut
+            return  # the answer was cut: ``close`` will raise StreamCut
         error = find_error_message(frame)
         if error is not None:
             raise BackendError(f"the server answered with an error: {error}")

@@ -61,6 +61,6 @@ def _parse_sample(text: bytes) -> float | None:
     """The number; ``None`` for a text that is no number, and for a number outside of the bounds."""
     try:
         value = float(text)
-    except ValueError:
+    except ValueError:  # no number
         return None
     return value if math.isfinite(value) and 0 <= value <= MAX_SAMPLE else None

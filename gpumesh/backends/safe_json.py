@@ -34,7 +34,7 @@ def dump_compact(document: Mapping[str, Any]) -> bytes:
     """The document as JSON without blanks. UTF-8 cannot hold a lone surrogate, so it is written as an escape."""
     try:
         return json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
-    except UnicodeEncodeError:
+    except UnicodeEncodeError:  # there is a lone surrogate: every character beyond ASCII is written as an escape
         return json.dumps(document, separators=(",", ":")).encode()
 
 

@@ -85,7 +85,9 @@ class PlacedRequest(msgspec.Struct, eq=False):
     busy_sum: float = 0.0
 
     def __repr__(self) -> str:
-        phase = "ended" if self.ended else "reading" if self.first_token_at is None else "writing"
+        phase = "reading" if self.first_token_at is None else "writing"
+        if self.ended:
+            phase = "ended"
         return f"<PlacedRequest {self.account.name} {self.model} {phase}>"
 
 
@@ -270,8 +272,8 @@ class NodeAccount:
     def next_free_s(self, now: float, model: str) -> float:
         """The seconds until there is probably a free slot for this model (a full name).
 
-        Many requests that come to full nodes ask for it. So the time is found again only when something has happened on
-        the node, or after ``FREE_AT_AGE_S``."""
+        Each request that comes to full nodes asks for this time. So it is computed again only when something has
+        happened on the node's GPU, or after ``FREE_AT_AGE_S``."""
         events = self.group.events
         known = self._free_at.get(model)
         if known is None or known.events != events or not 0.0 <= now - known.found_at <= FREE_AT_AGE_S:
@@ -281,6 +283,7 @@ class NodeAccount:
         return max(known.free_at - now, 0.0)
 
     def _find_next_free_s(self, now: float, model: str) -> float:
+        """Does the work of ``next_free_s``, without its cache."""
         running = [placed for account in self.group.accounts for placed in account.placed]
         if self._counts_by_model:
             running = [placed for placed in running if (placed.model or "") == model]

@@ -46,6 +46,9 @@ MISSING_PACE = BreakerPace(1, 900.0, 900.0)
 
 
 class BreakerPhase(StrEnum):
+    """Whether a breaker lets requests through: all while closed, none while open, one trial at a time while
+    half-open."""
+
     CLOSED = "closed"
     OPEN = "open"
     HALF_OPEN = "half-open"

@@ -192,9 +192,12 @@ class Experience:
             )
 
     def _learn_bytes_per_token(self, demand: Demand, model: str, prompt_tokens: int | None) -> None:
+        """Learns how many bytes of a prompt make one token, from the prompt's size and the server's count of its
+        tokens."""
         if demand.prompt_tokens is None or prompt_tokens is None or prompt_tokens < MIN_PROMPT_TOKENS:
             return
-        sample = demand.prompt_tokens * BYTES_PER_TOKEN / prompt_tokens
+        size = demand.prompt_tokens * BYTES_PER_TOKEN  # ``prompt_tokens`` was estimated from the size in this way
+        sample = size / prompt_tokens
         if LEAST_BYTES_PER_TOKEN <= sample <= MOST_BYTES_PER_TOKEN:
             mean = self._prompt_bytes_per_token(model)
             self._bytes_per_token[model] = mean + SMOOTHING * (sample - mean)

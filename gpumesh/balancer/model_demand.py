@@ -41,6 +41,7 @@ class ModelDemand:
         self._demands: OrderedDict[ResidencyKey, _Demand] = OrderedDict()
 
     def note_request(self, key: ResidencyKey, now: float) -> None:
+        """Counts a request with this key that has come now."""
         demand = self._demands.get(key)
         if demand is None:
             self._demands[key] = _Demand(1.0, now, now)
@@ -48,7 +49,7 @@ class ModelDemand:
                 self._demands.popitem(last=False)  # the key whose last request is longest ago
             return
         self._demands.move_to_end(key)
-        if now - demand.at < SAME_TIME_S:
+        if now - demand.at < SAME_TIME_S:  # too little time for the weight to fade
             demand.weight += 1.0
             return
         demand.weight = demand.weight * math.exp((demand.at - now) / WINDOW_S) + 1.0

@@ -141,7 +141,7 @@ class LearnedState:
             # Not synchronised with the disk, because that would block the event loop. A loss of power may cost the
             # file, and then everything is learned again.
             atomic_file.replace(self._path, _encode_file(hosts), sync=False)
-        except OSError as error:
+        except OSError as error:  # no space or no permission: the mesh works without the file
             if not self._is_failing:
                 log.warning("cannot save what was learned to %s: %s", self._path, error.strerror or error)
             self._is_failing = True

@@ -255,7 +255,8 @@ def _native_body(request: JsonObject) -> dict[str, Any]:
 
 
 def _native_options(request: JsonObject) -> dict[str, Any]:
-    """The options that Ollama's ``/v1`` makes of a request. Its defaults differ from those of ``/api``."""
+    """The options that Ollama's ``/v1`` makes of a request. It sets temperature and top_p to 1.0 if the request does
+    not give them; ``/api`` does not do so."""
     options = {"temperature": 1.0, "top_p": 1.0}
     for key in ("temperature", "top_p", "seed", "frequency_penalty", "presence_penalty", "stop"):
         if request.get(key) is not None:

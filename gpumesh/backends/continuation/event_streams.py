@@ -63,6 +63,7 @@ class EventStreamFormat:
             return Frame(error="an event that is no JSON")
         event_type = document.get("type")
         is_last = event_type in ("message_stop", "response.completed", "response.incomplete", "response.failed")
+        # Events of the responses and the messages API have a type. Of these, only the type ``error`` is an error.
         error = error_text.find_error_message(document) if event_type in (None, "error") else None
         # The text is not needed, but it must not be empty: frames with text are counted as tokens.
         return Frame(document, text=" ", text_complete=is_last, ends_stream=is_last, error=error)

@@ -79,7 +79,7 @@ class RenderedPromptFormat(MarkedChatFormat):
         budget = self.token_budget(request)
         if budget is not None:
             body["n_predict"] = max(budget - partial_answer.tokens, 1)
-        if isinstance(request.get("stop"), str):
+        if isinstance(request.get("stop"), str):  # a chat may also give one text, ``/completion`` only a list
             body["stop"] = [request["stop"]]
         call = HttpCall("POST", COMPLETION_PATH, safe_json.dump_compact(body), JSON_HEADERS)
         return ContinuationCall(call, CompletionAsChatFormat(usage=wants_usage(request)))

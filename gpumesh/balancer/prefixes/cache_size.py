@@ -74,7 +74,8 @@ class CacheSize:
     )
 
     def __init__(self, sequences_per_slot: int = SEQUENCES_PER_SLOT, least_bytes: int = LEAST_BYTES) -> None:
-        """``sequences_per_slot`` and ``least_bytes`` are what is believed at first."""
+        """``sequences_per_slot``: how many sequences a server is believed at first to keep for each of its slots.
+        ``least_bytes``: if it states its context, its cache is never believed to be smaller than this."""
         self._per_slot = sequences_per_slot
         self._least_bytes = least_bytes
         self.sequences = self._stated_sequences = DEFAULT_SLOTS * sequences_per_slot
@@ -106,14 +107,16 @@ class CacheSize:
             self._stated_bytes = max(int(bytes_of_all), self._least_bytes)
 
     def learn(self, *, prompt_bytes: int, believed_bytes: int, prompt_tokens: float, read_tokens: float) -> None:
-        """Learns from one answer. The prompt had ``prompt_bytes``, or ``prompt_tokens`` by the server's count, of which
-        the server has read ``read_tokens``. It was believed to have ``believed_bytes`` in its cache. Impossible figures
-        are ignored, and so are figures that prove nothing."""
+        """Learns from one answer. The prompt had ``prompt_bytes``, or ``prompt_tokens`` by the server's count. The
+        server has read ``read_tokens`` of them, and was believed to have ``believed_bytes`` of the prompt in its cache.
+        Impossible figures are ignored, and so are figures that prove nothing."""
         if not (0.0 <= read_tokens < math.inf and 0.0 < prompt_tokens < math.inf):  # also for NaN
             return
         cached_share = max(1.0 - read_tokens / prompt_tokens, 0.0)
         cached_bytes = cached_share * prompt_bytes
-        if cached_bytes >= 2 * believed_bytes + MIN_PROVEN_BYTES:  # twice, because it also has the answers before
+        # Twice: in a conversation, the server also has its own earlier answers in the cache. These are a part of the
+        # new prompt, but were not a part of the old one, by which the belief goes.
+        if cached_bytes >= 2 * believed_bytes + MIN_PROVEN_BYTES:
             self._count_surprise()
         elif believed_bytes < MIN_PROVEN_BYTES:
             return
@@ -123,19 +126,25 @@ class CacheSize:
             self._count_hit()
 
     def _count_hit(self) -> None:
+        """Counts a prompt that the server had as believed. Many hits make one sequence more, up to the stated
+        number."""
         self._doubt = max(self._doubt + HIT_DOUBT, 0)
         self._hits += 1
         if self._hits >= HITS_TO_GROW:
             self._hits = 0
-            self.sequences = max(self.sequences, min(self.sequences + 1, self._stated_sequences))
+            if self.sequences < self._stated_sequences:
+                self.sequences += 1
 
     def _count_surprise(self) -> None:
+        """Counts a prompt that the server was believed not to have. Some surprises make half as many sequences
+        more."""
         self._surprises += 1
         if self._surprises >= SURPRISES_TO_GROW:
             self._surprises = 0
             self.sequences = min(self.sequences + max(self.sequences // 2, 1), MAX_SEQUENCES)
 
     def _count_miss(self) -> None:
+        """Counts a prompt that the server should have had. Too much doubt halves the number of sequences."""
         self._hits = self._surprises = 0
         self._doubt += MISS_DOUBT
         if self._doubt >= MAX_DOUBT:

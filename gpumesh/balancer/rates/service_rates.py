@@ -254,6 +254,8 @@ class ServiceRates:
     def _learn_decode(
         self, model: str, tokens: int | None, eval_s: float | None, streams: float, weight: float
     ) -> None:
+        """Learns the rate of decoding from an answer of so many tokens. ``streams`` ran on the mean, this one included.
+        ``weight``: how much the answer counts if it is long enough. Impossible figures are ignored."""
         if tokens is None or eval_s is None or not MIN_DECODED_TOKENS <= tokens <= MAX_TOKENS:
             return
         token_s = eval_s / tokens
@@ -269,6 +271,8 @@ class ServiceRates:
         self._last_decode = rate
 
     def _learn_prefill(self, model: str, tokens: int | None, prompt_s: float | None, weight: float) -> None:
+        """Learns the rate of reading from so many tokens of a prompt. ``weight``: how much each token counts.
+        Impossible figures are ignored."""
         if tokens is None or prompt_s is None or not MIN_READ_TOKENS <= tokens <= MAX_TOKENS:
             return
         token_s = prompt_s / tokens
@@ -282,6 +286,7 @@ class ServiceRates:
         self._last_prefill = rate
 
     def _learn_load(self, model: str, load_s: float | None) -> None:
+        """Learns the time of a load. Impossible figures are ignored."""
         if load_s is None or not MIN_LOAD_S <= load_s <= MAX_LOAD_S:
             return
         known = self._load.get(model)

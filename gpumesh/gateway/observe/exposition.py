@@ -20,6 +20,8 @@ Labels = tuple[tuple[str, str], ...]
 
 
 class MetricKind(StrEnum):
+    """The types of metrics, by the names that the format has for them."""
+
     COUNTER = "counter"
     GAUGE = "gauge"
     HISTOGRAM = "histogram"

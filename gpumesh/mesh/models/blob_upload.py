@@ -66,6 +66,7 @@ async def upload_to_nodes(nodes: Sequence[str], pieces: AsyncIterable[bytes], up
     queues = {node: PieceQueue() for node in nodes}
 
     async def upload_from_queue(node: str) -> NodeResult:
+        """Uploads to one node. At the upload's end, also an early one, the queue takes no more pieces."""
         try:
             return await upload(node, queues[node])
         finally:

@@ -311,6 +311,7 @@ class FleetStore:
         in the same order."""
 
         async def upload(node: str, body: AsyncIterable[bytes]) -> NodeResult:
+            """Uploads to one node. A failure is the result of this node, and does not stop the others."""
             try:
                 answer = await self._mesh.upload(node, BLOBS_PATH + digest, body, timeout_s=timeout_s)
                 return answered_result(node, answer.status, await read_body(answer) or b"")

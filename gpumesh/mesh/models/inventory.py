@@ -102,10 +102,10 @@ def _list_loaded_copies(state: MeshState) -> dict[_ModelKey, list[LoadedCopy]]:
 
 
 def add_context_lengths(rows: Sequence[ModelRow], lengths: Mapping[tuple[str, str], int]) -> list[ModelRow]:
-    """The rows with their context lengths. ``lengths`` are in tokens, by the names of node and model. A model takes the
-    length that the first of its nodes has given."""
+    """The rows with their context lengths. ``lengths`` are in tokens, by the names of node and model."""
 
     def find_length(row: ModelRow) -> int | None:
+        """The length that the first of the model's nodes has given; ``None`` if none has."""
         for node in row.nodes:
             length = lengths.get((node, row.name))
             if length is not None:

@@ -201,7 +201,7 @@ class ModelPlacement:
             async with asyncio.timeout(LOAD_TIMEOUT_S):
                 await store.load(name_at_server, embedder=is_embedder, keep_alive=KEEP_ALIVE, context=context)
             is_loaded = True
-        except (GPUMeshError, TimeoutError) as error:
+        except (GPUMeshError, TimeoutError) as error:  # the mesh works without this copy, so it goes on
             reason = "it took too long" if isinstance(error, TimeoutError) else str(error)
             log.warning("could not load %s: %s", found.model, reason, extra={"event": "placement", "node": found.node})
             self._failed_until[found.node, key.model] = self._clock() + RETRY_S

@@ -77,6 +77,7 @@ class UrlStores:
         lengths: dict[tuple[str, str], int] = {}
 
         async def ask(node: NodeState, model: str) -> None:
+            """Asks one node for the length of one model, when this node's limit allows it."""
             async with semaphores[node.name]:
                 length = await self.of(node).context_length(model)
             if length:
@@ -110,12 +111,13 @@ async def perform_tasks(
     """
 
     async def perform_on(node: str) -> None:
+        """Performs the tasks of one node."""
         for task in tasks:
             if task.node.name != node:
                 continue
             try:
                 await perform(task)
-            except UsageError:
+            except UsageError:  # a GPUMeshError too, but no fault of this node
                 raise
             except GPUMeshError as error:
                 on_result(TaskResult(task, error))

@@ -163,7 +163,7 @@ class Ledger:
         if lease.placement is not None:
             self.model_breakers.cancel_trial(lease.model)
             self._scheduler.end(lease.placement.placed, self._clock())
-            self._scheduler.note_failed(lease.placement.placed)
+            self._scheduler.note_failed(lease.placement.placed)  # its client is not charged, and no load was begun
             self.forecasts.note_discarded(lease.placement)
         self._remove(lease)
         self.breaker = self.breaker.cancel_trial()

@@ -188,7 +188,7 @@ class Prober:
         urls = self._link.urls
         try:
             api_key = read_api_key(self._spec)
-        except SecretMissing as error:
+        except SecretMissing as error:  # the variable is not set
             self.reports = replace(self.reports, missing_secret=error)
             self._first_round_done.set()  # without its key, the server cannot be asked in this round
             self._on_report()

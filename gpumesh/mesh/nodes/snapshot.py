@@ -186,6 +186,7 @@ class SnapshotBuilder:
         return assess_health(tunnel, reports.gpus, reports.backend, self._spec, self._role.draining)
 
     def _build_load_state(self, queued: int) -> LoadState:
+        """The node's requests: those in flight, those that wait for this node only, and how the others ended."""
         ledger = self._ledger
         return LoadState(
             in_flight=ledger.in_flight,

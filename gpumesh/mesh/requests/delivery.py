@@ -305,7 +305,7 @@ class RequestDelivery:
                     timeout_s=self._deadline - asked_at,
                     since=self._started_at if self._failures else None,
                 )
-            except NoNodeError:
+            except NoNodeError:  # also ModelMissing: no node is left
                 if not self._failures:
                     raise self._context.explain_no_node(self._demand) from None
                 if not await self._start_next_round():

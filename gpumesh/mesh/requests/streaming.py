@@ -161,7 +161,7 @@ class StreamingAnswer(Answer):
             if not out:
                 return
         client = self._client  # ``_write_to_client``, written out here: the call would cost time for each token
-        assert client is not None
+        assert client is not None, "the stream is pushed only to a client"
         try:
             client.write(out)
         except ConnectionError as error:
@@ -313,7 +313,7 @@ class StreamingAnswer(Answer):
                     await self._fail_over()
                 else:
                     await reader.wait_changed()
-        except asyncio.CancelledError:
+        except asyncio.CancelledError:  # the client has left
             await self.aclose()
             raise
         return reader.take()

@@ -145,7 +145,7 @@ class UpstreamConnection(asyncio.Protocol):
 
     def start_exchange(self, method: str, head: bytes, body: bytes) -> Exchange:
         """Sends a request, and returns its exchange. The connection must be idle."""
-        assert self._transport is not None
+        assert self._transport is not None, "the connection is not open"
         self.request_count += 1
         self.state = UpstreamConnectionState.AWAITING_HEAD
         self._parser.begin(bodiless=method == "HEAD")
