@@ -24,8 +24,8 @@ from gpumesh.topology import BackendKind
 # A running request is expected to run for at least this share longer than it has run already. Without this, a request
 # that has run longer than expected would count as one that ends now.
 LEAST_REST_SHARE = 0.1
-FREE_AT_AGE_S = 0.05
-MAX_KNOWN_TIMES = 256  # models of one node
+FREE_AT_AGE_S = 0.05  # the time of the next free slot is computed again after this time, even if nothing happened
+MAX_KNOWN_TIMES = 256  # that time is kept for so many models of one node; with more, all times are forgotten
 
 NOTHING_CACHED: Mapping[str, float] = MappingProxyType({})
 
@@ -92,8 +92,8 @@ class PlacedRequest(msgspec.Struct, eq=False):
 
 
 class _FreeTime(NamedTuple):
-    """The time at which a slot is probably free, as it was found at ``found_at``, after so many ``events`` of the
-    group."""
+    """The time at which a slot is probably free (``free_at``), as it was computed at the time ``found_at``, when the
+    group had had so many ``events``."""
 
     events: int
     found_at: float
@@ -111,7 +111,7 @@ class GpuGroup:
         self.name = name
         self.accounts = tuple(accounts)
         self.others_in_flight = 0
-        self.events = 0  # grows when a request is placed here, begins its answer, or ends
+        self.events = 0  # grows when a request is placed on this GPU, when its answer begins, and when it ends
 
 
 class NodeAccount:

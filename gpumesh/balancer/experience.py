@@ -16,7 +16,7 @@ from gpumesh.balancer.rates import ServiceRates
 
 MIN_CLOCKED_TOKENS = 16  # a shorter stream often comes in a few packets
 MOST_READS = 1.5  # prompts that were read at once, on the mean
-FLEET_LEARN_INTERVAL_S = 0.02  # between two answers that the rates of the fleet learn from
+FLEET_LEARN_INTERVAL_S = 0.02  # the rates of the fleet learn from at most one answer in this time
 SMOOTHING = 0.2  # weight of the newest value in a mean
 MIN_PROMPT_TOKENS = 50  # a shorter prompt is mostly the template's own tokens
 LEAST_BYTES_PER_TOKEN, MOST_BYTES_PER_TOKEN = 0.5, 20.0
@@ -131,13 +131,14 @@ class Experience:
         self._learn_bytes_per_token(demand, model, counters.prompt_tokens)
 
     def _choose_rates(self, account: NodeAccount, model: str, now: float, *, has_load: bool) -> Sequence[ServiceRates]:
-        """The rates that learn from an answer: those of its node, and, from a part of all answers, those of the fleet.
-        In a large fleet, many nodes answer at the same time, and a part of their answers measures it well enough."""
+        """The rates that learn from an answer: those of its node, and often those of the fleet. In a large fleet many
+        nodes answer at the same time, and a part of their answers measures it well enough. ``has_load``: the answer has
+        waited for a load; there are few such answers, so the fleet learns from each."""
         is_due = now >= self._fleet_learned_at + FLEET_LEARN_INTERVAL_S
-        if not (is_due or has_load or not self.fleet_rates.is_measured(model)):
-            return (account.rates,)
-        self._fleet_learned_at = now
-        return (account.rates, self.fleet_rates)
+        if is_due or has_load or not self.fleet_rates.is_measured(model):
+            self._fleet_learned_at = now
+            return (account.rates, self.fleet_rates)
+        return (account.rates,)
 
     def _learn_from_clock(
         self, placed: PlacedRequest, counters: ServerCounters, now: float, mean_streams: float, stalled_share: float

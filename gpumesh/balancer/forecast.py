@@ -103,7 +103,7 @@ class Copies:
     def update(self, account: NodeAccount) -> None:
         """Takes over which models the node has in memory now."""
         name, loaded = account.name, account.residency.loaded
-        if len(self._models) <= MAX_COUNTED_COPIES:
+        if len(self._models) <= MAX_COUNTED_COPIES:  # the counts of a small fleet are exact, also in the same moment
             self._slots.clear()
         before = self._models.get(name, frozenset())
         if loaded.keys() == before:
@@ -282,7 +282,7 @@ def _copy_value_s(
     return rate * COPY_HORIZON_S * (mean_wait_s(rate, service_s, other_slots) - mean_wait_s(rate, service_s, slots))
 
 
-@lru_cache(maxsize=64)  # the same for most nodes that are compared for a request
+@lru_cache(maxsize=64)  # for most of the nodes that are compared for one request, the arguments are the same
 def mean_wait_s(rate: float, service_s: float, slots: int) -> float:
     """The mean time that a request waits for one of ``slots`` slots, if requests come at random, ``rate`` a second, and
     each takes ``service_s`` on the mean.

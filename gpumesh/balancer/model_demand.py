@@ -69,7 +69,7 @@ class ModelDemand:
         demand = self._demands.get(key)
         if demand is None:
             return 0.0
-        if demand.rated_at == now:  # it is asked for each node that is compared for a request
+        if demand.rated_at == now:  # the rate is needed again for each node that is compared for one request
             return demand.rate
         # A constant rate r has the weight r * WINDOW_S * (1 - exp(-age / WINDOW_S)) after the time ``age``.
         span_s = WINDOW_S * (1.0 - math.exp(-(now - demand.since + FIRST_SPAN_S) / WINDOW_S))

@@ -80,8 +80,8 @@ class MeasuredRates(NamedTuple):
 class Pace(msgspec.Struct, frozen=True, gc=False):
     """How fast a node works with one model, as far as anything is known. ``token_s`` are the seconds for a token of a
     lone stream, ``share`` the share that each neighbour takes, ``read_token_s`` the seconds to read a token of a
-    prompt. ``fallback_answers``: it was measured elsewhere in part, from so many answers; ``None``: all was measured
-    on this node."""
+    prompt. ``fallback_answers``: a part of these was not measured on this node, but comes from ``fallback``, which had
+    learned from so many answers; ``None``: all were measured on this node."""
 
     token_s: float
     share: float
@@ -105,8 +105,8 @@ class ServiceRates:
         self._last_decode: DecodeRate | None = None
         self._last_prefill: PrefillRate | None = None
         self._last_load: float | None = None
-        self._answers = 0
-        self._paces: dict[str, Pace] = {}  # the cache of ``pace``, since the last answer
+        self._answers = 0  # how many were learned from
+        self._paces: dict[str, Pace] = {}  # the cache of ``pace``; emptied by each answer of this node
 
     def __repr__(self) -> str:
         models = (f"{model} {1 / rate.token_s:.0f} tokens/s" for model, rate in self._decode.items())
@@ -118,6 +118,7 @@ class ServiceRates:
         """The rates for this model that a forecast needs for each request, from a cache."""
         fallback_answers = 0 if self._fallback is None else self._fallback._answers
         pace = self._paces.get(model)
+        # A pace in the cache is up to date if it does not depend on ``fallback``, or if that has learned nothing since.
         if pace is not None and (pace.fallback_answers is None or pace.fallback_answers == fallback_answers):
             return pace
         decode = self._decode.get(model) or self._find_decode(model)
@@ -200,6 +201,7 @@ class ServiceRates:
     # -- learning ------------------------------------------------------------------------------------------------
 
     def _note_change(self) -> None:
+        """Counts an answer, and empties the cache of ``pace``."""
         self._answers += 1
         self._paces.clear()
 

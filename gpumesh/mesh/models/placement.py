@@ -63,8 +63,9 @@ class PlacementNode:
 
 @dataclass(frozen=True, slots=True)
 class NextLoad:
-    """A model to load on a node. ``model`` is its name in mesh.yaml. ``present`` copies are in memory now, of the
-    ``wanted`` ones. ``pushed_out`` has to go. ``context`` in tokens; ``None``: the server's own."""
+    """A model to load on a node. ``model`` is its name in mesh.yaml, which wants ``wanted`` copies; ``present`` are in
+    memory now. ``pushed_out`` are the models that the load pushes out. ``context`` is in tokens; ``None``: the server's
+    default."""
 
     model: str
     node: str
@@ -88,12 +89,14 @@ def find_next_load(specs: Sequence[ModelSpec], nodes: Sequence[PlacementNode]) -
             continue
         candidates = [node for node in allowed if _can_load(node, model, kept)]
         if candidates:
+            # A preferred node, else one of the lowest tier, else one where the fewest models must go.
             best = min(
                 candidates,
                 key=lambda node: (node.name not in spec.prefer, node.tier, len(node.pushed_out.get(model, ()))),
             )
             pushed_out = tuple(best.pushed_out.get(model, ()))
-            # With another context than the first requests ask for, the server would load the model once more for them.
+            # The contexts of requests are rounded up to these steps. With a context that is no step, the server would
+            # load the model again for the first request.
             context = spec.context_steps[0] if spec.context_steps else None
             return NextLoad(spec.name, best.name, present, spec.wanted_copies, pushed_out, context)
     return None
@@ -183,7 +186,7 @@ class ModelPlacement:
         node = self._mesh.fleet[found.node]
         name_at_server = node.server_name(found.model) or found.model
         is_embedder = is_embedder_on(node.state(queued=0), name_at_server)
-        context = None if is_embedder else found.context  # nobody asks for one with a text to embed
+        context = None if is_embedder else found.context  # requests to an embedding model ask for no context
         key = ResidencyKey(full_name(found.model), context)
         pushed_out = f", in place of {', '.join(found.pushed_out)}" if found.pushed_out else ""
         log.info(

@@ -224,15 +224,15 @@ class Node:
         return self.account.learned_slots
 
     def note_load_sent(self, key: ResidencyKey) -> None:
-        """The server was asked to load this model with these options, without a request to it. It counts as loaded at
-        once."""
+        """Notes that the server was asked to load this model with these options, without a request to it. From now on
+        the model counts as loaded."""
         account = self.account
         pushed_out = account.residency.pushed_out_by(key, account.placed_by_model)
         account.residency.note_sent(key, pushed_out, now=self._clock(), load_s=account.rates.load_s(key.model))
         self._scheduler.note_report(account)
 
     def note_load_ended(self, key: ResidencyKey, *, is_loaded: bool) -> None:
-        """The load of ``note_load_sent`` has ended."""
+        """Notes that the load of ``note_load_sent`` has ended. ``is_loaded``: with success."""
         if is_loaded:
             self.account.residency.note_answer(key, self._clock())
         else:
