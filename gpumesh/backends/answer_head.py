@@ -132,7 +132,7 @@ def _find_problem(status: int, content_types: Sequence[bytes], encoding: bytes, 
         shown = _printable_value(last_content_type)
         return f"it answered {status} with {shown}, which is no answer of an inference server"
     has_different_types = len(content_types) > 1 and len(set(map(read_media_type, content_types))) > 1
-    if has_different_types:
+    if has_different_types:  # the same type twice may pass
         return f"it answered {status} with two media types, of which one must be wrong"
     return None
 

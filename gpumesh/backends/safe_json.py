@@ -53,7 +53,7 @@ def parse(data: bytes) -> Any:
         pass  # msgspec takes a third of the time of Python's parser, but reads no NaN, no lone surrogate and no UTF-16
     try:
         return json.loads(data)
-    except (ValueError, RecursionError):
+    except (ValueError, RecursionError):  # no JSON, or nested too deeply
         return None
 
 
@@ -86,8 +86,8 @@ def parse_report(data: bytes, limit: int = REPORT_VALUES) -> dict[str, Any] | No
     if too_many_values(data, limit):
         return None
     try:
-        document = _REPORT_DECODER.decode(data.decode("utf-8", "replace").removeprefix("\ufeff"))
-    except (ValueError, RecursionError):
+        document = _REPORT_DECODER.decode(data.decode("utf-8", "replace").removeprefix("\ufeff"))  # the mark of UTF-8
+    except (ValueError, RecursionError):  # no JSON, or nested too deeply
         return None
     return document if isinstance(document, dict) else None
 
@@ -191,6 +191,6 @@ def as_datetime(value: Any) -> datetime | None:
     try:
         time = datetime.fromisoformat(_LONG_FRACTION.sub(r"\1", value))
         time = time.astimezone(UTC) if time.tzinfo is not None else time.replace(tzinfo=UTC)
-    except (ValueError, OverflowError):
+    except (ValueError, OverflowError):  # no time, or one that Python cannot hold
         return None
     return time if time.year > 1 else None

@@ -319,7 +319,7 @@ class NodeAccount:
             self.model_breakers.record_start(placed.model, now)
 
     def note_first_token(self, placed: PlacedRequest, now: float) -> None:
-        """The answer has begun: its prompt is read. A second call does nothing."""
+        """Notes that the answer has begun, so that its prompt is read. A second call does nothing."""
         if placed.first_token_at is not None or placed.ended:
             return
         self.group.events += 1

@@ -295,7 +295,7 @@ class ModelBreakers:
         old_catalog, self._catalog = self._catalog, catalog
         if not self._faults or old_catalog is None:
             return
-        # The sets, because the order of a list means nothing. The lists first, because that is quick.
+        # The sets decide, because the order of a list means nothing. Equal lists are found faster, so they come first.
         if catalog != old_catalog and set(catalog) != set(old_catalog):
             self._faults.clear()
             self._failed_in_row.clear()

@@ -152,7 +152,8 @@ class Experience:
             ttft_s = placed.first_token_at - placed.sent_at - account.rtt_s
             unread_tokens = _count_unread(placed, counters)
             if counters.prompt_tokens is None and not placed.cached_tokens:
-                unread_tokens = int(placed.unread_tokens)  # estimated, as the forecasts that use the rate are
+                # Our own estimate. The forecasts that use the rate estimate in the same way.
+                unread_tokens = int(placed.unread_tokens)
         stream_s = measure_stream_s(placed, counters, now)
         if stream_s is not None:
             stream_s = account.read_stall.clean(stream_s, stalled_share)
@@ -178,7 +179,7 @@ class Experience:
         self.prefixes.set_capacity(
             account.name,
             key,
-            slots=account.slots(key.model, math.inf),
+            slots=account.slots(key.model, math.inf),  # at the end of all times: a trial of one slot more is due then
             context_tokens=None if loaded is None else loaded.context_length,
             bytes_per_token=bytes_per_token,
         )
@@ -239,4 +240,6 @@ def _count_unread(placed: PlacedRequest, counters: ServerCounters) -> int | None
         return None
     if counters.cached_tokens is not None:
         return counters.prompt_tokens - counters.cached_tokens
-    return counters.prompt_tokens if not placed.cached_tokens else None
+    if placed.cached_tokens:
+        return None
+    return counters.prompt_tokens

@@ -232,7 +232,7 @@ def _forecast_load(
     later_s = 0.0
     for model in pushed_out:
         loaded = residency.loaded[model]
-        evicted_key = loaded.key or ResidencyKey(model, loaded.context_length)
+        evicted_key = loaded.key or ResidencyKey(model, loaded.context_length)  # no key: another program loaded it
         rate = fleet.demands.rate(evicted_key, now)
         if model in fleet.pinned:
             later_s += PINNED_COST_S
@@ -244,7 +244,7 @@ def _forecast_load(
             blocked_s = max(blocked_s, stays_until - now)
         later_s += _eviction_s(account, evicted_key, rate, fleet, now)
     load_s = rates.load_s(key.model)
-    later_s -= _gain_s(account, key, fleet, now)
+    later_s -= _gain_s(account, key, fleet, now)  # later requests for the loaded model will wait less
     return blocked_s, drain_s + load_s, max(later_s, 0.0), pushed_out
 
 
@@ -260,6 +260,7 @@ def _eviction_s(account: NodeAccount, key: ResidencyKey, rate: float, fleet: Fle
         return _copy_value_s(account, key, rate, other_slots, fleet, now)
     load_s = account.rates.load_s(key.model)
     will_be_asked = 1.0 - math.exp(-rate * RELOAD_HORIZON_S)
+    # The first request waits for the whole load, and each that comes during the load for half of it on the mean.
     return will_be_asked * load_s * (1.0 + rate * load_s / 2.0)
 
 

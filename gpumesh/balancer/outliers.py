@@ -126,7 +126,7 @@ class OutlierWatch:
 
     def add_first_token(self, node: str, measured_s: float, forecast_s: float, now: float) -> None:
         """Adds the time to the first token of one answer, and what was forecast for it. The forecast must not contain
-        the factor of this watch, else a slow node would look normal."""
+        the factor of this watch. Otherwise a slow node would look normal."""
         if not (_is_plausible(measured_s) and _is_plausible(forecast_s)):
             return
         track = self._tracks.setdefault(node, _Track())
@@ -227,7 +227,9 @@ class OutlierWatch:
         track = self._tracks.get(node)
         if track is None or track.slow is None or in_flight > 0:
             return False
-        return track.passed_over >= PROBE_EVERY - 1 or now - track.last_request_at >= IDLE_PROBE_S
+        was_often_passed_over = track.passed_over >= PROBE_EVERY - 1
+        has_long_been_idle = now - track.last_request_at >= IDLE_PROBE_S
+        return was_often_passed_over or has_long_been_idle
 
     def record_choice(self, chosen: str, servable: AbstractSet[str], now: float) -> None:
         """Notes that ``chosen`` was given a request which the nodes in ``servable`` could serve."""

@@ -96,7 +96,8 @@ class Residency:
         if key.context is None:
             default = self._default_context.get(key.model)
             return default is None or default == loaded.context_length
-        return self._granted_context.get((key.model, key.context), key.context) == loaded.context_length
+        granted = self._granted_context.get((key.model, key.context), key.context)
+        return granted == loaded.context_length
 
     def load_ends_at(self, model: str) -> float | None:
         """The time at which the model's running load is expected to end; ``None`` if it does not load now."""
@@ -220,7 +221,7 @@ class Residency:
         loaded = self.loaded.get(name)
         if loaded is None:
             pushed_out_at = self._pushed_out_at.get(name, -math.inf)
-            another_loads = self.next_load_starts_at(asked_at) > asked_at  # which may have to wait for this one's drain
+            another_loads = self.next_load_starts_at(asked_at) > asked_at  # its load may still wait for this drain
             is_older_than_load = asked_at <= pushed_out_at + REPORT_LAG_S
             if name in self._pushed_out_at and (another_loads or is_older_than_load):
                 return  # the model is still listed, but it was pushed out: it has gone since, or will soon go

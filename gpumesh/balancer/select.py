@@ -122,7 +122,8 @@ def no_node_error(candidates: Sequence[Candidate], demand: Demand, *, exclude: C
     if demand.model is not None and not any(has_model(candidate, demand.model) for candidate in usable_of_kind):
         return _missing_model_error(demand.model, usable_of_kind, unusable, of_other_kinds=with_model)
     suited = [candidate for candidate in usable_of_kind if has_model(candidate, demand.model)]
-    if demand.needs_slot and all(is_model_broken(candidate, demand.model) for candidate in suited):
+    is_broken_everywhere = all(is_model_broken(candidate, demand.model) for candidate in suited)
+    if demand.needs_slot and is_broken_everywhere:
         names = ", ".join(candidate.name for candidate in suited)
         return NoNodeError(f"{demand.model!r} cannot be used now where it is ({names})", node=demand.node)
     failed_nodes = ", ".join(sorted(exclude))

@@ -89,8 +89,8 @@ class OpenAIChatFormat(EventStreamFormat):
         return True
 
     def render_call(self, request: JsonObject, thinking: str) -> HttpCall | None:
-        """Asks Ollama's own API for the rendered prompt, and for one token at most if the server generates an
-        answer."""
+        """Asks Ollama's own API for the rendered prompt. A server that does not know ``_debug_render_only`` generates
+        an answer, so that is limited to one token."""
         messages = _as_native(request["messages"], exact=False)
         if messages is None:
             return None

@@ -151,7 +151,8 @@ class NodeSlots:
         return request
 
     def begin(self, request: SentRequest, now: float) -> None:
-        """An answer has begun: its first token has come. For an answer in one piece this may be left out."""
+        """Notes that an answer has begun: its first token has come. For an answer in one piece this may be left
+        out."""
         slots = self._models[request.model]
         request.begun_at = now
         slots.streaming += 1
@@ -168,7 +169,7 @@ class NodeSlots:
         total_ms: float | None,
         load_ms: float | None,
     ) -> None:
-        """An answer is complete. The durations are the server's own, as in ``learn_limit``."""
+        """Notes that an answer is complete. The durations are the server's own, as in ``learn_limit``."""
         slots = self._remove(request, now)
         # An answer that ended just after its first token came in one piece: its first token proves nothing.
         was_streamed = request.begun_at is not None and now - request.begun_at > END_DELAY_S
@@ -189,7 +190,7 @@ class NodeSlots:
         )
 
     def cancel(self, request: SentRequest, now: float) -> None:
-        """A request has ended without a complete answer: its client has gone, or it failed."""
+        """Notes that a request has ended without a complete answer: its client has gone, or it failed."""
         slots = self._remove(request, now)
         slots.limit = return_trials(slots.limit, concurrent=request.concurrent)
 

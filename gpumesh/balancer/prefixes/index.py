@@ -149,6 +149,7 @@ class PrefixIndex:
             return _Sequence(cache, tree.insert(cache.node, blocks, run, depth)), None
         if own_run.end == len(blocks):  # the same prompt as before
             return continued, None
+        # If only this one sequence goes through its last run, this run can grow, and the sequence stays the same.
         if own_run.children == 0 and len(own_run.holders) == 1 and own_run.holders[cache.node] == 1:
             tree.extend(own_run, blocks)
             return continued, None

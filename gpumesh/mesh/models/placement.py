@@ -162,6 +162,7 @@ class ModelPlacement:
         )
         if account.is_up:
             self._away_since.pop(node.name, None)
+        # A node that has just gone away may soon be back, with its copies. Later they count as lost.
         is_gone = not account.is_up and now - self._away_since.setdefault(node.name, now) >= AWAY_S
         loaded: frozenset[str] = frozenset() if is_gone else frozenset(residency.loaded)
         wanted = [full_name(spec.name) for spec in self._specs]

@@ -89,7 +89,7 @@ class Fleet:
         """Puts nodes that share a GPU into one group: the balancer treats a group as one node."""
         names = audit.gpu_groups([node.state(queued=0) for node in self])
         members: dict[str, list[Node]] = {}
-        for node in self:
+        for node in self:  # a node that shares no GPU is a group of its own, by its own name
             members.setdefault(names.get(node.name, node.name), []).append(node)
         for name, nodes in members.items():
             group = GpuGroup(name, [node.account for node in nodes])

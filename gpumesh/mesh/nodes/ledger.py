@@ -117,6 +117,7 @@ class Ledger:
             self.attempt_outcomes[outcome] += 1
             if is_served:
                 self.served += 1
+                # Not ``None``, which would say that the request was not answered.
                 self._scheduler.end(placement.placed, now, counters or _NO_FIGURES)
             else:
                 self._scheduler.end(placement.placed, now)

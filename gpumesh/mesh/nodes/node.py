@@ -195,7 +195,7 @@ class Node:
         }
         gpus = () if reports.gpus is None else reports.gpus.gpus
         memory_mib = sum(gpu.memory_total_mib or 0 for gpu in gpus)
-        residency.memory_mib = memory_mib or None
+        residency.memory_mib = memory_mib or None  # 0: no GPU has said how much it has
         for model in residency.replace_with_report(loaded, asked_at=self._prober.asked_at):
             self._scheduler.note_unloaded(self.account, model)
 

@@ -104,7 +104,7 @@ class SnapshotBuilder:
             return reports.backend is None  # the first probe over this connection is not complete
         if phase is TunnelPhase.BACKOFF:
             return reports.models is not None  # the node has worked before
-        return phase in (TunnelPhase.IDLE, TunnelPhase.CONNECTING)
+        return phase in (TunnelPhase.IDLE, TunnelPhase.CONNECTING)  # not FAILED: a person has to act first
 
     def candidate(self, now: float, *, despite_breaker: bool) -> Candidate:
         """The node as the balancer sees it at the time ``now``. ``despite_breaker``: the node counts as usable even if

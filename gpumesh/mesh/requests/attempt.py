@@ -290,7 +290,7 @@ async def _read_first_frame(
         if first_bytes:
             lease.mark_answer_started()
             return OpenedStream(lease, response, continuation, first_bytes)
-        if continuation.cut_reason is not None:
+        if continuation.cut_reason is not None:  # an error before any text: as if the server had answered 500
             response.abort()
             message = continuation.cut_reason
             answer = WholeAnswer(node.name, node.kind, 500, response.headers, continuation.error_frame(message))

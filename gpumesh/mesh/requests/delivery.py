@@ -142,8 +142,7 @@ class RequestDelivery:
 
     def _streaming_answer(self, opened: OpenedStream) -> StreamingAnswer:
         """Makes the answer that passes on this stream, with the time that is left until the deadline."""
-        # From now on only servers that speak the same API can continue this stream: the frames of others look
-        # different.
+        # From now on only servers of the same API can continue this stream: the frames of others look different.
         self._demand = replace(self._demand, kinds=self._demand.kinds & kinds_that_continue(opened.lease.node.kind))
         clock = self._context.clock
         remaining_s = max(self._deadline - clock(), 0.0)
@@ -365,8 +364,10 @@ def _copy_error(error: GPUMeshError) -> GPUMeshError:
 def _failed_at_request(failed: FailedAttempt) -> bool:
     """Whether the server seems to have failed at this request. It is not checked whether the tunnel ended the
     connection: ``_is_server_failure`` does that."""
-    if failed.lease is None or failed.lease.aborted or failed.lease.blame is Blame.MODEL_LOAD:
-        return False  # a model that does not fit into one server's memory may fit into another's
+    if failed.lease is None or failed.lease.aborted:  # aborted: the tunnel was lost, or the server was silent
+        return False
+    if failed.lease.blame is Blame.MODEL_LOAD:  # what does not fit into one server's memory may fit into another's
+        return False
     if failed.answer is not None:
         return failed.answer.status == SERVER_ERROR_STATUS
     return failed.request_sent and failed.outcome in (Outcome.UNREACHABLE, Outcome.CUT)

@@ -116,7 +116,7 @@ class StreamingAnswer(Answer):
         self._frames = 0  # how many frames of text have come from this node
         self.node = opened.lease.node.name
         self._watch = SilenceWatch(self._pauses, self.node, opened.lease.model, self._clock)
-        if self._expiry_message is not None:
+        if self._expiry_message is not None:  # the deadline passed while this node was found
             self._mark_lost(Outcome.DEADLINE, self._expiry_message)
             return
         if self._continuation is not None:
