@@ -61,6 +61,7 @@ class Simulation:
         self._scheduled = dict.fromkeys(self.servers, math.inf)  # when each server's next event is on the heap
         self._unfinished = 0  # jobs that have come and not ended, and turns that will come
         self._waiting = 0  # jobs in the gateway's queue
+        self._has_decided = False  # the balancer has decided since it was asked for its next check
         self._check_at = math.inf
         self._checked_at = -1.0
         self._last_event_at = 0.0  # of a server, or the arrival of a request
@@ -87,7 +88,8 @@ class Simulation:
             else:
                 now, kind, _, subject = heappop(events)
                 self._handle(kind, subject, now, may_come=request is not None)
-            if self._waiting:
+            if self._waiting and self._has_decided:
+                self._has_decided = False
                 self._schedule_check(now)
         self.measures.finish(now, self.servers.values())
         return self.measures
@@ -132,6 +134,7 @@ class Simulation:
         self._submit(Job(request, now, request.prompt_tokens, request.output_tokens), now)
 
     def _submit(self, job: Job, now: float) -> None:
+        self._has_decided = True
         grant = self.decisions.submit(job, now)
         if grant is None:
             self._waiting += 1
@@ -213,6 +216,7 @@ class Simulation:
             self._end_job(job, now, None)
 
     def _grant_waiting(self, now: float) -> None:
+        self._has_decided = True
         grants = self.decisions.grants(now)
         self._waiting -= len(grants)
         for grant in grants:
