@@ -146,10 +146,10 @@ def _switch_off_absent(
 
 
 def _correct_expectations(spec: NodeSpec, state: NodeState, codes: set[str]) -> Iterator[Change]:
-    """Yields changes of all wrong keys of ``expect``, if ``codes`` has a finding about one of them.
+    """Yields changes of the wrong keys of ``expect``, if ``codes`` has a finding about one of them.
 
-    All keys are corrected together, also those without a finding of their own: another GPU has only ``gpu-differs``,
-    but its memory differs as well.
+    The memory is corrected also without a finding of its own: another GPU has only ``gpu-differs``, but its memory
+    differs as well.
     """
     if not codes & _EXPECT_CODES:
         return
@@ -163,6 +163,8 @@ def _correct_expectations(spec: NodeSpec, state: NodeState, codes: set[str]) -> 
         yield change_expectation("hostname", found, "hostname-differs")
     if not found_gpus:
         return
+    # Not whenever the number differs: while a GPU is lost, there is no ``gpu-count`` (audit/causes.py), and the lost
+    # GPU must still be expected.
     if "gpu-count" in codes and expect.gpus is not None:
         yield change_expectation("gpus", len(found_gpus), "gpu-count")
     # mesh.yaml has one name and one size for all GPUs of a node: so with different GPUs there is no right value.

@@ -79,10 +79,11 @@ class Experience:
     # -- after it ------------------------------------------------------------------------------------------------
 
     def note_placed(self, placed: PlacedRequest, now: float) -> None:
-        """Notes that the node has this request's prompt in its cache from now on, so that a request with the same
-        beginning is sent there too."""
+        """Notes that the node has this request's prompt in its cache from now on, so that later requests with the same
+        beginning, or of the same session, are sent there too. If the prompt is not known or too short, only its session
+        is noted."""
         key, prompt = placed.key, placed.demand.prompt
-        if key is None:
+        if key is None:  # the request loads no model, so it leaves nothing in a cache
             return
         node, session = placed.account.name, _session_id(placed.demand)
         if prompt is not None:

@@ -76,8 +76,8 @@ class Residency:
     # -- questions -----------------------------------------------------------------------------------------------
 
     def is_resident(self, key: ResidencyKey) -> bool:
-        """Whether a request with this key needs no load: the model is in memory with these options, or a load was
-        sent."""
+        """Whether a request with this key needs no load: the model is in memory with the same context length and
+        options, or such a load was sent."""
         if not self.is_tracked:
             return True
         loaded = self.loaded.get(key.model)
@@ -86,7 +86,9 @@ class Residency:
         if loaded.key is None:
             # Another program loaded it, with options that are not known: taken to be the usual ones.
             return not key.options and self._same_context(loaded, key)
-        return loaded.key == key or (loaded.key.options == key.options and self._same_context(loaded, key))
+        if loaded.key == key:  # a shortcut for the usual case: the line below would find the same
+            return True
+        return loaded.key.options == key.options and self._same_context(loaded, key)
 
     def _same_context(self, loaded: LoadedModel, key: ResidencyKey) -> bool:
         """Whether the model was loaded with the context length that a request with this key would get. What is not

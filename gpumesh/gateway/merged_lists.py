@@ -217,11 +217,12 @@ def _read_count(value: Any) -> int | None:
 
 
 def _read_time(value: Any) -> str | None:
-    """The text of a time: unchanged if every parser reads it, written anew if only Python's parser reads it. ``None``
-    for any other value."""
+    """The text of a time: unchanged if every parser reads it, written anew if only Python's parser reads it. Go's zero
+    time, which means "no time", stays as it is. ``None`` for any other value."""
     time = safe_json.as_datetime(value)
     if time is None:
-        return _NO_TIME if value == _NO_TIME else None  # Ollama sends Go's zero time, and clients can read it
+        # ``as_datetime`` takes Go's zero time for no time. But Ollama sends it, and clients can read it.
+        return _NO_TIME if value == _NO_TIME else None
     if _RFC3339.fullmatch(value):
         return str(value)
     return time.isoformat().replace("+00:00", "Z")

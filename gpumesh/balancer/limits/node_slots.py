@@ -38,7 +38,7 @@ class _Burst:
 
     ``earlier`` counts the requests of this model that were sent before the burst and were surely still inside the
     server when the burst came there. Of the burst's own requests, ``in_flight`` have not ended, ``unhindered`` have
-    ended without a wait inside the server, and ``trials`` were sent beyond the proven number. ``most_concurrent`` is
+    ended without a wait inside the server, and ``trials`` were sent beyond the proven number. ``last_concurrent`` is
     the number of requests of this model in flight on the node when the burst's last request was sent, this request
     included."""
 
@@ -48,7 +48,7 @@ class _Burst:
     in_flight: int = 0
     unhindered: int = 0
     trials: int = 0
-    most_concurrent: int = 0
+    last_concurrent: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -144,7 +144,7 @@ class NodeSlots:
         slots.in_flight += 1
         burst = slots.recent[-1]
         burst.in_flight += 1
-        burst.most_concurrent = slots.in_flight
+        burst.last_concurrent = slots.in_flight
         burst.trials += slots.in_flight > slots.limit.proven
         request = SentRequest(model, slots.in_flight, burst)
         slots.limit = on_sent(slots.limit, in_flight=slots.in_flight, now=now)
@@ -181,7 +181,7 @@ class NodeSlots:
             waited_ms=waited_ms,
             total_ms=total_ms,
             load_ms=load_ms,
-            concurrent=burst.most_concurrent,
+            concurrent=burst.last_concurrent,
             overlapping=burst.earlier + burst.unhindered,
             burst_is_complete=burst.in_flight == 0,
             trials=max(burst.trials, 1),

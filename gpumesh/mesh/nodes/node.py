@@ -158,7 +158,8 @@ class Node:
         self._changes.notify()
 
     def update_account(self) -> None:
-        """Tells the scheduler what the tunnel and the last reports say of the node."""
+        """Tells the scheduler what the tunnel and the last reports say of the node, and whether it is draining. Learns
+        from the scheduler how slow the node is."""
         account, reports = self.account, self._prober.reports
         account.is_up = self.reachable and not self.role.draining
         account.kind = reports.kind
@@ -169,9 +170,10 @@ class Node:
         report = reports.backend
         account.told_parallel = None if report is None or report.inventory is None else report.inventory.parallel
         account.residency.is_tracked = reports.kind in KINDS_WITH_MODEL_STORE
-        self.role.slowness = self._scheduler.slow_nodes.slowness(self.name, self._clock())
         self.update_other_loads()
         self._scheduler.note_report(account)
+        # The other way round: for the state that people see.
+        self.role.slowness = self._scheduler.slow_nodes.slowness(self.name, self._clock())
 
     def update_other_loads(self) -> None:
         """Tells the account how many requests other gateways have in flight on the node's GPUs. Also called after each
