@@ -25,3 +25,18 @@ def test_nothing_is_imported_before_main_is_called() -> None:
     script = "import sys; import gpumesh.cli.main; print(sorted({'typer', 'gpumesh.errors'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+def test_few_garbage_collections_look_through_the_modules_that_are_imported() -> None:
+    script = """
+import gc, sys
+import gpumesh.cli.main
+before = sum(generation["collections"] for generation in gc.get_stats())
+sys.argv = ["gpumesh", "--help"]
+try:
+    gpumesh.cli.main.main()
+except SystemExit:
+    print(sum(generation["collections"] for generation in gc.get_stats()) - before, file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert int(done.stderr) <= 3, "with the thresholds of Python it is 25"

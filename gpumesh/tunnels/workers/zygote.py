@@ -59,12 +59,14 @@ class Zygote:
         # paramiko imports invoke, if it is there, to run the commands of "Match exec" in an ssh configuration. A worker
         # reads no such file, and the import would be a quarter of the zygote's start. ``None`` makes the import fail.
         sys.modules["invoke"] = None  # type: ignore[assignment]
+        gc.disable()  # nothing that is imported is garbage
         # Imported here: the mesh imports this module too, and must not load paramiko.
         from gpumesh.tunnels.workers import worker
 
         self._worker_main = worker.main
         gc.collect()
         gc.freeze()  # so that a collection in a worker does not copy the memory that all workers share
+        gc.enable()
         self._serve_requests(_open_signal_pipe(signal.SIGCHLD))
         self._end_children()
 
