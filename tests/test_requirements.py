@@ -10,6 +10,7 @@ import re
 import sys
 import tomllib
 from collections.abc import Iterator
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 
@@ -44,8 +45,13 @@ def bound(requirement: Requirement, operator: str) -> Version | None:
     return next((Version(each.version) for each in requirement.specifier if each.operator == operator), None)
 
 
-def imports(folder: str) -> Iterator[tuple[Path, str, str]]:
+@cache
+def imports(folder: str) -> list[tuple[Path, str, str]]:
     """Each import from another's package: the file, the package, and the whole name of what is imported."""
+    return list(find_imports(folder))
+
+
+def find_imports(folder: str) -> Iterator[tuple[Path, str, str]]:
     for path in sorted((ROOT / folder).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             names: list[str] = []
