@@ -17,7 +17,7 @@ from tests.mesh.meshes import mesh_of_nodes, node
 from tests.prerequisites import needs
 from tests.real.hosts import LlamaServer
 
-pytestmark = [pytest.mark.real, pytest.mark.slow, needs("llama-server")]
+pytestmark = [pytest.mark.real, pytest.mark.slow, pytest.mark.timeout(240), needs("llama-server")]
 
 TOKENS = 150
 ASKED: dict[str, Any] = {

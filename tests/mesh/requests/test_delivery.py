@@ -210,8 +210,10 @@ async def test_a_long_silence_before_the_first_byte_is_no_fault() -> None:
 async def test_a_host_that_dies_while_it_reads_the_prompt_is_left_at_once() -> None:
     async with mesh_of_hosts(host("a"), host("b")) as mesh:
         await mesh.hosts["a"].set_faults(Faults(hang=True, paths=CHATS))
+        probes = mesh.hosts["a"].counters.http
         sending = asyncio.create_task(send(mesh.mesh, make_call()))
-        await wait_until(lambda: mesh.in_flight() == 1, "it is with the node that hangs")
+        await wait_until(lambda: mesh.hosts["a"].counters.http > probes, "it is with the server that hangs")
+        assert mesh.in_flight() == 1
         await mesh.hosts["a"].set_faults(Faults(refuse=True))
         answer = await sending
         assert await answer.read()
