@@ -6,7 +6,6 @@ before the status, because wrappers and containers change the status, and one st
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 from gpumesh.printable import printable
@@ -23,11 +22,10 @@ MISMATCH = 18
 NOT_EXECUTABLE, NOT_FOUND = 126, 127
 
 _NOT_FOUND_TEXTS = ("not found", "no such file", "not recog")  # of shells; the last one is Windows' "not recognized"
-_LOST = re.compile(r"unable to determine the device handle|gpu is lost|gpu has fallen off the bus", re.IGNORECASE)
+_LOST_TEXTS = ("unable to determine the device handle", "gpu is lost", "gpu has fallen off the bus")
 # Texts that mean a failure even if the status is 0. Under WSL and in wrapper scripts every call ends with status 0.
-_FAILED_WITH_STATUS_0 = re.compile(
-    rf"nvidia-smi has failed|failed to initialize nvml|^no devices were found|{_LOST.pattern}", re.IGNORECASE
-)
+_NO_DEVICES_TEXT = "no devices were found"  # at the beginning
+_FAILURE_TEXTS = ("nvidia-smi has failed", "failed to initialize nvml", *_LOST_TEXTS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +46,8 @@ def classify_failure(answer: CommandOutput) -> SmiFailure | None:
     text = printable(answer.output, 2000)
     lower = text.lower()
     status = answer.exit_status
-    if status in (OK, INFOROM) and not _FAILED_WITH_STATUS_0.search(text):
+    has_failed = lower.startswith(_NO_DEVICES_TEXT) or any(failure in lower for failure in _FAILURE_TEXTS)
+    if status in (OK, INFOROM) and not has_failed:
         return None
     if "is not a valid field" in lower:
         return SmiFailure(
@@ -66,7 +65,7 @@ def classify_failure(answer: CommandOutput) -> SmiFailure | None:
             "the container lost its access to the GPU (NVML: Unknown Error)",
             "restart the container; `systemctl daemon-reload` on its host takes the devices away from running ones",
         )
-    if _LOST.search(text) or status == GPU_LOST:
+    if status == GPU_LOST or any(lost in lower for lost in _LOST_TEXTS):
         return SmiFailure(
             "gpu-lost",
             f"a GPU has fallen off the bus: {_shorten(text)}",
