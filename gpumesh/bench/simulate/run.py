@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from gpumesh.bench.simulate.fleet import NodeSpec
-from gpumesh.bench.simulate.offered_load import fleet_capacity, measure_work, scale_to_capacity
+from gpumesh.bench.simulate.offered_load import fleet_capacity, measure_workload, scale_to_capacity
 from gpumesh.bench.simulate.report import SimulationResult
 from gpumesh.bench.simulate.simulation import Simulation
 from gpumesh.bench.simulate.workloads import Workload
@@ -23,7 +23,7 @@ def simulate_policies(
     """Simulates the workload under each policy. ``source`` says in words where the requests come from. ``load``: as
     ``scale_to_load``; ``None`` leaves the times of the workload as they are. Raises UsageError if the load cannot be
     reached, or if the workload has no requests."""
-    work = measure_work(workload, nodes)  # once: this draws all requests
+    work = measure_workload(workload, nodes)  # once: this draws the requests
     capacity = fleet_capacity(nodes, work)
     if load is not None:
         workload = scale_to_capacity(workload, work.rate, capacity, load)

@@ -10,7 +10,14 @@ from typing import Any
 import pytest
 
 from gpumesh.balancer.base import Priority
-from gpumesh.bench.simulate.offered_load import OfferedWork, fleet_capacity, measure_work, scale_to_load
+from gpumesh.bench.simulate import offered_load
+from gpumesh.bench.simulate.offered_load import (
+    OfferedWork,
+    fleet_capacity,
+    measure_work,
+    measure_workload,
+    scale_to_load,
+)
 from gpumesh.bench.simulate.requests import SimulatedRequest
 from gpumesh.bench.simulate.servers.blocks import common_blocks
 from gpumesh.bench.simulate.simulation import Simulation
@@ -123,6 +130,18 @@ def test_what_one_cache_would_hold_is_not_counted_as_work() -> None:
     work = measure_work(requests, [node()])
     assert work.samples == {MODEL.name: [(1000, 10), (500, 10), (1000, 10)]}
     assert work.rate == pytest.approx(1.5)
+
+
+def test_of_many_random_requests_a_part_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offered_load, "MOST_MEASURED", 5000)
+    workload = Workload(ONE_MODEL, 20_000, rate=2.0)
+    work = measure_workload(workload, [node()])
+    assert work == measure_work(itertools.islice(workload, 5000), [node()])
+    assert work.rate == pytest.approx(2.0, rel=0.05)
+    # Another part of these would be no sample of all.
+    trace = [TracedRequest(number**2 / 1e6, 100, 5) for number in range(6000)]
+    for uneven in (replace(workload, batch=10), replace(workload, trace=trace)):
+        assert measure_workload(uneven, [node()]) == measure_work(uneven, [node()])
 
 
 def test_a_fleet_without_the_model_has_no_load() -> None:
