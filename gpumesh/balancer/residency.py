@@ -22,6 +22,8 @@ FILE_TO_MEMORY = 1.2
 # If no probe and no answer has confirmed a load so long after its request was sent, then the load has failed, or the
 # model was unloaded since.
 UNCONFIRMED_S = 120.0
+# A model that is gone so soon after another load was pushed out by that load.
+SURPRISE_S = 15.0
 # A server's own list may be this old when it is read, so it says nothing about a load that was sent within this time.
 REPORT_LAG_S = 1.0
 
@@ -68,6 +70,8 @@ class Residency:
         self._pushed_out_at: dict[str, float] = {}  # when a load was sent that pushes the model out
         self._fitted_mib = 0  # the most that was in memory at one time: so much fits
         self._fitted_count = 1  # the most models that were in memory at one time
+        self._most_loaded: int | None = None  # a limit of the server's own, as a load has shown it; ``None``: none seen
+        self._beside_others_at = -math.inf  # when a load was sent last that seemed to push nothing out
 
     def __repr__(self) -> str:
         models = ", ".join(name + (" (loading)" if item.loading_until else "") for name, item in self.loaded.items())
@@ -139,6 +143,8 @@ class Residency:
         size is not known, the number of models decides: as many fit as were in memory together before."""
         if not others:  # a server can always try to load one model
             return True
+        if self._most_loaded is not None and len(others) >= self._most_loaded:
+            return False
         known = [size for size in others if size is not None]
         if needed_mib is None or len(known) < len(others):
             return len(others) < self._fitted_count
@@ -161,6 +167,8 @@ class Residency:
         for name in pushed_out:
             self.loaded.pop(name, None)
             self._pushed_out_at[name] = now
+        if self.loaded and not pushed_out:
+            self._beside_others_at = now
         size_mib = self._expected_mib(key.model)
         self.loaded[key.model] = LoadedModel(key, size_mib, None, now + load_s, used_at=now, noted_at=now)
 
@@ -211,6 +219,12 @@ class Residency:
             gone.append(name)
         for name, (size_mib, context_length) in reported.items():
             self._note_reported(name, size_mib, context_length, asked_at)
+        if gone and 0.0 <= asked_at - self._beside_others_at <= SURPRISE_S:
+            # The load has pushed them out although there seemed to be room: OLLAMA_MAX_LOADED_MODELS, or memory that
+            # something else takes.
+            self._most_loaded = max(len(self.loaded), 1)
+        elif self._most_loaded is not None and len(reported) > self._most_loaded:
+            self._most_loaded = None
         sizes = [size for size, _ in reported.values()]
         self._fitted_count = max(self._fitted_count, len(sizes))
         self._fitted_mib = max(self._fitted_mib, sum(size or 0 for size in sizes))

@@ -230,7 +230,8 @@ class Scheduler:
                 self.slow_nodes.note_first_token(placed, now)
             if len(account.residency.loaded) != known_models:  # somebody else had loaded the model
                 self._fleet.copies.update(account)
-            self.note_change(account)  # more slots may be known now
+            if placed.sent is not None or placed.needs_load:  # more slots may be known now, or another load may begin
+                self.note_change(account)
 
     def end(self, placed: PlacedRequest, now: float, counters: ServerCounters | None = None) -> None:
         """The request has ended on its node. ``counters`` are the server's figures for a whole answer, even if it gave

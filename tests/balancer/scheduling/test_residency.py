@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpumesh.balancer.base import ResidencyKey
-from gpumesh.balancer.residency import REPORT_LAG_S, UNCONFIRMED_S, Residency
+from gpumesh.balancer.residency import REPORT_LAG_S, SURPRISE_S, UNCONFIRMED_S, Residency
 from tests.balancer.scheduling.fleets import KEY_A, KEY_B, KEY_C, NOW, A, B, C
 
 LONG_AGO = NOW - 500.0
@@ -230,6 +230,26 @@ def test_what_was_in_memory_together_fits_even_if_the_memory_is_not_known() -> N
 
 
 # -- reports -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_limit_of_the_number_of_models_is_learned_from_a_load_that_pushed_out_what_would_fit() -> None:
+    residency = in_memory(A, memory_mib=24000)
+    residency.file_mib = dict.fromkeys((A, B, C), 1000)
+    assert residency.pushed_out_by(KEY_B, {}) == []
+    residency.note_sent(KEY_B, (), now=NOW, load_s=2.0)
+    assert residency.replace_with_report({B: (1200, None)}, asked_at=NOW + 3.0) == [A]
+    assert residency.pushed_out_by(KEY_C, {}) == [B]
+    residency.replace_with_report({A: (1200, None), B: (1200, None)}, asked_at=NOW + 60.0)
+    assert residency.pushed_out_by(KEY_C, {}) == [], "somebody has raised the limit"
+
+
+def test_a_model_that_is_unloaded_later_shows_no_limit() -> None:
+    residency = in_memory(A, memory_mib=24000)
+    residency.file_mib = dict.fromkeys((A, B, C), 1000)
+    residency.note_sent(KEY_B, (), now=NOW, load_s=2.0)
+    residency.replace_with_report({A: (1200, None), B: (1200, None)}, asked_at=NOW + 3.0)
+    assert residency.replace_with_report({B: (1200, None)}, asked_at=NOW + SURPRISE_S + 1.0) == [A]
+    assert residency.pushed_out_by(KEY_C, {}) == []
 
 
 def test_a_report_takes_away_what_the_server_has_unloaded() -> None:
