@@ -6,6 +6,7 @@ A request is one message, which is quick: an ``ssh -O`` process for each request
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import struct
 from pathlib import Path
 
@@ -81,6 +82,8 @@ async def _exchange(control: Path, messages: list[bytes]) -> list[tuple[int, byt
         raise MuxError("it ended the talk on its control socket") from error
     finally:
         writer.close()
+        with contextlib.suppress(OSError):  # of a connection that was reset: asyncio reports an error that nobody takes
+            await writer.wait_closed()
 
 
 async def _read_packet(reader: asyncio.StreamReader) -> bytes:
