@@ -183,6 +183,17 @@ def test_a_lie_about_a_prompt_moves_the_rate_by_a_bounded_factor() -> None:
     assert rates.prefill_s(MODEL, 1000) == pytest.approx(0.5, rel=0.1)
 
 
+def test_what_a_neighbour_takes_is_expected_to_be_as_on_the_other_nodes() -> None:
+    fleet = ServiceRates()
+    first, second = ServiceRates(fleet), ServiceRates(fleet)
+    serve(first, 0.01, 0.0)
+    answer(second, 0.02, 1.0)  # a lone stream shows nothing of neighbours
+    assert second.share(MODEL) == pytest.approx(0.0, abs=0.02)
+    serve(second, 0.02, 0.5)
+    assert second.share(MODEL) == pytest.approx(0.5, abs=0.05)  # its own answers outweigh those of others
+    assert first.share(MODEL) == pytest.approx(0.0, abs=0.05)
+
+
 def test_prompts_that_were_read_together_share_the_gpu() -> None:
     rates = ServiceRates()
     rates.learn(MODEL, unread_tokens=2000, prompt_s=2.0, mean_prefills=2.0)

@@ -6,7 +6,8 @@ time for one token of each of ``k`` streams is taken to be linear in ``k``::
     t(k) = t1 * (1 + a * (k - 1))
 
 ``t1`` is the time of a lone stream, ``a`` the share that each neighbour takes. Both are fitted by least squares, where
-an old answer weighs less than a new one. Until answers have shown ``a``, it is taken to be ``DEFAULT_SHARE``.
+an old answer weighs less than a new one. Until a node's answers have shown ``a``, it is taken to be as on the other
+nodes, and ``DEFAULT_SHARE`` if none has shown it.
 
 A server's figures may be lies. So each answer moves what is known by a bounded factor.
 """
@@ -30,7 +31,7 @@ OUTLIER_FACTOR = 1.5  # an outlier is more than so many times above or below wha
 MAX_STEP = 2.0
 SHARE_STEP = 0.25
 MAX_FIRST_STEP = 16.0  # instead of MAX_STEP, for the first long prompt after short ones
-PRIOR_WEIGHT = 0.1  # DEFAULT_SHARE weighs as much as a tenth of an answer with one neighbour
+PRIOR_WEIGHT = 0.1  # ``prior_share`` weighs as much as a tenth of an answer with one neighbour
 
 RECENT_WEIGHT = 0.4  # of a new figure in the recent mean
 PAST_WEIGHT = 0.02  # of a new figure in the mean of the node's past
@@ -45,7 +46,7 @@ RESTORED_PROMPT = 256.0  # … and whose prompts had so many tokens each
 
 @dataclass(slots=True)
 class DecodeRate:
-    """The decoding of one model: ``token_s`` is t1 and ``share`` is a.
+    """The decoding of one model: ``token_s`` is t1 and ``share`` is a. ``prior_share`` is a without any answers.
 
     The sums are those of the least squares over the answers: ``weight``, and the weighted sums of x = k - 1, x², y =
     seconds for one token, and x*y. ``recent_s`` and ``past_s`` are means of the time for one token of a lone stream.
@@ -53,6 +54,7 @@ class DecodeRate:
 
     token_s: float
     share: float = DEFAULT_SHARE
+    prior_share: float = DEFAULT_SHARE
     weight: float = 0.0
     sum_x: float = 0.0
     sum_xx: float = 0.0
@@ -93,10 +95,10 @@ class DecodeRate:
     def _fit(self) -> None:
         """Computes ``share`` and ``token_s`` from the sums, in bounded steps.
 
-        This minimises sum(w * (y - t1 - b*x)²) + PRIOR_WEIGHT * (b - DEFAULT_SHARE * t1)², where b = t1 * a: two linear
+        This minimises sum(w * (y - t1 - b*x)²) + PRIOR_WEIGHT * (b - prior_share * t1)², where b = t1 * a: two linear
         equations for t1 and b."""
-        first = self.weight + PRIOR_WEIGHT * DEFAULT_SHARE**2
-        mixed = self.sum_x - PRIOR_WEIGHT * DEFAULT_SHARE
+        first = self.weight + PRIOR_WEIGHT * self.prior_share**2
+        mixed = self.sum_x - PRIOR_WEIGHT * self.prior_share
         second = self.sum_xx + PRIOR_WEIGHT
         # Cramer's rule. The determinant is left out: it is positive, and divides both, so the share does not need it.
         token_s = self.sum_y * second - self.sum_xy * mixed

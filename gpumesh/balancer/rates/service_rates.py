@@ -38,6 +38,7 @@ FULL_WEIGHT_TOKENS = 32  # an answer with fewer tokens counts less
 MIN_READ_TOKENS = 16  # below it the fixed cost of a request hides the rate
 FULL_WEIGHT_READ = 2048.0  # a prompt with fewer tokens counts less
 LOAD_WEIGHT = 0.5  # of a new load time
+SHARE_WEIGHT = 0.2  # of one node's share that a neighbour takes, in the usual one of all nodes
 CLOCK_WEIGHT = 0.3  # of an answer that only our own clock has measured: the network is in its figures
 WAIT_WEIGHT = 0.3  # of a time longer than expected that may contain a wait for other requests
 
@@ -102,6 +103,7 @@ class ServiceRates:
         self._decode: dict[str, DecodeRate] = {}
         self._prefill: dict[str, PrefillRate] = {}
         self._load: dict[str, float] = {}
+        self._usual_shares: dict[str, float] = {}  # of a fleet: the mean of what its nodes have learned
         self._last_decode: DecodeRate | None = None
         self._last_prefill: PrefillRate | None = None
         self._last_load: float | None = None
@@ -171,6 +173,11 @@ class ServiceRates:
     def is_measured(self, model: str) -> bool:
         """Whether this node has generated with this model."""
         return model in self._decode
+
+    def measured_prefill(self, model: str) -> float | None:
+        """How many tokens of a prompt this node reads in a second; ``None`` if that was not measured here."""
+        rate = self._prefill.get(model)
+        return None if rate is None else 1.0 / rate.token_s
 
     def is_slow_now(self, model: str) -> bool:
         """Whether the node generates with this model at under half the rate of its own past."""
@@ -265,12 +272,25 @@ class ServiceRates:
         if not (MIN_TOKEN_S <= token_s <= MAX_TOKEN_S and 0.0 <= streams <= MAX_STREAMS):
             return
         neighbours = max(streams - 1.0, 0.0)
+        fleet = self if self._fallback is None else self._fallback
+        usual_share = fleet._usual_shares.get(model, DEFAULT_SHARE)
         rate = self._decode.get(model)
         if rate is None:
-            rate = DecodeRate(token_s / (1.0 + DEFAULT_SHARE * neighbours))
+            rate = DecodeRate(token_s / (1.0 + usual_share * neighbours), usual_share)
             _add(self._decode, model, rate)
+        rate.prior_share = usual_share
         rate.learn(token_s, neighbours, weight * min(tokens / FULL_WEIGHT_TOKENS, 1.0))
+        if self._fallback is not None:
+            self._fallback._note_share(model, rate.share, neighbours)
         self._last_decode = rate
+
+    def _note_share(self, model: str, share: float, neighbours: float) -> None:
+        """A node of the fleet has learned this share from an answer with so many neighbours."""
+        usual = self._usual_shares.get(model)
+        if usual is None:
+            usual = DEFAULT_SHARE
+            _add(self._usual_shares, model, usual)
+        self._usual_shares[model] = usual + SHARE_WEIGHT * min(neighbours, 1.0) * (share - usual)
 
     def _learn_prefill(self, model: str, tokens: int | None, prompt_s: float | None, weight: float) -> None:
         """Learns the rate of reading from so many tokens of a prompt. ``weight``: how much each token counts.
