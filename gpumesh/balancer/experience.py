@@ -16,6 +16,7 @@ from gpumesh.balancer.rates import ServiceRates
 
 MIN_CLOCKED_TOKENS = 16  # a shorter stream often comes in a few packets
 MOST_READS = 1.5  # prompts that were read at once, on the mean
+MOST_READS_FOR_CACHE = 1.1  # … if the time of the reading tells how much was read
 FLEET_LEARN_INTERVAL_S = 0.02  # the rates of the fleet learn from at most one answer in this time
 SMOOTHING = 0.2  # weight of the newest value in a mean
 MIN_PROMPT_TOKENS = 50  # a shorter prompt is mostly the template's own tokens
@@ -173,8 +174,7 @@ class Experience:
         prompt, key, account = placed.demand.prompt, placed.key, placed.account
         if prompt is None or key is None:
             return
-        rate = 1.0 / account.rates.prefill_s(key.model, 1.0)
-        read_tokens = count_read_tokens(counters, rate)
+        read_tokens = count_read_tokens(counters, account.rates.measured_prefill(key.model))
         loaded = account.residency.loaded.get(key.model)
         bytes_per_token = self._prompt_bytes_per_token(key.model)
         self.prefixes.set_capacity(
@@ -184,7 +184,9 @@ class Experience:
             context_tokens=None if loaded is None else loaded.context_length,
             bytes_per_token=bytes_per_token,
         )
-        if read_tokens is not None and counters.prompt_tokens is not None:
+        # A prompt takes longer while others are read. It would seem to be read as a whole, and the cache to be small.
+        is_sure = counters.cached_tokens is not None or placed.mean_reads <= MOST_READS_FOR_CACHE
+        if is_sure and read_tokens is not None and counters.prompt_tokens is not None:
             self.prefixes.learn(
                 account.name,
                 key,

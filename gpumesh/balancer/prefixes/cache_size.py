@@ -16,9 +16,10 @@ from gpumesh.backends.base import ServerCounters
 
 DEFAULT_SLOTS = 4  # of a server that does not say how many it has
 # At first a server is believed to keep so many sequences for each slot: its last one, and those that it has moved to
-# the host's memory. To believe too much costs less than to believe too little: a miss is seen, a prompt that was sent
-# elsewhere is not.
-SEQUENCES_PER_SLOT = 16
+# the host's memory. Memory is the limit there, not a number. To believe too much costs less than to believe too little:
+# a miss is seen, a prompt that was sent elsewhere is not.
+SEQUENCES_PER_SLOT = 64
+CONTEXTS_PER_SLOT = 16  # all sequences together have at most so many full contexts for each slot, or LEAST_BYTES
 LEAST_BYTES = 4 << 20  # of all its sequences together: about 256,000 tokens, which 8 GiB hold for a model of 3B
 BYTES_PER_TOKEN = 4.0  # in English text
 MAX_SEQUENCES = 4096  # more are not kept, whatever a server says
@@ -103,13 +104,22 @@ class CacheSize:
             self._stated_bytes = LEAST_BYTES
         elif context_tokens > 0 and 0.0 < bytes_per_token < math.inf:  # false for NaN
             # ``min`` before ``int``: the product may be infinite.
-            bytes_of_all = min(float(min(context_tokens, MAX_BYTES)) * sequences * bytes_per_token, MAX_BYTES)
+            contexts = slots * min(CONTEXTS_PER_SLOT, self._per_slot)
+            bytes_of_all = min(float(min(context_tokens, MAX_BYTES)) * contexts * bytes_per_token, MAX_BYTES)
             self._stated_bytes = max(int(bytes_of_all), self._least_bytes)
 
-    def learn(self, *, prompt_bytes: int, believed_bytes: int, prompt_tokens: float, read_tokens: float) -> None:
-        """Learns from one answer. The prompt had ``prompt_bytes``, or ``prompt_tokens`` by the server's count. The
-        server has read ``read_tokens`` of them, and was believed to have ``believed_bytes`` of the prompt in its cache.
-        Impossible figures are ignored, and so are figures that prove nothing."""
+    def learn(
+        self,
+        *,
+        prompt_bytes: int,
+        believed_bytes: int,
+        prompt_tokens: float,
+        read_tokens: float,
+        held_sequences: int = MAX_SEQUENCES,
+    ) -> None:
+        """Learns from one answer. The prompt had ``prompt_bytes``, or ``prompt_tokens`` by the server's count, of which
+        the server has read ``read_tokens``. It was believed to have ``believed_bytes`` in its cache, and
+        ``held_sequences`` in all. Impossible figures are ignored, and so are figures that prove nothing."""
         if not (0.0 <= read_tokens < math.inf and 0.0 < prompt_tokens < math.inf):  # also for NaN
             return
         cached_share = max(1.0 - read_tokens / prompt_tokens, 0.0)
@@ -121,7 +131,7 @@ class CacheSize:
         elif believed_bytes < MIN_PROVEN_BYTES:
             return
         elif cached_bytes < MISS_SHARE * believed_bytes:
-            self._count_miss()
+            self._count_miss(held_sequences)
         elif cached_bytes >= HIT_SHARE * believed_bytes:
             self._count_hit()
 
@@ -143,10 +153,10 @@ class CacheSize:
             self._surprises = 0
             self.sequences = min(self.sequences + max(self.sequences // 2, 1), MAX_SEQUENCES)
 
-    def _count_miss(self) -> None:
-        """Counts a prompt that the server should have had. Too much doubt halves the number of sequences."""
+    def _count_miss(self, held_sequences: int) -> None:
         self._hits = self._surprises = 0
         self._doubt += MISS_DOUBT
         if self._doubt >= MAX_DOUBT:
             self._doubt = 0
-            self.sequences //= 2
+            # With these sequences it has missed already, however many more it was believed to have room for.
+            self.sequences = min(self.sequences, max(held_sequences, DEFAULT_SLOTS)) // 2

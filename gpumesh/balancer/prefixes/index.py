@@ -234,6 +234,7 @@ class PrefixIndex:
                 believed_bytes=believed_bytes,
                 prompt_tokens=prompt_tokens,
                 read_tokens=read_tokens,
+                held_sequences=len(cache.sequences),
             )
             self._drop_surplus(cache)
 

@@ -82,7 +82,8 @@ class SchedulerDecisions:
             return  # a report without news changes nothing, and most are: without this, they take 5 % of the time
         self._reported[node] = loaded
         account.is_up = is_up
-        account.residency.replace_with_report(loaded, asked_at=now)
+        for model in account.residency.replace_with_report(loaded, asked_at=now):
+            self._scheduler.note_unloaded(account, model)
         self._scheduler.note_report(account)
 
 

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from gpumesh.backends.base import ServerCounters
 from gpumesh.balancer.prefixes.cache_size import (
+    CONTEXTS_PER_SLOT,
     DEFAULT_SLOTS,
     HITS_TO_GROW,
     LEAST_BYTES,
@@ -20,7 +21,7 @@ from gpumesh.balancer.prefixes.cache_size import (
 )
 
 CONTEXT = 32768
-STATED_BYTES = 4 * SEQUENCES_PER_SLOT * CONTEXT * 4
+STATED_BYTES = 4 * CONTEXTS_PER_SLOT * CONTEXT * 4
 STATED = 4 * SEQUENCES_PER_SLOT  # the sequences of a server with four slots
 
 
@@ -75,6 +76,15 @@ def test_three_misses_in_a_row_halve_the_belief_and_hits_give_it_back_slowly() -
     for _ in range(STATED * HITS_TO_GROW):
         hit(size)
     assert size.sequences == STATED  # never more than was believed at first
+
+
+def test_a_server_that_misses_with_few_sequences_is_not_believed_to_keep_more_of_them() -> None:
+    size = make_size()
+    for _ in range(3):
+        size.learn(
+            prompt_bytes=40_000, believed_bytes=30_000, prompt_tokens=10_000, read_tokens=10_000, held_sequences=10
+        )
+    assert size.sequences == 5
 
 
 def test_a_few_misses_among_hits_prove_nothing() -> None:
