@@ -134,6 +134,17 @@ def test_another_stream_slows_the_answer_and_is_slowed_by_it() -> None:
     assert found.others_s == pytest.approx(READ_DELAY * OWN_READ_S + stall * OWN_READ_S + write_s * SHARE)
 
 
+def test_a_prompt_that_is_read_counts_as_the_stream_that_it_will_be() -> None:
+    scheduler = make_scheduler()
+    node = make_node(scheduler, "n", slots=4)
+    place(scheduler, node)
+    found = look(scheduler, node)
+    write_s = ALONE_S * (1.0 + SHARE)
+    assert found.write_s == pytest.approx(write_s)
+    stall = node.read_stall.value
+    assert found.others_s == pytest.approx(READ_DELAY * OWN_READ_S + stall * OWN_READ_S + write_s * SHARE)
+
+
 def test_another_stream_is_delayed_only_until_it_ends() -> None:
     scheduler = make_scheduler()
     node = make_node(scheduler, "n", slots=4)
