@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from gpumesh.balancer.account import NodeAccount
 from gpumesh.balancer.forecast import Forecast, forecast
 from gpumesh.balancer.policies.base import Choice, Question
@@ -11,18 +13,27 @@ from gpumesh.balancer.policies.simple import relative_load
 # more. A forecast may be wrong, and a free slot that nobody takes is lost.
 PATIENCE_FACTOR = 1.5
 PATIENCE_S = 0.5
+# A node that saves work, because it has the prompt in its cache, is worth a wait of which so many times, and so many
+# seconds more, are less than the work that it saves. That work is known better than the rest of a forecast.
+SAVING_FACTOR = 1.5
+SAVING_S = 0.05
 # What a free slot that nobody takes costs, in waits for the queue as it is.
 QUEUE_PRICE = 2.0
 # A node of a lower tier is better than a free one of an upper tier only if it is so much faster.
 TIER_FACTOR = 3.0
 TIER_S = 1.0
-# Costs that differ by less are equal: the loads then decide, and the turn. Forecasts are not more exact.
+# Costs that differ by less are equal: what must be read of the prompt then decides, the loads, and the turn. Forecasts
+# are not more exact.
 EQUAL_SHARE = 0.02
 EQUAL_S = 0.01
+# Unread parts of a prompt that differ by less, by this factor and by some tokens, are equal too.
+EQUAL_UNREAD = 1.25
+EQUAL_UNREAD_TOKENS = 32.0
 
 
 class AdaptivePolicy:
     ranks_all = False
+    looks_ahead = True
 
     def choose(self, question: Question) -> Choice:
         return self._choose(question, question.queue_s)
@@ -57,10 +68,12 @@ class AdaptivePolicy:
             ]
         bound = min(costs) * (1.0 + EQUAL_SHARE) + EQUAL_S
         equal = [pair for pair, cost in zip(free, costs, strict=True) if cost <= bound]
-        if len(equal) > 1 and question.demand.session is not None:
-            # A named conversation stays on its node even if little of it has to be read elsewhere.
-            least = min(found.unread_tokens for found, _ in equal)
-            equal = [(found, account) for found, account in equal if found.unread_tokens == least]
+        demand = question.demand
+        if len(equal) > 1 and (demand.prompt is not None or demand.session is not None):
+            most_unread = min(found.unread_tokens for found, _ in equal)
+            if demand.session is None:  # a named conversation stays on its node even if little is read elsewhere
+                most_unread = most_unread * EQUAL_UNREAD + EQUAL_UNREAD_TOKENS
+            equal = [pair for pair in equal if pair[0].unread_tokens <= most_unread]
         if len(equal) == 1:
             return equal[0][0]
         start = question.turn % len(equal)
@@ -86,7 +99,7 @@ def decide(offered: Forecast, forecasts: list[Forecast], question: Question) -> 
     if question.waited_s >= offered.total_s:
         return Choice(offered, forecasts)
     awaited: Forecast | None = None
-    awaited_cost_s = (offered.total_s - PATIENCE_S) / PATIENCE_FACTOR
+    awaited_cost_s = math.inf
     for found in forecasts:
         if not found.is_free:
             if offered.load_s:
@@ -96,7 +109,10 @@ def decide(offered: Forecast, forecasts: list[Forecast], question: Question) -> 
                 # The queue loses by the slot that stays free, and gains by the work that is not done twice.
                 idle_cost_s = QUEUE_PRICE * question.queue_s * (1.0 - 2.0 * saved_share(offered, found))
             cost_s = found.total_s + idle_cost_s
-            if cost_s < awaited_cost_s:
+            if cost_s < awaited_cost_s and (
+                cost_s * PATIENCE_FACTOR + PATIENCE_S < offered.total_s
+                or found.wait_s * SAVING_FACTOR + SAVING_S + idle_cost_s < saved_work_s(offered, found)
+            ):
                 awaited, awaited_cost_s = found, cost_s
     if awaited is None:
         return Choice(offered, forecasts)
@@ -108,3 +124,12 @@ def saved_share(offered: Forecast, other: Forecast) -> float:
     prompt in its cache. That a node is faster is no saving: its time is worth more."""
     unread_saved = max(offered.unread_tokens - other.unread_tokens, 0.0) / offered.unread_tokens
     return unread_saved * offered.own_read_s / (offered.own_read_s + offered.write_s)
+
+
+def saved_work_s(offered: Forecast, other: Forecast) -> float:
+    """The seconds of work that the request would save on the other node, its own and that of others there, because that
+    node has more of its prompt in its cache. 0 if it has not."""
+    if other.unread_tokens >= offered.unread_tokens or other.load_s:
+        return 0.0
+    saved_s = offered.own_read_s - other.own_read_s + offered.others_s - other.others_s
+    return min(saved_s, offered.total_s - (other.total_s - other.wait_s))

@@ -345,6 +345,34 @@ def test_a_prompt_whose_node_is_free_in_a_moment_waits_for_it() -> None:
     assert grants(scheduler, NOW + 10.5) == [("next", first)]
 
 
+def test_of_nodes_that_cost_about_the_same_the_one_with_the_prompt_serves() -> None:
+    scheduler = make_scheduler()
+    make_node(scheduler, "cached", slots=4)
+    make_node(scheduler, "quick", slots=4, speed=2.65)  # reads 4,000 tokens as quickly as the other one 1,440
+    prompt = prompt_of("x")
+    for number in range(6):  # nodes that are equal are rotated
+        scheduler.experience.prefixes.forget("quick")
+        scheduler.experience.prefixes.add("cached", KEY_A, prompt, NOW)
+        assert serve(scheduler, chat_with(prompt), NOW + 10.0 * number) == "cached"
+
+
+def test_a_short_wait_is_worth_the_reading_that_it_saves() -> None:
+    scheduler = make_scheduler()
+    for name in "ab":
+        make_node(scheduler, name)
+    prompt = prompt_of("x", 4)  # 512 of 700 tokens: 0.5 s
+    scheduler.experience.prefixes.add("a", KEY_A, prompt, NOW)
+    demand = Demand(A, max_tokens=20, prompt_tokens=700, residency=KEY_A, prompt=prompt)
+    running = start(scheduler, ask(tokens=10, node="a"))  # 0.1 s
+    assert isinstance(send(scheduler, "next", demand), QueueEntry)
+    scheduler.end(running, NOW + 0.1)
+    [(entry, placement)] = scheduler.grants(NOW + 0.1)
+    assert (entry.payload.payload, placement.placed.account.name) == ("next", "a")
+    scheduler.end(placement.placed, NOW + 1.0)
+    start(scheduler, ask(tokens=60, node="a"), NOW + 1.0)  # 0.6 s
+    assert start(scheduler, demand, NOW + 1.0).account.name == "b"
+
+
 def test_a_conversation_that_must_move_goes_where_it_displaces_no_other() -> None:
     scheduler = make_scheduler()
     for name, slots in (("owner", 1), ("full", 8), ("roomy", 8)):
