@@ -167,6 +167,10 @@ class FairQueue(Generic[T]):
         lanes = self._lanes(groups)
         return next_lane(lanes).head if lanes else None
 
+    def next_few(self, entry: QueueEntry[T], count: int) -> list[QueueEntry[T]]:
+        """The entries of the class and group of this entry that go next, at most ``count``, the first one first."""
+        return self._groups[entry.group][entry.priority].first_few(count)
+
     def _lanes(self, groups: Iterable[Hashable]) -> list[Lane[T]]:
         """The lanes of these groups, none of them empty."""
         all_groups = self._groups

@@ -208,6 +208,21 @@ def test_the_best_entry_is_chosen_among_the_given_groups() -> None:
         queue.take(first)
 
 
+def test_the_next_few_are_those_of_the_client_that_is_next_and_then_those_of_the_others() -> None:
+    queue: FairQueue[str] = FairQueue(100)
+    for number in range(3):
+        queue.add(f"a {number}", NORMAL, float(number), group="g", client="a")
+        queue.add(f"b {number}", NORMAL, float(number), group="g", client="b")
+    queue.add("other class", INTERACTIVE, 0.0, group="g")
+    queue.add("other group", NORMAL, 0.0, group="h")
+    queue.charge(NORMAL, "a", 1000.0)
+    head = queue.add("b first", NORMAL, -1.0, group="g", client="b")
+    few = [entry.payload for entry in queue.next_few(head, 5)]
+    assert few == ["b first", "b 0", "b 1", "b 2", "a 0"]
+    assert [entry.payload for entry in queue.next_few(head, 1)] == ["b first"]
+    assert len(queue.next_few(head, 100)) == 7
+
+
 def test_work_is_summed_by_group_and_class() -> None:
     queue: FairQueue[str] = FairQueue(100)
     for priority, work in ((INTERACTIVE, 1.0), (NORMAL, 2.0), (BATCH, 4.0), (BATCH, float("nan")), (NORMAL, -5.0)):

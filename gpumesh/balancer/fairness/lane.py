@@ -129,6 +129,15 @@ class Lane(Generic[T]):
             self.set_counter(client, counter)
         return False
 
+    def first_few(self, count: int) -> list[QueueEntry[T]]:
+        """The entries that go next, at most ``count``: those of the client that is next, then those of the others."""
+        entries: list[QueueEntry[T]] = []
+        for client in self._order.first_few(count):
+            entries += self._clients[client].first_few(count - len(entries))
+            if len(entries) >= count:
+                break
+        return entries
+
     def set_counter(self, client: str, counter: float) -> None:
         """The client, which has an entry in this lane, has another counter or another first entry now."""
         queued_at, sequence = self._clients[client].first()[0]

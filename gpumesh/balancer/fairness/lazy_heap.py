@@ -56,6 +56,21 @@ class LazyHeap(Generic[KeyT, ItemT]):
                 return pair
             heappop(heap)
 
+    def first_few(self, count: int) -> list[ItemT]:
+        """The items with the least keys, at most ``count``, the first one first."""
+        heap, current = self._heap, self._current
+        found: list[ItemT] = []
+        frontier: list[tuple[KeyT, int]] = [(heap[0][0], 0)] if heap else []
+        while frontier and len(found) < count:
+            _, index = heappop(frontier)
+            pair = heap[index]
+            if current.get(pair[1]) is pair:
+                found.append(pair[1])
+            for child in (2 * index + 1, 2 * index + 2):
+                if child < len(heap):
+                    heappush(frontier, (heap[child][0], child))
+        return found
+
     def pairs(self) -> list[tuple[KeyT, ItemT]]:
         """All keys and items, in no order."""
         return list(self._current.values())

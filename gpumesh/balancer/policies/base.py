@@ -71,6 +71,10 @@ class Policy(Protocol):
     def ranks_all(self) -> bool:
         """Whether ``choose`` must get all nodes of a large fleet, and not a shortlist."""
 
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether a free slot may go to a request behind the next one of the queue that loses less there."""
+
     def choose(self, question: Question) -> Choice:
         """Chooses a node with a free slot, or says that the request should wait."""
 

@@ -12,6 +12,7 @@ class _SimplePolicy:
     """Chooses among the nodes with a free slot."""
 
     ranks_all = True
+    looks_ahead = False
 
     def choose(self, question: Question) -> Choice:
         free = nodes_with_room(question)

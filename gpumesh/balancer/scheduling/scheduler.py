@@ -26,6 +26,7 @@ from gpumesh.balancer.fairness.lane import QueueEntry
 from gpumesh.balancer.forecast import Copies, FleetLoad, Forecast, forecast, place_on
 from gpumesh.balancer.model_demand import ModelDemand
 from gpumesh.balancer.policies.base import Choice, Question
+from gpumesh.balancer.scheduling.look_ahead import LOOKED_AT, LookAhead
 from gpumesh.balancer.scheduling.node_choice import NodeChoice
 from gpumesh.balancer.scheduling.slow_nodes import SlowNodes
 from gpumesh.balancer.scheduling.waiting import Group, Patience, Waiting, demand_of, group_of, with_residency
@@ -65,6 +66,7 @@ class Scheduler:
         self.queue: FairQueue[Waiting] = FairQueue(max_queue)
         self.choice = NodeChoice(self.accounts, policy, rng)
         self.slow_nodes = SlowNodes(self.accounts)
+        self._look_ahead = LookAhead(self.accounts, self.experience)
         self._rng = rng
         self._fleet = FleetLoad(self.experience, ModelDemand(), Copies(), pinned)
         self._turn = 0  # grows with each choice; equal nodes are rotated by it
@@ -164,6 +166,7 @@ class Scheduler:
             self._fleet.demands.note_request(demand.residency, now)
         # If a slot is free, the request waits for a better node, and this must end.
         if choice.patience_s is not None:
+            entry.payload.offered_at = now
             self._patience.limit(entry, now + choice.patience_s)
         elif choice.chosen is not None:
             self.note_change(self.accounts[choice.chosen.node])
@@ -343,7 +346,7 @@ class Scheduler:
         groups = [group for group in self.groups() if self._can_serve(account, group, now)]
         among = tuple(groups)
         while groups:
-            entry = self.queue.best(groups)
+            entry = self._next_for(account, groups, now)
             if entry is None:
                 return None
             waiting = entry.payload
@@ -351,7 +354,7 @@ class Scheduler:
             accounts = self.choice.compared(waiting.demand, work, now, exclude=waiting.exclude)
             if account not in accounts:  # a shortlist may lack it
                 accounts.append(account)
-            waited_s = max(now - entry.queued_at, 0.0)
+            waited_s = 0.0 if waiting.offered_at is None else now - waiting.offered_at
             question = self._question(accounts, waiting.demand, work, now, waited_s=waited_s)
             choice = self.choice.choose(question, waiting.exclude, account)
             if choice.chosen is not None:
@@ -362,9 +365,19 @@ class Scheduler:
                 return entry, placement
             is_due = waiting.patience_until is None or waiting.patience_until <= now
             if choice.patience_s is not None and is_due:
+                if waiting.offered_at is None:
+                    waiting.offered_at = now
                 self._patience.limit(entry, now + choice.patience_s)
             groups.remove(cast("Group", entry.group))
         return None
+
+    def _next_for(self, account: NodeAccount, groups: Collection[Group], now: float) -> QueueEntry[Waiting] | None:
+        """The request of these groups that should be asked whether it takes a free slot of this node; ``None``: none
+        waits. It is the next in the queue, or one soon after it that loses less there."""
+        head = self.queue.best(groups)
+        if head is None or head.payload.demand.prompt is None or not self.choice.policy.looks_ahead:
+            return head
+        return self._look_ahead.pick(self.queue.next_few(head, LOOKED_AT), account, now)
 
     def _can_serve(self, account: NodeAccount, group: Group, now: float) -> bool:
         """Whether the node has a free slot for the requests of this group."""

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from msgspec.structs import replace
 
+from gpumesh.balancer.account import Work
 from gpumesh.balancer.base import Demand, ResidencyKey
 from gpumesh.balancer.fair_queue import FairQueue
 from gpumesh.balancer.fairness.lane import QueueEntry
@@ -30,14 +31,21 @@ class Group(NamedTuple):
 @dataclass(slots=True, eq=False)
 class Waiting:
     """A request in the queue, where it came at ``joined_at``. ``payload`` is the owner's own object.
-    ``patience_until``: until this time it waits for a better node although another has a free slot; ``None``: no other
-    node had one."""
+
+    ``offered_at``: when it could have had a free slot for the first time, but was to wait for a better one; ``None``:
+    it could not yet. ``patience_until``: until this time it waits for a better node although another has a free slot;
+    ``None``: no other node had one. ``passes``: how many times a free slot went to a request behind it. ``work`` is its
+    work as it was estimated at ``work_at``; ``None``: not yet."""
 
     demand: Demand
     exclude: frozenset[str]
     payload: object
     joined_at: float
+    offered_at: float | None = None
     patience_until: float | None = None
+    passes: int = 0
+    work: Work | None = None
+    work_at: float = 0.0
 
 
 class Patience:

@@ -22,3 +22,18 @@ def test_the_first_item_has_the_least_key_and_the_list_stays_short(steps: list[t
             least = min(expected, key=expected.__getitem__)
             assert heap.first() == (expected[least], least)
         assert len(heap._heap) <= 2 * len(expected) + SPARE_PAIRS
+
+
+@given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 50) | st.none()), max_size=100), st.integers(0, 40))
+def test_the_first_few_items_are_those_with_the_least_keys(steps: list[tuple[int, int | None]], count: int) -> None:
+    heap: LazyHeap[tuple[float, ...], int] = LazyHeap()
+    expected: dict[int, tuple[float, ...]] = {}
+    for item, key in steps:
+        if key is not None:
+            expected[item] = (key, item)
+            heap.put(item, (key, item))
+        elif item in expected:
+            del expected[item]
+            heap.remove(item)
+    assert heap.first_few(count) == sorted(expected, key=expected.__getitem__)[:count]
+    assert sorted(heap.pairs()) == sorted((key, item) for item, key in expected.items())
