@@ -10,12 +10,14 @@ Times are seconds of the caller's clock.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 
 from gpumesh.balancer.account import NodeAccount, Work
 from gpumesh.balancer.experience import Experience
+from gpumesh.balancer.fair_queue import FairQueue
 from gpumesh.balancer.fairness.lane import QueueEntry
-from gpumesh.balancer.scheduling.waiting import Waiting
+from gpumesh.balancer.policies.base import Policy
+from gpumesh.balancer.scheduling.waiting import Group, Waiting
 
 LOOKED_AT = 16  # of the next requests
 # A request is passed over at most so many times for each node of the fleet. About one of as many free slots as there
@@ -26,18 +28,32 @@ WORK_AGE_S = 0.5  # an estimate may be so old: what is in the caches changes slo
 
 
 class LookAhead:
-    """``accounts`` are all nodes, by name; the owner adds to them."""
+    """``accounts`` are all nodes, by name; the owner adds to them. ``policy`` says whether anybody is passed over."""
 
-    def __init__(self, accounts: Mapping[str, NodeAccount], experience: Experience) -> None:
+    def __init__(
+        self,
+        accounts: Mapping[str, NodeAccount],
+        experience: Experience,
+        queue: FairQueue[Waiting],
+        policy: Policy,
+    ) -> None:
         self._accounts = accounts
         self._experience = experience
+        self._queue = queue
+        self._policy = policy
 
     def __repr__(self) -> str:
         return f"<LookAhead over {LOOKED_AT} requests>"
 
-    def pick(self, entries: Sequence[QueueEntry[Waiting]], account: NodeAccount, now: float) -> QueueEntry[Waiting]:
-        """The one of these waiting requests, in the order of the queue, that should get a free slot of this node. Those
-        before it are counted as passed over. ``entries``: at least one, all of one group."""
+    def find_next(self, account: NodeAccount, groups: Collection[Group], now: float) -> QueueEntry[Waiting] | None:
+        """The waiting request of these groups that should be asked first whether it takes a free slot of this node:
+        the next in the queue, or one soon after it that loses less there. ``None``: no request of these groups waits.
+
+        The requests before it are counted as passed over."""
+        head = self._queue.best(groups)
+        if head is None or head.payload.demand.prompt is None or not self._policy.looks_ahead:
+            return head
+        entries = self._queue.next_few(head, LOOKED_AT)  # of one group: the node can serve all of them
         most_passes = PASSES_PER_NODE * len(self._accounts)
         picked, least_loss_s = 0, float("inf")
         for index, entry in enumerate(entries):

@@ -76,6 +76,18 @@ class NodeChoice:
             return self.shortlist.pick(demand, work.cached, now, exclude=exclude)
         return self._filter(self._accounts.values(), demand, now, exclude)
 
+    def count_warm_slots(self, demand: Demand, accounts: Collection[NodeAccount], now: float) -> int:
+        """The slots of the nodes that have the model in memory; at least 1. ``accounts`` are those that are compared:
+        of a large fleet all nodes count all the same."""
+        key = demand.residency
+        if demand.node is None and self.shortlist.is_needed:
+            return max(self.shortlist.table(demand, now).warm_slots, 1)
+        slots = 0
+        for account in accounts:
+            if key is None or account.residency.is_resident(key):
+                slots += account.slots("" if key is None else key.model, now) or 1
+        return max(slots, 1)
+
     def choose(self, question: Question, exclude: Collection[str], free: NodeAccount | None = None) -> Choice:
         """Asks the policy; for a waiting request, when this node is ``free``. If the few nodes of a shortlist cannot
         load the model now, others are compared."""

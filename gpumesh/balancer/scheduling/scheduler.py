@@ -26,7 +26,7 @@ from gpumesh.balancer.fairness.lane import QueueEntry
 from gpumesh.balancer.forecast import Copies, FleetLoad, Forecast, forecast, place_on
 from gpumesh.balancer.model_demand import ModelDemand
 from gpumesh.balancer.policies.base import Choice, Question
-from gpumesh.balancer.scheduling.look_ahead import LOOKED_AT, LookAhead
+from gpumesh.balancer.scheduling.look_ahead import LookAhead
 from gpumesh.balancer.scheduling.node_choice import NodeChoice
 from gpumesh.balancer.scheduling.slow_nodes import SlowNodes
 from gpumesh.balancer.scheduling.waiting import Group, Patience, Waiting, demand_of, group_of, with_residency
@@ -66,7 +66,7 @@ class Scheduler:
         self.queue: FairQueue[Waiting] = FairQueue(max_queue)
         self.choice = NodeChoice(self.accounts, policy, rng)
         self.slow_nodes = SlowNodes(self.accounts)
-        self._look_ahead = LookAhead(self.accounts, self.experience)
+        self._look_ahead = LookAhead(self.accounts, self.experience, self.queue, self.choice.policy)
         self._rng = rng
         self._fleet = FleetLoad(self.experience, ModelDemand(), Copies(), pinned)
         self._turn = 0  # grows with each choice; equal nodes are rotated by it
@@ -166,8 +166,7 @@ class Scheduler:
             self._fleet.demands.note_request(demand.residency, now)
         # If a slot is free, the request waits for a better node, and this must end.
         if choice.patience_s is not None:
-            entry.payload.offered_at = now
-            self._patience.limit(entry, now + choice.patience_s)
+            self._patience.begin(entry, choice.patience_s, now)
         elif choice.chosen is not None:
             self.note_change(self.accounts[choice.chosen.node])
         return entry
@@ -180,24 +179,15 @@ class Scheduler:
         now: float,
         *,
         waited_s: float = 0.0,
+        own_work: float = 0.0,
     ) -> Question:
-        queue_s = self._queue_s(demand, accounts, now) if self.queue.size else 0.0
+        """``own_work``: what the request itself adds to the work that waits, because it is in the queue."""
+        queue_s = 0.0  # how long the requests that wait before this one will keep the slots of the nodes with its model
+        if self.queue.size:
+            work_s = self.queue.work_before(group_of(demand, frozenset()), demand.priority) - own_work
+            if work_s > 0.0:
+                queue_s = work_s / self.choice.count_warm_slots(demand, accounts, now)
         return Question(accounts, demand, work, self._fleet, queue_s, now, self._turn, self._rng, waited_s)
-
-    def _queue_s(self, demand: Demand, accounts: Sequence[NodeAccount], now: float) -> float:
-        """How long the requests that wait before this one will keep the slots of the nodes with its model."""
-        key = demand.residency
-        group = group_of(demand, frozenset())
-        work_s = self.queue.work_before(group, demand.priority)
-        if not work_s:
-            return 0.0
-        if demand.node is None and self.choice.shortlist.is_needed:
-            return work_s / max(self.choice.shortlist.table(demand, now).warm_slots, 1)
-        slots = 0
-        for account in accounts:
-            if key is None or account.residency.is_resident(key):
-                slots += account.slots("" if key is None else key.model, now) or 1
-        return work_s / max(slots, 1)
 
     def _service_s(self, demand: Demand) -> float:
         key = demand.residency
@@ -346,7 +336,7 @@ class Scheduler:
         groups = [group for group in self.groups() if self._can_serve(account, group, now)]
         among = tuple(groups)
         while groups:
-            entry = self._next_for(account, groups, now)
+            entry = self._look_ahead.find_next(account, groups, now)
             if entry is None:
                 return None
             waiting = entry.payload
@@ -355,7 +345,8 @@ class Scheduler:
             if account not in accounts:  # a shortlist may lack it
                 accounts.append(account)
             waited_s = 0.0 if waiting.offered_at is None else now - waiting.offered_at
-            question = self._question(accounts, waiting.demand, work, now, waited_s=waited_s)
+            own_work = 0.0 if waiting.exclude else entry.work  # else it is in another group
+            question = self._question(accounts, waiting.demand, work, now, waited_s=waited_s, own_work=own_work)
             choice = self.choice.choose(question, waiting.exclude, account)
             if choice.chosen is not None:
                 self.queue.take(entry, among)
@@ -365,19 +356,9 @@ class Scheduler:
                 return entry, placement
             is_due = waiting.patience_until is None or waiting.patience_until <= now
             if choice.patience_s is not None and is_due:
-                if waiting.offered_at is None:
-                    waiting.offered_at = now
-                self._patience.limit(entry, now + choice.patience_s)
+                self._patience.begin(entry, choice.patience_s, now)
             groups.remove(cast("Group", entry.group))
         return None
-
-    def _next_for(self, account: NodeAccount, groups: Collection[Group], now: float) -> QueueEntry[Waiting] | None:
-        """The request of these groups that should be asked whether it takes a free slot of this node; ``None``: none
-        waits. It is the next in the queue, or one soon after it that loses less there."""
-        head = self.queue.best(groups)
-        if head is None or head.payload.demand.prompt is None or not self.choice.policy.looks_ahead:
-            return head
-        return self._look_ahead.pick(self.queue.next_few(head, LOOKED_AT), account, now)
 
     def _can_serve(self, account: NodeAccount, group: Group, now: float) -> bool:
         """Whether the node has a free slot for the requests of this group."""

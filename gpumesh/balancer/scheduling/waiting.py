@@ -59,9 +59,12 @@ class Patience:
     def __repr__(self) -> str:
         return f"<Patience {len(self._ends)} times>"
 
-    def limit(self, entry: QueueEntry[Waiting], until: float) -> None:
-        """The request waits for a better node until this time."""
-        entry.payload.patience_until = until
+    def begin(self, entry: QueueEntry[Waiting], patience_s: float, now: float) -> None:
+        """From now on the request waits so long for a better node."""
+        waiting = entry.payload
+        if waiting.offered_at is None:
+            waiting.offered_at = now
+        until = waiting.patience_until = now + patience_s
         self._count += 1
         heapq.heappush(self._ends, (until, self._count, entry))
 
