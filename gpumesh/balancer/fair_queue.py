@@ -167,9 +167,11 @@ class FairQueue(Generic[T]):
         lanes = self._lanes(groups)
         return next_lane(lanes).head if lanes else None
 
-    def next_few(self, entry: QueueEntry[T], count: int) -> list[QueueEntry[T]]:
-        """The entries of the class and group of this entry that go next, at most ``count``, the first one first."""
-        return self._groups[entry.group][entry.priority].first_few(count)
+    def iterate_from(self, head: QueueEntry[T]) -> Iterator[QueueEntry[T]]:
+        """The entries of the class and group of ``head``, which goes next there: those of its client in the order of
+        their arrival, then those of the clients after it. The queue must not change during the iteration. Each step
+        takes about as long whatever the length of the queue."""
+        return iter(self._groups[head.group][head.priority])
 
     def _lanes(self, groups: Iterable[Hashable]) -> list[Lane[T]]:
         """The lanes of these groups, none of them empty."""

@@ -208,7 +208,7 @@ def test_the_best_entry_is_chosen_among_the_given_groups() -> None:
         queue.take(first)
 
 
-def test_the_next_few_are_those_of_the_client_that_is_next_and_then_those_of_the_others() -> None:
+def test_an_iteration_from_the_next_entry_yields_those_of_its_client_and_then_those_of_the_others() -> None:
     queue: FairQueue[str] = FairQueue(100)
     for number in range(3):
         queue.add(f"a {number}", NORMAL, float(number), group="g", client="a")
@@ -217,10 +217,8 @@ def test_the_next_few_are_those_of_the_client_that_is_next_and_then_those_of_the
     queue.add("other group", NORMAL, 0.0, group="h")
     queue.charge(NORMAL, "a", 1000.0)
     head = queue.add("b first", NORMAL, -1.0, group="g", client="b")
-    few = [entry.payload for entry in queue.next_few(head, 5)]
-    assert few == ["b first", "b 0", "b 1", "b 2", "a 0"]
-    assert [entry.payload for entry in queue.next_few(head, 1)] == ["b first"]
-    assert len(queue.next_few(head, 100)) == 7
+    payloads = [entry.payload for entry in queue.iterate_from(head)]
+    assert payloads == ["b first", "b 0", "b 1", "b 2", "a 0", "a 1", "a 2"]
 
 
 def test_work_is_summed_by_group_and_class() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from math import inf
 from operator import attrgetter
 from typing import Generic, TypeVar
@@ -129,14 +129,11 @@ class Lane(Generic[T]):
             self.set_counter(client, counter)
         return False
 
-    def first_few(self, count: int) -> list[QueueEntry[T]]:
-        """The entries that go next, at most ``count``: those of the client that is next, then those of the others."""
-        entries: list[QueueEntry[T]] = []
-        for client in self._order.first_few(count):
-            entries += self._clients[client].first_few(count - len(entries))
-            if len(entries) >= count:
-                break
-        return entries
+    def __iter__(self) -> Iterator[QueueEntry[T]]:
+        """The entries in their order: those of the client that is next, then those of the others. The lane must not
+        change during the iteration."""
+        for client in self._order:
+            yield from self._clients[client]
 
     def set_counter(self, client: str, counter: float) -> None:
         """The client, which has an entry in this lane, has another counter or another first entry now."""

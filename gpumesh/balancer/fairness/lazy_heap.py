@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from heapq import heapify, heappop, heappush
 from typing import Generic, TypeVar
 
@@ -56,20 +56,19 @@ class LazyHeap(Generic[KeyT, ItemT]):
                 return pair
             heappop(heap)
 
-    def first_few(self, count: int) -> list[ItemT]:
-        """The items with the least keys, at most ``count``, the first one first."""
+    def __iter__(self) -> Iterator[ItemT]:
+        """The items by their keys, the least first. The heap must not change during the iteration. Each step takes
+        O(log n) of the items that were yielded, and some time for outdated pairs between them."""
         heap, current = self._heap, self._current
-        found: list[ItemT] = []
-        frontier: list[tuple[KeyT, int]] = [(heap[0][0], 0)] if heap else []
-        while frontier and len(found) < count:
+        frontier: list[tuple[KeyT, int]] = [(heap[0][0], 0)] if heap else []  # keys and places: no item before them
+        while frontier:
             _, index = heappop(frontier)
             pair = heap[index]
             if current.get(pair[1]) is pair:
-                found.append(pair[1])
+                yield pair[1]
             for child in (2 * index + 1, 2 * index + 2):
                 if child < len(heap):
                     heappush(frontier, (heap[child][0], child))
-        return found
 
     def pairs(self) -> list[tuple[KeyT, ItemT]]:
         """All keys and items, in no order."""

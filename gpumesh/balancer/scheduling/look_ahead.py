@@ -10,20 +10,23 @@ Times are seconds of the caller's clock.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
+from itertools import islice
 
 from gpumesh.balancer.account import NodeAccount, Work
 from gpumesh.balancer.experience import Experience
 from gpumesh.balancer.fair_queue import FairQueue
 from gpumesh.balancer.fairness.lane import QueueEntry
 from gpumesh.balancer.policies.base import Policy
+from gpumesh.balancer.rates.service_rates import Pace
 from gpumesh.balancer.scheduling.waiting import Group, Waiting
 
 LOOKED_AT = 16  # of the next requests
 # A request is passed over at most so many times for each node of the fleet. About one of as many free slots as there
 # are nodes is on the node where it costs least.
 PASSES_PER_NODE = 8
-EQUAL_SHARE = 0.1  # of the time to read the prompt here: who loses less than this loses nothing
+EQUAL_SHARE = 0.1  # of the cost on this node: a request that loses no more takes the slot
 WORK_AGE_S = 0.5  # an estimate may be so old: what is in the caches changes slowly
 
 
@@ -53,15 +56,24 @@ class LookAhead:
         head = self._queue.best(groups)
         if head is None or head.payload.demand.prompt is None or not self._policy.looks_ahead:
             return head
-        entries = self._queue.next_few(head, LOOKED_AT)  # of one group: the node can serve all of them
         most_passes = PASSES_PER_NODE * len(self._accounts)
-        picked, least_loss_s = 0, float("inf")
-        for index, entry in enumerate(entries):
+        key = head.payload.demand.residency
+        model = "" if key is None else key.model
+        pace = account.rates.pace(model)
+        picked, least_loss_s = 0, math.inf
+        entries: list[QueueEntry[Waiting]] = []
+        for entry in islice(self._queue.iterate_from(head), LOOKED_AT):  # of one group: the node can serve all of them
             waiting = entry.payload
-            loss_s = 0.0 if waiting.passes >= most_passes else self._loss_s(waiting, account, now)
+            entries.append(entry)
+            if waiting.passes >= most_passes:
+                picked = len(entries) - 1
+                break
+            work = self._estimate(waiting, model, now)
+            here_s = _cost_s(work, account.name, pace)
+            loss_s = here_s - waiting.best_s
             if loss_s < least_loss_s:
-                picked, least_loss_s = index, loss_s
-                if not loss_s:
+                picked, least_loss_s = len(entries) - 1, loss_s
+                if loss_s <= EQUAL_SHARE * here_s:
                     break
         for entry in entries[:picked]:
             waiting = entry.payload
@@ -70,28 +82,20 @@ class LookAhead:
                 waiting.offered_at = now
         return entries[picked]
 
-    def _loss_s(self, waiting: Waiting, account: NodeAccount, now: float) -> float:
-        """How much longer the request takes on this node than on the best of the nodes that have its beginning, or on a
-        usual node. 0 if it is hardly longer."""
-        work = self._estimate(waiting, now)
-        usual, rates = self._experience.fleet_rates, account.rates
-        key = waiting.demand.residency
-        model = "" if key is None else key.model
-        cached = work.cached
-        here_s = rates.prefill_s(model, work.prompt_tokens - cached.get(account.name, 0.0))
-        elsewhere_s = usual.prefill_s(model, work.prompt_tokens)
-        for name, tokens in cached.items():
-            if name != account.name:
-                other_s = self._accounts[name].rates.prefill_s(model, work.prompt_tokens - tokens)
-                elsewhere_s = min(elsewhere_s, other_s)
-        loss_s = here_s - elsewhere_s
-        loss_s += rates.decode_s(model, work.answer_tokens) - usual.decode_s(model, work.answer_tokens)
-        return loss_s if loss_s > EQUAL_SHARE * here_s else 0.0
-
-    def _estimate(self, waiting: Waiting, now: float) -> Work:
-        """The work of a waiting request. It is not estimated anew for each slot that becomes free."""
+    def _estimate(self, waiting: Waiting, model: str, now: float) -> Work:
+        """The work of a waiting request, and its least cost. They are not found anew for each free slot."""
         work = waiting.work
-        if work is None or now - waiting.work_at > WORK_AGE_S:
+        if work is None or now - waiting.estimated_at > WORK_AGE_S:
             work = waiting.work = self._experience.estimate(waiting.demand)
-            waiting.work_at = now
+            waiting.estimated_at = now
+            waiting.best_s = _cost_s(work, "", self._experience.fleet_rates.pace(model))  # on a usual node
+            for name in work.cached:
+                cost_s = _cost_s(work, name, self._accounts[name].rates.pace(model))
+                waiting.best_s = min(waiting.best_s, cost_s)
         return work
+
+
+def _cost_s(work: Work, node: str, pace: Pace) -> float:
+    """The seconds for this work on a node that does nothing else."""
+    unread_tokens = work.prompt_tokens - work.cached.get(node, 0.0)
+    return unread_tokens * pace.read_token_s + work.answer_tokens * pace.token_s

@@ -35,7 +35,8 @@ class Waiting:
     ``offered_at``: when it could have had a free slot for the first time, but was to wait for a better one; ``None``:
     it could not yet. ``patience_until``: until this time it waits for a better node although another has a free slot;
     ``None``: no other node had one. ``passes``: how many times a free slot went to a request behind it. ``work`` is its
-    work as it was estimated at ``work_at``; ``None``: not yet."""
+    work, and ``best_s`` the seconds that it takes on the node where it costs least, as they were estimated at
+    ``estimated_at``; ``None``: not yet."""
 
     demand: Demand
     exclude: frozenset[str]
@@ -45,7 +46,8 @@ class Waiting:
     patience_until: float | None = None
     passes: int = 0
     work: Work | None = None
-    work_at: float = 0.0
+    best_s: float = 0.0
+    estimated_at: float = 0.0
 
 
 class Patience:
