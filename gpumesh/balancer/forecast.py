@@ -181,18 +181,16 @@ def forecast(
     if activity.reading:
         read_s += max(account.reads_rest_s(now) - load_s, 0.0)
     read_share, stall = activity.read_share(now), account.read_stall.value
-    alone_s = write_s = work.answer_tokens * pace.token_s / (speed * (1.0 - stall * read_share))
+    write_s = work.answer_tokens * pace.token_s / (speed * (1.0 - stall * read_share))
     reading = min(read_share, MOST_READING)
     others_s = own_read_s * (READ_DELAY + reading / (1.0 - reading))
     streams = account.streams + activity.reading  # the prompts that are read now are answers when this one is read
     if streams:
-        # The time with as many streams as run now, and the time with this one more. Their ratio is how much each
-        # running answer slows down.
-        alone_s *= 1.0 + pace.share * (streams - 1)
         write_s *= 1.0 + pace.share * streams
         # Each running answer slows down or stands still while the prompt is read, and is slower while both are written.
         overlap_s = min(account.mean_rest_s(now) or write_s, write_s)
-        others_s += streams * (stall * min(own_read_s, overlap_s) + overlap_s * (write_s / alone_s - 1.0))
+        slowdown = pace.share / (1.0 + pace.share * (streams - 1))  # relative to the time without this answer
+        others_s += streams * (stall * min(own_read_s, overlap_s) + overlap_s * slowdown)
     if cached and demand.prompt is not None and cached_tokens < max(cached.values()):
         # Another node has more of this prompt in its cache. There this prompt would take the place of its own
         # beginning. Here it takes the place of another prompt, whose next turn must then be read again.

@@ -19,6 +19,7 @@ from typing import NamedTuple, cast
 from gpumesh.backends.base import ServerCounters
 from gpumesh.balancer.account import NodeAccount, PlacedRequest, Work
 from gpumesh.balancer.base import Demand
+from gpumesh.balancer.clock_check import correct_durations
 from gpumesh.balancer.experience import Experience
 from gpumesh.balancer.fair_queue import FairQueue
 from gpumesh.balancer.fairness.client_counters import weighted_tokens
@@ -247,6 +248,7 @@ class Scheduler:
     def _learn(self, placed: PlacedRequest, counters: ServerCounters, now: float) -> None:
         """Removes a request whose whole answer has come, and learns from it."""
         account = placed.account
+        counters = correct_durations(counters, placed, now)
         mean_streams, stalled_share = account.mean_streams(placed, now), account.stalled_share(placed, now)
         account.remove(placed, now, counters)
         self.experience.learn_from_answer(placed, counters, now, mean_streams=mean_streams, stalled_share=stalled_share)

@@ -1,0 +1,48 @@
+"""Compares a server's durations with our own clock. Pure.
+
+A server whose clock is wrong, or that lies, could say that it is a hundred times as fast as it is. It would get all
+requests then. But nobody can hide how long an answer took: we have waited for it.
+"""
+
+from __future__ import annotations
+
+from msgspec.structs import replace
+
+from gpumesh.backends.base import ServerCounters
+from gpumesh.balancer.account import PlacedRequest
+
+# A server's total is believed up to so many times, and so many seconds more, than we have waited: clocks differ a bit.
+LONGER_FACTOR, LONGER_S = 1.1, 0.1
+# We may have waited so many times, and so many seconds, longer than its total: the network takes time too.
+SHORTER_FACTOR, SHORTER_S = 1.5, 0.5
+
+
+def correct_durations(counters: ServerCounters, placed: PlacedRequest, now: float) -> ServerCounters:
+    """The counters of a whole answer that has ended ``now`` (of the caller's clock). If the server's durations
+    cannot be true, all are scaled so that their total is what we have waited, without the way.
+
+    If the client was slow, we have waited for it too: then only durations that are too long are seen. The same holds
+    for a server that gives parts without a total, because the request may have waited inside."""
+    waited_ms = max(now - placed.sent_at - placed.account.rtt_s, 0.0) * 1000.0
+    total_ms = counters.total_ms
+    has_total = total_ms is not None
+    if total_ms is None:
+        total_ms = (counters.load_ms or 0.0) + (counters.prompt_ms or 0.0) + (counters.eval_ms or 0.0)
+    if not total_ms > 0.0:  # true for NaN
+        return counters
+    is_too_long = total_ms > waited_ms * LONGER_FACTOR + LONGER_S * 1000.0
+    may_be_too_short = has_total and not placed.had_slow_client
+    if not is_too_long and not (may_be_too_short and waited_ms > total_ms * SHORTER_FACTOR + SHORTER_S * 1000.0):
+        return counters
+    factor = waited_ms / total_ms
+    return replace(
+        counters,
+        total_ms=_scale(counters.total_ms, factor),
+        load_ms=_scale(counters.load_ms, factor),
+        prompt_ms=_scale(counters.prompt_ms, factor),
+        eval_ms=_scale(counters.eval_ms, factor),
+    )
+
+
+def _scale(milliseconds: float | None, factor: float) -> float | None:
+    return None if milliseconds is None else milliseconds * factor
