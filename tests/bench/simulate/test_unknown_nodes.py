@@ -1,0 +1,58 @@
+"""A fleet of which nothing is known, and a node that lies, in simulated time (issue 13)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from statistics import mean
+
+import pytest
+
+from gpumesh.bench.simulate.fleet import Fault, FaultKind, ModelSpec, NodeSpec
+from gpumesh.bench.simulate.offered_load import scale_to_load
+from gpumesh.bench.simulate.simulation import Simulation
+from gpumesh.bench.simulate.workloads import Mix, Workload
+
+MODEL = "llama3.1:8b"
+SPEEDS = {100.0: 4, 50.0: 4, 70.0: 2, 35.0: 8}  # tokens/s, and slots
+
+
+def make_fleet() -> list[NodeSpec]:
+    return [
+        NodeSpec(
+            f"node{number}",
+            {MODEL: ModelSpec(MODEL, speed, 40.0 * speed, load_s=4.0, vram_mib=6000.0, slots=slots)},
+            loaded=(MODEL,),
+            rtt_s=0.02,
+        )
+        for number, (speed, slots) in enumerate(SPEEDS.items())
+    ]
+
+
+def mean_s(fleet: Sequence[NodeSpec], policy: str, *, load: float, count: int, seed: int) -> float:
+    workload = scale_to_load(Workload(Mix((MODEL,), (1.0,)), count, seed=seed), fleet, load)
+    result = Simulation(fleet, workload, policy, seed=seed).run().result()
+    assert result.completion.mean is not None
+    return result.completion.mean
+
+
+@pytest.mark.parametrize("load", [0.2, 0.5, 0.8])
+def test_a_cold_start_is_no_worse_than_least_loaded(load: float) -> None:
+    """``benchmarks/cold_start.py`` has more of this."""
+    fleet = make_fleet()
+    own_s, other_s = (
+        mean(mean_s(fleet, policy, load=load, count=40, seed=seed) for seed in range(10))
+        for policy in ("adaptive", "least-loaded")
+    )
+    assert own_s <= 1.02 * other_s
+
+
+@pytest.mark.parametrize("factor", [0.01, 0.5, 2.0, 100.0])
+@pytest.mark.parametrize("liar", [0, 3])
+def test_a_clock_that_lies_costs_nearly_nothing(liar: int, factor: float) -> None:
+    honest = make_fleet()
+    fault = Fault(FaultKind.LYING, 0.0, math.inf, factor)
+    fleet = [replace(node, faults=(fault,)) if number == liar else node for number, node in enumerate(honest)]
+    honest_s, lying_s = (mean_s(nodes, "adaptive", load=0.5, count=300, seed=1) for nodes in (honest, fleet))
+    assert lying_s <= 1.1 * honest_s
