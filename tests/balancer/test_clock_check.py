@@ -55,7 +55,8 @@ def test_without_a_total_only_durations_that_are_too_long_are_seen() -> None:
     parts = ServerCounters(tokens=100, prompt_ms=400.0, eval_ms=1600.0)
     assert correct_durations(parts, place(), NOW + 60.0) is parts
     corrected = correct_durations(parts, place(), NOW + RTT_S + 1.0)
-    assert (corrected.prompt_ms, corrected.eval_ms) == (pytest.approx(200.0), pytest.approx(800.0))
+    assert corrected.prompt_ms == pytest.approx(200.0)
+    assert corrected.eval_ms == pytest.approx(800.0)
     assert correct_durations(ServerCounters(), place(), NOW + 1.0) == ServerCounters()
 
 

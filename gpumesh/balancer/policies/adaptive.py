@@ -18,7 +18,9 @@ PATIENCE_S = 0.5
 SAVING_FACTOR = 1.5
 SAVING_S = 0.05
 # What a free slot that nobody takes costs, in waits for the queue as it is.
-QUEUE_PRICE = 2.0
+QUEUE_PRICE = 3.5
+# … where the prompts of requests are known. The next free slot then goes to a request that loses little there.
+QUEUE_PRICE_WITH_PROMPTS = 2.0
 # A node of a lower tier is better than a free one of an upper tier only if it is so much faster.
 TIER_FACTOR = 3.0
 TIER_S = 1.0
@@ -98,6 +100,7 @@ def decide(offered: Forecast, forecasts: list[Forecast], question: Question) -> 
     it has lost twice that cost at the worst."""
     if question.waited_s >= offered.total_s:
         return Choice(offered, forecasts)
+    queue_price = QUEUE_PRICE if question.demand.prompt is None else QUEUE_PRICE_WITH_PROMPTS
     awaited: Forecast | None = None
     awaited_cost_s = math.inf
     for found in forecasts:
@@ -107,7 +110,7 @@ def decide(offered: Forecast, forecasts: list[Forecast], question: Question) -> 
                 idle_cost_s = question.queue_s / 2.0
             else:
                 # The queue loses by the slot that stays free, and gains by the work that is not done twice.
-                idle_cost_s = QUEUE_PRICE * question.queue_s * (1.0 - 2.0 * saved_share(offered, found))
+                idle_cost_s = queue_price * question.queue_s * (1.0 - 2.0 * saved_share(offered, found))
             cost_s = found.total_s + idle_cost_s
             if cost_s < awaited_cost_s and (
                 cost_s * PATIENCE_FACTOR + PATIENCE_S < offered.total_s
