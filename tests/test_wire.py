@@ -9,6 +9,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -104,6 +105,23 @@ def test_every_form_of_a_field() -> None:
         "text",
         Path("/a"),
     )
+
+
+class Struct(msgspec.Struct, frozen=True):
+    number: int
+    inner: Inner | None = None
+
+
+def test_a_struct_is_a_record_too() -> None:
+    assert to_json((Struct(1), Struct(2, Inner(3)))) == [
+        {"number": 1, "inner": None},
+        {"number": 2, "inner": {"number": 3}},
+    ]
+    assert from_json(Struct, {"number": 2, "inner": {"number": 3}, "newer": 1}) == Struct(2, Inner(3))
+    assert from_json(Struct, {"number": 2}) == Struct(2)
+    for wrong in ({}, {"number": "2"}, {"number": 2, "inner": 3}, 5):
+        with pytest.raises(ValueError, match="."):
+            from_json(Struct, wrong)
 
 
 def test_an_integer_is_accepted_for_a_float() -> None:
