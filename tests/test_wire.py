@@ -120,7 +120,7 @@ def test_a_struct_is_a_record_too() -> None:
     assert from_json(Struct, {"number": 2, "inner": {"number": 3}, "newer": 1}) == Struct(2, Inner(3))
     assert from_json(Struct, {"number": 2}) == Struct(2)
     for wrong in ({}, {"number": "2"}, {"number": 2, "inner": 3}, 5):
-        with pytest.raises(ValueError, match="."):
+        with pytest.raises(ValueError, match=r"expected|missing|required"):
             from_json(Struct, wrong)
 
 
