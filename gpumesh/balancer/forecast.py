@@ -30,7 +30,7 @@ LEAST_STAY = 2.0
 FOREIGN_SHARE = 0.5
 # Prompts are read one after another. So reading also delays requests that come later: on the mean by READ_DELAY of its
 # time on an idle node, and by more the busier the node is with reading (as in an M/G/1 queue: by busy / (1 - busy)).
-READ_DELAY = 0.5
+READ_DELAY = 0.8
 MOST_READING = 0.9  # a greater share of the time counts as this one
 RETURN_SHARE = 1.0  # this share of the prompts in a cache is continued later: in a chat, nearly all
 # The slots of up to this many copies of a model are counted anew for each request. Those of more copies are counted
