@@ -234,7 +234,7 @@ def measure_add() -> Iterator[Row]:
 
 # -- scheduler -------------------------------------------------------------------------------------------------------
 
-DECISION_BUDGET_US = 100.0  # of a request at the median, with 1,000 nodes and 10,000 waiting (issue 13)
+DECISION_BUDGET_US = 100.0  # of a request at the median, with 1,000 nodes and 10,000 waiting
 SLOTS = 4  # of each node
 MODELS = ("llama3.1:8b", "qwen2.5:14b")
 SAMPLES = 400

@@ -1,4 +1,4 @@
-"""Compares where the gateway sends requests with the same work routed by hand, on the real gateway (issue 13).
+"""Compares where the gateway sends requests with the same work routed by hand, on the real gateway.
 
     python benchmarks/scheduling.py [SCENARIO …] [--seed N] [--beside CHECKOUT] [--json FILE] [--check]
 
@@ -182,7 +182,7 @@ def _answers_before_full(client: Client, logged: Sequence[LoggedRequest], scenar
 
 def _print_table(scenario: Scenario, figures: Mapping[str, Figures]) -> None:
     names = " and ".join(figure.removesuffix("_s") for figure in scenario.figures)
-    today = f"; the issue's today: {scenario.today}" if scenario.today else ""
+    today = f"; before this balancer: {scenario.today}" if scenario.today else ""
     print(f"\n{scenario.name} (goal: {names} <= {scenario.bound:g} x hand{today})")
     columns = ("mean", "p99", "ttft", "all", "watched", "loads", "read %", "inside", "full", "lost", "x hand")
     print(f"{'':<10}" + "".join(f"{column:>9}" for column in columns))

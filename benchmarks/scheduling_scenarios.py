@@ -1,7 +1,7 @@
 """The scenarios of the scheduling benchmark: the hosts, the work, and how the same work is routed by hand.
 
-Each scenario is a row of issue 13's table. Its work depends only on the seed. "By hand" is a plan of somebody who knows
-the work: each job names its node (``Job.hand``).
+Each scenario is work that an earlier balancer got wrong. Its work depends only on the seed. "By hand" is a plan of
+somebody who knows the work: each job names its node (``Job.hand``).
 """
 
 from __future__ import annotations

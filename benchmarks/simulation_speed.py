@@ -1,4 +1,4 @@
-"""How long `gpumesh bench simulate` takes for a million requests over 100 nodes, and where the time goes (issue 13).
+"""How long `gpumesh bench simulate` takes for a million requests over 100 nodes, and where the time goes.
 
     python benchmarks/simulation_speed.py [--requests 1000000] [--nodes 100] [--load 0.8] [--check]
     python benchmarks/simulation_speed.py --split [--requests 50000] [--loads 0.5,0.8,0.95]

@@ -1,4 +1,4 @@
-"""The simulator beside the real gateway in front of the lab's stand-ins: the same requests, the same fleet (issue 13).
+"""The simulator beside the real gateway in front of the lab's stand-ins: the same requests, the same fleet.
 
     python benchmarks/simulator_beside_lab.py [WORK …] [--requests 500] [--seed 1] [--json FILE] [--check]
 

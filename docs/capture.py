@@ -146,6 +146,7 @@ def figures() -> dict[str, str]:
         ("tunnel_rtt", ["--apart", "300"]),
         ("tunnel_streams", ["--streams", "32,256"]),
         ("gateway", ["--rounds", "3"]),
+        ("scheduling", ["two-models-half", "num-ctx", "conversations", "second-client", "fresh-slots"]),
     ):
         command = ["benchmarks/" + name + ".py", *arguments]
         done = subprocess.run([sys.executable, *command], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)

@@ -1,4 +1,4 @@
-"""A fleet of which nothing is known, and a node that lies, in simulated time (issue 13)."""
+"""A fleet of which nothing is known, and a node that lies, in simulated time."""
 
 from __future__ import annotations
 
