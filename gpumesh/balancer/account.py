@@ -16,6 +16,7 @@ import msgspec
 from gpumesh.backends.base import ServerCounters
 from gpumesh.balancer.base import Demand, ResidencyKey
 from gpumesh.balancer.breaker import Breaker, ModelBreakers
+from gpumesh.balancer.fairness.client_counters import weighted_tokens
 from gpumesh.balancer.limits import NodeSlots, SentRequest
 from gpumesh.balancer.rates import ActivityMeter, ReadStall, ServiceRates
 from gpumesh.balancer.residency import Residency
@@ -37,6 +38,11 @@ class Work(msgspec.Struct, frozen=True):
     prompt_tokens: float = 0.0
     answer_tokens: float = 0.0
     cached: Mapping[str, float] = NOTHING_CACHED
+
+    @property
+    def cost(self) -> float:
+        """What the client is charged before the true cost is known, in weighted tokens."""
+        return weighted_tokens(self.prompt_tokens, self.answer_tokens)
 
 
 class PlacedRequest(msgspec.Struct, eq=False):

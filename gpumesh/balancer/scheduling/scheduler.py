@@ -127,7 +127,7 @@ class Scheduler:
             self._fleet.demands.note_request(demand.residency, now)
         placement = self._place(chosen, considered, demand, work, now)
         if self.queue.size:  # else nobody waits for what the client gets
-            self.queue.grant_unqueued(demand.priority, demand.client, _expected_cost(work))
+            self.queue.grant_unqueued(demand.priority, demand.client, work.cost)
             placement.placed.is_charged = True
         return placement
 
@@ -160,7 +160,7 @@ class Scheduler:
             group=group,
             client=demand.client,
             work=self._service_s(demand),
-            tokens=_expected_cost(work),
+            tokens=work.cost,
             bounded=accepted_at is None,
         )
         if demand.residency is not None:
@@ -218,13 +218,16 @@ class Scheduler:
         if placed.first_token_at is None and not placed.ended:
             account = placed.account
             known_models = len(account.residency.loaded)
+            limit = None if placed.sent is None else account.learned_slots.limit(placed.sent.model)
             account.note_first_token(placed, now)
             if now >= account.first_token_noted_at + LEARN_INTERVAL_S:
                 account.first_token_noted_at = now
                 self.slow_nodes.note_first_token(placed, now)
             if len(account.residency.loaded) != known_models:  # somebody else had loaded the model
                 self._fleet.copies.update(account)
-            if placed.sent is not None or placed.needs_load:  # more slots may be known now, or another load may begin
+            # Nobody need look at the node again, unless more slots are known now, or another load may begin.
+            has_more_slots = placed.sent is not None and account.learned_slots.limit(placed.sent.model) is not limit
+            if has_more_slots or placed.needs_load:
                 self.note_change(account)
 
     def end(self, placed: PlacedRequest, now: float, counters: ServerCounters | None = None) -> None:
@@ -265,7 +268,7 @@ class Scheduler:
         """The request has ended without success. If the server was to load the model for it, and has not answered, then
         nobody knows whether it has. A load that does go on is in the next report."""
         if placed.is_charged and placed.first_token_at is None:  # else its client would lose its place by the failure
-            self.queue.charge(placed.demand.priority, placed.demand.client, -_expected_cost(placed.work))
+            self.queue.charge(placed.demand.priority, placed.demand.client, -placed.work.cost)
         account, model = placed.account, placed.model
         is_awaited = model is not None and account.residency.load_ends_at(model) is not None
         if model is not None and is_awaited and placed.needs_load and model not in account.placed_by_model:
@@ -279,7 +282,7 @@ class Scheduler:
         demand, work = placed.demand, placed.work
         prompt_tokens = work.prompt_tokens if counters.prompt_tokens is None else float(counters.prompt_tokens)
         cost = weighted_tokens(prompt_tokens, float(counters.tokens))
-        charged = _expected_cost(work) if placed.is_charged else 0.0
+        charged = work.cost if placed.is_charged else 0.0
         self.queue.charge(demand.priority, demand.client, cost - charged)
 
     def note_change(self, account: NodeAccount) -> None:
@@ -394,8 +397,3 @@ class Scheduler:
                 work = self.experience.estimate(waiting.demand)
                 for account in self.choice.compared(waiting.demand, work, now, exclude=waiting.exclude):
                     self.note_change(account)
-
-
-def _expected_cost(work: Work) -> float:
-    """What a client is charged for a request before its true cost is known, in weighted tokens."""
-    return weighted_tokens(work.prompt_tokens, work.answer_tokens)

@@ -351,6 +351,10 @@ class _UsableCheck:
         self._model = full_name(demand.model) if demand.model is not None and demand.needs_slot else None
 
     def allows(self, account: NodeAccount) -> bool:
-        if account.name in self._exclude or not account.breaker.allows(self._now):
+        if account.name in self._exclude:
+            return False
+        if not account.is_suspect:  # nearly always
+            return True
+        if not account.breaker.allows(self._now):
             return False
         return self._model is None or not account.is_broken_for(self._model, self._now)
