@@ -16,6 +16,8 @@ LONGER_FACTOR, LONGER_S = 1.1, 0.1
 # We may have waited so many times, and so many seconds, longer than its total: the network takes time too.
 SHORTER_FACTOR, SHORTER_S = 1.5, 0.5
 
+LEAST_MS = 1e-6  # a shorter total (1 ns) is no figure, and nothing can be scaled by it
+
 
 def correct_durations(counters: ServerCounters, placed: PlacedRequest, now: float) -> ServerCounters:
     """The counters of a whole answer that has ended ``now`` (of the caller's clock). If the server's durations
@@ -28,7 +30,7 @@ def correct_durations(counters: ServerCounters, placed: PlacedRequest, now: floa
     has_total = total_ms is not None
     if total_ms is None:
         total_ms = (counters.load_ms or 0.0) + (counters.prompt_ms or 0.0) + (counters.eval_ms or 0.0)
-    if not total_ms > 0.0:  # true for NaN
+    if not total_ms >= LEAST_MS:  # true for NaN
         return counters
     is_too_long = total_ms > waited_ms * LONGER_FACTOR + LONGER_S * 1000.0
     may_be_too_short = has_total and not placed.had_slow_client

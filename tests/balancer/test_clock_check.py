@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from gpumesh.backends.base import ServerCounters
 from gpumesh.balancer.account import PlacedRequest
-from gpumesh.balancer.clock_check import correct_durations
+from gpumesh.balancer.clock_check import LEAST_MS, correct_durations
 from tests.balancer.scheduling.fleets import NOW, ask, make_node, make_scheduler
 
 RTT_S = 0.1
@@ -69,5 +69,7 @@ def test_no_figures_break_it(
 ) -> None:
     counters = ServerCounters(total_ms=total_ms, prompt_ms=prompt_ms, eval_ms=eval_ms)
     corrected = correct_durations(counters, place(), NOW + took_s)
-    if total_ms is not None and corrected is not counters and math.isfinite(total_ms):
+    if total_ms is not None and total_ms < LEAST_MS:
+        assert corrected is counters, "no figure at all"
+    elif total_ms is not None and corrected is not counters and math.isfinite(total_ms):
         assert corrected.total_ms == pytest.approx(max(took_s - RTT_S, 0.0) * 1000.0, abs=0.01)
