@@ -43,8 +43,6 @@ class AdaptivePolicy:
     def _choose(self, question: Question, queue_s: float) -> Choice:
         demand, work, fleet, now = question.demand, question.work, question.fleet, question.now
         forecasts = [forecast(account, demand, work, fleet, queue_s, now) for account in question.accounts]
-        if len(forecasts) == 1 and forecasts[0].is_free:
-            return Choice(forecasts[0], forecasts)
         chosen = self._best_free(forecasts, question)
         if chosen is not None:
             return decide(chosen, forecasts, question)

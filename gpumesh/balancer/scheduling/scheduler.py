@@ -122,7 +122,7 @@ class Scheduler:
             if chosen is None:
                 self._refused = (asked, choice)
                 return None
-            self.slow_nodes.record_choice(chosen.node, question)
+        self.slow_nodes.record_choice(chosen.node, accounts, now)
         if demand.residency is not None:
             self._fleet.demands.note_request(demand.residency, now)
         placement = self._place(chosen, considered, demand, work, now)
@@ -356,7 +356,7 @@ class Scheduler:
             if choice.chosen is not None:
                 self.queue.take(entry, among)
                 placement = self._place(choice.chosen, choice.considered, waiting.demand, work, now)
-                self.slow_nodes.record_choice(choice.chosen.node, question)
+                self.slow_nodes.record_choice(choice.chosen.node, accounts, now)
                 placement.placed.is_charged = True
                 return entry, placement
             is_due = waiting.patience_until is None or waiting.patience_until <= now

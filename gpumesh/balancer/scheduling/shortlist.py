@@ -252,9 +252,8 @@ class Shortlist:
 
     def note_change(self, account: NodeAccount) -> None:
         """The node's slots, models or state may have changed."""
-        if self._tables:
-            for table in self._tables.values():
-                table.note_change(account)
+        for table in self._tables.values():
+            table.note_change(account)
 
     def table(self, demand: Demand, now: float) -> NodeTable:
         """The nodes that suit the demand. A table is made when it is asked for first: only that looks at all nodes.

@@ -7,7 +7,7 @@ the same, so that its recovery is seen. Times are seconds of the caller's clock.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from gpumesh.backends.base import ServerCounters
 from gpumesh.balancer.account import NodeAccount, PlacedRequest
@@ -125,7 +125,7 @@ class SlowNodes:
                     return Choice(found, (found,))
         return None
 
-    def record_choice(self, chosen: str, question: Question) -> None:
-        """Notes that ``chosen`` was given a request, for which the nodes of ``question`` were ranked."""
+    def record_choice(self, chosen: str, ranked: Iterable[NodeAccount], now: float) -> None:
+        """Notes that ``chosen`` was given a request, for which these nodes were ranked."""
         if self._slowed:
-            self.watch.record_choice(chosen, {account.name for account in question.accounts}, question.now)
+            self.watch.record_choice(chosen, {account.name for account in ranked}, now)
