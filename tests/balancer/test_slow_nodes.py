@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from random import Random
 
 import pytest
+from msgspec.structs import replace
 
 from gpumesh.backends.base import ServerCounters
 from gpumesh.balancer.account import PlacedRequest
@@ -120,6 +121,18 @@ def test_an_idle_slow_node_is_probed_after_a_while() -> None:
     fleet.slow["node0"] = 6.0
     fleet.serve(60)
     assert fleet.serve(10, gap_s=IDLE_PROBE_S + 1.0)["node0"] >= 3
+
+
+def test_a_request_that_only_the_slow_node_could_serve_is_a_probe_too() -> None:
+    fleet = make_fleet()
+    fleet.serve(90)
+    fleet.slow["node0"] = 6.0
+    fleet.serve(60)
+    scheduler, now = fleet.scheduler, fleet.now + IDLE_PROBE_S + 1.0
+    assert scheduler.slow_nodes.watch.wants_probe("node0", now, in_flight=0)
+    placement = scheduler.place_now(replace(DEMAND, node="node0"), now)
+    assert placement is not None
+    assert not scheduler.slow_nodes.watch.wants_probe("node0", now + 0.1, in_flight=0)
 
 
 def test_slowness_that_the_rates_have_learned_counts_once() -> None:
