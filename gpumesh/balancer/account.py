@@ -228,9 +228,8 @@ class NodeAccount:
     def count(self, model: str | None = None) -> int:
         """The number of requests on the node's GPU, from all gateways: those to this model (a full name); ``None``: to
         any model. What other gateways sent counts for each model, because it is not known for which it is."""
-        group = self.group
-        total = group.others_in_flight
-        for account in group.accounts:
+        total = self.group.others_in_flight
+        for account in self.group.accounts:
             total += len(account.placed) if model is None else account.placed_by_model.get(model, 0)
         return total
 
@@ -244,12 +243,12 @@ class NodeAccount:
 
     def has_room(self, model: str | None, now: float) -> bool:
         """Whether the node has a free slot for a request to this model."""
-        slots = self.slots(model or "", now)
-        if slots is None:
-            return True
         # A learned number is for one model: Ollama has slots for each model in memory. A number in mesh.yaml, or one
         # that a server with a single model tells, is for all requests.
-        return self.count((model or "") if self._counts_by_model else None) < slots
+        if self._counts_by_model:
+            return self.count(model or "") < self.learned_slots.max_in_flight(model or "", now)
+        slots = self.told_parallel if self.max_parallel is None else self.max_parallel
+        return slots is None or self.count() < slots
 
     @property
     def _counts_by_model(self) -> bool:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from statistics import median
@@ -78,21 +78,32 @@ class _Recent:
 
     def __init__(self) -> None:
         self._entries: deque[tuple[float, float]] = deque(maxlen=RECENT_ANSWERS)  # time in seconds, deviation
+        self._last_median: tuple[bool, float, float | None] = (False, -math.inf, None)
 
     def add(self, now: float, deviation: float) -> None:
         self._entries.append((now, deviation))
+        self._last_median = (False, -math.inf, None)
 
     def slowness(self, now: float, *, of_slow_node: bool) -> float | None:
         """The median of the recent deviations as a ratio; ``None`` if there are too few. Of a node that is slow, only
         the last ``PROBE_ANSWERS`` count, and one is enough."""
-        deviations = [deviation for added_at, deviation in self._entries if now - added_at <= RECENT_S]
+        was_of_slow_node, true_until, slowness = self._last_median
+        if was_of_slow_node != of_slow_node or now > true_until:
+            recent = [entry for entry in self._entries if now - entry[0] <= RECENT_S]
+            slowness = self._find_median(recent, of_slow_node=of_slow_node)
+            true_until = recent[0][0] + RECENT_S if recent else math.inf  # then the oldest no longer counts
+            self._last_median = (of_slow_node, true_until, slowness)
+        return slowness
+
+    @staticmethod
+    def _find_median(entries: Sequence[tuple[float, float]], *, of_slow_node: bool) -> float | None:
         least_count = MIN_RECENT
         if of_slow_node:
-            deviations = deviations[-PROBE_ANSWERS:]
+            entries = entries[-PROBE_ANSWERS:]
             least_count = 1
-        if len(deviations) < least_count:
+        if len(entries) < least_count:
             return None
-        return float(2.0 ** median(deviations))
+        return float(2.0 ** median(deviation for _, deviation in entries))
 
 
 @dataclass(slots=True)

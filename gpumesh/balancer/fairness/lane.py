@@ -10,7 +10,7 @@ from typing import Generic, TypeVar
 import msgspec
 
 from gpumesh.balancer.base import Priority
-from gpumesh.balancer.fairness.lazy_heap import LazyHeap
+from gpumesh.balancer.fairness.sorted_items import SortedItems
 
 T = TypeVar("T")
 
@@ -70,9 +70,9 @@ class Lane(Generic[T]):
         self.skipped_by = [0] * rank
         self.head_key: tuple[float, float, float, int] = (inf, inf, inf, 0)  # that of an empty lane
         self._head_client = ""
-        self._clients: dict[str, LazyHeap[tuple[float, int], QueueEntry[T]]] = {}
-        self._order: LazyHeap[tuple[float, float, float, int], str] = LazyHeap()
-        self._borrowed: set[str] = set()  # clients whose heap belongs to another lane: it is copied before a change
+        self._clients: dict[str, SortedItems[tuple[float, int], QueueEntry[T]]] = {}
+        self._order: SortedItems[tuple[float, float, float, int], str] = SortedItems()
+        self._borrowed: set[str] = set()  # clients whose items belong to another lane: it is copied before a change
 
     @classmethod
     def merge(cls, lanes: Iterable[Lane[T]], counter_of: Callable[[str], float]) -> Lane[T]:
@@ -85,9 +85,9 @@ class Lane(Generic[T]):
             merged.skipped_by = [max(counts) for counts in zip(merged.skipped_by, lane.skipped_by, strict=True)]
             for client, requests in lane._clients.items():
                 other = merged._clients.get(client)
-                merged._clients[client] = requests if other is None else LazyHeap(other.pairs() + requests.pairs())
+                merged._clients[client] = requests if other is None else SortedItems(other.pairs() + requests.pairs())
         merged._borrowed = set(merged._clients)
-        merged._order = LazyHeap(
+        merged._order = SortedItems(
             ((merged.rank, counter_of(client), *requests.first()[0]), client)
             for client, requests in merged._clients.items()
         )
@@ -102,7 +102,7 @@ class Lane(Generic[T]):
         requests = self._clients.get(client)
         is_new_client = requests is None
         if requests is None:
-            requests = self._clients[client] = LazyHeap()
+            requests = self._clients[client] = SortedItems()
         requests.put(entry, (entry.queued_at, entry.sequence))
         if requests.first()[1] is entry:
             self.set_counter(client, counter)
@@ -116,7 +116,7 @@ class Lane(Generic[T]):
         requests = self._clients[client]
         if client in self._borrowed:
             self._borrowed.discard(client)
-            requests = self._clients[client] = LazyHeap(requests.pairs())
+            requests = self._clients[client] = SortedItems(requests.pairs())
         was_first = requests.first()[1] is entry
         requests.remove(entry)
         if not requests:

@@ -21,6 +21,8 @@ SAVING_S = 0.05
 QUEUE_PRICE = 3.5
 # … where the prompts of requests are known. The next free slot then goes to a request that loses little there.
 QUEUE_PRICE_WITH_PROMPTS = 2.0
+# With a shorter queue, few answers are so short that the other nodes need not be looked at.
+LONG_QUEUE_S = 1.0
 # A node of a lower tier is better than a free one of an upper tier only if it is so much faster.
 TIER_FACTOR = 3.0
 TIER_S = 1.0
@@ -82,6 +84,13 @@ class AdaptivePolicy:
             return found
         return min((*equal[start:], *equal[:start]), key=lambda pair: relative_load(pair[1], question))[0]
 
+    def accept_at_once(self, account: NodeAccount, question: Question) -> Choice | None:
+        """The longer the queue is, the more often the slot is taken whatever the other nodes have."""
+        if question.queue_s < LONG_QUEUE_S:
+            return None
+        offered = forecast(account, question.demand, question.work, question.fleet, 0.0, question.now)
+        return Choice(offered, (offered,)) if offered.is_free and no_wait_pays(offered, question) else None
+
     def accept(self, account: NodeAccount, question: Question) -> Choice:  # noqa: ARG002  # another may be free too
         """A waiting request takes the best free slot unless another node is worth waiting for. It is the next in the
         queue, so no request waits before it."""
@@ -98,7 +107,6 @@ def decide(offered: Forecast, forecasts: list[Forecast], question: Question) -> 
     it has lost twice that cost at the worst."""
     if question.waited_s >= offered.total_s:
         return Choice(offered, forecasts)
-    queue_price = QUEUE_PRICE if question.demand.prompt is None else QUEUE_PRICE_WITH_PROMPTS
     awaited: Forecast | None = None
     awaited_cost_s = math.inf
     for found in forecasts:
@@ -108,7 +116,7 @@ def decide(offered: Forecast, forecasts: list[Forecast], question: Question) -> 
                 idle_cost_s = question.queue_s / 2.0
             else:
                 # The queue loses by the slot that stays free, and gains by the work that is not done twice.
-                idle_cost_s = queue_price * question.queue_s * (1.0 - 2.0 * saved_share(offered, found))
+                idle_cost_s = queue_price(question) * question.queue_s * (1.0 - 2.0 * saved_share(offered, found))
             cost_s = found.total_s + idle_cost_s
             if cost_s < awaited_cost_s and (
                 cost_s * PATIENCE_FACTOR + PATIENCE_S < offered.total_s
@@ -118,6 +126,21 @@ def decide(offered: Forecast, forecasts: list[Forecast], question: Question) -> 
     if awaited is None:
         return Choice(offered, forecasts)
     return Choice(None, forecasts, awaited.wait_s * PATIENCE_FACTOR + PATIENCE_S)
+
+
+def no_wait_pays(offered: Forecast, question: Question) -> bool:
+    """Whether ``decide`` would take the free slot whatever other nodes there are. The queue is then so long that a slot
+    which stays free costs more than the best node could save."""
+    if offered.load_s:
+        return False
+    most_saved_s = offered.own_read_s + offered.others_s
+    most_share = offered.own_read_s / (offered.own_read_s + offered.write_s)
+    idle_cost_s = queue_price(question) * question.queue_s * (1.0 - 2.0 * most_share)
+    return idle_cost_s * PATIENCE_FACTOR + PATIENCE_S >= offered.total_s and idle_cost_s + SAVING_S >= most_saved_s
+
+
+def queue_price(question: Question) -> float:
+    return QUEUE_PRICE if question.demand.prompt is None else QUEUE_PRICE_WITH_PROMPTS
 
 
 def saved_share(offered: Forecast, other: Forecast) -> float:

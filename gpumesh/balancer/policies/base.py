@@ -78,6 +78,10 @@ class Policy(Protocol):
     def choose(self, question: Question) -> Choice:
         """Chooses a node with a free slot, or says that the request should wait."""
 
+    def accept_at_once(self, account: NodeAccount, question: Question) -> Choice | None:
+        """Takes a free slot of this node for a waiting request if the other nodes need not be looked at for it; they
+        are not in the question. ``None``: ``accept`` decides."""
+
     def accept(self, account: NodeAccount, question: Question) -> Choice:
         """Chooses for a waiting request now that this node has a free slot. Others may have free slots too."""
 

@@ -21,6 +21,9 @@ class _SimplePolicy:
         chosen = question.forecast(self._pick(free, question))
         return Choice(chosen, (chosen,))
 
+    def accept_at_once(self, account: NodeAccount, question: Question) -> Choice | None:  # noqa: ARG002
+        return None
+
     def accept(self, account: NodeAccount, question: Question) -> Choice:  # noqa: ARG002  # another may be free too
         return self.choose(question)
 

@@ -59,7 +59,7 @@ class LookAhead:
         most_passes = PASSES_PER_NODE * len(self._accounts)
         key = head.payload.demand.residency
         model = "" if key is None else key.model
-        pace = account.rates.pace(model)
+        name, pace = account.name, account.rates.pace(model)
         picked, least_loss_s = 0, math.inf
         entries: list[QueueEntry[Waiting]] = []
         for entry in islice(self._queue.iterate_from(head), LOOKED_AT):  # of one group: the node can serve all of them
@@ -68,8 +68,10 @@ class LookAhead:
             if waiting.passes >= most_passes:
                 picked = len(entries) - 1
                 break
-            work = self._estimate(waiting, model, now)
-            here_s = _cost_s(work, account.name, pace)
+            work = waiting.work
+            if work is None or now - waiting.estimated_at > WORK_AGE_S:
+                work = self._estimate(waiting, model, now)
+            here_s = _cost_s(work, name, pace)
             loss_s = here_s - waiting.best_s
             if loss_s < least_loss_s:
                 picked, least_loss_s = len(entries) - 1, loss_s
@@ -83,19 +85,18 @@ class LookAhead:
         return entries[picked]
 
     def _estimate(self, waiting: Waiting, model: str, now: float) -> Work:
-        """The work of a waiting request, and its least cost. They are not found anew for each free slot."""
-        work = waiting.work
-        if work is None or now - waiting.estimated_at > WORK_AGE_S:
-            work = waiting.work = self._experience.estimate(waiting.demand)
-            waiting.estimated_at = now
-            waiting.best_s = _cost_s(work, "", self._experience.fleet_rates.pace(model))  # on a usual node
-            for name in work.cached:
-                cost_s = _cost_s(work, name, self._accounts[name].rates.pace(model))
-                waiting.best_s = min(waiting.best_s, cost_s)
+        """Estimates the work of a waiting request, and its least cost."""
+        work = waiting.work = self._experience.estimate(waiting.demand)
+        waiting.estimated_at = now
+        waiting.best_s = _cost_s(work, "", self._experience.fleet_rates.pace(model))  # on a usual node
+        for name in work.cached:
+            cost_s = _cost_s(work, name, self._accounts[name].rates.pace(model))
+            waiting.best_s = min(waiting.best_s, cost_s)
         return work
 
 
 def _cost_s(work: Work, node: str, pace: Pace) -> float:
     """The seconds for this work on a node that does nothing else."""
-    unread_tokens = work.prompt_tokens - work.cached.get(node, 0.0)
+    cached = work.cached
+    unread_tokens = work.prompt_tokens - cached.get(node, 0.0) if cached else work.prompt_tokens
     return unread_tokens * pace.read_token_s + work.answer_tokens * pace.token_s

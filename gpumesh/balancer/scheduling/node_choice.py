@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from random import Random
 
@@ -76,22 +76,44 @@ class NodeChoice:
             return self.shortlist.pick(demand, work.cached, now, exclude=exclude)
         return self._filter(self._accounts.values(), demand, now, exclude)
 
-    def count_warm_slots(self, demand: Demand, accounts: Collection[NodeAccount], now: float) -> int:
-        """The slots of the nodes that have the model in memory; at least 1. ``accounts`` are those that are compared:
-        of a large fleet all nodes count all the same."""
+    def compared_free(self, demand: Demand, work: Work, now: float, *, exclude: Collection[str]) -> list[NodeAccount]:
+        """Those of the ``compared`` nodes that have a free slot."""
+        if demand.node is None and self.shortlist.is_needed and not self.shortlist.table(demand, now).has_free:
+            return []
+        model = None if demand.residency is None else demand.residency.model
+        accounts = self.compared(demand, work, now, exclude=exclude)
+        return [account for account in accounts if account.has_room(model, now)]
+
+    def count_warm_slots(self, demand: Demand, now: float) -> int:
+        """The slots of the nodes that could serve the demand and have its model in memory; at least 1."""
         key = demand.residency
         if demand.node is None and self.shortlist.is_needed:
             return max(self.shortlist.table(demand, now).warm_slots, 1)
         slots = 0
-        for account in accounts:
+        for account in self.select(demand, now):
             if key is None or account.residency.is_resident(key):
                 slots += account.slots("" if key is None else key.model, now) or 1
         return max(slots, 1)
 
-    def choose(self, question: Question, exclude: Collection[str], free: NodeAccount | None = None) -> Choice:
-        """Asks the policy; for a waiting request, when this node is ``free``. If the few nodes of a shortlist cannot
-        load the model now, others are compared."""
-        ask = self.policy.choose if free is None else partial(self.policy.accept, free)
+    def choose(self, question: Question, exclude: Collection[str]) -> Choice:
+        """Asks the policy for a new request."""
+        return self._ask(self.policy.choose, question, exclude)
+
+    def accept(
+        self, account: NodeAccount, question: Question, exclude: Collection[str]
+    ) -> tuple[Choice, Sequence[NodeAccount]]:
+        """Asks the policy for a waiting request now that this node has a free slot. Returns also the nodes that were
+        compared: this one alone, if the policy need not look at others. The question need not have others."""
+        choice = self.policy.accept_at_once(account, question)
+        if choice is not None:
+            return choice, (account,)
+        accounts = self.compared(question.demand, question.work, question.now, exclude=exclude)
+        if account not in accounts:  # a shortlist may lack it
+            accounts.append(account)
+        return self._ask(partial(self.policy.accept, account), replace(question, accounts=accounts), exclude), accounts
+
+    def _ask(self, ask: Callable[[Question], Choice], question: Question, exclude: Collection[str]) -> Choice:
+        """Asks the policy. If the few nodes of a shortlist cannot load the model now, others are compared."""
         choice = ask(question)
         demand, now = question.demand, question.now
         patience_s: float | None = None  # until the first of the blocked nodes may load a model

@@ -150,9 +150,8 @@ class Scheduler:
         if choice is None:
             # Asked before the request is in the queue, where its own work would count as work that waits before it.
             accounts = self.choice.compared(demand, work, now, exclude=exclude, ranks_all=self.choice.policy.ranks_all)
-            choice = (
-                self.choice.choose(self._question(accounts, demand, work, now), exclude) if accounts else Choice(None)
-            )
+            question = self._question(accounts, demand, work, now)
+            choice = self.choice.choose(question, exclude) if accounts else Choice(None)
         entry = self.queue.add(
             Waiting(demand, exclude, payload, now),
             demand.priority,
@@ -187,7 +186,7 @@ class Scheduler:
         if self.queue.size:
             work_s = self.queue.work_before(group_of(demand, frozenset()), demand.priority) - own_work
             if work_s > 0.0:
-                queue_s = work_s / self.choice.count_warm_slots(demand, accounts, now)
+                queue_s = work_s / self.choice.count_warm_slots(demand, now)
         return Question(accounts, demand, work, self._fleet, queue_s, now, self._turn, self._rng, waited_s)
 
     def _service_s(self, demand: Demand) -> float:
@@ -346,17 +345,14 @@ class Scheduler:
                 return None
             waiting = entry.payload
             work = self.experience.estimate(waiting.demand)
-            accounts = self.choice.compared(waiting.demand, work, now, exclude=waiting.exclude)
-            if account not in accounts:  # a shortlist may lack it
-                accounts.append(account)
             waited_s = 0.0 if waiting.offered_at is None else now - waiting.offered_at
             own_work = 0.0 if waiting.exclude else entry.work  # else it is in another group
-            question = self._question(accounts, waiting.demand, work, now, waited_s=waited_s, own_work=own_work)
-            choice = self.choice.choose(question, waiting.exclude, account)
+            question = self._question((account,), waiting.demand, work, now, waited_s=waited_s, own_work=own_work)
+            choice, compared = self.choice.accept(account, question, waiting.exclude)
             if choice.chosen is not None:
                 self.queue.take(entry, among)
                 placement = self._place(choice.chosen, choice.considered, waiting.demand, work, now)
-                self.slow_nodes.record_choice(choice.chosen.node, accounts, now)
+                self.slow_nodes.record_choice(choice.chosen.node, compared, now)
                 placement.placed.is_charged = True
                 return entry, placement
             is_due = waiting.patience_until is None or waiting.patience_until <= now
@@ -395,5 +391,5 @@ class Scheduler:
             if self.queue.size_of(entry.group):
                 waiting = entry.payload
                 work = self.experience.estimate(waiting.demand)
-                for account in self.choice.compared(waiting.demand, work, now, exclude=waiting.exclude):
-                    self.note_change(account)
+                for account in self.choice.compared_free(waiting.demand, work, now, exclude=waiting.exclude):
+                    self._changed[account.name] = account

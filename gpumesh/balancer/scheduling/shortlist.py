@@ -207,6 +207,11 @@ class NodeTable:
     def is_suitable(self, name: str) -> bool:
         return name in self._bag_of
 
+    @property
+    def has_free(self) -> bool:
+        """Whether any node has a free slot for this request, and may load its model now if it must."""
+        return any(place[1] in FREE_BAGS for place in self._bags)
+
     def is_free(self, name: str) -> bool:
         """Whether the node has a free slot for this request, and may load its model now if it must."""
         place = self._bag_of.get(name)

@@ -40,7 +40,7 @@ class SchedulerDecisions:
         placement = self._scheduler.place_now(demand, now, exclude=job.failed_nodes)
         if placement is not None:
             return _grant(job, placement)
-        if not self._scheduler.choice.select(demand, now, exclude=job.failed_nodes):
+        if not self._scheduler.choice.can_serve(demand, now, exclude=job.failed_nodes):
             return Grant(job, None)
         try:
             self._scheduler.wait(
