@@ -60,7 +60,8 @@ class PlacedRequest(msgspec.Struct, eq=False):
     - ``first_token_at`` is ``None`` until the answer has begun. ``mean_reads``: how many prompts, this one included,
       the node read at once on the mean while it read this one.
     - ``is_charged``: its client was charged for it in the queue. ``had_slow_client``: the client took the answer more
-      slowly than the node sent it.
+      slowly than the node sent it. ``answer_bytes``: the bytes of the answer's text, as they came from the node;
+      ``None``: not measured.
     - ``sent`` is the request as the node's slots count it; ``None`` if they need not be learned.
     - ``read_sum``, ``stream_sum`` and ``busy_sum`` are readings of the node's ``ActivityMeter``: at the placing, and at
       the first token.
@@ -84,6 +85,7 @@ class PlacedRequest(msgspec.Struct, eq=False):
     mean_reads: float = 1.0
     is_charged: bool = False
     had_slow_client: bool = False
+    answer_bytes: int | None = None
     ended: bool = False
     sent: SentRequest | None = None
     read_sum: float = 0.0

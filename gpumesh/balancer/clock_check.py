@@ -15,13 +15,23 @@ from gpumesh.balancer.account import PlacedRequest
 LONGER_FACTOR, LONGER_S = 1.1, 0.1
 # We may have waited so many times, and so many seconds, longer than its total: the network takes time too.
 SHORTER_FACTOR, SHORTER_S = 1.5, 0.5
+# The text may have come for so many times, and so many seconds, longer than the server has generated it: the way of the
+# last token may be a bit longer than that of the first.
+STREAM_FACTOR, STREAM_S = 1.25, 0.1
+PAUSED_FACTOR = 3.0  # the same without a total: the server may have paused the answer, and may not count that
 
 LEAST_MS = 1e-6  # a shorter total (1 ns) is no figure, and nothing can be scaled by it
 
 
 def correct_durations(counters: ServerCounters, placed: PlacedRequest, now: float) -> ServerCounters:
-    """The counters of a whole answer that has ended ``now`` (of the caller's clock). If the server's durations
-    cannot be true, all are scaled so that their total is what we have waited, without the way.
+    """The counters of a whole answer that has ended ``now`` (of the caller's clock), with durations that agree with our
+    clock: first their total, then the time of the generation."""
+    return _correct_parts(_correct_total(counters, placed, now), placed, now)
+
+
+def _correct_total(counters: ServerCounters, placed: PlacedRequest, now: float) -> ServerCounters:
+    """If the server's durations cannot be true, all are scaled so that their total is what we have waited, without the
+    way.
 
     If the client was slow, we have waited for it too: then only durations that are too long are seen. The same holds
     for a server that gives parts without a total, because the request may have waited inside."""
@@ -44,6 +54,23 @@ def correct_durations(counters: ServerCounters, placed: PlacedRequest, now: floa
         prompt_ms=_scale(counters.prompt_ms, factor),
         eval_ms=_scale(counters.eval_ms, factor),
     )
+
+
+def _correct_parts(counters: ServerCounters, placed: PlacedRequest, now: float) -> ServerCounters:
+    """If the text came for much longer than the server says that it has generated it, the time of the generation
+    becomes that of the text, and the reading of the prompt gets what is left. A server that says that it generates
+    more slowly than its text comes is believed: something on the way may collect the text."""
+    eval_ms = counters.eval_ms
+    if eval_ms is None or placed.first_token_at is None or placed.had_slow_client:
+        return counters
+    stream_ms = (now - placed.first_token_at) * 1000.0
+    factor = PAUSED_FACTOR if counters.total_ms is None else STREAM_FACTOR
+    if not stream_ms > eval_ms * factor + STREAM_S * 1000.0:
+        return counters
+    prompt_ms = counters.prompt_ms
+    if prompt_ms is not None and counters.total_ms is not None:
+        prompt_ms = min(prompt_ms, max(counters.total_ms - (counters.load_ms or 0.0) - stream_ms, 0.0))
+    return replace(counters, prompt_ms=prompt_ms, eval_ms=stream_ms)
 
 
 def _scale(milliseconds: float | None, factor: float) -> float | None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+from msgspec.structs import replace
+
 from gpumesh.backends.base import ServerCounters
 from gpumesh.balancer.account import NOTHING_CACHED, NodeAccount, PlacedRequest, Work
 from gpumesh.balancer.base import Demand, ResidencyKey
@@ -13,14 +15,14 @@ from gpumesh.balancer.prefixes import PrefixIndex
 from gpumesh.balancer.prefixes.cache_size import BYTES_PER_TOKEN, count_read_tokens
 from gpumesh.balancer.prefixes.prints import FIRST_BLOCK_BYTES
 from gpumesh.balancer.rates import ServiceRates
+from gpumesh.balancer.rates.token_counts import TokenCounts
 
 MIN_CLOCKED_TOKENS = 16  # a shorter stream often comes in a few packets
 MOST_READS = 1.5  # prompts that were read at once, on the mean
 MOST_READS_FOR_CACHE = 1.1  # … if the time of the reading tells how much was read
 FLEET_LEARN_INTERVAL_S = 0.02  # the rates of the fleet learn from at most one answer in this time
-SMOOTHING = 0.2  # weight of the newest value in a mean
-MIN_PROMPT_TOKENS = 50  # a shorter prompt is mostly the template's own tokens
-LEAST_BYTES_PER_TOKEN, MOST_BYTES_PER_TOKEN = 0.5, 20.0
+MIN_PROMPT_BYTES = 200  # a shorter prompt is mostly the template's own tokens
+MIN_ANSWER_BYTES = 64  # of a shorter answer, the last token, which has no text, is a large part
 
 
 class Experience:
@@ -32,7 +34,8 @@ class Experience:
         """Learned from all nodes. It answers for a node where the same was not measured yet."""
         self.prefixes = PrefixIndex()
         self._fleet_learned_at = -math.inf
-        self._bytes_per_token: dict[str, float] = {}  # of prompts, by the model's full name
+        self._prompt_counts = TokenCounts(least_bytes=MIN_PROMPT_BYTES, may_hold_images=True)
+        self._answer_counts = TokenCounts(least_bytes=MIN_ANSWER_BYTES, may_hold_images=False)
 
     # -- before a request ----------------------------------------------------------------------------------------
 
@@ -44,7 +47,7 @@ class Experience:
         answer_tokens = max(self.lengths.expect(demand.client, demand.route, model, demand.max_tokens), 1.0)
         if demand.prompt_tokens is None and demand.prompt is None and demand.session is None:  # most short requests
             return Work(0.0, answer_tokens)
-        bytes_per_token = self._prompt_bytes_per_token(model)
+        bytes_per_token = self._prompt_counts.bytes_per_token(model)
         prompt_tokens = _prompt_bytes(demand) / bytes_per_token
         cached: Mapping[str, float] = NOTHING_CACHED
         if key is not None and (demand.prompt is not None or demand.session is not None):
@@ -60,16 +63,12 @@ class Experience:
             return self.prefixes.match(key, demand.prompt, session)
         return {} if session is None else self.prefixes.match_session(key, session, int(_prompt_bytes(demand)))
 
-    def _prompt_bytes_per_token(self, model: str) -> float:
-        """How many bytes of a prompt make one of this model's tokens; a guess until an answer has shown it."""
-        return self._bytes_per_token.get(model, BYTES_PER_TOKEN)
-
     def displaced_tokens(self, demand: Demand, node: str) -> float:
         """How many tokens of other prompts the node's server would forget for this one."""
         key = demand.residency
         if demand.prompt is None or key is None:
             return 0.0
-        return self.prefixes.displaced_bytes(node, key) / self._prompt_bytes_per_token(key.model)
+        return self.prefixes.displaced_bytes(node, key) / self._prompt_counts.bytes_per_token(key.model)
 
     def forget_prompts(self, node: str, model: str) -> None:
         """Forgets the prompts that the node had in its cache for this model: its server has unloaded the model."""
@@ -103,6 +102,7 @@ class Experience:
         model = placed.model or ""
         if placed.key is None:
             return
+        counters = self.correct_counts(placed, counters)
         tokens = counters.tokens
         # The server's load_duration also covers the wait until other models were unloaded (``drain_s``). Of a request
         # that came while the model was loading, it covers only the rest of the load, so nothing is learned from it.
@@ -130,7 +130,19 @@ class Experience:
         self._learn_cache_size(placed, counters)
         if tokens is not None:
             self.lengths.learn(demand.client, demand.route, model, tokens)
-        self._learn_bytes_per_token(demand, model, counters.prompt_tokens)
+
+    def correct_counts(self, placed: PlacedRequest, counters: ServerCounters) -> ServerCounters:
+        """The counters with counts of tokens that agree with the bytes that we know. Learns from the counts that came
+        how many bytes make a token."""
+        node, model = placed.account.name, placed.model or ""
+        prompt_bytes = None if placed.demand.prompt_tokens is None else placed.demand.prompt_tokens * BYTES_PER_TOKEN
+        self._prompt_counts.learn(node, model, counters.prompt_tokens, prompt_bytes)
+        self._answer_counts.learn(node, model, counters.tokens, placed.answer_bytes)
+        prompt_tokens = self._prompt_counts.correct(node, model, counters.prompt_tokens, prompt_bytes)
+        tokens = self._answer_counts.correct(node, model, counters.tokens, placed.answer_bytes)
+        if prompt_tokens == counters.prompt_tokens and tokens == counters.tokens:
+            return counters
+        return replace(counters, prompt_tokens=prompt_tokens, tokens=tokens)
 
     def _choose_rates(self, account: NodeAccount, model: str, now: float, *, has_load: bool) -> Sequence[ServiceRates]:
         """The rates that learn from an answer: those of its node, and often those of the fleet. In a large fleet many
@@ -176,7 +188,7 @@ class Experience:
             return
         read_tokens = count_read_tokens(counters, account.rates.measured_prefill(key.model))
         loaded = account.residency.loaded.get(key.model)
-        bytes_per_token = self._prompt_bytes_per_token(key.model)
+        bytes_per_token = self._prompt_counts.bytes_per_token(key.model)
         self.prefixes.set_capacity(
             account.name,
             key,
@@ -195,17 +207,6 @@ class Experience:
                 prompt_tokens=counters.prompt_tokens,
                 read_tokens=read_tokens,
             )
-
-    def _learn_bytes_per_token(self, demand: Demand, model: str, prompt_tokens: int | None) -> None:
-        """Learns how many bytes of a prompt make one token, from the prompt's size and the server's count of its
-        tokens."""
-        if demand.prompt_tokens is None or prompt_tokens is None or prompt_tokens < MIN_PROMPT_TOKENS:
-            return
-        size = demand.prompt_tokens * BYTES_PER_TOKEN  # ``prompt_tokens`` was estimated from the size in this way
-        sample = size / prompt_tokens
-        if LEAST_BYTES_PER_TOKEN <= sample <= MOST_BYTES_PER_TOKEN:
-            mean = self._prompt_bytes_per_token(model)
-            self._bytes_per_token[model] = mean + SMOOTHING * (sample - mean)
 
 
 def measure_stream_s(placed: PlacedRequest, counters: ServerCounters, now: float) -> float | None:

@@ -60,6 +60,25 @@ def test_without_a_total_only_durations_that_are_too_long_are_seen() -> None:
     assert correct_durations(ServerCounters(), place(), NOW + 1.0) == ServerCounters()
 
 
+def test_the_generation_cannot_be_shorter_than_the_text_came() -> None:
+    placed = place()
+    placed.first_token_at = NOW + RTT_S + 0.5
+    end = NOW + RTT_S + 2.0
+    assert correct_durations(HONEST, placed, end) is HONEST
+    shifted = ServerCounters(100, 100, total_ms=2000.0, load_ms=100.0, prompt_ms=1885.0, eval_ms=15.0)
+    corrected = correct_durations(shifted, placed, end)
+    assert corrected.eval_ms == pytest.approx(1500.0)
+    assert corrected.prompt_ms == pytest.approx(400.0)
+    placed.had_slow_client = True
+    assert correct_durations(shifted, placed, end) is shifted, "the text came so slowly because of the client"
+
+
+def test_text_that_was_collected_on_the_way_does_not_make_the_generation_shorter() -> None:
+    placed = place()
+    placed.first_token_at = NOW + RTT_S + 1.99
+    assert correct_durations(HONEST, placed, NOW + RTT_S + 2.0) is HONEST
+
+
 durations = st.none() | st.floats()
 
 

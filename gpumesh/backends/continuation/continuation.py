@@ -98,6 +98,7 @@ class Continuation:
         # The times of the current upstream's first and last whole frames.
         self._first_frame_at: float | None = None
         self._last_frame_at = 0.0
+        self._earlier_text_bytes = 0  # from earlier upstreams
         self._spent_ms = 0.0  # the time that earlier upstreams took, from their first frame to their last
         self._partial_answer = PartialAnswer()
         self._cut_message = ""
@@ -124,6 +125,14 @@ class Continuation:
         """The answer's text that the client has received."""
         self._read_unread()
         return "".join(self._received.texts)
+
+    @property
+    def upstream_text_bytes(self) -> int | None:
+        """The bytes of text and thinking that the current upstream has sent; ``None`` if they were not counted, or if
+        it has also sent what is no text (tool calls)."""
+        self._read_unread()
+        received = self._received
+        return received.text_bytes - self._earlier_text_bytes if received.keeps and not received.calls_tools else None
 
     @property
     def continuable(self) -> bool:
@@ -210,6 +219,7 @@ class Continuation:
         self.counters = None
         self._first_frame_at = None
         self._frame_count = 0
+        self._earlier_text_bytes = self._received.text_bytes
 
     def _use_upstream_format(self, stream_format: StreamFormat) -> None:
         """Reads the upstream's stream in this format from now on."""

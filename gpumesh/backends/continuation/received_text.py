@@ -25,9 +25,10 @@ class ReceivedText:
     that were not read yet; most answers are not cut, so most frames are never read. ``keeps`` is false if the text is
     not kept, or no longer kept.
 
-    ``tokens`` counts the frames with text. ``first_frame`` is the first frame with a document: it names the answer.
-    ``calls_tools``: a frame held a tool call. ``is_complete``: the text is complete; frames after the text may be
-    missing. These attributes are up to date only after ``read_unread``.
+    ``tokens`` counts the frames with text, ``text_bytes`` the bytes of the text and the thinking that was kept.
+    ``first_frame`` is the first frame with a document: it names the answer. ``calls_tools``: a frame held a tool call.
+    ``is_complete``: the text is complete; frames after the text may be missing. These attributes are up to date only
+    after ``read_unread``.
     """
 
     __slots__ = (
@@ -39,6 +40,7 @@ class ReceivedText:
         "is_complete",
         "keeps",
         "started",
+        "text_bytes",
         "texts",
         "thinking_texts",
         "tokens",
@@ -54,7 +56,7 @@ class ReceivedText:
         self.unread = bytearray()
         self.texts: list[str] = []
         self.thinking_texts: list[str] = []
-        self.tokens = 0
+        self.tokens = self.text_bytes = 0
         self.calls_tools = False
         self.is_complete = False
         self.first_frame: JsonObject | None = None
@@ -105,6 +107,7 @@ class ReceivedText:
             self.texts.append(text)
         if thinking:
             self.thinking_texts.append(thinking)
+        self.text_bytes += byte_length(text) + byte_length(thinking)
         self._size += len(text) + len(thinking) + PIECE_BYTES
         if self._size > TEXT_LIMIT:
             self._stop_keeping()
@@ -113,6 +116,11 @@ class ReceivedText:
         """Drops the text. From now on the answer can only be passed on, but not be continued."""
         self.keeps = False
         self.texts, self.thinking_texts = [], []
+
+
+def byte_length(text: str) -> int:
+    """The length of the text in UTF-8."""
+    return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
 
 
 def split_frames(stream_format: StreamFormat, frames: bytes) -> Iterator[bytes]:

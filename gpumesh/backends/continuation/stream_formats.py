@@ -8,11 +8,13 @@ from gpumesh.backends.base import ContinuationMethod
 from gpumesh.backends.continuation.chat_streams import MarkedChatFormat, OpenAIChatFormat
 from gpumesh.backends.continuation.event_streams import EventStreamFormat
 from gpumesh.backends.continuation.ollama_streams import OllamaStreamFormat
+from gpumesh.backends.continuation.received_text import byte_length
 from gpumesh.backends.continuation.rendered_prompts import COMPLETION_PATH, RenderedPromptFormat
 from gpumesh.backends.continuation.stream_format import StreamFormat
 from gpumesh.backends.dialects import DIALECTS
 from gpumesh.topology import BackendKind
 
+MAX_COUNTED_BYTES = 256 << 10  # the text of a longer whole answer is not counted: it would take a millisecond
 _OLLAMA_PATHS = frozenset({"/api/chat", "/api/generate"})
 _EVENT_STREAM_PATHS = frozenset({"/v1/completions", "/v1/responses", "/v1/messages"})
 _CHAT_PATH = "/v1/chat/completions"
@@ -37,6 +39,15 @@ def stream_format_for(path: str) -> StreamFormat:
     if route == _CHAT_PATH:
         return OpenAIChatFormat(path)
     return EventStreamFormat(path)
+
+
+def count_text_bytes(path: str, body: bytes) -> int | None:
+    """The bytes of text and thinking in a whole answer of this route; ``None`` if they cannot be counted, or if the
+    answer is long or also holds what is no text (tool calls)."""
+    if len(body) > MAX_COUNTED_BYTES or b'"tool_calls"' in body:
+        return None
+    pieces = stream_format_for(path).extract_texts(body)
+    return sum(byte_length(text) for text in (*pieces.texts, *pieces.thinking_texts)) or None
 
 
 def continuation_format_for(path: str, kind: BackendKind) -> StreamFormat:

@@ -8,23 +8,38 @@ from enum import StrEnum
 
 
 class FaultKind(StrEnum):
-    """``AWAY``: the host cannot be reached. ``SLOW``: decoding and reading take ``factor`` times as long. ``LYING``:
-    the durations in the server's counters are ``factor`` times the true ones. ``BUSY``: the server answers 503."""
+    """``AWAY``: the host cannot be reached. ``SLOW``: decoding and reading take ``factor`` times as long. ``BUSY``: the
+    server answers 503.
+
+    The others are lies. ``LYING``: the durations in the server's counters are ``factor`` times the true ones.
+    ``SHIFTING``: the total is true, but generating took ``factor`` times as long as it says, and reading the rest.
+    ``MISCOUNTING``: its counts of tokens are ``factor`` times the true ones; 0: it counts none. ``RANDOM_COUNTS``: each
+    count is a random number of times the true one, between 1/``factor`` and ``factor``. ``NO_COUNTS``: it gives no
+    counts. ``LISTS_MISSING``: it lists ``model``, and answers 404 for it. ``HIDES``: it does not list ``model``, which
+    it has."""
 
     AWAY = "away"
     SLOW = "slow"
     LYING = "lying"
     BUSY = "busy"
+    SHIFTING = "shifting"
+    MISCOUNTING = "miscounting"
+    RANDOM_COUNTS = "random-counts"
+    NO_COUNTS = "no-counts"
+    LISTS_MISSING = "lists-missing"
+    HIDES = "hides"
 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """Something that is wrong with a node from ``starts_at`` to ``ends_at``, in seconds of the simulated clock."""
+    """Something that is wrong with a node from ``starts_at`` to ``ends_at``, in seconds of the simulated clock.
+    ``model``: the full name of the model that a list is wrong about; ``None``: all models of the node."""
 
     kind: FaultKind
     starts_at: float
     ends_at: float
     factor: float = 1.0
+    model: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

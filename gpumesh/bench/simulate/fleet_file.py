@@ -77,8 +77,9 @@ MODEL_NUMBERS = ("tokens_per_s", "prefill_tokens_per_s", "load_s", "vram_mib", "
 FAULT_NUMBERS = {
     "from_s": NumberKey(0, 1e9, 0),
     "to_s": NumberKey(0, 1e9),
-    "factor": NumberKey(1e-3, 1e3, 1),
+    "factor": NumberKey(0, 1e3, 1),
 }
+LEAST_FACTOR = 1e-3  # of a fault; only a count of tokens may be 0 times the true one
 PREFILL_SPEEDUP = 20.0  # a prompt is read so many times as fast as an answer is generated, if nothing is said
 # A model in 4 bits takes about 0.6 GiB for each thousand million parameters, its context and buffers about 1 GiB.
 MIB_PER_BILLION, MIB_FOR_CONTEXT, MIB_UNKNOWN = 620.0, 1000.0, 6000.0
@@ -222,7 +223,7 @@ class _FleetReader:
         for index, member in enumerate(self._list(entries, "faults", path)):
             fault_path = (*path, "faults", index)
             own = self._mapping(member, fault_path)
-            self._check_keys(own, ("kind", *FAULT_NUMBERS), fault_path)
+            self._check_keys(own, ("kind", "model", *FAULT_NUMBERS), fault_path)
             numbers = {key: self._number(own, key, rule, fault_path) for key, rule in FAULT_NUMBERS.items()}
             text = self._text(own, "kind", fault_path)
             if text is None:
@@ -230,10 +231,16 @@ class _FleetReader:
             elif text not in list(FaultKind):
                 self._add(not_one_of(text, list(FaultKind)), own["kind"][1].position, (*fault_path, "kind"))
             else:
-                from_s, to_s = numbers["from_s"] or 0.0, numbers["to_s"]
+                kind, model = FaultKind(text), self._text(own, "model", fault_path)
+                from_s, to_s, factor = numbers["from_s"] or 0.0, numbers["to_s"], numbers["factor"]
                 if to_s is not None and to_s < from_s:
                     self._add("is before from_s", own["to_s"][1].position, (*fault_path, "to_s"))
-                yield Fault(FaultKind(text), from_s, math.inf if to_s is None else to_s, numbers["factor"] or 1.0)
+                if factor is None:
+                    factor = 1.0
+                if factor < LEAST_FACTOR and kind is not FaultKind.MISCOUNTING:
+                    self._add(f"must be at least {LEAST_FACTOR:g}", own["factor"][1].position, (*fault_path, "factor"))
+                ends_at = math.inf if to_s is None else to_s
+                yield Fault(kind, from_s, ends_at, factor, None if model is None else full_name(model))
 
     # -- values --------------------------------------------------------------------------------------------------
 

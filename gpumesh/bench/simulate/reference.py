@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from heapq import heapify, heappop, heappush
 
 from gpumesh.backends.base import ServerCounters
 from gpumesh.balancer.outcomes import Outcome
 from gpumesh.bench.simulate.fleet import ModelSpec
-from gpumesh.bench.simulate.requests import Attempt, Grant, Job
+from gpumesh.bench.simulate.requests import Attempt, Grant, Job, ServerReport
 from gpumesh.bench.simulate.servers.runner import Runner, Slot
 from gpumesh.bench.simulate.servers.server import SimulatedServer, find_runner_to_unload, find_waiting_for_load
 
@@ -117,7 +117,7 @@ class ReferenceDecisions:
         best_cost = math.inf
         for name in names[start:] + names[:start]:  # equal nodes take turns
             server = self._servers[name]
-            if not server.is_up or name in job.failed_nodes or model not in server.spec.models:
+            if not server.is_up or name in job.failed_nodes or not server.lies.has_model(model):
                 continue
             cost = self._cost(server, job, now)
             if not self._has_free_slot(server, job):
@@ -137,11 +137,11 @@ class ReferenceDecisions:
 
     def end(self, attempt: Attempt, now: float, outcome: Outcome, counters: ServerCounters | None) -> None: ...
 
-    def set_report(self, node: str, *, is_up: bool, loaded: Mapping[str, tuple[int, int]], now: float) -> None: ...
+    def set_report(self, node: str, report: ServerReport, now: float) -> None: ...
 
     def _any_free_slot(self, job: Job) -> bool:
         """Whether the job can be decided on: a slot is free for it, or no node will ever have one."""
-        servers = [each for each in self._servers.values() if job.request.model in each.spec.models]
+        servers = [each for each in self._servers.values() if each.lies.has_model(job.request.model)]
         return not servers or any(self._has_free_slot(server, job) for server in servers)
 
     def _has_free_slot(self, server: SimulatedServer, job: Job) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any, NamedTuple, Protocol
 
 import msgspec
@@ -86,6 +87,16 @@ class Attempt(msgspec.Struct, eq=False):
     has_first_token: bool = False
 
 
+class ServerReport(NamedTuple):
+    """What a probe of a node has found. ``is_up``: the server answers. ``listed`` are the models that it lists, by full
+    name. ``loaded`` are the models in its memory, by full name: for each its size in MiB and its context length. Both
+    are the same objects until they change."""
+
+    is_up: bool
+    listed: AbstractSet[str]
+    loaded: Mapping[str, tuple[int, int]]
+
+
 class Grant(NamedTuple):
     """A decision of the balancer: the job is sent to this node. ``node`` is ``None`` if no node can serve the job any
     more. ``running`` is the balancer's own object for what it has sent; it comes back with the attempt."""
@@ -117,7 +128,6 @@ class Decisions(Protocol):
         """Frees the attempt's slot, and learns from how it ended."""
         ...
 
-    def set_report(self, node: str, *, is_up: bool, loaded: Mapping[str, tuple[int, int]], now: float) -> None:
-        """What a probe of the node has found: whether the server answers, and the models in its memory: for each its
-        size in MiB and its context length, by its full name. It is the same object until the memory changes."""
+    def set_report(self, node: str, report: ServerReport, now: float) -> None:
+        """Takes what a probe of the node has found. Each node is probed before the first request comes."""
         ...

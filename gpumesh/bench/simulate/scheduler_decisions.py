@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from random import Random
 
 from gpumesh.backends.base import ServerCounters
+from gpumesh.balancer.account import NodeAccount
 from gpumesh.balancer.base import Demand, ResidencyKey
-from gpumesh.balancer.outcomes import Outcome, rule_for_outcome
+from gpumesh.balancer.breaker_updates import count_failure, count_success
+from gpumesh.balancer.outcomes import AttemptContext, ErrorReply, Outcome, find_blame
 from gpumesh.balancer.prefixes.cache_size import BYTES_PER_TOKEN
 from gpumesh.balancer.prefixes.prints import PromptPrint, print_from_ids
 from gpumesh.balancer.residency import Residency
 from gpumesh.balancer.scheduling.scheduler import Placement, Scheduler
 from gpumesh.bench.simulate.fleet import NodeSpec
-from gpumesh.bench.simulate.requests import Attempt, Grant, Job, SimulatedRequest
+from gpumesh.bench.simulate.requests import Attempt, Grant, Job, ServerReport, SimulatedRequest
+from gpumesh.bench.simulate.servers.lies import ServerLies
+from gpumesh.state import ModelInfo
 from gpumesh.topology import PolicyKind
+
+KNUTHS_FACTOR = 2_654_435_761  # 2**32 by the golden ratio: Knuth's multiplicative hashing
 
 
 class SchedulerDecisions:
@@ -27,13 +34,13 @@ class SchedulerDecisions:
             account = self._scheduler.add_account(spec.name, weight=spec.weight, max_parallel=spec.max_parallel)
             account.is_up = True
             account.learns_limit = True
-            account.models = frozenset(spec.models)
+            _take_list(account, ServerLies(spec).listed)
             account.rtt_s = spec.rtt_s
             account.residency.memory_mib = None if spec.vram_mib is None else int(spec.vram_mib)
             account.residency.file_mib = {name: int(model.vram_mib / 1.2) for name, model in spec.models.items()}
             account.residency.replace_with_report(dict.fromkeys(spec.loaded, (None, None)), asked_at=0.0)
             self._scheduler.note_report(account)
-        self._reported: dict[str, Mapping[str, tuple[int, int]]] = {}  # the last report of each node
+        self._reported: dict[str, ServerReport] = {}  # the last report with news of each node
 
     def submit(self, job: Job, now: float) -> Grant | None:
         demand = _demand(job)
@@ -64,27 +71,48 @@ class SchedulerDecisions:
         self._scheduler.note_first_token(attempt.running, now)
 
     def end(self, attempt: Attempt, now: float, outcome: Outcome, counters: ServerCounters | None) -> None:
-        account = self._accounts[attempt.node]
+        account, model = self._accounts[attempt.node], attempt.job.request.model
+        reply = ErrorReply(404, f"model {model!r} not found") if outcome is Outcome.MODEL_NOT_FOUND else None
+        context = AttemptContext(takes_slot=True, model=model, was_loaded=None, reply=reply)
         if outcome is Outcome.SERVED:
-            account.breaker = account.breaker.record_success()
-        elif rule_for_outcome(outcome).counts_against_node:
-            account.breaker = account.breaker.record_failure(now)
+            attempt.running.answer_bytes = int(attempt.job.tokens_left * _bytes_per_token(attempt.job.request))
+            count_success(account, context, now)
         else:
-            account.breaker = account.breaker.cancel_trial()
+            count_failure(account, context, find_blame(outcome, context), now)
         self._scheduler.end(attempt.running, now, counters if outcome is Outcome.SERVED else None)
         if outcome is not Outcome.SERVED:
             self._scheduler.note_failed(attempt.running)
 
-    def set_report(self, node: str, *, is_up: bool, loaded: Mapping[str, tuple[int, int]], now: float) -> None:
-        account = self._accounts[node]
-        has_news = is_up != account.is_up or loaded is not self._reported.get(node)
+    def set_report(self, node: str, report: ServerReport, now: float) -> None:
+        account, loaded = self._accounts[node], report.loaded
+        last = self._reported.get(node)
+        has_news = (
+            last is None
+            or report.is_up != account.is_up
+            or loaded is not last.loaded
+            or report.listed is not last.listed
+            or account.model_breakers.has_faults
+        )
         if not has_news and not self._scheduler.queue.size and _agrees(account.residency, loaded):
             return  # a report without news changes nothing, and most are: without this, they take 5 % of the time
-        self._reported[node] = loaded
-        account.is_up = is_up
+        self._reported[node] = report
+        account.is_up = report.is_up
+        _take_list(account, report.listed)
         for model in account.residency.replace_with_report(loaded, asked_at=now):
             self._scheduler.note_unloaded(account, model)
         self._scheduler.note_report(account)
+
+
+def _take_list(account: NodeAccount, listed: AbstractSet[str]) -> None:
+    """Takes the server's list of models, as the mesh takes that of a probe."""
+    account.models = listed
+    account.model_breakers.note_catalog([ModelInfo(model) for model in sorted(listed)])
+
+
+def _bytes_per_token(request: SimulatedRequest) -> float:
+    """How many bytes of the answer make one token: from 2.8 to 5.7, as the language is, the same in each simulation."""
+    spread = (request.number * KNUTHS_FACTOR) % (1 << 32) / (1 << 32)  # from 0 to 1, as good as random
+    return float(BYTES_PER_TOKEN * 2.0 ** (spread - 0.5))
 
 
 def _agrees(residency: Residency, reported: Mapping[str, tuple[int, int]]) -> bool:

@@ -24,7 +24,7 @@ from gpumesh.balancer.outcomes import (
 from gpumesh.bench.simulate.decisions import make_decisions
 from gpumesh.bench.simulate.fleet import Fault, NodeSpec
 from gpumesh.bench.simulate.measures import Measures
-from gpumesh.bench.simulate.requests import Attempt, Grant, Job, SimulatedRequest
+from gpumesh.bench.simulate.requests import Attempt, Grant, Job, ServerReport, SimulatedRequest
 from gpumesh.bench.simulate.servers.server import SimulatedServer
 from gpumesh.errors import GPUMeshError
 
@@ -236,8 +236,8 @@ class Simulation:
     def _probe(self, now: float, *, may_come: bool) -> None:
         """Tells the balancer what the probes of all servers find. Ends when nothing can happen any more."""
         for name, server in self.servers.items():
-            loaded = server.loaded_models(now)
-            self.decisions.set_report(name, is_up=server.is_up, loaded=loaded, now=now)
+            report = ServerReport(server.is_up, server.lies.listed, server.loaded_models(now))
+            self.decisions.set_report(name, report, now)
         if may_come or self._unfinished:
             self._push(now + PROBE_S, _PROBE, None)
         self._check_progress(now)

@@ -143,13 +143,16 @@ class Lease:
         outcome: Outcome,
         *,
         counters: ServerCounters | None = None,
+        answer_bytes: int | None = None,
         error: str | None = None,
         reply: ErrorReply | None = None,
     ) -> None:
-        """Gives the slot back and counts the outcome. ``counters`` are the server's figures for the answer, ``error``
-        is the reason of a failure in words, and ``reply`` the error that the server reported; each is ``None`` if there
-        is none. A second call does nothing."""
+        """Gives the slot back and counts the outcome. ``counters`` are the server's figures for the answer,
+        ``answer_bytes`` the bytes of text that we have counted, ``error`` is the reason of a failure in words, and
+        ``reply`` the error that the server reported; each is ``None`` if there is none. A second call does nothing."""
         if not self._released:
+            if self.placement is not None:
+                self.placement.placed.answer_bytes = answer_bytes
             self._mark_released()
             self._ledger.settle(self, outcome, counters, error, reply)
 

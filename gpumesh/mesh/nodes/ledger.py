@@ -13,6 +13,7 @@ from gpumesh.backends.base import ServerCounters
 from gpumesh.balancer.account import NodeAccount
 from gpumesh.balancer.base import Demand
 from gpumesh.balancer.breaker import Breaker
+from gpumesh.balancer.breaker_updates import count_failure, count_success
 from gpumesh.balancer.outcomes import AttemptContext, Blame, ErrorReply, Outcome, find_blame
 from gpumesh.balancer.scheduling.scheduler import Placement, Scheduler
 from gpumesh.mesh.nodes.forecast_record import ForecastRecord
@@ -124,40 +125,21 @@ class Ledger:
                 self._scheduler.note_failed(placement.placed)
             self.forecasts.note_end(placement, now, counters, is_answered=is_served)
         self.last_release_at = now
+        context = AttemptContext(has_slot, lease.model, lease.was_loaded, reply)
         if is_served:
-            account.breaker = account.breaker.record_success()
-            if has_slot:  # a request without a slot needs no inference, so it shows nothing about the models
-                self.model_breakers.record_success(lease.model, now)
+            count_success(account, context, now)
             if counters is not None and lease.model is not None:  # only a model that was used has figures
                 self._on_model_loaded(lease.model)
         else:
-            lease.blame = find_blame(outcome, AttemptContext(has_slot, lease.model, lease.was_loaded, reply))
+            lease.blame = find_blame(outcome, context)
             if outcome is Outcome.CLIENT_GONE:
                 self.cancelled += has_slot  # as a number: 1 with a slot, 0 without
             elif lease.blame not in (Blame.NOBODY, Blame.MISSING_MODEL):
                 self.failed += has_slot
-            self._count_failure(lease, reply, now, has_slot=has_slot)
+            count_failure(account, context, lease.blame, now)
             if lease.blame is not Blame.NOBODY:
                 self._on_failure(outcome, error)
         self._announce_free_slot()
-
-    def _count_failure(self, lease: Lease, reply: ErrorReply | None, now: float, *, has_slot: bool) -> None:
-        """Counts an outcome other than success for the breaker that ``lease.blame`` names. For the other breaker the
-        outcome proves nothing: if this request was its trial, the trial ends."""
-        is_models_fault = lease.blame not in (Blame.NOBODY, Blame.NODE)
-        if is_models_fault and lease.model is not None:
-            # Everybody can read the message in the status. So only a message about a load is kept: any other message
-            # may quote the prompt.
-            message = reply.message if reply is not None and lease.blame is Blame.MODEL_LOAD else ""
-            node_is_suspect = self.model_breakers.record_failure(
-                lease.model, lease.blame, message, now, was_loaded=lease.was_loaded
-            )
-            self.breaker = self.breaker.trip(now) if node_is_suspect else self.breaker.cancel_trial()
-            return
-        if has_slot:
-            self.model_breakers.cancel_trial(lease.model)
-        is_nodes_fault = lease.blame is Blame.NODE
-        self.breaker = self.breaker.record_failure(now) if is_nodes_fault else self.breaker.cancel_trial()
 
     def discard(self, lease: Lease) -> None:
         """Removes a lease that was never used. ``Lease.discard`` calls this once for each lease."""

@@ -13,7 +13,7 @@ import msgspec
 
 from gpumesh.backends.base import HttpCall
 from gpumesh.backends.continuation.continuation import Continuation
-from gpumesh.backends.continuation.stream_formats import generates_text
+from gpumesh.backends.continuation.stream_formats import count_text_bytes, generates_text
 from gpumesh.backends.dialects import find_counters, host_header
 from gpumesh.backends.error_text import error_text, is_web_page
 from gpumesh.backends.model_member import replace_model
@@ -274,7 +274,8 @@ def _build_whole_answer(
     counters = find_counters(body) if generates_text(call.path) else None
     if counters is not None and counters.tokens:
         node.meter.add(min(counters.tokens, len(body)))  # a server may count wrongly: each token has at least one byte
-    lease.release(Outcome.SERVED, counters=counters)
+    answer_bytes = None if counters is None else count_text_bytes(call.path, body)
+    lease.release(Outcome.SERVED, counters=counters, answer_bytes=answer_bytes)
     return WholeAnswer(node.name, node.kind, response.status, response.headers, body, counters)
 
 

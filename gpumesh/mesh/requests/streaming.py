@@ -246,12 +246,12 @@ class StreamingAnswer(Answer):
         self._next_count_at = now + COUNT_S
 
     def _handle_final_frame(self, continuation: Continuation) -> None:
-        """Frees the slot, because the final frame has come. The rest of the body holds nothing for the client, but the
-        connection can be used again only after the body has ended. So the node has ``DRAIN_S`` to end the body."""
+        """Frees the slot, because the final frame has come. The node has ``DRAIN_S`` to end the body: only then the
+        connection can be used again."""
         self._state = StreamState.DRAINING
         self._count_tokens(self._clock())
         counters = (continuation.counters or ServerCounters()).with_frame_count(self._frames)
-        self._lease.release(Outcome.SERVED, counters=counters)
+        self._lease.release(Outcome.SERVED, counters=counters, answer_bytes=continuation.upstream_text_bytes)
         self._watch.stop()
         self._watch.learn_pace()
         self._timer.cancel()

@@ -44,6 +44,17 @@ def test_a_fleet() -> None:
     assert slow.faults == (Fault(FaultKind.AWAY, 60.0, 90.0), Fault(FaultKind.SLOW, 0.0, math.inf, 2.0))
 
 
+def test_faults_that_are_lies_name_a_factor_or_a_model() -> None:
+    [spec] = parse_fleet(
+        "nodes: [{tokens_per_s: 5, models: [m], faults: [{kind: miscounting, factor: 0}, {kind: hides, model: m}]}]",
+        file="fleet.yaml",
+    )
+    assert spec.faults == (
+        Fault(FaultKind.MISCOUNTING, 0.0, math.inf, 0.0),
+        Fault(FaultKind.HIDES, 0.0, math.inf, 1.0, "m:latest"),
+    )
+
+
 def test_all_problems_are_reported_with_line_and_key() -> None:
     text = """\
 nodes:
@@ -61,7 +72,8 @@ nodes:
         "fleet.yaml:3:29: nodes[1].tokens_per_s: 'fast' is not a number from 0.01 to 1e+06",
         "fleet.yaml:3:42: nodes[1].slots: '1.5' is not a whole number from 1 to 4096",
         "fleet.yaml:3:47: nodes[1].models: must be a list",
-        "fleet.yaml:8:16: nodes[2].faults[0].kind: 'gone' is not one of away, slow, lying, busy",
+        "fleet.yaml:8:16: nodes[2].faults[0].kind: 'gone' is not one of "
+        "away, slow, lying, busy, shifting, miscounting, random-counts, no-counts, lists-missing, hides",
         "fleet.yaml:4:5: nodes[2]: 'a' is a name of nodes[0] already",
     ]
 
@@ -78,6 +90,7 @@ nodes:
         ("nodes: [{tokens_per_s: 5, models: [m], loaded: [n]}]", "'n:latest' is none of the node's models"),
         ("nodes: [{tokens_per_s: 5, models: [m], count: 20000}]", "not a whole number from 1 to 10000"),
         ("nodes: [{tokens_per_s: 5, models: [m], faults: [{kind: away, from_s: 5, to_s: 1}]}]", "is before from_s"),
+        ("nodes: [{tokens_per_s: 5, models: [m], faults: [{kind: slow, factor: 0}]}]", "must be at least 0.001"),
         ("nodes:\n\t- a", "a tab indents this line"),
     ],
 )

@@ -7,11 +7,12 @@ from random import Random
 import pytest
 
 from gpumesh.balancer.account import NodeAccount
-from gpumesh.bench.simulate.requests import Job
+from gpumesh.bench.simulate.requests import Job, ServerReport
 from gpumesh.bench.simulate.scheduler_decisions import SchedulerDecisions
 from gpumesh.topology import PolicyKind
 from tests.bench.simulate.build import MODEL, OTHER, node, request
 
+LISTED = frozenset((MODEL.name, OTHER.name))
 IN_MEMORY = {MODEL.name: (5000, 4096)}
 
 
@@ -27,7 +28,7 @@ class Reports:
 
     def tell(self, now: float, *, is_up: bool = True) -> int:
         """Gives a report. Returns how many reached the scheduler by then."""
-        self.decisions.set_report("a", is_up=is_up, loaded=IN_MEMORY, now=now)
+        self.decisions.set_report("a", ServerReport(is_up, LISTED, IN_MEMORY), now)
         return len(self.noted)
 
     def send(self, number: int, now: float, model: str = MODEL.name) -> None:

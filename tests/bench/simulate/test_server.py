@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -111,6 +112,56 @@ def test_a_liar_has_true_times_and_false_counters() -> None:
     counters = driver.counters[0]
     assert counters is not None
     assert counters.tokens_per_s == pytest.approx(1000.0)
+
+
+def test_counts_that_lie_are_in_the_counters_only() -> None:
+    driver = ServerDriver(node())
+    for number, fault in enumerate(
+        (
+            Fault(FaultKind.MISCOUNTING, 0.0, 10.0, factor=10.0),
+            Fault(FaultKind.MISCOUNTING, 0.0, 10.0, factor=0.0),
+            Fault(FaultKind.NO_COUNTS, 0.0, 10.0),
+        )
+    ):
+        driver.server.change_fault(fault, 0.0, starts=True)
+        driver.send(number, 10.0 * number)
+        driver.finish()
+        driver.server.change_fault(fault, 0.0, starts=False)
+    counts = [
+        (counters.prompt_tokens, counters.tokens) for counters in driver.counters.values() if counters is not None
+    ]
+    assert counts == [(1000, 1000), (0, 0), (None, None)]
+    assert [at for at, _ in driver.ends.values()] == pytest.approx([1.1, 11.1, 21.1])
+
+
+def test_random_counts_stay_within_the_factor() -> None:
+    driver = ServerDriver(node())
+    driver.server.change_fault(Fault(FaultKind.RANDOM_COUNTS, 0.0, math.inf, factor=10.0), 0.0, starts=True)
+    for number in range(20):
+        driver.send(number, 10.0 * number)
+    driver.finish()
+    tokens = [counters.tokens or 0 for counters in driver.counters.values() if counters is not None]
+    assert len(set(tokens)) > 10
+    assert all(10 <= count <= 1000 for count in tokens)
+
+
+def test_a_list_that_lies_shows_in_the_list_and_in_a_404() -> None:
+    lists_missing, hides = (
+        Fault(FaultKind.LISTS_MISSING, 0.0, math.inf, model="nothing:latest"),
+        Fault(FaultKind.HIDES, 5.0, 6.0, model=MODEL.name),
+    )
+    driver = ServerDriver(node(faults=(lists_missing, hides)))
+    lies = driver.server.lies
+    assert lies.listed == {MODEL.name, "nothing:latest"}, "from the start"
+    driver.send(0, 0.0, model="nothing:latest")
+    assert driver.ends[0] == (0.0, Outcome.MODEL_NOT_FOUND)
+    driver.server.change_fault(hides, 5.0, starts=True)
+    assert lies.listed == {"nothing:latest"}
+    driver.send(1, 5.0)
+    assert driver.finish()[1] == pytest.approx(6.1), "it has the model nevertheless"
+    driver.server.change_fault(hides, 6.0, starts=False)
+    driver.server.change_fault(lists_missing, 6.0, starts=False)
+    assert lies.listed == {MODEL.name}
 
 
 def test_a_lost_connection_ends_all_and_frees_the_slots() -> None:

@@ -22,6 +22,7 @@ from gpumesh.balancer.outcomes import Outcome
 from gpumesh.bench.simulate.fleet import Fault, FaultKind, NodeSpec
 from gpumesh.bench.simulate.requests import Attempt
 from gpumesh.bench.simulate.servers.gpu import ROUNDING_S, SharedGpu
+from gpumesh.bench.simulate.servers.lies import ServerLies
 from gpumesh.bench.simulate.servers.runner import Runner
 
 MAX_FILL = 0.8  # a model is loaded beside others only if it needs at most this share of the free memory
@@ -54,7 +55,7 @@ class SimulatedServer:
         self.revision = 0
         self.arrivals = 0
         self._is_busy = False  # the fault BUSY
-        self._lie = 1.0  # the factor of the fault LYING
+        self.lies = ServerLies(spec)
         self.loads = 0
         self.read_tokens = 0
         self.prompt_tokens = 0
@@ -94,7 +95,7 @@ class SimulatedServer:
             self.ended.append((attempt, Outcome.SERVER_ERROR, None))
             return
         request = attempt.job.request
-        if request.model not in self.spec.models:
+        if not self.lies.has_model(request.model):
             self.ended.append((attempt, Outcome.MODEL_NOT_FOUND, None))
             return
         self.prompt_tokens += attempt.job.prompt_tokens
@@ -204,7 +205,7 @@ class SimulatedServer:
             attempt.first_token_at = now
             self.first_tokens.append(attempt)
         for attempt in answered:
-            self.ended.append((attempt, Outcome.SERVED, _final_counters(attempt, now, self._lie)))
+            self.ended.append((attempt, Outcome.SERVED, self.lies.final_counters(attempt, now)))
             self._leave(attempt, now)
         if self.load_ends_at <= now + ROUNDING_S:
             self._finish_load(now)
@@ -251,10 +252,10 @@ class SimulatedServer:
                 self._lose_connection(now)
         elif fault.kind is FaultKind.SLOW:
             self.gpu.set_factor(factor, now)
-        elif fault.kind is FaultKind.LYING:
-            self._lie = factor
-        else:
+        elif fault.kind is FaultKind.BUSY:
             self._is_busy = starts
+        else:
+            self.lies.change(fault, starts=starts)
 
     def _lose_connection(self, now: float) -> None:
         """Ends all attempts, as an Ollama does whose clients are gone. The models stay in memory."""
@@ -298,16 +299,3 @@ def find_runner_to_unload(spec: NodeSpec, runners: Mapping[str, Runner], model: 
         return expiring[0]
     by_name = sorted(runners.values(), key=lambda runner: runner.spec.name)
     return next((runner for runner in by_name if runner.users == 0), by_name[0])
-
-
-def _final_counters(attempt: Attempt, now: float, lie: float) -> ServerCounters:
-    """What the final frame of the answer says, in ms. ``lie`` is the factor of the fault LYING, 1 without it."""
-    factor = 1000.0 * lie
-    return ServerCounters(
-        prompt_tokens=attempt.job.prompt_tokens,
-        tokens=attempt.job.tokens_left,
-        total_ms=(now - attempt.arrived_at) * factor,
-        load_ms=(attempt.ready_at - attempt.arrived_at) * factor,
-        prompt_ms=(attempt.first_token_at - attempt.slot_at) * factor,
-        eval_ms=(now - attempt.first_token_at) * factor,
-    )

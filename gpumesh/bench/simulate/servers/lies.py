@@ -1,0 +1,83 @@
+"""What a simulated server says about itself that is not true: durations, counts of tokens, and its list of models."""
+
+from __future__ import annotations
+
+from collections.abc import Set as AbstractSet
+from random import Random
+
+from gpumesh.backends.base import ServerCounters
+from gpumesh.bench.simulate.fleet import Fault, FaultKind, NodeSpec
+from gpumesh.bench.simulate.requests import Attempt
+
+
+class ServerLies:
+    """The lies of one server, from the start those of its ``spec`` that begin at once.
+
+    ``listed`` are the models that it lists, by full name; it is the same object until the list changes. ``missing`` are
+    those for which it answers 404 although it should have them."""
+
+    def __init__(self, spec: NodeSpec) -> None:
+        self._models = frozenset(spec.models)
+        self._rng = Random(spec.name)
+        self._duration_factor = 1.0
+        self._eval_factor = 1.0
+        self._gives_counts = True
+        self._count_factor = 1.0
+        self._most_random_factor = 1.0
+        self._hidden: AbstractSet[str] = frozenset()
+        self.missing: AbstractSet[str] = frozenset()
+        self.listed: AbstractSet[str] = self._models
+        for fault in spec.faults:
+            if fault.starts_at <= 0.0:
+                self.change(fault, starts=True)
+
+    def __repr__(self) -> str:
+        return f"<ServerLies lists {len(self.listed)} models, {len(self.missing)} of them missing>"
+
+    def has_model(self, model: str) -> bool:
+        """Whether the server can serve the model, whatever its list says."""
+        return model in self._models and model not in self.missing
+
+    def change(self, fault: Fault, *, starts: bool) -> None:
+        """The fault begins, or ends. Kinds that are no lies change nothing."""
+        factor = fault.factor if starts else 1.0
+        concerned = self._models if fault.model is None else frozenset((fault.model,))
+        if fault.kind is FaultKind.LYING:
+            self._duration_factor = factor
+        elif fault.kind is FaultKind.SHIFTING:
+            self._eval_factor = factor
+        elif fault.kind is FaultKind.MISCOUNTING:
+            self._count_factor = factor
+        elif fault.kind is FaultKind.RANDOM_COUNTS:
+            self._most_random_factor = factor
+        elif fault.kind is FaultKind.NO_COUNTS:
+            self._gives_counts = not starts
+        elif fault.kind is FaultKind.LISTS_MISSING:
+            self.missing = self.missing | concerned if starts else self.missing - concerned
+        elif fault.kind is FaultKind.HIDES:
+            self._hidden = self._hidden | concerned if starts else self._hidden - concerned
+        listed = (self._models | self.missing) - self._hidden
+        if listed != self.listed:
+            self.listed = listed
+
+    def final_counters(self, attempt: Attempt, now: float) -> ServerCounters:
+        """What the final frame of the answer says. Durations are in ms."""
+        factor = 1000.0 * self._duration_factor
+        eval_s = now - attempt.first_token_at
+        shifted_s = eval_s * (1.0 - self._eval_factor)
+        return ServerCounters(
+            prompt_tokens=self._count(attempt.job.prompt_tokens),
+            tokens=self._count(attempt.job.tokens_left),
+            total_ms=(now - attempt.arrived_at) * factor,
+            load_ms=(attempt.ready_at - attempt.arrived_at) * factor,
+            prompt_ms=max(attempt.first_token_at - attempt.slot_at + shifted_s, 0.0) * factor,
+            eval_ms=(eval_s - shifted_s) * factor,
+        )
+
+    def _count(self, tokens: int) -> int | None:
+        if not self._gives_counts:
+            return None
+        factor = self._count_factor
+        if self._most_random_factor != 1.0:
+            factor *= self._most_random_factor ** self._rng.uniform(-1.0, 1.0)
+        return int(tokens * factor)
