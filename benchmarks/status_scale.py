@@ -33,6 +33,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from random import Random
 
+from gpumesh.config.comparison import ConfigSnapshot
 from gpumesh.daemon import paths as mesh_paths
 from gpumesh.daemon.control_socket.server import ControlServer
 from gpumesh.daemon.mesh_lock import MeshLock
@@ -142,6 +143,9 @@ class SimulatedSession:
         async for _ in self._changes.watch():
             yield await self.status()
             await asyncio.sleep(interval_s)
+
+    async def configuration(self) -> ConfigSnapshot | None:
+        return None
 
     async def history(self) -> History:
         return self._recorder.history()

@@ -96,11 +96,15 @@ def _read(expected: Any, value: Any) -> Any:
     """Returns the JSON ``value`` as the type ``expected``: a class, or a generic such as ``str | None`` or
     ``tuple[int, ...]``. Raises ``ValueError`` when the value does not fit. Any value fits ``Any``, and a generic that
     has no branch below."""
+    if expected is Any:
+        return value
     origin = get_origin(expected)
     if origin in (Union, types.UnionType):
         return _read_union(get_args(expected), value)
     if origin is tuple:
         return _read_tuple(get_args(expected), value)
+    if origin is Mapping:
+        return _read_mapping(get_args(expected), value)
     if _is_record_type(expected):
         return _read_record(expected, value)
     if isinstance(expected, type) and issubclass(expected, Enum):
@@ -149,6 +153,15 @@ def _read_tuple(members: tuple[Any, ...], value: Any) -> tuple[Any, ...]:
         return tuple(_read(item_type, item) for item in value)
     # ``strict``: a list of another length raises ValueError.
     return tuple(_read(item_type, item) for item_type, item in zip(members, value, strict=True))
+
+
+def _read_mapping(members: tuple[Any, ...], value: Any) -> Mapping[str, Any]:
+    """Returns the JSON object as a mapping. ``members`` are the arguments of the mapping's type: ``(str, Priority)``.
+    Keys are always texts."""
+    if not isinstance(value, Mapping):
+        raise ValueError(f"expected an object, got {value!r}")  # noqa: TRY004  # ``from_json`` promises ValueError
+    _key_type, item_type = members
+    return {key: _read(item_type, item) for key, item in value.items()}
 
 
 def _read_record(record_type: Any, value: Any) -> Any:

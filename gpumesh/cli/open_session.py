@@ -12,7 +12,9 @@ import typer
 from gpumesh.cli.global_options import GlobalOptions
 
 if TYPE_CHECKING:
+    from gpumesh.daemon.sessions.local_session import LocalSession
     from gpumesh.daemon.sessions.session import Session
+    from gpumesh.topology import Topology
 
 T = TypeVar("T")
 
@@ -31,12 +33,17 @@ def run_async(main: Coroutine[Any, Any, T]) -> T:
 
 
 @asynccontextmanager
-async def open_session(options: GlobalOptions, *, embed: bool = True) -> AsyncGenerator[Session]:
+async def open_session(
+    options: GlobalOptions, *, embed: bool = True, announce_change: bool = True
+) -> AsyncGenerator[Session]:
     """Opens a Session on the running mesh of this configuration; if no mesh runs, on a mesh that runs in this process
     while the context is open.
 
-    Raises MeshNotRunning when no mesh runs and ``embed`` is false.
+    If mesh.yaml was changed after the running mesh had read it, a line on stderr says so, unless ``announce_change`` is
+    false because the caller says so itself. Raises MeshNotRunning when no mesh runs and ``embed`` is false.
     """
+    from gpumesh.cli.views import changed_file
+    from gpumesh.config.changed_file import ChangedFile
     from gpumesh.daemon.control_socket.remote_session import RemoteSession
     from gpumesh.daemon.mesh_lock import LockWatch
     from gpumesh.errors import MeshNotRunning
@@ -47,10 +54,20 @@ async def open_session(options: GlobalOptions, *, embed: bool = True) -> AsyncGe
         with watch:
             lock_was_stale = watch.remove_if_stale(paths)
         if not lock_was_stale and await _accepts_connections(paths.socket):
-            yield RemoteSession(paths.socket)
+            session = RemoteSession(paths.socket)
+            if announce_change and not options.quiet:
+                changed_file.print_finding(ChangedFile(paths.config, await session.configuration()).find())
+            yield session
             return
     if not embed:
         raise MeshNotRunning("no mesh is running for this configuration")
+    async with open_local_session(options, options.topology()) as local_session:
+        yield local_session
+
+
+@asynccontextmanager
+async def open_local_session(options: GlobalOptions, topology: Topology) -> AsyncGenerator[LocalSession]:
+    """Opens a Session on a mesh that runs in this process while the context is open, also if another mesh runs."""
     from gpumesh.daemon import leftovers
     from gpumesh.daemon.sessions.local_session import LocalSession
     from gpumesh.mesh.learned_state import LearnedState
@@ -58,9 +75,16 @@ async def open_session(options: GlobalOptions, *, embed: bool = True) -> AsyncGe
 
     leftovers.remove_leftovers()
     # A mesh for one command profits from what earlier meshes have learned. It sees too little to add to it.
-    learned = LearnedState(paths.learned, read_only=True)
-    async with Mesh(options.topology(), learned=learned) as mesh:
+    learned = LearnedState(options.paths().learned, read_only=True)
+    async with Mesh(topology, learned=learned) as mesh:
         yield LocalSession(mesh)
+
+
+async def running_topology(session: Session, options: GlobalOptions) -> Topology:
+    """What the mesh of this session has read from its mesh.yaml: the file may have changed since. If the mesh is of an
+    older version, which does not tell, what mesh.yaml says now. Raises ConfigError."""
+    snapshot = await session.configuration()
+    return options.topology() if snapshot is None else snapshot.topology
 
 
 async def _accepts_connections(socket: Path) -> bool:

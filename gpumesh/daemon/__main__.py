@@ -16,6 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from gpumesh import config
+from gpumesh.config.changed_file import read_snapshot
 from gpumesh.daemon import paths
 from gpumesh.daemon.control_socket import messages
 from gpumesh.daemon.mesh_lock import MeshLock
@@ -47,12 +48,14 @@ class ReadyPipe:
 async def serve(config_file: Path, options: UpOptions, ready: ReadyPipe) -> None:
     """Runs the mesh of ``config_file`` until SIGTERM, SIGINT or the request ``Down``. Sends ``End`` when the mesh
     serves."""
-    topology = apply_options(config.load(config_file), options)
+    snapshot = read_snapshot(config.find_config(config_file))
+    topology = apply_options(snapshot.topology, options)
     mesh_paths = paths.for_config(config_file)
     lock = MeshLock.acquire(mesh_paths)  # held until this process ends; `down` waits for that
     stop = Shutdown()
     handle_signals(stop, (signal.SIGTERM, signal.SIGINT))
-    async with run_mesh(topology, mesh_paths, gateway=options.gateway, shutdown=stop, lock=lock):
+    running = run_mesh(topology, mesh_paths, gateway=options.gateway, shutdown=stop, lock=lock, snapshot=snapshot)
+    async with running:
         ready.send(messages.End())
         await stop.wait()
 

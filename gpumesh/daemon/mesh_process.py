@@ -14,6 +14,7 @@ from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from types import TracebackType
 from typing import Any
 
+from gpumesh.config.comparison import ConfigSnapshot
 from gpumesh.daemon import leftovers, log_file
 from gpumesh.daemon.control_socket.server import ControlServer
 from gpumesh.daemon.mesh_lock import MeshLock
@@ -43,13 +44,15 @@ async def run_mesh(
     gateway: bool,
     shutdown: Shutdown,
     lock: MeshLock | None = None,
+    snapshot: ConfigSnapshot | None = None,
     check_every_s: float = RESTORE_INTERVAL_S,
 ) -> AsyncGenerator[LocalSession]:
     """Runs the mesh during the block. At the end drains it, for ``shutdown.drain_s`` seconds at most, and closes it.
 
     ``gateway``: whether the mesh has a gateway. The caller holds the mesh's lock (``MeshLock.acquire``) and keeps it to
     the end of its process. With ``lock``, the lock file and the control socket are looked at every ``check_every_s``
-    seconds, and restored if they were removed.
+    seconds, and restored if they were removed. ``snapshot`` is what mesh.yaml said, before options of `up` changed it;
+    ``None``: nobody can compare the mesh with its file.
     """
     from gpumesh.gateway.app import Gateway
     from gpumesh.gateway.observe.access_log import AccessLog
@@ -67,7 +70,7 @@ async def run_mesh(
         log.info("the mesh %s starts; nodes: %d", topology.name, len(topology.nodes), extra={"event": "start"})
         stack.callback(log.info, "the mesh %s ended", topology.name, extra={"event": "end"})
         mesh = await stack.enter_async_context(Mesh(topology, learned=LearnedState(paths.learned)))
-        session = LocalSession(mesh)
+        session = LocalSession(mesh, snapshot)
         _run_until_closed(stack, _log_changes(session), name="journal")
         _run_until_closed(stack, _record_history(session), name="history")
         _run_until_closed(stack, ModelPlacement(mesh, clock=time.monotonic).run(), name="placement")

@@ -8,6 +8,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import replace
 
 from gpumesh.backends.base import Chunk, ServerCounters
+from gpumesh.config.comparison import ConfigSnapshot
 from gpumesh.daemon.sessions.session import PromptAnswer, PromptRequest
 from gpumesh.errors import ModelMissing, QueueFull, UsageError
 from gpumesh.mesh.history import History, HistorySeries
@@ -41,6 +42,7 @@ class ScriptedSession:
 
     def __init__(self) -> None:
         self.state = typical()
+        self.snapshot: ConfigSnapshot | None = None
         self.prompts: list[PromptRequest] = []
         self.drained: list[str] = []
         self.reconnected: list[str] = []
@@ -91,6 +93,9 @@ class ScriptedSession:
 
     async def reconnect(self, node: str) -> None:
         self.reconnected.append(node)
+
+    async def configuration(self) -> ConfigSnapshot | None:
+        return self.snapshot
 
     async def history(self) -> History:
         return History(

@@ -57,6 +57,14 @@ EXPLANATIONS = (
         "Give its whole path, and make it executable.",
     ),
     Explanation(
+        "config-changed",
+        W,
+        "mesh.yaml is not what runs",
+        "mesh.yaml was changed after the running mesh had read it, so the mesh still has other nodes or settings than "
+        "the file. It is only a remark if nothing but `expect` has changed.",
+        "`gpumesh down`, then `gpumesh up -d`: the mesh reads the file at its start only.",
+    ),
+    Explanation(
         "config-edit",
         E,
         "this cannot be written into mesh.yaml",

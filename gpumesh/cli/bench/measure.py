@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from gpumesh.cli.first_report import FIRST_REPORT_TIMEOUT_S
 from gpumesh.cli.global_options import GlobalOptions
-from gpumesh.cli.open_session import open_session
+from gpumesh.cli.open_session import open_session, running_topology
 
 if TYPE_CHECKING:
     from gpumesh.backends.base import ChatRequest
@@ -44,8 +44,9 @@ async def measure(
     from gpumesh.daemon.sessions.local_session import LocalSession
     from gpumesh.mesh.models.default_model import choose_model
 
-    requested_model = model or options.topology().gateway.default_model
     async with open_session(options) as session:
+        topology = await running_topology(session, options)
+        requested_model = model or topology.gateway.default_model
         state = await session.wait_first_report(FIRST_REPORT_TIMEOUT_S)
         model_name = requested_model or choose_model(state, node)
         target = _SessionTarget(session, embedded=isinstance(session, LocalSession))
@@ -59,7 +60,7 @@ async def measure(
                 objective=objective,
                 trace=trace,
                 only_node=node,
-                keys=_read_api_keys(options.topology()),
+                keys=_read_api_keys(topology),
             )
 
 

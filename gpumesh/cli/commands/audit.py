@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,7 +15,7 @@ import typer
 from gpumesh.cli.command_group import new_app
 from gpumesh.cli.global_options import GlobalOptions, global_options
 from gpumesh.cli.json_output import json_option, print_json
-from gpumesh.cli.open_session import open_session, run_async
+from gpumesh.cli.open_session import open_local_session, open_session, run_async
 from gpumesh.cli.views.safe_text import clean_line, clean_text
 from gpumesh.errors import ExitCode, GPUMeshError, UsageError
 from gpumesh.state import Finding, MeshState, Severity
@@ -80,14 +80,38 @@ def audit(
 
 
 async def _inspect(options: GlobalOptions, topology: Topology) -> tuple[MeshState, bool]:
-    """Inspects all nodes of the topology. Returns the state, then whether it comes from a mesh that runs in the
-    background."""
+    """Inspects all nodes of the topology. Returns the state, then whether a mesh runs in the background.
+
+    A running mesh is asked, unless ``topology`` leads to other hosts or servers than those that the mesh has reached:
+    what it knows says nothing about them. Then a mesh in this process reaches them. A finding names what differs."""
+    from gpumesh.config.comparison import compare_topologies, describe_differences
     from gpumesh.daemon.control_socket.remote_session import RemoteSession
+
+    async with open_session(options, announce_change=False) as session:
+        if not isinstance(session, RemoteSession):
+            return await _inspect_session(session, topology), False
+        snapshot = await session.configuration()
+        # A mesh of an older version does not tell what it has read.
+        differences = None if snapshot is None else compare_topologies(snapshot.topology, topology)
+        if differences is not None and not differences.change_routes:
+            state = await _inspect_session(session, topology)
+            # Other expectations change nothing here: the audit uses those of ``topology``.
+            finding = None if differences.change_expectations_only else describe_differences(differences)
+            return _add_finding(state, finding), True
+    async with open_local_session(options, topology) as local_session:
+        state = await _inspect_session(local_session, topology)
+    return _add_finding(state, None if differences is None else describe_differences(differences)), True
+
+
+async def _inspect_session(session: Session, topology: Topology) -> MeshState:
+    """Inspects all nodes of the topology through the mesh of this session."""
     from gpumesh.mesh.inspection.fresh_inspection import inspect_mesh
 
-    async with open_session(options) as session:
-        state = await inspect_mesh(session.wait_first_report, partial(_read_output, session), topology)
-        return state, isinstance(session, RemoteSession)
+    return await inspect_mesh(session.wait_first_report, partial(_read_output, session), topology)
+
+
+def _add_finding(state: MeshState, finding: Finding | None) -> MeshState:
+    return state if finding is None else replace(state, findings=(*state.findings, finding))
 
 
 async def _read_output(session: Session, node: str, argv: Sequence[str]) -> bytes:

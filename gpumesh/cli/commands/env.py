@@ -67,10 +67,14 @@ def _gateway_url(options: GlobalOptions) -> str:
 
     Raises MeshNotRunning if the running mesh has no gateway, or if no mesh runs and mesh.yaml gives no port. Raises
     UsageError if there is only a Unix socket."""
+    from gpumesh.cli.views import changed_file
     from gpumesh.daemon.control_socket.quick_status import fetch_status
 
-    status = fetch_status(options.paths().socket)
+    paths = options.paths()
+    status = fetch_status(paths.socket)
     if status is not None:
+        if not options.quiet:
+            changed_file.print_finding(changed_file.watch_running_file(paths).find())
         url = status.get("gateway", {}).get("url")
         if not isinstance(url, str):
             raise MeshNotRunning("the running mesh has no gateway", hint="`gpumesh down`, then `gpumesh up -d`")

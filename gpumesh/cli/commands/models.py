@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import aclosing, asynccontextmanager
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -13,13 +13,15 @@ from gpumesh.cli.command_group import new_app
 from gpumesh.cli.first_report import FIRST_REPORT_TIMEOUT_S
 from gpumesh.cli.global_options import GlobalOptions, global_options
 from gpumesh.cli.json_output import json_option, print_json
-from gpumesh.cli.open_session import open_session, run_async
+from gpumesh.cli.open_session import open_session, run_async, running_topology
 from gpumesh.cli.views.figures import UNKNOWN, format_duration, format_gib
 from gpumesh.cli.views.safe_text import clean_line
 from gpumesh.errors import ExitCode, GPUMeshError
 
 if TYPE_CHECKING:
+    from gpumesh.daemon.sessions.session import Session
     from gpumesh.mesh.models import inventory
+    from gpumesh.mesh.models.url_stores import UrlStores
     from gpumesh.state import MeshState, NodeState
 
 MAX_LISTED_NAMES = 6  # in one cell of the table; the cell only counts the others
@@ -70,10 +72,9 @@ def list_(ctx: typer.Context, as_json: JsonOption = False) -> None:
 async def _list_models(options: GlobalOptions, *, as_json: bool) -> None:
     """Prints the models of all nodes that are up to stdout, and remarks to stderr."""
     from gpumesh.mesh.models import inventory
-    from gpumesh.mesh.models.url_stores import open_url_stores
     from gpumesh.wire import to_json
 
-    async with open_session(options) as session, open_url_stores(options.topology()) as stores:
+    async with _open_stores(options) as (session, stores):
         first_report = await session.wait_first_report(FIRST_REPORT_TIMEOUT_S)
         state = await stores.refresh_backends(first_report)
         rows = inventory.list_model_rows(state)
@@ -85,6 +86,17 @@ async def _list_models(options: GlobalOptions, *, as_json: bool) -> None:
         _print_table(rows)
     if not options.quiet:
         _print_remarks(state, rows)
+
+
+@asynccontextmanager
+async def _open_stores(options: GlobalOptions) -> AsyncGenerator[tuple[Session, UrlStores]]:
+    """Opens a Session, and the model stores of the nodes that its mesh has."""
+    from gpumesh.mesh.models.url_stores import open_url_stores
+
+    async with open_session(options) as session:
+        topology = await running_topology(session, options)
+        async with open_url_stores(topology) as stores:
+            yield session, stores
 
 
 def _models_to_ask(state: MeshState, rows: Sequence[inventory.ModelRow]) -> list[tuple[NodeState, str]]:
@@ -257,9 +269,8 @@ async def _run_operation(
 
     ``verb``: the operation in the lines with the results, as ``removed``. Exits with FAILED if a task failed."""
     from gpumesh.mesh.models import inventory
-    from gpumesh.mesh.models.url_stores import open_url_stores
 
-    async with open_session(options) as session, open_url_stores(options.topology()) as stores:
+    async with _open_stores(options) as (session, stores):
         first_report = await session.wait_first_report(FIRST_REPORT_TIMEOUT_S)
         state = await stores.refresh_backends(first_report)
         tasks = [
@@ -292,9 +303,8 @@ async def _pull_models(
     """Performs the pulls that ``plan`` returns. Returns the pulls that had no effect, which are those that
     ``plan_again`` still returns for the state afterwards; none without ``plan_again``."""
     from gpumesh.cli.views.download_bars import show_downloads
-    from gpumesh.mesh.models.url_stores import open_url_stores
 
-    async with open_session(options) as session, open_url_stores(options.topology()) as stores:
+    async with _open_stores(options) as (session, stores):
         first_report = await session.wait_first_report(FIRST_REPORT_TIMEOUT_S)
         tasks = plan(await stores.refresh_backends(first_report))
         several_models = len({task.model for task in tasks}) > 1

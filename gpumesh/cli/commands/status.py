@@ -114,15 +114,17 @@ def health_exit_code(state: MeshState) -> ExitCode:
 def _read_state(options: GlobalOptions, *, with_history: bool) -> tuple[MeshState, History]:
     """Returns the state, then the history of the running mesh; an empty history without ``with_history``, and if the
     mesh is of an older version. If no mesh runs, opens a mesh for one probe, which has no history."""
+    from gpumesh.cli.views import changed_file
     from gpumesh.daemon.control_socket.quick_status import fetch_history, fetch_status
     from gpumesh.mesh.history import History
     from gpumesh.wire import from_json
 
-    socket = options.paths().socket
+    paths = options.paths()
+    socket = paths.socket
     status_document = fetch_status(socket)
     if status_document is None:
         return run_async(_probe_once(options)), History()
-    state = from_json(MeshState, status_document)
+    state = changed_file.add_finding(from_json(MeshState, status_document), changed_file.watch_running_file(paths))
     history_document = fetch_history(socket) if with_history else None
     history = History() if history_document is None else from_json(History, history_document)
     return state, history
@@ -142,12 +144,16 @@ async def _watch(
     """Shows the state after each change, until interrupted: as a live table on a terminal, else as one table or one
     line of JSON after the other. ``interval``: the least seconds between two states."""
     from gpumesh.async_iterators import closing_iterator
+    from gpumesh.cli.views.changed_file import watch_with_file
     from gpumesh.cli.views.live.live_table import LiveTable
     from gpumesh.cli.views.node_selection import ViewSelection
     from gpumesh.cli.views.status.status_view import ViewOptions, print_status
 
     view = ViewSelection(names, labels, sort, options.verbose)
-    async with open_session(options) as session, closing_iterator(session.watch(interval)) as states:
+    async with (
+        open_session(options, announce_change=False) as session,
+        closing_iterator(watch_with_file(session, options.paths(), interval)) as states,
+    ):
         on_terminal = sys.stdout.isatty() and not environment.dumb_terminal()
         if on_terminal and not as_json:
             await LiveTable(session, view, footer="Ctrl-C leaves").run(states)

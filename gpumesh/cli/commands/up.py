@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import errno
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,8 +17,10 @@ from gpumesh.cli.first_report import FIRST_REPORT_TIMEOUT_S
 from gpumesh.cli.foreground_mesh import show_mesh
 from gpumesh.cli.global_options import GlobalOptions, global_options
 from gpumesh.cli.open_session import run_async
+from gpumesh.errors import GPUMeshError
 
 if TYPE_CHECKING:
+    from gpumesh.daemon.paths import MeshPaths
     from gpumesh.daemon.up_options import UpOptions
 
 app = new_app()
@@ -80,7 +83,8 @@ def _run_in_background(options: GlobalOptions, up_options: UpOptions) -> None:
 
     apply_options(options.topology(), up_options)  # only to report problems on this terminal
     paths = options.paths()
-    pid = start_background(paths, up_options)
+    with _saying_what_changed(paths):
+        pid = start_background(paths, up_options)
     if not options.quiet:
         # These lines come before the first report, which may wait for a host that hangs. So a person who presses Ctrl-C
         # meanwhile knows that the mesh runs.
@@ -96,17 +100,21 @@ def _run_in_background(options: GlobalOptions, up_options: UpOptions) -> None:
 
 async def _run_in_foreground(options: GlobalOptions, up_options: UpOptions) -> bool:
     """Runs the mesh until it is asked to stop. Returns True when a second signal interrupted the draining."""
+    from gpumesh.config.changed_file import read_snapshot
     from gpumesh.daemon.mesh_lock import MeshLock
     from gpumesh.daemon.mesh_process import run_mesh
     from gpumesh.daemon.shutdown import Shutdown, handle_signals
     from gpumesh.daemon.up_options import apply_options
 
     paths = options.paths()
-    topology = apply_options(options.topology(), up_options)
-    lock = MeshLock.acquire(paths)  # held until this process ends
+    snapshot = read_snapshot(options.config_file())
+    topology = apply_options(snapshot.topology, up_options)
+    with _saying_what_changed(paths):
+        lock = MeshLock.acquire(paths)  # held until this process ends
     stop = Shutdown()
     handle_signals(stop)
-    async with run_mesh(topology, paths, gateway=up_options.gateway, shutdown=stop, lock=lock) as session:
+    running = run_mesh(topology, paths, gateway=up_options.gateway, shutdown=stop, lock=lock, snapshot=snapshot)
+    async with running as session:
         try:
             if not options.quiet:
                 _warn_if_open(asdict(session.mesh.snapshot().gateway))
@@ -118,6 +126,23 @@ async def _run_in_foreground(options: GlobalOptions, up_options: UpOptions) -> b
                 raise
             stop.request()  # as after Ctrl-C: requests in flight may still end
     return stop.interrupted
+
+
+@contextmanager
+def _saying_what_changed(paths: MeshPaths) -> Iterator[None]:
+    """Adds what was changed in mesh.yaml to the error that a mesh of this file runs already. A person who has just
+    edited the file expects that `up` applies it."""
+    from gpumesh.cli.views.changed_file import watch_running_file
+    from gpumesh.errors import MeshAlreadyRunning
+
+    try:
+        yield
+    except GPUMeshError as error:
+        # The error of the background process comes over a pipe, with its code and without its type.
+        finding = watch_running_file(paths).find() if error.code == MeshAlreadyRunning.code else None
+        if finding is None:
+            raise
+        raise MeshAlreadyRunning(f"{error.message}; {finding.message}", hint=finding.hint) from error
 
 
 def _warn_if_open(gateway: Mapping[str, Any]) -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gpumesh.backends.base import Chunk
+from gpumesh.config.comparison import ConfigSnapshot
 from gpumesh.daemon.control_socket import framing
 from gpumesh.daemon.sessions.session import PromptRequest
 from gpumesh.errors import ExitCode, GPUMeshError, ModelMissing, QueueFull, StreamCut
@@ -88,6 +89,11 @@ class GetHistory:
 
 
 @dataclass(frozen=True, slots=True)
+class GetConfiguration:
+    """Reply: Configuration."""
+
+
+@dataclass(frozen=True, slots=True)
 class Down:
     """Replies: State while requests in flight end, for ``drain_s`` seconds at most. Then the mesh closes the connection
     without ``End``."""
@@ -95,7 +101,9 @@ class Down:
     drain_s: float
 
 
-ControlRequest = GetStatus | Watch | FirstReport | Chat | Exec | Drain | Resume | Reconnect | GetHistory | Down
+ControlRequest = (
+    GetStatus | Watch | FirstReport | Chat | Exec | Drain | Resume | Reconnect | GetHistory | GetConfiguration | Down
+)
 
 # -- replies ---------------------------------------------------------------------------------------------------------
 
@@ -108,6 +116,13 @@ class State:
 @dataclass(frozen=True, slots=True)
 class Past:
     history: History
+
+
+@dataclass(frozen=True, slots=True)
+class Configuration:
+    """What the mesh has read from its mesh.yaml. It has the names of the variables with secrets, and no secret."""
+
+    snapshot: ConfigSnapshot
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,14 +166,17 @@ class Error:
     detail: Mapping[str, Any] | None = None
 
 
-ControlReply = State | Past | Route | Piece | Output | End | Error
+ControlReply = State | Past | Configuration | Route | Piece | Output | End | Error
 
 _REQUESTS: Mapping[str, type[ControlRequest]] = {
     kind.__name__: kind
-    for kind in (GetStatus, Watch, FirstReport, Chat, Exec, Drain, Resume, Reconnect, GetHistory, Down)
+    for kind in (
+        *(GetStatus, Watch, FirstReport, Chat, Exec, Drain, Resume, Reconnect, GetHistory, GetConfiguration),
+        Down,
+    )
 }
 _REPLIES: Mapping[str, type[ControlReply]] = {
-    kind.__name__: kind for kind in (State, Past, Route, Piece, Output, End, Error)
+    kind.__name__: kind for kind in (State, Past, Configuration, Route, Piece, Output, End, Error)
 }
 
 

@@ -1,4 +1,4 @@
-"""Asks a running mesh for its status or its last minute, without an event loop.
+"""Asks a running mesh for its status, its last minute or its configuration, without an event loop.
 
 For `status`, which runs all day and in shell prompts, and for shell completion. So this module imports sockets and json
 only.
@@ -37,6 +37,18 @@ def fetch_history(path: Path, *, timeout_s: float = 2.0) -> dict[str, Any] | Non
     return history if isinstance(history, dict) else None
 
 
+def fetch_configuration(path: Path, *, timeout_s: float = 2.0) -> dict[str, Any] | None:
+    """Returns what the mesh behind this socket has read from its mesh.yaml, as JSON (the fields of a ConfigSnapshot).
+
+    Returns ``None`` when no mesh runs, and when an old or slow mesh does not tell.
+    """
+    try:
+        snapshot = _fetch(path, "GetConfiguration", "snapshot", timeout_s)
+    except GPUMeshError:
+        return None
+    return snapshot if isinstance(snapshot, dict) else None
+
+
 def _fetch(path: Path, request_kind: str, reply_key: str, timeout_s: float) -> Any:
     """Sends a request of this kind, and returns the value of ``reply_key`` in the first reply.
 
@@ -53,7 +65,7 @@ def _fetch(path: Path, request_kind: str, reply_key: str, timeout_s: float) -> A
                 return None
             raise failure from error
         try:
-            connection.sendall(framing.encode_line(request_kind, {}))  # neither request has fields
+            connection.sendall(framing.encode_line(request_kind, {}))  # none of these requests has fields
             with connection.makefile("rb") as replies:
                 line = replies.readline(framing.LINE_LIMIT)
         except TimeoutError as error:

@@ -9,10 +9,11 @@ from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanage
 from pathlib import Path
 
 from gpumesh.backends.base import Chunk
+from gpumesh.config.comparison import ConfigSnapshot
 from gpumesh.daemon.control_socket import client_errors, framing, messages
 from gpumesh.daemon.control_socket.messages import ControlReply, ControlRequest
 from gpumesh.daemon.sessions.session import PromptAnswer, PromptRequest
-from gpumesh.errors import GPUMeshError
+from gpumesh.errors import ExitCode, GPUMeshError
 from gpumesh.mesh.history import History
 from gpumesh.state import MeshState
 from gpumesh.tunnels.base import ExecChunk, OutputStream
@@ -64,6 +65,18 @@ class RemoteSession:
 
     async def reconnect(self, node: str) -> None:
         await self._request_completion(messages.Reconnect(node))
+
+    async def configuration(self) -> ConfigSnapshot | None:
+        try:
+            async with aclosing(self._send_request(messages.GetConfiguration())) as replies:
+                async for reply in replies:
+                    if isinstance(reply, messages.Configuration):
+                        return reply.snapshot
+        except messages.RemoteError as error:
+            if error.exit_code is not ExitCode.USAGE:
+                raise
+            # A mesh of an older version does not know this request.
+        return None
 
     async def history(self) -> History:
         history = History()

@@ -198,6 +198,10 @@ class ControlServer:
                 await session.reconnect(node)
             case messages.GetHistory():
                 yield messages.Past(await session.history())
+            case messages.GetConfiguration():
+                snapshot = await session.configuration()
+                if snapshot is not None:
+                    yield messages.Configuration(snapshot)
             case messages.Down(drain_s):
                 self._on_stop(drain_s)
                 async with aclosing(_state_replies(session, DOWN_STATE_INTERVAL_S)) as replies:

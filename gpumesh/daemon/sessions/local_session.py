@@ -8,6 +8,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 from gpumesh.async_iterators import closing_iterator
 from gpumesh.backends.base import ChatRequest
+from gpumesh.config.comparison import ConfigSnapshot
 from gpumesh.daemon.sessions.session import PromptAnswer, PromptRequest
 from gpumesh.errors import MeshNotRunning, TunnelDown, tunnel_error_from_code, unknown_node
 from gpumesh.mesh.history import History, Recorder
@@ -26,10 +27,12 @@ _TRYING_PHASES = (TunnelPhase.IDLE, TunnelPhase.CONNECTING)  # the phases before
 
 class LocalSession:
     """The Session over ``mesh``, which is open already. The owner of the mesh closes it, and adds its states to
-    ``recorder``, from which ``history`` comes."""
+    ``recorder``, from which ``history`` comes. ``snapshot`` is what was read from mesh.yaml; ``None``: the mesh was not
+    made from a file, or nobody will compare it with the file."""
 
-    def __init__(self, mesh: Mesh) -> None:
+    def __init__(self, mesh: Mesh, snapshot: ConfigSnapshot | None = None) -> None:
         self.mesh = mesh
+        self._snapshot = snapshot or ConfigSnapshot(mesh.topology)
         self.recorder = Recorder()
         self._stopping = False
 
@@ -128,6 +131,9 @@ class LocalSession:
     async def reconnect(self, node: str) -> None:
         self._require_node(node)
         self.mesh.tunnel(node).retry_now()
+
+    async def configuration(self) -> ConfigSnapshot:
+        return self._snapshot
 
     async def history(self) -> History:
         return self.recorder.history()

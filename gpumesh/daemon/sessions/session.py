@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from gpumesh.backends.base import Chunk, Message
 from gpumesh.balancer.base import Priority
+from gpumesh.config.comparison import ConfigSnapshot
 from gpumesh.mesh.history import History
 from gpumesh.state import MeshState
 from gpumesh.tunnels.base import ExecChunk
@@ -92,6 +93,11 @@ class Session(Protocol):
     async def reconnect(self, node: str) -> None:
         """Lets the node's tunnel connect at once if it waits for its next attempt. A tunnel that is up is checked, and
         keeps its connections."""
+
+    async def configuration(self) -> ConfigSnapshot | None:
+        """Returns what the mesh has read from its mesh.yaml; ``None``: the mesh is of an older version, which does not
+        tell."""
+        ...
 
     async def history(self) -> History:
         """Returns the last minute of the mesh, as far as the mesh has recorded it."""

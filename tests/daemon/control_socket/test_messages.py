@@ -6,11 +6,13 @@ import pytest
 
 from gpumesh.backends.base import Chunk, Message, ServerCounters
 from gpumesh.balancer.base import Priority
+from gpumesh.config.comparison import ConfigSnapshot
 from gpumesh.daemon.control_socket import messages
 from gpumesh.daemon.control_socket.messages import ControlReply, ControlRequest
 from gpumesh.daemon.sessions.session import PromptRequest
 from gpumesh.errors import ExitCode, GPUMeshError, ModelMissing, NoNodeError, QueueFull, StreamCut, UsageError
 from gpumesh.mesh.history import History, HistorySeries
+from gpumesh.topology import BackendSpec, NodeSpec, SshSpec, Topology
 from tests.cli.states import typical
 
 ASK = PromptRequest(
@@ -25,6 +27,7 @@ ASK = PromptRequest(
 REQUESTS: list[ControlRequest] = [
     messages.GetStatus(),
     messages.GetHistory(),
+    messages.GetConfiguration(),
     messages.Watch(0.5),
     messages.FirstReport(9.0),
     messages.Chat(ASK),
@@ -37,6 +40,7 @@ REQUESTS: list[ControlRequest] = [
 REPLIES: list[ControlReply] = [
     messages.State(typical()),
     messages.Past(History(gpus=(HistorySeries("GPU-1", (None, 5.5)),))),
+    messages.Configuration(ConfigSnapshot(Topology("home", (NodeSpec("a", BackendSpec(), SshSpec("h")),)), "abc")),
     messages.Route("n", 2),
     messages.Piece(Chunk(text="x", done=True, counters=ServerCounters(tokens=2, eval_ms=20.0))),
     messages.Output("stdout", "QUJD", ended=True, exit_status=7),

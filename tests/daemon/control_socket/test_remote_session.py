@@ -11,12 +11,15 @@ from pathlib import Path
 import pytest
 
 from gpumesh.backends.base import Message
-from gpumesh.daemon.control_socket import messages
+from gpumesh.config.comparison import ConfigSnapshot
+from gpumesh.daemon.control_socket import messages, quick_status
 from gpumesh.daemon.control_socket.remote_session import RemoteSession
 from gpumesh.daemon.control_socket.server import ControlServer
 from gpumesh.daemon.sessions.session import PromptRequest
 from gpumesh.errors import GPUMeshError, MeshNotRunning
 from gpumesh.mesh.history import History
+from gpumesh.topology import BackendSpec, NodeSpec, Topology
+from gpumesh.wire import to_json
 from tests.daemon.scripted import ScriptedSession
 
 ASK = PromptRequest((Message("user", "hello"),))
@@ -45,6 +48,28 @@ async def test_history_and_reconnect(tmp_path: Path) -> None:
         assert await remote.history() == await session.history()
         await remote.reconnect("iceland")
     assert session.reconnected == ["iceland"]
+
+
+async def test_what_the_mesh_has_read(tmp_path: Path) -> None:
+    session = ScriptedSession()
+    async with ControlServer(session, tmp_path / "s", on_stop=lambda _: None), asyncio.timeout(20):
+        remote = RemoteSession(tmp_path / "s")
+        assert await remote.configuration() is None
+        session.snapshot = ConfigSnapshot(Topology("home", (NodeSpec("a", BackendSpec()),)), "abc")
+        assert await remote.configuration() == session.snapshot
+        document = await asyncio.to_thread(quick_status.fetch_configuration, tmp_path / "s")
+        assert document == to_json(session.snapshot)
+
+
+async def test_a_mesh_of_an_older_version_does_not_tell_what_it_has_read(tmp_path: Path) -> None:
+    unknown = messages.encode_message(messages.Error("usage", "an unknown message", exit_code=2))
+    async with saying(tmp_path / "s", unknown) as remote:
+        assert await remote.configuration() is None
+        assert await asyncio.to_thread(quick_status.fetch_configuration, tmp_path / "s") is None
+    failed = messages.encode_message(messages.Error("failed", "a bug"))
+    async with saying(tmp_path / "t", failed) as remote:
+        with pytest.raises(GPUMeshError, match="a bug"):
+            await remote.configuration()
 
 
 async def test_a_mesh_that_ends_before_its_answer_does_is_an_error(tmp_path: Path) -> None:
