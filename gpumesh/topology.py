@@ -246,6 +246,12 @@ class Topology:
     models: tuple[ModelSpec, ...] = ()
 
     @property
+    def identity(self) -> str:
+        """Tells this mesh apart from the other meshes of the user: the path of its file, or the name of a mesh that was
+        made in memory."""
+        return self.name if self.source is None else str(self.source)
+
+    @property
     def secret_variables(self) -> frozenset[str]:
         """The names of the environment variables that hold this mesh's secrets."""
         names: list[str | None] = [*self.gateway.key_variables]

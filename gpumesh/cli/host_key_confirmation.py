@@ -16,37 +16,42 @@ from gpumesh.topology import NodeSpec, SshSpec
 
 if TYPE_CHECKING:
     from gpumesh.tunnels.hostkeys import HostKeyCheck, HostKeyStatus
-    from gpumesh.tunnels.known_hosts import HostKey
+    from gpumesh.tunnels.known_hosts import HostKey, KnownHost
 
 
 class NotConfirmed(GPUMeshError):
     """A person was asked whether the key is right, and answered no."""
 
 
-def confirm_key(spec: NodeSpec, ssh: SshSpec, *, yes: bool) -> None:
+def confirm_key(spec: NodeSpec, ssh: SshSpec, *, mesh: str, yes: bool) -> None:
     """Shows the host's key, asks a person unless ``yes`` is set, and records the key if it is not on record. Does the
-    same for jump hosts first, because we log in to them on the way. Raises NotConfirmed if the person answers no."""
+    same for jump hosts first, because we log in to them on the way. ``mesh`` is the ``Topology.identity`` of the node's
+    mesh. Raises NotConfirmed if the person answers no."""
     from gpumesh.tunnels.jump_hosts import list_hops
+    from gpumesh.tunnels.known_hosts import KnownHost
 
     if ssh.address_from is not None:
         ssh = run_async(_look_up_address(spec, ssh))
     *jumps, host = list_hops(ssh)
     for jump in jumps:
-        _confirm_host("", f"{spec.name} (jump host)", jump, _fetch_key("", jump), yes=yes)
-    _confirm_host(spec.name, spec.name, host, _fetch_key(spec.name, host), yes=yes)
+        known_jump = KnownHost(jump.host, jump.port)
+        _confirm_host(known_jump, f"{spec.name} (jump host)", jump, _fetch_key(known_jump, jump), yes=yes)
+    known_host = KnownHost(host.host, host.port, spec.name, mesh)
+    _confirm_host(known_host, spec.name, host, _fetch_key(known_host, host), yes=yes)
 
 
-def _confirm_host(node: str, shown_name: str, ssh: SshSpec, key: HostKey, *, yes: bool) -> None:
+def _confirm_host(host: KnownHost, shown_name: str, ssh: SshSpec, key: HostKey, *, yes: bool) -> None:
     """Shows the key of one host, lets a person confirm it unless ``yes`` is set, and records it. Records it without a
     question if it is on record for the address, but not for the node. Raises GPUMeshError for a revoked key.
 
-    ``node`` is "" for a jump host: if its key is on record, nothing is shown. ``shown_name``: the host in messages."""
+    ``host.node`` is "" for a jump host: if its key is on record, nothing is shown. ``shown_name``: the host in
+    messages."""
     from gpumesh.tunnels import hostkeys, known_hosts
     from gpumesh.tunnels.hostkeys import HostKeyStatus
 
     recorded_keys = known_hosts.read_known_hosts(ssh.known_hosts)
-    judgement = hostkeys.check_host_key(recorded_keys, key, node=node, host=ssh.host, port=ssh.port)
-    address = known_hosts.known_hosts_address(ssh.host, ssh.port)
+    judgement = hostkeys.check_host_key(recorded_keys, key, host)
+    address, node = host.address, host.node
     is_on_record = judgement.status is HostKeyStatus.KNOWN
     is_jump_host = not node
     if is_on_record and is_jump_host:
@@ -58,14 +63,14 @@ def _confirm_host(node: str, shown_name: str, ssh: SshSpec, key: HostKey, *, yes
             hint="whoever marked it knows why: do not connect to a host that shows it",
             node=node or None,
         )
-    if is_on_record and judgement.recorded_for_node:  # for the address and for the node's name
+    if is_on_record and judgement.decided_by == host.own_name:
         return
     if not is_on_record:
-        for line in explain_judgement(judgement, ssh.known_hosts):
+        for line in explain_judgement(judgement, ssh.known_hosts, host):
             typer.echo(f"  {clean_line(line)}", err=True)
         if not yes:
             _ask_person(shown_name, address)
-    known_hosts.record_host_key(ssh.known_hosts, key, node=node, host=ssh.host, port=ssh.port)
+    known_hosts.record_host_key(ssh.known_hosts, key, host)
     owners = f"{address} and for {node}, wherever it moves" if node else address
     message = clean_line(f"recorded in {ssh.known_hosts} for {owners}")
     typer.echo(f"  {message}", err=True)
@@ -91,10 +96,17 @@ def _ask_person(shown_name: str, address: str) -> None:
         )
 
 
-def explain_judgement(judgement: HostKeyCheck, known_hosts: Path) -> list[str]:
+def explain_judgement(judgement: HostKeyCheck, known_hosts: Path, host: KnownHost) -> list[str]:
     """The sentences that say what the judgement means and what to do. Pure."""
     if judgement.expected:
         record_lines = [f"on record in {known_hosts}: {old.key_type} {old.fingerprint}" for old in judgement.expected]
+        if judgement.decided_by == host.shared_name:
+            return [
+                *record_lines,
+                f"An earlier version has recorded that key for a node {host.node!r} of any mesh. If it is the node of"
+                " another mesh.yaml, this host is another machine, whose key is recorded for this mesh alone. If it is"
+                " this node, its host was reset or replaced, or somebody is in between.",
+            ]
         return [
             *record_lines,
             "The host shows another key than the one on record. That is so after a pod was reset or its machine"
@@ -121,9 +133,9 @@ async def _look_up_address(spec: NodeSpec, ssh: SshSpec) -> SshSpec:
     return replace(ssh, host=host, port=port)
 
 
-def _fetch_key(node: str, ssh: SshSpec) -> HostKey:
-    """The public key that the host shows; the host proves that it has the private part. ``node`` is "" for a jump host.
-    Raises GPUMeshError if the host cannot be reached."""
+def _fetch_key(host: KnownHost, ssh: SshSpec) -> HostKey:
+    """The public key that the host shows; the host proves that it has the private part. Raises GPUMeshError if the host
+    cannot be reached."""
     from gpumesh import config
     from gpumesh.tunnels import transports
 
@@ -131,7 +143,11 @@ def _fetch_key(node: str, ssh: SshSpec) -> HostKey:
     if ssh.proxy_jump:  # on the way to the host we log in to its jump hosts, which needs the secrets
         for name, variable in (("password", ssh.password_env), ("passphrase", ssh.passphrase_env)):
             if variable is not None:
-                secrets.append((name, config.read_secret(variable, node=node or None)))
+                secrets.append((name, config.read_secret(variable, node=host.node or None)))
     else:  # a host shows its key before a login, so a secret that is not set must not be an error
         ssh = replace(ssh, password_env=None, passphrase_env=None)
-    return run_async(transports.fetch_host_key(node, ssh, secrets=tuple(secrets), timeout_s=ssh.connect_timeout_s))
+    return run_async(
+        transports.fetch_host_key(
+            host.node, ssh, mesh=host.mesh, secrets=tuple(secrets), timeout_s=ssh.connect_timeout_s
+        )
+    )

@@ -172,6 +172,7 @@ class Mesh:
             this_machine=self._this_machine,
             tunnels_spec=self.topology.tunnels,
             mesh_name=self.topology.name,
+            mesh_identity=self.topology.identity,
         )
 
     async def _watch_own_loads(self) -> AsyncIterator[Mapping[str, int]]:

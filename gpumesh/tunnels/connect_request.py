@@ -17,10 +17,11 @@ from gpumesh.tunnels.transport import ConnectRequest
 
 @contextlib.asynccontextmanager
 async def open_connect_request(
-    node: str, ssh: SshSpec, targets: tuple[Target, ...], *, interactive: bool, share: bool
+    node: str, ssh: SshSpec, targets: tuple[Target, ...], *, interactive: bool, share: bool, mesh: str = ""
 ) -> AsyncIterator[ConnectRequest]:
     """Gives the block the request for one attempt to connect to ``node``. The end of the block removes the folder for
-    sockets, which only a request for transport openssh has. ``ConnectRequest`` explains ``interactive`` and ``share``.
+    sockets, which only a request for transport openssh has. ``ConnectRequest`` explains ``interactive``, ``share`` and
+    ``mesh``.
 
     Raises SecretMissing, HostUnresolved (address_from), TransportUnsupported (a host that cannot carry a tunnel), and
     GPUMeshError when no folder can be made.
@@ -39,6 +40,7 @@ async def open_connect_request(
             interactive=interactive,
             control_dir=control_dir,
             share=share,
+            mesh=mesh,
         )
 
 

@@ -12,7 +12,7 @@ import hmac
 import os
 import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,7 +57,7 @@ class KnownHostsEntry:
         return self.hosts.startswith("|1|")
 
     def matches(self, name: str) -> bool:
-        """Whether the line is for ``name``: a ``host_key_alias`` or a ``known_hosts_address``."""
+        """Whether the line is for ``name``, one of ``KnownHost.names``."""
         if self.hashed:
             return _matches_hash(self.hosts, name)
         return matches_pattern_list(name.lower(), self.hosts.lower().split(","))
@@ -78,14 +78,54 @@ class KnownHosts:
         """The keys of the lines that match ``name`` and have no marker; each key once."""
         return tuple(dict.fromkeys(entry.key for entry in self.entries if not entry.marker and entry.matches(name)))
 
-    def keys(self, *, node: str, host: str, port: int) -> tuple[HostKey, ...]:
-        """The keys on record for the node; if there are none, the keys for its address."""
-        return self.keys_for(host_key_alias(node)) or self.keys_for(known_hosts_address(host, port))
+    def deciding_name(self, host: KnownHost) -> str | None:
+        """The first of the host's names that has keys on record; ``None``: there is no such name."""
+        return next((name for name in host.names if self.keys_for(name)), None)
 
-    def key_types(self, *, node: str, host: str, port: int) -> tuple[str, ...]:
+    def keys(self, host: KnownHost) -> tuple[HostKey, ...]:
+        """The keys on record for the host, under its deciding name."""
+        name = self.deciding_name(host)
+        return () if name is None else self.keys_for(name)
+
+    def key_types(self, host: KnownHost) -> tuple[str, ...]:
         """The types of the keys on record. We ask the host for these types first: otherwise the host might offer a key
         of another type, which is not on record."""
-        return tuple(dict.fromkeys(key.key_type for key in self.keys(node=node, host=host, port=port)))
+        return tuple(dict.fromkeys(key.key_type for key in self.keys(host)))
+
+
+@dataclass(frozen=True, slots=True)
+class KnownHost:
+    """A host, and the names under which a known_hosts file may have its key.
+
+    ``node`` is the name of its node in mesh.yaml; "" for a jump host, which is no node. ``mesh`` is the
+    ``Topology.identity`` of the node's mesh; "" for a node that belongs to no mesh.
+    """
+
+    host: str
+    port: int
+    node: str = ""
+    mesh: str = ""
+
+    @property
+    def address(self) -> str:
+        """The name by which ssh itself knows the host."""
+        return known_hosts_address(self.host, self.port)
+
+    @property
+    def own_name(self) -> str | None:
+        """The name of the node in its mesh, which the node keeps wherever it moves. ``None`` for a jump host."""
+        return host_key_alias(self.node, self.mesh) if self.node else None
+
+    @property
+    def shared_name(self) -> str | None:
+        """The name that earlier versions gave to the nodes of this name in all meshes of the user. ``None`` for a node
+        that belongs to no mesh, whose own name this is, and for a jump host."""
+        return host_key_alias(self.node) if self.node and self.mesh else None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All names. The first that has keys on record decides."""
+        return tuple(name for name in (self.own_name, self.shared_name, self.address) if name is not None)
 
 
 def known_hosts_address(host: str, port: int) -> str:
@@ -93,10 +133,18 @@ def known_hosts_address(host: str, port: int) -> str:
     return host.lower() if port == 22 else f"[{host.lower()}]:{port}"
 
 
-def host_key_alias(node: str) -> str:
-    """A node's name in known_hosts. Special characters become ``%HEX``, so that no node's name is read as a pattern."""
+def host_key_alias(node: str, mesh: str = "") -> str:
+    """The name in known_hosts of a node of ``mesh``. Two meshes may have a node of the same name on different hosts.
+    Without ``mesh``, it is the name that earlier versions used for all meshes.
+
+    Special characters become ``%HEX``, so that no node's name is read as a pattern. ``mesh`` becomes a hash, because it
+    may be a long path.
+    """
     escaped = re.sub(r"[^a-z0-9._-]", lambda match: f"%{ord(match.group()):x}", node.lower())
-    return f"gpumesh-node-{escaped}"
+    if not mesh:
+        return f"gpumesh-node-{escaped}"
+    mesh_hash = hashlib.sha256(mesh.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+    return f"gpumesh-mesh-{mesh_hash}-node-{escaped}"
 
 
 def parse_known_hosts(text: str) -> KnownHosts:
@@ -157,24 +205,58 @@ def read_known_hosts(path: Path) -> KnownHosts:
     return parse_known_hosts(_read_text(path.expanduser()))
 
 
-def record_host_key(path: Path, key: HostKey, *, node: str, host: str, port: int) -> None:
-    """Records ``key`` for a node's name and for its address, and removes the other keys of these two names.
+def record_host_key(path: Path, key: HostKey, host: KnownHost) -> None:
+    """Records ``key`` for the host's own name and for its address, and removes the other keys of these two names. The
+    key for a jump host is recorded for its address only.
 
-    A jump host is no node: then ``node`` is "", and the key is recorded for the address only.
-
+    If an earlier version has recorded the same key for the shared name, this line goes: the own name takes its place.
     Other lines stay as they are. The file is replaced as a whole (0600) under a lock, so that neither a crash nor a
     second writer loses a line. Raises ``TunnelError`` when the file cannot be written, or is no known_hosts file.
     """
+    names = tuple(name for name in (host.own_name, host.address) if name is not None)
+
+    def edit(text: str) -> str:
+        lines = _remove_names(text, names)
+        if host.shared_name is not None:
+            lines = _remove_names("".join(lines), (host.shared_name,), only_key=key)
+        return "".join((*lines, *_make_lines(text, names, (key,))))
+
+    _edit_file(path, edit)
+
+
+def adopt_shared_keys(path: Path, host: KnownHost) -> None:
+    """Moves the keys that an earlier version has recorded for the shared name to the host's own name. Called when the
+    host has shown such a key: then they belong to this mesh, and say nothing about nodes of other meshes.
+
+    If nothing is on record for the address, the keys are recorded for it too: another mesh of the user that has the
+    same node at the same address has relied on the shared name as well. Does nothing if the own name has keys, or the
+    shared name has none. Raises ``TunnelError`` when the file cannot be written.
+    """
+    own_name, shared_name = host.own_name, host.shared_name
+    if own_name is None or shared_name is None:
+        return
+
+    def edit(text: str) -> str:
+        known = parse_known_hosts(text)
+        keys = known.keys_for(shared_name)
+        if known.keys_for(own_name) or not keys:  # another process was first
+            return text
+        names = (own_name,) if known.keys_for(host.address) else (own_name, host.address)
+        return "".join((*_remove_names(text, (shared_name,)), *_make_lines(text, names, keys)))
+
+    _edit_file(path, edit)
+
+
+def _edit_file(path: Path, edit: Callable[[str], str]) -> None:
+    """Replaces the text of the file by ``edit(text)``, as ``record_host_key`` explains. Raises ``TunnelError``."""
     path = path.expanduser()
-    address = known_hosts_address(host, port)
-    names = (host_key_alias(node), address) if node else (address,)
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         target = Path(os.path.realpath(path))  # a link stays a link, and its target is replaced
         with file_lock.locked_folder(target.parent):
             ensure_known_hosts_file(target)
-            lines = _replace_keys(_read_text(target), key, names)
-            atomic_file.replace(target, "".join(lines), errors="surrogateescape")  # the reverse of ``_read_text``
+            new_text = edit(_read_text(target))
+            atomic_file.replace(target, new_text, errors="surrogateescape")  # the reverse of ``_read_text``
     except OSError as error:
         raise TunnelError(
             f"known_hosts file {path} cannot be written: {error.strerror}", hint="check the folder's owner and mode"
@@ -210,23 +292,30 @@ def _read_text(path: Path) -> str:
     return raw.decode("utf-8", "surrogateescape")  # bytes that are no text are later written back unchanged
 
 
-def _replace_keys(text: str, key: HostKey, names: tuple[str, ...]) -> Iterator[str]:
-    """Yields the lines of the new file: ``text`` without the present keys of ``names``, then a line with ``key`` for
-    each of ``names``. Lines with a marker (``@revoked``) stay. Each line has its newline."""
+def _remove_names(text: str, names: tuple[str, ...], *, only_key: HostKey | None = None) -> list[str]:
+    """The lines of ``text`` without ``names``. ``only_key``: a line with another key stays. Lines with a marker
+    (``@revoked``) stay. Each line has its newline."""
+    lines: list[str] = []
     for line in _split_lines(text):
         entry = _parse_line(line)
         matching_names: set[str] = set()
-        if entry is not None and not entry.marker:
+        if entry is not None and not entry.marker and only_key in (None, entry.key):
             matching_names = {name.lower() for name in names if entry.matches(name)}
         if entry is None or not matching_names:
-            yield line + "\n"
+            lines.append(line + "\n")
             continue
         # The other hosts of a line (``a,b ssh-ed25519 …``) and its patterns keep the key. A hashed line has one name
         # only, so the whole line goes.
         other_hosts = [host for host in entry.hosts.split(",") if host.lower() not in matching_names]
         if other_hosts and not entry.hashed:
-            yield f"{','.join(other_hosts)} {entry.key.public_key_text}\n"
+            lines.append(f"{','.join(other_hosts)} {entry.key.public_key_text}\n")
+    return lines
+
+
+def _make_lines(text: str, names: tuple[str, ...], keys: tuple[HostKey, ...]) -> list[str]:
+    """A line for each of ``names`` and ``keys``. The names are hashed if ``text``, the file so far, has hashed
+    names."""
     file_has_hashes = parse_known_hosts(text).hashed
-    for name in names:
-        recorded_name = _hash_name(name) if file_has_hashes else name
-        yield f"{recorded_name} {key.public_key_text}\n"
+    return [
+        f"{_hash_name(name) if file_has_hashes else name} {key.public_key_text}\n" for name in names for key in keys
+    ]

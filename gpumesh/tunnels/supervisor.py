@@ -70,13 +70,14 @@ def open_tunnel(
     this_machine: ThisMachine | None = None,
     tunnels_spec: TunnelsSpec = DEFAULT_TUNNELS,
     mesh_name: str = "mesh",
+    mesh_identity: str = "",
 ) -> Tunnel:
     """Makes a node's tunnel, and binds an SSH node's local ports. ``run_tunnel`` or ``Tunnel.run`` then opens it.
 
     ``clock`` returns monotonic seconds. ``rng`` spreads the retries. ``on_change`` gets every new state, on the event
     loop; it must not block. ``prompter`` asks a person; ``None``: no person is there. ``this_machine`` is shared by all
-    nodes, so that they ask this machine only once. ``mesh_name`` is part of the names of Unix sockets. Raises OSError
-    and GPUMeshError when the local ends cannot be made.
+    nodes, so that they ask this machine only once. ``mesh_name`` is part of the names of Unix sockets, and host keys
+    are recorded for ``mesh_identity``. Raises OSError and GPUMeshError when the local ends cannot be made.
     """
     if spec.ssh is None:
         return DirectTunnel(spec, clock=clock, on_change=on_change, this_machine=this_machine)
@@ -90,6 +91,7 @@ def open_tunnel(
         prompter=prompter,
         tunnels_spec=tunnels_spec,
         mesh_name=mesh_name,
+        mesh_identity=mesh_identity,
     )
 
 
@@ -122,8 +124,10 @@ class SshTunnel:
         client_wait_s: float = CLIENT_WAIT_S,
         tunnels_spec: TunnelsSpec = DEFAULT_TUNNELS,
         mesh_name: str = "mesh",
+        mesh_identity: str = "",
     ) -> None:
         self._node = spec.name
+        self._mesh_identity = mesh_identity
         self._ssh = ssh
         self._targets = spec.backend.targets
         self._clock = clock
@@ -291,6 +295,7 @@ class SshTunnel:
                         interactive=self._prompter is not None,
                         # Only with OWN_USER does the worker have to refuse the connections of other users.
                         share=self._listeners.access is not LocalAccess.OWN_USER,
+                        mesh=self._mesh_identity,
                     )
                 )
                 worker = await self._workers.spawn(setup, self._listeners.sockets)
@@ -390,9 +395,8 @@ def _log_refused_user(node: str, refused: PeerRefused) -> None:
 def _fingerprints_on_record(setup: ConnectRequest) -> tuple[str, ...]:
     """The fingerprints of the keys on record for the host; empty when the file cannot be read now. The host has shown
     one of these keys: otherwise there would be no connection."""
-    ssh = setup.ssh
     try:
-        keys = read_known_hosts(ssh.known_hosts).keys(node=setup.node, host=ssh.host, port=ssh.port)
+        keys = read_known_hosts(setup.ssh.known_hosts).keys(setup.known_host)
     except TunnelError:  # the file was readable a moment ago, for the connect; its loss must not end the connection
         return ()
     return tuple(key.fingerprint for key in keys)

@@ -15,6 +15,7 @@ from typing import Protocol
 from gpumesh.errors import TunnelError
 from gpumesh.topology import SshSpec, Target
 from gpumesh.tunnels.base import OutputStream
+from gpumesh.tunnels.known_hosts import KnownHost
 
 ANSWER_TIMEOUT_S = 120.0  # a person has to answer a question within this time, for example for a passphrase
 
@@ -36,7 +37,8 @@ class ConnectRequest:
     the spec names the environment variable that holds the secret. ``interactive``: the supervisor can pass a ``Prompt``
     on to a person. ``control_dir``: a 0700 folder for ControlMaster sockets; ``None`` except in transport openssh.
     ``share``: connections of all users of this machine are served, not only those of our own user and of root.
-    ``share`` is also true where the system does not tell which user made a connection.
+    ``share`` is also true where the system does not tell which user made a connection. ``mesh`` is the
+    ``Topology.identity`` of the node's mesh, for which its host key is recorded.
     """
 
     node: str
@@ -46,6 +48,12 @@ class ConnectRequest:
     interactive: bool = False
     control_dir: str | None = None
     share: bool = False
+    mesh: str = ""
+
+    @property
+    def known_host(self) -> KnownHost:
+        """The node's host, as known_hosts files name it."""
+        return KnownHost(self.ssh.host, self.ssh.port, self.node, self.mesh)
 
 
 @dataclass(frozen=True, slots=True)

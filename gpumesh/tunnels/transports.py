@@ -26,17 +26,18 @@ def load_connect(transport: TransportKind) -> ConnectFunction:
 
 
 async def fetch_host_key(
-    node: str, ssh: SshSpec, *, secrets: tuple[tuple[str, str], ...] = (), timeout_s: float = 10.0
+    node: str, ssh: SshSpec, *, mesh: str = "", secrets: tuple[tuple[str, str], ...] = (), timeout_s: float = 10.0
 ) -> HostKey:
     """Returns the key that the host shows now, trusted or not. ``gpumesh trust`` shows the key and may record it.
 
     The host gets a key exchange and no login. Jump hosts get a login, so their keys must be trusted already. The
-    node's own transport is used: behind a ProxyCommand no other transport reaches the host. Raises ``TunnelError``.
+    node's own transport is used: behind a ProxyCommand no other transport reaches the host. ``mesh`` is the
+    ``Topology.identity`` of the node's mesh. Raises ``TunnelError``.
     """
     if ssh.transport is TransportKind.OPENSSH:
         from gpumesh.tunnels.openssh import host_key_fetch as openssh_host_key_fetch
 
-        return await openssh_host_key_fetch.fetch_host_key(node, ssh, secrets=secrets, timeout_s=timeout_s)
+        return await openssh_host_key_fetch.fetch_host_key(node, ssh, mesh=mesh, secrets=secrets, timeout_s=timeout_s)
     from gpumesh.tunnels.inprocess import opening as inprocess_opening
 
-    return await inprocess_opening.fetch_host_key(node, ssh, secrets=secrets, timeout_s=timeout_s)
+    return await inprocess_opening.fetch_host_key(node, ssh, mesh=mesh, secrets=secrets, timeout_s=timeout_s)

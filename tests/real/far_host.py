@@ -74,7 +74,9 @@ class FarHost:
         """Records its key for these nodes, as `gpumesh trust` does."""
         for node in nodes:
             key = await transports.fetch_host_key(node, self.sshd.spec())
-            known_hosts.record_host_key(self.known_hosts, key, node=node, host=self.sshd.address, port=self.sshd.port)
+            known_hosts.record_host_key(
+                self.known_hosts, key, known_hosts.KnownHost(self.sshd.address, self.sshd.port, node)
+            )
 
     # -- its Ollama --------------------------------------------------------------------------------------------------
 

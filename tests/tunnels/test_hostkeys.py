@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,10 @@ import pytest
 from gpumesh.errors import HostKeyChanged, HostKeyRevoked, HostKeyUnknown, TunnelError
 from gpumesh.topology import HostKeyPolicy
 from gpumesh.tunnels import hostkeys
-from gpumesh.tunnels.hostkeys import HostKeyStatus, check_host_key
+from gpumesh.tunnels.hostkeys import HostKeyCheck, HostKeyStatus, check_host_key
 from gpumesh.tunnels.known_hosts import (
     HostKey,
+    KnownHost,
     host_key_alias,
     known_hosts_address,
     parse_known_hosts,
@@ -29,7 +31,7 @@ RSA = HostKey("ssh-rsa", b"\0\0\0\x07ssh-rsa" + b"R" * 64)
 def check_status(
     text: str, key: HostKey, *, node: str = "iceland", host: str = "1.2.3.4", port: int = 22
 ) -> HostKeyStatus:
-    return check_host_key(parse_known_hosts(text), key, node=node, host=host, port=port).status
+    return check_host_key(parse_known_hosts(text), key, KnownHost(host, port, node)).status
 
 
 @pytest.mark.parametrize(
@@ -61,7 +63,7 @@ def test_unknown_and_changed_keys_differ() -> None:
     assert check_status(f"5.6.7.8 {A.public_key_text}\n", A) is HostKeyStatus.UNKNOWN
     text = f"1.2.3.4 {B.public_key_text}\n"
     assert check_status(text, A) is HostKeyStatus.CHANGED
-    assert check_host_key(parse_known_hosts(text), A, node="n", host="1.2.3.4", port=22).expected == (B,)
+    assert check_host_key(parse_known_hosts(text), A, KnownHost("1.2.3.4", 22, "n")).expected == (B,)
     assert (
         check_status(f"1.2.3.4 {B.public_key_text}\n1.2.3.4 {A.public_key_text}\n", A) is HostKeyStatus.KNOWN
     )  # several keys are on record
@@ -90,7 +92,7 @@ def test_revoked_wins_over_known() -> None:
 
 def test_a_certificate_authority_is_no_host_key() -> None:
     known = parse_known_hosts(f"@cert-authority *.example {A.public_key_text}\n")
-    check = check_host_key(known, A, node="n", host="box.example", port=22)
+    check = check_host_key(known, A, KnownHost("box.example", 22, "n"))
     assert check.status is HostKeyStatus.UNKNOWN
     assert check.certificate_only
 
@@ -143,8 +145,42 @@ def test_a_known_hosts_file_may_have_lines_that_cannot_be_parsed(tmp_path: Path,
     verify(known, A)
 
 
+def test_nodes_of_the_same_name_in_two_meshes_are_two_hosts() -> None:
+    home, work = KnownHost("h", 22, "gpu", "/home/mesh.yaml"), KnownHost("w", 22, "gpu", "/work/mesh.yaml")
+    assert home.own_name != work.own_name
+    assert home.shared_name == work.shared_name == host_key_alias("gpu")
+    known = parse_known_hosts(f"{home.own_name} {A.public_key_text}\n")
+    assert check_host_key(known, A, home) == HostKeyCheck(HostKeyStatus.KNOWN, decided_by=home.own_name)
+    assert check_host_key(known, B, home).status is HostKeyStatus.CHANGED
+    assert check_host_key(known, B, work).status is HostKeyStatus.UNKNOWN
+    jump = KnownHost("h", 22)
+    assert (jump.own_name, jump.shared_name, jump.names) == (None, None, ("h",))
+    assert check_host_key(known, B, jump).status is HostKeyStatus.UNKNOWN
+
+
+def test_what_an_earlier_version_recorded_decides_until_its_mesh_is_known(tmp_path: Path) -> None:
+    known = tmp_path / "known_hosts"
+    home, work = KnownHost("h", 22, "gpu", "/home/mesh.yaml"), KnownHost("w", 22, "gpu", "/work/mesh.yaml")
+    strict = partial(hostkeys.verify_host_key, known_hosts=known, policy=HostKeyPolicy.STRICT)
+    known.write_text(f"{host_key_alias('gpu')} {A.public_key_text}\n@revoked * {RSA.public_key_text}\n")
+    with pytest.raises(HostKeyChanged, match="from a version that did not tell meshes apart") as caught:
+        strict(B, work)
+    assert "trust gpu` records this key for this mesh" in (caught.value.hint or "")
+    strict(A, home)
+    lines = known.read_text().splitlines()
+    assert lines[0].startswith("@revoked")
+    assert [line.split()[0] for line in lines[1:]] == [home.own_name, "h"]
+    with pytest.raises(HostKeyUnknown):
+        strict(B, work)
+    with pytest.raises(HostKeyChanged):
+        strict(B, home)
+    before = known.read_bytes()
+    strict(A, home)
+    assert known.read_bytes() == before
+
+
 def verify(known: Path, key: HostKey, policy: HostKeyPolicy = HostKeyPolicy.STRICT) -> None:
-    hostkeys.verify_host_key(key, node="iceland", host="1.2.3.4", port=2222, known_hosts=known, policy=policy)
+    hostkeys.verify_host_key(key, KnownHost("1.2.3.4", 2222, "iceland"), known_hosts=known, policy=policy)
 
 
 def test_strict_refuses_an_unknown_key_with_a_hint(tmp_path: Path) -> None:

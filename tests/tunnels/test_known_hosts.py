@@ -11,7 +11,9 @@ import pytest
 from gpumesh.errors import TunnelError
 from gpumesh.tunnels.known_hosts import (
     HostKey,
+    KnownHost,
     KnownHosts,
+    adopt_shared_keys,
     parse_known_hosts,
     read_known_hosts,
     record_host_key,
@@ -32,8 +34,8 @@ def test_key_types_are_those_on_record() -> None:
         f"1.2.3.4 {RSA.public_key_text}\n1.2.3.4 {A.public_key_text}\n"
         f"1.2.3.4 {B.public_key_text}\n@revoked 1.2.3.4 x x\n"
     )
-    assert known.key_types(node="n", host="1.2.3.4", port=22) == ("ssh-rsa", "ssh-ed25519")
-    assert known.key_types(node="n", host="5.6.7.8", port=22) == ()
+    assert known.key_types(KnownHost("1.2.3.4", 22, "n")) == ("ssh-rsa", "ssh-ed25519")
+    assert known.key_types(KnownHost("5.6.7.8", 22, "n")) == ()
 
 
 @needs_sshd
@@ -47,9 +49,9 @@ def test_fingerprint_and_hashes_are_those_of_openssh(tmp_path: Path) -> None:
     subprocess.run(["ssh-keygen", "-q", "-H", "-f", str(known)], capture_output=True, check=True)
     hashed = read_known_hosts(known)
     assert hashed.hashed
-    assert hashed.keys(node="n", host="1.2.3.4", port=2222) == (key,)
-    assert hashed.keys(node="n", host="1.2.3.4", port=22) == ()
-    record_host_key(known, key, node="n", host="5.6.7.8", port=22)
+    assert hashed.keys(KnownHost("1.2.3.4", 2222, "n")) == (key,)
+    assert hashed.keys(KnownHost("1.2.3.4", 22, "n")) == ()
+    record_host_key(known, key, KnownHost("5.6.7.8", 22, "n"))
     assert "5.6.7.8" not in known.read_text()
     search = subprocess.run(["ssh-keygen", "-F", "5.6.7.8", "-f", str(known)], capture_output=True, check=False)
     assert search.returncode == 0
@@ -57,7 +59,7 @@ def test_fingerprint_and_hashes_are_those_of_openssh(tmp_path: Path) -> None:
 
 def test_record_replaces_the_keys_of_its_names_only(tmp_path: Path) -> None:
     known = tmp_path / "deep" / "known_hosts"
-    record_host_key(known, A, node="iceland", host="1.2.3.4", port=13323)
+    record_host_key(known, A, KnownHost("1.2.3.4", 13323, "iceland"))
     assert known.stat().st_mode & 0o777 == 0o600
     assert known.parent.stat().st_mode & 0o777 == 0o700
     others = (
@@ -65,15 +67,47 @@ def test_record_replaces_the_keys_of_its_names_only(tmp_path: Path) -> None:
     )
     known.write_text(others + known.read_text())
     known.chmod(0o644)
-    record_host_key(known, B, node="iceland", host="1.2.3.4", port=13323)
+    record_host_key(known, B, KnownHost("1.2.3.4", 13323, "iceland"))
     lines = known.read_text().split("\n")
     assert lines[:4] == ["# mine", f"other {A.public_key_text}", f"@revoked * {RSA.public_key_text}", "garbage\x0bline"]
     assert lines[4:] == [f"gpumesh-node-iceland {B.public_key_text}", f"[1.2.3.4]:13323 {B.public_key_text}", ""]
     assert known.stat().st_mode & 0o777 == 0o600
     assert [path.name for path in known.parent.iterdir()] == ["known_hosts"]  # no temporary file is left
     before = known.read_bytes()
-    record_host_key(known, B, node="iceland", host="1.2.3.4", port=13323)
+    record_host_key(known, B, KnownHost("1.2.3.4", 13323, "iceland"))
     assert known.read_bytes() == before
+
+
+@pytest.mark.parametrize("hashed", [False, True])
+def test_adopting_moves_the_keys_of_the_shared_name(tmp_path: Path, hashed: bool) -> None:
+    known, node = tmp_path / "known_hosts", KnownHost("1.2.3.4", 22, "n", "/mesh.yaml")
+    adopt_shared_keys(known, node)
+    adopt_shared_keys(known, KnownHost("1.2.3.4", 22, "n"))
+    adopt_shared_keys(known, KnownHost("1.2.3.4", 22))
+    assert read_known_hosts(known) == KnownHosts(), "there was nothing to adopt"
+    record_host_key(known, A, KnownHost("1.2.3.4", 22, "n"))  # as an earlier version did
+    known.write_text(known.read_text() + f"{node.shared_name} {RSA.public_key_text}\n")
+    if hashed:
+        subprocess.run(["ssh-keygen", "-q", "-H", "-f", str(known)], capture_output=True, check=True, timeout=20)
+    adopt_shared_keys(known, node)
+    adopted = read_known_hosts(known)
+    assert adopted.hashed is hashed
+    assert adopted.keys_for(node.own_name or "") == (A, RSA)
+    assert adopted.keys_for(node.shared_name or "") == ()
+    assert adopted.keys_for(node.address) == (A,), "what is on record for the address stays"
+    assert len(adopted.entries) == 3
+
+
+def test_recording_the_key_of_the_shared_name_takes_its_place(tmp_path: Path) -> None:
+    known, node = tmp_path / "known_hosts", KnownHost("1.2.3.4", 22, "n", "/mesh.yaml")
+    known.write_text(f"{node.shared_name},other {A.public_key_text}\n{node.shared_name} {B.public_key_text}\n")
+    record_host_key(known, A, node)
+    assert [line.split()[0] for line in known.read_text().splitlines()] == [
+        "other",
+        node.shared_name,  # with the other key: of another host, perhaps of another mesh
+        node.own_name,
+        "1.2.3.4",
+    ]
 
 
 def test_record_keeps_a_link_and_bytes_that_are_no_text(tmp_path: Path) -> None:
@@ -81,10 +115,10 @@ def test_record_keeps_a_link_and_bytes_that_are_no_text(tmp_path: Path) -> None:
     real.write_bytes(b"# caf\xe9\n")
     link = tmp_path / "known_hosts"
     link.symlink_to(real)
-    record_host_key(link, A, node="n", host="h", port=22)
+    record_host_key(link, A, KnownHost("h", 22, "n"))
     assert link.is_symlink()
     assert real.read_bytes().startswith(b"# caf\xe9\n")
-    assert read_known_hosts(link).keys(node="n", host="h", port=22) == (A,)
+    assert read_known_hosts(link).keys(KnownHost("h", 22, "n")) == (A,)
 
 
 def test_files_that_cannot_be_read_or_written_raise_errors(tmp_path: Path) -> None:
@@ -93,16 +127,16 @@ def test_files_that_cannot_be_read_or_written_raise_errors(tmp_path: Path) -> No
         read_known_hosts(tmp_path)
     (tmp_path / "file").touch()
     with pytest.raises(TunnelError, match="cannot be written"):
-        record_host_key(tmp_path / "file" / "known_hosts", A, node="n", host="h", port=22)
+        record_host_key(tmp_path / "file" / "known_hosts", A, KnownHost("h", 22, "n"))
 
 
 RECORD_MANY = """
 import sys
 from pathlib import Path
-from gpumesh.tunnels.known_hosts import HostKey, record_host_key
+from gpumesh.tunnels.known_hosts import HostKey, KnownHost, record_host_key
 for number in range(10):
     name = f"{sys.argv[2]}{number}"
-    record_host_key(Path(sys.argv[1]), HostKey("ssh-ed25519", b"key"), node=name, host=name, port=22)
+    record_host_key(Path(sys.argv[1]), HostKey("ssh-ed25519", b"key"), KnownHost(name, 22, name))
 """
 
 

@@ -73,14 +73,15 @@ def init(
         if pod.unreachable_reason is not None:
             typer.echo(clean_line(f"{pod.name} is left out: {pod.unreachable_reason}"), err=True)
     drafts = make_drafts(ssh_lines, from_ssh_config or (), pods, identity=identity)
-    _confirm_host_keys(drafts, yes=yes)
+    source = output.resolve()
+    _confirm_host_keys(drafts, source, yes=yes)
     if not options.quiet:
         host_count = sum(draft.ssh is not None for draft in drafts)
         places = "this machine"
         if host_count > 0:
             places = f"{host_count} host{'' if host_count == 1 else 's'} and this machine"
         typer.echo(f"looking at {places} …", err=True)
-    probed_drafts = run_async(probe_drafts(drafts))
+    probed_drafts = run_async(probe_drafts(drafts, source))
     # A host that a person named is listed even if nothing answers there. A local port only if a server answers.
     listed_drafts = [draft for draft in probed_drafts if draft.ssh is not None or draft.is_serving]
     if not listed_drafts:
@@ -94,17 +95,19 @@ def init(
         raise typer.Exit(int(ExitCode.DEGRADED))
 
 
-def _confirm_host_keys(drafts: Sequence[Draft], *, yes: bool) -> None:
+def _confirm_host_keys(drafts: Sequence[Draft], source: Path, *, yes: bool) -> None:
     """Asks a person about host keys that are not on record, or records them if ``yes``: otherwise a probe with a strict
-    policy would fail. Does nothing if nobody can be asked. Raises NotConfirmed if a person says no."""
+    policy would fail. ``source``: the mesh.yaml that will be written. Does nothing if nobody can be asked. Raises
+    NotConfirmed if a person says no."""
     nobody_can_agree = not yes and not sys.stdin.isatty()
     if nobody_can_agree:
         return
-    for spec in topology_of(drafts).nodes:
+    topology = topology_of(drafts, source)
+    for spec in topology.nodes:
         if spec.ssh is None:
             continue
         try:
-            confirm_key(spec, spec.ssh, yes=yes)
+            confirm_key(spec, spec.ssh, mesh=topology.identity, yes=yes)
         except typer.Abort:  # Ctrl-C at the question
             raise typer.Exit(int(ExitCode.INTERRUPTED)) from None
         except NotConfirmed as error:

@@ -34,7 +34,7 @@ def trust(
     failed = False
     for spec, ssh in specs:
         try:
-            confirm_key(spec, ssh, yes=yes)
+            confirm_key(spec, ssh, mesh=topology.identity, yes=yes)
         except GPUMeshError as error:
             if len(specs) == 1:
                 raise

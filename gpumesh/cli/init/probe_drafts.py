@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from gpumesh.cli.first_report import INIT_FIRST_REPORT_TIMEOUT_S
 from gpumesh.cli.init.mesh_yaml import mesh_yaml_lines
@@ -13,12 +14,12 @@ from gpumesh.state import BackendPhase
 from gpumesh.topology import Topology
 
 
-async def probe_drafts(drafts: Sequence[Draft]) -> list[Draft]:
+async def probe_drafts(drafts: Sequence[Draft], source: Path) -> list[Draft]:
     """The drafts with their states, and with the port that answered as the only port. Each server is asked for its
-    kind, because the drafts name no kind."""
+    kind, because the drafts name no kind. ``source``: the mesh.yaml that will be written."""
     from gpumesh.mesh.mesh import Mesh
 
-    async with Mesh(topology_of(drafts)) as mesh:
+    async with Mesh(topology_of(drafts, source)) as mesh:
         state = await mesh.wait_first_report(INIT_FIRST_REPORT_TIMEOUT_S)
         probed_drafts = []
         for draft in drafts:
@@ -35,9 +36,10 @@ async def probe_drafts(drafts: Sequence[Draft]) -> list[Draft]:
         return probed_drafts
 
 
-def topology_of(drafts: Sequence[Draft]) -> Topology:
-    """The drafts as a topology. The drafts are written to a file and read again, so that aliases, defaults and checks
-    are the same as for any mesh.yaml. Raises UsageError for drafts that are no valid mesh.yaml."""
+def topology_of(drafts: Sequence[Draft], source: Path) -> Topology:
+    """The drafts as the topology of the file ``source``, which is not written yet. The drafts are written to another
+    file and read again, so that aliases, defaults and checks are the same as for any mesh.yaml. Raises UsageError for
+    drafts that are no valid mesh.yaml."""
     from gpumesh import config
     from gpumesh.tunnels.local_system.socket_folders import private_folder
 
@@ -45,6 +47,6 @@ def topology_of(drafts: Sequence[Draft]) -> Topology:
         file = folder / "mesh.yaml"
         file.write_text("\n".join(mesh_yaml_lines(drafts)) + "\n", encoding="utf-8")
         try:
-            return config.load(file)
+            return replace(config.load(file), source=source)
         except ConfigError as error:  # nobody has seen this file, so its lines are of no use in a message
             raise UsageError("; ".join(problem.message for problem in error.problems)) from error

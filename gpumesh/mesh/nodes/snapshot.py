@@ -35,7 +35,7 @@ from gpumesh.state import (
     TunnelPhase,
     TunnelState,
 )
-from gpumesh.topology import NodeSpec
+from gpumesh.topology import NodeSpec, SshSpec
 
 MAX_KEY_CHARS = 400  # room for the UUIDs of eight GPUs
 MAX_MODEL_PAUSE_S = 6.0  # a request waits for a model's breaker if its pause ends within this time
@@ -264,4 +264,14 @@ def coordination_key(spec: NodeSpec, reports: NodeReports) -> str:
     target = reports.target or spec.backend.targets[0]
     if spec.ssh is None:
         return target.url
-    return f"{spec.ssh.host}:{spec.ssh.port}/{target.url}"
+    return f"{_name_host(spec.ssh)}/{target.url}"
+
+
+def _name_host(ssh: SshSpec) -> str:
+    """A name of the host that no other host has. Behind jump hosts an address is private, and another network may have
+    it too. If only a command knows the address, the command stands for it, as a hash: it may contain a secret."""
+    name = f"{ssh.host}:{ssh.port}"
+    if ssh.address_from is not None:
+        command = "\0".join(ssh.address_from.command)
+        name = f"address_from:{sha256(command.encode('utf-8', 'surrogateescape')).hexdigest()[:16]}"
+    return ">".join((*ssh.proxy_jump, name))

@@ -29,7 +29,7 @@ from gpumesh.topology import SshSpec
 from gpumesh.tunnels.blocking import Deadline
 from gpumesh.tunnels.hostkeys import host_key_algorithms, verify_host_key
 from gpumesh.tunnels.inprocess.packetizer import BoundedPacketizer, BufferedSocket, FastPacketizer
-from gpumesh.tunnels.known_hosts import HostKey, read_known_hosts
+from gpumesh.tunnels.known_hosts import HostKey, KnownHost, read_known_hosts
 from gpumesh.tunnels.local_system.sockets import disable_nagle
 from gpumesh.tunnels.remote_command import SHELL_TEST
 
@@ -160,27 +160,20 @@ def get_host_key(transport: paramiko.Transport) -> HostKey:
 
 
 def perform_trusted_handshake(
-    sock: socket.socket | paramiko.Channel, *, node: str, host: str, port: int, ssh: SshSpec, deadline: Deadline
+    sock: socket.socket | paramiko.Channel, host: KnownHost, *, ssh: SshSpec, deadline: Deadline
 ) -> paramiko.Transport:
     """Calls ``perform_handshake``, checks the host's key by the policy of ``ssh``, and returns the transport.
 
-    ``node`` is "" for a jump host. A failure, also a key that is not trusted, closes ``sock`` and raises TunnelError.
+    A failure, also a key that is not trusted, closes ``sock`` and raises TunnelError.
     """
     try:
-        key_types = read_known_hosts(ssh.known_hosts).key_types(node=node, host=host, port=port)
+        key_types = read_known_hosts(ssh.known_hosts).key_types(host)
     except BaseException:
         sock.close()
         raise
-    transport = perform_handshake(sock, host=host, port=port, deadline=deadline, key_types=key_types)
+    transport = perform_handshake(sock, host=host.host, port=host.port, deadline=deadline, key_types=key_types)
     try:
-        verify_host_key(
-            get_host_key(transport),
-            node=node,
-            host=host,
-            port=port,
-            known_hosts=ssh.known_hosts,
-            policy=ssh.host_key_policy,
-        )
+        verify_host_key(get_host_key(transport), host, known_hosts=ssh.known_hosts, policy=ssh.host_key_policy)
     except BaseException:
         transport.close()  # closes ``sock`` too
         raise

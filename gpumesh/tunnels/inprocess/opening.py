@@ -24,7 +24,7 @@ from gpumesh.tunnels.inprocess import handshake
 from gpumesh.tunnels.inprocess.authentication import AskPerson, Credentials, authenticate
 from gpumesh.tunnels.inprocess.heartbeat import Heartbeat
 from gpumesh.tunnels.jump_hosts import list_hops
-from gpumesh.tunnels.known_hosts import HostKey, read_known_hosts
+from gpumesh.tunnels.known_hosts import HostKey, KnownHost, read_known_hosts
 from gpumesh.tunnels.transport import ConnectRequest
 
 TIMEOUT_SLACK_S = 0.5  # the outer time-out is longer by this, because an error of the opening itself says more
@@ -114,7 +114,7 @@ class Opening:
     def _list_hops(self) -> list[_Hop]:
         """All hosts on the route: the jump hosts in order, then the node's host."""
         *jumps, host = list_hops(self._setup.ssh)
-        return [*(_Hop("", jump) for jump in jumps), _Hop(self._setup.node, host)]
+        return [*(_Hop(KnownHost(jump.host, jump.port), jump) for jump in jumps), _Hop(self._setup.known_host, host)]
 
     def _perform_handshake(self, hop: _Hop, *, check_key: bool = True) -> paramiko.Transport:
         """Connects to the next host, and exchanges keys with it. ``check_key``: the key must be trusted.
@@ -127,12 +127,9 @@ class Opening:
             sock.close()
             raise ConnectTimeout("given up")
         if check_key:
-            transport = handshake.perform_trusted_handshake(
-                sock, node=hop.node, host=ssh.host, port=ssh.port, ssh=ssh, deadline=self._deadline
-            )
+            transport = handshake.perform_trusted_handshake(sock, hop.known_host, ssh=ssh, deadline=self._deadline)
         else:
-            known = read_known_hosts(ssh.known_hosts)
-            key_types = known.key_types(node=hop.node, host=ssh.host, port=ssh.port)
+            key_types = read_known_hosts(ssh.known_hosts).key_types(hop.known_host)
             transport = handshake.perform_handshake(
                 sock, host=ssh.host, port=ssh.port, deadline=self._deadline, key_types=key_types
             )
@@ -166,17 +163,17 @@ class Opening:
 
 @dataclass(frozen=True, slots=True)
 class _Hop:
-    """One host on the route. ``node`` is "" for a jump host."""
+    """One host on the route. ``known_host`` is ``ssh``'s host, as known_hosts files name it."""
 
-    node: str
+    known_host: KnownHost
     ssh: SshSpec
 
 
 async def fetch_host_key(
-    node: str, ssh: SshSpec, *, secrets: tuple[tuple[str, str], ...] = (), timeout_s: float = 10.0
+    node: str, ssh: SshSpec, *, mesh: str = "", secrets: tuple[tuple[str, str], ...] = (), timeout_s: float = 10.0
 ) -> HostKey:
     """Returns the key that the host shows now, trusted or not. Logs in to jump hosts only. Raises ``TunnelError``."""
-    setup = ConnectRequest(node, ssh, targets=(), secrets=secrets)
+    setup = ConnectRequest(node, ssh, targets=(), secrets=secrets, mesh=mesh)
     opening = Opening(setup, Deadline(timeout_s, time.monotonic), ask=None)
     try:
         async with asyncio.timeout(timeout_s + TIMEOUT_SLACK_S):

@@ -29,6 +29,7 @@ from gpumesh.topology import HostKeyPolicy, Target
 from gpumesh.tunnels import blocking
 from gpumesh.tunnels.blocking import Deadline
 from gpumesh.tunnels.forwarder import Dialer, Forwarder
+from gpumesh.tunnels.hostkeys import adopt_keys_if_shared
 from gpumesh.tunnels.known_hosts import ensure_known_hosts_file
 from gpumesh.tunnels.local_system.peer_users import open_own_user_filter
 from gpumesh.tunnels.openssh import commands, forwards, mux
@@ -55,6 +56,7 @@ async def connect(
     deadline = Deadline(setup.ssh.connect_timeout_s, time.monotonic)
     async with AskpassServer(folder, dict(setup.secrets), events, deadline, interactive=setup.interactive) as prompts:
         master = await log_in(setup, folder, prompts, deadline)
+    adopt_keys_if_shared(setup.ssh.known_hosts, setup.known_host)
     try:
         connection = OpensshConnection(setup, master, events, listeners)
     except TunnelError:

@@ -18,12 +18,12 @@ from gpumesh.tunnels.transport import ConnectRequest
 
 
 async def fetch_host_key(
-    node: str, ssh: SshSpec, *, secrets: tuple[tuple[str, str], ...] = (), timeout_s: float = 10.0
+    node: str, ssh: SshSpec, *, mesh: str = "", secrets: tuple[tuple[str, str], ...] = (), timeout_s: float = 10.0
 ) -> HostKey:
     """Returns the key that the host shows now, trusted or not. Logs in to jump hosts only. Raises ``TunnelError``."""
     with private_folder() as folder:
         known_hosts = folder / "k"  # ssh itself writes the key into this file
-        setup = ConnectRequest(node, ssh, targets=(), secrets=secrets, control_dir=str(folder))
+        setup = ConnectRequest(node, ssh, targets=(), secrets=secrets, control_dir=str(folder), mesh=mesh)
         deadline = Deadline(timeout_s, time.monotonic)
         async with AskpassServer(folder, dict(secrets), _NoEvents(), deadline, interactive=False) as prompts:
             command = host_key_command(setup, known_hosts, batch=not prompts.can_answer)

@@ -13,9 +13,9 @@ from gpumesh.errors import KeyUnreadable
 from gpumesh.printable import printable
 from gpumesh.quoting import shell_words
 from gpumesh.topology import HostKeyPolicy, SshSpec
-from gpumesh.tunnels.hostkeys import host_key_algorithms, uses_node_alias
+from gpumesh.tunnels.hostkeys import choose_ssh_alias, host_key_algorithms
 from gpumesh.tunnels.jump_hosts import split_jump
-from gpumesh.tunnels.known_hosts import host_key_alias, read_known_hosts
+from gpumesh.tunnels.known_hosts import read_known_hosts
 from gpumesh.tunnels.transport import ConnectRequest
 
 CLIENT_HOST = "gpumesh"  # clients of the control socket need some host name; they ask the master, never DNS
@@ -49,8 +49,9 @@ def master_command(setup: ConnectRequest, control: Path, *, batch: bool, session
         "RemoteCommand": "none",
         "HostName": ssh.host,  # and not what ~/.ssh/config has for the alias
     }
-    if uses_node_alias(setup.node, ssh):
-        options["HostKeyAlias"] = host_key_alias(setup.node)
+    alias = choose_ssh_alias(setup.known_host, ssh)
+    if alias is not None:
+        options["HostKeyAlias"] = alias
     arguments = [*_option_arguments(options), *_identity_arguments(ssh), *_jump_arguments(ssh, batch=batch)]
     arguments += ["-p", str(ssh.port), "-l", ssh.user]
     if session:
@@ -75,7 +76,7 @@ def host_key_command(setup: ConnectRequest, known_hosts: Path, *, batch: bool) -
         "RemoteCommand": "none",
         "HostName": ssh.host,
     }
-    key_types = read_known_hosts(ssh.known_hosts).key_types(node=setup.node, host=ssh.host, port=ssh.port)
+    key_types = read_known_hosts(ssh.known_hosts).key_types(setup.known_host)
     if key_types:
         # ^: these come first, and the other algorithms stay allowed.
         options["HostKeyAlgorithms"] = "^" + ",".join(host_key_algorithms(key_types))

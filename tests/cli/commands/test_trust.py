@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from gpumesh.errors import ExitCode
-from gpumesh.tunnels.known_hosts import read_known_hosts
+from gpumesh.tunnels.known_hosts import host_key_alias, read_known_hosts
 from tests.prerequisites import needs
 from tests.real.command import Gpumesh
 from tests.tunnels.sshd import Sshd, keygen
@@ -41,6 +41,11 @@ def fingerprint(public: Path) -> str:
     return said.stdout.split()[1]
 
 
+def own_name(gpumesh: Gpumesh) -> str:
+    """The name of the node in its mesh, as it is in known_hosts."""
+    return host_key_alias("iceland", str(gpumesh.config.resolve()))
+
+
 def names(known_hosts: Path) -> list[str]:
     return [entry.hosts for entry in read_known_hosts(known_hosts).entries]
 
@@ -56,7 +61,7 @@ async def test_a_new_key(gpumesh: Gpumesh, sshd: Sshd, transport: str) -> None:
     assert ended.out == f"iceland  [127.0.0.1]:{sshd.port}  ssh-ed25519 {shown}  new\n"
     assert "Nothing is on record" in ended.err
     assert "ssh_host_ed25519_key.pub" in ended.err
-    assert names(sshd.known_hosts) == ["gpumesh-node-iceland", f"[127.0.0.1]:{sshd.port}"]
+    assert names(sshd.known_hosts) == [own_name(gpumesh), f"[127.0.0.1]:{sshd.port}"]
     again = await gpumesh("trust", "iceland")
     assert again.out.endswith("  known\n")
     assert again.err == ""
@@ -69,7 +74,7 @@ async def test_a_changed_key_and_what_that_means(gpumesh: Gpumesh, sshd: Sshd, t
     write(gpumesh, sshd, transport=transport)
     old = keygen(sshd.folder / "old").with_suffix(".pub")
     kept = f"other.example {' '.join(old.read_text().split()[:2])}\n"
-    sshd.known_hosts.write_text(f"gpumesh-node-iceland,other.example {old.read_text()}")
+    sshd.known_hosts.write_text(f"{own_name(gpumesh)},other.example {old.read_text()}")
     ended = await gpumesh("trust", "-y", "iceland")
     assert ended.out.endswith("  CHANGED\n")
     assert f"on record in {sshd.known_hosts}: ssh-ed25519 {fingerprint(old)}" in ended.err
@@ -86,13 +91,27 @@ async def test_a_key_that_is_known_by_its_address_is_kept_for_the_node_too(gpume
     ended = await gpumesh("trust", "iceland")
     assert ended.out.endswith("  known\n")
     assert "wherever it moves" in ended.err
-    assert "gpumesh-node-iceland" in names(sshd.known_hosts)
+    assert own_name(gpumesh) in names(sshd.known_hosts)
     await sshd.stop()
     sshd.port = 0
     recorded = sshd.known_hosts.read_text()
     await sshd.start()
     sshd.known_hosts.write_text(recorded)
     write(gpumesh, sshd)
+    assert (await gpumesh("trust", "iceland")).out.endswith("  known\n")
+
+
+async def test_the_key_of_a_node_of_another_mesh_is_left_alone(gpumesh: Gpumesh, sshd: Sshd) -> None:
+    """An earlier version has recorded it for the nodes of this name in all meshes."""
+    write(gpumesh, sshd)
+    old = keygen(sshd.folder / "old").with_suffix(".pub")
+    other_node = f"{host_key_alias('iceland')} {' '.join(old.read_text().split()[:2])}\n"
+    sshd.known_hosts.write_text(other_node)
+    ended = await gpumesh("trust", "-y", "iceland")
+    assert ended.out.endswith("  CHANGED\n")
+    assert "An earlier version has recorded that key for a node 'iceland' of any mesh" in ended.err
+    assert sshd.known_hosts.read_text().startswith(other_node), "its own mesh still relies on it"
+    assert names(sshd.known_hosts)[1:] == [own_name(gpumesh), f"[127.0.0.1]:{sshd.port}"]
     assert (await gpumesh("trust", "iceland")).out.endswith("  known\n")
 
 
@@ -140,7 +159,7 @@ async def test_jump_hosts_come_first(gpumesh: Gpumesh, sshd: Sshd, tmp_path: Pat
         assert second.startswith(f"iceland  [127.0.0.1]:{sshd.port}  ssh-ed25519 SHA256:")
         assert first.endswith("  new")
         assert names(sshd.known_hosts) == [
-            f"[127.0.0.1]:{jump.port}", "gpumesh-node-iceland", f"[127.0.0.1]:{sshd.port}",
+            f"[127.0.0.1]:{jump.port}", own_name(gpumesh), f"[127.0.0.1]:{sshd.port}",
         ]  # fmt: skip
         again = await gpumesh("trust", "iceland")
         assert again.out == second.replace("  new", "  known") + "\n"
@@ -170,4 +189,4 @@ async def test_a_person_is_asked(gpumesh: Gpumesh, sshd: Sshd) -> None:
         await seen.wait_for_text("Is this the right fingerprint?")
         seen.press("y\n")
         assert await seen.wait_exit() == 0
-    assert "gpumesh-node-iceland" in names(sshd.known_hosts)
+    assert own_name(gpumesh) in names(sshd.known_hosts)

@@ -28,7 +28,7 @@ from gpumesh.state import (
     TunnelPhase,
     TunnelState,
 )
-from gpumesh.topology import BackendKind, BackendSpec, NodeSpec, SshSpec, Target
+from gpumesh.topology import AddressCommand, BackendKind, BackendSpec, NodeSpec, SshSpec, Target
 from tests.mesh.nodes.build import NodeEvents, OtherGateways, make_scheduler
 
 TARGET = Target("127.0.0.1", 11434)
@@ -197,6 +197,17 @@ def test_the_coordination_key_of_a_host_without_gpus_is_its_address() -> None:
     assert coordination_key(SPEC, NodeReports()) == "http://127.0.0.1:11434"
     over_ssh = replace(SPEC, ssh=SshSpec(host="example.org", port=2222))
     assert coordination_key(over_ssh, NodeReports(gpus=GpuReport())) == "example.org:2222/http://127.0.0.1:11434"
+
+
+def test_hosts_without_gpus_are_told_apart() -> None:
+    def key(ssh: SshSpec) -> str:
+        return coordination_key(replace(SPEC, ssh=ssh), NodeReports(gpus=GpuReport()))
+
+    ssh = SshSpec("10.0.0.5", 22)
+    pods = [SshSpec("", address_from=AddressCommand(("pod-address", name, "--token=secret"))) for name in ("a", "b")]
+    several = [ssh, replace(ssh, port=23), *(replace(ssh, proxy_jump=(jump,)) for jump in ("one", "two:23")), *pods]
+    assert len({key(host) for host in several}) == len(several)
+    assert not any("secret" in key(host) for host in several)
 
 
 async def test_the_coordination_key_follows_the_reports(desk: SnapshotDesk) -> None:
