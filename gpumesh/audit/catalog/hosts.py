@@ -64,8 +64,8 @@ EXPLANATIONS = (
         E,
         "the host's key has changed",
         "The host shows another key than the one on record. After a pod's reset that is normal; on a workstation it "
-        "may be somebody in between. Nothing is sent until a person decides. If the key on record is from a version that "
-        "did not tell meshes apart, it may also be that of a node of the same name in another mesh.yaml.",
+        "may be somebody in between. Nothing is sent until a person decides. If the key on record is from a version "
+        "that did not tell meshes apart, it may also be that of a node of the same name in another mesh.yaml.",
         "If you know why it changed, `gpumesh trust NODE` shows both and records the new one. If not, do not.",
     ),
     Explanation(

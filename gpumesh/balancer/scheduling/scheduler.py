@@ -239,13 +239,17 @@ class Scheduler:
             self._charge_true_cost(placed, counters)
         if counters is None:
             account.remove(placed, now)
-        elif placed.needs_load or now >= account.learned_at + LEARN_INTERVAL_S:
+        elif self.learns_from(placed, now):
             account.learned_at = now
             self._learn(placed, counters, now)
         else:
             account.remove(placed, now, counters)
         for member in account.group.accounts:
             self.note_change(member)
+
+    def learns_from(self, placed: PlacedRequest, now: float) -> bool:
+        """Whether ``end`` would learn from the counters of this request now."""
+        return placed.needs_load or now >= placed.account.learned_at + LEARN_INTERVAL_S
 
     def _learn(self, placed: PlacedRequest, counters: ServerCounters, now: float) -> None:
         """Removes a request whose whole answer has come, and learns from it."""

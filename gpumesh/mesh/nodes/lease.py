@@ -81,6 +81,9 @@ class LeaseKeeper(Protocol):
     def discard(self, lease: Lease) -> None:
         """Removes a lease that was never used."""
 
+    def learns_from(self, placement: Placement) -> bool:
+        """Whether the balancer would learn from the answer of this request if it ended now."""
+
     def note_answer_started(self, lease: Lease) -> None:
         """The first token of this lease's attempt has come."""
 
@@ -138,6 +141,11 @@ class Lease:
     def released(self) -> bool:
         return self._released
 
+    @property
+    def is_learned_from(self) -> bool:
+        """Whether the balancer would learn from the figures of this answer if it ended now."""
+        return self.placement is not None and self._ledger.learns_from(self.placement)
+
     def release(
         self,
         outcome: Outcome,
@@ -148,8 +156,9 @@ class Lease:
         reply: ErrorReply | None = None,
     ) -> None:
         """Gives the slot back and counts the outcome. ``counters`` are the server's figures for the answer,
-        ``answer_bytes`` the bytes of text that we have counted, ``error`` is the reason of a failure in words, and
-        ``reply`` the error that the server reported; each is ``None`` if there is none. A second call does nothing."""
+        ``answer_bytes`` the bytes of its text if they were counted (``is_learned_from``), ``error`` is the reason of a
+        failure in words, and ``reply`` the error that the server reported; each is ``None`` if there is none. A second
+        call does nothing."""
         if not self._released:
             if self.placement is not None:
                 self.placement.placed.answer_bytes = answer_bytes

@@ -141,6 +141,10 @@ class Ledger:
                 self._on_failure(outcome, error)
         self._announce_free_slot()
 
+    def learns_from(self, placement: Placement) -> bool:
+        """Whether the balancer would learn from the answer of this request if it ended now."""
+        return self._scheduler.learns_from(placement.placed, self._clock())
+
     def discard(self, lease: Lease) -> None:
         """Removes a lease that was never used. ``Lease.discard`` calls this once for each lease."""
         if lease.placement is not None:

@@ -274,7 +274,8 @@ def _build_whole_answer(
     counters = find_counters(body) if generates_text(call.path) else None
     if counters is not None and counters.tokens:
         node.meter.add(min(counters.tokens, len(body)))  # a server may count wrongly: each token has at least one byte
-    answer_bytes = None if counters is None else count_text_bytes(call.path, body)
+    is_counted = counters is not None and lease.is_learned_from
+    answer_bytes = count_text_bytes(call.path, body) if is_counted else None
     lease.release(Outcome.SERVED, counters=counters, answer_bytes=answer_bytes)
     return WholeAnswer(node.name, node.kind, response.status, response.headers, body, counters)
 

@@ -251,7 +251,8 @@ class StreamingAnswer(Answer):
         self._state = StreamState.DRAINING
         self._count_tokens(self._clock())
         counters = (continuation.counters or ServerCounters()).with_frame_count(self._frames)
-        self._lease.release(Outcome.SERVED, counters=counters, answer_bytes=continuation.upstream_text_bytes)
+        answer_bytes = continuation.upstream_text_bytes if self._lease.is_learned_from else None
+        self._lease.release(Outcome.SERVED, counters=counters, answer_bytes=answer_bytes)
         self._watch.stop()
         self._watch.learn_pace()
         self._timer.cancel()
