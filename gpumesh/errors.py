@@ -6,7 +6,8 @@
     ├── UsageError                   exit 2   the command line was wrong
     │   └── ConfigError              exit 2   mesh.yaml was wrong; holds all its problems
     ├── NoNodeError                  exit 4   no node can serve the request
-    │   └── ModelMissing             exit 4   nodes are up, but none has the model
+    │   ├── ModelMissing             exit 4   nodes are up, but none has the model
+    │   └── ServersFailed            exit 4   two servers failed at the request: it may be the cause
     ├── DeadlineExceeded             exit 1   the caller's overall deadline passed
     ├── QueueFull                    exit 1   the gateway's queue is at its limit (503)
     ├── MeshAlreadyRunning           exit 1
@@ -118,9 +119,13 @@ class ConfigError(UsageError):
 
 
 class NoNodeError(GPUMeshError):
+    """No node can serve the request now. ``retry_after_s``: the time until a node is tried again; ``None`` if it is not
+    known."""
+
     code = "no-node"
     exit_code = ExitCode.NO_NODE
     default_hint = "`gpumesh status` shows each node and why it cannot serve"
+    retry_after_s: float | None = None
 
 
 class ModelMissing(NoNodeError):
@@ -132,6 +137,13 @@ class ModelMissing(NoNodeError):
         self.model = model
         self.available = available
         super().__init__(f"no node that is up has the model {model!r}", hint=hint)
+
+
+class ServersFailed(NoNodeError):
+    """Servers have failed at this very request. The request may be the cause, so no other server must get it."""
+
+    code = "servers-failed"
+    default_hint = "it may be the request itself that makes them fail"
 
 
 class DeadlineExceeded(GPUMeshError):

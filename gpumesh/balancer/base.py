@@ -69,7 +69,7 @@ class Candidate(msgspec.Struct, frozen=True):
     ``usable``: tunnel and backend are up, the node is not draining, and its breaker lets a request through. ``models``
     is ``None`` when the backend could not list its models: then any model may be tried. ``broken_models`` are the full
     names of models that the node lists, but that must not be asked for now: the node cannot load them, or answered that
-    it does not have them.
+    it does not have them. ``enabled`` is false for a node that mesh.yaml disables.
     """
 
     name: str
@@ -77,3 +77,4 @@ class Candidate(msgspec.Struct, frozen=True):
     usable: bool
     models: AbstractSet[str] | None
     broken_models: AbstractSet[str] = frozenset()
+    enabled: bool = True

@@ -25,7 +25,9 @@ class Outcome(StrEnum):
     """How one attempt ended. ``BUSY``: the server answered 429 or 529. ``NOT_SUPPORTED``: the server answered 501.
     ``TIMED_OUT``: the server fell silent within an answer. ``CUT``: the answer stopped short. ``STREAM_ERROR``: the
     server reported an error within an answer. ``CANNOT_CONTINUE``: the node cannot continue an answer that another node
-    began. ``DEADLINE``: the time that the client gave the request has passed."""
+    began. ``DEADLINE``: the time that the client gave the request has passed. ``STALE_CONNECTION``: a kept-alive
+    connection ended when the request was sent, before a server can have worked on it; the attempt goes on over a new
+    connection."""
 
     SERVED = "served"
     CLIENT_GONE = "client-gone"
@@ -40,6 +42,7 @@ class Outcome(StrEnum):
     STREAM_ERROR = "broken"
     CANNOT_CONTINUE = "unfit"
     DEADLINE = "deadline"
+    STALE_CONNECTION = "stale-connection"
 
 
 class RequestOutcome(StrEnum):
@@ -118,6 +121,7 @@ _RULES = {
     Outcome.CANNOT_CONTINUE: OutcomeRule(fail_over=True, counts_against_node=False),
     # The client's own deadline has passed. That shows a slow model, not a broken node.
     Outcome.DEADLINE: OutcomeRule(fail_over=False, counts_against_node=False),
+    Outcome.STALE_CONNECTION: OutcomeRule(fail_over=True, counts_against_node=False),
 }
 
 # When every node has failed a request, nodes that were lost or busy are asked again after a pause that grows. Each such

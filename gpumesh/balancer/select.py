@@ -107,10 +107,13 @@ def no_node_error(candidates: Sequence[Candidate], demand: Demand, *, exclude: C
         elif demand.nodes is not None:
             subject = f"none of the nodes that may serve this ({', '.join(sorted(demand.nodes))}) is"
         return NoNodeError(f"{subject} usable now", node=demand.node)
-    unusable = [candidate for candidate in allowed if not candidate.usable]
     with_model = [candidate for candidate in usable if has_model(candidate, demand.model)]
+    if demand.model is not None and not any(candidate.kind in demand.kinds for candidate in with_model):
+        away = [candidate for candidate in allowed if not candidate.usable and _may_have_model(candidate, demand)]
+        if away:
+            return _away_model_error(demand.model, away)
     if demand.model is not None and not with_model:
-        return _missing_model_error(demand.model, usable, unusable)
+        return _missing_model_error(demand.model, usable)
     usable_of_kind = [candidate for candidate in usable if candidate.kind in demand.kinds]
     if not usable_of_kind:
         kinds = ", ".join(sorted(demand.kinds))
@@ -120,7 +123,7 @@ def no_node_error(candidates: Sequence[Candidate], demand: Demand, *, exclude: C
         )
     # Nodes have the model and nodes are of a demanded kind, but these may be different nodes.
     if demand.model is not None and not any(has_model(candidate, demand.model) for candidate in usable_of_kind):
-        return _missing_model_error(demand.model, usable_of_kind, unusable, of_other_kinds=with_model)
+        return _missing_model_error(demand.model, usable_of_kind, of_other_kinds=with_model)
     suited = [candidate for candidate in usable_of_kind if has_model(candidate, demand.model)]
     is_broken_everywhere = all(is_model_broken(candidate, demand.model) for candidate in suited)
     if demand.needs_slot and is_broken_everywhere:
@@ -139,19 +142,30 @@ def _excluded_by_rules_error(demand: Demand, allowed_names: frozenset[str]) -> N
     return NoNodeError(f"the rules of mesh.yaml keep {model} away from node {demand.node!r}", hint=hint)
 
 
+def _may_have_model(candidate: Candidate, demand: Demand) -> bool:
+    """Whether the node has the demanded model, or may have it because its models are not known, and its server speaks
+    the API of the request, as far as that is known."""
+    speaks_api = candidate.kind in demand.kinds or candidate.kind is BackendKind.AUTO
+    return candidate.enabled and speaks_api and has_model(candidate, demand.model)
+
+
+def _away_model_error(model: str, away: Sequence[Candidate]) -> NoNodeError:
+    """The error for a model that no usable node has, but that a node has, or may have, which cannot be used now. This
+    is no ModelMissing: the client would take that for the last word. ``away``: these nodes."""
+    listing = [candidate.name for candidate in away if candidate.models is not None]
+    if listing:
+        return NoNodeError(f"{model!r} is on {', '.join(listing)}, which cannot be used now")
+    names = ", ".join(candidate.name for candidate in away)
+    return NoNodeError(f"no node that is up has the model {model!r}, and {names} could not be asked for it yet")
+
+
 def _missing_model_error(
-    model: str,
-    usable: Sequence[Candidate],
-    unusable: Sequence[Candidate],
-    *,
-    of_other_kinds: Sequence[Candidate] = (),
+    model: str, usable: Sequence[Candidate], *, of_other_kinds: Sequence[Candidate] = ()
 ) -> ModelMissing:
-    """The error for a model that no usable node has. Its hint names the unusable nodes that have the model, the models
-    of the usable nodes, and a command to pull the model. ``of_other_kinds``: nodes that have the model, but whose
-    servers do not speak the API of the request."""
+    """The error for a model that no node has. Its hint names the models of the usable nodes, and a command to pull the
+    model. ``of_other_kinds``: nodes that have the model, but whose servers do not speak the API of the request."""
     available = _list_models(usable)
-    unusable_with_model = [candidate.name for candidate in unusable if has_model(candidate, model)]
-    hint = f"it is on {', '.join(unusable_with_model)}, which cannot be used now; " if unusable_with_model else ""
+    hint = ""
     if of_other_kinds:
         names = ", ".join(f"{candidate.name} (kind {candidate.kind})" for candidate in of_other_kinds)
         hint += f"it is on {names}, which cannot serve this API; "

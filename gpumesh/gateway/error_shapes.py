@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ from gpumesh.errors import (
     ModelMissing,
     NoNodeError,
     QueueFull,
+    ServersFailed,
     UsageError,
 )
 from gpumesh.gateway.http.errors import BadRequest
@@ -22,7 +24,9 @@ from gpumesh.printable import printable
 
 _OPENAI_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 _ANTHROPIC_TYPES = {**_OPENAI_TYPES, 413: "request_too_large", 503: "overloaded_error", 529: "overloaded_error"}
+# What Retry-After says at least and at most while no node can serve. A node may be back sooner than it is tried next.
 NO_NODE_RETRY_S = 2
+MAX_NO_NODE_RETRY_S = 60
 # A request with such a reply is answered before its whole body has come. The rest of the body would be taken for the
 # next request, so the connection is closed.
 _CLOSING_STATUSES = (408, 413, 417)
@@ -50,9 +54,13 @@ def retry_after_s(error: GPUMeshError) -> int | None:
     """Whole seconds for the Retry-After header; ``None`` if it is of no use to try again."""
     if isinstance(error, QueueFull):
         return max(round(error.retry_after_s), 1)
-    if isinstance(error, ModelMissing):  # a NoNodeError, too, but waiting does not bring the model
+    # Both are a NoNodeError, too. But waiting does not bring the model, and a request that servers fail at must not be
+    # sent again.
+    if isinstance(error, (ModelMissing, ServersFailed)):
         return None
-    return NO_NODE_RETRY_S if isinstance(error, NoNodeError) else None
+    if isinstance(error, NoNodeError):
+        return min(max(math.ceil(error.retry_after_s or 0.0), NO_NODE_RETRY_S), MAX_NO_NODE_RETRY_S)
+    return None
 
 
 def client_message(error: GPUMeshError) -> str:
@@ -125,6 +133,8 @@ def error_reply(path: str, error: GPUMeshError, *, headers: HeaderPairs = ()) ->
     wait_s = retry_after_s(error)
     if wait_s is not None:
         headers = (*headers, ("Retry-After", str(wait_s)))
+    elif isinstance(error, ServersFailed):  # without this header, the clients of OpenAI and Anthropic repeat a 503
+        headers = (*headers, ("X-Should-Retry", "false"))
     body = error_body(find_client_api(path), status, client_message(error))
     return json_response(body, status=status, headers=headers, close=status in _CLOSING_STATUSES)
 

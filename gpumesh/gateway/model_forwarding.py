@@ -15,7 +15,7 @@ from msgspec.structs import replace
 
 from gpumesh.balancer.base import Demand, Priority
 from gpumesh.balancer.prefixes.prints import FIRST_BLOCK_BYTES, MIN_SECRET_BYTES
-from gpumesh.errors import NoNodeError
+from gpumesh.errors import NoNodeError, ServersFailed
 from gpumesh.gateway import proxy
 from gpumesh.gateway.access.client_names import ClientNames
 from gpumesh.gateway.http.request import Request
@@ -116,6 +116,8 @@ class ModelForwarder:
             failure: Response | NoNodeError
             try:
                 reply = await self._send(request, record, route, demand, data, timeout_s, asked_model=body.model)
+            except ServersFailed:  # the servers of a fallback could fail at the request as well
+                raise
             except NoNodeError as error:  # also ModelMissing
                 failure = error
             else:

@@ -16,7 +16,7 @@ from gpumesh.balancer.load_options import read_load_options
 from gpumesh.balancer.prefixes import PromptHasher
 from gpumesh.balancer.prefixes.cache_size import BYTES_PER_TOKEN
 from gpumesh.balancer.prefixes.prints import MIN_SECRET_BYTES
-from gpumesh.errors import BackendStatus, ModelMissing, NoNodeError
+from gpumesh.errors import BackendStatus, ModelMissing, NoNodeError, ServersFailed
 from gpumesh.mesh.requests.answer import Answer
 from gpumesh.topology import BackendKind
 
@@ -161,6 +161,8 @@ class ChatStream:
             calls = {kind: dialect.build_chat_call(request) for kind, dialect in DIALECTS.items()}
             try:
                 return await self._send(demand, calls, timeout_s=self._timeout_s, resume=self._resume)
+            except ServersFailed:  # the servers of a fallback could fail at the request as well
+                raise
             except NoNodeError as error:  # also ModelMissing
                 first_error = first_error or error
         assert first_error is not None, "a chat has at least one demand"

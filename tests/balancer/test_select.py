@@ -102,30 +102,48 @@ def test_the_error_gives_the_true_reason_why_no_node_can_serve(
     assert message in error.message
 
 
-def test_the_error_of_a_missing_model_names_the_models_there_are_and_nodes_that_would_have_it() -> None:
-    nodes = [node("a"), node("away", usable=False, models=frozenset({"big:70b"}))]
-    error = no_node_error(nodes, Demand("big:70b"))
+def test_the_error_of_a_missing_model_names_the_models_there_are() -> None:
+    nodes = [
+        node("a"),
+        node("away", usable=False),
+        node("disabled", usable=False, models=None, enabled=False),
+        node("vllm", usable=False, kind=BackendKind.VLLM, models=frozenset({"big:70b"})),
+    ]
+    error = no_node_error(nodes, Demand("big:70b", frozenset({BackendKind.OLLAMA})))
     assert isinstance(error, ModelMissing)
     assert error.hint is not None
-    assert "away" in error.hint
     assert "m:latest" in error.hint
     assert "pulled to a:" in error.hint
     assert error.available == ("m:latest",)
 
 
-def test_the_error_of_a_model_that_only_a_server_of_another_kind_has_names_that_server() -> None:
+@pytest.mark.parametrize("kind", [BackendKind.OLLAMA, BackendKind.AUTO])
+@pytest.mark.parametrize(
+    ("models", "message"),
+    [
+        (frozenset({"big:70b"}), "'big:70b' is on away, which cannot be used now"),
+        (None, "no node that is up has the model 'big:70b', and away could not be asked for it yet"),
+    ],
+)
+def test_a_model_that_a_node_has_or_may_have_is_not_missing_while_that_node_is_away(
+    kind: BackendKind, models: frozenset[str] | None, message: str
+) -> None:
     nodes = [
-        node("ollama"),
+        node("a"),
         node("vllm", kind=BackendKind.VLLM, models=frozenset({"big:70b"})),
-        node("away", usable=False, models=frozenset({"big:70b"})),
+        node("away", usable=False, kind=kind, models=models),
     ]
+    error = no_node_error(nodes, Demand("big:70b", frozenset({BackendKind.OLLAMA})))
+    assert (type(error), error.message) == (NoNodeError, message)
+
+
+def test_the_error_of_a_model_that_only_a_server_of_another_kind_has_names_that_server() -> None:
+    nodes = [node("ollama"), node("vllm", kind=BackendKind.VLLM, models=frozenset({"big:70b"}))]
     error = no_node_error(nodes, Demand("big:70b", frozenset({BackendKind.OLLAMA})))
     assert isinstance(error, ModelMissing)
     assert error.available == ("m:latest",)
     assert error.hint is not None
-    assert error.hint.startswith(
-        "it is on away, which cannot be used now; it is on vllm (kind vllm), which cannot serve this API; there are: m"
-    )
+    assert error.hint.startswith("it is on vllm (kind vllm), which cannot serve this API; there are: m")
     assert "pulled to ollama:" in error.hint
 
 

@@ -9,6 +9,7 @@ from gpumesh.errors import (
     ModelMissing,
     NoNodeError,
     QueueFull,
+    ServersFailed,
     UsageError,
 )
 from gpumesh.gateway import error_shapes
@@ -23,6 +24,7 @@ from gpumesh.gateway.model_requests import ClientApi
         (UsageError("x"), 400, None),
         (ModelMissing("m"), 404, None),
         (NoNodeError("x"), 503, 2),
+        (ServersFailed("x"), 503, None),
         (QueueFull("x", retry_after_s=7.4), 503, 7),
         (QueueFull("x", retry_after_s=0.1), 503, 1),
         (DeadlineExceeded("x"), 504, None),
@@ -33,6 +35,20 @@ from gpumesh.gateway.model_requests import ClientApi
 def test_each_error_has_its_status(error: GPUMeshError, status: int, wait: int | None) -> None:
     assert error_shapes.error_status(error) == status
     assert error_shapes.retry_after_s(error) == wait
+
+
+@pytest.mark.parametrize(("known_s", "told_s"), [(None, 2), (0.3, 2), (7.2, 8), (290.0, 60)])
+def test_retry_after_says_when_a_node_is_tried_again(known_s: float | None, told_s: int) -> None:
+    error = NoNodeError("x")
+    error.retry_after_s = known_s
+    assert error_shapes.retry_after_s(error) == told_s
+
+
+def test_clients_are_told_not_to_repeat_a_request_that_servers_fail_at() -> None:
+    """The clients of OpenAI and Anthropic repeat each 503, unless this header is there."""
+    headers = dict(error_shapes.error_reply("/v1/chat/completions", ServersFailed("x")).headers)
+    assert headers["X-Should-Retry"] == "false"
+    assert "Retry-After" not in headers
 
 
 def test_the_body_of_an_error_in_each_api() -> None:

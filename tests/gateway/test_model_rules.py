@@ -14,7 +14,7 @@ import pytest
 
 from gpumesh.backends.base import ChatRequest, Message
 from gpumesh.balancer.base import Demand, ResidencyKey
-from gpumesh.errors import ModelMissing
+from gpumesh.errors import ModelMissing, ServersFailed
 from gpumesh.gateway.app import Gateway
 from gpumesh.lab.profile import EMBEDDER, LLAMA_8B
 from gpumesh.mesh.mesh import Mesh
@@ -35,6 +35,7 @@ class StandIn:
         self.bodies: list[dict[str, Any]] = []
         self.raw_bodies: list[bytes] = []
         self.fails_with: int | None = None
+        self.ends_connections = False  # at each request, instead of an answer
         self.remaining_cuts: list[str] = []
         self.url = ""
         self.connections: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
@@ -50,6 +51,8 @@ class StandIn:
                 body = await reader.readexactly(length)
                 method, path = head.split(b" ")[0].decode(), head.split(b" ")[1].decode()
                 status, kind, data, is_cut = self.answer(method, path, body)
+                if self.ends_connections and method == "POST":
+                    return
                 framing = f"Content-Length: {len(data) + (10 if is_cut else 0)}"
                 writer.write(f"HTTP/1.1 {status} X\r\nContent-Type: {kind}\r\n{framing}\r\n\r\n".encode() + data)
                 await writer.drain()
@@ -454,6 +457,21 @@ async def test_the_class_comes_from_the_header_then_the_key_then_the_route(
     classes = [Priority.BATCH, Priority.INTERACTIVE, Priority.NORMAL, Priority.BATCH, Priority.BATCH]
     assert [demand.priority for demand in demands] == classes
     assert [demand.client for demand in demands] == ["chat", "chat", "chat", "night", "night"]
+
+
+async def test_a_request_at_which_two_servers_fail_goes_to_no_fallback() -> None:
+    """The servers of the fallback could fail at it as well."""
+    hosts = {"a": StandIn("large"), "b": StandIn("large"), "c": StandIn("small")}
+    for name in "ab":
+        hosts[name].ends_connections = True
+    async with serve(ModelSpec("large", fallback="small"), hosts=hosts) as fleet:
+        response = await fleet.client.post("/api/chat", json={"model": "large", **CHAT})
+        assert (response.status_code, response.headers["X-Should-Retry"]) == (503, "false")
+        assert "two servers failed at this request" in response.json()["error"]
+        with pytest.raises(ServersFailed):
+            async with fleet.mesh.chat("large", "hello"):
+                pass
+    assert [len(host.raw_bodies) for host in hosts.values()] == [2, 2, 0]
 
 
 # -- chats of the library and of `gpumesh run` -----------------------------------------------------------------------

@@ -13,6 +13,15 @@ EXPLANATIONS = (
         "`gpumesh status` shows each node and its reason.",
     ),
     Explanation(
+        "servers-failed",
+        E,
+        "two servers failed at this request",
+        "Two servers, or one server twice, answered 500 to the same request, or ended while they worked on it. The "
+        "request itself may be the cause, so no other server gets it, and no fallback is tried.",
+        "See the servers' logs. Before the mesh gets the request again, try it shorter, with another model, or on one "
+        "node alone (`X-GPUMesh-Node`).",
+    ),
+    Explanation(
         "deadline",
         E,
         "the deadline passed",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from urllib.parse import urlsplit
+
+from msgspec.structs import replace
 
 from gpumesh import audit, config
 from gpumesh.balancer.account import GpuGroup
@@ -58,10 +60,13 @@ class Fleet:
         do."""
         return None if model is None else self._nodes[node].server_name(model)
 
-    def explain_no_node(self, demand: Demand) -> GPUMeshError:
+    def explain_no_node(self, demand: Demand, lacking: Collection[str] = ()) -> GPUMeshError:
         """Builds the error that tells why no node can serve this demand, with the reason for each node that the demand
-        allows."""
-        candidates = self.candidates()
+        allows. ``lacking``: nodes that have just answered that they do not have the model, whatever they list."""
+        candidates = [
+            replace(candidate, models=frozenset()) if candidate.name in lacking else candidate
+            for candidate in self.candidates()
+        ]
         error = no_node_error(candidates, demand)
         if type(error) is not NoNodeError:  # ModelMissing: that no usable node has the model is the whole reason
             return error
@@ -69,16 +74,20 @@ class Fleet:
         faults: dict[str, ModelFault] = {}  # by node
         if demand.model is not None:
             faults = self._find_model_faults(allowed, demand.model)
-            listing = {candidate.name for candidate in allowed if has_model(candidate, demand.model)}
-            lacking = [name for name, fault in faults.items() if fault.blame is Blame.MISSING_MODEL]
+            enabled = [candidate for candidate in allowed if candidate.enabled]
+            listing = {candidate.name for candidate in enabled if has_model(candidate, demand.model)}
+            missing = [name for name, fault in faults.items() if fault.blame is Blame.MISSING_MODEL]
             # Whether all nodes that list the model have answered that they do not have it.
-            no_node_has_model = bool(listing) and listing.issubset(lacking)
+            no_node_has_model = bool(listing) and listing.issubset(missing)
             if no_node_has_model:
-                hint = f"{', '.join(lacking)} lists it, but answers that it is not there: pull it again there"
+                hint = f"{', '.join(missing)} lists it, but answers that it is not there: pull it again there"
                 return ModelMissing(demand.model, hint=hint)
         states = [self[candidate.name].state(queued=0) for candidate in allowed]
         reasons = "; ".join(f"{state.name}: {_describe_reason(state, faults.get(state.name))}" for state in states)
-        return NoNodeError(f"{error.message} ({reasons})" if reasons else error.message, hint=error.hint)
+        explained = NoNodeError(f"{error.message} ({reasons})" if reasons else error.message, hint=error.hint)
+        trials = [self[candidate.name].next_trial_s(demand.model) for candidate in allowed]
+        explained.retry_after_s = min((trial_s for trial_s in trials if trial_s is not None), default=None)
+        return explained
 
     def _find_model_faults(self, candidates: Iterable[Candidate], model: str) -> dict[str, ModelFault]:
         """The faults of this model on these nodes, by node. Nodes on which the model has no fault are left out."""

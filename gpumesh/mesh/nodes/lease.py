@@ -84,6 +84,9 @@ class LeaseKeeper(Protocol):
     def learns_from(self, placement: Placement) -> bool:
         """Whether the balancer would learn from the answer of this request if it ended now."""
 
+    def note_resent(self, lease: Lease) -> None:
+        """The request of this lease is sent a second time."""
+
     def note_answer_started(self, lease: Lease) -> None:
         """The first token of this lease's attempt has come."""
 
@@ -181,6 +184,10 @@ class Lease:
         half-open breakers may allow the next trial."""
         self.can_move = None
         self._ledger.note_answer_started(self)
+
+    def note_resent(self) -> None:
+        """Notes that the request is sent a second time, because a kept-alive connection ended at once."""
+        self._ledger.note_resent(self)
 
     def note_slow_client(self) -> None:
         """Notes that the client takes the answer more slowly than the node sends it. So the answer's duration says

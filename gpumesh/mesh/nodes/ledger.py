@@ -183,6 +183,12 @@ class Ledger:
             self.model_breakers.forgive_failure(lease.model, now)
         self._announce_free_slot()
 
+    def note_resent(self, lease: Lease) -> None:
+        """Counts a kept-alive connection that its server had closed when a request was sent over it. It is no fault of
+        the node, and the lease goes on."""
+        if lease.placement is not None:
+            self.attempt_outcomes[Outcome.STALE_CONNECTION] += 1
+
     def note_answer_started(self, lease: Lease) -> None:
         """Notes that the first token of this lease's attempt has come. That may prove that the server has one slot
         more. It also ends the trials of half-open breakers, so that the next request need not wait for the end of this

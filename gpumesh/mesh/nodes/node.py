@@ -82,6 +82,7 @@ class Node:
         self.server_version: str | None = None
         """The version of the server when it was seen last; ``None`` if it is not known."""
         self._link = TunnelLink(spec)
+        self._link.away_since = clock()
         self.ledger = Ledger(
             self.account,
             scheduler,
@@ -133,7 +134,9 @@ class Node:
             # are counted as failed only a moment after the loss.
             self.ledger.reset_breakers()
             self._prober.request_probe()
+            self._link.away_since = None
         elif was_up and not self._link.is_up:
+            self._link.away_since = self._clock()
             self._prober.forget_host()
             self.ledger.abort_all_attempts()
         if state.state in (TunnelPhase.BACKOFF, TunnelPhase.FAILED):  # out of reach: nobody needs to wait for a probe
@@ -367,6 +370,10 @@ class Node:
         """Whether the node takes no requests for this model now, but probably will in a moment. ``None``: whether this
         is so for requests of any model."""
         return self._snapshots.may_recover(model)
+
+    def next_trial_s(self, model: str | None) -> float | None:
+        """The seconds until the node, or this model on it, is tried again after a failure; ``None``: not known."""
+        return self._snapshots.next_trial_s(model)
 
     def find_model_fault(self, model: str) -> ModelFault | None:
         """The fault for which requests for this model are kept away from the node; ``None`` if there is none."""

@@ -39,6 +39,8 @@ from gpumesh.topology import NodeSpec, SshSpec
 
 MAX_KEY_CHARS = 400  # room for the UUIDs of eight GPUs
 MAX_MODEL_PAUSE_S = 6.0  # a request waits for a model's breaker if its pause ends within this time
+# A node that is away for longer will hardly be back in the few seconds for which a request waits.
+MAX_AWAY_S = 120.0
 
 
 @dataclass(slots=True)
@@ -89,9 +91,10 @@ class SnapshotBuilder:
         """Whether the node takes no requests for this model now, but probably will in a moment. ``None``: whether this
         is so for requests of any model.
 
-        It is so while the node connects, or after its connection was lost, or while a breaker pauses it for a short
-        time."""
-        if self._role.draining:  # it takes requests again only when somebody resumes it
+        It is so while the node connects, or after its connection was lost, if that was not long ago, or while a breaker
+        pauses it for a short time."""
+        # A draining node takes requests again only when somebody resumes it, a disabled one never.
+        if self._role.draining or not self._spec.enabled:
             return False
         now = self._clock()
         pause_s = None if model is None else self._ledger.model_breakers.pause_left(full_name(model), now)
@@ -102,9 +105,25 @@ class SnapshotBuilder:
         phase, reports = self._link.reported.state, self._prober.reports
         if phase is TunnelPhase.UP:
             return reports.backend is None  # the first probe over this connection is not complete
+        away_since = self._link.away_since
+        if away_since is not None and now - away_since > MAX_AWAY_S:
+            return False
         if phase is TunnelPhase.BACKOFF:
             return reports.models is not None  # the node has worked before
         return phase in (TunnelPhase.IDLE, TunnelPhase.CONNECTING)  # not FAILED: a person has to act first
+
+    def next_trial_s(self, model: str | None) -> float | None:
+        """The seconds until the node, or this model on it, is tried again after a failure; ``None`` if that is not
+        known. While the node is draining, nobody tries it."""
+        if self._role.draining:
+            return None
+        now, breaker = self._clock(), self._ledger.breaker
+        waits = [
+            None if self._link.is_up else self._link.state.retry_in_s,
+            None if breaker.open_until is None else max(breaker.open_until - now, 0.0),
+            None if model is None else self._ledger.model_breakers.pause_left(full_name(model), now),
+        ]
+        return max((wait_s for wait_s in waits if wait_s is not None), default=None)
 
     def candidate(self, now: float, *, despite_breaker: bool) -> Candidate:
         """The node as the balancer sees it at the time ``now``. ``despite_breaker``: the node counts as usable even if
@@ -119,6 +138,7 @@ class SnapshotBuilder:
             usable=usable,
             models=reports.models,
             broken_models=ledger.model_breakers.broken(now, despite_doubt=despite_breaker),
+            enabled=self._spec.enabled,
         )
 
     @property

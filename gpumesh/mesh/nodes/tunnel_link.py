@@ -14,7 +14,8 @@ class TunnelLink:
     """Holds a node's tunnel and the state that the tunnel reported last.
 
     ``tunnel`` is ``None`` for a disabled node and before the mesh has started. ``reported`` is the state of the
-    tunnel's last callback. ``connection_count`` grows with each new connection.
+    tunnel's last callback. ``connection_count`` grows with each new connection. ``away_since`` is the time of the
+    node's clock at which the tunnel was lost last; ``None`` while the tunnel is up, and if the time is not known.
     """
 
     def __init__(self, spec: NodeSpec) -> None:
@@ -22,6 +23,7 @@ class TunnelLink:
         self.reported = TunnelState(transport="direct" if spec.ssh is None else spec.ssh.transport.value)
         self.is_up = False
         self.connection_count = 0
+        self.away_since: float | None = None
         self.command_lock = asyncio.Lock()
         """Held while a short command runs on the host: some hosts allow one session at a time."""
         self._targets = spec.backend.targets

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable
 from typing import Protocol
 
+import msgspec
+
 from gpumesh.backends import safe_json
 from gpumesh.backends.base import ServerCounters
 from gpumesh.balancer.outcomes import Outcome
@@ -15,6 +17,18 @@ from gpumesh.topology import BackendKind
 HeaderPairs = tuple[tuple[str, str], ...]
 OutcomeListener = Callable[[Outcome], None]
 """A function that gets the outcome of each request, once: for the counters of the whole mesh."""
+
+
+class SendProgress(msgspec.Struct, eq=False):
+    """How far the sending of a request has come. So it is also known of a request that gets no answer.
+
+    ``node`` got the request last; ``None``: no node has got it. ``attempts`` counts the requests to nodes. ``queue_s``
+    is the time in seconds that the request has waited for slots.
+    """
+
+    node: str | None = None
+    attempts: int = 0
+    queue_s: float = 0.0
 
 
 class ClientStream(ByteSink, Protocol):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from io import BytesIO
 from typing import TypeVar
@@ -21,6 +21,7 @@ from gpumesh.balancer.outcomes import ErrorReply, Outcome, classify_status, rule
 from gpumesh.errors import BackendStatus, BackendUnreachable, DeadlineExceeded, GPUMeshError, QueueFull, StreamCut
 from gpumesh.mesh.nodes.lease import Lease
 from gpumesh.mesh.requests.answer import WholeAnswer, error_answer
+from gpumesh.mesh.requests.failures import FailedAttempt, shortest_work_s
 from gpumesh.mesh.requests.task_deadlines import TaskDeadline
 from gpumesh.mesh.requests.upstream import Upstream, UpstreamResponse
 
@@ -31,23 +32,6 @@ COPY_BYTES = 1 << 20  # bytes of a body that are copied in one step
 ERROR_BYTES = 1 << 20  # limit for an error's body, and for the answer to ``ask_node``
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class FailedAttempt:
-    """An attempt that failed; another node may succeed. ``answer`` is the server's own error, if the server sent one.
-
-    ``request_sent``: the server may have received the request before the failure. ``lease`` is the attempt's lease,
-    which has been released. ``duration_s`` is the time from the start of the request to the failure.
-    """
-
-    node: str
-    outcome: Outcome
-    error: GPUMeshError
-    answer: WholeAnswer | None = None
-    request_sent: bool = False
-    lease: Lease | None = None
-    duration_s: float = 0.0
 
 
 class OpenedStream(msgspec.Struct, frozen=True, eq=False):
@@ -67,17 +51,18 @@ def run_attempt(
     *,
     timeout_s: float,
     continuation: Callable[[], Continuation] | None = None,
-    at_most_once: bool = False,
+    may_resend: bool = True,
 ) -> Awaitable[WholeAnswer | OpenedStream | FailedAttempt]:
     """Sends the request to the leased node. Returns a whole answer, a stream that has begun, or the failure.
 
     ``continuation`` creates the reader of a stream with generated text; without it every stream is passed on unread.
-    ``at_most_once``: the server must not get the request twice.
+    ``may_resend``: the request may go over a kept-alive connection, and is sent a second time if that connection ends
+    before a server can have worked on the request. Otherwise the request goes over a new connection.
 
     Releases the lease, unless the result is an OpenedStream, which holds it. A cancelled attempt releases it as well.
     """
     read_answer = partial(_read_answer, lease, call, continuation)
-    return _send_and_read(upstream, lease, call, read_answer, timeout_s=timeout_s, at_most_once=at_most_once)
+    return _send_and_read(upstream, lease, call, read_answer, timeout_s=timeout_s, may_resend=may_resend)
 
 
 async def _read_answer(
@@ -151,17 +136,29 @@ async def _send_and_read(
     *,
     timeout_s: float,
     result_on_timeout: T | None = None,
-    at_most_once: bool = False,
+    may_resend: bool = True,
 ) -> T | FailedAttempt:
     """Sends the request, and returns what ``read_answer`` makes of the response, or the failure.
 
     Any failure closes the connection, so that the server stops its work, and releases the lease. Only a time-out is
-    different if there is a ``result_on_timeout``: this result is returned, and the lease stays held.
+    different if there is a ``result_on_timeout``: this result is returned, and the lease stays held. ``may_resend``:
+    see ``run_attempt``.
     """
     node = lease.node
     loop = upstream.deadlines.loop
     response: UpstreamResponse | None = None
     started_at = loop.time()
+    was_resent = False
+
+    def start_resending(waited_s: float) -> bool:
+        """Returns whether the request may be sent again: no server can have worked on it in this time."""
+        nonlocal started_at, was_resent
+        if waited_s > shortest_work_s(node):
+            return False
+        started_at, was_resent = loop.time(), True
+        lease.note_resent()
+        return True
+
     if lease.aborted:  # the tunnel failed before the request was sent
         return _fail_unreachable(lease)
     try:
@@ -175,27 +172,29 @@ async def _send_and_read(
                 node=node.name,
                 host=None if node.target is None else host_header(node.target),
                 server_name=_server_name(lease),
-                at_most_once=at_most_once,
+                new_connection=not may_resend,
+                may_resend=start_resending,
             )
             result = await read_answer(response)
             lease.set_abort_callback(response.abort)
             if isinstance(result, FailedAttempt):
-                return replace(result, duration_s=loop.time() - started_at)
+                return replace(result, duration_s=loop.time() - started_at, was_resent=was_resent)
             return result
     except TimeoutError:
         if response is not None:
             response.abort()
         if lease.aborted:
-            return replace(_fail_unreachable(lease), request_sent=True)
+            return replace(_fail_unreachable(lease), request_sent=True, was_resent=was_resent)
         if result_on_timeout is not None:
             return result_on_timeout
         return _fail(lease, Outcome.DEADLINE, DeadlineExceeded(f"no answer within {timeout_s:.0f} s", node=node.name))
     except BackendUnreachable as error:
         failed = _fail(lease, Outcome.UNREACHABLE, error)
-        return replace(failed, request_sent=error.request_sent, duration_s=loop.time() - started_at)
+        duration_s = loop.time() - started_at
+        return replace(failed, request_sent=error.request_sent, duration_s=duration_s, was_resent=was_resent)
     except StreamCut as error:
         failed = _fail(lease, Outcome.CUT, error)
-        return replace(failed, request_sent=True, duration_s=loop.time() - started_at)
+        return replace(failed, request_sent=True, duration_s=loop.time() - started_at, was_resent=was_resent)
     except BaseException:  # a cancellation, because the client has gone; or a bug of ours
         if response is not None:
             response.abort()

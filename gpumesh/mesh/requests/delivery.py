@@ -6,7 +6,7 @@ If a node is lost while its answer streams, the other nodes are tried for the re
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from random import Random
@@ -20,19 +20,25 @@ from gpumesh.backends.dialects import kinds_that_continue
 from gpumesh.balancer.base import Demand
 from gpumesh.balancer.outcomes import (
     MAX_ROUNDS,
-    MAX_SERVER_FAILURES,
-    SERVER_ERROR_STATUS,
-    Blame,
     Outcome,
     is_retryable,
     retry_delay_s,
     rule_for_outcome,
 )
-from gpumesh.errors import BackendStatus, DeadlineExceeded, GPUMeshError, NoNodeError
+from gpumesh.errors import BackendStatus, DeadlineExceeded, GPUMeshError, ModelMissing, NoNodeError
 from gpumesh.mesh.dispatch import Dispatcher
 from gpumesh.mesh.nodes.lease import Lease
-from gpumesh.mesh.requests.answer import Answer, WholeAnswer
-from gpumesh.mesh.requests.attempt import FailedAttempt, OpenedStream, ask_node, run_attempt, with_model
+from gpumesh.mesh.requests.answer import Answer, SendProgress, WholeAnswer
+from gpumesh.mesh.requests.attempt import OpenedStream, ask_node, run_attempt, with_model
+from gpumesh.mesh.requests.failures import (
+    FailedAttempt,
+    all_failed_error,
+    copy_error,
+    find_possible_server_failures,
+    find_server_failures,
+    lost_over_ssh,
+    must_stop,
+)
 from gpumesh.mesh.requests.silence_watch import PauseTracker
 from gpumesh.mesh.requests.streaming import StreamingAnswer
 from gpumesh.mesh.requests.upstream import Upstream
@@ -43,16 +49,14 @@ from gpumesh.topology import BackendKind
 RENDER_TIMEOUT_S = 60.0
 # After this time the mesh knows whether the server or the tunnel ended a connection: a failed tunnel is down by then.
 TUNNEL_SETTLE_S = 0.5
-# A connection that ended sooner than the longer of these two times may never have reached a server.
-MIN_SERVER_S = 0.05
-MIN_SERVER_RTTS = 4.0  # in round trips to the host
 
 
 @dataclass(frozen=True, slots=True)
 class SendContext:
     """The objects that all requests of a mesh share.
 
-    ``clock`` returns seconds. ``explain_no_node`` makes the error that explains why no node can serve a request.
+    ``clock`` returns seconds. ``explain_no_node`` makes the error that explains why no node can serve a request; it
+    also takes the names of nodes that have just answered that they do not have the model.
     ``server_name`` takes a node and a model, and returns the name under which the node must be asked for the model;
     ``None``: the name in the request will do. The field itself is ``None`` if no model has aliases."""
 
@@ -60,7 +64,7 @@ class SendContext:
     dispatcher: Dispatcher
     clock: Callable[[], float]
     rng: Random
-    explain_no_node: Callable[[Demand], GPUMeshError]
+    explain_no_node: Callable[[Demand, Collection[str]], GPUMeshError]
     strategies: ContinuationStrategies = field(default_factory=dict)
     pauses: PauseTracker = field(default_factory=PauseTracker)
     server_name: Callable[[str, str | None], str | None] | None = None
@@ -72,7 +76,8 @@ class RequestDelivery:
 
     ``calls`` holds the request in the form for each kind of server. ``resume``: another node may continue a cut answer.
     ``at_most_once``: the request is not sent again after a server may have begun to work on it. ``try_reserve_memory``
-    reserves this many bytes for the request, and returns whether there is room.
+    reserves this many bytes for the request, and returns whether there is room. ``progress`` is kept up to date while
+    the request is delivered.
     """
 
     def __init__(
@@ -85,6 +90,7 @@ class RequestDelivery:
         resume: bool,
         at_most_once: bool = False,
         try_reserve_memory: Callable[[int], bool] = lambda _: True,
+        progress: SendProgress | None = None,
     ) -> None:
         self._context = context
         self._demand = demand
@@ -97,12 +103,15 @@ class RequestDelivery:
         self._excluded_nodes: frozenset[str] = frozenset()  # nodes that must not get the next attempt
         self._failures: list[FailedAttempt] = []
         self._round = 1  # in each round, every node may get one attempt
-        self._queue_wait_s = 0.0
-        self.attempts = 0
+        self._progress = SendProgress() if progress is None else progress
 
     def __repr__(self) -> str:
         failed = ", ".join(f"{failure.node} {failure.outcome.value}" for failure in self._failures) or "none"
         return f"<RequestDelivery model {self._demand.model} attempt {self.attempts} failed: {failed}>"
+
+    @property
+    def attempts(self) -> int:
+        return self._progress.attempts
 
     async def deliver(self) -> Answer:
         """Tries node after node, and returns the answer of the first node that answers. Raises NoNodeError,
@@ -154,15 +163,24 @@ class RequestDelivery:
         if lease is not None:
             answer.placement = lease.placement
         answer.attempts = self.attempts
-        answer.queue_ms = self._queue_wait_s * 1000.0
+        answer.queue_ms = self._progress.queue_s * 1000.0
         return answer
 
     def _last_error_answer(self) -> Answer:
-        """The last error answer of a server. Raises NoNodeError if no server answered."""
-        for failed in reversed(self._failures):
+        """The last error answer of a server. Raises NoNodeError if no server answered.
+
+        That a server lacks the model is told to the client only if no node has it. So the failures of the other nodes
+        come first, and also nodes count that cannot be asked now."""
+        lacking = [failed for failed in self._failures if failed.outcome is Outcome.MODEL_NOT_FOUND]
+        others = [failed for failed in self._failures if failed.outcome is not Outcome.MODEL_NOT_FOUND]
+        if lacking and not others:
+            error = self._context.explain_no_node(self._demand, {failed.node for failed in lacking})
+            if not isinstance(error, ModelMissing):
+                raise error
+        for failed in reversed(others or lacking):
             if failed.answer is not None:
                 return self._set_figures(failed.answer, failed.lease)
-        raise _all_failed_error(self._failures)
+        raise all_failed_error(self._failures)
 
     # -- continuing a cut stream (the first three methods: see Failover) -----------------------------------------
 
@@ -178,13 +196,13 @@ class RequestDelivery:
         while True:
             lease = await self._acquire_lease()
             if lease is None:
-                raise _all_failed_error(self._failures)
+                raise all_failed_error(self._failures)
             result = await self._continue_on(lease, continuation)
             if not isinstance(result, FailedAttempt):
                 return result
             self._record_failure(result)
             if await self._request_breaks_servers():
-                raise _all_failed_error(self._failures)
+                raise all_failed_error(self._failures)
 
     async def _continue_on(self, lease: Lease, continuation: Continuation) -> OpenedStream | Ending | FailedAttempt:
         """Asks this node for the rest of the answer. Returns the node's stream, its failure, or the answer's end if no
@@ -244,8 +262,9 @@ class RequestDelivery:
         self, lease: Lease, call: HttpCall, continuation: Callable[[], Continuation]
     ) -> Awaitable[WholeAnswer | OpenedStream | FailedAttempt]:
         """Counts the attempt, and sends the request to the leased node until the deadline."""
-        self.attempts += 1
-        context = self._context
+        progress, context = self._progress, self._context
+        progress.attempts += 1
+        progress.node = lease.node.name
         lease.can_move = lambda: context.dispatcher.could_serve(
             self._demand, exclude=self._excluded_nodes | {lease.node.name}
         )
@@ -255,32 +274,36 @@ class RequestDelivery:
             call,
             timeout_s=self._deadline - context.clock(),
             continuation=continuation,
-            at_most_once=self._at_most_once,
+            may_resend=self._may_resend(),
         )
+
+    def _may_resend(self) -> bool:
+        """Whether an attempt may use a kept-alive connection, and send the request again if that is stale. After a
+        failure of a server that may have worked on the request, the end of the connection could be one more failure."""
+        return not self._at_most_once and not any(failed.may_have_run for failed in self._failures)
 
     def _record_failure(self, failed: FailedAttempt) -> None:
         """Records the failure, so that the next attempt goes to another node. Raises the error of the failure if
         another node could not do better, or must not get the request."""
         self._failures.append(failed)
-        # A server that has answered with an error has not carried out the request.
-        may_have_run = failed.request_sent and failed.answer is None
-        must_not_repeat = self._at_most_once and may_have_run
+        must_not_repeat = self._at_most_once and failed.may_have_run
         if must_not_repeat or not rule_for_outcome(failed.outcome).fail_over:
-            raise _copy_error(failed.error) from failed.error.__cause__
+            raise copy_error(failed.error) from failed.error.__cause__
         self._excluded_nodes |= {failed.node}
 
     async def _request_breaks_servers(self) -> bool:
         """Returns whether the request itself may make servers fail: two servers have answered it with 500, or ended the
-        connection while they worked on it. Then no other node must be asked, and the nodes are forgiven the
-        failures."""
-        if sum(_failed_at_request(failed) for failed in self._failures) < MAX_SERVER_FAILURES:
+        connection while they worked on it (``must_stop``). Then no other node must be asked, and the nodes are forgiven
+        the failures."""
+        has_other_node = self._context.dispatcher.could_serve(self._demand, exclude=self._excluded_nodes)
+        if not must_stop(find_possible_server_failures(self._failures), has_other_node=has_other_node):
             return False
-        if any(_lost_over_ssh(failed) for failed in self._failures):  # soon it is known whether a tunnel was lost
+        if any(lost_over_ssh(failed) for failed in self._failures):  # soon it is known whether a tunnel was lost
             await asyncio.sleep(TUNNEL_SETTLE_S)
-        suspects = [failed for failed in self._failures if _is_server_failure(failed)]
-        if len(suspects) < MAX_SERVER_FAILURES:
+        server_failures = find_server_failures(self._failures)
+        if not must_stop(server_failures, has_other_node=has_other_node):
             return False
-        for failed in suspects:
+        for failed in server_failures:
             if self._demand.needs_slot and failed.lease is not None and failed.lease.node.reachable:
                 failed.lease.node.forgive_failure(failed.lease)
         return True
@@ -306,11 +329,12 @@ class RequestDelivery:
                 )
             except NoNodeError:  # also ModelMissing: no node is left
                 if not self._failures:
-                    raise self._context.explain_no_node(self._demand) from None
+                    raise self._context.explain_no_node(self._demand, ()) from None
                 if not await self._start_next_round():
                     return None
                 continue
-            self._queue_wait_s += self._context.clock() - asked_at
+            finally:  # also if the client has left meanwhile
+                self._progress.queue_s += self._context.clock() - asked_at
             return lease
 
     def _acquire_despite_breaker(self) -> Lease | None:
@@ -341,56 +365,6 @@ class RequestDelivery:
         self._round += 1
         self._excluded_nodes -= retryable_nodes
         return True
-
-
-def _all_failed_error(failures: Sequence[FailedAttempt]) -> NoNodeError:
-    """The error that names the last failure of each node."""
-    last_messages = {failed.node: failed.error.message for failed in failures}
-    reasons = "; ".join(f"{node}: {message}" for node, message in last_messages.items())
-    if sum(_is_server_failure(failed) for failed in failures) >= MAX_SERVER_FAILURES:
-        hint = "it may be the request itself that makes them fail"
-        return NoNodeError(f"two servers failed at this request, so no other was asked ({reasons})", hint=hint)
-    return NoNodeError(f"every node that could serve this has failed it ({reasons})")
-
-
-def _copy_error(error: GPUMeshError) -> GPUMeshError:
-    """Makes a copy of the error, which is then raised. To raise the original would form a cycle: the frames of its
-    traceback hold the failures, and the failures hold the error. Only the garbage collector would free them."""
-    copy = type(error).__new__(type(error), *error.args)
-    copy.__dict__.update(error.__dict__)
-    return copy
-
-
-def _failed_at_request(failed: FailedAttempt) -> bool:
-    """Whether the server seems to have failed at this request. It is not checked whether the tunnel ended the
-    connection: ``_is_server_failure`` does that."""
-    if failed.lease is None or failed.lease.aborted:  # aborted: the tunnel was lost, or the server was silent
-        return False
-    if failed.lease.blame is Blame.MODEL_LOAD:  # what does not fit into one server's memory may fit into another's
-        return False
-    if failed.answer is not None:
-        return failed.answer.status == SERVER_ERROR_STATUS
-    return failed.request_sent and failed.outcome in (Outcome.UNREACHABLE, Outcome.CUT)
-
-
-def _lost_over_ssh(failed: FailedAttempt) -> bool:
-    """Whether the connection went through a tunnel and ended without an answer: then the tunnel may have ended it."""
-    return failed.answer is None and failed.lease is not None and failed.lease.node.uses_ssh
-
-
-def _is_server_failure(failed: FailedAttempt) -> bool:
-    """Whether the server failed at this request, and not the tunnel to it.
-
-    A server that was not running did not fail at the request. Through a tunnel, a connection is made even if no server
-    is running, but it ends at once."""
-    if not _failed_at_request(failed) or failed.lease is None:
-        return False
-    if not _lost_over_ssh(failed):
-        return True
-    node = failed.lease.node
-    longest_at_once_s = max(MIN_SERVER_S, MIN_SERVER_RTTS * (node.tunnel_state.rtt_ms or 0.0) / 1000.0)
-    server_was_running = node.reachable or failed.duration_s > longest_at_once_s
-    return server_was_running and node.is_same_connection(failed.lease)
 
 
 def _refused_continuation(answer: WholeAnswer) -> FailedAttempt:

@@ -5,14 +5,16 @@ from __future__ import annotations
 from typing import Protocol
 
 from gpumesh.backends.continuation.continuation import Continuation, Ending
-from gpumesh.mesh.requests.attempt import FailedAttempt, OpenedStream
+from gpumesh.mesh.requests.attempt import OpenedStream
+from gpumesh.mesh.requests.failures import FailedAttempt
 
 
 class Failover(Protocol):
     """Finds the node that continues an answer. ``attempts`` counts the requests to nodes, for this answer as a
     whole."""
 
-    attempts: int
+    @property
+    def attempts(self) -> int: ...
 
     def has_other_node(self, node: str) -> bool:
         """Whether any other node than this one could continue the answer."""

@@ -1,8 +1,8 @@
 """``StreamingAnswer``: an answer that is passed on as it comes, from one node, or from several nodes if one is lost.
 
-Each streamed token is pushed: the connection to the node calls ``write`` in its ``data_received``, the continuation
-checks the frames, and the client's stream takes the bytes. No task runs for a token. The task of the request only waits
-until the answer ends or its node is lost. If the node is lost, the task asks another node to continue.
+Each streamed token is pushed: the node's connection calls ``write`` in its ``data_received``, the continuation checks
+the frames, and the client's stream takes the bytes. No task runs for a token. The request's task only waits until the
+answer ends or its node is lost. Then the task asks another node to continue.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from gpumesh.backends.continuation.continuation import Continuation, Ending
 from gpumesh.balancer.outcomes import SERVER_ERROR_STATUS, ErrorReply, Outcome
 from gpumesh.errors import DeadlineExceeded, GPUMeshError, StreamCut
 from gpumesh.mesh.requests.answer import Answer, ClientStream
-from gpumesh.mesh.requests.attempt import FailedAttempt, OpenedStream
+from gpumesh.mesh.requests.attempt import OpenedStream
 from gpumesh.mesh.requests.body_sink import BufferedSink, ByteSink
 from gpumesh.mesh.requests.failover import Failover
+from gpumesh.mesh.requests.failures import FailedAttempt
 from gpumesh.mesh.requests.silence_watch import PauseTracker, SilenceWatch
 from gpumesh.mesh.requests.stream_state import StreamState
 from gpumesh.wakeup import Wakeup
@@ -86,8 +87,7 @@ class StreamingAnswer(Answer):
         self._reader: BufferedSink | None = None  # the client, if this answer is iterated
         self._changed = Wakeup()
         self._loop = asyncio.get_running_loop()
-        message = "the deadline passed while the answer was on its way"
-        self._timer = self._loop.call_later(deadline_in_s, self.expire, message)
+        self._timer = self._loop.call_later(deadline_in_s, self.expire, "the deadline passed while the answer was sent")
         self._next_count_at = 0.0  # when the tokens are counted next, by ``clock``
         self._begin_stream(opened)
 

@@ -11,7 +11,7 @@ All errors are translated here: to BackendUnreachable before the response's head
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Self
 from urllib.parse import urlsplit
@@ -161,7 +161,8 @@ class Upstream:
         node: str,
         host: str | None = None,
         server_name: str | None = None,
-        at_most_once: bool = False,
+        new_connection: bool = False,
+        may_resend: Callable[[float], bool] = lambda _: True,
     ) -> UpstreamResponse:
         """Sends the request, and returns the response when its head has come. If the call is cancelled, the connection
         is closed.
@@ -169,22 +170,26 @@ class Upstream:
         ``host`` is the Host header; ``None``: the address in the URL. ``server_name`` is the name that the TLS
         certificate must have; ``None``: the host in the URL.
 
-        A server may close a kept-alive connection at any time: this is not a failure of the server. If no part of an
-        answer has come, the request is sent again on another connection, because inference has no side effects. An
-        ``at_most_once`` request goes over a new connection, where this cannot happen. Raises BackendUnreachable.
+        A server may close a kept-alive connection at any time: this is not a failure of the server. If such a
+        connection ends without any part of an answer, ``may_resend`` gets the seconds since the sending, and decides
+        whether the request is sent again. It is sent again at most once, over a new connection, where this cannot
+        happen. ``new_connection``: the request goes over a new connection from the start. Raises BackendUnreachable.
         """
         address, prefix, default_host = _parse_base_url(base_url, server_name)
         head = _render_head(call, prefix, headers, default_host if host is None else host)
+        clock = self.deadlines.loop.time
         while True:
-            connection = None if at_most_once else self._pool.take_idle(address)
+            connection = None if new_connection else self._pool.take_idle(address)
             if connection is None:
                 connection = await self._connect(address, node)
+            sent_at = clock()
             exchange = connection.start_exchange(call.method, head, call.body)
             try:
                 response_head = await exchange.head
             except ConnectionResetError as error:
                 was_kept_alive = connection.request_count > 1
-                if was_kept_alive and not exchange.answered:
+                if was_kept_alive and not exchange.answered and may_resend(clock() - sent_at):
+                    new_connection = True  # so the request is not sent a third time
                     continue
                 # The traceback's frames hold the request's body, and would form a cycle with the error.
                 cause = error.with_traceback(None)

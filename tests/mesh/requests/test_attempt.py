@@ -17,7 +17,8 @@ from gpumesh.balancer.outcomes import Outcome
 from gpumesh.mesh.nodes.lease import Lease
 from gpumesh.mesh.requests import attempt as module
 from gpumesh.mesh.requests.answer import WholeAnswer
-from gpumesh.mesh.requests.attempt import FailedAttempt, OpenedStream, ask_node, run_attempt
+from gpumesh.mesh.requests.attempt import OpenedStream, ask_node, run_attempt
+from gpumesh.mesh.requests.failures import FailedAttempt
 from gpumesh.mesh.requests.upstream import Upstream
 from tests.mesh.meshes import MODEL, RunningMesh, make_call, mesh_of_nodes, node, ollama_script
 from tests.mesh.nodes.build import take_lease

@@ -1,0 +1,161 @@
+"""Kept-alive connections that end when a request is sent over them: how often the request is executed, and counted."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import sys
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from itertools import islice
+
+import pytest
+
+from gpumesh.backends.base import HttpCall
+from gpumesh.balancer.base import Demand
+from gpumesh.balancer.outcomes import Outcome
+from gpumesh.errors import ServersFailed
+from gpumesh.mesh.requests import failures
+from gpumesh.topology import BackendKind
+from tests.mesh.meshes import MODEL, RunningMesh, make_call, mesh_of_nodes, node, ollama_script, send
+from tests.mesh.servers import Exchange, serve, whole_response
+
+WHOLE = whole_response(b'{"message":{"content":"y"},"done":true}')
+
+
+class Closer:
+    """Answers requests, but closes the connection at a request that says ``die``, and at the ``stale_number``-th
+    request on a connection. ``executed``: the requests that say ``die``."""
+
+    def __init__(self, *, stale_number: int | None = None) -> None:
+        self.stale_number = stale_number
+        self.executed = 0
+        self.together = asyncio.Event()
+        self.waiting = 0
+
+    async def answer(self, exchange: Exchange) -> None:
+        if b"die" in exchange.body:
+            self.executed += 1
+            exchange.close()
+        elif exchange.number == self.stale_number:
+            exchange.close()
+        else:
+            self.waiting += 1
+            await self.together.wait()
+            await exchange.send(WHOLE)
+
+    async def keep_alive(self, running: RunningMesh, count: int) -> None:
+        """Leaves so many idle connections: so many requests are answered at the same time."""
+        sending = [asyncio.create_task(send(running.mesh, make_call(stream=False))) for _ in range(count)]
+        while self.waiting < count:
+            await asyncio.sleep(0)
+        self.together.set()
+        for answer in await asyncio.gather(*sending):
+            await answer.read()
+
+
+def dying_call() -> HttpCall:
+    return make_call(messages=[{"role": "user", "content": "die"}], stream=False)
+
+
+async def test_a_stale_connection_is_no_failure_and_is_counted() -> None:
+    closer = Closer(stale_number=2)
+    async with serve(ollama_script(closer.answer)) as server, mesh_of_nodes(node("a", server.url)) as running:
+        await closer.keep_alive(running, 1)
+        answer = await send(running.mesh, make_call(stream=False))
+        assert (answer.status, answer.attempts) == (200, 1)
+        assert running.attempts("a") == {Outcome.SERVED: 2, Outcome.STALE_CONNECTION: 1}
+        load = running.mesh.snapshot().nodes[0].load
+        assert (load.served, load.failed) == (2, 0)
+
+
+async def test_idle_connections_are_not_used_one_after_the_other_for_a_request_that_they_end_at(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each of them ends after some work: as long as it takes here."""
+    monkeypatch.setattr(failures, "MIN_SERVER_S", 0.0)
+    monkeypatch.setattr(failures, "MIN_SERVER_RTTS", 0.0)
+    closer = Closer()
+    async with serve(ollama_script(closer.answer)) as server, mesh_of_nodes(node("a", server.url)) as running:
+        await closer.keep_alive(running, 13)
+        with pytest.raises(ServersFailed, match="the server failed twice at this request"):
+            await send(running.mesh, dying_call())
+        assert closer.executed == 2
+        assert running.attempts("a") == {Outcome.SERVED: 13, Outcome.UNREACHABLE: 2}, "each execution is in the counts"
+        assert running.mesh.request_counters.failed == 1
+
+
+async def test_a_connection_that_ends_at_once_is_replaced_once() -> None:
+    closer = Closer()
+    async with serve(ollama_script(closer.answer)) as server, mesh_of_nodes(node("a", server.url)) as running:
+        await closer.keep_alive(running, 13)
+        with pytest.raises(ServersFailed):
+            await send(running.mesh, dying_call())
+        assert running.attempts("a") == {Outcome.SERVED: 13, Outcome.UNREACHABLE: 1, Outcome.STALE_CONNECTION: 1}
+        assert closer.executed == 2
+
+
+async def test_what_must_not_be_done_twice_goes_over_a_new_connection() -> None:
+    closer = Closer(stale_number=2)
+    async with serve(ollama_script(closer.answer)) as server, mesh_of_nodes(node("a", server.url)) as running:
+        await closer.keep_alive(running, 1)
+        calls = dict.fromkeys(BackendKind, make_call(stream=False))
+        answer = await running.mesh.send(Demand(model="m"), calls, timeout_s=10.0, at_most_once=True)
+        assert answer.status == 200
+        assert Outcome.STALE_CONNECTION not in running.attempts("a")
+
+
+SERVER = """
+import http.server, json, os, sys
+LISTED = json.dumps({"models": [{"name": sys.argv[1], "model": sys.argv[1]}]}).encode()
+class Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    def answer(self, body):
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+    def do_GET(self):
+        self.answer(b'{"version":"0.12.6"}' if self.path == "/api/version" else LISTED)
+    def do_POST(self):
+        if b"die" in self.rfile.read(int(self.headers["Content-Length"])):
+            os._exit(9)
+        self.answer(b'{"message":{"content":"y"},"done":true}')
+    def log_message(self, *_):
+        pass
+server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+print(server.server_address[1], flush=True)
+server.serve_forever()
+"""
+
+
+@asynccontextmanager
+async def mortal_server() -> AsyncIterator[tuple[int, asyncio.subprocess.Process]]:
+    """A server that a prompt kills: its port and its process."""
+    process = await asyncio.create_subprocess_exec(sys.executable, "-c", SERVER, MODEL, stdout=asyncio.subprocess.PIPE)
+    assert process.stdout is not None
+    try:
+        yield int(await process.stdout.readline()), process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        await process.communicate()
+
+
+async def test_a_prompt_that_kills_its_servers_over_kept_alive_connections_reaches_two_of_them() -> None:
+    """A process that dies at once ends its connection as a stale one ends. But then it cannot be reached anew."""
+    async with AsyncExitStack() as stack:
+        servers = {name: await stack.enter_async_context(mortal_server()) for name in "abc"}
+        nodes = [node(name, f"http://127.0.0.1:{port}") for name, (port, _) in servers.items()]
+        running = await stack.enter_async_context(mesh_of_nodes(*nodes))
+        for name in servers:
+            answer = await send(running.mesh, make_call(stream=False), node=name)
+            assert answer.status == 200
+        with pytest.raises(ServersFailed, match="two servers failed at this request"):
+            await send(running.mesh, dying_call())
+        waits = [asyncio.ensure_future(process.wait()) for _, process in servers.values()]
+        assert [await ended for ended in islice(asyncio.as_completed(waits), 2)] == [9, 9]
+        (third,) = (process for _, process in servers.values() if process.returncode is None)
+        third.kill()
+        assert await third.wait() == -9
+        await asyncio.gather(*waits)
