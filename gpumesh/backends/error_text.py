@@ -46,6 +46,21 @@ def find_error_message(document: dict[str, Any]) -> str | None:
     return printable(_find_message(document) or "") or "an error without words"
 
 
+# Members that only an answer has. An answer may have the member ``error`` as well.
+_ANSWER_MEMBERS = ("choices", "response", "content", "output")
+
+
+def find_reported_error(body: bytes) -> str | None:
+    """The message of an error that a server reports with the status of a success, as some routers do; ``None`` if the
+    body is an answer, or no JSON object of usual length."""
+    if len(body) > ERROR_BYTES or b'"error"' not in body:
+        return None
+    document = safe_json.parse_object(body)
+    if document is None or any(document.get(member) is not None for member in _ANSWER_MEMBERS):
+        return None
+    return None if isinstance(document.get("message"), dict) else find_error_message(document)
+
+
 def _find_message(document: Any, depth: int = 0) -> str | None:
     """The first text that is not blank, under the keys that servers use for an error message; ``None`` if there is
     none. Of a list, only the first entry is searched. ``depth``: how many objects and lists are around ``document``."""

@@ -27,7 +27,8 @@ class Outcome(StrEnum):
     server reported an error within an answer. ``CANNOT_CONTINUE``: the node cannot continue an answer that another node
     began. ``DEADLINE``: the time that the client gave the request has passed. ``STALE_CONNECTION``: a kept-alive
     connection ended when the request was sent, before a server can have worked on it; the attempt goes on over a new
-    connection."""
+    connection. ``PROXY_REFUSED``: a status of 4xx with a web page, or another body that no inference server sends.
+    ``TOO_LONG``: a frame of a stream is longer than is read here."""
 
     SERVED = "served"
     CLIENT_GONE = "client-gone"
@@ -43,6 +44,8 @@ class Outcome(StrEnum):
     CANNOT_CONTINUE = "unfit"
     DEADLINE = "deadline"
     STALE_CONNECTION = "stale-connection"
+    PROXY_REFUSED = "proxy-refused"
+    TOO_LONG = "too-long"
 
 
 class RequestOutcome(StrEnum):
@@ -67,10 +70,14 @@ class Blame(StrEnum):
 
 
 class ErrorReply(NamedTuple):
-    """The error that a server reported. ``message`` is safe to print."""
+    """The error that a server reported. ``message`` is safe to print.
+
+    ``foreign``: why no inference server sent this answer, but a proxy, a login page or another program, as a sentence
+    whose subject is "it"; without any text of the body. ``None``: an inference server may have sent it."""
 
     status: int
     message: str
+    foreign: str | None = None
 
 
 class AttemptContext(NamedTuple):
@@ -122,6 +129,10 @@ _RULES = {
     # The client's own deadline has passed. That shows a slow model, not a broken node.
     Outcome.DEADLINE: OutcomeRule(fail_over=False, counts_against_node=False),
     Outcome.STALE_CONNECTION: OutcomeRule(fail_over=True, counts_against_node=False),
+    # A proxy's own limits and rules (413, 403 …) are not those of the server behind it, nor of other nodes. But it may
+    # be the request that the proxy does not like.
+    Outcome.PROXY_REFUSED: OutcomeRule(fail_over=True, counts_against_node=False),
+    Outcome.TOO_LONG: OutcomeRule(fail_over=True, counts_against_node=False),  # the bound is ours
 }
 
 # When every node has failed a request, nodes that were lost or busy are asked again after a pause that grows. Each such
@@ -164,7 +175,8 @@ def find_blame(outcome: Outcome, context: AttemptContext) -> Blame:
         return Blame.MODEL_LOAD
     # A server that had to load the model, and answers 500 instead of a first token, has failed while it loaded the
     # model, or just after. ``was_loaded`` may also be None (not known): that is not enough to blame the model.
-    failed_before_answer = outcome is Outcome.SERVER_ERROR and reply.status == SERVER_ERROR_STATUS
+    is_own_500 = reply.status == SERVER_ERROR_STATUS and reply.foreign is None
+    failed_before_answer = outcome is Outcome.SERVER_ERROR and is_own_500
     if failed_before_answer and context.was_loaded is False:
         return Blame.MODEL
     return Blame.NODE

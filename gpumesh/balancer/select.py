@@ -8,7 +8,7 @@ from itertools import islice, zip_longest
 from typing import Protocol
 from weakref import WeakKeyDictionary
 
-from gpumesh.backends.dialects import KINDS_WITH_MODEL_STORE
+from gpumesh.backends.dialects import KINDS_WITH_MODEL_STORE, find_dialect
 from gpumesh.balancer.base import Candidate, Demand
 from gpumesh.errors import GPUMeshError, ModelMissing, NoNodeError
 from gpumesh.model_names import full_name
@@ -145,7 +145,8 @@ def _excluded_by_rules_error(demand: Demand, allowed_names: frozenset[str]) -> N
 def _may_have_model(candidate: Candidate, demand: Demand) -> bool:
     """Whether the node has the demanded model, or may have it because its models are not known, and its server speaks
     the API of the request, as far as that is known."""
-    speaks_api = candidate.kind in demand.kinds or candidate.kind is BackendKind.AUTO
+    is_kind_known = find_dialect(candidate.kind) is not None
+    speaks_api = candidate.kind in demand.kinds or not is_kind_known
     return candidate.enabled and speaks_api and has_model(candidate, demand.model)
 
 

@@ -26,6 +26,7 @@ from gpumesh.gateway.http.streaming_response import StreamingResponse
 from gpumesh.gateway.model_requests import ClientApi
 from gpumesh.mesh.mesh import Mesh
 from gpumesh.mesh.requests.answer import Answer
+from gpumesh.mesh.requests.answer_reading import STREAMING_TYPES
 from gpumesh.topology import BackendKind
 
 # Headers that concern only the client, or only the connection to the client, and not a backend. In lower case.
@@ -149,11 +150,14 @@ def _find_other_nodes(mesh: Mesh, demand: Demand, asked_node: str) -> list[str]:
 
 async def _stream_response(request: Request, answer: Answer, shape: ClientApi) -> StreamingResponse:
     """Streams the answer to the client, and returns the stream at its end. An error in the midst of the stream becomes
-    its last frame."""
+    its last frame. An answer without frames (JSON, audio) has no place for an error: its stream is returned unfinished,
+    and the server cuts the connection."""
     stream = request.start_stream(_response_headers(answer), status=answer.status)
     try:
         await answer.send_to(stream)
     except GPUMeshError as error:
+        if not _has_frames(answer):
+            return stream
         message = error_shapes.client_message(error)
         frame = answer.error_frame(message)
         if frame is None:  # the mesh does not know the format of this stream
@@ -161,6 +165,12 @@ async def _stream_response(request: Request, answer: Answer, shape: ClientApi) -
         stream.write(frame)
     stream.finish()
     return stream
+
+
+def _has_frames(answer: Answer) -> bool:
+    """Whether the answer is a stream of frames, one of which can be an error."""
+    content_type = next((value for name, value in answer.headers if name == "Content-Type"), "")
+    return content_type.partition(";")[0] in STREAMING_TYPES
 
 
 def _whole_response(answer: Answer, body: bytes, shape: ClientApi) -> Response:

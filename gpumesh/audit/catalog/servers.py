@@ -54,6 +54,16 @@ EXPLANATIONS = (
         "See the server's log on its host (`journalctl -u ollama`, `docker logs`) and restart it; go around a proxy.",
     ),
     Explanation(
+        "answer-foreign",
+        W,
+        "requests are answered by no inference server",
+        "The last request got a redirect, a web page, an empty answer, or a status with which a proxy says that its "
+        "server does not answer (502, 504, 520 to 530 …). The probes may be answered all the same. Requests go to "
+        "other nodes. The finding ends with the next request that the node serves.",
+        "See the log of the proxy or tunnel before the server (time-outs, limits, login), or point `backend.port` or "
+        "`backend.url` at the server itself.",
+    ),
+    Explanation(
         "models-too-many",
         E,
         "the server lists too many models",

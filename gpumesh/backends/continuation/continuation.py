@@ -56,8 +56,9 @@ class Continuation:
 
     ``finished``: the client has the whole answer, or the answer ended with an error. ``cut_reason``: why the current
     upstream must not be read further, although the answer is not finished (an error frame, or bytes that are not a
-    frame). ``frame_separator`` ends a frame of the current upstream; there are about as many tokens as separators.
-    ``counters`` are the figures that the current upstream gave, ``answer_counters`` those of the whole answer.
+    frame). ``exceeds_bound``: the reason is a bound of ours, the longest frame. ``frame_separator`` ends a frame of the
+    current upstream; there are about as many tokens as separators. ``counters`` are the figures that the current
+    upstream gave, ``answer_counters`` those of the whole answer.
 
     ``resume`` is false for ``X-GPUMesh-Resume: off``. ``clock`` returns seconds. ``started_at`` is the time of the
     request, if the request came before now. ``reserve_bytes``: see ``ContinuationPlanner``.
@@ -105,6 +106,7 @@ class Continuation:
         self.cuts = 0
         self.finished = False
         self.cut_reason: str | None = None
+        self.exceeds_bound = False
         self.counters: ServerCounters | None = None
         self.answer_counters: ServerCounters | None = None
 
@@ -216,6 +218,7 @@ class Continuation:
         self._passes_text = False
         self._assembler.take_rest()
         self.cut_reason = None
+        self.exceeds_bound = False
         self.counters = None
         self._first_frame_at = None
         self._frame_count = 0
@@ -236,7 +239,8 @@ class Continuation:
         if self._assembler.is_too_long:
             self._assembler.take_rest()
             self._passes_text = False
-            self.cut_reason = f"a frame of more than {LINE_LIMIT >> 20} MiB"
+            self.cut_reason = f"a frame of more than {LINE_LIMIT >> 20} MiB, which is not passed on"
+            self.exceeds_bound = True
         return whole_frames
 
     def _record_time(self, now: float) -> None:

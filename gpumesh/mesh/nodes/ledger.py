@@ -52,6 +52,9 @@ class Ledger:
         self.served = self.failed = self.cancelled = 0
         self.attempt_outcomes: Counter[Outcome] = Counter()
         """The number of attempts that took a slot, by the outcome of the attempt."""
+        self.foreign_answer: str | None = None
+        """Why the last answer to a request came from no inference server (``ErrorReply.foreign``); ``None`` if the node
+        has served a request since."""
         self.forecasts = ForecastRecord()
         self.last_release_at = clock()
         """When the last used lease ended; at first the time of the start."""
@@ -126,7 +129,11 @@ class Ledger:
             self.forecasts.note_end(placement, now, counters, is_answered=is_served)
         self.last_release_at = now
         context = AttemptContext(has_slot, lease.model, lease.was_loaded, reply)
+        if reply is not None and reply.foreign is not None:
+            self.foreign_answer = reply.foreign
         if is_served:
+            if has_slot:
+                self.foreign_answer = None
             count_success(account, context, now)
             if counters is not None and lease.model is not None:  # only a model that was used has figures
                 self._on_model_loaded(lease.model)
@@ -134,7 +141,7 @@ class Ledger:
             lease.blame = find_blame(outcome, context)
             if outcome is Outcome.CLIENT_GONE:
                 self.cancelled += has_slot  # as a number: 1 with a slot, 0 without
-            elif lease.blame not in (Blame.NOBODY, Blame.MISSING_MODEL):
+            elif lease.blame is not Blame.NOBODY:
                 self.failed += has_slot
             count_failure(account, context, lease.blame, now)
             if lease.blame is not Blame.NOBODY:
@@ -172,6 +179,7 @@ class Ledger:
         """Forgets all failures, because the connection or the server is new."""
         self.breaker = Breaker()
         self.model_breakers.forget_all()
+        self.foreign_answer = None
 
     def forgive_failure(self, lease: Lease) -> None:
         """Takes back the failure with which this lease ended: another node failed at the same request, so the request

@@ -13,6 +13,7 @@ from hashlib import sha256
 from gpumesh.balancer.base import Candidate
 from gpumesh.balancer.outliers import Slowness
 from gpumesh.coordination.base import Coordination
+from gpumesh.mesh.nodes.answer_findings import find_foreign_answer
 from gpumesh.mesh.nodes.ledger import Ledger
 from gpumesh.mesh.nodes.model_findings import broken_model_states, find_model_findings
 from gpumesh.mesh.nodes.prober import NodeReports, Prober
@@ -255,7 +256,8 @@ class SnapshotBuilder:
         findings = reports.gpus.findings if reports.gpus is not None else ()
         if reports.backend is not None:
             model_findings = find_model_findings(self._spec.name, self._ledger.model_breakers.open_faults)
-            return (*findings, *reports.backend.findings, *model_findings)
+            answer_findings = find_foreign_answer(self._spec.name, self._ledger.foreign_answer)
+            return (*findings, *reports.backend.findings, *model_findings, *answer_findings)
         error = reports.missing_secret
         if error is None:
             return findings

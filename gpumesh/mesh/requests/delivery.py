@@ -29,7 +29,8 @@ from gpumesh.errors import BackendStatus, DeadlineExceeded, GPUMeshError, ModelM
 from gpumesh.mesh.dispatch import Dispatcher
 from gpumesh.mesh.nodes.lease import Lease
 from gpumesh.mesh.requests.answer import Answer, SendProgress, WholeAnswer
-from gpumesh.mesh.requests.attempt import OpenedStream, ask_node, run_attempt, with_model
+from gpumesh.mesh.requests.answer_reading import OpenedStream
+from gpumesh.mesh.requests.attempt import ask_node, run_attempt, with_model
 from gpumesh.mesh.requests.failures import (
     FailedAttempt,
     all_failed_error,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from gpumesh.backends.continuation.continuation import Continuation, Ending
-from gpumesh.mesh.requests.attempt import OpenedStream
+from gpumesh.mesh.requests.answer_reading import OpenedStream
 from gpumesh.mesh.requests.failures import FailedAttempt
 
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from gpumesh.balancer.outcomes import MAX_SERVER_FAILURES, SERVER_ERROR_STATUS, Blame, Outcome
-from gpumesh.errors import GPUMeshError, NoNodeError, ServersFailed
+from gpumesh.backends.error_text import error_text
+from gpumesh.balancer.outcomes import MAX_SERVER_FAILURES, SERVER_ERROR_STATUS, Blame, ErrorReply, Outcome
+from gpumesh.errors import BackendStatus, GPUMeshError, NoNodeError, ServersFailed
 from gpumesh.mesh.nodes.lease import Lease, LeasedNode
 from gpumesh.mesh.requests.answer import WholeAnswer
 
@@ -42,6 +43,30 @@ class FailedAttempt:
         """Whether a server may have worked on the request. A server that has answered with an error has not carried
         out the request."""
         return (self.request_sent or self.was_resent) and self.answer is None
+
+
+def fail_attempt(
+    lease: Lease,
+    outcome: Outcome,
+    error: GPUMeshError,
+    answer: WholeAnswer | None = None,
+    *,
+    foreign: str | None = None,
+) -> FailedAttempt:
+    """Releases the lease with this outcome, and returns the failure. ``answer`` is the server's own error. ``foreign``:
+    see ``ErrorReply``."""
+    reply = None
+    if isinstance(error, BackendStatus):
+        # The server's own error is in the body. If there is no body, the message of our error has to do.
+        message = error_text(error.status, error.body) if error.body else error.message
+        reply = ErrorReply(error.status, message, foreign)
+    if answer is not None:
+        answer.outcome = outcome  # if the client gets this answer, the request has not been served
+    lease.release(outcome, error=str(error), reply=reply)
+    # The traceback's frames hold the request, which holds the error. This cycle would keep the request's body in memory
+    # until the garbage collector runs.
+    error.__traceback__ = None
+    return FailedAttempt(lease.node.name, outcome, error, answer, request_sent=answer is not None, lease=lease)
 
 
 def shortest_work_s(node: LeasedNode) -> float:

@@ -15,7 +15,7 @@ from gpumesh.backends.continuation.continuation import Continuation, Ending
 from gpumesh.balancer.outcomes import SERVER_ERROR_STATUS, ErrorReply, Outcome
 from gpumesh.errors import DeadlineExceeded, GPUMeshError, StreamCut
 from gpumesh.mesh.requests.answer import Answer, ClientStream
-from gpumesh.mesh.requests.attempt import OpenedStream
+from gpumesh.mesh.requests.answer_reading import OpenedStream
 from gpumesh.mesh.requests.body_sink import BufferedSink, ByteSink
 from gpumesh.mesh.requests.failover import Failover
 from gpumesh.mesh.requests.failures import FailedAttempt
@@ -30,10 +30,8 @@ _FLOWING = StreamState.FLOWING  # each token is compared with it: to read a glob
 
 class StreamingAnswer(Answer):
     """An answer that streams from a node to a client. Implements ``BodySink`` for the node's stream. Frees the slot on
-    the node as soon as the final frame has come. What the methods without a docstring do: see ``Answer``.
-
-    A long class, for two reasons: the node's stream, the client, failover and timers change one state; and in one class
-    each token passes fewer objects, which costs less.
+    the node as soon as the final frame has come. What the methods without a docstring do: see ``Answer``. A long class:
+    the node's stream, the client, failover and timers change one state, and each token passes few objects.
     """
 
     __slots__ = (
@@ -235,7 +233,8 @@ class StreamingAnswer(Answer):
         if continuation.finished:
             self._handle_final_frame(continuation)
         elif continuation.cut_reason is not None:
-            self._mark_lost(Outcome.STREAM_ERROR, continuation.cut_reason)
+            exceeds_bound, reason = continuation.exceeds_bound, continuation.cut_reason
+            self._mark_lost(Outcome.TOO_LONG if exceeds_bound else Outcome.STREAM_ERROR, reason)
 
     def _count_tokens(self, now: float) -> None:
         """Adds the tokens since the last count to the node's meter. ``now`` is the time of ``clock``."""

@@ -15,14 +15,19 @@ from gpumesh.backends.continuation.continuation import Continuation
 from gpumesh.balancer.base import Demand
 from gpumesh.balancer.outcomes import Outcome
 from gpumesh.mesh.nodes.lease import Lease
-from gpumesh.mesh.requests import attempt as module
+from gpumesh.mesh.requests import answer_reading as module
 from gpumesh.mesh.requests.answer import WholeAnswer
-from gpumesh.mesh.requests.attempt import OpenedStream, ask_node, run_attempt
+from gpumesh.mesh.requests.answer_reading import OpenedStream
+from gpumesh.mesh.requests.attempt import ask_node, run_attempt
+from gpumesh.mesh.requests.body_sink import BUFFER_BYTES
 from gpumesh.mesh.requests.failures import FailedAttempt
 from gpumesh.mesh.requests.upstream import Upstream
+from gpumesh.mesh.requests.upstream_connection import ReadState
+from gpumesh.slice_queue import SLICE_BYTES
 from tests.mesh.meshes import MODEL, RunningMesh, make_call, mesh_of_nodes, node, ollama_script
 from tests.mesh.nodes.build import take_lease
 from tests.mesh.servers import LAST_CHUNK, Exchange, Script, answer_with, chunk, chunked_head, serve, whole_response
+from tests.tunnels.polling import wait_until
 
 FRAME = b'{"message":{"content":"x"},"done":false}\n'
 FINAL = b'{"message":{"content":""},"done":true,"done_reason":"stop","eval_count":5,"eval_duration":1000000}\n'
@@ -127,9 +132,16 @@ async def test_what_is_too_large_to_be_held_is_not_read_to_its_end(monkeypatch: 
 
     async with placed(endless) as place:
         result = await place.attempt(make_call(stream=False))
-        assert isinstance(result, FailedAttempt)
-        assert result.outcome is Outcome.CUT
-        assert place.ended() == {Outcome.CUT: 1}
+        assert isinstance(result, OpenedStream), "it is passed on as it comes: the bound is ours, and no fault"
+        assert result.continuation is None
+        assert 1000 < len(result.first_bytes) < 1000 + BUFFER_BYTES + SLICE_BYTES
+        assert place.lease.can_move is None
+        connection = result.response._exchange.connection
+        assert connection is not None
+        await wait_until(lambda: connection._read_state is ReadState.BACKPRESSURED, "the server is read no further")
+        result.response.abort()
+        place.lease.release(Outcome.CLIENT_GONE)
+        assert place.ended() == {Outcome.CLIENT_GONE: 1}
 
 
 async def test_a_stream_opens_with_its_first_whole_frame_and_keeps_its_place() -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from gpumesh.backends.base import HttpCall
 from gpumesh.backends.continuation.planner import ContinuationStrategy
+from gpumesh.balancer.breaker import Breaker
 from gpumesh.balancer.outcomes import MAX_ROUNDS, Outcome
 from gpumesh.errors import DeadlineExceeded, ModelMissing, NoNodeError, QueueFull, StreamCut
 from gpumesh.lab.profile import Faults, ModelProfile
@@ -135,11 +136,13 @@ async def test_a_refused_connection_moves_the_request_on() -> None:
         assert mesh.wait_settled()
 
 
-async def test_a_model_that_is_listed_and_gone_moves_the_request_on_without_blame() -> None:
+async def test_a_model_that_is_listed_and_gone_moves_the_request_on_and_is_in_the_counts() -> None:
     async with mesh_of_hosts(host("a"), host("b")) as mesh:
         mesh.hosts["a"].engine.store.clear()
         await assert_moved_on(mesh, make_call(), Outcome.MODEL_NOT_FOUND)
-        assert mesh.mesh.snapshot().nodes[0].load.failed == 0
+        load = mesh.mesh.snapshot().nodes[0].load
+        assert (load.served, load.failed) == (0, 1)
+        assert mesh.mesh.fleet["a"].ledger.breaker == Breaker(), "the node serves its other models"
 
 
 @pytest.mark.parametrize("status", [400, 401, 403, 413])
