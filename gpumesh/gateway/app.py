@@ -25,7 +25,7 @@ from gpumesh.gateway.error_shapes import error_frame, error_reply, error_reply_w
 from gpumesh.gateway.fleet_routes import FleetRoutes
 from gpumesh.gateway.http.bounds import Bounds
 from gpumesh.gateway.http.request import Request
-from gpumesh.gateway.http.responses import Response
+from gpumesh.gateway.http.responses import HeaderPairs, Response
 from gpumesh.gateway.http.server import Server
 from gpumesh.gateway.http.streaming_response import StreamingResponse
 from gpumesh.gateway.listener import HttpListener
@@ -81,7 +81,7 @@ class Gateway:
     ) -> None:
         spec = mesh.topology.gateway
         self.mesh = mesh
-        self.metrics = RequestMetrics()
+        self.metrics = RequestMetrics(mesh.fleet.lists_model)
         self.drain_s = drain_s
         self.url = ""
         self._spec = spec
@@ -218,7 +218,8 @@ class Gateway:
         if reply is None:  # the request was cancelled, or its connection broke
             record.note_client_gone(status=CLIENT_GONE_STATUS, sent_bytes=sent_bytes)
         else:
-            record.note_end(status=reply.status, sent_bytes=sent_bytes)
+            told_failure = isinstance(reply, StreamingResponse) and reply.told_failure
+            record.note_end(status=reply.status, sent_bytes=sent_bytes, told_failure=told_failure)
         self.metrics.add(record)
         if self._access_log is not None:
             self._access_log.add(record, client=request.client_address, request_id=request.id)
@@ -231,7 +232,7 @@ class Gateway:
             return await self._router.route_request(request, record)
         except GPUMeshError as error:
             record.outcome = RequestOutcome.REFUSED if error_status(error) < 500 else RequestOutcome.FAILED
-            return error_reply(record.path, error)
+            return error_reply(record.path, error, headers=_attempt_headers(record))
         except ConnectionError:  # the client has left: nobody could read an error
             raise
         except asyncio.CancelledError:
@@ -278,6 +279,15 @@ class Gateway:
             return
         request.key = key = self._guard.require_key(request.headers)
         request.register_key(None if key is None else key.label)
+
+
+def _attempt_headers(record: RequestRecord) -> HeaderPairs:
+    """The headers of an error reply that say how often the request was sent to nodes, and to which node last; none if
+    no node has got it."""
+    progress = record.progress
+    if progress.node is None:
+        return ()
+    return (("X-GPUMesh-Node", progress.node), ("X-GPUMesh-Attempts", str(progress.attempts)))
 
 
 def _find_local_access(host: str | None, *, needs_key: bool) -> LocalAccess:

@@ -214,6 +214,7 @@ class ModelForwarder:
             proxy.build_call(request, body),
             route.api,
             timeout_s=timeout_s,
+            progress=record.progress,
             on_answer=on_answer,
             require_json=not route.needs_slot,  # facts about a model: any node that has it can give them
         )

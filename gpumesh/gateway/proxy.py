@@ -25,7 +25,7 @@ from gpumesh.gateway.http.responses import HeaderPairs, Response, json_response
 from gpumesh.gateway.http.streaming_response import StreamingResponse
 from gpumesh.gateway.model_requests import ClientApi
 from gpumesh.mesh.mesh import Mesh
-from gpumesh.mesh.requests.answer import Answer
+from gpumesh.mesh.requests.answer import Answer, SendProgress
 from gpumesh.mesh.requests.answer_reading import STREAMING_TYPES
 from gpumesh.topology import BackendKind
 
@@ -83,14 +83,15 @@ async def forward_request(
     shape: ClientApi,
     *,
     timeout_s: float,
+    progress: SendProgress,
     on_answer: Callable[[Answer], None],
     require_json: bool = False,
 ) -> Response | StreamingResponse:
     """Sends the request to the mesh. Returns the whole answer as a response, or the stream when the answer has ended.
 
-    ``shape``: the API of the client, for the form of errors. ``on_answer`` is called with the answer when its first
-    bytes have come, for the accounting. ``require_json``: the answer must be a JSON object, and any node can give it.
-    If a client could not read the first node's answer, the other nodes are asked.
+    ``shape``: the API of the client, for the form of errors. For the accounting, ``progress`` is kept up to date, and
+    ``on_answer`` is called with the answer when its first bytes have come. ``require_json``: the answer must be a JSON
+    object, and any node can give it. If a client could not read the first node's answer, the other nodes are asked.
 
     Raises GPUMeshError only before the first byte to the client.
     """
@@ -102,9 +103,10 @@ async def forward_request(
         timeout_s=timeout_s,
         resume=read_resume(request.headers),
         try_reserve_memory=request.try_reserve_memory,
+        progress=progress,
     )
     if require_json and not _is_readable(answer):
-        answer = await _ask_other_nodes(mesh, demand, calls, answer, timeout_s)
+        answer = await _ask_other_nodes(mesh, demand, calls, answer, timeout_s, progress)
     on_answer(answer)
     if wants_why:
         answer.why = _explain_answer(mesh, answer)
@@ -123,17 +125,21 @@ def _is_readable(answer: Answer) -> bool:
 
 
 async def _ask_other_nodes(
-    mesh: Mesh, demand: Demand, calls: Mapping[BackendKind, HttpCall], answer: Answer, timeout_s: float
+    mesh: Mesh,
+    demand: Demand,
+    calls: Mapping[BackendKind, HttpCall],
+    answer: Answer,
+    timeout_s: float,
+    progress: SendProgress,
 ) -> Answer:
     """Asks the other nodes one by one, and returns the first readable answer. Raises BackendError if there is none."""
     await answer.aclose()
     for node in _find_other_nodes(mesh, demand, answer.node):
         try:
-            other_answer = await mesh.send(replace(demand, node=node), calls, timeout_s=timeout_s)
+            other_answer = await mesh.send(replace(demand, node=node), calls, timeout_s=timeout_s, progress=progress)
         except GPUMeshError:  # this node gives no answer, but the next may
             continue
         if _is_readable(other_answer):
-            other_answer.attempts += answer.attempts  # the client is told all attempts (X-GPUMesh-Attempts)
             return other_answer
         await other_answer.aclose()
     raise BackendError("its answer is not the JSON that it should be", node=answer.node)

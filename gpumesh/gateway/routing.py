@@ -124,6 +124,7 @@ class Router:
             proxy.build_call(request, await request.read_body()),
             find_client_api(path),
             timeout_s=ANY_NODE_TIMEOUT_S,
+            progress=record.progress,
             on_answer=record.note_answer,
             # HEAD has no body, and a POST is not repeated on a second node: it may change something.
             require_json=request.method == "GET",

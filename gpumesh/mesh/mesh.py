@@ -37,7 +37,7 @@ from gpumesh.mesh.learned_state import LearnedState
 from gpumesh.mesh.nodes.fleet import Fleet
 from gpumesh.mesh.nodes.node import Node
 from gpumesh.mesh.request_counters import RequestCounters
-from gpumesh.mesh.requests.answer import Answer
+from gpumesh.mesh.requests.answer import Answer, SendProgress
 from gpumesh.mesh.requests.delivery import RequestDelivery, SendContext
 from gpumesh.mesh.requests.upload import upload
 from gpumesh.mesh.requests.upstream import Upstream
@@ -283,6 +283,7 @@ class Mesh:
         resume: bool = True,
         at_most_once: bool = False,
         try_reserve_memory: Callable[[int], bool] = lambda _: True,
+        progress: SendProgress | None = None,
     ) -> Answer:
         """Sends a request to the best node. If this node fails, sends the request to other nodes until a node answers.
 
@@ -293,6 +294,7 @@ class Mesh:
           on it.
         - ``try_reserve_memory`` reserves a number of bytes until the answer ends, and returns whether there is room.
           Memory is needed to continue an answer.
+        - ``progress`` is kept up to date, and adds up what several calls with it have needed.
 
         An error that is the client's own fault, or that every node gave, is returned as an Answer with its status.
         Raises NoNodeError, ModelMissing, QueueFull and DeadlineExceeded.
@@ -305,6 +307,7 @@ class Mesh:
             resume=resume,
             at_most_once=at_most_once,
             try_reserve_memory=try_reserve_memory,
+            progress=progress,
         )
         if not demand.needs_slot:  # a request to a model store is not counted
             return await delivery.deliver()

@@ -82,3 +82,27 @@ def test_any_shape_gives_a_line(document: Any) -> None:
     assert error_text.error_text(400, json.dumps(document).encode()).isprintable()
     if isinstance(document, dict):
         assert (error_text.find_error_message(document) or "").isprintable()
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (b'{"error":"no memory"}', "no memory"),
+        (b'{"error":{"message":"upstream","code":502}}', "upstream"),
+        (b'{"error":"x","message":"also a text"}', "x"),
+        (b'{"error":null,"id":"r"}', None),
+        (b'{"error":"x","choices":[]}', None),
+        (b'{"error":"x","message":{"role":"assistant","content":""}}', None),
+        (b'{"response":"the \\"error\\" is"}', None),
+        (b'["error"]', None),
+        (b'{"error":', None),
+        (b'{"error":"' + b"x" * error_text.ERROR_BYTES + b'"}', None),
+    ],
+)
+def test_an_error_that_is_reported_with_the_status_of_a_success(body: bytes, said: str | None) -> None:
+    assert error_text.find_reported_error(body) == said
+
+
+@given(st.binary(max_size=300) | DEEP.map(lambda document: json.dumps(document).encode()))
+def test_any_body_may_report_an_error(body: bytes) -> None:
+    assert (error_text.find_reported_error(body) or "").isprintable()

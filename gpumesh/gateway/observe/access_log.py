@@ -142,9 +142,12 @@ def build_entry(
     record: RequestRecord, at: datetime, *, client: str | None, request_id: str | None
 ) -> dict[str, object]:
     """The line of one request as a document. ``at`` is the time at which the request ended. ``status`` is null if
-    nothing was sent. ``node`` is the node where the answer began. Only streamed answers have ``ttft_ms``. ``bytes`` is
-    the size of the body; the size of a stream includes the framing."""
-    answer, demand = record.answer, record.demand
+    nothing was sent. ``node`` is the node where the answer began; without an answer, the node that got the request
+    last. Only streamed answers have ``ttft_ms``. ``bytes`` is the size of the body; the size of a stream includes the
+    framing."""
+    answer, demand, progress = record.answer, record.demand, record.progress
+    queue_ms = progress.queue_s * 1000.0 if answer is None else answer.queue_ms
+    has_waited = answer is not None or progress.attempts > 0 or progress.queue_s > 0.0
     is_streamed = answer is not None and answer.body is None
     ttft_ms = None
     if is_streamed and record.first_byte_at is not None:
@@ -158,9 +161,9 @@ def build_entry(
         "outcome": record.outcome,
         "model": None if demand is None or demand.model is None else demand.model[:MAX_TEXT_CHARS],
         "node": record.node,
-        "attempts": 0 if answer is None else answer.attempts,
+        "attempts": progress.attempts if answer is None else answer.attempts,
         "continuations": 0 if answer is None else answer.continuations,
-        "queue_ms": None if answer is None else round(answer.queue_ms, 1),
+        "queue_ms": round(queue_ms, 1) if has_waited else None,
         "ttft_ms": ttft_ms,
         "total_ms": round((record.ended_at - record.started_at) * 1000.0, 1),
         "bytes": record.sent_bytes,

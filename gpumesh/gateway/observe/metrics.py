@@ -1,8 +1,8 @@
 """The metrics of requests for Prometheus: counters and histograms by route, node and model.
 
-No client can make the metrics grow without bound. A model's name becomes a label only after a node has answered for
-that model, and there are at most ``MAX_MODELS`` such labels. Each metric has at most ``MAX_SERIES`` series. All other
-models and labels count as ``other``.
+No client can make the metrics grow without bound. A model's name becomes a label only if a node lists the model or has
+answered for it, and there are at most ``MAX_MODELS`` such labels. Each metric has at most ``MAX_SERIES`` series. All
+other models and labels count as ``other``.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ MAX_MODELS = 200
 MAX_SERIES = 5000
 MAX_SPELLINGS = 1000  # so many spellings of model names have their label in a cache
 OTHER_LABEL = "other"
+MIN_WAIT_S = 0.001  # a request that got no answer and was in the queue for a shorter time was refused at once
 
 # Upper bounds of the buckets, in seconds.
 # Until the first token: from a warm cache to a model of 70B that must be loaded.
@@ -102,9 +103,10 @@ class LabeledSeries(dict[tuple[str, ...], T]):
 
 class RequestMetrics:
     """The metrics of all requests of a gateway. ``add`` is called once for each request, at its end, and costs some
-    microseconds."""
+    microseconds. ``lists_model`` returns whether any node lists a model."""
 
-    def __init__(self) -> None:
+    def __init__(self, lists_model: Callable[[str], bool] = lambda _: False) -> None:
+        self._lists_model = lists_model
         self.requests = LabeledSeries(("route", "node", "model", "outcome", "code"), CounterValue)
         self.models = LabeledSeries(("node", "model"), ModelMetrics)
         self.queue_wait = LabeledSeries(("priority",), lambda: Histogram(WAIT_BOUNDS))
@@ -117,7 +119,7 @@ class RequestMetrics:
         outcome = "" if record.outcome is None else record.outcome
         code = str(record.status)
         if answer is None or demand is None:
-            self.requests[record.route, "", "", outcome, code].value += 1
+            self._add_unanswered(record, outcome, code)
             return
         node = answer.node
         model = self._model_label(demand.model, answered=answer.status < 400)
@@ -136,10 +138,22 @@ class RequestMetrics:
         if answer.counters is not None:
             _add_tokens(metrics, answer.counters, first_byte_at, record.ended_at)
 
+    def _add_unanswered(self, record: RequestRecord, outcome: str, code: str) -> None:
+        """Counts a request that got no answer of a node: for the node that got it last, and the model that it asked
+        for. A request that no node got, for a model that is not known, has neither label."""
+        demand, progress = record.demand, record.progress
+        node = progress.node or ""
+        model = "" if demand is None else self._model_label(demand.model, answered=False)
+        if model == OTHER_LABEL and not node:
+            model = ""
+        self.requests[record.route, node, model, outcome, code].value += 1
+        if demand is not None and demand.needs_slot and progress.queue_s >= MIN_WAIT_S:
+            self.queue_wait[demand.priority,].observe(progress.queue_s)
+
     def _model_label(self, name: str | None, *, answered: bool) -> str:
         """The label of a model: the same for all spellings of its name; empty for a request without a model. The label
-        is ``other`` for a model for which no node has ever answered, and for a new model once there are ``MAX_MODELS``
-        labels. ``answered``: a node has answered this request without an error."""
+        is ``other`` for a model for which no node has ever answered and that no node lists, and for a new model once
+        there are ``MAX_MODELS`` labels. ``answered``: a node has answered this request without an error."""
         if name is None:
             return ""
         label = self._labels.get(name)
@@ -147,7 +161,8 @@ class RequestMetrics:
             return label
         label = full_name(name)
         if label not in self._models:
-            if not answered or len(self._models) >= MAX_MODELS:
+            is_known = len(self._models) < MAX_MODELS and (answered or self._lists_model(name))
+            if not is_known:
                 return OTHER_LABEL
             self._models.add(label)
         if len(self._labels) < MAX_SPELLINGS:

@@ -8,7 +8,7 @@ import msgspec
 
 from gpumesh.balancer.base import Demand
 from gpumesh.balancer.outcomes import RequestOutcome, request_outcome
-from gpumesh.mesh.requests.answer import Answer
+from gpumesh.mesh.requests.answer import Answer, SendProgress
 
 
 class RequestRecord(msgspec.Struct, eq=False):
@@ -16,7 +16,9 @@ class RequestRecord(msgspec.Struct, eq=False):
 
     - ``started_at``, ``first_byte_at``, ``ended_at``: seconds of ``clock``. ``first_byte_at`` is the time at which the
       answer's first bytes had come.
-    - ``node``: the node where the answer began. After a continuation ``answer.node`` is another node.
+    - ``node``: the node where the answer began. After a continuation ``answer.node`` is another node. Of a request
+      without an answer it is the node that got the request last.
+    - ``progress``: how far the sending of the request has come.
     - ``route``: one of a fixed set of names, whatever the path was.
     - ``status``: the HTTP status; 0 if nothing was sent.
     """
@@ -34,6 +36,7 @@ class RequestRecord(msgspec.Struct, eq=False):
     status: int = 0
     sent_bytes: int = 0
     outcome: RequestOutcome | None = None
+    progress: SendProgress = msgspec.field(default_factory=SendProgress)
 
     def note_answer(self, answer: Answer) -> None:
         """Notes that a node's answer has begun, now."""
@@ -41,15 +44,25 @@ class RequestRecord(msgspec.Struct, eq=False):
         self.node = answer.node
         self.first_byte_at = self.clock()
 
-    def note_end(self, *, status: int, sent_bytes: int) -> None:
-        """Notes that the request has ended, now. If no outcome was set before, the outcome follows from the node's
-        answer. If no node answered either, the gateway itself has served the request."""
+    def note_end(self, *, status: int, sent_bytes: int, told_failure: bool = False) -> None:
+        """Notes that the request has ended, now. ``told_failure``: the reply has told the client of a failure, although
+        its status is that of a success, because its stream had begun.
+
+        If no outcome was set before, the outcome follows from the node's answer. If no node answered either, the reply
+        is the gateway's own, and the outcome follows from the reply."""
+        if self.node is None:
+            self.node = self.progress.node
         self.ended_at = self.clock()
         self.status = status
         self.sent_bytes = sent_bytes
         if self.outcome is None:
             last_outcome = None if self.answer is None else self.answer.outcome
-            self.outcome = RequestOutcome.SERVED if last_outcome is None else request_outcome(last_outcome)
+            if last_outcome is not None:
+                self.outcome = request_outcome(last_outcome)
+            elif told_failure or status >= 500:
+                self.outcome = RequestOutcome.FAILED
+            else:
+                self.outcome = RequestOutcome.SERVED
 
     def note_client_gone(self, *, status: int, sent_bytes: int) -> None:
         """Notes that the client left before its reply was complete."""

@@ -89,6 +89,10 @@ class Fleet:
         explained.retry_after_s = min((trial_s for trial_s in trials if trial_s is not None), default=None)
         return explained
 
+    def lists_model(self, model: str) -> bool:
+        """Whether the server of any node lists this model."""
+        return any(node.account.models is not None and has_model(node.account, model) for node in self)
+
     def _find_model_faults(self, candidates: Iterable[Candidate], model: str) -> dict[str, ModelFault]:
         """The faults of this model on these nodes, by node. Nodes on which the model has no fault are left out."""
         faults = {candidate.name: self[candidate.name].find_model_fault(model) for candidate in candidates}

@@ -49,6 +49,30 @@ def test_a_whole_answer_ends_by_its_status_as_in_the_meshs_counters(status: int,
     assert record.outcome is expected
 
 
+@pytest.mark.parametrize(
+    ("status", "told_failure", "expected"),
+    [
+        (200, False, RequestOutcome.SERVED),
+        (404, False, RequestOutcome.SERVED),
+        (200, True, RequestOutcome.FAILED),
+        (502, False, RequestOutcome.FAILED),
+    ],
+)
+def test_a_reply_of_the_gateway_itself_is_judged_by_what_it_told(
+    status: int, told_failure: bool, expected: RequestOutcome
+) -> None:
+    record = make_record()
+    record.note_end(status=status, sent_bytes=2, told_failure=told_failure)
+    assert record.outcome is expected
+
+
+def test_a_request_without_an_answer_has_the_node_that_got_it_last() -> None:
+    record = make_record()
+    record.progress.node = "b"
+    record.note_client_gone(status=499, sent_bytes=0)
+    assert record.node == "b"
+
+
 def test_an_outcome_that_was_set_stands_unless_the_client_is_gone() -> None:
     record = make_record()
     record.outcome = RequestOutcome.REFUSED
