@@ -92,12 +92,18 @@ class FleetRoutes:
         return await self._merge_lists(request, merged, OPENAI_LIST_PATH, frozenset(BackendKind), aliases=True)
 
     async def openai_model(self, request: Request, model: str) -> Response:
-        """The entry of one model with aliases in OpenAI's list. Raises ModelMissing if no node has it."""
+        """The entry of one model with aliases in OpenAI's list. Raises ModelMissing if no node has it, and NoNodeError
+        if a node has it that cannot be asked now."""
         merged = merged_lists.MergedList(merged_lists.OPENAI_FORMAT)
         await self._merge_lists(request, merged, OPENAI_LIST_PATH, frozenset(BackendKind), aliases=True)
         entry = merged.find(model)
         if entry is None:
-            raise ModelMissing(model, hint="no node that is up lists it under any of its names")
+            nodes = None if request.key is None else request.key.nodes
+            demand = self._mesh.model_rules.apply(Demand(model, needs_slot=False, nodes=nodes))
+            error = self._mesh.fleet.explain_no_node(demand)
+            if not isinstance(error, ModelMissing):
+                raise error
+            raise ModelMissing(model, hint="no node lists it under any of its names")
         return _json(entry)
 
     async def _merge_lists(

@@ -19,7 +19,7 @@ from gpumesh.lab import profile
 from gpumesh.lab.ollama import SimOllama
 from gpumesh.lab.profile import EMBEDDER, LLAMA_8B, QWEN3_8B, QWEN_7B, HostProfile
 from gpumesh.mesh.mesh import Mesh
-from gpumesh.topology import BackendKind, BackendSpec, GatewaySpec, NodeSpec, Target, Topology
+from gpumesh.topology import BackendKind, BackendSpec, GatewaySpec, ModelSpec, NodeSpec, Target, Topology
 
 MODEL = QWEN_7B.name
 QUICK: dict[str, Any] = {
@@ -82,8 +82,9 @@ async def serve_nodes(
     bounds: Bounds | None = None,
     access_log: AccessLog | None = None,
     drain_s: float = 10.0,
+    models: tuple[ModelSpec, ...] = (),
 ) -> AsyncIterator[RunningGateway]:
-    topology = Topology("test", nodes, replace(spec or GatewaySpec(), port=0))
+    topology = Topology("test", nodes, replace(spec or GatewaySpec(), port=0), models=models)
     async with (
         Mesh(topology) as mesh,
         Gateway(mesh, bounds=bounds, access_log=access_log, drain_s=drain_s) as gateway,

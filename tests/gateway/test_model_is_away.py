@@ -15,6 +15,7 @@ from gpumesh.balancer.base import Demand
 from gpumesh.balancer.breaker import THRESHOLD, Breaker
 from gpumesh.mesh.nodes import snapshot
 from gpumesh.state import TunnelPhase
+from gpumesh.topology import ModelSpec
 from tests.gateway.fleet import RunningGateway, node, serve_nodes
 from tests.mesh.servers import Exchange, ScriptedServer, serve, whole_response
 from tests.tunnels.polling import wait_until
@@ -45,6 +46,7 @@ class Ollama:
             b"/api/version": {"version": "0.12.6"},
             b"/api/tags": {"models": [{"name": name} for name in self.models]},
             b"/api/ps": {"models": []},
+            b"/v1/models": {"object": "list", "data": [{"id": name} for name in self.models]},
         }
         status, document = 200, documents.get(path)
         if document is None:
@@ -75,12 +77,12 @@ class Fleet:
 
 
 @asynccontextmanager
-async def serve_fleet() -> AsyncIterator[Fleet]:
+async def serve_fleet(*rules: ModelSpec) -> AsyncIterator[Fleet]:
     async with AsyncExitStack() as stack:
         a, b = Ollama(("big:latest", "small:latest")), Ollama(("small:latest",))
         servers = [await stack.enter_async_context(serve(ollama.answer)) for ollama in (a, b)]
         specs = (node("a", servers[0].url, max_parallel=8), replace(node("b", servers[1].url), weight=0.001))
-        running = await stack.enter_async_context(serve_nodes(specs))
+        running = await stack.enter_async_context(serve_nodes(specs, models=rules))
         yield Fleet(a, b, running, servers)
 
 
@@ -198,3 +200,15 @@ async def test_a_node_that_was_never_reached_may_have_the_model() -> None:
         response = await running.client.post("/api/chat", json={"model": "big", **BODIES["/api/chat"]})
         assert response.status_code == 503
         assert "never could not be asked for it yet" in response.text
+
+
+@pytest.mark.parametrize("model", ["big", "alias"])
+async def test_the_entry_of_a_model_of_a_node_that_is_away_is_not_missing(model: str) -> None:
+    """Of a model without aliases any node is asked, of one with aliases all nodes."""
+    rules = (ModelSpec("big:latest", aliases=("alias",)),) if model == "alias" else ()
+    async with serve_fleet(*rules) as fleet:
+        fleet.running.mesh.drain("a")
+        response = await fleet.running.client.get(f"/v1/models/{model}")
+        assert (response.status_code, "Retry-After" in response.headers) == (503, True)
+        response = await fleet.running.client.get("/v1/models/nowhere")
+        assert response.status_code == 404
