@@ -119,7 +119,8 @@ class AddressCommand:
 @dataclass(frozen=True, slots=True)
 class SshSpec:
     """The values that are needed to reach a host by SSH. ``user`` is never empty. ``identity_files`` may be empty: an
-    agent or a password can take their place. ``host`` is empty if only ``address_from`` knows the host."""
+    agent or a password can take their place. ``identities_only``: of the agent's keys only those are tried that belong
+    to one of ``identity_files``. ``host`` is empty if only ``address_from`` knows the host."""
 
     host: str
     port: int = 22
@@ -131,6 +132,7 @@ class SshSpec:
     password_env: str | None = None
     passphrase_env: str | None = None
     agent: bool = True
+    identities_only: bool = False
     alias: str | None = None
     transport: TransportKind = TransportKind.SSHTUNNEL
     connect_timeout_s: float = 6.0

@@ -19,27 +19,13 @@ from pathlib import Path
 
 from gpumesh.config import environment, value_parsers
 from gpumesh.config.ssh import ssh_files
+from gpumesh.config.ssh.option_roles import needs_ssh
 from gpumesh.quoting import paste_command
 
 TIMEOUT_S = 10.0  # for one run of ``ssh -G``
 _MAX_HOPS = 4  # jump hosts in a row that have jump hosts themselves: hosts that name each other would never end
 _MAX_OUTPUT_BYTES = 256 * 1024
 _MAX_ERROR_BYTES = 2048
-
-# Options that transport sshtunnel does not support: the key in the output of ``ssh -G``, and the name for people. The
-# value ``none`` does not count: the option is not in use.
-_UNSUPPORTED = {
-    ssh_files.MATCH_EXEC[0]: "Match exec",
-    "proxycommand": "ProxyCommand",
-    "identityagent": "IdentityAgent",
-    "certificatefile": "CertificateFile",
-    "pkcs11provider": "PKCS11Provider",
-    "securitykeyprovider": "SecurityKeyProvider",
-    "hostkeyalias": "HostKeyAlias",
-    "knownhostscommand": "KnownHostsCommand",
-    "bindaddress": "BindAddress",
-    "bindinterface": "BindInterface",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,15 +97,27 @@ def _read_settings(alias: str, home: Path) -> AliasSettings:
     return _settings_from_options(alias, options, home)
 
 
+def config_file_arguments(home: Path) -> list[str]:
+    """The arguments with which ``ssh`` reads ``~/.ssh/config`` of this home folder; empty if it does that by itself.
+
+    ssh takes the home folder from passwd, not from HOME. If they differ, ssh gets the file as an option.
+    """
+    config_file = home / ".ssh" / "config"
+    if home == _passwd_home() or not config_file.is_file():
+        return []
+    return ["-F", str(config_file)]
+
+
 def _read_configured_options(alias: str, home: Path) -> ssh_files.SshOptions:
     """Returns the options of ``alias`` that are configured, by ``ssh -G``, as pairs of key and value. ssh's defaults
     are left out."""
-    config_file = home / ".ssh" / "config"
-    # ssh takes the home folder from passwd, not from HOME. If they differ, ssh gets the file as an option.
-    is_other_home = home != _passwd_home() and config_file.is_file()
-    effective = _run_ssh_g(alias, ["-F", str(config_file)] if is_other_home else [])
-    defaults = set(_run_ssh_g(alias, ["-F", "none"]))
+    effective = _run_ssh_g(alias, config_file_arguments(home))
+    defaults = _run_ssh_g(alias, ["-F", "none"])
     configured = [option for option in effective if option not in defaults]
+    # A list counts as a whole: one of ssh's default keys may be the only key of this alias.
+    identity_files = [option for option in effective if option[0] == "identityfile"]
+    if identity_files != [option for option in defaults if option[0] == "identityfile"]:
+        configured = [option for option in configured if option[0] != "identityfile"] + identity_files
     # ssh's default user comes from passwd, ours from the environment. If they differ, we name the user as whom ssh
     # would log in: a configured user that equals ssh's default has been left out above.
     ssh_user = dict(effective).get("user")
@@ -158,7 +156,8 @@ def _settings_from_options(alias: str, options: ssh_files.SshOptions, home: Path
 
 def _find_unsupported_features(values: dict[str, str]) -> tuple[str, ...]:
     """Returns the names of the options in ``values`` that transport sshtunnel does not support."""
-    features = [name for key, name in _UNSUPPORTED.items() if values.get(key, "none").lower() != "none"]
+    features = ["Match exec"] if ssh_files.MATCH_EXEC[0] in values else []
+    features += [name for key, value in values.items() if (name := needs_ssh(key, value)) is not None]
     # An IdentityAgent with one of these values is the agent that sshtunnel uses, too.
     usual_agent_values = ("SSH_AUTH_SOCK", "$SSH_AUTH_SOCK", str(environment.ssh_auth_sock()))
     if values.get("identityagent") in usual_agent_values and "IdentityAgent" in features:

@@ -33,7 +33,7 @@ from gpumesh.tunnels.hostkeys import adopt_keys_if_shared
 from gpumesh.tunnels.known_hosts import ensure_known_hosts_file
 from gpumesh.tunnels.local_system.peer_users import open_own_user_filter
 from gpumesh.tunnels.openssh import commands, forwards, mux
-from gpumesh.tunnels.openssh.errors import FORBIDDEN_TEXT, OPEN_FAILED_TEXT, error_from_stderr
+from gpumesh.tunnels.openssh.errors import FORBIDDEN_TEXT, OPEN_FAILED_TEXT
 from gpumesh.tunnels.openssh.login import log_in
 from gpumesh.tunnels.openssh.master import MasterState, OpensshMaster
 from gpumesh.tunnels.openssh.options import format_destination
@@ -158,7 +158,7 @@ class OpensshConnection:
             forwarder_ended.cancel()
         if not self._master.exit_task.done():  # then the forwarder has ended, by an error of ours
             return TunnelLost(f"the tunnel's process for {self._destination} stopped forwarding")
-        return error_from_stderr(self._master.error_lines, self._destination, was_up=True)
+        return self._master.output.make_error(self._destination, was_up=True)
 
     async def close(self) -> None:
         try:

@@ -24,6 +24,7 @@ from gpumesh.errors import (
 
 FORBIDDEN_TEXT = "administratively prohibited"
 OPEN_FAILED_TEXT = "open failed"
+TOO_MANY_TRIES_TEXT = "Too many authentication failures"
 NO_TERMINAL_TEXT = "doesn't support PTY"  # RunPod's proxy, which gives terminals only
 NO_SESSION_PATTERN = re.compile(
     r"exec request failed on channel|channel \d+: open failed|session request failed|Session open refused",

@@ -14,7 +14,6 @@ from pathlib import Path
 from gpumesh.errors import TunnelError
 from gpumesh.topology import Target
 from gpumesh.tunnels.openssh import mux
-from gpumesh.tunnels.openssh.errors import error_from_stderr
 from gpumesh.tunnels.openssh.master import OpensshMaster
 
 MUX_TIMEOUT_S = 5.0  # the time for the master to answer at its control socket
@@ -40,7 +39,7 @@ async def open_forwards(master: OpensshMaster, routes: Sequence[Route], destinat
     except TimeoutError as error:
         raise TunnelError(f"ssh to {destination} does not answer its control socket") from error
     except mux.MuxError as error:
-        raise error_from_stderr([*master.error_lines, str(error)], destination) from error
+        raise master.output.make_error(destination, last_line=str(error)) from error
 
 
 async def check_forwards(master: OpensshMaster, routes: Sequence[Route]) -> ForwardCheck:

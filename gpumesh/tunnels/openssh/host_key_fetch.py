@@ -9,11 +9,12 @@ from gpumesh.topology import SshSpec, Target
 from gpumesh.tunnels.blocking import Deadline
 from gpumesh.tunnels.known_hosts import HostKey, read_known_hosts
 from gpumesh.tunnels.local_system.socket_folders import private_folder
-from gpumesh.tunnels.openssh.errors import error_from_stderr
+from gpumesh.tunnels.openssh.fixed_options import read_unknown_options
 from gpumesh.tunnels.openssh.login import timeout_error
 from gpumesh.tunnels.openssh.master import OpensshMaster
 from gpumesh.tunnels.openssh.options import format_destination, host_key_command
 from gpumesh.tunnels.openssh.prompts import AskpassServer
+from gpumesh.tunnels.openssh.ssh_output import log_path
 from gpumesh.tunnels.transport import ConnectRequest
 
 
@@ -26,10 +27,13 @@ async def fetch_host_key(
         setup = ConnectRequest(node, ssh, targets=(), secrets=secrets, control_dir=str(folder), mesh=mesh)
         deadline = Deadline(timeout_s, time.monotonic)
         async with AskpassServer(folder, dict(secrets), _NoEvents(), deadline, interactive=False) as prompts:
-            command = host_key_command(setup, known_hosts, batch=not prompts.can_answer)
+            unknown = await read_unknown_options()
+            control = folder / "c"  # no master, and it makes no control socket: only its process and its log are used
+            command = host_key_command(
+                setup, known_hosts, batch=not prompts.can_answer, unknown=unknown, log=log_path(control)
+            )
             askpass = prompts.askpass_path if prompts.can_answer else None
-            # No master, and it makes no control socket: only its process and its stderr are used.
-            child = await OpensshMaster.start(command, folder / "c", askpass)
+            child = await OpensshMaster.start(command, control, askpass)
             try:
                 await asyncio.wait([child.exit_task], timeout=timeout_s)
                 ended_in_time = child.exit_task.done()
@@ -40,7 +44,7 @@ async def fetch_host_key(
             return entries[0].key
         if not ended_in_time:
             raise timeout_error(child, ssh, timeout_s)
-        raise error_from_stderr(child.error_lines, format_destination(ssh))
+        raise child.output.make_error(format_destination(ssh))
 
 
 class _NoEvents:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from functools import partial
 from pathlib import Path
 
 from gpumesh.errors import ConnectTimeout, TunnelError
 from gpumesh.topology import SshSpec
 from gpumesh.tunnels.blocking import Deadline
-from gpumesh.tunnels.openssh.errors import NO_SESSION_PATTERN, NO_TERMINAL_TEXT, error_from_stderr
+from gpumesh.tunnels.openssh.errors import NO_SESSION_PATTERN, NO_TERMINAL_TEXT, TOO_MANY_TRIES_TEXT
+from gpumesh.tunnels.openssh.fixed_options import read_unknown_options
 from gpumesh.tunnels.openssh.master import MasterState, OpensshMaster
 from gpumesh.tunnels.openssh.options import format_destination, master_command
 from gpumesh.tunnels.openssh.prompts import AskpassServer
@@ -27,19 +29,34 @@ async def log_in(setup: ConnectRequest, folder: Path, prompts: AskpassServer, de
     The control sockets in ``folder`` have short names, which socket_folders.py knows: ``c`` with a session, ``n``
     without.
     """
-    master = await _start_and_log_in(setup, folder / "c", prompts, deadline, session=True)
+    unknown = await read_unknown_options()
+    start = partial(_start_and_log_in, setup, prompts=prompts, deadline=deadline, unknown=unknown)
+    destination = format_destination(setup.ssh)
+    named_keys_only = False
+    master = await start(folder / "c", session=True)
+    if master.exited and had_too_many_keys(master.output.log) and setup.ssh.agent:
+        await master.close()
+        # Other keys of the agent used up all tries. The keys and the password that mesh.yaml names come now.
+        named_keys_only = True
+        prompts.forget_given_secrets()
+        master = await start(folder / "c", session=True, named_keys_only=True)
     if not master.exited:
         return master
     await master.close()
-    if not was_only_session_refused(master.error_lines, master.process.returncode):
-        raise error_from_stderr(master.error_lines, format_destination(setup.ssh))
+    if not was_only_session_refused(master.output.log, master.process.returncode):
+        raise master.output.make_error(destination)
     # That ssh had logged in, so a second ssh, without a session, needs the same secrets again.
     prompts.forget_given_secrets()
-    master = await _start_and_log_in(setup, folder / "n", prompts, deadline, session=False)
+    master = await start(folder / "n", session=False, named_keys_only=named_keys_only)
     if not master.exited:
         return master
     await master.close()
-    raise error_from_stderr(master.error_lines, format_destination(setup.ssh))
+    raise master.output.make_error(destination)
+
+
+def had_too_many_keys(log_lines: Iterable[str]) -> bool:
+    """Whether the host ended the login after too many tries (sshd's MaxAuthTries): each key that ssh offers is one."""
+    return any(TOO_MANY_TRIES_TEXT in line for line in log_lines)
 
 
 def was_only_session_refused(error_lines: Iterable[str], returncode: int | None) -> bool:
@@ -57,13 +74,28 @@ def was_only_session_refused(error_lines: Iterable[str], returncode: int | None)
 
 
 async def _start_and_log_in(
-    setup: ConnectRequest, control: Path, prompts: AskpassServer, deadline: Deadline, *, session: bool
+    setup: ConnectRequest,
+    control: Path,
+    *,
+    prompts: AskpassServer,
+    deadline: Deadline,
+    unknown: Collection[str],
+    session: bool,
+    named_keys_only: bool = False,
 ) -> OpensshMaster:
     """Starts one ssh, and returns a master that is logged in or that has ended (``exited``).
 
-    Raises ``TunnelError``, after it has closed the master.
+    ``options.master_command`` explains ``unknown``, ``session`` and ``named_keys_only``. Raises ``TunnelError``, after
+    it has closed the master.
     """
-    command = master_command(setup, control, batch=not prompts.can_answer, session=session)
+    command = master_command(
+        setup,
+        control,
+        batch=not prompts.can_answer,
+        session=session,
+        unknown=unknown,
+        named_keys_only=named_keys_only,
+    )
     askpass = prompts.askpass_path if prompts.can_answer else None
     master = await OpensshMaster.start(command, control, askpass)
     try:
@@ -82,12 +114,10 @@ async def _start_and_log_in(
 
 
 def timeout_error(master: OpensshMaster, ssh: SshSpec, timeout_s: float) -> TunnelError:
-    """The error for an ssh that took longer than ``timeout_s``: ConnectTimeout, or the error that ssh has printed if we
-    know its text."""
-    if master.error_lines:
-        printed_error = error_from_stderr(master.error_lines, format_destination(ssh))
-        if type(printed_error) is not TunnelError:  # a subclass: the text is known
-            return printed_error
+    """The error for an ssh that took longer than ``timeout_s``: the one that its output tells, else ConnectTimeout."""
+    printed_error = master.output.make_timeout_error(format_destination(ssh), ssh.user, timeout_s)
+    if printed_error is not None:
+        return printed_error
     return ConnectTimeout(
         f"no connection to {format_destination(ssh)} within {timeout_s:g} s",
         hint="the host is off or hung, or a firewall drops the connection",

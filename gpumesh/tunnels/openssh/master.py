@@ -20,7 +20,6 @@ import secrets
 import signal
 import time
 from asyncio.subprocess import PIPE, Process
-from collections import deque
 from collections.abc import AsyncIterator, Callable
 from enum import StrEnum
 from functools import partial
@@ -34,12 +33,12 @@ from gpumesh.printable import printable
 from gpumesh.tunnels.blocking import Deadline
 from gpumesh.tunnels.local_system import child_process
 from gpumesh.tunnels.openssh.errors import FORBIDDEN_TEXT, NO_TERMINAL_TEXT
+from gpumesh.tunnels.openssh.ssh_output import SshLog, SshOutput, log_path
 from gpumesh.tunnels.transport import PING_RESEND_S
 
 READ_BYTES = 32 * 1024  # the most that one read of a pipe takes
 LINE_LIMIT = 4096  # bytes of a line of ssh's output
 MAX_SHOWN_CHARS = 300  # a line of ssh's stderr is cut to this length for messages
-KEPT_LINES = 40  # the number of the last lines of stderr that are kept
 POLL_S = 0.01  # time between two checks whether the control socket is there
 STOP_TIMEOUT_S = 1.0  # the time for ssh to end after SIGTERM, and again after SIGKILL
 
@@ -64,22 +63,24 @@ _NEXT_STATES = {
 class OpensshMaster:
     """The ``ssh`` child that holds the connection. ``control`` is the path of its control socket.
 
-    ``error_lines`` are the last lines of its stderr, made printable. ``on_error_line`` is called with each new line.
-    ``refused_forwards`` counts the lines in which ssh reported that the host forbids forwarding. ``exit_task`` ends
-    when the process has ended.
+    ``output`` are the last lines that it and others have printed. ``on_error_line`` is called with each new line of its
+    log. ``refused_forwards`` counts the lines in which ssh reported that the host forbids forwarding. ``exit_task``
+    ends when the process has ended.
     """
 
-    def __init__(self, process: Process, control: Path) -> None:
+    def __init__(self, process: Process, control: Path, log: SshLog) -> None:
         self.process = process
         self.control = control
         self.state = MasterState.STARTING
-        self.error_lines: deque[str] = deque(maxlen=KEPT_LINES)
+        self.output = SshOutput()
         self.refused_forwards = 0
         self.on_error_line: Callable[[str], None] = lambda _: None
         self._nonce = secrets.token_hex(8)  # begins each line that we send, so that no greeting passes for an echo
         self._line_ids = itertools.count()
         self._pending_echoes: dict[bytes, asyncio.Future[float]] = {}  # by line; the result: when the echo came
-        self._readers = [asyncio.create_task(self._read_errors()), asyncio.create_task(self._read_echoes())]
+        self._log = log
+        readers = (self._read_log(), self._read_stderr(), self._read_echoes())
+        self._readers = [asyncio.create_task(reader) for reader in readers]
         self.exit_task = asyncio.create_task(self._wait_for_exit())
 
     def __repr__(self) -> str:
@@ -87,7 +88,8 @@ class OpensshMaster:
 
     @classmethod
     async def start(cls, command: list[str], control: Path, askpass: Path | None) -> OpensshMaster:
-        """Starts ``ssh`` with this command line. ``askpass``: the program that answers the questions of ssh, if any.
+        """Starts ``ssh`` with this command line, which names ``log_path(control)`` as its log. ``askpass``: the program
+        that answers the questions of ssh, if any.
 
         Raises TransportUnsupported when ``ssh`` cannot be run.
         """
@@ -98,6 +100,7 @@ class OpensshMaster:
             # DISPLAY: without this variable, whatever its value, ssh before 8.4 does not run the program.
             display = environment.display() or "gpumesh:0"
             environment_changes = {"SSH_ASKPASS": str(askpass), "SSH_ASKPASS_REQUIRE": "force", "DISPLAY": display}
+        log = await SshLog.open(log_path(control))
         try:
             process = await asyncio.create_subprocess_exec(
                 *command,
@@ -110,10 +113,13 @@ class OpensshMaster:
                 # Safe: the worker has no threads of its own yet.
                 preexec_fn=partial(child_process.die_with_parent, os.getpid()),
             )
-        except OSError as error:
+        except BaseException as error:
+            log.close()
+            if not isinstance(error, OSError):
+                raise
             message = f"ssh cannot be run: {error.strerror}"
             raise TransportUnsupported(message, hint="install OpenSSH's client, or use transport: sshtunnel") from error
-        return cls(process, control)
+        return cls(process, control, log)
 
     @property
     def exited(self) -> bool:
@@ -131,6 +137,7 @@ class OpensshMaster:
             if deadline.expired:
                 raise TimeoutError
             await asyncio.wait([self.exit_task], timeout=POLL_S)
+        self.output.forget_words()
         self._advance(MasterState.SILENT if session else MasterState.WITHOUT_SESSION)
         return True
 
@@ -176,6 +183,7 @@ class OpensshMaster:
         for task in (*self._readers, self.exit_task):
             task.cancel()
         await asyncio.gather(*self._readers, self.exit_task, return_exceptions=True)
+        self._log.close()
         self._advance(MasterState.EXITED)
 
     def _advance(self, state: MasterState) -> None:
@@ -191,19 +199,24 @@ class OpensshMaster:
     async def _wait_for_exit(self) -> None:
         """Waits until the process has ended and its output has been read; then the state is EXITED."""
         await self.process.wait()
+        self._log.end()
         await asyncio.wait(self._readers, timeout=STOP_TIMEOUT_S)  # a ProxyCommand that still runs may hold stderr open
         self._advance(MasterState.EXITED)
 
-    async def _read_errors(self) -> None:
-        """Keeps, counts and reports the lines of stderr until its end."""
-        async for line in _read_lines(self.process.stderr):
-            text = printable(line, MAX_SHOWN_CHARS)
-            if not text or set(text) == {"@"}:  # a line of the frame around ssh's warning of a changed host key
+    async def _read_log(self) -> None:
+        """Keeps, counts and reports the lines of ssh's log until its end."""
+        async for line in _read_lines(self._log.reader):
+            text = self.output.add_log_line(printable(line, MAX_SHOWN_CHARS))
+            if text is None:
                 continue
-            self.error_lines.append(text)
             if FORBIDDEN_TEXT in text:
                 self.refused_forwards += 1
             self.on_error_line(text)
+
+    async def _read_stderr(self) -> None:
+        """Keeps the lines of stderr until its end: the words of the host, or of a ProxyCommand."""
+        async for line in _read_lines(self.process.stderr):
+            self.output.add_stderr_line(printable(line, MAX_SHOWN_CHARS))
 
     async def _read_echoes(self) -> None:
         """Assigns the lines of stdout to the lines that wait for their echo, until the end of stdout.
@@ -218,7 +231,7 @@ class OpensshMaster:
             if echo is not None and not echo.done():
                 echo.set_result(time.perf_counter())
             elif NO_TERMINAL_TEXT.encode() in line:  # RunPod's proxy writes this error to stdout
-                self.error_lines.append(printable(line, MAX_SHOWN_CHARS))
+                self.output.add_log_line(printable(line, MAX_SHOWN_CHARS))
 
 
 async def _read_lines(pipe: asyncio.StreamReader | None) -> AsyncIterator[bytes]:

@@ -5,10 +5,12 @@ No secret is in any argument: prompts.py answers ssh's questions.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from gpumesh.addresses import format_address
+from gpumesh.config import environment
+from gpumesh.config.ssh import ssh_config
 from gpumesh.errors import KeyUnreadable
 from gpumesh.printable import printable
 from gpumesh.quoting import shell_words
@@ -16,75 +18,81 @@ from gpumesh.topology import HostKeyPolicy, SshSpec
 from gpumesh.tunnels.hostkeys import choose_ssh_alias, host_key_algorithms
 from gpumesh.tunnels.jump_hosts import split_jump
 from gpumesh.tunnels.known_hosts import read_known_hosts
+from gpumesh.tunnels.openssh.fixed_options import FIXED_OPTIONS
+from gpumesh.tunnels.openssh.ssh_output import GREETING_LOG, log_path
 from gpumesh.tunnels.transport import ConnectRequest
 
 CLIENT_HOST = "gpumesh"  # clients of the control socket need some host name; they ask the master, never DNS
 
 
-def master_command(setup: ConnectRequest, control: Path, *, batch: bool, session: bool) -> list[str]:
+def master_command(
+    setup: ConnectRequest,
+    control: Path,
+    *,
+    batch: bool,
+    session: bool,
+    unknown: Collection[str] = (),
+    named_keys_only: bool = False,
+) -> list[str]:
     """The command line of the master. ``session``: its own session runs ``cat`` on the host (connection.py).
 
-    ``batch``: ssh asks no questions. The options switch off everything that would make ssh ask, forward or share by
-    itself: the user's settings for that in ~/.ssh/config are meant for ssh in a terminal. Raises ``HostKeyRevoked`` and
-    ``KeyUnreadable``.
+    ``batch``: ssh asks no questions. ``unknown``: options, in lower case, that this ssh does not know.
+    ``named_keys_only``: no other key of the agent is tried. Raises ``HostKeyRevoked`` and ``KeyUnreadable``.
     """
     ssh = setup.ssh
-    options = {
+    options = _connect_options(ssh, batch=batch) | {
         "ControlMaster": "yes",
         "ControlPath": quote_option_path(control),
-        "ControlPersist": "no",
-        **_connect_options(ssh, batch=batch),
-        "NumberOfPasswordPrompts": "1",
         "ServerAliveInterval": "1",  # ssh gives up after 4 s. Only a reserve: the supervisor pings through the session
         "ServerAliveCountMax": "3",
-        "TCPKeepAlive": "yes",
         "ExitOnForwardFailure": "yes",
         "StreamLocalBindMask": "0177",  # the sockets of forwards get the mode 0600
         "StreamLocalBindUnlink": "yes",
-        "ForwardX11": "no",
-        "Tunnel": "no",
-        "RequestTTY": "no",
-        "EscapeChar": "none",
-        "PermitLocalCommand": "no",
-        "RemoteCommand": "none",
         "HostName": ssh.host,  # and not what ~/.ssh/config has for the alias
+        **_password_options(setup),
     }
+    if named_keys_only:
+        options["IdentitiesOnly"] = "yes"
+    if not session:
+        options["SessionType"] = "none"
     alias = choose_ssh_alias(setup.known_host, ssh)
     if alias is not None:
         options["HostKeyAlias"] = alias
-    arguments = [*_option_arguments(options), *_identity_arguments(ssh), *_jump_arguments(ssh, batch=batch)]
+    arguments = [*_option_arguments(options, unknown), *_identity_arguments(ssh)]
+    log = log_path(control)
+    arguments += _jump_arguments(ssh, batch=batch, unknown=unknown, log=log)
     arguments += ["-p", str(ssh.port), "-l", ssh.user]
     if session:
-        return ["ssh", *arguments, "--", ssh.alias or ssh.host, "exec cat"]
-    return ["ssh", *arguments, "-N", "--", ssh.alias or ssh.host]
+        return ["ssh", *_file_arguments(log), *arguments, "--", ssh.alias or ssh.host, "exec cat"]
+    return ["ssh", *_file_arguments(log), *arguments, "-N", "--", ssh.alias or ssh.host]
 
 
-def host_key_command(setup: ConnectRequest, known_hosts: Path, *, batch: bool) -> list[str]:
-    """The command line of an ``ssh`` that writes the host's key to ``known_hosts`` and ends before any login."""
+def host_key_command(
+    setup: ConnectRequest, known_hosts: Path, *, batch: bool, unknown: Collection[str] = (), log: Path | None = None
+) -> list[str]:
+    """The command line of an ``ssh`` that writes the host's key to ``known_hosts`` and ends before any login.
+    ``unknown`` is as for ``master_command``. ``log``: the FIFO for its log."""
     ssh = setup.ssh
-    options = {
-        "ControlMaster": "no",
-        "ControlPath": "none",
-        **_common_options(ssh, batch=batch),
+    options = _common_options(ssh, batch=batch) | {
         "StrictHostKeyChecking": "accept-new",
         "UserKnownHostsFile": quote_option_path(known_hosts),
         "GlobalKnownHostsFile": "/dev/null",
+        "KnownHostsCommand": "none",  # a key that it knows would not be written
         "HashKnownHosts": "no",
         "HostKeyAlias": CLIENT_HOST,  # any name: the file is new, and gets one line
         "PreferredAuthentications": "none",  # ssh ends before it tries any login
-        "PermitLocalCommand": "no",
-        "RemoteCommand": "none",
         "HostName": ssh.host,
     }
     key_types = read_known_hosts(ssh.known_hosts).key_types(setup.known_host)
     if key_types:
         # ^: these come first, and the other algorithms stay allowed.
         options["HostKeyAlgorithms"] = "^" + ",".join(host_key_algorithms(key_types))
-    arguments = [*_option_arguments(options), *_jump_arguments(ssh, batch=batch)]
-    return ["ssh", "-T", *arguments, "-p", str(ssh.port), "-l", ssh.user, "--", ssh.alias or ssh.host, "exit"]
+    arguments = [*_option_arguments(options, unknown), *_jump_arguments(ssh, batch=batch, unknown=unknown, log=log)]
+    arguments += ["-p", str(ssh.port), "-l", ssh.user]
+    return ["ssh", *_file_arguments(log), "-T", *arguments, "--", ssh.alias or ssh.host, "exit"]
 
 
-def jump_command(ssh: SshSpec, *, batch: bool) -> str:
+def jump_command(ssh: SshSpec, *, batch: bool, unknown: Collection[str] = (), log: Path | None = None) -> str:
     """The chain of jump hosts as a value of ProxyCommand; "" without jump hosts.
 
     For one jump host it is ``ssh -o NAME=VALUE … -l USER -p PORT -W '[%h]:%p' -- HOST``. If that jump host is reached
@@ -96,10 +104,10 @@ def jump_command(ssh: SshSpec, *, batch: bool) -> str:
     command = ""  # leads to the jump hosts so far; the next jump host is reached through it
     for jump in ssh.proxy_jump:
         user, host, port = split_jump(jump, default_user="")  # "": without a user, ssh takes its own default
-        options = {"ControlPath": "none", **_connect_options(ssh, batch=batch)}
-        arguments = ["ssh", *_option_arguments(options), *_identity_arguments(ssh)]
+        options = _connect_options(ssh, batch=batch)
+        arguments = ["ssh", *_file_arguments(log), *_option_arguments(options, unknown), *_identity_arguments(ssh)]
         if command:
-            arguments += ["-o", f"ProxyCommand={command}"]
+            arguments += _proxy_arguments(command)
         if user:
             arguments += ["-l", user]
         if port != 22:
@@ -127,12 +135,12 @@ def client_command(control: Path, *arguments: str) -> list[str]:
 def _common_options(ssh: SshSpec, *, batch: bool) -> dict[str, str]:
     """Options of every ssh that connects."""
     return {
+        **FIXED_OPTIONS,
+        "LogVerbose": GREETING_LOG,
+        "ControlMaster": "no",
+        "ControlPath": "none",
         "BatchMode": "yes" if batch else "no",
-        "UpdateHostKeys": "no",
         "ConnectTimeout": str(max(1, round(ssh.connect_timeout_s))),  # ssh takes whole seconds
-        "ClearAllForwardings": "yes",
-        "ForwardAgent": "no",
-        "LogLevel": "INFO",
     }
 
 
@@ -144,14 +152,35 @@ def _connect_options(ssh: SshSpec, *, batch: bool) -> dict[str, str]:
     }
     if not ssh.agent:
         options |= {"IdentitiesOnly": "yes", "IdentityAgent": "none"}
+    elif ssh.identities_only:
+        options["IdentitiesOnly"] = "yes"
     return options
 
 
-def _option_arguments(options: Mapping[str, str]) -> list[str]:
-    """The options as arguments of ``ssh``: ``-o`` and ``NAME=VALUE`` for each."""
+def _password_options(setup: ConnectRequest) -> dict[str, str]:
+    """Options for a password that mesh.yaml names: it is tried even if the user's files forbid passwords in general."""
+    if "password" not in dict(setup.secrets):
+        return {}
+    return {
+        "PasswordAuthentication": "yes",
+        "KbdInteractiveAuthentication": "yes",
+        "PreferredAuthentications": "gssapi-with-mic,hostbased,publickey,keyboard-interactive,password",  # ssh's own
+    }
+
+
+def _file_arguments(log: Path | None) -> list[str]:
+    """The files of an ``ssh`` as its arguments: its log, if it has one, and the user's ssh_config, which must be the
+    file from which config/ssh has read the alias."""
+    arguments = [] if log is None else ["-E", str(log)]
+    return [*arguments, *ssh_config.config_file_arguments(environment.home())]
+
+
+def _option_arguments(options: Mapping[str, str], unknown: Collection[str] = ()) -> list[str]:
+    """The options as arguments of ``ssh``: ``-o`` and ``NAME=VALUE`` for each, without those that are ``unknown``."""
     arguments: list[str] = []
     for name, value in options.items():
-        arguments += ["-o", f"{name}={value}"]
+        if name.lower() not in unknown:
+            arguments += ["-o", f"{name}={value}"]
     return arguments
 
 
@@ -167,9 +196,14 @@ def _identity_arguments(ssh: SshSpec) -> list[str]:
     return arguments
 
 
-def _jump_arguments(ssh: SshSpec, *, batch: bool) -> list[str]:
+def _jump_arguments(ssh: SshSpec, *, batch: bool, unknown: Collection[str], log: Path | None) -> list[str]:
     """The jump hosts as arguments of ``ssh``; empty without jump hosts."""
-    return ["-o", f"ProxyCommand={jump_command(ssh, batch=batch)}"] if ssh.proxy_jump else []
+    return _proxy_arguments(jump_command(ssh, batch=batch, unknown=unknown, log=log)) if ssh.proxy_jump else []
+
+
+def _proxy_arguments(command: str) -> list[str]:
+    """A ProxyCommand of ours as arguments of ``ssh``. It passes bytes, not a descriptor."""
+    return ["-o", f"ProxyCommand={command}", "-o", "ProxyUseFdpass=no"]
 
 
 def quote_option_path(path: Path) -> str:

@@ -1,0 +1,65 @@
+"""What the other side says in its own words (a banner, a refusal, a reason to hang up), cleaned, for our errors. Pure.
+
+These words often say what to do: visit this address, your account is locked, not at this time. They are a host's, so
+they are quoted and never searched for the causes that we know; only the greeting, which comes before all, is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TypeVar
+
+from gpumesh.errors import AuthRefused, ConnectRefused, NotSsh, TunnelError
+from gpumesh.printable import printable
+
+MAX_QUOTED_CHARS = 300
+_MAX_LINES = 200  # of a text that is quoted
+_DECORATION = "*#=-_~+|/\\ \t"  # frames around banners
+
+E = TypeVar("E", bound=TunnelError)
+
+
+def quote_words(lines: Iterable[str | bytes]) -> str:
+    """The lines of a host as one short text that is safe to print; "" if they say nothing.
+
+    If they are too long for that, the lines with a web address come first: they are what a person has to see.
+    """
+    texts = [text for line in list(lines)[:_MAX_LINES] if (text := printable(line).strip(_DECORATION))]
+    whole_text = " ".join(texts)
+    if len(whole_text) > MAX_QUOTED_CHARS:
+        texts.sort(key=lambda text: "://" not in text)  # stable: the order stays otherwise
+        whole_text = " ".join(texts)
+    return printable(whole_text, MAX_QUOTED_CHARS)
+
+
+def add_words(error: E, lines: Iterable[str | bytes], *, speaker: str = "it") -> E:
+    """The same error with the words of ``speaker`` at the end of its message; ``error`` itself if there are none."""
+    text = quote_words(lines)
+    if not text or text in error.message:
+        return error
+    return type(error)(f"{error.message}; {speaker} says: {text}", hint=error.hint, node=error.node)
+
+
+def make_pending_login_error(address: str, user: str, timeout_s: float, lines: Iterable[str | bytes]) -> AuthRefused:
+    """The error for a host that has neither accepted nor refused a login, and that says why (``lines``): it waits for
+    something that a person does elsewhere, such as a visit to a web page."""
+    return AuthRefused(
+        f"{address} has not accepted the login of {user} within {timeout_s:g} s; it says: {quote_words(lines)}",
+        hint="do what it asks for; the login is tried again every minute, or at once by `gpumesh reconnect NODE`",
+    )
+
+
+def error_from_greeting(greeting: str | bytes, address: str) -> TunnelError:
+    """The error for a server that sent ``greeting`` instead of an SSH version, and hung up."""
+    text = printable(greeting, 60)
+    if "MaxStartups" in text:
+        return ConnectRefused(f"{address} has too many logins under way (MaxStartups)", hint="it is tried again")
+    if "Not allowed at this time" in text:  # OpenSSH's sshd from 9.8 on
+        return ConnectRefused(
+            f"{address} refuses us for a while after logins that failed; it says: {text}",
+            hint="it is tried again; meanwhile find out why logins from here fail (sshd's PerSourcePenalties)",
+        )
+    return NotSsh(
+        f"{address} does not speak SSH; it said {text!r}",
+        hint="check `ssh.port`: this looks like another service, or a host that is not ready",
+    )

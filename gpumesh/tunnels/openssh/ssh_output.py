@@ -1,0 +1,134 @@
+"""What an ``ssh`` and others print: ssh's own log, apart from the words of the host and of a ProxyCommand.
+
+ssh writes its log to stderr, where a host's banner and a ProxyCommand's messages come too, and a banner could say what
+ssh would say. So the log goes to a FIFO (``ssh -E``), and only the log tells us what ssh has done.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import re
+from collections import deque
+from pathlib import Path
+
+from gpumesh.errors import TunnelError
+from gpumesh.tunnels.host_words import add_words, error_from_greeting, make_pending_login_error
+from gpumesh.tunnels.openssh.errors import error_from_stderr
+
+KEPT_LINES = 40  # the number of the last lines that are kept of each kind
+
+# The function of ssh that reads a host's greeting. From OpenSSH 8.5 on, LogVerbose makes it report what it reads.
+GREETING_LOG = "kex.c:kex_exchange_identification():*"
+_VERBOSE_PREFIX = re.compile(r"^(debug\d: )?kex\.c:(\w+)\(\):\d+ \([^)]*\): ")
+_BEFORE_GREETING = re.compile(r"^kex_exchange_identification: banner line \d+: (.*)")
+_GREETING = re.compile(r"^kex_exchange_identification: Remote protocol version \S+, remote software version (.*)")
+_VERBOSE_NOISE = "kex_exchange_identification: Local version string"
+
+
+def log_path(control: Path) -> Path:
+    """The FIFO for the log of the ssh whose control socket is ``control``."""
+    return control.with_name(control.name + "l")
+
+
+class SshLog:
+    """The reading end of the FIFO to which ssh writes its log. ``reader`` ends after ``end``, when no process has the
+    FIFO open any more."""
+
+    def __init__(self, path: Path, reader: asyncio.StreamReader, transport: asyncio.ReadTransport, writer: int) -> None:
+        self.reader = reader
+        self._path = path
+        self._transport = transport
+        self._writer: int | None = writer  # keeps the FIFO from ending before ssh has opened it
+
+    @classmethod
+    async def open(cls, path: Path) -> SshLog:
+        """Makes the FIFO (0600) and opens it. Raises ``TunnelError``."""
+        try:
+            os.mkfifo(path, 0o600)
+            descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError as error:
+            raise TunnelError(f"the log of ssh cannot be made: {error.strerror}") from error
+        file = os.fdopen(descriptor, "rb", buffering=0)
+        writer = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        reader = asyncio.StreamReader()
+        loop = asyncio.get_running_loop()
+        transport, _protocol = await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), file)
+        return cls(path, reader, transport, writer)
+
+    def end(self) -> None:
+        """Called when ssh has ended. May be called twice."""
+        if self._writer is not None:
+            os.close(self._writer)
+            self._writer = None
+
+    def close(self) -> None:
+        """Closes and removes the FIFO. May be called twice."""
+        self.end()
+        self._transport.close()
+        with contextlib.suppress(OSError):
+            self._path.unlink()
+
+
+class SshOutput:
+    """The last lines of one ssh, all made printable.
+
+    ``log``: ssh's own log. ``words``: the other lines of its stderr. ``server``: the software that the host's greeting
+    names; ``None``: no greeting was seen (yet, or by an ssh before 8.5).
+    """
+
+    def __init__(self) -> None:
+        self.log: deque[str] = deque(maxlen=KEPT_LINES)
+        self.words: deque[str] = deque(maxlen=KEPT_LINES)
+        self.server: str | None = None
+        self._before_greeting: list[str] = []  # lines that a host sent, and no greeting after them
+
+    def add_log_line(self, line: str) -> str | None:
+        """Keeps a line of the log, and returns it in its usual form; ``None``: the line tells nothing of errors."""
+        text = _VERBOSE_PREFIX.sub(r"\2: ", line)
+        if match := _BEFORE_GREETING.match(text):
+            if len(self._before_greeting) < KEPT_LINES:
+                self._before_greeting.append(match[1])
+            return None
+        if match := _GREETING.match(text):
+            self.server = match[1]
+            self._before_greeting.clear()  # a greeting may come after other lines
+            return None
+        # A line of "@" belongs to the frame around ssh's warning of a changed host key.
+        if not text or set(text) == {"@"} or text.startswith(_VERBOSE_NOISE):
+            return None
+        self.log.append(text)
+        return text
+
+    def add_stderr_line(self, line: str) -> None:
+        """Keeps a line of stderr."""
+        if line:
+            self.words.append(line)
+
+    def forget_words(self) -> None:
+        """Called after the login: what was said before explains no later end."""
+        self.words.clear()
+
+    def make_error(self, destination: str, *, was_up: bool = False, last_line: str | None = None) -> TunnelError:
+        """The error for an ssh that has ended. ``was_up``: it was connected before. ``last_line``: one more line that
+        counts as its log's."""
+        log = [*self.log, *([] if last_line is None else [last_line])]
+        if self._before_greeting:
+            return error_from_greeting(" ".join(self._before_greeting), destination)
+        if self.server is None:
+            # No host has spoken: these lines are of ssh itself, before it knew its log, or of a ProxyCommand, which may
+            # be an ssh, too.
+            log = [*self.words, *log]
+        error = error_from_stderr(log, destination, was_up=was_up)
+        return add_words(error, self.words)
+
+    def make_timeout_error(self, destination: str, user: str, timeout_s: float) -> TunnelError | None:
+        """The error for an ssh that was ended because it took longer than ``timeout_s``; ``None``: nothing that it
+        printed says why."""
+        printed_error = self.make_error(destination) if self.log or self.words or self._before_greeting else None
+        if printed_error is not None and type(printed_error) is not TunnelError:  # a subclass: the text is known
+            return printed_error
+        if self.server is not None and self.words:
+            return make_pending_login_error(destination, user, timeout_s, self.words)
+        return None
