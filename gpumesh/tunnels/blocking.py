@@ -23,9 +23,10 @@ ThreadLock = threading.Lock
 
 class Deadline:
     """The end of a time limit, by ``clock`` (monotonic seconds). ``paused`` moves the end while a person is asked a
-    question."""
+    question. ``timeout_s`` is the limit without these moves."""
 
     def __init__(self, timeout_s: float, clock: Callable[[], float]) -> None:
+        self.timeout_s = timeout_s
         self._clock = clock
         self._ends_at = clock() + timeout_s
 

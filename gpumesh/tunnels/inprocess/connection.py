@@ -22,6 +22,7 @@ from gpumesh.topology import SshSpec, Target
 from gpumesh.tunnels import blocking
 from gpumesh.tunnels.blocking import Deadline
 from gpumesh.tunnels.forwarder import PeerFilter
+from gpumesh.tunnels.host_words import add_words
 from gpumesh.tunnels.inprocess import sessions
 from gpumesh.tunnels.inprocess.channel_multiplexer import ADMINISTRATIVELY_PROHIBITED
 from gpumesh.tunnels.inprocess.opening import OpenedConnection, Opening
@@ -181,7 +182,8 @@ class ParamikoConnection:
             error = self._transport.get_exception()
             reason = printable(str(error), 120) if error is not None else ""
             reason_text = f": {reason}" if reason else " (closed by the host)"
-            self._lost.set_result(TunnelLost(f"the connection to {self._address} broke{reason_text}"))
+            lost = TunnelLost(f"the connection to {self._address} broke{reason_text}")
+            self._lost.set_result(add_words(lost, getattr(self._transport, "words", ())))
 
     def _call_soon(self, function: Callable[..., None], *arguments: Any) -> None:
         """Calls ``function`` soon on the event loop. For other threads."""

@@ -19,7 +19,6 @@ from gpumesh.errors import (
     ConnectTimeout,
     HostUnreachable,
     HostUnresolved,
-    NotSsh,
     TransportUnsupported,
     TunnelError,
     TunnelLost,
@@ -27,7 +26,9 @@ from gpumesh.errors import (
 from gpumesh.printable import printable
 from gpumesh.topology import SshSpec
 from gpumesh.tunnels.blocking import Deadline
+from gpumesh.tunnels.host_words import add_words, error_from_greeting
 from gpumesh.tunnels.hostkeys import host_key_algorithms, verify_host_key
+from gpumesh.tunnels.inprocess.host_transport import HostTransport
 from gpumesh.tunnels.inprocess.packetizer import BoundedPacketizer, BufferedSocket, FastPacketizer
 from gpumesh.tunnels.known_hosts import HostKey, KnownHost, read_known_hosts
 from gpumesh.tunnels.local_system.sockets import disable_nagle
@@ -97,7 +98,7 @@ def perform_handshake(
     if isinstance(sock, socket.socket):  # otherwise a channel through a jump host
         stream = BufferedSocket(sock)
         packetizer_class = FastPacketizer
-    transport = paramiko.Transport(stream, packetizer_class=packetizer_class)
+    transport = HostTransport(stream, packetizer_class=packetizer_class)
     try:
         options = transport.get_security_options()
         options.ciphers = _move_to_front(FAST_CIPHERS, options.ciphers)
@@ -114,7 +115,8 @@ def perform_handshake(
         sock.close()
         # Behind a jump host the greeting is not known here. Then it is taken for the greeting of an SSH server.
         greeting = stream.greeting if isinstance(stream, BufferedSocket) else b"SSH-"
-        raise _handshake_error(error, greeting, format_address(host, port), deadline) from error
+        tunnel_error = _handshake_error(error, greeting, format_address(host, port), deadline)
+        raise add_words(tunnel_error, transport.words) from error
     except BaseException:  # a bug of ours, or the end of the process
         transport.close()
         sock.close()
@@ -129,13 +131,8 @@ def _handshake_error(error: BaseException, greeting: bytes, address: str, deadli
             f"{address} and transport sshtunnel have no SSH algorithm in common ({printable(str(error))})",
             hint="use `transport: openssh`, which knows newer ones; if the host knows only old ones, update its sshd",
         )
-    if b"MaxStartups" in greeting:
-        return ConnectRefused(f"{address} has too many logins under way (MaxStartups)", hint="it is tried again")
     if greeting and b"SSH-" not in greeting:
-        return NotSsh(
-            f"{address} does not speak SSH; it said {printable(greeting, 60)!r}",
-            hint="check `ssh.port`: this looks like another service",
-        )
+        return error_from_greeting(greeting, address)
     if deadline.expired or isinstance(error, TimeoutError):
         symptom = "did not finish the SSH handshake" if greeting else "accepts connections, but sends no SSH greeting"
         return ConnectTimeout(

@@ -15,14 +15,20 @@ from dataclasses import dataclass, replace
 import paramiko
 
 from gpumesh.addresses import format_address
-from gpumesh.errors import ConnectTimeout, SecretMissing, TunnelError
+from gpumesh.errors import ConnectTimeout, SecretMissing, TunnelError, TunnelLost
 from gpumesh.printable import printable
 from gpumesh.topology import SshSpec
 from gpumesh.tunnels import blocking
 from gpumesh.tunnels.blocking import Deadline
 from gpumesh.tunnels.inprocess import handshake
-from gpumesh.tunnels.inprocess.authentication import AskPerson, Credentials, authenticate
+from gpumesh.tunnels.inprocess.authentication import (
+    Credentials,
+    LoginCutOff,
+    LoginRecord,
+    authenticate,
+)
 from gpumesh.tunnels.inprocess.heartbeat import Heartbeat
+from gpumesh.tunnels.inprocess.question_answerer import AskPerson
 from gpumesh.tunnels.jump_hosts import list_hops
 from gpumesh.tunnels.known_hosts import HostKey, KnownHost, read_known_hosts
 from gpumesh.tunnels.transport import ConnectRequest
@@ -57,6 +63,7 @@ def credentials_from_setup(setup: ConnectRequest) -> Credentials:
         agent=setup.ssh.agent,
         password=secrets.get("password"),
         passphrase=secrets.get("passphrase"),
+        identities_only=setup.ssh.identities_only,
     )
 
 
@@ -82,8 +89,7 @@ class Opening:
         """Opens and returns the connection. Raises ``TunnelError``, after everything was closed."""
         try:
             for hop in self._list_hops():
-                transport = self._perform_handshake(hop)
-                self._log_in(hop.ssh, transport)
+                self._connect_and_log_in(hop)
             heartbeat = Heartbeat(self._transports[-1])
             rtt_ms = heartbeat.measure_round_trip_ms()
         except BaseException:
@@ -98,8 +104,7 @@ class Opening:
         """
         *jumps, host = self._list_hops()
         for hop in jumps:
-            transport = self._perform_handshake(hop)
-            self._log_in(hop.ssh, transport)
+            self._connect_and_log_in(hop)
         return handshake.get_host_key(self._perform_handshake(host, check_key=False))
 
     def give_up(self) -> None:
@@ -138,12 +143,37 @@ class Opening:
             raise ConnectTimeout("given up")
         return transport
 
-    def _log_in(self, ssh: SshSpec, transport: paramiko.Transport) -> None:
-        """Logs in to the host of ``transport`` as the user of ``ssh``, and turns Nagle's algorithm off there."""
+    def _connect_and_log_in(self, hop: _Hop) -> None:
+        """Connects to the next host and logs in: on a second connection, too, if the host hangs up after some tries.
+        Turns Nagle's algorithm off there. Raises ``TunnelError``."""
+        record = LoginRecord()
+        transport = self._perform_handshake(hop)
+        try:
+            self._log_in(hop.ssh, transport, record)
+        except LoginCutOff:
+            self._transports.remove(transport)
+            transport.close()
+            transport = self._perform_handshake(hop)
+            self._log_in(hop.ssh, transport, record, is_last=True)
+        self._shell_tests.append(handshake.disable_nagle_on_host(transport, self._deadline))
+
+    def _log_in(
+        self, ssh: SshSpec, transport: paramiko.Transport, record: LoginRecord, *, is_last: bool = False
+    ) -> None:
+        """Logs in to the host of ``transport`` as the user of ``ssh``. ``is_last``: no connection comes after this one.
+
+        Raises ``TunnelError``, and ``LoginCutOff`` unless ``is_last``.
+        """
         credentials = replace(self._credentials, user=ssh.user)
         address = format_address(ssh.host, ssh.port)
-        authenticate(transport, credentials, address=address, deadline=self._deadline, ask=self._ask_person)
-        self._shell_tests.append(handshake.disable_nagle_on_host(transport, self._deadline))
+        try:
+            authenticate(
+                transport, credentials, address=address, deadline=self._deadline, ask=self._ask_person, record=record
+            )
+        except LoginCutOff as error:
+            if not is_last:
+                raise
+            raise TunnelLost(f"{address} closed the connection during the login") from error
 
     def _connect_through_last(self, host: str, port: int) -> socket.socket | paramiko.Channel:
         """Connects to the next host: through the last transport, or directly if there is no transport yet."""

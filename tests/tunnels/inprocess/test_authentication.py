@@ -17,8 +17,10 @@ from paramiko.common import AUTH_FAILED, AUTH_PARTIALLY_SUCCESSFUL, AUTH_SUCCESS
 
 from gpumesh.errors import AuthRefused, ConnectTimeout, KeyUnreadable, TunnelError
 from gpumesh.tunnels.blocking import Deadline
-from gpumesh.tunnels.inprocess import authentication
-from gpumesh.tunnels.inprocess.authentication import AskPerson, Credentials, authenticate, load_key
+from gpumesh.tunnels.inprocess import question_answerer
+from gpumesh.tunnels.inprocess.authentication import Credentials, authenticate
+from gpumesh.tunnels.inprocess.private_keys import load_key
+from gpumesh.tunnels.inprocess.question_answerer import AskPerson
 from tests.prerequisites import needs
 from tests.tunnels.inprocess.connecting import connected
 from tests.tunnels.polling import wait_until
@@ -160,11 +162,11 @@ async def test_the_number_of_questions_is_limited() -> None:
     async with transport_to(host) as (client, _):
         with pytest.raises(TunnelError):
             await log_in(client, make_credentials(), ask=answer)
-    assert len(asked) <= authentication.MAX_QUESTIONS
+    assert len(asked) <= question_answerer.MAX_QUESTIONS
 
 
 async def test_a_password_answers_one_question_only() -> None:
-    host = Host("keyboard-interactive")
+    host = Host("password,keyboard-interactive")
     async with transport_to(host) as (client, _):
         with pytest.raises(AuthRefused, match="answers to its questions"):
             await log_in(client, make_credentials(password="hunter2"))
