@@ -108,8 +108,8 @@ def _check_credentials(ssh: SshSpec, node: str) -> Iterator[Finding]:
 
 
 def _check_key_file(path: Path, ssh: SshSpec, node: str) -> Iterator[Finding]:
-    """Findings about one key file of a node: it is unreadable, other users can read it, it is a public key, or its
-    secret is on a security token, which transport sshtunnel cannot use."""
+    """Findings about one key file of a node: it is unreadable, other users can read it, it is a public key without an
+    agent, or its secret is on a security token, which transport sshtunnel cannot use."""
     try:
         mode = path.stat().st_mode
         kind = key_files.detect_key_kind(path)
@@ -117,12 +117,15 @@ def _check_key_file(path: Path, ssh: SshSpec, node: str) -> Iterator[Finding]:
         message = f"the key file {path} cannot be read: {error.strerror}"
         yield Finding("key-unreadable", Severity.ERROR, node, message, "check `ssh.identity_file`")
         return
+    if kind is key_files.KeyKind.PUBLIC:  # its private key may be in the agent (1Password, a YubiKey, gpg-agent)
+        if not (ssh.agent and environment.ssh_auth_sock() is not None) and ssh.transport is TransportKind.SSHTUNNEL:
+            message = f"{path} is a public key, and there is no SSH agent that could have its private key"
+            hint = "name the private key beside it, or start the agent that has it"
+            yield Finding("key-unreadable", Severity.ERROR, node, message, hint)
+        return
     if stat.S_IMODE(mode) & 0o077:  # a permission for the group or for other users
         message = f"the key file {path} can be read by other users of this machine, and ssh refuses such keys"
         yield Finding("key-open", Severity.WARNING, node, message, paste_command("chmod 600 {FILE}", FILE=str(path)))
-    if kind is key_files.KeyKind.PUBLIC:
-        message = f"{path} is a public key: `identity_file` is the private one beside it"
-        yield Finding("key-unreadable", Severity.ERROR, node, message)
     if kind is key_files.KeyKind.FIDO and ssh.transport is TransportKind.SSHTUNNEL:
         message = f"{path} is a key on a security token, which transport sshtunnel cannot use"
         hint = "write `transport: openssh` under its ssh"

@@ -108,6 +108,7 @@ def _ssh_entries(spec: SshSpec) -> dict[str, Any]:
             "password_env": spec.password_env,
             "passphrase_env": spec.passphrase_env,
             "agent": spec.agent,
+            "identities_only": spec.identities_only,
             "transport": spec.transport.value,
             "connect_timeout": value_parsers.format_duration(spec.connect_timeout_s),
             "keepalive": value_parsers.format_duration(spec.keepalive_s),

@@ -6,6 +6,7 @@ they are quoted and never searched for the causes that we know; only the greetin
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import TypeVar
 
@@ -15,6 +16,7 @@ from gpumesh.printable import printable
 MAX_QUOTED_CHARS = 300
 _MAX_LINES = 200  # of a text that is quoted
 _DECORATION = "*#=-_~+|/\\ \t"  # frames around banners
+_SHOWN_ESCAPES = re.compile(r"\\033\[[0-9;?]*[A-Za-z]")  # a terminal escape of a host, as ssh shows it
 
 E = TypeVar("E", bound=TunnelError)
 
@@ -24,7 +26,11 @@ def quote_words(lines: Iterable[str | bytes]) -> str:
 
     If they are too long for that, the lines with a web address come first: they are what a person has to see.
     """
-    texts = [text for line in list(lines)[:_MAX_LINES] if (text := printable(line).strip(_DECORATION))]
+    texts = []
+    for line in list(lines)[:_MAX_LINES]:
+        text = _SHOWN_ESCAPES.sub("", printable(line)).strip(_DECORATION)
+        if text and text not in texts:  # a banner may come with each attempt
+            texts.append(text)
     whole_text = " ".join(texts)
     if len(whole_text) > MAX_QUOTED_CHARS:
         texts.sort(key=lambda text: "://" not in text)  # stable: the order stays otherwise
@@ -51,7 +57,7 @@ def make_pending_login_error(address: str, user: str, timeout_s: float, lines: I
 
 def error_from_greeting(greeting: str | bytes, address: str) -> TunnelError:
     """The error for a server that sent ``greeting`` instead of an SSH version, and hung up."""
-    text = printable(greeting, 60)
+    text = _SHOWN_ESCAPES.sub("", printable(greeting, 80))
     if "MaxStartups" in text:
         return ConnectRefused(f"{address} has too many logins under way (MaxStartups)", hint="it is tried again")
     if "Not allowed at this time" in text:  # OpenSSH's sshd from 9.8 on

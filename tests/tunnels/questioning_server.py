@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 
 import paramiko
@@ -15,9 +15,30 @@ from tests.tunnels.sshd import keygen
 
 
 class QuestioningServer(paramiko.ServerInterface):
-    """A host that asks: OpenSSH would need PAM for that."""
+    """A host that asks: OpenSSH would need PAM for that.
 
-    def __init__(self, methods: str, password: str, questions: Sequence[tuple[str, bool]], answers: list[str]) -> None:
+    ``max_keys``: it refuses so many keys in a connection, and then hangs up as sshd does (MaxAuthTries). ``banner``:
+    its text before a login. ``lets_in``: the answer to a login without any proof. ``tried_keys`` has the
+    fingerprints of all keys that were offered.
+    """
+
+    def __init__(
+        self,
+        methods: str,
+        password: str,
+        questions: Sequence[tuple[str, bool]],
+        answers: list[str],
+        *,
+        max_keys: int = 100,
+        banner: str = "",
+        lets_in: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.tried_keys: list[str] = []
+        self.transport: paramiko.Transport | None = None  # the newest connection
+        self._keys_of_connection: tuple[paramiko.Transport | None, int] = (None, 0)
+        self._max_keys = max_keys
+        self._banner = banner
+        self._lets_in = lets_in
         self._methods = methods
         self._password = password
         self._questions = questions
@@ -25,6 +46,27 @@ class QuestioningServer(paramiko.ServerInterface):
 
     def get_allowed_auths(self, username: str) -> str:
         return self._methods
+
+    def get_banner(self) -> tuple[str | None, str | None]:
+        return (self._banner, "en") if self._banner else (None, None)
+
+    def check_auth_none(self, username: str) -> int:
+        return paramiko.common.AUTH_SUCCESSFUL if self._lets_in() else paramiko.common.AUTH_FAILED
+
+    def check_auth_publickey(self, username: str, key: paramiko.PKey) -> int:
+        self.tried_keys.append(key.fingerprint)
+        connection, count = self._keys_of_connection
+        count = count + 1 if connection is self.transport else 1
+        self._keys_of_connection = (self.transport, count)
+        if count >= self._max_keys and self.transport is not None:
+            message = paramiko.Message()
+            message.add_byte(paramiko.common.cMSG_DISCONNECT)
+            message.add_int(2)
+            message.add_string("Too many authentication failures")
+            message.add_string("")
+            self.transport._send_message(message)  # type: ignore[attr-defined]
+            self.transport.close()
+        return paramiko.common.AUTH_FAILED
 
     def check_auth_password(self, username: str, password: str) -> int:
         return paramiko.common.AUTH_SUCCESSFUL if password == self._password else paramiko.common.AUTH_FAILED
@@ -56,6 +98,7 @@ async def run_questioning_server(folder: Path, server: QuestioningServer) -> Asy
                 transport = paramiko.Transport(sock)
                 transports.append(transport)
                 transport.add_server_key(key)
+                server.transport = transport
                 with contextlib.suppress(paramiko.SSHException, EOFError):
                     transport.start_server(server=server)
 

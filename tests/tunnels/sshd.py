@@ -10,7 +10,8 @@ import shutil
 import signal
 import socket
 import subprocess
-from collections.abc import AsyncIterator, Iterable
+import time
+from collections.abc import AsyncIterator, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -150,6 +151,27 @@ class Sshd:
             **changes,
         }
         return SshSpec(**given)  # type: ignore[arg-type]
+
+
+@contextlib.contextmanager
+def run_agent(folder: Path, *keys: Path) -> Iterator[Path]:
+    """A real ssh-agent that holds these keys, which must have no passphrase; its socket. Certificates beside the keys
+    are added, too."""
+    path = folder / "agent.sock"
+    agent = subprocess.Popen(["ssh-agent", "-D", "-a", str(path)], stdout=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 20
+        while not path.exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        if keys:
+            command = ["ssh-add", "-q", *map(str, keys)]
+            subprocess.run(command, env={**os.environ, "SSH_AUTH_SOCK": str(path)}, check=True, timeout=20)
+        yield path
+    finally:
+        agent.kill()
+        agent.wait()
+        path.unlink(missing_ok=True)
 
 
 def listener() -> socket.socket:

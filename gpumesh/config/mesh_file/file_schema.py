@@ -143,7 +143,8 @@ class Ssh(Section):
         default=None, description="The user to log in as; your own name if not given, as with ssh."
     )
     identity_file: FilePaths | None = Field(
-        default=None, description="Private key file, or a list of them to try in order."
+        default=None,
+        description="Private key file, or a list of them to try in order. A .pub: its key is in the agent.",
     )
     known_hosts: FilePath | None = Field(
         default=None, description="File of known host keys; ~/.ssh/known_hosts if not given."
@@ -157,6 +158,10 @@ class Ssh(Section):
     password_env: Variable | None = Field(default=None, description="Name of the variable that holds the password.")
     passphrase_env: Variable | None = Field(default=None, description="Name of the variable with the key's passphrase.")
     agent: bool | None = Field(default=None, description="Whether keys of the SSH agent are tried; true if not given.")
+    identities_only: bool | None = Field(
+        default=None,
+        description="Of the agent's keys, only those of `identity_file` are tried; false if not given.",
+    )
     alias: Alias | None = Field(
         default=None, description="A Host of ~/.ssh/config: its settings hold where this file is silent."
     )

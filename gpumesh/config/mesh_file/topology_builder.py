@@ -28,7 +28,7 @@ from gpumesh.config.mesh_file.file_schema import (
 )
 from gpumesh.config.mesh_file.model_rules import ALL_NODES
 from gpumesh.config.mesh_file.yaml_tree import Fault, KeyPath
-from gpumesh.config.ssh.ssh_config import AliasSettings
+from gpumesh.config.ssh.ssh_config import AliasSettings, expand_identity_files
 from gpumesh.topology import (
     DEFAULT_TUNNELS,
     AddressCommand,
@@ -114,6 +114,8 @@ class TopologyBuilder:
         if alias_settings is not None:
             settings = _merge(settings, self._validate_alias(alias_settings, (*path, "alias")))
         settings = _merge(settings, node_ssh)
+        if alias_settings is not None and node_ssh.identity_file is None:
+            settings = self._expand_alias_keys(settings, alias_settings, alias or "")
         address_from = node.address_from
         return SshSpec(
             host=settings.host or "",  # empty if only `address_from` knows the host
@@ -126,6 +128,7 @@ class TopologyBuilder:
             password_env=settings.password_env,
             passphrase_env=settings.passphrase_env,
             agent=_value_or(settings.agent, True),
+            identities_only=_value_or(settings.identities_only, False),
             alias=alias,
             transport=self._choose_transport(settings, alias_settings, (*path, "transport")),
             connect_timeout_s=_value_or(settings.connect_timeout, _DEFAULT_SSH.connect_timeout_s),
@@ -139,6 +142,23 @@ class TopologyBuilder:
         if settings.identity_file is None and settings.password_env is None:
             return self.identities
         return tuple(self._absolute_path(file) for file in settings.identity_file or ())
+
+    def _expand_alias_keys(self, settings: Ssh, alias_settings: AliasSettings, alias: str) -> Ssh:
+        """Returns the settings with the key files of the alias for the host, port and user that are used in the end:
+        a key of mesh.yaml may replace those of the alias."""
+        if alias_settings.no_identity_files:
+            return settings.model_copy(update={"identity_file": ()})
+        if not alias_settings.raw_identity_files:
+            return settings
+        paths = expand_identity_files(
+            alias_settings.raw_identity_files,
+            alias,
+            self.home,
+            host=settings.host or "",
+            port=_value_or(settings.port, 22),
+            user=settings.user or self.user,
+        )
+        return settings.model_copy(update={"identity_file": paths})
 
     def _read_alias_settings(self, alias: str, path: KeyPath) -> AliasSettings | None:
         """Returns the settings of ``alias``. If they cannot be read, returns ``None`` and adds a fault at ``path``."""
@@ -160,6 +180,8 @@ class TopologyBuilder:
             "identity_file": alias_settings.identity_files or None,
             "known_hosts": alias_settings.known_hosts,
             "proxy_jump": alias_settings.proxy_jump or None,
+            "identities_only": True if alias_settings.identities_only else None,
+            "agent": None if alias_settings.agent else False,
         }
         try:
             return Ssh.model_validate(values)

@@ -12,9 +12,11 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import tempfile
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from gpumesh.config import environment, value_parsers
@@ -31,7 +33,12 @@ _MAX_ERROR_BYTES = 2048
 @dataclass(frozen=True, slots=True)
 class AliasSettings:
     """The settings of an alias: ``None`` or empty where nothing is configured. ``openssh_features``: the features in
-    use that only transport openssh supports. ``configured``: whether anything is configured for the alias."""
+    use that only transport openssh supports. ``configured``: whether anything is configured for the alias.
+
+    ``identity_files``: the tokens in them (%r, %p) are expanded with the settings here. ``raw_identity_files``: not
+    expanded, for ``expand_identity_files``. ``no_identity_files``: not even ssh's default keys are tried.
+    ``agent``: false if the keys of the agent are not tried.
+    """
 
     host: str
     port: int | None = None
@@ -41,6 +48,10 @@ class AliasSettings:
     proxy_jump: tuple[str, ...] = ()
     openssh_features: tuple[str, ...] = ()
     configured: bool = True
+    identities_only: bool = False
+    agent: bool = True
+    no_identity_files: bool = False
+    raw_identity_files: tuple[str, ...] = field(default=(), compare=False)
 
 
 def resolve_alias(alias: str, *, home: Path) -> AliasSettings:
@@ -136,21 +147,52 @@ def _settings_from_options(alias: str, options: ssh_files.SshOptions, home: Path
     for key, value in options:
         values.setdefault(key, value)  # the first value of an option counts
     host = _expand_tokens(values.get("hostname", alias), {"%h": alias})
-    tokens = {"%d": str(home), "%h": host, "%n": alias, "%r": values.get("user", ""), "%u": environment.user()}
     # All values of IdentityFile count: ssh tries one key after the other.
-    identity_files = [value.strip('"') for key, value in options if key == "identityfile" and value != "none"]
+    given_files = [value.strip('"') for key, value in options if key == "identityfile"]
+    raw_files = tuple(path for path in given_files if path.lower() != "none")
+    user = values.get("user") or environment.user()
+    port_text = values.get("port", "")
+    port = int(port_text) if port_text.isascii() and port_text.isdigit() else None
     jump = values.get("proxyjump", "none")
     hops = [] if jump.lower() == "none" else jump.split(",")
-    port = values.get("port", "")
     return AliasSettings(
         host=host,
-        port=int(port) if port.isascii() and port.isdigit() else None,
+        port=port,
         user=values.get("user"),
-        identity_files=tuple(_expand_tokens(path, tokens) for path in identity_files),
+        identity_files=expand_identity_files(raw_files, alias, home, host=host, port=port or 22, user=user),
         known_hosts=_first_known_hosts_file(values.get("userknownhostsfile", "")),
         proxy_jump=tuple(hop.strip() for hop in hops),
         openssh_features=_find_unsupported_features(values),
         configured=bool(options),
+        identities_only=values.get("identitiesonly", "no").lower() in ("yes", "true"),
+        agent=values.get("identityagent", "").lower() != "none",
+        no_identity_files=bool(given_files) and not raw_files,
+        raw_identity_files=raw_files,
+    )
+
+
+def expand_identity_files(
+    paths: Iterable[str], alias: str, home: Path, *, host: str, port: int, user: str
+) -> tuple[str, ...]:
+    """Returns the values of IdentityFile with their tokens and variables expanded, as ssh expands them for a connection
+    to ``host`` and ``port`` as ``user``. A variable that is not set stays as it is: ssh would not connect."""
+    own_name = socket.gethostname()
+    tokens = {
+        "%d": str(home),
+        "%h": host,
+        "%i": str(os.getuid()) if hasattr(os, "getuid") else "",
+        "%k": alias,
+        "%L": own_name.split(".", 1)[0],
+        "%l": own_name,
+        "%n": alias,
+        "%p": str(port),
+        "%r": user,
+        "%u": environment.user(),
+    }
+    variables = environment.child_environment()  # as our ssh gets them
+    return tuple(
+        re.sub(r"\$\{(\w+)\}", lambda match: variables.get(match[1], match[0]), _expand_tokens(path, tokens))
+        for path in paths
     )
 
 

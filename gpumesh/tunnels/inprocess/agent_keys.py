@@ -3,36 +3,46 @@
 from __future__ import annotations
 
 import contextlib
+import socket
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import paramiko
 
+from gpumesh.config import environment
 
-class _Agent(paramiko.Agent):
-    """paramiko's agent, which also closes its socket when its constructor fails: then another program, which is no
-    agent, listens at the socket."""
 
-    def __init__(self) -> None:
+class _Agent(paramiko.agent.AgentSSH):
+    """The agent at a Unix socket. paramiko's own class does not close its socket when it cannot connect, or when
+    another program, which is no agent, listens there."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises OSError, SSHException, or ValueError for an answer that makes no sense."""
+        super().__init__()
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            super().__init__()
+            connection.connect(str(path))
+            self._connect(connection)  # type: ignore[attr-defined]
         except BaseException:
-            self.close()
+            connection.close()
             raise
+
+    def close(self) -> None:
+        self._close()  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager
 def open_agent_keys(*, enabled: bool) -> Iterator[tuple[paramiko.AgentKey, ...]]:
     """Gives the block the keys of the agent; none if there is no agent, if it does not answer as an agent does, or if
     it is not ``enabled``. The keys can sign until the end of the block."""
+    path = environment.ssh_auth_sock() if enabled else None
     agent: _Agent | None = None
-    keys: tuple[paramiko.AgentKey, ...] = ()
-    if enabled:
-        # An agent that refuses, or another program that answers like none.
+    if path is not None:
         with contextlib.suppress(paramiko.SSHException, OSError, ValueError):
-            agent = _Agent()
-            keys = agent.get_keys()
-            for key in keys:
-                _use_certificate(key)
+            agent = _Agent(path)
+    keys = () if agent is None else agent.get_keys()
+    for key in keys:
+        _use_certificate(key)
     try:
         yield keys
     finally:

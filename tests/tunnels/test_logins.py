@@ -1,0 +1,311 @@
+"""How a login goes, on both transports, against real servers and a real agent: as stock ssh does it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import getpass
+import subprocess
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from gpumesh import config
+from gpumesh.config.ssh import ssh_config
+from gpumesh.errors import AuthRefused, TunnelError
+from gpumesh.topology import SshSpec, TransportKind
+from gpumesh.tunnels.transport import ConnectFunction, ConnectRequest
+from gpumesh.tunnels.transports import load_connect
+from tests.prerequisites import needs
+from tests.tunnels.questioning_server import QuestioningServer, run_questioning_server
+from tests.tunnels.recorded_events import RecordedEvents
+from tests.tunnels.sshd import Sshd, keygen, run_agent, serving
+
+pytestmark = [pytest.mark.real, needs("sshd", "ssh")]
+
+
+@pytest.fixture(params=list(TransportKind))
+def transport(request: pytest.FixtureRequest) -> TransportKind:
+    kind: TransportKind = request.param
+    return kind
+
+
+@pytest.fixture
+def connect(transport: TransportKind) -> ConnectFunction:
+    return load_connect(transport)
+
+
+@pytest.fixture
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("c")
+    path.chmod(0o700)
+    return path
+
+
+@contextlib.asynccontextmanager
+async def logged_in(
+    connect: ConnectFunction, ssh: SshSpec, folder: Path, *, person: RecordedEvents | None = None, **secrets: str
+) -> AsyncIterator[None]:
+    """Logs in with these secrets, and shows that the host answers."""
+    request = ConnectRequest("iceland", ssh, (), tuple(secrets.items()), person is not None, str(folder))
+    connection = await connect(request, (), person or RecordedEvents())
+    try:
+        assert await connection.ping(10.0) is not None
+        yield
+    finally:
+        await connection.close()
+        for path in folder.iterdir():
+            path.unlink()
+
+
+async def log_in(
+    connect: ConnectFunction, ssh: SshSpec, folder: Path, *, person: RecordedEvents | None = None, **secrets: str
+) -> None:
+    async with logged_in(connect, ssh, folder, person=person, **secrets):
+        pass
+
+
+async def get_refusal(
+    connect: ConnectFunction, ssh: SshSpec, folder: Path, *, person: RecordedEvents | None = None, **secrets: str
+) -> TunnelError:
+    with pytest.raises(TunnelError) as caught:
+        await log_in(connect, ssh, folder, person=person, **secrets)
+    for path in folder.iterdir():
+        path.unlink()
+    return caught.value
+
+
+# -- keys ------------------------------------------------------------------------------------------------------------
+
+
+async def test_a_public_key_file_means_the_key_of_the_agent(
+    connect: ConnectFunction,
+    transport: TransportKind,
+    sshd: Sshd,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As with 1Password or a YubiKey: no private key lies in a file. Other keys of the agent are not tried."""
+    sshd.options["MaxAuthTries"] = "2"
+    await sshd.stop()
+    await sshd.start()
+    others = [keygen(tmp_path / f"other{number}") for number in range(6)]
+    public = sshd.identity.with_suffix(".pub")
+    with run_agent(tmp_path, *others, sshd.identity) as agent:
+        monkeypatch.setenv("SSH_AUTH_SOCK", str(agent))
+        sshd.identity.unlink()
+        ssh = sshd.spec(agent=True, identity_files=(public,), identities_only=True)
+        await log_in(connect, ssh, folder)
+        await log_in(connect, dataclasses.replace(ssh, identities_only=False), folder)
+        other = others[0].with_suffix(".pub")
+        refusal = await get_refusal(connect, dataclasses.replace(ssh, identity_files=(other,)), folder)
+        assert refusal.code == "auth-refused"
+    refusal = await get_refusal(connect, ssh, folder)
+    if transport is TransportKind.SSHTUNNEL:
+        assert refusal.code == "key-unreadable"
+        assert "is a public key, and no agent here has its private key" in refusal.message
+
+
+async def test_the_key_of_an_encrypted_file_may_be_in_the_agent(
+    connect: ConnectFunction, sshd: Sshd, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with run_agent(tmp_path, sshd.identity) as agent:
+        monkeypatch.setenv("SSH_AUTH_SOCK", str(agent))
+        change = ["ssh-keygen", "-q", "-p", "-P", "", "-N", "correct horse", "-f", str(sshd.identity)]
+        subprocess.run(change, check=True, timeout=20)
+        sshd.identity.with_suffix(".pub").unlink()  # the file has the public key in the clear
+        await log_in(connect, sshd.spec(agent=True, identities_only=True), folder)
+
+
+async def test_a_person_is_asked_for_the_passphrase_of_a_key(
+    connect: ConnectFunction, sshd: Sshd, folder: Path
+) -> None:
+    change = ["ssh-keygen", "-q", "-p", "-P", "", "-N", "correct horse", "-f", str(sshd.identity)]
+    subprocess.run(change, check=True, timeout=20)
+    person = RecordedEvents("correct horse")
+    await log_in(connect, sshd.spec(), folder, person=person)
+    [(question, echo)] = person.questions
+    assert "passphrase for key" in question
+    assert str(sshd.identity) in question
+    assert not echo
+
+
+@pytest.mark.parametrize("kind", ["rsa", "ecdsa"])
+async def test_a_key_in_pkcs8(kind: str, connect: ConnectFunction, sshd: Sshd, folder: Path, tmp_path: Path) -> None:
+    """As openssl and many web consoles write them."""
+    key = keygen(tmp_path / "id", kind=kind)
+    sshd.authorized_keys.write_text(key.with_suffix(".pub").read_text())
+    for passphrase in ("", "correct horse"):
+        change = ["ssh-keygen", "-q", "-p", "-m", "PKCS8", "-P", "", "-N", passphrase, "-f", str(key)]
+        subprocess.run(change, check=True, timeout=20)
+        await log_in(connect, sshd.spec(identity_files=(key,)), folder, passphrase=passphrase or "not needed")
+    assert b"ENCRYPTED" in key.read_bytes()
+    refusal = await get_refusal(connect, sshd.spec(identity_files=(key,)), folder, passphrase="planted-secret")
+    assert refusal.code in ("key-unreadable", "auth-refused")
+    assert "planted" not in f"{refusal.message} {refusal.hint}"
+
+
+async def test_only_named_keys_are_tried_if_the_alias_says_so(
+    connect: ConnectFunction, sshd: Sshd, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with run_agent(tmp_path, sshd.identity) as agent:
+        monkeypatch.setenv("SSH_AUTH_SOCK", str(agent))
+        ssh = sshd.spec(agent=True, identity_files=(keygen(tmp_path / "wrong"),))
+        await log_in(connect, ssh, folder)
+        refusal = await get_refusal(connect, dataclasses.replace(ssh, identities_only=True), folder)
+        assert refusal.code == "auth-refused"
+
+
+async def test_a_named_key_is_tried_although_the_agent_has_too_many(
+    connect: ConnectFunction, sshd: Sshd, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stock ssh offers the keys of the agent first, and sshd hangs up after MaxAuthTries (6)."""
+    with run_agent(tmp_path, *(keygen(tmp_path / f"other{number}") for number in range(7))) as agent:
+        monkeypatch.setenv("SSH_AUTH_SOCK", str(agent))
+        await log_in(connect, sshd.spec(agent=True), folder)
+
+
+@pytest.mark.parametrize("max_tries", [6, 3])
+async def test_keys_leave_a_try_for_the_password(
+    max_tries: int, connect: ConnectFunction, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = QuestioningServer("publickey,password", "hunter2", (), [], max_keys=max_tries)
+    keys = [keygen(tmp_path / f"other{number}") for number in range(5)]
+    with run_agent(tmp_path, *keys) as agent:
+        monkeypatch.setenv("SSH_AUTH_SOCK", str(agent))
+        async with run_questioning_server(tmp_path, server) as server_spec:
+            ssh = dataclasses.replace(
+                server_spec, agent=True, identity_files=(keygen(tmp_path / "file"),), password_env="PASSWORD"
+            )
+            await log_in(connect, ssh, folder, password="hunter2")
+            refusal = await get_refusal(connect, ssh, folder, password="planted-secret")
+    assert refusal.code == "auth-refused"
+
+
+async def test_a_certificate_in_the_agent(
+    connect: ConnectFunction, sshd: Sshd, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    authority = keygen(tmp_path / "ca")
+    signing = ["ssh-keygen", "-q", "-s", str(authority), "-I", "test", "-n", getpass.getuser()]
+    subprocess.run([*signing, str(sshd.identity.with_suffix(".pub"))], check=True, timeout=20)
+    await sshd.stop()
+    sshd.options["TrustedUserCAKeys"] = str(authority.with_suffix(".pub"))
+    sshd.authorized_keys.write_text("")
+    await sshd.start()
+    with run_agent(tmp_path, sshd.identity) as agent:
+        monkeypatch.setenv("SSH_AUTH_SOCK", str(agent))
+        await log_in(connect, sshd.spec(agent=True, identity_files=()), folder)
+
+
+@pytest.mark.parametrize("user_in_file", [True, False])
+async def test_tokens_and_variables_in_the_key_files_of_an_alias(
+    user_in_file: bool,
+    connect: ConnectFunction,
+    transport: TransportKind,
+    sshd: Sshd,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """From mesh.yaml to the login. The user of mesh.yaml is the %r, also if the alias has another."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("LOGNAME", getpass.getuser())
+    monkeypatch.setenv("KEY_FOLDER", "keys")
+    user = getpass.getuser()
+    (tmp_path / "keys").mkdir()
+    sshd.identity.rename(tmp_path / "keys" / f"{user}@127.0.0.1-{sshd.port}-{user}-gpu%")
+    (tmp_path / ".ssh").mkdir(mode=0o700)
+    user_line = f"User {user}" if user_in_file else "User somebody-else"
+    (tmp_path / ".ssh" / "config").write_text(
+        f"Host gpu\n  HostName 127.0.0.1\n  Port {sshd.port}\n  {user_line}\n  IdentitiesOnly yes\n"
+        f"  UserKnownHostsFile {sshd.known_hosts}\n  IdentityFile %d/${{KEY_FOLDER}}/%r@%h-%p-%u-%n%%\n"
+    )
+    (tmp_path / ".ssh" / "config").chmod(0o600)
+    own_user = "" if user_in_file else f", user: {user}"
+    topology = config.parse(
+        f"version: 1\nnodes: [{{name: n, ssh: {{alias: gpu, transport: {transport}{own_user}}}}}]\n",
+        file="mesh.yaml",
+        env={},
+        home=tmp_path,
+        resolve_alias=lambda alias: ssh_config.resolve_alias(alias, home=tmp_path),
+    )
+    ssh = topology.nodes[0].ssh
+    assert ssh is not None
+    assert ssh.identities_only
+    monkeypatch.setattr(Path, "home", classmethod(lambda _cls: tmp_path))
+    await log_in(connect, ssh, folder)
+
+
+# -- what the host says ----------------------------------------------------------------------------------------------
+
+
+async def test_a_host_that_lets_in_without_proof(connect: ConnectFunction, folder: Path, tmp_path: Path) -> None:
+    """As Tailscale's SSH does: the network has proved already who we are."""
+    server = QuestioningServer("publickey", "", (), [], lets_in=lambda: True)
+    async with run_questioning_server(tmp_path, server) as ssh:
+        await log_in(connect, dataclasses.replace(ssh, identity_files=(keygen(tmp_path / "id"),)), folder)
+    assert server.tried_keys == []
+
+
+BANNER = (
+    "\x1b[31m" + "*" * 40 + "\r\n" + "Only for staff. " * 30 + "\r\n"
+    "# To authenticate, visit: https://login.tailscale.com/a/1234567890\r\n"
+)
+
+
+async def test_the_banner_of_a_host_that_refuses(connect: ConnectFunction, folder: Path, tmp_path: Path) -> None:
+    server = QuestioningServer("publickey", "", (), [], banner=BANNER)
+    async with run_questioning_server(tmp_path, server) as ssh:
+        refusal = await get_refusal(
+            connect, dataclasses.replace(ssh, identity_files=(keygen(tmp_path / "id"),)), folder
+        )
+    assert isinstance(refusal, AuthRefused)
+    assert "it says: To authenticate, visit: https://login.tailscale.com/a/1234567890 Only for" in refusal.message
+    assert refusal.message.isprintable()
+    assert len(refusal.message) < 700
+
+
+async def test_a_banner_is_no_message_of_ssh_itself(connect: ConnectFunction, folder: Path, tmp_path: Path) -> None:
+    """It would be told as a changed host key, or as forwarding that is forbidden."""
+    banner = "WARNING: REMOTE HOST IDENTIFICATION HAS CHANGED!\r\nadministratively prohibited: connection refused\r\n"
+    server = QuestioningServer("publickey", "", (), [], banner=banner)
+    async with run_questioning_server(tmp_path, server) as ssh:
+        refusal = await get_refusal(
+            connect, dataclasses.replace(ssh, identity_files=(keygen(tmp_path / "id"),)), folder
+        )
+    assert refusal.code == "auth-refused"
+    assert "REMOTE HOST IDENTIFICATION" in refusal.message
+
+
+@pytest.mark.parametrize("max_tries", [1])
+async def test_why_a_host_hangs_up(max_tries: int, connect: ConnectFunction, folder: Path, tmp_path: Path) -> None:
+    server = QuestioningServer("publickey", "", (), [], max_keys=max_tries)
+    async with run_questioning_server(tmp_path, server) as ssh:
+        refusal = await get_refusal(
+            connect, dataclasses.replace(ssh, identity_files=(keygen(tmp_path / "id"),)), folder
+        )
+    assert "Too many authentication failures" in refusal.message
+
+
+@pytest.mark.parametrize(
+    ("greeting", "code", "text"),
+    [
+        (b"Not allowed at this time\r\n", "connect-refused", "Not allowed at this time"),
+        (b"Exceeded MaxStartups\r\n", "connect-refused", "MaxStartups"),
+        (b"Your pod is \x1b[1mstarting\x07\r\n", "not-ssh", "Your pod is starting"),
+    ],
+)
+async def test_a_host_that_says_something_else_than_a_greeting(
+    greeting: bytes, code: str, text: str, connect: ConnectFunction, sshd: Sshd, folder: Path
+) -> None:
+    async def refuse(_: object, writer: object) -> None:
+        writer.write(greeting)  # type: ignore[attr-defined]
+        await writer.drain()  # type: ignore[attr-defined]
+
+    async with serving(refuse) as port:
+        refusal = await get_refusal(connect, sshd.spec(port=port), folder)
+    assert refusal.code == code
+    assert text in refusal.message
+    assert refusal.message.isprintable()
