@@ -207,16 +207,21 @@ class ParallelismSource(StrEnum):
 
 
 class ContinuationMethod(StrEnum):
-    """How the mesh tells a server to continue an answer of a ``/v1`` chat that this server, or another one, began."""
+    """How the mesh tells a server to continue an answer of a ``/v1`` chat that this server, or another one, began.
+
+    In each case: if a server renders no prompt, it is only used if it is known how it treats a last message of the
+    assistant."""
 
     TEMPLATE = "template"
-    """The partial answer is the last message of the assistant. If the model's template closes that message, the partial
-    answer is text after the prompt that the server renders (Ollama)."""
+    """The partial answer is text after the prompt that Ollama renders."""
     MARKED = "marked"
     """The partial answer is the last message of the assistant. The request marks it as the message to continue: without
     the mark a new turn begins (vLLM)."""
     RENDERED_PROMPT = "rendered-prompt"
-    """The partial answer is text after the prompt that the server renders (llama-server)."""
+    """The partial answer is text after the prompt that llama-server renders."""
+    FOUND_OUT = "found-out"
+    """The server may be any of these. If it renders a prompt as Ollama does, it is one; otherwise the message is
+    marked."""
 
 
 class Dialect(Protocol):

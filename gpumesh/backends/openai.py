@@ -58,7 +58,7 @@ class OpenAIDialect:
     chat_path = "/v1/chat/completions"
     has_model_store = False
     parallelism = ParallelismSource.PROBE
-    continuation = ContinuationMethod.MARKED
+    continuation = ContinuationMethod.FOUND_OUT
     required_probes = frozenset({"models"})
     latency_probe = "models"
     identity_probe = "models"

@@ -17,12 +17,20 @@ EVAL_NS = 10_000_000
 
 
 class ModelServer:
-    """``continues``: whether the model's template continues a last message of the assistant. ``renders``: whether the
-    server is new enough to show a rendered prompt. ``calls`` are those that it was sent."""
+    """``continues``: whether the model's template continues a last message of the assistant. ``repeats``: whether the
+    server then sends this message once more before the new text. ``renders``: whether the server is new enough to show
+    a rendered prompt. ``calls`` are those that it was sent."""
 
     def __init__(
-        self, *, continues: bool = True, thinking: bool = False, renders: bool = True, tokens: int = 8
+        self,
+        *,
+        continues: bool = True,
+        repeats: bool = False,
+        thinking: bool = False,
+        renders: bool = True,
+        tokens: int = 8,
     ) -> None:
+        self.repeats = repeats
         self.model = ModelProfile("m:latest", continues=continues, thinking=thinking)
         self.host = profile.make_host("test", answer_tokens=(tokens, tokens))
         self.renders = renders
@@ -42,7 +50,11 @@ class ModelServer:
             eval_ns=said.total * EVAL_NS,
         )
         parts = [frames.encode_piece("", token, None) for token in said.thinking]
-        parts += [frames.encode_piece(token, "", None) for token in said.tokens]
+        texts = list(said.tokens)
+        messages = body.get("messages") or [{}]
+        if self.repeats and messages[-1].get("role") == "assistant":  # as llama-server: with the first new token
+            texts = [messages[-1]["content"] + "".join(texts[:1]), *texts[1:]]
+        parts += [frames.encode_piece(token, "", None) for token in texts]
         return [*parts, frames.encode_final(said.done_reason, timings)]
 
     def stream(self, call: HttpCall) -> bytes:
@@ -51,9 +63,12 @@ class ModelServer:
     def script(self, call: HttpCall) -> PlannedAnswer:
         return plan_answer(self._work(call.path, json.loads(call.body)), self.host)
 
-    def render(self, call: HttpCall) -> tuple[int, bytes]:
-        """Status and body of the answer to ``Continuation.render_call``."""
+    def reply(self, call: HttpCall) -> tuple[int, bytes]:
+        """Status and body of the answer to ``Continuation.next_question``."""
         body = json.loads(call.body)
+        if "_debug_render_only" not in body:
+            return 200, self.stream(call)
+        self.calls.append(call)
         assert call.path == "/api/chat"
         assert body["_debug_render_only"] is True
         if not self.renders:

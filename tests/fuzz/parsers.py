@@ -215,7 +215,8 @@ def _continuation(path: str) -> Callable[[Sequence[bytes]], object]:
             answer.finish_body()
             if answer.finished or answer.handle_cut() is not None:
                 break
-            answer.apply_rendered_prompt("other", 200, b"".join(pieces))
+            while answer.next_question("other", BackendKind.OLLAMA) is not None:
+                answer.apply_reply(200, b"".join(pieces))
             answer.next_call("other", BackendKind.OLLAMA)
         assert isinstance(answer.text, str)
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import pytest
+
 from gpumesh.backends.base import HttpCall
+from gpumesh.backends.continuation.prefill import ContinuationStrategy
 from gpumesh.balancer.base import Demand
 from gpumesh.lab.ollama import SimOllama
 from gpumesh.lab.profile import Faults
@@ -42,9 +45,11 @@ async def test_each_node_is_used_as_what_it_is() -> None:
                 assert await mesh.mesh.chat(MODEL, "Hi", node=name).__anext__()
 
 
-async def test_an_answer_that_one_vllm_began_another_continues() -> None:
+@pytest.mark.parametrize("kind", [AUTO, BackendKind.OPENAI])
+async def test_an_answer_that_one_vllm_began_another_continues(kind: BackendKind) -> None:
+    """As kind ``openai``, it is first asked as an Ollama, and answers 404: that is no failure."""
     async with SimVllm(host("a")) as one, SimVllm(host("b")) as other:
-        specs = (node("a", one.url, weight=100.0, kind=AUTO), node("b", other.url, kind=AUTO))
+        specs = (node("a", one.url, weight=100.0, kind=kind), node("b", other.url, kind=kind))
         async with mesh_of_nodes(*specs) as mesh:
             whole = await mesh.mesh.send(Demand(MODEL), call(), timeout_s=20.0)
             want = text_of(await whole.read())
@@ -53,10 +58,11 @@ async def test_an_answer_that_one_vllm_began_another_continues() -> None:
             assert text_of(await answer.read()) == want
             assert answer.attempts == 2
             assert mesh.mesh.request_counters.served == 2
+            assert mesh.mesh._send_context.strategies == {("b", MODEL): ContinuationStrategy.ASSISTANT_LAST}
 
 
 async def test_a_server_of_the_same_api_continues_what_another_kind_began() -> None:
-    """Kind ``openai`` is the stand-in for Ollama over its /v1: it continues a last message of the assistant."""
+    """Kind ``openai`` is the stand-in for Ollama over its /v1: it shows its prompt as an Ollama does."""
     async with SimVllm(host("a")) as vllm, SimOllama(host("b")) as other:
         specs = (node("a", vllm.url, weight=100.0, kind=AUTO), node("b", other.url, kind=BackendKind.OPENAI))
         async with mesh_of_nodes(*specs) as mesh:

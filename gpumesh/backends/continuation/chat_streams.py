@@ -8,7 +8,16 @@ from typing import Any
 
 from gpumesh.backends import safe_json
 from gpumesh.backends.base import JSON_HEADERS, HttpCall
-from gpumesh.backends.continuation.event_streams import DONE, EventStreamFormat, encode_event, event_data
+from gpumesh.backends.continuation.event_streams import (
+    CHOICE_MARKS,
+    DONE,
+    EventStreamFormat,
+    encode_event,
+    event_data,
+    read_choices,
+    wanted_choices,
+    with_choices,
+)
 from gpumesh.backends.continuation.ollama_streams import OllamaStreamFormat, raw_prompt_call
 from gpumesh.backends.continuation.stream_format import (
     SENTINEL,
@@ -23,6 +32,7 @@ from gpumesh.backends.continuation.stream_format import (
     continuation_note,
     find_strings,
     positive_count,
+    probe_messages,
 )
 
 _TEXTS = re.compile(rb'"content"\s*:\s*("[^"\\]*(?:\\.[^"\\]*)*")')
@@ -33,20 +43,23 @@ class OpenAIChatFormat(EventStreamFormat):
     answer is continued."""
 
     supports_continuation = True
+    _search_marks = staticmethod(CHOICE_MARKS.search)
 
     def read(self, frame: bytes) -> Frame:
-        """Parses one event, with its text, its thinking and its tool calls."""
+        """Parses one event, with its text, its thinking, its tool calls and its choices."""
         event = super().read(frame)
         if event.document is None:
             return event
-        text, thinking, choice, delta = _read_texts(event.document)
-        return replace(
+        text, thinking, delta = _read_texts(event.document)
+        choices = read_choices(event.document)
+        chat_frame = replace(
             event,
             text=text,
             thinking=thinking,
+            has_content=any(_has_content(choice.get("delta")) for choice in choices),
             calls_tools=bool(delta.get("tool_calls") or delta.get("function_call")),
-            text_complete=isinstance(choice.get("finish_reason"), str),
         )
+        return with_choices(chat_frame, choices)
 
     def extract_texts(self, frames: bytes) -> TextPieces:
         """The texts of many events. Events with thinking are parsed one by one."""
@@ -73,7 +86,7 @@ class OpenAIChatFormat(EventStreamFormat):
         response_format = request.get("response_format")
         if isinstance(response_format, dict) and response_format.get("type") not in (None, "text"):
             return "an answer with `response_format` cannot be continued"
-        if (safe_json.as_count(request.get("n")) or 1) > 1:
+        if wanted_choices(request) > 1:
             return "several answers at once cannot be continued"
         if not isinstance(request.get("messages"), list):
             return "an answer to this kind of prompt cannot be continued"
@@ -83,6 +96,10 @@ class OpenAIChatFormat(EventStreamFormat):
         """The lower of the two limits for tokens that a request may hold; ``None`` if it holds none."""
         limits = [positive_count(request.get(key)) for key in ("max_completion_tokens", "max_tokens")]
         return min((limit for limit in limits if limit is not None), default=None)
+
+    def choice_count(self, request: JsonObject) -> int:
+        """The choices that the client wants."""
+        return wanted_choices(request)
 
     def uses_template(self, request: JsonObject) -> bool:  # noqa: ARG002
         """``True``: the server renders every chat with the template."""
@@ -99,11 +116,9 @@ class OpenAIChatFormat(EventStreamFormat):
         return HttpCall("POST", "/api/chat", safe_json.dump_compact(body), JSON_HEADERS)
 
     def raw_prompt_refusal(self, request: JsonObject) -> str | None:
-        """The reason if the chat holds more than text, or if the client began the answer."""
+        """The reason if the chat holds more than text."""
         if _as_native(request["messages"], exact=True) is None:
-            return "its template closes the turn, and not all of these messages can be told as text"
-        if client_began_answer(request["messages"]):
-            return "its template closes the turn that the client began"
+            return "not all of these messages can be told as text"
         return None
 
     def continue_raw_prompt(self, request: JsonObject, partial_answer: PartialAnswer, prompt: str) -> ContinuationCall:
@@ -115,6 +130,17 @@ class OpenAIChatFormat(EventStreamFormat):
         body = {key: request[key] for key in ("model", "keep_alive") if key in request}
         call = raw_prompt_call(body, prompt + partial_answer.text, options)
         return ContinuationCall(call, OllamaAsOpenAIFormat(usage=wants_usage(request)))
+
+    def prefill_calls(self, request: JsonObject) -> tuple[HttpCall, ...]:
+        """One chat."""
+        return (self._prefill_call(request, {}),)
+
+    def _prefill_call(self, request: JsonObject, marks: JsonObject) -> HttpCall:
+        """A short chat with these marks. Its answer has the figures of its tokens."""
+        body = {key: request[key] for key in ("model", "keep_alive", "chat_template_kwargs") if key in request}
+        body |= {"messages": probe_messages(), "max_tokens": 1, "stream": True, **marks}
+        body["stream_options"] = {"include_usage": True}
+        return HttpCall("POST", self._path, safe_json.dump_compact(body), JSON_HEADERS)
 
     def assistant_message_refusal(self, request: JsonObject) -> str | None:  # noqa: ARG002
         """``None``: a last message of the assistant can always be added."""
@@ -140,7 +166,7 @@ class OpenAIChatFormat(EventStreamFormat):
         holds_only_role = not (frame.text or frame.thinking or frame.text_complete or has_figures)
         if holds_only_role and partial_answer.first_frame is not None:
             return b""  # each stream begins with such a frame, and the client has received one already
-        document = {**frame.document, **_first_frame_members(partial_answer)}
+        document = _with_texts(frame) | _first_frame_members(partial_answer)
         if has_figures:
             document |= correct_figures(document, partial_answer)
         if has_figures or frame.text_complete:
@@ -157,13 +183,20 @@ class OpenAIChatFormat(EventStreamFormat):
 class MarkedChatFormat(OpenAIChatFormat):
     """``/v1/chat/completions`` of a server that is not asked for a prompt. The request marks the message to continue.
 
-    Without the mark, vLLM and SGLang start a new turn. llama-server needs no mark, but refuses to continue if the model
-    could think first. So ``enable_thinking`` is off: the thinking before the partial answer, if any, is over.
+    Without the mark, vLLM and SGLang start a new turn, and llama-server repeats the message. llama-server refuses to
+    continue if the model could think first. So ``enable_thinking`` is off: the thinking before the partial answer, if
+    any, is over.
     """
 
-    def uses_template(self, request: JsonObject) -> bool:  # noqa: ARG002
-        """``False``: the mark continues the message, whatever the template does."""
-        return False
+    def render_call(self, request: JsonObject, thinking: str) -> HttpCall | None:  # noqa: ARG002
+        """No request: these servers do not render prompts, or their prompts are not needed."""
+        return None
+
+    def prefill_calls(self, request: JsonObject) -> tuple[HttpCall, ...]:
+        """A chat with the mark, and the same without it."""
+        open_end: JsonObject = {**without_thinking(request), "add_generation_prompt": False}
+        marked = self._prefill_call(request, {**open_end, "continue_final_message": True})
+        return marked, self._prefill_call(request, open_end)
 
     def assistant_message_refusal(self, request: JsonObject) -> str | None:
         """The reason if the client began the answer without a mark."""
@@ -172,9 +205,20 @@ class MarkedChatFormat(OpenAIChatFormat):
         return None
 
     def continue_assistant_message(self, request: JsonObject, partial_answer: PartialAnswer) -> ContinuationCall:
-        """The request with the partial answer as its last message, which is marked."""
+        """The request with the partial answer as its last message, which is marked. vLLM would repeat the message for a
+        client that has set ``echo``."""
+        request = {key: value for key, value in request.items() if key != "echo"}
         marks = {"continue_final_message": True, "add_generation_prompt": False}
         return super().continue_assistant_message({**request, **marks, **without_thinking(request)}, partial_answer)
+
+
+class AnyServerChatFormat(MarkedChatFormat):
+    """``/v1/chat/completions`` of a server of unknown kind. It may be an Ollama, which knows no marks but renders the
+    prompt. A server that does not know ``/api/chat`` answers 404."""
+
+    def render_call(self, request: JsonObject, thinking: str) -> HttpCall | None:
+        """Asks as for the prompt of an Ollama."""
+        return OpenAIChatFormat.render_call(self, request, thinking)
 
 
 class OllamaAsOpenAIFormat(OllamaStreamFormat):
@@ -220,18 +264,33 @@ def without_thinking(request: JsonObject) -> JsonObject:
     return {"chat_template_kwargs": {**template_arguments, "enable_thinking": False}}
 
 
-def _read_texts(document: JsonObject) -> tuple[str, str, JsonObject, JsonObject]:
-    """Returns the text, the thinking, the choice, and the choice's delta that holds the two texts, in this order. What
-    the document does not have is empty."""
+def _read_texts(document: JsonObject) -> tuple[str, str, JsonObject]:
+    """Returns the text, the thinking, and the delta that holds the two texts, in this order. What the document does not
+    have is empty."""
     choices = document.get("choices")
     choice = choices[0] if isinstance(choices, list) and choices else None
-    if not isinstance(choice, dict):
-        return "", "", {}, {}
-    delta = choice.get("delta")
+    delta = choice.get("delta") if isinstance(choice, dict) else None
     if not isinstance(delta, dict):
-        return "", "", choice, {}
+        return "", "", {}
     thinking = safe_json.as_text(delta.get("reasoning_content")) or safe_json.as_text(delta.get("reasoning")) or ""
-    return safe_json.as_text(delta.get("content")) or "", thinking, choice, delta
+    return safe_json.as_text(delta.get("content")) or "", thinking, delta
+
+
+def _has_content(delta: Any) -> bool:
+    """Whether a delta holds a part of the answer: anything but the role, which a server may send before it has read the
+    prompt."""
+    return isinstance(delta, dict) and any(value for key, value in delta.items() if key != "role")
+
+
+def _with_texts(frame: Frame) -> dict[str, Any]:
+    """A copy of the frame's document that has the frame's text: without the text that its server has repeated."""
+    document = dict(frame.document or {})
+    text, thinking, delta = _read_texts(document)
+    if (text, thinking) != (frame.text, frame.thinking):
+        kept = {key: value for key, value in delta.items() if key not in ("reasoning_content", "reasoning")}
+        choice, *others = document["choices"]
+        document["choices"] = [{**choice, "delta": {**kept, "content": frame.text}}, *others]
+    return document
 
 
 def _first_frame_members(partial_answer: PartialAnswer) -> dict[str, Any]:

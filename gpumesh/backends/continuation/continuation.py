@@ -15,8 +15,8 @@ How a proxy drives it::
         abort upstream
         if (ending := answer.handle_cut(reason)) is None:
             choose another node
-            if (question := answer.render_call(node, kind)):   # at most one short question, to the chosen node
-                answer.apply_rendered_prompt(node, *ask(question))   # status and body; left out if it failed
+            while (question := answer.next_question(node, kind)):   # short questions to the chosen node
+                answer.apply_reply(*ask(question))           # status and body; status 0 if no answer came in time
             ending = answer.next_call(node, kind)
         if isinstance(ending, Ending): break             # ending.data completes it, or ending.error says why not
         upstream = send(ending)                          # if it fails before `feed` gave anything: the next node
@@ -32,6 +32,7 @@ from dataclasses import dataclass, replace
 
 from gpumesh.backends.base import JSON_HEADERS, HttpCall, ServerCounters
 from gpumesh.backends.continuation.planner import ContinuationPlanner, ContinuationStrategies
+from gpumesh.backends.continuation.prefill import RepeatedText
 from gpumesh.backends.continuation.received_text import UNREAD_BYTES, ReceivedText, split_frames
 from gpumesh.backends.continuation.stream_format import Frame, PartialAnswer, StreamFormat
 from gpumesh.backends.continuation.stream_formats import stream_format_for
@@ -40,6 +41,7 @@ from gpumesh.backends.frames import LINE_LIMIT, FrameAssembler
 from gpumesh.topology import BackendKind
 
 MAX_CUTS = 3  # an answer that is cut more often is not continued
+HELD_BYTES = 64 << 10  # the most bytes of frames without content that are held until the first token comes
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +59,9 @@ class Continuation:
     ``finished``: the client has the whole answer, or the answer ended with an error. ``cut_reason``: why the current
     upstream must not be read further, although the answer is not finished (an error frame, or bytes that are not a
     frame). ``exceeds_bound``: the reason is a bound of ours, the longest frame. ``frame_separator`` ends a frame of the
-    current upstream; there are about as many tokens as separators. ``counters`` are the figures that the current
-    upstream gave, ``answer_counters`` those of the whole answer.
+    current upstream; there are about as many tokens as separators. ``progress_at``: the clock's time of the last bytes
+    that were more than a comment and had to be read. ``counters`` are the figures that the current upstream gave,
+    ``answer_counters`` those of the whole answer.
 
     ``resume`` is false for ``X-GPUMesh-Resume: off``. ``clock`` returns seconds. ``started_at`` is the time of the
     request, if the request came before now. ``reserve_bytes``: see ``ContinuationPlanner``.
@@ -96,6 +99,11 @@ class Continuation:
         self._frame_count = 0
         self._counted_bytes = 0
         self._use_upstream_format(self._client_format)
+        # Until the first token of the current upstream, its frames are held: another can still take its place.
+        self._awaits_token = True
+        self._held_frames = bytearray()
+        self._repeated_text = RepeatedText("")
+        self.progress_at = 0.0
         # The times of the current upstream's first and last whole frames.
         self._first_frame_at: float | None = None
         self._last_frame_at = 0.0
@@ -131,10 +139,11 @@ class Continuation:
     @property
     def upstream_text_bytes(self) -> int | None:
         """The bytes of text and thinking that the current upstream has sent; ``None`` if they were not counted, or if
-        it has also sent what is no text (tool calls)."""
+        it has also sent what is not counted: tool calls, or several choices."""
         self._read_unread()
         received = self._received
-        return received.text_bytes - self._earlier_text_bytes if received.keeps and not received.calls_tools else None
+        is_counted = received.keeps and not received.calls_tools and not received.has_other_choices
+        return received.text_bytes - self._earlier_text_bytes if is_counted else None
 
     @property
     def continuable(self) -> bool:
@@ -150,9 +159,7 @@ class Continuation:
 
     def feed(self, data: bytes, now: float | None = None) -> bytes:
         """Takes bytes of the current upstream, and returns the bytes for the client; empty after the end or a cut.
-
-        ``now`` is the clock's time, if the caller knows it already. Each streamed token passes here.
-        """
+        ``now`` is the clock's time, if the caller knows it already. Each streamed token passes here."""
         now = self._clock() if now is None else now
         if (
             self._passes_text
@@ -175,14 +182,13 @@ class Continuation:
         if self._incomplete_frame or not data.endswith(self.frame_separator):
             data = self._assemble(data)
             if not data:
+                self.progress_at = now
                 return b""
+        if self._awaits_token or self.cuts or self._find_marks(data) is not None:
+            return self._pass_on_frames(data, now)
         self._record_time(now)
-        if self.cuts or self._find_marks(data) is not None:
-            self._frame_count += data.count(self.frame_separator)
-            return self._pass_on_frames(data)
         # These frames hold text only, so they are passed on as they are. They are read later, if ever.
         received = self._received
-        received.started = True
         if received.keeps:
             received.unread += data
             self._passes_text = True
@@ -198,25 +204,24 @@ class Continuation:
 
     def finish_body(self) -> bytes:
         """Handles the end of the upstream's body, if it ended as HTTP requires. Returns the last bytes for the client.
-
-        The separator after the last frame may be missing. If a part of the frame itself is missing, the stream was cut.
-        """
+        The separator after the last frame may be missing. If a part of the frame itself is missing, the stream was
+        cut."""
         raw = self._assembler.take_rest() + self.frame_separator  # the last frame, if anything is left
         if self.finished or self.cut_reason is not None:
             return b""
         frame = self._upstream_format.read(raw)
         self.cut_reason = frame.error
         self._passes_text = False
-        is_empty = frame.document is None and not frame.ends_stream
-        if frame.error is not None or is_empty:
-            return b""
-        self._record_time(self._clock())
-        return self._pass_on_frames(raw)
+        is_last_frame = frame.error is None and not frame.is_empty
+        return self._pass_on_frames(raw, self._clock()) if is_last_frame else b""
 
     def abandon_upstream(self) -> None:
         """Forgets the state of the current upstream, so that another upstream can take its place."""
         self._passes_text = False
         self._assembler.take_rest()
+        self._awaits_token = True
+        self._held_frames.clear()
+        self._repeated_text = RepeatedText("")
         self.cut_reason = None
         self.exceeds_bound = False
         self.counters = None
@@ -244,8 +249,8 @@ class Continuation:
         return whole_frames
 
     def _record_time(self, now: float) -> None:
-        """Notes when the current upstream's first and last whole frames came."""
-        self._last_frame_at = now
+        """Notes the time of the current upstream's first token and of its last whole frame."""
+        self._last_frame_at = self.progress_at = now
         if self._first_frame_at is None:
             self._first_frame_at = now
 
@@ -256,26 +261,49 @@ class Continuation:
         self._received.read_unread()
         self._passes_text = self._passes_text and self._received.keeps
 
-    def _pass_on_frames(self, frames: bytes) -> bytes:
-        """Reads whole frames one by one, and returns the client's frames for them."""
+    def _pass_on_frames(self, frames: bytes, now: float) -> bytes:
+        """Reads whole frames one by one, and returns the client's frames for them.
+
+        Before the first token, they are held: a server may send comments, or the role of the answer, while it still
+        loads the model or reads the prompt."""
         self._read_unread()
-        client_frames = b"".join([self._pass_on_frame(raw) for raw in split_frames(self._upstream_format, frames)])
+        awaited_token = self._awaits_token
+        client_frames = b"".join([self._pass_on_frame(raw, now) for raw in split_frames(self._upstream_format, frames)])
         if self.finished or self.cut_reason is not None:
             self._passes_text = False
+        if not awaited_token:
+            return client_frames
+        self._held_frames += client_frames
+        if self._awaits_token:
+            if len(self._held_frames) > HELD_BYTES:
+                self.cut_reason = f"more than {HELD_BYTES >> 10} KiB without a token"
+            return b""
+        client_frames = bytes(self._held_frames)
+        self._held_frames.clear()
         return client_frames
 
-    def _pass_on_frame(self, raw: bytes) -> bytes:
-        """Reads one whole frame (``raw``), and returns the client's frame for it; empty for an error, and after the end
-        or a cut."""
+    def _pass_on_frame(self, raw: bytes, now: float) -> bytes:
+        """Reads one whole frame (``raw``), and returns the client's frame for it; empty for an error, for a comment
+        before the first token, and after the end or a cut."""
         if self.finished or self.cut_reason is not None:
             return b""
-        frame = self._upstream_format.read(raw)
+        whole_frame = self._upstream_format.read(raw)
+        if whole_frame.is_empty:
+            return b"" if self._awaits_token or self.cuts else raw
+        frame = self._repeated_text.remove(whole_frame)
+        if frame is None:
+            return b""
+        self._frame_count += 1
         if frame.error is not None:
             self.cut_reason = frame.error
             return b""
         if frame.ends_stream and not self._ends_with_reason(frame):
             self.cut_reason = "the stream ended without a reason to"
             return b""
+        if frame.has_content or frame.text_complete or frame.ends_stream:
+            self._awaits_token = False
+        if not self._awaits_token:
+            self._record_time(now)
         may_have_counters = frame.ends_stream or b'"usage":{' in raw or b'"timings"' in raw
         counters = find_counters(raw) if may_have_counters else None
         if counters is not None:
@@ -293,10 +321,8 @@ class Continuation:
 
     def _ends_with_reason(self, frame: Frame) -> bool:
         """Whether the last frame ends a complete answer. OpenAI's ``[DONE]``, which holds no document, may also follow
-        a failure: then no frame with a finish reason came before. Other formats are not checked."""
-        if frame.document is not None or not self._client_format.supports_continuation:
-            return True
-        return self._received.is_complete
+        a failure: then a choice has come without a finish reason."""
+        return frame.document is not None or self._received.is_complete
 
     # -- a cut ---------------------------------------------------------------------------------------------------
 
@@ -320,7 +346,8 @@ class Continuation:
             cuts=self.cuts,
             first_frame=received.first_frame,
         )
-        if received.is_complete:  # only the frames after the text are missing
+        misses_choices = self._planner.is_missing_choices(received)
+        if received.is_complete and not misses_choices:  # only the frames after the text are missing
             return self._complete(self._client_format.closing_frames("", self._partial_answer))
         refusal = self._refusal()
         if refusal is not None:
@@ -330,20 +357,20 @@ class Continuation:
             return self._complete(self._client_format.closing_frames("length", self._partial_answer))
         return None
 
-    def render_call(self, node: str, kind: BackendKind) -> HttpCall | None:
-        """The request for the rendered prompt, to the node that will continue; ``None`` if no prompt is needed."""
-        return self._planner.render_call(node, kind, self._partial_answer)
+    def next_question(self, node: str, kind: BackendKind) -> HttpCall | None:
+        """The next question to the node that will continue: how it continues an answer. ``None`` if no more is to be
+        asked."""
+        return self._planner.next_question(node, kind, self._partial_answer)
 
-    def apply_rendered_prompt(self, node: str, status: int, body: bytes) -> None:
-        """Learns from the node's answer to ``render_call`` (its status and its body) how to continue there."""
-        self._planner.apply_rendered_prompt(node, status, body)
+    def apply_reply(self, status: int, body: bytes) -> None:
+        """Learns from the node's answer to the last question (its status and its body)."""
+        self._planner.apply_reply(status, body)
 
     def next_call(self, node: str, kind: BackendKind) -> HttpCall | Ending | None:
         """The request to the node that will continue, or the answer's end if no node can continue. ``None``: it is not
         known how this node's model continues, but another node may be able to."""
         self._use_upstream_format(self._client_format)
-        client_has_nothing = not self._partial_answer.text and not self._partial_answer.thinking
-        if client_has_nothing:  # the request is sent anew
+        if not self._partial_answer.text and not self._partial_answer.thinking:  # the request is sent anew
             return HttpCall("POST", self._path, self._request_body, JSON_HEADERS)
         step = self._planner.next_call(node, kind, self._partial_answer)
         if isinstance(step, str):
@@ -351,6 +378,7 @@ class Continuation:
         if step is None:
             return None
         self._use_upstream_format(step.stream_format)
+        self._repeated_text = RepeatedText(step.repeated_text)
         return step.call
 
     def _refusal(self) -> str | None:

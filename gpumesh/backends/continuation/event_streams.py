@@ -1,8 +1,13 @@
-"""``EventStreamFormat``: the streams of ``/v1`` as server-sent events. They are passed on, but not continued. Pure."""
+"""``EventStreamFormat``: the streams of ``/v1`` as server-sent events. They are passed on, but not continued. Pure.
+
+``CompletionStreamFormat`` is the one of ``/v1/completions``, whose answers may have several choices.
+"""
 
 from __future__ import annotations
 
 import re
+from dataclasses import replace
+from typing import Any
 
 from gpumesh.backends import error_text, safe_json
 from gpumesh.backends.base import JSON_HEADERS, HttpCall
@@ -17,11 +22,28 @@ from gpumesh.backends.continuation.stream_format import (
 )
 from gpumesh.backends.frames import MAX_EVENT_LINES, find_last_event_end, read_event_line
 
-# What makes an event more than text. The pattern begins with one quotation mark outside of the group: so the search is
+# What makes an event more than text. The patterns begin with one quotation mark outside of the group: so the search is
 # for a single byte, which is fast.
-_MARKS = re.compile(
-    rb'"(?:error"|finish_reason"\s*:\s*"|usage"\s*:\s*\{|tool_calls"|function_call"|message_stop"'
-    rb'|response\.(?:completed|incomplete|failed)")'
+_MARK = (
+    rb'error"|finish_reason"\s*:\s*"|usage"\s*:\s*\{|tool_calls"|function_call"|message_stop"'
+    rb'|response\.(?:completed|incomplete|failed)"'
+)
+_MARKS = re.compile(rb'"(?:' + _MARK + rb")")
+# In formats with choices, each event of a choice after the first is read: the answer is complete when all choices are.
+CHOICE_MARKS = re.compile(rb'"(?:' + _MARK + rb'|index"\s*:\s*[1-9])')
+_LAST_EVENTS = frozenset({"message_stop", "response.completed", "response.incomplete", "response.failed"})
+# Events that a server may send before it has read the prompt.
+_EMPTY_EVENTS = frozenset(
+    {
+        "ping",
+        "message_start",
+        "response.created",
+        "response.queued",
+        "response.in_progress",
+        "response.output_item.added",
+        "response.content_part.added",
+        "response.reasoning_summary_part.added",
+    }
 )
 DONE = b"data: [DONE]\n\n"
 
@@ -35,18 +57,20 @@ class EventStreamFormat:
     frame_end_pattern = re.compile(rb"\n\r?\n[\r\n]*")
     find_last_frame_end = staticmethod(find_last_event_end)
     supports_continuation = False
+    _search_marks = staticmethod(_MARKS.search)
 
     def __init__(self, path: str) -> None:
         self._path = path
 
     def find_marks(self, frames: bytes) -> object | None:
-        """Looks for an error, the end of the stream, figures or a tool call; ``None`` if there is none."""
-        has_error_line = frames.startswith(b"error:") or b"\nerror:" in frames
+        """Looks for an error, a comment, the end of the stream, figures or a tool call; ``None`` if there is none. A
+        comment is only looked for in front: while a server sends text, its comments need not be noticed."""
+        has_other_line = frames.startswith((b"error:", b":")) or b"\nerror:" in frames
         # Most frames end as JSON, and then "[DONE]" need not be searched for, which would cost more than this test.
         ends_as_json = frames.endswith(b"}\n\n")
-        if has_error_line or (not ends_as_json and b"[DONE]" in frames[-16:]):  # 16: longer than "data: [DONE]\n\n"
+        if has_other_line or (not ends_as_json and b"[DONE]" in frames[-16:]):  # 16: longer than "data: [DONE]\n\n"
             return frames
-        return _MARKS.search(frames)
+        return self._search_marks(frames)
 
     def read(self, frame: bytes) -> Frame:
         """Parses one event. Its text is not read, but an event with a document counts as text."""
@@ -57,16 +81,22 @@ class EventStreamFormat:
         if not data:
             return Frame()
         if data == b"[DONE]":
-            return Frame(text_complete=True, ends_stream=True)
+            return Frame(ends_stream=True)
         document = safe_json.parse_object(data)
         if document is None:
             return Frame(error="an event that is no JSON")
         event_type = document.get("type")
-        is_last = event_type in ("message_stop", "response.completed", "response.incomplete", "response.failed")
+        is_last = event_type in _LAST_EVENTS
         # Events of the responses and the messages API have a type. Of these, only the type ``error`` is an error.
         error = error_text.find_error_message(document) if event_type in (None, "error") else None
-        # The text is not needed, but it must not be empty: frames with text are counted as tokens.
-        return Frame(document, text=" ", text_complete=is_last, ends_stream=is_last, error=error)
+        return Frame(
+            document,
+            text=" ",  # the text is not needed, but it must not be empty: frames with text are counted as tokens
+            has_content=_has_content(document, event_type),
+            finished_choices=(0,) if is_last else (),
+            ends_stream=is_last,
+            error=error,
+        )
 
     def extract_texts(self, frames: bytes) -> TextPieces:  # noqa: ARG002 - only a continuation would need the texts
         """No texts: they are needed only to continue an answer."""
@@ -79,6 +109,10 @@ class EventStreamFormat:
     def token_budget(self, request: JsonObject) -> int | None:  # noqa: ARG002
         """No limit, because it is needed only to continue an answer."""
         return None
+
+    def choice_count(self, request: JsonObject) -> int:  # noqa: ARG002
+        """1: the whole response, or the whole message."""
+        return 1
 
     def uses_template(self, request: JsonObject) -> bool:  # noqa: ARG002
         """``False``: no prompt is rendered for an answer that is not continued."""
@@ -99,6 +133,10 @@ class EventStreamFormat:
     def read_rendered_prompt(self, document: JsonObject) -> RenderedPrompt | None:
         """The prompt in an answer of Ollama."""
         return read_debug_rendering(document)
+
+    def prefill_calls(self, request: JsonObject) -> tuple[HttpCall, ...]:  # noqa: ARG002
+        """No request, because the answer is not continued."""
+        return ()
 
     def assistant_message_refusal(self, request: JsonObject) -> str | None:
         """The reason why no answer of this route is continued."""
@@ -133,6 +171,54 @@ class EventStreamFormat:
             return b"event: error\ndata: " + safe_json.dump_compact(body) + b"\n\n"
         body = {"error": {"message": message, "type": "api_error", "param": None, "code": "stream_cut"}}
         return b"data: " + safe_json.dump_compact(body) + b"\n\n"
+
+
+class CompletionStreamFormat(EventStreamFormat):
+    """The streams of ``/v1/completions``: each choice ends with a finish reason, and the stream with ``[DONE]``."""
+
+    _search_marks = staticmethod(CHOICE_MARKS.search)
+
+    def read(self, frame: bytes) -> Frame:
+        """Parses one event, with the choices that it holds."""
+        event = super().read(frame)
+        if event.document is None:
+            return event
+        choices = read_choices(event.document)
+        has_text = any(choice.get("text") for choice in choices)
+        return with_choices(replace(event, has_content=has_text), choices)
+
+    def choice_count(self, request: JsonObject) -> int:
+        """``n`` choices for each prompt. A list of numbers is one prompt: its tokens."""
+        prompts = request.get("prompt")
+        is_list_of_prompts = isinstance(prompts, list) and bool(prompts) and not isinstance(prompts[0], int)
+        return wanted_choices(request) * (len(prompts) if isinstance(prompts, list) and is_list_of_prompts else 1)
+
+
+def read_choices(document: JsonObject) -> tuple[JsonObject, ...]:
+    """The choices in a frame of OpenAI's kind."""
+    return safe_json.as_objects(document.get("choices"))
+
+
+def with_choices(frame: Frame, choices: tuple[JsonObject, ...]) -> Frame:
+    """The frame with the indexes of its choices, and of those that have a finish reason."""
+    indexes = [safe_json.as_count(choice.get("index")) or 0 for choice in choices]
+    finished = [
+        index for index, choice in zip(indexes, choices, strict=True) if isinstance(choice.get("finish_reason"), str)
+    ]
+    return replace(frame, choices=tuple(indexes), finished_choices=tuple(finished))
+
+
+def wanted_choices(request: JsonObject) -> int:
+    """How many choices the client wants for each prompt."""
+    return safe_json.as_count(request.get("n")) or 1
+
+
+def _has_content(document: JsonObject, event_type: Any) -> bool:
+    """Whether an event holds a part of the answer. An event of a type that is not known does."""
+    if event_type == "content_block_start":  # the start of a tool call holds its name, the start of a text nothing
+        block = document.get("content_block")
+        return isinstance(block, dict) and block.get("type") not in ("text", "thinking")
+    return event_type not in _EMPTY_EVENTS
 
 
 def event_data(frame: bytes) -> bytes:

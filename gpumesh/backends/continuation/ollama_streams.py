@@ -16,11 +16,11 @@ from gpumesh.backends.continuation.stream_format import (
     RenderedPrompt,
     TextPieces,
     append_answer,
-    client_began_answer,
     collect_texts,
     continuation_note,
     find_strings,
     positive_count,
+    probe_messages,
     read_debug_rendering,
 )
 from gpumesh.backends.frames import find_last_line_end
@@ -58,8 +58,10 @@ class OllamaStreamFormat:
             document,
             text=text,
             thinking=thinking,
+            # ``completed``: the progress of an image that is generated.
+            has_content=bool(text or thinking or text_holder.get("tool_calls") or "completed" in document),
             calls_tools=bool(text_holder.get("tool_calls")),
-            text_complete=done,
+            finished_choices=(0,) if done else (),
             ends_stream=done,
             error=error_text.find_error_message(document),
         )
@@ -90,6 +92,10 @@ class OllamaStreamFormat:
         """The option ``num_predict``, if it is a limit."""
         return positive_count(_options(request).get("num_predict"))
 
+    def choice_count(self, request: JsonObject) -> int:  # noqa: ARG002
+        """1: this API has no choices."""
+        return 1
+
     def uses_template(self, request: JsonObject) -> bool:
         """Whether Ollama renders the prompt with the template: it does, except for a raw prompt of
         ``/api/generate``."""
@@ -104,12 +110,8 @@ class OllamaStreamFormat:
         return _chat_call(body, _options(request) | {"num_predict": 1})
 
     def raw_prompt_refusal(self, request: JsonObject) -> str | None:
-        """The reason if the chat holds images, or if the client began the answer."""
-        if _has_images(request):
-            return "its template closes the turn, and images cannot be told as text"
-        if not self._generate and client_began_answer(request.get("messages")):
-            return "its template closes the turn that the client began"
-        return None
+        """The reason if the chat holds images."""
+        return "images cannot be told as text" if _has_images(request) else None
 
     def continue_raw_prompt(self, request: JsonObject, partial_answer: PartialAnswer, prompt: str) -> ContinuationCall:
         """A request to ``/api/generate`` for a raw prompt: the rendered prompt and the partial answer."""
@@ -120,6 +122,12 @@ class OllamaStreamFormat:
     def read_rendered_prompt(self, document: JsonObject) -> RenderedPrompt | None:
         """The prompt in the answer to ``render_call``."""
         return read_debug_rendering(document)
+
+    def prefill_calls(self, request: JsonObject) -> tuple[HttpCall, ...]:
+        """One chat. It has the options of the request: others might make the server load the model once more."""
+        body = {key: request[key] for key in ("model", "keep_alive", "think") if key in request}
+        body |= {"messages": probe_messages(), "stream": True}
+        return (_chat_call(body, _options(request) | {"num_predict": 1}),)
 
     def assistant_message_refusal(self, request: JsonObject) -> str | None:  # noqa: ARG002
         """``None``: a last message of the assistant can always be added."""

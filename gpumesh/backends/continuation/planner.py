@@ -1,32 +1,39 @@
 """``ContinuationPlanner`` makes the requests to the node that continues a cut answer. Pure.
 
-The model's template decides whether a node continues a last message of the assistant. So the node may first be asked to
-render the prompt. The rendered prompt shows the strategy for this template, which is remembered by node and model.
+How a node continues an answer is asked, never assumed. If the node renders the prompt, the partial answer is sent as
+text after the prompt. If this is not possible (images, a server that renders no prompts), the partial answer is sent as
+a last message of the assistant, but only to a model that is known to continue such a message. This is asked once for
+each node and model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, MutableMapping
-from enum import StrEnum
+from dataclasses import replace
 from functools import cached_property
+from typing import Any
 
 from gpumesh.backends import safe_json
 from gpumesh.backends.base import HttpCall
+from gpumesh.backends.continuation.prefill import ContinuationStrategy, ProbeReply, judge_prefill, read_probe_reply
 from gpumesh.backends.continuation.received_text import ReceivedText
-from gpumesh.backends.continuation.stream_format import ContinuationCall, JsonObject, PartialAnswer, StreamFormat
+from gpumesh.backends.continuation.stream_format import (
+    ContinuationCall,
+    JsonObject,
+    PartialAnswer,
+    RenderedPrompt,
+    StreamFormat,
+    client_began_answer,
+)
 from gpumesh.backends.continuation.stream_formats import continuation_format_for
 from gpumesh.topology import BackendKind
 
 # The memory that a parsed request may take (``safe_json.estimate_memory``), in bytes: as much as 16 MiB of images, or
 # 300,000 values.
 REQUEST_COST = 64 << 20
-
-
-class ContinuationStrategy(StrEnum):
-    """How a model's template lets an answer be continued."""
-
-    ASSISTANT_LAST = "assistant-last"  # the partial answer is a last message of the assistant
-    RAW = "raw"  # the partial answer is text after the rendered prompt
+HTTP_OK = 200
+# Known to continue a last message of the assistant.
+_ASSISTANT_STRATEGIES = (ContinuationStrategy.ASSISTANT_LAST, ContinuationStrategy.ASSISTANT_REPEATED)
 
 
 ContinuationStrategies = MutableMapping[tuple[str, str], ContinuationStrategy]
@@ -49,10 +56,11 @@ class ContinuationPlanner:
         self._path = path
         self._request_body = request_body
         self._client_format = stream_format
-        self._upstream_format = stream_format
         self._strategies = strategies
         self._reserve_bytes = reserve_bytes
-        self._prompt: str | None = None  # rendered by a server, for the strategy RAW
+        self._questions = _Questions("", stream_format, 0)  # those to the node that will continue
+        # By node. A node keeps its kind, and so the API of its prompt.
+        self._rendered_prompts: dict[str, RenderedPrompt] = {}
 
     @cached_property
     def _is_affordable(self) -> bool:
@@ -77,6 +85,10 @@ class ContinuationPlanner:
         """The client's limit for the tokens of the answer; ``None`` without one."""
         return self._client_format.token_budget(self._request)
 
+    def is_missing_choices(self, received: ReceivedText) -> bool:
+        """Whether the client has asked for more choices than have come complete."""
+        return received.finished_choices < self._client_format.choice_count(self._request)
+
     def refusal(self, received: ReceivedText) -> str | None:
         """Why no node can continue the received text; ``None`` if a node can."""
         # Only if the text is kept, its absence here means that the client has none.
@@ -87,56 +99,123 @@ class ContinuationPlanner:
             return "it is too long to be held"
         if received.calls_tools:
             return "it calls tools"
+        if received.has_other_choices:
+            return "several answers at once cannot be continued"
         if received.thinking_texts and not received.texts:
             return "the model was still thinking"
         if received.repeats_itself:
             return "it repeats itself"
         if not self._is_affordable:
             return "its request is too large to be taken apart for another node"
-        return self._client_format.continuation_refusal(self._request)
+        refusal = self._client_format.continuation_refusal(self._request)
+        if refusal is None and self._may_repeat_the_client(received):
+            refusal = "the client began it, and the server may have repeated this beginning"
+        return refusal
 
-    def render_call(self, node: str, kind: BackendKind, partial_answer: PartialAnswer) -> HttpCall | None:
-        """The request for the rendered prompt, to the node that will continue; ``None`` if no prompt is needed."""
-        strategy = self._strategies.get((node, self._model))
-        stream_format = continuation_format_for(self._path, kind)
-        if type(stream_format) is not type(self._upstream_format):
-            self._prompt = None  # a server of another kind rendered this prompt, so it is of no use here
-        self._upstream_format = stream_format
-        needs_prompt = strategy is None or (strategy is ContinuationStrategy.RAW and self._prompt is None)
-        if not needs_prompt or not self._depends_on_template(stream_format, partial_answer):
+    def _may_repeat_the_client(self, received: ReceivedText) -> bool:
+        """Whether the answer begins as the client began it. Then it cannot be known what the model has written: some
+        servers repeat a last message of the assistant."""
+        beginning = self._begun_text
+        if not beginning:
+            return False
+        text = "".join(received.texts)
+        return bool(text) and (text.startswith(beginning) or beginning.startswith(text))
+
+    # -- questions to the node that will continue --------------------------------------------------------------------
+
+    def next_question(self, node: str, kind: BackendKind, partial_answer: PartialAnswer) -> HttpCall | None:
+        """The next request that asks the node how to continue there; ``None`` if no more is to be asked."""
+        if (node, partial_answer.cuts) != (self._questions.node, self._questions.cuts):
+            stream_format = continuation_format_for(self._path, kind)
+            self._questions = _Questions(node, stream_format, partial_answer.cuts)
+        questions = self._questions
+        stream_format = questions.stream_format
+        is_known = self._strategies.get((node, self._model)) in _ASSISTANT_STRATEGIES
+        if is_known or not partial_answer.text or not stream_format.uses_template(self._request):
             return None
-        return stream_format.render_call(self._request, partial_answer.thinking)
+        rendered = self._rendered_prompts.get(node)
+        if rendered is None and not questions.has_asked_for_prompt:
+            questions.has_asked_for_prompt = True
+            render_call = stream_format.render_call(self._request, partial_answer.thinking)
+            if render_call is not None:
+                questions.awaits_prompt = True
+                return render_call
+        closes_turn = rendered is not None and rendered.closes_turn
+        if closes_turn or (rendered is not None and stream_format.raw_prompt_refusal(self._request) is None):
+            return None
+        if stream_format.assistant_message_refusal(self._request) is not None:
+            return None
+        calls = stream_format.prefill_calls(self._request)
+        asked = len(questions.replies)
+        return calls[asked] if asked < len(calls) else None
 
-    def apply_rendered_prompt(self, node: str, status: int, body: bytes) -> None:
-        """Remembers the strategy that the node's answer to ``render_call`` shows. If the answer is not usable, the most
-        common strategy is used: ASSISTANT_LAST."""
-        document = (safe_json.parse_object(body) if status == 200 else None) or {}
-        rendered = self._upstream_format.read_rendered_prompt(document)
-        if rendered is None:
+    def apply_reply(self, status: int, body: bytes) -> None:
+        """Learns from the node's answer to the last question."""
+        questions = self._questions
+        stream_format = questions.stream_format
+        if not questions.awaits_prompt:
+            questions.replies.append(read_probe_reply(stream_format, body) if status == HTTP_OK else None)
+            self._judge_replies(questions)
             return
-        if rendered.closes_turn:
-            self._strategies[node, self._model] = ContinuationStrategy.RAW
-            self._prompt = rendered.text
-        else:
-            self._strategies[node, self._model] = ContinuationStrategy.ASSISTANT_LAST
+        questions.awaits_prompt = False
+        document = (safe_json.parse_object(body) if status == HTTP_OK else None) or {}
+        rendered = stream_format.read_rendered_prompt(document)
+        if rendered is not None:
+            self._rendered_prompts[questions.node] = rendered
+            if rendered.closes_turn:
+                self._strategies[questions.node, self._model] = ContinuationStrategy.RAW
+
+    def _judge_replies(self, questions: _Questions) -> None:
+        """Remembers how the node treats a last message of the assistant, as soon as its replies show this."""
+        rendered = self._rendered_prompts.get(questions.node)
+        reply, unmarked_reply = (*questions.replies, None)[:2]
+        strategy = judge_prefill(
+            reply, unmarked_reply, leaves_turn_open=rendered is not None and not rendered.closes_turn
+        )
+        if strategy is not None:
+            self._strategies[questions.node, self._model] = strategy
+
+    # -- the request for the rest ------------------------------------------------------------------------------------
 
     def next_call(self, node: str, kind: BackendKind, partial_answer: PartialAnswer) -> ContinuationCall | str | None:
         """The request to the node that will continue, or the reason why no node can. ``None``: it is not known how this
         node's model continues, but another node may be able to."""
         stream_format = continuation_format_for(self._path, kind)
+        if not stream_format.uses_template(self._request):  # a raw prompt: the partial answer follows it
+            return stream_format.continue_assistant_message(self._request, partial_answer)
         strategy = self._strategies.get((node, self._model))
-        is_raw = strategy is ContinuationStrategy.RAW and self._depends_on_template(stream_format, partial_answer)
-        if not is_raw:
+        rendered = self._rendered_prompts.get(node)
+        if strategy in _ASSISTANT_STRATEGIES or rendered is None:
             refusal = stream_format.assistant_message_refusal(self._request)
-            return refusal or stream_format.continue_assistant_message(self._request, partial_answer)
+            if refusal is not None or strategy not in _ASSISTANT_STRATEGIES:
+                return refusal
+            step = stream_format.continue_assistant_message(self._request, partial_answer)
+            is_repeated = strategy is ContinuationStrategy.ASSISTANT_REPEATED
+            return replace(step, repeated_text=self._begun_text + partial_answer.text) if is_repeated else step
         refusal = stream_format.raw_prompt_refusal(self._request)
         if refusal is not None:
-            return refusal
-        if self._prompt is None:
-            return None
-        return stream_format.continue_raw_prompt(self._request, partial_answer, self._prompt)
+            return f"its template closes the turn, and {refusal}" if rendered.closes_turn else None
+        begun_text = self._begun_text
+        if begun_text and (rendered.closes_turn or not rendered.text.endswith(begun_text)):
+            return "its template closes the turn that the client began"
+        return stream_format.continue_raw_prompt(self._request, partial_answer, rendered.text)
 
-    def _depends_on_template(self, stream_format: StreamFormat, partial_answer: PartialAnswer) -> bool:
-        """Whether the model's template decides how the text is continued. Without a text there is nothing to
-        continue."""
-        return bool(partial_answer.text) and stream_format.uses_template(self._request)
+    @property
+    def _begun_text(self) -> str:
+        """The text with which the client began the answer; empty if the client did not."""
+        messages: Any = self._request.get("messages")
+        return str(messages[-1]["content"]) if client_began_answer(messages) else ""
+
+
+class _Questions:
+    """The questions to the node that will continue after the ``cuts``-th cut. ``replies``: the node's answers to the
+    requests for a continued message; ``None`` for an answer that says nothing. ``awaits_prompt``: the last question was
+    for the prompt."""
+
+    def __init__(self, node: str, stream_format: StreamFormat, cuts: int) -> None:
+        self.node = node
+        self.stream_format = stream_format
+        self.cuts = cuts
+        self.has_asked_for_prompt = False
+        self.awaits_prompt = False
+        self.replies: list[ProbeReply | None] = []

@@ -17,6 +17,7 @@ UNREAD_FRAMES = 4096  # if more frames are in UNREAD_BYTES, they are too short t
 FIRST_FRAMES = 64  # one of the first 64 frames names the answer; later frames are not searched
 # The most bytes of text that are kept; no model's context holds so much. A longer answer is passed on, but not kept.
 TEXT_LIMIT = 8 << 20
+MAX_CHOICES = 1024  # choices with higher indexes are not counted: no client asks for so many answers at once
 PIECE_BYTES = 64  # the memory that a piece of text takes besides its characters
 
 
@@ -27,17 +28,18 @@ class ReceivedText:
 
     ``tokens`` counts the frames with text, ``text_bytes`` the bytes of the text and the thinking that was kept.
     ``first_frame`` is the first frame with a document: it names the answer. ``calls_tools``: a frame held a tool call.
-    ``is_complete``: the text is complete; frames after the text may be missing. These attributes are up to date only
-    after ``read_unread``.
+    ``has_other_choices``: a frame held another choice than the first. ``finished_choices`` counts the choices that are
+    complete. These attributes are up to date only after ``read_unread``.
     """
 
     __slots__ = (
+        "_finished",
         "_last_tokens",
+        "_other_choices",
         "_size",
         "_stream_format",
         "calls_tools",
         "first_frame",
-        "is_complete",
         "keeps",
         "started",
         "text_bytes",
@@ -58,7 +60,8 @@ class ReceivedText:
         self.thinking_texts: list[str] = []
         self.tokens = self.text_bytes = 0
         self.calls_tools = False
-        self.is_complete = False
+        self._other_choices: set[int] = set()  # the indexes of the choices after the first that have come
+        self._finished: set[int] = set()
         self.first_frame: JsonObject | None = None
         self._last_tokens: deque[str] = deque(maxlen=MAX_REPEATED_TOKENS)
         self._size = 0
@@ -68,6 +71,22 @@ class ReceivedText:
         """Whether the last MAX_REPEATED_TOKENS tokens are all the same."""
         tokens = self._last_tokens
         return len(tokens) == MAX_REPEATED_TOKENS and len({token.strip() for token in tokens}) == 1
+
+    @property
+    def has_other_choices(self) -> bool:
+        """Whether a frame held another choice than the first."""
+        return bool(self._other_choices)
+
+    @property
+    def finished_choices(self) -> int:
+        """The number of choices that are complete."""
+        return len(self._finished)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every choice that has come is complete, the first among them. Frames after the text may be missing,
+        and choices of which nothing has come yet."""
+        return 0 in self._finished and self._other_choices <= self._finished
 
     def read_unread(self) -> None:
         """Reads the unread frames, and keeps their text instead."""
@@ -90,7 +109,9 @@ class ReceivedText:
         if self.first_frame is None and frame.document is not None:
             self.first_frame = frame.document
         self.calls_tools |= frame.calls_tools
-        self.is_complete |= frame.text_complete and frame.document is not None
+        if frame.choices and frame.choices != (0,):
+            self._other_choices.update(index for index in frame.choices if index and index < MAX_CHOICES)
+        self._finished.update(index for index in frame.finished_choices if index < MAX_CHOICES)
         texts = (frame.text,) if frame.text else ()
         thinking_texts = (frame.thinking,) if frame.thinking else ()
         self._add(TextPieces(texts, thinking_texts))

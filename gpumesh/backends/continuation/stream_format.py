@@ -1,8 +1,9 @@
 """``StreamFormat``: what ``Continuation`` must know of a stream's format to read, continue and end the stream. Pure.
 
-Most models' templates leave a last message of the assistant open: the model continues it, and the reply holds only the
-new text. Other templates close the turn. Then the server renders the prompt, and continues the prompt with the partial
-answer after it, as raw text. The source of this is docs/internals/ollama.md.
+What a server does with a last message of the assistant differs by server, by model and by template: it continues the
+message, repeats it first, or closes it and begins a new one. So this is never assumed. A server that renders the prompt
+gets the prompt with the partial answer after it, as raw text. Any other server is first asked how it treats such a
+message (``prefill.py``). The source of this is docs/internals/ollama.md.
 """
 
 from __future__ import annotations
@@ -16,23 +17,40 @@ from gpumesh.backends import safe_json
 from gpumesh.backends.base import HttpCall
 
 JsonObject = Mapping[str, Any]
-# Stands for the answer's text when a server is asked to render a prompt. No model generates this text.
+# Stands for the answer's text when a server is asked how it continues a text. No model generates this text.
 SENTINEL = "gpumesh8f1d2c7e5b3a9046"
+_OPEN_THINKING = re.compile(r"<[a-z_:|]{0,20}think(?:ing)?[a-z_:|]{0,20}>\s*\Z", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """One frame of a stream. ``document`` is its JSON object; ``None`` if it holds none. ``calls_tools``: it holds a
-    call of a tool. ``text_complete``: the text ends with this frame. ``ends_stream``: no frame follows. ``error``: the
-    server's error, or why the frame is not valid; ``None`` for a frame without an error."""
+    """One frame of a stream. ``document`` is its JSON object; ``None`` if it holds none (a comment, for example).
+
+    ``has_content``: it holds a part of an answer (text, thinking, a tool call …), and not only a comment, a role or
+    figures. ``text`` and ``thinking`` are those of the first choice. ``calls_tools``: it holds a call of a tool.
+    ``choices`` are the indexes of the choices that it holds, ``finished_choices`` of those that end with it.
+    ``ends_stream``: no frame follows. ``error``: the server's error, or why the frame is not valid; ``None`` for a
+    frame without an error."""
 
     document: JsonObject | None = None
     text: str = ""
     thinking: str = ""
+    has_content: bool = False
     calls_tools: bool = False
-    text_complete: bool = False
+    choices: tuple[int, ...] = ()
+    finished_choices: tuple[int, ...] = ()
     ends_stream: bool = False
     error: str | None = None
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the frame says nothing, such as a comment that keeps a connection open."""
+        return self.document is None and not self.ends_stream and self.error is None
+
+    @property
+    def text_complete(self) -> bool:
+        """Whether a choice ends with this frame."""
+        return bool(self.finished_choices)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,16 +82,18 @@ class PartialAnswer:
 @dataclass(frozen=True, slots=True)
 class ContinuationCall:
     """The request for the rest of an answer. ``stream_format`` reads the stream that comes back, and translates each of
-    its frames into a frame of the client's own stream."""
+    its frames into a frame of the client's own stream. ``repeated_text``: the server sends this text once more before
+    the new text."""
 
     call: HttpCall
     stream_format: StreamFormat
+    repeated_text: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class RenderedPrompt:
     """A chat as the model reads it, up to the answer. ``closes_turn``: the model's template closes a last message of
-    the assistant, so the partial answer must be sent as text after this prompt."""
+    the assistant, so the partial answer can only be sent as text after this prompt."""
 
     text: str
     closes_turn: bool
@@ -109,21 +129,28 @@ class StreamFormat(Protocol):
     def token_budget(self, request: JsonObject) -> int | None:
         """The client's limit for the tokens of the answer; ``None`` without one."""
 
+    def choice_count(self, request: JsonObject) -> int:
+        """How many choices an answer to this request has."""
+
     def uses_template(self, request: JsonObject) -> bool:
         """Whether the server applies the model's template to this request."""
 
     def render_call(self, request: JsonObject, thinking: str) -> HttpCall | None:
         """The request that asks the server to render the prompt up to the answer. ``None`` if this would not help."""
 
+    def read_rendered_prompt(self, document: JsonObject) -> RenderedPrompt | None:
+        """The prompt in the answer to ``render_call``; ``None`` if the answer holds none, or if a text after the prompt
+        would not be the answer."""
+
     def raw_prompt_refusal(self, request: JsonObject) -> str | None:
-        """Why ``continue_raw_prompt`` cannot continue the answer correctly; ``None`` if it can."""
+        """Why the rendered prompt of this request is not all that the model reads; ``None`` if it is."""
 
     def continue_raw_prompt(self, request: JsonObject, partial_answer: PartialAnswer, prompt: str) -> ContinuationCall:
-        """Makes the request that sends the partial answer as text after the rendered prompt. This is for templates that
-        close the turn."""
+        """Makes the request that sends the partial answer as text after the rendered prompt."""
 
-    def read_rendered_prompt(self, document: JsonObject) -> RenderedPrompt | None:
-        """The prompt in the answer to ``render_call``; ``None`` if the answer holds none."""
+    def prefill_calls(self, request: JsonObject) -> tuple[HttpCall, ...]:
+        """The requests that show how the server treats a last message of the assistant, as ``judge_prefill`` in
+        ``prefill.py`` reads their answers. Each generates one token of another answer, as a stream."""
 
     def assistant_message_refusal(self, request: JsonObject) -> str | None:
         """Why ``continue_assistant_message`` cannot continue the answer correctly; ``None`` if it can."""
@@ -149,14 +176,21 @@ class StreamFormat(Protocol):
         """
 
 
+def opens_thinking(prompt: str) -> bool:
+    """Whether the prompt ends with an open mark of thinking: text after it would be thinking, not the answer."""
+    return _OPEN_THINKING.search(prompt) is not None
+
+
 def read_debug_rendering(document: JsonObject) -> RenderedPrompt | None:
     """Reads Ollama's answer to a chat with ``_debug_render_only`` and SENTINEL as the partial answer. ``None`` if the
-    answer holds no prompt, or one in which the sentinel is not exactly once."""
+    answer holds no prompt, one in which the sentinel is not exactly once, or one that ends in open thinking."""
     info = document.get("_debug_info")
     prompt = safe_json.as_text(info.get("rendered_template")) if isinstance(info, dict) else None
     if prompt is None or prompt.count(SENTINEL) != 1:
         return None
     before, _, after = prompt.partition(SENTINEL)
+    if opens_thinking(before):
+        return None
     return RenderedPrompt(before, closes_turn=bool(after.strip()))  # text after the partial answer closes the turn
 
 
@@ -201,6 +235,11 @@ def collect_texts(pairs: Iterable[tuple[str, str]]) -> TextPieces:
 def continuation_note(partial_answer: PartialAnswer) -> dict[str, int]:
     """The member ``gpumesh`` of the last frame: it reports the continuations."""
     return {"continued": partial_answer.cuts, "tokens_before": partial_answer.tokens}
+
+
+def probe_messages() -> list[JsonObject]:
+    """A short chat whose last message is SENTINEL, as if the assistant had written it."""
+    return [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": SENTINEL}]
 
 
 def positive_count(value: Any) -> int | None:

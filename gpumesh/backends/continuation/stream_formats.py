@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from gpumesh.backends.base import ContinuationMethod
-from gpumesh.backends.continuation.chat_streams import MarkedChatFormat, OpenAIChatFormat
-from gpumesh.backends.continuation.event_streams import EventStreamFormat
+from gpumesh.backends.continuation.chat_streams import AnyServerChatFormat, MarkedChatFormat, OpenAIChatFormat
+from gpumesh.backends.continuation.event_streams import CompletionStreamFormat, EventStreamFormat
 from gpumesh.backends.continuation.ollama_streams import OllamaStreamFormat
 from gpumesh.backends.continuation.received_text import byte_length
 from gpumesh.backends.continuation.rendered_prompts import COMPLETION_PATH, RenderedPromptFormat
@@ -22,6 +22,7 @@ _CHAT_FORMATS: Mapping[ContinuationMethod, type[OpenAIChatFormat]] = {
     ContinuationMethod.TEMPLATE: OpenAIChatFormat,
     ContinuationMethod.MARKED: MarkedChatFormat,
     ContinuationMethod.RENDERED_PROMPT: RenderedPromptFormat,
+    ContinuationMethod.FOUND_OUT: AnyServerChatFormat,
 }
 
 
@@ -38,6 +39,8 @@ def stream_format_for(path: str) -> StreamFormat:
         return OllamaStreamFormat(generate=route == "/api/generate")
     if route == _CHAT_PATH:
         return OpenAIChatFormat(path)
+    if route == "/v1/completions":
+        return CompletionStreamFormat(path)
     return EventStreamFormat(path)
 
 

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from http import HTTPStatus
 from io import BytesIO
 from typing import TypeVar
 
@@ -23,6 +24,7 @@ from gpumesh.mesh.requests.answer_reading import ERROR_BYTES, OpenedStream, read
 from gpumesh.mesh.requests.failures import FailedAttempt, fail_attempt, shortest_work_s
 from gpumesh.mesh.requests.task_deadlines import TaskDeadline
 from gpumesh.mesh.requests.upstream import Upstream, UpstreamResponse
+from gpumesh.topology import BackendKind
 
 COPY_BYTES = 1 << 20  # bytes of a body that are copied in one step
 
@@ -56,13 +58,14 @@ async def ask_node(
     """Sends a short question to the node during a request. Returns the answer's status and body, or the failure.
 
     The lease stays held, unless the node failed. A node that only takes too long has not failed: then the status is 0
-    and the body is empty.
+    and the body is empty. Only Ollama surely has the routes that are asked: a 404 of another server is its answer.
     """
 
     async def read_answer(response: UpstreamResponse) -> tuple[int, bytes] | FailedAttempt:
         """Returns the status and the body, or the failure of the node."""
         outcome = classify_status(response.status, model_asked=lease.model is not None)
-        if rule_for_outcome(outcome).fail_over:
+        lacks_route = response.status == HTTPStatus.NOT_FOUND and lease.node.kind is not BackendKind.OLLAMA
+        if rule_for_outcome(outcome).fail_over and not lacks_route:
             return fail_attempt(lease, outcome, status_error(lease, response, b""))
         if response.problem is not None:  # no inference server sent this answer, so its body says nothing
             response.abort()

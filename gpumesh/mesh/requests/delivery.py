@@ -45,9 +45,9 @@ from gpumesh.mesh.requests.streaming import StreamingAnswer
 from gpumesh.mesh.requests.upstream import Upstream
 from gpumesh.topology import BackendKind
 
-# Longest wait for a node to render a prompt, which shows how its model continues an answer. The node may have to load
+# Longest wait for an answer to a question that shows how a node's model continues an answer. The node may have to load
 # the model first.
-RENDER_TIMEOUT_S = 60.0
+QUESTION_TIMEOUT_S = 60.0
 # After this time the mesh knows whether the server or the tunnel ended a connection: a failed tunnel is down by then.
 TUNNEL_SETTLE_S = 0.5
 
@@ -225,22 +225,20 @@ class RequestDelivery:
         return result if isinstance(result, FailedAttempt) else _refused_continuation(result)
 
     async def _next_call(self, lease: Lease, continuation: Continuation) -> HttpCall | Ending | FailedAttempt:
-        """Makes the request for the rest of the answer. If this request depends on the model's template, the node is
-        first asked to render the prompt. Returns the answer's end if nothing is missing or no node can continue, and
-        the failure if this node cannot."""
+        """Makes the request for the rest of the answer. The node is first asked how it continues an answer. Returns the
+        answer's end if nothing is missing or no node can continue, and the failure if this node cannot."""
         node, kind = lease.node.name, lease.node.kind
-        render_call = continuation.render_call(node, kind)
-        if render_call is not None:
-            render_call = await self._name_model(lease, render_call)
-            timeout_s = min(RENDER_TIMEOUT_S, self._deadline - self._context.clock())
-            reply = await ask_node(self._context.upstream, lease, render_call, timeout_s=timeout_s)
+        while (question := continuation.next_question(node, kind)) is not None:
+            question = await self._name_model(lease, question)
+            timeout_s = min(QUESTION_TIMEOUT_S, self._deadline - self._context.clock())
+            reply = await ask_node(self._context.upstream, lease, question, timeout_s=timeout_s)
             if isinstance(reply, FailedAttempt):
                 return reply
-            continuation.apply_rendered_prompt(node, *reply)
+            continuation.apply_reply(*reply)
         call = continuation.next_call(node, kind)
         if call is None:
             lease.discard()
-            error = NoNodeError("it does not say how its model goes on", node=node)
+            error = NoNodeError("it is not known how its model continues an answer", node=node)
             return FailedAttempt(node, Outcome.CANNOT_CONTINUE, error)
         return call
 

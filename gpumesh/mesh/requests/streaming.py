@@ -1,8 +1,8 @@
 """``StreamingAnswer``: an answer that is passed on as it comes, from one node, or from several nodes if one is lost.
 
-Each streamed token is pushed: the node's connection calls ``write`` in its ``data_received``, the continuation checks
-the frames, and the client's stream takes the bytes. No task runs for a token. The request's task only waits until the
-answer ends or its node is lost. Then the task asks another node to continue.
+Each streamed token is pushed: the connection to the node calls ``write`` in its ``data_received``, the continuation
+checks the frames, and the client's stream takes the bytes. No task runs for a token. The request's task waits until the
+answer ends, or until its node is lost: then it asks another node to continue.
 """
 
 from __future__ import annotations
@@ -148,13 +148,15 @@ class StreamingAnswer(Answer):
             self._write_to_client(data)
             return
         now, watch = self._clock(), self._watch
-        if now - watch.waits_since > watch.longest_s:  # noqa: PLR1730 - a call of max costs more
-            watch.longest_s = now - watch.waits_since
-        watch.waits_since = now
         if now > self._next_count_at:
             self._count_tokens(now)
         out = continuation.feed(data, now)
-        if out is not data:  # text that needs no reading is passed on as it is, so most often both are one object
+        # Text that needs no reading is passed on as it is, so most often both are one object. Comments end no silence.
+        if out is data or continuation.progress_at == now:
+            if now - watch.waits_since > watch.longest_s:  # noqa: PLR1730 - a call of max costs more
+                watch.longest_s = now - watch.waits_since
+            watch.waits_since = now
+        if out is not data:
             self._act_on_frames(continuation)
             if not out:
                 return
@@ -385,15 +387,13 @@ class StreamingAnswer(Answer):
 
     def _handle_silence(self, waited_s: float) -> bool:
         """Handles a silence of the node that is too long. Returns whether the watch continues."""
-        message = f"no token for {waited_s:.0f} s"
-        continuation = self._continuation
+        message, continuation = f"no token for {waited_s:.0f} s", self._continuation
         assert continuation is not None, "only a stream with generated text is watched"
         if continuation.continuable and self._failover.has_other_node(self.node):
             self._mark_lost(Outcome.TIMED_OUT, message)
             self._response.abort()
             return False
-        # No other node could continue the answer, and this node may only be slow. So the answer goes on. If the
-        # connection is dead, the tunnel finds out, because it is asked to check.
+        # No other node could continue the answer, and this node may only be slow. The tunnel finds out if it is dead.
         tunnel = self._lease.node.tunnel
         if tunnel is not None:
             tunnel.suspect(message)

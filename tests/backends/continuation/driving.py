@@ -34,12 +34,19 @@ def continue_on_node(answer: Continuation, server: ModelServer, reason: str | No
     ending = answer.handle_cut(reason)
     if ending is not None:
         return ending
-    question = answer.render_call("n", OLLAMA)
-    if question is not None:
-        answer.apply_rendered_prompt("n", *server.render(question))
+    ask_all(answer, server)
     step = answer.next_call("n", OLLAMA)
     assert step is not None
     return step
+
+
+def ask_all(answer: Continuation, server: ModelServer, kind: BackendKind = OLLAMA) -> list[HttpCall]:
+    """Asks the node each question about how it continues. Returns the questions."""
+    asked: list[HttpCall] = []
+    while (question := answer.next_question("n", kind)) is not None:
+        asked.append(question)
+        answer.apply_reply(*server.reply(question))
+    return asked
 
 
 def drive(

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from gpumesh.backends.base import HttpCall, ServerCounters
 from gpumesh.backends.continuation.continuation import MAX_CUTS, Continuation, Ending
-from gpumesh.backends.continuation.planner import ContinuationStrategy
+from gpumesh.backends.continuation.prefill import ContinuationStrategy
 from gpumesh.backends.dialects import find_counters
 from gpumesh.backends.frames import LINE_LIMIT, MAX_EVENT_LINES
 from tests.backends.continuation.driving import (
@@ -120,7 +120,7 @@ def test_without_include_usage_there_is_no_usage_after_a_continuation_either() -
 
 
 def test_a_generate_that_chat_continues_stays_a_generate() -> None:
-    call, server = generate(), ModelServer()
+    call, server = generate(), ModelServer(renders=False, repeats=True)
     data = drive(start_answer(call), call, server, [300])
     assert server.calls[-1].path == "/api/chat"
     for line in data.splitlines():

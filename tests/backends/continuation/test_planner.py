@@ -8,9 +8,21 @@ import pytest
 
 from gpumesh.backends.base import HttpCall
 from gpumesh.backends.continuation.continuation import MAX_CUTS, Continuation, Ending
-from gpumesh.backends.continuation.planner import ContinuationStrategies, ContinuationStrategy
+from gpumesh.backends.continuation.planner import ContinuationStrategies
+from gpumesh.backends.continuation.prefill import ContinuationStrategy
+from gpumesh.backends.continuation.stream_format import SENTINEL
 from gpumesh.topology import BackendKind
-from tests.backends.continuation.driving import OLLAMA, Clock, chunks, continue_on_node, drive, start_answer, text
+from tests.backends.continuation.driving import (
+    OLLAMA,
+    Clock,
+    ask_all,
+    check_whole,
+    chunks,
+    continue_on_node,
+    drive,
+    start_answer,
+    text,
+)
 from tests.backends.models import FORMS, ModelServer, chat, generate, openai, raw
 
 
@@ -48,81 +60,154 @@ def test_a_cut_after_the_last_allowed_token_completes_the_answer(call: HttpCall)
     assert answer.finished
 
 
-def test_a_node_is_asked_once_how_its_model_continues() -> None:
+def test_a_prompt_is_rendered_once_for_each_answer_and_continued_as_text() -> None:
     strategies: ContinuationStrategies = {}
-    for round_ in (1, 2):
-        call, server = chat(), ModelServer()
-        answer = start_answer(call, strategies)
-        answer.feed(server.frames(call)[0])
-        assert answer.handle_cut() is None
-        question = answer.render_call("n", OLLAMA)
-        assert (question is not None) == (round_ == 1)
-        if question is not None:
-            answer.apply_rendered_prompt("n", *server.render(question))
-            assert json.loads(question.body)["options"]["num_predict"] == 1
-        step = answer.next_call("n", OLLAMA)
-        assert isinstance(step, HttpCall)
-        assert json.loads(step.body)["messages"][-1]["role"] == "assistant"
-    assert strategies == {("n", "m"): ContinuationStrategy.ASSISTANT_LAST}
+    for continues, known in ((True, {}), (False, {("n", "m"): ContinuationStrategy.RAW})):
+        server = ModelServer(continues=continues)
+        for call in (chat(), generate(), openai()):
+            answer = start_answer(call, strategies)
+            data = drive(answer, call, server, [len(b"".join(server.frames(call)[:2])) for _ in range(3)])
+            assert text(call, data) == text(call, server.stream(call))
+            assert answer.next_question("n", OLLAMA) is None
+            assert [sent.path for sent in server.calls].count("/api/generate") >= 1
+            messages = [
+                json.loads(sent.body).get("messages", [{}]) for sent in server.calls if b"_debug" not in sent.body
+            ]
+            assert not any(message[-1].get("role") == "assistant" for message in messages)
+        assert strategies == known
 
 
-def test_a_template_that_closes_turns_renders_one_prompt_for_each_answer() -> None:
-    strategies: ContinuationStrategies = {}
-    server = ModelServer(continues=False)
-    for call in (chat(), openai()):
-        answer = start_answer(call, strategies)
-        data = drive(answer, call, server, [len(b"".join(server.frames(call)[:2])) for _ in range(3)])
-        assert text(call, data) == text(call, server.stream(call))
-        assert answer.render_call("n", OLLAMA) is None
-        assert [sent.path for sent in server.calls].count("/api/generate") >= 1
-    assert strategies == {("n", "m"): ContinuationStrategy.RAW}
-
-
-def test_a_server_that_renders_no_prompt_continues_the_assistants_message_unless_known_otherwise() -> None:
-    call, old = chat(), ModelServer(renders=False)
-    answer = start_answer(call)
-    answer.feed(old.frames(call)[0])
-    step = continue_on_node(answer, old)
-    assert isinstance(step, HttpCall)
-    assert json.loads(step.body)["messages"][-1]["role"] == "assistant"
-
-    known = start_answer(call, {("n", "m"): ContinuationStrategy.RAW})
-    known.feed(old.frames(call)[0])
-    assert known.handle_cut() is None
-    question = known.render_call("n", OLLAMA)
+def test_a_rendering_costs_one_token_at_most() -> None:
+    answer = start_answer(chat())
+    answer.feed(ModelServer().frames(chat())[0])
+    assert answer.handle_cut() is None
+    question = answer.next_question("n", OLLAMA)
     assert question is not None
-    known.apply_rendered_prompt("n", *old.render(question))
-    assert known.next_call("n", OLLAMA) is None  # this node cannot say how; the next one may
-    known.apply_rendered_prompt("n", *ModelServer(continues=False).render(question))
-    assert isinstance(known.next_call("n", OLLAMA), HttpCall)
+    assert json.loads(question.body)["options"]["num_predict"] == 1
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b'{"_debug_info":7}', b'{"_debug_info":{"rendered_template":"x"}}'])
-def test_a_rendering_without_the_prompt_leaves_the_strategy_open(body: bytes) -> None:
+@pytest.mark.parametrize("status", [200, 500, 0])
+def test_without_a_prompt_and_without_a_sign_that_it_continues_a_node_is_passed_over(status: int, body: bytes) -> None:
     strategies: ContinuationStrategies = {}
+    server = ModelServer(continues=False)
     answer = start_answer(chat(), strategies)
-    answer.feed(ModelServer().frames(chat())[0])
+    answer.feed(server.frames(chat())[0])
     assert answer.handle_cut() is None
-    answer.apply_rendered_prompt("n", 200, body)
-    answer.apply_rendered_prompt(
-        "n", 500, ModelServer(continues=False).render(answer.render_call("n", OLLAMA) or chat())[1]
-    )
+    rendering = answer.next_question("n", OLLAMA)
+    assert rendering is not None
+    answer.apply_reply(status, body)
+    assert len(ask_all(answer, server)) == 1
     assert strategies == {}
-    assert isinstance(answer.next_call("n", OLLAMA), HttpCall)
+    assert answer.next_call("n", OLLAMA) is None  # the next node may show it
+    assert answer.next_question("other", OLLAMA) is not None
+    answer.apply_reply(*server.reply(rendering))
+    assert isinstance(answer.next_call("other", OLLAMA), HttpCall)
+
+
+@pytest.mark.parametrize("form", ["chat", "generate", "openai"])
+def test_a_server_that_repeats_the_message_is_recognised_and_its_repetition_is_removed(form: str) -> None:
+    strategies: ContinuationStrategies = {}
+    call, server = FORMS[form](), ModelServer(repeats=True, renders=False)
+    for _ in range(2):
+        data = drive(start_answer(call, strategies), call, server, [len(b"".join(server.frames(call)[:3]))] * 2)
+        check_whole(call, data, server.stream(call))
+    assert strategies == {("n", "m"): ContinuationStrategy.ASSISTANT_REPEATED}
+    probes = [sent for sent in server.calls if SENTINEL.encode() in sent.body and b"_debug" not in sent.body]
+    assert len(probes) == 1, "a node is asked once for each model"
+
+
+def test_a_repetition_may_come_in_pieces_and_anything_else_is_a_failure() -> None:
+    server = ModelServer(repeats=True, renders=False)
+    for frames, cut in ((["It", " is", " so"], False), (["It is so"], False), (["It", " was"], True), (["It"], True)):
+        answer = start_answer(chat(), {("n", "m"): ContinuationStrategy.ASSISTANT_REPEATED})
+        answer.feed(b'{"message":{"content":"It is"},"done":false}\n')
+        assert isinstance(continue_on_node(answer, server), HttpCall)
+        lines = ['{"message":{"content":"","thinking":"hm"},"done":false}']
+        lines += [json.dumps({"message": {"content": piece}, "done": False}) for piece in frames]
+        lines.append('{"message":{"content":""},"done":true,"done_reason":"stop"}')
+        data = b"".join([answer.feed(line.encode() + b"\n") for line in lines])
+        assert (answer.cut_reason is not None) == cut
+        assert answer.finished != cut
+        assert b"hm" not in data
+        assert data.count(b"\n") == (0 if cut else 2)  # of the repeated frames, nothing is left
+        assert answer.text == ("It is" if cut else "It is so")
 
 
 def test_a_marked_request_asks_other_kinds_of_server_to_continue_the_message() -> None:
     call, server = openai(), ModelServer()
-    answer = start_answer(call, {("n", "m"): ContinuationStrategy.RAW})
+    answer = start_answer(call, {("n", "m"): ContinuationStrategy.ASSISTANT_LAST})
     answer.feed(server.frames(call)[0])
     assert answer.handle_cut() is None
-    assert answer.render_call("n", BackendKind.OPENAI) is None
+    assert answer.next_question("n", BackendKind.OPENAI) is None
     step = answer.next_call("n", BackendKind.OPENAI)
     assert isinstance(step, HttpCall)
     body = json.loads(step.body)
     assert step.path == call.path
     assert (body["continue_final_message"], body["add_generation_prompt"]) == (True, False)
     assert body["messages"][-1] == {"role": "assistant", "content": answer.text}
+
+
+def probe_reply(said: str, prompt_tokens: int | None) -> tuple[int, bytes]:
+    """The stream of an OpenAI server that answers a probe."""
+    frames = [{"choices": [{"index": 0, "delta": {"content": said}, "finish_reason": None}]}]
+    frames.append({"choices": [{"index": 0, "delta": {}, "finish_reason": "length"}]})
+    if prompt_tokens is not None:
+        usage = {"prompt_tokens": prompt_tokens, "completion_tokens": 1, "total_tokens": prompt_tokens + 1}
+        frames.append({"choices": [], "usage": usage})  # type: ignore[dict-item]
+    return 200, b"".join([b"data: " + json.dumps(frame).encode() + b"\n\n" for frame in frames]) + b"data: [DONE]\n\n"
+
+
+@pytest.mark.parametrize(
+    ("marked", "unmarked", "strategy"),
+    [
+        (probe_reply("x", 9), probe_reply("y", 12), ContinuationStrategy.ASSISTANT_LAST),
+        (probe_reply("x", 9), probe_reply(SENTINEL + "x", 9), ContinuationStrategy.ASSISTANT_LAST),
+        (probe_reply(SENTINEL + "x", 9), probe_reply(SENTINEL + "x", 9), ContinuationStrategy.ASSISTANT_REPEATED),
+        (probe_reply(SENTINEL, None), (400, b"{}"), ContinuationStrategy.ASSISTANT_REPEATED),
+        (probe_reply("x", 12), probe_reply("y", 12), None),
+        (probe_reply("x", 9), probe_reply(SENTINEL + "x", 12), ContinuationStrategy.ASSISTANT_LAST),
+        (probe_reply("x", 14), probe_reply("y", 12), None),
+        (probe_reply("x", None), probe_reply("y", None), None),
+        (probe_reply(f" {SENTINEL} x", 9), probe_reply("y", 12), None),
+        ((400, b'{"error":"no"}'), probe_reply("y", 12), None),
+        (probe_reply("x", 9), (0, b""), None),
+        ((200, b'data: {"error":{"message":"no"}}\n\n'), probe_reply("y", 12), None),
+        ((200, probe_reply("x", 9)[1][:80]), probe_reply("y", 12), None),
+    ],
+    ids=[
+        "vLLM: the mark leaves the turn open",
+        "llama-server: the same prompt, and without the mark it repeats",
+        "repeats",
+        "repeats, and counts nothing",
+        "does not know the mark",
+        "both",
+        "more tokens with the mark",
+        "counts nothing",
+        "not exactly the message",
+        "refuses the mark",
+        "no second answer",
+        "an error",
+        "a cut answer",
+    ],
+)
+def test_whether_a_marked_message_is_continued_is_seen_by_its_answer(
+    marked: tuple[int, bytes], unmarked: tuple[int, bytes], strategy: ContinuationStrategy | None
+) -> None:
+    strategies: ContinuationStrategies = {}
+    answer = start_answer(openai(), strategies)
+    answer.feed(ModelServer().frames(openai())[0])
+    assert answer.handle_cut() is None
+    replies, bodies = [marked, unmarked], []
+    while (question := answer.next_question("n", BackendKind.VLLM)) is not None:
+        bodies.append(json.loads(question.body))
+        answer.apply_reply(*replies.pop(0))
+    assert bodies[0]["continue_final_message"] is True
+    assert all(body["max_tokens"] == 1 and body["stream"] is True for body in bodies)
+    assert all(body["messages"][-1] == {"role": "assistant", "content": SENTINEL} for body in bodies)
+    assert "continue_final_message" not in bodies[-1] or len(bodies) == 1
+    assert strategies == ({} if strategy is None else {("n", "m"): strategy})
+    assert (answer.next_call("n", BackendKind.VLLM) is None) == (strategy is None)
 
 
 def test_an_answer_that_the_client_began_is_one_message_with_it() -> None:
@@ -133,7 +218,19 @@ def test_an_answer_that_the_client_began_is_one_message_with_it() -> None:
         answer = start_answer(call)
         data = drive(answer, call, server, [len(b"".join(server.frames(call)[:2]))])
         assert text(call, data) == text(call, uncut)
-        assert len(json.loads(server.calls[-1].body)["messages"]) == 2
+        prompt = json.loads(server.calls[-1].body)["prompt"]
+        assert prompt.endswith("It is" + "".join(server.script(call).tokens[:2]))
+
+
+@pytest.mark.parametrize("said", ["It is", "It is late", "It"])
+def test_an_answer_that_may_repeat_what_the_client_began_is_not_continued(said: str) -> None:
+    begun = [{"role": "user", "content": "Go."}, {"role": "assistant", "content": "It is"}]
+    answer = start_answer(chat(messages=begun))
+    answer.feed(b'{"message":{"content":"' + said.encode() + b'"},"done":false}\n')
+    assert not answer.continuable
+    ending = answer.handle_cut()
+    assert ending is not None
+    assert "may have repeated" in (ending.error or "")
 
 
 @pytest.mark.parametrize("continues", [True, False], ids=["continues", "closes"])
@@ -146,11 +243,8 @@ def test_an_answer_is_continued_with_its_thinking(form: str, continues: bool) ->
     data = drive(answer, call, server, [len(b"".join(frames[: thoughts + 3]))])
     assert text(call, data) == text(call, b"".join(frames))
     assert "".join(chunk.thinking for chunk in chunks(call, data)) == "".join(server.script(call).thinking)
-    if continues:
-        last_message = json.loads(server.calls[-1].body)["messages"][-1]
-        assert last_message["thinking" if form != "openai" else "reasoning_content"] == "".join(
-            server.script(call).thinking
-        )
+    questions = [json.loads(sent.body) for sent in server.calls if b"_debug" in sent.body]
+    assert [body["messages"][-1]["thinking"] for body in questions] == ["".join(server.script(call).thinking)]
 
 
 @pytest.mark.parametrize("call", [chat(), openai()])
@@ -207,7 +301,7 @@ def test_a_tool_call_is_not_continued_even_if_no_tool_was_offered() -> None:
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/responses", "/v1/messages"])
 def test_other_streams_are_passed_on_and_end_with_their_own_error(path: str) -> None:
     answer = Continuation(path, b"{}", clock=Clock())
-    frame = b'data: {"type":"content_block_delta","delta":{"text":"x"}}\n\n'
+    frame = b'data: {"type":"content_block_delta","delta":{"text":"x"},"choices":[{"text":"x"}]}\n\n'
     assert answer.feed(frame + frame[:20]) == frame
     ending = answer.handle_cut()
     assert ending is not None
@@ -270,10 +364,10 @@ def test_images_are_continued_where_the_template_continues() -> None:
     answer = start_answer(call, strategies)
     answer.feed(ModelServer().frames(chat())[0])
     assert answer.handle_cut() is None
-    question = answer.render_call("n", OLLAMA)
-    assert question is not None
-    assert b"aGk=" not in question.body  # it is about the template alone
-    answer.apply_rendered_prompt("n", *ModelServer().render(question))
+    questions = ask_all(answer, ModelServer())
+    assert [b"aGk=" in question.body for question in questions] == [False, False]  # they are about the template alone
+    assert strategies == {("n", "m"): ContinuationStrategy.ASSISTANT_LAST}
+    assert answer.next_question("n", OLLAMA) is None
     step = answer.next_call("n", OLLAMA)
     assert isinstance(step, HttpCall)
     assert json.loads(step.body)["messages"][0]["images"] == ["aGk="]
@@ -282,7 +376,8 @@ def test_images_are_continued_where_the_template_continues() -> None:
 def test_a_turn_that_the_client_began_is_not_continued_by_other_kinds() -> None:
     begun = [{"role": "user", "content": "Go."}, {"role": "assistant", "content": "It is"}]
     for flag, continued in ((None, False), (True, True)):
-        answer = start_answer(openai(messages=begun, continue_final_message=flag))
+        known = {("n", "m"): ContinuationStrategy.ASSISTANT_LAST}
+        answer = start_answer(openai(messages=begun, continue_final_message=flag), known)
         answer.feed(ModelServer().frames(openai())[0])
         assert answer.handle_cut() is None
         step = answer.next_call("n", BackendKind.OPENAI)

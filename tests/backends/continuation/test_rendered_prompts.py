@@ -11,7 +11,7 @@ from gpumesh.backends.base import HttpCall, ServerCounters
 from gpumesh.backends.continuation.continuation import Continuation, Ending
 from gpumesh.backends.continuation.planner import ContinuationStrategies
 from gpumesh.backends.continuation.rendered_prompts import CompletionAsChatFormat, RenderedPromptFormat
-from gpumesh.backends.continuation.stream_format import PartialAnswer
+from gpumesh.backends.continuation.stream_format import SENTINEL, PartialAnswer
 from gpumesh.topology import BackendKind
 
 PATH = "/v1/chat/completions"
@@ -54,11 +54,24 @@ def cut_after(texts: list[str], request: dict[str, Any] = REQUEST) -> Continuati
 
 
 def continue_with(answer: Continuation, prompt: bytes | None, status: int = 200) -> HttpCall | Ending | None:
-    question = answer.render_call("n", LLAMACPP)
+    question = answer.next_question("n", LLAMACPP)
     assert question is not None
     assert question.path == "/apply-template"
     if prompt is not None:
-        answer.apply_rendered_prompt("n", status, prompt)
+        answer.apply_reply(status, prompt)
+    return answer.next_call("n", LLAMACPP)
+
+
+def ask_about_message(answer: Continuation) -> HttpCall | Ending | None:
+    """Answers the questions about a last message of the assistant as build 10434 does, and takes the next call."""
+    for said in ("x", SENTINEL + "x"):
+        question = answer.next_question("n", LLAMACPP)
+        assert question is not None
+        assert question.path == PATH
+        usage = {"prompt_tokens": 9, "completion_tokens": 1, "total_tokens": 10}
+        figures = b"data: " + json.dumps({"choices": [], "usage": usage}).encode() + b"\n\n"
+        answer.apply_reply(200, chunk(said) + chunk(None, "length") + figures + b"data: [DONE]\n\n")
+    assert answer.next_question("n", LLAMACPP) is None
     return answer.next_call("n", LLAMACPP)
 
 
@@ -105,7 +118,7 @@ def test_a_second_cut_is_continued_from_all_that_came() -> None:
     continue_with(answer, json.dumps({"prompt": PROMPT}).encode())
     answer.feed(piece(" is"))
     assert answer.handle_cut() is None
-    answer.render_call("n", LLAMACPP)
+    assert answer.next_question("n", LLAMACPP) is None
     step = answer.next_call("n", LLAMACPP)
     assert isinstance(step, HttpCall)
     assert json.loads(step.body)["prompt"] == PROMPT + "The sky is"
@@ -120,7 +133,7 @@ def test_the_prompt_of_another_kind_of_server_is_not_used() -> None:
     continue_with(answer, json.dumps({"prompt": PROMPT}).encode())
     answer.feed(piece("sky"))
     assert answer.handle_cut() is None
-    question = answer.render_call("other", BackendKind.OLLAMA)
+    question = answer.next_question("other", BackendKind.OLLAMA)
     assert question is not None
     assert question.path == "/api/chat"
 
@@ -136,7 +149,9 @@ def test_the_prompt_of_another_kind_of_server_is_not_used() -> None:
     ids=["an old build", "no text", "no JSON", "a model that must think first"],
 )
 def test_without_a_prompt_the_answer_is_a_last_message(answered: tuple[int, bytes]) -> None:
-    step = continue_with(cut_after(["The "]), answered[1], answered[0])
+    answer = cut_after(["The "])
+    assert continue_with(answer, answered[1], answered[0]) is None  # not before it is known to continue the message
+    step = ask_about_message(answer)
     assert isinstance(step, HttpCall)
     body = json.loads(step.body)
     assert step.path == PATH
@@ -148,8 +163,7 @@ def test_an_image_is_no_text_of_a_prompt() -> None:
     image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,aGk="}}
     messages = [{"role": "user", "content": [{"type": "text", "text": "What is it?"}, image]}]
     answer = cut_after(["A "], {**REQUEST, "messages": messages})
-    assert answer.render_call("n", LLAMACPP) is None
-    step = answer.next_call("n", LLAMACPP)
+    step = ask_about_message(answer)
     assert isinstance(step, HttpCall)
     assert step.path == PATH
 
@@ -159,6 +173,14 @@ def test_an_answer_that_the_client_began_is_continued_too() -> None:
     step = continue_with(cut_after([" the"], {**REQUEST, "messages": messages}), b'{"prompt": "user: Why? Because"}')
     assert isinstance(step, HttpCall)
     assert json.loads(step.body)["prompt"] == "user: Why? Because the"
+
+
+def test_a_template_that_closes_the_turn_that_the_client_began_is_seen_by_its_prompt() -> None:
+    messages = [*REQUEST["messages"], {"role": "assistant", "content": "Because"}]
+    prompt = b'{"prompt": "user: Why? Because<end> assistant: "}'
+    step = continue_with(cut_after([" the"], {**REQUEST, "messages": messages}), prompt)
+    assert isinstance(step, Ending)
+    assert "closes the turn that the client began" in (step.error or "")
 
 
 def test_nobody_asked_for_usage() -> None:

@@ -1,7 +1,7 @@
 import pytest
 
 from gpumesh.backends.continuation.chat_streams import OpenAIChatFormat
-from gpumesh.backends.continuation.event_streams import EventStreamFormat
+from gpumesh.backends.continuation.event_streams import CompletionStreamFormat, EventStreamFormat
 from gpumesh.backends.continuation.ollama_streams import OllamaStreamFormat
 from gpumesh.backends.continuation.stream_formats import generates_text, stream_format_for
 
@@ -13,7 +13,7 @@ from gpumesh.backends.continuation.stream_formats import generates_text, stream_
         ("/api/generate?x=1", OllamaStreamFormat, True),
         ("/v1/chat/completions", OpenAIChatFormat, True),
         ("/v1/chat/completions?api-version=1", OpenAIChatFormat, True),
-        ("/v1/completions", EventStreamFormat, False),
+        ("/v1/completions", CompletionStreamFormat, False),
         ("/v1/responses", EventStreamFormat, False),
         ("/v1/messages", EventStreamFormat, False),
         ("/completion", EventStreamFormat, False),

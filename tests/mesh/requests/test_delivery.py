@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from gpumesh.backends.base import HttpCall
-from gpumesh.backends.continuation.planner import ContinuationStrategy
+from gpumesh.backends.continuation.prefill import ContinuationStrategy
 from gpumesh.balancer.breaker import Breaker
 from gpumesh.balancer.outcomes import MAX_ROUNDS, Outcome
 from gpumesh.errors import DeadlineExceeded, ModelMissing, NoNodeError, QueueFull, StreamCut
@@ -17,7 +17,6 @@ from gpumesh.lab.profile import Faults, ModelProfile
 from gpumesh.mesh.requests.answer import WholeAnswer
 from gpumesh.topology import BackendKind
 from tests.mesh.meshes import (
-    BODIES,
     JSON,
     RunningMesh,
     host,
@@ -274,10 +273,14 @@ async def test_a_full_queue_refuses_new_requests_but_not_those_that_were_accepte
 async def test_how_a_model_continues_is_asked_once_for_the_whole_mesh() -> None:
     async with mesh_of_hosts(host("a"), host("b")) as mesh:
         await mesh.hosts["a"].set_faults(Faults(cut_after_tokens=3))
-        for _ in range(3):
-            for path in BODIES:
-                await (await send(mesh.mesh, make_call(path))).read()
+        await (await send(mesh.mesh, make_call())).read()
+        assert mesh.mesh._send_context.strategies == {}, "a rendered prompt is continued, so nothing need be known"
+        asked = mesh.hosts["b"].counters.http
+        for _ in range(2):
+            await (await send(mesh.mesh, make_call("/api/generate", images=["aGk="]))).read()
         assert mesh.mesh._send_context.strategies == {("b", "m"): ContinuationStrategy.ASSISTANT_LAST}
+        chats = 2 + 2  # for each answer its rest, and for the first the two questions
+        assert mesh.hosts["b"].counters.http - asked == chats
 
 
 async def test_a_node_that_does_not_say_how_its_model_continues_is_passed_over() -> None:
