@@ -12,9 +12,9 @@ from typing import TypeVar
 
 import msgspec
 
-from gpumesh.backends.base import HttpCall
+from gpumesh.backends.base import ContinuationMethod, HttpCall
 from gpumesh.backends.continuation.continuation import Continuation
-from gpumesh.backends.dialects import host_header
+from gpumesh.backends.dialects import DIALECTS, host_header
 from gpumesh.backends.model_member import replace_model
 from gpumesh.balancer.outcomes import Outcome, classify_status, rule_for_outcome
 from gpumesh.errors import BackendUnreachable, DeadlineExceeded, QueueFull, StreamCut
@@ -24,7 +24,6 @@ from gpumesh.mesh.requests.answer_reading import ERROR_BYTES, OpenedStream, read
 from gpumesh.mesh.requests.failures import FailedAttempt, fail_attempt, shortest_work_s
 from gpumesh.mesh.requests.task_deadlines import TaskDeadline
 from gpumesh.mesh.requests.upstream import Upstream, UpstreamResponse
-from gpumesh.topology import BackendKind
 
 COPY_BYTES = 1 << 20  # bytes of a body that are copied in one step
 
@@ -64,7 +63,8 @@ async def ask_node(
     async def read_answer(response: UpstreamResponse) -> tuple[int, bytes] | FailedAttempt:
         """Returns the status and the body, or the failure of the node."""
         outcome = classify_status(response.status, model_asked=lease.model is not None)
-        lacks_route = response.status == HTTPStatus.NOT_FOUND and lease.node.kind is not BackendKind.OLLAMA
+        has_routes = DIALECTS[lease.node.kind].continuation is ContinuationMethod.TEMPLATE
+        lacks_route = response.status == HTTPStatus.NOT_FOUND and not has_routes
         if rule_for_outcome(outcome).fail_over and not lacks_route:
             return fail_attempt(lease, outcome, status_error(lease, response, b""))
         if response.problem is not None:  # no inference server sent this answer, so its body says nothing
