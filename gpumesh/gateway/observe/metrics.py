@@ -144,10 +144,11 @@ class RequestMetrics:
         demand, progress = record.demand, record.progress
         node = progress.node or ""
         model = "" if demand is None else self._model_label(demand.model, answered=False)
-        if model == OTHER_LABEL and not node:
+        is_unknown = model == OTHER_LABEL and not node  # refused at once, because no node has the model
+        if is_unknown:
             model = ""
         self.requests[record.route, node, model, outcome, code].value += 1
-        if demand is not None and demand.needs_slot and progress.queue_s >= MIN_WAIT_S:
+        if demand is not None and demand.needs_slot and not is_unknown and progress.queue_s >= MIN_WAIT_S:
             self.queue_wait[demand.priority,].observe(progress.queue_s)
 
     def _model_label(self, name: str | None, *, answered: bool) -> str:
