@@ -198,6 +198,11 @@ class Residency:
             loaded.loading_until, loaded.loaded_at = None, now
         loaded.noted_at = now
 
+    def note_unloaded(self, model: str, now: float) -> None:
+        """Notes that the server has just unloaded the model, because it was asked to."""
+        self.loaded.pop(model, None)
+        self._pushed_out_at[model] = now
+
     def note_failed_load(self, model: str) -> None:
         """Notes that the server could not load the model, so the model is not in memory."""
         self.loaded.pop(model, None)

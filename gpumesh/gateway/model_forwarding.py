@@ -30,6 +30,7 @@ from gpumesh.gateway.json_members import (
     rewrite_body,
 )
 from gpumesh.gateway.model_requests import ModelRoute, read_demand, read_model, read_node, read_options, read_timeout
+from gpumesh.gateway.model_unloading import asks_to_unload, unload_everywhere
 from gpumesh.gateway.observe.record import RequestRecord
 from gpumesh.gateway.prompt_reading import PromptReader
 from gpumesh.mesh.mesh import Mesh
@@ -73,6 +74,10 @@ class ModelForwarder:
         members = read_small_members(data) or await read_members(data, request)
         model = read_model(route, members)
         demand = self._read_demand(request, route, members, model, size=len(data))
+        if "keep_alive" in members.known and asks_to_unload(request.path, members):
+            record.demand = demand
+            timeout_s = read_timeout(request.headers, self._spec.timeout_s)
+            return await unload_everywhere(self._mesh, demand, request.path, model or str(demand.model), timeout_s)
         if route.prompt_members and len(data) >= FIRST_BLOCK_BYTES:  # a shorter prompt has no block
             demand = await self._add_prompt(request, route, members, demand, len(data))
         elif demand.session is not None:

@@ -112,7 +112,7 @@ class ModelStoreRoutes:
         if not holders.having and not holders.lacking:  # so all nodes are unsure
             first_result = holders.unsure[0]
             raise BackendError(first_result.error_text, node=first_result.node)
-        return Response(status=404 if holders.lacking else 200, headers=_node_header(holders.having))
+        return Response(status=404 if holders.lacking else 200, headers=node_header(holders.having))
 
     async def add_blob(self, request: Request) -> Response:
         """Answers 201 if all nodes have the blob now, 200 if they had it before, else an error."""
@@ -120,15 +120,15 @@ class ModelStoreRoutes:
         digest = _read_blob_digest(request)
         holders = await self._store.find_blob(nodes, digest)
         if not holders.lacking and not holders.unsure:  # so all nodes have it
-            return Response(status=200, headers=_node_header(nodes))
+            return Response(status=200, headers=node_header(nodes))
         results: list[NodeResult] = []
         if holders.lacking:
             pieces, timeout_s = request.read_body_pieces(), _read_timeout(request)
             results = await self._store.add_blob(holders.lacking, digest, pieces, timeout_s=timeout_s)
         results += holders.unsure  # such a node may lack the blob, so it counts as a failure
         if all(result.done for result in results):
-            return Response(status=201, headers=_node_header(nodes))
-        return _render_failures(results, "stored")
+            return Response(status=201, headers=node_header(nodes))
+        return render_failures(results, "stored")
 
 
 # -- reading requests ------------------------------------------------------------------------------------------------
@@ -223,7 +223,7 @@ async def _stream_operation(
 
 def _single_document(result: OperationResult, verb: str) -> Response:
     """The result of an operation as one document, for a client that gets no stream."""
-    headers = _node_header(result.nodes)
+    headers = node_header(result.nodes)
     refusal = result.refusal
     # The operation failed on all nodes for one reason, which a server gave with an HTTP status: the client gets this
     # status, where ``_last_document`` has 500. (By its type a refusal may have no status; ``result.refusal`` has one.)
@@ -235,7 +235,7 @@ def _single_document(result: OperationResult, verb: str) -> Response:
 
 
 def _start_stream(request: Request, operation: StoreOperation) -> StreamingResponse:
-    return request.start_stream((("Content-Type", NDJSON), *_node_header(operation.nodes)))
+    return request.start_stream((("Content-Type", NDJSON), *node_header(operation.nodes)))
 
 
 def _step_document(step: StoreStep) -> dict[str, object]:
@@ -264,13 +264,13 @@ def _render_results(results: Sequence[NodeResult], verb: str) -> Response:
     """Answers a ``copy`` or ``delete`` with success if it succeeded on every node that has the model, else with an
     error."""
     if not is_done_where_possible(results):
-        return _render_failures(results, verb)
+        return render_failures(results, verb)
     successes = [result for result in results if result.done]
     # Without a body, and with a server's own status, as Ollama answers.
-    return Response(status=_http_status(successes[0]), headers=_node_header([result.node for result in successes]))
+    return Response(status=_http_status(successes[0]), headers=node_header([result.node for result in successes]))
 
 
-def _render_failures(results: Sequence[NodeResult], verb: str) -> Response:
+def render_failures(results: Sequence[NodeResult], verb: str) -> Response:
     """Answers with the servers' own error if all nodes gave the same, else with 502 and one message: the nodes where
     the operation succeeded, and the reasons of the others. ``results``: at least one of them is a failure."""
     different_errors = {(_http_status(result), result.error_text) for result in results}
@@ -281,7 +281,7 @@ def _render_failures(results: Sequence[NodeResult], verb: str) -> Response:
         successful_nodes = [result.node for result in results if result.done]
         failures = {result.node: result.error_text for result in results if not result.done}
         message = _describe_partial_success(verb, successful_nodes, failures)
-    headers = _node_header([result.node for result in results])
+    headers = node_header([result.node for result in results])
     return json_response(error_shapes.error_body(ClientApi.OLLAMA, status, message), status=status, headers=headers)
 
 
@@ -298,5 +298,5 @@ def _describe_partial_success(verb: str, successful_nodes: Sequence[str], failur
     return f"{verb} on {', '.join(successful_nodes) or 'no node'}; not on {reasons}"
 
 
-def _node_header(nodes: Iterable[str]) -> HeaderPairs:
+def node_header(nodes: Iterable[str]) -> HeaderPairs:
     return (("X-GPUMesh-Node", ", ".join(nodes)),)

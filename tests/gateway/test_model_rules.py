@@ -182,6 +182,24 @@ async def test_facts_about_a_model_under_another_name() -> None:
     assert (answer.status_code, asked_models(host)) == (200, ["assistant"])
 
 
+async def test_an_unload_reaches_each_server_under_its_own_name() -> None:
+    hosts = {"a": StandIn(LLAMA_8B.name), "b": StandIn("assistant"), "c": StandIn(MODEL)}
+    async with serve(LLAMA_RULES, hosts=hosts) as fleet:
+        answer = await fleet.client.post("/api/generate", json={"model": LLAMA_ON_VLLM, "keep_alive": 0})
+    assert (answer.status_code, answer.json()["model"]) == (200, LLAMA_ON_VLLM)
+    assert [asked_models(host) for host in hosts.values()] == [[LLAMA_8B.name], ["assistant"], []]
+
+
+async def test_a_limited_key_unloads_on_its_own_nodes() -> None:
+    key = KeySpec("bob", sha256=hashlib.sha256(b"secret").hexdigest(), nodes=("b",))
+    hosts = {"a": StandIn(MODEL), "b": StandIn(MODEL)}
+    async with serve(hosts=hosts, spec=GatewaySpec(port=0, keys=(key,))) as fleet:
+        headers = {"Authorization": "Bearer secret"}
+        answer = await fleet.client.post("/api/generate", json={"model": MODEL, "keep_alive": 0}, headers=headers)
+    assert (answer.status_code, answer.headers["X-GPUMesh-Node"]) == (200, "b")
+    assert [asked_models(host) for host in hosts.values()] == [[], [MODEL]]
+
+
 async def test_a_long_body_with_its_name_at_the_end() -> None:
     host = StandIn("assistant")
     long = "x" * (3 << 20)

@@ -9,6 +9,8 @@ A caller may name one node: then the operation is for this node only. Otherwise:
 - ``copy`` is done on every node that has the source. So the new name works on the same nodes as the source.
 - ``delete`` is done on every node that has the model. If such a node cannot be reached, the model is deleted from the
   other nodes, and the result is an error: the model would come back with this node.
+- ``unload`` is done on every node that has the model. A node that cannot be reached, and had the model in its memory
+  when it was seen last, makes the result an error.
 - ``push`` is done from one node that has the model.
 - A blob, which only ``create`` uses, is sent to the nodes that lack it while it is still being received.
 
@@ -30,8 +32,9 @@ from gpumesh.balancer.base import Candidate, Demand
 from gpumesh.balancer.select import has_model, no_node_error
 from gpumesh.errors import BackendError, GPUMeshError, NoNodeError
 from gpumesh.mesh.models.blob_upload import upload_to_nodes
+from gpumesh.mesh.models.inventory import is_embedder_on
 from gpumesh.mesh.models.merged_progress import MergedProgress
-from gpumesh.mesh.models.model_store import OPERATION_TIMEOUT_S, ModelStore, over_mesh
+from gpumesh.mesh.models.model_store import OPERATION_TIMEOUT_S, ModelStore, json_call, over_mesh
 from gpumesh.mesh.models.store_answers import (
     NodeResult,
     StoreRefusal,
@@ -40,6 +43,7 @@ from gpumesh.mesh.models.store_answers import (
     failed_result,
     read_body,
 )
+from gpumesh.model_names import full_name
 
 if TYPE_CHECKING:
     from gpumesh.mesh.mesh import Mesh
@@ -269,6 +273,47 @@ class FleetStore:
                     unreachable_results.append(failed_result(candidate.name, error))
         results = await self._change_stores(nodes, call, timeout_s)
         return [*results, *unreachable_results]
+
+    async def unload(
+        self, model: str, node: str | None, *, allowed: Collection[str] | None, timeout_s: float
+    ) -> list[NodeResult]:
+        """Removes a model from the memory of each node that has it, and returns the results, one for each node.
+        ``model`` is its name in the mesh. ``allowed``: only these nodes; ``None``: all. A node that had the model in
+        its memory, and cannot be reached now, has an error as its result. Raises NoNodeError and ModelMissing."""
+        asked_names = [name for name in self.nodes_with(model, node) if allowed is None or name in allowed]
+        if not asked_names:
+            raise no_node_error(
+                self._mesh.candidates(), Demand(model, KINDS_WITH_MODEL_STORE, node, nodes=frozenset(allowed or ()))
+            )
+        results = list(await asyncio.gather(*(self._unload_on_node(name, model, timeout_s) for name in asked_names)))
+        await self._mesh.refresh(asked_names)
+        for candidate in self._candidates():
+            is_meant = node in (None, candidate.name) and (allowed is None or candidate.name in allowed)
+            if is_meant and not candidate.usable and self._is_in_memory(candidate.name, model):
+                error = NoNodeError("it cannot be reached now", node=candidate.name)
+                results.append(failed_result(candidate.name, error))
+        return results
+
+    async def _unload_on_node(self, name: str, model: str, timeout_s: float) -> NodeResult:
+        """Makes one node unload the model. An embedding model is only unloaded if it is in memory: the request for that
+        would load it first."""
+        node = self._mesh.fleet.find_node(name)
+        name_at_server = node.server_name(model) or model
+        document: dict[str, object] = {"model": name_at_server, "keep_alive": 0}
+        if not is_embedder_on(node.state(queued=0), name_at_server):
+            call = json_call("POST", "/api/generate", {**document, "stream": False})
+        elif self._is_in_memory(name, model):
+            call = json_call("POST", "/api/embed", {**document, "input": []})
+        else:
+            return NodeResult(name, 200)
+        result = await ModelStore(name, over_mesh(self._mesh, name)).request(call, timeout_s=timeout_s)
+        if result.done:
+            node.note_unloaded(full_name(model))
+        return result
+
+    def _is_in_memory(self, name: str, model: str) -> bool:
+        """Whether the node had the model in its memory when it was seen last."""
+        return full_name(model) in self._mesh.fleet.find_node(name).account.residency.loaded
 
     async def _change_stores(self, nodes: Sequence[str], call: HttpCall, timeout_s: float) -> list[NodeResult]:
         """Sends a request that changes the stores, then asks the nodes which models they have now."""

@@ -246,6 +246,12 @@ class Node:
         self._scheduler.note_report(self.account)
         self._on_changed()
 
+    def note_unloaded(self, model: str) -> None:
+        """Notes that the server has unloaded the model (a full name), because it was asked to."""
+        self.account.residency.note_unloaded(model, self._clock())
+        self._scheduler.note_unloaded(self.account, model)
+        self._scheduler.note_report(self.account)
+
     def _check_after_failure(self, outcome: Outcome, error: str | None) -> None:
         """Makes the prober, and for some outcomes also the tunnel, check the node at once, because an attempt has
         failed."""

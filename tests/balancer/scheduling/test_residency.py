@@ -345,3 +345,16 @@ def test_whatever_happens_what_was_sent_or_answered_last_is_resident_and_a_load_
         else:
             residency.note_failed_load(key.model)
         assert all(item.loaded_at <= now for item in residency.loaded.values())
+
+
+def test_a_model_that_was_unloaded_on_request_is_gone_until_a_later_list_has_it() -> None:
+    residency = in_memory(A, B)
+    residency.note_answer(KEY_A, NOW)
+    residency.note_unloaded(A, NOW)
+    assert not residency.is_resident(KEY_A)
+    assert residency.is_resident(KEY_B)
+    reported: dict[str, tuple[int | None, int | None]] = {A: (1200, None), B: (1200, None)}
+    residency.replace_with_report(reported, asked_at=NOW)
+    assert not residency.is_resident(KEY_A), "the list may be from before"
+    residency.replace_with_report(reported, asked_at=NOW + REPORT_LAG_S + 0.1)
+    assert residency.is_resident(KEY_A), "a running request keeps it there"
