@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import subprocess
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from gpumesh.cli.commands import env
 from gpumesh.lab.profile import Faults
 from gpumesh.topology import GatewaySpec, PolicyKind
 from tests.gateway.fleet import MODEL, RunningGateway, serve_hosts
@@ -279,6 +281,30 @@ async def test_each_client_sends_its_key_in_its_own_way(monkeypatch: pytest.Monk
             openai.AuthenticationError,
             anthropic.AuthenticationError,
         ]
+
+
+@pytest.mark.parametrize("needs_key", [False, True])
+async def test_what_env_prints_is_enough_for_each_client(monkeypatch: pytest.MonkeyPatch, needs_key: bool) -> None:
+    import anthropic
+    import ollama
+    import openai
+
+    monkeypatch.setenv("GATEWAY_KEY", "it's k-12345")
+    async with serve_hosts(spec=GatewaySpec(api_key_env="GATEWAY_KEY" if needs_key else None)) as fleet:
+        lines = [env.export_lines(env.client_variables(fleet.gateway.url), env.ShellKind.SH)]
+        if needs_key:
+            lines.append(env.copy_lines("GATEWAY_KEY", env.ShellKind.SH))
+        else:
+            lines.append(env.export_lines(env.missing_keys(lambda _: False), env.ShellKind.SH))
+        names = (*env.client_variables(""), *env.KEY_VARIABLES)
+        script = "\n".join([*lines, *(f"printf '%s\\n' \"${name}\"" for name in names)])
+        shown = subprocess.run(["/bin/sh", "-c", script], capture_output=True, text=True, check=True).stdout
+        for name, value in zip(names, shown.splitlines(), strict=True):
+            monkeypatch.setenv(name, value)
+        async with ollama.AsyncClient() as client, openai.AsyncOpenAI() as other, anthropic.AsyncAnthropic() as third:
+            assert (await client.chat(MODEL, messages=SAID)).message.content
+            assert (await other.chat.completions.create(model=MODEL, messages=ASKED)).choices[0].message.content
+            assert (await third.messages.create(model=MODEL, max_tokens=5, messages=ASKED)).content
 
 
 async def failure(asked: Any) -> type[Exception] | None:

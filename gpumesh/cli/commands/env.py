@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import typer
 
@@ -14,8 +14,19 @@ from gpumesh.cli.global_options import GlobalOptions, global_options
 from gpumesh.config.listen_address import UNIX_PREFIX
 from gpumesh.errors import MeshNotRunning, UsageError
 from gpumesh.quoting import paste_command, powershell_word, shell_word, yaml_text
+from gpumesh.state import LocalAccess
 
 app = new_app()
+
+# OpenAI's and Anthropic's packages do not start without a key, even where the gateway asks for none. One of these
+# variables is enough for each.
+REQUIRED_KEYS: Mapping[str, tuple[str, ...]] = {
+    "OPENAI_API_KEY": ("OPENAI_API_KEY",),
+    "ANTHROPIC_API_KEY": ("ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN"),
+}
+PLACEHOLDER_KEY = "gpumesh"  # any text will do
+# All variables with which the packages send a key.
+KEY_VARIABLES = (*REQUIRED_KEYS, "OLLAMA_API_KEY")
 
 
 class ShellKind(StrEnum):
@@ -39,15 +50,59 @@ def env(
       gpumesh env --shell fish | source
       gpumesh env --shell powershell | Out-String | iex
     """
-    typer.echo(export_lines(client_variables(_gateway_url(global_options(ctx))), shell or _user_shell()))
+    from gpumesh.config.credentials import is_secret_set
+
+    options = global_options(ctx)
+    gateway = _find_gateway(options)
+    shell = shell or _user_shell()
+    lines = [export_lines(client_variables(gateway.url), shell)]
+    if not gateway.needs_key:
+        lines.append(export_lines(missing_keys(is_secret_set), shell))
+    else:
+        source = next(filter(is_secret_set, gateway.key_variables), None)
+        if source is not None:
+            lines.append(copy_lines(source, shell))
+        if not options.quiet:
+            typer.echo(_describe_key(gateway.key_variables, source), err=True)
+    typer.echo("\n".join(filter(None, lines)))
 
 
 def client_variables(url: str) -> dict[str, str]:
     """The variables that clients read, by name, with the gateway's base URL as each client expects it.
 
-    The variables of keys are left out: on loopback the gateway usually needs no key, and a key that the user has set
-    must stay as it is."""
+    The variables of keys are left out (``missing_keys``, ``copy_lines``)."""
     return {"OLLAMA_HOST": url, "OPENAI_BASE_URL": f"{url}/v1", "ANTHROPIC_BASE_URL": url}
+
+
+def missing_keys(is_set: Callable[[str], bool]) -> dict[str, str]:
+    """Placeholders for the keys that packages insist on, where the gateway asks for none. A key that the user has set
+    stays as it is. ``is_set`` returns whether the variable has a value."""
+    return {name: PLACEHOLDER_KEY for name, names in REQUIRED_KEYS.items() if not any(map(is_set, names))}
+
+
+def copy_lines(source: str, shell: ShellKind) -> str:
+    """The commands that give the clients the key that is in the variable ``source``. The key itself is not printed."""
+    match shell:
+        case ShellKind.FISH:
+            lines = [f'set -gx {name} "${source}";' for name in KEY_VARIABLES]
+        case ShellKind.POWERSHELL:
+            lines = [f"$Env:{name} = $Env:{source}" for name in KEY_VARIABLES]
+        case _:
+            lines = [f'export {name}="${source}"' for name in KEY_VARIABLES]
+    return "\n".join(lines)
+
+
+def _describe_key(variables: tuple[str, ...], source: str | None) -> str:
+    """Tells that the gateway asks for a key, and where the clients' variables have it from. ``variables`` are those
+    that mesh.yaml names for keys; ``source`` is the one that is set here."""
+    if source is not None:
+        return f"the gateway asks for a key: {', '.join(KEY_VARIABLES)} get the one in ${source}"
+    if variables:
+        example = shell_word(variables[0])
+        return (
+            f"the gateway asks for a key, and no variable of mesh.yaml holds one here: `export {example}=…`, then again"
+        )
+    return f"the gateway asks for a key: set {', '.join(KEY_VARIABLES)} to yours"
 
 
 def export_lines(variables: Mapping[str, str], shell: ShellKind) -> str:
@@ -61,9 +116,16 @@ def export_lines(variables: Mapping[str, str], shell: ShellKind) -> str:
             return "\n".join(f"export {name}={shell_word(value)}" for name, value in variables.items())
 
 
-def _gateway_url(options: GlobalOptions) -> str:
-    """The gateway's URL: that of the running mesh, whose port may be any free port; if no mesh runs, the URL that
-    mesh.yaml gives.
+class _Gateway(NamedTuple):
+    """``key_variables`` are the variables that mesh.yaml names for the keys of clients."""
+
+    url: str
+    needs_key: bool
+    key_variables: tuple[str, ...]
+
+
+def _find_gateway(options: GlobalOptions) -> _Gateway:
+    """The gateway of the running mesh, whose port may be any free port; if no mesh runs, that of mesh.yaml.
 
     Raises MeshNotRunning if the running mesh has no gateway, or if no mesh runs and mesh.yaml gives no port. Raises
     UsageError if there is only a Unix socket."""
@@ -75,12 +137,14 @@ def _gateway_url(options: GlobalOptions) -> str:
     if status is not None:
         if not options.quiet:
             changed_file.print_finding(changed_file.watch_running_file(paths).find())
-        url = status.get("gateway", {}).get("url")
+        gateway = status.get("gateway", {})
+        url = gateway.get("url")
         if not isinstance(url, str):
             raise MeshNotRunning("the running mesh has no gateway", hint="`gpumesh down`, then `gpumesh up -d`")
         if url.startswith(UNIX_PREFIX):
             raise _unix_only_error(url)
-        return url
+        needs_key = gateway.get("access") == LocalAccess.KEY
+        return _Gateway(url, needs_key, options.topology().gateway.key_variables if needs_key else ())
     spec = options.topology().gateway
     if spec.host is None:
         raise _unix_only_error(f"{UNIX_PREFIX}{spec.socket}")
@@ -89,7 +153,7 @@ def _gateway_url(options: GlobalOptions) -> str:
     if not options.quiet:
         typer.echo("no mesh is running now: `gpumesh up -d` starts it", err=True)
     host = f"[{spec.host}]" if ":" in spec.host else spec.host
-    return f"http://{host}:{spec.port}"
+    return _Gateway(f"http://{host}:{spec.port}", spec.needs_key, spec.key_variables)
 
 
 def _unix_only_error(address: str) -> UsageError:
