@@ -63,6 +63,14 @@ class Experience:
             return self.prefixes.match(key, demand.prompt, session)
         return {} if session is None else self.prefixes.match_session(key, session, int(_prompt_bytes(demand)))
 
+    def find_session_node(self, demand: Demand) -> str | None:
+        """The node that had the last request of this session; ``None`` if the client names no session, or if no node
+        has had it lately."""
+        session = _session_id(demand)
+        if demand.residency is None or session is None:
+            return None
+        return next(reversed(self.prefixes.match_session(demand.residency, session, 1)), None)
+
     def displaced_tokens(self, demand: Demand, node: str) -> float:
         """How many tokens of other prompts the node's server would forget for this one."""
         key = demand.residency
@@ -89,8 +97,11 @@ class Experience:
         if prompt is not None:
             self.prefixes.add(node, key, prompt, now)
         if session is not None:
-            size = int(_prompt_bytes(placed.demand)) if prompt is None else prompt.size
-            self.prefixes.note_session(node, key, session, size)
+            # The answer will be in the cache too. It is a part of the next prompt of the session, and after a short
+            # first prompt it is most of it.
+            size = _prompt_bytes(placed.demand) if prompt is None else prompt.size
+            size += placed.work.answer_tokens * self._answer_counts.bytes_per_token(key.model)
+            self.prefixes.note_session(node, key, session, int(size))
 
     def learn_from_answer(
         self, placed: PlacedRequest, counters: ServerCounters, now: float, *, mean_streams: float, stalled_share: float

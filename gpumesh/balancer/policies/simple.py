@@ -1,4 +1,8 @@
-"""The policies that look at loads only. They know nothing of models in memory, caches and lengths."""
+"""The policies that look at loads only. They know nothing of models in memory, prompts and lengths.
+
+But a client that names its conversation asks for the node that had its last request. All of them keep to that, as long
+as the node has a free slot.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +22,7 @@ class _SimplePolicy:
         free = nodes_with_room(question)
         if not free:
             return Choice(None)
-        chosen = question.forecast(self._pick(free, question))
+        chosen = question.forecast(_find_session_node(free, question) or self._pick(free, question))
         return Choice(chosen, (chosen,))
 
     def accept_at_once(self, account: NodeAccount, question: Question) -> Choice | None:  # noqa: ARG002
@@ -29,6 +33,14 @@ class _SimplePolicy:
 
     def _pick(self, free: Sequence[NodeAccount], question: Question) -> NodeAccount:
         raise NotImplementedError
+
+
+def _find_session_node(free: Sequence[NodeAccount], question: Question) -> NodeAccount | None:
+    """The node that had the last request of this session, if it is among the free ones."""
+    if question.demand.session is None:  # most requests
+        return None
+    name = question.fleet.experience.find_session_node(question.demand)
+    return next((account for account in free if account.name == name), None)
 
 
 class RoundRobin(_SimplePolicy):
