@@ -158,7 +158,7 @@ def text_of(data: bytes) -> str:
         elif "response" in frame:
             texts.append(frame["response"])
         elif frame.get("choices"):
-            texts.append(frame["choices"][0]["delta"].get("content", ""))
+            texts.append(frame["choices"][0]["delta"].get("content") or "")
     return "".join(texts)
 
 
