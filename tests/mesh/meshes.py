@@ -144,8 +144,8 @@ async def send(
 
 
 def frames(data: bytes) -> list[dict[str, Any]]:
-    """Of an NDJSON or SSE body; ``[DONE]`` is left out."""
-    lines = [line.removeprefix(b"data: ") for line in data.splitlines() if line.strip()]
+    """Of an NDJSON or SSE body; ``[DONE]`` and comments are left out."""
+    lines = [line.removeprefix(b"data: ") for line in data.splitlines() if line.strip() and not line.startswith(b":")]
     return [json.loads(line) for line in lines if line != b"[DONE]"]
 
 

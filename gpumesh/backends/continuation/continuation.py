@@ -158,8 +158,9 @@ class Continuation:
     # -- upstream to client --------------------------------------------------------------------------------------
 
     def feed(self, data: bytes, now: float | None = None) -> bytes:
-        """Takes bytes of the current upstream, and returns the bytes for the client; empty after the end or a cut.
-        ``now`` is the clock's time, if the caller knows it already. Each streamed token passes here."""
+        """Takes bytes of the current upstream, and returns the bytes for the client: ``data`` itself if it holds only
+        text; nothing after the end or a cut. ``now`` is the clock's time, if the caller knows it already. Each streamed
+        token passes here."""
         now = self._clock() if now is None else now
         if (
             self._passes_text
@@ -267,20 +268,17 @@ class Continuation:
         Before the first token, they are held: a server may send comments, or the role of the answer, while it still
         loads the model or reads the prompt."""
         self._read_unread()
-        awaited_token = self._awaits_token
-        client_frames = b"".join([self._pass_on_frame(raw, now) for raw in split_frames(self._upstream_format, frames)])
+        client_frames = self._held_frames
+        for raw in split_frames(self._upstream_format, frames):
+            client_frames += self._pass_on_frame(raw, now)
         if self.finished or self.cut_reason is not None:
             self._passes_text = False
-        if not awaited_token:
-            return client_frames
-        self._held_frames += client_frames
         if self._awaits_token:
-            if len(self._held_frames) > HELD_BYTES:
+            if len(client_frames) > HELD_BYTES:
                 self.cut_reason = f"more than {HELD_BYTES >> 10} KiB without a token"
             return b""
-        client_frames = bytes(self._held_frames)
-        self._held_frames.clear()
-        return client_frames
+        self._held_frames = bytearray()
+        return bytes(client_frames)  # never ``frames`` itself: by this, the caller knows that frames were read
 
     def _pass_on_frame(self, raw: bytes, now: float) -> bytes:
         """Reads one whole frame (``raw``), and returns the client's frame for it; empty for an error, for a comment
