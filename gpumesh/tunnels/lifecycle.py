@@ -6,14 +6,14 @@
                              ▲      │                  │
                    RetryDue, │      └─ConnectionFailed─┤
        RetryRequested, Woke, │                         ▼
-              NetworkChanged └──────────── backoff, or failed when a person must act   (CloseRequested: closed)
+  RepairSeen, NetworkChanged └──────────── backoff, or failed when a person must act   (CloseRequested: closed)
 
 A tunnel never gives up. An error that a retry alone cannot cure (a refused key, a changed host key) brings the tunnel
-into phase ``failed``. Even then the tunnel is tried again, slowly, because a person may mend the cause on the host,
-where we do not see that. After a stable connection breaks, the tunnel is tried again at once. If connections keep
-breaking soon after they came up, each wait is longer than the last, so that a flapping host does not get many logins.
-After a wake from sleep or a change of the network the tunnel is tried at once, and then at short intervals: Wi-Fi takes
-some 15 s to come back.
+into phase ``failed``. Even then the tunnel is tried again: at once if a person may have mended the cause on this
+machine (``RepairSeen``), and slowly in any case, because a person may mend it on the host, where we do not see that.
+After a stable connection breaks, the tunnel is tried again at once. If connections keep breaking soon after they came
+up, each wait is longer than the last, so that a flapping host does not get many logins. After a wake from sleep or a
+change of the network the tunnel is tried at once, and then at short intervals: Wi-Fi takes some 15 s to come back.
 
 The machine has no clock, no socket and no randomness. Times are seconds of one monotonic clock, and ``jitter`` is a
 number in [0, 1): for each step the caller reads the clock and draws the number.
@@ -24,7 +24,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
-from gpumesh.state import TunnelPhase
+from gpumesh.state import TunnelPhase, TunnelState
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +89,11 @@ class RetryRequested:
 
 
 @dataclass(frozen=True, slots=True)
+class RepairSeen:
+    """Something has changed on this machine that a failed attempt has used: a person may have mended the cause."""
+
+
+@dataclass(frozen=True, slots=True)
 class Suspected:
     """A request through the tunnel failed, so the host may be gone."""
 
@@ -114,6 +119,7 @@ LifecycleEvent = (
     | ConnectionFailed
     | RetryDue
     | RetryRequested
+    | RepairSeen
     | Suspected
     | Woke
     | NetworkChanged
@@ -188,7 +194,7 @@ def step(
             if life.retry_at is not None and now < life.retry_at:  # the caller's timer went off too early
                 return life, Decision.WAIT
             return _begin_attempt(life, now), Decision.CONNECT
-        case RetryRequested() if life.waiting:
+        case RetryRequested() | RepairSeen() if life.waiting:
             # The person may have mended the cause: if this attempt fails too, the waits begin with the shortest again.
             return _begin_attempt(replace(life, failures=0), now), Decision.CONNECT
         case RetryRequested() | Suspected() if life.phase is TunnelPhase.UP:
@@ -265,3 +271,20 @@ def _react_to_environment(
             retry_at = settled_at if life.retry_at is None else min(life.retry_at, settled_at)
             return replace(life, retry_at=retry_at), Decision.WAIT
     return _begin_attempt(life, now), Decision.CONNECT
+
+
+def describe_life(life: Lifecycle, rtt_ms: float | None, *, now: float) -> TunnelState:
+    """The part of the visible state that the lifecycle decides. ``rtt_ms``: the last round trip. Pure."""
+    # While the tunnel is up, the last error stays, to explain the last reconnect. Its code and hint ask a person to
+    # act, so they do not stay.
+    up, cause = life.phase is TunnelPhase.UP, life.cause
+    return TunnelState(
+        transport="",
+        state=life.phase,
+        rtt_ms=rtt_ms if up else None,
+        reconnects=life.reconnects,
+        last_error=cause.message if cause else None,
+        error_code=cause.code if cause and not up else None,
+        hint=cause.hint if cause and not up else None,
+        retry_in_s=max(0.0, life.retry_at - now) if life.retry_at is not None else None,
+    )

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from gpumesh.errors import GPUMeshError
-from gpumesh.state import LocalAccess
+from gpumesh.state import LocalAccess, TunnelPhase
 from gpumesh.topology import DEFAULT_TUNNELS, Target, TunnelListen, TunnelsSpec
 from gpumesh.tunnels.local_system.peer_users import can_identify_peers
 from gpumesh.tunnels.local_system.sockets import close_with_reset
@@ -86,6 +86,20 @@ class Listeners:
         if self._unix_listeners:
             return unix_url(self.paths[number], scheme=target.scheme, prefix=prefix)
         return f"{target.scheme}://127.0.0.1:{self.ports[number]}{prefix}"
+
+    def follow_phase(self, old_phase: TunnelPhase, phase: TunnelPhase, client_wait_s: float) -> None:
+        """Lets the clients wait for the first ``client_wait_s`` of an outage, and then resets them.
+
+        Called when the tunnel's phase changes. In phase failed the outage will be long, so clients are reset at once.
+        """
+        if phase is TunnelPhase.UP:
+            self.hold_clients()
+        elif phase is TunnelPhase.FAILED:
+            self.reset_clients()
+        elif old_phase in (TunnelPhase.IDLE, TunnelPhase.UP) and phase is not TunnelPhase.CLOSED:
+            # The outage begins now; the time before the first connection counts as an outage too. The later phases of
+            # an outage (backoff, connecting) do not start the time again.
+            self.reset_clients_after(client_wait_s)
 
     def hold_clients(self) -> None:
         """Makes clients wait in the backlog until a worker accepts them."""

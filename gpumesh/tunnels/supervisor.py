@@ -14,6 +14,7 @@ import random
 import shlex
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 
 from gpumesh.errors import GPUMeshError, TunnelDown, TunnelError
@@ -35,14 +36,17 @@ from gpumesh.tunnels.lifecycle import (
     LifecycleEvent,
     NetworkChanged,
     OpenRequested,
+    RepairSeen,
     RetryDue,
     RetryRequested,
     Suspected,
     Woke,
+    describe_life,
     step,
 )
 from gpumesh.tunnels.listeners import CLIENT_WAIT_S, Listeners
 from gpumesh.tunnels.local_system.network_watch import watch_network, watch_sleep
+from gpumesh.tunnels.local_system.repairs import RepairWatch
 from gpumesh.tunnels.transport import ConnectionInfo, ConnectRequest
 from gpumesh.tunnels.workers.connection_watch import follow_connection
 from gpumesh.tunnels.workers.protocol import ForwardFailed, PeerRefused
@@ -141,6 +145,7 @@ class SshTunnel:
         self._since: datetime | None = None  # when the present phase began
         self._rtt_ms: float | None = None
         self._host_keys: tuple[str, ...] = ()
+        self._repairs = RepairWatch(ssh)
         self._forbidden_targets: set[Target] = set()  # to which the present connection's host forbids forwarding
         self._link: WorkerLink | None = None
         # Decisions of the lifecycle, for the tasks that wait for them.
@@ -156,21 +161,11 @@ class SshTunnel:
 
     @property
     def state(self) -> TunnelState:
-        # While the tunnel is up, the last error stays, to explain the last reconnect. Its code and hint ask a person to
-        # act, so they do not stay.
-        life = self._life
-        up = life.phase is TunnelPhase.UP
-        cause = life.cause
-        return TunnelState(
+        state = describe_life(self._life, self._rtt_ms, now=self._clock())
+        return replace(
+            state,
             transport=self._ssh.transport.value,
-            state=life.phase,
             since=self._since,
-            rtt_ms=self._rtt_ms if up else None,
-            reconnects=life.reconnects,
-            last_error=cause.message if cause else None,
-            error_code=cause.code if cause and not up else None,
-            hint=cause.hint if cause and not up else None,
-            retry_in_s=max(0.0, life.retry_at - self._clock()) if life.retry_at is not None else None,
             local_port=self._listeners.ports[0] if self._listeners.ports else None,
             local_socket=str(self._listeners.paths[0]) if self._listeners.paths else None,
             local_access=self._listeners.access,
@@ -241,7 +236,7 @@ class SshTunnel:
         if self._life != old_life:
             if self._life.phase is not old_life.phase:
                 self._since = datetime.now(UTC)
-                _hold_or_reset_clients(self._listeners, old_life.phase, self._life.phase, self._client_wait_s)
+                self._listeners.follow_phase(old_life.phase, self._life.phase, self._client_wait_s)
             self._announce_state()
 
     def _announce_state(self) -> None:
@@ -265,6 +260,7 @@ class SshTunnel:
         """Makes one connection after the other, with the pauses that the lifecycle decides. Never returns."""
         while True:
             self._reconnect.clear()
+            self._repairs.note_attempt()
             cause = await self._run_connection()
             if cause is not None:  # otherwise the lifecycle is in phase connecting again: the next attempt is at once
                 self._handle_event(ConnectionFailed(cause))
@@ -275,11 +271,15 @@ class SshTunnel:
         """Waits for the time of the next attempt, and then reports it as due. Returns early at a new decision."""
         assert self._life.retry_at is not None, "a waiting tunnel has a time for its retry"
         self._retry_wakeup.clear()
+        code = self._life.cause.code if self._life.cause is not None else ""
+        repair_task = asyncio.create_task(self._repairs.watch(code, lambda: self._handle_event(RepairSeen())))
         try:
             async with asyncio.timeout(max(0.0, self._life.retry_at - self._clock())):
                 await self._retry_wakeup.wait()
         except TimeoutError:
             self._handle_event(RetryDue())
+        finally:
+            repair_task.cancel()
 
     # -- one connection ----------------------------------------------------------------------------------------------
 
@@ -359,23 +359,6 @@ class SshTunnel:
         self._forbidden_targets.add(failed.target)
         if self._forbidden_targets >= set(self._targets):
             self._link.finish(Cause("forwarding-forbidden", failed.message, FORBIDDEN_HINT, needs_person=True))
-
-
-def _hold_or_reset_clients(
-    listeners: Listeners, old_phase: TunnelPhase, phase: TunnelPhase, client_wait_s: float
-) -> None:
-    """Lets the clients of the local ports wait for the first ``client_wait_s`` of an outage, and then resets them.
-
-    Called when the tunnel's phase changes. In phase failed the outage will be long, so clients are reset at once.
-    """
-    if phase is TunnelPhase.UP:
-        listeners.hold_clients()
-    elif phase is TunnelPhase.FAILED:
-        listeners.reset_clients()
-    elif old_phase in (TunnelPhase.IDLE, TunnelPhase.UP) and phase is not TunnelPhase.CLOSED:
-        # The outage begins now; the time before the first connection counts as an outage too. The later phases of an
-        # outage (backoff, connecting) do not start the time again.
-        listeners.reset_clients_after(client_wait_s)
 
 
 def _log_refused_user(node: str, refused: PeerRefused) -> None:

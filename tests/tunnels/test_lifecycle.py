@@ -19,6 +19,7 @@ from gpumesh.tunnels.lifecycle import (
     LifecycleEvent,
     NetworkChanged,
     OpenRequested,
+    RepairSeen,
     RetryDue,
     RetryRequested,
     RetryTiming,
@@ -38,6 +39,7 @@ events: st.SearchStrategy[LifecycleEvent] = st.sampled_from(
         ConnectionFailed(KEY),
         RetryDue(),
         RetryRequested(),
+        RepairSeen(),
         Suspected(),
         Woke(),
         NetworkChanged(),
@@ -126,6 +128,16 @@ def test_a_wake_or_a_persons_request_acts_at_once(
     elif isinstance(event, Woke):
         assert decision is Decision.RECONNECT  # an attempt from before the sleep waits on a dead connection
     assert after.phase in (TunnelPhase.CONNECTING, TunnelPhase.UP)
+
+
+@given(histories)
+def test_a_repair_acts_at_once_where_the_tunnel_waits(history: list[tuple[LifecycleEvent, float, float]]) -> None:
+    life, now = play(history)
+    after, decision = step(life, RepairSeen(), now=now, jitter=0.5)
+    if life.waiting:
+        assert (after.phase, after.failures, decision) == (TunnelPhase.CONNECTING, 0, Decision.CONNECT)
+    else:
+        assert (after, decision) == (life, Decision.NOTHING)
 
 
 @given(st.lists(st.floats(0.0, 0.01), min_size=2, max_size=30), jitters)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 from pathlib import Path
 
@@ -10,8 +11,10 @@ import pytest
 
 from gpumesh.errors import AuthRefused, TunnelError
 from gpumesh.topology import TransportKind
+from gpumesh.tunnels.local_system import repairs
 from gpumesh.tunnels.workers.worker_pool import WorkerPool
 from tests.prerequisites import needs
+from tests.tunnels.polling import wait_until
 from tests.tunnels.sshd import Sshd, keygen
 from tests.tunnels.supervised import (
     CONNECTING,
@@ -63,6 +66,37 @@ async def test_a_changed_host_key_makes_the_tunnel_failed(
         await wait_phase(watched, FAILED)
         assert watched.tunnel.state.error_code == "host-key-changed"
         assert "trust" in (watched.tunnel.state.hint or "")
+
+
+@both
+async def test_a_key_that_somebody_records_wakes_the_tunnel(
+    sshd: Sshd, pool: WorkerPool, transport: TransportKind, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`gpumesh trust` of any mesh, ssh, or an editor: nobody tells this tunnel."""
+    monkeypatch.setattr(repairs, "POLL_S", 0.02)
+    right = sshd.known_hosts.read_text()
+    sshd.known_hosts.write_text("")
+    async with supervised(pool, sshd.spec(transport=transport), 1) as watched:
+        await wait_phase(watched, FAILED)
+        assert watched.tunnel.state.error_code == "host-key-unknown"
+        sshd.known_hosts.write_text(f"other.example {sshd.public_host_key}\n")
+        await wait_until(lambda: watched.phases == [CONNECTING, FAILED, CONNECTING, FAILED], "it is tried again")
+        sshd.known_hosts.write_text(right)
+        await wait_phase(watched, UP)
+        assert watched.phases == [CONNECTING, FAILED, CONNECTING, FAILED, CONNECTING, UP]
+
+
+@both
+async def test_a_login_key_that_becomes_usable_wakes_the_tunnel(
+    sshd: Sshd, pool: WorkerPool, transport: TransportKind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(repairs, "POLL_S", 0.02)
+    missing = tmp_path / "missing"
+    async with supervised(pool, sshd.spec(transport=transport, identity_files=(missing,)), 1) as watched:
+        await wait_phase(watched, FAILED)
+        assert watched.tunnel.state.error_code in ("key-unreadable", "auth-refused")
+        os.replace(sshd.identity, missing)
+        await wait_phase(watched, UP)
 
 
 @both

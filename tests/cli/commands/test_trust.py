@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import json
 import subprocess
+import time
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from gpumesh.daemon.control_socket.server import ControlServer
+from gpumesh.daemon.mesh_lock import MeshLock
+from gpumesh.daemon.paths import for_config
 from gpumesh.errors import ExitCode
 from gpumesh.tunnels.known_hosts import host_key_alias, read_known_hosts
+from tests.daemon.scripted import ScriptedSession
 from tests.prerequisites import needs
 from tests.real.command import Gpumesh
 from tests.tunnels.sshd import Sshd, keygen
@@ -190,3 +196,42 @@ async def test_a_person_is_asked(gpumesh: Gpumesh, sshd: Sshd) -> None:
         seen.press("y\n")
         assert await seen.wait_exit() == 0
     assert own_name(gpumesh) in names(sshd.known_hosts)
+
+
+async def test_the_running_mesh_connects_at_once(gpumesh: Gpumesh, sshd: Sshd, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(gpumesh, sshd)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", gpumesh.environment()["XDG_RUNTIME_DIR"])
+    paths = for_config(gpumesh.config)
+    session = ScriptedSession()
+    lock = MeshLock.acquire(paths)
+    try:
+        async with ControlServer(session, paths.socket, on_stop=lambda _: None):
+            await gpumesh("trust", "-y", "iceland")
+            assert session.reconnected == ["iceland"]
+            await gpumesh("trust", "iceland")
+            assert session.reconnected == ["iceland", "iceland"], "a person waits for it, also if the key was known"
+            session.state = replace(session.state, nodes=())
+            await gpumesh("trust", "iceland")
+            assert len(session.reconnected) == 2, "the running mesh may have been started without the node"
+    finally:
+        lock.release()
+
+
+@pytest.mark.slow
+@transports
+async def test_trust_brings_the_node_of_a_running_mesh_back(gpumesh: Gpumesh, sshd: Sshd, transport: str) -> None:
+    write(gpumesh, sshd, transport=transport)
+    document = json.loads(gpumesh.config.read_text())
+    gpumesh.config.write_text(json.dumps({**document, "gateway": {"listen": "127.0.0.1:0"}}))
+    await gpumesh("up", "-d")
+
+    async def tunnel() -> Any:
+        return (await gpumesh("status", "--json")).json()["nodes"][0]["tunnel"]
+
+    assert (await tunnel())["error_code"] == "host-key-unknown"
+    trusted_at = time.monotonic()
+    await gpumesh("trust", "-y", "iceland")
+    while (now := await tunnel())["state"] != "up":
+        assert time.monotonic() - trusted_at < 20, now  # it would wait for 54 to 66 s by itself
+    assert now["error_code"] is now["hint"] is None
+    await gpumesh("down")
