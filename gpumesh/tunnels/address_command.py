@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
+import tempfile
+from typing import IO
 
 from gpumesh import quoting
+from gpumesh.config.credentials import mask_secrets
 from gpumesh.errors import HostUnresolved
 from gpumesh.topology import AddressCommand
+from gpumesh.tunnels.host_words import add_words
 from gpumesh.tunnels.local_system.local_command import local_command, read_at_most
 
 _MAX_OUTPUT_BYTES = 64 * 1024
+_MAX_ERROR_BYTES = 8 * 1024
+_MAX_ERROR_LINES = 5
 # Letters, digits, dots, hyphens, underscores, and for IPv6 colons and a zone. A hyphen is never first: otherwise a
 # program could take the host for an option.
 _HOST_PATTERN = re.compile(r"[A-Za-z0-9_:][A-Za-z0-9_.:%-]{0,252}")
@@ -88,11 +95,21 @@ async def ask_address(command: AddressCommand, *, default_port: int, node: str) 
     Raises HostUnresolved, which is retried, when the command fails, takes longer than its ``timeout_s`` or prints no
     address. The command and all processes that it started are ended in any case.
     """
+    # A file instead of a pipe: a process that the command leaves behind could keep a pipe open.
+    with tempfile.TemporaryFile() as stderr:
+        try:
+            return await _run_command(command, stderr, default_port, node)
+        except HostUnresolved as error:
+            raise add_words(error, _read_last_lines(stderr)) from error
+
+
+async def _run_command(command: AddressCommand, stderr: IO[bytes], default_port: int, node: str) -> tuple[str, int]:
+    """Like ``ask_address``. ``stderr`` is the file for the command's stderr, which the errors do not quote."""
     program = command.command[0]
     quoted_name = quoting.paste_command("{COMMAND}", COMMAND=program)
     hint = f"run {quoted_name} by hand: it must print `host port`, or JSON with host and port, and exit 0"
     try:
-        async with local_command(command.command, stderr=False) as process, asyncio.timeout(command.timeout_s):
+        async with local_command(command.command, stderr=stderr) as process, asyncio.timeout(command.timeout_s):
             # Output above the limit is dropped: it cannot be part of an address.
             printed, _truncated = await read_at_most(process.stdout, _MAX_OUTPUT_BYTES)
             status = await process.wait()
@@ -108,3 +125,14 @@ async def ask_address(command: AddressCommand, *, default_port: int, node: str) 
         return parse_address(printed.decode("utf-8", "replace"), default_port=default_port)
     except ValueError as error:
         raise HostUnresolved(f"address_from: {program!r}: {error}", hint=hint, node=node) from error
+
+
+def _read_last_lines(file: IO[bytes]) -> list[str]:
+    """The last lines of the command's stderr, which say why, without the secrets of the environment: a script may show
+    what it sends."""
+    dropped_bytes = max(0, file.seek(0, os.SEEK_END) - _MAX_ERROR_BYTES)
+    file.seek(dropped_bytes)
+    lines = mask_secrets(file.read().decode("utf-8", "replace")).splitlines()
+    if dropped_bytes:
+        lines = lines[1:]  # the first line is cut, perhaps within a secret
+    return lines[-_MAX_ERROR_LINES:]

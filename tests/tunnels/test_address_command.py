@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -140,3 +141,21 @@ async def test_the_command_and_its_children_are_ended(tmp_path: Path, cancelled:
     with pytest.raises((HostUnresolved, asyncio.CancelledError)):
         await asking
     await wait_until(lambda: not any(alive(pid) for pid in started), f"the end of {started}")
+
+
+async def test_what_the_command_prints_on_stderr_is_in_the_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POD_API_KEY", "planted-secret")
+    noise = "for i in $(seq 3000); do echo noise >&2; done"
+    for script, timeout_s in (("exit 3", 20.0), ("sleep 60", 1.0), ("echo a b c", 20.0)):
+        told = "printf '\\033[1mpod %s is stopped\\n' $POD_API_KEY >&2"
+        with pytest.raises(HostUnresolved) as caught:
+            await ask_default(command(f"{noise}; {told}; {script}", timeout_s=timeout_s))
+        assert "pod ******** is stopped" in caught.value.message
+        assert caught.value.message.isprintable()
+        assert "planted" not in caught.value.message
+
+
+async def test_an_address_does_not_wait_for_a_process_that_holds_stderr_open() -> None:
+    started_at = time.monotonic()
+    assert await ask_default(command("sleep 60 >/dev/null & echo 10.0.0.9 2200")) == ("10.0.0.9", 2200)
+    assert time.monotonic() - started_at < 15

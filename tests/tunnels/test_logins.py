@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import getpass
 import subprocess
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -265,6 +266,24 @@ async def test_the_banner_of_a_host_that_refuses(connect: ConnectFunction, folde
     assert "it says: To authenticate, visit: https://login.tailscale.com/a/1234567890 Only for" in refusal.message
     assert refusal.message.isprintable()
     assert len(refusal.message) < 700
+
+
+async def test_a_login_that_waits_for_a_person_elsewhere(
+    connect: ConnectFunction, folder: Path, tmp_path: Path
+) -> None:
+    """As Tailscale's check mode: the banner names a page, and the host does not answer before somebody was there."""
+    visited = threading.Event()
+    server = QuestioningServer("publickey", "", (), [], banner=BANNER, lets_in=lambda: visited.wait(60))
+    async with run_questioning_server(tmp_path, server) as ssh:
+        impatient = dataclasses.replace(ssh, connect_timeout_s=1.0)
+        try:
+            refusal = await get_refusal(connect, impatient, folder)
+        finally:
+            visited.set()
+        assert refusal.needs_person
+        assert "has not accepted the login of root within 1 s; it says: To auth" in refusal.message
+        assert "https://login.tailscale.com/a/1234567890" in refusal.message
+        await log_in(connect, ssh, folder)
 
 
 async def test_a_banner_is_no_message_of_ssh_itself(connect: ConnectFunction, folder: Path, tmp_path: Path) -> None:

@@ -130,6 +130,8 @@ async def _run_with_prefix(session: Session, node: str, command: list[str], widt
         code = _exit_code(status, node)
     except GPUMeshError as error:
         typer.echo(f"{node:<{width}}  error: {clean_line(error.message)}", err=True)
+        if error.hint:
+            typer.echo(f"{node:<{width}}  hint: {clean_line(error.hint)}", err=True)
         return 1
     if code:
         typer.echo(f"{node:<{width}}  exit status {code}", err=True)

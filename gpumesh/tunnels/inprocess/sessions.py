@@ -10,6 +10,7 @@ import paramiko
 from paramiko.common import cMSG_CHANNEL_REQUEST
 
 from gpumesh.errors import ExecError
+from gpumesh.printable import printable
 from gpumesh.tunnels import blocking
 from gpumesh.tunnels.base import OutputStream
 from gpumesh.tunnels.remote_command import SHELL_TEST_OUTPUT, wrap_killable
@@ -34,8 +35,10 @@ async def start_command(transport: paramiko.Transport, command: str, *, posix: b
     except TimeoutError as error:
         raise ExecError("the host does not start the command") from error
     except (paramiko.SSHException, EOFError, OSError) as error:
+        reason = printable(str(error), 120)
         raise ExecError(
-            "the host gives no session to run a command in", hint="its sshd forbids it, or MaxSessions is reached"
+            f"the host gives no session to run a command in{f' ({reason})' if reason else ''}",
+            hint="its sshd forbids it, or MaxSessions is reached",
         ) from error
     return SessionCommand(channel, wrapped=posix)
 

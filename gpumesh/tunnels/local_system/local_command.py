@@ -12,6 +12,7 @@ import contextlib
 import os
 import signal
 from collections.abc import AsyncIterator, Sequence
+from typing import IO
 
 from gpumesh.config import environment
 
@@ -20,17 +21,25 @@ END_TIMEOUT_S = 2.0  # the time for a killed command to end and to close its pip
 
 
 @contextlib.asynccontextmanager
-async def local_command(argv: Sequence[str], *, stderr: bool = True) -> AsyncIterator[asyncio.subprocess.Process]:
-    """Runs the command during the block, to which it gives the process. ``stderr``: a pipe for it; otherwise dropped.
+async def local_command(
+    argv: Sequence[str], *, stderr: bool | IO[bytes] = True
+) -> AsyncIterator[asyncio.subprocess.Process]:
+    """Runs the command during the block, to which it gives the process. ``stderr``: a pipe for it, or the file that
+    gets it; false: it is dropped.
 
     Raises OSError or ValueError (a NUL in an argument) when the command cannot be started.
     """
+    stderr_target: int | IO[bytes]
+    if isinstance(stderr, bool):
+        stderr_target = asyncio.subprocess.PIPE if stderr else asyncio.subprocess.DEVNULL
+    else:
+        stderr_target = stderr
     start_task = asyncio.create_task(
         asyncio.create_subprocess_exec(
             *argv,
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE if stderr else asyncio.subprocess.DEVNULL,
+            stderr=stderr_target,
             env=environment.child_environment(),
             start_new_session=True,
         )

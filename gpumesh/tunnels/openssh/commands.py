@@ -10,6 +10,7 @@ from pathlib import Path
 
 from gpumesh.config import environment
 from gpumesh.errors import ExecError
+from gpumesh.printable import printable
 from gpumesh.tunnels.base import OutputStream
 from gpumesh.tunnels.local_system.local_command import exit_status, release_process, wait_for_exit
 from gpumesh.tunnels.openssh.errors import NO_SESSION_PATTERN
@@ -104,9 +105,11 @@ class MuxCommand:
 
         ssh failed if it printed that there is no session, or if the connection is gone.
         """
-        if NO_SESSION_PATTERN.search(self._stderr_tail.decode("latin-1")):
+        stderr_lines = self._stderr_tail.decode("utf-8", "replace").splitlines()
+        refusal = next((line for line in stderr_lines if NO_SESSION_PATTERN.search(line)), None)
+        if refusal is not None:
             raise ExecError(
-                "the host gives no session to run a command in",
+                f"the host gives no session to run a command in ({printable(refusal, 120)})",
                 hint="its sshd forbids it, or MaxSessions is reached",
             )
         if not await self._is_master_alive():

@@ -88,8 +88,9 @@ class OpensshConnection:
         peer_filter = open_own_user_filter(listeners[0], self._on_peer_refused) if own_user_only else None
         self._forwarder = Forwarder(self._on_forwarder_end, peer_filter=peer_filter)
         self._last_dialled: Target | None = None
-        # The round trip is measured later. The version is not the host's: ssh does not report that.
-        self.info = ConnectionInfo(None, "OpenSSH client")
+        server = master.output.server  # ``None``: an ssh before 8.5 does not report the host's version
+        self._server = "OpenSSH client" if server is None else f"SSH-2.0-{server}"
+        self.info = ConnectionInfo(None, self._server)  # the round trip is measured later
 
     def __repr__(self) -> str:
         return f"<OpensshConnection {self._destination} {self._master!r} {self._forwarder!r}>"
@@ -111,7 +112,7 @@ class OpensshConnection:
                 rtt_ms = check.rtt_ms
         if rtt_ms is None:  # nothing was checked, or no echo came in time
             rtt_ms = await self.ping(forwards.ECHO_TIMEOUT_S)
-        self.info = ConnectionInfo(rtt_ms, "OpenSSH client")
+        self.info = ConnectionInfo(rtt_ms, self._server)
         self._master.on_error_line = self._on_error_line  # not before the check, whose refusals are reported above
         for listener, (path, target) in zip(self._listeners, routes, strict=True):
             self._forwarder.listen(listener, self._make_dialer(path, target))

@@ -97,12 +97,14 @@ class OutputPiece:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """A command ended. ``error`` is set when the command could not be run, or took longer than its ``timeout_s``."""
+    """A command ended. ``error`` is set when the command could not be run, or took longer than its ``timeout_s``;
+    ``hint``: what can be done about the error. Both are safe to print."""
 
     id: int
     exit_status: int | None
     truncated: bool = False
     error: str | None = None
+    hint: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -210,7 +210,7 @@ class Worker:
             message = f"no end of the command within {request.timeout_s:g} s"
             done = Done(request.id, None, truncated, error=message)
         except ExecError as error:
-            done = Done(request.id, None, error=error.message)
+            done = Done(request.id, None, error=error.message, hint=error.hint)
         finally:
             self._commands.pop(request.id, None)
             if command is not None:

@@ -260,7 +260,7 @@ class WorkerLink:
             reason = self.end_cause.result().message if self.end_cause.done() else "the tunnel closed"
             raise ExecError(f"the command was cut off on {self._node}: {reason}", node=self._node)
         if done.error is not None:
-            raise ExecError(f"the command failed on {self._node}: {done.error}", node=self._node)
+            raise ExecError(f"the command failed on {self._node}: {done.error}", hint=done.hint, node=self._node)
         return done
 
     async def _forget_command(self, command_id: int, *, succeeded: bool) -> None:
