@@ -120,7 +120,8 @@ class AddressCommand:
 class SshSpec:
     """The values that are needed to reach a host by SSH. ``user`` is never empty. ``identity_files`` may be empty: an
     agent or a password can take their place. ``identities_only``: of the agent's keys only those are tried that belong
-    to one of ``identity_files``. ``host`` is empty if only ``address_from`` knows the host."""
+    to one of ``identity_files``. ``keys_of_alias``: ``identity_files`` are those that ``~/.ssh/config`` has for
+    ``alias``, where the system's ssh finds them itself. ``host`` is empty if only ``address_from`` knows the host."""
 
     host: str
     port: int = 22
@@ -134,6 +135,7 @@ class SshSpec:
     agent: bool = True
     identities_only: bool = False
     alias: str | None = None
+    keys_of_alias: bool = False
     transport: TransportKind = TransportKind.SSHTUNNEL
     connect_timeout_s: float = 6.0
     keepalive_s: float = 2.0

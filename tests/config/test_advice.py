@@ -135,3 +135,14 @@ def test_a_node_that_names_one_server_twice_shares_it_with_no_other_node() -> No
 
 def test_nothing_enabled() -> None:
     assert codes(None, enabled=False) == ["no-node"]
+
+
+def test_a_public_key_needs_an_agent(ssh: SshSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its private key may be on a YubiKey or in 1Password. Everybody may read a public key."""
+    public = write_key(tmp_path / "id.pub", b"ssh-ed25519 AAAA me\n")
+    public.chmod(0o644)
+    named = replace(ssh, identity_files=(public,))
+    assert codes(named) == ["key-unreadable"]
+    monkeypatch.setenv("SSH_AUTH_SOCK", "/agent")
+    assert codes(named) == []
+    assert codes(replace(named, agent=False)) == ["key-unreadable"]

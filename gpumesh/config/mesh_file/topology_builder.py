@@ -114,8 +114,10 @@ class TopologyBuilder:
         if alias_settings is not None:
             settings = _merge(settings, self._validate_alias(alias_settings, (*path, "alias")))
         settings = _merge(settings, node_ssh)
-        if alias_settings is not None and node_ssh.identity_file is None:
-            settings = self._expand_alias_keys(settings, alias_settings, alias or "")
+        keys_of_alias = False
+        if alias is not None and alias_settings is not None and node_ssh.identity_file is None:
+            keys_of_alias = bool(alias_settings.raw_identity_files)
+            settings = self._expand_alias_keys(settings, alias_settings, alias)
         address_from = node.address_from
         return SshSpec(
             host=settings.host or "",  # empty if only `address_from` knows the host
@@ -130,6 +132,7 @@ class TopologyBuilder:
             agent=_value_or(settings.agent, True),
             identities_only=_value_or(settings.identities_only, False),
             alias=alias,
+            keys_of_alias=keys_of_alias,
             transport=self._choose_transport(settings, alias_settings, (*path, "transport")),
             connect_timeout_s=_value_or(settings.connect_timeout, _DEFAULT_SSH.connect_timeout_s),
             keepalive_s=_value_or(settings.keepalive, _DEFAULT_SSH.keepalive_s),

@@ -234,15 +234,16 @@ def _passwd_home() -> Path | None:
 def _run_ssh_g(alias: str, options: list[str]) -> ssh_files.SshOptions:
     """Returns the options of ``alias`` that ``ssh -G`` prints, defaults too, as pairs of key and value.
 
-    ``ssh -G`` makes no connection. A ``Match exec`` runs the user's own command, as ssh itself would. Raises ValueError
-    when ssh fails or does not answer within ``TIMEOUT_S``.
+    ``ssh -G`` makes no connection. Without -N it refuses an alias that forks into the background. A ``Match exec``
+    runs the user's own command, as ssh itself would. Raises ValueError when ssh fails or does not answer within
+    ``TIMEOUT_S``.
     """
     shown_command = paste_command("ssh -G {ALIAS}", ALIAS=alias)
     # Files instead of pipes: a process that a Match exec leaves behind could keep a pipe open for ever.
     with tempfile.TemporaryFile() as stdout_file, tempfile.TemporaryFile() as stderr_file:
         try:
             process = subprocess.Popen(
-                ["ssh", "-G", *options, "--", alias],
+                ["ssh", "-N", "-G", *options, "--", alias],
                 stdin=subprocess.DEVNULL,
                 stdout=stdout_file,
                 stderr=stderr_file,

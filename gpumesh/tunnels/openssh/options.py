@@ -58,7 +58,11 @@ def master_command(
     alias = choose_ssh_alias(setup.known_host, ssh)
     if alias is not None:
         options["HostKeyAlias"] = alias
-    arguments = [*_option_arguments(options, unknown), *_identity_arguments(ssh)]
+    # ssh would offer the same key twice, and each offer is one of MaxAuthTries. But in a file of another home folder,
+    # it does not find keys in ``~`` or %d.
+    ssh_finds_keys = ssh.keys_of_alias and not ssh_config.config_file_arguments(environment.home())
+    key_arguments = [] if ssh_finds_keys else _identity_arguments(ssh)
+    arguments = [*_option_arguments(options, unknown), *key_arguments]
     log = log_path(control)
     arguments += _jump_arguments(ssh, batch=batch, unknown=unknown, log=log)
     arguments += ["-p", str(ssh.port), "-l", ssh.user]

@@ -1,10 +1,11 @@
 from __future__ import annotations
 
+import base64
 from pathlib import Path
 
 import pytest
 
-from gpumesh.config.ssh.key_files import KeyKind, detect_key_kind
+from gpumesh.config.ssh.key_files import KeyKind, detect_key_kind, is_encrypted_openssh_key, read_public_key
 from gpumesh.lab.keys import new_key
 from tests.prerequisites import needs
 from tests.tunnels.sshd import keygen
@@ -32,7 +33,6 @@ def test_other_forms(tmp_path: Path) -> None:
 
 def test_a_key_on_a_token(tmp_path: Path) -> None:
     """Made by hand: the magic, no encryption, and the public key's kind in the clear (PROTOCOL.key)."""
-    import base64
     import struct
 
     def text(data: bytes) -> bytes:
@@ -48,3 +48,27 @@ def test_a_key_on_a_token(tmp_path: Path) -> None:
 def test_no_file(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="No such file"):
         detect_key_kind(tmp_path / "key")
+
+
+@needs("sshd")
+@pytest.mark.parametrize("passphrase", ["", "secret"])
+def test_the_public_key_of_a_file(tmp_path: Path, passphrase: str) -> None:
+    file = keygen(tmp_path / "key", passphrase=passphrase)
+    public = tmp_path / "key.pub"
+    blob = base64.b64decode(public.read_text().split()[1])
+    assert read_public_key(file) == read_public_key(public) == blob
+    assert is_encrypted_openssh_key(file.read_bytes()) is bool(passphrase)
+    public.rename(tmp_path / "moved.pub")
+    assert read_public_key(file) == blob  # in the clear, also in an encrypted file
+    (tmp_path / "moved").write_text("-----BEGIN ENCRYPTED PRIVATE KEY-----\n")
+    assert read_public_key(tmp_path / "moved") == blob  # from the file beside it
+
+
+def test_files_without_a_public_key(tmp_path: Path) -> None:
+    file = tmp_path / "key"
+    cut = base64.b64encode(b"openssh-key-v1\0" + b"\xff" * 9).decode()
+    for text in ("", "ssh-ed25519", "ssh-ed25519 %%%", "\0" * 99, f"-----BEGIN OPENSSH PRIVATE KEY-----\n{cut}\n"):
+        file.write_text(text)
+        assert read_public_key(file) is None
+        assert not is_encrypted_openssh_key(file.read_bytes())
+    assert read_public_key(tmp_path / "none") is None

@@ -155,3 +155,56 @@ def test_what_ssh_prints_is_bounded_and_made_safe(tmp_path: Path, monkeypatch: p
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     with pytest.raises(ValueError, match=r"`ssh -G a` failed: \?\[31mbad"):
         ssh_config.resolve_alias("a", home=tmp_path)
+
+
+def test_settings_of_keys(home: Path) -> None:
+    configure(
+        home,
+        "Host only\n  IdentitiesOnly yes\n  IdentityFile ~/.ssh/id_rsa\nHost nothing\n  IdentityFile none\n"
+        "  IdentityAgent none\nHost plain\n  User x\n",
+    )
+    only = ssh_config.resolve_alias("only", home=home)
+    # One of the keys that ssh tries by default: it is then the only one.
+    assert (only.identities_only, only.identity_files, only.agent) == (True, ("~/.ssh/id_rsa",), True)
+    nothing = ssh_config.resolve_alias("nothing", home=home)
+    assert (nothing.no_identity_files, nothing.identity_files, nothing.agent) == (True, (), False)
+    plain = ssh_config.resolve_alias("plain", home=home)
+    assert (plain.identities_only, plain.identity_files, plain.no_identity_files, plain.agent) == (
+        False, (), False, True,
+    )  # fmt: skip
+
+
+def test_tokens_and_variables_in_key_files(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOGNAME", "me")
+    monkeypatch.setenv("KEYS", "/keys")
+    configure(
+        home,
+        "Host gpu\n  HostName 10.0.0.9\n  Port 2200\n  User ops\n  IdentityFile ${KEYS}/%r@%h:%p-%u-%n-%k-100%%\n"
+        "Host bare\n  IdentityFile ${NOT_SET}/%r@%h:%p\n",
+    )
+    gpu = ssh_config.resolve_alias("gpu", home=home)
+    assert gpu.identity_files == ("/keys/ops@10.0.0.9:2200-me-gpu-gpu-100%",)
+    bare = ssh_config.resolve_alias("bare", home=home)
+    assert bare.identity_files[0].startswith("${NOT_SET}/")
+    assert bare.identity_files[0].endswith("@bare:22")
+
+
+@pytest.mark.parametrize(
+    ("line", "need"),
+    [
+        ("PubkeyAuthentication no", ("PubkeyAuthentication",)),
+        ("PubkeyAuthentication yes", ()),
+        ("PreferredAuthentications password", ("PreferredAuthentications",)),
+        ("RevokedHostKeys /k", ("RevokedHostKeys",)),
+        ("GlobalKnownHostsFile /k", ("GlobalKnownHostsFile",)),
+        ("ForkAfterAuthentication yes", ()),
+        ("SessionType subsystem", ()),
+        ("RemoteCommand top", ()),
+        ("SendEnv LANG", ()),
+        ("Ciphers aes128-ctr", ()),
+        ("LocalForward 1 a:1", ()),
+    ],
+)
+def test_options_that_change_who_may_log_in_or_be_trusted_need_ssh(home: Path, line: str, need: tuple[str]) -> None:
+    configure(home, f"Host gpu1\n  {line}\n")
+    assert ssh_config.resolve_alias("gpu1", home=home).openssh_features == need

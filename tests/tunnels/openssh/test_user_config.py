@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import pwd
 import shutil
 import socket
 import subprocess
@@ -158,3 +160,15 @@ async def test_an_option_that_this_ssh_does_not_know_is_left_out(tmp_path: Path,
     old_ssh = "".join(line for line in output.stdout.splitlines(True) if not line.startswith("forkafter"))
     assert find_unknown_options(old_ssh) == unknown | {"forkafterauthentication"}
     assert find_unknown_options("no such option: -G") == frozenset()
+
+
+def test_a_key_of_an_alias_is_offered_once(tmp_path: Path, sshd_spec: Sshd, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ssh reads the alias itself. But a file of another home folder has paths that ssh does not find."""
+    setup = make_setup(sshd_spec.spec(alias="gpu", keys_of_alias=True), tmp_path)
+    argument = f'IdentityFile="{sshd_spec.identity}"'
+    monkeypatch.setenv("HOME", pwd.getpwuid(os.getuid()).pw_dir)
+    assert argument not in master_command(setup, tmp_path / "c", batch=True, session=True)
+    (tmp_path / ".ssh").mkdir()
+    write_config(tmp_path, "")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert argument in master_command(setup, tmp_path / "c", batch=True, session=True)
