@@ -58,15 +58,20 @@ class QuestioningServer(paramiko.ServerInterface):
         connection, count = self._keys_of_connection
         count = count + 1 if connection is self.transport else 1
         self._keys_of_connection = (self.transport, count)
-        if count >= self._max_keys and self.transport is not None:
-            message = paramiko.Message()
-            message.add_byte(paramiko.common.cMSG_DISCONNECT)
-            message.add_int(2)
-            message.add_string("Too many authentication failures")
-            message.add_string("")
-            self.transport._send_message(message)  # type: ignore[attr-defined]
-            self.transport.close()
+        if count >= self._max_keys:
+            self.hang_up("Too many authentication failures")
         return paramiko.common.AUTH_FAILED
+
+    def hang_up(self, reason: str) -> None:
+        """Ends the newest connection with these words."""
+        assert self.transport is not None
+        message = paramiko.Message()
+        message.add_byte(paramiko.common.cMSG_DISCONNECT)
+        message.add_int(2)
+        message.add_string(reason)
+        message.add_string("")
+        self.transport._send_message(message)  # type: ignore[attr-defined]
+        self.transport.close()
 
     def check_auth_password(self, username: str, password: str) -> int:
         return paramiko.common.AUTH_SUCCESSFUL if password == self._password else paramiko.common.AUTH_FAILED

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import dataclasses
 import getpass
@@ -14,14 +15,16 @@ import pytest
 
 from gpumesh import config
 from gpumesh.config.ssh import ssh_config
-from gpumesh.errors import AuthRefused, TunnelError
+from gpumesh.errors import AuthRefused, ExecError, TunnelError
 from gpumesh.topology import SshSpec, TransportKind
 from gpumesh.tunnels.transport import ConnectFunction, ConnectRequest
 from gpumesh.tunnels.transports import load_connect
+from gpumesh.tunnels.workers.worker_pool import WorkerPool
 from tests.prerequisites import needs
 from tests.tunnels.questioning_server import QuestioningServer, run_questioning_server
 from tests.tunnels.recorded_events import RecordedEvents
 from tests.tunnels.sshd import Sshd, keygen, run_agent, serving
+from tests.tunnels.supervised import supervised
 
 pytestmark = [pytest.mark.real, needs("sshd", "ssh")]
 
@@ -298,9 +301,8 @@ async def test_a_banner_is_no_message_of_ssh_itself(connect: ConnectFunction, fo
     assert "REMOTE HOST IDENTIFICATION" in refusal.message
 
 
-@pytest.mark.parametrize("max_tries", [1])
-async def test_why_a_host_hangs_up(max_tries: int, connect: ConnectFunction, folder: Path, tmp_path: Path) -> None:
-    server = QuestioningServer("publickey", "", (), [], max_keys=max_tries)
+async def test_why_a_host_hangs_up(connect: ConnectFunction, folder: Path, tmp_path: Path) -> None:
+    server = QuestioningServer("publickey", "", (), [], max_keys=1)
     async with run_questioning_server(tmp_path, server) as ssh:
         refusal = await get_refusal(
             connect, dataclasses.replace(ssh, identity_files=(keygen(tmp_path / "id"),)), folder
@@ -328,3 +330,41 @@ async def test_a_host_that_says_something_else_than_a_greeting(
     assert refusal.code == code
     assert text in refusal.message
     assert refusal.message.isprintable()
+
+
+async def test_why_a_host_ends_a_connection(connect: ConnectFunction, folder: Path, tmp_path: Path) -> None:
+    server = QuestioningServer("publickey", "", (), [], banner="welcome\r\n", lets_in=lambda: True)
+    async with run_questioning_server(tmp_path, server) as ssh:
+        connection = await connect(ConnectRequest("n", ssh, (), control_dir=str(folder)), (), RecordedEvents())
+        try:
+            server.hang_up("going down for \x1b[1mmaintenance")
+            lost = await asyncio.wait_for(connection.wait_lost(), 20)
+        finally:
+            await connection.close()
+    assert lost.code == "tunnel-lost"
+    assert "going down for " in lost.message
+    assert "maintenance" in lost.message
+    assert "welcome" not in lost.message  # that was said at the login
+    assert lost.message.isprintable()
+
+
+@pytest.mark.parametrize("max_sessions", ["0", "1"])
+async def test_why_a_host_gives_no_session(
+    max_sessions: str, transport: TransportKind, pool: WorkerPool, sshd: Sshd, runtime: Path
+) -> None:
+    await sshd.stop()
+    sshd.options["MaxSessions"] = max_sessions
+    await sshd.start()
+    async with supervised(pool, sshd.spec(transport=transport), 1) as watched:
+        await watched.tunnel.wait_up()
+        hold = contextlib.AsyncExitStack()
+        async with hold:
+            if max_sessions == "1" and transport is TransportKind.SSHTUNNEL:
+                chunks = watched.tunnel.exec_stream(["sh", "-c", "echo started; sleep 600"])
+                await hold.enter_async_context(contextlib.aclosing(chunks))  # type: ignore[type-var]
+                await anext(aiter(chunks))
+            with pytest.raises(
+                ExecError, match=r"gives no session to run a command in .*(?i:open failed|refused)"
+            ) as caught:
+                await watched.tunnel.exec(["true"], timeout_s=20)
+    assert caught.value.hint == "its sshd forbids it, or MaxSessions is reached"

@@ -35,7 +35,8 @@ async def start_command(transport: paramiko.Transport, command: str, *, posix: b
     except TimeoutError as error:
         raise ExecError("the host does not start the command") from error
     except (paramiko.SSHException, EOFError, OSError) as error:
-        reason = printable(str(error), 120)
+        # The text of paramiko's ChannelException is not the host's, and misleads.
+        reason = "open failed" if isinstance(error, paramiko.ChannelException) else printable(str(error), 120)
         raise ExecError(
             f"the host gives no session to run a command in{f' ({reason})' if reason else ''}",
             hint="its sshd forbids it, or MaxSessions is reached",

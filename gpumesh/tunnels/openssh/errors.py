@@ -171,7 +171,9 @@ def error_from_stderr(lines: Sequence[str], destination: str, *, was_up: bool = 
     """
     if was_up:
         last_line = lines[-1] if lines else "ssh ended without a word"
-        return TunnelLost(f"the connection to {destination} broke: {last_line}")
+        # The host's own reason, after which ssh prints "Disconnected from …".
+        reason = next((line for line in reversed(lines) if "Received disconnect from" in line), last_line)
+        return TunnelLost(f"the connection to {destination} broke: {reason}")
     for pattern, make_error in _ERRORS_BY_TEXT:
         for line in lines:
             if pattern.search(line):
