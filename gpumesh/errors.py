@@ -238,12 +238,23 @@ class TunnelLost(TunnelError):
     code = "tunnel-lost"
 
 
+class SessionEnded(TunnelLost):
+    """The host ended the session of transport openssh before it ran our command in it, and with the session ssh itself
+    ended."""
+
+    code = "session-ended"
+
+
 class TunnelDown(TunnelError):
     code = "tunnel-down"
 
 
 class ExecError(GPUMeshError):
     code = "exec"
+
+
+class SessionRefused(ExecError):
+    """The host gives no session to run a command in."""
 
 
 class ProbeError(GPUMeshError):

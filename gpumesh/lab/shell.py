@@ -2,8 +2,8 @@
 
 The answer to an unknown command is ``not found``, status 127. The shell understands what probes and people send: words
 with quotes; ``;``, newlines, ``&&``, ``||``; ``NAME=value``, ``export``; ``2>&1``; ``$?``; ``sh -c TEXT``,
-``exec COMMAND``. It also recognizes the script under which a tunnel runs a command (tunnels/remote_command.py), and
-does what this script does.
+``exec COMMAND``. It also recognizes the scripts under which a tunnel runs commands (tunnels/remote_command.py and
+tunnels/remote_shell.py), and does what these scripts do.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from typing import NamedTuple, Protocol
 from gpumesh.lab import nvidia_smi
 from gpumesh.lab.inference.usage import GpuLoad
 from gpumesh.lab.profile import Faults, HostProfile, SmiMode
+from gpumesh.lines import LineBuffer
 from gpumesh.tunnels.remote_command import unwrap_killable
+from gpumesh.tunnels.remote_shell import KILL_LINE, READY_LINE, is_shell_script
 
 MAX_COMMAND = 1 << 16  # characters of a command line
 MAX_DEPTH = 8  # of ``sh -c`` inside of ``sh -c``
@@ -98,6 +100,8 @@ class SimShell:
         is_shell_with_text = name in _SHELLS and len(arguments) >= 2 and arguments[0] in ("-c", "-lc")
         if is_shell_with_text:
             text = arguments[1]
+            if is_shell_script(text):
+                return await self._run_input_lines(streams, depth + 1)
             killable_command = unwrap_killable(text)
             if killable_command is not None:
                 return await self._run_until_input_ends(killable_command, streams, depth + 1)
@@ -145,6 +149,29 @@ class SimShell:
                 task.cancel()
             await asyncio.gather(command_task, input_task, return_exceptions=True)
 
+    async def _run_input_lines(self, streams: StandardStreams, depth: int) -> int:
+        """Runs each line of standard input as a command line, until the input ends. Returns the exit status.
+
+        On a real host, the script of tunnels/remote_shell.py does this.
+        """
+        buffer = LineBuffer(MAX_COMMAND, cut=True)
+        running: asyncio.Future[int] | None = None
+        await streams.write(READY_LINE + b"\n")
+        try:
+            while data := await streams.read():
+                for line in buffer.feed(data):
+                    if line.strip() and line != KILL_LINE.strip():
+                        running = asyncio.ensure_future(
+                            self.run(line.decode(errors="replace"), _NoInput(streams), depth)
+                        )
+                        continue
+                    await _end_task(running, kill=line == KILL_LINE.strip())
+                    running = None
+                    await streams.write(READY_LINE + b"\n")
+            return 0
+        finally:
+            await _end_task(running, kill=True)
+
     async def _nvidia_smi(self, arguments: list[str], streams: StandardStreams) -> int:
         """Runs nvidia-smi as the faults say. Returns the exit status."""
         faults = self.faults()
@@ -156,6 +183,15 @@ class SimShell:
         is_not_found = status == 127
         await streams.write(output, error=is_not_found)  # the message "not found" is the shell's, on standard error
         return status
+
+
+async def _end_task(task: asyncio.Future[int] | None, *, kill: bool) -> None:
+    """Waits for the end of a command line; with ``kill``, cancels it first."""
+    if task is None:
+        return
+    if kill:
+        task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
 
 
 class _NoInput:

@@ -6,14 +6,17 @@ import asyncio
 import logging
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
 
 from gpumesh.errors import ExecError, TunnelDown
 from gpumesh.printable import printable
-from gpumesh.probes.combined_commands import Argv, CommandOutput, RunCommand, run_commands
+from gpumesh.probes.commands.combined_commands import Argv, CommandOutput, CommandRunner
+from gpumesh.probes.commands.host_commands import CommandsUnfinished, CommandsUnproven
 from gpumesh.probes.gpu_problems import find_gpu_problems
 from gpumesh.probes.smi_failures import INFOROM, SmiFailure, classify_failure
 from gpumesh.probes.smi_tables import FIELDS, OLD_FIELDS, PROCESS_FIELDS, GpuTable, read_gpus, read_processes
+from gpumesh.probes.unanswered import describe_no_commands, describe_unfinished
 from gpumesh.state import Finding, GpuState, Severity
 
 log = logging.getLogger(__name__)
@@ -26,26 +29,38 @@ MAX_GPUS_ASKED_SINGLY = 16
 _HOSTNAME = re.compile(r"[A-Za-z0-9._-]{1,253}")
 
 
+class Answer(StrEnum):
+    """How far a probe came."""
+
+    COMPLETE = "complete"  # the commands have ended, with whatever result
+    UNFINISHED = "unfinished"  # the host still waits for something, and the next probe goes on with the same wait
+    ABANDONED = "abandoned"  # the commands were ended after the time-out
+    NO_SESSION = "no-session"  # the host gave no session, or the session broke
+    NO_COMMANDS = "no-commands"  # the account runs no commands: it is for forwarding only
+
+
 @dataclass(frozen=True, slots=True)
 class GpuReport:
     """The result of one probe. ``error`` is set if the GPUs are not known: then ``gpus`` is empty, but the host may
-    have GPUs. There is at most one finding of each code."""
+    have GPUs. There is at most one finding of each code. ``took_s``: how long the commands ran on the host; ``None`` if
+    that was not measured."""
 
     gpus: tuple[GpuState, ...] = ()
     driver: str | None = None
     hostname: str | None = None
     error: str | None = None
     findings: tuple[Finding, ...] = ()
+    answer: Answer = Answer.COMPLETE
+    took_s: float | None = field(default=None, compare=False)
 
 
-async def probe_gpus(run_command: RunCommand, *, timeout_s: float, node: str | None = None) -> GpuReport:
+async def probe_gpus(commands: CommandRunner, *, timeout_s: float, node: str | None = None) -> GpuReport:
     """Asks a host for its GPUs, its driver and its hostname. Never raises because of what the host does.
 
-    ``timeout_s`` is for the whole probe; after it the finding is ``driver-hung``. The prober sets it to 5 s
-    (``GPU_TIMEOUT_S`` in mesh/nodes/prober.py), because a first call without persistence mode takes 1 to 3 s. ``node``
-    is the name in the findings."""
+    ``timeout_s`` is for the whole probe. After it the finding says what the host waits for: ``login-shell-slow``,
+    ``driver-hung`` or ``gpu-unknown``. ``node`` is the name in the findings."""
     try:
-        return await _probe_gpus(run_command, timeout_s=timeout_s, node=node)
+        return await _probe_gpus(commands, timeout_s=timeout_s, node=node)
     except Exception as error:
         # A bug of ours: the code that reads answers did not expect this answer. The bug must not end the mesh, so only
         # the report on these GPUs is lost.
@@ -55,40 +70,54 @@ async def probe_gpus(run_command: RunCommand, *, timeout_s: float, node: str | N
         return GpuReport(error=message, findings=(Finding("gpu-unreadable", Severity.ERROR, node, message, hint),))
 
 
-async def _probe_gpus(run_command: RunCommand, *, timeout_s: float, node: str | None) -> GpuReport:
-    """Asks the host as ``probe_gpus`` does, but passes on the errors of our own bugs. Asks again with fewer fields if
-    the driver is old, and for each GPU by itself if one GPU is lost."""
-    loop = asyncio.get_running_loop()
-    deadline = loop.time() + timeout_s
-    fields: Sequence[str] = FIELDS
-    commands = (HOSTNAME, build_query_command(fields), PROCESSES)
+async def _probe_gpus(commands: CommandRunner, *, timeout_s: float, node: str | None) -> GpuReport:
+    """Asks the host as ``probe_gpus`` does, but passes on the errors of our own bugs."""
+    deadline = asyncio.get_running_loop().time() + timeout_s
     try:
-        hostname_answer, gpus, processes = await run_commands(run_command, commands, timeout_s=timeout_s)
-        # If the login shell refuses all commands, each of them fails with the shell's own text, for example "This
-        # account is not available."
-        has_failed = hostname_answer.exit_status != 0
-        has_same_text = hostname_answer.output == gpus.output and hostname_answer.output.strip() != b""
-        if has_failed and has_same_text:
-            return _no_commands_report(hostname_answer, node)
-        hostname = read_hostname(hostname_answer)
-        failure = classify_failure(gpus)
-        if failure is not None and failure.code == "nvidia-smi-old":
-            fields = OLD_FIELDS
-            (gpus,) = await run_commands(run_command, (build_query_command(fields),), timeout_s=deadline - loop.time())
-            failure = classify_failure(gpus)
-        if failure is not None and failure.code == "gpu-lost":
-            time_left_s = deadline - loop.time()
-            return await _probe_gpus_singly(
-                run_command, failure, fields, processes, hostname=hostname, node=node, timeout_s=time_left_s
-            )
-    except TimeoutError:
-        return _hung_report(timeout_s, node)
+        argvs = (HOSTNAME, build_query_command(FIELDS), PROCESSES)
+        hostname_answer, gpus, processes = await commands.run(argvs, timeout_s=timeout_s)
+    except CommandsUnproven as unproven:
+        return _build_unproven_report(unproven, node)
+    except CommandsUnfinished as unfinished:
+        finding = describe_unfinished(unfinished, smi_index=1, timeout_s=timeout_s, node=node)
+        hostname = read_hostname(unfinished.outputs[0]) if unfinished.outputs else None
+        answer = Answer.UNFINISHED if unfinished.goes_on else Answer.ABANDONED
+        return GpuReport(hostname=hostname, error=finding.message, findings=(finding,), answer=answer)
     except TunnelDown as error:
-        return GpuReport(error=error.message)  # the tunnel has its own finding
+        return GpuReport(error=error.message, answer=Answer.NO_SESSION)  # the tunnel has its own finding
     except ExecError as error:
-        return GpuReport(
-            error=error.message,
-            findings=(Finding("gpu-unknown", Severity.INFO, node, error.message, error.hint),),
+        finding = Finding("gpu-unknown", Severity.INFO, node, error.message, error.hint)
+        return GpuReport(error=error.message, findings=(finding,), answer=Answer.NO_SESSION)
+    hostname, took_s = read_hostname(hostname_answer), commands.last_duration_s
+    try:
+        report = await _ask_further(commands, gpus, processes, hostname=hostname, node=node, deadline=deadline)
+    except (CommandsUnfinished, CommandsUnproven, ExecError, TunnelDown):  # the first answer stands
+        report = build_gpu_report(gpus, processes, hostname=hostname, node=node)
+    return replace(report, took_s=took_s)
+
+
+async def _ask_further(
+    commands: CommandRunner,
+    gpus: CommandOutput,
+    processes: CommandOutput,
+    *,
+    hostname: str | None,
+    node: str | None,
+    deadline: float,
+) -> GpuReport:
+    """The report on a host that has answered. Asks again with fewer fields if the driver is old, and for each GPU by
+    itself if one GPU is lost. ``deadline`` is a time of the event loop."""
+    loop = asyncio.get_running_loop()
+    fields: Sequence[str] = FIELDS
+    failure = classify_failure(gpus)
+    if failure is not None and failure.code == "nvidia-smi-old":
+        fields = OLD_FIELDS
+        (gpus,) = await commands.run((build_query_command(fields),), timeout_s=deadline - loop.time())
+        failure = classify_failure(gpus)
+    if failure is not None and failure.code == "gpu-lost":
+        time_left_s = deadline - loop.time()
+        return await _probe_gpus_singly(
+            commands, failure, fields, processes, hostname=hostname, node=node, timeout_s=time_left_s
         )
     return build_gpu_report(gpus, processes, hostname=hostname, fields=fields, node=node)
 
@@ -143,7 +172,7 @@ def read_hostname(answer: CommandOutput) -> str | None:
 
 
 async def _probe_gpus_singly(
-    run_command: RunCommand,
+    commands: CommandRunner,
     lost_failure: SmiFailure,
     fields: Sequence[str],
     processes: CommandOutput,
@@ -157,9 +186,14 @@ async def _probe_gpus_singly(
     lost_finding = _failure_finding(lost_failure, node)
     no_gpus_report = GpuReport(hostname=hostname, error=lost_failure.message, findings=(lost_finding,))
     try:
-        commands = [build_query_command(fields, gpu=index) for index in range(MAX_GPUS_ASKED_SINGLY)]
-        outputs = await run_commands(run_command, commands, timeout_s=timeout_s)
-    except (TimeoutError, ExecError, TunnelDown):  # the GPUs stay unknown, but ``lost_failure`` is known
+        argvs = [build_query_command(fields, gpu=index) for index in range(MAX_GPUS_ASKED_SINGLY)]
+        outputs = await commands.run(argvs, timeout_s=timeout_s)
+    except (
+        CommandsUnfinished,
+        CommandsUnproven,
+        ExecError,
+        TunnelDown,
+    ):  # the GPUs stay unknown, but ``lost_failure`` is known
         return no_gpus_report
     rows = [output.output for output in outputs if classify_failure(output) is None]
     table = read_gpus(b"\n".join(rows), fields, hostname=hostname)
@@ -175,20 +209,15 @@ def _add_processes(table: GpuTable, processes: CommandOutput) -> tuple[GpuState,
     return tuple(replace(gpu, processes=by_uuid.get(gpu.uuid, ())) for gpu in table.gpus)
 
 
-def _no_commands_report(answer: CommandOutput, node: str | None) -> GpuReport:
-    """The report on a host that gave the same answer to every command: this is the login shell's answer, not
-    nvidia-smi's."""
-    message = f"the host runs no commands: to each it says {printable(answer.output, 200)!r}"
-    hint = "check the account's login shell there, or a forced command in its authorized_keys; the server works without"
-    return GpuReport(error=message, findings=(Finding("gpu-unknown", Severity.INFO, node, message, hint),))
+def _build_unproven_report(unproven: CommandsUnproven, node: str | None) -> GpuReport:
+    """The report on a host that seems to run no commands. A table of GPUs is true all the same: a forced command may
+    let nvidia-smi through. Any other text is the account's, and says nothing about nvidia-smi."""
+    hostname_answer, gpus, processes = unproven.outputs
+    if classify_failure(gpus) is None and read_gpus(gpus.output, FIELDS).gpus:
+        return build_gpu_report(gpus, processes, hostname=read_hostname(hostname_answer), node=node)
+    finding = describe_no_commands(unproven, node)
+    return GpuReport(error=finding.message, findings=(finding,), answer=Answer.NO_COMMANDS)
 
 
 def _failure_finding(failure: SmiFailure, node: str | None) -> Finding:
     return Finding(failure.code, failure.severity, node, failure.message, failure.hint)
-
-
-def _hung_report(timeout_s: float, node: str | None) -> GpuReport:
-    """The report on a host whose nvidia-smi did not answer in time."""
-    message = f"nvidia-smi did not answer within {timeout_s:g} s"
-    hint = "a hung driver needs a reboot: see `dmesg | grep -i nvrm`; a slow first call is cured by `nvidia-smi -pm 1`"
-    return GpuReport(error=message, findings=(Finding("driver-hung", Severity.ERROR, node, message, hint),))

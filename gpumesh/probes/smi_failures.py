@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from gpumesh.printable import printable
-from gpumesh.probes.combined_commands import CommandOutput
+from gpumesh.probes.commands.combined_commands import CommandOutput
 from gpumesh.state import Severity
 
 # Exit statuses; 126 and 127 are the shell's.

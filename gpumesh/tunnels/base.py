@@ -53,6 +53,23 @@ class Prompter(Protocol):
         """
 
 
+class ShellStream(Protocol):
+    """The input and the output of a shell on a host (remote_shell.py). One task at a time may use it."""
+
+    async def write(self, data: bytes) -> None:
+        """Sends ``data`` to the shell's input. Returns when the data is on its way. Raises TunnelDown."""
+
+    async def read(self) -> ExecChunk:
+        """Waits for the next piece of output. The piece with ``ended`` true is the last one. A cancelled call loses
+        nothing.
+
+        Raises ExecError when the host gives no session, or when the shell was cut off.
+        """
+
+    async def close(self) -> None:
+        """Ends the shell and the command line that it runs. May be called twice."""
+
+
 class Tunnel(Protocol):
     """One node's supervised route to its host: SSH (in a worker process) or direct.
 
@@ -97,6 +114,13 @@ class Tunnel(Protocol):
         """Runs a command as ``exec`` does, but without a deadline, and yields each piece of its output as it comes.
 
         Closing the iterator ends the command. Raises as ``exec``.
+        """
+
+    async def open_shell(self) -> ShellStream | None:
+        """Starts a shell on the host that runs one command line after another (remote_shell.py).
+
+        Returns before the shell is ready, and before it is known whether the host gives a session. ``None``: commands
+        run on this machine without a session, so ``exec`` is just as good. Raises TunnelDown when the tunnel is not up.
         """
 
     def suspect(self, reason: str) -> None:

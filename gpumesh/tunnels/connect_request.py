@@ -17,11 +17,18 @@ from gpumesh.tunnels.transport import ConnectRequest
 
 @contextlib.asynccontextmanager
 async def open_connect_request(
-    node: str, ssh: SshSpec, targets: tuple[Target, ...], *, interactive: bool, share: bool, mesh: str = ""
+    node: str,
+    ssh: SshSpec,
+    targets: tuple[Target, ...],
+    *,
+    interactive: bool,
+    share: bool,
+    mesh: str = "",
+    without_session: bool = False,
 ) -> AsyncIterator[ConnectRequest]:
     """Gives the block the request for one attempt to connect to ``node``. The end of the block removes the folder for
-    sockets, which only a request for transport openssh has. ``ConnectRequest`` explains ``interactive``, ``share`` and
-    ``mesh``.
+    sockets, which only a request for transport openssh has. ``ConnectRequest`` explains ``interactive``, ``share``,
+    ``mesh`` and ``without_session``.
 
     Raises SecretMissing, HostUnresolved (address_from), TransportUnsupported (a host that cannot carry a tunnel), and
     GPUMeshError when no folder can be made.
@@ -41,6 +48,7 @@ async def open_connect_request(
             control_dir=control_dir,
             share=share,
             mesh=mesh,
+            without_session=without_session,
         )
 
 

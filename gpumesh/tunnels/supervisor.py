@@ -17,10 +17,10 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 
-from gpumesh.errors import GPUMeshError, TunnelDown, TunnelError
+from gpumesh.errors import GPUMeshError, SessionEnded, TunnelDown, TunnelError
 from gpumesh.state import LocalAccess, TunnelPhase, TunnelState
 from gpumesh.topology import DEFAULT_TUNNELS, NodeSpec, SshSpec, Target, TunnelsSpec
-from gpumesh.tunnels.base import ExecChunk, ExecResult, Tunnel
+from gpumesh.tunnels.base import ExecChunk, ExecResult, ShellStream, Tunnel
 from gpumesh.tunnels.base import Prompter as Prompter  # noqa: PLC0414 - callers of open_tunnel need both
 from gpumesh.tunnels.connect_request import open_connect_request
 from gpumesh.tunnels.direct.this_machine import ThisMachine
@@ -47,6 +47,7 @@ from gpumesh.tunnels.lifecycle import (
 from gpumesh.tunnels.listeners import CLIENT_WAIT_S, Listeners
 from gpumesh.tunnels.local_system.network_watch import watch_network, watch_sleep
 from gpumesh.tunnels.local_system.repairs import RepairWatch
+from gpumesh.tunnels.remote_shell import SHELL_COMMAND
 from gpumesh.tunnels.transport import ConnectionInfo, ConnectRequest
 from gpumesh.tunnels.workers.connection_watch import follow_connection
 from gpumesh.tunnels.workers.protocol import ForwardFailed, PeerRefused
@@ -148,6 +149,7 @@ class SshTunnel:
         self._repairs = RepairWatch(ssh)
         self._forbidden_targets: set[Target] = set()  # to which the present connection's host forbids forwarding
         self._link: WorkerLink | None = None
+        self._without_session = False
         # Decisions of the lifecycle, for the tasks that wait for them.
         self._reconnect = asyncio.Event()
         self._retry_wakeup = asyncio.Event()  # ends ``_wait_for_retry``, also when only the time of the retry changed
@@ -200,6 +202,9 @@ class SshTunnel:
         async with contextlib.aclosing(self._link_when_up().stream_command(shlex.join(argv))) as chunks:
             async for chunk in chunks:
                 yield chunk
+
+    async def open_shell(self) -> ShellStream | None:
+        return await self._link_when_up().open_shell(SHELL_COMMAND)
 
     def suspect(self, reason: str) -> None:  # noqa: ARG002 - the caller has logged the reason
         self._handle_event(Suspected())
@@ -262,6 +267,8 @@ class SshTunnel:
             self._reconnect.clear()
             self._repairs.note_attempt()
             cause = await self._run_connection()
+            if cause is not None and cause.code == SessionEnded.code:
+                self._without_session = True  # with another session the next connection would end in the same way
             if cause is not None:  # otherwise the lifecycle is in phase connecting again: the next attempt is at once
                 self._handle_event(ConnectionFailed(cause))
             while self._life.waiting:
@@ -296,6 +303,7 @@ class SshTunnel:
                         # Only with OWN_USER does the worker have to refuse the connections of other users.
                         share=self._listeners.access is not LocalAccess.OWN_USER,
                         mesh=self._mesh_identity,
+                        without_session=self._without_session,
                     )
                 )
                 worker = await self._workers.spawn(setup, self._listeners.sockets)

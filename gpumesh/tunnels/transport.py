@@ -38,7 +38,8 @@ class ConnectRequest:
     on to a person. ``control_dir``: a 0700 folder for ControlMaster sockets; ``None`` except in transport openssh.
     ``share``: connections of all users of this machine are served, not only those of our own user and of root.
     ``share`` is also true where the system does not tell which user made a connection. ``mesh`` is the
-    ``Topology.identity`` of the node's mesh, for which its host key is recorded.
+    ``Topology.identity`` of the node's mesh, for which its host key is recorded. ``without_session``: transport openssh
+    keeps no session of its own, because the host ended the one of the last connection.
     """
 
     node: str
@@ -49,6 +50,7 @@ class ConnectRequest:
     control_dir: str | None = None
     share: bool = False
     mesh: str = ""
+    without_session: bool = False
 
     @property
     def known_host(self) -> KnownHost:
@@ -94,6 +96,10 @@ class RemoteCommand(Protocol):
         While ``read`` is not called, the host stops sending.
         """
 
+    async def write(self, data: bytes) -> None:
+        """Sends ``data`` to the input of a command that was started with ``has_input``. Waits while the host takes no
+        more. Data for a command that has ended is dropped."""
+
     async def kill(self) -> None:
         """Ends the command on the host, as far as the host allows it, and closes its channel. May be called twice."""
 
@@ -108,10 +114,11 @@ class HostConnection(Protocol):
         """Sends a request that the host must answer, and returns the round trip in ms; ``None``: no answer within
         ``timeout_s``."""
 
-    async def start_command(self, command: str) -> RemoteCommand:
+    async def start_command(self, command: str, *, has_input: bool = False) -> RemoteCommand:
         """Starts ``command``, an argument list that is quoted for a POSIX shell, on the host.
 
-        Raises ``ExecError`` when the host gives no session.
+        ``has_input``: the command reads our input (``RemoteCommand.write``), and ends by itself when its input ends.
+        Raises ``SessionRefused`` when the host gives no session; it may be raised only by ``RemoteCommand.read``.
         """
 
     async def wait_lost(self) -> TunnelError:

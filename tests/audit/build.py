@@ -8,7 +8,7 @@ from typing import Any
 
 from gpumesh import audit
 from gpumesh.errors import TunnelError
-from gpumesh.probes.combined_commands import CommandOutput
+from gpumesh.probes.commands.combined_commands import CommandOutput
 from gpumesh.probes.nvidia_smi import build_gpu_report
 from gpumesh.state import (
     BackendPhase,

@@ -29,7 +29,7 @@ from gpumesh.mesh.history import Recorder
 from gpumesh.mesh.models import inventory as models_inventory
 from gpumesh.mesh.models import memory_fit
 from gpumesh.probes.backend import BackendReport, _down_report, _find_unusable_models
-from gpumesh.probes.combined_commands import CommandOutput
+from gpumesh.probes.commands.combined_commands import CommandOutput
 from gpumesh.probes.health import assess_health
 from gpumesh.probes.nvidia_smi import build_gpu_report
 from gpumesh.probes.server_kind import KnownKinds

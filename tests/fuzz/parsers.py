@@ -32,7 +32,7 @@ from gpumesh.gateway.prompt_reading import PromptReader
 from gpumesh.mesh.models.merged_progress import MergedProgress
 from gpumesh.mesh.models.store_answers import StoreRefusal, parse_step
 from gpumesh.printable import printable
-from gpumesh.probes.combined_commands import split_script_output
+from gpumesh.probes.commands.combined_commands import split_script_output
 from gpumesh.probes.disk_space import read_free_mib
 from gpumesh.probes.nvidia_smi import probe_gpus
 from gpumesh.probes.smi_tables import read_gpus, read_processes
@@ -46,6 +46,7 @@ from gpumesh.wire import status_from_json
 from tests.fuzz.cases import SLICE, Case
 from tests.fuzz.cpu_speed import measure_slowdown
 from tests.fuzz.memory import peak_mib
+from tests.probes.command_routes import run_directly
 
 T = TypeVar("T")
 
@@ -102,7 +103,7 @@ def _probe_gpus(pieces: Sequence[bytes]) -> None:
     async def said(argv: Sequence[str], *, timeout_s: float) -> ExecResult:
         return ExecResult(0, output, b"")
 
-    asyncio.run(probe_gpus(said, timeout_s=10.0, node="fuzzed"))
+    asyncio.run(probe_gpus(run_directly(said), timeout_s=10.0, node="fuzzed"))
 
 
 def _df(rows: bytes) -> bytes:

@@ -13,6 +13,8 @@ from gpumesh.lab.profile import Faults, SmiMode
 from gpumesh.lab.shell import SimShell
 from gpumesh.probes.nvidia_smi import probe_gpus
 from gpumesh.tunnels.base import ExecResult
+from gpumesh.tunnels.remote_shell import READY_LINE, SHELL_COMMAND
+from tests.probes.command_routes import run_directly
 
 HOST = profile.make_host("one", gpus=2)
 
@@ -82,6 +84,21 @@ async def test_stderr_can_be_joined_to_stdout() -> None:
     assert await run("strange 2>&1") == (127, "sh: 1: strange: not found\n", "")
 
 
+async def test_the_shell_of_a_session_runs_line_after_line() -> None:
+    status, out, _ = await run(SHELL_COMMAND, b"echo a; false; echo $?\n", b"\nech", b"o b\nkill\n")
+    lines = [line for line in out.splitlines() if line != READY_LINE.decode()]
+    assert (status, lines[:2]) == (0, ["a", "1"])
+    assert out.startswith(f"{READY_LINE.decode()}\na\n1\n{READY_LINE.decode()}\n")
+    assert out.endswith(f"{READY_LINE.decode()}\n")
+
+
+async def test_a_hung_command_line_of_a_session_can_be_killed_and_ends_with_the_input() -> None:
+    hang = Faults(nvidia_smi=SmiMode.HANG)
+    async with asyncio.timeout(20):
+        status, out, _ = await run(SHELL_COMMAND, b"nvidia-smi\n", b"kill\n", b"nvidia-smi\n", faults=hang)
+    assert (status, out) == (0, f"{READY_LINE.decode()}\n" * 2)
+
+
 async def probe(faults: Faults | None = None) -> object:
     async def execute(argv: Sequence[str], *, timeout_s: float, limit_bytes: int = 1 << 20) -> ExecResult:
         terminal = Terminal()
@@ -89,7 +106,7 @@ async def probe(faults: Faults | None = None) -> object:
             status = await shell(faults).run(shlex.join(argv), terminal)
         return ExecResult(status, terminal.out[:limit_bytes], terminal.err[:limit_bytes])
 
-    return await probe_gpus(execute, timeout_s=10.0)
+    return await probe_gpus(run_directly(execute), timeout_s=10.0)
 
 
 async def test_gpumeshs_own_probe_understands_it() -> None:

@@ -72,8 +72,8 @@ class SmiAnswer:
 
 @dataclass
 class ShellHost:
-    """``exec`` is a ``gpumesh.probes.combined_commands.Exec``: it runs the command here, in ``folder``, without this
-    user's PATH.
+    """``exec`` is a ``RunCommand`` (probes/commands/combined_commands.py): it runs the command here, in ``folder``,
+    without this user's PATH.
 
     ``calls`` are the commands that were run."""
 

@@ -8,7 +8,7 @@ import pytest
 
 from gpumesh.probes.backend import BackendReport
 from gpumesh.probes.health import assess_health, missing_models
-from gpumesh.probes.nvidia_smi import GpuReport
+from gpumesh.probes.nvidia_smi import Answer, GpuReport
 from gpumesh.state import (
     BackendPhase,
     BackendState,
@@ -57,6 +57,8 @@ DOWN = BackendReport(BackendState("ollama", BackendPhase.DOWN, last_error="nothi
 SILENT = BackendReport(BackendState("ollama", BackendPhase.DOWN))
 NO_DRIVER = GpuReport(error="no driver", findings=(finding("driver-broken", Severity.ERROR),))
 NO_SMI = GpuReport(error="none", findings=(finding("nvidia-smi-missing", Severity.WARNING),))
+NO_COMMANDS = GpuReport(error="runs none", findings=(finding("gpu-unknown", Severity.INFO),), answer=Answer.NO_COMMANDS)
+SLOW_SHELL = GpuReport(error="slow", findings=(finding("login-shell-slow", Severity.WARNING),))
 BOTH = GpuReport((GPU,), findings=(finding("persistence-off", Severity.INFO), finding("gpu-faulty", Severity.ERROR)))
 EXPECTS_GPU = ExpectSpec(gpus=1)
 
@@ -80,6 +82,11 @@ CASES = {
     "driver broken": Case(Health.DEGRADED, "driver-broken happened", gpu=NO_DRIVER),
     "no nvidia-smi, none wanted": Case(Health.HEALTHY, None, gpu=NO_SMI),
     "no nvidia-smi, a GPU wanted": Case(Health.DEGRADED, "nvidia-smi-missing happened", gpu=NO_SMI, expect=EXPECTS_GPU),
+    "an account that runs no commands, a GPU wanted": Case(Health.HEALTHY, None, gpu=NO_COMMANDS, expect=EXPECTS_GPU),
+    "a slow login shell, no GPU wanted": Case(Health.HEALTHY, None, gpu=SLOW_SHELL),
+    "a slow login shell, a GPU wanted": Case(
+        Health.DEGRADED, "login-shell-slow happened", gpu=SLOW_SHELL, expect=EXPECTS_GPU
+    ),
     "the worst finding counts": Case(Health.DEGRADED, "gpu-faulty happened", gpu=BOTH),
     "too few GPUs": Case(Health.DEGRADED, "1 GPU is there, expected were 2", expect=ExpectSpec(gpus=2)),
     "more GPUs than wanted": Case(Health.HEALTHY, None, gpu=GpuReport((GPU, GPU)), expect=EXPECTS_GPU),

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 import pytest
 
 from gpumesh.errors import ExecError, TunnelDown
-from gpumesh.probes.combined_commands import EXTRA_SEARCH_PATH
+from gpumesh.probes.commands.combined_commands import EXTRA_SEARCH_PATH
 from gpumesh.probes.nvidia_smi import MAX_GPUS_ASKED_SINGLY, GpuReport, probe_gpus
 from gpumesh.state import Severity
 from gpumesh.tunnels.base import ExecResult
+from tests.probes.command_routes import run_directly, run_over_ssh
 from tests.probes.shell_host import (
     BUSY,
     IDLE,
@@ -184,7 +185,7 @@ FAULTS = {
 
 
 async def probe(host: ShellHost, timeout_s: float = PATIENCE_S) -> GpuReport:
-    return await probe_gpus(host.exec, timeout_s=timeout_s, node="iceland")
+    return await probe_gpus(run_directly(host.exec), timeout_s=timeout_s, node="iceland")
 
 
 @pytest.mark.parametrize("name", FAULTS)
@@ -286,7 +287,7 @@ async def test_a_host_without_sessions_says_that_gpus_are_unknown() -> None:
     async def refuse(argv: Sequence[str], *, timeout_s: float) -> ExecResult:
         raise ExecError("ssh.runpod.io runs no commands", hint="use SSH over exposed TCP")
 
-    report = await probe_gpus(refuse, timeout_s=PATIENCE_S, node="pod")
+    report = await probe_gpus(run_directly(refuse), timeout_s=PATIENCE_S, node="pod")
     (finding,) = report.findings
     assert (finding.code, finding.severity, finding.hint) == ("gpu-unknown", INFO, "use SSH over exposed TCP")
     assert report.error == "ssh.runpod.io runs no commands"
@@ -296,7 +297,7 @@ async def test_a_tunnel_that_is_down_gives_no_second_finding() -> None:
     async def down(argv: Sequence[str], *, timeout_s: float) -> ExecResult:
         raise TunnelDown("the tunnel is backoff")
 
-    report = await probe_gpus(down, timeout_s=PATIENCE_S, node="pod")
+    report = await probe_gpus(run_directly(down), timeout_s=PATIENCE_S, node="pod")
     assert (report.findings, report.error) == ((), "the tunnel is backoff")
 
 
@@ -354,7 +355,8 @@ async def test_a_shell_that_runs_no_command_is_not_a_missing_nvidia_smi(status: 
         del argv, timeout_s
         return ExecResult(status, b"", b"This account is currently not available.\n")
 
-    report = await probe_gpus(run, timeout_s=PATIENCE_S, node="a")
+    commands = run_over_ssh(run, b"This account is currently not available.\n", status)
+    report = await probe_gpus(commands, timeout_s=PATIENCE_S, node="a")
     (finding,) = report.findings
     assert (finding.code, finding.severity, finding.node) == ("gpu-unknown", Severity.INFO, "a")
     assert "runs no commands: to each it says 'This account" in finding.message

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpumesh.audit.catalog import CATALOG
-from gpumesh.probes.combined_commands import CommandOutput
+from gpumesh.probes.commands.combined_commands import CommandOutput
 from gpumesh.probes.smi_failures import INFOROM, NOT_EXECUTABLE, NOT_FOUND, OK, classify_failure
 from tests.probes.shell_host import row
 

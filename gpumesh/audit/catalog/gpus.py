@@ -67,6 +67,16 @@ EXPLANATIONS = (
         "the driver awake.",
     ),
     Explanation(
+        "login-shell-slow",
+        W,
+        "the account's login shell is slow",
+        "Each session on the host begins with the account's login shell, and it has not come to our script yet: it "
+        "still reads its start-up files (conda, pyenv, a home folder on a network disk), or a forced command runs in "
+        "its place. The GPUs are not known until it is ready. Requests are served all the same.",
+        "Time `ssh HOST true`. End ~/.bashrc at once in a session without a terminal: `case $- in *i*) ;; *) return;; "
+        "esac` as its first line.",
+    ),
+    Explanation(
         "gpu-lost",
         E,
         "a GPU fell off the bus",
@@ -113,8 +123,8 @@ EXPLANATIONS = (
         "gpu-unknown",
         I,
         "the GPUs cannot be asked for",
-        "There is no way to run nvidia-smi there: the node has no SSH, or the host gives no session. Requests are "
-        "served all the same.",
+        "There is no way to run nvidia-smi there: the node has no SSH, the host gives no session, or the account runs "
+        "no commands (it is for forwarding only). Requests are served all the same.",
         "Give the node an `ssh:` section, if its GPU should be seen.",
     ),
     Explanation(

@@ -122,6 +122,15 @@ EXPLANATIONS = (
         "Nothing, if it comes back. If it happens often, look at the network or at the host's sshd log.",
     ),
     Explanation(
+        "session-ended",
+        W,
+        "the host ended our session",
+        "Transport openssh holds its connection with a session in which it runs `cat`. The account's login shell, or a "
+        "forced command, ended that session without running it, and ssh ended too. It reconnects at once, and from "
+        "then on without such a session.",
+        "Nothing: the tunnel works without the session. `ssh.transport: sshtunnel` needs none.",
+    ),
+    Explanation(
         "tunnel-down",
         W,
         "the tunnel is not up",

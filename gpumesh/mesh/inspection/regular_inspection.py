@@ -14,19 +14,20 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from gpumesh.errors import SecretMissing
+from gpumesh.errors import ExecError, SecretMissing
 from gpumesh.mesh.inspection.node_inspection import (
-    MAX_COMMAND_OUTPUT,
     InspectionReport,
     inspect_node,
     merge_report,
 )
+from gpumesh.probes.commands.host_commands import CommandsUnfinished, CommandsUnproven
 from gpumesh.state import NodeState
 
 if TYPE_CHECKING:
     import httpx
 
     from gpumesh.mesh.nodes.snapshot import NodeRole
+    from gpumesh.probes.commands.host_commands import HostCommands
     from gpumesh.topology import NodeSpec
     from gpumesh.tunnels.base import Tunnel
 
@@ -57,7 +58,7 @@ class InspectedNode(Protocol):
     def connection_count(self) -> int: ...
 
     @property
-    def command_lock(self) -> asyncio.Lock: ...
+    def host_commands(self) -> HostCommands | None: ...
 
     @property
     def reachable(self) -> bool: ...
@@ -181,14 +182,18 @@ class RegularInspection:
 
     async def _inspect_node(self, node: InspectedNode) -> InspectionReport | None:
         """The report of one inspection; ``None`` if the key of the node's server is missing."""
-        tunnel = node.tunnel
-        assert tunnel is not None, "a node without a tunnel was due"
+        commands = node.host_commands
+        assert commands is not None, "a node without a tunnel was due"
 
         async def run_command(argv: Sequence[str]) -> bytes:
-            async with node.command_lock:
-                # ``shareable``: another node on the same machine may have got this answer a moment ago.
-                result = await tunnel.exec(argv, timeout_s=TIMEOUT_S, limit_bytes=MAX_COMMAND_OUTPUT, shareable=True)
-            return result.stdout
+            if commands.has_no_shell:
+                raise ExecError("the host runs no shell")
+            try:
+                # Killed after its time-out: until then, the probes of the GPUs wait.
+                (answer,) = await commands.run((tuple(argv),), timeout_s=TIMEOUT_S, kill_after_s=TIMEOUT_S)
+            except (CommandsUnfinished, CommandsUnproven) as error:
+                raise ExecError(str(error)) from error
+            return answer.output
 
         try:
             api_key = node.api_key()

@@ -32,6 +32,7 @@ from gpumesh.mesh.nodes.rate_meter import RateMeter
 from gpumesh.mesh.nodes.snapshot import NodeRole, SnapshotBuilder
 from gpumesh.mesh.nodes.tunnel_link import TunnelLink
 from gpumesh.model_names import full_name
+from gpumesh.probes.commands.host_commands import HostCommands
 from gpumesh.state import NodeState, TunnelPhase, TunnelState
 from gpumesh.topology import BackendKind, NodeSpec, Target
 from gpumesh.tunnels.base import Tunnel
@@ -81,7 +82,7 @@ class Node:
         """The key of the server in the file of learned figures; ``None`` until the server was seen."""
         self.server_version: str | None = None
         """The version of the server when it was seen last; ``None`` if it is not known."""
-        self._link = TunnelLink(spec)
+        self._link = TunnelLink(spec, clock=clock)
         self._link.away_since = clock()
         self.ledger = Ledger(
             self.account,
@@ -296,9 +297,9 @@ class Node:
         return self._link.connection_count
 
     @property
-    def command_lock(self) -> asyncio.Lock:
-        """Held while a short command runs on the host."""
-        return self._link.command_lock
+    def host_commands(self) -> HostCommands | None:
+        """Runs the probes' commands on the host, over the tunnel's last connection; ``None`` before the first one."""
+        return self._link.commands
 
     def is_same_connection(self, lease: Lease) -> bool:
         """Whether the tunnel still has the connection that it had when this lease was given.

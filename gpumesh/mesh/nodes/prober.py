@@ -8,9 +8,10 @@ a host makes them raise.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 
 import httpx
 
@@ -23,22 +24,31 @@ from gpumesh.mesh.nodes.ledger import Ledger
 from gpumesh.mesh.nodes.tunnel_link import TunnelLink
 from gpumesh.model_names import full_name
 from gpumesh.probes.backend import BackendReport, probe_backend
-from gpumesh.probes.nvidia_smi import GpuReport, probe_gpus
+from gpumesh.probes.nvidia_smi import Answer, GpuReport, probe_gpus
 from gpumesh.probes.server_kind import KnownKinds
-from gpumesh.probes.smi_tables import OUTPUT_BYTES
 from gpumesh.state import BackendPhase
 from gpumesh.topology import BackendKind, NodeSpec, Target
 from gpumesh.tunnels.stagger import stagger_intervals
+
+log = logging.getLogger(__name__)
 
 BACKEND_INTERVAL_S = 2.0
 # Each request of a probe may take so long. A server that hangs is noticed within 10 s, even if the first missed probe
 # is ignored (``_may_ignore_miss``): that is one interval, and two probes that run into this time-out.
 BACKEND_TIMEOUT_S = 4.0
 GPU_INTERVAL_S = 2.0
-# A probe of the GPUs may take so long; then the node gets the finding ``driver-hung``. The time-out must be longer than
-# the 1 to 3 s that a first call of nvidia-smi takes without persistence mode. It must be shorter than the 7 s in which
-# a command expects the first report of all nodes (cli/first_report.py): without this probe a node has not reported.
+# A probe of the GPUs may take so long; then the node gets a finding that says what the host waits for. The time-out
+# must be longer than the 1 to 3 s that a first call of nvidia-smi takes without persistence mode. It must be shorter
+# than the 7 s in which a command expects the first report of all nodes (cli/first_report.py): without this probe a node
+# has not reported.
 GPU_TIMEOUT_S = 5.0
+# Where nvidia-smi is always slow, a probe may take this many times as long as the last one, up to this time.
+GPU_PATIENCE_FACTOR = 3.0
+MAX_GPU_TIMEOUT_S = 30.0
+# The longest time between two probes of a host that gives no session. The times double up to it.
+MAX_GPU_INTERVAL_S = 60.0
+# The time after which a host that runs no commands is asked again. A new connection asks at once.
+NO_COMMANDS_INTERVAL_S = 600.0
 # Only if our last request ended longer ago than this, the GPUs' utilisation comes from other programs alone: nvidia-smi
 # averages it over up to a second.
 IDLE_S = 2.0
@@ -123,6 +133,7 @@ class Prober:
         self._backend_probe_lock = asyncio.Lock()
         self._first_round_done = asyncio.Event()
         self._missed_backend_probes = 0  # in a row
+        self._is_known_to_run_no_commands = False
         self.asked_at = clock()
         """When the server was asked for the report that was recorded last."""
 
@@ -253,16 +264,21 @@ class Prober:
 
     async def keep_probing_gpus(self) -> None:
         """Probes the GPUs at intervals, until cancelled."""
+        failures = 0  # of probes in a row, because the host gave no session or did not answer in time
         for interval_s in stagger_intervals(self._spec.name, GPU_INTERVAL_S):
-            tunnel = await self._link.wait_up()
+            await self._link.wait_up()
             was_idle = self._is_idle()
-            # ``shareable``: another node on the same machine may have got this answer a moment ago.
-            run_command = partial(tunnel.exec, shareable=True, limit_bytes=OUTPUT_BYTES)
-            async with self._link.command_lock:
-                report = await probe_gpus(run_command, timeout_s=GPU_TIMEOUT_S, node=self._spec.name)
-            if self._link.is_up:
+            commands = self._link.commands
+            assert commands is not None, "the tunnel is up, so it has had a connection"
+            timeout_s = find_gpu_timeout_s(self.reports.gpus)
+            report = await probe_gpus(commands, timeout_s=timeout_s, node=self._spec.name)
+            if self._link.is_up and self._link.commands is commands:  # otherwise the connection was lost meanwhile
                 self._record_gpus(report, was_idle=was_idle)
-            await asyncio.sleep(interval_s)
+            has_failed = report.answer in (Answer.NO_SESSION, Answer.ABANDONED)
+            failures = failures + 1 if has_failed else 0
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(find_gpu_pause_s(report, interval_s, failures)):
+                    await self._link.wait_down()
 
     def _is_idle(self) -> bool:
         """Whether the GPUs' utilisation now comes only from other programs."""
@@ -275,13 +291,45 @@ class Prober:
             percentages = [gpu.utilization_pct for gpu in report.gpus if gpu.utilization_pct is not None]
             foreign_load = max(percentages) / 100.0 if percentages else None
         self.reports = replace(self.reports, gpus=report, foreign_load=foreign_load)
+        self._note_no_commands(report)
         self._end_first_round_when_complete()
         self._on_report()
+
+    def _note_no_commands(self, report: GpuReport) -> None:
+        """Logs once that the host runs no commands; again only after it has answered in between."""
+        runs_no_commands = report.answer is Answer.NO_COMMANDS
+        if runs_no_commands and not self._is_known_to_run_no_commands:
+            log.info(
+                "the GPUs of %s are not known: %s",
+                self._spec.name,
+                report.error,
+                extra={"event": "no-commands", "node": self._spec.name},
+            )
+        if runs_no_commands or report.answer is Answer.COMPLETE:
+            self._is_known_to_run_no_commands = runs_no_commands
 
     def _end_first_round_when_complete(self) -> None:
         """Ends the first round when the server and the GPUs have both been probed."""
         if self.reports.gpus is not None and self.reports.backend is not None:
             self._first_round_done.set()
+
+
+def find_gpu_timeout_s(last_report: GpuReport | None) -> float:
+    """The time-out of the next probe of the GPUs. A host whose nvidia-smi needs 8 s each time is slow, and not hung."""
+    took_s = None if last_report is None else last_report.took_s
+    if took_s is None:
+        return GPU_TIMEOUT_S
+    return min(max(GPU_TIMEOUT_S, GPU_PATIENCE_FACTOR * took_s), MAX_GPU_TIMEOUT_S)
+
+
+def find_gpu_pause_s(report: GpuReport, interval_s: float, failures: int) -> float:
+    """The time until the next probe of the GPUs. ``failures`` counts the probes in a row, this one included, for which
+    the host gave no session or did not answer in time."""
+    if report.answer is Answer.NO_COMMANDS:
+        return NO_COMMANDS_INTERVAL_S
+    if failures:
+        return min(interval_s * 2.0 ** min(failures - 1, 10), max(interval_s, MAX_GPU_INTERVAL_S))
+    return interval_s
 
 
 def read_api_key(spec: NodeSpec) -> str | None:

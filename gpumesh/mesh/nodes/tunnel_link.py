@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 
+from gpumesh.probes.commands.host_commands import HostCommands
 from gpumesh.state import TunnelPhase, TunnelState
 from gpumesh.topology import NodeSpec, Target
 from gpumesh.tunnels.base import Tunnel
@@ -16,18 +18,21 @@ class TunnelLink:
     ``tunnel`` is ``None`` for a disabled node and before the mesh has started. ``reported`` is the state of the
     tunnel's last callback. ``connection_count`` grows with each new connection. ``away_since`` is the time of the
     node's clock at which the tunnel was lost last; ``None`` while the tunnel is up, and if the time is not known.
+    ``commands`` runs the probes' commands over the last connection; ``None`` before the first one.
     """
 
-    def __init__(self, spec: NodeSpec) -> None:
+    def __init__(self, spec: NodeSpec, *, clock: Callable[[], float] = time.monotonic) -> None:
         self.tunnel: Tunnel | None = None
         self.reported = TunnelState(transport="direct" if spec.ssh is None else spec.ssh.transport.value)
         self.is_up = False
         self.connection_count = 0
         self.away_since: float | None = None
-        self.command_lock = asyncio.Lock()
-        """Held while a short command runs on the host: some hosts allow one session at a time."""
+        self.commands: HostCommands | None = None
+        self._clock = clock
         self._targets = spec.backend.targets
         self._up = asyncio.Event()
+        self._down = asyncio.Event()
+        self._down.set()
 
     def __repr__(self) -> str:
         return f"<TunnelLink {self.reported.transport} {self.reported.state.value} connection {self.connection_count}>"
@@ -39,8 +44,12 @@ class TunnelLink:
         self.is_up = state.state is TunnelPhase.UP
         if not self.is_up:
             self._up.clear()
+            self._down.set()
         elif not was_up:
             self.connection_count += 1
+            if self.tunnel is not None:  # the new connection may lead to another host
+                self.commands = HostCommands(self.tunnel, clock=self._clock)
+            self._down.clear()
             self._up.set()
 
     async def wait_up(self) -> Tunnel:
@@ -48,6 +57,10 @@ class TunnelLink:
         await self._up.wait()
         assert self.tunnel is not None, "a state UP was reported, but the node has no tunnel"
         return self.tunnel
+
+    async def wait_down(self) -> None:
+        """Returns as soon as the connection is lost."""
+        await self._down.wait()
 
     @property
     def state(self) -> TunnelState:

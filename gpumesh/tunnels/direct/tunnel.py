@@ -25,7 +25,7 @@ from gpumesh.errors import (
 )
 from gpumesh.state import TunnelPhase, TunnelState
 from gpumesh.topology import NodeSpec, Target
-from gpumesh.tunnels.base import ExecChunk, ExecResult, OutputStream
+from gpumesh.tunnels.base import ExecChunk, ExecResult, OutputStream, ShellStream
 from gpumesh.tunnels.direct.this_machine import ThisMachine, run_command
 from gpumesh.tunnels.local_system.local_command import CHUNK_BYTES, exit_status, local_command
 from gpumesh.tunnels.stagger import stagger_intervals
@@ -196,6 +196,9 @@ class DirectTunnel:
             raise ExecError(message, node=self._node) from error
         except (OSError, ValueError) as error:
             raise _make_start_error(argv, self._node, error) from error
+
+    async def open_shell(self) -> ShellStream | None:
+        return None  # a command on this machine waits for no login shell
 
     async def exec_stream(self, argv: Sequence[str]) -> AsyncIterator[ExecChunk]:
         await self._ensure_server_is_local()

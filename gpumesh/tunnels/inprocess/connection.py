@@ -16,7 +16,7 @@ from typing import Any, cast
 import paramiko
 
 from gpumesh.addresses import format_address
-from gpumesh.errors import ConnectTimeout, TunnelError, TunnelLost
+from gpumesh.errors import ConnectTimeout, SessionRefused, TunnelError, TunnelLost
 from gpumesh.printable import printable
 from gpumesh.topology import SshSpec, Target
 from gpumesh.tunnels import blocking
@@ -30,6 +30,9 @@ from gpumesh.tunnels.inprocess.sshtunnel_connector import TransportForwarder
 from gpumesh.tunnels.local_system.peer_users import open_own_user_filter
 from gpumesh.tunnels.transport import ConnectionEvents, ConnectionInfo, ConnectRequest, RemoteCommand
 
+SHELL_TEST_WAIT_S = 3.0  # a command waits so long for the test whether the host has a POSIX shell
+SESSION_FREE_S = 2.0  # a host has the session of an ended command back within this time
+SESSION_RETRY_S = 0.1
 DEADLINE_SLACK_S = 0.5  # the outer deadline is later by this, because an error of the opening itself says more
 
 
@@ -90,6 +93,9 @@ class ParamikoConnection:
         self._transport_watch: asyncio.Task[None] | None = None
         self._ping_task: asyncio.Task[float | None] | None = None
         self._posix_shell_test = self._loop.create_task(sessions.has_posix_shell(opened.shell_test))
+        self._test_ended_at = 0.0  # a time of the event loop; 0: there was no test, or it still runs
+        if opened.shell_test is not None:
+            self._posix_shell_test.add_done_callback(self._note_test_end)
         self._lost: asyncio.Future[TunnelError] = self._loop.create_future()
         self._forwarder: TransportForwarder | None = None
         server, cipher = self._transport.remote_version, self._transport.remote_cipher
@@ -151,9 +157,28 @@ class ParamikoConnection:
         except (TimeoutError, paramiko.SSHException, EOFError, OSError):  # no answer, or the connection has broken
             return None
 
-    async def start_command(self, command: str) -> RemoteCommand:
-        has_posix_shell = await asyncio.shield(self._posix_shell_test)
-        return await sessions.start_command(self._transport, command, posix=has_posix_shell)
+    async def start_command(self, command: str, *, has_input: bool = False) -> RemoteCommand:
+        has_posix_shell = not has_input and await self._has_posix_shell()
+        while True:
+            try:
+                return await sessions.start_command(
+                    self._transport, command, posix=has_posix_shell, has_input=has_input
+                )
+            except SessionRefused:
+                if self._posix_shell_test.done() and self._loop.time() > self._test_ended_at + SESSION_FREE_S:
+                    raise
+                # The test had the host's only session, or has it still.
+                await asyncio.wait([self._posix_shell_test])
+                await asyncio.sleep(SESSION_RETRY_S)
+
+    def _note_test_end(self, _test: asyncio.Task[bool]) -> None:
+        self._test_ended_at = self._loop.time()
+
+    async def _has_posix_shell(self) -> bool:
+        """Whether the host is known to have a POSIX shell. Waits a short time for the test of the new connection. False
+        while a slow login shell has not ended the test: for a later command it may be true."""
+        await asyncio.wait([self._posix_shell_test], timeout=SHELL_TEST_WAIT_S)
+        return self._posix_shell_test.done() and self._posix_shell_test.result()
 
     async def wait_lost(self) -> TunnelError:
         return await asyncio.shield(self._lost)

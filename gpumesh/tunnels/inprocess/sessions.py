@@ -9,7 +9,7 @@ from typing import Any
 import paramiko
 from paramiko.common import cMSG_CHANNEL_REQUEST
 
-from gpumesh.errors import ExecError
+from gpumesh.errors import ExecError, SessionRefused
 from gpumesh.printable import printable
 from gpumesh.tunnels import blocking
 from gpumesh.tunnels.base import OutputStream
@@ -18,37 +18,41 @@ from gpumesh.tunnels.remote_command import SHELL_TEST_OUTPUT, wrap_killable
 READ_BYTES = 32 * 1024  # the most that one ``read`` returns
 OPEN_TIMEOUT_S = 10.0  # the time for the host to give a session and to start the command
 KILL_TIMEOUT_S = 1.0  # the time to send the signal and the close of the channel
-TEST_TIMEOUT_S = 3.0  # a host whose shell test has not ended by then counts as a host without a POSIX shell
+WINDOW_POLL_S = 0.05  # the pause before the next try to send input to a command that took none
 DISCONNECT_TIMEOUT_S = 0.5  # paramiko marks a broken connection as ended within this time
 
 
-async def start_command(transport: paramiko.Transport, command: str, *, posix: bool) -> SessionCommand:
+async def start_command(
+    transport: paramiko.Transport, command: str, *, posix: bool, has_input: bool = False
+) -> SessionCommand:
     """Starts ``command`` on the host. ``posix``: under a shell that ends the command when its session ends
-    (remote_command.py).
+    (remote_command.py). ``has_input``: the command reads our input, and ends by itself when its input ends.
 
-    Raises ``ExecError`` when the host gives no session or does not answer in time.
+    Raises ``SessionRefused`` when the host gives no session, and ``ExecError`` when it does not answer in time.
     """
+    wrapped = posix and not has_input
+    ends_with_input = wrapped or has_input
     try:
-        command_line = wrap_killable(command) if posix else command
+        command_line = wrap_killable(command) if wrapped else command
         async with asyncio.timeout(OPEN_TIMEOUT_S):
-            channel = await blocking.run_in_thread(_open_session, transport, command_line, has_input=posix)
+            channel = await blocking.run_in_thread(_open_session, transport, command_line, has_input=ends_with_input)
     except TimeoutError as error:
         raise ExecError("the host does not start the command") from error
     except (paramiko.SSHException, EOFError, OSError) as error:
         # The text of paramiko's ChannelException is not the host's, and misleads.
         reason = "open failed" if isinstance(error, paramiko.ChannelException) else printable(str(error), 120)
-        raise ExecError(
+        raise SessionRefused(
             f"the host gives no session to run a command in{f' ({reason})' if reason else ''}",
             hint="its sshd forbids it, or MaxSessions is reached",
         ) from error
-    return SessionCommand(channel, wrapped=posix)
+    return SessionCommand(channel, ends_with_input=ends_with_input)
 
 
 async def has_posix_shell(test: paramiko.Channel | None) -> bool:
     """Whether the host has a POSIX shell, by the output of the command ``SHELL_TEST``.
 
     ``test`` is the session in which that command runs; ``None``: the host gave no session. False also when the test
-    fails or takes longer than ``TEST_TIMEOUT_S``: commands then run without the shell.
+    fails. Has no deadline, because a login shell may be slow.
     """
     if test is None:
         return False
@@ -56,13 +60,12 @@ async def has_posix_shell(test: paramiko.Channel | None) -> bool:
     output = b""
     try:
         with contextlib.suppress(TimeoutError, OSError, ExecError):
-            async with asyncio.timeout(TEST_TIMEOUT_S):
-                while len(output) < READ_BYTES:  # a limit for a host that prints without end
-                    piece = await command.read()
-                    if piece is None:
-                        break
-                    _stream, data = piece
-                    output += data
+            while len(output) < READ_BYTES:  # a limit for a host that prints without end
+                piece = await command.read()
+                if piece is None:
+                    break
+                _stream, data = piece
+                output += data
     finally:
         await command.kill()
     return SHELL_TEST_OUTPUT in output.splitlines()  # a host may print a greeting first
@@ -116,14 +119,15 @@ def _send_while_open(channel: Any, message: paramiko.Message) -> None:
 
 
 class SessionCommand:
-    """A command on the host; see ``transport.RemoteCommand``. ``wrapped``: it runs under ``wrap_killable``.
+    """A command on the host; see ``transport.RemoteCommand``. ``ends_with_input``: the command ends when its
+    session's input ends.
 
     The descriptor ``_fd`` is a pipe that paramiko keeps readable while output, or its end, waits to be read.
     """
 
-    def __init__(self, channel: paramiko.Channel, *, wrapped: bool = False) -> None:
+    def __init__(self, channel: paramiko.Channel, *, ends_with_input: bool = False) -> None:
         self._channel = channel
-        self._wrapped = wrapped
+        self._ends_with_input = ends_with_input
         self._fd = channel.fileno()
 
     @property
@@ -148,14 +152,25 @@ class SessionCommand:
                 return None
             await self._wait_readable()
 
+    async def write(self, data: bytes) -> None:
+        with contextlib.suppress(paramiko.SSHException, EOFError, OSError):  # closed, which ``read`` reports
+            while data and not self._channel.closed:
+                try:
+                    # In a thread, because paramiko waits here for the end of a key exchange.
+                    sent = await blocking.run_in_thread(self._channel.send, data)
+                except TimeoutError:  # the host takes no more now
+                    await asyncio.sleep(WINDOW_POLL_S)
+                else:
+                    data = data[sent:]
+
     async def kill(self) -> None:
         if self._channel.closed:
             self._channel.close()  # closes the channel's pipe, which paramiko keeps open for late readers
             return
         with contextlib.suppress(TimeoutError, paramiko.SSHException, EOFError, OSError):
             async with asyncio.timeout(KILL_TIMEOUT_S):
-                # The close ends a wrapped command: its input ends. Any other command needs a signal.
-                close_function = self._channel.close if self._wrapped else self._signal_and_close
+                # The close ends the command's input. A command that does not end with its input needs a signal.
+                close_function = self._channel.close if self._ends_with_input else self._signal_and_close
                 await blocking.run_in_thread(close_function)
 
     async def _ensure_connected(self) -> None:
@@ -189,8 +204,8 @@ class SessionCommand:
         """Asks sshd to kill the command, and closes the channel.
 
         sshd passes the signal on since OpenSSH 7.9, but not for a login of root. Where sshd does not pass it on, the
-        command only finds its output closed. Not for a wrapped command: the signal would end the shell that watches the
-        session's input, and the command could run on.
+        command only finds its output closed. Not for a command that ends with its input: the signal would end the
+        shell that watches the input, and the command could run on.
         """
         message = paramiko.Message()
         message.add_byte(cMSG_CHANNEL_REQUEST)

@@ -6,10 +6,11 @@ import asyncio
 import contextlib
 from asyncio.subprocess import DEVNULL, PIPE, Process
 from collections.abc import Awaitable, Callable
+from enum import StrEnum
 from pathlib import Path
 
 from gpumesh.config import environment
-from gpumesh.errors import ExecError
+from gpumesh.errors import ExecError, SessionRefused
 from gpumesh.printable import printable
 from gpumesh.tunnels.base import OutputStream
 from gpumesh.tunnels.local_system.local_command import exit_status, release_process, wait_for_exit
@@ -23,18 +24,25 @@ STDERR_TAIL_BYTES = 1000  # the end of a command's stderr that is kept, to find 
 STOP_TIMEOUT_S = 1.0  # the time for a client to end by itself, and again after it was killed
 
 
+class Ending(StrEnum):
+    """What ends a command on the host when the session's input ends."""
+
+    WRAPPED = "wrapped"  # a POSIX shell around the command (remote_command.py)
+    BY_ITSELF = "by-itself"  # the command, which reads its input
+    UNKNOWN = "unknown"  # nothing that we know of: the command has no input
+
+
 async def start_client(
-    control: Path, command: str, *, posix: bool, is_master_alive: Callable[[], Awaitable[bool]]
+    control: Path, command: str, *, ending: Ending, is_master_alive: Callable[[], Awaitable[bool]]
 ) -> MuxCommand:
     """Starts ``command`` on the host. ``MuxCommand`` explains ``is_master_alive``.
 
-    ``posix``: under a POSIX shell that ends the command when the session's input ends (remote_command.py). So the input
-    is then a pipe that we hold open.
+    Except with ``Ending.UNKNOWN`` its input is a pipe that we hold open.
     """
-    command_line = wrap_killable(command) if posix else command
+    command_line = wrap_killable(command) if ending is Ending.WRAPPED else command
     process = await asyncio.create_subprocess_exec(
         *client_command(control, "--", CLIENT_HOST, command_line),
-        stdin=PIPE if posix else DEVNULL,
+        stdin=DEVNULL if ending is Ending.UNKNOWN else PIPE,
         stdout=PIPE,
         stderr=PIPE,
         env=environment.child_environment(),
@@ -45,10 +53,11 @@ async def start_client(
 async def request_session(control: Path) -> None:
     """Asks the host for a session, and returns when the host has given or refused it. A cancel kills the client.
 
-    The command in the session is ``exit``, which does nothing.
+    The host's sshd answers by itself: the session is for a subsystem that no host has, so neither a login shell nor a
+    forced command is started. sshd logs a line about it.
     """
     process = await asyncio.create_subprocess_exec(
-        *client_command(control, "--", CLIENT_HOST, "exit"),
+        *client_command(control, "-s", "--", CLIENT_HOST, "gpumesh-ping"),
         stdin=DEVNULL,
         stdout=DEVNULL,
         stderr=PIPE,
@@ -57,7 +66,7 @@ async def request_session(control: Path) -> None:
     try:
         await wait_for_exit(process)
     finally:
-        await _end_process(process)
+        await _end_process(process, patience_s=0.0)
 
 
 class MuxCommand:
@@ -92,9 +101,15 @@ class MuxCommand:
             await self._ensure_ssh_worked()
         return None
 
+    async def write(self, data: bytes) -> None:
+        assert self._process.stdin is not None, "the command was started without input"
+        with contextlib.suppress(ConnectionError):  # the command has ended, which ``read`` reports
+            self._process.stdin.write(data)
+            await self._process.stdin.drain()
+
     async def kill(self) -> None:
         if self._process.stdin is not None:
-            self._process.stdin.close()  # ``wrap_killable`` ends the command when its input ends
+            self._process.stdin.close()  # the end of its input ends the command
         for reader in self._readers:
             reader.cancel()
         await asyncio.gather(*self._readers, return_exceptions=True)
@@ -108,7 +123,7 @@ class MuxCommand:
         stderr_lines = self._stderr_tail.decode("utf-8", "replace").splitlines()
         refusal = next((line for line in stderr_lines if NO_SESSION_PATTERN.search(line)), None)
         if refusal is not None:
-            raise ExecError(
+            raise SessionRefused(
                 f"the host gives no session to run a command in ({printable(refusal, 120)})",
                 hint="its sshd forbids it, or MaxSessions is reached",
             )
@@ -125,7 +140,7 @@ class MuxCommand:
         await self._pieces.put(None)
 
 
-async def _end_process(process: Process, patience_s: float = 0.0) -> None:
+async def _end_process(process: Process, patience_s: float) -> None:
     """Kills the process, unless it ends by itself within ``patience_s``, and waits for its end. 0: kills it at once."""
     if patience_s > 0.0:
         with contextlib.suppress(TimeoutError):

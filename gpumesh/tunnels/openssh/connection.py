@@ -24,7 +24,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from gpumesh.errors import ForwardingForbidden, TunnelError, TunnelLost
+from gpumesh.errors import ForwardingForbidden, SessionEnded, TunnelError, TunnelLost
 from gpumesh.topology import HostKeyPolicy, Target
 from gpumesh.tunnels import blocking
 from gpumesh.tunnels.blocking import Deadline
@@ -34,7 +34,7 @@ from gpumesh.tunnels.known_hosts import ensure_known_hosts_file
 from gpumesh.tunnels.local_system.peer_users import open_own_user_filter
 from gpumesh.tunnels.openssh import commands, forwards, mux
 from gpumesh.tunnels.openssh.errors import FORBIDDEN_TEXT, OPEN_FAILED_TEXT
-from gpumesh.tunnels.openssh.login import log_in
+from gpumesh.tunnels.openssh.login import log_in, was_only_session_refused
 from gpumesh.tunnels.openssh.master import MasterState, OpensshMaster
 from gpumesh.tunnels.openssh.options import format_destination
 from gpumesh.tunnels.openssh.prompts import AskpassServer
@@ -42,6 +42,7 @@ from gpumesh.tunnels.openssh.unix_relay import relay_to_unix
 from gpumesh.tunnels.transport import ConnectionEvents, ConnectionInfo, ConnectRequest
 
 STOP_TIMEOUT_S = 1.0  # the time for the forwarder to end
+SESSION_PING_INTERVAL_S = 60.0  # between two sessions as pings, because the host logs each of them
 
 
 async def connect(
@@ -88,6 +89,8 @@ class OpensshConnection:
         peer_filter = open_own_user_filter(listeners[0], self._on_peer_refused) if own_user_only else None
         self._forwarder = Forwarder(self._on_forwarder_end, peer_filter=peer_filter)
         self._last_dialled: Target | None = None
+        # When a session was last asked for as a ping, in seconds of ``perf_counter``, and the round trip in ms.
+        self._session_ping: tuple[float, float] | None = None
         server = master.output.server  # ``None``: an ssh before 8.5 does not report the host's version
         self._server = "OpenSSH client" if server is None else f"SSH-2.0-{server}"
         self.info = ConnectionInfo(None, self._server)  # the round trip is measured later
@@ -122,32 +125,42 @@ class OpensshConnection:
         if self._master.state is MasterState.ECHOING:
             return await self._master.measure_round_trip_ms(timeout_s)
         if self._master.state is MasterState.WITHOUT_SESSION:
-            return await self._ping_by_session(timeout_s)
+            return await self._ping_without_echo(timeout_s)
         # A SILENT master: its first echo may come now, or never.
-        return await _first_result(self._master.measure_round_trip_ms(timeout_s), self._ping_by_session(timeout_s))
+        return await _first_result(self._master.measure_round_trip_ms(timeout_s), self._ping_without_echo(timeout_s))
 
-    async def _ping_by_session(self, timeout_s: float) -> float | None:
-        """Pings through a master that does not echo (or not yet): asks the host for one more session.
+    async def _ping_without_echo(self, timeout_s: float) -> float | None:
+        """Pings through a master that does not echo (or not yet). Returns the round trip in ms, which was measured at
+        most ``SESSION_PING_INTERVAL_S`` ago; ``None``: no answer within ``timeout_s``, or the master has ended.
 
-        The host is alive if it answers, even by a refusal. Returns the time until the answer in ms; ``None``: no answer
-        within ``timeout_s``, or the master has ended.
+        In between it is enough that the master runs: ssh pings the host every second by itself, and ends after 4 s
+        without an answer.
         """
-        started_at = time.perf_counter()
+        now = time.perf_counter()
+        if self._session_ping is not None and now - self._session_ping[0] < SESSION_PING_INTERVAL_S:
+            is_alive = not self._master.exited and await mux.is_master_alive(self._master.control)
+            return self._session_ping[1] if is_alive else None
         try:
             async with asyncio.timeout(timeout_s):
                 await commands.request_session(self._master.control)
         except TimeoutError:  # the host has not answered
             return None
-        return None if self._master.exited else (time.perf_counter() - started_at) * 1000
+        if self._master.exited:
+            return None
+        rtt_ms = (time.perf_counter() - now) * 1000
+        self._session_ping = (now, rtt_ms)
+        return rtt_ms
 
-    async def start_command(self, command: str) -> commands.MuxCommand:
-        # A host that echoes has run ``exec cat``. So its login shell can start a POSIX shell as well.
-        has_posix_shell = self._master.state is MasterState.ECHOING
+    async def start_command(self, command: str, *, has_input: bool = False) -> commands.MuxCommand:
+        if has_input:
+            ending = commands.Ending.BY_ITSELF
+        elif self._master.state is MasterState.ECHOING:
+            # A host that echoes has run ``exec cat``. So its login shell can start a POSIX shell as well.
+            ending = commands.Ending.WRAPPED
+        else:
+            ending = commands.Ending.UNKNOWN
         return await commands.start_client(
-            self._master.control,
-            command,
-            posix=has_posix_shell,
-            is_master_alive=self._is_master_alive,
+            self._master.control, command, ending=ending, is_master_alive=self._is_master_alive
         )
 
     async def wait_lost(self) -> TunnelError:
@@ -159,7 +172,12 @@ class OpensshConnection:
             forwarder_ended.cancel()
         if not self._master.exit_task.done():  # then the forwarder has ended, by an error of ours
             return TunnelLost(f"the tunnel's process for {self._destination} stopped forwarding")
-        return self._master.output.make_error(self._destination, was_up=True)
+        output, status = self._master.output, self._master.process.returncode
+        if not self._master.has_echoed and was_only_session_refused(output.log, status):
+            return SessionEnded(
+                f"{self._destination} ended our session, and ssh ended with it", hint="it is tried again"
+            )
+        return output.make_error(self._destination, was_up=True)
 
     async def close(self) -> None:
         try:

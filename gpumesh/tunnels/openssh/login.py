@@ -32,18 +32,20 @@ async def log_in(setup: ConnectRequest, folder: Path, prompts: AskpassServer, de
     unknown = await read_unknown_options()
     start = partial(_start_and_log_in, setup, prompts=prompts, deadline=deadline, unknown=unknown)
     destination = format_destination(setup.ssh)
+    has_session = not setup.without_session
+    control = folder / ("c" if has_session else "n")
     named_keys_only = False
-    master = await start(folder / "c", session=True)
+    master = await start(control, session=has_session)
     if master.exited and had_too_many_keys(master.output.log) and setup.ssh.agent:
         await master.close()
         # Other keys of the agent used up all tries. The keys and the password that mesh.yaml names come now.
         named_keys_only = True
         prompts.forget_given_secrets()
-        master = await start(folder / "c", session=True, named_keys_only=True)
+        master = await start(control, session=has_session, named_keys_only=True)
     if not master.exited:
         return master
     await master.close()
-    if not was_only_session_refused(master.output.log, master.process.returncode):
+    if not has_session or not was_only_session_refused(master.output.log, master.process.returncode):
         raise master.output.make_error(destination)
     # That ssh had logged in, so a second ssh, without a session, needs the same secrets again.
     prompts.forget_given_secrets()

@@ -64,8 +64,8 @@ class OpensshMaster:
     """The ``ssh`` child that holds the connection. ``control`` is the path of its control socket.
 
     ``output`` are the last lines that it and others have printed. ``on_error_line`` is called with each new line of its
-    log. ``refused_forwards`` counts the lines in which ssh reported that the host forbids forwarding. ``exit_task``
-    ends when the process has ended.
+    log. ``refused_forwards`` counts the lines in which ssh reported that the host forbids forwarding. ``has_echoed``:
+    its session has run ``cat``. ``exit_task`` ends when the process has ended.
     """
 
     def __init__(self, process: Process, control: Path, log: SshLog) -> None:
@@ -74,6 +74,7 @@ class OpensshMaster:
         self.state = MasterState.STARTING
         self.output = SshOutput()
         self.refused_forwards = 0
+        self.has_echoed = False
         self.on_error_line: Callable[[str], None] = lambda _: None
         self._nonce = secrets.token_hex(8)  # begins each line that we send, so that no greeting passes for an echo
         self._line_ids = itertools.count()
@@ -227,6 +228,7 @@ class OpensshMaster:
         async for line in _read_lines(self.process.stdout):
             if line.startswith(self._nonce.encode()):
                 self._advance(MasterState.ECHOING)
+                self.has_echoed = True
             echo = self._pending_echoes.get(line.strip())
             if echo is not None and not echo.done():
                 echo.set_result(time.perf_counter())

@@ -28,6 +28,7 @@ class StartCommand:
 
     ``stream``: send the output as it comes, without a limit of bytes. Otherwise send at most ``limit_bytes`` of stdout
     and of stderr, at the end. ``timeout_s``: end the command after this time; ``None``: it has no deadline.
+    ``has_input``: the command reads the data of ``Input`` messages, and ends by itself when its input ends.
     """
 
     id: int
@@ -35,6 +36,15 @@ class StartCommand:
     timeout_s: float | None
     limit_bytes: int
     stream: bool = False
+    has_input: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Input:
+    """Send ``data`` (base64) to the input of the command ``id``, which was started with ``has_input``."""
+
+    id: int
+    data: str = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +156,7 @@ class Prompt:
     echo: bool
 
 
-ToWorker = ConnectRequest | StartCommand | Kill | Ping | Reply | Close
+ToWorker = ConnectRequest | StartCommand | Input | Kill | Ping | Reply | Close
 FromWorker = ConnectionInfo | Failed | Lost | OutputPiece | Done | Pong | ForwardFailed | PeerRefused | Prompt
 
 _TYPES_BY_NAME: Mapping[str, type[ToWorker] | type[FromWorker]] = {

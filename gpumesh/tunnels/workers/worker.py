@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import gpumesh.tunnels.inprocess.connection  # noqa: F401 - loaded in the zygote, before it forks
-from gpumesh.errors import ExecError, TunnelError
+from gpumesh.errors import ExecError, SessionRefused, TunnelError
 from gpumesh.printable import printable
 from gpumesh.topology import Target
 from gpumesh.tunnels import blocking
@@ -32,6 +32,7 @@ from gpumesh.tunnels.workers.protocol import (
     Failed,
     ForwardFailed,
     FromWorker,
+    Input,
     Kill,
     Lost,
     OutputPiece,
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
 
 LINE_LIMIT = 4 << 20  # bytes of one JSON line
 CHUNK_BYTES = 32 * 1024  # bytes of output in one message
+SESSION_TRIES, SESSION_RETRY_S = 20, 0.1  # how often a session is asked for that is about to be free
 CLOSE_TIMEOUT_S = 2.0  # the time for a connection to close; the process ends then in any case
 
 
@@ -69,6 +71,7 @@ class Worker:
         self._writer: asyncio.StreamWriter | None = None
         self._prompts: dict[int, asyncio.Future[str | None]] = {}
         self._commands: dict[int, asyncio.Task[None]] = {}
+        self._shells: dict[int, RemoteCommand] = {}  # the commands with ``has_input`` that run
         self._report_tasks: set[asyncio.Task[None]] = set()
         self._setup: ConnectRequest | None = None
         self._connection: HostConnection | None = None
@@ -174,6 +177,9 @@ class Worker:
                     group.create_task(self._ping(message))
                 case StartCommand():
                     self._commands[message.id] = group.create_task(self._exec(message))
+                case Input(id=command_id, data=data):
+                    if command_id in self._shells:  # otherwise it has ended
+                        group.create_task(self._shells[command_id].write(base64.b64decode(data)))
                 case Kill(id=command_id):
                     if command_id in self._commands:
                         self._commands[command_id].cancel()
@@ -198,24 +204,53 @@ class Worker:
         if self._connection is None:
             await self._send(Done(request.id, None, error="the tunnel is not up"))
             return
-        command: RemoteCommand | None = None
-        truncated = False
         done = Done(request.id, None, error="stopped")  # sent when this task is cancelled
         try:
             async with asyncio.timeout(request.timeout_s):
-                command = await self._connection.start_command(request.command)
-                truncated = await self._send_output(command, request)
-            done = Done(request.id, command.exit_status, truncated)
+                try:
+                    done = await self._run_command(self._connection, request)
+                except SessionRefused:
+                    if request.has_input or not await self._end_shells():
+                        raise
+                    done = await self._run_command_when_free(self._connection, request)
         except TimeoutError:
-            message = f"no end of the command within {request.timeout_s:g} s"
-            done = Done(request.id, None, truncated, error=message)
+            done = Done(request.id, None, error=f"no end of the command within {request.timeout_s:g} s")
         except ExecError as error:
             done = Done(request.id, None, error=error.message, hint=error.hint)
         finally:
             self._commands.pop(request.id, None)
-            if command is not None:
-                await command.kill()
             await self._send(done)
+
+    async def _run_command(self, connection: HostConnection, request: StartCommand) -> Done:
+        """Starts the command and sends its output. Returns when it has ended. Raises ExecError."""
+        command = await connection.start_command(request.command, has_input=request.has_input)
+        try:
+            if request.has_input:
+                self._shells[request.id] = command
+            truncated = await self._send_output(command, request)
+            return Done(request.id, command.exit_status, truncated)
+        finally:
+            self._shells.pop(request.id, None)
+            await command.kill()
+
+    async def _run_command_when_free(self, connection: HostConnection, request: StartCommand) -> Done:
+        """As ``_run_command``, but tries again for a short time while the host gives no session: a host has the session
+        of an ended command back only when it has noticed the end."""
+        for _ in range(SESSION_TRIES - 1):
+            try:
+                return await self._run_command(connection, request)
+            except SessionRefused:
+                await asyncio.sleep(SESSION_RETRY_S)
+        return await self._run_command(connection, request)
+
+    async def _end_shells(self) -> bool:
+        """Ends the commands with input, so that the host has a session for another command. Returns whether there was
+        such a command. The supervisor starts it again when it needs it."""
+        tasks = [self._commands[command_id] for command_id in self._shells]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        return bool(tasks)
 
     async def _send_output(self, command: RemoteCommand, request: StartCommand) -> bool:
         """Reads the command's output until the command ends, and sends it. Returns whether output was cut.

@@ -18,6 +18,7 @@ from gpumesh.tunnels.workers.protocol import (
     Failed,
     ForwardFailed,
     FromWorker,
+    Input,
     Kill,
     Lost,
     OutputPiece,
@@ -33,6 +34,7 @@ from gpumesh.tunnels.workers.worker_pool import WorkerHandle
 STREAM_LIMIT_BYTES = 64 << 20  # a streamed command is ended when more of its output (as base64) waits for the reader
 DEADLINE_SLACK_S = 2.0  # the worker ends a command at its deadline; this is the extra time for the worker's report
 PING_SLACK_S = 0.25  # the extra time for the worker's report of a ping
+SHELL_LIMIT_BYTES = 4 << 20  # the same for a shell, whose output is read only while one of our command lines runs
 KILL_TIMEOUT_S = 2.0  # the time to send ``Kill``
 
 
@@ -204,8 +206,8 @@ class WorkerLink:
         except TimeoutError as error:
             raise ExecError(f"no end of the command within {timeout_s:g} s on {self._node}", node=self._node) from error
         finally:
-            await self._forget_command(request.id, succeeded=succeeded)
-        done = self._ensure_succeeded(message)
+            await self.forget_command(request.id, succeeded=succeeded)
+        done = self.ensure_succeeded(message)
         stdout, stderr = bytes(output[OutputStream.STDOUT]), bytes(output[OutputStream.STDERR])
         return ExecResult(done.exit_status, stdout, stderr, truncated=done.truncated)
 
@@ -225,10 +227,25 @@ class WorkerLink:
                 yield ExecChunk(OutputStream(message.stream), base64.b64decode(message.data))
                 message = await pending.messages.get()
             succeeded = message is not None and message.error is None
-            done = self._ensure_succeeded(message)
+            done = self.ensure_succeeded(message)
             yield ExecChunk(OutputStream.STDOUT, b"", ended=True, exit_status=done.exit_status)
         finally:
-            await self._forget_command(request.id, succeeded=succeeded)
+            await self.forget_command(request.id, succeeded=succeeded)
+
+    async def open_shell(self, command: str) -> LinkedShell:
+        """Starts ``command``, which reads our input, and returns the stream of its input and output. Raises
+        TunnelDown."""
+        request = StartCommand(next(self._ids), command, timeout_s=None, limit_bytes=0, stream=True, has_input=True)
+        try:
+            pending = await self._start_command(request, limit_bytes=SHELL_LIMIT_BYTES)
+        except BaseException:
+            await self.forget_command(request.id, succeeded=False)
+            raise
+        return LinkedShell(self, request.id, pending)
+
+    async def send_input(self, command_id: int, data: bytes) -> None:
+        """Sends ``data`` to the input of a command of ``open_shell``. Raises TunnelDown."""
+        await self._worker.send(Input(command_id, base64.b64encode(data).decode("ascii")))
 
     async def _start_command(self, request: StartCommand, limit_bytes: int) -> _PendingCommand:
         """Sends the request, and returns the command whose ``messages`` get the answers. Raises TunnelDown."""
@@ -251,7 +268,7 @@ class WorkerLink:
                 return
         command.messages.put_nowait(message)
 
-    def _ensure_succeeded(self, done: Done | None) -> Done:
+    def ensure_succeeded(self, done: Done | None) -> Done:
         """Returns ``done``, a command's last message. ``None``: the end of the connection has cut the command off.
 
         Raises ExecError when the command failed or was cut off.
@@ -263,7 +280,7 @@ class WorkerLink:
             raise ExecError(f"the command failed on {self._node}: {done.error}", hint=done.hint, node=self._node)
         return done
 
-    async def _forget_command(self, command_id: int, *, succeeded: bool) -> None:
+    async def forget_command(self, command_id: int, *, succeeded: bool) -> None:
         """Removes the command from ``_commands``. A command that has not succeeded may still run, so it is killed."""
         self._commands.pop(command_id, None)
         connection_ended = self.end_cause.done()
@@ -276,3 +293,27 @@ class WorkerLink:
             pass  # the host ends the commands of a connection that has ended
         except TimeoutError:
             pass  # the worker reads nothing: it hangs, the next ping fails, and the supervisor ends the connection
+
+
+class LinkedShell:
+    """The stream of a shell on the host; see ``base.ShellStream``."""
+
+    def __init__(self, link: WorkerLink, command_id: int, pending: _PendingCommand) -> None:
+        self._link = link
+        self._command_id = command_id
+        self._pending = pending
+
+    async def write(self, data: bytes) -> None:
+        await self._link.send_input(self._command_id, data)
+
+    async def read(self) -> ExecChunk:
+        message = await self._pending.messages.get()
+        if isinstance(message, OutputPiece):
+            self._pending.queued_bytes -= len(message.data)
+            return ExecChunk(OutputStream(message.stream), base64.b64decode(message.data))
+        self._pending.messages.put_nowait(message)  # for a later call: the end stays the end
+        done = self._link.ensure_succeeded(message)
+        return ExecChunk(OutputStream.STDOUT, b"", ended=True, exit_status=done.exit_status)
+
+    async def close(self) -> None:
+        await self._link.forget_command(self._command_id, succeeded=False)

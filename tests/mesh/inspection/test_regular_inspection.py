@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
@@ -23,6 +24,9 @@ from gpumesh.mesh.inspection.regular_inspection import (
 )
 from gpumesh.mesh.mesh import Mesh
 from gpumesh.mesh.nodes.snapshot import NodeRole
+from gpumesh.probes.commands.combined_commands import OUTPUT_MARKER
+from gpumesh.probes.commands.host_commands import HostCommands
+from gpumesh.probes.disk_space import FREE_SPACE_COMMAND
 from gpumesh.state import BackendPhase, BackendState, Health, NodeState, TunnelPhase, TunnelState
 from gpumesh.topology import BackendSpec, NodeSpec, SshSpec, Target, Topology
 from gpumesh.tunnels.base import ExecResult, Tunnel
@@ -61,8 +65,8 @@ class ManualTime:
 
 
 @dataclass
-class HostCommands:
-    """Answers `df`, as a tunnel's ``exec`` would. ``gate`` holds the answers back while it is cleared."""
+class InspectedTunnel:
+    """Answers `df`, as the tunnel to this machine would. ``gate`` holds the answers back while it is cleared."""
 
     free_kib: int = 4 << 20
     fails: bool = False
@@ -86,7 +90,12 @@ class HostCommands:
             self.running -= 1
         if self.fails:
             raise ExecError("no session")
-        return ExecResult(0, DF % self.free_kib, b"")
+        script = argv[2]  # runs `df`, and prints the marker after its output
+        assert "df -Pk" in script
+        return ExecResult(0, DF % self.free_kib + f"{OUTPUT_MARKER} 0\n".encode(), b"")
+
+    async def open_shell(self) -> None:
+        return None
 
 
 class InspectedHost:
@@ -95,13 +104,13 @@ class InspectedHost:
     def __init__(self, name: str) -> None:
         self.name = name
         self.spec = NodeSpec(name, BackendSpec(), ssh=SshSpec("", 22))
-        self.commands = HostCommands()
+        self.commands = InspectedTunnel()
         self.commands.gate.set()
         self.tunnel: Tunnel | None = cast("Tunnel", self.commands)
         self.role = NodeRole()
         self.reachable = True
         self.connection_count = 1
-        self.command_lock = asyncio.Lock()
+        self.host_commands = HostCommands(self.commands, clock=time.monotonic)
         self.base_url = "http://127.0.0.1:1"
         self.key_error: Exception | None = None
 
@@ -220,11 +229,14 @@ async def test_only_a_few_nodes_at_a_time_and_each_node_once() -> None:
 async def test_no_command_while_another_one_runs_on_the_host() -> None:
     node = InspectedHost("alpha")
     async with inspecting(node) as (_, time, _reports):
-        async with node.command_lock:
-            await time.advance(2 * SETTLE_S)
-            assert node.commands.runs == 0
+        node.commands.gate.clear()
+        probe = asyncio.create_task(node.host_commands.run((FREE_SPACE_COMMAND,), timeout_s=20.0))
+        await time.advance(2 * SETTLE_S)
+        assert node.commands.runs == 1, "the probe's"
+        node.commands.gate.set()
+        await probe
         await time.advance(CHECK_INTERVAL_S)
-        assert node.commands.runs == 1
+        assert node.commands.runs == 2
 
 
 async def test_a_host_that_runs_no_commands_is_not_known_to_have_space() -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import logging
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import pytest
@@ -17,12 +18,21 @@ from gpumesh.lab.ollama import SimOllama
 from gpumesh.lab.profile import Faults
 from gpumesh.mesh.nodes.lease import Lease
 from gpumesh.mesh.nodes.ledger import Ledger
-from gpumesh.mesh.nodes.prober import NodeReports, Prober
+from gpumesh.mesh.nodes.prober import (
+    NO_COMMANDS_INTERVAL_S,
+    NodeReports,
+    Prober,
+    find_gpu_pause_s,
+    find_gpu_timeout_s,
+)
 from gpumesh.mesh.nodes.tunnel_link import TunnelLink
+from gpumesh.probes.nvidia_smi import Answer, GpuReport
 from gpumesh.state import TunnelPhase, TunnelState
 from gpumesh.topology import NodeSpec
+from gpumesh.tunnels.base import ExecResult, ShellStream, Tunnel
 from gpumesh.tunnels.direct.tunnel import DirectTunnel
 from tests.mesh.nodes.build import NodeEvents, make_node, make_scheduler, make_spec, place
+from tests.probes.command_routes import ScriptedRoute, ScriptedShell
 from tests.tunnels.polling import wait_until
 
 HOST = profile.make_instant_host("one")
@@ -180,3 +190,56 @@ async def test_both_loops_run_and_end_the_first_round() -> None:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+# -- how often the GPUs are asked for --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("took_s", "timeout_s"), [(None, 5.0), (0.1, 5.0), (8.0, 24.0), (40.0, 30.0)])
+def test_a_host_that_is_always_slow_gets_more_time(took_s: float | None, timeout_s: float) -> None:
+    assert find_gpu_timeout_s(GpuReport(took_s=took_s)) == timeout_s
+    assert find_gpu_timeout_s(None) == 5.0
+
+
+def test_a_host_that_does_not_answer_is_asked_less_often() -> None:
+    refused = GpuReport(answer=Answer.NO_SESSION)
+    pauses = [find_gpu_pause_s(refused, 2.0, failures) for failures in range(1, 8)]
+    assert pauses == [2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0]
+    assert find_gpu_pause_s(refused, 2.0, 10**9) == 60.0
+    assert find_gpu_pause_s(GpuReport(), 2.0, 0) == 2.0
+    assert find_gpu_pause_s(GpuReport(answer=Answer.UNFINISHED), 2.0, 0) == 2.0, "it waits, and starts nothing new"
+    assert find_gpu_pause_s(GpuReport(answer=Answer.NO_COMMANDS), 2.0, 0) == NO_COMMANDS_INTERVAL_S
+
+
+async def test_a_host_that_runs_no_commands_is_asked_once_for_each_connection_and_said_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO, "gpumesh.mesh.nodes.prober")
+
+    async def refuse(argv: Sequence[str], *, timeout_s: float) -> ExecResult:
+        del argv, timeout_s
+        return ExecResult(1, b"", b"")
+
+    shells: list[ShellStream | None] = []
+    for _ in range(2):
+        shell = ScriptedShell()
+        shell.say(b"forwarding only\n")
+        shell.end(1)
+        shells.append(shell)
+    route = ScriptedRoute(refuse, shells)
+    async with open_desk() as desk:
+        desk.link.tunnel = cast("Tunnel", route)
+        task = asyncio.create_task(desk.prober.keep_probing_gpus())
+        for connection in (1, 2):
+            desk.link.update(UP)
+            await wait_until(lambda: desk.reports == connection, f"report {connection}")  # noqa: B023
+            report = desk.prober.reports.gpus
+            assert report is not None
+            assert report.answer is Answer.NO_COMMANDS
+            assert "'forwarding only'" in (report.error or "")
+            desk.link.update(TunnelState("sshtunnel", TunnelPhase.BACKOFF))
+            desk.prober.forget_host()
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+    assert len(route.calls) == 2 * 4, "each connection: three commands and the proof"
+    assert caplog.text.count("runs no commands") == 1

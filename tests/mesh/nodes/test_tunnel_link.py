@@ -28,6 +28,24 @@ def test_each_new_connection_is_counted_once() -> None:
     assert repr(link) == "<TunnelLink direct up connection 2>"
 
 
+async def test_each_new_connection_has_its_own_commands() -> None:
+    link = TunnelLink(SPEC)
+    link.tunnel = DirectTunnel(SPEC, on_change=link.update)
+    assert link.commands is None
+    link.update(UP)
+    first = link.commands
+    assert first is not None
+    waiting = asyncio.create_task(link.wait_down())
+    await asyncio.sleep(0)
+    link.update(UP)
+    assert (link.commands is first, waiting.done()) == (True, False)
+    link.update(LOST)
+    assert link.commands is first
+    link.update(UP)
+    await asyncio.wait_for(waiting, 20)
+    assert link.commands is not first
+
+
 async def test_wait_up_returns_the_tunnel() -> None:
     link = TunnelLink(SPEC)
     tunnel = link.tunnel = DirectTunnel(SPEC, on_change=link.update)

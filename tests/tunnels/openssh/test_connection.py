@@ -56,6 +56,19 @@ async def test_a_login_shell_that_is_slow_to_start(tmp_path: Path, folder: Path)
         await exchange(local, b"hello")
 
 
+async def test_a_ping_starts_nothing_on_a_host_without_commands(tmp_path: Path, folder: Path) -> None:
+    """Each run of the forced command leaves a line. One is from the login, which asks for a session with ``cat``."""
+    runs = tmp_path / "runs"
+    async with (
+        Sshd(tmp_path / "bare", {"ForceCommand": f"echo run >>{runs}"}) as sshd,
+        connected(sshd.spec(), folder) as (connection, _),
+    ):
+        for _ in range(3):
+            assert await connection.ping(10.0) is not None
+        assert runs.read_text() == "run\n"
+        assert sshd.log().count("subsystem not found") == 1
+
+
 @pytest.mark.parametrize("options", [{"ForceCommand": "/bin/false"}, {"MaxSessions": "0"}])
 async def test_a_host_without_commands_still_forwards(tmp_path: Path, folder: Path, options: dict[str, str]) -> None:
     async with (

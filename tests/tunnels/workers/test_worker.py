@@ -26,6 +26,7 @@ from gpumesh.tunnels.workers.protocol import (
     Failed,
     ForwardFailed,
     FromWorker,
+    Input,
     Kill,
     Lost,
     OutputPiece,
@@ -142,6 +143,39 @@ async def test_streamed_output_is_sent_at_once_and_the_command_can_be_killed(
         await worker.send(Kill(1))  # there is none any more
         await worker.send(StartCommand(2, "head -c 3000000 /dev/zero", None, 0, stream=True))
         assert len((await collect_output(worker, 2))[0]) == 3_000_000
+
+
+@both
+async def test_a_shell_reads_what_is_sent_and_gives_its_session_to_another_command(
+    pool: WorkerPool, folder: Path, tmp_path: Path, transport: TransportKind
+) -> None:
+    """Transport openssh has one session of its own; the shell takes the last one that the host gives."""
+    sessions = "2" if transport is TransportKind.OPENSSH else "1"
+    async with (
+        Sshd(tmp_path / "few", {"LogLevel": "INFO", "MaxSessions": sessions}) as sshd,
+        started_worker(pool, make_setup(sshd.spec(transport=transport), folder)) as (worker, _),
+    ):
+        await wait_up(worker)
+        await worker.send(StartCommand(1, "cat", None, 0, stream=True, has_input=True))
+        await worker.send(Input(1, ""))
+        for number in range(2):
+            text = base64.b64encode(b"line %d\n" % number).decode()
+            while True:  # until the host has given the session; input for a command that has not begun is dropped
+                await worker.send(Input(1, text))
+                with contextlib.suppress(TimeoutError):
+                    piece = await asyncio.wait_for(worker.receive(), 0.5)
+                    break
+            assert isinstance(piece, OutputPiece), piece
+            assert base64.b64decode(piece.data).startswith(b"line %d\n" % number)
+        await worker.send(StartCommand(2, "echo other", 20.0, 100))
+        messages = [await receive(worker)]
+        while messages[-1] != Done(2, 0):
+            messages.append(await receive(worker))
+        assert Done(1, None, error="stopped") in messages
+        assert OutputPiece(2, "stdout", base64.b64encode(b"other\n").decode()) in messages
+        await worker.send(Input(1, text))  # it has ended: nothing happens
+        await worker.send(Ping(3, 10.0))
+        assert isinstance(await receive(worker), Pong)
 
 
 @both

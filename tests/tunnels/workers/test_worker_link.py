@@ -23,6 +23,7 @@ from gpumesh.tunnels.workers.protocol import (
     Failed,
     ForwardFailed,
     FromWorker,
+    Input,
     Kill,
     Lost,
     OutputPiece,
@@ -306,6 +307,41 @@ async def test_a_stream_yields_output_and_closing_it_kills_the_command() -> None
         await first
         await stream.aclose()
         assert await pair.receive() == Kill(request.id)
+
+
+async def test_a_shell_takes_input_and_keeps_its_end() -> None:
+    async with running_link() as pair:
+        shell = await pair.link.open_shell("exec sh")
+        request = await pair.receive()
+        assert isinstance(request, StartCommand)
+        assert (request.command, request.has_input, request.stream, request.timeout_s) == ("exec sh", True, True, None)
+        await shell.write(b"echo \xff\n")
+        assert await pair.receive() == Input(request.id, base64.b64encode(b"echo \xff\n").decode())
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(shell.read(), 0.05)
+        pair.send_output(request.id, OutputStream.STDOUT, b"one")
+        assert await asyncio.wait_for(shell.read(), 20) == ExecChunk(OutputStream.STDOUT, b"one")
+        pair.send(Done(request.id, 3))
+        for _ in range(2):
+            last = await asyncio.wait_for(shell.read(), 20)
+            assert (last.ended, last.exit_status) == (True, 3)
+
+
+async def test_a_shell_that_is_closed_or_cut_off() -> None:
+    async with running_link() as pair:
+        shell = await pair.link.open_shell("exec sh")
+        request = await pair.receive()
+        assert isinstance(request, StartCommand)
+        await shell.close()
+        assert await pair.receive() == Kill(request.id)
+        shell = await pair.link.open_shell("exec sh")
+        await pair.receive()
+        pair.send(Lost("tunnel-lost", "the connection broke"))
+        for _ in range(2):
+            with pytest.raises(ExecError, match="the connection broke"):
+                await asyncio.wait_for(shell.read(), 20)
+        with pytest.raises(TunnelDown):
+            await pair.link.open_shell("exec sh")
 
 
 # -- closing ---------------------------------------------------------------------------------------------------------

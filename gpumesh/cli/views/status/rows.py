@@ -20,6 +20,7 @@ NO_GPU_REASONS = {
     "gpu-missing": "no GPU found",
     "gpu-unknown": "cannot be asked",
     "gpu-unreadable": "unreadable",
+    "login-shell-slow": "shell is slow",
     "nvidia-smi-missing": "no nvidia-smi",
     "nvidia-smi-old": "driver too old",
 }

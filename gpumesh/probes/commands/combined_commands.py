@@ -32,6 +32,15 @@ class RunCommand(Protocol):
     def __call__(self, argv: Sequence[str], *, timeout_s: float) -> Awaitable[ExecResult]: ...
 
 
+class CommandRunner(Protocol):
+    """Runs several commands on a host; see ``host_commands.HostCommands``."""
+
+    @property
+    def last_duration_s(self) -> float | None: ...
+
+    async def run(self, commands: Sequence[Argv], *, timeout_s: float) -> list[CommandOutput]: ...
+
+
 @dataclass(frozen=True, slots=True)
 class CommandOutput:
     """The result of one command. ``output`` includes stderr. ``exit_status`` is ``None`` if a signal ended the
@@ -60,6 +69,15 @@ def split_script_output(output: bytes, count: int) -> list[CommandOutput]:
     return outputs
 
 
+async def run_one_by_one(run_command: RunCommand, commands: Sequence[Argv], *, timeout_s: float) -> list[CommandOutput]:
+    """Runs each command by itself, on a host where no POSIX shell runs a script. Raises as ``run_command``."""
+    outputs = []
+    for command in commands:
+        result = await run_command(command, timeout_s=timeout_s)
+        outputs.append(CommandOutput(result.exit_status, result.stdout + result.stderr))
+    return outputs
+
+
 async def run_commands(run_command: RunCommand, commands: Sequence[Argv], *, timeout_s: float) -> list[CommandOutput]:
     """Runs the commands on a host, and returns one output for each, in order. If the script's output was cut, the
     commands after the cut have empty outputs. Raises TunnelDown, ExecError, and TimeoutError after ``timeout_s``."""
@@ -74,7 +92,4 @@ async def run_commands(run_command: RunCommand, commands: Sequence[Argv], *, tim
         if outputs:  # a POSIX shell ran the script, and its output was cut or is not text
             missing_output = CommandOutput(result.exit_status, b"")
             return outputs + [missing_output] * (len(commands) - len(outputs))
-        for command in commands:  # no POSIX shell ran the script: each command by itself
-            result = await run_command(command, timeout_s=connection_timeout_s)
-            outputs.append(CommandOutput(result.exit_status, result.stdout + result.stderr))
-        return outputs
+        return await run_one_by_one(run_command, commands, timeout_s=connection_timeout_s)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpumesh.errors import ExecError
-from gpumesh.probes.combined_commands import (
+from gpumesh.probes.commands.combined_commands import (
     OUTPUT_MARKER,
     Argv,
     CommandOutput,
