@@ -8,6 +8,7 @@ import importlib.util
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,6 +30,14 @@ def llama_server() -> Path | None:
         return None
     path = Path(package.origin).parent / "bin" / "llama-server"
     return path if path.is_file() else None
+
+
+@functools.cache
+def nss_wrapper() -> Path | None:
+    """The library with which a server gets accounts of a test's own. It works on Linux, with glibc."""
+    folders = (Path("/usr/lib"), Path("/usr/lib64"), Path("/usr/local/lib"))
+    found = (path for folder in folders for path in folder.glob("**/libnss_wrapper.so"))
+    return next(found, None) if sys.platform == "linux" else None
 
 
 def _package(name: str) -> bool:
@@ -67,6 +76,10 @@ _PREREQUISITES: dict[str, tuple[str, Callable[[], bool]]] = {
     "bash": ("bash", lambda: program("bash") is not None),
     "zsh": ("zsh", lambda: program("zsh") is not None),
     "fish": ("fish", lambda: program("fish") is not None),
+    "tcsh": ("tcsh", lambda: program("tcsh") is not None),
+    "dropbear": ("dropbear", lambda: bool(program("dropbear") and program("dropbearkey"))),
+    "openssl": ("openssl", lambda: program("openssl") is not None),
+    "nss-wrapper": ("libnss-wrapper (Debian's package)", lambda: nss_wrapper() is not None),
     "redis-server": ("redis-server", lambda: program("redis-server") is not None),
     "root": ("root, to run a process as another user", _root),
     "netns": ("root, iproute2, nftables, util-linux and tun for network namespaces", _namespaces),

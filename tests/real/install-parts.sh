@@ -6,9 +6,11 @@ PATH=$PATH:/usr/sbin:/usr/local/sbin:/sbin
 export PATH
 
 missing=
-for part in curl:curl sshd:openssh-server ssh:openssh-client ip:iproute2 nft:nftables redis-server:redis-server chromium:chromium node:nodejs npm:npm bash:bash zsh:zsh fish:fish; do
+for part in curl:curl sshd:openssh-server ssh:openssh-client ip:iproute2 nft:nftables redis-server:redis-server chromium:chromium node:nodejs npm:npm bash:bash zsh:zsh fish:fish tcsh:tcsh dropbear:dropbear-bin openssl:openssl; do
     command -v "${part%%:*}" >/dev/null 2>&1 || missing="$missing ${part#*:}"
 done
+# A library, which no folder of PATH has.
+[ -n "$(find /usr/lib /lib -name libnss_wrapper.so -print -quit 2>/dev/null)" ] || missing="$missing libnss-wrapper"
 [ -n "$missing" ] || exit 0
 
 if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null 2>&1; then
