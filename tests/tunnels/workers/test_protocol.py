@@ -67,6 +67,7 @@ messages: st.SearchStrategy[ToWorker | FromWorker] = st.one_of(
         st.booleans(),
         maybe,
         st.booleans(),
+        texts,
         st.booleans(),
     ),
     st.builds(StartCommand, ids, texts, st.none() | seconds, ids, st.booleans(), st.booleans()),
