@@ -48,6 +48,11 @@ def test_what_a_proxy_says_is_about_the_node(status: int) -> None:
     assert blame(Outcome.SERVER_ERROR, ErrorReply(status, "bad gateway"), loaded=False) is Blame.NODE
 
 
+def test_a_web_page_with_500_is_no_answer_about_the_model() -> None:
+    reply = ErrorReply(500, "HTTP 500 and a web page", foreign="it answered 500 with text/html")
+    assert blame(Outcome.SERVER_ERROR, reply, loaded=False) is Blame.NODE
+
+
 @pytest.mark.parametrize("outcome", [Outcome.UNREACHABLE, Outcome.TIMED_OUT, Outcome.CUT])
 def test_a_lost_answer_is_the_nodes_fault(outcome: Outcome) -> None:
     assert blame(outcome, None, loaded=False) is Blame.NODE

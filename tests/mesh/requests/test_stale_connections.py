@@ -29,12 +29,13 @@ class Closer:
 
     def __init__(self, *, stale_number: int | None = None) -> None:
         self.stale_number = stale_number
+        self.dies = True
         self.executed = 0
         self.together = asyncio.Event()
         self.waiting = 0
 
     async def answer(self, exchange: Exchange) -> None:
-        if b"die" in exchange.body:
+        if self.dies and b"die" in exchange.body:
             self.executed += 1
             exchange.close()
         elif exchange.number == self.stale_number:
@@ -93,6 +94,27 @@ async def test_a_connection_that_ends_at_once_is_replaced_once() -> None:
             await send(running.mesh, dying_call())
         assert running.attempts("a") == {Outcome.SERVED: 13, Outcome.UNREACHABLE: 1, Outcome.STALE_CONNECTION: 1}
         assert closer.executed == 2
+
+
+async def test_after_a_failure_of_a_server_the_next_gets_the_request_over_a_new_connection(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """There the end of a kept-alive connection could not be told from one more failure at the request."""
+    monkeypatch.setattr(failures, "MIN_SERVER_S", 0.0)
+    monkeypatch.setattr(failures, "MIN_SERVER_RTTS", 0.0)
+    first, second = Closer(), Closer(stale_number=2)
+    second.dies = False
+    async with (
+        serve(ollama_script(first.answer)) as a,
+        serve(ollama_script(second.answer)) as b,
+        mesh_of_nodes(node("a", a.url, weight=100.0), node("b", b.url)) as running,
+    ):
+        first.together.set()
+        second.together.set()
+        await (await send(running.mesh, make_call(stream=False), node="b")).read()
+        answer = await send(running.mesh, dying_call())
+        assert (answer.status, answer.node, answer.attempts) == (200, "b", 2)
+        assert running.attempts("b") == {Outcome.SERVED: 2}
 
 
 async def test_what_must_not_be_done_twice_goes_over_a_new_connection() -> None:
