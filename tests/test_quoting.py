@@ -99,6 +99,12 @@ _CHECKED = {
     ("cli/commands/demo.py", "  OLLAMA_HOST=Q ollama run \0"),
     ("cli/commands/env.py", "set -gx \0 Q;"),
     ("cli/commands/env.py", "export \0=Q"),
+    ("cli/commands/env.py", 'set -gx \0 "$\0";'),
+    ("cli/commands/env.py", 'export \0="$\0"'),
+    (
+        "cli/commands/env.py",
+        "the gateway asks for a key, and no variable of mesh.yaml holds one here: `export \0=…`, then again",
+    ),
     ("cli/commands/init.py", "wrote \0; try it: gpumesh run\0 'Hello'"),
     ("cli/commands/init.py", "wrote \0; when a server is there: gpumesh audit\0"),
     ("config/advice.py", "export \0=… before `gpumesh up`"),
