@@ -129,3 +129,11 @@ def test_a_prompt_is_answered_although_the_model_goes_afterwards() -> None:
     assert not members_ask_to_unload("/api/chat", keep_alive=0, messages=[{"role": "user", "content": "x"}])
     assert not members_ask_to_unload("/api/embed", keep_alive=0, input="")
     assert members_ask_to_unload("/api/generate", keep_alive=0, messages=["not a member of this route"])
+
+
+async def test_a_node_that_drains_is_unloaded_too(fleet: RunningGateway) -> None:
+    await load_everywhere(fleet)
+    fleet.mesh.drain("b")
+    answer = await fleet.client.post("/api/generate", json=STOP)
+    assert (answer.status_code, answer.headers["X-GPUMesh-Node"]) == (200, "a, b")
+    assert nodes_in_memory(fleet) == set()

@@ -22,14 +22,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterable, Collection, Iterable, Mapping, Sequence
-from contextlib import aclosing
+from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from gpumesh.backends.base import HttpCall
 from gpumesh.backends.dialects import KINDS_WITH_MODEL_STORE
 from gpumesh.balancer.base import Candidate, Demand
-from gpumesh.balancer.select import has_model, no_node_error
+from gpumesh.balancer.select import allows_node, has_model, no_node_error
 from gpumesh.errors import BackendError, GPUMeshError, NoNodeError
 from gpumesh.mesh.models.blob_upload import upload_to_nodes
 from gpumesh.mesh.models.inventory import is_embedder_on
@@ -43,6 +43,7 @@ from gpumesh.mesh.models.store_answers import (
     failed_result,
     read_body,
 )
+from gpumesh.mesh.models.url_stores import open_url_stores
 from gpumesh.model_names import full_name
 
 if TYPE_CHECKING:
@@ -278,35 +279,41 @@ class FleetStore:
         self, model: str, node: str | None, *, allowed: Collection[str] | None, timeout_s: float
     ) -> list[NodeResult]:
         """Removes a model from the memory of each node that has it, and returns the results, one for each node.
-        ``model`` is its name in the mesh. ``allowed``: only these nodes; ``None``: all. A node that had the model in
-        its memory, and cannot be reached now, has an error as its result. Raises NoNodeError and ModelMissing."""
-        asked_names = [name for name in self.nodes_with(model, node) if allowed is None or name in allowed]
-        if not asked_names:
-            raise no_node_error(
-                self._mesh.candidates(), Demand(model, KINDS_WITH_MODEL_STORE, node, nodes=frozenset(allowed or ()))
-            )
-        results = list(await asyncio.gather(*(self._unload_on_node(name, model, timeout_s) for name in asked_names)))
-        await self._mesh.refresh(asked_names)
-        for candidate in self._candidates():
-            is_meant = node in (None, candidate.name) and (allowed is None or candidate.name in allowed)
-            if is_meant and not candidate.usable and self._is_in_memory(candidate.name, model):
-                error = NoNodeError("it cannot be reached now", node=candidate.name)
-                results.append(failed_result(candidate.name, error))
-        return results
+        ``model`` is its name in the mesh. ``allowed``: only these nodes; ``None``: all. A node that gets no requests
+        now, but can be reached (it drains), is asked if it has the model in its memory. One that cannot be reached, and
+        had the model in its memory, has an error as its result. Raises NoNodeError and ModelMissing."""
+        demand = Demand(
+            model, KINDS_WITH_MODEL_STORE, node, needs_slot=False, nodes=None if allowed is None else frozenset(allowed)
+        )
+        meant = [candidate for candidate in self._candidates() if allows_node(demand, candidate.name)]
+        names = [candidate.name for candidate in meant if candidate.usable and has_model(candidate, model)]
+        holders = [each.name for each in meant if not each.usable and self._is_in_memory(each.name, model)]
+        if not names and not holders:
+            raise no_node_error(self._mesh.candidates(), demand)
+        reachable = [name for name in holders if self._mesh.fleet.find_node(name).reachable]
+        stores = [ModelStore(name, over_mesh(self._mesh, name)) for name in names]
+        async with AsyncExitStack() as stack:
+            if reachable:  # the mesh would not send to them
+                url_stores = await stack.enter_async_context(open_url_stores(self._mesh.topology))
+                stores += [url_stores.of(self._mesh.fleet.find_node(name).state(queued=0)) for name in reachable]
+            results = list(await asyncio.gather(*(self._unload_from(store, model, timeout_s) for store in stores)))
+        await self._mesh.refresh(store.node for store in stores)
+        away = [name for name in holders if name not in reachable]
+        return results + [failed_result(name, NoNodeError("it cannot be reached now", node=name)) for name in away]
 
-    async def _unload_on_node(self, name: str, model: str, timeout_s: float) -> NodeResult:
+    async def _unload_from(self, store: ModelStore, model: str, timeout_s: float) -> NodeResult:
         """Makes one node unload the model. An embedding model is only unloaded if it is in memory: the request for that
         would load it first."""
-        node = self._mesh.fleet.find_node(name)
+        node = self._mesh.fleet.find_node(store.node)
         name_at_server = node.server_name(model) or model
         document: dict[str, object] = {"model": name_at_server, "keep_alive": 0}
         if not is_embedder_on(node.state(queued=0), name_at_server):
             call = json_call("POST", "/api/generate", {**document, "stream": False})
-        elif self._is_in_memory(name, model):
+        elif self._is_in_memory(store.node, model):
             call = json_call("POST", "/api/embed", {**document, "input": []})
         else:
-            return NodeResult(name, 200)
-        result = await ModelStore(name, over_mesh(self._mesh, name)).request(call, timeout_s=timeout_s)
+            return NodeResult(store.node, 200)
+        result = await store.request(call, timeout_s=timeout_s)
         if result.done:
             node.note_unloaded(full_name(model))
         return result
