@@ -64,14 +64,15 @@ class QuestioningServer(paramiko.ServerInterface):
 
     def hang_up(self, reason: str) -> None:
         """Ends the newest connection with these words."""
-        assert self.transport is not None
+        transport = self.transport  # the client may connect again before this connection is closed
+        assert transport is not None
         message = paramiko.Message()
         message.add_byte(paramiko.common.cMSG_DISCONNECT)
         message.add_int(2)
         message.add_string(reason)
         message.add_string("")
-        self.transport._send_message(message)  # type: ignore[attr-defined]
-        self.transport.close()
+        transport._send_message(message)  # type: ignore[attr-defined]
+        transport.close()
 
     def check_auth_password(self, username: str, password: str) -> int:
         return paramiko.common.AUTH_SUCCESSFUL if password == self._password else paramiko.common.AUTH_FAILED
