@@ -154,9 +154,9 @@ class Sshd:
 
 
 @contextlib.contextmanager
-def run_agent(folder: Path, *keys: Path) -> Iterator[Path]:
+def run_agent(folder: Path, *keys: Path, confirm: bool = False) -> Iterator[Path]:
     """A real ssh-agent that holds these keys, which must have no passphrase; its socket. Certificates beside the keys
-    are added, too."""
+    are added, too. ``confirm``: the agent asks ``$SSH_ASKPASS`` before each signature."""
     path = folder / "agent.sock"
     agent = subprocess.Popen(["ssh-agent", "-D", "-a", str(path)], stdout=subprocess.DEVNULL)
     try:
@@ -165,7 +165,7 @@ def run_agent(folder: Path, *keys: Path) -> Iterator[Path]:
             assert time.monotonic() < deadline
             time.sleep(0.01)
         if keys:
-            command = ["ssh-add", "-q", *map(str, keys)]
+            command = ["ssh-add", "-q", *(["-c"] if confirm else []), *map(str, keys)]
             subprocess.run(command, env={**os.environ, "SSH_AUTH_SOCK": str(path)}, check=True, timeout=20)
         yield path
     finally:

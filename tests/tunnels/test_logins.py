@@ -188,6 +188,23 @@ async def test_keys_leave_a_try_for_the_password(
     assert refusal.code == "auth-refused"
 
 
+async def test_an_agent_signs_only_for_a_host_that_takes_the_key(
+    connect: ConnectFunction, sshd: Sshd, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each signature may need a touch of a token or a click: here a program is asked each time (``ssh-add -c``)."""
+    asked = tmp_path / "asked"
+    ask = tmp_path / "ask"
+    ask.write_text(f"#!/bin/sh\necho asked >> {asked}\n")
+    ask.chmod(0o700)
+    for name, value in (("SSH_ASKPASS", str(ask)), ("SSH_ASKPASS_REQUIRE", "force"), ("DISPLAY", ":0")):
+        monkeypatch.setenv(name, value)
+    others = [keygen(tmp_path / f"other{number}") for number in range(3)]
+    with run_agent(tmp_path, *others, sshd.identity, confirm=True) as agent:
+        monkeypatch.setenv("SSH_AUTH_SOCK", str(agent))
+        await log_in(connect, sshd.spec(agent=True, identity_files=()), folder)
+    assert asked.read_text() == "asked\n"
+
+
 async def test_a_certificate_in_the_agent(
     connect: ConnectFunction, sshd: Sshd, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -220,11 +220,18 @@ class _Login:
         if key_id in self._record.refused:
             return False
         self._record.refused.add(key_id)  # also if the host hangs up now
-        if self._attempt(description, lambda: self._transport.auth_publickey(self._credentials.user, key)):
+        if self._attempt(description, lambda: self._log_in_with_key(key)):
             return True
         if self._is_partial:
             self._record.refused.discard(key_id)  # a first factor: needed on every connection
         return False
+
+    def _log_in_with_key(self, key: paramiko.PKey) -> list[str]:
+        """Logs in with a key. A key of the agent signs only if the host takes the key."""
+        transport, user = self._transport, self._credentials.user
+        if isinstance(key, paramiko.AgentKey) and isinstance(transport, HostTransport):
+            transport.asks_for_signature(user, key)
+        return transport.auth_publickey(user, key)
 
     def _try_secrets(self) -> bool:
         return self._try_password() or self._try_questions()
