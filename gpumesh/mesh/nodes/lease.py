@@ -43,6 +43,10 @@ class LeasedNode(Protocol):
         """Whether the tunnel is up and the server answered its last probe."""
 
     @property
+    def reads_prompts(self) -> bool:
+        """Whether the server, which answers probes, reads prompts or loads a model: a first token is awaited of it."""
+
+    @property
     def tunnel(self) -> Tunnel | None: ...
 
     @property

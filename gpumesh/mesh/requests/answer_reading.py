@@ -173,7 +173,7 @@ def _open_unread_stream(lease: Lease, response: UpstreamResponse, first_bytes: b
 async def _read_first_frame(
     lease: Lease, response: UpstreamResponse, continuation: Continuation
 ) -> OpenedStream | FailedAttempt:
-    """Reads the stream up to its first whole frame. Until then the client has received nothing: if the stream fails,
+    """Reads the stream up to its first token. Until then the client has received nothing: if the stream fails,
     the failure is returned, and another node can get the request."""
     node = lease.node
     while True:
@@ -192,7 +192,7 @@ async def _read_first_frame(
             error = BackendStatus(f"it answered with an error: {message}", status=500, body=data, node=node.name)
             return fail_attempt(lease, Outcome.SERVER_ERROR, error, answer)
         if not data:
-            cut = StreamCut("the answer ended before its first frame", node=node.name)
+            cut = StreamCut("the answer ended before its first token", node=node.name)
             return replace(fail_attempt(lease, Outcome.CUT, cut), request_sent=True)
 
 

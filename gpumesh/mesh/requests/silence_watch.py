@@ -1,7 +1,8 @@
 """``SilenceWatch`` decides when a silent stream counts as lost. It learns from the pauses of earlier answers.
 
-Only the time between tokens counts. Before the first token a server reads the prompt and loads the model, which may
-take minutes and is no fault.
+What a silence means depends on what the server is doing. Before the first token it loads the model and reads the
+prompt, which may take minutes and is no fault: only the time between tokens counts. While the server writes, tokens
+come at its pace, unless it also reads another prompt or loads another model. Then the tokens of all answers may wait.
 """
 
 from __future__ import annotations
@@ -9,9 +10,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-MIN_TIMEOUT_S = 5.0  # another request's long prompt may hold up a server's tokens for some seconds
+from gpumesh.mesh.nodes.lease import LeasedNode
+
+MIN_TIMEOUT_S = 5.0  # a server's tokens may be held up for some seconds by what we do not see
 PAUSE_FACTOR = 20.0  # the time-out is so many times the longest known pause
-DEFAULT_TIMEOUT_S = 30.0  # the time-out while no pause is known: nobody would wait longer for one token
+# The time-out while no pause is known, and at least this long while the server reads another prompt: nobody would wait
+# longer for one token.
+DEFAULT_TIMEOUT_S = 30.0
 MAX_TIMEOUT_S = 300.0  # upper limit: whatever was learned, a node that sends nothing for so long is lost
 # After an answer with shorter pauses, the known pause shrinks to this share of it. So a single long pause is forgotten.
 PAUSE_DECAY = 0.9
@@ -19,12 +24,13 @@ MAX_TRACKED = 1024  # pairs of node and model whose pause is remembered
 MIN_PAUSE_S = 0.001  # pieces with a shorter pause came together, so they say nothing about the server's pace
 
 
-def silence_timeout_s(longest_s: float | None) -> float:
+def silence_timeout_s(longest_s: float | None, *, reads_prompts: bool = False) -> float:
     """The longest silence of a stream, in seconds, before its node counts as lost. ``longest_s`` is the longest known
-    pause between tokens; ``None`` if no pause is known."""
+    pause between tokens; ``None`` if no pause is known. ``reads_prompts``: the server also reads other prompts now."""
     if longest_s is None:
         return DEFAULT_TIMEOUT_S
-    return min(max(MIN_TIMEOUT_S, PAUSE_FACTOR * longest_s), MAX_TIMEOUT_S)
+    shortest_s = DEFAULT_TIMEOUT_S if reads_prompts else MIN_TIMEOUT_S
+    return min(max(shortest_s, PAUSE_FACTOR * longest_s), MAX_TIMEOUT_S)
 
 
 class PauseTracker:
@@ -54,7 +60,7 @@ class SilenceWatch:
 
     __slots__ = ("_clock", "_model", "_node", "_pauses", "_timer", "longest_s", "waits_since")
 
-    def __init__(self, pauses: PauseTracker, node: str, model: str | None, clock: Callable[[], float]) -> None:
+    def __init__(self, pauses: PauseTracker, node: LeasedNode, model: str | None, clock: Callable[[], float]) -> None:
         self.waits_since = clock()
         self.longest_s = 0.0
         self._pauses = pauses
@@ -67,7 +73,7 @@ class SilenceWatch:
         """Starts the watch. ``on_silence`` is called with the seconds of a silence that is too long, and returns
         whether the watch continues. ``is_waiting`` returns whether the stream waits for its node: while a slow client
         holds the stream up, the node is not silent."""
-        self._check_in(self._timeout_s(), is_waiting, on_silence)
+        self._check_in(silence_timeout_s(self._longest_pause_s()), is_waiting, on_silence)
 
     def stop(self) -> None:
         """Ends the watch. Does nothing after the watch has ended."""
@@ -78,14 +84,14 @@ class SilenceWatch:
     def learn_pace(self) -> None:
         """Remembers the longest pause of this answer, which is complete, for later answers."""
         if self.longest_s > MIN_PAUSE_S:
-            self._pauses.learn(self._node, self._model, self.longest_s)
+            self._pauses.learn(self._node.name, self._model, self.longest_s)
 
-    def _timeout_s(self) -> float:
-        """The longest silence that is allowed now, from the pauses of earlier answers and of this answer."""
-        longest_s = self._pauses.longest_s(self._node, self._model)
+    def _longest_pause_s(self) -> float | None:
+        """The longest pause of earlier answers and of this answer; ``None`` if no pause is known."""
+        longest_s = self._pauses.longest_s(self._node.name, self._model)
         if self.longest_s > MIN_PAUSE_S:
             longest_s = max(self.longest_s, longest_s or 0.0)
-        return silence_timeout_s(longest_s)
+        return longest_s
 
     def _check_in(self, delay_s: float, is_waiting: Callable[[], bool], on_silence: Callable[[float], bool]) -> None:
         """Schedules the next check."""
@@ -94,9 +100,11 @@ class SilenceWatch:
     def _check(self, is_waiting: Callable[[], bool], on_silence: Callable[[float], bool]) -> None:
         """Calls ``on_silence`` if the node has been silent for too long, and schedules the next check."""
         self._timer = None
-        timeout_s = self._timeout_s()
+        longest_s = self._longest_pause_s()
+        timeout_s = silence_timeout_s(longest_s, reads_prompts=self._node.reads_prompts)
         waited_s = self._clock() - self.waits_since if is_waiting() else 0.0
+        usual_timeout_s = silence_timeout_s(longest_s)  # the other prompt may be read long before the longer time-out
         if waited_s < timeout_s:
-            self._check_in(timeout_s - waited_s, is_waiting, on_silence)
+            self._check_in(min(timeout_s - waited_s, usual_timeout_s), is_waiting, on_silence)
         elif on_silence(waited_s):
-            self._check_in(timeout_s, is_waiting, on_silence)
+            self._check_in(usual_timeout_s, is_waiting, on_silence)

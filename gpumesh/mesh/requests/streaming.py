@@ -113,7 +113,7 @@ class StreamingAnswer(Answer):
         self._state = StreamState.FLOWING
         self._frames = 0  # how many frames of text have come from this node
         self.node = opened.lease.node.name
-        self._watch = SilenceWatch(self._pauses, self.node, opened.lease.model, self._clock)
+        self._watch = SilenceWatch(self._pauses, opened.lease.node, opened.lease.model, self._clock)
         if self._expiry_message is not None:  # the deadline passed while this node was found
             self._mark_lost(Outcome.DEADLINE, self._expiry_message)
             return

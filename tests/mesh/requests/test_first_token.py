@@ -10,6 +10,7 @@ from gpumesh.backends.continuation.prefill import ContinuationStrategy
 from gpumesh.balancer.outcomes import Outcome
 from gpumesh.errors import StreamCut
 from gpumesh.mesh.requests import silence_watch
+from gpumesh.mesh.requests.answer import Answer
 from gpumesh.topology import BackendKind
 from tests.mesh.meshes import make_call, mesh_of_nodes, node, openai_script, send, text_of
 from tests.mesh.servers import LAST_CHUNK, Exchange, chunk, chunked_head, serve
@@ -95,6 +96,41 @@ async def test_comments_between_tokens_end_no_silence(sign: bytes, monkeypatch: 
             assert text_of(await answer.read()) == "a b"
             assert (answer.node, answer.continuations) == ("b", 1)
             assert mesh.attempts("a") == {Outcome.TIMED_OUT: 1}
+
+
+@pytest.mark.parametrize("reads", [True, False])
+async def test_a_pause_is_no_silence_while_the_server_reads_another_prompt(
+    reads: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(silence_watch, "MIN_TIMEOUT_S", 0.2)
+    is_read = asyncio.Event()
+
+    async def stalls(exchange: Exchange) -> None:
+        """While it reads a long prompt, its other answer pauses. Without one, it pauses for ever."""
+        await exchange.send(HEAD)
+        if b"long prompt" in exchange.body:
+            await asyncio.sleep(0.6)
+            is_read.set()
+        else:
+            await exchange.send(ROLE + token("a"))
+            await is_read.wait()
+        await exchange.send(token(" a") + END)
+
+    async with serve(openai_script(stalls)) as first, serve(openai_script(answer_at_once)) as second:
+        specs = (node("a", first.url, weight=100.0, kind=OPENAI, max_parallel=2), node("b", second.url, kind=OPENAI))
+        async with mesh_of_nodes(*specs) as mesh:
+            mesh.mesh._send_context.strategies["b", "m"] = ContinuationStrategy.ASSISTANT_LAST
+            mesh.mesh._send_context.pauses.learn("a", "m:latest", 0.002)
+            answer = await send(mesh.mesh, make_call(PATH), node=None)
+            assert answer.node == "a"
+            reading: asyncio.Task[Answer] | None = None
+            if reads:
+                call = make_call(PATH, messages=[{"role": "user", "content": "a long prompt"}])
+                reading = asyncio.create_task(send(mesh.mesh, call, node="a"))
+            assert text_of(await answer.read()) == ("a a" if reads else "a b")
+            assert answer.continuations == (0 if reads else 1)
+            if reading is not None:
+                await (await reading).read()
 
 
 async def test_half_of_two_choices_is_an_error() -> None:

@@ -27,6 +27,13 @@ def test_patience(longest: float | None, patience: float) -> None:
     assert silence_timeout_s(longest) == pytest.approx(patience)
 
 
+@pytest.mark.parametrize(
+    ("longest", "patience"), [(None, DEFAULT_TIMEOUT_S), (0.01, DEFAULT_TIMEOUT_S), (2.0, 40.0), (60.0, MAX_TIMEOUT_S)]
+)
+def test_patience_with_a_server_that_reads_other_prompts(longest: float | None, patience: float) -> None:
+    assert silence_timeout_s(longest, reads_prompts=True) == pytest.approx(patience)
+
+
 @given(st.floats(0, 1e6), st.floats(0, 1e6))
 def test_who_was_slower_is_given_no_less_time(one: float, other: float) -> None:
     assert silence_timeout_s(min(one, other)) <= silence_timeout_s(max(one, other))
