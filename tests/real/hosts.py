@@ -125,12 +125,14 @@ class RealHost:
 
 @dataclass
 class LlamaServer:
-    """llama.cpp's server with ``model``, on a loopback port; knows it as ``alias``. A context manager."""
+    """llama.cpp's server with ``model``, on a loopback port; knows it as ``alias``. ``options`` are further arguments.
+    A context manager."""
 
     model: Path
     alias: str = "tiny"
     slots: int = 2
     context: int = 2048
+    options: tuple[str, ...] = ()
     process: subprocess.Popen[bytes] | None = None
     port: int = 0
 
@@ -148,7 +150,7 @@ class LlamaServer:
         log = self.model.with_name(f"llama-{self.port}.log")
         command = [str(binary), "-m", str(self.model), "--host", "127.0.0.1", "--port", str(self.port)]
         command += ["-c", str(self.context * self.slots), "-np", str(self.slots), "-t", "1", "--alias", self.alias]
-        command += ["--metrics", "--slots", "--no-ui", "--no-warmup", "--offline", "--device", "none"]
+        command += ["--metrics", "--slots", "--no-ui", "--no-warmup", "--offline", "--device", "none", *self.options]
         with log.open("wb") as output:
             self.process = subprocess.Popen(
                 command,

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
-from gpumesh.backends.base import ChatRequest, Message
-from gpumesh.balancer.base import ResidencyKey
+from gpumesh.backends.base import ChatRequest, HttpCall, Message
+from gpumesh.balancer.base import Demand, ResidencyKey
 from gpumesh.errors import BackendStatus
+from gpumesh.mesh.requests import silence_watch
 from gpumesh.state import BackendState
 from gpumesh.topology import BackendKind
 from tests.mesh.meshes import RunningMesh, mesh_of_nodes, node
@@ -69,3 +71,36 @@ async def test_a_prompt_that_is_too_long_is_told_in_its_words(server: LlamaServe
         with pytest.raises(BackendStatus, match="exceeds the available context size") as refused:
             await mesh.mesh.chat(ChatRequest("tiny", (Message("user", "y" * 9000),))).__anext__()
         assert refused.value.status == 400
+
+
+async def test_its_comments_while_it_reads_a_long_prompt_are_no_tokens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its head comes at once, and then a comment each 30 s, here each second: both are no sign of a token."""
+    from tests.real import tiny_model  # numpy takes its time, and is for these tests only
+
+    monkeypatch.setattr(silence_watch, "DEFAULT_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(silence_watch, "MIN_TIMEOUT_S", 0.5)
+    model = tiny_model.write_tiny_model(tmp_path / "slow.gguf", layers=16, dim=512)
+    options = ("--sse-ping-interval", "1")
+    kind = BackendKind.LLAMACPP
+    async with (
+        LlamaServer(model, options=options) as one,
+        LlamaServer(model, options=options) as other,
+        mesh_of_nodes(node("a", one.url, kind=kind), node("b", other.url, kind=kind)) as mesh,
+    ):
+        body = {
+            "model": "tiny",
+            "stream": True,
+            "max_tokens": 2,
+            "messages": [{"role": "user", "content": "y" * 1900}],
+        }
+        call = HttpCall("POST", "/v1/chat/completions", json.dumps(body).encode())
+        asked_at = asyncio.get_running_loop().time()
+        answer = await mesh.mesh.send(Demand("tiny"), dict.fromkeys(BackendKind, call), timeout_s=60.0)
+        opened_after_ms = (asyncio.get_running_loop().time() - asked_at) * 1000.0
+        await answer.read()
+        assert (answer.attempts, answer.continuations) == (1, 0)
+        assert answer.counters is not None
+        assert answer.counters.prompt_ms is not None
+        assert opened_after_ms > 0.9 * answer.counters.prompt_ms, "the answer begins with its first token"
