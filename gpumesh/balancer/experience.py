@@ -113,7 +113,6 @@ class Experience:
         model = placed.model or ""
         if placed.key is None:
             return
-        counters = self.correct_counts(placed, counters)
         tokens = counters.tokens
         # The server's load_duration also covers the wait until other models were unloaded (``drain_s``). Of a request
         # that came while the model was loading, it covers only the rest of the load, so nothing is learned from it.

@@ -70,12 +70,12 @@ class FarHost:
         changes = {"transport": transport, "known_hosts": self.known_hosts, **changes}
         return NodeSpec(name, backend, ssh=self.sshd.spec(**changes))
 
-    async def trust(self, *nodes: str) -> None:
-        """Records its key for these nodes, as `gpumesh trust` does."""
+    async def trust(self, *nodes: str, mesh: str = "") -> None:
+        """Records its key for these nodes of the mesh with this ``Topology.identity``, as `gpumesh trust` does."""
         for node in nodes:
             key = await transports.fetch_host_key(node, self.sshd.spec())
             known_hosts.record_host_key(
-                self.known_hosts, key, known_hosts.KnownHost(self.sshd.address, self.sshd.port, node)
+                self.known_hosts, key, known_hosts.KnownHost(self.sshd.address, self.sshd.port, node, mesh)
             )
 
     # -- its Ollama --------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from tests.tunnels.polling import wait_until
 from tests.tunnels.sshd import keygen
 
 VICTIMS = tuple(kind.value for kind in TransportKind)
+MESH = "chaos"
 STEADY = "steady"
 LOGINS = 10
 BOUND_S = 60.0
@@ -160,7 +161,7 @@ async def change_key(setup: FaultSetup) -> None:
 
 
 async def trust(setup: FaultSetup) -> None:
-    await setup.host.trust(*VICTIMS)
+    await setup.host.trust(*VICTIMS, mesh=MESH)
     setup.retry_tunnels()
 
 
@@ -261,7 +262,7 @@ async def fault_setup(folder: Path, *, line: NetworkLine | None = None, clients:
         host = FarHost(folder)
         host.sshd.options["MaxStartups"] = f"{LOGINS}:100:{LOGINS}"
         await stack.enter_async_context(host)
-        await host.trust(*VICTIMS)
+        await host.trust(*VICTIMS, mesh=MESH)
         address = host.sshd.address
         if line is not None:
             far = host.net.long_line(round_trip_s=line.round_trip_s, lost_of_1000=line.lost_of_1000)
@@ -272,7 +273,7 @@ async def fault_setup(folder: Path, *, line: NetworkLine | None = None, clients:
         if line is None:
             steady = await stack.enter_async_context(LabHost(lively_host(STEADY), folder, authorized=()))
             nodes.append(NodeSpec(STEADY, BackendSpec(targets=(Target("127.0.0.1", steady.backend_port),))))
-        topology = Topology("chaos", tuple(nodes), GatewaySpec(port=0, default_model=MODEL))
+        topology = Topology(MESH, tuple(nodes), GatewaySpec(port=0, default_model=MODEL))
         mesh = await stack.enter_async_context(Mesh(topology))
         gateway = await stack.enter_async_context(Gateway(mesh, drain_s=1.0))
         await wait_until(lambda: len(mesh.usable_nodes()) == len(nodes), "all nodes usable")

@@ -254,7 +254,7 @@ class Scheduler:
     def _learn(self, placed: PlacedRequest, counters: ServerCounters, now: float) -> None:
         """Removes a request whose whole answer has come, and learns from it."""
         account = placed.account
-        counters = correct_durations(counters, placed, now)
+        counters = self.experience.correct_counts(placed, correct_durations(counters, placed, now))
         mean_streams, stalled_share = account.mean_streams(placed, now), account.stalled_share(placed, now)
         account.remove(placed, now, counters)
         self.experience.learn_from_answer(placed, counters, now, mean_streams=mean_streams, stalled_share=stalled_share)
