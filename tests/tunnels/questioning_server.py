@@ -19,7 +19,7 @@ class QuestioningServer(paramiko.ServerInterface):
 
     ``max_keys``: it refuses so many keys in a connection, and then hangs up as sshd does (MaxAuthTries). ``banner``:
     its text before a login. ``lets_in``: the answer to a login without any proof. ``tried_keys`` has the
-    fingerprints of all keys that were offered.
+    fingerprints of all keys that were offered. ``service_requests`` counts the requests for the service ssh-userauth.
     """
 
     def __init__(
@@ -34,6 +34,7 @@ class QuestioningServer(paramiko.ServerInterface):
         lets_in: Callable[[], bool] = lambda: False,
     ) -> None:
         self.tried_keys: list[str] = []
+        self.service_requests = 0
         self.transport: paramiko.Transport | None = None  # the newest connection
         self._keys_of_connection: tuple[paramiko.Transport | None, int] = (None, 0)
         self._max_keys = max_keys
@@ -48,6 +49,7 @@ class QuestioningServer(paramiko.ServerInterface):
         return self._methods
 
     def get_banner(self) -> tuple[str | None, str | None]:
+        self.service_requests += 1  # paramiko asks for the banner at each of these
         return (self._banner, "en") if self._banner else (None, None)
 
     def check_auth_none(self, username: str) -> int:

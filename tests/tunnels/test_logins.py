@@ -205,6 +205,35 @@ async def test_an_agent_signs_only_for_a_host_that_takes_the_key(
     assert asked.read_text() == "asked\n"
 
 
+async def test_an_agent_that_declines_to_sign_leaves_the_next_key(
+    connect: ConnectFunction, sshd: Sshd, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A person declined, or the token is not there."""
+    ask = tmp_path / "ask"
+    ask.write_text(f"#!/bin/sh\n[ -e {tmp_path}/asked ] || {{ touch {tmp_path}/asked; exit 1; }}\n")
+    ask.chmod(0o700)
+    for name, value in (("SSH_ASKPASS", str(ask)), ("SSH_ASKPASS_REQUIRE", "force"), ("DISPLAY", ":0")):
+        monkeypatch.setenv(name, value)
+    second = keygen(tmp_path / "second")
+    with sshd.authorized_keys.open("a") as file:
+        file.write(second.with_suffix(".pub").read_text())
+    with run_agent(tmp_path, sshd.identity, second, confirm=True) as agent:
+        monkeypatch.setenv("SSH_AUTH_SOCK", str(agent))
+        await log_in(connect, sshd.spec(agent=True, identity_files=()), folder)
+    assert (tmp_path / "asked").exists()
+
+
+async def test_a_host_is_asked_once_for_the_service(connect: ConnectFunction, folder: Path, tmp_path: Path) -> None:
+    """A round trip each time. This server gives no session, so transport openssh connects twice."""
+    server = QuestioningServer("publickey,password", "hunter2", (), [])
+    keys = tuple(keygen(tmp_path / f"key{number}") for number in range(2))
+    async with run_questioning_server(tmp_path, server) as ssh:
+        named = dataclasses.replace(ssh, identity_files=keys, password_env="PASSWORD")
+        await log_in(connect, named, folder, password="hunter2")
+    assert server.service_requests <= 2
+    assert len(set(server.tried_keys)) == 2
+
+
 async def test_a_certificate_in_the_agent(
     connect: ConnectFunction, sshd: Sshd, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

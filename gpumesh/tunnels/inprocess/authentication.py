@@ -229,9 +229,15 @@ class _Login:
     def _log_in_with_key(self, key: paramiko.PKey) -> list[str]:
         """Logs in with a key. A key of the agent signs only if the host takes the key."""
         transport, user = self._transport, self._credentials.user
-        if isinstance(key, paramiko.AgentKey) and isinstance(transport, HostTransport):
-            transport.asks_for_signature(user, key)
-        return transport.auth_publickey(user, key)
+        try:
+            if isinstance(key, paramiko.AgentKey) and isinstance(transport, HostTransport):
+                transport.ensure_key_is_acceptable(user, key)
+            return transport.auth_publickey(user, key)
+        except paramiko.SSHException as error:
+            if isinstance(error, paramiko.AuthenticationException) or not transport.is_active():
+                raise
+            # The agent does not sign: it is locked, the token is not there, or a person has declined.
+            raise paramiko.AuthenticationException(str(error)) from error
 
     def _try_secrets(self) -> bool:
         return self._try_password() or self._try_questions()

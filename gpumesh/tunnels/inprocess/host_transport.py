@@ -1,5 +1,5 @@
-"""paramiko's transport, which also keeps what the host says (its banners, and why it hangs up), and asks it about a key
-before the key signs.
+"""paramiko's transport, which logs in as ssh does (one request for the service, and a question before a key signs), and
+keeps what the host says: its banners, and why it hangs up.
 
 paramiko writes the texts to its log only. This uses private parts of paramiko: its tables of packet handlers. Without
 the transport's table the texts are missing, and nothing else.
@@ -7,6 +7,7 @@ the transport's table the texts are missing, and nothing else.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import paramiko
@@ -27,6 +28,7 @@ class HostTransport(paramiko.Transport):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         self.words: list[bytes] = []
+        self.service_accepted = False  # the host has accepted the service ssh-userauth
         self._banner_count = 0
         super().__init__(*arguments, **options)
         handlers = getattr(self, "_handler_table", None)
@@ -38,22 +40,51 @@ class HostTransport(paramiko.Transport):
         """Called after the login: what was said before explains no later end."""
         self.words.clear()
 
-    def asks_for_signature(self, user: str, key: paramiko.PKey) -> bool:
+    # -- attempts to log in, each with one handler of ours -------------------------------------------------------------
+
+    def auth_none(self, username: str) -> list[str]:
+        return self._attempt(_Attempt(self), lambda attempt, end: attempt.auth_none(username, end))
+
+    def auth_publickey(self, username: str, key: paramiko.PKey, event: Any = None) -> list[str]:  # noqa: ARG002
+        """See paramiko. Also raises SSHException when the key's agent does not sign; the connection stays."""
+        return self._attempt(_Attempt(self), lambda attempt, end: attempt.auth_publickey(username, key, end))
+
+    def auth_password(
+        self,
+        username: str,
+        password: str,
+        event: Any = None,  # noqa: ARG002 - as paramiko's
+        fallback: bool = True,  # noqa: ARG002 - as paramiko's; keyboard-interactive is an attempt of its own
+    ) -> list[str]:
+        return self._attempt(_Attempt(self), lambda attempt, end: attempt.auth_password(username, password, end))
+
+    def auth_interactive(self, username: str, handler: Any, submethods: str = "") -> list[str]:
+        return self._attempt(
+            _Attempt(self), lambda attempt, end: attempt.auth_interactive(username, handler, end, submethods)
+        )
+
+    def ensure_key_is_acceptable(self, username: str, key: paramiko.PKey) -> None:
         """Asks the host whether it would take this key, as ssh does (RFC 4252, section 7). Blocks.
 
         For keys of an agent: each signature may need a touch of a token, or a click of a person. If the host refuses
         the key, raises as ``auth_publickey``.
         """
-        handler = _KeyQuestion(self)
-        self.auth_handler = handler
-        answered = blocking.ThreadEvent()
-        handler.auth_publickey(user, key, answered)
+        question = _KeyQuestion(self)
         try:
-            handler.wait_for_response(answered)
+            self._attempt(question, lambda attempt, end: attempt.auth_publickey(username, key, end))
         except paramiko.AuthenticationException:
-            if not handler.is_acceptable:
+            if not question.is_acceptable:
                 raise
-        return handler.is_acceptable
+
+    def _attempt(self, attempt: _Attempt, start: Callable[[Any, blocking.ThreadEvent], None]) -> list[str]:
+        """Runs one attempt. Returns the methods that may come next, if more are needed. Raises as paramiko's own."""
+        if not self.is_active() or not self.initial_kex_done:
+            raise paramiko.SSHException("No existing session")
+        end = blocking.ThreadEvent()
+        self.auth_handler = attempt
+        start(attempt, end)
+        methods: list[str] = attempt.wait_for_response(end)
+        return methods
 
     def _parse_banner(self, message: paramiko.Message) -> None:
         self._add_words(message.get_string())
@@ -68,9 +99,34 @@ class HostTransport(paramiko.Transport):
             self.words += text[:_MAX_TEXT_BYTES].splitlines()
 
 
-class _KeyQuestion(AuthHandler):
-    """One attempt of paramiko's, whose request for a login with a key has no signature. ``is_acceptable``: the host
-    would take the key."""
+class _Attempt(AuthHandler):
+    """One attempt to log in. paramiko would ask for the service ssh-userauth before each attempt; ssh asks once.
+
+    After the first attempt, a key signs in the caller's thread: an error of its agent then ends no connection.
+    """
+
+    transport: Any
+
+    def _request_auth(self) -> None:
+        if self.transport.service_accepted:
+            self._send_request()
+        else:
+            super()._request_auth()  # type: ignore[misc]
+
+    def _parse_service_accept(self, message: paramiko.Message) -> None:
+        self.transport.service_accepted = True
+        super()._parse_service_accept(message)  # type: ignore[misc]
+
+    def _send_request(self) -> None:
+        """Sends the request of this attempt, which paramiko does when the host has accepted the service."""
+        accepted = paramiko.Message()
+        accepted.add_string("ssh-userauth")
+        accepted.rewind()
+        super()._parse_service_accept(accepted)  # type: ignore[misc]
+
+
+class _KeyQuestion(_Attempt):
+    """An attempt to log in with a key that is sent without a signature. ``is_acceptable``: the host would take it."""
 
     is_acceptable = False
 
@@ -79,9 +135,7 @@ class _KeyQuestion(AuthHandler):
         table: dict[int, Any] = super()._client_handler_table  # type: ignore[misc]
         return {**table, MSG_USERAUTH_PK_OK: self._parse_acceptable}
 
-    def _parse_service_accept(self, message: paramiko.Message) -> None:
-        if message.get_text() != "ssh-userauth":
-            return
+    def _send_request(self) -> None:
         handler = cast(Any, self)  # paramiko's types lack the parts that are used here
         key_type, public_key = handler._get_key_type_and_bits(self.private_key)
         request = paramiko.Message()
@@ -92,7 +146,7 @@ class _KeyQuestion(AuthHandler):
         request.add_boolean(False)  # no signature follows
         request.add_string(handler._finalize_pubkey_algorithm(key_type))
         request.add_string(public_key)
-        handler.transport._send_message(request)
+        self.transport._send_message(request)
 
     def _parse_acceptable(self, _message: paramiko.Message) -> None:
         self.is_acceptable = True
