@@ -144,7 +144,7 @@ async def test_the_command_and_its_children_are_ended(tmp_path: Path, cancelled:
 
 
 async def test_what_the_command_prints_on_stderr_is_in_the_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("POD_API_KEY", "planted-secret")
+    monkeypatch.setenv("POD_API_KEY", "planted-pod-key")  # no other test looks for it in processes
     noise = "for i in $(seq 3000); do echo noise >&2; done"
     for script, timeout_s in (("exit 3", 20.0), ("sleep 60", 1.0), ("echo a b c", 20.0)):
         told = "printf '\\033[1mpod %s is stopped\\n' $POD_API_KEY >&2"

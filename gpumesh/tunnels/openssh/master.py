@@ -138,7 +138,6 @@ class OpensshMaster:
             if deadline.expired:
                 raise TimeoutError
             await asyncio.wait([self.exit_task], timeout=POLL_S)
-        self.output.forget_words()
         self._advance(MasterState.SILENT if session else MasterState.WITHOUT_SESSION)
         return True
 

@@ -106,10 +106,6 @@ class SshOutput:
         if line:
             self.words.append(line)
 
-    def forget_words(self) -> None:
-        """Called after the login: what was said before explains no later end."""
-        self.words.clear()
-
     def make_error(self, destination: str, *, was_up: bool = False, last_line: str | None = None) -> TunnelError:
         """The error for an ssh that has ended. ``was_up``: it was connected before. ``last_line``: one more line that
         counts as its log's."""
@@ -121,7 +117,8 @@ class SshOutput:
             # be an ssh, too.
             log = [*self.words, *log]
         error = error_from_stderr(log, destination, was_up=was_up)
-        return add_words(error, self.words)
+        # What was said at the login explains no later end. The host's reason for that is in the log.
+        return error if was_up else add_words(error, self.words)
 
     def make_timeout_error(self, destination: str, user: str, timeout_s: float) -> TunnelError | None:
         """The error for an ssh that was ended because it took longer than ``timeout_s``; ``None``: nothing that it
