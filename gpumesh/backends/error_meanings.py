@@ -8,6 +8,8 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 
+from gpumesh.model_names import spelling_pattern
+
 READ_CHARS = 2000  # only so much of a message is searched
 
 _BUSY_STATUSES = frozenset({429, 529})  # 529: Anthropic's "overloaded"
@@ -90,6 +92,5 @@ def says_model_is_missing(status: int, message: str, model: str) -> bool:
 @lru_cache(maxsize=64)
 def _name_pattern(model: str) -> re.Pattern[str]:
     """A pattern that finds the model's name in a message, but not as a part of a longer name. The message may leave out
-    the tag ``latest``, because it repeats the name as the client wrote it."""
-    name = re.escape(model.removesuffix(":latest"))
-    return re.compile(rf"(?<![\w.:/-]){name}(?::latest)?(?![\w/-]|:\w)", re.IGNORECASE)
+    the tag ``latest`` or name Ollama's registry, because it repeats the name as the client wrote it."""
+    return re.compile(rf"(?<![\w.:/-]){spelling_pattern(model)}(?![\w/-]|:\w)", re.IGNORECASE)

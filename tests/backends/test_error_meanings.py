@@ -93,3 +93,9 @@ def test_404_about_something_else(message: str, model: str) -> None:
 def test_no_message_makes_it_raise(status: int, message: str, model: str) -> None:
     is_load_failure(status, message)
     says_model_is_missing(status, message, model)
+
+
+@pytest.mark.parametrize("spelling", ["library/m:7b", "registry.ollama.ai/library/m:7b", "M:7b"])
+def test_a_server_repeats_the_name_as_the_client_wrote_it(spelling: str) -> None:
+    assert says_model_is_missing(404, f"model '{spelling}' not found", "m:7b")
+    assert not says_model_is_missing(404, f"model 'user/{spelling}' not found", "m:7b")

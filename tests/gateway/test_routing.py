@@ -297,3 +297,19 @@ async def test_a_decompression_bomb_is_refused() -> None:
         assert len(bomb) < 1 << 20
         answer = await fleet.client.post("/api/chat", content=bomb, headers={"Content-Encoding": "gzip"})
         assert answer.status_code == 413
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"Model": "llama3.1:8b", "Messages": CHAT["messages"], "Stream": False},
+        {"model": "library/llama3.1:8b", "messages": CHAT["messages"], "stream": False},
+        {"MODEL": "registry.ollama.ai/library/Llama3.1:8b", "messages": CHAT["messages"], "stream": False},
+    ],
+)
+async def test_a_name_as_ollama_reads_it_reaches_its_own_model(body: dict[str, Any]) -> None:
+    """And not the default model: Go ignores case, and Ollama adds its registry to a name."""
+    async with serve_hosts(spec=GatewaySpec(default_model=MODEL)) as fleet:
+        for path in ("/api/chat", "/v1/chat/completions"):
+            answer = await fleet.client.post(path, json=body)
+            assert (answer.status_code, answer.headers["X-GPUMesh-Node"]) == (200, "b")

@@ -25,6 +25,7 @@ from gpumesh.lab.inference.slots import Slot
 from gpumesh.lab.inference.usage import GpuLoad, UsageAverage
 from gpumesh.lab.profile import Faults, HostProfile, ModelProfile
 from gpumesh.lab.text import count_tokens
+from gpumesh.model_names import full_name
 
 STORED_AT = datetime(2026, 9, 1, tzinfo=UTC)
 """Hosts stored their models before this time. It is fixed, so that a restart of a host does not change the times."""
@@ -93,8 +94,12 @@ class Engine:
         return self._runners.loads
 
     def find_model(self, name: str) -> ModelProfile | None:
-        """The stored model of this name; ``None`` if there is none. A name without a tag means ``:latest``."""
+        """The stored model of this name, in any spelling that Ollama takes (``full_name``); ``None`` if there is
+        none."""
         entry = self.store.get(name) or self.store.get(f"{name}:latest")
+        if entry is None:
+            wanted = full_name(name)
+            entry = next((entry for stored, entry in self.store.items() if full_name(stored) == wanted), None)
         if entry is None:
             return None
         model, _stored_at = entry
