@@ -129,13 +129,22 @@ class NoNodeError(GPUMeshError):
 
 
 class ModelMissing(NoNodeError):
-    """Nodes are up, but none has the model. ``available`` lists the models that they have."""
+    """Nodes are up, but none has the model. ``available`` lists the models that they have. ``short_hint`` is for
+    programs: it names few of them. It is the ``hint`` if it is not given."""
 
     code = "model-missing"
 
-    def __init__(self, model: str, *, available: tuple[str, ...] = (), hint: str | None = None) -> None:
+    def __init__(
+        self,
+        model: str,
+        *,
+        available: tuple[str, ...] = (),
+        hint: str | None = None,
+        short_hint: str | None = None,
+    ) -> None:
         self.model = model
         self.available = available
+        self.short_hint = hint if short_hint is None else short_hint
         super().__init__(f"no node that is up has the model {model!r}", hint=hint)
 
 

@@ -30,6 +30,8 @@ class Servable(Protocol):
 
 
 MAX_SHOWN_MODELS = 50  # in a sentence for people
+MAX_HINTED_NODES = 3  # in the short hint for a program
+MAX_HINTED_MODELS = 3
 MAX_LISTED_MODELS = 1000  # in an error's data
 
 
@@ -170,13 +172,21 @@ def _missing_model_error(
     if of_other_kinds:
         names = ", ".join(f"{candidate.name} (kind {candidate.kind})" for candidate in of_other_kinds)
         hint += f"it is on {names}, which cannot serve this API; "
-    hint += f"there are: {', '.join(available[:MAX_SHOWN_MODELS]) or 'no models'}"
-    hint += " …" if len(available) > MAX_SHOWN_MODELS else ""
+    there_are = f"there are: {', '.join(available[:MAX_SHOWN_MODELS]) or 'no models'}"
+    there_are += " …" if len(available) > MAX_SHOWN_MODELS else ""
     pull_targets = [candidate.name for candidate in usable if candidate.kind in KINDS_WITH_MODEL_STORE]
+    pull, short_pull = "", ""
     if pull_targets:
-        hint += f"; it could be pulled to {', '.join(pull_targets)}: "
-        hint += paste_command("gpumesh models pull {MODEL}", MODEL=model)
-    return ModelMissing(model, available=tuple(available), hint=hint)
+        command = paste_command("gpumesh models pull {MODEL}", MODEL=model)
+        pull = f"; it could be pulled to {', '.join(pull_targets)}: {command}"
+        some_targets = ", ".join(pull_targets[:MAX_HINTED_NODES])
+        some_targets += " …" if len(pull_targets) > MAX_HINTED_NODES else ""
+        short_pull = f"; it could be pulled to {some_targets}: {command}"
+    some_models = ", ".join(available[:MAX_HINTED_MODELS]) or "no models"
+    if len(available) > MAX_HINTED_MODELS:
+        some_models += " and others (GET /v1/models)"
+    short_hint = f"{hint}there are: {some_models}{short_pull}"
+    return ModelMissing(model, available=tuple(available), hint=f"{hint}{there_are}{pull}", short_hint=short_hint)
 
 
 def _list_models(candidates: Sequence[Candidate]) -> list[str]:

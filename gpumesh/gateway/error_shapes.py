@@ -64,12 +64,13 @@ def retry_after_s(error: GPUMeshError) -> int | None:
 
 
 def client_message(error: GPUMeshError) -> str:
-    """The error's message and hint on one line. For a missing model, Ollama's own message stands first: clients look
-    for it."""
-    message = error.message
+    """The error's message and hint on one line. For a missing model, Ollama's own message stands first, because clients
+    look for it, then a short hint: a program does not read the names of all models, and a key may not allow them."""
     if isinstance(error, ModelMissing):
-        message = f"model '{printable(error.model)}' not found: {message}"
-    return f"{message}; {error.hint}" if error.hint else message
+        message, hint = f"model '{printable(error.model)}' not found", error.short_hint
+    else:
+        message, hint = error.message, error.hint
+    return f"{message}; {hint}" if hint else message
 
 
 # -- bodies and frames -----------------------------------------------------------------------------------------------

@@ -6,7 +6,9 @@ reads slowly pauses the connection to its node, so that memory does not grow.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from urllib.parse import quote
 
 from msgspec.structs import replace
@@ -29,7 +31,8 @@ from gpumesh.mesh.requests.answer import Answer, SendProgress
 from gpumesh.mesh.requests.answer_reading import STREAMING_TYPES
 from gpumesh.topology import BackendKind
 
-# Headers that concern only the client, or only the connection to the client, and not a backend. In lower case.
+# Headers that concern only the client, or only the connection to the client, and not a backend. In lower case. Hop and
+# credential headers have many names, so most of them are recognised by a part of the name (``_concerns_client``).
 _NOT_FORWARDED = frozenset(
     {
         "host",
@@ -45,9 +48,13 @@ _NOT_FORWARDED = frozenset(
         "expect",
         "proxy-authorization",
         "proxy-connection",
-        "authorization",
-        "x-api-key",
-        "cookie",
+        "forwarded",
+        "via",
+        "max-forwards",
+        "cdn-loop",
+        "remote-user",
+        "early-data",
+        "dnt",
         "accept-encoding",
         "content-encoding",  # the body is unpacked when it is read here
         # The next headers ask for a part of an answer, or for no answer if the client has it. The mesh needs whole
@@ -61,18 +68,53 @@ _NOT_FORWARDED = frozenset(
     }
 )
 _SAFE_IN_HEADER = "/:@+ ,()[]"  # characters of a model's name that stand in a header as they are, beside letters
-_NOT_FORWARDED_PREFIXES = ("x-gpumesh-", "x-forwarded-", "sec-")
+# Proxies and networks before the gateway add headers with these beginnings: Cloudflare, CloudFront, Fastly, Akamai,
+# AWS, Azure, Google, Fly, Vercel, Envoy and Tailscale.
+_NOT_FORWARDED_PREFIXES = (
+    "x-gpumesh-",
+    "x-forwarded-",
+    "ocp-apim-",
+    "sec-",
+    "cf-",
+    "cloudfront-",
+    "fastly-",
+    "akamai-",
+    "x-amz",
+    "x-ms-",
+    "x-azure-",
+    "x-goog-",
+    "x-appengine-",
+    "x-cloud-trace-",
+    "fly-",
+    "x-vercel-",
+    "x-envoy-",
+    "x-original-",
+    "x-real-",
+    "x-proxy",
+    "x-remote-",
+    "tailscale-",
+)
+# A name with one of these parts holds a credential, or tells where the client is.
+_CLIENT_PARTS = re.compile(
+    r"auth|cookie|password|secret|credential|assertion|jwt|apikey|(?<!idempotency-)\bkey$|\btoken$"
+    r"|(?:client|source|remote|connecting)-?(?:ip|addr|address|cert|dn|verify)"
+)
 
 
 def build_call(request: Request, body: bytes) -> HttpCall:
     """The request to the backend: the client's path and query, ``body``, and the client's headers that concern a
     backend."""
-    headers: list[tuple[str, str]] = []
-    for name, value in request.headers.pairs:
-        lower_name = name.lower()
-        if lower_name not in _NOT_FORWARDED and not lower_name.startswith(_NOT_FORWARDED_PREFIXES):
-            headers.append((name, value))
+    headers = [pair for pair in request.headers.pairs if not _concerns_client(pair[0])]
     return HttpCall(request.method, request.target, body, tuple(headers))
+
+
+@lru_cache(maxsize=1024)  # a client sends the same names with each request
+def _concerns_client(name: str) -> bool:
+    """Whether a header of this name concerns the client or its connection alone: it ends at the gateway."""
+    lower_name = name.lower()
+    if lower_name in _NOT_FORWARDED or lower_name.startswith(_NOT_FORWARDED_PREFIXES):
+        return True
+    return _CLIENT_PARTS.search(lower_name) is not None
 
 
 async def forward_request(
@@ -158,7 +200,9 @@ async def _stream_response(request: Request, answer: Answer, shape: ClientApi) -
     """Streams the answer to the client, and returns the stream at its end. An error in the midst of the stream becomes
     its last frame. An answer without frames (JSON, audio) has no place for an error: its stream is returned unfinished,
     and the server cuts the connection."""
-    stream = request.start_stream(_response_headers(answer), status=answer.status)
+    # nginx would hold a stream back until it has some KiB of it.
+    headers = (*_response_headers(answer), ("X-Accel-Buffering", "no"))
+    stream = request.start_stream(headers, status=answer.status)
     try:
         await answer.send_to(stream)
     except GPUMeshError as error:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
-from gpumesh.lab.profile import Faults
-from tests.gateway.fleet import (
-    CHAT,
-    MODEL,
-    RunningGateway,
-)
+from gpumesh.lab.profile import QWEN_7B, Faults
+from tests.gateway.fleet import CHAT, MODEL, RunningGateway, quick_host, serve_hosts
 
 # -- errors --------------------------------------------------------------------------------------------------------
 
@@ -39,6 +37,19 @@ async def test_a_model_that_no_node_has(fleet: RunningGateway, path: str, model:
     assert message.startswith("model 'nobody:1b' not found")
     assert "could be pulled to a, b" in message
     assert MODEL in message
+
+
+async def test_the_404_of_a_large_fleet_is_short() -> None:
+    """A program looks for the first words; the names of all models and nodes are for people."""
+    models = tuple(replace(QWEN_7B, name=f"model-{number}:7b") for number in range(40))
+    hosts = (quick_host(name, models=models) for name in "abcde")
+    async with serve_hosts(*hosts) as fleet:
+        answer = await fleet.client.post("/v1/chat/completions", json={**CHAT, "model": "nobody:1b"})
+        message = answer.json()["error"]["message"]
+        assert message.startswith("model 'nobody:1b' not found; ")
+        assert message.count("model-") == 3
+        assert "pulled to a, b, c …" in message
+        assert len(message) < 250
 
 
 @pytest.mark.parametrize(
