@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from gpumesh.backends.base import ServerCounters
+from gpumesh.balancer.account import NodeAccount
 from gpumesh.balancer.outcomes import Blame, ErrorReply, Outcome
 from gpumesh.balancer.scheduling.scheduler import Placement
 from gpumesh.mesh.nodes.rate_meter import RateMeter
@@ -16,6 +17,8 @@ from gpumesh.tunnels.base import Tunnel
 
 class LeasedNode(Protocol):
     """The part of a node that a request uses while it holds a lease there."""
+
+    account: NodeAccount
 
     @property
     def name(self) -> str: ...
@@ -41,10 +44,6 @@ class LeasedNode(Protocol):
     @property
     def reachable(self) -> bool:
         """Whether the tunnel is up and the server answered its last probe."""
-
-    @property
-    def reads_prompts(self) -> bool:
-        """Whether the server, which answers probes, reads prompts or loads a model: a first token is awaited of it."""
 
     @property
     def tunnel(self) -> Tunnel | None: ...

@@ -373,11 +373,6 @@ class Node:
         """Whether the tunnel is up and the server answered its last probe."""
         return self._snapshots.reachable
 
-    @property
-    def reads_prompts(self) -> bool:
-        """Whether the server, which answers probes, reads prompts or loads a model: a first token is awaited of it."""
-        return self.account.activity.reading > 0 and self.reachable
-
     def may_recover(self, model: str | None = None) -> bool:
         """Whether the node takes no requests for this model now, but probably will in a moment. ``None``: whether this
         is so for requests of any model."""

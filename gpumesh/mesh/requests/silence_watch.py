@@ -101,7 +101,9 @@ class SilenceWatch:
         """Calls ``on_silence`` if the node has been silent for too long, and schedules the next check."""
         self._timer = None
         longest_s = self._longest_pause_s()
-        timeout_s = silence_timeout_s(longest_s, reads_prompts=self._node.reads_prompts)
+        # A server that hangs answers no probes, and reads nothing.
+        reads_prompts = self._node.account.activity.reading > 0 and self._node.reachable
+        timeout_s = silence_timeout_s(longest_s, reads_prompts=reads_prompts)
         waited_s = self._clock() - self.waits_since if is_waiting() else 0.0
         usual_timeout_s = silence_timeout_s(longest_s)  # the other prompt may be read long before the longer time-out
         if waited_s < timeout_s:
