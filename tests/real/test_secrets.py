@@ -450,5 +450,5 @@ async def test_no_program_that_it_starts_has_them_in_its_environment(
         assert name == "matched" or "RUNPOD_API_KEY=the provider's own" in left, name  # that one is run by `exec` too
     commands = (str(GPUMESH), "gpumesh.daemon")
     assert [arguments for arguments in environments.holders if not any(own in arguments for own in commands)] == []
-    for part in ("gpumesh tunnels", "gpumesh tunnel key-sshtunnel", "gpumesh tunnel password-openssh", "ssh -o"):
+    for part in ("gpumesh tunnels", "gpumesh tunnel key-sshtunnel", "gpumesh tunnel password-openssh", "ssh -"):
         assert any(arguments.startswith(part) for arguments in environments.others), part
