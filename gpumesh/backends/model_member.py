@@ -9,6 +9,10 @@ import msgspec
 
 # The usual body: its first member is the model.
 _LEADING_MODEL = re.compile(rb'\s*\{\s*"model"\s*:\s*("(?:[^"\\]|\\.)*")', re.DOTALL)
+# The usual form: its first part is the model. The gateway writes it so (``gateway/form_data.py``).
+_LEADING_MODEL_PART = re.compile(
+    rb'(--[^\r\n]{1,72}\r\nContent-Disposition: form-data; name="model"\r\n\r\n)([^\r\n]*)\r\n--'
+)
 _decode_members = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 _decode_text = msgspec.json.Decoder(str).decode
 
@@ -18,8 +22,13 @@ def replace_model(body: bytes, name: str) -> tuple[bytes, memoryview] | None:
 
     ``None`` if ``body`` is to be sent as it is: it names this model already, or it is no JSON object that names a
     model. The model should be the first member. If it is not, the whole body is parsed, which takes long for a long
-    body.
+    body. A form is changed only if its first part is the model.
     """
+    form_match = _LEADING_MODEL_PART.match(body)
+    if form_match is not None:
+        if form_match[2] == name.encode():
+            return None
+        return form_match[1] + name.encode(), memoryview(body)[form_match.end(2) :]
     match = _LEADING_MODEL.match(body)
     if match is None:
         return _replace_later_member(body, name)

@@ -44,6 +44,7 @@ _OPTIONS = {
 }
 # The ``owned_by`` of servers that list the models in memory. Other servers list the models on disk.
 _OWNERS_IN_MEMORY = frozenset({"llamacpp", "vllm", "sglang"})
+_LM_STUDIO_PATHS = ("/api/v0/", "/api/v1/")  # its own API
 MOST_SLOTS = 4096  # a larger number of slots is not believed
 MAX_OWNERS = 64  # the owners of so many entries of a list are read: a server has one owner, or a few
 MOST_PARAMETERS = 10**15  # a larger number of parameters is not believed
@@ -68,7 +69,7 @@ class OpenAIDialect:
     update_hint: str | None = None
 
     def serves(self, path: str) -> bool:
-        return path.startswith("/v1/")
+        return not path.startswith("/api/") or path.startswith(_LM_STUDIO_PATHS)
 
     def recognizes(self, status: int, body: bytes) -> bool:
         """Recognizes the list of models. Other kinds have such a list too, so they must be tried first."""

@@ -43,7 +43,8 @@ class Demand(msgspec.Struct, frozen=True):
     ``residency`` is what the model must be loaded with; ``None`` for a request without a model, or one that loads none.
     ``client`` is the name of the client (``ClientNames``), for fairness between clients; empty if it is not known.
     ``route`` is the path of the request's route; empty for a request that came by no route. ``prompt`` are the hashed
-    blocks of the prompt (``PromptPrint``); ``None`` if the prompt is not known or too short.
+    blocks of the prompt (``PromptPrint``); ``None`` if the prompt is not known or too short. ``is_known_route`` is
+    false for a route that its servers may not have.
     """
 
     model: str | None
@@ -61,6 +62,7 @@ class Demand(msgspec.Struct, frozen=True):
     prompt: PromptPrint | None = None
     nodes: frozenset[str] | None = None
     preferred_nodes: frozenset[str] = frozenset()
+    is_known_route: bool = True
 
 
 class Candidate(msgspec.Struct, frozen=True):

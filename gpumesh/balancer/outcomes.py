@@ -85,13 +85,15 @@ class AttemptContext(NamedTuple):
 
     ``takes_slot`` is false for a request that costs no inference. ``model`` is the full name of the demanded model.
     ``was_loaded``: the model was in the server's memory when the request was sent; ``None`` if that is not known.
-    ``reply`` is the server's error, if the server reported one.
+    ``reply`` is the server's error, if the server reported one. ``is_known_route`` is false for a route that the server
+    may not have: an error there says nothing about the node.
     """
 
     takes_slot: bool
     model: str | None
     was_loaded: bool | None
     reply: ErrorReply | None
+    is_known_route: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +169,7 @@ def find_blame(outcome: Outcome, context: AttemptContext) -> Blame:
         return Blame.MISSING_MODEL if says_model_is_missing(reply.status, reply.message, model) else Blame.NOBODY
     if not rule_for_outcome(outcome).counts_against_node:
         return Blame.NOBODY
-    if outcome is Outcome.SERVER_ERROR and not context.takes_slot:
+    if outcome is Outcome.SERVER_ERROR and not (context.takes_slot and context.is_known_route):
         return Blame.NOBODY
     if reply is None or model is None or not context.takes_slot:
         return Blame.NODE
@@ -205,7 +207,7 @@ def classify_status(status: int, *, model_asked: bool) -> Outcome:
     Every status from 500 upwards moves the request to another node: those of servers and those of proxies in front of
     them (502 to 504, 520 to 530 of Cloudflare, 598, 599 …). Ollama answers 404 only for a model that it does not have.
     Ollama answers 503 when its queue is full, but so does a server that starts or stops: therefore a 503 counts against
-    the node. A 4xx other than 404 and 429 is an answer about the request itself, which the client gets as it is."""
+    the node. A 4xx other than 404, 405 and 429 is an answer about the request itself: the client gets it as it is."""
     if status < 400:
         return Outcome.SERVED
     if is_busy_status(status):
@@ -214,4 +216,6 @@ def classify_status(status: int, *, model_asked: bool) -> Outcome:
         return Outcome.NOT_SUPPORTED if status == NOT_SUPPORTED_STATUS else Outcome.SERVER_ERROR
     if status == 404 and model_asked:
         return Outcome.MODEL_NOT_FOUND
+    if status == 405 and model_asked:  # the server does not have this route, or not for this method
+        return Outcome.NOT_SUPPORTED
     return Outcome.CLIENT_ERROR

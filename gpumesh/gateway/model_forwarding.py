@@ -18,6 +18,8 @@ from gpumesh.balancer.prefixes.prints import FIRST_BLOCK_BYTES, MIN_SECRET_BYTES
 from gpumesh.errors import NoNodeError, ServersFailed
 from gpumesh.gateway import proxy
 from gpumesh.gateway.access.client_names import ClientNames
+from gpumesh.gateway.form_data import Form, read_boundary, scan_form
+from gpumesh.gateway.http.errors import BadRequest
 from gpumesh.gateway.http.request import Request
 from gpumesh.gateway.http.responses import Response
 from gpumesh.gateway.http.streaming_response import StreamingResponse
@@ -25,6 +27,7 @@ from gpumesh.gateway.json_members import (
     COPY_BYTES,
     SMALL_BODY_BYTES,
     Members,
+    join_pieces,
     read_members,
     read_small_members,
     rewrite_body,
@@ -46,11 +49,12 @@ _encode = msgspec.json.Encoder().encode
 
 class _ClientBody(msgspec.Struct, frozen=True, gc=False):
     """The body of a request as the client has sent it. ``model`` is the model's name in it; ``None`` if it names
-    none."""
+    none. ``form`` is ``None`` for JSON; a form has no ``members``."""
 
     data: bytes
     members: Members
     model: str | None
+    form: Form | None = None
 
 
 class ModelForwarder:
@@ -70,8 +74,17 @@ class ModelForwarder:
         data = request.take_body()
         if data is None:  # the body has not come as a whole yet, or is compressed
             data = await request.read_body()
-        # ``read_small_members`` returns None for a large or unusual body. Most bodies are small, and so need no await.
-        members = read_small_members(data) or await read_members(data, request)
+        boundary = None if route.prompt_members else read_boundary(request.headers)
+        if boundary is not None:
+            form = await request.run_sliced(scan_form(data, boundary))
+            return await self._forward_form(request, record, route, form)
+        try:
+            # ``read_small_members`` returns None for a large or unusual body. Most are small, and so need no await.
+            members = read_small_members(data) or await read_members(data, request)
+        except BadRequest:
+            if not route.is_known:
+                raise _no_route_error(request.path) from None
+            raise
         model = read_model(route, members)
         demand = self._read_demand(request, route, members, model, size=len(data))
         if "keep_alive" in members.known and asks_to_unload(request.path, members):
@@ -91,6 +104,17 @@ class ModelForwarder:
         del members  # a body that was written anew need not stay in memory
         timeout_s = read_timeout(request.headers, self._spec.timeout_s)
         return await self._send(request, record, route, demand, data, timeout_s)
+
+    async def _forward_form(
+        self, request: Request, record: RequestRecord, route: ModelRoute, form: Form
+    ) -> Response | StreamingResponse:
+        """Does the work of ``forward`` for a form, in which a recording or a picture is sent."""
+        no_members = Members(())
+        demand = self._read_demand(request, route, no_members, form.model, size=0)  # its size is not that of a prompt
+        if demand.session is not None:
+            demand = replace(demand, session=self._prompts.read_session(request.headers, no_members))
+        body = _ClientBody(form.body, no_members, form.model, form)
+        return await self._forward_by_rules(request, record, route, body, demand)
 
     async def _add_prompt(
         self, request: Request, route: ModelRoute, members: Members, demand: Demand, size: int
@@ -142,6 +166,11 @@ class ModelForwarder:
         """The demand of the request, before any rule for models. ``model`` is the name in the body, which has ``size``
         bytes. Raises BadRequest if the client's key forbids the request."""
         headers, key, path = request.headers, request.key, request.path
+        if not route.is_known:
+            if model is None:  # without a name it may be a command to the server, which no client may give
+                raise _no_route_error(path)
+            if key is not None:  # what such a route does is not known
+                key.require_all()
         default_priority = self._spec.route_priority.get(path, Priority.NORMAL)
         if key is not None and key.priority is not None:  # mesh.yaml's class for the key comes before that of the route
             default_priority = key.priority
@@ -174,6 +203,10 @@ class ModelForwarder:
         could read the name of a member otherwise than we do (``Members.has_common_spelling``)."""
         members, model = body.members, demand.model
         assert model is not None, "``read_demand`` has let through a demand without a model"
+        if body.form is not None:
+            if body.model is not None and not self._rules.has_other_name(body.model, model):
+                return body.data
+            return await request.run_sliced(join_pieces(body.form.render_pieces(model)))
         values: dict[str, str | bytes] = {}  # the members to replace
         if body.model is None or self._rules.has_other_name(body.model, model):
             values["model"] = model
@@ -221,8 +254,15 @@ class ModelForwarder:
             timeout_s=timeout_s,
             progress=record.progress,
             on_answer=on_answer,
-            require_json=not route.needs_slot,  # facts about a model: any node that has it can give them
+            require_json=not route.needs_slot
+            and route.is_known,  # facts about a model: any node that has it can give them
         )
+
+
+def _no_route_error(path: str) -> BadRequest:
+    """The error for a route that gpumesh does not know, and a body that does not say where to send it."""
+    reason = "no route of gpumesh, and the body names no model whose node could be asked"
+    return BadRequest(f"there is no {path[:200]} here: it is {reason}", status=404)
 
 
 def _note_model(record: RequestRecord, model: str, answer: Answer) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import lru_cache
 
 import msgspec
 
@@ -40,7 +42,8 @@ class ModelRoute:
     ``kinds`` are the kinds of server that serve it. ``needs_slot``: the request needs inference, so it takes a slot on
     its node. ``model_keys``: the members that may name the model; the first of them that is not empty is used (as in
     ``server/routes.go`` of Ollama). ``prompt_members``: the members that are the prompt, in the order in which servers
-    render them; none if no server keeps prompts of this route in its cache."""
+    render them; none if no server keeps prompts of this route in its cache. ``is_known`` is false for a route of which
+    nothing is known but its path (``find_model_route``)."""
 
     methods: frozenset[str]
     api: ClientApi = ClientApi.OLLAMA
@@ -48,11 +51,12 @@ class ModelRoute:
     needs_slot: bool = True
     model_keys: tuple[str, ...] = ("model",)
     prompt_members: tuple[str, ...] = ()
+    is_known: bool = True
 
 
 _POST = frozenset({"POST"})
 
-# All other routes are in routing.py.
+# Routes of which more is known than their path. All other routes are in routing.py, or go by ``find_model_route``.
 MODEL_ROUTES: Mapping[str, ModelRoute] = {
     "/api/chat": ModelRoute(_POST, prompt_members=("tools", "messages")),
     # ``context`` holds the tokens of the conversation so far. Images are rendered before the prompt.
@@ -71,12 +75,42 @@ MODEL_ROUTES: Mapping[str, ModelRoute] = {
 }
 
 
+OTHER_ROUTE = "other"  # the name of all routes that are not known, in metrics and for what is learned of routes
+_OWN_PATHS = ("/", "/healthz", "/metrics", "/ui")
+# A plain path: servers and the proxies before them agree what it means. No "..", no empty part, nothing encoded.
+_PLAIN_PATH = re.compile(r"(?:/[A-Za-z0-9_][A-Za-z0-9._:@-]{0,99}){1,10}")
+# The last part of the path of a route that counts or renders tokens, which costs no inference.
+_WITHOUT_SLOT = frozenset({"tokenize", "detokenize", "count_tokens", "input_tokens", "apply-template"})
+
+
+def find_model_route(method: str, target: str) -> ModelRoute | None:
+    """The route of a request that no table has: servers have many (``/v1/rerank``, ``/tokenize`` …), and more with
+    each version. A POST goes to a node that has the model that its body names. ``None`` if the path is
+    one of the gateway's own, or not plain. ``target``: the path and the query as they came."""
+    path = target.partition("?")[0]
+    if method != "POST" or _is_own_path(path) or _PLAIN_PATH.fullmatch(path) is None:
+        return None
+    return _make_route(path)
+
+
+@lru_cache(maxsize=256)
+def _make_route(path: str) -> ModelRoute:
+    needs_slot = path.rpartition("/")[2] not in _WITHOUT_SLOT
+    return ModelRoute(_POST, find_client_api(path), kinds_that_serve(path), needs_slot, is_known=False)
+
+
+def _is_own_path(path: str) -> bool:
+    return path in _OWN_PATHS or path.startswith("/mesh/")
+
+
 def find_client_api(path: str) -> ClientApi:
     """The API that a client of this path uses, even if the path is not served."""
     route = MODEL_ROUTES.get(path)
     if route is not None:
         return route.api
-    return ClientApi.OPENAI if path.startswith("/v1/") else ClientApi.OLLAMA
+    if path.startswith("/v1/messages/"):
+        return ClientApi.ANTHROPIC
+    return ClientApi.OLLAMA if path.startswith("/api/") or _is_own_path(path) else ClientApi.OPENAI
 
 
 def read_demand(
@@ -122,7 +156,8 @@ def read_demand(
         id=request_id,
         residency=residency if route.needs_slot else None,
         client=client,
-        route=path,
+        route=path if route.is_known else OTHER_ROUTE,
+        is_known_route=route.is_known,
         nodes=nodes,
     )
 

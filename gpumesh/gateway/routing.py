@@ -1,7 +1,8 @@
 """``Router``: finds the handler of a request by its path and method, or forwards the request to a node.
 
-There are three sorts of routes. Requests to ``MODEL_ROUTES`` go to a node that has the model (``model_forwarding``).
-Requests to ``ANY_NODE_ROUTES`` go to any node. All other requests are answered by a handler: ``fleet_routes`` for
+There are four sorts of routes. Requests to ``MODEL_ROUTES`` go to a node that has the model (``model_forwarding``).
+Requests to ``ANY_NODE_ROUTES`` go to any node. Requests to routes that no table has go to a node that has the model
+that their body names (``find_model_route``). All other requests are answered by a handler: ``fleet_routes`` for
 questions about the whole fleet, ``model_store_routes`` for changes of model stores, ``web_page`` for the web page.
 """
 
@@ -22,7 +23,15 @@ from gpumesh.gateway.http.request import Handler, Request
 from gpumesh.gateway.http.responses import Response
 from gpumesh.gateway.http.streaming_response import StreamingResponse
 from gpumesh.gateway.model_forwarding import ModelForwarder
-from gpumesh.gateway.model_requests import ALL_KINDS, MODEL_ROUTES, OLLAMA_ONLY, find_client_api, read_node
+from gpumesh.gateway.model_requests import (
+    ALL_KINDS,
+    MODEL_ROUTES,
+    OLLAMA_ONLY,
+    OTHER_ROUTE,
+    find_client_api,
+    find_model_route,
+    read_node,
+)
 from gpumesh.gateway.model_store_routes import ModelStoreRoutes
 from gpumesh.gateway.observe.record import RequestRecord
 from gpumesh.gateway.web_page import UI_PATH, UiPage
@@ -88,7 +97,10 @@ class Router:
             return self._forward_to_any_node(request, record)
         handlers = self._handlers.get(template)
         if handlers is None:
-            record.route = "other"  # the route is a label of metrics: clients must not add names to it
+            record.route = OTHER_ROUTE  # the route is a label of metrics: clients must not add names to it
+            other_route = find_model_route(request.method, request.target)
+            if other_route is not None:
+                return self._forwarder.forward(request, record, other_route)
             raise BadRequest(f"there is no {path[:200]} here", status=404)
         record.route = template
         _require_unlimited_key(request)

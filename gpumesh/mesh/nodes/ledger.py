@@ -128,7 +128,8 @@ class Ledger:
                 self._scheduler.note_failed(placement.placed)
             self.forecasts.note_end(placement, now, counters, is_answered=is_served)
         self.last_release_at = now
-        context = AttemptContext(has_slot, lease.model, lease.was_loaded, reply)
+        is_known_route = placement is None or placement.placed.demand.is_known_route
+        context = AttemptContext(has_slot, lease.model, lease.was_loaded, reply, is_known_route)
         if reply is not None and reply.foreign is not None:
             self.foreign_answer = reply.foreign
         if is_served:
