@@ -48,3 +48,12 @@ def test_any_body(others: dict[str, Any], name: str, old_name: str, is_first: bo
     others.pop("model", None)
     members = {"model": old_name, **others} if is_first else {**others, "model": old_name}
     assert json.loads(replaced(json.dumps(members).encode(), name)) == {**others, "model": name}
+
+
+def test_a_form_gets_the_name_in_its_first_part() -> None:
+    head = b'--b\r\nContent-Disposition: form-data; name="model"\r\n\r\n'
+    rest = b'\r\n--b\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n\x00\r\n--b--\r\n'
+    parts = replace_model(head + b"m" + rest, "whisper")
+    assert parts is not None
+    assert parts[0] + bytes(parts[1]) == head + b"whisper" + rest
+    assert replace_model(head + b"whisper" + rest, "whisper") is None
