@@ -6,12 +6,12 @@ from gpumesh.balancer.account import NodeAccount
 from gpumesh.balancer.outcomes import AttemptContext, Blame
 
 
-def count_success(account: NodeAccount, context: AttemptContext, now: float) -> None:
+def count_success(account: NodeAccount, model: str | None, now: float, *, takes_slot: bool) -> None:
     """Counts an attempt that was served. A request without a slot needs no inference, so it shows nothing about the
     models."""
     account.breaker = account.breaker.record_success()
-    if context.takes_slot:
-        account.model_breakers.record_success(context.model, now)
+    if takes_slot:
+        account.model_breakers.record_success(model, now)
 
 
 def count_failure(account: NodeAccount, context: AttemptContext, blame: Blame, now: float) -> None:

@@ -72,12 +72,12 @@ class SchedulerDecisions:
 
     def end(self, attempt: Attempt, now: float, outcome: Outcome, counters: ServerCounters | None) -> None:
         account, model = self._accounts[attempt.node], attempt.job.request.model
-        reply = ErrorReply(404, f"model {model!r} not found") if outcome is Outcome.MODEL_NOT_FOUND else None
-        context = AttemptContext(takes_slot=True, model=model, was_loaded=None, reply=reply)
         if outcome is Outcome.SERVED:
             attempt.running.answer_bytes = int(attempt.job.tokens_left * _bytes_per_token(attempt.job.request))
-            count_success(account, context, now)
+            count_success(account, model, now, takes_slot=True)
         else:
+            reply = ErrorReply(404, f"model {model!r} not found") if outcome is Outcome.MODEL_NOT_FOUND else None
+            context = AttemptContext(takes_slot=True, model=model, was_loaded=None, reply=reply)
             count_failure(account, context, find_blame(outcome, context), now)
         self._scheduler.end(attempt.running, now, counters if outcome is Outcome.SERVED else None)
         if outcome is not Outcome.SERVED:

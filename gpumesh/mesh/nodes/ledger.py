@@ -128,17 +128,17 @@ class Ledger:
                 self._scheduler.note_failed(placement.placed)
             self.forecasts.note_end(placement, now, counters, is_answered=is_served)
         self.last_release_at = now
-        is_known_route = placement is None or placement.placed.demand.is_known_route
-        context = AttemptContext(has_slot, lease.model, lease.was_loaded, reply, is_known_route)
         if reply is not None and reply.foreign is not None:
             self.foreign_answer = reply.foreign
         if is_served:
             if has_slot:
                 self.foreign_answer = None
-            count_success(account, context, now)
+            count_success(account, lease.model, now, takes_slot=has_slot)
             if counters is not None and lease.model is not None:  # only a model that was used has figures
                 self._on_model_loaded(lease.model)
         else:
+            is_known_route = placement is None or placement.placed.demand.is_known_route
+            context = AttemptContext(has_slot, lease.model, lease.was_loaded, reply, is_known_route)
             lease.blame = find_blame(outcome, context)
             if outcome is Outcome.CLIENT_GONE:
                 self.cancelled += has_slot  # as a number: 1 with a slot, 0 without

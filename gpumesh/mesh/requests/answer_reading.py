@@ -154,6 +154,8 @@ def _build_whole_answer(
 def _find_body_problem(response: UpstreamResponse, body: bytes, *, is_text: bool) -> str | None:
     """Why an inference server cannot have sent this body with a status of success; ``None`` if it can. ``is_text``: it
     should hold generated text."""
+    if body.startswith((b"{", b"[")):  # nearly always
+        return None
     if len(body) <= BLANK_BYTES and not body.strip() and (is_text or response.content_type in _NEVER_BLANK_TYPES):
         return f"it answered {response.status} with an empty body, as no inference server does"
     if response.content_type and is_web_page(body):
