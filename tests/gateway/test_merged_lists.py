@@ -54,10 +54,10 @@ def test_nonsense_from_a_node_is_passed_over(bodies: list[bytes]) -> None:
 
 
 def test_a_list_that_is_too_long_is_left_out() -> None:
-    began = time.thread_time()
     many = b'{"models":[' + b",".join([b'{"name":"x"}'] * 1_000_000) + b"]}"
     lists = b'{"models":[' + b",".join([b"[]"] * 4_000_000) + b"]}"
     text = b'{"models":[{"name":"' + b"x" * (30 << 20) + b'"}]}'
+    began = time.thread_time()
     merged = json.loads(merged_lists.merge_tags([many, lists, text, b'{"models":[{"name":"honest"}]}']))
     assert [entry["name"] for entry in merged["models"]] == ["honest"]
-    assert time.thread_time() - began < 0.8, "looked through, and not taken apart"
+    assert time.thread_time() - began < 0.5, "looked through, and not taken apart"
