@@ -84,13 +84,14 @@ class NodeChoice:
         accounts = self.compared(demand, work, now, exclude=exclude)
         return [account for account in accounts if account.has_room(model, now)]
 
-    def count_warm_slots(self, demand: Demand, now: float) -> int:
-        """The slots of the nodes that could serve the demand and have its model in memory; at least 1."""
+    def count_warm_slots(self, demand: Demand, accounts: Collection[NodeAccount], now: float) -> int:
+        """The slots of the nodes that have the model in memory; at least 1. ``accounts`` are those that are compared,
+        empty if they are not known yet: of a large fleet all nodes count all the same."""
         key = demand.residency
         if demand.node is None and self.shortlist.is_needed:
             return max(self.shortlist.table(demand, now).warm_slots, 1)
         slots = 0
-        for account in self.select(demand, now):
+        for account in accounts or self.select(demand, now):
             if key is None or account.residency.is_resident(key):
                 slots += account.slots("" if key is None else key.model, now) or 1
         return max(slots, 1)

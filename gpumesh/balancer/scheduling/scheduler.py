@@ -186,7 +186,7 @@ class Scheduler:
         if self.queue.size:
             work_s = self.queue.work_before(group_of(demand, frozenset()), demand.priority) - own_work
             if work_s > 0.0:
-                queue_s = work_s / self.choice.count_warm_slots(demand, now)
+                queue_s = work_s / self.choice.count_warm_slots(demand, accounts, now)
         return Question(accounts, demand, work, self._fleet, queue_s, now, self._turn, self._rng, waited_s)
 
     def _service_s(self, demand: Demand) -> float:
@@ -351,7 +351,7 @@ class Scheduler:
             work = self.experience.estimate(waiting.demand)
             waited_s = 0.0 if waiting.offered_at is None else now - waiting.offered_at
             own_work = 0.0 if waiting.exclude else entry.work  # else it is in another group
-            question = self._question((account,), waiting.demand, work, now, waited_s=waited_s, own_work=own_work)
+            question = self._question((), waiting.demand, work, now, waited_s=waited_s, own_work=own_work)
             choice, compared = self.choice.accept(account, question, waiting.exclude)
             if choice.chosen is not None:
                 self.queue.take(entry, among)
