@@ -168,25 +168,30 @@ def _missing_model_error(
     """The error for a model that no node has. Its hint names the models of the usable nodes, and a command to pull the
     model. ``of_other_kinds``: nodes that have the model, but whose servers do not speak the API of the request."""
     available = _list_models(usable)
-    hint = ""
+    elsewhere = ""
     if of_other_kinds:
         names = ", ".join(f"{candidate.name} (kind {candidate.kind})" for candidate in of_other_kinds)
-        hint += f"it is on {names}, which cannot serve this API; "
-    there_are = f"there are: {', '.join(available[:MAX_SHOWN_MODELS]) or 'no models'}"
-    there_are += " …" if len(available) > MAX_SHOWN_MODELS else ""
+        elsewhere = f"it is on {names}, which cannot serve this API; "
     pull_targets = [candidate.name for candidate in usable if candidate.kind in KINDS_WITH_MODEL_STORE]
-    pull, short_pull = "", ""
-    if pull_targets:
-        command = paste_command("gpumesh models pull {MODEL}", MODEL=model)
-        pull = f"; it could be pulled to {', '.join(pull_targets)}: {command}"
-        some_targets = ", ".join(pull_targets[:MAX_HINTED_NODES])
-        some_targets += " …" if len(pull_targets) > MAX_HINTED_NODES else ""
-        short_pull = f"; it could be pulled to {some_targets}: {command}"
-    some_models = ", ".join(available[:MAX_HINTED_MODELS]) or "no models"
-    if len(available) > MAX_HINTED_MODELS:
-        some_models += " and others (GET /v1/models)"
-    short_hint = f"{hint}there are: {some_models}{short_pull}"
-    return ModelMissing(model, available=tuple(available), hint=f"{hint}{there_are}{pull}", short_hint=short_hint)
+
+    def make_hint(most_models: int, more_models: str, most_targets: int) -> str:
+        hint = f"{elsewhere}there are: {_join_first(available, most_models, more_models) or 'no models'}"
+        if pull_targets:
+            command = paste_command("gpumesh models pull {MODEL}", MODEL=model)
+            hint += f"; it could be pulled to {_join_first(pull_targets, most_targets, ' …')}: {command}"
+        return hint
+
+    return ModelMissing(
+        model,
+        available=tuple(available),
+        hint=make_hint(MAX_SHOWN_MODELS, " …", len(pull_targets)),
+        short_hint=make_hint(MAX_HINTED_MODELS, " and others (GET /v1/models)", MAX_HINTED_NODES),
+    )
+
+
+def _join_first(names: Sequence[str], most: int, more: str) -> str:
+    """The first ``most`` names, with ``more`` after them if there are others."""
+    return ", ".join(names[:most]) + (more if len(names) > most else "")
 
 
 def _list_models(candidates: Sequence[Candidate]) -> list[str]:
