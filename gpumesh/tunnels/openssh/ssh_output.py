@@ -45,16 +45,20 @@ class SshLog:
     @classmethod
     async def open(cls, path: Path) -> SshLog:
         """Makes the FIFO (0600) and opens it. Raises ``TunnelError``."""
-        try:
-            os.mkfifo(path, 0o600)
-            descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        except OSError as error:
-            raise TunnelError(f"the log of ssh cannot be made: {error.strerror}") from error
-        file = os.fdopen(descriptor, "rb", buffering=0)
-        writer = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        reader = asyncio.StreamReader()
-        loop = asyncio.get_running_loop()
-        transport, _protocol = await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), file)
+        with contextlib.ExitStack() as stack:
+            try:
+                os.mkfifo(path, 0o600)
+                stack.callback(path.unlink, missing_ok=True)
+                descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+                file = stack.enter_context(os.fdopen(descriptor, "rb", buffering=0))
+                writer = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+                stack.callback(os.close, writer)
+            except OSError as error:
+                raise TunnelError(f"the log of ssh cannot be made: {error.strerror}") from error
+            reader = asyncio.StreamReader()
+            loop = asyncio.get_running_loop()
+            transport, _protocol = await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), file)
+            stack.pop_all()  # from now on, ``close`` closes them
         return cls(path, reader, transport, writer)
 
     def end(self) -> None:
