@@ -6,9 +6,7 @@ On real sockets. Where a server is killed, a real process dies.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
-import sys
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -23,6 +21,7 @@ from gpumesh.gateway import error_shapes
 from gpumesh.gateway.model_requests import find_client_api
 from tests.gateway.fleet import RunningGateway, node, serve_nodes
 from tests.mesh.meshes import MODEL, ollama_script
+from tests.mesh.mortal_server import mortal_server
 from tests.mesh.servers import Exchange, serve, whole_response
 
 WORDS = "model runner has unexpectedly stopped"
@@ -212,46 +211,10 @@ async def test_a_change_of_a_store_is_sent_to_each_server_once(
         assert servers.asked == {"a": 1}
 
 
-SERVER = """
-import http.server, json, os, sys
-LISTED = json.dumps({"models": [{"name": sys.argv[1], "model": sys.argv[1]}]}).encode()
-class Handler(http.server.BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    def do_GET(self):
-        body = b'{"version":"0.12.6"}' if self.path == "/api/version" else LISTED
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-    def do_POST(self):
-        self.rfile.read(int(self.headers["Content-Length"]))
-        print("asked", flush=True)
-        os._exit(9)
-    def log_message(self, *_):
-        pass
-server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-print(server.server_address[1], flush=True)
-server.serve_forever()
-"""
-
-
-@asynccontextmanager
-async def mortal() -> AsyncIterator[tuple[int, asyncio.subprocess.Process]]:
-    """A server that a prompt kills: its port and its process."""
-    process = await asyncio.create_subprocess_exec(sys.executable, "-c", SERVER, MODEL, stdout=asyncio.subprocess.PIPE)
-    assert process.stdout is not None
-    try:
-        yield int(await process.stdout.readline()), process
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()
-        await process.communicate()
-
-
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_prompt_that_kills_its_server_is_not_sent_to_a_third(stream: bool) -> None:
     async with AsyncExitStack() as stack:
-        servers = {name: await stack.enter_async_context(mortal()) for name in "abc"}
+        servers = {name: await stack.enter_async_context(mortal_server("why?")) for name in "abc"}
         nodes = tuple(node(name, f"http://127.0.0.1:{port}", max_parallel=8) for name, (port, _) in servers.items())
         running = await stack.enter_async_context(serve_nodes(nodes))
         body = {"model": MODEL, "messages": MESSAGES, "stream": stream}

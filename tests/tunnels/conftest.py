@@ -23,6 +23,14 @@ def runtime(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monkey
 
 
 @pytest.fixture
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a connection. Its path is short, because the paths of sockets are limited."""
+    path = tmp_path_factory.mktemp("c")
+    path.chmod(0o700)
+    return path
+
+
+@pytest.fixture
 async def sshd(tmp_path: Path) -> AsyncIterator[Sshd]:
     async with Sshd(tmp_path / "sshd", {"LogLevel": "INFO"}) as sshd:
         yield sshd

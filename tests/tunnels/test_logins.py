@@ -40,13 +40,6 @@ def connect(transport: TransportKind) -> ConnectFunction:
     return load_connect(transport)
 
 
-@pytest.fixture
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("c")
-    path.chmod(0o700)
-    return path
-
-
 @contextlib.asynccontextmanager
 async def logged_in(
     connect: ConnectFunction, ssh: SshSpec, folder: Path, *, person: RecordedEvents | None = None, **secrets: str

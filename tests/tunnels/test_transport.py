@@ -41,13 +41,6 @@ async def sshd(tmp_path: Path) -> AsyncIterator[Sshd]:
         yield sshd
 
 
-@pytest.fixture
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("c")
-    path.chmod(0o700)
-    return path
-
-
 @contextlib.asynccontextmanager
 async def connected(
     connect: ConnectFunction, ssh: SshSpec, folder: Path, *ports: int

@@ -1,14 +1,20 @@
+from collections.abc import Iterator
+
 from hypothesis import given
 from hypothesis import strategies as st
 
 from gpumesh.balancer.fairness.sorted_items import SortedItems
 
+Steps = list[tuple[int, int | None]]
+"""Each step gives an item a key, or removes the item (``None``)."""
+Keys = dict[int, tuple[float, ...]]
 
-@given(st.lists(st.tuples(st.integers(0, 8), st.integers(0, 50) | st.none()), max_size=200))
-def test_the_first_item_has_the_least_key(steps: list[tuple[int, int | None]]) -> None:
-    """A step gives an item a key, or removes the item (``None``)."""
+
+def apply(steps: Steps) -> Iterator[tuple[SortedItems[tuple[float, ...], int], Keys]]:
+    """The items after each step, and the keys that they should have; at first there is no item."""
     items: SortedItems[tuple[float, ...], int] = SortedItems()
-    expected: dict[int, tuple[float, ...]] = {}
+    expected: Keys = {}
+    yield items, expected
     for item, key in steps:
         if key is not None:
             expected[item] = (key, item)
@@ -16,6 +22,12 @@ def test_the_first_item_has_the_least_key(steps: list[tuple[int, int | None]]) -
         elif item in expected:
             del expected[item]
             items.remove(item)
+        yield items, expected
+
+
+@given(st.lists(st.tuples(st.integers(0, 8), st.integers(0, 50) | st.none()), max_size=200))
+def test_the_first_item_has_the_least_key(steps: Steps) -> None:
+    for items, expected in apply(steps):
         assert len(items) == len(expected)
         assert sorted(items.pairs()) == sorted((key, item) for item, key in expected.items())
         if expected:
@@ -24,15 +36,7 @@ def test_the_first_item_has_the_least_key(steps: list[tuple[int, int | None]]) -
 
 
 @given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 50) | st.none()), max_size=100))
-def test_an_iteration_yields_the_items_by_their_keys(steps: list[tuple[int, int | None]]) -> None:
-    items: SortedItems[tuple[float, ...], int] = SortedItems()
-    expected: dict[int, tuple[float, ...]] = {}
-    for item, key in steps:
-        if key is not None:
-            expected[item] = (key, item)
-            items.put(item, (key, item))
-        elif item in expected:
-            del expected[item]
-            items.remove(item)
+def test_an_iteration_yields_the_items_by_their_keys(steps: Steps) -> None:
+    *_, (items, expected) = apply(steps)
     assert list(items) == sorted(expected, key=expected.__getitem__)
     assert sorted(items.pairs()) == sorted((key, item) for item, key in expected.items())

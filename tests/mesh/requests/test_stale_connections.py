@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import sys
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack
 from itertools import islice
 
 import pytest
@@ -17,7 +14,8 @@ from gpumesh.balancer.outcomes import Outcome
 from gpumesh.errors import ServersFailed
 from gpumesh.mesh.requests import failures
 from gpumesh.topology import BackendKind
-from tests.mesh.meshes import MODEL, RunningMesh, make_call, mesh_of_nodes, node, ollama_script, send
+from tests.mesh.meshes import RunningMesh, make_call, mesh_of_nodes, node, ollama_script, send
+from tests.mesh.mortal_server import mortal_server
 from tests.mesh.servers import Exchange, serve, whole_response
 
 WHOLE = whole_response(b'{"message":{"content":"y"},"done":true}')
@@ -127,47 +125,10 @@ async def test_what_must_not_be_done_twice_goes_over_a_new_connection() -> None:
         assert Outcome.STALE_CONNECTION not in running.attempts("a")
 
 
-SERVER = """
-import http.server, json, os, sys
-LISTED = json.dumps({"models": [{"name": sys.argv[1], "model": sys.argv[1]}]}).encode()
-class Handler(http.server.BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    def answer(self, body):
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-    def do_GET(self):
-        self.answer(b'{"version":"0.12.6"}' if self.path == "/api/version" else LISTED)
-    def do_POST(self):
-        if b"die" in self.rfile.read(int(self.headers["Content-Length"])):
-            os._exit(9)
-        self.answer(b'{"message":{"content":"y"},"done":true}')
-    def log_message(self, *_):
-        pass
-server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-print(server.server_address[1], flush=True)
-server.serve_forever()
-"""
-
-
-@asynccontextmanager
-async def mortal_server() -> AsyncIterator[tuple[int, asyncio.subprocess.Process]]:
-    """A server that a prompt kills: its port and its process."""
-    process = await asyncio.create_subprocess_exec(sys.executable, "-c", SERVER, MODEL, stdout=asyncio.subprocess.PIPE)
-    assert process.stdout is not None
-    try:
-        yield int(await process.stdout.readline()), process
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()
-        await process.communicate()
-
-
 async def test_a_prompt_that_kills_its_servers_over_kept_alive_connections_reaches_two_of_them() -> None:
     """A process that dies at once ends its connection as a stale one ends. But then it cannot be reached anew."""
     async with AsyncExitStack() as stack:
-        servers = {name: await stack.enter_async_context(mortal_server()) for name in "abc"}
+        servers = {name: await stack.enter_async_context(mortal_server("die")) for name in "abc"}
         nodes = [node(name, f"http://127.0.0.1:{port}") for name, (port, _) in servers.items()]
         running = await stack.enter_async_context(mesh_of_nodes(*nodes))
         for name in servers:

@@ -49,13 +49,6 @@ pytestmark = [pytest.mark.real, needs("sshd", "ssh")]
 both = pytest.mark.parametrize("transport", list(TransportKind))
 
 
-@pytest.fixture
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("c")
-    path.chmod(0o700)
-    return path
-
-
 def make_setup(ssh: SshSpec, folder: Path, *ports: int) -> ConnectRequest:
     return ConnectRequest("iceland", ssh, tuple(Target("127.0.0.1", port) for port in ports), control_dir=str(folder))
 
