@@ -3,8 +3,8 @@
     python benchmarks/bodies.py [MIB]
 
 Three readers are compared on bodies of MIB MiB (64 by default): ``json.loads`` (used until November 2026), msgspec,
-which builds only the values that are asked for, and ``gpumesh.gateway.json_members``, which reads in pieces. The
-figures are CPU time, which depends less on other load of the machine than wall time does.
+which builds only the values that are asked for, and ``gpumesh.gateway.body_parsers.json_members``, which reads in
+pieces. The figures are CPU time, which depends less on other load of the machine than wall time does.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Callable
 
 import msgspec
 
-from gpumesh.gateway.json_members import scan_members
+from gpumesh.gateway.body_parsers.json_members import scan_members
 
 read_top_level = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 

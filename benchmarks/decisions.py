@@ -35,10 +35,10 @@ from gpumesh.balancer.base import Demand, Priority, ResidencyKey
 from gpumesh.balancer.prefixes import PrefixIndex, PromptHasher, PromptPrint
 from gpumesh.balancer.prefixes.prints import BLOCK_ENDS, count_blocks
 from gpumesh.balancer.scheduling.scheduler import Placement, Scheduler
-from gpumesh.gateway.json_members import Members, read_small_members, scan_members
+from gpumesh.gateway.body_parsers.json_members import Members, read_small_members, scan_members
 from gpumesh.gateway.model_requests import MODEL_ROUTES
 from gpumesh.gateway.prompt_reading import PromptReader
-from gpumesh.model_names import full_name
+from gpumesh.text.model_names import full_name
 from gpumesh.topology import BackendKind, PolicyKind
 
 RUNS = 7

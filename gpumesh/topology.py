@@ -12,7 +12,7 @@ from enum import StrEnum
 from pathlib import Path
 from types import MappingProxyType
 
-from gpumesh.addresses import format_address
+from gpumesh.text.addresses import format_address
 
 
 class TransportKind(StrEnum):

@@ -19,8 +19,8 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import msgspec
 
-from gpumesh.printable import printable
 from gpumesh.state import STATUS_SCHEMA, MeshState
+from gpumesh.text.printable import printable
 
 T = TypeVar("T")
 

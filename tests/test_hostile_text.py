@@ -1,5 +1,5 @@
-"""Each place where a name of somebody else gets into a command, a file or a shell. tests/test_quoting.py fails for a
-new command that does not take ``quoting``; tests/real/test_shells.py shows what TAB does."""
+"""Each place where a name of somebody else gets into a command, a file or a shell. tests/text/test_quoting.py fails for
+a new command that does not take ``quoting``; tests/real/test_shells.py shows what TAB does."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from gpumesh.cli.init.node_drafts import Draft
 from gpumesh.config import edit
 from gpumesh.errors import ConfigError, HostUnresolved, TunnelError
 from gpumesh.gateway import error_shapes
-from gpumesh.printable import printable
 from gpumesh.state import GatewayState, MeshState, compute_totals
+from gpumesh.text.printable import printable
 from gpumesh.topology import AddressCommand, BackendKind, SshSpec, Target, Topology
 from gpumesh.tunnels.address_command import ask_address
 from gpumesh.tunnels.openssh.options import jump_command

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator
 
 from gpumesh.audit.catalog import explain
 from gpumesh.backends.dialects import find_dialect
-from gpumesh.sentences import join_some
 from gpumesh.state import (
     BackendPhase,
     BackendState,
@@ -17,8 +16,9 @@ from gpumesh.state import (
     SlownessState,
     TunnelPhase,
 )
+from gpumesh.text.sentences import join_some
+from gpumesh.text.versions import version_key
 from gpumesh.topology import NodeSpec
-from gpumesh.versions import version_key
 
 MAX_NAMED = 4  # a message names at most so many models, and counts the others
 

@@ -15,9 +15,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from gpumesh.addresses import is_loopback
 from gpumesh.audit import gpus, identity, routes
 from gpumesh.state import Finding, NodeState, TunnelPhase
+from gpumesh.text.addresses import is_loopback
 from gpumesh.topology import BackendKind, NodeSpec, Topology
 
 # The errors of a tunnel that mean: there is no such host. Not among them are errors that a person must decide about (a

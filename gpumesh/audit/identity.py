@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from urllib.parse import urlsplit
 
-from gpumesh.sentences import join_all
 from gpumesh.state import BackendPhase, Finding, GpuState, ModelInfo, NodeState, Severity, TunnelPhase
+from gpumesh.text.sentences import join_all
 from gpumesh.topology import NodeSpec
 
 # Ollama writes nanoseconds. A store that other tools copied or made has whole seconds, which can be equal by chance.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from gpumesh.sentences import join_all, join_some
 from gpumesh.state import Finding, LoadingState, ModelLoadsState, NodeState, Severity, TunnelPhase
+from gpumesh.text.sentences import join_all, join_some
 from gpumesh.topology import NodeSpec
 
 # Fewer loads are no fault: the first loads after a start, or a change of the model from time to time.

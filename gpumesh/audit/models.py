@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from gpumesh.backends.dialects import find_dialect
-from gpumesh.model_names import full_name
-from gpumesh.sentences import join_some
 from gpumesh.state import BackendPhase, Finding, NodeState, Severity, TunnelPhase
+from gpumesh.text.model_names import full_name
+from gpumesh.text.sentences import join_some
 from gpumesh.topology import NodeSpec
 
 MAX_NAMED = 10  # a message names at most so many models, and counts the others

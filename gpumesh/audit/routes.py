@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from gpumesh.quoting import yaml_text
 from gpumesh.state import BackendPhase, Finding, NodeState, RouteState, Severity, TunnelPhase
+from gpumesh.text.quoting import yaml_text
 from gpumesh.topology import NodeSpec
 
 # A route counts as faster only if its latency is at most this share of the current route's, and also lower by at least

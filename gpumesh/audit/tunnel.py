@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from gpumesh.errors import TunnelError
-from gpumesh.quoting import paste_command
 from gpumesh.state import Finding, NodeState, Severity, TunnelPhase
+from gpumesh.text.quoting import paste_command
 from gpumesh.topology import NodeSpec
 
 # Errors that a person must mend. Each has a remedy of its own, so the finding keeps the error's code. Other errors

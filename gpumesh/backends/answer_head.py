@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
-from gpumesh.printable import printable
+from gpumesh.text.printable import printable
 
 OCTETS = "application/octet-stream"  # no browser shows it or runs it
 MAX_TYPE_BYTES = 200  # a longer Content-Type is not read

@@ -8,13 +8,13 @@ from typing import Any, TypedDict
 
 import msgspec
 
-from gpumesh.addresses import format_address, is_loopback
 from gpumesh.backends import ollama, openai, safe_json
 from gpumesh.backends.base import Dialect, ServerCounters
 from gpumesh.backends.llamacpp import LlamacppDialect
 from gpumesh.backends.ollama import OllamaDialect
 from gpumesh.backends.openai import OpenAIDialect
 from gpumesh.backends.vllm import VllmDialect
+from gpumesh.text.addresses import format_address, is_loopback
 from gpumesh.topology import BackendKind, Target
 
 # The order is the one in which ``probes/server_kind.py`` tries the kinds. OPENAI is last: it would recognize

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 
-from gpumesh.model_names import spelling_pattern
+from gpumesh.text.model_names import spelling_pattern
 
 READ_CHARS = 2000  # only so much of a message is searched
 

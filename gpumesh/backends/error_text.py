@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 from gpumesh.backends import safe_json
-from gpumesh.printable import printable
+from gpumesh.text.printable import printable
 
 ERROR_BYTES = 1 << 20  # only so much of an error response is read
 TITLE_BYTES = 64 << 10  # a web page's title is searched for only in so many of its first bytes

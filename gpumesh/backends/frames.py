@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 from gpumesh.backends.base import Chunk, ServerCounters
 from gpumesh.errors import BackendError, GPUMeshError, ProbeError, StreamCut
-from gpumesh.lines import LineBuffer, LineTooLong
+from gpumesh.text.lines import LineBuffer, LineTooLong
 
 # The longest line in bytes. The final line of /api/generate holds the whole context as numbers: 2 MB at 262144 tokens.
 # While a line is parsed, all other streams wait: a tenth of a second for 8 MiB.

@@ -14,7 +14,7 @@ from itertools import islice
 from typing import Any
 
 from gpumesh.backends import safe_json
-from gpumesh.printable import printable
+from gpumesh.text.printable import printable
 
 # A longer list is not read. Each probe, every two seconds, reads the list: 10,000 models would take 100 ms, in which
 # the event loop does nothing else.

@@ -29,10 +29,10 @@ from gpumesh.backends.base import (
 from gpumesh.backends.error_text import describe_web_page, error_text, find_error_message, is_web_page, printable_label
 from gpumesh.backends.frames import BaseFrameReader, LineSplitter, final_chunk, wrong_dialect_error
 from gpumesh.errors import BackendError, ProbeError
-from gpumesh.model_names import full_name
-from gpumesh.printable import printable
-from gpumesh.quoting import paste_command
 from gpumesh.state import LoadedModel, ModelInfo
+from gpumesh.text.model_names import full_name
+from gpumesh.text.printable import printable
+from gpumesh.text.quoting import paste_command
 
 _MISSING = object()  # stands for a member that is not there; ``None`` stands for a member whose value is null
 NS_PER_MS = 1e6  # Ollama's durations are in nanoseconds

@@ -24,8 +24,8 @@ from gpumesh.backends.base import (
 from gpumesh.backends.error_text import error_text, find_error_message, printable_label
 from gpumesh.backends.frames import BODY_LIMIT, BaseFrameReader, EventSplitter, final_chunk, wrong_dialect_error
 from gpumesh.errors import BackendError, ProbeError
-from gpumesh.printable import printable
 from gpumesh.state import LoadedModel, ModelInfo
+from gpumesh.text.printable import printable
 
 # Ollama's names of options -> the names in this API. top_k, min_p and repeat_penalty do not belong to OpenAI's own API,
 # but these servers take them by Ollama's names. Options that are not here (num_ctx, num_gpu …) are set when such a

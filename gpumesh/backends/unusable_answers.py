@@ -7,7 +7,7 @@ from typing import Any
 from gpumesh.backends import error_text, model_list, safe_json
 from gpumesh.backends.error_meanings import is_busy_status, is_proxy_status
 from gpumesh.errors import ProbeError
-from gpumesh.printable import printable
+from gpumesh.text.printable import printable
 
 MAX_MODELS = model_list.MAX_MODELS
 

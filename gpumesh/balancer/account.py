@@ -18,8 +18,8 @@ from gpumesh.balancer.base import Demand, ResidencyKey
 from gpumesh.balancer.breaker import Breaker, ModelBreakers
 from gpumesh.balancer.fairness.client_counters import weighted_tokens
 from gpumesh.balancer.limits import NodeSlots, SentRequest
+from gpumesh.balancer.models.residency import Residency
 from gpumesh.balancer.rates import ActivityMeter, ReadStall, ServiceRates
-from gpumesh.balancer.residency import Residency
 from gpumesh.topology import BackendKind
 
 # A running request is expected to run for at least this share longer than it has run already. Without this, a request

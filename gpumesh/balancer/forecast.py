@@ -15,7 +15,7 @@ import msgspec
 from gpumesh.balancer.account import NodeAccount, PlacedRequest, Work
 from gpumesh.balancer.base import Demand, ResidencyKey
 from gpumesh.balancer.experience import Experience
-from gpumesh.balancer.model_demand import ModelDemand
+from gpumesh.balancer.models.model_demand import ModelDemand
 
 # A model that was not asked for in this time would be unloaded by the server anyway (OLLAMA_KEEP_ALIVE).
 RELOAD_HORIZON_S = 300.0

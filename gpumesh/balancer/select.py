@@ -11,8 +11,8 @@ from weakref import WeakKeyDictionary
 from gpumesh.backends.dialects import KINDS_WITH_MODEL_STORE, find_dialect
 from gpumesh.balancer.base import Candidate, Demand
 from gpumesh.errors import GPUMeshError, ModelMissing, NoNodeError
-from gpumesh.model_names import full_name
-from gpumesh.quoting import paste_command
+from gpumesh.text.model_names import full_name
+from gpumesh.text.quoting import paste_command
 from gpumesh.topology import BackendKind
 
 

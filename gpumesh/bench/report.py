@@ -16,7 +16,7 @@ from gpumesh.bench.result import BenchResult
 from gpumesh.bench.scenarios import Scenario
 from gpumesh.bench.stats import SampleSummary
 from gpumesh.bench.summary import StageResult, stage_label
-from gpumesh.printable import printable
+from gpumesh.text.printable import printable
 
 MAX_POINTS = 3000  # of one plot: a page with more opens slowly, and an eye sees no difference
 

@@ -12,11 +12,11 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from gpumesh import atomic_file
 from gpumesh.bench.load import LoadSample
 from gpumesh.bench.report import report_html
 from gpumesh.bench.result import BenchResult, record_json, result_from_json, result_json
 from gpumesh.errors import UsageError
+from gpumesh.files import atomic_file
 
 RESULT_FILE, REQUESTS_FILE, REPORT_FILE = "result.json", "requests.jsonl", "report.html"
 # The result of a long sweep has about 100 KB. A much larger file was not written by ``write_result``.

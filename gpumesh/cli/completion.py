@@ -16,7 +16,7 @@ from typing import Any
 import typer
 
 from gpumesh.errors import GPUMeshError
-from gpumesh.quoting import is_plain
+from gpumesh.text.quoting import is_plain
 
 STATUS_TIMEOUT_S = 0.5  # for the status of a running mesh: a person waits for the completion
 

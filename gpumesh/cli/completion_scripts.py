@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from gpumesh.quoting import is_plain
+from gpumesh.text.quoting import is_plain
 
 # Typer's script, extended for the colons in names of models (and for @, which is rare). Where bash breaks words at
 # these characters, it completes only the text after a colon, or from an @ on. So the script joins the parts before it

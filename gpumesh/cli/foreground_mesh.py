@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, TypeVar
 
 import typer
 
-from gpumesh.async_iterators import closing_iterator
 from gpumesh.cli.first_report import FIRST_REPORT_TIMEOUT_S
 from gpumesh.config import environment
+from gpumesh.event_loop.async_iterators import closing_iterator
 
 if TYPE_CHECKING:
     from gpumesh.cli.global_options import GlobalOptions

@@ -12,10 +12,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gpumesh.addresses import is_loopback
 from gpumesh.config.credentials import read_secret, withhold_variables
 from gpumesh.config.find_file import find_config, search_paths
 from gpumesh.config.listen_address import parse_listen_address, parse_listen_option, require_key_beyond_loopback
+from gpumesh.text.addresses import is_loopback
 from gpumesh.topology import Topology
 
 if TYPE_CHECKING:

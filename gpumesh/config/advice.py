@@ -11,12 +11,12 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
-from gpumesh.addresses import is_loopback
 from gpumesh.config import credentials, environment, providers
 from gpumesh.config.ssh import key_files, ssh_config
-from gpumesh.quoting import paste_command
-from gpumesh.sentences import join_all
 from gpumesh.state import Finding, Severity
+from gpumesh.text.addresses import is_loopback
+from gpumesh.text.quoting import paste_command
+from gpumesh.text.sentences import join_all
 from gpumesh.topology import HostKeyPolicy, NodeSpec, SshSpec, Topology, TransportKind
 
 

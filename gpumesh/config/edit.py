@@ -15,12 +15,12 @@ from pathlib import Path
 
 import yaml
 
-from gpumesh import atomic_file
 from gpumesh.config import find_file
 from gpumesh.config.mesh_file import reader
 from gpumesh.errors import GPUMeshError
-from gpumesh.printable import printable
-from gpumesh.quoting import yaml_text
+from gpumesh.files import atomic_file
+from gpumesh.text.printable import printable
+from gpumesh.text.quoting import yaml_text
 from gpumesh.topology import Topology
 
 

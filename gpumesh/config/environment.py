@@ -15,7 +15,7 @@ from pathlib import Path
 
 from gpumesh.config import credentials
 from gpumesh.errors import GPUMeshError
-from gpumesh.quoting import paste_command
+from gpumesh.text.quoting import paste_command
 
 _APP = "gpumesh"  # the name of each of our folders
 

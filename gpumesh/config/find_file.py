@@ -10,7 +10,7 @@ from pathlib import Path
 
 from gpumesh.config import environment, untrusted_file
 from gpumesh.errors import UsageError
-from gpumesh.quoting import paste_command
+from gpumesh.text.quoting import paste_command
 
 FILE_NAME = "mesh.yaml"
 

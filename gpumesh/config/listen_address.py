@@ -12,8 +12,8 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from gpumesh.addresses import is_loopback
 from gpumesh.errors import UsageError
+from gpumesh.text.addresses import is_loopback
 
 DEFAULT_HOST = "127.0.0.1"
 UNIX_PREFIX = "unix:"

@@ -10,9 +10,9 @@ from typing import Any
 
 import yaml
 
-from gpumesh.addresses import format_address
 from gpumesh.config import listen_address, value_parsers
 from gpumesh.config.credentials import mask_secrets
+from gpumesh.text.addresses import format_address
 from gpumesh.topology import BackendSpec, ExpectSpec, GatewaySpec, KeySpec, ModelSpec, NodeSpec, SshSpec, Topology
 
 

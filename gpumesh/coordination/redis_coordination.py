@@ -15,12 +15,12 @@ from collections.abc import AsyncIterator, Callable
 import redis.asyncio as redis
 from redis.exceptions import RedisError
 
-from gpumesh.cancellation import raise_if_cancelled
 from gpumesh.coordination.base import Loads
 from gpumesh.coordination.peers import Peers, encode_loads
 from gpumesh.errors import GPUMeshError
-from gpumesh.printable import printable
+from gpumesh.event_loop.cancellation import raise_if_cancelled
 from gpumesh.state import Finding, Severity
+from gpumesh.text.printable import printable
 
 CHANNEL = "gpumesh:loads:1"
 HEARTBEAT_S = 1.0  # a third of ``peers.STALE_S``: one or two lost heartbeats do no harm

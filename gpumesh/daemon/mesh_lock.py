@@ -15,9 +15,9 @@ import time
 from pathlib import Path
 from typing import Self
 
-from gpumesh import file_lock
 from gpumesh.daemon.paths import MeshPaths
 from gpumesh.errors import GPUMeshError, MeshAlreadyRunning
+from gpumesh.files import file_lock
 
 LOCK_RETRIES = 5
 LOCK_RETRY_S = 0.01  # between two tries; other commands hold the lock for a much shorter time

@@ -20,7 +20,7 @@ from gpumesh.errors import (
 from gpumesh.gateway.http.errors import BadRequest
 from gpumesh.gateway.http.responses import HeaderPairs, Response, json_response
 from gpumesh.gateway.model_requests import ClientApi, find_client_api
-from gpumesh.printable import printable
+from gpumesh.text.printable import printable
 
 _OPENAI_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 _ANTHROPIC_TYPES = {**_OPENAI_TYPES, 413: "request_too_large", 503: "overloaded_error", 529: "overloaded_error"}

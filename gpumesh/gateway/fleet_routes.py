@@ -21,8 +21,8 @@ from gpumesh.gateway.observe.forecast_metrics import forecast_families
 from gpumesh.gateway.observe.metrics import RequestMetrics
 from gpumesh.mesh.mesh import Mesh
 from gpumesh.state import BackendPhase
+from gpumesh.text.versions import oldest_version
 from gpumesh.topology import BackendKind
-from gpumesh.versions import oldest_version
 from gpumesh.wire import status_json
 
 LIST_TIMEOUT_S = 3.0  # a slower node is missing from a merged list

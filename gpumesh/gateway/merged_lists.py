@@ -17,8 +17,8 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from gpumesh.backends import model_list, safe_json
-from gpumesh.model_names import full_name
-from gpumesh.printable import printable
+from gpumesh.text.model_names import full_name
+from gpumesh.text.printable import printable
 
 MAX_VALUES = 200  # values of unknown keys that are passed on, in one entry
 MAX_TEXT_CHARS = 1000  # characters that are passed on of one text

@@ -18,12 +18,8 @@ from gpumesh.balancer.prefixes.prints import FIRST_BLOCK_BYTES, MIN_SECRET_BYTES
 from gpumesh.errors import NoNodeError, ServersFailed
 from gpumesh.gateway import proxy
 from gpumesh.gateway.access.client_names import ClientNames
-from gpumesh.gateway.form_data import Form, read_boundary, scan_form
-from gpumesh.gateway.http.errors import BadRequest
-from gpumesh.gateway.http.request import Request
-from gpumesh.gateway.http.responses import Response
-from gpumesh.gateway.http.streaming_response import StreamingResponse
-from gpumesh.gateway.json_members import (
+from gpumesh.gateway.body_parsers.form_data import Form, read_boundary, scan_form
+from gpumesh.gateway.body_parsers.json_members import (
     COPY_BYTES,
     SMALL_BODY_BYTES,
     Members,
@@ -32,13 +28,17 @@ from gpumesh.gateway.json_members import (
     read_small_members,
     rewrite_body,
 )
+from gpumesh.gateway.http.errors import BadRequest
+from gpumesh.gateway.http.request import Request
+from gpumesh.gateway.http.responses import Response
+from gpumesh.gateway.http.streaming_response import StreamingResponse
 from gpumesh.gateway.model_requests import ModelRoute, read_demand, read_model, read_node, read_options, read_timeout
 from gpumesh.gateway.model_unloading import asks_to_unload, unload_everywhere
 from gpumesh.gateway.observe.record import RequestRecord
 from gpumesh.gateway.prompt_reading import PromptReader
 from gpumesh.mesh.mesh import Mesh
 from gpumesh.mesh.requests.answer import Answer
-from gpumesh.model_names import full_name
+from gpumesh.text.model_names import full_name
 
 # After an answer with one of these statuses, the fallback of the model is tried: the servers with the model could not
 # be reached, or could not take the request. Not 500, because the request itself may make servers fail.

@@ -13,10 +13,10 @@ import msgspec
 from gpumesh.backends import safe_json
 from gpumesh.backends.dialects import kinds_that_serve
 from gpumesh.balancer.base import Demand, Priority
-from gpumesh.balancer.load_options import LoadOptions, plain_residency_key
+from gpumesh.balancer.models.load_options import LoadOptions, plain_residency_key
 from gpumesh.balancer.prefixes.cache_size import BYTES_PER_TOKEN
+from gpumesh.gateway.body_parsers.json_members import Members, RawValue
 from gpumesh.gateway.http.errors import BadRequest
-from gpumesh.gateway.json_members import Members, RawValue
 from gpumesh.topology import BackendKind, Topology
 
 MAX_OPTIONS_BYTES = 64 << 10  # plenty for a dozen numbers and a few stop words

@@ -17,11 +17,11 @@ from gpumesh.backends import safe_json
 from gpumesh.backends.base import HttpCall
 from gpumesh.errors import BackendError
 from gpumesh.gateway import error_shapes
+from gpumesh.gateway.body_parsers.json_members import read_members, rewrite_body
 from gpumesh.gateway.http.errors import BadRequest
 from gpumesh.gateway.http.request import Request
 from gpumesh.gateway.http.responses import HeaderPairs, Response, json_response
 from gpumesh.gateway.http.streaming_response import StreamingResponse
-from gpumesh.gateway.json_members import read_members, rewrite_body
 from gpumesh.gateway.model_requests import ClientApi, read_node, read_timeout
 from gpumesh.gateway.proxy import build_call
 from gpumesh.mesh.mesh import Mesh

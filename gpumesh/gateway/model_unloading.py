@@ -14,8 +14,8 @@ import msgspec
 
 from gpumesh.backends import safe_json
 from gpumesh.balancer.base import Demand
+from gpumesh.gateway.body_parsers.json_members import Members, RawValue
 from gpumesh.gateway.http.responses import Response, json_response
-from gpumesh.gateway.json_members import Members, RawValue
 from gpumesh.gateway.model_store_routes import node_header, render_failures
 from gpumesh.mesh.mesh import Mesh
 from gpumesh.mesh.models.fleet_store import FleetStore, is_done_where_possible

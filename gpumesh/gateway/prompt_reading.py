@@ -13,7 +13,7 @@ from collections.abc import Generator, Hashable, Mapping
 import msgspec
 
 from gpumesh.balancer.prefixes import PromptHasher, PromptPrint
-from gpumesh.gateway.json_members import Members, RawValue
+from gpumesh.gateway.body_parsers.json_members import Members, RawValue
 from gpumesh.gateway.model_requests import ModelRoute
 
 MAX_HINT_BYTES = 1024  # a longer value is no name of a conversation

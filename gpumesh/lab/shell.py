@@ -17,9 +17,9 @@ from typing import NamedTuple, Protocol
 from gpumesh.lab import nvidia_smi
 from gpumesh.lab.inference.usage import GpuLoad
 from gpumesh.lab.profile import Faults, HostProfile, SmiMode
-from gpumesh.lines import LineBuffer
-from gpumesh.tunnels.remote_command import unwrap_killable
-from gpumesh.tunnels.remote_shell import KILL_LINE, READY_LINE, is_shell_script
+from gpumesh.text.lines import LineBuffer
+from gpumesh.tunnels.remote_commands.remote_command import unwrap_killable
+from gpumesh.tunnels.remote_commands.remote_shell import KILL_LINE, READY_LINE, is_shell_script
 
 MAX_COMMAND = 1 << 16  # characters of a command line
 MAX_DEPTH = 8  # of ``sh -c`` inside of ``sh -c``

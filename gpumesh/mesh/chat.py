@@ -12,7 +12,7 @@ from typing import Protocol, Self
 from gpumesh.backends.base import ChatRequest, Chunk, FrameReader, HttpCall, ServerCounters
 from gpumesh.backends.dialects import DIALECTS
 from gpumesh.balancer.base import Demand, Priority
-from gpumesh.balancer.load_options import read_load_options
+from gpumesh.balancer.models.load_options import read_load_options
 from gpumesh.balancer.prefixes import PromptHasher
 from gpumesh.balancer.prefixes.cache_size import BYTES_PER_TOKEN
 from gpumesh.balancer.prefixes.prints import MIN_SECRET_BYTES

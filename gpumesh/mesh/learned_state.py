@@ -20,9 +20,9 @@ from typing import Annotated, Protocol
 
 import msgspec
 
-from gpumesh import atomic_file
 from gpumesh.balancer.limits import NodeSlots
 from gpumesh.balancer.rates import ServiceRates
+from gpumesh.files import atomic_file
 
 log = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ from typing import Self
 from gpumesh import audit, config
 from gpumesh.backends.base import ChatRequest, HttpCall, Message
 from gpumesh.balancer.base import Candidate, Demand, Priority
-from gpumesh.balancer.model_rules import ModelRules
+from gpumesh.balancer.models.model_rules import ModelRules
 from gpumesh.balancer.outcomes import Outcome
 from gpumesh.balancer.scheduling.scheduler import Scheduler
 from gpumesh.coordination.factory import create_coordination
@@ -41,9 +41,9 @@ from gpumesh.mesh.requests.answer import Answer, SendProgress
 from gpumesh.mesh.requests.delivery import RequestDelivery, SendContext
 from gpumesh.mesh.requests.upload import upload
 from gpumesh.mesh.requests.upstream import Upstream
-from gpumesh.model_names import full_name
 from gpumesh.probes.http_client import make_http_client
 from gpumesh.state import GatewayState, MeshState, compute_totals
+from gpumesh.text.model_names import full_name
 from gpumesh.topology import BackendKind, Topology
 from gpumesh.tunnels.base import ExecResult, Tunnel
 from gpumesh.tunnels.direct.this_machine import ThisMachine

@@ -10,8 +10,8 @@ import httpx
 
 from gpumesh.backends import unusable_answers
 from gpumesh.errors import ProbeError
-from gpumesh.printable import printable
 from gpumesh.probes import wrong_server
+from gpumesh.text.printable import printable
 
 BODY_LIMIT = 8 << 20  # bytes; a list of models has a few hundred bytes for each model
 _MODEL_LIST_KEYS = (b'"models"', b'"data"')  # of Ollama's and OpenAI's list

@@ -8,10 +8,10 @@ from __future__ import annotations
 from gpumesh.audit.backend import describe_cpu_models
 from gpumesh.audit.gpus import describe_gpu_count
 from gpumesh.audit.rules import SEVERITY_RANKS
-from gpumesh.model_names import full_name
 from gpumesh.probes.backend import BackendReport
 from gpumesh.probes.nvidia_smi import GpuReport
 from gpumesh.state import BackendPhase, Health, Severity, TunnelPhase, TunnelState
+from gpumesh.text.model_names import full_name
 from gpumesh.topology import NodeSpec
 
 _GPU_EXPECTATIONS = ("gpus", "gpu", "vram_mib")  # the keys of mesh.yaml's ``expect`` that are about the GPUs

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from gpumesh.errors import ExecError, TunnelDown
-from gpumesh.printable import printable
 from gpumesh.probes.commands.combined_commands import Argv, CommandOutput, CommandRunner
 from gpumesh.probes.commands.host_commands import CommandsUnfinished, CommandsUnproven
 from gpumesh.probes.gpu_problems import find_gpu_problems
@@ -18,6 +17,7 @@ from gpumesh.probes.smi_failures import INFOROM, SmiFailure, classify_failure
 from gpumesh.probes.smi_tables import FIELDS, OLD_FIELDS, PROCESS_FIELDS, GpuTable, read_gpus, read_processes
 from gpumesh.probes.unanswered import describe_no_commands, describe_unfinished
 from gpumesh.state import Finding, GpuState, Severity
+from gpumesh.text.printable import printable
 
 log = logging.getLogger(__name__)
 

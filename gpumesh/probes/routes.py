@@ -18,14 +18,14 @@ from statistics import median
 
 import httpx
 
-from gpumesh.addresses import is_loopback
 from gpumesh.audit.identity import store_fingerprint
 from gpumesh.backends.dialects import DIALECTS
 from gpumesh.errors import ProbeError
-from gpumesh.printable import printable
 from gpumesh.probes.bounded_get import get_bounded
 from gpumesh.probes.server_inventory import TimedInventory, ask_server, build_request_options
 from gpumesh.state import BackendPhase, NodeState, RouteState
+from gpumesh.text.addresses import is_loopback
+from gpumesh.text.printable import printable
 from gpumesh.topology import BackendKind, NodeSpec, Target
 
 ROUND_TRIPS = 7  # of one measurement of latency; the first is not counted

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gpumesh.printable import printable
 from gpumesh.probes.commands.combined_commands import CommandOutput
 from gpumesh.state import Severity
+from gpumesh.text.printable import printable
 
 # Exit statuses; 126 and 127 are the shell's.
 OK = 0

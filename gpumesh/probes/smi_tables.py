@@ -9,8 +9,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from gpumesh.printable import printable
 from gpumesh.state import GpuState, ProcessState
+from gpumesh.text.printable import printable
 
 # Enough for sixteen GPUs and a thousand processes. To parse 1 MiB of rows takes 100 ms, in which no other task runs.
 OUTPUT_BYTES = 128 << 10

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from gpumesh.printable import printable
 from gpumesh.probes.commands.host_commands import CommandsUnfinished, CommandsUnproven, WaitingFor
 from gpumesh.state import Finding, Severity
+from gpumesh.text.printable import printable
 
 # The waiting times that a message names, so that it does not change with each probe.
 _STEPS_S = (5, 10, 30, 60, 300, 600, 1800, 3600)

@@ -10,8 +10,8 @@ from typing import Any
 import httpx
 
 from gpumesh.errors import ProbeError
-from gpumesh.printable import printable
 from gpumesh.probes.http_client import parse_unix_url
+from gpumesh.text.printable import printable
 
 GREETING_TIMEOUT_S = 0.5  # of one connection; short, because it is a part of the probe's own time
 GREETING_BYTES = 200  # of the first answer; the rest is not read

@@ -9,12 +9,12 @@ import re
 import tempfile
 from typing import IO
 
-from gpumesh import quoting
 from gpumesh.config.credentials import mask_secrets
 from gpumesh.errors import HostUnresolved
+from gpumesh.text import quoting
 from gpumesh.topology import AddressCommand
-from gpumesh.tunnels.host_words import add_words
 from gpumesh.tunnels.local_system.local_command import local_command, read_at_most
+from gpumesh.tunnels.remote_commands.host_words import add_words
 
 _MAX_OUTPUT_BYTES = 64 * 1024
 _MAX_ERROR_BYTES = 8 * 1024

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-from gpumesh.addresses import format_address
 from gpumesh.errors import HostKeyChanged, HostKeyRevoked, HostKeyUnknown, TunnelError
-from gpumesh.quoting import paste_command
+from gpumesh.text.addresses import format_address
+from gpumesh.text.quoting import paste_command
 from gpumesh.topology import HostKeyPolicy, SshSpec
 from gpumesh.tunnels.known_hosts import (
     CERTIFICATE_AUTHORITY,

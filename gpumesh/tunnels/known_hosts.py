@@ -16,9 +16,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from gpumesh import atomic_file, file_lock
 from gpumesh.config.ssh.patterns import matches_pattern_list
 from gpumesh.errors import TunnelError
+from gpumesh.files import atomic_file, file_lock
 
 SIZE_LIMIT = 16 << 20  # bytes; no real file is so large, and a device file has no end
 REVOKED, CERTIFICATE_AUTHORITY = "@revoked", "@cert-authority"

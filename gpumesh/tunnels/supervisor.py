@@ -47,7 +47,7 @@ from gpumesh.tunnels.lifecycle import (
 from gpumesh.tunnels.listeners import CLIENT_WAIT_S, Listeners
 from gpumesh.tunnels.local_system.network_watch import watch_network, watch_sleep
 from gpumesh.tunnels.local_system.repairs import RepairWatch
-from gpumesh.tunnels.remote_shell import SHELL_COMMAND
+from gpumesh.tunnels.remote_commands.remote_shell import SHELL_COMMAND
 from gpumesh.tunnels.transport import ConnectionInfo, ConnectRequest
 from gpumesh.tunnels.workers.connection_watch import follow_connection
 from gpumesh.tunnels.workers.protocol import ForwardFailed, PeerRefused

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 
 from gpumesh.backends import model_list
-from gpumesh.model_names import full_name
-from gpumesh.printable import printable
+from gpumesh.text.model_names import full_name
+from gpumesh.text.printable import printable
 from tests.absurd_answers import ABSURD
 
 

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpumesh.balancer.base import Candidate, Demand
-from gpumesh.balancer.model_rules import ModelRules
+from gpumesh.balancer.models.model_rules import ModelRules
 from gpumesh.balancer.select import meets_demand, no_node_error
 from gpumesh.topology import BackendKind, ModelSpec
 

@@ -13,7 +13,7 @@ from gpumesh.balancer.policies import POLICIES
 from gpumesh.balancer.policies.base import Choice, Question
 from gpumesh.balancer.prefixes import PromptPrint
 from gpumesh.balancer.scheduling.scheduler import Scheduler
-from gpumesh.model_names import full_name
+from gpumesh.text.model_names import full_name
 from gpumesh.topology import PolicyKind
 from tests.balancer.scheduling.fleets import KEY_A, NOW, A, ask, ask_long, make_node, make_scheduler, set_speed
 

@@ -11,7 +11,7 @@ import pytest
 from gpumesh import config
 from gpumesh.config import environment
 from gpumesh.lab.profile import QWEN_7B
-from gpumesh.printable import printable
+from gpumesh.text.printable import printable
 from tests.cli.meshes import SimulatedMesh, quick_host, simulated_mesh
 from tests.hostile_names import NAMES, check_safe_to_paste
 from tests.real.command import CommandResult, Gpumesh

@@ -22,21 +22,21 @@ from gpumesh.coordination.peers import Peers
 from gpumesh.coordination.peers import decode_loads as decode_peer
 from gpumesh.daemon.control_socket import messages
 from gpumesh.errors import BackendError, ProbeError, StreamCut
+from gpumesh.event_loop.slice_queue import SLICE_BYTES
 from gpumesh.gateway import merged_lists
+from gpumesh.gateway.body_parsers.json_members import read_small_members, scan_members
 from gpumesh.gateway.http.bounds import Bounds
 from gpumesh.gateway.http.errors import BadRequest
 from gpumesh.gateway.http.parser import Refusal, RequestEnd, RequestHead, RequestParser
-from gpumesh.gateway.json_members import read_small_members, scan_members
 from gpumesh.gateway.model_requests import MODEL_ROUTES, read_demand, read_model
 from gpumesh.gateway.prompt_reading import PromptReader
 from gpumesh.mesh.models.merged_progress import MergedProgress
 from gpumesh.mesh.models.store_answers import StoreRefusal, parse_step
-from gpumesh.printable import printable
 from gpumesh.probes.commands.combined_commands import split_script_output
 from gpumesh.probes.disk_space import read_free_mib
 from gpumesh.probes.nvidia_smi import probe_gpus
 from gpumesh.probes.smi_tables import read_gpus, read_processes
-from gpumesh.slice_queue import SLICE_BYTES
+from gpumesh.text.printable import printable
 from gpumesh.topology import BackendKind
 from gpumesh.tunnels.address_command import parse_address
 from gpumesh.tunnels.base import ExecResult

@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpumesh.balancer.base import Demand
-from gpumesh.gateway import json_members, json_scanner
+from gpumesh.gateway.body_parsers import json_members, json_scanner
+from gpumesh.gateway.body_parsers.json_members import KNOWN_MEMBERS, SMALL_BODY_BYTES, Members, fold_name, join_pieces
+from gpumesh.gateway.body_parsers.json_scanner import MAX_MEMBERS
 from gpumesh.gateway.http.errors import BadRequest
-from gpumesh.gateway.json_members import KNOWN_MEMBERS, SMALL_BODY_BYTES, Members, fold_name, join_pieces
-from gpumesh.gateway.json_scanner import MAX_MEMBERS
 from gpumesh.gateway.model_requests import MODEL_ROUTES, read_demand, read_model
 
 T = TypeVar("T")

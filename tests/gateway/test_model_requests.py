@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpumesh.balancer.base import Demand, Priority, ResidencyKey
+from gpumesh.gateway.body_parsers.json_members import Members, read_small_members, scan_members
 from gpumesh.gateway.http.errors import BadRequest
-from gpumesh.gateway.json_members import Members, read_small_members, scan_members
 from gpumesh.gateway.model_requests import (
     ALL_KINDS,
     MODEL_ROUTES,

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from gpumesh.balancer.base import ResidencyKey
-from gpumesh.gateway.json_members import read_small_members
+from gpumesh.gateway.body_parsers.json_members import read_small_members
 from gpumesh.gateway.model_unloading import asks_to_unload
 from gpumesh.lab.profile import EMBEDDER, Faults
 from tests.gateway.fleet import MODEL, RunningGateway, quick_host, serve_hosts

@@ -19,9 +19,9 @@ import pytest
 from hypothesis import HealthCheck, Phase, example, given, settings
 from prometheus_client.parser import text_string_to_metric_families
 
-from gpumesh import versions
 from gpumesh.lab.ollama import SimOllama
 from gpumesh.lab.profile import LLAMA_8B, QWEN_7B
+from gpumesh.text import versions
 from gpumesh.topology import BackendKind
 from gpumesh.wire import status_from_json
 from tests.absurd_answers import DEEPER, Raw, json_bytes, make_model_entries, ollama_answers, openai_answers

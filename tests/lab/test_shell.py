@@ -13,7 +13,7 @@ from gpumesh.lab.profile import Faults, SmiMode
 from gpumesh.lab.shell import SimShell
 from gpumesh.probes.nvidia_smi import probe_gpus
 from gpumesh.tunnels.base import ExecResult
-from gpumesh.tunnels.remote_shell import READY_LINE, SHELL_COMMAND
+from gpumesh.tunnels.remote_commands.remote_shell import READY_LINE, SHELL_COMMAND
 from tests.probes.command_routes import run_directly
 
 HOST = profile.make_host("one", gpus=2)

@@ -23,7 +23,7 @@ from cryptography.x509.oid import NameOID
 from gpumesh.audit.catalog import CATALOG
 from gpumesh.lab import profile
 from gpumesh.lab.ollama import SimOllama
-from gpumesh.mesh.requests import connection_pool
+from gpumesh.mesh.requests.connections import connection_pool
 from gpumesh.probes import http_client
 from gpumesh.probes.backend import probe_backend
 from gpumesh.probes.http_client import make_http_client

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import aiohttp
 
-from gpumesh.async_iterators import closing_iterator
+from gpumesh.event_loop.async_iterators import closing_iterator
 from gpumesh.mesh.mesh import Mesh
 from gpumesh.state import TunnelPhase
 

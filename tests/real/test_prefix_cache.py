@@ -14,7 +14,7 @@ from gpumesh.backends.base import ServerCounters
 from gpumesh.backends.dialects import find_counters
 from gpumesh.balancer.prefixes import PrefixIndex
 from gpumesh.balancer.prefixes.cache_size import HIT_SHARE, count_read_tokens
-from gpumesh.gateway.json_members import read_small_members
+from gpumesh.gateway.body_parsers.json_members import read_small_members
 from gpumesh.gateway.model_requests import MODEL_ROUTES
 from gpumesh.gateway.prompt_reading import PromptReader
 from tests.prerequisites import needs

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpumesh.tunnels.remote_command import SHELL_TEST, SHELL_TEST_OUTPUT, unwrap_killable, wrap_killable
+from gpumesh.tunnels.remote_commands.remote_command import SHELL_TEST, SHELL_TEST_OUTPUT, unwrap_killable, wrap_killable
 from tests.tunnels.polling import alive, wait_until
 
 SHELLS = [shell for shell in ("dash", "bash", "busybox") if shutil.which(shell)]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from gpumesh.tunnels.remote_shell import END_LINE, KILL_LINE, READY_LINE, SHELL_COMMAND, is_shell_script
+from gpumesh.tunnels.remote_commands.remote_shell import END_LINE, KILL_LINE, READY_LINE, SHELL_COMMAND, is_shell_script
 from tests.tunnels.polling import alive, wait_until
 
 # ``sh`` may be one of the first kind; the login shell, which gets the command as text, one of the second.

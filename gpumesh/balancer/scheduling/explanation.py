@@ -16,8 +16,8 @@ from collections.abc import Iterator, Sequence
 from gpumesh.balancer.base import ResidencyKey
 from gpumesh.balancer.forecast import Forecast
 from gpumesh.balancer.scheduling.scheduler import Placement
-from gpumesh.printable import printable
-from gpumesh.sentences import join_some
+from gpumesh.text.printable import printable
+from gpumesh.text.sentences import join_some
 from gpumesh.topology import PolicyKind
 
 # The explanation of a request that costs no inference: there is no forecast.

@@ -15,7 +15,7 @@ from gpumesh.balancer.policies.base import Choice, Question
 from gpumesh.balancer.scheduling.shortlist import Shortlist
 from gpumesh.balancer.scheduling.waiting import with_residency
 from gpumesh.balancer.select import suits_demand
-from gpumesh.model_names import full_name
+from gpumesh.text.model_names import full_name
 from gpumesh.topology import PolicyKind
 
 

@@ -25,14 +25,14 @@ from gpumesh.balancer.fair_queue import FairQueue
 from gpumesh.balancer.fairness.client_counters import weighted_tokens
 from gpumesh.balancer.fairness.lane import QueueEntry
 from gpumesh.balancer.forecast import Copies, FleetLoad, Forecast, forecast, place_on
-from gpumesh.balancer.model_demand import ModelDemand
+from gpumesh.balancer.models.model_demand import ModelDemand
 from gpumesh.balancer.policies.base import Choice, Question
 from gpumesh.balancer.scheduling.look_ahead import LookAhead
 from gpumesh.balancer.scheduling.node_choice import NodeChoice
 from gpumesh.balancer.scheduling.slow_nodes import SlowNodes
 from gpumesh.balancer.scheduling.waiting import Group, Patience, Waiting, demand_of, group_of, with_residency
 from gpumesh.balancer.select import suits_demand
-from gpumesh.model_names import full_name
+from gpumesh.text.model_names import full_name
 from gpumesh.topology import PolicyKind
 
 # Between two answers of one node that are learned from. A node that gives more answers is measured well enough by a

@@ -25,7 +25,7 @@ from gpumesh.balancer.account import NodeAccount
 from gpumesh.balancer.base import Demand, ResidencyKey
 from gpumesh.balancer.forecast import Forecast
 from gpumesh.balancer.select import suits_demand
-from gpumesh.model_names import full_name
+from gpumesh.text.model_names import full_name
 from gpumesh.topology import BackendKind
 
 MAX_RANKED_WHOLE = 24  # a fleet with no more nodes is ranked whole

@@ -13,7 +13,7 @@ from gpumesh.balancer.account import Work
 from gpumesh.balancer.base import Demand, ResidencyKey
 from gpumesh.balancer.fair_queue import FairQueue
 from gpumesh.balancer.fairness.lane import QueueEntry
-from gpumesh.model_names import full_name
+from gpumesh.text.model_names import full_name
 from gpumesh.topology import BackendKind
 
 

@@ -34,7 +34,7 @@ from gpumesh.config.mesh_file.yaml_tree import (
 )
 from gpumesh.config.mesh_file.yaml_tree import Fault as FileFault
 from gpumesh.errors import ConfigError, Problem
-from gpumesh.model_names import full_name
+from gpumesh.text.model_names import full_name
 
 MAX_NODES = 10_000
 Entries = Mapping[str, tuple[Position, Value]]

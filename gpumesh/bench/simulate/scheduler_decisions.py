@@ -10,10 +10,10 @@ from gpumesh.backends.base import ServerCounters
 from gpumesh.balancer.account import NodeAccount
 from gpumesh.balancer.base import Demand, ResidencyKey
 from gpumesh.balancer.breaker_updates import count_failure, count_success
+from gpumesh.balancer.models.residency import Residency
 from gpumesh.balancer.outcomes import AttemptContext, ErrorReply, Outcome, find_blame
 from gpumesh.balancer.prefixes.cache_size import BYTES_PER_TOKEN
 from gpumesh.balancer.prefixes.prints import PromptPrint, print_from_ids
-from gpumesh.balancer.residency import Residency
 from gpumesh.balancer.scheduling.scheduler import Placement, Scheduler
 from gpumesh.bench.simulate.fleet import NodeSpec
 from gpumesh.bench.simulate.requests import Attempt, Grant, Job, ServerReport, SimulatedRequest

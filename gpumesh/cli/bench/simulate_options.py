@@ -53,7 +53,7 @@ def parse_mix(option: str, text: str, parse: Callable[[str], T]) -> Mix[T]:
 def models_mix(text: str | None, nodes: Sequence[NodeSpec]) -> Mix[str]:
     """The models of the workload; without the option the fleet's first model. Raises UsageError for a model that no
     node has."""
-    from gpumesh.model_names import full_name
+    from gpumesh.text.model_names import full_name
 
     known = list(dict.fromkeys(model for node in nodes for model in node.models))
     if text is None:
@@ -89,8 +89,8 @@ def check_folder(folder: Path, *, force: bool) -> None:
 
 def write_result(folder: Path, result: SimulationResult) -> None:
     """Writes ``simulation.json`` and ``report.html`` to the folder. Raises UsageError when that fails."""
-    from gpumesh import atomic_file
     from gpumesh.bench.simulate.report import simulation_html, simulation_json
+    from gpumesh.files import atomic_file
 
     text = json.dumps(simulation_json(result), indent=1, allow_nan=False) + "\n"
     try:

@@ -117,7 +117,7 @@ def _add_finding(state: MeshState, finding: Finding | None) -> MeshState:
 async def _read_output(session: Session, node: str, argv: Sequence[str]) -> bytes:
     """The output of a command on the node's host, cut to ``MAX_COMMAND_OUTPUT`` bytes. Raises GPUMeshError if the
     command cannot be run."""
-    from gpumesh.async_iterators import closing_iterator
+    from gpumesh.event_loop.async_iterators import closing_iterator
     from gpumesh.mesh.inspection.node_inspection import MAX_COMMAND_OUTPUT
 
     output = bytearray()

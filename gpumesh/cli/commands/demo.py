@@ -17,8 +17,8 @@ from gpumesh.cli.command_group import new_app
 from gpumesh.cli.first_report import DEMO_FIRST_REPORT_TIMEOUT_S
 from gpumesh.cli.global_options import GlobalOptions, global_options
 from gpumesh.errors import ExitCode
-from gpumesh.quoting import shell_word
 from gpumesh.state import Health, MeshState
+from gpumesh.text.quoting import shell_word
 
 if TYPE_CHECKING:
     from gpumesh.cli.views.live.demo_display import DemoDisplay
@@ -118,7 +118,7 @@ async def _show_demo(session: LocalSession, lab: Lab, count: int) -> ExitCode:
 @asynccontextmanager
 async def _redraw_while_open(display: DemoDisplay, session: LocalSession) -> AsyncGenerator[None]:
     """Redraws the table while the context is open."""
-    from gpumesh.async_iterators import closing_iterator
+    from gpumesh.event_loop.async_iterators import closing_iterator
 
     async def draw() -> None:
         async with closing_iterator(session.watch(REDRAW_S)) as states:
@@ -241,7 +241,7 @@ def _print_results(display: DemoDisplay, results: Sequence[PromptResult], spent_
 
 async def _wait_healthy(session: LocalSession, name: str) -> bool:
     """Returns True as soon as the node is healthy, and False after RECOVERY_TIMEOUT_S."""
-    from gpumesh.async_iterators import closing_iterator
+    from gpumesh.event_loop.async_iterators import closing_iterator
 
     try:
         async with asyncio.timeout(RECOVERY_TIMEOUT_S), closing_iterator(session.watch(interval_s=0.1)) as states:

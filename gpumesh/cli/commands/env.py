@@ -13,8 +13,8 @@ from gpumesh.cli.command_group import new_app
 from gpumesh.cli.global_options import GlobalOptions, global_options
 from gpumesh.config.listen_address import UNIX_PREFIX
 from gpumesh.errors import MeshNotRunning, UsageError
-from gpumesh.quoting import paste_command, powershell_word, shell_word, yaml_text
 from gpumesh.state import LocalAccess
+from gpumesh.text.quoting import paste_command, powershell_word, shell_word, yaml_text
 
 app = new_app()
 

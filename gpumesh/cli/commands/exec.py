@@ -64,7 +64,7 @@ async def _run_on_node(options: GlobalOptions, node: str, command: list[str]) ->
     """Runs the command on the node's host, and writes its output as it comes: unchanged to a pipe or a file, made safe
     for a terminal. Returns the exit code of `gpumesh exec`. Raises GPUMeshError if the command ends without an exit
     status."""
-    from gpumesh.async_iterators import closing_iterator
+    from gpumesh.event_loop.async_iterators import closing_iterator
     from gpumesh.tunnels.base import OutputStream
 
     cleaners = {
@@ -116,7 +116,7 @@ async def _run_on_all(options: GlobalOptions, command: list[str]) -> int:
 async def _run_with_prefix(session: Session, node: str, command: list[str], width: int) -> int:
     """Runs the command on one node, and prints its output after the node's name, which is padded to ``width``
     characters. Returns its exit code; 1 if the command could not be run, or ended without an exit status."""
-    from gpumesh.async_iterators import closing_iterator
+    from gpumesh.event_loop.async_iterators import closing_iterator
 
     printer = _PrefixPrinter(f"{node:<{width}}")
     try:

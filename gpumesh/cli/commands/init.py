@@ -23,7 +23,7 @@ from gpumesh.cli.init.probe_drafts import probe_drafts, topology_of
 from gpumesh.cli.open_session import run_async
 from gpumesh.cli.views.safe_text import clean_line
 from gpumesh.errors import ExitCode, GPUMeshError, UsageError
-from gpumesh.quoting import shell_word
+from gpumesh.text.quoting import shell_word
 
 app = new_app()
 

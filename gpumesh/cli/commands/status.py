@@ -143,11 +143,11 @@ async def _watch(
 ) -> None:
     """Shows the state after each change, until interrupted: as a live table on a terminal, else as one table or one
     line of JSON after the other. ``interval``: the least seconds between two states."""
-    from gpumesh.async_iterators import closing_iterator
     from gpumesh.cli.views.changed_file import watch_with_file
     from gpumesh.cli.views.live.live_table import LiveTable
     from gpumesh.cli.views.node_selection import ViewSelection
     from gpumesh.cli.views.status.status_view import ViewOptions, print_status
+    from gpumesh.event_loop.async_iterators import closing_iterator
 
     view = ViewSelection(names, labels, sort, options.verbose)
     async with (

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from gpumesh.cli.init.node_drafts import Draft, SshValues
 from gpumesh.cli.views.safe_text import clean_line
 from gpumesh.mesh.models.default_model import is_embedding_model
-from gpumesh.quoting import yaml_text
 from gpumesh.state import NodeState
+from gpumesh.text.quoting import yaml_text
 
 MAX_TEXT_CHARS = 300  # of a name that a host gives
 

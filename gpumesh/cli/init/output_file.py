@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from gpumesh import atomic_file
 from gpumesh.errors import UsageError
-from gpumesh.quoting import shell_word
+from gpumesh.files import atomic_file
+from gpumesh.text.quoting import shell_word
 
 
 def check_output(path: Path, *, force: bool) -> None:

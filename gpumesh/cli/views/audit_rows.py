@@ -10,8 +10,8 @@ from gpumesh.audit.gpus import driver_matches, gpu_name_matches, vram_matches
 from gpumesh.audit.identity import hostname_matches
 from gpumesh.audit.routes import route_in_use
 from gpumesh.cli.views.figures import UNKNOWN, format_gib, format_milliseconds, short_gpu
-from gpumesh.model_names import full_name
 from gpumesh.state import BackendPhase, Finding, GpuState, NodeState, RouteState, Severity, TunnelPhase
+from gpumesh.text.model_names import full_name
 from gpumesh.topology import NodeSpec, Topology
 
 AS_EXPECTED = "as expected"

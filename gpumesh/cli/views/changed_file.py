@@ -32,8 +32,8 @@ def add_finding(state: MeshState, changed_file: ChangedFile) -> MeshState:
 
 async def watch_with_file(session: Session, paths: MeshPaths, interval_s: float) -> AsyncGenerator[MeshState]:
     """Yields the states of ``session.watch``, each with the finding about mesh.yaml as it is then."""
-    from gpumesh.async_iterators import closing_iterator
     from gpumesh.config.changed_file import ChangedFile
+    from gpumesh.event_loop.async_iterators import closing_iterator
 
     changed_file = ChangedFile(paths.config, await session.configuration())
     async with closing_iterator(session.watch(interval_s)) as states:

@@ -11,7 +11,7 @@ import typer
 from gpumesh.cli.views.console import console
 from gpumesh.cli.views.progress_bar import write_above_bars
 from gpumesh.cli.views.safe_text import clean_line
-from gpumesh.printable import printable
+from gpumesh.text.printable import printable
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from gpumesh.printable import printable
+from gpumesh.text.printable import printable
 
 # C0 and C1 controls and DEL, which terminals act on, and the marks that change the direction of a line unseen.
 _UNSAFE = dict.fromkeys(

@@ -10,7 +10,7 @@ from typing import Any
 
 from gpumesh.config.mesh_file.error_messages import did_you_mean, quote_value
 from gpumesh.config.mesh_file.yaml_tree import KeyPath
-from gpumesh.model_names import full_name
+from gpumesh.text.model_names import full_name
 
 ALL_NODES = "all"
 # The routes whose requests wait for a slot: a class has a meaning only for these.

@@ -10,13 +10,13 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from gpumesh.addresses import is_loopback
 from gpumesh.backends.dialects import find_dialect
 from gpumesh.config import listen_address
 from gpumesh.config.mesh_file import model_rules
 from gpumesh.config.mesh_file.error_messages import quote_value
 from gpumesh.config.mesh_file.yaml_tree import KeyPath
 from gpumesh.config.value_parsers import NAME_PATTERN
+from gpumesh.text.addresses import is_loopback
 
 _LOCATION_KEYS = ("port", "url", "urls")  # the keys of a backend that say where the server is
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from gpumesh.config import environment, value_parsers
 from gpumesh.config.ssh import ssh_files
 from gpumesh.config.ssh.option_roles import needs_ssh
-from gpumesh.quoting import paste_command
+from gpumesh.text.quoting import paste_command
 
 TIMEOUT_S = 10.0  # for one run of ``ssh -G``
 _MAX_HOPS = 4  # jump hosts in a row that have jump hosts themselves: hosts that name each other would never end

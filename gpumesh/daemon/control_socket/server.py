@@ -11,12 +11,12 @@ from contextlib import aclosing, suppress
 from pathlib import Path
 from typing import Self
 
-from gpumesh.async_iterators import closing_iterator
 from gpumesh.daemon.control_socket import messages
 from gpumesh.daemon.control_socket.framing import LINE_LIMIT
 from gpumesh.daemon.control_socket.messages import ControlReply, ControlRequest
 from gpumesh.daemon.sessions.session import PromptRequest, Session
 from gpumesh.errors import ExitCode, GPUMeshError
+from gpumesh.event_loop.async_iterators import closing_iterator
 
 log = logging.getLogger(__name__)
 

@@ -6,11 +6,11 @@ import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
-from gpumesh.async_iterators import closing_iterator
 from gpumesh.backends.base import ChatRequest
 from gpumesh.config.comparison import ConfigSnapshot
 from gpumesh.daemon.sessions.session import PromptAnswer, PromptRequest
 from gpumesh.errors import MeshNotRunning, TunnelDown, tunnel_error_from_code, unknown_node
+from gpumesh.event_loop.async_iterators import closing_iterator
 from gpumesh.mesh.history import History, Recorder
 from gpumesh.mesh.mesh import Mesh
 from gpumesh.mesh.models.default_model import choose_model

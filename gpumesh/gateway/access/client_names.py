@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 from hashlib import blake2b
 
 from gpumesh.gateway.http.client_key import ClientKey
-from gpumesh.printable import printable
+from gpumesh.text.printable import printable
 
 MAX_NAME_CHARS = 64
 

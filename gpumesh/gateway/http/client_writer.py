@@ -8,8 +8,8 @@ import sys
 import termios
 from collections.abc import Callable
 
+from gpumesh.event_loop.turn_end import TurnEnd
 from gpumesh.gateway.http.bounds import Bounds
-from gpumesh.turn_end import TurnEnd
 
 MAX_PENDING_BYTES = 16 << 10  # more bytes go to the transport at once: to copy them costs more than a write
 

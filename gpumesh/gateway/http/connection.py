@@ -25,9 +25,11 @@ from collections.abc import Callable, Sequence
 from enum import StrEnum
 from typing import Protocol, cast
 
+from gpumesh.event_loop.slice_queue import SliceQueue
+from gpumesh.event_loop.turn_end import TurnEnd
 from gpumesh.gateway.http.admission import UNIX_CLIENT, Admission
 from gpumesh.gateway.http.answering import call_handler, write_answer, write_refusal
-from gpumesh.gateway.http.body_memory import BodyMemory
+from gpumesh.gateway.http.bodies.body_memory import BodyMemory
 from gpumesh.gateway.http.bounds import Bounds
 from gpumesh.gateway.http.client_writer import ClientWriter
 from gpumesh.gateway.http.parser import Event, Refusal, RequestHead
@@ -36,8 +38,6 @@ from gpumesh.gateway.http.request_queue import RequestQueue
 from gpumesh.gateway.http.request_reader import RequestReader
 from gpumesh.gateway.http.responses import ErrorRenderer, Response
 from gpumesh.gateway.http.streaming_response import StreamingResponse
-from gpumesh.slice_queue import SliceQueue
-from gpumesh.turn_end import TurnEnd
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from enum import Enum, auto
 
 import httptools
 
-from gpumesh.gateway.http.body_framing import BodyDecoder, MalformedBody, create_body_decoder
+from gpumesh.gateway.http.bodies.body_framing import BodyDecoder, MalformedBody, create_body_decoder
 from gpumesh.gateway.http.responses import Headers
 
 MAX_FIELDS = 128  # limit for the header fields of a head

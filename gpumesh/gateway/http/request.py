@@ -9,17 +9,17 @@ from typing import Protocol, TypeVar
 from urllib.parse import unquote
 
 from gpumesh.errors import QueueFull
-from gpumesh.gateway.http.body_memory import BodyMemory
+from gpumesh.event_loop.slice_queue import SliceQueue
+from gpumesh.gateway.http.bodies.body_memory import BodyMemory
+from gpumesh.gateway.http.bodies.decompression import Decompressor
+from gpumesh.gateway.http.bodies.request_body import RequestBody
 from gpumesh.gateway.http.bounds import Bounds
 from gpumesh.gateway.http.client_key import ClientKey
 from gpumesh.gateway.http.client_writer import ClientWriter
-from gpumesh.gateway.http.decompression import Decompressor
 from gpumesh.gateway.http.errors import BadRequest, body_too_large
 from gpumesh.gateway.http.parser import RequestHead
-from gpumesh.gateway.http.request_body import RequestBody
 from gpumesh.gateway.http.responses import HeaderPairs, Response, has_no_body, render_head
 from gpumesh.gateway.http.streaming_response import StreamingResponse
-from gpumesh.slice_queue import SliceQueue
 
 T = TypeVar("T")
 

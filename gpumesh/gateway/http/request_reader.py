@@ -11,10 +11,10 @@ import select
 from collections.abc import Sequence
 from typing import Protocol
 
+from gpumesh.event_loop.slice_queue import MAX_SMALL_PIECES, SLICE_BYTES, SliceQueue
 from gpumesh.gateway.http.bounds import Bounds
 from gpumesh.gateway.http.parser import Event, RequestParser, RequestParserState
 from gpumesh.gateway.http.request_queue import RequestQueue
-from gpumesh.slice_queue import MAX_SMALL_PIECES, SLICE_BYTES, SliceQueue
 
 log = logging.getLogger(__name__)
 

@@ -7,14 +7,14 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
+from gpumesh.event_loop.slice_queue import SliceQueue
+from gpumesh.event_loop.turn_end import TurnEnd
 from gpumesh.gateway.http.admission import Admission, Admitted, Denied, normalize_address
-from gpumesh.gateway.http.body_memory import BodyMemory
+from gpumesh.gateway.http.bodies.body_memory import BodyMemory
 from gpumesh.gateway.http.bounds import Bounds, compute_max_connections
 from gpumesh.gateway.http.connection import ClientConnection
 from gpumesh.gateway.http.request import Handler
 from gpumesh.gateway.http.responses import ErrorRenderer, plain_error
-from gpumesh.slice_queue import SliceQueue
-from gpumesh.turn_end import TurnEnd
 
 MAX_LINGERING = 64  # refused connections that may linger, so that their clients see the refusal
 

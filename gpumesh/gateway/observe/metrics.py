@@ -14,7 +14,7 @@ from typing import TypeVar
 from gpumesh.backends.base import ServerCounters
 from gpumesh.gateway.observe.exposition import Family, Labels, counter, histogram
 from gpumesh.gateway.observe.record import RequestRecord
-from gpumesh.model_names import full_name
+from gpumesh.text.model_names import full_name
 
 T = TypeVar("T")
 

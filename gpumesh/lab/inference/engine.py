@@ -25,7 +25,7 @@ from gpumesh.lab.inference.slots import Slot
 from gpumesh.lab.inference.usage import GpuLoad, UsageAverage
 from gpumesh.lab.profile import Faults, HostProfile, ModelProfile
 from gpumesh.lab.text import count_tokens
-from gpumesh.model_names import full_name
+from gpumesh.text.model_names import full_name
 
 STORED_AT = datetime(2026, 9, 1, tzinfo=UTC)
 """Hosts stored their models before this time. It is fixed, so that a restart of a host does not change the times."""

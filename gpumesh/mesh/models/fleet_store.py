@@ -44,7 +44,7 @@ from gpumesh.mesh.models.store_answers import (
     read_body,
 )
 from gpumesh.mesh.models.url_stores import open_url_stores
-from gpumesh.model_names import full_name
+from gpumesh.text.model_names import full_name
 
 if TYPE_CHECKING:
     from gpumesh.mesh.mesh import Mesh

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from gpumesh.backends.dialects import KINDS_WITH_MODEL_STORE
 from gpumesh.errors import NoNodeError, UsageError
 from gpumesh.mesh.models.default_model import is_embedding_model
-from gpumesh.model_names import full_name
 from gpumesh.state import BackendPhase, MeshState, ModelInfo, NodeState
+from gpumesh.text.model_names import full_name
 
 SHORT_DIGEST_CHARS = 12  # as many as `ollama list` shows
 

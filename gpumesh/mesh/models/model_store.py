@@ -20,7 +20,7 @@ from gpumesh.balancer.base import Demand
 from gpumesh.errors import BackendError, BackendUnreachable, GPUMeshError
 from gpumesh.mesh.models import store_answers
 from gpumesh.mesh.models.store_answers import SUCCESS, NodeResult, StoreAnswer, StoreRefusal, StoreStep
-from gpumesh.printable import printable
+from gpumesh.text.printable import printable
 
 if TYPE_CHECKING:
     import httpx

@@ -19,7 +19,7 @@ from gpumesh.balancer.base import ResidencyKey
 from gpumesh.errors import GPUMeshError
 from gpumesh.mesh.models.inventory import is_embedder_on
 from gpumesh.mesh.models.model_store import ModelStore, over_mesh
-from gpumesh.model_names import full_name
+from gpumesh.text.model_names import full_name
 from gpumesh.topology import ModelSpec
 
 if TYPE_CHECKING:

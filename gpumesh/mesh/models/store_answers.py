@@ -17,7 +17,7 @@ from gpumesh.backends.error_text import find_error_message
 from gpumesh.backends.frames import LineSplitter
 from gpumesh.backends.model_list import MAX_CONTEXT_TOKENS
 from gpumesh.errors import BackendError, GPUMeshError, ProbeError
-from gpumesh.printable import printable
+from gpumesh.text.printable import printable
 
 MAX_LINE_BYTES = 1 << 20
 MAX_DOCUMENT_BYTES = 1 << 20  # of an answer that is not a stream of progress

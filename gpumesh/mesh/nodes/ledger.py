@@ -18,7 +18,7 @@ from gpumesh.balancer.outcomes import AttemptContext, Blame, ErrorReply, Outcome
 from gpumesh.balancer.scheduling.scheduler import Placement, Scheduler
 from gpumesh.mesh.nodes.forecast_record import ForecastRecord
 from gpumesh.mesh.nodes.lease import Lease, LeasedNode
-from gpumesh.model_names import full_name
+from gpumesh.text.model_names import full_name
 
 _NO_FIGURES = ServerCounters()
 

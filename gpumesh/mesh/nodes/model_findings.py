@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 
 from gpumesh.balancer.breaker import ModelFault
 from gpumesh.balancer.outcomes import Blame
-from gpumesh.printable import printable
-from gpumesh.quoting import paste_command
-from gpumesh.sentences import join_some
 from gpumesh.state import BrokenModelState, Finding, Severity
+from gpumesh.text.printable import printable
+from gpumesh.text.quoting import paste_command
+from gpumesh.text.sentences import join_some
 
 MAX_NAMED = 4  # a message names at most so many models, and counts the others
 

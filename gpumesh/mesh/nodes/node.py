@@ -17,7 +17,7 @@ from gpumesh.backends.dialects import KINDS_WITH_MODEL_STORE
 from gpumesh.balancer.base import Candidate, Demand, ResidencyKey
 from gpumesh.balancer.breaker import ModelFault
 from gpumesh.balancer.limits import NodeSlots
-from gpumesh.balancer.model_rules import ModelRules
+from gpumesh.balancer.models.model_rules import ModelRules
 from gpumesh.balancer.outcomes import Outcome, rule_for_outcome
 from gpumesh.balancer.rates import ServiceRates
 from gpumesh.balancer.scheduling.scheduler import Placement, Scheduler
@@ -31,9 +31,9 @@ from gpumesh.mesh.nodes.prober import Prober, read_api_key
 from gpumesh.mesh.nodes.rate_meter import RateMeter
 from gpumesh.mesh.nodes.snapshot import NodeRole, SnapshotBuilder
 from gpumesh.mesh.nodes.tunnel_link import TunnelLink
-from gpumesh.model_names import full_name
 from gpumesh.probes.commands.host_commands import HostCommands
 from gpumesh.state import NodeState, TunnelPhase, TunnelState
+from gpumesh.text.model_names import full_name
 from gpumesh.topology import BackendKind, NodeSpec, Target
 from gpumesh.tunnels.base import Tunnel
 

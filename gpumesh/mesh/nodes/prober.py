@@ -18,15 +18,15 @@ import httpx
 from gpumesh import config
 from gpumesh.backends.base import ParallelismSource
 from gpumesh.backends.dialects import KINDS_WITH_MODEL_STORE, find_dialect
-from gpumesh.balancer.model_rules import ModelRules
+from gpumesh.balancer.models.model_rules import ModelRules
 from gpumesh.errors import SecretMissing
 from gpumesh.mesh.nodes.ledger import Ledger
 from gpumesh.mesh.nodes.tunnel_link import TunnelLink
-from gpumesh.model_names import full_name
 from gpumesh.probes.backend import BackendReport, probe_backend
 from gpumesh.probes.nvidia_smi import Answer, GpuReport, probe_gpus
 from gpumesh.probes.server_kind import KnownKinds
 from gpumesh.state import BackendPhase
+from gpumesh.text.model_names import full_name
 from gpumesh.topology import BackendKind, NodeSpec, Target
 from gpumesh.tunnels.stagger import stagger_intervals
 

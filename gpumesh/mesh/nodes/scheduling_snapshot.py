@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from gpumesh.balancer.account import NodeAccount
 from gpumesh.mesh.nodes.forecast_record import ForecastRecord
-from gpumesh.printable import printable
 from gpumesh.state import DecisionState, LearnedState, LoadingState, ModelLoadsState
+from gpumesh.text.printable import printable
 
 MAX_LEARNED_MODELS = 32  # of one node, in a snapshot
 MAX_LOADED_MODELS = 8  # a snapshot names the most often loaded models, at most so many

@@ -20,7 +20,6 @@ from gpumesh.mesh.nodes.prober import NodeReports, Prober
 from gpumesh.mesh.nodes.rate_meter import RateMeter
 from gpumesh.mesh.nodes.scheduling_snapshot import decision_states, learned_states, loading_state
 from gpumesh.mesh.nodes.tunnel_link import TunnelLink
-from gpumesh.model_names import full_name
 from gpumesh.probes.health import assess_health
 from gpumesh.state import (
     BackendState,
@@ -36,6 +35,7 @@ from gpumesh.state import (
     TunnelPhase,
     TunnelState,
 )
+from gpumesh.text.model_names import full_name
 from gpumesh.topology import NodeSpec, SshSpec
 
 MAX_KEY_CHARS = 400  # room for the UUIDs of eight GPUs

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
-from gpumesh.wakeup import Wakeup
+from gpumesh.event_loop.wakeup import Wakeup
 
 BUFFER_BYTES = 1 << 16  # a ``BufferedSink`` that holds more bytes is back-pressured
 

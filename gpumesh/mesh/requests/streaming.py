@@ -14,6 +14,7 @@ from gpumesh.backends.base import ServerCounters
 from gpumesh.backends.continuation.continuation import Continuation, Ending
 from gpumesh.balancer.outcomes import SERVER_ERROR_STATUS, ErrorReply, Outcome
 from gpumesh.errors import DeadlineExceeded, GPUMeshError, StreamCut
+from gpumesh.event_loop.wakeup import Wakeup
 from gpumesh.mesh.requests.answer import Answer, ClientStream
 from gpumesh.mesh.requests.answer_reading import OpenedStream
 from gpumesh.mesh.requests.body_sink import BufferedSink, ByteSink
@@ -21,7 +22,6 @@ from gpumesh.mesh.requests.failover import Failover
 from gpumesh.mesh.requests.failures import FailedAttempt
 from gpumesh.mesh.requests.silence_watch import PauseTracker, SilenceWatch
 from gpumesh.mesh.requests.stream_state import StreamState
-from gpumesh.wakeup import Wakeup
 
 DRAIN_S = 1.0  # longest wait for the body's end after the final frame: then the connection can be used again
 COUNT_S = 0.2  # shortest time between two counts of the tokens: a count for each token would cost more

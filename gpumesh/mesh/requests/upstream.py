@@ -19,12 +19,12 @@ from urllib.parse import urlsplit
 from gpumesh.backends.answer_head import read_head
 from gpumesh.backends.base import HttpCall
 from gpumesh.errors import BackendUnreachable, StreamCut
+from gpumesh.event_loop.slice_queue import FRAME_SLICE_BYTES, SliceQueue
 from gpumesh.mesh.requests.body_sink import BodySink
-from gpumesh.mesh.requests.connection_pool import CONNECT_TIMEOUT_S, ConnectionPool
-from gpumesh.mesh.requests.response_parser import ResponseHead
+from gpumesh.mesh.requests.connections.connection_pool import CONNECT_TIMEOUT_S, ConnectionPool
+from gpumesh.mesh.requests.connections.response_parser import ResponseHead
+from gpumesh.mesh.requests.connections.upstream_connection import Address, Exchange, UpstreamConnection, exception_text
 from gpumesh.mesh.requests.task_deadlines import TaskDeadlines
-from gpumesh.mesh.requests.upstream_connection import Address, Exchange, UpstreamConnection, exception_text
-from gpumesh.slice_queue import FRAME_SLICE_BYTES, SliceQueue
 from gpumesh.tunnels.local_system.unix_urls import split_unix_url
 
 

@@ -9,7 +9,7 @@ from gpumesh.errors import ExecError
 from gpumesh.probes.commands.combined_commands import CommandOutput, split_script_output
 from gpumesh.probes.smi_tables import OUTPUT_BYTES
 from gpumesh.tunnels.base import OutputStream, ShellStream
-from gpumesh.tunnels.remote_shell import END_LINE, KILL_LINE, READY_LINE
+from gpumesh.tunnels.remote_commands.remote_shell import END_LINE, KILL_LINE, READY_LINE
 
 GREETING_BYTES = 2000  # the end of what a login shell writes that is kept, for messages
 _READY = re.compile(rb"\n?" + re.escape(READY_LINE) + rb"\r?\n")

@@ -13,7 +13,6 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from datetime import UTC, datetime
 
-from gpumesh.addresses import is_loopback
 from gpumesh.errors import (
     ConnectRefused,
     ConnectTimeout,
@@ -24,6 +23,7 @@ from gpumesh.errors import (
     TunnelError,
 )
 from gpumesh.state import TunnelPhase, TunnelState
+from gpumesh.text.addresses import is_loopback
 from gpumesh.topology import NodeSpec, Target
 from gpumesh.tunnels.base import ExecChunk, ExecResult, OutputStream, ShellStream
 from gpumesh.tunnels.direct.this_machine import ThisMachine, run_command

@@ -15,13 +15,13 @@ import paramiko
 
 from gpumesh.config.ssh.key_files import is_public_key, read_public_key
 from gpumesh.errors import AuthRefused, ConnectTimeout, KeyUnreadable, TunnelError, TunnelLost
-from gpumesh.printable import printable
+from gpumesh.text.printable import printable
 from gpumesh.tunnels.blocking import Deadline
-from gpumesh.tunnels.host_words import add_words, make_pending_login_error
 from gpumesh.tunnels.inprocess.agent_keys import find_agent_key, open_agent_keys
 from gpumesh.tunnels.inprocess.host_transport import HostTransport
 from gpumesh.tunnels.inprocess.private_keys import PassphraseNeeded, add_certificate, load_key
 from gpumesh.tunnels.inprocess.question_answerer import AskPerson, QuestionAnswerer
+from gpumesh.tunnels.remote_commands.host_words import add_words, make_pending_login_error
 from gpumesh.tunnels.transport import ANSWER_TIMEOUT_S
 
 MAX_TRIES = 6  # sshd closes the connection after six failed attempts (MaxAuthTries)

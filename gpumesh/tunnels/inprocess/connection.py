@@ -15,19 +15,19 @@ from typing import Any, cast
 
 import paramiko
 
-from gpumesh.addresses import format_address
 from gpumesh.errors import ConnectTimeout, SessionRefused, TunnelError, TunnelLost
-from gpumesh.printable import printable
+from gpumesh.text.addresses import format_address
+from gpumesh.text.printable import printable
 from gpumesh.topology import SshSpec, Target
 from gpumesh.tunnels import blocking
 from gpumesh.tunnels.blocking import Deadline
 from gpumesh.tunnels.forwarder import PeerFilter
-from gpumesh.tunnels.host_words import add_words
 from gpumesh.tunnels.inprocess import sessions
 from gpumesh.tunnels.inprocess.channel_multiplexer import ADMINISTRATIVELY_PROHIBITED
 from gpumesh.tunnels.inprocess.opening import OpenedConnection, Opening
 from gpumesh.tunnels.inprocess.sshtunnel_connector import TransportForwarder
 from gpumesh.tunnels.local_system.peer_users import open_own_user_filter
+from gpumesh.tunnels.remote_commands.host_words import add_words
 from gpumesh.tunnels.transport import ConnectionEvents, ConnectionInfo, ConnectRequest, RemoteCommand
 
 SHELL_TEST_WAIT_S = 3.0  # a command waits so long for the test whether the host has a POSIX shell

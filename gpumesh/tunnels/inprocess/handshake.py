@@ -13,7 +13,6 @@ from typing import Any
 import paramiko
 from paramiko.common import cMSG_CHANNEL_REQUEST
 
-from gpumesh.addresses import format_address
 from gpumesh.errors import (
     ConnectRefused,
     ConnectTimeout,
@@ -23,16 +22,17 @@ from gpumesh.errors import (
     TunnelError,
     TunnelLost,
 )
-from gpumesh.printable import printable
+from gpumesh.text.addresses import format_address
+from gpumesh.text.printable import printable
 from gpumesh.topology import SshSpec
 from gpumesh.tunnels.blocking import Deadline
-from gpumesh.tunnels.host_words import add_words, error_from_greeting
 from gpumesh.tunnels.hostkeys import host_key_algorithms, verify_host_key
 from gpumesh.tunnels.inprocess.host_transport import HostTransport
 from gpumesh.tunnels.inprocess.packetizer import BoundedPacketizer, BufferedSocket, FastPacketizer
 from gpumesh.tunnels.known_hosts import HostKey, KnownHost, read_known_hosts
 from gpumesh.tunnels.local_system.sockets import disable_nagle
-from gpumesh.tunnels.remote_command import SHELL_TEST
+from gpumesh.tunnels.remote_commands.host_words import add_words, error_from_greeting
+from gpumesh.tunnels.remote_commands.remote_command import SHELL_TEST
 
 FAST_CIPHERS = ("aes128-gcm@openssh.com", "aes256-gcm@openssh.com")  # a third less delay than CTR with HMAC
 _UNREACHABLE = (errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN, errno.EHOSTDOWN, errno.EADDRNOTAVAIL)

@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 
 import paramiko
 
-from gpumesh.addresses import format_address
 from gpumesh.errors import ConnectTimeout, SecretMissing, TunnelError, TunnelLost
-from gpumesh.printable import printable
+from gpumesh.text.addresses import format_address
+from gpumesh.text.printable import printable
 from gpumesh.topology import SshSpec
 from gpumesh.tunnels import blocking
 from gpumesh.tunnels.blocking import Deadline

@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 
 from gpumesh.config.ssh import key_files
 from gpumesh.errors import KeyUnreadable
-from gpumesh.printable import printable
+from gpumesh.text.printable import printable
 
 _OPENSSH_MARK = b"-----BEGIN OPENSSH PRIVATE KEY-----"
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import paramiko
 
-from gpumesh.printable import printable
+from gpumesh.text.printable import printable
 
 AskPerson = Callable[[str, bool], str | None]
 """Asks a person and blocks until the answer; ``None``: no answer. Arguments: the text; whether to show the answer."""

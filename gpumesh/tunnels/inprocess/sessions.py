@@ -10,10 +10,10 @@ import paramiko
 from paramiko.common import cMSG_CHANNEL_REQUEST
 
 from gpumesh.errors import ExecError, SessionRefused
-from gpumesh.printable import printable
+from gpumesh.text.printable import printable
 from gpumesh.tunnels import blocking
 from gpumesh.tunnels.base import OutputStream
-from gpumesh.tunnels.remote_command import SHELL_TEST_OUTPUT, wrap_killable
+from gpumesh.tunnels.remote_commands.remote_command import SHELL_TEST_OUTPUT, wrap_killable
 
 READ_BYTES = 32 * 1024  # the most that one ``read`` returns
 OPEN_TIMEOUT_S = 10.0  # the time for the host to give a session and to start the command

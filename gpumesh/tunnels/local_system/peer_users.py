@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from gpumesh.errors import TunnelError
-from gpumesh.printable import printable
+from gpumesh.text.printable import printable
 from gpumesh.tunnels.local_system.proc_net import AddressPair, SocketInfo, make_address_pair
 from gpumesh.tunnels.local_system.socket_lookup import ProcNet, SocketLookup, open_socket_lookup
 from gpumesh.tunnels.local_system.sockets import is_tcp

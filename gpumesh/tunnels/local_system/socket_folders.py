@@ -16,8 +16,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from gpumesh import file_lock
 from gpumesh.config import environment
+from gpumesh.files import file_lock
 
 _PREFIX = "s"
 _NAME = re.compile(_PREFIX + r"[a-z0-9_]{8}")  # the form of the names that tempfile makes

@@ -15,10 +15,10 @@ import socket
 import stat
 from pathlib import Path
 
-from gpumesh import file_lock
 from gpumesh.config import environment
 from gpumesh.config.listen_address import SOCKET_PATH_LIMIT
 from gpumesh.errors import GPUMeshError
+from gpumesh.files import file_lock
 
 SUFFIX = ".sock"
 NAMES_TRIED = 100  # one user can run this many meshes with the same names at once

@@ -11,13 +11,13 @@ from pathlib import Path
 
 from gpumesh.config import environment
 from gpumesh.errors import ExecError, SessionRefused
-from gpumesh.printable import printable
+from gpumesh.text.printable import printable
 from gpumesh.tunnels.base import OutputStream
 from gpumesh.tunnels.local_system.local_command import exit_status, release_process, wait_for_exit
 from gpumesh.tunnels.openssh.errors import NO_SESSION_PATTERN
 from gpumesh.tunnels.openssh.login import SSH_FAILED
 from gpumesh.tunnels.openssh.options import CLIENT_HOST, client_command
-from gpumesh.tunnels.remote_command import wrap_killable
+from gpumesh.tunnels.remote_commands.remote_command import wrap_killable
 
 READ_BYTES = 32 * 1024  # the most that one read of a pipe takes
 STDERR_TAIL_BYTES = 1000  # the end of a command's stderr that is kept, to find ssh's own error in it

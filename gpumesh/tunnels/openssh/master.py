@@ -28,8 +28,8 @@ from typing import Any
 
 from gpumesh.config import environment
 from gpumesh.errors import TransportUnsupported
-from gpumesh.lines import LineBuffer
-from gpumesh.printable import printable
+from gpumesh.text.lines import LineBuffer
+from gpumesh.text.printable import printable
 from gpumesh.tunnels.blocking import Deadline
 from gpumesh.tunnels.local_system import child_process
 from gpumesh.tunnels.openssh.errors import FORBIDDEN_TEXT, NO_TERMINAL_TEXT

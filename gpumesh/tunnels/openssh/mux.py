@@ -10,7 +10,7 @@ import contextlib
 import struct
 from pathlib import Path
 
-from gpumesh.printable import printable
+from gpumesh.text.printable import printable
 from gpumesh.topology import Target
 
 VERSION = 4

@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from gpumesh.addresses import format_address
 from gpumesh.config import environment
 from gpumesh.config.ssh import ssh_config
 from gpumesh.errors import KeyUnreadable
-from gpumesh.printable import printable
-from gpumesh.quoting import shell_words
+from gpumesh.text.addresses import format_address
+from gpumesh.text.printable import printable
+from gpumesh.text.quoting import shell_words
 from gpumesh.topology import HostKeyPolicy, SshSpec
 from gpumesh.tunnels.hostkeys import choose_ssh_alias, host_key_algorithms
 from gpumesh.tunnels.jump_hosts import split_jump

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from gpumesh.printable import printable
+from gpumesh.text.printable import printable
 from gpumesh.tunnels.blocking import Deadline
 from gpumesh.tunnels.transport import ANSWER_TIMEOUT_S, ConnectionEvents
 

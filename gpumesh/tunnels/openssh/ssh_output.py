@@ -14,8 +14,8 @@ from collections import deque
 from pathlib import Path
 
 from gpumesh.errors import TunnelError
-from gpumesh.tunnels.host_words import add_words, error_from_greeting, make_pending_login_error
 from gpumesh.tunnels.openssh.errors import error_from_stderr
+from gpumesh.tunnels.remote_commands.host_words import add_words, error_from_greeting, make_pending_login_error
 
 KEPT_LINES = 40  # the number of the last lines that are kept of each kind
 

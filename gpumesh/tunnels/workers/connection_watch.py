@@ -10,7 +10,7 @@ import contextlib
 from collections.abc import Callable
 from typing import Any
 
-from gpumesh.cancellation import raise_if_cancelled
+from gpumesh.event_loop.cancellation import raise_if_cancelled
 from gpumesh.topology import SshSpec
 from gpumesh.tunnels.lifecycle import Cause
 from gpumesh.tunnels.workers.worker_link import WorkerLink

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import gpumesh.tunnels.inprocess.connection  # noqa: F401 - loaded in the zygote, before it forks
 from gpumesh.errors import ExecError, SessionRefused, TunnelError
-from gpumesh.printable import printable
+from gpumesh.text.printable import printable
 from gpumesh.topology import Target
 from gpumesh.tunnels import blocking
 from gpumesh.tunnels.base import OutputStream

@@ -22,7 +22,7 @@ from typing import Any
 
 from gpumesh.config import environment
 from gpumesh.errors import TunnelDown, TunnelError
-from gpumesh.lines import LineBuffer
+from gpumesh.text.lines import LineBuffer
 from gpumesh.tunnels.transport import ConnectRequest
 from gpumesh.tunnels.workers import zygote
 from gpumesh.tunnels.workers.protocol import FromWorker, ToWorker, decode_message, encode_message

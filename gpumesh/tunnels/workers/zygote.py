@@ -19,7 +19,7 @@ import time
 import traceback
 from typing import Any, NoReturn
 
-from gpumesh.lines import LineBuffer
+from gpumesh.text.lines import LineBuffer
 from gpumesh.tunnels.local_system import child_process
 
 READ_BYTES = 64 * 1024  # the most that one read of the control socket takes

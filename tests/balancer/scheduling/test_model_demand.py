@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpumesh.balancer.base import ResidencyKey
-from gpumesh.balancer.model_demand import FIRST_SERVICE_S, FIRST_SPAN_S, MAX_KEYS, WINDOW_S, ModelDemand
+from gpumesh.balancer.models.model_demand import FIRST_SERVICE_S, FIRST_SPAN_S, MAX_KEYS, WINDOW_S, ModelDemand
 from tests.balancer.scheduling.fleets import KEY_A, KEY_B, NOW, A
 
 

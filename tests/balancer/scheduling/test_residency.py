@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpumesh.balancer.base import ResidencyKey
-from gpumesh.balancer.residency import REPORT_LAG_S, SURPRISE_S, UNCONFIRMED_S, Residency
+from gpumesh.balancer.models.residency import REPORT_LAG_S, SURPRISE_S, UNCONFIRMED_S, Residency
 from tests.balancer.scheduling.fleets import KEY_A, KEY_B, KEY_C, NOW, A, B, C
 
 LONG_AGO = NOW - 500.0

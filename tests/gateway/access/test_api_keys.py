@@ -8,7 +8,7 @@ from gpumesh.errors import SecretMissing, UsageError
 from gpumesh.gateway.access.api_keys import read_api_keys
 from gpumesh.gateway.http.client_key import ClientKey
 from gpumesh.gateway.http.errors import BadRequest
-from gpumesh.model_names import full_name
+from gpumesh.text.model_names import full_name
 from gpumesh.topology import GatewaySpec, KeySpec, Priority
 
 SECRETS = {"OWN": "one", "CHAT": "two", "SAME": "two"}

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpumesh.gateway.http.body_framing import ChunkedDecoder, CountedDecoder, MalformedBody, create_body_decoder
+from gpumesh.gateway.http.bodies.body_framing import ChunkedDecoder, CountedDecoder, MalformedBody, create_body_decoder
 from gpumesh.gateway.http.responses import Headers
 
 

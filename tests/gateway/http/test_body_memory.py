@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from gpumesh.gateway.http.body_memory import SMALL_BODY_BYTES, BodyMemory, MemoryReservation
+from gpumesh.gateway.http.bodies.body_memory import SMALL_BODY_BYTES, BodyMemory, MemoryReservation
 
 MIB = 1 << 20
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from gpumesh.backends.base import HttpCall
-from gpumesh.gateway.http.body_memory import BodyMemory
+from gpumesh.gateway.http.bodies.body_memory import BodyMemory
 from gpumesh.gateway.http.bounds import Bounds
 from gpumesh.topology import GatewaySpec
 from tests.gateway.fleet import MODEL, A, B, RunningGateway, node, quick_host, send_raw, serve_hosts, serve_nodes

@@ -16,14 +16,14 @@ from gpumesh.balancer.account import NodeAccount, Work
 from gpumesh.balancer.base import Demand, ResidencyKey
 from gpumesh.balancer.experience import Experience
 from gpumesh.balancer.forecast import Copies, FleetLoad, forecast, place_on
-from gpumesh.balancer.model_demand import ModelDemand
+from gpumesh.balancer.models.model_demand import ModelDemand
 from gpumesh.balancer.scheduling.scheduler import Placement, Scheduler
 from gpumesh.coordination.base import Coordination, Loads
 from gpumesh.mesh.change_notifier import ChangeNotifier
 from gpumesh.mesh.nodes.lease import Lease
 from gpumesh.mesh.nodes.node import Node
-from gpumesh.model_names import full_name
 from gpumesh.state import Finding
+from gpumesh.text.model_names import full_name
 from gpumesh.topology import BackendSpec, NodeSpec, PolicyKind, Target
 from gpumesh.tunnels.direct.tunnel import DirectTunnel
 

@@ -14,16 +14,16 @@ from gpumesh.backends.base import HttpCall
 from gpumesh.backends.continuation.continuation import Continuation
 from gpumesh.balancer.base import Demand
 from gpumesh.balancer.outcomes import Outcome
+from gpumesh.event_loop.slice_queue import SLICE_BYTES
 from gpumesh.mesh.nodes.lease import Lease
 from gpumesh.mesh.requests import answer_reading as module
 from gpumesh.mesh.requests.answer import WholeAnswer
 from gpumesh.mesh.requests.answer_reading import OpenedStream
 from gpumesh.mesh.requests.attempt import ask_node, run_attempt
 from gpumesh.mesh.requests.body_sink import BUFFER_BYTES
+from gpumesh.mesh.requests.connections.upstream_connection import ReadState
 from gpumesh.mesh.requests.failures import FailedAttempt
 from gpumesh.mesh.requests.upstream import Upstream
-from gpumesh.mesh.requests.upstream_connection import ReadState
-from gpumesh.slice_queue import SLICE_BYTES
 from tests.mesh.meshes import MODEL, RunningMesh, make_call, mesh_of_nodes, node, ollama_script
 from tests.mesh.nodes.build import take_lease
 from tests.mesh.servers import LAST_CHUNK, Exchange, Script, answer_with, chunk, chunked_head, serve, whole_response

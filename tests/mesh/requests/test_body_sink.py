@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
+from gpumesh.event_loop.wakeup import Wakeup
 from gpumesh.mesh.requests.body_sink import BUFFER_BYTES, BufferedSink
-from gpumesh.wakeup import Wakeup
 
 
 def test_what_was_written_is_taken_in_order_whole_or_in_parts() -> None:

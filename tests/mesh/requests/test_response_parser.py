@@ -8,7 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpumesh.mesh.requests.response_parser import HEAD_BYTES, MAX_FIELDS, ResponseParser, ResponseParserState
+from gpumesh.mesh.requests.connections.response_parser import (
+    HEAD_BYTES,
+    MAX_FIELDS,
+    ResponseParser,
+    ResponseParserState,
+)
 from tests.mesh.servers import LAST_CHUNK, chunk, chunked_head, whole_response
 
 CHUNKED = chunked_head() + chunk(b"one\n") + chunk(b"two\n") + LAST_CHUNK

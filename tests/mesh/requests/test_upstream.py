@@ -11,10 +11,10 @@ import pytest
 
 from gpumesh.backends.base import HttpCall
 from gpumesh.errors import BackendUnreachable, StreamCut
+from gpumesh.event_loop.slice_queue import SLICE_BYTES
 from gpumesh.mesh.requests.body_sink import BUFFER_BYTES
+from gpumesh.mesh.requests.connections.upstream_connection import ReadState
 from gpumesh.mesh.requests.upstream import Upstream, UpstreamResponse
-from gpumesh.mesh.requests.upstream_connection import ReadState
-from gpumesh.slice_queue import SLICE_BYTES
 from tests.mesh.servers import LAST_CHUNK, Exchange, chunk, chunked_head, serve, whole_response
 from tests.probes.test_wrong_server import certificate  # noqa: F401
 from tests.tunnels.polling import wait_until
@@ -287,7 +287,7 @@ async def test_so_it_is_through_tls_which_ends_with_what_was_read_before(
     context.load_cert_chain(certificate)
     trusting = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     trusting.check_hostname, trusting.verify_mode = False, ssl.CERT_NONE
-    monkeypatch.setattr("gpumesh.mesh.requests.connection_pool._tls_context", lambda: trusting)
+    monkeypatch.setattr("gpumesh.mesh.requests.connections.connection_pool._tls_context", lambda: trusting)
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
@@ -345,7 +345,7 @@ async def test_a_line_end_in_a_header_never_reaches_a_backend(upstream: Upstream
 
 
 async def test_idle_connections_are_closed_after_a_while(upstream: Upstream, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gpumesh.mesh.requests.connection_pool.KEEPALIVE_S", 0.05)
+    monkeypatch.setattr("gpumesh.mesh.requests.connections.connection_pool.KEEPALIVE_S", 0.05)
     gone = asyncio.Event()
 
     async def script(exchange: Exchange) -> None:

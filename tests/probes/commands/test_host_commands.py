@@ -22,7 +22,7 @@ from gpumesh.probes.commands.host_commands import (
 )
 from gpumesh.probes.smi_tables import OUTPUT_BYTES
 from gpumesh.tunnels.base import ExecResult, OutputStream
-from gpumesh.tunnels.remote_shell import END_LINE, KILL_LINE, READY_LINE
+from gpumesh.tunnels.remote_commands.remote_shell import END_LINE, KILL_LINE, READY_LINE
 from tests.probes.command_routes import ScriptedRoute, ScriptedShell
 
 COMMANDS = (("hostname",), ("nvidia-smi", "-L"))

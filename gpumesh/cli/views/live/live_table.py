@@ -7,7 +7,6 @@ from collections.abc import AsyncIterator, Sequence
 
 from rich.text import Text
 
-from gpumesh.async_iterators import closing_iterator
 from gpumesh.cli.views.console import console, render_lines
 from gpumesh.cli.views.figures import shorten
 from gpumesh.cli.views.live.key_selection import KEY_HELP, KeySelection
@@ -18,6 +17,7 @@ from gpumesh.cli.views.node_selection import ViewSelection
 from gpumesh.cli.views.status.status_view import ViewOptions, status_view
 from gpumesh.daemon.sessions.session import Session
 from gpumesh.errors import GPUMeshError
+from gpumesh.event_loop.async_iterators import closing_iterator
 from gpumesh.mesh.history import History, Recorder
 from gpumesh.state import MeshState
 

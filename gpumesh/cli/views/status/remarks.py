@@ -12,8 +12,8 @@ from gpumesh.cli.views.figures import format_duration, shorten
 from gpumesh.cli.views.findings import SEVERITY_MARKS, add_hint, finding_text
 from gpumesh.cli.views.safe_text import clean_line
 from gpumesh.cli.views.status.health_marks import MARKS, STYLES
-from gpumesh.sentences import join_some
 from gpumesh.state import Finding, MeshState, NodeState, TunnelPhase
+from gpumesh.text.sentences import join_some
 
 MAX_NAMED_NODES = 4  # of the nodes that have equal findings; the others are counted
 

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from gpumesh import atomic_file
+from gpumesh.files import atomic_file
 
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from gpumesh import atomic_file
+from gpumesh.files import atomic_file
 def stops(*_):
     if sys.argv[2] == "killed":
         os.kill(os.getpid(), signal.SIGKILL)

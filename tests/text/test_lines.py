@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpumesh.lines import LineBuffer, LineTooLong
+from gpumesh.text.lines import LineBuffer, LineTooLong
 
 
 @given(st.lists(st.sampled_from([b"a", b"bc", b"\n", b"d\ne", b"", b"\n\n"]), max_size=20))

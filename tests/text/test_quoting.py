@@ -12,7 +12,7 @@ from hypothesis import given
 
 import gpumesh
 from gpumesh.config.mesh_file import variable_expansion, yaml_tree
-from gpumesh.quoting import is_plain, paste_command, powershell_word, shell_word, yaml_text
+from gpumesh.text.quoting import is_plain, paste_command, powershell_word, shell_word, yaml_text
 from tests.hostile_names import ANY_NAME, NAMES, SHELLS, split_with_shell
 
 PACKAGE = Path(gpumesh.__file__).parent
@@ -112,10 +112,10 @@ _CHECKED = {
     ("config/value_parsers.py", "holds a port as well: write `port: \0` apart"),
     ("config/mesh_file/error_messages.py", "; such as `\0`"),
     ("config/mesh_file/rules.py", "nodes are a list: write `- name: \0`"),
-    ("gateway/json_members.py", "the request body has `\0` twice"),
+    ("gateway/body_parsers/json_members.py", "the request body has `\0` twice"),
     ("lab/vllm.py", "The model `\0` does not exist."),  # as vLLM itself says it
     ("probes/wrong_server.py", "write `backend: {url: \0://\0:PORT}`, as the host knows it"),
-    ("quoting.py", "`\0`"),
+    ("text/quoting.py", "`\0`"),
     ("tunnels/workers/zygote.py", "gpumesh tunnel \0"),
 }
 
@@ -134,7 +134,12 @@ def test_commands_with_values_are_made_by_quoting_py() -> None:
 
 def test_all_quoting_is_done_by_quoting_py() -> None:
     """``shlex.quote`` is not enough for fish; on the host and in files of ours a POSIX shell reads what it quotes."""
-    allowed = {"quoting.py", "tunnels/remote_command.py", "tunnels/supervisor.py", "tunnels/openssh/prompts.py"}
+    allowed = {
+        "text/quoting.py",
+        "tunnels/remote_commands/remote_command.py",
+        "tunnels/supervisor.py",
+        "tunnels/openssh/prompts.py",
+    }
     allowed.add("probes/commands/combined_commands.py")
     for path in sorted(PACKAGE.rglob("*.py")):
         name = path.relative_to(PACKAGE).as_posix()

@@ -7,7 +7,7 @@ from collections.abc import Generator
 
 import pytest
 
-from gpumesh.slice_queue import SliceQueue
+from gpumesh.event_loop.slice_queue import SliceQueue
 
 
 async def test_one_step_a_turn_first_come_first_served() -> None:

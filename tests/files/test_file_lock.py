@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from gpumesh import file_lock
+from gpumesh.files import file_lock
 
 
 def test_one_holder_at_a_time_until_its_descriptor_is_closed(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpumesh.printable import printable
+from gpumesh.text.printable import printable
 
 FAMILY = "\U0001f469\u200d\U0001f680"
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from gpumesh.model_names import full_name
+from gpumesh.text.model_names import full_name
 
 
 @pytest.mark.parametrize(

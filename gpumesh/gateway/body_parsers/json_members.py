@@ -33,8 +33,8 @@ from typing import Protocol, TypeVar
 
 import msgspec
 
+from gpumesh.gateway.body_parsers.json_scanner import MAX_MEMBERS, JsonScanner, not_json_error, too_many_members_error
 from gpumesh.gateway.http.errors import BadRequest
-from gpumesh.gateway.json_scanner import MAX_MEMBERS, JsonScanner, not_json_error, too_many_members_error
 
 SMALL_BODY_BYTES = 32 << 10  # read in one call: 7 ms at the worst, for thousands of members
 MAX_TEXT_BYTES = 4 << 10  # of a member whose value is read as a name

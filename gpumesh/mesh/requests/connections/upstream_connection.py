@@ -11,10 +11,10 @@ from collections.abc import Callable
 from enum import Enum
 from typing import Any, NamedTuple, cast
 
+from gpumesh.event_loop.slice_queue import FRAME_SLICE_BYTES, MAX_SMALL_PIECES, SLICE_BYTES, SliceQueue
+from gpumesh.event_loop.turn_end import TurnEnd
 from gpumesh.mesh.requests.body_sink import BodySink, BufferedSink
-from gpumesh.mesh.requests.response_parser import ResponseHead, ResponseParser, ResponseParserState
-from gpumesh.slice_queue import FRAME_SLICE_BYTES, MAX_SMALL_PIECES, SLICE_BYTES, SliceQueue
-from gpumesh.turn_end import TurnEnd
+from gpumesh.mesh.requests.connections.response_parser import ResponseHead, ResponseParser, ResponseParserState
 
 JOINED_BYTES = 1 << 16  # a shorter body is sent together with its head: a copy costs less than a second write
 _NO_SINK = BufferedSink()  # the sink of a connection without an exchange; nothing is written to this sink

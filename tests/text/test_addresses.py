@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gpumesh.addresses import format_address, is_loopback
+from gpumesh.text.addresses import format_address, is_loopback
 
 
 @pytest.mark.parametrize(

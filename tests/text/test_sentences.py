@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from gpumesh.sentences import join_all, join_some
+from gpumesh.text.sentences import join_all, join_some
 
 
 @pytest.mark.parametrize(

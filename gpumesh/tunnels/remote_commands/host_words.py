@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from typing import TypeVar
 
 from gpumesh.errors import AuthRefused, ConnectRefused, NotSsh, TunnelError
-from gpumesh.printable import printable
+from gpumesh.text.printable import printable
 
 MAX_QUOTED_CHARS = 300
 _MAX_LINES = 200  # of a text that is quoted

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from gpumesh.versions import oldest_version, version_key
+from gpumesh.text.versions import oldest_version, version_key
 
 IN_ORDER = (
     "0.1",

@@ -14,7 +14,7 @@ import msgspec
 from gpumesh.backends import safe_json
 from gpumesh.backends.model_list import MAX_CONTEXT_TOKENS
 from gpumesh.balancer.base import ResidencyKey
-from gpumesh.model_names import full_name
+from gpumesh.text.model_names import full_name
 
 MAX_VALUE = 1 << 31  # of an option, such as a number of layers; no server takes more
 # The options beside ``num_ctx``, in alphabetical order.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from gpumesh.gateway.http.body_memory import BodyMemory, MemoryReservation
-from gpumesh.wakeup import Wakeup
+from gpumesh.event_loop.wakeup import Wakeup
+from gpumesh.gateway.http.bodies.body_memory import BodyMemory, MemoryReservation
 
 
 class RequestBody:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 
-from gpumesh.async_iterators import closing_iterator
+from gpumesh.event_loop.async_iterators import closing_iterator
 
 
 class Items:

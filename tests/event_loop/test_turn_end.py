@@ -5,7 +5,7 @@ import logging
 
 import pytest
 
-from gpumesh.turn_end import TurnEnd
+from gpumesh.event_loop.turn_end import TurnEnd
 
 
 async def test_callbacks_run_once_after_all_that_is_ready() -> None:

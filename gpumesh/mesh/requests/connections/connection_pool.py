@@ -7,9 +7,9 @@ import ssl
 from functools import cache
 from typing import Any
 
-from gpumesh.mesh.requests.upstream_connection import Address, UpstreamConnection
-from gpumesh.slice_queue import SliceQueue
-from gpumesh.turn_end import TurnEnd
+from gpumesh.event_loop.slice_queue import SliceQueue
+from gpumesh.event_loop.turn_end import TurnEnd
+from gpumesh.mesh.requests.connections.upstream_connection import Address, UpstreamConnection
 
 CONNECT_TIMEOUT_S = 3.0
 KEEPALIVE_S = 30.0  # an idle connection is closed after this time, or at the latest after twice this time

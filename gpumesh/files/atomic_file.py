@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from gpumesh import file_lock
+from gpumesh.files import file_lock
 
 _RANDOM_SUFFIX = re.compile(r"[a-z0-9_]{8}")  # ``tempfile.mkstemp`` appends it to the prefix
 
