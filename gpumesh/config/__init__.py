@@ -86,6 +86,6 @@ def dump_effective(topology: Topology) -> str:
 
 def schema() -> dict[str, Any]:
     """Returns the JSON Schema of mesh.yaml, for editors."""
-    from gpumesh.config.mesh_file import file_schema
+    from gpumesh.config.mesh_file import json_schema
 
-    return file_schema.schema()
+    return json_schema.make_json_schema()

@@ -1,4 +1,4 @@
-"""Parses single values of mesh.yaml and the command line: durations, URLs, jump hosts, commands. Pure; no pydantic.
+"""Parses single values of mesh.yaml and the command line: durations, URLs, jump hosts, commands. Pure.
 
 Each function raises ValueError. Its text completes a sentence that begins with the value, and repeats at most digits of
 the value: a user may have written a secret in the wrong place.
@@ -19,6 +19,10 @@ from gpumesh.topology import Target
 _N = TypeVar("_N", int, float)
 
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}  # in seconds
+_TRUTH_VALUES = {
+    **dict.fromkeys(("true", "t", "yes", "y", "on", "1"), True),
+    **dict.fromkeys(("false", "f", "no", "n", "off", "0"), False),
+}
 _DURATION = re.compile(r"(?P<number>\d{1,9}(?:\.\d{1,6})?)\s*(?P<unit>ms|s|m|h)")
 _HOST = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,252})")
 _PATH = re.compile(r"[A-Za-z0-9._~!$&'()*+,;=:@%/-]*")
@@ -54,6 +58,14 @@ def parse_integer(text: str) -> int:
     if not re.fullmatch(r"[+-]?[0-9]{1,18}", text.strip()):
         raise ValueError("is not a whole number")
     return int(text)
+
+
+def parse_boolean(text: str) -> bool:
+    """Returns the truth value of ``true``, ``no``, ``on`` or another usual word, in upper or lower case."""
+    truth_value = _TRUTH_VALUES.get(text.lower())
+    if truth_value is None:
+        raise ValueError("is neither true nor false")
+    return truth_value
 
 
 def parse_weight(text: str) -> float:
@@ -152,6 +164,11 @@ def parse_jump(text: str) -> str:
     if match["port"] is not None and not 1 <= int(match["port"]) <= 65535:
         raise ValueError("has a port that is not between 1 and 65535")
     return text.strip()
+
+
+def split_jumps(text: str) -> tuple[str, ...]:
+    """Splits a chain of jump hosts, as ``ssh -J`` has it (``a,b``), at its commas."""
+    return tuple(text.split(","))
 
 
 def parse_alias(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Turns pydantic's errors about a mesh.yaml into messages for a person, with "did you mean" and a position.
+"""Turns the problems that the schema finds into messages for a person, with "did you mean" and a position.
 
 A value is shown as it stands in the file, before ``${VAR}`` was expanded. A value that may be a secret is not shown.
 """
@@ -7,27 +7,24 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, get_args, get_origin
+from collections.abc import Iterable, Iterator
+from typing import Any
 
-from pydantic import ValidationError
-from pydantic.fields import FieldInfo
-
-from gpumesh.config.mesh_file.file_schema import MeshFile, Section
+from gpumesh.config.mesh_file.file_schema import MeshFile
+from gpumesh.config.mesh_file.value_types import (
+    KEYS_WITH_VALUES,
+    KeyProblem,
+    MappingOf,
+    NotAChoice,
+    Section,
+    ValueProblem,
+    ValueType,
+    WrongType,
+    settings_of,
+)
 from gpumesh.config.mesh_file.yaml_tree import Fault, KeyPath, ListValue, MappingValue, ScalarValue, Value, follow_path
 from gpumesh.config.value_parsers import SensitiveError
 
-# For a type of pydantic's errors: the start of a sentence that goes on with "expected here".
-_EXPECTED_PHRASES = {
-    "model_type": "keys with values are",
-    "dict_type": "keys with values are",
-    "tuple_type": "a list is",
-    "string_type": "a single value is",
-    "int_type": "a whole number is",
-    "float_type": "a number is",
-    "bool_type": "true or false is",
-    "enum": "a single value is",
-}
 # Examples of the mappings that people write as plain text instead.
 _EXAMPLES = {"ssh": "{host: 203.0.113.7, port: 22}", "backend": "{port: 11434}"}
 # Keys under which people write a secret itself, and the keys that name its variable instead.
@@ -68,10 +65,10 @@ _SECTION_LABELS = {"nodes": "a node", "keys": "a key of the gateway", "models": 
 _MAX_QUOTED = 60  # characters
 
 
-def translate_errors(error: ValidationError, tree: Value) -> Iterator[Fault]:
-    """Yields each of pydantic's errors as a fault with our own message and its position in ``tree``, the file."""
-    for detail in error.errors(include_url=False):
-        yield _translate(detail["type"], detail["loc"], detail.get("ctx", {}), detail["msg"], tree)
+def explain_problems(problems: Iterable[ValueProblem], tree: Value) -> Iterator[Fault]:
+    """Yields each problem as a fault with a message and its position in ``tree``, the file."""
+    for problem in problems:
+        yield _explain(problem, tree)
 
 
 def quote_value(text: str) -> str:
@@ -94,32 +91,30 @@ def not_one_of(text: str, choices: list[str]) -> str:
     return message if guess is None else f"{message}; did you mean {guess}?"
 
 
-def _translate(error_type: str, path: KeyPath, context: Mapping[str, Any], message: str, tree: Value) -> Fault:
-    """Returns the fault for one error of pydantic, which has a type, a path, a context and a message. ``tree`` is the
-    file. A type that is not known here gives pydantic's own message."""
-    steps, key_position, value = follow_path(tree, path)
-    if error_type == "extra_forbidden":
-        return Fault(_explain_unknown_key(path), key_position, path)
-    if error_type == "missing":
+def _explain(problem: ValueProblem, tree: Value) -> Fault:
+    """Returns the fault for one problem. ``tree`` is the file."""
+    path, reason = problem.path, problem.reason
+    steps, position, value = follow_path(tree, path)
+    if reason is KeyProblem.UNKNOWN:
+        return Fault(_explain_unknown_key(path), position, path)
+    if reason is KeyProblem.MISSING:
         return Fault("is missing", value.position, path)
-    # For a single value that stands in the place of a list, pydantic names a member of the list: cut the path there.
+    # A single value in the place of a list has a path as if it stood in a list: cut the path where the value stands.
     path = path[:steps]
-    if error_type == "value_error":
-        reason = context["error"]
-        subject = "this" if isinstance(reason, SensitiveError) else _subject(value)
-        return Fault(f"{subject} {reason}", value.position, path)
-    if error_type == "enum" and isinstance(value, ScalarValue) and value.text is not None:
-        choices = re.findall(r"'([^']*)'", context["expected"])  # "'strict' or 'accept-new'"
-        return Fault(not_one_of(value.text, choices), value.position, path)
-    if error_type == "bool_parsing":
-        return Fault(f"{_subject(value)} is neither true nor false", value.position, path)
-    if error_type in _EXPECTED_PHRASES:
-        is_plain_section = bool(path) and error_type == "model_type"  # a section that is no mapping
-        example = _EXAMPLES.get(str(path[-1])) if is_plain_section else None
+    return Fault(_explain_value(reason, path, value), value.position, path)
+
+
+def _explain_value(reason: WrongType | NotAChoice | ValueError, path: KeyPath, value: Value) -> str:
+    """Returns the message for a wrong value, which stands at ``path``."""
+    if isinstance(reason, WrongType):
+        example = _EXAMPLES.get(str(path[-1])) if path and reason.expected == KEYS_WITH_VALUES else None
         such_as = f"; such as `{example}`" if example is not None else ""
-        message = f"{_EXPECTED_PHRASES[error_type]} expected here, not {_describe_value(value)}{such_as}"
-        return Fault(message, value.position, path)
-    return Fault(f"{_subject(value)}: {message}", value.position, path)
+        return f"{reason.expected} expected here, not {_describe_value(value)}{such_as}"
+    if isinstance(reason, NotAChoice):
+        text = value.text if isinstance(value, ScalarValue) else None
+        return not_one_of(text or "", reason.choices)
+    subject = "this" if isinstance(reason, SensitiveError) else _subject(value)
+    return f"{subject} {reason}"
 
 
 def _subject(value: Value) -> str:
@@ -195,31 +190,18 @@ def keys_at(path: KeyPath) -> list[str]:
         if is_name:
             is_name = False
             continue
-        info = section.model_fields.get(part)
-        section = _section_type(info) if info is not None else None
-        is_name = info is not None and _is_mapping_of_sections(info)
+        setting = settings_of(section).get(part)
+        section = _section_in(setting.value_type) if setting is not None else None
+        is_name = section is not None and setting is not None and isinstance(setting.value_type, MappingOf)
     if section is None or is_name:  # under ``models`` any key may stand
         return []
-    return list(section.model_fields)
+    return list(settings_of(section))
 
 
-def _is_mapping_of_sections(info: FieldInfo) -> bool:
-    """Whether a field holds sections by names that the user gives, as ``models`` does."""
-    types = (info.annotation, *get_args(info.annotation))  # with the parts of ``dict[…] | None``
-    is_mapping = any(get_origin(part) is dict for part in types)
-    return is_mapping and _section_type(info) is not None
-
-
-def _section_type(info: FieldInfo) -> type[Section] | None:
-    """Returns the section that a field holds, alone, optional (``Ssh | None``) or in a list; ``None`` for a field with
-    a plain value."""
-    pending: list[Any] = [info.annotation]
-    while pending:
-        annotation = pending.pop()
-        if isinstance(annotation, type) and issubclass(annotation, Section):
-            return annotation
-        pending.extend(get_args(annotation))
-    return None
+def _section_in(value_type: ValueType[Any]) -> type[Section] | None:
+    """Returns the section that a value is or that its members are; ``None`` for plain values."""
+    definition = value_type.definition
+    return definition if definition is not None and issubclass(definition, Section) else None
 
 
 def _sections_with_key(key: str) -> list[str]:
@@ -228,10 +210,10 @@ def _sections_with_key(key: str) -> list[str]:
     pending: list[tuple[str, type[Section]]] = [("the top level", MeshFile)]
     while pending:
         section_label, section = pending.pop(0)
-        for name, info in section.model_fields.items():
+        for name, setting in settings_of(section).items():
             if name == key:
                 sections.append(section_label)
-            inner_section = _section_type(info)
+            inner_section = _section_in(setting.value_type)
             inner_label = _SECTION_LABELS.get(name, name)
             if inner_section is not None and name != "defaults":  # `defaults` has only keys that a node has too
                 pending.append((inner_label, inner_section))

@@ -11,14 +11,13 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from gpumesh.config import credentials, environment, find_file
 from gpumesh.config.mesh_file import error_messages, rules, yaml_tree
 from gpumesh.config.mesh_file.file_schema import MeshFile
 from gpumesh.config.mesh_file.topology_builder import ResolveAlias, TopologyBuilder
-from gpumesh.config.mesh_file.variable_expansion import UNUSABLE, expand_tree
-from gpumesh.config.mesh_file.yaml_tree import Fault, KeyPath, MappingValue, Value
+from gpumesh.config.mesh_file.value_types import SectionOf, ValueProblem
+from gpumesh.config.mesh_file.variable_expansion import expand_tree
+from gpumesh.config.mesh_file.yaml_tree import Fault, MappingValue, Value
 from gpumesh.config.ssh import default_keys, ssh_config
 from gpumesh.errors import ConfigError, Problem
 from gpumesh.topology import Topology
@@ -109,11 +108,11 @@ def parse(
     tree, faults = _parse_mapping(text, file)
     values, expansion_faults = expand_tree(tree, env)
     faults += expansion_faults
-    # The rules come before the schema: a broken rule takes precedence over the error of pydantic for the same key.
+    # The rules come before the schema: a broken rule takes precedence over the schema's problem with the same key.
     broken_rules = [Fault(message, None, path) for path, message in rules.find_broken_rules(values)]
     reported_paths = {fault.path for fault in faults}
     faults += [fault for fault in broken_rules if fault.path not in reported_paths]
-    mesh_file = _validate_schema(values, tree, faults)
+    mesh_file = _read_sections(values, tree, faults)
     if mesh_file is None or faults:  # the schema accepts a file with a duplicate key or a broken rule
         raise _make_error(faults, file, tree)
     withhold_secrets(_secret_variables(values))
@@ -146,17 +145,14 @@ def _parse_mapping(text: str, file: str) -> tuple[MappingValue, list[Fault]]:
     return tree, faults
 
 
-def _validate_schema(values: Any, tree: Value, faults: list[Fault]) -> MeshFile | None:
-    """Returns the validated file. If it breaks the schema, returns ``None`` and adds the new problems to ``faults``."""
-    try:
-        return MeshFile.model_validate(values)
-    except ValidationError as error:
-        reported_paths = {fault.path for fault in faults}
-        for fault in error_messages.translate_errors(error, tree):
-            # An unusable value was reported when it could not be read. pydantic only refuses its placeholder.
-            if fault.path not in reported_paths and not _is_unusable(values, fault.path):
-                faults.append(fault)
-        return None
+def _read_sections(values: Any, tree: Value, faults: list[Fault]) -> MeshFile | None:
+    """Returns the file as the sections of the schema. If it breaks the schema, adds the new problems to ``faults``, and
+    returns ``None``."""
+    problems: list[ValueProblem] = []
+    mesh_file = SectionOf(MeshFile).read(values, (), problems)
+    reported_paths = {fault.path for fault in faults}
+    faults += [fault for fault in error_messages.explain_problems(problems, tree) if fault.path not in reported_paths]
+    return mesh_file
 
 
 def _secret_variables(values: Any) -> set[str]:
@@ -176,17 +172,6 @@ def _secret_variables(values: Any) -> set[str]:
 def _names_variable(key: object) -> bool:
     """Whether the value of ``key`` is the name of a variable that holds a secret."""
     return isinstance(key, str) and (key == "env" or key.endswith("_env"))
-
-
-def _is_unusable(values: Any, path: KeyPath) -> bool:
-    """Whether the value at ``path`` could not be read. Then its problem has been reported already."""
-    value = values
-    for part in path:
-        try:
-            value = value[part]
-        except (KeyError, IndexError, TypeError):  # the path of pydantic can be longer than the values are deep
-            break
-    return value is UNUSABLE
 
 
 def _make_error(faults: list[Fault], file: str, tree: Value | None, hint: str | None = None) -> ConfigError:

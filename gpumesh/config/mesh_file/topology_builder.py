@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TypeVar
-
-from pydantic import ValidationError
 
 from gpumesh.backends.dialects import find_dialect
 from gpumesh.config import listen_address
@@ -22,11 +20,11 @@ from gpumesh.config.mesh_file.file_schema import (
     Model,
     Node,
     NodeDefaults,
-    Section,
     Ssh,
     Tunnels,
 )
 from gpumesh.config.mesh_file.model_rules import ALL_NODES
+from gpumesh.config.mesh_file.value_types import Section, SectionOf, ValueProblem, settings_of
 from gpumesh.config.mesh_file.yaml_tree import Fault, KeyPath
 from gpumesh.config.ssh.ssh_config import AliasSettings, expand_identity_files
 from gpumesh.topology import (
@@ -150,7 +148,7 @@ class TopologyBuilder:
         """Returns the settings with the key files of the alias for the host, port and user that are used in the end:
         a key of mesh.yaml may replace those of the alias."""
         if alias_settings.no_identity_files:
-            return settings.model_copy(update={"identity_file": ()})
+            return replace(settings, identity_file=())
         if not alias_settings.raw_identity_files:
             return settings
         paths = expand_identity_files(
@@ -161,7 +159,7 @@ class TopologyBuilder:
             port=_value_or(settings.port, 22),
             user=settings.user or self.user,
         )
-        return settings.model_copy(update={"identity_file": paths})
+        return replace(settings, identity_file=paths)
 
     def _read_alias_settings(self, alias: str, path: KeyPath) -> AliasSettings | None:
         """Returns the settings of ``alias``. If they cannot be read, returns ``None`` and adds a fault at ``path``."""
@@ -180,21 +178,18 @@ class TopologyBuilder:
             "host": alias_settings.host,
             "port": None if alias_settings.port is None else str(alias_settings.port),
             "user": alias_settings.user,
-            "identity_file": alias_settings.identity_files or None,
+            "identity_file": list(alias_settings.identity_files) or None,
             "known_hosts": alias_settings.known_hosts,
-            "proxy_jump": alias_settings.proxy_jump or None,
-            "identities_only": True if alias_settings.identities_only else None,
-            "agent": None if alias_settings.agent else False,
+            "proxy_jump": list(alias_settings.proxy_jump) or None,
+            "identities_only": "true" if alias_settings.identities_only else None,
+            "agent": None if alias_settings.agent else "false",
         }
-        try:
-            return Ssh.model_validate(values)
-        except ValidationError as error:
-            for detail in error.errors(include_url=False):
-                key, *_ = detail["loc"]
-                # The ValueError of our own parser, if that has refused the value; else pydantic's message.
-                reason = detail.get("ctx", {}).get("error", detail["msg"])
-                self.faults.append(Fault(f"in ~/.ssh/config its {key} {reason}", None, path))
-            return Ssh()
+        problems: list[ValueProblem] = []
+        section = SectionOf(Ssh).read(values, (), problems)
+        for problem in problems:
+            key, *_ = problem.path
+            self.faults.append(Fault(f"in ~/.ssh/config its {key} {problem.reason}", None, path))
+        return section or Ssh()
 
     def _choose_transport(self, settings: Ssh, alias_settings: AliasSettings | None, path: KeyPath) -> TransportKind:
         """Returns the transport that the file names. If the file names none, returns the transport that supports the
@@ -304,7 +299,7 @@ def _drop_replaced_location(defaults: Backend, overrides: Backend) -> Backend:
     """
     if overrides.port is None and overrides.url is None and overrides.urls is None:
         return defaults
-    return defaults.model_copy(update={"port": None, "url": None, "urls": None})
+    return replace(defaults, port=None, url=None, urls=None)
 
 
 def _build_backend(backend: Backend) -> BackendSpec:
@@ -329,9 +324,9 @@ def _build_expect(expect: Expect) -> ExpectSpec:
 
 def _merge(defaults: S, overrides: S) -> S:
     """Returns the section with the values of ``overrides``, and of ``defaults`` where ``overrides`` has no value."""
-    values = {name: getattr(overrides, name) for name in type(overrides).model_fields}
-    given_values = {name: value for name, value in values.items() if value is not None}
-    return defaults.model_copy(update=given_values)
+    values = {key: getattr(overrides, key) for key in settings_of(type(overrides))}
+    given_values = {key: value for key, value in values.items() if value is not None}
+    return replace(defaults, **given_values)
 
 
 T = TypeVar("T")

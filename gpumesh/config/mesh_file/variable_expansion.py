@@ -20,7 +20,7 @@ _BODY = re.compile(r"(?P<name>[A-Za-z_][A-Za-z0-9_]*)(?::-(?P<default>.*))?", re
 
 
 class Unusable:
-    """The placeholder for a broken value. No key of the schema accepts this type."""
+    """The placeholder for a broken value, whose fault is reported already. The schema skips it."""
 
 
 UNUSABLE = Unusable()
@@ -60,8 +60,8 @@ def expand_variables(text: str, env: Mapping[str, str]) -> str:
     """Expands ``${VAR}`` and ``${VAR:-default}`` in ``text``; ``$${`` gives ``${`` itself.
 
     The default is used when VAR is empty or not set. Without a default, an empty VAR gives an empty text. Raises
-    ValueError (VAR is not set or holds a secret, the syntax is wrong, the result is too long), whose text never
-    contains the value of a variable.
+    ValueError (VAR is not set, is not UTF-8 or holds a secret, the syntax is wrong, the result is too long), whose text
+    never contains the value of a variable.
     """
     expanded = _REFERENCE.sub(lambda reference: _expand_reference(reference, env), text)
     if len(expanded) > MAX_EXPANDED:
@@ -88,4 +88,15 @@ def _expand_reference(reference: re.Match[str], env: Mapping[str, str]) -> str:
         return default
     if value is None:
         raise ValueError(f"the variable {name} is not set; ${{{name}:-default}} would say what to use then")
+    if not _is_unicode(value):
+        raise ValueError(f"the value of the variable {name} is not UTF-8")
     return value
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether the text has no surrogates, with which Python stands for the bytes of a variable that are not UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
