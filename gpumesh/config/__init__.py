@@ -3,7 +3,7 @@
 All problems of a mesh.yaml are reported at once. No other room reads the environment.
 
 Not allowed here: the network, an inference server, a running mesh. Importing this room stays cheap: a command that only
-needs to know *which* file is meant (`status` on a running mesh) imports neither yaml nor pydantic.
+needs to know *which* file is meant (`status` on a running mesh) does not import yaml.
 """
 
 from __future__ import annotations

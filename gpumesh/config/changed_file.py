@@ -1,4 +1,4 @@
-"""Looks whether mesh.yaml still says what the running mesh has read from it. Imports yaml and pydantic only if not."""
+"""Looks whether mesh.yaml still says what the running mesh has read from it. Imports yaml only if not."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class ChangedFile:
 
 def _compare_file(path: Path, snapshot: ConfigSnapshot) -> Finding | None:
     """Reads the file, and returns the finding about its differences from ``snapshot``."""
-    from gpumesh.config.mesh_file import reader  # imports yaml and pydantic, which most commands do not need
+    from gpumesh.config.mesh_file import reader  # imports yaml, which most commands do not need
 
     try:
         current = reader.load(path)

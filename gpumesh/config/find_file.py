@@ -1,6 +1,6 @@
 """Finds the mesh.yaml to use: named by the user, in the current folder, or in the user's configuration folder.
 
-Imports neither yaml nor pydantic, so that quick commands stay quick.
+Does not import yaml, so that quick commands stay quick.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Parses the addresses at which the gateway listens (``HOST:PORT``, ``unix:PATH``); refuses open ones without API key.
 
-An address is open if other machines can reach it. This module imports neither yaml nor pydantic, so that quick commands
-stay quick.
+An address is open if other machines can reach it. This module does not import yaml, so that quick commands stay
+quick.
 """
 
 from __future__ import annotations

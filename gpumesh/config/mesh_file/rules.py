@@ -47,11 +47,16 @@ def find_broken_rules(document: Mapping[str, Any]) -> Iterator[BrokenRule]:
 
 def _check_names_of_nodes(document: Mapping[str, Any], nodes: list[Any]) -> Iterator[BrokenRule]:
     """The rules for the sections that name nodes: ``models`` and the gateway's keys; and for the gateway's routes."""
-    names = [str(_as_mapping(node).get("name")) for node in nodes]
+    names = [_name_or_placeholder(_as_mapping(node).get("name")) for node in nodes]
     gateway = _as_mapping(document.get("gateway"))
     yield from model_rules.check_models(_as_mapping(document.get("models")), names)
     yield from model_rules.check_keys(gateway.get("keys"), gateway.get("api_key_env"), names)
     yield from model_rules.check_route_priority(gateway.get("route_priority"))
+
+
+def _name_or_placeholder(name: Any) -> str:
+    """Returns the name of a node; a question mark if the node has none that can be read."""
+    return name if isinstance(name, str) else "?"
 
 
 def _check_nodes(nodes: list[Any], defaults: Mapping[str, Any]) -> Iterator[BrokenRule]:

@@ -159,27 +159,30 @@ class Choice(ValueType[E]):
 
 @dataclass(frozen=True, slots=True)
 class ListOf(ValueType[tuple[T, ...]]):
-    """A list. ``split`` turns a single text in the place of the list into its members. ``None``: it must be a list."""
+    """A list. ``split`` turns a single text in the place of the list into its members; ``None``: it must be a list.
+    ``check_members`` raises ValueError if the members do not fit together."""
 
     member: ValueType[T]
     schema: JsonSchema
     split: Callable[[str], tuple[str, ...]] | None = lambda text: (text,)
-    check_list: Callable[[list[Any]], object] = lambda _: None  # raises ValueError
+    check_members: Callable[[tuple[T, ...]], object] = lambda _: None
 
     def read(self, value: object, path: KeyPath, problems: list[ValueProblem]) -> tuple[T, ...] | None:
+        count_before = len(problems)
         try:
             if isinstance(value, str) and self.split is not None:
                 value = list(self.split(value))
-            elif isinstance(value, list):
-                self.check_list(value)
+            if not isinstance(value, list):
+                _report_wrong_type(value, LIST, path, problems)
+                return None
+            members = tuple(self.member.read(member, (*path, index), problems) for index, member in enumerate(value))
+            members = cast("tuple[T, ...]", members)
+            if len(problems) == count_before:
+                self.check_members(members)
         except ValueError as error:
             problems.append(ValueProblem(path, error))
             return None
-        if not isinstance(value, list):
-            _report_wrong_type(value, LIST, path, problems)
-            return None
-        members = [self.member.read(member, (*path, index), problems) for index, member in enumerate(value)]
-        return cast("tuple[T, ...]", tuple(members))
+        return members
 
     @property
     def definition(self) -> type[Section | StrEnum] | None:

@@ -30,6 +30,15 @@ def node(keys: str) -> str:
         (node("expect: 5"), "nodes[0].expect: keys with values are expected here, not the text '5'"),
         (node("labels: [a]"), "nodes[0].labels: keys with values are expected here, not a list"),
         (node("expect: {models: {a: b}}"), "nodes[0].expect.models: a list is expected here, not keys with values"),
+        ("nodes: [{name: a, backend: {url: {host: h, port: 1}}}]",
+         "nodes[0].backend.url: a single value is expected here, not keys with values"),
+        (f"gateway: {{listen: [[0.0.0.0, 11430]]}}\n{node('weight: 1')}",
+         "gateway.listen[0]: a single value is expected here, not a list"),
+        (f"gateway: {{route_priority: {{/api/embed: ~}}}}\n{node('weight: 1')}",
+         "gateway.route_priority./api/embed: a single value is expected here, not nothing"),
+        (node("labels: {b c: d}"),
+         "nodes[0].labels.b c: 'd' is not a name: use letters, digits, dots, hyphens and underscores, 63 at most"),
+        (node("address_from: {command: ['', x]}"), "nodes[0].address_from.command: this names no program"),
         ("nodes: [{backend: {url: 'http://h:1'}}]", "nodes[0].name: is missing"),
         (f"tunnels: {{listen: sockets}}\n{node('weight: 1')}", "tunnels.listen: 'sockets' is not one of tcp, unix"),
         (f"tunnels: {{listen: unx}}\n{node('weight: 1')}",
@@ -47,6 +56,14 @@ def node(keys: str) -> str:
 )  # fmt: skip
 def test_a_sentence_for_a_person(text: str, message: str) -> None:
     assert said(text) == [message]
+
+
+def test_a_node_without_a_readable_name_is_a_question_mark_among_the_names() -> None:
+    messages = said("nodes: [{name: [x], backend: {url: 'http://h:1'}}]\nmodels: {m: {nodes: [b]}}")
+    assert messages == [
+        "nodes[0].name: a single value is expected here, not a list",
+        "models.m.nodes[0]: there is no node 'b'; the nodes are: ?",
+    ]
 
 
 @pytest.mark.parametrize("key", ["password", "passphrase", "api_key", "my_token"])

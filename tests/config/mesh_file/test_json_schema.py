@@ -18,8 +18,8 @@ def test_it_tells_an_editor_the_form_of_each_key() -> None:
     assert node["properties"]["tier"] == {
         "anyOf": [{"type": "integer", "minimum": 1, "maximum": 1000}, {"type": "null"}],
         "default": None,
-        "description": "1 if not given. A node of a higher tier is used only when the lower ones are full, away or much "
-        "slower.",
+        "description": "1 if not given. A node of a higher tier is used only when the lower ones are full, away or much"
+        " slower.",
         "title": "Tier",
     }
     assert node["properties"]["ssh"]["anyOf"] == [{"$ref": "#/$defs/Ssh"}, {"type": "null"}]

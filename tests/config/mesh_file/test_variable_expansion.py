@@ -5,7 +5,7 @@ import pytest
 from gpumesh.config.mesh_file import yaml_tree
 from gpumesh.config.mesh_file.variable_expansion import MAX_EXPANDED, UNUSABLE, expand_tree, expand_variables
 
-ENV = {"HOST": "iceland", "EMPTY": "", "LONG": "x" * MAX_EXPANDED, "POD_API_KEY": "hunter2"}
+ENV = {"HOST": "iceland", "EMPTY": "", "LONG": "x" * MAX_EXPANDED, "POD_API_KEY": "hunter2", "BYTES": "caf\udce9"}
 
 
 @pytest.mark.parametrize(
@@ -31,6 +31,7 @@ def test_variables(text: str, value: str) -> None:
     ("text", "said"),
     [
         ("${NOPE}", "the variable NOPE is not set"),
+        ("${BYTES}", "the value of the variable BYTES is not UTF-8"),
         ("${HOST", r"write \$\{VAR\}"),
         ("${}", r"write \$\{VAR\}"),
         ("${a b}", r"write \$\{VAR\}"),
