@@ -34,7 +34,16 @@ from gpumesh.backends.continuation.stream_format import (
     positive_count,
     probe_messages,
 )
+from gpumesh.printable import printable
 
+# Members that give the answer a form, or let each of its tokens be told with more than its text. The rest of an answer
+# would begin the form anew. Servers have dozens of names for them: ``guided_choice``, ``structured_outputs`` …
+_SHAPES_ANSWER = re.compile(
+    r"\A(?:tools|functions|audio|modalities|regex|ebnf|suffix|prediction)\Z"
+    r"|guided_|grammar|schema|structur|logprob|return_token"
+)
+# The limits for the tokens of an answer. The last is llama-server's own.
+LIMIT_KEYS = ("max_completion_tokens", "max_tokens", "n_predict")
 _TEXTS = re.compile(rb'"content"\s*:\s*("[^"\\]*(?:\\.[^"\\]*)*")')
 
 
@@ -52,19 +61,22 @@ class OpenAIChatFormat(EventStreamFormat):
             return event
         text, thinking, delta = _read_texts(event.document)
         choices = read_choices(event.document)
+        has_content = any(_has_content(choice) for choice in choices)
+        calls_tools = bool(delta.get("tool_calls") or delta.get("function_call"))
         chat_frame = replace(
             event,
             text=text,
             thinking=thinking,
-            has_content=any(_has_content(choice.get("delta")) for choice in choices),
-            calls_tools=bool(delta.get("tool_calls") or delta.get("function_call")),
+            has_content=has_content,
+            calls_tools=calls_tools,
+            has_other_content=has_content and not (text or thinking or calls_tools),
         )
         return with_choices(chat_frame, choices)
 
     def extract_texts(self, frames: bytes) -> TextPieces:
         """The texts of many events. Events with thinking are parsed one by one."""
         if b'"reasoning' not in frames:
-            pieces = find_strings(_TEXTS, frames)
+            pieces = find_strings(_TEXTS, frames, frames.count(b"\n\n"))
             if pieces is not None:
                 return pieces
         events = frames.split(b"\n\n") if b"\r" not in frames else self.frame_end_pattern.split(frames)
@@ -75,14 +87,19 @@ class OpenAIChatFormat(EventStreamFormat):
             if event
         ]
         documents = safe_json.parse_objects([data for data in data_of_events if data])
-        return collect_texts(_read_texts(document)[:2] for document in documents)  # [:2]: the text and the thinking
+        pairs = [_read_texts(document)[:2] for document in documents]  # [:2]: the text and the thinking
+        has_other_content = any(
+            not any(pair) and any(map(_has_content, read_choices(document)))
+            for pair, document in zip(pairs, documents, strict=True)
+        )
+        return collect_texts(pairs, has_other_content=has_other_content)
 
     def continuation_refusal(self, request: JsonObject) -> str | None:
         """The reason if the request holds something that a continuation could not keep: tools, a grammar, several
         answers at once …"""
-        for key in ("tools", "functions", "logprobs", "grammar", "json_schema", "guided_json", "guided_regex"):
-            if request.get(key):
-                return f"an answer with `{key}` cannot be continued"
+        for key, value in request.items():
+            if value and _SHAPES_ANSWER.search(key) is not None:
+                return f"an answer with `{printable(key, 40)}` cannot be continued"
         response_format = request.get("response_format")
         if isinstance(response_format, dict) and response_format.get("type") not in (None, "text"):
             return "an answer with `response_format` cannot be continued"
@@ -93,8 +110,8 @@ class OpenAIChatFormat(EventStreamFormat):
         return None
 
     def token_budget(self, request: JsonObject) -> int | None:
-        """The lower of the two limits for tokens that a request may hold; ``None`` if it holds none."""
-        limits = [positive_count(request.get(key)) for key in ("max_completion_tokens", "max_tokens")]
+        """The lowest of the limits for tokens that a request may hold; ``None`` if it holds none."""
+        limits = [positive_count(request.get(key)) for key in LIMIT_KEYS]
         return min((limit for limit in limits if limit is not None), default=None)
 
     def choice_count(self, request: JsonObject) -> int:
@@ -152,7 +169,7 @@ class OpenAIChatFormat(EventStreamFormat):
         body["messages"] = append_answer(
             list(request["messages"]), partial_answer.text, "reasoning_content", partial_answer.thinking
         )
-        for key in ("max_completion_tokens", "max_tokens"):
+        for key in LIMIT_KEYS:
             limit = positive_count(request.get(key))
             if limit is not None:
                 body[key] = max(limit - partial_answer.tokens, 1)
@@ -276,10 +293,12 @@ def _read_texts(document: JsonObject) -> tuple[str, str, JsonObject]:
     return safe_json.as_text(delta.get("content")) or "", thinking, delta
 
 
-def _has_content(delta: Any) -> bool:
-    """Whether a delta holds a part of the answer: anything but the role, which a server may send before it has read the
-    prompt."""
-    return isinstance(delta, dict) and any(value for key, value in delta.items() if key != "role")
+def _has_content(choice: JsonObject) -> bool:
+    """Whether a choice holds a part of the answer: anything but the role, which a server may send before it has read
+    the prompt. Some servers send a ``message`` or a ``text`` instead of a ``delta``."""
+    delta = choice.get("delta") or choice.get("message")
+    has_part = isinstance(delta, dict) and any(value for key, value in delta.items() if key != "role")
+    return has_part or bool(choice.get("text"))
 
 
 def _with_texts(frame: Frame) -> dict[str, Any]:

@@ -1,8 +1,6 @@
 """``Continuation`` makes one answer of several upstream streams: a cut stream is continued, or ends with an error.
 
-Pure, no I/O.
-
-How a proxy drives it::
+Pure. How a proxy drives it::
 
     answer = Continuation(path, request_body, clock=time.monotonic, strategies=strategies)
     upstream = send(original call)
@@ -21,8 +19,7 @@ How a proxy drives it::
         if isinstance(ending, Ending): break             # ending.data completes it, or ending.error says why not
         upstream = send(ending)                          # if it fails before `feed` gave anything: the next node
 
-Only whole frames are passed on. So a cut never leaves half a line with the client. The next node is asked to continue
-exactly the frames that were passed on: no text is lost or repeated.
+Only whole frames are passed on, and the next node is asked to continue exactly these: no text is lost or repeated.
 """
 
 from __future__ import annotations
@@ -64,10 +61,8 @@ class Continuation:
     ``answer_counters`` those of the whole answer.
 
     ``resume`` is false for ``X-GPUMesh-Resume: off``. ``clock`` returns seconds. ``started_at`` is the time of the
-    request, if the request came before now. ``reserve_bytes``: see ``ContinuationPlanner``.
-
-    This class is a little longer than others: a third of it calls the planner and the received text, so that a proxy
-    needs one object only.
+    request, if that came before now. ``reserve_bytes``: see ``ContinuationPlanner``. A long class: a third of it calls
+    the planner and the received text.
     """
 
     def __init__(
@@ -107,14 +102,14 @@ class Continuation:
         # The times of the current upstream's first and last whole frames.
         self._first_frame_at: float | None = None
         self._last_frame_at = 0.0
-        self._earlier_text_bytes = 0  # from earlier upstreams
+        self._earlier_text_bytes = self._earlier_tokens = 0  # from earlier upstreams
+        self._hidden_tokens = 0  # counted by servers beyond the frames: some send several tokens in a frame
         self._spent_ms = 0.0  # the time that earlier upstreams took, from their first frame to their last
         self._partial_answer = PartialAnswer()
         self._cut_message = ""
         self.cuts = 0
-        self.finished = False
+        self.finished = self.exceeds_bound = False
         self.cut_reason: str | None = None
-        self.exceeds_bound = False
         self.counters: ServerCounters | None = None
         self.answer_counters: ServerCounters | None = None
 
@@ -228,7 +223,7 @@ class Continuation:
         self.counters = None
         self._first_frame_at = None
         self._frame_count = 0
-        self._earlier_text_bytes = self._received.text_bytes
+        self._earlier_text_bytes, self._earlier_tokens = self._received.text_bytes, self._received.tokens
 
     def _use_upstream_format(self, stream_format: StreamFormat) -> None:
         """Reads the upstream's stream in this format from now on."""
@@ -302,7 +297,8 @@ class Continuation:
             self._awaits_token = False
         if not self._awaits_token:
             self._record_time(now)
-        may_have_counters = frame.ends_stream or b'"usage":{' in raw or b'"timings"' in raw
+        has_usage = b'"usage"' in raw and b'"usage":null' not in raw
+        may_have_counters = frame.ends_stream or has_usage or b'"timings"' in raw
         counters = find_counters(raw) if may_have_counters else None
         if counters is not None:
             self.counters = counters.with_prompt_counts_of(self.counters)
@@ -320,7 +316,7 @@ class Continuation:
     def _ends_with_reason(self, frame: Frame) -> bool:
         """Whether the last frame ends a complete answer. OpenAI's ``[DONE]``, which holds no document, may also follow
         a failure: then a choice has come without a finish reason."""
-        return frame.document is not None or self._received.is_complete
+        return frame.document is not None or self._received.may_be_complete
 
     # -- a cut ---------------------------------------------------------------------------------------------------
 
@@ -330,28 +326,28 @@ class Continuation:
         assert not self.finished, "the client has the whole answer"
         self._cut_message = reason or self.cut_reason or "the stream ended before its final frame"
         self._read_unread()
-        received = self._received
+        received, planner = self._received, self._planner
         if self._first_frame_at is not None:
             self._spent_ms += (self._last_frame_at - self._first_frame_at) * 1000.0
+        self._hidden_tokens += self._count_hidden_tokens()
         self.abandon_upstream()
         self.cuts += 1
         self._partial_answer = PartialAnswer(
             text="".join(received.texts),
             thinking="".join(received.thinking_texts),
-            tokens=received.tokens,
+            tokens=received.tokens + self._hidden_tokens,
             spent_ms=self._spent_ms,
             elapsed_ms=(self._clock() - self._started_at) * 1000.0,
             cuts=self.cuts,
             first_frame=received.first_frame,
         )
-        misses_choices = self._planner.is_missing_choices(received)
-        if received.is_complete and not misses_choices:  # only the frames after the text are missing
+        if received.is_complete and not planner.is_missing_choices(received):  # only frames after the text are missing
             return self._complete(self._client_format.closing_frames("", self._partial_answer))
         refusal = self._refusal()
         if refusal is not None:
             return self._end_with_refusal(refusal)
-        budget = self._planner.token_budget if received.tokens else None
-        if budget is not None and received.tokens >= budget:  # only the frames after the text are missing
+        budget = planner.token_budget if received.tokens else None
+        if budget is not None and self._partial_answer.tokens >= budget:  # only the frames after the text are missing
             return self._complete(self._client_format.closing_frames("length", self._partial_answer))
         return None
 
@@ -378,6 +374,12 @@ class Continuation:
         self._use_upstream_format(step.stream_format)
         self._repeated_text = RepeatedText(step.repeated_text)
         return step.call
+
+    def _count_hidden_tokens(self) -> int:
+        """How many tokens the current upstream has counted beyond its frames. A token has at least one byte."""
+        received, counters = self._received, self.counters
+        counted = min((counters and counters.tokens) or 0, received.text_bytes - self._earlier_text_bytes)
+        return max(counted - (received.tokens - self._earlier_tokens), 0)
 
     def _refusal(self) -> str | None:
         """Why no other node can continue the answer; ``None`` if a node can."""

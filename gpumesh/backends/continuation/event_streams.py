@@ -30,7 +30,8 @@ _MARK = (
 )
 _MARKS = re.compile(rb'"(?:' + _MARK + rb")")
 # In formats with choices, each event of a choice after the first is read: the answer is complete when all choices are.
-CHOICE_MARKS = re.compile(rb'"(?:' + _MARK + rb'|index"\s*:\s*[1-9])')
+# An event with a whole message is no event of a stream as clients expect it.
+CHOICE_MARKS = re.compile(rb'"(?:' + _MARK + rb'|index"\s*:\s*[1-9]|message"\s*:\s*\{)')
 _LAST_EVENTS = frozenset({"message_stop", "response.completed", "response.incomplete", "response.failed"})
 # Events that a server may send before it has read the prompt.
 _EMPTY_EVENTS = frozenset(
@@ -46,6 +47,9 @@ _EMPTY_EVENTS = frozenset(
     }
 )
 DONE = b"data: [DONE]\n\n"
+# Reasons for the end that tell of a failure: of vLLM and SGLang (a server that stops, or a lost engine), TensorRT-LLM,
+# and routers.
+FAILED_REASONS = frozenset({"abort", "aborted", "error", "cancelled", "timeout"})
 
 
 class EventStreamFormat:
@@ -200,12 +204,25 @@ def read_choices(document: JsonObject) -> tuple[JsonObject, ...]:
 
 
 def with_choices(frame: Frame, choices: tuple[JsonObject, ...]) -> Frame:
-    """The frame with the indexes of its choices, and of those that have a finish reason."""
+    """The frame with the indexes of its choices, and of those that have a finish reason. A reason that tells a failure
+    becomes the frame's error."""
     indexes = [safe_json.as_count(choice.get("index")) or 0 for choice in choices]
-    finished = [
-        index for index, choice in zip(indexes, choices, strict=True) if isinstance(choice.get("finish_reason"), str)
-    ]
-    return replace(frame, choices=tuple(indexes), finished_choices=tuple(finished))
+    reasons = [choice.get("finish_reason") for choice in choices]
+    if not any(isinstance(reason, str) for reason in reasons):  # nearly every frame
+        return replace(frame, choices=tuple(indexes))
+    failed = next((reason for reason in reasons if reason in FAILED_REASONS), None)
+    return replace(
+        frame,
+        choices=tuple(indexes),
+        finished_choices=tuple(index for index, reason in zip(indexes, reasons, strict=True) if reason),
+        unmarked_choices=tuple(index for index, reason in zip(indexes, reasons, strict=True) if reason == ""),
+        error=frame.error if failed is None else failed_reason_message(failed),
+    )
+
+
+def failed_reason_message(reason: str) -> str:
+    """The error for an answer that ends with a reason of FAILED_REASONS."""
+    return f"the server gave it up (finish_reason {reason!r})"
 
 
 def wanted_choices(request: JsonObject) -> int:

@@ -54,13 +54,15 @@ class OllamaStreamFormat:
             return Frame(error="a line that is no JSON")
         text, thinking, text_holder = _read_texts(document)
         done = document.get("done") is True
+        has_images, calls_tools = _holds_images(text_holder), bool(text_holder.get("tool_calls"))
         return Frame(
             document,
             text=text,
             thinking=thinking,
             # ``completed``: the progress of an image that is generated.
-            has_content=bool(text or thinking or text_holder.get("tool_calls") or "completed" in document),
-            calls_tools=bool(text_holder.get("tool_calls")),
+            has_content=bool(text or thinking or calls_tools or has_images or "completed" in document),
+            calls_tools=calls_tools,
+            has_other_content=has_images,
             finished_choices=(0,) if done else (),
             ends_stream=done,
             error=error_text.find_error_message(document),
@@ -69,12 +71,13 @@ class OllamaStreamFormat:
     def extract_texts(self, frames: bytes) -> TextPieces:
         """The texts of many lines. Lines with thinking are parsed one by one."""
         if b'"thinking"' not in frames:
-            pieces = find_strings(_TEXTS, frames)
+            pieces = find_strings(_TEXTS, frames, frames.count(b"\n"))
             if pieces is not None:
                 return pieces
         lines = [line for line in frames.split(b"\n") if line.strip()]
-        # [:2]: the text and the thinking.
-        return collect_texts(_read_texts(document)[:2] for document in safe_json.parse_objects(lines))
+        texts = [_read_texts(document) for document in safe_json.parse_objects(lines)]
+        has_images = any(_holds_images(text_holder) for _, _, text_holder in texts)
+        return collect_texts([(text, thinking) for text, thinking, _ in texts], has_other_content=has_images)
 
     def continuation_refusal(self, request: JsonObject) -> str | None:
         """The reason if the request holds something that a continuation could not keep: tools, a format, a suffix …"""
@@ -217,6 +220,11 @@ def _read_texts(document: JsonObject) -> tuple[str, str, JsonObject]:
         safe_json.as_text(document.get("thinking")) or "",
         document,
     )
+
+
+def _holds_images(text_holder: JsonObject) -> bool:
+    """Whether a line holds generated images."""
+    return bool(text_holder.get("images") or text_holder.get("image"))
 
 
 def _chat_call(body: dict[str, Any], options: dict[str, Any]) -> HttpCall:

@@ -92,7 +92,7 @@ class ContinuationPlanner:
     def refusal(self, received: ReceivedText) -> str | None:
         """Why no node can continue the received text; ``None`` if a node can."""
         # Only if the text is kept, its absence here means that the client has none.
-        has_no_text = received.keeps and not received.tokens and not received.calls_tools
+        has_no_text = received.keeps and not (received.tokens or received.calls_tools or received.has_other_content)
         if not received.started or has_no_text:
             return None  # the request is sent anew
         if self._client_format.supports_continuation and not received.keeps:
@@ -103,6 +103,8 @@ class ContinuationPlanner:
             return "several answers at once cannot be continued"
         if received.thinking_texts and not received.texts:
             return "the model was still thinking"
+        if received.has_other_content and (received.has_mixed_content or not received.texts):
+            return "it holds more than text"
         if received.repeats_itself:
             return "it repeats itself"
         if not self._is_affordable:

@@ -28,6 +28,7 @@ class ReceivedText:
 
     ``tokens`` counts the frames with text, ``text_bytes`` the bytes of the text and the thinking that was kept.
     ``first_frame`` is the first frame with a document: it names the answer. ``calls_tools``: a frame held a tool call.
+    ``has_other_content``: a frame held content that is no text, ``has_mixed_content``: after the first text.
     ``has_other_choices``: a frame held another choice than the first. ``finished_choices`` counts the choices that are
     complete. These attributes are up to date only after ``read_unread``.
     """
@@ -38,8 +39,11 @@ class ReceivedText:
         "_other_choices",
         "_size",
         "_stream_format",
+        "_unmarked",
         "calls_tools",
         "first_frame",
+        "has_mixed_content",
+        "has_other_content",
         "keeps",
         "started",
         "text_bytes",
@@ -60,8 +64,10 @@ class ReceivedText:
         self.thinking_texts: list[str] = []
         self.tokens = self.text_bytes = 0
         self.calls_tools = False
+        self.has_other_content = self.has_mixed_content = False
         self._other_choices: set[int] = set()  # the indexes of the choices after the first that have come
         self._finished: set[int] = set()
+        self._unmarked: set[int] = set()  # the choices that had an empty text as their reason for the end
         self.first_frame: JsonObject | None = None
         self._last_tokens: deque[str] = deque(maxlen=MAX_REPEATED_TOKENS)
         self._size = 0
@@ -88,6 +94,12 @@ class ReceivedText:
         and choices of which nothing has come yet."""
         return 0 in self._finished and self._other_choices <= self._finished
 
+    @property
+    def may_be_complete(self) -> bool:
+        """Whether the server may end the stream now: every choice is complete, or its server gives no reasons."""
+        ended = self._finished | self._unmarked
+        return 0 in ended and self._other_choices <= ended
+
     def read_unread(self) -> None:
         """Reads the unread frames, and keeps their text instead."""
         if not self.unread:
@@ -112,13 +124,17 @@ class ReceivedText:
         if frame.choices and frame.choices != (0,):
             self._other_choices.update(index for index in frame.choices if index and index < MAX_CHOICES)
         self._finished.update(index for index in frame.finished_choices if index < MAX_CHOICES)
+        self._unmarked.update(index for index in frame.unmarked_choices if index < MAX_CHOICES)
         texts = (frame.text,) if frame.text else ()
         thinking_texts = (frame.thinking,) if frame.thinking else ()
-        self._add(TextPieces(texts, thinking_texts))
+        self._add(TextPieces(texts, thinking_texts, frame.has_other_content))
 
     def _add(self, pieces: TextPieces) -> None:
         """Counts the pieces, and adds their text unless the text is not kept."""
         self.tokens += len(pieces.texts) + len(pieces.thinking_texts)
+        if pieces.has_other_content:
+            self.has_other_content = True
+            self.has_mixed_content |= bool(self.texts or pieces.texts)
         if not self.keeps:
             return
         text, thinking = "".join(pieces.texts), "".join(pieces.thinking_texts)

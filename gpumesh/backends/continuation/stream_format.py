@@ -28,7 +28,9 @@ class Frame:
 
     ``has_content``: it holds a part of an answer (text, thinking, a tool call …), and not only a comment, a role or
     figures. ``text`` and ``thinking`` are those of the first choice. ``calls_tools``: it holds a call of a tool.
-    ``choices`` are the indexes of the choices that it holds, ``finished_choices`` of those that end with it.
+    ``has_other_content``: its content is nothing of this (a picture, a list of parts …), so no other server can
+    continue it. ``choices`` are the indexes of the choices that it holds, ``finished_choices`` of those that end with
+    it, ``unmarked_choices`` of those whose reason for the end is an empty text: some servers send this in each frame.
     ``ends_stream``: no frame follows. ``error``: the server's error, or why the frame is not valid; ``None`` for a
     frame without an error."""
 
@@ -37,8 +39,10 @@ class Frame:
     thinking: str = ""
     has_content: bool = False
     calls_tools: bool = False
+    has_other_content: bool = False
     choices: tuple[int, ...] = ()
     finished_choices: tuple[int, ...] = ()
+    unmarked_choices: tuple[int, ...] = ()
     ends_stream: bool = False
     error: str | None = None
 
@@ -55,19 +59,22 @@ class Frame:
 
 @dataclass(frozen=True, slots=True)
 class TextPieces:
-    """The pieces of text and of thinking, in order, without empty pieces."""
+    """The pieces of text and of thinking, in order, without empty pieces. ``has_other_content``: a frame holds other
+    content (``Frame.has_other_content``)."""
 
     texts: tuple[str, ...] = ()
     thinking_texts: tuple[str, ...] = ()
+    has_other_content: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class PartialAnswer:
     """The part of the answer that the client has received, over all attempts.
 
-    ``tokens`` counts its frames with text: about as many tokens. ``spent_ms``: the time in which the servers generated
-    this part. ``elapsed_ms``: the time since the request began. ``cuts``: how often the answer was cut. ``first_frame``
-    is the first document of the stream, which names the answer; ``None`` if no document has come.
+    ``tokens`` counts its frames with text, about as many tokens, or is the servers' own count if that is higher.
+    ``spent_ms``: the time in which the servers generated this part. ``elapsed_ms``: the time since the request began.
+    ``cuts``: how often the answer was cut. ``first_frame`` is the first document of the stream, which names the answer;
+    ``None`` if no document has come.
     """
 
     text: str = ""
@@ -212,24 +219,26 @@ def client_began_answer(messages: Any) -> bool:
     return last.get("role") == "assistant" and isinstance(last.get("content"), str)
 
 
-def find_strings(pattern: re.Pattern[bytes], frames: bytes) -> TextPieces | None:
-    """The JSON strings that the pattern finds, without parsing the frames. ``None`` if they are not valid JSON.
+def find_strings(pattern: re.Pattern[bytes], frames: bytes, count: int = 0) -> TextPieces | None:
+    """The JSON strings that the pattern finds, without parsing the frames. ``None`` if they are not valid JSON, or if
+    there are fewer than ``count``, the number of frames: then a frame may hold something else.
 
     The pattern begins with a key in quotation marks. A quotation mark inside of a string is escaped, so the pattern
     cannot match inside of a text.
     """
-    strings = safe_json.parse(b"[" + b",".join(pattern.findall(frames)) + b"]")
+    found = pattern.findall(frames)
+    strings = safe_json.parse(b"[" + b",".join(found) + b"]") if len(found) >= count else None
     if not isinstance(strings, list):
         return None
     return TextPieces(tuple(filter(None, strings)))  # without empty strings
 
 
-def collect_texts(pairs: Iterable[tuple[str, str]]) -> TextPieces:
+def collect_texts(pairs: Iterable[tuple[str, str]], *, has_other_content: bool = False) -> TextPieces:
     """The texts and the thinking of many frames, without empty pieces. ``pairs`` holds both of each frame."""
     all_pairs = list(pairs)
     texts = tuple(text for text, _ in all_pairs if text)
     thinking_texts = tuple(thinking for _, thinking in all_pairs if thinking)
-    return TextPieces(texts, thinking_texts)
+    return TextPieces(texts, thinking_texts, has_other_content)
 
 
 def continuation_note(partial_answer: PartialAnswer) -> dict[str, int]:
