@@ -41,9 +41,14 @@ def describe_web_page(body: bytes) -> str:
 def find_error_message(document: dict[str, Any]) -> str | None:
     """The message of an error in an answer with status 200, or in a frame of a stream, safe to print; ``None`` if the
     document reports no error."""
-    if document.get("error") in (None, ""):
+    if document.get("error") in (None, "", {}, False):
         return None
-    return printable(_find_message(document) or "") or "an error without words"
+    return describe_error(document)
+
+
+def describe_error(value: Any) -> str:
+    """The message in what is an error, safe to print."""
+    return printable(_find_message(value) or "") or "an error without words"
 
 
 # Members that only an answer has. An answer may have the member ``error`` as well.
@@ -58,6 +63,8 @@ def find_reported_error(body: bytes) -> str | None:
     document = safe_json.parse_object(body)
     if document is None or any(document.get(member) is not None for member in _ANSWER_MEMBERS):
         return None
+    if document.get("object") == "error":  # vLLM's errors had this form
+        return describe_error(document)
     return None if isinstance(document.get("message"), dict) else find_error_message(document)
 
 

@@ -70,6 +70,32 @@ def parse_object(data: bytes) -> dict[str, Any] | None:
     return document if isinstance(document, dict) else None
 
 
+_decode_raw = msgspec.json.Decoder(msgspec.Raw).decode
+
+
+def is_cut(data: bytes) -> bool:
+    """Whether the document begins as a JSON object or list, and does not end as one: its end is missing."""
+    if data.lstrip()[:1] not in (b"{", b"["):
+        return False
+    if not data.rstrip().endswith((b"}", b"]")):
+        return True
+    try:
+        _decode_raw(data)  # builds no objects, so it is fast for any size
+    except (ValueError, RecursionError) as error:  # msgspec refuses NaN, and other values that clients may read
+        # It also calls half of a surrogate pair truncated.
+        return "truncated" in str(error) and (b"\\u" not in data or parse(data) is None)
+    return False
+
+
+def has_several(data: bytes) -> bool:
+    """Whether something follows after the first document."""
+    try:
+        _decode_raw(data)
+    except (ValueError, RecursionError) as error:
+        return "trailing" in str(error)
+    return False
+
+
 def too_many_values(data: bytes, limit: int = REPORT_VALUES) -> bool:
     """Whether a document seems to hold more than ``limit`` values: to parse it could cost as much as a hundred others.
 

@@ -24,7 +24,7 @@ from gpumesh.mesh.models.fleet_store import FleetStore, is_done_where_possible
 PROMPT_MEMBERS: Mapping[str, str] = {"/api/generate": "prompt", "/api/chat": "messages"}
 MAX_KEEP_ALIVE_BYTES = 64  # a longer duration is none that a client writes
 NS_PER_S = 1e9
-_EMPTY_VALUES = frozenset({b"null", b'""', b"[]"})
+_EMPTY_VALUE = re.compile(rb'\s*(?:null|""|\[\s*\])\s*')  # a text of blanks is a prompt
 _ZERO_DURATION = re.compile(
     r"[+-]?(?:0|(?:(?:0+\.?0*|\.0+)(?:ns|us|µs|μs|ms|s|m|h))+)"
 )  # both signs for micro are Go's
@@ -39,7 +39,7 @@ def asks_to_unload(path: str, members: Members) -> bool:
     prompt = members.known.get(prompt_member)
     if prompt is None:
         return True
-    return len(prompt) <= MAX_KEEP_ALIVE_BYTES and bytes(prompt).translate(None, b" \t\r\n") in _EMPTY_VALUES
+    return len(prompt) <= MAX_KEEP_ALIVE_BYTES and _EMPTY_VALUE.fullmatch(bytes(prompt)) is not None
 
 
 def _is_zero_duration(value: RawValue) -> bool:

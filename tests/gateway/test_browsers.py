@@ -209,8 +209,11 @@ async def test_a_stream_has_the_same_headers_against_browsers(fleet: RunningGate
 
 async def test_a_body_without_a_type_gets_one_that_no_browser_shows(fleet: RunningGateway, host: Host) -> None:
     host.answer = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(PAGE) + PAGE
-    answer = await ask(fleet, "POST", "/api/chat")
+    answer = await ask(fleet, "POST", "/api/embed")
     assert checked(answer)["Content-Type"] == "application/octet-stream"
+    answer = await ask(fleet, "POST", "/api/chat")
+    assert answer.status_code == 502, "a page is no answer to a prompt"
+    assert checked(answer)["Content-Type"] == "application/json"
     answer = await ask(fleet, "GET", f"/v1/models/{MODEL}")
     assert answer.status_code == 502, "a page is not the document that was asked for"
     assert checked(answer)["Content-Type"] == "application/json"

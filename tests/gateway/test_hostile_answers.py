@@ -151,7 +151,7 @@ async def test_an_answer_of_millions_of_values_is_not_parsed(part: str) -> None:
             before = most_memory_mib()
             async with track_longest_loop_turn() as turn:
                 answer = await fleet.chat(headers={"X-GPUMesh-Node": "hostile"})
-                assert answer.status_code in (200, 500)
+                assert answer.status_code in (200, 500, 502)
                 assert turn() < STALL_S
             assert most_memory_mib() - before < 2 * MEMORY_MIB
 

@@ -126,6 +126,8 @@ def test_other_times_are_no_unload(other: object) -> None:
 
 def test_a_prompt_is_answered_although_the_model_goes_afterwards() -> None:
     assert not members_ask_to_unload("/api/generate", keep_alive=0, prompt="x")
+    assert not members_ask_to_unload("/api/generate", keep_alive=0, prompt=" ")
+    assert not members_ask_to_unload("/api/generate", keep_alive=0, prompt="\n")
     assert not members_ask_to_unload("/api/chat", keep_alive=0, messages=[{"role": "user", "content": "x"}])
     assert not members_ask_to_unload("/api/embed", keep_alive=0, input="")
     assert members_ask_to_unload("/api/generate", keep_alive=0, messages=["not a member of this route"])

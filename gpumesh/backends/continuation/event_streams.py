@@ -25,14 +25,15 @@ from gpumesh.backends.frames import MAX_EVENT_LINES, find_last_event_end, read_e
 # What makes an event more than text. The patterns begin with one quotation mark outside of the group: so the search is
 # for a single byte, which is fast.
 _MARK = (
-    rb'error"|finish_reason"\s*:\s*"|usage"\s*:\s*\{|tool_calls"|function_call"|message_stop"'
-    rb'|response\.(?:completed|incomplete|failed)"'
+    rb'error"|(?:finish|stop)_reason"\s*:\s*"|usage"\s*:\s*\{|tool_calls"|function_call"|message_stop"'
+    rb'|response\.(?:completed|incomplete|failed|cancelled)"'
 )
 _MARKS = re.compile(rb'"(?:' + _MARK + rb")")
 # In formats with choices, each event of a choice after the first is read: the answer is complete when all choices are.
 # An event with a whole message is no event of a stream as clients expect it.
 CHOICE_MARKS = re.compile(rb'"(?:' + _MARK + rb'|index"\s*:\s*[1-9]|message"\s*:\s*\{)')
-_LAST_EVENTS = frozenset({"message_stop", "response.completed", "response.incomplete", "response.failed"})
+_LAST_EVENTS = frozenset({"message_stop", "response.completed", "response.incomplete"})
+_FAILED_EVENTS = frozenset({"response.failed", "response.cancelled"})
 # Events that a server may send before it has read the prompt.
 _EMPTY_EVENTS = frozenset(
     {
@@ -47,6 +48,7 @@ _EMPTY_EVENTS = frozenset(
     }
 )
 DONE = b"data: [DONE]\n\n"
+MESSAGE_STOP = b'event: message_stop\ndata: {"type":"message_stop"}\n\n'
 # Reasons for the end that tell of a failure: of vLLM and SGLang (a server that stops, or a lost engine), TensorRT-LLM,
 # and routers.
 FAILED_REASONS = frozenset({"abort", "aborted", "error", "cancelled", "timeout"})
@@ -90,16 +92,14 @@ class EventStreamFormat:
         if document is None:
             return Frame(error="an event that is no JSON")
         event_type = document.get("type")
-        is_last = event_type in _LAST_EVENTS
-        # Events of the responses and the messages API have a type. Of these, only the type ``error`` is an error.
-        error = error_text.find_error_message(document) if event_type in (None, "error") else None
+        is_last = event_type in _LAST_EVENTS or event_type in _FAILED_EVENTS
         return Frame(
             document,
             text=" ",  # the text is not needed, but it must not be empty: frames with text are counted as tokens
             has_content=_has_content(document, event_type),
-            finished_choices=(0,) if is_last else (),
+            finished_choices=(0,) if is_last or _has_stop_reason(document, event_type) else (),
             ends_stream=is_last,
-            error=error,
+            error=_find_event_error(document, event_type),
         )
 
     def extract_texts(self, frames: bytes) -> TextPieces:  # noqa: ARG002 - only a continuation would need the texts
@@ -161,8 +161,8 @@ class EventStreamFormat:
         return b"data: " + safe_json.dump_compact(frame.document) + b"\n\n"
 
     def closing_frames(self, reason: str, partial_answer: PartialAnswer) -> bytes:  # noqa: ARG002
-        """The end mark of a stream of OpenAI's kind."""
-        return DONE
+        """The end mark: that of Anthropic, or that of OpenAI."""
+        return MESSAGE_STOP if self._path.startswith("/v1/messages") else DONE
 
     def error_frame(self, message: str) -> bytes:
         """An error in the form of the API of this route: Anthropic's messages, OpenAI's responses, or others of
@@ -228,6 +228,26 @@ def failed_reason_message(reason: str) -> str:
 def wanted_choices(request: JsonObject) -> int:
     """How many choices the client wants for each prompt."""
     return safe_json.as_count(request.get("n")) or 1
+
+
+def _find_event_error(document: dict[str, Any], event_type: Any) -> str | None:
+    """The error that an event reports; ``None`` if it reports none. Events of the responses and the messages API have a
+    type. OpenAI's event ``error`` is flat, Anthropic's has a member ``error``."""
+    if event_type is None:
+        return error_text.find_error_message(document)
+    if event_type == "error":
+        return error_text.find_error_message(document) or error_text.describe_error(document)
+    if event_type in _FAILED_EVENTS:
+        response = document.get("response")
+        error = response.get("error") if isinstance(response, dict) else None
+        return error_text.describe_error(error) if error else f"the server sent {event_type}"
+    return None
+
+
+def _has_stop_reason(document: JsonObject, event_type: Any) -> bool:
+    """Whether the event says why Anthropic's message ends: only the end mark follows."""
+    delta = document.get("delta") if event_type == "message_delta" else None
+    return isinstance(delta, dict) and isinstance(delta.get("stop_reason"), str)
 
 
 def _has_content(document: JsonObject, event_type: Any) -> bool:

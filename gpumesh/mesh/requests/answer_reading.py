@@ -16,6 +16,7 @@ from gpumesh.backends.answer_head import OCTETS
 from gpumesh.backends.base import HttpCall
 from gpumesh.backends.continuation.continuation import Continuation
 from gpumesh.backends.continuation.stream_formats import count_text_bytes, generates_text
+from gpumesh.backends.continuation.whole_answers import find_failed_reason, find_text_problem, is_cut_short
 from gpumesh.backends.dialects import find_counters
 from gpumesh.backends.error_meanings import is_proxy_status
 from gpumesh.backends.error_text import error_text, find_reported_error, is_web_page
@@ -132,11 +133,19 @@ def _build_whole_answer(
 ) -> WholeAnswer | FailedAttempt:
     """Releases the lease, and returns the answer; or the failure, if the body is no answer whatever its status says."""
     node, is_text = lease.node, generates_text(call.path)
+    counters = find_counters(body) if is_text else None
     if lease.placement is not None:  # other requests, about a model store, may have an empty answer
         problem = _find_body_problem(response, body, is_text=is_text)
+        if problem is None and (counters is None or response.status != 200):
+            problem = find_text_problem(call.path, response.status, body)
         if problem is not None:
             return _fail_foreign(lease, response, Outcome.SERVER_ERROR, 502, problem, foreign=problem)
-    counters = find_counters(body) if is_text else None
+    if counters is None and (is_text or response.ends_with_connection) and is_cut_short(call.path, body):
+        return _fail_cut(lease, "the answer stopped short: its end is missing")
+    message = find_failed_reason(body) if is_text else None
+    if message is not None:
+        error = BackendStatus(f"it answered with an error: {message}", status=500, node=node.name)
+        return fail_attempt(lease, Outcome.SERVER_ERROR, error, error_answer(node.name, node.kind, 500, (), message))
     if is_text and counters is None:
         message = find_reported_error(body)
         if message is not None:
@@ -194,8 +203,13 @@ async def _read_first_frame(
             error = BackendStatus(f"it answered with an error: {message}", status=500, body=data, node=node.name)
             return fail_attempt(lease, Outcome.SERVER_ERROR, error, answer)
         if not data:
-            cut = StreamCut("the answer ended before its first token", node=node.name)
-            return replace(fail_attempt(lease, Outcome.CUT, cut), request_sent=True)
+            return _fail_cut(lease, "the answer ended before its first token")
+
+
+def _fail_cut(lease: Lease, message: str) -> FailedAttempt:
+    """The failure of a node whose answer is not whole, although HTTP says so."""
+    cut = StreamCut(message, node=lease.node.name)
+    return replace(fail_attempt(lease, Outcome.CUT, cut), request_sent=True)
 
 
 async def read_at_most(response: UpstreamResponse, limit: int) -> bytes | None:

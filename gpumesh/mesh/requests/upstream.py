@@ -33,6 +33,7 @@ class UpstreamResponse:
 
     ``headers`` are those that a client may get. ``problem``: why no inference server can have sent this response;
     ``None`` if there is no such reason. ``content_length`` is ``None`` if the server announced no length.
+    ``ends_with_connection``: see ``ResponseHead``.
     """
 
     __slots__ = (
@@ -43,6 +44,7 @@ class UpstreamResponse:
         "_slice_queue",
         "content_length",
         "content_type",
+        "ends_with_connection",
         "headers",
         "problem",
         "status",
@@ -56,6 +58,7 @@ class UpstreamResponse:
         self._has_unread_slice = False
         self.status = head.status
         self.content_length = head.content_length
+        self.ends_with_connection = head.ends_with_connection
         is_empty = head.content_length == 0 or head.status == 204  # 204: no content
         self.content_type, self.headers, self.problem = read_head(head.status, head.fields, empty=is_empty)
 

@@ -139,3 +139,50 @@ def test_a_count_above_the_bytes_of_the_text_is_not_believed() -> None:
     answer = start(max_tokens=40)
     answer.feed(event({"delta": {"content": "ab"}}, usage={"prompt_tokens": 7, "completion_tokens": 1000}))
     assert continue_marked(answer)["max_tokens"] == 38
+
+
+def typed(kind: str, **members: Any) -> bytes:
+    return f"event: {kind}\n".encode() + b"data: " + json.dumps({"type": kind, **members}).encode() + b"\n\n"
+
+
+FAILURES = {
+    "OpenAI's error": typed("error", code="server_error", message="boom", param=None),
+    "a failed response": typed("response.failed", response={"status": "failed", "error": {"message": "boom"}}),
+    "Anthropic's error": typed("error", error={"type": "overloaded_error", "message": "boom"}),
+}
+
+
+@pytest.mark.parametrize("failure", FAILURES.values(), ids=FAILURES.keys())
+@pytest.mark.parametrize("has_begun", [False, True])
+def test_an_event_may_report_a_failure(failure: bytes, has_begun: bool) -> None:
+    """Before the first token another server is asked; later the client gets one error, in its own dialect."""
+    answer = start("/v1/responses")
+    answer.feed(typed("response.created", response={"error": None}))
+    if has_begun:
+        assert answer.feed(typed("response.output_text.delta", delta="a"))
+    assert answer.feed(failure) == b""
+    assert (answer.cut_reason, answer.finished) == ("boom", False)
+    if has_begun:
+        ending = answer.handle_cut()
+        assert ending is not None
+        assert "the answer was cut (boom)" in (ending.error or "")
+
+
+def test_a_message_of_anthropic_is_complete_with_its_stop_reason() -> None:
+    answer = start("/v1/messages")
+    answer.feed(typed("content_block_delta", delta={"type": "text_delta", "text": "a"}))
+    cut = start("/v1/messages")
+    cut.feed(typed("content_block_delta", delta={"type": "text_delta", "text": "a"}))
+    answer.feed(typed("message_delta", delta={"stop_reason": "end_turn"}, usage={"output_tokens": 3}))
+    assert not answer.finished
+    assert answer.handle_cut("connection lost") == Ending(typed("message_stop").replace(b'": "', b'":"'))
+    ending = cut.handle_cut("connection lost")
+    assert ending is not None
+    assert ending.error
+
+
+@pytest.mark.parametrize("value", [None, "", {}, False])
+def test_an_empty_error_is_none(value: Any) -> None:
+    answer = start()
+    assert answer.feed(event({"delta": {"content": "a"}}, error=value))
+    assert answer.cut_reason is None

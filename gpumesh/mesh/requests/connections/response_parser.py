@@ -30,11 +30,13 @@ _BODY = ResponseParserState.BODY  # each token is compared with it: to read a gl
 
 class ResponseHead(msgspec.Struct, frozen=True):
     """The head of a response, as the server sent it. ``fields`` are pairs of name and value. ``content_length`` is
-    ``None`` if the head holds no valid Content-Length."""
+    ``None`` if the head holds no valid Content-Length. ``ends_with_connection``: the body ends when the connection
+    does, so HTTP cannot tell a cut from the end."""
 
     status: int
     fields: tuple[tuple[bytes, bytes], ...]
     content_length: int | None
+    ends_with_connection: bool = False
 
 
 class ResponseParser:
@@ -184,10 +186,10 @@ class ResponseParser:
                 length = int(value) if value.isdigit() else None
             elif lower_name == b"transfer-encoding":
                 chunked = True
-        self.head = ResponseHead(status, tuple(self._fields), length)
+        self._ends_with_connection = not chunked and length is None and status not in (204, 304)
+        self.head = ResponseHead(status, tuple(self._fields), length, self._ends_with_connection)
         self._fields.clear()
         self.state = ResponseParserState.BODY
-        self._ends_with_connection = not chunked and length is None and status not in (204, 304)
         if self._bodiless:
             # llhttp cannot be told that no body follows. So the response ends here, and the connection is not used
             # again.
