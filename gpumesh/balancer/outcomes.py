@@ -27,7 +27,8 @@ class Outcome(StrEnum):
     server reported an error within an answer. ``CANNOT_CONTINUE``: the node cannot continue an answer that another node
     began. ``DEADLINE``: the time that the client gave the request has passed. ``STALE_CONNECTION``: a kept-alive
     connection ended when the request was sent, before a server can have worked on it; the attempt goes on over a new
-    connection. ``PROXY_REFUSED``: a status of 4xx with a web page, or another body that no inference server sends.
+    connection. ``PROXY_REFUSED``: a status of 4xx with a web page, or another body that no inference server sends; or
+    a status that is about the hop and not about the request (408 …).
     ``TOO_LONG``: a frame of a stream is longer than is read here."""
 
     SERVED = "served"
@@ -142,6 +143,11 @@ _RULES = {
 MAX_ROUNDS = 5  # of one request, the first round included
 _RETRYABLE = frozenset({Outcome.UNREACHABLE, Outcome.TIMED_OUT, Outcome.CUT, Outcome.STREAM_ERROR, Outcome.BUSY})
 
+# These are about the hop between the gateway and the server, of which the client knows nothing: a proxy wants a login,
+# the server did not read the request in time (or closes an idle connection with these words), is not the one that the
+# connection is for, or wants the request again later.
+_HOP_STATUSES = frozenset({407, 408, 421, 425})
+
 # When this many servers themselves (not the network or a proxy) have failed at a request, it is not sent to another
 # server: the request itself may be the cause.
 MAX_SERVER_FAILURES = 2
@@ -207,7 +213,8 @@ def classify_status(status: int, *, model_asked: bool) -> Outcome:
     Every status from 500 upwards moves the request to another node: those of servers and those of proxies in front of
     them (502 to 504, 520 to 530 of Cloudflare, 598, 599 …). Ollama answers 404 only for a model that it does not have.
     Ollama answers 503 when its queue is full, but so does a server that starts or stops: therefore a 503 counts against
-    the node. A 4xx other than 404, 405 and 429 is an answer about the request itself: the client gets it as it is."""
+    the node. Some 4xx are about the way of the request (``_HOP_STATUSES``). Any other 4xx than 404, 405 and 429 is an
+    answer about the request itself: the client gets it as it is."""
     if status < 400:
         return Outcome.SERVED
     if is_busy_status(status):
@@ -216,6 +223,8 @@ def classify_status(status: int, *, model_asked: bool) -> Outcome:
         return Outcome.NOT_SUPPORTED if status == NOT_SUPPORTED_STATUS else Outcome.SERVER_ERROR
     if status == 404 and model_asked:
         return Outcome.MODEL_NOT_FOUND
+    if status in _HOP_STATUSES:
+        return Outcome.PROXY_REFUSED
     if status == 405 and model_asked:  # the server does not have this route, or not for this method
         return Outcome.NOT_SUPPORTED
     return Outcome.CLIENT_ERROR

@@ -26,6 +26,7 @@ from gpumesh.balancer.outcomes import (
         (403, Outcome.CLIENT_ERROR),
         (404, Outcome.MODEL_NOT_FOUND),
         (413, Outcome.CLIENT_ERROR),
+        *((status, Outcome.PROXY_REFUSED) for status in (407, 408, 421, 425)),
         (429, Outcome.BUSY),
         (499, Outcome.CLIENT_ERROR),
         (500, Outcome.SERVER_ERROR),

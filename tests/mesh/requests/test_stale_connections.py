@@ -142,3 +142,33 @@ async def test_a_prompt_that_kills_its_servers_over_kept_alive_connections_reach
         third.kill()
         assert await third.wait() == -9
         await asyncio.gather(*waits)
+
+
+@pytest.mark.parametrize(
+    "garbage", [b"hello\r\n\r\n", b"SSH-2.0-x\r\n", b"ICY 200 OK\r\n\r\n", b"HTTP/1.1 2", b"\x00\x12"]
+)
+async def test_a_connection_that_brings_something_else_is_not_stale(garbage: bytes) -> None:
+    """The server has got the request, and has worked on it or not: it must not get it once more."""
+    executed = 0
+
+    async def answer(exchange: Exchange) -> None:
+        nonlocal executed
+        if exchange.number == 1:
+            await exchange.send(WHOLE)
+            return
+        executed += 1
+        await exchange.send(garbage)
+        exchange.close()
+
+    async with (
+        serve(ollama_script(answer)) as server,
+        serve(ollama_script(lambda exchange: exchange.send(WHOLE))) as other,
+        mesh_of_nodes(node("a", server.url), node("b", other.url)) as running,
+    ):
+        running.mesh.drain("b")
+        await send(running.mesh, make_call(stream=False))
+        running.mesh.resume("b")
+        answers = [await send(running.mesh, make_call(stream=False)) for _ in range(2)]
+        assert [one.status for one in answers] == [200, 200]
+        assert executed == running.attempts("a")[Outcome.UNREACHABLE] == 1
+        assert Outcome.STALE_CONNECTION not in running.attempts("a")

@@ -99,9 +99,9 @@ class ResponseParser:
         self._ends_with_connection = False
 
     @property
-    def has_fields(self) -> bool:
-        """Whether at least one field of the head has come."""
-        return bool(self._fields) or self.head is not None
+    def has_begun(self) -> bool:
+        """Whether any byte has come, of a response or of something else."""
+        return self._bytes_outside_body > 0 or self.head is not None
 
     def feed(self, data: bytes) -> bytes:
         """Parses ``data``, and returns the bytes of the body in it. Bytes after the response's end are dropped, and the

@@ -64,7 +64,7 @@ class Exchange:
 
     ``head`` is the future of the response's head; it fails with ConnectionResetError if no head comes. ``buffer`` holds
     the body until the connection gets another sink. ``connection`` is ``None`` after the response has ended.
-    ``answered`` is set when the exchange fails: a part of the response had come before.
+    ``answered`` is set when the exchange fails: bytes had come before, so the server has got the request.
     """
 
     __slots__ = ("answered", "buffer", "connection", "head")
@@ -275,7 +275,7 @@ class UpstreamConnection(asyncio.Protocol):
         exchange = self._exchange
         if exchange is None:
             return
-        exchange.answered = self._parser.has_fields
+        exchange.answered = self._parser.has_begun
         sink = self._end_exchange(exchange)
         if not exchange.head.done():
             exchange.head.set_exception(ConnectionResetError(problem))
