@@ -173,7 +173,7 @@ class OpensshConnection:
         if not self._master.exit_task.done():  # then the forwarder has ended, by an error of ours
             return TunnelLost(f"the tunnel's process for {self._destination} stopped forwarding")
         output, status = self._master.output, self._master.process.returncode
-        if not self._master.has_echoed and was_only_session_refused(output.log, status):
+        if not self._master.has_echoed and was_only_session_refused(output, status):
             return SessionEnded(
                 f"{self._destination} ended our session, and ssh ended with it", hint="it is tried again"
             )

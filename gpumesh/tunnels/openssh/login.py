@@ -14,6 +14,7 @@ from gpumesh.tunnels.openssh.fixed_options import read_unknown_options
 from gpumesh.tunnels.openssh.master import MasterState, OpensshMaster
 from gpumesh.tunnels.openssh.options import format_destination, master_command
 from gpumesh.tunnels.openssh.prompts import AskpassServer
+from gpumesh.tunnels.openssh.ssh_output import SshOutput
 from gpumesh.tunnels.transport import ConnectRequest
 
 SSH_FAILED = 255
@@ -45,7 +46,7 @@ async def log_in(setup: ConnectRequest, folder: Path, prompts: AskpassServer, de
     if not master.exited:
         return master
     await master.close()
-    if not has_session or not was_only_session_refused(master.output.log, master.process.returncode):
+    if not has_session or not was_only_session_refused(master.output, master.process.returncode):
         raise master.output.make_error(destination)
     # That ssh had logged in, so a second ssh, without a session, needs the same secrets again.
     prompts.forget_given_secrets()
@@ -61,18 +62,18 @@ def had_too_many_keys(log_lines: Iterable[str]) -> bool:
     return any(TOO_MANY_TRIES_TEXT in line for line in log_lines)
 
 
-def was_only_session_refused(error_lines: Iterable[str], returncode: int | None) -> bool:
-    """Whether an ssh that has ended was logged in, and failed only because the host gave it no session.
+def was_only_session_refused(output: SshOutput, returncode: int | None) -> bool:
+    """Whether an ssh that has ended was logged in, and failed only because the host gave it no session, or ended it.
 
-    Then an ssh without a session may work. Two things show it: ssh printed that the host gave no session, or its exit
-    status is not ``SSH_FAILED``. Another status comes from a command that the host ran instead of ours.
+    Then an ssh without a session may work. Three things show it: ssh printed that the host gave no session; its exit
+    status is not ``SSH_FAILED``; or it has reported no failure after the login. In the last two cases the host ran
+    another command instead of ours, which may end with any status or by a signal.
     """
-    lines = list(error_lines)
-    if any(NO_TERMINAL_TEXT in line for line in lines):
+    if any(NO_TERMINAL_TEXT in line for line in output.log):
         return False  # such a host carries no tunnel, with or without a session
-    host_ran_other_command = returncode != SSH_FAILED
-    host_gave_no_session = any(NO_SESSION_PATTERN.search(line) for line in lines)
-    return host_ran_other_command or host_gave_no_session
+    host_gave_no_session = any(NO_SESSION_PATTERN.search(line) for line in output.log)
+    ended_without_failure = output.logged_in and not output.failed_after_login
+    return host_gave_no_session or ended_without_failure or returncode != SSH_FAILED
 
 
 async def _start_and_log_in(

@@ -19,9 +19,13 @@ from gpumesh.tunnels.remote_commands.host_words import add_words, error_from_gre
 
 KEPT_LINES = 40  # the number of the last lines that are kept of each kind
 
-# The function of ssh that reads a host's greeting. From OpenSSH 8.5 on, LogVerbose makes it report what it reads.
+# Values of LogVerbose, which ssh has from 8.5 on. The function that reads a host's greeting reports what it reads. The
+# loop that serves our session reports that it has begun, which is after the login.
 GREETING_LOG = "kex.c:kex_exchange_identification():*"
-_VERBOSE_PREFIX = re.compile(r"^(debug\d: )?kex\.c:(\w+)\(\):\d+ \([^)]*\): ")
+LOGIN_LOG = "clientloop.c:client_loop():*"
+_VERBOSE_PREFIX = re.compile(r"^(debug\d: )?(?:kex|clientloop)\.c:(\w+)\(\):\d+ \([^)]*\): ")
+_LOGGED_IN = "client_loop: Entering interactive session"
+_SESSION_NOISE = re.compile(r"^client_loop: (pledge: |Transferred: |Bytes per second: |Exit status )")
 _BEFORE_GREETING = re.compile(r"^kex_exchange_identification: banner line \d+: (.*)")
 _GREETING = re.compile(r"^kex_exchange_identification: Remote protocol version \S+, remote software version (.*)")
 _VERBOSE_NOISE = "kex_exchange_identification: Local version string"
@@ -79,13 +83,16 @@ class SshOutput:
     """The last lines of one ssh, all made printable.
 
     ``log``: ssh's own log. ``words``: the other lines of its stderr. ``server``: the software that the host's greeting
-    names; ``None``: no greeting was seen (yet, or by an ssh before 8.5).
+    names; ``None``: no greeting was seen (yet, or by an ssh before 8.5). ``logged_in``: ssh has reported that it is
+    logged in, which an ssh before 8.5 does not. ``failed_after_login``: it has logged something after that.
     """
 
     def __init__(self) -> None:
         self.log: deque[str] = deque(maxlen=KEPT_LINES)
         self.words: deque[str] = deque(maxlen=KEPT_LINES)
         self.server: str | None = None
+        self.logged_in = False
+        self.failed_after_login = False
         self._before_greeting: list[str] = []  # lines that a host sent, and no greeting after them
 
     def add_log_line(self, line: str) -> str | None:
@@ -99,9 +106,15 @@ class SshOutput:
             self.server = match[1]
             self._before_greeting.clear()  # a greeting may come after other lines
             return None
+        if text.startswith(_LOGGED_IN):
+            self.logged_in = True
+            return None
         # A line of "@" belongs to the frame around ssh's warning of a changed host key.
         if not text or set(text) == {"@"} or text.startswith(_VERBOSE_NOISE):
             return None
+        if _SESSION_NOISE.match(text):
+            return None
+        self.failed_after_login = self.logged_in
         self.log.append(text)
         return text
 

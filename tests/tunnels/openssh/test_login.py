@@ -17,6 +17,7 @@ from gpumesh.topology import HostKeyPolicy
 from gpumesh.tunnels import known_hosts
 from gpumesh.tunnels.openssh.connection import connect
 from gpumesh.tunnels.openssh.login import was_only_session_refused
+from gpumesh.tunnels.openssh.ssh_output import SshOutput
 from tests.tunnels.inprocess.connecting import connect_error as sshtunnel_connect_error
 from tests.tunnels.openssh.connecting import connect_error, connected, make_other_key, make_setup
 from tests.tunnels.polling import wait_until
@@ -276,6 +277,9 @@ async def test_through_jump_hosts(sshd: Sshd, tmp_path: Path, folder: Path) -> N
         assert (await connect_error(sshd.spec(proxy_jump=(hop,)), folder)).code == "host-key-unknown"
 
 
+LOGGED_IN = "debug1: clientloop.c:client_loop():1290 (pid=1): Entering interactive session."
+
+
 @pytest.mark.parametrize(
     ("lines", "returncode", "only_session"),
     [
@@ -284,8 +288,14 @@ async def test_through_jump_hosts(sshd: Sshd, tmp_path: Path, folder: Path) -> N
         ([], 1, True),  # the host ran a command of its own, which has ended
         (["me@gpu: Permission denied (publickey)."], 255, False),
         ([], 255, False),
+        ([LOGGED_IN], 255, True),  # the same, with this status or by a signal
+        ([LOGGED_IN, "debug1: clientloop.c:client_loop():1531 (pid=1): Exit status 255"], 255, True),
+        ([LOGGED_IN, "Connection to 10.0.0.1 closed by remote host."], 255, False),
         (["Error: Your SSH client doesn't support PTY"], 1, False),
     ],
 )
 def test_whether_only_the_session_was_refused(lines: list[str], returncode: int, only_session: bool) -> None:
-    assert was_only_session_refused(lines, returncode) is only_session
+    output = SshOutput()
+    for line in lines:
+        output.add_log_line(line)
+    assert was_only_session_refused(output, returncode) is only_session
