@@ -117,11 +117,25 @@ class AddressCommand:
 
 
 @dataclass(frozen=True, slots=True)
+class JumpAlias:
+    """What ``~/.ssh/config`` has for a jump host: the ``name`` of its ``Host`` there, its key files, and its
+    known_hosts files. Where there are none, those of the node are used."""
+
+    name: str
+    identity_files: tuple[Path, ...] = ()
+    known_hosts: tuple[Path, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class SshSpec:
     """The values that are needed to reach a host by SSH. ``user`` is never empty. ``identity_files`` may be empty: an
     agent or a password can take their place. ``identities_only``: of the agent's keys only those are tried that belong
     to one of ``identity_files``. ``keys_of_alias``: ``identity_files`` are those that ``~/.ssh/config`` has for
-    ``alias``, where the system's ssh finds them itself. ``host`` is empty if only ``address_from`` knows the host."""
+    ``alias``, where the system's ssh finds them itself. ``host`` is empty if only ``address_from`` knows the host.
+
+    Host keys are recorded in ``known_hosts``; ``more_known_hosts`` are only read. ``jump_aliases`` has an entry for
+    each of ``proxy_jump``, ``None`` for a host that ``~/.ssh/config`` does not know; it is empty if it knows none.
+    """
 
     host: str
     port: int = 22
@@ -140,6 +154,13 @@ class SshSpec:
     connect_timeout_s: float = 6.0
     keepalive_s: float = 2.0
     address_from: AddressCommand | None = None
+    more_known_hosts: tuple[Path, ...] = ()
+    jump_aliases: tuple[JumpAlias | None, ...] = ()
+
+    @property
+    def known_hosts_files(self) -> tuple[Path, ...]:
+        """All files that may have the host's key."""
+        return (self.known_hosts, *self.more_known_hosts)
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,7 +49,7 @@ def _confirm_host(host: KnownHost, shown_name: str, ssh: SshSpec, key: HostKey, 
     from gpumesh.tunnels import hostkeys, known_hosts
     from gpumesh.tunnels.hostkeys import HostKeyStatus
 
-    recorded_keys = known_hosts.read_known_hosts(ssh.known_hosts)
+    recorded_keys = known_hosts.read_known_hosts(*ssh.known_hosts_files)
     judgement = hostkeys.check_host_key(recorded_keys, key, host)
     address, node = host.address, host.node
     is_on_record = judgement.status is HostKeyStatus.KNOWN

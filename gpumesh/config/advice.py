@@ -142,7 +142,7 @@ def _check_host(ssh: SshSpec, node: str) -> Iterator[Finding]:
         yield Finding("transport-unsupported", Severity.ERROR, node, message, "install OpenSSH's client")
     # Policy accept-new needs no known key. The system's ssh also reads the keys in /etc/ssh/ssh_known_hosts.
     needs_known_hosts = ssh.host_key_policy is HostKeyPolicy.STRICT and ssh.transport is TransportKind.SSHTUNNEL
-    if needs_known_hosts and not ssh.known_hosts.is_file():
+    if needs_known_hosts and not any(file.is_file() for file in ssh.known_hosts_files):
         message = f"there is no {ssh.known_hosts} yet, so no host's key is known"
         hint = f"{paste_command('gpumesh trust {NODE}', NODE=node)} shows and records it"
         if ssh.proxy_jump:

@@ -79,13 +79,16 @@ def _is_revoked(known: KnownHosts, key: HostKey, names: Sequence[str]) -> bool:
     return any(entry.matches(name) for entry in revocations for name in names)
 
 
-def verify_host_key(key: HostKey, host: KnownHost, *, known_hosts: Path, policy: HostKeyPolicy) -> None:
+def verify_host_key(
+    key: HostKey, host: KnownHost, *, known_hosts: Path, policy: HostKeyPolicy, more_known_hosts: Sequence[Path] = ()
+) -> None:
     """Returns if ``key`` is trusted. With policy ``accept-new``, an unknown key is recorded and then trusted, except
     when a certificate authority is on record for the host: paramiko cannot check certificates, so a person must decide.
+    ``more_known_hosts`` are files that are only read.
 
     Raises ``HostKeyUnknown``, ``HostKeyChanged`` or ``HostKeyRevoked`` for a key that is not trusted.
     """
-    check = check_host_key(read_known_hosts(known_hosts), key, host)
+    check = check_host_key(read_known_hosts(known_hosts, *more_known_hosts), key, host)
     if check.status is HostKeyStatus.KNOWN:
         adopt_keys_if_shared(known_hosts, host)
         return
@@ -156,7 +159,7 @@ def choose_ssh_alias(host: KnownHost, ssh: SshSpec) -> str | None:
     record for the address: then the trust in a pod moves with the pod. Raises ``HostKeyRevoked`` for a key that is
     revoked under another of the names, because ssh looks at one name only.
     """
-    known = read_known_hosts(ssh.known_hosts)
+    known = read_known_hosts(*ssh.known_hosts_files)
     name = known.deciding_name(host)
     if name is not None and name != host.address:
         _refuse_revoked_keys(known, known.keys_for(name), host, known_hosts=ssh.known_hosts)

@@ -29,11 +29,30 @@ def split_jump(jump: str, default_user: str) -> tuple[str, str, int]:
 def list_hops(ssh: SshSpec) -> tuple[SshSpec, ...]:
     """All hosts on the route to ``ssh``'s host, the nearest first. Each host is reached through the hosts before it;
     the last is ``ssh`` itself."""
-    hops = []  # like ``ssh``, without its alias and its address command, which are for the node's own host
-    for index, jump in enumerate(ssh.proxy_jump):
-        user, host, port = split_jump(jump, ssh.user)
-        earlier_jumps = ssh.proxy_jump[:index]
-        hops.append(
-            replace(ssh, host=host, port=port, user=user, proxy_jump=earlier_jumps, alias=None, address_from=None)
-        )
-    return (*hops, ssh)
+    return (*(_make_hop(ssh, index) for index in range(len(ssh.proxy_jump))), ssh)
+
+
+def _make_hop(ssh: SshSpec, index: int) -> SshSpec:
+    """The jump host with this index: like ``ssh``, without what is for the node's own host only, and with what
+    ``~/.ssh/config`` has for the jump host."""
+    user, host, port = split_jump(ssh.proxy_jump[index], ssh.user)
+    hop = replace(
+        ssh,
+        host=host,
+        port=port,
+        user=user,
+        proxy_jump=ssh.proxy_jump[:index],
+        jump_aliases=ssh.jump_aliases[:index],
+        alias=None,
+        keys_of_alias=False,
+        address_from=None,
+    )
+    alias = ssh.jump_aliases[index] if ssh.jump_aliases else None
+    if alias is None:
+        return hop
+    hop = replace(hop, alias=alias.name)
+    if alias.identity_files:
+        hop = replace(hop, identity_files=alias.identity_files, keys_of_alias=True)
+    if alias.known_hosts:
+        hop = replace(hop, known_hosts=alias.known_hosts[0], more_known_hosts=alias.known_hosts[1:])
+    return hop

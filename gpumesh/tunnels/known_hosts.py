@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import hashlib
 import hmac
 import os
@@ -200,9 +201,14 @@ def _hash_name(name: str) -> str:
 # -- files -----------------------------------------------------------------------------------------------------------
 
 
-def read_known_hosts(path: Path) -> KnownHosts:
-    """Reads and parses a known_hosts file; a file that does not exist is empty. Raises ``TunnelError``."""
-    return parse_known_hosts(_read_text(path.expanduser()))
+def read_known_hosts(path: Path, *more: Path) -> KnownHosts:
+    """Reads and parses known_hosts files; a file that does not exist is empty. Raises ``TunnelError`` if the first
+    cannot be read; of the others, ssh leaves out such files without a word, and so does this."""
+    entries = parse_known_hosts(_read_text(path.expanduser())).entries
+    for file in more:
+        with contextlib.suppress(TunnelError):
+            entries += parse_known_hosts(_read_text(file.expanduser())).entries
+    return KnownHosts(entries)
 
 
 def record_host_key(path: Path, key: HostKey, host: KnownHost) -> None:

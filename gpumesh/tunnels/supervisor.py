@@ -387,7 +387,7 @@ def _fingerprints_on_record(setup: ConnectRequest) -> tuple[str, ...]:
     """The fingerprints of the keys on record for the host; empty when the file cannot be read now. The host has shown
     one of these keys: otherwise there would be no connection."""
     try:
-        keys = read_known_hosts(setup.ssh.known_hosts).keys(setup.known_host)
+        keys = read_known_hosts(*setup.ssh.known_hosts_files).keys(setup.known_host)
     except TunnelError:  # the file was readable a moment ago, for the connect; its loss must not end the connection
         return ()
     return tuple(key.fingerprint for key in keys)

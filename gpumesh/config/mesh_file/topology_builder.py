@@ -26,7 +26,7 @@ from gpumesh.config.mesh_file.file_schema import (
 from gpumesh.config.mesh_file.model_rules import ALL_NODES
 from gpumesh.config.mesh_file.value_types import Section, SectionOf, ValueProblem, settings_of
 from gpumesh.config.mesh_file.yaml_tree import Fault, KeyPath
-from gpumesh.config.ssh.ssh_config import AliasSettings, expand_identity_files
+from gpumesh.config.ssh.ssh_config import AliasSettings, expand_identity_files, resolve_jumps
 from gpumesh.topology import (
     DEFAULT_TUNNELS,
     AddressCommand,
@@ -35,6 +35,7 @@ from gpumesh.topology import (
     ExpectSpec,
     GatewaySpec,
     HostKeyPolicy,
+    JumpAlias,
     KeySpec,
     ModelSpec,
     NodeSpec,
@@ -116,6 +117,16 @@ class TopologyBuilder:
         if alias is not None and alias_settings is not None and node_ssh.identity_file is None:
             keys_of_alias = bool(alias_settings.raw_identity_files)
             settings = self._expand_alias_keys(settings, alias_settings, alias)
+        more_known_hosts: tuple[str, ...] = ()
+        if alias_settings is not None and node_ssh.known_hosts is None:
+            more_known_hosts = alias_settings.more_known_hosts
+        if alias_settings is not None and node_ssh.proxy_jump is None and alias_settings.proxy_jump:
+            jumps = alias_settings
+        else:
+            jumps = self._read_jumps(settings.proxy_jump or (), (*path, "proxy_jump"))
+        openssh_features = jumps.openssh_features
+        if alias_settings is not None:
+            openssh_features = tuple(dict.fromkeys((*alias_settings.openssh_features, *openssh_features)))
         address_from = node.address_from
         return SshSpec(
             host=settings.host or "",  # empty if only `address_from` knows the host
@@ -124,17 +135,39 @@ class TopologyBuilder:
             identity_files=self._choose_identity_files(settings),
             known_hosts=self._absolute_path(settings.known_hosts or "~/.ssh/known_hosts"),
             host_key_policy=_value_or(settings.host_key_policy, HostKeyPolicy.STRICT),
-            proxy_jump=settings.proxy_jump or (),
+            proxy_jump=jumps.proxy_jump,
             password_env=settings.password_env,
             passphrase_env=settings.passphrase_env,
             agent=_value_or(settings.agent, True),
             identities_only=_value_or(settings.identities_only, False),
             alias=alias,
             keys_of_alias=keys_of_alias,
-            transport=self._choose_transport(settings, alias_settings, (*path, "transport")),
+            transport=self._choose_transport(settings, openssh_features, (*path, "transport")),
             connect_timeout_s=_value_or(settings.connect_timeout, _DEFAULT_SSH.connect_timeout_s),
             keepalive_s=_value_or(settings.keepalive, _DEFAULT_SSH.keepalive_s),
             address_from=None if address_from is None else self._build_address_command(address_from),
+            more_known_hosts=tuple(self._absolute_path(file) for file in more_known_hosts),
+            jump_aliases=tuple(self._build_jump_alias(hop) for hop in jumps.jump_aliases),
+        )
+
+    def _read_jumps(self, jumps: tuple[str, ...], path: KeyPath) -> AliasSettings:
+        """Returns the settings of an alias with these jump hosts, each of which may be an alias itself. If one cannot
+        be read, adds a fault at ``path``."""
+        if self.resolve_alias is not None and jumps:
+            try:
+                return resolve_jumps(jumps, self.resolve_alias)
+            except ValueError as error:
+                self.faults.append(Fault(str(error), None, path))
+        return AliasSettings("", proxy_jump=jumps)
+
+    def _build_jump_alias(self, hop: AliasSettings | None) -> JumpAlias | None:
+        if hop is None:
+            return None
+        known_hosts = (hop.known_hosts, *hop.more_known_hosts) if hop.known_hosts is not None else ()
+        return JumpAlias(
+            hop.alias,
+            tuple(self._absolute_path(file) for file in hop.identity_files),
+            tuple(self._absolute_path(file) for file in known_hosts),
         )
 
     def _choose_identity_files(self, settings: Ssh) -> tuple[Path, ...]:
@@ -183,6 +216,7 @@ class TopologyBuilder:
             "proxy_jump": list(alias_settings.proxy_jump) or None,
             "identities_only": "true" if alias_settings.identities_only else None,
             "agent": None if alias_settings.agent else "false",
+            "host_key_policy": HostKeyPolicy.ACCEPT_NEW.value if alias_settings.accepts_new_keys else None,
         }
         problems: list[ValueProblem] = []
         section = SectionOf(Ssh).read(values, (), problems)
@@ -191,19 +225,19 @@ class TopologyBuilder:
             self.faults.append(Fault(f"in ~/.ssh/config its {key} {problem.reason}", None, path))
         return section or Ssh()
 
-    def _choose_transport(self, settings: Ssh, alias_settings: AliasSettings | None, path: KeyPath) -> TransportKind:
+    def _choose_transport(self, settings: Ssh, openssh_features: tuple[str, ...], path: KeyPath) -> TransportKind:
         """Returns the transport that the file names. If the file names none, returns the transport that supports the
-        alias.
+        alias: ``openssh_features`` are those that only the system's ssh supports.
 
         If the file names a transport that does not support the alias, `config check` reports that, and the features of
         the alias are ignored. Only a ProxyCommand cannot be ignored: without it, a connection would reach another
         machine or no machine. So it is a fault at ``path``.
         """
-        openssh_features = alias_settings.openssh_features if alias_settings is not None else ()
         if settings.transport is None:
             return TransportKind.OPENSSH if openssh_features else TransportKind.SSHTUNNEL
         if settings.transport is TransportKind.SSHTUNNEL and "ProxyCommand" in openssh_features:
-            message = f"sshtunnel cannot run the ProxyCommand of {settings.alias!r} in ~/.ssh/config: write openssh"
+            owner = "a jump host" if settings.alias is None else repr(settings.alias)
+            message = f"sshtunnel cannot run the ProxyCommand of {owner} in ~/.ssh/config: write openssh"
             self.faults.append(Fault(message, None, path))
         return settings.transport
 

@@ -25,10 +25,10 @@ AddKeysToAgent BatchMode ChannelTimeout ClearAllForwardings ConnectTimeout Conne
 ControlPersist EscapeChar ExitOnForwardFailure ForkAfterAuthentication ForwardAgent ForwardX11
 GSSAPIDelegateCredentials LogLevel LogVerbose NoHostAuthenticationForLocalhost NumberOfPasswordPrompts
 PermitLocalCommand RemoteCommand RequestTTY ServerAliveCountMax ServerAliveInterval SessionType StdinNull
-StreamLocalBindMask StreamLocalBindUnlink StrictHostKeyChecking TCPKeepAlive Tunnel UpdateHostKeys VisualHostKey
+StreamLocalBindMask StreamLocalBindUnlink TCPKeepAlive Tunnel UpdateHostKeys VisualHostKey
 WarnWeakCrypto
 """
-_READ = "HostName IdentitiesOnly IdentityFile Port ProxyJump User UserKnownHostsFile"
+_READ = "HostName IdentitiesOnly IdentityFile Port ProxyJump StrictHostKeyChecking User UserKnownHostsFile"
 _SSH_ONLY = """
 BindAddress BindInterface CertificateFile GlobalKnownHostsFile HostKeyAlias HostbasedAuthentication IdentityAgent
 KnownHostsCommand PKCS11Provider PreferredAuthentications ProxyCommand PubkeyAuthentication RefuseConnection

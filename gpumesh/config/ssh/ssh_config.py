@@ -15,12 +15,13 @@ import signal
 import socket
 import subprocess
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from gpumesh.config import environment, value_parsers
 from gpumesh.config.ssh import ssh_files
+from gpumesh.config.ssh.known_hosts_option import split_files
 from gpumesh.config.ssh.option_roles import needs_ssh
 from gpumesh.text.quoting import paste_command
 
@@ -28,6 +29,7 @@ TIMEOUT_S = 10.0  # for one run of ``ssh -G``
 _MAX_HOPS = 4  # jump hosts in a row that have jump hosts themselves: hosts that name each other would never end
 _MAX_OUTPUT_BYTES = 256 * 1024
 _MAX_ERROR_BYTES = 2048
+_JUMP = re.compile(r"(?:(?P<user>.+)@)?(?P<host>[A-Za-z0-9_][A-Za-z0-9._-]*)(?::(?P<port>\d{1,5}))?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +39,9 @@ class AliasSettings:
 
     ``identity_files``: the tokens in them (%r, %p) are expanded with the settings here. ``raw_identity_files``: not
     expanded, for ``expand_identity_files``. ``no_identity_files``: not even ssh's default keys are tried.
-    ``agent``: false if the keys of the agent are not tried.
+    ``agent``: false if the keys of the agent are not tried. ``known_hosts``: the first file of UserKnownHostsFile;
+    ``more_known_hosts``: its other files. ``accepts_new_keys``: StrictHostKeyChecking lets ssh connect to an unknown
+    host. ``jump_aliases``: the settings of each of ``proxy_jump``; ``None`` for a host that is no alias.
     """
 
     host: str
@@ -52,6 +56,10 @@ class AliasSettings:
     agent: bool = True
     no_identity_files: bool = False
     raw_identity_files: tuple[str, ...] = field(default=(), compare=False)
+    more_known_hosts: tuple[str, ...] = ()
+    accepts_new_keys: bool = False
+    alias: str = field(default="", compare=False)
+    jump_aliases: tuple[AliasSettings | None, ...] = ()
 
 
 def resolve_alias(alias: str, *, home: Path) -> AliasSettings:
@@ -69,22 +77,43 @@ def _resolve_jumps(settings: AliasSettings, home: Path, depth: int) -> AliasSett
     """
     if depth >= _MAX_HOPS and settings.proxy_jump:
         raise ValueError(f"its ProxyJump goes on through more than {_MAX_HOPS} hosts")
+    jumps = resolve_jumps(settings.proxy_jump, lambda hop: _resolve_jumps(_read_settings(hop, home), home, depth + 1))
+    features = dict.fromkeys((*settings.openssh_features, *jumps.openssh_features))
+    return replace(
+        settings, proxy_jump=jumps.proxy_jump, openssh_features=tuple(features), jump_aliases=jumps.jump_aliases
+    )
+
+
+def resolve_jumps(jumps: Iterable[str], resolve: Callable[[str], AliasSettings]) -> AliasSettings:
+    """Returns the settings of an alias of which only ``jumps``, its ProxyJump, are configured. ``resolve`` returns the
+    settings of a jump host that may be an alias, with its own jump hosts resolved. Raises ValueError as it does."""
     resolved_hops: list[str] = []
-    features = list(settings.openssh_features)
-    for configured_hop in settings.proxy_jump:
+    aliases: list[AliasSettings | None] = []
+    features: list[str] = []
+    for configured_hop in jumps:
         hop = configured_hop.strip().removeprefix("ssh://")
-        may_be_alias = re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", hop) is not None
-        if not may_be_alias:  # user@host or host:port
+        parts = _JUMP.fullmatch(hop)
+        if parts is None:  # an IPv6 address
             resolved_hops.append(hop)
+            aliases.append(None)
             continue
-        hop_settings = _resolve_jumps(_read_settings(hop, home), home, depth + 1)
+        hop_settings = resolve(parts["host"])
+        hop_settings = replace(
+            hop_settings,
+            user=parts["user"] or hop_settings.user,
+            port=int(parts["port"]) if parts["port"] else hop_settings.port,
+        )
         resolved_hops += hop_settings.proxy_jump  # the hosts through which the hop itself is reached come before it
         resolved_hops.append(_format_hop(hop_settings))
-        features += [feature for feature in hop_settings.openssh_features if feature not in features]
-        # Transport sshtunnel logs in at every hop with the same key files.
-        if hop_settings.identity_files and hop_settings.identity_files != settings.identity_files:
-            features.append(f"another key for {hop}")
-    return replace(settings, proxy_jump=tuple(resolved_hops), openssh_features=tuple(features))
+        earlier_aliases = hop_settings.jump_aliases or (None,) * len(hop_settings.proxy_jump)
+        aliases += [*earlier_aliases, hop_settings if hop_settings.configured else None]
+        features += hop_settings.openssh_features
+    return AliasSettings(
+        "",
+        proxy_jump=tuple(resolved_hops),
+        openssh_features=tuple(dict.fromkeys(features)),
+        jump_aliases=tuple(aliases) if any(aliases) else (),
+    )
 
 
 def _format_hop(hop: AliasSettings) -> str:
@@ -155,12 +184,15 @@ def _settings_from_options(alias: str, options: ssh_files.SshOptions, home: Path
     port = int(port_text) if port_text.isascii() and port_text.isdigit() else None
     jump = values.get("proxyjump", "none")
     hops = [] if jump.lower() == "none" else jump.split(",")
+    tokens = _list_tokens(alias, home, host=host, port=port or 22, user=user)
+    tokens["%k"] = values.get("hostkeyalias", alias)
+    known_hosts = [_expand(file, tokens) for file in split_files(values.get("userknownhostsfile", ""))]
     return AliasSettings(
         host=host,
         port=port,
         user=values.get("user"),
         identity_files=expand_identity_files(raw_files, alias, home, host=host, port=port or 22, user=user),
-        known_hosts=_first_known_hosts_file(values.get("userknownhostsfile", "")),
+        known_hosts=known_hosts[0] if known_hosts else None,
         proxy_jump=tuple(hop.strip() for hop in hops),
         openssh_features=_find_unsupported_features(values),
         configured=bool(options),
@@ -168,6 +200,9 @@ def _settings_from_options(alias: str, options: ssh_files.SshOptions, home: Path
         agent=values.get("identityagent", "").lower() != "none",
         no_identity_files=bool(given_files) and not raw_files,
         raw_identity_files=raw_files,
+        more_known_hosts=tuple(known_hosts[1:]),
+        accepts_new_keys=values.get("stricthostkeychecking", "ask").lower() in ("accept-new", "no", "off", "false"),
+        alias=alias,
     )
 
 
@@ -176,8 +211,14 @@ def expand_identity_files(
 ) -> tuple[str, ...]:
     """Returns the values of IdentityFile with their tokens and variables expanded, as ssh expands them for a connection
     to ``host`` and ``port`` as ``user``. A variable that is not set stays as it is: ssh would not connect."""
+    tokens = _list_tokens(alias, home, host=host, port=port, user=user)
+    return tuple(_expand(path, tokens) for path in paths)
+
+
+def _list_tokens(alias: str, home: Path, *, host: str, port: int, user: str) -> dict[str, str]:
+    """The tokens of ssh_config(5), for a connection to ``host`` and ``port`` as ``user``, without %C and %j."""
     own_name = socket.gethostname()
-    tokens = {
+    return {
         "%d": str(home),
         "%h": host,
         "%i": str(os.getuid()) if hasattr(os, "getuid") else "",
@@ -189,11 +230,12 @@ def expand_identity_files(
         "%r": user,
         "%u": environment.user(),
     }
+
+
+def _expand(path: str, tokens: dict[str, str]) -> str:
+    """Returns ``path`` with tokens and variables expanded. A variable that is not set stays."""
     variables = environment.child_environment()  # as our ssh gets them
-    return tuple(
-        re.sub(r"\$\{(\w+)\}", lambda match: variables.get(match[1], match[0]), _expand_tokens(path, tokens))
-        for path in paths
-    )
+    return re.sub(r"\$\{(\w+)\}", lambda match: variables.get(match[1], match[0]), _expand_tokens(path, tokens))
 
 
 def _find_unsupported_features(values: dict[str, str]) -> tuple[str, ...]:
@@ -205,14 +247,6 @@ def _find_unsupported_features(values: dict[str, str]) -> tuple[str, ...]:
     if values.get("identityagent") in usual_agent_values and "IdentityAgent" in features:
         features.remove("IdentityAgent")
     return tuple(features)
-
-
-def _first_known_hosts_file(option_value: str) -> str | None:
-    """Returns the first file of UserKnownHostsFile; ``None`` when there is no file or the user wants none."""
-    files = option_value.split()
-    if not files or files[0] in ("none", "/dev/null"):
-        return None
-    return files[0]
 
 
 def _expand_tokens(text: str, tokens: dict[str, str]) -> str:

@@ -164,13 +164,19 @@ def perform_trusted_handshake(
     A failure, also a key that is not trusted, closes ``sock`` and raises TunnelError.
     """
     try:
-        key_types = read_known_hosts(ssh.known_hosts).key_types(host)
+        key_types = read_known_hosts(*ssh.known_hosts_files).key_types(host)
     except BaseException:
         sock.close()
         raise
     transport = perform_handshake(sock, host=host.host, port=host.port, deadline=deadline, key_types=key_types)
     try:
-        verify_host_key(get_host_key(transport), host, known_hosts=ssh.known_hosts, policy=ssh.host_key_policy)
+        verify_host_key(
+            get_host_key(transport),
+            host,
+            known_hosts=ssh.known_hosts,
+            more_known_hosts=ssh.more_known_hosts,
+            policy=ssh.host_key_policy,
+        )
     except BaseException:
         transport.close()  # closes ``sock`` too
         raise

@@ -134,7 +134,7 @@ class Opening:
         if check_key:
             transport = handshake.perform_trusted_handshake(sock, hop.known_host, ssh=ssh, deadline=self._deadline)
         else:
-            key_types = read_known_hosts(ssh.known_hosts).key_types(hop.known_host)
+            key_types = read_known_hosts(*ssh.known_hosts_files).key_types(hop.known_host)
             transport = handshake.perform_handshake(
                 sock, host=ssh.host, port=ssh.port, deadline=self._deadline, key_types=key_types
             )
@@ -164,7 +164,7 @@ class Opening:
 
         Raises ``TunnelError``, and ``LoginCutOff`` unless ``is_last``.
         """
-        credentials = replace(self._credentials, user=ssh.user)
+        credentials = replace(self._credentials, user=ssh.user, identity_files=ssh.identity_files)
         address = format_address(ssh.host, ssh.port)
         try:
             authenticate(

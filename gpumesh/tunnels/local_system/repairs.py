@@ -40,7 +40,7 @@ def list_repair_files(ssh: SshSpec, code: str) -> tuple[Path, ...]:
     files: tuple[Path, ...] = ()
     is_openssh = ssh.transport is TransportKind.OPENSSH
     if code in _HOST_KEY_CODES:
-        files = (ssh.known_hosts, _SYSTEM_KNOWN_HOSTS) if is_openssh else (ssh.known_hosts,)
+        files = (*ssh.known_hosts_files, *((_SYSTEM_KNOWN_HOSTS,) if is_openssh else ()))
     elif code in _LOGIN_KEY_CODES:
         files = ssh.identity_files
     elif code == TransportUnsupported.code and is_openssh:

@@ -16,7 +16,7 @@ from gpumesh.text.printable import printable
 from gpumesh.text.quoting import shell_words
 from gpumesh.topology import HostKeyPolicy, SshSpec
 from gpumesh.tunnels.hostkeys import choose_ssh_alias, host_key_algorithms
-from gpumesh.tunnels.jump_hosts import split_jump
+from gpumesh.tunnels.jump_hosts import list_hops, split_jump
 from gpumesh.tunnels.known_hosts import read_known_hosts
 from gpumesh.tunnels.openssh.fixed_options import FIXED_OPTIONS
 from gpumesh.tunnels.openssh.ssh_output import GREETING_LOG, LOGIN_LOG, log_path
@@ -59,11 +59,7 @@ def master_command(
     alias = choose_ssh_alias(setup.known_host, ssh)
     if alias is not None:
         options["HostKeyAlias"] = alias
-    # ssh would offer the same key twice, and each offer is one of MaxAuthTries. But in a file of another home folder,
-    # it does not find keys in ``~`` or %d.
-    ssh_finds_keys = ssh.keys_of_alias and not ssh_config.config_file_arguments(environment.home())
-    key_arguments = [] if ssh_finds_keys else _identity_arguments(ssh)
-    arguments = [*_option_arguments(options, unknown), *key_arguments]
+    arguments = [*_option_arguments(options, unknown), *_identity_arguments(ssh)]
     log = log_path(control)
     arguments += _jump_arguments(ssh, batch=batch, unknown=unknown, log=log)
     arguments += ["-p", str(ssh.port), "-l", ssh.user]
@@ -88,7 +84,7 @@ def host_key_command(
         "PreferredAuthentications": "none",  # ssh ends before it tries any login
         "HostName": ssh.host,
     }
-    key_types = read_known_hosts(ssh.known_hosts).key_types(setup.known_host)
+    key_types = read_known_hosts(*ssh.known_hosts_files).key_types(setup.known_host)
     if key_types:
         # ^: these come first, and the other algorithms stay allowed.
         options["HostKeyAlgorithms"] = "^" + ",".join(host_key_algorithms(key_types))
@@ -107,10 +103,13 @@ def jump_command(ssh: SshSpec, *, batch: bool, unknown: Collection[str] = (), lo
     ``-J`` is not used: with it, ssh would not use our known_hosts, keys and policy for the jump hosts.
     """
     command = ""  # leads to the jump hosts so far; the next jump host is reached through it
-    for jump in ssh.proxy_jump:
+    *hops, _node_host = list_hops(ssh)
+    for hop, jump in zip(hops, ssh.proxy_jump, strict=True):
         user, host, port = split_jump(jump, default_user="")  # "": without a user, ssh takes its own default
-        options = _connect_options(ssh, batch=batch)
-        arguments = ["ssh", *_file_arguments(log), *_option_arguments(options, unknown), *_identity_arguments(ssh)]
+        options = _connect_options(hop, batch=batch)
+        if hop.alias is not None:
+            options["HostName"], host = host, hop.alias
+        arguments = ["ssh", *_file_arguments(log), *_option_arguments(options, unknown), *_identity_arguments(hop)]
         if command:
             arguments += _proxy_arguments(command)
         if user:
@@ -153,7 +152,7 @@ def _connect_options(ssh: SshSpec, *, batch: bool) -> dict[str, str]:
     """Options of every ssh that checks a host's key and logs in."""
     options = _common_options(ssh, batch=batch) | {
         "StrictHostKeyChecking": "accept-new" if ssh.host_key_policy is HostKeyPolicy.ACCEPT_NEW else "yes",
-        "UserKnownHostsFile": quote_option_path(ssh.known_hosts.expanduser()),
+        "UserKnownHostsFile": " ".join(quote_option_path(file.expanduser()) for file in ssh.known_hosts_files),
     }
     if not ssh.agent:
         options |= {"IdentitiesOnly": "yes", "IdentityAgent": "none"}
@@ -192,6 +191,10 @@ def _option_arguments(options: Mapping[str, str], unknown: Collection[str] = ())
 def _identity_arguments(ssh: SshSpec) -> list[str]:
     """The key files as arguments of ``ssh``. For an alias, a path with a variable is left out, because ssh finds that
     path in ~/.ssh/config."""
+    # ssh would offer the same key twice, and each offer is one of MaxAuthTries. But in a file of another home folder,
+    # it does not find keys in ``~`` or %d.
+    if ssh.keys_of_alias and not ssh_config.config_file_arguments(environment.home()):
+        return []
     arguments: list[str] = []
     for file in ssh.identity_files:
         path = file.expanduser()

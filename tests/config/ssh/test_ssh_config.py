@@ -101,7 +101,38 @@ def test_jumps_are_looked_up_as_well(home: Path) -> None:
     )
     answer = ssh_config.resolve_alias("gpu1", home=home)
     assert answer.proxy_jump == ("10.0.0.2", "b@10.0.0.1:2222", "eve@plain:99")
-    assert answer.openssh_features == ("another key for outer",)
+    assert answer.openssh_features == ()
+    assert [hop and (hop.alias, hop.identity_files) for hop in answer.jump_aliases] == [
+        ("outer", ("/k",)),
+        ("bastion", ()),
+        None,
+    ]
+
+
+def test_a_jump_with_a_user_is_looked_up_as_well(home: Path) -> None:
+    configure(home, "Host gpu1\n  ProxyJump eve@bastion:99\nHost bastion\n  HostName 10.0.0.1\n  User b\n  Port 2222\n")
+    assert ssh_config.resolve_alias("gpu1", home=home).proxy_jump == ("eve@10.0.0.1:99",)
+
+
+def test_what_only_ssh_can_do_for_a_jump_host_is_told(home: Path) -> None:
+    configure(home, "Host gpu1\n  ProxyJump bastion\nHost bastion\n  ProxyCommand nc %h %p\n")
+    assert ssh_config.resolve_alias("gpu1", home=home).openssh_features == ("ProxyCommand",)
+
+
+def test_several_files_of_known_hosts(home: Path) -> None:
+    spaced = home / "known hosts"
+    spaced.touch()
+    configure(home, f'Host gpu1\n  Port 9\n  UserKnownHostsFile /dev/null "{spaced}" /kh/%k-%p-%% /b\n')
+    answer = ssh_config.resolve_alias("gpu1", home=home)
+    assert (answer.known_hosts, answer.more_known_hosts) == (str(spaced), ("/kh/gpu1-9-%", "/b"))
+
+
+@pytest.mark.parametrize(
+    ("value", "accepts"), [("no", True), ("off", True), ("accept-new", True), ("yes", False), ("ask", False)]
+)
+def test_whether_ssh_accepts_a_new_key(home: Path, value: str, accepts: bool) -> None:
+    configure(home, f"Host gpu1\n  User x\n  StrictHostKeyChecking {value}\n")
+    assert ssh_config.resolve_alias("gpu1", home=home).accepts_new_keys is accepts
 
 
 def test_jumps_in_a_circle_end(home: Path) -> None:
