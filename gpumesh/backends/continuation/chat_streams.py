@@ -34,7 +34,7 @@ from gpumesh.backends.continuation.stream_format import (
     positive_count,
     probe_messages,
 )
-from gpumesh.printable import printable
+from gpumesh.text.printable import printable
 
 # Members that give the answer a form, or let each of its tokens be told with more than its text. The rest of an answer
 # would begin the form anew. Servers have dozens of names for them: ``guided_choice``, ``structured_outputs`` …
