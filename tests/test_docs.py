@@ -25,7 +25,6 @@ from gpumesh.bench.simulate import fleet_file
 from gpumesh.cli.global_options import GlobalOptions
 from gpumesh.cli.root_command import app
 from gpumesh.config.mesh_file.file_schema import MeshFile, Node
-from gpumesh.config.mesh_file.value_types import settings_of
 from gpumesh.gateway.model_requests import MODEL_ROUTES
 from gpumesh.wire import status_from_json
 
@@ -185,7 +184,7 @@ MESHES = [
 def test_every_mesh_yaml_that_is_shown_is_valid(page: Path, block: Block) -> None:
     """A part of one is made whole by a node. A block of another kind of YAML says whose it is: ```yaml title="…"."""
     document = yaml.safe_load(block.body)
-    assert set(document) <= set(settings_of(MeshFile)), "not mesh.yaml: give it a title"
+    assert set(document) <= set(MeshFile.settings), "not mesh.yaml: give it a title"
     text = (
         block.body if "nodes" in document else block.body + "\nnodes: [{name: a, backend: {url: http://127.0.0.1:1}}]\n"
     )
@@ -340,4 +339,4 @@ def test_a_node_has_every_key_that_the_reference_has() -> None:
     text = (DOCS / "configuration.md").read_text()
     section = text.partition("## nodes\n")[2].partition("\n## ")[0]
     keys = set(re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE))
-    assert keys == set(settings_of(Node))
+    assert keys == set(Node.settings)

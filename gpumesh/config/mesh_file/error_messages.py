@@ -20,7 +20,6 @@ from gpumesh.config.mesh_file.value_types import (
     ValueProblem,
     ValueType,
     WrongType,
-    settings_of,
 )
 from gpumesh.config.mesh_file.yaml_tree import Fault, KeyPath, ListValue, MappingValue, ScalarValue, Value, follow_path
 from gpumesh.config.value_parsers import SensitiveError
@@ -190,12 +189,12 @@ def keys_at(path: KeyPath) -> list[str]:
         if is_name:
             is_name = False
             continue
-        setting = settings_of(section).get(part)
+        setting = section.settings.get(part)
         section = _section_in(setting.value_type) if setting is not None else None
         is_name = section is not None and setting is not None and isinstance(setting.value_type, MappingOf)
     if section is None or is_name:  # under ``models`` any key may stand
         return []
-    return list(settings_of(section))
+    return list(section.settings)
 
 
 def _section_in(value_type: ValueType[Any]) -> type[Section] | None:
@@ -210,7 +209,7 @@ def _sections_with_key(key: str) -> list[str]:
     pending: list[tuple[str, type[Section]]] = [("the top level", MeshFile)]
     while pending:
         section_label, section = pending.pop(0)
-        for name, setting in settings_of(section).items():
+        for name, setting in section.settings.items():
             if name == key:
                 sections.append(section_label)
             inner_section = _section_in(setting.value_type)

@@ -4,11 +4,8 @@
 ``None`` means that the file does not give the key. Descriptions go into the JSON Schema (json_schema.py) and the docs.
 """
 
-# ruff: noqa: RUF009  # `optional` and `required` make a field, as dataclasses.field does
-
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 from gpumesh.config import listen_address, value_parsers
@@ -81,7 +78,6 @@ ORIGINS = ListOf(ORIGIN, _one_or_list(_TEXT))
 # -- sections --------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Ssh(Section):
     """How to reach the host by SSH. A node without `ssh` is reached directly."""
 
@@ -110,7 +106,6 @@ class Ssh(Section):
     keepalive: float | None = optional(INTERVAL, "How often the host is asked for a sign of life; 2s if not given.")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Backend(Section):
     """The inference server of a node. One of `port`, `url` and `urls` says where it is."""
 
@@ -127,7 +122,6 @@ class Backend(Section):
     max_parallel: int | None = optional(integer(1, 4096), "How many requests it runs at once; learned if not given.")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Expect(Section):
     """What you believe to be there; `gpumesh audit` compares."""
 
@@ -139,7 +133,6 @@ class Expect(Section):
     models: tuple[str, ...] | None = optional(LINES, "Models that must be there.")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class AddressFrom(Section):
     """Where the host is today, for addresses that change (RunPod, vast.ai)."""
 
@@ -147,7 +140,6 @@ class AddressFrom(Section):
     timeout: float | None = optional(INTERVAL, "Time for the command; 20s if not given.")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class NodeDefaults(Section):
     """Merged under every node. `ssh` only under those that have an `ssh` of their own."""
 
@@ -163,7 +155,6 @@ class NodeDefaults(Section):
     enabled: bool | None = optional(BOOLEAN, "false: the node stays in the file and is left alone.")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Node(NodeDefaults):
     """One host with one inference server."""
 
@@ -171,7 +162,6 @@ class Node(NodeDefaults):
     address_from: AddressFrom | None = optional(SectionOf(AddressFrom))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class ApiKey(Section):
     """An API key of one user or program. Either `env` or `hash` says which key it is."""
 
@@ -185,7 +175,6 @@ class ApiKey(Section):
     models: tuple[str, ...] | None = optional(MODELS, "The only models that it may use; all if not given.")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Gateway(Section):
     """The one endpoint that clients use."""
 
@@ -219,7 +208,6 @@ class Gateway(Section):
     )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Tunnels(Section):
     """The local ends of the SSH tunnels, which other programs may use."""
 
@@ -235,7 +223,6 @@ class Tunnels(Section):
     )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Model(Section):
     """What holds for one model, whatever node has it."""
 
@@ -260,7 +247,6 @@ class Model(Section):
     fallback: str | None = optional(LINE, "The model that serves a request if no node can with this.")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Redis(Section):
     """Optional: several gateways share what they have in flight."""
 
@@ -268,7 +254,6 @@ class Redis(Section):
     password_env: str | None = optional(VARIABLE, "Name of the variable that holds Redis's password.")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class MeshFile(Section):
     """A mesh: GPUs behind SSH as one endpoint."""
 

@@ -7,7 +7,7 @@ from enum import StrEnum
 from typing import Any
 
 from gpumesh.config.mesh_file.file_schema import MeshFile
-from gpumesh.config.mesh_file.value_types import JsonSchema, Section, Setting, or_null, settings_of
+from gpumesh.config.mesh_file.value_types import JsonSchema, Section, Setting, or_null
 
 SCHEMA_ID = "https://json-schema.org/draft/2020-12/schema"
 
@@ -22,7 +22,7 @@ def make_json_schema() -> dict[str, Any]:
             continue
         definitions[definition.__name__] = _describe(definition)
         if issubclass(definition, Section):
-            inner = [setting.value_type.definition for setting in settings_of(definition).values()]
+            inner = [setting.value_type.definition for setting in definition.settings.values()]
             pending += [inner_definition for inner_definition in inner if inner_definition is not None]
     document = definitions.pop(MeshFile.__name__)
     return {"$schema": SCHEMA_ID, **_sort_keys({"$defs": definitions, **document, "title": "gpumesh mesh.yaml"})}
@@ -35,7 +35,7 @@ def _describe(definition: type[Section | StrEnum]) -> dict[str, Any]:
         schema["description"] = inspect.cleandoc(definition.__doc__)
     if issubclass(definition, StrEnum):
         return {**schema, "type": "string", "enum": [str(choice) for choice in definition]}
-    settings = settings_of(definition)
+    settings = definition.settings
     schema |= {
         "type": "object",
         "properties": {key: _describe_setting(key, setting) for key, setting in settings.items()},

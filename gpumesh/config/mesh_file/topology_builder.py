@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import TypeVar
@@ -24,7 +24,7 @@ from gpumesh.config.mesh_file.file_schema import (
     Tunnels,
 )
 from gpumesh.config.mesh_file.model_rules import ALL_NODES
-from gpumesh.config.mesh_file.value_types import Section, SectionOf, ValueProblem, settings_of
+from gpumesh.config.mesh_file.value_types import Section, SectionOf, ValueProblem
 from gpumesh.config.mesh_file.yaml_tree import Fault, KeyPath
 from gpumesh.config.ssh.ssh_config import AliasSettings, expand_identity_files, resolve_jumps
 from gpumesh.topology import (
@@ -181,7 +181,7 @@ class TopologyBuilder:
         """Returns the settings with the key files of the alias for the host, port and user that are used in the end:
         a key of mesh.yaml may replace those of the alias."""
         if alias_settings.no_identity_files:
-            return replace(settings, identity_file=())
+            return settings.replace(identity_file=())
         if not alias_settings.raw_identity_files:
             return settings
         paths = expand_identity_files(
@@ -192,7 +192,7 @@ class TopologyBuilder:
             port=_value_or(settings.port, 22),
             user=settings.user or self.user,
         )
-        return replace(settings, identity_file=paths)
+        return settings.replace(identity_file=paths)
 
     def _read_alias_settings(self, alias: str, path: KeyPath) -> AliasSettings | None:
         """Returns the settings of ``alias``. If they cannot be read, returns ``None`` and adds a fault at ``path``."""
@@ -333,7 +333,7 @@ def _drop_replaced_location(defaults: Backend, overrides: Backend) -> Backend:
     """
     if overrides.port is None and overrides.url is None and overrides.urls is None:
         return defaults
-    return replace(defaults, port=None, url=None, urls=None)
+    return defaults.replace(port=None, url=None, urls=None)
 
 
 def _build_backend(backend: Backend) -> BackendSpec:
@@ -358,9 +358,8 @@ def _build_expect(expect: Expect) -> ExpectSpec:
 
 def _merge(defaults: S, overrides: S) -> S:
     """Returns the section with the values of ``overrides``, and of ``defaults`` where ``overrides`` has no value."""
-    values = {key: getattr(overrides, key) for key in settings_of(type(overrides))}
-    given_values = {key: value for key, value in values.items() if value is not None}
-    return replace(defaults, **given_values)
+    given_values = {key: value for key, value in vars(overrides).items() if value is not None}
+    return defaults.replace(**given_values)
 
 
 T = TypeVar("T")

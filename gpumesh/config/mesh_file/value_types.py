@@ -6,11 +6,11 @@ all problems of a value, also those of the values inside it. A section (file_sch
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
 from enum import Enum, StrEnum, auto
-from typing import Any, Generic, TypeAlias, TypeVar, cast
+from typing import Any, ClassVar, Generic, TypeAlias, TypeVar, cast, dataclass_transform
+
+import msgspec
 
 from gpumesh.config import value_parsers
 from gpumesh.config.mesh_file.variable_expansion import UNUSABLE
@@ -32,22 +32,19 @@ class KeyProblem(Enum):
     MISSING = auto()
 
 
-@dataclass(frozen=True, slots=True)
-class WrongType:
+class WrongType(msgspec.Struct, frozen=True):
     """The value is a list in the place of a text, for example. ``expected`` is one of the phrases above."""
 
     expected: str
 
 
-@dataclass(frozen=True, slots=True)
-class NotAChoice:
+class NotAChoice(msgspec.Struct, frozen=True):
     """The value is none of ``choices``."""
 
     choices: list[str]
 
 
-@dataclass(frozen=True, slots=True)
-class ValueProblem:
+class ValueProblem(msgspec.Struct, frozen=True):
     """What is wrong with the value at ``path``. A ValueError comes from the parser of the value (value_parsers.py)."""
 
     path: KeyPath
@@ -59,26 +56,22 @@ E = TypeVar("E", bound=StrEnum)
 S = TypeVar("S", bound="Section")
 
 
-class ValueType(ABC, Generic[T]):
-    """Reads a value of one type.
+class ValueType(msgspec.Struct, Generic[T], frozen=True):
+    """Reads a value of one type."""
 
-    ``definition`` is the section or the enumeration that the type refers to, itself or for its members.
-    """
-
-    __slots__ = ()
-
-    @abstractmethod
     def read(self, value: object, path: KeyPath, problems: list[ValueProblem]) -> T | None:
         """Returns the value, which stands at ``path``. If it is wrong, adds all that is wrong to ``problems``, and the
         result must not be used."""
+        raise NotImplementedError
 
     @property
-    @abstractmethod
     def schema(self) -> JsonSchema:
         """The JSON Schema. A section or an enumeration is a reference to its definition."""
+        raise NotImplementedError
 
     @property
     def definition(self) -> type[Section | StrEnum] | None:
+        """The section or the enumeration that the type refers to, itself or for its members."""
         return None
 
 
@@ -88,8 +81,7 @@ def _report_wrong_type(value: object, expected: str, path: KeyPath, problems: li
         problems.append(ValueProblem(path, WrongType(expected)))
 
 
-@dataclass(frozen=True, slots=True)
-class Scalar(ValueType[T]):
+class Scalar(ValueType[T], frozen=True):
     """A single value. ``parse`` turns its text into the value, or raises ValueError."""
 
     parse: Callable[[str], T]
@@ -132,8 +124,7 @@ def duration(minimum: float, maximum: float) -> Scalar[float]:
     return Scalar(parse_seconds, schema, NUMBER)
 
 
-@dataclass(frozen=True, slots=True)
-class Choice(ValueType[E]):
+class Choice(ValueType[E], frozen=True):
     """One of the values of ``enumeration``."""
 
     enumeration: type[E]
@@ -157,8 +148,7 @@ class Choice(ValueType[E]):
         return self.enumeration
 
 
-@dataclass(frozen=True, slots=True)
-class ListOf(ValueType[tuple[T, ...]]):
+class ListOf(ValueType[tuple[T, ...]], frozen=True):
     """A list. ``split`` turns a single text in the place of the list into its members; ``None``: it must be a list.
     ``check_members`` raises ValueError if the members do not fit together."""
 
@@ -189,8 +179,7 @@ class ListOf(ValueType[tuple[T, ...]]):
         return self.member.definition
 
 
-@dataclass(frozen=True, slots=True)
-class MappingOf(ValueType[dict[str, T]]):
+class MappingOf(ValueType[dict[str, T]], frozen=True):
     """A mapping whose keys the user chooses."""
 
     key: Scalar[str]
@@ -218,8 +207,7 @@ class MappingOf(ValueType[dict[str, T]]):
         return self.value.definition
 
 
-@dataclass(frozen=True, slots=True)
-class Nullable(ValueType[T | None]):
+class Nullable(ValueType[T | None], frozen=True):
     """A value, or nothing."""
 
     value: ValueType[T]
@@ -239,14 +227,7 @@ class Nullable(ValueType[T | None]):
 # -- sections --------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Section:
-    """A mapping with known keys; each other key is an error. A subclass has a field for each key, which ``optional`` or
-    ``required`` makes."""
-
-
-@dataclass(frozen=True, slots=True)
-class Setting:
+class Setting(msgspec.Struct, frozen=True):
     """A key of a section. Only a key that is not required may have no value."""
 
     value_type: ValueType[Any]
@@ -254,15 +235,48 @@ class Setting:
     is_required: bool
 
 
-@dataclass(frozen=True, slots=True)
-class SectionOf(ValueType[S]):
+def required(value_type: ValueType[T], description: str | None = None) -> T:
+    """A key that must be given. The description goes into the JSON Schema."""
+    return cast(T, Setting(value_type, description, is_required=True))
+
+
+def optional(value_type: ValueType[T], description: str | None = None) -> T | None:
+    """A key that may be left out or have no value. Then it is ``None`` in the section."""
+    return cast("T | None", Setting(value_type, description, is_required=False))
+
+
+@dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(required,))
+class Section:
+    """A mapping with known keys; each other key is an error. In a subclass, ``required`` and ``optional`` make the
+    keys. An object of it has the value of each key.
+
+    Not a dataclass: Python would take a tenth of the time of a short command to make so many.
+    """
+
+    settings: ClassVar[Mapping[str, Setting]] = {}  # by their keys
+
+    def __init_subclass__(cls) -> None:
+        own_settings = {key: value for key, value in vars(cls).items() if isinstance(value, Setting)}
+        cls.settings = {**cls.settings, **own_settings}
+        for key in own_settings:
+            delattr(cls, key)  # only objects have the values
+
+    def __init__(self, **values: Any) -> None:
+        self.__dict__.update(dict.fromkeys(self.settings), **values)
+
+    def replace(self: S, **values: Any) -> S:
+        """Returns a copy with other values under some keys."""
+        return type(self)(**{**vars(self), **values})
+
+
+class SectionOf(ValueType[S], frozen=True):
     section: type[S]
 
     def read(self, value: object, path: KeyPath, problems: list[ValueProblem]) -> S | None:
         if not isinstance(value, dict):
             _report_wrong_type(value, KEYS_WITH_VALUES, path, problems)
             return None
-        settings = settings_of(self.section)
+        settings = self.section.settings
         count_before = len(problems)
         values: dict[str, Any] = {}
         for key, setting in settings.items():
@@ -286,29 +300,6 @@ class SectionOf(ValueType[S]):
 def list_of_sections(section: type[S]) -> ListOf[S]:
     member = SectionOf(section)
     return ListOf(member, {"type": "array", "items": member.schema}, split=None)
-
-
-def optional(value_type: ValueType[T], description: str | None = None) -> T | None:
-    """Makes the field for a key that may be left out; then the field is ``None``. The description goes into the JSON
-    Schema."""
-    setting = Setting(value_type, description, is_required=False)
-    return cast("T | None", field(default=None, metadata={"setting": setting}))
-
-
-def required(value_type: ValueType[T], description: str | None = None) -> T:
-    """Makes the field for a key that must be given."""
-    setting = Setting(value_type, description, is_required=True)
-    return cast(T, field(metadata={"setting": setting}))
-
-
-def settings_of(section: type[Section]) -> dict[str, Setting]:
-    """Returns the settings of a section by their keys."""
-    if section not in _settings_by_section:
-        _settings_by_section[section] = {key.name: key.metadata["setting"] for key in fields(section)}
-    return _settings_by_section[section]
-
-
-_settings_by_section: dict[type[Section], dict[str, Setting]] = {}
 
 
 def reference_to(definition: type[Section | StrEnum]) -> JsonSchema:
