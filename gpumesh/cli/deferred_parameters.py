@@ -6,8 +6,13 @@ may take. A parameter that is not given does not need it, and plain text does no
 
 from __future__ import annotations
 
+import os
+import re
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
+
+_PLAIN_NUMBERS = {int: re.compile(r"[0-9]{1,9}"), float: re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?")}
 
 
 class _DeferredParameter:
@@ -23,15 +28,39 @@ class _DeferredParameter:
         if value is None:  # the parameter is not given
             takes_several = param.multiple or param.nargs == -1
             return () if takes_several else None
-        is_text, annotation = isinstance(value, str), param.type_descriptor.annotation
         if value == param.default:
             return value
-        if is_text and annotation is str:
-            return value
-        if is_text and annotation is Path and param.name == "config":  # given with most commands, so it must be quick
-            return Path(value)
+        annotation = param.type_descriptor.annotation
+        if annotation == list[str]:
+            return list(value)
+        if isinstance(value, str):
+            if annotation is Path and param.name == "config":  # the command itself says why it cannot read its file
+                return Path(value)
+            converted = _convert_plain_text(value, annotation, param.type_descriptor.parameter_info)
+            if converted is not None:
+                return converted
         self._parameter._runtime_param = None  # Typer's own reader is made by the next call
         return self._parameter.get_runtime_param().coerce(value, param=param, ctx=ctx)
+
+
+def _convert_plain_text(text: str, annotation: Any, bounds: Any) -> Any:
+    """Returns the value of a text in its usual form, such as ``8`` for a number. Returns ``None`` for any other text:
+    Typer's reader has to say what is wrong with it. ``bounds`` has the ``min`` and ``max`` of a number."""
+    if annotation is str:
+        return text
+    if annotation is Path:
+        is_unreadable = os.path.exists(text) and not os.access(text, os.R_OK)
+        return None if is_unreadable else Path(text)
+    if annotation in _PLAIN_NUMBERS:
+        if not _PLAIN_NUMBERS[annotation].fullmatch(text):
+            return None
+        number = annotation(text)
+        is_low = bounds.min is not None and number < bounds.min
+        is_high = bounds.max is not None and number > bounds.max
+        return None if is_low or is_high else number
+    if isinstance(annotation, type) and issubclass(annotation, StrEnum):
+        return next((choice for choice in annotation if choice == text), None)
+    return None
 
 
 def defer_parameters(command: Any) -> Any:
