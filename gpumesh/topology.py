@@ -73,6 +73,21 @@ class KeySpec:
     models: tuple[str, ...] | None = None
 
 
+# The routes whose streams can get a sign of life, and after how many silent seconds they do if mesh.yaml does not say.
+# nginx, Cloudflare and the balancers of AWS and Azure cut a silent connection after 60 to 240 s, some others after 30.
+# The routes of Ollama's API do not get any unless asked: see docs/gateway.md.
+HEARTBEAT_S: Mapping[str, float] = MappingProxyType(
+    {
+        "/v1/chat/completions": 10.0,
+        "/v1/completions": 10.0,
+        "/v1/responses": 10.0,
+        "/v1/messages": 10.0,
+        "/api/chat": 0.0,
+        "/api/generate": 0.0,
+    }
+)
+
+
 @dataclass(frozen=True, slots=True)
 class GatewaySpec:
     """The single endpoint of the mesh. The key ``listen`` of mesh.yaml sets ``host`` and ``port`` (0: any free port),
@@ -80,7 +95,8 @@ class GatewaySpec:
     only.
 
     ``api_key_env`` is the name of the variable with the key for everybody, ``keys`` are the keys of single users.
-    ``route_priority`` has the class of requests to a route (``/api/embed``) that ask for none."""
+    ``route_priority`` has the class of requests to a route (``/api/embed``) that ask for none. ``heartbeat_s`` has the
+    seconds after which a silent stream of a route gets a sign of life; 0: never."""
 
     host: str | None = "127.0.0.1"
     port: int = 11430
@@ -95,6 +111,7 @@ class GatewaySpec:
     body_memory_mib: int = 512
     keys: tuple[KeySpec, ...] = ()
     route_priority: Mapping[str, Priority] = field(default_factory=lambda: MappingProxyType({}))
+    heartbeat_s: Mapping[str, float] = field(default_factory=lambda: HEARTBEAT_S)
 
     @property
     def needs_key(self) -> bool:

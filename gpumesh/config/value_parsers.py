@@ -98,6 +98,18 @@ def parse_duration(text: str) -> float:
     return float(match["number"]) * _UNITS[match["unit"]]
 
 
+def parse_heartbeat(text: str) -> float:
+    """Returns the seconds of a duration from 100ms to 5m; 0 for ``off``."""
+    if text.strip().lower() in ("off", "false", "no"):
+        return 0.0
+    return check_range(parse_duration(text), 0.1, 300.0, format_duration)
+
+
+def format_heartbeat(seconds: float) -> str:
+    """Writes what ``parse_heartbeat`` reads."""
+    return format_duration(seconds) if seconds else "off"
+
+
 def format_duration(seconds: float) -> str:
     """Writes the duration as a person would: ``2m``, ``1.5s``, ``500ms``.
 

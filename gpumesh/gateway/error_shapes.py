@@ -115,7 +115,11 @@ def error_frame(api: ClientApi, status: int, message: str) -> bytes:
     the progress of a pull. For generated text there is ``StreamFormat.error_frame`` (backends/continuation): it needs
     no status, and it also has the form of ``/v1/responses``.
     """
-    body = error_body(api, status, message)
+    return frame_of_error_body(api, error_body(api, status, message))
+
+
+def frame_of_error_body(api: ClientApi, body: bytes) -> bytes:
+    """The body of an error response as a frame of a stream. ``body`` is JSON in one line."""
     match api:
         case ClientApi.OLLAMA:
             return body + b"\n"

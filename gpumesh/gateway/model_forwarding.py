@@ -15,7 +15,7 @@ from msgspec.structs import replace
 
 from gpumesh.balancer.base import Demand, Priority
 from gpumesh.balancer.prefixes.prints import FIRST_BLOCK_BYTES, MIN_SECRET_BYTES
-from gpumesh.errors import NoNodeError, ServersFailed
+from gpumesh.errors import GPUMeshError, NoNodeError, ServersFailed
 from gpumesh.gateway import proxy
 from gpumesh.gateway.access.client_names import ClientNames
 from gpumesh.gateway.body_parsers.form_data import Form, read_boundary, scan_form
@@ -29,10 +29,20 @@ from gpumesh.gateway.body_parsers.json_members import (
     rewrite_body,
 )
 from gpumesh.gateway.http.errors import BadRequest
+from gpumesh.gateway.http.heartbeat import Heartbeats
 from gpumesh.gateway.http.request import Request
 from gpumesh.gateway.http.responses import Response
 from gpumesh.gateway.http.streaming_response import StreamingResponse
-from gpumesh.gateway.model_requests import ModelRoute, read_demand, read_model, read_node, read_options, read_timeout
+from gpumesh.gateway.late_replies import end_with_error, end_with_response, start_heartbeat, wants_stream
+from gpumesh.gateway.model_requests import (
+    ClientApi,
+    ModelRoute,
+    read_demand,
+    read_model,
+    read_node,
+    read_options,
+    read_timeout,
+)
 from gpumesh.gateway.model_unloading import asks_to_unload, unload_everywhere
 from gpumesh.gateway.observe.record import RequestRecord
 from gpumesh.gateway.prompt_reading import PromptReader
@@ -66,11 +76,12 @@ class ModelForwarder:
         self._rules = mesh.model_rules
         self._client_names = client_names
         self._prompts = PromptReader(os.urandom(MIN_SECRET_BYTES))
+        self._heartbeats = Heartbeats(min((value for value in self._spec.heartbeat_s.values() if value), default=1.0))
 
     async def forward(self, request: Request, record: RequestRecord, route: ModelRoute) -> Response | StreamingResponse:
-        """Forwards the request to a node that has its model. If no node can serve the model, tries its fallbacks.
-        Raises GPUMeshError before the first byte to the client, and BadRequest if the client's key forbids the
-        request."""
+        """Forwards the request to a node that has its model. If no node can serve the model, tries its fallbacks. A
+        stream that is silent for too long gets a heartbeat. Raises GPUMeshError before the first byte to the client,
+        and BadRequest if the client's key forbids the request."""
         data = request.take_body()
         if data is None:  # the body has not come as a whole yet, or is compressed
             data = await request.read_body()
@@ -91,17 +102,54 @@ class ModelForwarder:
             record.demand = demand
             timeout_s = read_timeout(request.headers, self._spec.timeout_s)
             return await unload_everywhere(self._mesh, demand, request.path, model or str(demand.model), timeout_s)
+        interval_s = self._spec.heartbeat_s.get(request.path, 0.0)
+        if interval_s and not wants_stream(route.api, members):
+            interval_s = 0.0
+        forwarding = self._forward_json(request, record, route, _ClientBody(data, members, model), demand)
+        del data, members  # a body that is written anew need not stay in memory
+        if not interval_s:
+            return await forwarding
+        return await self._keep_alive(request, record, route.api, forwarding, interval_s)
+
+    async def _keep_alive(
+        self,
+        request: Request,
+        record: RequestRecord,
+        api: ClientApi,
+        forwarding: Awaitable[Response | StreamingResponse],
+        interval_s: float,
+    ) -> Response | StreamingResponse:
+        """Waits for the reply of ``forwarding``. After ``interval_s`` seconds of silence the stream of the
+        answer begins; from then on, a failure becomes its last frame."""
+        heartbeat = start_heartbeat(self._heartbeats, request, api, interval_s)
+        try:
+            reply = await forwarding
+        except GPUMeshError as error:
+            if request.stream is None:
+                raise
+            return end_with_error(request, request.stream, record, api, error)
+        finally:
+            heartbeat.stop()
+            request.heartbeat = None  # a cycle: only the garbage collector could free the request
+        if isinstance(reply, Response) and request.stream is not None:
+            return end_with_response(request, request.stream, record, api, reply)
+        return reply
+
+    async def _forward_json(
+        self, request: Request, record: RequestRecord, route: ModelRoute, body: _ClientBody, demand: Demand
+    ) -> Response | StreamingResponse:
+        """Does the work of ``forward`` for a JSON body that has been read, and a demand without its prompt."""
+        data, members = body.data, body.members
         if route.prompt_members and len(data) >= FIRST_BLOCK_BYTES:  # a shorter prompt has no block
             demand = await self._add_prompt(request, route, members, demand, len(data))
         elif demand.session is not None:
             demand = replace(demand, session=self._prompts.read_session(request.headers, members))
         if self._rules.specs:
-            body = _ClientBody(data, members, model)
             return await self._forward_by_rules(request, record, route, body, demand)
         # Nearly every mesh: no aliases, no other contexts, no fallbacks.
-        if model is None or not members.has_common_spelling:
-            data = await self._render_body(request, _ClientBody(data, members, model), demand)
-        del members  # a body that was written anew need not stay in memory
+        if body.model is None or not members.has_common_spelling:
+            data = await self._render_body(request, body, demand)
+        del body, members
         timeout_s = read_timeout(request.headers, self._spec.timeout_s)
         return await self._send(request, record, route, demand, data, timeout_s)
 

@@ -25,6 +25,7 @@ from gpumesh.gateway.http.errors import BadRequest
 from gpumesh.gateway.http.request import Request
 from gpumesh.gateway.http.responses import HeaderPairs, Response, json_response
 from gpumesh.gateway.http.streaming_response import StreamingResponse
+from gpumesh.gateway.late_replies import fits_begun_stream
 from gpumesh.gateway.model_requests import ClientApi
 from gpumesh.mesh.mesh import Mesh
 from gpumesh.mesh.requests.answer import Answer, SendProgress
@@ -135,7 +136,7 @@ async def forward_request(
     ``on_answer`` is called with the answer when its first bytes have come. ``require_json``: the answer must be a JSON
     object, and any node can give it. If a client could not read the first node's answer, the other nodes are asked.
 
-    Raises GPUMeshError only before the first byte to the client.
+    Raises GPUMeshError only before the first byte of an answer. A heartbeat may have begun the client's stream.
     """
     calls: Mapping[BackendKind, HttpCall] = dict.fromkeys(demand.kinds, call)
     wants_why = read_explain(request.headers)
@@ -199,10 +200,17 @@ def _find_other_nodes(mesh: Mesh, demand: Demand, asked_node: str) -> list[str]:
 async def _stream_response(request: Request, answer: Answer, shape: ClientApi) -> StreamingResponse:
     """Streams the answer to the client, and returns the stream at its end. An error in the midst of the stream becomes
     its last frame. An answer without frames (JSON, audio) has no place for an error: its stream is returned unfinished,
-    and the server cuts the connection."""
-    # nginx would hold a stream back until it has some KiB of it.
-    headers = (*_response_headers(answer), ("X-Accel-Buffering", "no"))
-    stream = request.start_stream(headers, status=answer.status)
+    and the server cuts the connection. Raises BackendError if the answer cannot go on in the stream that a heartbeat
+    has begun."""
+    heartbeat, stream = request.heartbeat, request.stream
+    if heartbeat is not None and not answer.consists_of_frames:  # a sign could come in the midst of a frame
+        heartbeat.stop()
+    if stream is None:
+        # nginx would hold a stream back until it has some KiB of it.
+        headers = (*_response_headers(answer), ("X-Accel-Buffering", "no"))
+        stream = request.start_stream(headers, status=answer.status)
+    elif not fits_begun_stream(_media_type(answer), shape):
+        raise BackendError("its answer is not the stream that was asked for", node=answer.node)
     try:
         await answer.send_to(stream)
     except GPUMeshError as error:
@@ -219,8 +227,13 @@ async def _stream_response(request: Request, answer: Answer, shape: ClientApi) -
 
 def _has_frames(answer: Answer) -> bool:
     """Whether the answer is a stream of frames, one of which can be an error."""
+    return _media_type(answer) in STREAMING_TYPES
+
+
+def _media_type(answer: Answer) -> str:
+    """The answer's media type without parameters; empty if it has none."""
     content_type = next((value for name, value in answer.headers if name == "Content-Type"), "")
-    return content_type.partition(";")[0] in STREAMING_TYPES
+    return content_type.partition(";")[0]
 
 
 def _whole_response(answer: Answer, body: bytes, shape: ClientApi) -> Response:

@@ -55,6 +55,15 @@ SHA256 = text(value_parsers.parse_sha256, pattern=value_parsers.SHA256_PATTERN)
 ORIGIN = text(value_parsers.parse_origin)
 INTERVAL = duration(0.1, 300)
 LONG_WAIT = duration(0.1, 86400)
+HEARTBEAT = Scalar(
+    value_parsers.parse_heartbeat,
+    {
+        "anyOf": [
+            {"type": "string", "pattern": rf"^off$|{value_parsers.DURATION_PATTERN}", "examples": ["10s", "off"]},
+            {"const": False},  # a YAML parser may read ``off`` as false
+        ]
+    },
+)
 WEIGHT = Scalar(value_parsers.parse_weight, {"type": "number", "exclusiveMinimum": 0, "maximum": 1000}, NUMBER)
 BOOLEAN = Scalar(value_parsers.parse_boolean, {"type": "boolean"}, TRUE_OR_FALSE)
 
@@ -192,6 +201,11 @@ class Gateway(Section):
     route_priority: dict[str, Priority] | None = optional(
         MappingOf(ANY_TEXT, Choice(Priority)),
         "The class of requests to a route that ask for none, such as `/api/embed: batch`.",
+    )
+    heartbeat: dict[str, float] | None = optional(
+        MappingOf(ANY_TEXT, HEARTBEAT),
+        "After how long a silent stream of a route gets a sign of life, or off, such as "
+        "`/v1/messages: 30s`; 10s for the routes of /v1 if not given, off for those of /api.",
     )
     default_model: str | None = optional(LINE, "Used where a command is given no model.")
     policy: PolicyKind | None = optional(Choice(PolicyKind), "How a node is chosen; adaptive if not given.")

@@ -1,4 +1,4 @@
-"""The rules of mesh.yaml for ``models``, ``gateway.keys`` and ``gateway.route_priority``: names that must exist. Pure.
+"""The rules of mesh.yaml for ``models``, and for the keys and routes of ``gateway``: names that must exist. Pure.
 
 As in ``rules``, a value of the wrong type breaks no rule here: the schema reports it.
 """
@@ -11,6 +11,7 @@ from typing import Any
 from gpumesh.config.mesh_file.error_messages import did_you_mean, quote_value
 from gpumesh.config.mesh_file.yaml_tree import KeyPath
 from gpumesh.text.model_names import full_name
+from gpumesh.topology import HEARTBEAT_S
 
 ALL_NODES = "all"
 # The routes whose requests wait for a slot: a class has a meaning only for these.
@@ -211,6 +212,17 @@ def check_route_priority(routes: Any) -> Iterator[BrokenRule]:
             guess = did_you_mean(route, QUEUED_ROUTES)
             end = f"; did you mean {guess}?" if guess is not None else f"; there are: {', '.join(QUEUED_ROUTES)}"
             yield ("gateway", "route_priority", route), f"is no route whose requests wait{end}"
+
+
+def check_heartbeat(routes: Any) -> Iterator[BrokenRule]:
+    """Yields each route of ``gateway.heartbeat`` whose streams cannot have one."""
+    if not isinstance(routes, Mapping):
+        return
+    for route in routes:
+        if route not in HEARTBEAT_S:
+            guess = did_you_mean(route, tuple(HEARTBEAT_S))
+            end = f"; did you mean {guess}?" if guess is not None else f"; there are: {', '.join(HEARTBEAT_S)}"
+            yield ("gateway", "heartbeat", route), f"is no route whose answers can have a heartbeat{end}"
 
 
 def _entries(value: Any, path: KeyPath) -> list[tuple[KeyPath, str]]:

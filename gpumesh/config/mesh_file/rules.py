@@ -52,6 +52,7 @@ def _check_names_of_nodes(document: Mapping[str, Any], nodes: list[Any]) -> Iter
     yield from model_rules.check_models(_as_mapping(document.get("models")), names)
     yield from model_rules.check_keys(gateway.get("keys"), gateway.get("api_key_env"), names)
     yield from model_rules.check_route_priority(gateway.get("route_priority"))
+    yield from model_rules.check_heartbeat(gateway.get("heartbeat"))
 
 
 def _name_or_placeholder(name: Any) -> str:

@@ -274,6 +274,7 @@ class TopologyBuilder:
             access_log=_value_or(gateway.access_log, default.access_log),
             keys=tuple(_build_key(key) for key in gateway.keys or ()),
             route_priority=MappingProxyType(gateway.route_priority or {}),
+            heartbeat_s=MappingProxyType({**default.heartbeat_s, **(gateway.heartbeat or {})}),
         )
 
     def _socket_path(self, text: str) -> Path:

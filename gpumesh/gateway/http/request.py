@@ -17,6 +17,7 @@ from gpumesh.gateway.http.bounds import Bounds
 from gpumesh.gateway.http.client_key import ClientKey
 from gpumesh.gateway.http.client_writer import ClientWriter
 from gpumesh.gateway.http.errors import BadRequest, body_too_large
+from gpumesh.gateway.http.heartbeat import Heartbeat
 from gpumesh.gateway.http.parser import RequestHead
 from gpumesh.gateway.http.responses import HeaderPairs, Response, has_no_body, render_head
 from gpumesh.gateway.http.streaming_response import StreamingResponse
@@ -56,7 +57,8 @@ class Request:
     - ``received_at``: when the head was complete, in seconds of the server's clock.
     - ``key``: the API key that the client has sent; ``None`` if the gateway needs none, or before it was checked.
     - ``cors``: header fields that every answer to the request gets.
-    - ``stream``: the answer, if it is written in pieces.
+    - ``stream``: the answer, if it is written in pieces. ``heartbeat``: keeps it from being silent; ``None`` if it may
+      be.
     - ``body``: only for the connection, which feeds it. Handlers read the body with the methods here.
     """
 
@@ -65,6 +67,7 @@ class Request:
         "body",
         "cors",
         "headers",
+        "heartbeat",
         "id",
         "is_http10",
         "keep_alive",
@@ -96,6 +99,7 @@ class Request:
         self.key: ClientKey | None = None
         self.body = RequestBody(connection.memory)
         self.stream: StreamingResponse | None = None
+        self.heartbeat: Heartbeat | None = None
 
     def __repr__(self) -> str:
         return f"<Request {self.method} {self.path} {self.body!r} {self.stream!r}>"

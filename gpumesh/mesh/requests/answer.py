@@ -99,6 +99,11 @@ class Answer:
         """The body if it is complete; ``None`` for an answer that streams."""
         return None
 
+    @property
+    def consists_of_frames(self) -> bool:
+        """Whether the client gets only whole frames: then the holder may write something of its own between them."""
+        return False
+
     def __aiter__(self) -> AsyncIterator[bytes]:
         return self
 

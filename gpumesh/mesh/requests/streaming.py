@@ -97,6 +97,10 @@ class StreamingAnswer(Answer):
     def counters(self) -> ServerCounters | None:
         return None if self._continuation is None else self._continuation.answer_counters
 
+    @property
+    def consists_of_frames(self) -> bool:
+        return self._continuation is not None
+
     def error_frame(self, message: str) -> bytes | None:
         return None if self._continuation is None else self._continuation.error_frame(message)
 
