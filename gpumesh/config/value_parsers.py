@@ -99,10 +99,11 @@ def parse_duration(text: str) -> float:
 
 
 def parse_heartbeat(text: str) -> float:
-    """Returns the seconds of a duration from 100ms to 5m; 0 for ``off``."""
+    """Returns the seconds of a duration from 2s to 5m; 0 for ``off``. The end of an answer may follow its last frame by
+    a second (``DRAIN_S``), and no heartbeat may come between."""
     if text.strip().lower() in ("off", "false", "no"):
         return 0.0
-    return check_range(parse_duration(text), 0.1, 300.0, format_duration)
+    return check_range(parse_duration(text), 2.0, 300.0, format_duration)
 
 
 def format_heartbeat(seconds: float) -> str:

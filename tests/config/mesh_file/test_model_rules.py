@@ -8,9 +8,10 @@ import time
 import pytest
 
 from gpumesh import config
+from gpumesh.backends.continuation.stream_formats import generates_text
 from gpumesh.config.mesh_file.model_rules import QUEUED_ROUTES
 from gpumesh.gateway.model_requests import MODEL_ROUTES
-from gpumesh.topology import KeySpec, ModelSpec, Priority
+from gpumesh.topology import HEARTBEAT_S, KeySpec, ModelSpec, Priority
 from tests.config.build import HOME, problem, problems, topology
 
 NODES = """nodes:
@@ -70,6 +71,17 @@ def test_keys_and_the_priority_of_routes() -> None:
     assert dict(gateway.route_priority) == {"/api/embed": Priority.BATCH}
     assert gateway.key_variables == ("CHAT_KEY",)
     assert gateway.needs_key
+
+
+def test_the_heartbeat_of_routes() -> None:
+    gateway = topology(f"{NODES}gateway: {{heartbeat: {{/v1/messages: off, /api/chat: 30s}}}}\n").gateway
+    assert gateway.heartbeat_s == {**HEARTBEAT_S, "/v1/messages": 0.0, "/api/chat": 30.0}
+    mesh = topology(f"{NODES}gateway: {{heartbeat: {{/v1/messages: off, /api/chat: 30s}}}}\n")
+    assert config.parse(config.dump_effective(mesh), file="x", env={}, home=HOME, source=mesh.source).gateway == gateway
+
+
+def test_streams_of_all_routes_that_generate_text_can_have_a_heartbeat() -> None:
+    assert set(HEARTBEAT_S) == {path for path in MODEL_ROUTES if generates_text(path)}
 
 
 def test_a_key_is_a_secret_that_no_program_gets() -> None:
@@ -178,6 +190,8 @@ def test_a_key_that_stands_in_the_file_is_not_shown() -> None:
 
 
 def test_problems_of_routes() -> None:
+    assert "did you mean /v1/messages?" in problem(f"{NODES}gateway: {{heartbeat: {{/v1/message: 10s}}}}\n")
+    assert "is not between 2s and 5m" in problem(f"{NODES}gateway: {{heartbeat: {{/v1/messages: 1s}}}}\n")
     assert "did you mean /api/embed?" in problem(f"{NODES}gateway: {{route_priority: {{/api/embd: batch}}}}\n")
     assert "is not one of interactive, normal, batch" in problem(
         f"{NODES}gateway: {{route_priority: {{/api/embed: low}}}}\n"
