@@ -19,21 +19,21 @@ from gpumesh.gateway.error_shapes import (
     frame_of_error_body,
     is_error_body,
 )
-from gpumesh.gateway.http.heartbeat import Heartbeat, Heartbeats
+from gpumesh.gateway.http.heartbeat import LifeSign
 from gpumesh.gateway.http.request import Request
-from gpumesh.gateway.http.responses import HeaderPairs, Response
+from gpumesh.gateway.http.responses import Response
 from gpumesh.gateway.http.streaming_response import StreamingResponse
 from gpumesh.gateway.model_requests import ClientApi
 from gpumesh.gateway.observe.record import RequestRecord
 
 EVENT_STREAM = "text/event-stream"
 NDJSON = "application/x-ndjson"
-_EVENT_SIGN = b": waiting\n\n"  # a comment, which every reader of events skips
+_EVENT_SIGN = LifeSign(  # a comment, which every reader of events skips
+    b": waiting\n\n", (("Content-Type", EVENT_STREAM), ("X-Accel-Buffering", "no"))
+)
 # A blank before a line of JSON belongs to that line, and every JSON parser skips it. An empty line would not do: the
 # clients of Ollama in Python and Go take each line for JSON, and fail at an empty one.
-_LINE_SIGN = b" "
-_EVENT_HEADERS: HeaderPairs = (("Content-Type", EVENT_STREAM), ("X-Accel-Buffering", "no"))
-_LINE_HEADERS: HeaderPairs = (("Content-Type", NDJSON), ("X-Accel-Buffering", "no"))
+_LINE_SIGN = LifeSign(b" ", (("Content-Type", NDJSON), ("X-Accel-Buffering", "no")))
 
 
 def wants_stream(api: ClientApi, members: Members) -> bool:
@@ -47,12 +47,9 @@ def wants_stream(api: ClientApi, members: Members) -> bool:
     return text == b"true" or (api is ClientApi.OLLAMA and text == b"null")
 
 
-def start_heartbeat(heartbeats: Heartbeats, request: Request, api: ClientApi, interval_s: float) -> Heartbeat:
-    """Starts the heartbeat of a request that asks for a stream. The caller must stop it."""
-    is_lines = api is ClientApi.OLLAMA
-    sign, headers = (_LINE_SIGN, _LINE_HEADERS) if is_lines else (_EVENT_SIGN, _EVENT_HEADERS)
-    request.heartbeat = heartbeat = heartbeats.start(request, interval_s, sign, headers)
-    return heartbeat
+def life_sign(api: ClientApi) -> LifeSign:
+    """What keeps the streams of this API from being silent."""
+    return _LINE_SIGN if api is ClientApi.OLLAMA else _EVENT_SIGN
 
 
 def fits_begun_stream(stream_type: str, api: ClientApi) -> bool:

@@ -33,7 +33,7 @@ from gpumesh.gateway.http.heartbeat import Heartbeats
 from gpumesh.gateway.http.request import Request
 from gpumesh.gateway.http.responses import Response
 from gpumesh.gateway.http.streaming_response import StreamingResponse
-from gpumesh.gateway.late_replies import end_with_error, end_with_response, start_heartbeat, wants_stream
+from gpumesh.gateway.late_replies import end_with_error, end_with_response, life_sign, wants_stream
 from gpumesh.gateway.model_requests import (
     ClientApi,
     ModelRoute,
@@ -121,7 +121,7 @@ class ModelForwarder:
     ) -> Response | StreamingResponse:
         """Waits for the reply of ``forwarding``. After ``interval_s`` seconds of silence the stream of the
         answer begins; from then on, a failure becomes its last frame."""
-        heartbeat = start_heartbeat(self._heartbeats, request, api, interval_s)
+        request.heartbeat = heartbeat = self._heartbeats.start(request, interval_s, life_sign(api))
         try:
             reply = await forwarding
         except GPUMeshError as error:

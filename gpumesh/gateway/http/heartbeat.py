@@ -13,6 +13,8 @@ from __future__ import annotations
 import asyncio
 from typing import Protocol
 
+import msgspec
+
 from gpumesh.gateway.http.responses import HeaderPairs
 from gpumesh.gateway.http.streaming_response import StreamingResponse
 
@@ -29,61 +31,58 @@ class StreamOwner(Protocol):
         """Begins a streamed answer with the status 200."""
 
 
-class Heartbeat:
+class LifeSign(msgspec.Struct, frozen=True, eq=False):
+    """What a heartbeat writes: ``data``, and before it the head of the stream with ``headers`` if it has not begun."""
+
+    data: bytes
+    headers: HeaderPairs
+
+
+class Heartbeat(msgspec.Struct, eq=False):
     """The heartbeat of one request: ``sign`` is written whenever nothing was for ``interval_s`` seconds. If the answer
-    has not begun by then, its stream begins with ``headers``.
+    has not begun by then, its stream begins: from then on the client can learn of a failure only inside of the stream.
 
-    ``began_stream``: the client has the status 200 already, and can learn of a failure only inside of the stream."""
+    ``due_at``: when the sign is written next, by the loop's clock; ``None`` before the first check. ``sent_bytes``: how
+    many bytes the stream had at the last check. It is a struct because one is made for each streamed request."""
 
-    __slots__ = ("_due_at", "_headers", "_interval_s", "_owner", "_running", "_sent_bytes", "_sign", "began_stream")
-
-    def __init__(
-        self,
-        running: set[Heartbeat],
-        owner: StreamOwner,
-        interval_s: float,
-        sign: bytes,
-        headers: HeaderPairs,
-        now: float,
-    ) -> None:
-        self._running = running
-        self._owner = owner
-        self._interval_s = interval_s
-        self._sign = sign
-        self._headers = headers
-        self._due_at = now + interval_s
-        self._sent_bytes = 0
-        self.began_stream = False
+    running: set[Heartbeat]
+    owner: StreamOwner
+    interval_s: float
+    sign: LifeSign
+    due_at: float | None = None
+    sent_bytes: int = 0
 
     def __repr__(self) -> str:
-        state = "running" if self in self._running else "stopped"
-        return f"<Heartbeat every {self._interval_s:g} s {state}>"
+        state = "running" if self in self.running else "stopped"
+        return f"<Heartbeat every {self.interval_s:g} s {state}>"
 
     def stop(self) -> None:
         """Writes nothing any more. A second call does nothing."""
-        self._running.discard(self)
+        self.running.discard(self)
 
     def check(self, now: float) -> None:
         """Writes the sign if it is due at ``now`` (seconds of the loop's clock), but not to a backpressured client."""
-        stream = self._owner.stream
-        if stream is not None and (stream.sent_bytes != self._sent_bytes or stream.backpressured):
-            self._sent_bytes = stream.sent_bytes
-            self._due_at = now + self._interval_s
-        if now < self._due_at:
+        stream = self.owner.stream
+        if stream is not None and (stream.sent_bytes != self.sent_bytes or stream.backpressured):
+            self.sent_bytes = stream.sent_bytes
+            self.due_at = now + self.interval_s
+        if self.due_at is None:
+            self.due_at = now + self.interval_s
+        if now < self.due_at:
             return
         try:
             if stream is None:
-                stream = self._owner.start_stream(self._headers)
-                self.began_stream = True
-            stream.write(self._sign)
+                stream = self.owner.start_stream(self.sign.headers)
+            stream.write(self.sign.data)
         except ConnectionError:  # the client is gone, and its connection cancels the request
             self.stop()
-        self._sent_bytes = 0 if stream is None else stream.sent_bytes
-        self._due_at = now + self._interval_s
+        self.sent_bytes = 0 if stream is None else stream.sent_bytes
+        self.due_at = now + self.interval_s
 
 
 class Heartbeats:
-    """The heartbeats of all requests. ``shortest_interval_s``: none of them has a shorter interval."""
+    """The heartbeats of all requests. ``shortest_interval_s``: none of them has a shorter interval. A sign comes up to
+    ``CHECK_S`` seconds later than its interval says."""
 
     def __init__(self, shortest_interval_s: float) -> None:
         self._check_s = min(CHECK_S, shortest_interval_s / CHECKS_PER_INTERVAL)
@@ -93,13 +92,13 @@ class Heartbeats:
     def __repr__(self) -> str:
         return f"<Heartbeats {len(self._running)} running>"
 
-    def start(self, owner: StreamOwner, interval_s: float, sign: bytes, headers: HeaderPairs) -> Heartbeat:
+    def start(self, owner: StreamOwner, interval_s: float, sign: LifeSign) -> Heartbeat:
         """Starts the heartbeat of a request. The caller must ``stop`` it. Needs a running event loop."""
-        loop = asyncio.get_running_loop()
-        heartbeat = Heartbeat(self._running, owner, interval_s, sign, headers, loop.time())
+        heartbeat = Heartbeat(self._running, owner, interval_s, sign)
         self._running.add(heartbeat)
         if not self._is_scheduled:
             self._is_scheduled = True
+            loop = asyncio.get_running_loop()
             loop.call_later(self._check_s, self._check, loop)
         return heartbeat
 
