@@ -11,6 +11,7 @@ Pure. How a proxy drives it::
         else: client.write(answer.finish_body())         # only where the body ended as HTTP says
         if answer.finished: break
         abort upstream
+        for _ in answer.prepare_cut(): let others run    # the request may be long
         if (ending := answer.handle_cut(reason)) is None:
             choose another node
             while (question := answer.next_question(node, kind)):   # short questions to the chosen node
@@ -24,7 +25,7 @@ Only whole frames are passed on, and the next node is asked to continue exactly 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from gpumesh.backends.base import JSON_HEADERS, HttpCall, ServerCounters
@@ -43,8 +44,7 @@ HELD_BYTES = 64 << 10  # the most bytes of frames without content that are held 
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """The end of an answer that no node continues. Either ``data`` completes the answer, or ``error`` says why the
-    answer stays incomplete."""
+    """The end of an answer that no node continues: ``data`` completes it, or ``error`` says why it stays incomplete."""
 
     data: bytes = b""
     error: str | None = None
@@ -319,6 +319,10 @@ class Continuation:
         return frame.document is not None or self._received.may_be_complete
 
     # -- a cut ---------------------------------------------------------------------------------------------------
+
+    def prepare_cut(self) -> Iterator[None]:
+        """Does the long work of ``handle_cut`` ahead, and yields after each step."""
+        return self._planner.parse_request()
 
     def handle_cut(self, reason: str | None = None) -> Ending | None:
         """Handles a cut: the current upstream has ended, and ``finished`` is false. ``reason``: how it was cut;

@@ -52,11 +52,13 @@ class Answer:
     ``None`` if the client asked for this name. ``placement`` is the balancer's decision for the node where the answer
     began; ``None`` if the request needed no slot. ``why`` explains this decision; ``None`` if the client has not asked
     for it. ``error_message``: the body is an error that the mesh made from this text, and the gateway writes the text
-    in the client's dialect; ``None`` for any other body.
+    in the client's dialect; ``None`` for any other body. ``consists_of_frames``: the client's stream gets whole frames
+    only, so that the holder may write something of its own between them.
     """
 
     __slots__ = (
         "attempts",
+        "consists_of_frames",
         "continuations",
         "error_message",
         "headers",
@@ -85,6 +87,7 @@ class Answer:
         self.outcome: Outcome | None = None
         self.continuations = 0
         self.error_message: str | None = None
+        self.consists_of_frames = False
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.node} {self.status}>"
@@ -98,11 +101,6 @@ class Answer:
     def body(self) -> bytes | None:
         """The body if it is complete; ``None`` for an answer that streams."""
         return None
-
-    @property
-    def consists_of_frames(self) -> bool:
-        """Whether the client gets only whole frames: then the holder may write something of its own between them."""
-        return False
 
     def __aiter__(self) -> AsyncIterator[bytes]:
         return self

@@ -1,8 +1,7 @@
 """``StreamingAnswer``: an answer that is passed on as it comes, from one node, or from several nodes if one is lost.
 
-Each streamed token is pushed: the connection to the node calls ``write`` in its ``data_received``, the continuation
-checks the frames, and the client's stream takes the bytes. No task runs for a token. The request's task waits until the
-answer ends, or until its node is lost: then it asks another node to continue.
+Each streamed token is pushed, without a task: the connection to the node calls ``write`` in its ``data_received``. The
+request's task waits until the answer ends, or until its node is lost: then it asks another node to continue.
 """
 
 from __future__ import annotations
@@ -31,8 +30,7 @@ _FLOWING = StreamState.FLOWING  # each token is compared with it: to read a glob
 class StreamingAnswer(Answer):
     """An answer that streams from a node to a client. Implements ``BodySink`` for the node's stream. Frees the slot on
     the node as soon as the final frame has come. What the methods without a docstring do: see ``Answer``. A long class:
-    the node's stream, the client, failover and timers change one state, and each token passes few objects.
-    """
+    the node's stream, the client, failover and timers change one state, and each token passes few objects."""
 
     __slots__ = (
         "_changed",
@@ -72,7 +70,7 @@ class StreamingAnswer(Answer):
         super().__init__(node.name, node.kind, response.status, response.headers)
         self.on_writable: Callable[[], None] | None = None
         self.backpressured = True  # until a client is attached
-        self.inspects_frames = opened.continuation is not None
+        self.inspects_frames = self.consists_of_frames = opened.continuation is not None
         self._failover = failover
         self._pauses = pauses
         self._clock = clock
@@ -96,10 +94,6 @@ class StreamingAnswer(Answer):
     @property
     def counters(self) -> ServerCounters | None:
         return None if self._continuation is None else self._continuation.answer_counters
-
-    @property
-    def consists_of_frames(self) -> bool:
-        return self._continuation is not None
 
     def error_frame(self, message: str) -> bytes | None:
         return None if self._continuation is None else self._continuation.error_frame(message)
@@ -350,6 +344,8 @@ class StreamingAnswer(Answer):
             self._end_answer(outcome)
             raise StreamCut(reason, node=self.node)
         failed = FailedAttempt(self.node, outcome, StreamCut(reason, node=self.node))
+        for _ in self._continuation.prepare_cut():
+            await asyncio.sleep(0)
         rest: OpenedStream | Ending | None = self._continuation.handle_cut(reason)
         if rest is None:
             rest = await self._ask_other_node(self._continuation, failed)
