@@ -235,6 +235,8 @@ class Dialect(Protocol):
     """The server's name in messages for people."""
     chat_path: str
     """The path of the request that ``build_chat_call`` makes."""
+    has_exact_names: bool
+    """Whether the server knows a model only under the very name that it lists. Ollama knows other spellings too."""
     has_model_store: bool
     """Whether the server's API can pull, copy and delete models."""
     parallelism: ParallelismSource

@@ -45,6 +45,7 @@ class OllamaDialect:
 
     label = "Ollama"
     chat_path = "/api/chat"
+    has_exact_names = False
     has_model_store = True
     parallelism = ParallelismSource.DURATIONS
     continuation = ContinuationMethod.TEMPLATE

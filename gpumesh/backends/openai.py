@@ -57,6 +57,7 @@ class OpenAIDialect:
 
     label = "an OpenAI-compatible server"
     chat_path = "/v1/chat/completions"
+    has_exact_names = True
     has_model_store = False
     parallelism = ParallelismSource.PROBE
     continuation = ContinuationMethod.FOUND_OUT

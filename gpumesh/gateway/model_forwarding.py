@@ -252,7 +252,8 @@ class ModelForwarder:
         members, model = body.members, demand.model
         assert model is not None, "``read_demand`` has let through a demand without a model"
         if body.form is not None:
-            if body.model is not None and not self._rules.has_other_name(body.model, model):
+            is_renamed = self._rules.has_other_name(body.model or "", model) or self._mesh.fleet.is_renamed(model)
+            if body.model is not None and not is_renamed:
                 return body.data
             return await request.run_sliced(join_pieces(body.form.render_pieces(model)))
         values: dict[str, str | bytes] = {}  # the members to replace

@@ -125,7 +125,8 @@ class Router:
             if key is not None:
                 key.require_model(model, rules.identity(model))
             spec = rules.find(model)
-            if spec is not None and spec.aliases:  # servers know it by different names
+            # Servers know it by different names.
+            if (spec is not None and spec.aliases) or self._mesh.fleet.is_renamed(model):
                 return await self._fleet_routes.openai_model(request, model)
             demand = replace(demand, model=model, kinds=ALL_KINDS)
         record.demand = demand

@@ -119,7 +119,7 @@ class Mesh:
             clock,
             self._rng,
             self.fleet.explain_no_node,
-            server_name=self.fleet.server_name if self.model_rules.has_aliases else None,
+            server_name=self.fleet.server_name,
         )
 
     def __repr__(self) -> str:

@@ -7,6 +7,7 @@ A name without a tag means ``:latest``, a name without a namespace means ``libra
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
 # The parts of a name that Ollama adds to a name without them. Written out, they change nothing.
@@ -30,6 +31,12 @@ def full_name(model: str) -> str:
             name = name[prefix.end() :]
     _, _, last_part = name.rpartition("/")
     return name if ":" in last_part else f"{name}:latest"
+
+
+def listed_spellings(names: Sequence[str]) -> Mapping[str, str]:
+    """The listed name of a model, by this name and by its full name. Of names that differ only in their spelling, the
+    first one counts for the other spellings."""
+    return {full_name(name): name for name in reversed(names)} | {name: name for name in names}
 
 
 def spelling_pattern(model: str) -> str:

@@ -49,12 +49,13 @@ class ModelRules:
 
     def has_other_name(self, name: str, model: str) -> bool:
         """Whether the body of a request that names ``name`` must be written anew to ask for ``model``: the two are
-        different models, or ``model`` has aliases. A new body begins with the model's name, so that this name is easy
-        to replace by the one under which a server lists the model."""
+        different models, or mesh.yaml spells the name in another way, or ``model`` has aliases. A new body begins with
+        the model's name, so that this name is easy to replace by the one under which a server lists the model."""
         if name == model and not self.specs:  # nearly every request
             return False
         spec = self.find(model)
-        return full_name(name) != full_name(model) or (spec is not None and bool(spec.aliases))
+        is_respelled = spec is not None and (bool(spec.aliases) or name != model)
+        return is_respelled or full_name(name) != full_name(model)
 
     def apply(self, demand: Demand) -> Demand:
         """The demand with the name that the mesh uses for its model, and with the nodes that may serve it. Applying the

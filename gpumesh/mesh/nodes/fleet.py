@@ -56,9 +56,12 @@ class Fleet:
         return [node.candidate(now, despite_breaker=despite_breaker) for node in self._nodes.values()]
 
     def server_name(self, node: str, model: str | None) -> str | None:
-        """The name under which a node's server must be asked for a model; ``None`` if any spelling of its name will
-        do."""
+        """The name under which a node's server must be asked for a model; ``None`` if this name will do."""
         return None if model is None else self._nodes[node].server_name(model)
+
+    def is_renamed(self, model: str) -> bool:
+        """Whether the server of any node must be asked for this model under another name."""
+        return any(node.server_name(model) is not None for node in self._nodes.values())
 
     def explain_no_node(self, demand: Demand, lacking: Collection[str] = ()) -> GPUMeshError:
         """Builds the error that tells why no node can serve this demand, with the reason for each node that the demand

@@ -327,12 +327,12 @@ class Node:
 
     def server_name(self, model: str) -> str | None:
         """The name under which this node's server must be asked for a model: the one that the server lists, or the name
-        in the mesh if the server lists none. ``None`` if the model has no aliases: then any spelling of its name will
-        do."""
-        spec = self._rules.find(model)
-        if spec is None or not spec.aliases:
-            return None
-        return self._prober.reports.server_names.get(spec.name, spec.name)
+        in the mesh if the server lists none. ``None``: ``model`` itself will do."""
+        spec, reports = self._rules.find(model), self._prober.reports
+        if spec is not None and spec.aliases:
+            return reports.server_names.get(spec.name, spec.name)
+        name = reports.exact_names.get(model) or reports.exact_names.get(full_name(model))
+        return None if name == model else name
 
     @property
     def in_flight(self) -> int:

@@ -17,7 +17,7 @@ import httpx
 
 from gpumesh import config
 from gpumesh.backends.base import ParallelismSource
-from gpumesh.backends.dialects import KINDS_WITH_MODEL_STORE, find_dialect
+from gpumesh.backends.dialects import DIALECTS, KINDS_WITH_MODEL_STORE, find_dialect
 from gpumesh.balancer.models.model_rules import ModelRules
 from gpumesh.errors import SecretMissing
 from gpumesh.mesh.nodes.ledger import Ledger
@@ -26,7 +26,7 @@ from gpumesh.probes.backend import BackendReport, probe_backend
 from gpumesh.probes.nvidia_smi import Answer, GpuReport, probe_gpus
 from gpumesh.probes.server_kind import KnownKinds
 from gpumesh.state import BackendPhase
-from gpumesh.text.model_names import full_name
+from gpumesh.text.model_names import full_name, listed_spellings
 from gpumesh.topology import BackendKind, NodeSpec, Target
 from gpumesh.tunnels.stagger import stagger_intervals
 
@@ -67,6 +67,8 @@ class NodeReports:
     - ``server_names`` has, for each model with aliases (``models:`` in mesh.yaml) that the server lists, the name
       under which the server lists it, by the name in the mesh. The balancer uses the name in the mesh, so ``models``
       holds this name too, and ``loaded`` holds it instead.
+    - ``exact_names`` has the listed name of each model by this name and by its full name (``listed_spellings``), if the
+      server knows no other spelling; empty for Ollama.
     - ``target`` is the server's address on its own host; ``None`` until a server has answered.
     - ``foreign_load`` is the utilisation (0 to 1) of the busiest GPU, measured while we had no request in flight there;
       ``None`` until it was measured.
@@ -79,6 +81,7 @@ class NodeReports:
     models: frozenset[str] | None = None
     loaded: frozenset[str] = frozenset()
     server_names: Mapping[str, str] = field(default_factory=dict)
+    exact_names: Mapping[str, str] = field(default_factory=dict)
     target: Target | None = None
     foreign_load: float | None = None
 
@@ -245,12 +248,14 @@ class Prober:
             names = report.state.models
             server_names = rules.server_names(names)
             all_names = (*names, *server_names)
+            kind = BackendKind(report.state.kind)
             self.reports = replace(
                 self.reports,
-                kind=BackendKind(report.state.kind),
+                kind=kind,
                 models=frozenset(all_names) | frozenset(full_name(name) for name in all_names),
                 loaded=frozenset(full_name(rules.name_in_mesh(loaded.name)) for loaded in report.state.loaded),
                 server_names=server_names,
+                exact_names=listed_spellings(names) if DIALECTS[kind].has_exact_names else {},
             )
             if was_down:
                 self._ledger.reset_breakers()

@@ -59,7 +59,7 @@ class SendContext:
     ``clock`` returns seconds. ``explain_no_node`` makes the error that explains why no node can serve a request; it
     also takes the names of nodes that have just answered that they do not have the model.
     ``server_name`` takes a node and a model, and returns the name under which the node must be asked for the model;
-    ``None``: the name in the request will do. The field itself is ``None`` if no model has aliases."""
+    ``None``: the name in the request will do."""
 
     upstream: Upstream
     dispatcher: Dispatcher
@@ -68,7 +68,7 @@ class SendContext:
     explain_no_node: Callable[[Demand, Collection[str]], GPUMeshError]
     strategies: ContinuationStrategies = field(default_factory=dict)
     pauses: PauseTracker = field(default_factory=PauseTracker)
-    server_name: Callable[[str, str | None], str | None] | None = None
+    server_name: Callable[[str, str | None], str | None] = lambda _node, _model: None
 
 
 class RequestDelivery:
@@ -125,8 +125,9 @@ class RequestDelivery:
             if lease is None:
                 return self._last_error_answer()
             call = self._calls[lease.node.kind]
-            # Most meshes have no aliases; then not even a coroutine is made.
-            named_call = call if self._context.server_name is None else await self._name_model(lease, call)
+            # Most clients write the name as the server lists it; then not even a coroutine is made.
+            name = self._context.server_name(lease.node.name, self._demand.model)
+            named_call = call if name is None else await self._name_model(lease, call)
             result = await self._run_attempt(lease, named_call, partial(self._new_continuation, call))
             if isinstance(result, FailedAttempt):
                 self._record_failure(result)
@@ -245,8 +246,7 @@ class RequestDelivery:
     async def _name_model(self, lease: Lease, call: HttpCall) -> HttpCall:
         """The call with the name under which the leased node lists the model. Discards the lease and raises QueueFull
         if there is no room for a copy of the body."""
-        server_name = self._context.server_name
-        name = None if server_name is None else server_name(lease.node.name, self._demand.model)
+        name = self._context.server_name(lease.node.name, self._demand.model)
         if name is None:
             return call
         try:
