@@ -6,6 +6,7 @@ before the status, because wrappers and containers change the status, and one st
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from gpumesh.probes.commands.combined_commands import CommandOutput
@@ -21,7 +22,12 @@ GPU_LOST = 15
 MISMATCH = 18
 NOT_EXECUTABLE, NOT_FOUND = 126, 127
 
-_NOT_FOUND_TEXTS = ("not found", "no such file", "not recog")  # of shells; the last one is Windows' "not recognized"
+# Of shells, which name the program first; the last one is Windows' "not recognized". nvidia-smi itself also says of
+# other files that they are not there.
+_NOT_FOUND = re.compile(r"nvidia-smi\W.{0,60}(not found|no such file|not recog)")
+# Of the loader of programs, of a kernel, and of shells: nvidia-smi is there, and what it needs is not.
+_CANNOT_START = re.compile(r"error while loading shared libraries|error loading shared library|required file not found")
+_WRONG_MACHINE_TEXT = "exec format error"
 _LOST_TEXTS = ("unable to determine the device handle", "gpu is lost", "gpu has fallen off the bus")
 # Texts that mean a failure even if the status is 0. Under WSL and in wrapper scripts every call ends with status 0.
 _NO_DEVICES_TEXT = "no devices were found"  # at the beginning
@@ -46,6 +52,12 @@ def classify_failure(answer: CommandOutput) -> SmiFailure | None:
     text = printable(answer.output, 2000)
     lower = text.lower()
     status = answer.exit_status
+    if answer.is_cut:
+        return SmiFailure(
+            "gpu-unreadable",
+            "nvidia-smi wrote far more than a table of GPUs",
+            "run `nvidia-smi` on the host; is it a wrapper script?",
+        )
     has_failed = lower.startswith(_NO_DEVICES_TEXT) or any(failure in lower for failure in _FAILURE_TEXTS)
     if status in (OK, INFOROM) and not has_failed:
         return None
@@ -83,7 +95,14 @@ def classify_failure(answer: CommandOutput) -> SmiFailure | None:
         return _driver_failure(text)
     if status == NO_DRIVER or "nvidia-smi has failed" in lower:
         return _driver_failure(text)
-    if status in (NOT_FOUND, NOT_EXECUTABLE) or any(part in lower for part in _NOT_FOUND_TEXTS):
+    if _CANNOT_START.search(lower) or _WRONG_MACHINE_TEXT in lower:
+        return SmiFailure(
+            "driver-broken",
+            f"nvidia-smi is there, but cannot start: {_shorten(text)}",
+            "install the NVIDIA driver's libraries; a container gets them with `--gpus all`, if"
+            " NVIDIA_DRIVER_CAPABILITIES includes `utility`",
+        )
+    if status in (NOT_FOUND, NOT_EXECUTABLE) or _NOT_FOUND.search(lower):
         return SmiFailure(
             "nvidia-smi-missing",
             "nvidia-smi is not installed there, or not on any usual path",

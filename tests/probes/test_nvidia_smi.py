@@ -148,6 +148,40 @@ FAULTS = {
         "status 12: NVIDIA-SMI couldn't find libnvidia-ml.so",
         "nvidia-smi",
     ),
+    "a library is missing": Fault(
+        "nvidia-smi: error while loading shared libraries: libnvidia-ml.so.1: cannot open shared object file: No such"
+        " file or directory\n",
+        127,
+        "driver-broken",
+        ERROR,
+        "nvidia-smi is there, but cannot start: nvidia-smi: error while loading shared libraries: libnvidia-ml.so.1",
+        "--gpus all",
+    ),
+    "of another machine": Fault(
+        "sh: 1: nvidia-smi: Exec format error\n", 126, "driver-broken", ERROR, "Exec format error", "libraries"
+    ),
+    "its loader is missing": Fault(
+        "bash: /usr/bin/nvidia-smi: cannot execute: required file not found\n",
+        127,
+        "driver-broken",
+        ERROR,
+        "required file not found",
+        "libraries",
+    ),
+    "another file is missing": Fault(
+        "Error opening /dev/nvidiactl: No such file or directory\n",
+        1,
+        "driver-broken",
+        ERROR,
+        "nvidiactl",
+        "nvidia-smi",
+    ),
+    "not installed, by fish": Fault(
+        "fish: Unknown command: nvidia-smi\n", 127, "nvidia-smi-missing", WARNING, "usual path", "image"
+    ),
+    "not installed, by csh": Fault(
+        "nvidia-smi: Command not found.\n", 1, "nvidia-smi-missing", WARNING, "usual path", "image"
+    ),
     "a failure without a word": Fault("", 3, "driver-broken", ERROR, "ended with status 3", "nvidia-smi"),
     "a wrapper's greeting instead of a table": Fault(
         "Welcome to the machine!\n", 0, "gpu-unreadable", ERROR, "Welcome to the machine", "wrapper"

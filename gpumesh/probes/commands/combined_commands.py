@@ -44,10 +44,11 @@ class CommandRunner(Protocol):
 @dataclass(frozen=True, slots=True)
 class CommandOutput:
     """The result of one command. ``output`` includes stderr. ``exit_status`` is ``None`` if a signal ended the
-    command."""
+    command. ``is_cut``: more was written than we read, so neither output nor exit status is known."""
 
     exit_status: int | None
     output: bytes
+    is_cut: bool = False
 
 
 def build_script(commands: Sequence[Argv]) -> str:
@@ -90,6 +91,6 @@ async def run_commands(run_command: RunCommand, commands: Sequence[Argv], *, tim
         if len(outputs) == len(commands):
             return outputs
         if outputs:  # a POSIX shell ran the script, and its output was cut or is not text
-            missing_output = CommandOutput(result.exit_status, b"")
+            missing_output = CommandOutput(result.exit_status, b"", is_cut=result.truncated)
             return outputs + [missing_output] * (len(commands) - len(outputs))
         return await run_one_by_one(run_command, commands, timeout_s=connection_timeout_s)

@@ -172,7 +172,8 @@ class HostCommands:
         if shell.is_cut:
             self._shell = None
             await shell.close()
-        return outputs + [CommandOutput(None, b"")] * (len(commands) - len(outputs))
+        missing_output = CommandOutput(None, b"", is_cut=shell.is_cut)
+        return outputs + [missing_output] * (len(commands) - len(outputs))
 
     async def _run_here(self, commands: Sequence[Argv], timeout_s: float) -> list[CommandOutput]:
         """Runs the commands on this machine."""

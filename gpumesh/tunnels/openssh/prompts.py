@@ -63,7 +63,7 @@ class AskpassServer:
             self._socket_path.chmod(0o600)
             # -P: so that a file in the current folder is not imported as a module.
             command = [sys.executable, "-P", "-m", "gpumesh.tunnels.openssh.askpass", str(self._socket_path)]
-            self.askpass_path.write_text(f'#!/bin/sh\nexec {shlex.join(command)} "$1"\n')
+            self.askpass_path.write_text(f'#!/bin/sh\nexec {shlex.join(command)} "$1" 2>/dev/null\n')
             self.askpass_path.chmod(0o700)
         return self
 

@@ -22,8 +22,10 @@ KEPT_LINES = 40  # the number of the last lines that are kept of each kind
 # Values of LogVerbose, which ssh has from 8.5 on. The function that reads a host's greeting reports what it reads. The
 # loop that serves our session reports that it has begun, which is after the login.
 GREETING_LOG = "kex.c:kex_exchange_identification():*"
+BANNER_LOG = "sshconnect2.c:input_userauth_banner():*"  # reports that a banner comes
 LOGIN_LOG = "clientloop.c:client_loop():*"
-_VERBOSE_PREFIX = re.compile(r"^(debug\d: )?(?:kex|clientloop)\.c:(\w+)\(\):\d+ \([^)]*\): ")
+_VERBOSE_PREFIX = re.compile(r"^(debug\d: )?(?:kex|sshconnect2|clientloop)\.c:(\w+)\(\):\d+ \([^)]*\): ")
+_BANNER = "input_userauth_banner: "
 _LOGGED_IN = "client_loop: Entering interactive session"
 _SESSION_NOISE = re.compile(r"^client_loop: (pledge: |Transferred: |Bytes per second: |Exit status )")
 _BEFORE_GREETING = re.compile(r"^kex_exchange_identification: banner line \d+: (.*)")
@@ -85,12 +87,14 @@ class SshOutput:
     ``log``: ssh's own log. ``words``: the other lines of its stderr. ``server``: the software that the host's greeting
     names; ``None``: no greeting was seen (yet, or by an ssh before 8.5). ``logged_in``: ssh has reported that it is
     logged in, which an ssh before 8.5 does not. ``failed_after_login``: it has logged something after that.
+    ``has_banner``: the host, or a jump host, has sent a banner, so some of ``words`` are its own.
     """
 
     def __init__(self) -> None:
         self.log: deque[str] = deque(maxlen=KEPT_LINES)
         self.words: deque[str] = deque(maxlen=KEPT_LINES)
         self.server: str | None = None
+        self.has_banner = False
         self.logged_in = False
         self.failed_after_login = False
         self._before_greeting: list[str] = []  # lines that a host sent, and no greeting after them
@@ -105,6 +109,9 @@ class SshOutput:
         if match := _GREETING.match(text):
             self.server = match[1]
             self._before_greeting.clear()  # a greeting may come after other lines
+            return None
+        if text.startswith(_BANNER):
+            self.has_banner = True
             return None
         if text.startswith(_LOGGED_IN):
             self.logged_in = True
@@ -143,6 +150,6 @@ class SshOutput:
         printed_error = self.make_error(destination) if self.log or self.words or self._before_greeting else None
         if printed_error is not None and type(printed_error) is not TunnelError:  # a subclass: the text is known
             return printed_error
-        if self.server is not None and self.words:
+        if self.has_banner and self.words:
             return make_pending_login_error(destination, user, timeout_s, self.words)
         return None

@@ -80,7 +80,7 @@ async def test_output_that_was_cut_leaves_the_rest_unknown() -> None:
         return ExecResult(None, f"box\n{OUTPUT_MARKER} 0\n0, GPU-8f2".encode(), b"", truncated=True)
 
     answers = await run_commands(cut, [("hostname",), ("nvidia-smi",), ("x",)], timeout_s=PATIENCE_S)
-    assert answers == [CommandOutput(0, b"box"), CommandOutput(None, b""), CommandOutput(None, b"")]
+    assert answers == [CommandOutput(0, b"box"), *[CommandOutput(None, b"", is_cut=True)] * 2]
 
 
 async def test_a_command_that_is_too_slow_raises_timeout_error(host: ShellHost) -> None:

@@ -170,7 +170,7 @@ async def test_too_much_output_ends_the_session_and_leaves_the_rest_unknown() ->
     shell, second = answering_shell(b"box\n@gpumesh@ 0\n" + b"x" * (OUTPUT_BYTES + 1)), answering_shell(ANSWER)
     commands, _ = make(shell, second)
     outputs = await commands.run(COMMANDS, timeout_s=PATIENCE_S)
-    assert outputs == [CommandOutput(0, b"box"), CommandOutput(None, b"")]
+    assert outputs == [CommandOutput(0, b"box"), CommandOutput(None, b"", is_cut=True)]
     assert shell.closed
     assert await commands.run(COMMANDS, timeout_s=PATIENCE_S) == OUTPUTS
 

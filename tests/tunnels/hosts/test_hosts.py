@@ -80,6 +80,11 @@ HOSTS = [
     ),
     Host("a key in an agent only", agent=True),
     Host("no nvidia-smi", smi=None, expected=Expected(code="nvidia-smi-missing", gpus=0)),
+    Host(
+        "an nvidia-smi that never stops writing",
+        smi="yes no table",
+        expected=Expected(code="gpu-unreadable", text="far more than a table", gpus=0),
+    ),
     Host("dropbear", dropbear=True, files={".bashrc": "PATH=$HOME/bin:$PATH\n"}, needs=("dropbear",)),
     Host(
         "dropbear, zsh",

@@ -8,6 +8,7 @@ import dataclasses
 import shutil
 import socket
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -299,3 +300,21 @@ def test_whether_only_the_session_was_refused(lines: list[str], returncode: int,
     for line in lines:
         output.add_log_line(line)
     assert was_only_session_refused(output, returncode) is only_session
+
+
+async def test_what_a_proxy_command_prints_is_no_banner(sshd: Sshd, folder: Path, tmp_path: Path) -> None:
+    """Many print that they are connected. A host that does not answer the login then is hung, and waits for nobody."""
+    proxy = tmp_path / "proxy"
+    proxy.write_text(
+        f"#!{sys.executable}\nimport socket, sys, time\nsys.stderr.write('connected\\n')\nsys.stderr.flush()\n"
+        "sys.stdout.write('SSH-2.0-OpenSSH_9.2\\r\\n')\nsys.stdout.flush()\ntime.sleep(600)\n"
+    )
+    proxy.chmod(0o700)
+    (tmp_path / ".ssh").mkdir(mode=0o700)
+    (tmp_path / ".ssh" / "config").write_text(f"Host gpu\n  ProxyCommand {proxy}\n")
+    (tmp_path / ".ssh" / "config").chmod(0o600)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HOME", str(tmp_path))
+        patch.setattr(Path, "home", classmethod(lambda _cls: tmp_path))
+        error = await connect_error(sshd.spec(alias="gpu", connect_timeout_s=1.0), folder)
+    assert error.code == "connect-timeout"
