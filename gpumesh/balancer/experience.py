@@ -10,6 +10,7 @@ from msgspec.structs import replace
 from gpumesh.backends.base import ServerCounters
 from gpumesh.balancer.account import NOTHING_CACHED, NodeAccount, PlacedRequest, Work
 from gpumesh.balancer.base import Demand, ResidencyKey
+from gpumesh.balancer.fairness.client_counters import weighted_tokens
 from gpumesh.balancer.lengths import ExpectedLengths
 from gpumesh.balancer.prefixes import PrefixIndex
 from gpumesh.balancer.prefixes.cache_size import BYTES_PER_TOKEN, count_read_tokens
@@ -141,18 +142,30 @@ class Experience:
         if tokens is not None:
             self.lengths.learn(demand.client, demand.route, model, tokens)
 
-    def correct_counts(self, placed: PlacedRequest, counters: ServerCounters) -> ServerCounters:
-        """The counters with counts of tokens that agree with the bytes that we know. Learns from the counts that came
-        how many bytes make a token."""
+    def learn_counts(self, placed: PlacedRequest, counters: ServerCounters) -> None:
+        """Learns from the server's counts of tokens how many bytes make a token."""
         node, model = placed.account.name, placed.model or ""
-        prompt_bytes = None if placed.demand.prompt_tokens is None else placed.demand.prompt_tokens * BYTES_PER_TOKEN
-        self._prompt_counts.learn(node, model, counters.prompt_tokens, prompt_bytes)
+        self._prompt_counts.learn(node, model, counters.prompt_tokens, _known_prompt_bytes(placed))
         self._answer_counts.learn(node, model, counters.tokens, placed.answer_bytes)
+
+    def correct_counts(self, placed: PlacedRequest, counters: ServerCounters) -> ServerCounters:
+        """The counters with counts of tokens that agree with the bytes that we know."""
+        node, model = placed.account.name, placed.model or ""
+        prompt_bytes = _known_prompt_bytes(placed)
         prompt_tokens = self._prompt_counts.correct(node, model, counters.prompt_tokens, prompt_bytes)
         tokens = self._answer_counts.correct(node, model, counters.tokens, placed.answer_bytes)
         if prompt_tokens == counters.prompt_tokens and tokens == counters.tokens:
             return counters
         return replace(counters, prompt_tokens=prompt_tokens, tokens=tokens)
+
+    def true_cost(self, placed: PlacedRequest, counters: ServerCounters) -> float | None:
+        """What the request has really cost, in weighted tokens, by corrected counters; ``None``: they do not say it."""
+        if counters.tokens is None:
+            return None
+        prompt_tokens = counters.prompt_tokens
+        return weighted_tokens(
+            placed.work.prompt_tokens if prompt_tokens is None else float(prompt_tokens), float(counters.tokens)
+        )
 
     def _choose_rates(self, account: NodeAccount, model: str, now: float, *, has_load: bool) -> Sequence[ServiceRates]:
         """The rates that learn from an answer: those of its node, and often those of the fleet. In a large fleet many
@@ -241,6 +254,12 @@ def _prompt_bytes(demand: Demand) -> float:
     if demand.session is None:
         return 0.0
     return float(FIRST_BLOCK_BYTES if demand.prompt is None else demand.prompt.size)
+
+
+def _known_prompt_bytes(placed: PlacedRequest) -> float | None:
+    """About how many bytes the whole prompt has; ``None`` for a short prompt, whose size is not known."""
+    prompt_tokens = placed.demand.prompt_tokens
+    return None if prompt_tokens is None else prompt_tokens * BYTES_PER_TOKEN
 
 
 def _seconds(milliseconds: float | None) -> float | None:

@@ -29,6 +29,23 @@ class Servable(Protocol):
     def models(self) -> AbstractSet[str] | None: ...
 
 
+class Requirements(Protocol):
+    """What a request requires of its node, whatever happens there: a part of a ``Demand``, or a group of waiting
+    requests."""
+
+    @property
+    def model(self) -> str | None: ...
+
+    @property
+    def kinds(self) -> frozenset[BackendKind]: ...
+
+    @property
+    def node(self) -> str | None: ...
+
+    @property
+    def nodes(self) -> frozenset[str] | None: ...
+
+
 MAX_SHOWN_MODELS = 50  # in a sentence for people
 MAX_HINTED_NODES = 3  # in the short hint for a program
 MAX_HINTED_MODELS = 3
@@ -64,7 +81,7 @@ def is_model_broken(candidate: Candidate, model: str | None) -> bool:
     return bool(candidate.broken_models) and model is not None and full_name(model) in candidate.broken_models
 
 
-def suits_demand(candidate: Servable, demand: Demand) -> bool:
+def suits_demand(candidate: Servable, demand: Requirements) -> bool:
     """Whether the node could serve the demand if nothing were broken there: the demand allows the node, its server is
     of a demanded kind, and it has the model."""
     # The first two tests are ``allows_node``, the last line begins with the usual case of ``has_model``. Both are

@@ -14,7 +14,7 @@ from itertools import islice
 from gpumesh.balancer.base import Demand
 from gpumesh.balancer.fairness.lane import QueueEntry
 from gpumesh.balancer.scheduling.scheduler import Placement, Scheduler
-from gpumesh.balancer.scheduling.waiting import Group, Waiting, demand_of
+from gpumesh.balancer.scheduling.waiting import Group, Waiting, could_serve, demand_of
 from gpumesh.balancer.select import no_node_error, suits_demand
 from gpumesh.errors import DeadlineExceeded, GPUMeshError, QueueFull
 from gpumesh.mesh.nodes.fleet import Fleet
@@ -75,7 +75,7 @@ class Dispatcher:
         """Whether any waiting request would take a slot of this node, or of a node that shares its GPU."""
         members, now = self._fleet[node].account.group.accounts, self._clock()
         groups = self._scheduler.groups()
-        return any(self._scheduler.could_use(member, group, now) for group in groups for member in members)
+        return any(could_serve(member, group, now) for group in groups for member in members)
 
     # -- can a node serve a demand -------------------------------------------------------------------------------
 

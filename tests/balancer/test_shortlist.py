@@ -158,7 +158,7 @@ def test_no_request_waits_while_a_node_that_could_serve_it_has_room(seed: int, s
                 assert placement.forecast.is_free
             elif free_nodes(scheduler, wanted, now):
                 assert scheduler._refused is not None
-                assert scheduler._refused[1].patience_s is not None
+                assert scheduler._refused.choice.patience_s is not None
         elif action < 0.9 and running:
             placed = running.pop(rng.randrange(len(running)))
             scheduler.note_first_token(placed, now)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from gpumesh.balancer.account import NodeAccount
 from gpumesh.balancer.forecast import Forecast, forecast
-from gpumesh.balancer.policies.base import Choice, Question
+from gpumesh.balancer.policies.base import NO_CHOICE, Choice, Question
 from gpumesh.balancer.policies.simple import relative_load
 
 # A request waits for a busy node only if that is clearly better than a free one: so many times, and so many seconds
@@ -40,11 +41,23 @@ class AdaptivePolicy:
     looks_ahead = True
 
     def choose(self, question: Question) -> Choice:
-        return self._choose(question, question.queue_s)
+        model, now = question.model, question.now
+        for account in question.accounts:
+            if account.has_room(model, now):
+                return self._choose(question, question.queue_s)
+        return NO_CHOICE  # no forecast is needed for that
 
-    def _choose(self, question: Question, queue_s: float) -> Choice:
+    def _choose(self, question: Question, queue_s: float, known: Sequence[Forecast] = ()) -> Choice:
+        """``known`` are forecasts that were made already, for the same ``queue_s``."""
         demand, work, fleet, now = question.demand, question.work, question.fleet, question.now
-        forecasts = [forecast(account, demand, work, fleet, queue_s, now) for account in question.accounts]
+        if known:
+            known_of = {found.node: found for found in known}
+            forecasts = [
+                known_of.get(account.name) or forecast(account, demand, work, fleet, queue_s, now)
+                for account in question.accounts
+            ]
+        else:
+            forecasts = [forecast(account, demand, work, fleet, queue_s, now) for account in question.accounts]
         chosen = self._best_free(forecasts, question)
         if chosen is not None:
             return decide(chosen, forecasts, question)
@@ -84,17 +97,23 @@ class AdaptivePolicy:
             return found
         return min((*equal[start:], *equal[:start]), key=lambda pair: relative_load(pair[1], question))[0]
 
-    def accept_at_once(self, account: NodeAccount, question: Question) -> Choice | None:
+    def accept_at_once(self, account: NodeAccount, question: Question) -> Choice:
         """The longer the queue is, the more often the slot is taken whatever the other nodes have."""
         if question.queue_s < LONG_QUEUE_S:
-            return None
+            return NO_CHOICE
         offered = forecast(account, question.demand, question.work, question.fleet, 0.0, question.now)
-        return Choice(offered, (offered,)) if offered.is_free and no_wait_pays(offered, question) else None
+        is_taken = offered.is_free and no_wait_pays(offered, question)
+        return Choice(offered if is_taken else None, (offered,))
 
-    def accept(self, account: NodeAccount, question: Question) -> Choice:  # noqa: ARG002  # another may be free too
+    def accept(
+        self,
+        account: NodeAccount,  # noqa: ARG002  # another may be free too
+        question: Question,
+        known: Sequence[Forecast] = (),
+    ) -> Choice:
         """A waiting request takes the best free slot unless another node is worth waiting for. It is the next in the
         queue, so no request waits before it."""
-        return self._choose(question, 0.0)
+        return self._choose(question, 0.0, known)
 
 
 def decide(offered: Forecast, forecasts: list[Forecast], question: Question) -> Choice:

@@ -64,6 +64,10 @@ class Choice(msgspec.Struct, frozen=True, gc=False):
     patience_s: float | None = None
 
 
+NO_CHOICE = Choice(None)
+"""The answer if no node has a free slot."""
+
+
 class Policy(Protocol):
     """Chooses nodes. It holds no state: what it knows is in the question."""
 
@@ -78,12 +82,13 @@ class Policy(Protocol):
     def choose(self, question: Question) -> Choice:
         """Chooses a node with a free slot, or says that the request should wait."""
 
-    def accept_at_once(self, account: NodeAccount, question: Question) -> Choice | None:
+    def accept_at_once(self, account: NodeAccount, question: Question) -> Choice:
         """Takes a free slot of this node for a waiting request if the other nodes need not be looked at for it; they
-        are not in the question. ``None``: ``accept`` decides."""
+        are not in the question. If it chooses none, ``accept`` decides."""
 
-    def accept(self, account: NodeAccount, question: Question) -> Choice:
-        """Chooses for a waiting request now that this node has a free slot. Others may have free slots too."""
+    def accept(self, account: NodeAccount, question: Question, known: Sequence[Forecast] = ()) -> Choice:
+        """Chooses for a waiting request now that this node has a free slot. Others may have free slots too. ``known``:
+        the forecasts that ``accept_at_once`` has made for it."""
 
 
 def nodes_with_room(question: Question) -> list[NodeAccount]:

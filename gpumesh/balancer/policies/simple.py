@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from gpumesh.balancer.account import NodeAccount
-from gpumesh.balancer.policies.base import Choice, Question, nodes_with_room
+from gpumesh.balancer.forecast import Forecast
+from gpumesh.balancer.policies.base import NO_CHOICE, Choice, Question, nodes_with_room
 
 
 class _SimplePolicy:
@@ -21,14 +22,19 @@ class _SimplePolicy:
     def choose(self, question: Question) -> Choice:
         free = nodes_with_room(question)
         if not free:
-            return Choice(None)
+            return NO_CHOICE
         chosen = question.forecast(_find_session_node(free, question) or self._pick(free, question))
         return Choice(chosen, (chosen,))
 
-    def accept_at_once(self, account: NodeAccount, question: Question) -> Choice | None:  # noqa: ARG002
-        return None
+    def accept_at_once(self, account: NodeAccount, question: Question) -> Choice:  # noqa: ARG002
+        return NO_CHOICE
 
-    def accept(self, account: NodeAccount, question: Question) -> Choice:  # noqa: ARG002  # another may be free too
+    def accept(
+        self,
+        account: NodeAccount,  # noqa: ARG002  # another may be free too
+        question: Question,
+        known: Sequence[Forecast] = (),  # noqa: ARG002
+    ) -> Choice:
         return self.choose(question)
 
     def _pick(self, free: Sequence[NodeAccount], question: Question) -> NodeAccount:

@@ -123,6 +123,11 @@ class ServiceRates:
         # A pace in the cache is up to date if it does not depend on ``fallback``, or if that has learned nothing since.
         if pace is not None and (pace.fallback_answers is None or pace.fallback_answers == fallback_answers):
             return pace
+        fallback = self._fallback
+        if model not in self._decode and model not in self._prefill and fallback is not None:
+            pace = fallback.pace(model)
+            if pace.fallback_answers is None:  # the fleet has measured all: nothing of it is better known here
+                return pace
         decode = self._decode.get(model) or self._find_decode(model)
         token_s, share = (DEFAULT_TOKEN_S, DEFAULT_SHARE) if decode is None else (decode.token_s, decode.share)
         is_own = model in self._decode and model in self._prefill

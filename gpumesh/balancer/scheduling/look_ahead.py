@@ -48,33 +48,43 @@ class LookAhead:
     def __repr__(self) -> str:
         return f"<LookAhead over {LOOKED_AT} requests>"
 
-    def find_next(self, account: NodeAccount, groups: Collection[Group], now: float) -> QueueEntry[Waiting] | None:
+    def find_next(
+        self, account: NodeAccount, groups: Collection[Group], now: float
+    ) -> tuple[QueueEntry[Waiting], Work] | None:
         """The waiting request of these groups that should be asked first whether it takes a free slot of this node:
-        the next in the queue, or one soon after it that loses less there. ``None``: no request of these groups waits.
+        the next in the queue, or one soon after it that loses less there; and its work, as it is estimated now.
+        ``None``: no request of these groups waits.
 
         The requests before it are counted as passed over."""
         head = self._queue.best(groups)
-        if head is None or head.payload.demand.prompt is None or not self._policy.looks_ahead:
-            return head
+        if head is None:
+            return None
+        if head.payload.demand.prompt is None or not self._policy.looks_ahead:
+            return head, self._experience.estimate(head.payload.demand)
         most_passes = PASSES_PER_NODE * len(self._accounts)
         key = head.payload.demand.residency
         model = "" if key is None else key.model
         name, pace = account.name, account.rates.pace(model)
+        token_s, read_token_s = pace.token_s, pace.read_token_s
         picked, least_loss_s = 0, math.inf
+        new_work: Work | None = None  # of the picked request, if it was estimated just now
         entries: list[QueueEntry[Waiting]] = []
         for entry in islice(self._queue.iterate_from(head), LOOKED_AT):  # of one group: the node can serve all of them
             waiting = entry.payload
             entries.append(entry)
             if waiting.passes >= most_passes:
-                picked = len(entries) - 1
+                picked, new_work = len(entries) - 1, None
                 break
             work = waiting.work
-            if work is None or now - waiting.estimated_at > WORK_AGE_S:
+            is_old = work is None or now - waiting.estimated_at > WORK_AGE_S
+            if work is None or is_old:
                 work = self._estimate(waiting, model, now)
-            here_s = _cost_s(work, name, pace)
+            # This is ``_cost_s``. It is written out because it is needed for up to LOOKED_AT requests.
+            unread_tokens = work.prompt_tokens - work.cached.get(name, 0.0) if work.cached else work.prompt_tokens
+            here_s = unread_tokens * read_token_s + work.answer_tokens * token_s
             loss_s = here_s - waiting.best_s
             if loss_s < least_loss_s:
-                picked, least_loss_s = len(entries) - 1, loss_s
+                picked, least_loss_s, new_work = len(entries) - 1, loss_s, work if is_old else None
                 if loss_s <= EQUAL_SHARE * here_s:
                     break
         for entry in entries[:picked]:
@@ -82,7 +92,8 @@ class LookAhead:
             waiting.passes += 1
             if waiting.offered_at is None:
                 waiting.offered_at = now
-        return entries[picked]
+        picked_entry = entries[picked]
+        return picked_entry, new_work or self._experience.estimate(picked_entry.payload.demand)
 
     def _estimate(self, waiting: Waiting, model: str, now: float) -> Work:
         """Estimates the work of a waiting request, and its least cost."""

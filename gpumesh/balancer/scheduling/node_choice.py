@@ -69,11 +69,13 @@ class NodeChoice:
         return accounts
 
     def compared(
-        self, demand: Demand, work: Work, now: float, *, exclude: Collection[str], ranks_all: bool = False
+        self, demand: Demand, work: Work, now: float, *, exclude: Collection[str], is_new: bool = False
     ) -> list[NodeAccount]:
-        """The nodes to compare for this demand: all that can serve it, or in a large fleet a few of them."""
-        if demand.node is None and not ranks_all and self.shortlist.is_needed:
-            return self.shortlist.pick(demand, work.cached, now, exclude=exclude)
+        """The nodes to compare for this demand: all that can serve it, or in a large fleet a few of them. ``is_new``:
+        for a new request, which a policy may compare with all nodes. In a large fleet the list is then empty if none of
+        those few has a free slot."""
+        if demand.node is None and self.shortlist.is_needed and not (is_new and self.policy.ranks_all):
+            return self.shortlist.pick(demand, work.cached, now, exclude=exclude, needs_free=is_new)
         return self._filter(self._accounts.values(), demand, now, exclude)
 
     def compared_free(self, demand: Demand, work: Work, now: float, *, exclude: Collection[str]) -> list[NodeAccount]:
@@ -106,12 +108,13 @@ class NodeChoice:
         """Asks the policy for a waiting request now that this node has a free slot. Returns also the nodes that were
         compared: this one alone, if the policy need not look at others. The question need not have others."""
         choice = self.policy.accept_at_once(account, question)
-        if choice is not None:
+        if choice.chosen is not None:
             return choice, (account,)
         accounts = self.compared(question.demand, question.work, question.now, exclude=exclude)
         if account not in accounts:  # a shortlist may lack it
             accounts.append(account)
-        return self._ask(partial(self.policy.accept, account), replace(question, accounts=accounts), exclude), accounts
+        ask = partial(self.policy.accept, account, known=choice.considered)
+        return self._ask(ask, replace(question, accounts=accounts), exclude), accounts
 
     def _ask(self, ask: Callable[[Question], Choice], question: Question, exclude: Collection[str]) -> Choice:
         """Asks the policy. If the few nodes of a shortlist cannot load the model now, others are compared."""

@@ -22,17 +22,24 @@ from gpumesh.balancer.base import Demand
 from gpumesh.balancer.clock_check import correct_durations
 from gpumesh.balancer.experience import Experience
 from gpumesh.balancer.fair_queue import FairQueue
-from gpumesh.balancer.fairness.client_counters import weighted_tokens
 from gpumesh.balancer.fairness.lane import QueueEntry
 from gpumesh.balancer.forecast import Copies, FleetLoad, Forecast, forecast, place_on
 from gpumesh.balancer.models.model_demand import ModelDemand
-from gpumesh.balancer.policies.base import Choice, Question
+from gpumesh.balancer.policies.base import NO_CHOICE, Question
 from gpumesh.balancer.scheduling.look_ahead import LookAhead
 from gpumesh.balancer.scheduling.node_choice import NodeChoice
+from gpumesh.balancer.scheduling.refused_loads import RefusedLoads
 from gpumesh.balancer.scheduling.slow_nodes import SlowNodes
-from gpumesh.balancer.scheduling.waiting import Group, Patience, Waiting, demand_of, group_of, with_residency
-from gpumesh.balancer.select import suits_demand
-from gpumesh.text.model_names import full_name
+from gpumesh.balancer.scheduling.waiting import (
+    Group,
+    Patience,
+    Pauses,
+    Refused,
+    Waiting,
+    can_serve,
+    group_of,
+    with_residency,
+)
 from gpumesh.topology import PolicyKind
 
 # Between two answers of one node that are learned from. A node that gives more answers is measured well enough by a
@@ -72,9 +79,10 @@ class Scheduler:
         self._fleet = FleetLoad(self.experience, ModelDemand(), Copies(), pinned)
         self._turn = 0  # grows with each choice; equal nodes are rotated by it
         self._changed: dict[str, NodeAccount] = {}  # nodes that may have got a free slot, in the order of the changes
-        self._paused: dict[str, NodeAccount] = {}  # nodes whose breakers have opened; the pause ends without an event
+        self._pauses = Pauses()
         self._patience = Patience()
-        self._refused: tuple[Demand, Choice] | None = None  # the last request that ``place_now`` did not place
+        self._refused_loads = RefusedLoads()
+        self._refused: Refused | None = None  # the last request that ``place_now`` did not place
 
     def __repr__(self) -> str:
         return f"<Scheduler {len(self.accounts)} nodes, {self.queue.size} waiting>"
@@ -108,8 +116,9 @@ class Scheduler:
         if despite_breaker:
             accounts = self.choice.select(demand, now, exclude=exclude, despite_breaker=True)
         else:
-            accounts = self.choice.compared(demand, work, now, exclude=exclude, ranks_all=self.choice.policy.ranks_all)
+            accounts = self.choice.compared(demand, work, now, exclude=exclude, is_new=True)
         if not accounts:
+            self._refused = Refused(asked, demand, work, NO_CHOICE)
             return None
         chosen: Forecast | None = None
         if len(accounts) == 1 and not self.queue.size:  # with a free slot there, nothing is to be chosen
@@ -120,7 +129,7 @@ class Scheduler:
             choice = self.slow_nodes.find_probe(question) or self.choice.choose(question, exclude)
             chosen, considered = choice.chosen, choice.considered
             if chosen is None:
-                self._refused = (asked, choice)
+                self._refused = Refused(asked, demand, work, choice)
                 return None
         self.slow_nodes.record_choice(chosen.node, accounts, now)
         if demand.residency is not None:
@@ -143,20 +152,20 @@ class Scheduler:
         """Puts the request into the queue. ``accepted_at`` is given for a request that a node has failed: it keeps its
         place, and is taken even if the queue is full. Raises OverflowError if the queue is full."""
         refused, self._refused = self._refused, None
-        choice = refused[1] if refused is not None and refused[0] is demand else None
-        demand = with_residency(demand)
-        work = self.experience.estimate(demand)
-        group = group_of(demand, exclude)
-        if choice is None:
+        if refused is not None and refused.asked is demand:
+            _, demand, work, choice = refused
+        else:
             # Asked before the request is in the queue, where its own work would count as work that waits before it.
-            accounts = self.choice.compared(demand, work, now, exclude=exclude, ranks_all=self.choice.policy.ranks_all)
+            demand = with_residency(demand)
+            work = self.experience.estimate(demand)
+            accounts = self.choice.compared(demand, work, now, exclude=exclude, is_new=True)
             question = self._question(accounts, demand, work, now)
-            choice = self.choice.choose(question, exclude) if accounts else Choice(None)
+            choice = self.choice.choose(question, exclude) if accounts else NO_CHOICE
         entry = self.queue.add(
             Waiting(demand, exclude, payload, now),
             demand.priority,
             now if accepted_at is None else accepted_at,
-            group=group,
+            group=group_of(demand, exclude),
             client=demand.client,
             work=self._service_s(demand),
             tokens=work.cost,
@@ -235,15 +244,20 @@ class Scheduler:
         if placed.ended:
             return
         account = placed.account
-        if counters is not None and (placed.is_charged or self.queue.size):
-            self._charge_true_cost(placed, counters)
+        is_charged = placed.is_charged or self.queue.size > 0
         if counters is None:
             account.remove(placed, now)
         elif self.learns_from(placed, now):
             account.learned_at = now
+            self.experience.learn_counts(placed, counters)
+            counters = self.experience.correct_counts(placed, counters)
             self._learn(placed, counters, now)
+            if is_charged:
+                self._charge_true_cost(placed, counters)
         else:
             account.remove(placed, now, counters)
+            if is_charged:
+                self._charge_true_cost(placed, self.experience.correct_counts(placed, counters))
         for member in account.group.accounts:
             self.note_change(member)
 
@@ -254,7 +268,7 @@ class Scheduler:
     def _learn(self, placed: PlacedRequest, counters: ServerCounters, now: float) -> None:
         """Removes a request whose whole answer has come, and learns from it."""
         account = placed.account
-        counters = self.experience.correct_counts(placed, correct_durations(counters, placed, now))
+        counters = correct_durations(counters, placed, now)
         mean_streams, stalled_share = account.mean_streams(placed, now), account.stalled_share(placed, now)
         account.remove(placed, now, counters)
         self.experience.learn_from_answer(placed, counters, now, mean_streams=mean_streams, stalled_share=stalled_share)
@@ -279,14 +293,12 @@ class Scheduler:
             self._fleet.copies.update(account)
 
     def _charge_true_cost(self, placed: PlacedRequest, counters: ServerCounters) -> None:
-        """Charges the client what the request has really cost, less what it was charged before."""
-        if counters.tokens is None:
-            return
-        demand, work = placed.demand, placed.work
-        prompt_tokens = work.prompt_tokens if counters.prompt_tokens is None else float(counters.prompt_tokens)
-        cost = weighted_tokens(prompt_tokens, float(counters.tokens))
-        charged = work.cost if placed.is_charged else 0.0
-        self.queue.charge(demand.priority, demand.client, cost - charged)
+        """Charges the client what the request has really cost by these counters, which were corrected, less what it was
+        charged before."""
+        cost = self.experience.true_cost(placed, counters)
+        if cost is not None:
+            charged = placed.work.cost if placed.is_charged else 0.0
+            self.queue.charge(placed.demand.priority, placed.demand.client, cost - charged)
 
     def note_change(self, account: NodeAccount) -> None:
         """The node may have got a free slot, may have become usable, or its breaker has changed."""
@@ -308,14 +320,14 @@ class Scheduler:
     def grants(self, now: float) -> list[tuple[QueueEntry[Waiting], Placement]]:
         """Gives the free slots to the waiting requests, and takes these out of the queue."""
         for account in self._changed.values():
-            if account.breaker.open_until is not None:
-                self._paused[account.name] = account
+            self._pauses.begin(account)
         if not self.queue.size:
             self._changed.clear()
             self._patience.clear()
             return []
         self._end_patience(now)
-        self._end_pauses(now)
+        for account in self._pauses.take_ended(now):
+            self.note_change(account)
         granted: list[tuple[QueueEntry[Waiting], Placement]] = []
         while self._changed:
             account = self._changed.pop(next(iter(self._changed)))
@@ -331,9 +343,8 @@ class Scheduler:
         the pause of a node's breaker."""
         next_end = self._patience.next_end(self.queue)
         times = [] if next_end is None else [next_end]
-        if self._paused and self.queue.size:
-            pauses = (account.breaker.open_until for account in self._paused.values())
-            times += [until for until in pauses if until is not None]
+        if self.queue.size:
+            times += self._pauses.ends()
         return min(times, default=None)
 
     def _grant_next(self, account: NodeAccount, now: float) -> tuple[QueueEntry[Waiting], Placement] | None:
@@ -341,14 +352,14 @@ class Scheduler:
         that a request would take."""
         if not account.is_usable(now):
             return None
-        groups = [group for group in self.groups() if self._can_serve(account, group, now)]
-        among = tuple(groups)
+        among = [group for group in self.groups() if can_serve(account, group, now)]
+        groups = [group for group in among if not self._refused_loads.holds_for(group, account, now)]
         while groups:
-            entry = self._look_ahead.find_next(account, groups, now)
-            if entry is None:
+            found = self._look_ahead.find_next(account, groups, now)
+            if found is None:
                 return None
+            entry, work = found
             waiting = entry.payload
-            work = self.experience.estimate(waiting.demand)
             waited_s = 0.0 if waiting.offered_at is None else now - waiting.offered_at
             own_work = 0.0 if waiting.exclude else entry.work  # else it is in another group
             question = self._question((), waiting.demand, work, now, waited_s=waited_s, own_work=own_work)
@@ -362,31 +373,14 @@ class Scheduler:
             is_due = waiting.patience_until is None or waiting.patience_until <= now
             if choice.patience_s is not None and is_due:
                 self._patience.begin(entry, choice.patience_s, now)
-            groups.remove(cast("Group", entry.group))
+            group = cast("Group", entry.group)
+            self._refused_loads.note_answer(group, account, choice, now)
+            groups.remove(group)
         return None
-
-    def _can_serve(self, account: NodeAccount, group: Group, now: float) -> bool:
-        """Whether the node has a free slot for the requests of this group."""
-        model = None if group.residency is None else group.residency.model
-        return account.has_room(model, now) and self.could_use(account, group, now)
-
-    def could_use(self, account: NodeAccount, group: Group, now: float) -> bool:
-        """Whether the node could serve the requests of this group if it had a free slot."""
-        if account.name in group.exclude or not suits_demand(account, demand_of(group)):
-            return False
-        return group.model is None or not account.is_broken_for(full_name(group.model), now)
 
     def groups(self) -> Collection[Group]:
         """The groups of the waiting requests."""
         return cast("Collection[Group]", self.queue.groups())
-
-    def _end_pauses(self, now: float) -> None:
-        """The nodes whose breakers are half-open now, or closed, may be asked."""
-        for name, account in list(self._paused.items()):
-            until = account.breaker.open_until
-            if until is None or until <= now:
-                del self._paused[name]
-                self.note_change(account)
 
     def _end_patience(self, now: float) -> None:
         """The requests that have waited long enough for a better node may take any free slot from now on. If such a

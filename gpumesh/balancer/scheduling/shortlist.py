@@ -276,10 +276,16 @@ class Shortlist:
         return table
 
     def pick(
-        self, demand: Demand, cached: Mapping[str, float], now: float, *, exclude: Collection[str] = ()
+        self,
+        demand: Demand,
+        cached: Mapping[str, float],
+        now: float,
+        *,
+        exclude: Collection[str] = (),
+        needs_free: bool = False,
     ) -> list[NodeAccount]:
         """The nodes to rank. ``cached``: how many tokens of the prompt each node has. ``exclude``: names of nodes that
-        must not be used."""
+        must not be used. ``needs_free``: none, if they would all be without a free slot."""
         table = self.table(demand, now)
         picked: dict[str, NodeAccount] = {}
         usable = _UsableCheck(demand, now, exclude)
@@ -290,6 +296,11 @@ class Shortlist:
                 cached if len(cached) <= WITH_PREFIX else heapq.nlargest(WITH_PREFIX, cached, key=cached.__getitem__)
             )
             self._add_named(picked, names, table, usable)
+        if needs_free and not table.has_free:
+            # A node that must not load the model yet may have a free slot all the same.
+            model = None if demand.residency is None else demand.residency.model
+            if not any(account.has_room(model, now) for account in picked.values()):
+                return []
         if demand.preferred_nodes:
             free = [name for name in sorted(demand.preferred_nodes) if table.is_free(name)]
             self._add_named(picked, self._rng.sample(free, min(len(free), PREFERRED)), table, usable)

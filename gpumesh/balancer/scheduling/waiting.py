@@ -9,10 +9,12 @@ from typing import NamedTuple
 
 from msgspec.structs import replace
 
-from gpumesh.balancer.account import Work
+from gpumesh.balancer.account import NodeAccount, Work
 from gpumesh.balancer.base import Demand, ResidencyKey
 from gpumesh.balancer.fair_queue import FairQueue
 from gpumesh.balancer.fairness.lane import QueueEntry
+from gpumesh.balancer.policies.base import Choice
+from gpumesh.balancer.select import suits_demand
 from gpumesh.text.model_names import full_name
 from gpumesh.topology import BackendKind
 
@@ -50,6 +52,16 @@ class Waiting:
     estimated_at: float = 0.0
 
 
+class Refused(NamedTuple):
+    """A new request that was not placed at once: the demand as it was asked for, and with its residency key; its work,
+    and what the policy has answered."""
+
+    asked: Demand
+    demand: Demand
+    work: Work
+    choice: Choice
+
+
 class Patience:
     """How long requests wait for a better node although another has a free slot. Times are seconds of the caller's
     clock."""
@@ -85,8 +97,53 @@ class Patience:
         self._ends.clear()
 
 
+class Pauses:
+    """The nodes whose breakers have opened. The end of such a pause is no event."""
+
+    def __init__(self) -> None:
+        self._accounts: dict[str, NodeAccount] = {}
+
+    def __repr__(self) -> str:
+        return f"<Pauses of {', '.join(self._accounts) or 'no node'}>"
+
+    def begin(self, account: NodeAccount) -> None:
+        """The node has changed: perhaps its breaker has opened."""
+        if account.breaker.open_until is not None:
+            self._accounts[account.name] = account
+
+    def ends(self) -> list[float]:
+        """The times at which the pauses end."""
+        times = (account.breaker.open_until for account in self._accounts.values())
+        return [until for until in times if until is not None]
+
+    def take_ended(self, now: float) -> list[NodeAccount]:
+        """Removes and returns the nodes whose breakers are half-open now, or closed: they may be asked."""
+        if not self._accounts:  # nearly always
+            return []
+        accounts = list(self._accounts.values())
+        ended = [item for item in accounts if item.breaker.open_until is None or item.breaker.open_until <= now]
+        for account in ended:
+            del self._accounts[account.name]
+        return ended
+
+
 def group_of(demand: Demand, exclude: frozenset[str]) -> Group:
     return Group(demand.model, demand.residency, demand.kinds, demand.node, demand.nodes, exclude)
+
+
+def can_serve(account: NodeAccount, group: Group, now: float) -> bool:
+    """Whether the node has a free slot for the requests of this group."""
+    model = None if group.residency is None else group.residency.model
+    return account.has_room(model, now) and could_serve(account, group, now)
+
+
+def could_serve(account: NodeAccount, group: Group, now: float) -> bool:
+    """Whether the node could serve the requests of this group if it had a free slot."""
+    if account.name in group.exclude or not suits_demand(account, group):
+        return False
+    if group.model is None or not account.model_breakers.has_faults:  # nearly always
+        return True
+    return not account.is_broken_for(full_name(group.model), now)
 
 
 def with_residency(demand: Demand) -> Demand:

@@ -20,7 +20,7 @@ from gpumesh.balancer.fairness.lane import QueueEntry
 from gpumesh.balancer.prefixes import PromptPrint
 from gpumesh.balancer.scheduling import shortlist
 from gpumesh.balancer.scheduling.scheduler import Placement, Scheduler
-from gpumesh.balancer.scheduling.waiting import Group, Waiting
+from gpumesh.balancer.scheduling.waiting import Group, Waiting, could_serve
 from gpumesh.topology import PolicyKind
 from tests.balancer.scheduling.fleets import NOW, A, B, C, make_node, make_scheduler
 
@@ -293,7 +293,7 @@ class AnyEvents(RuleBasedStateMachine):
             account
             for account in self.scheduler.accounts.values()
             if account.is_usable(self.now)
-            and self.scheduler.could_use(account, group, self.now)
+            and could_serve(account, group, self.now)
             and account.has_room(model, self.now)
         ]
 

@@ -8,8 +8,9 @@ from gpumesh.backends.base import ServerCounters
 from gpumesh.balancer.account import PlacedRequest
 from gpumesh.balancer.base import Demand, Priority
 from gpumesh.balancer.fairness.lane import GRANTS_BEFORE_SHARE
+from gpumesh.balancer.prefixes.cache_size import BYTES_PER_TOKEN
 from gpumesh.balancer.scheduling.scheduler import Scheduler
-from gpumesh.balancer.scheduling.waiting import demand_of
+from gpumesh.balancer.scheduling.waiting import could_serve, demand_of
 from tests.balancer.scheduling.fleets import NOW, A, B, ask, make_node, make_scheduler
 
 TOKENS = 100  # an answer takes 1 s on a node of ``make_node``
@@ -135,6 +136,28 @@ def test_a_client_whose_answers_are_longer_than_expected_gets_fewer_slots() -> N
     assert [name.split()[0] for name, _ in mesh.begun[2:]] == ["short"] * 4
 
 
+@pytest.mark.parametrize("learns", [True, False])
+@pytest.mark.parametrize("lie", [0.05, 20.0])
+def test_a_server_that_lies_in_its_counts_does_not_change_what_its_clients_are_charged(
+    lie: float, learns: bool
+) -> None:
+    """The text of the answer has as many bytes as 100 tokens have."""
+
+    def charge(factor: float) -> float:
+        mesh = Mesh(nodes=3)
+        for number in range(4):
+            mesh.submit(str(number), work("one", Priority.BATCH))
+        _, _, placed = mesh.running[0]
+        placed.answer_bytes = round(TOKENS * BYTES_PER_TOKEN)
+        before = mesh.scheduler.queue._counters[Priority.BATCH].of("one")
+        if not learns:
+            placed.account.learned_at = mesh.now + 1.0
+        mesh.scheduler.end(placed, mesh.now + 1.0, ServerCounters(prompt_tokens=1, tokens=round(TOKENS * factor)))
+        return mesh.scheduler.queue._counters[Priority.BATCH].of("one") - before
+
+    assert charge(lie) == pytest.approx(charge(1.0), abs=1.0)
+
+
 def test_within_a_client_the_first_goes_first() -> None:
     mesh = Mesh()
     for number in range(10):
@@ -232,8 +255,8 @@ def test_groups_tell_what_can_serve_them() -> None:
     other = scheduler.wait(work(), NOW, "moved", exclude=frozenset({"n"}))
     plain, moved = scheduler.groups()
     assert demand_of(plain) == Demand(A)
-    assert scheduler.could_use(node, plain, NOW)
-    assert not scheduler.could_use(node, moved, NOW)
+    assert could_serve(node, plain, NOW)
+    assert not could_serve(node, moved, NOW)
     assert [entry.payload.payload for entry in scheduler.queue.entries_of(plain)] == [0, 1, 2]
     assert scheduler.queue.entries_of(moved) == [other]
 

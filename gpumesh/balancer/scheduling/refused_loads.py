@@ -1,0 +1,77 @@
+"""``RefusedLoads``: which waiting requests need not be asked whether they take one more slot that needs a load. Pure.
+
+A slot becomes free on a node that does not have the model of the next request in memory. Mostly that request refuses
+it, and waits for a node with its model. In a large fleet such slots become free all the time, and each question takes
+several forecasts. So for a short time after such an answer, the requests of the same group are not asked for slots that
+are no better.
+
+They lose nothing by it: the request that has refused is patient for longer than that. When its patience ends, or when
+anything happens on the node, its slots are offered again. Times are seconds of the caller's clock.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from gpumesh.balancer.account import NodeAccount
+from gpumesh.balancer.forecast import Forecast
+from gpumesh.balancer.policies.base import Choice
+from gpumesh.balancer.scheduling.waiting import Group
+
+# Less than any patience (``adaptive.PATIENCE_S``). In a small fleet, slots become free at longer intervals, so that
+# each request is asked for each slot.
+REFUSED_S = 0.1
+MAX_GROUPS = 1000  # with more refusals, all are forgotten
+
+
+class _Refusal(NamedTuple):
+    """A load that was refused: until when that answer holds, how long the node takes for the load alone, whether it
+    would push out a model, and whether other requests ran on the node."""
+
+    until: float
+    load_s: float
+    pushes_out: bool
+    is_busy: bool
+
+
+class RefusedLoads:
+    """The newest refusal of each group of waiting requests."""
+
+    def __init__(self) -> None:
+        self._refusals: dict[Group, _Refusal] = {}
+
+    def __repr__(self) -> str:
+        return f"<RefusedLoads of {len(self._refusals)} groups>"
+
+    def note_answer(self, group: Group, account: NodeAccount, choice: Choice, now: float) -> None:
+        """A request of the group was asked whether it takes a free slot of this node, and takes none."""
+        if group.residency is None or choice.patience_s is None or choice.patience_s <= REFUSED_S:
+            return
+        if any(_is_free_with_load(found, account.name) for found in choice.considered):
+            load_s = account.rates.load_s(group.residency.model)
+            is_busy, pushes_out = bool(account.placed), bool(account.residency.loaded)
+            if len(self._refusals) >= MAX_GROUPS:
+                self._refusals.clear()
+            self._refusals[group] = _Refusal(now + REFUSED_S, load_s, pushes_out, is_busy)
+
+    def holds_for(self, group: Group, account: NodeAccount, now: float) -> bool:
+        """Whether the group has just refused a load that was no worse than the one which this node would need for
+        it."""
+        refusal = self._refusals.get(group)
+        if refusal is None or group.residency is None:
+            return False
+        if now >= refusal.until:
+            del self._refusals[group]
+            return False
+        if account.residency.is_resident(group.residency):
+            return False
+        is_no_better = account.rates.load_s(group.residency.model) >= refusal.load_s
+        return (
+            is_no_better
+            and (bool(account.residency.loaded) or not refusal.pushes_out)
+            and (bool(account.placed) or not refusal.is_busy)
+        )
+
+
+def _is_free_with_load(found: Forecast, node: str) -> bool:
+    return found.node == node and found.is_free and found.load_s > 0.0
