@@ -150,7 +150,7 @@ class NodeAccount:
         self.models: AbstractSet[str] | None = None
         """The names of its models, as listed and in full; ``None``: the server could not list them, so any may be
         tried."""
-        self.told_parallel: int | None = None
+        self.reported_parallel: int | None = None
         """How many requests the server says that it runs at once; ``None``: it does not say."""
         self.learns_limit = False
         """Whether the number of slots is learned from the answers."""
@@ -241,7 +241,7 @@ class NodeAccount:
             return self.max_parallel
         if self.learns_limit:
             return self.learned_slots.max_in_flight(model, now)
-        return self.told_parallel
+        return self.reported_parallel
 
     def has_room(self, model: str | None, now: float) -> bool:
         """Whether the node has a free slot for a request to this model."""
@@ -249,7 +249,7 @@ class NodeAccount:
         # that a server with a single model tells, is for all requests.
         if self._counts_by_model:
             return self.count(model or "") < self.learned_slots.max_in_flight(model or "", now)
-        slots = self.told_parallel if self.max_parallel is None else self.max_parallel
+        slots = self.reported_parallel if self.max_parallel is None else self.max_parallel
         return slots is None or self.count() < slots
 
     @property

@@ -195,7 +195,7 @@ class FairQueue(Generic[T]):
         """Gives the client its new place in all lanes in which it waits, except this one."""
         for lane in self._lanes_of_client.get((priority, client), {}).values():
             if lane is not except_lane:
-                lane.set_counter(client, counter)
+                lane.reorder_client(client, counter)
 
     # -- work that waits -----------------------------------------------------------------------------------------
 

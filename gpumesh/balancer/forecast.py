@@ -19,12 +19,12 @@ from gpumesh.balancer.models.model_demand import ModelDemand
 
 # A model that was not asked for in this time would be unloaded by the server anyway (OLLAMA_KEEP_ALIVE).
 RELOAD_HORIZON_S = 300.0
-# A model stays where it is for about this time. So long, one copy more makes the requests wait less, and one copy less
-# makes them wait more.
+# A model stays where it is for about this time. During this time, one copy more makes the requests wait less, and one
+# copy less makes them wait more.
 COPY_HORIZON_S = 60.0
 # The slots count as busy for at most this share of the time: towards 1.0 the formula for the wait grows without end.
 MOST_BUSY = 0.98
-# A load must pay for itself: the model then stays for so many times the time that its load took, if it is asked for.
+# A load must pay for itself: if requests ask for the model, it stays for at least LEAST_STAY times its load time.
 LEAST_STAY = 2.0
 # nvidia-smi's utilisation is the share of time in which any kernel ran: at 1.0 another program takes about half.
 FOREIGN_SHARE = 0.5
@@ -101,7 +101,7 @@ class Copies:
         self._slots: dict[ResidencyKey, tuple[float, int]] = {}  # when they were counted, and how many all nodes had
 
     def update(self, account: NodeAccount) -> None:
-        """Takes over which models the node has in memory now."""
+        """Notes which models the node has in memory now."""
         name, loaded = account.name, account.residency.loaded
         if len(self._models) <= MAX_COUNTED_COPIES:  # the counts of a small fleet are exact, also in the same moment
             self._slots.clear()
@@ -117,7 +117,7 @@ class Copies:
             if not accounts:
                 del self._accounts[model]
 
-    def slots_elsewhere(self, key: ResidencyKey, account: NodeAccount, now: float) -> int:
+    def other_nodes_slots(self, key: ResidencyKey, account: NodeAccount, now: float) -> int:
         """The number of slots for this key on the other nodes that have its model in memory.
 
         They are counted once for all nodes that are compared for a request. If more than ``MAX_COUNTED_COPIES`` nodes
@@ -154,22 +154,24 @@ def forecast(
 ) -> Forecast:
     """Forecasts the cost of a request on this node, whether the node has a free slot or not.
 
-    ``queue_s``: for so long the requests that wait before this one will keep the node's slots busy. It counts only if
-    the node has no free slot."""
+    ``queue_s``: the seconds for which the requests that wait before this one will keep the node's slots busy. It counts
+    only if the node has no free slot."""
     key = demand.residency
     activity, residency = account.activity, account.residency
+    model = "" if key is None else key.model
+
+    # The load of the model.
     load_s, evicted_s, blocked_s = 0.0, 0.0, 0.0
     pushed_out: Sequence[str] = ()
-    model = ""
-    if key is not None:
-        model = key.model
-        if residency.is_tracked:
-            if not residency.is_resident(key):
-                blocked_s, load_s, evicted_s, pushed_out = _forecast_load(account, key, fleet, now)
-            else:
-                loading_until = residency.loaded[model].loading_until
-                if loading_until is not None:
-                    load_s = max(loading_until - now, 0.0)
+    if key is not None and residency.is_tracked:
+        if not residency.is_resident(key):
+            blocked_s, load_s, evicted_s, pushed_out = _forecast_load(account, key, fleet, now)
+        else:
+            loading_until = residency.loaded[model].loading_until
+            if loading_until is not None:
+                load_s = max(loading_until - now, 0.0)
+
+    # The reading of the prompt.
     speed = account.weight
     if account.foreign_load or account.slowness != 1.0:
         speed *= (1.0 - FOREIGN_SHARE * account.foreign_load) / account.slowness
@@ -180,6 +182,8 @@ def forecast(
     read_s = own_read_s = unread_tokens * pace.read_token_s / speed
     if activity.reading:
         read_s += max(account.reads_rest_s(now) - load_s, 0.0)
+
+    # The writing of the answer, and what the reading and the writing cost others.
     read_share, stall = activity.read_share(now), account.read_stall.value
     write_s = work.answer_tokens * pace.token_s / (speed * (1.0 - stall * read_share))
     reading = min(read_share, MOST_READING)
@@ -191,14 +195,19 @@ def forecast(
         overlap_s = min(account.mean_rest_s(now) or write_s, write_s)
         slowdown = pace.share / (1.0 + pace.share * (streams - 1))  # relative to the time without this answer
         others_s += streams * (stall * min(own_read_s, overlap_s) + overlap_s * slowdown)
+
+    # The prompts that this prompt pushes out of the server's cache. The node with the most of this prompt in its cache
+    # would only replace the beginning of the same prompt. Another node replaces another prompt, and must then read that
+    # prompt again when its next turn comes.
     if cached and demand.prompt is not None and cached_tokens < max(cached.values()):
-        # Another node has more of this prompt in its cache. There this prompt would take the place of its own
-        # beginning. Here it takes the place of another prompt, whose next turn must then be read again.
         displaced_tokens = fleet.experience.displaced_tokens(demand, account.name)
         evicted_s += RETURN_SHARE * displaced_tokens * pace.read_token_s / speed
-    # A node loads one model at a time. While another load must come first, a free slot is of no use.
+
+    # The wait for a slot. A node loads one model at a time: while another load must come first, a free slot is of no
+    # use.
     is_free = not blocked_s and account.has_room(model, now)
     wait_s = 0.0 if is_free else (blocked_s or account.next_free_s(now, model)) + queue_s
+
     way_s = account.rtt_s
     total_s = way_s + wait_s + load_s + read_s + write_s + others_s + evicted_s
     return Forecast(
@@ -221,7 +230,7 @@ def forecast(
 def _forecast_load(
     account: NodeAccount, key: ResidencyKey, fleet: FleetLoad, now: float
 ) -> tuple[float, float, float, Sequence[str]]:
-    """Forecasts the load of a model. Returns the seconds until another load can begin there, the seconds from then
+    """Forecasts the load of a model. Returns the seconds until this load can begin, the seconds from then
     until the model is in memory, what the load costs later requests, and the names of the models that it pushes out."""
     residency, rates = account.residency, account.rates
     pushed_out = residency.pushed_out_by(key, account.placed_by_model)
@@ -253,7 +262,7 @@ def _eviction_s(account: NodeAccount, key: ResidencyKey, rate: float, fleet: Fle
     load wait too. If other nodes have copies, their slots will be busier."""
     if rate <= 0.0:
         return 0.0
-    other_slots = fleet.copies.slots_elsewhere(key, account, now)
+    other_slots = fleet.copies.other_nodes_slots(key, account, now)
     if other_slots:
         return _copy_value_s(account, key, rate, other_slots, fleet, now)
     load_s = account.rates.load_s(key.model)
@@ -263,9 +272,9 @@ def _eviction_s(account: NodeAccount, key: ResidencyKey, rate: float, fleet: Fle
 
 
 def _gain_s(account: NodeAccount, key: ResidencyKey, fleet: FleetLoad, now: float) -> float:
-    """How many seconds less all later requests for this model together will wait if this node loads one more copy of
-    it. 0 if nobody asks for the model, and for the first copy: it is loaded because a request needs it."""
-    other_slots = fleet.copies.slots_elsewhere(key, account, now)
+    """The seconds of waiting that a new copy of the model on this node saves all later requests together. 0 if nobody
+    asks for the model, and for the first copy, which is loaded because a request needs it."""
+    other_slots = fleet.copies.other_nodes_slots(key, account, now)
     rate = fleet.demands.rate(key, now)
     return _copy_value_s(account, key, rate, other_slots, fleet, now) if other_slots and rate > 0.0 else 0.0
 
@@ -273,9 +282,9 @@ def _gain_s(account: NodeAccount, key: ResidencyKey, fleet: FleetLoad, now: floa
 def _copy_value_s(
     account: NodeAccount, key: ResidencyKey, rate: float, other_slots: int, fleet: FleetLoad, now: float
 ) -> float:
-    """How many seconds this node's copy of the model saves: the requests for it, ``rate`` a second, wait longer if they
-    have only ``other_slots`` than if they have this node's slots too. The sum over the requests of
-    ``COPY_HORIZON_S``."""
+    """The seconds of waiting that this node's copy of the model saves all requests of ``COPY_HORIZON_S`` together.
+    There are ``rate`` requests a second. They wait longer if they have only ``other_slots`` than if they have this
+    node's slots too."""
     slots = other_slots + (account.slots(key.model, now) or 1)
     service_s = fleet.demands.service_s(key)
     return rate * COPY_HORIZON_S * (mean_wait_s(rate, service_s, other_slots) - mean_wait_s(rate, service_s, slots))
@@ -291,23 +300,23 @@ def mean_wait_s(rate: float, service_s: float, slots: int) -> float:
     return service_s / slots * math.pow(busy, math.sqrt(2.0 * (slots + 1)) - 1.0) / (1.0 - busy)
 
 
-def place_on(account: NodeAccount, demand: Demand, work: Work, found: Forecast, now: float) -> PlacedRequest:
-    """Places the request on the node, with the times that this forecast says. If the request makes the server load its
-    model, the model counts as loaded from now on."""
+def place_on(account: NodeAccount, demand: Demand, work: Work, expected: Forecast, now: float) -> PlacedRequest:
+    """Places the request on the node. ``expected`` is the forecast for this node: its times become the request's times.
+    If the request makes the server load its model, the model counts as loaded from now on."""
     key = demand.residency
-    begins_at = now + found.way_s + found.load_s + found.read_s
+    begins_at = now + expected.way_s + expected.load_s + expected.read_s
     needs_load = False
     drain_s: float | None = None
     if key is not None:
         residency = account.residency
         needs_load = not residency.is_resident(key)
         if needs_load:
-            drain_s = account.drain_s(now, found.pushed_out) if found.pushed_out and account.placed else 0.0
-            residency.note_sent(key, found.pushed_out, now=now, load_s=found.load_s)
+            drain_s = account.drain_s(now, expected.pushed_out) if expected.pushed_out and account.placed else 0.0
+            residency.note_sent(key, expected.pushed_out, now=now, load_s=expected.load_s)
         else:
             needs_load = residency.note_use(key.model, now)
     model = None if key is None else key.model
-    unread_tokens = found.unread_tokens
+    unread_tokens = expected.unread_tokens
     # ``unread_tokens`` is never below 1, also if all tokens are in the cache.
     cached_tokens = work.prompt_tokens - unread_tokens if unread_tokens > 1.0 else work.prompt_tokens
     placed = PlacedRequest(
@@ -319,12 +328,12 @@ def place_on(account: NodeAccount, demand: Demand, work: Work, found: Forecast, 
         now,
         unread_tokens,
         cached_tokens,
-        found.own_read_s,
-        found.write_s,
+        expected.own_read_s,
+        expected.write_s,
         needs_load,
         drain_s,
         begins_at,
-        begins_at + found.write_s,
+        begins_at + expected.write_s,
     )
-    account.place(placed, now, load_s=found.load_s)
+    account.place(placed, now, load_s=expected.load_s)
     return placed

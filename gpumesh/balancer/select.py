@@ -142,7 +142,7 @@ def no_node_error(candidates: Sequence[Candidate], demand: Demand, *, exclude: C
         )
     # Nodes have the model and nodes are of a demanded kind, but these may be different nodes.
     if demand.model is not None and not any(has_model(candidate, demand.model) for candidate in usable_of_kind):
-        return _missing_model_error(demand.model, usable_of_kind, of_other_kinds=with_model)
+        return _missing_model_error(demand.model, usable_of_kind, wrong_kind=with_model)
     suited = [candidate for candidate in usable_of_kind if has_model(candidate, demand.model)]
     is_broken_everywhere = all(is_model_broken(candidate, demand.model) for candidate in suited)
     if demand.needs_slot and is_broken_everywhere:
@@ -170,8 +170,8 @@ def _may_have_model(candidate: Candidate, demand: Demand) -> bool:
 
 
 def _away_model_error(model: str, away: Sequence[Candidate]) -> NoNodeError:
-    """The error for a model that no usable node has, but that a node has, or may have, which cannot be used now. This
-    is no ModelMissing: the client would take that for the last word. ``away``: these nodes."""
+    """The error for a model that no usable node has, but that the nodes ``away`` have or may have. These nodes cannot
+    be used now. This error is not ModelMissing, because a client does not try again after a ModelMissing."""
     listing = [candidate.name for candidate in away if candidate.models is not None]
     if listing:
         return NoNodeError(f"{model!r} is on {', '.join(listing)}, which cannot be used now")
@@ -180,19 +180,19 @@ def _away_model_error(model: str, away: Sequence[Candidate]) -> NoNodeError:
 
 
 def _missing_model_error(
-    model: str, usable: Sequence[Candidate], *, of_other_kinds: Sequence[Candidate] = ()
+    model: str, usable: Sequence[Candidate], *, wrong_kind: Sequence[Candidate] = ()
 ) -> ModelMissing:
     """The error for a model that no node has. Its hint names the models of the usable nodes, and a command to pull the
-    model. ``of_other_kinds``: nodes that have the model, but whose servers do not speak the API of the request."""
+    model. ``wrong_kind``: nodes that have the model, but whose servers do not speak the API of the request."""
     available = _list_models(usable)
-    elsewhere = ""
-    if of_other_kinds:
-        names = ", ".join(f"{candidate.name} (kind {candidate.kind})" for candidate in of_other_kinds)
-        elsewhere = f"it is on {names}, which cannot serve this API; "
+    other_nodes_text = ""
+    if wrong_kind:
+        names = ", ".join(f"{candidate.name} (kind {candidate.kind})" for candidate in wrong_kind)
+        other_nodes_text = f"it is on {names}, which cannot serve this API; "
     pull_targets = [candidate.name for candidate in usable if candidate.kind in KINDS_WITH_MODEL_STORE]
 
     def make_hint(most_models: int, more_models: str, most_targets: int) -> str:
-        hint = f"{elsewhere}there are: {_join_first(available, most_models, more_models) or 'no models'}"
+        hint = f"{other_nodes_text}there are: {_join_first(available, most_models, more_models) or 'no models'}"
         if pull_targets:
             command = paste_command("gpumesh models pull {MODEL}", MODEL=model)
             hint += f"; it could be pulled to {_join_first(pull_targets, most_targets, ' …')}: {command}"

@@ -218,8 +218,8 @@ class Gateway:
         if reply is None:  # the request was cancelled, or its connection broke
             record.note_client_gone(status=CLIENT_GONE_STATUS, sent_bytes=sent_bytes)
         else:
-            told_failure = isinstance(reply, StreamingResponse) and reply.told_failure
-            record.note_end(status=reply.status, sent_bytes=sent_bytes, told_failure=told_failure)
+            reported_failure = isinstance(reply, StreamingResponse) and reply.reported_failure
+            record.note_end(status=reply.status, sent_bytes=sent_bytes, reported_failure=reported_failure)
         self.metrics.add(record)
         if self._access_log is not None:
             self._access_log.add(record, client=request.client_address, request_id=request.id)

@@ -248,7 +248,7 @@ class ModelForwarder:
 
     async def _render_body(self, request: Request, body: _ClientBody, demand: Demand) -> bytes:
         """The body for the nodes: the client's own, unless the demand has another model or another context, or a server
-        could read the name of a member otherwise than we do (``Members.has_common_spelling``)."""
+        could read the name of a member in another way than we do (``Members.has_common_spelling``)."""
         members, model = body.members, demand.model
         assert model is not None, "``read_demand`` has let through a demand without a model"
         if body.form is not None:

@@ -214,7 +214,7 @@ async def _stream_operation(
     if stream is None and (result.failures or not wants_stream):  # the two cases of a single document
         return _single_document(result, verb)
     stream = stream or _start_stream(request, operation)
-    stream.told_failure = bool(result.failures)
+    stream.reported_failure = bool(result.failures)
     _, last_document = _last_document(result, verb)
     stream.write(safe_json.dump_compact(last_document) + b"\n")
     stream.finish()

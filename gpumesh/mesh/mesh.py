@@ -178,7 +178,7 @@ class Mesh:
     async def _watch_own_loads(self) -> AsyncIterator[Mapping[str, int]]:
         """Yields the numbers of requests in flight after each change, by coordination key, for other gateways."""
         async for _ in self.watch_changes():
-            yield self.fleet.loads()
+            yield self.fleet.in_flight_by_key()
 
     def _on_other_loads_changed(self) -> None:
         self.fleet.update_other_loads()

@@ -32,8 +32,8 @@ _TLS_ALERT = b"\x15\x03"  # a TLS server's answer to bytes that are not TLS
 
 
 async def identify_wrong_server(url: str) -> ProbeError | None:
-    """Asks a server that gave no HTTP answer once more, and returns the error that names its kind, or the scheme that
-    it wants instead. ``None`` if no readable answer comes, or if the server does speak HTTP after all."""
+    """Asks a server that gave no HTTP answer once more. Returns the error that names the kind of the server, or the
+    scheme that it speaks. ``None`` if no readable answer comes, or if the server does speak HTTP."""
     parsed_url = httpx.URL(url)
     greeting = await _read_greeting(parsed_url)
     if greeting.startswith(b"HTTP/"):
@@ -69,7 +69,8 @@ def wrong_scheme_error(url: str) -> ProbeError:
 
 
 async def explain_tls_failure(url: str, error: ssl.SSLError) -> ProbeError:
-    """The error that says why no TLS connection was made. Asks the server again if it may not speak TLS at all."""
+    """The error that says why no TLS connection was made. If the server perhaps speaks no TLS at all, asks it
+    again to find out."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return ProbeError(
             f"its certificate is not accepted: {printable(error.verify_message, 120)}",

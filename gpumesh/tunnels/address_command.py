@@ -14,7 +14,7 @@ from gpumesh.errors import HostUnresolved
 from gpumesh.text import quoting
 from gpumesh.topology import AddressCommand
 from gpumesh.tunnels.local_system.local_command import local_command, read_at_most
-from gpumesh.tunnels.remote_commands.host_words import add_words
+from gpumesh.tunnels.remote_commands.host_text import add_host_text
 
 _MAX_OUTPUT_BYTES = 64 * 1024
 _MAX_ERROR_BYTES = 8 * 1024
@@ -100,7 +100,7 @@ async def ask_address(command: AddressCommand, *, default_port: int, node: str) 
         try:
             return await _run_command(command, stderr, default_port, node)
         except HostUnresolved as error:
-            raise add_words(error, _read_last_lines(stderr)) from error
+            raise add_host_text(error, _read_last_lines(stderr)) from error
 
 
 async def _run_command(command: AddressCommand, stderr: IO[bytes], default_port: int, node: str) -> tuple[str, int]:

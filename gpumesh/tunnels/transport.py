@@ -118,7 +118,8 @@ class HostConnection(Protocol):
         """Starts ``command``, an argument list that is quoted for a POSIX shell, on the host.
 
         ``has_input``: the command reads our input (``RemoteCommand.write``), and ends by itself when its input ends.
-        Raises ``SessionRefused`` when the host gives no session; it may be raised only by ``RemoteCommand.read``.
+        Raises ``SessionRefused`` when the host gives no session. Some transports raise it later, from
+        ``RemoteCommand.read``.
         """
 
     async def wait_lost(self) -> TunnelError:

@@ -373,7 +373,7 @@ def test_one_absurd_node_leaves_the_others_ranked(
     answers: list[dict[str, object]],
     foreign_load: float,
     in_flight: int,
-    told_parallel: int | None,
+    reported_parallel: int | None,
     model: str | None,
     max_tokens: int | None,
 ) -> None:
@@ -382,7 +382,7 @@ def test_one_absurd_node_leaves_the_others_ranked(
     bad = make_node(scheduler, "absurd", slots=None, models=None, measured=False)
     fast = make_node(scheduler, "fast", models=None)
     slow = make_node(scheduler, "slow", models=None, speed=0.1)
-    bad.told_parallel = told_parallel
+    bad.reported_parallel = reported_parallel
     bad.foreign_load = foreign_load
     for answer in answers:
         bad.rates.learn(**answer)  # type: ignore[arg-type]

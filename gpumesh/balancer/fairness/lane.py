@@ -68,16 +68,17 @@ class Lane(Generic[T]):
         self.size = 0
         self.work = 0.0
         self.skipped_by = [0] * rank
-        self.head_key: tuple[float, float, float, int] = (inf, inf, inf, 0)  # that of an empty lane
+        self.head_key: tuple[float, float, float, int] = (inf, inf, inf, 0)  # the key of an empty lane
         self._head_client = ""
         self._clients: dict[str, SortedItems[tuple[float, int], QueueEntry[T]]] = {}
         self._order: SortedItems[tuple[float, float, float, int], str] = SortedItems()
-        self._borrowed: set[str] = set()  # clients whose items belong to another lane: it is copied before a change
+        self._borrowed: set[str] = set()  # clients whose entries are shared with another lane: copied before a change
 
     @classmethod
     def merge(cls, lanes: Iterable[Lane[T]], counter_of: Callable[[str], float]) -> Lane[T]:
-        """A new lane with the entries of these lanes, which are of one class. It may be used until one of them changes,
-        because it copies as little as possible. ``counter_of`` gives a client's counter."""
+        """A new lane with the entries of these lanes, which are of one class. It shares their lists of entries instead
+        of copying them, so it may only be used until one of these lanes changes. ``counter_of`` gives a client's
+        counter."""
         lanes = list(lanes)
         merged: Lane[T] = cls(lanes[0].rank)
         for lane in lanes:
@@ -105,7 +106,7 @@ class Lane(Generic[T]):
             requests = self._clients[client] = SortedItems()
         requests.put(entry, (entry.queued_at, entry.sequence))
         if requests.first()[1] is entry:
-            self.set_counter(client, counter)
+            self.reorder_client(client, counter)
         return is_new_client
 
     def remove(self, entry: QueueEntry[T], counter: float) -> bool:
@@ -126,7 +127,7 @@ class Lane(Generic[T]):
                 self._find_head()
             return True
         if was_first:
-            self.set_counter(client, counter)
+            self.reorder_client(client, counter)
         return False
 
     def __iter__(self) -> Iterator[QueueEntry[T]]:
@@ -135,8 +136,9 @@ class Lane(Generic[T]):
         for client in self._order:
             yield from self._clients[client]
 
-    def set_counter(self, client: str, counter: float) -> None:
-        """The client, which has an entry in this lane, has another counter or another first entry now."""
+    def reorder_client(self, client: str, counter: float) -> None:
+        """Moves a client to its right place in the order, because its counter or its first entry has changed. The
+        client must have an entry in this lane. ``counter`` is its counter now."""
         queued_at, sequence = self._clients[client].first()[0]
         key = (self.rank, counter, queued_at, sequence)
         self._order.put(client, key)

@@ -24,8 +24,8 @@ from gpumesh.balancer.limits.parallel_limit import (
 
 MAX_MODELS = 256  # of one node; with more, the idle model that was used first is forgotten
 MAX_NAME_CHARS = 400  # of a model whose limit is stored
-# What the server does is seen later here. So when an answer ends within SETTLE_S (and the round trip) after another
-# request was sent, the server may have ended the answer before that request came, so that the two never ran together.
+# We see an act of the server with a delay. So if an answer ends within SETTLE_S (and the round trip) after another
+# request was sent, the server may have ended the answer before that request arrived: the two never ran together.
 SETTLE_S = 0.1
 # The same for an answer that ends this soon after the first token of another answer.
 END_DELAY_S = 0.02
@@ -53,20 +53,20 @@ class _Burst:
 
 @dataclass(slots=True, eq=False)
 class SentRequest:
-    """A request in flight. Times are in seconds: ``begun_at`` is that of the first token, ``None`` before it.
+    """A request in flight. Times are in seconds: ``first_token_at`` is ``None`` before the first token.
     ``concurrent``: the requests of its model in flight when it was sent, itself included."""
 
     model: str
     concurrent: int
     burst: _Burst
-    begun_at: float | None = None
+    first_token_at: float | None = None
 
 
 @dataclass(slots=True)
 class _ModelSlots:
     """The requests of one model in flight on the node, and the model's limit.
 
-    ``in_flight`` counts the requests, and ``streaming`` those of them whose answer has begun. ``recent`` are the bursts
+    ``in_flight`` counts the requests, and ``streaming`` the requests whose answer has begun. ``recent`` are the bursts
     that had begun shortly before the last request ended, and all bursts since. ``grown_at`` is the last time at which a
     first token made the limit grow, and ``proven_before`` the proven number before that."""
 
@@ -133,8 +133,7 @@ class NodeSlots:
         return (_FIRST_GUESS if slots is None else slots.limit).max_in_flight(now)
 
     def send(self, model: str, now: float) -> SentRequest:
-        """Counts a request that is sent now. It is not refused if no slot is free: whether to send it is the caller's
-        decision."""
+        """Counts a request that is sent now, also if no slot is free: the caller decides whether to send it."""
         slots = self._models.get(model)
         if slots is None:
             slots = self._add_model(model)
@@ -154,7 +153,7 @@ class NodeSlots:
         """Notes that an answer has begun: its first token has come. For an answer in one piece this may be left
         out."""
         slots = self._models[request.model]
-        request.begun_at = now
+        request.first_token_at = now
         slots.streaming += 1
         limit = on_first_token(slots.limit, streaming=slots.streaming)
         if limit is not slots.limit:
@@ -172,7 +171,7 @@ class NodeSlots:
         """Notes that an answer is complete. The durations are the server's own, as in ``learn_limit``."""
         slots = self._remove(request, now)
         # An answer that ended just after its first token came in one piece: its first token proves nothing.
-        was_streamed = request.begun_at is not None and now - request.begun_at > END_DELAY_S
+        was_streamed = request.first_token_at is not None and now - request.first_token_at > END_DELAY_S
         burst = request.burst
         if waited_ms is not None and waited_ms <= NOISE_MS:
             burst.unhindered += 1
@@ -195,7 +194,8 @@ class NodeSlots:
         slots.limit = return_trials(slots.limit, concurrent=request.concurrent)
 
     def _remove(self, request: SentRequest, now: float) -> _ModelSlots:
-        """Takes a request that has ended out of the counts, and corrects what was concluded while it seemed to run."""
+        """Removes a request that has ended from the counts. Corrects conclusions that were drawn because it seemed to
+        run."""
         slots = self._models[request.model]
         slots.in_flight -= 1
         request.burst.in_flight -= 1
@@ -204,12 +204,12 @@ class NodeSlots:
         for burst in slots.recent:
             if request.burst.number < burst.number:
                 burst.earlier -= 1  # this request may have left the server before the burst came there
-        if request.begun_at is not None:
+        if request.first_token_at is not None:
             slots.streaming -= 1
             has_just_grown = now - slots.grown_at <= END_DELAY_S and slots.limit.proven > slots.proven_before
             if has_just_grown:
-                # The limit grew because this answer and a new one seemed to run together. But the server may have ended
-                # this one before it began the other. So the last step is taken back, and another trial will show it.
+                # The limit grew because this answer and a new answer seemed to run together. But the server may have
+                # ended this answer before it began the new one. So the last step is undone, and a new trial decides.
                 proven = slots.limit.proven - 1
                 trials_left = max(min(slots.limit.trials_left, proven), 1)
                 slots.limit = replace(slots.limit, proven=proven, trials_left=trials_left)
@@ -236,7 +236,7 @@ class NodeSlots:
 
     def restore(self, document: object, *, now: float) -> None:
         """Takes the limits that ``as_dict`` has stored, for the models that have not been used yet. Raises ValueError
-        for a document of another form, and then takes nothing of it."""
+        for a document of another form, and then changes nothing."""
         stored_limits = msgspec.convert(document, _StoredLimits)
         for model, stored in list(stored_limits.items())[:MAX_MODELS]:
             if model not in self._models:

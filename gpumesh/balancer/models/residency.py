@@ -70,8 +70,9 @@ class Residency:
         self._pushed_out_at: dict[str, float] = {}  # when a load was sent that pushes the model out
         self._fitted_mib = 0  # the most that was in memory at one time: so much fits
         self._fitted_count = 1  # the most models that were in memory at one time
-        self._most_loaded: int | None = None  # a limit of the server's own, as a load has shown it; ``None``: none seen
-        self._beside_others_at = -math.inf  # when a load was sent last that seemed to push nothing out
+        self._most_loaded: int | None = None  # the server's own limit, if a load has shown a limit; else ``None``
+        # When the last load was sent that was expected to push out no model.
+        self._last_load_without_eviction_at = -math.inf
 
     def __repr__(self) -> str:
         models = ", ".join(name + (" (loading)" if item.loading_until else "") for name, item in self.loaded.items())
@@ -88,15 +89,15 @@ class Residency:
         if loaded is None:
             return False
         if loaded.key is None:
-            # Another program loaded it, with options that are not known: taken to be the usual ones.
+            # Another program loaded it, with unknown options: we assume the usual options.
             return not key.options and self._same_context(loaded, key)
         if loaded.key == key:  # a shortcut for the usual case: the line below would find the same
             return True
         return loaded.key.options == key.options and self._same_context(loaded, key)
 
     def _same_context(self, loaded: LoadedModel, key: ResidencyKey) -> bool:
-        """Whether the model was loaded with the context length that a request with this key would get. What is not
-        known is taken to be the same."""
+        """Whether the model was loaded with the context length that a request with this key would get. An unknown
+        length is assumed to be the same."""
         if loaded.context_length is None:
             return loaded.key is None or loaded.key.context == key.context
         if key.context is None:
@@ -120,7 +121,8 @@ class Residency:
         requests by model.
 
         If the model itself is loaded with other options, only that copy of it must go. While it is not known how much
-        fits, a further model is taken to push out the others, unless so many models were seen in memory together."""
+        memory there is, we assume that one more model pushes out the others, unless so many models were seen in memory
+        together."""
         if key.model in self.loaded:
             return (key.model,)
         if not self.loaded:
@@ -162,13 +164,13 @@ class Residency:
     # -- changes -------------------------------------------------------------------------------------------------
 
     def note_sent(self, key: ResidencyKey, pushed_out: Sequence[str], *, now: float, load_s: float) -> None:
-        """Notes that a request was sent that makes the server load the model. From now on the model counts as loaded,
-        and the models in ``pushed_out`` do not. The load is expected to end in ``load_s`` seconds."""
+        """Notes that the server must load the model for a request that was sent. From now on the model counts as
+        loaded, and the models in ``pushed_out`` do not. The load is expected to end in ``load_s`` seconds."""
         for name in pushed_out:
             self.loaded.pop(name, None)
             self._pushed_out_at[name] = now
         if self.loaded and not pushed_out:
-            self._beside_others_at = now
+            self._last_load_without_eviction_at = now
         size_mib = self._expected_mib(key.model)
         self.loaded[key.model] = LoadedModel(key, size_mib, None, now + load_s, used_at=now, noted_at=now)
 
@@ -224,7 +226,7 @@ class Residency:
             gone.append(name)
         for name, (size_mib, context_length) in reported.items():
             self._note_reported(name, size_mib, context_length, asked_at)
-        if gone and 0.0 <= asked_at - self._beside_others_at <= SURPRISE_S:
+        if gone and 0.0 <= asked_at - self._last_load_without_eviction_at <= SURPRISE_S:
             # The load has pushed them out although there seemed to be room: OLLAMA_MAX_LOADED_MODELS, or memory that
             # something else takes.
             self._most_loaded = max(len(self.loaded), 1)

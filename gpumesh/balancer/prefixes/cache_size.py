@@ -44,9 +44,9 @@ SURPRISES_TO_GROW = 3
 def count_read_tokens(counters: ServerCounters, prefill_tokens_per_s: float | None) -> float | None:
     """How many tokens of a prompt the server has read: those that were not in its cache. ``None`` if it is not known.
 
-    Ollama does not count them: its ``prompt_eval_count`` is the whole prompt. But its ``prompt_eval_duration`` is the
-    time of the reading, and this time by the rate of reading is their number. ``prefill_tokens_per_s`` is that rate;
-    ``None`` if it is not known.
+    Ollama does not report this number: its ``prompt_eval_count`` is the whole prompt. But it reports the time of the
+    reading, ``prompt_eval_duration``. This time multiplied by the rate of reading is the number.
+    ``prefill_tokens_per_s`` is the rate; ``None`` if it is not known.
     """
     if counters.prompt_tokens is None:
         return None

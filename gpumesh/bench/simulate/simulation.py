@@ -62,8 +62,8 @@ class Simulation:
         self._unfinished = 0  # jobs that have come and not ended, and turns that will come
         self._waiting = 0  # jobs in the gateway's queue
         self._has_decided = False  # the balancer has decided since it was asked for its next check
-        self._check_at = math.inf
-        self._checked_at = -1.0
+        self._next_check_at = math.inf
+        self._last_check_at = -1.0
         self._last_event_at = 0.0  # of a server, or the arrival of a request
 
     def __repr__(self) -> str:
@@ -117,8 +117,8 @@ class Simulation:
         elif kind == _RETRY:
             self._submit(subject, now)
         elif kind == _CHECK:
-            self._check_at = math.inf
-            self._checked_at = now
+            self._next_check_at = math.inf
+            self._last_check_at = now
             self._grant_waiting(now)
         elif kind == _PROBE:
             self._probe(now, may_come=may_come)
@@ -223,15 +223,16 @@ class Simulation:
             self._follow(grant, now)
 
     def _schedule_check(self, now: float) -> None:
-        check_at = self.decisions.next_check(now)
-        if check_at is None:
+        """Schedules the check that the balancer wants next, unless an earlier check is scheduled already."""
+        wanted_at = self.decisions.next_check(now)
+        if wanted_at is None:
             return
-        at = max(check_at, now)
-        if at <= self._checked_at:  # a check has just been made at this time, and changed nothing
-            at = self._checked_at + MIN_CHECK_GAP_S
-        if at < self._check_at:
-            self._check_at = at
-            self._push(at, _CHECK, None)
+        check_at = max(wanted_at, now)
+        if check_at <= self._last_check_at:  # a check at this time changed nothing: another one must come later
+            check_at = self._last_check_at + MIN_CHECK_GAP_S
+        if check_at < self._next_check_at:
+            self._next_check_at = check_at
+            self._push(check_at, _CHECK, None)
 
     def _probe(self, now: float, *, may_come: bool) -> None:
         """Tells the balancer what the probes of all servers find. Ends when nothing can happen any more."""

@@ -300,8 +300,8 @@ TaskPlanner = Callable[["MeshState"], list["inventory.ModelTask"]]
 async def _pull_models(
     options: GlobalOptions, plan: TaskPlanner, plan_again: TaskPlanner | None = None
 ) -> list[inventory.ModelTask]:
-    """Performs the pulls that ``plan`` returns. Returns the pulls that had no effect, which are those that
-    ``plan_again`` still returns for the state afterwards; none without ``plan_again``."""
+    """Performs the pulls that ``plan`` returns for the state of the nodes. Returns the pulls that had no effect: those
+    that ``plan_again`` still returns for the state afterwards. Without ``plan_again``, returns an empty list."""
     from gpumesh.cli.views.download_bars import show_downloads
 
     async with _open_stores(options) as (session, stores):

@@ -191,12 +191,12 @@ class JsonScanner:
             yield
 
     def _find_brackets(self, piece: bytes, *, in_string: bool) -> tuple[bytes, int]:
-        """Returns the brackets of this piece outside of strings, all written as square brackets, then the number of
-        quotation marks in the piece that begin or end a string. ``in_string``: the piece begins inside a string. Raises
-        BadRequest for a character that may not stand outside of strings."""
+        """Returns the brackets of this piece outside of strings, and the number of quotation marks in the piece that
+        begin or end a string. Braces come as square brackets: a ``{`` as ``[``. ``in_string``: the piece begins inside
+        a string. Raises BadRequest for a character that may not stand outside of strings."""
         if b"\\" in piece:  # without escapes each quotation mark begins or ends a string
             piece = piece.replace(b"\\\\", b"").replace(b'\\"', b"")
-        parts = piece.split(b'"')  # in turn outside and inside of strings
+        parts = piece.split(b'"')  # alternately outside and inside of strings
         first_outside = 1 if in_string else 0
         outside = b"".join(parts[first_outside::2])
         if outside.translate(None, _OUTSIDE_OF_STRINGS):
@@ -229,15 +229,15 @@ def _depth_after(brackets: bytes, depth: int) -> int:
     To save time, empty pairs of brackets are removed first, again and again. Then mostly two sorts of brackets remain:
     brackets that close levels that were open before, and brackets that open levels that stay open. These brackets are
     counted in parts. Only a part that could reach depth 0, or the limit, is counted bracket by bracket."""
-    rest = brackets
+    remaining = brackets
     if depth + brackets.count(b"[") < MAX_DEPTH:  # otherwise a removed pair might have been too deep
         for _ in range(MAX_COLLAPSES):
-            shorter = rest.replace(b"[]", b"")
-            if len(shorter) == len(rest):
+            shorter = remaining.replace(b"[]", b"")
+            if len(shorter) == len(remaining):
                 break
-            rest = shorter
-    for start in range(0, len(rest), PART_BRACKETS):
-        part = rest[start : start + PART_BRACKETS]
+            remaining = shorter
+    for start in range(0, len(remaining), PART_BRACKETS):
+        part = remaining[start : start + PART_BRACKETS]
         closing = part.count(b"]")
         if closing < depth and depth + len(part) < MAX_DEPTH:
             opening = len(part) - closing

@@ -16,7 +16,7 @@ class StreamingResponse:
 
     The head goes out with the first piece. ``started``: a part of the answer may have been sent. ``sent_bytes`` counts
     the bytes of the body with its framing. ``send_body``: the answer has a body; the answer to a HEAD has none.
-    ``told_failure``: the handler sets it if the stream tells the client of a failure, whatever the status says.
+    ``reported_failure``: the handler sets it if the stream tells the client of a failure, whatever the status says.
     """
 
     __slots__ = (
@@ -25,17 +25,17 @@ class StreamingResponse:
         "_send_body",
         "_writer",
         "finished",
+        "reported_failure",
         "sent_bytes",
         "started",
         "status",
-        "told_failure",
     )
 
     def __init__(self, writer: ClientWriter, status: int, head: bytes, *, chunked: bool, send_body: bool) -> None:
         self.status = status
         self.started = False
         self.finished = False
-        self.told_failure = False
+        self.reported_failure = False
         self.sent_bytes = 0
         self._writer = writer
         self._head = head

@@ -44,9 +44,9 @@ class RequestRecord(msgspec.Struct, eq=False):
         self.node = answer.node
         self.first_byte_at = self.clock()
 
-    def note_end(self, *, status: int, sent_bytes: int, told_failure: bool = False) -> None:
-        """Notes that the request has ended, now. ``told_failure``: the reply has told the client of a failure, although
-        its status is that of a success, because its stream had begun.
+    def note_end(self, *, status: int, sent_bytes: int, reported_failure: bool = False) -> None:
+        """Notes that the request has ended, now. ``reported_failure``: the reply's stream has reported a failure to
+        the client, although the reply's status, which was sent before, is that of a success.
 
         If no outcome was set before, the outcome follows from the node's answer. If no node answered either, the reply
         is the gateway's own, and the outcome follows from the reply."""
@@ -59,7 +59,7 @@ class RequestRecord(msgspec.Struct, eq=False):
             last_outcome = None if self.answer is None else self.answer.outcome
             if last_outcome is not None:
                 self.outcome = request_outcome(last_outcome)
-            elif told_failure or status >= 500:
+            elif reported_failure or status >= 500:
                 self.outcome = RequestOutcome.FAILED
             else:
                 self.outcome = RequestOutcome.SERVED

@@ -279,21 +279,23 @@ class FleetStore:
         self, model: str, node: str | None, *, allowed: Collection[str] | None, timeout_s: float
     ) -> list[NodeResult]:
         """Removes a model from the memory of each node that has it, and returns the results, one for each node.
-        ``model`` is its name in the mesh. ``allowed``: only these nodes; ``None``: all. A node that gets no requests
-        now, but can be reached (it drains), is asked if it has the model in its memory. One that cannot be reached, and
-        had the model in its memory, has an error as its result. Raises NoNodeError and ModelMissing."""
+        ``model`` is its name in the mesh. ``allowed``: only these nodes; ``None``: all.
+
+        A draining node with the model in its memory also gets the request, although it gets no prompts. A node that had
+        the model in its memory, but cannot be reached now, has an error as its result. Raises NoNodeError and
+        ModelMissing."""
         demand = Demand(
             model, KINDS_WITH_MODEL_STORE, node, needs_slot=False, nodes=None if allowed is None else frozenset(allowed)
         )
-        meant = [candidate for candidate in self._candidates() if allows_node(demand, candidate.name)]
-        names = [candidate.name for candidate in meant if candidate.usable and has_model(candidate, model)]
-        holders = [each.name for each in meant if not each.usable and self._is_in_memory(each.name, model)]
+        asked = [candidate for candidate in self._candidates() if allows_node(demand, candidate.name)]
+        names = [candidate.name for candidate in asked if candidate.usable and has_model(candidate, model)]
+        holders = [node.name for node in asked if not node.usable and self._is_in_memory(node.name, model)]
         if not names and not holders:
             raise no_node_error(self._mesh.candidates(), demand)
         reachable = [name for name in holders if self._mesh.fleet.find_node(name).reachable]
         stores = [ModelStore(name, over_mesh(self._mesh, name)) for name in names]
         async with AsyncExitStack() as stack:
-            if reachable:  # the mesh would not send to them
+            if reachable:  # past the mesh, which sends nothing to nodes that are not usable
                 url_stores = await stack.enter_async_context(open_url_stores(self._mesh.topology))
                 stores += [url_stores.of(self._mesh.fleet.find_node(name).state(queued=0)) for name in reachable]
             results = list(await asyncio.gather(*(self._unload_from(store, model, timeout_s) for store in stores)))
@@ -302,8 +304,8 @@ class FleetStore:
         return results + [failed_result(name, NoNodeError("it cannot be reached now", node=name)) for name in away]
 
     async def _unload_from(self, store: ModelStore, model: str, timeout_s: float) -> NodeResult:
-        """Makes one node unload the model. An embedding model is only unloaded if it is in memory: the request for that
-        would load it first."""
+        """Makes one node unload the model. An embedding model that is not in memory gets no request, because the
+        request to unload such a model would load it first."""
         node = self._mesh.fleet.find_node(store.node)
         name_at_server = node.server_name(model) or model
         document: dict[str, object] = {"model": name_at_server, "keep_alive": 0}

@@ -118,13 +118,13 @@ class Fleet:
         for node in self:
             node.update_other_loads()
 
-    def loads(self) -> dict[str, int]:
-        """The number of requests in flight by coordination key, for other gateways. Nodes with the same key are added
-        up: they share their GPUs, or are one server."""
-        loads: dict[str, int] = {}
+    def in_flight_by_key(self) -> dict[str, int]:
+        """The number of requests in flight by coordination key, for other gateways. Nodes that share their GPUs, or are
+        one server, have the same key: their requests are added up."""
+        in_flight: dict[str, int] = {}
         for node in self:
-            loads[node.coordination_key] = loads.get(node.coordination_key, 0) + node.in_flight
-        return loads
+            in_flight[node.coordination_key] = in_flight.get(node.coordination_key, 0) + node.in_flight
+        return in_flight
 
     @property
     def attempt_outcomes(self) -> dict[str, Mapping[Outcome, int]]:

@@ -15,8 +15,8 @@ MAX_NAMED = 4  # a message names at most so many models, and counts the others
 
 
 def describe_model_fault(fault: ModelFault) -> str:
-    """What is wrong with the model on its node, as a sentence whose subject (the node) the caller puts before it:
-    ``cannot load llama3.1:70b: out of memory``."""
+    """What is wrong with the model on its node, as the end of a sentence: ``cannot load llama3.1:70b: out of memory``.
+    The caller writes the node's name before it."""
     model = printable(fault.model)
     if fault.blame is Blame.MISSING_MODEL:
         return f"lists {model}, but answers that it is not there"

@@ -172,7 +172,7 @@ class Node:
         account.rtt_s = (self._link.reported.rtt_ms or 0.0) / 1000.0
         account.learns_limit = reports.learns_limit
         report = reports.backend
-        account.told_parallel = None if report is None or report.inventory is None else report.inventory.parallel
+        account.reported_parallel = None if report is None or report.inventory is None else report.inventory.parallel
         account.residency.is_tracked = reports.kind in KINDS_WITH_MODEL_STORE
         self.update_other_loads()
         self._scheduler.note_report(account)

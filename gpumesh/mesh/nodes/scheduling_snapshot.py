@@ -18,7 +18,7 @@ LEAST_WINDOW_S = 5.0
 def learned_states(account: NodeAccount) -> tuple[LearnedState, ...]:
     """The figures of each model that was measured on this node, sorted by name."""
     proven = account.learned_slots.proven_slots() if account.learns_limit else {}
-    fixed_slots = account.max_parallel if account.max_parallel is not None else account.told_parallel
+    fixed_slots = account.max_parallel if account.max_parallel is not None else account.reported_parallel
     states: list[LearnedState] = []
     for model, rates in sorted(account.rates.measured().items())[:MAX_LEARNED_MODELS]:
         slots = proven.get(model) if fixed_slots is None else fixed_slots

@@ -192,7 +192,7 @@ class SnapshotBuilder:
         """What was learned about the models. It is built anew only when something may have changed: when a request was
         served, when stored figures were restored, or when the server tells another number of slots."""
         account = self._ledger.account
-        version = (self._ledger.served, account.rates.is_empty, account.told_parallel)
+        version = (self._ledger.served, account.rates.is_empty, account.reported_parallel)
         if version != self._learned_version:
             self._learned_version, self._learned = version, learned_states(account)
         return self._learned
@@ -225,7 +225,7 @@ class SnapshotBuilder:
         is_learned = self._spec.backend.max_parallel is None and self._prober.reports.learns_limit
         if not is_learned:
             account = self._ledger.account
-            return account.max_parallel if account.max_parallel is not None else account.told_parallel
+            return account.max_parallel if account.max_parallel is not None else account.reported_parallel
         return self._ledger.account.learned_slots.most_proven if self._ledger.served else None
 
     def _build_backend_state(self, tunnel: TunnelState) -> BackendState:
@@ -265,7 +265,7 @@ class SnapshotBuilder:
 
 
 def _build_slowness_state(slowness: Slowness | None) -> SlownessState | None:
-    """The slowness for people, rounded."""
+    """The slowness as people see it: its factors are rounded to two decimals."""
     if slowness is None:
         return None
     ratios = (slowness.factor, slowness.first_token, slowness.decode)

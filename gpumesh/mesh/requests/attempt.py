@@ -57,14 +57,15 @@ async def ask_node(
     """Sends a short question to the node during a request. Returns the answer's status and body, or the failure.
 
     The lease stays held, unless the node failed. A node that only takes too long has not failed: then the status is 0
-    and the body is empty. Only Ollama surely has the routes that are asked: a 404 of another server is its answer.
+    and the body is empty. A 404 of Ollama is a failure, because Ollama has all routes that we ask. Another kind of
+    server may lack the route, so its 404 is an answer.
     """
 
     async def read_answer(response: UpstreamResponse) -> tuple[int, bytes] | FailedAttempt:
         """Returns the status and the body, or the failure of the node."""
         outcome = classify_status(response.status, model_asked=lease.model is not None)
-        has_routes = DIALECTS[lease.node.kind].continuation is ContinuationMethod.TEMPLATE
-        lacks_route = response.status == HTTPStatus.NOT_FOUND and not has_routes
+        must_have_route = DIALECTS[lease.node.kind].continuation is ContinuationMethod.TEMPLATE
+        lacks_route = response.status == HTTPStatus.NOT_FOUND and not must_have_route
         if rule_for_outcome(outcome).fail_over and not lacks_route:
             return fail_attempt(lease, outcome, status_error(lease, response, b""))
         if response.problem is not None:  # no inference server sent this answer, so its body says nothing

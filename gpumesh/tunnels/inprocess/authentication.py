@@ -21,7 +21,7 @@ from gpumesh.tunnels.inprocess.agent_keys import find_agent_key, open_agent_keys
 from gpumesh.tunnels.inprocess.host_transport import HostTransport
 from gpumesh.tunnels.inprocess.private_keys import PassphraseNeeded, add_certificate, load_key
 from gpumesh.tunnels.inprocess.question_answerer import AskPerson, QuestionAnswerer
-from gpumesh.tunnels.remote_commands.host_words import add_words, make_pending_login_error
+from gpumesh.tunnels.remote_commands.host_text import add_host_text, make_pending_login_error
 from gpumesh.tunnels.transport import ANSWER_TIMEOUT_S
 
 MAX_TRIES = 6  # sshd closes the connection after six failed attempts (MaxAuthTries)
@@ -47,22 +47,22 @@ class Credentials:
 
 @dataclass(slots=True)
 class LoginRecord:
-    """What one login has done so far, over all its connections, because a host hangs up after a number of tries.
+    """What one login has done so far, over all its connections, because a host hangs up after a number of attempts.
 
     ``attempts`` describes what was tried, and ``unusable_keys`` why key files could not be tried, both for the error
     message. ``refused``: the keys, and the methods with a secret, that the host has refused. ``asked``: the files for
-    whose passphrase a person was asked. ``words``: what the host said, not made printable yet.
+    whose passphrase a person was asked. ``host_lines``: the texts that the host sent, by line, not made printable yet.
     """
 
     attempts: list[str] = field(default_factory=list)
     unusable_keys: dict[Path, KeyUnreadable] = field(default_factory=dict)
     refused: set[bytes | str] = field(default_factory=set)
     asked: set[Path] = field(default_factory=set)
-    words: list[str | bytes] = field(default_factory=list)
+    host_lines: list[str | bytes] = field(default_factory=list)
 
 
 class LoginCutOff(Exception):
-    """The host has hung up after too many tries, and not all was tried: another connection may go on."""
+    """The host has hung up after too many attempts. Another connection may make the remaining attempts."""
 
 
 def authenticate(
@@ -74,8 +74,8 @@ def authenticate(
     ask: AskPerson | None,
     record: LoginRecord | None = None,
 ) -> None:
-    """Logs in with ``credentials``, and returns when the host has accepted the login. ``record`` is the caller's, if
-    this login may need several connections.
+    """Logs in with ``credentials``, and returns when the host has accepted the login. The caller passes a ``record`` if
+    the login may need several connections.
 
     Raises ``AuthRefused``, ``ConnectTimeout`` or ``TunnelLost``, and ``KeyUnreadable`` when no key file can be used and
     there was nothing else to try. With a ``record``, raises ``LoginCutOff``.
@@ -84,11 +84,11 @@ def authenticate(
     login = _Login(transport, credentials, address, deadline, ask, own_record)
     try:
         succeeded = login.try_all()
-        _collect_words(transport, own_record)
+        _collect_host_lines(transport, own_record)
         if not succeeded:
             raise login.make_refused_error()
     except (EOFError, paramiko.SSHException, OSError) as error:
-        _collect_words(transport, own_record)
+        _collect_host_lines(transport, own_record)
         if record is not None and not transport.is_active() and login.is_unfinished():
             raise LoginCutOff from error
         raise _broken_login_error(error, login, transport, credentials, address, own_record, deadline) from error
@@ -108,21 +108,21 @@ def _broken_login_error(
         # Only time-outs and dead connections come here: ``_Login._attempt`` handles a refusal.
         if not transport.is_active():
             return login.make_refused_error(disconnected=True)
-        if record.words:
-            return make_pending_login_error(address, credentials.user, deadline.timeout_s, record.words)
+        if record.host_lines:
+            return make_pending_login_error(address, credentials.user, deadline.timeout_s, record.host_lines)
         return ConnectTimeout(f"{address} did not answer the login in time")
     if isinstance(error, EOFError):
         lost = TunnelLost(f"{address} closed the connection during the login")
     else:
         lost = TunnelLost(f"the login at {address} broke off: {printable(str(error), 120)}")
-    return add_words(lost, record.words)
+    return add_host_text(lost, record.host_lines)
 
 
-def _collect_words(transport: paramiko.Transport, record: LoginRecord) -> None:
-    """Moves what the host has said from the transport to the record."""
+def _collect_host_lines(transport: paramiko.Transport, record: LoginRecord) -> None:
+    """Moves the lines that the host has sent from the transport to the record."""
     if isinstance(transport, HostTransport):
-        record.words += transport.words
-        transport.forget_words()
+        record.host_lines += transport.host_lines
+        transport.forget_host_lines()
 
 
 class _Login:
@@ -267,7 +267,7 @@ class _Login:
             lambda: self._transport.auth_interactive(self._credentials.user, answerer.answer),
             extra_s,
         )
-        self._record.words += answerer.notices
+        self._record.host_lines += answerer.notices
         return succeeded
 
     def is_unfinished(self) -> bool:
@@ -282,13 +282,13 @@ class _Login:
         return [name for name in map(_key_name, usable_files) if name not in self._record.attempts]
 
     def make_refused_error(self, *, disconnected: bool = False) -> TunnelError:
-        """The error for a login of which no attempt succeeded. ``disconnected``: the host has closed the connection.
+        """The error for a login without a successful attempt. ``disconnected``: the host has closed the connection.
 
-        If nothing was tried because the key files cannot be used, this is the error of the first of these files.
+        If no attempt was made because no key file can be used, returns the error of the first key file.
         """
         unusable_keys = list(self._record.unusable_keys.values())
         if unusable_keys and not self._record.attempts:
-            return add_words(unusable_keys[0], self._record.words)
+            return add_host_text(unusable_keys[0], self._record.host_lines)
         tried = ", ".join(dict.fromkeys(self._record.attempts)) or "nothing: no key, agent or password is set"
         message = f"{self._address} refuses the login of {self._credentials.user} (tried {tried})"
         if disconnected:
@@ -302,7 +302,7 @@ class _Login:
         error = AuthRefused(
             message, hint=hint + "check `ssh.user`, and that our public key is in the host's authorized_keys"
         )
-        return add_words(error, self._record.words)
+        return add_host_text(error, self._record.host_lines)
 
     def _ask_outside_deadline(self, text: str, echo: bool) -> str | None:
         """Asks a person; the deadline moves by the time that the person takes. ``None``: there is no answer."""

@@ -119,7 +119,8 @@ class ChannelRelay:
         with self._lock:
             try:
                 self._uncredited += _write_pieces(self._local, self._pending)
-            except OSError:  # the client has gone. Posted, because ``abort`` takes the lock that is held here
+            except OSError:  # the client has gone
+                # ``abort`` takes the lock that is held here, so it must be called later.
                 self._forwarder.post(self.abort)
                 return
         self._send_credit()

@@ -27,7 +27,7 @@ from gpumesh.tunnels.inprocess.channel_multiplexer import ADMINISTRATIVELY_PROHI
 from gpumesh.tunnels.inprocess.opening import OpenedConnection, Opening
 from gpumesh.tunnels.inprocess.sshtunnel_connector import TransportForwarder
 from gpumesh.tunnels.local_system.peer_users import open_own_user_filter
-from gpumesh.tunnels.remote_commands.host_words import add_words
+from gpumesh.tunnels.remote_commands.host_text import add_host_text
 from gpumesh.tunnels.transport import ConnectionEvents, ConnectionInfo, ConnectRequest, RemoteCommand
 
 SHELL_TEST_WAIT_S = 3.0  # a command waits so long for the test whether the host has a POSIX shell
@@ -208,7 +208,7 @@ class ParamikoConnection:
             reason = printable(str(error), 120) if error is not None else ""
             reason_text = f": {reason}" if reason else " (closed by the host)"
             lost = TunnelLost(f"the connection to {self._address} broke{reason_text}")
-            self._lost.set_result(add_words(lost, getattr(self._transport, "words", ())))
+            self._lost.set_result(add_host_text(lost, getattr(self._transport, "host_lines", ())))
 
     def _call_soon(self, function: Callable[..., None], *arguments: Any) -> None:
         """Calls ``function`` soon on the event loop. For other threads."""

@@ -31,7 +31,7 @@ from gpumesh.tunnels.inprocess.host_transport import HostTransport
 from gpumesh.tunnels.inprocess.packetizer import BoundedPacketizer, BufferedSocket, FastPacketizer
 from gpumesh.tunnels.known_hosts import HostKey, KnownHost, read_known_hosts
 from gpumesh.tunnels.local_system.sockets import disable_nagle
-from gpumesh.tunnels.remote_commands.host_words import add_words, error_from_greeting
+from gpumesh.tunnels.remote_commands.host_text import add_host_text, error_from_greeting
 from gpumesh.tunnels.remote_commands.remote_command import SHELL_TEST
 
 FAST_CIPHERS = ("aes128-gcm@openssh.com", "aes256-gcm@openssh.com")  # a third less delay than CTR with HMAC
@@ -116,7 +116,7 @@ def perform_handshake(
         # Behind a jump host the greeting is not known here. Then it is taken for the greeting of an SSH server.
         greeting = stream.greeting if isinstance(stream, BufferedSocket) else b"SSH-"
         tunnel_error = _handshake_error(error, greeting, format_address(host, port), deadline)
-        raise add_words(tunnel_error, transport.words) from error
+        raise add_host_text(tunnel_error, transport.host_lines) from error
     except BaseException:  # a bug of ours, or the end of the process
         transport.close()
         sock.close()

@@ -23,22 +23,25 @@ _MAX_BANNERS = 20
 
 
 class HostTransport(paramiko.Transport):
-    """``words``: the lines that the host has sent to be shown, at most ``_MAX_BANNERS`` texts, not made printable yet.
-    Written by the transport's thread."""
+    """A transport that keeps what the host sends for people to read.
+
+    ``host_lines``: the lines of these texts, of at most ``_MAX_BANNERS`` texts, not made printable yet. They are
+    written by the transport's thread.
+    """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
-        self.words: list[bytes] = []
+        self.host_lines: list[bytes] = []
         self.service_accepted = False  # the host has accepted the service ssh-userauth
         self._banner_count = 0
         super().__init__(*arguments, **options)
         handlers = getattr(self, "_handler_table", None)
         if isinstance(handlers, dict):
-            # paramiko's own handler of a banner belongs to one attempt to log in, and forgets the banner with it.
+            # paramiko's own handler keeps a banner only until the attempt to log in ends.
             handlers[MSG_USERAUTH_BANNER] = self._parse_banner
 
-    def forget_words(self) -> None:
-        """Called after the login: what was said before explains no later end."""
-        self.words.clear()
+    def forget_host_lines(self) -> None:
+        """Called after the login: the text of the login does not explain why the connection ends later."""
+        self.host_lines.clear()
 
     # -- attempts to log in, each with one handler of ours -------------------------------------------------------------
 
@@ -87,16 +90,16 @@ class HostTransport(paramiko.Transport):
         return methods
 
     def _parse_banner(self, message: paramiko.Message) -> None:
-        self._add_words(message.get_string())
+        self._add_host_text(message.get_string())
 
     def _parse_disconnect(self, message: paramiko.Message) -> None:
         message.get_int()  # the reason's number, which the text repeats
-        self._add_words(message.get_string())
+        self._add_host_text(message.get_string())
 
-    def _add_words(self, text: bytes) -> None:
+    def _add_host_text(self, text: bytes) -> None:
         if self._banner_count < _MAX_BANNERS:
             self._banner_count += 1
-            self.words += text[:_MAX_TEXT_BYTES].splitlines()
+            self.host_lines += text[:_MAX_TEXT_BYTES].splitlines()
 
 
 class _Attempt(AuthHandler):

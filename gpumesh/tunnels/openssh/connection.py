@@ -116,7 +116,7 @@ class OpensshConnection:
         if rtt_ms is None:  # nothing was checked, or no echo came in time
             rtt_ms = await self.ping(forwards.ECHO_TIMEOUT_S)
         self.info = ConnectionInfo(rtt_ms, self._server)
-        self._master.on_error_line = self._on_error_line  # not before the check, whose refusals are reported above
+        self._master.on_error_line = self._on_error_line  # not earlier: refusals during the check are reported above
         for listener, (path, target) in zip(self._listeners, routes, strict=True):
             self._forwarder.listen(listener, self._make_dialer(path, target))
         self._forwarder.start()

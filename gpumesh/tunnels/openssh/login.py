@@ -117,7 +117,8 @@ async def _start_and_log_in(
 
 
 def timeout_error(master: OpensshMaster, ssh: SshSpec, timeout_s: float) -> TunnelError:
-    """The error for an ssh that took longer than ``timeout_s``: the one that its output tells, else ConnectTimeout."""
+    """The error for an ssh that took longer than ``timeout_s``: the cause that ssh printed, if it
+    printed one; else ConnectTimeout."""
     printed_error = master.output.make_timeout_error(format_destination(ssh), ssh.user, timeout_s)
     if printed_error is not None:
         return printed_error

@@ -214,7 +214,7 @@ class OpensshMaster:
             self.on_error_line(text)
 
     async def _read_stderr(self) -> None:
-        """Keeps the lines of stderr until its end: the words of the host, or of a ProxyCommand."""
+        """Keeps the lines of stderr until its end: they come from the host or from a ProxyCommand."""
         async for line in _read_lines(self.process.stderr):
             self.output.add_stderr_line(printable(line, MAX_SHOWN_CHARS))
 

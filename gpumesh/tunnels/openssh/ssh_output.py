@@ -1,7 +1,7 @@
-"""What an ``ssh`` and others print: ssh's own log, apart from the words of the host and of a ProxyCommand.
+"""What an ``ssh`` prints: its own log, apart from the text of the host and of a ProxyCommand.
 
-ssh writes its log to stderr, where a host's banner and a ProxyCommand's messages come too, and a banner could say what
-ssh would say. So the log goes to a FIFO (``ssh -E``), and only the log tells us what ssh has done.
+By default ssh writes its log to stderr. A host's banner and a ProxyCommand's messages come there too, and a banner
+could imitate a line of the log. So the log goes to a FIFO (``ssh -E``), and only the log shows what ssh has done.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from pathlib import Path
 
 from gpumesh.errors import TunnelError
 from gpumesh.tunnels.openssh.errors import error_from_stderr
-from gpumesh.tunnels.remote_commands.host_words import add_words, error_from_greeting, make_pending_login_error
+from gpumesh.tunnels.remote_commands.host_text import add_host_text, error_from_greeting, make_pending_login_error
 
-KEPT_LINES = 40  # the number of the last lines that are kept of each kind
+KEPT_LINES = 40  # of each kind, the last lines are kept
 
 # Values of LogVerbose, which ssh has from 8.5 on. The function that reads a host's greeting reports what it reads. The
 # loop that serves our session reports that it has begun, which is after the login.
@@ -84,23 +84,23 @@ class SshLog:
 class SshOutput:
     """The last lines of one ssh, all made printable.
 
-    ``log``: ssh's own log. ``words``: the other lines of its stderr. ``server``: the software that the host's greeting
-    names; ``None``: no greeting was seen (yet, or by an ssh before 8.5). ``logged_in``: ssh has reported that it is
-    logged in, which an ssh before 8.5 does not. ``failed_after_login``: it has logged something after that.
-    ``has_banner``: the host, or a jump host, has sent a banner, so some of ``words`` are its own.
+    ``log``: ssh's own log. ``other_lines``: the other lines of its stderr. ``server``: the software that the host's
+    greeting names; ``None``: no greeting was seen (yet, or by an ssh before 8.5). ``logged_in``: ssh has reported that
+    it is logged in, which an ssh before 8.5 does not. ``failed_after_login``: it has logged something after that.
+    ``has_banner``: the host, or a jump host, has sent a banner, so some of ``other_lines`` are its own.
     """
 
     def __init__(self) -> None:
         self.log: deque[str] = deque(maxlen=KEPT_LINES)
-        self.words: deque[str] = deque(maxlen=KEPT_LINES)
+        self.other_lines: deque[str] = deque(maxlen=KEPT_LINES)
         self.server: str | None = None
         self.has_banner = False
         self.logged_in = False
         self.failed_after_login = False
-        self._before_greeting: list[str] = []  # lines that a host sent, and no greeting after them
+        self._before_greeting: list[str] = []  # lines that a host sent before its greeting; empty after the greeting
 
     def add_log_line(self, line: str) -> str | None:
-        """Keeps a line of the log, and returns it in its usual form; ``None``: the line tells nothing of errors."""
+        """Keeps a line of the log, and returns it in its usual form; ``None`` if the line says nothing about errors."""
         text = _VERBOSE_PREFIX.sub(r"\2: ", line)
         if match := _BEFORE_GREETING.match(text):
             if len(self._before_greeting) < KEPT_LINES:
@@ -128,28 +128,29 @@ class SshOutput:
     def add_stderr_line(self, line: str) -> None:
         """Keeps a line of stderr."""
         if line:
-            self.words.append(line)
+            self.other_lines.append(line)
 
     def make_error(self, destination: str, *, was_up: bool = False, last_line: str | None = None) -> TunnelError:
-        """The error for an ssh that has ended. ``was_up``: it was connected before. ``last_line``: one more line that
-        counts as its log's."""
+        """The error for an ssh process that has ended. ``was_up``: the process was connected before. ``last_line``: one
+        more line, which counts as the last line of the log."""
         log = [*self.log, *([] if last_line is None else [last_line])]
         if self._before_greeting:
             return error_from_greeting(" ".join(self._before_greeting), destination)
         if self.server is None:
-            # No host has spoken: these lines are of ssh itself, before it knew its log, or of a ProxyCommand, which may
-            # be an ssh, too.
-            log = [*self.words, *log]
+            # No host has sent a greeting, so these lines are not from a host. They are from ssh, before it opened its
+            # log, or from a ProxyCommand, which may be an ssh too.
+            log = [*self.other_lines, *log]
         error = error_from_stderr(log, destination, was_up=was_up)
-        # What was said at the login explains no later end. The host's reason for that is in the log.
-        return error if was_up else add_words(error, self.words)
+        # The text that came at the login does not explain why a connection ended later: the log has the reason for
+        # that.
+        return error if was_up else add_host_text(error, self.other_lines)
 
     def make_timeout_error(self, destination: str, user: str, timeout_s: float) -> TunnelError | None:
-        """The error for an ssh that was ended because it took longer than ``timeout_s``; ``None``: nothing that it
-        printed says why."""
-        printed_error = self.make_error(destination) if self.log or self.words or self._before_greeting else None
+        """The error for an ssh process that we ended because it took longer than ``timeout_s``. ``None`` if nothing
+        that it printed says why it took so long."""
+        printed_error = self.make_error(destination) if self.log or self.other_lines or self._before_greeting else None
         if printed_error is not None and type(printed_error) is not TunnelError:  # a subclass: the text is known
             return printed_error
-        if self.has_banner and self.words:
-            return make_pending_login_error(destination, user, timeout_s, self.words)
+        if self.has_banner and self.other_lines:
+            return make_pending_login_error(destination, user, timeout_s, self.other_lines)
         return None

@@ -34,13 +34,13 @@ def place(
 
 def test_the_number_of_slots_is_that_of_mesh_yaml_else_learned_else_told() -> None:
     account = make_account(slots=3, learns=True)
-    account.told_parallel = 8
+    account.reported_parallel = 8
     assert account.slots(A, NOW) == 3
     account.max_parallel = None
     assert account.slots(A, NOW) == 2, "one is proven, and one more may be tried"
     account.learns_limit = False
     assert account.slots(A, NOW) == 8
-    account.told_parallel = None
+    account.reported_parallel = None
     assert account.slots(A, NOW) is None
     assert account.has_room(A, NOW)
 

@@ -50,7 +50,7 @@ def test_a_whole_answer_ends_by_its_status_as_in_the_meshs_counters(status: int,
 
 
 @pytest.mark.parametrize(
-    ("status", "told_failure", "expected"),
+    ("status", "reported_failure", "expected"),
     [
         (200, False, RequestOutcome.SERVED),
         (404, False, RequestOutcome.SERVED),
@@ -59,10 +59,10 @@ def test_a_whole_answer_ends_by_its_status_as_in_the_meshs_counters(status: int,
     ],
 )
 def test_a_reply_of_the_gateway_itself_is_judged_by_what_it_told(
-    status: int, told_failure: bool, expected: RequestOutcome
+    status: int, reported_failure: bool, expected: RequestOutcome
 ) -> None:
     record = make_record()
-    record.note_end(status=status, sent_bytes=2, told_failure=told_failure)
+    record.note_end(status=status, sent_bytes=2, reported_failure=reported_failure)
     assert record.outcome is expected
 
 
