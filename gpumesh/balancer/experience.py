@@ -1,4 +1,4 @@
-"""``Experience``: what was learned from earlier requests, and what it says about the work of the next. Pure."""
+"""``Experience``: what was learned from earlier requests, and the expected work of the next request by it. Pure."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from gpumesh.balancer.rates.token_counts import TokenCounts
 
 MIN_CLOCKED_TOKENS = 16  # a shorter stream often comes in a few packets
 MOST_READS = 1.5  # prompts that were read at once, on the mean
-MOST_READS_FOR_CACHE = 1.1  # … if the time of the reading tells how much was read
+MOST_READS_FOR_CACHE = 1.1  # the same, if the number of tokens read is estimated from the time of the reading
 FLEET_LEARN_INTERVAL_S = 0.02  # the rates of the fleet learn from at most one answer in this time
 MIN_PROMPT_BYTES = 200  # a shorter prompt is mostly the template's own tokens
-MIN_ANSWER_BYTES = 64  # of a shorter answer, the last token, which has no text, is a large part
+MIN_ANSWER_BYTES = 64  # in a shorter answer, the last token counts too much: it has no text
 
 
 class Experience:
@@ -32,7 +32,7 @@ class Experience:
     def __init__(self) -> None:
         self.lengths = ExpectedLengths()
         self.fleet_rates = ServiceRates()
-        """Learned from all nodes. It answers for a node where the same was not measured yet."""
+        """Learned from all nodes, and used for a node whose own rates were not measured yet."""
         self.prefixes = PrefixIndex()
         self._fleet_learned_at = -math.inf
         self._prompt_counts = TokenCounts(least_bytes=MIN_PROMPT_BYTES, may_hold_images=True)
@@ -52,8 +52,8 @@ class Experience:
         prompt_tokens = _prompt_bytes(demand) / bytes_per_token
         cached: Mapping[str, float] = NOTHING_CACHED
         if key is not None and (demand.prompt is not None or demand.session is not None):
-            found = self._find_cached(key, demand)
-            cached = {node: size / bytes_per_token for node, size in found.items()}
+            cached_bytes = self._find_cached(key, demand)
+            cached = {node: size / bytes_per_token for node, size in cached_bytes.items()}
         return Work(prompt_tokens, answer_tokens, cached)
 
     def _find_cached(self, key: ResidencyKey, demand: Demand) -> Mapping[str, int]:
@@ -85,7 +85,7 @@ class Experience:
             if isinstance(key, ResidencyKey) and key.model == model:
                 self.prefixes.forget(node, key)
 
-    # -- after it ------------------------------------------------------------------------------------------------
+    # -- after a request -----------------------------------------------------------------------------------------
 
     def note_placed(self, placed: PlacedRequest, now: float) -> None:
         """Notes that the node has this request's prompt in its cache from now on, so that later requests with the same
@@ -98,8 +98,8 @@ class Experience:
         if prompt is not None:
             self.prefixes.add(node, key, prompt, now)
         if session is not None:
-            # The answer will be in the cache too. It is a part of the next prompt of the session, and after a short
-            # first prompt it is most of it.
+            # The answer will be in the cache too. It is a part of the session's next prompt: most of that prompt, if
+            # the first prompt was short.
             size = _prompt_bytes(placed.demand) if prompt is None else prompt.size
             size += placed.work.answer_tokens * self._answer_counts.bytes_per_token(key.model)
             self.prefixes.note_session(node, key, session, int(size))
@@ -108,15 +108,16 @@ class Experience:
         self, placed: PlacedRequest, counters: ServerCounters, now: float, *, mean_streams: float, stalled_share: float
     ) -> None:
         """Learns from the server's figures for a whole answer, or from our clock if the server gives no durations.
-        ``mean_streams`` answers, this one included, were written meanwhile on the mean. In ``stalled_share`` of the
-        time since its first token, the node read prompts of other requests."""
+
+        ``mean_streams``: the mean number of answers that were written at the same time, this one included.
+        ``stalled_share``: the share of the time since its first token in which the node read other prompts."""
         account, demand = placed.account, placed.demand
         model = placed.model or ""
         if placed.key is None:
             return
         tokens = counters.tokens
-        # The server's load_duration also covers the wait until other models were unloaded (``drain_s``). Of a request
-        # that came while the model was loading, it covers only the rest of the load, so nothing is learned from it.
+        # The server's load_duration includes the wait until other models were unloaded (``drain_s``). If the request
+        # came while the model was loading, the duration is only a part of the load, so nothing is learned from it.
         load_s = None
         if placed.drain_s is not None and counters.load_ms is not None:
             load_s = counters.load_ms / 1000.0 - placed.drain_s
@@ -168,9 +169,9 @@ class Experience:
         )
 
     def _choose_rates(self, account: NodeAccount, model: str, now: float, *, has_load: bool) -> Sequence[ServiceRates]:
-        """The rates that learn from an answer: those of its node, and often those of the fleet. In a large fleet many
-        nodes answer at the same time, and a part of their answers measures it well enough. ``has_load``: the answer has
-        waited for a load; there are few such answers, so the fleet learns from each."""
+        """The rates that learn from an answer: the rates of its node, and often also the rates of the fleet. In a large
+        fleet there are so many answers that a part of them is enough for the fleet's rates. ``has_load``: the answer
+        has waited for a load. Such answers are few, so the fleet learns from each."""
         is_due = now >= self._fleet_learned_at + FLEET_LEARN_INTERVAL_S
         if is_due or has_load or not self.fleet_rates.is_measured(model):
             self._fleet_learned_at = now
@@ -184,12 +185,12 @@ class Experience:
         account, model = placed.account, placed.model or ""
         ttft_s: float | None = None
         unread_tokens: int | None = None
-        # Where a model was loaded or other prompts were read, the time of the first token is not that of the reading.
+        # If a model was loaded or other prompts were read, the time to the first token is not the time of the reading.
         if placed.first_token_at is not None and not placed.needs_load and placed.mean_reads <= MOST_READS:
             ttft_s = placed.first_token_at - placed.sent_at - account.rtt_s
             unread_tokens = _count_unread(placed, counters)
             if counters.prompt_tokens is None and not placed.cached_tokens:
-                # Our own estimate. The forecasts that use the rate estimate in the same way.
+                # Our own estimate is enough: the forecasts, which use the rate, estimate in the same way.
                 unread_tokens = int(placed.unread_tokens)
         stream_s = measure_stream_s(placed, counters, now)
         if stream_s is not None:
@@ -205,7 +206,8 @@ class Experience:
             )
 
     def _learn_cache_size(self, placed: PlacedRequest, counters: ServerCounters) -> None:
-        """Compares what the server has read of the prompt with what it was believed to have in its cache."""
+        """Compares the part of the prompt that the server has read with the part that we believed to be in its
+        cache."""
         prompt, key, account = placed.demand.prompt, placed.key, placed.account
         if prompt is None or key is None:
             return
@@ -215,11 +217,13 @@ class Experience:
         self.prefixes.set_capacity(
             account.name,
             key,
-            slots=account.slots(key.model, math.inf),  # at the end of all times: a trial of one slot more is due then
+            # The time is infinite, so that the number includes the slot that is tried out next, if any.
+            slots=account.slots(key.model, math.inf),
             context_tokens=None if loaded is None else loaded.context_length,
             bytes_per_token=bytes_per_token,
         )
-        # A prompt takes longer while others are read. It would seem to be read as a whole, and the cache to be small.
+        # A prompt takes longer while other prompts are read. The time would seem to be that of a whole prompt, and the
+        # cache would seem to be too small.
         is_sure = counters.cached_tokens is not None or placed.mean_reads <= MOST_READS_FOR_CACHE
         if is_sure and read_tokens is not None and counters.prompt_tokens is not None:
             self.prefixes.learn(
@@ -246,9 +250,9 @@ def _session_id(demand: Demand) -> int | None:
 
 
 def _prompt_bytes(demand: Demand) -> float:
-    """About how many bytes of a prompt the server has to read. The size of a short prompt is not known. Its reading
-    takes no time that matters, so it counts as 0. But if the client names a session, it counts as one block, so that
-    the node that has had the session is the better one."""
+    """About how many bytes a prompt has. The size of a short prompt is not known. It counts as 0, because its reading
+    takes hardly any time. But if the client names a session, it counts as one block, so that the node which has had the
+    session is preferred."""
     if demand.prompt_tokens is not None:
         return demand.prompt_tokens * BYTES_PER_TOKEN
     if demand.session is None:
@@ -267,8 +271,8 @@ def _seconds(milliseconds: float | None) -> float | None:
 
 
 def _count_unread(placed: PlacedRequest, counters: ServerCounters) -> int | None:
-    """How many tokens of the prompt the server had to read. ``None`` if that is not sure: the server does not count its
-    tokens, or it may have had a part in its cache and does not say how much."""
+    """How many tokens of the prompt the server had to read. ``None`` if this is not certain: the server does not count
+    tokens, or it may have had a part of the prompt in its cache, and does not report the size of this part."""
     if counters.prompt_tokens is None:
         return None
     if counters.cached_tokens is not None:

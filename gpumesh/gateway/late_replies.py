@@ -93,7 +93,7 @@ def end_with_response(
 def _end_with_failure(stream: StreamingResponse, record: RequestRecord, status: int, frame: bytes) -> StreamingResponse:
     """Writes the frame of a failure, which would have had this status, as the end of the stream."""
     record.outcome = RequestOutcome.REFUSED if status < 500 else RequestOutcome.FAILED
-    stream.told_failure = True
+    stream.reported_failure = True
     stream.write(frame)
     stream.finish()
     return stream

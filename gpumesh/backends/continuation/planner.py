@@ -1,9 +1,9 @@
 """``ContinuationPlanner`` makes the requests to the node that continues a cut answer. Pure.
 
-How a node continues an answer is asked, never assumed. If the node renders the prompt, the partial answer is sent as
-text after the prompt. If this is not possible (images, a server that renders no prompts), the partial answer is sent as
-a last message of the assistant, but only to a model that is known to continue such a message. This is asked once for
-each node and model.
+The planner never assumes how a node continues an answer: it asks the node. If the node renders the prompt, the partial
+answer is sent as text after the prompt. If this is not possible (images, a server that renders no prompts), the partial
+answer is sent as a last message of the assistant, but only to a model that is known to continue such a message. Whether
+it does so is asked once for each node and model.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class ContinuationPlanner:
         self._client_format = stream_format
         self._strategies = strategies
         self._reserve_bytes = reserve_bytes
-        self._questions = _Questions("", stream_format, 0)  # those to the node that will continue
+        self._questions = _Questions("", stream_format, 0)  # to the node that will continue
         # By node. A node keeps its kind, and so the API of its prompt.
         self._rendered_prompts: dict[str, RenderedPrompt] = {}
 
@@ -102,7 +102,7 @@ class ContinuationPlanner:
 
     def refusal(self, received: ReceivedText) -> str | None:
         """Why no node can continue the received text; ``None`` if a node can."""
-        # Only if the text is kept, its absence here means that the client has none.
+        # If no text is kept, the client may have text that is not in ``received``.
         has_no_text = received.keeps and not (received.tokens or received.calls_tools or received.has_other_content)
         if not received.started or has_no_text:
             return None  # the request is sent anew
@@ -121,14 +121,14 @@ class ContinuationPlanner:
         if not self._is_affordable:
             return "its request is too large to be taken apart for another node"
         refusal = self._client_format.continuation_refusal(self._request)
-        if refusal is None and self._may_repeat_the_client(received):
+        if refusal is None and self._may_repeat_client_text(received):
             refusal = "the client began it, and the server may have repeated this beginning"
         return refusal
 
-    def _may_repeat_the_client(self, received: ReceivedText) -> bool:
-        """Whether the answer begins as the client began it. Then it cannot be known what the model has written: some
-        servers repeat a last message of the assistant."""
-        beginning = self._begun_text
+    def _may_repeat_client_text(self, received: ReceivedText) -> bool:
+        """Whether the answer begins with the text with which the client began it. Then it is not known who has written
+        this text: some servers repeat a last message of the assistant."""
+        beginning = self._client_beginning
         if not beginning:
             return False
         text = "".join(received.texts)
@@ -137,7 +137,10 @@ class ContinuationPlanner:
     # -- questions to the node that will continue --------------------------------------------------------------------
 
     def next_question(self, node: str, kind: BackendKind, partial_answer: PartialAnswer) -> HttpCall | None:
-        """The next request that asks the node how to continue there; ``None`` if no more is to be asked."""
+        """The next request that asks the node how to continue there; ``None`` if there is no further question.
+
+        The first question is for the rendered prompt. The others find out whether the model continues a last message of
+        the assistant. They are needed only if the partial answer cannot follow the rendered prompt."""
         if (node, partial_answer.cuts) != (self._questions.node, self._questions.cuts):
             stream_format = continuation_format_for(self._path, kind)
             self._questions = _Questions(node, stream_format, partial_answer.cuts)
@@ -153,17 +156,18 @@ class ContinuationPlanner:
             if render_call is not None:
                 questions.awaits_prompt = True
                 return render_call
-        closes_turn = rendered is not None and rendered.closes_turn
-        if closes_turn or (rendered is not None and stream_format.raw_prompt_refusal(self._request) is None):
-            return None
+        if rendered is not None:
+            can_follow_prompt = stream_format.raw_prompt_refusal(self._request) is None
+            if rendered.closes_turn or can_follow_prompt:
+                return None
         if stream_format.assistant_message_refusal(self._request) is not None:
             return None
         calls = stream_format.prefill_calls(self._request)
-        asked = len(questions.replies)
-        return calls[asked] if asked < len(calls) else None
+        asked_count = len(questions.replies)
+        return calls[asked_count] if asked_count < len(calls) else None
 
     def apply_reply(self, status: int, body: bytes) -> None:
-        """Learns from the node's answer to the last question."""
+        """Learns from the node's reply to the last question."""
         questions = self._questions
         stream_format = questions.stream_format
         if not questions.awaits_prompt:
@@ -181,7 +185,7 @@ class ContinuationPlanner:
     def _judge_replies(self, questions: _Questions) -> None:
         """Remembers how the node treats a last message of the assistant, as soon as its replies show this."""
         rendered = self._rendered_prompts.get(questions.node)
-        reply, unmarked_reply = (*questions.replies, None)[:2]
+        reply, unmarked_reply = (*questions.replies, None)[:2]  # ``None``: the second call was not made yet
         strategy = judge_prefill(
             reply, unmarked_reply, leaves_turn_open=rendered is not None and not rendered.closes_turn
         )
@@ -204,26 +208,25 @@ class ContinuationPlanner:
                 return refusal
             step = stream_format.continue_assistant_message(self._request, partial_answer)
             is_repeated = strategy is ContinuationStrategy.ASSISTANT_REPEATED
-            return replace(step, repeated_text=self._begun_text + partial_answer.text) if is_repeated else step
+            return replace(step, repeated_text=self._client_beginning + partial_answer.text) if is_repeated else step
         refusal = stream_format.raw_prompt_refusal(self._request)
         if refusal is not None:
             return f"its template closes the turn, and {refusal}" if rendered.closes_turn else None
-        begun_text = self._begun_text
-        if begun_text and (rendered.closes_turn or not rendered.text.endswith(begun_text)):
+        client_beginning = self._client_beginning
+        if client_beginning and (rendered.closes_turn or not rendered.text.endswith(client_beginning)):
             return "its template closes the turn that the client began"
         return stream_format.continue_raw_prompt(self._request, partial_answer, rendered.text)
 
     @property
-    def _begun_text(self) -> str:
+    def _client_beginning(self) -> str:
         """The text with which the client began the answer; empty if the client did not."""
         messages: Any = self._request.get("messages")
         return str(messages[-1]["content"]) if client_began_answer(messages) else ""
 
 
 class _Questions:
-    """The questions to the node that will continue after the ``cuts``-th cut. ``replies``: the node's answers to the
-    requests for a continued message; ``None`` for an answer that says nothing. ``awaits_prompt``: the last question was
-    for the prompt."""
+    """The questions to the node that will continue after cut number ``cuts``. ``awaits_prompt``: the last question was
+    for the prompt. ``replies``: the replies to the other questions; ``None`` for a reply that shows nothing."""
 
     def __init__(self, node: str, stream_format: StreamFormat, cuts: int) -> None:
         self.node = node

@@ -16,9 +16,10 @@ from gpumesh.balancer.forecast import FleetLoad, Forecast, forecast
 class Question(msgspec.Struct, frozen=True, gc=False):
     """Where should this request go now?
 
-    ``accounts`` are the nodes that can serve it, with or without a free slot. ``queue_s`` is how long the requests that
-    wait before it will keep the slots of the nodes that have its model in memory. ``turn`` grows with each choice:
-    nodes that are equally good are rotated by it. ``waited_s``: how long the request has waited already.
+    ``accounts`` are the nodes that can serve the request, with or without a free slot. ``queue_s``: the seconds for
+    which the requests that wait before it will keep the slots of the nodes that have its model in memory. ``turn``
+    grows with each choice, so that equally good nodes take turns. ``waited_s``: how long the request has waited
+    already.
     """
 
     accounts: Sequence[NodeAccount]
@@ -56,8 +57,8 @@ class Choice(msgspec.Struct, frozen=True, gc=False):
     """The answer of a policy: ``chosen`` is the forecast for the chosen node; ``None``: the request should wait.
     ``considered`` are the forecasts of all nodes that were compared.
 
-    ``patience_s``: for so long the request should wait although a node has a free slot, because another is better, or
-    because that node must not begin another load yet; ``None``: no node has a free slot."""
+    ``patience_s``: the seconds for which the request should wait although a node has a free slot, because another node
+    is better, or because that node must not begin another load yet. ``None``: no node has a free slot."""
 
     chosen: Forecast | None
     considered: Sequence[Forecast] = ()
@@ -77,7 +78,7 @@ class Policy(Protocol):
 
     @property
     def looks_ahead(self) -> bool:
-        """Whether a free slot may go to a request behind the next one of the queue that loses less there."""
+        """Whether a free slot may go past the next request of the queue, to a later request that loses less there."""
 
     def choose(self, question: Question) -> Choice:
         """Chooses a node with a free slot, or says that the request should wait."""

@@ -212,7 +212,7 @@ class PrefixIndex:
         most tokens of one sequence. ``None``: the server does not say it. May be called again with the same figures:
         what was learned from answers stays."""
         cache = self._use_cache(node, key)
-        cache.size.state(slots, context_tokens, bytes_per_token)
+        cache.size.set_server_size(slots, context_tokens, bytes_per_token)
         self._drop_surplus(cache)
 
     def learn(

@@ -79,7 +79,7 @@ class NodeChoice:
         return self._filter(self._accounts.values(), demand, now, exclude)
 
     def compared_free(self, demand: Demand, work: Work, now: float, *, exclude: Collection[str]) -> list[NodeAccount]:
-        """Those of the ``compared`` nodes that have a free slot."""
+        """The ``compared`` nodes that have a free slot."""
         if demand.node is None and self.shortlist.is_needed and not self.shortlist.table(demand, now).has_free:
             return []
         model = None if demand.residency is None else demand.residency.model
@@ -87,8 +87,8 @@ class NodeChoice:
         return [account for account in accounts if account.has_room(model, now)]
 
     def count_warm_slots(self, demand: Demand, accounts: Collection[NodeAccount], now: float) -> int:
-        """The slots of the nodes that have the model in memory; at least 1. ``accounts`` are those that are compared,
-        empty if they are not known yet: of a large fleet all nodes count all the same."""
+        """The slots of the nodes that have the model in memory; at least 1. ``accounts`` are the compared nodes. If it
+        is empty, all nodes that can serve the demand count. In a large fleet, all nodes count in any case."""
         key = demand.residency
         if demand.node is None and self.shortlist.is_needed:
             return max(self.shortlist.table(demand, now).warm_slots, 1)
@@ -100,13 +100,14 @@ class NodeChoice:
 
     def choose(self, question: Question, exclude: Collection[str]) -> Choice:
         """Asks the policy for a new request."""
-        return self._ask(self.policy.choose, question, exclude)
+        return self._ask_policy(self.policy.choose, question, exclude)
 
     def accept(
         self, account: NodeAccount, question: Question, exclude: Collection[str]
     ) -> tuple[Choice, Sequence[NodeAccount]]:
-        """Asks the policy for a waiting request now that this node has a free slot. Returns also the nodes that were
-        compared: this one alone, if the policy need not look at others. The question need not have others."""
+        """Asks the policy for a waiting request now that this node has a free slot. Returns the choice and the nodes
+        that were compared. If the policy accepts the node at once, no other node is compared. ``question`` may lack the
+        accounts."""
         choice = self.policy.accept_at_once(account, question)
         if choice.chosen is not None:
             return choice, (account,)
@@ -114,24 +115,31 @@ class NodeChoice:
         if account not in accounts:  # a shortlist may lack it
             accounts.append(account)
         ask = partial(self.policy.accept, account, known=choice.considered)
-        return self._ask(ask, replace(question, accounts=accounts), exclude), accounts
+        return self._ask_policy(ask, replace(question, accounts=accounts), exclude), accounts
 
-    def _ask(self, ask: Callable[[Question], Choice], question: Question, exclude: Collection[str]) -> Choice:
-        """Asks the policy. If the few nodes of a shortlist cannot load the model now, others are compared."""
-        choice = ask(question)
-        demand, now = question.demand, question.now
-        patience_s: float | None = None  # until the first of the blocked nodes may load a model
-        while (
-            choice.chosen is None
-            and not any(found.is_free for found in choice.considered)
-            and demand.node is None
-            and self.shortlist.is_needed
-            and self.shortlist.note_not_free(demand, choice.considered, question.queue_s, now)
-        ):
+    def _ask_policy(
+        self, call_policy: Callable[[Question], Choice], question: Question, exclude: Collection[str]
+    ) -> Choice:
+        """Asks the policy. While no node of a shortlist can load the model now, asks again with another shortlist. If
+        no shortlist has a node for the request, the request waits until the first of these nodes may load the model."""
+        choice = call_policy(question)
+        demand = question.demand
+        shortest_patience_s: float | None = None  # of the shortlists before this one
+        while self._needs_other_nodes(choice, question):
             if choice.patience_s is not None:
-                patience_s = choice.patience_s if patience_s is None else min(patience_s, choice.patience_s)
-            accounts = self.shortlist.pick(demand, question.work.cached, now, exclude=exclude)
-            choice = ask(replace(question, accounts=accounts))
-        if choice.chosen is None and choice.patience_s is None and patience_s is not None:
-            return replace(choice, patience_s=patience_s)
+                known_s = choice.patience_s if shortest_patience_s is None else shortest_patience_s
+                shortest_patience_s = min(known_s, choice.patience_s)
+            accounts = self.shortlist.pick(demand, question.work.cached, question.now, exclude=exclude)
+            choice = call_policy(replace(question, accounts=accounts))
+        if choice.chosen is None and choice.patience_s is None and shortest_patience_s is not None:
+            return replace(choice, patience_s=shortest_patience_s)
         return choice
+
+    def _needs_other_nodes(self, choice: Choice, question: Question) -> bool:
+        """Whether other nodes of a large fleet must be compared: none of these nodes is free, and some of them have a
+        slot, but cannot load the model now. These nodes are noted in the shortlist, so that it picks others."""
+        if choice.chosen is not None or any(considered.is_free for considered in choice.considered):
+            return False
+        if question.demand.node is not None or not self.shortlist.is_needed:
+            return False
+        return self.shortlist.note_blocked_nodes(question.demand, choice.considered, question.queue_s, question.now)

@@ -1,10 +1,10 @@
 """``Scheduler``: gives each request a slot on the node where it costs least, or a place in the queue. Pure.
 
-All nodes that could serve a request are ranked, busy ones too: to wait for a node that has the model in memory is often
-better than to load the model elsewhere. So a slot may stay free although requests wait. Such a request waits for a
-better node, but not longer than its forecast said, with a margin.
+All nodes that could serve a request are ranked, also busy nodes: to wait for a node that has the model in memory is
+often better than to load the model on another node. So a slot may stay free although requests wait. Such a request
+waits for a better node, but not longer than its forecast said, with a margin.
 
-The owner tells what happens (``place_now``, ``wait``, ``note_first_token``, ``end``, ``note_change``), and sends the
+The owner reports what happens (``place_now``, ``wait``, ``note_first_token``, ``end``, ``note_change``), and sends the
 requests that ``grants`` returns. It calls ``grants`` after each event, and at the time of ``next_check``. All times are
 seconds of the caller's clock.
 """
@@ -42,8 +42,8 @@ from gpumesh.balancer.scheduling.waiting import (
 )
 from gpumesh.topology import PolicyKind
 
-# Between two answers of one node that are learned from. A node that gives more answers is measured well enough by a
-# part of them, and the time of the gateway counts then.
+# The least time between two answers of one node from which we learn. If a node gives more answers, a part of them is
+# enough to measure it, and the gateway saves time.
 LEARN_INTERVAL_S = 0.05
 
 
@@ -121,7 +121,7 @@ class Scheduler:
             self._refused = Refused(asked, demand, work, NO_CHOICE)
             return None
         chosen: Forecast | None = None
-        if len(accounts) == 1 and not self.queue.size:  # with a free slot there, nothing is to be chosen
+        if len(accounts) == 1 and not self.queue.size:  # if the only node has a free slot, there is no choice
             chosen = forecast(accounts[0], demand, work, self._fleet, 0.0, now)
             considered: Sequence[Forecast] = (chosen,)
         if chosen is None or not chosen.is_free:
@@ -135,7 +135,7 @@ class Scheduler:
         if demand.residency is not None:
             self._fleet.demands.note_request(demand.residency, now)
         placement = self._place(chosen, considered, demand, work, now)
-        if self.queue.size:  # else nobody waits for what the client gets
+        if self.queue.size:  # otherwise no other client wants the slot, so the client is not charged
             self.queue.grant_unqueued(demand.priority, demand.client, work.cost)
             placement.placed.is_charged = True
         return placement
@@ -149,8 +149,8 @@ class Scheduler:
         exclude: frozenset[str] = frozenset(),
         accepted_at: float | None = None,
     ) -> QueueEntry[Waiting]:
-        """Puts the request into the queue. ``accepted_at`` is given for a request that a node has failed: it keeps its
-        place, and is taken even if the queue is full. Raises OverflowError if the queue is full."""
+        """Puts the request into the queue. ``accepted_at`` is given for a request that has failed on a node: it
+        keeps its old place, and is added even to a full queue. Otherwise raises OverflowError if the queue is full."""
         refused, self._refused = self._refused, None
         if refused is not None and refused.asked is demand:
             _, demand, work, choice = refused
@@ -173,7 +173,7 @@ class Scheduler:
         )
         if demand.residency is not None:
             self._fleet.demands.note_request(demand.residency, now)
-        # If a slot is free, the request waits for a better node, and this must end.
+        # If a slot is free, the request waits for a better node, but only for a limited time.
         if choice.patience_s is not None:
             self._patience.begin(entry, choice.patience_s, now)
         elif choice.chosen is not None:
@@ -190,7 +190,7 @@ class Scheduler:
         waited_s: float = 0.0,
         own_work: float = 0.0,
     ) -> Question:
-        """``own_work``: what the request itself adds to the work that waits, because it is in the queue."""
+        """The question for the policy. ``own_work``: the request's own work, if the request is in the queue."""
         queue_s = 0.0  # how long the requests that wait before this one will keep the slots of the nodes with its model
         if self.queue.size:
             work_s = self.queue.work_before(group_of(demand, frozenset()), demand.priority) - own_work
@@ -233,14 +233,14 @@ class Scheduler:
                 self.slow_nodes.note_first_token(placed, now)
             if len(account.residency.loaded) != known_models:  # somebody else had loaded the model
                 self._fleet.copies.update(account)
-            # Nobody need look at the node again, unless more slots are known now, or another load may begin.
+            # Only if more slots are known now, or another load may begin, waiting requests must look at the node again.
             has_more_slots = placed.sent is not None and account.learned_slots.limit(placed.sent.model) is not limit
             if has_more_slots or placed.needs_load:
                 self.note_change(account)
 
     def end(self, placed: PlacedRequest, now: float, counters: ServerCounters | None = None) -> None:
-        """The request has ended on its node. ``counters`` are the server's figures for a whole answer, even if it gave
-        none of them; ``None`` if the answer is not whole. A second call does nothing."""
+        """The request has ended on its node. ``counters`` are the server's figures for a whole answer (all may be
+        unknown); ``None`` if the answer is not whole. A second call does nothing."""
         if placed.ended:
             return
         account = placed.account
@@ -282,9 +282,9 @@ class Scheduler:
         self._fleet.copies.update(account)
 
     def note_failed(self, placed: PlacedRequest) -> None:
-        """The request has ended without success. If the server was to load the model for it, and has not answered, then
-        nobody knows whether it has. A load that does go on is in the next report."""
-        if placed.is_charged and placed.first_token_at is None:  # else its client would lose its place by the failure
+        """The request has ended without success. If the server had to load the model for it, the load may have failed
+        too. If the load goes on, the server's next report shows this."""
+        if placed.is_charged and placed.first_token_at is None:  # the client must not lose its place by the failure
             self.queue.charge(placed.demand.priority, placed.demand.client, -placed.work.cost)
         account, model = placed.account, placed.model
         is_awaited = model is not None and account.residency.load_ends_at(model) is not None
@@ -302,7 +302,7 @@ class Scheduler:
 
     def note_change(self, account: NodeAccount) -> None:
         """The node may have got a free slot, may have become usable, or its breaker has changed."""
-        if self.queue.size or account.breaker.open_until is not None:  # else nobody waits for it
+        if self.queue.size or account.breaker.open_until is not None:  # otherwise no request waits for it
             self._changed[account.name] = account
         self.choice.shortlist.note_change(account)
 
@@ -348,8 +348,8 @@ class Scheduler:
         return min(times, default=None)
 
     def _grant_next(self, account: NodeAccount, now: float) -> tuple[QueueEntry[Waiting], Placement] | None:
-        """Gives a free slot of this node to the waiting request that is next. ``None`` if the node has none, or none
-        that a request would take."""
+        """Gives a free slot of this node to the waiting request that is next. ``None`` if the node has no free slot, or
+        if no request would take it."""
         if not account.is_usable(now):
             return None
         among = [group for group in self.groups() if can_serve(account, group, now)]
@@ -383,8 +383,8 @@ class Scheduler:
         return cast("Collection[Group]", self.queue.groups())
 
     def _end_patience(self, now: float) -> None:
-        """The requests that have waited long enough for a better node may take any free slot from now on. If such a
-        request has left the queue, the next of its group is asked in its place: nobody may have asked it yet."""
+        """Lets the requests that have waited long enough for a better node take any free slot from now on. If such a
+        request has left the queue, the next request of its group may do so: it was perhaps never asked."""
         for entry in self._patience.take_ended(now):
             if self.queue.size_of(entry.group):
                 waiting = entry.payload

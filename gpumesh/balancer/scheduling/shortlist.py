@@ -1,10 +1,10 @@
 """``Shortlist``: of a large fleet, the few nodes that are worth ranking for a request. Pure.
 
 To forecast the cost of each request on each of a thousand nodes takes too long. So the nodes that suit a request are
-kept in bags, by what decides the cost most: whether the model is in memory, and whether a slot is free. A few of each
-bag are ranked, drawn at random, and the nodes that have the beginning of the prompt. A node is put into another bag
-when its account has changed, so no decision looks at all nodes. While any node that could serve the request has a free
-slot, one of them is ranked.
+kept in bags. The bag of a node says what decides the cost most: whether the model is in memory, and whether a slot is
+free. A few nodes of each bag, drawn at random, are ranked, and also the nodes that have the beginning of the prompt.
+When an account changes, its node is put into another bag, so no decision looks at all nodes. If any suitable node has a
+free slot, at least one such node is ranked.
 
 Times are seconds of the caller's clock.
 """
@@ -29,22 +29,23 @@ from gpumesh.text.model_names import full_name
 from gpumesh.topology import BackendKind
 
 MAX_RANKED_WHOLE = 24  # a fleet with no more nodes is ranked whole
-MAX_TABLES = 64  # a client can ask for any context length, and each makes a table of its own
-# How many nodes of each sort are ranked. Of those with the model in memory and a free slot, these are two of each of
-# the fastest classes of pace. The others matter only if these are few or slow. Each node that is ranked costs time.
+MAX_TABLES = 64  # a client can ask for any context length, and each length makes a table
+# How many nodes of each sort are ranked. Each ranked node costs time. Of the nodes with the model in memory and a free
+# slot, two of each of the fastest classes of pace are taken. The other sorts matter only if these nodes are few or
+# slow.
 WITH_PREFIX = 3
 PREFERRED = 4
 WARM_FREE = 4
-OF_EACH_PACE = 2
-PACE_CLASSES = 4  # for each doubling
+FROM_EACH_PACE_CLASS = 2
+PACE_CLASSES = 4  # classes of pace between a node and a node that is twice as fast
 COLD_FREE = 1
 WARM_FULL = 2
-# A node that cannot load the model now (another load, or a model that must stay) is looked at again after this time.
+# A node that cannot load the model now (another load runs, or a model must stay) is looked at again after this time.
 MIN_BLOCKED_S, MAX_BLOCKED_S = 0.01, 1.0
 
 
 class Bag(IntEnum):
-    """Where a node stands for a request. *Warm*: the server has the model in memory, with the options of the
+    """The state of a node for a request. *Warm*: the server has the model in memory, with the options of the
     request. *Empty*: it has no model in memory, so that a load pushes nothing out."""
 
     WARM_FREE = 0
@@ -70,7 +71,7 @@ class _TableKey(NamedTuple):
 
 
 class _NodeBag:
-    """Nodes in no order. To add, to remove and to draw one costs the same in a bag of any size."""
+    """Nodes in no order. To add, to remove or to draw a node takes the same time in a bag of any size."""
 
     __slots__ = ("_accounts", "_positions")
 
@@ -86,6 +87,7 @@ class _NodeBag:
         self._accounts.append(account)
 
     def remove(self, name: str) -> None:
+        """Removes the node, and moves the last node of the list to its position."""
         position = self._positions.pop(name)
         last = self._accounts.pop()
         if last.name != name:
@@ -93,13 +95,14 @@ class _NodeBag:
             self._positions[last.name] = position
 
     def shuffled(self, rng: Random) -> Iterator[NodeAccount]:
-        """Yields each node once. Which comes first is random, and the first few are far from each other in the bag."""
+        """Yields each node once, in an order that looks random: from a random start, with a step that leads to each
+        node once. This is faster than a shuffle of all nodes."""
         accounts = self._accounts
         count = len(accounts)
         if not count:
             return
         step = max(int(count * 0.618), 1)
-        while gcd(step, count) > 1:  # else the steps would not come to all nodes
+        while gcd(step, count) > 1:  # otherwise the steps would not lead to all nodes
             step += 1
         position = int(rng.random() * count)
         for _ in range(count):
@@ -115,13 +118,15 @@ class NodeTable:
         """The slots for the model on the nodes that have it in memory."""
         self._demand = demand
         self._model = None if demand.residency is None else demand.residency.model
-        self._bags: dict[_Place, _NodeBag] = {}  # by tier
+        self._bags: dict[_Place, _NodeBag] = {}
         self._tiers: list[int] = []  # sorted
         self._bag_of: dict[str, _Place] = {}  # for each node that is up and suits the request
         self._warm_slots_of: dict[str, int] = {}  # for each warm node
         self._changed: dict[str, NodeAccount] = dict(accounts)  # since the last ``refresh``
+        # The nodes that cannot load the model before a certain time, by name, and as a heap with the earliest time
+        # first.
         self._blocked_until: dict[str, float] = {}
-        self._blocked: list[tuple[float, str]] = []  # a heap
+        self._blocked_heap: list[tuple[float, str]] = []
         self._accounts = accounts
 
     def __repr__(self) -> str:
@@ -137,14 +142,14 @@ class NodeTable:
     def note_blocked(self, name: str, until: float) -> None:
         """The node has a free slot, but it cannot load the model before this time."""
         self._blocked_until[name] = until
-        heapq.heappush(self._blocked, (until, name))
+        heapq.heappush(self._blocked_heap, (until, name))
         self.note_change(self._accounts[name])
 
     def refresh(self, now: float) -> None:
-        """Puts the changed nodes into their bags."""
-        while self._blocked and self._blocked[0][0] <= now:
-            _, name = heapq.heappop(self._blocked)
-            if self._blocked_until.get(name, now) <= now:
+        """Puts the changed nodes, and the nodes that are not blocked any more, into their bags."""
+        while self._blocked_heap and self._blocked_heap[0][0] <= now:
+            _, name = heapq.heappop(self._blocked_heap)
+            if self._blocked_until.get(name, now) <= now:  # otherwise the node was blocked again, for longer
                 self._blocked_until.pop(name, None)
                 self._changed[name] = self._accounts[name]
         if self._changed:
@@ -153,6 +158,7 @@ class NodeTable:
             self._changed.clear()
 
     def _put(self, account: NodeAccount, now: float) -> None:
+        """Moves the node into the bag where it belongs now, and updates the number of warm slots."""
         name, old = account.name, self._bag_of.get(account.name)
         new: _Place | None = None
         warm_slots = 0
@@ -180,6 +186,7 @@ class NodeTable:
             bag.add(account)
 
     def _find_bag(self, account: NodeAccount, now: float) -> Bag:
+        """The bag of a node that suits the request. A node that cannot load the model now counts as full."""
         key, residency = self._demand.residency, account.residency
         is_free = account.has_room(self._model, now)
         if key is None or residency.is_resident(key):
@@ -189,15 +196,15 @@ class NodeTable:
         return Bag.COLD_FREE if residency.loaded else Bag.EMPTY_FREE
 
     def _find_pace(self, account: NodeAccount) -> int:
-        """The class of the time that one more answer would take there now for each token, with the answers that run
-        there. A class is a factor of 1.2 wide; the lowest is the fastest."""
+        """The class of the node's pace: the time for each token of one more answer, written beside the answers that run
+        there now. Each class is slower than the class before it by a factor of 1.2; the lowest is the fastest."""
         token_s = account.rates.decode_s(self._model or "", 1.0, account.streams + account.activity.reading + 1)
         return round(PACE_CLASSES * math.log2(max(token_s * account.slowness / account.weight, 1e-9)))
 
     # -- questions -----------------------------------------------------------------------------------------------
 
     def __iter__(self) -> Iterator[NodeAccount]:
-        """The nodes that are up and suit the request. Those with a free slot come first."""
+        """The nodes that are up and suit the request. Nodes with a free slot come first."""
         for place in sorted(self._bags, key=lambda place: place[1]):
             yield from self._bags[place]._accounts
 
@@ -226,12 +233,12 @@ class NodeTable:
         """Yields the warm nodes with a free slot: a few of each class of pace, the fastest class first; then the
         others."""
         paces = sorted(place[2] for place in self._bags if place[0] == tier and place[1] is Bag.WARM_FREE)
-        rest: list[Iterator[NodeAccount]] = []
+        remaining: list[Iterator[NodeAccount]] = []
         for pace in paces:
             nodes = self._bags[tier, Bag.WARM_FREE, pace].shuffled(rng)
-            yield from islice(nodes, OF_EACH_PACE)
-            rest.append(nodes)
-        for nodes in rest:
+            yield from islice(nodes, FROM_EACH_PACE_CLASS)
+            remaining.append(nodes)
+        for nodes in remaining:
             yield from nodes
 
     @property
@@ -261,7 +268,8 @@ class Shortlist:
             table.note_change(account)
 
     def table(self, demand: Demand, now: float) -> NodeTable:
-        """The nodes that suit the demand. A table is made when it is asked for first: only that looks at all nodes.
+        """The nodes that suit the demand. Only the first call for a sort of demand looks at all nodes, to make the
+        table.
 
         The demand must have its residency key, and name no node."""
         key = _TableKey(demand.model, demand.residency, demand.kinds, demand.nodes)
@@ -308,10 +316,10 @@ class Shortlist:
         tiers_with_free = 0
         for tier in table.tiers:
             size = len(picked)
-            if tiers_with_free < 2:  # a lower tier is used where the upper one is much slower
+            if tiers_with_free < 2:  # two tiers, because a lower tier is used if the upper one is much slower
                 self._add_drawn(picked, table.draw_fastest(tier, self._rng), WARM_FREE, usable)
                 self._add_drawn(picked, table.draw(tier, Bag.EMPTY_FREE, self._rng), COLD_FREE, usable)
-                if len(picked) == size:  # else a load that pushes out another model would hardly pay
+                if len(picked) == size:  # otherwise a load that pushes out another model would hardly pay
                     self._add_drawn(picked, table.draw(tier, Bag.COLD_FREE, self._rng), COLD_FREE, usable)
                 tiers_with_free += len(picked) > size
             if not has_warm_full:
@@ -339,19 +347,19 @@ class Shortlist:
                 if not count:
                     return
 
-    def note_not_free(self, demand: Demand, considered: Sequence[Forecast], queue_s: float, now: float) -> bool:
-        """Puts the nodes that turned out to be blocked into their bag: they have a slot, but cannot load the model now.
-        Returns whether there were any, so that others should be ranked."""
+    def note_blocked_nodes(self, demand: Demand, considered: Sequence[Forecast], queue_s: float, now: float) -> bool:
+        """Notes the nodes that are blocked: they have a free slot, but their forecast shows that they cannot load the
+        model now. Returns whether there is such a node, so that other nodes should be ranked."""
         table = self.table(demand, now)
         if len(table) <= MAX_RANKED_WHOLE:
             return False
-        was_any = False
-        for found in considered:
-            if not found.is_free and table.is_free(found.node):
-                blocked_s = min(max(found.wait_s - queue_s, MIN_BLOCKED_S), MAX_BLOCKED_S)
-                table.note_blocked(found.node, now + blocked_s)
-                was_any = True
-        return was_any
+        has_blocked = False
+        for forecast in considered:
+            if not forecast.is_free and table.is_free(forecast.node):
+                blocked_s = min(max(forecast.wait_s - queue_s, MIN_BLOCKED_S), MAX_BLOCKED_S)
+                table.note_blocked(forecast.node, now + blocked_s)
+                has_blocked = True
+        return has_blocked
 
 
 class _UsableCheck:

@@ -34,11 +34,15 @@ class Group(NamedTuple):
 class Waiting:
     """A request in the queue, where it came at ``joined_at``. ``payload`` is the owner's own object.
 
-    ``offered_at``: when it could have had a free slot for the first time, but was to wait for a better one; ``None``:
-    it could not yet. ``patience_until``: until this time it waits for a better node although another has a free slot;
-    ``None``: no other node had one. ``passes``: how many times a free slot went to a request behind it. ``work`` is its
-    work, and ``best_s`` the seconds that it takes on the node where it costs least, as they were estimated at
-    ``estimated_at``; ``None``: not yet."""
+    - ``offered_at``: the first time at which it could have had a free slot, but had to wait for a better node;
+    ``None``:
+      it had no such offer yet.
+    - ``patience_until``: until this time it waits for a better node although another node has a free slot; ``None``: no
+      other node had a free slot.
+    - ``passes``: how many times a free slot went to a request behind it in the queue.
+    - ``work``: its work; ``None``: not estimated yet. ``best_s``: the seconds that it takes on the node where it costs
+      least. Both were estimated at ``estimated_at``.
+    """
 
     demand: Demand
     exclude: frozenset[str]
@@ -74,7 +78,7 @@ class Patience:
         return f"<Patience {len(self._ends)} times>"
 
     def begin(self, entry: QueueEntry[Waiting], patience_s: float, now: float) -> None:
-        """From now on the request waits so long for a better node."""
+        """Lets the request wait ``patience_s`` from now for a better node."""
         waiting = entry.payload
         if waiting.offered_at is None:
             waiting.offered_at = now
@@ -147,12 +151,12 @@ def could_serve(account: NodeAccount, group: Group, now: float) -> bool:
 
 
 def with_residency(demand: Demand) -> Demand:
-    """The demand with what its model must be loaded with. A demand that does not say it needs the server's defaults."""
+    """The demand with a residency key. A demand without a key needs its model with the server's default settings."""
     if demand.residency is not None or demand.model is None:
         return demand
     return replace(demand, residency=ResidencyKey(full_name(demand.model)))
 
 
 def demand_of(group: Group) -> Demand:
-    """A demand that the same nodes can serve as the requests of this group, but for the excluded ones."""
+    """A demand that stands for the requests of this group: the same nodes can serve it, and also the excluded nodes."""
     return Demand(model=group.model, kinds=group.kinds, node=group.node, nodes=group.nodes)

@@ -47,8 +47,8 @@ def normalize_address(host: str | None) -> str | None:
 
 @dataclass(slots=True)
 class _Members(Generic[C]):
-    """The connections of one group. ``count`` is the number of all of them. ``idle`` holds the idle ones, in the order
-    in which they became idle."""
+    """The connections of one group. ``count`` is the number of all connections. ``idle`` holds the idle connections, in
+    the order in which they became idle."""
 
     count: int = 0
     # Not a dict: only an OrderedDict finds its first key in constant time.
@@ -88,18 +88,18 @@ class Admission(Generic[C]):
         return self._groups[_ALL].count
 
     def admit(self, connection: C, address: str | None) -> Admitted[C] | Denied:
-        """Decides whether a new connection is admitted. ``address`` comes from ``normalize_address``. When this
-        returns, an evicted connection is forgotten already."""
+        """Decides whether a new connection is admitted. ``address`` comes from ``normalize_address``. An evicted
+        connection is already removed from all groups."""
         groups: tuple[Group, ...] = (_ALL, _NEW)
         decision: Admitted[C] | Denied = Admitted()
         if address is not None:
             address_group = ("address", address)
             groups = (*groups, address_group)
             decision = self._make_room(address_group, self._max_per_client, f"{NO_ROOM} from this address")
-        # An eviction from the address's group has made room among all connections too.
-        nothing_was_evicted = decision == Admitted()
-        if nothing_was_evicted and self.count >= self.max_connections:
-            # First the connections without any accepted request. Limit 0: one of them goes, however few they are.
+        # If a connection of the address was evicted, there is room already.
+        needs_room = isinstance(decision, Admitted) and decision.evicted is None
+        if needs_room and self.count >= self.max_connections:
+            # Connections without any accepted request are evicted first. Limit 0: even if there are only a few of them.
             decision = self._make_room(_NEW, 0, NO_ROOM)
             if isinstance(decision, Denied):
                 decision = self._make_room(_ALL, self.max_connections, NO_ROOM)
@@ -113,7 +113,7 @@ class Admission(Generic[C]):
 
     def _make_room(self, group: Group, limit: int, reason: str) -> Admitted[C] | Denied:
         """Makes room for one more connection in the group. If the group has ``limit`` connections, the connection that
-        has been idle the longest is evicted; without an idle one, the request for room is denied for ``reason``."""
+        has been idle the longest is evicted. If no connection of the group is idle, returns Denied with ``reason``."""
         members = self._groups.get(group)
         if members is None or members.count < limit:
             return Admitted()
@@ -144,7 +144,7 @@ class Admission(Generic[C]):
         for group in groups_to_leave:
             self._leave(connection, group)
         if key_group is not None:
-            # The connection is not among the idle ones of the group: it has a request under way.
+            # The connection is not added to the idle connections of the group, because it has a request under way.
             self._groups.setdefault(key_group, _Members()).count += 1
             new_groups = (*new_groups, key_group)
         self._groups_of[connection] = new_groups

@@ -27,7 +27,7 @@ STATED = 4 * SEQUENCES_PER_SLOT  # the sequences of a server with four slots
 
 def make_size(slots: int | None = 4) -> CacheSize:
     size = CacheSize()
-    size.state(slots, CONTEXT, 4.0)
+    size.set_server_size(slots, CONTEXT, 4.0)
     return size
 
 
@@ -42,21 +42,21 @@ def miss(size: CacheSize) -> None:
 def test_a_cache_has_some_sequences_for_each_slot() -> None:
     assert (make_size().sequences, make_size().max_bytes) == (STATED, STATED_BYTES)
     size = make_size(1)
-    size.state(None, None, 4.0)
+    size.set_server_size(None, None, 4.0)
     assert (size.sequences, size.max_bytes) == (DEFAULT_SLOTS * SEQUENCES_PER_SLOT, LEAST_BYTES)
 
 
 @pytest.mark.parametrize("bytes_per_token", [0.0, -1.0, math.nan, math.inf])
 def test_impossible_bytes_per_token_change_nothing(bytes_per_token: float) -> None:
     size = make_size()
-    size.state(4, 100, bytes_per_token)
+    size.set_server_size(4, 100, bytes_per_token)
     assert size.max_bytes == STATED_BYTES
 
 
 @given(slots=st.none() | st.integers(), context=st.none() | st.integers(), per_token=st.floats())
 def test_a_stated_size_is_bounded(slots: int | None, context: int | None, per_token: float) -> None:
     size = CacheSize()
-    size.state(slots, context, per_token)
+    size.set_server_size(slots, context, per_token)
     assert 1 <= size.sequences <= MAX_SEQUENCES
     assert 0 <= size.max_bytes <= MAX_BYTES
 
@@ -139,9 +139,9 @@ def test_what_was_learned_grows_and_shrinks_with_the_slots() -> None:
     size = make_size()
     for _ in range(3):
         miss(size)
-    size.state(4, 4096, 4.0)
+    size.set_server_size(4, 4096, 4.0)
     assert size.sequences == STATED // 2
-    size.state(8, 4096, 4.0)
+    size.set_server_size(8, 4096, 4.0)
     assert size.sequences == STATED
 
 
