@@ -17,6 +17,7 @@ import pytest
 from aiohttp import web
 
 from gpumesh import config
+from gpumesh.bench.simulate.fleet_file import parse_fleet
 from gpumesh.errors import HostUnresolved
 from gpumesh.gateway.app import Gateway
 from gpumesh.lab import keys, profile
@@ -27,7 +28,8 @@ from gpumesh.tunnels.address_command import ask_address
 from tests.prerequisites import needs
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-TOPOLOGIES = sorted(EXAMPLES.glob("*.yaml"))
+FLEET = EXAMPLES / "fleet.yaml"  # for the simulator
+TOPOLOGIES = sorted(set(EXAMPLES.glob("*.yaml")) - {FLEET})
 PYTHON = sys.executable
 GPUMESH = str(Path(PYTHON).with_name("gpumesh"))
 # What stands in the variables that examples name.
@@ -65,6 +67,11 @@ async def run(*command: str, stdin: str = "", **environment: str) -> tuple[int |
 def test_the_topologies_that_the_documentation_names_are_there() -> None:
     names = {path.stem for path in TOPOLOGIES}
     assert names >= {"two-hosts", "runpod", "vastai", "jump-host", "lan-gateway", "vllm", "two-models"}
+
+
+def test_the_fleet_can_be_simulated() -> None:
+    nodes = parse_fleet(FLEET.read_text(), file=FLEET.name)
+    assert [node.name for node in nodes] == ["rented-1", "rented-2", "workstation"]
 
 
 @pytest.fixture

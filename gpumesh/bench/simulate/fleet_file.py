@@ -79,6 +79,9 @@ FAULT_NUMBERS = {
     "to_s": NumberKey(0, 1e9),
     "factor": NumberKey(0, 1e3, 1),
 }
+# Keys of a mesh.yaml, and of its nodes, that no fleet file has.
+_MESH_KEYS = frozenset({"version", "gateway", "models", "tunnels", "redis"})
+_MESH_NODE_KEYS = frozenset({"ssh", "backend", "address_from"})
 LEAST_FACTOR = 1e-3  # of a fault; only a count of tokens may be 0 times the true one
 PREFILL_SPEEDUP = 20.0  # a prompt is read so many times as fast as an answer is generated, if nothing is said
 # A model in 4 bits takes about 0.6 GiB for each thousand million parameters, its context and buffers about 1 GiB.
@@ -119,6 +122,10 @@ class _FleetReader:
                 position = tree.position if tree is not None else None
                 self.faults.append(FileFault("a fleet file has a list `nodes`", position))
             return ()
+        if self._is_mesh_file(tree.entries):
+            message = "this is a mesh.yaml; a fleet file says how fast simulated nodes are (examples/fleet.yaml)"
+            self.faults.append(FileFault(message, tree.position))
+            return ()
         self._check_keys(tree.entries, ("nodes", "defaults"), ())
         defaults: Entries = {}
         if "defaults" in tree.entries:
@@ -143,6 +150,14 @@ class _FleetReader:
         if len(nodes) > MAX_NODES:
             self._add(f"are more than {MAX_NODES} nodes", tree.position, ("nodes",))
         return tuple(nodes)
+
+    @staticmethod
+    def _is_mesh_file(entries: Entries) -> bool:
+        """Whether the file has keys that only a mesh.yaml has."""
+        nodes = entries["nodes"][1] if "nodes" in entries else None
+        members = nodes.values if isinstance(nodes, ListValue) else ()
+        keys = {key for member in members if isinstance(member, MappingValue) for key in member.entries}
+        return not _MESH_KEYS.isdisjoint(entries) or not _MESH_NODE_KEYS.isdisjoint(keys)
 
     def _read_node(self, entries: Entries, position: Position, path: KeyPath, siblings: int) -> Iterator[NodeSpec]:
         """Yields the node, or as many as its ``count`` says: ``fast-1``, ``fast-2`` …"""

@@ -88,25 +88,28 @@ def measure_work(requests: Iterable[SimulatedRequest], nodes: Sequence[NodeSpec]
 
 def fleet_capacity(nodes: Iterable[NodeSpec], work: OfferedWork) -> float:
     """The requests per second that the fleet can serve at most, if each node gets the mix of requests of those models
-    that it has, one model after the other. 0 if no node has a model."""
-    rates: dict[str, float] = {}  # equal nodes are measured once
+    that it has, one model after the other. 0 if no node has a model.
+
+    A model that only few or slow nodes have bounds the rate: those nodes must serve its share of all requests."""
+    rates: dict[str, Mapping[str, float]] = {}  # of the models of a node; equal nodes are measured once
     total = 0.0
+    by_model = dict.fromkeys(work.samples, 0.0)
     for node in nodes:
         kind = repr(replace(node, name="", rtt_s=0.0, faults=()))
         if kind not in rates:
-            rates[kind] = _node_capacity(node, work)
-        total += rates[kind]
-    return total
-
-
-def _node_capacity(node: NodeSpec, work: OfferedWork) -> float:
-    seconds = 0.0  # for one request of each model, by its share
-    total_share = 0.0
-    for model, sample in work.samples.items():
-        if model in node.models:
-            seconds += work.shares[model] / _saturated_rate(node, model, sample)
-            total_share += work.shares[model]
-    return total_share / seconds if seconds else 0.0
+            rates[kind] = {
+                model: _saturated_rate(node, model, sample)
+                for model, sample in work.samples.items()
+                if model in node.models
+            }
+        node_rates = rates[kind]
+        if node_rates:
+            share = sum(work.shares[model] for model in node_rates)
+            total += share / sum(work.shares[model] / rate for model, rate in node_rates.items())
+        for model, rate in node_rates.items():
+            by_model[model] += rate
+    bounds = (rate / work.shares[model] for model, rate in by_model.items() if rate)
+    return min((total, *bounds))
 
 
 def _saturated_rate(node: NodeSpec, model: str, sample: Sequence[tuple[int, int]]) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -28,9 +28,9 @@ def read_fleet(path: Path) -> tuple[NodeSpec, ...]:
     return parse_fleet(read_text(path, str(path)), file=str(path))
 
 
-def parse_mix(option: str, text: str, parse: Callable[[str], T]) -> Mix[T]:
+def parse_mix(option: str, text: str, parse: Callable[[str], T], *, example: str = "a=0.7,b=0.3") -> Mix[T]:
     """Reads values with shares, as ``a=0.7,b=0.3``; a value alone has the share 1. ``parse`` reads one value. Raises
-    UsageError with the name of the option."""
+    UsageError with the name of the option; its hint is the ``example``."""
     from gpumesh.bench.simulate.workloads import Mix
 
     values: list[T] = []
@@ -42,7 +42,9 @@ def parse_mix(option: str, text: str, parse: Callable[[str], T]) -> Mix[T]:
         try:
             value, share = parse(name), float(share_text)
         except ValueError:
-            raise UsageError(f"{option} {text!r}: {part.strip()!r} cannot be read", hint="e.g. a=0.7,b=0.3") from None
+            raise UsageError(
+                f"{option} {text!r}: {part.strip()!r} cannot be read", hint=f"e.g. {option} {example}"
+            ) from None
         if not name or not 0 < share < math.inf:
             raise UsageError(f"{option} {text!r}: {part.strip()!r} is no value with a share above 0")
         values.append(value)
@@ -67,7 +69,30 @@ def models_mix(text: str | None, nodes: Sequence[NodeSpec]) -> Mix[str]:
 
 def parse_context(text: str) -> int | None:
     """A context length in tokens; ``None`` for the word `default`. Raises ValueError for any other text."""
-    return None if text == "default" else int(text)
+    if text == "default":
+        return None
+    tokens = int(text)
+    if tokens < 1:
+        raise ValueError("a context has at least one token")
+    return tokens
+
+
+def check_effect(given: Collection[str], *, has_trace: bool, batch: int) -> None:
+    """Raises UsageError if an option has no effect beside the others. ``given``: the names of the parameters that stand
+    on the command line, as ``think_s``."""
+    if "load" in given and "speed" in given:
+        raise UsageError("--load and --speed both set the times of the requests", hint="give one of the two")
+    if not has_trace:
+        return
+    without_effect = ["turns", "think_s", "systems", "system_tokens", "sessions"]
+    if not batch:  # the lengths are those of the batch requests
+        without_effect += ["prompt_tokens", "tokens", "fixed"]
+    options = [f"--{name.replace('_', '-')}" for name in without_effect if name in given]
+    if options:
+        raise UsageError(
+            f"{', '.join(options)}: no effect with --trace, which has its own prompts and answers",
+            hint="--poisson RATE sends requests that are made up",
+        )
 
 
 def check_positive(option: str, number: float) -> None:

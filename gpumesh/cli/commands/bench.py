@@ -174,24 +174,30 @@ def simulate(
         ),
     ] = None,
     requests: Annotated[
-        int | None, typer.Option("-n", metavar="N", help="How many; else the trace's, or 10000.")
+        int | None, typer.Option("-n", metavar="N", min=1, help="How many; else the trace's, or 10000.")
     ] = None,
     load: Annotated[float | None, typer.Option(help="0.8: 80 % of what the fleet can serve.")] = None,
-    speed: Annotated[float, typer.Option(help="So many times as fast.")] = 1.0,
+    speed: Annotated[float, typer.Option(help="So many times as fast; not with --load.")] = 1.0,
     mix: Annotated[str | None, typer.Option(metavar="MODEL=SHARE,…", help="Models; else the fleet's first.")] = None,
     contexts: Annotated[
         str | None, typer.Option(metavar="N=SHARE,…", help="Context lengths that are asked for.")
     ] = None,
     priorities: Annotated[str | None, typer.Option(metavar="CLASS=SHARE,…", help="Classes of requests.")] = None,
-    clients: Annotated[int, typer.Option(min=1, help="How many clients send.")] = 1,
-    prompt_tokens: Annotated[float, typer.Option(help="Mean length of a prompt (with --poisson).")] = 400.0,
-    tokens: Annotated[float, typer.Option(help="Mean length of an answer (with --poisson).")] = 200.0,
+    clients: Annotated[int, typer.Option(min=1, help="How many clients send; the first sends most.")] = 1,
+    prompt_tokens: Annotated[float, typer.Option(min=1, help="Mean length of a prompt (not of a trace).")] = 400.0,
+    tokens: Annotated[float, typer.Option(min=1, help="Mean length of an answer (not of a trace).")] = 200.0,
     fixed: Annotated[bool, typer.Option("--fixed", help="All prompts and answers have the mean length.")] = False,
     turns: Annotated[int, typer.Option(min=1, help="Turns of each conversation (with --poisson).")] = 1,
-    think_s: Annotated[float, typer.Option(min=0, help="Seconds between an answer and the next turn.")] = 5.0,
-    systems: Annotated[int, typer.Option(min=0, help="How many system prompts conversations share.")] = 0,
-    system_tokens: Annotated[int, typer.Option(min=1, help="Length of a system prompt.")] = 1000,
-    sessions: Annotated[bool, typer.Option("--sessions", help="Clients name their conversations.")] = False,
+    think_s: Annotated[
+        float, typer.Option(min=0, help="Seconds between an answer and the next turn (with --turns).")
+    ] = 5.0,
+    systems: Annotated[
+        int, typer.Option(min=0, help="How many system prompts conversations share (with --poisson).")
+    ] = 0,
+    system_tokens: Annotated[int, typer.Option(min=1, help="Length of a system prompt (with --systems).")] = 1000,
+    sessions: Annotated[
+        bool, typer.Option("--sessions", help="Clients name their conversations (with --turns).")
+    ] = False,
     batch: Annotated[int, typer.Option(min=0, help="So many batch requests at the start, too.")] = 0,
     max_queue: Annotated[int, typer.Option(min=0, help="The gateway's queue.")] = 1024,
     seed: Annotated[int, typer.Option(help="Seed of all that is random.")] = 1,
@@ -201,7 +207,8 @@ def simulate(
 ) -> None:
     """Simulate a fleet: the balancer's own code against simulated servers, in simulated time.
 
-    The policy `reference` knows the lengths of all answers and the caches of all servers: a yardstick.
+    The policy `reference` is a yardstick: it knows the lengths of all answers and the caches of all servers. It knows
+    no classes, clients or sessions: compare it with the others without --priorities and --batch.
 
     \b
     Examples:
@@ -222,6 +229,9 @@ def simulate(
         raise UsageError("give either --trace FILE or --poisson RATE")
     nodes = simulate_options.read_fleet(fleet)
     traced_requests = bench_options.read_trace(trace, requests)
+    sources = {name: ctx.get_parameter_source(name) for name in ctx.params}
+    given = {name for name, found in sources.items() if found is not None and found.name == "COMMANDLINE"}
+    simulate_options.check_effect(given, has_trace=trace is not None, batch=batch)
     for name, number in (("--poisson", poisson), ("--load", load), ("--speed", speed)):
         if number is not None:
             simulate_options.check_positive(name, number)
@@ -231,11 +241,15 @@ def simulate(
         rate=poisson or 1.0,  # not used with a trace, which has its own times
         trace=traced_requests,
         time_factor=1.0 / speed,
-        prompt_tokens=max(prompt_tokens, 1.0),
-        output_tokens=max(tokens, 1.0),
+        prompt_tokens=prompt_tokens,
+        output_tokens=tokens,
         has_fixed_lengths=fixed,
-        contexts=simulate_options.parse_mix("--contexts", contexts or "default", simulate_options.parse_context),
-        priorities=simulate_options.parse_mix("--priorities", priorities or "normal", Priority),
+        contexts=simulate_options.parse_mix(
+            "--contexts", contexts or "default", simulate_options.parse_context, example="4096=0.7,default=0.3"
+        ),
+        priorities=simulate_options.parse_mix(
+            "--priorities", priorities or "normal", Priority, example="interactive=0.2,normal=0.5,batch=0.3"
+        ),
         clients=clients,
         turns=turns,
         think_s=think_s,

@@ -159,10 +159,11 @@ def _policy_lines(policy: PolicyResult) -> Iterator[str]:
     several."""
     if 1 < len(policy.nodes) <= MAX_NODES_SHOWN:  # the share is ``None`` if no node has served a request
         yield f"{policy.policy}: " + ", ".join(f"{node.name} {node.share or 0.0:.0%}" for node in policy.nodes)
-    for groups in (policy.completion_by_priority, policy.completion_by_client):
+    clients = sorted(policy.completion_by_client.items(), key=lambda group: (len(group[0]), group[0]))  # 2 before 10
+    for groups in (list(policy.completion_by_priority.items()), clients):
         if len(groups) > 1:
             parts = [
                 f"{name} mean {format_number(summary.mean)} s, p99 {format_number(summary.p99)} s"
-                for name, summary in groups.items()
+                for name, summary in groups
             ]
             yield f"{policy.policy}: " + "; ".join(parts)

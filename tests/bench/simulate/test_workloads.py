@@ -99,6 +99,16 @@ def test_a_capacity_for_two_models_is_that_of_one_after_the_other() -> None:
     assert fleet_capacity([node(models=(MODEL, slow)), node()], work) == pytest.approx(1 / seconds + 2 / 1.1, rel=0.01)
 
 
+def test_the_nodes_that_alone_have_a_model_bound_the_capacity() -> None:
+    samples = {MODEL.name: [(100, 100)], OTHER.name: [(100, 100)]}
+    work = OfferedWork(1.0, samples, {MODEL.name: 0.5, OTHER.name: 0.5})
+    fleet = [node(), node(), node(), node(models=(OTHER,))]
+    # The last node answers 2 / 1.1 requests for its model a second, which are half of all.
+    assert fleet_capacity(fleet, work) == pytest.approx(2 * 2 / 1.1, rel=0.01)
+    # A model that no node has bounds nothing.
+    assert fleet_capacity([node()], work) == pytest.approx(2 / 1.1, rel=0.01)
+
+
 @pytest.mark.parametrize(
     "changes",
     [

@@ -92,6 +92,9 @@ def test_a_trace_and_the_files_of_a_result(fleet: Path, tmp_path: Path) -> None:
         (("--poisson", "1", "--mix", "mistral:7b"), "no node of the fleet has the model 'mistral:7b'"),
         (("--poisson", "1", "--priorities", "urgent=1"), "'urgent=1' cannot be read"),
         (("--poisson", "1", "--mix", "llama3.1:8b=-1"), "no value with a share above 0"),
+        (("--poisson", "1", "--contexts", "0"), "'0' cannot be read"),
+        (("--poisson", "1", "-n", "0"), "greater than or equal to 1"),
+        (("--poisson", "1", "--load", "0.5", "--speed", "2"), "--load and --speed both set the times"),
     ],
 )
 def test_wrong_options(fleet: Path, options: tuple[str, ...], message: str) -> None:
@@ -106,3 +109,26 @@ def test_all_problems_of_a_fleet_file(fleet: Path) -> None:
     text = f"{result.output} {result.exception}"
     assert "nodes[0].slot: unknown key; did you mean slots?" in text
     assert "nodes[1].tokens_per_s: is missing" in text
+
+
+def test_options_that_a_trace_makes_useless(fleet: Path, tmp_path: Path) -> None:
+    trace = tmp_path / "trace.jsonl"
+    trace.write_text(json.dumps({"timestamp": 0, "input_length": 100, "output_length": 30, "hash_ids": [1]}) + "\n")
+    options = ("--trace", str(trace), "--policy", "adaptive", "--tokens", "10")
+    refused = simulate(fleet, *options, "--think-s", "5", "--turns", "3")
+    assert "--turns, --think-s, --tokens: no effect with --trace" in str(refused.exception)
+    assert simulate(fleet, *options, "--batch", "5").exit_code == 0  # the length of the batch requests' answers
+
+
+def test_a_mesh_file_is_no_fleet_file(fleet: Path) -> None:
+    fleet.write_text("nodes: [{name: iceland, ssh: {host: 192.0.2.1}}]")
+    result = simulate(fleet, "--poisson", "1")
+    assert "this is a mesh.yaml" in f"{result.output} {result.exception}"
+    assert "tokens_per_s" not in f"{result.output} {result.exception}"
+
+
+def test_clients_are_shown_in_their_order(fleet: Path) -> None:
+    options = ("--poisson", "3", "-n", "300", "--clients", "11", "--policy", "adaptive")
+    line = simulate(fleet, *options).stdout.splitlines()[-1]
+    names = [part.split()[0] for part in line.removeprefix("adaptive: ").split("; ")]
+    assert names == [f"client{number}" for number in range(1, 12)]
