@@ -30,6 +30,7 @@ from gpumesh.gateway.model_requests import ClientApi
 from gpumesh.mesh.mesh import Mesh
 from gpumesh.mesh.requests.answer import Answer, SendProgress
 from gpumesh.mesh.requests.answer_reading import STREAMING_TYPES
+from gpumesh.text.model_names import full_name
 from gpumesh.topology import BackendKind
 
 # Headers that concern only the client, or only the connection to the client, and not a backend. In lower case. Hop and
@@ -288,9 +289,14 @@ def _explain_answer(mesh: Mesh, answer: Answer) -> str:
     """Why this node was chosen, in one line."""
     if answer.placement is None:
         return NO_PLACEMENT
-    policy = mesh.topology.gateway.policy
+    topology = mesh.topology
     return explain_placement(
-        answer.placement, policy=policy, queue_s=answer.queue_ms / 1000.0, failed_attempts=answer.attempts - 1
+        answer.placement,
+        policy=topology.gateway.policy,
+        queue_s=answer.queue_ms / 1000.0,
+        failed_attempts=answer.attempts - 1,
+        tiers={node.name: node.tier for node in topology.nodes},
+        pinned={full_name(model.name) for model in topology.models if model.pinned},
     )
 
 

@@ -94,6 +94,30 @@ def test_what_happened_before_is_told() -> None:
     assert explain(ICELAND, policy=PolicyKind.ROUND_ROBIN).endswith("chosen by round-robin, which does not look at it")
 
 
+def test_the_rank_of_a_node_in_the_file_is_told_where_nodes_differ_in_it() -> None:
+    slow = forecast("attic", write_s=2.0)
+    fast = forecast("pod", write_s=0.5)
+    tiers = {"attic": 1, "pod": 2}
+    line = explain_placement(placement(slow, fast), policy=PolicyKind.ADAPTIVE, tiers=tiers)
+    assert line.startswith("attic (tier 1) 2.0 s = ")
+    assert line.endswith("; pod (tier 2) 0.5 s = write")
+    same = explain_placement(placement(slow, fast), policy=PolicyKind.ADAPTIVE, tiers={"attic": 2, "pod": 2})
+    assert "tier" not in same
+    preferred = placement(slow, fast)
+    demand = Demand(MODEL, residency=ResidencyKey(MODEL), preferred_nodes=frozenset({"attic"}))
+    placed = make_placed(NodeAccount("attic"), demand, Work(0.0, 80.0), now=0.0)
+    line = explain_placement(preferred._replace(placed=placed), policy=PolicyKind.ADAPTIVE)
+    assert line.startswith("attic (preferred) 2.0 s = ")
+    assert "; pod (tier 1) 0.5 s" in line
+
+
+def test_a_pinned_model_that_would_have_to_go_is_named() -> None:
+    pins = forecast("attic", load_s=4.0, write_s=1.0, evicted_s=3608.0, pushed_out=["a:1", "b:1"])
+    line = explain_placement(placement(ICELAND, pins), policy=PolicyKind.ADAPTIVE, pinned={"b:1"})
+    assert line.endswith("; attic 3,613.0 s = reloads later of pinned b:1")
+    assert "pinned" not in explain_placement(placement(ICELAND, pins), policy=PolicyKind.ADAPTIVE, pinned={"c:1"})
+
+
 def test_a_long_line_counts_the_nodes_that_it_leaves_out() -> None:
     nodes = [forecast(f"node-{number}", write_s=1.0 + number) for number in range(1000)]
     line = explain(*nodes)

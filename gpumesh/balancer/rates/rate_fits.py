@@ -75,6 +75,11 @@ class DecodeRate:
         rate.token_s, rate.share = token_s, share  # without the small pull of the prior
         return rate
 
+    @property
+    def measured_share(self) -> float | None:
+        """``share``, if answers with neighbours weigh more in it than ``prior_share``; else ``None``."""
+        return self.share if self.sum_xx > PRIOR_WEIGHT else None
+
     def learn(self, token_s: float, neighbours: float, weight: float) -> None:
         """Learns from the mean time for one token of an answer that had so many other streams as neighbours."""
         slowdown = 1.0 + self.share * neighbours

@@ -170,7 +170,7 @@ class ServiceRates:
         rates: dict[str, MeasuredRates] = {}
         for model in {**self._decode, **self._prefill, **self._load}:
             decode, prefill = self._decode.get(model), self._prefill.get(model)
-            token_s, share = (None, None) if decode is None else (decode.token_s, decode.share)
+            token_s, share = (None, None) if decode is None else (decode.token_s, decode.measured_share)
             read_token_s = None if prefill is None else prefill.token_s
             rates[model] = MeasuredRates(token_s, share, read_token_s, self._load.get(model))
         return rates

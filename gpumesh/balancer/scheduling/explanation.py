@@ -11,7 +11,9 @@ The line is printable ASCII, because it stands in a header. Each number without 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from types import MappingProxyType
 
 from gpumesh.balancer.base import ResidencyKey
 from gpumesh.balancer.forecast import Forecast
@@ -34,27 +36,38 @@ MOST_SHOWN = 999_999.0  # a larger number is told as this one, so that its lengt
 Part = tuple[float, str]
 """Seconds, and what they are for."""
 
+NO_TIERS: Mapping[str, int] = MappingProxyType({})
+
 
 def explain_placement(
-    placement: Placement, *, policy: PolicyKind, queue_s: float = 0.0, failed_attempts: int = 0
+    placement: Placement,
+    *,
+    policy: PolicyKind,
+    queue_s: float = 0.0,
+    failed_attempts: int = 0,
+    tiers: Mapping[str, int] = NO_TIERS,
+    pinned: AbstractSet[str] = frozenset(),
 ) -> str:
     """One line of at most ``MAX_LINE_CHARS`` characters. The chosen node comes first, with all parts of its cost, then
     the others by their cost, each with its main parts.
 
     ``queue_s``: how long the request waited in the gateway's queue. ``failed_attempts``: of the same request on other
-    nodes, or on this one, before.
+    nodes, or on this one, before. ``tiers``: those of mesh.yaml, by node. ``pinned``: the full names of the models that
+    mesh.yaml pins.
     """
     demand, work = placement.placed.demand, placement.placed.work
     chosen = placement.forecast
-    entry = _describe_node(chosen, _forecast_parts(chosen, demand.residency, work.prompt_tokens))
+    ranks = _describe_ranks([found.node for found in placement.considered], demand.preferred_nodes, tiers)
+    parts = _forecast_parts(chosen, demand.residency, work.prompt_tokens, pinned)
+    entry = _describe_node(chosen, parts, ranks)
     notes = "".join(f"; {note}" for note in _notes(policy, queue_s, failed_attempts))
     line = entry + notes
     others = sorted(
         (found for found in placement.considered if found.node != chosen.node), key=lambda found: found.total_s
     )
     for position, other in enumerate(others):
-        parts = _main_parts(_forecast_parts(other, demand.residency, work.prompt_tokens), other.total_s)
-        entry = f"; {_describe_node(other, parts)}"
+        parts = _forecast_parts(other, demand.residency, work.prompt_tokens, pinned)
+        entry = f"; {_describe_node(other, _main_parts(parts, other.total_s), ranks)}"
         rest = f"; and {len(others) - position - 1:,} more"
         if len(line) + len(entry) + len(rest) > MAX_LINE_CHARS:
             return f"{line}; and {len(others) - position:,} more"
@@ -78,11 +91,22 @@ def _notes(policy: PolicyKind, queue_s: float, failed_attempts: int) -> Iterator
         yield f"chosen by {policy.value}, which does not look at it"
 
 
-def _describe_node(forecast: Forecast, parts: Sequence[Part]) -> str:
-    return f"{safe_name(forecast.node)} {_number(forecast.total_s)} s = {_render_parts(parts)}"
+def _describe_ranks(nodes: Sequence[str], preferred: AbstractSet[str], tiers: Mapping[str, int]) -> Mapping[str, str]:
+    """By node, what mesh.yaml says of its rank: it may be why a node was chosen that is not the cheapest. Empty if all
+    these nodes have the same rank."""
+    texts = {node: "preferred" if node in preferred else f"tier {tiers.get(node, 1)}" for node in nodes}
+    return texts if len(set(texts.values())) > 1 else {}
 
 
-def _forecast_parts(forecast: Forecast, key: ResidencyKey | None, prompt_tokens: float) -> list[Part]:
+def _describe_node(forecast: Forecast, parts: Sequence[Part], ranks: Mapping[str, str]) -> str:
+    rank = ranks.get(forecast.node)
+    note = "" if rank is None else f" ({rank})"
+    return f"{safe_name(forecast.node)}{note} {_number(forecast.total_s)} s = {_render_parts(parts)}"
+
+
+def _forecast_parts(
+    forecast: Forecast, key: ResidencyKey | None, prompt_tokens: float, pinned: AbstractSet[str] = frozenset()
+) -> list[Part]:
     """The parts of the cost, in the order in which they happen. Their sum is the forecast's total."""
     read = "read"
     if prompt_tokens > 0.0:
@@ -95,7 +119,9 @@ def _forecast_parts(forecast: Forecast, key: ResidencyKey | None, prompt_tokens:
     if forecast.others_s >= LEAST_SHOWN_S:
         parts.append((forecast.others_s, "delay of others"))
     if forecast.evicted_s >= LEAST_SHOWN_S:
-        parts.append((forecast.evicted_s, "reloads later"))
+        pushed_out_pins = [safe_name(model) for model in forecast.pushed_out if model in pinned]
+        of_pin = f" of pinned {pushed_out_pins[0]}" if pushed_out_pins else ""
+        parts.append((forecast.evicted_s, f"reloads later{of_pin}"))
     return parts
 
 

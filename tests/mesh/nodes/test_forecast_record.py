@@ -178,5 +178,9 @@ def test_learned_figures_are_those_that_were_measured() -> None:
     assert qwen.prefill_tokens_per_s == pytest.approx(3000.0, rel=0.01)
     assert qwen.load_s == 4.0
     assert qwen.slots is None, "nothing has shown them"
+    assert qwen.neighbour_share is None, "no answer had a neighbour"
+    for _ in range(20):
+        account.rates.learn(MODEL, tokens=100, eval_s=1.5, mean_streams=2.0)
+    assert learned_states(account)[1].neighbour_share == pytest.approx(0.5, abs=0.05)
     account.max_parallel = 6
     assert [state.slots for state in learned_states(account)] == [6, 6]

@@ -60,8 +60,9 @@ def _number(value: float | None) -> str:
 def _describe_decision(decision: DecisionState) -> str:
     """The last answered request: its forecast, and what happened."""
     model = "" if decision.model is None else f"{clean_line(decision.model, 60)} "
-    times = f"forecast {decision.forecast_s:.2f} s, took {decision.actual_s:.2f} s"
-    return f"last {model}{format_duration(decision.age_s)} ago: {times} ({clean_line(decision.why, 400)})"
+    # ``why`` is the whole cost. ``forecast_s`` is the request's own time: the cost without what others lose by it.
+    times = f"took {decision.actual_s:.2f} s, forecast {decision.forecast_s:.2f} s"
+    return f"last {model}{format_duration(decision.age_s)} ago: {times}; cost: {clean_line(decision.why, 400)}"
 
 
 def _describe_loading(loading: LoadingState) -> str:

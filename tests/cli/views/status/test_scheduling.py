@@ -20,7 +20,7 @@ def test_what_was_learned_and_forecast_is_shown_when_asked_for() -> None:
     text = draw_text(mesh(KNOWN), 200, VERBOSE)
     rows = [line.split() for line in text.splitlines() if "+20 %" in line]
     assert rows == [["iceland", "qwen2.5:7b", "98", "+20", "%", "3,010", "4.1", "s", "4"]]
-    assert "last qwen2.5:7b 12s ago: forecast 1.20 s, took 1.31 s (0.06 way + 0.0 wait + 0.3 read" in text
+    assert "last qwen2.5:7b 12s ago: took 1.31 s, forecast 1.20 s; cost: 0.06 way + 0.0 wait + 0.3 read" in text
     assert "4 loads in the last 1m, 16.0 s in all: qwen2.5:7b 3 times, llama3.1:8b once" in text
     assert "took 1.31 s" not in draw_text(mesh(KNOWN), 200, ViewOptions())
 
