@@ -15,6 +15,7 @@ import httpx
 import pytest
 
 from tests.cli.meshes import MODEL, SimulatedMesh, quick_host, simulated_mesh
+from tests.http_clients import loopback_client
 from tests.real.command import Gpumesh
 from tests.tunnels.polling import wait_until
 
@@ -63,7 +64,7 @@ class Clients:
 
     async def start(self, stack: AsyncExitStack, gpumesh: Gpumesh) -> None:
         client = await stack.enter_async_context(
-            httpx.AsyncClient(base_url=self.url, trust_env=False, timeout=60, limits=httpx.Limits(max_connections=None))
+            loopback_client(base_url=self.url, timeout=60, limits=httpx.Limits(max_connections=None))
         )
 
         async def stream(path: str) -> str:
@@ -201,7 +202,7 @@ async def test_a_terminal_that_is_closed_says_so_twice_and_cuts_nothing(gpumesh:
     host = quick_host("alpha", ssh=False, tokens_per_s=20.0, answer_tokens=(80, 80))  # for 4 s
     async with simulated_mesh(gpumesh, host), gpumesh.started("up") as process:
         url = await url_of(gpumesh)
-        async with httpx.AsyncClient(trust_env=False, timeout=30) as client:
+        async with loopback_client(timeout=30) as client:
             body = {"model": MODEL, "messages": MESSAGES}
             async with client.stream("POST", f"{url}/api/chat", json=body) as answer:
                 lines = answer.aiter_lines()

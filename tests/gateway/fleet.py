@@ -20,6 +20,7 @@ from gpumesh.lab.ollama import SimOllama
 from gpumesh.lab.profile import EMBEDDER, LLAMA_8B, QWEN3_8B, QWEN_7B, HostProfile
 from gpumesh.mesh.mesh import Mesh
 from gpumesh.topology import BackendKind, BackendSpec, GatewaySpec, ModelSpec, NodeSpec, Target, Topology
+from tests.http_clients import loopback_client
 
 MODEL = QWEN_7B.name
 QUICK: dict[str, Any] = {
@@ -88,7 +89,7 @@ async def serve_nodes(
     async with (
         Mesh(topology) as mesh,
         Gateway(mesh, bounds=bounds, access_log=access_log, drain_s=drain_s) as gateway,
-        httpx.AsyncClient(base_url=gateway.url, trust_env=False, timeout=20) as client,
+        loopback_client(base_url=gateway.url, timeout=20) as client,
     ):
         await mesh.wait_first_report(10.0)
         yield RunningGateway(mesh, gateway, hosts or {}, client)

@@ -25,6 +25,7 @@ from tests.gateway.fleet import (
     quick_host,
     serve_hosts,
 )
+from tests.http_clients import loopback_client
 from tests.tunnels.polling import wait_until
 
 # -- failover, queue and drain, as a client sees them ----------------------------------------------------------------
@@ -161,7 +162,7 @@ async def test_closing_finishes_requests_in_flight_and_accepts_no_new_ones() -> 
     profile = quick_host("a", tokens_per_s=50.0, answer_tokens=(25, 25), slots=4)
     async with serve_hosts(profile, max_parallel=2) as fleet, AsyncExitStack() as closing_stack:
         gateway = await closing_stack.enter_async_context(Gateway(fleet.mesh, port=0))
-        async with httpx.AsyncClient(base_url=gateway.url, trust_env=False, timeout=20) as client:
+        async with loopback_client(base_url=gateway.url, timeout=20) as client:
             await client.get("/")  # a kept connection, which must not hold up the end
             answers = [asyncio.create_task(client.post("/api/chat", json=CHAT)) for _ in range(3)]
             await wait_until(lambda: fleet.mesh.snapshot().gateway.queued == 1, "two are in flight, a third waits")
@@ -179,7 +180,7 @@ async def test_past_the_drain_time_requests_end_with_an_error_that_says_why() ->
     """In a stream that has begun, and with a status where nothing was sent."""
     async with AsyncExitStack() as stack:
         fleet = await stack.enter_async_context(serve_hosts(SLOW, max_parallel=1))
-        client = await stack.enter_async_context(httpx.AsyncClient(trust_env=False, timeout=20))
+        client = await stack.enter_async_context(loopback_client(timeout=20))
         closing_stack = AsyncExitStack()
         gateway = await closing_stack.enter_async_context(Gateway(fleet.mesh, port=0, drain_s=0.1))
         stream = await stack.enter_async_context(client.stream("POST", f"{gateway.url}/api/chat", json=CHAT))
@@ -205,7 +206,7 @@ async def test_progress_that_is_cut_ends_with_an_error_too() -> None:
     """Progress is no generated stream, so it does not notice a deadline. Once ``stop_now`` is set it ends at once."""
     async with AsyncExitStack() as stack:
         fleet = await stack.enter_async_context(serve_hosts(quick_host("a", pull_s=60.0)))
-        client = await stack.enter_async_context(httpx.AsyncClient(trust_env=False, timeout=20))
+        client = await stack.enter_async_context(loopback_client(timeout=20))
         closing_stack, stop_now = AsyncExitStack(), asyncio.Event()
         gateway = await closing_stack.enter_async_context(Gateway(fleet.mesh, port=0, drain_s=60.0, stop_now=stop_now))
         pull = client.stream("POST", f"{gateway.url}/api/pull", json={"model": "llama3.2:1b"})
@@ -237,7 +238,7 @@ async def test_beyond_loopback_with_a_key_there_is_a_warning(
     monkeypatch.setenv("GATEWAY_KEY", "k-12345")
     async with serve_hosts(A, spec=GatewaySpec(host="0.0.0.0", api_key_env="GATEWAY_KEY")) as fleet:
         assert "without encryption" in caplog.text
-        client = httpx.AsyncClient(base_url=f"http://127.0.0.1:{fleet.port}", trust_env=False)
+        client = loopback_client(base_url=f"http://127.0.0.1:{fleet.port}")
         async with client:
             assert (await client.get("/api/tags")).status_code == 401
             assert (await client.get("/api/tags", headers={"x-api-key": "k-12345"})).status_code == 200

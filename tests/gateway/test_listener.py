@@ -23,6 +23,7 @@ from gpumesh.mesh.mesh import Mesh
 from gpumesh.state import GatewayPhase, LocalAccess
 from gpumesh.topology import GatewaySpec, Topology
 from tests.gateway.fleet import MODEL, A, lines, node
+from tests.http_clients import loopback_client
 from tests.prerequisites import needs
 from tests.tunnels.other_user import ANOTHER, connect_as
 from tests.tunnels.supervised import descriptors
@@ -47,7 +48,7 @@ async def listening(spec: GatewaySpec, access_log: AccessLog | None = None) -> A
 
 def client_of(path: Path) -> httpx.AsyncClient:
     transport = httpx.AsyncHTTPTransport(uds=str(path))
-    return httpx.AsyncClient(transport=transport, base_url="http://localhost", trust_env=False, timeout=20)
+    return loopback_client(transport=transport, base_url="http://localhost", timeout=20)
 
 
 def only(path: Path, **more: object) -> GatewaySpec:
@@ -78,7 +79,7 @@ async def test_a_unix_socket_and_a_port(path: Path) -> None:
         state = mesh.snapshot().gateway
         assert gateway.url.startswith("http://127.0.0.1:")
         assert (state.url, state.socket, state.access) == (gateway.url, str(path), LocalAccess.ANY_USER)
-        async with httpx.AsyncClient(base_url=gateway.url, trust_env=False) as other:
+        async with loopback_client(base_url=gateway.url) as other:
             assert (await other.get("/api/tags")).json() == (await client.get("/api/tags")).json()
             assert (await other.get("/", headers={"Host": "localhost"})).status_code == 200
 

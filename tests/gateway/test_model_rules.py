@@ -9,7 +9,6 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
-import httpx
 import pytest
 
 from gpumesh.backends.base import ChatRequest, Message
@@ -20,6 +19,7 @@ from gpumesh.lab.profile import EMBEDDER, LLAMA_8B
 from gpumesh.mesh.mesh import Mesh
 from gpumesh.topology import BackendKind, GatewaySpec, KeySpec, ModelSpec, Priority, Topology
 from tests.gateway.fleet import MODEL, RunningGateway, lines, node
+from tests.http_clients import loopback_client
 
 LLAMA_ON_VLLM = "meta-llama/Llama-3.1-8B-Instruct"
 LLAMA_RULES = ModelSpec(LLAMA_8B.name, aliases=(LLAMA_ON_VLLM, "assistant"))
@@ -119,7 +119,7 @@ async def serve(
         gateway_spec = GatewaySpec(port=0) if spec is None else spec
         mesh = await stack.enter_async_context(Mesh(Topology("test", tuple(nodes), gateway_spec, models=models)))
         gateway = await stack.enter_async_context(Gateway(mesh, port=0))
-        client = await stack.enter_async_context(httpx.AsyncClient(base_url=gateway.url, trust_env=False, timeout=20))
+        client = await stack.enter_async_context(loopback_client(base_url=gateway.url, timeout=20))
         await mesh.wait_first_report(10.0)
         yield RunningGateway(mesh, gateway, {}, client)
 

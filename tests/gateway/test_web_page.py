@@ -16,6 +16,7 @@ import pytest
 from gpumesh.state import Health
 from gpumesh.topology import GatewaySpec
 from tests.gateway.fleet import RunningGateway, send_raw, serve_hosts
+from tests.http_clients import loopback_client
 
 KEY = {"Authorization": "Bearer sesame"}
 
@@ -108,7 +109,7 @@ async def test_an_open_page_does_not_hold_up_the_end_of_the_gateway() -> None:
 
     async def read(url: str) -> None:
         async with (
-            httpx.AsyncClient(base_url=url, trust_env=False, timeout=20) as client,
+            loopback_client(base_url=url, timeout=20) as client,
             client.stream("GET", "/mesh/events") as response,
         ):
             async for line in response.aiter_lines():

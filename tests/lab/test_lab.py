@@ -13,6 +13,7 @@ from gpumesh.errors import GPUMeshError
 from gpumesh.lab import profile
 from gpumesh.lab.lab import Lab
 from gpumesh.lab.profile import Faults
+from tests.http_clients import loopback_client
 from tests.tunnels.polling import alive, wait_until
 
 pytestmark = pytest.mark.slow
@@ -31,7 +32,7 @@ async def lab(tmp_path: Path) -> AsyncIterator[Lab]:
 
 
 async def version(lab: Lab, name: str) -> str:
-    async with httpx.AsyncClient(trust_env=False, timeout=10) as http:
+    async with loopback_client(timeout=10) as http:
         return str((await http.get(f"{lab.host(name).backend_url}/api/version")).json()["version"])
 
 

@@ -11,6 +11,7 @@ import pytest
 from gpumesh.lab import profile
 from gpumesh.lab.ollama import SimOllama
 from gpumesh.lab.profile import EMBEDDER, QWEN3_8B, QWEN_7B, Faults, ModelProfile
+from tests.http_clients import loopback_client
 from tests.tunnels.polling import wait_until
 
 CHATML = ModelProfile("chatml:7b", continues=False)
@@ -26,7 +27,7 @@ async def server() -> AsyncIterator[SimOllama]:
 
 @pytest.fixture
 async def http(server: SimOllama) -> AsyncIterator[httpx.AsyncClient]:
-    async with httpx.AsyncClient(base_url=server.url, trust_env=False, timeout=20) as client:
+    async with loopback_client(base_url=server.url, timeout=20) as client:
         yield client
 
 
@@ -162,7 +163,7 @@ async def test_the_store_changes(http: httpx.AsyncClient) -> None:
 async def test_a_client_that_leaves_frees_its_slot() -> None:
     async with SimOllama(profile.make_host("slow", tokens_per_s=20.0, load_s=0.0)) as server:
         async with (
-            httpx.AsyncClient(base_url=server.url, trust_env=False, timeout=20) as http,
+            loopback_client(base_url=server.url, timeout=20) as http,
             http.stream("POST", "/api/chat", json=ASK) as response,
         ):
             await anext(response.aiter_bytes())
@@ -207,7 +208,7 @@ async def test_each_request_is_counted_once(server: SimOllama, http: httpx.Async
 async def test_the_rate_is_the_set_one_in_its_own_counters() -> None:
     async with (
         SimOllama(profile.make_host("timed", tokens_per_s=500.0, load_s=0.0)) as server,
-        httpx.AsyncClient(base_url=server.url, trust_env=False, timeout=20) as http,
+        loopback_client(base_url=server.url, timeout=20) as http,
     ):
         last = frames(await http.post("/api/chat", json=ASK))[-1]
     assert last["eval_count"] / last["eval_duration"] * 1e9 == pytest.approx(500.0, rel=0.001)

@@ -13,6 +13,7 @@ import pytest
 from gpumesh.lab import profile
 from gpumesh.lab.profile import Faults
 from gpumesh.lab.vllm import VERSION, SimVllm
+from tests.http_clients import loopback_client
 from tests.tunnels.polling import wait_until
 
 HOST = profile.make_instant_host("one", slots=2)
@@ -28,7 +29,7 @@ async def server() -> AsyncIterator[SimVllm]:
 
 @pytest.fixture
 async def http(server: SimVllm) -> AsyncIterator[httpx.AsyncClient]:
-    async with httpx.AsyncClient(base_url=server.url, trust_env=False, timeout=20) as client:
+    async with loopback_client(base_url=server.url, timeout=20) as client:
         yield client
 
 
@@ -69,7 +70,7 @@ async def test_an_unknown_model_and_a_missing_key(http: httpx.AsyncClient) -> No
         "param": None,
         "code": 404,
     }
-    async with SimVllm(HOST, api_key="k") as guarded, httpx.AsyncClient(base_url=guarded.url) as client:
+    async with SimVllm(HOST, api_key="k") as guarded, loopback_client(base_url=guarded.url) as client:
         refused = await client.get("/v1/models")
         assert (refused.status_code, refused.json()) == (401, {"error": "Unauthorized"})
         assert (await client.get("/health")).status_code == 200
@@ -78,7 +79,7 @@ async def test_an_unknown_model_and_a_missing_key(http: httpx.AsyncClient) -> No
 
 async def test_the_metrics_count_what_runs_and_what_waits() -> None:
     slow = profile.make_host("slow", slots=2, tokens_per_s=5.0)
-    async with SimVllm(slow) as server, httpx.AsyncClient(base_url=server.url, timeout=20) as client:
+    async with SimVllm(slow) as server, loopback_client(base_url=server.url, timeout=20) as client:
         requests = [asyncio.create_task(client.post("/v1/chat/completions", json=ASK)) for _ in range(3)]
         await wait_until(lambda: server.counters.running == 2, "two run")
         await wait_until(lambda: server.counters.in_flight == 3, "one waits")

@@ -6,6 +6,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.http_clients import loopback_client
 from tests.probes.probed_servers import PATIENCE_S
 from tests.probes.shell_host import ShellHost
 
@@ -19,5 +20,5 @@ def host(tmp_path: Path) -> ShellHost:
 
 @pytest.fixture
 async def client() -> AsyncIterator[httpx.AsyncClient]:
-    async with httpx.AsyncClient(trust_env=False, timeout=PATIENCE_S) as made:
+    async with loopback_client(timeout=PATIENCE_S) as made:
         yield made

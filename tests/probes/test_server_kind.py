@@ -18,6 +18,7 @@ from gpumesh.probes.backend import BackendReport, probe_backend
 from gpumesh.probes.server_kind import KnownKinds
 from gpumesh.state import BackendPhase
 from gpumesh.topology import BackendKind, BackendSpec, Target
+from tests.http_clients import loopback_client
 from tests.mesh.servers import Exchange, serve, whole_response
 
 PATIENCE_S = 20.0
@@ -30,7 +31,7 @@ LOADING = {"error": {"message": "Loading model", "type": "unavailable_error", "c
 
 @pytest.fixture
 async def client() -> AsyncIterator[httpx.AsyncClient]:
-    async with httpx.AsyncClient(trust_env=False, timeout=PATIENCE_S) as made:
+    async with loopback_client(timeout=PATIENCE_S) as made:
         yield made
 
 

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 import pytest_asyncio
 
+from tests.http_clients import loopback_client
 from tests.prerequisites import needs, program
 from tests.real.command import Gpumesh, write_config
 from tests.real.hosts import LlamaServer, RealHost, hosts
@@ -47,7 +47,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 async def backends(request: pytest.FixtureRequest) -> AsyncIterator[Backends]:
     if request.param == "ollama":
         assert OLLAMA is not None
-        async with httpx.AsyncClient(trust_env=False, timeout=10) as client:
+        async with loopback_client(timeout=10) as client:
             models = (await client.get(f"{OLLAMA}/api/tags")).json()["models"]
         entry = {"kind": "ollama", "url": OLLAMA}
         yield Backends((entry, entry), os.environ.get("GPUMESH_TEST_MODEL") or models[0]["name"])

@@ -18,6 +18,7 @@ from typing import Any, Self
 
 import httpx
 
+from tests.http_clients import loopback_client
 from tests.prerequisites import llama_server
 from tests.tunnels.sshd import Sshd
 
@@ -168,7 +169,7 @@ class LlamaServer:
 
     async def _healthy(self, log: Path) -> None:
         assert self.process is not None
-        async with asyncio.timeout(30), httpx.AsyncClient(trust_env=False) as client:
+        async with asyncio.timeout(30), loopback_client() as client:
             while True:
                 with contextlib.suppress(httpx.TransportError):
                     if (await client.get(f"{self.url}/health")).status_code == 200:
@@ -178,7 +179,7 @@ class LlamaServer:
 
     async def busy(self) -> int:
         """How many of its slots generate now."""
-        async with httpx.AsyncClient(trust_env=False, timeout=10) as client:
+        async with loopback_client(timeout=10) as client:
             slots = (await client.get(f"{self.url}/slots")).json()
         return sum(slot["is_processing"] for slot in slots)
 

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-import httpx
 import pytest
 import pytest_asyncio
 
@@ -28,6 +27,7 @@ from gpumesh.lab.lab import Lab
 from gpumesh.mesh.mesh import Mesh
 from gpumesh.topology import GatewaySpec
 from tests.gateway.fleet import MODEL, RunningGateway, node, serve_nodes
+from tests.http_clients import loopback_client
 from tests.mesh.servers import Exchange, ScriptedServer, serve, whole_response
 from tests.prerequisites import needs
 
@@ -336,6 +336,6 @@ async def test_the_ends_of_tunnels_are_such_ports(tmp_path: Path) -> None:
             await mesh.wait_first_report(20.0)
             port = mesh.snapshot().node("one").tunnel.local_port
             assert port is not None
-            async with httpx.AsyncClient(base_url=gateway.url, trust_env=False) as client:
+            async with loopback_client(base_url=gateway.url) as client:
                 for url, status in ((f"http://127.0.0.1:{port}", 403), (gateway.url, 200)):
                     assert (await client.get("/mesh/status", headers={"Origin": url})).status_code == status

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-import httpx
 import pytest
 
+from tests.http_clients import loopback_client
 from tests.real.command import Gpumesh, write_config
 
 pytestmark = [pytest.mark.real, pytest.mark.slow, pytest.mark.timeout(240)]
@@ -110,7 +110,7 @@ async def up(alone: Gpumesh) -> AsyncIterator[Up]:
         write_config(alone.config, [{"name": "a", "backend": {"url": url, "max_parallel": 64}}], model=MODEL)
         await alone("up", "-d")
         gateway = (await alone("status", "--json")).json()["gateway"]["url"]
-        async with httpx.AsyncClient(base_url=gateway, trust_env=False, timeout=60) as client:
+        async with loopback_client(base_url=gateway, timeout=60) as client:
             # From its first request on it is as it will be.
             assert (await client.post("/api/chat", json={"model": MODEL})).status_code == 200
         port, pid = int(gateway.rpartition(":")[2]), alone.leader()

@@ -7,11 +7,11 @@ import resource
 from contextlib import AsyncExitStack
 from urllib.parse import urlsplit
 
-import httpx
 import pytest
 
 from gpumesh.lab.ollama import SimOllama
 from tests.gateway.fleet import MODEL, metric, quick_host
+from tests.http_clients import loopback_client
 from tests.real.command import Gpumesh, write_config
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
@@ -35,7 +35,7 @@ async def test_hundreds_of_idle_connections_lock_nobody_out(alone: Gpumesh) -> N
         for _ in range(IDLE):
             _, writer = await asyncio.open_connection("127.0.0.1", urlsplit(url).port)
             stack.callback(writer.close)
-        async with httpx.AsyncClient(base_url=url, trust_env=False, timeout=30) as client:
+        async with loopback_client(base_url=url, timeout=30) as client:
             for _ in range(3):
                 assert (await client.post("/api/chat", json=CHAT)).status_code == 200
             told = (await client.get("/metrics")).text

@@ -14,6 +14,7 @@ import pytest
 from gpumesh.lab.ollama import SimOllama
 from gpumesh.lab.profile import Faults
 from tests.gateway.fleet import MODEL, quick_host
+from tests.http_clients import loopback_client
 from tests.real.command import Gpumesh, write_config
 from tests.tunnels.polling import wait_until
 
@@ -44,7 +45,7 @@ async def up(alone: Gpumesh) -> AsyncIterator[Up]:
         write_config(alone.config, nodes, model=MODEL)
         await alone("up", "-d")
         url = (await alone("status", "--json")).json()["gateway"]["url"]
-        async with httpx.AsyncClient(base_url=url, trust_env=False, timeout=30) as client:
+        async with loopback_client(base_url=url, timeout=30) as client:
             yield Up(alone, client, hosts)
         await alone("down", code=None)
 
@@ -107,7 +108,7 @@ async def test_the_access_log_is_on_by_default_and_shown_by_logs(up: Up) -> None
     file.unlink()
     await up.gpumesh("up", "-d")
     url = (await up.gpumesh("status", "--json")).json()["gateway"]["url"]
-    async with httpx.AsyncClient(base_url=url, trust_env=False) as client:
+    async with loopback_client(base_url=url) as client:
         await client.get("/healthz")
     await up.gpumesh("down")
     assert not list(up.gpumesh.home.rglob("*.access.jsonl"))

@@ -17,6 +17,7 @@ from gpumesh.balancer.prefixes.cache_size import HIT_SHARE, count_read_tokens
 from gpumesh.gateway.body_parsers.json_members import read_small_members
 from gpumesh.gateway.model_requests import MODEL_ROUTES
 from gpumesh.gateway.prompt_reading import PromptReader
+from tests.http_clients import loopback_client
 from tests.prerequisites import needs
 from tests.real.hosts import LlamaServer
 
@@ -33,7 +34,7 @@ async def server(tmp_path: Path) -> AsyncIterator[httpx.AsyncClient]:
     model = tiny_model.write_tiny_model(tmp_path / "tiny.gguf")
     async with (
         LlamaServer(model, slots=SLOTS, context=CONTEXT) as running,
-        httpx.AsyncClient(base_url=running.url, trust_env=False, timeout=60.0) as client,
+        loopback_client(base_url=running.url, timeout=60.0) as client,
     ):
         yield client
 

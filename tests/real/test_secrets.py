@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-import httpx
 import pytest
 
 from gpumesh.errors import ExitCode
@@ -28,6 +27,7 @@ from gpumesh.lab import keys
 from gpumesh.lab.host import HostStart, SimHost
 from gpumesh.topology import TransportKind
 from tests.cli.meshes import MODEL, quick_host
+from tests.http_clients import loopback_client
 from tests.prerequisites import needs
 from tests.real.command import GPUMESH, CommandResult, Gpumesh
 from tests.tunnels.polling import wait_until
@@ -260,7 +260,7 @@ async def gateway_says(planted: Planted) -> list[str]:
     """With the right key, with a wrong one, and with none."""
     url = (await planted("status", "--json")).json()["gateway"]["url"]
     said = []
-    async with httpx.AsyncClient(base_url=url, trust_env=False, timeout=20) as client:
+    async with loopback_client(base_url=url, timeout=20) as client:
         for key in (SECRETS["GATEWAY_KEY"], "not the key", None):
             headers = {} if key is None else {"Authorization": f"Bearer {key}"}
             for path in ("/", "/healthz", "/metrics", "/mesh/status", "/api/tags", "/v1/models", "/nowhere"):

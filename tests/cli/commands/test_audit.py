@@ -8,12 +8,12 @@ import os
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
 from gpumesh.config import edit
 from gpumesh.lab.profile import GPU_4090, LLAMA_8B, QWEN_7B, Faults, SmiMode
 from tests.cli.meshes import MODEL, SimulatedMesh, quick_host, simulated_mesh
+from tests.http_clients import loopback_client
 from tests.real.command import Gpumesh
 
 pytestmark = [pytest.mark.slow]
@@ -142,7 +142,7 @@ async def test_a_running_mesh_that_loads_again_and_again(gpumesh: Gpumesh) -> No
         await gpumesh("up", "-d")
         url = (await gpumesh("status", "--json")).json()["gateway"]["url"]
         # Not by commands: on a busy machine their own time would make the loads' share too small for the finding.
-        async with httpx.AsyncClient(base_url=url, trust_env=False, timeout=60) as client:
+        async with loopback_client(base_url=url, timeout=60) as client:
             for model in (QWEN_7B, LLAMA_8B) * 3:
                 body = {"model": model.name, "messages": [{"role": "user", "content": "hello"}], "stream": False}
                 assert (await client.post("/api/chat", json=body)).status_code == 200

@@ -10,7 +10,6 @@ import re
 import signal
 import sys
 
-import httpx
 import pytest
 
 from gpumesh import config
@@ -21,6 +20,7 @@ from gpumesh.daemon.shutdown import Shutdown
 from gpumesh.lab.profile import Faults
 from gpumesh.mesh.mesh import Mesh
 from tests.cli.meshes import MODEL, SimulatedMesh, quick_host, simulated_mesh
+from tests.http_clients import loopback_client
 from tests.real.command import GPUMESH, Gpumesh
 from tests.real.terminal import run_on_terminal
 from tests.tunnels import polling
@@ -85,7 +85,7 @@ async def test_only_some_nodes_another_address_and_no_gateway(direct: SimulatedM
     await gpumesh("up", "-d", "beta", "--listen", "127.0.0.1:0")
     state = (await gpumesh("status", "--json")).json()
     assert [node["name"] for node in state["nodes"]] == ["beta"]
-    async with httpx.AsyncClient(trust_env=False) as client:
+    async with loopback_client() as client:
         assert (await client.get(state["gateway"]["url"])).text == "Ollama is running"
     await gpumesh("down")
     await gpumesh("up", "-d", "--no-gateway")
@@ -184,7 +184,7 @@ async def test_a_terminal_that_is_closed_cuts_nothing(gpumesh: Gpumesh) -> None:
         url = (await gpumesh("status", "--json")).json()["gateway"]["url"]
         body = {"model": MODEL, "messages": [{"role": "user", "content": "x"}]}
         async with (
-            httpx.AsyncClient(timeout=30) as client,
+            loopback_client(timeout=30) as client,
             client.stream("POST", f"{url}/api/chat", json=body) as answer,
         ):
             lines = answer.aiter_lines()

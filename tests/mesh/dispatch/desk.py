@@ -8,8 +8,6 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import httpx
-
 from gpumesh.balancer.account import GpuGroup
 from gpumesh.balancer.base import Demand
 from gpumesh.balancer.outcomes import Outcome
@@ -21,6 +19,7 @@ from gpumesh.mesh.nodes.fleet import Fleet
 from gpumesh.mesh.nodes.lease import Lease
 from gpumesh.topology import PolicyKind
 from gpumesh.tunnels.direct.tunnel import DirectTunnel
+from tests.http_clients import loopback_client
 from tests.mesh.meshes import MODEL, host, node
 from tests.mesh.nodes.build import NodeEvents, OtherGateways, make_node, make_scheduler
 from tests.tunnels.polling import wait_until
@@ -100,7 +99,7 @@ async def open_desk(
 ) -> AsyncIterator[Desk]:
     """``cold``: the nodes that do not have the model in memory."""
     async with AsyncExitStack() as stack:
-        http = await stack.enter_async_context(httpx.AsyncClient(trust_env=False))
+        http = await stack.enter_async_context(loopback_client())
         models = {name: ModelProfile(MODEL, resident=name not in cold) for name in names}
         profiles = {name: host(name, models=(model,)) for name, model in models.items()}
         hosts = {name: await stack.enter_async_context(SimOllama(profile)) for name, profile in profiles.items()}

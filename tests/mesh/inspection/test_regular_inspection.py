@@ -9,7 +9,6 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import cast
 
-import httpx
 import pytest
 
 from gpumesh.errors import ExecError, SecretMissing
@@ -30,6 +29,7 @@ from gpumesh.probes.disk_space import FREE_SPACE_COMMAND
 from gpumesh.state import BackendPhase, BackendState, Health, NodeState, TunnelPhase, TunnelState
 from gpumesh.topology import BackendSpec, NodeSpec, SshSpec, Target, Topology
 from gpumesh.tunnels.base import ExecResult, Tunnel
+from tests.http_clients import loopback_client
 from tests.mesh.meshes import host
 from tests.tunnels.polling import wait_until
 
@@ -128,7 +128,7 @@ class InspectedHost:
 async def inspecting(*nodes: InspectedHost) -> AsyncIterator[tuple[RegularInspection, ManualTime, list[None]]]:
     """The inspection as it runs, its time, and a list that grows with each report."""
     time, reports = ManualTime(), list[None]()
-    async with httpx.AsyncClient(trust_env=False) as client:
+    async with loopback_client() as client:
         inspection = RegularInspection(
             nodes, client, clock=time.clock, on_report=lambda: reports.append(None), sleep=time.sleep
         )

@@ -26,6 +26,7 @@ from gpumesh.state import Finding
 from gpumesh.text.model_names import full_name
 from gpumesh.topology import BackendSpec, NodeSpec, PolicyKind, Target
 from gpumesh.tunnels.direct.tunnel import DirectTunnel
+from tests.http_clients import loopback_client
 
 
 @dataclass
@@ -90,7 +91,7 @@ def make_node(
     return Node(
         spec,
         clock=events.clock,
-        http=http or httpx.AsyncClient(trust_env=False),
+        http=http or loopback_client(),
         changes=events.changes,
         scheduler=scheduler or make_scheduler(),
         on_slot_freed=events.on_slot_freed,
@@ -118,7 +119,7 @@ def take_lease(node: Node, demand: Demand, now: float) -> Lease:
 async def run_node(
     spec: NodeSpec, events: NodeEvents, *, coordination: Coordination | None = None
 ) -> AsyncIterator[Node]:
-    async with httpx.AsyncClient(trust_env=False) as http:
+    async with loopback_client() as http:
         node = make_node(spec, events, http=http, coordination=coordination)
         tunnel = DirectTunnel(spec, clock=asyncio.get_running_loop().time, on_change=node.on_tunnel)
         task = asyncio.create_task(node.run(tunnel))

@@ -31,6 +31,7 @@ from gpumesh.state import TunnelPhase, TunnelState
 from gpumesh.topology import NodeSpec
 from gpumesh.tunnels.base import ExecResult, ShellStream, Tunnel
 from gpumesh.tunnels.direct.tunnel import DirectTunnel
+from tests.http_clients import loopback_client
 from tests.mesh.nodes.build import NodeEvents, make_node, make_scheduler, make_spec, place
 from tests.probes.command_routes import ScriptedRoute, ScriptedShell
 from tests.tunnels.polling import wait_until
@@ -82,7 +83,7 @@ class ProberDesk:
 
 @asynccontextmanager
 async def open_desk(**backend: Any) -> AsyncIterator[ProberDesk]:
-    async with SimOllama(HOST) as server, httpx.AsyncClient(trust_env=False) as http:
+    async with SimOllama(HOST) as server, loopback_client() as http:
         yield ProberDesk(make_spec(server.url, **backend), server, http)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-import httpx
 import pytest
 
 from gpumesh.balancer.breaker import THRESHOLD, Breaker
@@ -29,6 +28,7 @@ from gpumesh.state import (
     TunnelState,
 )
 from gpumesh.topology import AddressCommand, BackendKind, BackendSpec, NodeSpec, SshSpec, Target
+from tests.http_clients import loopback_client
 from tests.mesh.nodes.build import NodeEvents, OtherGateways, make_scheduler
 
 TARGET = Target("127.0.0.1", 11434)
@@ -65,7 +65,7 @@ class SnapshotDesk:
             self.link,
             self.ledger,
             clock=self.events.clock,
-            http=httpx.AsyncClient(trust_env=False),
+            http=loopback_client(),
             on_report=lambda: None,
         )
         self.builder = SnapshotBuilder(
