@@ -33,9 +33,14 @@ class Ending(StrEnum):
 
 
 async def start_client(
-    control: Path, command: str, *, ending: Ending, is_master_alive: Callable[[], Awaitable[bool]]
+    control: Path,
+    command: str,
+    *,
+    ending: Ending,
+    is_master_alive: Callable[[], Awaitable[bool]],
+    on_refused: Callable[[], None],
 ) -> MuxCommand:
-    """Starts ``command`` on the host. ``MuxCommand`` explains ``is_master_alive``.
+    """Starts ``command`` on the host. ``MuxCommand`` explains the functions.
 
     Except with ``Ending.UNKNOWN`` its input is a pipe that we hold open.
     """
@@ -47,7 +52,7 @@ async def start_client(
         stderr=PIPE,
         env=environment.child_environment(),
     )
-    return MuxCommand(process, is_master_alive)
+    return MuxCommand(process, is_master_alive, on_refused)
 
 
 async def request_session(control: Path) -> None:
@@ -71,11 +76,15 @@ async def request_session(control: Path) -> None:
 
 class MuxCommand:
     """A command on the host; see ``transport.RemoteCommand``. ``is_master_alive`` pings the master and returns
-    whether it answers: if it does not, a command that ended with status 255 was cut off."""
+    whether it answers: if it does not, a command that ended with status 255 was cut off. ``on_refused`` is called if
+    the host gives no session for the command."""
 
-    def __init__(self, process: Process, is_master_alive: Callable[[], Awaitable[bool]]) -> None:
+    def __init__(
+        self, process: Process, is_master_alive: Callable[[], Awaitable[bool]], on_refused: Callable[[], None]
+    ) -> None:
         self._process = process
         self._is_master_alive = is_master_alive
+        self._on_refused = on_refused
         # A short queue, so that a slow reader stops ssh. ``None``: one of the two pipes has ended.
         self._pieces: asyncio.Queue[tuple[OutputStream, bytes] | None] = asyncio.Queue(maxsize=4)
         self._stderr_tail = b""  # shows whether ssh or the command failed
@@ -88,6 +97,10 @@ class MuxCommand:
     @property
     def exit_status(self) -> int | None:
         return exit_status(self._process)
+
+    @property
+    def is_running(self) -> bool:
+        return self._process.returncode is None
 
     async def read(self) -> tuple[OutputStream, bytes] | None:
         """See ``transport.RemoteCommand``. After the last piece, raises ExecError if ssh itself failed."""
@@ -123,6 +136,7 @@ class MuxCommand:
         stderr_lines = self._stderr_tail.decode("utf-8", "replace").splitlines()
         refusal = next((line for line in stderr_lines if NO_SESSION_PATTERN.search(line)), None)
         if refusal is not None:
+            self._on_refused()
             raise SessionRefused(
                 f"the host gives no session to run a command in ({printable(refusal, 120)})",
                 hint="its sshd forbids it, or MaxSessions is reached",

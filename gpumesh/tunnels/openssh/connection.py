@@ -89,6 +89,8 @@ class OpensshConnection:
         peer_filter = open_own_user_filter(listeners[0], self._on_peer_refused) if own_user_only else None
         self._forwarder = Forwarder(self._on_forwarder_end, peer_filter=peer_filter)
         self._last_dialled: Target | None = None
+        self._commands: set[commands.MuxCommand] = set()  # those that may still run
+        self._session_is_in_the_way = asyncio.Event()  # the host gives one session, which the master has
         # When a session was last asked for as a ping, in seconds of ``perf_counter``, and the round trip in ms.
         self._session_ping: tuple[float, float] | None = None
         server = master.output.server  # ``None``: an ssh before 8.5 does not report the host's version
@@ -159,17 +161,36 @@ class OpensshConnection:
             ending = commands.Ending.WRAPPED
         else:
             ending = commands.Ending.UNKNOWN
-        return await commands.start_client(
-            self._master.control, command, ending=ending, is_master_alive=self._is_master_alive
+        started = await commands.start_client(
+            self._master.control,
+            command,
+            ending=ending,
+            is_master_alive=self._is_master_alive,
+            on_refused=self._on_session_refused,
         )
+        self._commands = {command for command in self._commands if command.is_running} | {started}
+        return started
+
+    def _on_session_refused(self) -> None:
+        """Called when the host gave a command no session. If no other command of ours has one, the host gives a single
+        session (sshd's MaxSessions 1), and the master's own is in the way of all commands."""
+        has_session = self._master.state in (MasterState.SILENT, MasterState.ECHOING)
+        if has_session and not any(command.is_running for command in self._commands):
+            self._session_is_in_the_way.set()
 
     async def wait_lost(self) -> TunnelError:
-        forwarder_ended = asyncio.ensure_future(self._forwarder_ended.wait())
-        ends: list[asyncio.Future[Any]] = [self._master.exit_task, forwarder_ended]
+        events = (self._forwarder_ended, self._session_is_in_the_way)
+        waits: list[asyncio.Future[Any]] = [asyncio.ensure_future(event.wait()) for event in events]
         try:
-            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait([self._master.exit_task, *waits], return_when=asyncio.FIRST_COMPLETED)
         finally:
-            forwarder_ended.cancel()
+            for wait in waits:
+                wait.cancel()
+        if self._session_is_in_the_way.is_set():
+            return SessionEnded(
+                f"{self._destination} gives one session at a time, and ours left none for commands",
+                hint="it is tried again without",
+            )
         if not self._master.exit_task.done():  # then the forwarder has ended, by an error of ours
             return TunnelLost(f"the tunnel's process for {self._destination} stopped forwarding")
         output, status = self._master.output, self._master.process.returncode

@@ -39,11 +39,13 @@ class Expected:
 class Host:
     """A host as people have it. ``options`` are sshd's; with ``dropbear`` they are not used. ``arguments`` are
     dropbear's. ``smi`` is as in ``Account``, and "" for its default. ``agent``: the key is in an agent only.
-    ``expected_openssh``: where transport openssh finds something else. ``timeout_s``: of each probe of the GPUs."""
+    ``expected_openssh``: where transport openssh finds something else, after ``reconnects_openssh`` reconnects.
+    ``timeout_s``: of each probe of the GPUs."""
 
     name: str
     expected: Expected = field(default_factory=Expected)
     expected_openssh: Expected | None = None
+    reconnects_openssh: int = 0
     shell: str = "bash"
     files: Mapping[str, str] = field(default_factory=dict)
     smi: str | None = ""
