@@ -17,14 +17,10 @@ MAX_PARTS = 1000
 MAX_PART_HEAD_BYTES = 8 << 10
 MAX_MODEL_BYTES = 4 << 10
 
-_BOUNDARY = re.compile(
-    r"""multipart/form-data\s*(?:;[^;]*)?;\s*boundary=(?:"([^"\\]{1,70})"|([^\s";,]{1,70}))\s*(?:;.*)?""", re.IGNORECASE
-)
-_DISPOSITION = re.compile(
-    rb"""form-data;[ \t]*name=(?:"([^"\\\r\n]*)"|([^\s";,]+))"""
-    rb"""(;[ \t]*filename=(?:"(?:[^"\\\r\n]|\\.)*"|[^\s";,]+))?(;[ \t]*filename\*=[^\s";,]+)?[ \t]*""",
-    re.IGNORECASE,
-)
+# One parameter of a header: its name, and its value, quoted or not. A last semicolon may have nothing after it.
+_PARAMETER = re.compile(rb"""[ \t]*;[ \t]*(?:([^\s;,="]{1,70})=("(?:[^"\\\r\n]|\\.)*"|[^\s";,]*)|$)""")
+_BOUNDARY = re.compile(rb"[^\s\"\\;,](?:[^\"\\\r\n]{0,68}[^\s\"\\;,])?")
+_CHARSETS = frozenset({b"utf-8", b"utf8", b"us-ascii"})  # with another one, a server could read another model
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +44,8 @@ class Form:
             model.encode(),
         )
         view = memoryview(self.body)
-        return [first_part, view[: self.start], view[self.end :]]
+        before_first_part = 2 if self.body.startswith(b"\r\n") else 0
+        return [first_part, view[before_first_part : self.start], view[self.end :]]
 
 
 def read_boundary(headers: Mapping[str, str]) -> bytes | None:
@@ -57,19 +54,23 @@ def read_boundary(headers: Mapping[str, str]) -> bytes | None:
     content_type = headers.get("content-type")
     if content_type is None or not content_type.lower().lstrip().startswith("multipart/form-data"):
         return None
-    match = _BOUNDARY.fullmatch(content_type.strip())
-    if match is None or content_type.lower().count("boundary=") != 1:
+    _, parameters = _read_header(content_type.encode("utf-8", "surrogateescape"))
+    boundary = (parameters or {}).get(b"boundary", b"")
+    if parameters is None or _BOUNDARY.fullmatch(boundary) is None:
         raise BadRequest("the form's Content-Type has no boundary that can be read")
-    return (match[1] or match[2]).encode()
+    if parameters.get(b"charset", b"utf-8").lower() not in _CHARSETS:
+        raise BadRequest("the form's charset is not utf-8")
+    return boundary
 
 
 def scan_form(body: bytes, boundary: bytes) -> Generator[None, None, Form]:
     """Reads the form, and yields after each step. Raises BadRequest if servers could read the form differently."""
     delimiter = b"\r\n--" + boundary
-    if not body.startswith(delimiter[2:]):
+    if not body.startswith((delimiter, delimiter[2:])):  # servers skip an empty line before the first part
         raise _form_error("it does not begin with its boundary")
     form = Form(body, boundary)
-    part_start, position = 0, len(delimiter) - 2
+    part_start = 2 if body.startswith(b"\r\n") else 0
+    position = part_start + len(delimiter) - 2
     for _ in range(MAX_PARTS + 1):
         line_end = body[position : position + 2]
         if line_end == b"--":
@@ -114,15 +115,43 @@ def _is_model_part(head: bytes) -> bool:
         if name.lower() == b"content-disposition":
             dispositions.append(value.strip())
         elif name.lower() == b"content-transfer-encoding":
-            is_encoded = value.strip().lower() not in (b"binary", b"8bit", b"7bit")
-    match = _DISPOSITION.fullmatch(dispositions[0]) if len(dispositions) == 1 else None
-    if match is None:
+            is_encoded |= value.strip().lower() not in (b"binary", b"8bit", b"7bit")
+        elif name.lower() == b"content-type":
+            charset = (_read_header(value)[1] or {}).get(b"charset", b"utf-8")
+            is_encoded |= charset.lower() not in _CHARSETS
+    kind, parameters = _read_header(dispositions[0]) if len(dispositions) == 1 else (b"", None)
+    # ``name*`` is read by some servers only.
+    if kind.lower() != b"form-data" or not parameters or b"name" not in parameters or b"name*" in parameters:
         raise _form_error("the name of a part cannot be read")
-    is_model = (match[1] or match[2]) == b"model"
-    is_file = match[3] is not None or match[4] is not None
+    is_model = parameters[b"name"] == b"model"
+    is_file = b"filename" in parameters or b"filename*" in parameters
     if is_model and (is_file or is_encoded):
         raise BadRequest("model is required, as plain text")
     return is_model
+
+
+def _read_header(value: bytes) -> tuple[bytes, dict[bytes, bytes] | None]:
+    """The value of a header up to its first semicolon, and its parameters by their names in lower case, in any order.
+    The parameters are ``None`` if servers could read them differently: one comes twice, or has a backslash that some
+    servers take as a part of it, unless it is a file's name."""
+    value = value.strip()
+    kind = value.partition(b";")[0]
+    parameters: dict[bytes, bytes] = {}
+    position = len(kind)
+    while position < len(value):
+        match = _PARAMETER.match(value, position)
+        if match is None:
+            return kind, None
+        position = match.end()
+        if match[1] is None:
+            continue
+        name, text = match[1].lower(), match[2]
+        has_backslash = text.startswith(b'"') and b"\\" in text
+        is_harmless = name == b"filename" and not (b'\\"' in text and b"name" in text.lower())
+        if name in parameters or (has_backslash and not is_harmless):
+            return kind, None
+        parameters[name] = text[1:-1] if text.startswith(b'"') else text
+    return kind.strip(), parameters
 
 
 def _read_model(value: bytes) -> str | None:
