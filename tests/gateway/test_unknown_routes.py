@@ -128,10 +128,30 @@ async def test_a_server_without_the_route_is_not_blamed(missing: str) -> None:
         for _ in range(6):
             answer = await fleet.client.post("/v1/rerank", json={"model": "rank"})
             assert (answer.status_code, answer.headers["X-GPUMesh-Node"]) == (200, "b")
+        is_gap = not missing.startswith("500")
         assert lacks.requests
+        assert len(lacks.requests) == 1 or not is_gap, "it is not asked for this route again and again"
         named = {"X-GPUMesh-Node": "a"}
         answer = await fleet.client.post("/v1/embeddings", json={"model": "rank"}, headers=named)
         assert answer.status_code == 200
+        answer = await fleet.client.post("/v1/rerank", json={"model": "rank"}, headers=named)
+        assert answer.status_code == int(missing[:3]), "a node that the client names is asked all the same"
+
+
+async def test_a_404_that_names_the_model_says_nothing_of_the_route() -> None:
+    class Unloaded(OpenAIServer):
+        async def __call__(self, exchange: Exchange) -> None:
+            if exchange.head.startswith(b"POST "):
+                self.requests.append(exchange)
+                body = b'{"error": {"message": "The model `rank` does not exist"}}'
+                await exchange.send(whole_response(body, status="404 Not Found"))
+            else:
+                await super().__call__(exchange)
+
+    unloaded, has = Unloaded("rank"), OpenAIServer("rank", "/v1/rerank")
+    async with serve_openai(a=unloaded, b=has) as fleet:
+        assert (await fleet.client.post("/v1/rerank", json={"model": "rank"})).status_code == 200
+        assert fleet.mesh._send_context.route_gaps.find_nodes("/v1/rerank") == frozenset()
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ If a node is lost while its answer streams, the other nodes are tried for the re
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -37,9 +38,11 @@ from gpumesh.mesh.requests.failures import (
     copy_error,
     find_possible_server_failures,
     find_server_failures,
+    lacks_route,
     lost_over_ssh,
     must_stop,
 )
+from gpumesh.mesh.requests.route_gaps import RouteGaps
 from gpumesh.mesh.requests.silence_watch import PauseTracker
 from gpumesh.mesh.requests.streaming import StreamingAnswer
 from gpumesh.mesh.requests.upstream import Upstream
@@ -68,6 +71,7 @@ class SendContext:
     explain_no_node: Callable[[Demand, Collection[str]], GPUMeshError]
     strategies: ContinuationStrategies = field(default_factory=dict)
     pauses: PauseTracker = field(default_factory=PauseTracker)
+    route_gaps: RouteGaps = field(default_factory=lambda: RouteGaps(time.monotonic))
     server_name: Callable[[str, str | None], str | None] = lambda _node, _model: None
 
 
@@ -101,7 +105,8 @@ class RequestDelivery:
         self._try_reserve_memory = try_reserve_memory
         self._started_at = context.clock()
         self._deadline = self._started_at + timeout_s
-        self._excluded_nodes: frozenset[str] = frozenset()  # nodes that must not get the next attempt
+        # The nodes that must not get the next attempt.
+        self._excluded_nodes = frozenset[str]() if demand.is_known_route else self._find_lacking_nodes()
         self._failures: list[FailedAttempt] = []
         self._round = 1  # in each round, every node may get one attempt
         self._progress = SendProgress() if progress is None else progress
@@ -291,6 +296,18 @@ class RequestDelivery:
         if must_not_repeat or not rule_for_outcome(failed.outcome).fail_over:
             raise copy_error(failed.error) from failed.error.__cause__
         self._excluded_nodes |= {failed.node}
+        if not self._demand.is_known_route and lacks_route(failed):
+            self._context.route_gaps.add(self._path, failed.node)
+
+    @property
+    def _path(self) -> str:
+        return next(iter(self._calls.values())).path
+
+    def _find_lacking_nodes(self) -> frozenset[str]:
+        """The nodes that lately lacked this route; none if no other node could serve the request."""
+        lacking = self._context.route_gaps.find_nodes(self._path)
+        has_other_node = lacking and self._context.dispatcher.could_serve(self._demand, exclude=lacking)
+        return lacking if has_other_node else frozenset()
 
     async def _request_breaks_servers(self) -> bool:
         """Returns whether the request itself may make servers fail: two servers have answered it with 500, or ended the

@@ -102,6 +102,12 @@ def lost_over_ssh(failed: FailedAttempt) -> bool:
     return failed.answer is None and failed.lease is not None and failed.lease.node.uses_ssh
 
 
+def lacks_route(failed: FailedAttempt) -> bool:
+    """Whether the server has answered that it does not have the route. A 404 may also be about the model."""
+    blame = None if failed.lease is None else failed.lease.blame
+    return failed.outcome in (Outcome.MODEL_NOT_FOUND, Outcome.NOT_SUPPORTED) and blame is not Blame.MISSING_MODEL
+
+
 def all_failed_error(failures: Sequence[FailedAttempt]) -> NoNodeError:
     """The error for a request that no node has answered. It names the last failure of each node."""
     last_messages = {failed.node: failed.error.message for failed in failures}
