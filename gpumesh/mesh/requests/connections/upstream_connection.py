@@ -15,6 +15,7 @@ from gpumesh.event_loop.slice_queue import FRAME_SLICE_BYTES, MAX_SMALL_PIECES, 
 from gpumesh.event_loop.turn_end import TurnEnd
 from gpumesh.mesh.requests.body_sink import BodySink, BufferedSink
 from gpumesh.mesh.requests.connections.response_parser import ResponseHead, ResponseParser, ResponseParserState
+from gpumesh.mesh.requests.long_body import LongBody
 
 JOINED_BYTES = 1 << 16  # a shorter body is sent together with its head: a copy costs less than a second write
 _NO_SINK = BufferedSink()  # the sink of a connection without an exchange; nothing is written to this sink
@@ -86,6 +87,7 @@ class UpstreamConnection(asyncio.Protocol):
     __slots__ = (
         "__weakref__",
         "_exchange",
+        "_long_body",
         "_loop",
         "_on_closed",
         "_on_idle",
@@ -120,6 +122,7 @@ class UpstreamConnection(asyncio.Protocol):
         self.idle_since = 0.0
         self._slice_queue = slices
         self._turn_end = turn_end
+        self._long_body: LongBody | None = None  # of the current exchange, if it is sent piece by piece
         self._unsent_request = b""  # a short request, until the end of the turn in which it was started
         self._on_idle = on_idle
         self._on_closed = on_closed
@@ -154,6 +157,10 @@ class UpstreamConnection(asyncio.Protocol):
         if len(body) < JOINED_BYTES:
             self._unsent_request = head + body
             self._turn_end.add(self._write_request)
+        elif self.address.tls:
+            self._transport.write(head)
+            self._long_body = LongBody(self._transport, body, self._loop)
+            self._long_body.start()
         else:  # a long body is not copied
             self._transport.write(head)
             self._transport.write(body)
@@ -183,6 +190,16 @@ class UpstreamConnection(asyncio.Protocol):
         self._fail("it was given up")
 
     # -- asyncio.Protocol --------------------------------------------------------------------------------------------
+
+    def pause_writing(self) -> None:
+        """Stops the writing of a long body, because the transport's buffer is full."""
+        if self._long_body is not None:
+            self._long_body.pause()
+
+    def resume_writing(self) -> None:
+        """Goes on with a long body."""
+        if self._long_body is not None:
+            self._long_body.resume()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Makes the connection ready for its first request."""
@@ -255,9 +272,10 @@ class UpstreamConnection(asyncio.Protocol):
     def _complete(self, exchange: Exchange) -> None:
         """Ends the exchange, whose response is complete. The connection becomes idle, or is closed if it cannot carry
         another request."""
+        is_sent = self._long_body is None or self._long_body.complete
         sink = self._end_exchange(exchange)
         # Bytes after the response make the connection unusable, but the response is valid.
-        is_reusable = self.open and self._parser.reusable and not self._has_unparsed
+        is_reusable = self.open and self._parser.reusable and not self._has_unparsed and is_sent
         if is_reusable:
             self.state = UpstreamConnectionState.IDLE
             self._resume_reading()  # an idle connection must notice when the server closes it
@@ -285,6 +303,9 @@ class UpstreamConnection(asyncio.Protocol):
     def _end_exchange(self, exchange: Exchange) -> BodySink:
         """Removes the exchange from the connection, and returns the sink that the response was pushed to."""
         self._exchange = exchange.connection = None
+        if self._long_body is not None:
+            self._long_body.drop()
+            self._long_body = None
         sink, self._sink = self._sink, _NO_SINK
         sink.on_writable = None
         return sink
