@@ -26,9 +26,10 @@ Only whole frames are passed on, and the next node is asked to continue exactly 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from gpumesh.backends.base import JSON_HEADERS, HttpCall, ServerCounters
+from gpumesh.backends.continuation.ending import Ending
 from gpumesh.backends.continuation.planner import ContinuationPlanner, ContinuationStrategies
 from gpumesh.backends.continuation.prefill import RepeatedText
 from gpumesh.backends.continuation.received_text import UNREAD_BYTES, ReceivedText, split_frames
@@ -40,14 +41,6 @@ from gpumesh.topology import BackendKind
 
 MAX_CUTS = 3  # an answer that is cut more often is not continued
 HELD_BYTES = 64 << 10  # the most bytes of frames without content that are held until the first token comes
-
-
-@dataclass(frozen=True, slots=True)
-class Ending:
-    """The end of an answer that no node continues: ``data`` completes it, or ``error`` says why it stays incomplete."""
-
-    data: bytes = b""
-    error: str | None = None
 
 
 class Continuation:

@@ -15,7 +15,8 @@ from random import Random
 from msgspec.structs import replace
 
 from gpumesh.backends.base import HttpCall
-from gpumesh.backends.continuation.continuation import Continuation, Ending
+from gpumesh.backends.continuation.continuation import Continuation
+from gpumesh.backends.continuation.ending import Ending
 from gpumesh.backends.continuation.planner import ContinuationStrategies
 from gpumesh.backends.dialects import kinds_that_continue
 from gpumesh.balancer.base import Demand

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from gpumesh.backends.continuation.continuation import Continuation, Ending
+from gpumesh.backends.continuation.continuation import Continuation
+from gpumesh.backends.continuation.ending import Ending
 from gpumesh.mesh.requests.answer_reading import OpenedStream
 from gpumesh.mesh.requests.failures import FailedAttempt
 

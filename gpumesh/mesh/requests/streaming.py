@@ -10,7 +10,8 @@ import asyncio
 from collections.abc import Callable
 
 from gpumesh.backends.base import ServerCounters
-from gpumesh.backends.continuation.continuation import Continuation, Ending
+from gpumesh.backends.continuation.continuation import Continuation
+from gpumesh.backends.continuation.ending import Ending
 from gpumesh.balancer.outcomes import SERVER_ERROR_STATUS, ErrorReply, Outcome
 from gpumesh.errors import DeadlineExceeded, GPUMeshError, StreamCut
 from gpumesh.event_loop.wakeup import Wakeup

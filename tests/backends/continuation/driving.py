@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from gpumesh.backends.base import Chunk, HttpCall
-from gpumesh.backends.continuation.continuation import Continuation, Ending
+from gpumesh.backends.continuation.continuation import Continuation
+from gpumesh.backends.continuation.ending import Ending
 from gpumesh.backends.continuation.planner import ContinuationStrategies
 from gpumesh.backends.dialects import DIALECTS
 from gpumesh.topology import BackendKind

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from gpumesh.backends.continuation.continuation import Continuation, Ending
+from gpumesh.backends.continuation.continuation import Continuation
+from gpumesh.backends.continuation.ending import Ending
 from gpumesh.backends.continuation.event_streams import DONE
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"

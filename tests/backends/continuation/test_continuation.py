@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpumesh.backends.base import HttpCall, ServerCounters
-from gpumesh.backends.continuation.continuation import MAX_CUTS, Continuation, Ending
+from gpumesh.backends.continuation.continuation import MAX_CUTS, Continuation
+from gpumesh.backends.continuation.ending import Ending
 from gpumesh.backends.continuation.prefill import ContinuationStrategy
 from gpumesh.backends.dialects import find_counters
 from gpumesh.backends.frames import LINE_LIMIT, MAX_EVENT_LINES

@@ -7,7 +7,8 @@ import json
 import pytest
 
 from gpumesh.backends.base import HttpCall
-from gpumesh.backends.continuation.continuation import MAX_CUTS, Continuation, Ending
+from gpumesh.backends.continuation.continuation import MAX_CUTS, Continuation
+from gpumesh.backends.continuation.ending import Ending
 from gpumesh.backends.continuation.planner import ContinuationStrategies
 from gpumesh.backends.continuation.prefill import ContinuationStrategy
 from gpumesh.backends.continuation.stream_format import SENTINEL

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from gpumesh.backends.base import HttpCall, ServerCounters
-from gpumesh.backends.continuation.continuation import Continuation, Ending
+from gpumesh.backends.continuation.continuation import Continuation
+from gpumesh.backends.continuation.ending import Ending
 from gpumesh.backends.continuation.planner import ContinuationStrategies
 from gpumesh.backends.continuation.rendered_prompts import CompletionAsChatFormat, RenderedPromptFormat
 from gpumesh.backends.continuation.stream_format import SENTINEL, PartialAnswer
