@@ -77,6 +77,17 @@ class Attack:
     def gateway(self) -> str:
         return self.fleet.gateway.url
 
+    async def reset(self) -> None:
+        """As at the beginning, for the next test: the host sends pages, has not been asked, and got nothing."""
+        self.kind[0] = "text/html"
+        self.loot.clear()
+        self.asked.clear()
+        await self.context.clear_cookies()
+        for page in self.context.pages:
+            if page is not self.page:
+                await page.close()
+        await self.page.goto(self.site.url)
+
     def clean(self) -> None:
         assert [each for each in self.loot if self.gateway in each or SEEN in each or each == "registered"] == []
 
@@ -130,15 +141,21 @@ async def attacked(browser: Any, **gateway: Any) -> AsyncIterator[Attack]:
         yield Attack(fleet, browser, context, page, collector, loot, kind, asked)
 
 
-@pytest_asyncio.fixture(params=["without a key", "with a key"], loop_scope="module")
-async def attack(
-    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, browser: Any
-) -> AsyncIterator[Attack]:
-    monkeypatch.setenv("HOSTILE_TEST_KEY", "sesame")
-    more = {"api_key_env": "HOSTILE_TEST_KEY"} if request.param == "with a key" else {}
-    async with attacked(browser, **more) as made:
-        yield made
-        made.clean()
+@pytest_asyncio.fixture(params=["without a key", "with a key"], scope="module", loop_scope="module")
+async def lasting_attack(request: pytest.FixtureRequest, browser: Any) -> AsyncIterator[Attack]:
+    """One for all tests of the module, because a browser's new context and page take half a second of CPU."""
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("HOSTILE_TEST_KEY", "sesame")
+        more = {"api_key_env": "HOSTILE_TEST_KEY"} if request.param == "with a key" else {}
+        async with attacked(browser, **more) as made:
+            yield made
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def attack(lasting_attack: Attack) -> AsyncIterator[Attack]:
+    await lasting_attack.reset()
+    yield lasting_attack
+    lasting_attack.clean()
 
 
 async def owned(where: Any) -> bool:
@@ -146,10 +163,10 @@ async def owned(where: Any) -> bool:
 
 
 async def test_opened_by_hand_or_by_a_link(attack: Attack) -> None:
+    opened = await attack.context.new_page()
     for kind in KINDS:
         attack.kind[0] = kind
         for path in GETS:
-            opened = await attack.context.new_page()
             answer = await opened.goto(attack.gateway + path)
             assert answer.status == 403
             assert "/ui" in await opened.content(), "where a person finds a page"
@@ -157,7 +174,6 @@ async def test_opened_by_hand_or_by_a_link(attack: Attack) -> None:
             await attack.page.evaluate("url => { location = url }", attack.gateway + path)
             await attack.page.wait_for_url(attack.gateway + path)
             assert not await owned(attack.page)
-            await opened.close()
             await attack.page.goto(attack.site.url)
     assert attack.asked == [], "the host was not even asked"
     assert await attack.context.cookies() == []
@@ -199,15 +215,14 @@ async def test_by_a_browser_that_does_not_say_what_it_asks_for(attack: Attack) -
         exchange.close()
 
     async with serve(forgetful) as relay:
+        page = await attack.context.new_page()
         for kind in KINDS:
             attack.kind[0] = kind
             for path in GETS:
-                page = await attack.context.new_page()
                 answer = await page.goto(relay.url + path)
                 assert answer is not None
                 assert answer.status == 502
                 assert not await owned(page)
-                await page.close()
         registered = await attack.context.new_page()
         await registered.goto(relay.url + "/ui")
         assert await registered.evaluate("navigator.serviceWorker.controller") is None
