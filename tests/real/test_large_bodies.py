@@ -17,11 +17,18 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import pytest_asyncio
 
+from tests.cli.meshes import isolated_command
 from tests.http_clients import loopback_client
-from tests.real.command import Gpumesh, write_config
+from tests.real.command import write_config
 
-pytestmark = [pytest.mark.real, pytest.mark.slow, pytest.mark.timeout(240)]
+pytestmark = [
+    pytest.mark.real,
+    pytest.mark.slow,
+    pytest.mark.timeout(240),
+    pytest.mark.asyncio(loop_scope="module"),
+]
 
 SINK, LISTENER = Path(__file__).with_name("sink.py"), Path(__file__).with_name("listener.py")
 MODEL = "qwen2.5:7b"
@@ -57,23 +64,28 @@ BODIES: dict[str, Callable[[], bytes]] = {
 }
 
 
+@dataclass(frozen=True)
+class GatewayProcess:
+    """``rss_at_start``: the bytes that it takes before the first test."""
+
+    port: int
+    pid: int
+    rss_at_start: int
+
+
 @dataclass
 class Up:
     port: int
     pid: int
+    rss_at_start: int
     listener: asyncio.subprocess.Process
 
-    def memory(self, name: str) -> int:
-        """Bytes: ``VmRSS`` now, ``VmHWM`` at its peak since ``forget_peak``."""
-        status = Path(f"/proc/{self.pid}/status").read_text()
-        found = re.search(rf"{name}:\s+(\d+) kB", status)
-        assert found is not None
-        return int(found[1]) << 10
-
-    def forget_peak(self) -> int:
-        """What it takes now."""
+    def forget_peak(self) -> None:
         Path(f"/proc/{self.pid}/clear_refs").write_text("5")
-        return self.memory("VmRSS")
+
+    def peak(self) -> int:
+        """Bytes: by how much its memory was more, at most, than before the first test, since ``forget_peak``."""
+        return _memory(self.pid, "VmHWM") - self.rss_at_start
 
     async def send(self, body: bytes, *more: str) -> int:
         """From a thread, so that it takes no time of this loop. Its status."""
@@ -89,6 +101,13 @@ class Up:
         return max(map(float, maxima), default=0.0)
 
 
+def _memory(pid: int, name: str) -> int:
+    """Bytes: ``VmRSS`` now, or ``VmHWM`` at the peak."""
+    match = re.search(rf"{name}:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    assert match is not None
+    return int(match[1]) << 10
+
+
 def _send(port: int, body: bytes, more: tuple[str, ...]) -> int:
     head = ["POST /api/chat HTTP/1.1", "Host: localhost", f"Content-Length: {len(body)}", *more, "", ""]
     with socket.create_connection(("127.0.0.1", port), timeout=120) as connection:
@@ -101,60 +120,69 @@ def _send(port: int, body: bytes, more: tuple[str, ...]) -> int:
     return int(answer.split()[1])
 
 
-@pytest.fixture
-async def up(alone: Gpumesh) -> AsyncIterator[Up]:
-    sink = await asyncio.create_subprocess_exec(sys.executable, str(SINK), MODEL, stdout=asyncio.subprocess.PIPE)
-    try:
-        assert sink.stdout is not None
-        url = f"http://127.0.0.1:{int(await sink.stdout.readline())}"
-        write_config(alone.config, [{"name": "a", "backend": {"url": url, "max_parallel": 64}}], model=MODEL)
-        await alone("up", "-d")
-        gateway = (await alone("status", "--json")).json()["gateway"]["url"]
-        async with loopback_client(base_url=gateway, timeout=60) as client:
-            # From its first request on it is as it will be.
-            assert (await client.post("/api/chat", json={"model": MODEL})).status_code == 200
-        port, pid = int(gateway.rpartition(":")[2]), alone.leader()
-        arguments = (str(LISTENER), str(port), str(pid), MODEL)
-        listener = await asyncio.create_subprocess_exec(sys.executable, *arguments, stdout=asyncio.subprocess.PIPE)
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def gateway_process(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[GatewayProcess]:
+    """One for all tests of the module. What an earlier body has left in its memory counts against the later ones."""
+    with isolated_command(tmp_path_factory.mktemp("mesh")) as command:
+        sink = await asyncio.create_subprocess_exec(sys.executable, str(SINK), MODEL, stdout=asyncio.subprocess.PIPE)
         try:
-            assert listener.stdout is not None
-            await asyncio.wait_for(listener.stdout.readline(), 20)
-            yield Up(port, pid, listener)
+            assert sink.stdout is not None
+            url = f"http://127.0.0.1:{int(await sink.stdout.readline())}"
+            write_config(command.config, [{"name": "a", "backend": {"url": url, "max_parallel": 64}}], model=MODEL)
+            await command("up", "-d")
+            gateway = (await command("status", "--json")).json()["gateway"]["url"]
+            async with loopback_client(base_url=gateway, timeout=60) as client:
+                # From its first request on it is as it will be.
+                assert (await client.post("/api/chat", json={"model": MODEL})).status_code == 200
+            pid = command.leader()
+            yield GatewayProcess(int(gateway.rpartition(":")[2]), pid, _memory(pid, "VmRSS"))
+            await command("down")
         finally:
-            if listener.returncode is None:
-                with suppress(ProcessLookupError):
-                    listener.kill()
-            await listener.wait()
-        await alone("down")
+            sink.kill()
+            await sink.wait()
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def up(gateway_process: GatewayProcess) -> AsyncIterator[Up]:
+    """The gateway, with an honest stream beside."""
+    port, pid = gateway_process.port, gateway_process.pid
+    arguments = (str(LISTENER), str(port), str(pid), MODEL)
+    listener = await asyncio.create_subprocess_exec(sys.executable, *arguments, stdout=asyncio.subprocess.PIPE)
+    try:
+        assert listener.stdout is not None
+        await asyncio.wait_for(listener.stdout.readline(), 20)
+        yield Up(port, pid, gateway_process.rss_at_start, listener)
     finally:
-        sink.kill()
-        await sink.wait()
+        if listener.returncode is None:
+            with suppress(ProcessLookupError):
+                listener.kill()
+        await listener.wait()
 
 
 async def test_a_small_packed_body_never_becomes_gigabytes(up: Up) -> None:
     packed = gzip.compress(empties())
     assert len(packed) < 300_000
-    before = up.forget_peak()
+    up.forget_peak()
     assert await up.send(packed, "Content-Encoding: gzip") == 413
-    assert up.memory("VmHWM") - before < 64 * MIB
+    assert up.peak() < 64 * MIB
     assert await up.stalled_s() < STALL_S
 
 
 @pytest.mark.parametrize("made", BODIES.values(), ids=BODIES.keys())
 async def test_a_large_body_costs_its_size_and_stops_nobody(up: Up, made: Callable[[], bytes]) -> None:
     body = made()
-    before = up.forget_peak()
+    up.forget_peak()
     assert await up.send(body) == 200
     assert await up.stalled_s() < STALL_S
-    assert up.memory("VmHWM") - before < len(body) * 1.3 + 48 * MIB
+    assert up.peak() < len(body) * 1.3 + 48 * MIB
 
 
 async def test_many_bodies_at_once_cost_what_is_allowed_and_no_more(up: Up) -> None:
     body = around(b'"Why is the sky blue?",', 60 * MIB)
-    before = up.forget_peak()
+    up.forget_peak()
     statuses = await asyncio.gather(*(up.send(body) for _ in range(14)))
     assert set(statuses) <= {200, 503}
     assert 200 in statuses
-    assert up.memory("VmHWM") - before < 620 * MIB
+    assert up.peak() < 620 * MIB
     assert await up.send(body) == 200, "there is room again"
     assert await up.stalled_s() < STALL_S
