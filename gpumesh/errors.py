@@ -262,6 +262,10 @@ class ExecError(GPUMeshError):
     code = "exec"
 
 
+class OutputOverflow(ExecError):
+    """The command's output came faster than it was read, so that the command was ended."""
+
+
 class SessionRefused(ExecError):
     """The host gives no session to run a command in."""
 

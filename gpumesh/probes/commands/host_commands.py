@@ -25,7 +25,7 @@ from gpumesh.probes.commands.combined_commands import (
     run_commands,
     run_one_by_one,
 )
-from gpumesh.probes.commands.shell_session import ShellEnded, ShellSession
+from gpumesh.probes.commands.shell_session import ShellEnded, ShellFlooded, ShellSession
 from gpumesh.probes.smi_tables import OUTPUT_BYTES
 from gpumesh.tunnels.base import ExecResult, ShellStream
 
@@ -160,6 +160,10 @@ class HostCommands:
                 if not shell.has_served:
                     raise ExecError("the host ended the session in which commands run") from end
                 # It ended since the last script, as sshd's ChannelTimeout does: open it again.
+            except ShellFlooded as flood:  # each command would be answered in this way
+                self._shell = None
+                await shell.close()
+                raise CommandsUnproven([CommandOutput(None, b"", is_cut=True)] * len(commands), flood.text) from flood
             except ExecError:
                 self._shell = None
                 await shell.close()

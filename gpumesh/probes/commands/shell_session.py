@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from gpumesh.errors import ExecError
+from gpumesh.errors import ExecError, OutputOverflow
 from gpumesh.probes.commands.combined_commands import CommandOutput, split_script_output
 from gpumesh.probes.smi_tables import OUTPUT_BYTES
 from gpumesh.tunnels.base import OutputStream, ShellStream
 from gpumesh.tunnels.remote_commands.remote_shell import END_LINE, KILL_LINE, READY_LINE
 
+MAX_GREETING_BYTES = 1 << 18  # a login shell that writes more than this before it runs our command never runs it
 GREETING_BYTES = 2000  # the end of what a login shell writes that is kept, for messages
 _READY = re.compile(rb"\n?" + re.escape(READY_LINE) + rb"\r?\n")
 
@@ -20,6 +21,14 @@ class ShellEnded(Exception):
 
     def __init__(self, text: bytes) -> None:
         super().__init__("the shell's session has ended")
+        self.text = text
+
+
+class ShellFlooded(Exception):
+    """The session writes without end, and our shell has not begun in it. ``text`` is the end of what came."""
+
+    def __init__(self, text: bytes) -> None:
+        super().__init__("the session writes without end")
         self.text = text
 
 
@@ -37,6 +46,7 @@ class ShellSession:
         self._clock = clock
         self._buffer = b""  # what was written since the last ready line, except the outputs
         self._greeting = b""
+        self._greeting_length = 0
         self._is_ready = False
         self._kill_at: float | None = None  # a time of ``clock``; ``None``: no script runs, or it was killed
         self._count = 0  # of the script's commands
@@ -58,7 +68,7 @@ class ShellSession:
         There are fewer if the output was cut, or if the script was killed. ``kill_after_s``: ``kill_if_overdue`` may
         kill the script when it has run for so long.
 
-        Raises ShellEnded, ExecError and TunnelDown.
+        Raises ShellEnded, ShellFlooded, ExecError and TunnelDown.
         """
         if self.script is not None and self.script != script:
             await self._wait_script_end()  # of another call, which has given up; nobody wants the outputs
@@ -107,16 +117,24 @@ class ShellSession:
 
     async def _read(self) -> None:
         """Waits for a piece of output and evaluates it."""
-        chunk = await self._stream.read()
+        try:
+            chunk = await self._stream.read()
+        except OutputOverflow as error:
+            if self.was_ready:
+                raise
+            raise ShellFlooded(self._greeting) from error
         if chunk.ended and chunk.exit_status is None:
             raise ExecError("the host ended the session in which commands run")
         if chunk.ended:
             raise ShellEnded(self._greeting.strip())
         if not self.was_ready:  # of both streams: a forced command may write its reason to either
             self._greeting = (self._greeting + chunk.data)[-GREETING_BYTES:]
+            self._greeting_length += len(chunk.data)
         if chunk.stream is OutputStream.STDOUT:
             self._buffer += chunk.data
             self._evaluate_buffer()
+        if not self.was_ready and self._greeting_length > MAX_GREETING_BYTES:
+            raise ShellFlooded(self._greeting)
 
     def _evaluate_buffer(self) -> None:
         """Takes the ended commands' outputs and the ready line out of the buffer."""

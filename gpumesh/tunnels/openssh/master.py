@@ -40,6 +40,11 @@ READ_BYTES = 32 * 1024  # the most that one read of a pipe takes
 LINE_LIMIT = 4096  # bytes of a line of ssh's output
 MAX_SHOWN_CHARS = 300  # a line of ssh's stderr is cut to this length for messages
 POLL_S = 0.01  # time between two checks whether the control socket is there
+# A host that writes without end (a forced command) is read slowly, which stops it: this many bytes at once, and then
+# ``READ_BYTES`` in each pause. The bytes come back at the given rate, for a connection of weeks.
+FLOOD_BYTES = 512 * 1024
+FLOOD_PAUSE_S = 1.0
+_ALLOWED_BYTES_PER_S = 4096
 STOP_TIMEOUT_S = 1.0  # the time for ssh to end after SIGTERM, and again after SIGKILL
 
 
@@ -193,6 +198,8 @@ class OpensshMaster:
 
     async def _write_line(self, line: bytes) -> None:
         assert self.process.stdin is not None, "ssh was started without a pipe as its input"
+        if self.process.stdin.transport.get_write_buffer_size():
+            return  # nobody reads the lines before this: it would wait in our memory
         self.process.stdin.write(line + b"\n")
         await self.process.stdin.drain()
 
@@ -236,10 +243,18 @@ class OpensshMaster:
 
 
 async def _read_lines(pipe: asyncio.StreamReader | None) -> AsyncIterator[bytes]:
-    """Yields the lines of a hostile stream. A line longer than ``LINE_LIMIT`` is cut."""
+    """Yields the lines of a hostile stream. A line longer than ``LINE_LIMIT`` is cut. A stream that floods is read
+    slowly."""
     assert pipe is not None, "ssh was started without this pipe"
     buffer = LineBuffer(LINE_LIMIT, cut=True)
+    allowed_bytes, read_at = float(FLOOD_BYTES), time.monotonic()
     while data := await pipe.read(READ_BYTES):
+        now = time.monotonic()
+        allowed_bytes = min(FLOOD_BYTES, allowed_bytes + (now - read_at) * _ALLOWED_BYTES_PER_S) - len(data)
+        read_at = now
+        if allowed_bytes < 0:
+            allowed_bytes = 0.0
+            await asyncio.sleep(FLOOD_PAUSE_S)
         for line in buffer.feed(data):
             yield line
     if rest := buffer.take_partial():

@@ -8,7 +8,7 @@ import itertools
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 
-from gpumesh.errors import ExecError, TunnelDown, TunnelError, tunnel_error_from_code
+from gpumesh.errors import ExecError, OutputOverflow, TunnelDown, TunnelError, tunnel_error_from_code
 from gpumesh.tunnels.base import ExecChunk, ExecResult, OutputStream, Prompter
 from gpumesh.tunnels.lifecycle import Cause
 from gpumesh.tunnels.transport import ConnectionInfo
@@ -34,6 +34,7 @@ from gpumesh.tunnels.workers.worker_pool import WorkerHandle
 STREAM_LIMIT_BYTES = 64 << 20  # a streamed command is ended when more of its output (as base64) waits for the reader
 DEADLINE_SLACK_S = 2.0  # the worker ends a command at its deadline; this is the extra time for the worker's report
 PING_SLACK_S = 0.25  # the extra time for the worker's report of a ping
+_OVERFLOW = "its output came faster than it was read"
 SHELL_LIMIT_BYTES = 4 << 20  # the same for a shell, whose output is read only while one of our command lines runs
 KILL_TIMEOUT_S = 2.0  # the time to send ``Kill``
 
@@ -263,7 +264,7 @@ class WorkerLink:
         if isinstance(message, OutputPiece):
             command.queued_bytes += len(message.data)
             if command.queued_bytes > command.limit_bytes:
-                command.messages.put_nowait(Done(message.id, None, error="its output came faster than it was read"))
+                command.messages.put_nowait(Done(message.id, None, error=_OVERFLOW))
                 del self._commands[message.id]
                 return
         command.messages.put_nowait(message)
@@ -277,7 +278,8 @@ class WorkerLink:
             reason = self.end_cause.result().message if self.end_cause.done() else "the tunnel closed"
             raise ExecError(f"the command was cut off on {self._node}: {reason}", node=self._node)
         if done.error is not None:
-            raise ExecError(f"the command failed on {self._node}: {done.error}", hint=done.hint, node=self._node)
+            error_class = OutputOverflow if done.error == _OVERFLOW else ExecError
+            raise error_class(f"the command failed on {self._node}: {done.error}", hint=done.hint, node=self._node)
         return done
 
     async def forget_command(self, command_id: int, *, succeeded: bool) -> None:

@@ -14,6 +14,7 @@ from gpumesh.tunnels.workers.worker_pool import WorkerPool
 from tests.prerequisites import needs
 from tests.tunnels.hosts.visit import Host, Visit, running, visiting
 from tests.tunnels.polling import wait_until
+from tests.tunnels.sshd import Sshd
 from tests.tunnels.supervised import BACKOFF, UP, both
 
 pytestmark = [pytest.mark.real, pytest.mark.slow, needs("sshd", "ssh", "nss-wrapper"), both]
@@ -176,3 +177,33 @@ async def test_an_account_that_ends_our_session_late_costs_one_reconnect_at_most
         assert all(codes == ["login-shell-slow"] for codes in seen[:-1]), "and nvidia-smi is not blamed"
         await wait_pings(visit, 3)
         assert visit.watched.tunnel.state.reconnects == reconnects
+
+
+@pytest.mark.parametrize("command", ["yes no", "yes no >&2"])
+async def test_a_host_that_writes_without_end_runs_no_commands_and_is_not_read_without_end(
+    tmp_path: Path, runtime: Path, pool: WorkerPool, backend: int, transport: TransportKind, command: str
+) -> None:
+    host = Host("endless", options={"ForceCommand": f"exec {command}"}, timeout_s=5.0)
+    async with (
+        running(host, tmp_path) as (_account, server),
+        visiting(host, server, pool, backend, transport) as visit,
+    ):
+        assert isinstance(server, Sshd)
+        for _ in range(2):
+            report = await visit.probe()
+            assert (report.answer, codes(report)) == (Answer.NO_COMMANDS, ["gpu-unknown"])
+        await wait_pings(visit, 3)
+        written = [_read_written_bytes(pid) for pid in server.children()]
+        assert sum(written) < 40 << 20
+        assert visit.watched.tunnel.state.reconnects == 0
+
+
+def _read_written_bytes(pid: int) -> int:
+    """The bytes that ``yes`` has written; 0 for another process."""
+    try:
+        if Path(f"/proc/{pid}/comm").read_text().strip() != "yes":
+            return 0
+        lines = Path(f"/proc/{pid}/io").read_text().splitlines()
+    except OSError:  # it has ended
+        return 0
+    return int(next(line for line in lines if line.startswith("wchar:")).split()[1])
