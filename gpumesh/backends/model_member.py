@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from urllib.parse import quote, unquote_plus
 
 import msgspec
 
@@ -35,6 +36,32 @@ def replace_model(body: bytes, name: str) -> tuple[bytes, memoryview] | None:
     if _is_name(match[1], name):
         return None
     return b'{"model":' + json.dumps(name).encode(), memoryview(body)[match.end() :]
+
+
+def replace_in_query(path: str, name: str) -> str | None:
+    """A path with a query like this one, but with this model; ``None`` if it names this model already, or none."""
+    route, question_mark, query = path.partition("?")
+    pairs = query.split("&")
+    places = [index for index, pair in enumerate(pairs) if is_model_pair(pair)]
+    if len(places) != 1 or unquote_plus(pairs[places[0]].partition("=")[2]) == name:
+        return None
+    pairs[places[0]] = f"model={quote(name, safe='')}"
+    return f"{route}{question_mark}{'&'.join(pairs)}"
+
+
+def names_model(body: bytes) -> bool:
+    """Whether the body, which has a form of ``replace_model``, names a model."""
+    if _LEADING_MODEL_PART.match(body) is not None or _LEADING_MODEL.match(body) is not None:
+        return True
+    try:
+        return "model" in _decode_members(body)
+    except (ValueError, RecursionError):
+        return False
+
+
+def is_model_pair(pair: str) -> bool:
+    """Whether this part of a query names the model."""
+    return unquote_plus(pair.partition("=")[0]) == "model"
 
 
 def _replace_later_member(body: bytes, name: str) -> tuple[bytes, memoryview] | None:

@@ -13,6 +13,7 @@ from functools import partial
 import msgspec
 from msgspec.structs import replace
 
+from gpumesh.backends.model_member import replace_in_query
 from gpumesh.balancer.base import Demand, Priority
 from gpumesh.balancer.prefixes.prints import FIRST_BLOCK_BYTES, MIN_SECRET_BYTES
 from gpumesh.errors import GPUMeshError, NoNodeError, ServersFailed
@@ -37,6 +38,7 @@ from gpumesh.gateway.late_replies import end_with_error, end_with_response, life
 from gpumesh.gateway.model_requests import (
     ClientApi,
     ModelRoute,
+    only_uses_model,
     read_demand,
     read_model,
     read_node,
@@ -46,6 +48,7 @@ from gpumesh.gateway.model_requests import (
 from gpumesh.gateway.model_unloading import asks_to_unload, unload_everywhere
 from gpumesh.gateway.observe.record import RequestRecord
 from gpumesh.gateway.prompt_reading import PromptReader
+from gpumesh.gateway.query_model import may_be_raw, read_query_model
 from gpumesh.mesh.mesh import Mesh
 from gpumesh.mesh.requests.answer import Answer
 from gpumesh.text.model_names import full_name
@@ -59,12 +62,14 @@ _encode = msgspec.json.Encoder().encode
 
 class _ClientBody(msgspec.Struct, frozen=True, gc=False):
     """The body of a request as the client has sent it. ``model`` is the model's name in it; ``None`` if it names
-    none. ``form`` is ``None`` for JSON; a form has no ``members``."""
+    none. ``form`` is ``None`` for JSON; a form has no ``members``. ``is_raw``: it is neither, and the query names the
+    model."""
 
     data: bytes
     members: Members
     model: str | None
     form: Form | None = None
+    is_raw: bool = False
 
 
 class ModelForwarder:
@@ -93,10 +98,15 @@ class ModelForwarder:
             # ``read_small_members`` returns None for a large or unusual body. Most are small, and so need no await.
             members = read_small_members(data) or await read_members(data, request)
         except BadRequest:
+            query_model = read_query_model(request.target)
+            if request.method == "GET" or may_be_raw(route, request.path, request.headers, query_model):
+                return await self._forward_raw(request, record, route, data, query_model)
             if not route.is_known:
                 raise _no_route_error(request.path) from None
             raise
         model = read_model(route, members)
+        if model is None and not route.is_known and (query_model := read_query_model(request.target)) is not None:
+            return await self._forward_raw(request, record, route, data, query_model)
         demand = self._read_demand(request, route, members, model, size=len(data))
         if "keep_alive" in members.known and asks_to_unload(request.path, members):
             record.demand = demand
@@ -164,6 +174,15 @@ class ModelForwarder:
         body = _ClientBody(form.body, no_members, form.model, form)
         return await self._forward_by_rules(request, record, route, body, demand)
 
+    async def _forward_raw(
+        self, request: Request, record: RequestRecord, route: ModelRoute, data: bytes, model: str | None
+    ) -> Response | StreamingResponse:
+        """Does the work of ``forward`` for a body that is sent on as it is. ``model``: the one that the query names."""
+        no_members = Members(())
+        demand = self._read_demand(request, route, no_members, model, size=0)
+        body = _ClientBody(data, no_members, model, is_raw=True)
+        return await self._forward_by_rules(request, record, route, body, demand)
+
     async def _add_prompt(
         self, request: Request, route: ModelRoute, members: Members, demand: Demand, size: int
     ) -> Demand:
@@ -192,7 +211,9 @@ class ModelForwarder:
             timeout_s = max(deadline - record.clock(), 0.0)
             failure: Response | NoNodeError
             try:
-                reply = await self._send(request, record, route, demand, data, timeout_s, asked_model=body.model)
+                reply = await self._send(
+                    request, record, route, demand, data, timeout_s, asked_model=body.model, is_raw=body.is_raw
+                )
             except ServersFailed:  # the servers of a fallback could fail at the request as well
                 raise
             except NoNodeError as error:  # also ModelMissing
@@ -217,8 +238,8 @@ class ModelForwarder:
         if not route.is_known:
             if model is None:  # without a name it may be a command to the server, which no client may give
                 raise _no_route_error(path)
-            if key is not None:  # what such a route does is not known
-                key.require_all()
+            if key is not None and not only_uses_model(route, path):
+                key.require_known_route()
         default_priority = self._spec.route_priority.get(path, Priority.NORMAL)
         if key is not None and key.priority is not None:  # mesh.yaml's class for the key comes before that of the route
             default_priority = key.priority
@@ -250,6 +271,8 @@ class ModelForwarder:
         """The body for the nodes: the client's own, unless the demand has another model or another context, or a server
         could read the name of a member in another way than we do (``Members.has_common_spelling``)."""
         members, model = body.members, demand.model
+        if body.is_raw:
+            return body.data
         assert model is not None, "``read_demand`` has let through a demand without a model"
         if body.form is not None:
             is_renamed = self._rules.has_other_name(body.model or "", model) or self._mesh.fleet.is_renamed(model)
@@ -287,10 +310,15 @@ class ModelForwarder:
         timeout_s: float,
         *,
         asked_model: str | None = None,
+        is_raw: bool = False,
     ) -> Awaitable[Response | StreamingResponse]:
         """Sends the request with this body. ``asked_model`` is the name that the client used; ``None``: it used none,
-        or mesh.yaml has no rules for models. If the demand has another name, the answer tells which."""
+        or mesh.yaml has no rules for models. If the demand has another name, the answer tells which. ``is_raw``: the
+        query names the model."""
         record.demand = demand
+        call = proxy.build_call(request, body)
+        if is_raw and asked_model and demand.model and full_name(asked_model) != full_name(demand.model):
+            call = replace(call, path=replace_in_query(call.path, demand.model) or call.path)
         on_answer = record.note_answer
         if asked_model is not None and demand.model is not None and full_name(asked_model) != full_name(demand.model):
             on_answer = partial(_note_model, record, demand.model)
@@ -298,7 +326,7 @@ class ModelForwarder:
             self._mesh,
             request,
             demand,
-            proxy.build_call(request, body),
+            call,
             route.api,
             timeout_s=timeout_s,
             progress=record.progress,
@@ -310,7 +338,7 @@ class ModelForwarder:
 
 def _no_route_error(path: str) -> BadRequest:
     """The error for a route that gpumesh does not know, and a body that does not say where to send it."""
-    reason = "no route of gpumesh, and the body names no model whose node could be asked"
+    reason = "no route of gpumesh, and the request names no model whose node could be asked"
     return BadRequest(f"there is no {path[:200]} here: it is {reason}", status=404)
 
 

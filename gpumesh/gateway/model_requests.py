@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import lru_cache
 
@@ -55,6 +55,7 @@ class ModelRoute:
 
 
 _POST = frozenset({"POST"})
+_GET = frozenset({"GET"})
 
 # Routes of which more is known than their path. All other routes are in routing.py, or go by ``find_model_route``.
 MODEL_ROUTES: Mapping[str, ModelRoute] = {
@@ -79,24 +80,58 @@ OTHER_ROUTE = "other"  # the name of all routes that are not known, in metrics a
 _OWN_PATHS = ("/", "/healthz", "/metrics", "/ui")
 # A plain path: servers and the proxies before them agree what it means. No "..", no empty part, nothing encoded.
 _PLAIN_PATH = re.compile(r"(?:/[A-Za-z0-9_][A-Za-z0-9._:@-]{0,99}){1,10}")
+# What servers tell of a model to a GET. Under other paths they tell of their other clients (``/slots``).
+_GET_PREFIXES = ("/v1/", "/api/")
 # The last part of the path of a route that counts or renders tokens, which costs no inference.
 _WITHOUT_SLOT = frozenset({"tokenize", "detokenize", "count_tokens", "input_tokens", "apply-template"})
 
 
 def find_model_route(method: str, target: str) -> ModelRoute | None:
     """The route of a request that no table has: servers have many (``/v1/rerank``, ``/tokenize`` …), and more with
-    each version. A POST goes to a node that has the model that its body names. ``None`` if the path is
-    one of the gateway's own, or not plain. ``target``: the path and the query as they came."""
-    path = target.partition("?")[0]
-    if method != "POST" or _is_own_path(path) or _PLAIN_PATH.fullmatch(path) is None:
+    each version. A POST goes to a node that has the model that its body or its query names, a GET to one that has the
+    model in its query. ``None`` if the path is one of the gateway's own, or not plain. ``target``: the path and the
+    query as they came."""
+    path, _, query = target.partition("?")
+    if _is_own_path(path) or _PLAIN_PATH.fullmatch(path) is None:
         return None
-    return _make_route(path)
+    if method == "GET" and "model=" in query and path.startswith(_GET_PREFIXES):
+        return replace(_make_route(path), methods=_GET, needs_slot=False)
+    return _make_route(path) if method == "POST" else None
 
 
 @lru_cache(maxsize=256)
 def _make_route(path: str) -> ModelRoute:
     needs_slot = path.rpartition("/")[2] not in _WITHOUT_SLOT
     return ModelRoute(_POST, find_client_api(path), kinds_that_serve(path), needs_slot, is_known=False)
+
+
+# The last part of the path of a route that uses a model and changes nothing on the server.
+_INFERENCE = _WITHOUT_SLOT | {
+    "rerank",
+    "score",
+    "classify",
+    "pooling",
+    "similarity",
+    "moderations",
+    "embeddings",
+    "embedding",
+    "embed",
+    "completions",
+    "completion",
+    "infill",
+    "generations",
+    "edits",
+    "variations",
+    "translations",
+    "transcriptions",
+    "speech",
+}
+
+
+def only_uses_model(route: ModelRoute, path: str) -> bool:
+    """Whether a request to this route only uses its model: then a key that is limited to this model may make it. What
+    other routes do that are not known, such as those that load a model, is not known either."""
+    return route.is_known or ("POST" in route.methods and path.rpartition("/")[2] in _INFERENCE)
 
 
 def _is_own_path(path: str) -> bool:

@@ -50,6 +50,13 @@ class ClientKey:
         if self.is_limited:
             raise _forbidden("this key is limited to some nodes or models, and may not change the mesh")
 
+    def require_known_route(self) -> None:
+        """Raises BadRequest if the holder may use a part of the mesh only: it is not known what the route does."""
+        if self.is_limited:
+            raise _forbidden(
+                "this key is limited to some nodes or models, and gpumesh does not know what this route does"
+            )
+
 
 def _forbidden(message: str) -> BadRequest:
     return BadRequest(message, status=403)

@@ -15,7 +15,7 @@ import msgspec
 from gpumesh.backends.base import ContinuationMethod, HttpCall
 from gpumesh.backends.continuation.continuation import Continuation
 from gpumesh.backends.dialects import DIALECTS, host_header
-from gpumesh.backends.model_member import replace_model
+from gpumesh.backends.model_member import names_model, replace_in_query, replace_model
 from gpumesh.balancer.outcomes import Outcome, classify_status, rule_for_outcome
 from gpumesh.errors import BackendUnreachable, DeadlineExceeded, QueueFull, StreamCut
 from gpumesh.mesh.nodes.lease import Lease
@@ -82,7 +82,9 @@ async def with_model(call: HttpCall, name: str, try_reserve_memory: Callable[[in
     ``try_reserve_memory`` is asked for the memory of such a copy. Raises QueueFull if there is no room for it."""
     parts = replace_model(call.body, name)
     if parts is None:  # the body has this name already, or names no model
-        return call
+        is_in_query = "model=" in call.path and not names_model(call.body)
+        path = replace_in_query(call.path, name) if is_in_query else None
+        return call if path is None else msgspec.structs.replace(call, path=path)
     head, rest = parts
     if len(rest) <= COPY_BYTES:
         return msgspec.structs.replace(call, body=head + rest)
