@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from functools import lru_cache
-from urllib.parse import quote
+from urllib.parse import quote, unquote_plus
 
 from msgspec.structs import replace
 
@@ -57,6 +57,18 @@ _NOT_FORWARDED = frozenset(
         "remote-user",
         "early-data",
         "dnt",
+        "from",
+        "http2-settings",
+        "alt-used",
+        "x-forwarded",
+        "x-scheme",
+        "x-url-scheme",
+        "x-host",
+        # A proxy before the server could take one of these for the method or the path.
+        "x-http-method",
+        "x-http-method-override",
+        "x-method-override",
+        "dpop",
         "accept-encoding",
         "content-encoding",  # the body is unpacked when it is read here
         # The next headers ask for a part of an answer, or for no answer if the client has it. The mesh needs whole
@@ -94,12 +106,23 @@ _NOT_FORWARDED_PREFIXES = (
     "x-real-",
     "x-proxy",
     "x-remote-",
+    "x-rewrite-",
+    "x-originating-",
+    "x-arr-",
+    "x-ray-",
+    "ssl-",
+    "x-ssl-",
     "tailscale-",
 )
 # A name with one of these parts holds a credential, or tells where the client is.
 _CLIENT_PARTS = re.compile(
-    r"auth|cookie|password|secret|credential|assertion|jwt|apikey|(?<!idempotency-)\bkey$|\btoken$"
+    r"auth|cookie|passw(?:or)?d|secret|credential|assertion|jwt|apikey|bearer|signature|(?<!idempotency-)\bkey$|\btoken$"
+    r"|\b(?:pass|pwd|sid|sessid|sessionid)$"
     r"|(?:client|source|remote|connecting)-?(?:ip|addr|address|cert|dn|verify)"
+)
+
+_QUERY_CREDENTIAL = re.compile(
+    r"^key$|apikey|(?:api|access|subscription)-key$|\btoken$|passw(?:or)?d|secret|signature|\bsig$|jwt|bearer|^auth"
 )
 
 
@@ -107,7 +130,26 @@ def build_call(request: Request, body: bytes) -> HttpCall:
     """The request to the backend: the client's path and query, ``body``, and the client's headers that concern a
     backend."""
     headers = [pair for pair in request.headers.pairs if not _concerns_client(pair[0])]
-    return HttpCall(request.method, request.target, body, tuple(headers))
+    connection = request.headers.get("connection")
+    if connection is not None and connection.lower() not in (
+        "keep-alive",
+        "close",
+    ):  # it names other headers of the hop
+        names = {name.strip() for name in connection.lower().split(",")}
+        headers = [pair for pair in headers if pair[0].lower() not in names]
+    target = request.target if "?" not in request.target else remove_credentials(request.target)
+    return HttpCall(request.method, target, body, tuple(headers))
+
+
+def remove_credentials(target: str) -> str:
+    """A path and a query without the parts of the query that hold a credential of the client (``api_key=…``)."""
+    path, _, query = target.partition("?")
+    pairs = query.split("&")
+    names = (unquote_plus(pair.partition("=")[0]).lower().replace("_", "-") for pair in pairs)
+    kept = [pair for pair, name in zip(pairs, names, strict=True) if _QUERY_CREDENTIAL.search(name) is None]
+    if len(kept) == len(pairs):
+        return target
+    return f"{path}?{'&'.join(kept)}" if kept else path
 
 
 @lru_cache(maxsize=1024)  # a client sends the same names with each request

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from gpumesh.gateway.proxy import remove_credentials
 from tests.gateway.fleet import CHAT, node, serve_hosts, serve_nodes
 from tests.gateway.test_routing import Recorder
 from tests.mesh.servers import serve
@@ -54,6 +55,25 @@ ENDS_HERE = [
     "max-forwards",
     "x-ssl-client-cert",
     "x-source-ip",
+    "from",
+    "http2-settings",
+    "alt-used",
+    "x-forwarded",
+    "x-scheme",
+    "x-host",
+    "x-http-method-override",
+    "x-rewrite-url",
+    "x-originating-ip",
+    "ssl-client-s-dn",
+    "x-arr-ssl",
+    "dpop",
+    "signature-input",
+    "x-hub-signature",
+    "x-passwd",
+    "x-pwd",
+    "x-bearer",
+    "x-sid",
+    "x-sessid",
 ]
 PASSES = [
     "user-agent",
@@ -73,6 +93,9 @@ PASSES = [
     "x-tokenizer",
     "x-keyboard-layout",
     "x-data-parallel-rank",
+    "x-session-id",
+    "x-inside",
+    "x-bypass-cache",
 ]
 
 
@@ -84,6 +107,31 @@ async def test_hop_and_credential_headers_end_at_the_gateway() -> None:
         assert answer.status_code == 200
         assert not set(ENDS_HERE) & set(recorder.head)
         assert set(PASSES) <= set(recorder.head)
+
+
+async def test_a_header_that_connection_names_ends_at_the_gateway() -> None:
+    recorder = Recorder()
+    async with serve(recorder) as backend, serve_nodes((node("a", backend.url),)) as fleet:
+        headers = {"Connection": "keep-alive, X-Hop", "X-Hop": "v", "X-Vendor": "v"}
+        answer = await fleet.client.post("/api/chat", json={**CHAT, "stream": False}, headers=headers)
+        assert answer.status_code == 200
+        assert "x-hop" not in recorder.head
+        assert "x-vendor" in recorder.head
+
+
+@pytest.mark.parametrize(
+    ("target", "sent"),
+    [
+        ("/v1/x?api-version=1&api_key=s&a", "/v1/x?api-version=1&a"),
+        ("/v1/x?key=s", "/v1/x"),
+        ("/v1/x?access%5Ftoken=s&b=%20", "/v1/x?b=%20"),
+        ("/v1/x?max_tokens=1&model=m&&", "/v1/x?max_tokens=1&model=m&&"),
+        ("/v1/x?", "/v1/x?"),
+        ("/v1/x?from=a&host=b&range=c&keyword=d", "/v1/x?from=a&host=b&range=c&keyword=d"),
+    ],
+)
+def test_a_credential_in_the_query_ends_at_the_gateway(target: str, sent: str) -> None:
+    assert remove_credentials(target) == sent
 
 
 @pytest.mark.parametrize("path", ["/api/chat", "/v1/chat/completions"])
