@@ -131,6 +131,24 @@ async def test_other_queries_go_nowhere(method: str, target: str, content: bytes
         assert not whisper.targets
 
 
+async def test_an_empty_answer_may_be_all_that_was_asked_for() -> None:
+    """Of a route of which nothing is known. It is not executed on one node after the other."""
+
+    class Silent(Recorder):
+        async def __call__(self, exchange: Exchange) -> None:
+            if exchange.head.startswith(b"POST "):
+                self.targets.append("")
+                await exchange.send(b"HTTP/1.1 204 No Content\r\n\r\n")
+            else:
+                await super().__call__(exchange)
+
+    first, second = Silent("Org/Whisper"), Silent("Org/Whisper")
+    async with serve_recorders(first, second) as fleet:
+        answer = await fleet.client.post("/v1/responses/cancel", json={"model": "Org/Whisper"})
+        assert (answer.status_code, answer.content) == (204, b"")
+        assert len(first.targets + second.targets) == 1
+
+
 # -- limited keys ----------------------------------------------------------------------------------------------------
 
 

@@ -135,7 +135,7 @@ def _build_whole_answer(
     node, is_text = lease.node, generates_text(call.path)
     counters = find_counters(body) if is_text else None
     if lease.placement is not None:  # other requests, about a model store, may have an empty answer
-        problem = _find_body_problem(response, body, is_text=is_text)
+        problem = _find_body_problem(response, body, is_text=is_text, may_be_empty=_may_be_empty(lease))
         if problem is None and (counters is None or response.status != 200):
             problem = find_text_problem(call.path, response.status, body)
         if problem is not None:
@@ -160,12 +160,19 @@ def _build_whole_answer(
     return WholeAnswer(node.name, node.kind, response.status, response.headers, body, counters)
 
 
-def _find_body_problem(response: UpstreamResponse, body: bytes, *, is_text: bool) -> str | None:
+def _may_be_empty(lease: Lease) -> bool:
+    """Whether an answer without a body may be all that the client asked for: from a model store, or on a route of which
+    nothing is known."""
+    return lease.placement is None or not lease.placement.placed.demand.is_known_route
+
+
+def _find_body_problem(response: UpstreamResponse, body: bytes, *, is_text: bool, may_be_empty: bool) -> str | None:
     """Why an inference server cannot have sent this body with a status of success; ``None`` if it can. ``is_text``: it
     should hold generated text."""
     if body.startswith((b"{", b"[")):  # nearly always
         return None
-    if len(body) <= BLANK_BYTES and not body.strip() and (is_text or response.content_type in _NEVER_BLANK_TYPES):
+    is_never_blank = is_text or (response.content_type in _NEVER_BLANK_TYPES and not may_be_empty)
+    if len(body) <= BLANK_BYTES and not body.strip() and is_never_blank:
         return f"it answered {response.status} with an empty body, as no inference server does"
     if response.content_type and is_web_page(body):
         return f"it answered {response.status} with a web page, which is no answer of an inference server"
@@ -174,7 +181,7 @@ def _find_body_problem(response: UpstreamResponse, body: bytes, *, is_text: bool
 
 def _open_unread_stream(lease: Lease, response: UpstreamResponse, first_bytes: bytes) -> OpenedStream | FailedAttempt:
     """Opens a stream that is passed on as it comes: a long answer, or a stream without generated text."""
-    if not first_bytes and lease.placement is not None:
+    if not first_bytes and not _may_be_empty(lease):
         problem = f"it answered {response.status} with an empty body, as no inference server does"
         return _fail_foreign(lease, response, Outcome.SERVER_ERROR, 502, problem, foreign=problem)
     lease.can_move = None  # the client gets these bytes, so no other node can give the answer
