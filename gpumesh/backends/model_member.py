@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Generator
 from urllib.parse import quote, unquote_plus
 
 import msgspec
+
+from gpumesh.backends.body_pieces import Piece
+from gpumesh.backends.json_scanner import JsonScanner, MalformedJson
 
 # The usual body: its first member is the model.
 _LEADING_MODEL = re.compile(rb'\s*\{\s*"model"\s*:\s*("(?:[^"\\]|\\.)*")', re.DOTALL)
@@ -18,24 +22,47 @@ _decode_members = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 _decode_text = msgspec.json.Decoder(str).decode
 
 
-def replace_model(body: bytes, name: str) -> tuple[bytes, memoryview] | None:
-    """The two parts of a body like ``body``, but with this model: a short new beginning, and the unchanged rest.
+def replace_model(body: bytes, name: str) -> list[Piece] | None:
+    """The pieces of a body like ``body``, but with this model.
 
     ``None`` if ``body`` is to be sent as it is: it names this model already, or it is no JSON object that names a
-    model. The model should be the first member. If it is not, the whole body is parsed, which takes long for a long
+    model. The model should be the first member. If it is not, the whole body is parsed: use ``scan_model`` for a long
     body. A form is changed only if its first part is the model.
     """
-    form_match = _LEADING_MODEL_PART.match(body)
-    if form_match is not None:
-        if form_match[2] == name.encode():
-            return None
-        return form_match[1] + name.encode(), memoryview(body)[form_match.end(2) :]
-    match = _LEADING_MODEL.match(body)
-    if match is None:
-        return _replace_later_member(body, name)
-    if _is_name(match[1], name):
+    if begins_with_model(body):
+        return _replace_first(body, name)
+    try:
+        members = _decode_members(body)
+    except (ValueError, RecursionError):  # no JSON object, or nested too deeply: the server will answer with an error
         return None
-    return b'{"model":' + json.dumps(name).encode(), memoryview(body)[match.end() :]
+    if "model" not in members or _is_name(bytes(members["model"]), name):
+        return None
+    others = [json.dumps(key).encode() + b":" + bytes(value) for key, value in members.items() if key != "model"]
+    return [_render_model(name), b"".join(b"," + other for other in others) + b"}"]
+
+
+def begins_with_model(body: bytes) -> bool:
+    """Whether the name of the model stands at the begin, where it is found at once. So the gateway writes it."""
+    return _LEADING_MODEL_PART.match(body) is not None or _LEADING_MODEL.match(body) is not None
+
+
+def scan_model(body: bytes, name: str) -> Generator[None, None, list[Piece] | None]:
+    """The same pieces as ``replace_model`` makes, in short steps, for a JSON body of any length. It yields after each
+    step, and returns the pieces."""
+    if begins_with_model(body):
+        return _replace_first(body, name)
+    try:
+        pairs, written_names = yield from JsonScanner(body).scan_members()
+    except MalformedJson:  # the server will answer with an error
+        return None
+    values = [value for key, value in pairs if key == "model"]
+    if not values or _is_name(bytes(values[-1]), name):
+        return None
+    pieces: list[Piece] = [_render_model(name)]
+    for (key, value), written_name in zip(pairs, written_names, strict=True):
+        if key != "model":
+            pieces += (b",", written_name, b":", value)
+    return [*pieces, b"}"]
 
 
 def replace_in_query(path: str, name: str) -> str | None:
@@ -51,7 +78,7 @@ def replace_in_query(path: str, name: str) -> str | None:
 
 def names_model(body: bytes) -> bool:
     """Whether the body, which has a form of ``replace_model``, names a model."""
-    if _LEADING_MODEL_PART.match(body) is not None or _LEADING_MODEL.match(body) is not None:
+    if begins_with_model(body):
         return True
     try:
         return "model" in _decode_members(body)
@@ -64,17 +91,22 @@ def is_model_pair(pair: str) -> bool:
     return unquote_plus(pair.partition("=")[0]) == "model"
 
 
-def _replace_later_member(body: bytes, name: str) -> tuple[bytes, memoryview] | None:
-    """Does the work of ``replace_model`` for a body that does not begin with the model's name."""
-    try:
-        members = _decode_members(body)
-    except (ValueError, RecursionError):  # no JSON object, or nested too deeply: the server will answer with an error
+def _replace_first(body: bytes, name: str) -> list[Piece] | None:
+    """The pieces for a body that begins with the model."""
+    form_match = _LEADING_MODEL_PART.match(body)
+    if form_match is not None:
+        if form_match[2] == name.encode():
+            return None
+        return [form_match[1] + name.encode(), memoryview(body)[form_match.end(2) :]]
+    match = _LEADING_MODEL.match(body)
+    if match is None or _is_name(match[1], name):
         return None
-    if "model" not in members or _is_name(bytes(members["model"]), name):
-        return None
-    others = [json.dumps(key).encode() + b":" + bytes(value) for key, value in members.items() if key != "model"]
-    rest = b"".join(b"," + other for other in others) + b"}"
-    return b'{"model":' + json.dumps(name).encode(), memoryview(rest)
+    return [_render_model(name), memoryview(body)[match.end() :]]
+
+
+def _render_model(name: str) -> bytes:
+    """The begin of a body, with the model as its first member."""
+    return b'{"model":' + json.dumps(name).encode()
 
 
 def _is_name(value: bytes, name: str) -> bool:

@@ -13,6 +13,7 @@ from functools import partial
 import msgspec
 from msgspec.structs import replace
 
+from gpumesh.backends.body_pieces import COPY_BYTES, join_pieces
 from gpumesh.backends.model_member import replace_in_query
 from gpumesh.balancer.base import Demand, Priority
 from gpumesh.balancer.prefixes.prints import FIRST_BLOCK_BYTES, MIN_SECRET_BYTES
@@ -21,10 +22,8 @@ from gpumesh.gateway import proxy
 from gpumesh.gateway.access.client_names import ClientNames
 from gpumesh.gateway.body_parsers.form_data import Form, read_boundary, scan_form
 from gpumesh.gateway.body_parsers.json_members import (
-    COPY_BYTES,
     SMALL_BODY_BYTES,
     Members,
-    join_pieces,
     read_members,
     read_small_members,
     rewrite_body,

@@ -7,12 +7,38 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpumesh.backends.model_member import replace_model
+from gpumesh.backends.body_pieces import Piece
+from gpumesh.backends.json_scanner import WINDOW
+from gpumesh.backends.model_member import replace_model, scan_model
 
 
 def replaced(body: bytes, name: str) -> bytes:
+    """The new body. It is the same, whether the old one is read at once or in steps."""
     parts = replace_model(body, name)
-    return body if parts is None else b"".join(parts)
+    new_body = body if parts is None else b"".join(parts)
+    scanned, _ = scan(body, name)
+    scanned_body = body if scanned is None else b"".join(scanned)
+    assert scanned_body == new_body or json.loads(scanned_body) == json.loads(new_body)
+    return new_body
+
+
+def scan(body: bytes, name: str) -> tuple[list[Piece] | None, int]:
+    """The pieces of ``scan_model``, and the number of its steps."""
+    work, steps = scan_model(body, name), 0
+    while True:
+        try:
+            next(work)
+            steps += 1
+        except StopIteration as stop:
+            return stop.value, steps
+
+
+def test_a_long_body_is_read_in_short_steps() -> None:
+    body = b'{"messages":[' + b",".join([b'{"role":"user","content":"a"}'] * 40_000) + b'],"model":"a"}'
+    pieces, steps = scan(body, "b")
+    assert pieces is not None
+    assert b"".join(pieces) == b'{"model":"b",' + body[1:].removesuffix(b',"model":"a"}') + b"}"
+    assert steps >= len(body) / WINDOW, "in no step more than a window is read"
 
 
 @pytest.mark.parametrize(
@@ -36,6 +62,7 @@ def test_only_the_model_is_another(body: bytes) -> None:
 )
 def test_what_is_sent_as_it_is(body: bytes) -> None:
     assert replace_model(body, "n") is None
+    assert scan(body, "n")[0] is None
 
 
 @given(
@@ -55,5 +82,5 @@ def test_a_form_gets_the_name_in_its_first_part() -> None:
     rest = b'\r\n--b\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n\x00\r\n--b--\r\n'
     parts = replace_model(head + b"m" + rest, "whisper")
     assert parts is not None
-    assert parts[0] + bytes(parts[1]) == head + b"whisper" + rest
+    assert b"".join(parts) == head + b"whisper" + rest
     assert replace_model(head + b"whisper" + rest, "whisper") is None

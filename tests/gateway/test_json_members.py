@@ -11,10 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gpumesh.backends import json_scanner
+from gpumesh.backends.body_pieces import join_pieces
+from gpumesh.backends.json_scanner import MAX_MEMBERS
 from gpumesh.balancer.base import Demand
-from gpumesh.gateway.body_parsers import json_members, json_scanner
-from gpumesh.gateway.body_parsers.json_members import KNOWN_MEMBERS, SMALL_BODY_BYTES, Members, fold_name, join_pieces
-from gpumesh.gateway.body_parsers.json_scanner import MAX_MEMBERS
+from gpumesh.gateway.body_parsers import json_members
+from gpumesh.gateway.body_parsers.json_members import KNOWN_MEMBERS, SMALL_BODY_BYTES, Members, fold_name
 from gpumesh.gateway.http.errors import BadRequest
 from gpumesh.gateway.model_requests import MODEL_ROUTES, read_demand, read_model
 

@@ -14,7 +14,7 @@ messages of 2 bytes  1,027         43                 404                     0.
 ===================  ============  =================  ======================  ====================
 
 So msgspec reads a small body in one call. It makes no objects of the members that are not needed, but checks their
-syntax. A larger body is scanned in steps (``json_scanner``), between which other requests have their turn.
+syntax. A larger body is scanned in steps (``backends/json_scanner``), between which other requests have their turn.
 
 **The gateway must read the same model as the server**, and servers differ. Ollama uses Go's ``encoding/json``, which
 takes ``Model`` for ``model``, takes the last of two members with one name, and merges two ``options``. Python's parser
@@ -28,17 +28,22 @@ from __future__ import annotations
 import json
 import operator
 from collections.abc import Collection, Generator, Iterable, Sequence
-from io import BytesIO
 from typing import Protocol, TypeVar
 
 import msgspec
 
-from gpumesh.gateway.body_parsers.json_scanner import MAX_MEMBERS, JsonScanner, not_json_error, too_many_members_error
+from gpumesh.backends.body_pieces import COPY_BYTES, Piece, join_pieces
+from gpumesh.backends.json_scanner import (
+    MAX_MEMBERS,
+    JsonScanner,
+    MalformedJson,
+    not_json_error,
+    too_many_members_error,
+)
 from gpumesh.gateway.http.errors import BadRequest
 
 SMALL_BODY_BYTES = 32 << 10  # read in one call: 7 ms at the worst, for thousands of members
 MAX_TEXT_BYTES = 4 << 10  # of a member whose value is read as a name
-COPY_BYTES = 1 << 20  # bytes that are copied in one step
 
 # All members that Ollama reads from the outermost object of any route, and the other members that the gateway reads,
 # here or to continue an answer.
@@ -54,7 +59,7 @@ _KNOWN_NAMES = """
 """
 KNOWN_MEMBERS = frozenset(_KNOWN_NAMES.split())
 
-RawValue = bytes | memoryview | msgspec.Raw
+RawValue = Piece
 """JSON as it is written in the body: a value, or a name with its quotation marks."""
 T = TypeVar("T")
 
@@ -194,31 +199,20 @@ def read_small_members(body: bytes) -> Members | None:
     except (ValueError, RecursionError):  # no JSON, as far as msgspec knows
         return None
     if len(document) > MAX_MEMBERS:
-        raise too_many_members_error()
+        raise BadRequest(str(too_many_members_error()))
     return Members(document.items())
 
 
 def scan_members(body: bytes) -> Generator[None, None, Members]:
     """Reads the members of a body of any size, and yields after each step. Raises BadRequest as ``read_members``."""
-    pairs, written_names = yield from JsonScanner(body).scan_members()
+    try:
+        pairs, written_names = yield from JsonScanner(body).scan_members()
+    except MalformedJson as error:
+        raise BadRequest(str(error)) from error
     # The scanner does not see faults inside values. A small body is checked for them here, a larger body by the server.
     if len(body) <= SMALL_BODY_BYTES:
         _require_json(body)
     return Members(pairs, written_names)
-
-
-def join_pieces(pieces: Iterable[RawValue]) -> Generator[None, None, bytes]:
-    """Joins the pieces to one body. A large piece is copied in steps, with a yield after each step; a small piece at
-    once, without a yield."""
-    body = BytesIO()
-    for piece in pieces:
-        view = memoryview(piece)
-        is_large = len(view) > COPY_BYTES
-        for start in range(0, len(view), COPY_BYTES):
-            body.write(view[start : start + COPY_BYTES])
-            if is_large:
-                yield
-    return body.getvalue()  # BytesIO returns its own bytes, without a copy
 
 
 def _require_json(body: bytes) -> None:
@@ -230,7 +224,7 @@ def _require_json(body: bytes) -> None:
     except RecursionError:  # too deep for Python, but not for Go: the scanner has checked the depth
         pass
     except ValueError as error:
-        raise not_json_error(str(error)) from error
+        raise BadRequest(str(not_json_error(str(error)))) from error
 
 
 def _refuse_constant(constant: str) -> None:

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Generator, Sequence
 from dataclasses import replace
 from functools import partial
 from http import HTTPStatus
-from io import BytesIO
 from typing import TypeVar
 
 import msgspec
 
 from gpumesh.backends.base import ContinuationMethod, HttpCall
+from gpumesh.backends.body_pieces import COPY_BYTES, join_pieces
 from gpumesh.backends.continuation.continuation import Continuation
 from gpumesh.backends.dialects import DIALECTS, host_header
-from gpumesh.backends.model_member import names_model, replace_in_query, replace_model
+from gpumesh.backends.model_member import names_model, replace_in_query, replace_model, scan_model
 from gpumesh.balancer.outcomes import Outcome, classify_status, rule_for_outcome
 from gpumesh.errors import BackendUnreachable, DeadlineExceeded, QueueFull, StreamCut
 from gpumesh.mesh.nodes.lease import Lease
@@ -24,8 +24,6 @@ from gpumesh.mesh.requests.answer_reading import ERROR_BYTES, OpenedStream, read
 from gpumesh.mesh.requests.failures import FailedAttempt, fail_attempt, shortest_work_s
 from gpumesh.mesh.requests.task_deadlines import TaskDeadline
 from gpumesh.mesh.requests.upstream import Upstream, UpstreamResponse
-
-COPY_BYTES = 1 << 20  # bytes of a body that are copied in one step
 
 T = TypeVar("T")
 
@@ -80,22 +78,31 @@ async def ask_node(
 async def with_model(call: HttpCall, name: str, try_reserve_memory: Callable[[int], bool]) -> HttpCall:
     """The call with this name of its model. A long body is copied in steps, with turns of other requests between them.
     ``try_reserve_memory`` is asked for the memory of such a copy. Raises QueueFull if there is no room for it."""
-    parts = replace_model(call.body, name)
-    if parts is None:  # the body has this name already, or names no model
+    if len(call.body) <= COPY_BYTES:
+        pieces = replace_model(call.body, name)
+    else:
+        pieces = await _run_steps(scan_model(call.body, name))
+    if pieces is None:  # the body has this name already, or names no model
         is_in_query = "model=" in call.path and not names_model(call.body)
         path = replace_in_query(call.path, name) if is_in_query else None
         return call if path is None else msgspec.structs.replace(call, path=path)
-    head, rest = parts
-    if len(rest) <= COPY_BYTES:
-        return msgspec.structs.replace(call, body=head + rest)
-    if not try_reserve_memory(len(rest)):
+    size = sum(map(len, pieces))
+    if size <= COPY_BYTES:
+        return msgspec.structs.replace(call, body=b"".join(pieces))
+    if not try_reserve_memory(size):
         raise QueueFull("the bodies of other requests take all the memory that they may", retry_after_s=1.0)
-    copy = BytesIO()
-    copy.write(head)
-    for start in range(0, len(rest), COPY_BYTES):
-        copy.write(rest[start : start + COPY_BYTES])
+    return msgspec.structs.replace(call, body=await _run_steps(join_pieces(pieces)))
+
+
+async def _run_steps(work: Generator[None, None, T]) -> T:
+    """Runs the generator with turns of other requests between its steps, and returns its result."""
+    while True:
+        try:
+            next(work)
+        except StopIteration as stop:
+            result: T = stop.value
+            return result
         await asyncio.sleep(0)
-    return msgspec.structs.replace(call, body=copy.getvalue())
 
 
 async def _send_and_read(

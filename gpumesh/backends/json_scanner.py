@@ -12,8 +12,6 @@ from itertools import accumulate
 
 import msgspec
 
-from gpumesh.gateway.http.errors import BadRequest
-
 WINDOW = 16 << 10  # bytes that are read in one step, 3 ms at the worst
 FIRST_WINDOW = 1 << 10  # bytes of the first step in a nested value: most values are short
 MAX_MEMBERS = 1000  # of the outermost object
@@ -43,9 +41,13 @@ _Steps = Generator[None, None, None]
 _decode_string = msgspec.json.Decoder(str).decode
 
 
+class MalformedJson(ValueError):
+    """The body is no JSON object, or one with too many members. The text is a sentence for the client."""
+
+
 class JsonScanner:
     """Scans one body, once. ``_position`` is the index of the next byte. All methods whose names begin with ``_skip``
-    move it behind what they skip, yield after each window, and raise BadRequest for a fault."""
+    move it behind what they skip, yield after each window, and raise MalformedJson for a fault."""
 
     def __init__(self, body: bytes) -> None:
         self._body = body
@@ -54,13 +56,13 @@ class JsonScanner:
         self._position = 0
 
     def scan_members(self) -> Generator[None, None, ScannedMembers]:
-        """Yields after each step, then returns the members. Raises BadRequest if the body is no JSON object, as far as
-        the scanner checks that, or has too many members."""
+        """Yields after each step, then returns the members. Raises MalformedJson if the body is no JSON object, as far
+        as the scanner checks that, or has too many members."""
         pairs: list[tuple[str, memoryview]] = []
         written_names: list[memoryview] = []
         yield from self._skip_blanks()
         if self._position == self._size:
-            raise BadRequest("missing request body")
+            raise MalformedJson("missing request body")
         self._expect(b"{")
         yield from self._skip_blanks()
         has_more = self._next_byte() != b"}"
@@ -99,12 +101,12 @@ class JsonScanner:
         return self._body[self._position : self._position + 1]
 
     def _expect(self, character: bytes) -> None:
-        """Skips the next byte. Raises BadRequest if it is not ``character``."""
+        """Skips the next byte. Raises MalformedJson if it is not ``character``."""
         if self._next_byte() != character:
             raise self._error_here(f"no {character.decode()}")
         self._position += 1
 
-    def _error_here(self, fault: str) -> BadRequest:
+    def _error_here(self, fault: str) -> MalformedJson:
         """The error for a fault at the next byte. At the end of the body the fault is always that the body ends."""
         if self._position >= self._size:
             return not_json_error("it ends too early")
@@ -191,9 +193,9 @@ class JsonScanner:
             yield
 
     def _find_brackets(self, piece: bytes, *, in_string: bool) -> tuple[bytes, int]:
-        """Returns the brackets of this piece outside of strings, and the number of quotation marks in the piece that
-        begin or end a string. Braces come as square brackets: a ``{`` as ``[``. ``in_string``: the piece begins inside
-        a string. Raises BadRequest for a character that may not stand outside of strings."""
+        """Returns the brackets of this piece outside of strings, all written as square brackets, and the number of
+        quotation marks in the piece that begin or end a string. ``in_string``: the piece begins inside a string. Raises
+        MalformedJson for a character that may not stand outside of strings."""
         if b"\\" in piece:  # without escapes each quotation mark begins or ends a string
             piece = piece.replace(b"\\\\", b"").replace(b'\\"', b"")
         parts = piece.split(b'"')  # alternately outside and inside of strings
@@ -223,7 +225,7 @@ class JsonScanner:
 
 
 def _depth_after(brackets: bytes, depth: int) -> int:
-    """The depth after these square brackets; 0 if the depth was 0 in between. Raises BadRequest if the depth reaches
+    """The depth after these square brackets; 0 if the depth was 0 in between. Raises MalformedJson if the depth reaches
     ``MAX_DEPTH``.
 
     To save time, empty pairs of brackets are removed first, again and again. Then mostly two sorts of brackets remain:
@@ -263,9 +265,9 @@ def _decode_name(written: memoryview) -> str:
         return ""
 
 
-def not_json_error(reason: str) -> BadRequest:
-    return BadRequest(f"the request body is not JSON: {reason}")
+def not_json_error(reason: str) -> MalformedJson:
+    return MalformedJson(f"the request body is not JSON: {reason}")
 
 
-def too_many_members_error() -> BadRequest:
-    return BadRequest(f"the request body has more than {MAX_MEMBERS} members")
+def too_many_members_error() -> MalformedJson:
+    return MalformedJson(f"the request body has more than {MAX_MEMBERS} members")
