@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 
 import pytest
+from msgspec.structs import replace
 
 from gpumesh.backends.base import HttpCall
 from gpumesh.backends.continuation.continuation import MAX_CUTS, Continuation
 from gpumesh.backends.continuation.ending import Ending
-from gpumesh.backends.continuation.planner import ContinuationStrategies
+from gpumesh.backends.continuation.planner import REQUEST_VALUES, ContinuationStrategies
 from gpumesh.backends.continuation.prefill import ContinuationStrategy
 from gpumesh.backends.continuation.stream_format import SENTINEL
 from gpumesh.topology import BackendKind
@@ -383,3 +384,30 @@ def test_a_turn_that_the_client_began_is_not_continued_by_other_kinds() -> None:
         assert answer.handle_cut() is None
         step = answer.next_call("n", BackendKind.OPENAI)
         assert isinstance(step, HttpCall) is continued
+
+
+def long_chat(count: int) -> HttpCall:
+    """A chat of so many short messages."""
+    call = openai()
+    body = json.loads(call.body)
+    message = {"role": "user", "content": "a"}
+    return replace(call, body=json.dumps({**body, "messages": [message] * count}, separators=(",", ":")).encode())
+
+
+def test_a_long_request_is_taken_apart_before_the_cut_is_handled_in_two_steps() -> None:
+    call = long_chat(REQUEST_VALUES // 4)
+    answer = start_answer(call)
+    answer.feed(b"".join(ModelServer(tokens=20).frames(openai())[:3]))
+    assert len(list(answer.prepare_cut())) == 2, "the estimate of its cost, then the parsing"
+    assert answer.handle_cut("connection lost") is None, "another node can continue"
+
+
+def test_a_request_of_too_many_values_is_not_taken_apart() -> None:
+    """Its bytes alone would be affordable, but not the time that no other request is served."""
+    call = long_chat(REQUEST_VALUES // 3 + 1)
+    answer = start_answer(call)
+    answer.feed(b"".join(ModelServer(tokens=20).frames(openai())[:3]))
+    assert list(answer.prepare_cut()) == []
+    ending = answer.handle_cut("connection lost")
+    assert ending is not None
+    assert "its request is too large to be taken apart" in str(ending.error)
