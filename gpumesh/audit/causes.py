@@ -23,7 +23,7 @@ CAUSES: Mapping[str, frozenset[str]] = {
 
 
 def drop_consequences(findings: Iterable[Finding]) -> list[Finding]:
-    """Returns one node's findings without mere consequences (``CAUSES``). Of several with one code, keeps the first."""
+    """Returns one node's findings without mere consequences (``CAUSES``), and only the first finding of each code."""
     first_by_code: dict[str, Finding] = {}
     for finding in findings:
         first_by_code.setdefault(finding.code, finding)

@@ -20,8 +20,8 @@ from gpumesh.state import Finding, NodeState, TunnelPhase
 from gpumesh.text.addresses import is_loopback
 from gpumesh.topology import BackendKind, NodeSpec, Topology
 
-# The errors of a tunnel that mean: there is no such host. Not among them are errors that a person must decide about (a
-# host key), and errors that pass by themselves (a lost connection).
+# The errors of a tunnel that mean: there is no such host. Errors that a person must decide about (a host key), and
+# errors that pass by themselves (a lost connection), are left out.
 _HOST_ABSENT_CODES = frozenset({"connect-refused", "connect-timeout", "host-unresolved", "host-unreachable", "not-ssh"})
 _EXPECT_CODES = frozenset({"hostname-differs", "gpu-differs", "gpu-count", "vram-differs", "driver-differs"})
 
@@ -163,11 +163,11 @@ def _correct_expectations(spec: NodeSpec, state: NodeState, codes: set[str]) -> 
         yield change_expectation("hostname", found, "hostname-differs")
     if not found_gpus:
         return
-    # Not whenever the number differs: while a GPU is lost, there is no ``gpu-count`` (audit/causes.py), and the lost
-    # GPU must still be expected.
+    # The number is corrected only after a ``gpu-count``. While a GPU is lost, there is no ``gpu-count``
+    # (audit/causes.py), because the lost GPU must still be expected.
     if "gpu-count" in codes and expect.gpus is not None:
         yield change_expectation("gpus", len(found_gpus), "gpu-count")
-    # mesh.yaml has one name and one size for all GPUs of a node: so with different GPUs there is no right value.
+    # mesh.yaml has one name and one size for all GPUs of a node, so there is no right value if the GPUs differ.
     names = {gpu.name for gpu in found_gpus}
     if expect.gpu is not None and len(names) == 1:
         (name,) = names

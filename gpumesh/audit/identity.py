@@ -289,10 +289,8 @@ def _group_by_mark(nodes: Sequence[NodeState], proof: Proof) -> Mapping[str, lis
 
 
 def _may_be_one_machine(node: NodeState, other: NodeState, proof: Proof) -> bool:
-    """Whether two nodes that have a mark in common may be joined by this kind of proof.
-
-    They may not if each may have GPUs of its own. If the GPUs of both are known, only a GPU in common joins them, not a
-    host key or a store in common.
+    """Whether this kind of proof joins two nodes that have a mark in common. It does not if each node may have its own
+    GPUs. If the GPUs of both nodes are known, only a common GPU joins them: a common host key or store does not.
     """
     if _may_have_own_gpus(node, other):
         return False
@@ -303,11 +301,10 @@ def _may_be_one_machine(node: NodeState, other: NodeState, proof: Proof) -> bool
 
 
 def _may_have_own_gpus(node: NodeState, other: NodeState) -> bool:
-    """Whether the nodes may be two servers of one host, each with GPUs of its own.
-
-    To the balancer they are then two machines, though the host is one. They may be such servers if they have different
-    ports on the host, and the host has more than one GPU: servers that share its only GPU are one machine, however many
-    they are. A port is known of SSH nodes only; an unknown port means no.
+    """Whether the nodes may be two servers of one host, each with its own GPUs. Such servers count as two machines for
+    the balancer. The answer is yes if the servers have different ports on the host, and the host has more than one GPU:
+    servers that share the only GPU of a host are one machine. It is no if a port is unknown. Ports are known of SSH
+    nodes only.
     """
     port, other_port = _server_port(node), _server_port(other)
     if port is None or other_port is None or port == other_port:
@@ -318,9 +315,8 @@ def _may_have_own_gpus(node: NodeState, other: NodeState) -> bool:
 
 
 def _server_port(node: NodeState) -> str | None:
-    """The port on the node's host of the server that is in use, as ``port:11434``; ``None`` where it is not known.
-
-    Of a direct node it is not known: the port at its address may only forward to another port of the host
+    """The port of the server in use on the node's host, as ``port:11434``; ``None`` if it is not known. The port of a
+    direct node is never known, because the port at its address may only forward to another port of the host
     (``ssh -L 11435:localhost:11434``).
     """
     if node.tunnel.transport == "direct" or node.backend.url is None:

@@ -26,9 +26,9 @@ SEVERITY_RANKS = {Severity.ERROR: 0, Severity.WARNING: 1, Severity.INFO: 2}  # t
 def collect_findings(topology: Topology, nodes: Sequence[NodeState]) -> tuple[Finding, ...]:
     """Returns the findings of the probes and of all rules, the worst first.
 
-    Of one severity, the findings about single nodes come first, in the order of mesh.yaml, then those about several
-    nodes. Only nodes that are enabled and have a state are checked. A node has at most one finding of each code, and
-    no finding that is only a consequence of another finding.
+    Within one severity, findings about single nodes come first, in the order of mesh.yaml, then findings about several
+    nodes. Only nodes that are enabled and have a state are checked. A node has at most one finding of each code, and no
+    finding that is only a consequence of another finding.
     """
     states = {state.name: state for state in nodes}
     pairs = [(spec, states[spec.name]) for spec in topology.nodes if spec.enabled and spec.name in states]

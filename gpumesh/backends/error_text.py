@@ -70,7 +70,7 @@ def find_reported_error(body: bytes) -> str | None:
 
 def _find_message(document: Any, depth: int = 0) -> str | None:
     """The first text that is not blank, under the keys that servers use for an error message; ``None`` if there is
-    none. Of a list, only the first entry is searched. ``depth``: how many objects and lists are around ``document``."""
+    none. Only the first entry of a list is searched. ``depth``: how many objects and lists are around ``document``."""
     if isinstance(document, str):
         return document if document.strip() else None
     if depth > MAX_DEPTH:

@@ -21,15 +21,15 @@ from gpumesh.text.printable import printable
 MAX_MODELS = 4_000
 LONGEST_NAME = 200  # characters; a model with a longer name is left out
 MAX_CONTEXT_TOKENS = 1 << 31  # a larger context is not believed
-# Of more models in memory at once, only the first are read: each is a row of tables, a label of /metrics and a part of
-# the reason of a node's state.
+# If more models are in memory at once, only the first are read: each model is a row of tables, a label of /metrics and
+# a part of the reason of a node's state.
 MAX_LOADED_MODELS = 256
 
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """The entries of a list of models by name, in the server's order. Of several entries with the same name, only the
-    first is here.
+    """The entries of a list of models by name, in the server's order. If several entries have the same name, only the
+    first is kept.
 
     ``unusable`` counts the entries whose name no request could use.
     """

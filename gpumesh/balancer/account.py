@@ -26,7 +26,7 @@ from gpumesh.topology import BackendKind
 # that has run longer than expected would count as one that ends now.
 LEAST_REST_SHARE = 0.1
 FREE_AT_AGE_S = 0.05  # the time of the next free slot is computed again after this time, even if nothing happened
-MAX_KNOWN_TIMES = 256  # that time is kept for so many models of one node; with more, all times are forgotten
+MAX_KNOWN_TIMES = 256  # of the models of one node; with more, all of them are forgotten
 
 NOTHING_CACHED: Mapping[str, float] = MappingProxyType({})
 
@@ -100,11 +100,11 @@ class PlacedRequest(msgspec.Struct, eq=False):
 
 
 class _FreeTime(NamedTuple):
-    """The time at which a slot is probably free (``free_at``), as it was computed at the time ``found_at``, when the
-    group had had so many ``events``."""
+    """The time at which a slot is probably free (``free_at``). It was computed at the time ``computed_at``, when the
+    number of the group's events was ``events``."""
 
     events: int
-    found_at: float
+    computed_at: float
     free_at: float
 
 
@@ -245,8 +245,8 @@ class NodeAccount:
 
     def has_room(self, model: str | None, now: float) -> bool:
         """Whether the node has a free slot for a request to this model."""
-        # A learned number is for one model: Ollama has slots for each model in memory. A number in mesh.yaml, or one
-        # that a server with a single model tells, is for all requests.
+        # A learned number is for one model: Ollama has slots for each model in memory. A number in mesh.yaml, or from a
+        # server with a single model, is for all requests.
         if self._counts_by_model:
             return self.count(model or "") < self.learned_slots.max_in_flight(model or "", now)
         slots = self.reported_parallel if self.max_parallel is None else self.max_parallel
@@ -283,7 +283,7 @@ class NodeAccount:
         happened on the node's GPU, or after ``FREE_AT_AGE_S``."""
         events = self.group.events
         known = self._free_at.get(model)
-        if known is None or known.events != events or not 0.0 <= now - known.found_at <= FREE_AT_AGE_S:
+        if known is None or known.events != events or not 0.0 <= now - known.computed_at <= FREE_AT_AGE_S:
             if len(self._free_at) > MAX_KNOWN_TIMES:
                 self._free_at.clear()
             known = self._free_at[model] = _FreeTime(events, now, now + self._find_next_free_s(now, model))
@@ -361,9 +361,9 @@ class NodeAccount:
             self.learned_slots.cancel(placed.sent, now)
         model = placed.model or ""
         self.placed.discard(placed)
-        left = self.placed_by_model.get(model, 1) - 1
-        if left:
-            self.placed_by_model[model] = left
+        remaining_count = self.placed_by_model.get(model, 1) - 1
+        if remaining_count:
+            self.placed_by_model[model] = remaining_count
         else:
             self.placed_by_model.pop(model, None)
         if placed.first_token_at is None:

@@ -11,12 +11,12 @@ from msgspec.structs import replace
 from gpumesh.backends.base import ServerCounters
 from gpumesh.balancer.account import PlacedRequest
 
-# A server's total is believed up to so many times, and so many seconds more, than we have waited: clocks differ a bit.
+# A server's total may be longer than our wait by this factor and by some seconds more: clocks differ a bit.
 LONGER_FACTOR, LONGER_S = 1.1, 0.1
-# We may have waited so many times, and so many seconds, longer than its total: the network takes time too.
+# Our wait may be longer than the server's total by this factor and by some seconds more: the network takes time too.
 SHORTER_FACTOR, SHORTER_S = 1.5, 0.5
-# The text may have come for so many times, and so many seconds, longer than the server has generated it: the way of the
-# last token may be a bit longer than that of the first.
+# The text may have arrived over a longer time than the server has generated it, by this factor and by some seconds
+# more: the last token may have taken longer through the network than the first.
 STREAM_FACTOR, STREAM_S = 1.25, 0.1
 PAUSED_FACTOR = 3.0  # the same without a total: the server may have paused the answer, and may not count that
 

@@ -22,14 +22,14 @@ NORMAL_BELOW = 1.4  # … and is normal again only below this: so it does not ch
 MAX_FACTOR = 8.0  # by which a forecast is multiplied at most
 
 MIN_PAST = 16  # with fewer answers, the usual speed is not known
-RECENT_ANSWERS = 9  # the median of the last so many answers is the present speed
+RECENT_ANSWERS = 9  # the median of this number of last answers is the present speed
 MIN_RECENT = 5  # with fewer recent answers, a node does not become slow
 PROBE_ANSWERS = 3  # instead of RECENT_ANSWERS while the node is slow, because it gets few requests then
 RECENT_S = 600.0  # an older answer is not recent
 FORGET_SLOW_S = 3600.0  # a slow node without any answer for this time is taken for normal
 # After the first ``MIN_PAST`` answers, the usual speed moves towards each answer by the share PAST_WEIGHT. An answer
-# that is further away than MAX_DEVIATION, a factor of 1.4, counts as one at this distance. So it takes about 50 answers
-# at half the usual speed, or 250 at an eighth, until this speed counts as usual.
+# that deviates by more than MAX_DEVIATION, a factor of 1.4, counts as an answer at this distance. So it takes about 50
+# answers at half the usual speed, or 250 at an eighth, until this speed counts as usual.
 PAST_WEIGHT = 0.02
 MAX_DEVIATION = 0.5  # as a power of two: 2 ** 0.5 = 1.4
 
@@ -37,7 +37,7 @@ PROBE_EVERY = 20  # a slow node gets at least each 20th of the requests that it 
 IDLE_PROBE_S = 10.0  # a slow node with nothing in flight gets a request if its last one was longer ago than this
 
 MAX_MODELS = 64  # of one node; with more, the model whose usual speed is known longest is forgotten
-MAX_PEERS = 64  # of more other nodes, only so many are looked at: their median is as good
+MAX_PEERS = 64  # if there are more other nodes, only so many are looked at: their median is as good
 _LEAST, _GREATEST = 1e-6, 1e9  # bounds of a time in seconds and of a rate in tokens/s; figures outside are ignored
 
 
@@ -54,7 +54,7 @@ class Slowness:
 @dataclass(slots=True)
 class _Usual:
     """The usual value of a quantity, as a logarithm to the base 2. ``value`` begins as the median of the first
-    ``MIN_PAST`` values, and then follows the newer values slowly. It is ``None`` until there are so many values."""
+    ``MIN_PAST`` values, and then follows the newer values slowly. It is ``None`` before."""
 
     value: float | None = None
     first_values: list[float] = field(default_factory=list)
@@ -85,8 +85,8 @@ class _Recent:
         self._last_median = (False, -math.inf, None)
 
     def slowness(self, now: float, *, of_slow_node: bool) -> float | None:
-        """The median of the recent deviations as a ratio; ``None`` if there are too few. Of a node that is slow, only
-        the last ``PROBE_ANSWERS`` count, and one is enough."""
+        """The median of the recent deviations as a ratio; ``None`` if there are too few. For a slow node, only the last
+        ``PROBE_ANSWERS`` answers count, and one answer is enough."""
         was_of_slow_node, true_until, slowness = self._last_median
         if was_of_slow_node != of_slow_node or now > true_until:
             recent = [entry for entry in self._entries if now - entry[0] <= RECENT_S]

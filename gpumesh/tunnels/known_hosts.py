@@ -231,11 +231,11 @@ def record_host_key(path: Path, key: HostKey, host: KnownHost) -> None:
 
 
 def adopt_shared_keys(path: Path, host: KnownHost) -> None:
-    """Moves the keys that an earlier version has recorded for the shared name to the host's own name. Called when the
-    host has shown such a key: then they belong to this mesh, and say nothing about nodes of other meshes.
+    """Moves the keys that an earlier version has recorded for the shared name to the host's own name.
 
-    If nothing is on record for the address, the keys are recorded for it too: another mesh of the user that has the
-    same node at the same address has relied on the shared name as well. Does nothing if the own name has keys, or the
+    Called when the host has shown such a key: this shows that the keys belong to this mesh, and not to another mesh of
+    the user. If no key is on record for the address, the keys are recorded for the address too, because another mesh
+    with the same node at the same address has also used the shared name. Does nothing if the own name has keys, or the
     shared name has none. Raises ``TunnelError`` when the file cannot be written.
     """
     own_name, shared_name = host.own_name, host.shared_name

@@ -1,7 +1,8 @@
 """``ClientCounters``: what each client of one class was served, for the Virtual Token Counter (VTC).
 
 Source: Sheng et al., "Fairness in Serving Large Language Models", OSDI 2024. The client that was served least goes
-first. A client that comes back is lifted to the level of the others, so that nobody saves up a right to many slots.
+first. The counter of a client that comes back is raised to the level of the other clients, so that no client can save
+up a right to many slots.
 """
 
 from __future__ import annotations
@@ -12,17 +13,17 @@ from math import isfinite
 PROMPT_TOKEN_WEIGHT = 1.0
 ANSWER_TOKEN_WEIGHT = 2.0
 
-# The most that one charge counts: a prompt of a million tokens, and as many tokens of answer. No server serves more in
-# one request, so a greater number is a defect or a lie.
+# The greatest charge for one request: a prompt of a million tokens, and as many tokens of answer. No server serves more
+# in one request, so a greater number is a defect or a lie.
 MAX_CHARGE = 3_000_000.0
 
-# A client that waited long for a busy model is behind those that were served elsewhere. When its turn comes, it is
-# lifted to so much below them: the rest is forgiven, or it would keep their slots for as long as it had waited. This is
-# about ten usual requests (1,000 prompt tokens, 300 answer tokens).
+# A client that waited long for a busy model has a lower counter than clients that were served by other nodes meanwhile.
+# When its turn comes, its counter is raised to at most MAX_LAG below theirs. Otherwise it would keep all slots for as
+# long as it had waited. MAX_LAG is about ten usual requests (1,000 prompt tokens, 300 answer tokens).
 MAX_LAG = 16_384.0
 
-# Clients without a waiting request whose counters are kept. The one that was charged longest ago is forgotten first:
-# it has the least to lose, because all clients that come back are lifted anyway.
+# Clients without a waiting request whose counters are kept. The client that was charged longest ago is forgotten first:
+# it loses the least, because the counter of a client that comes back is raised in any case.
 MAX_IDLE_CLIENTS = 4096
 
 
@@ -71,8 +72,8 @@ class ClientCounters:
     def grant_unqueued(self, client: str, tokens: float) -> float:
         """A request of this expected cost got a slot without waiting. Returns the client's counter.
 
-        This lifts the client and the level too. Otherwise the next client that must wait would be far behind one that
-        was served while nobody waited, and would keep all slots for itself until it had caught up."""
+        This lifts the client and the level too. Otherwise the next client that must wait would be far behind a client
+        that was served while no request waited, and would keep all slots for itself until it had caught up."""
         self.level = max(self.of(client), self.level)
         return self._set(client, self.level + bounded_charge(tokens))
 

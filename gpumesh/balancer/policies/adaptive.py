@@ -104,7 +104,7 @@ class AdaptivePolicy:
         if question.queue_s < LONG_QUEUE_S:
             return NO_CHOICE
         offered = forecast(account, question.demand, question.work, question.fleet, 0.0, question.now)
-        is_taken = offered.is_free and no_wait_pays(offered, question)
+        is_taken = offered.is_free and no_wait_can_pay(offered, question)
         return Choice(offered if is_taken else None, (offered,))
 
     def accept(
@@ -151,14 +151,14 @@ def decide(offered: Forecast, forecasts: list[Forecast], question: Question) -> 
     return Choice(None, forecasts, awaited.wait_s * PATIENCE_FACTOR + PATIENCE_S)
 
 
-def no_wait_pays(offered: Forecast, question: Question) -> bool:
+def no_wait_can_pay(offered: Forecast, question: Question) -> bool:
     """Whether ``decide`` would take the free slot, whatever the other nodes have: the queue is so long that an idle
     slot costs more than the best node could save."""
     if offered.load_s:
         return False
     most_saved_s = offered.own_read_s + offered.others_s
-    most_share = offered.own_read_s / (offered.own_read_s + offered.write_s)
-    idle_cost_s = queue_price(question) * question.queue_s * (1.0 - 2.0 * most_share)
+    most_saved_share = offered.own_read_s / (offered.own_read_s + offered.write_s)
+    idle_cost_s = queue_price(question) * question.queue_s * (1.0 - 2.0 * most_saved_share)
     return idle_cost_s * PATIENCE_FACTOR + PATIENCE_S >= offered.total_s and idle_cost_s + SAVING_S >= most_saved_s
 
 

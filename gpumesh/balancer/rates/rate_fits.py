@@ -25,9 +25,9 @@ MAX_SHARE = 2.0
 
 MEMORY = 0.98  # the weight of all older answers relative to a new one: about the last 50 answers count
 OUTLIER_MEMORY = 0.6  # the same, from the second outlier in a row on the same side: then the node has changed
-OUTLIER_FACTOR = 1.5  # an outlier is more than so many times above or below what was expected
-# A new figure that is more than so many times above or below the expected one counts as one at this bound. A known time
-# changes by at most this factor with one answer, the share by at most SHARE_STEP.
+OUTLIER_FACTOR = 1.5  # a figure that is more than this factor above or below the expected figure is an outlier
+# A new figure that is more than this factor above or below the expected figure counts as a figure at this bound. So one
+# answer changes a known time by at most this factor, and the share by at most SHARE_STEP.
 MAX_STEP = 2.0
 SHARE_STEP = 0.25
 MAX_FIRST_STEP = 16.0  # instead of MAX_STEP, for the first long prompt after short ones
@@ -35,13 +35,14 @@ PRIOR_WEIGHT = 0.1  # ``prior_share`` weighs as much as a tenth of an answer wit
 
 RECENT_WEIGHT = 0.4  # of a new figure in the recent mean
 PAST_WEIGHT = 0.02  # of a new figure in the mean of the node's past
-MAX_RECENT_STEP = 3.0  # a figure counts as at most so many times the past: one bad answer does not make a node slow
-SLOW_FACTOR = 2.0  # a node is slow whose recent mean is more than so many times that of its past
+# A figure counts as at most this multiple of the past mean: one bad answer does not make a node slow.
+MAX_RECENT_STEP = 3.0
+SLOW_FACTOR = 2.0  # a node is slow if its recent mean is more than this multiple of its past mean
 MIN_SAMPLES_SLOW = 8  # with fewer answers a node is not called slow
 
-RESTORED_ANSWERS = 8  # stored rates count as so many answers …
-RESTORED_NEIGHBOURS = 2.0  # … of which every second had so many neighbours …
-RESTORED_PROMPT = 256.0  # … and whose prompts had so many tokens each
+RESTORED_ANSWERS = 8  # stored rates count as this number of answers …
+RESTORED_NEIGHBOURS = 2.0  # … every second of them with this number of neighbours …
+RESTORED_PROMPT = 256.0  # … and with this number of tokens in each prompt
 
 
 @dataclass(slots=True)
@@ -81,7 +82,7 @@ class DecodeRate:
         return self.share if self.sum_xx > PRIOR_WEIGHT else None
 
     def learn(self, token_s: float, neighbours: float, weight: float) -> None:
-        """Learns from the mean time for one token of an answer that had so many other streams as neighbours."""
+        """Learns from the mean time for one token of an answer that had ``neighbours`` other streams beside it."""
         slowdown = 1.0 + self.share * neighbours
         self._compare_with_past(token_s / slowdown)
         expected = self.token_s * slowdown

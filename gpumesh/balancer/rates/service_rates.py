@@ -81,8 +81,8 @@ class MeasuredRates(NamedTuple):
 class Pace(msgspec.Struct, frozen=True, gc=False):
     """How fast a node works with one model, as far as anything is known. ``token_s`` are the seconds for a token of a
     lone stream, ``share`` the share that each neighbour takes, ``read_token_s`` the seconds to read a token of a
-    prompt. ``fallback_answers``: a part of these was not measured on this node, but comes from ``fallback``, which had
-    learned from so many answers; ``None``: all were measured on this node."""
+    prompt. ``fallback_answers``: if a part of these rates was not measured on this node, but comes from ``fallback``,
+    the number of answers from which ``fallback`` had learned; ``None``: all were measured on this node."""
 
     token_s: float
     share: float
@@ -94,8 +94,8 @@ class ServiceRates:
     """How fast one node serves each model, by the model's full name.
 
     A question about a model that was not measured on this node is answered from ``fallback``, which has learned from
-    the same model on other nodes; else from the last other model on this node; else from any model elsewhere; else by a
-    constant.
+    the same model on other nodes; else from the last other model on this node; else from any model on other nodes; else
+    by a constant.
     """
 
     def __init__(self, fallback: ServiceRates | None = None) -> None:
@@ -138,7 +138,7 @@ class ServiceRates:
         return pace
 
     def decode_s(self, model: str, tokens: float, streams: float = 1.0) -> float:
-        """Seconds to generate so many tokens while ``streams`` streams run together, this one included."""
+        """The seconds to generate this number of tokens while ``streams`` streams run together, this one included."""
         rate = self._decode.get(model) or self._find_decode(model)
         if rate is None:
             return tokens * DEFAULT_TOKEN_S * (1.0 + DEFAULT_SHARE * (streams - 1.0))
@@ -150,7 +150,7 @@ class ServiceRates:
         return DEFAULT_SHARE if rate is None else rate.share
 
     def prefill_s(self, model: str, tokens: float) -> float:
-        """Seconds to read so many tokens of a prompt that are not in the server's cache."""
+        """The seconds to read this number of tokens of a prompt, which are not in the server's cache."""
         rate = self._prefill.get(model) or self._find_prefill(model)
         if rate is None:
             return self.decode_s(model, tokens) / PREFILL_SPEEDUP
@@ -254,8 +254,8 @@ class ServiceRates:
     ) -> None:
         """Learns from the gateway's own clock, for a server that gives no durations. These figures count less.
 
-        ``tokens`` of the answer came, the last one ``stream_s`` seconds after the first. ``ttft_s``: the first token
-        came so many seconds after the request was sent, less the round trip; the request may have waited meanwhile.
+        ``tokens`` of the answer came, the last one ``stream_s`` seconds after the first. ``ttft_s``: the seconds from
+        the sending of the request to the first token, less the round trip; the request may have waited meanwhile.
         """
         self._note_change()
         intervals = None if tokens is None else tokens - 1  # the first token came at the beginning
@@ -268,8 +268,8 @@ class ServiceRates:
     def _learn_decode(
         self, model: str, tokens: int | None, eval_s: float | None, streams: float, weight: float
     ) -> None:
-        """Learns the rate of decoding from an answer of so many tokens. ``streams`` ran on the mean, this one included.
-        ``weight``: how much the answer counts if it is long enough. Impossible figures are ignored."""
+        """Learns the rate of decoding from an answer of this number of tokens. ``streams`` ran on the mean, this one
+        included. ``weight``: how much the answer counts if it is long enough. Impossible figures are ignored."""
         if tokens is None or eval_s is None or not MIN_DECODED_TOKENS <= tokens <= MAX_TOKENS:
             return
         token_s = eval_s / tokens
@@ -290,7 +290,7 @@ class ServiceRates:
         self._last_decode = rate
 
     def _note_share(self, model: str, share: float, neighbours: float) -> None:
-        """A node of the fleet has learned this share from an answer with so many neighbours."""
+        """Notes the share that a node of the fleet has learned from an answer with this number of neighbours."""
         usual = self._usual_shares.get(model)
         if usual is None:
             usual = DEFAULT_SHARE
@@ -298,7 +298,7 @@ class ServiceRates:
         self._usual_shares[model] = usual + SHARE_WEIGHT * min(neighbours, 1.0) * (share - usual)
 
     def _learn_prefill(self, model: str, tokens: int | None, prompt_s: float | None, weight: float) -> None:
-        """Learns the rate of reading from so many tokens of a prompt. ``weight``: how much each token counts.
+        """Learns the rate of reading from this number of tokens of a prompt. ``weight``: how much each token counts.
         Impossible figures are ignored."""
         if tokens is None or prompt_s is None or not MIN_READ_TOKENS <= tokens <= MAX_TOKENS:
             return
@@ -360,7 +360,7 @@ def _storable(values: dict[str, _Value]) -> Iterator[tuple[str, _Value]]:
 
 
 def _add(values: dict[str, _Value], model: str, value: _Value) -> None:
-    """Adds the value of a model. With too many models, forgets the one that was added first."""
+    """Adds the value of a model. With too many models, forgets the model that was added first."""
     values[model] = value
     if len(values) > MAX_MODELS:
         del values[next(iter(values))]

@@ -1,9 +1,9 @@
 """Compares a server's counts of tokens with the bytes that we have sent or received. Pure.
 
 A server that counts wrongly, or that lies, could say that its answers have ten times as many tokens as they have: it
-would seem to be ten times as fast, and get all requests. But nobody can hide the text itself. How many bytes make a
-token depends on the model and on the language, not on the node. So a node's counts are believed as far as they agree
-with those of the other nodes.
+would seem to be ten times as fast, and get all requests. But a server cannot hide the text itself. How many bytes make
+a token depends on the model and on the language, not on the node. So we believe a node's counts as far as they agree
+with the counts of the other nodes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from gpumesh.balancer.prefixes.cache_size import BYTES_PER_TOKEN
 
 LEAST_BYTES_PER_TOKEN, MOST_BYTES_PER_TOKEN = 0.8, 20.0  # other figures are no samples
 SMOOTHING = 0.1  # weight of the newest sample in a mean
-# A single text may have so many times more, or fewer, bytes for each token than is usual: code, or another language.
+# The bytes for each token of a single text may be above or below the usual number by this factor: code, or another
+# language.
 TEXT_FACTOR = 3.0
 # The mean of a node may differ by this factor from what is usual, because its clients may write another language.
 NODE_FACTOR = 1.25
@@ -27,7 +28,7 @@ class TokenCounts:
     """How many bytes make one token: of prompts, or of answers.
 
     ``least_bytes``: a shorter text says nothing, because the template adds too much to it. ``may_hold_images``: the
-    texts may hold images, of which many bytes make one token. So nobody knows whether a small count is wrong."""
+    texts may hold images, and many bytes of an image make one token. So a small count may be right."""
 
     def __init__(self, *, least_bytes: float, may_hold_images: bool) -> None:
         self._least_bytes = least_bytes
@@ -39,12 +40,12 @@ class TokenCounts:
         return f"<TokenCounts {', '.join(usual) or 'nothing counted'}>"
 
     def bytes_per_token(self, model: str) -> float:
-        """What is usual for this model; a guess until an answer has shown it."""
+        """The usual number for this model; a guess before the first answer."""
         means = self._models.get(model)
         return BYTES_PER_TOKEN if means is None else means.usual
 
     def learn(self, node: str, model: str, tokens: int | None, size: float | None) -> None:
-        """Learns from a text of ``size`` bytes that had so many ``tokens`` by the node's count. ``None``: unknown."""
+        """Learns from a text of ``size`` bytes that had ``tokens`` tokens by the node's count. ``None``: unknown."""
         if tokens is None or tokens <= 0 or size is None or size < self._least_bytes:
             return
         sample = size / tokens
@@ -58,10 +59,10 @@ class TokenCounts:
         means.add(node, sample)
 
     def correct(self, node: str, model: str, tokens: int | None, size: float | None) -> int | None:
-        """The tokens of a text of ``size`` bytes (``None``: not measured), of which the node says that they are
-        ``tokens`` (``None``: it does not say). It is the node's count, changed by as much as its counts differ on the
-        mean from those of the other nodes. If the text cannot have so many tokens, it is our own estimate; ``None`` if
-        there is no estimate."""
+        """The number of tokens of a text of ``size`` bytes (``None``: not measured). ``tokens`` is the node's own count
+        (``None``: it gives no count). The result is this count, corrected by the mean difference between the counts of
+        this node and of the other nodes. If that number is impossible for the text, the result is our own estimate;
+        ``None`` if there is no estimate."""
         means = self._models.get(model)
         usual = BYTES_PER_TOKEN if means is None else means.usual
         mean = usual if means is None else means.of_node.get(node, usual)
@@ -99,7 +100,7 @@ class _Means:
 
 
 def _middle(means: Iterable[float]) -> float:
-    """The median of the nodes' means. To an even number of nodes, what is usual in English is added: if two nodes
-    differ, nobody could tell which of them counts wrongly."""
+    """The median of the nodes' means. If the number of nodes is even, the usual value for English is added as one more
+    mean: if two nodes differ, it decides which of them counts wrongly."""
     values = list(means)
     return median(values if len(values) % 2 else [*values, BYTES_PER_TOKEN])

@@ -196,27 +196,15 @@ class _FleetReader:
     def _read_models(
         self, entries: Entries, node: Mapping[str, float | None], position: Position, path: KeyPath
     ) -> dict[str, ModelSpec]:
-        """The node's models by full name. ``node`` has the node's numbers."""
+        """The node's models by full name. ``node`` has the node's numbers, which count if a model does not give its
+        own."""
         models: dict[str, ModelSpec] = {}
         members = self._list(entries, "models", path)
         if "models" not in entries:
             self._add("is missing: give the names of the node's models", position, (*path, "models"))
         for index, member in enumerate(members):
-            member_path = (*path, "models", index)
-            own: dict[str, float | None] = dict.fromkeys(MODEL_NUMBERS)
-            if isinstance(member, MappingValue):
-                self._check_keys(member.entries, ("name", *MODEL_NUMBERS), member_path)
-                name = self._text(member.entries, "name", member_path)
-                for key in MODEL_NUMBERS:
-                    rule = NODE_NUMBERS[key]
-                    own[key] = self._number(
-                        member.entries, key, NumberKey(rule.low, rule.high, None, rule.whole), member_path
-                    )
-            else:
-                name = self._scalar(member, member_path)
+            name, own = self._read_model(member, (*path, "models", index))
             if name is None:
-                if isinstance(member, MappingValue):
-                    self._add("is missing", member.position, (*member_path, "name"))
                 continue
             speed = own["tokens_per_s"] or node["tokens_per_s"]
             if speed is None:
@@ -234,7 +222,23 @@ class _FleetReader:
             )
         return models
 
+    def _read_model(self, member: Value, path: KeyPath) -> tuple[str | None, dict[str, float | None]]:
+        """The model's name (``None`` after an error), and its own numbers; ``None`` for each number that is not
+        given."""
+        numbers: dict[str, float | None] = dict.fromkeys(MODEL_NUMBERS)
+        if not isinstance(member, MappingValue):
+            return self._scalar(member, path), numbers
+        self._check_keys(member.entries, ("name", *MODEL_NUMBERS), path)
+        name = self._text(member.entries, "name", path)
+        for key in MODEL_NUMBERS:
+            rule = NODE_NUMBERS[key]
+            numbers[key] = self._number(member.entries, key, NumberKey(rule.low, rule.high, None, rule.whole), path)
+        if name is None:
+            self._add("is missing", member.position, (*path, "name"))
+        return name, numbers
+
     def _read_faults(self, entries: Entries, path: KeyPath) -> Iterator[Fault]:
+        """Yields the node's faults. An entry with an error is left out, and the error noted."""
         for index, member in enumerate(self._list(entries, "faults", path)):
             fault_path = (*path, "faults", index)
             own = self._mapping(member, fault_path)

@@ -52,7 +52,7 @@ def scale_to_capacity(workload: Workload, rate: float, capacity: float, load: fl
 
 
 def measure_workload(workload: Workload, nodes: Sequence[NodeSpec]) -> OfferedWork:
-    """``measure_work`` for a workload. Of requests that come at random, the first are like all others."""
+    """``measure_work`` for a workload. Requests come at random, so the first are like all others."""
     is_steady = not workload.trace and not workload.batch
     return measure_work(islice(workload, MOST_MEASURED) if is_steady else workload, nodes)
 
@@ -113,9 +113,9 @@ def fleet_capacity(nodes: Iterable[NodeSpec], work: OfferedWork) -> float:
 
 
 def _saturated_rate(node: NodeSpec, model: str, sample: Sequence[tuple[int, int]]) -> float:
-    """The requests per second of a node whose slots are always busy with requests like these: measured, by a simulated
-    server that gets all at once. At the end slots fall idle, so the sample is sent often enough, and only what ends
-    before the last requests have begun is counted."""
+    """The requests per second of a node whose slots are always busy with requests like these. A simulated server that
+    gets all requests at once measures it. At the end some slots are idle. So the sample is sent several times, and only
+    requests that end before the last requests have begun are counted."""
     slots = node.models[model].slots
     server = SimulatedServer(replace(node, loaded=(model,)))
     repeats = max(math.ceil(MIN_SATURATED * slots / len(sample)), 1)
@@ -134,6 +134,7 @@ def _saturated_rate(node: NodeSpec, model: str, sample: Sequence[tuple[int, int]
 
 
 def _turns(request: SimulatedRequest) -> Iterator[SimulatedRequest]:
+    """Yields all requests of a conversation, this one first."""
     turn: SimulatedRequest | None = request
     while turn is not None:
         yield turn
@@ -141,7 +142,7 @@ def _turns(request: SimulatedRequest) -> Iterator[SimulatedRequest]:
 
 
 class _PooledCache:
-    """One cache as large as those of all nodes together: about the best that any routing could reach."""
+    """One cache with the size of all caches of the fleet: its hits are about the most that any routing could reach."""
 
     def __init__(self, nodes: Sequence[NodeSpec]) -> None:
         self._slots = sum(max((model.slots for model in node.models.values()), default=0) for node in nodes)
@@ -156,24 +157,28 @@ class _PooledCache:
         blocks = request.blocks
         if not self._prompts:
             self._shared = PrefixCache(self._tokens // request.block_tokens)
-        count = sum(1 for _ in takewhile(self._holders.__contains__, blocks))
-        if count:
-            self._forget(blocks[count - 1])  # the prompt that this one continues is replaced
+        cached_count = sum(1 for _ in takewhile(self._holders.__contains__, blocks))
+        if cached_count:
+            last_cached_block = blocks[cached_count - 1]
+            self._forget(last_cached_block)  # if a prompt ends with it, this request continues that prompt
         self._keep(request.end_blocks or blocks)
         while len(self._prompts) > self._slots:
-            self._forget(next(iter(self._prompts)))
+            oldest_prompt = next(iter(self._prompts))
+            self._forget(oldest_prompt)
         if self._tokens:
-            count = max(count, self._shared.count(blocks))
+            cached_count = max(cached_count, self._shared.count(blocks))
             self._shared.add(request.end_blocks or blocks)
-        return min(count * request.block_tokens, request.prompt_tokens)
+        return min(cached_count * request.block_tokens, request.prompt_tokens)
 
     def _keep(self, blocks: tuple[int, ...]) -> None:
+        """Puts a prompt with its answer into a slot, as the newest prompt."""
         self._forget(blocks[-1])
         self._prompts[blocks[-1]] = blocks
         for block in blocks:
             self._holders[block] = self._holders.get(block, 0) + 1
 
     def _forget(self, last_block: int) -> None:
+        """Removes the prompt that ends with this block from its slot, if there is such a prompt."""
         for block in self._prompts.pop(last_block, ()):
             self._holders[block] -= 1
             if not self._holders[block]:

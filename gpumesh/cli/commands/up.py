@@ -83,7 +83,7 @@ def _run_in_background(options: GlobalOptions, up_options: UpOptions) -> None:
 
     apply_options(options.topology(), up_options)  # only to report problems on this terminal
     paths = options.paths()
-    with _saying_what_changed(paths):
+    with _explain_if_already_running(paths):
         pid = start_background(paths, up_options)
     if not options.quiet:
         # These lines come before the first report, which may wait for a host that hangs. So a person who presses Ctrl-C
@@ -109,7 +109,7 @@ async def _run_in_foreground(options: GlobalOptions, up_options: UpOptions) -> b
     paths = options.paths()
     snapshot = read_snapshot(options.config_file())
     topology = apply_options(snapshot.topology, up_options)
-    with _saying_what_changed(paths):
+    with _explain_if_already_running(paths):
         lock = MeshLock.acquire(paths)  # held until this process ends
     stop = Shutdown()
     handle_signals(stop)
@@ -129,9 +129,9 @@ async def _run_in_foreground(options: GlobalOptions, up_options: UpOptions) -> b
 
 
 @contextmanager
-def _saying_what_changed(paths: MeshPaths) -> Iterator[None]:
-    """Adds what was changed in mesh.yaml to the error that a mesh of this file runs already. A person who has just
-    edited the file expects that `up` applies it."""
+def _explain_if_already_running(paths: MeshPaths) -> Iterator[None]:
+    """If the block raises the error that a mesh of this file runs already, adds to the error what was changed in
+    mesh.yaml. A person who has just edited the file expects that `up` applies the change."""
     from gpumesh.cli.views.changed_file import watch_running_file
     from gpumesh.errors import MeshAlreadyRunning
 

@@ -133,11 +133,12 @@ class Runners:
                 return
             if runner is None and self._has_room(model):
                 return
-            # A runner of the model itself is there with other options, so it must go; else there is no room.
+            # If the model itself is in memory with other options, that runner must go. Otherwise any runner must go, to
+            # make room.
             await self._wait_unloaded(runner or self._choose_to_unload())
 
     def _has_room(self, model: ModelProfile) -> bool:
-        """Whether the model can be loaded beside the others. Into an empty memory it is loaded, however large it is."""
+        """Whether the model can be loaded beside the others. A model of any size can be loaded into an empty memory."""
         if not self.by_name:
             return True
         max_loaded = self._profile.max_loaded or MODELS_PER_GPU * max(1, len(self._profile.gpus))

@@ -42,14 +42,14 @@ class SlotPool:
 
     def __init__(self, count: int, *, shared_cache: bool = False, lost_tokens: int = 0) -> None:
         self._slots = [Slot() for _ in range(count)]
-        self._places = asyncio.Semaphore(count)
+        self._free_slots = asyncio.Semaphore(count)
         self._shared_cache = shared_cache
         self._lost_texts = LostTexts(lost_tokens)
         self._uses = itertools.count(1)
 
     async def acquire(self) -> None:
         """Waits until a slot is free, and reserves one. The caller may call ``take_slot`` once; it must ``release``."""
-        await self._places.acquire()
+        await self._free_slots.acquire()
 
     def take_slot(self, prompt: str) -> tuple[Slot, int]:
         """Takes the idle slot that fits best. Returns it with the number of the prompt's characters in the cache.
@@ -72,8 +72,9 @@ class SlotPool:
         return slot, max(common_prefix_length(source.text, prompt) for source in sources)
 
     def release(self, slot: Slot | None) -> None:
-        """Ends what ``acquire`` began. ``slot`` is that of ``take_slot``; ``None`` if ``take_slot`` was not called."""
+        """Gives back the slot that ``acquire`` reserved. ``slot`` is the result of ``take_slot``; ``None`` if
+        ``take_slot`` was not called."""
         if slot is not None:
             slot.busy = False
             slot.used = next(self._uses)
-        self._places.release()
+        self._free_slots.release()

@@ -24,11 +24,12 @@ from gpumesh.balancer.scheduling.scheduler import Placement
 RECENT_REQUESTS = 3  # the latest requests that people see
 LOADING_WINDOW_S = 300.0  # loads that began longer ago do not count as recent
 MAX_LOAD_EVENTS = 256  # the latest loads that are remembered
-# So many models are counted by name, all others together as OTHER_MODELS: the names become labels of metrics.
+# At most this number of models are counted by name, all others together as OTHER_MODELS: the names become labels of
+# metrics.
 MAX_MODELS = 64
 OTHER_MODELS = "other"
 LEAST_LOAD_MS = 200.0  # a server reports some milliseconds of load for a model in memory too
-MAX_CACHED_TOKENS = 1 << 27  # of one prompt: a server may tell any figure
+MAX_CACHED_TOKENS = 1 << 27  # of one prompt: a server may report any figure
 # Upper bounds of the buckets of actual time / forecast time.
 RATIO_BOUNDS = (0.25, 0.5, 0.75, 0.9, 1.1, 1.5, 2.0, 4.0)
 
@@ -62,7 +63,7 @@ class LoadEvent:
     seconds: float | None = None
 
     def seconds_until(self, now: float) -> float:
-        """The seconds that the load has lasted until now. Of a running load nobody knows whether it still runs, so it
+        """The seconds that the load has lasted until now. A load without a reported end may have ended already, so it
         counts for at most the expected time."""
         if self.seconds is not None:
             return self.seconds

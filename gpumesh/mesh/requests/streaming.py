@@ -150,7 +150,7 @@ class StreamingAnswer(Answer):
         if now > self._next_count_at:
             self._count_tokens(now)
         out = continuation.feed(data, now)
-        # Text that needs no reading is passed on as it is, so most often both are one object. Comments end no silence.
+        # Text that needs no reading is passed on unchanged (``out is data``). Comments (``: ping``) are no progress.
         if out is data or continuation.progress_at == now:
             if now - watch.waits_since > watch.longest_s:  # noqa: PLR1730 - a call of max costs more
                 watch.longest_s = now - watch.waits_since

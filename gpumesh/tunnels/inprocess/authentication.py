@@ -322,8 +322,9 @@ class _Login:
         """Calls ``log_in``, and returns true when the host has accepted the login. Raises ConnectTimeout.
 
         Returns false after a refusal, or after the first of several factors (``_is_partial``). Then
-        ``_allowed_methods`` are the methods that may come next. ``description``: for messages; ``None``: nothing was
-        shown to the host, and it does not count this try. ``extra_s``: a person may need this time.
+        ``_allowed_methods`` are the methods that may come next. ``description``: what is tried, for messages; ``None``
+        for a try that the host does not count, because nothing was shown to it. ``extra_s``: seconds that a person may
+        need.
         """
         if self._deadline.expired:
             raise ConnectTimeout(f"{self._address} did not finish the login in time")

@@ -167,7 +167,7 @@ class ParamikoConnection:
             except SessionRefused:
                 if self._posix_shell_test.done() and self._loop.time() > self._test_ended_at + SESSION_FREE_S:
                     raise
-                # The test had the host's only session, or has it still.
+                # The host may allow only one session, and the test for a POSIX shell has it, or had it a moment ago.
                 await asyncio.wait([self._posix_shell_test])
                 await asyncio.sleep(SESSION_RETRY_S)
 

@@ -83,7 +83,7 @@ class RepairWatch:
 
 
 def _read_stamp(file: Path) -> FileStamp | None:
-    """``None``: there is no such file, or it cannot be reached."""
+    """What shows whether the file has changed; ``None`` if there is no such file, or if it cannot be reached."""
     try:
         status = os.stat(file)
     except OSError:

@@ -52,7 +52,7 @@ FIXED_OPTIONS: Mapping[str, str] = {
 async def read_unknown_options() -> frozenset[str]:
     """Returns the fixed options, in lower case, that the installed ssh does not know: it would not start with them.
 
-    An ssh that cannot be asked counts as one that knows all: the error comes when it is started.
+    If ssh cannot be asked, returns no options: the error comes when ssh is started.
     """
     try:
         async with local_command(["ssh", "-G", "-F", "none", "--", "gpumesh"], stderr=False) as process:

@@ -234,8 +234,8 @@ class Worker:
             await command.kill()
 
     async def _run_command_when_free(self, connection: HostConnection, request: StartCommand) -> Done:
-        """As ``_run_command``, but tries again for a short time while the host gives no session: a host has the session
-        of an ended command back only when it has noticed the end."""
+        """As ``_run_command``, but tries again for a short time while the host gives no session: the session of an
+        ended command is free only when the host has noticed the end of the command."""
         for _ in range(SESSION_TRIES - 1):
             try:
                 return await self._run_command(connection, request)

@@ -57,12 +57,11 @@ class Runner:
         self.spec = spec
         self.context = context
         self._node = node
-        # Both are made for the first prompt with blocks: only then their size is known.
+        # Both are made for the first prompt with blocks, because their size is not known before.
         self._cache: PrefixCache | None = None
         self._lost: LostPrompts | None = None
-        self.free_slots = [
-            Slot(number) for number in range(spec.slots)
-        ]  # the one that was used longest ago is the first
+        # In the order of their last use, the oldest first.
+        self.free_slots = [Slot(number) for number in range(spec.slots)]
         self.waiting: deque[Attempt] = deque()
         self.misfits: list[Attempt] = []
         self.users = 0
@@ -75,7 +74,7 @@ class Runner:
         return f"<Runner {self.spec.name} {self.context} {state} {self.users} users>"
 
     def take_slot(self, request: SimulatedRequest) -> tuple[Slot, int]:
-        """Takes a free slot for the request, and returns it with the number of the prompt's tokens that it has in its
+        """Takes a free slot for the request. Returns the slot, and the number of the prompt's tokens in the slot's
         cache. Afterwards the slot holds this prompt and its answer. A slot must be free."""
         blocks = request.blocks
         if not blocks:
@@ -97,7 +96,7 @@ class Runner:
         return slot, count * request.block_tokens
 
     def _bring_back(self, slot: Slot, request: SimulatedRequest, count: int) -> int:
-        """Keeps what the slot is about to lose, and looks for something better among what other slots have lost.
+        """Keeps the prompt that the slot is about to lose, and takes back a better prompt if another slot has lost one.
         ``count``: the blocks of the request that the slot holds. Returns how many it holds afterwards."""
         if self._lost is None:
             self._lost = LostPrompts(self._node.lost_tokens // request.block_tokens)
@@ -107,8 +106,8 @@ class Runner:
         return common_blocks(self._lost.take_better(slot.blocks, request.blocks), request.blocks)
 
     def cached_tokens(self, request: SimulatedRequest, used_slots: Iterable[Slot]) -> int:
-        """The tokens of the request's prompt that the best slot holds; ``used_slots`` are those that will be free
-        sooner or later. For the reference policy only: no gateway can know this."""
+        """The tokens of the request's prompt that the best slot holds. ``used_slots`` are the slots that are busy now.
+        For the reference policy only: no gateway can know this."""
         if not request.blocks:
             return 0
         slots = self.free_slots or list(used_slots)
@@ -121,8 +120,9 @@ class Runner:
 
 
 def best_slot(slots: Sequence[Slot], request: SimulatedRequest) -> tuple[int, int]:
-    """The index of the slot for this request, and the number of blocks that it shares with the prompt. ``slots`` are
-    in the order of their last use, the oldest first. Of those that share equally much, the first by number is taken."""
+    """The index of the slot for this request, and the number of blocks that it shares with the prompt. ``slots`` are in
+    the order of their last use, the oldest first. If several slots share the same number, the slot with the lowest
+    number is taken."""
     blocks = request.blocks
     first = blocks[0]
     best_index = best_count = 0
@@ -139,5 +139,5 @@ def best_slot(slots: Sequence[Slot], request: SimulatedRequest) -> tuple[int, in
 
 
 def is_similar(count: int, request: SimulatedRequest) -> bool:
-    """Whether so many blocks are a large part of the request's prompt."""
+    """Whether ``count`` blocks are a large part of the request's prompt."""
     return count * request.block_tokens > MIN_SIMILARITY * request.prompt_tokens
