@@ -23,8 +23,8 @@ from gpumesh.balancer.rates import ActivityMeter, ReadStall, ServiceRates
 from gpumesh.topology import BackendKind
 
 # A running request is expected to run for at least this share longer than it has run already. Without this, a request
-# that has run longer than expected would count as one that ends now.
-LEAST_REST_SHARE = 0.1
+# that has run longer than expected would seem to end now.
+LEAST_REMAINING_SHARE = 0.1
 FREE_AT_AGE_S = 0.05  # the time of the next free slot is computed again after this time, even if nothing happened
 MAX_KNOWN_TIMES = 256  # of the models of one node; with more, all of them are forgotten
 
@@ -125,9 +125,9 @@ class GpuGroup:
 class NodeAccount:
     """What the balancer knows of one node.
 
-    ``weight`` and ``tier`` are those of mesh.yaml. ``max_parallel`` is mesh.yaml's number of slots; ``None``: the
-    server tells the number, or it is learned. ``fleet_rates`` has learned from all nodes: it answers for what was not
-    measured on this node."""
+    ``weight``, ``tier`` and ``max_parallel``, the number of slots, are those of mesh.yaml. ``max_parallel`` is ``None``
+    if the server reports the number, or if it is learned. ``fleet_rates``, learned from all nodes, replace rates that
+    were not measured on this node."""
 
     def __init__(
         self,
@@ -151,7 +151,7 @@ class NodeAccount:
         """The names of its models, as listed and in full; ``None``: the server could not list them, so any may be
         tried."""
         self.reported_parallel: int | None = None
-        """How many requests the server says that it runs at once; ``None``: it does not say."""
+        """The number of requests at once that the server reports; ``None``: it reports no number."""
         self.learns_limit = False
         """Whether the number of slots is learned from the answers."""
         self._rtt_s = 0.0
@@ -228,8 +228,8 @@ class NodeAccount:
         )
 
     def count(self, model: str | None = None) -> int:
-        """The number of requests on the node's GPU, from all gateways: those to this model (a full name); ``None``: to
-        any model. What other gateways sent counts for each model, because it is not known for which it is."""
+        """The number of requests to this model (a full name; ``None``: to any model) on the node's GPU, from all
+        gateways. The requests of other gateways count for each model, because their models are not known."""
         total = self.group.others_in_flight
         for account in self.group.accounts:
             total += len(account.placed) if model is None else account.placed_by_model.get(model, 0)
@@ -254,7 +254,7 @@ class NodeAccount:
 
     @property
     def _counts_by_model(self) -> bool:
-        """Whether the node's slots are learned, and so counted for each model by itself."""
+        """Whether the node's slots are learned, so that they are counted for each model separately."""
         return self.max_parallel is None and self.learns_limit
 
     # -- how busy it is ------------------------------------------------------------------------------------------
@@ -267,12 +267,12 @@ class NodeAccount:
             return self.activity.streams
         return sum(account.activity.streams for account in accounts)
 
-    def reads_rest_s(self, now: float) -> float:
+    def remaining_read_s(self, now: float) -> float:
         """The seconds until the prompts that were sent to this node are read; 0 if it reads none."""
         return max(self._reads_end_at - now, 0.0) if self.activity.reading else 0.0
 
-    def mean_rest_s(self, now: float) -> float:
-        """The seconds that the running answers will still take, on the mean; 0 if none runs."""
+    def mean_remaining_s(self, now: float) -> float:
+        """The mean of the seconds that the running answers will still take; 0 if none runs."""
         count = self.activity.streams
         return max(self._decode_ends_sum / count - now, 0.0) if count else 0.0
 
@@ -297,21 +297,23 @@ class NodeAccount:
         if self._counts_by_model:
             running = [placed for placed in running if (placed.model or "") == model]
             if not self.learned_slots.limit(model).has_been_full:
-                # During slow start each first token may prove one slot more. So the next first token may give a slot,
+                # During slow start, each first token may prove one more slot. So the next first token may give a slot
                 # before any request ends.
                 until_first_tokens_s = [placed.begins_at - now for placed in running if placed.first_token_at is None]
                 if until_first_tokens_s:
                     return max(min(until_first_tokens_s), 0.0)
         least_s = math.inf
-        for placed in running:  # this is the least ``_rest_s``, written out because full nodes are often asked for it
+        for (
+            placed
+        ) in running:  # this is the least ``_remaining_s``, written out because full nodes are often asked for it
             if placed.ends_at - now < least_s:
-                least_s = min(max(placed.ends_at - now, LEAST_REST_SHARE * (now - placed.sent_at)), least_s)
+                least_s = min(max(placed.ends_at - now, LEAST_REMAINING_SHARE * (now - placed.sent_at)), least_s)
         return least_s if running else 0.0
 
     def drain_s(self, now: float, models: Iterable[str]) -> float:
         """The seconds until all requests to these models (full names) have ended; 0 if there are none."""
         wanted = set(models)
-        return max((_rest_s(placed, now) for placed in self.placed if placed.model in wanted), default=0.0)
+        return max((_remaining_s(placed, now) for placed in self.placed if placed.model in wanted), default=0.0)
 
     # -- what happens to requests --------------------------------------------------------------------------------
 
@@ -348,8 +350,8 @@ class NodeAccount:
             self.residency.note_answer(placed.key, now)
 
     def remove(self, placed: PlacedRequest, now: float, counters: ServerCounters | None = None) -> None:
-        """Removes a request that has ended, in whatever way. ``counters`` are the server's figures for a whole answer;
-        ``None`` if there are none. A second call does nothing."""
+        """Removes a request that has ended, with or without success. ``counters`` are the server's figures for a whole
+        answer; ``None`` if there are none. A second call does nothing."""
         if placed.ended:
             return
         placed.ended = True
@@ -385,12 +387,13 @@ class NodeAccount:
         return self.activity.busy_share(placed.first_token_at, placed.busy_sum, now)
 
     def _end_read(self, now: float) -> None:
-        """Notes that one prompt is no longer read. After the last one, the expected end of all reading is corrected."""
+        """Notes that one prompt is no longer read. If no prompt is read any more, corrects the expected end of all
+        reading."""
         self.activity.end_read(now)
         if not self.activity.reading:
             self._reads_end_at = now
 
 
-def _rest_s(placed: PlacedRequest, now: float) -> float:
+def _remaining_s(placed: PlacedRequest, now: float) -> float:
     """The seconds until this request is expected to end."""
-    return max(placed.ends_at - now, LEAST_REST_SHARE * (now - placed.sent_at))
+    return max(placed.ends_at - now, LEAST_REMAINING_SHARE * (now - placed.sent_at))

@@ -23,24 +23,27 @@ from gpumesh.balancer.fairness.wait_times import WaitTimes
 T = TypeVar("T")
 
 # A class may add to the queue while less than this part of it is taken. So a thousand batch requests leave room for
-# people: for a normal request the last three tenths, and of these the last tenth for interactive requests only.
+# people: the last three tenths are for normal and interactive requests, the last tenth is for interactive requests
+# only.
 ROOM = {Priority.INTERACTIVE: 1.0, Priority.NORMAL: 0.9, Priority.BATCH: 0.7}
 
-MAX_WORK = 1e9  # the most that an entry counts in the sums of work; a greater forecast is a defect or a lie
+MAX_WORK = 1e9  # the greatest work of one entry in the sums; a greater forecast is a defect or a lie
 
 
 class FairQueue(Generic[T]):
     """A queue of requests in classes, groups and clients. ``max_size``: how many may wait.
 
     Entries of one group can be served by the same nodes. When a slot is free, the caller asks for the ``best`` entry
-    among the groups that could use the slot, and takes it; it may ask again without a group whose entry it would rather
-    keep waiting for another node. No operation but ``entries_of``, ``__iter__`` and ``position`` scans the queue: the
-    cost grows with the number of groups that are asked for, and with the logarithm of the number of entries.
+    among the groups that could use the slot, and takes it; if that entry should rather wait for another node, the
+    caller asks again without the entry's group. No operation but ``entries_of``, ``__iter__`` and ``position`` scans
+    the queue: the cost grows with the number of groups that are asked for, and with the logarithm of the number of
+    entries.
 
-    **Why the share never costs a lone request of a higher class its slot.** The count for a lower class grows only when
-    a higher class takes a slot that the lower class waited for, and starts anew when the lower class gets a slot. In a
-    pause of the higher class, the next free slot goes to the lower class and ends the count, so no time limit is
-    needed. The count is kept by higher class: what normal requests took from a batch is no debt of interactive ones."""
+    **Why a single request of a higher class never loses its slot to the share of a lower class.** The count for a lower
+    class grows only when a higher class takes a slot that the lower class waited for. It returns to 0 when the lower
+    class gets a slot. When no request of the higher class waits, the next free slot goes to the lower class, so no time
+    limit is needed. There is one count for each higher class: interactive requests do not pay for slots that normal
+    requests took from a batch."""
 
     def __init__(self, max_size: int) -> None:
         self.max_size = max_size
@@ -133,7 +136,8 @@ class FairQueue(Generic[T]):
             self._remove(entry, self._counters[entry.priority].of(entry.client))
 
     def _remove(self, entry: QueueEntry[T], counter: float) -> Lane[T]:
-        """Removes an entry of a client with this counter. Returns its lane, where the client has its new place."""
+        """Removes an entry of a client with this counter. Returns the entry's lane, in which the client is already
+        reordered."""
         priority, group, client = entry.priority, entry.group, entry.client
         del self._entries[entry.sequence]
         self.size -= 1
@@ -158,7 +162,8 @@ class FairQueue(Generic[T]):
         return self._groups.keys()
 
     def heads(self, group: Hashable) -> list[QueueEntry[T]]:
-        """For each class of this group with waiting requests the one that goes next, the highest class first."""
+        """The request that goes next in each class of this group, the highest class first. Classes without waiting
+        requests are left out."""
         lanes = self._groups.get(group, {})
         return [lanes[priority].head for priority in Priority if priority in lanes]
 
@@ -168,9 +173,9 @@ class FairQueue(Generic[T]):
         return next_lane(lanes).head if lanes else None
 
     def iterate_from(self, head: QueueEntry[T]) -> Iterator[QueueEntry[T]]:
-        """The entries of the class and group of ``head``, which goes next there: those of its client in the order of
-        their arrival, then those of the clients after it. The queue must not change during the iteration. Each step
-        takes about as long whatever the length of the queue."""
+        """The entries of the class and group of ``head``, which must be the first of them: first the entries of its
+        client in the order of their arrival, then the entries of the next clients. The queue must not change during the
+        iteration. The time of a step does not depend on the length of the queue."""
         return iter(self._groups[head.group][head.priority])
 
     def _lanes(self, groups: Iterable[Hashable]) -> list[Lane[T]]:
@@ -185,14 +190,14 @@ class FairQueue(Generic[T]):
         self._refresh_client(priority, client, self._counters[priority].grant_unqueued(client, tokens))
 
     def charge(self, priority: Priority, client: str, tokens: float) -> None:
-        """Corrects what the client was charged for a request: its true minus its expected cost, in weighted tokens. For
-        a request that a node failed and that is added again: minus its expected cost."""
+        """Corrects what the client was charged for a request. ``tokens``: the true cost minus the expected cost, in
+        weighted tokens. If a request has failed on a node and is added again, it is minus the expected cost."""
         self._refresh_client(priority, client, self._counters[priority].charge(client, tokens))
 
     def _refresh_client(
         self, priority: Priority, client: str, counter: float, *, except_lane: Lane[T] | None = None
     ) -> None:
-        """Gives the client its new place in all lanes in which it waits, except this one."""
+        """Reorders the client in all lanes in which it waits, except in ``except_lane``."""
         for lane in self._lanes_of_client.get((priority, client), {}).values():
             if lane is not except_lane:
                 lane.reorder_client(client, counter)
@@ -200,8 +205,8 @@ class FairQueue(Generic[T]):
     # -- work that waits -----------------------------------------------------------------------------------------
 
     def work_before(self, group: Hashable, priority: Priority) -> float:
-        """The work of the waiting entries of this group in this class and in higher ones: what a new request of this
-        class waits for at most (but for the small shares of lower classes), in the caller's unit."""
+        """The work of the waiting entries of this group in this class and in higher classes, in the caller's unit. A
+        new request of this class waits for at most this work (the small shares of lower classes are left out)."""
         lanes = self._groups.get(group, {})
         return sum(max(lane.work, 0.0) for lane in lanes.values() if lane.rank <= RANKS[priority])
 

@@ -181,7 +181,7 @@ def forecast(
     unread_tokens = max(work.prompt_tokens - cached_tokens, 1.0)
     read_s = own_read_s = unread_tokens * pace.read_token_s / speed
     if activity.reading:
-        read_s += max(account.reads_rest_s(now) - load_s, 0.0)
+        read_s += max(account.remaining_read_s(now) - load_s, 0.0)
 
     # The writing of the answer, and what the reading and the writing cost others.
     read_share, stall = activity.read_share(now), account.read_stall.value
@@ -192,7 +192,7 @@ def forecast(
     if streams:
         write_s *= 1.0 + pace.share * streams
         # Each running answer slows down or stands still while the prompt is read, and is slower while both are written.
-        overlap_s = min(account.mean_rest_s(now) or write_s, write_s)
+        overlap_s = min(account.mean_remaining_s(now) or write_s, write_s)
         slowdown = pace.share / (1.0 + pace.share * (streams - 1))  # relative to the time without this answer
         others_s += streams * (stall * min(own_read_s, overlap_s) + overlap_s * slowdown)
 

@@ -1,8 +1,8 @@
 """Finds nodes that have become much slower than they were and than the other nodes are. Pure.
 
 A slow node is not switched off: its forecast is multiplied by a factor, and an occasional request is sent there as a
-probe, so that its recovery is seen. ``OutlierWatch`` compares a node with its own past first. Whether the other nodes
-have become slower too is looked at second: then the work has changed (longer prompts, more streams), and not the node.
+probe, so that its recovery is seen. ``OutlierWatch`` first compares a node with its own past, and then with the other
+nodes. If the other nodes have become slower too, the work has changed (longer prompts, more streams), and not the node.
 
 All slownesses are ratios: 1.0 is as usual, 2.0 takes twice as long. They are averaged as logarithms, so that half the
 speed and twice the speed cancel out.
@@ -144,7 +144,7 @@ class OutlierWatch:
         deviation = track.first_token.add(math.log2(measured_s / forecast_s))
         if deviation is not None:
             track.recent_first_token.add(now, deviation)
-        self._judge(node, track, now)
+        self._update_verdict(node, track, now)
 
     def add_decode_rate(self, node: str, model: str, tokens_per_s: float, now: float) -> None:
         """Adds the rate of one answer: the rate that the answer would have had alone on the node. (The rate as measured
@@ -160,14 +160,14 @@ class OutlierWatch:
         deviation = usual.add(-math.log2(tokens_per_s))  # negative: a low rate is slow
         if deviation is not None:
             track.recent_decode.add(now, deviation)
-        self._judge(node, track, now)
+        self._update_verdict(node, track, now)
 
     def forget(self, node: str) -> None:
         """Forgets a node, because its server or its connection is new."""
         self._tracks.pop(node, None)
         self._slow_nodes.discard(node)
 
-    def _judge(self, node: str, track: _Track, now: float) -> None:
+    def _update_verdict(self, node: str, track: _Track, now: float) -> None:
         """Decides after an answer whether the node is slow."""
         track.last_answer_at = now
         was_slow = track.slow is not None
@@ -177,7 +177,7 @@ class OutlierWatch:
             return  # there are too few recent answers, so the node stays as it was: slow or normal
         track.slowness = max(first_token or 1.0, decode or 1.0)
         relative = track.slowness
-        if relative >= NORMAL_BELOW:  # below it, the other nodes need not be looked at
+        if relative >= NORMAL_BELOW:  # below, the node is normal in any case
             relative /= max(self._peer_slowness(node, now), 1.0)
         is_slow = relative >= (NORMAL_BELOW if was_slow else SLOW_FROM)
         if is_slow:
@@ -218,17 +218,17 @@ class OutlierWatch:
     def factors(self, servable: AbstractSet[str], now: float) -> Mapping[str, float]:
         """The factors (above 1, up to ``MAX_FACTOR``) by which the forecasts of slow nodes are multiplied, by node. A
         node that is left out has the factor 1. ``servable``: the names of the nodes that could serve the request. At
-        most half of these nodes count as slow, the slowest first: where most are slow, slow is usual."""
+        most half of these nodes count as slow, the slowest first: if most nodes are slow, this is the usual speed."""
         if not self._slow_nodes:  # the usual case; this is asked for each request
             return {}
         factors: dict[str, float] = {}
-        for node in self._slow_nodes:  # not over ``servable``: these are few, those may be many
+        for node in self._slow_nodes:  # few nodes, while ``servable`` may hold many
             slowness = self.slowness(node, now) if node in servable else None
             if slowness is not None:
                 factors[node] = slowness.factor
-        most = len(servable) // 2
+        max_count = len(servable) // 2
         slowest_first = sorted(factors, key=lambda node: (-factors[node], node))
-        return {node: factors[node] for node in slowest_first[:most]}
+        return {node: factors[node] for node in slowest_first[:max_count]}
 
     # -- probes --------------------------------------------------------------------------------------------------
 

@@ -120,13 +120,10 @@ def no_node_error(candidates: Sequence[Candidate], demand: Demand, *, exclude: C
         return _excluded_by_rules_error(demand, demand.nodes)
     usable = [candidate for candidate in allowed if candidate.usable]
     if not usable:
-        subject = "no node is"
-        if demand.node is not None:
-            subject = f"node {demand.node!r} is not"
-        elif demand.nodes is not None:
-            subject = f"none of the nodes that may serve this ({', '.join(sorted(demand.nodes))}) is"
-        return NoNodeError(f"{subject} usable now", node=demand.node)
+        return _none_usable_error(demand)
     with_model = [candidate for candidate in usable if has_model(candidate, demand.model)]
+    # No usable node can serve the model, but a node that is away may have it. Then the model is not reported as
+    # missing.
     if demand.model is not None and not any(candidate.kind in demand.kinds for candidate in with_model):
         away = [candidate for candidate in allowed if not candidate.usable and _may_have_model(candidate, demand)]
         if away:
@@ -140,7 +137,7 @@ def no_node_error(candidates: Sequence[Candidate], demand: Demand, *, exclude: C
             f"no node that is up speaks this API ({kinds})",
             hint="native Ollama routes need a node of kind ollama; /v1 routes work with every kind",
         )
-    # Nodes have the model and nodes are of a demanded kind, but these may be different nodes.
+    # Some nodes have the model, and some nodes are of a demanded kind, but perhaps no node is both.
     if demand.model is not None and not any(has_model(candidate, demand.model) for candidate in usable_of_kind):
         return _missing_model_error(demand.model, usable_of_kind, wrong_kind=with_model)
     suited = [candidate for candidate in usable_of_kind if has_model(candidate, demand.model)]
@@ -150,6 +147,16 @@ def no_node_error(candidates: Sequence[Candidate], demand: Demand, *, exclude: C
         return NoNodeError(f"{demand.model!r} cannot be used now where it is ({names})", node=demand.node)
     failed_nodes = ", ".join(sorted(exclude))
     return NoNodeError(f"every node that could serve this has failed it ({failed_nodes})")
+
+
+def _none_usable_error(demand: Demand) -> NoNodeError:
+    """The error if no node that the demand allows is usable now."""
+    subject = "no node is"
+    if demand.node is not None:
+        subject = f"node {demand.node!r} is not"
+    elif demand.nodes is not None:
+        subject = f"none of the nodes that may serve this ({', '.join(sorted(demand.nodes))}) is"
+    return NoNodeError(f"{subject} usable now", node=demand.node)
 
 
 def _excluded_by_rules_error(demand: Demand, allowed_names: frozenset[str]) -> NoNodeError:

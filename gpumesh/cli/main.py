@@ -14,8 +14,8 @@ COLLECT_AFTER = 30_000  # new objects between two garbage collections; Python's 
 
 def main() -> None:
     """Runs the command line, and ends the process with its exit code."""
-    # Most objects of a command are its modules, which stay. To look for garbage among them while they are imported is a
-    # twelfth of the time of a short command.
+    # Most objects of a command are its modules, which stay in memory. While modules are imported, the garbage collector
+    # would scan them again and again. That takes a twelfth of the time of a short command.
     gc.set_threshold(COLLECT_AFTER, *gc.get_threshold()[1:])
     try:
         from gpumesh.cli.root_command import run_app

@@ -8,10 +8,10 @@ two signs of how many slots it has:
 - Durations: ``total - load - prompt_eval - eval`` in the final frame is the time that the request waited inside
   (docs/internals/ollama.md, "Queueing"). This is known only at the end, but also for answers that are not streamed.
 
-The number is found as TCP finds the rate of a path (slow start, RFC 5681): as many requests again as are proven may be
+The number is found as TCP finds the rate of a path (slow start, RFC 5681): twice the proven number of requests may be
 sent, and the proven number grows with each first token, so it doubles in about the time of one first token. Once a
-request has waited inside the server, one request more at a time is tried. When that one waits too, the number is known.
-From then on one request more is tried at long intervals.
+request has waited inside the server, only one request more than the proven number is tried at a time. When this request
+waits too, the number is known. From then on one request more is tried at long intervals.
 
 The number belongs to a model on a node: Ollama runs embedding models with one slot, whatever ``OLLAMA_NUM_PARALLEL``
 is.
@@ -28,14 +28,14 @@ NOISE_MS = 50.0
 NOISE_SHARE = 0.05
 # A shorter load_duration is no load: a model that is in memory reports some ms too.
 LOAD_NOISE_MS = 200.0
-# How long, and for how many answers at least, the proven number is the limit before one request more is tried again. So
-# at most one request in 50 waits inside the server: now and then a trial makes a second request wait.
+# The proven number is the limit for at least this time and this number of answers. Then one request more is tried. So
+# at most one request in 50 waits inside the server (sometimes a trial makes a second request wait).
 CEILING_S = 300.0
 CEILING_ANSWERS = 60
 # A server that claims to run more requests together is not believed: its queue would be out of our control.
 MOST_PROVEN = 512
-# Where answers are very short, another answer ends at about the time of each trial, so that no trial is clear. After so
-# many unclear trials in a row, a number that is known stays as it is until the next trial is due.
+# If answers are very short, another answer ends at about the time of each trial, so that no trial is clear. After this
+# number of unclear trials in a row, a known number stays as it is until the next trial is due.
 UNCLEAR_TRIALS = 4
 # Many slots are given up in steps of this share, few slots one at a time: a restart with 4 slots instead of 32 is
 # followed within a few answers.
@@ -58,8 +58,8 @@ class ParallelLimit:
     """What is known about how many requests of one model a node runs in parallel.
 
     - ``proven``: the largest number of requests that ran together without waiting inside the server.
-    - ``trials_left``: a trial is a request beyond ``proven``. So many trials may still be sent before one of them has
-      proven something.
+    - ``trials_left``: a trial is a request beyond ``proven``. This number of trials may still be sent before the
+      result of one is known.
     - ``ceiling_until``: until this time (seconds of the caller's clock) no request may be sent beyond ``proven``,
       unless there are trials left. ``None``: not all trials have been sent yet.
     - ``answers_below_ceiling``: the answers since the ceiling was set, counted up to ``CEILING_ANSWERS``.
@@ -86,7 +86,8 @@ class ParallelLimit:
         return self.proven + 1 if self._is_retry_due(now) else self.proven
 
     def _is_retry_due(self, now: float) -> bool:
-        """Whether the ceiling was set so long ago that one request more may be tried: in seconds, and in answers."""
+        """Whether one request more may be tried, because enough time has passed, and enough answers have come, since
+        the ceiling was set."""
         if self.ceiling_until is None:
             return True
         return now >= self.ceiling_until and self.answers_below_ceiling >= CEILING_ANSWERS
@@ -129,13 +130,15 @@ def learn_limit(
 ) -> ParallelLimit:
     """Returns the limit after one answer.
 
-    ``waited_ms`` is the part of ``total_ms`` in which the request waited inside the server, ``load_ms`` the time for
-    which it waited until the model was loaded. All are the server's own durations, ``None`` if the server gave none.
-    ``concurrent`` counts the requests of this model that were in flight on the node when this request was sent, this
-    request included, and those that were sent in the same moment (its burst): they may have come to the server before
-    this one. ``overlapping``: how many of these, this request included, surely ran together with it; ``None``: all of
-    them. ``burst_is_complete``: all answers of the burst have ended. ``trials``: how many requests of the burst were
-    sent beyond the proven number. ``now`` is in seconds. ``streamed``: ``on_first_token`` was called for this answer.
+    - ``waited_ms`` is the part of ``total_ms`` in which the request waited inside the server, ``load_ms`` the time for
+      which it waited until the model was loaded. All are the server's own durations, ``None`` if the server gave none.
+    - ``concurrent``: the requests of this model that were in flight on the node when this request was sent, this
+      request and the requests of its burst included. (The burst are the requests that were sent in the same moment:
+      they may have reached the server first.)
+    - ``overlapping``: how many of these requests, this one included, surely ran together with it; ``None``: all.
+    - ``burst_is_complete``: all answers of the burst have ended. ``trials``: the requests of the burst that were sent
+      beyond the proven number.
+    - ``streamed``: ``on_first_token`` was called for this answer. ``now`` is in seconds.
 
     An answer that waited for a load shows nothing about slots: while it waited, the requests before it may have ended.
     """
@@ -144,8 +147,8 @@ def learn_limit(
     has_durations = _is_duration(waited_ms) and _is_duration(total_ms)
     # mypy needs the first two tests; ``has_durations`` is false in these cases too.
     if waited_ms is None or total_ms is None or waited_for_load or not has_durations:
-        # The durations say nothing. A streamed answer that needed no load had its say with its first token; any other
-        # answer has shown nothing, so the trials of its burst may be sent once more.
+        # The durations show nothing. If the answer was streamed and needed no load, its first token has counted
+        # already. Any other answer has shown nothing, so the trials of its burst may be sent once more.
         shows_nothing = burst_is_complete and (waited_for_load or not streamed)
         return return_trials(limit, trials, concurrent=concurrent) if shows_nothing else limit
     if waited_ms > max(NOISE_MS, NOISE_SHARE * total_ms):
@@ -164,9 +167,9 @@ def learn_limit(
 
 
 def return_trials(limit: ParallelLimit, trials: int = 1, *, concurrent: int) -> ParallelLimit:
-    """Returns the limit after requests have ended and have shown nothing: their clients have gone, or they failed.
-    ``trials`` of them were trials, and as many others may be sent instead. ``concurrent``: the requests of the model in
-    flight when they were sent, themselves included."""
+    """Returns the limit after requests that have ended and have shown nothing: their clients have gone, or they failed.
+    ``trials`` of these requests were trials, and the same number of new trials may be sent. ``concurrent``: the
+    requests of the model in flight when these requests were sent, these included."""
     if concurrent <= limit.proven:
         return limit
     trials_left = min(limit.trials_left + trials, count_new_trials(limit.search, limit.proven))
@@ -196,8 +199,9 @@ def _grow(limit: ParallelLimit, proven: int) -> ParallelLimit:
 
 
 def _stop_growth(limit: ParallelLimit, concurrent: int, now: float) -> ParallelLimit:
-    """The limit after a request beyond the proven number has waited. If it was the first one beyond, the number is
-    known. Otherwise slow start has gone too far: from now on only the first one beyond is tried."""
+    """The limit after a request beyond the proven number has waited. If only one request more than the proven number
+    was in flight, the number is known. Otherwise slow start has gone too far: from now on one request more at a time is
+    tried."""
     if concurrent == limit.proven + 1:
         return set_ceiling(limit, now)
     if limit.search is SlotSearch.DOUBLING:
@@ -214,8 +218,8 @@ def _shrink(limit: ParallelLimit, sent_at: float, now: float) -> ParallelLimit:
     """The limit after a request within the proven number has waited: the server was restarted with fewer slots, or
     other clients use it.
 
-    Many requests that were sent together wait together, and the limit shrinks only once for them: a request that was
-    sent before the ceiling was set says nothing new.
+    Requests that were sent together wait together, but the limit shrinks only once for all of them: a request that was
+    sent before the ceiling was set shows nothing new.
     """
     ceiling_set_at = -math.inf if limit.ceiling_until is None else limit.ceiling_until - CEILING_S
     if sent_at < ceiling_set_at:

@@ -194,14 +194,14 @@ class Residency:
             return
         if loaded.key != key:
             if not self.is_resident(key):
-                loaded.context_length = None  # the model was loaded anew, with another context
+                loaded.context_length = None  # the model was loaded again, with another context
             loaded.key = key
         if loaded.loading_until is not None:
             loaded.loading_until, loaded.loaded_at = None, now
         loaded.noted_at = now
 
     def note_unloaded(self, model: str, now: float) -> None:
-        """Notes that the server has just unloaded the model, because it was asked to."""
+        """Notes that the server has just unloaded the model, on our request."""
         self.loaded.pop(model, None)
         self._pushed_out_at[model] = now
 
@@ -227,8 +227,8 @@ class Residency:
         for name, (size_mib, context_length) in reported.items():
             self._note_reported(name, size_mib, context_length, asked_at)
         if gone and 0.0 <= asked_at - self._last_load_without_eviction_at <= SURPRISE_S:
-            # The load has pushed them out although there seemed to be room: OLLAMA_MAX_LOADED_MODELS, or memory that
-            # something else takes.
+            # The load has pushed these models out although there seemed to be room: because of
+            # OLLAMA_MAX_LOADED_MODELS, or because another program takes memory.
             self._most_loaded = max(len(self.loaded), 1)
         elif self._most_loaded is not None and len(reported) > self._most_loaded:
             self._most_loaded = None
@@ -243,19 +243,15 @@ class Residency:
             self._known_sizes[name] = size_mib
         loaded = self.loaded.get(name)
         if loaded is None:
-            pushed_out_at = self._pushed_out_at.get(name, -math.inf)
-            another_loads = self.next_load_starts_at(asked_at) > asked_at  # its load may still wait for this drain
-            is_older_than_load = asked_at <= pushed_out_at + REPORT_LAG_S
-            if name in self._pushed_out_at and (another_loads or is_older_than_load):
-                return  # the model is still listed, but it was pushed out: it has gone since, or will soon go
-            self._pushed_out_at.pop(name, None)
-            self.loaded[name] = LoadedModel(None, size_mib, context_length, noted_at=asked_at)
+            if not self._is_leaving(name, asked_at):
+                self._pushed_out_at.pop(name, None)
+                self.loaded[name] = LoadedModel(None, size_mib, context_length, noted_at=asked_at)
             return
         if loaded.noted_at > asked_at and loaded.loading_until is not None:
             return  # the list may show the runner that this load replaces
         loaded.size_mib = size_mib
         key = loaded.key
-        # A request without a context may have made the server load the model anew, when its default was not known yet.
+        # A request without a context may have made the server load the model again, before its default was known.
         shows_default = key is not None and key.context is None and name not in self._default_context
         is_load_of_key = loaded.context_length is None or shows_default
         if key is not None and context_length is not None and is_load_of_key:
@@ -265,5 +261,16 @@ class Residency:
             else:
                 self._granted_context[name, key.context] = context_length
         elif loaded.context_length != context_length:
-            loaded.key = None  # another program's request has loaded the model anew
+            loaded.key = None  # another program's request has loaded the model with another context
         loaded.context_length = context_length
+
+    def _is_leaving(self, name: str, asked_at: float) -> bool:
+        """Whether a model that the server listed at ``asked_at`` was pushed out by a load, and has left the memory
+        since then, or will leave it soon. While another model loads, its load may still wait for the requests of this
+        one."""
+        pushed_out_at = self._pushed_out_at.get(name)
+        if pushed_out_at is None:
+            return False
+        another_loads = self.next_load_starts_at(asked_at) > asked_at
+        is_list_older = asked_at <= pushed_out_at + REPORT_LAG_S
+        return another_loads or is_list_older

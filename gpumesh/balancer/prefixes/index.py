@@ -14,7 +14,7 @@ from gpumesh.balancer.prefixes.cache_size import BYTES_PER_TOKEN, LEAST_BYTES, S
 from gpumesh.balancer.prefixes.prints import PromptPrint
 from gpumesh.balancer.prefixes.tree import PrefixTree, Run
 
-MAX_BLOCKS = 1 << 19  # of all nodes together, about 50 MB; beyond, the prompt that was used longest ago is forgotten
+MAX_BLOCKS = 1 << 19  # of all nodes together, about 50 MB; with more, the prompt that was used longest ago is forgotten
 MAX_KEYS = 64  # residency keys of one node: a client may ask for any ``num_ctx``
 MAX_SESSIONS = 256  # of one node and key
 MAX_ALL_SESSIONS = 1 << 16  # of all nodes together
@@ -52,15 +52,15 @@ class _NodeCache:
 
     @property
     def is_too_full(self) -> bool:
-        """Whether the oldest sequence must go. The last sequence stays, however long it is: its length in tokens is not
-        known (an image has few)."""
+        """Whether the oldest sequence must go. A single sequence always stays, because its length in tokens is not
+        known (an image has many bytes and few tokens)."""
         count = len(self.sequences)
         return count > self.size.sequences or (count > 1 and self.total_bytes > self.size.max_bytes)
 
 
 class PrefixIndex:
     """The index of the whole fleet. A ``key`` is a residency key (``base.ResidencyKey``). ``sequences_per_slot`` and
-    ``least_bytes``: what every server is believed to hold at first (``CacheSize``)."""
+    ``least_bytes`` are for the first estimate of every cache (``CacheSize``)."""
 
     def __init__(self, *, sequences_per_slot: int = SEQUENCES_PER_SLOT, least_bytes: int = LEAST_BYTES) -> None:
         self._per_slot = sequences_per_slot
@@ -101,7 +101,7 @@ class PrefixIndex:
         return held
 
     def displaced_bytes(self, node: str, key: Hashable) -> int:
-        """The size of the prompt that the node's server would forget for one that continues none of those in its
+        """The size of the prompt that the node's server would forget for a new prompt, which continues no prompt in its
         cache; 0 if there is room for one more."""
         caches = self._caches.get(node)
         cache = None if caches is None else caches.get(key)
@@ -117,7 +117,7 @@ class PrefixIndex:
         if tree is None:
             tree = self._trees[key] = PrefixTree()
         old_count = len(tree)
-        sequence, continued = self._place(cache, tree, prompt.blocks)
+        sequence, continued = self._insert_prompt(cache, tree, prompt.blocks)
         self._block_count += len(tree) - old_count
         cache.total_bytes += prompt.size - sequence.size
         sequence.size = prompt.size
@@ -132,7 +132,7 @@ class PrefixIndex:
         self._drop_surplus(cache)
         self._drop_oldest(now)
 
-    def _place(
+    def _insert_prompt(
         self, cache: _NodeCache, tree: PrefixTree, blocks: tuple[int, ...]
     ) -> tuple[_Sequence, _Sequence | None]:
         """Puts the blocks of a prompt into the tree. Returns the sequence for it, and the sequence that the prompt
@@ -156,7 +156,7 @@ class PrefixIndex:
         return _Sequence(cache, tree.insert(cache.node, blocks, run, depth)), continued
 
     def _drop_surplus(self, cache: _NodeCache) -> None:
-        """Forgets the oldest sequences of one cache until it holds no more than the server is believed to."""
+        """Forgets the oldest sequences of one cache until it is not larger than its estimated size."""
         while cache.is_too_full:
             self._drop(next(iter(cache.sequences.values())))
 
@@ -186,8 +186,8 @@ class PrefixIndex:
     # -- the caches of the servers -------------------------------------------------------------------------------
 
     def _use_cache(self, node: str, key: Hashable) -> _NodeCache:
-        """The cache of the node for this key, a new one if there is none. Of too many keys the one that was used
-        longest ago is forgotten."""
+        """The cache of the node for this key. Makes a new cache if there is none, and forgets the cache that was used
+        longest ago if there are too many."""
         caches = self._caches.get(node)
         if caches is None:
             caches = self._caches[node] = {}
@@ -208,9 +208,9 @@ class PrefixIndex:
         context_tokens: int | None,
         bytes_per_token: float = BYTES_PER_TOKEN,
     ) -> None:
-        """Sets the size of the server's cache from what the server says (``CacheSize.state``): its ``slots``, and the
-        most tokens of one sequence. ``None``: the server does not say it. May be called again with the same figures:
-        what was learned from answers stays."""
+        """Sets the size of the server's cache from what the server says (``CacheSize.set_server_size``): its ``slots``,
+        and the most tokens of one sequence. ``None``: the server does not report the number. May be called again with
+        the same figures: what was learned from answers stays."""
         cache = self._use_cache(node, key)
         cache.size.set_server_size(slots, context_tokens, bytes_per_token)
         self._drop_surplus(cache)

@@ -1,9 +1,9 @@
 """``LookAhead``: which of the next waiting requests a free slot should get. Pure.
 
-Each request has a node where it costs least: the one that has its prompt in the cache, or a fast one. When requests
-wait, slots become free one by one. If each went to the first request of the queue, most requests would be served where
-their prompt must be read again. So a free slot goes to that one of the next requests that loses least by it. The others
-are passed over, but each only so many times.
+Each request has a node where it costs least: the node that has its prompt in the cache, or a fast node. When requests
+wait, slots become free one by one. If each slot went to the first request of the queue, most prompts would be read
+again on a new node. So a free slot goes to the request that loses least there, among the next requests. The requests
+before it are passed over, but each of them only a limited number of times.
 
 Times are seconds of the caller's clock.
 """
@@ -23,15 +23,17 @@ from gpumesh.balancer.rates.service_rates import Pace
 from gpumesh.balancer.scheduling.waiting import Group, Waiting
 
 LOOKED_AT = 16  # of the next requests
-# A request is passed over at most so many times for each node of the fleet. About one of as many free slots as there
-# are nodes is on the node where it costs least.
+# A request is passed over at most this number of times for each node of the fleet. Among as many free slots as there
+# are nodes, about one slot is on the node where the request costs least.
 PASSES_PER_NODE = 8
 EQUAL_SHARE = 0.1  # of the cost on this node: a request that loses no more takes the slot
-WORK_AGE_S = 0.5  # an estimate may be so old: what is in the caches changes slowly
+WORK_AGE_S = 0.5  # an older estimate is made again; the content of the caches changes slowly
+_OTHER_NODE = ""  # stands for a usual node of the fleet that has nothing of the prompt in its cache
 
 
 class LookAhead:
-    """``accounts`` are all nodes, by name; the owner adds to them. ``policy`` says whether anybody is passed over."""
+    """``accounts`` are all nodes, by name; the owner adds to them. ``policy`` says whether requests are passed over at
+    all."""
 
     def __init__(
         self,
@@ -51,11 +53,11 @@ class LookAhead:
     def find_next(
         self, account: NodeAccount, groups: Collection[Group], now: float
     ) -> tuple[QueueEntry[Waiting], Work] | None:
-        """The waiting request of these groups that should be asked first whether it takes a free slot of this node:
-        the next in the queue, or one soon after it that loses less there; and its work, as it is estimated now.
+        """The waiting request of these groups to which a free slot of this node is offered first, and its work, as it
+        is estimated now: the next request of the queue, or one of the requests after it that loses less there.
         ``None``: no request of these groups waits.
 
-        The requests before it are counted as passed over."""
+        Counts a pass for each request before it."""
         head = self._queue.best(groups)
         if head is None:
             return None
@@ -96,10 +98,11 @@ class LookAhead:
         return picked_entry, new_work or self._experience.estimate(picked_entry.payload.demand)
 
     def _estimate(self, waiting: Waiting, model: str, now: float) -> Work:
-        """Estimates the work of a waiting request, and its least cost."""
+        """Estimates the work of a waiting request, and its least cost: on a usual node, or on a node that has a part of
+        its prompt in the cache."""
         work = waiting.work = self._experience.estimate(waiting.demand)
         waiting.estimated_at = now
-        waiting.best_s = _cost_s(work, "", self._experience.fleet_rates.pace(model))  # on a usual node
+        waiting.best_s = _cost_s(work, _OTHER_NODE, self._experience.fleet_rates.pace(model))
         for name in work.cached:
             cost_s = _cost_s(work, name, self._accounts[name].rates.pace(model))
             waiting.best_s = min(waiting.best_s, cost_s)
@@ -107,7 +110,7 @@ class LookAhead:
 
 
 def _cost_s(work: Work, node: str, pace: Pace) -> float:
-    """The seconds for this work on a node that does nothing else."""
+    """The seconds for this work on ``node`` (for the cache of prompts) at this pace, without other requests there."""
     cached = work.cached
     unread_tokens = work.prompt_tokens - cached.get(node, 0.0) if cached else work.prompt_tokens
     return unread_tokens * pace.read_token_s + work.answer_tokens * pace.token_s

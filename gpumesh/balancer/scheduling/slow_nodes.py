@@ -1,7 +1,7 @@
 """``SlowNodes``: feeds the watch for slow nodes from the requests, and gives its verdicts to the accounts. Pure.
 
-The forecasts of a slow node are multiplied by a factor (``NodeAccount.slowness``). An occasional request goes there all
-the same, so that its recovery is seen. Times are seconds of the caller's clock.
+The forecasts of a slow node are multiplied by a factor (``NodeAccount.slowness``). An occasional request is still sent
+there, so that we see when the node has recovered. Times are seconds of the caller's clock.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ class SlowNodes:
 
     def note_first_token(self, placed: PlacedRequest, now: float) -> None:
         """The answer has begun. To be called once for each answer."""
-        # The time of a load is no sign of slowness. Where other prompts are read meanwhile, the forecast is not exact.
+        # The time of a load is no sign of slowness. If other prompts are read at the same time, the forecast is not
+        # exact.
         if placed.needs_load or placed.mean_reads > MOST_READS:
             return
         account = placed.account
@@ -65,8 +66,9 @@ class SlowNodes:
     def note_answer(
         self, placed: PlacedRequest, counters: ServerCounters, now: float, *, mean_streams: float, stalled_share: float
     ) -> None:
-        """A whole answer has ended. ``mean_streams`` answers were written meanwhile, this one included; in
-        ``stalled_share`` of the time it stood still."""
+        """A whole answer has ended. ``mean_streams``: the mean number of answers that were written at the same time,
+        this one included. ``stalled_share``: the share of the time in which the node read prompts, so that the answer
+        stood still."""
         account, model, tokens = placed.account, placed.model, counters.tokens
         if counters.eval_ms is not None:
             eval_s: float | None = counters.eval_ms / 1000.0
@@ -74,7 +76,7 @@ class SlowNodes:
             eval_s = measure_stream_s(placed, counters, now)
         if model is None or tokens is None or eval_s is None or tokens < MIN_TOKENS:
             return
-        if stalled_share > MOST_STALLED:  # what is left after it was cleaned is not exact
+        if stalled_share > MOST_STALLED:  # the time without the stalls is then not exact
             return
         eval_s = account.read_stall.clean(eval_s, stalled_share)
         alone_s = eval_s / (1.0 + account.rates.share(model) * (mean_streams - 1.0))
@@ -98,10 +100,11 @@ class SlowNodes:
         self._slowed = set(factors)
 
     def _learned_share(self, account: NodeAccount, now: float) -> float:
-        """By how much the slowness is in the account's learned rates already: else it would count twice."""
+        """The part of the slowness that the account's learned rates contain already, as a factor. Without this
+        correction it would count twice."""
         slowness = self.watch.slowness(account.name, now)
         if slowness is None or (slowness.decode or 0.0) < (slowness.first_token or 0.0):
-            return 1.0  # a forecast of the first token is made from the learned rates, so what is late is not in them
+            return 1.0  # the first token is late compared with the learned rates, so they do not contain this slowness
         shares = [
             account.rates.decode_s(model, 1.0) / token_s
             for model, token_s in self.watch.usual_token_s(account.name).items()
@@ -120,12 +123,12 @@ class SlowNodes:
             if account.name in self._slowed and self.watch.wants_probe(
                 account.name, question.now, in_flight=account.count()
             ):
-                found = question.forecast(account)
-                if found.is_free and not found.load_s:
-                    return Choice(found, (found,))
+                forecast = question.forecast(account)
+                if forecast.is_free and not forecast.load_s:
+                    return Choice(forecast, (forecast,))
         return None
 
     def record_choice(self, chosen: str, ranked: Iterable[NodeAccount], now: float) -> None:
-        """Notes that ``chosen`` was given a request, for which these nodes were ranked."""
+        """Notes that the node ``chosen`` got a request for which the nodes ``ranked`` were compared."""
         if self._slowed:
             self.watch.record_choice(chosen, {account.name for account in ranked}, now)

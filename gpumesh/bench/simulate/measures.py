@@ -74,6 +74,7 @@ class Measures:
         return f"<Measures {self.policy} {len(self.completion_s)} served, {self.lost} lost>"
 
     def add_served(self, job: Job, attempt: Attempt, now: float) -> None:
+        """Adds the times of a job that has been served now."""
         request, submitted_at = job.request, job.submitted_at
         completion_s = now - submitted_at
         self.completion_s.append(completion_s)
@@ -82,13 +83,13 @@ class Measures:
         self._served_by_node[attempt.node] += 1
         if job.attempts > 1:
             self.moved += 1
-        of_class = self._by_priority.get(request.priority)
-        if of_class is None:
-            of_class = self._by_priority[request.priority] = array("d")
-        of_class.append(completion_s)
-        of_client = self._by_client.get(request.client)
-        if of_client is not None:
-            of_client.append(completion_s)
+        class_times_s = self._by_priority.get(request.priority)
+        if class_times_s is None:
+            class_times_s = self._by_priority[request.priority] = array("d")
+        class_times_s.append(completion_s)
+        client_times_s = self._by_client.get(request.client)
+        if client_times_s is not None:
+            client_times_s.append(completion_s)
         elif len(self._by_client) < MAX_CLIENTS:
             self._by_client[request.client] = array("d", (completion_s,))
 

@@ -395,7 +395,6 @@ class StreamingAnswer(Answer):
             self._response.abort()
             return False
         # No other node could continue the answer, and this node may only be slow. The tunnel finds out if it is dead.
-        tunnel = self._lease.node.tunnel
-        if tunnel is not None:
+        if (tunnel := self._lease.node.tunnel) is not None:
             tunnel.suspect(message)
         return True

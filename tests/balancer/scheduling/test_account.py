@@ -5,7 +5,7 @@ import math
 import pytest
 
 from gpumesh.backends.base import ServerCounters
-from gpumesh.balancer.account import LEAST_REST_SHARE, GpuGroup, NodeAccount, PlacedRequest, Work
+from gpumesh.balancer.account import LEAST_REMAINING_SHARE, GpuGroup, NodeAccount, PlacedRequest, Work
 from gpumesh.balancer.base import Demand, ResidencyKey
 from gpumesh.balancer.breaker import BreakerPhase
 from gpumesh.balancer.outcomes import Blame
@@ -136,13 +136,13 @@ def test_an_answer_shows_that_its_model_is_in_memory() -> None:
 def test_prompts_are_read_one_after_another() -> None:
     account = make_account(slots=4)
     first, second = place(account, read_s=1.0), place(account, read_s=2.0)
-    assert account.reads_rest_s(NOW) == 3.0
-    assert account.reads_rest_s(NOW + 1.0) == 2.0
-    assert account.reads_rest_s(NOW + 9.0) == 0.0
+    assert account.remaining_read_s(NOW) == 3.0
+    assert account.remaining_read_s(NOW + 1.0) == 2.0
+    assert account.remaining_read_s(NOW + 9.0) == 0.0
     account.note_first_token(first, NOW + 0.5)
-    assert account.reads_rest_s(NOW + 0.5) == 2.5
+    assert account.remaining_read_s(NOW + 0.5) == 2.5
     account.remove(second, NOW + 0.6)  # its client has gone before the first token
-    assert account.reads_rest_s(NOW + 0.6) == 0.0
+    assert account.remaining_read_s(NOW + 0.6) == 0.0
 
 
 def test_a_prompt_is_read_when_its_model_is_loaded() -> None:
@@ -151,17 +151,17 @@ def test_a_prompt_is_read_when_its_model_is_loaded() -> None:
     account.remove(placed, NOW)
     placed.ended = False
     account.place(placed, NOW, load_s=4.0)
-    assert account.reads_rest_s(NOW) == 5.0
+    assert account.remaining_read_s(NOW) == 5.0
 
 
 def test_the_rest_of_the_answers_is_a_mean_from_their_first_tokens_on() -> None:
     account = make_account(slots=4)
-    assert account.mean_rest_s(NOW) == 0.0
+    assert account.mean_remaining_s(NOW) == 0.0
     account.note_first_token(place(account, write_s=4.0), NOW + 2.0)
-    assert account.mean_rest_s(NOW + 2.0) == 4.0
+    assert account.mean_remaining_s(NOW + 2.0) == 4.0
     account.note_first_token(place(account, write_s=8.0), NOW + 2.0)
-    assert account.mean_rest_s(NOW + 3.0) == 5.0
-    assert account.mean_rest_s(NOW + 60.0) == 0.0
+    assert account.mean_remaining_s(NOW + 3.0) == 5.0
+    assert account.mean_remaining_s(NOW + 60.0) == 0.0
 
 
 def test_the_next_slot_is_free_when_the_first_of_the_requests_ends() -> None:
@@ -195,7 +195,7 @@ def test_the_end_of_another_models_request_frees_no_slot_of_this_one() -> None:
 def test_a_request_that_runs_longer_than_expected_does_not_count_as_ending_now() -> None:
     account = make_account()
     place(account, read_s=1.0, write_s=4.0)
-    assert account.next_free_s(NOW + 20.0, A) == pytest.approx(20.0 * LEAST_REST_SHARE)
+    assert account.next_free_s(NOW + 20.0, A) == pytest.approx(20.0 * LEAST_REMAINING_SHARE)
 
 
 def test_while_slots_are_found_the_next_one_is_known_at_the_next_first_token() -> None:

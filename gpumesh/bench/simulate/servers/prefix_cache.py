@@ -24,8 +24,8 @@ class PrefixCache:
     def count(self, blocks: tuple[int, ...]) -> int:
         """The number of blocks, from the first on, that the cache holds.
 
-        A block is never used later than those before it (``add``), so it is gone before them: what is held of a prompt
-        is its beginning, and bisection finds the end of it.
+        ``add`` uses the blocks of a prompt in such an order that a later block leaves the cache before an earlier
+        block. So the cache always holds a beginning of the prompt, and bisection finds the end of this beginning.
         """
         low, high = 0, len(blocks)
         held = self._blocks
