@@ -303,7 +303,7 @@ class NodeAccount:
                 if until_first_tokens_s:
                     return max(min(until_first_tokens_s), 0.0)
         least_s = math.inf
-        for (
+        for placed in running:  # the least ``_remaining_s``, written out because full nodes are often asked for it
             placed
         ) in running:  # this is the least ``_remaining_s``, written out because full nodes are often asked for it
             if placed.ends_at - now < least_s:

@@ -1,7 +1,7 @@
 """Compares a server's durations with our own clock. Pure.
 
-A server whose clock is wrong, or that lies, could say that it is a hundred times as fast as it is. It would get all
-requests then. But nobody can hide how long an answer took: we have waited for it.
+A server whose clock is wrong, or that lies, could say that it is a hundred times as fast as it is. Then it would get
+all requests. But it cannot hide how long an answer took, because we have waited for it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ SHORTER_FACTOR, SHORTER_S = 1.5, 0.5
 # The text may have arrived over a longer time than the server has generated it, by this factor and by some seconds
 # more: the last token may have taken longer through the network than the first.
 STREAM_FACTOR, STREAM_S = 1.25, 0.1
-PAUSED_FACTOR = 3.0  # the same without a total: the server may have paused the answer, and may not count that
+PAUSED_FACTOR = 3.0  # the same without a total: the server may have paused the answer without counting the pause
 
 LEAST_MS = 1e-6  # a shorter total (1 ns) is no figure, and nothing can be scaled by it
 
@@ -26,15 +26,16 @@ LEAST_MS = 1e-6  # a shorter total (1 ns) is no figure, and nothing can be scale
 def correct_durations(counters: ServerCounters, placed: PlacedRequest, now: float) -> ServerCounters:
     """The counters of a whole answer that has ended ``now`` (of the caller's clock), with durations that agree with our
     clock: first their total, then the time of the generation."""
-    return _correct_parts(_correct_total(counters, placed, now), placed, now)
+    return _correct_generation(_correct_total(counters, placed, now), placed, now)
 
 
 def _correct_total(counters: ServerCounters, placed: PlacedRequest, now: float) -> ServerCounters:
-    """If the server's durations cannot be true, all are scaled so that their total is what we have waited, without the
-    way.
+    """If the server's durations cannot be true, scales all of them, so that their total is the time for which we have
+    waited for the server (without the network).
 
-    If the client was slow, we have waited for it too: then only durations that are too long are seen. The same holds
-    for a server that gives parts without a total, because the request may have waited inside."""
+    If the client was slow, our time includes the wait for the client. Then only durations that are too long are
+    corrected. The same is true if the server gives parts without a total, because the request may have waited inside
+    the server."""
     waited_ms = max(now - placed.sent_at - placed.account.rtt_s, 0.0) * 1000.0
     total_ms = counters.total_ms
     has_total = total_ms is not None
@@ -56,10 +57,12 @@ def _correct_total(counters: ServerCounters, placed: PlacedRequest, now: float) 
     )
 
 
-def _correct_parts(counters: ServerCounters, placed: PlacedRequest, now: float) -> ServerCounters:
-    """If the text came for much longer than the server says that it has generated it, the time of the generation
-    becomes that of the text, and the reading of the prompt gets what is left. A server that says that it generates
-    more slowly than its text comes is believed: something on the way may collect the text."""
+def _correct_generation(counters: ServerCounters, placed: PlacedRequest, now: float) -> ServerCounters:
+    """If the text arrived over a much longer time than the server's time of generation, replaces the time of generation
+    by the time of the text. The time of reading the prompt is then at most the rest of the total.
+
+    A time of generation that is longer than the time of the text is not corrected: a proxy may have collected the
+    text."""
     eval_ms = counters.eval_ms
     if eval_ms is None or placed.first_token_at is None or placed.had_slow_client:
         return counters

@@ -1,9 +1,9 @@
 """Learns how long answers are: the mean number of tokens by client, route and model. Pure.
 
 A client's ``max_tokens`` is a cap and no forecast: most clients set it far above what they get. Answers to the same
-client on the same route with the same model are alike, so their mean is the forecast. With few answers, the forecast
-leans on what is more general: (client, route, model), then (route, model), then the route, then all answers, then
-``DEFAULT_TOKENS``.
+client on the same route with the same model are alike, so their mean is the forecast. If a mean has few answers, a more
+general mean has more weight in the forecast. The order is: (client, route, model), then (route, model), then the route,
+then all answers, then ``DEFAULT_TOKENS``.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections import OrderedDict
 
 DEFAULT_TOKENS = 256.0
-MAX_TOKENS = 1 << 20  # a longer answer counts as one of this length
+MAX_TOKENS = 1 << 20  # a longer answer counts as an answer of this length
 PRIOR_ANSWERS = 3.0  # the weight of the more general mean, in answers
-MEMORY_ANSWERS = 50  # with more answers than this, old ones are gradually forgotten
-MAX_FORECASTS = 1000  # kept until the next answer; a further one is not kept
+MEMORY_ANSWERS = 50  # with more answers than this, old answers are gradually forgotten
+MAX_FORECASTS = 1000  # kept until the next answer; with more, a new forecast is not kept
 MAX_CLIENTS = 1000  # with more, the client that has not asked for the longest time is forgotten
 MAX_PER_CLIENT = 16  # pairs of route and model of one client
 MAX_ROUTES = 1000  # pairs of route and model, and routes
@@ -31,7 +31,7 @@ class _Mean:
         self.tokens = 0.0
 
     def add(self, tokens: float) -> None:
-        """Adds an answer. From ``MEMORY_ANSWERS`` answers on, the mean moves towards each by the same share."""
+        """Adds an answer. After ``MEMORY_ANSWERS`` answers, each new answer moves the mean by the same share."""
         self.answers = min(self.answers + 1, MEMORY_ANSWERS)
         self.tokens += (tokens - self.tokens) / self.answers
 
@@ -41,7 +41,7 @@ class _Mean:
 
 
 _Means = OrderedDict[tuple[str, str], _Mean]
-"""Means by route and model, the one that was used last at the end."""
+"""Means by route and model, the mean that was used last at the end."""
 
 
 class ExpectedLengths:
@@ -60,7 +60,7 @@ class ExpectedLengths:
         return f"<ExpectedLengths {self._all.tokens:.0f} tokens, {len(self._clients)} clients>"
 
     def learn(self, client: str, route: str, model: str, tokens: int) -> None:
-        """Adds an answer of so many tokens. A negative number is ignored."""
+        """Adds an answer of this number of tokens. A negative number is ignored."""
         if tokens < 0:
             return
         self._forecasts.clear()
@@ -91,7 +91,8 @@ class ExpectedLengths:
         return float(min(expected, max_tokens))  # ``min`` first: a client may write a number too large for a float
 
     def _expect(self, client: str, route: str, model: str) -> float:
-        """The expected number of tokens without a maximum: from the most general mean to the most special one."""
+        """The expected number of tokens without a maximum: the means are combined from the most general to the most
+        special."""
         route = route[:MAX_KEY_CHARS]
         key = (route, model[:MAX_KEY_CHARS])
         expected = self._all.shrink_towards(DEFAULT_TOKENS)
@@ -107,26 +108,27 @@ class ExpectedLengths:
 
 
 def remaining(expected: float, done: float, max_tokens: int | None = None) -> float:
-    """How many more tokens are expected of an answer that has ``done`` tokens already, of ``expected`` in all.
+    """The number of tokens that an answer will probably still get. It has ``done`` tokens already, and ``expected`` was
+    its forecast.
 
-    An answer near or past its expected length is not about to end: it is probably one of the long ones. It is expected
-    to have half as many tokens more as it has, which is the mean residual life of a Pareto distribution with the
-    exponent 3. So the answer counts as at least 1.5 times as long as it is. ``max_tokens`` is the client's maximum;
-    ``None`` or a negative number: none.
+    An answer near or past its expected length is not about to end: it is probably a long answer. We expect that it gets
+    half of its present tokens more, which is the mean residual life of a Pareto distribution with the exponent 3. So
+    the answer counts as at least 1.5 times as long as it is now. ``max_tokens`` is the client's maximum; ``None`` or a
+    negative number: none.
     """
-    rest = max(expected - done, done / 2.0)
+    remaining_tokens = max(expected - done, done / 2.0)
     if max_tokens is None or max_tokens < 0:
-        return rest
-    return max(min(done + rest, max_tokens) - done, 0.0)
+        return remaining_tokens
+    return max(min(done + remaining_tokens, max_tokens) - done, 0.0)
 
 
-def _find_or_add(means: _Means, key: tuple[str, str], most: int) -> _Mean:
-    """The mean of this key, an empty one if there is none; it moves to the end, as the last one used. With more than
-    ``most`` keys, the key that was used longest ago is forgotten."""
+def _find_or_add(means: _Means, key: tuple[str, str], max_keys: int) -> _Mean:
+    """The mean of this key, which becomes the last one used. Adds an empty mean if there is none. With more than
+    ``max_keys`` keys, the key that was used longest ago is forgotten."""
     mean = means.get(key)
     if mean is None:
         mean = means[key] = _Mean()
-        if len(means) > most:
+        if len(means) > max_keys:
             means.popitem(last=False)
     else:
         means.move_to_end(key)

@@ -102,8 +102,8 @@ def _filter_completions(
     own."""
 
     def get_completions(self: Any, args: list[str], incomplete: str) -> list[Any]:
-        # A word that begins with a hyphen is an option, and not plain. It is allowed only where a person has typed a
-        # hyphen: then the test leaves out its hyphens (`lstrip("")` removes nothing).
+        # A word that begins with a hyphen is an option, so it is not plain. It is proposed only if the person has typed
+        # a hyphen. Then its hyphens are removed before the test. (Otherwise nothing is removed: `lstrip("")`.)
         allowed_prefix = "-" if incomplete.startswith("-") else ""
         words = [candidate for candidate in get_unfiltered(self, args, incomplete) if candidate.type == "plain"]
         return [word for word in words if is_plain(word.value.lstrip(allowed_prefix))]

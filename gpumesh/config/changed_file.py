@@ -31,7 +31,7 @@ def read_digest(path: Path) -> str | None:
 
 class ChangedFile:
     """Compares the file at ``path`` with ``snapshot``, again and again. ``snapshot`` is what the running mesh has read
-    from the file; ``None``: the mesh is of an older version that does not tell."""
+    from the file; ``None``: the mesh is of an older version, which does not report it."""
 
     def __init__(self, path: Path, snapshot: ConfigSnapshot | None) -> None:
         self._path = path
@@ -43,8 +43,8 @@ class ChangedFile:
         return f"<ChangedFile {self._path} {'same' if self._finding is None else 'changed'}>"
 
     def find(self) -> Finding | None:
-        """The finding about the file as it is now; ``None``: it says what runs, or nobody knows. The file is parsed
-        only if its bytes have changed."""
+        """The finding about the file as it is now. ``None`` if the file agrees with the running mesh, or if this is not
+        known. The file is parsed only if its bytes have changed."""
         if self._snapshot is None or self._snapshot.digest is None:
             return None
         digest = read_digest(self._path)

@@ -13,9 +13,9 @@ class ActivityMeter:
 
     ``streams`` is the number of answers that are written now, ``reading`` the number of prompts that are read now.
 
-    Three sums grow with time, all in seconds: of the times of all streams, of the times of all prompts that are read,
-    and of the time in which any prompt is read. The mean since an earlier event is the growth of a sum since then,
-    divided by the time. So the methods for events return the sums as they are, and the questions take them back.
+    Three sums in seconds grow with time: the times of all streams, the times of the reading of all prompts, and the
+    time in which any prompt is read. The mean since an earlier event is the growth of a sum since that event, divided
+    by the time. So the methods for events return the present sums, and the questions take them as arguments.
 
     The methods are called several times for each request. So one method does all that belongs to one event."""
 
@@ -77,15 +77,15 @@ class ActivityMeter:
     # -- questions -----------------------------------------------------------------------------------------------
 
     def mean_reads(self, since: float, read_seconds: float, now: float) -> float:
-        """The mean number of prompts that were read at once since ``since``, when ``begin_read`` returned
-        ``read_seconds``; at least 1. To be called before ``end_read``."""
+        """The mean number of prompts that were read at once after ``since``; at least 1. ``read_seconds``: the result
+        of ``begin_read`` at the time ``since``. Must be called before ``end_read``."""
         if now > self._updated_at:
             self._update(now)
         return max((self._read_seconds - read_seconds) / (now - since), 1.0) if now > since else 1.0
 
     def mean_streams(self, since: float, stream_seconds: float, now: float) -> float:
-        """The mean number of answers that were written at once since ``since``, when ``begin_stream`` returned
-        ``stream_seconds``; at least 1. To be called before ``end_stream``."""
+        """The mean number of answers that were written at once after ``since``; at least 1. ``stream_seconds``: the
+        result of ``begin_stream`` at the time ``since``. Must be called before ``end_stream``."""
         if now > self._updated_at:
             self._update(now)
         if now <= since:
@@ -93,8 +93,8 @@ class ActivityMeter:
         return max((self._stream_seconds - stream_seconds) / (now - since), 1.0)
 
     def busy_share(self, since: float, busy_seconds: float, now: float) -> float:
-        """The share of the time since ``since``, when ``begin_stream`` returned ``busy_seconds``, in which any prompt
-        was read; from 0 to 1."""
+        """The share of the time after ``since`` in which any prompt was read; from 0 to 1. ``busy_seconds``: the result
+        of ``begin_stream`` at the time ``since``."""
         if now <= since:
             return 0.0
         if now > self._updated_at:

@@ -27,11 +27,12 @@ NO_PLACEMENT = "it needs no slot, so the least busy node that can answer is aske
 MAX_LINE_CHARS = 1000  # servers and proxies take headers of some kilobytes; this leaves room for the others
 MAX_NAME_CHARS = 60  # of a node or a model
 MAX_PUSHED_OUT = 2  # models that are named; the others are counted
-# Of a node that was not chosen, only the parts are told that are at least this share of its cost: they are the reason.
+# For a node that was not chosen, only parts of at least this share of its cost are shown: they are the reason.
 MAIN_SHARE = 0.25
-# A part that the example of every answer has is told always. The others are told from this time on.
+# The parts of every answer (way, wait, read, write) are always shown. The other parts are shown if they take at least
+# this time.
 LEAST_SHOWN_S = 0.005
-MOST_SHOWN = 999_999.0  # a larger number is told as this one, so that its length is bounded
+MOST_SHOWN = 999_999.0  # a larger number is shown as this number, so that its length is bounded
 
 Part = tuple[float, str]
 """Seconds, and what they are for."""
@@ -48,11 +49,11 @@ def explain_placement(
     tiers: Mapping[str, int] = NO_TIERS,
     pinned: AbstractSet[str] = frozenset(),
 ) -> str:
-    """One line of at most ``MAX_LINE_CHARS`` characters. The chosen node comes first, with all parts of its cost, then
-    the others by their cost, each with its main parts.
+    """One line of at most ``MAX_LINE_CHARS`` characters. The chosen node comes first, with all parts of its
+    cost. Then come the other nodes in the order of their cost, each with its main parts.
 
-    ``queue_s``: how long the request waited in the gateway's queue. ``failed_attempts``: of the same request on other
-    nodes, or on this one, before. ``tiers``: those of mesh.yaml, by node. ``pinned``: the full names of the models that
+    ``queue_s``: how long the request waited in the gateway's queue. ``failed_attempts``: the earlier attempts of the
+    same request, on any node. ``tiers``: those of mesh.yaml, by node. ``pinned``: the full names of the models that
     mesh.yaml pins.
     """
     demand, work = placement.placed.demand, placement.placed.work
@@ -62,14 +63,13 @@ def explain_placement(
     entry = _describe_node(chosen, parts, ranks)
     notes = "".join(f"; {note}" for note in _notes(policy, queue_s, failed_attempts))
     line = entry + notes
-    others = sorted(
-        (found for found in placement.considered if found.node != chosen.node), key=lambda found: found.total_s
-    )
+    others = [considered for considered in placement.considered if considered.node != chosen.node]
+    others.sort(key=lambda other: other.total_s)
     for position, other in enumerate(others):
         parts = _forecast_parts(other, demand.residency, work.prompt_tokens, pinned)
         entry = f"; {_describe_node(other, _main_parts(parts, other.total_s), ranks)}"
-        rest = f"; and {len(others) - position - 1:,} more"
-        if len(line) + len(entry) + len(rest) > MAX_LINE_CHARS:
+        ending = f"; and {len(others) - position - 1:,} more"
+        if len(line) + len(entry) + len(ending) > MAX_LINE_CHARS:
             return f"{line}; and {len(others) - position:,} more"
         line += entry
     return line
@@ -82,7 +82,7 @@ def describe_forecast(forecast: Forecast, key: ResidencyKey | None, prompt_token
 
 
 def _notes(policy: PolicyKind, queue_s: float, failed_attempts: int) -> Iterator[str]:
-    """What else explains the node, beside the forecasts."""
+    """Further reasons for the choice of the node, besides the forecasts."""
     if queue_s >= LEAST_SHOWN_S:
         yield f"waited {_number(queue_s)} s in the queue before"
     if failed_attempts:
@@ -126,8 +126,8 @@ def _forecast_parts(
 
 
 def _describe_load(forecast: Forecast, key: ResidencyKey | None) -> str:
-    """``load MODEL``, with the models that it pushes out. A model that is in memory with another context is pushed out
-    by itself: then the new context is told."""
+    """``load MODEL``, with the models that it pushes out. A model that is in memory with another context must be loaded
+    again: then the new context is shown."""
     if key is None:
         return "load"
     text = f"load {safe_name(key.model)}"
@@ -156,7 +156,7 @@ def safe_name(name: str) -> str:
 
 
 def _number(seconds: float) -> str:
-    """With two decimals below 0.1 s, else with one: more would be more exact than a forecast is."""
+    """The seconds with two decimals below 0.1 s, otherwise with one. A forecast is not exact enough for more."""
     if not math.isfinite(seconds):
         return "?"
     seconds = min(max(seconds, -MOST_SHOWN), MOST_SHOWN)

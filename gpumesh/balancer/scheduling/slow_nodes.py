@@ -96,10 +96,10 @@ class SlowNodes:
             self._accounts[node].slowness = 1.0
         for node, factor in factors.items():
             account = self._accounts[node]
-            account.slowness = max(factor / self._learned_share(account, now), 1.0)
+            account.slowness = max(factor / self._learned_slowness(account, now), 1.0)
         self._slowed = set(factors)
 
-    def _learned_share(self, account: NodeAccount, now: float) -> float:
+    def _learned_slowness(self, account: NodeAccount, now: float) -> float:
         """The part of the slowness that the account's learned rates contain already, as a factor. Without this
         correction it would count twice."""
         slowness = self.watch.slowness(account.name, now)

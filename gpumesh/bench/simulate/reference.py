@@ -66,6 +66,7 @@ class _Demand:
         self.gap_s: float | None = None
 
     def note(self, now: float) -> None:
+        """Notes a request."""
         gap_s = now - self.last_at
         self.gap_s = gap_s if self.gap_s is None else self.gap_s + DEMAND_SMOOTHING * (gap_s - self.gap_s)
         self.last_at = now
@@ -79,13 +80,13 @@ class ReferenceDecisions:
         self._sent = dict.fromkeys(self._servers, 0)  # the jobs that were sent to each node
         self._in_transit: dict[str, deque[tuple[float, Job]]] = {name: deque() for name in self._servers}
         self._demand: dict[str, _Demand] = {}
-        self._others: dict[str, tuple[int, int, float]] = {}  # the cache of ``_sum_of_others``
+        self._sums_without_job: dict[str, tuple[tuple[int, int], float]] = {}  # the cache of ``_sum_without_job``
         self._queue: dict[int, Job] = {}  # by the number of the request, in the order of arrival
         self._turn = 0
 
     def submit(self, job: Job, now: float) -> Grant | None:
         self._note_demand(job, now)
-        if self._queue or not self._any_free_slot(job):  # the jobs that wait go first
+        if self._queue or not self._any_free_slot(job):  # jobs that wait already go first
             self._queue[job.request.number] = job
             return None
         return self._decide(job, now)
@@ -100,6 +101,7 @@ class ReferenceDecisions:
         return granted
 
     def _note_demand(self, job: Job, now: float) -> None:
+        """Notes that the job's model is asked for."""
         model = job.request.model
         demand = self._demand.get(model)
         if demand is None:
@@ -140,8 +142,8 @@ class ReferenceDecisions:
     def set_report(self, node: str, report: ServerReport, now: float) -> None: ...
 
     def _any_free_slot(self, job: Job) -> bool:
-        """Whether the job can be decided on: a slot is free for it, or no node will ever have one."""
-        servers = [each for each in self._servers.values() if each.lies.has_model(job.request.model)]
+        """Whether the job can be decided now: a slot is free for it, or no node will ever have a slot for it."""
+        servers = [server for server in self._servers.values() if server.lies.has_model(job.request.model)]
         return not servers or any(self._has_free_slot(server, job) for server in servers)
 
     def _has_free_slot(self, server: SimulatedServer, job: Job) -> bool:
@@ -154,7 +156,7 @@ class ReferenceDecisions:
         return users + len(find_waiting_for_load(server)) + len(self._still_in_transit(server)) < spec.slots
 
     def _still_in_transit(self, server: SimulatedServer) -> deque[tuple[float, Job]]:
-        """What was sent to the server and has not arrived, each with the time of its arrival, in order."""
+        """The jobs that were sent to the server and have not arrived, in order, each with the time of its arrival."""
         in_transit = self._in_transit[server.spec.name]
         while len(in_transit) > self._sent[server.spec.name] - server.arrivals:
             in_transit.popleft()
@@ -163,26 +165,31 @@ class ReferenceDecisions:
     # -- the cost of a node --------------------------------------------------------------------------------------
 
     def _cost(self, server: SimulatedServer, job: Job, now: float) -> float:
-        """The seconds until this job would be done on this server, plus those by which it would delay the others."""
-        name = server.spec.name
-        in_transit = self._still_in_transit(server)
-        arrives_at = now + server.spec.rtt_s
-        key = (server.revision, len(in_transit))
-        cached = self._others.get(name)
-        if cached is None or cached[:2] != key:
-            others = sum(_finish_times(server, self._lines(server, now), now))
-            cached = self._others[name] = (*key, others)
+        """The seconds until this job would be done on this server, and the seconds by which it would delay others."""
+        sum_without_job = self._sum_without_job(server, now)
         lines = self._lines(server, now)
         line, penalty_s = self._line_for(server, lines, job, now)
-        work = _work_of(server, job)
-        line.queue.append(work)
-        line.ready_at = max(line.ready_at, arrives_at if len(line.queue) == 1 else line.ready_at)
-        total = sum(_finish_times(server, lines, now))
-        # The difference of the sums is this job's own end plus the delays of the others.
-        return total - cached[2] - now + penalty_s
+        line.queue.append(_work_of(server, job))
+        if len(line.queue) == 1:
+            arrives_at = now + server.spec.rtt_s
+            line.ready_at = max(line.ready_at, arrives_at)
+        sum_with_job = sum(_finish_times(server, lines, now))
+        # The difference of the sums is the end of this job and the delays of the others.
+        return sum_with_job - sum_without_job - now + penalty_s
+
+    def _sum_without_job(self, server: SimulatedServer, now: float) -> float:
+        """The sum of the times at which the requests that the server has already will end. The sum changes only when
+        something happens on the server, so it is cached."""
+        key = (server.revision, len(self._still_in_transit(server)))
+        cached = self._sums_without_job.get(server.spec.name)
+        if cached is None or cached[0] != key:
+            cached = (key, sum(_finish_times(server, self._lines(server, now), now)))
+            self._sums_without_job[server.spec.name] = cached
+        return cached[1]
 
     def _lines(self, server: SimulatedServer, now: float) -> _Lines:
-        """The server's runners with all that waits there; also those that will be loaded."""
+        """The queues of the server's runners with the waiting requests, and the queues of runners that will be
+        loaded."""
         lines: _Lines = {}
         for runner in server.runners.values():
             line = lines[runner.spec.name, runner.context] = _Line(
@@ -199,7 +206,8 @@ class ReferenceDecisions:
         return lines
 
     def _line_for(self, server: SimulatedServer, lines: _Lines, job: Job, now: float) -> tuple[_Line, float]:
-        """The line of the job's model, and the seconds that its load costs those who use what it pushes out."""
+        """The queue of the job's model, and the seconds that its load costs the users of the model that it pushes
+        out."""
         request = job.request
         spec = server.spec.models[request.model]
         runner = server.runners.get(request.model)
@@ -218,6 +226,8 @@ class ReferenceDecisions:
         return line, penalty_s
 
     def _reload_cost(self, spec: ModelSpec, now: float) -> float:
+        """The seconds that later requests would lose if this model had to be loaded again. 0 for a model that was not
+        asked for lately."""
         demand = self._demand.get(spec.name)
         if demand is None or now - demand.last_at > RECENT_S:
             return 0.0
@@ -239,11 +249,12 @@ def _work_of(server: SimulatedServer, job: Job) -> _Work:
 
 
 def _used_slots(server: SimulatedServer, runner: Runner) -> Iterator[Slot]:
+    """The slots of the runner that are busy now."""
     return (attempt.slot for attempt, its_runner in server.running.items() if its_runner is runner)
 
 
 def _drain_s(server: SimulatedServer, runner: Runner) -> float:
-    """About how long the runner's users still need, if nothing else came."""
+    """About how many seconds the runner's requests still need, if no other request comes."""
     work_s = sum(attempt.decode_s + attempt.prefill_s for attempt, other in server.running.items() if other is runner)
     work_s += sum(work.decode_s + work.prefill_s for work in (_work_of(server, a.job) for a in runner.waiting))
     slots = runner.spec.slots
@@ -252,7 +263,8 @@ def _drain_s(server: SimulatedServer, runner: Runner) -> float:
 
 
 def _finish_times(server: SimulatedServer, lines: _Lines, now: float) -> Iterator[float]:
-    """Yields when each request on the server ends, if no other request comes: the server's own rules, run ahead."""
+    """Yields the time at which each request on the server ends, if no other request comes. Simulates the server's own
+    rules from now on."""
     spec = server.spec
     share, stall, lanes = spec.share, spec.prefill_stall, spec.prefill_lanes
     reading, decoding = server.gpu.snapshot(now)

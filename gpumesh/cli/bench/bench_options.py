@@ -41,8 +41,8 @@ def parse_levels(text: str | None) -> tuple[int, ...]:
 
 
 def read_trace(file: Path | None, limit: int | None) -> Sequence[TracedRequest]:
-    """The first ``limit`` requests of a trace, at most ``traces.MAX_REQUESTS`` (``None``: as many as that); empty if no
-    file is given. Raises UsageError if the file cannot be read, or is no trace."""
+    """The first ``limit`` requests of a trace (``None``: all), at most ``traces.MAX_REQUESTS``; empty if no file is
+    given. Raises UsageError if the file cannot be read, or is no trace."""
     if file is None:
         return ()
     from gpumesh.bench import traces

@@ -45,8 +45,8 @@ def console(*, stderr: bool = False) -> Console:
     """A console for results (stdout), or for remarks and progress (stderr). It uses colours on terminals only, and
     never with NO_COLOR."""
     stream = sys.stderr if stderr else sys.stdout
-    # With the width None rich asks the terminal, also after its size has changed. Elsewhere ``get_terminal_size`` reads
-    # COLUMNS, and without COLUMNS gives the size here, of which the 50 lines are not used.
+    # With the width None, rich asks the terminal, also after its size has changed. If the stream is no terminal, the
+    # width is COLUMNS, or PIPED_WIDTH without that variable. (The 50 lines are not used.)
     width = None if stream.isatty() else shutil.get_terminal_size((PIPED_WIDTH, 50)).columns
     return Console(file=stream, width=width, highlight=False, markup=False, emoji=False)
 

@@ -1,4 +1,5 @@
-"""A cache of the blocks of prompts: the least recently used go first, of one prompt the last ones. Pure."""
+"""A cache of the blocks of prompts. The least recently used block is dropped first; within a prompt, the last block.
+Pure."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from collections import OrderedDict
 
 class PrefixCache:
     """Holds at most ``capacity`` blocks, by their ids. An id stands for all the text of a prompt up to the end of its
-    block, so a block is of use only together with all before it.
+    block, so a block is useful only together with all blocks before it.
 
     vLLM and SGLang keep the blocks of all prompts like this; llama.cpp's ``--cache-ram`` and LMCache come near to it.
     """
