@@ -304,8 +304,6 @@ class NodeAccount:
                     return max(min(until_first_tokens_s), 0.0)
         least_s = math.inf
         for placed in running:  # the least ``_remaining_s``, written out because full nodes are often asked for it
-            placed
-        ) in running:  # this is the least ``_remaining_s``, written out because full nodes are often asked for it
             if placed.ends_at - now < least_s:
                 least_s = min(max(placed.ends_at - now, LEAST_REMAINING_SHARE * (now - placed.sent_at)), least_s)
         return least_s if running else 0.0

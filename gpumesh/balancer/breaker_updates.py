@@ -1,4 +1,4 @@
-"""What the end of an attempt means for the breakers of its node and of its model there. Changes the account only."""
+"""Updates the breakers of a node, and of a model on that node, when an attempt ends. Changes only the account."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ def count_success(account: NodeAccount, model: str | None, now: float, *, takes_
 
 
 def count_failure(account: NodeAccount, context: AttemptContext, blame: Blame, now: float) -> None:
-    """Counts any other end of an attempt for the breaker that ``blame`` names. For the other breaker the outcome proves
-    nothing: if this request was its trial, the trial ends."""
+    """Counts an attempt that was not served for the breaker that ``blame`` names. For the other breaker the outcome
+    proves nothing: if this request was its trial, the trial ends without a result."""
     is_models_fault = blame not in (Blame.NOBODY, Blame.NODE)
     if is_models_fault and context.model is not None:
-        # Everybody can read the message in the status. So only a message about a load is kept: any other message may
-        # quote the prompt.
+        # Every user of the gateway can read the message in the status. So only a message about a load is kept, because
+        # any other message may quote the prompt.
         reply = context.reply
         message = reply.message if reply is not None and blame is Blame.MODEL_LOAD else ""
         node_is_suspect = account.model_breakers.record_failure(

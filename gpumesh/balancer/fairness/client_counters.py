@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from math import isfinite
 
-# The weights of the paper: an answer's token costs a step of decoding of its own, prompt tokens are read together.
+# The weights of the paper: each token of an answer costs one step of decoding, while prompt tokens are read together.
 PROMPT_TOKEN_WEIGHT = 1.0
 ANSWER_TOKEN_WEIGHT = 2.0
 
@@ -33,7 +33,7 @@ def weighted_tokens(prompt_tokens: float, answer_tokens: float) -> float:
 
 
 class ClientCounters:
-    """The counters of the clients of one class, in weighted tokens; a counter says how much its client was served.
+    """The counters of the clients of one class, in weighted tokens; a counter shows how much its client was served.
 
     ``level`` is the counter that the client of the newest grant had before this grant. As the client that was served
     least goes first, nearly all clients that wait are at this level or above."""
@@ -52,10 +52,10 @@ class ClientCounters:
         return self._idle.get(client, self.level) if counter is None else counter
 
     def start_waiting(self, client: str, least_competitor: float | None) -> float:
-        """The client had no waiting request, and has one now. Lifts its counter to the level, or to the least counter
-        of its competitors if this is lower (``None``: there are none). Returns the counter."""
-        lift = self.level if least_competitor is None else min(self.level, least_competitor)
-        counter = self._waiting[client] = max(self._idle.pop(client, lift), lift)
+        """Notes the first waiting request of a client. Raises its counter to the level, or to ``least_competitor`` if
+        this is lower: the least counter of its competitors (``None``: there are none). Returns the counter."""
+        least_counter = self.level if least_competitor is None else min(self.level, least_competitor)
+        counter = self._waiting[client] = max(self._idle.pop(client, least_counter), least_counter)
         return counter
 
     def stop_waiting(self, client: str) -> None:
@@ -72,13 +72,14 @@ class ClientCounters:
     def grant_unqueued(self, client: str, tokens: float) -> float:
         """A request of this expected cost got a slot without waiting. Returns the client's counter.
 
-        This lifts the client and the level too. Otherwise the next client that must wait would be far behind a client
-        that was served while no request waited, and would keep all slots for itself until it had caught up."""
+        Raises the client's counter at least to the level, and the level too. Otherwise the next client that must wait
+        would be far behind a client that was served while no request waited, and would keep all slots for itself until
+        it had caught up."""
         self.level = max(self.of(client), self.level)
         return self._set(client, self.level + bounded_charge(tokens))
 
     def charge(self, client: str, tokens: float) -> float:
-        """Adds to the client's counter; less than zero takes away. Returns the counter."""
+        """Adds ``tokens``, which may be negative, to the client's counter. Returns the counter."""
         return self._set(client, self.of(client) + bounded_charge(tokens))
 
     def copy(self) -> ClientCounters:

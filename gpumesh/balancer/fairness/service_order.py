@@ -1,4 +1,4 @@
-"""The order in which waiting requests will get slots, as people want to see it."""
+"""Forecasts the order in which waiting requests will get slots, to show it to people."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ T = TypeVar("T")
 
 def service_order(classes: Sequence[tuple[list[Lane[T]], ClientCounters]]) -> Iterator[QueueEntry[T]]:
     """The entries of these lanes in the order in which they get slots, if each slot suits all groups, each request
-    costs what is expected, and no other request comes. ``classes``: for each class its lanes and its counters, from the
-    highest class down. Neither is changed, and neither may change during the iteration."""
+    costs what is expected, and no other request comes. ``classes``: the lanes and the counters of each class, from the
+    highest class down. They are not changed, and must not change during the iteration."""
     counters_by_rank = [counters.copy() for _, counters in classes]
     merged = [Lane.merge(lanes, counters.of) for lanes, counters in classes if lanes]
     while merged:

@@ -16,9 +16,9 @@ _key_of = itemgetter(0)
 class SortedItems(Generic[KeyT, ItemT]):
     """Hashable items, each with a key, the least key first. No two items have equal keys.
 
-    They are in a sorted list. To add, to remove and to move an item takes O(log n) comparisons, and a move of the
-    pointers behind it: 3 us for 10,000 items. That is less than a heap with outdated pairs takes, and to read the first
-    items costs nothing more."""
+    The items are in a sorted list. To add, remove or move an item takes O(log n) comparisons, and the pointers behind
+    it are moved: 3 us for 10,000 items. That is faster than a heap with outdated pairs. The first items can be read at
+    no further cost."""
 
     __slots__ = ("_keys", "_pairs")
 
@@ -39,7 +39,7 @@ class SortedItems(Generic[KeyT, ItemT]):
             self.remove(item)
         self._keys[item] = key
         pairs = self._pairs
-        if not pairs or pairs[-1][0] < key:  # nearly always: the last to come is the last to go
+        if not pairs or pairs[-1][0] < key:  # nearly always: a new request is the last of the queue
             pairs.append((key, item))
         else:
             pairs.insert(bisect_left(pairs, key, key=_key_of), (key, item))

@@ -18,14 +18,14 @@ class WaitTimes:
         self._mean_s = dict.fromkeys(Priority, FIRST_GUESS_S)
 
     def record(self, priority: Priority, wait_s: float) -> None:
-        """A request of this class got a slot after such a wait. A wait that is not finite is ignored."""
+        """Notes that a request of this class got a slot after this wait. A wait that is not finite is ignored."""
         if isfinite(wait_s):
             bounded_s = min(max(wait_s, 0.0), MAX_WAIT_S)
             self._mean_s[priority] += SMOOTHING * (bounded_s - self._mean_s[priority])
 
     def usual_s(self, priority: Priority) -> float:
-        """How long a request of this class usually waits. At least as long as one of a higher class: a class that got
-        no slot lately has recorded no waits lately."""
+        """How long a request of this class usually waits, in seconds: at least as long as a request of a higher class,
+        because a class that got no slots lately has no recent waits."""
         longest_s = 0.0
         for other in Priority:  # from the highest class down
             longest_s = max(longest_s, self._mean_s[other])

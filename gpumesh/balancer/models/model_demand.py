@@ -13,10 +13,10 @@ from gpumesh.balancer.base import ResidencyKey
 
 WINDOW_S = 60.0  # the time constant of the rate: a burst of requests is forgotten after some minutes
 SAME_TIME_S = 0.05  # requests that come within this time count as coming at the same time
-FIRST_SPAN_S = 10.0  # a first request counts as a rate of one request in this time
-MAX_KEYS = 1000  # a client can ask for any context length, and each length makes a key of its own
+FIRST_SPAN_S = 10.0  # after the first request, the rate is one request in this time
+MAX_KEYS = 1000  # a client can ask for any context length, and each length makes a new key
 SMOOTHING = 0.1  # the weight of the newest request's time in the mean time that a request runs
-FIRST_SERVICE_S = 5.0  # how long a request is taken to run, before one was seen
+FIRST_SERVICE_S = 5.0  # the expected time of a request, before any request has ended
 
 
 @dataclass(slots=True)
@@ -56,16 +56,16 @@ class ModelDemand:
         demand.at = now
 
     def note_service(self, key: ResidencyKey, seconds: float) -> None:
-        """Notes that a request has run for so many seconds, without the load of its model."""
+        """Notes that a request has run for ``seconds``, without the load of its model."""
         demand = self._demands.get(key)
         if demand is None:
             return
         demand.services += 1
-        # The mean of all at first, then a mean that forgets old requests.
+        # At first the mean of all requests, later a mean that forgets old requests.
         demand.service_s += max(SMOOTHING, 1.0 / demand.services) * (seconds - demand.service_s)
 
     def rate(self, key: ResidencyKey, now: float) -> float:
-        """Requests per second, lately; 0 for a key that nobody has asked for."""
+        """The recent rate in requests per second; 0 for a key without any request."""
         demand = self._demands.get(key)
         if demand is None:
             return 0.0

@@ -1,7 +1,7 @@
 """The policies that look at loads only. They know nothing of models in memory, prompts and lengths.
 
-But a client that names its conversation asks for the node that had its last request. All of them keep to that, as long
-as the node has a free slot.
+But if a client names its conversation, each policy chooses the node that had the conversation's last request, as long
+as this node has a free slot.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class _SimplePolicy:
 
 
 def _find_session_node(free: Sequence[NodeAccount], question: Question) -> NodeAccount | None:
-    """The node that had the last request of this session, if it is among the free ones."""
+    """The node that had the last request of this session, if that node is free."""
     if question.demand.session is None:  # most requests
         return None
     name = question.fleet.experience.find_session_node(question.demand)
@@ -65,8 +65,8 @@ class LeastLoaded(_SimplePolicy):
 
 
 class PowerOfTwo(LeastLoaded):
-    """Takes the less loaded of two nodes that are drawn at random. So many gateways that see the same outdated loads do
-    not all choose the same node.
+    """Takes the less loaded of two nodes that are drawn at random. So if many gateways see the same outdated loads,
+    they do not all choose the same node.
 
     Mitzenmacher, "The Power of Two Choices in Randomized Load Balancing", 2001.
     """
@@ -79,6 +79,6 @@ class PowerOfTwo(LeastLoaded):
 
 def relative_load(account: NodeAccount, question: Question) -> float:
     """The requests in flight on the node's GPU for each slot, divided by the node's weight. A node without a limit
-    counts as one with a single slot."""
+    counts as a node with one slot."""
     slots = account.slots(question.model or "", question.now) or 1
     return account.count() / (slots * account.weight)

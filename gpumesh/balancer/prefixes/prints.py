@@ -1,17 +1,17 @@
-"""``PromptPrint``: the hashes of a prompt's blocks, which tell how far two prompts are equal. Pure.
+"""``PromptPrint``: the hashes of a prompt's blocks, which show how far two prompts are equal. Pure.
 
 The hash of a block covers all bytes of the prompt up to the block's end, and the residency key. So two prompts with an
 equal hash at one block are equal up to the end of that block.
 
 **The blocks grow with their position**, so that a long prompt has few: the first 64 blocks have 512 bytes each (about
-128 tokens), the next 64 have 2 KiB, the next 8 KiB, and so on. The ends of the blocks depend on nothing but their
-position: a prompt and a longer prompt that begins with it have the same first blocks. A prompt of 1 MiB has 203 blocks.
-The part of a prompt after the last end in ``BLOCK_ENDS`` (10.7 MiB) belongs to no block: no model reads so much.
+128 tokens), the next 64 have 2 KiB, the next 8 KiB, and so on. The ends of the blocks depend only on their position: so
+a prompt and a longer prompt that begins with it have the same first blocks. A prompt of 1 MiB has 203 blocks. The part
+of a prompt after the last end in ``BLOCK_ENDS`` (10.7 MiB) belongs to no block: no model reads a prompt of that length.
 
 **The hash** is Python's own ``hash()`` of bytes: SipHash-1-3, to which a secret of 16 bytes or more is fed before each
-block. It takes less than half of the time of BLAKE2b (``benchmarks/decisions.py prefixes``). Nobody without the secret
-can find two texts with an equal hash, or test a guess of a text. Python's hash has a random key of its own in each
-process as well, unless ``PYTHONHASHSEED`` is set.
+block. It takes less than half of the time of BLAKE2b (``benchmarks/decisions.py prefixes``). Without the secret, it is
+not possible to find two texts with an equal hash, or to test a guess of a text. In addition, Python's hash has a random
+key in each process, unless ``PYTHONHASHSEED`` is set.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from itertools import accumulate, chain
 import msgspec
 
 FIRST_BLOCK_BYTES = 512
-GROWTH = 4  # the blocks of each size are so many times as large as those of the size before
+GROWTH = 4  # the blocks of each size are larger by this factor than the blocks of the size before
 BLOCKS_OF_SIZE = 64
 SIZES = 5
 BLOCK_ENDS: tuple[int, ...] = tuple(
@@ -88,7 +88,7 @@ class PromptHasher:
         size = sum(map(len, views))
         link, start = self._first_link(key), 0  # ``start``: the end of the last hashed block
         blocks: list[int] = []
-        pending = bytearray()  # what follows after ``start``, as far as it has been read
+        pending = bytearray()  # the bytes after ``start`` that have been read
         for view in views:
             for position in range(0, len(view), STEP_BYTES):
                 pending += view[position : position + STEP_BYTES]
@@ -104,7 +104,7 @@ class PromptHasher:
         return PromptPrint(tuple(blocks), size) if blocks else None
 
     def _first_link(self, key: Hashable) -> int:
-        """The number that takes the place of the previous block's hash where the first block is hashed."""
+        """The number that replaces the hash of the previous block when the first block is hashed."""
         return hash((self._secret, key))
 
     def _hash_blocks(self, link: int, data: memoryview, start: int, ends: Sequence[int]) -> list[int]:
@@ -124,9 +124,9 @@ class PromptHasher:
 def print_from_ids(ids: Sequence[int], *, id_bytes: int, size: int) -> PromptPrint | None:
     """The print of a prompt from a public trace, which has an id for each ``id_bytes`` of the prompt in place of its
     text. Equal ids at the beginning of two prompts give equal blocks. ``None`` if there is no whole block."""
-    # For each id a hash of all ids up to this one; [1:] leaves out the initial 0.
+    # The hash of all ids up to each id. [1:] leaves out the initial 0.
     links = list(accumulate(ids, lambda link, block_id: hash((link, block_id)), initial=0))[1:]
     ends = BLOCK_ENDS[: count_blocks(min(size, len(links) * id_bytes))]
-    # A block that ends inside of an id's part of the text is equal if the ids up to this part are equal.
+    # If a block ends inside the text of an id, it counts as equal if all ids up to this id are equal.
     blocks = tuple(hash((links[(end - 1) // id_bytes], end)) for end in ends)
     return PromptPrint(blocks, size) if blocks else None

@@ -51,16 +51,16 @@ class PrefixTree:
         return f"<PrefixTree {len(self)} blocks>"
 
     def find(self, blocks: tuple[int, ...]) -> tuple[Run | None, int]:
-        """Returns the run of the last known block of a prompt, and the number of known blocks. They may end in the
-        midst of the run. ``None`` and 0 if no block is known.
+        """Returns the run of the last known block of a prompt, and the number of known blocks. The last known block may
+        be in the middle of the run. ``None`` and 0 if no block is known.
 
-        If a block is known, so are all blocks before it. So a binary search finds the last known block: in the reversed
-        prompt, first come the unknown blocks (False), then the known blocks (True)."""
+        If a block is known, all blocks before it are known too. So a binary search finds the last known block: in the
+        reversed prompt, first come the unknown blocks (False), then the known blocks (True)."""
         runs = self._runs
         if blocks[0] not in runs:
             return None, 0
-        from_end = blocks[::-1]
-        depth = len(blocks) - bisect_left(from_end, True, key=runs.__contains__)
+        reversed_blocks = blocks[::-1]
+        depth = len(blocks) - bisect_left(reversed_blocks, True, key=runs.__contains__)
         return runs[blocks[depth - 1]], depth
 
     def find_holders(self, blocks: tuple[int, ...]) -> dict[str, int]:
@@ -68,7 +68,7 @@ class PrefixTree:
         run, depth = self.find(blocks)
         held: dict[str, int] = {}
         while run is not None:
-            # The nodes that hold a run hold its parent as well. So an equal number means: this run adds no node.
+            # A node that holds a run also holds its parent. So if the numbers are equal, this run adds no node.
             if len(run.holders) != len(held):
                 more = dict.fromkeys(run.holders, BLOCK_ENDS[depth - 1])
                 more.update(held)  # the nodes of the runs below hold more
@@ -133,8 +133,8 @@ class PrefixTree:
 
     def _split(self, run: Run, depth: int) -> Run:
         """Splits off the part of the run up to ``depth`` blocks from the prompt's beginning, and returns this part.
-        From then on ``run`` is only the part after it: the sequences that end with ``run`` keep it as their last
-        run."""
+        Afterwards ``run`` is only the part after ``depth``, and is still the last run of the sequences that end with
+        it."""
         length = len(run.blocks) - (run.end - depth)
         head = Run(run.blocks[:length], depth, dict(run.holders), run.parent)
         head.children = 1

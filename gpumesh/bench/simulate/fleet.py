@@ -11,12 +11,12 @@ class FaultKind(StrEnum):
     """``AWAY``: the host cannot be reached. ``SLOW``: decoding and reading take ``factor`` times as long. ``BUSY``: the
     server answers 503.
 
-    The others are lies. ``LYING``: the durations in the server's counters are ``factor`` times the true ones.
-    ``SHIFTING``: the total is true, but generating took ``factor`` times as long as it says, and reading the rest.
-    ``MISCOUNTING``: its counts of tokens are ``factor`` times the true ones; 0: it counts none. ``RANDOM_COUNTS``: each
-    count is a random number of times the true one, between 1/``factor`` and ``factor``. ``NO_COUNTS``: it gives no
-    counts. ``LISTS_MISSING``: it lists ``model``, and answers 404 for it. ``HIDES``: it does not list ``model``, which
-    it has."""
+    The others are lies. ``LYING``: the durations in the server's counters are ``factor`` times the true durations.
+    ``SHIFTING``: the total is true, but the reported time of generation is ``factor`` times the true time, and the time
+    of reading is the rest. ``MISCOUNTING``: its counts of tokens are ``factor`` times the true counts; 0: all counts
+    are 0. ``RANDOM_COUNTS``: each count is the true count multiplied by a random number between 1/``factor`` and
+    ``factor``. ``NO_COUNTS``: it gives no counts. ``LISTS_MISSING``: it lists ``model``, and answers 404 for it.
+    ``HIDES``: it does not list ``model``, which it has."""
 
     AWAY = "away"
     SLOW = "slow"
@@ -60,18 +60,19 @@ class ModelSpec:
 class NodeSpec:
     """A node of the simulated fleet.
 
-    - ``models`` are those that the server has on its disk, by full name; ``loaded`` those in memory at the start.
-    - ``share``: how much longer each other stream makes a token take: with k streams ``(1 + share * (k - 1))``.
+    - ``models`` are the models on the server's disk, by full name; ``loaded`` are the models in memory at the start.
+    - ``share``: how much each other stream slows down a stream: with k streams, a token takes ``(1 + share * (k - 1))``
+    times as long.
     - ``prefill_stall``: the share of its speed that decoding loses while a prompt is read (1: it stands still).
     - ``prefill_lanes``: how many prompts are read at the same time, each at full speed. The others wait.
     - ``cache_tokens``: the size of a cache of prompts that all slots share, beside what each slot holds itself (vLLM,
-      SGLang). ``lost_tokens``: how much of what the slots lose is kept, and can come back into one slot (llama-server
-      and Ollama: 8 GiB of the host's memory, about 65,000 tokens of an 8B model). Both are lost when their model is
-      unloaded.
+      SGLang). ``lost_tokens``: how much of the text that the slots lose is kept, and can return into one slot
+      (llama-server and Ollama: 8 GiB of the host's memory, about 65,000 tokens of an 8B model). Both are lost when
+      their model is unloaded.
     - ``vram_mib``: the memory for models; ``None``: without a limit. ``max_loaded``: the most models in memory
       (``OLLAMA_MAX_LOADED_MODELS``).
     - ``context``: the context length of a request that asks for none.
-    - ``keep_alive_s``: a model that was not used for so long is unloaded.
+    - ``keep_alive_s``: a model that was not used for this time is unloaded.
     - ``max_pending``: with more requests that wait for a load, the server answers 503.
     - ``max_parallel``: what mesh.yaml says about the node's slots; ``None``: the gateway must learn it.
     - ``rtt_s``: the round trip between gateway and server. ``weight`` is mesh.yaml's.

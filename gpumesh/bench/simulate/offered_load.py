@@ -17,15 +17,15 @@ from gpumesh.bench.simulate.workloads import Workload
 from gpumesh.errors import UsageError
 
 SAMPLE_SIZE = 4000  # requests of each model, for the capacity of the nodes
-MOST_MEASURED = 100_000  # requests that come at random: their rate is then known within 0.5 %
-MIN_SATURATED = 100  # requests of each slot: then the beginning, when all slots read, does not count
+MOST_MEASURED = 100_000  # if requests come at random: this number gives their rate within 0.5 %
+MIN_SATURATED = 100  # requests of each slot: enough to make the start, when all slots read, negligible
 
 
 @dataclass(frozen=True, slots=True)
 class OfferedWork:
-    """What a workload asks for. ``rate``: requests per second from the first to the last arrival. ``samples``: for each
-    model some of its requests, as the tokens of the prompt that must be read and those of the answer. ``shares``: the
-    part of each model of all requests."""
+    """The work of a workload. ``rate``: requests per second from the first to the last arrival. ``samples``: some
+    requests of each model, as pairs: the tokens of the prompt that must be read, and the tokens of the answer.
+    ``shares``: the share of each model in all requests."""
 
     rate: float
     samples: Mapping[str, Sequence[tuple[int, int]]]
@@ -36,8 +36,8 @@ def scale_to_load(workload: Workload, nodes: Sequence[NodeSpec], load: float) ->
     """The workload with its times changed so that its requests come at ``load`` (0.8: 80 %) times the rate that the
     fleet can serve at most (``fleet_capacity``).
 
-    Which part of a prompt must be read depends on the policy. It counts as read what one cache as large as those of all
-    nodes together would not hold. Raises UsageError if no node can serve the workload's models.
+    Which part of a prompt must be read depends on the policy. Here a part counts as read if one cache, as large as the
+    caches of all nodes together, would not hold it. Raises UsageError if no node can serve the workload's models.
     """
     work = measure_workload(workload, nodes)
     return scale_to_capacity(workload, work.rate, fleet_capacity(nodes, work), load)
@@ -58,7 +58,7 @@ def measure_workload(workload: Workload, nodes: Sequence[NodeSpec]) -> OfferedWo
 
 
 def measure_work(requests: Iterable[SimulatedRequest], nodes: Sequence[NodeSpec]) -> OfferedWork:
-    """What the requests ask for. Raises UsageError if there are none."""
+    """Measures the work of these requests. Raises UsageError if there are none."""
     cache = _PooledCache(nodes)
     rng = Random(0)  # which requests are in the samples
     samples: dict[str, list[tuple[int, int]]] = {}
@@ -87,8 +87,8 @@ def measure_work(requests: Iterable[SimulatedRequest], nodes: Sequence[NodeSpec]
 
 
 def fleet_capacity(nodes: Iterable[NodeSpec], work: OfferedWork) -> float:
-    """The requests per second that the fleet can serve at most, if each node gets the mix of requests of those models
-    that it has, one model after the other. 0 if no node has a model.
+    """The most requests per second that the fleet can serve, if each node serves the mix of requests for its own
+    models, one model after the other. 0 if no node has a model.
 
     A model that only few or slow nodes have bounds the rate: those nodes must serve its share of all requests."""
     rates: dict[str, Mapping[str, float]] = {}  # of the models of a node; equal nodes are measured once

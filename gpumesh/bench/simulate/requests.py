@@ -17,11 +17,11 @@ class SimulatedRequest(msgspec.Struct):
     """A request of a workload, as its client sends it. It is the same object in each simulation of the workload.
 
     ``at_s``: when it is sent, in seconds from the start. ``model`` is a full name. ``output_tokens`` are the tokens of
-    its answer, which nobody knows before. ``blocks`` are the ids of the prompt's blocks of ``block_tokens`` tokens:
-    equal ids are an equal prompt up to the end of this block. ``end_blocks``: the same for the prompt with the answer,
-    as the server's cache holds it afterwards. ``context`` is the ``num_ctx`` asked for; ``None``: the server's default.
-    ``next_turn``: the request that the client sends ``think_s`` seconds after this one's answer; its ``at_s`` is not
-    used. ``number`` counts the requests of the workload from 0.
+    its answer, which the balancer does not know. ``blocks`` are the ids of the prompt's blocks of ``block_tokens``
+    tokens: equal ids are an equal prompt up to the end of this block. ``end_blocks``: the same for the prompt with the
+    answer, as the server's cache holds it afterwards. ``context`` is the ``num_ctx`` asked for; ``None``: the server's
+    default. ``next_turn``: the request that the client sends ``think_s`` seconds after this one's answer; its ``at_s``
+    is not used. ``number`` counts the requests of the workload from 0.
     """
 
     number: int
@@ -46,9 +46,9 @@ class Job(msgspec.Struct):
 
     ``submitted_at``: when it came. ``sent_at``: when it was sent to a node first; ``None``: it waits in the gateway's
     queue. ``first_token_at``: of the first attempt that had one. ``prompt_tokens`` and ``tokens_left`` change when a
-    cut answer is continued: the next attempt reads what was generated before. ``attempts`` counts what was sent,
-    ``rounds`` how often all nodes were tried, from 1 on. ``failed_nodes`` are the names of the nodes that failed the
-    request in this round.
+    cut answer is continued: the next attempt reads what was generated before. ``attempts`` counts the attempts that
+    were sent, ``rounds`` the rounds in which all nodes are tried, from 1 on. ``failed_nodes`` are the names of the
+    nodes that failed the request in this round.
     """
 
     request: SimulatedRequest
@@ -63,11 +63,11 @@ class Job(msgspec.Struct):
 
 
 class Attempt(msgspec.Struct, eq=False):
-    """One attempt of a job on one server. Its times are those at which the gateway notices, half a round trip later
-    than at the server. ``running`` is the balancer's own object for it.
+    """One attempt of a job on one server. Its times are the times at which the gateway notices an event, half a round
+    trip later than the server. ``running`` is the balancer's own object for it.
 
     ``ready_at``: the model was in memory. ``slot_at``: it got a slot. ``first_token_at``: its prompt was read.
-    ``unread_tokens``: the tokens of the prompt that the server had not in its cache. ``slot`` is the server's object.
+    ``unread_tokens``: the tokens of the prompt that were not in the server's cache. ``slot`` is the server's object.
     ``decode_from``: the GPU's virtual time (``gpu.py``) at the first token, and ``decode_s`` the virtual seconds that
     the answer takes.
     """
@@ -110,12 +110,12 @@ class Decisions(Protocol):
     """A balancer that decides in the simulator. ``now`` is in seconds of the simulated clock, and never decreases."""
 
     def submit(self, job: Job, now: float) -> Grant | None:
-        """Decides for a job that has come, or that a node has failed (``job.failed_nodes``). ``None``: it waits in the
-        queue. A grant without a node: the queue is full, or no node can serve the job."""
+        """Decides for a job that has come, or that has failed on a node (``job.failed_nodes``). ``None``: it waits in
+        the queue. A grant without a node: the queue is full, or no node can serve the job."""
         ...
 
     def grants(self, now: float) -> Sequence[Grant]:
-        """Decides for the jobs in the queue. Called after whatever may have freed a slot."""
+        """Decides for the jobs in the queue. Called after each event that may have freed a slot."""
         ...
 
     def next_check(self, now: float) -> float | None:

@@ -21,7 +21,7 @@ from gpumesh.bench.simulate.servers.lies import ServerLies
 from gpumesh.state import ModelInfo
 from gpumesh.topology import PolicyKind
 
-KNUTHS_FACTOR = 2_654_435_761  # 2**32 by the golden ratio: Knuth's multiplicative hashing
+KNUTHS_FACTOR = 2_654_435_761  # 2**32 divided by the golden ratio: Knuth's multiplicative hashing
 
 
 class SchedulerDecisions:
@@ -34,13 +34,13 @@ class SchedulerDecisions:
             account = self._scheduler.add_account(spec.name, weight=spec.weight, max_parallel=spec.max_parallel)
             account.is_up = True
             account.learns_limit = True
-            _take_list(account, ServerLies(spec).listed)
+            _set_models(account, ServerLies(spec).listed)
             account.rtt_s = spec.rtt_s
             account.residency.memory_mib = None if spec.vram_mib is None else int(spec.vram_mib)
             account.residency.file_mib = {name: int(model.vram_mib / 1.2) for name, model in spec.models.items()}
             account.residency.replace_with_report(dict.fromkeys(spec.loaded, (None, None)), asked_at=0.0)
             self._scheduler.note_report(account)
-        self._reported: dict[str, ServerReport] = {}  # the last report with news of each node
+        self._reported: dict[str, ServerReport] = {}  # the last report of each node that changed something
 
     def submit(self, job: Job, now: float) -> Grant | None:
         demand = _demand(job)
@@ -86,37 +86,38 @@ class SchedulerDecisions:
     def set_report(self, node: str, report: ServerReport, now: float) -> None:
         account, loaded = self._accounts[node], report.loaded
         last = self._reported.get(node)
-        has_news = (
+        has_changes = (
             last is None
             or report.is_up != account.is_up
             or loaded is not last.loaded
             or report.listed is not last.listed
             or account.model_breakers.has_faults
         )
-        if not has_news and not self._scheduler.queue.size and _agrees(account.residency, loaded):
-            return  # a report without news changes nothing, and most are: without this, they take 5 % of the time
+        if not has_changes and not self._scheduler.queue.size and _agrees(account.residency, loaded):
+            return  # most reports change nothing; without this shortcut, they would take 5 % of the time
         self._reported[node] = report
         account.is_up = report.is_up
-        _take_list(account, report.listed)
+        _set_models(account, report.listed)
         for model in account.residency.replace_with_report(loaded, asked_at=now):
             self._scheduler.note_unloaded(account, model)
         self._scheduler.note_report(account)
 
 
-def _take_list(account: NodeAccount, listed: AbstractSet[str]) -> None:
-    """Takes the server's list of models, as the mesh takes that of a probe."""
+def _set_models(account: NodeAccount, listed: AbstractSet[str]) -> None:
+    """Gives the server's list of models to the account, as the mesh does after a probe."""
     account.models = listed
     account.model_breakers.note_catalog([ModelInfo(model) for model in sorted(listed)])
 
 
 def _bytes_per_token(request: SimulatedRequest) -> float:
-    """How many bytes of the answer make one token: from 2.8 to 5.7, as the language is, the same in each simulation."""
+    """How many bytes of the answer make one token: from 2.8 to 5.7, because languages differ; the same in each
+    simulation."""
     spread = (request.number * KNUTHS_FACTOR) % (1 << 32) / (1 << 32)  # from 0 to 1, as good as random
     return float(BYTES_PER_TOKEN * 2.0 ** (spread - 0.5))
 
 
 def _agrees(residency: Residency, reported: Mapping[str, tuple[int, int]]) -> bool:
-    """Whether the balancer takes just the reported models for loaded, and awaits no load."""
+    """Whether the models that the balancer believes to be loaded are the reported models, and no load is expected."""
     loaded = residency.loaded
     return loaded.keys() == reported.keys() and all(item.loading_until is None for item in loaded.values())
 

@@ -1,8 +1,8 @@
 """The loop over the events of one simulation: requests come, the balancer decides, the servers work.
 
-The balancer sees what a gateway sees. The way to a server and back takes a round trip: the whole of it is spent before
-the request arrives at the server. So each event of the server is noticed at once, at the very time at which a gateway
-would notice it; only the server's clock is half a round trip late, which nobody can see.
+The balancer sees what a gateway sees. A request and its answer need one round trip. The simulator spends all of it
+before the request arrives at the server. So the balancer notices each event of the server at once, at the same time as
+a real gateway would notice it. Only the server's clock is half a round trip late, which the balancer cannot see.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from gpumesh.errors import GPUMeshError
 
 PROBE_S = 2.0  # between two probes of each server, as the mesh does it
 MIN_CHECK_GAP_S = 0.001  # so that a balancer that asks for a check in the past does not stop the clock
-MAX_ATTEMPTS = 20  # of one job: a bound on what a broken fleet can cost
-STUCK_S = 3600.0  # without any event at a server for so long, what waits would wait for ever
+MAX_ATTEMPTS = 20  # of one job: limits the time that a broken fleet can cost
+STUCK_S = 3600.0  # without any event at a server for this time, the waiting requests would wait for ever
 
 # The kinds of events, in the order in which equal times are served.
 _ARRIVE, _SERVER, _REQUEST, _FAULT_START, _FAULT_END, _PROBE, _CHECK, _RETRY = range(8)
@@ -55,7 +55,7 @@ class Simulation:
         self.decisions = make_decisions(policy, list(self.servers.values()), rng=Random(seed), max_queue=max_queue)
         self.measures = Measures(policy, [node.name for node in nodes])
         self._requests: Iterator[SimulatedRequest] = iter(requests)
-        self._rng = Random(seed)  # of the loop itself; the policy has its own
+        self._rng = Random(seed)  # only for the loop; the policy has another generator
         self._events: list[tuple[float, int, int, Any]] = []  # a heap: time, kind, sequence, object
         self._sequence = 0
         self._scheduled = dict.fromkeys(self.servers, math.inf)  # when each server's next event is on the heap
@@ -95,22 +95,23 @@ class Simulation:
         return self.measures
 
     def _push(self, at: float, kind: int, subject: Any) -> None:
+        """Puts an event onto the heap."""
         self._sequence += 1
         heappush(self._events, (at, kind, self._sequence, subject))
 
     def _handle(self, kind: int, subject: Any, now: float, *, may_come: bool) -> None:
-        """Handles one event of the heap. ``may_come``: further requests of the workload will come."""
+        """Handles one event of the heap. ``may_come``: the workload has more requests."""
         if kind == _SERVER:
             server: SimulatedServer = subject
-            if self._scheduled[server.name] == now:  # else the server's next event has moved meanwhile
+            if self._scheduled[server.name] == now:  # otherwise the server's next event has changed meanwhile
                 self._scheduled[server.name] = math.inf
                 server.advance(now)
-                self._take_news(server, now)
+                self._report_events(server, now)
         elif kind == _ARRIVE:
             attempt: Attempt = subject
             server = self.servers[attempt.node]
             server.accept(attempt, now)
-            self._take_news(server, now)
+            self._report_events(server, now)
         elif kind == _REQUEST:
             self._unfinished -= 1  # it was counted as a turn that will come
             self._begin(subject, now)
@@ -129,19 +130,21 @@ class Simulation:
     # -- jobs ----------------------------------------------------------------------------------------------------
 
     def _begin(self, request: SimulatedRequest, now: float) -> None:
+        """Makes a job of a request that arrives now."""
         self._unfinished += 1
         self._last_event_at = now
         self._submit(Job(request, now, request.prompt_tokens, request.output_tokens), now)
 
     def _submit(self, job: Job, now: float) -> None:
+        """Asks the balancer where the job should go."""
         self._has_decided = True
         grant = self.decisions.submit(job, now)
         if grant is None:
             self._waiting += 1
         else:
-            self._follow(grant, now)
+            self._apply_grant(grant, now)
 
-    def _follow(self, grant: Grant, now: float) -> None:
+    def _apply_grant(self, grant: Grant, now: float) -> None:
         """Sends the job to the node of the grant, or ends it."""
         job, node = grant.job, grant.node
         if node is None:
@@ -154,8 +157,8 @@ class Simulation:
         self._push(now + self.servers[node].spec.rtt_s, _ARRIVE, attempt)
 
     def _give_up(self, job: Job, now: float) -> None:
-        """Ends a job that no node could serve. One that was sent before is tried anew on all nodes after a pause, as
-        often as the gateway does it."""
+        """Ends a job that no node could serve. If the job was sent to a node before, it is tried again on all nodes
+        after a pause, as often as the gateway does it."""
         if job.attempts and job.rounds < MAX_ROUNDS:
             job.failed_nodes = frozenset()
             self._push(now + retry_delay_s(job.rounds, self._rng), _RETRY, job)
@@ -177,8 +180,8 @@ class Simulation:
 
     # -- the servers ---------------------------------------------------------------------------------------------
 
-    def _take_news(self, server: SimulatedServer, now: float) -> None:
-        """Tells the balancer what has happened at the server, and schedules the server's next event."""
+    def _report_events(self, server: SimulatedServer, now: float) -> None:
+        """Reports the events of the server to the balancer, and schedules the server's next event."""
         self._last_event_at = now
         next_at = server.next_event_at
         name = server.name
@@ -200,11 +203,11 @@ class Simulation:
             for attempt, outcome, counters in ended:
                 self.decisions.end(attempt, now, outcome, counters)
             for attempt, outcome, _counters in ended:
-                self._go_on(attempt, outcome, now)
+                self._finish_attempt(attempt, outcome, now)
             if self._waiting:
                 self._grant_waiting(now)
 
-    def _go_on(self, attempt: Attempt, outcome: Outcome, now: float) -> None:
+    def _finish_attempt(self, attempt: Attempt, outcome: Outcome, now: float) -> None:
         """Ends the attempt's job, or moves it to another node."""
         job = attempt.job
         if request_outcome(outcome) is RequestOutcome.SERVED:
@@ -216,11 +219,12 @@ class Simulation:
             self._end_job(job, now, None)
 
     def _grant_waiting(self, now: float) -> None:
+        """Sends the waiting jobs to which the balancer gives slots now."""
         self._has_decided = True
         grants = self.decisions.grants(now)
         self._waiting -= len(grants)
         for grant in grants:
-            self._follow(grant, now)
+            self._apply_grant(grant, now)
 
     def _schedule_check(self, now: float) -> None:
         """Schedules the check that the balancer wants next, unless an earlier check is scheduled already."""
@@ -235,7 +239,8 @@ class Simulation:
             self._push(check_at, _CHECK, None)
 
     def _probe(self, now: float, *, may_come: bool) -> None:
-        """Tells the balancer what the probes of all servers find. Ends when nothing can happen any more."""
+        """Gives the balancer the results of a probe of all servers. Schedules the next probe, unless all requests have
+        ended."""
         for name, server in self.servers.items():
             report = ServerReport(server.is_up, server.lies.listed, server.loaded_models(now))
             self.decisions.set_report(name, report, now)
@@ -257,5 +262,6 @@ class Simulation:
             )
 
     def _change_fault(self, server: SimulatedServer, fault: Fault, now: float, *, starts: bool) -> None:
+        """Starts or ends a fault of the server."""
         server.change_fault(fault, now, starts=starts)
-        self._take_news(server, now)
+        self._report_events(server, now)

@@ -1,6 +1,6 @@
 """Makes the requests that a simulation sends: from a trace, or drawn at random. Pure; the same seed, the same requests.
 
-A workload is drawn anew each time that it is iterated over, so that millions of requests need no memory.
+Each iteration over a workload draws its requests again, so that millions of requests need no memory.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Workload:
     - ``clients``: how many clients there are; each request is of one of them, drawn with Zipf's law.
     - ``turns``: above 1, each arrival is a conversation. A turn sends all that was said before and a new question,
       ``think_s`` seconds after the last answer. ``system_prompts`` of ``system_tokens`` tokens begin them.
-    - ``batch``: so many more requests, all at the start, of the class BATCH and of one client.
+    - ``batch``: the number of additional requests at the start, all of the class BATCH and of one client.
     - ``names_sessions``: the clients name their conversations (``X-GPUMesh-Session``).
     """
 
@@ -95,6 +95,7 @@ class _Draws:
         self._client_names = [f"client{rank}" for rank in range(1, workload.clients + 1)]
 
     def batch_request(self, number: int) -> SimulatedRequest:
+        """Draws a request of the batch, which is sent at the start."""
         return SimulatedRequest(
             number=number,
             at_s=0.0,
@@ -106,6 +107,7 @@ class _Draws:
         )
 
     def replay_trace(self) -> Iterator[SimulatedRequest]:
+        """Yields a request for each request of the trace, with its times and lengths."""
         workload = self._workload
         for traced in workload.trace[: workload.count]:
             yield self._request(
@@ -117,6 +119,7 @@ class _Draws:
             )
 
     def arrive_at_random(self) -> Iterator[SimulatedRequest]:
+        """Yields requests, or the first turns of conversations, that arrive as a Poisson process."""
         workload = self._workload
         at_s = 0.0
         sent = 0
@@ -134,7 +137,7 @@ class _Draws:
             sent += turns
 
     def _conversation(self, at_s: float, turns: int) -> SimulatedRequest:
-        """The first turn of a conversation, which leads to the others."""
+        """Draws a conversation, and returns its first turn. Each turn has the next turn as ``next_turn``."""
         workload, rng = self._workload, self._rng
         conversation = self._number + 1
         system = rng.randrange(workload.system_prompts) if workload.system_prompts else None
@@ -146,8 +149,8 @@ class _Draws:
             answer = self._length(workload.output_tokens)
             tokens = prompt + answer
             lengths.append((prompt, answer))
-        # An id per block of the whole conversation. The blocks of the system prompt are those of all who have it. The
-        # numbers of conversations start at 1, so (0, …) is free for the system prompts.
+        # One id for each block of the whole conversation. All conversations with the same system prompt share the ids
+        # of its blocks. The numbers of conversations start at 1, so (0, …) is free for the system prompts.
         ids = tuple(
             hash((0, system, index)) if index < system_blocks else hash((conversation, index))
             for index in range(tokens // BLOCK_TOKENS)
@@ -185,6 +188,7 @@ class _Draws:
         blocks: tuple[int, ...] = (),
         block_tokens: int = BLOCK_TOKENS,
     ) -> SimulatedRequest:
+        """Makes the next request. Its model, context, client and priority are drawn."""
         number = self._number
         self._number += 1
         return SimulatedRequest(
@@ -202,6 +206,7 @@ class _Draws:
         )
 
     def _client(self) -> str:
+        """Draws the client of a request."""
         if len(self._client_names) == 1:
             return self._client_names[0]
         return self._rng.choices(self._client_names, self._client_shares)[0]

@@ -1,10 +1,11 @@
-"""A GPU that its streams share: prompts are read in turn, answers are generated side by side, each slower with more.
+"""A GPU that its streams share: prompts are read one after another, answers are generated at the same time. The more
+answers, the slower is each of them.
 
 Decoding is processor sharing: with k streams each token takes ``(1 + share * (k - 1))`` times as long. So all streams
-slow down alike, and one *virtual time* serves for all of them: it runs at the speed of each stream relative to a stream
-that runs alone. A stream that starts at the virtual time v and needs s seconds alone ends at the virtual time v + s,
-whatever comes and goes meanwhile. So an event costs O(log k). (Virtual time: Zhang, "VirtualClock", 1990; Parekh and
-Gallager, "Generalized processor sharing", 1993.)
+slow down by the same factor, and one *virtual time* is enough for all of them: its speed is the speed of each stream
+relative to a stream that runs alone. A stream that starts at the virtual time v and needs s seconds alone ends at the
+virtual time v + s, even if other streams start or end meanwhile. So an event costs O(log k). (Virtual time: Zhang,
+"VirtualClock", 1990; Parekh and Gallager, "Generalized processor sharing", 1993.)
 
 Streams of different models share the GPU in the same way.
 """
@@ -18,7 +19,7 @@ from heapq import heappop, heappush
 
 from gpumesh.bench.simulate.requests import Attempt
 
-ROUNDING_S = 1e-9  # an event that is so near counts as due: sums of floating point numbers are not exact
+ROUNDING_S = 1e-9  # an event within this time counts as due, because sums of floating point numbers are not exact
 
 
 class SharedGpu:
@@ -49,7 +50,7 @@ class SharedGpu:
         self._share = share
         self._stall = prefill_stall
         self._lanes = prefill_lanes
-        self.factor = 1.0  # of all times: a fault makes the GPU slower
+        self.factor = 1.0  # multiplies all times: a fault makes the GPU slower
         self._virtual = 0.0
         self._virtual_at = 0.0  # the time at which ``_virtual`` was computed
         self._speed = 0.0  # virtual seconds per second
@@ -79,12 +80,14 @@ class SharedGpu:
         self._update()
 
     def _push_prefill(self, attempt: Attempt, now: float) -> None:
+        """Starts to read the attempt's prompt now."""
         self._sequence += 1
         heappush(self._prefills, (now + attempt.prefill_s * self.factor, self._sequence, attempt))
 
     def advance(self, now: float) -> tuple[Sequence[Attempt], Sequence[Attempt]]:
-        """Does all that is due at ``now``. Removes and returns the attempts whose prompts are read, and those whose
-        answers are complete. The answers to the prompts are generated from now on, each for ``attempt.decode_s``."""
+        """Does all that is due at ``now``. Removes and returns the attempts whose prompts have been read, and the
+        attempts whose answers are complete. For a prompt that has been read, the generation of its answer begins now,
+        and takes ``attempt.decode_s``."""
         self._move(now)
         prefills, decoding = self._prefills, self._decoding
         read = self._finish_prefills(now) if prefills and prefills[0][0] <= now + ROUNDING_S else ()
@@ -93,6 +96,7 @@ class SharedGpu:
         return read, answered
 
     def _finish_prefills(self, now: float) -> list[Attempt]:
+        """Ends the reading of the prompts that are due, starts their answers, and starts to read waiting prompts."""
         finished: list[Attempt] = []
         prefills = self._prefills
         while prefills and prefills[0][0] <= now + ROUNDING_S:
@@ -107,6 +111,7 @@ class SharedGpu:
         return finished
 
     def _finish_answers(self) -> list[Attempt]:
+        """Removes and returns the attempts whose answers are complete."""
         finished: list[Attempt] = []
         decoding, due = self._decoding, self._virtual + ROUNDING_S
         while decoding and decoding[0][0] <= due:
@@ -121,11 +126,11 @@ class SharedGpu:
         return min((self._virtual - attempt.decode_from) / attempt.decode_s, 1.0)
 
     def set_factor(self, factor: float, now: float) -> None:
-        """Makes everything take ``factor`` times as long as when nothing is wrong."""
+        """Makes reading and decoding take ``factor`` times as long as without a fault."""
         self._move(now)
         change = factor / self.factor
         self.factor = factor
-        # All ends move in the same way, so the heap stays a heap.
+        # The order of the ends stays the same, so the list is still a heap.
         self._prefills = [(now + (at - now) * change, number, attempt) for at, number, attempt in self._prefills]
         self._update()
 
@@ -143,7 +148,7 @@ class SharedGpu:
         self._virtual_at = now
 
     def _update(self) -> None:
-        """Computes the speed and the next event anew. The virtual time must be that of now."""
+        """Computes the speed and the next event again. ``_move`` must have been called for the present time."""
         decoding, prefills = self._decoding, self._prefills
         next_at = prefills[0][0] if prefills else math.inf
         speed = 0.0
@@ -152,14 +157,14 @@ class SharedGpu:
             if prefills:
                 speed *= 1.0 - self._stall
             if speed > 0.0:
-                left_s = decoding[0][0] - self._virtual
-                answer_at = self._virtual_at + left_s / speed if left_s > 0.0 else self._virtual_at
+                remaining_s = decoding[0][0] - self._virtual
+                answer_at = self._virtual_at + remaining_s / speed if remaining_s > 0.0 else self._virtual_at
                 next_at = min(next_at, answer_at)
         self._speed = speed
         self.next_event_at = next_at
 
     def snapshot(self, now: float) -> tuple[list[tuple[float, Attempt]], list[tuple[float, Attempt]]]:
-        """What is left to do at ``now``: the seconds of reading of each prompt, in the order of reading, and the
+        """The remaining work at ``now``: the seconds of reading of each prompt, in the order of reading, and the
         virtual seconds of each stream. For the reference policy only: no gateway can know this."""
         self._move(now)
         prefills = [((at - now) / self.factor, attempt) for at, _, attempt in sorted(self._prefills)]

@@ -1,4 +1,4 @@
-"""What a simulated server says about itself that is not true: durations, counts of tokens, and its list of models."""
+"""The false reports of a simulated server: its durations, its counts of tokens, and its list of models."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from gpumesh.bench.simulate.requests import Attempt
 
 
 class ServerLies:
-    """The lies of one server, from the start those of its ``spec`` that begin at once.
+    """The lies of one server. The faults of its ``spec`` that begin at once are active from the start.
 
     ``listed`` are the models that it lists, by full name; it is the same object until the list changes. ``missing`` are
-    those for which it answers 404 although it should have them."""
+    the models for which it answers 404 although it should have them."""
 
     def __init__(self, spec: NodeSpec) -> None:
         self._models = frozenset(spec.models)
@@ -61,7 +61,7 @@ class ServerLies:
             self.listed = listed
 
     def final_counters(self, attempt: Attempt, now: float) -> ServerCounters:
-        """What the final frame of the answer says. Durations are in ms."""
+        """The counters in the final frame of the answer. Durations are in ms."""
         factor = 1000.0 * self._duration_factor
         eval_s = now - attempt.first_token_at
         shifted_s = eval_s * (1.0 - self._eval_factor)
@@ -75,6 +75,7 @@ class ServerLies:
         )
 
     def _count(self, tokens: int) -> int | None:
+        """The count of tokens that the server reports for this true count; ``None`` if it reports none."""
         if not self._gives_counts:
             return None
         factor = self._count_factor

@@ -1,7 +1,7 @@
-"""What llama-server keeps of prompts that its slots have lost: its cache in the host's memory (``--cache-ram``). Pure.
+"""llama-server's cache in the host's memory (``--cache-ram``): the prompts that its slots have lost. Pure.
 
-A slot that is about to lose more than half of its content has it kept. A kept prompt comes back into any slot for a
-request that begins like it, and is then in this slot only.
+If a slot is about to lose more than half of its content, the content is kept here. A kept prompt returns into a slot
+for a request that begins like it, and is then only in that slot.
 """
 
 from __future__ import annotations
@@ -9,11 +9,12 @@ from __future__ import annotations
 from gpumesh.bench.simulate.servers.blocks import begins_with, common_blocks
 
 MAX_LOSS = 0.5  # of a slot's content: if it would lose a larger share, the content is kept
-MIN_KEPT = 0.25  # a prompt comes back only if the request has at least this share of it: the rest of it would be lost
+MIN_KEPT = 0.25  # a prompt returns only if the request has at least this share of it, because the rest would be lost
 
 
 class LostPrompts:
-    """Prompts as the ids of their blocks, the oldest first: at most ``capacity`` blocks; the latest may be longer."""
+    """Prompts as the ids of their blocks, the oldest first: at most ``capacity`` blocks. (The latest prompt alone may
+    be longer.)"""
 
     __slots__ = ("_capacity", "_prompts", "_size")
 
@@ -26,7 +27,7 @@ class LostPrompts:
         return f"<LostPrompts {len(self._prompts)} with {self._size} of {self._capacity} blocks>"
 
     def add(self, blocks: tuple[int, ...]) -> None:
-        """Keeps a prompt that a slot loses. A prompt with which another one begins is not kept beside that one."""
+        """Keeps a prompt that a slot loses. If one kept prompt begins with another, only the longer prompt is kept."""
         if not blocks or any(begins_with(kept, blocks) for kept in self._prompts):
             return
         self._prompts = [kept for kept in self._prompts if not begins_with(blocks, kept)]
@@ -36,9 +37,10 @@ class LostPrompts:
             self._size -= len(self._prompts.pop(0))
 
     def take_better(self, in_slot: tuple[int, ...], blocks: tuple[int, ...]) -> tuple[int, ...]:
-        """What the slot should hold for a request with these blocks: what it holds, or a kept prompt, which is taken.
+        """The prompt that the slot should hold for a request with these blocks: the prompt ``in_slot``, or a better
+        kept prompt, which is then removed from here.
 
-        The kept one must be better in both: how much of the request it has, and which share of it the request has."""
+        A kept prompt is better if it has more blocks of the request, and if the request has a larger share of it."""
         best = self.find_better(in_slot, blocks)
         if best is not in_slot:
             self._prompts.remove(best)
@@ -46,7 +48,7 @@ class LostPrompts:
         return best
 
     def find_better(self, in_slot: tuple[int, ...], blocks: tuple[int, ...]) -> tuple[int, ...]:
-        """As ``take_better``, but it is not taken."""
+        """As ``take_better``, but does not remove the prompt."""
         best, best_count = in_slot, common_blocks(in_slot, blocks)
         best_share = best_count / len(in_slot) if in_slot else -1.0
         for kept in self._prompts:

@@ -1,14 +1,14 @@
 """A simulated inference server. It loads, evicts, queues and generates as Ollama does (server/sched.go).
 
 - A request for a model in memory, with the same context length, goes to its runner. Past the runner's slots it waits
-  there, first come first served. All other requests wait for a load, first come first served. One that needs another
-  context length than the runner that is loading joins them when this load has ended.
-- One load at a time. If memory is short, one runner must go: an idle one if there is one, the first by name. It is
-  drained first, and meanwhile no other load begins. But it takes requests for its own model until it is gone: so many
-  such requests can delay the load without an end, as in Ollama.
+  there, first come first served. All other requests wait for a load, first come first served. A request for the model
+  that is loading, but with another context length, joins them when this load has ended.
+- One load at a time. If memory is short, one runner must go: the first idle runner by name, otherwise the first runner
+by name. It is drained first, and no other load begins until it is gone. But it still takes requests for its own model.
+So a stream of such requests can delay the load for ever, as in Ollama.
 - A request with another ``num_ctx`` drains the model's runner and loads it again.
-- The counters are those of Ollama's final frame: ``load_duration`` covers the whole wait for the runner. The wait for
-  a slot is in no duration but the total.
+- The counters are those of Ollama's final frame: ``load_duration`` covers the whole wait for the runner. The wait for a
+slot is only in the total.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ Ended = tuple[Attempt, Outcome, ServerCounters | None]
 class SimulatedServer:
     """The server of one node.
 
-    ``accept`` and ``advance`` change its state. What they bring about is added to ``first_tokens`` and ``ended``; the
-    caller empties both. ``revision`` grows with each change, ``arrivals`` with each call of ``accept``. ``loads``
-    counts the loads; ``prompt_tokens`` and ``read_tokens`` the tokens of the prompts that came, and those that were not
-    in a cache.
+    ``accept`` and ``advance`` change its state. New first tokens and ended attempts are added to ``first_tokens`` and
+    ``ended``; the caller empties both. ``revision`` grows with each change, ``arrivals`` with each call of ``accept``.
+    ``loads`` counts the loads, ``prompt_tokens`` the tokens of all prompts that came, ``read_tokens`` the tokens of
+    these that were not in a cache.
     """
 
     def __init__(self, spec: NodeSpec) -> None:
@@ -45,8 +45,8 @@ class SimulatedServer:
         self.name = spec.name
         self.gpu = SharedGpu(share=spec.share, prefill_stall=spec.prefill_stall, prefill_lanes=spec.prefill_lanes)
         self.runners: dict[str, Runner] = {}
-        self.pending: deque[Attempt] = deque()  # these wait for a load: see ``find_waiting_for_load``
-        self.running: dict[Attempt, Runner] = {}  # these have a slot
+        self.pending: deque[Attempt] = deque()  # attempts that wait for a load: see ``find_waiting_for_load``
+        self.running: dict[Attempt, Runner] = {}  # attempts that have a slot
         self.loading: Runner | None = None
         self.load_ends_at = math.inf
         self.first_tokens: list[Attempt] = []
@@ -74,8 +74,8 @@ class SimulatedServer:
         return min(self.gpu.next_event_at, self.load_ends_at)
 
     def loaded_models(self, now: float) -> Mapping[str, tuple[int, int]]:
-        """The models in memory with their sizes in MiB and their context lengths, as ``/api/ps`` lists them: those that
-        are still loading too."""
+        """The models in memory with their sizes in MiB and their context lengths, as ``/api/ps`` lists them. Models
+        that are still loading are included."""
         self._unload_unused(now)
         if self._loaded is None:
             self._loaded = {name: (int(runner.spec.vram_mib), runner.context) for name, runner in self.runners.items()}
@@ -151,8 +151,8 @@ class SimulatedServer:
     # -- models come and go --------------------------------------------------------------------------------------
 
     def _process_pending(self, now: float) -> None:
-        """Starts the load for the first pending attempt, or begins to make room for it. Attempts for which a runner is
-        usable by now go there."""
+        """Starts the load for the first pending attempt, or begins to make room for it. Gives attempts to their runner
+        if it can serve them now."""
         while self.pending and self.loading is None:
             attempt = self.pending[0]
             runner = self._usable_runner(attempt, now)
@@ -162,10 +162,11 @@ class SimulatedServer:
                 continue
             request = attempt.job.request
             self._unload_unused(now)
-            # A runner of this model with another context length must go; else one for whose memory there is need.
+            # If this model is in memory with another context length, that runner must go. Otherwise another runner must
+            # go if its memory is needed.
             to_unload = self.runners.get(request.model) or find_runner_to_unload(self.spec, self.runners, request.model)
             if to_unload is not None and to_unload.users > 0:
-                to_unload.is_expiring = True  # ``_leave`` goes on here when its last user has left
+                to_unload.is_expiring = True  # ``_leave`` calls this method again when the last user has left
                 return
             if to_unload is not None:
                 self._unload(to_unload)
@@ -174,6 +175,7 @@ class SimulatedServer:
             self._start_load(attempt, now)
 
     def _start_load(self, attempt: Attempt, now: float) -> None:
+        """Starts to load the attempt's model. The attempt waits at the new runner."""
         request = attempt.job.request
         context = request.context or self.spec.context
         runner = Runner(self.spec.models[request.model], context, self.spec, now)
@@ -211,6 +213,7 @@ class SimulatedServer:
             self._finish_load(now)
 
     def _finish_load(self, now: float) -> None:
+        """Ends the running load: the requests that waited for it get slots, and the next load may begin."""
         runner = self.loading
         assert runner is not None
         self.loading = None
@@ -225,7 +228,8 @@ class SimulatedServer:
         self._process_pending(now)
 
     def _leave(self, attempt: Attempt, now: float) -> None:
-        """Frees the attempt's slot, and goes on with whatever waited for that."""
+        """Frees the attempt's slot, and gives it to the next waiting attempt. Unloads the runner if it must go and has
+        no users any more."""
         runner = self.running.pop(attempt)
         runner.free_slots.append(attempt.slot)
         runner.users -= 1
@@ -237,6 +241,7 @@ class SimulatedServer:
             self._process_pending(now)
 
     def _fill_slots(self, runner: Runner, now: float) -> None:
+        """Gives the runner's free slots to the attempts that wait there."""
         while runner.waiting and runner.free_slots:
             self._start(runner, runner.waiting.popleft(), now)
 
@@ -258,7 +263,7 @@ class SimulatedServer:
             self.lies.change(fault, starts=starts)
 
     def _lose_connection(self, now: float) -> None:
-        """Ends all attempts, as an Ollama does whose clients are gone. The models stay in memory."""
+        """Ends all attempts, as Ollama does when its clients have gone. The models stay in memory."""
         waiting = [attempt for runner in self.runners.values() for attempt in runner.waiting]
         for attempt in (*self.running, *waiting, *find_waiting_for_load(self)):
             if attempt.has_first_token:
@@ -287,12 +292,13 @@ def find_waiting_for_load(server: SimulatedServer) -> list[Attempt]:
 
 
 def find_runner_to_unload(spec: NodeSpec, runners: Mapping[str, Runner], model: str) -> Runner | None:
-    """The runner that must go before this model fits into memory; ``None`` if it fits. The first idle one by name, else
-    the first by name: Ollama orders by keep_alive first, which is the same for all here."""
+    """The runner that must go so that this model fits into memory; ``None`` if the model fits. It is the first idle
+    runner by name, otherwise the first runner by name. (Ollama first orders by keep_alive, which is the same for all
+    runners here.)"""
     used_mib = sum(runner.spec.vram_mib for runner in runners.values())
     fits = spec.vram_mib is None or spec.models[model].vram_mib <= MAX_FILL * (spec.vram_mib - used_mib)
-    has_place = len(runners) < spec.max_loaded
-    if not runners or (fits and has_place):  # a model that is too large for an empty GPU is loaded in part
+    may_load_more = len(runners) < spec.max_loaded
+    if not runners or (fits and may_load_more):  # a model that is too large for an empty GPU is loaded in part
         return None
     expiring = [runner for runner in runners.values() if runner.is_expiring]
     if expiring:
