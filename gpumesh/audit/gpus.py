@@ -92,7 +92,7 @@ def _check_vram(node: str, expected: int, gpus: Sequence[GpuState]) -> Iterator[
 
 
 def vram_matches(expected: int, gpus: Sequence[GpuState]) -> bool:
-    """Whether each GPU, or all GPUs together, have ``expected`` MiB: a person may write the one or the other.
+    """Whether each GPU, or all GPUs together, have ``expected`` MiB: a person may write either of them.
 
     Also true while the sizes are not known.
     """

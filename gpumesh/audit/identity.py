@@ -244,7 +244,7 @@ def find_duplicates(specs: Sequence[NodeSpec]) -> Iterator[list[str]]:
 def hardware_uuids(node: NodeState) -> set[str]:
     """Returns the UUIDs that nvidia-smi shows, without UUIDs that a probe made up for a GPU whose UUID is unknown.
 
-    A real UUID begins with ``GPU-`` or ``MIG-``, one that a probe made up with ``unknown-`` (probes/smi_tables.py).
+    A real UUID begins with ``GPU-`` or ``MIG-``, a UUID that a probe made up with ``unknown-`` (probes/smi_tables.py).
     """
     uuids = [gpu.uuid for gpu in node.gpus or ()]
     return {uuid for uuid in uuids if uuid.startswith(("GPU-", "MIG-")) and len(uuid) >= _MIN_UUID_LENGTH}

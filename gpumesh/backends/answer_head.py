@@ -67,7 +67,7 @@ _PARAMETER = re.compile(
 class AnswerHead(NamedTuple):
     """The part of an answer's head that clients may get.
 
-    ``media_type`` is empty if the answer has none. ``headers`` are for the client; their Content-Type was written anew.
+    ``media_type`` is empty if the answer has none. ``headers`` are for the client; their Content-Type was rewritten.
     ``problem``: why this is not an inference server's answer, as a sentence whose subject "it" is the server; ``None``
     if the answer may come from one.
     """

@@ -17,7 +17,7 @@ from gpumesh.backends.vllm import VllmDialect
 from gpumesh.text.addresses import format_address, is_loopback
 from gpumesh.topology import BackendKind, Target
 
-# The order is the one in which ``probes/server_kind.py`` tries the kinds. OPENAI is last: it would recognize
+# ``probes/server_kind.py`` tries the kinds in this order. OPENAI is last: it would recognize
 # llama-server and vLLM as well.
 DIALECTS: Mapping[BackendKind, Dialect] = {
     BackendKind.OLLAMA: OllamaDialect(),

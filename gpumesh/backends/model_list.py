@@ -3,7 +3,7 @@
 The probes and the merged lists of the gateway read the list in the same way: the mesh knows a model by the name under
 which a client finds it. Two sorts of entries are counted as unusable. If a name must be cleaned (control characters,
 marks of direction, half of a surrogate pair), the entry stays in the list, but its server does not know the clean name.
-An entry without a name, or with one that is too long, is left out.
+An entry without a name, or with a name that is too long, is left out.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Listing:
 
 
 def clean_name(value: str | None) -> str | None:
-    """A model's name as it can be shown; ``None`` for a missing name, and for one that is too long."""
+    """A model's name as it can be shown; ``None`` for a missing name, and for a name that is too long."""
     if value is None or len(value) > LONGEST_NAME:
         return None
     return printable(value, LONGEST_NAME) or None

@@ -113,5 +113,5 @@ def _is_name(value: bytes, name: str) -> bool:
     """Whether a value, as it is written in a body, is this name."""
     try:
         return _decode_text(value) == name
-    except ValueError:  # no text, or one that msgspec cannot read
+    except ValueError:  # no text, or a text that msgspec cannot read
         return False

@@ -249,7 +249,7 @@ def parse_counters(frame: Mapping[str, Any]) -> ServerCounters | None:
     timings = timings if isinstance(timings, dict) else {}
     if not usage and not timings:
         return None
-    # The second name of each count is the one of /v1/responses and of Anthropic's API.
+    # The second name of each count is from /v1/responses and from Anthropic's API.
     prompt_tokens = token_count(usage.get("prompt_tokens", usage.get("input_tokens")))
     if prompt_tokens is not None and "cache_read_input_tokens" in usage:
         # Anthropic's ``input_tokens`` counts only the tokens that neither came from the cache nor were added to it.

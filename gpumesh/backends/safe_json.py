@@ -20,8 +20,8 @@ ANSWER_BYTES = 16 << 20
 SMALL_BYTES = 1 << 16  # a document up to this size is parsed without counting its values: it cannot cost much
 # The memory that one value takes on the mean, with its place in its parent: a dictionary takes 64 to 232, a number 32.
 OBJECT_BYTES = 100
-# So many copies of a document's text are in memory while it is changed: the decoded text, its strings, the text that is
-# written anew, and this text as bytes.
+# So many copies of a document's text are in memory while it is changed: the decoded text, its strings, the new text,
+# and the new text as bytes.
 TEXT_COPIES = 4
 _encode = msgspec.json.Encoder().encode
 _MAX_NUMBER = 1 << 62  # a larger number is not believed
@@ -161,7 +161,7 @@ def parse_objects(pieces: Sequence[bytes]) -> list[dict[str, Any]]:
 
 
 def estimate_memory(data: bytes, limit: int) -> int | None:
-    """An upper bound, in bytes, of the memory that it takes to parse the document and to write it anew. ``None``: the
+    """An upper bound, in bytes, of the memory that it takes to parse the document and to write it again. ``None``: the
     bound is above ``limit``, or ``parse`` would not read the document.
 
     Each value and each key is an object, and one of the four characters ``,:[{`` is before it."""
@@ -225,6 +225,6 @@ def as_datetime(value: Any) -> datetime | None:
     try:
         time = datetime.fromisoformat(_LONG_FRACTION.sub(r"\1", value))
         time = time.astimezone(UTC) if time.tzinfo is not None else time.replace(tzinfo=UTC)
-    except (ValueError, OverflowError):  # no time, or one that Python cannot hold
+    except (ValueError, OverflowError):  # no time, or a time that Python cannot hold
         return None
     return time if time.year > 1 else None

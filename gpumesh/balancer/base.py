@@ -40,11 +40,11 @@ class Demand(msgspec.Struct, frozen=True):
     for a slot nor takes one. ``session`` names a conversation whose prompt prefix a node may have in its cache. ``id``
     is the client's own name for this request; ``status`` shows it.
 
-    ``residency`` is what the model must be loaded with; ``None`` for a request without a model, or one that loads none.
-    ``client`` is the name of the client (``ClientNames``), for fairness between clients; empty if it is not known.
-    ``route`` is the path of the request's route; empty for a request that came by no route. ``prompt`` are the hashed
-    blocks of the prompt (``PromptPrint``); ``None`` if the prompt is not known or too short. ``is_known_route`` is
-    false for a route that its servers may not have.
+    ``residency`` is what the model must be loaded with; ``None`` for a request without a model, or a request that loads
+    no model. ``client`` is the name of the client (``ClientNames``), for fairness between clients; empty if it is not
+    known. ``route`` is the path of the request's route; empty for a request that came by no route. ``prompt`` are the
+    hashed blocks of the prompt (``PromptPrint``); ``None`` if the prompt is not known or too short. ``is_known_route``
+    is false for a route that its servers may not have.
     """
 
     model: str | None

@@ -290,7 +290,7 @@ class ModelBreakers:
 
     def note_catalog(self, catalog: Sequence[ModelInfo]) -> None:
         """Takes the server's list of models from a new probe. If it differs from the last list, all faults are
-        forgotten: somebody has changed the models. If not, the server has listed the missing models again, and their
+        forgotten: a person has changed the models. If not, the server has listed the missing models again, and their
         faults become ``confirmed``."""
         old_catalog, self._catalog = self._catalog, catalog
         if not self._faults or old_catalog is None:

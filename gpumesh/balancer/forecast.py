@@ -33,7 +33,7 @@ FOREIGN_SHARE = 0.5
 READ_DELAY = 0.8
 MOST_READING = 0.9  # a greater share of the time counts as this one
 RETURN_SHARE = 1.0  # this share of the prompts in a cache is continued later: in a chat, nearly all
-# The slots of up to this many copies of a model are counted anew for each request. Those of more copies are counted
+# The slots of up to this many copies of a model are counted again for each request. Those of more copies are counted
 # only when the last count is older than COUNT_S.
 MAX_COUNTED_COPIES = 16
 COUNT_S = 1.0
@@ -137,7 +137,7 @@ class Copies:
 
 
 def _slots_for(key: ResidencyKey, account: NodeAccount, now: float) -> int:
-    """The number of the node's slots if the node serves this key without a load; else 0. A node with any number of
+    """The number of the node's slots if the node serves this key without a load; otherwise 0. A node with any number of
     slots counts as one slot."""
     if not account.is_usable(now) or not account.residency.is_resident(key):
         return 0

@@ -74,7 +74,7 @@ class _Usual:
 
 
 class _Recent:
-    """The last deviations from the usual value, as logarithms to the base 2; positive ones are slower."""
+    """The last deviations from the usual value, as logarithms to the base 2; positive deviations are slower."""
 
     def __init__(self) -> None:
         self._entries: deque[tuple[float, float]] = deque(maxlen=RECENT_ANSWERS)  # time in seconds, deviation

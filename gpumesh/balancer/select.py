@@ -220,8 +220,8 @@ def _join_first(names: Sequence[str], most: int, more: str) -> str:
 
 def _list_models(candidates: Sequence[Candidate]) -> list[str]:
     """The names of the nodes' models, each once, at most ``MAX_LISTED_MODELS``. Up to ``MAX_SHOWN_MODELS`` names are
-    sorted. More names are taken from the nodes in turn, so that the models of a node with very many do not push out
-    the models of the other nodes."""
+    sorted. If there are too many names, they are taken from the nodes in turn, so that a node with very many models
+    does not push out the models of the other nodes."""
     lists = [sorted(candidate.models or ()) for candidate in candidates]
     names = sorted({name for models in lists for name in models[:MAX_LISTED_MODELS]})
     if len(names) <= MAX_SHOWN_MODELS:

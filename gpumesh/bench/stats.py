@@ -83,7 +83,7 @@ def median_interval(ordered: Sequence[float]) -> tuple[float, float] | None:
     """The 95 % confidence interval of the median of a sorted sample, without assumptions about the distribution.
 
     The ends of the interval are two values of the sample, equally far from its two ends. The number of values below the
-    true median has a binomial distribution. The interval is the narrowest one that misses the median with a
+    true median has a binomial distribution. The interval is the narrowest interval that misses the median with a
     probability of at most 2.5 % on each side (Conover, "Practical Nonparametric Statistics"). ``None`` for fewer than 6
     values: even the whole sample does not reach 95 %.
     """

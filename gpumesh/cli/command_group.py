@@ -109,7 +109,7 @@ def _prepare_command(command: Any) -> Any:
         _prepare_command(subcommand)
     for parameter in command.params:
         _use_plain_name(parameter)
-    if not subcommands:  # else each subcommand has these options
+    if not subcommands:  # otherwise each subcommand has these options
         _add_global_options(command)
     return defer_parameters(command)
 

@@ -88,7 +88,7 @@ def repeat_global_options() -> list[Any]:
 def _store_option(ctx: Any, parameter: Any, value: Any) -> Any:
     """The callback of the repeated options: stores the option's value in the GlobalOptions, if the option is given.
     Returns the value unchanged."""
-    if value:  # else the option is not given, and must not replace a value from before the command's name
+    if value:  # otherwise the option is not given: it must not replace a value from before the command
         # Completion does not run the root's callback, so there is no GlobalOptions: it reads ``meta`` instead.
         ctx.meta[f"gpumesh.{parameter.name}"] = value
         options = ctx.find_root().obj

@@ -1,6 +1,6 @@
 """Edits single values of a mesh.yaml and leaves every other byte as it was: comments, blanks, quotes, order.
 
-The file is not written anew from a tree: a round trip through ruamel.yaml keeps comments, but changes blanks and line
+The file is not written from a tree: a round trip through ruamel.yaml keeps comments, but changes blanks and line
 breaks of every flow mapping (``{ … }``). Instead each edit is inserted at the position that the YAML parser reports for
 the value. An edit that would have to change more text (a value behind an alias, a block scalar) is refused.
 """

@@ -64,8 +64,8 @@ class MeshLock:
             os.close(descriptor)
 
     def restore_file(self, paths: MeshPaths) -> None:
-        """Makes the lock file anew if it is gone. To be called every few seconds: a system clears old files from /tmp,
-        and removes a runtime folder at logout.
+        """Makes the lock file again if it is gone. Must be called every few seconds: a system clears old files from
+        /tmp, and removes a runtime folder at logout.
 
         Raises MeshAlreadyRunning when another mesh has made and locked the file meanwhile, and GPUMeshError when the
         file cannot be made now.

@@ -1,7 +1,7 @@
 """Merges the lists of many nodes (models, loaded models) into one. Pure. The bodies of nodes are untrusted.
 
 A client reads the merged list as one document. If one entry of one node is not readable (NaN, a date that no calendar
-has, half of a surrogate pair), the client loses the entries of all nodes. So each entry is built anew from its readable
+has, half of a surrogate pair), the client loses the entries of all nodes. So each entry is rebuilt from its readable
 parts. A key that clients know has the right type or is left out. Other keys are passed on as far as their values are
 plain JSON.
 """
@@ -48,7 +48,8 @@ class ListFormat:
 
     - ``key``: the key under which the document has the list. ``names``: the keys under which an entry has its name.
     - ``readers``: a function for each key that clients know, which reads its value.
-    - ``time_key``: the key of an entry's time. Of two entries with one name, the later entry is kept; without a time
+    - ``time_key``: the key of an entry's time. If two entries have the same name, the later entry is kept; without a
+    time
       key, the first. ``newest_first``: the list is sorted by this time.
     - ``head``: keys and values that come before the entries.
     """
@@ -151,8 +152,8 @@ class MergedList:
 
 
 def merge_tags(bodies: Iterable[bytes], *, now: datetime | None = None) -> bytes:
-    """The union of ``/api/tags`` by name, the newest first, as Ollama sorts them. Of two entries with one name, the
-    newer one is kept."""
+    """The union of ``/api/tags`` by name, the newest first, as Ollama sorts them. If two entries have the same name,
+    the newer entry is kept."""
     return _merge(MergedList(TAGS_FORMAT, latest_time=latest_plausible_time(now)), bodies)
 
 
@@ -217,7 +218,7 @@ def _read_count(value: Any) -> int | None:
 
 
 def _read_time(value: Any) -> str | None:
-    """The text of a time: unchanged if every parser reads it, written anew if only Python's parser reads it. Go's zero
+    """The text of a time: unchanged if every parser reads it, rewritten if only Python's parser reads it. Go's zero
     time, which means "no time", stays as it is. ``None`` for any other value."""
     time = safe_json.as_datetime(value)
     if time is None:

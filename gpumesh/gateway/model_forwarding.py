@@ -201,7 +201,7 @@ class ModelForwarder:
         demands = [demand for demand in self._rules.plan_models(client_demand) if self._may_use(request, demand)]
         deadline = record.clock() + read_timeout(request.headers, self._spec.timeout_s)
         first_failure: Response | NoNodeError | None = None
-        reserves_copy = False  # whether memory was reserved for a body that is written anew
+        reserves_copy = False  # whether memory was reserved for a rewritten body
         for demand in demands:
             data = await self._render_body(request, body, demand)
             if data is not body.data and len(body.data) > COPY_BYTES and not reserves_copy:

@@ -223,7 +223,7 @@ class SimCounters:
     """The counters of a stand-in since its start, of requests for answers; only ``http`` counts all HTTP requests.
 
     ``in_flight`` includes the requests that wait for a slot; ``running`` are those with a slot. ``requests`` are the
-    latest ones, the oldest first.
+    latest requests, the oldest first.
     """
 
     started: int = 0

@@ -285,7 +285,7 @@ class Dispatcher:
     def _recheck(self) -> None:
         """Looks at the queue again when the timer has run out."""
         self._timer = None
-        if self._away_since:  # the scheduler must look at all nodes again: one that was away may be back
+        if self._away_since:  # the scheduler must look at all nodes again: a node that was away may be back
             for node in self._fleet:
                 self._scheduler.note_change(node.account)
         self.grant_waiting()

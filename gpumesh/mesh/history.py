@@ -143,8 +143,8 @@ def _add_values(sums: _SumsByKey, values: Iterable[tuple[str, float | None]]) ->
 
 def _build_series(steps: list[_SumsByKey | None]) -> tuple[HistorySeries, ...]:
     """Builds one series for each key, in the order in which the keys came up. All keys of the last two steps get a
-    series: they are in the mesh now, and the last step may have only begun. Of the older keys, only the
-    ``MAX_OLD_SERIES`` that were seen last get one."""
+    series: they are in the mesh now, and the last step may have only begun. Among the older keys, only the
+    ``MAX_OLD_SERIES`` keys that were seen last get a series."""
     filled_steps = [step for step in steps if step is not None]
     keys_latest_first = dict.fromkeys(chain(*reversed(filled_steps)))
     current_keys = set(chain(*filled_steps[-2:]))

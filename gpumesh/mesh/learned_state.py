@@ -98,7 +98,7 @@ class LearnedState:
         return f"<LearnedState {self._path} {len(self._hosts)} hosts{' failing' if self._is_failing else ''}>"
 
     def restore(self, node: LearningNode, now: float) -> None:
-        """Gives a node what was learned about its server, for the models that the node has not used yet. To be called
+        """Gives a node what was learned about its server, for the models that the node has not used yet. Must be called
         when the node's key and version are known. ``now`` is in seconds of the node's clock.
 
         The limits are taken only if the server still has the same version: another version may have other defaults.
@@ -194,7 +194,7 @@ def _read_hosts(path: Path) -> dict[str, _LearnedHost]:
 
 def _read_own_file(path: Path) -> bytes | None:
     """The content of the file; ``None`` if there is no file. Raises OSError, or ValueError, for a file that gpumesh
-    does not write: a link, a pipe, a file that is too large, or one that another user owns or may write to."""
+    does not write: a link, a pipe, a file that is too large, or a file that another user owns or may write to."""
     try:
         # O_NOFOLLOW refuses a link. O_NONBLOCK is for a FIFO: without it, opening a FIFO waits for its writer.
         flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)

@@ -56,7 +56,7 @@ async def wait_usable(
                     return name
                 allowed_nodes = [node for node in fleet if allows_node(demand, node.name)]
                 if not all(node.reported for node in allowed_nodes):
-                    continue  # a node that was not probed yet may be the one
+                    continue  # a node that was not probed yet may be able to serve it
                 if not dispatcher.is_worth_waiting(demand):
                     raise fleet.explain_no_node(demand)
                 deadline = min(deadline, loop.time() + GRACE_S)  # later iterations cannot make it later

@@ -8,7 +8,7 @@ from __future__ import annotations
 from gpumesh.probes.smi_tables import GpuTable
 from gpumesh.state import Finding, GpuState, Severity
 
-# Of the reasons for lower clocks (`smi_tables`), those that cost speed and have a remedy. A GPU at its own power cap is
+# The reasons for lower clocks (`smi_tables`) that cost speed and have a remedy. A GPU at its own power cap is
 # not among them: a person has chosen the cap.
 REMEDIABLE_THROTTLES = ("hw-slowdown", "thermal", "hw-thermal", "power-brake")
 

@@ -123,7 +123,7 @@ async def _ask_further(
 
 
 def build_query_command(fields: Sequence[str], *, gpu: int | None = None) -> Argv:
-    """The command that prints these fields of all GPUs, or only of the one with the index ``gpu``."""
+    """The command that prints these fields of all GPUs, or only of the GPU with the index ``gpu``."""
     command: Argv = ("nvidia-smi", f"--query-gpu={','.join(fields)}", FORMAT)
     return command if gpu is None else (*command, "-i", str(gpu))
 

@@ -103,7 +103,7 @@ class _RouteProber:
 
     def _target_of(self, route: BackendRoute) -> Target | None:
         """The address for the Host header; ``None``: the Host header names the route's own URL. So a request by an
-        offered route is the one that any stranger would send."""
+        offered route is a request that any stranger could send."""
         return None if route.offered else route.target
 
     async def ask(self, route: BackendRoute, kind: BackendKind | None = None) -> Answer:

@@ -8,7 +8,7 @@ import ipaddress
 def is_loopback(host: str) -> bool:
     """Whether only this machine can reach a server at ``host``, judged by the text alone, without DNS.
 
-    Of all names, only ``localhost`` is loopback: any other name may have another address tomorrow.
+    Only the name ``localhost`` is loopback: any other name may have another address tomorrow.
     """
     if host.rstrip(".").lower() == "localhost":  # ``localhost.`` is the same name, written with DNS's root
         return True

@@ -105,9 +105,9 @@ class Tunnel(Protocol):
         """Runs a command on the host, over the tunnel's connection, and returns its exit status and its output.
 
         ``argv`` is an argument list; it is quoted for a POSIX shell. ``limit_bytes`` limits stdout and stderr, each
-        alone. ``shareable``: the command changes nothing on the host, so the result may be the one that another node of
-        the same machine got a moment ago. Raises TunnelDown when the tunnel is not up, and ExecError on a time-out or
-        when the host gives no session.
+        alone. ``shareable``: the command changes nothing on the host, so the result may be a result that another node
+        of the same machine got a moment ago. Raises TunnelDown when the tunnel is not up, and ExecError on a time-out
+        or when the host gives no session.
         """
 
     def exec_stream(self, argv: Sequence[str]) -> AsyncIterator[ExecChunk]:

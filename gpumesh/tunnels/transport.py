@@ -39,7 +39,7 @@ class ConnectRequest:
     ``share``: connections of all users of this machine are served, not only those of our own user and of root.
     ``share`` is also true where the system does not tell which user made a connection. ``mesh`` is the
     ``Topology.identity`` of the node's mesh, for which its host key is recorded. ``without_session``: transport openssh
-    keeps no session of its own, because the host ended the one of the last connection.
+    keeps no session of its own, because the host ended the session of the last connection.
     """
 
     node: str

@@ -361,7 +361,8 @@ class Continuation:
         """The request to the node that will continue, or the answer's end if no node can continue. ``None``: it is not
         known how this node's model continues, but another node may be able to."""
         self._use_upstream_format(self._client_format)
-        if not self._partial_answer.text and not self._partial_answer.thinking:  # the request is sent anew
+        has_partial_answer = self._partial_answer.text or self._partial_answer.thinking
+        if not has_partial_answer:  # the request is sent again from the start
             return HttpCall("POST", self._path, self._request_body, JSON_HEADERS)
         step = self._planner.next_call(node, kind, self._partial_answer)
         if isinstance(step, str):

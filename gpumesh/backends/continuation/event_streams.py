@@ -1,6 +1,6 @@
 """``EventStreamFormat``: the streams of ``/v1`` as server-sent events. They are passed on, but not continued. Pure.
 
-``CompletionStreamFormat`` is the one of ``/v1/completions``, whose answers may have several choices.
+``CompletionStreamFormat`` is the format of ``/v1/completions``, whose answers may have several choices.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ class EventStreamFormat:
         return self.continuation_refusal(request)
 
     def continue_raw_prompt(self, request: JsonObject, partial_answer: PartialAnswer, prompt: str) -> ContinuationCall:  # noqa: ARG002
-        """The request as it was: without a text to continue, the answer starts anew."""
+        """The request as it was: without a text to continue, the answer starts again."""
         return self.continue_assistant_message(request, partial_answer)
 
     def read_rendered_prompt(self, document: JsonObject) -> RenderedPrompt | None:
@@ -151,11 +151,11 @@ class EventStreamFormat:
         request: JsonObject,
         partial_answer: PartialAnswer,  # noqa: ARG002
     ) -> ContinuationCall:
-        """The request as it was: without a text to continue, the answer starts anew."""
+        """The request as it was: without a text to continue, the answer starts again."""
         return ContinuationCall(HttpCall("POST", self._path, safe_json.dump_compact(request), JSON_HEADERS), self)
 
     def translate(self, frame: Frame, partial_answer: PartialAnswer) -> bytes:  # noqa: ARG002
-        """The same frame, written anew."""
+        """The same frame, rewritten."""
         if frame.document is None:
             return DONE if frame.ends_stream else b""
         return b"data: " + safe_json.dump_compact(frame.document) + b"\n\n"

@@ -105,7 +105,7 @@ class ContinuationPlanner:
         # If no text is kept, the client may have text that is not in ``received``.
         has_no_text = received.keeps and not (received.tokens or received.calls_tools or received.has_other_content)
         if not received.started or has_no_text:
-            return None  # the request is sent anew
+            return None  # the request is sent again from the start
         if self._client_format.supports_continuation and not received.keeps:
             return "it is too long to be held"
         if received.calls_tools:

@@ -190,7 +190,7 @@ def opens_thinking(prompt: str) -> bool:
 
 def read_debug_rendering(document: JsonObject) -> RenderedPrompt | None:
     """Reads Ollama's answer to a chat with ``_debug_render_only`` and SENTINEL as the partial answer. ``None`` if the
-    answer holds no prompt, one in which the sentinel is not exactly once, or one that ends in open thinking."""
+    answer holds no prompt, if the prompt does not have the sentinel exactly once, or if it ends in open thinking."""
     info = document.get("_debug_info")
     prompt = safe_json.as_text(info.get("rendered_template")) if isinstance(info, dict) else None
     if prompt is None or prompt.count(SENTINEL) != 1:

@@ -25,9 +25,9 @@ class QueueEntry(msgspec.Struct, Generic[T], frozen=True, eq=False):
     """A request in the queue. ``payload`` is the caller's own object for it.
 
     ``group`` decides which nodes can serve the request: entries with equal groups can be served by the same nodes.
-    ``queued_at`` may lie before the addition: a request that a node failed keeps its place before the later ones of its
-    client. ``work`` is what it adds to the forecast of waits, in the caller's unit; ``tokens`` is its expected cost in
-    weighted tokens, for fairness. ``sequence`` is its number in the order of additions."""
+    ``queued_at`` may lie before the addition: a request that has failed on a node keeps its place before the later
+    requests of its client. ``work`` is what it adds to the forecast of waits, in the caller's unit; ``tokens`` is its
+    expected cost in weighted tokens, for fairness. ``sequence`` is its number in the order of additions."""
 
     payload: T
     priority: Priority

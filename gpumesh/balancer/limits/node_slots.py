@@ -96,7 +96,7 @@ class NodeSlots:
 
     def __init__(self) -> None:
         self.round_trip_s = 0.0
-        """The round trip to the server in seconds. The owner sets it when it was measured anew."""
+        """The round trip to the server in seconds. The owner sets it after each measurement."""
         self._models: dict[str, _ModelSlots] = {}
         self._bursts = 0  # how many there have been, of all models
 
@@ -116,11 +116,7 @@ class NodeSlots:
 
     def proven_slots(self) -> dict[str, int]:
         """The proven number of slots of each model of which anything is known, by its full name."""
-        return {
-            model: slots.limit.proven
-            for model, slots in self._models.items()
-            if (slots.limit.proven, slots.limit.search) != (1, SlotSearch.DOUBLING)  # else nothing is known
-        }
+        return {model: slots.limit.proven for model, slots in self._models.items() if _is_anything_known(slots.limit)}
 
     def in_flight(self, model: str) -> int:
         """The number of requests of this model in flight."""
@@ -230,8 +226,7 @@ class NodeSlots:
         return {
             model: {"proven": slots.limit.proven, "search": slots.limit.search.value}
             for model, slots in self._models.items()
-            if (slots.limit.proven, slots.limit.search) != (1, SlotSearch.DOUBLING)  # else nothing is known
-            and len(model) <= MAX_NAME_CHARS
+            if _is_anything_known(slots.limit) and len(model) <= MAX_NAME_CHARS
         }
 
     def restore(self, document: object, *, now: float) -> None:
@@ -244,6 +239,11 @@ class NodeSlots:
                 limit = ParallelLimit(stored.proven, trials_left, stored.search)
                 is_known = stored.search is SlotSearch.KNOWN
                 self._add_model(model).limit = set_ceiling(limit, now) if is_known else limit
+
+
+def _is_anything_known(limit: ParallelLimit) -> bool:
+    """Whether the limit is more than the first guess: slots were proven, or slow start has ended."""
+    return limit.proven != 1 or limit.search is not SlotSearch.DOUBLING
 
 
 _FIRST_GUESS = ParallelLimit()

@@ -130,8 +130,8 @@ class Residency:
         needed_mib = self._expected_mib(key.model)
         sizes = {name: item.size_mib or self._expected_mib(name) for name, item in self.loaded.items()}
         pushed_out: list[str] = []
-        # The order in which Ollama unloads: first the models that no request uses, and of these first the one whose
-        # last use is longest ago.
+        # The order in which Ollama unloads: first the models that no request uses, and among these first the model
+        # whose last use is longest ago.
         candidates = sorted(self.loaded, key=lambda name: (busy.get(name, 0) > 0, self.loaded[name].used_at))
         for name in candidates:
             staying = [size for other, size in sizes.items() if other not in pushed_out]

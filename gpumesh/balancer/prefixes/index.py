@@ -122,7 +122,7 @@ class PrefixIndex:
         cache.total_bytes += prompt.size - sequence.size
         sequence.size = prompt.size
         sequence.used_at = now
-        # The sequence moves to the end of both orders: it is the one that was used last.
+        # The sequence moves to the end of both orders: it was used last.
         cache.sequences.pop(sequence.run, None)
         cache.sequences[sequence.run] = sequence
         self._sequences.pop(sequence, None)

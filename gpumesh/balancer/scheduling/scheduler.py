@@ -231,7 +231,7 @@ class Scheduler:
             if now >= account.first_token_noted_at + LEARN_INTERVAL_S:
                 account.first_token_noted_at = now
                 self.slow_nodes.note_first_token(placed, now)
-            if len(account.residency.loaded) != known_models:  # somebody else had loaded the model
+            if len(account.residency.loaded) != known_models:  # another program had loaded the model
                 self._fleet.copies.update(account)
             # Only if more slots are known now, or another load may begin, waiting requests must look at the node again.
             has_more_slots = placed.sent is not None and account.learned_slots.limit(placed.sent.model) is not limit
@@ -361,7 +361,7 @@ class Scheduler:
             entry, work = found
             waiting = entry.payload
             waited_s = 0.0 if waiting.offered_at is None else now - waiting.offered_at
-            own_work = 0.0 if waiting.exclude else entry.work  # else it is in another group
+            own_work = 0.0 if waiting.exclude else entry.work  # otherwise it is in another group
             question = self._question((), waiting.demand, work, now, waited_s=waited_s, own_work=own_work)
             choice, compared = self.choice.accept(account, question, waiting.exclude)
             if choice.chosen is not None:

@@ -225,7 +225,7 @@ class NodeTable:
         return place is not None and place[1] in FREE_BAGS
 
     def draw(self, tier: int, bag: Bag, rng: Random) -> Iterator[NodeAccount]:
-        """Yields the nodes of a bag, random ones first."""
+        """Yields the nodes of a bag in random order."""
         nodes = self._bags.get((tier, bag, 0))
         return iter(()) if nodes is None else nodes.shuffled(rng)
 

@@ -48,7 +48,7 @@ class SlowNodes:
     # -- what was measured ---------------------------------------------------------------------------------------
 
     def note_first_token(self, placed: PlacedRequest, now: float) -> None:
-        """The answer has begun. To be called once for each answer."""
+        """The answer has begun. Must be called once for each answer."""
         # The time of a load is no sign of slowness. If other prompts are read at the same time, the forecast is not
         # exact.
         if placed.needs_load or placed.mean_reads > MOST_READS:

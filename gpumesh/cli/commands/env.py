@@ -94,7 +94,7 @@ def copy_lines(source: str, shell: ShellKind) -> str:
 
 def _describe_key(variables: tuple[str, ...], source: str | None) -> str:
     """Tells that the gateway asks for a key, and where the clients' variables have it from. ``variables`` are those
-    that mesh.yaml names for keys; ``source`` is the one that is set here."""
+    that mesh.yaml names for keys; ``source`` is the variable that is set here."""
     if source is not None:
         return f"the gateway asks for a key: {', '.join(KEY_VARIABLES)} get the one in ${source}"
     if variables:

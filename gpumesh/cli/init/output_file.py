@@ -22,8 +22,8 @@ def check_output(path: Path, *, force: bool) -> None:
 
 
 def write_output(path: Path, text: str, *, force: bool) -> None:
-    """Writes the file completely or not at all. Without ``force`` it never overwrites a file, not even one that was
-    made since ``check_output``. Raises UsageError."""
+    """Writes the file completely or not at all. Without ``force`` it never overwrites a file, not even a file that was
+    made after ``check_output``. Raises UsageError."""
     umask = os.umask(0)  # the only call that returns the umask also sets it, so it is set back
     os.umask(umask)
     write = atomic_file.replace if force else atomic_file.create

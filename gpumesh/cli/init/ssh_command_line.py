@@ -94,7 +94,7 @@ def _read_option(
 ) -> None:
     """Reads a word of option letters, as ``-4p``. Adds its value to ``options`` (by the field of SshLine), or the value
     of ``-L`` to ``forwards``. The first letter that takes a value takes the rest of the word (``-4p22``), or, if
-    nothing is left of the word, the next word (``-4p 22``). Of two values of one field the first counts, as in ssh.
+    nothing is left of the word, the next word (``-4p 22``). If a field has two values, the first counts, as in ssh.
     ``line``: the whole line, for the UsageError if there is no value."""
     for position, letter in enumerate(word[1:], 1):
         if letter not in _OPTIONS_WITH_VALUE:  # a switch such as ``-4``, which `init` does not need

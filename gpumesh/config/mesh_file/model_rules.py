@@ -116,7 +116,7 @@ def _check_preferred(
 
 def _check_copies(copies: Any, node_count: int, path: KeyPath) -> Iterator[BrokenRule]:
     """Yields a number of copies that is greater than the number of nodes that the model may use."""
-    is_number = isinstance(copies, str) and copies.isdecimal() and len(copies) < 10  # else the schema reports it
+    is_number = isinstance(copies, str) and copies.isdecimal() and len(copies) < 10  # otherwise the schema reports it
     # Without any node, another rule is broken already.
     if is_number and node_count > 0 and int(copies) > node_count:
         nodes = "node" if node_count == 1 else "nodes"

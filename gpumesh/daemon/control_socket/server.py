@@ -69,7 +69,7 @@ class ControlServer:
         return server
 
     async def restore_socket(self) -> None:
-        """Listens anew if the socket's file was removed. Open connections go on.
+        """Listens again if the socket's file was removed. Open connections go on.
 
         A system clears old files from /tmp, and removes a runtime folder at logout. Raises OSError.
         """

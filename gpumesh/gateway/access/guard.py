@@ -76,7 +76,7 @@ class Guard:
 
     def require_key(self, headers: Mapping[str, str]) -> ClientKey | None:
         """The key that the client sends; ``None`` if no key is needed. Raises BadRequest if a key is needed and the
-        client has sent none, or one that is not of this gateway."""
+        client has sent no key, or a key that this gateway does not know."""
         if self.keys is None:
             return None
         key = self.keys.find(headers)

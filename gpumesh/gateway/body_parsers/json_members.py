@@ -118,7 +118,7 @@ class Members:
 
     def find_unknown(self, names: Collection[str]) -> dict[str, RawValue]:
         """The values of the members with these names, none of which is in ``KNOWN_MEMBERS``. A name in another spelling
-        (``Model``) is another name. Of two members with one name, the last counts."""
+        (``Model``) is another name. If two members have the same name, the last counts."""
         return {str(name): value for name, value in self._pairs if str(name) in names}
 
     def render_pieces(self, **values: str | bytes) -> list[RawValue]:

@@ -1,14 +1,14 @@
 """Decides which connections stay when there are more clients than connections. Pure: a connection is an opaque value.
 
 An idle connection has no request under way: it was just opened, or waits for the next request, or has sent half of a
-head. When no connection is free, the server closes the one that has been idle the longest, and admits the new one.
-Connections without any accepted request are closed first, so that a stranger's connections go before those of clients
-with a key.
+head. When no connection is free, the server closes the connection that has been idle the longest, and admits the new
+connection. Connections without any accepted request are closed first, so that a stranger's connections go before those
+of clients with a key.
 
 No client may hold all connections. The connections from one address are at most ``MAX_SHARE`` of all connections. So
 are the connections whose last request had the same key. A client at this limit gets a new connection only in place of
-an idle one of its own. The addresses of this machine have no such limit: all its programs share them, and one of the
-programs may be a reverse proxy in front of all clients.
+one of its idle connections. The addresses of this machine have no such limit: all its programs share them, and one of
+the programs may be a reverse proxy in front of all clients.
 """
 
 from __future__ import annotations

@@ -128,7 +128,7 @@ class AccessLog:
 
 def render_line(entry: dict[str, object]) -> bytes:
     """The entry as a line of ASCII: a client's text may hold control characters, and a terminal must not act on them
-    when somebody reads the file."""
+    when a person reads the file."""
     try:
         line = _encode(entry)
     except ValueError:  # a text has half of a surrogate pair, which UTF-8 cannot hold

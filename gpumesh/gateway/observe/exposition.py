@@ -59,8 +59,8 @@ class Distribution(Protocol):
 
 
 def gauge(name: str, text: str, samples: Iterable[tuple[Labels, float | None]]) -> Family:
-    """A gauge with a sample for each known value; a value of ``None`` is left out. Of several samples with the same
-    labels only the last is used, because Prometheus refuses a whole page that has a series twice."""
+    """A gauge with a sample for each known value; a value of ``None`` is left out. If several samples have the same
+    labels, only the last is used, because Prometheus refuses a whole page that has a series twice."""
     by_labels = {labels: value for labels, value in samples if value is not None}
     return Family(
         name, MetricKind.GAUGE, text, tuple(MetricSample(labels, value) for labels, value in by_labels.items())
@@ -68,7 +68,7 @@ def gauge(name: str, text: str, samples: Iterable[tuple[Labels, float | None]]) 
 
 
 def counter(name: str, text: str, samples: Iterable[tuple[Labels, float]]) -> Family:
-    """A counter. Of several samples with the same labels only the last is used, as in ``gauge``."""
+    """A counter. If several samples have the same labels, only the last is used, as in ``gauge``."""
     by_labels = dict(samples)
     return Family(
         name, MetricKind.COUNTER, text, tuple(MetricSample(labels, value) for labels, value in by_labels.items())

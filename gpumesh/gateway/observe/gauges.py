@@ -145,7 +145,7 @@ def _loaded_memory(loaded: Sequence[LoadedModel]) -> Iterator[tuple[str, float |
 
 
 def _gpu_families(nodes: Iterable[NodeState]) -> Iterator[Family]:
-    """The metrics of GPUs. A GPU that two nodes share appears under both nodes. So whoever adds up these metrics should
+    """The metrics of GPUs. A GPU that two nodes share appears under both nodes. So a sum over these metrics should
     count each ``uuid`` once."""
     nodes_and_gpus = [(node, gpu) for node in nodes for gpu in node.gpus or ()]
     labels = [_gpu_labels(node, gpu) for node, gpu in nodes_and_gpus]

@@ -77,7 +77,7 @@ class Engine:
         self.faults = Faults()
         self.clock = clock
         self.store: dict[str, tuple[ModelProfile, datetime]] = {}
-        for number, model in enumerate(profile.models):  # each model is a day older than the one before
+        for number, model in enumerate(profile.models):  # each model is a day older than the model before it
             age = timedelta(days=number, microseconds=hash_us(profile.hostname, model.name))
             self.store[model.name] = (model, STORED_AT - age)
         self.running = 0

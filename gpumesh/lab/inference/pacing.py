@@ -14,7 +14,8 @@ import math
 from collections.abc import Callable
 
 EARLY_S = 1e-3
-"""A timer may fire so much too early: uvloop counts in milliseconds. The token is then due; the next ones are exact."""
+"""A timer may fire so much too early: uvloop counts in milliseconds. The token is then due; the next tokens are
+exact."""
 
 
 class DecodeClock:
@@ -79,7 +80,7 @@ class DecodeClock:
         await future
 
     def _change(self, *, streams: int = 0, pauses: int = 0) -> None:
-        """Adds to the numbers of streams and pauses, and sets the timer anew if the clock's speed has changed."""
+        """Adds to the numbers of streams and pauses, and sets the timer again if the clock's speed has changed."""
         old_speed = self.speed
         self.read()  # counts the time until now at the old speed
         self._streams += streams
@@ -139,7 +140,7 @@ class Pacer:
         return self.sent
 
     def measure_decoding(self) -> float:
-        """The seconds from the start until the last token was due. To be called when the last token was sent."""
+        """The seconds from the start until the last token was due. Must be called when the last token was sent."""
         if math.isinf(self._rate):
             return 0.0
         # How late this call is, on the decode clock; below 0 if a timer was early.

@@ -20,7 +20,7 @@ class LostTexts:
     def save(self, text: str) -> None:
         """Keeps a text that a slot is about to lose, and drops the oldest texts until there is room.
 
-        Of two texts where one begins with the other, only the longer is kept: it contains the shorter.
+        If one text begins with another, only the longer text is kept: it contains the shorter.
         """
         if not self._max_tokens or not text:
             return

@@ -34,7 +34,7 @@ MAX_FILL = 0.8
 
 @dataclass(slots=True, eq=False)
 class Runner:
-    """A model in memory, or one that loads."""
+    """A model that is in memory, or that is loading."""
 
     model: ModelProfile
     reload_options: tuple[object, ...]

@@ -258,7 +258,7 @@ class SimServer(ABC):
     async def _middleware(self, request: web.Request, handler: RequestHandler) -> web.StreamResponse:
         """Handles each HTTP request: counts it, refuses it, applies a fault, or calls the route's handler.
 
-        Of the faults ``hang``, ``status`` and ``disconnect``, the first that is set is applied.
+        Applies the first of the faults ``hang``, ``status`` and ``disconnect`` that is set.
         """
         self._http_requests += 1
         refusal = self.find_refusal(request)

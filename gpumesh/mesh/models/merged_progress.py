@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from gpumesh.mesh.models.store_answers import SUCCESS, StoreStep
 
-MAX_STEPS_PER_NODE = 1000  # of one node: so many layers, and so many different statuses; further ones are dropped
+MAX_STEPS_PER_NODE = 1000  # of one node: so many layers, and so many different statuses; further entries are dropped
 
 
 @dataclass(slots=True)

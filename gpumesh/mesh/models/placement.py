@@ -77,7 +77,7 @@ class NextLoad:
 
 def find_next_load(specs: Sequence[ModelSpec], nodes: Sequence[PlacementNode]) -> NextLoad | None:
     """The first copy that is missing and can be loaded now; ``None`` if there is none. Models come in the order of
-    mesh.yaml, pinned ones first.
+    mesh.yaml, pinned models first.
 
     A load never pushes out a pinned model, a model that was used lately, or a copy that mesh.yaml wants too."""
     kept = {full_name(spec.name) for spec in specs if spec.pinned} | _wanted_without_surplus(specs, nodes)
@@ -103,8 +103,8 @@ def find_next_load(specs: Sequence[ModelSpec], nodes: Sequence[PlacementNode]) -
 
 
 def _wanted_without_surplus(specs: Sequence[ModelSpec], nodes: Sequence[PlacementNode]) -> set[str]:
-    """The models of which all copies in memory are wanted by mesh.yaml. (Of other models there are more copies than
-    wanted, so that one may go.)"""
+    """The models of which all copies in memory are wanted by mesh.yaml. (Other models have more copies than wanted, so
+    that one copy may go.)"""
     kept: set[str] = set()
     for spec in specs:
         model = full_name(spec.name)

@@ -1,7 +1,7 @@
 """``ForecastRecord``: the forecasts for the requests of one node beside the times that they have taken. Pure.
 
 The scheduler decides by forecasts, so people must be able to see how good they are, and how much time loads take. The
-record costs about a microsecond a request; texts are made only when somebody asks.
+record costs about a microsecond a request; texts are made only when they are needed.
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ class ForecastRecord:
             return
         seconds = min(load_ms / 1000.0, max(now - placed.sent_at, 0.0))
         for known in reversed(self._load_events):
-            # A load of the same model that began so lately is the one for which this request has waited.
+            # If a load of the same model began so recently, this request has waited for that load.
             if known.key == placed.key and known.began_at >= placed.sent_at - seconds:
                 return
         event = LoadEvent(placed.key, placed.sent_at, seconds, seconds)

@@ -146,7 +146,7 @@ class Node:
 
     def _on_report(self) -> None:
         """Acts on a new report of the prober. If the marks that identify the node's GPUs have changed, the nodes of the
-        mesh are grouped anew."""
+        mesh are grouped again."""
         self._update_residency()
         self._restore_learned()
         marks = audit.identifying_marks(self.state(queued=0))

@@ -94,7 +94,7 @@ class SnapshotBuilder:
 
         It is so while the node connects, or after its connection was lost, if that was not long ago, or while a breaker
         pauses it for a short time."""
-        # A draining node takes requests again only when somebody resumes it, a disabled one never.
+        # A draining node takes requests again only when a person resumes it, a disabled node never.
         if self._role.draining or not self._spec.enabled:
             return False
         now = self._clock()
@@ -149,7 +149,7 @@ class SnapshotBuilder:
 
     @property
     def coordination_key(self) -> str:
-        """The key of the last reports, computed anew only when the reports have changed."""
+        """The key of the last reports. It is computed again only when the reports have changed."""
         reports = self._prober.reports
         if reports is not self._coordination_key_reports:
             self._coordination_key = coordination_key(self._spec, reports)
@@ -189,7 +189,7 @@ class SnapshotBuilder:
         )
 
     def _build_learned_states(self) -> tuple[LearnedState, ...]:
-        """What was learned about the models. It is built anew only when something may have changed: when a request was
+        """What was learned about the models. It is built again only when something may have changed: when a request was
         served, when stored figures were restored, or when the server tells another number of slots."""
         account = self._ledger.account
         version = (self._ledger.served, account.rates.is_empty, account.reported_parallel)

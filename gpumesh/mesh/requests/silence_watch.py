@@ -35,7 +35,7 @@ def silence_timeout_s(longest_s: float | None, *, reads_prompts: bool = False) -
 
 class PauseTracker:
     """Remembers the longest pause between two pieces of an answer, by node and model. With more than ``MAX_TRACKED``
-    entries, the one whose last update is longest ago is dropped."""
+    entries, the entry whose last update is longest ago is dropped."""
 
     def __init__(self) -> None:
         self._longest: dict[tuple[str, str | None], float] = {}

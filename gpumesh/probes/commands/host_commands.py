@@ -29,7 +29,7 @@ from gpumesh.probes.commands.shell_session import ShellEnded, ShellFlooded, Shel
 from gpumesh.probes.smi_tables import OUTPUT_BYTES
 from gpumesh.tunnels.base import ExecResult, ShellStream
 
-KILL_AFTER_S = 60.0  # a script that has not ended by then is killed: it may work when it is started anew
+KILL_AFTER_S = 60.0  # a script that has not ended by then is killed: it may work when it is started again
 PROOF = "gpumesh-runs-commands"
 """A host that answers ``echo PROOF`` with this line runs our commands. Any other text is the host's own: it comes from
 a login shell, a forced command or a proxy, and says nothing about nvidia-smi."""

@@ -77,7 +77,7 @@ class SharedResult(Generic[T]):
         self._answered_at = 0.0  # when the last answer came, by ``clock``
 
     async def get(self, *, refresh: bool = False) -> T:
-        """Returns an answer that is at most ``MAX_AGE_S`` old, waits for a running ``ask``, or calls ``ask`` anew.
+        """Returns an answer that is at most ``MAX_AGE_S`` old, waits for a running ``ask``, or calls ``ask`` again.
 
         ``refresh``: an answer that is there already is not used, but a running ``ask`` is. Raises what ``ask`` raises;
         an error is not kept for later callers.

@@ -129,7 +129,7 @@ def _remove_stale_socket(path: Path) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.setblocking(False)
         result = probe.connect_ex(os.fsencode(path))
-    if result == errno.ENOENT:  # somebody has removed it meanwhile
+    if result == errno.ENOENT:  # another process has removed it meanwhile
         return
     if result != errno.ECONNREFUSED:  # 0: a process listens; EAGAIN: a process listens, and its queue is full
         raise PathInUse(f"another program listens at {path}", hint="stop it, or choose another path")

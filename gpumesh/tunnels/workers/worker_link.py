@@ -313,7 +313,7 @@ class LinkedShell:
         if isinstance(message, OutputPiece):
             self._pending.queued_bytes -= len(message.data)
             return ExecChunk(OutputStream(message.stream), base64.b64decode(message.data))
-        self._pending.messages.put_nowait(message)  # for a later call: the end stays the end
+        self._pending.messages.put_nowait(message)  # for later calls, which must also get the end
         done = self._link.ensure_succeeded(message)
         return ExecChunk(OutputStream.STDOUT, b"", ended=True, exit_status=done.exit_status)
 

@@ -70,7 +70,7 @@ def _node_rows(node: NodeState, state: MeshState, selected: bool, history: Histo
 
 def fit_rows(rows: list[StatusRow], room: int, selected: str | None) -> tuple[list[StatusRow], int]:
     """Returns at most ``room`` rows in their order, then the number of rows that are left out. If the node ``selected``
-    has rows, the rows around its first row stay. Else the rows of the nodes with the worst health stay."""
+    has rows, the rows around its first row stay. Otherwise the rows of the nodes with the worst health stay."""
     hidden_count = len(rows) - room
     if hidden_count <= 0:
         return rows, 0

@@ -16,8 +16,8 @@ KEEPALIVE_S = 30.0  # an idle connection is closed after this time, or at the la
 
 
 class ConnectionPool:
-    """Makes connections, and keeps the idle ones by address. The connection that was used last is used again first: it
-    is the least likely to be closed by its server at this moment."""
+    """Makes connections, and keeps idle connections by address. The connection that was used last is used again first:
+    it is the least likely to be closed by its server at this moment."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.slices = SliceQueue()

@@ -143,7 +143,7 @@ class ResponseParser:
             self._complete(reusable=False)
 
     def _reject(self, problem: str) -> None:
-        """Enters the state INVALID. Of several problems the first is kept."""
+        """Enters the state INVALID. Only the first of several problems is kept."""
         self.state = ResponseParserState.INVALID
         self.problem = self.problem or problem
 
