@@ -28,7 +28,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from gpumesh.daemon.process import event_loop
+from gpumesh.daemon.process import async_runner
 from tests.real.faults import FAULTS, VICTIMS, FaultResult, InjectedFault, NoticedBy, fault_setup, run_fault
 
 SETTLE_S = 11.0  # longer than lifecycle.RetryTiming.stable_s
@@ -115,7 +115,7 @@ def main() -> int:
     rows = []
     problem_texts = []
     for fault in select_faults(arguments.only, arguments.outage):
-        runs = [event_loop.run(measure(fault, arguments.settle)) for _ in range(arguments.repeat)]
+        runs = [async_runner.run(measure(fault, arguments.settle)) for _ in range(arguments.repeat)]
         results = [pick_worst(list(same_node)) for same_node in zip(*runs, strict=True)]
         rows.append((fault, results))
         problem_texts += list_problems(fault, results)

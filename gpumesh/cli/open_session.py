@@ -23,9 +23,9 @@ def run_async(main: Coroutine[Any, Any, T]) -> T:
     """Runs the coroutine to its end, and returns its result. Ctrl-C cancels the coroutine, which also ends its work on
     the hosts; then the command exits with 130."""
     try:
-        from gpumesh.daemon.process import event_loop
+        from gpumesh.daemon.process import async_runner
 
-        return event_loop.run(main, use_uvloop=False)  # a short command: the import of uvloop would not pay
+        return async_runner.run(main, use_uvloop=False)  # a short command: the import of uvloop would not pay
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
     finally:

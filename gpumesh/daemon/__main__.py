@@ -21,7 +21,7 @@ from gpumesh.daemon import paths
 from gpumesh.daemon.control_socket import messages
 from gpumesh.daemon.mesh_lock import MeshLock
 from gpumesh.daemon.mesh_process import run_mesh
-from gpumesh.daemon.process import event_loop
+from gpumesh.daemon.process import async_runner
 from gpumesh.daemon.shutdown import Shutdown, handle_signals
 from gpumesh.daemon.up_options import UpOptions, apply_options
 from gpumesh.errors import ExitCode, GPUMeshError
@@ -75,7 +75,7 @@ def main() -> int:
     os.set_inheritable(arguments.ready_fd, False)
     ready = ReadyPipe(arguments.ready_fd)
     try:
-        event_loop.run(serve(arguments.config, options, ready))
+        async_runner.run(serve(arguments.config, options, ready))
     except GPUMeshError as error:
         ready.send(messages.message_from_error(error))
         return int(error.exit_code)

@@ -49,7 +49,7 @@ import signal, sys
 from gpumesh.cli.open_session import run_async
 class Interrupt:
     def find_spec(self, name, path=None, target=None):
-        if name == "gpumesh.daemon.process.event_loop":
+        if name == "gpumesh.daemon.process.async_runner":
             signal.raise_signal(signal.SIGINT)
 sys.meta_path.insert(0, Interrupt())
 async def main(): ...

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
-from gpumesh.daemon.process import event_loop
+from gpumesh.daemon.process import async_runner
 from gpumesh.probes.http_client import make_http_client
 from tests.mesh.servers import Exchange, answer_with, serve
 
@@ -53,7 +53,7 @@ def test_a_connection_that_is_reset_at_once_is_an_http_error() -> None:
                     await client.get(url)
 
     with resetting_server() as url:
-        event_loop.run(ask(url))
+        async_runner.run(ask(url))
 
 
 @pytest.mark.parametrize("scheme", ["http", "https"])

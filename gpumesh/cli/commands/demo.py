@@ -58,10 +58,10 @@ def demo(
     Opens tunnels to simulated hosts (their SSH and their sockets are real, their GPUs are not), answers prompts,
     kills a host under load, and shows that nothing was lost. Nothing leaves this machine.
     """
-    from gpumesh.daemon.process import event_loop
+    from gpumesh.daemon.process import async_runner
 
     try:
-        code = event_loop.run(_run_demo(global_options(ctx), nodes, keep))
+        code = async_runner.run(_run_demo(global_options(ctx), nodes, keep))
     except (KeyboardInterrupt, asyncio.CancelledError):  # with --keep the third Ctrl-C raises CancelledError
         raise typer.Exit(130) from None
     if code is not ExitCode.OK:

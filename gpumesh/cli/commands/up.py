@@ -62,10 +62,10 @@ def up(
     if detach:
         _run_in_background(options, up_options)
     else:
-        from gpumesh.daemon.process import event_loop
+        from gpumesh.daemon.process import async_runner
 
         try:
-            interrupted = event_loop.run(_run_in_foreground(options, up_options))
+            interrupted = async_runner.run(_run_in_foreground(options, up_options))
         except (KeyboardInterrupt, asyncio.CancelledError):  # CancelledError: the third signal came
             interrupted = True
         if interrupted:

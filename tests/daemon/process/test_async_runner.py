@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from gpumesh.daemon.process import event_loop
+from gpumesh.daemon.process import async_runner
 
 
 @pytest.mark.parametrize("fast", [True, False])
@@ -20,9 +20,9 @@ def test_run_gives_the_result_or_raises_the_error(fast: bool) -> None:
     async def bad() -> None:
         raise ValueError("inside")
 
-    assert event_loop.run(good(), use_uvloop=fast) == 5
+    assert async_runner.run(good(), use_uvloop=fast) == 5
     with pytest.raises(ValueError, match="inside"):
-        event_loop.run(bad(), use_uvloop=fast)
+        async_runner.run(bad(), use_uvloop=fast)
 
 
 @pytest.mark.parametrize("fast", [True, False])
@@ -37,7 +37,7 @@ def test_ctrl_c_cancels_and_then_interrupts(fast: bool) -> None:
             ended.append(True)
 
     with pytest.raises(KeyboardInterrupt):
-        event_loop.run(main(), use_uvloop=fast)
+        async_runner.run(main(), use_uvloop=fast)
     assert ended == [True]
 
 
@@ -46,7 +46,7 @@ def test_ctrl_c_while_the_loop_is_being_made_prints_nothing(fast: bool) -> None:
     """At each line of asyncio that runs before the command's own first line, one after the other."""
     script = f"""
 import os, signal, sys
-from gpumesh.daemon.process import event_loop
+from gpumesh.daemon.process import async_runner
 
 begun = False
 
@@ -68,7 +68,7 @@ def interrupted(nth):
         return trace
     sys.settrace(trace)
     try:
-        event_loop.run(main(), use_uvloop={fast})
+        async_runner.run(main(), use_uvloop={fast})
     except KeyboardInterrupt:
         return True
     finally:
