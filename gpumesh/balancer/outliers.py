@@ -78,25 +78,29 @@ class _Recent:
 
     def __init__(self) -> None:
         self._entries: deque[tuple[float, float]] = deque(maxlen=RECENT_ANSWERS)  # time in seconds, deviation
-        self._last_median: tuple[bool, float, float | None] = (False, -math.inf, None)
+        # The cache of ``slowness``: its argument ``of_slow_node``, the time until which the result holds, and the
+        # result.
+        self._cached: tuple[bool, float, float | None] = (False, -math.inf, None)
 
     def add(self, now: float, deviation: float) -> None:
+        """Adds the deviation of an answer."""
         self._entries.append((now, deviation))
-        self._last_median = (False, -math.inf, None)
+        self._cached = (False, -math.inf, None)
 
     def slowness(self, now: float, *, of_slow_node: bool) -> float | None:
         """The median of the recent deviations as a ratio; ``None`` if there are too few. For a slow node, only the last
         ``PROBE_ANSWERS`` answers count, and one answer is enough."""
-        was_of_slow_node, true_until, slowness = self._last_median
-        if was_of_slow_node != of_slow_node or now > true_until:
+        was_of_slow_node, valid_until, slowness = self._cached
+        if was_of_slow_node != of_slow_node or now > valid_until:
             recent = [entry for entry in self._entries if now - entry[0] <= RECENT_S]
             slowness = self._find_median(recent, of_slow_node=of_slow_node)
-            true_until = recent[0][0] + RECENT_S if recent else math.inf  # then the oldest no longer counts
-            self._last_median = (of_slow_node, true_until, slowness)
+            valid_until = recent[0][0] + RECENT_S if recent else math.inf  # after this, the oldest does not count
+            self._cached = (of_slow_node, valid_until, slowness)
         return slowness
 
     @staticmethod
     def _find_median(entries: Sequence[tuple[float, float]], *, of_slow_node: bool) -> float | None:
+        """Does the work of ``slowness``, without its cache, for these recent entries."""
         least_count = MIN_RECENT
         if of_slow_node:
             entries = entries[-PROBE_ANSWERS:]

@@ -79,8 +79,8 @@ class SharedResult(Generic[T]):
     async def get(self, *, refresh: bool = False) -> T:
         """Returns an answer that is at most ``MAX_AGE_S`` old, waits for a running ``ask``, or calls ``ask`` again.
 
-        ``refresh``: an answer that is there already is not used, but a running ``ask`` is. Raises what ``ask`` raises;
-        an error is not kept for later callers.
+        ``refresh``: does not use an earlier answer, but waits for a running ``ask``. Raises the errors of ``ask``; an
+        error is not kept for later callers.
         """
         task = self._task
         is_old_answer = task is not None and task.done() and (refresh or self._is_too_old())
