@@ -169,8 +169,8 @@ def _excluded_by_rules_error(demand: Demand, allowed_names: frozenset[str]) -> N
 
 
 def _may_have_model(candidate: Candidate, demand: Demand) -> bool:
-    """Whether the node has the demanded model, or may have it because its models are not known, and its server speaks
-    the API of the request, as far as that is known."""
+    """Whether the node perhaps has the demanded model, and its server perhaps speaks the API of the request. What is
+    not known of a node (its models, the kind of its server) counts as suitable."""
     is_kind_known = find_dialect(candidate.kind) is not None
     speaks_api = candidate.kind in demand.kinds or not is_kind_known
     return candidate.enabled and speaks_api and has_model(candidate, demand.model)

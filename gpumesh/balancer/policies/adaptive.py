@@ -36,6 +36,9 @@ EQUAL_S = 0.01
 EQUAL_UNREAD = 1.25
 EQUAL_UNREAD_TOKENS = 32.0
 
+_Option = tuple[Forecast, NodeAccount]
+"""The cost of the request on a node, and the node."""
+
 
 class AdaptivePolicy:
     ranks_all = False
@@ -70,33 +73,18 @@ class AdaptivePolicy:
     def _best_free(self, forecasts: list[Forecast], question: Question) -> Forecast | None:
         """The best of the nodes with a free slot; ``None`` if there is none."""
         pairs = zip(forecasts, question.accounts, strict=True)
-        free = [(option, account) for option, account in pairs if option.is_free]
+        free = [pair for pair in pairs if pair[0].is_free]
         if len(free) < 2:
             return free[0][0] if free else None
-        costs = [option.total_s for option, _ in free]
-        tiers = [account.tier for _, account in free]
-        if question.demand.preferred_nodes:
-            tiers = [question.tier(account) for _, account in free]
-        best_tier = min(tiers)
-        if best_tier != max(tiers):
-            costs = [
-                cost if tier == best_tier else cost * TIER_FACTOR + TIER_S
-                for cost, tier in zip(costs, tiers, strict=True)
-            ]
-        bound = min(costs) * (1.0 + EQUAL_SHARE) + EQUAL_S
-        equal = [pair for pair, cost in zip(free, costs, strict=True) if cost <= bound]
-        demand = question.demand
-        if len(equal) > 1 and (demand.prompt is not None or demand.session is not None):
-            most_unread = min(option.unread_tokens for option, _ in equal)
-            if demand.session is None:  # a named conversation stays on its node even if little is read elsewhere
-                most_unread = most_unread * EQUAL_UNREAD + EQUAL_UNREAD_TOKENS
-            equal = [pair for pair in equal if pair[0].unread_tokens <= most_unread]
+        equal = _find_cheapest(free, question)
+        if len(equal) > 1 and (question.demand.prompt is not None or question.demand.session is not None):
+            equal = _find_least_unread(equal, has_session=question.demand.session is not None)
         if len(equal) == 1:
             return equal[0][0]
         start = question.turn % len(equal)
-        option, account = equal[start]
-        if account.is_idle:  # no other can be less loaded
-            return option
+        first_forecast, first_account = equal[start]
+        if first_account.is_idle:  # no other can be less loaded
+            return first_forecast
         return min((*equal[start:], *equal[:start]), key=lambda pair: relative_load(pair[1], question))[0]
 
     def accept_at_once(self, account: NodeAccount, question: Question) -> Choice:
@@ -116,6 +104,30 @@ class AdaptivePolicy:
         """A waiting request takes the best free slot unless another node is worth waiting for. It is the next in the
         queue, so no request waits before it."""
         return self._choose(question, 0.0, known)
+
+
+def _find_cheapest(free: list[_Option], question: Question) -> list[_Option]:
+    """The options of about the least cost. In a lower tier than the best one, a node must be much cheaper."""
+    costs = [forecast.total_s for forecast, _ in free]
+    tiers = [account.tier for _, account in free]
+    if question.demand.preferred_nodes:
+        tiers = [question.tier(account) for _, account in free]
+    best_tier = min(tiers)
+    if best_tier != max(tiers):
+        costs = [
+            cost if tier == best_tier else cost * TIER_FACTOR + TIER_S for cost, tier in zip(costs, tiers, strict=True)
+        ]
+    bound = min(costs) * (1.0 + EQUAL_SHARE) + EQUAL_S
+    return [option for option, cost in zip(free, costs, strict=True) if cost <= bound]
+
+
+def _find_least_unread(options: list[_Option], *, has_session: bool) -> list[_Option]:
+    """The options with about the smallest unread part of the prompt. ``has_session``: with exactly the smallest part,
+    so that a named conversation stays on its node even if it would have little to read on another node."""
+    bound = min(forecast.unread_tokens for forecast, _ in options)
+    if not has_session:
+        bound = bound * EQUAL_UNREAD + EQUAL_UNREAD_TOKENS
+    return [option for option in options if option[0].unread_tokens <= bound]
 
 
 def decide(offered: Forecast, forecasts: list[Forecast], question: Question) -> Choice:

@@ -292,8 +292,10 @@ class Shortlist:
         exclude: Collection[str] = (),
         needs_free: bool = False,
     ) -> list[NodeAccount]:
-        """The nodes to rank. ``cached``: how many tokens of the prompt each node has. ``exclude``: names of nodes that
-        must not be used. ``needs_free``: none, if they would all be without a free slot."""
+        """The nodes to rank: first nodes that have the beginning of the prompt, then nodes that mesh.yaml prefers, then
+        some nodes of each sort, from the best tier down. ``cached``: how many tokens of the prompt each node has.
+        ``exclude``: names of nodes that must not be used. ``needs_free``: returns no nodes if none of them would have a
+        free slot."""
         table = self.table(demand, now)
         picked: dict[str, NodeAccount] = {}
         usable = _UsableCheck(demand, now, exclude)
@@ -315,18 +317,23 @@ class Shortlist:
         has_warm_full = False
         tiers_with_free = 0
         for tier in table.tiers:
-            size = len(picked)
             if tiers_with_free < 2:  # two tiers, because a lower tier is used if the upper one is much slower
-                self._add_drawn(picked, table.draw_fastest(tier, self._rng), WARM_FREE, usable)
-                self._add_drawn(picked, table.draw(tier, Bag.EMPTY_FREE, self._rng), COLD_FREE, usable)
-                if len(picked) == size:  # otherwise a load that pushes out another model would hardly pay
-                    self._add_drawn(picked, table.draw(tier, Bag.COLD_FREE, self._rng), COLD_FREE, usable)
-                tiers_with_free += len(picked) > size
+                tiers_with_free += self._add_free(picked, table, tier, usable)
             if not has_warm_full:
                 size = len(picked)
                 self._add_drawn(picked, table.draw(tier, Bag.WARM_FULL, self._rng), WARM_FULL, usable)
                 has_warm_full = len(picked) > size
         return list(picked.values())
+
+    def _add_free(self, picked: dict[str, NodeAccount], table: NodeTable, tier: int, usable: _UsableCheck) -> bool:
+        """Adds nodes of this tier with a free slot: nodes that have the model in memory, and empty nodes. Adds a node
+        where the load pushes out another model only if there are no such nodes. Returns whether any node was added."""
+        size = len(picked)
+        self._add_drawn(picked, table.draw_fastest(tier, self._rng), WARM_FREE, usable)
+        self._add_drawn(picked, table.draw(tier, Bag.EMPTY_FREE, self._rng), COLD_FREE, usable)
+        if len(picked) == size:
+            self._add_drawn(picked, table.draw(tier, Bag.COLD_FREE, self._rng), COLD_FREE, usable)
+        return len(picked) > size
 
     def _add_named(
         self, picked: dict[str, NodeAccount], names: Collection[str], table: NodeTable, usable: _UsableCheck

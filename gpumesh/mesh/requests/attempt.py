@@ -76,8 +76,9 @@ async def ask_node(
 
 
 async def with_model(call: HttpCall, name: str, try_reserve_memory: Callable[[int], bool]) -> HttpCall:
-    """The call with this name of its model. A long body is copied in steps, with turns of other requests between them.
-    ``try_reserve_memory`` is asked for the memory of such a copy. Raises QueueFull if there is no room for it."""
+    """Returns the call with ``name`` as the name of its model. A long body is copied in steps, so that other requests
+    run between them. ``try_reserve_memory`` reserves the memory for such a copy. Raises QueueFull if there is no memory
+    for it."""
     if len(call.body) <= COPY_BYTES:
         pieces = replace_model(call.body, name)
     else:
@@ -95,7 +96,7 @@ async def with_model(call: HttpCall, name: str, try_reserve_memory: Callable[[in
 
 
 async def _run_steps(work: Generator[None, None, T]) -> T:
-    """Runs the generator with turns of other requests between its steps, and returns its result."""
+    """Runs the generator, lets other requests run between its steps, and returns its result."""
     while True:
         try:
             next(work)
