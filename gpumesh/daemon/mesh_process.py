@@ -12,8 +12,9 @@ import time
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from gpumesh.config.changed_file import ChangedFile
 from gpumesh.config.comparison import ConfigSnapshot
 from gpumesh.daemon import leftovers, log_file
 from gpumesh.daemon.control_socket.server import ControlServer
@@ -27,6 +28,10 @@ from gpumesh.daemon.state_changes import compare_states
 from gpumesh.errors import GPUMeshError, MeshAlreadyRunning
 from gpumesh.state import MeshState
 from gpumesh.topology import Topology
+from gpumesh.tunnels.blocking import run_in_thread
+
+if TYPE_CHECKING:
+    from gpumesh.mesh.mesh import Mesh
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +78,8 @@ async def run_mesh(
         session = LocalSession(mesh, snapshot)
         _run_until_closed(stack, _log_changes(session), name="journal")
         _run_until_closed(stack, _record_history(session), name="history")
+        if snapshot is not None:
+            _run_until_closed(stack, _watch_file(mesh, ChangedFile(paths.config, snapshot), check_every_s), name="file")
         _run_until_closed(stack, ModelPlacement(mesh, clock=time.monotonic).run(), name="placement")
         control = await stack.enter_async_context(ControlServer(session, paths.socket, on_stop=shutdown.request_within))
         if lock is not None:
@@ -166,6 +173,19 @@ async def _record_history(session: LocalSession) -> None:
     while True:
         await asyncio.sleep(HISTORY_INTERVAL_S)
         session.recorder.add(await session.status())
+
+
+async def _watch_file(mesh: Mesh, changed_file: ChangedFile, interval_s: float) -> None:
+    """Tells in the mesh's state that mesh.yaml has changed. The file is looked at in a thread: to parse a changed file
+    takes long, and the file may lie on a network disk that is away."""
+    while True:
+        try:
+            finding = await run_in_thread(changed_file.find)
+        except (GPUMeshError, OSError, ValueError) as error:
+            log.warning("mesh.yaml cannot be compared with what runs: %s", error, extra={"event": "config"})
+        else:
+            mesh.own_findings = () if finding is None else (finding,)
+        await asyncio.sleep(interval_s)
 
 
 async def _restore_when_removed(

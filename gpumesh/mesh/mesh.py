@@ -42,7 +42,7 @@ from gpumesh.mesh.requests.delivery import RequestDelivery, SendContext
 from gpumesh.mesh.requests.upload import upload
 from gpumesh.mesh.requests.upstream import Upstream
 from gpumesh.probes.http_client import make_http_client
-from gpumesh.state import GatewayState, MeshState, compute_totals
+from gpumesh.state import Finding, GatewayState, MeshState, compute_totals
 from gpumesh.text.model_names import full_name
 from gpumesh.topology import BackendKind, Topology
 from gpumesh.tunnels.base import ExecResult, Tunnel
@@ -76,6 +76,7 @@ class Mesh:
         self.model_rules = ModelRules(topology.models)
         self.request_counters = RequestCounters()
         self.gateway = GatewayState()
+        self.own_findings: tuple[Finding, ...] = ()  # about the mesh itself: whoever runs it sets them
         self._clock = clock
         self._rng = rng or Random()
         self._prompter = prompter
@@ -209,6 +210,7 @@ class Mesh:
         dispatcher = self._dispatcher
         merge = self._inspection.merge
         states = tuple(merge(node.state(dispatcher.queued_for(node.name))) for node in self.fleet)
+        findings = audit.collect_findings(self.topology, states)
         return MeshState(
             mesh=self.topology.name,
             at=datetime.now(UTC),
@@ -220,7 +222,7 @@ class Mesh:
             ),
             totals=compute_totals(states),
             nodes=states,
-            findings=(*audit.collect_findings(self.topology, states), *self._coordination.findings()),
+            findings=(*findings, *self._coordination.findings(), *self.own_findings),
         )
 
     @property

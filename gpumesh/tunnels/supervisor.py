@@ -279,13 +279,14 @@ class SshTunnel:
         assert self._life.retry_at is not None, "a waiting tunnel has a time for its retry"
         self._retry_wakeup.clear()
         code = self._life.cause.code if self._life.cause is not None else ""
-        repair_task = asyncio.create_task(self._repairs.watch(code, lambda: self._handle_event(RepairSeen())))
-        try:
-            async with asyncio.timeout(max(0.0, self._life.retry_at - self._clock())):
-                await self._retry_wakeup.wait()
-        except TimeoutError:
-            self._handle_event(RetryDue())
-        finally:
+        wait_s = max(0.0, self._life.retry_at - self._clock())
+        async with asyncio.TaskGroup() as group:
+            repair_task = group.create_task(self._repairs.watch(code, lambda: self._handle_event(RepairSeen())))
+            try:
+                async with asyncio.timeout(wait_s):
+                    await self._retry_wakeup.wait()
+            except TimeoutError:
+                self._handle_event(RetryDue())
             repair_task.cancel()
 
     # -- one connection ----------------------------------------------------------------------------------------------

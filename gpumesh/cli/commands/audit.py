@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -84,6 +84,7 @@ async def _inspect(options: GlobalOptions, topology: Topology) -> tuple[MeshStat
 
     A running mesh is asked, unless ``topology`` leads to other hosts or servers than those that the mesh has reached:
     what it knows says nothing about them. Then a mesh in this process reaches them. A finding names what differs."""
+    from gpumesh.cli.views.changed_file import replace_finding
     from gpumesh.config.comparison import compare_topologies, describe_differences
     from gpumesh.daemon.control_socket.remote_session import RemoteSession
 
@@ -97,10 +98,10 @@ async def _inspect(options: GlobalOptions, topology: Topology) -> tuple[MeshStat
             state = await _inspect_session(session, topology)
             # Other expectations change nothing here: the audit uses those of ``topology``.
             finding = None if differences.change_expectations_only else describe_differences(differences)
-            return _add_finding(state, finding), True
+            return replace_finding(state, finding), True
     async with open_local_session(options, topology) as local_session:
         state = await _inspect_session(local_session, topology)
-    return _add_finding(state, None if differences is None else describe_differences(differences)), True
+    return replace_finding(state, None if differences is None else describe_differences(differences)), True
 
 
 async def _inspect_session(session: Session, topology: Topology) -> MeshState:
@@ -108,10 +109,6 @@ async def _inspect_session(session: Session, topology: Topology) -> MeshState:
     from gpumesh.mesh.inspection.fresh_inspection import inspect_mesh
 
     return await inspect_mesh(session.wait_first_report, partial(_read_output, session), topology)
-
-
-def _add_finding(state: MeshState, finding: Finding | None) -> MeshState:
-    return state if finding is None else replace(state, findings=(*state.findings, finding))
 
 
 async def _read_output(session: Session, node: str, argv: Sequence[str]) -> bytes:

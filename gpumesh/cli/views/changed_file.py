@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from gpumesh.cli.views.safe_text import clean_line
+from gpumesh.config.comparison import CONFIG_CHANGED
 from gpumesh.state import Finding, MeshState, Severity
 
 if TYPE_CHECKING:
@@ -26,8 +27,13 @@ def print_finding(finding: Finding | None) -> None:
 
 def add_finding(state: MeshState, changed_file: ChangedFile) -> MeshState:
     """The state with the finding about mesh.yaml as it is now, if there is one."""
-    finding = changed_file.find()
-    return state if finding is None else replace(state, findings=(*state.findings, finding))
+    return replace_finding(state, changed_file.find())
+
+
+def replace_finding(state: MeshState, finding: Finding | None) -> MeshState:
+    """The state with this finding about mesh.yaml, or none, instead of the mesh's own, which is some seconds old."""
+    others = tuple(other for other in state.findings if other.code != CONFIG_CHANGED)
+    return replace(state, findings=others if finding is None else (*others, finding))
 
 
 async def watch_with_file(session: Session, paths: MeshPaths, interval_s: float) -> AsyncGenerator[MeshState]:

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 
+import httpx
 import pytest
 
 from tests.cli.commands.test_audit import by_code
 from tests.cli.meshes import SimulatedMesh
 
 pytestmark = [pytest.mark.slow]
+
+
+async def read_findings(gateway: str) -> list[dict[str, str]]:
+    """The findings that the gateway tells."""
+    async with httpx.AsyncClient(trust_env=False) as client:
+        findings: list[dict[str, str]] = (await client.get(f"{gateway}/mesh/status")).json()["findings"]
+        return findings
 
 
 async def test_each_command_says_that_the_file_is_not_what_runs(direct: SimulatedMesh) -> None:
@@ -34,6 +43,9 @@ async def test_each_command_says_that_the_file_is_not_what_runs(direct: Simulate
     document = (await gpumesh("status", "--json", "--check", code=3)).json()
     assert [node["name"] for node in document["nodes"]] == ["alpha", "beta"], "the state is that of what runs"
     assert differences in by_code(document)["config-changed"]["message"]
+    [told] = [finding for finding in document["findings"] if finding["code"] == "config-changed"]
+    while told not in (await read_findings(document["gateway"]["url"])):  # the mesh looks at its file now and then
+        await asyncio.sleep(0.05)
     for arguments, code in (
         (("env",), 0),
         (("models", "list"), 0),
