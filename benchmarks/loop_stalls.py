@@ -33,6 +33,7 @@ from types import FrameType
 
 import uvloop
 
+from gpumesh.daemon.process.garbage_collector import tune_garbage_collector
 from gpumesh.gateway.app import Gateway
 from gpumesh.mesh.mesh import Mesh
 from gpumesh.topology import BackendKind, BackendSpec, GatewaySpec, ModelSpec, NodeSpec, Target, Topology
@@ -316,6 +317,12 @@ async def measure(case: Case, size: int, count: int, watcher: Watcher, file: Pat
 
 
 async def main_loop(size: int, count: int, only: str, *, stacks: bool) -> None:
+    async with AsyncExitStack() as stack:
+        tune_garbage_collector(stack)  # as `gpumesh up` does
+        await measure_all(size, count, only, stacks=stacks)
+
+
+async def measure_all(size: int, count: int, only: str, *, stacks: bool) -> None:
     watcher = Watcher()
     ticking = asyncio.create_task(watcher.tick())
     if stacks:

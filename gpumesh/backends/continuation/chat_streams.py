@@ -45,6 +45,7 @@ _SHAPES_ANSWER = re.compile(
 # The limits for the tokens of an answer. The last is llama-server's own.
 LIMIT_KEYS = ("max_completion_tokens", "max_tokens", "n_predict")
 _TEXTS = re.compile(rb'"content"\s*:\s*("[^"\\]*(?:\\.[^"\\]*)*")')
+_TEXT_MEMBERS = {"role", "content"}  # of a message that holds only text
 
 
 class OpenAIChatFormat(EventStreamFormat):
@@ -125,7 +126,7 @@ class OpenAIChatFormat(EventStreamFormat):
     def render_call(self, request: JsonObject, thinking: str) -> HttpCall | None:
         """Asks Ollama's own API for the rendered prompt. A server that does not know ``_debug_render_only`` generates
         an answer, so that is limited to one token."""
-        messages = _as_native(request["messages"], exact=False)
+        messages = _as_native(request["messages"])
         if messages is None:
             return None
         body = _native_body(request) | {"messages": append_answer(messages, SENTINEL, "thinking", thinking)}
@@ -134,7 +135,7 @@ class OpenAIChatFormat(EventStreamFormat):
 
     def raw_prompt_refusal(self, request: JsonObject) -> str | None:
         """The reason if the chat holds more than text."""
-        if _as_native(request["messages"], exact=True) is None:
+        if not _has_only_text(request["messages"]):
             return "not all of these messages can be told as text"
         return None
 
@@ -342,25 +343,38 @@ def _native_options(request: JsonObject) -> dict[str, Any]:
     return options
 
 
-def _as_native(messages: list[Any], *, exact: bool) -> list[Any] | None:
-    """The messages that Ollama's ``/v1`` makes of a request's messages: each part of a content becomes a message.
-
-    Parts that are not text (images, tool calls) are left out. If ``exact``, nothing may be left out: then the result is
-    ``None`` if there is such a part, or another member than role and content. It is also ``None`` if a message is no
-    object.
-    """
+def _as_native(messages: list[Any]) -> list[Any] | None:
+    """The messages that Ollama's ``/v1`` makes of a request's messages: each part of a content becomes a message. Parts
+    that are not text (images, tool calls) are left out. ``None`` if a message is no object."""
     native_messages: list[Any] = []
     for message in messages:
-        if not isinstance(message, dict) or (exact and message.keys() - {"role", "content"}):
+        if not isinstance(message, dict):
             return None
         content = message.get("content")
-        parts = [{"type": "text", "text": content}] if isinstance(content, str) else safe_json.as_objects(content)
-        for part in parts:
-            if part.get("type") == "text" and isinstance(part.get("text"), str):
-                native_messages.append({"role": message.get("role"), "content": part["text"]})
-            elif exact:
-                return None
+        if isinstance(content, str):  # nearly always, and there may be 100,000
+            native_messages.append({"role": message.get("role"), "content": content})
+            continue
+        native_messages += [
+            {"role": message.get("role"), "content": part["text"]}
+            for part in safe_json.as_objects(content)
+            if _is_text_part(part)
+        ]
     return native_messages
+
+
+def _has_only_text(messages: list[Any]) -> bool:
+    """Whether ``_as_native`` leaves out nothing: no part that is not text, and no member besides role and content."""
+    for message in messages:
+        if not isinstance(message, dict) or not message.keys() <= _TEXT_MEMBERS:
+            return False
+        content = message.get("content")
+        if not isinstance(content, str) and not all(map(_is_text_part, safe_json.as_objects(content))):
+            return False
+    return True
+
+
+def _is_text_part(part: JsonObject) -> bool:
+    return part.get("type") == "text" and isinstance(part.get("text"), str)
 
 
 def correct_figures(document: JsonObject, partial_answer: PartialAnswer) -> dict[str, Any]:

@@ -7,10 +7,12 @@ import json
 import pytest
 from msgspec.structs import replace
 
+from gpumesh.backends import safe_json
 from gpumesh.backends.base import HttpCall
+from gpumesh.backends.continuation.chat_streams import OpenAIChatFormat
 from gpumesh.backends.continuation.continuation import MAX_CUTS, Continuation
 from gpumesh.backends.continuation.ending import Ending
-from gpumesh.backends.continuation.planner import REQUEST_VALUES, ContinuationStrategies
+from gpumesh.backends.continuation.planner import ContinuationStrategies
 from gpumesh.backends.continuation.prefill import ContinuationStrategy
 from gpumesh.backends.continuation.stream_format import SENTINEL
 from gpumesh.topology import BackendKind
@@ -395,19 +397,33 @@ def long_chat(count: int) -> HttpCall:
 
 
 def test_a_long_request_is_taken_apart_before_the_cut_is_handled_in_two_steps() -> None:
-    call = long_chat(REQUEST_VALUES // 4)
+    call = long_chat(10_000)
     answer = start_answer(call)
     answer.feed(b"".join(ModelServer(tokens=20).frames(openai())[:3]))
     assert len(list(answer.prepare_cut())) == 2, "the estimate of its cost, then the parsing"
     assert answer.handle_cut("connection lost") is None, "another node can continue"
 
 
-def test_a_request_of_too_many_values_is_not_taken_apart() -> None:
-    """Its bytes alone would be affordable, but not the time that no other request is served."""
-    call = long_chat(REQUEST_VALUES // 3 + 1)
+def test_a_request_that_costs_too_much_is_not_taken_apart() -> None:
+    call = long_chat(safe_json.ANSWER_VALUES // 3 + 1)
     answer = start_answer(call)
     answer.feed(b"".join(ModelServer(tokens=20).frames(openai())[:3]))
     assert list(answer.prepare_cut()) == []
     ending = answer.handle_cut("connection lost")
     assert ending is not None
     assert "its request is too large to be taken apart" in str(ending.error)
+
+
+@pytest.mark.parametrize(
+    ("content", "is_text"),
+    [
+        ("a", True),
+        ([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}], True),
+        ([{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {"url": "data:"}}], False),
+        ([{"type": "text", "text": 1}], False),
+    ],
+)
+def test_only_a_chat_of_texts_is_continued_from_its_rendered_prompt(content: object, is_text: bool) -> None:
+    messages = [{"role": "user", "content": content}, {"role": "user", "content": "b"}]
+    refusal = OpenAIChatFormat("/v1/chat/completions").raw_prompt_refusal({"messages": messages})
+    assert (refusal is None) is is_text
