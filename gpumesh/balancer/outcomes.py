@@ -169,7 +169,8 @@ def find_blame(outcome: Outcome, context: AttemptContext) -> Blame:
     """
     reply, model = context.reply, context.model
     if outcome is Outcome.MODEL_NOT_FOUND:
-        if not context.takes_slot or reply is None or model is None:
+        # On a route that is not known, the client may have asked for anything: what is missing need not be the model.
+        if not (context.takes_slot and context.is_known_route) or reply is None or model is None:
             return Blame.NOBODY
         # A 404 can also mean that the server does not know the path. Then its message does not name the model.
         return Blame.MISSING_MODEL if says_model_is_missing(reply.status, reply.message, model) else Blame.NOBODY

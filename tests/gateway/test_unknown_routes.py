@@ -152,6 +152,8 @@ async def test_a_404_that_names_the_model_says_nothing_of_the_route() -> None:
     async with serve_openai(a=unloaded, b=has) as fleet:
         assert (await fleet.client.post("/v1/rerank", json={"model": "rank"})).status_code == 200
         assert fleet.mesh._send_context.route_gaps.find_nodes("/v1/rerank") == frozenset()
+        candidate = next(one for one in fleet.mesh.candidates() if one.name == "a")
+        assert not candidate.broken_models, "what a client asks for there may be missing for any reason"
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from gpumesh.backends.error_meanings import says_model_is_missing
 from gpumesh.backends.error_text import error_text
 from gpumesh.balancer.outcomes import MAX_SERVER_FAILURES, SERVER_ERROR_STATUS, Blame, ErrorReply, Outcome
 from gpumesh.errors import BackendStatus, GPUMeshError, NoNodeError, ServersFailed
@@ -104,8 +105,11 @@ def lost_over_ssh(failed: FailedAttempt) -> bool:
 
 def lacks_route(failed: FailedAttempt) -> bool:
     """Whether the server has answered that it does not have the route. A 404 may also be about the model."""
-    blame = None if failed.lease is None else failed.lease.blame
-    return failed.outcome in (Outcome.MODEL_NOT_FOUND, Outcome.NOT_SUPPORTED) and blame is not Blame.MISSING_MODEL
+    if failed.outcome is not Outcome.MODEL_NOT_FOUND:
+        return failed.outcome is Outcome.NOT_SUPPORTED
+    model = "" if failed.lease is None else failed.lease.model or ""
+    body = failed.error.body if isinstance(failed.error, BackendStatus) else b""
+    return not (model and says_model_is_missing(404, error_text(404, body), model))
 
 
 def all_failed_error(failures: Sequence[FailedAttempt]) -> NoNodeError:
