@@ -117,8 +117,9 @@ def _check_key_file(path: Path, ssh: SshSpec, node: str) -> Iterator[Finding]:
         message = f"the key file {path} cannot be read: {error.strerror}"
         yield Finding("key-unreadable", Severity.ERROR, node, message, "check `ssh.identity_file`")
         return
+    has_agent = ssh.agent and environment.ssh_auth_sock() is not None
     if kind is key_files.KeyKind.PUBLIC:  # its private key may be in the agent (1Password, a YubiKey, gpg-agent)
-        if not (ssh.agent and environment.ssh_auth_sock() is not None) and ssh.transport is TransportKind.SSHTUNNEL:
+        if not has_agent and ssh.transport is TransportKind.SSHTUNNEL:
             message = f"{path} is a public key, and there is no SSH agent that could have its private key"
             hint = "name the private key beside it, or start the agent that has it"
             yield Finding("key-unreadable", Severity.ERROR, node, message, hint)
@@ -126,9 +127,9 @@ def _check_key_file(path: Path, ssh: SshSpec, node: str) -> Iterator[Finding]:
     if stat.S_IMODE(mode) & 0o077:  # a permission for the group or for other users
         message = f"the key file {path} can be read by other users of this machine, and ssh refuses such keys"
         yield Finding("key-open", Severity.WARNING, node, message, paste_command("chmod 600 {FILE}", FILE=str(path)))
-    if kind is key_files.KeyKind.FIDO and ssh.transport is TransportKind.SSHTUNNEL:
-        message = f"{path} is a key on a security token, which transport sshtunnel cannot use"
-        hint = "write `transport: openssh` under its ssh"
+    if kind is key_files.KeyKind.FIDO and not has_agent and ssh.transport is TransportKind.SSHTUNNEL:
+        message = f"{path} is a key on a security token, which transport sshtunnel can use through an SSH agent only"
+        hint = "write `transport: openssh` under its ssh, or `ssh-add` the key"
         yield Finding("transport-unsupported", Severity.WARNING, node, message, hint)
 
 

@@ -8,19 +8,19 @@ import dataclasses
 import getpass
 import subprocess
 import threading
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
 from gpumesh import config
 from gpumesh.config.ssh import ssh_config
-from gpumesh.errors import AuthRefused, ExecError, TunnelError
-from gpumesh.topology import SshSpec, TransportKind
+from gpumesh.errors import AuthRefused, ExecError
+from gpumesh.topology import TransportKind
 from gpumesh.tunnels.transport import ConnectFunction, ConnectRequest
 from gpumesh.tunnels.transports import load_connect
 from gpumesh.tunnels.workers.worker_pool import WorkerPool
 from tests.prerequisites import needs
+from tests.tunnels.logging_in import get_refusal, log_in
 from tests.tunnels.questioning_server import QuestioningServer, run_questioning_server
 from tests.tunnels.recorded_events import RecordedEvents
 from tests.tunnels.sshd import Sshd, keygen, run_agent, serving
@@ -38,39 +38,6 @@ def transport(request: pytest.FixtureRequest) -> TransportKind:
 @pytest.fixture
 def connect(transport: TransportKind) -> ConnectFunction:
     return load_connect(transport)
-
-
-@contextlib.asynccontextmanager
-async def logged_in(
-    connect: ConnectFunction, ssh: SshSpec, folder: Path, *, person: RecordedEvents | None = None, **secrets: str
-) -> AsyncIterator[None]:
-    """Logs in with these secrets, and shows that the host answers."""
-    request = ConnectRequest("iceland", ssh, (), tuple(secrets.items()), person is not None, str(folder))
-    connection = await connect(request, (), person or RecordedEvents())
-    try:
-        assert await connection.ping(10.0) is not None
-        yield
-    finally:
-        await connection.close()
-        for path in folder.iterdir():
-            path.unlink()
-
-
-async def log_in(
-    connect: ConnectFunction, ssh: SshSpec, folder: Path, *, person: RecordedEvents | None = None, **secrets: str
-) -> None:
-    async with logged_in(connect, ssh, folder, person=person, **secrets):
-        pass
-
-
-async def get_refusal(
-    connect: ConnectFunction, ssh: SshSpec, folder: Path, *, person: RecordedEvents | None = None, **secrets: str
-) -> TunnelError:
-    with pytest.raises(TunnelError) as caught:
-        await log_in(connect, ssh, folder, person=person, **secrets)
-    for path in folder.iterdir():
-        path.unlink()
-    return caught.value
 
 
 # -- keys ------------------------------------------------------------------------------------------------------------
@@ -181,41 +148,6 @@ async def test_keys_leave_a_try_for_the_password(
     assert refusal.code == "auth-refused"
 
 
-async def test_an_agent_signs_only_for_a_host_that_takes_the_key(
-    connect: ConnectFunction, sshd: Sshd, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Each signature may need a touch of a token or a click: here a program is asked each time (``ssh-add -c``)."""
-    asked = tmp_path / "asked"
-    ask = tmp_path / "ask"
-    ask.write_text(f"#!/bin/sh\necho asked >> {asked}\n")
-    ask.chmod(0o700)
-    for name, value in (("SSH_ASKPASS", str(ask)), ("SSH_ASKPASS_REQUIRE", "force"), ("DISPLAY", ":0")):
-        monkeypatch.setenv(name, value)
-    others = [keygen(tmp_path / f"other{number}") for number in range(3)]
-    with run_agent(tmp_path, *others, sshd.identity, confirm=True) as agent:
-        monkeypatch.setenv("SSH_AUTH_SOCK", str(agent))
-        await log_in(connect, sshd.spec(agent=True, identity_files=()), folder)
-    assert asked.read_text() == "asked\n"
-
-
-async def test_an_agent_that_declines_to_sign_leaves_the_next_key(
-    connect: ConnectFunction, sshd: Sshd, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A person declined, or the token is not there."""
-    ask = tmp_path / "ask"
-    ask.write_text(f"#!/bin/sh\n[ -e {tmp_path}/asked ] || {{ touch {tmp_path}/asked; exit 1; }}\n")
-    ask.chmod(0o700)
-    for name, value in (("SSH_ASKPASS", str(ask)), ("SSH_ASKPASS_REQUIRE", "force"), ("DISPLAY", ":0")):
-        monkeypatch.setenv(name, value)
-    second = keygen(tmp_path / "second")
-    with sshd.authorized_keys.open("a") as file:
-        file.write(second.with_suffix(".pub").read_text())
-    with run_agent(tmp_path, sshd.identity, second, confirm=True) as agent:
-        monkeypatch.setenv("SSH_AUTH_SOCK", str(agent))
-        await log_in(connect, sshd.spec(agent=True, identity_files=()), folder)
-    assert (tmp_path / "asked").exists()
-
-
 async def test_a_host_is_asked_once_for_the_service(connect: ConnectFunction, folder: Path, tmp_path: Path) -> None:
     """A round trip each time. This server gives no session, so transport openssh connects twice."""
     server = QuestioningServer("publickey,password", "hunter2", (), [])
@@ -225,21 +157,6 @@ async def test_a_host_is_asked_once_for_the_service(connect: ConnectFunction, fo
         await log_in(connect, named, folder, password="hunter2")
     assert server.service_requests <= 2
     assert len(set(server.tried_keys)) == 2
-
-
-async def test_a_certificate_in_the_agent(
-    connect: ConnectFunction, sshd: Sshd, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    authority = keygen(tmp_path / "ca")
-    signing = ["ssh-keygen", "-q", "-s", str(authority), "-I", "test", "-n", getpass.getuser()]
-    subprocess.run([*signing, str(sshd.identity.with_suffix(".pub"))], check=True, timeout=20)
-    await sshd.stop()
-    sshd.options["TrustedUserCAKeys"] = str(authority.with_suffix(".pub"))
-    sshd.authorized_keys.write_text("")
-    await sshd.start()
-    with run_agent(tmp_path, sshd.identity) as agent:
-        monkeypatch.setenv("SSH_AUTH_SOCK", str(agent))
-        await log_in(connect, sshd.spec(agent=True, identity_files=()), folder)
 
 
 @pytest.mark.parametrize("user_in_file", [True, False])

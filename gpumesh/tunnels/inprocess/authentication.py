@@ -237,6 +237,7 @@ class _Login:
             if isinstance(error, paramiko.AuthenticationException) or not transport.is_active():
                 raise
             # The agent does not sign: it is locked, the token is not there, or a person has declined.
+            self._record.attempts[-1] += ", which the agent did not use to sign"
             raise paramiko.AuthenticationException(str(error)) from error
 
     def _try_secrets(self) -> bool:

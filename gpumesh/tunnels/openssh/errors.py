@@ -120,6 +120,13 @@ _ERRORS_BY_TEXT: tuple[tuple[re.Pattern[str], _MakeError], ...] = tuple(
             ),
         ),
         (
+            r"signing failed for|agent refused operation",
+            lambda destination, line: AuthRefused(
+                f"{destination} refuses the login, and a key could not sign: {line}",
+                hint="unlock the agent and confirm what it asks, or plug the security token in and touch it",
+            ),
+        ),
+        (
             r"permission denied|too many authentication failures|no supported authentication methods",
             lambda destination, line: AuthRefused(
                 f"{destination} refuses the login: {line}",

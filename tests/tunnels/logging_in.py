@@ -1,0 +1,47 @@
+"""Logs in to a host by a transport, for the tests of logins."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from gpumesh.errors import TunnelError
+from gpumesh.topology import SshSpec
+from gpumesh.tunnels.transport import ConnectFunction, ConnectRequest
+from tests.tunnels.recorded_events import RecordedEvents
+
+
+@contextlib.asynccontextmanager
+async def logged_in(
+    connect: ConnectFunction, ssh: SshSpec, folder: Path, *, person: RecordedEvents | None = None, **secrets: str
+) -> AsyncIterator[None]:
+    """Logs in with these secrets, and shows that the host answers."""
+    request = ConnectRequest("iceland", ssh, (), tuple(secrets.items()), person is not None, str(folder))
+    connection = await connect(request, (), person or RecordedEvents())
+    try:
+        assert await connection.ping(10.0) is not None
+        yield
+    finally:
+        await connection.close()
+        for path in folder.iterdir():
+            path.unlink()
+
+
+async def log_in(
+    connect: ConnectFunction, ssh: SshSpec, folder: Path, *, person: RecordedEvents | None = None, **secrets: str
+) -> None:
+    async with logged_in(connect, ssh, folder, person=person, **secrets):
+        pass
+
+
+async def get_refusal(
+    connect: ConnectFunction, ssh: SshSpec, folder: Path, *, person: RecordedEvents | None = None, **secrets: str
+) -> TunnelError:
+    with pytest.raises(TunnelError) as caught:
+        await log_in(connect, ssh, folder, person=person, **secrets)
+    for path in folder.iterdir():
+        path.unlink()
+    return caught.value
