@@ -230,8 +230,10 @@ class NodeAccount:
     def count(self, model: str | None = None) -> int:
         """The number of requests to this model (a full name; ``None``: to any model) on the node's GPU, from all
         gateways. The requests of other gateways count for each model, because their models are not known."""
-        total = self.group.others_in_flight
-        for account in self.group.accounts:
+        accounts, total = self.group.accounts, self.group.others_in_flight
+        if len(accounts) == 1:  # nearly always
+            return total + (len(self.placed) if model is None else self.placed_by_model.get(model, 0))
+        for account in accounts:
             total += len(account.placed) if model is None else account.placed_by_model.get(model, 0)
         return total
 
@@ -247,9 +249,11 @@ class NodeAccount:
         """Whether the node has a free slot for a request to this model."""
         # A learned number is for one model: Ollama has slots for each model in memory. A number in mesh.yaml, or from a
         # server with a single model, is for all requests.
-        if self._counts_by_model:
-            return self.count(model or "") < self.learned_slots.max_in_flight(model or "", now)
-        slots = self.reported_parallel if self.max_parallel is None else self.max_parallel
+        slots = self.max_parallel
+        if slots is None:
+            if self.learns_limit:
+                return self.count(model or "") < self.learned_slots.max_in_flight(model or "", now)
+            slots = self.reported_parallel
         return slots is None or self.count() < slots
 
     @property
@@ -297,8 +301,7 @@ class NodeAccount:
         if self._counts_by_model:
             running = [placed for placed in running if (placed.model or "") == model]
             if not self.learned_slots.limit(model).has_been_full:
-                # During slow start, each first token may prove one more slot. So the next first token may give a slot
-                # before any request ends.
+                # In slow start each first token may prove one more slot, which is free before any request ends.
                 until_first_tokens_s = [placed.begins_at - now for placed in running if placed.first_token_at is None]
                 if until_first_tokens_s:
                     return max(min(until_first_tokens_s), 0.0)
@@ -322,7 +325,7 @@ class NodeAccount:
         self.group.events += 1
         self.placed.add(placed)
         self.placed_by_model[model] = self.placed_by_model.get(model, 0) + 1
-        if self._counts_by_model:
+        if self.learns_limit and self.max_parallel is None:  # ``_counts_by_model``
             placed.sent = self.learned_slots.send(model, now)
         placed.read_sum = self.activity.begin_read(now)
         self._reads_end_at = max(self._reads_end_at, now + load_s) + placed.read_s

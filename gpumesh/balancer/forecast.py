@@ -178,7 +178,11 @@ def forecast(
     pace = account.rates.pace(model)
     cached = work.cached
     cached_tokens = cached.get(account.name, 0.0) if cached else 0.0
-    unread_tokens = max(work.prompt_tokens - cached_tokens, 1.0)
+    # Here conditions stand instead of ``min`` and ``max``, which take three times as long: most of the balancer's time
+    # goes into this function.
+    unread_tokens = work.prompt_tokens - cached_tokens
+    if not unread_tokens > 1.0:
+        unread_tokens = 1.0
     read_s = own_read_s = unread_tokens * pace.read_token_s / speed
     if activity.reading:
         read_s += max(account.remaining_read_s(now) - load_s, 0.0)
@@ -186,15 +190,18 @@ def forecast(
     # The writing of the answer, and what the reading and the writing cost others.
     read_share, stall = activity.read_share(now), account.read_stall.value
     write_s = work.answer_tokens * pace.token_s / (speed * (1.0 - stall * read_share))
-    reading = min(read_share, MOST_READING)
+    reading = min(MOST_READING, read_share)
     others_s = own_read_s * (READ_DELAY + reading / (1.0 - reading))
-    streams = account.streams + activity.reading  # the prompts that are read now are answers when this one is read
+    # The prompts that are read now are answers when this one is read.
+    streams = activity.reading + (activity.streams if len(account.group.accounts) == 1 else account.streams)
     if streams:
         write_s *= 1.0 + pace.share * streams
         # Each running answer slows down or stands still while the prompt is read, and is slower while both are written.
-        overlap_s = min(account.mean_remaining_s(now) or write_s, write_s)
+        overlap_s = account.mean_remaining_s(now) or write_s
+        overlap_s = min(overlap_s, write_s)
         slowdown = pace.share / (1.0 + pace.share * (streams - 1))  # relative to the time without this answer
-        others_s += streams * (stall * min(own_read_s, overlap_s) + overlap_s * slowdown)
+        stalled_s = min(overlap_s, own_read_s)
+        others_s += streams * (stall * stalled_s + overlap_s * slowdown)
 
     # The prompts that this prompt pushes out of the server's cache. The node with the most of this prompt in its cache
     # would only replace the beginning of the same prompt. Another node replaces another prompt, and must then read that
@@ -309,7 +316,7 @@ def place_on(account: NodeAccount, demand: Demand, work: Work, expected: Forecas
     drain_s: float | None = None
     if key is not None:
         residency = account.residency
-        needs_load = not residency.is_resident(key)
+        needs_load = expected.load_s > 0.0 and not residency.is_resident(key)
         if needs_load:
             drain_s = account.drain_s(now, expected.pushed_out) if expected.pushed_out and account.placed else 0.0
             residency.note_sent(key, expected.pushed_out, now=now, load_s=expected.load_s)

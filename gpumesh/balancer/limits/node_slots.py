@@ -126,7 +126,10 @@ class NodeSlots:
     def max_in_flight(self, model: str, now: float) -> int:
         """The most requests of this model that may be in flight now."""
         slots = self._models.get(model)
-        return (_FIRST_GUESS if slots is None else slots.limit).max_in_flight(now)
+        limit = _FIRST_GUESS if slots is None else slots.limit
+        if limit.ceiling_until is not None and now < limit.ceiling_until and limit.trials_left <= 0:
+            return limit.proven  # nearly always: ``limit.max_in_flight`` would say the same
+        return limit.max_in_flight(now)
 
     def send(self, model: str, now: float) -> SentRequest:
         """Counts a request that is sent now, also if no slot is free: the caller decides whether to send it."""

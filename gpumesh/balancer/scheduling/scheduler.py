@@ -111,7 +111,9 @@ class Scheduler:
     ) -> Placement | None:
         """Places the request on the best node. Returns ``None`` if it should wait: no node that could serve it has a
         free slot, or another is clearly worth waiting for. If it may not wait, it takes the best free slot."""
-        asked, demand = demand, with_residency(demand)
+        asked = demand
+        if demand.residency is None:
+            demand = with_residency(demand)
         work = self.experience.estimate(demand)
         if despite_breaker:
             accounts = self.choice.select(demand, now, exclude=exclude, despite_breaker=True)
@@ -258,8 +260,9 @@ class Scheduler:
             account.remove(placed, now, counters)
             if is_charged:
                 self._charge_true_cost(placed, self.experience.correct_counts(placed, counters))
-        for member in account.group.accounts:
-            self.note_change(member)
+        if self.queue.size or self.choice.shortlist.is_needed or account.breaker.open_until is not None:
+            for member in account.group.accounts:
+                self.note_change(member)
 
     def learns_from(self, placed: PlacedRequest, now: float) -> bool:
         """Whether ``end`` would learn from the counters of this request now."""
@@ -320,7 +323,8 @@ class Scheduler:
     def grants(self, now: float) -> list[tuple[QueueEntry[Waiting], Placement]]:
         """Gives the free slots to the waiting requests, and takes these out of the queue."""
         for account in self._changed.values():
-            self._pauses.begin(account)
+            if account.breaker.open_until is not None:
+                self._pauses.begin(account)
         if not self.queue.size:
             self._changed.clear()
             self._patience.clear()
@@ -341,10 +345,13 @@ class Scheduler:
     def next_check(self) -> float | None:
         """The time at which ``grants`` must be called even if nothing happens: the patience of a request is over, or
         the pause of a node's breaker."""
+        if not self.queue.size:
+            self._patience.clear()
+            return None
+        times = self._pauses.ends()
         next_end = self._patience.next_end(self.queue)
-        times = [] if next_end is None else [next_end]
-        if self.queue.size:
-            times += self._pauses.ends()
+        if next_end is not None:
+            times.append(next_end)
         return min(times, default=None)
 
     def _grant_next(self, account: NodeAccount, now: float) -> tuple[QueueEntry[Waiting], Placement] | None:

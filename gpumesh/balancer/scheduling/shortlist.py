@@ -121,6 +121,7 @@ class NodeTable:
         self._bags: dict[_Place, _NodeBag] = {}
         self._tiers: list[int] = []  # sorted
         self._bag_of: dict[str, _Place] = {}  # for each node that is up and suits the request
+        self._free_count = 0  # the nodes in ``FREE_BAGS``
         self._warm_slots_of: dict[str, int] = {}  # for each warm node
         self._changed: dict[str, NodeAccount] = dict(accounts)  # since the last ``refresh``
         # The nodes that cannot load the model before a certain time, by name, and as a heap with the earliest time
@@ -173,12 +174,14 @@ class NodeTable:
         if new == old:
             return
         if old is not None:
+            self._free_count -= old[1] in FREE_BAGS
             self._bags[old].remove(name)
             del self._bag_of[name]
             if not self._bags[old]:
                 del self._bags[old]
         if new is not None:
             self._bag_of[name] = new
+            self._free_count += new[1] in FREE_BAGS
             bag = self._bags.get(new)
             if bag is None:
                 bag = self._bags[new] = _NodeBag()
@@ -198,7 +201,8 @@ class NodeTable:
     def _find_pace(self, account: NodeAccount) -> int:
         """The class of the node's pace: the time for each token of one more answer, written beside the answers that run
         there now. Each class is slower than the class before it by a factor of 1.2; the lowest is the fastest."""
-        token_s = account.rates.decode_s(self._model or "", 1.0, account.streams + account.activity.reading + 1)
+        pace = account.rates.pace(self._model or "")
+        token_s = pace.token_s * (1.0 + pace.share * (account.streams + account.activity.reading))
         return round(PACE_CLASSES * math.log2(max(token_s * account.slowness / account.weight, 1e-9)))
 
     # -- questions -----------------------------------------------------------------------------------------------
@@ -217,7 +221,7 @@ class NodeTable:
     @property
     def has_free(self) -> bool:
         """Whether any node has a free slot for this request, and may load its model now if it must."""
-        return any(place[1] in FREE_BAGS for place in self._bags)
+        return self._free_count > 0
 
     def is_free(self, name: str) -> bool:
         """Whether the node has a free slot for this request, and may load its model now if it must."""
@@ -264,8 +268,9 @@ class Shortlist:
 
     def note_change(self, account: NodeAccount) -> None:
         """The node's slots, models or state may have changed."""
-        for table in self._tables.values():
-            table.note_change(account)
+        if self._tables:
+            for table in self._tables.values():
+                table.note_change(account)
 
     def table(self, demand: Demand, now: float) -> NodeTable:
         """The nodes that suit the demand. Only the first call for a sort of demand looks at all nodes, to make the

@@ -29,11 +29,12 @@ class SlowNodes:
     def __init__(self, accounts: Mapping[str, NodeAccount]) -> None:
         self.watch = OutlierWatch()
         self._accounts = accounts
-        self._slowed: set[str] = set()  # the nodes whose account has a factor above 1
+        self.slowed: set[str] = set()
+        """The nodes whose account has a factor above 1."""
         self._updated_at = -math.inf
 
     def __repr__(self) -> str:
-        return f"<SlowNodes {', '.join(sorted(self._slowed)) or 'none'}>"
+        return f"<SlowNodes {', '.join(sorted(self.slowed)) or 'none'}>"
 
     def slowness(self, node: str, now: float) -> Slowness | None:
         """How slow the node is, for people; ``None`` if it is normal."""
@@ -43,7 +44,7 @@ class SlowNodes:
         """Forgets a node, because its server is new."""
         self.watch.forget(node)
         self._accounts[node].slowness = 1.0
-        self._slowed.discard(node)
+        self.slowed.discard(node)
 
     # -- what was measured ---------------------------------------------------------------------------------------
 
@@ -90,14 +91,14 @@ class SlowNodes:
             return
         self._updated_at = now
         factors = self.watch.factors(self._accounts.keys(), now)
-        if not factors and not self._slowed:  # nearly always
+        if not factors and not self.slowed:  # nearly always
             return
-        for node in self._slowed.difference(factors):
+        for node in self.slowed.difference(factors):
             self._accounts[node].slowness = 1.0
         for node, factor in factors.items():
             account = self._accounts[node]
             account.slowness = max(factor / self._learned_slowness(account, now), 1.0)
-        self._slowed = set(factors)
+        self.slowed = set(factors)
 
     def _learned_slowness(self, account: NodeAccount, now: float) -> float:
         """The part of the slowness that the account's learned rates contain already, as a factor. Without this
@@ -117,10 +118,10 @@ class SlowNodes:
     def find_probe(self, question: Question) -> Choice | None:
         """The choice of a slow node, if this request should go there to see whether the node has recovered; ``None``:
         the policy decides."""
-        if not self._slowed:
+        if not self.slowed:
             return None
         for account in question.accounts:
-            if account.name in self._slowed and self.watch.wants_probe(
+            if account.name in self.slowed and self.watch.wants_probe(
                 account.name, question.now, in_flight=account.count()
             ):
                 forecast = question.forecast(account)
@@ -130,5 +131,5 @@ class SlowNodes:
 
     def record_choice(self, chosen: str, ranked: Iterable[NodeAccount], now: float) -> None:
         """Notes that the node ``chosen`` got a request for which the nodes ``ranked`` were compared."""
-        if self._slowed:
+        if self.slowed:
             self.watch.record_choice(chosen, {account.name for account in ranked}, now)

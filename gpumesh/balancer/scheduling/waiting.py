@@ -111,9 +111,8 @@ class Pauses:
         return f"<Pauses of {', '.join(self._accounts) or 'no node'}>"
 
     def begin(self, account: NodeAccount) -> None:
-        """The node has changed: perhaps its breaker has opened."""
-        if account.breaker.open_until is not None:
-            self._accounts[account.name] = account
+        """The node's breaker has opened."""
+        self._accounts[account.name] = account
 
     def ends(self) -> list[float]:
         """The times at which the pauses end."""

@@ -23,7 +23,7 @@ from gpumesh.topology import BackendKind, GatewaySpec, PolicyKind
 from tests.gateway.fleet import MODEL, lines, quick_host, serve_hosts
 from tests.tunnels.polling import wait_until
 
-AT = datetime(2026, 11, 24, 4, 10, tzinfo=UTC)
+AT = datetime(2026, 11, 24, 4, 10, tzinfo=UTC).timestamp()
 
 
 def record(**changes: Any) -> RequestRecord:
