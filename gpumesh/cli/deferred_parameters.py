@@ -74,8 +74,10 @@ def defer_parameters(command: Any) -> Any:
 
 
 def _defer(parameter: Any) -> Any:
-    """The same parameter, which has a _DeferredParameter now unless Typer has made its own reader already."""
-    # ``None``: Typer has not made its reader yet. Older versions of Typer have no such attribute, and no such cost.
+    """Gives the parameter a _DeferredParameter as its reader, unless Typer has made a reader for it already. Returns
+    the same parameter."""
+    # ``None``: Typer has not made its reader yet. Older versions of Typer lack the attribute, and do not need the
+    # deferral.
     own_reader = getattr(parameter, "_runtime_param", "no such attribute")
     if own_reader is None:
         parameter._runtime_param = _DeferredParameter(parameter)

@@ -115,7 +115,7 @@ class ModelForwarder:
         if interval_s and not wants_stream(route.api, members):
             interval_s = 0.0
         forwarding = self._forward_json(request, record, route, _ClientBody(data, members, model), demand)
-        del data, members  # a body that is written anew need not stay in memory
+        del data, members  # a body that is rewritten need not stay in memory
         if not interval_s:
             return await forwarding
         return await self._keep_alive(request, record, route.api, forwarding, interval_s)

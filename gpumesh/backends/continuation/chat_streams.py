@@ -37,7 +37,7 @@ from gpumesh.backends.continuation.stream_format import (
 from gpumesh.text.printable import printable
 
 # Members that give the answer a form, or let each of its tokens be told with more than its text. The rest of an answer
-# would begin the form anew. Servers have dozens of names for them: ``guided_choice``, ``structured_outputs`` …
+# would begin the form again. Servers have dozens of names for them: ``guided_choice``, ``structured_outputs`` …
 _SHAPES_ANSWER = re.compile(
     r"\A(?:tools|functions|audio|modalities|regex|ebnf|suffix|prediction)\Z"
     r"|guided_|grammar|schema|structur|logprob|return_token"

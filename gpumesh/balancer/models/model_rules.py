@@ -48,9 +48,9 @@ class ModelRules:
         return full_name(self.name_in_mesh(model))
 
     def has_other_name(self, name: str, model: str) -> bool:
-        """Whether the body of a request that names ``name`` must be written anew to ask for ``model``: the two are
+        """Whether the body of a request that names ``name`` must be rewritten to ask for ``model``: the two are
         different models, or mesh.yaml spells the name in another way, or ``model`` has aliases. A new body begins with
-        the model's name, so that this name is easy to replace by the one under which a server lists the model."""
+        the model's name, so that it is easy to replace it by the name under which a server lists the model."""
         if name == model and not self.specs:  # nearly every request
             return False
         spec = self.find(model)

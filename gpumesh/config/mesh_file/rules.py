@@ -26,8 +26,8 @@ BrokenRule = tuple[KeyPath, str]  # the path of the key, and a message
 def find_broken_rules(document: Mapping[str, Any]) -> Iterator[BrokenRule]:
     """Yields the broken rules of a mesh.yaml, each as the path of its key and a message.
 
-    A value of the wrong type breaks no rule, because the schema reports it. The one exception are nodes that are not a
-    list but a mapping: the message here shows how to write the list.
+    A value of the wrong type breaks no rule, because the schema reports it. There is one exception: for ``nodes`` as a
+    mapping instead of a list, the message here shows how to write the list.
     """
     yield from _check_listen(_as_mapping(document.get("gateway")))
     yield from _check_tunnels(document)

@@ -34,8 +34,8 @@ class LostTexts:
     def take_better(self, slot_text: str, prompt: str) -> str:
         """Returns the text that the slot should have for this prompt: ``slot_text``, or a better kept text.
 
-        A text is better if it is so in both: it has more of the prompt's beginning, and the prompt uses a larger share
-        of the text. The returned text is no longer kept here.
+        A kept text is better if it has more of the prompt's beginning, and if the prompt also uses a larger share of
+        it. The returned text is no longer kept here.
         """
         best, best_common = slot_text, common_prefix_length(slot_text, prompt)
         best_share = best_common / len(slot_text) if slot_text else -1.0  # any share is better than an empty slot

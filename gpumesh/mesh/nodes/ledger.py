@@ -113,41 +113,54 @@ class Ledger:
     ) -> None:
         """Removes a lease that was used, and learns from its outcome. The arguments are those of ``Lease.release``,
         which calls this once."""
-        now, placement, account = self._clock(), lease.placement, self.account
-        is_served = outcome is Outcome.SERVED
+        now, placement = self._clock(), lease.placement
         self._remove(lease)
-        has_slot = placement is not None
         if placement is not None:
-            self.attempt_outcomes[outcome] += 1
-            if is_served:
-                self.served += 1
-                # Not ``None``, which would say that the request was not answered.
-                self._scheduler.end(placement.placed, now, counters or _NO_FIGURES)
-            else:
-                self._scheduler.end(placement.placed, now)
-                self._scheduler.note_failed(placement.placed)
-            self.forecasts.note_end(placement, now, counters, is_answered=is_served)
+            self._end_placement(placement, outcome, counters, now)
         self.last_release_at = now
         if reply is not None and reply.foreign is not None:
             self.foreign_answer = reply.foreign
-        if is_served:
-            if has_slot:
+        if outcome is Outcome.SERVED:
+            if placement is not None:
                 self.foreign_answer = None
-            count_success(account, lease.model, now, takes_slot=has_slot)
+            count_success(self.account, lease.model, now, takes_slot=placement is not None)
             if counters is not None and lease.model is not None:  # only a model that was used has figures
                 self._on_model_loaded(lease.model)
         else:
-            is_known_route = placement is None or placement.placed.demand.is_known_route
-            context = AttemptContext(has_slot, lease.model, lease.was_loaded, reply, is_known_route)
-            lease.blame = find_blame(outcome, context)
-            if outcome is Outcome.CLIENT_GONE:
-                self.cancelled += has_slot  # as a number: 1 with a slot, 0 without
-            elif lease.blame is not Blame.NOBODY:
-                self.failed += has_slot
-            count_failure(account, context, lease.blame, now)
-            if lease.blame is not Blame.NOBODY:
-                self._on_failure(outcome, error)
+            self._count_unserved(lease, outcome, error, reply, now)
         self._announce_free_slot()
+
+    def _end_placement(
+        self, placement: Placement, outcome: Outcome, counters: ServerCounters | None, now: float
+    ) -> None:
+        """Frees the slot of a request, and learns from the request."""
+        is_served = outcome is Outcome.SERVED
+        self.attempt_outcomes[outcome] += 1
+        if is_served:
+            self.served += 1
+            # Not ``None``, which would mean that the request was not answered.
+            self._scheduler.end(placement.placed, now, counters or _NO_FIGURES)
+        else:
+            self._scheduler.end(placement.placed, now)
+            self._scheduler.note_failed(placement.placed)
+        self.forecasts.note_end(placement, now, counters, is_answered=is_served)
+
+    def _count_unserved(
+        self, lease: Lease, outcome: Outcome, error: str | None, reply: ErrorReply | None, now: float
+    ) -> None:
+        """Counts an attempt without success, as cancelled or as failed, and for the breaker that is to blame."""
+        placement = lease.placement
+        has_slot = placement is not None
+        is_known_route = placement is None or placement.placed.demand.is_known_route
+        context = AttemptContext(has_slot, lease.model, lease.was_loaded, reply, is_known_route)
+        lease.blame = find_blame(outcome, context)
+        if has_slot and outcome is Outcome.CLIENT_GONE:
+            self.cancelled += 1
+        elif has_slot and lease.blame is not Blame.NOBODY:
+            self.failed += 1
+        count_failure(self.account, context, lease.blame, now)
+        if lease.blame is not Blame.NOBODY:
+            self._on_failure(outcome, error)
 
     def learns_from(self, placement: Placement) -> bool:
         """Whether the balancer would learn from the answer of this request if it ended now."""

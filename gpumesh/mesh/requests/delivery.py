@@ -177,7 +177,7 @@ class RequestDelivery:
     def _last_error_answer(self) -> Answer:
         """The last error answer of a server. Raises NoNodeError if no server answered.
 
-        That a server lacks the model is told to the client only if no node has it. So the failures of the other nodes
+        The client learns that a server lacks the model only if no node has it. So the failures of the other nodes
         come first, and also nodes count that cannot be asked now."""
         lacking = [failed for failed in self._failures if failed.outcome is Outcome.MODEL_NOT_FOUND]
         others = [failed for failed in self._failures if failed.outcome is not Outcome.MODEL_NOT_FOUND]
