@@ -24,6 +24,7 @@ from gpumesh.backends.continuation.stream_format import (
     RenderedPrompt,
     StreamFormat,
     client_began_answer,
+    fold_messages,
 )
 from gpumesh.backends.continuation.stream_formats import continuation_format_for
 from gpumesh.topology import BackendKind
@@ -73,7 +74,8 @@ class ContinuationPlanner:
         """The parsed request; empty if it is no JSON object, or too large to be parsed."""
         if not self._is_affordable:
             return {}
-        return safe_json.parse_object(self._request_body) or {}
+        request = safe_json.parse_object(self._request_body) or {}
+        return fold_messages(request) if self._path.startswith("/api/") else request
 
     def parse_request(self) -> Iterator[None]:
         """Does the long work of the first cut, and yields after each step, so that the caller can let other requests

@@ -211,6 +211,22 @@ def append_answer(messages: list[Any], text: str, thinking_key: str, thinking: s
     return [*messages, message | {thinking_key: thinking} if thinking else message]
 
 
+def fold_messages(request: JsonObject) -> JsonObject:
+    """The request with its messages as Ollama reads them: the names of their members and their roles without case."""
+    messages = request.get("messages")
+    if not isinstance(messages, list):
+        return request
+    return {**request, "messages": [_fold_message(message) for message in messages]}
+
+
+def _fold_message(message: Any) -> Any:
+    if not isinstance(message, dict):
+        return message
+    folded = {name.lower(): value for name, value in message.items()}
+    role = folded.get("role")
+    return {**folded, "role": role.lower()} if isinstance(role, str) else folded
+
+
 def client_began_answer(messages: Any) -> bool:
     """Whether the last message is a text of the assistant: the client began the answer, and the model continues it."""
     last = messages[-1] if isinstance(messages, list) and messages else None

@@ -187,3 +187,16 @@ def test_an_empty_error_is_none(value: Any) -> None:
     answer = start()
     assert answer.feed(event({"delta": {"content": "a"}}, error=value))
     assert answer.cut_reason is None
+
+
+@pytest.mark.parametrize("last", [{"Role": "assistant", "CONTENT": " a"}, {"role": "Assistant", "content": " a"}])
+def test_ollama_reads_messages_without_case(last: dict[str, str]) -> None:
+    """The client began the answer: it is not another message of the assistant."""
+    answer = start(NATIVE, messages=[{"Role": "user", "Content": "x"}, last])
+    answer.feed(b'{"message":{"content":" b"},"done":false}\n')
+    assert answer.handle_cut("connection lost") is None
+    question = answer.next_question("n", BackendKind.OLLAMA)
+    assert question is not None
+    messages = json.loads(question.body)["messages"]
+    assert [message["role"] for message in messages] == ["user", "assistant"]
+    assert messages[-1]["content"].startswith(" a")
