@@ -22,8 +22,7 @@ from gpumesh.balancer.models.residency import Residency
 from gpumesh.balancer.rates import ActivityMeter, ReadStall, ServiceRates
 from gpumesh.topology import BackendKind
 
-# A running request is expected to run for at least this share longer than it has run already. Without this, a request
-# that has run longer than expected would seem to end now.
+# A request is expected to run for at least this share longer than it has run: else an overdue one would end now.
 LEAST_REMAINING_SHARE = 0.1
 FREE_AT_AGE_S = 0.05  # the time of the next free slot is computed again after this time, even if nothing happened
 MAX_KNOWN_TIMES = 256  # of the models of one node; with more, all of them are forgotten
@@ -60,8 +59,7 @@ class PlacedRequest(msgspec.Struct, eq=False):
     - ``first_token_at`` is ``None`` until the answer has begun. ``mean_reads``: how many prompts, this one included,
       the node read at once on the mean while it read this one.
     - ``is_charged``: its client was charged for it in the queue. ``had_slow_client``: the client took the answer more
-      slowly than the node sent it. ``answer_bytes``: the bytes of the answer's text, as they came from the node;
-      ``None``: not measured.
+      slowly than the node sent it. ``answer_bytes``: the bytes of the answer's text; ``None``: not measured.
     - ``sent`` is the request as the node's slots count it; ``None`` if they need not be learned.
     - ``read_sum``, ``stream_sum`` and ``busy_sum`` are readings of the node's ``ActivityMeter``: at the placing, and at
       the first token.
@@ -92,10 +90,13 @@ class PlacedRequest(msgspec.Struct, eq=False):
     stream_sum: float = 0.0
     busy_sum: float = 0.0
 
+    @property
+    def counted_from(self) -> float | None:
+        """Since when the request counts as a stream of its node; ``None``: not yet."""
+        return self.sent_at if self.demand.is_whole_text else self.first_token_at
+
     def __repr__(self) -> str:
-        phase = "reading" if self.first_token_at is None else "writing"
-        if self.ended:
-            phase = "ended"
+        phase = "ended" if self.ended else "reading" if self.counted_from is None else "writing"
         return f"<PlacedRequest {self.account.name} {self.model} {phase}>"
 
 
@@ -327,16 +328,20 @@ class NodeAccount:
         self.placed_by_model[model] = self.placed_by_model.get(model, 0) + 1
         if self.learns_limit and self.max_parallel is None:  # ``_counts_by_model``
             placed.sent = self.learned_slots.send(model, now)
-        placed.read_sum = self.activity.begin_read(now)
-        self._reads_end_at = max(self._reads_end_at, now + load_s) + placed.read_s
+        if placed.demand.is_whole_text:  # nobody sees when its prompt is read: it counts as a stream from the beginning
+            placed.stream_sum, placed.busy_sum = self.activity.begin_stream(now)
+            self._decode_ends_sum += placed.ends_at
+        else:
+            placed.read_sum = self.activity.begin_read(now)
+            self._reads_end_at = max(self._reads_end_at, now + load_s) + placed.read_s
         if self.breaker.open_until is not None:
             self.breaker = self.breaker.record_start(now)
         if placed.model is not None and self.model_breakers.has_faults:
             self.model_breakers.record_start(placed.model, now)
 
     def note_first_token(self, placed: PlacedRequest, now: float) -> None:
-        """Notes that the answer has begun, so that its prompt is read. A second call does nothing."""
-        if placed.first_token_at is not None or placed.ended:
+        """Notes that the answer has begun: its prompt is read. Does nothing the second time, and for a whole text."""
+        if placed.first_token_at is not None or placed.ended or placed.demand.is_whole_text:
             return
         self.group.events += 1
         placed.first_token_at = now
@@ -369,7 +374,7 @@ class NodeAccount:
             self.placed_by_model[model] = remaining_count
         else:
             self.placed_by_model.pop(model, None)
-        if placed.first_token_at is None:
+        if placed.counted_from is None:
             self._end_read(now)
         else:
             self._decode_ends_sum -= placed.ends_at
@@ -377,15 +382,13 @@ class NodeAccount:
 
     def mean_streams(self, placed: PlacedRequest, now: float) -> float:
         """The mean number of answers that were written at once while this one was; at least 1."""
-        if placed.first_token_at is None:
-            return 1.0
-        return self.activity.mean_streams(placed.first_token_at, placed.stream_sum, now)
+        since = placed.counted_from
+        return 1.0 if since is None else self.activity.mean_streams(since, placed.stream_sum, now)
 
     def stalled_share(self, placed: PlacedRequest, now: float) -> float:
         """The share of the time since the answer began in which prompts of others were read."""
-        if placed.first_token_at is None:
-            return 0.0
-        return self.activity.busy_share(placed.first_token_at, placed.busy_sum, now)
+        since = placed.counted_from
+        return 0.0 if since is None else self.activity.busy_share(since, placed.busy_sum, now)
 
     def _end_read(self, now: float) -> None:
         """Notes that one prompt is no longer read. If no prompt is read any more, corrects the expected end of all

@@ -44,7 +44,8 @@ class Demand(msgspec.Struct, frozen=True):
     no model. ``client`` is the name of the client (``ClientNames``), for fairness between clients; empty if it is not
     known. ``route`` is the path of the request's route; empty for a request that came by no route. ``prompt`` are the
     hashed blocks of the prompt (``PromptPrint``); ``None`` if the prompt is not known or too short. ``is_known_route``
-    is false for a route that its servers may not have.
+    is false for a route that its servers may not have. ``is_whole_text``: the answer is a text that comes in one piece,
+    so nobody sees when it begins.
     """
 
     model: str | None
@@ -63,6 +64,7 @@ class Demand(msgspec.Struct, frozen=True):
     nodes: frozenset[str] | None = None
     preferred_nodes: frozenset[str] = frozenset()
     is_known_route: bool = True
+    is_whole_text: bool = False
 
 
 class Candidate(msgspec.Struct, frozen=True):

@@ -238,10 +238,23 @@ class Experience:
 
 def measure_stream_s(placed: PlacedRequest, counters: ServerCounters, now: float) -> float | None:
     """The seconds from the first token to the last, by our clock at the end of the answer. ``None`` if this says
-    nothing about the node: the answer did not come as a stream, is too short, or its client was slow."""
-    if placed.first_token_at is None or placed.had_slow_client or (counters.tokens or 0) < MIN_CLOCKED_TOKENS:
+    nothing about the node: the answer is too short, its client was slow, or nobody knows when it began.
+
+    A text that comes in one piece has begun when the round trip was over and its prompt was read, if its request had
+    neither a load nor another request to wait for."""
+    if placed.had_slow_client or (counters.tokens or 0) < MIN_CLOCKED_TOKENS:
         return None
-    return now - placed.first_token_at
+    if placed.first_token_at is not None:
+        return now - placed.first_token_at
+    if not placed.demand.is_whole_text or placed.needs_load or _may_have_waited(placed):
+        return None
+    return now - placed.sent_at - placed.account.rtt_s - placed.read_s
+
+
+def _may_have_waited(placed: PlacedRequest) -> bool:
+    """Whether the request was sent beyond the proven number of slots, and so may have waited inside the server."""
+    sent = placed.sent
+    return sent is not None and sent.concurrent > placed.account.learned_slots.limit(sent.model).proven
 
 
 def _session_id(demand: Demand) -> int | None:

@@ -11,6 +11,7 @@ from functools import lru_cache
 import msgspec
 
 from gpumesh.backends import safe_json
+from gpumesh.backends.continuation.stream_formats import generates_text
 from gpumesh.backends.dialects import kinds_that_serve
 from gpumesh.balancer.base import Demand, Priority
 from gpumesh.balancer.models.load_options import LoadOptions, plain_residency_key
@@ -21,6 +22,7 @@ from gpumesh.topology import BackendKind, Topology
 
 MAX_OPTIONS_BYTES = 64 << 10  # plenty for a dozen numbers and a few stop words
 MAX_NUMBER_BYTES = 32  # a limit of tokens that is written with more bytes is no sensible number, and is ignored
+_MAX_BOOLEAN_BYTES = 5
 MIN_PROMPT_BYTES = 2000  # of a smaller body, the time to read the prompt does not matter to the balancer
 MAX_TIMEOUT_S = 86400.0  # a day
 OLLAMA_ONLY = kinds_that_serve("/api/chat")
@@ -194,7 +196,20 @@ def read_demand(
         route=path if route.is_known else OTHER_ROUTE,
         is_known_route=route.is_known,
         nodes=nodes,
+        is_whole_text=path in _TEXT_PATHS and not _is_streamed(path, members),
     )
+
+
+_TEXT_PATHS = frozenset(filter(generates_text, MODEL_ROUTES))
+
+
+def _is_streamed(path: str, members: Members) -> bool:
+    """Whether the client wants a text token by token. Ollama's own routes do so unless the client says no."""
+    value = members.known.get("stream")
+    if value is None or len(value) > _MAX_BOOLEAN_BYTES:
+        return path.startswith("/api/")
+    text = bytes(value)
+    return text == b"true" or (text == b"null" and path.startswith("/api/"))
 
 
 def read_model(route: ModelRoute, members: Members) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from random import Random
 
+import msgspec
 import pytest
 
 from gpumesh.backends.base import ServerCounters
@@ -96,3 +97,65 @@ def test_the_servers_own_durations_come_before_our_clock() -> None:
 def test_frames_stand_for_tokens_where_the_server_counts_none(frames: int, tokens: int | None) -> None:
     assert ServerCounters().with_frame_count(frames).tokens == tokens
     assert ServerCounters(tokens=7).with_frame_count(frames).tokens == 7
+
+
+WHOLE = msgspec.structs.replace(DEMAND, is_whole_text=True)
+
+
+def answer_together(
+    scheduler: Scheduler,
+    now: float,
+    streams: int,
+    *,
+    seconds: float,
+    demand: Demand = WHOLE,
+    eval_ms: float | None = None,
+    prompt_ms: float | None = None,
+) -> float:
+    """So many answers of 101 tokens in one piece, that are sent and that end together. Returns the time of their
+    end."""
+    all_placed = []
+    for _ in range(streams):
+        placement = scheduler.place_now(demand, now)
+        assert placement is not None
+        all_placed.append(placement.placed)
+    for placed in all_placed:
+        scheduler.end(
+            placed, now + seconds, ServerCounters(tokens=101, prompt_tokens=2000, eval_ms=eval_ms, prompt_ms=prompt_ms)
+        )
+    return now + seconds
+
+
+def test_texts_in_one_piece_that_are_written_together_are_taken_into_account() -> None:
+    """A token takes 20 ms alone, and 32 ms among four streams. Nobody sees when these begin."""
+    scheduler = make_scheduler()
+    rates = scheduler.accounts["vllm"].rates
+    now = 10.0
+    for number in range(40):
+        streams, token_s = (4, 0.032) if number % 2 else (1, 0.02)
+        eval_ms = 101_000 * token_s
+        now = 1.0 + answer_together(
+            scheduler, now, streams, seconds=eval_ms / 1000 + 0.1, eval_ms=eval_ms, prompt_ms=100.0
+        )
+    assert rates.decode_s(MODEL, 100) == pytest.approx(2.0, rel=0.07)
+    assert rates.decode_s(MODEL, 100, 4.0) == pytest.approx(3.2, rel=0.07)
+
+
+def test_running_texts_in_one_piece_do_not_look_like_prompts_that_are_read() -> None:
+    scheduler = make_scheduler()
+    account = scheduler.accounts["vllm"]
+    now = 10.0
+    for _ in range(30):
+        now = answer_together(scheduler, now, 2, seconds=2.0)
+    assert account.activity.read_share(now) == 0.0
+    assert (account.streams, account.activity.reading) == (0, 0)
+
+
+def test_the_rate_of_texts_in_one_piece_without_durations_is_learned_by_the_clock() -> None:
+    scheduler = make_scheduler()
+    account = scheduler.accounts["vllm"]
+    now = 10.0
+    short = msgspec.structs.replace(WHOLE, prompt_tokens=None)
+    for _ in range(40):
+        now = answer_together(scheduler, now, 1, seconds=4.0, demand=short) + 1.0
+    assert account.rates.decode_s(MODEL, 100) == pytest.approx(4.0, rel=0.02)

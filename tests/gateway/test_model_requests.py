@@ -80,6 +80,27 @@ def test_the_demand_of_an_ollama_request() -> None:
     assert demand.max_tokens == 64
 
 
+@pytest.mark.parametrize(
+    ("path", "stream", "is_whole_text"),
+    [
+        ("/api/chat", {}, False),
+        ("/api/chat", {"stream": None}, False),
+        ("/api/chat", {"stream": False}, True),
+        ("/api/embed", {}, False),
+        ("/v1/chat/completions", {}, True),
+        ("/v1/chat/completions", {"stream": True}, False),
+        ("/v1/chat/completions", {"stream": "a text that is longer"}, True),
+        ("/v1/messages", {"stream": False}, True),
+        ("/v1/embeddings", {"stream": False}, False),
+        ("/v1/rerank", {}, False),
+    ],
+)
+def test_a_text_in_one_piece_is_told_from_a_stream(path: str, stream: dict[str, object], is_whole_text: bool) -> None:
+    members = members_of(body(model="a", **stream))
+    demand = read_demand(MODEL_ROUTES.get(path, CHAT), {}, members, size=10, model="a", path=path)
+    assert demand.is_whole_text is is_whole_text
+
+
 def test_openai_routes_go_to_every_kind() -> None:
     demand = demand_of(MODEL_ROUTES["/v1/chat/completions"], body(model="m", max_completion_tokens=9))
     assert demand.kinds == ALL_KINDS
