@@ -160,7 +160,8 @@ class Experience:
         return replace(counters, prompt_tokens=prompt_tokens, tokens=tokens)
 
     def true_cost(self, placed: PlacedRequest, counters: ServerCounters) -> float | None:
-        """What the request has really cost, in weighted tokens, by corrected counters; ``None``: they do not say it."""
+        """The true cost of the request in weighted tokens, by the corrected counters; ``None`` if they lack the tokens
+        of the answer."""
         if counters.tokens is None:
             return None
         prompt_tokens = counters.prompt_tokens

@@ -176,8 +176,8 @@ async def _record_history(session: LocalSession) -> None:
 
 
 async def _watch_file(mesh: Mesh, changed_file: ChangedFile, interval_s: float) -> None:
-    """Tells in the mesh's state that mesh.yaml has changed. The file is looked at in a thread: to parse a changed file
-    takes long, and the file may lie on a network disk that is away."""
+    """Adds a finding to the mesh's state while mesh.yaml differs from what runs. The file is read in a thread, because
+    to parse a changed file takes long, and because the file may be on a network disk that does not answer."""
     while True:
         try:
             finding = await run_in_thread(changed_file.find)

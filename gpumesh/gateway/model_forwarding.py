@@ -176,7 +176,8 @@ class ModelForwarder:
     async def _forward_raw(
         self, request: Request, record: RequestRecord, route: ModelRoute, data: bytes, model: str | None
     ) -> Response | StreamingResponse:
-        """Does the work of ``forward`` for a body that is sent on as it is. ``model``: the one that the query names."""
+        """Does the work of ``forward`` for a body that is sent on as it is. ``model``: the model that the query
+        names."""
         no_members = Members(())
         demand = self._read_demand(request, route, no_members, model, size=0)
         body = _ClientBody(data, no_members, model, is_raw=True)

@@ -76,7 +76,7 @@ class Mesh:
         self.model_rules = ModelRules(topology.models)
         self.request_counters = RequestCounters()
         self.gateway = GatewayState()
-        self.own_findings: tuple[Finding, ...] = ()  # about the mesh itself: whoever runs it sets them
+        self.own_findings: tuple[Finding, ...] = ()  # about the mesh itself; set by the code that runs the mesh
         self._clock = clock
         self._rng = rng or Random()
         self._prompter = prompter

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from gpumesh.bench.simulate.fleet import Fault, FaultKind, ModelSpec, NodeSpec
@@ -117,6 +117,7 @@ class _FleetReader:
     faults: list[FileFault] = field(default_factory=list)
 
     def read_fleet(self, tree: Value | None) -> tuple[NodeSpec, ...]:
+        """The nodes of the file. If this adds to ``faults``, the nodes must not be used."""
         if not isinstance(tree, MappingValue):
             if not self.faults:
                 position = tree.position if tree is not None else None
@@ -134,7 +135,13 @@ class _FleetReader:
         members = self._list(tree.entries, "nodes", ())
         if not members and not self.faults:
             self._add("names no node", tree.position, ("nodes",))
-        nodes: list[NodeSpec] = []
+        nodes = list(self._read_nodes(members, defaults))
+        if len(nodes) > MAX_NODES:
+            self._add(f"are more than {MAX_NODES} nodes", tree.position, ("nodes",))
+        return tuple(nodes)
+
+    def _read_nodes(self, members: Sequence[Value], defaults: Entries) -> Iterator[NodeSpec]:
+        """Yields the nodes of the list ``nodes``, and notes each name that two entries have."""
         first_index_of: dict[str, int] = {}
         for index, member in enumerate(members):
             path: KeyPath = ("nodes", index)
@@ -146,10 +153,7 @@ class _FleetReader:
                     self._add(
                         f"{quote_value(node.name)} is a name of nodes[{first_index}] already", member.position, path
                     )
-                nodes.append(node)
-        if len(nodes) > MAX_NODES:
-            self._add(f"are more than {MAX_NODES} nodes", tree.position, ("nodes",))
-        return tuple(nodes)
+                yield node
 
     @staticmethod
     def _is_mesh_file(entries: Entries) -> bool:

@@ -82,8 +82,9 @@ def audit(
 async def _inspect(options: GlobalOptions, topology: Topology) -> tuple[MeshState, bool]:
     """Inspects all nodes of the topology. Returns the state, then whether a mesh runs in the background.
 
-    A running mesh is asked, unless ``topology`` leads to other hosts or servers than those that the mesh has reached:
-    what it knows says nothing about them. Then a mesh in this process reaches them. A finding names what differs."""
+    Asks a running mesh, unless ``topology`` leads to other hosts or servers than the mesh has reached. Then the running
+    mesh knows nothing about these, and a mesh in this process inspects them. A finding names the differences between
+    ``topology`` and the running mesh."""
     from gpumesh.cli.views.changed_file import replace_finding
     from gpumesh.config.comparison import compare_topologies, describe_differences
     from gpumesh.daemon.control_socket.remote_session import RemoteSession
@@ -92,11 +93,11 @@ async def _inspect(options: GlobalOptions, topology: Topology) -> tuple[MeshStat
         if not isinstance(session, RemoteSession):
             return await _inspect_session(session, topology), False
         snapshot = await session.configuration()
-        # A mesh of an older version does not tell what it has read.
+        # A mesh of an older version does not report what it has read.
         differences = None if snapshot is None else compare_topologies(snapshot.topology, topology)
         if differences is not None and not differences.change_routes:
             state = await _inspect_session(session, topology)
-            # Other expectations change nothing here: the audit uses those of ``topology``.
+            # If only the expectations differ, there is no finding: the audit uses the expectations of ``topology``.
             finding = None if differences.change_expectations_only else describe_differences(differences)
             return replace_finding(state, finding), True
     async with open_local_session(options, topology) as local_session:

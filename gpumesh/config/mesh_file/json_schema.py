@@ -62,9 +62,10 @@ def _sort_keys(schema: Any) -> Any:
         return [_sort_keys(member) for member in schema]
     if not isinstance(schema, dict):
         return schema
-    return {
-        keyword: {key: _sort_keys(value) for key, value in member.items()}
-        if keyword == "properties"
-        else _sort_keys(member)
-        for keyword, member in sorted(schema.items())
-    }
+    sorted_schema = {}
+    for keyword, member in sorted(schema.items()):
+        if keyword == "properties":  # its members are the keys of a section
+            sorted_schema[keyword] = {key: _sort_keys(value) for key, value in member.items()}
+        else:
+            sorted_schema[keyword] = _sort_keys(member)
+    return sorted_schema

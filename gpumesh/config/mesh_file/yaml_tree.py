@@ -221,9 +221,7 @@ class _Composer:
             raise _StopParsing
         anchor = getattr(event, "anchor", None)
         if anchor is not None:
-            self.anchors[anchor] = (
-                None  # ``None`` until the value is complete, because an alias inside its own value would be endless
-            )
+            self.anchors[anchor] = None  # not complete yet: an alias inside its own value would be endless
         result = self.read_node(event, position, path)
         if anchor is not None:
             self.anchors[anchor] = result
