@@ -19,7 +19,9 @@ def read_query_model(target: str) -> str | None:
     values = [pair.partition("=")[2] for pair in query.split("&") if is_model_pair(pair)] if "model" in query else []
     if len(values) > 1:
         raise BadRequest("the query has `model` twice")
-    return unquote_plus(values[0]) or None if values else None
+    if not values:
+        return None
+    return unquote_plus(values[0]) or None  # a name without text names no model
 
 
 def may_be_raw(route: ModelRoute, path: str, headers: Mapping[str, str], model: str | None) -> bool:

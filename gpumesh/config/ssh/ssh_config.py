@@ -85,8 +85,9 @@ def _resolve_jumps(settings: AliasSettings, home: Path, depth: int) -> AliasSett
 
 
 def resolve_jumps(jumps: Iterable[str], resolve: Callable[[str], AliasSettings]) -> AliasSettings:
-    """Returns the settings of an alias of which only ``jumps``, its ProxyJump, are configured. ``resolve`` returns the
-    settings of a jump host that may be an alias, with its own jump hosts resolved. Raises ValueError as it does."""
+    """Resolves ``jumps``, the value of a ProxyJump, to hosts. Returns settings that have only these hosts and what
+    follows from them. ``resolve`` returns the settings of a jump host, which may be an alias, with its own jump hosts
+    resolved. Raises the ValueError of ``resolve``."""
     resolved_hops: list[str] = []
     aliases: list[AliasSettings | None] = []
     features: list[str] = []

@@ -13,7 +13,7 @@ from dataclasses import replace
 import msgspec
 
 from gpumesh.backends.answer_head import OCTETS
-from gpumesh.backends.base import HttpCall
+from gpumesh.backends.base import HttpCall, ServerCounters
 from gpumesh.backends.continuation.continuation import Continuation
 from gpumesh.backends.continuation.stream_formats import count_text_bytes, generates_text
 from gpumesh.backends.continuation.whole_answers import find_failed_reason, find_text_problem, is_cut_short
@@ -131,9 +131,27 @@ def status_error(lease: Lease, response: UpstreamResponse, body: bytes) -> Backe
 def _build_whole_answer(
     lease: Lease, response: UpstreamResponse, call: HttpCall, body: bytes
 ) -> WholeAnswer | FailedAttempt:
-    """Releases the lease, and returns the answer; or the failure, if the body is no answer whatever its status says."""
+    """Releases the lease, and returns the answer. Returns the failure if the body is no answer, whatever its status."""
+    node = lease.node
+    counters = find_counters(body) if generates_text(call.path) else None
+    failed = _find_failure(lease, response, call, body, counters)
+    if failed is not None:
+        return failed
+    if counters is not None and counters.tokens:
+        node.meter.add(min(counters.tokens, len(body)))  # a server may count wrongly: each token has at least one byte
+    is_counted = counters is not None and lease.is_learned_from
+    answer_bytes = count_text_bytes(call.path, body) if is_counted else None
+    lease.release(Outcome.SERVED, counters=counters, answer_bytes=answer_bytes)
+    return WholeAnswer(node.name, node.kind, response.status, response.headers, body, counters)
+
+
+def _find_failure(
+    lease: Lease, response: UpstreamResponse, call: HttpCall, body: bytes, counters: ServerCounters | None
+) -> FailedAttempt | None:
+    """The failure in a body with a status of success; ``None`` if it is a whole answer. ``counters``: the figures in
+    the body, if it has any. The body may be no answer of an inference server, may be cut short, or may report an
+    error."""
     node, is_text = lease.node, generates_text(call.path)
-    counters = find_counters(body) if is_text else None
     if lease.placement is not None:  # other requests, about a model store, may have an empty answer
         problem = _find_body_problem(response, body, is_text=is_text, may_be_empty=_may_be_empty(lease))
         if problem is None and (counters is None or response.status != 200):
@@ -152,12 +170,7 @@ def _build_whole_answer(
             answer = WholeAnswer(node.name, node.kind, 500, response.headers, body)
             error = BackendStatus(f"it answered with an error: {message}", status=500, body=body, node=node.name)
             return fail_attempt(lease, Outcome.SERVER_ERROR, error, answer)
-    if counters is not None and counters.tokens:
-        node.meter.add(min(counters.tokens, len(body)))  # a server may count wrongly: each token has at least one byte
-    is_counted = counters is not None and lease.is_learned_from
-    answer_bytes = count_text_bytes(call.path, body) if is_counted else None
-    lease.release(Outcome.SERVED, counters=counters, answer_bytes=answer_bytes)
-    return WholeAnswer(node.name, node.kind, response.status, response.headers, body, counters)
+    return None
 
 
 def _may_be_empty(lease: Lease) -> bool:

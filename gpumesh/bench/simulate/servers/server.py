@@ -112,7 +112,7 @@ class SimulatedServer:
 
     def _usable_runner(self, attempt: Attempt, now: float) -> Runner | None:
         """The runner that can serve the attempt without a load; ``None`` if there is none. A runner that is still
-        loading is usable: the attempt waits there."""
+        loading is usable: the attempt waits there. Unloads the model's runner if its keep_alive is over."""
         request = attempt.job.request
         runner = self.runners.get(request.model)
         if runner is None or runner.context != (request.context or self.spec.context):
