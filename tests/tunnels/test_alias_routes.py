@@ -13,7 +13,7 @@ from gpumesh.tunnels.transport import ConnectRequest
 from gpumesh.tunnels.transports import load_connect
 from tests.prerequisites import needs
 from tests.tunnels.recorded_events import RecordedEvents
-from tests.tunnels.sshd import Sshd
+from tests.tunnels.sshd import Sshd, keygen, run_agent
 
 pytestmark = [pytest.mark.real, needs("sshd", "ssh")]
 
@@ -76,6 +76,18 @@ async def test_a_jump_host_has_its_own_key_and_known_hosts(
         own_jump = "" if jump_line else ", proxy_jump: bastion"
         await log_in(read_spec(home, f"{{alias: gpu, transport: {transport}{own_jump}}}", text), folder)
         assert "Accepted publickey" in jump.log()
+
+
+async def test_a_key_of_a_jump_host_is_tried_although_the_agent_has_too_many(
+    transport: TransportKind, sshd: Sshd, folder: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with Sshd(home / "jump", {"MaxAuthTries": "2"}) as jump:
+        text = (host_lines("gpu", sshd) + "  ProxyJump bastion\n" + host_lines("bastion", jump)).replace(
+            "  IdentitiesOnly yes\n", ""
+        )
+        with run_agent(home, *(keygen(home / f"other{number}") for number in range(3))) as agent:
+            monkeypatch.setenv("SSH_AUTH_SOCK", str(agent))
+            await log_in(read_spec(home, f"{{alias: gpu, transport: {transport}}}", text), folder)
 
 
 async def test_the_host_key_may_be_in_any_of_the_files(

@@ -62,7 +62,7 @@ def master_command(
         options["HostKeyAlias"] = alias
     arguments = [*_option_arguments(options, unknown), *_identity_arguments(ssh)]
     log = log_path(control)
-    arguments += _jump_arguments(ssh, batch=batch, unknown=unknown, log=log)
+    arguments += _jump_arguments(ssh, batch=batch, unknown=unknown, log=log, named_keys_only=named_keys_only)
     arguments += ["-p", str(ssh.port), "-l", ssh.user]
     if session:
         return ["ssh", *_file_arguments(log), *arguments, "--", ssh.alias or ssh.host, "exec cat"]
@@ -94,8 +94,16 @@ def host_key_command(
     return ["ssh", *_file_arguments(log), "-T", *arguments, "--", ssh.alias or ssh.host, "exit"]
 
 
-def jump_command(ssh: SshSpec, *, batch: bool, unknown: Collection[str] = (), log: Path | None = None) -> str:
-    """The chain of jump hosts as a value of ProxyCommand; "" without jump hosts.
+def jump_command(
+    ssh: SshSpec,
+    *,
+    batch: bool,
+    unknown: Collection[str] = (),
+    log: Path | None = None,
+    named_keys_only: bool = False,
+) -> str:
+    """The chain of jump hosts as a value of ProxyCommand; "" without jump hosts. ``named_keys_only`` is as for
+    ``master_command``.
 
     For one jump host it is ``ssh -o NAME=VALUE … -l USER -p PORT -W '[%h]:%p' -- HOST``. If that jump host is reached
     through an earlier jump host, this ``ssh`` has an option ProxyCommand, whose value is the command for the earlier
@@ -108,6 +116,8 @@ def jump_command(ssh: SshSpec, *, batch: bool, unknown: Collection[str] = (), lo
     for hop, jump in zip(hops, ssh.proxy_jump, strict=True):
         user, host, port = split_jump(jump, default_user="")  # "": without a user, ssh takes its own default
         options = _connect_options(hop, batch=batch)
+        if named_keys_only:
+            options["IdentitiesOnly"] = "yes"
         if hop.alias is not None:
             options["HostName"], host = host, hop.alias
         arguments = ["ssh", *_file_arguments(log), *_option_arguments(options, unknown), *_identity_arguments(hop)]
@@ -205,9 +215,13 @@ def _identity_arguments(ssh: SshSpec) -> list[str]:
     return arguments
 
 
-def _jump_arguments(ssh: SshSpec, *, batch: bool, unknown: Collection[str], log: Path | None) -> list[str]:
+def _jump_arguments(
+    ssh: SshSpec, *, batch: bool, unknown: Collection[str], log: Path | None, named_keys_only: bool = False
+) -> list[str]:
     """The jump hosts as arguments of ``ssh``; empty without jump hosts."""
-    return _proxy_arguments(jump_command(ssh, batch=batch, unknown=unknown, log=log)) if ssh.proxy_jump else []
+    if not ssh.proxy_jump:
+        return []
+    return _proxy_arguments(jump_command(ssh, batch=batch, unknown=unknown, log=log, named_keys_only=named_keys_only))
 
 
 def _proxy_arguments(command: str) -> list[str]:

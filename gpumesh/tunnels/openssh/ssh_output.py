@@ -141,9 +141,11 @@ class SshOutput:
             # log, or from a ProxyCommand, which may be an ssh too.
             log = [*self.other_lines, *log]
         error = error_from_stderr(log, destination, was_up=was_up)
-        # The text that came at the login does not explain why a connection ended later: the log has the reason for
-        # that.
-        return error if was_up else add_host_text(error, self.other_lines)
+        if was_up:  # the text that came at the login does not explain a later end: the log has the reason
+            return error
+        # Without a banner and a session, only a ProxyCommand can have written here.
+        is_of_host = self.server is None or self.has_banner or self.logged_in
+        return add_host_text(error, self.other_lines, speaker="it" if is_of_host else "its ProxyCommand")
 
     def make_timeout_error(self, destination: str, user: str, timeout_s: float) -> TunnelError | None:
         """The error for an ssh process that we ended because it took longer than ``timeout_s``. ``None`` if nothing

@@ -318,3 +318,27 @@ async def test_what_a_proxy_command_prints_is_no_banner(sshd: Sshd, folder: Path
         patch.setattr(Path, "home", classmethod(lambda _cls: tmp_path))
         error = await connect_error(sshd.spec(alias="gpu", connect_timeout_s=1.0), folder)
     assert error.code == "connect-timeout"
+    (tmp_path / ".ssh" / "config").write_text(
+        f"Host gpu\n  ProxyCommand sh -c 'echo connected >&2; exec {sys.executable} {tmp_path}/relay %h %p'\n"
+    )
+    (tmp_path / "relay").write_text(RELAY)
+    sshd.known_hosts.write_text("")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HOME", str(tmp_path))
+        patch.setattr(Path, "home", classmethod(lambda _cls: tmp_path))
+        error = await connect_error(sshd.spec(alias="gpu"), folder)
+    assert error.code == "host-key-unknown"
+    assert error.message.endswith("its ProxyCommand says: connected")
+
+
+RELAY = """
+import os, socket, sys, threading
+host = socket.create_connection((sys.argv[1], int(sys.argv[2])))
+def send():
+    while data := os.read(0, 65536):
+        host.sendall(data)
+    os._exit(0)
+threading.Thread(target=send, daemon=True).start()
+while data := host.recv(65536):
+    os.write(1, data)
+"""
