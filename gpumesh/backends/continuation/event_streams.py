@@ -22,16 +22,16 @@ from gpumesh.backends.continuation.stream_format import (
 )
 from gpumesh.backends.frames import MAX_EVENT_LINES, find_last_event_end, read_event_line
 
-# What makes an event more than text. The patterns begin with one quotation mark outside of the group: so the search is
-# for a single byte, which is fast.
+# What makes an event more than text; one with a whole ``message`` is no event as clients expect it. The patterns begin with
+# one quotation mark outside of the group: so the search is for a single byte, which is fast. No alternative begins with a
+# group, which would make each search slower by a third.
 _MARK = (
-    rb'error"|(?:finish|stop)_reason"\s*:\s*"|usage"\s*:\s*\{|tool_calls"|function_call"|message_stop"'
+    rb'error"|finish_reason"\s*:\s*"|usage"\s*:\s*\{|tool_calls"|function_call"|message(?:_stop"|"\s*:\s*\{)'
     rb'|response\.(?:completed|incomplete|failed|cancelled)"'
 )
-_MARKS = re.compile(rb'"(?:' + _MARK + rb")")
+_MARKS = re.compile(rb'"(?:' + _MARK + rb'|stop_reason"\s*:\s*")')
 # In formats with choices, each event of a choice after the first is read: the answer is complete when all choices are.
-# An event with a whole message is no event of a stream as clients expect it.
-CHOICE_MARKS = re.compile(rb'"(?:' + _MARK + rb'|index"\s*:\s*[1-9]|message"\s*:\s*\{)')
+CHOICE_MARKS = re.compile(rb'"(?:' + _MARK + rb'|index"\s*:\s*[1-9])')
 _LAST_EVENTS = frozenset({"message_stop", "response.completed", "response.incomplete"})
 _FAILED_EVENTS = frozenset({"response.failed", "response.cancelled"})
 # Events that a server may send before it has read the prompt.
