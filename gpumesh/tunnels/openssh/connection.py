@@ -156,7 +156,7 @@ class OpensshConnection:
     async def start_command(self, command: str, *, has_input: bool = False) -> commands.MuxCommand:
         if has_input:
             ending = commands.Ending.BY_ITSELF
-        elif self._master.state is MasterState.ECHOING:
+        elif self._master.state is MasterState.ECHOING and not self._master.login_shell_reads:
             # A host that echoes has run ``exec cat``. So its login shell can start a POSIX shell as well.
             ending = commands.Ending.WRAPPED
         else:

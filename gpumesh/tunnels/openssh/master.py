@@ -70,7 +70,8 @@ class OpensshMaster:
 
     ``output`` are the last lines that it and others have printed. ``on_error_line`` is called with each new line of its
     log. ``refused_forwards`` counts the lines in which ssh reported that the host forbids forwarding. ``has_echoed``:
-    its session has run ``cat``. ``exit_task`` ends when the process has ended.
+    its session has run ``cat``. ``login_shell_reads``: something before ``cat``, as a line of ``.bashrc``, has read our
+    first line. ``exit_task`` ends when the process has ended.
     """
 
     def __init__(self, process: Process, control: Path, log: SshLog) -> None:
@@ -80,6 +81,7 @@ class OpensshMaster:
         self.output = SshOutput()
         self.refused_forwards = 0
         self.has_echoed = False
+        self.login_shell_reads = False
         self.on_error_line: Callable[[str], None] = lambda _: None
         self._nonce = secrets.token_hex(8)  # begins each line that we send, so that no greeting passes for an echo
         self._line_ids = itertools.count()
@@ -233,6 +235,8 @@ class OpensshMaster:
         """
         async for line in _read_lines(self.process.stdout):
             if line.startswith(self._nonce.encode()):
+                if not self.has_echoed:
+                    self.login_shell_reads = line.split()[-1] != b"0"
                 self._advance(MasterState.ECHOING)
                 self.has_echoed = True
             echo = self._pending_echoes.get(line.strip())

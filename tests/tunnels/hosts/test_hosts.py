@@ -61,6 +61,12 @@ HOSTS = [
         expected_openssh=NO_COMMANDS,
     ),
     Host("a missing ChrootDirectory", options={"ChrootDirectory": "/nonexistent"}, expected=NO_COMMANDS),
+    Host(
+        "bash that reads a line before each command",
+        files={".bashrc": "read -r line\n"},
+        expected=Expected(Answer.UNFINISHED, "login-shell-slow", "login shell has not started", gpus=0),
+        timeout_s=0.5,
+    ),
     Host("ForceCommand that waits", options={"ForceCommand": "sleep 600"}, expected=SLOW_SHELL, timeout_s=0.5),
     Host("no commands, by MaxSessions", options={"MaxSessions": "0"}, expected=NO_SESSION),
     Host("MaxSessions 1", options={"MaxSessions": "1"}, reconnects_openssh=1),
