@@ -21,8 +21,8 @@ def describe_unfinished(
             message = f"the account's login shell has not started our script within {duration}"
             hint = (
                 "time `ssh HOST true`: a slow ~/.bashrc (conda, pyenv, a home folder on a network disk), one that reads"
-                " its input or starts another shell, or a forced command; the server works without, only its GPUs are not"
-                " known yet"
+                " its input or starts another shell, or a forced command; the server works without, only its GPUs are"
+                " not known yet"
             )
             return Finding("login-shell-slow", Severity.WARNING, node, message, hint)
         case WaitingFor.EARLIER_COMMANDS:
