@@ -11,6 +11,7 @@ anything happens on the node, its slots are offered again. Times are seconds of 
 
 from __future__ import annotations
 
+from collections.abc import Sized
 from typing import NamedTuple
 
 from gpumesh.balancer.account import NodeAccount
@@ -18,9 +19,11 @@ from gpumesh.balancer.forecast import Forecast
 from gpumesh.balancer.policies.base import Choice
 from gpumesh.balancer.scheduling.waiting import Group
 
-# Less than any patience (``adaptive.PATIENCE_S``). In a small fleet, slots become free at longer intervals, so that
-# each request is asked for each slot.
-REFUSED_S = 0.1
+# So long a refusal holds for each node of the fleet, and at most. The more nodes there are, the more slots become free
+# in this time: of a small fleet hardly any, so that each request is asked for each slot; in a fleet of a thousand some
+# dozens. The most is less than any patience (``adaptive.PATIENCE_S``).
+REFUSED_S_PER_NODE = 0.0001
+MAX_REFUSED_S = 0.1
 MAX_GROUPS = 1000  # with more refusals, all are forgotten
 
 
@@ -35,9 +38,10 @@ class _Refusal(NamedTuple):
 
 
 class RefusedLoads:
-    """The newest refusal of each group of waiting requests."""
+    """The newest refusal of each group of waiting requests. ``accounts`` are all nodes; their owner adds to them."""
 
-    def __init__(self) -> None:
+    def __init__(self, accounts: Sized) -> None:
+        self._accounts = accounts
         self._refusals: dict[Group, _Refusal] = {}
 
     def __repr__(self) -> str:
@@ -45,14 +49,15 @@ class RefusedLoads:
 
     def note_answer(self, group: Group, account: NodeAccount, choice: Choice, now: float) -> None:
         """A request of the group was asked whether it takes a free slot of this node, and takes none."""
-        if group.residency is None or choice.patience_s is None or choice.patience_s <= REFUSED_S:
+        if group.residency is None or choice.patience_s is None or choice.patience_s <= MAX_REFUSED_S:
             return
         if any(_is_free_with_load(found, account.name) for found in choice.considered):
             load_s = account.rates.load_s(group.residency.model)
             is_busy, pushes_out = bool(account.placed), bool(account.residency.loaded)
             if len(self._refusals) >= MAX_GROUPS:
                 self._refusals.clear()
-            self._refusals[group] = _Refusal(now + REFUSED_S, load_s, pushes_out, is_busy)
+            until = now + min(REFUSED_S_PER_NODE * len(self._accounts), MAX_REFUSED_S)
+            self._refusals[group] = _Refusal(until, load_s, pushes_out, is_busy)
 
     def holds_for(self, group: Group, account: NodeAccount, now: float) -> bool:
         """Whether the group has just refused a load that was no worse than the one which this node would need for

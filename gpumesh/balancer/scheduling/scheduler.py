@@ -81,7 +81,7 @@ class Scheduler:
         self._changed: dict[str, NodeAccount] = {}  # nodes that may have got a free slot, in the order of the changes
         self._pauses = Pauses()
         self._patience = Patience()
-        self._refused_loads = RefusedLoads()
+        self._refused_loads = RefusedLoads(self.accounts)
         self._refused: Refused | None = None  # the last request that ``place_now`` did not place
 
     def __repr__(self) -> str:

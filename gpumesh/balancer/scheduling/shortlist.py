@@ -119,7 +119,7 @@ class NodeTable:
         self._demand = demand
         self._model = None if demand.residency is None else demand.residency.model
         self._bags: dict[_Place, _NodeBag] = {}
-        self._tiers: list[int] = []  # sorted
+        self._tiers: list[int] = []  # of all nodes that ever were in a bag, sorted
         self._bag_of: dict[str, _Place] = {}  # for each node that is up and suits the request
         self._free_count = 0  # the nodes in ``FREE_BAGS``
         self._warm_slots_of: dict[str, int] = {}  # for each warm node
@@ -169,8 +169,10 @@ class NodeTable:
             new = (account.tier, bag_kind, pace)
             if bag_kind in (Bag.WARM_FREE, Bag.WARM_FULL):
                 warm_slots = account.slots(self._model or "", now) or 1
-        self.warm_slots += warm_slots - self._warm_slots_of.get(name, 0)
-        self._warm_slots_of[name] = warm_slots
+        old_slots = self._warm_slots_of.get(name)
+        if warm_slots != old_slots:
+            self.warm_slots += warm_slots - (old_slots or 0)
+            self._warm_slots_of[name] = warm_slots
         if new == old:
             return
         if old is not None:
@@ -185,7 +187,8 @@ class NodeTable:
             bag = self._bags.get(new)
             if bag is None:
                 bag = self._bags[new] = _NodeBag()
-                self._tiers = sorted({tier for tier, _, _ in self._bags})
+                if account.tier not in self._tiers:
+                    self._tiers = sorted((*self._tiers, account.tier))
             bag.add(account)
 
     def _find_bag(self, account: NodeAccount, now: float) -> Bag:

@@ -129,8 +129,8 @@ class ForecastRecord:
         placed, forecast = placement.placed, placement.forecast
         if placed.drain_s is not None:  # this request made the server load its model
             self._end_load(placement, now, counters)
-        elif counters is not None and counters.load_ms is not None and not placed.needs_load:
-            self._note_unexpected_load(placed, now, counters.load_ms)
+        elif counters is not None and not placed.needs_load and (counters.load_ms or 0.0) >= LEAST_LOAD_MS:
+            self._note_unexpected_load(placed, now, counters.load_ms or 0.0)
         if not is_answered:
             return
         actual_s, forecast_s = now - placed.sent_at, forecast.own_s

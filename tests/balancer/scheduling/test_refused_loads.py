@@ -6,11 +6,12 @@ import pytest
 
 from gpumesh.balancer.account import NodeAccount
 from gpumesh.balancer.policies.base import Choice, Question
-from gpumesh.balancer.scheduling.refused_loads import REFUSED_S, RefusedLoads
+from gpumesh.balancer.scheduling.refused_loads import MAX_REFUSED_S, RefusedLoads
 from gpumesh.balancer.scheduling.scheduler import Scheduler
 from gpumesh.balancer.scheduling.waiting import group_of
 from tests.balancer.scheduling.fleets import KEY_A, KEY_B, NOW, A, B, ask, make_node, make_scheduler, set_speed
 
+NODES = range(1000)
 GROUP = group_of(ask(residency=KEY_A), frozenset())
 
 
@@ -39,7 +40,7 @@ def refuse(scheduler: Scheduler, refused: RefusedLoads, account: NodeAccount, *,
     [("cold", True), ("other", True), ("fast", False), ("idle", False), ("empty", False), ("hot", False)],
 )
 def test_a_refusal_holds_for_nodes_that_are_no_better(name: str, holds: bool) -> None:
-    scheduler, refused = make_fleet(), RefusedLoads()
+    scheduler, refused = make_fleet(), RefusedLoads(NODES)
     account = scheduler.accounts[name]
     assert not refused.holds_for(GROUP, account, NOW)
     refuse(scheduler, refused, scheduler.accounts["cold"])
@@ -47,18 +48,19 @@ def test_a_refusal_holds_for_nodes_that_are_no_better(name: str, holds: bool) ->
     assert not refused.holds_for(group_of(ask(residency=KEY_B), frozenset()), account, NOW), "another group"
 
 
-def test_a_refusal_holds_for_a_short_time() -> None:
-    scheduler, refused = make_fleet(), RefusedLoads()
+@pytest.mark.parametrize(("nodes", "seconds"), [(6, 0.0006), (100, 0.01), (1000, MAX_REFUSED_S), (9000, MAX_REFUSED_S)])
+def test_a_refusal_holds_for_a_short_time(nodes: int, seconds: float) -> None:
+    scheduler, refused = make_fleet(), RefusedLoads(range(nodes))
     cold = scheduler.accounts["cold"]
     refuse(scheduler, refused, cold)
-    assert refused.holds_for(GROUP, cold, NOW + 0.9 * REFUSED_S)
-    assert not refused.holds_for(GROUP, cold, NOW + REFUSED_S)
+    assert refused.holds_for(GROUP, cold, NOW + 0.9 * seconds)
+    assert not refused.holds_for(GROUP, cold, NOW + 1.01 * seconds)
 
 
-@pytest.mark.parametrize(("name", "patience_s"), [("hot", 1.0), ("cold", REFUSED_S / 2)])
+@pytest.mark.parametrize(("name", "patience_s"), [("hot", 1.0), ("cold", MAX_REFUSED_S / 2)])
 def test_what_is_no_refusal_of_a_load(name: str, patience_s: float) -> None:
     """The slot of a node with the model; and a patience whose end would come too soon to offer the slots again."""
-    scheduler, refused = make_fleet(), RefusedLoads()
+    scheduler, refused = make_fleet(), RefusedLoads(NODES)
     refuse(scheduler, refused, scheduler.accounts[name], patience_s=patience_s)
     assert not refused.holds_for(GROUP, scheduler.accounts["cold"], NOW)
 
@@ -73,7 +75,7 @@ def test_a_slot_that_was_not_offered_is_taken_when_the_patience_ends() -> None:
     demand = ask()
     assert scheduler.place_now(demand, NOW) is None
     entry = scheduler.wait(demand, NOW, None)
-    for name, at in (("first", NOW + 0.5), ("second", NOW + 0.55)):
+    for name, at in (("first", NOW + 0.5), ("second", NOW + 0.5001)):
         placement = running[name]
         assert placement is not None
         scheduler.end(placement.placed, at)
