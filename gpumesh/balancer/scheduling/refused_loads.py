@@ -19,9 +19,10 @@ from gpumesh.balancer.forecast import Forecast
 from gpumesh.balancer.policies.base import Choice
 from gpumesh.balancer.scheduling.waiting import Group
 
-# So long a refusal holds for each node of the fleet, and at most. The more nodes there are, the more slots become free
-# in this time: of a small fleet hardly any, so that each request is asked for each slot; in a fleet of a thousand some
-# dozens. The most is less than any patience (``adaptive.PATIENCE_S``).
+# In a fleet of up to SMALL_FLEET nodes, requests are asked for each slot. A refusal holds for so long for each further
+# node, and at most. The more nodes there are, the more slots become free in this time. The most is less than any
+# patience (``adaptive.PATIENCE_S``).
+SMALL_FLEET = 100
 REFUSED_S_PER_NODE = 0.0001
 MAX_REFUSED_S = 0.1
 MAX_GROUPS = 1000  # with more refusals, all are forgotten
@@ -43,6 +44,7 @@ class RefusedLoads:
     def __init__(self, accounts: Sized) -> None:
         self._accounts = accounts
         self._refusals: dict[Group, _Refusal] = {}
+        self._patience_ended_at: dict[Group, float] = {}
 
     def __repr__(self) -> str:
         return f"<RefusedLoads of {len(self._refusals)} groups>"
@@ -51,13 +53,22 @@ class RefusedLoads:
         """A request of the group was asked whether it takes a free slot of this node, and takes none."""
         if group.residency is None or choice.patience_s is None or choice.patience_s <= MAX_REFUSED_S:
             return
+        if self._patience_ended_at.get(group) == now:
+            return
         if any(_is_free_with_load(found, account.name) for found in choice.considered):
             load_s = account.rates.load_s(group.residency.model)
             is_busy, pushes_out = bool(account.placed), bool(account.residency.loaded)
             if len(self._refusals) >= MAX_GROUPS:
                 self._refusals.clear()
-            until = now + min(REFUSED_S_PER_NODE * len(self._accounts), MAX_REFUSED_S)
+            until = now + min(REFUSED_S_PER_NODE * max(len(self._accounts) - SMALL_FLEET, 0), MAX_REFUSED_S)
             self._refusals[group] = _Refusal(until, load_s, pushes_out, is_busy)
+
+    def note_end_of_patience(self, group: Group, now: float) -> None:
+        """The patience of a request of this group is over: now the group is asked for each free slot."""
+        self._refusals.pop(group, None)
+        if len(self._patience_ended_at) >= MAX_GROUPS:
+            self._patience_ended_at.clear()
+        self._patience_ended_at[group] = now
 
     def holds_for(self, group: Group, account: NodeAccount, now: float) -> bool:
         """Whether the group has just refused a load that was no worse than the one which this node would need for

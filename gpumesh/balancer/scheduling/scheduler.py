@@ -380,8 +380,7 @@ class Scheduler:
             is_due = waiting.patience_until is None or waiting.patience_until <= now
             if choice.patience_s is not None and is_due:
                 self._patience.begin(entry, choice.patience_s, now)
-            group = cast("Group", entry.group)
-            self._refused_loads.note_answer(group, account, choice, now)
+            self._refused_loads.note_answer(group := cast("Group", entry.group), account, choice, now)
             groups.remove(group)
         return None
 
@@ -395,6 +394,7 @@ class Scheduler:
         for entry in self._patience.take_ended(now):
             if self.queue.size_of(entry.group):
                 waiting = entry.payload
+                self._refused_loads.note_end_of_patience(cast("Group", entry.group), now)
                 work = self.experience.estimate(waiting.demand)
                 for account in self.choice.compared_free(waiting.demand, work, now, exclude=waiting.exclude):
                     self._changed[account.name] = account

@@ -11,7 +11,7 @@ from gpumesh.balancer.scheduling.scheduler import Scheduler
 from gpumesh.balancer.scheduling.waiting import group_of
 from tests.balancer.scheduling.fleets import KEY_A, KEY_B, NOW, A, B, ask, make_node, make_scheduler, set_speed
 
-NODES = range(1000)
+NODES = range(9000)
 GROUP = group_of(ask(residency=KEY_A), frozenset())
 
 
@@ -48,12 +48,12 @@ def test_a_refusal_holds_for_nodes_that_are_no_better(name: str, holds: bool) ->
     assert not refused.holds_for(group_of(ask(residency=KEY_B), frozenset()), account, NOW), "another group"
 
 
-@pytest.mark.parametrize(("nodes", "seconds"), [(6, 0.0006), (100, 0.01), (1000, MAX_REFUSED_S), (9000, MAX_REFUSED_S)])
+@pytest.mark.parametrize(("nodes", "seconds"), [(100, 0.0), (200, 0.01), (1000, 0.09), (9000, MAX_REFUSED_S)])
 def test_a_refusal_holds_for_a_short_time(nodes: int, seconds: float) -> None:
     scheduler, refused = make_fleet(), RefusedLoads(range(nodes))
     cold = scheduler.accounts["cold"]
     refuse(scheduler, refused, cold)
-    assert refused.holds_for(GROUP, cold, NOW + 0.9 * seconds)
+    assert refused.holds_for(GROUP, cold, NOW + 0.9 * seconds) is (seconds > 0.0)
     assert not refused.holds_for(GROUP, cold, NOW + 1.01 * seconds)
 
 
@@ -90,3 +90,13 @@ def test_a_slot_that_was_not_offered_is_taken_when_the_patience_ends() -> None:
         assert now < until < NOW + 60.0
         now, granted = until, scheduler.grants(until)
     assert granted[0][1].placed.account.name in ("first", "second")
+
+
+def test_when_a_patience_ends_the_group_is_asked_for_each_free_slot() -> None:
+    scheduler, refused = make_fleet(), RefusedLoads(NODES)
+    cold = scheduler.accounts["cold"]
+    refuse(scheduler, refused, cold)
+    refused.note_end_of_patience(GROUP, NOW)
+    assert not refused.holds_for(GROUP, cold, NOW)
+    refuse(scheduler, refused, cold)  # by the first of the slots that are offered now
+    assert not refused.holds_for(GROUP, cold, NOW)
