@@ -22,9 +22,9 @@ from gpumesh.backends.continuation.stream_format import (
 )
 from gpumesh.backends.frames import MAX_EVENT_LINES, find_last_event_end, read_event_line
 
-# What makes an event more than text; one with a whole ``message`` is no event as clients expect it. The patterns begin with
-# one quotation mark outside of the group: so the search is for a single byte, which is fast. No alternative begins with a
-# group, which would make each search slower by a third.
+# What makes an event more than text; one with a whole ``message`` is no event as clients expect it. The patterns begin
+# with one quotation mark outside of the group: so the search is for a single byte, which is fast. No alternative begins
+# with a group, which would make each search slower by a third.
 _MARK = (
     rb'error"|finish_reason"\s*:\s*"|usage"\s*:\s*\{|tool_calls"|function_call"|message(?:_stop"|"\s*:\s*\{)'
     rb'|response\.(?:completed|incomplete|failed|cancelled)"'
