@@ -92,6 +92,17 @@ async def simulated_mesh(gpumesh: Gpumesh, *profiles: HostProfile) -> AsyncItera
         yield made
 
 
+@contextlib.asynccontextmanager
+async def background_mesh(folder: Path, *profiles: HostProfile) -> AsyncIterator[SimulatedMesh]:
+    """The hosts, and a mesh of all of them that runs in the background: for the tests of a module that only ask it, or
+    that change what no other of them looks at. A mesh of its own would cost each of them a second of CPU."""
+    with isolated_command(folder) as gpumesh:
+        async with simulated_mesh(gpumesh, *profiles) as made:
+            await gpumesh("up", "-d")
+            yield made
+            await gpumesh("down")
+
+
 def quick_host(name: str, **changes: Any) -> HostProfile:
     """A host with quick, short answers, so that tests are short."""
     usual: dict[str, Any] = {"tokens_per_s": 400.0, "load_s": 0.0, "answer_tokens": (6, 12), "slots": 2, "pull_s": 0.05}

@@ -10,9 +10,10 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 
 import pytest
+import pytest_asyncio
 
 from gpumesh.lab.profile import QWEN_7B
-from tests.cli.meshes import SimulatedMesh, quick_host, simulated_mesh
+from tests.cli.meshes import SimulatedMesh, background_mesh, quick_host
 from tests.real.command import GPUMESH, Gpumesh
 
 pytestmark = [pytest.mark.slow]
@@ -39,16 +40,13 @@ async def completed(gpumesh: Gpumesh, words: str, **environment: str) -> list[st
     return out.decode().split()
 
 
-@pytest.fixture
-async def two_tags(gpumesh: Gpumesh) -> AsyncIterator[SimulatedMesh]:
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def two_tags(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[SimulatedMesh]:
     """A running mesh with two models of one family."""
     models = (QWEN_7B, replace(QWEN_7B, name="qwen2.5:14b"))
-    async with simulated_mesh(
-        gpumesh, quick_host("alpha", ssh=False, models=models), quick_host("beta", ssh=False)
-    ) as made:
-        await gpumesh("up", "-d")
+    hosts = (quick_host("alpha", ssh=False, models=models), quick_host("beta", ssh=False))
+    async with background_mesh(tmp_path_factory.mktemp("mesh"), *hosts) as made:
         yield made
-        await gpumesh("down")
 
 
 async def test_names_of_nodes_and_models(direct: SimulatedMesh) -> None:
@@ -66,6 +64,7 @@ async def test_names_of_nodes_and_models(direct: SimulatedMesh) -> None:
     await gpumesh("down")
 
 
+@pytest.mark.asyncio(loop_scope="module")
 @pytest.mark.parametrize(
     ("words", "proposals"),
     [

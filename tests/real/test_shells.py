@@ -11,7 +11,7 @@ import pytest
 import pytest_asyncio
 
 from gpumesh.lab.profile import QWEN_7B
-from tests.cli.meshes import SimulatedMesh, isolated_command, quick_host, simulated_mesh
+from tests.cli.meshes import SimulatedMesh, background_mesh, quick_host
 from tests.prerequisites import needs
 from tests.real.shells import SHELLS, shell
 
@@ -41,13 +41,9 @@ EXPANDED = ("zm x", "zn'x", "zo${HOME}", "zp*", "zq\\x", "zr\u00e9x", "~root", "
 async def running_mesh(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[SimulatedMesh]:
     """A mesh in the background for all tests of this module, which only ask it for names."""
     models = tuple(replace(QWEN_7B, name=name) for name in (*HONEST, *HOSTILE, *EXPANDED))
-    with isolated_command(tmp_path_factory.mktemp("mesh")) as gpumesh:
-        async with simulated_mesh(
-            gpumesh, quick_host("alpha", ssh=False, models=models), quick_host("beta", ssh=False)
-        ) as made:
-            await gpumesh("up", "-d")
-            yield made
-            await gpumesh("down")
+    hosts = (quick_host("alpha", ssh=False, models=models), quick_host("beta", ssh=False))
+    async with background_mesh(tmp_path_factory.mktemp("mesh"), *hosts) as made:
+        yield made
 
 
 @pytest.fixture

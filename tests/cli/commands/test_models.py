@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
+import pytest_asyncio
 
-from gpumesh.lab.profile import EMBEDDER, LLAMA_8B, QWEN_7B, Faults, ModelProfile
-from tests.cli.meshes import SimulatedMesh, quick_host, simulated_mesh
+from gpumesh.lab.profile import EMBEDDER, LLAMA_8B, QWEN_7B, Faults, HostProfile, ModelProfile
+from tests.cli.meshes import SimulatedMesh, background_mesh, quick_host, simulated_mesh
 from tests.real.command import Gpumesh
 
 pytestmark = [pytest.mark.slow]
@@ -16,17 +18,29 @@ PHI = ModelProfile("phi3:latest")
 OLD_QWEN = ModelProfile("qwen2.5:7b", 4400, quantization="Q4_0")
 
 
-@pytest.fixture
-async def fleet(gpumesh: Gpumesh) -> AsyncIterator[SimulatedMesh]:
-    async with simulated_mesh(
-        gpumesh,
+def profiles() -> list[HostProfile]:
+    return [
         quick_host("alpha", ssh=False, models=(QWEN_7B, EMBEDDER, PHI)),
         quick_host("beta", ssh=False, models=(OLD_QWEN, LLAMA_8B)),
         quick_host("gamma", ssh=False, models=(QWEN_7B,)),
-    ) as made:
-        await gpumesh("up", "-d")
+    ]
+
+
+@pytest.fixture
+async def fleet(tmp_path: Path) -> AsyncIterator[SimulatedMesh]:
+    """A running mesh for one test, which changes what the hosts have."""
+    async with background_mesh(tmp_path, *profiles()) as made:
         yield made
-        await gpumesh("down")
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def shared_fleet(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[SimulatedMesh]:
+    """A running mesh for several tests. They pull no model that another of them asks for, and take none away."""
+    async with background_mesh(tmp_path_factory.mktemp("fleet"), *profiles()) as made:
+        yield made
+
+
+in_the_modules_loop = pytest.mark.asyncio(loop_scope="module")
 
 
 def stored_models(made: SimulatedMesh, name: str) -> set[str]:
@@ -70,43 +84,46 @@ async def test_list_names_a_node_that_is_down(gpumesh: Gpumesh) -> None:
         assert (await gpumesh("models", "list", "-q")).err == ""
 
 
-async def test_pull_shows_progress_for_each_node(fleet: SimulatedMesh) -> None:
-    ended = await fleet.gpumesh("models", "pull", "phi4:latest", "-n", "alpha", "-n", "beta")
+@in_the_modules_loop
+async def test_pull_shows_progress_for_each_node(shared_fleet: SimulatedMesh) -> None:
+    ended = await shared_fleet.gpumesh("models", "pull", "phi4:latest", "-n", "alpha", "-n", "beta")
     assert sorted(ended.out.splitlines()) == ["alpha: phi4:latest pulled", "beta: phi4:latest pulled"]
     for name in ("alpha", "beta"):
         steps = [line.partition(": ")[2] for line in ended.err.splitlines() if line.startswith(f"{name}: ")]
         assert steps[0] == "pulling manifest"
         assert [step.split()[-2] for step in steps if step.endswith("%")] == [str(n) for n in range(0, 101, 10)]
         assert steps[-1] == "success"
-        assert "phi4:latest" in stored_models(fleet, name)
-    assert "phi4:latest" not in stored_models(fleet, "gamma")
-    assert "phi4" in (await fleet.gpumesh("models")).out, "it is there at once"
-    ended = await fleet.gpumesh("models", "pull", "a:1", "b:1", "--all", "-q")
+        assert "phi4:latest" in stored_models(shared_fleet, name)
+    assert "phi4:latest" not in stored_models(shared_fleet, "gamma")
+    assert "phi4" in (await shared_fleet.gpumesh("models")).out, "it is there at once"
+    ended = await shared_fleet.gpumesh("models", "pull", "a:1", "b:1", "--all", "-q")
     assert len(ended.out.splitlines()) == 6
     assert ended.err == ""
 
 
-async def test_pull_draws_bars_on_a_terminal(fleet: SimulatedMesh) -> None:
-    async with fleet.gpumesh.terminal("models", "pull", "phi4", "--all") as shown:
+@in_the_modules_loop
+async def test_pull_draws_bars_on_a_terminal(shared_fleet: SimulatedMesh) -> None:
+    async with shared_fleet.gpumesh.terminal("models", "pull", "gemma3", "--all") as shown:
         assert await shown.wait_exit() == 0
         for name in ("alpha", "beta", "gamma"):
-            await shown.wait_for_text(f"{name}: phi4 pulled")
+            await shown.wait_for_text(f"{name}: gemma3 pulled")
         assert "━" in shown.plain_text
         assert shown.is_restored()
-    out = fleet.gpumesh.home / "out.txt"
-    async with fleet.gpumesh.terminal("models", "pull", "phi4", "--all", out=out) as shown:
+    out = shared_fleet.gpumesh.home / "out.txt"
+    async with shared_fleet.gpumesh.terminal("models", "pull", "gemma3", "--all", out=out) as shown:
         assert await shown.wait_exit() == 0
         assert "pulled" not in shown.plain_text
     assert len(out.read_text().splitlines()) == 3
 
 
-async def test_a_node_where_the_pull_fails_does_not_stop_the_others(fleet: SimulatedMesh) -> None:
-    await fleet.hosts["beta"].set_faults(Faults(status=500, paths=("/api/pull",)))
-    ended = await fleet.gpumesh("models", "pull", "phi4", "--all", code=1)
-    assert sorted(ended.out.splitlines()) == ["alpha: phi4 pulled", "gamma: phi4 pulled"]
-    assert "beta: phi4: " in ended.err
-    await fleet.hosts["beta"].set_faults(Faults())
-    ended = await fleet.gpumesh("models", "pull", "missing", "--all", code=1)
+@in_the_modules_loop
+async def test_a_node_where_the_pull_fails_does_not_stop_the_others(shared_fleet: SimulatedMesh) -> None:
+    await shared_fleet.hosts["beta"].set_faults(Faults(status=500, paths=("/api/pull",)))
+    ended = await shared_fleet.gpumesh("models", "pull", "mistral", "--all", code=1)
+    assert sorted(ended.out.splitlines()) == ["alpha: mistral pulled", "gamma: mistral pulled"]
+    assert "beta: mistral: " in ended.err
+    await shared_fleet.hosts["beta"].set_faults(Faults())
+    ended = await shared_fleet.gpumesh("models", "pull", "missing", "--all", code=1)
     assert ended.err.count("file does not exist") == 3
     assert ended.err.count("hint: ") == 1
 
@@ -154,21 +171,24 @@ async def test_sync(fleet: SimulatedMesh) -> None:
     assert "beta: qwen2.5:7b is still another than on alpha: the library has a newer one" in ended.err
 
 
+@in_the_modules_loop
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
         (["pull"], 2, "Missing argument 'MODEL'"),
         (["pull", "x"], 2, "on which node?"),
         (["pull", "x", "-n", "nobody"], 2, "there is no node 'nobody'"),
-        (["rm", "phi4"], 4, "no Ollama node that is up has 'phi4'"),
+        (["rm", "absent"], 4, "no Ollama node that is up has 'absent'"),
         (["rm", "llama3.1:8b", "-n", "alpha"], 2, "alpha has no model 'llama3.1:8b'"),
         (["load", "qwen2.5:7b", "-n", "alpha", "--keep-alive", "soon"], 1, "alpha: qwen2.5:7b: "),
         (["sync"], 2, "Missing option '--from'"),
-        (["sync", "phi4", "--from", "alpha"], 2, "alpha has no model 'phi4'"),
+        (["sync", "absent", "--from", "alpha"], 2, "alpha has no model 'absent'"),
         (["list", "extra"], 2, "unexpected extra argument"),
     ],
 )
-async def test_wrong_arguments_are_refused(fleet: SimulatedMesh, arguments: list[str], code: int, said: str) -> None:
-    ended = await fleet.gpumesh("models", *arguments, code=code)
+async def test_wrong_arguments_are_refused(
+    shared_fleet: SimulatedMesh, arguments: list[str], code: int, said: str
+) -> None:
+    ended = await shared_fleet.gpumesh("models", *arguments, code=code)
     assert said in ended.err
     assert ended.out == ""

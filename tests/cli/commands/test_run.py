@@ -11,15 +11,27 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import pytest_asyncio
 
 from gpumesh.lab.profile import Faults
-from tests.cli.meshes import MODEL, SimulatedMesh, quick_host, simulated_mesh
+from tests.cli.meshes import MODEL, SimulatedMesh, background_mesh, quick_host, simulated_mesh
 from tests.real.command import GPUMESH, Gpumesh
 from tests.tunnels.polling import wait_until
 
 pytestmark = [pytest.mark.slow]
 
 KEYS = ["index", "prompt", "response", "node", "attempts", "ttft_ms", "total_ms", "tokens", "tokens_per_s", "error"]
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def running(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[SimulatedMesh]:
+    """A mesh in the background, of two servers without SSH, for the tests that only ask it."""
+    hosts = (quick_host("alpha", ssh=False), quick_host("beta", ssh=False))
+    async with background_mesh(tmp_path_factory.mktemp("mesh"), *hosts) as made:
+        yield made
+
+
+in_the_modules_loop = pytest.mark.asyncio(loop_scope="module")
 
 
 async def test_one_prompt_in_every_way(direct: SimulatedMesh) -> None:
@@ -76,9 +88,9 @@ async def test_what_is_refused(
     assert said in ended.err
 
 
-async def test_many_prompts_from_text_and_jsonl(direct: SimulatedMesh, tmp_path: Path) -> None:
-    gpumesh = direct.gpumesh
-    await gpumesh("up", "-d")
+@in_the_modules_loop
+async def test_many_prompts_from_text_and_jsonl(running: SimulatedMesh, tmp_path: Path) -> None:
+    gpumesh = running.gpumesh
     prompts = [f"Prompt {number} ü" for number in range(30)]
     text = tmp_path / "prompts.txt"
     text.write_text("\ufeff" + "\r\n".join(prompts) + "\n\n")
@@ -109,7 +121,6 @@ async def test_many_prompts_from_text_and_jsonl(direct: SimulatedMesh, tmp_path:
     assert ended.err == "1 of 5 prompts failed; `error` in their lines says why\n"
     quiet = await gpumesh("run", "-f", "-", "-q", stdin=json.dumps({"prompt": "x", "model": "missing"}), code=1)
     assert quiet.err == ""
-    await gpumesh("down")
 
 
 async def test_results_come_in_order_as_soon_as_they_can(gpumesh: Gpumesh) -> None:
@@ -144,26 +155,25 @@ async def test_progress_is_on_stderr_alone(direct: SimulatedMesh, tmp_path: Path
         assert shown.written == ""
 
 
+@in_the_modules_loop
 @pytest.mark.parametrize(
     "words",
     ["run -f {prompts}", "run long -o num_predict=400", "status -w --interval 0.1", "config show", "logs -f"],
 )
-async def test_a_reader_that_has_enough_ends_it_quietly(direct: SimulatedMesh, tmp_path: Path, words: str) -> None:
+async def test_a_reader_that_has_enough_ends_it_quietly(running: SimulatedMesh, tmp_path: Path, words: str) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("prompt\n" * 300)
-    await direct.gpumesh("up", "-d")
     process = await asyncio.create_subprocess_shell(
         f"{GPUMESH} {words.format(prompts=prompts)} | head -c 1",
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        env=direct.gpumesh.environment(),
+        env=running.gpumesh.environment(),
     )
     async with asyncio.timeout(40):
         out, errors = await process.communicate()
     assert len(out) == 1
     assert errors == b""
-    await direct.gpumesh("down")
 
 
 @pytest.fixture
