@@ -27,14 +27,15 @@ ESTABLISHED = "01"  # as /proc/net/tcp has it
 
 
 def lively_host(name: str) -> profile.HostProfile:
-    """A host that answers within half a second, also many clients at once."""
+    """A host that answers within half a second, also many clients at once. Its tokens are few: they are what costs CPU,
+    and each answer takes as long as with many."""
     return profile.make_host(
         name,
-        tokens_per_s=150.0,
+        tokens_per_s=40.0,
         prefill_tokens_per_s=None,
         load_s=0.0,
         slots=64,
-        answer_tokens=(20, 60),
+        answer_tokens=(6, 16),
         ssh=False,
     )
 

@@ -117,13 +117,14 @@ HOSTS = [
 ]
 
 
-@pytest.fixture
-def agent_socket(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+@pytest.fixture(scope="module")
+def agent_socket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Where the agent of a host's key listens. Set before ``pool``, whose processes get the environment."""
     path = tmp_path_factory.mktemp("a") / "s"
-    monkeypatch.setenv("SSH_AUTH_SOCK", str(path))
-    monkeypatch.setenv("GPUMESH_TEST_PASSWORD", PASSWORD)
-    return path
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("SSH_AUTH_SOCK", str(path))
+        environment.setenv("GPUMESH_TEST_PASSWORD", PASSWORD)
+        yield path
 
 
 @contextlib.contextmanager
@@ -145,6 +146,7 @@ def test_there_are_twenty_odd_hosts() -> None:
     assert len({host.name for host in HOSTS}) == len(HOSTS) > 20
 
 
+@pytest.mark.asyncio(loop_scope="module")
 @pytest.mark.parametrize("host", [pytest.param(host, id=host.name, marks=needs(*host.needs)) for host in HOSTS])
 async def test_a_host_is_served_and_what_is_said_of_it_is_true(
     host: Host, tmp_path: Path, agent_socket: Path, runtime: Path, pool: WorkerPool, backend: int

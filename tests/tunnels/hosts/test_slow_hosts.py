@@ -17,7 +17,13 @@ from tests.tunnels.polling import wait_until
 from tests.tunnels.sshd import Sshd
 from tests.tunnels.supervised import BACKOFF, UP, both
 
-pytestmark = [pytest.mark.real, pytest.mark.slow, needs("sshd", "ssh", "nss-wrapper"), both]
+pytestmark = [
+    pytest.mark.real,
+    pytest.mark.slow,
+    needs("sshd", "ssh", "nss-wrapper"),
+    both,
+    pytest.mark.asyncio(loop_scope="module"),
+]
 
 # Each start of the login shell leaves a line. ``{wait}`` is what is slow.
 COUNTING_SHELL = 'echo "$BASH_EXECUTION_STRING" >>~/shells; {wait}\n'
