@@ -83,7 +83,9 @@ class Fleet:
             # Whether all nodes that list the model have answered that they do not have it.
             no_node_has_model = bool(listing) and listing.issubset(missing)
             if no_node_has_model:
-                hint = f"{', '.join(missing)} lists it, but answers that it is not there: pull it again there"
+                verbs = ("lists", "answers") if len(missing) == 1 else ("list", "answer")
+                names = ", ".join(missing)
+                hint = f"{names} {verbs[0]} it, but {verbs[1]} that it is not there: pull it again there"
                 return ModelMissing(demand.model, hint=hint)
         states = [self[candidate.name].state(queued=0) for candidate in allowed]
         reasons = "; ".join(f"{state.name}: {_describe_reason(state, faults.get(state.name))}" for state in states)
