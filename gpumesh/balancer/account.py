@@ -6,9 +6,8 @@ The owner tells it what probes found, and what happened to each request. All tim
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from collections.abc import Set as AbstractSet
-from types import MappingProxyType
 from typing import NamedTuple
 
 import msgspec
@@ -16,32 +15,16 @@ import msgspec
 from gpumesh.backends.base import ServerCounters
 from gpumesh.balancer.base import Demand, ResidencyKey
 from gpumesh.balancer.breaker import Breaker, ModelBreakers
-from gpumesh.balancer.fairness.client_counters import weighted_tokens
 from gpumesh.balancer.limits import NodeSlots, SentRequest
 from gpumesh.balancer.models.residency import Residency
 from gpumesh.balancer.rates import ActivityMeter, ReadStall, ServiceRates
+from gpumesh.balancer.work import Work
 from gpumesh.topology import BackendKind
 
 # A request is expected to run for at least this share longer than it has run: else an overdue one would end now.
 LEAST_REMAINING_SHARE = 0.1
 FREE_AT_AGE_S = 0.05  # the time of the next free slot is computed again after this time, even if nothing happened
 MAX_KNOWN_TIMES = 256  # of the models of one node; with more, all of them are forgotten
-
-NOTHING_CACHED: Mapping[str, float] = MappingProxyType({})
-
-
-class Work(msgspec.Struct, frozen=True):
-    """The expected work of a request: tokens of its prompt and of its answer. ``cached``: for each node, how many
-    tokens of the prompt its server is believed to have in its cache; nodes with none are left out."""
-
-    prompt_tokens: float = 0.0
-    answer_tokens: float = 0.0
-    cached: Mapping[str, float] = NOTHING_CACHED
-
-    @property
-    def cost(self) -> float:
-        """What the client is charged before the true cost is known, in weighted tokens."""
-        return weighted_tokens(self.prompt_tokens, self.answer_tokens)
 
 
 class PlacedRequest(msgspec.Struct, eq=False):

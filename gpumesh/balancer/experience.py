@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from msgspec.structs import replace
 
 from gpumesh.backends.base import ServerCounters
-from gpumesh.balancer.account import NOTHING_CACHED, NodeAccount, PlacedRequest, Work
+from gpumesh.balancer.account import NodeAccount, PlacedRequest
 from gpumesh.balancer.base import Demand, ResidencyKey
 from gpumesh.balancer.fairness.client_counters import weighted_tokens
 from gpumesh.balancer.lengths import ExpectedLengths
@@ -17,6 +17,7 @@ from gpumesh.balancer.prefixes.cache_size import BYTES_PER_TOKEN, count_read_tok
 from gpumesh.balancer.prefixes.prints import FIRST_BLOCK_BYTES
 from gpumesh.balancer.rates import ServiceRates
 from gpumesh.balancer.rates.token_counts import TokenCounts
+from gpumesh.balancer.work import NOTHING_CACHED, Work
 
 MIN_CLOCKED_TOKENS = 16  # a shorter stream often comes in a few packets
 MOST_READS = 1.5  # prompts that were read at once, on the mean

@@ -12,10 +12,11 @@ from functools import lru_cache
 
 import msgspec
 
-from gpumesh.balancer.account import NodeAccount, PlacedRequest, Work
+from gpumesh.balancer.account import NodeAccount, PlacedRequest
 from gpumesh.balancer.base import Demand, ResidencyKey
 from gpumesh.balancer.experience import Experience
 from gpumesh.balancer.models.model_demand import ModelDemand
+from gpumesh.balancer.work import Work
 
 # A model that was not asked for in this time would be unloaded by the server anyway (OLLAMA_KEEP_ALIVE).
 RELOAD_HORIZON_S = 300.0

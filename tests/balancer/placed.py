@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from gpumesh.balancer.account import NodeAccount, PlacedRequest, Work
+from gpumesh.balancer.account import NodeAccount, PlacedRequest
 from gpumesh.balancer.base import Demand
+from gpumesh.balancer.work import Work
 
 
 def make_placed(

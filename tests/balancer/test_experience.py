@@ -3,9 +3,10 @@ from __future__ import annotations
 import pytest
 
 from gpumesh.backends.base import ServerCounters
-from gpumesh.balancer.account import NodeAccount, Work
+from gpumesh.balancer.account import NodeAccount
 from gpumesh.balancer.base import Demand, ResidencyKey
 from gpumesh.balancer.experience import FLEET_LEARN_INTERVAL_S, Experience
+from gpumesh.balancer.work import Work
 from tests.balancer.placed import make_placed
 
 MODEL = "a:latest"

@@ -9,11 +9,12 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpumesh.balancer.account import NodeAccount, Work
+from gpumesh.balancer.account import NodeAccount
 from gpumesh.balancer.base import Demand, ResidencyKey
 from gpumesh.balancer.forecast import Forecast
 from gpumesh.balancer.scheduling.explanation import MAX_LINE_CHARS, describe_forecast, explain_placement
 from gpumesh.balancer.scheduling.scheduler import Placement
+from gpumesh.balancer.work import Work
 from gpumesh.topology import PolicyKind
 from tests.balancer.placed import make_placed
 

@@ -8,9 +8,10 @@ from typing import Protocol
 
 import msgspec
 
-from gpumesh.balancer.account import NodeAccount, Work
+from gpumesh.balancer.account import NodeAccount
 from gpumesh.balancer.base import Demand
 from gpumesh.balancer.forecast import FleetLoad, Forecast, forecast
+from gpumesh.balancer.work import Work
 
 
 class Question(msgspec.Struct, frozen=True, gc=False):

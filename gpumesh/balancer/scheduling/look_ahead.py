@@ -14,13 +14,14 @@ import math
 from collections.abc import Collection, Mapping
 from itertools import islice
 
-from gpumesh.balancer.account import NodeAccount, Work
+from gpumesh.balancer.account import NodeAccount
 from gpumesh.balancer.experience import Experience
 from gpumesh.balancer.fair_queue import FairQueue
 from gpumesh.balancer.fairness.lane import QueueEntry
 from gpumesh.balancer.policies.base import Policy
 from gpumesh.balancer.rates.service_rates import Pace
 from gpumesh.balancer.scheduling.waiting import Group, Waiting
+from gpumesh.balancer.work import Work
 
 LOOKED_AT = 16  # of the next requests
 # A request is passed over at most this number of times for each node of the fleet. Among as many free slots as there

@@ -8,13 +8,14 @@ from random import Random
 
 from msgspec.structs import replace
 
-from gpumesh.balancer.account import NodeAccount, Work
+from gpumesh.balancer.account import NodeAccount
 from gpumesh.balancer.base import Demand
 from gpumesh.balancer.policies import POLICIES
 from gpumesh.balancer.policies.base import Choice, Question
 from gpumesh.balancer.scheduling.shortlist import Shortlist
 from gpumesh.balancer.scheduling.waiting import with_residency
 from gpumesh.balancer.select import suits_demand
+from gpumesh.balancer.work import Work
 from gpumesh.text.model_names import full_name
 from gpumesh.topology import PolicyKind
 

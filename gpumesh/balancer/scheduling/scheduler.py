@@ -17,7 +17,7 @@ from random import Random
 from typing import NamedTuple, cast
 
 from gpumesh.backends.base import ServerCounters
-from gpumesh.balancer.account import NodeAccount, PlacedRequest, Work
+from gpumesh.balancer.account import NodeAccount, PlacedRequest
 from gpumesh.balancer.base import Demand
 from gpumesh.balancer.clock_check import correct_durations
 from gpumesh.balancer.experience import Experience
@@ -40,10 +40,10 @@ from gpumesh.balancer.scheduling.waiting import (
     group_of,
     with_residency,
 )
+from gpumesh.balancer.work import Work
 from gpumesh.topology import PolicyKind
 
-# The least time between two answers of one node from which we learn. If a node gives more answers, a part of them is
-# enough to measure it, and the gateway saves time.
+# The least time between two answers of one node from which we learn: a part of many answers is enough to measure it.
 LEARN_INTERVAL_S = 0.05
 
 

@@ -9,12 +9,13 @@ from typing import NamedTuple
 
 from msgspec.structs import replace
 
-from gpumesh.balancer.account import NodeAccount, Work
+from gpumesh.balancer.account import NodeAccount
 from gpumesh.balancer.base import Demand, ResidencyKey
 from gpumesh.balancer.fair_queue import FairQueue
 from gpumesh.balancer.fairness.lane import QueueEntry
 from gpumesh.balancer.policies.base import Choice
 from gpumesh.balancer.select import suits_demand
+from gpumesh.balancer.work import Work
 from gpumesh.text.model_names import full_name
 from gpumesh.topology import BackendKind
 

@@ -5,10 +5,11 @@ import math
 import pytest
 
 from gpumesh.backends.base import ServerCounters
-from gpumesh.balancer.account import LEAST_REMAINING_SHARE, GpuGroup, NodeAccount, PlacedRequest, Work
+from gpumesh.balancer.account import LEAST_REMAINING_SHARE, GpuGroup, NodeAccount, PlacedRequest
 from gpumesh.balancer.base import Demand, ResidencyKey
 from gpumesh.balancer.breaker import BreakerPhase
 from gpumesh.balancer.outcomes import Blame
+from gpumesh.balancer.work import Work
 from tests.balancer.placed import make_placed
 from tests.balancer.scheduling.fleets import KEY_A, NOW, A, B
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpumesh.balancer.account import NodeAccount, PlacedRequest, Work
+from gpumesh.balancer.account import NodeAccount, PlacedRequest
 from gpumesh.balancer.base import Demand, ResidencyKey
 from gpumesh.balancer.forecast import (
     COPY_HORIZON_S,
@@ -25,6 +25,7 @@ from gpumesh.balancer.forecast import (
 )
 from gpumesh.balancer.prefixes import PromptPrint
 from gpumesh.balancer.scheduling.scheduler import Scheduler
+from gpumesh.balancer.work import Work
 from gpumesh.topology import BackendKind
 from tests.balancer.scheduling.fleets import (
     KEY_A,

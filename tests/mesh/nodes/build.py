@@ -12,12 +12,13 @@ from urllib.parse import urlsplit
 import httpx
 import msgspec
 
-from gpumesh.balancer.account import NodeAccount, Work
+from gpumesh.balancer.account import NodeAccount
 from gpumesh.balancer.base import Demand, ResidencyKey
 from gpumesh.balancer.experience import Experience
 from gpumesh.balancer.forecast import Copies, FleetLoad, forecast, place_on
 from gpumesh.balancer.models.model_demand import ModelDemand
 from gpumesh.balancer.scheduling.scheduler import Placement, Scheduler
+from gpumesh.balancer.work import Work
 from gpumesh.coordination.base import Coordination, Loads
 from gpumesh.mesh.change_notifier import ChangeNotifier
 from gpumesh.mesh.nodes.lease import Lease

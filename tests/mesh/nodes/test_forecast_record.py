@@ -7,10 +7,11 @@ from collections.abc import Sequence
 import pytest
 
 from gpumesh.backends.base import ServerCounters
-from gpumesh.balancer.account import NodeAccount, Work
+from gpumesh.balancer.account import NodeAccount
 from gpumesh.balancer.base import Demand, ResidencyKey
 from gpumesh.balancer.forecast import Forecast
 from gpumesh.balancer.scheduling.scheduler import Placement
+from gpumesh.balancer.work import Work
 from gpumesh.mesh.nodes.forecast_record import (
     LOADING_WINDOW_S,
     MAX_LOAD_EVENTS,
