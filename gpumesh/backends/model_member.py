@@ -66,7 +66,7 @@ def scan_model(body: bytes, name: str) -> Generator[None, None, list[Piece] | No
 
 
 def replace_in_query(path: str, name: str) -> str | None:
-    """A path with a query like this one, but with this model; ``None`` if it names this model already, or none."""
+    """The path with ``name`` as the model in its query; ``None`` if the query names this model already, or no model."""
     route, question_mark, query = path.partition("?")
     pairs = query.split("&")
     places = [index for index, pair in enumerate(pairs) if is_model_pair(pair)]

@@ -150,12 +150,11 @@ async def run_benchmark(
     progress.set_plan(plan)
     if disturbance is None and scenario is Scenario.FAILOVER:
         disturbance = DrainDisturbance(target, [node.name for node in nodes])
+    notes = _node_notes(nodes, state.findings)
+    if only_node is None:  # with ``only_node``, the others are not measured because the person wants so: no note
+        notes.extend(_exclusion_notes(state, nodes))
     stages: list[StageResult] = []
     records: list[LoadSample] = []
-    notes: list[str] = _node_notes(nodes, state.findings)
-    if only_node is None:  # with ``only_node``, the others are not measured because the person wants so: no note
-        excluded_nodes = [node for node in state.nodes if node not in nodes]
-        notes.extend(f"{node.name} is not measured: {_exclusion_reason(node)}" for node in excluded_nodes)
     for stage in plan.stages:
         progress.start_stage(stage)
         async with sample_gpus(target.status) as gpu_samples:
@@ -231,6 +230,12 @@ def _node_notes(nodes: Sequence[NodeState], findings: Sequence[Finding]) -> list
         notes.append("simulated hosts: the figures are the stand-in's, not a GPU's")
     notes.extend(finding.message for finding in findings if finding.code == "same-gpu")
     return notes
+
+
+def _exclusion_notes(state: MeshState, measured: Sequence[NodeState]) -> list[str]:
+    """A note for each node that is not measured, with the reason."""
+    excluded_nodes = [node for node in state.nodes if node not in measured]
+    return [f"{node.name} is not measured: {_exclusion_reason(node)}" for node in excluded_nodes]
 
 
 def _warm_up_notes(run: StageRun) -> list[str]:

@@ -191,7 +191,7 @@ class ContinuationPlanner:
         if strategy is not None:
             self._strategies[questions.node, self._model] = strategy
 
-    # -- the request for the rest ------------------------------------------------------------------------------------
+    # -- the request that continues the answer -----------------------------------------------------------------------
 
     def next_call(self, node: str, kind: BackendKind, partial_answer: PartialAnswer) -> ContinuationCall | str | None:
         """The request to the node that will continue, or the reason why no node can. ``None``: it is not known how this
@@ -202,12 +202,27 @@ class ContinuationPlanner:
         strategy = self._strategies.get((node, self._model))
         rendered = self._rendered_prompts.get(node)
         if strategy in _ASSISTANT_STRATEGIES or rendered is None:
-            refusal = stream_format.assistant_message_refusal(self._request)
-            if refusal is not None or strategy not in _ASSISTANT_STRATEGIES:
-                return refusal
-            step = stream_format.continue_assistant_message(self._request, partial_answer)
-            is_repeated = strategy is ContinuationStrategy.ASSISTANT_REPEATED
-            return replace(step, repeated_text=self._client_beginning + partial_answer.text) if is_repeated else step
+            return self._assistant_message_call(stream_format, strategy, partial_answer)
+        return self._raw_prompt_call(stream_format, rendered, partial_answer)
+
+    def _assistant_message_call(
+        self, stream_format: StreamFormat, strategy: ContinuationStrategy | None, partial_answer: PartialAnswer
+    ) -> ContinuationCall | str | None:
+        """The request with the partial answer as the last message of the assistant, if ``strategy`` says so."""
+        refusal = stream_format.assistant_message_refusal(self._request)
+        if refusal is not None:
+            return refusal
+        if strategy not in _ASSISTANT_STRATEGIES:
+            return None
+        call = stream_format.continue_assistant_message(self._request, partial_answer)
+        if strategy is ContinuationStrategy.ASSISTANT_REPEATED:
+            return replace(call, repeated_text=self._client_beginning + partial_answer.text)
+        return call
+
+    def _raw_prompt_call(
+        self, stream_format: StreamFormat, rendered: RenderedPrompt, partial_answer: PartialAnswer
+    ) -> ContinuationCall | str | None:
+        """The request with the partial answer as text after the ``rendered`` prompt."""
         refusal = stream_format.raw_prompt_refusal(self._request)
         if refusal is not None:
             return f"its template closes the turn, and {refusal}" if rendered.closes_turn else None

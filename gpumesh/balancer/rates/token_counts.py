@@ -89,7 +89,9 @@ class _Means:
         self._new_samples = 0
 
     def add(self, node: str, sample: float) -> None:
+        """Adds the bytes for a token of one more text of this node."""
         mean = self.of_node.get(node, BYTES_PER_TOKEN)
+        # In a geometric mean, a sample of double the mean weighs as much as a sample of half the mean.
         self.of_node[node] = mean * (sample / mean) ** SMOOTHING
         if len(self.of_node) > MAX_NODES:
             del self.of_node[next(iter(self.of_node))]

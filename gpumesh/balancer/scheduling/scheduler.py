@@ -296,8 +296,8 @@ class Scheduler:
             self._fleet.copies.update(account)
 
     def _charge_true_cost(self, placed: PlacedRequest, counters: ServerCounters) -> None:
-        """Charges the client what the request has really cost by these counters, which were corrected, less what it was
-        charged before."""
+        """Charges the client the difference between the true cost of the request, by the corrected ``counters``, and
+        the cost that the client was charged for the request before."""
         cost = self.experience.true_cost(placed, counters)
         if cost is not None:
             charged = placed.work.cost if placed.is_charged else 0.0
