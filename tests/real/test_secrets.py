@@ -72,28 +72,41 @@ def test_this_test_would_find_one() -> None:
             assert found_in(base64.b64encode(f"{prefix}{secret} and more".encode())) == {name}
 
 
+class ProcessScan:
+    """Lists the processes of this machine that have started since it was made. A look at all the others, again and
+    again, would take most of a core."""
+
+    def __init__(self) -> None:
+        self._older = set(os.listdir("/proc"))
+
+    def folders(self) -> list[str]:
+        """Their folders in /proc."""
+        return [f"/proc/{name}" for name in os.listdir("/proc") if name not in self._older and name.isdigit()]
+
+
 class Arguments:
-    """Looks at the arguments of all processes of this machine, again and again, for as long as the block runs."""
+    """Looks at the arguments of all processes that start on this machine, again and again, for as long as the block
+    runs."""
 
     def __init__(self) -> None:
         self.found: set[tuple[str, str]] = set()
         self.looks = 0
         self.programs: set[str] = set()
+        self._scan = ProcessScan()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._look)
 
     def _look(self) -> None:
         seen: set[bytes] = set()
         while not self._over.wait(PAUSE_S):
-            for entry in os.scandir("/proc"):
-                if entry.name.isdigit():
-                    with contextlib.suppress(OSError), open(f"{entry.path}/cmdline", "rb") as file:
-                        arguments = file.read()
-                        if arguments in seen:
-                            continue
-                        seen.add(arguments)
-                        self.programs.add(os.path.basename(arguments.split(b"\0")[0].decode(errors="replace")))
-                        self.found |= {(name, arguments.decode(errors="replace")) for name in found_in(arguments)}
+            for folder in self._scan.folders():
+                with contextlib.suppress(OSError), open(f"{folder}/cmdline", "rb") as file:
+                    arguments = file.read()
+                    if arguments in seen:
+                        continue
+                    seen.add(arguments)
+                    self.programs.add(os.path.basename(arguments.split(b"\0")[0].decode(errors="replace")))
+                    self.found |= {(name, arguments.decode(errors="replace")) for name in found_in(arguments)}
             self.looks += 1
 
     def __enter__(self) -> Arguments:
@@ -360,20 +373,20 @@ class Environments:
         self.holders: set[str] = set()
         self.others: set[str] = set()
         self._mark = mark
+        self._scan = ProcessScan()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._look)
 
     def _look(self) -> None:
         while not self._over.wait(PAUSE_S):
-            for entry in os.scandir("/proc"):
-                if entry.name.isdigit():
-                    with contextlib.suppress(OSError):
-                        # Before and after: a process that becomes another program between the two is neither.
-                        before = Path(entry.path, "cmdline").read_bytes()
-                        environment = Path(entry.path, "environ").read_bytes()
-                        if self._mark in environment and before == Path(entry.path, "cmdline").read_bytes():
-                            place = self.holders if found_in(environment) else self.others
-                            place.add(before.replace(b"\0", b" ").decode(errors="replace").strip())
+            for folder in self._scan.folders():
+                with contextlib.suppress(OSError):
+                    # Before and after: a process that becomes another program between the two is neither.
+                    before = Path(folder, "cmdline").read_bytes()
+                    environment = Path(folder, "environ").read_bytes()
+                    if self._mark in environment and before == Path(folder, "cmdline").read_bytes():
+                        place = self.holders if found_in(environment) else self.others
+                        place.add(before.replace(b"\0", b" ").decode(errors="replace").strip())
 
     def __enter__(self) -> Environments:
         self._thread.start()
@@ -421,14 +434,14 @@ async def test_no_program_that_it_starts_has_them_in_its_environment(
     here = {"name": "here", "backend": {"url": f"http://127.0.0.1:{hosts.backend_port}", "api_key_env": "BACKEND_KEY"}}
     write(planted, [*nodes, found, named, here])
     variables = {"RUNPOD_API_KEY": "the provider's own", "PATH": f"{programs}:{os.environ['PATH']}"}
-    process = await asyncio.create_subprocess_exec(
-        *(str(GPUMESH), "up"),
-        env=planted.environment(**variables),
-        cwd=planted.home,
-        stdout=asyncio.subprocess.DEVNULL,
-        stderr=asyncio.subprocess.DEVNULL,
-    )
     with Environments(planted.mark) as environments:
+        process = await asyncio.create_subprocess_exec(
+            *(str(GPUMESH), "up"),
+            env=planted.environment(**variables),
+            cwd=planted.home,
+            stdout=asyncio.subprocess.DEVNULL,
+            stderr=asyncio.subprocess.DEVNULL,
+        )
         try:
             async with asyncio.timeout(90):
                 wanted = {node["name"] for node in [*nodes, found, here]}
@@ -436,6 +449,7 @@ async def test_no_program_that_it_starts_has_them_in_its_environment(
                     status = (await planted("status", "--json", code=None)).json()
                     up = {node["name"] for node in status["nodes"] if node["tunnel"]["state"] == "up"}
                     wanted -= up
+                    await asyncio.sleep(0.1)
                 for node in [*nodes, found]:
                     assert (await planted("exec", node["name"], "--", "hostname")).out
                 while not (programs / "nvidia-smi.env").exists():
