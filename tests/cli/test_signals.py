@@ -105,6 +105,7 @@ async def load(gpumesh: Gpumesh, **wanted: int) -> None:
             gateway = (await gpumesh("status", "--json")).json()["gateway"]
             if all(gateway[name] == count for name, count in wanted.items()):
                 return
+            await asyncio.sleep(0.1)
 
 
 async def draining(url: str) -> None:
@@ -127,6 +128,7 @@ async def url_of(gpumesh: Gpumesh) -> str:
             gateway = (await gpumesh("status", "--json")).json()["gateway"]
             if gateway["state"] == "serving":
                 return str(gateway["url"])
+            await asyncio.sleep(0.1)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -84,6 +84,7 @@ async def up(gpumesh: Gpumesh) -> None:
             ended = await gpumesh("status", "--json", code=None)
             if {one["tunnel"]["state"] for one in ended.json()["nodes"]} == {"up"}:
                 return
+            await asyncio.sleep(0.1)
 
 
 async def kill(gpumesh: Gpumesh, pid: int, *, but: set[int] = frozenset()) -> None:  # type: ignore[assignment]
