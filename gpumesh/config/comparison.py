@@ -12,7 +12,6 @@ from gpumesh.state import Finding, Severity
 from gpumesh.topology import NodeSpec, Topology
 from gpumesh.wire import to_json
 
-CONFIG_CHANGED = "config-changed"  # the code of the finding
 APPLY_HINT = "`gpumesh down`, then `gpumesh up -d` lets the mesh read the file again"
 
 # The sections of a node that decide which host and server are reached, and how.
@@ -108,4 +107,4 @@ def describe_differences(differences: Differences) -> Finding | None:
 
 
 def changed_file_finding(message: str, severity: Severity = Severity.WARNING) -> Finding:
-    return Finding(CONFIG_CHANGED, severity, None, message, APPLY_HINT)
+    return Finding("config-changed", severity, None, message, APPLY_HINT)

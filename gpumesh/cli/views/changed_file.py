@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import typer
 
 from gpumesh.cli.views.safe_text import clean_line
-from gpumesh.config.comparison import CONFIG_CHANGED
 from gpumesh.state import Finding, MeshState, Severity
 
 if TYPE_CHECKING:
@@ -32,7 +31,7 @@ def add_finding(state: MeshState, changed_file: ChangedFile) -> MeshState:
 
 def replace_finding(state: MeshState, finding: Finding | None) -> MeshState:
     """The state with this finding about mesh.yaml, or none, instead of the mesh's own, which is some seconds old."""
-    others = tuple(other for other in state.findings if other.code != CONFIG_CHANGED)
+    others = tuple(other for other in state.findings if other.code != "config-changed")
     return replace(state, findings=others if finding is None else (*others, finding))
 
 

@@ -11,7 +11,7 @@ from gpumesh.probes.smi_tables import OUTPUT_BYTES
 from gpumesh.tunnels.base import OutputStream, ShellStream
 from gpumesh.tunnels.remote_commands.remote_shell import END_LINE, KILL_LINE, READY_LINE
 
-MAX_GREETING_BYTES = 1 << 18  # a login shell that writes more than this before it runs our command never runs it
+MAX_GREETING_BYTES = 1 << 20  # a login shell that writes more than this before it runs our command never runs it
 GREETING_BYTES = 2000  # the end of what a login shell writes that is kept, for messages
 _READY = re.compile(rb"\n?" + re.escape(READY_LINE) + rb"\r?\n")
 

@@ -75,7 +75,7 @@ HOSTS = [
     Host("a banner", options={"Banner": "{home}/banner"}, files={"banner": "\033[2JKeep out\n" * 40}),
     Host("no terminal, no SFTP", options={"PermitTTY": "no", "AllowStreamLocalForwarding": "no"}),
     Host("AllowTcpForwarding local", options={"AllowTcpForwarding": "local", "AllowAgentForwarding": "no"}),
-    Host("closes idle sessions", options={"ChannelTimeout": "session:*=1"}),
+    Host("closes idle sessions", options={"ChannelTimeout": "session:*=3"}),
     Host("closes idle connections", options={"ClientAliveInterval": "1", "ClientAliveCountMax": "1"}),
     Host(
         "a password",
