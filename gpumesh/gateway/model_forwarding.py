@@ -47,7 +47,7 @@ from gpumesh.gateway.model_requests import (
 from gpumesh.gateway.model_unloading import asks_to_unload, unload_everywhere
 from gpumesh.gateway.observe.record import RequestRecord
 from gpumesh.gateway.prompt_reading import PromptReader
-from gpumesh.gateway.query_model import may_be_raw, read_query_model
+from gpumesh.gateway.query_model import looks_like_json, may_be_raw, read_query_model
 from gpumesh.mesh.mesh import Mesh
 from gpumesh.mesh.requests.answer import Answer
 from gpumesh.text.model_names import full_name
@@ -178,6 +178,8 @@ class ModelForwarder:
     ) -> Response | StreamingResponse:
         """Does the work of ``forward`` for a body that is sent on as it is. ``model``: the model that the query
         names."""
+        if request.key is not None and data and (not route.is_known or looks_like_json(data)):
+            request.key.require_readable_body()
         no_members = Members(())
         demand = self._read_demand(request, route, no_members, model, size=0)
         body = _ClientBody(data, no_members, model, is_raw=True)
@@ -260,6 +262,9 @@ class ModelForwarder:
             key.require_node(demand.node)
             assert demand.model is not None, "``read_demand`` has let through a demand without a model"
             key.require_model(demand.model, self._rules.identity(demand.model))
+            query_model = read_query_model(request.target)
+            if query_model is not None:  # a server might prefer it to the model in the body
+                key.require_model(query_model, self._rules.identity(query_model))
         return demand
 
     def _may_use(self, request: Request, demand: Demand) -> bool:

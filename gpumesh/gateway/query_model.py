@@ -10,6 +10,7 @@ from gpumesh.gateway.http.errors import BadRequest
 from gpumesh.gateway.model_requests import ModelRoute
 
 _RAW_TYPES = ("audio/", "video/", "image/", "application/octet-stream")
+_BEFORE_JSON = b"\xef\xbb\xbf\xff\xfe\x00 \t\r\n"  # white space, and what UTF-16 and UTF-32 add
 _RAW_PATHS = "/v1/audio/"  # the known routes whose body may be no JSON
 
 
@@ -33,3 +34,8 @@ def may_be_raw(route: ModelRoute, path: str, headers: Mapping[str, str], model: 
     if "json" in content_type:
         return False
     return model is not None or (route.is_known and content_type.startswith(_RAW_TYPES))
+
+
+def looks_like_json(data: bytes) -> bool:
+    """Whether a server could read this body as a JSON object, in whatever encoding, although we could not."""
+    return data[:64].lstrip(_BEFORE_JSON).startswith(b"{")

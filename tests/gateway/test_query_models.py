@@ -199,3 +199,22 @@ async def test_a_limited_key_makes_no_request_of_which_nothing_is_known(target: 
         assert answer.status_code == 403
         assert not whisper.targets
         assert (await fleet.client.post(target, json={"model": "ears"}, headers=FULL)).status_code == 200
+
+
+HIDING_PLACES = {
+    "in the query, beside another in the body": ("/v1/rerank?model=other", {}, b'{"model": "ears"}'),
+    "in the query of a known route": ("/v1/chat/completions?model=other", {}, b'{"model": "ears", "messages": []}'),
+    "in the second of two members": ("/v1/rerank?model=ears", {}, b'{"model": "ears", "model": "other"}'),
+    "in UTF-16": ("/v1/rerank?model=ears", {}, '{"model": "other"}'.encode("utf-16")),
+    "in what is called a recording": (f"{AUDIO}?model=ears", {"Content-Type": "audio/wav"}, b' {"model": "other",}'),
+}
+
+
+@pytest.mark.parametrize("place", HIDING_PLACES)
+async def test_a_limited_key_hides_no_other_model(place: str) -> None:
+    target, headers, body = HIDING_PLACES[place]
+    whisper = Recorder("Org/Whisper", "other")
+    async with serve_recorders(whisper, models=ALIASES, keys=KEYS) as fleet:
+        answer = await fleet.client.post(target, content=body, headers={**headers, **LIMITED})
+        assert answer.status_code == 403, answer.text
+        assert not whisper.targets

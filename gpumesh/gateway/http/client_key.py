@@ -57,6 +57,12 @@ class ClientKey:
                 "this key is limited to some nodes or models, and gpumesh does not know what this route does"
             )
 
+    def require_readable_body(self) -> None:
+        """Raises BadRequest if the holder may use a part of the mesh only. It is for a body that we cannot read: a
+        server may read it, and find another model there."""
+        if self.is_limited:
+            raise _forbidden("this key is limited to some nodes or models, and gpumesh cannot read the request's body")
+
 
 def _forbidden(message: str) -> BadRequest:
     return BadRequest(message, status=403)
