@@ -93,7 +93,7 @@ def test_a_trace_and_the_files_of_a_result(fleet: Path, tmp_path: Path) -> None:
         (("--poisson", "1", "--priorities", "urgent=1"), "'urgent=1' cannot be read"),
         (("--poisson", "1", "--mix", "llama3.1:8b=-1"), "no value with a share above 0"),
         (("--poisson", "1", "--contexts", "0"), "'0' cannot be read"),
-        (("--poisson", "1", "-n", "0"), "greater than or equal to 1"),
+        (("--poisson", "1", "-n", "0"), "Invalid value for '-n'"),
         (("--poisson", "1", "--load", "0.5", "--speed", "2"), "--load and --speed both set the times"),
     ],
 )
