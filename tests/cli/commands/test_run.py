@@ -172,8 +172,8 @@ async def test_a_reader_that_has_enough_ends_it_quietly(running: SimulatedMesh, 
     )
     async with asyncio.timeout(40):
         out, errors = await process.communicate()
-    assert len(out) == 1
     assert errors == b""
+    assert len(out) == 1
 
 
 @pytest.fixture
