@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import shutil
 import tempfile
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from gpumesh.lab import keys, profile
 from gpumesh.lab.host import HostStart, SimHost
 from gpumesh.lab.profile import HostProfile
+from tests.http_clients import loopback_client
 from tests.real.command import Gpumesh
 
 MODEL = "qwen2.5:7b"
@@ -21,11 +23,12 @@ MODEL = "qwen2.5:7b"
 
 @dataclass(frozen=True)
 class SimulatedMesh:
-    """``gpumesh`` is the command; ``hosts`` are the hosts that it can reach."""
+    """``gpumesh`` is the command, ``hosts`` are those that it reaches. ``gateway_url``: of a ``background_mesh``."""
 
     gpumesh: Gpumesh
     hosts: Mapping[str, SimHost]
     ssh: Mapping[str, Any]
+    gateway_url: str = ""
 
     def node(self, name: str, **changes: Any) -> dict[str, Any]:
         """A host's entry in mesh.yaml."""
@@ -38,6 +41,18 @@ class SimulatedMesh:
             "backend": {"port": host.profile.backend_port},
             **changes,
         }
+
+    async def wait_all_up(self) -> None:
+        """Waits until the mesh in the background finds all its nodes up.
+
+        The hosts live in the event loop of their module. While a test with a loop of its own runs, they answer nothing,
+        and the mesh takes them for dead."""
+        async with loopback_client(base_url=self.gateway_url) as client:
+            while True:
+                document = (await client.get("/mesh/status")).json()
+                if all(node["backend"]["state"] == "up" for node in document["nodes"]):
+                    return
+                await asyncio.sleep(0.1)
 
     def write(self, nodes: Sequence[Mapping[str, Any]] | None = None, **gateway: Any) -> Path:
         """Writes mesh.yaml (JSON is YAML) with all hosts, or with ``nodes``."""
@@ -95,11 +110,13 @@ async def simulated_mesh(gpumesh: Gpumesh, *profiles: HostProfile) -> AsyncItera
 @contextlib.asynccontextmanager
 async def background_mesh(folder: Path, *profiles: HostProfile) -> AsyncIterator[SimulatedMesh]:
     """The hosts, and a mesh of all of them that runs in the background: for the tests of a module that only ask it, or
-    that change what no other of them looks at. A mesh of its own would cost each of them a second of CPU."""
+    that change what no other of them looks at. A mesh of its own would cost each of them a second of CPU. Each of them
+    must first ``wait_all_up``."""
     with isolated_command(folder) as gpumesh:
         async with simulated_mesh(gpumesh, *profiles) as made:
             await gpumesh("up", "-d")
-            yield made
+            document = (await gpumesh("status", "--json")).json()
+            yield replace(made, gateway_url=document["gateway"]["url"])
             await gpumesh("down")
 
 

@@ -41,12 +41,18 @@ async def completed(gpumesh: Gpumesh, words: str, **environment: str) -> list[st
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def two_tags(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[SimulatedMesh]:
-    """A running mesh with two models of one family."""
+async def shared_mesh(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[SimulatedMesh]:
     models = (QWEN_7B, replace(QWEN_7B, name="qwen2.5:14b"))
     hosts = (quick_host("alpha", ssh=False, models=models), quick_host("beta", ssh=False))
     async with background_mesh(tmp_path_factory.mktemp("mesh"), *hosts) as made:
         yield made
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def two_tags(shared_mesh: SimulatedMesh) -> SimulatedMesh:
+    """A running mesh with two models of one family."""
+    await shared_mesh.wait_all_up()
+    return shared_mesh
 
 
 async def test_names_of_nodes_and_models(direct: SimulatedMesh) -> None:

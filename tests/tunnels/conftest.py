@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from gpumesh.topology import TransportKind
+from gpumesh.tunnels.transport import ConnectFunction
+from gpumesh.tunnels.transports import load_connect
 from gpumesh.tunnels.workers.worker_pool import WorkerPool
 from tests.tunnels.sshd import Sshd, listener, serving
 from tests.tunnels.traffic import echo
@@ -20,6 +23,18 @@ def runtime(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monkey
     folder.chmod(0o700)
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(folder))
     return folder
+
+
+@pytest.fixture(params=list(TransportKind))
+def transport(request: pytest.FixtureRequest) -> TransportKind:
+    """Each transport in turn."""
+    kind: TransportKind = request.param
+    return kind
+
+
+@pytest.fixture
+def connect(transport: TransportKind) -> ConnectFunction:
+    return load_connect(transport)
 
 
 @pytest.fixture

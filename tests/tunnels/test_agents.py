@@ -8,25 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from gpumesh.topology import TransportKind
 from gpumesh.tunnels.transport import ConnectFunction
-from gpumesh.tunnels.transports import load_connect
 from tests.prerequisites import needs
 from tests.tunnels.logging_in import get_refusal, log_in
 from tests.tunnels.sshd import Sshd, keygen, run_agent
 
 pytestmark = [pytest.mark.real, needs("sshd", "ssh")]
-
-
-@pytest.fixture(params=list(TransportKind))
-def transport(request: pytest.FixtureRequest) -> TransportKind:
-    kind: TransportKind = request.param
-    return kind
-
-
-@pytest.fixture
-def connect(transport: TransportKind) -> ConnectFunction:
-    return load_connect(transport)
 
 
 async def test_an_agent_signs_only_for_a_host_that_takes_the_key(

@@ -18,12 +18,6 @@ from tests.tunnels.sshd import Sshd, keygen, run_agent
 pytestmark = [pytest.mark.real, needs("sshd", "ssh")]
 
 
-@pytest.fixture(params=list(TransportKind))
-def transport(request: pytest.FixtureRequest) -> TransportKind:
-    kind: TransportKind = request.param
-    return kind
-
-
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("HOME", str(tmp_path))

@@ -17,7 +17,6 @@ from gpumesh.config.ssh import ssh_config
 from gpumesh.errors import AuthRefused, ExecError
 from gpumesh.topology import TransportKind
 from gpumesh.tunnels.transport import ConnectFunction, ConnectRequest
-from gpumesh.tunnels.transports import load_connect
 from gpumesh.tunnels.workers.worker_pool import WorkerPool
 from tests.prerequisites import needs
 from tests.tunnels.logging_in import get_refusal, log_in
@@ -27,17 +26,6 @@ from tests.tunnels.sshd import Sshd, keygen, run_agent, serving
 from tests.tunnels.supervised import supervised
 
 pytestmark = [pytest.mark.real, needs("sshd", "ssh")]
-
-
-@pytest.fixture(params=list(TransportKind))
-def transport(request: pytest.FixtureRequest) -> TransportKind:
-    kind: TransportKind = request.param
-    return kind
-
-
-@pytest.fixture
-def connect(transport: TransportKind) -> ConnectFunction:
-    return load_connect(transport)
 
 
 # -- keys ------------------------------------------------------------------------------------------------------------

@@ -34,10 +34,16 @@ async def fleet(tmp_path: Path) -> AsyncIterator[SimulatedMesh]:
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def shared_fleet(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[SimulatedMesh]:
-    """A running mesh for several tests. They pull no model that another of them asks for, and take none away."""
+async def modules_fleet(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[SimulatedMesh]:
     async with background_mesh(tmp_path_factory.mktemp("fleet"), *profiles()) as made:
         yield made
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def shared_fleet(modules_fleet: SimulatedMesh) -> SimulatedMesh:
+    """A running mesh for several tests. They pull no model that another of them asks for, and take none away."""
+    await modules_fleet.wait_all_up()
+    return modules_fleet
 
 
 in_the_modules_loop = pytest.mark.asyncio(loop_scope="module")

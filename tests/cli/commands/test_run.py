@@ -24,11 +24,18 @@ KEYS = ["index", "prompt", "response", "node", "attempts", "ttft_ms", "total_ms"
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def running(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[SimulatedMesh]:
-    """A mesh in the background, of two servers without SSH, for the tests that only ask it."""
+async def shared_mesh(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[SimulatedMesh]:
+    """A mesh in the background, of two servers without SSH."""
     hosts = (quick_host("alpha", ssh=False), quick_host("beta", ssh=False))
     async with background_mesh(tmp_path_factory.mktemp("mesh"), *hosts) as made:
         yield made
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def running(shared_mesh: SimulatedMesh) -> SimulatedMesh:
+    """The mesh of this module, for the tests that only ask it."""
+    await shared_mesh.wait_all_up()
+    return shared_mesh
 
 
 in_the_modules_loop = pytest.mark.asyncio(loop_scope="module")

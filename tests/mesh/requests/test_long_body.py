@@ -5,14 +5,12 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import ssl
-from pathlib import Path
 
 import pytest
 
 from gpumesh.backends.base import HttpCall
 from gpumesh.mesh.requests.long_body import PIECE_BYTES, LongBody
 from gpumesh.mesh.requests.upstream import Upstream
-from tests.probes.test_wrong_server import certificate  # noqa: F401
 
 BODY = bytes(range(256)) * (1 << 14)  # 4 MiB
 
@@ -73,15 +71,9 @@ async def test_a_full_transport_gets_nothing_until_it_has_room() -> None:
 @pytest.mark.parametrize("answers_early", [False, True])
 async def test_it_arrives_through_tls(
     answers_early: bool,
-    certificate: Path,  # noqa: F811
-    monkeypatch: pytest.MonkeyPatch,
+    trusted_tls: ssl.SSLContext,
 ) -> None:
     """A server that answers before it has all of the body ends the connection's use, but not the answer."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(certificate)
-    trusting = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    trusting.check_hostname, trusting.verify_mode = False, ssl.CERT_NONE
-    monkeypatch.setattr("gpumesh.mesh.requests.connections.connection_pool._tls_context", lambda: trusting)
     body = BODY * 4
     connections = 0
     done = asyncio.Event()
@@ -107,7 +99,7 @@ async def test_it_arrives_through_tls(
         finally:
             writer.transport.abort()
 
-    server = await asyncio.start_server(answer, "127.0.0.1", 0, ssl=context, limit=1 << 16)
+    server = await asyncio.start_server(answer, "127.0.0.1", 0, ssl=trusted_tls, limit=1 << 16)
     url = f"https://127.0.0.1:{server.sockets[0].getsockname()[1]}"
     try:
         async with asyncio.timeout(20), Upstream() as upstream:

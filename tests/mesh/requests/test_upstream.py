@@ -5,7 +5,6 @@ import contextlib
 import socket
 import ssl
 from collections.abc import AsyncIterator
-from pathlib import Path
 
 import pytest
 
@@ -16,7 +15,6 @@ from gpumesh.mesh.requests.body_sink import BUFFER_BYTES
 from gpumesh.mesh.requests.connections.upstream_connection import ReadState
 from gpumesh.mesh.requests.upstream import Upstream, UpstreamResponse
 from tests.mesh.servers import LAST_CHUNK, Exchange, chunk, chunked_head, serve, whole_response
-from tests.probes.test_wrong_server import certificate  # noqa: F401
 from tests.tunnels.polling import wait_until
 
 CALL = HttpCall("POST", "/api/chat?x=1", b'{"model": "m"}', (("Content-Type", "application/json"),))
@@ -279,15 +277,9 @@ async def test_a_body_up_to_the_end_of_its_connection_is_whole_though_it_is_read
 
 async def test_so_it_is_through_tls_which_ends_with_what_was_read_before(
     upstream: Upstream,
-    certificate: Path,  # noqa: F811
-    monkeypatch: pytest.MonkeyPatch,
+    trusted_tls: ssl.SSLContext,
 ) -> None:
     """There a connection may be lost while a part of what came on it waits to be parsed."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(certificate)
-    trusting = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    trusting.check_hostname, trusting.verify_mode = False, ssl.CERT_NONE
-    monkeypatch.setattr("gpumesh.mesh.requests.connections.connection_pool._tls_context", lambda: trusting)
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
@@ -297,7 +289,7 @@ async def test_so_it_is_through_tls_which_ends_with_what_was_read_before(
         with contextlib.suppress(ConnectionError):
             await writer.wait_closed()
 
-    server = await asyncio.start_server(answer, "127.0.0.1", 0, ssl=context)
+    server = await asyncio.start_server(answer, "127.0.0.1", 0, ssl=trusted_tls)
     try:
         response = await send(upstream, f"https://127.0.0.1:{server.sockets[0].getsockname()[1]}")
         await wait_until(lambda: len(response._exchange.buffer) > BUFFER_BYTES, "more is there than is read at once")
