@@ -265,10 +265,10 @@ async def test_a_wake_restarts_an_attempt_under_way(sshd: Sshd, pool: WorkerPool
                 first.setblocking(False)
                 watched.tunnel._handle_event(Woke())
                 second, _ = await loop.sock_accept(silent)
-                second.close()
-                while await loop.sock_recv(first, 4096):  # paramiko's greeting, then the end
-                    pass
-            assert watched.phases == [CONNECTING]
+                with second:  # closed after the phases were looked at: its end is a failure
+                    while await loop.sock_recv(first, 4096):  # paramiko's greeting, then the end
+                        pass
+                    assert watched.phases == [CONNECTING]
 
 
 # -- cancelling ------------------------------------------------------------------------------------------------------
