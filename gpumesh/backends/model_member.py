@@ -14,7 +14,7 @@ from gpumesh.backends.json_scanner import JsonScanner, MalformedJson
 
 # The usual body: its first member is the model.
 _LEADING_MODEL = re.compile(rb'\s*\{\s*"model"\s*:\s*("(?:[^"\\]|\\.)*")', re.DOTALL)
-# The usual form: its first part is the model. The gateway writes it so (``gateway/form_data.py``).
+# The usual form: its first part is the model. The gateway writes it so (``gateway/body_parsers/form_data.py``).
 _LEADING_MODEL_PART = re.compile(
     rb'(--[^\r\n]{1,72}\r\nContent-Disposition: form-data; name="model"\r\n\r\n)([^\r\n]*)\r\n--'
 )
@@ -42,7 +42,7 @@ def replace_model(body: bytes, name: str) -> list[Piece] | None:
 
 
 def begins_with_model(body: bytes) -> bool:
-    """Whether the name of the model stands at the begin, where it is found at once. So the gateway writes it."""
+    """Whether the name of the model stands at the beginning, where it is found at once. So the gateway writes it."""
     return _LEADING_MODEL_PART.match(body) is not None or _LEADING_MODEL.match(body) is not None
 
 
@@ -76,14 +76,16 @@ def replace_in_query(path: str, name: str) -> str | None:
     return f"{route}{question_mark}{'&'.join(pairs)}"
 
 
-def names_model(body: bytes) -> bool:
-    """Whether the body, which has a form of ``replace_model``, names a model."""
+def scan_names_model(body: bytes) -> Generator[None, None, bool]:
+    """Whether the body, which has a form of ``replace_model``, names a model. Yields after each step, as
+    ``scan_model``."""
     if begins_with_model(body):
         return True
     try:
-        return "model" in _decode_members(body)
-    except (ValueError, RecursionError):
+        pairs, _ = yield from JsonScanner(body).scan_members()
+    except MalformedJson:
         return False
+    return any(key == "model" for key, _ in pairs)
 
 
 def is_model_pair(pair: str) -> bool:
@@ -105,7 +107,7 @@ def _replace_first(body: bytes, name: str) -> list[Piece] | None:
 
 
 def _render_model(name: str) -> bytes:
-    """The begin of a body, with the model as its first member."""
+    """The beginning of a body, with the model as its first member."""
     return b'{"model":' + json.dumps(name).encode()
 
 

@@ -11,7 +11,6 @@ from gpumesh.backends.continuation.stream_formats import stream_format_for
 from gpumesh.backends.error_text import error_text
 from gpumesh.balancer.outcomes import RequestOutcome
 from gpumesh.errors import GPUMeshError
-from gpumesh.gateway.body_parsers.json_members import Members
 from gpumesh.gateway.error_shapes import (
     client_message,
     error_frame,
@@ -34,17 +33,6 @@ _EVENT_SIGN = LifeSign(  # a comment, which every reader of events skips
 # A blank before a line of JSON belongs to that line, and every JSON parser skips it. An empty line would not do: the
 # clients of Ollama in Python and Go take each line for JSON, and fail at an empty one.
 _LINE_SIGN = LifeSign(b" ", (("Content-Type", NDJSON), ("X-Accel-Buffering", "no")))
-
-
-def wants_stream(api: ClientApi, members: Members) -> bool:
-    """Whether the request asks for a stream. In Ollama's API it does so unless it says otherwise."""
-    value = members.known.get("stream")
-    if value is None:
-        return api is ClientApi.OLLAMA
-    if len(value) > 5:  # "false"; a long value is not copied
-        return False
-    text = bytes(value)
-    return text == b"true" or (api is ClientApi.OLLAMA and text == b"null")
 
 
 def life_sign(api: ClientApi) -> LifeSign:
@@ -82,9 +70,8 @@ def end_with_response(
         return _end_with_failure(stream, record, 502, _render_frame(request.path, api, 502, message))
     document = safe_json.parse_object(body)
     if document is not None and is_error_body(api, document) and not _has_own_errors(request.path):
-        frame = frame_of_error_body(
-            api, safe_json.dump_compact(document)
-        )  # the server's own error, with all that it says
+        # The server's own error, with all that it says.
+        frame = frame_of_error_body(api, safe_json.dump_compact(document))
     else:
         frame = _render_frame(request.path, api, status, error_text(status, body))
     return _end_with_failure(stream, record, status, frame)

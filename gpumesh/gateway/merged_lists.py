@@ -49,8 +49,7 @@ class ListFormat:
     - ``key``: the key under which the document has the list. ``names``: the keys under which an entry has its name.
     - ``readers``: a function for each key that clients know, which reads its value.
     - ``time_key``: the key of an entry's time. If two entries have the same name, the later entry is kept; without a
-    time
-      key, the first. ``newest_first``: the list is sorted by this time.
+      time key, the first. ``newest_first``: the list is sorted by this time.
     - ``head``: keys and values that come before the entries.
     """
 

@@ -33,7 +33,7 @@ from gpumesh.gateway.http.heartbeat import Heartbeats
 from gpumesh.gateway.http.request import Request
 from gpumesh.gateway.http.responses import Response
 from gpumesh.gateway.http.streaming_response import StreamingResponse
-from gpumesh.gateway.late_replies import end_with_error, end_with_response, life_sign, wants_stream
+from gpumesh.gateway.late_replies import end_with_error, end_with_response, life_sign
 from gpumesh.gateway.model_requests import (
     ClientApi,
     ModelRoute,
@@ -111,9 +111,7 @@ class ModelForwarder:
             record.demand = demand
             timeout_s = read_timeout(request.headers, self._spec.timeout_s)
             return await unload_everywhere(self._mesh, demand, request.path, model or str(demand.model), timeout_s)
-        interval_s = self._spec.heartbeat_s.get(request.path, 0.0)
-        if interval_s and not wants_stream(route.api, members):
-            interval_s = 0.0
+        interval_s = 0.0 if demand.is_whole_text else self._spec.heartbeat_s.get(request.path, 0.0)
         forwarding = self._forward_json(request, record, route, _ClientBody(data, members, model), demand)
         del data, members  # a body that is rewritten need not stay in memory
         if not interval_s:
@@ -322,11 +320,11 @@ class ModelForwarder:
         query names the model."""
         record.demand = demand
         call = proxy.build_call(request, body)
-        if is_raw and asked_model and demand.model and full_name(asked_model) != full_name(demand.model):
-            call = replace(call, path=replace_in_query(call.path, demand.model) or call.path)
         on_answer = record.note_answer
         if asked_model is not None and demand.model is not None and full_name(asked_model) != full_name(demand.model):
             on_answer = partial(_note_model, record, demand.model)
+            if is_raw:
+                call = replace(call, path=replace_in_query(call.path, demand.model) or call.path)
         return proxy.forward_request(
             self._mesh,
             request,

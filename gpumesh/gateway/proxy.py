@@ -121,6 +121,7 @@ _CLIENT_PARTS = re.compile(
     r"|(?:client|source|remote|connecting)-?(?:ip|addr|address|cert|dn|verify)"
 )
 
+_PLAIN_CONNECTIONS = frozenset({"keep-alive", "close"})
 _QUERY_CREDENTIAL = re.compile(
     r"^key$|apikey|(?:api|access|subscription)-key$|\btoken$|passw(?:or)?d|secret|signature|\bsig$|jwt|bearer|^auth"
 )
@@ -131,10 +132,7 @@ def build_call(request: Request, body: bytes) -> HttpCall:
     backend."""
     headers = [pair for pair in request.headers.pairs if not _concerns_client(pair[0])]
     connection = request.headers.get("connection")
-    if connection is not None and connection.lower() not in (
-        "keep-alive",
-        "close",
-    ):  # it names other headers of the hop
+    if connection is not None and connection.lower() not in _PLAIN_CONNECTIONS:  # it names other headers of the hop
         names = {name.strip() for name in connection.lower().split(",")}
         headers = [pair for pair in headers if pair[0].lower() not in names]
     target = request.target if "?" not in request.target else remove_credentials(request.target)

@@ -17,7 +17,7 @@ class RequestRecord(msgspec.Struct, eq=False):
     - ``started_at``, ``first_byte_at``, ``ended_at``: seconds of ``clock``. ``first_byte_at`` is the time at which the
       answer's first bytes had come.
     - ``node``: the node where the answer began. After a continuation ``answer.node`` is another node. If there is no
-    answer, it is the node that got the request last.
+      answer, it is the node that got the request last.
     - ``progress``: how far the sending of the request has come.
     - ``route``: one of a fixed set of names, whatever the path was.
     - ``status``: the HTTP status; 0 if nothing was sent.

@@ -15,7 +15,7 @@ from gpumesh.backends.base import ContinuationMethod, HttpCall
 from gpumesh.backends.body_pieces import COPY_BYTES, join_pieces
 from gpumesh.backends.continuation.continuation import Continuation
 from gpumesh.backends.dialects import DIALECTS, host_header
-from gpumesh.backends.model_member import names_model, replace_in_query, replace_model, scan_model
+from gpumesh.backends.model_member import replace_in_query, replace_model, scan_model, scan_names_model
 from gpumesh.balancer.outcomes import Outcome, classify_status, rule_for_outcome
 from gpumesh.errors import BackendUnreachable, DeadlineExceeded, QueueFull, StreamCut
 from gpumesh.mesh.nodes.lease import Lease
@@ -84,7 +84,7 @@ async def with_model(call: HttpCall, name: str, try_reserve_memory: Callable[[in
     else:
         pieces = await _run_steps(scan_model(call.body, name))
     if pieces is None:  # the body has this name already, or names no model
-        is_in_query = "model=" in call.path and not names_model(call.body)
+        is_in_query = "model=" in call.path and not await _run_steps(scan_names_model(call.body))
         path = replace_in_query(call.path, name) if is_in_query else None
         return call if path is None else msgspec.structs.replace(call, path=path)
     size = sum(map(len, pieces))
