@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from gpumesh import config
+from gpumesh.config.ssh import ssh_config
 from gpumesh.errors import TunnelError
 from gpumesh.topology import SshSpec
 from gpumesh.tunnels.transport import ConnectFunction, ConnectRequest
@@ -45,3 +47,20 @@ async def get_refusal(
     for path in folder.iterdir():
         path.unlink()
     return caught.value
+
+
+def read_spec(home: Path, ssh_section: str, ssh_config_text: str) -> SshSpec:
+    """The node that mesh.yaml's section ``ssh`` and ~/.ssh/config describe together."""
+    file = home / ".ssh" / "config"
+    file.write_text(ssh_config_text)
+    file.chmod(0o600)
+    topology = config.parse(
+        f"version: 1\nnodes: [{{name: n, ssh: {ssh_section}}}]\n",
+        file="mesh.yaml",
+        env={},
+        home=home,
+        resolve_alias=lambda alias: ssh_config.resolve_alias(alias, home=home),
+    )
+    ssh = topology.nodes[0].ssh
+    assert ssh is not None
+    return ssh

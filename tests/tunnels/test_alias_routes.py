@@ -6,12 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from gpumesh import config
-from gpumesh.config.ssh import ssh_config
 from gpumesh.topology import HostKeyPolicy, SshSpec, TransportKind
 from gpumesh.tunnels.transport import ConnectRequest
 from gpumesh.tunnels.transports import load_connect
 from tests.prerequisites import needs
+from tests.tunnels.logging_in import read_spec
 from tests.tunnels.recorded_events import RecordedEvents
 from tests.tunnels.sshd import Sshd, keygen, run_agent
 
@@ -24,22 +23,6 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(Path, "home", classmethod(lambda _cls: tmp_path))
     (tmp_path / ".ssh").mkdir(mode=0o700)
     return tmp_path
-
-
-def read_spec(home: Path, ssh_section: str, ssh_config_text: str) -> SshSpec:
-    file = home / ".ssh" / "config"
-    file.write_text(ssh_config_text)
-    file.chmod(0o600)
-    topology = config.parse(
-        f"version: 1\nnodes: [{{name: n, ssh: {ssh_section}}}]\n",
-        file="mesh.yaml",
-        env={},
-        home=home,
-        resolve_alias=lambda alias: ssh_config.resolve_alias(alias, home=home),
-    )
-    ssh = topology.nodes[0].ssh
-    assert ssh is not None
-    return ssh
 
 
 async def log_in(ssh: SshSpec, folder: Path) -> None:

@@ -12,14 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from gpumesh import config
-from gpumesh.config.ssh import ssh_config
 from gpumesh.errors import AuthRefused, ExecError
 from gpumesh.topology import TransportKind
 from gpumesh.tunnels.transport import ConnectFunction, ConnectRequest
 from gpumesh.tunnels.workers.worker_pool import WorkerPool
 from tests.prerequisites import needs
-from tests.tunnels.logging_in import get_refusal, log_in
+from tests.tunnels.logging_in import get_refusal, log_in, read_spec
 from tests.tunnels.questioning_server import QuestioningServer, run_questioning_server
 from tests.tunnels.recorded_events import RecordedEvents
 from tests.tunnels.sshd import Sshd, keygen, run_agent, serving
@@ -166,21 +164,13 @@ async def test_tokens_and_variables_in_the_key_files_of_an_alias(
     sshd.identity.rename(tmp_path / "keys" / f"{user}@127.0.0.1-{sshd.port}-{user}-gpu%")
     (tmp_path / ".ssh").mkdir(mode=0o700)
     user_line = f"User {user}" if user_in_file else "User somebody-else"
-    (tmp_path / ".ssh" / "config").write_text(
-        f"Host gpu\n  HostName 127.0.0.1\n  Port {sshd.port}\n  {user_line}\n  IdentitiesOnly yes\n"
-        f"  UserKnownHostsFile {sshd.known_hosts}\n  IdentityFile %d/${{KEY_FOLDER}}/%r@%h-%p-%u-%n%%\n"
-    )
-    (tmp_path / ".ssh" / "config").chmod(0o600)
     own_user = "" if user_in_file else f", user: {user}"
-    topology = config.parse(
-        f"version: 1\nnodes: [{{name: n, ssh: {{alias: gpu, transport: {transport}{own_user}}}}}]\n",
-        file="mesh.yaml",
-        env={},
-        home=tmp_path,
-        resolve_alias=lambda alias: ssh_config.resolve_alias(alias, home=tmp_path),
+    ssh = read_spec(
+        tmp_path,
+        f"{{alias: gpu, transport: {transport}{own_user}}}",
+        f"Host gpu\n  HostName 127.0.0.1\n  Port {sshd.port}\n  {user_line}\n  IdentitiesOnly yes\n"
+        f"  UserKnownHostsFile {sshd.known_hosts}\n  IdentityFile %d/${{KEY_FOLDER}}/%r@%h-%p-%u-%n%%\n",
     )
-    ssh = topology.nodes[0].ssh
-    assert ssh is not None
     assert ssh.identities_only
     monkeypatch.setattr(Path, "home", classmethod(lambda _cls: tmp_path))
     await log_in(connect, ssh, folder)
