@@ -113,7 +113,6 @@ async def test_the_context_length_is_the_models_own_or_not_known(alpha: Fixture)
 async def test_a_list_of_thousands_is_asked_about_a_few_at_a_time_and_only_so_long(
     alpha: Fixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gpumesh.mesh.models.url_stores.CONTEXT_LENGTHS_TIMEOUT_S", 1.0)
     open_now, most = 0, 0
 
     async def script(exchange: Exchange) -> None:
@@ -131,7 +130,11 @@ async def test_a_list_of_thousands_is_asked_about_a_few_at_a_time_and_only_so_lo
         topology = Topology("t", tuple(NodeSpec(name, BackendSpec()) for name in ("slow", "alpha")))
         async with open_url_stores(topology) as stores:
             asked = [(slow, f"many-{number}") for number in range(3000)] + [(alpha.node, QWEN_7B.name)]
-            lengths = await stores.context_lengths(asked)
+            # A second is enough, but for a machine that does other work. Only such a machine gets the longer time.
+            for timeout_s in (1.0, 15.0):
+                monkeypatch.setattr("gpumesh.mesh.models.url_stores.CONTEXT_LENGTHS_TIMEOUT_S", timeout_s)
+                if lengths := await stores.context_lengths(asked):
+                    break
     assert set(lengths) == {("alpha", QWEN_7B.name)}
     assert most <= 2 * MAX_CONCURRENT_SHOWS
 
