@@ -95,8 +95,8 @@ def render_head(
     ``length`` is the number of bytes of the body. If it is ``None``, the body is chunked; but for a client of HTTP/1.0
     (``is_http10``) it ends with the connection. Raises ValueError if a header contains a line end.
     """
-    lines = [f"Date: {_format_date(int(time.time()))}"]
-    lines += [f"{name}: {value}" for name, value in headers if name.lower() not in _OWN_HEADERS]
+    lines = [_render_date(int(time.time()))]
+    lines += [f"{name}: {value}" for name, value in headers if not _is_own(name)]
     if length is None:
         if not is_http10 and status not in _BODILESS_STATUSES:
             lines.append("Transfer-Encoding: chunked")
@@ -124,7 +124,13 @@ def _render_first_lines(status: int, policy: str) -> bytes:
     return lines.encode()
 
 
+@lru_cache(maxsize=256)
+def _is_own(name: str) -> bool:
+    """Whether ``render_head`` renders the header of this name itself."""
+    return name.lower() in _OWN_HEADERS
+
+
 @lru_cache(maxsize=2)
-def _format_date(now: int) -> str:
-    """The ``Date`` of an answer. ``now`` is in seconds of Unix time, so a text is used again for a second."""
-    return formatdate(now, usegmt=True)
+def _render_date(now: int) -> str:
+    """The ``Date`` of an answer. ``now`` is in seconds of Unix time, so a line is used again for a second."""
+    return f"Date: {formatdate(now, usegmt=True)}"

@@ -54,6 +54,7 @@ from gpumesh.topology import BackendKind
 QUESTION_TIMEOUT_S = 60.0
 # After this time the mesh knows whether the server or the tunnel ended a connection: a failed tunnel is down by then.
 TUNNEL_SETTLE_S = 0.5
+_NO_NODES: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +108,7 @@ class RequestDelivery:
         self._started_at = context.clock()
         self._deadline = self._started_at + timeout_s
         # The nodes that must not get the next attempt.
-        self._excluded_nodes = frozenset[str]() if demand.is_known_route else self._find_lacking_nodes()
+        self._excluded_nodes = _NO_NODES if demand.is_known_route else self._find_lacking_nodes()
         self._failures: list[FailedAttempt] = []
         self._round = 1  # in each round, every node may get one attempt
         self._progress = SendProgress() if progress is None else progress

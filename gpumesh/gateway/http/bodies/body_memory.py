@@ -23,24 +23,21 @@ RETRY_AFTER_S = 5.0  # when a client whose body found no room may try again
 
 class BodyMemory:
     """The memory for the bodies of all requests: ``held`` of its ``total`` bytes are taken. ``large_body_bytes``: the
-    part of the memory that large bodies may use. ``reading_since``: the bodies that are being read, with the time when
+    part of the memory that large bodies may use. ``max_body_bytes``: the largest body that can find room at all.
+    ``reading_since``: the bodies that are being read, with the time when
     reading started, the oldest first. ``clock`` returns seconds."""
 
     def __init__(self, total: int, *, patience_s: float, clock: Callable[[], float]) -> None:
         self.total = total
         self.held = 0
         self.large_body_bytes = total - total // 8
+        self.max_body_bytes = max(self.large_body_bytes, min(SMALL_BODY_BYTES, total))
         self.reading_since: dict[MemoryReservation, float] = {}
         self.clock = clock
         self._patience_s = patience_s
 
     def __repr__(self) -> str:
         return f"<BodyMemory {self.held >> 20} of {self.total >> 20} MiB, {len(self.reading_since)} being read>"
-
-    @property
-    def max_body_bytes(self) -> int:
-        """The size of the largest body that can find room at all."""
-        return max(self.large_body_bytes, min(SMALL_BODY_BYTES, self.total))
 
     def has_room(self, held: int, size: int) -> bool:
         """Whether there is room for ``size`` bytes more of a body that holds ``held`` bytes already."""
