@@ -275,6 +275,52 @@ class RedisSpec:
     password_env: str | None = None
 
 
+class EventKind(StrEnum):
+    """What people can be told of (``notify`` in mesh.yaml)."""
+
+    NODE_DOWN = "node-down"
+    NODE_UP = "node-up"
+    ALL_DOWN = "all-down"
+    HOST_KEY_CHANGED = "host-key-changed"
+    MODEL_MISSING = "model-missing"
+    THRASHING = "thrashing"
+    DISK_FULL = "disk-full"
+
+
+class NotifyFormat(StrEnum):
+    """The form of the message to a webhook."""
+
+    JSON = "json"
+    SLACK = "slack"
+    DISCORD = "discord"
+    NTFY = "ntfy"
+
+
+@dataclass(frozen=True, slots=True)
+class NotifySpec:
+    """One rule of ``notify``: who is told of what. The receiver is one of ``webhook`` (a URL), ``webhook_env`` (the
+    name of the variable that holds the URL), ``command`` and ``desktop``. ``token_env``: the variable of a token for
+    the webhook. ``quiet_s``: the least time between two messages about one node."""
+
+    webhook: str | None = None
+    webhook_env: str | None = None
+    command: tuple[str, ...] = ()
+    desktop: bool = False
+    token_env: str | None = None
+    format: NotifyFormat = NotifyFormat.JSON
+    on: frozenset[EventKind] = frozenset(EventKind)
+    quiet_s: float = 300.0
+
+    @property
+    def receiver(self) -> str:
+        """The receiver in a few words, without the address of a webhook, which can be a secret."""
+        if self.command:
+            return f"command {self.command[0]}"
+        if self.desktop:
+            return "desktop"
+        return f"webhook ({self.format})" if self.webhook_env is None else f"webhook ${self.webhook_env}"
+
+
 @dataclass(frozen=True, slots=True)
 class Topology:
     """A whole mesh. ``source`` is the resolved path of its file, or ``None`` if it was made in memory."""
@@ -286,6 +332,7 @@ class Topology:
     source: Path | None = None
     tunnels: TunnelsSpec = DEFAULT_TUNNELS
     models: tuple[ModelSpec, ...] = ()
+    notify: tuple[NotifySpec, ...] = ()
 
     @property
     def identity(self) -> str:
@@ -299,6 +346,8 @@ class Topology:
         names: list[str | None] = [*self.gateway.key_variables]
         if self.redis is not None:
             names.append(self.redis.password_env)
+        for rule in self.notify:
+            names += [rule.webhook_env, rule.token_env]
         for node in self.nodes:
             names.append(node.backend.api_key_env)
             if node.ssh is not None:

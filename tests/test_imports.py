@@ -29,6 +29,7 @@ LAYERS = {
     "probes": 5,
     "coordination": 5,
     "mesh": 6,
+    "notify": 6,
     "gateway": 7,
     "bench": 8,
     "daemon": 8,

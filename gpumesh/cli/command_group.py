@@ -33,6 +33,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "env": ("env", "Print the variables that point other programs at the mesh."),
     "exec": ("exec", "Run a command on a node's host, or on all of them."),
     "logs": ("logs", "The background mesh's log."),
+    "notify": ("notify", "Send a test message by each rule of `notify` in mesh.yaml."),
     "explain": ("explain", "What a finding or an error code means, and what to do."),
     "demo": ("demo", "A whole mesh of simulated GPU hosts on this machine."),
 }

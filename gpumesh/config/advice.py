@@ -34,7 +34,7 @@ def check(topology: Topology) -> list[Finding]:
 
 
 def _check_gateway(topology: Topology) -> Iterator[Finding]:
-    """Findings about the gateway and Redis: secrets that are not set, and traffic without encryption."""
+    """Findings about the gateway, Redis and messages: secrets that are not set, and traffic without encryption."""
     gateway = topology.gateway
     if gateway.api_key_env is not None:
         yield from _check_variable(gateway.api_key_env, "gateway.api_key_env", None)
@@ -49,6 +49,10 @@ def _check_gateway(topology: Topology) -> Iterator[Finding]:
         yield Finding("plain-http", Severity.WARNING, None, message, hint)
     if topology.redis is not None and topology.redis.password_env is not None:
         yield from _check_variable(topology.redis.password_env, "redis.password_env", None)
+    for index, rule in enumerate(topology.notify):
+        for name, variable in (("webhook_env", rule.webhook_env), ("token_env", rule.token_env)):
+            if variable is not None:
+                yield from _check_variable(variable, f"notify[{index}].{name}", None)
 
 
 def _check_node(node: NodeSpec) -> Iterator[Finding]:

@@ -1,19 +1,31 @@
 """Writes a topology as a mesh.yaml with every default (`config show`), with secrets masked.
 
-Reading that text gives the same topology, so the text can be kept as a file.
+Reading that text gives the same topology, so the text can be kept as a file. Only the path of a webhook is masked.
 """
 
 from __future__ import annotations
 
 import re
 from typing import Any
+from urllib.parse import urlsplit
 
 import yaml
 
 from gpumesh.config import listen_address, value_parsers
 from gpumesh.config.credentials import mask_secrets
 from gpumesh.text.addresses import format_address
-from gpumesh.topology import BackendSpec, ExpectSpec, GatewaySpec, KeySpec, ModelSpec, NodeSpec, SshSpec, Topology
+from gpumesh.topology import (
+    BackendSpec,
+    EventKind,
+    ExpectSpec,
+    GatewaySpec,
+    KeySpec,
+    ModelSpec,
+    NodeSpec,
+    NotifySpec,
+    SshSpec,
+    Topology,
+)
 
 
 def dump_effective(topology: Topology) -> str:
@@ -23,6 +35,8 @@ def dump_effective(topology: Topology) -> str:
     document["nodes"] = [_node_entries(node) for node in topology.nodes]
     if topology.models:
         document["models"] = {model.name: _model_entries(model) for model in topology.models}
+    if topology.notify:
+        document["notify"] = [_notify_entries(rule) for rule in topology.notify]
     if topology.redis is not None:
         # The password in redis://USER:PASSWORD@HOST. mesh.yaml does not allow one, but a caller can build such a spec.
         url = re.sub(r"(?<=://)([^/@:]*):[^/@]*@", r"\1:********@", topology.redis.url)
@@ -155,6 +169,27 @@ def _model_entries(spec: ModelSpec) -> dict[str, Any]:
             "fallback": spec.fallback,
         }
     )
+
+
+def _notify_entries(spec: NotifySpec) -> dict[str, Any]:
+    return _drop_empty(
+        {
+            "webhook": None if spec.webhook is None else _mask_path(spec.webhook),
+            "webhook_env": spec.webhook_env,
+            "command": list(spec.command),
+            "desktop": spec.desktop or None,
+            "token_env": spec.token_env,
+            "format": spec.format.value if spec.webhook or spec.webhook_env else None,
+            "on": [kind.value for kind in EventKind if kind in spec.on],
+            "quiet": value_parsers.format_duration(spec.quiet_s),
+        }
+    )
+
+
+def _mask_path(url: str) -> str:
+    """Returns the URL of a webhook with its path masked: whoever knows the path can post there."""
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc}/********" if parts.path.strip("/") or parts.query else url
 
 
 def _drop_empty(entries: dict[str, Any]) -> dict[str, Any]:

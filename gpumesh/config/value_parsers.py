@@ -232,6 +232,21 @@ def check_argv(arguments: Sequence[str]) -> tuple[str, ...]:
     return tuple(arguments)
 
 
+def parse_webhook(text: str) -> str:
+    """Returns the URL of a webhook, which may have a query. Its errors do not repeat it: it can be a secret."""
+    try:
+        parts = urlsplit(text)
+        has_host = bool(parts.hostname)
+        _ = parts.port  # raises ValueError
+    except ValueError:
+        raise SensitiveError("is not a URL: the port or the address in it cannot be read") from None
+    if parts.scheme not in _SCHEME_PORTS or not has_host or not text.isascii() or not text.isprintable():
+        raise SensitiveError("is not a URL: write it like https://example.org/hook")
+    if parts.username is not None or parts.password is not None:
+        raise SensitiveError("holds a user or password: name the variable that holds the URL in webhook_env")
+    return text
+
+
 def parse_url(text: str) -> Target:
     """Returns the server's address in ``http://host[:port][/path]``, or in the same with https. Without a port, the
     port is 80 or 443.

@@ -38,6 +38,7 @@ log = logging.getLogger(__name__)
 LOG_INTERVAL_S = 0.1  # between two states that are compared for the log
 RESTORE_INTERVAL_S = 2.0  # between two looks at the lock file and the control socket
 IDLE_POLL_S = 0.05  # between two states that are looked at while the mesh drains
+NOTIFY_INTERVAL_S = 1.0  # between two states in which events are looked for
 HISTORY_INTERVAL_S = 2.0  # as often as nvidia-smi runs
 
 
@@ -78,6 +79,8 @@ async def run_mesh(
         session = LocalSession(mesh, snapshot)
         _run_until_closed(stack, _log_changes(session), name="journal")
         _run_until_closed(stack, _record_history(session), name="history")
+        if topology.notify:
+            _run_until_closed(stack, _notify(session), name="notify")
         if snapshot is not None:
             _run_until_closed(stack, _watch_file(mesh, ChangedFile(paths.config, snapshot), check_every_s), name="file")
         _run_until_closed(stack, ModelPlacement(mesh, clock=time.monotonic).run(), name="placement")
@@ -166,6 +169,15 @@ async def _log_changes(session: LocalSession) -> None:
             for event in compare_states(last_state, state):
                 log_file.log_event(event)
             last_state = state
+
+
+async def _notify(session: LocalSession) -> None:
+    """Tells people and programs what happens, by the rules of mesh.yaml, until it is cancelled."""
+    from gpumesh.notify.notifier import run_notifier
+
+    topology = session.mesh.topology
+    async with aclosing(session.watch(NOTIFY_INTERVAL_S)) as states:
+        await run_notifier(topology.name, topology.notify, states, clock=time.monotonic)
 
 
 async def _record_history(session: LocalSession) -> None:

@@ -111,6 +111,14 @@ EXPLANATIONS = (
         "Correct them, and `gpumesh config check`; `gpumesh config schema` gives your editor completion.",
     ),
     Explanation(
+        "notify",
+        E,
+        "a message could not be sent",
+        "A receiver of `notify` in mesh.yaml did not take a message: the webhook is away or refused it, or the command "
+        "failed. The mesh goes on.",
+        "`gpumesh notify test` sends a message by each rule, and says what goes wrong.",
+    ),
+    Explanation(
         "failed",
         E,
         "the operation failed",

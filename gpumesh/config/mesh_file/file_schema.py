@@ -27,7 +27,17 @@ from gpumesh.config.mesh_file.value_types import (
     required,
     text,
 )
-from gpumesh.topology import BackendKind, HostKeyPolicy, PolicyKind, Priority, Target, TransportKind, TunnelListen
+from gpumesh.topology import (
+    BackendKind,
+    EventKind,
+    HostKeyPolicy,
+    NotifyFormat,
+    PolicyKind,
+    Priority,
+    Target,
+    TransportKind,
+    TunnelListen,
+)
 
 
 def _one_or_list(member: JsonSchema, **list_keywords: Any) -> JsonSchema:
@@ -50,11 +60,13 @@ PATH = text(value_parsers.parse_path)
 JUMP = text(value_parsers.parse_jump)
 LISTEN_ENTRY = text(listen_address.parse_listen_entry, examples=["127.0.0.1:11430", "unix:/run/user/1000/gpumesh.sock"])
 URL = text(value_parsers.parse_url, pattern="^https?://", examples=["http://127.0.0.1:11434"])
+WEBHOOK = text(value_parsers.parse_webhook, pattern="^https?://", examples=["https://example.org/hook"])
 REDIS_URL = text(value_parsers.parse_redis_url, examples=["redis://localhost:6379/0"])
 SHA256 = text(value_parsers.parse_sha256, pattern=value_parsers.SHA256_PATTERN)
 ORIGIN = text(value_parsers.parse_origin)
 INTERVAL = duration(0.1, 300)
 LONG_WAIT = duration(0.1, 86400)
+QUIET = duration(1, 7 * 86400)
 HEARTBEAT = Scalar(
     value_parsers.parse_heartbeat,
     {
@@ -83,6 +95,8 @@ CONTEXT_STEPS = ListOf(
     integer(1, 1 << 31), {"type": "array", "items": {"type": "integer", "minimum": 1}, "minItems": 1}
 )
 ORIGINS = ListOf(ORIGIN, _one_or_list(_TEXT))
+_EVENT = Choice(EventKind)
+EVENTS = ListOf(_EVENT, _one_or_list(_EVENT.schema, minItems=1))
 
 # -- sections --------------------------------------------------------------------------------------------------------
 
@@ -268,6 +282,23 @@ class Redis(Section):
     password_env: str | None = optional(VARIABLE, "Name of the variable that holds Redis's password.")
 
 
+class Notify(Section):
+    """Who is told of what. One of `webhook`, `webhook_env`, `command` and `desktop` says who."""
+
+    webhook: str | None = optional(WEBHOOK, "URL to which each message is posted.")
+    webhook_env: str | None = optional(VARIABLE, "Name of the variable with that URL, where it is a secret.")
+    command: tuple[str, ...] | None = optional(
+        COMMAND, "Run without a shell for each message, which it gets as JSON on its standard input."
+    )
+    desktop: bool | None = optional(BOOLEAN, "true: shown on the desktop of this machine.")
+    token_env: str | None = optional(VARIABLE, "Name of the variable with a token for the webhook.")
+    format: NotifyFormat | None = optional(
+        Choice(NotifyFormat), "Of a webhook: json (default), slack, discord or ntfy."
+    )
+    on: tuple[EventKind, ...] | None = optional(EVENTS, "The events to be told of; all if not given.")
+    quiet: float | None = optional(QUIET, "Least time between two messages about one node; 5m if not given.")
+
+
 class MeshFile(Section):
     """A mesh: GPUs behind SSH as one endpoint."""
 
@@ -281,3 +312,4 @@ class MeshFile(Section):
     models: dict[str, Model | None] | None = optional(
         MappingOf(LINE, Nullable(SectionOf(Model))), "Rules for single models, by their names."
     )
+    notify: tuple[Notify, ...] | None = optional(list_of_sections(Notify), "Who is told when something happens.")

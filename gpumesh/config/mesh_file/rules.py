@@ -18,6 +18,7 @@ from gpumesh.config.mesh_file.yaml_tree import KeyPath
 from gpumesh.config.value_parsers import NAME_PATTERN
 from gpumesh.text.addresses import is_loopback
 
+_RECEIVER_KEYS = ("webhook", "webhook_env", "command", "desktop")  # who is told, of a rule of ``notify``
 _LOCATION_KEYS = ("port", "url", "urls")  # the keys of a backend that say where the server is
 
 BrokenRule = tuple[KeyPath, str]  # the path of the key, and a message
@@ -31,6 +32,7 @@ def find_broken_rules(document: Mapping[str, Any]) -> Iterator[BrokenRule]:
     """
     yield from _check_listen(_as_mapping(document.get("gateway")))
     yield from _check_tunnels(document)
+    yield from _check_notify(document.get("notify"))
     defaults = _as_mapping(document.get("defaults"))
     yield from _check_one_location(_as_mapping(defaults.get("backend")), ("defaults", "backend"))
     nodes = document.get("nodes")
@@ -43,6 +45,25 @@ def find_broken_rules(document: Mapping[str, Any]) -> Iterator[BrokenRule]:
     elif isinstance(nodes, list):
         yield from _check_nodes(nodes, defaults)
         yield from _check_names_of_nodes(document, nodes)
+
+
+def _check_notify(rules: Any) -> Iterator[BrokenRule]:
+    """The rules for ``notify``: each of its rules has one receiver, and what concerns webhooks stands with one."""
+    for index, entry in enumerate(rules if isinstance(rules, list) else ()):
+        rule, path = _as_mapping(entry), ("notify", index)
+        if not rule:
+            continue
+        given = [key for key in _RECEIVER_KEYS if rule.get(key) is not None]
+        if rule.get("desktop") == "false":
+            given.remove("desktop")
+        if not given:
+            yield path, "says nobody to tell: give one of webhook, webhook_env, command and desktop: true"
+        elif len(given) > 1:
+            yield (*path, given[1]), f"{given[0]} stands here already: give one of them, and a rule for each"
+        elif not given[0].startswith("webhook"):
+            for key in ("format", "token_env"):
+                if rule.get(key) is not None:
+                    yield (*path, key), f"is for webhooks, and this rule has {given[0]}"
 
 
 def _check_names_of_nodes(document: Mapping[str, Any], nodes: list[Any]) -> Iterator[BrokenRule]:

@@ -20,6 +20,7 @@ from gpumesh.config.mesh_file.file_schema import (
     Model,
     Node,
     NodeDefaults,
+    Notify,
     Ssh,
     Tunnels,
 )
@@ -39,6 +40,7 @@ from gpumesh.topology import (
     KeySpec,
     ModelSpec,
     NodeSpec,
+    NotifySpec,
     PolicyKind,
     RedisSpec,
     SshSpec,
@@ -83,7 +85,8 @@ class TopologyBuilder:
         tunnels = _build_tunnels(file.tunnels or Tunnels())
         node_names = tuple(node.name for node in nodes)
         models = tuple(_build_model(name, model or Model(), node_names) for name, model in (file.models or {}).items())
-        return Topology(file.name or DEFAULT_NAME, nodes, gateway, redis, source, tunnels, models)
+        notify = tuple(self._build_notify(rule) for rule in file.notify or ())
+        return Topology(file.name or DEFAULT_NAME, nodes, gateway, redis, source, tunnels, models, notify)
 
     def _build_node(self, node: Node, defaults: NodeDefaults, path: KeyPath) -> NodeSpec:
         """Returns the spec of one node, with the defaults merged under it. ``path`` is where the node stands."""
@@ -242,12 +245,31 @@ class TopologyBuilder:
         return settings.transport
 
     def _build_address_command(self, address_from: AddressFrom) -> AddressCommand:
-        """Returns the command of ``address_from``. A program with a path gets its absolute path; a plain name is looked
-        up in PATH when the command runs."""
-        program, *arguments = address_from.command
+        """Returns the command of ``address_from``."""
+        command = self._resolve_program(address_from.command)
+        return AddressCommand(command, _value_or(address_from.timeout, _DEFAULT_ADDRESS.timeout_s))
+
+    def _resolve_program(self, command: tuple[str, ...]) -> tuple[str, ...]:
+        """Returns a command of the user. A program with a path gets its absolute path; a plain name is looked up in
+        PATH when the command runs."""
+        program, *arguments = command
         if program.startswith("~") or "/" in program:
             program = str(self._absolute_path(program))
-        return AddressCommand((program, *arguments), _value_or(address_from.timeout, _DEFAULT_ADDRESS.timeout_s))
+        return (program, *arguments)
+
+    def _build_notify(self, rule: Notify) -> NotifySpec:
+        """Returns one rule of ``notify``. A value that the file does not give gets the default of ``NotifySpec``."""
+        default = NotifySpec()
+        return NotifySpec(
+            webhook=rule.webhook,
+            webhook_env=rule.webhook_env,
+            command=() if rule.command is None else self._resolve_program(rule.command),
+            desktop=_value_or(rule.desktop, False),
+            token_env=rule.token_env,
+            format=_value_or(rule.format, default.format),
+            on=default.on if rule.on is None else frozenset(rule.on),
+            quiet_s=_value_or(rule.quiet, default.quiet_s),
+        )
 
     def _build_gateway(self, gateway: Gateway) -> GatewaySpec:
         """Returns the gateway's spec. A value that the file does not give gets the default of ``GatewaySpec``."""

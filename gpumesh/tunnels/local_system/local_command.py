@@ -22,10 +22,10 @@ END_TIMEOUT_S = 2.0  # the time for a killed command to end and to close its pip
 
 @contextlib.asynccontextmanager
 async def local_command(
-    argv: Sequence[str], *, stderr: bool | IO[bytes] = True
+    argv: Sequence[str], *, stdin: IO[bytes] | None = None, stderr: bool | IO[bytes] = True
 ) -> AsyncIterator[asyncio.subprocess.Process]:
-    """Runs the command during the block, to which it gives the process. ``stderr``: a pipe for it, or the file that
-    gets it; false: it is dropped.
+    """Runs the command during the block, to which it gives the process. ``stdin``: the file that the command reads;
+    ``None``: an empty one. ``stderr``: a pipe for it, or the file that gets it; false: it is dropped.
 
     Raises OSError or ValueError (a NUL in an argument) when the command cannot be started.
     """
@@ -37,7 +37,7 @@ async def local_command(
     start_task = asyncio.create_task(
         asyncio.create_subprocess_exec(
             *argv,
-            stdin=asyncio.subprocess.DEVNULL,
+            stdin=asyncio.subprocess.DEVNULL if stdin is None else stdin,
             stdout=asyncio.subprocess.PIPE,
             stderr=stderr_target,
             env=environment.child_environment(),

@@ -1,0 +1,111 @@
+"""``run_notifier`` watches the mesh, and sends what is worth telling by each rule of ``notify`` in mesh.yaml."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable, Sequence
+from datetime import UTC, datetime
+
+from gpumesh.errors import GPUMeshError
+from gpumesh.event_loop.wakeup import Wakeup
+from gpumesh.notify.events import EventFinder, MeshEvent
+from gpumesh.notify.messages import Message
+from gpumesh.notify.outbox import Outbox
+from gpumesh.notify.senders import send_until_done
+from gpumesh.state import MeshState
+from gpumesh.topology import NotifySpec
+
+log = logging.getLogger(__name__)
+
+
+async def run_notifier(
+    mesh: str, rules: Sequence[NotifySpec], states: AsyncIterator[MeshState], *, clock: Callable[[], float]
+) -> None:
+    """Sends the events of these states by all rules, until it is cancelled. ``mesh`` is the mesh's name; ``clock``
+    returns monotonic seconds."""
+    receivers = [_Receiver(mesh, rule, clock) for rule in rules]
+    watcher = _Watcher(receivers, clock)
+    async with asyncio.TaskGroup() as tasks:
+        for receiver in receivers:
+            tasks.create_task(receiver.run(), name="notify")
+        tasks.create_task(watcher.run(), name="notify")
+        async for state in states:
+            watcher.take(state)
+
+
+async def _wait(wakeup: Wakeup, timeout_s: float | None) -> None:
+    """Waits until somebody wakes this task, or for ``timeout_s``; ``None``: however long that takes."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            await wakeup.wait()
+    except TimeoutError:
+        pass
+
+
+class _Watcher:
+    """Finds the events in the states, also those that time alone makes, and gives them to the receivers."""
+
+    def __init__(self, receivers: Sequence[_Receiver], clock: Callable[[], float]) -> None:
+        self._receivers = receivers
+        self._clock = clock
+        self._finder = EventFinder()
+        self._state: MeshState | None = None
+        self._changed = Wakeup()
+
+    def take(self, state: MeshState) -> None:
+        self._state = state
+        self._changed.wake()
+
+    async def run(self) -> None:
+        while True:
+            timeout_s = None
+            if self._state is not None:
+                now = self._clock()
+                for event in self._finder.find(self._state, now):
+                    for receiver in self._receivers:
+                        receiver.add(event)
+                timeout_s = self._finder.next_look_s(now)
+            await _wait(self._changed, timeout_s)
+
+
+class _Receiver:
+    """Sends the events of one rule, one message after another."""
+
+    def __init__(self, mesh: str, rule: NotifySpec, clock: Callable[[], float]) -> None:
+        self._mesh = mesh
+        self._rule = rule
+        self._clock = clock
+        self._outbox = Outbox(rule.quiet_s)
+        self._added = Wakeup()
+        self._is_failing = False
+
+    def add(self, event: MeshEvent) -> None:
+        """Adds an event, if the rule wants events of this kind."""
+        if event.kind in self._rule.on:
+            self._outbox.add(event)
+            self._added.wake()
+
+    async def run(self) -> None:
+        while True:
+            now = self._clock()
+            due = self._outbox.take_due(now)
+            if due:
+                await self._send(Message(self._mesh, datetime.now(UTC), due))
+            else:
+                await _wait(self._added, self._outbox.next_due_s(now))
+
+    async def _send(self, message: Message) -> None:
+        """Sends one message. The first of several failures is logged."""
+        try:
+            await send_until_done(self._rule, message)
+        except GPUMeshError as error:
+            if not self._is_failing:
+                what = f"{self._rule.receiver}: {error.message}"
+                log.warning("a message could not be sent to %s", what, extra={"event": "notify-failed"})
+            self._is_failing = True
+        except Exception:  # a bug of ours must not end the other rules
+            log.exception("a message could not be sent", extra={"event": "notify-failed"})
+        else:
+            self._is_failing = False
+            log.info("told %s: %s", self._rule.receiver, message.title, extra={"event": "notify"})
