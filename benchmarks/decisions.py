@@ -266,7 +266,7 @@ class BusyFleet:
         self._scheduler = Scheduler(policy, rng=Random(1), max_queue=2 * waiting + 10)
         self._running: deque[PlacedRequest] = deque()
         for number in range(nodes):
-            account = self._scheduler.add_account(f"n{number}", max_parallel=SLOTS)
+            account = self._scheduler.roster.add(f"n{number}", max_parallel=SLOTS)
             account.kind, account.is_up = BackendKind.OLLAMA, True
             account.models = frozenset(full_name(model) for model in MODELS)
             loaded = {full_name(MODELS[number % 2]): (6000, None)}

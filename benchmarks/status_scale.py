@@ -34,6 +34,7 @@ from pathlib import Path
 from random import Random
 
 from gpumesh.config.comparison import ConfigSnapshot
+from gpumesh.config.live_changes import ReloadReport
 from gpumesh.daemon import paths as mesh_paths
 from gpumesh.daemon.control_socket.server import ControlServer
 from gpumesh.daemon.mesh_lock import MeshLock
@@ -146,6 +147,9 @@ class SimulatedSession:
 
     async def configuration(self) -> ConfigSnapshot | None:
         return None
+
+    async def reload(self) -> ReloadReport:
+        return ReloadReport()
 
     async def history(self) -> History:
         return self._recorder.history()

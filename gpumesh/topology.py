@@ -51,6 +51,13 @@ class Priority(StrEnum):
     BATCH = "batch"
 
 
+class ReloadMode(StrEnum):
+    """When a running mesh takes over a change of its mesh.yaml."""
+
+    AUTO = "auto"  # soon after the file was written
+    MANUAL = "manual"  # when it is asked to: `gpumesh reload`, SIGHUP
+
+
 class TunnelListen(StrEnum):
     TCP = "tcp"
     UNIX = "unix"
@@ -112,6 +119,7 @@ class GatewaySpec:
     keys: tuple[KeySpec, ...] = ()
     route_priority: Mapping[str, Priority] = field(default_factory=lambda: MappingProxyType({}))
     heartbeat_s: Mapping[str, float] = field(default_factory=lambda: HEARTBEAT_S)
+    reload: ReloadMode = ReloadMode.AUTO
 
     @property
     def needs_key(self) -> bool:

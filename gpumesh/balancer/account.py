@@ -131,6 +131,8 @@ class NodeAccount:
         self.kind = BackendKind.AUTO
         self.is_up = False
         """Whether the tunnel is up, the server answers, and the node is not draining."""
+        self.is_removed = False
+        """Whether the scheduler does not have this node any more (``Roster.remove``)."""
         self.models: AbstractSet[str] | None = None
         """The names of its models, as listed and in full; ``None``: the server could not list them, so any may be
         tried."""

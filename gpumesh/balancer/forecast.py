@@ -103,6 +103,8 @@ class Copies:
 
     def update(self, account: NodeAccount) -> None:
         """Notes which models the node has in memory now."""
+        if account.is_removed:
+            return
         name, loaded = account.name, account.residency.loaded
         if len(self._models) <= MAX_COUNTED_COPIES:  # the counts of a small fleet are exact, also in the same moment
             self._slots.clear()
@@ -117,6 +119,15 @@ class Copies:
             del accounts[name]
             if not accounts:
                 del self._accounts[model]
+
+    def remove(self, name: str) -> None:
+        """Forgets a node that was removed."""
+        for model in self._models.pop(name, frozenset()):
+            accounts = self._accounts[model]
+            del accounts[name]
+            if not accounts:
+                del self._accounts[model]
+        self._slots.clear()
 
     def other_nodes_slots(self, key: ResidencyKey, account: NodeAccount, now: float) -> int:
         """The number of slots for this key on the other nodes that have its model in memory.

@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from gpumesh.config.comparison import ConfigSnapshot, changed_file_finding, compare_topologies, describe_differences
+from gpumesh.config.comparison import ConfigSnapshot, compare_topologies, describe_bad_file, describe_differences
+from gpumesh.config.live_changes import plan_live_changes
 from gpumesh.errors import ConfigError
 from gpumesh.state import Finding
+from gpumesh.topology import Topology
 
 
 def read_snapshot(path: Path) -> ConfigSnapshot:
@@ -61,6 +63,12 @@ def _compare_file(path: Path, snapshot: ConfigSnapshot) -> Finding | None:
     try:
         current = reader.load(path)
     except ConfigError as error:  # the file is gone, or is not valid any more
-        first_line = error.message.partition("\n")[0]
-        return changed_file_finding(f"mesh.yaml cannot be used now, and the mesh runs as the file was: {first_line}")
-    return describe_differences(compare_topologies(snapshot.topology, current))
+        return describe_bad_file(error)
+    return describe_change(snapshot.topology, current)
+
+
+def describe_change(running: Topology, current: Topology) -> Finding | None:
+    """The finding about a file that says ``current`` while its mesh runs with ``running``; ``None``: they are the
+    same."""
+    plan = plan_live_changes(running, current)
+    return describe_differences(compare_topologies(running, current), running.gateway.reload, plan.after_restart)

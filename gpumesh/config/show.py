@@ -75,6 +75,7 @@ def _gateway_entries(spec: GatewaySpec) -> dict[str, Any]:
             "keys": [_key_entries(key) for key in spec.keys],
             "route_priority": {path: priority.value for path, priority in spec.route_priority.items()},
             "heartbeat": {path: value_parsers.format_heartbeat(value) for path, value in spec.heartbeat_s.items()},
+            "reload": spec.reload.value,
         }
     )
 

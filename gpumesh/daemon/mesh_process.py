@@ -22,6 +22,7 @@ from gpumesh.daemon.mesh_lock import MeshLock
 from gpumesh.daemon.paths import MeshPaths
 from gpumesh.daemon.process.garbage_collector import tune_garbage_collector
 from gpumesh.daemon.process.open_files import raise_file_limit
+from gpumesh.daemon.reload.reloader import Reloader
 from gpumesh.daemon.sessions.local_session import LocalSession
 from gpumesh.daemon.shutdown import Shutdown
 from gpumesh.daemon.state_changes import compare_states
@@ -76,7 +77,7 @@ async def run_mesh(
         log.info("the mesh %s starts; nodes: %d", topology.name, len(topology.nodes), extra={"event": "start"})
         stack.callback(log.info, "the mesh %s ended", topology.name, extra={"event": "end"})
         mesh = await stack.enter_async_context(Mesh(topology, learned=LearnedState(paths.learned)))
-        session = LocalSession(mesh, snapshot)
+        session = LocalSession(mesh, None if snapshot is None else Reloader(snapshot))
         _run_until_closed(stack, _log_changes(session), name="journal")
         _run_until_closed(stack, _record_history(session), name="history")
         if topology.notify:

@@ -19,7 +19,7 @@ DEMAND = Demand(MODEL, residency=ResidencyKey(MODEL), prompt_tokens=2000, max_to
 
 def make_scheduler(kind: BackendKind = BackendKind.OPENAI) -> Scheduler:
     scheduler = Scheduler(PolicyKind.ADAPTIVE, rng=Random(1), max_queue=100)
-    account = scheduler.add_account("vllm", max_parallel=8)
+    account = scheduler.roster.add("vllm", max_parallel=8)
     account.kind, account.is_up, account.models = kind, True, frozenset({MODEL})
     account.residency.is_tracked = False
     scheduler.note_report(account)

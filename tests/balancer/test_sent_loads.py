@@ -18,7 +18,7 @@ PROMPT = print_from_ids((1, 2, 3, 4), id_bytes=1024, size=4096)
 def one_node(*loaded: str) -> tuple[Scheduler, NodeAccount]:
     """A node that has both models, these of them in memory. It is known to hold one model at a time."""
     scheduler = Scheduler(PolicyKind.ADAPTIVE, rng=Random(1), max_queue=10)
-    account = scheduler.add_account("a", max_parallel=4)
+    account = scheduler.roster.add("a", max_parallel=4)
     account.kind, account.is_up, account.models = BackendKind.OLLAMA, True, {KEY.model, OTHER.model}
     account.residency.replace_with_report(dict.fromkeys(loaded, (None, None)), asked_at=0.0)
     scheduler.note_report(account)

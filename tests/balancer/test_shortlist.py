@@ -32,7 +32,7 @@ def make_scheduler(
 ) -> Scheduler:
     scheduler = Scheduler(policy, rng=Random(1), max_queue=1000)
     for number in range(count):
-        account = scheduler.add_account(f"node{number:03}", max_parallel=slots, tier=tier(number))
+        account = scheduler.roster.add(f"node{number:03}", max_parallel=slots, tier=tier(number))
         account.kind, account.is_up, account.models = BackendKind.OLLAMA, True, frozenset(MODELS)
         account.residency.memory_mib = 10_000
         account.residency.file_mib = dict.fromkeys(MODELS, 6000)

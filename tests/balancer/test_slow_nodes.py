@@ -83,7 +83,7 @@ class Fleet:
 def make_fleet(count: int = 3) -> Fleet:
     scheduler = Scheduler(PolicyKind.ADAPTIVE, rng=Random(1), max_queue=100)
     for number in range(count):
-        account = scheduler.add_account(f"node{number}", max_parallel=1)
+        account = scheduler.roster.add(f"node{number}", max_parallel=1)
         account.kind, account.is_up, account.models = BackendKind.OLLAMA, True, frozenset({MODEL})
         account.residency.replace_with_report({MODEL: (8000, None)}, asked_at=0.0)
         scheduler.note_report(account)

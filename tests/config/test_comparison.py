@@ -40,22 +40,28 @@ def test_what_means_the_same_is_no_difference(after: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "section", "changes_routes"),
+    ("before", "after", "change", "changes_routes"),
     [
-        ("port: 22", "port: 23", "ssh", True),
-        ("port: 1}", "port: 2}", "backend", True),
-        ("name: a,", "name: a, enabled: false,", "enabled", True),
-        ("name: a,", "name: a, expect: {gpus: 1},", "expect", False),
-        ("name: a,", "name: a, weight: 2,", "weight", False),
-        ("name: a,", "name: a, tier: 2,", "tier", False),
-        ("site: home", "site: work", "labels", False),
+        ("port: 22", "port: 23", "ssh.port 22 -> 23", True),
+        ("host: h", "host: i", "ssh.host h -> i", True),
+        ("host: h", "host: h, keepalive: 500ms", "ssh.keepalive 2s -> 500ms", True),
+        ("host: h", "host: h, identity_file: /k", "ssh.identity_file not set -> /k", True),
+        ("port: 1}", "port: 2}", "backend.urls http://127.0.0.1:1 -> http://127.0.0.1:2", True),
+        ("name: a,", "name: a, enabled: false,", "enabled true -> false", True),
+        ("name: a,", "name: a, expect: {gpus: 1},", "expect.gpus not set -> 1", False),
+        ("name: a,", "name: a, weight: 2.5,", "weight 1 -> 2.5", False),
+        ("name: a,", "name: a, tier: 2,", "tier 1 -> 2", False),
+        ("site: home", "site: work", "labels.site home -> work", False),
+        ("name: a,", "name: a, address_from: {command: [secret]},", "address_from", True),
     ],
 )
-def test_each_section_of_a_node_counts(before: str, after: str, section: str, changes_routes: bool) -> None:
+def test_each_key_of_a_node_counts(before: str, after: str, change: str, changes_routes: bool) -> None:
     assert before in NODE
     found = of_node(NODE.replace(before, after))
-    assert [(node.name, node.sections) for node in found.changed] == [("a", (section,))]
+    assert [str(node) for node in found.changed] == [f"a: {change}"]
     assert found.change_routes is changes_routes
+    key = change.partition(" ")[0]
+    section = key.partition(".")[0]
     assert found.change_expectations_only is (section == "expect")
     finding = describe_differences(found)
     assert finding is not None
@@ -63,7 +69,12 @@ def test_each_section_of_a_node_counts(before: str, after: str, section: str, ch
         "config-changed",
         Severity.INFO if section == "expect" else Severity.WARNING,
     )
-    assert f"a has another {section}" in finding.message
+    assert finding.message.endswith(f": a has another {key}"), "without the values"
+
+
+def test_a_node_that_gets_its_first_section_has_one_change() -> None:
+    found = differences(f"nodes: [{OTHER}]\n", "nodes: [{name: b, ssh: {host: h}, backend: {port: 1}}]\n")
+    assert [str(node) for node in found.changed] == ["b: ssh not set -> given"]
 
 
 def test_no_section_of_a_node_is_left_out() -> None:
@@ -81,22 +92,40 @@ def test_nodes_that_come_and_go_lead_to_other_hosts() -> None:
 
 
 @pytest.mark.parametrize(
-    ("section", "text", "changes_routes"),
+    ("change", "text", "changes_routes"),
     [
-        ("gateway", "gateway: {listen: '127.0.0.1:1'}", False),
-        ("gateway", "gateway: {route_priority: {/api/embed: batch}}", False),
-        ("tunnels", "tunnels: {listen: unix}", True),
-        ("models", "models: {m: {aliases: [n]}}", False),
-        ("redis", "redis: {url: 'redis://localhost'}", False),
-        ("name", "name: another", False),
+        (
+            "gateway.listen 127.0.0.1:11430 -> 127.0.0.1:1, unix:/s",
+            "gateway: {listen: ['127.0.0.1:1', 'unix:/s']}",
+            False,
+        ),
+        ("gateway.route_priority", "gateway: {route_priority: {/api/embed: batch}}", False),
+        ("gateway.timeout 10m -> 5s", "gateway: {timeout: 5s}", False),
+        ("gateway.reload auto -> manual", "gateway: {reload: manual}", False),
+        ("gateway.keys", "gateway: {keys: [{name: k, env: K}]}", False),
+        ("tunnels.listen tcp -> unix", "tunnels: {listen: unix}", True),
+        ("redis not set -> given", "redis: {url: 'redis://localhost'}", False),
+        ("name mesh -> another", "name: another", False),
     ],
 )
-def test_each_section_of_the_mesh_counts(section: str, text: str, changes_routes: bool) -> None:
+def test_each_key_of_the_mesh_counts(change: str, text: str, changes_routes: bool) -> None:
     found = differences(f"nodes: [{NODE}]\n", f"{text}\nnodes: [{NODE}]\n")
-    assert found.mesh_sections == (section,)
+    assert [str(key) for key in found.mesh_keys] == [change]
     assert found.change_routes is changes_routes
     assert not found.change_expectations_only
-    assert str(found) == f"another {section}"
+    assert str(found) == f"another {change.partition(' ')[0]}"
+
+
+def test_rules_for_models_are_compared_one_by_one() -> None:
+    before = f"models: {{m: {{aliases: [n]}}, gone: {{pinned: true}}}}\nnodes: [{NODE}]\n"
+    found = differences(before, f"models: {{m: {{copies: 1}}, new: {{pinned: true}}}}\nnodes: [{NODE}]\n")
+    assert (found.models_added, found.models_removed) == (("new",), ("gone",))
+    assert [str(model) for model in found.models_changed] == ["m: copies not set -> 1, aliases n -> not set"]
+    assert found.change_models
+    assert not found.change_expectations_only
+    assert str(found) == (
+        "rules for the model new; no rules for the model gone any more; the model m has another copies and aliases"
+    )
 
 
 def test_a_topology_that_came_over_the_control_socket_is_the_same() -> None:

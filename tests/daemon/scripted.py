@@ -8,7 +8,8 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import replace
 
 from gpumesh.backends.base import Chunk, ServerCounters
-from gpumesh.config.comparison import ConfigSnapshot
+from gpumesh.config.comparison import ConfigSnapshot, KeyChange
+from gpumesh.config.live_changes import ReloadReport
 from gpumesh.daemon.sessions.session import PromptAnswer, PromptRequest
 from gpumesh.errors import ModelMissing, QueueFull, UsageError
 from gpumesh.mesh.history import History, HistorySeries
@@ -44,6 +45,7 @@ class ScriptedSession:
         self.state = typical()
         self.snapshot: ConfigSnapshot | None = None
         self.prompts: list[PromptRequest] = []
+        self.reloads = 0
         self.drained: list[str] = []
         self.reconnected: list[str] = []
         self.chat_ended = asyncio.Event()
@@ -96,6 +98,10 @@ class ScriptedSession:
 
     async def configuration(self) -> ConfigSnapshot | None:
         return self.snapshot
+
+    async def reload(self) -> ReloadReport:
+        self.reloads += 1
+        return ReloadReport(after_restart=(KeyChange("gateway.listen", "127.0.0.1:1", "127.0.0.1:2"),))
 
     async def history(self) -> History:
         return History(

@@ -20,6 +20,10 @@ class ModelRules:
     """The rules of one mesh.yaml."""
 
     def __init__(self, specs: Iterable[ModelSpec] = ()) -> None:
+        self.replace(specs)
+
+    def replace(self, specs: Iterable[ModelSpec]) -> None:
+        """Takes over other rules, for all later questions."""
         self.specs = tuple(specs)
         self._spec_by_name = {full_name(name): spec for spec in self.specs for name in (spec.name, *spec.aliases)}
 

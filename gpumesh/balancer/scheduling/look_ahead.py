@@ -46,7 +46,7 @@ class LookAhead:
         self._accounts = accounts
         self._experience = experience
         self._queue = queue
-        self._policy = policy
+        self.policy = policy
 
     def __repr__(self) -> str:
         return f"<LookAhead over {LOOKED_AT} requests>"
@@ -62,7 +62,7 @@ class LookAhead:
         head = self._queue.best(groups)
         if head is None:
             return None
-        if head.payload.demand.prompt is None or not self._policy.looks_ahead:
+        if head.payload.demand.prompt is None or not self.policy.looks_ahead:
             return head, self._experience.estimate(head.payload.demand)
         most_passes = PASSES_PER_NODE * len(self._accounts)
         key = head.payload.demand.residency

@@ -25,10 +25,12 @@ from gpumesh.balancer.fair_queue import FairQueue
 from gpumesh.balancer.fairness.lane import QueueEntry
 from gpumesh.balancer.forecast import Copies, FleetLoad, Forecast, forecast, place_on
 from gpumesh.balancer.models.model_demand import ModelDemand
+from gpumesh.balancer.policies import POLICIES
 from gpumesh.balancer.policies.base import NO_CHOICE, Question
 from gpumesh.balancer.scheduling.look_ahead import LookAhead
 from gpumesh.balancer.scheduling.node_choice import NodeChoice
 from gpumesh.balancer.scheduling.refused_loads import RefusedLoads
+from gpumesh.balancer.scheduling.roster import Roster
 from gpumesh.balancer.scheduling.slow_nodes import SlowNodes
 from gpumesh.balancer.scheduling.waiting import (
     Group,
@@ -82,21 +84,25 @@ class Scheduler:
         self._pauses = Pauses()
         self._patience = Patience()
         self._refused_loads = RefusedLoads(self.accounts)
+        self.roster = Roster(
+            self.accounts,
+            self.experience,
+            self.choice,
+            self.slow_nodes,
+            self._fleet.copies,
+            self._pauses,
+            self._changed,
+        )
         self._refused: Refused | None = None  # the last request that ``place_now`` did not place
 
     def __repr__(self) -> str:
         return f"<Scheduler {len(self.accounts)} nodes, {self.queue.size} waiting>"
 
-    def add_account(
-        self, name: str, *, weight: float = 1.0, tier: int = 1, max_parallel: int | None = None
-    ) -> NodeAccount:
-        """Adds a node, and returns its account. ``weight``, ``tier`` and ``max_parallel`` are those of mesh.yaml."""
-        account = NodeAccount(
-            name, weight=weight, tier=tier, max_parallel=max_parallel, fleet_rates=self.experience.fleet_rates
-        )
-        self.accounts[name] = account
-        self.choice.shortlist.note_change(account)
-        return account
+    def change_settings(self, policy: PolicyKind, *, max_queue: int, pinned: frozenset[str]) -> None:
+        """Takes over other settings of mesh.yaml, for all later decisions."""
+        self.choice.policy = self._look_ahead.policy = POLICIES[policy]
+        self.queue.max_size = max_queue
+        self._fleet.pinned = pinned
 
     # -- a request comes -----------------------------------------------------------------------------------------
 
@@ -169,7 +175,7 @@ class Scheduler:
             now if accepted_at is None else accepted_at,
             group=group_of(demand, exclude),
             client=demand.client,
-            work=self._service_s(demand),
+            work=1.0 if demand.residency is None else self._fleet.demands.service_s(demand.residency),
             tokens=work.cost,
             bounded=accepted_at is None,
         )
@@ -199,10 +205,6 @@ class Scheduler:
             if work_s > 0.0:
                 queue_s = work_s / self.choice.count_warm_slots(demand, accounts, now)
         return Question(accounts, demand, work, self._fleet, queue_s, now, self._turn, self._rng, waited_s)
-
-    def _service_s(self, demand: Demand) -> float:
-        key = demand.residency
-        return 1.0 if key is None else self._fleet.demands.service_s(key)
 
     def _place(
         self, chosen: Forecast, considered: Sequence[Forecast], demand: Demand, work: Work, now: float
@@ -266,7 +268,8 @@ class Scheduler:
 
     def learns_from(self, placed: PlacedRequest, now: float) -> bool:
         """Whether ``end`` would learn from the counters of this request now."""
-        return placed.needs_load or now >= placed.account.learned_at + LEARN_INTERVAL_S
+        account = placed.account
+        return not account.is_removed and (placed.needs_load or now >= account.learned_at + LEARN_INTERVAL_S)
 
     def _learn(self, placed: PlacedRequest, counters: ServerCounters, now: float) -> None:
         """Removes a request whose whole answer has come, and learns from it."""
@@ -305,7 +308,7 @@ class Scheduler:
 
     def note_change(self, account: NodeAccount) -> None:
         """The node may have got a free slot, may have become usable, or its breaker has changed."""
-        if self.queue.size or account.breaker.open_until is not None:  # otherwise no request waits for it
+        if (self.queue.size or account.breaker.open_until is not None) and not account.is_removed:
             self._changed[account.name] = account
         self.choice.shortlist.note_change(account)
 

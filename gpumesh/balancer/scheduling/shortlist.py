@@ -271,15 +271,17 @@ class Shortlist:
 
     def note_change(self, account: NodeAccount) -> None:
         """The node's slots, models or state may have changed."""
-        if self._tables:
+        if not account.is_removed:
             for table in self._tables.values():
                 table.note_change(account)
 
-    def table(self, demand: Demand, now: float) -> NodeTable:
-        """The nodes that suit the demand. Only the first call for a sort of demand looks at all nodes, to make the
-        table.
+    def clear(self) -> None:
+        """Forgets all tables, because a node was removed."""
+        self._tables.clear()
 
-        The demand must have its residency key, and name no node."""
+    def table(self, demand: Demand, now: float) -> NodeTable:
+        """The nodes that suit the demand, which must have its residency key, and name no node. Only the first call for
+        a sort of demand looks at all nodes, to make the table."""
         key = _TableKey(demand.model, demand.residency, demand.kinds, demand.nodes)
         table = self._tables.get(key)
         if table is None:

@@ -41,9 +41,10 @@ class SlowNodes:
         return self.watch.slowness(node, now)
 
     def forget(self, node: str) -> None:
-        """Forgets a node, because its server is new."""
+        """Forgets a node, because its server is new. Nothing happens if there is no such node any more."""
         self.watch.forget(node)
-        self._accounts[node].slowness = 1.0
+        if node in self._accounts:
+            self._accounts[node].slowness = 1.0
         self.slowed.discard(node)
 
     # -- what was measured ---------------------------------------------------------------------------------------
@@ -52,9 +53,9 @@ class SlowNodes:
         """The answer has begun. Must be called once for each answer."""
         # The time of a load is no sign of slowness. If other prompts are read at the same time, the forecast is not
         # exact.
-        if placed.needs_load or placed.mean_reads > MOST_READS:
-            return
         account = placed.account
+        if placed.needs_load or placed.mean_reads > MOST_READS or account.is_removed:
+            return
         # The forecast of the reading contains the account's factor.
         read_s = (placed.begins_at - placed.sent_at - account.rtt_s) / account.slowness
         forecast_s = account.rtt_s + max(read_s, 0.0)

@@ -115,6 +115,10 @@ class Pauses:
         """The node's breaker has opened."""
         self._accounts[account.name] = account
 
+    def end(self, name: str) -> None:
+        """Forgets a node that was removed."""
+        self._accounts.pop(name, None)
+
     def ends(self) -> list[float]:
         """The times at which the pauses end."""
         times = (account.breaker.open_until for account in self._accounts.values())

@@ -31,7 +31,7 @@ class SchedulerDecisions:
         self._scheduler = Scheduler(kind, rng=rng, max_queue=max_queue)
         self._accounts = self._scheduler.accounts
         for spec in specs:
-            account = self._scheduler.add_account(spec.name, weight=spec.weight, max_parallel=spec.max_parallel)
+            account = self._scheduler.roster.add(spec.name, weight=spec.weight, max_parallel=spec.max_parallel)
             account.is_up = True
             account.learns_limit = True
             _set_models(account, ServerLies(spec).listed)

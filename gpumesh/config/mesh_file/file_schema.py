@@ -34,6 +34,7 @@ from gpumesh.topology import (
     NotifyFormat,
     PolicyKind,
     Priority,
+    ReloadMode,
     Target,
     TransportKind,
     TunnelListen,
@@ -233,6 +234,11 @@ class Gateway(Section):
     cors_origins: tuple[str, ...] | None = optional(ORIGINS, "Web pages that may use the gateway, by their origin.")
     access_log: bool | None = optional(
         BOOLEAN, "Whether a line is kept for each request, without its prompt; true if not given."
+    )
+    reload: ReloadMode | None = optional(
+        Choice(ReloadMode),
+        "auto (default): a running mesh takes over changes of this file by itself. manual: at `gpumesh reload` or "
+        "SIGHUP only.",
     )
 
 

@@ -297,6 +297,7 @@ class TopologyBuilder:
             keys=tuple(_build_key(key) for key in gateway.keys or ()),
             route_priority=MappingProxyType(gateway.route_priority or {}),
             heartbeat_s=MappingProxyType({**default.heartbeat_s, **(gateway.heartbeat or {})}),
+            reload=_value_or(gateway.reload, default.reload),
         )
 
     def _socket_path(self, text: str) -> Path:

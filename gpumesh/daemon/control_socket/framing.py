@@ -12,6 +12,7 @@ from typing import Any
 
 # Bytes of one message. A prompt with images is some MB of base64; no gpumesh sends a longer line than this.
 LINE_LIMIT = 1 << 26
+UNKNOWN_MESSAGE = "not a message that this gpumesh knows"
 
 
 def encode_line(kind: str, fields: Mapping[str, Any]) -> bytes:
@@ -31,4 +32,4 @@ def decode_line(line: bytes) -> tuple[str, dict[str, Any]]:
 
 def unknown_message() -> ValueError:
     """Returns the error for a line that is no message, or a message of a kind that this version does not know."""
-    return ValueError("not a message that this gpumesh knows; is the running mesh of another version?")
+    return ValueError(f"{UNKNOWN_MESSAGE}; is the running mesh of another version?")

@@ -15,6 +15,7 @@ from typing import Any
 
 from gpumesh.backends.base import Chunk
 from gpumesh.config.comparison import ConfigSnapshot
+from gpumesh.config.live_changes import ReloadReport
 from gpumesh.daemon.control_socket import framing
 from gpumesh.daemon.sessions.session import PromptRequest
 from gpumesh.errors import ExitCode, GPUMeshError, ModelMissing, QueueFull, StreamCut
@@ -94,6 +95,11 @@ class GetConfiguration:
 
 
 @dataclass(frozen=True, slots=True)
+class Reload:
+    """Reply: Reloaded."""
+
+
+@dataclass(frozen=True, slots=True)
 class Down:
     """Replies: State while requests in flight end, for ``drain_s`` seconds at most. Then the mesh closes the connection
     without ``End``."""
@@ -102,7 +108,18 @@ class Down:
 
 
 ControlRequest = (
-    GetStatus | Watch | FirstReport | Chat | Exec | Drain | Resume | Reconnect | GetHistory | GetConfiguration | Down
+    GetStatus
+    | Watch
+    | FirstReport
+    | Chat
+    | Exec
+    | Drain
+    | Resume
+    | Reconnect
+    | GetHistory
+    | GetConfiguration
+    | Reload
+    | Down
 )
 
 # -- replies ---------------------------------------------------------------------------------------------------------
@@ -123,6 +140,13 @@ class Configuration:
     """What the mesh has read from its mesh.yaml. It has the names of the variables with secrets, and no secret."""
 
     snapshot: ConfigSnapshot
+
+
+@dataclass(frozen=True, slots=True)
+class Reloaded:
+    """What a reload of mesh.yaml has done."""
+
+    report: ReloadReport
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,17 +190,17 @@ class Error:
     detail: Mapping[str, Any] | None = None
 
 
-ControlReply = State | Past | Configuration | Route | Piece | Output | End | Error
+ControlReply = State | Past | Configuration | Reloaded | Route | Piece | Output | End | Error
 
 _REQUESTS: Mapping[str, type[ControlRequest]] = {
     kind.__name__: kind
     for kind in (
         *(GetStatus, Watch, FirstReport, Chat, Exec, Drain, Resume, Reconnect, GetHistory, GetConfiguration),
-        Down,
+        *(Reload, Down),
     )
 }
 _REPLIES: Mapping[str, type[ControlReply]] = {
-    kind.__name__: kind for kind in (State, Past, Configuration, Route, Piece, Output, End, Error)
+    kind.__name__: kind for kind in (State, Past, Configuration, Reloaded, Route, Piece, Output, End, Error)
 }
 
 

@@ -9,11 +9,13 @@ from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanage
 from pathlib import Path
 
 from gpumesh.backends.base import Chunk
-from gpumesh.config.comparison import ConfigSnapshot
+from gpumesh.config.comparison import RESTART_HINT, ConfigSnapshot
+from gpumesh.config.live_changes import ReloadReport
 from gpumesh.daemon.control_socket import client_errors, framing, messages
+from gpumesh.daemon.control_socket.framing import UNKNOWN_MESSAGE
 from gpumesh.daemon.control_socket.messages import ControlReply, ControlRequest
 from gpumesh.daemon.sessions.session import PromptAnswer, PromptRequest
-from gpumesh.errors import ExitCode, GPUMeshError
+from gpumesh.errors import ExitCode, GPUMeshError, UsageError
 from gpumesh.mesh.history import History
 from gpumesh.state import MeshState
 from gpumesh.tunnels.base import ExecChunk, OutputStream
@@ -77,6 +79,21 @@ class RemoteSession:
                 raise
             # A mesh of an older version does not know this request.
         return None
+
+    async def reload(self) -> ReloadReport:
+        try:
+            async with aclosing(self._send_request(messages.Reload())) as replies:
+                async for reply in replies:
+                    if isinstance(reply, messages.Reloaded):
+                        return reply.report
+        except messages.RemoteError as error:
+            if error.code == UsageError.code and UNKNOWN_MESSAGE in error.message:
+                raise GPUMeshError(
+                    "the running mesh is of an older version, which reads mesh.yaml at its start only",
+                    hint=RESTART_HINT,
+                ) from error
+            raise
+        raise client_errors.unreadable_reply()
 
     async def history(self) -> History:
         history = History()

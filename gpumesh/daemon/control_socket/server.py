@@ -202,6 +202,8 @@ class ControlServer:
                 snapshot = await session.configuration()
                 if snapshot is not None:
                     yield messages.Configuration(snapshot)
+            case messages.Reload():
+                yield messages.Reloaded(await session.reload())
             case messages.Down(drain_s):
                 self._on_stop(drain_s)
                 async with aclosing(_state_replies(session, DOWN_STATE_INTERVAL_S)) as replies:

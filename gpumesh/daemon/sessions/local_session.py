@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Protocol
 
 from gpumesh.backends.base import ChatRequest
 from gpumesh.config.comparison import ConfigSnapshot
+from gpumesh.config.live_changes import ReloadReport
 from gpumesh.daemon.sessions.session import PromptAnswer, PromptRequest
-from gpumesh.errors import MeshNotRunning, TunnelDown, tunnel_error_from_code, unknown_node
+from gpumesh.errors import MeshNotRunning, TunnelDown, UsageError, tunnel_error_from_code, unknown_node
 from gpumesh.event_loop.async_iterators import closing_iterator
 from gpumesh.mesh.history import History, Recorder
 from gpumesh.mesh.mesh import Mesh
@@ -25,14 +27,25 @@ FIRST_REPORT_TIMEOUT_S = 4.0
 _TRYING_PHASES = (TunnelPhase.IDLE, TunnelPhase.CONNECTING)  # the phases before the first result and during an attempt
 
 
+class MeshFile(Protocol):
+    """The mesh.yaml of a running mesh (``daemon/reload/``)."""
+
+    @property
+    def snapshot(self) -> ConfigSnapshot:
+        """What the mesh has taken over from the file."""
+
+    async def reload(self) -> ReloadReport:
+        """As ``Session.reload``."""
+
+
 class LocalSession:
     """The Session over ``mesh``, which is open already. The owner of the mesh closes it, and adds its states to
-    ``recorder``, from which ``history`` comes. ``snapshot`` is what was read from mesh.yaml; ``None``: the mesh was not
-    made from a file, or nobody will compare it with the file."""
+    ``recorder``, from which ``history`` comes. ``file`` is the mesh.yaml; ``None``: the mesh was not made from a file,
+    or nobody will compare it with the file."""
 
-    def __init__(self, mesh: Mesh, snapshot: ConfigSnapshot | None = None) -> None:
+    def __init__(self, mesh: Mesh, file: MeshFile | None = None) -> None:
         self.mesh = mesh
-        self._snapshot = snapshot or ConfigSnapshot(mesh.topology)
+        self._file = file
         self.recorder = Recorder()
         self._stopping = False
 
@@ -133,7 +146,12 @@ class LocalSession:
         self.mesh.tunnel(node).retry_now()
 
     async def configuration(self) -> ConfigSnapshot:
-        return self._snapshot
+        return ConfigSnapshot(self.mesh.topology) if self._file is None else self._file.snapshot
+
+    async def reload(self) -> ReloadReport:
+        if self._file is None:
+            raise UsageError("this mesh was not made from a file that it could read again")
+        return await self._file.reload()
 
     async def history(self) -> History:
         return self.recorder.history()

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from gpumesh.backends.base import Chunk, Message
 from gpumesh.balancer.base import Priority
 from gpumesh.config.comparison import ConfigSnapshot
+from gpumesh.config.live_changes import ReloadReport
 from gpumesh.mesh.history import History
 from gpumesh.state import MeshState
 from gpumesh.tunnels.base import ExecChunk
@@ -97,6 +98,14 @@ class Session(Protocol):
     async def configuration(self) -> ConfigSnapshot | None:
         """Returns what the mesh has read from its mesh.yaml; ``None``: the mesh is of an older version, which does not
         tell."""
+        ...
+
+    async def reload(self) -> ReloadReport:
+        """Lets the mesh read its mesh.yaml again, and take over what has changed.
+
+        Requests in flight end where they are. Returns when new requests are served as the file says; new tunnels may
+        still be connecting then. Raises ConfigError, or an error with its code and exit code, if the file cannot be
+        used: then nothing has changed."""
         ...
 
     async def history(self) -> History:

@@ -71,7 +71,7 @@ class Node:
         self._changes = changes
         self._on_changed = on_changed
         self._scheduler = scheduler
-        self.account = scheduler.add_account(
+        self.account = scheduler.roster.add(
             spec.name, weight=spec.weight, tier=spec.tier, max_parallel=spec.backend.max_parallel
         )
         self._on_gpus_identified = on_gpus_identified

@@ -40,7 +40,7 @@ def make_node(
     """Adds a node that is up. ``loaded`` are the models in its memory (with the context length, where given), which no
     request has used for long. ``speed``: so many times as fast as ``TOKEN_S`` and ``READ_S`` say. ``single``: only one
     model fits into its memory; else all do."""
-    account = scheduler.add_account(name, max_parallel=slots, tier=tier, weight=weight)
+    account = scheduler.roster.add(name, max_parallel=slots, tier=tier, weight=weight)
     account.kind = BackendKind.OLLAMA
     account.is_up = True
     account.models = None if models is None else frozenset(models)

@@ -6,7 +6,8 @@ import pytest
 
 from gpumesh.backends.base import Chunk, Message, ServerCounters
 from gpumesh.balancer.base import Priority
-from gpumesh.config.comparison import ConfigSnapshot
+from gpumesh.config.comparison import ConfigSnapshot, Differences, KeyChange, NamedChange
+from gpumesh.config.live_changes import LeavingNode, ReloadReport
 from gpumesh.daemon.control_socket import messages
 from gpumesh.daemon.control_socket.messages import ControlReply, ControlRequest
 from gpumesh.daemon.sessions.session import PromptRequest
@@ -35,12 +36,21 @@ REQUESTS: list[ControlRequest] = [
     messages.Drain("n"),
     messages.Resume("n"),
     messages.Reconnect("n"),
+    messages.Reload(),
     messages.Down(10.0),
 ]
 REPLIES: list[ControlReply] = [
     messages.State(typical()),
     messages.Past(History(gpus=(HistorySeries("GPU-1", (None, 5.5)),))),
     messages.Configuration(ConfigSnapshot(Topology("home", (NodeSpec("a", BackendSpec(), SshSpec("h")),)), "abc")),
+    messages.Reloaded(
+        ReloadReport(
+            Differences(("b",), ("c",), (NamedChange("a", (KeyChange("weight", "1", "2"),)),), models_added=("m",)),
+            after_restart=(KeyChange("gateway.listen", "127.0.0.1:1"),),
+            reopened=("a",),
+            leaving=(LeavingNode("c", 2),),
+        )
+    ),
     messages.Route("n", 2),
     messages.Piece(Chunk(text="x", done=True, counters=ServerCounters(tokens=2, eval_ms=20.0))),
     messages.Output("stdout", "QUJD", ended=True, exit_status=7),

@@ -47,7 +47,9 @@ async def test_history_and_reconnect(tmp_path: Path) -> None:
         remote = RemoteSession(tmp_path / "s")
         assert await remote.history() == await session.history()
         await remote.reconnect("iceland")
+        assert (await remote.reload()).after_restart[0].key == "gateway.listen"
     assert session.reconnected == ["iceland"]
+    assert session.reloads == 1
 
 
 async def test_what_the_mesh_has_read(tmp_path: Path) -> None:

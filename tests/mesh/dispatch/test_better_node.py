@@ -65,7 +65,7 @@ async def test_a_request_for_an_endless_answer_is_ranked_like_others() -> None:
 
 def test_a_model_that_was_just_loaded_stays_while_it_is_used_but_an_idle_node_loads_another_at_once() -> None:
     scheduler = make_scheduler(PolicyKind.ADAPTIVE)
-    account = scheduler.add_account("one", max_parallel=4)
+    account = scheduler.roster.add("one", max_parallel=4)
     account.is_up = True
     first = scheduler.place_now(Demand(model="big"), 0.0)
     assert first is not None

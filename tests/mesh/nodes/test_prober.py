@@ -55,7 +55,7 @@ class ProberDesk:
         self.link.tunnel = DirectTunnel(self.spec, on_change=self.link.update)
         scheduler = make_scheduler()
         self.ledger = Ledger(
-            scheduler.add_account(self.spec.name),
+            scheduler.roster.add(self.spec.name),
             scheduler,
             clock=self.events.clock,
             on_slot_freed=self.events.on_slot_freed,

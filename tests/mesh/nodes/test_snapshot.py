@@ -52,7 +52,7 @@ class SnapshotDesk:
         self.link = TunnelLink(self.spec)
         self.meter = RateMeter(self.events.clock)
         self.ledger = Ledger(
-            scheduler.add_account(self.spec.name, max_parallel=self.spec.backend.max_parallel),
+            scheduler.roster.add(self.spec.name, max_parallel=self.spec.backend.max_parallel),
             scheduler,
             clock=self.events.clock,
             on_slot_freed=self.events.on_slot_freed,
