@@ -30,6 +30,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "drain": ("drain", "Give a node no new work."),
     "resume": ("resume", "Give a drained node work again."),
     "reconnect": ("reconnect", "Try a node's tunnel again now."),
+    "reload": ("reload", "Let the running mesh take over a changed mesh.yaml."),
     "env": ("env", "Print the variables that point other programs at the mesh."),
     "exec": ("exec", "Run a command on a node's host, or on all of them."),
     "logs": ("logs", "The background mesh's log."),

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 from gpumesh.config.value_parsers import format_duration
-from gpumesh.errors import GPUMeshError
+from gpumesh.errors import ConfigError, GPUMeshError
 from gpumesh.state import Finding, Severity
 from gpumesh.text.addresses import format_address
 from gpumesh.topology import GatewaySpec, ModelSpec, NodeSpec, ReloadMode, Target, Topology
@@ -267,4 +267,5 @@ def describe_bad_file(error: GPUMeshError) -> Finding:
     first_problem, *others = error.message.splitlines() or [""]
     more = f" (and {len(others)} more)" if others else ""
     message = f"mesh.yaml cannot be used now, and the mesh runs on as the file was: {first_problem}{more}"
-    return Finding("config-invalid", Severity.WARNING, None, message, BAD_FILE_HINT)
+    hint = BAD_FILE_HINT if isinstance(error, ConfigError) else error.hint
+    return Finding("config-invalid", Severity.WARNING, None, message, hint)

@@ -43,6 +43,29 @@ class ReloadReport:
     reopened: tuple[str, ...] = ()
     leaving: tuple[LeavingNode, ...] = ()
 
+    def lines(self) -> list[str]:
+        """What has changed, a line for each node, model and key."""
+        applied, leaving = self.applied, {node.name: node.in_flight for node in self.leaving}
+        lines = [f"{name}: added" for name in applied.added]
+        lines += [f"{name}: removed{_describe_leaving(leaving.get(name, 0))}" for name in applied.removed]
+        for node in applied.changed:
+            tunnel = "; gets a new tunnel" if node.name in self.reopened else ""
+            lines.append(f"{node}{tunnel}{_describe_leaving(leaving.get(node.name, 0))}")
+        lines += [f"model {name}: added" for name in applied.models_added]
+        lines += [f"model {name}: removed" for name in applied.models_removed]
+        lines += [f"model {model}" for model in applied.models_changed]
+        lines += [str(change) for change in applied.mesh_keys]
+        lines += [f"{change}: takes effect after a restart" for change in self.after_restart]
+        lines += [f"{name}: left alone, because `gpumesh up` named other nodes" for name in self.not_opened]
+        return lines or ["nothing has changed"]
+
+
+def _describe_leaving(in_flight: int) -> str:
+    if not in_flight:
+        return ""
+    requests = "1 request still runs" if in_flight == 1 else f"{in_flight} requests still run"
+    return f"; {requests} over its old tunnel"
+
 
 def plan_live_changes(running: Topology, current: Topology) -> LivePlan:
     """Decides what a mesh that runs with ``running`` does when its file says ``current``."""

@@ -22,6 +22,7 @@ from gpumesh.daemon.control_socket import messages
 from gpumesh.daemon.mesh_lock import MeshLock
 from gpumesh.daemon.mesh_process import run_mesh
 from gpumesh.daemon.process import async_runner
+from gpumesh.daemon.reload.hangup import reload_at_hangup
 from gpumesh.daemon.shutdown import Shutdown, handle_signals
 from gpumesh.daemon.up_options import UpOptions, apply_options
 from gpumesh.errors import ExitCode, GPUMeshError
@@ -46,16 +47,26 @@ class ReadyPipe:
 
 
 async def serve(config_file: Path, options: UpOptions, ready: ReadyPipe) -> None:
-    """Runs the mesh of ``config_file`` until SIGTERM, SIGINT or the request ``Down``. Sends ``End`` when the mesh
-    serves."""
+    """Runs the mesh of ``config_file`` until SIGTERM, SIGINT or the request ``Down``; SIGHUP makes it read the file
+    again. Sends ``End`` when the mesh serves."""
     snapshot = read_snapshot(config.find_config(config_file))
     topology = apply_options(snapshot.topology, options)
     mesh_paths = paths.for_config(config_file)
     lock = MeshLock.acquire(mesh_paths)  # held until this process ends; `down` waits for that
     stop = Shutdown()
     handle_signals(stop, (signal.SIGTERM, signal.SIGINT))
-    running = run_mesh(topology, mesh_paths, gateway=options.gateway, shutdown=stop, lock=lock, snapshot=snapshot)
-    async with running:
+    running = run_mesh(
+        topology,
+        mesh_paths,
+        gateway=options.gateway,
+        shutdown=stop,
+        lock=lock,
+        snapshot=snapshot,
+        options=options,
+    )
+    async with running as session:
+        if session.file is not None:
+            reload_at_hangup(session.file.request)
         ready.send(messages.End())
         await stop.wait()
 
@@ -70,7 +81,7 @@ def main() -> int:
     parser.add_argument("--node", action="append", default=[])
     arguments = parser.parse_args()
     options = UpOptions(tuple(arguments.node), not arguments.no_gateway, arguments.listen)
-    # The terminal that started the mesh may close. That must not end the mesh.
+    # The terminal that started the mesh may close. That must not end the mesh. Later, the signal means a reload.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     os.set_inheritable(arguments.ready_fd, False)
     ready = ReadyPipe(arguments.ready_fd)

@@ -12,9 +12,8 @@ import time
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from gpumesh.config.changed_file import ChangedFile
 from gpumesh.config.comparison import ConfigSnapshot
 from gpumesh.daemon import leftovers, log_file
 from gpumesh.daemon.control_socket.server import ControlServer
@@ -26,13 +25,10 @@ from gpumesh.daemon.reload.reloader import Reloader
 from gpumesh.daemon.sessions.local_session import LocalSession
 from gpumesh.daemon.shutdown import Shutdown
 from gpumesh.daemon.state_changes import compare_states
+from gpumesh.daemon.up_options import UpOptions
 from gpumesh.errors import GPUMeshError, MeshAlreadyRunning
 from gpumesh.state import MeshState
 from gpumesh.topology import Topology
-from gpumesh.tunnels.blocking import run_in_thread
-
-if TYPE_CHECKING:
-    from gpumesh.mesh.mesh import Mesh
 
 log = logging.getLogger(__name__)
 
@@ -52,14 +48,15 @@ async def run_mesh(
     shutdown: Shutdown,
     lock: MeshLock | None = None,
     snapshot: ConfigSnapshot | None = None,
+    options: UpOptions | None = None,
     check_every_s: float = RESTORE_INTERVAL_S,
 ) -> AsyncGenerator[LocalSession]:
     """Runs the mesh during the block. At the end drains it, for ``shutdown.drain_s`` seconds at most, and closes it.
 
     ``gateway``: whether the mesh has a gateway. The caller holds the mesh's lock (``MeshLock.acquire``) and keeps it to
     the end of its process. With ``lock``, the lock file and the control socket are looked at every ``check_every_s``
-    seconds, and restored if they were removed. ``snapshot`` is what mesh.yaml said, before options of `up` changed it;
-    ``None``: nobody can compare the mesh with its file.
+    seconds, and restored if they were removed. ``snapshot`` is what mesh.yaml said, before the ``options`` of `up`
+    changed it; ``None``: nobody can compare the mesh with its file, and it takes over no changes.
     """
     from gpumesh.gateway.app import Gateway
     from gpumesh.gateway.observe.access_log import AccessLog
@@ -77,14 +74,23 @@ async def run_mesh(
         log.info("the mesh %s starts; nodes: %d", topology.name, len(topology.nodes), extra={"event": "start"})
         stack.callback(log.info, "the mesh %s ended", topology.name, extra={"event": "end"})
         mesh = await stack.enter_async_context(Mesh(topology, learned=LearnedState(paths.learned)))
-        session = LocalSession(mesh, None if snapshot is None else Reloader(snapshot))
+        placement = ModelPlacement(mesh, clock=time.monotonic)
+        reloader = None
+        if snapshot is not None:
+            reloader = Reloader(
+                mesh,
+                paths.config,
+                snapshot,
+                options=options,
+                access_log=paths.access_log,
+                on_applied=placement.note_change,
+            )
+            _run_until_closed(stack, reloader.run(), name="file")
+        session = LocalSession(mesh, reloader)
         _run_until_closed(stack, _log_changes(session), name="journal")
         _run_until_closed(stack, _record_history(session), name="history")
-        if topology.notify:
-            _run_until_closed(stack, _notify(session), name="notify")
-        if snapshot is not None:
-            _run_until_closed(stack, _watch_file(mesh, ChangedFile(paths.config, snapshot), check_every_s), name="file")
-        _run_until_closed(stack, ModelPlacement(mesh, clock=time.monotonic).run(), name="placement")
+        _run_until_closed(stack, _notify(session), name="notify")
+        _run_until_closed(stack, placement.run(), name="placement")
         control = await stack.enter_async_context(ControlServer(session, paths.socket, on_stop=shutdown.request_within))
         if lock is not None:
             restoring = _restore_when_removed(control, lock, paths, shutdown, check_every_s)
@@ -95,9 +101,13 @@ async def run_mesh(
                 access_log = AccessLog(paths.access_log) if topology.gateway.access_log else None
                 server = Gateway(mesh, access_log=access_log, stop_now=shutdown.forced)
                 await serving.enter_async_context(server)
+                if reloader is not None:
+                    reloader.gateway = server
                 log.info("the gateway serves at %s", server.listen_description, extra={"event": "gateway"})
             tune_garbage_collector(serving)
             yield session
+            if reloader is not None:
+                reloader.stop()
             session.refuse_new_prompts()
             log.info("draining, %.0f s at most", shutdown.drain_s, extra={"event": "drain"})
             if server is not None:
@@ -176,9 +186,9 @@ async def _notify(session: LocalSession) -> None:
     """Tells people and programs what happens, by the rules of mesh.yaml, until it is cancelled."""
     from gpumesh.notify.notifier import run_notifier
 
-    topology = session.mesh.topology
+    mesh = session.mesh
     async with aclosing(session.watch(NOTIFY_INTERVAL_S)) as states:
-        await run_notifier(topology.name, topology.notify, states, clock=time.monotonic)
+        await run_notifier(lambda: mesh.topology.notify, states, clock=time.monotonic)
 
 
 async def _record_history(session: LocalSession) -> None:
@@ -186,19 +196,6 @@ async def _record_history(session: LocalSession) -> None:
     while True:
         await asyncio.sleep(HISTORY_INTERVAL_S)
         session.recorder.add(await session.status())
-
-
-async def _watch_file(mesh: Mesh, changed_file: ChangedFile, interval_s: float) -> None:
-    """Adds a finding to the mesh's state while mesh.yaml differs from what runs. The file is read in a thread, because
-    to parse a changed file takes long, and because the file may be on a network disk that does not answer."""
-    while True:
-        try:
-            finding = await run_in_thread(changed_file.find)
-        except (GPUMeshError, OSError, ValueError) as error:
-            log.warning("mesh.yaml cannot be compared with what runs: %s", error, extra={"event": "config"})
-        else:
-            mesh.own_findings = () if finding is None else (finding,)
-        await asyncio.sleep(interval_s)
 
 
 async def _restore_when_removed(

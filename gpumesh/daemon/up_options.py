@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from gpumesh import config
-from gpumesh.errors import unknown_node
+from gpumesh.errors import UsageError, unknown_node
 from gpumesh.topology import Topology
 
 
@@ -36,3 +36,19 @@ def apply_options(topology: Topology, options: UpOptions) -> Topology:
         gateway = replace(topology.gateway, host=listen.host, port=listen.port, socket=listen.socket)
         topology = replace(topology, gateway=gateway)
     return topology
+
+
+def select_nodes(topology: Topology, options: UpOptions) -> tuple[Topology, tuple[str, ...]]:
+    """What a mesh that was started with these options takes over from its file, and the names of the nodes that it
+    leaves alone. A chosen node that the file does not have any more is no error, unless no other is left: then raises
+    UsageError. The address is another matter (``plan_live_changes``)."""
+    if not options.nodes:
+        return topology, ()
+    chosen = tuple(node for node in topology.nodes if node.name in options.nodes)
+    if not chosen:
+        raise UsageError(
+            f"mesh.yaml has none of the nodes any more with which `gpumesh up` was started: {', '.join(options.nodes)}",
+            hint="`gpumesh down`, then `gpumesh up -d` opens all nodes of the file",
+        )
+    not_opened = tuple(node.name for node in topology.nodes if node.name not in options.nodes)
+    return replace(topology, nodes=chosen), not_opened

@@ -15,6 +15,7 @@ from typing import Self
 import msgspec
 
 from gpumesh import config
+from gpumesh.balancer.models.model_rules import ModelRules
 from gpumesh.balancer.outcomes import RequestOutcome
 from gpumesh.config.listen_address import UNIX_PREFIX
 from gpumesh.errors import GPUMeshError, NoNodeError
@@ -38,6 +39,7 @@ from gpumesh.gateway.routing import Router
 from gpumesh.gateway.web_page import UI_PATH, UiPage
 from gpumesh.mesh.mesh import Mesh
 from gpumesh.state import GatewayPhase, GatewayState, LocalAccess
+from gpumesh.topology import Topology
 
 log = logging.getLogger(__name__)
 
@@ -89,9 +91,8 @@ class Gateway:
         self._access_log = access_log
         if self._host is not None:
             config.require_key_beyond_loopback(self._host, has_key=spec.needs_key)
-        keys = read_api_keys(spec, read_secret=config.read_secret, identity=mesh.model_rules.identity)
+        self._guard = guard = self.read_guard(mesh.topology)
         self._local_access = _find_local_access(self._host, needs_key=spec.needs_key)
-        self._guard = Guard(keys, frozenset(spec.cors_origins), _find_hostnames(self._host, spec.socket))
         self._active: dict[Request, _ActiveRequest] = {}
         self._stopped = False
         self._stop_now = stop_now or asyncio.Event()
@@ -103,8 +104,8 @@ class Gateway:
         self._page = UiPage(mesh, writable=spec.needs_key)
         self._history_task: asyncio.Task[None] | None = None
         fleet_routes = FleetRoutes(mesh, self.metrics, self._server)
-        client_names = ClientNames(() if keys is None else keys.names)
-        self._router = Router(mesh, fleet_routes, ModelStoreRoutes(mesh), self._page, client_names)
+        self._client_names = ClientNames(guard.key_names)
+        self._router = Router(mesh, fleet_routes, ModelStoreRoutes(mesh), self._page, self._client_names)
 
     def __repr__(self) -> str:
         phase = "stopped" if self._stopped else self.mesh.gateway.state.value
@@ -190,6 +191,34 @@ class Gateway:
             with suppress(TimeoutError):
                 async with asyncio.timeout(ABORT_S / 2):
                     await self._idle.wait()
+
+    # -- another mesh.yaml ---------------------------------------------------------------------------------------
+
+    def read_guard(self, topology: Topology) -> Guard:
+        """The guard by the keys and the origins of ``topology``. Raises the errors of ``read_api_keys``: a key's
+        variable is not set, or two keys have the same secret."""
+        spec, rules = topology.gateway, ModelRules(topology.models)
+        keys = read_api_keys(spec, read_secret=config.read_secret, identity=rules.identity)
+        return Guard(keys, frozenset(spec.cors_origins), _find_hostnames(self._host, self._spec.socket))
+
+    def apply(self, guard: Guard) -> None:
+        """Takes over what the mesh's topology says now, for all later requests. ``guard`` comes from ``read_guard``.
+        The address and the access log stay."""
+        before, self._spec = self._spec, self.mesh.topology.gateway
+        self._guard = guard
+        self._client_names.key_names = guard.key_names
+        self._local_access = _find_local_access(self._host, needs_key=self._spec.needs_key)
+        self._page.writable = self._spec.needs_key
+        self._router.apply(self._spec)
+        if before.body_memory_mib != self._spec.body_memory_mib:
+            self._server.memory.resize(self._spec.body_memory_mib << 20)  # MiB to bytes
+        self._announce(self.mesh.gateway.state)
+
+    def replace_access_log(self, access_log: AccessLog | None) -> None:
+        """Writes the later requests to another log, or to none."""
+        if self._access_log is not None:
+            self._access_log.close()
+        self._access_log = access_log
 
     # -- one request ---------------------------------------------------------------------------------------------
 

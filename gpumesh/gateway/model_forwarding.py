@@ -51,6 +51,7 @@ from gpumesh.gateway.query_model import looks_like_json, may_be_raw, read_query_
 from gpumesh.mesh.mesh import Mesh
 from gpumesh.mesh.requests.answer import Answer
 from gpumesh.text.model_names import full_name
+from gpumesh.topology import GatewaySpec
 
 # After an answer with one of these statuses, the fallback of the model is tried: the servers with the model could not
 # be reached, or could not take the request. Not 500, because the request itself may make servers fail.
@@ -76,11 +77,15 @@ class ModelForwarder:
 
     def __init__(self, mesh: Mesh, client_names: ClientNames) -> None:
         self._mesh = mesh
-        self._spec = mesh.topology.gateway
         self._rules = mesh.model_rules
         self._client_names = client_names
         self._prompts = PromptReader(os.urandom(MIN_SECRET_BYTES))
-        self._heartbeats = Heartbeats(min((value for value in self._spec.heartbeat_s.values() if value), default=1.0))
+        self.apply(mesh.topology.gateway)
+
+    def apply(self, spec: GatewaySpec) -> None:
+        """Takes over other settings of the gateway, for all later requests."""
+        self._spec = spec
+        self._heartbeats = Heartbeats(min((value for value in spec.heartbeat_s.values() if value), default=1.0))
 
     def forward(
         self, request: Request, record: RequestRecord, route: ModelRoute

@@ -36,6 +36,7 @@ from gpumesh.gateway.model_store_routes import ModelStoreRoutes
 from gpumesh.gateway.observe.record import RequestRecord
 from gpumesh.gateway.web_page import UI_PATH, UiPage
 from gpumesh.mesh.mesh import Mesh
+from gpumesh.topology import GatewaySpec
 
 ANY_NODE_TIMEOUT_S = 30.0
 OPENAI_MODEL_PREFIX = "/v1/models/"
@@ -76,6 +77,10 @@ class Router:
         self._fleet_routes = fleet_routes
         self._forwarder = ModelForwarder(mesh, client_names)
         self._handlers = _handler_table(fleet_routes, model_store_routes, page)
+
+    def apply(self, spec: GatewaySpec) -> None:
+        """Takes over other settings of the gateway, for all later requests."""
+        self._forwarder.apply(spec)
 
     def route_request(self, request: Request, record: RequestRecord) -> Awaitable[Response | StreamingResponse]:
         """Answers a request, and notes its route in the record. Raises GPUMeshError only if nothing was sent yet;

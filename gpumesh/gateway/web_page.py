@@ -42,7 +42,7 @@ class UiPage:
 
     def __init__(self, mesh: Mesh, *, writable: bool) -> None:
         self._mesh = mesh
-        self._writable = writable
+        self.writable = writable
         self._recorder = Recorder(step_s=HISTORY_STEP_S, steps=HISTORY_STEPS)
         html = resources.files("gpumesh.gateway").joinpath("static/ui.html").read_text(encoding="utf-8")
         self._html = html.encode()
@@ -82,7 +82,7 @@ class UiPage:
     async def _generate_events(self) -> AsyncGenerator[bytes]:
         """Yields whether the page may change something, the history, and then the status after each change, until
         ``close`` is called."""
-        yield _render_event("hello", {"writable": self._writable})
+        yield _render_event("hello", {"writable": self.writable})
         now = self._mesh.snapshot().at
         yield _render_event("history", {"at": to_json(now), "history": to_json(self._recorder.history())})
         closing = asyncio.ensure_future(self._closing.wait())
@@ -117,7 +117,7 @@ class UiPage:
         name, action = ("", "") if match is None else match.groups()  # a path of another form is refused below
         if action not in _ACTIONS:
             raise BadRequest(f"what can be done to a node is {', '.join(_ACTIONS)}", status=404)
-        if not self._writable:
+        if not self.writable:
             raise BadRequest(
                 "read-only: set gateway.api_key_env in mesh.yaml to allow changes with its key", status=403
             )

@@ -15,11 +15,12 @@ from gpumesh.balancer.base import Demand
 from gpumesh.balancer.fairness.lane import QueueEntry
 from gpumesh.balancer.scheduling.scheduler import Placement, Scheduler
 from gpumesh.balancer.scheduling.waiting import Group, Waiting, could_serve, demand_of
-from gpumesh.balancer.select import no_node_error, suits_demand
+from gpumesh.balancer.select import allows_node, no_node_error, suits_demand
 from gpumesh.errors import DeadlineExceeded, GPUMeshError, QueueFull
 from gpumesh.mesh.nodes.fleet import Fleet
 from gpumesh.mesh.nodes.lease import Lease
 from gpumesh.state import WaitingState
+from gpumesh.topology import BackendKind
 
 GRACE_S = 6.0  # how long a request waits if all nodes that could serve it are away
 RECHECK_S = 0.2  # while a request waits for a node that is away, the nodes are looked at so often
@@ -73,7 +74,10 @@ class Dispatcher:
 
     def slot_is_wanted(self, node: str) -> bool:
         """Whether any waiting request would take a slot of this node, or of a node that shares its GPU."""
-        members, now = self._fleet[node].account.group.accounts, self._clock()
+        account = self._scheduler.accounts.get(node)
+        if account is None:  # the node was removed while this request ran there
+            return False
+        members, now = account.group.accounts, self._clock()
         groups = self._scheduler.groups()
         return any(could_serve(member, group, now) for group in groups for member in members)
 
@@ -99,8 +103,11 @@ class Dispatcher:
         demand. ``only_probed``: a node that has never listed its models does not count."""
         for node in self._fleet:
             account = node.account
-            is_excluded = node.name in exclude or (only_probed and account.models is None)
-            if not is_excluded and suits_demand(account, demand) and node.may_recover(demand.model):
+            if node.name in exclude or (only_probed and account.models is None):
+                continue
+            # Of a node that has just been added, the kind of its server is not known: it may be the demanded one.
+            is_new = account.kind is BackendKind.AUTO and allows_node(demand, node.name)
+            if (is_new or suits_demand(account, demand)) and node.may_recover(demand.model):
                 return True
         return False
 

@@ -35,19 +35,20 @@ from gpumesh.mesh.dispatch import Dispatcher
 from gpumesh.mesh.inspection.regular_inspection import RegularInspection
 from gpumesh.mesh.learned_state import LearnedState
 from gpumesh.mesh.nodes.fleet import Fleet
-from gpumesh.mesh.nodes.node import Node
+from gpumesh.mesh.nodes.node_changes import AppliedChange, plan_nodes
+from gpumesh.mesh.nodes.node_factory import NodeFactory
 from gpumesh.mesh.request_counters import RequestCounters
 from gpumesh.mesh.requests.answer import Answer, SendProgress
 from gpumesh.mesh.requests.delivery import RequestDelivery, SendContext
 from gpumesh.mesh.requests.upload import upload
 from gpumesh.mesh.requests.upstream import Upstream
+from gpumesh.mesh.running_nodes import RunningNodes
 from gpumesh.probes.http_client import make_http_client
 from gpumesh.state import Finding, GatewayState, MeshState, compute_totals
 from gpumesh.text.model_names import full_name
 from gpumesh.topology import BackendKind, Topology
 from gpumesh.tunnels.base import ExecResult, Tunnel
-from gpumesh.tunnels.direct.this_machine import ThisMachine
-from gpumesh.tunnels.supervisor import Prompter, open_tunnel
+from gpumesh.tunnels.supervisor import Prompter
 from gpumesh.tunnels.workers.worker_pool import WorkerPool
 
 MAX_SHOWN_WAITING = 100  # waiting requests in a snapshot
@@ -76,52 +77,38 @@ class Mesh:
         self.model_rules = ModelRules(topology.models)
         self.request_counters = RequestCounters()
         self.gateway = GatewayState()
-        self.own_findings: tuple[Finding, ...] = ()  # about the mesh itself; set by the code that runs the mesh
+        self.own_findings: tuple[Finding, ...] = ()
         self._clock = clock
         self._rng = rng or Random()
-        self._prompter = prompter
         self._learned = learned
         self._changes = ChangeNotifier()
         self._stack = AsyncExitStack()
         self._tasks: list[asyncio.Task[None]] = []
-        self._this_machine = ThisMachine()
+        self._nodes: RunningNodes | None = None  # while the mesh runs
         self._upstream = Upstream()
         self._http = make_http_client()
         self._coordination = create_coordination(topology.redis, on_change=self._on_other_loads_changed, clock=clock)
-        pinned = frozenset(full_name(spec.name) for spec in topology.models if spec.pinned)
-        self._scheduler = Scheduler(
-            topology.gateway.policy, rng=self._rng, max_queue=topology.gateway.max_queue, pinned=pinned
-        )
-        self.fleet = Fleet(
-            [
-                Node(
-                    spec,
-                    clock=clock,
-                    http=self._http,
-                    changes=self._changes,
-                    scheduler=self._scheduler,
-                    on_slot_freed=self._grant_waiting,
-                    on_changed=self._on_node_changed,
-                    on_gpus_identified=self._regroup,
-                    coordination=self._coordination,
-                    rules=self.model_rules,
-                    learned=learned,
-                )
-                for spec in topology.nodes
-            ],
+        gateway, pinned = topology.gateway, _pinned_models(topology)
+        self._scheduler = Scheduler(gateway.policy, rng=self._rng, max_queue=gateway.max_queue, pinned=pinned)
+        self._factory = NodeFactory(
             clock=clock,
+            rng=self._rng,
+            http=self._http,
+            changes=self._changes,
+            scheduler=self._scheduler,
+            coordination=self._coordination,
+            rules=self.model_rules,
+            learned=learned,
+            prompter=prompter,
+            on_slot_freed=self._grant_waiting,
+            on_changed=self._on_node_changed,
+            on_gpus_identified=self._regroup,
         )
+        self.fleet = Fleet(map(self._factory.make_node, topology.nodes), clock=clock)
         enabled = [node for node in self.fleet if node.spec.enabled]
         self._inspection = RegularInspection(enabled, self._http, clock=clock, on_report=self._changes.notify)
         self._dispatcher = Dispatcher(self.fleet, self._scheduler, clock=clock)
-        self._send_context = SendContext(
-            self._upstream,
-            self._dispatcher,
-            clock,
-            self._rng,
-            self.fleet.explain_no_node,
-            server_name=self.fleet.server_name,
-        )
+        self._send_context = SendContext(self._upstream, self._dispatcher, clock, self._rng, self.fleet.explain_no_node)
 
     def __repr__(self) -> str:
         counters = self.request_counters
@@ -139,14 +126,12 @@ class Mesh:
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(self._http)
             await stack.enter_async_context(self._upstream)
-            workers = await stack.enter_async_context(WorkerPool())
+            self._factory.workers = await stack.enter_async_context(WorkerPool())
             group = await stack.enter_async_context(asyncio.TaskGroup())
+            self._nodes = RunningNodes(self.fleet, self._inspection, self._factory, group)
             stack.callback(self._stop)  # on exit this runs first: the task group then waits for the cancelled tasks
             self._tasks.append(group.create_task(self._coordination.run(self._watch_own_loads()), name="coordination"))
-            for node in self.fleet:
-                if node.spec.enabled:
-                    tunnel = node.tunnel = self._open_tunnel(node, workers)  # set before the node's task runs
-                    self._tasks.append(group.create_task(node.run(tunnel), name=f"node {node.name}"))
+            self._nodes.start(self.topology)
             self._tasks.append(group.create_task(self._inspection.run(), name="inspection"))
             if self._learned is not None:
                 self._tasks.append(group.create_task(self._learned.run(self.fleet), name="learned state"))
@@ -162,20 +147,6 @@ class Mesh:
         else:
             await self._stack.__aexit__(kind, error, trace)
 
-    def _open_tunnel(self, node: Node, workers: WorkerPool) -> Tunnel:
-        return open_tunnel(
-            node.spec,
-            clock=self._clock,
-            rng=self._rng,
-            workers=workers,
-            on_change=node.on_tunnel,
-            prompter=self._prompter,
-            this_machine=self._this_machine,
-            tunnels_spec=self.topology.tunnels,
-            mesh_name=self.topology.name,
-            mesh_identity=self.topology.identity,
-        )
-
     async def _watch_own_loads(self) -> AsyncIterator[Mapping[str, int]]:
         """Yields the numbers of requests in flight after each change, by coordination key, for other gateways."""
         async for _ in self.watch_changes():
@@ -190,6 +161,8 @@ class Mesh:
 
     def _stop(self) -> None:
         self._dispatcher.close()
+        if self._nodes is not None:
+            self._nodes.stop()
         for task in self._tasks:
             task.cancel()
 
@@ -202,6 +175,28 @@ class Mesh:
 
     def _on_node_changed(self) -> None:
         self._dispatcher.note_nodes_changed()
+
+    def apply(self, topology: Topology, *, limit_s: float) -> AppliedChange:
+        """Takes over another topology while the mesh runs, at once. Requests go on where they are; those on nodes that
+        end may do so for ``limit_s`` seconds, and then move to other nodes. The address of Redis cannot be changed.
+
+        Raises OSError and GPUMeshError if a tunnel cannot be made; then nothing has changed."""
+        assert self._nodes is not None, "the mesh does not run"
+        running = self.topology
+        plan = plan_nodes(running, topology)
+        closed = self._nodes.apply(plan, topology, limit_s=limit_s)
+        self.topology = topology
+        config.withhold_variables(topology.secret_variables)
+        gateway, pinned = topology.gateway, _pinned_models(topology)
+        self._scheduler.change_settings(gateway.policy, max_queue=gateway.max_queue, pinned=pinned)
+        if topology.models != running.models:
+            self.model_rules.replace(topology.models)
+            for node in self.fleet:
+                node.apply_model_rules()
+        self._send_context.forget_nodes(plan.closed)
+        self._dispatcher.note_nodes_changed()
+        self._changes.notify()
+        return AppliedChange(plan.reopened, {node.name: node.ledger.held for node in closed if node.ledger.held})
 
     # -- the state -----------------------------------------------------------------------------------------------
 
@@ -238,6 +233,12 @@ class Mesh:
         """Stores the state that the gateway over this mesh reports, for ``snapshot``."""
         self.gateway = gateway
         self._changes.notify()
+
+    def set_own_findings(self, findings: tuple[Finding, ...]) -> None:
+        """Stores the findings about the mesh itself, of the code that runs it, for ``snapshot``."""
+        if findings != self.own_findings:
+            self.own_findings = findings
+            self._changes.notify()
 
     async def wait_first_report(self, timeout_s: float) -> MeshState:
         """Returns the state as soon as every node was probed or is known to be out of reach, at the latest after
@@ -381,7 +382,8 @@ class Mesh:
 
     async def refresh(self, nodes: Iterable[str]) -> None:
         """Probes the servers of these nodes again, because their model stores were changed through us."""
-        await asyncio.gather(*(self.fleet.find_node(name).refresh() for name in nodes))
+        names = frozenset(nodes)  # a node may have left the mesh meanwhile
+        await asyncio.gather(*(node.refresh() for node in self.fleet if node.name in names))
 
     def drain(self, node: str) -> None:
         """Sends no new requests to this node. The running requests end by themselves."""
@@ -397,3 +399,7 @@ class Mesh:
         found.update_account()
         self._dispatcher.note_nodes_changed()
         self._changes.notify()
+
+
+def _pinned_models(topology: Topology) -> frozenset[str]:
+    return frozenset(full_name(spec.name) for spec in topology.models if spec.pinned)

@@ -20,17 +20,23 @@ log = logging.getLogger(__name__)
 
 
 async def run_notifier(
-    mesh: str, rules: Sequence[NotifySpec], states: AsyncIterator[MeshState], *, clock: Callable[[], float]
+    rules: Callable[[], Sequence[NotifySpec]], states: AsyncIterator[MeshState], *, clock: Callable[[], float]
 ) -> None:
-    """Sends the events of these states by all rules, until it is cancelled. ``mesh`` is the mesh's name; ``clock``
-    returns monotonic seconds."""
-    receivers = [_Receiver(mesh, rule, clock) for rule in rules]
-    watcher = _Watcher(receivers, clock)
+    """Sends the events of these states by all rules, until it is cancelled. ``rules`` returns the rules of now, which
+    may change with mesh.yaml. ``clock`` returns monotonic seconds."""
+    watcher = _Watcher(clock)
+    sending: dict[NotifySpec, asyncio.Task[None]] = {}
     async with asyncio.TaskGroup() as tasks:
-        for receiver in receivers:
-            tasks.create_task(receiver.run(), name="notify")
         tasks.create_task(watcher.run(), name="notify")
         async for state in states:
+            current = dict.fromkeys(rules())  # two equal rules would send each message twice
+            for rule in sending.keys() - current:
+                watcher.receivers.pop(rule)
+                sending.pop(rule).cancel()
+            for rule in current:
+                if rule not in sending:
+                    watcher.receivers[rule] = receiver = _Receiver(rule, clock)
+                    sending[rule] = tasks.create_task(receiver.run(), name="notify")
             watcher.take(state)
 
 
@@ -46,8 +52,8 @@ async def _wait(wakeup: Wakeup, timeout_s: float | None) -> None:
 class _Watcher:
     """Finds the events in the states, also those that time alone makes, and gives them to the receivers."""
 
-    def __init__(self, receivers: Sequence[_Receiver], clock: Callable[[], float]) -> None:
-        self._receivers = receivers
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.receivers: dict[NotifySpec, _Receiver] = {}
         self._clock = clock
         self._finder = EventFinder()
         self._state: MeshState | None = None
@@ -62,9 +68,10 @@ class _Watcher:
             timeout_s = None
             if self._state is not None:
                 now = self._clock()
+                mesh = self._state.mesh
                 for event in self._finder.find(self._state, now):
-                    for receiver in self._receivers:
-                        receiver.add(event)
+                    for receiver in self.receivers.values():
+                        receiver.add(mesh, event)
                 timeout_s = self._finder.next_look_s(now)
             await _wait(self._changed, timeout_s)
 
@@ -72,17 +79,18 @@ class _Watcher:
 class _Receiver:
     """Sends the events of one rule, one message after another."""
 
-    def __init__(self, mesh: str, rule: NotifySpec, clock: Callable[[], float]) -> None:
-        self._mesh = mesh
+    def __init__(self, rule: NotifySpec, clock: Callable[[], float]) -> None:
+        self._mesh = ""
         self._rule = rule
         self._clock = clock
         self._outbox = Outbox(rule.quiet_s)
         self._added = Wakeup()
         self._is_failing = False
 
-    def add(self, event: MeshEvent) -> None:
-        """Adds an event, if the rule wants events of this kind."""
+    def add(self, mesh: str, event: MeshEvent) -> None:
+        """Adds an event of the mesh of this name, if the rule wants events of this kind."""
         if event.kind in self._rule.on:
+            self._mesh = mesh
             self._outbox.add(event)
             self._added.wake()
 

@@ -131,3 +131,10 @@ class Tunnel(Protocol):
 
     def retry_now(self) -> None:
         """Connects at once if the tunnel is in phase backoff or failed. Called when a person asks for it."""
+
+
+class ClosableTunnel(Tunnel, Protocol):
+    """A tunnel that was just made."""
+
+    def close(self) -> None:
+        """Releases the local ends of a tunnel that never ran."""

@@ -20,7 +20,7 @@ from datetime import UTC, datetime
 from gpumesh.errors import GPUMeshError, SessionEnded, TunnelDown, TunnelError
 from gpumesh.state import LocalAccess, TunnelPhase, TunnelState
 from gpumesh.topology import DEFAULT_TUNNELS, NodeSpec, SshSpec, Target, TunnelsSpec
-from gpumesh.tunnels.base import ExecChunk, ExecResult, ShellStream, Tunnel
+from gpumesh.tunnels.base import ClosableTunnel, ExecChunk, ExecResult, ShellStream, Tunnel
 from gpumesh.tunnels.base import Prompter as Prompter  # noqa: PLC0414 - callers of open_tunnel need both
 from gpumesh.tunnels.connect_request import open_connect_request
 from gpumesh.tunnels.direct.this_machine import ThisMachine
@@ -76,7 +76,7 @@ def open_tunnel(
     tunnels_spec: TunnelsSpec = DEFAULT_TUNNELS,
     mesh_name: str = "mesh",
     mesh_identity: str = "",
-) -> Tunnel:
+) -> ClosableTunnel:
     """Makes a node's tunnel, and binds an SSH node's local ports. ``run_tunnel`` or ``Tunnel.run`` then opens it.
 
     ``clock`` returns monotonic seconds. ``rng`` spreads the retries. ``on_change`` gets every new state, on the event

@@ -14,7 +14,7 @@ from gpumesh.lab.ollama import SimOllama
 from gpumesh.notify.events import DOWN_FOR_S
 from gpumesh.notify.notifier import run_notifier
 from gpumesh.state import MeshState
-from gpumesh.topology import EventKind, ExpectSpec, NotifySpec, Topology
+from gpumesh.topology import EventKind, ExpectSpec, NotifyFormat, NotifySpec, Topology
 from tests.cli.states import down, healthy, mesh
 from tests.daemon.test_mesh_process import paths_in
 from tests.mesh.meshes import host, node
@@ -34,20 +34,25 @@ async def test_each_rule_is_told_what_it_wants() -> None:
             await asyncio.sleep(0.005)
 
     async with serve(OK) as every, serve(OK) as only_up:
-        rules = (
+        rules: tuple[NotifySpec, ...] = (
             NotifySpec(command=("false",), on=frozenset({EventKind.NODE_DOWN})),
             NotifySpec(webhook=every.url, quiet_s=1.0),
             NotifySpec(webhook=only_up.url, on=frozenset({EventKind.NODE_UP})),
         )
-        running = asyncio.create_task(run_notifier("home", rules, states(), clock=lambda: next(clock)))
+        running = asyncio.create_task(run_notifier(lambda: rules, states(), clock=lambda: next(clock)))
         await wait_until(lambda: len(every.requests) == 1, "the first message")
         state = mesh(healthy("a"), healthy("b"))
         await wait_until(lambda: len(every.requests) == 2 and len(only_up.requests) == 1, "the second message")
+        rules = (NotifySpec(webhook=every.url, quiet_s=2.0, format=NotifyFormat.SLACK),)  # mesh.yaml was changed
+        await asyncio.sleep(0.02)
+        state = mesh(down("a"), healthy("b"))
+        await wait_until(lambda: len(every.requests) == 3, "the message by the new rule")
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
         texts = [json.loads(request.body)["text"] for request in every.requests]
         assert texts[0].startswith("home: a is down: nothing listens")
         assert texts[1] == "home: a is back"
+        assert texts[2].startswith("home: a is down: nothing listens")
         assert [json.loads(request.body)["text"] for request in only_up.requests] == ["home: a is back"]
 
 

@@ -62,7 +62,18 @@ EXPLANATIONS = (
         "mesh.yaml is not what runs",
         "mesh.yaml was changed after the running mesh had read it, so the mesh still has other nodes or settings than "
         "the file. It is only a remark if nothing but `expect` has changed.",
-        "`gpumesh down`, then `gpumesh up -d`: the mesh reads the file at its start only.",
+        "A mesh takes a change over by itself, a second or two after the file was saved. With `gateway: {reload: "
+        "manual}` it waits for `gpumesh reload`. `gateway.listen` and `redis` need `gpumesh down` and `gpumesh up -d`.",
+    ),
+    Explanation(
+        "config-invalid",
+        W,
+        "mesh.yaml has errors while its mesh runs",
+        "The file was changed and cannot be used now, so the mesh runs on as the file was before. Nothing of it was "
+        "taken over.",
+        "`gpumesh config check` says all that is wrong. As soon as the file is right the mesh takes it over, or at "
+        "`gpumesh reload` if the file said `reload: manual`. A variable that the file names must be set where the mesh "
+        "was started: for another one, `gpumesh down` and `gpumesh up -d`.",
     ),
     Explanation(
         "config-edit",

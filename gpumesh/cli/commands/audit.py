@@ -86,7 +86,8 @@ async def _inspect(options: GlobalOptions, topology: Topology) -> tuple[MeshStat
     mesh knows nothing about these, and a mesh in this process inspects them. A finding names the differences between
     ``topology`` and the running mesh."""
     from gpumesh.cli.views.changed_file import replace_finding
-    from gpumesh.config.comparison import compare_topologies, describe_differences
+    from gpumesh.config.changed_file import describe_change
+    from gpumesh.config.comparison import compare_topologies
     from gpumesh.daemon.control_socket.remote_session import RemoteSession
 
     async with open_session(options, announce_change=False) as session:
@@ -95,14 +96,14 @@ async def _inspect(options: GlobalOptions, topology: Topology) -> tuple[MeshStat
         snapshot = await session.configuration()
         # A mesh of an older version does not report what it has read.
         differences = None if snapshot is None else compare_topologies(snapshot.topology, topology)
-        if differences is not None and not differences.change_routes:
+        if snapshot is not None and differences is not None and not differences.change_routes:
             state = await _inspect_session(session, topology)
             # If only the expectations differ, there is no finding: the audit uses the expectations of ``topology``.
-            finding = None if differences.change_expectations_only else describe_differences(differences)
-            return replace_finding(state, finding), True
+            is_remark = differences.change_expectations_only
+            return replace_finding(state, None if is_remark else describe_change(snapshot.topology, topology)), True
     async with open_local_session(options, topology) as local_session:
         state = await _inspect_session(local_session, topology)
-    return replace_finding(state, None if differences is None else describe_differences(differences)), True
+    return replace_finding(state, None if snapshot is None else describe_change(snapshot.topology, topology)), True
 
 
 async def _inspect_session(session: Session, topology: Topology) -> MeshState:

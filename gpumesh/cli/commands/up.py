@@ -103,7 +103,8 @@ async def _run_in_foreground(options: GlobalOptions, up_options: UpOptions) -> b
     from gpumesh.config.changed_file import read_snapshot
     from gpumesh.daemon.mesh_lock import MeshLock
     from gpumesh.daemon.mesh_process import run_mesh
-    from gpumesh.daemon.shutdown import Shutdown, handle_signals
+    from gpumesh.daemon.reload.hangup import hangup_means_reload, reload_at_hangup
+    from gpumesh.daemon.shutdown import STOP_SIGNALS, Shutdown, handle_signals
     from gpumesh.daemon.up_options import apply_options
 
     paths = options.paths()
@@ -112,9 +113,20 @@ async def _run_in_foreground(options: GlobalOptions, up_options: UpOptions) -> b
     with _explain_if_already_running(paths):
         lock = MeshLock.acquire(paths)  # held until this process ends
     stop = Shutdown()
-    handle_signals(stop)
-    running = run_mesh(topology, paths, gateway=up_options.gateway, shutdown=stop, lock=lock, snapshot=snapshot)
+    reloads_at_hangup = hangup_means_reload()
+    handle_signals(stop, STOP_SIGNALS[:2] if reloads_at_hangup else STOP_SIGNALS)
+    running = run_mesh(
+        topology,
+        paths,
+        gateway=up_options.gateway,
+        shutdown=stop,
+        lock=lock,
+        snapshot=snapshot,
+        options=up_options,
+    )
     async with running as session:
+        if reloads_at_hangup and session.file is not None:
+            reload_at_hangup(session.file.request)
         try:
             if not options.quiet:
                 _warn_if_open(asdict(session.mesh.snapshot().gateway))

@@ -54,7 +54,7 @@ _ROW_BY_PREFIX = (
     (("model",), "models"),
     (("disk",), "disk"),
     (("same", "tunnel-duplicate"), "nodes"),
-    (("config-changed",), "mesh.yaml"),
+    (("config-changed", "config-invalid"), "mesh.yaml"),
 )
 # Findings that belong to the row of the server, if the tunnel is up.
 _SERVER_CODES = frozenset(

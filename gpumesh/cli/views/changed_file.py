@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from gpumesh.daemon.sessions.session import Session
 
 
+_FILE_CODES = frozenset({"config-changed", "config-invalid"})
+
+
 def print_finding(finding: Finding | None) -> None:
     """Prints the finding to stderr, for commands that show no findings. A remark is left out: the mesh would run as it
     does now."""
@@ -30,8 +33,13 @@ def add_finding(state: MeshState, changed_file: ChangedFile) -> MeshState:
 
 
 def replace_finding(state: MeshState, finding: Finding | None) -> MeshState:
-    """The state with this finding about mesh.yaml, or none, instead of the mesh's own, which is some seconds old."""
-    others = tuple(other for other in state.findings if other.code != "config-changed")
+    """The state with this finding about mesh.yaml, or none, instead of the mesh's own, which is some seconds old.
+
+    Only the mesh knows that it could not take over a file that is valid: then its own finding stays."""
+    others = tuple(other for other in state.findings if other.code not in _FILE_CODES)
+    own = next((other for other in state.findings if other.code == "config-invalid"), None)
+    if finding is not None and finding.code == "config-changed" and own is not None:
+        finding = own
     return replace(state, findings=others if finding is None else (*others, finding))
 
 

@@ -1,17 +1,188 @@
-"""``Reloader``: lets a running mesh take over what its mesh.yaml says now."""
+"""``Reloader``: lets a running mesh take over what its mesh.yaml says now, on request or when the file has changed.
+
+A reload reads the whole file in a thread, and then changes mesh and gateway in one step of the event loop: a request
+sees either the old settings or the new ones. Whatever can fail comes before that step.
+"""
 
 from __future__ import annotations
 
-from gpumesh.config.comparison import ConfigSnapshot
-from gpumesh.config.live_changes import ReloadReport
-from gpumesh.errors import GPUMeshError
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gpumesh.config.changed_file import describe_change, read_digest, read_snapshot
+from gpumesh.config.comparison import ConfigSnapshot, KeyChange, describe_bad_file
+from gpumesh.config.live_changes import LeavingNode, LivePlan, ReloadReport, plan_live_changes
+from gpumesh.daemon.reload.file_follower import LOOK_INTERVAL_S, FileFollower, read_marks
+from gpumesh.daemon.up_options import UpOptions, select_nodes
+from gpumesh.errors import GPUMeshError, MeshNotRunning
+from gpumesh.gateway.observe.access_log import AccessLog
+from gpumesh.mesh.mesh import Mesh
+from gpumesh.mesh.nodes.node_changes import AppliedChange
+from gpumesh.state import Finding
+from gpumesh.topology import ReloadMode, Topology
+from gpumesh.tunnels.blocking import run_in_thread
+
+if TYPE_CHECKING:
+    from gpumesh.gateway.app import Gateway
+
+log = logging.getLogger(__name__)
 
 
 class Reloader:
-    """``snapshot`` is what the mesh has taken over from its file."""
+    """Keeps a mesh in step with the file at ``path``. ``snapshot`` is what the mesh has taken over from it, and
+    ``marks`` are the file's at that time, or earlier. ``options`` are those of `up`. ``on_applied`` is called after
+    each change."""
 
-    def __init__(self, snapshot: ConfigSnapshot) -> None:
+    def __init__(
+        self,
+        mesh: Mesh,
+        path: Path,
+        snapshot: ConfigSnapshot,
+        *,
+        options: UpOptions | None = None,
+        access_log: Path | None = None,
+        on_applied: Callable[[], None] = lambda: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.snapshot = snapshot
+        self.gateway: Gateway | None = None
+        """The gateway over the mesh, as soon as it serves."""
+        self._mesh = mesh
+        self._path = path
+        self._options = options or UpOptions()
+        self._access_log = access_log
+        self._on_applied = on_applied
+        self._clock = clock
+        self._reloading = asyncio.Lock()
+        self._requested = asyncio.Event()
+        self._stopped = False
+        self._bad_file: Finding | None = None  # the file cannot be used, which is not reported yet
+
+    def __repr__(self) -> str:
+        return f"<Reloader {self._path} {'reloading' if self._reloading.locked() else 'idle'}>"
+
+    # -- a reload ------------------------------------------------------------------------------------------------
+
+    def stop(self) -> None:
+        """Takes over nothing from now on: the mesh is ending."""
+        self._stopped = True
+
+    def request(self) -> None:
+        """Requests a reload, whose result goes to the log: for a signal."""
+        self._requested.set()
 
     async def reload(self) -> ReloadReport:
-        raise GPUMeshError("the running mesh cannot take over changes yet")
+        """As ``Session.reload``. Reloads run one after the other; each reads the file anew."""
+        try:
+            return await self._reload()
+        except MeshNotRunning:
+            raise
+        except GPUMeshError as error:
+            self._report_finding(describe_bad_file(error))
+            raise
+
+    async def _reload(self) -> ReloadReport:
+        async with self._reloading:
+            read = await run_in_thread(read_snapshot, self._path)
+            if self._stopped:
+                raise MeshNotRunning("the mesh is stopping and takes over no change")
+            try:
+                report = self._take_over(read)
+            except OSError as error:  # no descriptor is left for a tunnel, for example
+                raise GPUMeshError(f"the changes cannot be carried out: {error.strerror or error}") from error
+        for line in report.lines():
+            log.info("%s", line, extra={"event": "reload"})
+        return report
+
+    def _take_over(self, read: ConfigSnapshot) -> ReloadReport:
+        """Changes mesh and gateway. Raises GPUMeshError and OSError; then nothing has changed."""
+        mesh, gateway, running = self._mesh, self.gateway, self._mesh.topology
+        wanted, not_opened = select_nodes(read.topology, self._options)
+        plan = plan_live_changes(running, wanted)
+        change = AppliedChange()
+        if plan.differences:
+            guard = None if gateway is None else gateway.read_guard(plan.topology)
+            change = mesh.apply(plan.topology, limit_s=running.gateway.timeout_s)
+            if gateway is not None and guard is not None:
+                gateway.apply(guard)
+                self._switch_access_log(gateway, running)
+            self._on_applied()
+        after_restart = self._note_snapshot(read, plan)
+        self._report_finding(describe_change(self.snapshot.topology, read.topology))
+        leaving = tuple(LeavingNode(name, count) for name, count in change.leaving.items())
+        return ReloadReport(plan.differences, after_restart, not_opened, change.reopened, leaving)
+
+    def _switch_access_log(self, gateway: Gateway, before: Topology) -> None:
+        is_wanted = self._mesh.topology.gateway.access_log
+        if self._access_log is not None and is_wanted is not before.gateway.access_log:
+            gateway.replace_access_log(AccessLog(self._access_log) if is_wanted else None)
+
+    def _note_snapshot(self, read: ConfigSnapshot, plan: LivePlan) -> tuple[KeyChange, ...]:
+        """Stores what was taken over. Returns what the file says in addition."""
+        by_file = plan_live_changes(self.snapshot.topology, read.topology)
+        kept_keys = tuple(
+            change for change in plan.after_restart if change.key in ("gateway.api_key_env", "gateway.keys")
+        )
+        after_restart = tuple(dict.fromkeys((*by_file.after_restart, *kept_keys)))
+        live = plan.topology.gateway
+        gateway = replace(by_file.topology.gateway, api_key_env=live.api_key_env, keys=live.keys)
+        self.snapshot = ConfigSnapshot(replace(by_file.topology, gateway=gateway), "" if after_restart else read.digest)
+        return after_restart
+
+    def _report_finding(self, finding: Finding | None) -> None:
+        """Shows the finding about the file in the mesh's state; ``None``: there is none."""
+        self._bad_file = None
+        self._mesh.set_own_findings(() if finding is None else (finding,))
+
+    # -- following the file --------------------------------------------------------------------------------------
+
+    async def run(self, *, interval_s: float = LOOK_INTERVAL_S) -> None:
+        """Carries out what is requested, and follows the file, until cancelled. Looks at the file every ``interval_s``
+        seconds, in a thread: it may be on a network disk that does not answer."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._serve_requests(), name="reloads on request")
+            group.create_task(self._follow_file(interval_s), name="file")
+
+    async def _serve_requests(self) -> None:
+        while True:
+            await self._requested.wait()
+            self._requested.clear()
+            try:
+                await self.reload()
+            except GPUMeshError as error:
+                _log_failure(error)
+
+    async def _follow_file(self, interval_s: float) -> None:
+        follower = FileFollower(None)
+        while True:
+            marks = await run_in_thread(read_marks, self._path)
+            if follower.look(marks, self._clock()):
+                await self._look_at_file()
+            if self._bad_file is not None and follower.reports_bad_file(self._clock()):
+                log.warning("%s", self._bad_file.message, extra={"event": "reload"})
+                self._report_finding(self._bad_file)
+            await asyncio.sleep(interval_s)
+
+    async def _look_at_file(self) -> None:
+        """Takes the file over if the mesh does so by itself; else says in what it differs."""
+        if self._stopped or await run_in_thread(read_digest, self._path) == self.snapshot.digest:
+            self._report_finding(None)
+            return
+        try:
+            if self._mesh.topology.gateway.reload is ReloadMode.AUTO:
+                await self._reload()
+            else:
+                read = await run_in_thread(read_snapshot, self._path)
+                self._report_finding(describe_change(self.snapshot.topology, read.topology))
+        except GPUMeshError as error:
+            self._bad_file = describe_bad_file(error)
+
+
+def _log_failure(error: GPUMeshError) -> None:
+    for line in error.message.splitlines():
+        log.warning("mesh.yaml cannot be used now: %s", line, extra={"event": "reload"})

@@ -34,6 +34,9 @@ class MeshFile(Protocol):
     def snapshot(self) -> ConfigSnapshot:
         """What the mesh has taken over from the file."""
 
+    def request(self) -> None:
+        """Requests a reload, without waiting for its result."""
+
     async def reload(self) -> ReloadReport:
         """As ``Session.reload``."""
 
@@ -45,7 +48,7 @@ class LocalSession:
 
     def __init__(self, mesh: Mesh, file: MeshFile | None = None) -> None:
         self.mesh = mesh
-        self._file = file
+        self.file = file
         self.recorder = Recorder()
         self._stopping = False
 
@@ -146,12 +149,12 @@ class LocalSession:
         self.mesh.tunnel(node).retry_now()
 
     async def configuration(self) -> ConfigSnapshot:
-        return ConfigSnapshot(self.mesh.topology) if self._file is None else self._file.snapshot
+        return ConfigSnapshot(self.mesh.topology) if self.file is None else self.file.snapshot
 
     async def reload(self) -> ReloadReport:
-        if self._file is None:
+        if self.file is None:
             raise UsageError("this mesh was not made from a file that it could read again")
-        return await self._file.reload()
+        return await self.file.reload()
 
     async def history(self) -> History:
         return self.recorder.history()

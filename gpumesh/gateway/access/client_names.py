@@ -23,7 +23,7 @@ class ClientNames:
     """
 
     def __init__(self, key_names: Collection[str] = ()) -> None:
-        self._key_names = frozenset(key_names)
+        self.key_names = frozenset(key_names)
         self._secret = secrets.token_bytes(16)
 
     def name_client(self, key: ClientKey | None, headers: Mapping[str, str], address: str | None) -> str:
@@ -40,7 +40,7 @@ class ClientNames:
         header = headers.get("x-gpumesh-client")
         if header is not None:
             name = printable(header, MAX_NAME_CHARS)
-            if name and name not in self._key_names:
+            if name and name not in self.key_names:
                 return name
         credential = headers.get("authorization") or headers.get("x-api-key")
         if credential:

@@ -44,6 +44,11 @@ class Guard:
     origins: frozenset[str]
     hostnames: frozenset[str] = frozenset()
 
+    @property
+    def key_names(self) -> frozenset[str]:
+        """The names of the holders of keys."""
+        return frozenset() if self.keys is None else self.keys.names
+
     # -- checks of a request -------------------------------------------------------------------------------------
 
     def require_allowed_source(

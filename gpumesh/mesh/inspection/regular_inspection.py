@@ -150,6 +150,18 @@ class RegularInspection:
         report = None if record is None else record.current_report()
         return state if report is None else merge_report(state, report)
 
+    def add(self, node: InspectedNode) -> None:
+        """Inspects this node too."""
+        self._records[node.name] = _NodeRecord(node)
+
+    def remove(self, node: InspectedNode) -> None:
+        """Inspects this node no more, and ends the inspection that runs there now."""
+        record = self._records.get(node.name)
+        if record is not None and record.node is node:
+            del self._records[node.name]
+            if record.task is not None:
+                record.task.cancel()
+
     def _list_due(self) -> list[_NodeRecord]:
         """The nodes whose inspections must start now, the longest overdue first. There are only so many that at most
         ``MAX_CONCURRENT`` inspections run."""

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -132,22 +133,34 @@ class ModelPlacement:
     def __init__(self, mesh: Mesh, *, clock: Callable[[], float]) -> None:
         self._mesh = mesh
         self._clock = clock
-        self._specs = [spec for spec in mesh.topology.models if spec.wanted_copies]
+        self._changed = asyncio.Event()  # mesh.yaml may want other copies than before
         self._failed_until: dict[tuple[str, str], float] = {}  # by node and model: not loaded again before this time
         self._away_since: dict[str, float] = {}  # by node, for the nodes that are away
 
     def __repr__(self) -> str:
-        return f"<ModelPlacement {len(self._specs)} models, {len(self._failed_until)} failed loads>"
+        return f"<ModelPlacement {len(self._wanted)} models, {len(self._failed_until)} failed loads>"
 
-    async def run(self, *, sleep: Callable[[float], Awaitable[None]] = asyncio.sleep) -> None:
-        """Loads what is missing, until it is cancelled. Returns at once if mesh.yaml wants no copies."""
-        if not self._specs:
-            return
-        await self._mesh.wait_first_report(FIRST_REPORT_TIMEOUT_S)
+    @property
+    def _wanted(self) -> list[ModelSpec]:
+        """The models of which mesh.yaml wants copies now."""
+        return [spec for spec in self._mesh.topology.models if spec.wanted_copies]
+
+    def note_change(self) -> None:
+        """The mesh has another topology: looks at once for what is missing."""
+        self._changed.set()
+
+    async def run(self, *, interval_s: float = CHECK_INTERVAL_S) -> None:
+        """Loads what is missing, until it is cancelled. Looks every ``interval_s`` seconds, and at each change of
+        mesh.yaml."""
         while True:
-            while (found := find_next_load(self._specs, [self._see(node) for node in self._mesh.fleet])) is not None:
+            self._changed.clear()
+            if self._wanted:
+                await self._mesh.wait_first_report(FIRST_REPORT_TIMEOUT_S)
+            while found := find_next_load(self._wanted, [self._see(node) for node in self._mesh.fleet]):
                 await self._load(found)
-            await sleep(CHECK_INTERVAL_S)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(interval_s):
+                    await self._changed.wait()
 
     def _see(self, node: Node) -> PlacementNode:
         """The node as ``find_next_load`` sees it now."""
@@ -165,7 +178,7 @@ class ModelPlacement:
         # A node that has just gone away may soon be back, with its copies. Later they count as lost.
         is_gone = not account.is_up and now - self._away_since.setdefault(node.name, now) >= AWAY_S
         loaded: frozenset[str] = frozenset() if is_gone else frozenset(residency.loaded)
-        wanted = [full_name(spec.name) for spec in self._specs]
+        wanted = [full_name(spec.name) for spec in self._wanted]
         return PlacementNode(
             node.name,
             is_idle,

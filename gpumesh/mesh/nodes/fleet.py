@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import replace as replace_state
 from urllib.parse import urlsplit
 
 from msgspec.structs import replace
@@ -27,6 +28,8 @@ class Fleet:
     def __init__(self, nodes: Iterable[Node], *, clock: Callable[[], float]) -> None:
         self._nodes = {node.name: node for node in nodes}
         self._clock = clock
+        self.leaving: set[Node] = set()
+        """The nodes that are not in the mesh any more, and whose last requests have not ended yet."""
 
     def __repr__(self) -> str:
         reachable = sum(node.reachable for node in self)
@@ -55,9 +58,9 @@ class Fleet:
         now = self._clock()
         return [node.candidate(now, despite_breaker=despite_breaker) for node in self._nodes.values()]
 
-    def server_name(self, node: str, model: str | None) -> str | None:
-        """The name under which a node's server must be asked for a model; ``None`` if this name will do."""
-        return None if model is None else self._nodes[node].server_name(model)
+    def replace_nodes(self, nodes: Iterable[Node]) -> None:
+        """Takes over other nodes, in the order of mesh.yaml."""
+        self._nodes = {node.name: node for node in nodes}
 
     def is_renamed(self, model: str) -> bool:
         """Whether the server of any node must be asked for this model under another name."""
@@ -104,11 +107,15 @@ class Fleet:
         return {name: fault for name, fault in faults.items() if fault is not None}
 
     def regroup(self) -> None:
-        """Puts nodes that share a GPU into one group: the balancer treats a group as one node."""
-        names = audit.gpu_groups([node.state(queued=0) for node in self])
+        """Puts nodes that share a GPU into one group: the balancer treats a group as one node. Requests that still run
+        on a node that is leaving take slots of the group too."""
+        # A name that no node can have: a leaving node may have a successor of its own name.
+        leaving = {f" leaving {index}": node for index, node in enumerate(self.leaving)}
+        by_name = {**self._nodes, **leaving}
+        names = audit.gpu_groups([replace_state(node.state(queued=0), name=name) for name, node in by_name.items()])
         members: dict[str, list[Node]] = {}
-        for node in self:  # a node that shares no GPU is a group of its own, by its own name
-            members.setdefault(names.get(node.name, node.name), []).append(node)
+        for name, node in by_name.items():  # a node that shares no GPU is a group of its own, by its own name
+            members.setdefault(names.get(name, name), []).append(node)
         for name, nodes in members.items():
             group = GpuGroup(name, [node.account for node in nodes])
             for node in nodes:
@@ -124,7 +131,7 @@ class Fleet:
         """The number of requests in flight by coordination key, for other gateways. Nodes that share their GPUs, or are
         one server, have the same key: their requests are added up."""
         in_flight: dict[str, int] = {}
-        for node in self:
+        for node in (*self, *self.leaving):
             in_flight[node.coordination_key] = in_flight.get(node.coordination_key, 0) + node.in_flight
         return in_flight
 

@@ -64,6 +64,9 @@ class LeasedNode(Protocol):
     def is_loaded(self, model: str) -> bool | None:
         """Whether the model, given by its full name, is in the server's memory; ``None`` if that is not known."""
 
+    def server_name(self, model: str) -> str | None:
+        """The name under which the node's server must be asked for a model; ``None``: ``model`` itself will do."""
+
     def forgive_failure(self, lease: Lease) -> None:
         """Takes back the failure with which this lease ended, because the request was at fault."""
 

@@ -87,6 +87,11 @@ class Ledger:
         """The number of held leases that take a slot."""
         return len(self._slot_leases)
 
+    @property
+    def held(self) -> int:
+        """The number of all held leases, also of those that take no slot."""
+        return len(self._slot_leases) + len(self._slotless_leases)
+
     def lease(self, node: LeasedNode, demand: Demand, placement: Placement | None) -> Lease:
         """Gives out a lease of ``node`` for a request that the scheduler has placed there. A request to the model store
         has no placement, and takes no slot."""

@@ -29,6 +29,7 @@ from gpumesh.mesh.nodes.lease import Lease
 from gpumesh.mesh.nodes.ledger import Ledger
 from gpumesh.mesh.nodes.prober import Prober, read_api_key
 from gpumesh.mesh.nodes.rate_meter import RateMeter
+from gpumesh.mesh.nodes.residency_reports import take_over_report
 from gpumesh.mesh.nodes.snapshot import NodeRole, SnapshotBuilder
 from gpumesh.mesh.nodes.tunnel_link import TunnelLink
 from gpumesh.probes.commands.host_commands import HostCommands
@@ -126,6 +127,20 @@ class Node:
             tasks.create_task(self._prober.keep_probing_backend(), name=f"backend of {self.name}")
             tasks.create_task(self._prober.keep_probing_gpus(), name=f"gpus of {self.name}")
 
+    def change_spec(self, spec: NodeSpec) -> None:
+        """Takes over another spec of the node that needs no other tunnel (``needs_new_tunnel``)."""
+        self.spec = spec
+        self._prober.change_spec(spec)
+        self._snapshots.spec = spec
+        account = self.account
+        account.weight, account.tier, account.max_parallel = spec.weight, spec.tier, spec.backend.max_parallel
+        account.group.events += 1  # when the next slot is free has to be computed again
+        self._announce_change()
+
+    def apply_model_rules(self) -> None:
+        """Takes over the mesh's rules for models after they have changed."""
+        self._prober.apply_model_rules()
+
     def on_tunnel(self, state: TunnelState) -> None:
         """Acts on a new state of the tunnel, which calls this after each change of its state."""
         was_up = self._link.is_up
@@ -147,7 +162,9 @@ class Node:
     def _on_report(self) -> None:
         """Acts on a new report of the prober. If the marks that identify the node's GPUs have changed, the nodes of the
         mesh are grouped again."""
-        self._update_residency()
+        account, prober = self.account, self._prober
+        for model in take_over_report(account, prober.reports, self._rules, asked_at=prober.asked_at):
+            self._scheduler.note_unloaded(account, model)
         self._restore_learned()
         marks = audit.identifying_marks(self.state(queued=0))
         if marks != self._gpu_marks:
@@ -185,25 +202,6 @@ class Node:
         group = self.account.group
         if group.accounts[0] is self.account:  # the first node of a group answers for all, because they share the GPUs
             group.others_in_flight = self._snapshots.other_gateways_in_flight
-
-    def _update_residency(self) -> None:
-        """Tells the scheduler which models the server has in memory, by its last report."""
-        reports, residency = self._prober.reports, self.account.residency
-        if reports.backend is None or not reports.backend_is_up:
-            return
-        state = reports.backend.state
-        name_in_mesh = self._rules.name_in_mesh
-        loaded = {
-            full_name(name_in_mesh(model.name)): (model.size_vram_mib, model.context_length) for model in state.loaded
-        }
-        residency.file_mib = {
-            full_name(name_in_mesh(model.name)): model.size_mib for model in state.catalog if model.size_mib is not None
-        }
-        gpus = () if reports.gpus is None else reports.gpus.gpus
-        memory_mib = sum(gpu.memory_total_mib or 0 for gpu in gpus)
-        residency.memory_mib = memory_mib or None  # 0: no GPU has said how much it has
-        for model in residency.replace_with_report(loaded, asked_at=self._prober.asked_at):
-            self._scheduler.note_unloaded(self.account, model)
 
     def _restore_learned(self) -> None:
         """Takes over what was learned about the server before a restart of the mesh. This happens when the server is

@@ -169,6 +169,20 @@ class Prober:
         """Makes the loop probe the server at once, and not at the end of the interval."""
         self._probe_requested.set()
 
+    def change_spec(self, spec: NodeSpec) -> None:
+        """Takes over another spec of the same server. If its kind or its key is another one, probes it at once."""
+        before, self._spec = self._spec.backend, spec
+        if (before.kind, before.api_key_env) != (spec.backend.kind, spec.backend.api_key_env):
+            self._known_kinds = KnownKinds()
+            self.request_probe()
+
+    def apply_model_rules(self) -> None:
+        """Names the models of the last report by the mesh's rules as they are now."""
+        report = self.reports.backend
+        if report is not None and self.reports.backend_is_up:
+            self._name_models(report)
+            self._on_report()
+
     def note_loaded(self, model: str) -> None:
         """Adds a model to the models in memory, because it has just answered. ``model`` is a full name."""
         if model not in self.reports.loaded:
@@ -244,19 +258,7 @@ class Prober:
         was_down = self.reports.backend is not None and not self.reports.backend_is_up
         self.reports = replace(self.reports, backend=report, target=target)
         if self.reports.backend_is_up:
-            rules = self._rules
-            names = report.state.models
-            server_names = rules.server_names(names)
-            all_names = (*names, *server_names)
-            kind = BackendKind(report.state.kind)
-            self.reports = replace(
-                self.reports,
-                kind=kind,
-                models=frozenset(all_names) | frozenset(full_name(name) for name in all_names),
-                loaded=frozenset(full_name(rules.name_in_mesh(loaded.name)) for loaded in report.state.loaded),
-                server_names=server_names,
-                exact_names=listed_spellings(names) if DIALECTS[kind].has_exact_names else {},
-            )
+            self._name_models(report)
             if was_down:
                 self._ledger.reset_breakers()
             self._ledger.model_breakers.note_catalog(report.state.catalog)
@@ -264,6 +266,21 @@ class Prober:
             self._ledger.abort_movable_attempts()
         self._end_first_round_when_complete()
         self._on_report()
+
+    def _name_models(self, report: BackendReport) -> None:
+        """Stores the models of a report under the names that the mesh uses for them."""
+        rules, names = self._rules, report.state.models
+        server_names = rules.server_names(names)
+        all_names = (*names, *server_names)
+        kind = BackendKind(report.state.kind)
+        self.reports = replace(
+            self.reports,
+            kind=kind,
+            models=frozenset(all_names) | frozenset(full_name(name) for name in all_names),
+            loaded=frozenset(full_name(rules.name_in_mesh(loaded.name)) for loaded in report.state.loaded),
+            server_names=server_names,
+            exact_names=listed_spellings(names) if DIALECTS[kind].has_exact_names else {},
+        )
 
     # -- the GPUs ------------------------------------------------------------------------------------------------
 

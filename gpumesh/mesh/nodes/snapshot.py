@@ -68,7 +68,7 @@ class SnapshotBuilder:
         clock: Callable[[], float],
         coordination: Coordination,
     ) -> None:
-        self._spec = spec
+        self.spec = spec
         self._role = role
         self._link = link
         self._prober = prober
@@ -95,7 +95,7 @@ class SnapshotBuilder:
         It is so while the node connects, or after its connection was lost, if that was not long ago, or while a breaker
         pauses it for a short time."""
         # A draining node takes requests again only when a person resumes it, a disabled node never.
-        if self._role.draining or not self._spec.enabled:
+        if self._role.draining or not self.spec.enabled:
             return False
         now = self._clock()
         pause_s = None if model is None else self._ledger.model_breakers.pause_left(full_name(model), now)
@@ -134,12 +134,12 @@ class SnapshotBuilder:
         reachable = link.is_up and reports.backend_is_up
         usable = reachable and not role.draining and (despite_breaker or ledger.breaker.allows(now))
         return Candidate(
-            name=self._spec.name,
+            name=self.spec.name,
             kind=reports.kind,
             usable=usable,
             models=reports.models,
             broken_models=ledger.model_breakers.broken(now, despite_doubt=despite_breaker),
-            enabled=self._spec.enabled,
+            enabled=self.spec.enabled,
         )
 
     @property
@@ -152,7 +152,7 @@ class SnapshotBuilder:
         """The key of the last reports. It is computed again only when the reports have changed."""
         reports = self._prober.reports
         if reports is not self._coordination_key_reports:
-            self._coordination_key = coordination_key(self._spec, reports)
+            self._coordination_key = coordination_key(self.spec, reports)
             self._coordination_key_reports = reports
         return self._coordination_key
 
@@ -161,7 +161,7 @@ class SnapshotBuilder:
     def state(self, queued: int) -> NodeState:
         """The node as people see it now. ``queued``: the number of requests in the mesh's queue that wait for this node
         only."""
-        spec, tunnel, gpu_report = self._spec, self._link.state, self._prober.reports.gpus
+        spec, tunnel, gpu_report = self.spec, self._link.state, self._prober.reports.gpus
         ledger, now = self._ledger, self._clock()
         backend = self._build_backend_state(tunnel)
         health, reason = self._assess_health(tunnel)
@@ -200,11 +200,11 @@ class SnapshotBuilder:
     def _assess_health(self, tunnel: TunnelState) -> tuple[Health, str | None]:
         """The node's health, and the reason for it in one sentence; a healthy node has no reason."""
         reports = self._prober.reports
-        if not self._spec.enabled:
+        if not self.spec.enabled:
             return Health.UNKNOWN, "disabled in mesh.yaml"
         if reports.missing_secret is not None and reports.backend is None:  # the server could not be asked yet
             return Health.DOWN, reports.missing_secret.message
-        return assess_health(tunnel, reports.gpus, reports.backend, self._spec, self._role.draining)
+        return assess_health(tunnel, reports.gpus, reports.backend, self.spec, self._role.draining)
 
     def _build_load_state(self, queued: int) -> LoadState:
         """The node's requests: those in flight, those that wait for this node only, and how the others ended."""
@@ -222,7 +222,7 @@ class SnapshotBuilder:
         """The limit for people; ``None`` if it is not known. A learned limit is shown as the proven number of requests,
         and only after the first served request, which proves it. The balancer's limit may be one more, to try whether
         one more request runs in parallel."""
-        is_learned = self._spec.backend.max_parallel is None and self._prober.reports.learns_limit
+        is_learned = self.spec.backend.max_parallel is None and self._prober.reports.learns_limit
         if not is_learned:
             account = self._ledger.account
             return account.max_parallel if account.max_parallel is not None else account.reported_parallel
@@ -255,13 +255,13 @@ class SnapshotBuilder:
         reports = self._prober.reports
         findings = reports.gpus.findings if reports.gpus is not None else ()
         if reports.backend is not None:
-            model_findings = find_model_findings(self._spec.name, self._ledger.model_breakers.open_faults)
-            answer_findings = find_foreign_answer(self._spec.name, self._ledger.foreign_answer)
+            model_findings = find_model_findings(self.spec.name, self._ledger.model_breakers.open_faults)
+            answer_findings = find_foreign_answer(self.spec.name, self._ledger.foreign_answer)
             return (*findings, *reports.backend.findings, *model_findings, *answer_findings)
         error = reports.missing_secret
         if error is None:
             return findings
-        return (*findings, Finding(error.code, Severity.ERROR, self._spec.name, error.message, error.hint))
+        return (*findings, Finding(error.code, Severity.ERROR, self.spec.name, error.message, error.hint))
 
 
 def _build_slowness_state(slowness: Slowness | None) -> SlownessState | None:

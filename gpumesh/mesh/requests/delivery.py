@@ -62,9 +62,7 @@ class SendContext:
     """The objects that all requests of a mesh share.
 
     ``clock`` returns seconds. ``explain_no_node`` makes the error that explains why no node can serve a request; it
-    also takes the names of nodes that have just answered that they do not have the model.
-    ``server_name`` takes a node and a model, and returns the name under which the node must be asked for the model;
-    ``None``: the name in the request will do."""
+    also takes the names of nodes that have just answered that they do not have the model."""
 
     upstream: Upstream
     dispatcher: Dispatcher
@@ -74,7 +72,13 @@ class SendContext:
     strategies: ContinuationStrategies = field(default_factory=dict)
     pauses: PauseTracker = field(default_factory=PauseTracker)
     route_gaps: RouteGaps = field(default_factory=lambda: RouteGaps(time.monotonic))
-    server_name: Callable[[str, str | None], str | None] = lambda _node, _model: None
+
+    def forget_nodes(self, nodes: Collection[str]) -> None:
+        """Forgets what was learned of the servers of these nodes, because other servers may have their names now."""
+        for node, model in [key for key in self.strategies if key[0] in nodes]:
+            del self.strategies[node, model]
+        self.pauses.forget(nodes)
+        self.route_gaps.forget(nodes)
 
 
 class RequestDelivery:
@@ -133,7 +137,7 @@ class RequestDelivery:
                 return self._last_error_answer()
             call = self._calls[lease.node.kind]
             # Most clients write the name as the server lists it; then not even a coroutine is made.
-            name = self._context.server_name(lease.node.name, self._demand.model)
+            name = None if self._demand.model is None else lease.node.server_name(self._demand.model)
             named_call = call if name is None else await self._name_model(lease, call)
             result = await self._run_attempt(lease, named_call, partial(self._new_continuation, call))
             if isinstance(result, FailedAttempt):
@@ -253,7 +257,7 @@ class RequestDelivery:
     async def _name_model(self, lease: Lease, call: HttpCall) -> HttpCall:
         """The call with the name under which the leased node lists the model. Discards the lease and raises QueueFull
         if there is no room for a copy of the body."""
-        name = self._context.server_name(lease.node.name, self._demand.model)
+        name = None if self._demand.model is None else lease.node.server_name(self._demand.model)
         if name is None:
             return call
         try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 KNOWN_S = 60.0  # for so long the server is not asked again: it may be replaced by one that has the route
 MAX_GAPS = 1024  # clients choose the paths
@@ -25,6 +25,10 @@ class RouteGaps:
         self._until[key] = self._clock() + KNOWN_S
         if len(self._until) > MAX_GAPS:
             del self._until[next(iter(self._until))]
+
+    def forget(self, nodes: Collection[str]) -> None:
+        """Forgets the gaps of these nodes."""
+        self._until = {key: until for key, until in self._until.items() if key[1] not in nodes}
 
     def find_nodes(self, path: str) -> frozenset[str]:
         """The nodes whose servers have lately answered that they lack the route."""

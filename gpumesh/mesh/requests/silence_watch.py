@@ -8,7 +8,7 @@ come at its pace, unless it also reads another prompt or loads another model. Th
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from gpumesh.mesh.nodes.lease import LeasedNode
 
@@ -52,6 +52,10 @@ class PauseTracker:
         while len(self._longest) > MAX_TRACKED:
             oldest_key = next(iter(self._longest))
             self._longest.pop(oldest_key)
+
+    def forget(self, nodes: Collection[str]) -> None:
+        """Forgets the pauses of these nodes."""
+        self._longest = {key: pause_s for key, pause_s in self._longest.items() if key[0] not in nodes}
 
 
 class SilenceWatch:

@@ -112,11 +112,7 @@ async def start(stack: AsyncExitStack, servers: dict[str, SimOllama], *specs: Mo
     nodes = tuple(node(name, server.url) for name, server in servers.items())
     mesh = await stack.enter_async_context(Mesh(Topology("test", nodes, models=specs)))
     placement = ModelPlacement(mesh, clock=time.monotonic)
-
-    async def sleep(_: float) -> None:
-        await asyncio.sleep(0.1)
-
-    task = asyncio.create_task(placement.run(sleep=sleep))
+    task = asyncio.create_task(placement.run(interval_s=0.1))
     stack.callback(task.cancel)
     return mesh, placement
 

@@ -28,13 +28,17 @@ class BodyMemory:
     reading started, the oldest first. ``clock`` returns seconds."""
 
     def __init__(self, total: int, *, patience_s: float, clock: Callable[[], float]) -> None:
-        self.total = total
+        self.resize(total)
         self.held = 0
-        self.large_body_bytes = total - total // 8
-        self.max_body_bytes = max(self.large_body_bytes, min(SMALL_BODY_BYTES, total))
         self.reading_since: dict[MemoryReservation, float] = {}
         self.clock = clock
         self._patience_s = patience_s
+
+    def resize(self, total: int) -> None:
+        """Changes the size to ``total`` bytes. What is held stays, even if it is more than that."""
+        self.total = total
+        self.large_body_bytes = total - total // 8
+        self.max_body_bytes = max(self.large_body_bytes, min(SMALL_BODY_BYTES, total))
 
     def __repr__(self) -> str:
         return f"<BodyMemory {self.held >> 20} of {self.total >> 20} MiB, {len(self.reading_since)} being read>"

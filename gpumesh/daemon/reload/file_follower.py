@@ -1,0 +1,59 @@
+"""``FileFollower``: decides by the looks at a file when it is read, and when a bad file is reported. Pure.
+
+An editor may write a file in several steps, or remove it and put another in its place. What it leaves in between may be
+no YAML, or a mesh with fewer nodes. So a changed file is read when it has stayed the same for a while, and a file that
+cannot be used is reported later still. Times are seconds of the caller's clock.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+LOOK_INTERVAL_S = 1.0  # between two looks at the file
+SETTLE_S = 0.8  # less than one interval: a file is read when two looks in a row have seen the same
+BAD_S = 3.0  # for so long a file may be unusable without a word
+
+
+class FileMarks(NamedTuple):
+    """What changes with each write of a file. A file that is replaced has another inode."""
+
+    modified_ns: int
+    changed_ns: int
+    size: int
+    inode: int
+
+
+def read_marks(path: Path) -> FileMarks | None:
+    """The marks of the file, or of what a link leads to; ``None`` if there is nothing, or if it cannot be seen."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return FileMarks(status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino)
+
+
+class FileFollower:
+    """Follows one file. ``marks`` are its marks when its mesh read it, or earlier."""
+
+    def __init__(self, marks: FileMarks | None) -> None:
+        self._marks = marks
+        self._changed_at: float | None = None
+        self._is_due = False
+
+    def __repr__(self) -> str:
+        return f"<FileFollower {'waits for the file to settle' if self._is_due else 'same'}>"
+
+    def look(self, marks: FileMarks | None, now: float) -> bool:
+        """Notes what the file looks like now. Returns whether to read it."""
+        if marks != self._marks:
+            self._marks, self._changed_at, self._is_due = marks, now, True
+        if self._is_due and self._changed_at is not None and now - self._changed_at >= SETTLE_S:
+            self._is_due = False
+            return True
+        return False
+
+    def reports_bad_file(self, now: float) -> bool:
+        """Whether it is time to report that the file, as it was read last, cannot be used."""
+        return self._changed_at is None or now - self._changed_at >= BAD_S
