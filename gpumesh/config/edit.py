@@ -8,7 +8,6 @@ the value. An edit that would have to change more text (a value behind an alias,
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +16,23 @@ import yaml
 
 from gpumesh.config import find_file
 from gpumesh.config.mesh_file import reader
+from gpumesh.config.yaml_positions import (
+    CannotEdit,
+    compose,
+    find_last_leaf,
+    find_line_end,
+    find_value,
+    is_empty,
+    newline_of,
+)
 from gpumesh.errors import GPUMeshError
 from gpumesh.files import atomic_file
 from gpumesh.text.printable import printable
 from gpumesh.text.quoting import yaml_text
 from gpumesh.topology import Topology
+
+EditValue = str | int | float | bool | tuple[str, ...]
+"""A tuple is a list of texts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,15 +42,8 @@ class Edit:
 
     node: int
     path: tuple[str, ...]
-    value: str | int | bool
+    value: EditValue
     comment: str | None = None
-
-
-class CannotEdit(GPUMeshError):
-    """The value is written in a way that only a person can change."""
-
-    code = "config-edit"
-    default_hint = "change it by hand"
 
 
 def apply_edits(text: str, edits: Sequence[Edit]) -> str:
@@ -68,6 +72,8 @@ def write(path: Path, old: str, new: str) -> None:
     if read(target) != old:
         raise GPUMeshError(f"{path} was changed meanwhile; it was left as it is", hint="run the command again")
     try:
+        if not os.access(target, os.W_OK):  # the folder may still allow to replace it, but its owner does not want that
+            raise GPUMeshError(f"{path} is read-only; it was left as it is", hint="chmod u+w lets gpumesh write it")
         mode = target.stat().st_mode & 0o7777  # without the bits for the type of the file
         atomic_file.replace(target, new, mode=mode)
     except OSError as error:
@@ -79,20 +85,6 @@ def write(path: Path, old: str, new: str) -> None:
 
 # -- one edit --------------------------------------------------------------------------------------------------------
 
-_ALIAS_TAG = "alias"  # the tag of a scalar that stands for an alias in the tree
-_LINE_BREAK = re.compile(r"[\r\n]")
-
-
-class _Loader(yaml.SafeLoader):
-    """PyYAML's parser in Python: its marks count characters, while the marks of libyaml may not."""
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        """As the base class, but does not resolve an alias: an edit of its target would change other values, too."""
-        if self.check_event(yaml.AliasEvent):
-            event = self.get_event()  # type: ignore[no-untyped-call]  # its stubs have no types here
-            return yaml.ScalarNode(_ALIAS_TAG, event.anchor, event.start_mark, event.end_mark)
-        return super().compose_node(parent, index)
-
 
 def _apply_edit(text: str, edit: Edit) -> str:
     """Returns ``text`` with one edit. Follows the edit's path as far as the file has its keys, then replaces the value,
@@ -100,12 +92,12 @@ def _apply_edit(text: str, edit: Edit) -> str:
     parent = _find_node_entry(text, edit.node)
     last_depth = len(edit.path) - 1
     for depth, key in enumerate(edit.path):
-        value = _find_value(parent, key)
+        value = find_value(parent, key)
         if value is None:
             return _insert_entry(text, parent, edit.path[depth:], edit)
         if depth == last_depth:
             return _replace_value(text, value, edit)
-        if _is_empty(value):  # ``expect:`` alone: there is no mapping whose form the new key could have
+        if is_empty(value):  # ``expect:`` alone: there is no mapping whose form the new key could have
             raise CannotEdit(f"{_format_path(edit, depth)} has nothing behind it")
         if not isinstance(value, yaml.MappingNode):  # an alias, for example
             raise CannotEdit(f"{_format_path(edit, depth)} is not written out there")
@@ -120,8 +112,8 @@ def _format_path(edit: Edit, depth: int) -> str:
 
 def _find_node_entry(text: str, index: int) -> yaml.MappingNode:
     """Returns the mapping of ``nodes[index]`` in the text. Raises CannotEdit when it is not written out there."""
-    root = yaml.compose(text, Loader=_Loader)
-    nodes = _find_value(root, "nodes") if isinstance(root, yaml.MappingNode) else None
+    root = compose(text)
+    nodes = find_value(root, "nodes") if isinstance(root, yaml.MappingNode) else None
     entries = nodes.value if isinstance(nodes, yaml.SequenceNode) else ()
     if index < len(entries) and isinstance(entries[index], yaml.MappingNode):
         entry: yaml.MappingNode = entries[index]
@@ -129,28 +121,16 @@ def _find_node_entry(text: str, index: int) -> yaml.MappingNode:
     raise CannotEdit(f"nodes[{index}] is not written out as an entry of `nodes`")
 
 
-def _find_value(mapping: yaml.MappingNode, key: str) -> yaml.Node | None:
-    """Returns the value of ``key`` in the mapping; ``None`` if the mapping has no such key."""
-    value: yaml.Node
-    for key_node, value in mapping.value:
-        if isinstance(key_node, yaml.ScalarNode) and key_node.value == key:
-            return value
-    return None
-
-
-def _is_empty(value: yaml.Node) -> bool:
-    """Whether nothing stands behind the key, as in ``expect:``."""
-    return bool(value.start_mark.index == value.end_mark.index)
-
-
 def _replace_value(text: str, value: yaml.Node, edit: Edit) -> str:
     """Returns ``text`` with the edit's value in place of ``value``. A text in double quotes gets double quotes again.
-    Raises CannotEdit if ``value`` is a list, a mapping or a block of text."""
-    if not isinstance(value, yaml.ScalarNode) or value.style in ("|", ">"):  # the styles of a block of text
+    Raises CannotEdit if ``value`` is a mapping, a block of text, or a list that no list in brackets replaces."""
+    is_list_for_list = isinstance(value, yaml.SequenceNode) and value.flow_style and isinstance(edit.value, tuple)
+    is_plain = isinstance(value, yaml.ScalarNode) and value.style not in ("|", ">")  # the styles of a block of text
+    if not is_plain and not is_list_for_list:
         raise CannotEdit(f"{_format_path(edit, len(edit.path) - 1)} is no plain value")
-    stays_quoted = value.style == '"' and isinstance(edit.value, str)
-    new_value = yaml_text(str(edit.value)) if stays_quoted else _format_value(edit.value)
-    if _is_empty(value):  # the new value comes directly behind the colon
+    stays_quoted = isinstance(value, yaml.ScalarNode) and value.style == '"' and isinstance(edit.value, str)
+    new_value = yaml_text(str(edit.value)) if stays_quoted else format_value(edit.value)
+    if is_empty(value):  # the new value comes directly behind the colon
         new_value = f" {new_value}"
     return text[: value.start_mark.index] + new_value + text[value.end_mark.index :]
 
@@ -168,10 +148,10 @@ def _insert_entry(text: str, parent: yaml.MappingNode, path: tuple[str, ...], ed
     return _insert_into_block(text, parent, entry, comment)
 
 
-def _format_entry(path: tuple[str, ...], value: str | int | bool, *, as_json: bool) -> str:
+def _format_entry(path: tuple[str, ...], value: EditValue, *, as_json: bool) -> str:
     """Writes the value under the keys ``path``: ``expect: { gpus: 2 }``, or as JSON ``"expect": {"gpus": 2}``."""
     *outer_keys, last_key = path
-    text = yaml_text(value) if as_json and isinstance(value, str) else _format_value(value)
+    text = format_value(value, as_json=as_json)
     entry = f'"{last_key}": {text}' if as_json else f"{last_key}: {text}"
     for key in reversed(outer_keys):
         entry = f'"{key}": {{{entry}}}' if as_json else f"{key}: {{ {entry} }}"
@@ -204,27 +184,13 @@ def _insert_into_flow(text: str, parent: yaml.MappingNode, entry: str, comment: 
 
 def _insert_into_block(text: str, parent: yaml.MappingNode, entry: str, comment: str | None) -> str:
     """Returns ``text`` with ``entry`` on a line of its own, after the last line of the block mapping ``parent``."""
-    leaf = _find_last_leaf(parent)
+    leaf = find_last_leaf(parent)
     if isinstance(leaf, yaml.ScalarNode) and leaf.style in ("|", ">"):  # the new line could become a part of the text
         raise CannotEdit("the entry ends in a block of text")
-    line_break = _LINE_BREAK.search(text, leaf.end_mark.index)
-    line_end = len(text) if line_break is None else line_break.start()
-    newline = "\r\n" if "\r\n" in text else "\n"
+    line_end = find_line_end(text, leaf.end_mark.index)
+    newline = newline_of(text)
     line = " " * parent.start_mark.column + entry + (f" # {comment}" if comment else "")
     return text[:line_end] + newline + line + text[line_end:]
-
-
-def _find_last_leaf(node: yaml.Node) -> yaml.Node:
-    """Returns the last scalar or flow collection below ``node``: the parser reports its exact end. As the end of a
-    block collection, the parser reports the start of the next token."""
-    # As long as it is a collection in block style that is not empty.
-    while isinstance(node, yaml.CollectionNode) and not node.flow_style and node.value:
-        if isinstance(node, yaml.SequenceNode):
-            node = node.value[-1]
-            continue
-        key, value = node.value[-1]
-        node = key if _is_empty(value) else value  # an empty value is reported where the next token begins
-    return node
 
 
 def _add_comment(rest: str, comment: str | None) -> str:
@@ -236,12 +202,17 @@ def _add_comment(rest: str, comment: str | None) -> str:
     return f" # {comment}" + rest
 
 
-def _format_value(value: str | int | bool) -> str:
-    """Returns the value as YAML. A text gets no quotes if every YAML reader reads the same value without them."""
+def format_value(value: EditValue, *, as_json: bool = False) -> str:
+    """Returns the value as YAML, or as JSON. A text gets no quotes in YAML if every YAML reader reads the same value
+    without them."""
     if isinstance(value, bool):
         return "true" if value else "false"
-    if isinstance(value, int):
+    if isinstance(value, (int, float)):
         return str(value)
+    if isinstance(value, tuple):
+        return f"[{', '.join(format_value(member, as_json=as_json) for member in value)}]"
+    if as_json:
+        return yaml_text(value)
     has_plain_characters = all(character.isalnum() or character in " ._/+-()@" for character in value)
     has_plain_ends = value[:1].isalnum() and value == value.strip()
     # The last condition is for a text such as ``12`` or ``true``: YAML would read a number or a truth value.

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpumesh.config import edit
-from gpumesh.config.edit import CannotEdit, Edit
+from gpumesh.config.edit import Edit
+from gpumesh.config.yaml_positions import CannotEdit
 from gpumesh.errors import ConfigError, GPUMeshError
 from tests.config.build import topology
 

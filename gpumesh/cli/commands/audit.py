@@ -174,6 +174,7 @@ def propose_correction(path: Path, text: str, topology: Topology, state: MeshSta
     If it does not, or if the text cannot be changed there, the change becomes a manual step."""
     from gpumesh.audit import changes
     from gpumesh.config import edit
+    from gpumesh.config.yaml_positions import CannotEdit
 
     node_indexes = {spec.name: index for index, spec in enumerate(topology.nodes)}
     new_text = text
@@ -186,7 +187,7 @@ def propose_correction(path: Path, text: str, topology: Topology, state: MeshSta
             edited_text = edit.apply_edits(new_text, [file_edit])
             expected_topology = changes.apply_changes(topology, [*applied_changes, change])
             if edit.parse_edited(path, edited_text) != expected_topology:
-                raise edit.CannotEdit(f"{change.node}: {'.'.join(change.path)} cannot be set by itself")
+                raise CannotEdit(f"{change.node}: {'.'.join(change.path)} cannot be set by itself")
         except GPUMeshError as error:  # CannotEdit, or the ConfigError of a text that is no valid mesh.yaml any more
             manual_steps.append(f"{error.message}: it should be {change.value!r}")
             continue
