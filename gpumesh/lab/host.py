@@ -59,12 +59,13 @@ class SimHost:
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(self.backend)
             if self.profile.ssh:
-                shell = SimShell(self.profile, self.backend.engine.gpu_load, lambda: self.backend.faults)
+                ports = {self.profile.backend_port: self.backend.port}
+                shell = SimShell(self.profile, self.backend.engine.gpu_load, lambda: self.backend.faults, ports)
                 server = SimSshServer(
                     shell,
                     host_keys=[parse_private_key(self._start.host_key)],
                     authorized_keys=[parse_public_key(line) for line in self._start.authorized],
-                    ports={self.profile.backend_port: self.backend.port},
+                    ports=ports,
                     port=self._start.ssh_port,
                     faults=lambda: self.backend.faults,
                 )

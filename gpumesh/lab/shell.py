@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from gpumesh.lab import nvidia_smi
@@ -32,6 +32,7 @@ _TOKEN = re.compile(
     r"""|(?P<plain>[^ \t\r\n;&|<>()`'"\\$]+|\$)""",
     re.DOTALL,
 )
+SSH_PORT = 22
 KILLED_STATUS = 128 + 9  # a shell's exit status for a command that SIGKILL (9) has ended
 _SHELLS = ("sh", "bash", "dash")
 _WRAPPERS = ("exec", "command", "env", "nice", "timeout")  # programs that run the command in their arguments
@@ -51,11 +52,13 @@ class StandardStreams(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class SimShell:
-    """The shell of one host. ``load`` and ``faults`` are called for each nvidia-smi."""
+    """The shell of one host. ``load`` and ``faults`` are called for each nvidia-smi. ``ports`` are the ports on which
+    the host listens besides SSH, and the ports of this machine behind them."""
 
     profile: HostProfile
     load: Callable[[], GpuLoad]
     faults: Callable[[], Faults]
+    ports: Mapping[int, int] = field(default_factory=dict)
 
     async def run(self, text: str, streams: StandardStreams, depth: int = 0) -> int:
         """Runs the commands in ``text``. Returns the exit status of the last one, as ``sh -c text`` does.
@@ -315,6 +318,20 @@ async def _cat(shell: SimShell, arguments: list[str], streams: StandardStreams) 
     return 0
 
 
+async def _grep(shell: SimShell, arguments: list[str], streams: StandardStreams) -> int:
+    """Writes the kernel's lines of the listening sockets, if it is asked for files of /proc/net. There are no other
+    files, and the pattern does not matter."""
+    if not any(argument.startswith("/proc/net/tcp") for argument in arguments):
+        await streams.write(b"grep: No such file or directory\n", error=True)
+        return 2
+    ports = [SSH_PORT] if shell.faults().refuse else [SSH_PORT, *shell.ports]
+    for number, port in enumerate(ports):
+        sockets = f"0100007F:{port:04X} 00000000:0000 0A"  # this end, the other end, the state of a listener
+        rest = f"00000000:00000000 00:00000000 00000000     0        0 {number + 1} 1"
+        await streams.write(f"{number:4}: {sockets} {rest}\n".encode())
+    return 0
+
+
 async def _sleep(shell: SimShell, arguments: list[str], streams: StandardStreams) -> int:
     """Waits for the seconds of its argument, at most a day, or for ever with ``infinity``."""
     del shell
@@ -374,6 +391,7 @@ _COMMANDS: dict[str, ShellCommand] = {
     "whoami": _whoami,
     "echo": _echo,
     "cat": _cat,
+    "grep": _grep,
     "sleep": _sleep,
     "seq": _seq,
     "test": _test,

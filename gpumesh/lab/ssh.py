@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
 from types import TracebackType
 from typing import Any, Self
@@ -53,7 +53,7 @@ class SimSshServer:
         *,
         host_keys: Sequence[paramiko.PKey],
         authorized_keys: Sequence[paramiko.PKey] = (),
-        ports: Mapping[int, int] | None = None,
+        ports: dict[int, int] | None = None,
         host: str = "127.0.0.1",
         port: int = 0,
         faults: Callable[[], Faults] = Faults,
@@ -61,7 +61,7 @@ class SimSshServer:
         self.shell = shell
         self.host_keys = tuple(host_keys)
         self.authorized = frozenset(key.asbytes() for key in authorized_keys)
-        self.ports = dict(ports or {})
+        self.ports = {} if ports is None else ports  # the shell reads the same dictionary
         self.faults = faults
         self._host = host
         self._port = port
