@@ -43,27 +43,30 @@ def mesh_yaml_lines(drafts: Sequence[Draft]) -> Iterator[str]:
     yield ""
     yield "nodes:"
     for draft in drafts:
-        yield from _node_lines(draft)
+        yield from (f"  {line}" for line in node_lines(draft))
 
 
-def _node_lines(draft: Draft) -> Iterator[str]:
-    """Yields the lines of one node. ``expect`` is written only if the server answered the probe."""
+def node_lines(draft: Draft) -> Iterator[str]:
+    """Yields the lines of one node, as an entry of a list without indentation. ``expect`` is written only if the server
+    answered the probe."""
     node = draft.state
-    yield f"  - name: {_scalar(draft.name)}"
+    yield f"- name: {_scalar(draft.name)}"
     if draft.note is not None:
-        yield f"    # {clean_line(draft.note, 200)}"
+        yield f"  # {clean_line(draft.note, 200)}"
     if node is not None and not draft.is_serving:
-        yield f"    # not seen when this was written: {clean_line(node.reason or 'no answer', 200)}"
+        yield f"  # not seen when this was written: {clean_line(node.reason or 'no answer', 200)}"
+    for other in draft.others:
+        yield f"  # also there: {other}"
     if draft.ssh is not None:
-        yield f"    ssh: {_flow_mapping(draft.ssh)}"
+        yield f"  ssh: {_flow_mapping(draft.ssh)}"
     first_port, *other_ports = draft.ports
     if other_ports:
         urls = ", ".join(_scalar(f"http://127.0.0.1:{port}") for port in draft.ports)
-        yield f"    backend: {{urls: [{urls}]}}   # as the host sees them; the first that answers"
+        yield f"  backend: {{urls: [{urls}]}}   # as the host sees them; the first that answers"
     elif draft.ssh is not None:
-        yield f"    backend: {{port: {first_port}}}   # as the host sees it"
+        yield f"  backend: {{port: {first_port}}}   # as the host sees it"
     else:
-        yield f"    backend: {{url: {_scalar(f'http://127.0.0.1:{first_port}')}}}"
+        yield f"  backend: {{url: {_scalar(f'http://127.0.0.1:{first_port}')}}}"
     if node is not None and draft.is_serving:
         yield from _expect_lines(node)
 
@@ -75,10 +78,10 @@ def _expect_lines(node: NodeState) -> Iterator[str]:
     models = [_scalar(name) for name in _printable_lines(node.backend.models)]
     if not facts and not models:
         return
-    yield "    expect:   # what was found; `gpumesh audit` tells when it is no longer so"
-    yield from (f"      {fact}" for fact in facts)
+    yield "  expect:   # what was found; `gpumesh audit` tells when it is no longer so"
+    yield from (f"    {fact}" for fact in facts)
     if models:
-        yield f"      models: [{', '.join(models)}]"
+        yield f"    models: [{', '.join(models)}]"
 
 
 def _host_facts(node: NodeState) -> dict[str, str | int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from gpumesh.cli.init.provider_pods import Pod
@@ -23,6 +23,17 @@ SshValues = Mapping[str, str | int]
 
 
 @dataclass(frozen=True, slots=True)
+class FoundServer:
+    """An inference server at ``port`` of a host; ``kind`` as in mesh.yaml."""
+
+    port: int
+    kind: str
+
+    def __str__(self) -> str:
+        return f"{self.kind} on port {self.port}"
+
+
+@dataclass(frozen=True, slots=True)
 class Draft:
     """A node as it will be in the file.
 
@@ -30,6 +41,7 @@ class Draft:
     - ``ports``: the ports where its server may be; after a probe only the port that answered, if one did.
     - ``state``: the result of a probe; ``None`` before a probe.
     - ``note``: a comment for the file.
+    - ``others``: the servers on the same host that the node does not use.
     """
 
     name: str
@@ -37,6 +49,7 @@ class Draft:
     ports: tuple[int, ...] = HOST_PORTS
     state: NodeState | None = None
     note: str | None = None
+    others: tuple[FoundServer, ...] = ()
 
     @property
     def is_serving(self) -> bool:
@@ -46,8 +59,20 @@ class Draft:
 def make_drafts(
     lines: Sequence[SshLine], aliases: Sequence[str], pods: Sequence[Pod] = (), *, identity: str | None = None
 ) -> list[Draft]:
-    """One draft for each host, then one for each usual port of this machine, with unique names. ``identity`` is the key
-    file for hosts without a key file of their own. Leaves out pods that cannot be reached now."""
+    """One draft for each host, as ``make_host_drafts``, then one for each usual port of this machine, with unique
+    names."""
+    drafts = make_host_drafts(lines, aliases, pods, identity=identity)
+    first_port, *other_ports = LOCAL_PORTS
+    drafts.append(Draft(LOCAL_NODE_NAME, None, ports=(first_port,)))
+    drafts += [Draft(f"{LOCAL_NODE_NAME}-{port}", None, ports=(port,)) for port in other_ports]
+    return with_unique_names(drafts)
+
+
+def make_host_drafts(
+    lines: Sequence[SshLine], aliases: Sequence[str], pods: Sequence[Pod] = (), *, identity: str | None = None
+) -> list[Draft]:
+    """One draft for each host. ``identity`` is the key file for hosts without a key file of their own. Leaves out pods
+    that cannot be reached now."""
     drafts = [_draft_from_line(line) for line in lines]
     drafts += [Draft(node_name(alias), {"alias": alias}) for alias in aliases]
     for pod in pods:
@@ -57,15 +82,12 @@ def make_drafts(
             drafts.append(Draft(node_name(pod.name), ssh, note=note))
     if identity is not None:  # a key file that is set for a host itself replaces ``identity``
         drafts = [replace(draft, ssh={"identity_file": identity, **(draft.ssh or {})}) for draft in drafts]
-    first_port, *other_ports = LOCAL_PORTS
-    drafts.append(Draft(LOCAL_NODE_NAME, None, ports=(first_port,)))
-    drafts += [Draft(f"{LOCAL_NODE_NAME}-{port}", None, ports=(port,)) for port in other_ports]
-    return _with_unique_names(drafts)
+    return drafts
 
 
 def _draft_from_line(line: SshLine) -> Draft:
     """The draft of a host. The ports that the line forwards come before the usual ports."""
-    ssh: dict[str, str | int] = {"host": line.host, "port": line.port}
+    ssh: dict[str, str | int] = {"alias": line.host} if line.is_alias else {"host": line.host, "port": line.port}
     for key, value in (("user", line.user), ("identity_file", line.identity), ("proxy_jump", line.jump)):
         if value is not None:
             ssh[key] = value
@@ -73,9 +95,9 @@ def _draft_from_line(line: SshLine) -> Draft:
     return Draft(line.name, ssh, ports=tuple(ports))
 
 
-def _with_unique_names(drafts: Sequence[Draft]) -> list[Draft]:
-    """The drafts, where a second ``gpu`` is named ``gpu-2``."""
-    used_names: set[str] = set()
+def with_unique_names(drafts: Sequence[Draft], taken: Collection[str] = ()) -> list[Draft]:
+    """The drafts, where a second ``gpu`` is named ``gpu-2``. ``taken`` are names that others have."""
+    used_names = set(taken)
     renamed_drafts = []
     for draft in drafts:
         name, next_number = draft.name, 2
@@ -107,4 +129,5 @@ def summarize_draft(draft: Draft) -> str:
     cards = ", ".join(name if count == 1 else f"{count} x {name}" for name, count in counts.items()) or "no GPU seen"
     models = f"{len(backend.models)} model{'' if len(backend.models) == 1 else 's'}"
     server = f"{backend.kind} {backend.version or ''}"
-    return clean_line(f"{draft.name}: {server} on port {draft.ports[0]}, {cards}, {models}")
+    others = "".join(f"; there is also {other}" for other in draft.others)
+    return clean_line(f"{draft.name}: {server} on port {draft.ports[0]}, {cards}, {models}{others}")

@@ -21,12 +21,13 @@ _FIELD_BY_CONFIG_KEY = {"port": "port", "user": "user", "identityfile": "identit
 
 @dataclass(frozen=True, slots=True)
 class SshLine:
-    """The parts of an ssh command line that `init` uses.
+    """The parts of an ssh command line that `init` and `node add` use.
 
     - ``identity``: the key file of ``-i``. ``jump``: the jump hosts of ``-J``.
     - ``forwarded_ports``: the ports of the host that the line forwards with ``-L``. The server that the person wants is
       probably at one of these ports.
     - ``given_name``: the name for the node that a person wrote before the line.
+    - ``is_alias``: ``host`` is a Host of ~/.ssh/config, which has all the rest.
     """
 
     host: str
@@ -36,6 +37,7 @@ class SshLine:
     jump: str | None = None
     forwarded_ports: tuple[int, ...] = ()
     given_name: str | None = None
+    is_alias: bool = False
 
     @property
     def name(self) -> str:
@@ -50,9 +52,13 @@ class SshLine:
 
 
 def parse_ssh_line(line: str) -> SshLine:
-    """Reads a line such as ``ssh root@203.0.113.7 -p 13323 -i ~/.ssh/id``. The word ``ssh`` may be missing, and a name
-    for the node may come first (``iceland=ssh …``). A command at the end is ignored. Raises UsageError for a line
-    without a host, and for an option without its value or with a wrong one."""
+    """Reads a line such as ``ssh root@203.0.113.7 -p 13323 -i ~/.ssh/id``. A name for the node may come first
+    (``iceland=ssh …``). A command at the end is ignored.
+
+    Forgives what ssh would not: the word ``ssh`` may be missing, the port may stand behind the host (``root@host:22``,
+    ``root@host 22``), and a pasted line may still have its prompt or its quotes. Raises UsageError for a line without a
+    host, and for an option without its value or with a wrong one."""
+    line = _strip_paste(line)
     name_match = _GIVEN_NAME.match(line)
     if name_match is not None:
         return replace(parse_ssh_line(line[name_match.end() :]), given_name=name_match[1])
@@ -73,10 +79,22 @@ def parse_ssh_line(line: str) -> SshLine:
         elif host is None:
             host = _read_destination(word, options)
         else:
-            break  # the rest is a command to run on the host
+            is_port = word.isascii() and word.isdecimal() and next(remaining_words, None) is None
+            if is_port:  # ``host 22``; otherwise the rest is a command to run on the host
+                options.setdefault("port", word)
+            break
     if host is None:
         raise UsageError(f"{line!r} names no host", hint="for example --from 'ssh root@203.0.113.7 -p 13323'")
     return replace(_make_line(host, options, line), forwarded_ports=tuple(_remote_ports(forwards)))
+
+
+def _strip_paste(line: str) -> str:
+    """The line without the prompt of a shell (``$ ssh …``) and without quotes around the whole."""
+    line = line.strip().removeprefix("$ ").lstrip()
+    quote = line[:1]
+    if len(line) > 1 and quote in ("'", '"', "`") and line.endswith(quote) and line.count(quote) == 2:
+        line = line[1:-1].strip()
+    return line
 
 
 def _remote_ports(forwards: Sequence[str]) -> Iterator[int]:
@@ -126,6 +144,11 @@ def _read_destination(destination: str, options: dict[str, str]) -> str:
     user, at_sign, host = destination.rpartition("@")
     if at_sign:
         options.setdefault("user", user)
+    name, colon, port = host.rpartition(":")
+    is_bracketed_or_name = ":" not in name or name.endswith("]")  # ``::1`` is an IPv6 address, and names no port
+    if colon and name and is_bracketed_or_name and port.isascii() and port.isdecimal():
+        options["port_of_host"] = port
+        return name
     return host
 
 
@@ -133,7 +156,10 @@ def _make_line(host: str, options: dict[str, str], line: str) -> SshLine:
     """The SshLine of a host, and of options by the field of SshLine. Raises UsageError for an empty host, for a port
     that is none, and for a provider's terminal proxy, which forwards no ports. ``line``: the whole line, for these
     errors."""
-    port = options.get("port", "22")
+    port_of_host = options.get("port_of_host", "22")
+    port = options.get("port", port_of_host)
+    if "port_of_host" in options and port != port_of_host:
+        raise UsageError(f"{line!r} names two ports: {port_of_host} and {port}")
     is_number = port.isascii() and port.isdecimal()
     if not is_number or not 1 <= int(port) <= 65535:
         raise UsageError(f"{line!r}: {port!r} is not a port")
