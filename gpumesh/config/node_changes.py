@@ -102,6 +102,13 @@ def set_values(path: Path, text: str, name: str, edits: Sequence[Edit]) -> Chang
     return _check_change(path, old, find_node(old, name), edit.apply_edits(text, edits))
 
 
+def nodes_of(path: Path, text: str) -> tuple[NodeSpec, ...]:
+    """Returns the nodes of the file with this text; none if its list is empty. Raises ConfigError for any other problem
+    of the file."""
+    topology = _parse_nodes(path, text)
+    return () if topology is None else topology.nodes
+
+
 def find_node(topology: Topology, name: str) -> int:
     """Returns the node's index. Raises UsageError when there is no such node."""
     names = [node.name for node in topology.nodes]
