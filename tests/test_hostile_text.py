@@ -20,7 +20,7 @@ from gpumesh.cli.commands.audit import propose_correction
 from gpumesh.cli.commands.env import ShellKind, export_lines
 from gpumesh.cli.init.mesh_yaml import mesh_yaml_lines
 from gpumesh.cli.init.node_drafts import Draft
-from gpumesh.config import edit
+from gpumesh.config.editing import edit
 from gpumesh.errors import ConfigError, HostUnresolved, TunnelError
 from gpumesh.gateway import error_shapes
 from gpumesh.state import GatewayState, MeshState, compute_totals

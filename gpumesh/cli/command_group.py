@@ -24,6 +24,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "bench": ("bench", "Measure latency and throughput, per node and for the mesh."),
     "audit": ("audit", "What mesh.yaml expects against what is found, and why they differ."),
     "init": ("init", "Write a mesh.yaml after looking at what is there."),
+    "node": ("node", "Add, remove and change nodes while the mesh runs."),
     "config": ("config", "Check or show the configuration; its JSON Schema."),
     "trust": ("trust", "Show a host key's fingerprint and record it."),
     "models": ("models", "The fleet's models: list, pull, rm, load, unload, sync."),

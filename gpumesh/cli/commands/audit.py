@@ -50,7 +50,7 @@ def audit(
       gpumesh explain same-gpu       what a verdict means
     """
     from gpumesh.cli.views import audit_rows, audit_screen
-    from gpumesh.config import edit
+    from gpumesh.config.editing import edit
 
     if yes and not write:
         raise UsageError("--yes belongs to --write")
@@ -159,7 +159,7 @@ class Correction:
     def write(self) -> bool:
         """Writes the file, unless the text is the same, and returns whether it was written. Raises GPUMeshError if the
         file cannot be written."""
-        from gpumesh.config import edit
+        from gpumesh.config.editing import edit
 
         if self.new_text == self.old_text:
             return False
@@ -173,8 +173,8 @@ def propose_correction(path: Path, text: str, topology: Topology, state: MeshSta
     After each change the new text is read again. It must mean the old configuration with this change, and nothing else.
     If it does not, or if the text cannot be changed there, the change becomes a manual step."""
     from gpumesh.audit import changes
-    from gpumesh.config import edit
-    from gpumesh.config.yaml_positions import CannotEdit
+    from gpumesh.config.editing import edit
+    from gpumesh.config.editing.yaml_positions import CannotEdit
 
     node_indexes = {spec.name: index for index, spec in enumerate(topology.nodes)}
     new_text = text

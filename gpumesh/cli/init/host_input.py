@@ -45,9 +45,10 @@ def _read_stdin() -> str:
     return sys.stdin.buffer.read(MAX_INPUT_BYTES).decode("utf-8", "replace").removeprefix("\ufeff").strip()
 
 
-def ask_for_hosts(check: Callable[[SshLine], None]) -> list[SshLine]:
+def ask_for_hosts(check: Callable[[SshLine], None]) -> tuple[list[SshLine], list[str]]:
     """Asks a person for the hosts line by line, until an empty line or Ctrl-D. Asks again after a line that cannot be
-    read, or for which ``check`` raises GPUMeshError. After Ctrl-C it shows what was typed, as a command."""
+    read, or for which ``check`` raises GPUMeshError. After Ctrl-C it shows what was typed, as a command. Returns the
+    hosts, and what was typed for each."""
     typer.echo("Where are your GPUs? Paste an ssh command line for each host; an empty line ends the list.", err=True)
     lines: list[SshLine] = []
     texts: list[str] = []
@@ -57,11 +58,11 @@ def ask_for_hosts(check: Callable[[SshLine], None]) -> list[SshLine]:
         except typer.Abort as abort:
             typer.echo("", err=True)  # ends the line of the question
             if isinstance(abort.__context__, EOFError):  # Ctrl-D, otherwise Ctrl-C
-                return lines
+                return lines, texts
             show_typed_hosts(texts)
             raise typer.Exit(int(ExitCode.INTERRUPTED)) from None
         if not text.strip():
-            return lines
+            return lines, texts
         try:
             line = parse_ssh_line(text)
             check(line)

@@ -74,19 +74,19 @@ def node_lines(draft: Draft) -> Iterator[str]:
 def _expect_lines(node: NodeState) -> Iterator[str]:
     """Yields the lines of ``expect``, with the facts that the probe has found. `gpumesh audit` reports when they are no
     longer so."""
-    facts = [f"{key}: {_scalar(value)}" for key, value in _host_facts(node).items()]
-    models = [_scalar(name) for name in _printable_lines(node.backend.models)]
-    if not facts and not models:
+    facts = expected_facts(node)
+    if not facts:
         return
     yield "  expect:   # what was found; `gpumesh audit` tells when it is no longer so"
-    yield from (f"    {fact}" for fact in facts)
-    if models:
-        yield f"    models: [{', '.join(models)}]"
+    for key, value in facts.items():
+        shown_value = f"[{', '.join(map(_scalar, value))}]" if isinstance(value, tuple) else _scalar(value)
+        yield f"    {key}: {shown_value}"
 
 
-def _host_facts(node: NodeState) -> dict[str, str | int]:
-    """The host's name and GPUs, by the key of ``expect``. The GPUs' name and size only if all GPUs have the same."""
-    facts: dict[str, str | int] = {}
+def expected_facts(node: NodeState) -> dict[str, str | int | tuple[str, ...]]:
+    """What was found on a host, by the key of ``expect``: its name, GPUs and models. The GPUs' name and size only if
+    all GPUs have the same."""
+    facts: dict[str, str | int | tuple[str, ...]] = {}
     hostname = clean_line(node.host.hostname or "", MAX_TEXT_CHARS)
     if hostname:
         facts["hostname"] = hostname
@@ -101,6 +101,9 @@ def _host_facts(node: NodeState) -> dict[str, str | int]:
         size = sizes.pop()
         if size is not None:
             facts["vram_mib"] = size
+    models = tuple(_printable_lines(node.backend.models))
+    if models:
+        facts["models"] = models
     return facts
 
 

@@ -39,13 +39,20 @@ def write_new_file(output: Path, drafts: Sequence[Draft], *, force: bool, yes: b
         )
     write_output(output, "\n".join(mesh_yaml_lines(listed_drafts)) + "\n", force=force)
     if not quiet:
-        print_drafts(listed_drafts)
+        _print_drafts(listed_drafts)
     _print_next_step(output, listed_drafts)
     if not all(draft.is_serving for draft in listed_drafts):
         raise typer.Exit(int(ExitCode.DEGRADED))
 
 
-def print_drafts(drafts: Sequence[Draft]) -> None:
+def print_hints(drafts: Sequence[Draft]) -> None:
+    """Prints to stderr what to do about each host whose server does not answer."""
+    for draft in drafts:
+        if draft.state is not None and not draft.is_serving and draft.state.tunnel.hint:
+            typer.echo(clean_line(f"{draft.name}: {draft.state.tunnel.hint}"), err=True)
+
+
+def _print_drafts(drafts: Sequence[Draft]) -> None:
     """Prints the result of each probe to stderr, with a hint for a host that was not reached."""
     for draft in drafts:
         typer.echo(summarize_draft(draft), err=True)

@@ -16,7 +16,10 @@ def check_output(path: Path, *, force: bool) -> None:
     if path.is_dir():
         raise UsageError(f"{path} is a folder", hint=f"--output {shell_word(str(path / 'mesh.yaml'))}")
     if path.exists() and not force:
-        raise UsageError(f"{path} is there already", hint="--force overwrites it, --output names another file")
+        raise UsageError(
+            f"{path} is there already",
+            hint="`gpumesh node add 'ssh …'` adds a host to it; --force overwrites it, --output names another file",
+        )
     if not path.parent.is_dir():
         raise UsageError(f"there is no folder {path.parent}")
 

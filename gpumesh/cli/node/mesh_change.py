@@ -12,8 +12,8 @@ from gpumesh.cli.global_options import GlobalOptions
 from gpumesh.cli.open_session import open_session, run_async
 from gpumesh.cli.views.figures import format_gib
 from gpumesh.cli.views.safe_text import clean_line
-from gpumesh.config import edit, node_changes
-from gpumesh.config.node_changes import ChangedText
+from gpumesh.config.editing import edit, node_changes
+from gpumesh.config.editing.node_changes import ChangedText
 from gpumesh.errors import GPUMeshError, MeshNotRunning
 from gpumesh.state import MeshState
 from gpumesh.topology import Topology
@@ -90,9 +90,8 @@ def _describe_topology(topology: Topology) -> str:
     if sum(sizes):
         text += f", {format_gib(sum(sizes))} GiB"
     unknown = sum(count is None for count in counts)
-    return f"{text} (of {_count(unknown, 'node')} it says nothing)" if unknown else text
+    return f"{text} ({_count(unknown, 'node')} without `expect`)" if unknown else text
 
 
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
-

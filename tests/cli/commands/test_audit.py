@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from gpumesh.config import edit
+from gpumesh.config.editing import edit
 from gpumesh.lab.profile import GPU_4090, LLAMA_8B, QWEN_7B, Faults, SmiMode
 from tests.cli.meshes import MODEL, SimulatedMesh, quick_host, simulated_mesh
 from tests.http_clients import loopback_client

@@ -10,9 +10,9 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpumesh.config import edit, node_changes
-from gpumesh.config.edit import Edit
-from gpumesh.config.yaml_positions import CannotEdit
+from gpumesh.config.editing import edit, node_changes
+from gpumesh.config.editing.edit import Edit
+from gpumesh.config.editing.yaml_positions import CannotEdit
 from gpumesh.errors import ConfigError, UsageError
 
 FILE = Path("/nowhere/mesh.yaml")
@@ -205,8 +205,12 @@ def test_an_entry_is_replaced() -> None:
     )
     with pytest.raises(CannotEdit, match="more than b"):
         node_changes.replace_node(FILE, BLOCK, "b", f"{B}  - name: d\n    backend: {{url: http://127.0.0.1:9}}\n")
-    with pytest.raises(ConfigError):
+    with pytest.raises(UsageError, match=r"^nodes\[1\]: has neither"):
         node_changes.replace_node(FILE, BLOCK, "b", "  - name: b\n")
+    with pytest.raises(UsageError, match=r"^weigth: unknown key 'weigth'; did you mean weight"):
+        node_changes.replace_node(FILE, BLOCK, "b", f"{B}    weigth: 1\n")
+    with pytest.raises(UsageError, match=r"^line 3: "):
+        node_changes.replace_node(FILE, BLOCK, "b", f"{B}    labels: {{x: y}}}}\n")
 
 
 def test_values_are_set() -> None:

@@ -13,8 +13,8 @@ from typing import Any
 
 import yaml
 
-from gpumesh.config.edit import format_value
-from gpumesh.config.yaml_positions import (
+from gpumesh.config.editing.edit import format_value
+from gpumesh.config.editing.yaml_positions import (
     CannotEdit,
     compose,
     find_last_leaf,
@@ -50,13 +50,13 @@ def has_entries(text: str) -> bool:
 
 def entry_text(text: str, index: int) -> str:
     """Returns the text of ``nodes[index]``: whole lines in block style, else the mapping alone. Raises CannotEdit."""
-    start, end = _find_entry(text, index)
+    start, end = find_entry(text, index)
     return text[start:end]
 
 
 def replace_entry(text: str, index: int, new_entry: str) -> str:
     """Returns ``text`` with ``new_entry`` in the place of what ``entry_text`` returns. Raises CannotEdit."""
-    start, end = _find_entry(text, index)
+    start, end = find_entry(text, index)
     if _find_nodes(text).flow_style:
         return text[:start] + new_entry.strip() + text[end:]
     newline = newline_of(text)
@@ -121,8 +121,8 @@ def _find_nodes(text: str) -> yaml.SequenceNode:
     return nodes
 
 
-def _find_entry(text: str, index: int) -> tuple[int, int]:
-    """Returns the start and the end of what ``entry_text`` returns."""
+def find_entry(text: str, index: int) -> tuple[int, int]:
+    """Returns the start and the end of what ``entry_text`` returns. Raises CannotEdit."""
     nodes = _find_nodes(text)
     if nodes.flow_style:
         entry = nodes.value[index]

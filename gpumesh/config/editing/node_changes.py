@@ -12,10 +12,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from gpumesh.config import edit, node_entries
-from gpumesh.config.edit import Edit
-from gpumesh.config.yaml_positions import CannotEdit
-from gpumesh.errors import ConfigError, UsageError, unknown_node
+from gpumesh.config.editing import edit, node_entries
+from gpumesh.config.editing.edit import Edit
+from gpumesh.config.editing.yaml_positions import CannotEdit
+from gpumesh.errors import ConfigError, Problem, UsageError, unknown_node
 from gpumesh.files import file_lock
 from gpumesh.topology import NodeSpec, Topology
 
@@ -88,18 +88,18 @@ def remove_nodes(path: Path, text: str, names: Sequence[str]) -> ChangedText:
 
 
 def replace_node(path: Path, text: str, name: str, new_entry: str) -> ChangedText:
-    """Gives the node another entry, which may also rename it. Raises as ``remove_nodes``; the lines of a ConfigError
-    are those of the new text."""
+    """Gives the node another entry, which may also rename it. Raises UsageError if mesh.yaml would not be valid with
+    it, and CannotEdit as ``add_node``."""
     old = edit.parse_edited(path, text)
     index = find_node(old, name)
     new_text = node_entries.replace_entry(text, index, new_entry)
-    return _check_change(path, old, index, new_text)
+    return _check_change(path, text, old, index, new_text)
 
 
 def set_values(path: Path, text: str, name: str, edits: Sequence[Edit]) -> ChangedText:
     """Sets single values of a node. The ``node`` of each edit must be the node's index. Raises as ``replace_node``."""
     old = edit.parse_edited(path, text)
-    return _check_change(path, old, find_node(old, name), edit.apply_edits(text, edits))
+    return _check_change(path, text, old, find_node(old, name), edit.apply_edits(text, edits))
 
 
 def nodes_of(path: Path, text: str) -> tuple[NodeSpec, ...]:
@@ -117,9 +117,14 @@ def find_node(topology: Topology, name: str) -> int:
     return names.index(name)
 
 
-def _check_change(path: Path, old: Topology, index: int, new_text: str) -> ChangedText:
-    """Returns the new text, if at most the node at ``index`` differs. Raises CannotEdit and ConfigError."""
-    topology = edit.parse_edited(path, new_text)
+def _check_change(path: Path, text: str, old: Topology, index: int, new_text: str) -> ChangedText:
+    """Returns the new text, if at most the node at ``index`` differs. Raises CannotEdit and UsageError."""
+    try:
+        topology = edit.parse_edited(path, new_text)
+    except ConfigError as error:
+        first_line = 1 + text.count("\n", 0, node_entries.find_entry(text, index)[0])
+        reasons = [_describe_problem(problem, index, first_line) for problem in error.problems]
+        raise UsageError("; ".join(reasons)) from error
     nodes: tuple[NodeSpec, ...] = topology.nodes
     is_as_expected = len(nodes) == len(old.nodes)
     if is_as_expected:
@@ -128,6 +133,17 @@ def _check_change(path: Path, old: Topology, index: int, new_text: str) -> Chang
     if not is_as_expected:
         raise CannotEdit(f"the change would also change more than {old.nodes[index].name}")
     return ChangedText(new_text, topology)
+
+
+def _describe_problem(problem: Problem, index: int, first_line: int) -> str:
+    """The problem as a person sees it who looks at the entry of the node at ``index`` alone, from its ``first_line``:
+    ``ssh.port: …``. In text that is no YAML, the line is counted from there."""
+    prefix = f"nodes[{index}]."
+    if problem.path:
+        return f"{problem.path.removeprefix(prefix)}: {problem.message}"
+    if problem.line is None or problem.line < first_line:
+        return problem.message
+    return f"line {problem.line - first_line + 1}: {problem.message}"
 
 
 def _parse_nodes(path: Path, text: str) -> Topology | None:

@@ -15,8 +15,7 @@ from pathlib import Path
 import yaml
 
 from gpumesh.config import find_file
-from gpumesh.config.mesh_file import reader
-from gpumesh.config.yaml_positions import (
+from gpumesh.config.editing.yaml_positions import (
     CannotEdit,
     compose,
     find_last_leaf,
@@ -25,6 +24,7 @@ from gpumesh.config.yaml_positions import (
     is_empty,
     newline_of,
 )
+from gpumesh.config.mesh_file import reader
 from gpumesh.errors import GPUMeshError
 from gpumesh.files import atomic_file
 from gpumesh.text.printable import printable

@@ -11,13 +11,13 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpumesh.config import edit
-from gpumesh.config.edit import Edit
-from gpumesh.config.yaml_positions import CannotEdit
+from gpumesh.config.editing import edit
+from gpumesh.config.editing.edit import Edit
+from gpumesh.config.editing.yaml_positions import CannotEdit
 from gpumesh.errors import ConfigError, GPUMeshError
 from tests.config.build import topology
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 OFF = Edit(0, ("enabled",), False, "the same GPU as iceland")
 GPUS = Edit(0, ("expect", "gpus"), 2)
 GPUS_OF_B = Edit(1, ("expect", "gpus"), 3)
