@@ -84,7 +84,7 @@ def parse_ssh_line(line: str) -> SshLine:
                 options.setdefault("port", word)
             break
     if host is None:
-        raise UsageError(f"{line!r} names no host", hint="for example --from 'ssh root@203.0.113.7 -p 13323'")
+        raise UsageError(f"{line!r} names no host", hint="for example 'ssh root@203.0.113.7 -p 13323'")
     return replace(_make_line(host, options, line), forwarded_ports=tuple(_remote_ports(forwards)))
 
 

@@ -39,7 +39,7 @@ def _read_edit(word: str, node_index: int) -> Edit:
 
 
 def _read_value(text: str) -> EditValue | None:
-    """The value that mesh.yaml would read; ``None`` for a mapping, for nothing, and for what is no YAML. A text that
+    """The value that mesh.yaml would read; ``None`` for a mapping, for ``null``, and for nothing. A text that
     YAML would take for something else than text, a number or a switch (a date, ``a: b``) stays text."""
     try:
         value: Any = yaml.safe_load(text)
@@ -49,4 +49,4 @@ def _read_value(text: str) -> EditValue | None:
         return tuple(map(str, value)) if all(isinstance(member, (str, int, float)) for member in value) else None
     if isinstance(value, (bool, int, float)):
         return value
-    return text if text.strip() and "\n" not in text and not isinstance(value, dict) else None
+    return None if value is None or isinstance(value, dict) or "\n" in text else text

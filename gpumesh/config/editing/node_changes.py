@@ -41,15 +41,19 @@ def locked_file(path: Path) -> Iterator[None]:
 
 
 def add_node(path: Path, text: str, lines: Sequence[str]) -> ChangedText:
-    """Adds a node as the last one. ``lines`` are its entry (see ``node_entries.insert_entry``). Raises CannotEdit, and
-    ConfigError if the old text or the new one is no valid mesh.yaml."""
+    """Adds a node as the last one. ``lines`` are its entry (see ``node_entries.insert_entry``). Raises ConfigError if
+    the text is no valid mesh.yaml, UsageError if it is none with the node, and CannotEdit."""
+    old = _parse_nodes(path, text)
     new_text = node_entries.insert_entry(text, lines)
-    old_nodes = _parse_nodes(path, text)
-    topology = edit.parse_edited(path, new_text)
-    if old_nodes is None:  # there is no old topology to compare with: a mesh.yaml without a node is not valid
+    try:
+        topology = edit.parse_edited(path, new_text)
+    except ConfigError as error:  # the old text is valid, so the new node is not
+        index = 0 if old is None else len(old.nodes)
+        raise UsageError("; ".join(_describe_problem(problem, index) for problem in error.problems)) from error
+    if old is None:  # there is no old topology to compare with: a mesh.yaml without a node is not valid
         is_as_expected = len(topology.nodes) == 1
     else:
-        is_as_expected = replace(topology, nodes=topology.nodes[:-1]) == old_nodes
+        is_as_expected = replace(topology, nodes=topology.nodes[:-1]) == old
     if not is_as_expected:
         raise CannotEdit("a node cannot be added without changing other parts of mesh.yaml")
     return ChangedText(new_text, topology)
@@ -135,13 +139,13 @@ def _check_change(path: Path, text: str, old: Topology, index: int, new_text: st
     return ChangedText(new_text, topology)
 
 
-def _describe_problem(problem: Problem, index: int, first_line: int) -> str:
-    """The problem as a person sees it who looks at the entry of the node at ``index`` alone, from its ``first_line``:
-    ``ssh.port: …``. In text that is no YAML, the line is counted from there."""
+def _describe_problem(problem: Problem, index: int, first_line: int | None = None) -> str:
+    """The problem as a person sees it who looks at the entry of the node at ``index`` alone: ``ssh.port: …``. In text
+    that is no YAML, the line is counted from ``first_line``, which is the entry's."""
     prefix = f"nodes[{index}]."
     if problem.path:
         return f"{problem.path.removeprefix(prefix)}: {problem.message}"
-    if problem.line is None or problem.line < first_line:
+    if problem.line is None or first_line is None or problem.line < first_line:
         return problem.message
     return f"line {problem.line - first_line + 1}: {problem.message}"
 
