@@ -50,10 +50,8 @@ def add_node(path: Path, text: str, lines: Sequence[str]) -> ChangedText:
     except ConfigError as error:  # the old text is valid, so the new node is not
         index = 0 if old is None else len(old.nodes)
         raise UsageError("; ".join(_describe_problem(problem, index) for problem in error.problems)) from error
-    if old is None:  # there is no old topology to compare with: a mesh.yaml without a node is not valid
-        is_as_expected = len(topology.nodes) == 1
-    else:
-        is_as_expected = replace(topology, nodes=topology.nodes[:-1]) == old
+    # A mesh.yaml without a node is not valid, so there is no old topology to compare with.
+    is_as_expected = len(topology.nodes) == 1 if old is None else replace(topology, nodes=topology.nodes[:-1]) == old
     if not is_as_expected:
         raise CannotEdit("a node cannot be added without changing other parts of mesh.yaml")
     return ChangedText(new_text, topology)
