@@ -83,7 +83,14 @@ class UsageError(GPUMeshError):
 
 def unknown_node(name: str, known: Iterable[str]) -> UsageError:
     """The error for a node that a person named and the mesh does not have. ``known``: the names of the mesh's nodes."""
-    return UsageError(f"there is no node {name!r}", hint=f"the nodes are: {', '.join(known)}")
+    from difflib import get_close_matches  # here, as quick commands do not need it
+
+    names = list(known)
+    hint = f"the nodes are: {', '.join(names)}"
+    similar_names = get_close_matches(name, names, n=1)
+    if similar_names:
+        hint = f"did you mean {similar_names[0]}? The nodes are: {', '.join(names)}"
+    return UsageError(f"there is no node {name!r}", hint=hint)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,8 +14,9 @@ import typer
 
 from gpumesh.cli.command_group import new_app
 from gpumesh.cli.global_options import GlobalOptions, global_options
-from gpumesh.cli.json_output import json_option, print_json
+from gpumesh.cli.json_output import json_option
 from gpumesh.cli.open_session import open_local_session, open_session, run_async
+from gpumesh.cli.output_format import DocumentFormat, choose_format, output_option, print_document
 from gpumesh.cli.views.safe_text import clean_line, clean_text
 from gpumesh.errors import ExitCode, GPUMeshError, UsageError
 from gpumesh.state import Finding, MeshState, Severity
@@ -32,6 +33,7 @@ app = new_app()
 def audit(
     ctx: typer.Context,
     as_json: Annotated[bool, json_option()] = False,
+    output: Annotated[DocumentFormat | None, output_option(DocumentFormat)] = None,
     write: Annotated[
         bool, typer.Option("--write", help="Propose the corrected mesh.yaml as a diff, and write it if you agree.")
     ] = False,
@@ -54,6 +56,7 @@ def audit(
 
     if yes and not write:
         raise UsageError("--yes belongs to --write")
+    chosen_format = choose_format(output, as_json)
     options = global_options(ctx)
     path = options.config_file()
     text = edit.read(path)
@@ -61,10 +64,10 @@ def audit(
     state, is_running_mesh = run_async(_inspect(options, topology))
     correction = propose_correction(path, text, topology, state) if write else None
     findings: Sequence[Finding] = state.findings  # for the exit code: of the mesh.yaml that is there at the end
-    if as_json:
+    if chosen_format is not None:
         # With --json nobody is asked, so the correction is only written with --yes.
         written = correction is not None and yes and correction.write()
-        print_json(audit_document(topology, state, correction, written=written))
+        print_document(audit_document(topology, state, correction, written=written), chosen_format)
         if correction is not None and written:
             findings = correction.remaining_findings
     else:

@@ -26,9 +26,11 @@ def down(
     """Drain and stop the mesh that runs for this configuration.
 
     Requests that run may end first; after --wait seconds they are cut, with an error that says so. A second `down` may
-    make that sooner. It returns when the process is gone.
+    make that sooner. It returns when the process is gone. When no mesh runs there is nothing to do, and the exit code
+    is 0.
     """
     from gpumesh.daemon.background import stop_background
+    from gpumesh.errors import MeshNotRunning
 
     options = global_options(ctx)
     last_count = 0
@@ -41,7 +43,12 @@ def down(
             typer.echo(f"waiting for {count} request{'' if count == 1 else 's'} to end", err=True)
         last_count = count
 
-    stopped_by_itself = run_async(stop_background(options.paths(), wait, on_state=report_waiting))
+    try:
+        stopped_by_itself = run_async(stop_background(options.paths(), wait, on_state=report_waiting))
+    except MeshNotRunning as error:  # what was asked for is so already
+        if not options.quiet:
+            typer.echo(error.message, err=True)
+        return
     if not stopped_by_itself:
         typer.echo("the mesh did not end by itself and was killed; `gpumesh logs` may say why", err=True)
         raise typer.Exit(1)

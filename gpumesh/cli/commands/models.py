@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from typing import TYPE_CHECKING, Annotated
@@ -12,11 +13,12 @@ from gpumesh.cli import completion
 from gpumesh.cli.command_group import new_app
 from gpumesh.cli.first_report import FIRST_REPORT_TIMEOUT_S
 from gpumesh.cli.global_options import GlobalOptions, global_options
-from gpumesh.cli.json_output import json_option, print_json
+from gpumesh.cli.json_output import json_option
 from gpumesh.cli.open_session import open_session, run_async, running_topology
+from gpumesh.cli.output_format import OutputFormat, choose_format, output_option, print_document, print_names
 from gpumesh.cli.views.figures import UNKNOWN, format_duration, format_gib
 from gpumesh.cli.views.safe_text import clean_line
-from gpumesh.errors import ExitCode, GPUMeshError
+from gpumesh.errors import ExitCode, GPUMeshError, UsageError
 
 if TYPE_CHECKING:
     from gpumesh.daemon.sessions.session import Session
@@ -37,12 +39,13 @@ NodesOption = Annotated[
 ModelsArgument = Annotated[list[str], typer.Argument(metavar="MODEL", autocompletion=completion.complete_models)]
 AllOption = Annotated[bool, typer.Option("--all", "-a", help="On every node that is up.")]
 JsonOption = Annotated[bool, json_option()]
+FormatOption = Annotated[OutputFormat | None, output_option()]
 
 app = new_app(invoke_without_command=True)
 
 
 @app.callback()
-def models(ctx: typer.Context) -> None:
+def models(ctx: typer.Context, as_json: JsonOption = False, output: FormatOption = None) -> None:
     """The fleet's models: which node has which, and where it is in memory. Without a command: list.
 
     \b
@@ -53,23 +56,28 @@ def models(ctx: typer.Context) -> None:
       gpumesh models sync --from iceland
     """
     if ctx.invoked_subcommand is None:
-        run_async(_list_models(global_options(ctx), as_json=False))
+        run_async(_list_models(global_options(ctx), choose_format(output, as_json)))
+    elif as_json or output is not None:
+        raise UsageError(
+            f"--json and -o belong behind the command: gpumesh models {ctx.invoked_subcommand} …",
+            hint="only `gpumesh models list` knows them",
+        )
 
 
 # -- list ------------------------------------------------------------------------------------------------------------
 
 
 @app.command("list")
-def list_(ctx: typer.Context, as_json: JsonOption = False) -> None:
+def list_(ctx: typer.Context, as_json: JsonOption = False, output: FormatOption = None) -> None:
     """One table over all nodes that are up: what is installed where, and what is in memory for how long.
 
     CONTEXT is the longest that a model was made for. A name that stands twice is not the same model everywhere: the
     nodes have it with different digests, as after a pull at another time.
     """
-    run_async(_list_models(global_options(ctx), as_json=as_json))
+    run_async(_list_models(global_options(ctx), choose_format(output, as_json)))
 
 
-async def _list_models(options: GlobalOptions, *, as_json: bool) -> None:
+async def _list_models(options: GlobalOptions, chosen_format: str | None) -> None:
     """Prints the models of all nodes that are up to stdout, and remarks to stderr."""
     from gpumesh.mesh.models import inventory
     from gpumesh.wire import to_json
@@ -80,10 +88,12 @@ async def _list_models(options: GlobalOptions, *, as_json: bool) -> None:
         rows = inventory.list_model_rows(state)
         lengths = await stores.context_lengths(_models_to_ask(state, rows))
     rows = inventory.add_context_lengths(rows, lengths)
-    if as_json:
-        print_json({"schema": "gpumesh.models/1", "models": to_json(rows)})
+    if chosen_format == OutputFormat.NAME:
+        print_names(dict.fromkeys(row.name for row in rows))
+    elif chosen_format in (None, OutputFormat.WIDE):
+        _print_table(rows, wide=chosen_format == OutputFormat.WIDE)
     else:
-        _print_table(rows)
+        print_document({"schema": "gpumesh.models/1", "models": to_json(rows)}, chosen_format)
     if not options.quiet:
         _print_remarks(state, rows)
 
@@ -126,8 +136,9 @@ def _print_remarks(state: MeshState, rows: Sequence[inventory.ModelRow]) -> None
             typer.echo(clean_line(f"{node.name} is not counted: {node.reason or 'no answer yet'}"), err=True)
 
 
-def _print_table(rows: Sequence[inventory.ModelRow]) -> None:
-    """Prints the models to stdout. A digest is yellow if nodes have other digests under the same name."""
+def _print_table(rows: Sequence[inventory.ModelRow], *, wide: bool = False) -> None:
+    """Prints the models to stdout. A digest is yellow if nodes have other digests under the same name. ``wide``: with
+    all columns, and with the names of all nodes."""
     from gpumesh.cli.views import tables
     from gpumesh.mesh.models import inventory
 
@@ -137,8 +148,10 @@ def _print_table(rows: Sequence[inventory.ModelRow]) -> None:
         kind = " ".join(filter(None, (row.parameters, row.quantization))) or UNKNOWN
         context = UNKNOWN if row.context_length is None else str(row.context_length)
         digest = tables.Cell(inventory.shorten_digest(row.digest) or UNKNOWN, "yellow" if row.copies > 1 else "dim")
-        loaded = _join_names([_format_loaded(copy) for copy in row.loaded]) or UNKNOWN
-        cells.append((row.name, size, kind, context, digest, _join_names(row.nodes), loaded))
+        max_names = sys.maxsize if wide else MAX_LISTED_NAMES
+        node_names = _join_names(row.nodes, max_names)
+        loaded = _join_names([_format_loaded(copy) for copy in row.loaded], max_names) or UNKNOWN
+        cells.append((row.name, size, kind, context, digest, node_names, loaded))
     columns = (  # the second argument is the rank: columns with a low rank get their place first
         tables.Column("MODEL"),
         tables.Column("GiB", 3, right=True),
@@ -148,13 +161,13 @@ def _print_table(rows: Sequence[inventory.ModelRow]) -> None:
         tables.Column("NODES", 1, min_width=12),
         tables.Column("IN MEMORY", 2, min_width=20),
     )
-    tables.print_fitted_table(columns, cells)
+    tables.print_fitted_table(columns, cells, wide=wide)
 
 
-def _join_names(names: Sequence[str]) -> str:
-    """The first MAX_LISTED_NAMES names, and how many others there are: ``a, b +3``."""
-    hidden_count = len(names) - MAX_LISTED_NAMES
-    return ", ".join(names[:MAX_LISTED_NAMES]) + (f" +{hidden_count}" if hidden_count > 0 else "")
+def _join_names(names: Sequence[str], limit: int) -> str:
+    """The first ``limit`` names, and how many others there are: ``a, b +3``."""
+    hidden_count = len(names) - limit
+    return ", ".join(names[:limit]) + (f" +{hidden_count}" if hidden_count > 0 else "")
 
 
 def _format_loaded(copy: inventory.LoadedCopy) -> str:

@@ -15,8 +15,9 @@ from gpumesh.cli import completion
 from gpumesh.cli.command_group import new_app
 from gpumesh.cli.first_report import FIRST_REPORT_TIMEOUT_S
 from gpumesh.cli.global_options import GlobalOptions, global_options
-from gpumesh.cli.json_output import json_option, print_json
+from gpumesh.cli.json_output import json_option
 from gpumesh.cli.open_session import open_session, run_async
+from gpumesh.cli.output_format import OutputFormat, choose_format, output_option, print_document, print_names
 from gpumesh.cli.views.node_selection import SortKey, select_nodes, sort_nodes
 from gpumesh.cli.views.safe_text import json_text
 from gpumesh.config import environment
@@ -32,8 +33,15 @@ app = new_app()
 @app.command()
 def status(
     ctx: typer.Context,
+    nodes: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[NODE]...", help="Only these nodes; * and ?.", autocompletion=completion.complete_nodes
+        ),
+    ] = None,
     watch: Annotated[bool, typer.Option("--watch", "-w", help="Stay, and redraw when something changes.")] = False,
     as_json: Annotated[bool, json_option("As JSON (schema gpumesh.status/1).")] = False,
+    output: Annotated[OutputFormat | None, output_option()] = None,
     check: Annotated[bool, typer.Option("--check", help="Exit 3 if anything is wrong, 4 if no node is up.")] = False,
     node: Annotated[
         list[str] | None,
@@ -41,7 +49,7 @@ def status(
             "--node",
             "-n",
             metavar="NODE",
-            help="Only this node; repeatable, * and ?.",
+            help="The same as NODE; repeatable.",
             autocompletion=completion.complete_nodes,
         ),
     ] = None,
@@ -60,31 +68,35 @@ def status(
 
     Looks at the running mesh, or probes once if none is running. -v adds the processes on each GPU, what the balancer
     has learned of each node (NEIGHBOUR: how much longer each other answer makes a token take), each node's last
-    forecast, and who can use the gateway and the tunnels. With --node and --label the totals are those of the nodes
+    forecast, and who can use the gateway and the tunnels. With NODE and --label the totals are those of the nodes
     that are shown. In --watch, single key presses drain, resume and reconnect a node.
 
     \b
     Examples:
       gpumesh status -w
+      gpumesh status iceland 'gpu*' -o wide
       gpumesh status --sort free --label site=home
       gpumesh status --json | jq '.totals.vram_free_mib'
       gpumesh status --check --quiet || echo "look at the GPUs"
     """
     options = global_options(ctx)
     order = _parse_sort_key(sort)
+    names = [*(nodes or ()), *(node or ())]
+    chosen_format = choose_format(output, as_json)
     if watch:
         with _signals_as_interrupt():
-            run_async(_watch(options, node or [], label or [], order, interval, as_json=as_json))
+            run_async(_watch(options, names, label or [], order, interval, chosen_format))
         return
-    state, history = _read_state(options, with_history=not as_json)
-    state = sort_nodes(select_nodes(state, node or [], label or []), order)
-    if as_json:
-        print_json(_status_document(state))
+    state, history = _read_state(options, with_history=chosen_format in (None, OutputFormat.WIDE))
+    state = sort_nodes(select_nodes(state, names, label or []), order)
+    if chosen_format not in (None, OutputFormat.WIDE):
+        _print_as(state, chosen_format)
     # --quiet silences only --check, whose answer is the exit code. The table is the result of a plain `status`.
     elif not (check and options.quiet):
         from gpumesh.cli.views.status.status_view import ViewOptions, print_status
 
-        print_status(state, ViewOptions(verbose=options.verbose, history=history))
+        is_wide = chosen_format == OutputFormat.WIDE
+        print_status(state, ViewOptions(verbose=options.verbose, history=history, wide=is_wide))
     exit_code = health_exit_code(state)
     if check and exit_code is not ExitCode.OK:
         raise typer.Exit(int(exit_code))
@@ -140,10 +152,15 @@ async def _probe_once(options: GlobalOptions) -> MeshState:
 
 
 async def _watch(
-    options: GlobalOptions, names: list[str], labels: list[str], sort: SortKey, interval: float, *, as_json: bool
+    options: GlobalOptions,
+    names: list[str],
+    labels: list[str],
+    sort: SortKey,
+    interval: float,
+    chosen_format: str | None,
 ) -> None:
-    """Shows the state after each change, until interrupted: as a live table on a terminal, else as one table or one
-    line of JSON after the other. ``interval``: the least seconds between two states."""
+    """Shows the state after each change, until interrupted: as a live table on a terminal, else as one table, one line
+    of JSON, or one document of YAML after the other. ``interval``: the least seconds between two states."""
     from gpumesh.cli.views.changed_file import watch_with_file
     from gpumesh.cli.views.live.live_table import LiveTable
     from gpumesh.cli.views.node_selection import ViewSelection
@@ -156,15 +173,20 @@ async def _watch(
         closing_iterator(watch_with_file(session, options.paths(), interval)) as states,
     ):
         on_terminal = sys.stdout.isatty() and not environment.dumb_terminal()
-        if on_terminal and not as_json:
+        if on_terminal and chosen_format is None:
             await LiveTable(session, view, footer="Ctrl-C leaves").run(states)
             return
         async for state in states:
             shown_state = view.apply(state)
-            if as_json:
+            if chosen_format == OutputFormat.JSON:
                 typer.echo(json_text(_status_document(shown_state)))
+            elif chosen_format in (None, OutputFormat.WIDE):
+                is_wide = chosen_format == OutputFormat.WIDE
+                print_status(shown_state, ViewOptions(verbose=options.verbose, wide=is_wide))
             else:
-                print_status(shown_state, ViewOptions(verbose=options.verbose))
+                if chosen_format == OutputFormat.YAML:
+                    typer.echo("---")  # begins a new document
+                _print_as(shown_state, chosen_format)
             sys.stdout.flush()
 
 
@@ -186,6 +208,14 @@ def _signals_as_interrupt() -> Iterator[None]:
             signal.signal(number, handler)
         if received_signals:
             os.kill(os.getpid(), received_signals[0])
+
+
+def _print_as(state: MeshState, chosen_format: str) -> None:
+    """Prints the state as JSON or YAML, or the names of its nodes."""
+    if chosen_format == OutputFormat.NAME:
+        print_names(node.name for node in state.nodes)
+    else:
+        print_document(_status_document(state), chosen_format)
 
 
 def _status_document(state: MeshState) -> dict[str, object]:

@@ -10,6 +10,7 @@ from rich.console import Console, RenderableType
 from gpumesh.cli.views.figures import UNKNOWN
 
 PIPED_WIDTH = 160  # columns, where the output is no terminal and COLUMNS is not set
+WIDE_WIDTH = 600  # columns, for `-o wide`: more than any table needs
 # The characters beyond ASCII that views draw, and their replacements where the stream cannot encode them.
 _TO_ASCII = str.maketrans(
     {
@@ -41,13 +42,15 @@ _TO_ASCII = str.maketrans(
 )
 
 
-def console(*, stderr: bool = False) -> Console:
+def console(*, stderr: bool = False, wide: bool = False) -> Console:
     """A console for results (stdout), or for remarks and progress (stderr). It uses colours on terminals only, and
-    never with NO_COLOR."""
+    never with NO_COLOR. ``wide``: a view may be as wide as it wants to be; a narrow terminal breaks its lines."""
     stream = sys.stderr if stderr else sys.stdout
     # With the width None, rich asks the terminal, also after its size has changed. If the stream is no terminal, the
     # width is COLUMNS, or PIPED_WIDTH without that variable. (The 50 lines are not used.)
     width = None if stream.isatty() else shutil.get_terminal_size((PIPED_WIDTH, 50)).columns
+    if wide:
+        width = WIDE_WIDTH
     return Console(file=stream, width=width, highlight=False, markup=False, emoji=False)
 
 

@@ -50,9 +50,10 @@ ColumnCells = tuple[Column, Sequence[Text]]
 """A column, then its cells from the first row to the last."""
 
 
-def print_fitted_table(columns: Sequence[Column], rows: Iterable[Sequence[Cell | str]]) -> None:
-    """Prints as many of the columns as there is room for. A row has a cell for each column."""
-    out = console()
+def print_fitted_table(columns: Sequence[Column], rows: Iterable[Sequence[Cell | str]], *, wide: bool = False) -> None:
+    """Prints as many of the columns as there is room for; with ``wide`` all of them. A row has a cell for each
+    column."""
+    out = console(wide=wide)
     text_rows = [[_cell_text(cell) for cell in row] for row in rows]
     columns_with_cells = [(column, [row[index] for row in text_rows]) for index, column in enumerate(columns)]
     print_plain(out, fit_table(columns_with_cells, out.width))

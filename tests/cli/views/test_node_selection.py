@@ -43,7 +43,7 @@ def test_totals_and_findings_are_those_of_the_shown_nodes() -> None:
 def test_a_name_without_a_node_is_an_error() -> None:
     with pytest.raises(UsageError, match="no node 'icland'") as caught:
         select_nodes(typical(), ["iceland", "icland"])
-    assert caught.value.hint == "the nodes are: iceland, vengeance, runpod, attic"
+    assert caught.value.hint == "did you mean iceland? The nodes are: iceland, vengeance, runpod, attic"
 
 
 @pytest.mark.parametrize(

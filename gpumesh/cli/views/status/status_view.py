@@ -38,18 +38,21 @@ class ViewOptions:
       all rows are shown.
     - ``selected``: the name of the selected node.
     - ``history``: the utilization of the GPUs in the last minute.
+    - ``wide``: all columns are shown, however narrow the terminal is.
     """
 
     verbose: bool = False
     height: int | None = None
     selected: str | None = None
     history: History = field(default_factory=History)
+    wide: bool = False
 
 
 def print_status(state: MeshState, options: ViewOptions | None = None) -> None:
     """Prints the view to stdout."""
-    out = console()
-    print_plain(out, status_view(state, out.width, options or ViewOptions()))
+    options = options or ViewOptions()
+    out = console(wide=options.wide)
+    print_plain(out, status_view(state, out.width, options))
 
 
 def status_view(state: MeshState, width: int, options: ViewOptions) -> RenderableType:
