@@ -14,7 +14,7 @@ from gpumesh.cli.command_group import new_app
 from gpumesh.cli.global_options import GlobalOptions, global_options
 from gpumesh.cli.open_session import open_session, run_async
 from gpumesh.cli.views.safe_text import clean_line, clean_text
-from gpumesh.errors import GPUMeshError, UsageError
+from gpumesh.errors import GPUMeshError, UsageError, unknown_node
 
 if TYPE_CHECKING:
     from gpumesh.daemon.sessions.session import Session
@@ -31,33 +31,48 @@ def exec_(
     ctx: typer.Context,
     words: Annotated[
         list[str],
-        typer.Argument(metavar="[NODE] -- CMD...", autocompletion=completion.complete_nodes, show_default=False),
+        typer.Argument(metavar="[NODE]... -- CMD...", autocompletion=completion.complete_nodes, show_default=False),
     ],
     everywhere: Annotated[bool, typer.Option("--all", help="On all nodes; each line is prefixed by its node.")] = False,
 ) -> None:
-    """Run a command on a node's host, or on all of them.
+    """Run a command on a node's host, on several, or on all of them.
 
     Each word of CMD reaches the host as it is; for pipes and wildcards write: sh -c '…'. The exit code is the
-    command's own; with --all it is 1 if it failed anywhere.
+    command's own; with several nodes it is 1 if it failed anywhere. For a shell, and for programs that draw on the
+    terminal, there is `gpumesh ssh`.
 
     \b
     Examples:
       gpumesh exec iceland -- nvidia-smi
+      gpumesh exec iceland vengeance -- uptime
       gpumesh exec --all -- df -h /
       gpumesh exec iceland -- sh -c 'du -sh ~/.ollama/models | sort'
     """
     options = global_options(ctx)
-    node: str | None = None
-    command = words
-    if not everywhere:
-        node, *command = words
-    if command[:1] == ["--"]:  # stands between the node and the command
-        command = command[1:]
+    nodes, command = _split_words(words, everywhere=everywhere)
     if not command:
         raise UsageError("which command?", hint="for example: gpumesh exec NODE -- nvidia-smi")
-    exit_code = run_async(_run_on_all(options, command) if node is None else _run_on_node(options, node, command))
+    if len(nodes) == 1:
+        exit_code = run_async(_run_on_node(options, nodes[0], command))
+    else:
+        exit_code = run_async(_run_on_several(options, nodes, command))
     if exit_code != 0:
         raise typer.Exit(exit_code)
+
+
+def _split_words(words: list[str], *, everywhere: bool) -> tuple[list[str], list[str]]:
+    """The nodes, then the command. No nodes: all of them.
+
+    All words before the first ``--`` are nodes. Without ``--`` the first word is the node, as in ssh."""
+    if everywhere:
+        return [], words[1:] if words[0] == "--" else words
+    if "--" not in words:
+        return words[:1], words[1:]
+    position = words.index("--")
+    nodes, command = words[:position], words[position + 1 :]
+    if not nodes:
+        raise UsageError("on which node?", hint="for example: gpumesh exec NODE -- nvidia-smi, or with --all")
+    return list(dict.fromkeys(nodes)), command
 
 
 async def _run_on_node(options: GlobalOptions, node: str, command: list[str]) -> int:
@@ -103,11 +118,16 @@ def _exit_code(status: int | None, node: str) -> int:
     return min(max(status, 0), 255)  # a host may send any number
 
 
-async def _run_on_all(options: GlobalOptions, command: list[str]) -> int:
-    """Runs the command on all nodes at once. Returns 0 if it succeeded on all of them, else 1."""
+async def _run_on_several(options: GlobalOptions, nodes: list[str], command: list[str]) -> int:
+    """Runs the command on these nodes at once, or on all nodes if the list is empty. Returns 0 if it succeeded on all
+    of them, else 1. Raises UsageError for an unknown node, before anything has run."""
     async with open_session(options) as session:
         state = await session.status()
-        nodes = [node.name for node in state.nodes]
+        known_nodes = [node.name for node in state.nodes]
+        for name in nodes:
+            if name not in known_nodes:
+                raise unknown_node(name, known_nodes)
+        nodes = nodes or known_nodes
         width = max(map(len, nodes), default=0)
         exit_codes = await asyncio.gather(*(_run_with_prefix(session, node, command, width) for node in nodes))
     return 0 if all(code == 0 for code in exit_codes) else 1

@@ -8,19 +8,23 @@ import select
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, TextIO
 
 import typer
 
+from gpumesh.cli import completion
 from gpumesh.cli.command_group import new_app
-from gpumesh.cli.global_options import global_options
+from gpumesh.cli.global_options import GlobalOptions, global_options
 from gpumesh.cli.json_output import json_option
+from gpumesh.cli.log_selection import LogLevel, LogSelection, parse_since
 from gpumesh.cli.views.safe_text import clean_line, clean_text
-from gpumesh.errors import GPUMeshError
+from gpumesh.errors import GPUMeshError, UsageError, unknown_node
 
+USUAL_LINES = 100  # of the last lines, where nothing else is asked for
 POLL_S = 0.2  # between two looks for new lines
 MAX_JSON_LINE = 1 << 16  # characters of a line that are printed with --json
 
@@ -30,8 +34,25 @@ app = new_app()
 @app.command()
 def logs(
     ctx: typer.Context,
+    nodes: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[NODE]...", help="Only the lines about these nodes.", autocompletion=completion.complete_nodes
+        ),
+    ] = None,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Stay, and show what comes.")] = False,
-    lines: Annotated[int, typer.Option("--lines", "-n", min=0, help="So many of the last lines.")] = 100,
+    lines: Annotated[
+        int | None,
+        typer.Option("--lines", "--tail", "-n", min=0, help="So many of the last lines; 100, or all with --since."),
+    ] = None,
+    since: Annotated[
+        str | None,
+        typer.Option("--since", metavar="TIME", help="Only lines after this: 1h, 30m, 2d, 14:30, 2026-11-30T08:00."),
+    ] = None,
+    level: Annotated[
+        LogLevel | None,
+        typer.Option("--level", metavar="LEVEL", help="Only lines of this level and above: info, warning, error."),
+    ] = None,
     access: Annotated[bool, typer.Option("--access", help="The gateway's requests instead, one a line.")] = False,
     as_json: Annotated[bool, json_option("The lines as they are: JSON objects.")] = False,
 ) -> None:
@@ -40,25 +61,81 @@ def logs(
     \b
     Examples:
       gpumesh logs -f
+      gpumesh logs iceland --since 1h --level warning
       gpumesh logs -n 1000 --json | jq 'select(.node == "iceland")'
     """
-    paths = global_options(ctx).paths()
+    options = global_options(ctx)
+    if access and level is not None:
+        raise UsageError("--level belongs to the mesh's own log: requests have no level")
+    start = None if since is None else parse_since(since, datetime.now().astimezone())
+    selection = LogSelection(frozenset(nodes or ()), start, level)
+    paths = options.paths()
     path = paths.access_log if access else paths.log
+    max_lines = lines if lines is not None else (None if since is not None else USUAL_LINES)
     hint = "`gpumesh up -d` starts a mesh, which writes it"
     if access and paths.log.exists():
         # The access log is made with the first request. `gpumesh run` does not go through the gateway.
         hint = "a line is written for each request that comes to the gateway"
     try:
         with path.open(encoding="utf-8", errors="replace") as file:
-            for line in deque(file, lines):  # reads the whole file, and keeps the last lines
+            _check_names(nodes or (), options, path)
+            for line in _last_lines(path, file, selection, max_lines):
                 _print_line(line, as_json)
             if follow:
-                for line in _follow(path, file):
+                for line in filter(selection.takes, _follow(path, file)):
                     _print_line(line, as_json)
     except FileNotFoundError:
         raise GPUMeshError(f"there is no log yet at {path}", hint=hint) from None
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
+
+
+def _last_lines(path: Path, file: TextIO, selection: LogSelection, max_lines: int | None) -> Iterable[str]:
+    """The last lines of the selection, ``max_lines`` at most (``None``: all of them), also from older files of the log.
+    Reads ``file``, the open file at ``path``, to its end."""
+    newest_lines = deque(filter(selection.takes, file), max_lines)
+    if max_lines is not None and len(newest_lines) >= max_lines:
+        return newest_lines
+    all_lines: deque[str] = deque(maxlen=max_lines)
+    for older_file in reversed(_older_files(path)):
+        # The mesh may rename the file at this moment.
+        with suppress(FileNotFoundError), older_file.open(encoding="utf-8", errors="replace") as lines:
+            all_lines.extend(filter(selection.takes, lines))
+    all_lines.extend(newest_lines)
+    return all_lines
+
+
+def _older_files(path: Path) -> list[Path]:
+    """The files that the log's rotation has left, the newest first."""
+    files: list[Path] = []
+    while (older_file := path.with_name(f"{path.name}.{len(files) + 1}")).exists():
+        files.append(older_file)
+    return files
+
+
+def _check_names(names: Sequence[str], options: GlobalOptions, path: Path) -> None:
+    """Raises UsageError for a name that neither mesh.yaml nor the log has. The log may have nodes of the past."""
+    if not names:
+        return
+    known_names: dict[str, None] = {}
+    with suppress(GPUMeshError):  # the log can be read although mesh.yaml is broken by now
+        known_names.update(dict.fromkeys(node.name for node in options.topology().nodes))
+    if all(name in known_names for name in names):
+        return
+    for file in (*reversed(_older_files(path)), path):
+        with suppress(FileNotFoundError), file.open(encoding="utf-8", errors="replace") as lines:
+            known_names.update(dict.fromkeys(filter(None, map(_node_of, lines))))
+    for name in names:
+        if name not in known_names:
+            raise unknown_node(name, known_names)
+
+
+def _node_of(line: str) -> str | None:
+    """The node that a line of the log is about; ``None`` if it is about none, or has an unknown form."""
+    with suppress(ValueError, AttributeError, RecursionError):
+        node = json.loads(line).get("node")
+        return clean_line(node) if isinstance(node, str) else None
+    return None
 
 
 def _print_line(line: str, as_json: bool) -> None:

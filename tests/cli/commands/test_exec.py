@@ -52,6 +52,10 @@ async def test_all_hosts_with_their_names_before_each_line(gpumesh: Gpumesh, two
     ended = await gpumesh("exec", "--all", "--", "sh", "-c", script)
     assert sorted(ended.out.splitlines()) == ["alpha  one", "alpha  two", "beta   one", "beta   two"]
     assert own(ended.err) == ["alpha  wrong", "beta   wrong"]
+    ended = await gpumesh("exec", "beta", "alpha", "--", "echo", "--", "x")
+    assert sorted(ended.out.splitlines()) == ["alpha  -- x", "beta   -- x"]
+    ended = await gpumesh("exec", "alpha", "betta", "--", "echo", "x", code=2)
+    assert (ended.out, "did you mean beta?" in ended.err) == ("", True)
     mine = two_sshd[0].folder
     ended = await gpumesh("exec", "--all", "--", "test", "-f", f"{mine}/mode", "-a", "$HOME", "=", "x", code=1)
     assert own(ended.err) == ["alpha  exit status 1", "beta   exit status 1"]
@@ -76,6 +80,8 @@ async def test_one_host_away_does_not_hold_up_the_other(gpumesh: Gpumesh, two_ss
         (["exec", "alpha"], "which command?"),
         (["exec", "alpha", "--"], "which command?"),
         (["exec", "--all"], "Missing argument"),
+        (["exec", "--", "--", "true"], "on which node?"),
+        (["exec", "alpha", "gamma", "--", "true"], "there is no node 'gamma'"),
         (["exec", "gamma", "--", "true"], "there is no node 'gamma'"),
     ],
 )

@@ -3,13 +3,15 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
 from gpumesh.cli.commands.logs import format_log_line
-from gpumesh.daemon.paths import MeshPaths
+from gpumesh.daemon.paths import MeshPaths, for_config
 from gpumesh.lab.profile import Faults
+from tests.cli.in_process import invoke
 from tests.cli.meshes import SimulatedMesh
 from tests.real.command import GPUMESH, Gpumesh
 
@@ -143,6 +145,54 @@ async def test_a_silent_log_ends_when_nobody_reads_it_any_more(gpumesh: Gpumesh)
     async with asyncio.timeout(20):
         _, errors = await process.communicate()
     assert (process.returncode, errors) == (1, b"")
+
+
+@pytest.fixture
+def written_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A log with an older file, and the mesh.yaml that it belongs to."""
+    config = tmp_path / "mesh.yaml"
+    config.write_text(json.dumps({"nodes": [{"name": "iceland", "backend": {"url": "http://127.0.0.1:1"}}]}))
+    runtime = tmp_path / "run"
+    runtime.mkdir(mode=0o700)
+    for name, value in (("HOME", tmp_path), ("XDG_RUNTIME_DIR", runtime), ("GPUMESH_CONFIG", config)):
+        monkeypatch.setenv(name, str(value))
+    log = for_config(config).log
+    log.parent.mkdir(parents=True)
+    log.with_name(f"{log.name}.1").write_text(line(message="oldest") + "\n")
+    now = datetime.now(UTC)
+    entries = [
+        line(message="an hour ago", at=(now - timedelta(hours=1)).isoformat(), level="warning"),
+        line(message="of the gone", node="gone", at=now.isoformat()),
+        line(message="of none", node=None, at=now.isoformat(), level="error"),
+    ]
+    log.write_text("\n".join(entries) + "\n")
+    return log
+
+
+@pytest.mark.parametrize(
+    ("words", "messages"),
+    [
+        ((), ["oldest", "an hour ago", "of the gone", "of none"]),
+        (("iceland",), ["oldest", "an hour ago"]),
+        (("iceland", "gone"), ["oldest", "an hour ago", "of the gone"]),
+        (("--since", "2h"), ["an hour ago", "of the gone", "of none"]),
+        (("--since", "10m", "--tail", "1"), ["of none"]),
+        (("--level", "warning"), ["an hour ago", "of none"]),
+        (("--level=error", "--since=2h"), ["of none"]),
+        (("-n", "2"), ["of the gone", "of none"]),
+        (("--tail=4",), ["oldest", "an hour ago", "of the gone", "of none"]),
+    ],
+)
+def test_only_some_lines(written_log: Path, words: tuple[str, ...], messages: list[str]) -> None:
+    shown = invoke("logs", "--json", *words).out
+    assert [json.loads(entry)["message"] for entry in shown.splitlines()] == messages
+
+
+def test_what_is_refused(written_log: Path) -> None:
+    assert "did you mean iceland?" in invoke("logs", "icland", code=2).err
+    assert "neither a duration nor a time" in invoke("logs", "--since", "soon", code=2).err
+    assert "'error'" in invoke("logs", "--level", "loud", code=2).err
+    assert "requests have no level" in invoke("logs", "--access", "--level", "error", code=2).err
 
 
 def test_where_it_is(tmp_path: Path) -> None:
