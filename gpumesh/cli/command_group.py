@@ -34,6 +34,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "reload": ("reload", "Let the running mesh take over a changed mesh.yaml."),
     "env": ("env", "Print the variables that point other programs at the mesh."),
     "exec": ("exec", "Run a command on a node's host, on several, or on all."),
+    "ssh": ("ssh", "Log in to a node's host, or run a command there on a terminal."),
     "logs": ("logs", "The background mesh's log."),
     "notify": ("notify", "Send a test message by each rule of `notify` in mesh.yaml."),
     "explain": ("explain", "What a finding or an error code means, and what to do."),

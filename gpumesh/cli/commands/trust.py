@@ -10,11 +10,12 @@ import typer
 
 from gpumesh.cli import completion
 from gpumesh.cli.command_group import new_app
+from gpumesh.cli.find_node import find_node
 from gpumesh.cli.global_options import GlobalOptions, global_options
 from gpumesh.cli.host_key_confirmation import NotConfirmed, confirm_key
 from gpumesh.cli.open_session import open_session, run_async
 from gpumesh.cli.views.safe_text import clean_line
-from gpumesh.errors import ExitCode, GPUMeshError, UsageError, unknown_node
+from gpumesh.errors import ExitCode, GPUMeshError, UsageError
 from gpumesh.topology import NodeSpec, SshSpec, Topology
 
 app = new_app()
@@ -55,10 +56,7 @@ def trust(
 
 def _find_ssh_node(topology: Topology, name: str) -> tuple[NodeSpec, SshSpec]:
     """The node and its SSH settings. Raises UsageError if there is no such node, or if it is reached without SSH."""
-    try:
-        spec = topology.node(name)
-    except KeyError:
-        raise unknown_node(name, (node.name for node in topology.nodes)) from None
+    spec = find_node(topology, name)
     if spec.ssh is None:
         raise UsageError(f"{name} is reached without SSH: it has no host key")
     return spec, spec.ssh

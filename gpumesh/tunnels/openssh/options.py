@@ -5,7 +5,7 @@ No secret is in any argument: prompts.py answers ssh's questions.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 from gpumesh.config import environment
@@ -51,7 +51,7 @@ def master_command(
         "StreamLocalBindMask": "0177",  # the sockets of forwards get the mode 0600
         "StreamLocalBindUnlink": "yes",
         "HostName": ssh.host,  # and not what ~/.ssh/config has for the alias
-        **_password_options(setup),
+        **(PASSWORD_OPTIONS if "password" in dict(setup.secrets) else {}),
     }
     if named_keys_only:
         options["IdentitiesOnly"] = "yes"
@@ -60,13 +60,13 @@ def master_command(
     alias = choose_ssh_alias(setup.known_host, ssh)
     if alias is not None:
         options["HostKeyAlias"] = alias
-    arguments = [*_option_arguments(options, unknown), *_identity_arguments(ssh)]
+    arguments = [*option_arguments(options, unknown), *identity_arguments(ssh)]
     log = log_path(control)
     arguments += _jump_arguments(ssh, batch=batch, unknown=unknown, log=log, named_keys_only=named_keys_only)
     arguments += ["-p", str(ssh.port), "-l", ssh.user]
     if session:
-        return ["ssh", *_file_arguments(log), *arguments, "--", ssh.alias or ssh.host, "exec cat"]
-    return ["ssh", *_file_arguments(log), *arguments, "-N", "--", ssh.alias or ssh.host]
+        return ["ssh", *file_arguments(log), *arguments, "--", ssh.alias or ssh.host, "exec cat"]
+    return ["ssh", *file_arguments(log), *arguments, "-N", "--", ssh.alias or ssh.host]
 
 
 def host_key_command(
@@ -89,9 +89,9 @@ def host_key_command(
     if key_types:
         # ^: these come first, and the other algorithms stay allowed.
         options["HostKeyAlgorithms"] = "^" + ",".join(host_key_algorithms(key_types))
-    arguments = [*_option_arguments(options, unknown), *_jump_arguments(ssh, batch=batch, unknown=unknown, log=log)]
+    arguments = [*option_arguments(options, unknown), *_jump_arguments(ssh, batch=batch, unknown=unknown, log=log)]
     arguments += ["-p", str(ssh.port), "-l", ssh.user]
-    return ["ssh", *_file_arguments(log), "-T", *arguments, "--", ssh.alias or ssh.host, "exit"]
+    return ["ssh", *file_arguments(log), "-T", *arguments, "--", ssh.alias or ssh.host, "exit"]
 
 
 def jump_command(
@@ -111,18 +111,32 @@ def jump_command(
 
     ``-J`` is not used: with it, ssh would not use our known_hosts, keys and policy for the jump hosts.
     """
+
+    def hop_options(hop: SshSpec) -> dict[str, str]:
+        options = _connect_options(hop, batch=batch)
+        return options | {"IdentitiesOnly": "yes"} if named_keys_only else options
+
+    return chain_jumps(ssh, hop_options, unknown=unknown, log=log)
+
+
+def chain_jumps(
+    ssh: SshSpec,
+    hop_options: Callable[[SshSpec], Mapping[str, str]],
+    *,
+    unknown: Collection[str] = (),
+    log: Path | None = None,
+) -> str:
+    """The chain of ``jump_command``. ``hop_options`` returns the options for a jump host."""
     command = ""  # leads to the jump hosts so far; the next jump host is reached through it
     *hops, _node_host = list_hops(ssh)
     for hop, jump in zip(hops, ssh.proxy_jump, strict=True):
         user, host, port = split_jump(jump, default_user="")  # "": without a user, ssh takes its own default
-        options = _connect_options(hop, batch=batch)
-        if named_keys_only:
-            options["IdentitiesOnly"] = "yes"
+        options = dict(hop_options(hop))
         if hop.alias is not None:
             options["HostName"], host = host, hop.alias
-        arguments = ["ssh", *_file_arguments(log), *_option_arguments(options, unknown), *_identity_arguments(hop)]
+        arguments = ["ssh", *file_arguments(log), *option_arguments(options, unknown), *identity_arguments(hop)]
         if command:
-            arguments += _proxy_arguments(command)
+            arguments += proxy_arguments(command)
         if user:
             arguments += ["-l", user]
         if port != 22:
@@ -144,7 +158,7 @@ def client_command(control: Path, *arguments: str) -> list[str]:
         "ProxyCommand": "false",
         "LogLevel": "INFO",
     }
-    return ["ssh", "-F", "none", "-T", *_option_arguments(options), *arguments]
+    return ["ssh", "-F", "none", "-T", *option_arguments(options), *arguments]
 
 
 def _common_options(ssh: SshSpec, *, batch: bool) -> dict[str, str]:
@@ -161,7 +175,12 @@ def _common_options(ssh: SshSpec, *, batch: bool) -> dict[str, str]:
 
 def _connect_options(ssh: SshSpec, *, batch: bool) -> dict[str, str]:
     """Options of every ssh that checks a host's key and logs in."""
-    options = _common_options(ssh, batch=batch) | {
+    return _common_options(ssh, batch=batch) | login_options(ssh)
+
+
+def login_options(ssh: SshSpec) -> dict[str, str]:
+    """Options that say which host keys are trusted, and which of our keys are tried."""
+    options = {
         "StrictHostKeyChecking": "accept-new" if ssh.host_key_policy is HostKeyPolicy.ACCEPT_NEW else "yes",
         "UserKnownHostsFile": " ".join(quote_option_path(file.expanduser()) for file in ssh.known_hosts_files),
     }
@@ -172,25 +191,22 @@ def _connect_options(ssh: SshSpec, *, batch: bool) -> dict[str, str]:
     return options
 
 
-def _password_options(setup: ConnectRequest) -> dict[str, str]:
-    """Options for a password that mesh.yaml names: it is tried even if the user's files forbid passwords in general."""
-    if "password" not in dict(setup.secrets):
-        return {}
-    return {
-        "PasswordAuthentication": "yes",
-        "KbdInteractiveAuthentication": "yes",
-        "PreferredAuthentications": "gssapi-with-mic,hostbased,publickey,keyboard-interactive,password",  # ssh's own
-    }
+# Options for a password that mesh.yaml names: it is tried even if the user's files forbid passwords in general.
+PASSWORD_OPTIONS: Mapping[str, str] = {
+    "PasswordAuthentication": "yes",
+    "KbdInteractiveAuthentication": "yes",
+    "PreferredAuthentications": "gssapi-with-mic,hostbased,publickey,keyboard-interactive,password",  # ssh's own
+}
 
 
-def _file_arguments(log: Path | None) -> list[str]:
+def file_arguments(log: Path | None) -> list[str]:
     """The files of an ``ssh`` as its arguments: its log, if it has one, and the user's ssh_config, which must be the
     file from which config/ssh has read the alias."""
     arguments = [] if log is None else ["-E", str(log)]
     return [*arguments, *ssh_config.config_file_arguments(environment.home())]
 
 
-def _option_arguments(options: Mapping[str, str], unknown: Collection[str] = ()) -> list[str]:
+def option_arguments(options: Mapping[str, str], unknown: Collection[str] = ()) -> list[str]:
     """The options as arguments of ``ssh``: ``-o`` and ``NAME=VALUE`` for each, without those that are ``unknown``."""
     arguments: list[str] = []
     for name, value in options.items():
@@ -199,7 +215,7 @@ def _option_arguments(options: Mapping[str, str], unknown: Collection[str] = ())
     return arguments
 
 
-def _identity_arguments(ssh: SshSpec) -> list[str]:
+def identity_arguments(ssh: SshSpec) -> list[str]:
     """The key files as arguments of ``ssh``. For an alias, a path with a variable is left out, because ssh finds that
     path in ~/.ssh/config."""
     # ssh would offer the same key twice, and each offer is one of MaxAuthTries. But in a file of another home folder,
@@ -221,10 +237,10 @@ def _jump_arguments(
     """The jump hosts as arguments of ``ssh``; empty without jump hosts."""
     if not ssh.proxy_jump:
         return []
-    return _proxy_arguments(jump_command(ssh, batch=batch, unknown=unknown, log=log, named_keys_only=named_keys_only))
+    return proxy_arguments(jump_command(ssh, batch=batch, unknown=unknown, log=log, named_keys_only=named_keys_only))
 
 
-def _proxy_arguments(command: str) -> list[str]:
+def proxy_arguments(command: str) -> list[str]:
     """A ProxyCommand of ours as arguments of ``ssh``. It passes bytes, not a descriptor."""
     return ["-o", f"ProxyCommand={command}", "-o", "ProxyUseFdpass=no"]
 
