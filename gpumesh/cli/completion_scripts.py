@@ -71,6 +71,21 @@ fi
 """
 
 
+def make_script(shell: str) -> str:
+    """The script for a shell: ``bash``, ``zsh``, ``fish`` or ``powershell``. Raises GPUMeshError with a version of
+    Typer that does not give it."""
+    from gpumesh.errors import GPUMeshError
+
+    install_completion_scripts()
+    try:
+        from typer._completion_shared import get_completion_script  # private to Typer
+    except ImportError:
+        raise GPUMeshError(
+            "this version of Typer does not give the script", hint="`gpumesh --show-completion` prints that of $SHELL"
+        ) from None
+    return get_completion_script(prog_name="gpumesh", complete_var="_GPUMESH_COMPLETE", shell=shell)
+
+
 def install_completion_scripts() -> None:
     """Makes ``--install-completion`` and ``--show-completion`` give the scripts above."""
     from typer import _completion_shared as shared

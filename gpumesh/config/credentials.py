@@ -60,8 +60,8 @@ def names_secret(variable: str) -> bool:
 
 def mask_secrets(text: str) -> str:
     """Returns ``text`` with asterisks in place of the values of all variables whose names say that they hold a secret
-    (``names_secret``)."""
-    secrets = {value for name, value in os.environ.items() if names_secret(name)}
+    (``names_secret``), or that a mesh.yaml names for a secret."""
+    secrets = {value for name, value in os.environ.items() if names_secret(name) or name in _withheld}
     for secret in sorted(secrets, key=len, reverse=True):  # longest first: a secret may be a part of a longer secret
         if len(secret) >= MIN_MASKED_CHARACTERS:
             text = text.replace(secret, "********")

@@ -46,6 +46,18 @@ def dump_effective(topology: Topology) -> str:
     return str(text)
 
 
+def dump_node(node: NodeSpec) -> str:
+    """Returns one node as the text of its entry in mesh.yaml, with every default, as ``dump_effective`` has it."""
+    text = yaml.dump(node_settings(node), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
+    return str(text)
+
+
+def node_settings(node: NodeSpec) -> dict[str, Any]:
+    """Returns one node as its entry in mesh.yaml, with every default, and with secrets masked."""
+    entries: dict[str, Any] = _mask_and_escape(_node_entries(node))
+    return entries
+
+
 class _Dumper(yaml.SafeDumper):
     """Writes no anchors: a list that two nodes share is written twice."""
 

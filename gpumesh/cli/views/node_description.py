@@ -1,0 +1,61 @@
+"""Draws all that is known of a node, for `gpumesh describe`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from gpumesh.cli.views.console import console, print_plain
+from gpumesh.cli.views.findings import make_notes_table
+from gpumesh.cli.views.node_facts import Fact, list_sections
+from gpumesh.cli.views.safe_text import clean_line, clean_text
+from gpumesh.cli.views.status.health_marks import MARKS, STYLES
+from gpumesh.cli.views.status.remarks import list_remarks
+from gpumesh.cli.views.status.scheduling import scheduling_views
+from gpumesh.state import MeshState
+
+LABEL_WIDTH = 15  # characters of the longest label
+
+
+def print_description(state: MeshState, settings: str | None) -> None:
+    """Prints the only node of the state to stdout. ``settings``: the node's entry in mesh.yaml, without secrets;
+    ``None`` if the file has no such node any more."""
+    print_plain(console(), Group(*_parts(state, settings)))
+
+
+def _parts(state: MeshState, settings: str | None) -> Iterator[RenderableType]:
+    (node,) = state.nodes
+    head = Text.assemble((MARKS[node.health], STYLES[node.health]), " ", (clean_line(node.name, 60), "bold"))
+    head.append(f"  {node.health}", style=STYLES[node.health])
+    if node.simulated:
+        head.append("  simulated host", style="yellow")
+    yield head
+    remarks = list_remarks(state)
+    if remarks:
+        yield make_notes_table(remarks)
+    for section in list_sections(node, state.at):
+        yield Text(f"\n{section.title}", style="bold")
+        yield _facts_table(section.facts)
+    scheduling = list(scheduling_views(state))
+    if scheduling:
+        yield Text("\nBalancer", style="bold")
+        yield from scheduling
+    if settings is not None:
+        yield Text("\nSettings", style="bold")
+        yield Text("\n".join(f"  {line}" for line in clean_text(settings).splitlines()), overflow="fold")
+
+
+def _facts_table(facts: Sequence[Fact]) -> Table:
+    """A label on the left, its text on the right. A label that repeats the one above is left out."""
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True, width=LABEL_WIDTH, style="dim")
+    table.add_column(overflow="fold")
+    previous_label = None
+    for label, text in facts:
+        shown_label = "" if label == previous_label else label
+        table.add_row(Text(f"  {clean_line(shown_label, LABEL_WIDTH)}"), Text(clean_line(text)))
+        previous_label = label
+    return table
