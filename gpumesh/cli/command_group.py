@@ -40,12 +40,21 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "logs": ("logs", "The background mesh's log."),
     "notify": ("notify", "Send a test message by each rule of `notify` in mesh.yaml."),
     "explain": ("explain", "What a finding or an error code means, and what to do."),
-    "doctor": ("doctor", "One report to paste: versions, paths, configuration, last errors."),
+    "doctor": ("doctor", "A report to paste: versions, paths, configuration, errors."),
     "completion": ("completion", "Print the completion script of a shell."),
     "version": ("version", "The version of gpumesh."),
     "help": ("help", "How a command is used."),
     "demo": ("demo", "A whole mesh of simulated GPU hosts on this machine."),
 }
+
+
+# Other spellings of two options of `gpumesh` itself. -v alone: as in ollama and docker; before a command it says more.
+_OTHER_SPELLINGS: Mapping[str, str] = {
+    **dict.fromkeys(("-v", "-V", "-version"), "--version"),
+    **dict.fromkeys(("-help", "-?", "/?", "--h"), "--help"),
+}
+# The kinds of things that kubectl names before the name of a node (`describe node iceland`, `logs pod/iceland`).
+_KIND_PREFIXES = ("no", "host", "po")
 
 
 class _LazyCommands(MutableMapping[str, Any]):
@@ -84,6 +93,17 @@ class LazyGroup(TyperGroup):
         super().__init__(**{**attrs, "commands": None})  # no commands of Typer's own: _LazyCommands has them all
         self.commands = _LazyCommands()
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if len(args) == 1:
+            args = [_OTHER_SPELLINGS.get(args[0], args[0])]
+        return super().parse_args(ctx, args)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        names_kind = len(args) > 1 and args[1].startswith(_KIND_PREFIXES)
+        if args[0] not in COMMANDS or names_kind:  # otherwise nothing of this is imported
+            args = _answer_guess(args, ctx, ())
+        return super().resolve_command(ctx, args)
+
     def list_commands(self, _ctx: Any) -> list[str]:
         return list(COMMANDS)
 
@@ -91,6 +111,48 @@ class LazyGroup(TyperGroup):
         del ctx  # the overview is the same everywhere
         with formatter.section("Commands"):
             formatter.write_dl([(name, help_line) for name, (_, help_line) in COMMANDS.items()])
+
+
+def _answer_guess(args: list[str], ctx: Any, path: tuple[str, ...]) -> list[str]:
+    """The words that are meant by ``args``, the words that the group of commands at ``path`` has got. Raises UsageError
+    for a guess that a sentence answers; not while the shell completes words."""
+    from gpumesh.cli.first_guesses import answers
+
+    known = list(ctx.command.commands)
+    words = answers.translate(args, known=known, path=path)
+    if words[0] not in known and not ctx.resilient_parsing:
+        answers.answer_word(words, path=path, ctx=ctx)
+    return words
+
+
+def _answer_guesses(command: Any) -> None:
+    """Lets a group of commands answer guesses at its commands, and a single command guesses at its options."""
+    if hasattr(command, "commands"):
+        resolve_command = command.resolve_command
+        command.resolve_command = lambda ctx, args: resolve_command(
+            ctx, args if args[0] in command.commands else _answer_guess(args, ctx, (command.name,))
+        )
+        return
+    parse_args = command.parse_args
+
+    def parse(ctx: Any, args: list[str]) -> list[str]:
+        words = list(args)  # Typer's parser empties the list
+        try:
+            rest: list[str] = parse_args(ctx, args)
+        except Exception as error:
+            # NoSuchOption, which is private to Typer. All others are raised again.
+            option = getattr(error, "option_name", None)
+            if type(error).__name__ != "NoSuchOption" or not isinstance(option, str):
+                raise
+            from gpumesh.cli.first_guesses import answers
+
+            if answers.asks_for_help(words):
+                return list(parse_args(ctx, ["--help"]))
+            answers.answer_option(command.name, option)
+            raise
+        return rest
+
+    command.parse_args = parse
 
 
 def _use_plain_name(parameter: Any) -> None:
@@ -121,6 +183,7 @@ def _prepare_command(command: Any) -> Any:
         _use_plain_name(parameter)
     if not subcommands:  # otherwise each subcommand has these options
         _add_global_options(command)
+    _answer_guesses(command)
     return defer_parameters(command)
 
 

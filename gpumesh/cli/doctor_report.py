@@ -213,7 +213,7 @@ def _format_limit(limit: int) -> str:
 
 def _read_log(options: GlobalOptions) -> Section:
     """The last lines of the log that are at least warnings, and the errors of a start that failed."""
-    from gpumesh.cli.commands.logs import format_log_line
+    from gpumesh.cli.views.log_lines import format_log_line
 
     paths = options.paths()
     selection = LogSelection(level=LogLevel.WARNING)

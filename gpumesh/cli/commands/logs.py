@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any, TextIO
+from typing import Annotated, TextIO
 
 import typer
 
@@ -21,7 +21,8 @@ from gpumesh.cli.command_group import new_app
 from gpumesh.cli.global_options import GlobalOptions, global_options
 from gpumesh.cli.json_output import json_option
 from gpumesh.cli.log_selection import LogLevel, LogSelection, parse_since
-from gpumesh.cli.views.safe_text import clean_line, clean_text
+from gpumesh.cli.views.log_lines import format_log_line
+from gpumesh.cli.views.safe_text import clean_line
 from gpumesh.errors import GPUMeshError, UsageError, unknown_node
 
 USUAL_LINES = 100  # of the last lines, where nothing else is asked for
@@ -140,55 +141,6 @@ def _node_of(line: str) -> str | None:
 
 def _print_line(line: str, as_json: bool) -> None:
     typer.echo(clean_line(line, MAX_JSON_LINE) if as_json else format_log_line(line))
-
-
-def format_log_line(line: str) -> str:
-    """A line of the log, or of the access log, in the form for a person. A line of unknown form is only made safe for a
-    terminal."""
-    try:
-        entry = json.loads(line)
-        if "path" in entry:  # a line of the access log
-            return clean_line(_format_request(entry))
-        return _format_event(entry)
-    except (ValueError, KeyError, TypeError, RecursionError):  # no JSON, or JSON without the keys that we expect
-        return clean_line(line)
-
-
-def _format_event(entry: dict[str, Any]) -> str:
-    """An entry of the log: its time, level, node and message, and on further lines the traceback, if it has one. Raises
-    KeyError, TypeError or ValueError for an entry of another form."""
-    parts = (
-        _local_time(str(entry["at"])),
-        f"{clean_line(str(entry['level'])):<7}",
-        f"{clean_line(str(entry.get('node') or '-')):<12}",
-        clean_line(str(entry["message"])),
-    )
-    text = "  ".join(parts)
-    trace = entry.get("trace")
-    return f"{text}\n{clean_text(trace).rstrip()}" if isinstance(trace, str) else text
-
-
-def _format_request(entry: dict[str, Any]) -> str:
-    """An entry of the access log: the time, the client, the request, the result, and those durations and names that the
-    entry has. Raises KeyError, TypeError or ValueError for an entry of another form."""
-    parts = [
-        _local_time(str(entry["at"])),
-        str(entry.get("client") or "-"),
-        f"{entry['method']} {entry['path']}",
-        str(entry.get("status") or "-"),
-        str(entry.get("outcome")),
-        f"{entry['total_ms']:.0f} ms",
-    ]
-    for key, label, unit in (("ttft_ms", "ttft", " ms"), ("queue_ms", "queue", " ms"), ("attempts", "attempts", "")):
-        if entry.get(key):
-            parts.append(f"{label} {entry[key]:.0f}{unit}")
-    parts += [str(entry[key]) for key in ("model", "node", "id") if entry.get(key)]
-    return "  ".join(parts)
-
-
-def _local_time(at: str) -> str:
-    """A time of the log, which is UTC in ISO 8601, in the local time zone. Raises ValueError for any other text."""
-    return f"{datetime.fromisoformat(at).astimezone():%Y-%m-%d %H:%M:%S}"
 
 
 def _follow(path: Path, file: TextIO) -> Iterator[str]:
