@@ -43,6 +43,7 @@ ONLY_IN = {
     "sshtunnel": {"tunnels"},
     "rich": {"cli"},
     "typer": {"cli"},
+    "prompt_toolkit": {"cli"},
     "yaml": {"config"},
     "ruamel": {"config"},
     "threading": {"tunnels/blocking.py", "tunnels/forwarder.py"},

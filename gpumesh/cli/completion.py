@@ -2,7 +2,7 @@
 
 Completion reads a file and a socket at most, never fails, and waits at most ``STATUS_TIMEOUT_S``.
 
-Completed text goes into a shell. Names from hosts and from mesh.yaml pass ``_safe_names``, which lets only plain names
+Completed text goes into a shell. Names from hosts and from mesh.yaml pass ``safe_names``, which lets only plain names
 through: no shell and no program finds a special meaning in them. The scripts are in ``completion_scripts.py``.
 """
 
@@ -21,7 +21,7 @@ from gpumesh.text.quoting import is_plain
 STATUS_TIMEOUT_S = 0.5  # for the status of a running mesh: a person waits for the completion
 
 
-def _safe_names(names: Iterable[object], incomplete: str) -> list[str]:
+def safe_names(names: Iterable[object], incomplete: str) -> list[str]:
     """The names that begin with ``incomplete`` and are safe in every shell."""
     texts = [name for name in names if isinstance(name, str)]
     return [text for text in texts if text.startswith(incomplete) and is_plain(text)]
@@ -38,13 +38,13 @@ def complete_nodes(ctx: typer.Context, incomplete: str) -> list[str]:
         path = config.find_config(_config_option(ctx))
         text = reader.read_text(path, path.name)
         topology = config.parse(text, file=path.name, env=environment.variables(), home=environment.home(), source=path)
-        return _safe_names((node.name for node in topology.nodes), incomplete)
+        return safe_names((node.name for node in topology.nodes), incomplete)
     return []
 
 
 def complete_models(ctx: typer.Context, incomplete: str) -> list[str]:
     """The models of a running mesh, in the order of the alphabet; none if no mesh runs. Names from hosts are hostile
-    until ``_safe_names`` has filtered them."""
+    until ``safe_names`` has filtered them."""
     names: set[str] = set()
     # KeyError and TypeError: the status of a mesh of another version may have another form.
     with contextlib.suppress(GPUMeshError, OSError, KeyError, TypeError):
@@ -56,7 +56,7 @@ def complete_models(ctx: typer.Context, incomplete: str) -> list[str]:
         status = fetch_status(mesh_paths.socket, timeout_s=STATUS_TIMEOUT_S)
         if status is not None:
             for node in status["nodes"]:
-                names.update(_safe_names(node["backend"]["models"], incomplete))
+                names.update(safe_names(node["backend"]["models"], incomplete))
     return sorted(names)
 
 

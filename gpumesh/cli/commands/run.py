@@ -15,7 +15,7 @@ from gpumesh.cli import completion
 from gpumesh.cli.command_group import new_app
 from gpumesh.cli.global_options import GlobalOptions, global_options
 from gpumesh.cli.json_output import json_option
-from gpumesh.cli.open_session import open_session, run_async
+from gpumesh.cli.open_session import open_session, run_async, running_topology
 from gpumesh.cli.views.safe_text import clean_text, json_text
 from gpumesh.errors import ExitCode, UsageError
 
@@ -33,8 +33,14 @@ app = new_app()
 @app.command()
 def run(
     ctx: typer.Context,
-    prompt: Annotated[
-        str | None, typer.Argument(metavar="PROMPT", help="The prompt; - or nothing reads stdin.")
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[MODEL] [PROMPT]...",
+            help="The prompt, after a model of the fleet if it begins with one; - or nothing reads stdin.",
+            show_default=False,
+            autocompletion=completion.complete_models,
+        ),
     ] = None,
     model: Annotated[
         str | None,
@@ -75,6 +81,9 @@ def run(
 ) -> None:
     """Send a prompt, or a file of them, through the balancer.
 
+    A first word that is a model of the fleet is the model, as with Ollama; a quoted prompt never is. Text that is
+    piped in comes before the prompt. A model alone, on a terminal, opens a chat.
+
     Uses the running mesh, or opens one for as long as it takes. With -f the results are JSON lines in the order of
     the file, written as soon as they and all before them are there; a failed prompt has its `error` set, and the exit
     code is 1.
@@ -82,16 +91,17 @@ def run(
     \b
     Examples:
       gpumesh run "Why is the sky blue?"
-      git diff | gpumesh run --system "Review this change."
+      gpumesh run llama3.2 why is the sky blue
+      git diff | gpumesh run qwen2.5:7b "Review this change."
       gpumesh run -m qwen2.5:7b -f prompts.txt -o temperature=0 > answers.jsonl
       gpumesh run -f - < prompts.jsonl
     """
     from gpumesh.balancer.base import Priority
-    from gpumesh.cli.prompt_input import PromptEntry, read_options, read_prompts
+    from gpumesh.cli.prompt_input import read_options, read_prompts
+    from gpumesh.cli.standard_input import read_file, read_piped_text
     from gpumesh.daemon.sessions.session import PromptRequest
 
-    if file is not None and prompt is not None:
-        raise UsageError("either a prompt or -f FILE, not both")
+    words = words or []
     common = PromptRequest(
         messages=(),
         model=model,
@@ -104,7 +114,9 @@ def run(
         common = replace(common, priority=_parse_priority(priority))
     options = global_options(ctx)
     if file is not None:
-        entries = read_prompts(_read_input(file), name="stdin" if file == "-" else file)
+        if words:
+            common = replace(common, model=_find_model_of_file(options, words, model))
+        entries = read_prompts(read_file(file), name="stdin" if file == "-" else file)
         requests = [entry.make_request(common, system) for entry in entries]
         failed_count = run_async(_send_file(options, requests, [entry.text for entry in entries], concurrency))
         if failed_count:
@@ -113,12 +125,13 @@ def run(
                 typer.echo(message, err=True)
             raise typer.Exit(int(ExitCode.FAILED))
         return
-    text = _read_input("-") if prompt is None or prompt == "-" else prompt
-    if not text.strip():
-        raise UsageError("the prompt is empty", hint='gpumesh run "Why is the sky blue?"')
-    request = PromptEntry(text).make_request(common, system)
+    piped_text = "" if sys.stdin.isatty() else read_piped_text()
+    if words[-1:] == ["-"]:  # stands for stdin, which is read in any case
+        words = words[:-1]
+    if (words or not sys.stdin.isatty()) and not (piped_text + "".join(words)).strip():
+        raise _empty_prompt_error()
     stream = not no_stream and not as_json  # a JSON object is printed as a whole
-    run_async(_send_single(options, request, text, as_json=as_json, stream=stream))
+    run_async(_send_single(options, common, words, piped_text, system, as_json=as_json, stream=stream))
 
 
 def _parse_priority(text: str) -> Priority:
@@ -131,33 +144,69 @@ def _parse_priority(text: str) -> Priority:
         raise UsageError(f"--priority {text!r} is none of: {', '.join(Priority)}") from None
 
 
-def _read_input(name: str) -> str:
-    """The text of the file, without a byte order mark, or of standard input for ``-``. Raises UsageError if the file
-    cannot be read."""
-    if name == "-":
-        if sys.stdin.isatty():
-            typer.echo("reading from the terminal; Ctrl-D ends the input", err=True)
-        return sys.stdin.buffer.read().decode("utf-8", "replace")
-    try:
-        with open(name, "rb") as file:
-            return file.read().decode("utf-8", "replace").removeprefix("\ufeff")
-    except OSError as error:
-        raise UsageError(f"cannot read {name}: {error.strerror}") from error
+def _empty_prompt_error() -> UsageError:
+    return UsageError("the prompt is empty", hint='gpumesh run "Why is the sky blue?"')
+
+
+def _find_model_of_file(options: GlobalOptions, words: Sequence[str], model: str | None) -> str:
+    """The model that stands before ``-f``. Raises UsageError if the words are anything else."""
+    from gpumesh.cli.fleet_models import read_prompt_words
+
+    async def find_model() -> str | None:
+        async with open_session(options) as session:
+            understood = await read_prompt_words(session, await running_topology(session, options), words)
+        return None if understood.text else understood.model
+
+    found = run_async(find_model()) if len(words) == 1 and model is None else None
+    if found is None:
+        raise UsageError("either a prompt or -f FILE, not both")
+    return found
 
 
 # -- one prompt ------------------------------------------------------------------------------------------------------
 
 
 async def _send_single(
-    options: GlobalOptions, request: PromptRequest, text: str, *, as_json: bool, stream: bool
+    options: GlobalOptions,
+    common: PromptRequest,
+    words: Sequence[str],
+    piped_text: str,
+    system: str | None,
+    *,
+    as_json: bool,
+    stream: bool,
 ) -> None:
     """Sends one prompt, and prints its answer to stdout: in pieces as they come (``stream``), as a JSON object
-    (``as_json``), or as a whole text. With ``--verbose`` prints the node and its speed to stderr."""
+    (``as_json``), or as a whole text. With ``--verbose`` prints the node and its speed to stderr. ``words``: those of
+    the command line, perhaps with a model before the prompt. A model alone, on a terminal, opens a chat."""
+    from gpumesh.cli.fleet_models import may_be_model, read_prompt_words, require_model
+    from gpumesh.cli.prompt_input import PromptEntry
+    from gpumesh.cli.standard_input import read_terminal_text
     from gpumesh.daemon.sessions.prompt_sender import send_prompt
 
     printer = _StreamPrinter()
     try:
         async with open_session(options) as session:
+            text = " ".join(words)
+            if common.model is None and words and may_be_model(words[0]):
+                topology = await running_topology(session, options)
+                understood = await read_prompt_words(session, topology, words)
+                text = understood.text
+                if understood.model is not None:
+                    common = replace(common, model=understood.model)
+                    if not text and stream and sys.stdin.isatty() and sys.stdout.isatty():
+                        from gpumesh.cli.chat.chat_loop import run_chat
+
+                        await run_chat(session, topology, common, system, quiet=options.quiet)
+                        return
+            if not text and sys.stdin.isatty():
+                # Says that the model is missing now, and not when the whole text has been typed.
+                await require_model(session, await running_topology(session, options), common.model, common.node)
+                text = await read_terminal_text()
+            text = " ".join(part for part in (piped_text, text) if part)
+            if not text.strip():
+                raise _empty_prompt_error()
+            request = PromptEntry(text).make_request(common, system)
             on_text = printer.feed if stream else None
             result = await send_prompt(session, request, 0, text, on_text=on_text)  # 0: the number of the only prompt
     except BaseException:

@@ -93,14 +93,13 @@ class Members:
         self._written_names = written_names
         self.known: dict[str, RawValue] = {}
         self.has_common_spelling = True
-        known = self.known
         for name, value in pairs:
-            folded = name.lower()
-            if folded not in KNOWN_MEMBERS and (folded.isascii() or (folded := fold_name(name)) not in KNOWN_MEMBERS):
+            folded = fold_name(name)
+            if folded not in KNOWN_MEMBERS:
                 continue
-            if folded in known:
+            if folded in self.known:
                 raise BadRequest(f"the request body has `{folded}` twice")
-            known[folded] = value
+            self.known[folded] = value
             if folded != name:
                 self.has_common_spelling = False
 
