@@ -5,15 +5,15 @@ from __future__ import annotations
 import asyncio
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from gpumesh.balancer.models.model_rules import ModelRules
-from gpumesh.errors import ModelMissing, UsageError
+from gpumesh.errors import ModelMissing, NoNodeError, UsageError
 from gpumesh.event_loop.async_iterators import closing_iterator
 from gpumesh.mesh.models.default_model import chat_models, choose_model
-from gpumesh.state import Health, MeshState
+from gpumesh.state import Health, MeshState, NodeState
 from gpumesh.text.model_names import full_name, listed_spellings
 from gpumesh.text.quoting import paste_command
 
@@ -34,11 +34,13 @@ _LETTERS_AND_DIGIT = re.compile(r"(?=.*[A-Za-z])(?=.*[0-9])[\w.-]+")  # `llama3`
 
 @dataclass(frozen=True, slots=True)
 class FleetModels:
-    """``listed``: the models that the nodes list, in the order of the nodes. ``named``: the names and the aliases that
-    mesh.yaml has for models. ``usable``: the models to chat with on nodes that are up. ``is_complete``: each node has
-    listed models, so that a model that is not among them is on no node. ``rules`` are those of mesh.yaml."""
+    """``listed``: the models that the nodes list, in the order of the nodes; ``listed_up`` those of nodes that are up.
+    ``named``: the names and the aliases that mesh.yaml has for models. ``usable``: the models to chat with on nodes
+    that are up. ``is_complete``: a node is up, and each node that is up lists models, so that no other model can be had
+    now. ``rules`` are those of mesh.yaml."""
 
     listed: tuple[str, ...]
+    listed_up: tuple[str, ...]
     named: tuple[str, ...]
     usable: tuple[str, ...]
     is_complete: bool
@@ -47,14 +49,19 @@ class FleetModels:
     @classmethod
     def of(cls, state: MeshState, topology: Topology) -> FleetModels:
         """The models of a mesh in this state."""
-        listed = tuple(dict.fromkeys(name for node in state.nodes for name in node.backend.models))
+        nodes_up = [node for node in state.nodes if node.health in (Health.HEALTHY, Health.DEGRADED)]
         named = [name for spec in topology.models for name in (spec.name, *spec.aliases)]
         if topology.gateway.default_model is not None:
             named.append(topology.gateway.default_model)
         named += [name for node in topology.nodes if node.enabled for name in node.expect.models]
-        enabled = {node.name for node in topology.nodes if node.enabled}
-        is_complete = all(node.backend.models for node in state.nodes if node.name in enabled)
-        return cls(listed, tuple(dict.fromkeys(named)), chat_models(state), is_complete, ModelRules(topology.models))
+        return cls(
+            listed=_join_lists(state.nodes),
+            listed_up=_join_lists(nodes_up),
+            named=tuple(dict.fromkeys(named)),
+            usable=chat_models(state),
+            is_complete=bool(nodes_up) and all(node.backend.models for node in nodes_up),
+            rules=ModelRules(topology.models),
+        )
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -68,8 +75,8 @@ class FleetModels:
         return spellings.get(word) or spellings.get(full_name(word))
 
     def is_missing(self, model: str) -> bool:
-        """Whether it is known that no node has the model, and none has a model that would take its place."""
-        listed = {self.rules.identity(name) for name in self.listed}
+        """Whether it is known that no node that is up has the model, or a model that would take its place."""
+        listed = {self.rules.identity(name) for name in self.listed_up}
         wanted = {self.rules.identity(name) for name in (model, *self.rules.fallbacks(model))}
         return self.is_complete and not wanted & listed
 
@@ -81,12 +88,9 @@ class FleetModels:
         for name in names:
             if _base_name(name) == base:
                 return name
-        by_full_name = {full_name(name): name for name in reversed(names)}
-        near = difflib.get_close_matches(full_name(word), by_full_name, n=1, cutoff=0.75)
-        if not near:
-            by_full_name = {_base_name(name): name for name in reversed(names)}
-            near = difflib.get_close_matches(base, by_full_name, n=1, cutoff=0.75)
-        return by_full_name[near[0]] if near else None
+        by_base = {_base_name(name): name for name in reversed(names)}
+        near = difflib.get_close_matches(base, by_base, n=1, cutoff=0.75)
+        return by_base[near[0]] if near else None
 
     def looks_like_model(self, word: str) -> bool:
         """Whether a first word that names no model was meant as one: it has a tag or a registry, a model of the fleet
@@ -106,6 +110,11 @@ class FleetModels:
         hint += f"there are: {', '.join(shown[:MAX_SHOWN_MODELS]) or 'no models'}{more}; "
         hint += f"{paste_command('gpumesh models pull {MODEL}', MODEL=word)} fetches it"
         return ModelMissing(word, available=shown, hint=hint)
+
+
+def _join_lists(nodes: Iterable[NodeState]) -> tuple[str, ...]:
+    """The models that these nodes list, each once."""
+    return tuple(dict.fromkeys(name for node in nodes for name in node.backend.models))
 
 
 def _base_name(model: str) -> str:
@@ -138,7 +147,8 @@ async def find_models(session: Session, topology: Topology, word: str | None = N
 
 async def require_model(session: Session, topology: Topology, model: str | None, node: str | None) -> str:
     """The model of a prompt that nobody has typed yet: ``model``, else the default model, else the fleet's only chat
-    model. Raises ModelMissing if it is known that no node has the model, and the errors of ``choose_model``."""
+    model. Raises ModelMissing if no node that is up has it, NoNodeError if no node is up, and the errors of
+    ``choose_model``."""
     wanted = model or topology.gateway.default_model
     if wanted is None:
         await find_models(session, topology)
@@ -146,6 +156,8 @@ async def require_model(session: Session, topology: Topology, model: str | None,
     models = await find_models(session, topology)
     if models.is_missing(wanted):
         raise models.missing_error(wanted)
+    if not any(node.health in (Health.HEALTHY, Health.DEGRADED) for node in (await session.status()).nodes):
+        raise NoNodeError("no node is usable now")
     return wanted
 
 

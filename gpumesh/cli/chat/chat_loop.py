@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import textwrap
 from typing import Any
 
 from gpumesh.cli.chat.answer_painter import DIM, RESET
-from gpumesh.cli.chat.answer_printer import AnswerPrinter, AnswerSummary, colours_are_off
+from gpumesh.cli.chat.answer_printer import AnswerPrinter, AnswerSummary, colours_are_off, terminal_columns
 from gpumesh.cli.chat.chat_fleet import ChatFleet
 from gpumesh.cli.chat.completer import ChatCompleter
 from gpumesh.cli.chat.conversation import Conversation
@@ -96,7 +97,7 @@ class _Chat:
 
     def say(self, text: str) -> None:
         """Prints a remark, apart from what models say."""
-        text = clean_text(text)
+        text = "\n".join(map(_wrap_line, clean_text(text).split("\n")))
         sys.stdout.write(f"{text}\n" if self._is_plain else f"{DIM}{text}{RESET}\n")
         sys.stdout.flush()
 
@@ -172,10 +173,18 @@ def describe_answer(summary: AnswerSummary, *, is_stopped: bool) -> str:
     if summary.ttft_ms is not None:
         parts.append(f"first token after {_duration(summary.ttft_ms)}")
     if summary.done_reason == "length":
-        parts.append("cut at the longest length that is allowed")
+        parts.append("reached the length limit")
     if is_stopped:
         parts.append("stopped")
     return " · ".join(parts)
+
+
+def _wrap_line(line: str) -> str:
+    """The line, broken at blanks where it does not fit into the terminal. A line that fits keeps all its blanks."""
+    columns = terminal_columns() - 1
+    if len(line) <= columns:
+        return line
+    return "\n".join(textwrap.wrap(line, columns, break_long_words=False, break_on_hyphens=False))
 
 
 def _duration(milliseconds: float) -> str:
