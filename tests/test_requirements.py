@@ -18,12 +18,15 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+from gpumesh.config.extras import DISTRIBUTION, PACKAGES
+
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 RUNTIME = [Requirement(line) for line in PROJECT["project"]["dependencies"]]
 EXTRAS = PROJECT["project"]["optional-dependencies"]
-DEV = [Requirement(line) for line in EXTRAS["dev"]]
-ALL = [*RUNTIME, *DEV, *map(Requirement, [*EXTRAS["docs"], *PROJECT["build-system"]["requires"]])]
+OPTIONAL = [Requirement(line) for extra in PACKAGES for line in EXTRAS[extra]]
+DEV = [Requirement(line) for line in EXTRAS["dev"] if not line.startswith(DISTRIBUTION)]
+ALL = [*RUNTIME, *OPTIONAL, *DEV, *map(Requirement, [*EXTRAS["docs"], *PROJECT["build-system"]["requires"]])]
 
 # Whose private parts are used: where, and one of them. Their next version that may change such parts is not allowed
 # until somebody has tried it.
@@ -34,7 +37,7 @@ PRIVATE = {
     "typer": ("gpumesh/cli/deferred_parameters.py", "parameter._runtime_param"),
 }
 # Those whose distribution has another name than what is imported.
-DISTRIBUTION = {"yaml": "pyyaml", "prometheus_client": "prometheus-client", "pytest_asyncio": "pytest-asyncio"}
+DISTRIBUTIONS = {"yaml": "pyyaml", "prometheus_client": "prometheus-client", "pytest_asyncio": "pytest-asyncio"}
 
 
 def by_name(requirements: list[Requirement]) -> list[object]:
@@ -71,7 +74,7 @@ def test_each_has_a_lower_bound(requirement: Requirement) -> None:
     assert bound(requirement, ">=") is not None
 
 
-@pytest.mark.parametrize("requirement", by_name(RUNTIME))
+@pytest.mark.parametrize("requirement", by_name([*RUNTIME, *OPTIONAL]))
 def test_what_users_install_has_an_upper_bound(requirement: Requirement) -> None:
     lowest, first_untried = bound(requirement, ">="), bound(requirement, "<")
     assert lowest is not None
@@ -104,16 +107,27 @@ def test_what_the_package_imports_is_asked_for() -> None:
     missing = {
         (str(file), name)
         for file, package, name in imports("gpumesh")
-        if DISTRIBUTION.get(package, package) not in asked
+        if package not in PACKAGES.values()
+        if DISTRIBUTIONS.get(package, package) not in asked
     }
     assert missing == set()
 
 
+def test_what_an_extra_installs_is_imported_only_where_its_absence_is_explained() -> None:
+    assert {extra: [requirement.name for requirement in map(Requirement, EXTRAS[extra])] for extra in PACKAGES} == {
+        extra: [package] for extra, package in PACKAGES.items()
+    }
+    places = {(package, file.parts[1]) for file, package, _ in imports("gpumesh") if package in PACKAGES.values()}
+    assert places == {("aiohttp", "lab"), ("redis", "coordination")}
+    assert f"{DISTRIBUTION}[{','.join(PACKAGES)}]" in EXTRAS["dev"]
+    assert PROJECT["project"]["name"] == DISTRIBUTION
+
+
 @pytest.mark.parametrize("folder", ["tests", "benchmarks", "docs"])
 def test_what_the_tests_import_is_asked_for(folder: str) -> None:
-    asked = {requirement.name.lower() for requirement in [*RUNTIME, *DEV]}
+    asked = {requirement.name.lower() for requirement in [*RUNTIME, *OPTIONAL, *DEV]}
     missing = {
-        (str(file), name) for file, package, name in imports(folder) if DISTRIBUTION.get(package, package) not in asked
+        (str(file), name) for file, package, name in imports(folder) if DISTRIBUTIONS.get(package, package) not in asked
     }
     assert missing == set()
 

@@ -1,24 +1,26 @@
 """Sends benchmark requests over plain HTTP: to the local port of a node's tunnel, or through the mesh's gateway.
 
-The scenario ``overhead`` sends over these routes, and through the mesh itself, in turn.
+The scenario ``overhead`` sends over these routes, and through the mesh itself, in turn. All of them use the HTTP client
+of the mesh (``Upstream``), so that the differences between the routes are not differences between clients.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import MappingProxyType
-
-import aiohttp
 
 from gpumesh.backends.base import ChatRequest, Chunk, HttpCall
 from gpumesh.backends.dialects import DIALECTS
 from gpumesh.bench.load import AnswerStream
 from gpumesh.config.listen_address import UNIX_PREFIX
-from gpumesh.errors import BackendStatus, BackendUnreachable, StreamCut
+from gpumesh.errors import BackendStatus, BackendUnreachable
+from gpumesh.mesh.requests.upstream import Upstream, UpstreamResponse
 from gpumesh.topology import BackendKind
-from gpumesh.tunnels.local_system.unix_urls import split_unix_url
+from gpumesh.tunnels.local_system.unix_urls import unix_url
 
 MAX_ERROR_BYTES = 1 << 16  # of an error's body that are read for its message
 
@@ -43,7 +45,7 @@ class HttpRoute:
 
     def __init__(
         self,
-        http: aiohttp.ClientSession,
+        upstream: Upstream,
         base_url: str,
         kind: BackendKind,
         *,
@@ -51,12 +53,12 @@ class HttpRoute:
         api_key: str | None = None,
         timeout_s: float = 600.0,
     ) -> None:
-        self._http = http
+        self._upstream = upstream
         self._base_url = base_url
         self._dialect = DIALECTS[kind]
         self._through_gateway = through_gateway
         self._api_key = api_key
-        self._timeout = aiohttp.ClientTimeout(total=timeout_s)
+        self._timeout_s = timeout_s
 
     def __call__(self, request: ChatRequest, node: str | None) -> AbstractAsyncContextManager[AnswerStream]:
         return self._send(request, node)
@@ -70,23 +72,19 @@ class HttpRoute:
         """
         call = self._dialect.build_chat_call(request)
         try:
-            async with self._http.request(
-                call.method,
-                self._base_url + call.path,
-                data=call.body,
-                headers=self._headers(call, node),
-                timeout=self._timeout,
-                allow_redirects=False,
-            ) as response:
-                if response.status != 200:
-                    body = await response.content.read(MAX_ERROR_BYTES)
-                    message = self._dialect.error_text(response.status, body)
-                    raise BackendStatus(message, status=response.status, body=body, node=node)
-                yield _HttpAnswer(self._read_chunks(response, stream=request.stream), node)
-        except aiohttp.ClientPayloadError as error:  # the connection has ended in the middle of the body
-            raise StreamCut(f"the answer stopped short: {error}", node=node) from error
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            raise BackendUnreachable(f"no answer: {str(error) or type(error).__name__}", node=node) from error
+            async with asyncio.timeout(self._timeout_s):
+                headers = self._headers(call, node)
+                response = await self._upstream.request(self._base_url, call, headers, node=node or "")
+                try:
+                    if response.status != 200:
+                        body = await _read_error(response)
+                        message = self._dialect.error_text(response.status, body)
+                        raise BackendStatus(message, status=response.status, body=body, node=node)
+                    yield _HttpAnswer(self._read_chunks(response, stream=request.stream), node)
+                finally:
+                    response.abort()
+        except TimeoutError as error:
+            raise BackendUnreachable(f"no answer within {self._timeout_s:g} s", node=node) from error
 
     def _headers(self, call: HttpCall, node: str | None) -> list[tuple[str, str]]:
         """The headers of a request: those of its API, the node for the gateway, and the API key."""
@@ -97,14 +95,22 @@ class HttpRoute:
             headers.append(("Authorization", f"Bearer {self._api_key}"))
         return headers
 
-    async def _read_chunks(self, response: aiohttp.ClientResponse, *, stream: bool) -> AsyncGenerator[Chunk]:
+    async def _read_chunks(self, response: UpstreamResponse, *, stream: bool) -> AsyncGenerator[Chunk]:
         """Yields the pieces of the answer as they arrive. ``stream``: the request asked for a streamed answer."""
         reader = self._dialect.create_reader(stream=stream)
-        async for data in response.content.iter_any():
+        while data := await response.read():
             for chunk in reader.feed(data):
                 yield chunk
         for chunk in reader.close():
             yield chunk
+
+
+async def _read_error(response: UpstreamResponse) -> bytes:
+    """Reads the body of an error, at most ``MAX_ERROR_BYTES`` of it."""
+    body = b""
+    while len(body) < MAX_ERROR_BYTES and (data := await response.read(MAX_ERROR_BYTES - len(body))):
+        body += data
+    return body
 
 
 class _HttpAnswer:
@@ -124,36 +130,6 @@ async def http_route(
     url: str, kind: BackendKind, *, through_gateway: bool = False, api_key: str | None = None
 ) -> AsyncGenerator[HttpRoute]:
     """Opens a route to ``url``: the URL of a node or of the gateway as the mesh's state has it, or a Unix socket."""
-    socket_path, base_url = _split_socket(url)
-    async with http_session(socket_path) as http:
-        yield HttpRoute(http, base_url, kind, through_gateway=through_gateway, api_key=api_key)
-
-
-def _split_socket(url: str) -> tuple[str | None, str]:
-    """Splits ``url`` into the path of its Unix socket (``None`` if it has none) and the base URL for requests.
-
-    The base URL for a socket names ``localhost``: HTTP needs a host, but the requests go to the socket.
-    """
-    if url.startswith(UNIX_PREFIX):  # the form of the gateway's state
-        return url.removeprefix(UNIX_PREFIX), "http://localhost"
-    socket_and_prefix = split_unix_url(url)  # the form of a node's state
-    if socket_and_prefix is None:
-        return None, url
-    socket_path, prefix = socket_and_prefix
-    return socket_path, f"http://localhost{prefix}"
-
-
-@asynccontextmanager
-async def http_session(unix_socket: str | None = None) -> AsyncGenerator[aiohttp.ClientSession]:
-    """Opens an HTTP client without proxies and cookies. With ``unix_socket``, all requests go to this socket.
-
-    The number of connections is not limited: the load generator decides how many requests run at once.
-    """
-    if unix_socket is None:
-        connector: aiohttp.BaseConnector = aiohttp.TCPConnector(limit=0)
-    else:
-        connector = aiohttp.UnixConnector(unix_socket, limit=0)
-    async with aiohttp.ClientSession(
-        connector=connector, cookie_jar=aiohttp.DummyCookieJar(), trust_env=False
-    ) as session:
-        yield session
+    base_url = unix_url(Path(url.removeprefix(UNIX_PREFIX))) if url.startswith(UNIX_PREFIX) else url
+    async with Upstream() as upstream:
+        yield HttpRoute(upstream, base_url, kind, through_gateway=through_gateway, api_key=api_key)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from gpumesh import config
+from gpumesh.config.extras import need_extra
 from gpumesh.coordination.base import Coordination
 from gpumesh.coordination.single_gateway import SingleGateway
 from gpumesh.topology import RedisSpec
@@ -13,14 +14,16 @@ from gpumesh.topology import RedisSpec
 def create_coordination(
     spec: RedisSpec | None, *, on_change: Callable[[], None], clock: Callable[[], float]
 ) -> Coordination:
-    """Returns the coordination over the Redis of ``spec``; a ``SingleGateway`` if ``spec`` is ``None``.
+    """Returns the coordination over the Redis of ``spec``; a ``SingleGateway`` if ``spec`` is ``None``. Raises
+    GPUMeshError if redis-py is not installed, as most meshes do not need it.
 
     ``on_change`` is called when the load of other gateways, or the findings, have changed. ``clock`` returns monotonic
     seconds.
     """
     if spec is None:
         return SingleGateway()
-    from gpumesh.coordination.redis_coordination import RedisCoordination  # most meshes do not need redis-py
+    with need_extra("redis", "`redis:` in mesh.yaml"):
+        from gpumesh.coordination.redis_coordination import RedisCoordination
 
     variable = spec.password_env
     return RedisCoordination(

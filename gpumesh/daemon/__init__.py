@@ -4,5 +4,5 @@
 (``LocalSession``) or behind the socket (``RemoteSession``).
 
 Tables, options and texts for people belong to cli/, not here. A module that ``status`` needs may not import pydantic,
-paramiko, httpx or aiohttp when it is imported.
+paramiko or httpx when it is imported.
 """

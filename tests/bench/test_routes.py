@@ -8,11 +8,12 @@ import pytest
 
 from gpumesh.backends.base import ChatRequest, Chunk, Message
 from gpumesh.backends.dialects import DIALECTS
-from gpumesh.bench.routes import HttpRoute, http_session
+from gpumesh.bench.routes import HttpRoute
 from gpumesh.errors import BackendStatus, BackendUnreachable, StreamCut
 from gpumesh.lab import profile
 from gpumesh.lab.ollama import SimOllama
 from gpumesh.lab.profile import Faults
+from gpumesh.mesh.requests.upstream import Upstream
 from gpumesh.topology import BackendKind
 from tests.mesh.servers import Exchange, chunk, chunked_head, serve, whole_response
 
@@ -28,8 +29,8 @@ async def asked(
     key: str | None = None,
     timeout_s: float = 20.0,
 ) -> list[Chunk]:
-    async with http_session() as http:
-        route = HttpRoute(http, url, kind, through_gateway=gateway, api_key=key, timeout_s=timeout_s)
+    async with Upstream() as upstream:
+        route = HttpRoute(upstream, url, kind, through_gateway=gateway, api_key=key, timeout_s=timeout_s)
         async with route(CHAT, node) as answer:
             assert (answer.node, answer.attempts) == (node, 1)
             return [piece async for piece in answer]

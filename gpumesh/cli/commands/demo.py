@@ -16,6 +16,7 @@ import typer
 from gpumesh.cli.command_group import new_app
 from gpumesh.cli.first_report import DEMO_FIRST_REPORT_TIMEOUT_S
 from gpumesh.cli.global_options import GlobalOptions, global_options
+from gpumesh.config.extras import need_extra
 from gpumesh.errors import ExitCode
 from gpumesh.state import Health, MeshState
 from gpumesh.text.quoting import shell_word
@@ -76,9 +77,11 @@ async def _run_demo(options: GlobalOptions, count: int, keep: bool) -> ExitCode:
     from gpumesh.daemon.mesh_process import run_mesh
     from gpumesh.daemon.paths import for_config
     from gpumesh.daemon.shutdown import Shutdown, handle_signals
-    from gpumesh.lab import demo_hosts
-    from gpumesh.lab.lab import Lab
     from gpumesh.tunnels.local_system.socket_folders import private_folder
+
+    with need_extra("lab", "`gpumesh demo`"):
+        from gpumesh.lab import demo_hosts
+        from gpumesh.lab.lab import Lab
 
     hosts = [replace(host, answer_tokens=ANSWER_TOKENS) for host in demo_hosts.make_hosts(count)]
     with private_folder() as folder:
