@@ -42,8 +42,9 @@ async def open_session(
     If mesh.yaml was changed after the running mesh had read it, a line on stderr says so, unless ``announce_change`` is
     false because the caller says so itself. Raises MeshNotRunning when no mesh runs and ``embed`` is false.
     """
-    from gpumesh.cli.views import changed_file
+    from gpumesh.cli.views import changed_file, killed_mesh
     from gpumesh.config.changed_file import ChangedFile
+    from gpumesh.daemon.control_socket.client_errors import MeshEnded
     from gpumesh.daemon.control_socket.remote_session import RemoteSession
     from gpumesh.daemon.mesh_lock import LockWatch
     from gpumesh.errors import MeshNotRunning
@@ -57,10 +58,13 @@ async def open_session(
             session = RemoteSession(paths.socket)
             if announce_change and not options.quiet:
                 changed_file.print_finding(ChangedFile(paths.config, await session.configuration()).find())
-            yield session
+            try:
+                yield session
+            except MeshEnded as error:
+                raise killed_mesh.explain_end(paths, error) from error
             return
     if not embed:
-        raise MeshNotRunning("no mesh is running for this configuration")
+        raise killed_mesh.explain_end(paths, MeshNotRunning("no mesh is running for this configuration"))
     async with open_local_session(options, options.topology()) as local_session:
         yield local_session
 

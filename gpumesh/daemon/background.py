@@ -13,7 +13,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from gpumesh.daemon import leftovers
+from gpumesh.daemon import leftovers, run_record
 from gpumesh.daemon.control_socket import messages
 from gpumesh.daemon.control_socket.remote_session import RemoteSession
 from gpumesh.daemon.mesh_lock import LockWatch
@@ -121,13 +121,17 @@ async def stop_background(
     The mesh may drain for ``drain_s`` seconds, and then has ``close_s`` seconds to close. ``on_state`` gets the states
     of the mesh while it drains. Raises MeshNotRunning.
     """
+    killed = run_record.find_killed_mesh(paths)
+    if killed is not None:
+        paths.run_record.unlink(missing_ok=True)  # from now on no mesh is meant to run
     watch = LockWatch.open(paths)
-    if watch is None:
+    if watch is None and killed is None:
         raise MeshNotRunning("no mesh is running for this configuration", hint="")  # not the usual hint to start one
+    if watch is None or watch.remove_if_stale(paths):
+        leftovers.remove_leftovers()
+        end = "is not running any more" if killed is None else str(killed)
+        raise MeshNotRunning(f"the mesh of this file {end}; what it left behind is removed", hint="")
     with watch:
-        if watch.remove_if_stale(paths):
-            leftovers.remove_leftovers()
-            raise MeshNotRunning("no mesh is running any more; what it left behind is removed", hint="")
         pid = watch.pid
         try:
             async with asyncio.timeout(drain_s + close_s):
@@ -139,6 +143,7 @@ async def stop_background(
             _signal_owner(watch, pid, signal.SIGKILL)
             await _wait_unlocked(watch)
             watch.remove_if_stale(paths)
+            paths.run_record.unlink(missing_ok=True)
             leftovers.remove_leftovers()
             return False
         watch.remove_if_stale(paths)

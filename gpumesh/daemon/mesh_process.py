@@ -15,13 +15,14 @@ from types import TracebackType
 from typing import Any
 
 from gpumesh.config.comparison import ConfigSnapshot
-from gpumesh.daemon import leftovers, log_file
+from gpumesh.daemon import leftovers, log_file, run_record
 from gpumesh.daemon.control_socket.server import ControlServer
 from gpumesh.daemon.mesh_lock import MeshLock
 from gpumesh.daemon.paths import MeshPaths
 from gpumesh.daemon.process.garbage_collector import tune_garbage_collector
 from gpumesh.daemon.process.open_files import raise_file_limit
 from gpumesh.daemon.reload.reloader import Reloader
+from gpumesh.daemon.run_record import RunRecord
 from gpumesh.daemon.sessions.local_session import LocalSession
 from gpumesh.daemon.shutdown import Shutdown
 from gpumesh.daemon.state_changes import compare_states
@@ -71,6 +72,8 @@ async def run_mesh(
         stack.callback(log_file.stop_log, handler)
         stack.push(_log_failure)
         leftovers.remove_leftovers()
+        _log_killed_mesh(paths)
+        record = _begin_record(stack, paths)
         log.info("the mesh %s starts; nodes: %d", topology.name, len(topology.nodes), extra={"event": "start"})
         stack.callback(log.info, "the mesh %s ended", topology.name, extra={"event": "end"})
         mesh = await stack.enter_async_context(Mesh(topology, learned=LearnedState(paths.learned)))
@@ -90,6 +93,8 @@ async def run_mesh(
         _run_until_closed(stack, _log_changes(session), name="journal")
         _run_until_closed(stack, _record_history(session), name="history")
         _run_until_closed(stack, _notify(session), name="notify")
+        if record is not None:
+            _run_until_closed(stack, record.keep(mesh), name="run record")
         _run_until_closed(stack, placement.run(), name="placement")
         control = await stack.enter_async_context(ControlServer(session, paths.socket, on_stop=shutdown.request_within))
         if lock is not None:
@@ -133,6 +138,24 @@ def _remove_files(paths: MeshPaths, lock: MeshLock | None) -> None:
     """Removes the mesh's files, unless another mesh owns them by now. Without ``lock`` this is not checked."""
     if lock is None or lock.still_owns(paths):
         paths.remove_files()
+
+
+def _log_killed_mesh(paths: MeshPaths) -> None:
+    """Accounts in the log for the mesh before this one, if it was killed: when, and which requests it cut. The caller
+    holds the lock, so that mesh cannot run any more."""
+    killed = run_record.read_record(paths)
+    if killed is not None:
+        log.error("the mesh before this one (pid %d) %s", killed.pid, killed, extra={"event": "killed"})
+
+
+def _begin_record(stack: AsyncExitStack, paths: MeshPaths) -> RunRecord | None:
+    """Makes the record of this mesh, which is removed when the stack closes. A mesh runs without one where the file
+    cannot be made."""
+    try:
+        return stack.enter_context(RunRecord.begin(paths.run_record))
+    except OSError as error:
+        log.warning("cannot keep the record of this run: %s", error, extra={"event": "record"})
+        return None
 
 
 def _log_failure(_kind: type[BaseException] | None, error: BaseException | None, _trace: TracebackType | None) -> None:

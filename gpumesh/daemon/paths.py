@@ -38,6 +38,11 @@ class MeshPaths:
         return self.log.with_suffix(".access.jsonl")
 
     @property
+    def run_record(self) -> Path:
+        """The file that a mesh has while it runs, and that a killed mesh leaves behind (``run_record.py``)."""
+        return self.log.with_suffix(".running")
+
+    @property
     def learned(self) -> Path:
         """The file with what was learned about hosts. All meshes of the user share it (``mesh/learned_state.py``)."""
         return self.log.parent.parent / "learned.json"

@@ -76,6 +76,15 @@ EXPLANATIONS = (
         "was started: for another one, `gpumesh down` and `gpumesh up -d`.",
     ),
     Explanation(
+        "mesh-killed",
+        W,
+        "the mesh was killed or has crashed",
+        "The mesh that ran for this mesh.yaml ended without stopping: by `kill -9`, for want of memory, by a crash, or "
+        "with its machine. Its tunnels have ended with it. The next mesh accounts in its log for what was in flight.",
+        "`gpumesh up -d` starts it again. `gpumesh service install` makes it a service, which the system starts again "
+        "by itself.",
+    ),
+    Explanation(
         "config-edit",
         E,
         "this cannot be written into mesh.yaml",

@@ -8,11 +8,11 @@ import select
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, TextIO
+from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
 
@@ -27,7 +27,12 @@ from gpumesh.errors import GPUMeshError, UsageError, unknown_node
 
 USUAL_LINES = 100  # of the last lines, where nothing else is asked for
 POLL_S = 0.2  # between two looks for new lines
+END_POLLS = 5  # looks for new lines between two looks for the end of the mesh
 MAX_JSON_LINE = 1 << 16  # characters of a line that are printed with --json
+
+if TYPE_CHECKING:
+    from gpumesh.daemon.paths import MeshPaths
+    from gpumesh.daemon.run_record import KilledMesh
 
 app = new_app()
 
@@ -82,8 +87,10 @@ def logs(
             _check_names(nodes or (), options, path)
             for line in _last_lines(path, file, selection, max_lines):
                 _print_line(line, as_json)
+            announce_end = _EndAnnouncement(paths)
+            announce_end()
             if follow:
-                for line in filter(selection.takes, _follow(path, file)):
+                for line in filter(selection.takes, _follow(path, file, announce_end)):
                     _print_line(line, as_json)
     except FileNotFoundError:
         raise GPUMeshError(f"there is no log yet at {path}", hint=hint) from None
@@ -143,9 +150,29 @@ def _print_line(line: str, as_json: bool) -> None:
     typer.echo(clean_line(line, MAX_JSON_LINE) if as_json else format_log_line(line))
 
 
-def _follow(path: Path, file: TextIO) -> Iterator[str]:
+class _EndAnnouncement:
+    """Prints once for each mesh that was killed that it was: such a mesh writes no last line."""
+
+    def __init__(self, paths: MeshPaths) -> None:
+        self._paths = paths
+        self._announced: KilledMesh | None = None
+
+    def __call__(self) -> None:
+        """Looks for a killed mesh, and prints a sentence to stderr if there is a new one."""
+        from gpumesh.cli.views.killed_mesh import HINT, describe_killed_mesh
+        from gpumesh.daemon.run_record import find_killed_mesh
+
+        killed = find_killed_mesh(self._paths)
+        if killed is not None and killed != self._announced:
+            sys.stdout.flush()  # its lines come before this one
+            typer.echo(f"{describe_killed_mesh(killed)} ({HINT})", err=True)
+        self._announced = killed
+
+
+def _follow(path: Path, file: TextIO, announce_end: Callable[[], None]) -> Iterator[str]:
     """Yields new lines until interrupted, also after rotations of the log and restarts of the mesh. ``file`` is the
-    open file at ``path``, whose old lines the caller has read."""
+    open file at ``path``, whose old lines the caller has read. ``announce_end`` is called every ``END_POLLS`` polls."""
+    polls = 0
     line = ""
     while True:
         piece = file.readline()  # empty at the end of the file; without "\n" if the line is still being written
@@ -158,6 +185,9 @@ def _follow(path: Path, file: TextIO) -> Iterator[str]:
             file = path.open(encoding="utf-8", errors="replace")  # used by the next iteration
         else:
             _wait_for_poll()
+            polls += 1
+            if polls % END_POLLS == 0:
+                announce_end()
 
 
 def _wait_for_poll() -> None:

@@ -25,6 +25,7 @@ from gpumesh.errors import ExitCode
 from gpumesh.state import Health, MeshState, Severity
 
 if TYPE_CHECKING:
+    from gpumesh.daemon.run_record import KilledMesh
     from gpumesh.mesh.history import History
 
 app = new_app()
@@ -127,8 +128,9 @@ def health_exit_code(state: MeshState) -> ExitCode:
 def _read_state(options: GlobalOptions, *, with_history: bool) -> tuple[MeshState, History]:
     """Returns the state, then the history of the running mesh; an empty history without ``with_history``, and if the
     mesh is of an older version. If no mesh runs, opens a mesh for one probe, which has no history."""
-    from gpumesh.cli.views import changed_file
+    from gpumesh.cli.views import changed_file, killed_mesh
     from gpumesh.daemon.control_socket.quick_status import fetch_history, fetch_status
+    from gpumesh.daemon.run_record import find_killed_mesh
     from gpumesh.mesh.history import History
     from gpumesh.wire import from_json
 
@@ -136,18 +138,22 @@ def _read_state(options: GlobalOptions, *, with_history: bool) -> tuple[MeshStat
     socket = paths.socket
     status_document = fetch_status(socket)
     if status_document is None:
-        return run_async(_probe_once(options)), History()
+        killed = find_killed_mesh(paths)
+        state = run_async(_probe_once(options, killed))
+        return killed_mesh.add_finding(state, killed), History()
     state = changed_file.add_finding(from_json(MeshState, status_document), changed_file.watch_running_file(paths))
     history_document = fetch_history(socket) if with_history else None
     history = History() if history_document is None else from_json(History, history_document)
     return state, history
 
 
-async def _probe_once(options: GlobalOptions) -> MeshState:
-    """Opens a mesh in this process, returns its first report, and closes the mesh."""
+async def _probe_once(options: GlobalOptions, killed: KilledMesh | None) -> MeshState:
+    """Opens a mesh in this process, returns its first report, and closes the mesh. ``killed``: the mesh that should
+    run, if it was killed."""
     async with open_session(options) as session:
         if not options.quiet and sys.stderr.isatty():
-            typer.echo("no mesh is running: probing once …", err=True)
+            reason = "no mesh is running" if killed is None else "the mesh was killed or has crashed"
+            typer.echo(f"{reason}: probing once …", err=True)
         return await session.wait_first_report(FIRST_REPORT_TIMEOUT_S)
 
 
@@ -162,11 +168,14 @@ async def _watch(
     """Shows the state after each change, until interrupted: as a live table on a terminal, else as one table, one line
     of JSON, or one document of YAML after the other. ``interval``: the least seconds between two states."""
     from gpumesh.cli.views.changed_file import watch_with_file
+    from gpumesh.cli.views.killed_mesh import print_killed_mesh
     from gpumesh.cli.views.live.live_table import LiveTable
     from gpumesh.cli.views.node_selection import ViewSelection
     from gpumesh.cli.views.status.status_view import ViewOptions, print_status
     from gpumesh.event_loop.async_iterators import closing_iterator
 
+    if not options.quiet:
+        print_killed_mesh(options.paths(), then="the nodes are probed by this command itself")
     view = ViewSelection(names, labels, sort, options.verbose)
     async with (
         open_session(options, announce_change=False) as session,

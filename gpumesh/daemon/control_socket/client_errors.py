@@ -20,6 +20,12 @@ def connect_error(error: OSError, path: Path) -> GPUMeshError:
     return GPUMeshError(f"cannot reach the running mesh at {path}: {error.strerror or error}")
 
 
+class MeshEnded(GPUMeshError):
+    """The mesh ended in the middle of a request over its control socket."""
+
+    default_hint = "`gpumesh logs` says why"
+
+
 def unreadable_reply(detail: object = None) -> GPUMeshError:
     """Returns the error for a reply that this version of gpumesh does not understand. ``detail``: what is wrong."""
     message = "the running mesh sent a reply that this gpumesh cannot read"

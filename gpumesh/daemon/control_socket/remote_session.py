@@ -132,7 +132,7 @@ class RemoteSession:
     ) -> AsyncGenerator[ControlReply]:
         """Sends the request and yields the replies before ``End``.
 
-        Raises MeshNotRunning when no mesh listens, the mesh's own error for ``Error``, and GPUMeshError when the mesh
+        Raises MeshNotRunning when no mesh listens, the mesh's own error for ``Error``, and MeshEnded when the mesh
         closes the connection without ``End``. With ``until_closed``, closing the connection is no error.
         """
         reader, writer = await self._connect()
@@ -154,9 +154,7 @@ class RemoteSession:
             with suppress(OSError):
                 await writer.wait_closed()
         if not until_closed:
-            raise GPUMeshError(
-                "the running mesh ended in the middle of this", hint="`gpumesh logs` says why"
-            ) from connection_error
+            raise client_errors.MeshEnded("the running mesh ended in the middle of this") from connection_error
 
     async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         """Connects to the control socket. Raises MeshNotRunning when no mesh listens, else GPUMeshError."""

@@ -92,6 +92,10 @@ class Ledger:
         """The number of all held leases, also of those that take no slot."""
         return len(self._slot_leases) + len(self._slotless_leases)
 
+    def models_in_flight(self) -> list[str | None]:
+        """The model of each held lease that takes a slot; ``None`` for a request that names no model."""
+        return [lease.model for lease in self._slot_leases]
+
     def lease(self, node: LeasedNode, demand: Demand, placement: Placement | None) -> Lease:
         """Gives out a lease of ``node`` for a request that the scheduler has placed there. A request to the model store
         has no placement, and takes no slot."""
