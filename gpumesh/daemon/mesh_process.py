@@ -23,6 +23,7 @@ from gpumesh.daemon.process.garbage_collector import tune_garbage_collector
 from gpumesh.daemon.process.open_files import raise_file_limit
 from gpumesh.daemon.reload.reloader import Reloader
 from gpumesh.daemon.run_record import RunRecord
+from gpumesh.daemon.service.manager_link import STOPPING, ManagerLink
 from gpumesh.daemon.sessions.local_session import LocalSession
 from gpumesh.daemon.shutdown import Shutdown
 from gpumesh.daemon.state_changes import compare_states
@@ -74,6 +75,7 @@ async def run_mesh(
         leftovers.remove_leftovers()
         _log_killed_mesh(paths)
         record = _begin_record(stack, paths)
+        manager = ManagerLink.from_environment()
         log.info("the mesh %s starts; nodes: %d", topology.name, len(topology.nodes), extra={"event": "start"})
         stack.callback(log.info, "the mesh %s ended", topology.name, extra={"event": "end"})
         mesh = await stack.enter_async_context(Mesh(topology, learned=LearnedState(paths.learned)))
@@ -95,6 +97,8 @@ async def run_mesh(
         _run_until_closed(stack, _notify(session), name="notify")
         if record is not None:
             _run_until_closed(stack, record.keep(mesh), name="run record")
+        if manager is not None:
+            _run_until_closed(stack, manager.keep_alive(), name="watchdog")
         _run_until_closed(stack, placement.run(), name="placement")
         control = await stack.enter_async_context(ControlServer(session, paths.socket, on_stop=shutdown.request_within))
         if lock is not None:
@@ -110,7 +114,11 @@ async def run_mesh(
                     reloader.gateway = server
                 log.info("the gateway serves at %s", server.listen_description, extra={"event": "gateway"})
             tune_garbage_collector(serving)
+            if manager is not None:
+                manager.send_ready("tunnels only" if server is None else f"serves at {server.listen_description}")
             yield session
+            if manager is not None:
+                manager.send(STOPPING)
             if reloader is not None:
                 reloader.stop()
             session.refuse_new_prompts()

@@ -44,8 +44,8 @@ def add_finding(state: MeshState, killed: KilledMesh | None) -> MeshState:
 
 
 def explain_end(paths: MeshPaths, error: GPUMeshError) -> GPUMeshError:
-    """The error for a command whose mesh has ended: ``error``, or one that says that the mesh was killed. While a mesh ends in
-    order, this waits for ``LOCK_RELEASE_S`` at most."""
+    """The error for a command whose mesh has ended: ``error``, or one that says that the mesh was killed. If the mesh
+    still ends in order, this waits for ``LOCK_RELEASE_S`` at most."""
     from gpumesh.daemon.run_record import find_killed_mesh
 
     # The kernel closes the files of a killed process one after the other: the lock may follow the control socket.

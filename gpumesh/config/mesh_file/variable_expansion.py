@@ -56,6 +56,15 @@ def expand_tree(value: Value, env: Mapping[str, str], path: KeyPath = ()) -> tup
     return UNUSABLE, []  # a BrokenValue, whose fault is reported already
 
 
+def find_required_variables(text: str) -> frozenset[str]:
+    """The variables that the text of a mesh.yaml needs for its ``${VAR}``: those without a default. Whole lines of
+    comment are left out."""
+    lines = (line for line in text.splitlines() if not line.lstrip().startswith("#"))
+    references = (reference for line in lines for reference in _REFERENCE.finditer(line))
+    bodies = (_BODY.fullmatch(reference["body"]) for reference in references if reference["body"] is not None)
+    return frozenset(body["name"] for body in bodies if body is not None and body["default"] is None)
+
+
 def expand_variables(text: str, env: Mapping[str, str]) -> str:
     """Expands ``${VAR}`` and ``${VAR:-default}`` in ``text``; ``$${`` gives ``${`` itself.
 
