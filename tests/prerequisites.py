@@ -60,6 +60,17 @@ def _namespaces() -> bool:
     return result.returncode == 0
 
 
+@functools.cache
+def _systemd() -> bool:
+    """Whether a systemd of a test's own can be started."""
+    programs = ("systemctl", "systemd-analyze", "nsenter", "unshare", "bash")
+    has_parts = Path("/usr/lib/systemd/systemd").exists() and "cgroup2" in Path("/proc/filesystems").read_text()
+    if not _root() or not has_parts or not all(map(program, programs)):
+        return False
+    command = [str(program("unshare")), "--mount", "--cgroup", "mount", "-t", "cgroup2", "none", "/mnt"]
+    return subprocess.run(command, stderr=subprocess.DEVNULL, timeout=20, check=False).returncode == 0
+
+
 _PREREQUISITES: dict[str, tuple[str, Callable[[], bool]]] = {
     "sshd": ("OpenSSH's sshd and ssh-keygen", lambda: bool(program("sshd") and program("ssh-keygen"))),
     "ssh": ("OpenSSH's ssh", lambda: program("ssh") is not None),
@@ -82,6 +93,7 @@ _PREREQUISITES: dict[str, tuple[str, Callable[[], bool]]] = {
     "nss-wrapper": ("libnss-wrapper (Debian's package)", lambda: nss_wrapper() is not None),
     "redis-server": ("redis-server", lambda: program("redis-server") is not None),
     "root": ("root, to run a process as another user", _root),
+    "systemd": ("systemd, and root, cgroup2 and util-linux for namespaces of its own", _systemd),
     "netns": ("root, iproute2, nftables, util-linux and tun for network namespaces", _namespaces),
 }
 

@@ -6,7 +6,7 @@ PATH=$PATH:/usr/sbin:/usr/local/sbin:/sbin
 export PATH
 
 missing=
-for part in curl:curl sshd:openssh-server ssh:openssh-client ip:iproute2 nft:nftables redis-server:redis-server chromium:chromium node:nodejs npm:npm bash:bash zsh:zsh fish:fish tcsh:tcsh dropbear:dropbear-bin openssl:openssl; do
+for part in curl:curl sshd:openssh-server ssh:openssh-client ip:iproute2 nft:nftables redis-server:redis-server chromium:chromium node:nodejs npm:npm bash:bash zsh:zsh fish:fish tcsh:tcsh dropbear:dropbear-bin openssl:openssl systemctl:systemd unshare:util-linux; do
     command -v "${part%%:*}" >/dev/null 2>&1 || missing="$missing ${part#*:}"
 done
 # A library, which no folder of PATH has.

@@ -26,8 +26,8 @@ def installed_lines(manager: ServiceManager, definition: ServiceDefinition, need
     name, state = definition.name, manager.state(definition.name)
     running = f"it runs now (pid {state.pid})" if state.is_active else f"it is {state.state} now"
     yield clean_line(
-        f"the service {name} keeps the mesh of {definition.config} up, with {manager.path(name)}: {running}, and its log "
-        f"is shown by `{manager.log_command(name)}` and `gpumesh logs`"
+        f"the service {name} keeps the mesh of {definition.config} up, with {manager.path(name)}: {running}, and "
+        f"`{manager.log_command(name)}` and `gpumesh logs` show its log"
     )
     remark = manager.boot_remark()
     if remark is not None:
@@ -36,8 +36,8 @@ def installed_lines(manager: ServiceManager, definition: ServiceDefinition, need
     if missing:
         yield clean_line(
             f"mesh.yaml names {join_all(missing)}, and a service has only what {definition.variables_file} says "
-            f"(NAME=value lines, mode 0600): add them there and `{manager.restart_command(name)}`, or set them here and "
-            "`gpumesh service install --save-variables`"
+            f"(NAME=value lines, mode 0600): add them there and `{manager.restart_command(name)}`, or set them here "
+            "and `gpumesh service install --save-variables`"
         )
     if _is_open_to_others(definition):
         yield clean_line(f"others can read {definition.variables_file}: `chmod 600` it")
@@ -105,7 +105,7 @@ def _describe_variables(document: dict[str, Any]) -> str:
 
 
 def _row(label: str, text: str) -> str:
-    return clean_line(f"{label:<{LABEL_WIDTH}} {text}")
+    return f"{label:<{LABEL_WIDTH}} {clean_line(text)}"
 
 
 def _missing_variables(definition: ServiceDefinition, needed: Sequence[str]) -> tuple[str, ...]:

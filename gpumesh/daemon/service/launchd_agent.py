@@ -37,7 +37,6 @@ def make_agent(definition: ServiceDefinition, *, log: Path) -> str:
         "ExitTimeOut": STOP_S,
         "ProcessType": "Interactive",
         "SoftResourceLimits": {"NumberOfFiles": 65536},
-        "Umask": 0o077,
         "StandardErrorPath": str(log),
     }
     head, _, body = plistlib.dumps(agent, sort_keys=False).decode().partition("\n")

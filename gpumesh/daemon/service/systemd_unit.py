@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from gpumesh.daemon.service.definition import ServiceDefinition, signature
 from gpumesh.daemon.shutdown import DRAIN_S
 
-RESTART_S = 1  # after a crash; the start itself takes another second
+RESTART_MS = 500  # after a crash; the start itself takes another second
 STOP_S = int(DRAIN_S) + 20  # draining, and closing the tunnels
 START_S = 60
 WATCHDOG_S = 60  # an event loop that is silent for so long hangs
@@ -20,7 +20,6 @@ _HARDENING = (
     "LockPersonality=yes",
     "RestrictRealtime=yes",
     "RestrictSUIDSGID=yes",
-    "UMask=0077",
 )
 _SYSTEM_HARDENING = (
     "ProtectSystem=full",
@@ -66,7 +65,7 @@ def _lines(definition: ServiceDefinition, systemd_version: int | None) -> Iterat
     yield "# `gpumesh down` ends it with 0, and it stays down. 2: mesh.yaml is wrong, and will be wrong again."
     yield "Restart=on-failure"
     yield "RestartPreventExitStatus=2"
-    yield f"RestartSec={RESTART_S}"
+    yield f"RestartSec={RESTART_MS}ms"
     if systemd_version is not None and systemd_version >= FIRST_VERSION_WITH_STEPS:
         yield "RestartSteps=6"
         yield "RestartMaxDelaySec=30"
