@@ -1,11 +1,9 @@
-"""Examples that wire the mesh into something else: programs, service managers, Grafana."""
+"""Examples that wire the mesh into something else: programs, Grafana."""
 
 from __future__ import annotations
 
 import asyncio
-import configparser
 import json
-import plistlib
 import re
 import sys
 from collections.abc import Iterator
@@ -28,7 +26,7 @@ from gpumesh.mesh.nodes.forecast_record import ForecastRecord
 from tests.cli import states
 from tests.gateway.fleet import MODEL, quick_host, serve_hosts
 from tests.gateway.observe.test_metrics import Streamed, record
-from tests.test_examples import EXAMPLES, GPUMESH, run, script
+from tests.test_examples import EXAMPLES, run, script
 
 # -- programs --------------------------------------------------------------------------------------------------------
 
@@ -75,39 +73,6 @@ async def test_fastapi_backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
                 await host.set_faults(Faults(end_after_tokens=2, paths=("/api",)))
                 broken = await client.post("/answer", json={"question": "Why?"})
                 assert "[the answer broke off" in broken.text
-
-
-# -- service managers ------------------------------------------------------------------------------------------------
-
-
-async def command_is_understood(arguments: list[str]) -> None:
-    """Each option is one that the command has."""
-    code, out, _ = await run(GPUMESH, arguments[0], "--help", COLUMNS="200")
-    assert code == 0
-    assert all(option in out for option in arguments[1:])
-
-
-async def test_systemd_unit() -> None:
-    unit = configparser.ConfigParser(strict=False, interpolation=None)
-    unit.optionxform = str  # type: ignore[assignment, method-assign]
-    unit.read(EXAMPLES / "gpumesh.service")
-    assert set(unit) == {"DEFAULT", "Unit", "Service", "Install"}
-    service = unit["Service"]
-    program, *arguments = service["ExecStart"].split()
-    assert program == "%h/.local/bin/gpumesh"
-    await command_is_understood(arguments)
-    assert int(service["TimeoutStopSec"]) > 20, "draining and closing the tunnels take their time"
-    assert service["RestartPreventExitStatus"] == "2"
-
-
-async def test_launchd_agent() -> None:
-    agent = plistlib.loads((EXAMPLES / "io.gpumesh.plist").read_bytes())
-    assert agent["Label"] == "io.gpumesh"
-    program, *arguments = agent["ProgramArguments"]
-    assert program.endswith("/gpumesh")
-    await command_is_understood(arguments)
-    assert agent["KeepAlive"] == {"SuccessfulExit": False}
-    assert agent["ExitTimeOut"] > 20
 
 
 # -- Grafana ---------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gpumesh.config import environment
@@ -88,12 +88,17 @@ class MeshPaths:
 
 
 def for_config(config: Path) -> MeshPaths:
-    """Returns the paths for the mesh.yaml ``config``. A relative path or a link to the file gives the same paths."""
+    """Returns the paths for the mesh.yaml ``config``. A relative path or a link to the file gives the same paths.
+
+    A mesh that a service of the whole system runs has no XDG_RUNTIME_DIR, while the same user's shell has. So if there
+    is no lock in the runtime folder of this process, the user's other runtime folder is looked at too.
+    """
     resolved = config.resolve()
     # Only 16 digits of the hash, because the path of a Unix socket may not be long.
     key = hashlib.sha256(str(resolved).encode("utf-8", "surrogateescape")).hexdigest()[:16]
-    return MeshPaths(
-        config=resolved,
-        folder=environment.runtime_dir() / key,
-        log=environment.state_dir() / "logs" / f"{key}.jsonl",
-    )
+    log = environment.state_dir() / "logs" / f"{key}.jsonl"
+    paths = MeshPaths(config=resolved, folder=environment.runtime_dir() / key, log=log)
+    if paths.lock.exists():
+        return paths
+    others = (replace(paths, folder=folder / key) for folder in environment.runtime_dirs())
+    return next((other for other in others if other.lock.exists()), paths)

@@ -71,3 +71,23 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(GPUMeshError, match="cannot use the runtime folder"):
         MeshPaths(tmp_path / "mesh.yaml", tmp_path / "file" / "x", tmp_path / "log").create_folder()
+
+
+def test_a_mesh_in_the_users_other_runtime_folder_is_found(
+    tmp_path: Path, runtime: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A service of the whole system has no XDG_RUNTIME_DIR, and the same user's shell has."""
+    file = tmp_path / "mesh.yaml"
+    monkeypatch.delenv("XDG_RUNTIME_DIR")
+    paths = for_config(file)
+    paths.create_folder()
+    paths.lock.touch()
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(runtime))
+    try:
+        assert paths.folder.parent != runtime / "gpumesh"
+        assert for_config(file) == paths
+        own = for_config(tmp_path / "other.yaml")
+        assert own.folder.parent == runtime / "gpumesh"
+    finally:
+        paths.remove_files()
+    assert for_config(file).folder.parent == runtime / "gpumesh"
