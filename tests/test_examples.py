@@ -29,7 +29,7 @@ from tests.prerequisites import needs
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 FLEET = EXAMPLES / "fleet.yaml"  # for the simulator
-TOPOLOGIES = sorted(set(EXAMPLES.glob("*.yaml")) - {FLEET})
+TOPOLOGIES = sorted({*EXAMPLES.glob("*.yaml"), EXAMPLES / "docker" / "mesh.yaml"} - {FLEET})
 PYTHON = sys.executable
 GPUMESH = str(Path(PYTHON).with_name("gpumesh"))
 # What stands in the variables that examples name.
