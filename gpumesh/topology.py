@@ -64,12 +64,23 @@ class TunnelListen(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class RequestRate:
+    """At most ``requests`` at once, and as many in each ``period_s`` seconds after that."""
+
+    requests: int
+    period_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class KeySpec:
-    """An API key of the gateway, and what its holder may use. Exactly one of ``env`` and ``sha256`` is set.
+    """An API key of the gateway, and what its holder may use. Exactly one of ``env``, ``file`` and ``sha256`` is set.
 
     - ``env``: the name of the variable that holds the key. ``sha256``: the SHA-256 of the key, in hexadecimal.
+      ``file``: a file that holds nothing but the key.
     - ``priority``: the class of a request that asks for none; ``None``: this key changes nothing.
     - ``nodes``, ``models``: the only nodes and models that the holder may use; ``None``: all.
+    - ``rate``: how often the holder may ask a model; ``tokens_per_month``: how many tokens, those of prompts included,
+      the holder may use in a month of the calendar in UTC; ``None``: no limit.
     """
 
     name: str
@@ -78,6 +89,9 @@ class KeySpec:
     priority: Priority | None = None
     nodes: tuple[str, ...] | None = None
     models: tuple[str, ...] | None = None
+    file: Path | None = None
+    rate: RequestRate | None = None
+    tokens_per_month: int | None = None
 
 
 # The routes whose streams can get a sign of life, and after how many silent seconds they do if mesh.yaml does not say.

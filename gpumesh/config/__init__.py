@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gpumesh.config.credentials import read_secret, withhold_variables
+from gpumesh.config.credentials import read_secret, read_secret_file, withhold_variables
 from gpumesh.config.find_file import find_config, search_paths
 from gpumesh.config.listen_address import parse_listen_address, parse_listen_option, require_key_beyond_loopback
 from gpumesh.text.addresses import is_loopback
@@ -32,6 +32,7 @@ __all__ = [
     "parse_listen_address",
     "parse_listen_option",
     "read_secret",
+    "read_secret_file",
     "require_key_beyond_loopback",
     "schema",
     "search_paths",

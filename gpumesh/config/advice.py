@@ -13,6 +13,7 @@ from pathlib import Path
 
 from gpumesh.config import credentials, environment, providers
 from gpumesh.config.ssh import key_files, ssh_config
+from gpumesh.errors import SecretMissing
 from gpumesh.state import Finding, Severity
 from gpumesh.text.addresses import is_loopback
 from gpumesh.text.quoting import paste_command
@@ -41,6 +42,8 @@ def _check_gateway(topology: Topology) -> Iterator[Finding]:
     for key in gateway.keys:
         if key.env is not None:
             yield from _check_variable(key.env, f"the key {key.name} of the gateway", None)
+        if key.file is not None:
+            yield from _check_key_of_client(key.name, key.file)
     if gateway.host is not None and not is_loopback(gateway.host):
         message = (
             f"the gateway listens on {gateway.host} without encryption: prompts and the key can be read on the way"
@@ -53,6 +56,18 @@ def _check_gateway(topology: Topology) -> Iterator[Finding]:
         for name, variable in (("webhook_env", rule.webhook_env), ("token_env", rule.token_env)):
             if variable is not None:
                 yield from _check_variable(variable, f"notify[{index}].{name}", None)
+
+
+def _check_key_of_client(name: str, path: Path) -> Iterator[Finding]:
+    """A finding if the file with the key of a client cannot be used, or if other users can read it."""
+    try:
+        credentials.read_secret_file(path)
+    except SecretMissing as error:
+        yield Finding("secret-missing", Severity.ERROR, None, f"the key {name} of the gateway: {error}", error.hint)
+        return
+    if stat.S_IMODE(path.stat().st_mode) & 0o044:
+        message = f"the file {path} with the key {name} of the gateway can be read by other users of this machine"
+        yield Finding("key-open", Severity.WARNING, None, message, paste_command("chmod 600 {FILE}", FILE=str(path)))
 
 
 def _check_node(node: NodeSpec) -> Iterator[Finding]:

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 from collections.abc import Iterable
+from pathlib import Path
 
 from gpumesh.errors import SecretMissing
 
+MAX_SECRET_FILE_BYTES = 4096
 MIN_MASKED_CHARACTERS = 6  # a shorter value could also be a part of ordinary words
 
 # The variables that a mesh.yaml names for a secret. The whole process has one set, as it has one environment: code that
@@ -36,6 +39,42 @@ def read_secret(variable: str, *, node: str | None = None) -> str:
             node=node,
         )
     return value
+
+
+def read_secret_file(path: Path) -> str:
+    """Returns the secret that is the whole content of a file, without the blanks and line breaks around it. Raises
+    SecretMissing, which names the file, when the file cannot be read, is empty or too large, or when other users may
+    write it. Others may read it: a secret of a container often is mounted so."""
+    problem = None
+    secret = ""
+    try:
+        # O_NONBLOCK is for a FIFO: without it, opening a FIFO waits for its writer.
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+        with os.fdopen(descriptor, "rb") as file:
+            mode = os.fstat(descriptor).st_mode
+            if not stat.S_ISREG(mode):
+                problem = "is not a regular file"
+            elif stat.S_IMODE(mode) & 0o022:
+                problem = "may be written to by other users"
+            else:
+                data = file.read(MAX_SECRET_FILE_BYTES + 1)
+                secret = data.decode().strip()
+                if len(data) > MAX_SECRET_FILE_BYTES:
+                    problem = "is too large to be one key"
+                elif not secret:
+                    problem = "is empty"
+                elif not secret.isprintable():
+                    problem = "holds more than one line"
+    except OSError as error:
+        problem = f"cannot be read: {error.strerror or error}"
+    except UnicodeDecodeError:
+        problem = "holds no text"
+    if problem is not None:
+        raise SecretMissing(
+            f"the file {path} {problem}, but mesh.yaml names it for a secret",
+            hint="it holds one line, the key, and belongs to you (chmod 600)",
+        )
+    return secret
 
 
 def is_secret_set(variable: str) -> bool:

@@ -101,6 +101,9 @@ def _key_entries(spec: KeySpec) -> dict[str, Any]:
             "priority": None if spec.priority is None else spec.priority.value,
             "nodes": list(spec.nodes or ()),
             "models": list(spec.models or ()),
+            "file": None if spec.file is None else str(spec.file),
+            "rate": None if spec.rate is None else value_parsers.format_rate(spec.rate),
+            "tokens_per_month": spec.tokens_per_month,
         }
     )
 

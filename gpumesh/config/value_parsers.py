@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 from urllib.parse import urlsplit
 
-from gpumesh.topology import Target
+from gpumesh.topology import RequestRate, Target
 
 _N = TypeVar("_N", int, float)
 
@@ -33,6 +33,11 @@ _SCHEME_PORTS = {"http": 80, "https": 443}
 _HASHES_OF_NOTHING = frozenset(hashlib.sha256(text).hexdigest() for text in (b"", b"\n"))
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"
 SHA256_PATTERN = r"^[0-9A-Fa-f]{64}$"
+RATE_PATTERN = r"^[0-9]{1,9}(\s*/\s*[smhd])?$"
+TOKENS_PATTERN = r"^[0-9][0-9_]{0,17}$|^[0-9]{1,6}(\.[0-9]{1,3})?[kKMGB]$"
+_RATE_PERIODS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}  # in seconds
+_TOKEN_UNITS = {"k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9}
+MOST_TOKENS = 10**15
 DURATION_PATTERN = r"^\d+(\.\d+)?\s*(ms|s|m|h)$"
 
 
@@ -129,6 +134,35 @@ def format_duration(seconds: float) -> str:
         if is_readable and parse_duration(form) == seconds:
             return form
     return f"{seconds:.6f}s"
+
+
+def parse_rate(text: str) -> RequestRate:
+    """Returns the rate of a text such as ``60`` (in a minute), ``10/s``, ``60/m``, ``1000/h`` or ``5000/d``."""
+    if not re.fullmatch(RATE_PATTERN, text.strip()):
+        raise ValueError("is not a rate: write 60 for 60 requests in a minute, or 10/s, 60/m, 1000/h, 5000/d")
+    count, _, unit = text.partition("/")
+    requests = int(count)
+    if requests == 0:
+        raise ValueError("allows no request: a key that may not be used is better left out")
+    return RequestRate(requests, _RATE_PERIODS[unit.strip() or "m"])
+
+
+def format_rate(rate: RequestRate) -> str:
+    """Writes what ``parse_rate`` reads: ``60/m``."""
+    unit = next(unit for unit, period_s in _RATE_PERIODS.items() if period_s == rate.period_s)
+    return f"{rate.requests}/{unit}"
+
+
+def parse_tokens(text: str) -> int:
+    """Returns the number of tokens of a text such as ``2000000``, ``2_000_000``, ``500k`` or ``1.5M``."""
+    text = text.strip()
+    if not re.fullmatch(TOKENS_PATTERN, text):
+        raise ValueError("is not a number of tokens: write 2000000, 500k or 2M")
+    unit = _TOKEN_UNITS.get(text[-1])
+    tokens = int(text.replace("_", "")) if unit is None else round(float(text[:-1]) * unit)
+    if not 0 < tokens <= MOST_TOKENS:
+        raise ValueError(f"is not between 1 and {MOST_TOKENS}")
+    return tokens
 
 
 def parse_host(text: str) -> str:

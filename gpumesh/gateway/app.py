@@ -198,7 +198,12 @@ class Gateway:
         """The guard by the keys and the origins of ``topology``. Raises the errors of ``read_api_keys``: a key's
         variable is not set, or two keys have the same secret."""
         spec, rules = topology.gateway, ModelRules(topology.models)
-        keys = read_api_keys(spec, read_secret=config.read_secret, identity=rules.identity)
+        keys = read_api_keys(
+            spec,
+            read_secret=config.read_secret,
+            read_secret_file=config.read_secret_file,
+            identity=rules.identity,
+        )
         return Guard(keys, frozenset(spec.cors_origins), _find_hostnames(self._host, self._spec.socket))
 
     def apply(self, guard: Guard) -> None:

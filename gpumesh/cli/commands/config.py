@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import sys
+from typing import Annotated
 
 import typer
 
 from gpumesh.cli.command_group import new_app
 from gpumesh.cli.global_options import global_options
-from gpumesh.errors import ExitCode
+from gpumesh.errors import ExitCode, UsageError
+
+MAX_KEY_CHARS = 4096
+GUESSABLE_CHARS = 20  # a shorter key could be found from its hash by trying
 
 app = new_app(no_args_is_help=True)
 
@@ -60,3 +65,46 @@ def schema() -> None:
     from gpumesh import config as configuration
 
     typer.echo(json.dumps(configuration.schema(), indent=2))
+
+
+@app.command("hash-key")
+def hash_key(
+    new: Annotated[bool, typer.Option("--new", help="Make a new random key, and print it before its hash.")] = False,
+) -> None:
+    """The SHA-256 of a client's API key, for `hash` under gateway.keys. Asks for the key, or reads it from stdin.
+
+    \b
+    Examples:
+      gpumesh config hash-key
+      gpumesh config hash-key < guest.key
+      gpumesh config hash-key --new
+    """
+    import secrets
+
+    from gpumesh.gateway.access.api_keys import hash_key as compute_hash
+
+    if new:
+        key = f"gm-{secrets.token_urlsafe(32)}"
+        typer.echo(f"key:  {key}\nhash: {compute_hash(key.encode()).hex()}")
+        return
+    key = _read_key()
+    if len(key) < GUESSABLE_CHARS:
+        typer.echo(
+            "warning: so short a key can be found from its hash by trying; `gpumesh config hash-key --new` makes one",
+            err=True,
+        )
+    typer.echo(compute_hash(key.encode("utf-8", "surrogateescape")).hex())
+
+
+def _read_key() -> str:
+    """The key that a person types, unseen, or that stdin holds. Raises UsageError if there is none, or if it could not
+    be sent in a header."""
+    if sys.stdin.isatty():
+        key = str(typer.prompt("API key", hide_input=True, err=True))
+    else:
+        key = sys.stdin.read(MAX_KEY_CHARS + 1).strip()
+    if not key:
+        raise UsageError("there is no key to hash", hint="`gpumesh config hash-key --new` makes one")
+    if len(key) > MAX_KEY_CHARS or not key.isprintable() or " " in key:
+        raise UsageError("a key is one word in one line", hint="`gpumesh config hash-key --new` makes one")
+    return key

@@ -35,6 +35,7 @@ from gpumesh.topology import (
     PolicyKind,
     Priority,
     ReloadMode,
+    RequestRate,
     Target,
     TransportKind,
     TunnelListen,
@@ -78,6 +79,24 @@ HEARTBEAT = Scalar(
     },
 )
 WEIGHT = Scalar(value_parsers.parse_weight, {"type": "number", "exclusiveMinimum": 0, "maximum": 1000}, NUMBER)
+RATE = Scalar(
+    value_parsers.parse_rate,
+    {
+        "anyOf": [
+            {"type": "integer", "minimum": 1},
+            {"type": "string", "pattern": value_parsers.RATE_PATTERN, "examples": ["60/m"]},
+        ]
+    },
+)
+TOKENS = Scalar(
+    value_parsers.parse_tokens,
+    {
+        "anyOf": [
+            {"type": "integer", "minimum": 1, "maximum": value_parsers.MOST_TOKENS},
+            {"type": "string", "pattern": value_parsers.TOKENS_PATTERN, "examples": ["2M"]},
+        ]
+    },
+)
 BOOLEAN = Scalar(value_parsers.parse_boolean, {"type": "boolean"}, TRUE_OR_FALSE)
 
 # -- lists -----------------------------------------------------------------------------------------------------------
@@ -187,16 +206,23 @@ class Node(NodeDefaults):
 
 
 class ApiKey(Section):
-    """An API key of one user or program. Either `env` or `hash` says which key it is."""
+    """An API key of one user or program. One of `env`, `file` and `hash` says which key it is."""
 
     name: str = required(NAME, "Who holds the key: shown in tables, and the client whose share is counted.")
     env: str | None = optional(VARIABLE, "Name of the variable that holds the key.")
-    hash: str | None = optional(SHA256, "The key's SHA-256 in hexadecimal, in place of `env`.")
+    file: str | None = optional(PATH, "File that holds nothing but the key; relative to mesh.yaml.")
+    hash: str | None = optional(SHA256, "The key's SHA-256 in hexadecimal: `gpumesh config hash-key` makes it.")
     priority: Priority | None = optional(
         Choice(Priority), "Of requests that ask for none: interactive, normal or batch."
     )
     nodes: tuple[str, ...] | None = optional(NODE_NAMES, "The only nodes that it may use; all if not given.")
     models: tuple[str, ...] | None = optional(MODELS, "The only models that it may use; all if not given.")
+    rate: RequestRate | None = optional(
+        RATE, "How often it may ask a model: 60 (in a minute), 10/s, 60/m, 1000/h, 5000/d; no limit if not given."
+    )
+    tokens_per_month: int | None = optional(
+        TOKENS, "Tokens of prompts and answers in a month of the calendar (UTC): 2000000, 500k, 2M."
+    )
 
 
 class Gateway(Section):

@@ -184,7 +184,7 @@ def check_keys(keys: Any, api_key_env: Any, node_names: Sequence[str]) -> Iterat
     for index, key in enumerate(keys):
         if not isinstance(key, Mapping):
             continue
-        for member in ("name", "env", "hash"):
+        for member in ("name", "env", "file", "hash"):
             text = key.get(member)
             if not isinstance(text, str):
                 continue
@@ -193,11 +193,14 @@ def check_keys(keys: Any, api_key_env: Any, node_names: Sequence[str]) -> Iterat
             earlier = first_use.setdefault((member, compared), place)
             if earlier != place:
                 yield (*path, index, member), f"is that of {earlier} already"
-        given = [member for member in ("env", "hash") if key.get(member) is not None]
+        given = [member for member in ("env", "file", "hash") if key.get(member) is not None]
         if not given:
-            yield (*path, index), "says neither `env` nor `hash`: give the variable that holds the key, or its SHA-256"
+            yield (
+                (*path, index),
+                "says neither `env`, `file` nor `hash`: give the variable or file with the key, or its SHA-256",
+            )
         elif len(given) > 1:
-            yield (*path, index, "hash"), "env stands here already: give one of env and hash"
+            yield (*path, index, given[1]), f"{given[0]} stands here already: give one of env, file and hash"
         yield from check_node_names(key.get("nodes"), node_names, (*path, index, "nodes"))
         if key.get("models") == []:
             yield (*path, index, "models"), "names no model: leave it out if all models may be used"

@@ -294,10 +294,23 @@ class TopologyBuilder:
             timeout_s=_value_or(gateway.timeout, default.timeout_s),
             cors_origins=gateway.cors_origins or (),
             access_log=_value_or(gateway.access_log, default.access_log),
-            keys=tuple(_build_key(key) for key in gateway.keys or ()),
+            keys=tuple(self._build_key(key) for key in gateway.keys or ()),
             route_priority=MappingProxyType(gateway.route_priority or {}),
             heartbeat_s=MappingProxyType({**default.heartbeat_s, **(gateway.heartbeat or {})}),
             reload=_value_or(gateway.reload, default.reload),
+        )
+
+    def _build_key(self, key: ApiKey) -> KeySpec:
+        return KeySpec(
+            name=key.name,
+            env=key.env,
+            sha256=key.hash,
+            priority=key.priority,
+            nodes=key.nodes,
+            models=key.models,
+            file=None if key.file is None else self._absolute_path(key.file),
+            rate=key.rate,
+            tokens_per_month=key.tokens_per_month,
         )
 
     def _socket_path(self, text: str) -> Path:
@@ -314,10 +327,6 @@ class TopologyBuilder:
         if text == "~" or text.startswith("~/"):
             return self.home / text.removeprefix("~").lstrip("/")
         return self.base / text
-
-
-def _build_key(key: ApiKey) -> KeySpec:
-    return KeySpec(key.name, key.env, key.hash, key.priority, key.nodes, key.models)
 
 
 def _build_model(name: str, model: Model, node_names: tuple[str, ...]) -> ModelSpec:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 
 from gpumesh.errors import UsageError
 from gpumesh.gateway.http.client_key import ClientKey
-from gpumesh.topology import GatewaySpec
+from gpumesh.topology import GatewaySpec, KeySpec
 
 
 class ApiKeys:
@@ -60,12 +61,17 @@ def hash_key(key: bytes) -> bytes:
 
 
 def read_api_keys(
-    spec: GatewaySpec, *, read_secret: Callable[[str], str], identity: Callable[[str], str]
+    spec: GatewaySpec,
+    *,
+    read_secret: Callable[[str], str],
+    read_secret_file: Callable[[Path], str],
+    identity: Callable[[str], str],
 ) -> ApiKeys | None:
     """The keys of a gateway; ``None`` if it needs none. ``read_secret`` returns the secret in the variable of this
-    name. ``identity`` returns the text by which all names of one model are recognised (``ModelRules.identity``).
+    name, ``read_secret_file`` that in this file. ``identity`` returns the text by which all names of one model are
+    recognised (``ModelRules.identity``).
 
-    Raises the errors of ``read_secret``, and UsageError if two keys have the same secret."""
+    Raises the errors of both functions, and UsageError if two keys have the same secret."""
     if not spec.needs_key:
         return None
     keys: dict[bytes, ClientKey] = {}
@@ -81,12 +87,20 @@ def read_api_keys(
 
     if spec.api_key_env is not None:
         add(hash_key(read_secret(spec.api_key_env).encode()), ClientKey(label=spec.api_key_env))
-    for key in spec.keys:  # exactly one of ``sha256`` and ``env`` is set
-        digest = bytes.fromhex(key.sha256) if key.sha256 is not None else b""
+
+    def read_digest(key: KeySpec) -> bytes:
         if key.env is not None:
-            digest = hash_key(read_secret(key.env).encode())
+            return hash_key(read_secret(key.env).encode())
+        if key.file is not None:
+            return hash_key(read_secret_file(key.file).encode())
+        assert key.sha256 is not None, "mesh.yaml gives one of env, file and hash"
+        return bytes.fromhex(key.sha256)
+
+    for key in spec.keys:
         models = None if key.models is None else frozenset(map(identity, key.models))
-        add(digest, ClientKey(key.name, key.name, key.priority, _as_set(key.nodes), models))
+        nodes = _as_set(key.nodes)
+        limits = (key.rate, key.tokens_per_month)
+        add(read_digest(key), ClientKey(key.name, key.name, key.priority, nodes, models, *limits))
     return ApiKeys(keys)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from gpumesh.gateway.http.errors import BadRequest
-from gpumesh.topology import Priority
+from gpumesh.topology import Priority, RequestRate
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +17,7 @@ class ClientKey:
     - ``priority``: the class of a request that asks for none; ``None``: this key changes nothing.
     - ``nodes`` and ``models`` are all that the holder may use; ``None``: no limit. The models are compared by
       ``ModelRules.identity``.
+    - ``rate`` and ``tokens_per_month``: how much the holder may use (``access/quotas.py``); ``None``: no limit.
     """
 
     label: str
@@ -24,6 +25,18 @@ class ClientKey:
     priority: Priority | None = None
     nodes: frozenset[str] | None = None
     models: frozenset[str] | None = None
+    rate: RequestRate | None = None
+    tokens_per_month: int | None = None
+
+    @property
+    def usage_name(self) -> str:
+        """The name under which usage is counted. A key without a holder's name is that of a variable (``$NAME``)."""
+        return f"${self.label}" if self.name is None else self.name
+
+    @property
+    def has_quota(self) -> bool:
+        """Whether the holder may use a limited amount only."""
+        return self.rate is not None or self.tokens_per_month is not None
 
     @property
     def is_limited(self) -> bool:

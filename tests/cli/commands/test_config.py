@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import random
 import sys
@@ -262,3 +263,30 @@ async def test_which_file_is_meant(gpumesh: Gpumesh, tmp_path: Path) -> None:
     async with gpumesh.terminal("status", GPUMESH_CONFIG="") as shown:
         assert await shown.wait_exit() == 2
         await shown.wait_for_text("hint: `gpumesh init` writes one, `gpumesh demo` needs none")
+
+
+async def test_the_hash_of_a_key_is_that_of_sha256sum(gpumesh: Gpumesh) -> None:
+    key = "gm-0123456789abcdef0123456789abcdef"
+    result = await gpumesh("config", "hash-key", stdin=f"{key}\n")
+    assert (result.out, result.err) == (f"{hashlib.sha256(key.encode()).hexdigest()}\n", "")
+
+
+async def test_a_new_key_and_its_hash(gpumesh: Gpumesh) -> None:
+    lines = (await gpumesh("config", "hash-key", "--new")).out.splitlines()
+    key, digest = (line.split()[1] for line in lines)
+    assert len(key) > 40
+    assert hashlib.sha256(key.encode()).hexdigest() == digest
+
+
+@pytest.mark.parametrize(
+    ("stdin", "code", "message"),
+    [
+        ("", 2, "there is no key to hash"),
+        ("two words", 2, "a key is one word in one line"),
+        ("sk-hunter2", 0, "so short a key can be found from its hash"),
+    ],
+)
+async def test_a_key_that_is_none_or_weak(gpumesh: Gpumesh, stdin: str, code: int, message: str) -> None:
+    result = await gpumesh("config", "hash-key", stdin=stdin, code=code)
+    assert message in result.err
+    assert "hunter2" not in result.out + result.err

@@ -11,7 +11,7 @@ from gpumesh import config
 from gpumesh.backends.continuation.stream_formats import generates_text
 from gpumesh.config.mesh_file.model_rules import QUEUED_ROUTES
 from gpumesh.gateway.model_requests import MODEL_ROUTES
-from gpumesh.topology import HEARTBEAT_S, KeySpec, ModelSpec, Priority
+from gpumesh.topology import HEARTBEAT_S, KeySpec, ModelSpec, Priority, RequestRate
 from tests.config.build import HOME, problem, problems, topology
 
 NODES = """nodes:
@@ -71,6 +71,30 @@ def test_keys_and_the_priority_of_routes() -> None:
     assert dict(gateway.route_priority) == {"/api/embed": Priority.BATCH}
     assert gateway.key_variables == ("CHAT_KEY",)
     assert gateway.needs_key
+
+
+@pytest.mark.parametrize(
+    ("rate", "requests", "period_s"),
+    [("60", 60, 60.0), ("60/m", 60, 60.0), ("10 / s", 10, 1.0), ("1000/h", 1000, 3600.0), ("5000/d", 5000, 86400.0)],
+)
+def test_the_rate_of_a_key(rate: str, requests: int, period_s: float) -> None:
+    mesh = topology(f"{NODES}gateway: {{keys: [{{name: a, file: key.txt, rate: {rate}}}]}}\n")
+    (key,) = mesh.gateway.keys
+    assert key.rate == RequestRate(requests, period_s)
+    assert key.file is not None
+    assert key.file.name == "key.txt"
+    assert config.parse(config.dump_effective(mesh), file="x", env={}, home=HOME, source=mesh.source).gateway.keys == (
+        key,
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens"),
+    [("2000000", 2_000_000), ("2_000_000", 2_000_000), ("500k", 500_000), ("1.5M", 1_500_000), ("1G", 10**9)],
+)
+def test_the_budget_of_a_key(text: str, tokens: int) -> None:
+    (key,) = topology(f"{NODES}gateway: {{keys: [{{name: a, env: A, tokens_per_month: {text}}}]}}\n").gateway.keys
+    assert key.tokens_per_month == tokens
 
 
 def test_the_heartbeat_of_routes() -> None:
@@ -152,7 +176,7 @@ def test_a_chain_that_leads_into_a_circle_is_reported_once() -> None:
     ("keys", "where", "said"),
     [
         ("[]", "gateway.keys", "names no key"),
-        ("[{name: a}]", "gateway.keys[0]", "says neither `env` nor `hash`"),
+        ("[{name: a}]", "gateway.keys[0]", "says neither `env`, `file` nor `hash`"),
         (f"[{{name: a, env: A, hash: {DIGEST}}}]", "gateway.keys[0].hash", "env stands here already"),
         ("[{name: a, env: A}, {name: a, env: B}]", "gateway.keys[1].name", "is that of gateway.keys[0] already"),
         ("[{name: a, env: A}, {name: b, env: A}]", "gateway.keys[1].env", "is that of gateway.keys[0] already"),
@@ -173,7 +197,22 @@ def test_a_chain_that_leads_into_a_circle_is_reported_once() -> None:
         ("[{name: a, env: A, nodes: []}]", "gateway.keys[0].nodes", "names no node"),
         ("[{name: a, env: A, models: []}]", "gateway.keys[0].models", "names no model"),
         ("[{name: a, env: A, priority: high}]", "gateway.keys[0].priority", "'high' is not one of"),
-        ("[{name: a, env: A, rate: 3}]", "gateway.keys[0].rate", "unknown key 'rate'"),
+        ("[{name: a, env: A, file: f}]", "gateway.keys[0].file", "env stands here already: give one of env, file and"),
+        (
+            "[{name: a, file: f}, {name: b, file: f}]",
+            "gateway.keys[1].file",
+            "is that of gateway.keys[0] already",
+        ),
+        ("[{name: a, env: A, rate: 0}]", "gateway.keys[0].rate", "allows no request"),
+        ("[{name: a, env: A, rate: 3/w}]", "gateway.keys[0].rate", "is not a rate: write 60 for 60 requests"),
+        ("[{name: a, env: A, rate: [3]}]", "gateway.keys[0].rate", "a single value is expected"),
+        (
+            "[{name: a, env: A, tokens_per_month: lots}]",
+            "gateway.keys[0].tokens_per_month",
+            "write 2000000, 500k or",
+        ),
+        ("[{name: a, env: A, tokens_per_month: 0}]", "gateway.keys[0].tokens_per_month", "is not between 1 and"),
+        ("[{name: a, env: A, limit: 0}]", "gateway.keys[0].limit", "unknown key 'limit'"),
     ],
 )
 def test_problems_of_keys(keys: str, where: str, said: str) -> None:

@@ -1,15 +1,18 @@
 from __future__ import annotations
 
 import hashlib
+import os
+from pathlib import Path
 
 import pytest
 
+from gpumesh.config.credentials import read_secret_file
 from gpumesh.errors import SecretMissing, UsageError
-from gpumesh.gateway.access.api_keys import read_api_keys
+from gpumesh.gateway.access.api_keys import ApiKeys, read_api_keys
 from gpumesh.gateway.http.client_key import ClientKey
 from gpumesh.gateway.http.errors import BadRequest
 from gpumesh.text.model_names import full_name
-from gpumesh.topology import GatewaySpec, KeySpec, Priority
+from gpumesh.topology import GatewaySpec, KeySpec, Priority, RequestRate
 
 SECRETS = {"OWN": "one", "CHAT": "two", "SAME": "two"}
 
@@ -20,8 +23,12 @@ def read_secret(variable: str) -> str:
     return SECRETS[variable]
 
 
+def read_keys(spec: GatewaySpec) -> ApiKeys | None:
+    return read_api_keys(spec, read_secret=read_secret, read_secret_file=read_secret_file, identity=full_name)
+
+
 def keys(*specs: KeySpec, own: str | None = None) -> object:
-    return read_api_keys(GatewaySpec(api_key_env=own, keys=specs), read_secret=read_secret, identity=full_name)
+    return read_keys(GatewaySpec(api_key_env=own, keys=specs))
 
 
 def test_no_key_is_needed_without_keys() -> None:
@@ -32,7 +39,7 @@ def test_each_key_is_its_holders() -> None:
     night = KeySpec("night", sha256=hashlib.sha256(b"three").hexdigest(), nodes=("a",), models=("M",))
     chat = KeySpec("chat", env="CHAT", priority=Priority.BATCH)
     spec = GatewaySpec(api_key_env="OWN", keys=(chat, night))
-    all_keys = read_api_keys(spec, read_secret=read_secret, identity=full_name)
+    all_keys = read_keys(spec)
     assert all_keys is not None
     assert all_keys.names == {"chat", "night"}
     assert all_keys.find({"authorization": "Bearer one"}) == ClientKey("OWN")
@@ -43,6 +50,46 @@ def test_each_key_is_its_holders() -> None:
     for wrong in ({}, {"x-api-key": ""}, {"x-api-key": "four"}, {"authorization": f"Bearer {night.sha256}"}):
         assert all_keys.find(wrong) is None
     assert not any(secret in repr(all_keys) for secret in ("one", "two", "three"))
+
+
+def test_a_key_in_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "key"
+    file.write_text("  four\n")
+    found = read_keys(GatewaySpec(keys=(KeySpec("app", file=file, rate=RequestRate(2, 1.0), tokens_per_month=9),)))
+    assert found is not None
+    key = found.find({"authorization": "Bearer four"})
+    assert key == ClientKey("app", "app", rate=RequestRate(2, 1.0), tokens_per_month=9)
+    assert key.has_quota
+    assert not ClientKey("app", "app").has_quota
+    assert (key.usage_name, ClientKey("OWN").usage_name) == ("app", "$OWN")
+
+
+@pytest.mark.parametrize(
+    ("content", "mode", "problem"),
+    [
+        (b"", 0o600, "is empty"),
+        (b"a\nb\n", 0o600, "holds more than one line"),
+        (b"\xff", 0o600, "holds no text"),
+        (b"k" * 5000, 0o600, "is too large"),
+        (b"sk-hunter2", 0o622, "may be written to by other users"),
+        (None, 0, "cannot be read: No such file"),
+    ],
+)
+def test_a_file_that_holds_no_usable_key(tmp_path: Path, content: bytes | None, mode: int, problem: str) -> None:
+    file = tmp_path / "key"
+    if content is not None:
+        file.write_bytes(content)
+        file.chmod(mode)
+    with pytest.raises(SecretMissing, match=problem) as caught:
+        keys(KeySpec("app", file=file))
+    assert str(file) in caught.value.message
+    assert "hunter2" not in caught.value.message
+
+
+def test_a_pipe_in_the_place_of_a_key_file_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "key")
+    with pytest.raises(SecretMissing, match="not a regular file"):
+        read_secret_file(tmp_path / "key")
 
 
 @pytest.mark.parametrize(
