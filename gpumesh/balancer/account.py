@@ -44,6 +44,8 @@ class PlacedRequest(msgspec.Struct, eq=False):
     - ``is_charged``: its client was charged for it in the queue. ``had_slow_client``: the client took the answer more
       slowly than the node sent it. ``answer_bytes``: the bytes of the answer's text; ``None``: not measured.
     - ``sent`` is the request as the node's slots count it; ``None`` if they need not be learned.
+    - ``gpu_s`` and ``energy_j``: what the request has used (``ActivityMeter``), once it has ended. Before its end they
+      are the readings of the meter at the placing.
     - ``read_sum``, ``stream_sum`` and ``busy_sum`` are readings of the node's ``ActivityMeter``: at the placing, and at
       the first token.
     """
@@ -72,6 +74,8 @@ class PlacedRequest(msgspec.Struct, eq=False):
     read_sum: float = 0.0
     stream_sum: float = 0.0
     busy_sum: float = 0.0
+    gpu_s: float = 0.0
+    energy_j: float = 0.0
 
     @property
     def counted_from(self) -> float | None:
@@ -319,6 +323,7 @@ class NodeAccount:
         else:
             placed.read_sum = self.activity.begin_read(now)
             self._reads_end_at = max(self._reads_end_at, now + load_s) + placed.read_s
+        placed.gpu_s, placed.energy_j = self.activity.gpu_s, self.activity.energy_j
         if self.breaker.open_until is not None:
             self.breaker = self.breaker.record_start(now)
         if placed.model is not None and self.model_breakers.has_faults:
@@ -364,6 +369,7 @@ class NodeAccount:
         else:
             self._decode_ends_sum -= placed.ends_at
             self.activity.end_stream(now)
+        placed.gpu_s, placed.energy_j = self.activity.gpu_s - placed.gpu_s, self.activity.energy_j - placed.energy_j
 
     def mean_streams(self, placed: PlacedRequest, now: float) -> float:
         """The mean number of answers that were written at once while this one was; at least 1."""

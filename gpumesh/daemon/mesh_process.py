@@ -62,6 +62,7 @@ async def run_mesh(
     """
     from gpumesh.gateway.app import Gateway
     from gpumesh.gateway.observe.access_log import AccessLog
+    from gpumesh.gateway.usage.store import open_store
     from gpumesh.mesh.learned_state import LearnedState
     from gpumesh.mesh.mesh import Mesh
     from gpumesh.mesh.models.placement import ModelPlacement
@@ -108,8 +109,10 @@ async def run_mesh(
             server: Gateway | None = None
             if gateway:
                 access_log = AccessLog(paths.access_log) if topology.gateway.access_log else None
-                server = Gateway(mesh, access_log=access_log, stop_now=shutdown.forced)
+                usage_store = open_store(paths.usage)
+                server = Gateway(mesh, access_log=access_log, usage_store=usage_store, stop_now=shutdown.forced)
                 await serving.enter_async_context(server)
+                _run_until_closed(serving, server.usage.run(), name="usage")
                 if reloader is not None:
                     reloader.gateway = server
                 log.info("the gateway serves at %s", server.listen_description, extra={"event": "gateway"})

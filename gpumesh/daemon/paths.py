@@ -43,6 +43,11 @@ class MeshPaths:
         return self.log.with_suffix(".running")
 
     @property
+    def usage(self) -> Path:
+        """The SQLite file with what each key, model and node has used (``gateway/usage``)."""
+        return self.log.parent.parent / "usage" / f"{self.log.stem}.sqlite"
+
+    @property
     def learned(self) -> Path:
         """The file with what was learned about hosts. All meshes of the user share it (``mesh/learned_state.py``)."""
         return self.log.parent.parent / "learned.json"

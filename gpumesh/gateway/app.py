@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -22,6 +23,7 @@ from gpumesh.errors import GPUMeshError, NoNodeError
 from gpumesh.gateway.access.api_keys import read_api_keys
 from gpumesh.gateway.access.client_names import ClientNames
 from gpumesh.gateway.access.guard import Guard
+from gpumesh.gateway.access.quotas import KeyQuotas
 from gpumesh.gateway.error_shapes import error_frame, error_reply, error_reply_without_path, error_status
 from gpumesh.gateway.fleet_routes import FleetRoutes
 from gpumesh.gateway.http.bounds import Bounds
@@ -36,6 +38,8 @@ from gpumesh.gateway.observe.access_log import AccessLog
 from gpumesh.gateway.observe.metrics import RequestMetrics
 from gpumesh.gateway.observe.record import RequestRecord
 from gpumesh.gateway.routing import Router
+from gpumesh.gateway.usage.recorder import UsageRecorder
+from gpumesh.gateway.usage.store import UsageStore
 from gpumesh.gateway.web_page import UI_PATH, UiPage
 from gpumesh.mesh.mesh import Mesh
 from gpumesh.state import GatewayPhase, GatewayState, LocalAccess
@@ -64,8 +68,8 @@ class Gateway:
 
     ``host`` and ``port`` replace those of mesh.yaml. On exit the gateway accepts no more clients, waits at most
     ``drain_s`` seconds until the requests in flight have ended, and closes. As soon as ``stop_now`` is set, the gateway
-    stops waiting for them. Raises UsageError if other machines can reach the address and no key is set, and
-    MeshAlreadyRunning if the address is taken.
+    stops waiting for them. ``usage_store`` keeps what each key has used; the gateway closes it. Raises UsageError if
+    other machines can reach the address and no key is set, and MeshAlreadyRunning if the address is taken.
     """
 
     _loop: asyncio.AbstractEventLoop
@@ -79,6 +83,7 @@ class Gateway:
         drain_s: float = DRAIN_S,
         bounds: Bounds | None = None,
         access_log: AccessLog | None = None,
+        usage_store: UsageStore | None = None,
         stop_now: asyncio.Event | None = None,
     ) -> None:
         spec = mesh.topology.gateway
@@ -103,9 +108,11 @@ class Gateway:
         self._listener = HttpListener(self._host, spec.port if port is None else port, spec.socket)
         self._page = UiPage(mesh, writable=spec.needs_key)
         self._history_task: asyncio.Task[None] | None = None
-        fleet_routes = FleetRoutes(mesh, self.metrics, self._server)
+        self.usage = usage = UsageRecorder(usage_store, find_label=self.metrics.model_label)
+        self._quotas = KeyQuotas(clock=self._server.clock, wall_clock=time.time, read_tokens=usage.read_tokens)
+        fleet_routes = FleetRoutes(mesh, self.metrics, self._server, usage)
         self._client_names = ClientNames(guard.key_names)
-        self._router = Router(mesh, fleet_routes, ModelStoreRoutes(mesh), self._page, self._client_names)
+        self._router = Router(mesh, fleet_routes, ModelStoreRoutes(mesh), self._page, self._client_names, self._quotas)
 
     def __repr__(self) -> str:
         phase = "stopped" if self._stopped else self.mesh.gateway.state.value
@@ -163,6 +170,7 @@ class Gateway:
             await self._server.close(linger_s)
             if self._access_log is not None:
                 self._access_log.close()
+            self.usage.close()
             self.mesh.set_gateway_state(GatewayState())
 
     async def _drain(self, timeout_s: float) -> None:
@@ -255,6 +263,9 @@ class Gateway:
             reported_failure = isinstance(reply, StreamingResponse) and reply.reported_failure
             record.note_end(status=reply.status, sent_bytes=sent_bytes, reported_failure=reported_failure)
         self.metrics.add(record)
+        tokens = self.usage.add(record, request.key)
+        if request.key is not None and request.key.has_quota:
+            self._quotas.settle(request, prompt_tokens=tokens.prompt, answer_tokens=tokens.answer)
         if self._access_log is not None:
             self._access_log.add(record, client=request.client_address, request_id=request.id)
 

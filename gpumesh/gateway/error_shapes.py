@@ -17,7 +17,7 @@ from gpumesh.errors import (
     ServersFailed,
     UsageError,
 )
-from gpumesh.gateway.http.errors import BadRequest
+from gpumesh.gateway.http.errors import BadRequest, TooManyRequests
 from gpumesh.gateway.http.responses import HeaderPairs, Response, json_response
 from gpumesh.gateway.model_requests import ClientApi, find_client_api
 from gpumesh.text.printable import printable
@@ -54,6 +54,8 @@ def retry_after_s(error: GPUMeshError) -> int | None:
     """Whole seconds for the Retry-After header; ``None`` if it is of no use to try again."""
     if isinstance(error, QueueFull):
         return max(round(error.retry_after_s), 1)
+    if isinstance(error, TooManyRequests):
+        return max(math.ceil(error.retry_after_s), 1)
     # Both are a NoNodeError, too. But waiting does not bring the model, and a request that servers fail at must not be
     # sent again.
     if isinstance(error, (ModelMissing, ServersFailed)):
@@ -138,7 +140,8 @@ def error_reply(path: str, error: GPUMeshError, *, headers: HeaderPairs = ()) ->
     wait_s = retry_after_s(error)
     if wait_s is not None:
         headers = (*headers, ("Retry-After", str(wait_s)))
-    elif isinstance(error, ServersFailed):  # without this header, the clients of OpenAI and Anthropic repeat a 503
+    # Without this header, the clients of OpenAI and Anthropic repeat a request with status 503 or 429.
+    if isinstance(error, ServersFailed) or (isinstance(error, TooManyRequests) and not error.may_retry):
         headers = (*headers, ("X-Should-Retry", "false"))
     body = error_body(find_client_api(path), status, client_message(error))
     return json_response(body, status=status, headers=headers, close=status in _CLOSING_STATUSES)

@@ -19,6 +19,7 @@ from gpumesh.gateway.model_requests import OLLAMA_ONLY
 from gpumesh.gateway.observe import exposition, gauges
 from gpumesh.gateway.observe.forecast_metrics import forecast_families
 from gpumesh.gateway.observe.metrics import RequestMetrics
+from gpumesh.gateway.usage.recorder import UsageRecorder
 from gpumesh.mesh.mesh import Mesh
 from gpumesh.state import BackendPhase
 from gpumesh.text.versions import oldest_version
@@ -33,10 +34,11 @@ MAX_LIST_BYTES = 8 << 20  # a node with a longer list is missing too: the probes
 class FleetRoutes:
     """The handlers, one for each route."""
 
-    def __init__(self, mesh: Mesh, metrics: RequestMetrics, server: Server) -> None:
+    def __init__(self, mesh: Mesh, metrics: RequestMetrics, server: Server, usage: UsageRecorder) -> None:
         self._mesh = mesh
         self._metrics = metrics
         self._server = server
+        self._usage = usage
 
     async def root(self, _request: Request) -> Response:
         """Answers with the same text as Ollama: clients ask ``/`` to learn whether a server runs."""
@@ -61,6 +63,7 @@ class FleetRoutes:
                 self._server.connection_count, self._server.refused_connections, self._server.evicted_connections
             ),
             *self._metrics.families(),
+            *self._usage.families(),
             *forecast_families(self._mesh.fleet.forecast_records),
             *gauges.process_families(),
         ]

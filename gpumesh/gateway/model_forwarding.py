@@ -20,6 +20,7 @@ from gpumesh.balancer.prefixes.prints import FIRST_BLOCK_BYTES, MIN_SECRET_BYTES
 from gpumesh.errors import GPUMeshError, NoNodeError, ServersFailed
 from gpumesh.gateway import proxy
 from gpumesh.gateway.access.client_names import ClientNames
+from gpumesh.gateway.access.quotas import KeyQuotas
 from gpumesh.gateway.body_parsers.form_data import Form, read_boundary, scan_form
 from gpumesh.gateway.body_parsers.json_members import (
     SMALL_BODY_BYTES,
@@ -75,10 +76,11 @@ class _ClientBody(msgspec.Struct, frozen=True, gc=False):
 class ModelForwarder:
     """Forwards requests to the routes of ``MODEL_ROUTES``."""
 
-    def __init__(self, mesh: Mesh, client_names: ClientNames) -> None:
+    def __init__(self, mesh: Mesh, client_names: ClientNames, quotas: KeyQuotas) -> None:
         self._mesh = mesh
         self._rules = mesh.model_rules
         self._client_names = client_names
+        self._quotas = quotas
         self._prompts = PromptReader(os.urandom(MIN_SECRET_BYTES))
         self.apply(mesh.topology.gateway)
 
@@ -238,7 +240,7 @@ class ModelForwarder:
         self, request: Request, route: ModelRoute, members: Members, model: str | None, *, size: int
     ) -> Demand:
         """The demand of the request, before any rule for models. ``model`` is the name in the body, which has ``size``
-        bytes. Raises BadRequest if the client's key forbids the request."""
+        bytes. Raises BadRequest if the client's key forbids the request, or has used as much as it may."""
         headers, key, path = request.headers, request.key, request.path
         if not route.is_known:
             if model is None:  # without a name it may be a command to the server, which no client may give
@@ -268,6 +270,8 @@ class ModelForwarder:
             query_model = read_query_model(request.target)
             if query_model is not None:  # a server might prefer it to the model in the body
                 key.require_model(query_model, self._rules.identity(query_model))
+        if key is not None and key.has_quota:
+            self._quotas.admit(request, key, demand)
         return demand
 
     def _may_use(self, request: Request, demand: Demand) -> bool:

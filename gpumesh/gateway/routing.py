@@ -16,6 +16,7 @@ from gpumesh.balancer.base import Demand
 from gpumesh.balancer.outcomes import RequestOutcome
 from gpumesh.gateway import proxy
 from gpumesh.gateway.access.client_names import ClientNames
+from gpumesh.gateway.access.quotas import KeyQuotas
 from gpumesh.gateway.error_shapes import error_reply
 from gpumesh.gateway.fleet_routes import FleetRoutes
 from gpumesh.gateway.http.errors import BadRequest
@@ -72,10 +73,11 @@ class Router:
         model_store_routes: ModelStoreRoutes,
         page: UiPage,
         client_names: ClientNames,
+        quotas: KeyQuotas,
     ) -> None:
         self._mesh = mesh
         self._fleet_routes = fleet_routes
-        self._forwarder = ModelForwarder(mesh, client_names)
+        self._forwarder = ModelForwarder(mesh, client_names, quotas)
         self._handlers = _handler_table(fleet_routes, model_store_routes, page)
 
     def apply(self, spec: GatewaySpec) -> None:

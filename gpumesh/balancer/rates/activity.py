@@ -17,16 +17,24 @@ class ActivityMeter:
     time in which any prompt is read. The mean since an earlier event is the growth of a sum since that event, divided
     by the time. So the methods for events return the present sums, and the questions take them as arguments.
 
+    Two more sums say what one request has used, if each moment of the GPUs is shared evenly by the requests that are
+    there: ``gpu_s``, in seconds of GPUs, and ``energy_j``, by the power that was reported last (``note_gpus``). What a
+    request has used is the growth of the sums while it was there.
+
     The methods are called several times for each request. So one method does all that belongs to one event."""
 
     __slots__ = (
         "_busy_at_share",
         "_busy_seconds",
+        "_gpus",
+        "_power_w",
         "_read_seconds",
         "_read_share",
         "_share_at",
         "_stream_seconds",
         "_updated_at",
+        "energy_j",
+        "gpu_s",
         "reading",
         "streams",
     )
@@ -38,6 +46,10 @@ class ActivityMeter:
         self._read_seconds = 0.0
         self._busy_seconds = 0.0
         self._updated_at = 0.0
+        self.gpu_s = 0.0
+        self.energy_j = 0.0
+        self._gpus = 1
+        self._power_w = 0.0
         self._read_share = 0.0  # an exponential mean, as it was at ``_share_at``
         self._share_at = 0.0
         self._busy_at_share = 0.0  # ``_busy_seconds`` at that time
@@ -73,6 +85,13 @@ class ActivityMeter:
         if now > self._updated_at:
             self._update(now)
         self.streams -= 1
+
+    def note_gpus(self, now: float, count: int, power_w: float) -> None:
+        """Notes how many GPUs the node has, and their power together in W; 0: not known. A node without known GPUs
+        counts as one GPU."""
+        if now > self._updated_at:
+            self._update(now)
+        self._gpus, self._power_w = max(count, 1), power_w
 
     # -- questions -----------------------------------------------------------------------------------------------
 
@@ -115,9 +134,13 @@ class ActivityMeter:
         return self._read_share
 
     def _update(self, now: float) -> None:
-        """Lets the three sums grow up to now."""
+        """Lets the sums grow up to now."""
         elapsed_s = now - self._updated_at
         self._updated_at = now
+        if self.streams or self.reading:
+            share_s = elapsed_s / (self.streams + self.reading)
+            self.gpu_s += share_s * self._gpus
+            self.energy_j += share_s * self._power_w
         self._stream_seconds += self.streams * elapsed_s
         if self.reading:
             self._read_seconds += self.reading * elapsed_s

@@ -15,6 +15,16 @@ class BadRequest(GPUMeshError):
         self.status = status
 
 
+class TooManyRequests(BadRequest):
+    """The holder of an API key has used as much as it may (429). ``retry_after_s``: the seconds until it may use more.
+    ``may_retry``: that is so soon that a program should try again by itself."""
+
+    def __init__(self, message: str, *, retry_after_s: float, may_retry: bool = True) -> None:
+        super().__init__(message, status=429)
+        self.retry_after_s = retry_after_s
+        self.may_retry = may_retry
+
+
 class ClientStalled(GPUMeshError):
     """The client has taken nothing of its answer for some seconds, while other requests wait for a slot on its node."""
 

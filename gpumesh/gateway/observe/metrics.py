@@ -122,7 +122,7 @@ class RequestMetrics:
             self._add_unanswered(record, outcome, code)
             return
         node = answer.node
-        model = self._model_label(demand.model, answered=answer.status < 400)
+        model = self.model_label(demand.model, answered=answer.status < 400)
         self.requests[record.route, node, model, outcome, code].value += 1
         if not demand.needs_slot:  # no inference, but for example a question about a model
             return
@@ -143,7 +143,7 @@ class RequestMetrics:
         for. A request that no node got, for a model that is not known, has neither label."""
         demand, progress = record.demand, record.progress
         node = progress.node or ""
-        model = "" if demand is None else self._model_label(demand.model, answered=False)
+        model = "" if demand is None else self.model_label(demand.model, answered=False)
         is_unknown = model == OTHER_LABEL and not node  # refused at once, because no node has the model
         if is_unknown:
             model = ""
@@ -151,7 +151,7 @@ class RequestMetrics:
         if demand is not None and demand.needs_slot and not is_unknown and progress.queue_s >= MIN_WAIT_S:
             self.queue_wait[demand.priority,].observe(progress.queue_s)
 
-    def _model_label(self, name: str | None, *, answered: bool) -> str:
+    def model_label(self, name: str | None, *, answered: bool) -> str:
         """The label of a model: the same for all spellings of its name; empty for a request without a model. The label
         is ``other`` for a model for which no node has ever answered and that no node lists, and for a new model once
         there are ``MAX_MODELS`` labels. ``answered``: a node has answered this request without an error."""

@@ -45,6 +45,7 @@ GPU_TIMEOUT_S = 5.0
 # Where nvidia-smi is always slow, a probe may take this many times as long as the last one, up to this time.
 GPU_PATIENCE_FACTOR = 3.0
 MAX_GPU_TIMEOUT_S = 30.0
+MAX_GPU_POWER_W = 10_000.0  # of one GPU: a higher figure is not believed
 # The longest time between two probes of a host that gives no session. The times double up to it.
 MAX_GPU_INTERVAL_S = 60.0
 # The time after which a host that runs no commands is asked again. A new connection asks at once.
@@ -313,6 +314,8 @@ class Prober:
             percentages = [gpu.utilization_pct for gpu in report.gpus if gpu.utilization_pct is not None]
             foreign_load = max(percentages) / 100.0 if percentages else None
         self.reports = replace(self.reports, gpus=report, foreign_load=foreign_load)
+        power_w = sum(min(gpu.power_w or 0.0, MAX_GPU_POWER_W) for gpu in report.gpus)  # a host may report any figure
+        self._ledger.account.activity.note_gpus(self._clock(), len(report.gpus), power_w)
         self._note_no_commands(report)
         self._end_first_round_when_complete()
         self._on_report()

@@ -9,6 +9,8 @@ import msgspec
 
 from gpumesh.backends import safe_json
 from gpumesh.backends.base import ServerCounters
+from gpumesh.backends.continuation.continuation import Continuation
+from gpumesh.balancer.account import PlacedRequest
 from gpumesh.balancer.outcomes import Outcome
 from gpumesh.balancer.scheduling.scheduler import Placement
 from gpumesh.mesh.requests.body_sink import ByteSink
@@ -23,12 +25,14 @@ class SendProgress(msgspec.Struct, eq=False):
     """How far the sending of a request has come. So it is also known of a request that gets no answer.
 
     ``node`` got the request last; ``None``: no node has got it. ``attempts`` counts the requests to nodes. ``queue_s``
-    is the time in seconds that the request has waited for slots.
+    is the time in seconds that the request has waited for slots. ``placed`` are the placings of the attempts that took
+    a slot, in their order.
     """
 
     node: str | None = None
     attempts: int = 0
     queue_s: float = 0.0
+    placed: tuple[PlacedRequest, ...] = ()
 
 
 class ClientStream(ByteSink, Protocol):
@@ -57,6 +61,7 @@ class Answer:
     """
 
     __slots__ = (
+        "_continuation",
         "attempts",
         "consists_of_frames",
         "continuations",
@@ -83,6 +88,7 @@ class Answer:
         self.why: str | None = None
         self.attempts = 1
         self.queue_ms = 0.0
+        self._continuation: Continuation | None = None  # what the client has got of a stream of generated text
         self.on_outcome: OutcomeListener | None = None
         self.outcome: Outcome | None = None
         self.continuations = 0
@@ -95,7 +101,12 @@ class Answer:
     @property
     def counters(self) -> ServerCounters | None:
         """The server's own figures for this answer; ``None`` if the server has given none."""
-        return None
+        return None if self._continuation is None else self._continuation.answer_counters
+
+    @property
+    def streamed_tokens(self) -> int:
+        """About how many tokens the client has got of a stream, by its frames; 0 if it has no frames of text."""
+        return 0 if self._continuation is None else self._continuation.tokens
 
     @property
     def body(self) -> bytes | None:
@@ -126,9 +137,9 @@ class Answer:
     async def aclose(self) -> None:
         """Ends the request, also in the middle of its body. Does nothing after the answer's end."""
 
-    def error_frame(self, message: str) -> bytes | None:  # noqa: ARG002
+    def error_frame(self, message: str) -> bytes | None:
         """An error message as a frame of this answer's stream; ``None`` if the stream has no frames."""
-        return None
+        return None if self._continuation is None else self._continuation.error_frame(message)
 
     async def read(self) -> bytes:
         """Reads the whole body, of any length. Raises GPUMeshError when the answer is cut."""

@@ -275,6 +275,8 @@ class RequestDelivery:
         progress, context = self._progress, self._context
         progress.attempts += 1
         progress.node = lease.node.name
+        if lease.placement is not None:
+            progress.placed = (*progress.placed, lease.placement.placed)
         lease.can_move = lambda: context.dispatcher.could_serve(
             self._demand, exclude=self._excluded_nodes | {lease.node.name}
         )

@@ -38,7 +38,6 @@ class StreamingAnswer(Answer):
         "_client",
         "_client_error",
         "_clock",
-        "_continuation",
         "_expiry_message",
         "_failover",
         "_first_bytes",
@@ -91,13 +90,6 @@ class StreamingAnswer(Answer):
     def __repr__(self) -> str:
         held = " backpressured" if self.backpressured else ""
         return f"<StreamingAnswer {self.node} {self._state.name}{held}, {self.continuations} continuations>"
-
-    @property
-    def counters(self) -> ServerCounters | None:
-        return None if self._continuation is None else self._continuation.answer_counters
-
-    def error_frame(self, message: str) -> bytes | None:
-        return None if self._continuation is None else self._continuation.error_frame(message)
 
     def slot_is_wanted(self) -> bool:
         return not self._lease.released and self._failover.slot_is_wanted(self._lease.node.name)
