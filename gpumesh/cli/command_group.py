@@ -41,6 +41,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "logs": ("logs", "The background mesh's log."),
     "notify": ("notify", "Send a test message by each rule of `notify` in mesh.yaml."),
     "service": ("service", "Make the mesh a service: started at boot, and again after a crash."),
+    "usage": ("usage", "Who used what: requests, tokens, GPU time, energy."),
     "explain": ("explain", "What a finding or an error code means, and what to do."),
     "doctor": ("doctor", "A report to paste: versions, paths, configuration, errors."),
     "completion": ("completion", "Print the completion script of a shell."),

@@ -6,12 +6,14 @@ import asyncio
 import json
 from collections.abc import Iterable
 from datetime import UTC, datetime
+from urllib.parse import parse_qs
 
 from gpumesh import __version__
 from gpumesh.backends.base import HttpCall
 from gpumesh.balancer.base import Demand
 from gpumesh.errors import GPUMeshError, ModelMissing
 from gpumesh.gateway import merged_lists
+from gpumesh.gateway.http.errors import BadRequest
 from gpumesh.gateway.http.request import Request
 from gpumesh.gateway.http.responses import Response, json_response
 from gpumesh.gateway.http.server import Server
@@ -20,6 +22,7 @@ from gpumesh.gateway.observe import exposition, gauges
 from gpumesh.gateway.observe.forecast_metrics import forecast_families
 from gpumesh.gateway.observe.metrics import RequestMetrics
 from gpumesh.gateway.usage.recorder import UsageRecorder
+from gpumesh.gateway.usage.report import DEFAULT_SINCE, Grouping, parse_since, report_json
 from gpumesh.mesh.mesh import Mesh
 from gpumesh.state import BackendPhase
 from gpumesh.text.versions import oldest_version
@@ -68,6 +71,27 @@ class FleetRoutes:
             *gauges.process_families(),
         ]
         return Response(exposition.render(families).encode("utf-8", "replace"), content_type=exposition.CONTENT_TYPE)
+
+    async def usage(self, request: Request) -> Response:
+        """Who has used what (``gpumesh.usage/1``). A key with limits sees its own usage only. Raises BadRequest for an
+        unknown ``by`` or ``since``."""
+        key, topology = request.key, self._mesh.topology
+        query = parse_qs(request.target.partition("?")[2])
+        now = datetime.now(UTC)
+        try:
+            by = [Grouping(value) for value in query.get("by", [Grouping.KEY])]
+        except ValueError:
+            raise BadRequest(f"by is one of {', '.join(Grouping)}") from None
+        since_text = query.get("since", [DEFAULT_SINCE])[-1]
+        try:
+            since = parse_since(since_text, now)
+        except ValueError as error:
+            raise BadRequest(f"since {error}") from None
+        only_key = key.usage_name if key is not None and (key.is_limited or key.has_quota) else None
+        report = await self._usage.read_report(
+            by=by, since=since, keys=topology.gateway.keys, only_key=only_key, now=now
+        )
+        return _json(report_json(report, topology.name))
 
     async def version(self, _request: Request) -> Response:
         """The oldest version of Ollama on the nodes: every node that may answer has at least this version. If no such

@@ -182,6 +182,7 @@ def _handler_table(fleet: FleetRoutes, stores: ModelStoreRoutes, page: UiPage) -
         "/healthz": ((_GET, fleet.healthz),),
         "/metrics": ((_GET, fleet.metrics),),
         "/mesh/status": ((_GET, fleet.status),),
+        "/mesh/usage": ((_GET, fleet.usage),),
         "/mesh/events": ((_GET, page.events),),
         "/mesh/nodes/{node}/{action}": ((_POST, page.change_node),),
         UI_PATH: ((_GET, page.html),),

@@ -100,11 +100,11 @@ class KeyQuotas:
         if state.month != month:
             state.month, state.used = month, self._read_tokens(name, month)
         if state.used >= budget:
-            next_month = _next_month(now)
+            renewed_at = next_month(now)
             raise TooManyRequests(
                 f"the budget of the key {name} is used up: {state.used} of {budget} tokens in {month};"
-                f" it begins anew on {next_month:%Y-%m-%d}",
-                retry_after_s=(next_month - now).total_seconds(),
+                f" it begins anew on {renewed_at:%Y-%m-%d}",
+                retry_after_s=(renewed_at - now).total_seconds(),
                 may_retry=False,
             )
         if state.requests and state.used + state.reserved + forecast > budget:
@@ -140,7 +140,7 @@ def _forecast_tokens(demand: Demand, state: _KeyState) -> int:
     return prompt + answer
 
 
-def _next_month(now: datetime) -> datetime:
+def next_month(now: datetime) -> datetime:
     """The beginning of the month after ``now``."""
     year, month = (now.year, now.month + 1) if now.month < 12 else (now.year + 1, 1)
     return datetime(year, month, 1, tzinfo=UTC)

@@ -11,17 +11,21 @@ import asyncio
 import logging
 import sqlite3
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Protocol
 
 from gpumesh.balancer.outcomes import RequestOutcome
+from gpumesh.errors import GPUMeshError
 from gpumesh.gateway.http.client_key import ClientKey
 from gpumesh.gateway.observe.exposition import Family, Labels, counter
 from gpumesh.gateway.observe.record import RequestRecord
 from gpumesh.gateway.usage.counts import NO_TOKENS, Tokens, UsageCounts, measure_tokens
+from gpumesh.gateway.usage.report import Grouping, UsageReport, read_report
 from gpumesh.gateway.usage.store import KEPT_DAYS, UsageKey, UsageStore
 from gpumesh.text.printable import printable
+from gpumesh.topology import KeySpec
 from gpumesh.tunnels.blocking import run_in_thread
 
 log = logging.getLogger(__name__)
@@ -174,6 +178,20 @@ class UsageRecorder:
                 log.warning("usage cannot be read from %s: %s", self._store.path, error, extra={"event": "usage"})
         counts = self._totals.get(key, UsageCounts())
         return counts.prompt_tokens + counts.answer_tokens
+
+    async def read_report(
+        self, *, by: Sequence[Grouping], since: str, keys: Iterable[KeySpec], only_key: str | None, now: datetime
+    ) -> UsageReport:
+        """The report about all requests until now (``report.read_report``). It is empty without a store. Raises
+        GPUMeshError if the store cannot be read."""
+        self.flush()
+        if self._store is None:
+            return UsageReport(now, since, tuple(by), (), UsageCounts())
+        read = partial(read_report, self._store.path, by=by, since=since, keys=tuple(keys), only_key=only_key, now=now)
+        try:
+            return await run_in_thread(read)
+        except sqlite3.Error as error:
+            raise GPUMeshError(f"usage cannot be read: {error}") from error
 
     async def run(self, *, sleep: Callable[[float], Awaitable[None]] = asyncio.sleep) -> None:
         """Keeps the file of commits short, until it is cancelled."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import sqlite3
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 
 FORMAT = 1
 KEPT_DAYS = 400  # older days are removed at the start: a year can be compared with the one before
+READ_TIMEOUT_S = 2.0  # a reader may have to wait while the file is recovered after a kill
 DAMAGED_SUFFIX = ".damaged"
 
 _TABLE = """
@@ -140,19 +141,17 @@ def _connect(path: Path) -> sqlite3.Connection:
     return connection
 
 
-def read_rows(path: Path, names: Iterable[str], *, since: str, key: str | None = None) -> list[tuple[object, ...]]:
+def read_rows(path: Path, names: Sequence[str], *, since: str, key: str | None = None) -> list[tuple[object, ...]]:
     """The sums of the counts since a day, for each value of ``names`` (fields of ``UsageKey``): these values, then the
     counts in the order of ``COUNTS``. ``key``: of this key only. Works beside the process that writes, and without one.
     Returns no row if there is no file. Raises sqlite3.Error."""
     if not path.exists():
         return []
-    columns = [*(name for name in names if name in UsageKey._fields), *(f"SUM({name})" for name in COUNTS)]
-    groups = ", ".join(name for name in names if name in UsageKey._fields)
-    query = f"SELECT {', '.join(columns)} FROM usage WHERE day >= ?"  # noqa: S608 - the names are fields of UsageKey
-    values = [since]
-    if key is not None:
-        query += " AND key = ?"
-        values.append(key)
-    with closing(sqlite3.connect(path, timeout=2.0, isolation_level=None)) as connection:
+    assert set(names) <= set(UsageKey._fields), "a name that is no column"
+    groups = ", ".join(names)
+    columns = ", ".join([*names, *(f"SUM({name})" for name in COUNTS)])
+    condition, values = ("day >= ?", [since]) if key is None else ("day >= ? AND key = ?", [since, key])
+    query = f"SELECT {columns} FROM usage WHERE {condition} GROUP BY {groups}"  # noqa: S608 - only fields of UsageKey
+    with closing(sqlite3.connect(path, timeout=READ_TIMEOUT_S, isolation_level=None)) as connection:
         connection.execute("PRAGMA query_only = 1")
-        return connection.execute(f"{query} GROUP BY {groups}" if groups else query, values).fetchall()
+        return connection.execute(query, values).fetchall()
