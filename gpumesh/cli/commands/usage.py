@@ -62,7 +62,7 @@ def usage(
     keys = () if topology is None else topology.gateway.keys
     try:
         report = read_report(path, by=groupings, since=first_day, keys=keys, now=now)
-    except sqlite3.Error as error:
+    except (sqlite3.Error, OSError) as error:
         raise GPUMeshError(f"usage cannot be read from {path}: {error}") from None
     if as_json:
         print_json(report_json(report, "" if topology is None else topology.name))

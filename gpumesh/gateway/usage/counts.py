@@ -8,7 +8,6 @@ has continued counts once, as its client has seen it.
 from __future__ import annotations
 
 import re
-from typing import NamedTuple
 
 import msgspec
 
@@ -18,7 +17,7 @@ EMBEDDING_ENDS = 512  # bytes at the end and the beginning of embeddings in whic
 _PROMPT_COUNT = re.compile(rb'"(?:prompt_eval_count|prompt_tokens)"\s*:\s*([0-9]{1,9})\b')
 
 
-class Tokens(NamedTuple):
+class Tokens(msgspec.Struct, frozen=True, gc=False):
     """The tokens of one request. ``is_estimated``: the server has not counted all of them."""
 
     prompt: int = 0

@@ -9,14 +9,11 @@ from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
-
-import msgspec
 
 from gpumesh.config.value_parsers import format_rate
 from gpumesh.gateway.access.quotas import next_month
 from gpumesh.gateway.usage.counts import UsageCounts
-from gpumesh.gateway.usage.store import COUNTS, KEPT_DAYS, read_rows
+from gpumesh.gateway.usage.store import KEPT_DAYS, read_rows
 from gpumesh.topology import KeySpec
 
 SCHEMA = "gpumesh.usage/1"
@@ -89,23 +86,17 @@ def read_report(
     now: datetime | None = None,
 ) -> UsageReport:
     """Reads the report from the file at ``path``. ``since``: the result of ``parse_since``. ``keys``: those of
-    mesh.yaml. ``only_key``: what others have used is left out. Waits for the disk. Raises sqlite3.Error."""
+    mesh.yaml. ``only_key``: what others have used is left out. Waits for the disk. Raises sqlite3.Error,
+    or OSError."""
     now = now or datetime.now(UTC)
     groupings = tuple(dict.fromkeys(by))
-    lines = [
-        UsageLine(tuple(map(str, row[: len(groupings)])), _read_counts(row[len(groupings) :]))
-        for row in read_rows(path, groupings, since=since, key=only_key)
-    ]
+    sums = read_rows(path, groupings, since=since, key=only_key)
+    lines = [UsageLine(values, counts) for values, counts in sums.items()]
     total = UsageCounts()
     for line in lines:
         total.add(line.counts)
     budgets = _read_budgets(path, [key for key in keys if only_key is None or key.name == only_key], now)
     return UsageReport(now, since, groupings, tuple(_sort_lines(lines, groupings)), total, tuple(budgets))
-
-
-def _read_counts(row: Sequence[Any]) -> UsageCounts:
-    """The counts in a row of the store, in the order of ``COUNTS``."""
-    return msgspec.convert(dict(zip(COUNTS, row, strict=True)), UsageCounts)
 
 
 def _sort_lines(lines: Iterable[UsageLine], by: Sequence[Grouping]) -> list[UsageLine]:
@@ -122,11 +113,10 @@ def _read_budgets(path: Path, keys: Sequence[KeySpec], now: datetime) -> list[Ke
     limited = [key for key in keys if key.rate is not None or key.tokens_per_month is not None]
     if not limited:
         return []
-    rows = read_rows(path, (Grouping.KEY,), since=f"{now:%Y-%m}-01")
-    counts = {str(name): _read_counts(row) for name, *row in rows}
+    counts = read_rows(path, (Grouping.KEY,), since=f"{now:%Y-%m}-01")
     budgets = []
     for key in limited:
-        used = counts.get(key.name, UsageCounts())
+        used = counts.get((key.name,), UsageCounts())
         rate = None if key.rate is None else format_rate(key.rate)
         budgets.append(KeyBudget(key.name, used.prompt_tokens + used.answer_tokens, key.tokens_per_month, rate))
     return budgets
