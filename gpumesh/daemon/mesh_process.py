@@ -62,6 +62,7 @@ async def run_mesh(
     """
     from gpumesh.gateway.app import Gateway
     from gpumesh.gateway.observe.access_log import AccessLog
+    from gpumesh.gateway.observe.recent_log import RecentLog
     from gpumesh.gateway.usage.store import open_store
     from gpumesh.mesh.learned_state import LearnedState
     from gpumesh.mesh.mesh import Mesh
@@ -72,6 +73,9 @@ async def run_mesh(
         stack.callback(_remove_files, paths, lock)
         handler = log_file.start_log(paths.log)
         stack.callback(log_file.stop_log, handler)
+        recent_log = RecentLog()
+        logging.getLogger("gpumesh").addHandler(recent_log)
+        stack.callback(logging.getLogger("gpumesh").removeHandler, recent_log)
         stack.push(_log_failure)
         leftovers.remove_leftovers()
         _log_killed_mesh(paths)
@@ -109,8 +113,13 @@ async def run_mesh(
             server: Gateway | None = None
             if gateway:
                 access_log = AccessLog(paths.access_log) if topology.gateway.access_log else None
-                usage_store = open_store(paths.usage)
-                server = Gateway(mesh, access_log=access_log, usage_store=usage_store, stop_now=shutdown.forced)
+                server = Gateway(
+                    mesh,
+                    access_log=access_log,
+                    usage_store=open_store(paths.usage),
+                    stop_now=shutdown.forced,
+                    recent_log=recent_log,
+                )
                 await serving.enter_async_context(server)
                 _run_until_closed(serving, server.usage.run(), name="usage")
                 if reloader is not None:

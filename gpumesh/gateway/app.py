@@ -6,14 +6,13 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import time
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
-
-import msgspec
 
 from gpumesh import config
 from gpumesh.balancer.models.model_rules import ModelRules
@@ -27,6 +26,8 @@ from gpumesh.gateway.access.quotas import KeyQuotas
 from gpumesh.gateway.error_shapes import error_frame, error_reply, error_reply_without_path, error_status
 from gpumesh.gateway.fleet_routes import FleetRoutes
 from gpumesh.gateway.http.bounds import Bounds
+from gpumesh.gateway.http.client_key import ClientKey
+from gpumesh.gateway.http.errors import BadRequest
 from gpumesh.gateway.http.request import Request
 from gpumesh.gateway.http.responses import HeaderPairs, Response
 from gpumesh.gateway.http.server import Server
@@ -34,13 +35,17 @@ from gpumesh.gateway.http.streaming_response import StreamingResponse
 from gpumesh.gateway.listener import HttpListener
 from gpumesh.gateway.model_requests import find_client_api
 from gpumesh.gateway.model_store_routes import ModelStoreRoutes
+from gpumesh.gateway.observe import active_requests
 from gpumesh.gateway.observe.access_log import AccessLog
+from gpumesh.gateway.observe.active_requests import ActiveRequest, ClientFacts, RequestState
 from gpumesh.gateway.observe.metrics import RequestMetrics
+from gpumesh.gateway.observe.recent_figures import RecentFigures
+from gpumesh.gateway.observe.recent_log import RecentLog
 from gpumesh.gateway.observe.record import RequestRecord
+from gpumesh.gateway.page.web_page import UI_PATH, UiPage
 from gpumesh.gateway.routing import Router
 from gpumesh.gateway.usage.recorder import UsageRecorder
 from gpumesh.gateway.usage.store import UsageStore
-from gpumesh.gateway.web_page import UI_PATH, UiPage
 from gpumesh.mesh.mesh import Mesh
 from gpumesh.state import GatewayPhase, GatewayState, LocalAccess
 from gpumesh.topology import Topology
@@ -53,14 +58,6 @@ STOPPED_MESSAGE = "the gateway was stopped"
 CLIENT_GONE_STATUS = 499  # nginx records this status when a client left before its answer
 # The page for people holds nothing of the mesh, and a health check must work without a key.
 _PATHS_WITHOUT_KEY = ("/healthz", UI_PATH)
-
-
-class _ActiveRequest(msgspec.Struct, frozen=True, eq=False):
-    """A request that is being answered, and the task that answers it. ``task`` may be ``None`` only by its type: the
-    server answers each request in a task."""
-
-    record: RequestRecord
-    task: asyncio.Task[None] | None
 
 
 class Gateway:
@@ -85,6 +82,7 @@ class Gateway:
         access_log: AccessLog | None = None,
         usage_store: UsageStore | None = None,
         stop_now: asyncio.Event | None = None,
+        recent_log: RecentLog | None = None,
     ) -> None:
         spec = mesh.topology.gateway
         self.mesh = mesh
@@ -98,7 +96,8 @@ class Gateway:
             config.require_key_beyond_loopback(self._host, has_key=spec.needs_key)
         self._guard = guard = self.read_guard(mesh.topology)
         self._local_access = _find_local_access(self._host, needs_key=spec.needs_key)
-        self._active: dict[Request, _ActiveRequest] = {}
+        self._active: dict[Request, ActiveRequest] = {}
+        self._numbers = itertools.count(1)  # of the requests
         self._stopped = False
         self._stop_now = stop_now or asyncio.Event()
         self._idle = asyncio.Event()  # set while no request is in flight
@@ -106,7 +105,7 @@ class Gateway:
         bounds = bounds or Bounds(total_body_bytes=spec.body_memory_mib << 20)  # MiB to bytes
         self._server = Server(self._handle, bounds, render_error=error_reply_without_path)
         self._listener = HttpListener(self._host, spec.port if port is None else port, spec.socket)
-        self._page = UiPage(mesh, writable=spec.needs_key)
+        self._page = UiPage(mesh, self, RecentFigures(self.metrics), writable=spec.needs_key, recent_log=recent_log)
         self._history_task: asyncio.Task[None] | None = None
         self.usage = usage = UsageRecorder(usage_store, find_label=self.metrics.model_label)
         self._quotas = KeyQuotas(clock=self._server.clock, wall_clock=time.time, read_tokens=usage.read_tokens)
@@ -238,7 +237,7 @@ class Gateway:
     async def _handle(self, request: Request) -> Response | StreamingResponse:
         """The handler that the server calls for each request. Returns the reply, and records the request's end."""
         record = RequestRecord(self._server.clock, request.received_at, request.method, request.path)
-        self._active[request] = _ActiveRequest(record, asyncio.current_task(self._loop))
+        self._active[request] = ActiveRequest(next(self._numbers), record, asyncio.current_task(self._loop))
         self._idle.clear()
         reply: Response | StreamingResponse | None = None
         try:
@@ -281,9 +280,10 @@ class Gateway:
         except ConnectionError:  # the client has left: nobody could read an error
             raise
         except asyncio.CancelledError:
-            if not self._can_reply_stopped(request):
+            message = self._stop_message(request, record)
+            if message is None:
                 raise
-            return self._reply_stopped(request, record)
+            return self._reply_stopped(request, record, message)
         except Exception:  # a bug of ours: one client gets an error in its API's shape, and the log has the traceback
             log.exception("a request to %s failed inside", record.route, extra={"event": "request-failed"})
             record.outcome = RequestOutcome.FAILED
@@ -291,29 +291,60 @@ class Gateway:
                 raise ConnectionError("a part of an answer has been sent already") from None
             return error_reply(record.path, GPUMeshError("the gateway failed inside"))
 
-    def _can_reply_stopped(self, request: Request) -> bool:
-        """Whether the gateway itself has cancelled the request, and can still tell the client the reason. It can if
-        nothing was sent yet (then with a status), or if the stream is still open (then in the stream)."""
-        nothing_sent = not request.answer_started
-        stream_is_open = request.unfinished_stream is not None
-        return self._stopped and (nothing_sent or stream_is_open)
+    def _stop_message(self, request: Request, record: RequestRecord) -> str | None:
+        """Why the gateway itself has cancelled this request; ``None`` if it has not, or can no longer tell the client.
+        It can if nothing was sent yet (then with a status), or if the stream is still open (then in the stream)."""
+        message = STOPPED_MESSAGE if self._stopped else record.cancel_reason
+        if not request.answer_started:
+            return message
+        if request.unfinished_stream is None:
+            return None
+        has_place = self._stopped or record.answer is None or record.answer.consists_of_frames
+        return message if has_place else None  # no error in the midst of a recording
 
-    def _reply_stopped(self, request: Request, record: RequestRecord) -> Response | StreamingResponse:
-        """Tells the client that the gateway has stopped: with an error at the end of the stream, or with a status if no
-        stream has begun."""
+    def _reply_stopped(self, request: Request, record: RequestRecord, message: str) -> Response | StreamingResponse:
+        """Tells the client that the gateway has ended its request: with an error at the end of the stream, or with a
+        status if no stream has begun."""
         task = asyncio.current_task()
         if task is not None:
             task.uncancel()  # the task goes on to send the error
-        record.outcome = RequestOutcome.FAILED
+        is_cancelled = not self._stopped
+        record.outcome = RequestOutcome.CANCELLED if is_cancelled else RequestOutcome.FAILED
         stream = request.unfinished_stream
         if stream is None:
-            return error_reply(record.path, NoNodeError(STOPPED_MESSAGE, hint="try again in a moment"))
-        frame = None if record.answer is None else record.answer.error_frame(STOPPED_MESSAGE)
+            # The status of a cancelled request is none after which clients try again by themselves.
+            error = BadRequest(message, status=CLIENT_GONE_STATUS) if is_cancelled else None
+            return error_reply(record.path, error or NoNodeError(message, hint="try again in a moment"))
+        frame = None if record.answer is None else record.answer.error_frame(message)
         if frame is None:  # the stream is no generated text, but for example the progress of a pull
-            frame = error_frame(find_client_api(record.path), 503, STOPPED_MESSAGE)
+            frame = error_frame(find_client_api(record.path), CLIENT_GONE_STATUS if is_cancelled else 503, message)
         stream.write(frame)
         stream.finish()
         return stream
+
+    # -- what the page shows -------------------------------------------------------------------------------------
+
+    def list_requests(self, viewer: ClientKey | None) -> tuple[list[RequestState], int]:
+        """The oldest requests in flight that the holder of this key may see, and the number of all of them."""
+        shown = [
+            (request, active)
+            for request, active in self._active.items()
+            if active_requests.is_shown(active.record) and active_requests.is_visible_to(viewer, request.key)
+        ]
+        return [self._describe(*pair) for pair in shown[: active_requests.MAX_SHOWN]], len(shown)
+
+    def cancel_request(self, number: int, reason: str) -> RequestState | None:
+        """Cancels the request of this number, and gives its client this reason. Returns the request; ``None`` if it has
+        ended already."""
+        for request, active in self._active.items():
+            if active.number == number and active_requests.cancel(active, reason):
+                log.info("a request to %s was cancelled by hand", active.record.route, extra={"event": "cancelled"})
+                return self._describe(request, active)
+        return None
+
+    def _describe(self, request: Request, active: ActiveRequest) -> RequestState:
+        client = ClientFacts(request.key, request.client_address, request.id)
+        return active_requests.describe(active, client, self._server.clock())
 
     def _admit(self, request: Request) -> None:
         """Raises BadRequest if the client may not send this request, and QueueFull if too many connections use the

@@ -3,7 +3,7 @@
 There are four sorts of routes. Requests to ``MODEL_ROUTES`` go to a node that has the model (``model_forwarding``).
 Requests to ``ANY_NODE_ROUTES`` go to any node. Requests to routes that no table has go to a node that has the model
 that their body names (``find_model_route``). All other requests are answered by a handler: ``fleet_routes`` for
-questions about the whole fleet, ``model_store_routes`` for changes of model stores, ``web_page`` for the web page.
+questions about the whole fleet, ``model_store_routes`` for changes of model stores, ``page/`` for the web page.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from gpumesh.gateway.model_requests import (
 )
 from gpumesh.gateway.model_store_routes import ModelStoreRoutes
 from gpumesh.gateway.observe.record import RequestRecord
-from gpumesh.gateway.web_page import UI_PATH, UiPage
+from gpumesh.gateway.page.web_page import UI_PATH, UiPage
 from gpumesh.mesh.mesh import Mesh
 from gpumesh.topology import GatewaySpec
 
@@ -58,6 +58,7 @@ _TEMPLATE_BY_PREFIX = {
     OPENAI_MODEL_PREFIX: "/v1/models/{model}",
     "/api/blobs/": "/api/blobs/{digest}",
     "/mesh/nodes/": "/mesh/nodes/{node}/{action}",
+    "/mesh/requests/": "/mesh/requests/{number}/cancel",
 }
 HandlersByMethod = tuple[tuple[tuple[str, ...], Handler], ...]
 """Pairs of methods and their handler."""
@@ -184,6 +185,10 @@ def _handler_table(fleet: FleetRoutes, stores: ModelStoreRoutes, page: UiPage) -
         "/mesh/status": ((_GET, fleet.status),),
         "/mesh/usage": ((_GET, fleet.usage),),
         "/mesh/events": ((_GET, page.events),),
+        "/mesh/history": ((_GET, page.history),),
+        "/mesh/log": ((_GET, page.log),),
+        "/mesh/requests": ((_GET, page.requests),),
+        "/mesh/requests/{number}/cancel": ((_POST, page.cancel_request),),
         "/mesh/nodes/{node}/{action}": ((_POST, page.change_node),),
         UI_PATH: ((_GET, page.html),),
         "/api/version": ((_GET, fleet.version),),

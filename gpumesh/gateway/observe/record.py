@@ -21,6 +21,7 @@ class RequestRecord(msgspec.Struct, eq=False):
     - ``progress``: how far the sending of the request has come.
     - ``route``: one of a fixed set of names, whatever the path was.
     - ``status``: the HTTP status; 0 if nothing was sent.
+    - ``cancel_reason``: set when a person cancels the request: the message for the client.
     """
 
     clock: Callable[[], float]
@@ -36,6 +37,7 @@ class RequestRecord(msgspec.Struct, eq=False):
     status: int = 0
     sent_bytes: int = 0
     outcome: RequestOutcome | None = None
+    cancel_reason: str | None = None
     progress: SendProgress = msgspec.field(default_factory=SendProgress)
 
     def note_answer(self, answer: Answer) -> None:

@@ -69,8 +69,8 @@ def measure_tokens(record: RequestRecord) -> Tokens:
         if prompt_tokens is not None and answer_tokens is None:
             return Tokens(prompt_tokens)  # embeddings: they have no tokens of an answer
     if prompt_tokens is None:
-        placed = record.progress.placed
-        prompt_tokens = round(placed[-1].work.prompt_tokens) if placed else 0
+        placements = record.progress.placements
+        prompt_tokens = round(placements[-1].placed.work.prompt_tokens) if placements else 0
     if answer_tokens is None:
         answer_tokens = answer.streamed_tokens
     return Tokens(prompt_tokens, answer_tokens, is_estimated=True)

@@ -100,7 +100,8 @@ class UsageRecorder:
                 counts.cancelled += 1
             else:
                 counts.failed += 1
-        for placed in record.progress.placed:  # one for each attempt, nearly always one
+        for placement in record.progress.placements:  # one for each attempt, nearly always one
+            placed = placement.placed
             if placed.ended:
                 if placed.account.name != node:
                     pending_key = (name, demand.model, is_answered, placed.account.name)

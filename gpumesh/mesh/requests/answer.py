@@ -10,7 +10,6 @@ import msgspec
 from gpumesh.backends import safe_json
 from gpumesh.backends.base import ServerCounters
 from gpumesh.backends.continuation.continuation import Continuation
-from gpumesh.balancer.account import PlacedRequest
 from gpumesh.balancer.outcomes import Outcome
 from gpumesh.balancer.scheduling.scheduler import Placement
 from gpumesh.mesh.requests.body_sink import ByteSink
@@ -25,14 +24,14 @@ class SendProgress(msgspec.Struct, eq=False):
     """How far the sending of a request has come. So it is also known of a request that gets no answer.
 
     ``node`` got the request last; ``None``: no node has got it. ``attempts`` counts the requests to nodes. ``queue_s``
-    is the time in seconds that the request has waited for slots. ``placed`` are the placings of the attempts that took
-    a slot, in their order.
+    is the time in seconds that the request has waited for slots. ``placements`` are the balancer's decisions for the
+    attempts that took a slot, in their order.
     """
 
     node: str | None = None
     attempts: int = 0
     queue_s: float = 0.0
-    placed: tuple[PlacedRequest, ...] = ()
+    placements: tuple[Placement, ...] = ()
 
 
 class ClientStream(ByteSink, Protocol):

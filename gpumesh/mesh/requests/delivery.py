@@ -276,7 +276,7 @@ class RequestDelivery:
         progress.attempts += 1
         progress.node = lease.node.name
         if lease.placement is not None:
-            progress.placed = (*progress.placed, lease.placement.placed)
+            progress.placements = (*progress.placements, lease.placement)
         lease.can_move = lambda: context.dispatcher.could_serve(
             self._demand, exclude=self._excluded_nodes | {lease.node.name}
         )

@@ -8,17 +8,20 @@ import hashlib
 import json
 import re
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+import gpumesh
 from gpumesh.state import Health
 from gpumesh.topology import GatewaySpec
 from tests.gateway.fleet import RunningGateway, send_raw, serve_hosts
 from tests.http_clients import loopback_client
 
 KEY = {"Authorization": "Bearer sesame"}
+STATIC = Path(gpumesh.__file__).parent / "gateway" / "static"
 
 
 @pytest.fixture
@@ -51,19 +54,33 @@ async def test_the_page_is_one_file_that_loads_nothing_from_elsewhere(fleet: Run
     page = await fleet.client.get("/ui")
     assert page.headers["Content-Type"].startswith("text/html")
     assert re.findall(r"https?://(?!www\.w3\.org/2000/svg)[^\s\"']+", page.text) == []
-    (script,) = re.findall(r"<script>(.*)</script>", page.text, re.DOTALL)
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    policy = page.headers["Content-Security-Policy"]
-    assert "default-src 'none'" in policy
-    assert f"script-src 'sha256-{digest}'" in policy
-    assert "innerHTML" not in script, "what hosts say is set as text only"
+    assert re.findall(r"\s(?:src|href)=\"(?!#|data:,)", page.text) == [], "no file beside it"
+    policy = dict(part.strip().split(" ", 1) for part in page.headers["Content-Security-Policy"].split(";"))
+    assert policy["default-src"] == "'none'"
+    for tag in ("script", "style"):
+        parts = re.findall(rf"<{tag}>(.*?)</{tag}>", page.text, re.DOTALL)
+        digests = [base64.b64encode(hashlib.sha256(part.encode()).digest()).decode() for part in parts]
+        assert policy[f"{tag}-src"].split() == [f"'sha256-{digest}'" for digest in digests]
+    assert re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write", page.text) is None, "only text is set"
+
+
+def test_scripts_have_no_name_in_common_and_stay_short() -> None:
+    """They share one scope: a second function of one name would silently replace the first."""
+    names: list[str] = []
+    for script in STATIC.glob("*.js"):
+        text = script.read_text()
+        assert text.startswith('"use strict";\n//'), f"{script.name} says what it is for"
+        assert len(text.splitlines()) < 400
+        names += re.findall(r"^(?:async )?(?:function\*?|const|let|class) ([A-Za-z_$]+)", text, re.MULTILINE)
+        assert f'<script src="{script.name}"></script>' in (STATIC / "ui.html").read_text()
+    assert len(names) > 100
+    assert sorted(names) == sorted(set(names))
 
 
 async def test_the_stream_has_the_status_and_each_change(fleet: RunningGateway) -> None:
-    assert await first(fleet, "hello") == {"writable": False}
-    history = (await first(fleet, "history"))["history"]
-    assert history["step_s"] == 15.0
-    assert {series["key"] for series in history["mesh"]} == {"in_flight", "queued"}
+    assert await first(fleet, "hello") == {"writable": False, "key_set": False, "key": None, "log": False}
+    live = await first(fleet, "live")
+    assert (live["requests"], live["count"], live["recent"]["failed"]) == ([], 0, 0)
     async with asyncio.timeout(20):
         async for status in read_events(fleet, "status"):
             assert status["schema"] == "gpumesh.status/1"
@@ -86,7 +103,10 @@ async def test_with_a_key_everybody_gets_the_page_and_only_the_key_its_data(lock
     assert (await locked.client.get("/ui")).status_code == 200
     assert (await locked.client.get("/mesh/events")).status_code == 401
     assert (await locked.client.post("/mesh/nodes/a/drain")).status_code == 401
-    assert await first(locked, "hello", KEY) == {"writable": True}
+    for path in ("/mesh/history", "/mesh/requests", "/mesh/log"):
+        assert (await locked.client.get(path)).status_code == 401
+    expected = {"writable": True, "key_set": True, "key": "PAGE_TEST_KEY", "log": False}
+    assert await first(locked, "hello", KEY) == expected
 
 
 async def test_with_its_key_a_node_is_drained_and_resumed(locked: RunningGateway) -> None:
@@ -101,6 +121,17 @@ async def test_with_its_key_a_node_is_drained_and_resumed(locked: RunningGateway
     assert (await act("drain", "nobody")).status_code == 404
     assert (await act("explode")).status_code == 404
     assert (await locked.client.get("/mesh/nodes/a/drain", headers=KEY)).status_code == 405
+
+
+async def test_the_past_is_told_in_parts(fleet: RunningGateway) -> None:
+    async def ask(query: str) -> Any:
+        return (await fleet.client.get(f"/mesh/history{query}")).json()
+
+    hour = await ask("")
+    assert (hour["step_s"], hour["first"], hour["series"]["mesh"]["queued"]) == (15, hour["began"], [0.0])
+    assert (await ask("?range=86400&after=0"))["step_s"] == 300
+    for query in ("?range=x", "?range=1e9", "?range=nan", "?after=-5"):
+        assert (await fleet.client.get(f"/mesh/history{query}")).status_code == 400, query
 
 
 async def test_an_open_page_does_not_hold_up_the_end_of_the_gateway() -> None:
