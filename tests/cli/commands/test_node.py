@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+import pytest_asyncio
 import yaml
 
 from gpumesh.errors import ExitCode
@@ -38,7 +39,7 @@ nodes:
 """
 
 
-@pytest.fixture(scope="module", loop_scope="module")
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def hosts(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[SimulatedMesh]:
     """A host in a mesh.yaml with comments, and two pods that nobody knows yet."""
     with isolated_command(tmp_path_factory.mktemp("node")) as gpumesh:
