@@ -6,9 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import TypeVar
 
-from gpumesh.backends.dialects import find_dialect
 from gpumesh.config import listen_address
 from gpumesh.config.mesh_file.file_schema import (
     AddressFrom,
@@ -24,37 +22,35 @@ from gpumesh.config.mesh_file.file_schema import (
     Ssh,
     Tunnels,
 )
-from gpumesh.config.mesh_file.model_rules import ALL_NODES
-from gpumesh.config.mesh_file.value_types import Section, SectionOf, ValueProblem
+from gpumesh.config.mesh_file.section_builders import (
+    build_backend,
+    build_expect,
+    build_model,
+    build_tunnels,
+    drop_replaced_location,
+    merge,
+    value_or,
+)
+from gpumesh.config.mesh_file.value_types import SectionOf, ValueProblem
 from gpumesh.config.mesh_file.yaml_tree import Fault, KeyPath
 from gpumesh.config.ssh.ssh_config import AliasSettings, expand_identity_files, resolve_jumps
 from gpumesh.topology import (
-    DEFAULT_TUNNELS,
     AddressCommand,
-    BackendKind,
-    BackendSpec,
-    ExpectSpec,
     GatewaySpec,
     HostKeyPolicy,
     JumpAlias,
     KeySpec,
-    ModelSpec,
     NodeSpec,
     NotifySpec,
     PolicyKind,
     RedisSpec,
     SshSpec,
-    Target,
     Topology,
     TransportKind,
-    TunnelsSpec,
 )
-
-S = TypeVar("S", bound=Section)
 
 ResolveAlias = Callable[[str], AliasSettings]
 DEFAULT_NAME = "mesh"
-DEFAULT_PORT = 11434  # of a server whose kind is not given: the port of Ollama, the most common kind
 # These two are used for their default values, which only topology.py defines.
 _DEFAULT_SSH = SshSpec("")
 _DEFAULT_ADDRESS = AddressCommand(())
@@ -82,25 +78,25 @@ class TopologyBuilder:
         nodes = tuple(self._build_node(node, defaults, ("nodes", index)) for index, node in enumerate(file.nodes))
         redis = RedisSpec(file.redis.url, file.redis.password_env) if file.redis is not None else None
         gateway = self._build_gateway(file.gateway or Gateway())
-        tunnels = _build_tunnels(file.tunnels or Tunnels())
+        tunnels = build_tunnels(file.tunnels or Tunnels())
         node_names = tuple(node.name for node in nodes)
-        models = tuple(_build_model(name, model or Model(), node_names) for name, model in (file.models or {}).items())
+        models = tuple(build_model(name, model or Model(), node_names) for name, model in (file.models or {}).items())
         notify = tuple(self._build_notify(rule) for rule in file.notify or ())
         return Topology(file.name or DEFAULT_NAME, nodes, gateway, redis, source, tunnels, models, notify)
 
     def _build_node(self, node: Node, defaults: NodeDefaults, path: KeyPath) -> NodeSpec:
         """Returns the spec of one node, with the defaults merged under it. ``path`` is where the node stands."""
         is_direct = node.ssh is None and node.address_from is None
-        default_backend = _drop_replaced_location(defaults.backend or Backend(), node.backend or Backend())
+        default_backend = drop_replaced_location(defaults.backend or Backend(), node.backend or Backend())
         return NodeSpec(
             name=node.name,
-            backend=_build_backend(_merge(default_backend, node.backend or Backend())),
+            backend=build_backend(merge(default_backend, node.backend or Backend())),
             ssh=None if is_direct else self._build_ssh(node, defaults.ssh or Ssh(), (*path, "ssh")),
-            expect=_build_expect(_merge(defaults.expect or Expect(), node.expect or Expect())),
-            weight=_value_or(node.weight, _value_or(defaults.weight, 1.0)),
+            expect=build_expect(merge(defaults.expect or Expect(), node.expect or Expect())),
+            weight=value_or(node.weight, value_or(defaults.weight, 1.0)),
             labels=MappingProxyType({**(defaults.labels or {}), **(node.labels or {})}),
-            enabled=_value_or(node.enabled, _value_or(defaults.enabled, True)),
-            tier=_value_or(node.tier, _value_or(defaults.tier, 1)),
+            enabled=value_or(node.enabled, value_or(defaults.enabled, True)),
+            tier=value_or(node.tier, value_or(defaults.tier, 1)),
         )
 
     def _build_ssh(self, node: Node, defaults: Ssh, path: KeyPath) -> SshSpec:
@@ -114,8 +110,8 @@ class TopologyBuilder:
         alias_settings = self._read_alias_settings(alias, (*path, "alias")) if alias is not None else None
         settings = defaults
         if alias_settings is not None:
-            settings = _merge(settings, self._validate_alias(alias_settings, (*path, "alias")))
-        settings = _merge(settings, node_ssh)
+            settings = merge(settings, self._validate_alias(alias_settings, (*path, "alias")))
+        settings = merge(settings, node_ssh)
         keys_of_alias = False
         if alias is not None and alias_settings is not None and node_ssh.identity_file is None:
             keys_of_alias = bool(alias_settings.raw_identity_files)
@@ -133,21 +129,21 @@ class TopologyBuilder:
         address_from = node.address_from
         return SshSpec(
             host=settings.host or "",  # empty if only `address_from` knows the host
-            port=_value_or(settings.port, 22),
+            port=value_or(settings.port, 22),
             user=settings.user or self.user,
             identity_files=self._choose_identity_files(settings),
             known_hosts=self._absolute_path(settings.known_hosts or "~/.ssh/known_hosts"),
-            host_key_policy=_value_or(settings.host_key_policy, HostKeyPolicy.STRICT),
+            host_key_policy=value_or(settings.host_key_policy, HostKeyPolicy.STRICT),
             proxy_jump=jumps.proxy_jump,
             password_env=settings.password_env,
             passphrase_env=settings.passphrase_env,
-            agent=_value_or(settings.agent, True),
-            identities_only=_value_or(settings.identities_only, False),
+            agent=value_or(settings.agent, True),
+            identities_only=value_or(settings.identities_only, False),
             alias=alias,
             keys_of_alias=keys_of_alias,
             transport=self._choose_transport(settings, openssh_features, (*path, "transport")),
-            connect_timeout_s=_value_or(settings.connect_timeout, _DEFAULT_SSH.connect_timeout_s),
-            keepalive_s=_value_or(settings.keepalive, _DEFAULT_SSH.keepalive_s),
+            connect_timeout_s=value_or(settings.connect_timeout, _DEFAULT_SSH.connect_timeout_s),
+            keepalive_s=value_or(settings.keepalive, _DEFAULT_SSH.keepalive_s),
             address_from=None if address_from is None else self._build_address_command(address_from),
             more_known_hosts=tuple(self._absolute_path(file) for file in more_known_hosts),
             jump_aliases=tuple(self._build_jump_alias(hop) for hop in jumps.jump_aliases),
@@ -192,7 +188,7 @@ class TopologyBuilder:
             alias,
             self.home,
             host=settings.host or "",
-            port=_value_or(settings.port, 22),
+            port=value_or(settings.port, 22),
             user=settings.user or self.user,
         )
         return settings.replace(identity_file=paths)
@@ -247,7 +243,7 @@ class TopologyBuilder:
     def _build_address_command(self, address_from: AddressFrom) -> AddressCommand:
         """Returns the command of ``address_from``."""
         command = self._resolve_program(address_from.command)
-        return AddressCommand(command, _value_or(address_from.timeout, _DEFAULT_ADDRESS.timeout_s))
+        return AddressCommand(command, value_or(address_from.timeout, _DEFAULT_ADDRESS.timeout_s))
 
     def _resolve_program(self, command: tuple[str, ...]) -> tuple[str, ...]:
         """Returns a command of the user. A program with a path gets its absolute path; a plain name is looked up in
@@ -264,11 +260,11 @@ class TopologyBuilder:
             webhook=rule.webhook,
             webhook_env=rule.webhook_env,
             command=() if rule.command is None else self._resolve_program(rule.command),
-            desktop=_value_or(rule.desktop, False),
+            desktop=value_or(rule.desktop, False),
             token_env=rule.token_env,
-            format=_value_or(rule.format, default.format),
+            format=value_or(rule.format, default.format),
             on=default.on if rule.on is None else frozenset(rule.on),
-            quiet_s=_value_or(rule.quiet, default.quiet_s),
+            quiet_s=value_or(rule.quiet, default.quiet_s),
         )
 
     def _build_gateway(self, gateway: Gateway) -> GatewaySpec:
@@ -288,16 +284,16 @@ class TopologyBuilder:
             socket=socket,
             api_key_env=gateway.api_key_env,
             default_model=gateway.default_model,
-            policy=_value_or(gateway.policy, PolicyKind.ADAPTIVE),
-            max_queue=_value_or(gateway.max_queue, default.max_queue),
-            body_memory_mib=_value_or(gateway.body_memory_mib, default.body_memory_mib),
-            timeout_s=_value_or(gateway.timeout, default.timeout_s),
+            policy=value_or(gateway.policy, PolicyKind.ADAPTIVE),
+            max_queue=value_or(gateway.max_queue, default.max_queue),
+            body_memory_mib=value_or(gateway.body_memory_mib, default.body_memory_mib),
+            timeout_s=value_or(gateway.timeout, default.timeout_s),
             cors_origins=gateway.cors_origins or (),
-            access_log=_value_or(gateway.access_log, default.access_log),
+            access_log=value_or(gateway.access_log, default.access_log),
             keys=tuple(self._build_key(key) for key in gateway.keys or ()),
             route_priority=MappingProxyType(gateway.route_priority or {}),
             heartbeat_s=MappingProxyType({**default.heartbeat_s, **(gateway.heartbeat or {})}),
-            reload=_value_or(gateway.reload, default.reload),
+            reload=value_or(gateway.reload, default.reload),
         )
 
     def _build_key(self, key: ApiKey) -> KeySpec:
@@ -327,80 +323,3 @@ class TopologyBuilder:
         if text == "~" or text.startswith("~/"):
             return self.home / text.removeprefix("~").lstrip("/")
         return self.base / text
-
-
-def _build_model(name: str, model: Model, node_names: tuple[str, ...]) -> ModelSpec:
-    """Returns the rules for the model ``name``. ``node_names`` are all nodes of the mesh, for ``nodes: all``.
-
-    If the file does not give ``copies``, the number depends on the other keys: one on each of ``nodes``; one for a
-    pinned model without ``nodes``; else ``None``, as many as its demand requires.
-    """
-    nodes, wanted_copies = model.nodes, model.copies
-    if nodes == (ALL_NODES,):
-        nodes, wanted_copies = None, _value_or(wanted_copies, len(node_names))
-    elif nodes is not None:
-        wanted_copies = _value_or(wanted_copies, len(nodes))
-    elif model.pinned:
-        wanted_copies = _value_or(wanted_copies, 1)
-    return ModelSpec(
-        name=name,
-        nodes=nodes,
-        prefer=model.prefer or (),
-        wanted_copies=wanted_copies,
-        pinned=_value_or(model.pinned, False),
-        context_steps=model.context_steps or (),
-        aliases=model.aliases or (),
-        fallback=model.fallback,
-    )
-
-
-def _build_tunnels(tunnels: Tunnels) -> TunnelsSpec:
-    default = DEFAULT_TUNNELS
-    return TunnelsSpec(_value_or(tunnels.share, default.share), _value_or(tunnels.listen, default.listen))
-
-
-def _drop_replaced_location(defaults: Backend, overrides: Backend) -> Backend:
-    """Returns ``defaults`` without its port, url and urls if ``overrides`` has one of these keys.
-
-    The three keys are three ways to give the location of one server: any of them replaces any other.
-    """
-    if overrides.port is None and overrides.url is None and overrides.urls is None:
-        return defaults
-    return defaults.replace(port=None, url=None, urls=None)
-
-
-def _build_backend(backend: Backend) -> BackendSpec:
-    """Returns the spec of a backend. Without a location, the server is on 127.0.0.1 at the usual port of its kind."""
-    kind = _value_or(backend.kind, BackendKind.AUTO)
-    if backend.urls is not None:
-        targets = tuple(dict.fromkeys(backend.urls))  # without duplicates, in the order of the file
-    elif backend.url is not None:
-        targets = (backend.url,)
-    elif backend.port is not None:
-        targets = (Target("127.0.0.1", backend.port),)
-    else:
-        dialect = find_dialect(kind)
-        port = None if dialect is None else dialect.usual_port
-        targets = (Target("127.0.0.1", DEFAULT_PORT if port is None else port),)
-    return BackendSpec(kind, targets, backend.api_key_env, backend.max_parallel)
-
-
-def _build_expect(expect: Expect) -> ExpectSpec:
-    return ExpectSpec(expect.hostname, expect.gpus, expect.gpu, expect.vram_mib, expect.driver, expect.models or ())
-
-
-def _merge(defaults: S, overrides: S) -> S:
-    """Returns the section with the values of ``overrides``, and of ``defaults`` where ``overrides`` has no value."""
-    given_values = {key: value for key, value in vars(overrides).items() if value is not None}
-    return defaults.replace(**given_values)
-
-
-T = TypeVar("T")
-
-
-def _value_or(value: T | None, default: T) -> T:
-    """Returns ``value``, or ``default`` if the file gives no value.
-
-    ``value or default`` would also replace 0 and ``False``, which a user may have written.
-    """
-    return default if value is None else value

@@ -48,7 +48,7 @@ async def hosts(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Simul
             yield made
 
 
-@pytest.fixture(loop_scope="module")
+@pytest_asyncio.fixture(loop_scope="module")
 async def mesh(hosts: SimulatedMesh) -> SimulatedMesh:
     """The hosts, with a mesh.yaml of the first alone."""
     text = FILE.format(
