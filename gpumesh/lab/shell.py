@@ -52,8 +52,7 @@ class StandardStreams(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class SimShell:
-    """The shell of one host. ``load`` and ``faults`` are called for each nvidia-smi. ``ports`` are the ports on which
-    the host listens besides SSH, and the ports of this machine behind them."""
+    """The shell of one host. ``load`` and ``faults`` are called for each nvidia-smi. ``ports``: beside SSH's."""
 
     profile: HostProfile
     load: Callable[[], GpuLoad]
@@ -319,16 +318,13 @@ async def _cat(shell: SimShell, arguments: list[str], streams: StandardStreams) 
 
 
 async def _grep(shell: SimShell, arguments: list[str], streams: StandardStreams) -> int:
-    """Writes the kernel's lines of the listening sockets, if it is asked for files of /proc/net. There are no other
-    files, and the pattern does not matter."""
+    """Writes the kernel's lines of the listening sockets if it is asked for files of /proc/net."""
     if not any(argument.startswith("/proc/net/tcp") for argument in arguments):
         await streams.write(b"grep: No such file or directory\n", error=True)
         return 2
-    ports = [SSH_PORT] if shell.faults().refuse else [SSH_PORT, *shell.ports]
-    for number, port in enumerate(ports):
-        sockets = f"0100007F:{port:04X} 00000000:0000 0A"  # this end, the other end, the state of a listener
-        rest = f"00000000:00000000 00:00000000 00000000     0        0 {number + 1} 1"
-        await streams.write(f"{number:4}: {sockets} {rest}\n".encode())
+    for number, port in enumerate([SSH_PORT] if shell.faults().refuse else [SSH_PORT, *shell.ports]):
+        # This end, the other end, the state of a listener; the rest does not matter.
+        await streams.write(f"{number:4}: 0100007F:{port:04X} 00000000:0000 0A 00000000:00000000 00:0\n".encode())
     return 0
 
 

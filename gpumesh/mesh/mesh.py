@@ -23,7 +23,7 @@ from typing import Self
 from gpumesh import audit, config
 from gpumesh.backends.base import ChatRequest, HttpCall, Message
 from gpumesh.balancer.base import Candidate, Demand, Priority
-from gpumesh.balancer.models.model_rules import ModelRules
+from gpumesh.balancer.models.model_rules import ModelRules, find_pinned
 from gpumesh.balancer.outcomes import Outcome
 from gpumesh.balancer.scheduling.scheduler import Scheduler
 from gpumesh.coordination.factory import create_coordination
@@ -45,7 +45,6 @@ from gpumesh.mesh.requests.upstream import Upstream
 from gpumesh.mesh.running_nodes import RunningNodes
 from gpumesh.probes.http_client import make_http_client
 from gpumesh.state import Finding, GatewayState, MeshState, compute_totals
-from gpumesh.text.model_names import full_name
 from gpumesh.topology import BackendKind, Topology
 from gpumesh.tunnels.base import ExecResult, Tunnel
 from gpumesh.tunnels.supervisor import Prompter
@@ -88,7 +87,7 @@ class Mesh:
         self._upstream = Upstream()
         self._http = make_http_client()
         self._coordination = create_coordination(topology.redis, on_change=self._on_other_loads_changed, clock=clock)
-        gateway, pinned = topology.gateway, _pinned_models(topology)
+        gateway, pinned = topology.gateway, find_pinned(topology.models)
         self._scheduler = Scheduler(gateway.policy, rng=self._rng, max_queue=gateway.max_queue, pinned=pinned)
         self._factory = NodeFactory(
             clock=clock,
@@ -187,7 +186,7 @@ class Mesh:
         closed = self._nodes.apply(plan, topology, limit_s=limit_s)
         self.topology = topology
         config.withhold_variables(topology.secret_variables)
-        gateway, pinned = topology.gateway, _pinned_models(topology)
+        gateway, pinned = topology.gateway, find_pinned(topology.models)
         self._scheduler.change_settings(gateway.policy, max_queue=gateway.max_queue, pinned=pinned)
         if topology.models != running.models:
             self.model_rules.replace(topology.models)
@@ -399,7 +398,3 @@ class Mesh:
         found.update_account()
         self._dispatcher.note_nodes_changed()
         self._changes.notify()
-
-
-def _pinned_models(topology: Topology) -> frozenset[str]:
-    return frozenset(full_name(spec.name) for spec in topology.models if spec.pinned)

@@ -130,3 +130,8 @@ class ModelRules:
             return context
         index = bisect_left(spec.context_steps, context)
         return spec.context_steps[index] if index < len(spec.context_steps) else context
+
+
+def find_pinned(models: Iterable[ModelSpec]) -> frozenset[str]:
+    """The full names of the models that must not be pushed out of a node's memory."""
+    return frozenset(full_name(spec.name) for spec in models if spec.pinned)

@@ -84,14 +84,9 @@ class Scheduler:
         self._pauses = Pauses()
         self._patience = Patience()
         self._refused_loads = RefusedLoads(self.accounts)
+        copies = self._fleet.copies
         self.roster = Roster(
-            self.accounts,
-            self.experience,
-            self.choice,
-            self.slow_nodes,
-            self._fleet.copies,
-            self._pauses,
-            self._changed,
+            self.accounts, self.experience, self.choice, self.slow_nodes, copies, self._pauses, self._changed
         )
         self._refused: Refused | None = None  # the last request that ``place_now`` did not place
 

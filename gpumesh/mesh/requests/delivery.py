@@ -293,8 +293,6 @@ class RequestDelivery:
         """Whether an attempt may use a kept-alive connection, and send the request again if this connection is stale.
         After a failure of a server that may have worked on the request, the end of the connection could be one more
         failure."""
-        if not self._failures:
-            return not self._at_most_once
         return not self._at_most_once and not any(failed.may_have_run for failed in self._failures)
 
     def _record_failure(self, failed: FailedAttempt) -> None:
