@@ -17,7 +17,7 @@ from gpumesh.cli.first_report import FIRST_REPORT_TIMEOUT_S
 from gpumesh.cli.foreground_mesh import show_mesh
 from gpumesh.cli.global_options import GlobalOptions, global_options
 from gpumesh.cli.open_session import run_async
-from gpumesh.errors import GPUMeshError
+from gpumesh.errors import ExitCode, GPUMeshError
 
 if TYPE_CHECKING:
     from gpumesh.daemon.paths import MeshPaths
@@ -47,7 +47,8 @@ def up(
 
     Shows a live table until Ctrl-C, which lets what is in flight end, and closes everything. A second Ctrl-C tells the
     clients that still wait why they get no more; a third ends it at once. With -d it goes on in
-    the background: `gpumesh status` looks at it, `gpumesh down` ends it.
+    the background: `gpumesh status` looks at it, `gpumesh down` ends it. The exit code is then 4 if no
+    node can serve yet; the mesh runs on nevertheless.
 
     \b
     Examples:
@@ -74,7 +75,7 @@ def up(
 
 def _run_in_background(options: GlobalOptions, up_options: UpOptions) -> None:
     """Starts the background mesh, waits at most ``FIRST_REPORT_TIMEOUT_S`` for the first report of all nodes, and
-    prints it."""
+    prints it. Exits with 4 if no node can serve then, so that a script does not go on without GPUs."""
     from gpumesh.cli.views.status.status_view import ViewOptions, print_status
     from gpumesh.daemon.background import start_background
     from gpumesh.daemon.control_socket.quick_status import fetch_status
@@ -96,6 +97,9 @@ def _run_in_background(options: GlobalOptions, up_options: UpOptions) -> None:
     state = run_async(RemoteSession(paths.socket).wait_first_report(FIRST_REPORT_TIMEOUT_S))
     if not options.quiet:
         print_status(state, ViewOptions(verbose=options.verbose))
+    if not state.totals.nodes_up:
+        typer.echo("no node can serve yet; the mesh runs on, and tries again", err=True)
+        raise typer.Exit(int(ExitCode.NO_NODE))
 
 
 async def _run_in_foreground(options: GlobalOptions, up_options: UpOptions) -> bool:
