@@ -202,19 +202,43 @@ async def test_the_third_ends_it_at_once(endless: SimulatedMesh) -> None:
 
 async def test_a_terminal_that_is_closed_says_so_twice_and_cuts_nothing(gpumesh: Gpumesh) -> None:
     host = quick_host("alpha", ssh=False, tokens_per_s=20.0, answer_tokens=(80, 80))  # for 4 s
-    async with simulated_mesh(gpumesh, host), gpumesh.started("up") as process:
+    async with simulated_mesh(gpumesh, host), gpumesh.terminal("up") as terminal:
         url = await url_of(gpumesh)
         async with loopback_client(timeout=30) as client:
             body = {"model": MODEL, "messages": MESSAGES}
             async with client.stream("POST", f"{url}/api/chat", json=body) as answer:
                 lines = answer.aiter_lines()
                 await anext(lines)
-                process.send_signal(signal.SIGHUP)
+                terminal.process.send_signal(signal.SIGHUP)
                 await draining(url)
-                process.send_signal(signal.SIGHUP)
+                terminal.process.send_signal(signal.SIGHUP)
                 assert json.loads([line async for line in lines][-1])["done"]
+        assert await terminal.wait_exit() == 0
+
+
+async def test_a_mesh_without_a_terminal_reads_its_file_again_at_a_hangup(endless: SimulatedMesh) -> None:
+    """As systemd runs it: `systemctl reload`. In the background it is the same."""
+    endless.write(reload="manual")
+    async with endless.gpumesh.started("up") as process:
+        await url_of(endless.gpumesh)
+        await _change_and_hang_up(endless, process, "first")
+        process.send_signal(signal.SIGTERM)
         async with asyncio.timeout(20):
             assert await process.wait() == 0
+    await endless.gpumesh("up", "-d")
+    await _change_and_hang_up(endless, endless.gpumesh.leader(), "second")
+    await endless.gpumesh("down")
+
+
+async def _change_and_hang_up(made: SimulatedMesh, process: asyncio.subprocess.Process | int, name: str) -> None:
+    made.write([made.node("alpha", labels={"site": name})], reload="manual")
+    if isinstance(process, int):
+        os.kill(process, signal.SIGHUP)
+    else:
+        process.send_signal(signal.SIGHUP)
+    async with asyncio.timeout(20):
+        while (await made.gpumesh("status", "--json")).json()["nodes"][0]["labels"] != [["site", name]]:
+            pass
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])

@@ -25,8 +25,9 @@ def config() -> None:
 
 @app.command()
 def check(ctx: typer.Context) -> None:
-    """Say all that is wrong with mesh.yaml, or that nothing is. Opens no connection."""
+    """Say all that is wrong with mesh.yaml, or that nothing is, and whether a running mesh has it so. Asks no host."""
     from gpumesh import config as configuration
+    from gpumesh.cli.views.changed_file import print_finding, watch_running_file
     from gpumesh.cli.views.safe_text import clean_line
     from gpumesh.state import Severity
 
@@ -47,6 +48,7 @@ def check(ctx: typer.Context) -> None:
         typer.echo(
             clean_line(f"{topology.source or 'the configuration'} is valid: {count_text}{disabled_text}{error_text}")
         )
+        print_finding(watch_running_file(options.paths()).find())
     if has_errors:
         raise typer.Exit(int(ExitCode.USAGE))
 

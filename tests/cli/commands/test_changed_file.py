@@ -24,6 +24,7 @@ async def read_findings(gateway: str) -> list[dict[str, str]]:
 
 async def test_each_command_says_that_the_file_is_not_what_runs(direct: SimulatedMesh) -> None:
     gpumesh, file = direct.gpumesh, direct.gpumesh.config
+    direct.write(reload="manual")
     await gpumesh("up", "-d")
     first_text = file.read_text()
     file.write_text(first_text + "# a comment changes nothing\n")
@@ -37,8 +38,8 @@ async def test_each_command_says_that_the_file_is_not_what_runs(direct: Simulate
         {"name": "alpha", "backend": {"url": f"http://127.0.0.1:{port}"}},
         {**direct.node("beta"), "name": "gamma"},
     ]
-    direct.write(nodes)
-    differences = "gamma is not in the running mesh; beta is not in mesh.yaml any more; alpha has another backend"
+    direct.write(nodes, reload="manual")
+    differences = "gamma is not in the running mesh; beta is not in mesh.yaml any more; alpha has another backend.urls"
     assert differences in " ".join((await gpumesh("status")).out.split())
     document = (await gpumesh("status", "--json", "--check", code=3)).json()
     assert [node["name"] for node in document["nodes"]] == ["alpha", "beta"], "the state is that of what runs"
@@ -51,6 +52,7 @@ async def test_each_command_says_that_the_file_is_not_what_runs(direct: Simulate
         (("models", "list"), 0),
         (("run", "Hello"), 0),
         (("drain", "gamma"), 2),
+        (("config", "check"), 0),
         (("up", "-d"), 1),
     ):
         ended = await gpumesh(*arguments, code=code)
@@ -66,7 +68,7 @@ async def test_each_command_says_that_the_file_is_not_what_runs(direct: Simulate
 
     file.write_text(first_text)
     assert "config-changed" not in (await gpumesh("audit")).out
-    direct.write([direct.node("alpha", weight=2.0), direct.node("beta")])
+    direct.write([direct.node("alpha", weight=2.0), direct.node("beta")], reload="manual")
     seen = by_code((await gpumesh("audit", "--json", code=3)).json())
     assert "alpha has another weight" in seen["config-changed"]["message"]
     file.write_text("nodes: [")
@@ -77,6 +79,7 @@ async def test_each_command_says_that_the_file_is_not_what_runs(direct: Simulate
 
 
 async def test_expectations_alone_are_a_remark(direct: SimulatedMesh) -> None:
+    direct.write(reload="manual")
     await direct.gpumesh("up", "-d")
     document = json.loads(direct.gpumesh.config.read_text())
     document["nodes"][0]["expect"] = {"models": ["qwen2.5:7b"]}
