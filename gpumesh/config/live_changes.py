@@ -49,7 +49,7 @@ class ReloadReport:
         lines = [f"{name}: added" for name in applied.added]
         lines += [f"{name}: removed{_describe_leaving(leaving.get(name, 0))}" for name in applied.removed]
         for node in applied.changed:
-            tunnel = "; gets a new tunnel" if node.name in self.reopened else ""
+            tunnel = "; opened anew" if node.name in self.reopened else ""
             lines.append(f"{node}{tunnel}{_describe_leaving(leaving.get(node.name, 0))}")
         lines += [f"model {name}: added" for name in applied.models_added]
         lines += [f"model {name}: removed" for name in applied.models_removed]

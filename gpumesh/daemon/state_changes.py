@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from gpumesh.state import BackendPhase, Finding, Health, MeshState, NodeState, TunnelPhase, TunnelState
+from gpumesh.state import BackendPhase, Finding, Health, MeshState, NodeState, Severity, TunnelPhase, TunnelState
 
 _BAD_HEALTH = (Health.DOWN, Health.DEGRADED)
 
@@ -29,7 +29,8 @@ def compare_states(old: MeshState | None, new: MeshState) -> Iterator[LogEvent]:
     old_keys = {_finding_key(finding) for finding in old.findings} if old is not None else set()
     for finding in new.findings:
         if _finding_key(finding) not in old_keys:
-            yield LogEvent(logging.WARNING, f"finding {finding.code}", finding.node, finding.message)
+            level = _level(finding.severity is not Severity.INFO)
+            yield LogEvent(level, f"finding {finding.code}", finding.node, finding.message)
 
 
 def _finding_key(finding: Finding) -> tuple[str, str | None]:

@@ -23,7 +23,7 @@ from typing import Self
 from gpumesh import audit, config
 from gpumesh.backends.base import ChatRequest, HttpCall, Message
 from gpumesh.balancer.base import Candidate, Demand, Priority
-from gpumesh.balancer.models.model_rules import ModelRules, find_pinned
+from gpumesh.balancer.models.model_rules import ModelRules
 from gpumesh.balancer.outcomes import Outcome
 from gpumesh.balancer.scheduling.scheduler import Scheduler
 from gpumesh.coordination.factory import create_coordination
@@ -87,7 +87,7 @@ class Mesh:
         self._upstream = Upstream()
         self._http = make_http_client()
         self._coordination = create_coordination(topology.redis, on_change=self._on_other_loads_changed, clock=clock)
-        gateway, pinned = topology.gateway, find_pinned(topology.models)
+        gateway, pinned = topology.gateway, self.model_rules.pinned
         self._scheduler = Scheduler(gateway.policy, rng=self._rng, max_queue=gateway.max_queue, pinned=pinned)
         self._factory = NodeFactory(
             clock=clock,
@@ -186,12 +186,12 @@ class Mesh:
         closed = self._nodes.apply(plan, topology, limit_s=limit_s)
         self.topology = topology
         config.withhold_variables(topology.secret_variables)
-        gateway, pinned = topology.gateway, find_pinned(topology.models)
-        self._scheduler.change_settings(gateway.policy, max_queue=gateway.max_queue, pinned=pinned)
         if topology.models != running.models:
             self.model_rules.replace(topology.models)
             for node in self.fleet:
                 node.apply_model_rules()
+        gateway, pinned = topology.gateway, self.model_rules.pinned
+        self._scheduler.change_settings(gateway.policy, max_queue=gateway.max_queue, pinned=pinned)
         self._send_context.forget_nodes(plan.closed)
         self._dispatcher.note_nodes_changed()
         self._changes.notify()
@@ -204,7 +204,7 @@ class Mesh:
         dispatcher = self._dispatcher
         merge = self._inspection.merge
         states = tuple(merge(node.state(dispatcher.queued_for(node.name))) for node in self.fleet)
-        findings = audit.collect_findings(self.topology, states)
+        findings = (*audit.collect_findings(self.topology, states), *self.fleet.leaving_findings())
         return MeshState(
             mesh=self.topology.name,
             at=datetime.now(UTC),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gpumesh.audit.catalog.explanation import E, Explanation, W
+from gpumesh.audit.catalog.explanation import E, Explanation, I, W
 
 EXPLANATIONS = (
     Explanation(
@@ -83,6 +83,13 @@ EXPLANATIONS = (
         "with its machine. Its tunnels have ended with it. The next mesh accounts in its log for what was in flight.",
         "`gpumesh up -d` starts it again. `gpumesh service install` makes it a service, which the system starts again "
         "by itself.",
+    ),
+    Explanation(
+        "node-leaving",
+        I,
+        "a node has left the mesh, and its last requests still run",
+        "It was removed from mesh.yaml, or has a new tunnel, while requests ran there. They end where they are.",
+        "Nothing. A host that you give back: wait until this is gone.",
     ),
     Explanation(
         "config-edit",

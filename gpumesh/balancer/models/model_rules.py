@@ -35,6 +35,11 @@ class ModelRules:
         """Whether any model has aliases."""
         return any(spec.aliases for spec in self.specs)
 
+    @property
+    def pinned(self) -> frozenset[str]:
+        """The full names of the models that must not be pushed out of a node's memory."""
+        return frozenset(full_name(spec.name) for spec in self.specs if spec.pinned)
+
     def find(self, model: str | None) -> ModelSpec | None:
         """The rules for a model, by its name or by an alias; ``None`` if mesh.yaml has none."""
         # Most mesh.yaml files have no rules. Then a request costs one test only.
@@ -130,8 +135,3 @@ class ModelRules:
             return context
         index = bisect_left(spec.context_steps, context)
         return spec.context_steps[index] if index < len(spec.context_steps) else context
-
-
-def find_pinned(models: Iterable[ModelSpec]) -> frozenset[str]:
-    """The full names of the models that must not be pushed out of a node's memory."""
-    return frozenset(full_name(spec.name) for spec in models if spec.pinned)

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 LOOK_INTERVAL_S = 1.0  # between two looks at the file
-SETTLE_S = 0.8  # less than one interval: a file is read when two looks in a row have seen the same
-BAD_S = 3.0  # for so long a file may be unusable without a word
+# In intervals. Less than one: a file is read when two looks in a row have seen the same.
+SETTLE_INTERVALS = 0.8
+BAD_INTERVALS = 3.0  # for so long a file may be unusable without a word
 
 
 class FileMarks(NamedTuple):
@@ -35,10 +36,13 @@ def read_marks(path: Path) -> FileMarks | None:
 
 
 class FileFollower:
-    """Follows one file. ``marks`` are its marks when its mesh read it, or earlier."""
+    """Follows one file, at which its owner looks every ``interval_s`` seconds. The first content that it sees is read
+    too: it may be newer than what the mesh has read."""
 
-    def __init__(self, marks: FileMarks | None) -> None:
-        self._marks = marks
+    def __init__(self, interval_s: float = LOOK_INTERVAL_S) -> None:
+        self._settle_s = SETTLE_INTERVALS * interval_s
+        self._bad_s = BAD_INTERVALS * interval_s
+        self._marks: FileMarks | None = None
         self._changed_at: float | None = None
         self._is_due = False
 
@@ -49,11 +53,11 @@ class FileFollower:
         """Notes what the file looks like now. Returns whether to read it."""
         if marks != self._marks:
             self._marks, self._changed_at, self._is_due = marks, now, True
-        if self._is_due and self._changed_at is not None and now - self._changed_at >= SETTLE_S:
+        if self._is_due and self._changed_at is not None and now - self._changed_at >= self._settle_s:
             self._is_due = False
             return True
         return False
 
     def reports_bad_file(self, now: float) -> bool:
         """Whether it is time to report that the file, as it was read last, cannot be used."""
-        return self._changed_at is None or now - self._changed_at >= BAD_S
+        return self._changed_at is None or now - self._changed_at >= self._bad_s

@@ -34,9 +34,9 @@ log = logging.getLogger(__name__)
 
 
 class Reloader:
-    """Keeps a mesh in step with the file at ``path``. ``snapshot`` is what the mesh has taken over from it, and
-    ``marks`` are the file's at that time, or earlier. ``options`` are those of `up`. ``on_applied`` is called after
-    each change."""
+    """Keeps a mesh in step with the file at ``path``. ``snapshot`` is what the mesh has taken over from it. ``options``
+    are those of `up`. ``access_log``: where the gateway writes a line for each request, if mesh.yaml wants that.
+    ``on_applied`` is called after each change."""
 
     def __init__(
         self,
@@ -96,7 +96,7 @@ class Reloader:
             except OSError as error:  # no descriptor is left for a tunnel, for example
                 raise GPUMeshError(f"the changes cannot be carried out: {error.strerror or error}") from error
         for line in report.lines():
-            log.info("%s", line, extra={"event": "reload"})
+            log.info("mesh.yaml: %s", line, extra={"event": "reload"})
         return report
 
     def _take_over(self, read: ConfigSnapshot) -> ReloadReport:
@@ -158,7 +158,7 @@ class Reloader:
                 _log_failure(error)
 
     async def _follow_file(self, interval_s: float) -> None:
-        follower = FileFollower(None)
+        follower = FileFollower(interval_s)
         while True:
             marks = await run_in_thread(read_marks, self._path)
             if follower.look(marks, self._clock()):

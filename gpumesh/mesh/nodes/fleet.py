@@ -18,7 +18,7 @@ from gpumesh.errors import GPUMeshError, ModelMissing, NoNodeError, UsageError
 from gpumesh.mesh.nodes.forecast_record import ForecastRecord
 from gpumesh.mesh.nodes.model_findings import describe_model_fault
 from gpumesh.mesh.nodes.node import Node
-from gpumesh.state import NodeState
+from gpumesh.state import Finding, NodeState, Severity
 
 
 class Fleet:
@@ -52,6 +52,15 @@ class Fleet:
         if name is not None and name not in self._nodes:
             raise UsageError(f"there is no node {name!r}", hint=f"the nodes are: {', '.join(self._nodes)}")
         return name
+
+    def leaving_findings(self) -> list[Finding]:
+        """A remark for each node that has left the mesh, and whose last requests have not ended yet."""
+        findings = []
+        for name, count in sorted((node.name, node.ledger.held) for node in self.leaving if node.ledger.held):
+            requests = "1 request still runs" if count == 1 else f"{count} requests still run"
+            message = f"{requests} over the old tunnel of {name}, which then closes"
+            findings.append(Finding("node-leaving", Severity.INFO, None, message, "nothing has to be done"))
+        return findings
 
     def candidates(self, *, despite_breaker: bool = False) -> list[Candidate]:
         """All nodes as the balancer sees them now. ``despite_breaker``: as in ``SnapshotBuilder.candidate``."""

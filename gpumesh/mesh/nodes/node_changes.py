@@ -12,16 +12,13 @@ from gpumesh.topology import NodeSpec, Topology
 class NodePlan:
     """What happens to the nodes. ``opened`` get a tunnel of their own, unless they are disabled: they are new, or their
     tunnel cannot be used any more. ``kept`` go on, also those whose spec has changed. ``closed`` are the names of the
-    running nodes that end: they were removed, or have a successor of the same name in ``opened``."""
+    running nodes that end: they were removed, or have a successor of the same name in ``opened``. ``reopened`` are the
+    names of those whose successor has a tunnel in place of theirs."""
 
     opened: tuple[NodeSpec, ...]
     kept: tuple[NodeSpec, ...]
     closed: frozenset[str]
-
-    @property
-    def reopened(self) -> tuple[str, ...]:
-        """The nodes that get another tunnel in place of the one that they had."""
-        return tuple(spec.name for spec in self.opened if spec.name in self.closed and spec.enabled)
+    reopened: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +42,8 @@ def plan_nodes(running: Topology, current: Topology) -> NodePlan:
         else:
             kept.append(spec)
     closed = specs.keys() - {spec.name for spec in kept}
-    return NodePlan(tuple(opened), tuple(kept), frozenset(closed))
+    reopened = [spec.name for spec in opened if spec.enabled and spec.name in specs and specs[spec.name].enabled]
+    return NodePlan(tuple(opened), tuple(kept), frozenset(closed), tuple(reopened))
 
 
 def needs_new_tunnel(before: NodeSpec, after: NodeSpec, *, has_other_local_ends: bool = False) -> bool:

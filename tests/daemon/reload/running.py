@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,7 @@ from tests.cli.meshes import SimulatedMesh, isolated_command, simulated_mesh
 from tests.real.command import Gpumesh
 
 MODEL = "m:latest"
+LOOK_INTERVAL_S = 0.05
 
 
 def streaming_host(name: str, *, tokens: int = 24, rate: float = 60.0, **changes: Any) -> HostProfile:
@@ -57,12 +58,12 @@ class ReloadedMesh:
     def names(self) -> list[str]:
         return [node.name for node in self.mesh.fleet]
 
-    def write(self, *nodes: Mapping[str, Any], models: Mapping[str, Any] | None = None, **gateway: Any) -> None:
-        """Writes mesh.yaml. Without ``nodes``, all hosts are nodes."""
-        self.lab.write(nodes or None, **gateway)
-        if models is not None:
+    def write(self, *nodes: Mapping[str, Any], more: Mapping[str, Any] | None = None, **gateway: Any) -> None:
+        """Writes mesh.yaml, with ``more`` sections. Without ``nodes``, all hosts are nodes."""
+        self.lab.write(nodes or None, **{"reload": self.mesh.topology.gateway.reload.value, **gateway})
+        if more:
             document = json.loads(self.paths.config.read_text())
-            self.paths.config.write_text(json.dumps({**document, "models": models}, indent=1))
+            self.paths.config.write_text(json.dumps({**document, **more}, indent=1))
 
     async def reload(self, *nodes: Mapping[str, Any], **more: Any) -> ReloadReport:
         """Writes mesh.yaml, and reloads it."""
@@ -78,19 +79,25 @@ class ReloadedMesh:
 
 @asynccontextmanager
 async def running_mesh(
-    folder: Path, *profiles: HostProfile, options: UpOptions | None = None, **gateway: Any
+    folder: Path, *profiles: HostProfile, options: UpOptions | None = None, reload: str = "manual"
 ) -> AsyncIterator[ReloadedMesh]:
-    """A mesh of these hosts, as `up` runs it, until the end of the block."""
+    """A mesh of these hosts, as `up` runs it, until the end of the block. It looks at its file very often."""
     options = options or UpOptions()
     folder.mkdir(exist_ok=True)
     with isolated_command(folder) as command:
         async with simulated_mesh(command, *profiles) as lab:
-            lab.write(**gateway)
+            lab.write(reload=reload)
             paths = _paths(command, folder)
             snapshot = read_snapshot(paths.config)
             topology = apply_options(snapshot.topology, options)
             async with run_mesh(
-                topology, paths, gateway=True, shutdown=Shutdown(), snapshot=snapshot, options=options
+                topology,
+                paths,
+                gateway=True,
+                shutdown=Shutdown(),
+                snapshot=snapshot,
+                options=options,
+                look_every_s=LOOK_INTERVAL_S,
             ) as session:
                 await session.wait_first_report(20.0)
                 yield ReloadedMesh(session, lab, paths)
@@ -165,6 +172,3 @@ class Clients:
         if not is_done:
             self.faults.append(f"{number}: cut after {''.join(pieces)!r}")
         return "".join(pieces)
-
-
-Nodes = Sequence[Mapping[str, Any]]

@@ -65,7 +65,7 @@ class RandomFile:
                 self._changes[name] |= {"weight": random.randint(1, 9), "tier": random.randint(1, 3)}
         await self._running.reload(
             *(self._entry(name) for name in self._changes if name not in self._absent),
-            models=self._models,
+            more={"models": self._models},
             **self._gateway,
         )
         return f"{step} {name}"
@@ -84,7 +84,7 @@ class RandomFile:
 
 async def stream_through_reloads(folder: Path, *, seed: int, count: int) -> None:
     """Reloads so many times, while answers stream."""
-    async with running_mesh(folder, *HOSTS, reload="manual") as running:
+    async with running_mesh(folder, *HOSTS) as running:
         steps: list[str] = []
         file = RandomFile(running, Random(seed))
         clients = Clients(running.url, CLIENTS)
