@@ -230,6 +230,15 @@ def record_host_key(path: Path, key: HostKey, host: KnownHost) -> None:
     _edit_file(path, edit)
 
 
+def forget_node(path: Path, host: KnownHost) -> None:
+    """Removes the keys on record for the host's own name, because its node was removed from mesh.yaml: a later node of
+    this name is another machine. The keys of its address stay. Raises ``TunnelError`` when the file cannot be written.
+    """
+    name = host.own_name
+    if name is not None and read_known_hosts(path).keys_for(name):
+        _edit_file(path, lambda text: "".join(_remove_names(text, (name,))))
+
+
 def adopt_shared_keys(path: Path, host: KnownHost) -> None:
     """Moves the keys that an earlier version has recorded for the shared name to the host's own name.
 

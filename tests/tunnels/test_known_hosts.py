@@ -14,6 +14,8 @@ from gpumesh.tunnels.known_hosts import (
     KnownHost,
     KnownHosts,
     adopt_shared_keys,
+    forget_node,
+    host_key_alias,
     parse_known_hosts,
     read_known_hosts,
     record_host_key,
@@ -148,3 +150,16 @@ def test_concurrent_writers_lose_no_line(tmp_path: Path) -> None:
     ]
     assert [writer.wait(30) for writer in writers] == [0, 0]
     assert len(read_known_hosts(known).entries) == 40
+
+
+def test_the_keys_of_a_removed_node_are_forgotten_and_those_of_its_address_stay(tmp_path: Path) -> None:
+    known = tmp_path / "known_hosts"
+    forget_node(known, KnownHost("1.2.3.4", 22, "pod", "/mesh.yaml"))
+    assert not known.exists()
+    record_host_key(known, A, KnownHost("1.2.3.4", 22, "pod", "/mesh.yaml"))
+    record_host_key(known, B, KnownHost("5.6.7.8", 22, "pod", "/other.yaml"))
+    forget_node(known, KnownHost("1.2.3.4", 22, "pod", "/mesh.yaml"))
+    kept = read_known_hosts(known)
+    assert kept.keys_for(host_key_alias("pod", "/mesh.yaml")) == ()
+    assert kept.keys_for("1.2.3.4") == (A,)
+    assert kept.keys_for(host_key_alias("pod", "/other.yaml")) == (B,)

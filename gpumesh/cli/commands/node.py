@@ -85,12 +85,14 @@ def rm(ctx: typer.Context, nodes: NodesArgument) -> None:
 
     What stood in mesh.yaml is shown, so that it can be put back.
     """
-    from gpumesh.cli.node.mesh_change import apply_change, change_file
+    from gpumesh.cli.node.mesh_change import apply_change, change_file, forget_host_keys
     from gpumesh.config.editing import node_changes
 
     options = global_options(ctx)
     path = options.config_file()
+    old = options.topology()
     changed = change_file(path, lambda text: node_changes.remove_nodes(path, text, nodes))
+    forget_host_keys(old, nodes)
     if not options.quiet:
         typer.echo("this stood in mesh.yaml; put it back under `nodes:` to undo:", err=True)
         typer.echo(clean_text("\n".join(changed.removed)), err=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import typer
@@ -14,7 +15,8 @@ from gpumesh.cli.views.figures import format_gib
 from gpumesh.cli.views.safe_text import clean_line
 from gpumesh.config.editing import edit, node_changes
 from gpumesh.config.editing.node_changes import ChangedText
-from gpumesh.errors import GPUMeshError, MeshNotRunning
+from gpumesh.config.live_changes import ReloadReport
+from gpumesh.errors import GPUMeshError, MeshNotRunning, TunnelError
 from gpumesh.state import MeshState
 from gpumesh.topology import Topology
 
@@ -30,36 +32,58 @@ def change_file(path: Path, change: Callable[[str], ChangedText]) -> ChangedText
         return changed
 
 
-def apply_change(options: GlobalOptions, topology: Topology) -> MeshState | None:
+def apply_change(options: GlobalOptions, topology: Topology) -> None:
     """Lets the running mesh read the changed file, and prints one line about what the pool has now.
 
-    Returns the state of the running mesh; ``None`` if no mesh runs, or if it could not take the change: then a line on
-    stderr says so, for the file is changed all the same. ``topology`` is what the file says now."""
-    state = None
+    If no mesh runs, or if it does not take the change, the line is about the file, and a line on stderr says why: the
+    file is changed all the same. ``topology`` is what the file says now."""
     reason = "no mesh is running: `gpumesh up -d` starts it"
     try:
-        state = run_async(_reload(options))
+        state, report = run_async(_reload(options))
     except MeshNotRunning:
         pass
     except GPUMeshError as error:
         reason = f"mesh.yaml is changed, but the running mesh does not take it: {error.message}"
         if error.hint:
             reason += f" ({error.hint})"
-    if state is not None:
+    else:
         typer.echo(clean_line(f"the pool now has {_describe_state(state)}"))
-        return state
+        if not options.quiet:
+            _print_remarks(report)
+        return
     typer.echo(clean_line(f"mesh.yaml now has {_describe_topology(topology)}"))
     if not options.quiet:
         typer.echo(clean_line(reason), err=True)
-    return None
 
 
-async def _reload(options: GlobalOptions) -> MeshState:
-    """Lets the running mesh read its file, and returns its state when new nodes were probed. Raises MeshNotRunning, and
-    GPUMeshError if the mesh refuses the file."""
+async def _reload(options: GlobalOptions) -> tuple[MeshState, ReloadReport]:
+    """Lets the running mesh read its file. Returns its state when new nodes were probed, and what the mesh has taken
+    over. Raises MeshNotRunning, and GPUMeshError if the mesh refuses the file."""
     async with open_session(options, embed=False, announce_change=False) as session:
-        await session.reload()
-        return await session.wait_first_report(FIRST_REPORT_TIMEOUT_S)
+        report = await session.reload()
+        return await session.wait_first_report(FIRST_REPORT_TIMEOUT_S), report
+
+
+def _print_remarks(report: ReloadReport) -> None:
+    """Prints to stderr what a person may not expect of the running mesh now."""
+    for node in report.leaving:
+        requests = "its request" if node.in_flight == 1 else f"its {node.in_flight} requests"
+        typer.echo(clean_line(f"{node.name}: {requests} in flight may end; then its tunnel closes"), err=True)
+    for name in report.not_opened:
+        typer.echo(clean_line(f"{name} is left alone, because `gpumesh up` named other nodes"), err=True)
+    for change in report.after_restart:
+        typer.echo(clean_line(f"{change}: takes effect after a restart"), err=True)
+
+
+def forget_host_keys(old: Topology, nodes: Sequence[str]) -> None:
+    """Removes the host keys on record for the names of removed nodes: another machine may get such a name later. What
+    cannot be removed is no failure: the node's next `trust` asks about it."""
+    from gpumesh.tunnels.known_hosts import KnownHost, forget_node
+
+    for node in old.nodes:
+        if node.name in nodes and node.ssh is not None:
+            with suppress(TunnelError):
+                forget_node(node.ssh.known_hosts, KnownHost(node.ssh.host, node.ssh.port, node.name, old.identity))
 
 
 def _describe_state(state: MeshState) -> str:
