@@ -5,6 +5,7 @@ Further parts of the command are in `cli/node/`.
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated, Any
 
 import typer
@@ -118,7 +119,7 @@ def edit(
       gpumesh node edit pod weight=2 enabled=false
       gpumesh node edit pod 'expect.models=[qwen2.5:7b, llama3.2:1b]'
     """
-    from gpumesh.cli.node.editor import EditCancelled, edit_in_editor
+    from gpumesh.cli.node.editor import MAX_ROUNDS, EditCancelled, edit_in_editor
     from gpumesh.cli.node.mesh_change import apply_change, change_file
     from gpumesh.config.editing import edit as file_edit
     from gpumesh.config.editing import node_changes, node_entries
@@ -138,14 +139,17 @@ def edit(
                 name,
                 node_entries.entry_text(text, index),
                 lambda entry: change_file(path, lambda current: node_changes.replace_node(path, current, name, entry)),
+                rounds=MAX_ROUNDS if sys.stdin.isatty() else 1,
             )
         except EditCancelled as cancelled:
             typer.echo(cancelled.message, err=True)
             return
-    if changed.topology == old:
+    if changed.text == text:
         typer.echo(clean_line(f"{name} is so already"))
         return
     typer.echo(clean_line(f"changed {changed.topology.nodes[index].name}"))
+    if changed.topology == old:  # only a comment was changed
+        return
     apply_change(options, changed.topology)
 
 

@@ -17,6 +17,7 @@ from gpumesh.config.editing.node_changes import ChangedText
 from gpumesh.errors import GPUMeshError
 from gpumesh.text.quoting import shell_word
 
+MAX_ROUNDS = 20  # a program in the place of an editor may make the same mistake for ever
 _REMARK = "#| "  # begins the lines that are not a part of the node
 
 
@@ -28,9 +29,12 @@ class EditorFailed(GPUMeshError):
     """The editor could not be started, or says that it failed."""
 
 
-def edit_in_editor(name: str, entry: str, change: Callable[[str], ChangedText]) -> ChangedText:
+def edit_in_editor(
+    name: str, entry: str, change: Callable[[str], ChangedText], *, rounds: int = MAX_ROUNDS
+) -> ChangedText:
     """Opens an editor on ``entry``, the text of the node ``name`` in mesh.yaml. Returns what ``change`` returns for the
-    new text. While ``change`` raises GPUMeshError, the editor opens again, with the error above what was typed.
+    new text. While ``change`` raises GPUMeshError, the editor opens again, with the error above what was typed, up to
+    ``rounds`` times in all; then the error is raised.
 
     Raises EditCancelled and EditorFailed. What was typed in vain stays in a file, whose name is shown.
     """
@@ -41,6 +45,7 @@ def edit_in_editor(name: str, entry: str, change: Callable[[str], ChangedText]) 
     os.close(descriptor)
     try:
         while True:
+            rounds -= 1
             path.write_text(_with_remarks(remark, text), encoding="utf-8")
             _run_editor(path)
             typed = _without_remarks(path.read_text(encoding="utf-8", errors="replace"))
@@ -50,6 +55,8 @@ def edit_in_editor(name: str, entry: str, change: Callable[[str], ChangedText]) 
             try:
                 changed = change(typed)
             except GPUMeshError as error:
+                if rounds <= 0:
+                    raise
                 remark = f"This cannot be used:\n{error.message}" + (f"\nhint: {error.hint}" if error.hint else "")
             else:
                 text = original  # nothing has to be kept

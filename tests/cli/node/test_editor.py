@@ -9,6 +9,7 @@ import pytest
 from gpumesh.cli.node.editor import EditCancelled, EditorFailed, edit_in_editor
 from gpumesh.config.editing import node_changes
 from gpumesh.config.editing.node_changes import ChangedText
+from gpumesh.errors import UsageError
 
 FILE = Path("/nowhere/mesh.yaml")
 TEXT = "nodes:\r\n  - name: a # mine\r\n    backend: {url: http://127.0.0.1:1}\r\n"
@@ -74,6 +75,14 @@ def test_what_was_typed_in_vain_is_kept(
     (kept,) = left(editor)
     assert "    bakend: {url" in kept
     assert "what you typed is in " in capsys.readouterr().err
+
+
+def test_a_program_that_always_makes_a_mistake_is_not_asked_for_ever(editor: Path) -> None:
+    (editor / "script").write_text("s/backend/bakend/\ns/:1/:2/\ns/:2/:3/\n")
+    with pytest.raises(UsageError, match="unknown key 'bakend'"):
+        edit_in_editor("a", ENTRY, lambda entry: node_changes.replace_node(FILE, TEXT, "a", entry), rounds=3)
+    (kept,) = left(editor)
+    assert ":3}" in kept
 
 
 def test_an_editor_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
