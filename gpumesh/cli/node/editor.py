@@ -82,7 +82,8 @@ def _run_editor(path: Path) -> None:
     previous_handler = signal.signal(signal.SIGINT, lambda *_: None)
     try:
         # The variable may have options and quotes (``code --wait``): a shell reads it, as with git and kubectl.
-        status = subprocess.run(["/bin/sh", "-c", f"{editor} {shell_word(str(path))}"], check=False).returncode
+        command = ["/bin/sh", "-c", f"{editor} {shell_word(str(path))}"]
+        status = subprocess.run(command, check=False, env=environment.child_environment()).returncode
     finally:
         signal.signal(signal.SIGINT, previous_handler)
     if status != 0:
