@@ -57,7 +57,7 @@ _OTHER_SPELLINGS: Mapping[str, str] = {
     **dict.fromkeys(("-help", "-?", "/?", "--h"), "--help"),
 }
 # The kinds of things that kubectl names before the name of a node (`describe node iceland`, `logs pod/iceland`).
-_KIND_PREFIXES = ("no", "host", "po")
+_KIND_PREFIXES = ("no", "host", "po", "all")
 
 
 class _LazyCommands(MutableMapping[str, Any]):

@@ -67,7 +67,23 @@ def test_every_help_text(words: tuple[str, ...]) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["up", "status", "run", "bench", "audit", "init", "models", "env", "exec", "logs", "drain"],
+    [
+        "up",
+        "status",
+        "run",
+        "bench",
+        "audit",
+        "init",
+        "models",
+        "env",
+        "exec",
+        "logs",
+        "drain",
+        "ssh",
+        "describe",
+        "completion",
+        "help",
+    ],
 )
 def test_common_commands_have_examples(name: str) -> None:
     text = help_text(name)

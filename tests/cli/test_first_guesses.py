@@ -186,7 +186,10 @@ compose up -d                       up
 compose down                        down
 compose ps                          status
 compose logs -f                     logs
-container ls                        models list
+container ls                        status
+image ls                            models list
+kubectl get nodes                   status
+status all                          status
 up                                  up
 up -d                               up
 up --build                          ? up
@@ -220,6 +223,7 @@ ssh iceland ls -la                  ? ssh
 ssh -L 8888:localhost:8888 iceland  ssh iceland
 ssh -v iceland                      ssh iceland
 ssh -p 17445 root@1.2.3.4           ? node edit
+ssh -J gate iceland                 ? node edit
 ssh -i ~/.ssh/id iceland            ? node edit
 ssh -N -L 1:localhost:1 iceland     ? ssh
 'ssh root@1.2.3.4 -p 17445'         ? node add
@@ -374,6 +378,7 @@ def problem_of(root: Any, guess: str, expected: str) -> str | None:
         path, values = understand(root, shlex.split(guess))
     except UsageError as error:
         assert error.hint is not None
+        assert error.exit_code == 2
         right = names_command and re.search(rf"`gpumesh {re.escape(wanted)}\b", error.hint)
         return None if right else f"it is answered: {error.message}: {error.hint}"
     except BaseException as error:
@@ -386,7 +391,7 @@ def problem_of(root: Any, guess: str, expected: str) -> str | None:
         str(name) for value in values.values() for name in (value if isinstance(value, (list, tuple)) else [value])
     ]
     *commands, last = wanted.split()
-    if path == wanted.split() or (path == commands and last in named):
+    if (path == wanted.split() and not values.get("nodes")) or (path == commands and last in named):
         return None
     return f"it runs {path} with {values}"
 

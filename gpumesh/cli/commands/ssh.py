@@ -19,7 +19,7 @@ from gpumesh.cli.open_session import run_async
 from gpumesh.cli.views.safe_text import clean_line
 from gpumesh.errors import GPUMeshError, UsageError
 from gpumesh.text.quoting import paste_command, shell_words
-from gpumesh.topology import HostKeyPolicy, NodeSpec, SshSpec
+from gpumesh.topology import HostKeyPolicy, NodeSpec, SshSpec, Topology
 
 if TYPE_CHECKING:
     from gpumesh.tunnels.known_hosts import KnownHost
@@ -59,7 +59,7 @@ def ssh_(
 
     options = global_options(ctx)
     topology = options.topology()
-    spec, ssh = _find_ssh_node(find_node(topology, node))
+    spec, ssh = _find_ssh_node(find_node(topology, _without_user(topology, node)))
     ssh = run_async(_look_up_address(spec, ssh))
     host = KnownHost(ssh.host, ssh.port, spec.name, topology.identity)
     arguments = run_async(_make_arguments(host, ssh, command or (), forward or (), verbose=options.verbose))
@@ -70,6 +70,19 @@ def ssh_(
         for remark in _remarks(host, ssh):
             typer.echo(clean_line(remark), err=True)
     _become(arguments)
+
+
+def _without_user(topology: Topology, name: str) -> str:
+    """The name of the node. Raises UsageError for ``user@host`` as ssh knows it."""
+    user, at_sign, host = name.rpartition("@")
+    if not at_sign:
+        return name
+    if any(spec.name == host for spec in topology.nodes):
+        here = paste_command("gpumesh ssh {NODE}", NODE=host)
+        raise UsageError(f"the user of {host} is in mesh.yaml, so {user!r} has no place here", hint=here)
+    raise UsageError(
+        f"{name!r} is no node of the mesh", hint="`gpumesh node add 'ssh USER@HOST -p PORT'` makes a host one"
+    )
 
 
 def _find_ssh_node(spec: NodeSpec) -> tuple[NodeSpec, SshSpec]:

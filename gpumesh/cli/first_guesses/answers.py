@@ -19,7 +19,8 @@ _KINDS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("config", "cm", "configmap", "configmaps"), ("config", "show")),
 }
 # docker's and kubectl's groups of commands, which we do not have: the word after them is the command.
-_GROUPS = ("compose", "container", "image", "stack", "kubectl", "ollama", "docker")
+_NODE_GROUPS = ("compose", "container", "stack", "docker", "pod")
+_GROUPS = (*_NODE_GROUPS, "image", "kubectl", "ollama")
 _ALL_OPTIONS = ("-a", "-A", "--all", "--all-namespaces")  # a list of ours has all of them anyway
 _HELP_SPELLINGS = ("-help", "-?", "/?", "--h")
 
@@ -37,7 +38,8 @@ def translate(words: Sequence[str], *, known: Sequence[str], path: tuple[str, ..
     if first_word == "get" and rest:
         return _translate_get(rest) or list(words)
     if first_word in _GROUPS and rest:
-        return translate(rest, known=known)
+        lists_nodes = first_word in _NODE_GROUPS and rest[0] in ("ls", "list")
+        return translate(["ps", *rest[1:]] if lists_nodes else rest, known=known)
     looks_like_model = any(":" in word for word in rest)
     if first_word in ("stop", "kill") and looks_like_model:  # `ollama stop MODEL`
         return ["models", "unload", *rest]
@@ -69,7 +71,7 @@ def _drop_kind(command: str, rest: Sequence[str]) -> list[str]:
     if command not in ("describe", "drain", "resume", "logs", "status", "ssh", "exec", "reconnect"):
         return words
     kind, slash, name = words[0].partition("/") if words else ("", "", "")
-    if kind not in _NODE_KINDS:
+    if kind not in _NODE_KINDS and (command, kind) != ("status", "all"):
         return words
     if slash:
         return [name, *words[1:]]

@@ -76,7 +76,6 @@ ALIASES: Mapping[tuple[str, ...], Mapping[str, tuple[str, ...]]] = {
         "export": ("env",),
         "man": ("help",),
         "commands": ("help",),
-        "quit": ("down",),
     },
     ("models",): {
         "ls": ("list",),

@@ -87,6 +87,8 @@ def test_the_address_is_the_one_of_now_and_may_be_a_proxy_for_terminals(config: 
 def test_what_is_refused(config: Path) -> None:
     assert "local is reached without SSH" in invoke("ssh", "local", code=2).err
     assert "did you mean far?" in invoke("ssh", "fra", code=2).err
+    assert "`gpumesh ssh far`" in invoke("ssh", "me@far", code=2).err
+    assert "`gpumesh node add" in invoke("ssh", "root@203.0.113.9", code=2).err
 
 
 @pytest.fixture
