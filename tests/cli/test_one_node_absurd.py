@@ -21,6 +21,8 @@ from gpumesh.cli.commands.models import _print_table
 from gpumesh.cli.views import audit_rows
 from gpumesh.cli.views.audit_screen import print_comparison, print_drawing
 from gpumesh.cli.views.findings import print_findings
+from gpumesh.cli.views.node_description import print_description
+from gpumesh.cli.views.node_selection import select_nodes
 from gpumesh.cli.views.safe_text import json_text
 from gpumesh.cli.views.status.status_view import ViewOptions, print_status
 from gpumesh.errors import ProbeError
@@ -144,6 +146,7 @@ def test_all_views_hold(capsys: Any, reported: Reports) -> None:
     for look in (ViewOptions(verbose=True), ViewOptions(height=12)):
         print_status(state, look)
     print_findings(findings)
+    print_description(select_nodes(state, ["hostile"]), None)
     print_comparison(list(audit_rows.compare_nodes(topology, nodes, findings)))
     print_drawing(audit_rows.draw_topology(topology, nodes))
     rows = models_inventory.list_model_rows(state)

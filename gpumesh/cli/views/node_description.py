@@ -10,12 +10,12 @@ from rich.text import Text
 
 from gpumesh.cli.views.console import console, print_plain
 from gpumesh.cli.views.findings import make_notes_table
-from gpumesh.cli.views.node_facts import Fact, list_sections
+from gpumesh.cli.views.node_facts import Fact, FactSection, list_sections
 from gpumesh.cli.views.safe_text import clean_line, clean_text
 from gpumesh.cli.views.status.health_marks import MARKS, STYLES
 from gpumesh.cli.views.status.remarks import list_remarks
-from gpumesh.cli.views.status.scheduling import scheduling_views
-from gpumesh.state import MeshState
+from gpumesh.cli.views.status.scheduling import describe_decision, describe_loading
+from gpumesh.state import MeshState, NodeState
 
 LABEL_WIDTH = 15  # characters of the longest label
 
@@ -36,16 +36,34 @@ def _parts(state: MeshState, settings: str | None) -> Iterator[RenderableType]:
     remarks = list_remarks(state)
     if remarks:
         yield make_notes_table(remarks)
-    for section in list_sections(node, state.at):
+    balancer = FactSection("Balancer", list(_balancer_facts(node)))
+    for section in (*list_sections(node, state.at), balancer):
+        if not section.facts:
+            continue
         yield Text(f"\n{section.title}", style="bold")
         yield _facts_table(section.facts)
-    scheduling = list(scheduling_views(state))
-    if scheduling:
-        yield Text("\nBalancer", style="bold")
-        yield from scheduling
     if settings is not None:
         yield Text("\nSettings", style="bold")
         yield Text("\n".join(f"  {line}" for line in clean_text(settings).splitlines()), overflow="fold")
+
+
+def _balancer_facts(node: NodeState) -> Iterator[Fact]:
+    """What the balancer has learned of each model here, its last forecast, and the loads of the last minutes."""
+    for learned in node.learned:
+        known = [
+            (learned.tokens_per_s, "{:,.0f} tokens/s alone"),
+            (learned.prefill_tokens_per_s, "reads {:,.0f} tokens/s"),
+            (learned.load_s, "loads in {:.1f} s"),
+            (learned.slots, "{} at once"),
+        ]
+        figures = [template.format(value) for value, template in known if value is not None]
+        if learned.neighbour_share is not None:
+            figures.append(f"each neighbour makes a token {100.0 * learned.neighbour_share:.0f} % longer")
+        yield "learned", ", ".join([learned.model, *figures])
+    if node.decisions:
+        yield "forecast", describe_decision(node.decisions[0])
+    if node.loading is not None:
+        yield "loads", describe_loading(node.loading)
 
 
 def _facts_table(facts: Sequence[Fact]) -> Table:

@@ -18,6 +18,8 @@ from gpumesh.cli.views.figures import (
 )
 from gpumesh.state import BackendPhase, GpuState, NodeState, TunnelPhase, TunnelState
 
+MAX_SHOWN_MODELS = 100  # of one node, in memory and on disk
+
 Fact = tuple[str, str]
 """A label, then a text."""
 
@@ -139,7 +141,7 @@ def _model_facts(node: NodeState, at: datetime) -> Iterator[Fact]:
     server = node.backend
     if server.state is not BackendPhase.UP:
         return
-    for model in server.loaded:
+    for model in server.loaded[:MAX_SHOWN_MODELS]:
         parts = [] if model.size_vram_mib is None else [f"{format_gib(model.size_vram_mib)} GiB of GPU memory"]
         if model.context_length is not None:
             parts.append(f"context {model.context_length}")
@@ -148,12 +150,15 @@ def _model_facts(node: NodeState, at: datetime) -> Iterator[Fact]:
             parts.append("stays" if time_left == "∞" else f"for {time_left} more")
         yield "in memory", ", ".join([model.name, *parts])
     details = {model.name: model for model in server.catalog}
-    for name in server.models:
+    for name in server.models[:MAX_SHOWN_MODELS]:
         info = details.get(name)
         known = [] if info is None else [info.parameter_size, info.quantization]
         if info is not None and info.size_mib is not None:
             known.append(f"{format_gib(info.size_mib)} GiB")
         yield "on disk", ", ".join([name, *filter(None, known)])
+    hidden_count = len(server.models) - MAX_SHOWN_MODELS
+    if hidden_count > 0:
+        yield "on disk", f"and {hidden_count} more"
     for broken in node.broken_models:
         retry = "" if broken.retry_in_s is None else f", tried again in {format_duration(broken.retry_in_s)}"
         yield "left out", f"{broken.name}: {broken.error or broken.why}{retry}"

@@ -47,9 +47,9 @@ def scheduling_views(state: MeshState) -> Iterator[RenderableType]:
     for node in state.nodes:
         name = clean_line(node.name, 24)
         if node.decisions:
-            yield Text(f"{name}: {_describe_decision(node.decisions[0])}", style="dim")
+            yield Text(f"{name}: {describe_decision(node.decisions[0])}", style="dim")
         if node.loading is not None:
-            yield Text(f"{name}: {_describe_loading(node.loading)}", style="dim")
+            yield Text(f"{name}: {describe_loading(node.loading)}", style="dim")
 
 
 def _number(value: float | None) -> str:
@@ -57,7 +57,7 @@ def _number(value: float | None) -> str:
     return UNKNOWN if value is None else f"{value:,.0f}"
 
 
-def _describe_decision(decision: DecisionState) -> str:
+def describe_decision(decision: DecisionState) -> str:
     """The last answered request: its forecast, and what happened."""
     model = "" if decision.model is None else f"{clean_line(decision.model, 60)} "
     # ``why`` is the whole cost. ``forecast_s`` is the request's own time: the cost without what others lose by it.
@@ -65,7 +65,7 @@ def _describe_decision(decision: DecisionState) -> str:
     return f"last {model}{format_duration(decision.age_s)} ago: {times}; cost: {clean_line(decision.why, 400)}"
 
 
-def _describe_loading(loading: LoadingState) -> str:
+def describe_loading(loading: LoadingState) -> str:
     """The loads of the last minutes."""
     models = ", ".join(f"{clean_line(model.name, 60)} {_times(model.loads)}" for model in loading.models)
     noun = "load" if loading.loads == 1 else "loads"
