@@ -6,7 +6,7 @@ A new command needs a row in ``COMMANDS``, and a file in ``commands/`` whose ``a
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Any
 
 import typer
@@ -99,7 +99,7 @@ class LazyGroup(TyperGroup):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if len(args) == 1:
             args = [_OTHER_SPELLINGS.get(args[0], args[0])]
-        return super().parse_args(ctx, args)
+        return _parse_or_answer(super().parse_args, ctx, args)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         names_kind = len(args) > 1 and args[1].startswith(_KIND_PREFIXES)
@@ -122,40 +122,39 @@ def _answer_guess(args: list[str], ctx: Any, path: tuple[str, ...]) -> list[str]
     from gpumesh.cli.first_guesses import answers
 
     known = list(ctx.command.commands)
-    words = answers.translate(args, known=known, path=path)
+    words = answers.translate(args, ctx, known=known, path=path)
     if words[0] not in known and not ctx.resilient_parsing:
-        answers.answer_word(words, path=path, ctx=ctx)
+        answers.answer_word(words, ctx, path=path)
     return words
 
 
+def _parse_or_answer(parse_args: Callable[[Any, list[str]], Any], ctx: Any, args: list[str]) -> list[str]:
+    """What ``parse_args``, Typer's own, returns. Raises UsageError for an unknown option that a sentence answers."""
+    words = list(args)  # Typer's parser empties the list
+    try:
+        return list(parse_args(ctx, args))
+    except Exception as error:
+        # NoSuchOption, whose class is private to Typer. All others are raised again.
+        option = getattr(error, "option_name", None)
+        if type(error).__name__ != "NoSuchOption" or not isinstance(option, str):
+            raise
+        from gpumesh.cli.first_guesses import answers
+
+        if answers.asks_for_help(words):
+            return list(parse_args(ctx, ["--help"]))
+        answers.answer_option(ctx.command_path.split()[1:], option)
+        raise
+
+
 def _answer_guesses(command: Any) -> None:
-    """Lets a group of commands answer guesses at its commands, and a single command guesses at its options."""
+    """Lets a command answer guesses at its options, and a group of commands also guesses at its commands."""
+    parse_args = command.parse_args
+    command.parse_args = lambda ctx, args: _parse_or_answer(parse_args, ctx, args)
     if hasattr(command, "commands"):
         resolve_command = command.resolve_command
         command.resolve_command = lambda ctx, args: resolve_command(
             ctx, args if args[0] in command.commands else _answer_guess(args, ctx, (command.name,))
         )
-        return
-    parse_args = command.parse_args
-
-    def parse(ctx: Any, args: list[str]) -> list[str]:
-        words = list(args)  # Typer's parser empties the list
-        try:
-            rest: list[str] = parse_args(ctx, args)
-        except Exception as error:
-            # NoSuchOption, which is private to Typer. All others are raised again.
-            option = getattr(error, "option_name", None)
-            if type(error).__name__ != "NoSuchOption" or not isinstance(option, str):
-                raise
-            from gpumesh.cli.first_guesses import answers
-
-            if answers.asks_for_help(words):
-                return list(parse_args(ctx, ["--help"]))
-            answers.answer_option(command.name, option)
-            raise
-        return rest
-
-    command.parse_args = parse
 
 
 def _use_plain_name(parameter: Any) -> None:

@@ -336,6 +336,12 @@ status -h                           status --help
 status --help                       status --help
 status -?                           status --help
 models -h                           models --help
+--json status                       ? status
+--watch                             ? help
+-n ns get pods                      ? help
+exec pod -- ls                      exec pod
+logs pod -n 50                      logs pod
+logs pod                            logs pod
 models list -help                   models list --help
 """
 ROWS = [
@@ -436,6 +442,10 @@ def test_a_node_of_the_mesh(root: Any, tmp_path: Any, monkeypatch: pytest.Monkey
         understand(root, ["iceland"])
     assert caught.value.hint is not None
     assert "`gpumesh describe iceland`" in caught.value.hint
+    config.write_text("nodes: [{name: pod, backend: {url: http://127.0.0.1:1}}]")
+    for words in (["exec", "pod", "ls"], ["logs", "pod", "gone"], ["status", "pod"], ["describe", "pod", "-o", "json"]):
+        _, values = understand(root, words)
+        assert "pod" in (values.get("nodes") or values["words"]), "a node may be called so"
     with pytest.raises(Exception, match="No such command"):
         understand(root, ["greenland"])
 

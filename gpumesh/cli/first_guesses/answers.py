@@ -25,21 +25,22 @@ _ALL_OPTIONS = ("-a", "-A", "--all", "--all-namespaces")  # a list of ours has a
 _HELP_SPELLINGS = ("-help", "-?", "/?", "--h")
 
 
-def translate(words: Sequence[str], *, known: Sequence[str], path: tuple[str, ...] = ()) -> list[str]:
+def translate(words: Sequence[str], ctx: Any, *, known: Sequence[str], path: tuple[str, ...]) -> list[str]:
     """The words that are meant: those of a command of ours where there is one, else the words unchanged.
 
-    ``path`` is the group of commands that got the words; ``known`` are the commands of that group."""
+    ``path`` is the group of commands that got the words, ``ctx`` the group's context, and ``known`` are the commands of
+    the group. Only of `gpumesh` itself, whose path is empty, known commands are translated too."""
     first_word, *rest = words
-    if first_word in known:
-        return [first_word, *_drop_kind(first_word, rest)] if not path else list(words)
     if path:
         alias = ALIASES.get(path, {}).get(first_word)
         return list(words) if alias is None else [*alias, *rest]
+    if first_word in known:
+        return [first_word, *_drop_kind(first_word, rest, ctx)]
     if first_word == "get" and rest:
         return _translate_get(rest) or list(words)
     if first_word in _GROUPS and rest:
         lists_nodes = first_word in _NODE_GROUPS and rest[0] in ("ls", "list")
-        return translate(["ps", *rest[1:]] if lists_nodes else rest, known=known)
+        return translate(["ps", *rest[1:]] if lists_nodes else rest, ctx, known=known, path=path)
     looks_like_model = any(":" in word for word in rest)
     if first_word in ("stop", "kill") and looks_like_model:  # `ollama stop MODEL`
         return ["models", "unload", *rest]
@@ -52,7 +53,7 @@ def translate(words: Sequence[str], *, known: Sequence[str], path: tuple[str, ..
         return list(words)
     if alias[0] == "status":
         rest = [word for word in rest if word not in _ALL_OPTIONS]
-    return [*alias, *_drop_kind(alias[0], rest)]
+    return [*alias, *_drop_kind(alias[0], rest, ctx)]
 
 
 def _translate_get(rest: Sequence[str]) -> list[str] | None:
@@ -65,8 +66,11 @@ def _translate_get(rest: Sequence[str]) -> list[str] | None:
     return [*command, *names, *(word for word in rest[1:] if word not in _ALL_OPTIONS)]
 
 
-def _drop_kind(command: str, rest: Sequence[str]) -> list[str]:
-    """The words after ``command`` without a kind before the name of a node: ``node iceland``, ``node/iceland``."""
+def _drop_kind(command: str, rest: Sequence[str], ctx: Any) -> list[str]:
+    """The words after ``command`` without a kind before the name of a node: ``node iceland``, ``node/iceland``. The
+    word stays if a node of mesh.yaml is called so: many a pod is called ``pod``."""
+    from gpumesh.cli.completion import complete_nodes
+
     words = list(rest)
     if command not in ("describe", "drain", "resume", "logs", "status", "ssh", "exec", "reconnect"):
         return words
@@ -75,12 +79,14 @@ def _drop_kind(command: str, rest: Sequence[str]) -> list[str]:
         return words
     if slash:
         return [name, *words[1:]]
-    names_follow = any(not word.startswith("-") for word in words[1:])
+    name_follows = len(words) > 1 and not words[1].startswith("-")
     lists_nodes = command == "status"  # `top nodes`
-    return words[1:] if names_follow or lists_nodes else words
+    if not (name_follows or lists_nodes) or kind in complete_nodes(ctx, kind):
+        return words
+    return words[1:]
 
 
-def answer_word(words: Sequence[str], *, path: tuple[str, ...], ctx: Any) -> None:
+def answer_word(words: Sequence[str], ctx: Any, *, path: tuple[str, ...]) -> None:
     """Raises UsageError with a sentence that names the command that is meant, if the first word is such a guess.
     ``words`` is what ``translate`` has left unchanged."""
     word = words[0]
@@ -112,11 +118,13 @@ def _recognize(word: str, ctx: Any) -> str | None:
     return None
 
 
-def answer_option(command: str, option: str) -> None:
-    """Raises UsageError with a sentence that names what is meant, if this option of this command is such a guess."""
+def answer_option(path: Sequence[str], option: str) -> None:
+    """Raises UsageError with a sentence that names what is meant, if this option of the command at ``path`` is such a
+    guess."""
+    command = " ".join(path)
     sentence = OPTION_POINTERS.get((command, option)) or OPTION_POINTERS.get((command, "*"))
     if sentence is not None:
-        raise UsageError(f"gpumesh {command} has no option {option}", hint=sentence)
+        raise UsageError(f"{' '.join(('gpumesh', *path))} has no option {option}", hint=sentence)
 
 
 def asks_for_help(words: Sequence[str]) -> bool:

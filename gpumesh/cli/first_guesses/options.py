@@ -17,19 +17,20 @@ _COMPLETION = "the shell's name needs no option: `gpumesh completion bash`"
 _VERSION = "`gpumesh version` tells the version, and `gpumesh doctor` all the others"
 _SHOW_MODEL = "`gpumesh models list -o wide` shows what is known of the models"
 
-# By command and option. ``*`` in place of an option: any option that the command does not know.
+# By command ("" is `gpumesh` itself) and option. ``*``: any option that the command does not know.
 OPTION_POINTERS: Mapping[tuple[str, str], str] = {
     **dict.fromkeys([("exec", name) for name in ("-i", "-t", "--tty", "--stdin", "--interactive")], _SSH),
     **dict.fromkeys([("status", name) for name in ("-A", "-a", "--all", "--all-namespaces")], _ALL_NODES),
     **dict.fromkeys([("status", name) for name in ("-f", "--follow")], "`gpumesh status -w` stays and shows changes"),
-    **dict.fromkeys([("status", name) for name in ("-h", "--no-stream")], "`gpumesh status` shows the state once"),
+    ("status", "--no-stream"): "`gpumesh status` shows the state once",
     **dict.fromkeys([("logs", name) for name in ("-p", "--previous", "-t", "--timestamps")], _FROM_START),
     **dict.fromkeys([("logs", name) for name in ("-w", "--watch")], "`gpumesh logs -f` stays and shows what comes"),
     **dict.fromkeys([("run", name) for name in ("-i", "-t", "--rm", "--interactive")], _CHAT),
     **dict.fromkeys([("up", name) for name in ("--build", "--wait", "--force-recreate", "--pull")], _UP),
     **dict.fromkeys([("completion", name) for name in ("-s", "--shell")], _COMPLETION),
     **dict.fromkeys([("version", name) for name in ("--client", "--short")], _VERSION),
-    **dict.fromkeys([("list", name) for name in ("--modelfile", "--parameters", "--template")], _SHOW_MODEL),
+    **dict.fromkeys([("models list", name) for name in ("--modelfile", "--parameters", "--template")], _SHOW_MODEL),
+    ("", "*"): "options stand behind the command, as in `gpumesh status --json`; `gpumesh help` lists the commands",
     ("ssh", "*"): _TO_HOST,
     ("drain", "*"): "`gpumesh drain NODE` needs no option: what runs there ends by itself",
     ("down", "*"): "`gpumesh down` leaves nothing behind; `gpumesh down --wait 0` does not wait for requests",
