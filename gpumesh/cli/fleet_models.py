@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 # How long a word that may be a model waits for the nodes that have not reported yet. A mesh that runs has its reports.
 REPORT_TIMEOUT_S = 4.0
+# So long do others wait for it after the first node has listed its models: a host that does not answer must not hold up
+# a prompt that another node can serve.
+FIRST_NODE_GRACE_S = 1.0
 _LOOK_INTERVAL_S = 0.05
 MAX_SHOWN_MODELS = 50  # in a sentence for people
 
@@ -36,13 +39,14 @@ _LETTERS_AND_DIGIT = re.compile(r"(?=.*[A-Za-z])(?=.*[0-9])[\w.-]+")  # `llama3`
 class FleetModels:
     """``listed``: the models that the nodes list, in the order of the nodes; ``listed_up`` those of nodes that are up.
     ``named``: the names and the aliases that mesh.yaml has for models. ``usable``: the models to chat with on nodes
-    that are up. ``is_complete``: a node is up, and each node that is up lists models, so that no other model can be had
-    now. ``rules`` are those of mesh.yaml."""
+    that are up. ``is_settled``: each node has reported, or has failed. ``is_complete``: besides, a node is up, and each
+    node that is up lists models, so that no other model can be had now. ``rules`` are those of mesh.yaml."""
 
     listed: tuple[str, ...]
     listed_up: tuple[str, ...]
     named: tuple[str, ...]
     usable: tuple[str, ...]
+    is_settled: bool
     is_complete: bool
     rules: ModelRules
 
@@ -54,12 +58,15 @@ class FleetModels:
         if topology.gateway.default_model is not None:
             named.append(topology.gateway.default_model)
         named += [name for node in topology.nodes if node.enabled for name in node.expect.models]
+        disabled = {node.name for node in topology.nodes if not node.enabled}
+        is_settled = all(node.health is not Health.UNKNOWN or node.name in disabled for node in state.nodes)
         return cls(
             listed=_join_lists(state.nodes),
             listed_up=_join_lists(nodes_up),
             named=tuple(dict.fromkeys(named)),
             usable=chat_models(state),
-            is_complete=bool(nodes_up) and all(node.backend.models for node in nodes_up),
+            is_settled=is_settled,
+            is_complete=is_settled and bool(nodes_up) and all(node.backend.models for node in nodes_up),
             rules=ModelRules(topology.models),
         )
 
@@ -129,17 +136,21 @@ def may_be_model(word: str) -> bool:
 
 async def find_models(session: Session, topology: Topology, word: str | None = None) -> FleetModels:
     """The models of the fleet: as soon as ``word`` names one of them, else when each node has reported or has failed,
-    after ``REPORT_TIMEOUT_S`` at the latest."""
-    disabled = {node.name for node in topology.nodes if not node.enabled}
+    at the latest ``FIRST_NODE_GRACE_S`` after the first node has listed its models, and after ``REPORT_TIMEOUT_S``."""
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + REPORT_TIMEOUT_S
     state = await session.status()
     models = FleetModels.of(state, topology)
     try:
-        async with asyncio.timeout(REPORT_TIMEOUT_S), closing_iterator(session.watch(_LOOK_INTERVAL_S)) as states:
+        async with asyncio.timeout_at(deadline) as scope, closing_iterator(session.watch(_LOOK_INTERVAL_S)) as states:
             async for state in states:
                 models = FleetModels.of(state, topology)
                 is_named = word is not None and models.find(word) is not None
-                if is_named or all(node.health is not Health.UNKNOWN or node.name in disabled for node in state.nodes):
+                if is_named or models.is_settled:
                     break
+                if models.listed_up:
+                    deadline = min(deadline, loop.time() + FIRST_NODE_GRACE_S)  # later iterations cannot make it later
+                    scope.reschedule(deadline)
     except TimeoutError:
         pass  # what the nodes have reported by now has to do
     return models
@@ -180,6 +191,10 @@ async def read_prompt_words(session: Session, topology: Topology, words: Sequenc
     if model is not None:
         return PromptWords(model, rest)
     if models.looks_like_model(first):
+        # A node that has not reported yet may have it. The mesh itself waits for that node; a person who has probably
+        # mistyped a name need not.
+        if not models.is_settled and models.guess(first) is None:
+            return PromptWords(first, rest)
         error = models.missing_error(first)
         if rest:
             error.hint = f"{error.hint}; words between quotes are always a prompt"

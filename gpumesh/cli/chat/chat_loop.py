@@ -140,13 +140,15 @@ class _Chat:
         """Sends a message and prints the answer. Raises GPUMeshError; then the conversation is as before."""
         printer = AnswerPrinter(self._session, is_plain=self._is_plain)
         request = self._conversation.make_request(text)
-        async with asyncio.TaskGroup() as group:
-            answer = group.create_task(printer.print_answer(request))
-            waiting = group.create_task(printer.show_waiting())
-            with self.editor.answering(lambda: _cancel_once(answer)):
-                await asyncio.wait([answer])
-            waiting.cancel()
-        printer.end()
+        try:
+            async with asyncio.TaskGroup() as group:
+                answer = group.create_task(printer.print_answer(request))
+                waiting = group.create_task(printer.show_waiting())
+                with self.editor.answering(lambda: _cancel_once(answer)):
+                    await asyncio.wait([answer])
+                waiting.cancel()
+        finally:
+            printer.end()  # what follows gets a line of its own, also the shell's prompt after a signal
         summary = printer.summary
         if summary.error is not None:
             raise summary.error
