@@ -75,7 +75,9 @@ class LineEditor:
         """Reads a message of one or several lines. ``default`` stands there already. Raises LineInterrupted for Ctrl-C,
         and EOFError for Ctrl-D where nothing is typed."""
         try:
-            return await self._session.prompt_async(PROMPT, default=default, placeholder=_placeholder)
+            return await self._session.prompt_async(
+                PROMPT, default=default, placeholder=_placeholder, set_exception_handler=False
+            )
         except LineInterrupted as interrupted:
             interrupted.was_empty = not self._session.default_buffer.text
             raise

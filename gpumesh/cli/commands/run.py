@@ -126,12 +126,16 @@ def run(
             raise typer.Exit(int(ExitCode.FAILED))
         return
     piped_text = "" if sys.stdin.isatty() else read_piped_text()
-    if words[-1:] == ["-"]:  # stands for stdin, which is read in any case
+    is_stdin_named = words[-1:] == ["-"]
+    if is_stdin_named:  # the dash stands for stdin, which is read in any case
         words = words[:-1]
     if (words or not sys.stdin.isatty()) and not (piped_text + "".join(words)).strip():
         raise _empty_prompt_error()
     stream = not no_stream and not as_json  # a JSON object is printed as a whole
-    run_async(_send_single(options, common, words, piped_text, system, as_json=as_json, stream=stream))
+    may_chat = stream and not is_stdin_named and sys.stdin.isatty() and sys.stdout.isatty()
+    run_async(
+        _send_single(options, common, words, piped_text, system, as_json=as_json, stream=stream, may_chat=may_chat)
+    )
 
 
 def _parse_priority(text: str) -> Priority:
@@ -175,10 +179,11 @@ async def _send_single(
     *,
     as_json: bool,
     stream: bool,
+    may_chat: bool,
 ) -> None:
     """Sends one prompt, and prints its answer to stdout: in pieces as they come (``stream``), as a JSON object
     (``as_json``), or as a whole text. With ``--verbose`` prints the node and its speed to stderr. ``words``: those of
-    the command line, perhaps with a model before the prompt. A model alone, on a terminal, opens a chat."""
+    the command line, perhaps with a model before the prompt. With ``may_chat`` a model alone opens a chat."""
     from gpumesh.cli.fleet_models import may_be_model, read_prompt_words, require_model
     from gpumesh.cli.prompt_input import PromptEntry
     from gpumesh.cli.standard_input import read_terminal_text
@@ -194,7 +199,7 @@ async def _send_single(
                 text = understood.text
                 if understood.model is not None:
                     common = replace(common, model=understood.model)
-                    if not text and stream and sys.stdin.isatty() and sys.stdout.isatty():
+                    if not text and may_chat:
                         from gpumesh.cli.chat.chat_loop import run_chat
 
                         await run_chat(session, topology, common, system, quiet=options.quiet)

@@ -74,6 +74,11 @@ async def test_a_chat_from_its_first_line_to_its_last(running: SimulatedMesh) ->
         await chat.say("one\x1b\rtwo", " · 3 tokens")
         await chat.say("/node beta", "only beta answers")
         await chat.say("More", "beta · 3 tokens")
+        shown.press("Again\r\x1b[200~typed ahead\rin two lines\x1b[201~")
+        await chat.see("beta · 3 tokens")
+        await chat.see("in two lines")
+        shown.press("\x03")
+        await chat.see(PLACEHOLDER)
         await chat.say("/node gamma", "hint: there are: auto, alpha, beta")
         await chat.say("/modle", "did you mean /model?")
         await chat.say("/model qwen2.5", f"did you mean {MODEL}?")
@@ -89,8 +94,8 @@ async def test_a_chat_from_its_first_line_to_its_last(running: SimulatedMesh) ->
         await chat.say("n", "was left as it is")
         assert file.read_text() == saved
         await chat.say("/clear", "what was said is forgotten")
-        await chat.say(f"/load {file.name}", "10 messages from")
-        await chat.say("/show", "messages    10")
+        await chat.say(f"/load {file.name}", "12 messages from")
+        await chat.say("/show", "messages    12")
         shown.press("/mo")
         await chat.see("talk to another model")  # the menu of the commands that begin so
         shown.press("\t")
@@ -99,10 +104,11 @@ async def test_a_chat_from_its_first_line_to_its_last(running: SimulatedMesh) ->
         shown.press("\x04")
         assert await shown.wait_exit() == 0
         assert shown.is_restored()
+        assert shown.written.rfind("\x1b[?2004l") > shown.written.rfind("\x1b[?2004h"), "pastes are as before"
     document = json.loads(saved)
     assert (document["schema"], document["model"], document["system"]) == ("gpumesh.chat/1", "qwen3:8b", "Be brief.")
     asked = [message["content"] for message in document["messages"][::2]]
-    assert asked == ["Hello", "two\nlines", "one\ntwo", "More", "Think"]
+    assert asked == ["Hello", "two\nlines", "one\ntwo", "More", "Again", "Think"]
     (history,) = running.gpumesh.home.rglob("chat_history")
     assert stat.S_IMODE(history.stat().st_mode) == 0o600
     assert json.loads(history.read_text().splitlines()[0]) == "Hello"
@@ -123,7 +129,7 @@ async def test_ctrl_c_stops_the_answer_and_not_the_chat(running: SimulatedMesh) 
         assert max(map(len, lines)) <= 40, "after the change of the size"
         threads = Path(f"/proc/{shown.process.pid}/task")
         assert len(list(threads.iterdir())) == 1
-        # What is typed meanwhile is not echoed into the answer, and is there afterwards, a paste as one text.
+        # What is typed meanwhile is not echoed into the answer.
         shown.press("\x1b[200~typed\rahead\x1b[201~")
         place = len(shown.plain_text)
         await wait_until(lambda: len(shown.plain_text) > place + 100, "the answer goes on")
