@@ -61,6 +61,9 @@ class OpenRequests:
         return f"{text} and {self.waiting} waiting" if self.waiting else text
 
 
+_NO_REQUESTS = OpenRequests()
+
+
 @dataclass(frozen=True, slots=True)
 class KilledMesh:
     """A mesh that has ended without stopping. ``at``: the last moment at which it lived."""
@@ -128,6 +131,8 @@ class RunRecord:
 
 def count_open_requests(mesh: Mesh) -> OpenRequests:
     """Counts the requests of the mesh, by node and model."""
+    if mesh.request_counters.in_flight == 0:
+        return _NO_REQUESTS
     groups = Counter((node.name, model) for node in mesh.fleet for model in node.ledger.models_in_flight())
     placed = tuple(RequestGroup(node, model, count) for (node, model), count in groups.most_common())
     return OpenRequests(placed, max(mesh.request_counters.in_flight - groups.total(), 0))

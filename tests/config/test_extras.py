@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -51,19 +52,17 @@ def run_without_extras(folder: Path, *arguments: str) -> tuple[int, str]:
 def test_the_demo_without_the_lab(tmp_path: Path) -> None:
     code, err = run_without_extras(tmp_path, "demo")
     assert code == 1
-    assert err.splitlines() == [
-        "error: `gpumesh demo` needs the Python package aiohttp, which is not installed",
-        f"hint: `{sys.executable} -m pip install 'aiohttp<4,>=3.11'`",
-    ]
+    error, hint = err.splitlines()
+    assert error == "error: `gpumesh demo` needs the Python package aiohttp, which is not installed"
+    assert re.fullmatch(rf"hint: `{re.escape(sys.executable)} -m pip install 'aiohttp[0-9<>=.,]+'`", hint)
 
 
 def test_a_mesh_with_redis_without_it(tmp_path: Path) -> None:
     code, err = run_without_extras(tmp_path, "status")
     assert code == 1
-    assert err.splitlines() == [
-        "error: `redis:` in mesh.yaml needs the Python package redis, which is not installed",
-        f"hint: `{sys.executable} -m pip install 'redis<9,>=5.2'`",
-    ]
+    error, hint = err.splitlines()
+    assert error == "error: `redis:` in mesh.yaml needs the Python package redis, which is not installed"
+    assert re.fullmatch(rf"hint: `{re.escape(sys.executable)} -m pip install 'redis[0-9<>=.,]+'`", hint)
 
 
 def test_everything_else_works_without_extras(tmp_path: Path) -> None:
@@ -75,8 +74,8 @@ def test_everything_else_works_without_extras(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("prefix", "command"),
     [
-        ("/home/ada/.local/share/pipx/venvs/gpumesh-cli", "pipx inject gpumesh-cli 'redis<9,>=5.2'"),
-        ("/home/ada/.local/share/uv/tools/gpumesh-cli", f"uv pip install --python {sys.executable} 'redis<9,>=5.2'"),
+        ("/home/ada/.local/share/pipx/venvs/gpumesh-cli", "pipx inject gpumesh-cli"),
+        ("/home/ada/.local/share/uv/tools/gpumesh-cli", f"uv pip install --python {sys.executable}"),
     ],
 )
 def test_the_command_of_the_program_that_has_installed_gpumesh(
@@ -85,7 +84,7 @@ def test_the_command_of_the_program_that_has_installed_gpumesh(
     monkeypatch.setattr(sys, "prefix", prefix)
     with pytest.raises(GPUMeshError) as caught, need_extra("redis", "this"):
         raise ModuleNotFoundError(name="redis.asyncio")
-    assert caught.value.hint == f"`{command}`"
+    assert re.fullmatch(rf"`{re.escape(command)} 'redis[0-9<>=.,]+'`", str(caught.value.hint))
 
 
 def test_another_missing_module_is_not_explained_away() -> None:

@@ -128,9 +128,8 @@ def health_exit_code(state: MeshState) -> ExitCode:
 def _read_state(options: GlobalOptions, *, with_history: bool) -> tuple[MeshState, History]:
     """Returns the state, then the history of the running mesh; an empty history without ``with_history``, and if the
     mesh is of an older version. If no mesh runs, opens a mesh for one probe, which has no history."""
-    from gpumesh.cli.views import changed_file, killed_mesh
+    from gpumesh.cli.views import changed_file
     from gpumesh.daemon.control_socket.quick_status import fetch_history, fetch_status
-    from gpumesh.daemon.run_record import find_killed_mesh
     from gpumesh.mesh.history import History
     from gpumesh.wire import from_json
 
@@ -138,6 +137,9 @@ def _read_state(options: GlobalOptions, *, with_history: bool) -> tuple[MeshStat
     socket = paths.socket
     status_document = fetch_status(socket)
     if status_document is None:
+        from gpumesh.cli.views import killed_mesh
+        from gpumesh.daemon.run_record import find_killed_mesh
+
         killed = find_killed_mesh(paths)
         state = run_async(_probe_once(options, killed))
         return killed_mesh.add_finding(state, killed), History()
