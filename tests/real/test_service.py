@@ -90,7 +90,7 @@ async def service_mesh(folder: Path) -> AsyncIterator[ServiceMesh]:
             nodes = [mesh.node("alpha"), {**beta, "ssh": {**beta["ssh"], "transport": "openssh"}}, mesh.node("slow")]
             with socket.create_server(("127.0.0.1", 0)) as server:
                 listen = f"127.0.0.1:{server.getsockname()[1]}"
-            mesh.write(nodes, listen=listen, api_key_env="MESH_KEY")
+            mesh.write(nodes, listen=listen, api_key_env="MESH_KEY", reload="manual")
             async with user_systemd(gpumesh.environment(MESH_KEY=KEY)) as systemd:
                 yield ServiceMesh(mesh, systemd, f"http://{listen}")
 
@@ -137,6 +137,16 @@ async def test_kill_9_under_systemd(tmp_path: Path) -> None:
         assert (status["variables"], status["missing_variables"], status["up_to_date"]) == (["MESH_KEY"], [], True)
         log = (await service.mesh.gpumesh("logs")).out
         assert re.search(r"the mesh before this one \(pid \d+\) ended without stopping .*1 of qwen2.5:7b on slow", log)
+
+        mesh_yaml = service.mesh.gpumesh.config.read_text()
+        service.mesh.gpumesh.config.write_text(mesh_yaml.replace('"slow"', '"fast"'))
+        await service.systemd("systemctl", "--user", "reload", "gpumesh")
+        shown = (await service.mesh.gpumesh("status", "--json")).json()
+        assert {node["name"] for node in shown["nodes"]} == {"alpha", "beta", "fast"}
+        assert (await service.status())["restarts"] == 1, "it is the same process"
+        service.mesh.gpumesh.config.write_text("nodes: [")
+        await service.systemd("systemctl", "--user", "reload", "gpumesh", code=1)
+        service.mesh.gpumesh.config.write_text(mesh_yaml)
 
         await service.mesh.gpumesh("down")
         await asyncio.sleep(1.0)  # longer than systemd would wait before it starts a service again

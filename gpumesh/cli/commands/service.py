@@ -54,8 +54,8 @@ def install(
 
     A service has none of your shell's variables. Those that mesh.yaml names for passwords and keys go into a file of
     mode 0600, which --save-variables writes; they never stand in the unit. It has no SSH agent either: a key file
-    without a passphrase, for this purpose only, is the usual way. `systemctl --user reload gpumesh` (or SIGHUP) makes
-    it read mesh.yaml again.
+    without a passphrase, for this purpose only, is the usual way. `gpumesh reload`, SIGHUP and
+    `systemctl --user reload gpumesh` make it read mesh.yaml again.
 
     \b
     Examples:

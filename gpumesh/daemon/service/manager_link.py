@@ -1,4 +1,4 @@
-"""Tells the service manager that has started this process that the mesh serves, reloads, lives or stops.
+"""Tells the service manager that has started this process that the mesh serves, lives or stops.
 
 The protocol is systemd's sd_notify(3): datagrams to the socket that ``$NOTIFY_SOCKET`` names.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-import time
 from contextlib import suppress
 from typing import Self
 
@@ -48,12 +47,8 @@ class ManagerLink:
             connection.sendto("\n".join(lines).encode("utf-8", "replace"), self._address)
 
     def send_ready(self, status: str) -> None:
-        """Tells that the mesh serves, at its start or after a reload. ``status``: one line for `systemctl status`."""
+        """Tells that the mesh serves. ``status``: one line for `systemctl status`."""
         self.send(READY, f"STATUS={status.splitlines()[0] if status else ''}")
-
-    def send_reloading(self) -> None:
-        """Tells that the mesh takes over a changed mesh.yaml. ``send_ready`` must follow."""
-        self.send("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
 
     async def keep_alive(self) -> None:
         """Tells the watchdog that the event loop runs, until it is cancelled. Returns at once without a watchdog."""

@@ -56,8 +56,9 @@ def _lines(definition: ServiceDefinition, systemd_version: int | None) -> Iterat
     yield f"Environment={_word(f'GPUMESH_CONFIG={definition.config}')}"
     yield "# The variables that mesh.yaml names (passwords, API keys), one NAME=value a line, mode 0600."
     yield f"EnvironmentFile=-{_escape_specifiers(str(definition.variables_file))}"
-    yield f"ExecStart={' '.join(_word(word).replace('$', '$$') for word in (*definition.program, 'up', '--quiet'))}"
-    yield "ExecReload=/bin/kill -HUP $MAINPID"
+    yield f"ExecStart={_command(*definition.program, 'up', '--quiet')}"
+    yield "# Not SIGHUP, which would do the same: this ends when it is done, and fails if mesh.yaml is broken."
+    yield f"ExecReload={_command(*definition.program, 'reload')}"
     yield f"TimeoutStartSec={START_S}"
     yield "# SIGTERM goes to the mesh alone, which drains and closes its tunnels."
     yield "KillMode=mixed"
@@ -77,6 +78,11 @@ def _lines(definition: ServiceDefinition, systemd_version: int | None) -> Iterat
     yield ""
     yield "[Install]"
     yield f"WantedBy={'multi-user' if is_system else 'default'}.target"
+
+
+def _command(*words: str) -> str:
+    """A command line of a unit."""
+    return " ".join(_word(word).replace("$", "$$") for word in words)
 
 
 def _word(text: str) -> str:

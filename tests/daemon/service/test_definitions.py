@@ -34,13 +34,13 @@ def test_the_unit_brings_the_mesh_back_and_stops_it_in_order() -> None:
     assert assignments(unit, "RestartPreventExitStatus") == ["2"]
     assert assignments(unit, "KillMode") == ["mixed"], "else ssh would get SIGTERM while the mesh drains"
     assert int(assignments(unit, "TimeoutStopSec")[0]) > 20
-    assert assignments(unit, "ExecReload") == ["/bin/kill -HUP $MAINPID"]
     assert assignments(unit, "User") == []
 
 
 def test_names_in_the_unit_are_read_as_they_are() -> None:
     unit = make_unit(DEFINITION)
     assert assignments(unit, "ExecStart") == ['"/opt/a b/gpumesh" up --quiet']
+    assert assignments(unit, "ExecReload") == ['"/opt/a b/gpumesh" reload']
     assert assignments(unit, "Environment") == [
         r'"GPUMESH_CONFIG=/home/ada/my \"mesh\" $HOME 100%%/a;b\\c.yaml"'  # Environment= expands no $
     ]

@@ -73,12 +73,8 @@ def test_the_watchdog_of_another_process_is_not_ours(manager: socket.socket, mon
     assert link.watchdog_s is None
 
 
-def test_a_reload_is_told_with_its_time(manager: socket.socket) -> None:
+def test_a_status_is_one_line(manager: socket.socket) -> None:
     link = ManagerLink.from_environment()
     assert link is not None
-    link.send_reloading()
-    first, second = received(manager)
-    assert first == "RELOADING=1"
-    assert int(second.removeprefix("MONOTONIC_USEC=")) > 0
     link.send_ready("serves\nREADY=0")
     assert received(manager) == ["READY=1", "STATUS=serves"]
