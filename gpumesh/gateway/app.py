@@ -44,6 +44,7 @@ from gpumesh.gateway.observe.recent_log import RecentLog
 from gpumesh.gateway.observe.record import RequestRecord
 from gpumesh.gateway.page.web_page import UI_PATH, UiPage
 from gpumesh.gateway.routing import Router
+from gpumesh.gateway.usage.counts import measure_tokens
 from gpumesh.gateway.usage.recorder import UsageRecorder
 from gpumesh.gateway.usage.store import UsageStore
 from gpumesh.mesh.mesh import Mesh
@@ -262,9 +263,10 @@ class Gateway:
             reported_failure = isinstance(reply, StreamingResponse) and reply.reported_failure
             record.note_end(status=reply.status, sent_bytes=sent_bytes, reported_failure=reported_failure)
         self.metrics.add(record)
-        tokens = self.usage.add(record, request.key)
-        if request.key is not None and request.key.has_quota:
-            self._quotas.settle(request, prompt_tokens=tokens.prompt, answer_tokens=tokens.answer)
+        key = request.key
+        self.usage.add(record, key)
+        if key is not None and key.has_quota:
+            self._quotas.settle(request, measure_tokens(record))
         if self._access_log is not None:
             self._access_log.add(record, client=request.client_address, request_id=request.id)
 

@@ -15,6 +15,8 @@ from gpumesh.balancer.prefixes.cache_size import BYTES_PER_TOKEN
 from gpumesh.gateway.http.client_key import ClientKey
 from gpumesh.gateway.http.errors import TooManyRequests
 from gpumesh.gateway.model_requests import MIN_PROMPT_BYTES
+from gpumesh.gateway.usage.counts import Tokens
+from gpumesh.gateway.usage.report import next_month
 from gpumesh.topology import RequestRate
 
 # The prompt of a short body, and the answer to a request without a limit: so many tokens are reserved at least.
@@ -78,7 +80,7 @@ class KeyQuotas:
         state.requests += 1
         self._reservations[request] = (state, forecast)
 
-    def settle(self, request: Hashable, *, prompt_tokens: int, answer_tokens: int) -> None:
+    def settle(self, request: Hashable, tokens: Tokens) -> None:
         """Ends the reservation of a request, and counts the tokens that it has used. Does nothing for a request that
         has none."""
         reservation = self._reservations.pop(request, None)
@@ -87,8 +89,8 @@ class KeyQuotas:
         state, forecast = reservation
         state.reserved -= forecast
         state.requests -= 1
-        state.used += prompt_tokens + answer_tokens
-        state.longest_answer = max(state.longest_answer, answer_tokens)
+        state.used += tokens.prompt + tokens.answer
+        state.longest_answer = max(state.longest_answer, tokens.answer)
 
     # -- the budget of a month -----------------------------------------------------------------------------------
 
@@ -138,12 +140,6 @@ def _forecast_tokens(demand: Demand, state: _KeyState) -> int:
     prompt = SHORT_PROMPT_TOKENS if demand.prompt_tokens is None else demand.prompt_tokens
     answer = state.longest_answer if demand.max_tokens is None else demand.max_tokens
     return prompt + answer
-
-
-def next_month(now: datetime) -> datetime:
-    """The beginning of the month after ``now``."""
-    year, month = (now.year, now.month + 1) if now.month < 12 else (now.year + 1, 1)
-    return datetime(year, month, 1, tzinfo=UTC)
 
 
 def _describe_period(seconds: float) -> str:

@@ -11,7 +11,6 @@ from enum import StrEnum
 from pathlib import Path
 
 from gpumesh.config.value_parsers import format_rate
-from gpumesh.gateway.access.quotas import next_month
 from gpumesh.gateway.usage.counts import UsageCounts
 from gpumesh.gateway.usage.store import KEPT_DAYS, read_rows
 from gpumesh.topology import KeySpec
@@ -120,6 +119,12 @@ def _read_budgets(path: Path, keys: Sequence[KeySpec], now: datetime) -> list[Ke
         rate = None if key.rate is None else format_rate(key.rate)
         budgets.append(KeyBudget(key.name, used.prompt_tokens + used.answer_tokens, key.tokens_per_month, rate))
     return budgets
+
+
+def next_month(now: datetime) -> datetime:
+    """The beginning of the month after ``now``, in UTC."""
+    year, month = (now.year, now.month + 1) if now.month < 12 else (now.year + 1, 1)
+    return datetime(year, month, 1, tzinfo=UTC)
 
 
 def report_json(report: UsageReport, mesh: str) -> Mapping[str, object]:

@@ -9,6 +9,7 @@ from gpumesh.balancer.base import Demand
 from gpumesh.gateway.access.quotas import MIN_ANSWER_TOKENS, SHORT_PROMPT_TOKENS, KeyQuotas
 from gpumesh.gateway.http.client_key import ClientKey
 from gpumesh.gateway.http.errors import TooManyRequests
+from gpumesh.gateway.usage.counts import Tokens
 from gpumesh.topology import RequestRate
 
 NOVEMBER_30 = datetime(2026, 11, 30, 23, 0, tzinfo=UTC).timestamp()
@@ -41,7 +42,7 @@ class Quotas:
         return self.number
 
     def end(self, number: int, prompt: int = 0, answer: int = 0) -> None:
-        self.quotas.settle(number, prompt_tokens=prompt, answer_tokens=answer)
+        self.quotas.settle(number, Tokens(prompt, answer))
 
 
 def refused(quotas: Quotas, key: ClientKey, **more: int) -> TooManyRequests:
