@@ -96,6 +96,7 @@ class ModelForwarder:
         data = request.take_body()
         if data is None:  # the body has not come as a whole yet, or is compressed
             data = await request.read_body()
+        record.body_bytes = len(data)
         boundary = None if route.prompt_members else read_boundary(request.headers)
         if boundary is not None:
             form = await request.run_sliced(scan_form(data, boundary))

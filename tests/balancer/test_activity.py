@@ -67,3 +67,21 @@ def test_the_read_share_is_the_exponential_mean_of_the_busy_time(steps: list[tup
         elif busy and not starts:
             meter.end_read(now)
         busy = starts
+
+
+def test_each_moment_of_the_gpus_is_shared_by_the_requests_that_are_there() -> None:
+    meter = ActivityMeter()
+    meter.begin_read(10.0)  # alone: a read counts as a stream does
+    first_s, first_j = meter.gpu_s, meter.energy_j
+    meter.note_gpus(12.0, 2, 600.0)  # until then nothing was known: one GPU, no power
+    meter.begin_stream(14.0)
+    second_s, second_j = meter.gpu_s, meter.energy_j
+    meter.end_read(20.0)
+    assert (meter.gpu_s - first_s, meter.energy_j - first_j) == pytest.approx((2 + 2 * 2 + 2 * 3, 2 * 600 + 3 * 600))
+    meter.end_stream(21.0)
+    assert (meter.gpu_s - second_s, meter.energy_j - second_j) == pytest.approx((2 * 3 + 2, 3 * 600 + 600))
+    assert (2 + 2 * 2 + 2 * 3) + (2 * 3 + 2) == 2 + 2 * 9, "both shares together are the time of the GPUs"
+    idle_s, idle_j = meter.gpu_s, meter.energy_j
+    meter.note_gpus(30.0, 0, 60.0)
+    meter.begin_stream(40.0)
+    assert (meter.gpu_s, meter.energy_j) == (idle_s, idle_j), "an idle GPU is nobody's"

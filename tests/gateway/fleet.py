@@ -15,6 +15,7 @@ import httpx
 from gpumesh.gateway.app import Gateway
 from gpumesh.gateway.http.bounds import Bounds
 from gpumesh.gateway.observe.access_log import AccessLog
+from gpumesh.gateway.usage.store import UsageStore
 from gpumesh.lab import profile
 from gpumesh.lab.ollama import SimOllama
 from gpumesh.lab.profile import EMBEDDER, LLAMA_8B, QWEN3_8B, QWEN_7B, HostProfile
@@ -82,13 +83,14 @@ async def serve_nodes(
     spec: GatewaySpec | None = None,
     bounds: Bounds | None = None,
     access_log: AccessLog | None = None,
+    usage_store: UsageStore | None = None,
     drain_s: float = 10.0,
     models: tuple[ModelSpec, ...] = (),
 ) -> AsyncIterator[RunningGateway]:
     topology = Topology("test", nodes, replace(spec or GatewaySpec(), port=0), models=models)
     async with (
         Mesh(topology) as mesh,
-        Gateway(mesh, bounds=bounds, access_log=access_log, drain_s=drain_s) as gateway,
+        Gateway(mesh, bounds=bounds, access_log=access_log, usage_store=usage_store, drain_s=drain_s) as gateway,
         loopback_client(base_url=gateway.url, timeout=20) as client,
     ):
         await mesh.wait_first_report(10.0)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 app = new_app()
 
 NO_KEY = "(no key)"  # in tables
+MIN_NAME_WIDTH = 16  # of a column with names, in characters
 
 
 @app.command()
@@ -52,8 +53,8 @@ def usage(
     now = datetime.now(UTC)
     try:
         groupings = [Grouping(word) for word in by or [Grouping.KEY]]
-    except ValueError as error:
-        raise UsageError(f"--by: {error}", hint=f"it is one of: {', '.join(Grouping)}") from None
+    except ValueError:
+        raise UsageError(f"--by is one of: {', '.join(Grouping)}") from None
     try:
         first_day = parse_since(since, now)
     except ValueError as error:
@@ -89,10 +90,13 @@ def _print_report(report: UsageReport) -> None:
     from gpumesh.gateway.usage.report import Grouping
 
     budgets = {budget.key: budget for budget in report.budgets} if report.by == (Grouping.KEY,) else {}
-    columns = [Column(name.upper(), 0 if number == 0 else 1, min_width=8) for number, name in enumerate(report.by)]
+    columns = [
+        Column(name.upper(), 0 if number == 0 else 1, min_width=MIN_NAME_WIDTH) for number, name in enumerate(report.by)
+    ]
     columns += [
         Column("REQUESTS", 1, right=True),
         Column("FAILED", 5, right=True),
+        Column("CANCELLED", 6, right=True),
         Column("PROMPT", 3, right=True),
         Column("OUTPUT", 3, right=True),
         Column("TOKENS", 0, right=True),
@@ -124,11 +128,11 @@ def _name_cells(by: tuple[Grouping, ...], values: tuple[str, ...]) -> list[str]:
 def _count_cells(counts: UsageCounts) -> list[str]:
     from gpumesh.cli.views.figures import UNKNOWN
 
-    failed = counts.failed + counts.cancelled
     tokens = counts.prompt_tokens + counts.answer_tokens
     return [
         f"{counts.requests:,}",
-        f"{failed:,}" if failed else "",
+        f"{counts.failed:,}" if counts.failed else "",
+        f"{counts.cancelled:,}" if counts.cancelled else "",
         f"{counts.prompt_tokens:,}",
         f"{counts.answer_tokens:,}",
         f"{tokens:,}",
@@ -149,7 +153,7 @@ def format_gpu_time(seconds: float) -> str:
     """A sum of GPU seconds: ``12.3 s``, ``45 min``, ``120.5 h``."""
     if seconds < 600:
         return f"{seconds:.1f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 36_000 else f"{seconds / 3600:,.1f} h"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"
 
 
 def format_energy(joules: float) -> str:

@@ -20,7 +20,7 @@ class RequestRecord(msgspec.Struct, eq=False):
       answer, it is the node that got the request last.
     - ``progress``: how far the sending of the request has come.
     - ``route``: one of a fixed set of names, whatever the path was.
-    - ``status``: the HTTP status; 0 if nothing was sent.
+    - ``status``: the HTTP status; 0 if nothing was sent. ``body_bytes``: the size of the request's body.
     - ``cancel_reason``: set when a person cancels the request: the message for the client.
     """
 
@@ -36,6 +36,7 @@ class RequestRecord(msgspec.Struct, eq=False):
     ended_at: float = 0.0
     status: int = 0
     sent_bytes: int = 0
+    body_bytes: int = 0
     outcome: RequestOutcome | None = None
     cancel_reason: str | None = None
     progress: SendProgress = msgspec.field(default_factory=SendProgress)

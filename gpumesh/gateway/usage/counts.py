@@ -11,6 +11,7 @@ import re
 
 import msgspec
 
+from gpumesh.balancer.prefixes.cache_size import BYTES_PER_TOKEN
 from gpumesh.gateway.observe.record import RequestRecord
 
 EMBEDDING_ENDS = 512  # bytes at the end and the beginning of embeddings in which a server states the prompt's tokens
@@ -70,7 +71,8 @@ def measure_tokens(record: RequestRecord) -> Tokens:
             return Tokens(prompt_tokens)  # embeddings: they have no tokens of an answer
     if prompt_tokens is None:
         placements = record.progress.placements
-        prompt_tokens = round(placements[-1].placed.work.prompt_tokens) if placements else 0
+        expected_tokens = placements[-1].placed.work.prompt_tokens if placements else 0.0
+        prompt_tokens = round(expected_tokens or record.body_bytes / BYTES_PER_TOKEN)
     if answer_tokens is None:
         answer_tokens = answer.streamed_tokens
     return Tokens(prompt_tokens, answer_tokens, is_estimated=True)

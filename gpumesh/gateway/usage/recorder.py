@@ -110,11 +110,11 @@ class UsageRecorder:
             for placement in record.progress.placements:  # one for each attempt, nearly always one
                 placed = placement.placed
                 if placed.ended:
+                    used = counts
                     if placed.account.name != node:
-                        group = (name, demand.model, is_answered, placed.account.name)
-                        counts = groups.setdefault(group, UsageCounts())
-                    counts.gpu_s += placed.gpu_s
-                    counts.energy_j += placed.energy_j
+                        used = groups.setdefault((name, demand.model, is_answered, placed.account.name), UsageCounts())
+                    used.gpu_s += placed.gpu_s
+                    used.energy_j += placed.energy_j
         return groups
 
     # -- the store -----------------------------------------------------------------------------------------------
