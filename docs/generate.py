@@ -24,6 +24,7 @@ from gpumesh.errors import ExitCode, GPUMeshError, TunnelError
 from gpumesh.gateway.observe import gauges
 from gpumesh.gateway.observe.forecast_metrics import forecast_families
 from gpumesh.gateway.observe.metrics import RequestMetrics
+from gpumesh.gateway.usage.recorder import UsageRecorder
 from gpumesh.state import GatewayState, MeshState, compute_totals
 
 FOLDER = Path(__file__).resolve().parent
@@ -192,6 +193,7 @@ def metrics() -> str:
         *gauges.server_families(0, 0, 0),
         *RequestMetrics().families(),
         *forecast_families({}),
+        *UsageRecorder(find_label=RequestMetrics().model_label).families(),
     ]
     lines = [
         "# Metrics",
