@@ -27,9 +27,10 @@ const axisText = (value) => (value >= 10000 ? value / 1000 + "k" : String(Math.r
 
 class Chart {
   /** ``kind``: of the series; ``keys()``: the series to draw, null for all; ``label(key)``; ``scale``: from the stored
-   *  value to the shown one; ``top``: the least end of the axis; ``fixed``: whether the axis always ends there. */
-  constructor({ title, kind, unit = "", keys = () => null, label = (key) => key, scale = (value) => value, top = () => 0, fixed = false, digits = null }) {
-    Object.assign(this, { title, kind, unit, keys, label, scale, top, fixed, digits });
+   *  value to the shown one; ``top``: the least end of the axis; ``fixed``: whether the axis always ends there.
+   *  ``combine``: series with one label are one line, their "mean" or their "sum". */
+  constructor({ title, kind, unit = "", keys = () => null, label = (key) => key, scale = (value) => value, top = () => 0, fixed = false, digits = null, combine = null }) {
+    Object.assign(this, { title, kind, unit, keys, label, scale, top, fixed, digits, combine });
     this.now = el("span", { class: "soft" });
     this.svg = el("svg", { role: "img", tabindex: "0", "aria-label": title });
     this.legend = el("div", { class: "legend" });
@@ -59,10 +60,15 @@ class Chart {
   /** The series, with the largest last value first, and where they begin. */
   read() {
     const wanted = this.keys(), stored = past.series[this.kind] || {};
-    const series = Object.keys(stored).filter((key) => wanted === null || wanted.includes(key)).map((key) => {
-      const values = stored[key].map((value) => (value === null ? null : this.scale(value)));
-      return { key, label: this.label(key), values, last: values.findLast((value) => value !== null) };
-    }).filter((each) => each.last !== undefined);
+    const byLabel = new Map();
+    for (const key of Object.keys(stored)) {
+      if (wanted !== null && !wanted.includes(key)) continue;
+      const label = this.label(key), values = stored[key].map((value) => (value === null ? null : this.scale(value)));
+      if (!byLabel.has(label)) byLabel.set(label, []);
+      byLabel.get(label).push(values);
+    }
+    const series = [...byLabel].map(([label, parts]) => ({ label, values: parts.length === 1 ? parts[0] : this.combined(parts) }))
+      .filter((each) => each.values.some((value) => value !== null));
     // A series keeps its colour while values change: they are in the order of their names, unless there are too many.
     series.sort((a, b) => (a.label < b.label ? -1 : 1));
     if (series.length > DISTINCT) {
@@ -71,6 +77,14 @@ class Chart {
       series.sort((a, b) => Number(largest.has(b)) - Number(largest.has(a)));
     }
     return series;
+  }
+
+  combined(parts) {
+    return parts[0].map((_, index) => {
+      const values = parts.map((part) => part[index]).filter((value) => value !== null);
+      const sum = values.reduce((total, value) => total + value, 0);
+      return values.length ? (this.combine === "sum" ? sum : sum / values.length) : null;
+    });
   }
 
   draw() {
@@ -82,9 +96,9 @@ class Chart {
     svg.setAttribute("viewBox", `0 0 ${width} ${CHART_HEIGHT}`);
     svg.setAttribute("height", CHART_HEIGHT);
     const begins = series.map((each) => each.values.findIndex((value) => value !== null));
-    const start = (past.first + Math.min(past.last - past.first, ...begins)) * past.step;
+    this.firstStep = past.first + Math.min(Math.max(past.last - past.first, 0), ...begins);
     this.to = (past.last + 1) * past.step;
-    this.from = Math.min(start, this.to - LEAST_SPAN_S);
+    this.from = Math.min(this.firstStep * past.step, this.to - LEAST_SPAN_S);
     const peak = Math.max(this.top(), ...series.map((each) => Math.max(...each.values.map((value) => value || 0))), 0);
     const step = roundStep(peak || 1, 4);
     this.peak = this.fixed ? this.top() : Math.max(Math.ceil((peak || 1) / step - 1e-9) * step, step);
@@ -152,7 +166,7 @@ class Chart {
 
   stepAt(x) {
     const at = this.from + ((x - LEFT) * (this.to - this.from)) / (this.width - LEFT - RIGHT);
-    return Math.min(Math.max(Math.floor(at / past.step), past.first), past.last);
+    return Math.min(Math.max(Math.floor(at / past.step), this.firstStep), past.last);
   }
 
   choose(step) {
@@ -164,9 +178,9 @@ class Chart {
     const moves = { ArrowLeft: -1, ArrowRight: 1, PageUp: -10, PageDown: 10 };
     if (event.key in moves) {
       const from = this.at === null ? past.last + (moves[event.key] < 0 ? 1 : 0) : this.at;
-      this.choose(Math.min(Math.max(from + moves[event.key], Math.floor(this.from / past.step)), past.last));
+      this.choose(Math.min(Math.max(from + moves[event.key], this.firstStep), past.last));
       say(this.tip.textContent);
-    } else if (event.key === "Home") this.choose(Math.floor(this.from / past.step));
+    } else if (event.key === "Home") this.choose(this.firstStep);
     else if (event.key === "End") this.choose(past.last);
     else if (event.key === "Escape" && this.at !== null) this.choose(null);
     else return;
@@ -189,7 +203,8 @@ class Chart {
     this.cursor.setAttribute("x1", x);
     this.cursor.setAttribute("x2", x);
     this.cursor.setAttribute("visibility", "visible");
-    values.sort((a, b) => b.value - a.value);
+    const isGrey = ({ place }) => Number(place >= DISTINCT);  // what has a colour comes first: it can be found in the plot
+    values.sort((a, b) => isGrey(a) - isGrey(b) || b.value - a.value);
     const more = values.length - SHOWN_VALUES;
     const time = clockTime(new Date(step * past.step * 1000), past.step < 60);
     this.tip.replaceChildren(el("div", { class: "soft" }, time + " "), ...values.slice(0, SHOWN_VALUES).map(({ place, label, value }) =>
@@ -204,23 +219,28 @@ class Chart {
 // -- the plots of the overview ---------------------------------------------------------------------------------------
 
 const seriesLabels = new Map([["in_flight", "in flight"], ["queued", "waiting"]]);
-let largestGib = 0;
+const uuidsByNode = new Map();  // also of a node that is away, whose GPUs the status does not name
+let largestGib = 0;  // of one node
 
+/** The figures of GPUs are drawn by node. A GPU that two nodes share belongs to the first of them. */
 function learnLabels(status) {
+  const seen = new Set();
+  largestGib = 0;
   for (const node of status.nodes) {
-    for (const gpu of node.gpus || []) {
-      seriesLabels.set(gpu.uuid, node.gpus.length > 1 ? node.name + " " + gpu.index : node.name);
-      largestGib = Math.max(largestGib, (gpu.memory_total_mib || 0) / 1024);
-    }
+    const own = (node.gpus || []).filter((gpu) => !seen.has(gpu.uuid));
+    for (const gpu of own) seriesLabels.set(gpu.uuid, node.name);
+    if (node.gpus && node.gpus.length) uuidsByNode.set(node.name, node.gpus.map((gpu) => gpu.uuid));
+    for (const gpu of own) seen.add(gpu.uuid);
+    largestGib = Math.max(largestGib, own.reduce((sum, gpu) => sum + (gpu.memory_total_mib || 0) / 1024, 0));
   }
 }
 
 const labelOf = (key) => seriesLabels.get(key) || key;
 const overviewCharts = [
-  new Chart({ title: "GPU busy", kind: "gpus", unit: " %", label: labelOf, top: () => 100, fixed: true, digits: 0 }),
-  new Chart({ title: "GPU memory in use", kind: "memory", unit: " GiB", label: labelOf, scale: (mib) => mib / 1024, top: () => largestGib }),
+  new Chart({ title: "GPU busy", kind: "gpus", unit: " %", label: labelOf, combine: "mean", top: () => 100, fixed: true, digits: 0 }),
+  new Chart({ title: "GPU memory in use", kind: "memory", unit: " GiB", label: labelOf, combine: "sum", scale: (mib) => mib / 1024, top: () => largestGib }),
   new Chart({ title: "Tokens/s", kind: "nodes", digits: 0 }),
   new Chart({ title: "Requests", kind: "mesh", keys: () => ["in_flight", "queued"], label: labelOf, top: () => 4 }),
-  new Chart({ title: "Time to first token, median of 5 min", kind: "mesh", unit: " ms", keys: () => ["ttft_p50_ms"], label: () => "p50", digits: 0 }),
-  new Chart({ title: "GPU power", kind: "power", unit: " W", label: labelOf, digits: 0 }),
+  new Chart({ title: "TTFT, median of 5 min", kind: "mesh", unit: " ms", keys: () => ["ttft_p50_ms"], label: () => "p50", digits: 0 }),
+  new Chart({ title: "GPU power", kind: "power", unit: " W", label: labelOf, combine: "sum", digits: 0 }),
 ];

@@ -79,7 +79,7 @@ function takeEvent(event, data) {
     gateway.page = data;
     gateway.isLive = true;
     $("ask").hidden = true;
-    $("content").hidden = false;
+    $("content").hidden = $("tabs").hidden = false;
     showLive("● live", "good");
     loadPast();
     if (nodeView.name !== null) loadNodeLog();
@@ -98,7 +98,7 @@ function takeEvent(event, data) {
 }
 
 function askForKey() {
-  $("content").hidden = true;
+  $("content").hidden = $("tabs").hidden = true;
   $("ask").hidden = false;
   setText($("ask-problem"), gateway.key ? "This key is not the right one." : "");
   showLive("waiting for a key", "soft");

@@ -5,10 +5,10 @@ const LOG_POLL_MS = 5000;
 
 const nodeView = { name: null, parts: null, charts: [], logTimer: 0, logSeen: "" };
 const nodeGpus = () => ((state.status && state.status.nodes.find((node) => node.name === nodeView.name)) || { gpus: [] }).gpus || [];
-const nodeUuids = () => nodeGpus().map((gpu) => gpu.uuid);
+const nodeUuids = () => uuidsByNode.get(nodeView.name) || [];
 const gpuLabel = (uuid) => {
   const gpu = nodeGpus().find((each) => each.uuid === uuid);
-  return gpu ? "GPU " + gpu.index : uuid;
+  return "GPU " + (gpu ? gpu.index : nodeUuids().indexOf(uuid));
 };
 
 // They stay, for whichever node is shown: each draws the series of this node.

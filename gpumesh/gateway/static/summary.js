@@ -8,12 +8,12 @@ const summary = {
   free: el("span", { class: "soft" }),
   list: el("dl", { class: "tiles" }),
 };
-summary.segments = new KeyedList(summary.bar, (gpu) => gpu.uuid, () => {
+summary.segments = new KeyedList(summary.bar, (part) => part.label, () => {
   const fill = el("div", { class: "fill" }), box = el("div", { class: "segment" }, fill);
-  return { box, show(gpu) {
-    box.style.flexGrow = String(gpu.memory_total_mib || 1);
-    fill.style.width = (percentOf(gpu.memory_used_mib, gpu.memory_total_mib) || 0) + "%";
-    box.title = gpu.label + ": " + gib(gpu.memory_used_mib) + " of " + gib(gpu.memory_total_mib) + " GiB in use";
+  return { box, show(part) {
+    box.style.flexGrow = String(part.total || 1);
+    fill.style.width = (percentOf(part.used, part.total) || 0) + "%";
+    box.title = part.label + ": " + gib(part.used) + " of " + gib(part.total) + " GiB in use";
   } };
 });
 $("summary").append(
@@ -35,13 +35,15 @@ function showTile(name, value, tone = "", title = "") {
 }
 
 function showSummary(status, live) {
-  const total = status.totals, served = status.gateway, seen = new Map();
+  const total = status.totals, served = status.gateway, seen = new Set(), parts = [];
   for (const node of status.nodes) {
-    // A GPU that two nodes share counts once.
-    for (const gpu of node.gpus || []) if (!seen.has(gpu.uuid)) seen.set(gpu.uuid, { ...gpu, label: labelOf(gpu.uuid) });
+    const own = (node.gpus || []).filter((gpu) => !seen.has(gpu.uuid));  // a GPU that two nodes share counts once
+    own.forEach((gpu) => seen.add(gpu.uuid));
+    const [used, size] = memoryOf({ gpus: own });
+    if (size) parts.push({ label: node.name, used, total: size });
   }
-  summary.segments.show([...seen.values()]);
-  summary.bar.hidden = !seen.size;
+  summary.segments.show(parts);
+  summary.bar.hidden = !parts.length;
   const used = gib(total.vram_used_mib) + " of " + gib(total.vram_total_mib) + " GiB in use";
   setText(summary.memory, used);
   setText(summary.free, isKnown(total.vram_free_mib) ? gib(total.vram_free_mib) + " GiB free on " + count(total.gpus, "GPU") : "no GPU is known");
@@ -70,10 +72,9 @@ const bySeverity = (a, b) => (SEVERITY_ORDER[a.severity] ?? 3) - (SEVERITY_ORDER
 function findingItem(finding) {
   return el("li", { class: "is-" + (SEVERITIES[finding.severity] || "soft") },
     el("div", { class: "finding-head" },
-      el("strong", { class: SEVERITIES[finding.severity] || "" }, finding.severity), " ",
-      finding.node ? el("span", { class: "who" }, finding.node + " ") : null,
-      el("span", { class: "code soft" }, finding.code)),
-    el("div", { class: "lines" }, finding.message),
+      el("strong", { class: SEVERITIES[finding.severity] || "" }, finding.severity),
+      finding.node ? el("span", { class: "who" }, finding.node) : null,
+      el("span", { class: "lines message" }, finding.message), el("span", { class: "code soft" }, finding.code)),
     finding.hint ? el("div", { class: "soft lines" }, "→ " + finding.hint) : null);
 }
 
