@@ -8,7 +8,7 @@ const SHELLS = {
   PowerShell: (name, value) => "$env:" + name + ' = "' + value + '"',
 };
 
-const connectView = { shell: "sh, bash, zsh", env: el("pre", { tabindex: "0", "aria-label": "Variables" }), curl: el("pre", { tabindex: "0", "aria-label": "Example" }), keyBox: el("div") };
+const connectView = { shell: "sh, bash, zsh", env: el("pre", { tabindex: "0", "aria-label": "Variables" }), curl: el("pre", { tabindex: "0", "aria-label": "Example" }), keyBox: el("div", { class: "stack" }) };
 
 /** A text that can be copied. Only what this page has made itself gets such a button, nothing that a host has sent. */
 function copyable(what, box) {
