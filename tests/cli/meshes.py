@@ -73,7 +73,7 @@ def isolated_command(folder: Path) -> Iterator[Gpumesh]:
     home = folder / "home"
     home.mkdir()
     runtime = Path(tempfile.mkdtemp(prefix="gm-", dir="/tmp"))  # short: it holds a Unix socket
-    made = Gpumesh(folder / "mesh.yaml", home, runtime)
+    made = Gpumesh(folder / "mesh.yaml", home, runtime, warm=True)
     try:
         yield made
         remaining = made.processes()

@@ -123,11 +123,13 @@ async def draining(url: str) -> None:
 
 
 async def url_of(gpumesh: Gpumesh) -> str:
+    """The gateway's address, once it and all nodes are up."""
     async with asyncio.timeout(20):
         while True:
-            gateway = (await gpumesh("status", "--json")).json()["gateway"]
-            if gateway["state"] == "serving":
-                return str(gateway["url"])
+            document = (await gpumesh("status", "--json")).json()
+            up = all(node["backend"]["state"] == "up" for node in document["nodes"])
+            if up and document["gateway"]["state"] == "serving":
+                return str(document["gateway"]["url"])
             await asyncio.sleep(0.1)
 
 

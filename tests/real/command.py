@@ -9,12 +9,13 @@ import os
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tests.real.terminal import Terminal, run_on_terminal
+from tests.real.warm_commands import warm_commands
 
 GPUMESH = Path(sys.executable).with_name("gpumesh")
 LIMIT_S = 45.0  # for a hung command, so that a test ends; what a command may take is asserted by the tests
@@ -40,11 +41,15 @@ class CommandResult:
 @dataclass(frozen=True)
 class Gpumesh:
     """``await gpumesh("status", "--json")``. Each has a home and a runtime folder of its own: ``mark`` is in the
-    environment of each of its processes, and of no others."""
+    environment of each of its processes, and of no others.
+
+    ``warm``: a call runs a fork of a process that has imported the modules, instead of the installed script. This is
+    quicker (warm_commands.py)."""
 
     config: Path
     home: Path
     runtime: Path
+    warm: bool = False
 
     @property
     def mark(self) -> bytes:
@@ -57,14 +62,22 @@ class Gpumesh:
 
     async def __call__(self, *arguments: str, stdin: str | None = None, code: int | None = 0) -> CommandResult:
         """Runs it to its end. Its exit code must be ``code``, unless that is ``None``; a traceback is never right."""
-        async with self.started(*arguments, stdin=stdin) as process:
-            began = time.monotonic()
-            async with asyncio.timeout(LIMIT_S):
-                out, err = await process.communicate(None if stdin is None else stdin.encode())
-        ended = CommandResult(process.returncode, out.decode(), err.decode(), time.monotonic() - began)
+        began = time.monotonic()
+        async with asyncio.timeout(LIMIT_S):
+            exit_code, out, err = await (self._run_warm if self.warm else self._run)(arguments, stdin)
+        ended = CommandResult(exit_code, out.decode(), err.decode(), time.monotonic() - began)
         assert "Traceback" not in ended.err, f"{ended}\n{self.logs()}"
         assert code is None or ended.code == code, f"{ended}\n{self.logs()}"
         return ended
+
+    async def _run(self, arguments: Sequence[str], stdin: str | None) -> tuple[int | None, bytes, bytes]:
+        async with self.started(*arguments, stdin=stdin) as process:
+            out, err = await process.communicate(None if stdin is None else stdin.encode())
+        return process.returncode, out, err
+
+    async def _run_warm(self, arguments: Sequence[str], stdin: str | None) -> tuple[int | None, bytes, bytes]:
+        command = (str(GPUMESH), *arguments)
+        return await warm_commands().run(command, env=self.environment(), cwd=self.home, stdin=stdin)
 
     def logs(self) -> str:
         """What background meshes have written, the last of it."""
