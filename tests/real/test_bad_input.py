@@ -1,9 +1,10 @@
-"""What is wrong with a mesh.yaml, as the installed command tells it: one clear report, exit 2, whatever the command."""
+"""What is wrong with a mesh.yaml, as each command tells it: one clear report, exit 2, whatever the command."""
 
 from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,7 @@ BAD = {
 
 
 async def refused(alone: Gpumesh, *arguments: str) -> str:
-    ended = await alone(*arguments, code=2)
+    ended = await replace(alone, warm=True)(*arguments, code=2)
     assert ended.out == ""
     assert alone.processes() == set()
     return ended.err

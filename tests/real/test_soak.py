@@ -13,7 +13,7 @@ SOAK = Path(__file__).parents[2] / "benchmarks" / "soak.py"
 @pytest.mark.slow
 @pytest.mark.timeout(240)
 async def test_nothing_is_lost_and_nothing_grows() -> None:
-    arguments = ("--minutes", "0.5", "--fault-every", "4.5", "--clients", "8", "--json", "--check")
+    arguments = ("--minutes", "0.5", "--fault-every", "4.5", "--clients", "5", "--json", "--check")
     process = await asyncio.create_subprocess_exec(
         sys.executable, str(SOAK), *arguments, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
     )
