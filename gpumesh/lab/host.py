@@ -9,23 +9,20 @@ line. The process ends with its parent, even if the parent is killed.
 from __future__ import annotations
 
 import asyncio
-import base64
-import binascii
 import json
 import sys
 from collections.abc import Sequence
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-import paramiko
-
-from gpumesh.lab.keys import parse_private_key
 from gpumesh.lab.ollama import SimOllama
 from gpumesh.lab.profile import Faults, HostProfile, SimCounters
 from gpumesh.lab.shell import SimShell
-from gpumesh.lab.ssh import SimSshServer
 from gpumesh.wire import from_json, to_json
+
+if TYPE_CHECKING:
+    from gpumesh.lab.ssh import SimSshServer
 
 LINE_LIMIT = 64 << 20  # bytes; one line can hold the log of ten thousand requests
 
@@ -59,6 +56,10 @@ class SimHost:
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(self.backend)
             if self.profile.ssh:
+                # paramiko is a quarter of the start of a host's process, and a host without SSH does without it.
+                from gpumesh.lab.keys import parse_private_key, parse_public_key
+                from gpumesh.lab.ssh import SimSshServer
+
                 ports = {self.profile.backend_port: self.backend.port}
                 shell = SimShell(self.profile, self.backend.engine.gpu_load, lambda: self.backend.faults, ports)
                 server = SimSshServer(
@@ -100,16 +101,6 @@ class SimHost:
         """Cuts all SSH connections, as a router or a restart of sshd does. The port stays open."""
         if self.ssh is not None:
             await self.ssh.drop_connections()
-
-
-def parse_public_key(line: str) -> paramiko.PKey:
-    """Reads the key in a line of authorized_keys (type, key, comment). Raises ``ValueError`` for any other text."""
-    key_type, _, key_and_comment = line.strip().partition(" ")
-    encoded_key, _, _comment = key_and_comment.partition(" ")
-    try:
-        return paramiko.PKey.from_type_string(key_type, base64.b64decode(encoded_key, validate=True))
-    except (binascii.Error, paramiko.SSHException, paramiko.pkey.UnknownKeyType) as error:
-        raise ValueError(f"not a public key: {line[:40]!r}") from error
 
 
 async def _answer(host: SimHost, question: dict[str, Any]) -> dict[str, Any]:
@@ -162,6 +153,7 @@ def main(_arguments: Sequence[str] = ()) -> None:
     from gpumesh.tunnels.local_system import child_process
 
     child_process.die_with_parent()
+    sys.modules["invoke"] = None  # type: ignore[assignment]  # as tunnels/workers/zygote.py: paramiko need not import it
     with suppress(KeyboardInterrupt):  # Ctrl-C goes to the whole process group: the parent ends this process
         try:
             import uvloop

@@ -5,6 +5,8 @@ Each lab makes new keys; the person's own keys are never used.
 
 from __future__ import annotations
 
+import base64
+import binascii
 import io
 
 import paramiko
@@ -36,6 +38,16 @@ def parse_private_key(private_key: str) -> paramiko.PKey:
     if public_key_line(private_key).startswith("ssh-rsa "):
         return paramiko.RSAKey.from_private_key(io.StringIO(private_key))
     return paramiko.Ed25519Key.from_private_key(io.StringIO(private_key))
+
+
+def parse_public_key(line: str) -> paramiko.PKey:
+    """Reads the key in a line of authorized_keys (type, key, comment). Raises ``ValueError`` for any other text."""
+    key_type, _, key_and_comment = line.strip().partition(" ")
+    encoded_key, _, _comment = key_and_comment.partition(" ")
+    try:
+        return paramiko.PKey.from_type_string(key_type, base64.b64decode(encoded_key, validate=True))
+    except (binascii.Error, paramiko.SSHException, paramiko.pkey.UnknownKeyType) as error:
+        raise ValueError(f"not a public key: {line[:40]!r}") from error
 
 
 def public_key_line(private_key: str) -> str:

@@ -1,7 +1,7 @@
 import pytest
 
 from gpumesh.lab import keys
-from gpumesh.lab.host import parse_public_key
+from gpumesh.lab.keys import parse_public_key
 
 
 @pytest.mark.parametrize("kind", ["ed25519", "rsa"])
