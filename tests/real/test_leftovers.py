@@ -95,18 +95,18 @@ async def kill(gpumesh: Gpumesh, pid: int, *, but: set[int] = frozenset()) -> No
 
 async def test_the_next_mesh_takes_away_what_a_killed_one_left_and_no_more(gpumesh: Gpumesh, sshd: Sshd) -> None:
     second = mesh(gpumesh, "second", *both(sshd))
-    await second("up", "-d")
+    await second("up", "-d", code=4)  # no server runs there
     await up(second)
     seconds, its_folders = second.processes(), folders(gpumesh)
     first = mesh(gpumesh, "first", *both(sshd))
-    await first("up", "-d")
+    await first("up", "-d", code=4)  # no server runs there
     await up(first)
     (leader,) = [pid for pid in first.processes() - seconds if _is_daemon(pid, first)]
     await kill(first, leader, but=seconds)
     left = folders(gpumesh) - its_folders
     assert len(left) >= 3, f"two of connections and its own: {left}"
     third = mesh(gpumesh, "third", node(sshd, "a", TransportKind.OPENSSH))
-    await third("up", "-d")
+    await third("up", "-d", code=4)  # no server runs there
     assert not left & folders(gpumesh)
     assert its_folders <= folders(gpumesh)
     state = (await second("status", "--json")).json()
@@ -150,7 +150,7 @@ async def test_killed_while_it_connects(gpumesh: Gpumesh, sshd: Sshd, command: l
 
 async def test_killed_while_it_drains(gpumesh: Gpumesh, sshd: Sshd) -> None:
     killed = mesh(gpumesh, "killed", *both(sshd))
-    await killed("up", "-d")
+    await killed("up", "-d", code=4)  # no server runs there
     await up(killed)
     leader = killed.leader()
     os.kill(leader, signal.SIGSTOP)
@@ -165,7 +165,7 @@ async def test_killed_while_it_drains(gpumesh: Gpumesh, sshd: Sshd) -> None:
 async def test_its_processes_killed_leave_nothing(gpumesh: Gpumesh, sshd: Sshd) -> None:
     """The mesh lives, and clears up behind them by itself."""
     running = mesh(gpumesh, "running", *both(sshd))
-    await running("up", "-d")
+    await running("up", "-d", code=4)  # no server runs there
     await up(running)
     leader = running.leader()
     for find in (workers, zygotes):
