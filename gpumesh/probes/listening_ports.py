@@ -16,7 +16,7 @@ from gpumesh.tunnels.local_system.proc_net import LISTEN_STATE
 # Only the lines of listening sockets: a busy host has thousands of connections.
 COMMAND: Argv = ("grep", "-h", " 0A ", "/proc/net/tcp", "/proc/net/tcp6")
 MAX_LINES = 10_000
-MAX_PORTS = 16  # that are asked for a server
+MAX_PORTS = 32  # that are asked for a server
 FIRST_EPHEMERAL_PORT = 32768
 """From here on, Linux gives ports to programs that ask for any: Ollama's own runners listen there, and no server that a
 person has set up."""

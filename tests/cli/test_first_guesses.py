@@ -17,7 +17,7 @@ from gpumesh.cli.root_command import app
 from gpumesh.errors import UsageError
 
 # Commands of DESIGN.md that may not be there yet. To be deleted when they are.
-PENDING = frozenset({"chat", "node", "reload", "service", "usage"})
+PENDING = frozenset({"chat", "reload", "service", "usage"})
 # Ollama's order (`run MODEL PROMPT`) comes with `chat`.
 RUN_TAKES_MODEL = "chat" in COMMANDS
 
@@ -289,8 +289,10 @@ upgrade                             ? version
 install                             ? version
 node add 'ssh root@1.2.3.4'         node add
 node rm iceland                     node rm
-node list                           ? status
-node ls                             ? status
+node list                           node list
+node ls                             node list
+node remove iceland                 node rm
+node delete iceland                 node rm
 node ssh iceland                    ? ssh
 test                                ? status --check
 ping iceland                        ? status --check
