@@ -5,7 +5,6 @@ Further parts of the command are in `cli/node/`.
 
 from __future__ import annotations
 
-import sys
 from typing import Annotated, Any
 
 import typer
@@ -13,7 +12,8 @@ import typer
 from gpumesh.cli import completion
 from gpumesh.cli.command_group import new_app
 from gpumesh.cli.global_options import global_options
-from gpumesh.cli.json_output import json_option, print_json
+from gpumesh.cli.json_output import json_option
+from gpumesh.cli.output_format import OutputFormat, choose_format, output_option, print_document, print_names
 from gpumesh.cli.views.safe_text import clean_line, clean_text
 from gpumesh.errors import UsageError
 
@@ -119,54 +119,48 @@ def edit(
       gpumesh node edit pod weight=2 enabled=false
       gpumesh node edit pod 'expect.models=[qwen2.5:7b, llama3.2:1b]'
     """
-    from gpumesh.cli.node.editor import MAX_ROUNDS, EditCancelled, edit_in_editor
-    from gpumesh.cli.node.mesh_change import apply_change, change_file
+    from gpumesh.cli.node.edited_node import edit_node, set_node_values
+    from gpumesh.cli.node.editor import EditCancelled
+    from gpumesh.cli.node.mesh_change import apply_change
     from gpumesh.config.editing import edit as file_edit
-    from gpumesh.config.editing import node_changes, node_entries
-    from gpumesh.config.editing.key_values import read_edits
 
     options = global_options(ctx)
     path = options.config_file()
     text = file_edit.read(path)
-    old = file_edit.parse_edited(path, text)
-    index = node_changes.find_node(old, name)
-    if values:
-        edits = read_edits(values, index)
-        changed = change_file(path, lambda current: node_changes.set_values(path, current, name, edits))
-    else:
-        try:
-            changed = edit_in_editor(
-                name,
-                node_entries.entry_text(text, index),
-                lambda entry: change_file(path, lambda current: node_changes.replace_node(path, current, name, entry)),
-                rounds=MAX_ROUNDS if sys.stdin.isatty() else 1,
-            )
-        except EditCancelled as cancelled:
-            typer.echo(cancelled.message, err=True)
-            return
+    try:
+        changed = set_node_values(path, name, values) if values else edit_node(path, text, name)
+    except EditCancelled as cancelled:
+        typer.echo(cancelled.message, err=True)
+        return
     if changed.text == text:
         typer.echo(clean_line(f"{name} is so already"))
         return
-    typer.echo(clean_line(f"changed {changed.topology.nodes[index].name}"))
-    if changed.topology == old:  # only a comment was changed
-        return
-    apply_change(options, changed.topology)
+    typer.echo(clean_line(f"changed {changed.name}"))
+    if changed.topology != file_edit.parse_edited(path, text):  # otherwise only a comment was changed
+        apply_change(options, changed.topology)
 
 
 # -- list ------------------------------------------------------------------------------------------------------------
 
 
 @app.command("list")
-def list_(ctx: typer.Context, as_json: Annotated[bool, json_option()] = False) -> None:
+def list_(
+    ctx: typer.Context,
+    as_json: Annotated[bool, json_option()] = False,
+    output: Annotated[OutputFormat | None, output_option()] = None,
+) -> None:
     """The nodes of mesh.yaml: how they are reached, and what the running mesh says of them. Probes nothing."""
     from gpumesh.cli.node.node_table import list_nodes, print_nodes
     from gpumesh.cli.open_session import run_async
     from gpumesh.config.editing import edit as file_edit
 
+    chosen_format = choose_format(output, as_json)
     options = global_options(ctx)
     path = options.config_file()
     rows: list[Any] = run_async(list_nodes(options, file_edit.parse_edited(path, file_edit.read(path))))
-    if as_json:
-        print_json({"schema": "gpumesh.nodes/1", "file": str(path), "nodes": rows})
+    if chosen_format == OutputFormat.NAME:
+        print_names(row["name"] for row in rows)
+    elif chosen_format in (None, OutputFormat.WIDE):
+        print_nodes(rows, wide=chosen_format == OutputFormat.WIDE)
     else:
-        print_nodes(rows)
+        print_document({"schema": "gpumesh.nodes/1", "file": str(path), "nodes": rows}, chosen_format)

@@ -62,8 +62,8 @@ def _format_login(spec: NodeSpec) -> str | None:
     return f"{ssh.user}@{address}"
 
 
-def print_nodes(nodes: Sequence[dict[str, Any]]) -> None:
-    """Prints the table."""
+def print_nodes(nodes: Sequence[dict[str, Any]], *, wide: bool) -> None:
+    """Prints the table; with ``wide`` all of its columns, however narrow the terminal is."""
     from gpumesh.cli.views import tables
     from gpumesh.cli.views.status.health_marks import MARKS, STYLES
 
@@ -93,7 +93,7 @@ def print_nodes(nodes: Sequence[dict[str, Any]]) -> None:
         tables.Column("EXPECTED", 4),
         tables.Column("REASON", 5, min_width=16),
     )
-    tables.print_fitted_table(columns, rows)
+    tables.print_fitted_table(columns, rows, wide=wide)
 
 
 def _format_gpus(node: dict[str, Any]) -> str:

@@ -76,8 +76,7 @@ def _find_missing(spec: NodeSpec, facts: dict[str, Any]) -> dict[str, Any]:
 
 def _add_facts(path: Path, changed: ChangedText, name: str, facts: dict[str, Any]) -> ChangedText:
     """Adds the facts to the node's ``expect``. Raises UsageError for a node that is gone, and CannotEdit."""
-    index = node_changes.find_node(changed.topology, name)
-    edits = [Edit(index, ("expect", key), value) for key, value in facts.items()]
+    edits = [Edit(0, ("expect", key), value) for key, value in facts.items()]
     return node_changes.set_values(path, changed.text, name, edits)
 
 

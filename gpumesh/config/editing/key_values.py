@@ -14,13 +14,13 @@ from gpumesh.errors import UsageError
 _KEY = re.compile(r"[A-Za-z0-9_.-]+")
 
 
-def read_edits(words: Sequence[str], node_index: int) -> list[Edit]:
-    """The edits of the node at this index of ``nodes``. A value is read as in mesh.yaml: ``2`` is a number, ``false`` a
-    switch, ``[a, b]`` a list. Raises UsageError for any other word."""
-    return [_read_edit(word, node_index) for word in words]
+def read_edits(words: Sequence[str]) -> list[Edit]:
+    """The edits of a node, whose index is not known yet: it is 0 in them. A value is read as in mesh.yaml: ``2`` is a
+    number, ``false`` a switch, ``[a, b]`` a list. Raises UsageError for any other word."""
+    return [_read_edit(word) for word in words]
 
 
-def _read_edit(word: str, node_index: int) -> Edit:
+def _read_edit(word: str) -> Edit:
     key, equals, text = word.partition("=")
     path = tuple(key.split("."))
     if path[0] == "labels" and len(path) > 2:
@@ -35,7 +35,7 @@ def _read_edit(word: str, node_index: int) -> Edit:
         )
     if path[0] == "labels":
         value = text  # labels are texts
-    return Edit(node_index, path, value)
+    return Edit(0, path, value)
 
 
 def _read_value(text: str) -> EditValue | None:

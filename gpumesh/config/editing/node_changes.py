@@ -22,12 +22,13 @@ from gpumesh.topology import NodeSpec, Topology
 
 @dataclass(frozen=True, slots=True)
 class ChangedText:
-    """The new text of a mesh.yaml and what it means. ``removed`` has the text of each node that is not in it any
-    more."""
+    """The new text of a mesh.yaml and what it means. ``removed`` has the text of each node that is not in it any more.
+    ``name``: the name that a changed node has now."""
 
     text: str
     topology: Topology
     removed: tuple[str, ...] = ()
+    name: str = ""
 
 
 @contextlib.contextmanager
@@ -99,9 +100,11 @@ def replace_node(path: Path, text: str, name: str, new_entry: str) -> ChangedTex
 
 
 def set_values(path: Path, text: str, name: str, edits: Sequence[Edit]) -> ChangedText:
-    """Sets single values of a node. The ``node`` of each edit must be the node's index. Raises as ``replace_node``."""
+    """Sets single values of a node; the ``node`` of each edit does not count. Raises as ``replace_node``."""
     old = edit.parse_edited(path, text)
-    return _check_change(path, text, old, find_node(old, name), edit.apply_edits(text, edits))
+    index = find_node(old, name)
+    new_text = edit.apply_edits(text, [replace(single_edit, node=index) for single_edit in edits])
+    return _check_change(path, text, old, index, new_text)
 
 
 def nodes_of(path: Path, text: str) -> tuple[NodeSpec, ...]:
@@ -134,7 +137,7 @@ def _check_change(path: Path, text: str, old: Topology, index: int, new_text: st
         is_as_expected = topology == replace(old, nodes=expected_nodes)
     if not is_as_expected:
         raise CannotEdit(f"the change would also change more than {old.nodes[index].name}")
-    return ChangedText(new_text, topology)
+    return ChangedText(new_text, topology, name=nodes[index].name)
 
 
 def _describe_problem(problem: Problem, index: int, first_line: int | None = None) -> str:

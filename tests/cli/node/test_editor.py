@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from gpumesh.cli.node.edited_node import edit_node
 from gpumesh.cli.node.editor import EditCancelled, EditorFailed, edit_in_editor
 from gpumesh.config.editing import node_changes
 from gpumesh.config.editing.node_changes import ChangedText
@@ -90,3 +91,18 @@ def test_an_editor_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EDITOR", "no-such-editor-here")
     with pytest.raises(EditorFailed, match="no-such-editor-here"):
         edit_in_editor("a", ENTRY, lambda entry: node_changes.replace_node(FILE, TEXT, "a", entry))
+
+
+def test_a_node_that_another_command_has_changed_meanwhile_is_not_overwritten(tmp_path: Path, editor: Path) -> None:
+    file = tmp_path / "mesh.yaml"
+    file.write_bytes(TEXT.encode())
+    program = editor / "my editor"
+    program.write_text(f"#!/bin/sh\nsed -i s/mine/theirs/ '{file}'\nsed -i s/mine/ours/ \"$2\"\n")
+    with pytest.raises(UsageError, match=r"a was changed in mesh\.yaml meanwhile"):
+        edit_node(file, TEXT, "a")
+    assert "theirs" in file.read_text()
+    (kept,) = left(editor)
+    assert "ours" in kept
+    program.write_text('#!/bin/sh\nsed -i s/theirs/ours/ "$2"\n')
+    text = file.read_bytes().decode()
+    assert edit_node(file, text, "a").text == file.read_bytes().decode() == TEXT.replace("mine", "ours")

@@ -23,8 +23,8 @@ from gpumesh.errors import UsageError
     ],
 )
 def test_values_are_read_as_in_the_file(word: str, path: tuple[str, ...], value: Any) -> None:
-    (edit,) = read_edits([word], 3)
-    assert (edit.node, edit.path, edit.value) == (3, path, value)
+    (edit,) = read_edits([word])
+    assert (edit.path, edit.value) == (path, value)
     assert type(edit.value) is type(value)
 
 
@@ -33,4 +33,4 @@ def test_values_are_read_as_in_the_file(word: str, path: tuple[str, ...], value:
 )
 def test_other_words_are_refused(word: str) -> None:
     with pytest.raises(UsageError):
-        read_edits([word], 0)
+        read_edits([word])
