@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gpumesh.errors import UsageError
+from gpumesh.errors import UsageError, unknown_node
 
 if TYPE_CHECKING:
     from gpumesh.daemon.paths import MeshPaths
-    from gpumesh.topology import Topology
+    from gpumesh.topology import NodeSpec, Topology
 
 ConfigOption = Annotated[
     Path | None,
@@ -64,6 +64,14 @@ def global_options(ctx: typer.Context) -> GlobalOptions:
     options = ctx.find_root().obj
     assert isinstance(options, GlobalOptions), "the root command's callback has not run"
     return options
+
+
+def find_node(topology: Topology, name: str) -> NodeSpec:
+    """The node of the configuration with this name. Raises UsageError, which names the nodes, if there is none."""
+    try:
+        return topology.node(name)
+    except KeyError:
+        raise unknown_node(name, (node.name for node in topology.nodes)) from None
 
 
 def repeat_global_options() -> list[Any]:

@@ -20,8 +20,8 @@ from gpumesh.bench.result import describe_environment
 from gpumesh.cli.commands.models import _print_table
 from gpumesh.cli.views import audit_rows
 from gpumesh.cli.views.audit_screen import print_comparison, print_drawing
+from gpumesh.cli.views.description.description import print_description
 from gpumesh.cli.views.findings import print_findings
-from gpumesh.cli.views.node_description import print_description
 from gpumesh.cli.views.node_selection import select_nodes
 from gpumesh.cli.views.safe_text import json_text
 from gpumesh.cli.views.status.status_view import ViewOptions, print_status

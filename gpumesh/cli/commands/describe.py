@@ -11,9 +11,8 @@ import typer
 
 from gpumesh.cli import completion
 from gpumesh.cli.command_group import new_app
-from gpumesh.cli.find_node import find_node
 from gpumesh.cli.first_report import FIRST_REPORT_TIMEOUT_S
-from gpumesh.cli.global_options import GlobalOptions, global_options
+from gpumesh.cli.global_options import GlobalOptions, find_node, global_options
 from gpumesh.cli.json_output import json_option
 from gpumesh.cli.open_session import open_local_session, open_session, run_async, running_topology
 from gpumesh.cli.output_format import DocumentFormat, choose_format, output_option, print_document
@@ -55,7 +54,7 @@ def describe(
         documents = [_document(node_state, spec) for node_state, spec in states]
         print_document({"schema": "gpumesh.describe/1", "nodes": documents}, chosen_format)
         return
-    from gpumesh.cli.views.node_description import print_description
+    from gpumesh.cli.views.description.description import print_description
     from gpumesh.config.show import dump_node
 
     for position, (node_state, spec) in enumerate(states):

@@ -27,7 +27,7 @@ def doctor(
     It has no passwords and no keys. It has the names and addresses of hosts: look at it before you paste it. The exit
     code is 0 whatever it says; `gpumesh status --check` judges.
     """
-    from gpumesh.cli.doctor_report import make_report
+    from gpumesh.cli.doctor.report import make_report
 
     options = global_options(ctx)
     chosen_format = choose_format(output, as_json)

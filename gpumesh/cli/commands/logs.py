@@ -20,8 +20,8 @@ from gpumesh.cli import completion
 from gpumesh.cli.command_group import new_app
 from gpumesh.cli.global_options import GlobalOptions, global_options
 from gpumesh.cli.json_output import json_option
-from gpumesh.cli.log_selection import LogLevel, LogSelection, parse_since
-from gpumesh.cli.views.log_lines import format_log_line
+from gpumesh.cli.views.logs.lines import format_log_line
+from gpumesh.cli.views.logs.selection import LogLevel, LogSelection, parse_since
 from gpumesh.cli.views.safe_text import clean_line
 from gpumesh.errors import GPUMeshError, UsageError, unknown_node
 

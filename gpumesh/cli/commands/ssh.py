@@ -13,8 +13,7 @@ import typer
 
 from gpumesh.cli import completion
 from gpumesh.cli.command_group import new_app
-from gpumesh.cli.find_node import find_node
-from gpumesh.cli.global_options import global_options
+from gpumesh.cli.global_options import find_node, global_options
 from gpumesh.cli.open_session import run_async
 from gpumesh.cli.views.safe_text import clean_line
 from gpumesh.errors import GPUMeshError, UsageError

@@ -10,8 +10,7 @@ import typer
 
 from gpumesh.cli import completion
 from gpumesh.cli.command_group import new_app
-from gpumesh.cli.find_node import find_node
-from gpumesh.cli.global_options import GlobalOptions, global_options
+from gpumesh.cli.global_options import GlobalOptions, find_node, global_options
 from gpumesh.cli.host_key_confirmation import NotConfirmed, confirm_key
 from gpumesh.cli.open_session import open_session, run_async
 from gpumesh.cli.views.safe_text import clean_line

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from gpumesh.cli.views.log_lines import format_log_line
+from gpumesh.cli.views.logs.lines import format_log_line
 from gpumesh.daemon.paths import MeshPaths, for_config
 from gpumesh.lab.profile import Faults
 from tests.cli.in_process import invoke

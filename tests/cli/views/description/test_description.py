@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from gpumesh.cli.views.node_description import print_description
-from gpumesh.cli.views.node_facts import MAX_SHOWN_MODELS, list_sections
+from gpumesh.cli.views.description.description import print_description
+from gpumesh.cli.views.description.facts import MAX_SHOWN_MODELS, list_sections
 from gpumesh.cli.views.node_selection import select_nodes
 from gpumesh.state import NodeState
 from tests.cli.states import AT, down, healthy, mesh, typical

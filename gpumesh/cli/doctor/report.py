@@ -22,7 +22,7 @@ from typing import Any
 
 from gpumesh import __version__
 from gpumesh.cli.global_options import GlobalOptions
-from gpumesh.cli.log_selection import LogLevel, LogSelection
+from gpumesh.cli.views.logs.selection import LogLevel, LogSelection
 from gpumesh.errors import ConfigError, GPUMeshError
 
 DISTRIBUTION = "gpumesh-cli"
@@ -213,7 +213,7 @@ def _format_limit(limit: int) -> str:
 
 def _read_log(options: GlobalOptions) -> Section:
     """The last lines of the log that are at least warnings, and the errors of a start that failed."""
-    from gpumesh.cli.views.log_lines import format_log_line
+    from gpumesh.cli.views.logs.lines import format_log_line
 
     paths = options.paths()
     selection = LogSelection(level=LogLevel.WARNING)

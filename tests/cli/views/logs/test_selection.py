@@ -5,7 +5,7 @@ from datetime import UTC, datetime, timedelta, timezone
 
 import pytest
 
-from gpumesh.cli.log_selection import LogLevel, LogSelection, parse_since
+from gpumesh.cli.views.logs.selection import LogLevel, LogSelection, parse_since
 from gpumesh.errors import UsageError
 
 NOW = datetime(2026, 11, 30, 12, 0, tzinfo=timezone(timedelta(hours=1)))

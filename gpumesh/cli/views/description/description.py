@@ -9,8 +9,8 @@ from rich.table import Table
 from rich.text import Text
 
 from gpumesh.cli.views.console import console, print_plain
+from gpumesh.cli.views.description.facts import Fact, FactSection, list_sections
 from gpumesh.cli.views.findings import make_notes_table
-from gpumesh.cli.views.node_facts import Fact, FactSection, list_sections
 from gpumesh.cli.views.safe_text import clean_line, clean_text
 from gpumesh.cli.views.status.health_marks import MARKS, STYLES
 from gpumesh.cli.views.status.remarks import list_remarks
@@ -41,7 +41,7 @@ def _parts(state: MeshState, settings: str | None) -> Iterator[RenderableType]:
         if not section.facts:
             continue
         yield Text(f"\n{section.title}", style="bold")
-        yield _facts_table(section.facts)
+        yield _draw_facts(section.facts)
     if settings is not None:
         yield Text("\nSettings", style="bold")
         yield Text("\n".join(f"  {line}" for line in clean_text(settings).splitlines()), overflow="fold")
@@ -66,7 +66,7 @@ def _balancer_facts(node: NodeState) -> Iterator[Fact]:
         yield "loads", describe_loading(node.loading)
 
 
-def _facts_table(facts: Sequence[Fact]) -> Table:
+def _draw_facts(facts: Sequence[Fact]) -> Table:
     """A label on the left, its text on the right. A label that repeats the one above is left out."""
     table = Table.grid(padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True, width=LABEL_WIDTH, style="dim")
