@@ -79,8 +79,6 @@ ALIASES: Mapping[tuple[str, ...], Mapping[str, tuple[str, ...]]] = {
     },
     ("node",): {
         "ls": ("list",),
-        "ps": ("list",),
-        "status": ("list",),
         **dict.fromkeys(("remove", "delete", "del"), ("rm",)),
         **dict.fromkeys(("set", "change", "update"), ("edit",)),
         **dict.fromkeys(("new", "join", "create"), ("add",)),
@@ -225,6 +223,7 @@ POINTERS: Mapping[tuple[str, ...], Mapping[str, str]] = {
         **dict.fromkeys(("get-contexts", "use-context", "current-context", "set-context"), _CONTEXTS),
     },
     ("node",): {
+        **dict.fromkeys(("ps", "status"), "`gpumesh status` lists the nodes"),
         **dict.fromkeys(
             ("show", "describe", "inspect", "get"), "`gpumesh describe NODE` shows all that is known of a node"
         ),
