@@ -37,10 +37,14 @@ _MEDIA_TYPES = {
 }
 _CHARSETS = frozenset({"utf-8", "us-ascii", "iso-8859-1"})
 
+CONTENT_TYPE, CONTENT_ENCODING = "Content-Type", "Content-Encoding"
 # The headers that clients read: when to try again, the limits that are left, and a request's name in its server's log.
+# The first two are read here: clients get a Content-Type of ours, and no Content-Encoding.
 _HEADERS = {
     name.lower().encode(): name
     for name in (
+        CONTENT_TYPE,
+        CONTENT_ENCODING,
         "Retry-After",
         "Retry-After-Ms",
         "X-Should-Retry",
@@ -54,7 +58,8 @@ _HEADERS = {
     )
 }
 _HEADER_PREFIXES = (b"x-ratelimit-", b"anthropic-ratelimit-")  # clients read all headers with these
-_HEADER_NAME = re.compile(rb"[a-z0-9-]{1,64}")
+MAX_NAME_BYTES = 64  # a header with a longer name is dropped
+_HEADER_NAME = re.compile(rb"[a-z0-9-]+")
 _HEADER_VALUE = re.compile(rb"[ -~]{1,256}")  # printable ASCII
 
 _TYPE = re.compile(rb"(?P<main>[a-z0-9!#$&^_.+-]{1,64})/[a-z0-9!#$&^_.+-]{1,64}")
@@ -92,29 +97,38 @@ def read_head(status: int, fields: Iterable[tuple[bytes, bytes]], *, empty: bool
     content_types: list[bytes] = []
     encoding = b""
     for raw_name, value in fields:
-        lower_name = raw_name.lower()
-        if lower_name == b"content-type":
+        name = _find_client_name(raw_name) if len(raw_name) <= MAX_NAME_BYTES else None
+        if name is None:
+            continue
+        if name is CONTENT_TYPE:
             content_types.append(value)
-        elif lower_name == b"content-encoding":
+        elif name is CONTENT_ENCODING:
             encoding = value
-        else:
-            name = _HEADERS.get(lower_name)
-            # A header with one of the prefixes may pass too, under its own name, if that is a plain name.
-            if name is None and lower_name.startswith(_HEADER_PREFIXES) and _HEADER_NAME.fullmatch(lower_name):
-                name = lower_name.decode()
-            if name is not None and len(client_headers) < MAX_HEADERS and _HEADER_VALUE.fullmatch(value):
-                client_headers.setdefault(name, value.decode())  # of a header that comes twice, the first value is kept
+        elif len(client_headers) < MAX_HEADERS and _HEADER_VALUE.fullmatch(value):
+            client_headers.setdefault(name, value.decode())  # of a header that comes twice, the first value is kept
     headers = tuple(client_headers.items())
-    problem = _find_problem(status, content_types, encoding, empty=empty)
+    media_type = read_media_type(content_types[-1]) if content_types else None
+    is_usual = media_type is not None and len(content_types) == 1 and not encoding and 200 <= status < 300
+    problem = None if is_usual else _find_problem(status, content_types, encoding, empty=empty)
     if problem is not None:
         return AnswerHead("", headers, problem)
-    media_type = read_media_type(content_types[-1]) if content_types else None
     if media_type is not None:
-        return AnswerHead(media_type.name, (("Content-Type", media_type.header), *headers), None)
+        return AnswerHead(media_type.name, ((CONTENT_TYPE, media_type.header), *headers), None)
     if empty:
         return AnswerHead("", headers, None)
     # A body without a Content-Type gets one, because a browser would guess a type.
-    return AnswerHead("", (("Content-Type", OCTETS), *headers), None)
+    return AnswerHead("", ((CONTENT_TYPE, OCTETS), *headers), None)
+
+
+@lru_cache(maxsize=256)  # a server sends the same names with each answer
+def _find_client_name(raw_name: bytes) -> str | None:
+    """The name of a header that concerns the client, as the client gets it; ``None`` for all other headers."""
+    lower_name = raw_name.lower()
+    name = _HEADERS.get(lower_name)
+    # A header with one of the prefixes may pass too, under its own name, if that is a plain name.
+    if name is None and lower_name.startswith(_HEADER_PREFIXES) and _HEADER_NAME.fullmatch(lower_name):
+        name = lower_name.decode()
+    return name
 
 
 def _find_problem(status: int, content_types: Sequence[bytes], encoding: bytes, *, empty: bool) -> str | None:

@@ -89,12 +89,30 @@ class ModelForwarder:
         self._spec = spec
         self._heartbeats = Heartbeats(min((value for value in spec.heartbeat_s.values() if value), default=1.0))
 
-    async def forward(self, request: Request, record: RequestRecord, route: ModelRoute) -> Response | StreamingResponse:
+    def forward(
+        self, request: Request, record: RequestRecord, route: ModelRoute
+    ) -> Awaitable[Response | StreamingResponse]:
         """Forwards the request to a node that has its model. If no node can serve the model, tries its fallbacks. A
         stream that is silent for too long gets a heartbeat. Raises GPUMeshError before the first byte to the client,
-        and BadRequest if the client's key forbids the request."""
+        and BadRequest if the client's key forbids the request.
+
+        Most bodies are short JSON that has come as a whole. For these, no coroutine is made here: each costs time."""
         data = request.take_body()
-        if data is None:  # the body has not come as a whole yet, or is compressed
+        if data is not None and route.prompt_members:  # a route with prompt members takes no forms
+            try:
+                members = read_small_members(data)
+            except BadRequest:
+                members = None  # ``_forward_body`` finds out what to do with it
+            if members is not None:
+                return self._forward_members(request, record, route, data, members)
+        return self._forward_body(request, record, route, data)
+
+    async def _forward_body(
+        self, request: Request, record: RequestRecord, route: ModelRoute, data: bytes | None
+    ) -> Response | StreamingResponse:
+        """Does the work of ``forward`` for any body. ``data`` is ``None`` if the body has not come as a whole yet, or
+        is compressed."""
+        if data is None:
             data = await request.read_body()
         record.body_bytes = len(data)
         boundary = None if route.prompt_members else read_boundary(request.headers)
@@ -111,20 +129,38 @@ class ModelForwarder:
             if not route.is_known:
                 raise _no_route_error(request.path) from None
             raise
+        forwarding = self._forward_members(request, record, route, data, members)
+        del data, members  # a body that is rewritten need not stay in memory
+        return await forwarding
+
+    def _forward_members(
+        self, request: Request, record: RequestRecord, route: ModelRoute, data: bytes, members: Members
+    ) -> Awaitable[Response | StreamingResponse]:
+        """Does the work of ``forward`` for a JSON body with these members."""
         model = read_model(route, members)
         if model is None and not route.is_known and (query_model := read_query_model(request.target)) is not None:
-            return await self._forward_raw(request, record, route, data, query_model)
+            return self._forward_raw(request, record, route, data, query_model)
         demand = self._read_demand(request, route, members, model, size=len(data))
         if "keep_alive" in members.known and asks_to_unload(request.path, members):
             record.demand = demand
             timeout_s = read_timeout(request.headers, self._spec.timeout_s)
-            return await unload_everywhere(self._mesh, demand, request.path, model or str(demand.model), timeout_s)
+            return unload_everywhere(self._mesh, demand, request.path, model or str(demand.model), timeout_s)
         interval_s = 0.0 if demand.is_whole_text else self._spec.heartbeat_s.get(request.path, 0.0)
-        forwarding = self._forward_json(request, record, route, _ClientBody(data, members, model), demand)
-        del data, members  # a body that is rewritten need not stay in memory
-        if not interval_s:
-            return await forwarding
-        return await self._keep_alive(request, record, route.api, forwarding, interval_s)
+        needs_work = (
+            # A shorter prompt has no block.
+            (len(data) >= FIRST_BLOCK_BYTES and route.prompt_members)
+            or demand.session is not None
+            or self._rules.specs
+            or model is None
+            or not members.has_common_spelling
+        )
+        forwarding: Awaitable[Response | StreamingResponse]
+        if needs_work:
+            forwarding = self._forward_json(request, record, route, _ClientBody(data, members, model), demand)
+        else:
+            timeout_s = read_timeout(request.headers, self._spec.timeout_s)
+            forwarding = self._send(request, record, route, demand, data, timeout_s)
+        return self._keep_alive(request, record, route.api, forwarding, interval_s) if interval_s else forwarding
 
     async def _keep_alive(
         self,
@@ -153,7 +189,7 @@ class ModelForwarder:
     async def _forward_json(
         self, request: Request, record: RequestRecord, route: ModelRoute, body: _ClientBody, demand: Demand
     ) -> Response | StreamingResponse:
-        """Does the work of ``forward`` for a JSON body that has been read, and a demand without its prompt."""
+        """Does the work of ``forward`` for a JSON body. ``demand`` has no prompt yet."""
         data, members = body.data, body.members
         if route.prompt_members and len(data) >= FIRST_BLOCK_BYTES:  # a shorter prompt has no block
             demand = await self._add_prompt(request, route, members, demand, len(data))
@@ -161,10 +197,9 @@ class ModelForwarder:
             demand = replace(demand, session=self._prompts.read_session(request.headers, members))
         if self._rules.specs:
             return await self._forward_by_rules(request, record, route, body, demand)
-        # Nearly every mesh: no aliases, no other contexts, no fallbacks.
         if body.model is None or not members.has_common_spelling:
             data = await self._render_body(request, body, demand)
-        del body, members
+        del body, members  # a body that is rewritten need not stay in memory
         timeout_s = read_timeout(request.headers, self._spec.timeout_s)
         return await self._send(request, record, route, demand, data, timeout_s)
 

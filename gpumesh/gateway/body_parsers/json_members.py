@@ -93,13 +93,14 @@ class Members:
         self._written_names = written_names
         self.known: dict[str, RawValue] = {}
         self.has_common_spelling = True
+        known = self.known
         for name, value in pairs:
-            folded = fold_name(name)
-            if folded not in KNOWN_MEMBERS:
+            folded = name.lower()
+            if folded not in KNOWN_MEMBERS and (folded.isascii() or (folded := fold_name(name)) not in KNOWN_MEMBERS):
                 continue
-            if folded in self.known:
+            if folded in known:
                 raise BadRequest(f"the request body has `{folded}` twice")
-            self.known[folded] = value
+            known[folded] = value
             if folded != name:
                 self.has_common_spelling = False
 

@@ -13,6 +13,7 @@ the programs may be a reverse proxy in front of all clients.
 
 from __future__ import annotations
 
+import asyncio
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from ipaddress import IPv6Address, IPv6Network, ip_address
@@ -178,3 +179,13 @@ def _is_key_group(group: Group) -> bool:
     """Whether the connections of this group share a key."""
     kind, _ = group
     return kind == "key"
+
+
+def describe_peer(transport: asyncio.BaseTransport) -> tuple[str | None, str]:
+    """The client's address (``None``: not known), then a text for ``__repr__``."""
+    peer = transport.get_extra_info("peername")
+    if isinstance(peer, tuple):
+        host, port, *_ = peer
+        return host, f"{host}:{port}"
+    # The peer name of a client of the Unix socket is "". asyncio gives None when it could not ask the system.
+    return (None, "unknown") if peer is None else (UNIX_CLIENT, UNIX_CLIENT)

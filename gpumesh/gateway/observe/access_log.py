@@ -142,8 +142,8 @@ def render_line(entry: dict[str, object]) -> bytes:
 
 def format_time(at: float) -> str:
     """The time (seconds of Unix time) in UTC with milliseconds: ``2026-11-30T08:00:00.123Z``."""
-    seconds, milliseconds = divmod(int(at * 1000.0), 1000)
-    return f"{_format_seconds(seconds)}.{milliseconds:03}Z"
+    milliseconds = int(at * 1000.0)
+    return f"{_format_seconds(milliseconds // 1000)}.{milliseconds % 1000:03}Z"
 
 
 @lru_cache(maxsize=2)  # the text is the same for a second
