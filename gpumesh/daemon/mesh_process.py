@@ -124,6 +124,7 @@ async def run_mesh(
                     recent_log=recent_log,
                 )
                 await serving.enter_async_context(server)
+                session.on_answer_end = server.usage.add_prompt
                 _run_until_closed(serving, server.usage.run(), name="usage")
                 if reloader is not None:
                     reloader.gateway = server

@@ -79,6 +79,11 @@ class ChatStream:
         return f"<ChatStream {self._request.model} {phase}>"
 
     @property
+    def answer(self) -> Answer | None:
+        """The answer, with what is counted of it; ``None`` until it has begun."""
+        return self._answer
+
+    @property
     def node(self) -> str | None:
         """The name of the node that answers."""
         return None if self._answer is None else self._answer.node

@@ -35,7 +35,7 @@ def usage(
     ] = "30d",
     as_json: Annotated[bool, json_option("As JSON of the schema gpumesh.usage/1.")] = False,
 ) -> None:
-    """Who used what: requests, tokens, GPU time and energy of what came through the gateway.
+    """Who used what: requests, tokens, GPU time and energy of what the mesh has answered.
 
     Reads what the mesh of this mesh.yaml has counted, also when it does not run.
 
@@ -69,7 +69,7 @@ def usage(
         print_json(report_json(report, "" if topology is None else topology.name))
     elif not report.lines:
         if not options.quiet:
-            typer.echo(f"nothing was used since {first_day}: no request to a model has come to the gateway", err=True)
+            typer.echo(f"nothing was used since {first_day}: the mesh of this mesh.yaml has answered nothing", err=True)
     else:
         _print_report(report)
 

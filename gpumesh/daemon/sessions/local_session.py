@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Protocol
 
@@ -16,6 +16,7 @@ from gpumesh.event_loop.async_iterators import closing_iterator
 from gpumesh.mesh.history import History, Recorder
 from gpumesh.mesh.mesh import Mesh
 from gpumesh.mesh.models.default_model import choose_model
+from gpumesh.mesh.requests.answer import Answer
 from gpumesh.state import MeshState, TunnelPhase
 from gpumesh.tunnels.base import ExecChunk, Tunnel
 
@@ -50,6 +51,7 @@ class LocalSession:
         self.mesh = mesh
         self.file = file
         self.recorder = Recorder()
+        self.on_answer_end: Callable[[Answer], None] | None = None  # gets each prompt's answer when it has ended
         self._stopping = False
 
     def __repr__(self) -> str:
@@ -84,10 +86,13 @@ class LocalSession:
         model = prompt.model or await self._default_model(prompt.node)
         await self.mesh.wait_usable(model, timeout_s=FIRST_NODE_TIMEOUT_S, node=prompt.node)
         request = ChatRequest(model, prompt.messages, prompt.options, prompt.stream, prompt.think)
-        async with self.mesh.chat(
-            request, node=prompt.node, priority=prompt.priority, timeout_s=prompt.timeout_s
-        ) as stream:
-            yield stream
+        chat = self.mesh.chat(request, node=prompt.node, priority=prompt.priority, timeout_s=prompt.timeout_s)
+        try:
+            async with chat as stream:
+                yield stream
+        finally:
+            if chat.answer is not None and self.on_answer_end is not None:
+                self.on_answer_end(chat.answer)
 
     async def _default_model(self, node: str | None) -> str:
         """Returns the model for a prompt that names none: mesh.yaml's default model, or a choice among all models.

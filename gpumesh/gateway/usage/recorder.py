@@ -15,7 +15,7 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Protocol
 
-from gpumesh.balancer.outcomes import RequestOutcome
+from gpumesh.balancer.outcomes import RequestOutcome, request_outcome
 from gpumesh.errors import GPUMeshError
 from gpumesh.gateway.http.client_key import ClientKey
 from gpumesh.gateway.observe.exposition import Family, Labels, counter
@@ -24,6 +24,7 @@ from gpumesh.gateway.usage.counts import UsageCounts, measure_tokens
 from gpumesh.gateway.usage.journal import UsageKey
 from gpumesh.gateway.usage.report import Grouping, UsageReport, read_report
 from gpumesh.gateway.usage.store import KEPT_DAYS, UsageStore
+from gpumesh.mesh.requests.answer import Answer
 from gpumesh.text.printable import printable
 from gpumesh.topology import KeySpec
 from gpumesh.tunnels.blocking import run_in_thread
@@ -34,6 +35,8 @@ SPACING_S = 0.005  # between two lines of the journal
 FOLD_INTERVAL_S = 1.0  # between two commits of the database
 CHECKPOINT_FOLDS = 300  # commits between two checkpoints: about 3 MiB
 MAX_NAME_CHARS = 200
+# Stands for the key of prompts that came over the control socket: a name that no key of mesh.yaml can have.
+COMMAND_LINE = ClientKey("run", "(run)")
 
 _GroupKey = tuple[str, str | None, bool, str]
 """The key's name, the model as the client has named it, whether a node has answered for it, and the node."""
@@ -82,6 +85,16 @@ class UsageRecorder:
         if self._timer is None:
             loop = asyncio.get_running_loop()
             self._timer = loop.call_later(max(self._next_write_at - loop.time(), 0.0), self.flush)
+
+    def add_prompt(self, answer: Answer) -> None:
+        """Counts a prompt of `gpumesh run` or `gpumesh chat`, which did not come through the gateway. ``answer`` has
+        ended."""
+        if answer.placement is not None and answer.outcome is not None:
+            placed = answer.placement.placed
+            record = RequestRecord(self._wall_clock, 0.0, "", "", demand=placed.demand, answer=answer, node=answer.node)
+            record.outcome = request_outcome(answer.outcome)
+            record.progress.placed = (placed,)
+            self.add(record, COMMAND_LINE)
 
     def _count_ended(self) -> dict[_GroupKey, UsageCounts]:
         """The counts of the requests that have ended since the last call, by what they are about."""

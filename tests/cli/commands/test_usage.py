@@ -62,10 +62,14 @@ async def test_usage_survives_a_kill_to_the_last_request(tmp_path: Path) -> None
             await gpumesh("up", "-d")
             url = (await gpumesh("status", "--json")).json()["gateway"]["url"]
             used = {name: await use_mesh(url, name) for name in LIMITS}
+            prompt = (await gpumesh("run", "--node", "alpha", "--json", "Why?")).json()
             await asyncio.sleep(2 * SPACING_S)  # so much may lie between two lines of the journal
             os.kill(gpumesh.leader(), signal.SIGKILL)
             report = (await gpumesh("usage", "--json")).json()
-            assert {row["key"]: tuple(row[name] for name in COUNTS) for row in report["rows"]} == used
+            counts = {row["key"]: tuple(row[name] for name in COUNTS) for row in report["rows"]}
+            (requests, _, tokens) = counts.pop("(run)")
+            assert (requests, tokens) == (1, prompt["tokens"])
+            assert counts == used
             assert report["total"]["estimated_requests"] == 0
             assert [budget["used_tokens"] for budget in report["budgets"]] == [sum(used["chat"][1:])]
             nodes = {row["node"]: row for row in (await gpumesh("usage", "--json", "--by", "node")).json()["rows"]}
