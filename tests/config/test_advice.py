@@ -13,6 +13,7 @@ from gpumesh.topology import (
     AddressCommand,
     BackendSpec,
     GatewaySpec,
+    KeySpec,
     NodeSpec,
     RedisSpec,
     SshSpec,
@@ -146,3 +147,18 @@ def test_a_public_key_needs_an_agent(ssh: SshSpec, tmp_path: Path, monkeypatch: 
     monkeypatch.setenv("SSH_AUTH_SOCK", "/agent")
     assert codes(named) == []
     assert codes(replace(named, agent=False)) == ["key-unreadable"]
+
+
+def test_the_file_with_the_key_of_a_client(ssh: SshSpec, tmp_path: Path) -> None:
+    file = tmp_path / "guest.key"
+
+    def findings() -> list[tuple[str, Severity]]:
+        spec = GatewaySpec(keys=(KeySpec("guest", file=file),))
+        mesh = Topology("m", (NodeSpec("n", BackendSpec(), ssh),), spec)
+        return [(finding.code, finding.severity) for finding in config.check(mesh)]
+
+    assert findings() == [("secret-missing", Severity.ERROR)]
+    write_key(file, b"sk-0123456789abcdef")
+    assert findings() == []
+    file.chmod(0o644)
+    assert findings() == [("key-open", Severity.WARNING)]

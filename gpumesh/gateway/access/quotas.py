@@ -56,6 +56,8 @@ class KeyQuotas:
         self._clock = clock
         self._wall_clock = wall_clock
         self._read_tokens = read_tokens
+        self._month = ""  # ``2026-11``
+        self._month_ends_at = 0.0  # in seconds since 1970
         self._states: dict[str, _KeyState] = {}
         self._reservations: dict[Hashable, tuple[_KeyState, int]] = {}
 
@@ -97,16 +99,18 @@ class KeyQuotas:
     def _require_budget(self, name: str, state: _KeyState, budget: int, forecast: int) -> None:
         """Raises TooManyRequests if the budget has no room for a request of ``forecast`` tokens. The last request of a
         budget may go beyond it."""
-        now = datetime.fromtimestamp(self._wall_clock(), UTC)
-        month = f"{now:%Y-%m}"
-        if state.month != month:
-            state.month, state.used = month, self._read_tokens(name, month)
+        now = self._wall_clock()
+        if now >= self._month_ends_at:
+            today = datetime.fromtimestamp(now, UTC)
+            self._month, self._month_ends_at = f"{today:%Y-%m}", next_month(today).timestamp()
+        if state.month != self._month:
+            state.month, state.used = self._month, self._read_tokens(name, self._month)
         if state.used >= budget:
-            renewed_at = next_month(now)
+            renewed_on = datetime.fromtimestamp(self._month_ends_at, UTC)
             raise TooManyRequests(
-                f"the budget of the key {name} is used up: {state.used} of {budget} tokens in {month};"
-                f" it begins anew on {renewed_at:%Y-%m-%d}",
-                retry_after_s=(renewed_at - now).total_seconds(),
+                f"the budget of the key {name} is used up: {state.used} of {budget} tokens in {self._month};"
+                f" it begins anew on {renewed_on:%Y-%m-%d}",
+                retry_after_s=self._month_ends_at - now,
                 may_retry=False,
             )
         if state.requests and state.used + state.reserved + forecast > budget:
