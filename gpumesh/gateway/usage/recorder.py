@@ -31,12 +31,14 @@ from gpumesh.tunnels.blocking import run_in_thread
 
 log = logging.getLogger(__name__)
 
-SPACING_S = 0.005  # between two lines of the journal
+SPACING_S = 0.01  # between two lines of the journal
+DAY_S = 86400.0
 FOLD_INTERVAL_S = 1.0  # between two commits of the database
 CHECKPOINT_FOLDS = 300  # commits between two checkpoints: about 3 MiB
 MAX_NAME_CHARS = 200
 # Stands for the key of prompts that came over the control socket: a name that no key of mesh.yaml can have.
 COMMAND_LINE = ClientKey("run", "(run)")
+_SERVED = RequestOutcome.SERVED  # to read a global is faster than to read a member
 
 _GroupKey = tuple[str, str | None, bool, str]
 """The key's name, the model as the client has named it, whether a node has answered for it, and the node."""
@@ -67,6 +69,8 @@ class UsageRecorder:
         self._timer: asyncio.TimerHandle | None = None
         self._next_write_at = 0.0  # by the loop's clock
         self._is_failing = False  # whether the last write has failed; the log says it once
+        self._day = ""  # in UTC
+        self._day_ends_at = 0.0
         if store is not None:
             first_day = _format_day(wall_clock() - timedelta(days=KEPT_DAYS).total_seconds())
             self._report_failure(lambda: store.remove_before(first_day))
@@ -117,9 +121,12 @@ class UsageRecorder:
             counts.requests += 1
             counts.prompt_tokens += tokens.prompt
             counts.answer_tokens += tokens.answer
-            counts.estimated += tokens.is_estimated
-            counts.cancelled += record.outcome is RequestOutcome.CANCELLED
-            counts.failed += record.outcome is RequestOutcome.FAILED
+            if tokens.is_estimated:
+                counts.estimated += 1
+            outcome = record.outcome
+            if outcome is not _SERVED:
+                counts.cancelled += outcome is RequestOutcome.CANCELLED
+                counts.failed += outcome is RequestOutcome.FAILED
             for placement in record.progress.placements:  # one for each attempt, nearly always one
                 placed = placement.placed
                 if placed.ended:
@@ -142,7 +149,10 @@ class UsageRecorder:
         groups = self._count_ended()
         if not groups:
             return
-        day = _format_day(self._wall_clock())
+        now = self._wall_clock()
+        if not now < self._day_ends_at:
+            self._day, self._day_ends_at = _format_day(now), (now // DAY_S + 1.0) * DAY_S
+        day = self._day
         rows = []
         for (name, model, is_answered, node), counts in groups.items():
             label = _clean(self._find_label(model, answered=is_answered))
