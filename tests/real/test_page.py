@@ -11,19 +11,22 @@ import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import pytest_asyncio
 
 from gpumesh import config
+from gpumesh.config.changed_file import read_snapshot
+from gpumesh.daemon.reload.reloader import Reloader
+from gpumesh.errors import GPUMeshError
 from gpumesh.gateway.app import Gateway
 from gpumesh.gateway.observe.recent_log import RecentLog
 from gpumesh.gateway.page.web_page import CANCEL_REASON
 from gpumesh.lab import profile
 from gpumesh.lab.lab import Lab
 from gpumesh.mesh.mesh import Mesh
-from gpumesh.state import Finding, Severity
 from tests.gateway.fleet import lines
 from tests.http_clients import loopback_client
 from tests.prerequisites import needs
@@ -44,6 +47,7 @@ HOSTS = (
     replace(profile.make_instant_host("two", pull_s=0.5), gpus=(profile.make_gpu("two", name=HOSTILE),)),
 )
 KEY = "sesame"
+GATEWAY = {"api_key_env": "PAGE_TEST_KEY"}
 PATIENCE_MS = 20_000.0
 
 
@@ -54,6 +58,8 @@ class Served:
     gateway: Gateway
     context: Any
     log: RecentLog
+    file: Path
+    reloader: Reloader
 
 
 @dataclass
@@ -80,12 +86,14 @@ async def served(browser: Any, tmp_path_factory: pytest.TempPathFactory) -> Asyn
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PAGE_TEST_KEY", KEY)
         async with Lab(HOSTS, folder) as lab:
-            file = lab.write_config(folder / "mesh.yaml", gateway={"api_key_env": "PAGE_TEST_KEY"})
+            file = lab.write_config(folder / "mesh.yaml", gateway=GATEWAY)
             async with Mesh(config.load(file)) as mesh, Gateway(mesh, recent_log=recent_log) as gateway:
+                reloader = Reloader(mesh, file, read_snapshot(file))
+                reloader.gateway = gateway
                 await mesh.wait_first_report(20.0)
                 context = await browser.new_context()
                 try:
-                    yield Served(lab, mesh, gateway, context, recent_log)
+                    yield Served(lab, mesh, gateway, context, recent_log, file, reloader)
                 finally:
                     await context.close()
                     gateway.drain_s = 0.1
@@ -287,18 +295,28 @@ async def test_models_are_pulled_loaded_unloaded_and_deleted(served: Served, tab
     assert await page.get_by_role("row").filter(has_text="llama3.1:8b").count() == 0
 
 
-async def test_problems_of_the_file_have_a_place(served: Served, tab: Tab) -> None:
-    page = tab.page
-    message = "mesh.yaml has problems:\nmesh.yaml:14:7 nodes[3].ssh.prt: unknown key <b>"
-    served.mesh.own_findings = (Finding("config-invalid", Severity.ERROR, None, message, "mend it"),)
+async def test_a_reload_and_problems_of_the_file_are_seen_live(served: Served, tab: Tab) -> None:
+    page, file, said = tab.page, served.file, tab.page.locator("#said")
+    text = file.read_text()
+    place = page.get_by_role("region", name="mesh.yaml")
     try:
-        place = page.get_by_role("region", name="mesh.yaml")
-        await place.get_by_text("mesh.yaml:14:7").wait_for()
-        assert message in await place.inner_text()
-        await place.get_by_text("mend it").wait_for()
+        file.write_text(text + "\n<b>nonsense: 1\n")
+        with pytest.raises(GPUMeshError):
+            await served.reloader.reload()
+        await place.get_by_text("config-invalid").wait_for()
+        line = len(text.splitlines()) + 2
+        assert f"mesh.yaml:{line}" in (found := await place.inner_text()), found
+        assert "<b>nonsense" in found
+        served.lab.write_config(file, gateway=GATEWAY, nodes=[served.lab.host("one").node_entry()])
+        await served.reloader.reload()
+        await place.wait_for(state="hidden")
+        await tab.card("two").wait_for(state="detached")
+        assert await said.text_content() == "two is no node of this mesh any more"
+        assert (await page.title()).startswith("1/1 up · ")
     finally:
-        served.mesh.own_findings = ()
-    await place.wait_for(state="hidden")
+        file.write_text(text)
+        await served.reloader.reload()
+    await tab.card("two").get_by_text("healthy").wait_for()
 
 
 async def test_light_and_dark_and_narrow(served: Served, tab: Tab) -> None:

@@ -120,7 +120,8 @@ class UiPage:
     async def _generate_events(self, viewer: ClientKey | None) -> AsyncGenerator[bytes]:
         """Yields whether the page may change something, and then the status after each change and the requests each
         second, until ``close`` is called. ``viewer``: the key of the page."""
-        yield _render_event("hello", self._describe_page(viewer))
+        page = self._describe_page(viewer)
+        yield _render_event("hello", page)
         closing = asyncio.ensure_future(self._closing.wait())
         changes = self._mesh.watch_changes()
         change: asyncio.Future[None] | None = None
@@ -134,6 +135,8 @@ class UiPage:
                 await asyncio.wait((change, closing), timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
                 if closing.done():
                     return
+                if page != (page := self._describe_page(viewer)):  # a reload has set or removed the gateway's keys
+                    yield _render_event("hello", page)
                 began_at = self._clock()
                 document = self._describe_requests(viewer)
                 is_changed = change.done()

@@ -187,12 +187,19 @@ $("filter").addEventListener("input", () => showNodes(nodesView.nodes));
 $("as-cards").addEventListener("click", () => showNodesAs("cards"));
 $("as-table").addEventListener("click", () => showNodesAs("table"));
 
-/** Says a node's change of health to screen readers. */
+/** Says a node's change of health to screen readers, and which nodes are new or gone after a reload. */
 const healthBefore = new Map();
 function sayHealth(nodes) {
+  const names = new Set(nodes.map((node) => node.name)), isFirst = !healthBefore.size;
+  for (const name of [...healthBefore.keys()]) {
+    if (names.has(name)) continue;
+    healthBefore.delete(name);
+    say(name + " is no node of this mesh any more");
+  }
   for (const node of nodes) {
     const before = healthBefore.get(node.name);
     if (before !== undefined && before !== node.health) say(node.name + " is " + node.health + (node.reason ? ": " + node.reason : ""));
+    if (before === undefined && !isFirst) say(node.name + " is a new node of this mesh");
     healthBefore.set(node.name, node.health);
   }
 }
