@@ -2,6 +2,7 @@
 
     python docs/capture.py
     python docs/capture.py --figures     also the tables of benchmarks; on a machine that does nothing else
+    python docs/capture.py --page        only docs/how-to/page.png, for which it needs Chromium and playwright
 
 It fills the blocks between `<!-- captured: NAME -->` and `<!-- end -->` in README.md and docs/*.md, and writes
 docs/status.svg. What differs from run to run (ports, times, figures) differs here, too: commit it when the *look* has
@@ -14,6 +15,7 @@ import asyncio
 import os
 import re
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
@@ -21,6 +23,7 @@ import tempfile
 from io import StringIO
 from pathlib import Path
 
+import httpx
 from rich.console import Console
 from rich.terminal_theme import MONOKAI
 from rich.text import Text
@@ -139,6 +142,39 @@ async def two_ways_to_one(folder: Path) -> dict[str, str]:
     }
 
 
+async def ask_again(url: str, name: str) -> None:
+    """A client that asks one question after the other, until it is cancelled."""
+    body = {"model": "qwen2.5:7b", "messages": [{"role": "user", "content": "Why is the sky blue?"}]}
+    async with httpx.AsyncClient(base_url=url, timeout=60, headers={"X-GPUMesh-Client": name}) as client:
+        while True:
+            await client.post("/api/chat", json=body)
+
+
+async def page_picture(folder: Path) -> None:
+    """Writes the page's picture: three hosts at work, one of which has just gone away."""
+    from playwright.async_api import async_playwright
+
+    port = a_dead_port()
+    async with Lab(demo_hosts.make_hosts(3), folder) as lab, async_playwright() as playwright:
+        terminal = Terminal(folder, lab.write_config(folder / "mesh.yaml", listen=f"127.0.0.1:{port}"))
+        await terminal.run("gpumesh up -d")
+        load = [asyncio.create_task(ask_again(f"http://127.0.0.1:{port}", name)) for name in ("alice", "bob", "webui")]
+        chromium = await playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        page = await chromium.new_page(viewport={"width": 1200, "height": 1000})
+        await page.goto(f"http://127.0.0.1:{port}/ui")
+        await page.get_by_role("button", name="5 min", exact=True).click()
+        await asyncio.sleep(80)  # so that the plots have something to show
+        await lab.host("oslo").kill()
+        await page.get_by_text("node-unreachable").wait_for()
+        await asyncio.sleep(12)
+        await page.screenshot(path=DOCS / "how-to" / "page.png", full_page=True)
+        await chromium.close()
+        for task in load:
+            task.cancel()
+        await asyncio.gather(*load, return_exceptions=True)
+        await terminal.run("gpumesh down")
+
+
 def figures() -> dict[str, str]:
     """What the benchmarks print whose figures README names."""
     shown = {}
@@ -165,6 +201,10 @@ def fill(page: Path, captured: dict[str, str]) -> None:
 
 
 async def main() -> None:
+    if "--page" in sys.argv[1:]:
+        with tempfile.TemporaryDirectory(prefix="gm-") as folder:
+            await page_picture(Path(folder))
+        return
     captured: dict[str, str] = {}
     for scene in (working_mesh, from_an_ssh_line, two_ways_to_one):
         with tempfile.TemporaryDirectory(prefix="gm-") as folder:

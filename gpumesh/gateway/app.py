@@ -106,7 +106,8 @@ class Gateway:
         bounds = bounds or Bounds(total_body_bytes=spec.body_memory_mib << 20)  # MiB to bytes
         self._server = Server(self._handle, bounds, render_error=error_reply_without_path)
         self._listener = HttpListener(self._host, spec.port if port is None else port, spec.socket)
-        self._page = UiPage(mesh, self, RecentFigures(self.metrics), writable=spec.needs_key, recent_log=recent_log)
+        figures = RecentFigures(self.metrics, mesh.request_counters)
+        self._page = UiPage(mesh, self, figures, writable=spec.needs_key, recent_log=recent_log)
         self._history_task: asyncio.Task[None] | None = None
         self.usage = usage = UsageRecorder(usage_store, find_label=self.metrics.model_label)
         self._quotas = KeyQuotas(clock=self._server.clock, wall_clock=time.time, read_tokens=usage.read_tokens)

@@ -1,4 +1,4 @@
-"""``RecentFigures``: what clients have felt in the last minutes, from the counters of ``RequestMetrics``.
+"""``RecentFigures``: what clients have felt in the last minutes, from the counters of the mesh and of the gateway.
 
 The counters are read a few times a minute, so no request pays for this.
 """
@@ -8,16 +8,17 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
-from gpumesh.balancer.outcomes import RequestOutcome
 from gpumesh.gateway.observe.metrics import TTFT_BOUNDS, RequestMetrics
+from gpumesh.mesh.request_counters import RequestCounters
 
 WINDOW_S = 300.0
 
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """The figures of the last ``window_s`` seconds. Times are in ms; ``None`` if no answer has streamed. ``ended`` and
-    ``failed`` count requests that a node was asked to answer, or that found no node."""
+    """The figures of the last ``window_s`` seconds. Times are in ms, of answers that the gateway has streamed; ``None``
+    if there was none. ``ended`` and ``failed`` (a part of it) count the requests of the whole mesh, also of commands
+    that do not come through the gateway."""
 
     window_s: float
     ttft_p50_ms: float | None
@@ -37,8 +38,9 @@ class _Sample:
 class RecentFigures:
     """Samples the counters, and compares the newest sample with the oldest of the last ``WINDOW_S`` seconds."""
 
-    def __init__(self, metrics: RequestMetrics) -> None:
+    def __init__(self, metrics: RequestMetrics, counters: RequestCounters) -> None:
         self._metrics = metrics
+        self._counters = counters
         self._samples: deque[_Sample] = deque()
 
     def sample(self, now: float) -> Figures:
@@ -47,12 +49,8 @@ class RecentFigures:
         for model in self._metrics.models.values():
             for bucket, count in enumerate(model.ttft.counts):
                 counts[bucket] += count
-        ended = failed = 0
-        for (_, _, model_label, outcome, _), total in self._metrics.requests.items():
-            if model_label and outcome != RequestOutcome.REFUSED:
-                ended += int(total.value)
-                failed += int(total.value) if outcome == RequestOutcome.FAILED else 0
-        newest = _Sample(now, tuple(counts), ended, failed)
+        served, failed, cancelled = self._counters.served, self._counters.failed, self._counters.cancelled
+        newest = _Sample(now, tuple(counts), served + failed + cancelled, failed)
         self._samples.append(newest)
         while len(self._samples) > 1 and self._samples[1].at <= now - WINDOW_S:
             self._samples.popleft()

@@ -6,23 +6,23 @@ import logging
 
 import pytest
 
+from gpumesh.balancer.outcomes import Outcome
 from gpumesh.gateway.observe.metrics import RequestMetrics
 from gpumesh.gateway.observe.recent_figures import WINDOW_S, RecentFigures
 from gpumesh.gateway.observe.recent_log import MAX_LINES, MAX_MESSAGE_CHARS, RecentLog
+from gpumesh.mesh.request_counters import RequestCounters
 
 
 def test_figures_are_those_of_the_window() -> None:
-    metrics = RequestMetrics()
-    figures = RecentFigures(metrics)
+    metrics, counters = RequestMetrics(), RequestCounters(accepted=9, served=5)
+    figures = RecentFigures(metrics, counters)
     nothing = figures.sample(0.0)
     assert (nothing.ttft_p50_ms, nothing.ended, nothing.failed) == (None, 0, 0)
     ttft = metrics.models["a", "m"].ttft
     for seconds in (0.15, 0.15, 0.15, 2.0):
         ttft.observe(seconds)
-    metrics.requests["/api/chat", "a", "m", "served", "200"].value += 3
-    metrics.requests["/api/chat", "a", "m", "failed", "502"].value += 1
-    metrics.requests["/mesh/status", "", "", "served", "200"].value += 50
-    metrics.requests["/api/chat", "", "m", "refused", "400"].value += 50
+    for outcome in (Outcome.SERVED, Outcome.SERVED, Outcome.CLIENT_GONE, Outcome.UNREACHABLE):
+        counters.count_end(outcome)
     seen = figures.sample(10.0)
     assert seen.ttft_p50_ms == pytest.approx(166.7, abs=0.1), "two thirds through the bucket from 100 to 200 ms"
     assert seen.ttft_p90_ms == pytest.approx(2400.0)
@@ -33,7 +33,7 @@ def test_figures_are_those_of_the_window() -> None:
 
 def test_a_time_beyond_all_buckets_is_their_last_bound() -> None:
     metrics = RequestMetrics()
-    figures = RecentFigures(metrics)
+    figures = RecentFigures(metrics, RequestCounters())
     figures.sample(0.0)
     metrics.models["a", "m"].ttft.observe(1e6)
     assert figures.sample(1.0).ttft_p50_ms == 100_000.0
