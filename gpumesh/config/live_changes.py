@@ -35,13 +35,14 @@ class ReloadReport:
     ``applied``: what has changed in the running mesh; false if nothing has. ``after_restart``: what the file says and
     takes effect after a restart only. ``not_opened``: nodes of the file that the mesh leaves alone, because `gpumesh
     up` named other nodes. ``reopened``: the nodes that get a new tunnel. ``leaving``: the nodes that still had requests
-    in flight then."""
+    in flight then. ``age_s``: the mesh had taken the file over by itself so many seconds before; 0: it did so now."""
 
     applied: Differences = field(default_factory=Differences)
     after_restart: tuple[KeyChange, ...] = ()
     not_opened: tuple[str, ...] = ()
     reopened: tuple[str, ...] = ()
     leaving: tuple[LeavingNode, ...] = ()
+    age_s: float = 0.0
 
     def lines(self) -> list[str]:
         """What has changed, a line for each node, model and key."""

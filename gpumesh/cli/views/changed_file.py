@@ -48,9 +48,14 @@ async def watch_with_file(session: Session, paths: MeshPaths, interval_s: float)
     from gpumesh.config.changed_file import ChangedFile
     from gpumesh.event_loop.async_iterators import closing_iterator
 
-    changed_file = ChangedFile(paths.config, await session.configuration())
+    snapshot = await session.configuration()
+    changed_file = ChangedFile(paths.config, snapshot)
     async with closing_iterator(session.watch(interval_s)) as states:
         async for state in states:
+            if changed_file.find() is not None:  # the mesh may have taken the file over meanwhile
+                newer = await session.configuration()
+                if newer != snapshot:
+                    snapshot, changed_file = newer, ChangedFile(paths.config, newer)
             yield add_finding(state, changed_file)
 
 

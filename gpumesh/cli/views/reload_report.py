@@ -14,5 +14,7 @@ if TYPE_CHECKING:
 
 def print_report(report: ReloadReport) -> None:
     """Prints a line for each node, model and key that has changed."""
+    if report.age_s:
+        typer.echo(f"the mesh took the file over by itself, {report.age_s:.0f} s ago:")
     for line in report.lines():
         typer.echo(clean_line(line))

@@ -18,7 +18,7 @@ from gpumesh.config.comparison import ConfigSnapshot
 from gpumesh.config.live_changes import ReloadReport
 from gpumesh.daemon.control_socket import framing
 from gpumesh.daemon.sessions.session import PromptRequest
-from gpumesh.errors import ExitCode, GPUMeshError, ModelMissing, QueueFull, StreamCut
+from gpumesh.errors import ConfigError, ExitCode, GPUMeshError, ModelMissing, Problem, QueueFull, StreamCut
 from gpumesh.mesh.history import History
 from gpumesh.state import MeshState
 from gpumesh.wire import from_json, to_json
@@ -252,6 +252,8 @@ def message_from_error(error: GPUMeshError) -> Error:
         detail = {"retry_after_s": error.retry_after_s}
     elif isinstance(error, ModelMissing):
         detail = {"model": error.model, "available": list(error.available)}
+    elif isinstance(error, ConfigError):
+        detail = {"problems": to_json(error.problems)}
     return Error(error.code, error.message, error.hint, error.node, int(error.exit_code), detail)
 
 
@@ -264,6 +266,11 @@ def error_from_message(message: Error) -> GPUMeshError:
     if message.code == ModelMissing.code and isinstance(detail.get("model"), str):
         available = tuple(str(name) for name in detail.get("available") or ())
         return ModelMissing(detail["model"], available=available, hint=message.hint)
+    if message.code == ConfigError.code and "problems" in detail:
+        try:
+            return ConfigError(from_json(tuple[Problem, ...], detail["problems"]), hint=message.hint)
+        except ValueError:
+            return RemoteError(message)
     if message.code == StreamCut.code:
         return StreamCut(message.message, hint=message.hint, node=message.node)
     return RemoteError(message)

@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING
 from gpumesh.config.changed_file import describe_change, read_digest, read_snapshot
 from gpumesh.config.comparison import ConfigSnapshot, KeyChange, describe_bad_file
 from gpumesh.config.live_changes import LeavingNode, LivePlan, ReloadReport, plan_live_changes
+from gpumesh.config.untrusted_file import untrusted_reason
 from gpumesh.daemon.reload.file_follower import LOOK_INTERVAL_S, FileFollower, read_marks
 from gpumesh.daemon.up_options import UpOptions, select_nodes
-from gpumesh.errors import GPUMeshError, MeshNotRunning
+from gpumesh.errors import GPUMeshError, MeshNotRunning, UsageError
 from gpumesh.gateway.observe.access_log import AccessLog
 from gpumesh.mesh.mesh import Mesh
 from gpumesh.mesh.nodes.node_changes import AppliedChange
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
     from gpumesh.gateway.app import Gateway
 
 log = logging.getLogger(__name__)
+
+OWN_REPORT_S = 60.0  # for so long `gpumesh reload` tells what the mesh has taken over by itself
+_NO_REPORT = (0.0, ReloadReport())
 
 
 class Reloader:
@@ -61,6 +65,8 @@ class Reloader:
         self._reloading = asyncio.Lock()
         self._requested = asyncio.Event()
         self._stopped = False
+        self._own_report = _NO_REPORT  # of the last change that nobody has requested, with its time
+        self._was_trusted = _find_distrust(path) is None
         self._bad_file: Finding | None = None  # the file cannot be used, which is not reported yet
 
     def __repr__(self) -> str:
@@ -77,14 +83,22 @@ class Reloader:
         self._requested.set()
 
     async def reload(self) -> ReloadReport:
-        """As ``Session.reload``. Reloads run one after the other; each reads the file anew."""
+        """As ``Session.reload``. Reloads run one after the other; each reads the file anew.
+
+        If the mesh has just taken this file over by itself, the report is about that: the person who has saved the file
+        wants to know what has become of it."""
         try:
-            return await self._reload()
+            report = await self._reload()
         except MeshNotRunning:
             raise
         except GPUMeshError as error:
             self._report_finding(describe_bad_file(error))
             raise
+        (made_at, own_report), self._own_report = self._own_report, _NO_REPORT
+        age_s = self._clock() - made_at
+        if own_report.applied and not report.applied and age_s < OWN_REPORT_S:
+            return replace(own_report, age_s=age_s)
+        return report
 
     async def _reload(self) -> ReloadReport:
         async with self._reloading:
@@ -137,6 +151,9 @@ class Reloader:
     def _report_finding(self, finding: Finding | None) -> None:
         """Shows the finding about the file in the mesh's state; ``None``: there is none."""
         self._bad_file = None
+        before = {other.code: other.message for other in self._mesh.own_findings}
+        if finding is not None and before.get(finding.code, finding.message) != finding.message:
+            log.warning("%s", finding.message, extra={"event": "reload"})  # a new finding is logged in any case
         self._mesh.set_own_findings(() if finding is None else (finding,))
 
     # -- following the file --------------------------------------------------------------------------------------
@@ -164,7 +181,6 @@ class Reloader:
             if follower.look(marks, self._clock()):
                 await self._look_at_file()
             if self._bad_file is not None and follower.reports_bad_file(self._clock()):
-                log.warning("%s", self._bad_file.message, extra={"event": "reload"})
                 self._report_finding(self._bad_file)
             await asyncio.sleep(interval_s)
 
@@ -175,12 +191,33 @@ class Reloader:
             return
         try:
             if self._mesh.topology.gateway.reload is ReloadMode.AUTO:
-                await self._reload()
+                await run_in_thread(self._require_same_trust)
+                report = await self._reload()
+                if report.applied:
+                    self._own_report = (self._clock(), report)
             else:
                 read = await run_in_thread(read_snapshot, self._path)
                 self._report_finding(describe_change(self.snapshot.topology, read.topology))
         except GPUMeshError as error:
             self._bad_file = describe_bad_file(error)
+
+    def _require_same_trust(self) -> None:
+        """Raises UsageError if another user may have written the file since the mesh was started: it can run any
+        program, and nobody has looked at it."""
+        reason = _find_distrust(self._path)
+        if reason is not None and self._was_trusted:
+            raise UsageError(
+                f"{self._path} {reason}, so it is not taken over without being asked",
+                hint="look at what it does; `gpumesh reload` takes it over",
+            )
+
+
+def _find_distrust(path: Path) -> str | None:
+    """The reason why the file is not trusted (``untrusted_reason``); ``None`` for a file that is not there."""
+    try:
+        return untrusted_reason(path)
+    except OSError:
+        return None
 
 
 def _log_failure(error: GPUMeshError) -> None:

@@ -11,7 +11,17 @@ from gpumesh.config.live_changes import LeavingNode, ReloadReport
 from gpumesh.daemon.control_socket import messages
 from gpumesh.daemon.control_socket.messages import ControlReply, ControlRequest
 from gpumesh.daemon.sessions.session import PromptRequest
-from gpumesh.errors import ExitCode, GPUMeshError, ModelMissing, NoNodeError, QueueFull, StreamCut, UsageError
+from gpumesh.errors import (
+    ConfigError,
+    ExitCode,
+    GPUMeshError,
+    ModelMissing,
+    NoNodeError,
+    Problem,
+    QueueFull,
+    StreamCut,
+    UsageError,
+)
 from gpumesh.mesh.history import History, HistorySeries
 from gpumesh.topology import BackendSpec, NodeSpec, SshSpec, Topology
 from tests.cli.states import typical
@@ -96,6 +106,7 @@ def test_an_unknown_field_is_ignored_and_an_unknown_kind_is_an_error() -> None:
         ModelMissing("m", available=("a", "b"), hint="h"),
         QueueFull("m", retry_after_s=2.5),
         StreamCut("m", hint="h", node="n"),
+        ConfigError((Problem("m", "f", 3, 4, "nodes[0].ssh"), Problem("n", "f")), hint="h"),
     ],
 )
 def test_an_error_keeps_its_code_hint_and_detail(error: GPUMeshError) -> None:
@@ -104,8 +115,10 @@ def test_an_error_keeps_its_code_hint_and_detail(error: GPUMeshError) -> None:
     back = messages.error_from_message(message)
     assert (back.message, back.hint, back.node) == (error.message, error.hint, error.node)
     assert (back.code, back.exit_code) == (error.code, error.exit_code)
-    if isinstance(error, (QueueFull, ModelMissing, StreamCut)):
+    if isinstance(error, (QueueFull, ModelMissing, StreamCut, ConfigError)):
         assert type(back) is type(error)
+    if isinstance(error, ConfigError) and isinstance(back, ConfigError):
+        assert back.problems == error.problems
     if isinstance(error, QueueFull) and isinstance(back, QueueFull):
         assert back.retry_after_s == error.retry_after_s
     if isinstance(error, ModelMissing) and isinstance(back, ModelMissing):
@@ -116,3 +129,5 @@ def test_an_error_with_odd_details_is_still_an_error() -> None:
     odd = messages.Error("queue-full", "m", exit_code=77, detail={"retry_after_s": "soon"})
     back = messages.error_from_message(odd)
     assert (type(back), back.exit_code) == (messages.RemoteError, ExitCode.FAILED)
+    odd = messages.Error("config", "m", exit_code=2, detail={"problems": [{"line": "one"}]})
+    assert type(messages.error_from_message(odd)) is messages.RemoteError

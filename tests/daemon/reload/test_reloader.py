@@ -346,6 +346,10 @@ async def test_a_saved_file_is_taken_over(tmp_path: Path) -> None:
     async with running_mesh(tmp_path, ALPHA, BETA, reload="auto") as running:
         running.write(running.lab.node("alpha"))
         await wait_until(lambda: running.names == ["alpha"], "the mesh has followed its file")
+        report = await running.session.reload()
+        assert report.applied.removed == ("beta",), "it is told what the mesh did by itself"
+        assert report.age_s > 0
+        assert not (await running.session.reload()).applied, "once"
         spare = running.paths.config.with_suffix(".new")
         running.write(running.lab.node("alpha"), running.lab.node("beta"))
         running.paths.config.rename(spare)
@@ -359,3 +363,15 @@ async def test_a_saved_file_is_taken_over(tmp_path: Path) -> None:
         running.write(running.lab.node("alpha"))
         await wait_until(lambda: "config-changed" in running.findings(), "it is said, and not done")
         assert running.names == ["beta"]
+
+
+async def test_a_file_that_others_can_write_is_not_taken_over_by_itself(tmp_path: Path) -> None:
+    """It can run any program. A person may want it nevertheless."""
+    async with running_mesh(tmp_path, ALPHA, BETA, reload="auto") as running:
+        running.paths.config.chmod(0o666)
+        running.write(running.lab.node("alpha"))
+        await wait_until(lambda: "config-invalid" in running.findings(), "it is said")
+        assert "may be written to by every user" in running.findings()["config-invalid"].message
+        assert running.names == ["alpha", "beta"]
+        await running.session.reload()
+        assert running.names == ["alpha"]
