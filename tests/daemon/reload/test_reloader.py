@@ -101,6 +101,20 @@ async def test_requests_that_take_too_long_move_to_other_nodes(
     assert running.lab.hosts[first].counters.in_flight == 0
 
 
+async def test_waiting_requests_find_the_nodes_of_the_new_file(running: ReloadedMesh) -> None:
+    """One of them asks for a node that is gone: it is told so at once."""
+    beta = running.lab.node("beta")
+    await running.reload({**beta, "backend": {**beta["backend"], "max_parallel": 1}})
+    async with stream_on(running, "beta") as stream:
+        waiting = [asyncio.create_task(status_of(running)) for _ in range(3)]
+        pinned = asyncio.create_task(status_of(running, headers={"X-GPUMesh-Node": "beta"}))
+        await wait_until(lambda: running.mesh.snapshot().gateway.queued == 4, "they wait")
+        await running.reload(running.lab.node("alpha"))
+        assert await asyncio.gather(*waiting) == [200, 200, 200]
+        assert await pinned == 503
+        assert b'"done":true' in (await stream)[-1]
+
+
 async def test_small_changes_keep_node_and_tunnel(running: ReloadedMesh) -> None:
     node = running.mesh.fleet["alpha"]
     backend = {**running.lab.node("alpha")["backend"], "max_parallel": 3}
