@@ -23,6 +23,7 @@ from tests.gateway.fleet import RunningGateway, node, serve_nodes
 from tests.mesh.meshes import MODEL, ollama_script
 from tests.mesh.mortal_server import mortal_server
 from tests.mesh.servers import Exchange, serve, whole_response
+from tests.tunnels.polling import wait_until
 
 WORDS = "model runner has unexpectedly stopped"
 MESSAGES = [{"role": "user", "content": "why?"}]
@@ -202,11 +203,16 @@ async def test_a_change_of_a_store_is_sent_to_each_server_once(
     method: str, path: str, body: dict[str, Any], behaviour: str
 ) -> None:
     async with fleet(a=behaviour, b="ok") as servers:
-        response = await servers.client.request(
-            method, path, json={**body, "stream": False}, headers={"X-GPUMesh-Node": "a"}
-        )
+        request = servers.client.request(method, path, json={**body, "stream": False}, headers={"X-GPUMesh-Node": "a"})
         if (path, behaviour) == ("/api/pull", "dies"):
-            return  # Ollama continues a pull where it was cut, so it is started again
+            # Ollama continues a pull where it was cut, so it is started again, for many seconds.
+            async with asyncio.TaskGroup() as group:
+                pull = group.create_task(request)
+                await wait_until(lambda: servers.asked["a"] > 1, "the pull is started again")
+                pull.cancel()
+            assert set(servers.asked) == {"a"}
+            return
+        response = await request
         assert response.status_code >= 500
         assert servers.asked == {"a": 1}
 

@@ -33,7 +33,7 @@ def gpumesh(tmp_path: Path) -> Iterator[Gpumesh]:
     home = tmp_path / "home"
     home.mkdir()
     runtime = Path(tempfile.mkdtemp(prefix="gm-", dir="/tmp"))
-    made = Gpumesh(tmp_path / "mesh.yaml", home, runtime)
+    made = Gpumesh(tmp_path / "mesh.yaml", home, runtime, warm=True)
     yield made
     left = made.processes()
     made.kill_all()

@@ -6,7 +6,7 @@ import asyncio
 import json
 import stat
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import httpx
 import pytest
@@ -38,6 +38,7 @@ class Up:
 
 @pytest.fixture
 async def up(alone: Gpumesh) -> AsyncIterator[Up]:
+    alone = replace(alone, warm=True)
     profiles = [quick_host(name, tokens_per_s=60.0, answer_tokens=(4, 4), slots=4) for name in ("a", "b")]
     async with SimOllama(profiles[0]) as a, SimOllama(profiles[1]) as b:
         hosts = {"a": a, "b": b}
