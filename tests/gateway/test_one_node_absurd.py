@@ -217,6 +217,7 @@ def test_a_nonsensical_version_is_not_the_oldest(ollama: Fleet, version: str) ->
     assert ollama.runner.run(merged()) == {"version": HONEST.version}
 
 
+@pytest.mark.timeout(240)
 @EXAMPLES
 @given(ollama_answers(*NAMES))
 @example({"/api/version": {"version": "0.²"}, "/api/tags": {"models": []}})
@@ -248,6 +249,7 @@ def test_absurd_answers_of_an_ollama_leave_the_other_node_usable(ollama: Fleet, 
     ollama.check(answers)
 
 
+@pytest.mark.timeout(240)
 @EXAMPLES
 @given(openai_answers(*NAMES))
 @example({"/v1/models": {"data": [{"id": "m", "owned_by": ["vllm"]}]}})

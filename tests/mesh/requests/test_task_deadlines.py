@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 
 import pytest
 
 from gpumesh.mesh.requests.task_deadlines import CHECK_S, TaskDeadline, TaskDeadlines
+from tests.lab.virtual_time import run_in_virtual_time
 
 
 @pytest.fixture
@@ -32,20 +34,24 @@ async def test_a_block_that_ends_in_time_is_left_alone(deadlines: TaskDeadlines)
     assert not deadline.expired
 
 
-async def test_several_deadlines_end_each_at_its_time(deadlines: TaskDeadlines) -> None:
-    ended: list[float] = []
+def test_several_deadlines_end_each_at_its_time() -> None:
+    async def wait_for_all(clock: Callable[[], float]) -> list[tuple[float, float]]:
+        deadlines = TaskDeadlines(asyncio.get_running_loop())
+        ended: list[tuple[float, float]] = []
 
-    async def wait(timeout_s: float) -> None:
-        try:
-            with TaskDeadline(deadlines, timeout_s):
-                await asyncio.sleep(30)
-        except TimeoutError:
-            ended.append(timeout_s)
+        async def wait(timeout_s: float) -> None:
+            try:
+                with TaskDeadline(deadlines, timeout_s):
+                    await asyncio.sleep(30)
+            except TimeoutError:
+                ended.append((timeout_s, pytest.approx(clock())))
 
-    async with asyncio.TaskGroup() as group:
-        for timeout_s in (0.06, 0.02, 0.04):
-            group.create_task(wait(timeout_s))
-    assert ended == [0.02, 0.04, 0.06]
+        async with asyncio.TaskGroup() as group:
+            for timeout_s in (3.5 * CHECK_S, 0.02, 0.04):
+                group.create_task(wait(timeout_s))
+        return ended
+
+    assert run_in_virtual_time(wait_for_all) == [(0.02, 0.02), (0.04, 0.04), (3.5 * CHECK_S, 3.5 * CHECK_S)]
 
 
 async def test_expire_ends_the_block_at_once(deadlines: TaskDeadlines) -> None:
