@@ -94,10 +94,10 @@ class UsageRecorder:
         """Counts a prompt of `gpumesh run` or `gpumesh chat`, which did not come through the gateway. ``answer`` has
         ended."""
         if answer.placement is not None and answer.outcome is not None:
-            placed = answer.placement.placed
-            record = RequestRecord(self._wall_clock, 0.0, "", "", demand=placed.demand, answer=answer, node=answer.node)
+            demand = answer.placement.placed.demand
+            record = RequestRecord(self._wall_clock, 0.0, "", "", demand=demand, answer=answer, node=answer.node)
             record.outcome = request_outcome(answer.outcome)
-            record.progress.placed = (placed,)
+            record.progress.placements = (answer.placement,)
             self.add(record, COMMAND_LINE)
 
     def _count_ended(self) -> dict[_GroupKey, UsageCounts]:
