@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.real.terminal import Terminal, run_on_terminal
-from tests.real.warm_commands import warm_commands
+from tests.real.warm_commands import KEPT_VARIABLES, warm_commands
 
 GPUMESH = Path(sys.executable).with_name("gpumesh")
 LIMIT_S = 45.0  # for a hung command, so that a test ends; what a command may take is asserted by the tests
@@ -56,7 +56,7 @@ class Gpumesh:
         return f"XDG_RUNTIME_DIR={self.runtime}".encode()
 
     def environment(self, **changes: str) -> dict[str, str]:
-        kept = {name: os.environ[name] for name in ("PATH", "LANG", "LC_ALL") if name in os.environ}
+        kept = {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}
         own = {"HOME": str(self.home), "XDG_RUNTIME_DIR": str(self.runtime), "GPUMESH_CONFIG": str(self.config)}
         return {**kept, "USER": "tester", "TERM": "xterm-256color", **own, **changes}
 

@@ -25,27 +25,30 @@ from typing import IO
 from tests.real import fork_server
 
 OWN_NETWORK = Path("/proc/thread-self/ns/net")  # Linux only
+KEPT_VARIABLES = ("PATH", "LANG", "LC_ALL")  # of this process's environment, for each command
 _ROOT = Path(__file__).parents[2]
 _PIPE_BYTES = 64 * 1024  # what a pipe takes before anything is read from it
 
 
 class WarmCommands:
-    """A fork server. It ends when this process does, or with ``close``."""
+    """A fork server. It ends when this process does, or with ``close``. It is no child of this process, because some
+    tests look at all children; and its environment is nearly empty, because some look for processes by a variable."""
 
     def __init__(self) -> None:
         self._control, far_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with far_end:
-            self._process = subprocess.Popen(
+            subprocess.run(
                 [sys.executable, "-m", fork_server.__name__, str(far_end.fileno())],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 cwd=_ROOT,
+                env={name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ},
                 pass_fds=(far_end.fileno(),),
+                check=True,
             )
 
     def close(self) -> None:
         self._control.close()
-        self._process.wait()
 
     async def run(
         self, command: Sequence[str], *, env: Mapping[str, str], cwd: Path, stdin: str | None

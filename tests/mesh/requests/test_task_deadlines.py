@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -35,9 +36,9 @@ async def test_a_block_that_ends_in_time_is_left_alone(deadlines: TaskDeadlines)
 
 
 def test_several_deadlines_end_each_at_its_time() -> None:
-    async def wait_for_all(clock: Callable[[], float]) -> list[tuple[float, float]]:
+    async def wait_for_all(clock: Callable[[], float]) -> list[tuple[float, Any]]:
         deadlines = TaskDeadlines(asyncio.get_running_loop())
-        ended: list[tuple[float, float]] = []
+        ended: list[tuple[float, Any]] = []
 
         async def wait(timeout_s: float) -> None:
             try:
