@@ -12,6 +12,9 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
+from gpumesh.topology import SshSpec
+from gpumesh.tunnels.known_hosts import KnownHost
+from gpumesh.tunnels.openssh.terminal import terminal_command
 from tests.cli.in_process import invoke
 from tests.cli.meshes import isolated_command
 from tests.prerequisites import needs
@@ -82,6 +85,12 @@ def test_the_address_is_the_one_of_now_and_may_be_a_proxy_for_terminals(config: 
     arguments = printed("pod")
     assert arguments[arguments.index("-p") + 1] == "2022"
     assert arguments[-1] == "ssh.runpod.io"
+
+
+def test_a_name_in_mesh_yaml_is_no_option_of_ssh(tmp_path: Path) -> None:
+    ssh = SshSpec("-oProxyCommand=evil", user="-v", known_hosts=tmp_path / "none", alias="-oProxyCommand=evil")
+    arguments = terminal_command(KnownHost(ssh.host, 22, "far"), ssh, ["-x"])
+    assert arguments[-5:] == ["-l", "-v", "--", "-oProxyCommand=evil", "-x"]
 
 
 def test_what_is_refused(config: Path) -> None:
