@@ -15,6 +15,7 @@ from gpumesh.cli.first_guesses.words import ALIASES, POINTERS
 from gpumesh.cli.global_options import GlobalOptions
 from gpumesh.cli.root_command import app
 from gpumesh.errors import UsageError
+from tests.cli.in_process import invoke
 
 # A guess, and the command that it runs; after "?", the command that the answer names.
 GUESSES = """
@@ -400,6 +401,15 @@ def test_each_guess_works_or_is_answered_with_the_command_that_does(root: Any) -
     assert len({guess for guess, _ in ROWS}) == len(ROWS) >= 200
     problems = {guess: problem_of(root, guess, expected) for guess, expected in ROWS}
     assert {guess: problem for guess, problem in problems.items() if problem is not None} == {}
+
+
+def test_what_a_person_sees() -> None:
+    assert invoke("metrics", code=2).err.splitlines() == [
+        "error: there is no command 'gpumesh metrics'",
+        f"hint: {POINTERS[()]['metrics']}",
+    ]
+    assert "`gpumesh ssh NODE -- CMD`" in invoke("exec", "-it", "iceland", "bash", code=2).err
+    assert invoke("help", "get", "nodes").out == invoke("status", "--help").out
 
 
 def test_guesses_are_no_commands() -> None:

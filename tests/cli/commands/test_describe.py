@@ -48,6 +48,7 @@ async def test_as_a_document(running: SimulatedMesh) -> None:
 async def test_status_of_some_nodes(running: SimulatedMesh) -> None:
     gpumesh = running.gpumesh
     assert (await gpumesh("status", "b*", "-o", "name")).out == "beta\n"
+    assert (await gpumesh("get", "nodes", "-o", "name")).out == "alpha\nbeta\n", "a first guess"
     document = yaml.safe_load((await gpumesh("status", "beta", "--node", "alpha", "-o", "yaml")).out)
     assert [node["name"] for node in document["nodes"]] == ["alpha", "beta"]
     ended = await gpumesh("status", "betta", code=2)
