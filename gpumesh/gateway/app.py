@@ -18,26 +18,23 @@ from gpumesh import config
 from gpumesh.balancer.models.model_rules import ModelRules
 from gpumesh.balancer.outcomes import RequestOutcome
 from gpumesh.config.listen_address import UNIX_PREFIX
-from gpumesh.errors import GPUMeshError, NoNodeError
+from gpumesh.errors import GPUMeshError
+from gpumesh.gateway import ended_requests
 from gpumesh.gateway.access.api_keys import read_api_keys
 from gpumesh.gateway.access.client_names import ClientNames
 from gpumesh.gateway.access.guard import Guard
 from gpumesh.gateway.access.quotas import KeyQuotas
-from gpumesh.gateway.error_shapes import error_frame, error_reply, error_reply_without_path, error_status
+from gpumesh.gateway.error_shapes import error_reply, error_reply_without_path, error_status
 from gpumesh.gateway.fleet_routes import FleetRoutes
 from gpumesh.gateway.http.bounds import Bounds
-from gpumesh.gateway.http.client_key import ClientKey
-from gpumesh.gateway.http.errors import BadRequest
 from gpumesh.gateway.http.request import Request
 from gpumesh.gateway.http.responses import HeaderPairs, Response
 from gpumesh.gateway.http.server import Server
 from gpumesh.gateway.http.streaming_response import StreamingResponse
 from gpumesh.gateway.listener import HttpListener
-from gpumesh.gateway.model_requests import find_client_api
 from gpumesh.gateway.model_store_routes import ModelStoreRoutes
-from gpumesh.gateway.observe import active_requests
 from gpumesh.gateway.observe.access_log import AccessLog
-from gpumesh.gateway.observe.active_requests import ActiveRequest, ClientFacts, RequestState
+from gpumesh.gateway.observe.active_requests import ActiveRequest, ActiveRequests
 from gpumesh.gateway.observe.metrics import RequestMetrics
 from gpumesh.gateway.observe.recent_figures import RecentFigures
 from gpumesh.gateway.observe.recent_log import RecentLog
@@ -55,8 +52,6 @@ log = logging.getLogger(__name__)
 
 DRAIN_S = 10.0  # the longest time in which requests in flight may end
 ABORT_S = 0.5  # after draining: the time in which handlers must end and their errors must be sent
-STOPPED_MESSAGE = "the gateway was stopped"
-CLIENT_GONE_STATUS = 499  # nginx records this status when a client left before its answer
 # The page for people holds nothing of the mesh, and a health check must work without a key.
 _PATHS_WITHOUT_KEY = ("/healthz", UI_PATH)
 
@@ -107,7 +102,13 @@ class Gateway:
         self._server = Server(self._handle, bounds, render_error=error_reply_without_path)
         self._listener = HttpListener(self._host, spec.port if port is None else port, spec.socket)
         figures = RecentFigures(self.metrics, mesh.request_counters)
-        self._page = UiPage(mesh, self, figures, writable=spec.needs_key, recent_log=recent_log)
+        self._page = UiPage(
+            mesh,
+            ActiveRequests(self._active, self._server.clock),
+            figures,
+            writable=spec.needs_key,
+            recent_log=recent_log,
+        )
         self._history_task: asyncio.Task[None] | None = None
         self.usage = usage = UsageRecorder(usage_store, find_label=self.metrics.model_label)
         self._quotas = KeyQuotas(clock=self._server.clock, wall_clock=time.time, read_tokens=usage.read_tokens)
@@ -194,7 +195,7 @@ class Gateway:
             for active in list(self._active.values()):
                 record, task = active.record, active.task
                 if is_first_round and record.answer is not None:
-                    record.answer.expire(STOPPED_MESSAGE)
+                    record.answer.expire(ended_requests.STOPPED_MESSAGE)
                 elif task is not None:
                     task.cancel()
             with suppress(TimeoutError):
@@ -223,6 +224,7 @@ class Gateway:
         self._client_names.key_names = guard.key_names
         self._local_access = _find_local_access(self._host, needs_key=self._spec.needs_key)
         self._page.writable = self._spec.needs_key
+        self._page.end_streams()  # of pages whose key may not be valid any more
         self._router.apply(self._spec)
         if before.body_memory_mib != self._spec.body_memory_mib:
             self._server.memory.resize(self._spec.body_memory_mib << 20)  # MiB to bytes
@@ -259,7 +261,7 @@ class Gateway:
         # A Response is sent after this, as a whole. A stream has counted the bytes that it has written.
         sent_bytes = len(reply.body) if isinstance(reply, Response) else request.sent_bytes
         if reply is None:  # the request was cancelled, or its connection broke
-            record.note_client_gone(status=CLIENT_GONE_STATUS, sent_bytes=sent_bytes)
+            record.note_client_gone(status=ended_requests.CLIENT_GONE_STATUS, sent_bytes=sent_bytes)
         else:
             reported_failure = isinstance(reply, StreamingResponse) and reply.reported_failure
             record.note_end(status=reply.status, sent_bytes=sent_bytes, reported_failure=reported_failure)
@@ -283,71 +285,16 @@ class Gateway:
         except ConnectionError:  # the client has left: nobody could read an error
             raise
         except asyncio.CancelledError:
-            message = self._stop_message(request, record)
-            if message is None:
+            reason = ended_requests.find_reason(request, record, is_stopping=self._stopped)
+            if reason is None:
                 raise
-            return self._reply_stopped(request, record, message)
+            return ended_requests.reply_with_reason(request, record, reason, is_stopping=self._stopped)
         except Exception:  # a bug of ours: one client gets an error in its API's shape, and the log has the traceback
             log.exception("a request to %s failed inside", record.route, extra={"event": "request-failed"})
             record.outcome = RequestOutcome.FAILED
             if request.answer_started:  # ``from None``: the log has the error already
                 raise ConnectionError("a part of an answer has been sent already") from None
             return error_reply(record.path, GPUMeshError("the gateway failed inside"))
-
-    def _stop_message(self, request: Request, record: RequestRecord) -> str | None:
-        """Why the gateway itself has cancelled this request; ``None`` if it has not, or can no longer tell the client.
-        It can if nothing was sent yet (then with a status), or if the stream is still open (then in the stream)."""
-        message = STOPPED_MESSAGE if self._stopped else record.cancel_reason
-        if not request.answer_started:
-            return message
-        if request.unfinished_stream is None:
-            return None
-        has_place = self._stopped or record.answer is None or record.answer.consists_of_frames
-        return message if has_place else None  # no error in the midst of a recording
-
-    def _reply_stopped(self, request: Request, record: RequestRecord, message: str) -> Response | StreamingResponse:
-        """Tells the client that the gateway has ended its request: with an error at the end of the stream, or with a
-        status if no stream has begun."""
-        task = asyncio.current_task()
-        if task is not None:
-            task.uncancel()  # the task goes on to send the error
-        is_cancelled = not self._stopped
-        record.outcome = RequestOutcome.CANCELLED if is_cancelled else RequestOutcome.FAILED
-        stream = request.unfinished_stream
-        if stream is None:
-            # The status of a cancelled request is none after which clients try again by themselves.
-            error = BadRequest(message, status=CLIENT_GONE_STATUS) if is_cancelled else None
-            return error_reply(record.path, error or NoNodeError(message, hint="try again in a moment"))
-        frame = None if record.answer is None else record.answer.error_frame(message)
-        if frame is None:  # the stream is no generated text, but for example the progress of a pull
-            frame = error_frame(find_client_api(record.path), CLIENT_GONE_STATUS if is_cancelled else 503, message)
-        stream.write(frame)
-        stream.finish()
-        return stream
-
-    # -- what the page shows -------------------------------------------------------------------------------------
-
-    def list_requests(self, viewer: ClientKey | None) -> tuple[list[RequestState], int]:
-        """The oldest requests in flight that the holder of this key may see, and the number of all of them."""
-        shown = [
-            (request, active)
-            for request, active in self._active.items()
-            if active_requests.is_shown(active.record) and active_requests.is_visible_to(viewer, request.key)
-        ]
-        return [self._describe(*pair) for pair in shown[: active_requests.MAX_SHOWN]], len(shown)
-
-    def cancel_request(self, number: int, reason: str) -> RequestState | None:
-        """Cancels the request of this number, and gives its client this reason. Returns the request; ``None`` if it has
-        ended already."""
-        for request, active in self._active.items():
-            if active.number == number and active_requests.cancel(active, reason):
-                log.info("a request to %s was cancelled by hand", active.record.route, extra={"event": "cancelled"})
-                return self._describe(request, active)
-        return None
-
-    def _describe(self, request: Request, active: ActiveRequest) -> RequestState:
-        client = ClientFacts(request.key, request.client_address, request.id)
-        return active_requests.describe(active, client, self._server.clock())
 
     def _admit(self, request: Request) -> None:
         """Raises BadRequest if the client may not send this request, and QueueFull if too many connections use the

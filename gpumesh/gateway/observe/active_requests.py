@@ -7,11 +7,13 @@ computed when they look.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import msgspec
 
 from gpumesh.gateway.http.client_key import ClientKey
+from gpumesh.gateway.http.request import Request
 from gpumesh.gateway.observe.record import RequestRecord
 from gpumesh.text.printable import printable
 
@@ -27,15 +29,6 @@ class ActiveRequest(msgspec.Struct, frozen=True, eq=False):
     number: int
     record: RequestRecord
     task: asyncio.Task[None] | None
-
-
-@dataclass(frozen=True, slots=True)
-class ClientFacts:
-    """What the gateway knows of the sender of a request: its key, its address and its X-Request-Id."""
-
-    key: ClientKey | None
-    address: str | None
-    request_id: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,21 +65,50 @@ class RequestState:
     remaining_s: float | None
 
 
-def is_shown(record: RequestRecord) -> bool:
+class ActiveRequests:
+    """The gateway's requests in flight, as far as people see and cancel them. ``entries`` is the gateway's own table.
+    ``clock``: the clock of the records."""
+
+    def __init__(self, entries: Mapping[Request, ActiveRequest], clock: Callable[[], float]) -> None:
+        self._entries = entries
+        self._clock = clock
+
+    def list_requests(self, viewer: ClientKey | None) -> tuple[list[RequestState], int]:
+        """The oldest requests that the holder of this key may see, and the number of all of them."""
+        shown = [
+            (request, active)
+            for request, active in self._entries.items()
+            if _is_shown(active.record) and _is_visible_to(viewer, request.key)
+        ]
+        now = self._clock()
+        return [_describe(request, active, now) for request, active in shown[:MAX_SHOWN]], len(shown)
+
+    def cancel(self, number: int, reason: str) -> bool:
+        """Cancels the request of this number: its node gets a free slot at once, and its client gets ``reason`` as an
+        error. Returns whether there was such a request, which people see."""
+        for active in self._entries.values():
+            if active.number == number and active.task is not None and _is_shown(active.record):
+                if active.record.cancel_reason is None:  # a second click must not cancel the sending of the error
+                    active.record.cancel_reason = reason
+                    active.task.cancel()
+                return True
+        return False
+
+
+def _is_shown(record: RequestRecord) -> bool:
     """Whether people want to see the request: it asks for a model, or changes a model store. The requests of pages and
     monitoring are not shown."""
     return record.demand is not None or record.path.startswith(STORE_PATHS)
 
 
-def is_visible_to(viewer: ClientKey | None, sender: ClientKey | None) -> bool:
+def _is_visible_to(viewer: ClientKey | None, sender: ClientKey | None) -> bool:
     """Whether the holder of the key ``viewer`` may see a request that came with the key ``sender``: a key that is
     limited to a part of the mesh shows its own requests only."""
     return viewer is None or not viewer.is_limited or viewer == sender
 
 
-def describe(active: ActiveRequest, client: ClientFacts, now: float) -> RequestState:
-    """What people see of a request. ``now``: seconds of the record's clock."""
-    record = active.record
+def _describe(request: Request, active: ActiveRequest, now: float) -> RequestState:
+    record, key, address = active.record, request.key, request.client_address
     demand, answer, progress = record.demand, record.answer, record.progress
     placement = progress.placements[-1] if progress.placements else None
     forecast_s = remaining_s = None
@@ -98,10 +120,10 @@ def describe(active: ActiveRequest, client: ClientFacts, now: float) -> RequestS
     return RequestState(
         number=active.number,
         phase=_phase(record),
-        client=name or client.address or "",
-        address=client.address,
-        key=None if client.key is None else client.key.label,
-        id=None if client.request_id is None else printable(client.request_id, MAX_TEXT_CHARS),
+        client=name or address or "",
+        address=address,
+        key=None if key is None else key.label,
+        id=None if request.id is None else printable(request.id, MAX_TEXT_CHARS),
         method=record.method,
         path=printable(record.path, MAX_TEXT_CHARS),
         model=None if demand is None or demand.model is None else printable(demand.model, MAX_TEXT_CHARS),
@@ -126,14 +148,3 @@ def _phase(record: RequestRecord) -> str:
         return "writing"
     placement = record.progress.placements[-1] if record.progress.placements else None
     return "waiting" if placement is None or placement.placed.ended else "reading"
-
-
-def cancel(active: ActiveRequest, reason: str) -> bool:
-    """Cancels the request: its node gets a free slot at once, and its client gets ``reason`` as an error. Returns
-    whether it was cancelled: it is not if it is none that people see."""
-    if active.task is None or not is_shown(active.record):
-        return False
-    if active.record.cancel_reason is None:  # a second click must not cancel the sending of the error
-        active.record.cancel_reason = reason
-        active.task.cancel()
-    return True

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import re
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from typing import Any, Protocol
+from typing import Any
 from urllib.parse import parse_qs
 
 from gpumesh.gateway.http.client_key import ClientKey
@@ -21,13 +22,15 @@ from gpumesh.gateway.http.errors import BadRequest
 from gpumesh.gateway.http.request import Request
 from gpumesh.gateway.http.responses import Response, json_response
 from gpumesh.gateway.http.streaming_response import StreamingResponse
-from gpumesh.gateway.observe.active_requests import RequestState
+from gpumesh.gateway.observe.active_requests import ActiveRequests
 from gpumesh.gateway.observe.recent_figures import Figures, RecentFigures
 from gpumesh.gateway.observe.recent_log import RecentLog
 from gpumesh.gateway.page.page_file import read_page
 from gpumesh.mesh.long_history import RESOLUTIONS, LongHistory
 from gpumesh.mesh.mesh import Mesh
 from gpumesh.wire import status_json, to_json
+
+log = logging.getLogger(__name__)
 
 UI_PATH = "/ui"
 SAMPLE_S = 2.5  # between two samples of the mesh's state, for the plots
@@ -45,16 +48,6 @@ _CANCEL_PATH = re.compile(r"/mesh/requests/([0-9]{1,18})/cancel")
 CANCEL_REASON = "the request was cancelled by whoever runs this gateway"
 
 
-class RequestBoard(Protocol):
-    """The gateway's requests in flight, as far as the page shows and cancels them."""
-
-    def list_requests(self, viewer: ClientKey | None) -> tuple[list[RequestState], int]:
-        """The oldest requests that this key may see, and the number of all of them."""
-
-    def cancel_request(self, number: int, reason: str) -> RequestState | None:
-        """Cancels a request; ``None`` if there is none of this number."""
-
-
 class UiPage:
     """The handlers of the page's routes. ``writable``: an API key is set, so the page may change something. Then
     every request that changes something has been checked for the key before it comes here. ``recent_log``: the log's
@@ -63,7 +56,7 @@ class UiPage:
     def __init__(
         self,
         mesh: Mesh,
-        board: RequestBoard,
+        active: ActiveRequests,
         figures: RecentFigures,
         *,
         writable: bool,
@@ -71,7 +64,7 @@ class UiPage:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._mesh = mesh
-        self._board = board
+        self._active = active
         self._figures = figures
         self._recent: Figures = figures.sample(clock())
         self.writable = writable
@@ -95,6 +88,11 @@ class UiPage:
     def close(self) -> None:
         """Ends the streams of events: an open page must not delay the end of the mesh."""
         self._closing.set()
+
+    def end_streams(self) -> None:
+        """Ends the streams of events, and lets the pages ask for new ones: the gateway's keys may have changed."""
+        self._closing.set()
+        self._closing = asyncio.Event()
 
     async def html(self, _request: Request) -> Response:
         """The page itself, with its style and script."""
@@ -120,8 +118,7 @@ class UiPage:
     async def _generate_events(self, viewer: ClientKey | None) -> AsyncGenerator[bytes]:
         """Yields whether the page may change something, and then the status after each change and the requests each
         second, until ``close`` is called. ``viewer``: the key of the page."""
-        page = self._describe_page(viewer)
-        yield _render_event("hello", page)
+        yield _render_event("hello", self._describe_page(viewer))
         closing = asyncio.ensure_future(self._closing.wait())
         changes = self._mesh.watch_changes()
         change: asyncio.Future[None] | None = None
@@ -135,8 +132,6 @@ class UiPage:
                 await asyncio.wait((change, closing), timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
                 if closing.done():
                     return
-                if page != (page := self._describe_page(viewer)):  # a reload has set or removed the gateway's keys
-                    yield _render_event("hello", page)
                 began_at = self._clock()
                 document = self._describe_requests(viewer)
                 is_changed = change.done()
@@ -175,7 +170,7 @@ class UiPage:
         }
 
     def _describe_requests(self, viewer: ClientKey | None) -> dict[str, Any]:
-        states, count = self._board.list_requests(viewer)
+        states, count = self._active.list_requests(viewer)
         return {"requests": to_json(states), "count": count, "recent": to_json(self._recent)}
 
     async def requests(self, request: Request) -> Response:
@@ -231,10 +226,11 @@ class UiPage:
         if match is None:
             raise BadRequest("what can be done to a request is /mesh/requests/NUMBER/cancel", status=404)
         self._require_writable()
-        cancelled = self._board.cancel_request(int(match[1]), CANCEL_REASON)
-        if cancelled is None:
-            raise BadRequest(f"there is no request {match[1]} any more", status=404)
-        return json_response(json.dumps({"request": cancelled.number, "done": "cancel"}).encode())
+        number = int(match[1])
+        if not self._active.cancel(number, CANCEL_REASON):
+            raise BadRequest(f"there is no request {number} any more", status=404)
+        log.info("request %d was cancelled by hand", number, extra={"event": "cancelled"})
+        return json_response(json.dumps({"request": number, "done": "cancel"}).encode())
 
     def _require_writable(self) -> None:
         """Raises BadRequest if no key is set."""

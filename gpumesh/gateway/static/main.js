@@ -107,8 +107,10 @@ function askForKey() {
 
 async function stay() {
   for (;;) {
+    let wasLive = false;
     try {
       await followEvents(takeEvent);
+      wasLive = gateway.isLive;  // the gateway has ended the stream: it stops, or its keys have changed
     } catch (problem) {
       if (problem.status === 401) {
         gateway.isLive = false;
@@ -117,6 +119,7 @@ async function stay() {
       }
     }
     gateway.isLive = false;
+    if (wasLive) continue;
     showLive("✗ the gateway is away, trying again …", "bad");
     await new Promise((later) => setTimeout(later, 1000));
   }

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import hashlib
 import json
+import logging
 import re
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -15,6 +16,7 @@ import httpx
 import pytest
 
 import gpumesh
+from gpumesh.gateway.observe.recent_log import RecentLog
 from gpumesh.state import Health
 from gpumesh.topology import GatewaySpec
 from tests.gateway.fleet import RunningGateway, send_raw, serve_hosts
@@ -153,6 +155,39 @@ async def test_an_open_page_does_not_hold_up_the_end_of_the_gateway() -> None:
         began = loop.time()
     await reading
     assert loop.time() - began < fleet.gateway.drain_s / 2
+
+
+async def test_a_page_whose_key_was_removed_loses_its_stream(
+    locked: RunningGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PAGE_TEST_KEY", "another")  # as after an edit of mesh.yaml that names another key
+    has_begun = asyncio.Event()
+
+    async def follow() -> None:
+        async for _ in read_events(locked, "status", KEY):
+            has_begun.set()
+
+    async with asyncio.timeout(20), asyncio.TaskGroup() as group:
+        group.create_task(follow())  # the stream must end, for the group ends with it
+        await has_begun.wait()
+        locked.gateway.apply(locked.gateway.read_guard(locked.mesh.topology))
+    assert (await locked.client.get("/mesh/events", headers=KEY)).status_code == 401
+    assert (await first(locked, "hello", {"Authorization": "Bearer another"}))["writable"]
+
+
+async def test_the_log_is_told_where_it_is_kept(fleet: RunningGateway) -> None:
+    assert (await fleet.client.get("/mesh/log")).status_code == 404
+    recent = fleet.gateway._page._recent_log = RecentLog()
+    for node in ("a", "b"):
+        recent.handle(logging.makeLogRecord({"msg": f"about {node}", "levelname": "INFO", "node": node}))
+
+    async def ask(query: str) -> list[str]:
+        return [line["message"] for line in (await fleet.client.get(f"/mesh/log{query}")).json()["lines"]]
+
+    assert await ask("") == ["about b", "about a"]
+    assert await ask("?node=a&lines=9") == ["about a"]
+    assert await ask("?lines=1") == ["about b"]
+    assert (await fleet.client.get("/mesh/log?lines=501")).status_code == 400
 
 
 async def test_a_head_request_for_the_stream_is_answered(fleet: RunningGateway) -> None:
