@@ -123,11 +123,11 @@ async def run_mesh(
                     stop_now=shutdown.forced,
                     recent_log=recent_log,
                 )
+                if reloader is not None:
+                    reloader.gateway = server
                 await serving.enter_async_context(server)
                 session.on_answer_end = server.usage.add_prompt
                 _run_until_closed(serving, server.usage.run(), name="usage")
-                if reloader is not None:
-                    reloader.gateway = server
                 log.info("the gateway serves at %s", server.listen_description, extra={"event": "gateway"})
             tune_garbage_collector(serving)
             if manager is not None:

@@ -160,7 +160,7 @@ class Fleet:
 
         A web page from such a port was written by a node's host, although its address is one of this machine. So the
         gateway does not trust such a page as one of this machine."""
-        tunnels = [node.tunnel for node in self if node.tunnel is not None]
+        tunnels = [node.tunnel for node in (*self, *self.leaving) if node.tunnel is not None]
         urls = [urlsplit(url) for tunnel in tunnels for url in tunnel.urls.values()]
         local_ports = [url.port for url in urls if config.is_loopback(url.hostname or "")]
         return frozenset(port for port in local_ports if port is not None)

@@ -155,7 +155,8 @@ class Node:
             self._link.away_since = self._clock()
             self._prober.forget_host()
             self.ledger.abort_all_attempts()
-        if state.state in (TunnelPhase.BACKOFF, TunnelPhase.FAILED):  # out of reach: nobody needs to wait for a probe
+        # Out of reach, or not in the mesh any more: nobody needs to wait for a probe.
+        if state.state in (TunnelPhase.BACKOFF, TunnelPhase.FAILED, TunnelPhase.CLOSED):
             self._prober.end_first_round()
         self._announce_change()
 
