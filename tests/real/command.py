@@ -18,6 +18,7 @@ from tests.real.terminal import Terminal, run_on_terminal
 from tests.real.warm_commands import KEPT_VARIABLES, warm_commands
 
 GPUMESH = Path(sys.executable).with_name("gpumesh")
+CAN_WARM = hasattr(os, "pidfd_open")  # Linux
 LIMIT_S = 45.0  # for a hung command, so that a test ends; what a command may take is asserted by the tests
 
 
@@ -64,7 +65,7 @@ class Gpumesh:
         """Runs it to its end. Its exit code must be ``code``, unless that is ``None``; a traceback is never right."""
         began = time.monotonic()
         async with asyncio.timeout(LIMIT_S):
-            exit_code, out, err = await (self._run_warm if self.warm else self._run)(arguments, stdin)
+            exit_code, out, err = await (self._run_warm if self.warm and CAN_WARM else self._run)(arguments, stdin)
         ended = CommandResult(exit_code, out.decode(), err.decode(), time.monotonic() - began)
         assert "Traceback" not in ended.err, f"{ended}\n{self.logs()}"
         assert code is None or ended.code == code, f"{ended}\n{self.logs()}"
