@@ -15,27 +15,18 @@ import pytest_asyncio
 from gpumesh.lab.profile import QWEN_7B
 from tests.cli.meshes import SimulatedMesh, background_mesh, quick_host
 from tests.real.command import GPUMESH, Gpumesh
+from tests.real.warm_commands import warm_commands
 
 pytestmark = [pytest.mark.slow]
 
 
 async def completed(gpumesh: Gpumesh, words: str, **environment: str) -> list[str]:
     """The proposals for the last word."""
-    process = await asyncio.create_subprocess_exec(
-        str(GPUMESH),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=gpumesh.environment(
-            _GPUMESH_COMPLETE="complete_bash",
-            COMP_WORDS=words,
-            COMP_CWORD=str(len(words.split(" ")) - 1),
-            **environment,
-        ),
-        cwd=gpumesh.home,
+    variables = gpumesh.environment(
+        _GPUMESH_COMPLETE="complete_bash", COMP_WORDS=words, COMP_CWORD=str(len(words.split(" ")) - 1), **environment
     )
     async with asyncio.timeout(30):
-        out, errors = await process.communicate()
+        _, out, errors = await warm_commands().run((str(GPUMESH),), env=variables, cwd=gpumesh.home, stdin=None)
     assert errors == b"", errors
     return out.decode().split()
 
