@@ -162,11 +162,12 @@ class Correction:
     def write(self) -> bool:
         """Writes the file, unless the text is the same, and returns whether it was written. Raises GPUMeshError if the
         file cannot be written."""
-        from gpumesh.config.editing import edit
+        from gpumesh.config.editing import edit, node_changes
 
         if self.new_text == self.old_text:
             return False
-        edit.write(self.path, self.old_text, self.new_text)
+        with node_changes.locked_file(self.path):
+            edit.write(self.path, self.old_text, self.new_text)
         return True
 
 
@@ -204,7 +205,7 @@ def _offer_correction(correction: Correction, *, yes: bool, is_running_mesh: boo
     """Shows the diff, and writes the file if ``yes`` is set or the user agrees; else ends the command. Returns the
     findings that remain.
 
-    ``is_running_mesh``: a mesh in the background still runs with the old file. Raises UsageError if nobody can be
+    ``is_running_mesh``: a mesh runs in the background, and has read the old file. Raises UsageError if nobody can be
     asked, and Abort if the user does not agree."""
     from gpumesh.cli.views.findings import print_findings
 
@@ -226,11 +227,21 @@ def _offer_correction(correction: Correction, *, yes: bool, is_running_mesh: boo
     if not quiet:
         typer.echo(clean_line(f"written: {correction.path}"), err=True)
         if is_running_mesh:
-            typer.echo("the running mesh knows the old one: `gpumesh down`, then `gpumesh up -d`", err=True)
+            typer.echo(_describe_takeover(correction), err=True)
     if correction.remaining_findings:
         typer.echo("\nleft to you:")
         print_findings(correction.remaining_findings)
     return correction.remaining_findings
+
+
+def _describe_takeover(correction: Correction) -> str:
+    """The sentence that says when the running mesh takes over the corrected file."""
+    from gpumesh.config.comparison import APPLY_HINT, AUTO_HINT
+    from gpumesh.config.editing import edit
+    from gpumesh.topology import ReloadMode
+
+    mode = edit.parse_edited(correction.path, correction.new_text).gateway.reload
+    return AUTO_HINT if mode is ReloadMode.AUTO else APPLY_HINT
 
 
 # -- --json ----------------------------------------------------------------------------------------------------------
