@@ -26,6 +26,9 @@ from tests.http_clients import loopback_client
 slow = pytest.mark.slow
 in_the_modules_loop = pytest.mark.asyncio(loop_scope="module")
 
+# From a pod's ssh line to its first answer. Where many programs wait for a processor, the time says nothing about ours.
+ANSWER_LIMIT_S = 20.0 if os.getloadavg()[0] < 3 * (os.cpu_count() or 1) else 60.0
+
 FILE = """# my mesh
 version: 1
 name: tested
@@ -81,7 +84,7 @@ async def test_from_a_pods_line_to_its_first_answer_and_back(mesh: SimulatedMesh
     async with loopback_client(base_url=url) as client:
         answer = await client.post("/api/generate", json=request, headers={"X-GPUMesh-Node": "pod"})
         assert (answer.status_code, answer.headers["X-GPUMesh-Node"]) == (200, "pod")
-        assert time.monotonic() - began < 20
+        assert time.monotonic() - began < ANSWER_LIMIT_S
         added, pool = ended.out.splitlines()[-2:]
         assert added == f"added pod: ollama 0.12.6-lab on port 11434, 2 x {GPU_4090}, 1 model"
         assert pool.startswith("the pool now has 2 nodes, 3 GPUs, 7")
