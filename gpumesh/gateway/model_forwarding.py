@@ -104,6 +104,7 @@ class ModelForwarder:
             except BadRequest:
                 members = None  # ``_forward_body`` finds out what to do with it
             if members is not None:
+                record.body_bytes = len(data)
                 return self._forward_members(request, record, route, data, members)
         return self._forward_body(request, record, route, data)
 

@@ -11,6 +11,7 @@ import asyncio
 from collections.abc import Callable
 from itertools import islice
 
+from gpumesh.backends.dialects import find_dialect
 from gpumesh.balancer.base import Demand
 from gpumesh.balancer.fairness.lane import QueueEntry
 from gpumesh.balancer.scheduling.scheduler import Placement, Scheduler
@@ -20,7 +21,6 @@ from gpumesh.errors import DeadlineExceeded, GPUMeshError, QueueFull
 from gpumesh.mesh.nodes.fleet import Fleet
 from gpumesh.mesh.nodes.lease import Lease
 from gpumesh.state import WaitingState
-from gpumesh.topology import BackendKind
 
 GRACE_S = 6.0  # how long a request waits if all nodes that could serve it are away
 RECHECK_S = 0.2  # while a request waits for a node that is away, the nodes are looked at so often
@@ -106,7 +106,7 @@ class Dispatcher:
             if node.name in exclude or (only_probed and account.models is None):
                 continue
             # Of a node that has just been added, the kind of its server is not known: it may be the demanded one.
-            is_new = account.kind is BackendKind.AUTO and allows_node(demand, node.name)
+            is_new = find_dialect(account.kind) is None and allows_node(demand, node.name)
             if (is_new or suits_demand(account, demand)) and node.may_recover(demand.model):
                 return True
         return False

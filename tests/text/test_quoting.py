@@ -107,6 +107,20 @@ _CHECKED = {
     ),
     ("cli/commands/init.py", "wrote \0; try it: gpumesh run\0 'Hello'"),
     ("cli/commands/init.py", "wrote \0; when a server is there: gpumesh audit\0"),
+    ("cli/commands/models.py", "--json and -o belong behind the command: gpumesh models \0 …"),
+    ("cli/commands/ui.py", "ssh -L \0:127.0.0.1:\0 THIS_MACHINE"),  # the gateway's port
+    ("cli/init/host_input.py", "what you typed: gpumesh init \0"),  # words of ``shell_word``
+    # Commands with the name of a service, which ``is_valid_name`` has checked.
+    ("cli/views/service_status.py", "`\0`, `gpumesh logs`"),
+    (
+        "cli/views/service_status.py",
+        "the service \0 keeps the mesh of \0 up, with \0: \0, and `\0` and `gpumesh logs` show its log",
+    ),
+    (
+        "cli/views/service_status.py",
+        "mesh.yaml names \0, and a service has only what \0 says (NAME=value lines, mode 0600): add them there and "
+        "`\0`, or set them here and `gpumesh service install --save-variables`",
+    ),
     ("config/advice.py", "export \0=… before `gpumesh up`"),
     ("config/credentials.py", "set it before starting gpumesh, for example: export \0=…"),
     ("config/value_parsers.py", "holds a port as well: write `port: \0` apart"),

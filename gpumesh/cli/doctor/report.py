@@ -96,8 +96,17 @@ def _describe_system(_options: GlobalOptions) -> Section:
 
 
 def _openssh_version() -> str:
+    from gpumesh.config import environment
+
     try:
-        done = subprocess.run(["ssh", "-V"], capture_output=True, text=True, timeout=SSH_TIMEOUT_S, check=False)
+        done = subprocess.run(
+            ["ssh", "-V"],
+            capture_output=True,
+            text=True,
+            timeout=SSH_TIMEOUT_S,
+            check=False,
+            env=environment.child_environment(),
+        )
     except (OSError, subprocess.TimeoutExpired):
         return "there is no ssh that can be run (transport openssh and `gpumesh ssh` need it)"
     return (done.stderr or done.stdout).strip()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +24,7 @@ from gpumesh.config.editing import edit, node_changes
 from gpumesh.config.editing.node_changes import ChangedText
 from gpumesh.errors import ExitCode, GPUMeshError, HostKeyUnknown, UsageError
 from gpumesh.state import TunnelPhase
-from gpumesh.text.quoting import paste_command
+from gpumesh.text.quoting import paste_command, shell_words
 from gpumesh.text.sentences import join_all
 from gpumesh.topology import NodeSpec, Topology
 
@@ -36,7 +35,7 @@ def join_words(words: Sequence[str]) -> list[str]:
     """The hosts that the words of the command line name. A person may forget the quotes around an ssh command line:
     words with options among them are one line."""
     is_one_line = len(words) > 1 and (words[0] == "ssh" or any(word.startswith("-") and word != "-" for word in words))
-    return [shlex.join(words)] if is_one_line else list(words)
+    return [shell_words(words)] if is_one_line else list(words)
 
 
 def add_hosts(options: GlobalOptions, drafts: list[Draft], *, name: str | None, force: bool, yes: bool) -> None:
