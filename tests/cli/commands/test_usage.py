@@ -15,6 +15,7 @@ import httpx
 from gpumesh.gateway.usage.recorder import SPACING_S
 from tests.cli.meshes import MODEL, isolated_command, quick_host, simulated_mesh
 from tests.http_clients import loopback_client
+from tests.tunnels.polling import wait_until
 
 MESSAGES = [{"role": "user", "content": "Why is the sky blue?"}]
 CHAT: dict[str, Any] = {"model": MODEL, "messages": MESSAGES, "max_tokens": 50}
@@ -82,3 +83,4 @@ async def test_usage_survives_a_kill_to_the_last_request(tmp_path: Path) -> None
             assert "night" in table
             assert f"{sum(used['chat'][1:]):,}" in table
             assert "of 1,000,000" in table
+        await wait_until(lambda: not gpumesh.processes(), "the workers have ended with the mesh")

@@ -95,7 +95,7 @@ async def stream_through_reloads(folder: Path, *, seed: int, count: int) -> None
                 await clients.wait_tokens(2 * CLIENTS)
                 assert not clients.faults, (steps, clients.faults)
         assert not clients.faults, (steps, clients.faults)
-        assert clients.answers > CLIENTS
+        assert clients.answers >= CLIENTS  # each client has its last answer whole
         counters = running.mesh.request_counters
         assert (counters.failed, counters.cancelled, counters.in_flight) == (0, 0, 0)
         await wait_until(lambda: not running.mesh.fleet.leaving, "all nodes that left are closed")
