@@ -110,7 +110,7 @@ def _is_visible_to(viewer: ClientKey | None, sender: ClientKey | None) -> bool:
 def _describe(request: Request, active: ActiveRequest, now: float) -> RequestState:
     record, key, address = active.record, request.key, request.client_address
     demand, answer, progress = record.demand, record.answer, record.progress
-    placement = progress.placements[-1] if progress.placements else None
+    placement = progress.placement
     forecast_s = remaining_s = None
     if placement is not None and not placement.placed.ended:
         forecast_s = round(placement.forecast.own_s, 2)
@@ -146,5 +146,5 @@ def _phase(record: RequestRecord) -> str:
         return "working"
     if record.answer is not None:
         return "writing"
-    placement = record.progress.placements[-1] if record.progress.placements else None
+    placement = record.progress.placement
     return "waiting" if placement is None or placement.placed.ended else "reading"

@@ -70,8 +70,8 @@ def measure_tokens(record: RequestRecord) -> Tokens:
         if prompt_tokens is not None and answer_tokens is None:
             return Tokens(prompt_tokens)  # embeddings: they have no tokens of an answer
     if prompt_tokens is None:
-        placements = record.progress.placements
-        expected_tokens = placements[-1].placed.work.prompt_tokens if placements else 0.0
+        placement = record.progress.placement
+        expected_tokens = 0.0 if placement is None else placement.placed.work.prompt_tokens
         prompt_tokens = round(expected_tokens or record.body_bytes / BYTES_PER_TOKEN)
     if answer_tokens is None:
         answer_tokens = answer.streamed_tokens

@@ -24,14 +24,15 @@ class SendProgress(msgspec.Struct, eq=False):
     """How far the sending of a request has come. So it is also known of a request that gets no answer.
 
     ``node`` got the request last; ``None``: no node has got it. ``attempts`` counts the requests to nodes. ``queue_s``
-    is the time in seconds that the request has waited for slots. ``placements`` are the balancer's decisions for the
-    attempts that took a slot, in their order.
+    is the time in seconds that the request has waited for slots. ``placement`` is that of the last attempt, and
+    ``earlier_placements`` are those of the attempts before it; only attempts that took a slot have one.
     """
 
     node: str | None = None
     attempts: int = 0
     queue_s: float = 0.0
-    placements: tuple[Placement, ...] = ()
+    placement: Placement | None = None
+    earlier_placements: tuple[Placement, ...] = ()
 
 
 class ClientStream(ByteSink, Protocol):

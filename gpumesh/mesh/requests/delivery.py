@@ -275,8 +275,9 @@ class RequestDelivery:
         progress, context = self._progress, self._context
         progress.attempts += 1
         progress.node = lease.node.name
-        if lease.placement is not None:
-            progress.placements = (*progress.placements, lease.placement)
+        if progress.placement is not None:
+            progress.earlier_placements = (*progress.earlier_placements, progress.placement)
+        progress.placement = lease.placement
         lease.can_move = lambda: context.dispatcher.could_serve(
             self._demand, exclude=self._excluded_nodes | {lease.node.name}
         )
