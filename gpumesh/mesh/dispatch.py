@@ -23,6 +23,9 @@ from gpumesh.mesh.nodes.lease import Lease
 from gpumesh.state import WaitingState
 
 GRACE_S = 6.0  # how long a request waits if all nodes that could serve it are away
+# A node whose first connection and first probe are on their way is waited for longer: it is new in the mesh, and most
+# likely works. A host that does not answer is known after its connect time-out, which is mostly 6 s.
+OPENING_S = 30.0
 RECHECK_S = 0.2  # while a request waits for a node that is away, the nodes are looked at so often
 MIN_RETRY_AFTER_S = 1.0  # the least that Retry-After says
 
@@ -98,12 +101,18 @@ class Dispatcher:
         moment. (A node that has never listed its models has not worked before.)"""
         return self._any_may_recover(demand, frozenset(), only_probed=True)
 
-    def _any_may_recover(self, demand: Demand, exclude: frozenset[str], *, only_probed: bool = False) -> bool:
+    def _any_may_recover(
+        self, demand: Demand, exclude: frozenset[str], *, only_probed: bool = False, only_opening: bool = False
+    ) -> bool:
         """Whether any node outside ``exclude`` is away now, may come back in a moment, and could then serve this
-        demand. ``only_probed``: a node that has never listed its models does not count."""
+        demand. ``only_probed``: a node that has never listed its models does not count. ``only_opening``: only a node
+        counts that has just been opened, and has not reported yet."""
+        now = self._clock()
         for node in self._fleet:
             account = node.account
             if node.name in exclude or (only_probed and account.models is None):
+                continue
+            if only_opening and (node.reported or now - node.opened_at >= OPENING_S):
                 continue
             # Of a node that has just been added, the kind of its server is not known: it may be the demanded one.
             is_new = find_dialect(account.kind) is None and allows_node(demand, node.name)
@@ -218,7 +227,7 @@ class Dispatcher:
             waited_s = self._clock() - started_at
             if waited_s >= timeout_s:
                 raise _deadline_error(timeout_s)
-            if waited_s >= self._grace_s:
+            if waited_s >= self._grace_s and not self._any_may_recover(demand, exclude, only_opening=True):
                 break
             await asyncio.sleep(min(RECHECK_S, timeout_s - waited_s))
             lease = self._lease_without_slot(demand, exclude)
@@ -268,6 +277,8 @@ class Dispatcher:
             since = away_since[group] = self._away_since.get(group, now)
             may_recover = self._any_may_recover(demand, group.exclude)
             if may_recover and now - since < self._grace_s:
+                continue
+            if may_recover and self._any_may_recover(demand, group.exclude, only_opening=True):
                 continue
             for entry in self._queue.entries_of(group):
                 if not may_recover or now - entry.payload.joined_at >= self._grace_s:

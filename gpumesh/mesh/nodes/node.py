@@ -84,7 +84,7 @@ class Node:
         self.server_version: str | None = None
         """The version of the server when it was seen last; ``None`` if it is not known."""
         self._link = TunnelLink(spec, clock=clock)
-        self._link.away_since = clock()
+        self._link.away_since = self.opened_at = clock()
         self.ledger = Ledger(
             self.account,
             scheduler,

@@ -15,7 +15,7 @@ from gpumesh.mesh.nodes.fleet import Fleet
 from gpumesh.state import TunnelPhase, TunnelState
 from tests.mesh.dispatch.desk import DEMAND, open_desk, release_in_turn
 from tests.mesh.meshes import MODEL, node
-from tests.mesh.nodes.build import make_node
+from tests.mesh.nodes.build import NodeEvents, make_node, make_scheduler, make_spec
 from tests.tunnels.polling import wait_until
 
 
@@ -187,3 +187,24 @@ async def test_only_a_node_that_was_up_is_worth_waiting_for() -> None:
         desk.fleet["a"].on_tunnel(TunnelState("sshtunnel", TunnelPhase.BACKOFF, last_error="gone"))
         assert dispatcher.is_worth_waiting(Demand(model=MODEL, node="a"))
         assert not dispatcher.is_worth_waiting(Demand(model="other", node="a"))
+
+
+async def test_a_node_that_was_just_opened_is_waited_for_beyond_the_grace() -> None:
+    """A reload has opened it: its first connection is on its way, and the kind of its server is not known yet."""
+    events, scheduler = NodeEvents(), make_scheduler()
+    new = make_node(make_spec("http://127.0.0.1:9"), events, scheduler=scheduler)
+    dispatcher = Dispatcher(Fleet([new], clock=events.clock), scheduler, clock=events.clock)
+    new.on_tunnel(TunnelState("sshtunnel", TunnelPhase.CONNECTING))
+    waits = asyncio.create_task(dispatcher.acquire(DEMAND, timeout_s=100.0))
+    await wait_until(lambda: dispatcher.queued == 1, "it waits")
+    events.now += 29.0
+    dispatcher.note_nodes_changed()
+    assert dispatcher.queued == 1
+    new.on_tunnel(TunnelState("sshtunnel", TunnelPhase.BACKOFF, last_error="no route"))
+    dispatcher.note_nodes_changed()
+    with pytest.raises(NoNodeError):  # it has reported: it is away
+        await waits
+    never = asyncio.create_task(dispatcher.acquire(DEMAND, timeout_s=100.0))
+    with pytest.raises(NoNodeError):
+        await never
+    dispatcher.close()
