@@ -12,7 +12,7 @@ from gpumesh.lab.profile import Faults
 from gpumesh.topology import HEARTBEAT_S, GatewaySpec
 from tests.gateway.fleet import MODEL, RunningGateway, quick_host, serve_hosts
 
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.real, pytest.mark.timeout(240)]
 
 MESSAGES: list[Any] = [{"role": "user", "content": "Why is the sky blue?"}]
 SPEC = GatewaySpec(heartbeat_s=MappingProxyType(dict.fromkeys(HEARTBEAT_S, 0.1)))

@@ -20,7 +20,7 @@ from tests.prerequisites import needs
 from tests.real.hosts import LlamaServer
 from tests.tunnels.polling import wait_until
 
-pytestmark = [pytest.mark.real, pytest.mark.slow, needs("llama-server")]
+pytestmark = [pytest.mark.real, pytest.mark.slow, pytest.mark.timeout(240), needs("llama-server")]
 
 SLOTS, CONTEXT = 2, 1024
 
@@ -97,7 +97,7 @@ async def test_its_comments_while_it_reads_a_long_prompt_are_no_tokens(
         }
         call = HttpCall("POST", "/v1/chat/completions", json.dumps(body).encode())
         asked_at = asyncio.get_running_loop().time()
-        answer = await mesh.mesh.send(Demand("tiny"), dict.fromkeys(BackendKind, call), timeout_s=60.0)
+        answer = await mesh.mesh.send(Demand("tiny"), dict.fromkeys(BackendKind, call), timeout_s=200.0)
         opened_after_ms = (asyncio.get_running_loop().time() - asked_at) * 1000.0
         await answer.read()
         assert (answer.attempts, answer.continuations) == (1, 0)

@@ -48,6 +48,12 @@ async def test_forward_only_and_slow_accounts_are_healthy(
         ]
         async with mesh_of_nodes(*nodes) as running_mesh:
             mesh = running_mesh.mesh
+
+            def slow_logins_noticed() -> bool:
+                slow_nodes = [node for node in mesh.snapshot().nodes if node.name.startswith("slow")]
+                return all(codes(node) == ["login-shell-slow"] for node in slow_nodes)
+
+            await wait_until(slow_logins_noticed, "the slow logins")
             states = {node.name: node for node in mesh.snapshot().nodes}
             for transport in TransportKind:
                 forward = states[f"forward-{transport.value}"]
