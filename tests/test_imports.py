@@ -34,6 +34,7 @@ LAYERS = {
     "bench": 8,
     "daemon": 8,
     "lab": 9,
+    "library": 9,
     "cli": 10,
 }
 
@@ -46,8 +47,8 @@ ONLY_IN = {
     "prompt_toolkit": {"cli"},
     "yaml": {"config"},
     "ruamel": {"config"},
-    "threading": {"tunnels/blocking.py", "tunnels/forwarder.py"},
-    "concurrent": {"tunnels/blocking.py", "tunnels/forwarder.py"},
+    "threading": {"tunnels/blocking.py", "tunnels/forwarder.py", "tunnels/loop_thread.py"},
+    "concurrent": {"tunnels/blocking.py", "tunnels/forwarder.py", "tunnels/loop_thread.py"},
 }
 
 

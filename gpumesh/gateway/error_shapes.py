@@ -140,6 +140,8 @@ def error_reply(path: str, error: GPUMeshError, *, headers: HeaderPairs = ()) ->
     wait_s = retry_after_s(error)
     if wait_s is not None:
         headers = (*headers, ("Retry-After", str(wait_s)))
+    # Which error of ours it is: several have the same status, and a server's own error has no such header.
+    headers = (*headers, ("X-GPUMesh-Error", error.code))
     # Without this header, the clients of OpenAI and Anthropic repeat a request with status 503 or 429.
     if isinstance(error, ServersFailed) or (isinstance(error, TooManyRequests) and not error.may_retry):
         headers = (*headers, ("X-Should-Retry", "false"))

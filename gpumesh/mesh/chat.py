@@ -9,7 +9,7 @@ from dataclasses import replace
 from types import MappingProxyType, TracebackType
 from typing import Protocol, Self
 
-from gpumesh.backends.base import ChatRequest, Chunk, FrameReader, HttpCall, ServerCounters
+from gpumesh.backends.base import ChatRequest, Chunk, FrameReader, HttpCall, Message, ServerCounters
 from gpumesh.backends.dialects import DIALECTS
 from gpumesh.balancer.base import Demand, Priority
 from gpumesh.balancer.models.load_options import read_load_options
@@ -21,6 +21,52 @@ from gpumesh.mesh.requests.answer import Answer
 from gpumesh.topology import BackendKind
 
 _hasher = PromptHasher(secrets.token_bytes(MIN_SECRET_BYTES))
+
+
+_MESSAGE_FORM = 'a text, or a list of dictionaries such as {"role": "user", "content": "hi"}, or of gpumesh.Message'
+
+
+def read_request(request: object, messages: object) -> ChatRequest:
+    """The request of a chat: ``request`` is one already, or the name of a model. Raises TypeError and ValueError."""
+    if isinstance(request, str):
+        return ChatRequest(request, read_messages(messages))
+    if isinstance(request, ChatRequest):
+        return request
+    raise TypeError(f"a chat begins with the name of a model, not {type(request).__name__}")
+
+
+def read_messages(messages: object) -> tuple[Message, ...]:
+    """The messages of a chat: a text is one message of the user. Raises TypeError and ValueError for anything but a
+    role, a content and images (in base64) in each message."""
+    if isinstance(messages, str):
+        return (Message("user", messages),)
+    if isinstance(messages, bytes | Mapping) or not isinstance(messages, Iterable):
+        raise TypeError(f"messages are {_MESSAGE_FORM}, not {type(messages).__name__}")
+    return tuple(_read_message(message, number) for number, message in enumerate(messages))
+
+
+def _read_message(message: object, number: int) -> Message:
+    if isinstance(message, Message):
+        return message
+    known = ("role", "content", "images")
+    if isinstance(message, Mapping):
+        values = [message.get(name) for name in known]
+        further = [name for name in message if name not in known]
+    else:
+        values = [getattr(message, name, None) for name in known]
+        further = [name for name in ("tool_calls", "tool_name") if getattr(message, name, None)]
+    if further:
+        hint = "gpumesh.connect() has a chat with tools"
+        raise ValueError(f"messages[{number}] has {further[0]!r}, which Mesh.chat does not send; {hint}")
+    role, content, images = values
+    if not isinstance(role, str) or not isinstance(content, str):
+        raise TypeError(f"messages[{number}] has no role or no content that is a text; messages are {_MESSAGE_FORM}")
+    images = images or ()
+    if isinstance(images, str) or not all(isinstance(image, str) for image in images):
+        raise TypeError(
+            f"the images of messages[{number}] are a list of base64 texts; gpumesh.connect() also takes files"
+        )
+    return Message(role, content, tuple(images))
 
 
 def chat_demand(request: ChatRequest, *, node: str | None, priority: Priority, session: str | None) -> Demand:

@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from random import Random
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from gpumesh import audit, config
 from gpumesh.backends.base import ChatRequest, HttpCall, Message
@@ -30,7 +30,7 @@ from gpumesh.coordination.factory import create_coordination
 from gpumesh.errors import UsageError
 from gpumesh.mesh import readiness
 from gpumesh.mesh.change_notifier import ChangeNotifier
-from gpumesh.mesh.chat import ChatStream, chat_demand
+from gpumesh.mesh.chat import ChatStream, chat_demand, read_request
 from gpumesh.mesh.dispatch import Dispatcher
 from gpumesh.mesh.inspection.regular_inspection import RegularInspection
 from gpumesh.mesh.learned_state import LearnedState
@@ -343,7 +343,7 @@ class Mesh:
     def chat(
         self,
         request: ChatRequest | str,
-        messages: str | Sequence[Message] = (),
+        messages: str | Iterable[Message | Mapping[str, Any]] = (),
         *,
         node: str | None = None,
         priority: Priority = Priority.NORMAL,
@@ -352,15 +352,15 @@ class Mesh:
         resume: bool = True,
     ) -> ChatStream:
         """Starts a chat. ``request`` is the name of a model, with ``messages``, or a whole ChatRequest. A text as
-        ``messages`` is one message of the user. ``timeout_s`` is by default ``gateway.timeout_s`` of mesh.yaml.
+        ``messages`` is one message of the user; others are dictionaries with ``role`` and ``content``, or objects.
+        ``timeout_s`` is by default ``gateway.timeout_s`` of mesh.yaml. Raises TypeError and ValueError for messages of
+        another form.
 
         The result yields the chunks of the answer as they come. It is also an async context manager: an early exit
         stops the generation on the host. If an answer is cut, another node continues it, unless ``resume`` is false.
         The first iteration raises the errors of ``send``, and BackendStatus for a request that the server refuses.
         """
-        if isinstance(request, str):
-            messages = (Message("user", messages),) if isinstance(messages, str) else tuple(messages)
-            request = ChatRequest(request, messages)
+        request = read_request(request, messages)
         node = self.fleet.require_known(node)
         demands = self.model_rules.plan_models(chat_demand(request, node=node, priority=priority, session=session))
         return ChatStream(self.send, request, demands, timeout_s or self.topology.gateway.timeout_s, resume=resume)

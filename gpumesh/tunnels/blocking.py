@@ -1,6 +1,6 @@
 """Runs blocking calls from asyncio, each in a thread of its own; and ``Deadline``, a time limit that can pause.
 
-Only this file and forwarder.py make threads.
+Only this file, forwarder.py and loop_thread.py make threads.
 """
 
 from __future__ import annotations
