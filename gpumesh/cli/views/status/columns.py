@@ -19,7 +19,7 @@ from gpumesh.cli.views.figures import (
     sparkline,
 )
 from gpumesh.cli.views.safe_text import clean_line
-from gpumesh.cli.views.status.health_marks import MARKS, STYLES
+from gpumesh.cli.views.status.health_marks import FIGURE_STYLE, MARKS, STYLES
 from gpumesh.cli.views.status.rows import StatusRow
 from gpumesh.cli.views.tables import Column, fit_table
 from gpumesh.state import BackendPhase, GpuState, LoadedModel, NodeState, TunnelPhase
@@ -76,21 +76,16 @@ def _gpu_column(cell: Callable[[GpuState], Text | str]) -> DrawCell:
 # -- cells of GPUs ---------------------------------------------------------------------------------------------------
 
 
-def bar_text(share: float | None, length: int, low: float, high: float) -> Text:
-    """A share (0 to 1) as a bar of ``length`` characters: green below ``low``, red from ``high`` on (nvitop's
-    thresholds), else yellow. An unknown share is an empty bar."""
+def bar_text(share: float | None, length: int) -> Text:
+    """A share (0 to 1) as a bar of ``length`` characters. All shares have one colour, because neither a busy GPU nor a
+    full one is a fault. An unknown share is an empty bar."""
     if share is None:
         return Text("░" * length, style="dim")
     share = min(max(share, 0.0), 1.0)
     filled = round(share * length)
     if share >= 0.01 and filled == 0:  # from one percent on, the bar is not empty
         filled = 1
-    style = "yellow"
-    if share < low:
-        style = "green"
-    elif share >= high:
-        style = "red"
-    return Text.assemble(("█" * filled, style), ("░" * (length - filled), "dim"))
+    return Text.assemble(("█" * filled, FIGURE_STYLE), ("░" * (length - filled), "dim"))
 
 
 def _gpu_cell(row: StatusRow, _bar_length: int) -> Text:
@@ -119,9 +114,7 @@ def _memory_cell(row: StatusRow, bar_length: int) -> Text:
     if total_mib is None:
         return Text(UNKNOWN)
     share = None if used_mib is None or total_mib == 0 else used_mib / total_mib
-    return bar_text(share, bar_length, low=0.10, high=0.80).append(
-        f" {format_gib(used_mib):>4}/{format_gib(total_mib)}"
-    )
+    return bar_text(share, bar_length).append(f" {format_gib(used_mib):>4}/{format_gib(total_mib)}")
 
 
 def _utilization_cell(row: StatusRow, bar_length: int) -> Text:
@@ -132,23 +125,23 @@ def _utilization_cell(row: StatusRow, bar_length: int) -> Text:
     percent = row.gpu.utilization_pct
     if percent is None:
         return Text(UNKNOWN)
-    return bar_text(percent / 100, bar_length, low=0.10, high=0.75).append(f" {percent:>3}%")
+    return bar_text(percent / 100, bar_length).append(f" {percent:>3}%")
 
 
 def _last_minute_cell(row: StatusRow, _bar_length: int) -> Text:
     """The utilization of the GPU over the last minute as a sparkline from 0 to 100 %; empty if nothing is known."""
     if all(value is None for value in row.utilization):
         return Text("")
-    return Text(sparkline(row.utilization, 100), style="cyan")
+    return Text(sparkline(row.utilization, 100), style=FIGURE_STYLE)
 
 
 def _temperature_cell(gpu: GpuState) -> Text | str:
-    """The temperature; in red if the GPU is hot, or slows down because of heat or power."""
+    """The temperature: yellow, as the finding about it, if the GPU is hot, or slows down because of heat or power."""
     if gpu.temperature_c is None:
         return UNKNOWN
     # ``throttle`` is text: nvidia-smi's reasons with commas between them, as in ``hw-slowdown,thermal``.
     is_slowed = gpu.throttle is not None and ("thermal" in gpu.throttle or "slowdown" in gpu.throttle)
-    return Text(f"{gpu.temperature_c}°", style="red" if is_slowed or gpu.temperature_c >= HOT_C else "")
+    return Text(f"{gpu.temperature_c}°", style="yellow" if is_slowed or gpu.temperature_c >= HOT_C else "")
 
 
 def _power_cell(gpu: GpuState) -> str:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 from datetime import timedelta
+from typing import Any
 
 import pytest
 from rich.cells import cell_len
 
-from gpumesh.cli.views.status.columns import bar_text
+from gpumesh.cli.views.status.columns import COLUMNS, bar_text
+from gpumesh.cli.views.status.rows import make_rows
 from gpumesh.cli.views.status.status_view import ViewOptions
 from gpumesh.mesh.history import History, HistorySeries
 from gpumesh.state import (
@@ -105,9 +107,20 @@ def test_the_last_minute() -> None:
     [(None, "░░░░"), (0.0, "░░░░"), (0.005, "░░░░"), (0.01, "█░░░"), (0.5, "██░░"), (0.99, "████"), (7.0, "████")],
 )
 def test_bars(part: float | None, bar: str) -> None:
-    assert bar_text(part, 4, 0.1, 0.8).plain == bar
+    assert bar_text(part, 4).plain == bar
 
 
-def test_bars_have_colours_by_their_thresholds() -> None:
-    styles = [str(bar_text(part, 4, 0.10, 0.75).spans[0].style) for part in (0.05, 0.3, 0.9)]
-    assert styles == ["green", "yellow", "red"]
+def test_a_busy_gpu_is_no_fault() -> None:
+    assert {str(bar_text(part, 4).spans[0].style) for part in (0.05, 0.3, 0.96, 1.0)} == {"cyan"}
+
+
+def test_heat_is_a_warning() -> None:
+    def style(**changes: Any) -> str:
+        state = mesh(healthy("a", gpus=(replace(gpu(), **changes),)))
+        (row,) = make_rows(state, selected=None, history=History())
+        (draw_cell,) = (cell for column, cell in COLUMNS if column.title == "TEMP")
+        return str(draw_cell(row, 4).style)
+
+    assert style(temperature_c=61) == ""
+    assert style(temperature_c=85) == "yellow"
+    assert style(temperature_c=61, throttle="hw-slowdown,thermal") == "yellow"
