@@ -22,13 +22,17 @@ class LogEvent:
 
 
 def compare_states(old: MeshState | None, new: MeshState) -> Iterator[LogEvent]:
-    """Yields the changes between two snapshots that a person would want to know. ``old`` is ``None`` at the start."""
+    """Yields the changes between two snapshots that a person would want to know. ``old`` is ``None`` at the start.
+
+    A fault may be the error of a tunnel, the reason of a health, and a finding. The first of these events has its text;
+    the health then has no reason, and there is no event for the finding."""
+    reported: set[tuple[str | None, str]] = set()  # pairs of a node, and a fault that an event has reported
     old_nodes = {node.name: node for node in old.nodes} if old is not None else {}
     for node in new.nodes:
-        yield from _node_changes(old_nodes.get(node.name), node)
+        yield from _node_changes(old_nodes.get(node.name), node, reported)
     old_keys = {_finding_key(finding) for finding in old.findings} if old is not None else set()
     for finding in new.findings:
-        if _finding_key(finding) not in old_keys:
+        if _finding_key(finding) not in old_keys and (finding.node, finding.message) not in reported:
             level = _level(finding.severity is not Severity.INFO)
             yield LogEvent(level, f"finding {finding.code}", finding.node, finding.message)
 
@@ -38,18 +42,26 @@ def _finding_key(finding: Finding) -> tuple[str, str | None]:
     return (finding.code, finding.node)
 
 
-def _node_changes(old: NodeState | None, new: NodeState) -> Iterator[LogEvent]:
-    """Yields the changes of one node: of its tunnel, its backend and its health. ``old`` is ``None`` for a new node."""
-    yield from _tunnel_change(new.name, old.tunnel if old is not None else None, new.tunnel)
+def _node_changes(old: NodeState | None, new: NodeState, reported: set[tuple[str | None, str]]) -> Iterator[LogEvent]:
+    """Yields the changes of one node: of its tunnel, its backend and its health. ``old`` is ``None`` for a new node.
+    Adds the faults that the events report to ``reported``."""
+    for event in _tunnel_change(new.name, old.tunnel if old is not None else None, new.tunnel):
+        yield event
+        if new.tunnel.last_error and new.tunnel.state is not TunnelPhase.UP:
+            reported.add((new.name, new.tunnel.last_error))
     old_backend = old.backend.state if old is not None else BackendPhase.UNKNOWN
     if old_backend is not new.backend.state:
         detail = new.backend.last_error or new.backend.url or ""
         level = _level(new.backend.state is BackendPhase.DOWN)
         text = f"{new.backend.kind} {new.backend.state}" + (f": {detail}" if detail else "")
         yield LogEvent(level, f"backend {new.backend.state}", new.name, text)
+        reported.add((new.name, detail))
     old_health = old.health if old is not None else Health.UNKNOWN
     if old_health is not new.health:
-        text = f"{old_health} -> {new.health}" + (f": {new.reason}" if new.reason else "")
+        text = f"{old_health} -> {new.health}"
+        if new.reason and (new.name, new.reason) not in reported:
+            text += f": {new.reason}"
+            reported.add((new.name, new.reason))
         yield LogEvent(_level(new.health in _BAD_HEALTH), f"health {new.health}", new.name, text)
 
 

@@ -36,10 +36,20 @@ def test_each_change_has_its_reason() -> None:
     assert event_texts(mesh(healthy("a")), mesh(down("a")))[3:] == [
         "a: tunnel backoff: nothing listens on 203.0.113.7:22",
         "a: ollama unknown",
-        "a: healthy -> down: nothing listens on 203.0.113.7:22",
+        "a: healthy -> down",
     ]
     degraded = replace(healthy("a"), health=Health.DEGRADED, reason="40 % of m runs on the CPU")
     assert event_texts(mesh(healthy("a")), mesh(degraded))[3:] == ["a: healthy -> degraded: 40 % of m runs on the CPU"]
+
+
+def test_a_fault_that_is_also_a_finding_is_reported_once() -> None:
+    message = "nothing listens on 203.0.113.7:22"
+    finding = Finding("node-unreachable", Severity.ERROR, "a", message)
+    texts = event_texts(mesh(healthy("a"), healthy("b")), mesh(down("a"), healthy("b"), findings=(finding,)))
+    assert sum(message in text for text in texts) == 1
+    other = replace(finding, node="b")
+    texts = event_texts(mesh(healthy("a"), healthy("b")), mesh(down("a"), healthy("b"), findings=(finding, other)))
+    assert f"b: {message}" in texts
 
 
 def test_a_backend_that_goes_down_is_reported() -> None:
