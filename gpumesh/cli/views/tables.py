@@ -36,12 +36,15 @@ class Column:
       out, unless its rank is MAX_RANK_WHEN_EMPTY or less.
     - ``right``: the cells are aligned on the right.
     - ``min_width``: how narrow the column may become, in characters; ``None`` if it must not be narrowed.
+    - ``only_after``: the title of a column that must have its place first. Where there is no room for that column, this
+      column is left out too, although it may be narrower.
     """
 
     title: str
     rank: int = 0
     right: bool = False
     min_width: int | None = None
+    only_after: str | None = None
 
 
 MAX_RANK_WHEN_EMPTY = 2  # up to this rank a column stays although all its cells are empty
@@ -85,6 +88,7 @@ def _choose_widths(columns: Sequence[ColumnCells], width: int) -> dict[int, int]
     free_width = width
     widths: dict[int, int] = {}
     full_widths: dict[int, int] = {}
+    titles_without_room: set[str] = set()
     for position in by_rank:
         column, cells = columns[position]
         if column.rank > MAX_RANK_WHEN_EMPTY and all(cell.plain in ("", UNKNOWN) for cell in cells):
@@ -92,7 +96,9 @@ def _choose_widths(columns: Sequence[ColumnCells], width: int) -> dict[int, int]
         full_width = max([cell_len(column.title), *(cell.cell_len for cell in cells)])
         least_width = full_width if column.min_width is None else min(full_width, column.min_width)
         gap = 2 if widths else 0  # blanks between two columns
-        if gap + least_width > free_width and column.rank > 0:
+        has_no_room = gap + least_width > free_width or column.only_after in titles_without_room
+        if has_no_room and column.rank > 0:
+            titles_without_room.add(column.title)
             continue
         full_widths[position] = full_width
         widths[position] = min(least_width, max(free_width - gap, 1))  # a column of rank 0 may get less than it needs

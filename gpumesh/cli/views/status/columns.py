@@ -231,20 +231,22 @@ def _served_cell(node: NodeState, _at: datetime) -> str:
     return str(node.load.served)
 
 
+_LOADED = "LOADED"  # on a narrow terminal, figures of the GPU and of the way to it give way to the loaded models
+
 # The columns in their order on the screen. The second argument is the rank: low ranks get their place first.
 COLUMNS: tuple[tuple[Column, DrawCell], ...] = (
     (Column("NODE", 0, min_width=14), _node_column(_node_cell)),
     (Column("HEALTH", 1), _node_column(_health_cell)),
-    (Column("GPU", 4, min_width=13), _gpu_cell),
+    (Column("GPU", 4, min_width=15), _gpu_cell),
     (Column("MEMORY GiB", 2), _memory_cell),
     (Column("UTIL", 3), _utilization_cell),
-    (Column("LAST MIN", 11), _last_minute_cell),
-    (Column("TEMP", 7, right=True), _gpu_column(_temperature_cell)),
-    (Column("POWER", 10, right=True), _gpu_column(_power_cell)),
-    (Column("LOADED", 8, min_width=22), _node_column(_loaded_cell)),
-    (Column("TOK/S", 6, right=True), _node_column(_rate_cell)),
+    (Column("LAST MIN", 11, only_after=_LOADED), _last_minute_cell),
+    (Column("TEMP", 8, right=True, only_after=_LOADED), _gpu_column(_temperature_cell)),
+    (Column("POWER", 10, right=True, only_after=_LOADED), _gpu_column(_power_cell)),
+    (Column(_LOADED, 6, min_width=12), _node_column(_loaded_cell)),
+    (Column("TOK/S", 7, right=True), _node_column(_rate_cell)),
     (Column("BUSY", 5, right=True), _node_column(_busy_cell)),
-    (Column("RTT", 9, right=True), _node_column(_round_trip_cell)),
+    (Column("RTT", 9, right=True, only_after=_LOADED), _node_column(_round_trip_cell)),
     (Column("TUNNEL", 12), _node_column(_tunnel_cell)),
     (Column("BACKEND", 13), _node_column(_backend_cell)),
     (Column("SERVED", 14, right=True), _node_column(_served_cell)),

@@ -13,9 +13,7 @@ from gpumesh.cli.views.status.columns import COLUMNS, bar_text
 from gpumesh.cli.views.status.rows import make_rows
 from gpumesh.cli.views.status.status_view import ViewOptions
 from gpumesh.mesh.history import History, HistorySeries
-from gpumesh.state import (
-    LoadedModel,
-)
+from gpumesh.state import BackendState, LoadedModel
 from tests.cli.states import AT, gpu, healthy, mesh, typical
 from tests.cli.views.status.drawing import draw_lines, draw_text, row_of
 
@@ -32,6 +30,14 @@ def test_each_width_has_the_columns_that_fit(width: int) -> None:
     shown = draw_lines(typical(), width)
     assert " ".join(shown[1].split()) == TITLES[width]
     assert max(map(cell_len, shown)) <= width
+
+
+def test_the_loaded_models_outlive_the_temperature() -> None:
+    titles = [draw_lines(typical(), width)[1].split() for width in range(40, 200)]
+    assert any("LOADED" in shown and "TEMP" not in shown for shown in titles)
+    assert all("LOADED" in shown for shown in titles if "TEMP" in shown or "RTT" in shown)
+    without_models = mesh(replace(healthy("a"), backend=BackendState("ollama")))
+    assert "TEMP" in draw_text(without_models, 80), "no node has LOADED, so no room is kept for it"
 
 
 def test_cells_are_aligned_with_their_titles() -> None:
