@@ -49,18 +49,19 @@ async def show_mesh(
 async def _show_live_table(session: LocalSession, stop: Shutdown, options: GlobalOptions, notes: Sequence[str]) -> None:
     """Shows the live table, and after its end the last state as an ordinary table."""
     from gpumesh.cli.views.live.live_table import LiveTable
-    from gpumesh.cli.views.node_selection import ViewSelection
+    from gpumesh.cli.views.node_selection import SortKey, ViewSelection, sort_nodes
     from gpumesh.cli.views.status.status_view import ViewOptions, print_status
 
     table = LiveTable(session, ViewSelection(verbose=options.verbose), footer="Ctrl-C ends it", notes=notes)
     last_state = await table.run(until_stopped(session.watch(REDRAW_S), stop))
     stop.request()  # the key q ends the table; the mesh is to end with it
     if last_state is not None:
-        print_status(last_state, ViewOptions(verbose=options.verbose))
+        print_status(sort_nodes(last_state, SortKey.TROUBLE), ViewOptions(verbose=options.verbose))
 
 
 async def _print_changes(session: LocalSession, stop: Shutdown) -> None:
     """Prints the first report to stdout, and then a line to stderr for each change, until ``stop`` is requested."""
+    from gpumesh.cli.views.node_selection import SortKey, sort_nodes
     from gpumesh.cli.views.safe_text import clean_line
     from gpumesh.cli.views.status.status_view import print_status
     from gpumesh.daemon.state_changes import compare_states
@@ -68,7 +69,7 @@ async def _print_changes(session: LocalSession, stop: Shutdown) -> None:
     last_state: MeshState | None = None
     async for state in until_stopped(_first_report(session), stop):
         last_state = state
-        print_status(state)
+        print_status(sort_nodes(state, SortKey.TROUBLE))
         sys.stdout.flush()
     async for state in until_stopped(session.watch(REDRAW_S), stop):
         for event in compare_states(last_state, state):

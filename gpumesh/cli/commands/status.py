@@ -59,8 +59,14 @@ def status(
         typer.Option("--label", "-l", metavar="KEY[=VALUE]", help="Only nodes with this label; repeatable."),
     ] = None,
     sort: Annotated[
-        str, typer.Option("--sort", "-s", metavar="KEY", help=f"One of {', '.join(SortKey)}.")
-    ] = SortKey.CONFIG.value,
+        str | None,
+        typer.Option(
+            "--sort",
+            "-s",
+            metavar="KEY",
+            help=f"One of {', '.join(SortKey)}. Default: trouble for tables, config for all else.",
+        ),
+    ] = None,
     interval: Annotated[
         float, typer.Option(metavar="SECONDS", min=0.1, help="With --watch: the shortest time between two redraws.")
     ] = 1.0,
@@ -81,9 +87,9 @@ def status(
       gpumesh status --check --quiet || echo "look at the GPUs"
     """
     options = global_options(ctx)
-    order = _parse_sort_key(sort)
     names = [*(nodes or ()), *(node or ())]
     chosen_format = choose_format(output, as_json)
+    order = parse_sort_key(sort, is_table=chosen_format in (None, OutputFormat.WIDE))
     if watch:
         with _signals_as_interrupt():
             run_async(_watch(options, names, label or [], order, interval, chosen_format))
@@ -103,10 +109,13 @@ def status(
         raise typer.Exit(int(exit_code))
 
 
-def _parse_sort_key(text: str) -> SortKey:
-    """The value of ``--sort``. Raises UsageError for an unknown name."""
+def parse_sort_key(text: str | None, *, is_table: bool) -> SortKey:
+    """The value of ``--sort``. Without the option, a table begins with the unhealthy nodes, and programs get the nodes
+    in the order of mesh.yaml. Raises UsageError for an unknown name."""
     from gpumesh.errors import UsageError
 
+    if text is None:
+        return SortKey.TROUBLE if is_table else SortKey.CONFIG
     try:
         return SortKey(text)
     except ValueError:

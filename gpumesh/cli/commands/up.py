@@ -76,6 +76,7 @@ def up(
 def _run_in_background(options: GlobalOptions, up_options: UpOptions) -> None:
     """Starts the background mesh, waits at most ``FIRST_REPORT_TIMEOUT_S`` for the first report of all nodes, and
     prints it. Exits with 4 if no node can serve then, so that a script does not go on without GPUs."""
+    from gpumesh.cli.views.node_selection import SortKey, sort_nodes
     from gpumesh.cli.views.status.status_view import ViewOptions, print_status
     from gpumesh.daemon.background import start_background
     from gpumesh.daemon.control_socket.quick_status import fetch_status
@@ -96,7 +97,7 @@ def _run_in_background(options: GlobalOptions, up_options: UpOptions) -> None:
         _warn_if_open(gateway)
     state = run_async(RemoteSession(paths.socket).wait_first_report(FIRST_REPORT_TIMEOUT_S))
     if not options.quiet:
-        print_status(state, ViewOptions(verbose=options.verbose))
+        print_status(sort_nodes(state, SortKey.TROUBLE), ViewOptions(verbose=options.verbose))
     if not state.totals.nodes_up:
         typer.echo("no node can serve yet; the mesh runs on, and tries again", err=True)
         raise typer.Exit(int(ExitCode.NO_NODE))

@@ -12,9 +12,11 @@ from gpumesh.state import GpuState, Health, MeshState, NodeState, compute_totals
 
 
 class SortKey(StrEnum):
-    """The values of `status --sort`. ``config``: the order of mesh.yaml. ``name``: the alphabet. ``health``: the worst
-    first. All others are figures: the highest first."""
+    """The values of `status --sort`. ``trouble``: the nodes that are down, then the degraded ones, then all others in
+    the order of mesh.yaml. ``config``: the order of mesh.yaml. ``name``: the alphabet. ``health``: the worst first. All
+    others are figures: the highest first."""
 
+    TROUBLE = "trouble"
     CONFIG = "config"
     NAME = "name"
     HEALTH = "health"
@@ -29,6 +31,9 @@ class SortKey(StrEnum):
 
 
 _WORST_FIRST = (Health.DOWN, Health.DEGRADED, Health.UNKNOWN, Health.DRAINING, Health.HEALTHY)
+
+# Only these are moved: a node that starts, or that a person drains, keeps its place in a live view.
+_TROUBLE_FIRST = {Health.DOWN: 0, Health.DEGRADED: 1}
 
 
 def health_rank(node: NodeState) -> int:
@@ -87,7 +92,7 @@ class ViewSelection:
 
     names: Sequence[str] = ()
     labels: Sequence[str] = ()
-    sort: SortKey = SortKey.CONFIG
+    sort: SortKey = SortKey.TROUBLE
     verbose: bool = False
 
     def apply(self, state: MeshState) -> MeshState:
@@ -138,6 +143,7 @@ def _used_share(gpu: GpuState) -> float | None:
 
 # By sort key: the function that ``sorted`` gets as its key.
 _ORDERS: dict[SortKey, Callable[[NodeState], tuple[bool, float] | str | int]] = {
+    SortKey.TROUBLE: lambda node: _TROUBLE_FIRST.get(node.health, len(_TROUBLE_FIRST)),
     SortKey.NAME: lambda node: node.name,
     SortKey.HEALTH: health_rank,
     SortKey.MEMORY: _highest_first(_over_gpus(_used_share, max)),

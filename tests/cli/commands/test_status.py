@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from gpumesh.cli.commands.status import health_exit_code
+from gpumesh.cli.commands.status import health_exit_code, parse_sort_key
 from gpumesh.cli.first_report import FIRST_REPORT_TIMEOUT_S
+from gpumesh.cli.views.node_selection import SortKey
 from gpumesh.errors import ExitCode
 from gpumesh.lab.profile import Faults, SmiMode
 from gpumesh.state import Finding, Health, MeshState, Severity
@@ -41,6 +42,12 @@ def test_check(state: MeshState, code: ExitCode) -> None:
     assert health_exit_code(state) == code
 
 
+def test_tables_begin_with_the_unhealthy_nodes_and_programs_get_the_order_of_the_file() -> None:
+    assert parse_sort_key(None, is_table=True) is SortKey.TROUBLE
+    assert parse_sort_key(None, is_table=False) is SortKey.CONFIG
+    assert parse_sort_key("config", is_table=True) is SortKey.CONFIG
+
+
 async def test_of_a_mesh_that_runs(two: SimulatedMesh) -> None:
     gpumesh = two.gpumesh
     two.write([two.node("alpha", labels={"site": "home"}), two.node("beta")])
@@ -62,7 +69,7 @@ async def test_of_a_mesh_that_runs(two: SimulatedMesh) -> None:
     for arguments, said in [
         (("-n", "gamma"), "no node 'gamma'"),
         (("-l", "site=away"), "no node has site=away"),
-        (("--sort", "size"), "--sort 'size' is none of: config, name,"),
+        (("--sort", "size"), "--sort 'size' is none of: trouble, config, name,"),
     ]:
         ended = await gpumesh("status", *arguments, code=2)
         assert said in ended.err

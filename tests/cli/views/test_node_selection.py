@@ -66,6 +66,7 @@ def test_labels_without_a_node_are_an_error() -> None:
 @pytest.mark.parametrize(
     ("key", "expected"),
     [
+        (SortKey.TROUBLE, ["runpod", "vengeance", "iceland", "attic"]),
         (SortKey.CONFIG, ["iceland", "vengeance", "runpod", "attic"]),
         (SortKey.NAME, ["attic", "iceland", "runpod", "vengeance"]),
         (SortKey.HEALTH, ["runpod", "vengeance", "attic", "iceland"]),

@@ -62,7 +62,7 @@ def test_an_action_needs_a_selected_node_unless_there_is_only_one() -> None:
 
 def test_keys_change_sort_order_and_verbosity() -> None:
     choice = pressed(*["s"] * len(SortKey), "v")
-    assert choice.view == ViewSelection(sort=SortKey.CONFIG, verbose=True)
+    assert choice.view == ViewSelection(sort=SortKey.TROUBLE, verbose=True)
     choice.handle_key("s")
-    assert choice.view == ViewSelection(sort=SortKey.NAME, verbose=True)
-    assert choice.note == "sorted by name"
+    assert choice.view == ViewSelection(sort=SortKey.CONFIG, verbose=True)
+    assert choice.note == "sorted by config"

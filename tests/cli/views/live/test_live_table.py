@@ -39,7 +39,7 @@ async def test_keys_drain_resume_reconnect_sort_and_quit(two: SimulatedMesh) -> 
         table.press("c")
         place = await table.wait_for_text("reconnect beta", after=place)
         table.press("s")
-        place = await table.wait_for_text("sorted by name", after=place)
+        place = await table.wait_for_text("sorted by config", after=place)
         table.press("v")
         await table.wait_for_text("no process is seen", after=place)
         table.press("q")
