@@ -12,10 +12,10 @@ from gpumesh.mesh.models import memory_fit
 from gpumesh.state import MeshState
 
 
-def pool_line(state: MeshState, width: int) -> Text:
+def pool_line(state: MeshState, width: int, hidden_remarks: int = 0) -> Text:
     """The figures of the pool in one line of at most ``width`` characters. A figure for which there is no room is left
-    out."""
-    line, *other_parts = _pool_parts(state)
+    out. ``hidden_remarks``: the number of remarks for which the screen has no line."""
+    line, *other_parts = _pool_parts(state, hidden_remarks)
     for part in other_parts:
         longer_line = f"{line} · {part}"
         if cell_len(longer_line) <= width:
@@ -23,10 +23,12 @@ def pool_line(state: MeshState, width: int) -> Text:
     return Text(shorten(line, width), style="bold", no_wrap=True)
 
 
-def _pool_parts(state: MeshState) -> Iterator[str]:
+def _pool_parts(state: MeshState, hidden_remarks: int) -> Iterator[str]:
     """Yields the known figures as text, the most important first."""
     totals = state.totals
     yield f"{totals.nodes_up} of {totals.nodes} node{'' if totals.nodes == 1 else 's'} up"
+    if hidden_remarks:
+        yield f"{hidden_remarks} remark{'' if hidden_remarks == 1 else 's'} hidden"
     if totals.gpus is not None:
         yield f"{totals.gpus} GPU{'' if totals.gpus == 1 else 's'}"
     if totals.vram_total_mib is not None:

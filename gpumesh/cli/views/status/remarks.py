@@ -81,9 +81,9 @@ def merge_equal(findings: list[Finding]) -> Iterator[Finding]:
             yield finding
 
 
-def fit_remarks(remarks: list[Remark], width: int, room: int) -> tuple[list[Remark], int]:
-    """Returns the remarks that fit into ``room`` lines, then the number of lines that they need. If there is no room
-    for all, the first remarks stay, and one more remark counts the others."""
+def fit_remarks(remarks: list[Remark], width: int, room: int) -> list[Remark]:
+    """Returns the remarks that fit into ``room`` lines. If there is no room for all, the first remarks stay, and
+    one more remark counts the others."""
     out = console()
     text_width = max(width - 2, 1)  # without the mark and a blank
     used_lines = 0
@@ -96,6 +96,6 @@ def fit_remarks(remarks: list[Remark], width: int, room: int) -> tuple[list[Rema
             more = "" if position == 0 else "more "
             count_text = f"{hidden_count} {more}remark{'' if hidden_count == 1 else 's'}: `gpumesh status` says all"
             count_remark = (Text("…", style="dim"), Text(shorten(count_text, text_width), style="dim"))
-            return [*remarks[:position], count_remark], used_lines + 1
+            return [*remarks[:position], count_remark]
         used_lines += height
-    return remarks, used_lines
+    return remarks

@@ -24,8 +24,7 @@ from gpumesh.mesh.history import History
 from gpumesh.state import MeshState
 
 MIN_WIDTH_OF_REMARKS = 20  # characters; on a narrower terminal a remark could not be read
-LINES_AROUND_ROWS = 5  # the mesh, the head of the table (two lines), the number of hidden rows, the pool
-MIN_REMARK_LINES = 2  # lines of a screen that remarks get, however small the screen is
+LINES_AROUND_ROWS = 4  # the mesh, the head of the table (two lines), the pool
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,18 +59,21 @@ def status_view(state: MeshState, width: int, options: ViewOptions) -> Renderabl
     remarks = list_remarks(state) if width >= MIN_WIDTH_OF_REMARKS else []
     rows = make_rows(state, selected=options.selected, history=options.history)
     hidden_rows = 0
+    hidden_remarks = 0
     if options.height is not None:
-        # The remarks get the lines that the rows leave free, but at least a third of the screen, and at least
-        # ``MIN_REMARK_LINES``.
-        free_lines = options.height - len(rows) - LINES_AROUND_ROWS
-        remarks, remark_lines = fit_remarks(remarks, width, max(free_lines, options.height // 3, MIN_REMARK_LINES))
-        # One line of the screen stays empty.
-        room = options.height - remark_lines - LINES_AROUND_ROWS - 1
-        rows, hidden_rows = fit_rows(rows, max(room, 1), options.selected)
+        # The remarks get only the lines that the rows leave free.
+        free_lines = options.height - LINES_AROUND_ROWS - len(rows)
+        if free_lines >= 1:
+            remarks = fit_remarks(remarks, width, free_lines)
+        else:
+            remarks, hidden_remarks = [], len(remarks)  # the line of the pool counts them
+        if free_lines < 0:
+            room = options.height - LINES_AROUND_ROWS - 1  # without the line that counts the hidden rows
+            rows, hidden_rows = fit_rows(rows, max(room, 1), options.selected)
     parts: list[RenderableType] = [_mesh_line(state, width), status_table(rows, width)]
     if hidden_rows:
         parts.append(Text(f"… and {hidden_rows} more rows", style="dim"))
-    parts.append(pool_line(state, width))
+    parts.append(pool_line(state, width, hidden_remarks))
     if options.verbose:
         parts.extend(process_views(state))
         parts.extend(scheduling_views(state))

@@ -53,9 +53,20 @@ def test_remarks_of_several_lines_are_never_cut_off(width: int, height: int) -> 
     nodes = [replace(healthy(f"node-{number:03d}"), health=Health.DEGRADED, reason=long) for number in range(20)]
     shown = draw_lines(mesh(*nodes), width, ViewOptions(height=height))
     assert len(shown) <= height
-    assert shown[-1].startswith("… ")
-    assert "remarks: `gpumesh" in shown[-1]
-    assert sum(line.startswith("◐ node-") for line in shown) > 3, "the nodes have their rows"
+    assert "remarks: `gpumesh" in shown[-1] or "20 remarks hidden" in shown[-1]
+    room = height - 4 if height >= 24 else height - 5  # without the line that counts hidden rows
+    rows = [line for line in shown if line.startswith("◐ node-") and "NVIDIA-SMI" not in line]
+    assert len(rows) == min(room, 20), "no node gives its row to a remark"
+
+
+def test_remarks_get_the_lines_that_the_rows_leave_free() -> None:
+    nodes = [replace(healthy(f"n{number}"), health=Health.DEGRADED, reason=f"because {number}") for number in range(4)]
+    for height in range(8, 14):
+        shown = draw_lines(mesh(*nodes), 80, ViewOptions(height=height))
+        assert len(shown) <= height
+        assert sum(line.startswith("◐ n") and "because" not in line for line in shown) == 4
+        assert sum("because" in line for line in shown) == {8: 0, 9: 0, 10: 1, 11: 2}.get(height, 4)
+        assert ("4 remarks hidden" in "\n".join(shown)) == (height == 8)
 
 
 def test_no_count_of_remarks_when_all_are_shown() -> None:
