@@ -52,9 +52,10 @@ async def _show_live_table(session: LocalSession, stop: Shutdown, options: Globa
     from gpumesh.cli.views.node_selection import SortKey, ViewSelection, sort_nodes
     from gpumesh.cli.views.status.status_view import ViewOptions, print_status
 
-    table = LiveTable(session, ViewSelection(verbose=options.verbose), footer="Ctrl-C ends it", notes=notes)
+    view = ViewSelection(verbose=options.verbose)
+    table = LiveTable(session, view, footer="Ctrl-C ends it", notes=notes, quit_question="stop the mesh? y/n")
     last_state = await table.run(until_stopped(session.watch(REDRAW_S), stop))
-    stop.request()  # the key q ends the table; the mesh is to end with it
+    stop.request()  # the key q, and y as the answer, end the table; the mesh is to end with it
     if last_state is not None:
         print_status(sort_nodes(last_state, SortKey.TROUBLE), ViewOptions(verbose=options.verbose))
 

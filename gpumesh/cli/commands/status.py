@@ -76,7 +76,7 @@ def status(
     Looks at the running mesh, or probes once if none is running. -v adds the processes on each GPU, what the balancer
     has learned of each node (NEIGHBOUR: how much longer each other answer makes a token take), each node's last
     forecast, and who can use the gateway and the tunnels. With NODE and --label the totals are those of the nodes
-    that are shown. In --watch, single key presses drain, resume and reconnect a node.
+    that are shown. In --watch, single key presses drain, resume and reconnect a node, and q leaves.
 
     \b
     Examples:

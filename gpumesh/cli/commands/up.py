@@ -45,9 +45,9 @@ def up(
 ) -> None:
     """Open the tunnels, side by side, start the gateway, and watch over both.
 
-    Shows a live table until Ctrl-C, which lets what is in flight end, and closes everything. A second Ctrl-C tells the
-    clients that still wait why they get no more; a third ends it at once. With -d it goes on in
-    the background: `gpumesh status` looks at it, `gpumesh down` ends it. The exit code is then 4 if no
+    Shows a live table until Ctrl-C, which lets what is in flight end, and closes everything. So does the key q, which
+    asks first. A second Ctrl-C tells the clients that still wait why they get no more; a third ends it at once. With -d
+    it goes on in the background: `gpumesh status` looks at it, `gpumesh down` ends it. The exit code is then 4 if no
     node can serve yet; the mesh runs on nevertheless.
 
     \b

@@ -128,6 +128,13 @@ async def test_in_the_foreground_on_a_terminal(direct: SimulatedMesh) -> None:
             assert shown.modes() != shown.modes_before
             await direct.gpumesh("run", "x", "-o", "num_predict=2")
             shown.press(way)
+            if way == "q":
+                place = await shown.wait_for_text("stop the mesh? y/n")
+                shown.press("n")
+                place = await shown.wait_for_text("q quit", after=place)
+                shown.press("q")
+                await shown.wait_for_text("stop the mesh? y/n", after=place)
+                shown.press("y")
             assert await shown.wait_exit() == 0
             assert shown.is_restored()
             assert "closing" in shown.plain_text

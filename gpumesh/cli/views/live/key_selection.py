@@ -21,17 +21,24 @@ class KeySelection:
     - ``selected``: the name of the selected node; empty if no node is selected.
     - ``note``: the response to the last key, for the last line of the screen.
     - ``nodes``: the names of the nodes on the screen, in their order.
+    - ``quit_question``: what to ask before ``quit``, because it ends more than the view; empty if nothing is asked.
+    - ``asks``: the question is on the screen, and the next key is its answer.
     """
 
     view: ViewSelection
     selected: str = ""
     note: str = ""
     nodes: Sequence[str] = field(default=())
+    quit_question: str = ""
+    asks: bool = False
 
     def handle_key(self, key: str) -> str | None:
         """Changes the state. Returns the action that the caller must perform: ``quit``; or ``drain``, ``resume`` or
         ``reconnect`` for the node ``selected``; or ``None`` for no action."""
         self.note = ""
+        if self.asks:
+            self.asks = False
+            return "quit" if key in ("y", "Y") else None
         if key in _STEPS or key in ("home", "end"):
             self._move_selection(key)
         elif key == "escape":
@@ -45,7 +52,8 @@ class KeySelection:
         elif key == "v":
             self.view = replace(self.view, verbose=not self.view.verbose)
         elif key in ("q", "Q"):
-            return "quit"
+            self.asks = bool(self.quit_question)
+            return None if self.asks else "quit"
         elif key in _ACTIONS:
             return self._choose_action(key)
         return None

@@ -29,11 +29,19 @@ class LiveTable:
     """Redraws the table when the state changes or a key is pressed.
 
     ``footer`` is the last line of the screen when no keys are read. ``notes`` stand below the table if the screen has
-    room for them."""
+    room for them. ``quit_question`` is asked after ``q``; without it, ``q`` leaves at once."""
 
-    def __init__(self, session: Session, view: ViewSelection, *, footer: str, notes: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        session: Session,
+        view: ViewSelection,
+        *,
+        footer: str,
+        notes: Sequence[str] = (),
+        quit_question: str = "",
+    ) -> None:
         self._session = session
-        self._selection = KeySelection(view)
+        self._selection = KeySelection(view, quit_question=quit_question)
         self._footer = footer
         self._notes_below = notes
         self._out = console()
@@ -120,8 +128,12 @@ class LiveTable:
         # A very small screen has no room even for the smallest table: then the table is cut.
         table_lines = render_lines(self._out, status_view(shown_state, size.width, options))[:table_height]
         default_last_line = KEY_HELP if reads_keys else self._footer
-        last_line = shorten(self._note.text or default_last_line, size.width)
-        return [*table_lines, *note_lines, *render_lines(self._out, Text(last_line, style="dim", no_wrap=True))]
+        if self._selection.asks:  # the question stays until a key answers it
+            last_line, style = self._selection.quit_question, "bold"
+        else:
+            last_line, style = self._note.text or default_last_line, "dim"
+        last_text = Text(shorten(last_line, size.width), style=style, no_wrap=True)
+        return [*table_lines, *note_lines, *render_lines(self._out, last_text)]
 
     def _handle_key(self, key: str) -> None:
         """Changes the selection or starts an action. The note makes the screen redraw."""

@@ -66,3 +66,13 @@ def test_keys_change_sort_order_and_verbosity() -> None:
     choice.handle_key("s")
     assert choice.view == ViewSelection(sort=SortKey.CONFIG, verbose=True)
     assert choice.note == "sorted by config"
+
+
+def test_q_asks_first_where_it_ends_more_than_the_view() -> None:
+    choice = KeySelection(ViewSelection(), nodes=NODES, quit_question="stop the mesh? y/n")
+    for key in ("n", "q", "escape", "x"):
+        assert (choice.handle_key("q"), choice.asks) == (None, True)
+        assert (choice.handle_key(key), choice.asks) == (None, False), key
+    choice.handle_key("Q")
+    assert choice.handle_key("y") == "quit"
+    assert choice.handle_key("y") is None, "without the question it means nothing"
