@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gpumesh.cli.command_group import new_app
+from gpumesh.cli.duration_option import DURATION_METAVAR, duration_parser
 from gpumesh.cli.global_options import global_options
 from gpumesh.cli.open_session import run_async
 
@@ -20,12 +21,19 @@ app = new_app()
 def down(
     ctx: typer.Context,
     wait: Annotated[
-        float, typer.Option("--wait", metavar="SECONDS", min=0, help="How long what is in flight may take to end.")
+        float,
+        typer.Option(
+            "--wait",
+            metavar=DURATION_METAVAR,
+            parser=duration_parser(0.0),
+            show_default="10s",
+            help="How long what is in flight may take to end: 30s, 2m, or seconds.",
+        ),
     ] = 10.0,
 ) -> None:
     """Drain and stop the mesh that runs for this configuration.
 
-    Requests that run may end first; after --wait seconds they are cut, with an error that says so. A second `down` may
+    Requests that run may end first; after --wait they are cut, with an error that says so. A second `down` may
     make that sooner. It returns when the process is gone. When no mesh runs there is nothing to do, and the exit code
     is 0.
     """

@@ -13,6 +13,7 @@ import typer
 
 from gpumesh.cli import completion
 from gpumesh.cli.command_group import new_app
+from gpumesh.cli.duration_option import DURATION_METAVAR, duration_parser
 from gpumesh.cli.global_options import GlobalOptions, global_options
 from gpumesh.cli.json_output import json_option
 from gpumesh.cli.open_session import open_session, run_async, running_topology
@@ -76,7 +77,12 @@ def run(
         typer.Option("--concurrency", "-j", metavar="N", min=1, help="With -f: prompts under way at a time."),
     ] = None,
     timeout: Annotated[
-        float | None, typer.Option(metavar="SECONDS", min=0.1, help="For each prompt, waiting included.")
+        float | None,
+        typer.Option(
+            metavar=DURATION_METAVAR,
+            parser=duration_parser(0.1),
+            help="For each prompt, waiting included: 90s, 2m, or seconds.",
+        ),
     ] = None,
 ) -> None:
     """Send a prompt, or a file of them, through the balancer.

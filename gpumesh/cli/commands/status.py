@@ -13,6 +13,7 @@ import typer
 
 from gpumesh.cli import completion
 from gpumesh.cli.command_group import new_app
+from gpumesh.cli.duration_option import DURATION_METAVAR, duration_parser
 from gpumesh.cli.first_report import FIRST_REPORT_TIMEOUT_S
 from gpumesh.cli.global_options import GlobalOptions, global_options
 from gpumesh.cli.json_output import json_option
@@ -68,7 +69,13 @@ def status(
         ),
     ] = None,
     interval: Annotated[
-        float, typer.Option(metavar="SECONDS", min=0.1, help="With --watch: the shortest time between two redraws.")
+        float,
+        typer.Option(
+            metavar=DURATION_METAVAR,
+            parser=duration_parser(0.1),
+            show_default="1s",
+            help="With --watch: the shortest time between two redraws: 500ms, 2s, or seconds.",
+        ),
     ] = 1.0,
 ) -> None:
     """Every node and GPU: tunnel, memory, load, models, and why something is not well.
