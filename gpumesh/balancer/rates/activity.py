@@ -137,11 +137,12 @@ class ActivityMeter:
         """Lets the sums grow up to now."""
         elapsed_s = now - self._updated_at
         self._updated_at = now
-        if self.streams or self.reading:
-            share_s = elapsed_s / (self.streams + self.reading)
+        streams, reading = self.streams, self.reading
+        if streams or reading:
+            share_s = elapsed_s / (streams + reading)
             self.gpu_s += share_s * self._gpus
             self.energy_j += share_s * self._power_w
-        self._stream_seconds += self.streams * elapsed_s
-        if self.reading:
-            self._read_seconds += self.reading * elapsed_s
+            self._stream_seconds += streams * elapsed_s
+        if reading:
+            self._read_seconds += reading * elapsed_s
             self._busy_seconds += elapsed_s
