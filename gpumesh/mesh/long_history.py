@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import islice
@@ -18,6 +18,7 @@ from gpumesh.state import MeshState, NodeState
 # The length of a step in seconds, and the number of steps: 15 minutes, 1 hour, 6 hours, 24 hours.
 RESOLUTIONS = ((5, 180), (15, 240), (60, 360), (300, 288))
 MAX_GPUS = 64  # of one node
+VALUES_PER_TURN = 10_000  # that are read in one turn of the event loop, in about 2 ms
 # Series of one resolution: with 1,068 steps in all, 4,000 series take 17 MB. A mesh of 16 nodes has about 100.
 MAX_SERIES = 4000
 
@@ -52,11 +53,12 @@ class LongHistory:
         for tier in self._tiers:
             tier.add(state.at, values)
 
-    def part(self, range_s: float, after: int | None = None) -> HistoryPart:
-        """The last ``range_s`` seconds, in the finest steps that reach so far back. ``after``: only the steps after
-        the step of this number."""
+    def part(self, range_s: float, after: int | None = None) -> Generator[None, None, HistoryPart]:
+        """Returns the last ``range_s`` seconds, in the finest steps that reach so far back. ``after``: only the steps
+        after the step of this number. The work of a large mesh takes long, so it is done in steps; states may be added
+        between them."""
         tier = next((tier for tier in self._tiers if tier.step_s * tier.steps >= range_s), self._tiers[-1])
-        return tier.part(math.ceil(range_s / tier.step_s), after)
+        return (yield from tier.part(math.ceil(range_s / tier.step_s), after))
 
 
 def _figures(state: MeshState, more: Mapping[str, float | None]) -> Iterator[tuple[SeriesKey, float | None]]:
@@ -128,25 +130,33 @@ class _Tier:
                 ring[step % self.steps] = math.nan
         self._last = number
 
-    def part(self, count: int, after: int | None) -> HistoryPart:
-        """The last ``count`` steps, without those up to ``after``."""
-        began = max(self._first or self._last, self._last - self.steps + 1)
-        first = max(began, self._last - min(count, self.steps) + 1)
+    def part(self, count: int, after: int | None) -> Generator[None, None, HistoryPart]:
+        """Returns the last ``count`` steps, without those up to ``after``."""
+        last = self._last
+        began = max(self._first or last, last - self.steps + 1)
+        first = max(began, last - min(count, self.steps) + 1)
         if after is not None:
-            first = min(max(first, after + 1), self._last)
+            first = min(max(first, after + 1), last)
         series: dict[str, dict[str, tuple[float | None, ...]]] = {}
+        read_values = 0
         for kind, name in dict.fromkeys((*self._rings, *self._current)):
-            values = self._values((kind, name), first)
+            values = self._values((kind, name), first, last)
             if any(value is not None for value in values):
                 series.setdefault(kind, {})[name] = values
-        return HistoryPart(self.step_s, began, first, self._last, series)
+            read_values += len(values)
+            if read_values > VALUES_PER_TURN:
+                read_values = 0
+                yield
+        return HistoryPart(self.step_s, began, first, last, series)
 
-    def _values(self, key: SeriesKey, first: int) -> tuple[float | None, ...]:
-        """The values of a series from this step on, the last step's with the values of it so far."""
+    def _values(self, key: SeriesKey, first: int, last: int) -> tuple[float | None, ...]:
+        """The values of a series from the step ``first`` to ``last``; of a step that has not ended the mean so far."""
         ring = self._rings.get(key)
-        past: list[float | None] = [None] * (self._last - first)
+        past: list[float | None] = [None] * (last + 1 - first)
         if ring is not None:
-            stored = [ring[step % self.steps] for step in range(first, self._last)]
-            past = [None if math.isnan(value) else round(value, 1) for value in stored]
-        total, number = self._current.get(key, (0.0, 0))
-        return (*past, round(total / number, 1) if number else None)
+            stored = [ring[step % self.steps] for step in range(first, last + 1)]
+            past = [None if value != value else round(value, 1) for value in stored]  # noqa: PLR0124 - only NaN differs
+        if last == self._last:
+            total, number = self._current.get(key, (0.0, 0))
+            past[-1] = round(total / number, 1) if number else None
+        return tuple(past)

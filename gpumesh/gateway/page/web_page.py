@@ -17,6 +17,8 @@ from contextlib import aclosing
 from typing import Any
 from urllib.parse import parse_qs
 
+import msgspec
+
 from gpumesh.gateway.http.client_key import ClientKey
 from gpumesh.gateway.http.errors import BadRequest
 from gpumesh.gateway.http.request import Request
@@ -183,8 +185,8 @@ class UiPage:
         query = _read_query(request)
         range_s = _read_number(query, "range", DEFAULT_RANGE_S, most=MAX_RANGE_S)
         after = _read_number(query, "after", -1.0, most=1e12)
-        part = self._history.part(range_s, None if after < 0 else int(after))
-        return json_response(json.dumps(to_json(part), separators=(",", ":")).encode())
+        part = await request.run_sliced(self._history.part(range_s, None if after < 0 else int(after)))
+        return json_response(msgspec.json.encode(part))
 
     async def log(self, request: Request) -> Response:
         """The last lines of the mesh's log, the newest first; ``?node=NAME``: those about one node. Raises BadRequest
