@@ -1,0 +1,1 @@
+"""The library as programs use it: ``gpumesh.connect`` and what it returns."""
