@@ -47,12 +47,14 @@ def exit_with(error: BaseException) -> NoReturn:
 
 def _exit_after_system_error(error: OSError) -> NoReturn:
     """Prints the error, unless the reader of our output has gone (BrokenPipeError), and ends the process."""
+    from gpumesh.daemon.full_disk import describe_full_folders
+
     # When Python exits, it writes its buffer of stdout once more. If stdout is the file that failed, that would fail
     # again. So stdout becomes /dev/null, which takes the buffer.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if not isinstance(error, BrokenPipeError):
         file_prefix = f"{error.filename}: " if error.filename else ""
-        reason = (error.strerror or str(error)).lower()
+        reason = (error.strerror or str(error)).lower() + describe_full_folders(error)
         hint = _SYSTEM_ERRORS.get(error.errno or 0, "")  # 0 is the number of no error
         print_error(GPUMeshError(f"{file_prefix}{reason}", hint=hint))
     sys.exit(int(ExitCode.FAILED))

@@ -19,6 +19,7 @@ from gpumesh import config
 from gpumesh.config.changed_file import read_snapshot
 from gpumesh.daemon import paths
 from gpumesh.daemon.control_socket import messages
+from gpumesh.daemon.full_disk import describe_full_folders
 from gpumesh.daemon.mesh_lock import MeshLock
 from gpumesh.daemon.mesh_process import run_mesh
 from gpumesh.daemon.process import async_runner
@@ -96,21 +97,22 @@ def main() -> int:
         # The mesh's task groups wrap their errors. The parent shows them in one line; the log has their traces.
         log.critical("the mesh ended", exc_info=group)
         ready.send(
-            messages.Error("failed", f"the mesh ended: {_describe_error(group)}", "`gpumesh logs` has the details")
+            messages.Error("failed", f"the mesh ended: {describe_error(group)}", "`gpumesh logs` has the details")
         )
         return int(ExitCode.FAILED)
     except Exception as error:
-        ready.send(messages.Error("failed", f"the mesh could not start: {_describe_error(error)}", hint=""))
+        ready.send(messages.Error("failed", f"the mesh could not start: {describe_error(error)}", hint=""))
         raise  # the trace goes to our stderr, which the parent keeps in a file
     return int(ExitCode.OK)
 
 
-def _describe_error(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """Returns the error in one line; for a group, its errors one after the other, without repetitions."""
     if isinstance(error, BaseExceptionGroup):
-        return "; ".join(dict.fromkeys(_describe_error(inner) for inner in error.exceptions))
+        return "; ".join(dict.fromkeys(describe_error(inner) for inner in error.exceptions))
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        file_prefix = f"{error.filename}: " if error.filename else ""
+        return f"{file_prefix}{error.strerror}{describe_full_folders(error)}"
     return repr(error)
 
 
