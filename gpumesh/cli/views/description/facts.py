@@ -16,6 +16,7 @@ from gpumesh.cli.views.figures import (
     format_time_left,
     short_gpu,
 )
+from gpumesh.cli.views.status.token_rate import rate_now
 from gpumesh.state import BackendPhase, GpuState, NodeState, TunnelPhase, TunnelState
 
 MAX_SHOWN_MODELS = 100  # of one node, in memory and on disk
@@ -123,8 +124,9 @@ def _server_facts(node: NodeState) -> Iterator[Fact]:
         yield "last error", server.last_error + code
     if server.latency_ms is not None:
         yield "answers in", format_milliseconds(server.latency_ms)
-    if server.tokens_per_s is not None:
-        yield "tokens/s", f"{server.tokens_per_s:.1f}"
+    rate = rate_now(node)
+    if rate is not None:
+        yield "tokens/s", f"{rate:.1f}"
     if server.running is not None:
         waiting = "" if server.waiting is None else f", {server.waiting} waiting"
         yield "its own count", f"{server.running} running{waiting} (of all its clients)"

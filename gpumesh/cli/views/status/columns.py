@@ -21,6 +21,7 @@ from gpumesh.cli.views.figures import (
 from gpumesh.cli.views.safe_text import clean_line
 from gpumesh.cli.views.status.health_marks import FIGURE_STYLE, MARKS, STYLES
 from gpumesh.cli.views.status.rows import StatusRow
+from gpumesh.cli.views.status.token_rate import rate_now
 from gpumesh.cli.views.tables import Column, fit_table
 from gpumesh.state import BackendPhase, GpuState, LoadedModel, NodeState, TunnelPhase
 
@@ -200,7 +201,7 @@ def _busy_cell(node: NodeState, _at: datetime) -> str:
 
 def _rate_cell(node: NodeState, _at: datetime) -> str:
     """The node's tokens per second, with one decimal below 10."""
-    rate = node.backend.tokens_per_s
+    rate = rate_now(node)
     if rate is None:
         return UNKNOWN
     return f"{rate:.1f}" if 0 < rate < 9.95 else f"{rate:.0f}"  # with a decimal, 9.95 would become "10.0"

@@ -8,6 +8,7 @@ from rich.cells import cell_len
 from rich.text import Text
 
 from gpumesh.cli.views.figures import format_gib, shorten
+from gpumesh.cli.views.status.token_rate import rate_now
 from gpumesh.mesh.models import memory_fit
 from gpumesh.state import MeshState
 
@@ -33,7 +34,7 @@ def _pool_parts(state: MeshState, hidden_remarks: int) -> Iterator[str]:
         yield f"{totals.gpus} GPU{'' if totals.gpus == 1 else 's'}"
     if totals.vram_total_mib is not None:
         yield f"{format_gib(totals.vram_free_mib)} of {format_gib(totals.vram_total_mib)} GiB free"
-    yield f"{totals.tokens_per_s:.0f} tok/s"
+    yield f"{sum(rate_now(node) or 0.0 for node in state.nodes):.0f} tok/s"
     yield f"{state.gateway.in_flight} in flight"
     if state.gateway.queued:
         yield f"{state.gateway.queued} queued"

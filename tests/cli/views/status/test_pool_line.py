@@ -9,7 +9,7 @@ from gpumesh.state import (
     GatewayState,
 )
 from tests.cli.states import healthy, mesh, typical
-from tests.cli.views.status.drawing import draw_lines, draw_text
+from tests.cli.views.status.drawing import draw_lines, draw_text, row_of
 
 
 def test_the_pool_line() -> None:
@@ -26,3 +26,11 @@ def test_the_pool_line_drops_whole_parts(width: int) -> None:
     (line,) = [line for line in draw_lines(typical(), width) if "nodes up" in line]
     assert "…" not in line
     assert cell_len(line) <= width
+
+
+def test_nothing_in_flight_means_no_tokens() -> None:
+    busy, idle = healthy("a"), replace(healthy("b"), load=replace(healthy("b").load, in_flight=0))
+    assert " 73  1/1 " in row_of("a", mesh(busy, idle))
+    assert "  0  0/1 " in row_of("b", mesh(busy, idle))
+    assert "· 73 tok/s ·" in draw_text(mesh(busy, idle))
+    assert "· 0 tok/s ·" in draw_text(mesh(idle))
