@@ -16,6 +16,7 @@ import typer
 from gpumesh.cli.command_group import new_app
 from gpumesh.cli.first_report import DEMO_FIRST_REPORT_TIMEOUT_S
 from gpumesh.cli.global_options import GlobalOptions, global_options
+from gpumesh.cli.program_name import program_name
 from gpumesh.config.extras import need_extra
 from gpumesh.errors import ExitCode
 from gpumesh.state import Health, MeshState
@@ -38,11 +39,15 @@ ANSWER_TOKENS = (16, 48)
 RECOVERY_TIMEOUT_S = 12.0
 REDRAW_S = 0.25
 BUSY_POLL_S = 0.02  # a host answers a prompt in a fraction of a second
+# Each command has a line of its own: no line needs more than 80 columns, unless the path of the program does.
 NEXT_STEPS = """
 What to try next:
-  gpumesh demo --keep                              leaves it running, to play with
-  gpumesh init --from 'ssh root@HOST -p PORT'      writes a mesh.yaml for your own host
-  gpumesh up -d && gpumesh run "Hello"             and that is the whole of it
+  {program} demo --keep
+      leaves it running, to play with
+  {program} init --from 'ssh root@HOST -p PORT'
+      writes a mesh.yaml for your own host
+  {program} up -d && {program} run "Hello"
+      and that is the whole of it
 """
 
 app = new_app()
@@ -102,7 +107,7 @@ async def _run_demo(options: GlobalOptions, count: int, keep: bool) -> ExitCode:
                 lock.release()
                 paths.log.unlink(missing_ok=True)  # no mesh will have this mesh.yaml again
     if not keep and not options.quiet:
-        typer.echo(NEXT_STEPS.rstrip())
+        typer.echo(NEXT_STEPS.rstrip().format(program=program_name()))
     return code
 
 
@@ -265,8 +270,8 @@ async def _keep_running(session: LocalSession, stop: Shutdown, file: Path, optio
         "",
         "It stays up until Ctrl-C. In another terminal:",
         f"  export GPUMESH_CONFIG={shell_word(str(file))}",
-        "  gpumesh status -w",
-        "  gpumesh run 'Hello'",
+        f"  {program_name()} status -w",
+        f"  {program_name()} run 'Hello'",
         f"  OLLAMA_HOST={shell_word(state.gateway.url or '')} ollama run {MODEL}",
         "",
     )
