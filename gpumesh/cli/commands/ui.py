@@ -12,9 +12,9 @@ import typer
 from gpumesh.cli.command_group import new_app
 from gpumesh.cli.gateway_address import GatewayAddress, find_gateway
 from gpumesh.cli.global_options import global_options
+from gpumesh.cli.views.page_path import PAGE_PATH
 from gpumesh.cli.views.safe_text import clean_line
 
-PAGE_PATH = "/ui"
 # The programs that open an address in the user's browser, the most fitting first. wslview: Windows' browser from WSL.
 OPENERS = ("wslview", "xdg-open", "gio", "sensible-browser", "x-www-browser")
 OPEN_TIMEOUT_S = 3.0  # an opener that fails does so at once; some stay as long as the browser

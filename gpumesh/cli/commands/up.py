@@ -77,6 +77,7 @@ def _run_in_background(options: GlobalOptions, up_options: UpOptions) -> None:
     """Starts the background mesh, waits at most ``FIRST_REPORT_TIMEOUT_S`` for the first report of all nodes, and
     prints it. Exits with 4 if no node can serve then, so that a script does not go on without GPUs."""
     from gpumesh.cli.views.node_selection import SortKey, sort_nodes
+    from gpumesh.cli.views.page_path import page_note
     from gpumesh.cli.views.status.status_view import ViewOptions, print_status
     from gpumesh.daemon.background import start_background
     from gpumesh.daemon.control_socket.quick_status import fetch_status
@@ -92,7 +93,8 @@ def _run_in_background(options: GlobalOptions, up_options: UpOptions) -> None:
         # meanwhile knows that the mesh runs.
         status = fetch_status(paths.socket) or {}  # empty: the mesh did not answer in time
         gateway = status.get("gateway") or {}
-        serving_text = f", serving {gateway['url']}" if gateway.get("url") else ""
+        url = gateway.get("url") or ""
+        serving_text = f", serving {url}{page_note(url)}" if url else ""
         typer.echo(f"runs in the background (pid {pid}){serving_text}; `gpumesh down` stops it", err=True)
         _warn_if_open(gateway)
     state = run_async(RemoteSession(paths.socket).wait_first_report(FIRST_REPORT_TIMEOUT_S))

@@ -13,6 +13,7 @@ from rich.text import Text
 from gpumesh.cli.views.console import console, print_plain
 from gpumesh.cli.views.findings import make_notes_table
 from gpumesh.cli.views.local_access import access_lines
+from gpumesh.cli.views.page_path import page_note
 from gpumesh.cli.views.safe_text import clean_line
 from gpumesh.cli.views.status.columns import status_table
 from gpumesh.cli.views.status.pool_line import pool_line
@@ -21,7 +22,7 @@ from gpumesh.cli.views.status.remarks import fit_remarks, list_remarks
 from gpumesh.cli.views.status.rows import fit_rows, make_rows
 from gpumesh.cli.views.status.scheduling import scheduling_views
 from gpumesh.mesh.history import History
-from gpumesh.state import MeshState
+from gpumesh.state import GatewayPhase, MeshState
 
 MIN_WIDTH_OF_REMARKS = 20  # characters; on a narrower terminal a remark could not be read
 LINES_AROUND_ROWS = 4  # the mesh, the head of the table (two lines), the pool
@@ -85,13 +86,17 @@ def status_view(state: MeshState, width: int, options: ViewOptions) -> Renderabl
 
 def _mesh_line(state: MeshState, width: int) -> Text:
     """The mesh's name, the gateway's address and state, whether hosts are simulated, and, on a terminal of at least 80
-    characters, the time of the state."""
+    characters, the time of the state. If there is room for it, the path of the gateway's page too."""
     line = Text(clean_line(state.mesh, 30), style="bold", no_wrap=True, overflow="ellipsis")
     gateway = state.gateway
     if gateway.url is not None:
         line.append(f"  {clean_line(gateway.url)} {gateway.state}", style="not bold cyan")
+    rest = Text()
     if any(node.simulated for node in state.nodes):
-        line.append("  simulated hosts", style="not bold yellow")
+        rest.append("  simulated hosts", style="not bold yellow")
     if width >= 80:
-        line.append(f"  {state.at.astimezone():%H:%M:%S}", style="not bold dim")
-    return line
+        rest.append(f"  {state.at.astimezone():%H:%M:%S}", style="not bold dim")
+    note = page_note(gateway.url or "") if gateway.state is GatewayPhase.SERVING else ""
+    if line.cell_len + len(note) + rest.cell_len <= width:
+        line.append(note, style="not bold cyan")
+    return line.append_text(rest)

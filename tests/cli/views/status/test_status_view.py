@@ -8,6 +8,7 @@ from rich.cells import cell_len
 from gpumesh.cli.views.status.status_view import ViewOptions, print_status
 from gpumesh.state import (
     Finding,
+    GatewayPhase,
     GatewayState,
     GpuState,
     Health,
@@ -43,6 +44,14 @@ def test_every_width_shows_all_nodes_and_fits(width: int) -> None:
 def test_simulated_hosts_are_marked() -> None:
     assert "simulated hosts" in draw_text(mesh(replace(healthy("a"), simulated=True)))
     assert "simulated" not in draw_text(mesh(healthy("a")))
+
+
+def test_the_page_is_named_where_there_is_room() -> None:
+    assert draw_lines(typical(), 80)[0].startswith("home  http://127.0.0.1:11430 serving (page: /ui)  ")
+    assert "page" not in draw_lines(typical(), 40)[0]
+    on_socket = replace(typical(), gateway=GatewayState("unix:/run/x.sock", GatewayPhase.SERVING))
+    assert "page" not in draw_text(on_socket)
+    assert "page" not in draw_text(replace(typical(), gateway=GatewayState()))
 
 
 # -- screens that cannot scroll --------------------------------------------------------------------------------------
