@@ -54,16 +54,16 @@ def console(*, stderr: bool = False, wide: bool = False) -> Console:
     return Console(file=stream, width=width, highlight=False, markup=False, emoji=False)
 
 
-def print_plain(out: Console, view: RenderableType) -> None:
+def print_plain(out: Console, view: RenderableType, *, soft_wrap: bool = False) -> None:
     """Prints a view without the blanks that rich appends to lines, and in ASCII where the stream cannot encode other
-    characters."""
-    out.file.write("\n".join(render_lines(out, view)) + "\n")
+    characters. With ``soft_wrap`` a line may be longer than the terminal is wide."""
+    out.file.write("\n".join(render_lines(out, view, soft_wrap=soft_wrap)) + "\n")
 
 
-def render_lines(out: Console, view: RenderableType) -> list[str]:
+def render_lines(out: Console, view: RenderableType, *, soft_wrap: bool = False) -> list[str]:
     """The lines that ``out`` would show for this view, with colours where ``out`` has them."""
     with out.capture() as capture:
-        out.print(view)
+        out.print(view, soft_wrap=soft_wrap)
     text = capture.get().removesuffix("\n")
     if not _can_encode(out):
         text = text.translate(_TO_ASCII)

@@ -72,6 +72,17 @@ def test_a_narrow_terminal_gets_a_list(monkeypatch: pytest.MonkeyPatch) -> None:
     assert any(line.startswith("  → ") for line in lines)
 
 
+@pytest.mark.parametrize("width", [30, 60, 80, 109, 110, 120, 200])
+def test_no_path_is_broken(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+    path = "/home/user/.local/share/gpumesh/a-folder-with-a-long-name/known_hosts"
+    gone = state_with_error(
+        errors.ConnectRefused(f"the key is not the one in {path}", hint=f"look into {path}, line 7")
+    )
+    text = render(monkeypatch, width, [(spec(), gone)]).partition("✗ not reached")[0]
+    assert text.count(path) == 2
+    assert text.startswith("NODE") == (width == 200), "a table has two columns with such a word"
+
+
 def test_the_drawing_is_a_tree(monkeypatch: pytest.MonkeyPatch) -> None:
     other = (spec("oslo"), OTHER)
     lines = render(monkeypatch, 100, [(spec(), state()), (direct(), state()), other]).splitlines()
