@@ -88,6 +88,9 @@ const shortGpu = (name) => name.replace(/^NVIDIA (GeForce )?/, "");
 const TONES = { healthy: "good", degraded: "warn", draining: "warn", unknown: "warn", down: "bad" };
 const SIGNS = { healthy: "●", degraded: "▲", draining: "◐", unknown: "○", down: "✗" };
 const SEVERITIES = { error: "bad", warning: "warn", info: "soft" };
+// As in `gpumesh status`: a GPU that is busy or full is no fault, heat is a warning.
+const HOT_C = 83;
+const isHot = (gpu) => (isKnown(gpu.temperature_c) && gpu.temperature_c >= HOT_C) || /thermal|slowdown/.test(gpu.throttle || "");
 // Unhealthy nodes come first.
 const HEALTH_ORDER = { down: 0, degraded: 1, draining: 2, unknown: 3, healthy: 4 };
 

@@ -45,6 +45,7 @@ function gpuRow() {
   const box = el("div", { class: "gpu" }, el("div", { class: "gpu-head" }, name, heat), memory.box, busy.box);
   return { box, show(gpu) {
     setText(name, shortGpu(gpu.name));
+    heat.classList.toggle("warn", isHot(gpu));
     setText(heat, number(gpu.temperature_c, 0, " °C") + " · " + number(gpu.power_w) + " / " + number(gpu.power_limit_w, 0, " W"));
     memory.show(percentOf(gpu.memory_used_mib, gpu.memory_total_mib), gib(gpu.memory_used_mib) + " / " + gib(gpu.memory_total_mib) + " GiB");
     busy.show(gpu.utilization_pct, number(gpu.utilization_pct, 0, " %"));
@@ -112,6 +113,7 @@ function makeRow(name) {
     memory.show(percentOf(used, total), total ? gib(used) + " / " + gib(total, 0) : UNKNOWN);
     busy.show(mean, number(mean, 0, " %"));
     for (const column of COLUMNS) if (column.text) setText(cells.get(column.id), column.text(node));
+    cells.get("temperature").classList.toggle("warn", (node.gpus || []).some(isHot));
     cells.get("loaded").title = loadedNames(node);
   } };
 }
