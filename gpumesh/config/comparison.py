@@ -39,6 +39,8 @@ _KEYS_IN_FILE = {
     "gateway.heartbeat_s": "gateway.heartbeat",
     "wanted_copies": "copies",
 }
+# The fields of a topology that are compared key by key, and the path of the file.
+_SECTIONS_WITH_KEYS = frozenset({"nodes", "models", "gateway", "tunnels", "redis", "source"})
 _SECONDS = ("ssh.connect_timeout", "ssh.keepalive", "gateway.timeout")
 # A command may hold a secret, and the text of the others says little.
 _HIDDEN_VALUES = frozenset({"address_from", "gateway.keys", "gateway.heartbeat", "gateway.route_priority"})
@@ -175,10 +177,12 @@ def _find_changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterat
 
 
 def _mesh_values(topology: Topology) -> Mapping[str, Any]:
-    """The values outside of ``nodes`` and ``models``, by their keys in the file."""
+    """The values outside of ``nodes`` and ``models``, by their keys in the file. A section that is not named here is
+    compared as a whole."""
     gateway = topology.gateway
+    others = {field.name: getattr(topology, field.name) for field in fields(topology)}
     return {
-        "name": topology.name,
+        **{name: value for name, value in others.items() if name not in _SECTIONS_WITH_KEYS},
         "gateway.listen": _describe_listen(gateway),
         **{
             key: value
@@ -220,6 +224,8 @@ def _show(key: str, value: Any) -> str | None:
         return "true" if value else "false"
     if isinstance(value, Target):
         return value.url
+    if is_dataclass(value) or isinstance(value, Mapping):  # a webhook of ``notify`` may hold a secret
+        return None
     if key in _SECONDS:
         return format_duration(value)
     if isinstance(value, list | tuple):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
+from typing import Any
 
 import pytest
 
 from gpumesh.config.comparison import Differences, compare_topologies, describe_differences
 from gpumesh.state import Severity
-from gpumesh.topology import NodeSpec
+from gpumesh.topology import NodeSpec, Topology
 from gpumesh.wire import from_json, to_json
 from tests.config import build
 
@@ -106,6 +107,7 @@ def test_nodes_that_come_and_go_lead_to_other_hosts() -> None:
         ("tunnels.listen tcp -> unix", "tunnels: {listen: unix}", True),
         ("redis not set -> given", "redis: {url: 'redis://localhost'}", False),
         ("name mesh -> another", "name: another", False),
+        ("notify", "notify: [{webhook: 'https://example.org/secret'}]", False),
     ],
 )
 def test_each_key_of_the_mesh_counts(change: str, text: str, changes_routes: bool) -> None:
@@ -114,6 +116,16 @@ def test_each_key_of_the_mesh_counts(change: str, text: str, changes_routes: boo
     assert found.change_routes is changes_routes
     assert not found.change_expectations_only
     assert str(found) == f"another {change.partition(' ')[0]}"
+
+
+def test_no_section_of_the_mesh_is_left_out() -> None:
+    """A new section is compared as a whole, without its values, until somebody names its keys."""
+    topology = build.topology(f"nodes: [{NODE}]\n")
+    with_keys = {"nodes", "models", "gateway", "tunnels", "redis", "source"}
+    for name in {field.name for field in fields(Topology)} - with_keys:
+        change: dict[str, Any] = {name: ("other",)}
+        found = compare_topologies(topology, replace(topology, **change))
+        assert [change.key for change in found.mesh_keys] == [name]
 
 
 def test_rules_for_models_are_compared_one_by_one() -> None:
