@@ -33,6 +33,9 @@ _LOST_TEXTS = ("unable to determine the device handle", "gpu is lost", "gpu has 
 _NO_DEVICES_TEXT = "no devices were found"  # at the beginning
 _FAILURE_TEXTS = ("nvidia-smi has failed", "failed to initialize nvml", *_LOST_TEXTS)
 
+# What nvidia-smi itself advises, after the cause.
+_ADVICE = re.compile(r"\s*\b(Make sure that the latest NVIDIA driver|Reboot the system to recover)[^.]*\.?")
+
 
 @dataclass(frozen=True, slots=True)
 class SmiFailure:
@@ -123,4 +126,5 @@ def _driver_failure(text: str) -> SmiFailure:
 
 
 def _shorten(text: str) -> str:
-    return printable(text, 160)
+    """The begin of nvidia-smi's text, without its advice: a finding has one remedy, its hint."""
+    return printable(_ADVICE.sub("", text).strip(), 160)

@@ -63,3 +63,24 @@ def test_any_failure_has_a_code_that_is_explained(status: int | None, output: by
         assert failure.message.isprintable()
         assert len(failure.message) < 300
         assert failure.hint
+
+
+@pytest.mark.parametrize(
+    ("text", "cause"),
+    [
+        (
+            b"NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver. Make sure that the latest"
+            b" NVIDIA driver is installed and running.\n",
+            "couldn't communicate with the NVIDIA driver.",
+        ),
+        (
+            b"Unable to determine the device handle for GPU 0000:02:00.0: GPU is lost.  Reboot the system to recover"
+            b" this GPU\n",
+            "GPU is lost.",
+        ),
+    ],
+)
+def test_a_finding_has_one_remedy(text: bytes, cause: str) -> None:
+    failure = classify_failure(CommandOutput(9, text))
+    assert failure is not None
+    assert failure.message.endswith(cause), "nvidia-smi's own advice is left out"
