@@ -18,8 +18,7 @@ from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
 
 import gpumesh
-from gpumesh.balancer.base import Priority
-from gpumesh.errors import BackendError, GPUMeshError, ModelMissing, QueueFull
+from gpumesh import BackendError, GPUMeshError, ModelMissing, Priority, QueueFull
 from gpumesh.mesh.chat import ChatStream
 from gpumesh.wire import to_json
 

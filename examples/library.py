@@ -1,4 +1,4 @@
-"""The mesh inside of a program of your own: no gateway, no HTTP, the same tunnels, balancing and failover.
+"""The mesh inside of a program of your own: it joins the mesh that runs, or opens one. docs/library.md has all of it.
 
 pip install ..                           the clone; what pipx installs, other programs do not see
 python library.py mesh.yaml [MODEL]      your hosts
@@ -13,49 +13,34 @@ import tempfile
 from pathlib import Path
 
 import gpumesh
-from gpumesh.backends.base import ChatRequest, Message
-from gpumesh.balancer.base import Priority
-from gpumesh.errors import GPUMeshError
 from gpumesh.lab import demo_hosts
 from gpumesh.lab.lab import Lab
 
 
 async def talk(file: Path, model: str | None) -> None:
-    async with gpumesh.Mesh.from_file(file) as mesh:
-        # Tunnels open side by side; a request needs no more than the first node that is ready.
-        await mesh.wait_usable(model, timeout_s=20)
-
+    async with gpumesh.connect(file) as mesh:
         # What is there. Every figure that `gpumesh status` shows is in here; unknown is None.
-        state = await mesh.wait_first_report(timeout_s=10)
-        for node in state.nodes:
+        for node in (await mesh.status()).nodes:
             gpus = ", ".join(gpu.name for gpu in node.gpus or ()) or "no GPU known"
             print(f"{node.name}: {node.health}, {gpus}, models: {', '.join(node.backend.models) or 'none'}")
-        chosen = model or next(name for node in state.nodes for name in node.backend.models)
+        chosen = model or (await mesh.models())[0].name
 
         # One answer as it comes. Leaving the block early stops the generation on the host.
-        async with mesh.chat(chosen, "Why is the sky blue?", priority=Priority.INTERACTIVE) as stream:
-            async for chunk in stream:
+        async with mesh.chat(chosen, "Why is the sky blue?", priority="interactive") as reply:
+            async for chunk in reply:
                 print(chunk.text, end="", flush=True)
-        rate = None if stream.counters is None else stream.counters.tokens_per_s
-        print(f"\n({stream.node}, {rate or 0:.0f} tokens/s)")
+        answer = await reply  # the whole, with its figures
+        print(f"\n({answer.node}, {answer.tokens_per_s or 0:.0f} tokens/s)")
 
-        # Many at once: the mesh holds what cannot run yet, so they may all be started. `batch` lets others go first.
-        async def ask(number: int) -> str:
-            request = ChatRequest(
-                chosen, (Message("user", f"Say {number}"),), options={"num_predict": 12}, stream=False
-            )
-            stream = mesh.chat(request, priority=Priority.BATCH, timeout_s=120)
-            said = "".join([chunk.text async for chunk in stream])
-            return f"{number:2} by {stream.node}: {said[:60]}"
-
-        for answer in await asyncio.gather(*(ask(number) for number in range(8))):
-            print(answer)
+        # Many: a few at a time, results in order. They have the priority `batch`, which lets others go first.
+        prompts = (f"Say {number}" for number in range(8))
+        async for result in mesh.run_many(prompts, model=chosen, options={"num_predict": 12}, timeout=120):
+            print(f"{result.index:2} by {result.result().node}: {result.text[:60]}")
 
         # What went wrong is one kind of exception, with a sentence for people and what to do about it.
         try:
-            async with mesh.chat("no-such-model", "Hello?"):
-                pass
-        except GPUMeshError as error:
+            await mesh.chat("no-such-model", [{"role": "user", "content": "Hello?"}])
+        except gpumesh.GPUMeshError as error:
             print(f"{type(error).__name__}: {error.message}; {error.hint}")
 
 

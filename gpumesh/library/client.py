@@ -272,9 +272,9 @@ class MeshClient:
         return list_models(await self.status())
 
     async def status(self) -> MeshState:
-        """The state of the mesh, as `gpumesh status --json` shows it. Nodes that were just opened get up to 4 s for
-        their first report. Raises GPUMeshError."""
-        return await self._require_open().session.wait_first_report(mesh_access.FIRST_REPORT_TIMEOUT_S)
+        """The state of the mesh, as `gpumesh status --json` shows it. Nodes that were just opened get up to 10 s
+        for their first report. Raises GPUMeshError."""
+        return await self._require_open().first_report()
 
     # -- clients of other packages -------------------------------------------------------------------------------
 

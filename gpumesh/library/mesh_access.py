@@ -23,10 +23,11 @@ from gpumesh.library.gateway_link import GatewayAddress
 from gpumesh.mesh.learned_state import LearnedState
 from gpumesh.mesh.mesh import Mesh
 from gpumesh.mesh.models.default_model import choose_model
+from gpumesh.state import MeshState
 from gpumesh.topology import BackendKind, GatewaySpec, Topology
 from gpumesh.tunnels.local_system.socket_folders import private_folder
 
-FIRST_REPORT_TIMEOUT_S = 4.0  # the default model and the lists of models wait so long for slow nodes
+FIRST_REPORT_TIMEOUT_S = 10.0  # the status, the models and the default model wait so long for slow nodes
 KIND_VALID_S = 30.0  # so long it is remembered which API a model needs
 
 
@@ -51,7 +52,12 @@ class MeshAccess:
         default = self.topology.gateway.default_model
         if default is not None:
             return default
-        return choose_model(await self.session.wait_first_report(FIRST_REPORT_TIMEOUT_S), node)
+        return choose_model(await self.first_report(), node)
+
+    async def first_report(self) -> MeshState:
+        """The state, as soon as each node was probed or is known to be out of reach, at the latest after
+        ``FIRST_REPORT_TIMEOUT_S``."""
+        return await self.session.wait_first_report(FIRST_REPORT_TIMEOUT_S)
 
 
 class ModelKinds:
@@ -69,7 +75,7 @@ class ModelKinds:
             return True
         now = asyncio.get_running_loop().time()
         if model not in self._native or now - self._read_at > KIND_VALID_S:
-            state = await self._access.session.wait_first_report(FIRST_REPORT_TIMEOUT_S)
+            state = await self._access.first_report()
             self._read_at = now
             native: dict[str, bool] = {}
             for node in state.nodes:

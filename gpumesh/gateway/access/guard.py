@@ -145,7 +145,7 @@ class Guard:
             "Access-Control-Allow-Headers": headers.get("access-control-request-headers") or "*, Authorization",
             "Access-Control-Allow-Methods": "GET, HEAD, POST, DELETE, OPTIONS",
             "Access-Control-Expose-Headers": "X-GPUMesh-Node, X-GPUMesh-Model, X-GPUMesh-Attempts, X-GPUMesh-Queue-Ms, "
-            "X-GPUMesh-Why, X-Request-Id",
+            "X-GPUMesh-Why, X-GPUMesh-Error, X-Request-Id",
             "Access-Control-Max-Age": "600",  # seconds in which the browser need not send another preflight
             "Vary": "Origin",
         }
