@@ -31,7 +31,7 @@ FOR_BROWSERS = {
     "referrer-policy": "no-referrer",
 }
 OURS = {"server", "date", "content-length", "transfer-encoding", "connection", "content-type", *FOR_BROWSERS}
-FATE = {"x-gpumesh-node", "x-gpumesh-attempts", "x-gpumesh-queue-ms"}
+FATE = {"x-gpumesh-node", "x-gpumesh-attempts", "x-gpumesh-queue-ms", "x-gpumesh-error"}
 EVIL_HEADERS = (
     b'Set-Cookie: gpumesh=evil; Path=/\r\nService-Worker-Allowed: /\r\nClear-Site-Data: "*"\r\n'
     b"Access-Control-Allow-Origin: *\r\nAccess-Control-Allow-Credentials: true\r\nAccess-Control-Allow-Headers: *\r\n"
