@@ -57,7 +57,8 @@ class SyncReply:
                     return
                 yield chunk
         finally:  # an early exit stops the generation on the host
-            self._thread.call(self._reply.aclose())
+            if self._thread.is_running:  # else the mesh was closed first, which has ended all requests
+                self._thread.call(self._reply.aclose())
 
     def result(self) -> Completion:
         """The whole answer."""
@@ -297,7 +298,8 @@ class SyncMeshClient:
                     return
                 yield result
         finally:  # an early exit cancels the prompts under way
-            thread.call(results.aclose())
+            if thread.is_running:
+                thread.call(results.aclose())
 
     def models(self) -> tuple[FleetModel, ...]:
         """As ``MeshClient.models``."""

@@ -31,9 +31,8 @@ class LoopThread:
         return f"<LoopThread {self._thread.name} {'RUNNING' if self._thread.is_alive() else 'STOPPED'}>"
 
     @property
-    def is_current(self) -> bool:
-        """Whether the caller runs in this thread: there it must not wait for the thread's own work."""
-        return threading.current_thread() is self._thread
+    def is_running(self) -> bool:
+        return self._thread.is_alive()
 
     def start(self) -> None:
         self._thread.start()
@@ -46,7 +45,12 @@ class LoopThread:
 
     def call(self, work: Coroutine[Any, Any, T]) -> T:
         """Runs a coroutine in the thread's loop, and returns its result. If the caller is interrupted (Ctrl-C), the
-        coroutine is cancelled."""
+        coroutine is cancelled. Raises RuntimeError if the thread was stopped, and if the caller runs in this thread: it
+        would wait for itself."""
+        if not self.is_running or threading.current_thread() is self._thread:
+            work.close()
+            reason = "has ended" if not self.is_running else "cannot wait for itself"
+            raise RuntimeError(f"the thread {self._thread.name} {reason}")
         future = self.submit(work)
         try:
             return future.result()

@@ -112,6 +112,14 @@ def test_what_is_joined_reports_errors_of_the_gateway(running_mesh: None) -> Non
         with pytest.raises(gpumesh.BackendStatus) as refused:
             _ = mesh.chat("nomic-embed-text", "hi").text
         assert (refused.value.status, refused.value.node in ("one", "two")) == (400, True)
+        pieces = iter(mesh.chat("qwen2.5:7b", "hi"))
+        assert next(pieces).text
+        inside = (mesh.chat("qwen2.5:7b", "hi").text for _ in range(1))  # run_many reads it in the mesh's own thread
+        with pytest.raises(RuntimeError, match="cannot wait for itself"):
+            next(mesh.run_many(inside, model="qwen2.5:7b"))
         client = mesh.ollama_client()
         assert client.chat(model="qwen2.5:7b", messages=[{"role": "user", "content": "hi"}]).message.content
         client._client.close()
+    pieces.close()  # type: ignore[attr-defined]  # after the mesh: it must neither hang nor warn
+    with pytest.raises(RuntimeError, match="is not open"):
+        mesh.status()
