@@ -72,7 +72,9 @@ async def test_who_does_not_wait_for_the_report_knows_that_it_runs(two: Simulate
     command = (sys.executable, "-c", PATIENT_COMMAND, "up", "-d")
     async with run_on_terminal(command, env=two.gpumesh.environment(), cwd=two.gpumesh.home) as shown:
         await shown.wait_for_text("`gpumesh down` stops it")
-        assert re.search(r"runs in the background \(pid \d+\), serving http://127\.0\.0\.1:\d+ \(page: /ui\);", shown.plain_text)
+        assert re.search(
+            r"runs in the background \(pid \d+\), serving http://127\.0\.0\.1:\d+ \(page: /ui\);", shown.plain_text
+        )
         assert "nodes up" not in shown.plain_text
         shown.press("\x03")
         assert await shown.wait_exit() == 130
