@@ -54,7 +54,7 @@ class NodeChoice:
         *,
         despite_breaker: bool = False,
     ) -> list[NodeAccount]:
-        # A model is never broken for a request about the model store.
+        # A request about the model store does not run the model, so it may go to a node where the model is broken.
         model = None if demand.model is None or not demand.needs_slot else full_name(demand.model)
         accounts: list[NodeAccount] = []
         for account in among:
@@ -69,7 +69,7 @@ class NodeChoice:
                 accounts.append(account)
         return accounts
 
-    def compared(
+    def nodes_to_compare(
         self, demand: Demand, work: Work, now: float, *, exclude: Collection[str], is_new: bool = False
     ) -> list[NodeAccount]:
         """The nodes to compare for this demand: all that can serve it, or in a large fleet a few of them. ``is_new``:
@@ -79,12 +79,14 @@ class NodeChoice:
             return self.shortlist.pick(demand, work.cached, now, exclude=exclude, needs_free=is_new)
         return self._filter(self._accounts.values(), demand, now, exclude)
 
-    def compared_free(self, demand: Demand, work: Work, now: float, *, exclude: Collection[str]) -> list[NodeAccount]:
-        """The ``compared`` nodes that have a free slot."""
+    def free_nodes_to_compare(
+        self, demand: Demand, work: Work, now: float, *, exclude: Collection[str]
+    ) -> list[NodeAccount]:
+        """The ``nodes_to_compare`` that have a free slot."""
         if demand.node is None and self.shortlist.is_needed and not self.shortlist.table(demand, now).has_free:
             return []
         model = None if demand.residency is None else demand.residency.model
-        accounts = self.compared(demand, work, now, exclude=exclude)
+        accounts = self.nodes_to_compare(demand, work, now, exclude=exclude)
         return [account for account in accounts if account.has_room(model, now)]
 
     def count_warm_slots(self, demand: Demand, accounts: Collection[NodeAccount], now: float) -> int:
@@ -112,7 +114,7 @@ class NodeChoice:
         choice = self.policy.accept_at_once(account, question)
         if choice.chosen is not None:
             return choice, (account,)
-        accounts = self.compared(question.demand, question.work, question.now, exclude=exclude)
+        accounts = self.nodes_to_compare(question.demand, question.work, question.now, exclude=exclude)
         if account not in accounts:  # a shortlist may lack it
             accounts.append(account)
         ask = partial(self.policy.accept, account, known=choice.considered)

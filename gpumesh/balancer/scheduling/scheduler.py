@@ -88,7 +88,7 @@ class Scheduler:
         self.roster = Roster(
             self.accounts, self.experience, self.choice, self.slow_nodes, copies, self._pauses, self._changed
         )
-        self._refused: Refused | None = None  # the last request that ``place_now`` did not place
+        self._refused: Refused | None = None  # by the last ``place_now``; ``wait`` uses its answer
 
     def __repr__(self) -> str:
         return f"<Scheduler {len(self.accounts)} nodes, {self.queue.size} waiting>"
@@ -111,17 +111,18 @@ class Scheduler:
         may_wait: bool = True,
     ) -> Placement | None:
         """Places the request on the best node. Returns ``None`` if it should wait: no node that could serve it has a
-        free slot, or another is clearly worth waiting for. If it may not wait, it takes the best free slot."""
-        asked = demand
+        free slot, or another node is clearly worth waiting for. If it may not wait, it takes the best free slot.
+        ``despite_breaker``: a node whose breaker is open may be taken too."""
+        original_demand = demand
         if demand.residency is None:
             demand = with_residency(demand)
         work = self.experience.estimate(demand)
         if despite_breaker:
             accounts = self.choice.select(demand, now, exclude=exclude, despite_breaker=True)
         else:
-            accounts = self.choice.compared(demand, work, now, exclude=exclude, is_new=True)
+            accounts = self.choice.nodes_to_compare(demand, work, now, exclude=exclude, is_new=True)
         if not accounts:
-            self._refused = Refused(asked, demand, work, NO_CHOICE)
+            self._refused = Refused(original_demand, demand, work, NO_CHOICE)
             return None
         chosen: Forecast | None = None
         if len(accounts) == 1 and not self.queue.size:  # if the only node has a free slot, there is no choice
@@ -132,7 +133,7 @@ class Scheduler:
             choice = self.slow_nodes.find_probe(question) or self.choice.choose(question, exclude)
             chosen, considered = choice.chosen, choice.considered
             if chosen is None:
-                self._refused = Refused(asked, demand, work, choice)
+                self._refused = Refused(original_demand, demand, work, choice)
                 return None
         self.slow_nodes.record_choice(chosen.node, accounts, now)
         if demand.residency is not None:
@@ -155,13 +156,13 @@ class Scheduler:
         """Puts the request into the queue. ``accepted_at`` is given for a request that has failed on a node: it
         keeps its old place, and is added even to a full queue. Otherwise raises OverflowError if the queue is full."""
         refused, self._refused = self._refused, None
-        if refused is not None and refused.asked is demand:
+        if refused is not None and refused.original_demand is demand:
             _, demand, work, choice = refused
         else:
             # Asked before the request is in the queue, where its own work would count as work that waits before it.
             demand = with_residency(demand)
             work = self.experience.estimate(demand)
-            accounts = self.choice.compared(demand, work, now, exclude=exclude, is_new=True)
+            accounts = self.choice.nodes_to_compare(demand, work, now, exclude=exclude, is_new=True)
             question = self._question(accounts, demand, work, now)
             choice = self.choice.choose(question, exclude) if accounts else NO_CHOICE
         entry = self.queue.add(
@@ -283,13 +284,14 @@ class Scheduler:
         self._fleet.copies.update(account)
 
     def note_failed(self, placed: PlacedRequest) -> None:
-        """The request has ended without success. If the server had to load the model for it, the load may have failed
-        too. If the load goes on, the server's next report shows this."""
-        if placed.is_charged and placed.first_token_at is None:  # the client must not lose its place by the failure
+        """Called after ``end`` if the request had no success. If the server had to load the model for it, the load may
+        have failed too. If the load goes on, the server's next report shows this."""
+        if placed.is_charged and placed.first_token_at is None:  # the server gave nothing: takes the charge back
             self.queue.charge(placed.demand.priority, placed.demand.client, -placed.work.cost)
         account, model = placed.account, placed.model
-        is_awaited = model is not None and account.residency.load_ends_at(model) is not None
-        if model is not None and is_awaited and placed.needs_load and model not in account.placed_by_model:
+        is_loading = model is not None and account.residency.load_ends_at(model) is not None
+        # If other requests for the model are still on the node, the load may go on for them.
+        if model is not None and is_loading and placed.needs_load and model not in account.placed_by_model:
             account.residency.note_failed_load(model)
             self._fleet.copies.update(account)
 
@@ -360,19 +362,19 @@ class Scheduler:
         among = [group for group in self.groups() if can_serve(account, group, now)]
         groups = [group for group in among if not self._refused_loads.holds_for(group, account, now)]
         while groups:
-            found = self._look_ahead.find_next(account, groups, now)
-            if found is None:
+            next_request = self._look_ahead.find_next(account, groups, now)
+            if next_request is None:
                 return None
-            entry, work = found
+            entry, work = next_request
             waiting = entry.payload
             waited_s = 0.0 if waiting.offered_at is None else now - waiting.offered_at
             own_work = 0.0 if waiting.exclude else entry.work  # otherwise it is in another group
             question = self._question((), waiting.demand, work, now, waited_s=waited_s, own_work=own_work)
-            choice, compared = self.choice.accept(account, question, waiting.exclude)
+            choice, compared_accounts = self.choice.accept(account, question, waiting.exclude)
             if choice.chosen is not None:
                 self.queue.take(entry, among)
                 placement = self._place(choice.chosen, choice.considered, waiting.demand, work, now)
-                self.slow_nodes.record_choice(choice.chosen.node, compared, now)
+                self.slow_nodes.record_choice(choice.chosen.node, compared_accounts, now)
                 placement.placed.is_charged = True
                 return entry, placement
             is_due = waiting.patience_until is None or waiting.patience_until <= now
@@ -388,11 +390,11 @@ class Scheduler:
 
     def _end_patience(self, now: float) -> None:
         """Lets the requests that have waited long enough for a better node take any free slot from now on. If such a
-        request has left the queue, the next request of its group may do so: it was perhaps never asked."""
+        request has left the queue, its group keeps this right, because no slot may have been offered to the others."""
         for entry in self._patience.take_ended(now):
             if self.queue.size_of(entry.group):
                 waiting = entry.payload
                 self._refused_loads.note_end_of_patience(cast("Group", entry.group), now)
                 work = self.experience.estimate(waiting.demand)
-                for account in self.choice.compared_free(waiting.demand, work, now, exclude=waiting.exclude):
+                for account in self.choice.free_nodes_to_compare(waiting.demand, work, now, exclude=waiting.exclude):
                     self._changed[account.name] = account

@@ -58,10 +58,10 @@ class Waiting:
 
 
 class Refused(NamedTuple):
-    """A new request that was not placed at once: the demand as it was asked for, and with its residency key; its work,
-    and what the policy has answered."""
+    """A new request that was not placed at once. ``original_demand`` is the caller's own object, by which ``wait``
+    recognizes the request. ``demand`` is the same with its residency key. ``choice`` is the answer of the policy."""
 
-    asked: Demand
+    original_demand: Demand
     demand: Demand
     work: Work
     choice: Choice
@@ -129,7 +129,7 @@ class Pauses:
         if not self._accounts:  # nearly always
             return []
         accounts = list(self._accounts.values())
-        ended = [item for item in accounts if item.breaker.open_until is None or item.breaker.open_until <= now]
+        ended = [node for node in accounts if node.breaker.open_until is None or node.breaker.open_until <= now]
         for account in ended:
             del self._accounts[account.name]
         return ended
