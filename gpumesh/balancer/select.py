@@ -104,7 +104,8 @@ def allows_node(demand: Demand, name: str) -> bool:
 
 def meets_demand(candidate: Candidate, demand: Demand) -> bool:
     """Whether the node can serve the demand when it is usable and has a free slot: it suits the demand, and the model
-    is not broken there. A demand that needs no slot is about the model store, for which a model is never broken."""
+    is not broken there. A demand that needs no slot is about the model store: it does not run the model, so it does
+    not matter whether the model is broken."""
     is_broken = demand.needs_slot and is_model_broken(candidate, demand.model)
     return not is_broken and suits_demand(candidate, demand)
 

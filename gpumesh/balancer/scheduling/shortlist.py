@@ -30,16 +30,16 @@ from gpumesh.topology import BackendKind
 
 MAX_RANKED_WHOLE = 24  # a fleet with no more nodes is ranked whole
 MAX_TABLES = 64  # a client can ask for any context length, and each length makes a table
-# How many nodes of each sort are ranked. Each ranked node costs time. Of the nodes with the model in memory and a free
-# slot, two of each of the fastest classes of pace are taken. The other sorts matter only if these nodes are few or
-# slow.
-WITH_PREFIX = 3
-PREFERRED = 4
-WARM_FREE = 4
-FROM_EACH_PACE_CLASS = 2
+# The most nodes of each sort that are ranked: each ranked node costs time. Of the nodes with the model in memory and a
+# free slot, two of each of the fastest classes of pace are taken. The other sorts matter only if these nodes are few
+# or slow.
+MAX_CACHED = 3
+MAX_PREFERRED = 4
+MAX_WARM_FREE = 4
+MAX_FROM_PACE_CLASS = 2
 PACE_CLASSES = 4  # classes of pace between a node and a node that is twice as fast
-COLD_FREE = 1
-WARM_FULL = 2
+MAX_COLD_FREE = 1
+MAX_WARM_FULL = 2
 # A node that cannot load the model now (another load runs, or a model must stay) is looked at again after this time.
 MIN_BLOCKED_S, MAX_BLOCKED_S = 0.01, 1.0
 
@@ -243,7 +243,7 @@ class NodeTable:
         remaining: list[Iterator[NodeAccount]] = []
         for pace in paces:
             nodes = self._bags[tier, Bag.WARM_FREE, pace].shuffled(rng)
-            yield from islice(nodes, FROM_EACH_PACE_CLASS)
+            yield from islice(nodes, MAX_FROM_PACE_CLASS)
             remaining.append(nodes)
         for nodes in remaining:
             yield from nodes
@@ -312,9 +312,7 @@ class Shortlist:
         if len(table) <= MAX_RANKED_WHOLE:
             return [account for account in table if usable.allows(account)]
         if cached:
-            names = (
-                cached if len(cached) <= WITH_PREFIX else heapq.nlargest(WITH_PREFIX, cached, key=cached.__getitem__)
-            )
+            names = cached if len(cached) <= MAX_CACHED else heapq.nlargest(MAX_CACHED, cached, key=cached.__getitem__)
             self._add_named(picked, names, table, usable)
         if needs_free and not table.has_free:
             # A node that must not load the model yet may have a free slot all the same.
@@ -323,7 +321,7 @@ class Shortlist:
                 return []
         if demand.preferred_nodes:
             free = [name for name in sorted(demand.preferred_nodes) if table.is_free(name)]
-            self._add_named(picked, self._rng.sample(free, min(len(free), PREFERRED)), table, usable)
+            self._add_named(picked, self._rng.sample(free, min(len(free), MAX_PREFERRED)), table, usable)
         has_warm_full = False
         tiers_with_free = 0
         for tier in table.tiers:
@@ -331,7 +329,7 @@ class Shortlist:
                 tiers_with_free += self._add_free(picked, table, tier, usable)
             if not has_warm_full:
                 size = len(picked)
-                self._add_drawn(picked, table.draw(tier, Bag.WARM_FULL, self._rng), WARM_FULL, usable)
+                self._add_drawn(picked, table.draw(tier, Bag.WARM_FULL, self._rng), MAX_WARM_FULL, usable)
                 has_warm_full = len(picked) > size
         return list(picked.values())
 
@@ -339,10 +337,10 @@ class Shortlist:
         """Adds nodes of this tier with a free slot: nodes that have the model in memory, and empty nodes. Adds a node
         where the load pushes out another model only if there are no such nodes. Returns whether any node was added."""
         size = len(picked)
-        self._add_drawn(picked, table.draw_fastest(tier, self._rng), WARM_FREE, usable)
-        self._add_drawn(picked, table.draw(tier, Bag.EMPTY_FREE, self._rng), COLD_FREE, usable)
+        self._add_drawn(picked, table.draw_fastest(tier, self._rng), MAX_WARM_FREE, usable)
+        self._add_drawn(picked, table.draw(tier, Bag.EMPTY_FREE, self._rng), MAX_COLD_FREE, usable)
         if len(picked) == size:
-            self._add_drawn(picked, table.draw(tier, Bag.COLD_FREE, self._rng), COLD_FREE, usable)
+            self._add_drawn(picked, table.draw(tier, Bag.COLD_FREE, self._rng), MAX_COLD_FREE, usable)
         return len(picked) > size
 
     def _add_named(
@@ -387,7 +385,7 @@ class _UsableCheck:
     def __init__(self, demand: Demand, now: float, exclude: Collection[str]) -> None:
         self._exclude = exclude
         self._now = now
-        # A model is never broken for a request about the model store.
+        # A request about the model store does not run the model, so it may go to a node where the model is broken.
         self._model = full_name(demand.model) if demand.model is not None and demand.needs_slot else None
 
     def allows(self, account: NodeAccount) -> bool:
