@@ -36,9 +36,9 @@ MISS_DOUBT = 2
 HIT_DOUBT = -1
 MAX_DOUBT = 6
 HITS_TO_GROW = 16  # after so many hits without a miss, the estimate grows by one sequence, up to the first estimate
-# A surprise is a prompt in the server's cache that we believed to be gone. After so many surprises without a miss, the
-# estimate grows by a half.
-SURPRISES_TO_GROW = 3
+# An unexpected hit is a prompt in the server's cache that we believed to be gone. After so many unexpected hits without
+# a miss, the estimate grows by a half.
+UNEXPECTED_HITS_TO_GROW = 3
 
 
 def count_read_tokens(counters: ServerCounters, prefill_tokens_per_s: float | None) -> float | None:
@@ -70,7 +70,7 @@ class CacheSize:
         "_hits",
         "_least_bytes",
         "_per_slot",
-        "_surprises",
+        "_unexpected_hits",
         "sequences",
     )
 
@@ -81,7 +81,7 @@ class CacheSize:
         self._least_bytes = least_bytes
         self.sequences = self._first_sequences = DEFAULT_SLOTS * sequences_per_slot
         self._first_bytes = LEAST_BYTES
-        self._doubt = self._hits = self._surprises = 0
+        self._doubt = self._hits = self._unexpected_hits = 0
 
     def __repr__(self) -> str:
         return f"<CacheSize {self.sequences} of {self._first_sequences} sequences, {self.max_bytes} bytes>"
@@ -125,10 +125,10 @@ class CacheSize:
             return
         cached_share = max(1.0 - read_tokens / prompt_tokens, 0.0)
         cached_bytes = cached_share * prompt_bytes
-        # Twice ``believed_bytes``, which count only the earlier prompt. In a conversation the server also has its
-        # earlier answer in the cache, and this answer is a part of the new prompt.
+        # In a conversation the new prompt repeats the earlier prompt and the earlier answer. The server has both in its
+        # cache, but ``believed_bytes`` counts only the earlier prompt. So up to twice as many bytes are expected.
         if cached_bytes >= 2 * believed_bytes + MIN_PROVEN_BYTES:
-            self._count_surprise()
+            self._count_unexpected_hit()
         elif believed_bytes < MIN_PROVEN_BYTES:
             return
         elif cached_bytes < MISS_SHARE * believed_bytes:
@@ -146,17 +146,17 @@ class CacheSize:
             if self.sequences < self._first_sequences:
                 self.sequences += 1
 
-    def _count_surprise(self) -> None:
-        """Counts a prompt that was in the cache although we believed it to be gone. Some surprises add a half."""
-        self._surprises += 1
-        if self._surprises >= SURPRISES_TO_GROW:
-            self._surprises = 0
+    def _count_unexpected_hit(self) -> None:
+        """Counts a prompt that was in the cache although we believed it to be gone. Some such hits add a half."""
+        self._unexpected_hits += 1
+        if self._unexpected_hits >= UNEXPECTED_HITS_TO_GROW:
+            self._unexpected_hits = 0
             self.sequences = min(self.sequences + max(self.sequences // 2, 1), MAX_SEQUENCES)
 
     def _count_miss(self, held_sequences: int) -> None:
         """Counts a prompt that was not in the cache although we believed it to be there. Some misses halve the
         estimate."""
-        self._hits = self._surprises = 0
+        self._hits = self._unexpected_hits = 0
         self._doubt += MISS_DOUBT
         if self._doubt >= MAX_DOUBT:
             self._doubt = 0

@@ -15,7 +15,7 @@ from gpumesh.balancer.prefixes.cache_size import (
     MAX_BYTES,
     MAX_SEQUENCES,
     SEQUENCES_PER_SLOT,
-    SURPRISES_TO_GROW,
+    UNEXPECTED_HITS_TO_GROW,
     CacheSize,
     count_read_tokens,
 )
@@ -109,21 +109,21 @@ def test_a_server_without_a_cache_is_believed_to_have_nothing_until_it_shows_one
     for _ in range(3 * STATED.bit_length()):
         miss(size)
     assert size.sequences == 0
-    for _ in range(SURPRISES_TO_GROW):
+    for _ in range(UNEXPECTED_HITS_TO_GROW):
         hit(size, believed_bytes=0)
     assert size.sequences == 1
 
 
 def test_a_server_that_has_more_than_believed_keeps_more() -> None:
     size = make_size()
-    for _ in range(SURPRISES_TO_GROW):
+    for _ in range(UNEXPECTED_HITS_TO_GROW):
         assert size.sequences == STATED
         hit(size, believed_bytes=2000)  # only the system prompt was believed to be there
     assert (size.sequences, size.max_bytes) == (STATED * 3 // 2, STATED_BYTES * 3 // 2)
     for _ in range(2 * HITS_TO_GROW):
         hit(size)
     assert size.sequences == STATED * 3 // 2  # hits alone do not prove more
-    for _ in range(100 * SURPRISES_TO_GROW):
+    for _ in range(100 * UNEXPECTED_HITS_TO_GROW):
         hit(size, believed_bytes=0)
     assert size.sequences == MAX_SEQUENCES
 
