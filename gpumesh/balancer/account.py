@@ -364,11 +364,12 @@ class NodeAccount:
             self.placed_by_model[model] = remaining_count
         else:
             self.placed_by_model.pop(model, None)
-        if placed.counted_from is None:
+        if placed.counted_from is None:  # its prompt was still being read
             self._end_read(now)
         else:
             self._decode_ends_sum -= placed.ends_at
             self.activity.end_stream(now)
+        # Until here the two fields are the meter's readings at the placing, from here on what the request has used.
         placed.gpu_s, placed.energy_j = self.activity.gpu_s - placed.gpu_s, self.activity.energy_j - placed.energy_j
 
     def mean_streams(self, placed: PlacedRequest, now: float) -> float:

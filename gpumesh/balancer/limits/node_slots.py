@@ -124,11 +124,12 @@ class NodeSlots:
         return 0 if slots is None else slots.in_flight
 
     def max_in_flight(self, model: str, now: float) -> int:
-        """The most requests of this model that may be in flight now."""
+        """The most requests of this model that may be in flight now (``ParallelLimit.max_in_flight``)."""
         slots = self._models.get(model)
         limit = _FIRST_GUESS if slots is None else slots.limit
+        # The usual case, written out here because each decision asks: the next line would give the same number.
         if limit.ceiling_until is not None and now < limit.ceiling_until and limit.trials_left <= 0:
-            return limit.proven  # nearly always: ``limit.max_in_flight`` would say the same
+            return limit.proven
         return limit.max_in_flight(now)
 
     def send(self, model: str, now: float) -> SentRequest:

@@ -114,7 +114,8 @@ class Residency:
     def next_load_starts_at(self, now: float) -> float:
         """The time at which a further load can start: when the last of the running loads ends, because a server loads
         one model at a time. ``now`` if none runs."""
-        return max((item.loading_until for item in self.loaded.values() if item.loading_until is not None), default=now)
+        load_ends = (model.loading_until for model in self.loaded.values())
+        return max((end for end in load_ends if end is not None), default=now)
 
     def pushed_out_by(self, key: ResidencyKey, busy: Mapping[str, int]) -> Sequence[str]:
         """The full names of the models that the server would unload to load this one. ``busy``: the number of running

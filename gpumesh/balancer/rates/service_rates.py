@@ -69,8 +69,8 @@ class _StoredRates(msgspec.Struct, forbid_unknown_fields=True):
 
 class MeasuredRates(NamedTuple):
     """The rates of one model on one node, as measured there; ``None``: not measured. ``token_s`` are the seconds for a
-    token of a lone stream, ``share`` the share that each neighbour takes, ``read_token_s`` the seconds to read a token
-    of a prompt, ``load_s`` those of a load."""
+    token of a lone stream. Each other stream at the same time makes a token take ``share * token_s`` longer.
+    ``read_token_s`` are the seconds to read a token of a prompt, ``load_s`` those of a load."""
 
     token_s: float | None
     share: float | None
@@ -79,10 +79,9 @@ class MeasuredRates(NamedTuple):
 
 
 class Pace(msgspec.Struct, frozen=True, gc=False):
-    """How fast a node works with one model, as far as anything is known. ``token_s`` are the seconds for a token of a
-    lone stream, ``share`` the share that each neighbour takes, ``read_token_s`` the seconds to read a token of a
-    prompt. ``fallback_answers``: if a part of these rates was not measured on this node, but comes from ``fallback``,
-    the number of answers from which ``fallback`` had learned; ``None``: all were measured on this node."""
+    """How fast a node works with one model, as far as anything is known. ``token_s``, ``share`` and ``read_token_s``
+    are as in ``MeasuredRates``. ``fallback_answers``: if a part of these rates was not measured on this node, but comes
+    from ``fallback``, the number of answers from which ``fallback`` had learned; ``None``: all were measured here."""
 
     token_s: float
     share: float
@@ -166,13 +165,16 @@ class ServiceRates:
         return not (self._decode or self._prefill or self._load)
 
     def measured(self) -> dict[str, MeasuredRates]:
-        """What was measured on this node, by the model's full name."""
+        """What was measured on this node, by the model's full name (units: ``MeasuredRates``)."""
         rates: dict[str, MeasuredRates] = {}
         for model in {**self._decode, **self._prefill, **self._load}:
             decode, prefill = self._decode.get(model), self._prefill.get(model)
-            token_s, share = (None, None) if decode is None else (decode.token_s, decode.measured_share)
-            read_token_s = None if prefill is None else prefill.token_s
-            rates[model] = MeasuredRates(token_s, share, read_token_s, self._load.get(model))
+            rates[model] = MeasuredRates(
+                token_s=None if decode is None else decode.token_s,
+                share=None if decode is None else decode.measured_share,
+                read_token_s=None if prefill is None else prefill.token_s,
+                load_s=self._load.get(model),
+            )
         return rates
 
     def is_measured(self, model: str) -> bool:

@@ -119,7 +119,7 @@ def _bytes_per_token(request: SimulatedRequest) -> float:
 def _agrees(residency: Residency, reported: Mapping[str, tuple[int, int]]) -> bool:
     """Whether the models that the balancer believes to be loaded are the reported models, and no load is expected."""
     loaded = residency.loaded
-    return loaded.keys() == reported.keys() and all(item.loading_until is None for item in loaded.values())
+    return loaded.keys() == reported.keys() and all(model.loading_until is None for model in loaded.values())
 
 
 def _grant(job: object, placement: Placement) -> Grant:

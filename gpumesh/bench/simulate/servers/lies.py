@@ -61,17 +61,20 @@ class ServerLies:
             self.listed = listed
 
     def final_counters(self, attempt: Attempt, now: float) -> ServerCounters:
-        """The counters in the final frame of the answer. Durations are in ms."""
-        factor = 1000.0 * self._duration_factor
+        """The counters in the final frame of the answer, with the lies. Durations are in ms."""
+        reported_ms_per_s = 1000.0 * self._duration_factor
         eval_s = now - attempt.first_token_at
+        # A part of the time of generation that the server reports as time of reading (negative: the reverse). So the
+        # reported total stays true.
         shifted_s = eval_s * (1.0 - self._eval_factor)
+        reported_prompt_s = max(attempt.first_token_at - attempt.slot_at + shifted_s, 0.0)
         return ServerCounters(
             prompt_tokens=self._count(attempt.job.prompt_tokens),
             tokens=self._count(attempt.job.tokens_left),
-            total_ms=(now - attempt.arrived_at) * factor,
-            load_ms=(attempt.ready_at - attempt.arrived_at) * factor,
-            prompt_ms=max(attempt.first_token_at - attempt.slot_at + shifted_s, 0.0) * factor,
-            eval_ms=(eval_s - shifted_s) * factor,
+            total_ms=(now - attempt.arrived_at) * reported_ms_per_s,
+            load_ms=(attempt.ready_at - attempt.arrived_at) * reported_ms_per_s,
+            prompt_ms=reported_prompt_s * reported_ms_per_s,
+            eval_ms=(eval_s - shifted_s) * reported_ms_per_s,
         )
 
     def _count(self, tokens: int) -> int | None:
