@@ -15,7 +15,7 @@ async def test_a_tunnel_that_a_person_has_mended_is_tried_at_once(gpumesh: Gpume
     """A refused key is tried again slowly, by itself; not when somebody asks for it."""
     async with simulated_mesh(gpumesh, quick_host("alpha")) as made:
         await made.hosts["alpha"].set_faults(Faults(ssh_refuse_key=True))
-        await gpumesh("up", "-d")
+        await gpumesh("up", "-d", code=4)
         status = await gpumesh("status")
         assert "✗ alpha" in status.out
         await made.hosts["alpha"].set_faults(Faults())
