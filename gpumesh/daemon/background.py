@@ -147,6 +147,11 @@ async def stop_background(
             leftovers.remove_leftovers()
             return False
         watch.remove_if_stale(paths)
+        killed = run_record.find_killed_mesh(paths)
+        if killed is not None:  # killed in the same moment, by somebody else
+            paths.run_record.unlink(missing_ok=True)
+            leftovers.remove_leftovers()
+            raise MeshNotRunning(f"the mesh of this file {killed}; what it left behind is removed", hint="")
         return True
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from gpumesh import config
+from gpumesh.backends.dialects import kinds_that_serve
 from gpumesh.config.credentials import is_secret_set, read_secret
 from gpumesh.config.listen_address import UNIX_PREFIX
 from gpumesh.daemon import leftovers
@@ -24,10 +25,11 @@ from gpumesh.mesh.learned_state import LearnedState
 from gpumesh.mesh.mesh import Mesh
 from gpumesh.mesh.models.default_model import choose_model
 from gpumesh.state import MeshState
-from gpumesh.topology import BackendKind, GatewaySpec, Topology
+from gpumesh.topology import GatewaySpec, Topology
 from gpumesh.tunnels.local_system.socket_folders import private_folder
 
 FIRST_REPORT_TIMEOUT_S = 10.0  # the status, the models and the default model wait so long for slow nodes
+_NATIVE_KINDS = kinds_that_serve("/api/chat")
 KIND_VALID_S = 30.0  # so long it is remembered which API a model needs
 
 
@@ -71,7 +73,7 @@ class ModelKinds:
     async def is_native(self, model: str) -> bool:
         """Whether a request for this model goes in Ollama's own API."""
         kinds = {node.backend.kind for node in self._access.topology.nodes if node.enabled}
-        if kinds <= {BackendKind.OLLAMA}:
+        if kinds <= _NATIVE_KINDS:
             return True
         now = asyncio.get_running_loop().time()
         if model not in self._native or now - self._read_at > KIND_VALID_S:
@@ -80,10 +82,10 @@ class ModelKinds:
             native: dict[str, bool] = {}
             for node in state.nodes:
                 for name in node.backend.models:
-                    native[name] = native.get(name, False) or node.backend.kind == BackendKind.OLLAMA
+                    native[name] = native.get(name, False) or node.backend.kind in _NATIVE_KINDS
             self._native = MappingProxyType(native)
             if model not in native:  # another name of a model, or one that is missing: any server can be meant
-                has_ollama = any(node.backend.kind == BackendKind.OLLAMA for node in state.nodes)
+                has_ollama = any(node.backend.kind in _NATIVE_KINDS for node in state.nodes)
                 self._native = MappingProxyType({**native, model: has_ollama})
         return self._native[model]
 

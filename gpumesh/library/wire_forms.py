@@ -15,8 +15,9 @@ from gpumesh.backends.openai import OpenAIBodyReader, OpenAIEventReader
 from gpumesh.library.arguments import Ask
 from gpumesh.library.images import media_type
 from gpumesh.library.messages import Message, ToolCall, read_tool_call
-from gpumesh.topology import BackendKind
 
+# Its requests are those that every server of OpenAI's API takes.
+_GENERIC = next(dialect for dialect in DIALECTS.values() if dialect.is_generic)
 _MAX_TOOL_CALLS = 256  # of one answer
 
 
@@ -100,7 +101,7 @@ def build_openai_call(ask: Ask, *, model: str, stream: bool) -> HttpCall:
     """The request to ``/v1/chat/completions``. ``generate`` is a chat of one message, as it is inside of Ollama."""
     texts = tuple(BackendMessage(message.role, message.content) for message in ask.messages)
     request = ChatRequest(model, texts, ask.options, stream, ask.think)
-    call = DIALECTS[BackendKind.OPENAI].build_chat_call(request)
+    call = _GENERIC.build_chat_call(request)
     body: dict[str, Any] = json.loads(call.body)
     body["messages"] = [_openai_message(message, number) for number, message in enumerate(ask.messages)]
     if ask.tools:
