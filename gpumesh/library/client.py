@@ -7,7 +7,7 @@ from collections.abc import AsyncIterable, AsyncIterator, Iterable, Mapping, Seq
 from contextlib import AsyncExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from gpumesh.event_loop.async_iterators import closing_iterator
 from gpumesh.library import arguments, batch, mesh_access, other_clients
@@ -41,6 +41,15 @@ def connect(config: str | Path | None = None, *, api_key: str | None = None) -> 
     return MeshClient(config, api_key=api_key)
 
 
+class _OpenMesh(NamedTuple):
+    """What a client has while it is open."""
+
+    access: MeshAccess
+    link: GatewayLink
+    model_kinds: ModelKinds
+    tasks: asyncio.TaskGroup
+
+
 class MeshClient:
     """A mesh, inside ``async with``. All methods may be called from many tasks at the same time."""
 
@@ -50,34 +59,34 @@ class MeshClient:
         self._config = None if config is None else Path(config)
         self._api_key = None if api_key is None else arguments.read_text("api_key", api_key)
         self._stack = AsyncExitStack()
-        self._access: MeshAccess | None = None
-        self._opened: tuple[GatewayLink, ModelKinds, asyncio.TaskGroup] | None = None
+        self._open_mesh: _OpenMesh | None = None
 
     def __repr__(self) -> str:
-        if self._access is None:
+        if self._open_mesh is None:
             return "<MeshClient not open>"
-        kind = "joined" if self._access.own_mesh is None else "own mesh"
-        return f"<MeshClient {self._access.topology.name} {kind}>"
+        access = self._open_mesh.access
+        kind = "joined" if access.own_mesh is None else "own mesh"
+        return f"<MeshClient {access.topology.name} {kind}>"
 
     # -- lifetime ------------------------------------------------------------------------------------------------
 
     async def __aenter__(self) -> Self:
-        if self._access is not None:
+        if self._open_mesh is not None:
             raise RuntimeError("this connection is open already; gpumesh.connect() makes another one")
         file = mesh_access.find_file(self._config)
         async with AsyncExitStack() as stack:
             access = await mesh_access.open_access(file, self._api_key, stack)
             link = GatewayLink(access.address)
             stack.push_async_callback(link.aclose)
-            group = await stack.enter_async_context(asyncio.TaskGroup())
+            tasks = await stack.enter_async_context(asyncio.TaskGroup())
             self._stack = stack.pop_all()
-        self._access, self._opened = access, (link, ModelKinds(access), group)
+        self._open_mesh = _OpenMesh(access, link, ModelKinds(access), tasks)
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._access = self._opened = None
+        self._open_mesh = None
         if isinstance(error, Exception):
             await self._stack.aclose()  # the task group would wrap the block's error in an ExceptionGroup
         else:
@@ -86,7 +95,7 @@ class MeshClient:
     @property
     def is_joined(self) -> bool:
         """Whether this is a mesh that ran already (``gpumesh up``); else it runs in this process."""
-        return self._require_open().own_mesh is None
+        return self._require_open().access.own_mesh is None
 
     @property
     def url(self) -> str:
@@ -97,17 +106,12 @@ class MeshClient:
     @property
     def address(self) -> GatewayAddress:
         """Where the gateway is, with the key."""
-        return self._require_open().address
+        return self._require_open().access.address
 
-    def _require_open(self) -> MeshAccess:
-        if self._access is None:
+    def _require_open(self) -> _OpenMesh:
+        if self._open_mesh is None:
             raise RuntimeError("the mesh is not open: `async with gpumesh.connect() as mesh:`")
-        return self._access
-
-    def _require_link(self) -> GatewayLink:
-        self._require_open()
-        assert self._opened is not None, "what is open has a link"
-        return self._opened[0]
+        return self._open_mesh
 
     # -- texts ---------------------------------------------------------------------------------------------------
 
@@ -181,15 +185,15 @@ class MeshClient:
         return self._ask(ask, steering)
 
     def _ask(self, ask: Ask, steering: Steering) -> Reply:
-        return Reply(self._require_link(), ask, steering, self._find_route)
+        return Reply(self._require_open().link, ask, steering, self._find_route)
 
     async def _find_route(self, ask: Ask, steering: Steering) -> Route:
-        """The model of a request and its API, as soon as the mesh can serve it. Raises GPUMeshError."""
-        access = self._require_open()
-        assert self._opened is not None, "what is open knows its models"
+        """The model of a request and its API (Ollama's or OpenAI's), as soon as the mesh can serve it. Raises
+        GPUMeshError."""
+        access, _, model_kinds, _ = self._require_open()
         model = ask.model or await access.default_model(steering.node)
         await access.wait_usable(model, node=steering.node, timeout_s=steering.timeout_s)
-        return Route(model, await self._opened[1].is_native(model))
+        return Route(model, await model_kinds.is_native(model))
 
     # -- vectors -------------------------------------------------------------------------------------------------
 
@@ -208,7 +212,7 @@ class MeshClient:
         ask = Ask((), arguments.read_text("model", model), options=arguments.read_options(options))
         steering = read_steering(priority=priority, node=node, timeout=timeout)
         route = await self._find_route(ask, steering)
-        return await embed_texts(self._require_link(), route, texts, ask.options, steering)
+        return await embed_texts(self._require_open().link, route, texts, ask.options, steering)
 
     # -- many prompts --------------------------------------------------------------------------------------------
 
@@ -248,8 +252,7 @@ class MeshClient:
     async def _run_many(
         self, prompts: object, common: Mapping[str, Any], *, ordered: bool, concurrency: int | None
     ) -> AsyncIterator[BatchResult]:
-        self._require_open()
-        assert self._opened is not None, "what is open has tasks"
+        tasks = self._require_open().tasks
         if concurrency is None:
             nodes = {node for model in await self.models() for node in model.nodes}
             concurrency = min(max(len(nodes), 1) * CONCURRENCY_PER_NODE, MAX_CONCURRENCY)
@@ -257,7 +260,7 @@ class MeshClient:
             results = batch.run_prompts(
                 source,
                 lambda prompt: self.chat(**batch.read_prompt(prompt, common)),
-                group=self._opened[2],
+                group=tasks,
                 concurrency=concurrency,
                 ordered=ordered,
             )
@@ -274,7 +277,7 @@ class MeshClient:
     async def status(self) -> MeshState:
         """The state of the mesh, as `gpumesh status --json` shows it. Nodes that were just opened get up to 10 s
         for their first report. Raises GPUMeshError."""
-        return await self._require_open().first_report()
+        return await self._require_open().access.first_report()
 
     # -- clients of other packages -------------------------------------------------------------------------------
 
