@@ -10,10 +10,15 @@ from gpumesh.topology import NodeSpec, Topology
 
 @dataclass(frozen=True, slots=True)
 class NodePlan:
-    """What happens to the nodes. ``opened`` get a tunnel of their own, unless they are disabled: they are new, or their
-    tunnel cannot be used any more. ``kept`` go on, also those whose spec has changed. ``closed`` are the names of the
-    running nodes that end: they were removed, or have a successor of the same name in ``opened``. ``reopened`` are the
-    names of those whose successor has a tunnel in place of theirs."""
+    """What happens to the nodes.
+
+    - ``opened``: they get a new tunnel, unless they are disabled. They are new, or their old tunnel cannot be used any
+      more.
+    - ``kept``: they keep their tunnel. Their spec may have changed.
+    - ``closed``: the names of the running nodes that end. They were removed, or ``opened`` has a new node of the same
+      name.
+    - ``reopened``: the names of the nodes that had a tunnel and get a new one. ``opened`` and ``closed`` have them too.
+    """
 
     opened: tuple[NodeSpec, ...]
     kept: tuple[NodeSpec, ...]
@@ -31,29 +36,31 @@ class AppliedChange:
 
 
 def plan_nodes(running: Topology, current: Topology) -> NodePlan:
-    """Compares the nodes of two topologies."""
-    has_other_local_ends = running.tunnels != current.tunnels
-    specs = {spec.name: spec for spec in running.nodes}
+    """Compares the nodes of the running mesh with the nodes of the mesh.yaml that is ``current`` now."""
+    local_ends_changed = running.tunnels != current.tunnels
+    running_specs = {spec.name: spec for spec in running.nodes}
     opened, kept = [], []
     for spec in current.nodes:
-        before = specs.get(spec.name)
-        if before is None or needs_new_tunnel(before, spec, has_other_local_ends=has_other_local_ends):
+        running_spec = running_specs.get(spec.name)
+        if running_spec is None or needs_new_tunnel(running_spec, spec, local_ends_changed=local_ends_changed):
             opened.append(spec)
         else:
             kept.append(spec)
-    closed = specs.keys() - {spec.name for spec in kept}
-    reopened = [spec.name for spec in opened if spec.enabled and spec.name in specs and specs[spec.name].enabled]
+    closed = running_specs.keys() - {spec.name for spec in kept}
+    had_tunnel = {name for name, spec in running_specs.items() if spec.enabled}
+    reopened = [spec.name for spec in opened if spec.enabled and spec.name in had_tunnel]
     return NodePlan(tuple(opened), tuple(kept), frozenset(closed), tuple(reopened))
 
 
-def needs_new_tunnel(before: NodeSpec, after: NodeSpec, *, has_other_local_ends: bool = False) -> bool:
+def needs_new_tunnel(before: NodeSpec, after: NodeSpec, *, local_ends_changed: bool = False) -> bool:
     """Whether the change of a node leads to another host or server. Weight, tier, labels, expectations, slots, and the
-    kind and the key of its server are changed without a new tunnel."""
+    kind and the key of its server are changed without a new tunnel. ``local_ends_changed``: the section ``tunnels`` of
+    mesh.yaml has changed, which says where each SSH tunnel listens on this machine."""
     if not before.enabled and not after.enabled:  # it has no tunnel
         return before.ssh != after.ssh or before.backend.targets != after.backend.targets
     return (
         before.enabled != after.enabled
         or before.ssh != after.ssh
         or before.backend.targets != after.backend.targets
-        or (has_other_local_ends and after.ssh is not None)
+        or (local_ends_changed and after.ssh is not None)
     )
