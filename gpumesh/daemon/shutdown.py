@@ -11,7 +11,8 @@ import os
 import signal
 from collections.abc import Iterable
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+STOP_SIGNALS_WITHOUT_HANGUP = (signal.SIGINT, signal.SIGTERM)
+STOP_SIGNALS = (*STOP_SIGNALS_WITHOUT_HANGUP, signal.SIGHUP)
 DRAIN_S = 10.0  # for the requests in flight to end after the first signal
 EXIT_TIMEOUT_S = 0.5  # for a cancelled mesh to remove its files; then the process exits in any state
 

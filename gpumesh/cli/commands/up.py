@@ -111,7 +111,7 @@ async def _run_in_foreground(options: GlobalOptions, up_options: UpOptions) -> b
     from gpumesh.daemon.mesh_lock import MeshLock
     from gpumesh.daemon.mesh_process import run_mesh
     from gpumesh.daemon.reload.hangup import hangup_means_reload, reload_at_hangup
-    from gpumesh.daemon.shutdown import STOP_SIGNALS, Shutdown, handle_signals
+    from gpumesh.daemon.shutdown import STOP_SIGNALS, STOP_SIGNALS_WITHOUT_HANGUP, Shutdown, handle_signals
     from gpumesh.daemon.up_options import apply_options
 
     paths = options.paths()
@@ -121,7 +121,7 @@ async def _run_in_foreground(options: GlobalOptions, up_options: UpOptions) -> b
         lock = MeshLock.acquire(paths)  # held until this process ends
     stop = Shutdown()
     reloads_at_hangup = hangup_means_reload()
-    handle_signals(stop, STOP_SIGNALS[:2] if reloads_at_hangup else STOP_SIGNALS)
+    handle_signals(stop, STOP_SIGNALS_WITHOUT_HANGUP if reloads_at_hangup else STOP_SIGNALS)
     running = run_mesh(
         topology,
         paths,
