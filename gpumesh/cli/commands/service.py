@@ -73,7 +73,7 @@ def install(
     if print_only:
         typer.echo(text, nl=False)
         return
-    manager.require()
+    manager.require_available()
     path, old_text = manager.path(name), _read(manager.path(name))
     origin = manager.origin(old_text)
     if not force:
@@ -83,14 +83,15 @@ def install(
                 f"the service {name} runs another mesh.yaml ({path})",
                 hint="--name gives this one a service of its own, --force replaces the other",
             )
-    needed = _needed_variables(options)
-    _refuse_other_mesh(options, None if origin is FileOrigin.MISSING else manager.state(name).pid)
+    needed_variables = _needed_variables(options)
+    service_pid = None if origin is FileOrigin.MISSING else manager.state(name).pid
+    _refuse_mesh_outside_service(options, service_pid)
     if save_variables:
-        _save_variables(definition.variables_file, needed)
+        _save_variables(definition.variables_file, needed_variables)
     if text != old_text:
         _write(path, text)
     manager.start(name, is_new=text != old_text)
-    typer.echo("\n".join(installed_lines(manager, definition, needed)))
+    typer.echo("\n".join(installed_lines(manager, definition, needed_variables)))
 
 
 @app.command()
@@ -101,7 +102,7 @@ def uninstall(
     from gpumesh.daemon.service.definition import FileOrigin
 
     manager = _find_manager(system)
-    manager.require()
+    manager.require_available()
     path = manager.path(name)
     origin = manager.origin(_read(path))
     if origin is FileOrigin.MISSING:
@@ -128,7 +129,7 @@ def status(
     from gpumesh.cli.views.service_status import describe_service, status_lines
 
     manager = _find_manager(system)
-    manager.require()
+    manager.require_available()
     definition = _define(global_options(ctx), name, system=system)
     document = describe_service(
         manager, definition, _needed_variables(global_options(ctx)), text=_read(manager.path(name))
@@ -204,8 +205,9 @@ def _refuse_other_file(path: Path, origin: object, *, hint: str) -> None:
         raise UsageError(f"{path} was changed since `gpumesh service install` wrote it", hint=hint)
 
 
-def _refuse_other_mesh(options: GlobalOptions, service_pid: int | None) -> None:
-    """Raises GPUMeshError if a mesh of this file runs that is not the service's: the service could not start."""
+def _refuse_mesh_outside_service(options: GlobalOptions, service_pid: int | None) -> None:
+    """Raises GPUMeshError if a mesh of this file runs in another process than the service: the service could not start
+    then. ``service_pid``: the service's process; ``None`` if it does not run."""
     from gpumesh.daemon.mesh_lock import LockWatch
 
     watch = LockWatch.open(options.paths())

@@ -22,7 +22,7 @@ class Launchd:
     def __repr__(self) -> str:
         return f"<Launchd {self._domain}>"
 
-    def require(self) -> None:
+    def require_available(self) -> None:
         """launchd runs on each macOS."""
 
     def path(self, name: str) -> Path:

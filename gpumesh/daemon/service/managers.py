@@ -33,7 +33,7 @@ class ServiceManager(Protocol):
     """A manager of services: the user's or the system's systemd, or launchd. Its methods raise GPUMeshError when the
     manager cannot do what they ask for."""
 
-    def require(self) -> None:
+    def require_available(self) -> None:
         """Raises GPUMeshError, with what a person can do, if this manager cannot be reached here."""
 
     def path(self, name: str) -> Path:

@@ -29,7 +29,7 @@ class Systemd:
     def __repr__(self) -> str:
         return f"<Systemd {'system' if self._system else 'user'}>"
 
-    def require(self) -> None:
+    def require_available(self) -> None:
         if shutil.which("systemctl") is None or not BOOTED.is_dir():
             raise GPUMeshError(
                 "this system is not run by systemd, so it cannot keep a service up",
