@@ -128,7 +128,7 @@ def _print_remarks(state: MeshState, rows: Sequence[inventory.ModelRow]) -> None
     """Prints to stderr which models differ between nodes, and which nodes are missing from the list."""
     from gpumesh.mesh.models import inventory
 
-    for name in sorted({row.name for row in rows if row.copies > 1}):
+    for name in sorted({row.name for row in rows if row.differs_between_nodes}):
         typer.echo(clean_line(f"{name} is not the same on all nodes: `gpumesh models sync` makes it so"), err=True)
     up_nodes = inventory.list_up_nodes(state)
     for node in state.nodes:
@@ -147,7 +147,9 @@ def _print_table(rows: Sequence[inventory.ModelRow], *, wide: bool = False) -> N
         size = UNKNOWN if row.size_mib is None else format_gib(row.size_mib)
         kind = " ".join(filter(None, (row.parameters, row.quantization))) or UNKNOWN
         context = UNKNOWN if row.context_length is None else str(row.context_length)
-        digest = tables.Cell(inventory.shorten_digest(row.digest) or UNKNOWN, "yellow" if row.copies > 1 else "dim")
+        digest = tables.Cell(
+            inventory.shorten_digest(row.digest) or UNKNOWN, "yellow" if row.differs_between_nodes else "dim"
+        )
         max_names = sys.maxsize if wide else MAX_LISTED_NAMES
         node_names = _join_names(row.nodes, max_names)
         loaded = _join_names([_format_loaded(copy) for copy in row.loaded], max_names) or UNKNOWN

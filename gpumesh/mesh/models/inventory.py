@@ -42,6 +42,11 @@ class ModelRow:
     copies: int = 1
     context_length: int | None = None
 
+    @property
+    def differs_between_nodes(self) -> bool:
+        """Whether another row has the same name with another digest."""
+        return self.copies > 1
+
 
 @dataclass(frozen=True, slots=True)
 class ModelTask:
