@@ -146,10 +146,10 @@ class SshTunnel:
         self._since: datetime | None = None  # when the present phase began
         self._rtt_ms: float | None = None
         self._host_keys: tuple[str, ...] = ()
-        self._repairs = RepairWatch(ssh)
+        self._repair_watch = RepairWatch(ssh)
         self._forbidden_targets: set[Target] = set()  # to which the present connection's host forbids forwarding
         self._link: WorkerLink | None = None
-        self._without_session = False
+        self._without_session = False  # True after the host has ended a session of transport openssh
         # Decisions of the lifecycle, for the tasks that wait for them.
         self._reconnect = asyncio.Event()
         self._retry_wakeup = asyncio.Event()  # ends ``_wait_for_retry``, also when only the time of the retry changed
@@ -265,7 +265,7 @@ class SshTunnel:
         """Makes one connection after the other, with the pauses that the lifecycle decides. Never returns."""
         while True:
             self._reconnect.clear()
-            self._repairs.note_attempt()
+            self._repair_watch.note_attempt()
             cause = await self._run_connection()
             if cause is not None and cause.code == SessionEnded.code:
                 self._without_session = True  # with another session the next connection would end in the same way
@@ -281,7 +281,7 @@ class SshTunnel:
         code = self._life.cause.code if self._life.cause is not None else ""
         wait_s = max(0.0, self._life.retry_at - self._clock())
         async with asyncio.TaskGroup() as group:
-            repair_task = group.create_task(self._repairs.watch(code, lambda: self._handle_event(RepairSeen())))
+            repair_task = group.create_task(self._repair_watch.watch(code, lambda: self._handle_event(RepairSeen())))
             try:
                 async with asyncio.timeout(wait_s):
                     await self._retry_wakeup.wait()

@@ -122,23 +122,27 @@ class Opening:
         return [*(_Hop(KnownHost(jump.host, jump.port), jump) for jump in jumps), _Hop(self._setup.known_host, host)]
 
     def _perform_handshake(self, hop: _Hop, *, check_key: bool = True) -> paramiko.Transport:
-        """Connects to the next host, and exchanges keys with it. ``check_key``: the key must be trusted.
+        """Connects to the next host, and exchanges keys with it. With ``check_key``, a host whose key is not trusted is
+        an error; without it, any key is accepted.
 
         Raises ``TunnelError``, also after ``give_up``.
         """
         ssh = hop.ssh
         self._last_socket = sock = self._connect_through_last(ssh.host, ssh.port)
-        if self._given_up:  # after each long step: a ``give_up`` during the step could not close what the step made
+        # ``give_up`` may be called from another thread during each long step. Such a call closes what it finds, but not
+        # the socket or transport that the step makes. So this function looks for the call after each step.
+        if self._given_up:
             sock.close()
             raise ConnectTimeout("given up")
         if check_key:
             transport = handshake.perform_trusted_handshake(sock, hop.known_host, ssh=ssh, deadline=self._deadline)
         else:
+            # The host is asked for a key of a type on record, so that the caller can compare the two keys.
             key_types = read_known_hosts(*ssh.known_hosts_files).key_types(hop.known_host)
             transport = handshake.perform_handshake(
                 sock, host=ssh.host, port=ssh.port, deadline=self._deadline, key_types=key_types
             )
-        self._transports.append(transport)
+        self._transports.append(transport)  # the caller's ``give_up`` will close it
         if self._given_up:
             raise ConnectTimeout("given up")
         return transport
