@@ -63,23 +63,23 @@ def read_messages(messages: object) -> tuple[Message, ...]:
 
 def _read_message(message: object, place: str) -> Message:
     if isinstance(message, Mapping):
-        found = _from_mapping(message, place)
+        parsed = _from_mapping(message, place)
     elif isinstance(message, Message):
-        found = message
+        parsed = message
     elif hasattr(message, "model_dump"):  # the message of an ollama or openai answer
-        found = _from_mapping(message.model_dump(exclude_none=True), place, is_foreign=True)
+        parsed = _from_mapping(message.model_dump(exclude_none=True), place, is_foreign=True)
     elif hasattr(message, "role") and hasattr(message, "content"):
-        found = Message(message.role, message.content, tuple(getattr(message, "images", ())))
+        parsed = Message(message.role, message.content, tuple(getattr(message, "images", ())))
     else:
         raise TypeError(f"{place} is {_EXPECTED}, not {type(message).__name__}")
-    if found.role not in ROLES:
-        raise ValueError(f"{place} has the role {found.role!r}; a role is one of {', '.join(ROLES)}")
-    if not isinstance(found.content, str):
-        raise TypeError(f"{place} has content of type {type(found.content).__name__}; content is text")
-    images = found.images
+    if parsed.role not in ROLES:
+        raise ValueError(f"{place} has the role {parsed.role!r}; a role is one of {', '.join(ROLES)}")
+    if not isinstance(parsed.content, str):
+        raise TypeError(f"{place} has content of type {type(parsed.content).__name__}; content is text")
+    images = parsed.images
     if isinstance(images, str | bytes) or not isinstance(images, Iterable):
         raise TypeError(f"the images of {place} are a list, not {type(images).__name__}")
-    return replace(found, images=tuple(map(encode_image, images)), tool_calls=tuple(found.tool_calls))
+    return replace(parsed, images=tuple(map(encode_image, images)), tool_calls=tuple(parsed.tool_calls))
 
 
 def _from_mapping(message: Mapping[str, Any], place: str, *, is_foreign: bool = False) -> Message:

@@ -393,8 +393,8 @@ class Mesh:
         self._set_draining(node, draining=False)
 
     def _set_draining(self, node: str, *, draining: bool) -> None:
-        found = self.fleet.find_node(node)
-        found.role.draining = draining
-        found.update_account()
+        changed_node = self.fleet.find_node(node)
+        changed_node.role.draining = draining
+        changed_node.update_account()
         self._dispatcher.note_nodes_changed()
         self._changes.notify()

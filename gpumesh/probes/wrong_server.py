@@ -32,8 +32,8 @@ _TLS_ALERT = b"\x15\x03"  # a TLS server's answer to bytes that are not TLS
 
 
 async def identify_wrong_server(url: str) -> ProbeError | None:
-    """Asks a server that gave no HTTP answer once more. Returns the error that names the kind of the server, or the
-    scheme that it speaks. ``None`` if no readable answer comes, or if the server does speak HTTP."""
+    """Connects again to a server whose first answer was not HTTP. Returns the error that names the kind of the server,
+    or the scheme that it speaks. ``None`` if no readable answer comes, or if the server does speak HTTP."""
     parsed_url = httpx.URL(url)
     greeting = await _read_greeting(parsed_url)
     if greeting.startswith(b"HTTP/"):

@@ -167,10 +167,10 @@ def _find_model_of_file(options: GlobalOptions, words: Sequence[str], model: str
             understood = await read_prompt_words(session, await running_topology(session, options), words)
         return None if understood.text else understood.model
 
-    found = run_async(find_model()) if len(words) == 1 and model is None else None
-    if found is None:
+    model_of_words = run_async(find_model()) if len(words) == 1 and model is None else None
+    if model_of_words is None:
         raise UsageError("either a prompt or -f FILE, not both")
-    return found
+    return model_of_words
 
 
 # -- one prompt ------------------------------------------------------------------------------------------------------

@@ -32,13 +32,13 @@ class ApiKeys:
     def find(self, headers: Mapping[str, str]) -> ClientKey | None:
         """The key in ``Authorization`` or ``x-api-key``; ``None`` if neither holds a key of this gateway. Some clients
         send both headers, with our key in only one of them. If both hold our keys, ``Authorization`` counts."""
-        found: ClientKey | None = None
+        first_key: ClientKey | None = None
         for text in sent_keys(headers):
             # "surrogateescape" gives the bytes that the client sent: the parser has decoded the header in that way.
             key = self._keys.get(hash_key(text.encode("utf-8", "surrogateescape")))
-            if found is None:
-                found = key
-        return found
+            if first_key is None:
+                first_key = key
+        return first_key
 
 
 def sent_keys(headers: Mapping[str, str]) -> list[str]:

@@ -142,9 +142,11 @@ def _describe(request: Request, active: ActiveRequest, now: float) -> RequestSta
 
 
 def _phase(record: RequestRecord) -> str:
+    """The ``phase`` of ``RequestState``."""
     if record.demand is None or not record.demand.needs_slot:
         return "working"
     if record.answer is not None:
         return "writing"
     placement = record.progress.placement
+    # A placement that has ended is that of an attempt without success: the request waits for another node.
     return "waiting" if placement is None or placement.placed.ended else "reading"

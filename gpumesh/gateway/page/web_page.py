@@ -83,8 +83,8 @@ class UiPage:
         while True:
             state = self._mesh.snapshot()
             self._recent = recent = self._figures.sample(self._clock())
-            more = {"ttft_p50_ms": recent.ttft_p50_ms, "tokens_per_s": state.totals.tokens_per_s}
-            self._history.add(state, more)
+            gateway_figures = {"ttft_p50_ms": recent.ttft_p50_ms, "tokens_per_s": state.totals.tokens_per_s}
+            self._history.add(state, gateway_figures)
             await asyncio.sleep(SAMPLE_S)
 
     def close(self) -> None:
