@@ -88,7 +88,7 @@ class Scheduler:
         self.roster = Roster(
             self.accounts, self.experience, self.choice, self.slow_nodes, copies, self._pauses, self._changed
         )
-        self._refused: Refused | None = None  # by the last ``place_now``; ``wait`` uses its answer
+        self._refused: Refused | None = None  # what the last ``place_now`` did not place; for ``wait``
 
     def __repr__(self) -> str:
         return f"<Scheduler {len(self.accounts)} nodes, {self.queue.size} waiting>"
@@ -115,7 +115,7 @@ class Scheduler:
         ``despite_breaker``: a node whose breaker is open may be taken too."""
         original_demand = demand
         if demand.residency is None:
-            demand = with_residency(demand)
+            demand = with_residency(demand)  # adds the key: the model with default settings
         work = self.experience.estimate(demand)
         if despite_breaker:
             accounts = self.choice.select(demand, now, exclude=exclude, despite_breaker=True)
@@ -390,7 +390,7 @@ class Scheduler:
 
     def _end_patience(self, now: float) -> None:
         """Lets the requests that have waited long enough for a better node take any free slot from now on. If such a
-        request has left the queue, its group keeps this right, because no slot may have been offered to the others."""
+        request has left the queue, its group keeps this right: perhaps its other requests were never offered a slot."""
         for entry in self._patience.take_ended(now):
             if self.queue.size_of(entry.group):
                 waiting = entry.payload

@@ -33,7 +33,7 @@ MAX_TABLES = 64  # a client can ask for any context length, and each length make
 # The most nodes of each sort that are ranked: each ranked node costs time. Of the nodes with the model in memory and a
 # free slot, two of each of the fastest classes of pace are taken. The other sorts matter only if these nodes are few
 # or slow.
-MAX_CACHED = 3
+MAX_CACHED = 3  # nodes that have the beginning of the prompt in their cache
 MAX_PREFERRED = 4
 MAX_WARM_FREE = 4
 MAX_FROM_PACE_CLASS = 2

@@ -220,15 +220,16 @@ class SimServer(ABC):
                 return fault
             if sent >= writer.answer.total:
                 return None
-            due = await pacer.wait_due()
-            if stop_at is not None and due > stop_at:  # several tokens can be due at once: stop exactly at the fault
-                due = max(stop_at, sent)
-                pacer.sent = due
-            if due > sent:
-                await writer.send_tokens(sent, due)
-                self._counters = replace(self._counters, tokens=self._counters.tokens + due - sent)
-                entry.log = replace(entry.log, tokens=due)
-                sent = due
+            due_tokens = await pacer.wait_due()
+            # Several tokens can be due at once: stop exactly at the fault.
+            if stop_at is not None and due_tokens > stop_at:
+                due_tokens = max(stop_at, sent)
+                pacer.sent = due_tokens
+            if due_tokens > sent:
+                await writer.send_tokens(sent, due_tokens)
+                self._counters = replace(self._counters, tokens=self._counters.tokens + due_tokens - sent)
+                entry.log = replace(entry.log, tokens=due_tokens)
+                sent = due_tokens
 
     def _find_token_fault(self, path: str) -> tuple[str, int | None]:
         """The fault that stops answers of this path: its name, and after how many tokens. ``("", None)``: no fault."""
