@@ -78,7 +78,7 @@ def node_names(mesh: SimulatedMesh) -> list[str]:
 async def test_from_a_pods_line_to_its_first_answer_and_back(mesh: SimulatedMesh) -> None:
     gpumesh = mesh.gpumesh
     before = gpumesh.config.read_text()
-    url = re.findall("serving (http://[0-9.:]+);", (await gpumesh("up", "-d")).err)[0]
+    url = re.findall("serving (http://[0-9.:]+)", (await gpumesh("up", "-d")).err)[0]
     began = time.monotonic()
     ended = await gpumesh("node", "add", line(mesh, "pod"), "--name", "pod", "--yes")
     request = {"model": MODEL, "prompt": "hi", "stream": False}
