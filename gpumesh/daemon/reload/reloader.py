@@ -68,6 +68,7 @@ class Reloader:
         self._own_report = _NO_REPORT  # of the last change that nobody has requested, with its time
         self._was_trusted = _find_distrust(path) is None
         self._bad_file: Finding | None = None  # the file cannot be used, which is not reported yet
+        self._refused_digest: str | None = None  # of the file that the last requested reload has refused
 
     def __repr__(self) -> str:
         return f"<Reloader {self._path} {'reloading' if self._reloading.locked() else 'idle'}>"
@@ -92,8 +93,10 @@ class Reloader:
         except MeshNotRunning:
             raise
         except GPUMeshError as error:
+            self._refused_digest = await run_in_thread(read_digest, self._path)
             self._report_finding(describe_bad_file(error))
             raise
+        self._refused_digest = None
         (made_at, own_report), self._own_report = self._own_report, _NO_REPORT
         age_s = self._clock() - made_at
         if own_report.applied and not report.applied and age_s < OWN_REPORT_S:
@@ -186,8 +189,11 @@ class Reloader:
 
     async def _look_at_file(self) -> None:
         """Takes the file over if the mesh does so by itself; else says in what it differs."""
-        if self._stopped or await run_in_thread(read_digest, self._path) == self.snapshot.digest:
+        digest = await run_in_thread(read_digest, self._path)
+        if self._stopped or digest == self.snapshot.digest:
             self._report_finding(None)
+            return
+        if digest is not None and digest == self._refused_digest:  # the finding says already why
             return
         try:
             if self._mesh.topology.gateway.reload is ReloadMode.AUTO:
@@ -197,7 +203,8 @@ class Reloader:
                     self._own_report = (self._clock(), report)
             else:
                 read = await run_in_thread(read_snapshot, self._path)
-                self._report_finding(describe_change(self.snapshot.topology, read.topology))
+                if digest is None or digest != self._refused_digest:  # a reload may have refused it meanwhile
+                    self._report_finding(describe_change(self.snapshot.topology, read.topology))
         except GPUMeshError as error:
             self._bad_file = describe_bad_file(error)
 
