@@ -28,6 +28,11 @@ class Health(StrEnum):
     DRAINING = "draining"  # the node gets no new requests
     UNKNOWN = "unknown"
 
+    @property
+    def is_serving(self) -> bool:
+        """Whether a node with this health counts as up: it gets requests."""
+        return self in (Health.HEALTHY, Health.DEGRADED)
+
 
 class TunnelPhase(StrEnum):
     """The phase of a tunnel's life."""
@@ -362,7 +367,7 @@ def compute_totals(nodes: tuple[NodeState, ...]) -> Totals:
     is_gpu_count_known = any(node.gpus is not None for node in nodes)  # one known node is enough for a sum
     return Totals(
         nodes=len(nodes),
-        nodes_up=sum(node.health in (Health.HEALTHY, Health.DEGRADED) for node in nodes),
+        nodes_up=sum(node.health.is_serving for node in nodes),
         gpus=len(gpus) if is_gpu_count_known else None,
         vram_total_mib=_sum_known([gpu.memory_total_mib for gpu in gpus]),
         vram_used_mib=_sum_known([gpu.memory_used_mib for gpu in gpus]),

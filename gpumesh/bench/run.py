@@ -27,7 +27,7 @@ from gpumesh.bench.stats import Objective
 from gpumesh.bench.summary import StageResult, route_costs, scaling, summarize_stage
 from gpumesh.bench.traces import TracedRequest
 from gpumesh.errors import NoNodeError, UsageError
-from gpumesh.state import BackendPhase, Finding, Health, MeshState, NodeState
+from gpumesh.state import BackendPhase, Finding, MeshState, NodeState
 from gpumesh.topology import BackendKind
 
 MESH, GATEWAY, TUNNEL = "mesh", "gateway", "tunnel"  # the names of the routes of the scenario ``overhead``
@@ -101,7 +101,7 @@ def usable_nodes(state: MeshState, model: str) -> list[NodeState]:
 
 def _is_usable(node: NodeState, model: str) -> bool:
     """Whether the node is up and has the model, or may have it."""
-    is_up = node.health in (Health.HEALTHY, Health.DEGRADED) and node.backend.state is BackendPhase.UP
+    is_up = node.health.is_serving and node.backend.state is BackendPhase.UP
     models = node.backend.models
     may_have_model = not models or has_model(models, model)  # no models: its list is unknown
     return is_up and may_have_model

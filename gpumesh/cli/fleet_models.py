@@ -53,7 +53,7 @@ class FleetModels:
     @classmethod
     def of(cls, state: MeshState, topology: Topology) -> FleetModels:
         """The models of a mesh in this state."""
-        nodes_up = [node for node in state.nodes if node.health in (Health.HEALTHY, Health.DEGRADED)]
+        nodes_up = [node for node in state.nodes if node.health.is_serving]
         named = [name for spec in topology.models for name in (spec.name, *spec.aliases)]
         if topology.gateway.default_model is not None:
             named.append(topology.gateway.default_model)
@@ -167,7 +167,7 @@ async def require_model(session: Session, topology: Topology, model: str | None,
     models = await find_models(session, topology)
     if models.is_missing(wanted):
         raise models.missing_error(wanted)
-    if not any(node.health in (Health.HEALTHY, Health.DEGRADED) for node in (await session.status()).nodes):
+    if not any(node.health.is_serving for node in (await session.status()).nodes):
         raise NoNodeError("no node is usable now")
     return wanted
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from gpumesh.errors import GPUMeshError
 from gpumesh.library.messages import Message, ToolCall
-from gpumesh.state import Health, MeshState
+from gpumesh.state import MeshState
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +125,7 @@ class BatchResult:
 
 def list_models(state: MeshState) -> tuple[FleetModel, ...]:
     """The models of all nodes that are up, by name."""
-    up = [node for node in state.nodes if node.health in (Health.HEALTHY, Health.DEGRADED)]
+    up = [node for node in state.nodes if node.health.is_serving]
     names = sorted({name for node in up for name in node.backend.models})
     models = []
     for name in names:

@@ -25,7 +25,6 @@ FINDING_EVENTS: Mapping[str, EventKind] = MappingProxyType(
         "disk-full": EventKind.DISK_FULL,
     }
 )
-_SERVING = (Health.HEALTHY, Health.DEGRADED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +108,7 @@ class EventFinder:
             self._up_since.pop(node.name, None)
         else:
             self._down_since.pop(node.name, None)
-            if node.health in _SERVING:
+            if node.health.is_serving:
                 self._up_since.setdefault(node.name, now)
             else:
                 self._up_since.pop(node.name, None)

@@ -133,7 +133,7 @@ def health_exit_code(state: MeshState) -> ExitCode:
     """The exit code of ``--check``: OK (0) when all is well, DEGRADED (3) when the mesh works but something is wrong,
     NO_NODE (4) when no node can serve. A node that a person drains is well, but does not serve."""
     healths = [node.health for node in state.nodes]
-    any_node_serves = any(health in (Health.HEALTHY, Health.DEGRADED) for health in healths)
+    any_node_serves = any(health.is_serving for health in healths)
     if not any_node_serves:
         return ExitCode.NO_NODE
     all_nodes_are_well = all(health in (Health.HEALTHY, Health.DRAINING) for health in healths)

@@ -74,10 +74,7 @@ def _node_families(nodes: Sequence[NodeState]) -> Iterator[Family]:
         """A gauge with a sample for each node. ``values`` are in the order of ``nodes``."""
         return gauge(name, text, zip(labels, values, strict=True))
 
-    serving_states = (Health.HEALTHY, Health.DEGRADED)
-    yield gauge_by_node(
-        "gpumesh_node_up", "1 if the node serves.", [float(node.health in serving_states) for node in nodes]
-    )
+    yield gauge_by_node("gpumesh_node_up", "1 if the node serves.", [float(node.health.is_serving) for node in nodes])
     yield gauge_by_node(
         "gpumesh_node_draining",
         "1 if the node is given no new work.",

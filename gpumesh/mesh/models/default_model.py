@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from gpumesh.errors import NoNodeError, UsageError
-from gpumesh.state import Health, MeshState
+from gpumesh.state import MeshState
 
 # A model whose name or family contains one of these turns text into vectors, and cannot chat.
 EMBEDDER_MARKS = ("bert", "embed")
@@ -21,7 +21,7 @@ def chat_models(state: MeshState, node: str | None = None) -> tuple[str, ...]:
     names: dict[str, None] = {}
     for node_state in state.nodes:
         is_wanted = node in (None, node_state.name)
-        is_up = node_state.health in (Health.HEALTHY, Health.DEGRADED)
+        is_up = node_state.health.is_serving
         if not (is_wanted and is_up):
             continue
         families = {info.name: info.family or "" for info in node_state.backend.catalog}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gpumesh.state import BackendPhase, Health, MeshState, NodeState, free_mib
+from gpumesh.state import BackendPhase, MeshState, NodeState, free_mib
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,4 +94,4 @@ def _list_free_mib(state: MeshState) -> list[int]:
 
 def _serves(node: NodeState) -> bool:
     """Whether the node takes requests now."""
-    return node.health in (Health.HEALTHY, Health.DEGRADED) and node.backend.state is BackendPhase.UP
+    return node.health.is_serving and node.backend.state is BackendPhase.UP
