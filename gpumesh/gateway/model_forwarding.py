@@ -121,8 +121,7 @@ class ModelForwarder:
             form = await request.run_sliced(scan_form(data, boundary))
             return await self._forward_form(request, record, route, form)
         try:
-            # ``read_small_members`` returns None for a large or unusual body. Most are small, and so need no await.
-            members = read_small_members(data) or await read_members(data, request)
+            members = await read_members(data, request)
         except BadRequest:
             query_model = read_query_model(request.target)
             if request.method == "GET" or may_be_raw(route, request.path, request.headers, query_model):
@@ -147,7 +146,7 @@ class ModelForwarder:
             timeout_s = read_timeout(request.headers, self._spec.timeout_s)
             return unload_everywhere(self._mesh, demand, request.path, model or str(demand.model), timeout_s)
         interval_s = 0.0 if demand.is_whole_text else self._spec.heartbeat_s.get(request.path, 0.0)
-        needs_work = (
+        needs_work = (  # whether ``_forward_json`` has anything to do, case by case
             # A shorter prompt has no block.
             (len(data) >= FIRST_BLOCK_BYTES and route.prompt_members)
             or demand.session is not None

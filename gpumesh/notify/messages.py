@@ -6,6 +6,7 @@ escaped, so that a host's name cannot make a link or call people (``@everyone``)
 
 from __future__ import annotations
 
+import html
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -87,7 +88,7 @@ def render_http(message: Message, form: NotifyFormat) -> HttpBody:
     document: dict[str, object]
     match form:
         case NotifyFormat.SLACK:
-            document = {"text": _escape_slack(message.text)}
+            document = {"text": escape_markup(message.text)}
         case NotifyFormat.DISCORD:
             # ``allowed_mentions`` without entries: nothing in the text calls anybody.
             text = _escape_discord(message.text)[:DISCORD_CHARS]
@@ -104,9 +105,10 @@ def _render_line(pending: PendingEvent) -> str:
     return printable(f"{event.message}{hint}", MAX_LINE_CHARS) + changes
 
 
-def _escape_slack(text: str) -> str:
-    """Slack's own three escapes (https://api.slack.com/reference/surfaces/formatting)."""
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+def escape_markup(text: str) -> str:
+    """The three escapes of Slack (https://api.slack.com/reference/surfaces/formatting) and of desktop notifications
+    (https://specifications.freedesktop.org/notification-spec)."""
+    return html.escape(text, quote=False)
 
 
 def _escape_discord(text: str) -> str:

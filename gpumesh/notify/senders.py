@@ -14,7 +14,7 @@ import tempfile
 
 from gpumesh import config
 from gpumesh.errors import GPUMeshError
-from gpumesh.notify.messages import HttpBody, Message, render_document, render_http
+from gpumesh.notify.messages import HttpBody, Message, escape_markup, render_document, render_http
 from gpumesh.text.printable import printable
 from gpumesh.topology import NotifySpec
 from gpumesh.tunnels.local_system.local_command import local_command, read_at_most
@@ -85,9 +85,7 @@ def _desktop_command(message: Message) -> tuple[str, ...]:
         return ("osascript", "-e", _APPLE_SCRIPT, message.title, text)
     if shutil.which("notify-send") is None:
         raise NotifyFailed("this machine has no notify-send, which shows a message on its desktop")
-    # notify-send takes markup (https://specifications.freedesktop.org/notification-spec): a text is escaped.
-    escaped = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return ("notify-send", "--app-name=gpumesh", "--", message.title, escaped)
+    return ("notify-send", "--app-name=gpumesh", "--", message.title, escape_markup(text))
 
 
 async def _run(argv: tuple[str, ...], document: bytes, timeout_s: float) -> None:
