@@ -7,7 +7,8 @@ from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Mapping
 from typing import Any, TypeAlias
 
-from gpumesh.errors import GPUMeshError, QueueFull, StreamCut
+from gpumesh.daemon.sessions.prompt_sender import send_until_whole
+from gpumesh.errors import GPUMeshError
 from gpumesh.event_loop.async_iterators import closing_iterator
 from gpumesh.library.messages import Messages
 from gpumesh.library.reply import Reply
@@ -17,7 +18,6 @@ Prompt: TypeAlias = Messages
 """One prompt of ``run_many``: as ``messages`` of ``chat``, or a dictionary with ``messages`` or ``prompt`` and other
 arguments of ``chat`` (``model``, ``options``, ``node`` …), which replace those for all prompts."""
 
-MAX_CUT_ANSWERS = 4  # of one prompt; after so many, its result is the error
 RESULTS_AHEAD = 4  # in order: so many times ``concurrency`` prompts are begun before the oldest one has ended
 
 
@@ -63,22 +63,13 @@ def read_prompt(prompt: object, common: Mapping[str, Any]) -> dict[str, Any]:
 async def send_prompt(ask: Callable[[], Reply], index: int, prompt: object) -> BatchResult | Exception:
     """The result of one prompt. Waits while the queue is full, and asks again if the answer was cut. An error that is
     not of this prompt alone is returned too: a task must not raise it."""
-    cut_answers = 0
-    while True:
-        try:
-            completion: Completion = await ask()
-        except QueueFull as error:
-            await asyncio.sleep(error.retry_after_s)
-        except StreamCut as error:
-            cut_answers += 1
-            if cut_answers >= MAX_CUT_ANSWERS:
-                return BatchResult(index=index, prompt=prompt, error=error)
-        except GPUMeshError as error:
-            return BatchResult(index=index, prompt=prompt, error=error)
-        except Exception as error:  # a wrong argument, or a bug: the iterator raises it
-            return error
-        else:
-            return BatchResult(index=index, prompt=prompt, completion=completion)
+    try:
+        completion: Completion = await send_until_whole(ask)
+    except GPUMeshError as error:
+        return BatchResult(index=index, prompt=prompt, error=error)
+    except Exception as error:  # a wrong argument, or a bug: the iterator raises it
+        return error
+    return BatchResult(index=index, prompt=prompt, completion=completion)
 
 
 async def run_prompts(

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
+from gpumesh.daemon.sessions.prompt_sender import default_concurrency
 from gpumesh.event_loop.async_iterators import closing_iterator
 from gpumesh.library import arguments, batch, mesh_access, other_clients
 from gpumesh.library.arguments import Ask, Format, Steering, read_steering
@@ -26,9 +27,6 @@ from gpumesh.topology import Priority
 if TYPE_CHECKING:
     import ollama
     import openai
-
-CONCURRENCY_PER_NODE = 8  # of ``run_many``, for each node that is up
-MAX_CONCURRENCY = 256
 
 
 def connect(config: str | Path | None = None, *, api_key: str | None = None) -> MeshClient:
@@ -54,9 +52,7 @@ class MeshClient:
     """A mesh, inside ``async with``. All methods may be called from many tasks at the same time."""
 
     def __init__(self, config: str | Path | None = None, *, api_key: str | None = None) -> None:
-        if config is not None and not isinstance(config, str | Path):
-            raise TypeError(f"config is the path of a mesh.yaml, not {type(config).__name__}")
-        self._config = None if config is None else Path(config)
+        self._config = mesh_access.read_path(config)
         self._api_key = None if api_key is None else arguments.read_text("api_key", api_key)
         self._stack = AsyncExitStack()
         self._open_mesh: _OpenMesh | None = None
@@ -255,7 +251,7 @@ class MeshClient:
         tasks = self._require_open().tasks
         if concurrency is None:
             nodes = {node for model in await self.models() for node in model.nodes}
-            concurrency = min(max(len(nodes), 1) * CONCURRENCY_PER_NODE, MAX_CONCURRENCY)
+            concurrency = default_concurrency(len(nodes))
         async with closing_iterator(batch.iterate(prompts)) as source:
             results = batch.run_prompts(
                 source,

@@ -90,11 +90,16 @@ class ModelKinds:
         return self._native[model]
 
 
-def find_file(path: object) -> Path:
-    """The mesh.yaml to use. Raises TypeError and UsageError."""
+def read_path(path: object) -> Path | None:
+    """The path that a program gives for its mesh.yaml; ``None`` if it gives none. Raises TypeError."""
     if path is not None and not isinstance(path, str | Path):
         raise TypeError(f"config is the path of a mesh.yaml, not {type(path).__name__}")
-    return config.find_config(None if path is None else Path(path))
+    return None if path is None else Path(path)
+
+
+def find_file(path: object) -> Path:
+    """The mesh.yaml to use. Raises TypeError and UsageError."""
+    return config.find_config(read_path(path))
 
 
 async def open_access(file: Path, api_key: str | None, stack: AsyncExitStack) -> MeshAccess:

@@ -10,6 +10,7 @@ from gpumesh.cli import completion
 from gpumesh.cli.command_group import new_app
 from gpumesh.cli.global_options import GlobalOptions, global_options
 from gpumesh.cli.open_session import open_session, run_async, running_topology
+from gpumesh.cli.prompt_options import ModelSettingsOption, NodeOption, SystemOption
 from gpumesh.errors import UsageError
 
 if TYPE_CHECKING:
@@ -35,16 +36,9 @@ def chat(
             "--model", "-m", metavar="MODEL", help="The same as MODEL.", autocompletion=completion.complete_models
         ),
     ] = None,
-    node: Annotated[
-        str | None,
-        typer.Option(
-            "--node", "-n", metavar="NODE", help="On this node only.", autocompletion=completion.complete_nodes
-        ),
-    ] = None,
-    system: Annotated[str | None, typer.Option(metavar="TEXT", help="A system message.")] = None,
-    option: Annotated[
-        list[str] | None, typer.Option("--option", "-o", metavar="KEY=VALUE", help="A model option; repeatable.")
-    ] = None,
+    node: NodeOption = None,
+    system: SystemOption = None,
+    option: ModelSettingsOption = None,
 ) -> None:
     """Talk to a model at the terminal.
 

@@ -17,16 +17,14 @@ from gpumesh.cli.duration_option import DURATION_METAVAR, duration_parser
 from gpumesh.cli.global_options import GlobalOptions, global_options
 from gpumesh.cli.json_output import json_option
 from gpumesh.cli.open_session import open_session, run_async, running_topology
+from gpumesh.cli.prompt_options import ModelSettingsOption, NodeOption, SystemOption
 from gpumesh.cli.views.safe_text import clean_text, json_text
 from gpumesh.errors import ExitCode, UsageError
 
 if TYPE_CHECKING:
     from gpumesh.balancer.base import Priority
     from gpumesh.daemon.sessions.prompt_sender import PromptResult
-    from gpumesh.daemon.sessions.session import PromptRequest, Session
-
-PROMPTS_PER_NODE = 8  # concurrent prompts for each node: enough for a node that runs several prompts at a time
-MAX_CONCURRENT_PROMPTS = 256  # of all nodes, so that a large file does not flood the mesh's queue
+    from gpumesh.daemon.sessions.session import PromptRequest
 
 app = new_app()
 
@@ -52,12 +50,7 @@ def run(
     file: Annotated[
         str | None, typer.Option("--file", "-f", metavar="FILE", help="Many prompts: a line each, or JSON lines.")
     ] = None,
-    node: Annotated[
-        str | None,
-        typer.Option(
-            "--node", "-n", metavar="NODE", help="On this node only.", autocompletion=completion.complete_nodes
-        ),
-    ] = None,
+    node: NodeOption = None,
     priority: Annotated[
         str | None,
         typer.Option(
@@ -66,10 +59,8 @@ def run(
             autocompletion=completion.complete_priorities,
         ),
     ] = None,
-    system: Annotated[str | None, typer.Option(metavar="TEXT", help="A system message.")] = None,
-    option: Annotated[
-        list[str] | None, typer.Option("--option", "-o", metavar="KEY=VALUE", help="A model option; repeatable.")
-    ] = None,
+    system: SystemOption = None,
+    option: ModelSettingsOption = None,
     as_json: Annotated[bool, json_option("The result as a JSON object.")] = False,
     no_stream: Annotated[bool, typer.Option("--no-stream", help="Print the answer when it is whole.")] = False,
     concurrency: Annotated[
@@ -267,11 +258,11 @@ async def _send_file(
     """Sends the prompts, at most ``concurrency`` at a time, and writes the results to stdout in the order of the
     prompts. ``texts``: the prompts as the results repeat them. Returns how many prompts failed."""
     from gpumesh.cli.views.progress_bar import show_progress
-    from gpumesh.daemon.sessions.prompt_sender import send_with_retries
+    from gpumesh.daemon.sessions.prompt_sender import default_concurrency, send_with_retries
 
     failed_count = 0
     async with open_session(options) as session:
-        slots = asyncio.Semaphore(concurrency or await _default_concurrency(session))
+        slots = asyncio.Semaphore(concurrency or default_concurrency(len((await session.status()).nodes)))
 
         async def send(index: int) -> PromptResult:
             async with slots:
@@ -295,10 +286,3 @@ async def _send_file(
                         failed_count += 1
                     progress.write(json_text(asdict(result)))
     return failed_count
-
-
-async def _default_concurrency(session: Session) -> int:
-    """How many prompts to send at a time: enough for all nodes, but not enough to flood the mesh's queue."""
-    state = await session.status()
-    node_count = max(len(state.nodes), 1)
-    return min(node_count * PROMPTS_PER_NODE, MAX_CONCURRENT_PROMPTS)

@@ -7,12 +7,17 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from gpumesh.daemon.sessions.session import PromptRequest, Session
 from gpumesh.errors import GPUMeshError, QueueFull, StreamCut, UsageError
 
+T = TypeVar("T")
+
+PROMPTS_PER_NODE = 8  # concurrent prompts for each node: enough for a node that runs several prompts at a time
+MAX_CONCURRENT_PROMPTS = 256  # of all nodes, so that a large batch does not flood the mesh's queue
 MAX_CUT_ANSWERS = 4  # of one prompt; after so many cut answers, the failure is the prompt's result
 
 
@@ -72,29 +77,49 @@ async def send_prompt(
     )
 
 
+def default_concurrency(node_count: int) -> int:
+    """How many prompts of a batch to send at a time: enough for all nodes, but not enough to flood the mesh's queue."""
+    return min(max(node_count, 1) * PROMPTS_PER_NODE, MAX_CONCURRENT_PROMPTS)
+
+
 async def send_with_retries(session: Session, prompt: PromptRequest, index: int, text: str) -> PromptResult:
     """Sends one prompt of a batch and returns its result. If the prompt fails, the result holds the error.
 
-    Waits while the queue is full. Sends the prompt again when its answer was cut: no part of the answer was shown yet.
-    Raises UsageError only. Each cut answer counts as one attempt in the result.
+    Sends as ``send_until_whole`` does. Raises UsageError only. Each cut answer counts as one attempt in the result.
     """
     began = time.perf_counter()
     cut_answers = 0
+
+    def count_cut() -> None:
+        nonlocal cut_answers
+        cut_answers += 1
+
+    try:
+        result = await send_until_whole(lambda: send_prompt(session, prompt, index, text), count_cut)
+    except UsageError:
+        raise  # every other prompt would get the same error, so it is reported once for all prompts
+    except GPUMeshError as error:
+        return _failed_result(index, text, began, cut_answers, error)
+    return replace(result, attempts=result.attempts + cut_answers, total_ms=_milliseconds_since(began))
+
+
+async def send_until_whole(send: Callable[[], Awaitable[T]], on_cut: Callable[[], None] = lambda: None) -> T:
+    """The answer to a prompt of a batch, of which no part is shown before the whole has come.
+
+    Waits while the queue is full, and sends the prompt again when its answer was cut; ``on_cut`` is called each time.
+    Raises StreamCut after ``MAX_CUT_ANSWERS``, and the other errors of ``send``.
+    """
+    cut_answers = 0
     while True:
         try:
-            result = await send_prompt(session, prompt, index, text)
+            return await send()
         except QueueFull as error:
             await asyncio.sleep(error.retry_after_s)
-        except StreamCut as error:
+        except StreamCut:
             cut_answers += 1
+            on_cut()
             if cut_answers >= MAX_CUT_ANSWERS:
-                return _failed_result(index, text, began, cut_answers, error)
-        except UsageError:
-            raise  # every other prompt would get the same error, so it is reported once for all prompts
-        except GPUMeshError as error:
-            return _failed_result(index, text, began, cut_answers, error)
-        else:
-            return replace(result, attempts=result.attempts + cut_answers, total_ms=_milliseconds_since(began))
+                raise
 
 
 def _failed_result(index: int, text: str, began: float, attempts: int, error: GPUMeshError) -> PromptResult:
