@@ -28,7 +28,7 @@ from gpumesh.bench.simulate.measures import PolicyResult
 from gpumesh.bench.simulate.offered_load import scale_to_load
 from gpumesh.bench.simulate.simulation import Simulation
 from gpumesh.bench.simulate.workloads import Mix, Workload
-from gpumesh.bench.traces import TracedRequest, parse_trace
+from gpumesh.bench.workload.traces import TracedRequest, parse_trace
 
 TRACE_FILES = {"azure": "azure_conv_2023.csv", "mooncake": "mooncake_synthetic.jsonl"}
 MODEL = "llama3.1:8b"

@@ -12,9 +12,9 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from gpumesh.bench.load import LoadSample
-from gpumesh.bench.report import report_html
-from gpumesh.bench.result import BenchResult, record_json, result_from_json, result_json
+from gpumesh.bench.load.samples import LoadSample
+from gpumesh.bench.report.report import report_html
+from gpumesh.bench.results.result import BenchResult, record_json, result_from_json, result_json
 from gpumesh.errors import UsageError
 from gpumesh.files import atomic_file
 

@@ -9,23 +9,19 @@ from datetime import UTC, datetime
 from random import Random
 from typing import Protocol
 
-from gpumesh.bench import scenarios
-from gpumesh.bench.gpu_meter import gpu_use, sample_gpus
-from gpumesh.bench.load import (
-    Disturbance,
-    LoadSample,
-    SampleOutcome,
-    SendPrompt,
-    StageRun,
-    run_interleaved,
-    run_stage,
-)
-from gpumesh.bench.result import BenchResult, describe_environment
-from gpumesh.bench.routes import ApiKeys, http_route
-from gpumesh.bench.scenarios import BenchSettings, NodeFacts, Plan, Scenario, Stage, StageKind
+from gpumesh.bench.figures.gpu_meter import gpu_use, sample_gpus
+from gpumesh.bench.figures.summary import StageResult, route_costs, scaling, summarize_stage
+from gpumesh.bench.load.generator import Disturbance, run_interleaved, run_stage
+from gpumesh.bench.load.routes import ApiKeys, http_route
+from gpumesh.bench.load.samples import LoadSample, SampleOutcome, StageRun
+from gpumesh.bench.load.send_prompt import SendPrompt
+from gpumesh.bench.results.result import BenchResult, describe_environment
 from gpumesh.bench.stats import Objective
-from gpumesh.bench.summary import StageResult, route_costs, scaling, summarize_stage
-from gpumesh.bench.traces import TracedRequest
+from gpumesh.bench.workload import scenarios
+from gpumesh.bench.workload.scenarios import NodeFacts, Plan
+from gpumesh.bench.workload.settings import BenchSettings, Scenario
+from gpumesh.bench.workload.stages import Stage, StageKind
+from gpumesh.bench.workload.traces import TracedRequest
 from gpumesh.errors import NoNodeError, UsageError
 from gpumesh.state import BackendPhase, Finding, MeshState, NodeState
 from gpumesh.topology import BackendKind

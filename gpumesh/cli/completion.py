@@ -69,7 +69,7 @@ def complete_priorities(incomplete: str) -> list[str]:
 
 def complete_scenarios(incomplete: str) -> list[str]:
     """The scenarios of `bench run` that begin with ``incomplete``."""
-    from gpumesh.bench.scenarios import Scenario
+    from gpumesh.bench.workload.settings import Scenario
 
     return [scenario for scenario in Scenario if scenario.startswith(incomplete)]
 

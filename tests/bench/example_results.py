@@ -6,12 +6,13 @@ from datetime import UTC, datetime
 from typing import Any
 
 from gpumesh.backends.base import ChatRequest, Message, ServerCounters
-from gpumesh.bench.gpu_meter import GpuUse
-from gpumesh.bench.load import ClientLoad, LoadSample, SampleOutcome, StageRun
-from gpumesh.bench.result import BenchResult, Environment, NodeEnvironment
-from gpumesh.bench.scenarios import BenchSettings, PlannedRequest, Scenario, Stage, StageKind
+from gpumesh.bench.figures.gpu_meter import GpuUse
+from gpumesh.bench.figures.summary import StageResult, route_costs, scaling, summarize_stage
+from gpumesh.bench.load.samples import ClientLoad, LoadSample, SampleOutcome, StageRun
+from gpumesh.bench.results.result import BenchResult, Environment, NodeEnvironment
 from gpumesh.bench.stats import Objective
-from gpumesh.bench.summary import StageResult, route_costs, scaling, summarize_stage
+from gpumesh.bench.workload.settings import BenchSettings, Scenario
+from gpumesh.bench.workload.stages import PlannedRequest, Stage, StageKind
 
 MODEL = "qwen2.5:7b"
 IDLE = ClientLoad(cpu=0.1, lag_p99_ms=0.4)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from gpumesh.bench.result import BENCH_SCHEMA, record_json
 from gpumesh.bench.result_folder import check_result_folder, find_newest_result, read_result, write_result
+from gpumesh.bench.results.result import BENCH_SCHEMA, record_json
 from gpumesh.errors import UsageError
 from tests.bench.example_results import RECORDS, full_result, result
 

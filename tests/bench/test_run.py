@@ -14,12 +14,15 @@ import pytest
 
 from gpumesh.backends.base import ChatRequest
 from gpumesh.bench import run as bench
-from gpumesh.bench.load import AnswerStream, LoadSample, SendPrompt
-from gpumesh.bench.routes import ApiKeys
+from gpumesh.bench.figures.summary import StageResult
+from gpumesh.bench.load.routes import ApiKeys
+from gpumesh.bench.load.samples import LoadSample
+from gpumesh.bench.load.send_prompt import AnswerStream, SendPrompt
 from gpumesh.bench.run import BenchOutput, has_model, usable_nodes
-from gpumesh.bench.scenarios import BenchSettings, Plan, Scenario, Stage, StageKind
-from gpumesh.bench.summary import StageResult
-from gpumesh.bench.traces import TracedRequest
+from gpumesh.bench.workload.scenarios import Plan
+from gpumesh.bench.workload.settings import BenchSettings, Scenario
+from gpumesh.bench.workload.stages import Stage, StageKind
+from gpumesh.bench.workload.traces import TracedRequest
 from gpumesh.errors import NoNodeError, UsageError
 from gpumesh.gateway.app import Gateway
 from gpumesh.lab.ollama import SimOllama

@@ -16,7 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from gpumesh import audit
 from gpumesh.audit.changes import plan_changes
 from gpumesh.backends.dialects import DIALECTS
-from gpumesh.bench.result import describe_environment
+from gpumesh.bench.results.result import describe_environment
 from gpumesh.cli.commands.models import _print_table
 from gpumesh.cli.views import audit_rows
 from gpumesh.cli.views.audit_screen import print_comparison, print_drawing

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from gpumesh import __version__
-from gpumesh.bench import svg
-from gpumesh.bench.report import escape_text, html_page, html_table
+from gpumesh.bench.report import svg
+from gpumesh.bench.report.report import escape_text, html_page, html_table
+from gpumesh.bench.report.svg import format_number
 from gpumesh.bench.simulate.fleet import NodeSpec
 from gpumesh.bench.simulate.measures import PolicyResult
-from gpumesh.bench.svg import format_number
 from gpumesh.wire import to_json
 
 SIMULATION_SCHEMA = "gpumesh.simulation/1"

@@ -13,7 +13,7 @@ from typing import Generic, TypeVar
 
 from gpumesh.balancer.base import Priority
 from gpumesh.bench.simulate.requests import SimulatedRequest
-from gpumesh.bench.traces import TracedRequest
+from gpumesh.bench.workload.traces import TracedRequest
 
 TRACE_BLOCK_TOKENS = 512  # Mooncake's blocks
 BLOCK_TOKENS = 128  # the blocks of the prompts that are made here

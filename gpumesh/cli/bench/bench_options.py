@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING
 from gpumesh.errors import UsageError
 
 if TYPE_CHECKING:
-    from gpumesh.bench.scenarios import Scenario
-    from gpumesh.bench.traces import TracedRequest
+    from gpumesh.bench.workload.settings import Scenario
+    from gpumesh.bench.workload.traces import TracedRequest
 
 MAX_CONCURRENCY = 4096  # requests in flight
 
 
 def parse_scenario(name: str) -> Scenario:
     """The scenario of this name. Raises UsageError for an unknown name."""
-    from gpumesh.bench.scenarios import Scenario
+    from gpumesh.bench.workload.settings import Scenario
 
     try:
         return Scenario(name)
@@ -45,7 +45,7 @@ def read_trace(file: Path | None, limit: int | None) -> Sequence[TracedRequest]:
     given. Raises UsageError if the file cannot be read, or is no trace."""
     if file is None:
         return ()
-    from gpumesh.bench import traces
+    from gpumesh.bench.workload import traces
 
     try:
         with file.open(encoding="utf-8", errors="replace") as lines:

@@ -14,12 +14,14 @@ from gpumesh.cli.open_session import open_session, running_topology
 
 if TYPE_CHECKING:
     from gpumesh.backends.base import ChatRequest
-    from gpumesh.bench import scenarios
-    from gpumesh.bench.load import AnswerStream, LoadSample, SendPrompt
-    from gpumesh.bench.routes import ApiKeys
+    from gpumesh.bench.load.routes import ApiKeys
+    from gpumesh.bench.load.samples import LoadSample
+    from gpumesh.bench.load.send_prompt import AnswerStream, SendPrompt
     from gpumesh.bench.run import BenchOutput
     from gpumesh.bench.stats import Objective
-    from gpumesh.bench.traces import TracedRequest
+    from gpumesh.bench.workload.settings import BenchSettings, Scenario
+    from gpumesh.bench.workload.stages import Stage
+    from gpumesh.bench.workload.traces import TracedRequest
     from gpumesh.daemon.sessions.session import Session
     from gpumesh.state import MeshState
     from gpumesh.topology import Topology
@@ -27,9 +29,9 @@ if TYPE_CHECKING:
 
 async def measure(
     options: GlobalOptions,
-    scenario: scenarios.Scenario,
+    scenario: Scenario,
     model: str | None,
-    make_settings: Callable[[str], scenarios.BenchSettings],
+    make_settings: Callable[[str], BenchSettings],
     objective: Objective,
     *,
     trace: Sequence[TracedRequest],
@@ -68,7 +70,7 @@ def _read_api_keys(topology: Topology) -> ApiKeys:
     """The API keys of the gateway and the nodes. Leaves out a key whose variable is not set: a server that needs a key
     and gets none reports that itself."""
     from gpumesh import config
-    from gpumesh.bench.routes import ApiKeys
+    from gpumesh.bench.load.routes import ApiKeys
     from gpumesh.errors import SecretMissing
 
     def read_key(variable: str | None) -> str | None:
@@ -141,7 +143,7 @@ class _ProgressBar:
 
         self._update = self._stack.enter_context(show_progress(plan.total, "requests", quiet=self._quiet))
 
-    def start_stage(self, stage: scenarios.Stage) -> None:
+    def start_stage(self, stage: Stage) -> None:
         self._stage = stage.name
         self._update(self._ended_count, self._stage)
 

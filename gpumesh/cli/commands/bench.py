@@ -19,7 +19,7 @@ from gpumesh.cli.open_session import run_async
 from gpumesh.errors import ExitCode, UsageError
 
 if TYPE_CHECKING:
-    from gpumesh.bench import scenarios
+    from gpumesh.bench.workload.settings import BenchSettings
 
 app = new_app(no_args_is_help=True, help="Measure latency and throughput, per node and for the mesh.")
 
@@ -72,8 +72,8 @@ def run(
       gpumesh bench run --scenario sweep -c 1,2,4,8,16 -m qwen2.5:7b --out sweep-1
       gpumesh bench run --scenario replay --trace azure_conv_2023.csv -n 200 --speed 4
     """
-    from gpumesh.bench.result import result_json
     from gpumesh.bench.result_folder import check_result_folder, write_result
+    from gpumesh.bench.results.result import result_json
     from gpumesh.bench.stats import Objective
     from gpumesh.cli.bench.measure import measure
     from gpumesh.cli.views import bench_tables
@@ -85,8 +85,8 @@ def run(
     folder = out or bench_options.new_result_folder(chosen_scenario)
     check_result_folder(folder, force=force)
 
-    def make_settings(model_name: str) -> scenarios.BenchSettings:
-        from gpumesh.bench.scenarios import BenchSettings
+    def make_settings(model_name: str) -> BenchSettings:
+        from gpumesh.bench.workload.settings import BenchSettings
 
         return BenchSettings(
             model_name,
@@ -128,8 +128,8 @@ def show(
     as_json: JsonOption = False,
 ) -> None:
     """Show a result again."""
-    from gpumesh.bench.result import result_json
     from gpumesh.bench.result_folder import find_newest_result, read_result
+    from gpumesh.bench.results.result import result_json
     from gpumesh.cli.views import bench_tables
 
     folder = path or find_newest_result(bench_options.results_folder())
@@ -149,7 +149,7 @@ def compare(
     as_json: JsonOption = False,
 ) -> None:
     """Compare two results: what became better or worse, and what the samples cannot tell apart."""
-    from gpumesh.bench.compare import compare as compare_results
+    from gpumesh.bench.comparison.compare import compare as compare_results
     from gpumesh.bench.result_folder import read_result
     from gpumesh.cli.views import bench_tables
     from gpumesh.wire import to_json

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 
 import typer
 
-from gpumesh.bench.compare import Comparison, Difference, DifferenceVerdict
-from gpumesh.bench.result import BenchResult
+from gpumesh.bench.comparison.compare import Comparison, Difference, DifferenceVerdict
+from gpumesh.bench.figures.summary import StageResult, stage_label
+from gpumesh.bench.report.svg import format_number
+from gpumesh.bench.results.result import BenchResult
 from gpumesh.bench.simulate.measures import PolicyResult
 from gpumesh.bench.simulate.report import FIGURE_NAMES, SimulationResult, figures
-from gpumesh.bench.summary import StageResult, stage_label
-from gpumesh.bench.svg import format_number
 from gpumesh.cli.views.safe_text import clean_line
 from gpumesh.cli.views.tables import Cell, Column, print_fitted_table, print_table
 

@@ -22,7 +22,7 @@ from gpumesh.bench.simulate.requests import SimulatedRequest
 from gpumesh.bench.simulate.servers.blocks import common_blocks
 from gpumesh.bench.simulate.simulation import Simulation
 from gpumesh.bench.simulate.workloads import BLOCK_TOKENS, Mix, Workload
-from gpumesh.bench.traces import TracedRequest
+from gpumesh.bench.workload.traces import TracedRequest
 from gpumesh.errors import UsageError
 from tests.bench.simulate.build import MODEL, OTHER, node
 

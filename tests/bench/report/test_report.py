@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 
-from gpumesh.bench.gpu_meter import GpuUse
-from gpumesh.bench.load import LoadSample
-from gpumesh.bench.report import MAX_POINTS, report_html
-from gpumesh.bench.result import BenchResult
-from gpumesh.bench.scenarios import Scenario, StageKind
+from gpumesh.bench.figures.gpu_meter import GpuUse
+from gpumesh.bench.figures.summary import StageResult, summarize_stage
+from gpumesh.bench.load.samples import LoadSample
+from gpumesh.bench.report.report import MAX_POINTS, report_html
+from gpumesh.bench.results.result import BenchResult
 from gpumesh.bench.stats import Objective
-from gpumesh.bench.summary import StageResult, summarize_stage
+from gpumesh.bench.workload.settings import Scenario
+from gpumesh.bench.workload.stages import StageKind
 from tests.bench.example_results import failed_record, make_stage_run, record, result, stage, summarize_only
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(1)> \x1b]0;owned\x07\u202e"

@@ -8,11 +8,18 @@ from typing import Any
 import pytest
 
 from gpumesh.backends.base import ServerCounters
-from gpumesh.bench.gpu_meter import GpuUse
-from gpumesh.bench.load import SampleOutcome
-from gpumesh.bench.scenarios import StageKind
+from gpumesh.bench.figures.gpu_meter import GpuUse
+from gpumesh.bench.figures.summary import (
+    FailureCount,
+    StageResult,
+    request_tpot_ms,
+    route_costs,
+    scaling,
+    summarize_stage,
+)
+from gpumesh.bench.load.samples import SampleOutcome
 from gpumesh.bench.stats import Objective
-from gpumesh.bench.summary import FailureCount, StageResult, request_tpot_ms, route_costs, scaling, summarize_stage
+from gpumesh.bench.workload.stages import StageKind
 from tests.bench.example_results import failed_record, make_stage_run, record, stage, summarize_only
 
 

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
-from gpumesh.bench.result import BenchResult, Environment
+from gpumesh.bench.figures.summary import StageResult, stage_label
+from gpumesh.bench.results.result import BenchResult, Environment
 from gpumesh.bench.stats import SampleSummary, ratio
-from gpumesh.bench.summary import StageResult, stage_label
 
 # The rate of a whole stage is a single value, so its noise is unknown. A change of less than 5 % counts as noise.
 NOISE_RATIO = 0.05

@@ -8,48 +8,15 @@ models that can think. The temperature is 0 and the seed is fixed, so that runs 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from random import Random
 
-from gpumesh.backends.base import ChatRequest, Message
-from gpumesh.bench.traces import TracedRequest
+from gpumesh.bench.workload.prompts import PromptFactory
+from gpumesh.bench.workload.settings import MAX_PROMPT_TOKENS, BenchSettings, Scenario
+from gpumesh.bench.workload.stages import PlannedRequest, Stage, StageKind
+from gpumesh.bench.workload.traces import TracedRequest
 from gpumesh.errors import UsageError
-
-# Ordinary words, which have about 1.3 tokens each (OpenAI's rule of thumb: a token is 0.75 words).
-_VOCABULARY = tuple(
-    word
-    for line in (
-        "river stone window garden market engine signal harbor winter copper letter bridge forest mirror planet",
-        "silver ladder thunder village compass pepper lantern meadow orbit canvas anchor desert velvet rocket island",
-    )
-    for word in line.split()
-)
-TOKENS_PER_WORD = 1.3
-REPLAY_BLOCK_TOKENS = 512  # tokens of a block in Mooncake's traces
-MAX_PROMPT_TOKENS = 200_000  # a larger number is taken for a mistake: few models read more
-
-
-class Scenario(StrEnum):
-    """What a benchmark measures. The functions ``_plan_…`` say what each scenario does."""
-
-    QUICK = "quick"
-    SWEEP = "sweep"
-    SCALE = "scale"
-    OVERHEAD = "overhead"
-    FAILOVER = "failover"
-    REPLAY = "replay"
-
-
-class StageKind(StrEnum):
-    """What a stage measures: nothing (it only loads the model), one node alone, the mesh, or a trace on the mesh."""
-
-    WARM_UP = "warm-up"
-    NODE = "node"
-    MESH = "mesh"
-    TRACE = "trace"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,62 +25,6 @@ class NodeFacts:
 
     name: str
     parallel: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class BenchSettings:
-    """The settings of a benchmark, as `bench run` has them as options.
-
-    ``requests`` is the number for each stage. ``concurrency`` holds the levels of ``sweep``; other scenarios use the
-    first level. If one of these two is not given (``None``, empty), each scenario has its own default. ``tokens`` and
-    ``prompt_tokens`` are the lengths of an answer and of a prompt. ``think``: whether a model that can think shall
-    think; ``None``: the server's default. ``seed`` decides the words of the prompts, and is sent to the servers.
-    ``speed`` divides the gaps between a trace's requests. ``max_context`` limits the length of replayed prompts, in
-    tokens.
-    """
-
-    model: str
-    requests: int | None = None
-    concurrency: tuple[int, ...] = ()
-    tokens: int = 64
-    prompt_tokens: int = 32
-    think: bool | None = False
-    seed: int = 1
-    speed: float = 1.0
-    max_context: int = 8192
-
-
-@dataclass(frozen=True, slots=True)
-class PlannedRequest:
-    """A request to send to ``node``, or to the mesh if ``node`` is ``None``.
-
-    ``at_s``: in an open loop, when to send the request, in seconds from the start of the stage.
-    """
-
-    chat: ChatRequest
-    node: str | None = None
-    at_s: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Stage:
-    """Requests under one condition. A closed loop keeps ``concurrency`` in flight; an open loop sends by the clock.
-
-    ``node`` is the node that is measured alone, ``None`` for the mesh. ``disturb``: a node is taken out of service in
-    the middle of the stage.
-    """
-
-    name: str
-    kind: StageKind
-    requests: tuple[PlannedRequest, ...]
-    node: str | None = None
-    concurrency: int | None = None
-    disturb: bool = False
-
-    @property
-    def open_loop(self) -> bool:
-        """Whether requests are sent by the clock, whether or not earlier answers have come."""
-        return self.concurrency is None
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,63 +39,6 @@ class Plan:
     def total(self) -> int:
         """The number of requests of all stages."""
         return sum(len(stage.requests) for stage in self.stages)
-
-
-class PromptFactory:
-    """Makes chat requests whose prompts are in no server's prefix cache.
-
-    The nonces come from ``rng``, so they differ in each run. The rest of the text comes from the settings' seed.
-    """
-
-    def __init__(self, settings: BenchSettings, rng: Random) -> None:
-        self._settings = settings
-        self._rng = rng
-        self._text_rng = Random(settings.seed)
-        self._run_nonce = f"{rng.getrandbits(64):016x}"
-
-    def make_prompt(self, *, tokens: int | None = None, prompt_tokens: int | None = None) -> ChatRequest:
-        """Makes a request whose prompt starts with its own nonce.
-
-        ``tokens`` and ``prompt_tokens`` are the lengths of the answer and the prompt; ``None``: those of the settings.
-        """
-        nonce = f"{self._rng.getrandbits(64):016x}"
-        length = self._settings.prompt_tokens if prompt_tokens is None else prompt_tokens
-        text = _choose_words(self._text_rng, length)
-        return self._make_request(f"[{nonce}] Tell a long story with these words in it: {text}.", tokens)
-
-    def make_traced_prompt(self, traced: TracedRequest) -> ChatRequest:
-        """Makes a request with a prompt and an answer of the traced request's lengths.
-
-        Blocks with equal ids have equal text, behind the nonce of this *run*. So prompts share the prefixes that they
-        share in the trace, and caches of an earlier run do not help. Without blocks, the prompt has its own nonce.
-        """
-        prompt_tokens = min(traced.prompt_tokens, self._settings.max_context)
-        if not traced.blocks:
-            return self.make_prompt(tokens=traced.output_tokens, prompt_tokens=prompt_tokens)
-        block_count = math.ceil(prompt_tokens / REPLAY_BLOCK_TOKENS)  # fewer than the trace has, if the prompt is cut
-        parts = [f"[{self._run_nonce}]"]
-        tokens_left = prompt_tokens
-        for block in traced.blocks[:block_count]:
-            block_rng = Random(f"{self._settings.seed}/{block}")  # the same words for each block with this id
-            parts.append(_choose_words(block_rng, min(tokens_left, REPLAY_BLOCK_TOKENS)))
-            tokens_left -= REPLAY_BLOCK_TOKENS
-        return self._make_request(" ".join(parts), traced.output_tokens)
-
-    def _make_request(self, prompt: str, tokens: int | None) -> ChatRequest:
-        """Makes the request for an answer of ``tokens`` tokens; ``None``: the settings' number."""
-        settings = self._settings
-        options = {
-            "num_predict": settings.tokens if tokens is None else tokens,
-            "temperature": 0,
-            "seed": settings.seed,
-        }
-        return ChatRequest(settings.model, (Message("user", prompt),), options, stream=True, think=settings.think)
-
-
-def _choose_words(rng: Random, tokens: int) -> str:
-    """Chooses words that have about so many tokens, at least one word."""
-    count = max(round(tokens / TOKENS_PER_WORD), 1)
-    return " ".join(rng.choices(_VOCABULARY, k=count))
 
 
 def plan_stages(

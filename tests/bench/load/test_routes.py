@@ -8,7 +8,7 @@ import pytest
 
 from gpumesh.backends.base import ChatRequest, Chunk, Message
 from gpumesh.backends.dialects import DIALECTS
-from gpumesh.bench.routes import HttpRoute
+from gpumesh.bench.load.routes import HttpRoute
 from gpumesh.errors import BackendStatus, BackendUnreachable, StreamCut
 from gpumesh.lab import profile
 from gpumesh.lab.ollama import SimOllama

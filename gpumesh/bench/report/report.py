@@ -10,12 +10,12 @@ import math
 from collections.abc import Iterable, Sequence
 from html import escape
 
-from gpumesh.bench import svg
-from gpumesh.bench.load import LoadSample
-from gpumesh.bench.result import BenchResult
-from gpumesh.bench.scenarios import Scenario
+from gpumesh.bench.figures.summary import StageResult, stage_label
+from gpumesh.bench.load.samples import LoadSample
+from gpumesh.bench.report import svg
+from gpumesh.bench.results.result import BenchResult
 from gpumesh.bench.stats import SampleSummary
-from gpumesh.bench.summary import StageResult, stage_label
+from gpumesh.bench.workload.settings import Scenario
 from gpumesh.text.printable import printable
 
 MAX_POINTS = 3000  # of one plot: a page with more opens slowly, and an eye sees no difference

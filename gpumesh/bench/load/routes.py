@@ -15,7 +15,7 @@ from types import MappingProxyType
 
 from gpumesh.backends.base import ChatRequest, Chunk, HttpCall
 from gpumesh.backends.dialects import DIALECTS
-from gpumesh.bench.load import AnswerStream
+from gpumesh.bench.load.send_prompt import AnswerStream
 from gpumesh.config.listen_address import UNIX_PREFIX
 from gpumesh.errors import BackendStatus, BackendUnreachable
 from gpumesh.mesh.requests.upstream import Upstream, UpstreamResponse

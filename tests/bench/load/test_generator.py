@@ -10,15 +10,10 @@ from dataclasses import dataclass, field, replace
 import pytest
 
 from gpumesh.backends.base import ChatRequest, Chunk, ServerCounters
-from gpumesh.bench.load import (
-    LoadSample,
-    SampleOutcome,
-    StageRun,
-    judge_client,
-    run_interleaved,
-    run_stage,
-)
-from gpumesh.bench.scenarios import PlannedRequest, Stage, StageKind
+from gpumesh.bench.load.client_judge import judge_client
+from gpumesh.bench.load.generator import run_interleaved, run_stage
+from gpumesh.bench.load.samples import LoadSample, SampleOutcome, StageRun
+from gpumesh.bench.workload.stages import PlannedRequest, Stage, StageKind
 from gpumesh.errors import BackendUnreachable, StreamCut
 from tests.bench.example_results import CHAT, stage
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpumesh.bench.svg import (
+from gpumesh.bench.report.svg import (
     LEFT,
     RIGHT,
     WIDTH,

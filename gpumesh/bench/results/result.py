@@ -13,10 +13,10 @@ from datetime import datetime
 from typing import Any
 
 from gpumesh import __version__
-from gpumesh.bench.load import LoadSample
-from gpumesh.bench.scenarios import BenchSettings, Scenario
+from gpumesh.bench.figures.summary import RouteCost, Scaling, StageResult, request_tpot_ms
+from gpumesh.bench.load.samples import LoadSample
 from gpumesh.bench.stats import Objective
-from gpumesh.bench.summary import RouteCost, Scaling, StageResult, request_tpot_ms
+from gpumesh.bench.workload.settings import BenchSettings, Scenario
 from gpumesh.state import MeshState, NodeState
 from gpumesh.wire import from_json, to_json
 

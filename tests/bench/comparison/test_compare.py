@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import pytest
 
-from gpumesh.bench.compare import Difference, DifferenceVerdict, compare
-from gpumesh.bench.load import ClientLoad
-from gpumesh.bench.result import BenchResult
-from gpumesh.bench.scenarios import BenchSettings, Scenario
-from gpumesh.bench.summary import StageResult, stage_label
+from gpumesh.bench.comparison.compare import Difference, DifferenceVerdict, compare
+from gpumesh.bench.figures.summary import StageResult, stage_label
+from gpumesh.bench.load.samples import ClientLoad
+from gpumesh.bench.results.result import BenchResult
+from gpumesh.bench.workload.settings import BenchSettings, Scenario
 from tests.bench.example_results import MODEL, failed_record, make_stage_run, record, result, stage, summarize_only
 
 

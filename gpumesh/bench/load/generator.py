@@ -9,47 +9,18 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import AbstractAsyncContextManager
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from enum import StrEnum
 from typing import Protocol
 
-from gpumesh.backends.base import ChatRequest, Chunk, ServerCounters
-from gpumesh.bench.scenarios import PlannedRequest, Stage
-from gpumesh.bench.stats import percentile
+from gpumesh.backends.base import ServerCounters
+from gpumesh.bench.load.client_judge import LATE_CLIENT_MS, judge_client
+from gpumesh.bench.load.samples import LoadSample, SampleOutcome, StageRun
+from gpumesh.bench.load.send_prompt import SendPrompt
+from gpumesh.bench.workload.stages import PlannedRequest, Stage
 from gpumesh.errors import GPUMeshError, StreamCut
 
 LAG_SAMPLE_S = 0.02  # the seconds of each sleep by which the lag of the event loop is measured
-# Above these values the figures describe this machine rather than the mesh.
-BUSY_CLIENT_CPU = 0.85  # of one core
-LATE_CLIENT_MS = 5.0  # of the event loop, or of a request that should have been sent
-MAX_LATE_SHARE = 0.01  # of an open loop's requests: a smaller share does not move a median
-
-
-class AnswerStream(Protocol):
-    """An answer while it arrives, piece by piece. ``node`` and ``attempts`` are right from the first piece on."""
-
-    @property
-    def node(self) -> str | None:
-        """The name of the node that answers."""
-        ...
-
-    @property
-    def attempts(self) -> int:
-        """The number of attempts, which is more than 1 after a failover."""
-        ...
-
-    def __aiter__(self) -> AsyncIterator[Chunk]: ...
-
-
-class SendPrompt(Protocol):
-    """Sends a request to ``node`` and yields the answer; for ``None`` the mesh chooses the node. Raises GPUMeshError.
-
-    The end of the context cancels the request if the answer is not complete.
-    """
-
-    def __call__(self, request: ChatRequest, node: str | None) -> AbstractAsyncContextManager[AnswerStream]: ...
 
 
 class Disturbance(Protocol):
@@ -62,114 +33,6 @@ class Disturbance(Protocol):
     async def end(self) -> None:
         """Puts the node back into service."""
         ...
-
-
-class SampleOutcome(StrEnum):
-    """How a request ended, as the client of a benchmark sees it."""
-
-    SERVED = "served"
-    FAILED = "failed"
-    CUT = "cut"
-    """The answer began and did not reach its end."""
-
-
-@dataclass(frozen=True, slots=True)
-class LoadSample:
-    """The outcome of one request. Times are seconds since the start of the stage.
-
-    ``index`` is the number of the request in its stage, from 0. ``intended_s`` is when an open loop should have sent
-    the request, ``sent_s`` when it was sent; in a closed loop both are equal. ``attempts`` is 0 if the answer did not
-    end well. ``arrivals_s`` has one time for each piece of the answer. ``tokens`` is the server's own count, or the
-    number of pieces if the server gave no count (``counted_pieces``).
-    """
-
-    stage: str
-    index: int
-    outcome: SampleOutcome
-    intended_s: float
-    sent_s: float
-    ended_s: float
-    node: str | None = None
-    attempts: int = 0
-    route: str | None = None
-    arrivals_s: tuple[float, ...] = ()
-    tokens: int | None = None
-    counted_pieces: bool = False
-    prompt_tokens: int | None = None
-    counters: ServerCounters | None = None
-    done_reason: str | None = None
-    error_code: str | None = None
-    error: str | None = None
-
-    @property
-    def ttft_ms(self) -> float | None:
-        """From the intended moment of sending to the first piece; ``None`` if no piece arrived."""
-        if not self.arrivals_s:
-            return None
-        return (self.arrivals_s[0] - self.intended_s) * 1000.0
-
-    @property
-    def end_to_end_ms(self) -> float | None:
-        """From the intended moment of sending to the end of the answer; ``None`` unless the request was served."""
-        if self.outcome is not SampleOutcome.SERVED:
-            return None
-        return (self.ended_s - self.intended_s) * 1000.0
-
-    @property
-    def last_token_ms(self) -> float | None:
-        """From the intended moment of sending to the last piece; ``None`` if no piece arrived."""
-        if not self.arrivals_s:
-            return None
-        return (self.arrivals_s[-1] - self.intended_s) * 1000.0
-
-
-@dataclass(frozen=True, slots=True)
-class ClientLoad:
-    """How busy this process was while it measured: CPU time ÷ wall time (1 is one core), and the lag of its event loop.
-
-    ``late_sends`` is the number of requests that were sent too late (``judge_client``). ``bound`` is a sentence that
-    says why this process itself may have limited the figures; ``None`` if there is no such reason.
-    """
-
-    cpu: float
-    lag_p99_ms: float
-    late_sends: int = 0
-    bound: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class StageRun:
-    """A stage as it was run, with the outcome of each request in ``records``.
-
-    ``disturbed_s`` is when the disturbance began and ended, in seconds of the stage; ``disturbance`` describes it.
-    """
-
-    stage: Stage
-    records: tuple[LoadSample, ...]
-    duration_s: float
-    client: ClientLoad
-    disturbed_s: tuple[float, float] | None = None
-    disturbance: str | None = None
-
-
-def judge_client(cpu: float, lags_ms: Sequence[float], late_sends: int, sends: int) -> ClientLoad:
-    """Judges whether this process itself limited the figures of a stage. Pure.
-
-    ``cpu``: CPU time ÷ wall time. ``lags_ms``: of the event loop. ``late_sends``: how many of the ``sends`` requests
-    of an open loop were sent more than ``LATE_CLIENT_MS`` after their intended moment.
-    """
-    ordered = sorted(lags_ms)
-    # The 90th percentile: a single pause of the machine is no reason to doubt all figures.
-    lag_p90_ms = percentile(ordered, 0.9) if ordered else 0.0
-    lag_p99_ms = percentile(ordered, 0.99) if ordered else 0.0
-    bound = None
-    if cpu >= BUSY_CLIENT_CPU:
-        bound = f"this process used {cpu:.0%} of a core: the load generator may be what limits"
-    elif lag_p90_ms >= LATE_CLIENT_MS:
-        bound = f"this process often ran {lag_p90_ms:.0f} ms late: something else uses this machine's cores"
-    elif sends and late_sends / sends > MAX_LATE_SHARE:
-        bound = f"{late_sends} of {sends} requests went out late: the load generator could not keep up"
-    return ClientLoad(cpu, lag_p99_ms, late_sends, bound)
 
 
 @dataclass(slots=True)

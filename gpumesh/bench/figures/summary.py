@@ -10,10 +10,10 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
-from gpumesh.bench.gpu_meter import GpuUse
-from gpumesh.bench.load import ClientLoad, LoadSample, SampleOutcome, StageRun
-from gpumesh.bench.scenarios import Stage, StageKind
+from gpumesh.bench.figures.gpu_meter import GpuUse
+from gpumesh.bench.load.samples import ClientLoad, LoadSample, SampleOutcome, StageRun
 from gpumesh.bench.stats import Objective, SampleSummary, gaps_ms, rate, ratio, summarize_sample, tpot_ms
+from gpumesh.bench.workload.stages import Stage, StageKind
 
 MAX_FAILURES = 10  # the number of different reasons that are listed for a stage
 

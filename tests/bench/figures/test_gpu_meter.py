@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 
 import pytest
 
-from gpumesh.bench.gpu_meter import LAG_S, GpuSample, GpuUse, gpu_use, sample_gpus
+from gpumesh.bench.figures.gpu_meter import LAG_S, GpuSample, GpuUse, gpu_use, sample_gpus
 from gpumesh.state import (
     BackendState,
     GatewayState,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from gpumesh.bench.traces import TracedRequest, parse_trace
+from gpumesh.bench.workload.traces import TracedRequest, parse_trace
 from gpumesh.errors import UsageError
 
 AZURE = """\

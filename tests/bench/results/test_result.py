@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from gpumesh.bench.result import result_from_json, result_json
 from gpumesh.bench.result_folder import read_result
-from gpumesh.bench.scenarios import Scenario
+from gpumesh.bench.results.result import result_from_json, result_json
+from gpumesh.bench.workload.settings import Scenario
 from gpumesh.errors import UsageError
 from tests.bench.example_results import failed_record, full_result, make_stage_run, record, result, summarize_only
 

@@ -7,17 +7,11 @@ from typing import Any
 
 import pytest
 
-from gpumesh.bench.scenarios import (
-    BenchSettings,
-    NodeFacts,
-    Plan,
-    PromptFactory,
-    Scenario,
-    Stage,
-    StageKind,
-    plan_stages,
-)
-from gpumesh.bench.traces import TracedRequest
+from gpumesh.bench.workload.prompts import PromptFactory
+from gpumesh.bench.workload.scenarios import NodeFacts, Plan, plan_stages
+from gpumesh.bench.workload.settings import BenchSettings, Scenario
+from gpumesh.bench.workload.stages import Stage, StageKind
+from gpumesh.bench.workload.traces import TracedRequest
 from gpumesh.errors import UsageError
 
 NODES = (NodeFacts("alpha"), NodeFacts("beta", parallel=4))

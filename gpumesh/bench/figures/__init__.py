@@ -1,0 +1,1 @@
+"""Computes figures from records: statistics, a stage, the use of the GPUs."""

@@ -1,0 +1,1 @@
+"""Sends the requests of a stage and records each outcome."""

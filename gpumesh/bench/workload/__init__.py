@@ -1,0 +1,1 @@
+"""What is sent: settings, stages of requests, prompts, and public traces."""

@@ -1,0 +1,42 @@
+"""The scenarios of a benchmark, and its settings. Values only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+MAX_PROMPT_TOKENS = 200_000  # a larger number is taken for a mistake: few models read more
+
+
+class Scenario(StrEnum):
+    """What a benchmark measures. The functions ``_plan_…`` say what each scenario does."""
+
+    QUICK = "quick"
+    SWEEP = "sweep"
+    SCALE = "scale"
+    OVERHEAD = "overhead"
+    FAILOVER = "failover"
+    REPLAY = "replay"
+
+
+@dataclass(frozen=True, slots=True)
+class BenchSettings:
+    """The settings of a benchmark, as `bench run` has them as options.
+
+    ``requests`` is the number for each stage. ``concurrency`` holds the levels of ``sweep``; other scenarios use the
+    first level. If one of these two is not given (``None``, empty), each scenario has its own default. ``tokens`` and
+    ``prompt_tokens`` are the lengths of an answer and of a prompt. ``think``: whether a model that can think shall
+    think; ``None``: the server's default. ``seed`` decides the words of the prompts, and is sent to the servers.
+    ``speed`` divides the gaps between a trace's requests. ``max_context`` limits the length of replayed prompts, in
+    tokens.
+    """
+
+    model: str
+    requests: int | None = None
+    concurrency: tuple[int, ...] = ()
+    tokens: int = 64
+    prompt_tokens: int = 32
+    think: bool | None = False
+    seed: int = 1
+    speed: float = 1.0
+    max_context: int = 8192

@@ -1,0 +1,50 @@
+"""A stage of a benchmark: requests that are sent under one condition. Values only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from gpumesh.backends.base import ChatRequest
+
+
+class StageKind(StrEnum):
+    """What a stage measures: nothing (it only loads the model), one node alone, the mesh, or a trace on the mesh."""
+
+    WARM_UP = "warm-up"
+    NODE = "node"
+    MESH = "mesh"
+    TRACE = "trace"
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedRequest:
+    """A request to send to ``node``, or to the mesh if ``node`` is ``None``.
+
+    ``at_s``: in an open loop, when to send the request, in seconds from the start of the stage.
+    """
+
+    chat: ChatRequest
+    node: str | None = None
+    at_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """Requests under one condition. A closed loop keeps ``concurrency`` in flight; an open loop sends by the clock.
+
+    ``node`` is the node that is measured alone, ``None`` for the mesh. ``disturb``: a node is taken out of service in
+    the middle of the stage.
+    """
+
+    name: str
+    kind: StageKind
+    requests: tuple[PlannedRequest, ...]
+    node: str | None = None
+    concurrency: int | None = None
+    disturb: bool = False
+
+    @property
+    def open_loop(self) -> bool:
+        """Whether requests are sent by the clock, whether or not earlier answers have come."""
+        return self.concurrency is None
