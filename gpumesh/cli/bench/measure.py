@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from gpumesh.bench.load.send_prompt import AnswerStream, SendPrompt
     from gpumesh.bench.run import BenchOutput
     from gpumesh.bench.stats import Objective
+    from gpumesh.bench.workload.scenarios import Plan
     from gpumesh.bench.workload.settings import BenchSettings, Scenario
     from gpumesh.bench.workload.stages import Stage
     from gpumesh.bench.workload.traces import TracedRequest
@@ -137,7 +138,7 @@ class _ProgressBar:
         self._ended_count = 0
         self._failed_count = 0
 
-    def set_plan(self, plan: scenarios.Plan) -> None:
+    def set_plan(self, plan: Plan) -> None:
         """Opens the bar: now the number of requests is known."""
         from gpumesh.cli.views.progress_bar import show_progress
 
