@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+from gpumesh.errors import UsageError
+
 MAX_PROMPT_TOKENS = 200_000  # a larger number is taken for a mistake: few models read more
 
 
 class Scenario(StrEnum):
-    """What a benchmark measures. The functions ``_plan_…`` say what each scenario does."""
+    """What a benchmark measures. The files in ``scenarios/`` say what each scenario does."""
 
     QUICK = "quick"
     SWEEP = "sweep"
@@ -40,3 +42,18 @@ class BenchSettings:
     seed: int = 1
     speed: float = 1.0
     max_context: int = 8192
+
+    def check(self) -> None:
+        """Raises UsageError for a value that makes no sense. The error names the option of `bench run`."""
+        for option, value in (
+            ("-n", self.requests),
+            ("--tokens", self.tokens),
+            ("--prompt-tokens", self.prompt_tokens),
+            ("-c", min(self.concurrency, default=None)),  # the smallest level; the other levels are larger
+        ):
+            if value is not None and value < 1:  # ``None``: not given, so the scenario's default is used
+                raise UsageError(f"{option} must be at least 1, not {value}")
+        if self.speed <= 0:
+            raise UsageError(f"--speed must be more than 0, not {self.speed:g}")
+        if self.prompt_tokens > MAX_PROMPT_TOKENS:
+            raise UsageError(f"--prompt-tokens can be {MAX_PROMPT_TOKENS} at most, not {self.prompt_tokens}")

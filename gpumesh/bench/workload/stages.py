@@ -34,7 +34,7 @@ class Stage:
     """Requests under one condition. A closed loop keeps ``concurrency`` in flight; an open loop sends by the clock.
 
     ``node`` is the node that is measured alone, ``None`` for the mesh. ``disturb``: a node is taken out of service in
-    the middle of the stage.
+    the middle of the stage. ``over_routes``: the requests take turns over all routes to the node.
     """
 
     name: str
@@ -43,6 +43,7 @@ class Stage:
     node: str | None = None
     concurrency: int | None = None
     disturb: bool = False
+    over_routes: bool = False
 
     @property
     def open_loop(self) -> bool:

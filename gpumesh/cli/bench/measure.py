@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from gpumesh.bench.load.send_prompt import AnswerStream, SendPrompt
     from gpumesh.bench.run import BenchOutput
     from gpumesh.bench.stats import Objective
-    from gpumesh.bench.workload.scenarios import Plan
     from gpumesh.bench.workload.settings import BenchSettings, Scenario
     from gpumesh.bench.workload.stages import Stage
     from gpumesh.bench.workload.traces import TracedRequest
+    from gpumesh.cli.views.progress_bar import ProgressDisplay
     from gpumesh.daemon.sessions.session import Session
     from gpumesh.state import MeshState
     from gpumesh.topology import Topology
@@ -127,26 +127,26 @@ class _SessionTarget:
 
 
 class _ProgressBar:
-    """A progress bar on stderr, with the number of requests that have ended, and the stage that runs. ``stack`` closes
-    the bar."""
+    """A progress bar on stderr: how many requests of the stage that runs have ended. ``stack`` closes the bar."""
 
     def __init__(self, stack: ExitStack, *, quiet: bool) -> None:
         self._stack = stack
         self._quiet = quiet
-        self._update: Callable[[int, str], None] = lambda _done, _note: None  # there is no bar before the plan
+        self._display: ProgressDisplay | None = None  # there is no bar before the first stage
         self._stage = ""
         self._ended_count = 0
-        self._failed_count = 0
-
-    def set_plan(self, plan: Plan) -> None:
-        """Opens the bar: now the number of requests is known."""
-        from gpumesh.cli.views.progress_bar import show_progress
-
-        self._update = self._stack.enter_context(show_progress(plan.total, "requests", quiet=self._quiet))
+        self._failed_count = 0  # of the whole run
 
     def start_stage(self, stage: Stage) -> None:
+        """Begins the bar anew, with the number of requests of this stage."""
+        from gpumesh.cli.views.progress_bar import show_progress
+
+        if self._display is None:
+            self._display = self._stack.enter_context(show_progress(0, "requests", quiet=self._quiet))
         self._stage = stage.name
-        self._update(self._ended_count, self._stage)
+        self._ended_count = 0
+        self._display.begin(len(stage.requests))
+        self._display(0, self._stage)
 
     def add_record(self, record: LoadSample) -> None:
         """Counts a request that has ended."""
@@ -154,4 +154,5 @@ class _ProgressBar:
         if record.error_code is not None:
             self._failed_count += 1
         failed_text = f", {self._failed_count} failed" if self._failed_count else ""
-        self._update(self._ended_count, f"{self._stage}{failed_text}")
+        if self._display is not None:
+            self._display(self._ended_count, f"{self._stage}{failed_text}")

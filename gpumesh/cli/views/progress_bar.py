@@ -18,9 +18,11 @@ if TYPE_CHECKING:
 
 class ProgressDisplay(Protocol):
     """A display of progress. A call passes ``done``, the number of prompts or requests that have ended, and ``note``, a
-    text behind the bar. ``write`` writes a result to stdout."""
+    text behind the bar. ``begin`` empties the bar and gives it another total. ``write`` writes a result to stdout."""
 
     def __call__(self, done: int, note: str = "") -> None: ...
+
+    def begin(self, total: int) -> None: ...
 
     def write(self, line: str) -> None: ...
 
@@ -29,6 +31,8 @@ class _HiddenBar:
     """A display that only writes results."""
 
     def __call__(self, done: int, note: str = "") -> None: ...
+
+    def begin(self, total: int) -> None: ...
 
     def write(self, line: str) -> None:
         sys.stdout.write(f"{line}\n")
@@ -44,6 +48,9 @@ class _ShownBar(_HiddenBar):
 
     def __call__(self, done: int, note: str = "") -> None:
         self._bar.update(self._task, completed=done, note=clean_line(note, 60))
+
+    def begin(self, total: int) -> None:
+        self._bar.reset(self._task, total=total)
 
     def write(self, line: str) -> None:
         write_above_bars(self._bar, line)

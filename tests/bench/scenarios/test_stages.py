@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from gpumesh.bench.scenarios.base import NodeFacts, ScenarioContext, StageOutcome
+from gpumesh.bench.scenarios.catalog import scenario_steps
 from gpumesh.bench.workload.prompts import PromptFactory
-from gpumesh.bench.workload.scenarios import NodeFacts, Plan, plan_stages
 from gpumesh.bench.workload.settings import BenchSettings, Scenario
 from gpumesh.bench.workload.stages import Stage, StageKind
 from gpumesh.bench.workload.traces import TracedRequest
@@ -22,9 +23,24 @@ TRACE = (
 )
 
 
-def planned(scenario: Scenario, settings: BenchSettings | None = None, **options: Any) -> Plan:
-    nodes = options.pop("nodes", NODES)
-    return plan_stages(scenario, settings or BenchSettings("m"), nodes, rng=Random(7), **options)
+def planned(
+    scenario: Scenario,
+    settings: BenchSettings | None = None,
+    *,
+    nodes: tuple[NodeFacts, ...] = NODES,
+    rng: Random | None = None,
+    **options: Any,
+) -> list[Stage]:
+    """The stages that a scenario asks for, if no stage tells it anything."""
+    settings = settings or BenchSettings("m")
+    context = ScenarioContext(settings, nodes, PromptFactory(settings, rng or Random(7)), **options)
+    steps = scenario_steps(scenario, context)
+    stages = [next(steps)]
+    while True:
+        try:
+            stages.append(steps.send(StageOutcome(())))
+        except StopIteration:
+            return stages
 
 
 def shape(stage: Stage) -> tuple[str, StageKind, int, int | None]:
@@ -38,59 +54,59 @@ def prompt(stage: Stage, index: int) -> str:
 def test_each_begins_by_warming_up_every_node() -> None:
     """One token each: the model is loaded before anything is measured."""
     for scenario in Scenario:
-        warm = planned(scenario, trace=TRACE).stages[0]
+        warm = planned(scenario, trace=TRACE)[0]
         assert (warm.kind, [one.node for one in warm.requests]) == (StageKind.WARM_UP, ["alpha", "beta"])
         assert {one.chat.options["num_predict"] for one in warm.requests} == {1}
 
 
 def test_quick_is_each_node_alone_and_then_all() -> None:
     made = planned(Scenario.QUICK)
-    assert [shape(stage) for stage in made.stages[1:]] == [
+    assert [shape(stage) for stage in made[1:]] == [
         ("alpha", StageKind.NODE, 10, 1),
         ("beta", StageKind.NODE, 10, 1),
         ("mesh", StageKind.MESH, 20, 2),
     ]
-    assert {one.node for one in made.stages[1].requests} == {"alpha"}
-    assert {one.node for one in made.stages[3].requests} == {None}, "the mesh chooses"
-    assert made.total == 42
+    assert {one.node for one in made[1].requests} == {"alpha"}
+    assert {one.node for one in made[3].requests} == {None}, "the mesh chooses"
+    assert sum(len(stage.requests) for stage in made) == 42
     fewer = planned(Scenario.QUICK, BenchSettings("m", requests=3, concurrency=(5,)))
-    assert [shape(stage)[2:] for stage in fewer.stages[1:]] == [(3, 1), (3, 1), (6, 5)]
+    assert [shape(stage)[2:] for stage in fewer[1:]] == [(3, 1), (3, 1), (6, 5)]
 
 
 def test_sweep_has_a_stage_for_each_level_with_enough_requests() -> None:
-    assert [shape(stage) for stage in planned(Scenario.SWEEP).stages[1:]] == [
+    assert [shape(stage) for stage in planned(Scenario.SWEEP)[1:]] == [
         ("c=1", StageKind.MESH, 10, 1),
         ("c=2", StageKind.MESH, 10, 2),
         ("c=4", StageKind.MESH, 12, 4),
         ("c=8", StageKind.MESH, 24, 8),
     ]
     chosen = planned(Scenario.SWEEP, BenchSettings("m", requests=100, concurrency=(3, 64)))
-    assert [shape(stage)[2:] for stage in chosen.stages[1:]] == [(100, 3), (192, 64)]
+    assert [shape(stage)[2:] for stage in chosen[1:]] == [(100, 3), (192, 64)]
 
 
 def test_scale_loads_each_node_as_it_can_and_the_mesh_with_the_sum() -> None:
-    assert [shape(stage) for stage in planned(Scenario.SCALE).stages[1:]] == [
+    assert [shape(stage) for stage in planned(Scenario.SCALE)[1:]] == [
         ("alpha", StageKind.NODE, 10, 1),
         ("beta", StageKind.NODE, 12, 4),
         ("mesh", StageKind.MESH, 22, 5),
     ]
     chosen = planned(Scenario.SCALE, BenchSettings("m", concurrency=(3,)))
-    assert [stage.concurrency for stage in chosen.stages[1:]] == [3, 3, 6]
+    assert [stage.concurrency for stage in chosen[1:]] == [3, 3, 6]
 
 
 def test_overhead_is_one_token_for_each_route_and_node() -> None:
     made = planned(Scenario.OVERHEAD, routes=3)
-    assert [shape(stage) for stage in made.stages[1:]] == [
+    assert [shape(stage) for stage in made[1:]] == [
         ("alpha", StageKind.NODE, 150, 1),
         ("beta", StageKind.NODE, 150, 1),
     ]
-    assert {one.chat.options["num_predict"] for one in made.stages[1].requests} == {1}
-    prompts = {prompt(made.stages[1], index) for index in range(150)}
+    assert {one.chat.options["num_predict"] for one in made[1].requests} == {1}
+    prompts = {prompt(made[1], index) for index in range(150)}
     assert len(prompts) == 150, "no route answers from the cache that another one filled"
 
 
 def test_failover_takes_a_node_away_from_a_steady_load() -> None:
-    (stage,) = planned(Scenario.FAILOVER).stages[1:]
+    (stage,) = planned(Scenario.FAILOVER)[1:]
     assert shape(stage) == ("failover", StageKind.MESH, 40, 4)
     assert stage.disturb
     with pytest.raises(UsageError, match="two nodes"):
@@ -98,18 +114,18 @@ def test_failover_takes_a_node_away_from_a_steady_load() -> None:
 
 
 def test_replay_sends_when_the_trace_did() -> None:
-    (stage,) = planned(Scenario.REPLAY, BenchSettings("m", speed=2.0), trace=TRACE).stages[1:]
+    (stage,) = planned(Scenario.REPLAY, BenchSettings("m", speed=2.0), trace=TRACE)[1:]
     assert stage.open_loop
     assert [one.at_s for one in stage.requests] == [0.0, 0.25, 2.0]
     assert [one.chat.options["num_predict"] for one in stage.requests] == [5, 7, 9]
-    (short,) = planned(Scenario.REPLAY, BenchSettings("m", requests=2), trace=TRACE).stages[1:]
+    (short,) = planned(Scenario.REPLAY, BenchSettings("m", requests=2), trace=TRACE)[1:]
     assert len(short.requests) == 2
     with pytest.raises(UsageError, match="needs a trace"):
         planned(Scenario.REPLAY)
 
 
 def test_replay_shares_what_the_trace_shares_and_nothing_else() -> None:
-    (stage,) = planned(Scenario.REPLAY, trace=TRACE).stages[1:]
+    (stage,) = planned(Scenario.REPLAY, trace=TRACE)[1:]
     first, second, third = (prompt(stage, index) for index in range(3))
     shared = first.index("]") + 1 + round(512 / 1.3) * 4
     assert first[:shared] == second[:shared] == third[:shared]
@@ -117,13 +133,13 @@ def test_replay_shares_what_the_trace_shares_and_nothing_else() -> None:
     assert words["first"] == pytest.approx(600 / 1.3, rel=0.05)
     assert words["second"] == pytest.approx(1100 / 1.3, rel=0.05)
     assert first.split()[400:] != second.split()[400 : words["first"]], "their second blocks differ"
-    (again,) = plan_stages(Scenario.REPLAY, BenchSettings("m"), NODES, rng=Random(8), trace=TRACE).stages[1:]
+    (again,) = planned(Scenario.REPLAY, rng=Random(8), trace=TRACE)[1:]
     assert prompt(again, 0) != first, "what an earlier run left in a cache is of no use"
     assert prompt(again, 0).split()[1:] == first.split()[1:], "but it is the same load"
 
 
 def test_what_is_replayed_fits_the_context() -> None:
-    (stage,) = planned(Scenario.REPLAY, BenchSettings("m", max_context=2048), trace=TRACE).stages[1:]
+    (stage,) = planned(Scenario.REPLAY, BenchSettings("m", max_context=2048), trace=TRACE)[1:]
     assert len(prompt(stage, 2).split()) == pytest.approx(2048 / 1.3, rel=0.05)
 
 

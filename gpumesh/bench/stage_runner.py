@@ -1,0 +1,182 @@
+"""Runs the stages that a scenario asks for: over the mesh, or over all routes to a node."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+from dataclasses import replace
+from typing import Protocol
+
+from gpumesh.bench.figures.gpu_meter import gpu_use, sample_gpus
+from gpumesh.bench.figures.summary import StageResult, summarize_stage
+from gpumesh.bench.load.generator import Disturbance, run_interleaved, run_stage
+from gpumesh.bench.load.routes import ApiKeys, http_route
+from gpumesh.bench.load.samples import LoadSample, SampleOutcome, StageRun
+from gpumesh.bench.load.send_prompt import SendPrompt
+from gpumesh.bench.scenarios.base import NodeFacts, StageOutcome
+from gpumesh.bench.stats import Objective
+from gpumesh.bench.workload.stages import Stage, StageKind
+from gpumesh.state import MeshState
+from gpumesh.topology import BackendKind
+
+MESH, GATEWAY, TUNNEL = "mesh", "gateway", "tunnel"  # the names of the routes of the scenario ``overhead``
+
+
+class BenchTarget(Protocol):
+    """The measured mesh. For ``failover``, ``drain`` takes a node out of service and ``resume`` puts it back."""
+
+    embedded: bool
+    """Whether the mesh runs in this process."""
+
+    def send(self) -> SendPrompt:
+        """Returns the function that sends a request through the mesh."""
+        ...
+
+    async def status(self) -> MeshState:
+        """Asks the mesh for its state."""
+        ...
+
+    async def drain(self, node: str) -> None: ...
+
+    async def resume(self, node: str) -> None: ...
+
+
+class ProgressReporter(Protocol):
+    """Shows the progress of a run to a person who waits. The run calls these methods.
+
+    How many stages will follow is not known before the last one, because a scenario decides by what it has measured.
+    """
+
+    def start_stage(self, stage: Stage) -> None: ...
+
+    def add_record(self, record: LoadSample) -> None: ...
+
+
+class DrainDisturbance:
+    """The default disturbance: drains the busiest of ``nodes``. This is safe on hosts that other people use too."""
+
+    def __init__(self, target: BenchTarget, nodes: Sequence[str]) -> None:
+        self._target = target
+        self._nodes = nodes
+        self._drained_node: str | None = None
+
+    async def begin(self) -> str:
+        """Drains the node with the most requests in flight. Returns a description."""
+        state = await self._target.status()
+        candidates = [node for node in state.nodes if node.name in self._nodes]
+        busiest = max(candidates, key=lambda node: node.load.in_flight)
+        await self._target.drain(busiest.name)
+        self._drained_node = busiest.name
+        return f"{busiest.name} drained"
+
+    async def end(self) -> None:
+        """Puts the node back into service, if ``begin`` has drained a node."""
+        if self._drained_node is not None:
+            await self._target.resume(self._drained_node)
+            self._drained_node = None
+
+
+class StageRunner:
+    """Runs the stages that a scenario asks for, one after another, and keeps their figures and records.
+
+    ``nodes`` are the names of the measured nodes. ``only_node``: every request goes to this node.
+    """
+
+    def __init__(
+        self,
+        target: BenchTarget,
+        nodes: Sequence[str],
+        objective: Objective,
+        progress: ProgressReporter,
+        disturbance: Disturbance | None,
+        keys: ApiKeys,
+        only_node: str | None,
+    ) -> None:
+        self._target = target
+        self._nodes = nodes
+        self._objective = objective
+        self._progress = progress
+        self._disturbance = disturbance
+        self._keys = keys
+        self._only_node = only_node
+        self.results: list[StageResult] = []
+        self.records: list[LoadSample] = []
+        self.notes: list[str] = []
+
+    def node_facts(self, state: MeshState) -> tuple[NodeFacts, ...]:
+        """The measured nodes as they are in this state of the mesh."""
+        facts = []
+        for node in state.nodes:
+            if node.name in self._nodes:
+                loaded = tuple(model.name for model in node.backend.loaded)
+                facts.append(NodeFacts(node.name, node.load.limit, loaded))
+        return tuple(facts)
+
+    async def measure(self, stage: Stage) -> StageOutcome:
+        """Runs a stage, keeps its records, and returns its figures; a warm-up has none."""
+        if self._only_node is not None:
+            stage = _pin_to_node(stage, self._only_node)
+        self._progress.start_stage(stage)
+        state = await self._target.status()
+        async with sample_gpus(self._target.status) as gpu_samples:
+            run = await self._run(stage, state)
+        after = self.node_facts(await self._target.status())
+        self.records.extend(run.records)
+        if stage.kind is StageKind.WARM_UP:
+            self.notes.extend(_warm_up_notes(run))
+            return StageOutcome((), self.node_facts(state), after)
+        measured_nodes = frozenset([stage.node] if stage.node else self._nodes)
+        results = summarize_stage(run, self._objective, gpu_use(gpu_samples, measured_nodes))
+        self.results.extend(results)
+        return StageOutcome(tuple(results), self.node_facts(state), after)
+
+    async def _run(self, stage: Stage, state: MeshState) -> StageRun:
+        """Sends the requests of a stage over its routes, or through the mesh."""
+        if stage.over_routes:
+            return await _run_over_routes(self._target, stage, state, self._progress, self._keys)
+        return await run_stage(
+            self._target.send(),
+            stage,
+            on_record=self._progress.add_record,
+            disturbance=self._disturbance if stage.disturb else None,
+        )
+
+
+def _pin_to_node(stage: Stage, node: str) -> Stage:
+    """The stage with each request sent to ``node``."""
+    return replace(stage, requests=tuple(replace(planned, node=node) for planned in stage.requests))
+
+
+def _warm_up_notes(run: StageRun) -> list[str]:
+    """A note for each warm-up request that failed."""
+    return [
+        f"{record.node}: the warm-up request failed: {record.error}"
+        for record in run.records
+        if record.outcome is not SampleOutcome.SERVED
+    ]
+
+
+def count_routes(state: MeshState) -> int:
+    """The number of routes to each node that ``_run_over_routes`` uses."""
+    return 3 if state.gateway.url is not None else 2
+
+
+async def _run_over_routes(
+    target: BenchTarget, stage: Stage, state: MeshState, progress: ProgressReporter, keys: ApiKeys
+) -> StageRun:
+    """Runs a stage of one node over several routes: the tunnel alone, the mesh, and the gateway if the gateway serves.
+
+    Each request takes the next route. ``state`` is the mesh's state, with the URLs of the node and of the gateway.
+    """
+    node = state.node(stage.node or "")  # a stage of one node has its name
+    async with AsyncExitStack() as stack:
+        routes: list[tuple[str, SendPrompt]] = []  # the shortest route first: ``summary.route_costs`` compares with it
+        assert node.backend.url is not None, "a node that is up has no URL"
+        kind = BackendKind(node.backend.kind)
+        tunnel = http_route(node.backend.url, kind, api_key=keys.nodes.get(node.name))
+        routes.append((TUNNEL, await stack.enter_async_context(tunnel)))
+        routes.append((MESH, target.send()))
+        if state.gateway.url is not None:
+            gateway = http_route(state.gateway.url, kind, through_gateway=True, api_key=keys.gateway)
+            routes.append((GATEWAY, await stack.enter_async_context(gateway)))
+        return await run_interleaved(routes, stage, on_record=progress.add_record)
