@@ -17,7 +17,7 @@ from gpumesh.bench.scenarios.base import ScenarioContext
 from gpumesh.bench.scenarios.catalog import scenario_steps
 from gpumesh.bench.stage_runner import BenchTarget, DrainDisturbance, ProgressReporter, StageRunner, count_routes
 from gpumesh.bench.stats import Objective
-from gpumesh.bench.workload.prompts import PromptFactory
+from gpumesh.bench.workload.prompts import OwnPrompt, PromptFactory
 from gpumesh.bench.workload.settings import BenchSettings, Scenario
 from gpumesh.bench.workload.traces import TracedRequest
 
@@ -39,6 +39,7 @@ async def run_benchmark(
     rng: Random,
     objective: Objective | None = None,
     trace: Sequence[TracedRequest] = (),
+    own_prompts: Sequence[OwnPrompt] = (),
     disturbance: Disturbance | None = None,
     only_node: str | None = None,
     keys: ApiKeys | None = None,
@@ -47,8 +48,9 @@ async def run_benchmark(
     """Runs a scenario and computes its result.
 
     ``rng`` makes the nonces of the prompts. ``objective`` is that of goodput (``None``: the default). ``trace`` is for
-    ``replay`` only. ``disturbance``: for ``failover``, in the place of ``DrainDisturbance``. ``only_node``: measures
-    one node as if it were the mesh. ``keys``: for the routes of ``overhead`` that start outside the mesh.
+    ``replay`` only, ``own_prompts`` for ``load``. ``disturbance``: for ``failover``, in the place of
+    ``DrainDisturbance``. ``only_node``: measures one node as if it were the mesh. ``keys``: for the routes of
+    ``overhead`` that start outside the mesh.
 
     Warm-up requests are recorded, but no figure includes them. Raises NoNodeError when no node can serve the model, and
     UsageError when the scenario cannot be run here.
@@ -71,6 +73,7 @@ async def run_benchmark(
         run.node_facts(state),
         PromptFactory(settings, rng),
         trace=trace,
+        own_prompts=own_prompts,
         routes=count_routes(state),
         notes=notes,
     )

@@ -124,11 +124,11 @@ class StageRunner:
         self.records.extend(run.records)
         if stage.kind is StageKind.WARM_UP:
             self.notes.extend(_warm_up_notes(run))
-            return StageOutcome((), self.node_facts(state), after)
+            return StageOutcome((), self.node_facts(state), after, run.duration_s)
         measured_nodes = frozenset([stage.node] if stage.node else self._nodes)
         results = summarize_stage(run, self._objective, gpu_use(gpu_samples, measured_nodes))
         self.results.extend(results)
-        return StageOutcome(tuple(results), self.node_facts(state), after)
+        return StageOutcome(tuple(results), self.node_facts(state), after, run.duration_s)
 
     async def _run(self, stage: Stage, state: MeshState) -> StageRun:
         """Sends the requests of a stage over its routes, or through the mesh."""

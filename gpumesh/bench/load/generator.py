@@ -61,6 +61,10 @@ class _RunningStage:
         """The time since the start of the stage, in seconds."""
         return self.clock() - self.start
 
+    def is_over(self) -> bool:
+        """Whether the time is up, after which a closed loop sends nothing more."""
+        return self.stage.duration_s is not None and self.now() >= self.stage.duration_s
+
     def add(self, record: LoadSample) -> None:
         """Keeps the outcome of a request that has ended, and reports it."""
         self.records.append(record)
@@ -152,6 +156,8 @@ async def _send_in_closed_loop(send: SendPrompt, run: _RunningStage, concurrency
 
     async def worker() -> None:
         for index, planned in unsent:
+            if run.is_over():
+                return
             await _send_request(send, run, index, planned)
 
     async with asyncio.TaskGroup() as group:
@@ -165,6 +171,8 @@ async def _send_in_open_loop(send: SendPrompt, run: _RunningStage, sleep: Callab
     async with asyncio.TaskGroup() as group:
         for at_s, index in sorted(schedule):
             planned = run.stage.requests[index]
+            if run.stage.duration_s is not None and at_s >= run.stage.duration_s:
+                break
             wait_s = at_s - run.now()
             if wait_s > 0:
                 await sleep(wait_s)

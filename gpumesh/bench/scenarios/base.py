@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from gpumesh.bench.figures.summary import StageResult
-from gpumesh.bench.workload.prompts import PromptFactory
+from gpumesh.bench.workload.prompts import OwnPrompt, PromptFactory
 from gpumesh.bench.workload.settings import BenchSettings
 from gpumesh.bench.workload.stages import PlannedRequest, Stage, StageKind
 from gpumesh.bench.workload.traces import TracedRequest
@@ -31,11 +31,13 @@ class NodeFacts:
 
 @dataclass(frozen=True, slots=True)
 class StageOutcome:
-    """What came of a stage: its figures (one result, or one for each route), and the nodes before it and after it."""
+    """What came of a stage: its figures (one result, or one for each route; none for a warm-up), its duration, and the
+    nodes before it and after it."""
 
     results: tuple[StageResult, ...]
     before: tuple[NodeFacts, ...] = ()
     after: tuple[NodeFacts, ...] = ()
+    duration_s: float = 0.0
 
     @property
     def result(self) -> StageResult:
@@ -48,14 +50,16 @@ class StageOutcome:
 class ScenarioContext:
     """What a scenario decides by. ``nodes`` are those that can serve the model, as they were at the start.
 
-    ``trace`` is for ``replay`` only. ``routes``: over how many routes ``overhead`` reaches a node. ``notes`` are
-    sentences for the person who reads the result; a scenario may add some.
+    ``trace`` is for ``replay`` only, ``own_prompts`` (those of a file of the user) for ``load``. ``routes``: over how
+    many routes ``overhead`` reaches a node. ``notes`` are sentences for the person who reads the result; a scenario may
+    add some.
     """
 
     settings: BenchSettings
     nodes: tuple[NodeFacts, ...]
     prompts: PromptFactory
     trace: Sequence[TracedRequest] = ()
+    own_prompts: Sequence[OwnPrompt] = ()
     routes: int = 1
     notes: list[str] = field(default_factory=list)
 
@@ -72,6 +76,7 @@ def make_stage(
     node: str | None = None,
     disturb: bool = False,
     over_routes: bool = False,
+    duration_s: float | None = None,
 ) -> Stage:
     """Makes a stage of these requests. Without ``concurrency``, it is an open loop. The rest is as in ``Stage``."""
     return Stage(
@@ -82,6 +87,7 @@ def make_stage(
         concurrency=concurrency,
         disturb=disturb,
         over_routes=over_routes,
+        duration_s=duration_s,
     )
 
 

@@ -7,6 +7,7 @@ from types import MappingProxyType
 
 from gpumesh.bench.scenarios.base import ScenarioContext, ScenarioSteps
 from gpumesh.bench.scenarios.failover import measure_failover
+from gpumesh.bench.scenarios.load import measure_load
 from gpumesh.bench.scenarios.overhead import measure_overhead
 from gpumesh.bench.scenarios.quick import measure_quick
 from gpumesh.bench.scenarios.replay import measure_replay
@@ -24,6 +25,7 @@ SCENARIOS: Mapping[Scenario, Callable[[ScenarioContext], ScenarioSteps]] = Mappi
         Scenario.OVERHEAD: measure_overhead,
         Scenario.FAILOVER: measure_failover,
         Scenario.REPLAY: measure_replay,
+        Scenario.LOAD: measure_load,
     }
 )
 

@@ -9,7 +9,11 @@ seed is fixed, so that runs can be compared.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from random import Random
+from types import MappingProxyType
+from typing import Any
 
 from gpumesh.backends.base import ChatRequest, Message
 from gpumesh.bench.workload.settings import BenchSettings
@@ -28,6 +32,14 @@ TOKENS_PER_WORD = 1.3
 REPLAY_BLOCK_TOKENS = 512  # tokens of a block in Mooncake's traces
 
 
+@dataclass(frozen=True, slots=True)
+class OwnPrompt:
+    """A prompt of the user's own file. ``options`` go before those of the settings; their names are Ollama's."""
+
+    messages: tuple[Message, ...]
+    options: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+
+
 class PromptFactory:
     """Makes chat requests whose prompts are in no server's prefix cache.
 
@@ -43,10 +55,16 @@ class PromptFactory:
     def make_prompt(self, *, tokens: int | None = None, prompt_tokens: int | None = None) -> ChatRequest:
         """Makes a request whose prompt starts with its own nonce.
 
-        ``tokens`` and ``prompt_tokens`` are the lengths of the answer and the prompt; ``None``: those of the settings.
+        ``tokens`` and ``prompt_tokens`` are the lengths of the answer and the prompt; ``None``: those of the settings,
+        drawn for each request if the settings have a distribution.
         """
         nonce = f"{self._rng.getrandbits(64):016x}"
-        length = self._settings.prompt_tokens if prompt_tokens is None else prompt_tokens
+        settings = self._settings
+        length = prompt_tokens
+        if length is None:
+            length = settings.prompt_lengths.draw(self._text_rng) if settings.prompt_lengths else settings.prompt_tokens
+        if tokens is None and settings.answer_lengths is not None:
+            tokens = settings.answer_lengths.draw(self._text_rng)
         text = _choose_words(self._text_rng, length)
         return self._make_request(f"[{nonce}] Tell a long story with these words in it: {text}.", tokens)
 
@@ -67,6 +85,11 @@ class PromptFactory:
             parts.append(_choose_words(block_rng, min(tokens_left, REPLAY_BLOCK_TOKENS)))
             tokens_left -= REPLAY_BLOCK_TOKENS
         return self._make_request(" ".join(parts), traced.output_tokens)
+
+    def make_own_prompt(self, own: OwnPrompt) -> ChatRequest:
+        """Makes a request with the user's own prompt, unchanged: there is no nonce, so a server's cache may help."""
+        request = self._make_request("", None)
+        return replace(request, messages=own.messages, options={**request.options, **own.options})
 
     def _make_request(self, prompt: str, tokens: int | None) -> ChatRequest:
         """Makes the request for an answer of ``tokens`` tokens; ``None``: the settings' number."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import StrEnum
 
+from gpumesh.bench.workload.arrivals import ArrivalProcess
+from gpumesh.bench.workload.lengths import Lengths
 from gpumesh.errors import UsageError
 
 MAX_PROMPT_TOKENS = 200_000  # a larger number is taken for a mistake: few models read more
@@ -19,6 +22,7 @@ class Scenario(StrEnum):
     OVERHEAD = "overhead"
     FAILOVER = "failover"
     REPLAY = "replay"
+    LOAD = "load"
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +35,11 @@ class BenchSettings:
     think; ``None``: the server's default. ``seed`` decides the words of the prompts, and is sent to the servers.
     ``speed`` divides the gaps between a trace's requests. ``max_context`` limits the length of replayed prompts, in
     tokens.
+
+    ``answer_lengths`` and ``prompt_lengths``: the distributions from which these lengths are drawn, if they are not all
+    equal; ``tokens`` and ``prompt_tokens`` are their means. The others shape the scenario ``load``: ``rate`` (requests
+    per second; ``None``: a closed loop), ``arrivals`` and ``burst`` (``arrivals.py``), and ``duration_s``, after which
+    no more is sent.
     """
 
     model: str
@@ -42,6 +51,12 @@ class BenchSettings:
     seed: int = 1
     speed: float = 1.0
     max_context: int = 8192
+    answer_lengths: Lengths | None = None
+    prompt_lengths: Lengths | None = None
+    rate: float | None = None
+    arrivals: ArrivalProcess = ArrivalProcess.POISSON
+    burst: int = 1
+    duration_s: float | None = None
 
     def check(self) -> None:
         """Raises UsageError for a value that makes no sense. The error names the option of `bench run`."""
@@ -50,10 +65,14 @@ class BenchSettings:
             ("--tokens", self.tokens),
             ("--prompt-tokens", self.prompt_tokens),
             ("-c", min(self.concurrency, default=None)),  # the smallest level; the other levels are larger
+            ("--burst", self.burst),
         ):
             if value is not None and value < 1:  # ``None``: not given, so the scenario's default is used
                 raise UsageError(f"{option} must be at least 1, not {value}")
         if self.speed <= 0:
             raise UsageError(f"--speed must be more than 0, not {self.speed:g}")
+        for option, number in (("--rate", self.rate), ("--duration", self.duration_s)):
+            if number is not None and not 0 < number < math.inf:
+                raise UsageError(f"{option} must be more than 0, not {number:g}")
         if self.prompt_tokens > MAX_PROMPT_TOKENS:
             raise UsageError(f"--prompt-tokens can be {MAX_PROMPT_TOKENS} at most, not {self.prompt_tokens}")

@@ -35,6 +35,7 @@ class Stage:
 
     ``node`` is the node that is measured alone, ``None`` for the mesh. ``disturb``: a node is taken out of service in
     the middle of the stage. ``over_routes``: the requests take turns over all routes to the node.
+    ``duration_s``: after this time nothing more is sent, and the requests that are left over are not records.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Stage:
     concurrency: int | None = None
     disturb: bool = False
     over_routes: bool = False
+    duration_s: float | None = None
 
     @property
     def open_loop(self) -> bool:

@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING
 from gpumesh.errors import UsageError
 
 if TYPE_CHECKING:
+    from gpumesh.bench.workload.arrivals import ArrivalProcess
+    from gpumesh.bench.workload.lengths import Lengths
+    from gpumesh.bench.workload.prompts import OwnPrompt
     from gpumesh.bench.workload.settings import Scenario
     from gpumesh.bench.workload.traces import TracedRequest
 
@@ -52,6 +55,50 @@ def read_trace(file: Path | None, limit: int | None) -> Sequence[TracedRequest]:
             return traces.parse_trace(lines, file=str(file), limit=limit)
     except OSError as error:
         raise UsageError(f"cannot read {file}: {error.strerror or error}") from error
+
+
+def parse_lengths(option: str, text: str) -> Lengths:
+    """The lengths of prompts or answers, in tokens. Raises UsageError, with the name of the option, for a text of
+    another form."""
+    from gpumesh.bench.workload.lengths import parse_lengths as parse
+
+    try:
+        return parse(text)
+    except ValueError as error:
+        raise UsageError(f"{option} {text!r}: {error}") from None
+
+
+def parse_arrivals(text: str) -> tuple[ArrivalProcess, int]:
+    """The arrivals of requests: ``constant``, ``poisson``, or ``burst:N`` with the number that come together. Raises
+    UsageError for any other text."""
+    from gpumesh.bench.workload.arrivals import ArrivalProcess
+
+    name, colon, count = text.partition(":")
+    try:
+        process = ArrivalProcess(name)
+        burst = int(count) if colon else 1
+    except ValueError:
+        process, burst = ArrivalProcess.BURST, 0
+    if (process is ArrivalProcess.BURST) != bool(colon) or burst < 1:
+        raise UsageError(f"--arrivals {text!r} is none of: constant, poisson, burst:N", hint="e.g. --arrivals burst:8")
+    return process, burst
+
+
+def read_own_prompts(file: Path | None) -> Sequence[OwnPrompt]:
+    """The prompts of the user's file, which has the form that `run -f` reads; empty if no file is given. Raises
+    UsageError for a line that is wrong, and if the file cannot be read."""
+    if file is None:
+        return ()
+    from gpumesh.bench.workload.prompts import OwnPrompt
+    from gpumesh.cli.prompt_input import read_prompts
+    from gpumesh.daemon.sessions.session import PromptRequest
+
+    try:
+        text = file.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise UsageError(f"cannot read {file}: {error.strerror or error}") from error
+    requests = [entry.make_request(PromptRequest(()), None) for entry in read_prompts(text, name=str(file))]
+    return [OwnPrompt(request.messages, request.options) for request in requests]
 
 
 def results_folder() -> Path:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from gpumesh.bench.load.send_prompt import AnswerStream, SendPrompt
     from gpumesh.bench.run import BenchOutput
     from gpumesh.bench.stats import Objective
+    from gpumesh.bench.workload.prompts import OwnPrompt
     from gpumesh.bench.workload.settings import BenchSettings, Scenario
     from gpumesh.bench.workload.stages import Stage
     from gpumesh.bench.workload.traces import TracedRequest
@@ -36,13 +37,15 @@ async def measure(
     objective: Objective,
     *,
     trace: Sequence[TracedRequest],
+    own_prompts: Sequence[OwnPrompt],
     node: str | None,
 ) -> BenchOutput:
     """Measures the running mesh, or a mesh in this process if none runs. Returns the result and the records of all
     requests.
 
     Without ``model`` the default model is measured. ``make_settings`` gets the name of the model. ``trace``: the
-    requests of the scenario ``replay``, empty for the others. ``node``: the only node to measure."""
+    requests of the scenario ``replay``, ``own_prompts`` those of ``load``; else empty. ``node``: the only node to
+    measure."""
     from gpumesh.bench import run as bench
     from gpumesh.daemon.sessions.local_session import LocalSession
     from gpumesh.mesh.models.default_model import choose_model
@@ -62,6 +65,7 @@ async def measure(
                 rng=Random(time.time_ns()),  # other nonces in each run, so that no prompt is in a server's cache
                 objective=objective,
                 trace=trace,
+                own_prompts=own_prompts,
                 only_node=node,
                 keys=_read_api_keys(topology),
             )

@@ -13,6 +13,7 @@ import typer
 from gpumesh.cli import completion
 from gpumesh.cli.bench import bench_options
 from gpumesh.cli.command_group import new_app
+from gpumesh.cli.duration_option import DURATION_METAVAR, duration_parser
 from gpumesh.cli.global_options import global_options
 from gpumesh.cli.json_output import json_option, print_json
 from gpumesh.cli.open_session import run_async
@@ -34,13 +35,13 @@ def run(
         str | None, typer.Option("--model", "-m", help="Which model.", autocompletion=completion.complete_models)
     ] = None,
     scenario: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="quick, sweep, scale, overhead, failover or replay.",
+            help="quick (default), sweep, scale, overhead, failover, replay or load.",
             metavar="NAME",
             autocompletion=completion.complete_scenarios,
         ),
-    ] = "quick",
+    ] = None,
     requests: Annotated[int | None, typer.Option("-n", metavar="N", help="Requests in each stage.")] = None,
     concurrency: Annotated[
         str | None, typer.Option("--concurrency", "-c", metavar="N[,N…]", help="Requests in flight; sweep: the levels.")
@@ -49,8 +50,21 @@ def run(
         str | None,
         typer.Option(metavar="NODE", help="Measure this node only.", autocompletion=completion.complete_nodes),
     ] = None,
-    tokens: Annotated[int, typer.Option(help="Tokens to generate for each request.")] = 64,
-    prompt_tokens: Annotated[int, typer.Option(help="Length of the prompts, about.")] = 32,
+    tokens: Annotated[
+        str, typer.Option(metavar="N|A-B|N:D", help="Tokens to generate: equal, uniform, or normal.")
+    ] = "64",
+    prompt_tokens: Annotated[str, typer.Option(metavar="N|A-B|N:D", help="Length of the prompts, about.")] = "32",
+    prompts: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="load: your own prompts, in the form that `run -f` reads.")
+    ] = None,
+    rate: Annotated[float | None, typer.Option(metavar="PER_S", help="load: requests a second (open loop).")] = None,
+    arrivals: Annotated[str, typer.Option(metavar="P", help="With --rate: constant, poisson, or burst:N.")] = "poisson",
+    duration: Annotated[
+        float | None,
+        typer.Option(
+            metavar=DURATION_METAVAR, parser=duration_parser(0.1), help="load: for so long; else -n requests."
+        ),
+    ] = None,
     think: Annotated[bool, typer.Option("--think/--no-think", help="Whether a model that can shall think.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of the prompts and of the servers' sampling.")] = 1,
     slo_ttft: Annotated[float, typer.Option(metavar="MS", help="Goodput: time to first token at most.")] = 2000.0,
@@ -65,12 +79,14 @@ def run(
 
     quick: each node alone, then all together. sweep: rising concurrency. scale: mesh against the sum of its nodes.
     overhead: what tunnel, mesh and gateway add. failover: a node is drained under load. replay: a public trace.
+    load: your own shape of load, with --rate, --duration or --prompts.
 
     \b
     Examples:
       gpumesh bench run
       gpumesh bench run --scenario sweep -c 1,2,4,8,16 -m qwen2.5:7b --out sweep-1
       gpumesh bench run --scenario replay --trace azure_conv_2023.csv -n 200 --speed 4
+      gpumesh bench run --rate 4 --duration 2m --prompt-tokens 100-800 --tokens 200:60
     """
     from gpumesh.bench.result_folder import check_result_folder, write_result
     from gpumesh.bench.results.result import result_json
@@ -79,7 +95,15 @@ def run(
     from gpumesh.cli.views import bench_tables
 
     options = global_options(ctx)
-    chosen_scenario = bench_options.parse_scenario(scenario)
+    load_options = (rate, duration, prompts)
+    has_load_option = any(value is not None for value in load_options)
+    chosen_scenario = bench_options.parse_scenario(scenario or ("load" if has_load_option else "quick"))
+    if has_load_option and chosen_scenario != "load":
+        raise UsageError(f"--rate, --duration and --prompts are for --scenario load, not for {chosen_scenario}")
+    answer_lengths = bench_options.parse_lengths("--tokens", tokens)
+    prompt_lengths = bench_options.parse_lengths("--prompt-tokens", prompt_tokens)
+    process, burst = bench_options.parse_arrivals(arrivals)
+    own_prompts = bench_options.read_own_prompts(prompts)
     traced_requests = bench_options.read_trace(trace, requests)
     levels = bench_options.parse_levels(concurrency)
     folder = out or bench_options.new_result_folder(chosen_scenario)
@@ -92,17 +116,32 @@ def run(
             model_name,
             requests=requests,
             concurrency=levels,
-            tokens=tokens,
-            prompt_tokens=prompt_tokens,
+            tokens=round(answer_lengths.mean),
+            prompt_tokens=round(prompt_lengths.mean),
             think=think,
             seed=seed,
             speed=speed,
+            answer_lengths=None if answer_lengths.is_fixed else answer_lengths,
+            prompt_lengths=None if prompt_lengths.is_fixed else prompt_lengths,
+            rate=rate,
+            arrivals=process,
+            burst=burst,
+            duration_s=duration,
         )
 
     objective = Objective(slo_ttft, slo_tpot)
     try:
         output = run_async(
-            measure(options, chosen_scenario, model, make_settings, objective, trace=traced_requests, node=node)
+            measure(
+                options,
+                chosen_scenario,
+                model,
+                make_settings,
+                objective,
+                trace=traced_requests,
+                own_prompts=own_prompts,
+                node=node,
+            )
         )
     finally:
         bench_options.remove_if_empty(folder)  # ``write_result`` makes it again; without a result it must not stay

@@ -207,6 +207,22 @@ async def test_latency_counts_from_the_intended_moment() -> None:
     assert "went out late" in done.client.bound
 
 
+async def test_nothing_more_is_sent_when_the_time_is_up() -> None:
+    open_time = Time()
+    plan = replace(open_stage(0.0, 1.0, 2.0, 3.0), duration_s=2.0)
+    done = await run_stage(Server(), plan, clock=open_time, sleep=open_time.sleep)
+    assert [record.intended_s for record in done.records] == [0.0, 1.0]
+    closed_time = Time()
+
+    async def take_a_second(_: int) -> None:
+        await closed_time.sleep(1.0)
+
+    closed = replace(stage(count=9), duration_s=3.0)
+    done = await run_stage(Server(before=take_a_second), closed, clock=closed_time, sleep=closed_time.sleep)
+    assert [record.sent_s for record in done.records] == [0.0, 1.0, 2.0]
+    assert len(done.records) == 3, "what was not sent is no record"
+
+
 async def test_an_unordered_plan_goes_by_the_clock() -> None:
     time = Time()
     server = Server()
