@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from random import Random
 
-from gpumesh.bench.figures.summary import route_costs, scaling
+from gpumesh.bench.figures.route_costs import route_costs
+from gpumesh.bench.figures.scaling import scaling
 from gpumesh.bench.load.generator import Disturbance
 from gpumesh.bench.load.routes import ApiKeys
 from gpumesh.bench.load.samples import LoadSample

@@ -170,7 +170,7 @@ async def _run_over_routes(
     """
     node = state.node(stage.node or "")  # a stage of one node has its name
     async with AsyncExitStack() as stack:
-        routes: list[tuple[str, SendPrompt]] = []  # the shortest route first: ``summary.route_costs`` compares with it
+        routes: list[tuple[str, SendPrompt]] = []  # the shortest route first: ``route_costs`` compares with it
         assert node.backend.url is not None, "a node that is up has no URL"
         kind = BackendKind(node.backend.kind)
         tunnel = http_route(node.backend.url, kind, api_key=keys.nodes.get(node.name))

@@ -7,7 +7,9 @@ from typing import Any
 
 from gpumesh.backends.base import ChatRequest, Message, ServerCounters
 from gpumesh.bench.figures.gpu_meter import GpuUse
-from gpumesh.bench.figures.summary import StageResult, route_costs, scaling, summarize_stage
+from gpumesh.bench.figures.route_costs import route_costs
+from gpumesh.bench.figures.scaling import scaling
+from gpumesh.bench.figures.summary import StageResult, summarize_stage
 from gpumesh.bench.load.samples import ClientLoad, LoadSample, SampleOutcome, StageRun
 from gpumesh.bench.results.result import BenchResult, Environment, NodeEnvironment
 from gpumesh.bench.stats import Objective

@@ -1,1 +1,1 @@
-"""Computes figures from records: statistics, a stage, the use of the GPUs."""
+"""Computes figures from records: of a stage (``summary``), of the GPUs, and figures that compare stages."""

@@ -13,7 +13,10 @@ from datetime import datetime
 from typing import Any
 
 from gpumesh import __version__
-from gpumesh.bench.figures.summary import RouteCost, Scaling, StageResult, request_tpot_ms
+from gpumesh.bench.figures.latency import request_tpot_ms
+from gpumesh.bench.figures.route_costs import RouteCost
+from gpumesh.bench.figures.scaling import Scaling
+from gpumesh.bench.figures.summary import StageResult
 from gpumesh.bench.load.samples import LoadSample
 from gpumesh.bench.stats import Objective
 from gpumesh.bench.workload.settings import BenchSettings, Scenario

@@ -9,14 +9,10 @@ import pytest
 
 from gpumesh.backends.base import ServerCounters
 from gpumesh.bench.figures.gpu_meter import GpuUse
-from gpumesh.bench.figures.summary import (
-    FailureCount,
-    StageResult,
-    request_tpot_ms,
-    route_costs,
-    scaling,
-    summarize_stage,
-)
+from gpumesh.bench.figures.latency import request_tpot_ms
+from gpumesh.bench.figures.route_costs import route_costs
+from gpumesh.bench.figures.scaling import scaling
+from gpumesh.bench.figures.summary import FailureCount, StageResult, summarize_stage
 from gpumesh.bench.load.samples import SampleOutcome
 from gpumesh.bench.stats import Objective
 from gpumesh.bench.workload.stages import StageKind
