@@ -241,7 +241,7 @@ class ExpectSpec:
 @dataclass(frozen=True, slots=True)
 class NodeSpec:
     """One host with one inference server. ``ssh`` is ``None`` for a direct node. ``tier`` is 1 or more: a node of a
-    lower tier is used first."""
+    lower tier is used first. ``eur_per_hour`` is the rent of the host; ``None`` if it is not known."""
 
     name: str
     backend: BackendSpec
@@ -251,6 +251,7 @@ class NodeSpec:
     labels: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     enabled: bool = True
     tier: int = 1
+    eur_per_hour: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

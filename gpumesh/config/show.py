@@ -122,6 +122,7 @@ def _node_entries(node: NodeSpec) -> dict[str, Any]:
     entries["expect"] = _expect_entries(node.expect)
     entries["weight"] = node.weight
     entries["tier"] = node.tier
+    entries["eur_per_hour"] = node.eur_per_hour
     entries["labels"] = dict(node.labels)
     return {**_drop_empty(entries), "enabled": node.enabled}
 

@@ -38,6 +38,7 @@ TOKENS_PATTERN = r"^[0-9][0-9_]{0,17}$|^[0-9]{1,6}(\.[0-9]{1,3})?[kKMGB]$"
 _RATE_PERIODS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}  # in seconds
 _TOKEN_UNITS = {"k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9}
 MOST_TOKENS = 10**15
+MAX_HOURLY_PRICE = 10_000.0
 DURATION_PATTERN = r"^\d+(\.\d+)?\s*(ms|s|m|h)$"
 
 
@@ -81,6 +82,13 @@ def parse_weight(text: str) -> float:
     if not 0 < number <= 1000:
         raise ValueError("is not more than 0 and at most 1000; `enabled: false` leaves a node alone")
     return number
+
+
+def parse_hourly_price(text: str) -> float:
+    """Returns what a node costs in an hour, from 0 (a machine of one's own) to 10,000."""
+    if not re.fullmatch(r"[0-9]{0,5}\.?[0-9]{1,9}", text.strip()):
+        raise ValueError("is not a price such as 0.34")
+    return check_range(float(text), 0.0, MAX_HOURLY_PRICE, "{:g}".format)
 
 
 def check_range(number: _N, minimum: _N, maximum: _N, format_number: Callable[[_N], str]) -> _N:

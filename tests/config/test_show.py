@@ -25,6 +25,7 @@ def test_what_is_in_effect_can_be_read_back(tmp_path: Path) -> None:
                 BackendSpec(),
                 SshSpec("", known_hosts=HOME / "k", address_from=AddressCommand(("/where", "a b", "${C}"))),
                 weight=2.5,
+                eur_per_hour=0.34,
                 enabled=False,
             ),
         ),

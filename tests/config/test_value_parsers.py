@@ -15,6 +15,8 @@ GOOD: list[tuple[Callable[[str], Any], str, Any]] = [
     (value_parsers.parse_integer, " 42 ", 42),
     (value_parsers.parse_weight, ".5", 0.5),
     (value_parsers.parse_weight, "1000", 1000.0),
+    (value_parsers.parse_hourly_price, "0.34", 0.34),
+    (value_parsers.parse_hourly_price, "0", 0.0),
     (value_parsers.parse_duration, "500ms", 0.5),
     (value_parsers.parse_duration, " 1.5 s ", 1.5),
     (value_parsers.parse_duration, "2m", 120.0),

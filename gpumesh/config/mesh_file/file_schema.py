@@ -79,6 +79,11 @@ HEARTBEAT = Scalar(
     },
 )
 WEIGHT = Scalar(value_parsers.parse_weight, {"type": "number", "exclusiveMinimum": 0, "maximum": 1000}, NUMBER)
+HOURLY_PRICE = Scalar(
+    value_parsers.parse_hourly_price,
+    {"type": "number", "minimum": 0, "maximum": value_parsers.MAX_HOURLY_PRICE},
+    NUMBER,
+)
 RATE = Scalar(
     value_parsers.parse_rate,
     {
@@ -193,6 +198,9 @@ class NodeDefaults(Section):
     tier: int | None = optional(
         integer(1, 1000),
         "1 if not given. A node of a higher tier is used only when the lower ones are full, away or much slower.",
+    )
+    eur_per_hour: float | None = optional(
+        HOURLY_PRICE, "Rent of the host in EUR an hour: `bench` reckons the price of tokens with it."
     )
     labels: dict[str, str] | None = optional(MappingOf(NAME, LINE), "Words of your own, shown by `status --json`.")
     enabled: bool | None = optional(BOOLEAN, "false: the node stays in the file and is left alone.")

@@ -97,6 +97,7 @@ class TopologyBuilder:
             labels=MappingProxyType({**(defaults.labels or {}), **(node.labels or {})}),
             enabled=value_or(node.enabled, value_or(defaults.enabled, True)),
             tier=value_or(node.tier, value_or(defaults.tier, 1)),
+            eur_per_hour=value_or(node.eur_per_hour, defaults.eur_per_hour),
         )
 
     def _build_ssh(self, node: Node, defaults: Ssh, path: KeyPath) -> SshSpec:

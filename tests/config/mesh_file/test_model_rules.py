@@ -58,6 +58,12 @@ def test_a_node_has_a_tier_of_its_own_or_by_default() -> None:
     assert [node.tier for node in topology(NODES).nodes] == [1, 2]
 
 
+def test_the_rent_of_a_node_is_unknown_unless_it_is_given() -> None:
+    assert [node.eur_per_hour for node in topology(NODES).nodes] == [None, None]
+    text = NODES.replace("tier: 2", "eur_per_hour: 0") + "defaults: {eur_per_hour: 0.34}\n"
+    assert [node.eur_per_hour for node in topology(text).nodes] == [0.34, 0.0]
+
+
 def test_keys_and_the_priority_of_routes() -> None:
     gateway = topology(
         f"{NODES}gateway:\n  route_priority: {{/api/embed: batch}}\n  keys:\n"

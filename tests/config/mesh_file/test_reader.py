@@ -91,6 +91,8 @@ def with_backend(text: str) -> str:
         (DIRECT + "- name: local\n  backend: {url: 'http://h'}\n", "'local' is the name of nodes[0] already"),
         (DIRECT + "  weight: 0\n", "'0' is not more than 0 and at most 1000"),
         (DIRECT + "  weight: .nan\n", "'.nan' is not a number"),
+        (DIRECT + "  eur_per_hour: -1\n", "'-1' is not a price such as 0.34"),
+        (DIRECT + "  eur_per_hour: 10001\n", "'10001' is not between 0 and 10000"),
         (DIRECT + "  name: x\n", "nodes[0].name: this key is given twice; it stands on line 2 already"),
         (DIRECT + "  address_from: {command: 'a \"b'}\n  ssh: {}\n", "has a quote that is not closed"),
         (DIRECT + "  address_from: {command: []}\n", "this names no program"),
