@@ -24,6 +24,7 @@ import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +55,18 @@ class SampleSummary:
     p99: float | None = None
     p50_low: float | None = None
     p50_high: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """The 95 % confidence interval of a figure. ``batches``: the number of values that it comes from.
+
+    These values are batches of requests of one run, or the figures of repeated runs.
+    """
+
+    low: float
+    high: float
+    batches: int
 
 
 def supports_percentile(n: int, share: float) -> bool:
@@ -88,8 +101,20 @@ def median_interval(ordered: Sequence[float]) -> tuple[float, float] | None:
     values: even the whole sample does not reach 95 %.
     """
     n = len(ordered)
-    if n < 6:
+    rank, _ = median_rank(n)
+    if rank == 0:
         return None
+    return ordered[rank - 1], ordered[n - rank]  # number ``rank`` from the start (counted from 1), and from the end
+
+
+@lru_cache(maxsize=1024)
+def median_rank(n: int) -> tuple[int, float]:
+    """The rank of the lower end of ``median_interval`` for ``n`` values, and the interval's exact probability of error.
+
+    The rank counts from 1; it is 0 for fewer than 6 values, which have no such interval.
+    """
+    if n < 6:
+        return 0, 1.0
     tail_probability = 0.0  # that fewer than ``rank`` values lie below the true median
     # Ranks that lie 20 standard deviations (of ``sqrt(n) / 2``) below the middle have no probability worth counting.
     rank = max(n // 2 - 10 * math.isqrt(n), 0)
@@ -102,7 +127,7 @@ def median_interval(ordered: Sequence[float]) -> tuple[float, float] | None:
             break
         tail_probability += probability
         rank += 1
-    return ordered[rank - 1], ordered[n - rank]  # number ``rank`` from the start (counted from 1), and from the end
+    return rank, 2.0 * tail_probability
 
 
 def summarize_sample(values: Iterable[float | None]) -> SampleSummary:

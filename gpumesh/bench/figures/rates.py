@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gpumesh.bench.figures.latency import request_tpot_ms
-from gpumesh.bench.load.samples import LoadSample
+from gpumesh.bench.load.samples import LoadSample, SampleOutcome
 from gpumesh.bench.stats import Objective, SampleSummary, rate, summarize_sample
 from gpumesh.bench.workload.stages import Stage
 
@@ -44,7 +44,7 @@ def rates_of(
     objective: Objective,
 ) -> Rates:
     """The rates of a stage, or of a route, that took ``seconds``. ``sent`` is the number of all its requests."""
-    good_count = sum(_meets_objective(record, objective) for record in served)
+    good_count = sum(meets_objective(record, objective) for record in served)
     return Rates(
         server=summarize_sample(record.counters.tokens_per_s if record.counters else None for record in served),
         wall=summarize_sample(_wall_rate(record) for record in served),
@@ -78,13 +78,13 @@ def tokens_between(records: Sequence[LoadSample], start_s: float, end_s: float) 
     return math.fsum(token_counts)
 
 
-def _meets_objective(record: LoadSample, objective: Objective) -> bool:
+def meets_objective(record: LoadSample, objective: Objective) -> bool:
     """Whether the request counts for goodput. An answer of one token has no TPOT, so only its TTFT matters.
 
-    A request whose TTFT is unknown does not count.
+    A request that was not served, or whose TTFT is unknown, does not count.
     """
     ttft, tpot = record.ttft_ms, request_tpot_ms(record)
-    if ttft is None or ttft > objective.ttft_ms:
+    if record.outcome is not SampleOutcome.SERVED or ttft is None or ttft > objective.ttft_ms:
         return False
     return tpot is None or tpot <= objective.tpot_ms
 

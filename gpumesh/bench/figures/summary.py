@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from gpumesh.bench.figures.gpu_meter import GpuUse
 from gpumesh.bench.figures.latency import Latency, latency_of
 from gpumesh.bench.figures.node_shares import NodeShare, node_shares
 from gpumesh.bench.figures.phases import Phase, phases_of
+from gpumesh.bench.figures.rate_intervals import RateIntervals, rate_intervals
 from gpumesh.bench.figures.rates import Rates, loaded_rate, rates_of
 from gpumesh.bench.load.samples import ClientLoad, LoadSample, SampleOutcome, StageRun
 from gpumesh.bench.stats import Objective, ratio
@@ -37,7 +38,7 @@ class StageResult:
     """The figures of a stage, or of one route of a stage. ``requests`` = ``served`` + ``failed`` + ``cut``.
 
     ``retried`` is the number of requests that were served after more than one attempt. ``counted_pieces`` is the number
-    of answers whose tokens are a count of pieces (``LoadSample``).
+    of answers whose tokens are a count of pieces (``LoadSample``). ``intervals`` are those of the rates.
     """
 
     name: str
@@ -63,6 +64,7 @@ class StageResult:
     phases: tuple[Phase, ...] = ()
     disturbance: str | None = None
     counted_pieces: int = 0
+    intervals: RateIntervals = field(default_factory=RateIntervals)
 
 
 def stage_label(stage: StageResult) -> str:
@@ -95,7 +97,7 @@ def _summarize_route(
     # Several routes take turns in one stage: the time of a route is the sum of its own requests' times.
     seconds = run.duration_s if route is None else math.fsum(record.ended_s - record.sent_s for record in records)
     stage = run.stage
-    return StageResult(
+    result = StageResult(
         name=stage.name,
         kind=stage.kind,
         node=stage.node,
@@ -123,6 +125,8 @@ def _summarize_route(
         disturbance=run.disturbance,
         counted_pieces=sum(record.counted_pieces for record in served),
     )
+    intervals = rate_intervals(records, stage.concurrency, result.rates, result.tokens_per_joule, objective)
+    return replace(result, intervals=intervals)
 
 
 def _failures(records: Iterable[LoadSample]) -> tuple[FailureCount, ...]:
