@@ -13,12 +13,12 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from gpumesh.backends.base import ServerCounters
+from gpumesh.bench.load.answer_reading import AnswerReading
 from gpumesh.bench.load.client_judge import LATE_CLIENT_MS, judge_client
-from gpumesh.bench.load.samples import LoadSample, SampleOutcome, StageRun
+from gpumesh.bench.load.samples import LoadSample, StageRun
 from gpumesh.bench.load.send_prompt import SendPrompt
 from gpumesh.bench.workload.stages import PlannedRequest, Stage
-from gpumesh.errors import GPUMeshError, StreamCut
+from gpumesh.errors import GPUMeshError
 
 LAG_SAMPLE_S = 0.02  # the seconds of each sleep by which the lag of the event loop is measured
 
@@ -187,48 +187,29 @@ async def _send_request(
     intended_s = sent_s if planned.at_s is None else planned.at_s
     if (sent_s - intended_s) * 1000.0 > LATE_CLIENT_MS:
         run.late_sends += 1
-    arrivals_s: list[float] = []
-    counters: ServerCounters | None = None
-    done_reason: str | None = None
+    reading = AnswerReading()
     node, attempts = planned.node, 0
     error: GPUMeshError | None = None
     try:
         async with send(planned.chat, planned.node) as answer:
             async for chunk in answer:
-                if chunk.text or chunk.thinking:  # another chunk, such as the final one, is no piece of the answer
-                    arrivals_s.append(run.now())
-                if chunk.done:
-                    counters, done_reason = chunk.counters, chunk.done_reason
+                reading.add(chunk, run.now())
             node, attempts = answer.node, answer.attempts
     except GPUMeshError as raised:
         error = raised
         node = raised.node or node  # for a request to the mesh, only the error names the node
-    server_tokens = counters.tokens if counters is not None else None
-    if error is None:
-        outcome = SampleOutcome.SERVED
-    elif arrivals_s or isinstance(error, StreamCut):  # StreamCut: an answer can break off before its first piece
-        outcome = SampleOutcome.CUT
-    else:
-        outcome = SampleOutcome.FAILED
     run.add(
-        LoadSample(
+        reading.make_sample(
             stage=run.stage.name,
             index=index,
-            outcome=outcome,
+            start_s=0.0,  # ``run.now`` counts from the start of the stage
             intended_s=intended_s,
             sent_s=sent_s,
             ended_s=run.now(),
             node=node,
             attempts=attempts,
             route=route,
-            arrivals_s=tuple(arrivals_s),
-            tokens=len(arrivals_s) if server_tokens is None else server_tokens,
-            counted_pieces=server_tokens is None,
-            prompt_tokens=counters.prompt_tokens if counters is not None else None,
-            counters=counters,
-            done_reason=done_reason,
-            error_code=error.code if error is not None else None,
-            error=error.message if error is not None else None,
+            error=error,
         )
     )
 
