@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from gpumesh.bench.load.answer_reading import AnswerReading
 from gpumesh.bench.load.client_judge import LATE_CLIENT_MS, judge_client
+from gpumesh.bench.load.loops import send_in_closed_loop, send_in_open_loop
 from gpumesh.bench.load.samples import LoadSample, StageRun
 from gpumesh.bench.load.send_prompt import SendPrompt
 from gpumesh.bench.workload.stages import PlannedRequest, Stage
@@ -36,7 +37,7 @@ class Disturbance(Protocol):
 
 
 @dataclass(slots=True)
-class _RunningStage:
+class RunningStage:
     """A stage while it runs. ``record_added`` is set after each answer; ``on_record`` is called for each answer."""
 
     stage: Stage
@@ -102,17 +103,22 @@ async def run_stage(
 
     ``on_record`` is called for each request that has ended. ``disturbance`` acts only in a stage with ``disturb``.
     """
-    run = _RunningStage(stage, clock, on_record)
+    run = RunningStage(stage, clock, on_record)
+
+    async def send_one(index: int) -> None:
+        await _send_request(send, run, index, stage.requests[index])
+
     run.begin()
     async with asyncio.TaskGroup() as group:
         helpers = [group.create_task(_measure_lag(run))]
         if stage.disturb and disturbance is not None:
-            helpers.append(group.create_task(_disturb(run, disturbance)))
+            helpers.append(group.create_task(disturb_stage(run, disturbance)))
         try:
             if stage.concurrency is None:
-                await _send_in_open_loop(send, run, sleep)
+                moments = [planned.at_s or 0.0 for planned in stage.requests]
+                await send_in_open_loop(send_one, moments, stage.duration_s, now=run.now, sleep=sleep)
             else:
-                await _send_in_closed_loop(send, run, stage.concurrency)
+                await send_in_closed_loop(send_one, len(stage.requests), stage.concurrency, is_over=run.is_over)
             duration_s = run.now()
             cpu_s = time.process_time() - run.cpu_start_s
         finally:  # also after an error: ``_measure_lag`` never ends by itself, and the group waits for it
@@ -133,7 +139,7 @@ async def run_interleaved(
     ``routes`` are the routes' names and the functions that send over them. A round has one request for each route. Each
     round begins with another route, so that no route is always first.
     """
-    run = _RunningStage(stage, clock, on_record)
+    run = RunningStage(stage, clock, on_record)
     run.begin()
     async with asyncio.TaskGroup() as group:
         lag_task = group.create_task(_measure_lag(run))
@@ -149,38 +155,8 @@ async def run_interleaved(
     return run.complete(duration_s, cpu_s)
 
 
-async def _send_in_closed_loop(send: SendPrompt, run: _RunningStage, concurrency: int) -> None:
-    """Sends all requests, ``concurrency`` at a time: a worker sends its next request when its last answer has ended."""
-    # All workers take their requests from this one iterator, so each request is sent once.
-    unsent: Iterator[tuple[int, PlannedRequest]] = iter(enumerate(run.stage.requests))
-
-    async def worker() -> None:
-        for index, planned in unsent:
-            if run.is_over():
-                return
-            await _send_request(send, run, index, planned)
-
-    async with asyncio.TaskGroup() as group:
-        for _ in range(min(concurrency, len(run.stage.requests))):
-            group.create_task(worker())
-
-
-async def _send_in_open_loop(send: SendPrompt, run: _RunningStage, sleep: Callable[[float], Awaitable[None]]) -> None:
-    """Sends each request at its intended time, whether or not earlier answers have come."""
-    schedule = [(planned.at_s or 0.0, index) for index, planned in enumerate(run.stage.requests)]
-    async with asyncio.TaskGroup() as group:
-        for at_s, index in sorted(schedule):
-            planned = run.stage.requests[index]
-            if run.stage.duration_s is not None and at_s >= run.stage.duration_s:
-                break
-            wait_s = at_s - run.now()
-            if wait_s > 0:
-                await sleep(wait_s)
-            group.create_task(_send_request(send, run, index, planned))
-
-
 async def _send_request(
-    send: SendPrompt, run: _RunningStage, index: int, planned: PlannedRequest, *, route: str | None = None
+    send: SendPrompt, run: RunningStage, index: int, planned: PlannedRequest, *, route: str | None = None
 ) -> None:
     """Sends one request, reads its answer, and adds a record of how it ended: a failure is recorded, not raised."""
     sent_s = run.now()
@@ -214,7 +190,7 @@ async def _send_request(
     )
 
 
-async def _measure_lag(run: _RunningStage) -> None:
+async def _measure_lag(run: RunningStage) -> None:
     """Measures the event loop's lag (ms) again and again, and adds each value to ``lags_ms``.
 
     The lag is how late the event loop returns from a short sleep. Each measured latency can be wrong by such a time.
@@ -226,7 +202,7 @@ async def _measure_lag(run: _RunningStage) -> None:
         run.lags_ms.append(max(lag_s * 1000.0, 0.0))
 
 
-async def _disturb(run: _RunningStage, disturbance: Disturbance) -> None:
+async def disturb_stage(run: RunningStage, disturbance: Disturbance) -> None:
     """Begins the disturbance after a third of the answers, and ends it after two thirds, or when the stage ends."""
     total = len(run.stage.requests)
     await _wait_for_records(run, total // 3)
@@ -240,7 +216,7 @@ async def _disturb(run: _RunningStage, disturbance: Disturbance) -> None:
         run.disturbance_ended_s = run.now()
 
 
-async def _wait_for_records(run: _RunningStage, count: int) -> None:
+async def _wait_for_records(run: RunningStage, count: int) -> None:
     """Waits until ``count`` requests have ended."""
     while len(run.records) < count:
         run.record_added.clear()

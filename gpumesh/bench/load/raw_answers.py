@@ -12,8 +12,8 @@ from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from gpumesh.backends.base import FrameReader
 from gpumesh.bench.load.answer_reading import AnswerReading
+from gpumesh.bench.load.client_apis import API_FUNCTIONS, ClientApi
 from gpumesh.bench.load.samples import LoadSample
 from gpumesh.errors import GPUMeshError, StreamCut
 
@@ -75,14 +75,14 @@ class ArrivalSink:
 class RawAnswer:
     """One request and what came of it. Times are seconds on ``time.perf_counter``.
 
-    ``sink`` is ``None`` if no answer began with status 200; then ``error`` says why. ``attempts`` is 0 if nobody says.
-    ``reader`` reads the frames of the answer.
+    ``sink`` is ``None`` if no answer began with status 200; then ``error`` says why. ``api`` is the API of the answer.
+    ``attempts`` is 0 if nobody says.
     """
 
     index: int
     intended_s: float
     sent_s: float
-    reader: FrameReader
+    api: ClientApi
     node: str | None = None
     attempts: int = 0
     ended_s: float = 0.0
@@ -100,7 +100,7 @@ def decode_answer(answer: RawAnswer, stage: str, start_s: float) -> LoadSample:
 
     A piece arrived when the read came that completed its frame.
     """
-    reading, sink, reader = AnswerReading(), answer.sink, answer.reader
+    reading, sink, reader = AnswerReading(), answer.sink, API_FUNCTIONS[answer.api].create_reader()
     error, ended_s = answer.error, answer.ended_s
     time_s = ended_s
     try:

@@ -178,8 +178,8 @@ class Upstream:
         whether the request is sent again. It is sent again at most once, over a new connection, where this cannot
         happen. ``new_connection``: the request goes over a new connection from the start. Raises BackendUnreachable.
         """
-        address, prefix, default_host = _parse_base_url(base_url, server_name)
-        head = _render_head(call, prefix, headers, default_host if host is None else host)
+        address, prefix, default_host = parse_base_url(base_url, server_name)
+        head = render_head(call, prefix, headers, default_host if host is None else host)
         clock = self.deadlines.loop.time
         while True:
             connection = None if new_connection else self._pool.take_idle(address)
@@ -213,7 +213,7 @@ class Upstream:
             raise BackendUnreachable(f"no connection: {exception_text(error)}", node=node) from error
 
 
-def _render_head(call: HttpCall, prefix: str, headers: Sequence[tuple[str, str]], host: str) -> bytes:
+def render_head(call: HttpCall, prefix: str, headers: Sequence[tuple[str, str]], host: str) -> bytes:
     """Renders the request's head as it is sent. ``prefix`` comes before the call's path. ``headers`` hold no Host.
     Raises ValueError if a header contains a line end."""
     head = _render_fields(call.method, prefix + call.path, tuple(headers), host)
@@ -235,7 +235,7 @@ def _render_fields(method: str, target: str, headers: tuple[tuple[str, str], ...
 
 
 @lru_cache(maxsize=1024)
-def _parse_base_url(base_url: str, server_name: str | None) -> tuple[Address, str, str]:
+def parse_base_url(base_url: str, server_name: str | None) -> tuple[Address, str, str]:
     """Returns the server's address, the prefix for the path of each call, and the Host header, in this order."""
     parts = urlsplit(base_url)
     tls = parts.scheme == "https"

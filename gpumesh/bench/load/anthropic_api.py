@@ -1,0 +1,85 @@
+"""Anthropic's ``/v1/messages`` as a client speaks it: the request, and a reader of its streamed events.
+
+No node has such a server, so it is no dialect of ``gpumesh.backends``. The events are described in
+https://docs.anthropic.com/en/docs/build-with-claude/streaming.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gpumesh.backends import openai, safe_json
+from gpumesh.backends.base import JSON_HEADERS, ChatRequest, Chunk, HttpCall, ServerCounters
+from gpumesh.backends.error_text import find_error_message
+from gpumesh.backends.frames import BaseFrameReader, EventSplitter, final_chunk, wrong_dialect_error
+from gpumesh.errors import BackendError
+from gpumesh.text.printable import printable
+
+MESSAGES_PATH = "/v1/messages"
+API_VERSION = "2023-06-01"  # the only version of the API so far; a request must name one
+DEFAULT_MAX_TOKENS = 1024  # a request must have a limit
+# Ollama's names of options -> the names in this API.
+_OPTIONS = {"temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "num_predict": "max_tokens"}
+
+
+def build_messages_call(request: ChatRequest) -> HttpCall:
+    """The HTTP request for a chat. The API has no seed: the option is left out."""
+    body: dict[str, Any] = {
+        "model": request.model,
+        "max_tokens": DEFAULT_MAX_TOKENS,
+        "messages": [{"role": message.role, "content": message.content} for message in request.messages],
+        "stream": request.stream,
+    }
+    body.update({_OPTIONS[name]: value for name, value in request.options.items() if name in _OPTIONS})
+    if request.think is False:
+        body["thinking"] = {"type": "disabled"}
+    headers = (*JSON_HEADERS, ("anthropic-version", API_VERSION))
+    return HttpCall("POST", MESSAGES_PATH, safe_json.dump_compact(body), headers)
+
+
+class AnthropicEventReader(BaseFrameReader):
+    """Reads the chunks of a streamed message. The final chunk comes at ``message_stop``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._events = EventSplitter()
+        self._counters: ServerCounters | None = None
+        self._stop_reason: str | None = None
+
+    def _read_data(self, data: bytes, chunks: list[Chunk]) -> None:
+        for event in self._events.feed(data):
+            self._read_event(event, chunks)
+
+    def _read_rest(self, chunks: list[Chunk]) -> None:
+        for event in self._events.take_rest():  # the blank line after the last event may be missing
+            if safe_json.parse_object(event) is not None:  # any other event was cut by the end of the stream
+                self._read_event(event, chunks)
+
+    def _read_event(self, event: bytes, chunks: list[Chunk]) -> None:
+        """Adds the chunk of one event to ``chunks``. Events that are blank or come after the final chunk are skipped.
+        Raises BackendError and ProbeError."""
+        if self.done or not event.strip():
+            return
+        frame = safe_json.parse_object(event)
+        if frame is None:
+            raise wrong_dialect_error(f"{printable(event, 60)!r} is no event")
+        error = find_error_message(frame)
+        if error is not None:
+            raise BackendError(f"the server stopped in mid-answer: {error}")
+        kind, delta = frame.get("type"), frame.get("delta")
+        delta = delta if isinstance(delta, dict) else {}
+        if kind == "content_block_delta":
+            text, thinking = safe_json.as_text(delta.get("text")), safe_json.as_text(delta.get("thinking"))
+            if text or thinking:
+                chunks.append(Chunk(text or "", thinking or ""))
+        elif kind == "message_start":  # it counts the prompt; its count of the answer is only a beginning
+            message = frame.get("message")
+            self._counters = openai.parse_counters(message) if isinstance(message, dict) else None
+        elif kind == "message_delta":
+            self._stop_reason = safe_json.as_text(delta.get("stop_reason")) or self._stop_reason
+            counters = openai.parse_counters(frame)
+            if counters is not None:
+                self._counters = counters.with_prompt_counts_of(self._counters)
+        elif kind == "message_stop":
+            self.done = True
+            chunks.append(final_chunk(reason=self._stop_reason, counters=self._counters))
