@@ -41,6 +41,7 @@ from gpumesh.daemon.mesh_lock import MeshLock
 from gpumesh.daemon.sessions.session import PromptAnswer, PromptRequest
 from gpumesh.mesh.change_notifier import ChangeNotifier
 from gpumesh.mesh.history import History, Recorder
+from gpumesh.mesh.outages.outage import Outage
 from gpumesh.state import (
     BackendPhase,
     BackendState,
@@ -168,6 +169,9 @@ class SimulatedSession:
 
     async def resume(self, node: str) -> None:
         del node
+
+    def hold(self, node: str, outage: Outage) -> AbstractAsyncContextManager[None]:
+        raise NotImplementedError
 
     async def reconnect(self, node: str) -> None:
         del node

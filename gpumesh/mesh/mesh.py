@@ -386,15 +386,13 @@ class Mesh:
 
     def drain(self, node: str) -> None:
         """Sends no new requests to this node. The running requests end by themselves."""
-        self._set_draining(node, draining=True)
+        drained_node = self.fleet.find_node(node)
+        drained_node.role.drained = True
+        drained_node.announce_change()
 
     def resume(self, node: str) -> None:
-        """Ends the draining of this node: it gets new requests again."""
-        self._set_draining(node, draining=False)
-
-    def _set_draining(self, node: str, *, draining: bool) -> None:
-        changed_node = self.fleet.find_node(node)
-        changed_node.role.draining = draining
-        changed_node.update_account()
-        self._dispatcher.note_nodes_changed()
-        self._changes.notify()
+        """Ends the draining of this node, whoever asked for it: it gets new requests again."""
+        resumed_node = self.fleet.find_node(node)
+        resumed_node.role.drained = False
+        resumed_node.role.drain_holds.clear()
+        resumed_node.announce_change()

@@ -71,10 +71,12 @@ class RunningNodes:
         for node in closed:
             self._factory.scheduler.roster.remove(node.account)
             inspection.remove(node)
-        draining = {node.name for node in closed if node.role.draining}
+        old_roles = {node.name: node.role for node in closed}
         for spec in plan.opened:
             opened[spec.name] = node = self._factory.make_node(spec)
-            node.role.draining = spec.name in draining  # a person has drained the node, and has not resumed it
+            if spec.name in old_roles:  # who has drained the node has not resumed it
+                node.role.drained = old_roles[spec.name].drained
+                node.role.drain_holds |= old_roles[spec.name].drain_holds
             if spec.enabled:
                 inspection.add(node)
         nodes = {**{node.name: node for node in fleet}, **opened}
@@ -85,7 +87,7 @@ class RunningNodes:
         for name, tunnel in tunnels.items():
             self._run(opened[name], tunnel)
         for node in closed:
-            node.role.draining = True  # it gets no new requests, and those that it has may end
+            node.role.drained = True  # it gets no new requests, and those that it has may end
             node.update_account()
             if node in self._tasks:
                 fleet.leaving.add(node)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
@@ -130,7 +131,15 @@ class Tunnel(Protocol):
         """
 
     def retry_now(self) -> None:
-        """Connects at once if the tunnel is in phase backoff or failed. Called when a person asks for it."""
+        """Connects at once if the tunnel is in phase backoff or failed, or held closed. Called when a person asks for
+        it."""
+
+    def held_closed(self) -> AbstractContextManager[None]:
+        """Cuts the connection as a crash would, and keeps the tunnel closed during the block; then it connects at once.
+
+        Raises TunnelDown when the tunnel is not up, or is held already, and UsageError when it has no connection to
+        cut, because the node has no SSH.
+        """
 
 
 class ClosableTunnel(Tunnel, Protocol):

@@ -1,4 +1,7 @@
-"""Makes the ``ConnectRequest`` for one attempt to connect to an SSH node: address now, secrets, folder for sockets."""
+"""Makes the ``ConnectRequest`` for one attempt to connect to an SSH node: address now, secrets, folder for sockets.
+
+Also reads the recorded host keys of the host that such a request has reached.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,10 @@ from dataclasses import replace
 
 from gpumesh import config
 from gpumesh.config import providers
-from gpumesh.errors import TransportUnsupported
+from gpumesh.errors import TransportUnsupported, TunnelError
 from gpumesh.topology import SshSpec, Target, TransportKind
 from gpumesh.tunnels.address_command import ask_address
+from gpumesh.tunnels.known_hosts import read_known_hosts
 from gpumesh.tunnels.local_system.socket_folders import private_folder
 from gpumesh.tunnels.transport import ConnectRequest
 
@@ -73,3 +77,13 @@ def read_secrets(node: str, ssh: SshSpec) -> tuple[tuple[str, str], ...]:
     return tuple(
         (name, config.read_secret(variable, node=node)) for name, variable in variables.items() if variable is not None
     )
+
+
+def recorded_fingerprints(setup: ConnectRequest) -> tuple[str, ...]:
+    """The fingerprints of the keys on record for the host; empty when the file cannot be read now. The host has shown
+    one of these keys: otherwise there would be no connection."""
+    try:
+        keys = read_known_hosts(*setup.ssh.known_hosts_files).keys(setup.known_host)
+    except TunnelError:  # the file was readable a moment ago, for the connect; its loss must not end the connection
+        return ()
+    return tuple(key.fingerprint for key in keys)

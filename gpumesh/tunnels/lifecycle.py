@@ -15,6 +15,9 @@ After a stable connection breaks, the tunnel is tried again at once. If connecti
 up, each wait is longer than the last, so that a flapping host does not get many logins. After a wake from sleep or a
 change of the network the tunnel is tried at once, and then at short intervals: Wi-Fi takes some 15 s to come back.
 
+A tunnel can be held closed, to measure what an outage does (``HoldRequested``): its connection is cut, and no attempt
+is made until ``HoldReleased``, or until a person asks for one (``RetryRequested``).
+
 The machine has no clock, no socket and no randomness. Times are seconds of one monotonic clock, and ``jitter`` is a
 number in [0, 1): for each step the caller reads the clock and draws the number.
 """
@@ -109,6 +112,16 @@ class NetworkChanged:
 
 
 @dataclass(frozen=True, slots=True)
+class HoldRequested:
+    """The connection is to be cut, and no attempt is to be made until ``HoldReleased``."""
+
+
+@dataclass(frozen=True, slots=True)
+class HoldReleased:
+    """The end of ``HoldRequested``."""
+
+
+@dataclass(frozen=True, slots=True)
 class CloseRequested:
     """The tunnel is not wanted any more."""
 
@@ -123,6 +136,8 @@ LifecycleEvent = (
     | Suspected
     | Woke
     | NetworkChanged
+    | HoldRequested
+    | HoldReleased
     | CloseRequested
 )
 
@@ -134,6 +149,7 @@ class Decision(StrEnum):
     CONNECT = "connect"
     RECONNECT = "reconnect"  # give up the attempt under way and start another
     CHECK = "check"  # ping the host now
+    CUT = "cut"  # end the connection as a failure would; the loss is then reported as any other
     WAIT = "wait"  # until ``Lifecycle.retry_at``; then comes RetryDue
     STOP = "stop"
 
@@ -147,8 +163,8 @@ class Lifecycle:
 
     ``since`` is the time at which the phase began, ``tried_at`` the time at which the last attempt began. ``cause`` is
     the cause of the last failure. It stays while the tunnel is up, where it explains the last reconnect. ``retry_at``
-    is the time of the next attempt, and is set in the phases backoff and failed only. Until ``eager_until`` the
-    intervals are short (see ``RetryTiming.eager_period_s``).
+    is the time of the next attempt; it is set in the phases backoff and failed only, and not while the tunnel is
+    ``held``. Until ``eager_until`` the intervals are short (see ``RetryTiming.eager_period_s``).
     """
 
     phase: TunnelPhase = TunnelPhase.IDLE
@@ -159,6 +175,7 @@ class Lifecycle:
     retry_at: float | None = None
     tried_at: float | None = None
     eager_until: float | None = None
+    held: bool = False
 
     @property
     def reconnects(self) -> int:
@@ -189,14 +206,22 @@ def step(
         case Connected() if life.phase is TunnelPhase.CONNECTING:
             return replace(life, phase=TunnelPhase.UP, since=now, connects=life.connects + 1), Decision.NOTHING
         case ConnectionFailed(cause) if life.phase in (TunnelPhase.CONNECTING, TunnelPhase.UP):
-            return _fail(life, cause, now, jitter, timing), Decision.WAIT
+            failed = _fail(life, cause, now, jitter, timing)
+            return (replace(failed, retry_at=None) if life.held else failed), Decision.WAIT
+        case HoldRequested() if life.phase is TunnelPhase.UP:
+            return replace(life, held=True), Decision.CUT
+        case HoldReleased() if life.held:
+            life = replace(life, held=False)
+            return (_begin_attempt(life, now), Decision.CONNECT) if life.waiting else (life, Decision.NOTHING)
+        case RetryDue() | RepairSeen() | Woke() | NetworkChanged() if life.waiting and life.held:
+            return life, Decision.WAIT
         case RetryDue() if life.waiting:
             if life.retry_at is not None and now < life.retry_at:  # the caller's timer went off too early
                 return life, Decision.WAIT
             return _begin_attempt(life, now), Decision.CONNECT
         case RetryRequested() | RepairSeen() if life.waiting:
             # The person may have mended the cause: if this attempt fails too, the waits begin with the shortest again.
-            return _begin_attempt(replace(life, failures=0), now), Decision.CONNECT
+            return _begin_attempt(replace(life, failures=0, held=False), now), Decision.CONNECT
         case RetryRequested() | Suspected() if life.phase is TunnelPhase.UP:
             return life, Decision.CHECK
         case Woke() | NetworkChanged():

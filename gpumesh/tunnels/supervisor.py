@@ -13,7 +13,7 @@ import logging
 import random
 import shlex
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 
@@ -22,16 +22,17 @@ from gpumesh.state import LocalAccess, TunnelPhase, TunnelState
 from gpumesh.topology import DEFAULT_TUNNELS, NodeSpec, SshSpec, Target, TunnelsSpec
 from gpumesh.tunnels.base import ClosableTunnel, ExecChunk, ExecResult, ShellStream, Tunnel
 from gpumesh.tunnels.base import Prompter as Prompter  # noqa: PLC0414 - callers of open_tunnel need both
-from gpumesh.tunnels.connect_request import open_connect_request
+from gpumesh.tunnels.connect_request import open_connect_request, recorded_fingerprints
 from gpumesh.tunnels.direct.this_machine import ThisMachine
 from gpumesh.tunnels.direct.tunnel import DirectTunnel
-from gpumesh.tunnels.known_hosts import read_known_hosts
 from gpumesh.tunnels.lifecycle import (
     Cause,
     CloseRequested,
     Connected,
     ConnectionFailed,
     Decision,
+    HoldReleased,
+    HoldRequested,
     Lifecycle,
     LifecycleEvent,
     NetworkChanged,
@@ -212,6 +213,15 @@ class SshTunnel:
     def retry_now(self) -> None:
         self._handle_event(RetryRequested())
 
+    @contextlib.contextmanager
+    def held_closed(self) -> Iterator[None]:
+        self._link_when_up()
+        self._handle_event(HoldRequested())
+        try:
+            yield
+        finally:
+            self._handle_event(HoldReleased())
+
     def close(self) -> None:
         """Releases the local ports. ``run`` does that by itself when it ends."""
         self._listeners.close()
@@ -234,6 +244,9 @@ class SshTunnel:
                 self._check_requested.set()
             case Decision.RECONNECT:
                 self._reconnect.set()
+            case Decision.CUT:
+                if self._link is not None:
+                    self._link.cut()
             case Decision.CONNECT | Decision.WAIT | Decision.STOP:
                 self._retry_wakeup.set()
             case Decision.NOTHING:
@@ -275,11 +288,12 @@ class SshTunnel:
                 await self._wait_for_retry()
 
     async def _wait_for_retry(self) -> None:
-        """Waits for the time of the next attempt, and then reports it as due. Returns early at a new decision."""
-        assert self._life.retry_at is not None, "a waiting tunnel has a time for its retry"
+        """Waits for the time of the next attempt, and then reports it as due. Returns early at a new decision. A tunnel
+        that is held has no such time."""
+        retry_at = self._life.retry_at
         self._retry_wakeup.clear()
         code = self._life.cause.code if self._life.cause is not None else ""
-        wait_s = max(0.0, self._life.retry_at - self._clock())
+        wait_s = None if retry_at is None else max(0.0, retry_at - self._clock())
         async with asyncio.TaskGroup() as group:
             repair_task = group.create_task(self._repair_watch.watch(code, lambda: self._handle_event(RepairSeen())))
             try:
@@ -356,7 +370,7 @@ class SshTunnel:
 
     def _on_connected(self, setup: ConnectRequest, info: ConnectionInfo) -> None:
         self._rtt_ms = info.rtt_ms
-        self._host_keys = _fingerprints_on_record(setup)
+        self._host_keys = recorded_fingerprints(setup)
         self._check_requested.clear()  # an earlier request was about an earlier connection
         self._handle_event(Connected())
 
@@ -382,13 +396,3 @@ def _log_refused_user(node: str, refused: PeerRefused) -> None:
         node,
         extra={"event": "local-user-refused", "node": node},
     )
-
-
-def _fingerprints_on_record(setup: ConnectRequest) -> tuple[str, ...]:
-    """The fingerprints of the keys on record for the host; empty when the file cannot be read now. The host has shown
-    one of these keys: otherwise there would be no connection."""
-    try:
-        keys = read_known_hosts(*setup.ssh.known_hosts_files).keys(setup.known_host)
-    except TunnelError:  # the file was readable a moment ago, for the connect; its loss must not end the connection
-        return ()
-    return tuple(key.fingerprint for key in keys)

@@ -11,8 +11,9 @@ from gpumesh.backends.base import Chunk, ServerCounters
 from gpumesh.config.comparison import ConfigSnapshot, KeyChange
 from gpumesh.config.live_changes import ReloadReport
 from gpumesh.daemon.sessions.session import PromptAnswer, PromptRequest
-from gpumesh.errors import ModelMissing, QueueFull, UsageError
+from gpumesh.errors import ExecError, ModelMissing, QueueFull, UsageError
 from gpumesh.mesh.history import History, HistorySeries
+from gpumesh.mesh.outages.outage import Outage
 from gpumesh.state import MeshState
 from gpumesh.tunnels.base import ExecChunk, OutputStream
 from tests.cli.states import typical
@@ -47,6 +48,8 @@ class ScriptedSession:
         self.prompts: list[PromptRequest] = []
         self.reloads = 0
         self.drained: list[str] = []
+        self.held: list[tuple[str, Outage]] = []
+        self.hold_ended = asyncio.Event()
         self.reconnected: list[str] = []
         self.chat_ended = asyncio.Event()
         self.exec_ended = asyncio.Event()
@@ -92,6 +95,19 @@ class ScriptedSession:
 
     async def resume(self, node: str) -> None:
         self.drained.remove(node)
+
+    @asynccontextmanager
+    async def hold(self, node: str, outage: Outage) -> AsyncGenerator[None]:
+        if node == "nobody":
+            raise UsageError("there is no node 'nobody'", hint="the nodes are: iceland")
+        self.held.append((node, outage))
+        try:
+            yield
+        finally:
+            self.held.remove((node, outage))
+            self.hold_ended.set()
+            if outage.start_command == "fail":
+                raise ExecError("the server does not start")
 
     async def reconnect(self, node: str) -> None:
         self.reconnected.append(node)

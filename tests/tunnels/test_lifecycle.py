@@ -15,6 +15,8 @@ from gpumesh.tunnels.lifecycle import (
     Connected,
     ConnectionFailed,
     Decision,
+    HoldReleased,
+    HoldRequested,
     Lifecycle,
     LifecycleEvent,
     NetworkChanged,
@@ -211,3 +213,50 @@ def test_a_late_event_changes_nothing() -> None:
     for late in (Connected(), ConnectionFailed(KEY), Suspected(), OpenRequested()):
         assert step(life, late, now=now, jitter=0.5) == (life, Decision.NOTHING)
     assert step(life, RetryDue(), now=now, jitter=0.5) == (life, Decision.WAIT)
+
+
+def hold(life: Lifecycle, now: float) -> Lifecycle:
+    """The tunnel after ``HoldRequested`` and the loss of its connection."""
+    life, decision = step(life, HoldRequested(), now=now, jitter=0.5)
+    assert decision is Decision.CUT
+    life, decision = step(life, ConnectionFailed(REFUSED), now=now, jitter=0.5)
+    assert decision is Decision.WAIT
+    return life
+
+
+def test_a_held_tunnel_makes_no_attempt_until_it_is_released() -> None:
+    life, now = play([(Connected(), 1, 0)])
+    life = hold(life, now)
+    assert (life.phase, life.retry_at, life.cause) == (TunnelPhase.BACKOFF, None, REFUSED)
+    for event in (RetryDue(), RepairSeen(), Woke(), NetworkChanged(), Suspected(), HoldRequested(), OpenRequested()):
+        after, decision = step(life, event, now=now + 500, jitter=0.5)
+        assert after == life
+        assert decision in (Decision.WAIT, Decision.NOTHING)
+    life, decision = step(life, HoldReleased(), now=now + 500, jitter=0.5)
+    assert (life.phase, life.held, decision) == (TunnelPhase.CONNECTING, False, Decision.CONNECT)
+
+
+def test_a_persons_request_ends_a_hold() -> None:
+    life, now = play([(Connected(), 1, 0)])
+    life, decision = step(hold(life, now), RetryRequested(), now=now, jitter=0.5)
+    assert (life.phase, life.held, decision) == (TunnelPhase.CONNECTING, False, Decision.CONNECT)
+    assert step(life, HoldReleased(), now=now, jitter=0.5) == (life, Decision.NOTHING)
+
+
+def test_a_hold_that_ends_before_the_loss_is_seen_holds_nothing() -> None:
+    life, now = play([(Connected(), 1, 0)])
+    life, _ = step(life, HoldRequested(), now=now, jitter=0.5)
+    life, decision = step(life, HoldReleased(), now=now, jitter=0.5)
+    assert (life.phase, decision) == (TunnelPhase.UP, Decision.NOTHING)
+    life, _ = step(life, ConnectionFailed(REFUSED), now=now, jitter=0.5)
+    assert life.retry_at is not None
+
+
+@given(histories)
+def test_only_a_tunnel_that_is_up_can_be_held(history: list[tuple[LifecycleEvent, float, float]]) -> None:
+    life, now = play(history)
+    after, decision = step(life, HoldRequested(), now=now, jitter=0.5)
+    if life.phase is TunnelPhase.UP:
+        assert (after, decision) == (replace(life, held=True), Decision.CUT)
+    else:
+        assert (after, decision) == (life, Decision.NOTHING)

@@ -20,6 +20,7 @@ from gpumesh.daemon.control_socket import framing
 from gpumesh.daemon.sessions.session import PromptRequest
 from gpumesh.errors import ConfigError, ExitCode, GPUMeshError, ModelMissing, Problem, QueueFull, StreamCut
 from gpumesh.mesh.history import History
+from gpumesh.mesh.outages.outage import Outage
 from gpumesh.state import MeshState
 from gpumesh.wire import from_json, to_json
 
@@ -78,6 +79,17 @@ class Resume:
 
 
 @dataclass(frozen=True, slots=True)
+class Hold:
+    """Takes a node out of service for as long as the connection lasts. Reply: Held, when the node is out of service.
+
+    When the client closes its side of the connection, or ends in any way, the mesh puts the node back into service.
+    Then it closes the connection: with Error if the node could not be put back, else without a reply."""
+
+    node: str
+    outage: Outage
+
+
+@dataclass(frozen=True, slots=True)
 class Reconnect:
     """No reply before ``End``."""
 
@@ -115,6 +127,7 @@ ControlRequest = (
     | Exec
     | Drain
     | Resume
+    | Hold
     | Reconnect
     | GetHistory
     | GetConfiguration
@@ -147,6 +160,11 @@ class Reloaded:
     """What a reload of mesh.yaml has done."""
 
     report: ReloadReport
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """The node is out of service now."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,17 +208,17 @@ class Error:
     detail: Mapping[str, Any] | None = None
 
 
-ControlReply = State | Past | Configuration | Reloaded | Route | Piece | Output | End | Error
+ControlReply = State | Past | Configuration | Reloaded | Held | Route | Piece | Output | End | Error
 
 _REQUESTS: Mapping[str, type[ControlRequest]] = {
     kind.__name__: kind
     for kind in (
         *(GetStatus, Watch, FirstReport, Chat, Exec, Drain, Resume, Reconnect, GetHistory, GetConfiguration),
-        *(Reload, Down),
+        *(Hold, Reload, Down),
     )
 }
 _REPLIES: Mapping[str, type[ControlReply]] = {
-    kind.__name__: kind for kind in (State, Past, Configuration, Reloaded, Route, Piece, Output, End, Error)
+    kind.__name__: kind for kind in (State, Past, Configuration, Reloaded, Held, Route, Piece, Output, End, Error)
 }
 
 

@@ -17,6 +17,7 @@ from gpumesh.daemon.control_socket.messages import ControlReply, ControlRequest
 from gpumesh.daemon.sessions.session import PromptAnswer, PromptRequest
 from gpumesh.errors import ExitCode, GPUMeshError, UsageError
 from gpumesh.mesh.history import History
+from gpumesh.mesh.outages.outage import Outage
 from gpumesh.state import MeshState
 from gpumesh.tunnels.base import ExecChunk, OutputStream
 
@@ -65,6 +66,34 @@ class RemoteSession:
     async def resume(self, node: str) -> None:
         await self._request_completion(messages.Resume(node))
 
+    @asynccontextmanager
+    async def hold(self, node: str, outage: Outage) -> AsyncIterator[None]:
+        reader, writer = await self._connect()
+        try:
+            writer.write(messages.encode_message(messages.Hold(node, outage)))
+            await writer.drain()
+            line = await reader.readline()
+            if not line:
+                raise client_errors.MeshEnded("the running mesh ended in the middle of this")
+            reply = _decode_reply(line)
+            if isinstance(reply, messages.Error):
+                error = messages.error_from_message(reply)
+                raise _explain_unknown(error, "which cannot take a node out of service for a while")
+            if not isinstance(reply, messages.Held):
+                raise client_errors.unreadable_reply()
+            yield
+            writer.write_eof()  # the mesh puts the node back now, and closes the connection when this is done
+            if line := await reader.readline():
+                failure = _decode_reply(line)
+                if isinstance(failure, messages.Error):
+                    raise messages.error_from_message(failure)
+        except ConnectionError as error:  # a mesh that has ended holds no node
+            raise client_errors.MeshEnded("the running mesh ended in the middle of this") from error
+        finally:  # this alone makes the mesh put the node back
+            writer.close()
+            with suppress(OSError):
+                await writer.wait_closed()
+
     async def reconnect(self, node: str) -> None:
         await self._request_completion(messages.Reconnect(node))
 
@@ -87,12 +116,7 @@ class RemoteSession:
                     if isinstance(reply, messages.Reloaded):
                         return reply.report
         except messages.RemoteError as error:
-            if error.code == UsageError.code and UNKNOWN_MESSAGE in error.message:
-                raise GPUMeshError(
-                    "the running mesh is of an older version, which reads mesh.yaml at its start only",
-                    hint=RESTART_HINT,
-                ) from error
-            raise
+            raise _explain_unknown(error, "which reads mesh.yaml at its start only") from None
         raise client_errors.unreadable_reply()
 
     async def history(self) -> History:
@@ -178,6 +202,14 @@ class _RemoteChat:
                 self.node, self.attempts = reply.node, reply.attempts
             elif isinstance(reply, messages.Piece):
                 yield reply.chunk
+
+
+def _explain_unknown(error: GPUMeshError, limitation: str) -> GPUMeshError:
+    """The error itself; if a mesh of an older version does not know the request, one that says so. ``limitation``: what
+    that version cannot do, after "an older version, "."""
+    if error.code == UsageError.code and UNKNOWN_MESSAGE in error.message:
+        return GPUMeshError(f"the running mesh is of an older version, {limitation}", hint=RESTART_HINT)
+    return error
 
 
 def _decode_reply(line: bytes) -> ControlReply:

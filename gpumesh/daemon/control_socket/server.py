@@ -194,6 +194,10 @@ class ControlServer:
                 await session.drain(node)
             case messages.Resume(node):
                 await session.resume(node)
+            case messages.Hold(node, outage):
+                async with session.hold(node, outage):
+                    yield messages.Held()
+                    await asyncio.Event().wait()  # until the client closes its connection, which cancels this
             case messages.Reconnect(node):
                 await session.reconnect(node)
             case messages.GetHistory():

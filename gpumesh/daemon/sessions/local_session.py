@@ -16,6 +16,8 @@ from gpumesh.event_loop.async_iterators import closing_iterator
 from gpumesh.mesh.history import History, Recorder
 from gpumesh.mesh.mesh import Mesh
 from gpumesh.mesh.models.default_model import choose_model
+from gpumesh.mesh.outages.out_of_service import take_out_of_service
+from gpumesh.mesh.outages.outage import Outage
 from gpumesh.mesh.requests.answer import Answer
 from gpumesh.state import MeshState, TunnelPhase
 from gpumesh.tunnels.base import ExecChunk, Tunnel
@@ -148,6 +150,10 @@ class LocalSession:
     async def resume(self, node: str) -> None:
         self._require_node(node)
         self.mesh.resume(node)
+
+    def hold(self, node: str, outage: Outage) -> AbstractAsyncContextManager[None]:
+        self._require_node(node)
+        return take_out_of_service(self.mesh, node, outage)
 
     async def reconnect(self, node: str) -> None:
         self._require_node(node)

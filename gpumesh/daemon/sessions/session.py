@@ -16,6 +16,7 @@ from gpumesh.balancer.base import Priority
 from gpumesh.config.comparison import ConfigSnapshot
 from gpumesh.config.live_changes import ReloadReport
 from gpumesh.mesh.history import History
+from gpumesh.mesh.outages.outage import Outage
 from gpumesh.state import MeshState
 from gpumesh.tunnels.base import ExecChunk
 
@@ -89,6 +90,11 @@ class Session(Protocol):
 
     async def resume(self, node: str) -> None:
         """Ends the draining of this node: it gets new requests again."""
+        ...
+
+    def hold(self, node: str, outage: Outage) -> AbstractAsyncContextManager[None]:
+        """Takes the node out of service during the block. The mesh puts it back when the block ends, and also when this
+        process ends in the block in any way, kill -9 included."""
         ...
 
     async def reconnect(self, node: str) -> None:

@@ -135,7 +135,7 @@ class Node:
         account = self.account
         account.weight, account.tier, account.max_parallel = spec.weight, spec.tier, spec.backend.max_parallel
         account.group.events += 1  # when the next slot is free has to be computed again
-        self._announce_change()
+        self.announce_change()
 
     def apply_model_rules(self) -> None:
         """Takes over the mesh's rules for models after they have changed."""
@@ -158,7 +158,7 @@ class Node:
         # Out of reach, or not in the mesh any more: nobody needs to wait for a probe.
         if state.state in (TunnelPhase.BACKOFF, TunnelPhase.FAILED, TunnelPhase.CLOSED):
             self._prober.end_first_round()
-        self._announce_change()
+        self.announce_change()
 
     def _on_report(self) -> None:
         """Acts on a new report of the prober. If the marks that identify the node's GPUs have changed, the nodes of the
@@ -171,9 +171,9 @@ class Node:
         if marks != self._gpu_marks:
             self._gpu_marks = marks
             self._on_gpus_identified()
-        self._announce_change()
+        self.announce_change()
 
-    def _announce_change(self) -> None:
+    def announce_change(self) -> None:
         """Tells everybody who depends on the node's state that it may have changed."""
         self.update_account()
         self._on_changed()

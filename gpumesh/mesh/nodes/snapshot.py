@@ -7,7 +7,7 @@ no I/O.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 
 from gpumesh.balancer.base import Candidate
@@ -46,11 +46,21 @@ MAX_AWAY_S = 120.0
 
 @dataclass(slots=True)
 class NodeRole:
-    """What the mesh has decided about a node. ``draining``: it gets no new requests. ``slowness``: how slow it has
-    become; ``None`` while its speed is as usual."""
+    """What the mesh has decided about a node. ``slowness``: how slow it has become; ``None`` while its speed is as
+    usual.
 
-    draining: bool = False
+    ``drained``: a person asked for no new requests, until a person resumes it. ``drain_holds``: those who ask for the
+    same while they hold it (``mesh/outages/``).
+    """
+
+    drained: bool = False
+    drain_holds: set[object] = field(default_factory=set)
     slowness: Slowness | None = None
+
+    @property
+    def draining(self) -> bool:
+        """Whether the node gets no new requests."""
+        return self.drained or bool(self.drain_holds)
 
 
 class SnapshotBuilder:

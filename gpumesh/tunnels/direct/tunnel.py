@@ -21,6 +21,7 @@ from gpumesh.errors import (
     HostUnresolved,
     TunnelDown,
     TunnelError,
+    UsageError,
 )
 from gpumesh.state import TunnelPhase, TunnelState
 from gpumesh.text.addresses import is_loopback
@@ -73,6 +74,9 @@ class DirectTunnel:
 
     def retry_now(self) -> None:
         self._check_requested.set()
+
+    def held_closed(self) -> contextlib.AbstractContextManager[None]:
+        raise UsageError(f"node {self._node} has no tunnel that could be closed: it is reached directly")
 
     def close(self) -> None:
         """Does nothing: a direct tunnel that never ran holds no resource."""

@@ -107,6 +107,10 @@ class WorkerLink:
         for command in self._commands.values():
             command.messages.put_nowait(None)
 
+    def cut(self) -> None:
+        """Ends the worker's process, and with it the connection, as a crash would. ``receive_messages`` notices it."""
+        self._worker.kill()
+
     async def receive_messages(self, group: asyncio.TaskGroup) -> None:
         """Handles the worker's messages until no more come. Then the connection is over, and this calls ``finish``.
 

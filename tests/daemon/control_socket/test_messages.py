@@ -23,6 +23,7 @@ from gpumesh.errors import (
     UsageError,
 )
 from gpumesh.mesh.history import History, HistorySeries
+from gpumesh.mesh.outages.outage import Outage, OutageKind
 from gpumesh.topology import BackendSpec, NodeSpec, SshSpec, Topology
 from tests.cli.states import typical
 
@@ -45,6 +46,7 @@ REQUESTS: list[ControlRequest] = [
     messages.Exec("n", ("sh", "-c", "echo")),
     messages.Drain("n"),
     messages.Resume("n"),
+    messages.Hold("n", Outage(OutageKind.SERVER, "stop it", "start it")),
     messages.Reconnect("n"),
     messages.Reload(),
     messages.Down(10.0),
@@ -61,6 +63,7 @@ REPLIES: list[ControlReply] = [
             leaving=(LeavingNode("c", 2),),
         )
     ),
+    messages.Held(),
     messages.Route("n", 2),
     messages.Piece(Chunk(text="x", done=True, counters=ServerCounters(tokens=2, eval_ms=20.0))),
     messages.Output("stdout", "QUJD", ended=True, exit_status=7),

@@ -17,6 +17,7 @@ from gpumesh.daemon.control_socket.remote_session import RemoteSession
 from gpumesh.daemon.control_socket.server import ControlServer
 from gpumesh.daemon.sessions.session import PromptRequest
 from gpumesh.errors import ExitCode, GPUMeshError, MeshNotRunning, ModelMissing, QueueFull
+from gpumesh.mesh.outages.outage import Outage, OutageKind
 from gpumesh.state import MeshState
 from gpumesh.tunnels.base import OutputStream
 from gpumesh.wire import from_json
@@ -117,6 +118,53 @@ async def test_drain_and_resume(running: Running) -> None:
     assert running.session.drained == ["iceland"]
     await running.remote.resume("iceland")
     assert running.session.drained == []
+
+
+DRAIN = Outage(OutageKind.DRAIN)
+
+
+async def test_a_node_is_held_until_the_block_ends(running: Running) -> None:
+    async with running.remote.hold("iceland", DRAIN):
+        assert running.session.held == [("iceland", DRAIN)]
+    assert running.session.held == [], "the node is back when the block has ended"
+
+
+async def test_a_killed_client_holds_no_node(running: Running) -> None:
+    reader, writer = await asyncio.open_unix_connection(running.path)
+    writer.write(messages.encode_message(messages.Hold("iceland", DRAIN)))
+    assert messages.decode_reply(await reader.readline()) == messages.Held()
+    writer.transport.abort()
+    await running.session.hold_ended.wait()
+    assert running.session.held == []
+
+
+async def test_a_block_that_fails_holds_no_node(running: Running) -> None:
+    with pytest.raises(ZeroDivisionError):
+        async with running.remote.hold("iceland", DRAIN):
+            raise ZeroDivisionError
+    await running.session.hold_ended.wait()
+    assert running.session.held == []
+
+
+async def test_a_node_that_cannot_be_held_or_put_back_is_an_error(running: Running) -> None:
+    with pytest.raises(GPUMeshError, match="no node 'nobody'"):
+        async with running.remote.hold("nobody", DRAIN):
+            pass
+    with pytest.raises(GPUMeshError, match="the server does not start"):
+        async with running.remote.hold("iceland", Outage(OutageKind.SERVER, "stop", "fail")):
+            pass
+
+
+async def test_a_mesh_that_closes_puts_the_node_back(tmp_path: Path) -> None:
+    made = Running(tmp_path / "control.sock")
+    async with asyncio.timeout(20):
+        async with made.server:
+            reader, writer = await asyncio.open_unix_connection(made.path)
+            writer.write(messages.encode_message(messages.Hold("iceland", DRAIN)))
+            await reader.readline()
+            assert made.session.held
+        assert made.session.held == []
+    writer.close()
 
 
 async def test_errors_keep_their_code_hint_and_exit_code(running: Running) -> None:

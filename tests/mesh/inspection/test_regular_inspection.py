@@ -159,11 +159,11 @@ async def test_once_after_the_node_came_up_and_then_at_long_intervals() -> None:
 
 async def test_not_while_the_node_is_down_or_draining() -> None:
     down, draining = InspectedHost("down"), InspectedHost("draining")
-    down.reachable, draining.role.draining = False, True
+    down.reachable, draining.role.drained = False, True
     async with inspecting(down, draining) as (_, time, _reports):
         await time.advance(3 * INTERVAL_S)
         assert (down.commands.runs, draining.commands.runs) == (0, 0)
-        down.reachable, draining.role.draining = True, False
+        down.reachable, draining.role.drained = True, False
         await time.advance(2 * SETTLE_S)
         assert (down.commands.runs, draining.commands.runs) == (1, 1)
 
@@ -172,10 +172,10 @@ async def test_a_node_that_is_drained_for_a_while_keeps_its_report_and_its_turn(
     node = InspectedHost("alpha")
     async with inspecting(node) as (inspection, time, _):
         await time.advance(2 * SETTLE_S)
-        node.role.draining = True
+        node.role.drained = True
         await time.advance(2 * SETTLE_S)
         assert inspection.merge(node.state()).host.store_free_mib == 4096
-        node.role.draining = False
+        node.role.drained = False
         await time.advance(2 * SETTLE_S)
         assert node.commands.runs == 1
 

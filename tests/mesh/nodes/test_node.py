@@ -59,7 +59,7 @@ async def test_repr_tells_the_state(node: Node) -> None:
     assert repr(node) == "<Node one reachable 1 in flight, tunnel up>"
     assert repr(lease) == "<Lease one held model qwen2.5:7b connection 1>"
     lease.discard()
-    node.role.draining = True
+    node.role.drained = True
     assert repr(node) == "<Node one reachable draining 0 in flight, tunnel up>"
     assert repr(lease) == "<Lease one released model qwen2.5:7b connection 1>"
 
@@ -150,7 +150,7 @@ async def test_a_server_that_stops_is_noticed_and_comes_back(node: Node, server:
 
 
 async def test_a_draining_node_takes_no_new_work(node: Node) -> None:
-    node.role.draining = True
+    node.role.drained = True
     assert not node.candidate(100.0).usable
     assert not node.may_recover()
     assert node.state(0).health is Health.DRAINING

@@ -153,7 +153,7 @@ async def test_which_nodes_may_recover(
     desk.set_up(reports, TunnelState("direct", phase))
     assert not desk.builder.reachable
     assert desk.builder.may_recover(None) is expected
-    desk.role.draining = True
+    desk.role.drained = True
     assert not desk.builder.may_recover(None)
 
 
