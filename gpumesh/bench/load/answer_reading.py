@@ -11,8 +11,11 @@ from gpumesh.errors import GPUMeshError, StreamCut
 
 @dataclass(slots=True)
 class AnswerReading:
-    """What was read of one answer. ``arrivals_s`` has the time of each piece, on any clock."""
+    """What was read of one answer. ``arrivals_s`` has the time of each piece, on any clock. ``text`` is the answer, for
+    the next turn of its conversation; empty unless ``keeps_text``."""
 
+    keeps_text: bool = False
+    text: str = ""
     arrivals_s: list[float] = field(default_factory=list)
     counters: ServerCounters | None = None
     done_reason: str | None = None
@@ -21,6 +24,8 @@ class AnswerReading:
         """Adds a chunk that arrived at ``time_s``."""
         if chunk.text or chunk.thinking:  # another chunk, such as the final one, is no piece of the answer
             self.arrivals_s.append(time_s)
+            if self.keeps_text:
+                self.text += chunk.text
         if chunk.done:
             self.counters, self.done_reason = chunk.counters, chunk.done_reason
 

@@ -15,7 +15,8 @@ from typing import Protocol
 
 from gpumesh.bench.load.answer_reading import AnswerReading
 from gpumesh.bench.load.client_judge import LATE_CLIENT_MS, judge_client
-from gpumesh.bench.load.loops import send_in_closed_loop, send_in_open_loop
+from gpumesh.bench.load.conversations import ConversationHistories
+from gpumesh.bench.load.loops import send_in_closed_loop, send_in_open_loop, split_conversations
 from gpumesh.bench.load.samples import LoadSample, StageRun
 from gpumesh.bench.load.send_prompt import SendPrompt
 from gpumesh.bench.workload.stages import PlannedRequest, Stage
@@ -48,6 +49,7 @@ class RunningStage:
     records: list[LoadSample] = field(default_factory=list)
     lags_ms: list[float] = field(default_factory=list)
     late_sends: int = 0
+    histories: ConversationHistories = field(default_factory=ConversationHistories)
     record_added: asyncio.Event = field(default_factory=asyncio.Event)
     disturbance: str | None = None  # its description, as soon as it has begun
     disturbance_began_s: float | None = None
@@ -114,11 +116,17 @@ async def run_stage(
         if stage.disturb and disturbance is not None:
             helpers.append(group.create_task(disturb_stage(run, disturbance)))
         try:
+            conversations = split_conversations([planned.conversation for planned in stage.requests])
+            think_s = stage.think_s
             if stage.concurrency is None:
                 moments = [planned.at_s or 0.0 for planned in stage.requests]
-                await send_in_open_loop(send_one, moments, stage.duration_s, now=run.now, sleep=sleep)
+                await send_in_open_loop(
+                    send_one, conversations, moments, stage.duration_s, now=run.now, think_s=think_s, sleep=sleep
+                )
             else:
-                await send_in_closed_loop(send_one, len(stage.requests), stage.concurrency, is_over=run.is_over)
+                await send_in_closed_loop(
+                    send_one, conversations, stage.concurrency, think_s=think_s, is_over=run.is_over, sleep=sleep
+                )
             duration_s = run.now()
             cpu_s = time.process_time() - run.cpu_start_s
         finally:  # also after an error: ``_measure_lag`` never ends by itself, and the group waits for it
@@ -163,17 +171,19 @@ async def _send_request(
     intended_s = sent_s if planned.at_s is None else planned.at_s
     if (sent_s - intended_s) * 1000.0 > LATE_CLIENT_MS:
         run.late_sends += 1
-    reading = AnswerReading()
+    reading = AnswerReading(keeps_text=planned.conversation is not None)
+    chat = run.histories.continue_chat(planned.conversation, planned.chat)
     node, attempts = planned.node, 0
     error: GPUMeshError | None = None
     try:
-        async with send(planned.chat, planned.node) as answer:
+        async with send(chat, planned.node) as answer:
             async for chunk in answer:
                 reading.add(chunk, run.now())
             node, attempts = answer.node, answer.attempts
     except GPUMeshError as raised:
         error = raised
         node = raised.node or node  # for a request to the mesh, only the error names the node
+    run.histories.add_answer(planned.conversation, chat, reading.text)
     run.add(
         reading.make_sample(
             stage=run.stage.name,

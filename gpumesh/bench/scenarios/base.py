@@ -77,6 +77,7 @@ def make_stage(
     disturb: bool = False,
     over_routes: bool = False,
     duration_s: float | None = None,
+    think_s: float = 0.0,
 ) -> Stage:
     """Makes a stage of these requests. Without ``concurrency``, it is an open loop. The rest is as in ``Stage``."""
     return Stage(
@@ -88,6 +89,7 @@ def make_stage(
         disturb=disturb,
         over_routes=over_routes,
         duration_s=duration_s,
+        think_s=think_s,
     )
 
 

@@ -86,6 +86,14 @@ class PromptFactory:
             tokens_left -= REPLAY_BLOCK_TOKENS
         return self._make_request(" ".join(parts), traced.output_tokens)
 
+    def make_system_message(self) -> tuple[Message, ...]:
+        """The system prompt that all conversations of the run share, behind the nonce of the run; empty without one."""
+        tokens = self._settings.system_tokens
+        if not tokens:
+            return ()
+        text = _choose_words(Random(f"{self._settings.seed}/system"), tokens)
+        return (Message("system", f"[{self._run_nonce}] {text}"),)
+
     def make_own_prompt(self, own: OwnPrompt) -> ChatRequest:
         """Makes a request with the user's own prompt, unchanged: there is no nonce, so a server's cache may help."""
         request = self._make_request("", None)

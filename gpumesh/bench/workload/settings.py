@@ -39,7 +39,8 @@ class BenchSettings:
     ``answer_lengths`` and ``prompt_lengths``: the distributions from which these lengths are drawn, if they are not all
     equal; ``tokens`` and ``prompt_tokens`` are their means. The others shape the scenario ``load``: ``rate`` (requests
     per second; ``None``: a closed loop), ``arrivals`` and ``burst`` (``arrivals.py``), and ``duration_s``, after which
-    no more is sent.
+    no more is sent. ``turns``: above 1, each request begins a conversation of so many turns, with ``think_s`` between
+    an answer and the next turn. ``system_tokens``: all prompts begin with the same system prompt of this length.
     """
 
     model: str
@@ -57,6 +58,9 @@ class BenchSettings:
     arrivals: ArrivalProcess = ArrivalProcess.POISSON
     burst: int = 1
     duration_s: float | None = None
+    turns: int = 1
+    think_s: float = 0.0
+    system_tokens: int = 0
 
     def check(self) -> None:
         """Raises UsageError for a value that makes no sense. The error names the option of `bench run`."""
@@ -66,9 +70,12 @@ class BenchSettings:
             ("--prompt-tokens", self.prompt_tokens),
             ("-c", min(self.concurrency, default=None)),  # the smallest level; the other levels are larger
             ("--burst", self.burst),
+            ("--turns", self.turns),
         ):
             if value is not None and value < 1:  # ``None``: not given, so the scenario's default is used
                 raise UsageError(f"{option} must be at least 1, not {value}")
+        if self.system_tokens < 0 or not 0 <= self.think_s < math.inf:
+            raise UsageError("--system-tokens and --think-time are not negative")
         if self.speed <= 0:
             raise UsageError(f"--speed must be more than 0, not {self.speed:g}")
         for option, number in (("--rate", self.rate), ("--duration", self.duration_s)):

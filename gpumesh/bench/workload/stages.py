@@ -22,11 +22,15 @@ class PlannedRequest:
     """A request to send to ``node``, or to the mesh if ``node`` is ``None``.
 
     ``at_s``: in an open loop, when to send the request, in seconds from the start of the stage.
+
+    ``conversation``: requests with the same id are turns of one conversation. A turn is sent when the answer before it
+    has ended; what was said before is put in front of the messages of ``chat``.
     """
 
     chat: ChatRequest
     node: str | None = None
     at_s: float | None = None
+    conversation: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +40,7 @@ class Stage:
     ``node`` is the node that is measured alone, ``None`` for the mesh. ``disturb``: a node is taken out of service in
     the middle of the stage. ``over_routes``: the requests take turns over all routes to the node.
     ``duration_s``: after this time nothing more is sent, and the requests that are left over are not records.
+    ``think_s``: the time between an answer and the next turn of its conversation.
     """
 
     name: str
@@ -46,6 +51,7 @@ class Stage:
     disturb: bool = False
     over_routes: bool = False
     duration_s: float | None = None
+    think_s: float = 0.0
 
     @property
     def open_loop(self) -> bool:

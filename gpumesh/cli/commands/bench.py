@@ -65,6 +65,16 @@ def run(
             metavar=DURATION_METAVAR, parser=duration_parser(0.1), help="load: for so long; else -n requests."
         ),
     ] = None,
+    turns: Annotated[int, typer.Option(metavar="N", help="load: turns of each conversation.")] = 1,
+    think_time: Annotated[
+        float,
+        typer.Option(
+            metavar=DURATION_METAVAR, parser=duration_parser(0.0), help="load: between an answer and the next turn."
+        ),
+    ] = 0.0,
+    system_tokens: Annotated[
+        int, typer.Option(metavar="N", help="load: length of a system prompt that all share.")
+    ] = 0,
     think: Annotated[bool, typer.Option("--think/--no-think", help="Whether a model that can shall think.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of the prompts and of the servers' sampling.")] = 1,
     slo_ttft: Annotated[float, typer.Option(metavar="MS", help="Goodput: time to first token at most.")] = 2000.0,
@@ -95,11 +105,13 @@ def run(
     from gpumesh.cli.views import bench_tables
 
     options = global_options(ctx)
-    load_options = (rate, duration, prompts)
-    has_load_option = any(value is not None for value in load_options)
+    has_load_option = turns != 1 or system_tokens > 0 or any(value is not None for value in (rate, duration, prompts))
     chosen_scenario = bench_options.parse_scenario(scenario or ("load" if has_load_option else "quick"))
     if has_load_option and chosen_scenario != "load":
-        raise UsageError(f"--rate, --duration and --prompts are for --scenario load, not for {chosen_scenario}")
+        raise UsageError(
+            "--rate, --duration, --prompts, --turns and --system-tokens are for --scenario load, "
+            f"not for {chosen_scenario}"
+        )
     answer_lengths = bench_options.parse_lengths("--tokens", tokens)
     prompt_lengths = bench_options.parse_lengths("--prompt-tokens", prompt_tokens)
     process, burst = bench_options.parse_arrivals(arrivals)
@@ -127,6 +139,9 @@ def run(
             arrivals=process,
             burst=burst,
             duration_s=duration,
+            turns=turns,
+            think_s=think_time,
+            system_tokens=system_tokens,
         )
 
     objective = Objective(slo_ttft, slo_tpot)

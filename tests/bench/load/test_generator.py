@@ -223,6 +223,45 @@ async def test_nothing_more_is_sent_when_the_time_is_up() -> None:
     assert len(done.records) == 3, "what was not sent is no record"
 
 
+def conversations(*ids: int) -> Stage:
+    requests = tuple(PlannedRequest(CHAT, conversation=number) for number in ids)
+    return replace(stage(count=0), requests=requests)
+
+
+async def test_a_turn_follows_the_answer_before_it_and_repeats_what_was_said() -> None:
+    server, time = Server(), Time()
+    plan = replace(conversations(1, 2, 1, 1), think_s=2.0, concurrency=2)
+    done = await run_stage(server, plan, clock=time, sleep=time.sleep)
+    said = [[(message.role, message.content) for message in chat.messages] for chat, _ in server.asked]
+    question, answer = ("user", CHAT.messages[0].content), ("assistant", "word0word1word2")
+    assert sorted(map(len, said)) == [1, 1, 3, 5]
+    longest = max(said, key=len)
+    assert longest == [question, answer, question, answer, question]
+    assert server.most == 2, "two conversations at once, one turn of each"
+    by_index = {record.index: record for record in done.records}
+    assert by_index[2].sent_s >= by_index[0].ended_s + 2.0
+    assert by_index[3].sent_s >= by_index[2].ended_s + 2.0
+
+
+async def test_a_turn_that_failed_is_not_repeated_in_the_next_one() -> None:
+    server = Server(fail=frozenset([0]))
+    done = await run_stage(server, replace(conversations(1, 1), concurrency=1))
+    assert [record.outcome for record in done.records] == [SampleOutcome.FAILED, SampleOutcome.SERVED]
+    assert [len(chat.messages) for chat, _ in server.asked] == [1, 1]
+
+
+async def test_an_open_loop_begins_conversations_by_the_clock() -> None:
+    server, time = Server(), Time()
+    plan = conversations(1, 1, 2, 2)
+    first = [replace(request, at_s=at_s) for request, at_s in zip(plan.requests, (0.0, None, 1.0, None), strict=True)]
+    done = await run_stage(
+        server, replace(plan, requests=tuple(first), concurrency=None, think_s=0.5), clock=time, sleep=time.sleep
+    )
+    assert [len(chat.messages) for chat, _ in server.asked].count(3) == 2
+    assert [record.intended_s for record in done.records][::2] == [0.0, 1.0]
+    assert all(record.intended_s == record.sent_s for record in done.records[1::2]), "a turn is due when it is sent"
+
+
 async def test_an_unordered_plan_goes_by_the_clock() -> None:
     time = Time()
     server = Server()

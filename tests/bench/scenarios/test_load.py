@@ -102,3 +102,21 @@ def test_lengths_are_drawn_for_each_request() -> None:
 def test_a_shape_that_makes_no_sense(settings: BenchSettings, option: str) -> None:
     with pytest.raises(UsageError, match=option):
         settings.check()
+
+
+def test_conversations_share_a_system_prompt_and_have_turns() -> None:
+    settings = BenchSettings("m", requests=6, turns=3, think_s=1.5, system_tokens=100, concurrency=(2,))
+    (stage,) = stages_of(context_of(settings))
+    assert [request.conversation for request in stage.requests] == [0, 0, 0, 1, 1, 1]
+    assert stage.think_s == 1.5
+    first, second = stage.requests[0].chat.messages, stage.requests[3].chat.messages
+    assert [message.role for message in first] == ["system", "user"]
+    assert first[0] == second[0], "all share it"
+    assert first[1] != second[1]
+    assert [message.role for message in stage.requests[1].chat.messages] == ["user"]
+
+
+def test_the_rate_is_that_of_conversations() -> None:
+    settings = BenchSettings("m", rate=2.0, arrivals=ArrivalProcess.CONSTANT, requests=4, turns=2)
+    (stage,) = stages_of(context_of(settings))
+    assert [request.at_s for request in stage.requests] == [0.0, None, 0.5, None]
