@@ -9,7 +9,9 @@ from random import Random
 
 from gpumesh.bench.figures.route_costs import route_costs
 from gpumesh.bench.figures.scaling import scaling
+from gpumesh.bench.figures.summary import StageResult
 from gpumesh.bench.load.generator import Disturbance
+from gpumesh.bench.load.load_sources import LoadSource
 from gpumesh.bench.load.routes import ApiKeys
 from gpumesh.bench.load.samples import LoadSample
 from gpumesh.bench.measured_nodes import exclusion_notes, no_usable_node, node_notes, select_nodes, usable_nodes
@@ -44,6 +46,7 @@ async def run_benchmark(
     disturbance: Disturbance | None = None,
     only_node: str | None = None,
     keys: ApiKeys | None = None,
+    load: LoadSource | None = None,
     now: Callable[[], datetime] = lambda: datetime.now(UTC),
 ) -> BenchOutput:
     """Runs a scenario and computes its result.
@@ -51,7 +54,8 @@ async def run_benchmark(
     ``rng`` makes the nonces of the prompts. ``objective`` is that of goodput (``None``: the default). ``trace`` is for
     ``replay`` only, ``own_prompts`` for ``load``. ``disturbance``: for ``failover``, in the place of
     ``DrainDisturbance``. ``only_node``: measures one node as if it were the mesh. ``keys``: for the routes of
-    ``overhead`` that start outside the mesh.
+    ``overhead`` that start outside the mesh. ``load`` sends the requests; ``None``: this process does, through
+    ``target``.
 
     Warm-up requests are recorded, but no figure includes them. Raises NoNodeError when no node can serve the model, and
     UsageError when the scenario cannot be run here.
@@ -68,7 +72,7 @@ async def run_benchmark(
     names = [node.name for node in nodes]
     if disturbance is None and scenario is Scenario.FAILOVER:
         disturbance = DrainDisturbance(target, names)
-    run = StageRunner(target, names, objective, progress, disturbance, keys or ApiKeys(), only_node)
+    run = StageRunner(target, names, objective, progress, disturbance, keys or ApiKeys(), only_node, load)
     context = ScenarioContext(
         settings,
         run.node_facts(state),
@@ -88,7 +92,7 @@ async def run_benchmark(
             break
     stages = run.results
     notes.extend(run.notes)
-    notes.extend(f"stage {stage.name}: {stage.client.bound}" for stage in stages if stage.client.bound)
+    notes.extend(load_notes(stages))
     result = BenchResult(
         at=started_at,
         scenario=scenario,
@@ -102,3 +106,14 @@ async def run_benchmark(
         notes=tuple(dict.fromkeys(notes)),  # each note once
     )
     return BenchOutput(result, tuple(run.records))
+
+
+def load_notes(stages: Sequence[StageResult]) -> list[str]:
+    """A note for each stage whose figures may not be those of the servers."""
+    notes = []
+    for stage in stages:
+        limit = None if stage.conditions is None else stage.conditions.limit
+        if stage.client.bound is not None:
+            label = "" if limit is None else f"{limit.value.upper()}: "
+            notes.append(f"stage {stage.name}: {label}{stage.client.bound}")
+    return notes

@@ -9,7 +9,8 @@ from typing import Protocol
 
 from gpumesh.bench.figures.gpu_meter import gpu_use, sample_gpus
 from gpumesh.bench.figures.summary import StageResult, summarize_stage
-from gpumesh.bench.load.generator import Disturbance, run_interleaved, run_stage
+from gpumesh.bench.load.generator import Disturbance, run_interleaved
+from gpumesh.bench.load.load_sources import LoadOfThisProcess, LoadSource
 from gpumesh.bench.load.routes import ApiKeys, http_route
 from gpumesh.bench.load.samples import LoadSample, SampleOutcome, StageRun
 from gpumesh.bench.load.send_prompt import SendPrompt
@@ -80,6 +81,7 @@ class StageRunner:
     """Runs the stages that a scenario asks for, one after another, and keeps their figures and records.
 
     ``nodes`` are the names of the measured nodes. ``only_node``: every request goes to this node.
+    ``load`` sends the requests; ``None``: this process does, through the target.
     """
 
     def __init__(
@@ -91,6 +93,7 @@ class StageRunner:
         disturbance: Disturbance | None,
         keys: ApiKeys,
         only_node: str | None,
+        load: LoadSource | None = None,
     ) -> None:
         self._target = target
         self._nodes = nodes
@@ -99,6 +102,7 @@ class StageRunner:
         self._disturbance = disturbance
         self._keys = keys
         self._only_node = only_node
+        self._load = load or LoadOfThisProcess(target.send())
         self.results: list[StageResult] = []
         self.records: list[LoadSample] = []
         self.notes: list[str] = []
@@ -134,9 +138,11 @@ class StageRunner:
         """Sends the requests of a stage over its routes, or through the mesh."""
         if stage.over_routes:
             return await _run_over_routes(self._target, stage, state, self._progress, self._keys)
-        return await run_stage(
-            self._target.send(),
+        nodes = [node for node in state.nodes if node.name in self._nodes]
+        return await self._load.run(
             stage,
+            nodes,
+            state,
             on_record=self._progress.add_record,
             disturbance=self._disturbance if stage.disturb else None,
         )

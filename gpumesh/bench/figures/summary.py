@@ -17,6 +17,7 @@ from gpumesh.bench.figures.node_shares import NodeShare, node_shares
 from gpumesh.bench.figures.phases import Phase, phases_of
 from gpumesh.bench.figures.rate_intervals import RateIntervals, rate_intervals
 from gpumesh.bench.figures.rates import Rates, loaded_rate, rates_of
+from gpumesh.bench.load.conditions import LoadConditions
 from gpumesh.bench.load.samples import ClientLoad, LoadSample, SampleOutcome, StageRun
 from gpumesh.bench.stats import Objective, ratio
 from gpumesh.bench.workload.stages import StageKind
@@ -64,6 +65,7 @@ class StageResult:
     phases: tuple[Phase, ...] = ()
     disturbance: str | None = None
     counted_pieces: int = 0
+    conditions: LoadConditions | None = None
     intervals: RateIntervals = field(default_factory=RateIntervals)
 
 
@@ -124,6 +126,7 @@ def _summarize_route(
         phases=phases_of(run, records),
         disturbance=run.disturbance,
         counted_pieces=sum(record.counted_pieces for record in served),
+        conditions=run.conditions,
     )
     intervals = rate_intervals(records, stage.concurrency, result.rates, result.tokens_per_joule, objective)
     return replace(result, intervals=intervals)

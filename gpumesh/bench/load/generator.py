@@ -14,15 +14,15 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from gpumesh.bench.load.answer_reading import AnswerReading
-from gpumesh.bench.load.client_judge import LATE_CLIENT_MS, judge_client
+from gpumesh.bench.load.client_judge import LATE_CLIENT_MS, client_load, judge_load
+from gpumesh.bench.load.conditions import LoadConditions, Via
 from gpumesh.bench.load.conversations import ConversationHistories
+from gpumesh.bench.load.load_meter import LoadMeter
 from gpumesh.bench.load.loops import send_in_closed_loop, send_in_open_loop, split_conversations
-from gpumesh.bench.load.samples import LoadSample, StageRun
+from gpumesh.bench.load.samples import ClientLoad, LoadSample, StageRun
 from gpumesh.bench.load.send_prompt import SendPrompt
 from gpumesh.bench.workload.stages import PlannedRequest, Stage
 from gpumesh.errors import GPUMeshError
-
-LAG_SAMPLE_S = 0.02  # the seconds of each sleep by which the lag of the event loop is measured
 
 
 class Disturbance(Protocol):
@@ -45,9 +45,7 @@ class RunningStage:
     clock: Callable[[], float]
     on_record: Callable[[LoadSample], None]
     start: float = 0.0  # on ``clock``
-    cpu_start_s: float = 0.0  # the CPU time of this process at the start
     records: list[LoadSample] = field(default_factory=list)
-    lags_ms: list[float] = field(default_factory=list)
     late_sends: int = 0
     histories: ConversationHistories = field(default_factory=ConversationHistories)
     record_added: asyncio.Event = field(default_factory=asyncio.Event)
@@ -56,8 +54,7 @@ class RunningStage:
     disturbance_ended_s: float | None = None
 
     def begin(self) -> None:
-        """Starts the clocks."""
-        self.cpu_start_s = time.process_time()
+        """Starts the clock."""
         self.start = self.clock()
 
     def now(self) -> float:
@@ -74,22 +71,42 @@ class RunningStage:
         self.record_added.set()
         self.on_record(record)
 
-    def complete(self, duration_s: float, cpu_s: float) -> StageRun:
-        """Makes the stage's outcome, with the records in the order of the plan. ``cpu_s``: CPU time of this process."""
+    def complete(self, duration_s: float, client: ClientLoad, conditions: LoadConditions) -> StageRun:
+        """Makes the stage's outcome, with the records in the order of the plan."""
         disturbed_s = None
         if self.disturbance_began_s is not None:
             # Without a time of its end, the disturbance was still being ended when the stage ended.
             ended_s = duration_s if self.disturbance_ended_s is None else self.disturbance_ended_s
             disturbed_s = (self.disturbance_began_s, ended_s)
-        cpu = cpu_s / duration_s if duration_s > 0 else 0.0
         return StageRun(
             self.stage,
             tuple(sorted(self.records, key=lambda record: record.index)),
             duration_s,
-            judge_client(cpu, self.lags_ms, self.late_sends, len(self.records)),
+            client,
             disturbed_s,
             self.disturbance,
+            conditions,
         )
+
+    def complete_here(self, duration_s: float, meter: LoadMeter) -> StageRun:
+        """Makes the outcome of a stage whose requests were sent by this process."""
+        windows = [
+            (meter.started_s + record.sent_s, meter.started_s + record.arrivals_s[0])
+            for record in self.records
+            if record.arrivals_s
+        ]
+        pieces = sum(len(record.arrivals_s) for record in self.records)
+        conditions = LoadConditions(
+            via=Via.MESH,
+            own_process=False,
+            generator=meter.generator_load(windows),
+            mesh=meter.mesh_load(windows),
+            tunnel_cpu=meter.tunnel_cpu(),
+            machine=meter.machine_load(),
+            us_per_piece=meter.own_cpu_s * 1e6 / pieces if pieces else None,
+        )
+        conditions = judge_load(conditions, meter.lags_ms, self.late_sends, len(self.records))
+        return self.complete(duration_s, client_load(conditions, meter.lags_ms, self.late_sends), conditions)
 
 
 async def run_stage(
@@ -100,19 +117,22 @@ async def run_stage(
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     on_record: Callable[[LoadSample], None] = lambda _: None,
     disturbance: Disturbance | None = None,
+    mesh_pid: int | None = None,
 ) -> StageRun:
     """Sends all requests of a stage and waits until they have ended. A failed request is a record, not an error.
 
     ``on_record`` is called for each request that has ended. ``disturbance`` acts only in a stage with ``disturb``.
+    ``mesh_pid`` is the process of the mesh, ``None`` if it is this one.
     """
     run = RunningStage(stage, clock, on_record)
 
     async def send_one(index: int) -> None:
         await _send_request(send, run, index, stage.requests[index])
 
-    run.begin()
-    async with asyncio.TaskGroup() as group:
-        helpers = [group.create_task(_measure_lag(run))]
+    meter = LoadMeter(mesh_pid, clock)
+    async with meter.measure(), asyncio.TaskGroup() as group:
+        run.begin()
+        helpers = []
         if stage.disturb and disturbance is not None:
             helpers.append(group.create_task(disturb_stage(run, disturbance)))
         try:
@@ -128,11 +148,10 @@ async def run_stage(
                     send_one, conversations, stage.concurrency, think_s=think_s, is_over=run.is_over, sleep=sleep
                 )
             duration_s = run.now()
-            cpu_s = time.process_time() - run.cpu_start_s
-        finally:  # also after an error: ``_measure_lag`` never ends by itself, and the group waits for it
+        finally:  # also after an error: the group waits for the disturbance
             for helper in helpers:
                 helper.cancel()
-    return run.complete(duration_s, cpu_s)
+    return run.complete_here(duration_s, meter)
 
 
 async def run_interleaved(
@@ -141,6 +160,7 @@ async def run_interleaved(
     *,
     clock: Callable[[], float] = time.perf_counter,
     on_record: Callable[[LoadSample], None] = lambda _: None,
+    mesh_pid: int | None = None,
 ) -> StageRun:
     """Sends one request at a time and changes the route after each, so that drift affects all routes alike.
 
@@ -148,19 +168,15 @@ async def run_interleaved(
     round begins with another route, so that no route is always first.
     """
     run = RunningStage(stage, clock, on_record)
-    run.begin()
-    async with asyncio.TaskGroup() as group:
-        lag_task = group.create_task(_measure_lag(run))
-        try:
-            for index, planned in enumerate(stage.requests):
-                round_number, position = divmod(index, len(routes))
-                name, send = routes[(position + round_number) % len(routes)]
-                await _send_request(send, run, index, planned, route=name)
-            duration_s = run.now()
-            cpu_s = time.process_time() - run.cpu_start_s
-        finally:
-            lag_task.cancel()
-    return run.complete(duration_s, cpu_s)
+    meter = LoadMeter(mesh_pid, clock)
+    async with meter.measure():
+        run.begin()
+        for index, planned in enumerate(stage.requests):
+            round_number, position = divmod(index, len(routes))
+            name, send = routes[(position + round_number) % len(routes)]
+            await _send_request(send, run, index, planned, route=name)
+        duration_s = run.now()
+    return run.complete_here(duration_s, meter)
 
 
 async def _send_request(
@@ -198,18 +214,6 @@ async def _send_request(
             error=error,
         )
     )
-
-
-async def _measure_lag(run: RunningStage) -> None:
-    """Measures the event loop's lag (ms) again and again, and adds each value to ``lags_ms``.
-
-    The lag is how late the event loop returns from a short sleep. Each measured latency can be wrong by such a time.
-    """
-    while True:
-        start = run.clock()
-        await asyncio.sleep(LAG_SAMPLE_S)
-        lag_s = run.clock() - start - LAG_SAMPLE_S
-        run.lags_ms.append(max(lag_s * 1000.0, 0.0))
 
 
 async def disturb_stage(run: RunningStage, disturbance: Disturbance) -> None:

@@ -130,6 +130,18 @@ def decode_answer(answer: RawAnswer, stage: str, start_s: float) -> LoadSample:
     )
 
 
+def read_answer_text(answer: RawAnswer) -> str:
+    """The text of an answer; empty for an answer that failed or was cut."""
+    if answer.sink is None or answer.error is not None or answer.sink.problem is not None:
+        return ""
+    reader = API_FUNCTIONS[answer.api].create_reader()
+    try:
+        chunks = [*reader.feed(bytes(answer.sink.data)), *reader.close()]
+    except GPUMeshError:
+        return ""
+    return "".join(chunk.text for chunk in chunks)
+
+
 def undecoded_sample(answer: RawAnswer, stage: str, start_s: float) -> LoadSample:
     """The sample of an answer that is not parsed yet, for a person who waits: it has no pieces and no counts."""
     return AnswerReading().make_sample(

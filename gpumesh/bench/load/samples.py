@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from gpumesh.backends.base import ServerCounters
+from gpumesh.bench.load.conditions import LoadConditions
 from gpumesh.bench.workload.stages import Stage
 
 
@@ -70,10 +71,10 @@ class LoadSample:
 
 @dataclass(frozen=True, slots=True)
 class ClientLoad:
-    """How busy this process was while it measured: CPU time ÷ wall time (1 is one core), and the lag of its event loop.
+    """How busy the load generator's process was: CPU time ÷ wall time (1 is one core), and the lag of its event loop.
 
-    ``late_sends`` is the number of requests that were sent too late (``judge_client``). ``bound`` is a sentence that
-    says why this process itself may have limited the figures; ``None`` if there is no such reason.
+    ``late_sends`` is the number of requests that were sent too late (``client_judge``). ``bound`` is a sentence that
+    says why the figures may not be those of the servers (``LoadConditions.reason``); ``None`` if there is no reason.
     """
 
     cpu: float
@@ -87,6 +88,7 @@ class StageRun:
     """A stage as it was run, with the outcome of each request in ``records``.
 
     ``disturbed_s`` is when the disturbance began and ended, in seconds of the stage; ``disturbance`` describes it.
+    ``conditions`` are ``None`` for a run that nobody has measured.
     """
 
     stage: Stage
@@ -95,3 +97,4 @@ class StageRun:
     client: ClientLoad
     disturbed_s: tuple[float, float] | None = None
     disturbance: str | None = None
+    conditions: LoadConditions | None = None

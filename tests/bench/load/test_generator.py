@@ -10,7 +10,6 @@ from dataclasses import dataclass, field, replace
 import pytest
 
 from gpumesh.backends.base import ChatRequest, Chunk, ServerCounters
-from gpumesh.bench.load.client_judge import judge_client
 from gpumesh.bench.load.generator import run_interleaved, run_stage
 from gpumesh.bench.load.samples import LoadSample, SampleOutcome, StageRun
 from gpumesh.bench.workload.stages import PlannedRequest, Stage, StageKind
@@ -336,18 +335,3 @@ async def test_what_is_cancelled_ends_its_requests_and_gives_the_node_back() -> 
         await running
     assert server.in_flight == 0
     assert away.ended is not None, "the node must not stay away"
-
-
-def test_a_client_that_limits_says_so() -> None:
-    assert judge_client(0.3, [0.1] * 100, 0, 100).bound is None
-    assert judge_client(0.3, [], 0, 0).bound is None
-    busy = judge_client(0.9, [0.1] * 100, 0, 100).bound
-    assert busy is not None
-    assert "90% of a core" in busy
-    late = judge_client(0.3, [0.1] * 80 + [12.0] * 20, 0, 100)
-    assert late.bound is not None
-    assert "12 ms late" in late.bound
-    assert late.lag_p99_ms == 12.0
-    assert judge_client(0.3, [0.1] * 95 + [12.0] * 5, 0, 100).bound is None, "now and then is no limit"
-    assert judge_client(0.3, [], 1, 100).bound is None
-    assert judge_client(0.3, [], 2, 100).bound is not None

@@ -1,0 +1,201 @@
+"""The process of the load generator: ``python -m gpumesh.bench.load.generator_process``, started by a benchmark.
+
+It reads stages from its standard input and writes samples to its standard output (``generator_messages``). It ends when
+its input ends, or when the process that started it does; its requests end with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import signal
+import sys
+import time
+import traceback
+from typing import Any
+
+import msgspec
+
+from gpumesh.bench.load import generator_messages as messages
+from gpumesh.bench.load.client_judge import LATE_CLIENT_MS, client_load, judge_load
+from gpumesh.bench.load.conditions import LoadConditions
+from gpumesh.bench.load.conversations import ConversationHistories
+from gpumesh.bench.load.load_meter import LoadMeter
+from gpumesh.bench.load.loops import send_in_closed_loop, send_in_open_loop, split_conversations
+from gpumesh.bench.load.raw_answers import RawAnswer, decode_answer, read_answer_text, undecoded_sample
+from gpumesh.bench.load.raw_sender import RawSender, ReadyRequest
+from gpumesh.bench.load.samples import LoadSample
+from gpumesh.mesh.requests.connections.connection_pool import ConnectionPool
+from gpumesh.tunnels.local_system import child_process
+
+# So many bytes of answers are held until the stage has ended. With more, each answer is parsed when it has ended.
+MAX_HELD_BYTES = 256 << 20
+
+
+class StageInProcess:
+    """One stage: its requests are added first, then it runs."""
+
+    def __init__(self, opened: messages.OpenStage, pool: ConnectionPool, writer: asyncio.StreamWriter) -> None:
+        self._opened = opened
+        self._writer = writer
+        self._sender = RawSender(pool, opened.endpoints, timeout_s=opened.timeout_s)
+        self._requests: list[ReadyRequest] = []
+        self._conversations: list[int | None] = []  # the id of each request's conversation
+        self._turns: dict[int, messages.AddRequest] = {}  # the requests of conversations, by their number
+        self._histories = ConversationHistories()
+        self._meter = LoadMeter(opened.mesh_pid)
+        self._held: list[RawAnswer] = []
+        self._held_bytes = 0
+        self._samples: list[LoadSample] = []  # of answers that were parsed while the stage ran
+        self._start_s = 0.0
+
+    def __repr__(self) -> str:
+        return f"<StageInProcess {self._opened.name} {len(self._requests)} requests, {len(self._held)} answers held>"
+
+    def add(self, request: messages.AddRequest) -> None:
+        """Adds a request, and makes it ready to be sent."""
+        if request.conversation is not None:
+            self._turns[len(self._requests)] = request
+        self._conversations.append(request.conversation)
+        self._requests.append(self._sender.prepare(request.chat, request.node, request.at_s))
+
+    async def run(self) -> None:
+        """Sends all requests, waits for their answers, and writes the samples."""
+        opened = self._opened
+        gc.collect()
+        gc.disable()  # a collection would delay all streams for some milliseconds
+        try:
+            async with self._meter.measure():
+                self._start_s = self._meter.started_s
+                self._write(messages.StageBegan(self._start_s))
+                groups = split_conversations(self._conversations)
+                if opened.concurrency is None:
+                    moments = [request.at_s or 0.0 for request in self._requests]
+                    await send_in_open_loop(
+                        self._send_one, groups, moments, opened.duration_s, now=self._now, think_s=opened.think_s
+                    )
+                else:
+                    await send_in_closed_loop(
+                        self._send_one, groups, opened.concurrency, think_s=opened.think_s, is_over=self._is_over
+                    )
+        finally:
+            gc.enable()
+        await self._report()
+
+    def _now(self) -> float:
+        """The time since the start of the stage, in seconds."""
+        return time.perf_counter() - self._start_s
+
+    def _is_over(self) -> bool:
+        """Whether the time is up, after which a closed loop sends nothing more."""
+        return self._opened.duration_s is not None and self._now() >= self._opened.duration_s
+
+    async def _send_one(self, index: int) -> None:
+        """Sends a request, and keeps its answer."""
+        request, turn = self._requests[index], self._turns.get(index)
+        if turn is not None:  # what was said before is known only now
+            turn = msgspec.structs.replace(turn, chat=self._histories.continue_chat(turn.conversation, turn.chat))
+            request = self._sender.prepare(turn.chat, turn.node, turn.at_s)
+        intended_s = None if request.at_s is None else self._start_s + request.at_s
+        answer = await self._sender.send(request, index, intended_s)
+        if turn is not None:
+            self._histories.add_answer(turn.conversation, turn.chat, read_answer_text(answer))
+        self._write(messages.RequestEnded(undecoded_sample(answer, self._opened.name, self._start_s)))
+        if self._held_bytes + answer.size > MAX_HELD_BYTES:
+            self._samples.append(decode_answer(answer, self._opened.name, self._start_s))
+        else:
+            self._held_bytes += answer.size
+            self._held.append(answer)
+
+    async def _report(self) -> None:
+        """Parses the answers, and writes the samples and the conditions of the stage."""
+        name, start_s, parsed_early = self._opened.name, self._start_s, len(self._samples)
+        while self._held:
+            self._samples.append(decode_answer(self._held.pop(), name, start_s))
+        samples = sorted(self._samples, key=lambda sample: sample.index)
+        for first in range(0, len(samples), messages.SAMPLES_PER_MESSAGE):
+            self._write(messages.Samples(tuple(samples[first : first + messages.SAMPLES_PER_MESSAGE])))
+            await self._writer.drain()
+        meter, opened = self._meter, self._opened
+        late_sends = sum((sample.sent_s - sample.intended_s) * 1000.0 > LATE_CLIENT_MS for sample in samples)
+        windows = [(start_s + sample.sent_s, start_s + sample.arrivals_s[0]) for sample in samples if sample.arrivals_s]
+        pieces = sum(len(sample.arrivals_s) for sample in samples)
+        conditions = LoadConditions(
+            via=opened.via,
+            own_process=True,
+            generator=meter.generator_load(windows),
+            mesh=meter.mesh_load(windows),
+            tunnel_cpu=meter.tunnel_cpu(),
+            machine=meter.machine_load(),
+            us_per_piece=meter.own_cpu_s * 1e6 / pieces if pieces else None,
+            parsed_early=parsed_early,
+        )
+        conditions = judge_load(conditions, meter.lags_ms, late_sends, len(samples))
+        client = client_load(conditions, meter.lags_ms, late_sends)
+        self._write(messages.StageEnded(meter.duration_s, client, conditions))
+        await self._writer.drain()
+
+    def _write(self, message: messages.FromGenerator) -> None:
+        self._writer.write(messages.encode(message))
+
+
+async def serve() -> None:
+    """Runs the stages that come, one after another, until the input ends. A stage that still runs then is given up."""
+    reader, writer = await _open_pipes()
+    pool = ConnectionPool(asyncio.get_running_loop())
+    stage: StageInProcess | None = None
+    try:
+        async with asyncio.TaskGroup() as group:
+            running: asyncio.Task[None] | None = None
+            while line := await reader.readline():
+                message = messages.decode_to_generator(line)
+                if isinstance(message, messages.OpenStage):
+                    stage = StageInProcess(message, pool, writer)
+                elif stage is None:
+                    raise ValueError("a request came before its stage")
+                elif isinstance(message, messages.AddRequest):
+                    stage.add(message)
+                else:
+                    running = group.create_task(stage.run())
+                    stage = None
+            if running is not None:
+                running.cancel()
+    except Exception as error:  # a bug of ours: the benchmark reports it, because nobody sees our standard error
+        failure = messages.GeneratorFailed(f"{type(error).__name__}: {error}", traceback.format_exc())
+        writer.write(messages.encode(failure))
+        await writer.drain()
+        raise
+    finally:
+        pool.close()
+
+
+async def _open_pipes() -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """Standard input and standard output, for asyncio."""
+    loop = asyncio.get_running_loop()
+    reader = asyncio.StreamReader(limit=messages.LINE_LIMIT)
+    await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
+    transport, protocol = await loop.connect_write_pipe(asyncio.streams.FlowControlMixin, sys.stdout)
+    return reader, asyncio.StreamWriter(transport, protocol, None, loop)
+
+
+def _loop_factory() -> Any:
+    """uvloop's factory of event loops, which spends half the time on each read; asyncio's own without uvloop."""
+    try:
+        import uvloop
+    except ImportError:  # uvloop does not support this platform
+        return None
+    return uvloop.new_event_loop
+
+
+def main() -> None:
+    """Runs the process. Ctrl-C at a terminal reaches it too, and is left to the benchmark that has started it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    child_process.die_with_parent(os.getppid())
+    child_process.set_title("gpumesh load generator")
+    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        runner.run(serve())
+
+
+if __name__ == "__main__":
+    main()
