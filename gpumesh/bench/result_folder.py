@@ -1,25 +1,22 @@
-"""Writes and reads the folder of a benchmark's result: ``result.json``, ``requests.jsonl`` and ``report.html``.
+"""The folder of a benchmark's result: ``result.json``, ``requests.jsonl`` and ``report.html``.
 
-``requests.jsonl`` has a line for each request. Each file replaces its predecessor as a whole, so no reader sees half of
-a file. A folder that holds a result is overwritten only with ``force``. Text in a result came from hosts: the code that
-shows a result makes its text printable.
+``requests.jsonl`` has a line for each request. ``result_journal`` writes the files. A folder that holds a result is
+overwritten only with ``force``. Text in a result came from hosts: the code that shows a result makes its text
+printable.
 """
 
 from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 
-from gpumesh.bench.load.samples import LoadSample
-from gpumesh.bench.report.report import report_html
-from gpumesh.bench.results.result import BenchResult, record_json, result_from_json, result_json
+from gpumesh.bench.results.result import BenchResult, result_from_json
 from gpumesh.errors import UsageError
-from gpumesh.files import atomic_file
 
 RESULT_FILE, REQUESTS_FILE, REPORT_FILE = "result.json", "requests.jsonl", "report.html"
-# The result of a long sweep has about 100 KB. A much larger file was not written by ``write_result``.
+RESULT_FILES = (RESULT_FILE, REQUESTS_FILE, REPORT_FILE)
+# The result of a long sweep has about 100 KB. A much larger file is none of ours.
 MAX_RESULT_BYTES = 64 << 20
 
 
@@ -31,7 +28,7 @@ def check_result_folder(folder: Path, *, force: bool = False) -> None:
     """
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{folder} is not a folder", hint="choose another with --out")
-    existing = [name for name in (RESULT_FILE, REQUESTS_FILE, REPORT_FILE) if (folder / name).exists()]
+    existing = [name for name in RESULT_FILES if (folder / name).exists()]
     if existing and not force:
         raise UsageError(
             f"{folder} holds a result already ({', '.join(existing)})", hint="choose another with --out, or add --force"
@@ -44,30 +41,9 @@ def check_result_folder(folder: Path, *, force: bool = False) -> None:
         raise _write_error(folder, error) from None
 
 
-def write_result(folder: Path, result: BenchResult, records: Sequence[LoadSample], *, force: bool = False) -> None:
-    """Writes the three files to ``folder``. Raises UsageError when that fails.
-
-    ``result.json`` is written last: where this file exists, the others exist too. ``force``: replaces an older result,
-    which is an error otherwise.
-    """
-    check_result_folder(folder, force=force)
-    lines = "".join(json.dumps(record_json(record), allow_nan=False) + "\n" for record in records)
-    try:
-        _write_file(folder / REQUESTS_FILE, lines)
-        _write_file(folder / REPORT_FILE, report_html(result, records))
-        _write_file(folder / RESULT_FILE, json.dumps(result_json(result), indent=1, allow_nan=False) + "\n")
-    except OSError as error:
-        raise _write_error(folder, error) from None
-
-
 def _write_error(folder: Path, error: OSError) -> UsageError:
     """Makes the error for a folder to which a result cannot be written."""
     return UsageError(f"cannot write to {folder}: {error.strerror or error}", hint="choose another with --out")
-
-
-def _write_file(path: Path, text: str) -> None:
-    """Replaces the file as a whole, without a sync to the disk: a result that a power failure loses is no disaster."""
-    atomic_file.replace(path, text, mode=0o644, sync=False)
 
 
 def read_result(path: Path) -> BenchResult:

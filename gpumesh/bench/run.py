@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from random import Random
+from typing import TypeAlias
 
 from gpumesh.bench.figures.route_costs import route_costs
 from gpumesh.bench.figures.scaling import scaling
@@ -33,6 +34,10 @@ class BenchOutput:
     records: tuple[LoadSample, ...]
 
 
+KeepResult: TypeAlias = Callable[[BenchResult, Sequence[LoadSample]], None]
+"""Keeps the result of a run that goes on (``BenchResult.partial``), and the outcome of each request until now."""
+
+
 async def run_benchmark(
     target: BenchTarget,
     scenario: Scenario,
@@ -47,6 +52,7 @@ async def run_benchmark(
     only_node: str | None = None,
     keys: ApiKeys | None = None,
     load: LoadSource | None = None,
+    keep: KeepResult = lambda _result, _records: None,
     now: Callable[[], datetime] = lambda: datetime.now(UTC),
 ) -> BenchOutput:
     """Runs a scenario and computes its result.
@@ -57,8 +63,11 @@ async def run_benchmark(
     ``overhead`` that start outside the mesh. ``load`` sends the requests; ``None``: this process does, through
     ``target``.
 
-    Warm-up requests are recorded, but no figure includes them. Raises NoNodeError when no node can serve the model, and
-    UsageError when the scenario cannot be run here.
+    ``keep`` gets what there is at the start, after each stage, and when an error or a signal ends the run: so that
+    nothing measured is lost.
+
+    Warm-up requests are recorded, but no figure includes them. Raises NoNodeError when no node can serve the model,
+    UsageError when the scenario cannot be run here, and MeshNotRunning when the mesh ends meanwhile.
     """
     objective = objective or Objective()
     started_at = now()
@@ -82,29 +91,41 @@ async def run_benchmark(
         routes=count_routes(state),
         notes=notes,
     )
+
+    def make_result(*, partial: bool) -> BenchResult:
+        """The result of the stages until now."""
+        stages = run.results
+        whole_stages = [stage for stage in stages if not stage.partial]
+        return BenchResult(
+            at=started_at,
+            scenario=scenario,
+            settings=settings,
+            objective=objective,
+            environment=describe_environment(run.last_state or state, embedded=target.embedded),
+            stages=tuple(stages),
+            # Only these two scenarios measure each node alone and then the mesh.
+            scaling=scaling(whole_stages) if scenario in (Scenario.SCALE, Scenario.QUICK) else None,
+            routes=route_costs(stages),
+            notes=tuple(dict.fromkeys([*notes, *run.notes, *load_notes(stages)])),  # each note once
+            partial=partial,
+        )
+
     steps = scenario_steps(scenario, context)
     stage = next(steps, None)
-    while stage is not None:
-        outcome = await run.measure(stage)
-        try:
-            stage = steps.send(outcome)
-        except StopIteration:
-            break
-    stages = run.results
-    notes.extend(run.notes)
-    notes.extend(load_notes(stages))
-    result = BenchResult(
-        at=started_at,
-        scenario=scenario,
-        settings=settings,
-        objective=objective,
-        environment=describe_environment(await target.status(), embedded=target.embedded),
-        stages=tuple(stages),
-        # Only these two scenarios measure each node alone and then the mesh.
-        scaling=scaling(stages) if scenario in (Scenario.SCALE, Scenario.QUICK) else None,
-        routes=route_costs(stages),
-        notes=tuple(dict.fromkeys(notes)),  # each note once
-    )
+    keep(make_result(partial=True), ())
+    try:
+        while stage is not None:
+            outcome = await run.measure(stage)
+            keep(make_result(partial=True), run.records)
+            try:
+                stage = steps.send(outcome)
+            except StopIteration:
+                break
+    except BaseException:  # Ctrl-C, the mesh has ended, the scenario cannot go on
+        keep(make_result(partial=True), run.records)
+        raise
+    result = make_result(partial=False)
+    keep(result, run.records)
     return BenchOutput(result, tuple(run.records))
 
 

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from typing import Protocol
 
-from gpumesh.bench.figures.gpu_meter import gpu_use, sample_gpus
+from gpumesh.bench.figures.gpu_meter import GpuSample, gpu_use, sample_gpus
 from gpumesh.bench.figures.summary import StageResult, summarize_stage
 from gpumesh.bench.load.generator import Disturbance, run_interleaved
 from gpumesh.bench.load.load_sources import LoadOfThisProcess, LoadSource
 from gpumesh.bench.load.routes import ApiKeys, http_route
-from gpumesh.bench.load.samples import LoadSample, SampleOutcome, StageRun
+from gpumesh.bench.load.samples import LoadSample, StageRun
 from gpumesh.bench.load.send_prompt import SendPrompt
 from gpumesh.bench.scenarios.base import NodeFacts, StageOutcome
 from gpumesh.bench.stats import Objective
 from gpumesh.bench.workload.stages import Stage, StageKind
+from gpumesh.errors import GPUMeshError
 from gpumesh.state import MeshState
 from gpumesh.topology import BackendKind
 
@@ -103,6 +104,7 @@ class StageRunner:
         self._keys = keys
         self._only_node = only_node
         self._load = load or LoadOfThisProcess(target.send())
+        self.last_state: MeshState | None = None  # the latest state of the mesh that a stage has seen
         self.results: list[StageResult] = []
         self.records: list[LoadSample] = []
         self.notes: list[str] = []
@@ -117,35 +119,66 @@ class StageRunner:
         return tuple(facts)
 
     async def measure(self, stage: Stage) -> StageOutcome:
-        """Runs a stage, keeps its records, and returns its figures; a warm-up has none."""
+        """Runs a stage, keeps its records, and returns its figures; a warm-up has none.
+
+        If the stage is cancelled, or the mesh ends, what was measured until then is kept, and the error is raised.
+        """
         if self._only_node is not None:
             stage = _pin_to_node(stage, self._only_node)
         self._progress.start_stage(stage)
-        state = await self._target.status()
-        async with sample_gpus(self._target.status) as gpu_samples:
-            run = await self._run(stage, state)
-        after = self.node_facts(await self._target.status())
+        state = self.last_state = await self._target.status()
+        cut_short: list[StageRun] = []  # at most one: what was measured of a stage that was ended early
+        gpu_samples: list[GpuSample] = []
+        try:
+            async with sample_gpus(self._target.status) as gpu_samples:
+                run = await self._run(stage, state, cut_short.append)
+        except BaseException as error:
+            for run in cut_short:
+                self._keep(run, gpu_samples, partial=True)
+            raise (_first_of(error) if isinstance(error, BaseExceptionGroup) else error) from None
+        results = self._keep(run, gpu_samples)
+        self.last_state = await self._target.status()
+        return StageOutcome(results, self.node_facts(state), self.node_facts(self.last_state), run.duration_s)
+
+    def _keep(
+        self, run: StageRun, gpu_samples: Sequence[GpuSample], *, partial: bool = False
+    ) -> tuple[StageResult, ...]:
+        """Keeps the records of a stage and its figures, and returns the figures; a warm-up has none."""
+        stage = run.stage
         self.records.extend(run.records)
         if stage.kind is StageKind.WARM_UP:
             self.notes.extend(_warm_up_notes(run))
-            return StageOutcome((), self.node_facts(state), after, run.duration_s)
+            return ()
         measured_nodes = frozenset([stage.node] if stage.node else self._nodes)
-        results = summarize_stage(run, self._objective, gpu_use(gpu_samples, measured_nodes))
+        results = [
+            replace(result, partial=partial)
+            for result in summarize_stage(run, self._objective, gpu_use(gpu_samples, measured_nodes))
+            if result.requests  # none, if the stage was ended before its first answer began
+        ]
         self.results.extend(results)
-        return StageOutcome(tuple(results), self.node_facts(state), after, run.duration_s)
+        return tuple(results)
 
-    async def _run(self, stage: Stage, state: MeshState) -> StageRun:
+    async def _run(self, stage: Stage, state: MeshState, on_cut_short: Callable[[StageRun], None]) -> StageRun:
         """Sends the requests of a stage over its routes, or through the mesh."""
         if stage.over_routes:
-            return await _run_over_routes(self._target, stage, state, self._progress, self._keys)
+            return await _run_over_routes(self._target, stage, state, self._progress, self._keys, on_cut_short)
         nodes = [node for node in state.nodes if node.name in self._nodes]
         return await self._load.run(
             stage,
             nodes,
             state,
             on_record=self._progress.add_record,
+            on_cut_short=on_cut_short,
             disturbance=self._disturbance if stage.disturb else None,
         )
+
+
+def _first_of(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The error that a person should see, of those that ended a stage together: one that was raised on purpose before
+    any other."""
+    expected = group.subgroup(GPUMeshError) or group
+    first = expected.exceptions[0]
+    return _first_of(first) if isinstance(first, BaseExceptionGroup) else first
 
 
 def _pin_to_node(stage: Stage, node: str) -> Stage:
@@ -158,7 +191,7 @@ def _warm_up_notes(run: StageRun) -> list[str]:
     return [
         f"{record.node}: the warm-up request failed: {record.error}"
         for record in run.records
-        if record.outcome is not SampleOutcome.SERVED
+        if record.error is not None
     ]
 
 
@@ -168,7 +201,12 @@ def count_routes(state: MeshState) -> int:
 
 
 async def _run_over_routes(
-    target: BenchTarget, stage: Stage, state: MeshState, progress: ProgressReporter, keys: ApiKeys
+    target: BenchTarget,
+    stage: Stage,
+    state: MeshState,
+    progress: ProgressReporter,
+    keys: ApiKeys,
+    on_cut_short: Callable[[StageRun], None],
 ) -> StageRun:
     """Runs a stage of one node over several routes: the tunnel alone, the mesh, and the gateway if the gateway serves.
 
@@ -185,4 +223,4 @@ async def _run_over_routes(
         if state.gateway.url is not None:
             gateway = http_route(state.gateway.url, kind, through_gateway=True, api_key=keys.gateway)
             routes.append((GATEWAY, await stack.enter_async_context(gateway)))
-        return await run_interleaved(routes, stage, on_record=progress.add_record)
+        return await run_interleaved(routes, stage, on_record=progress.add_record, on_cut_short=on_cut_short)

@@ -60,7 +60,7 @@ async def open_session(
                 changed_file.print_finding(ChangedFile(paths.config, await session.configuration()).find())
             try:
                 yield session
-            except MeshEnded as error:
+            except (MeshEnded, MeshNotRunning) as error:
                 raise killed_mesh.explain_end(paths, error) from error
             return
     if not embed:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import resource
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from gpumesh.backends.base import ChatRequest, Message, ServerCounters
@@ -11,6 +16,8 @@ from gpumesh.bench.figures.route_costs import route_costs
 from gpumesh.bench.figures.scaling import scaling
 from gpumesh.bench.figures.summary import StageResult, summarize_stage
 from gpumesh.bench.load.samples import ClientLoad, LoadSample, SampleOutcome, StageRun
+from gpumesh.bench.result_folder import check_result_folder
+from gpumesh.bench.result_journal import ResultJournal
 from gpumesh.bench.results.result import BenchResult, Environment, NodeEnvironment
 from gpumesh.bench.stats import Objective
 from gpumesh.bench.workload.settings import BenchSettings, Scenario
@@ -130,6 +137,14 @@ def result(*stages: StageResult, scenario: Scenario = Scenario.QUICK, **changes:
 RECORDS = (record(0, server_ms=190.0), record(1, sent_s=0.3, server_ms=190.0), failed_record(2))
 
 
+def write_result(folder: Path, made: BenchResult, records: Sequence[LoadSample]) -> None:
+    """Writes the files of a result to the folder, which is made if it does not exist."""
+    check_result_folder(folder, force=True)
+    journal = ResultJournal(folder)
+    journal.keep(made, records)
+    journal.finish()
+
+
 def full_result() -> BenchResult:
     """A result in which every optional part is present."""
     alone = [
@@ -145,3 +160,16 @@ def full_result() -> BenchResult:
     assert made.scaling is not None
     assert made.routes
     return made
+
+
+@contextmanager
+def files_limited_to(size: int) -> Iterator[None]:
+    """The kernel lets no file of this process grow beyond ``size`` bytes: writes fail as they do on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, previous)

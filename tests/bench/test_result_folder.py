@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from gpumesh.bench.result_folder import check_result_folder, find_newest_result, read_result, write_result
+from gpumesh.bench.result_folder import check_result_folder, find_newest_result, read_result
 from gpumesh.bench.results.result import BENCH_SCHEMA, record_json
 from gpumesh.errors import UsageError
-from tests.bench.example_results import RECORDS, full_result, result
+from tests.bench.example_results import RECORDS, full_result, result, write_result
 
 FILES = ["report.html", "requests.jsonl", "result.json"]
 
@@ -65,12 +65,8 @@ def test_a_folder_with_a_result_is_not_overwritten_without_force(tmp_path: Path)
     before = (tmp_path / "result.json").read_bytes()
     with pytest.raises(UsageError, match="holds a result already"):
         check_result_folder(tmp_path)
-    with pytest.raises(UsageError, match="holds a result already"):
-        write_result(tmp_path, result(), ())
     assert (tmp_path / "result.json").read_bytes() == before
-    write_result(tmp_path, result(), (), force=True)
-    assert read_result(tmp_path) == result()
-    assert sorted(path.name for path in tmp_path.iterdir()) == FILES
+    check_result_folder(tmp_path, force=True)
 
 
 def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path: Path) -> None:
@@ -82,22 +78,6 @@ def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path: Path) -> None:
     check_result_folder(tmp_path / "a" / "b")
     assert (tmp_path / "a" / "b").is_dir()
     assert list((tmp_path / "a" / "b").iterdir()) == []
-
-
-def test_an_interrupt_leaves_no_partial_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ctrl-C while the last file takes its place."""
-    real = os.replace
-
-    def interrupted(source: str, target: Path) -> None:
-        if target.name == "result.json":
-            raise KeyboardInterrupt
-        real(source, target)
-
-    monkeypatch.setattr(os, "replace", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        write_result(tmp_path, full_result(), RECORDS)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "requests.jsonl"]
-    assert len((tmp_path / "requests.jsonl").read_text().splitlines()) == 3
 
 
 def test_files_may_be_read_by_others(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -19,11 +19,12 @@ from gpumesh.bench.load.routes import ApiKeys
 from gpumesh.bench.load.samples import LoadSample
 from gpumesh.bench.load.send_prompt import AnswerStream, SendPrompt
 from gpumesh.bench.measured_nodes import has_model, usable_nodes
+from gpumesh.bench.results.result import BenchResult
 from gpumesh.bench.run import BenchOutput
 from gpumesh.bench.workload.settings import BenchSettings, Scenario
 from gpumesh.bench.workload.stages import Stage, StageKind
 from gpumesh.bench.workload.traces import TracedRequest
-from gpumesh.errors import NoNodeError, UsageError
+from gpumesh.errors import MeshNotRunning, NoNodeError, UsageError
 from gpumesh.gateway.app import Gateway
 from gpumesh.lab.ollama import SimOllama
 from gpumesh.lab.profile import Faults
@@ -212,6 +213,85 @@ async def test_a_run_that_is_cancelled_gives_the_node_back_and_ends_its_requests
         async with asyncio.timeout(20):
             while not made.wait_settled():
                 await asyncio.sleep(0.005)
+
+
+@dataclass
+class Kept:
+    """The results and the number of records that a run gave away while it went on."""
+
+    results: list[BenchResult] = field(default_factory=list)
+    records: list[LoadSample] = field(default_factory=list)
+
+    def keep(self, result: BenchResult, records: Sequence[LoadSample]) -> None:
+        self.results.append(result)
+        self.records = list(records)
+
+    def stages(self) -> list[tuple[str, bool]]:
+        return [(stage.name, stage.partial) for stage in self.results[-1].stages]
+
+
+async def test_what_is_measured_is_kept_after_each_stage() -> None:
+    kept = Kept()
+    async with two() as made:
+        done = await ran(made, Scenario.QUICK, keep=kept.keep)
+    assert [len(result.stages) for result in kept.results] == [0, 0, 1, 2, 3, 3]
+    assert [result.partial for result in kept.results] == [True] * 5 + [False]
+    assert kept.results[0].settings == SOON
+    assert kept.results[-1] == done.result
+    assert kept.records == list(done.records)
+
+
+async def test_a_run_that_is_cancelled_keeps_what_it_has_measured() -> None:
+    kept, heard = Kept(), Heard()
+    settings = BenchSettings(MODEL, requests=40, tokens=40, concurrency=(2,))
+    async with two() as made:
+        running = asyncio.create_task(ran(made, Scenario.SWEEP, settings, heard=heard, keep=kept.keep))
+        while len(heard.records) < 2 + 6:  # two of the warm-up
+            await asyncio.sleep(0.005)
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+    assert kept.stages() == [("c=2", True)]
+    (stage,) = kept.results[-1].stages
+    assert (kept.results[-1].partial, kept.results[-1].partial_reason) == (True, None), "the caller knows the reason"
+    assert (stage.served >= 6, stage.failed, stage.cut, stage.planned) == (True, 0, 0, 40)
+    assert 1 <= stage.unfinished <= 2
+    assert stage.requests == stage.served + stage.unfinished == len(kept.records) - 2
+    assert stage.rates.output_tokens_per_s
+
+
+@dataclass
+class MortalTarget(Target):
+    """A mesh that ends after ``answers`` more prompts: then it takes no prompt and tells no state."""
+
+    answers: int = 0
+
+    def send(self) -> SendPrompt:
+        inner = super().send()
+
+        @asynccontextmanager
+        async def send(request: ChatRequest, node: str | None) -> AsyncIterator[AnswerStream]:
+            if self.answers <= 0:
+                raise MeshNotRunning("no mesh is running for this configuration")
+            self.answers -= 1
+            async with inner(request, node) as answer:
+                yield answer
+
+        return send
+
+
+async def test_a_mesh_that_ends_under_way_ends_the_run_and_fails_no_request() -> None:
+    kept = Kept()
+    async with two() as made:
+        target = MortalTarget(made.mesh, answers=2 + 10 + 7)
+        settings = BenchSettings(MODEL, requests=10, tokens=4, concurrency=(1, 3))
+        with pytest.raises(MeshNotRunning):
+            await ran(made, Scenario.SWEEP, settings, target=target, keep=kept.keep)
+    assert kept.stages() == [("c=1", False), ("c=3", True)]
+    partial = kept.results[-1].stages[-1]
+    assert 5 <= partial.served <= 7, "those that were being answered are ended too"
+    assert partial.failed == 0
+    assert 1 <= partial.unfinished <= 3
 
 
 async def test_replay_keeps_the_traces_times() -> None:

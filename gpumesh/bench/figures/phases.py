@@ -46,7 +46,7 @@ def _phase(name: str, records: Sequence[LoadSample], start_s: float, end_s: floa
     return Phase(
         name,
         requests=len(phase_records),
-        failed=sum(record.outcome is not SampleOutcome.SERVED for record in phase_records),
+        failed=sum(record.outcome in (SampleOutcome.FAILED, SampleOutcome.CUT) for record in phase_records),
         retried=sum(record.attempts > 1 for record in phase_records),
         end_to_end=summarize_sample(record.end_to_end_ms for record in phase_records),
         output_tokens_per_s=rate(tokens_between(records, start_s, end_s), end_s - start_s),

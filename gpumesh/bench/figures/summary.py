@@ -36,7 +36,12 @@ class FailureCount:
 
 @dataclass(frozen=True, slots=True)
 class StageResult:
-    """The figures of a stage, or of one route of a stage. ``requests`` = ``served`` + ``failed`` + ``cut``.
+    """The figures of a stage, or of one route of a stage.
+
+    ``requests`` = ``served`` + ``failed`` + ``cut`` + ``unfinished``. ``partial``: the run was ended in this stage, so
+    its figures are those of the time until then. ``planned`` is how many requests the whole stage would have had, over
+    all its routes; ``None``: unknown. ``unfinished`` is how many of them were being answered at the end of a partial
+    stage.
 
     ``retried`` is the number of requests that were served after more than one attempt. ``counted_pieces`` is the number
     of answers whose tokens are a count of pieces (``LoadSample``). ``intervals`` are those of the rates.
@@ -66,6 +71,9 @@ class StageResult:
     disturbance: str | None = None
     counted_pieces: int = 0
     conditions: LoadConditions | None = None
+    partial: bool = False
+    planned: int | None = None
+    unfinished: int = 0
     intervals: RateIntervals = field(default_factory=RateIntervals)
 
 
@@ -99,6 +107,8 @@ def _summarize_route(
     # Several routes take turns in one stage: the time of a route is the sum of its own requests' times.
     seconds = run.duration_s if route is None else math.fsum(record.ended_s - record.sent_s for record in records)
     stage = run.stage
+    unfinished = sum(record.outcome is SampleOutcome.UNFINISHED for record in records)
+    sent = len(records) - unfinished  # the unfinished ones met no objective and missed none
     result = StageResult(
         name=stage.name,
         kind=stage.kind,
@@ -115,7 +125,7 @@ def _summarize_route(
         output_tokens=output_tokens,
         latency=latency_of(served),
         rates=replace(
-            rates_of(served, output_tokens, prompt_tokens, seconds=seconds, sent=len(records), objective=objective),
+            rates_of(served, output_tokens, prompt_tokens, seconds=seconds, sent=sent, objective=objective),
             loaded_tokens_per_s=loaded_rate(stage, records) if route is None else None,
         ),
         client=run.client,
@@ -127,6 +137,8 @@ def _summarize_route(
         disturbance=run.disturbance,
         counted_pieces=sum(record.counted_pieces for record in served),
         conditions=run.conditions,
+        planned=len(stage.requests),
+        unfinished=unfinished,
     )
     intervals = rate_intervals(records, stage.concurrency, result.rates, result.tokens_per_joule, objective)
     return replace(result, intervals=intervals)

@@ -42,12 +42,15 @@ class AnswerReading:
         attempts: int,
         route: str | None = None,
         error: GPUMeshError | None = None,
+        is_unfinished: bool = False,
     ) -> LoadSample:
         """Makes the request's sample. All times are on the clock of ``arrivals_s``; ``start_s`` is when the stage
-        began. ``error``: why the answer did not end well."""
+        began. ``error``: why the answer did not end well. ``is_unfinished``: the run was ended before the answer."""
         counters = self.counters
         server_tokens = None if counters is None else counters.tokens
-        if error is None:
+        if is_unfinished:
+            outcome = SampleOutcome.UNFINISHED
+        elif error is None:
             outcome = SampleOutcome.SERVED
         elif self.arrivals_s or isinstance(error, StreamCut):  # an answer can break off before its first piece
             outcome = SampleOutcome.CUT

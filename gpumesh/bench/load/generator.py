@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -22,7 +23,7 @@ from gpumesh.bench.load.loops import send_in_closed_loop, send_in_open_loop, spl
 from gpumesh.bench.load.samples import ClientLoad, LoadSample, StageRun
 from gpumesh.bench.load.send_prompt import SendPrompt
 from gpumesh.bench.workload.stages import PlannedRequest, Stage
-from gpumesh.errors import GPUMeshError
+from gpumesh.errors import GPUMeshError, MeshNotRunning
 
 
 class Disturbance(Protocol):
@@ -46,6 +47,7 @@ class RunningStage:
     on_record: Callable[[LoadSample], None]
     start: float = 0.0  # on ``clock``
     records: list[LoadSample] = field(default_factory=list)
+    decoded: list[LoadSample] = field(default_factory=list)  # the whole samples that the load generator's process sends
     late_sends: int = 0
     histories: ConversationHistories = field(default_factory=ConversationHistories)
     record_added: asyncio.Event = field(default_factory=asyncio.Event)
@@ -70,6 +72,10 @@ class RunningStage:
         self.records.append(record)
         self.record_added.set()
         self.on_record(record)
+
+    def cut_short(self, meter: LoadMeter) -> StageRun:
+        """Makes the outcome of a stage that ends now, before all of its requests were sent or answered."""
+        return self.complete_here(self.now(), meter)
 
     def complete(self, duration_s: float, client: ClientLoad, conditions: LoadConditions) -> StageRun:
         """Makes the stage's outcome, with the records in the order of the plan."""
@@ -116,13 +122,17 @@ async def run_stage(
     clock: Callable[[], float] = time.perf_counter,
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     on_record: Callable[[LoadSample], None] = lambda _: None,
+    on_cut_short: Callable[[StageRun], None] = lambda _: None,
     disturbance: Disturbance | None = None,
     mesh_pid: int | None = None,
 ) -> StageRun:
     """Sends all requests of a stage and waits until they have ended. A failed request is a record, not an error.
 
-    ``on_record`` is called for each request that has ended. ``disturbance`` acts only in a stage with ``disturb``.
+    ``on_record`` is called for each request that has ended. ``on_cut_short`` gets what was measured until then when
+    this function is cancelled or the mesh has gone. ``disturbance`` acts only in a stage with ``disturb``.
     ``mesh_pid`` is the process of the mesh, ``None`` if it is this one.
+
+    Raises an ExceptionGroup with the error MeshNotRunning, or another error of its code, when the mesh has gone.
     """
     run = RunningStage(stage, clock, on_record)
 
@@ -130,27 +140,28 @@ async def run_stage(
         await _send_request(send, run, index, stage.requests[index])
 
     meter = LoadMeter(mesh_pid, clock)
-    async with meter.measure(), asyncio.TaskGroup() as group:
-        run.begin()
-        helpers = []
-        if stage.disturb and disturbance is not None:
-            helpers.append(group.create_task(disturb_stage(run, disturbance)))
-        try:
-            conversations = split_conversations([planned.conversation for planned in stage.requests])
-            think_s = stage.think_s
-            if stage.concurrency is None:
-                moments = [planned.at_s or 0.0 for planned in stage.requests]
-                await send_in_open_loop(
-                    send_one, conversations, moments, stage.duration_s, now=run.now, think_s=think_s, sleep=sleep
-                )
-            else:
-                await send_in_closed_loop(
-                    send_one, conversations, stage.concurrency, think_s=think_s, is_over=run.is_over, sleep=sleep
-                )
-            duration_s = run.now()
-        finally:  # also after an error: the group waits for the disturbance
-            for helper in helpers:
-                helper.cancel()
+    with _reported_if_cut_short(run, meter, on_cut_short):
+        async with meter.measure(), asyncio.TaskGroup() as group:
+            run.begin()
+            helpers = []
+            if stage.disturb and disturbance is not None:
+                helpers.append(group.create_task(disturb_stage(run, disturbance)))
+            try:
+                conversations = split_conversations([planned.conversation for planned in stage.requests])
+                think_s = stage.think_s
+                if stage.concurrency is None:
+                    moments = [planned.at_s or 0.0 for planned in stage.requests]
+                    await send_in_open_loop(
+                        send_one, conversations, moments, stage.duration_s, now=run.now, think_s=think_s, sleep=sleep
+                    )
+                else:
+                    await send_in_closed_loop(
+                        send_one, conversations, stage.concurrency, think_s=think_s, is_over=run.is_over, sleep=sleep
+                    )
+                duration_s = run.now()
+            finally:  # also after an error: the group waits for the disturbance
+                for helper in helpers:
+                    helper.cancel()
     return run.complete_here(duration_s, meter)
 
 
@@ -161,28 +172,46 @@ async def run_interleaved(
     clock: Callable[[], float] = time.perf_counter,
     on_record: Callable[[LoadSample], None] = lambda _: None,
     mesh_pid: int | None = None,
+    on_cut_short: Callable[[StageRun], None] = lambda _: None,
 ) -> StageRun:
     """Sends one request at a time and changes the route after each, so that drift affects all routes alike.
 
     ``routes`` are the routes' names and the functions that send over them. A round has one request for each route. Each
-    round begins with another route, so that no route is always first.
+    round begins with another route, so that no route is always first. ``on_cut_short``: see ``run_stage``.
     """
     run = RunningStage(stage, clock, on_record)
     meter = LoadMeter(mesh_pid, clock)
-    async with meter.measure():
-        run.begin()
-        for index, planned in enumerate(stage.requests):
-            round_number, position = divmod(index, len(routes))
-            name, send = routes[(position + round_number) % len(routes)]
-            await _send_request(send, run, index, planned, route=name)
-        duration_s = run.now()
+    with _reported_if_cut_short(run, meter, on_cut_short):
+        async with meter.measure():
+            run.begin()
+            for index, planned in enumerate(stage.requests):
+                round_number, position = divmod(index, len(routes))
+                name, send = routes[(position + round_number) % len(routes)]
+                await _send_request(send, run, index, planned, route=name)
+            duration_s = run.now()
     return run.complete_here(duration_s, meter)
+
+
+@contextmanager
+def _reported_if_cut_short(
+    run: RunningStage, meter: LoadMeter, on_cut_short: Callable[[StageRun], None]
+) -> Iterator[None]:
+    """Gives ``on_cut_short`` what there is of the stage when an error ends the block: Ctrl-C, or the mesh's end."""
+    try:
+        yield
+    except BaseException:
+        on_cut_short(run.cut_short(meter))
+        raise
 
 
 async def _send_request(
     send: SendPrompt, run: RunningStage, index: int, planned: PlannedRequest, *, route: str | None = None
 ) -> None:
-    """Sends one request, reads its answer, and adds a record of how it ended: a failure is recorded, not raised."""
+    """Sends one request, reads its answer, and adds a record of how it ended: a failure is recorded, not raised.
+
+    A request that is cancelled, or whose mesh has gone, is recorded as unfinished, and the error is raised: then the
+    stage ends.
+    """
     sent_s = run.now()
     intended_s = sent_s if planned.at_s is None else planned.at_s
     if (sent_s - intended_s) * 1000.0 > LATE_CLIENT_MS:
@@ -191,14 +220,20 @@ async def _send_request(
     chat = run.histories.continue_chat(planned.conversation, planned.chat)
     node, attempts = planned.node, 0
     error: GPUMeshError | None = None
+    stage_end: BaseException | None = None  # what ends the whole stage
     try:
         async with send(chat, planned.node) as answer:
             async for chunk in answer:
                 reading.add(chunk, run.now())
             node, attempts = answer.node, answer.attempts
     except GPUMeshError as raised:
-        error = raised
-        node = raised.node or node  # for a request to the mesh, only the error names the node
+        if raised.code == MeshNotRunning.code:
+            stage_end = raised
+        else:
+            error = raised
+            node = raised.node or node  # for a request to the mesh, only the error names the node
+    except asyncio.CancelledError as cancelled:
+        stage_end = cancelled
     run.histories.add_answer(planned.conversation, chat, reading.text)
     run.add(
         reading.make_sample(
@@ -212,8 +247,11 @@ async def _send_request(
             attempts=attempts,
             route=route,
             error=error,
+            is_unfinished=stage_end is not None,
         )
     )
+    if stage_end is not None:
+        raise stage_end
 
 
 async def disturb_stage(run: RunningStage, disturbance: Disturbance) -> None:

@@ -23,6 +23,7 @@ from gpumesh.errors import GPUMeshError
 log = logging.getLogger(__name__)
 
 REQUEST_TIMEOUT_S = 600.0  # for one request with its answer
+STOP_TIMEOUT_S = 5.0  # for the report of a stage that is stopped
 END_TIMEOUT_S = 2.0  # for the process to end after its input has ended
 
 
@@ -85,38 +86,48 @@ class GeneratorProcess:
         via: Via,
         *,
         on_record: Callable[[LoadSample], None] = lambda _: None,
+        on_cut_short: Callable[[StageRun], None] = lambda _: None,
         disturbance: Disturbance | None = None,
         mesh_pid: int | None = None,
     ) -> StageRun:
         """Lets the process send the requests of a stage to ``endpoints``, and waits until they have ended.
 
         The records that ``on_record`` gets have no pieces and no counts: answers are parsed after the stage. The rest
-        is as in ``generator.run_stage``. A cancelled stage ends the process. Raises GPUMeshError when the process
-        fails.
+        is as in ``generator.run_stage``. A cancelled stage ends the process, after it has reported what it has
+        measured. Raises GPUMeshError when the process fails.
         """
         process = self._process
         assert process is not None, "the generator has not been started"
         run = RunningStage(stage, time.perf_counter, on_record)
-        ended: messages.StageEnded | None = None
         try:
             await self._send_stage(process, stage, endpoints, via, mesh_pid)
-            samples: list[LoadSample] = []
             async with _disturbed(run, disturbance):
-                while ended is None:
-                    match await self._receive(process):
-                        case messages.StageBegan(start_s=start_s):
-                            run.start = start_s
-                        case messages.RequestEnded(sample=sample):
-                            run.add(sample)
-                        case messages.Samples(samples=some):
-                            samples.extend(some)
-                        case messages.StageEnded() as ended:
-                            pass
+                return await self._receive_stage(process, run)
         except BaseException:
-            _kill(process)  # it would go on with the stage
+            try:
+                # A second Ctrl-C ends this wait.
+                with contextlib.suppress(TimeoutError, GPUMeshError):
+                    async with asyncio.timeout(STOP_TIMEOUT_S):
+                        await self._send(process, messages.StopStage())
+                        on_cut_short(await self._receive_stage(process, run))
+            finally:
+                _kill(process)  # it may go on with the stage
             raise
-        run.records = samples
-        return run.complete(ended.duration_s, ended.client, ended.conditions)
+
+    async def _receive_stage(self, process: asyncio.subprocess.Process, run: RunningStage) -> StageRun:
+        """Reads the messages of a stage until it has ended, and returns its outcome. Raises GPUMeshError when the
+        process fails."""
+        while True:
+            match await self._receive(process):
+                case messages.StageBegan(start_s=start_s):
+                    run.start = start_s
+                case messages.RequestEnded(sample=sample):
+                    run.add(sample)
+                case messages.Samples(samples=samples):
+                    run.decoded.extend(samples)
+                case messages.StageEnded() as ended:
+                    run.records = run.decoded
+                    return run.complete(ended.duration_s, ended.client, ended.conditions)
 
     async def _send_stage(
         self,

@@ -47,6 +47,10 @@ class BeginStage(msgspec.Struct, frozen=True, tag="begin-stage"):
     """All requests have come: the stage begins."""
 
 
+class StopStage(msgspec.Struct, frozen=True, tag="stop-stage"):
+    """The stage that runs is to end now. What was measured until now is reported as at its end."""
+
+
 class StageBegan(msgspec.Struct, frozen=True, tag="stage-began"):
     """``start_s``: the start of the stage, on ``time.perf_counter``, which is the same for all processes."""
 
@@ -80,7 +84,7 @@ class GeneratorFailed(msgspec.Struct, frozen=True, tag="generator-failed"):
     traceback: str
 
 
-ToGenerator = OpenStage | AddRequest | BeginStage
+ToGenerator = OpenStage | AddRequest | BeginStage | StopStage
 FromGenerator = StageBegan | RequestEnded | Samples | StageEnded | GeneratorFailed
 
 

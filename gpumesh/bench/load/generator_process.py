@@ -49,6 +49,7 @@ class StageInProcess:
         self._held_bytes = 0
         self._samples: list[LoadSample] = []  # of answers that were parsed while the stage ran
         self._start_s = 0.0
+        self._is_stopped = False
 
     def __repr__(self) -> str:
         return f"<StageInProcess {self._opened.name} {len(self._requests)} requests, {len(self._held)} answers held>"
@@ -61,27 +62,41 @@ class StageInProcess:
         self._requests.append(self._sender.prepare(request.chat, request.node, request.at_s))
 
     async def run(self) -> None:
-        """Sends all requests, waits for their answers, and writes the samples."""
-        opened = self._opened
+        """Sends all requests, waits for their answers, and writes the samples: also if the stage is stopped."""
         gc.collect()
         gc.disable()  # a collection would delay all streams for some milliseconds
         try:
-            async with self._meter.measure():
-                self._start_s = self._meter.started_s
-                self._write(messages.StageBegan(self._start_s))
-                groups = split_conversations(self._conversations)
-                if opened.concurrency is None:
-                    moments = [request.at_s or 0.0 for request in self._requests]
-                    await send_in_open_loop(
-                        self._send_one, groups, moments, opened.duration_s, now=self._now, think_s=opened.think_s
-                    )
-                else:
-                    await send_in_closed_loop(
-                        self._send_one, groups, opened.concurrency, think_s=opened.think_s, is_over=self._is_over
-                    )
+            await self._send_all()
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if not self._is_stopped or task is None:
+                raise
+            task.uncancel()
         finally:
             gc.enable()
         await self._report()
+
+    def stop(self, running: asyncio.Task[None]) -> None:
+        """Ends the stage before its end. ``running`` is the task of ``run``."""
+        self._is_stopped = True
+        running.cancel()
+
+    async def _send_all(self) -> None:
+        """Sends all requests, and waits for their answers."""
+        opened = self._opened
+        async with self._meter.measure():
+            self._start_s = self._meter.started_s
+            self._write(messages.StageBegan(self._start_s))
+            groups = split_conversations(self._conversations)
+            if opened.concurrency is None:
+                moments = [request.at_s or 0.0 for request in self._requests]
+                await send_in_open_loop(
+                    self._send_one, groups, moments, opened.duration_s, now=self._now, think_s=opened.think_s
+                )
+            else:
+                await send_in_closed_loop(
+                    self._send_one, groups, opened.concurrency, think_s=opened.think_s, is_over=self._is_over
+                )
 
     def _now(self) -> float:
         """The time since the start of the stage, in seconds."""
@@ -111,6 +126,9 @@ class StageInProcess:
     async def _report(self) -> None:
         """Parses the answers, and writes the samples and the conditions of the stage."""
         name, start_s, parsed_early = self._opened.name, self._start_s, len(self._samples)
+        for answer in self._sender.in_flight.values():  # of a stage that was stopped
+            answer.ended_s = self._meter.ended_s
+            self._samples.append(decode_answer(answer, name, start_s, is_unfinished=True))
         while self._held:
             self._samples.append(decode_answer(self._held.pop(), name, start_s))
         samples = sorted(self._samples, key=lambda sample: sample.index)
@@ -144,7 +162,7 @@ async def serve() -> None:
     """Runs the stages that come, one after another, until the input ends. A stage that still runs then is given up."""
     reader, writer = await _open_pipes()
     pool = ConnectionPool(asyncio.get_running_loop())
-    stage: StageInProcess | None = None
+    stage: StageInProcess | None = None  # the latest one
     try:
         async with asyncio.TaskGroup() as group:
             running: asyncio.Task[None] | None = None
@@ -156,9 +174,10 @@ async def serve() -> None:
                     raise ValueError("a request came before its stage")
                 elif isinstance(message, messages.AddRequest):
                     stage.add(message)
-                else:
+                elif isinstance(message, messages.BeginStage):
                     running = group.create_task(stage.run())
-                    stage = None
+                elif running is not None:
+                    stage.stop(running)
             if running is not None:
                 running.cancel()
     except Exception as error:  # a bug of ours: the benchmark reports it, because nobody sees our standard error

@@ -33,6 +33,7 @@ class LoadSource(Protocol):
         state: MeshState,
         *,
         on_record: Callable[[LoadSample], None],
+        on_cut_short: Callable[[StageRun], None],
         disturbance: Disturbance | None,
     ) -> StageRun:
         """Runs a stage on these nodes, as in ``generator.run_stage``. ``state`` is the mesh's state before it."""
@@ -56,9 +57,17 @@ class LoadOfThisProcess:
         state: MeshState,  # noqa: ARG002
         *,
         on_record: Callable[[LoadSample], None],
+        on_cut_short: Callable[[StageRun], None],
         disturbance: Disturbance | None,
     ) -> StageRun:
-        return await run_stage(self._send, stage, on_record=on_record, disturbance=disturbance, mesh_pid=self._mesh_pid)
+        return await run_stage(
+            self._send,
+            stage,
+            on_record=on_record,
+            on_cut_short=on_cut_short,
+            disturbance=disturbance,
+            mesh_pid=self._mesh_pid,
+        )
 
 
 class LoadOfGenerator:
@@ -77,6 +86,7 @@ class LoadOfGenerator:
         state: MeshState,
         *,
         on_record: Callable[[LoadSample], None],
+        on_cut_short: Callable[[StageRun], None],
         disturbance: Disturbance | None,
     ) -> StageRun:
         if self.via is Via.GATEWAY:
@@ -88,6 +98,7 @@ class LoadOfGenerator:
             endpoints,
             self.via,
             on_record=on_record,
+            on_cut_short=on_cut_short,
             disturbance=disturbance,
             mesh_pid=self._mesh_pid,
         )
@@ -109,10 +120,11 @@ class LoadOnUrl:
         state: MeshState,  # noqa: ARG002
         *,
         on_record: Callable[[LoadSample], None],
+        on_cut_short: Callable[[StageRun], None],
         disturbance: Disturbance | None,
     ) -> StageRun:
         return await self._process.run_stage(
-            stage, self._endpoints, self.via, on_record=on_record, disturbance=disturbance
+            stage, self._endpoints, self.via, on_record=on_record, on_cut_short=on_cut_short, disturbance=disturbance
         )
 
 

@@ -95,10 +95,11 @@ class RawAnswer:
         return 0 if self.sink is None else len(self.sink.data) + 16 * len(self.sink.times_s)
 
 
-def decode_answer(answer: RawAnswer, stage: str, start_s: float) -> LoadSample:
+def decode_answer(answer: RawAnswer, stage: str, start_s: float, *, is_unfinished: bool = False) -> LoadSample:
     """Makes the sample of an answer. ``start_s`` is the start of the stage, on the clock of the answer.
 
-    A piece arrived when the read came that completed its frame.
+    A piece arrived when the read came that completed its frame. ``is_unfinished``: the stage was stopped before the
+    answer ended.
     """
     reading, sink, reader = AnswerReading(), answer.sink, API_FUNCTIONS[answer.api].create_reader()
     error, ended_s = answer.error, answer.ended_s
@@ -111,10 +112,13 @@ def decode_answer(answer: RawAnswer, stage: str, start_s: float) -> LoadSample:
                     reading.add(chunk, time_s)
                 begin = end
             time_s = ended_s
-            if sink.problem is not None:
+            if is_unfinished:
+                pass  # the end is missing, and that is nobody's fault
+            elif sink.problem is not None:
                 raise StreamCut(f"the answer stopped short: {sink.problem}", node=answer.node)
-            for chunk in reader.close():
-                reading.add(chunk, time_s)
+            else:
+                for chunk in reader.close():
+                    reading.add(chunk, time_s)
     except GPUMeshError as raised:
         error, ended_s = error or raised, time_s
     return reading.make_sample(
@@ -127,6 +131,7 @@ def decode_answer(answer: RawAnswer, stage: str, start_s: float) -> LoadSample:
         node=answer.node,
         attempts=answer.attempts if error is None else 0,
         error=error,
+        is_unfinished=is_unfinished,
     )
 
 

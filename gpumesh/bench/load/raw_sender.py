@@ -66,6 +66,8 @@ class RawSender:
         self._pool = pool
         self._timeout_s = timeout_s
         self._targets = [_Target(endpoint, _fixed_headers(endpoint)) for endpoint in endpoints]
+        self.in_flight: dict[int, RawAnswer] = {}
+        """The answers that have not ended, by the request's index. A request that is cancelled stays here."""
 
     def __repr__(self) -> str:
         return f"<RawSender {len(self._targets)} endpoints>"
@@ -87,6 +89,7 @@ class RawSender:
         answer = RawAnswer(index, sent_s if intended_s is None else intended_s, sent_s, endpoint.api, endpoint.node)
         target.in_flight += 1
         target.sent += 1
+        self.in_flight[index] = answer
         try:
             async with asyncio.timeout(self._timeout_s):
                 await self._exchange(target, request.calls[endpoint.api], answer)
@@ -98,6 +101,7 @@ class RawSender:
             target.in_flight -= 1
         ended_s = None if answer.sink is None else answer.sink.ended_s
         answer.ended_s = time.perf_counter() if ended_s is None else ended_s
+        del self.in_flight[index]
         return answer
 
     def _targets_for(self, node: str | None) -> list[_Target]:

@@ -17,6 +17,8 @@ class SampleOutcome(StrEnum):
     FAILED = "failed"
     CUT = "cut"
     """The answer began and did not reach its end."""
+    UNFINISHED = "unfinished"
+    """The run was ended before the answer did: the request has not failed."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from html import escape
 from gpumesh.bench.figures.summary import StageResult, stage_label
 from gpumesh.bench.load.samples import LoadSample
 from gpumesh.bench.report import svg
+from gpumesh.bench.report.answer import partial_sentence
 from gpumesh.bench.results.result import BenchResult
 from gpumesh.bench.stats import SampleSummary
 from gpumesh.bench.workload.settings import Scenario
@@ -53,6 +54,7 @@ def report_html(result: BenchResult, records: Sequence[LoadSample] = ()) -> str:
         f"<h1>{escape_text(title)}</h1>",
         f'<p class="sub">mesh {escape_text(result.environment.mesh)}, {result.at:%Y-%m-%d %H:%M} UTC, '
         f"gpumesh {escape_text(result.environment.gpumesh)}</p>",
+        _partial_note(result),
         *(f'<p class="note">{escape_text(note)}</p>' for note in result.notes),
         _routes(result),
         "<h2>Throughput</h2>",
@@ -69,6 +71,12 @@ def report_html(result: BenchResult, records: Sequence[LoadSample] = ()) -> str:
         _conditions(result),
     ]
     return html_page(title, body)
+
+
+def _partial_note(result: BenchResult) -> str:
+    """The sentence that says that the result is partial; empty for a whole result."""
+    sentence = partial_sentence(result)
+    return "" if sentence is None else f'<p class="note partial">{escape_text(sentence)}</p>'
 
 
 def html_page(title: str, body: Sequence[str]) -> str:

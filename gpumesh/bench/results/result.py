@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
@@ -66,7 +66,12 @@ class Environment:
 
 @dataclass(frozen=True, slots=True)
 class BenchResult:
-    """The whole result of a run. ``at`` is the time of its start; ``notes`` are sentences that qualify the figures."""
+    """The result of a run. ``at`` is the time of its start; ``notes`` are sentences that qualify the figures.
+
+    ``partial``: the run has not come to its end, so stages may be missing and the last stage may be partial itself.
+    ``partial_reason`` says what ended it. A partial result without a reason is of a run that still goes on, or that was
+    killed.
+    """
 
     at: datetime
     scenario: Scenario
@@ -77,6 +82,12 @@ class BenchResult:
     scaling: Scaling | None = None
     routes: tuple[RouteCost, ...] = ()
     notes: tuple[str, ...] = ()
+    partial: bool = False
+    partial_reason: str | None = None
+
+    def end_early(self, reason: str) -> BenchResult:
+        """This result, of a run that was ended for this reason before its end."""
+        return replace(self, partial=True, partial_reason=reason)
 
     @property
     def simulated(self) -> bool:

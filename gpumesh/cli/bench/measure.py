@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING
 from gpumesh.cli.first_report import FIRST_REPORT_TIMEOUT_S
 from gpumesh.cli.global_options import GlobalOptions
 from gpumesh.cli.open_session import open_session, running_topology
+from gpumesh.cli.views.figures import format_duration
 
 if TYPE_CHECKING:
     from gpumesh.backends.base import ChatRequest
     from gpumesh.bench.load.routes import ApiKeys
     from gpumesh.bench.load.samples import LoadSample
     from gpumesh.bench.load.send_prompt import AnswerStream, SendPrompt
-    from gpumesh.bench.run import BenchOutput
+    from gpumesh.bench.run import KeepResult
     from gpumesh.bench.stats import Objective
     from gpumesh.bench.workload.prompts import OwnPrompt
     from gpumesh.bench.workload.settings import BenchSettings, Scenario
@@ -39,9 +40,9 @@ async def measure(
     trace: Sequence[TracedRequest],
     own_prompts: Sequence[OwnPrompt],
     node: str | None,
-) -> BenchOutput:
-    """Measures the running mesh, or a mesh in this process if none runs. Returns the result and the records of all
-    requests.
+    keep: KeepResult,
+) -> None:
+    """Measures the running mesh, or a mesh in this process if none runs. ``keep`` gets the result while it grows.
 
     Without ``model`` the default model is measured. ``make_settings`` gets the name of the model. ``trace``: the
     requests of the scenario ``replay``, ``own_prompts`` those of ``load``; else empty. ``node``: the only node to
@@ -57,7 +58,7 @@ async def measure(
         model_name = requested_model or choose_model(state, node)
         target = _SessionTarget(session, embedded=isinstance(session, LocalSession))
         with ExitStack() as stack:
-            return await bench.run_benchmark(
+            await bench.run_benchmark(
                 target,
                 scenario,
                 make_settings(model_name),
@@ -68,6 +69,7 @@ async def measure(
                 own_prompts=own_prompts,
                 only_node=node,
                 keys=_read_api_keys(topology),
+                keep=keep,
             )
 
 
@@ -148,6 +150,9 @@ class _ProgressBar:
         if self._display is None:
             self._display = self._stack.enter_context(show_progress(0, "requests", quiet=self._quiet))
         self._stage = stage.name
+        if stage.open_loop:  # the bar's own estimate of the time left knows nothing of the schedule
+            seconds = max((planned.at_s or 0.0 for planned in stage.requests), default=0.0)
+            self._stage += f", sent over {format_duration(seconds)}"
         self._ended_count = 0
         self._display.begin(len(stage.requests))
         self._display(0, self._stage)

@@ -17,7 +17,7 @@ from gpumesh.cli.duration_option import DURATION_METAVAR, duration_parser
 from gpumesh.cli.global_options import global_options
 from gpumesh.cli.json_output import json_option, print_json
 from gpumesh.cli.open_session import run_async
-from gpumesh.errors import ExitCode, UsageError
+from gpumesh.errors import UsageError
 
 if TYPE_CHECKING:
     from gpumesh.bench.workload.settings import BenchSettings
@@ -98,11 +98,11 @@ def run(
       gpumesh bench run --scenario replay --trace azure_conv_2023.csv -n 200 --speed 4
       gpumesh bench run --rate 4 --duration 2m --prompt-tokens 100-800 --tokens 200:60
     """
-    from gpumesh.bench.result_folder import check_result_folder, write_result
-    from gpumesh.bench.results.result import result_json
+    from gpumesh.bench.result_folder import check_result_folder
+    from gpumesh.bench.result_journal import ResultJournal
     from gpumesh.bench.stats import Objective
+    from gpumesh.cli.bench import present_result
     from gpumesh.cli.bench.measure import measure
-    from gpumesh.cli.views import bench_tables
 
     options = global_options(ctx)
     has_load_option = turns != 1 or system_tokens > 0 or any(value is not None for value in (rate, duration, prompts))
@@ -144,35 +144,24 @@ def run(
             system_tokens=system_tokens,
         )
 
-    objective = Objective(slo_ttft, slo_tpot)
+    journal = ResultJournal(folder)
+    measurement = measure(
+        options,
+        chosen_scenario,
+        model,
+        make_settings,
+        Objective(slo_ttft, slo_tpot),
+        trace=traced_requests,
+        own_prompts=own_prompts,
+        node=node,
+        keep=journal.keep,
+    )
     try:
-        output = run_async(
-            measure(
-                options,
-                chosen_scenario,
-                model,
-                make_settings,
-                objective,
-                trace=traced_requests,
-                own_prompts=own_prompts,
-                node=node,
-            )
-        )
-    finally:
-        bench_options.remove_if_empty(folder)  # ``write_result`` makes it again; without a result it must not stay
-    result = output.result
-    write_result(folder, result, output.records, force=force)
-    if as_json:
-        print_json(result_json(result))
-    else:
-        bench_tables.print_result(result, notes=not options.quiet)
-    if not options.quiet:
-        typer.echo(f"result in {folder} (report.html opens in a browser)", err=True)
-    if result.failed:
-        if not options.quiet:
-            failed_text = "1 request" if result.failed == 1 else f"{result.failed} requests"
-            typer.echo(f"{failed_text} failed; the report says why", err=True)
-        raise typer.Exit(int(ExitCode.FAILED))
+        run_async(measurement)
+    except BaseException as error:  # a signal, or an error such as the mesh's end: it is raised again
+        present_result.present_partial_result(journal, folder, error, as_json=as_json, quiet=options.quiet)
+        raise
+    present_result.present_result(journal, folder, as_json=as_json, quiet=options.quiet)
 
 
 @app.command()

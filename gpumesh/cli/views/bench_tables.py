@@ -9,6 +9,7 @@ import typer
 
 from gpumesh.bench.comparison.compare import Comparison, Difference, DifferenceVerdict
 from gpumesh.bench.figures.summary import StageResult, stage_label
+from gpumesh.bench.report.answer import partial_sentence
 from gpumesh.bench.report.svg import format_number
 from gpumesh.bench.results.result import BenchResult
 from gpumesh.bench.simulate.measures import PolicyResult
@@ -45,6 +46,9 @@ def print_result(result: BenchResult, *, notes: bool) -> None:
     """Prints the table of the stages, and the figures for which it has no column, to stdout; with ``notes`` the
     result's notes to stderr."""
     print_fitted_table(RESULT_COLUMNS, [_stage_cells(stage) for stage in result.stages])
+    partial = partial_sentence(result)
+    if partial is not None:
+        typer.echo(clean_line(partial))
     for line in _result_lines(result):
         typer.echo(clean_line(line))
     if notes:
@@ -56,7 +60,7 @@ def _stage_cells(stage: StageResult) -> list[Cell | str]:
     """The row of a stage: a cell for each of ``RESULT_COLUMNS``."""
     failed = stage.failed + stage.cut  # an answer that was cut is a failure, too
     return [
-        stage_label(stage),
+        f"{stage_label(stage)} (partial)" if stage.partial else stage_label(stage),
         "open" if stage.concurrency is None else str(stage.concurrency),
         str(stage.served),
         Cell(str(failed), "red" if failed else "dim"),

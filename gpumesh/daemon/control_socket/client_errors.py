@@ -23,6 +23,7 @@ def connect_error(error: OSError, path: Path) -> GPUMeshError:
 class MeshEnded(GPUMeshError):
     """The mesh ended in the middle of a request over its control socket."""
 
+    code = MeshNotRunning.code
     default_hint = "`gpumesh logs` says why"
 
 

