@@ -3,12 +3,13 @@
 The lab's stand-in simulates slots, loads and faults. This stand-in does two things only, as cheaply as Python can:
 ``POST /api/chat`` with ``stream: false`` is answered at once, and with ``stream: true`` gives ``options.num_predict``
 tokens at ``options.rate`` tokens/s. The content of each token is the time at which it was sent (monotonic clock, ns),
-so a client on the same machine knows the delay of each token.
+so a client on the same machine knows the delay of each token. ``GET /truth`` returns the times of the streams that have
+ended since the last such request, as the server knows them (``TRUTH``), and forgets them.
 
-Run as a process: ``python benchmarks/fast_ollama.py [--apart US] PORT`` (0: any; the port is printed on the first
-line). With ``--apart`` the body of an answer in one piece is a write of its own, US microseconds after the head. Most
-servers write it so, and Nagle's algorithm in a stock ssh tunnel holds back the second write (see tunnel_rtt.py).
-"""
+Run as a process: ``python benchmarks/fast_ollama.py [--apart US] [--first-token MS] PORT`` (0: any; the port is
+printed on the first line). With ``--apart`` the body of an answer in one piece is a write of its own, US microseconds
+after the head. Most servers write it so, and Nagle's algorithm in a stock ssh tunnel holds back the second write (see
+tunnel_rtt.py). The first token of a stream comes after ``--first-token``, by default after the time of one token."""
 
 from __future__ import annotations
 
@@ -49,6 +50,9 @@ REFUSED = (
     + b'{"error":"bad JSON"}'
 )
 STREAM_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/x-ndjson\r\nTransfer-Encoding: chunked\r\n\r\n"
+# Of each stream that has ended: when its request came, when its first and its last token were sent (seconds on
+# ``time.perf_counter``), and how many tokens it had.
+TRUTH: list[tuple[float, float, float, int]] = []
 GETS = {b"/": ROOT, b"/api/version": VERSION, b"/api/tags": TAGS, b"/api/ps": PS}
 
 
@@ -60,8 +64,9 @@ class FastOllama(asyncio.Protocol):
     """The connection of one client. Requests are answered in sequence: a second, pipelined request waits in the
     buffer."""
 
-    def __init__(self, apart_s: float | None) -> None:
+    def __init__(self, apart_s: float | None, first_token_s: float | None) -> None:
         self._apart_s = apart_s
+        self._first_token_s = first_token_s
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
         self._buffer = b""
@@ -69,6 +74,7 @@ class FastOllama(asyncio.Protocol):
         self._tokens = 0
         self._sent = 0
         self._start = 0.0
+        self._received = self._first = 0.0
         self._gap = 0.01
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -99,7 +105,10 @@ class FastOllama(asyncio.Protocol):
             self._serve(self._transport, method, path, body)
 
     def _serve(self, transport: asyncio.Transport, method: bytes, path: bytes, body: bytes) -> None:
-        if method != b"POST":
+        if path == b"/truth":
+            transport.write(_answer(json.dumps(TRUTH).encode()))
+            TRUTH.clear()
+        elif method != b"POST":
             transport.write(GETS.get(path, MISSING))
         elif path not in (b"/api/chat", b"/api/generate"):
             transport.write(MISSING)
@@ -120,7 +129,9 @@ class FastOllama(asyncio.Protocol):
                 transport.write(REFUSED)
                 return
             transport.write(STREAM_HEAD)
-            self._start = self._loop.time()
+            first_token_s = self._gap if self._first_token_s is None else self._first_token_s
+            self._received = time.perf_counter()
+            self._start = self._loop.time() + first_token_s - self._gap
             self._timer = self._loop.call_at(self._start + self._gap, self._tick)
 
     def _tick(self) -> None:
@@ -128,6 +139,8 @@ class FastOllama(asyncio.Protocol):
         if transport is None:
             return
         self._sent += 1
+        if self._sent == 1:
+            self._first = time.perf_counter()
         line = _HEAD + b'%d "},"done":false}\n' % time.monotonic_ns()
         if self._sent < self._tokens:
             transport.write(_chunk(line))
@@ -136,12 +149,13 @@ class FastOllama(asyncio.Protocol):
         final = _HEAD + b'"},' + _COUNTERS % (self._tokens, int(self._tokens * self._gap * 1e9)) + b"\n"
         transport.write(_chunk(line) + _chunk(final) + b"0\r\n\r\n")
         self._timer = None
+        TRUTH.append((self._received, self._first, time.perf_counter(), self._tokens))
         if self._buffer:
             self.data_received(b"")
 
 
-async def main(port: int, apart_s: float | None) -> None:
-    new = partial(FastOllama, apart_s)
+async def main(port: int, apart_s: float | None, first_token_s: float | None) -> None:
+    new = partial(FastOllama, apart_s, first_token_s)
     server = await asyncio.get_running_loop().create_server(new, "127.0.0.1", port, backlog=4096)
     print(server.sockets[0].getsockname()[1], flush=True)
     async with server:
@@ -152,5 +166,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("port", type=int, nargs="?", default=0)
     parser.add_argument("--apart", type=float, metavar="US")
+    parser.add_argument("--first-token", type=float, metavar="MS")
     given = parser.parse_args()
-    uvloop.run(main(given.port, None if given.apart is None else given.apart / 1e6))
+    apart_s = None if given.apart is None else given.apart / 1e6
+    uvloop.run(main(given.port, apart_s, None if given.first_token is None else given.first_token / 1e3))

@@ -11,6 +11,7 @@ from typing import TypeAlias
 from gpumesh.bench.figures.route_costs import route_costs
 from gpumesh.bench.figures.scaling import scaling
 from gpumesh.bench.figures.summary import StageResult
+from gpumesh.bench.load.conditions import Via
 from gpumesh.bench.load.generator import Disturbance
 from gpumesh.bench.load.load_sources import LoadSource
 from gpumesh.bench.load.routes import ApiKeys
@@ -23,6 +24,7 @@ from gpumesh.bench.stage_runner import BenchTarget, DrainDisturbance, ProgressRe
 from gpumesh.bench.stats import Objective
 from gpumesh.bench.workload.prompts import OwnPrompt, PromptFactory
 from gpumesh.bench.workload.settings import BenchSettings, Scenario
+from gpumesh.bench.workload.stages import StageKind
 from gpumesh.bench.workload.traces import TracedRequest
 
 
@@ -53,6 +55,7 @@ async def run_benchmark(
     keys: ApiKeys | None = None,
     load: LoadSource | None = None,
     keep: KeepResult = lambda _result, _records: None,
+    notes: Sequence[str] = (),
     now: Callable[[], datetime] = lambda: datetime.now(UTC),
 ) -> BenchOutput:
     """Runs a scenario and computes its result.
@@ -61,7 +64,7 @@ async def run_benchmark(
     ``replay`` only, ``own_prompts`` for ``load``. ``disturbance``: for ``failover``, in the place of
     ``DrainDisturbance``. ``only_node``: measures one node as if it were the mesh. ``keys``: for the routes of
     ``overhead`` that start outside the mesh. ``load`` sends the requests; ``None``: this process does, through
-    ``target``.
+    ``target``. ``notes`` go into the result, before those of the run.
 
     ``keep`` gets what there is at the start, after each stage, and when an error or a signal ends the run: so that
     nothing measured is lost.
@@ -75,9 +78,9 @@ async def run_benchmark(
     nodes = select_nodes(usable_nodes(state, settings.model), only_node)
     if not nodes:
         raise no_usable_node(state, settings.model, only_node)
-    notes = node_notes(nodes, state.findings)
+    all_notes = [*notes, *node_notes(nodes, state.findings)]
     if only_node is None:  # with ``only_node``, the others are not measured because the person wants so: no note
-        notes.extend(exclusion_notes(state, nodes))
+        all_notes.extend(exclusion_notes(state, nodes))
     names = [node.name for node in nodes]
     if disturbance is None and scenario is Scenario.FAILOVER:
         disturbance = DrainDisturbance(target, names)
@@ -89,8 +92,9 @@ async def run_benchmark(
         trace=trace,
         own_prompts=own_prompts,
         routes=count_routes(state),
-        notes=notes,
+        notes=all_notes,
     )
+    is_url = run.via is Via.URL
 
     def make_result(*, partial: bool) -> BenchResult:
         """The result of the stages until now."""
@@ -101,12 +105,17 @@ async def run_benchmark(
             scenario=scenario,
             settings=settings,
             objective=objective,
-            environment=describe_environment(run.last_state or state, embedded=target.embedded),
+            environment=describe_environment(
+                run.last_state or state,
+                embedded=target.embedded,
+                via=run.via,
+                url=nodes[0].backend.url if is_url else None,
+            ),
             stages=tuple(stages),
             # Only these two scenarios measure each node alone and then the mesh.
             scaling=scaling(whole_stages) if scenario in (Scenario.SCALE, Scenario.QUICK) else None,
             routes=route_costs(stages),
-            notes=tuple(dict.fromkeys([*notes, *run.notes, *load_notes(stages)])),  # each note once
+            notes=tuple(dict.fromkeys([*all_notes, *run.notes, *load_notes(stages)])),  # each note once
             partial=partial,
         )
 
@@ -115,6 +124,8 @@ async def run_benchmark(
     keep(make_result(partial=True), ())
     try:
         while stage is not None:
+            if is_url and scenario is Scenario.QUICK and stage.kind is StageKind.MESH:
+                break  # a single server is not a mesh: it has been measured alone
             outcome = await run.measure(stage)
             keep(make_result(partial=True), run.records)
             try:

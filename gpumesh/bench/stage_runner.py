@@ -105,6 +105,7 @@ class StageRunner:
         self._only_node = only_node
         self._load = load or LoadOfThisProcess(target.send())
         self.last_state: MeshState | None = None  # the latest state of the mesh that a stage has seen
+        self.via = self._load.via
         self.results: list[StageResult] = []
         self.records: list[LoadSample] = []
         self.notes: list[str] = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -19,13 +19,16 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-def run_async(main: Coroutine[Any, Any, T]) -> T:
+def run_async(main: Coroutine[Any, Any, T], *, use_uvloop: bool = False) -> T:
     """Runs the coroutine to its end, and returns its result. Ctrl-C cancels the coroutine, which also ends its work on
-    the hosts; then the command exits with 130."""
+    the hosts; then the command exits with 130.
+
+    ``use_uvloop`` is for a command that may run a mesh for minutes: for a short command, the import of uvloop would not
+    pay."""
     try:
         from gpumesh.daemon.process import async_runner
 
-        return async_runner.run(main, use_uvloop=False)  # a short command: the import of uvloop would not pay
+        return async_runner.run(main, use_uvloop=use_uvloop)
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
     finally:
@@ -34,13 +37,18 @@ def run_async(main: Coroutine[Any, Any, T]) -> T:
 
 @asynccontextmanager
 async def open_session(
-    options: GlobalOptions, *, embed: bool = True, announce_change: bool = True
+    options: GlobalOptions,
+    *,
+    embed: bool = True,
+    announce_change: bool = True,
+    change_topology: Callable[[Topology], Topology] = lambda topology: topology,
 ) -> AsyncGenerator[Session]:
     """Opens a Session on the running mesh of this configuration; if no mesh runs, on a mesh that runs in this process
     while the context is open.
 
     If mesh.yaml was changed after the running mesh had read it, a line on stderr says so, unless ``announce_change`` is
-    false because the caller says so itself. Raises MeshNotRunning when no mesh runs and ``embed`` is false.
+    false because the caller says so itself. ``change_topology`` changes what a mesh in this process gets of mesh.yaml.
+    Raises MeshNotRunning when no mesh runs and ``embed`` is false.
     """
     from gpumesh.cli.views import changed_file, killed_mesh
     from gpumesh.config.changed_file import ChangedFile
@@ -65,7 +73,7 @@ async def open_session(
             return
     if not embed:
         raise killed_mesh.explain_end(paths, MeshNotRunning("no mesh is running for this configuration"))
-    async with open_local_session(options, options.topology()) as local_session:
+    async with open_local_session(options, change_topology(options.topology())) as local_session:
         yield local_session
 
 

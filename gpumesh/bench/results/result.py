@@ -17,6 +17,7 @@ from gpumesh.bench.figures.latency import request_tpot_ms
 from gpumesh.bench.figures.route_costs import RouteCost
 from gpumesh.bench.figures.scaling import Scaling
 from gpumesh.bench.figures.summary import StageResult
+from gpumesh.bench.load.conditions import Via
 from gpumesh.bench.load.samples import LoadSample
 from gpumesh.bench.stats import Objective
 from gpumesh.bench.workload.settings import BenchSettings, Scenario
@@ -62,6 +63,10 @@ class Environment:
     embedded: bool
     """Whether the mesh ran in the measuring process. Otherwise the mesh ran already, reached by its control socket."""
     nodes: tuple[NodeEnvironment, ...]
+    via: Via | None = None
+    """On which way the requests went to the nodes; ``None`` in results of older versions."""
+    url: str | None = None
+    """The server that was measured, if it belongs to no mesh."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,8 +105,10 @@ class BenchResult:
         return sum(stage.failed + stage.cut for stage in self.stages)
 
 
-def describe_environment(state: MeshState, *, embedded: bool) -> Environment:
-    """Describes this machine and the mesh's nodes as they are now. ``embedded``: see ``Environment``."""
+def describe_environment(
+    state: MeshState, *, embedded: bool, via: Via | None = None, url: str | None = None
+) -> Environment:
+    """Describes this machine and the mesh's nodes as they are now. The other arguments: see ``Environment``."""
     return Environment(
         gpumesh=__version__,
         python=platform.python_version(),
@@ -110,6 +117,8 @@ def describe_environment(state: MeshState, *, embedded: bool) -> Environment:
         mesh=state.mesh,
         embedded=embedded,
         nodes=tuple(_node_environment(node) for node in state.nodes),
+        via=via,
+        url=url,
     )
 
 

@@ -8,6 +8,7 @@ from contextlib import AbstractAsyncContextManager, ExitStack
 from random import Random
 from typing import TYPE_CHECKING
 
+from gpumesh.cli.bench import load_way
 from gpumesh.cli.first_report import FIRST_REPORT_TIMEOUT_S
 from gpumesh.cli.global_options import GlobalOptions
 from gpumesh.cli.open_session import open_session, running_topology
@@ -15,6 +16,7 @@ from gpumesh.cli.views.figures import format_duration
 
 if TYPE_CHECKING:
     from gpumesh.backends.base import ChatRequest
+    from gpumesh.bench.load.conditions import Via
     from gpumesh.bench.load.routes import ApiKeys
     from gpumesh.bench.load.samples import LoadSample
     from gpumesh.bench.load.send_prompt import AnswerStream, SendPrompt
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from gpumesh.bench.workload.settings import BenchSettings, Scenario
     from gpumesh.bench.workload.stages import Stage
     from gpumesh.bench.workload.traces import TracedRequest
+    from gpumesh.cli.bench.url_options import UrlOptions
     from gpumesh.cli.views.progress_bar import ProgressDisplay
     from gpumesh.daemon.sessions.session import Session
     from gpumesh.state import MeshState
@@ -40,35 +43,76 @@ async def measure(
     trace: Sequence[TracedRequest],
     own_prompts: Sequence[OwnPrompt],
     node: str | None,
+    via: Via | None = None,
     keep: KeepResult,
 ) -> None:
     """Measures the running mesh, or a mesh in this process if none runs. ``keep`` gets the result while it grows.
 
     Without ``model`` the default model is measured. ``make_settings`` gets the name of the model. ``trace``: the
     requests of the scenario ``replay``, ``own_prompts`` those of ``load``; else empty. ``node``: the only node to
-    measure."""
+    measure. ``via``: on which way the prompts go (``load_way.open_load``)."""
     from gpumesh.bench import run as bench
     from gpumesh.daemon.sessions.local_session import LocalSession
     from gpumesh.mesh.models.default_model import choose_model
 
-    async with open_session(options) as session:
+    async with (
+        load_way.gateway_for_run() as give_gateway,
+        open_session(options, change_topology=give_gateway) as session,
+    ):
         topology = await running_topology(session, options)
         requested_model = model or topology.gateway.default_model
         state = await session.wait_first_report(FIRST_REPORT_TIMEOUT_S)
         model_name = requested_model or choose_model(state, node)
         target = _SessionTarget(session, embedded=isinstance(session, LocalSession))
-        with ExitStack() as stack:
+        keys = _read_api_keys(topology)
+        async with load_way.open_load(session, options, topology, via, keys, target.send()) as way:
+            with ExitStack() as stack:
+                await bench.run_benchmark(
+                    target,
+                    scenario,
+                    make_settings(model_name),
+                    progress=_ProgressBar(stack, quiet=options.quiet),
+                    rng=Random(time.time_ns()),  # other nonces in each run, so that no prompt is in a server's cache
+                    objective=objective,
+                    trace=trace,
+                    own_prompts=own_prompts,
+                    only_node=node,
+                    keys=keys,
+                    load=way.load,
+                    notes=way.notes,
+                    keep=keep,
+                )
+
+
+async def measure_url(
+    options: GlobalOptions,
+    server: UrlOptions,
+    scenario: Scenario,
+    settings: BenchSettings,
+    objective: Objective,
+    *,
+    trace: Sequence[TracedRequest],
+    own_prompts: Sequence[OwnPrompt],
+    keep: KeepResult,
+) -> None:
+    """Measures a server that belongs to no mesh. The arguments are those of ``measure``."""
+    from gpumesh.bench import run as bench
+    from gpumesh.bench.load.generator_link import GeneratorProcess
+    from gpumesh.bench.load.load_sources import LoadOnUrl
+
+    target = server.target
+    with ExitStack() as stack:
+        async with GeneratorProcess() as process:
             await bench.run_benchmark(
                 target,
                 scenario,
-                make_settings(model_name),
+                settings,
                 progress=_ProgressBar(stack, quiet=options.quiet),
-                rng=Random(time.time_ns()),  # other nonces in each run, so that no prompt is in a server's cache
+                rng=Random(time.time_ns()),
                 objective=objective,
                 trace=trace,
                 own_prompts=own_prompts,
-                only_node=node,
-                keys=_read_api_keys(topology),
+                load=LoadOnUrl(process, target.url, server.api, server.read_key()),
                 keep=keep,
             )
 

@@ -50,6 +50,14 @@ def run(
         str | None,
         typer.Option(metavar="NODE", help="Measure this node only.", autocompletion=completion.complete_nodes),
     ] = None,
+    via: Annotated[
+        str | None, typer.Option(metavar="WAY", help="gateway (default: as clients do), mesh, or direct (past both).")
+    ] = None,
+    url: Annotated[str | None, typer.Option(metavar="URL", help="Measure this server, without a mesh.")] = None,
+    api: Annotated[str | None, typer.Option(metavar="API", help="With --url: ollama, openai or anthropic.")] = None,
+    key_env: Annotated[
+        str | None, typer.Option(metavar="NAME", help="With --url: the variable that holds the API key.")
+    ] = None,
     tokens: Annotated[
         str, typer.Option(metavar="N|A-B|N:D", help="Tokens to generate: equal, uniform, or normal.")
     ] = "64",
@@ -96,13 +104,14 @@ def run(
       gpumesh bench run
       gpumesh bench run --scenario sweep -c 1,2,4,8,16 -m qwen2.5:7b --out sweep-1
       gpumesh bench run --scenario replay --trace azure_conv_2023.csv -n 200 --speed 4
+      gpumesh bench run --url http://127.0.0.1:8000 --api openai -m qwen2.5-7b --scenario sweep
       gpumesh bench run --rate 4 --duration 2m --prompt-tokens 100-800 --tokens 200:60
     """
     from gpumesh.bench.result_folder import check_result_folder
     from gpumesh.bench.result_journal import ResultJournal
     from gpumesh.bench.stats import Objective
-    from gpumesh.cli.bench import present_result
-    from gpumesh.cli.bench.measure import measure
+    from gpumesh.cli.bench import load_way, present_result, url_options
+    from gpumesh.cli.bench.measure import measure, measure_url
 
     options = global_options(ctx)
     has_load_option = turns != 1 or system_tokens > 0 or any(value is not None for value in (rate, duration, prompts))
@@ -118,6 +127,8 @@ def run(
     own_prompts = bench_options.read_own_prompts(prompts)
     traced_requests = bench_options.read_trace(trace, requests)
     levels = bench_options.parse_levels(concurrency)
+    chosen_via = load_way.parse_via(via)
+    server = url_options.parse_url_options(url, api, key_env, scenario=chosen_scenario, model=model, node=node, via=via)
     folder = out or bench_options.new_result_folder(chosen_scenario)
     check_result_folder(folder, force=force)
 
@@ -144,20 +155,34 @@ def run(
             system_tokens=system_tokens,
         )
 
+    objective = Objective(slo_ttft, slo_tpot)
     journal = ResultJournal(folder)
-    measurement = measure(
-        options,
-        chosen_scenario,
-        model,
-        make_settings,
-        Objective(slo_ttft, slo_tpot),
-        trace=traced_requests,
-        own_prompts=own_prompts,
-        node=node,
-        keep=journal.keep,
-    )
+    if server is not None:
+        measurement = measure_url(
+            options,
+            server,
+            chosen_scenario,
+            make_settings(model or ""),  # with --url there is a model
+            objective,
+            trace=traced_requests,
+            own_prompts=own_prompts,
+            keep=journal.keep,
+        )
+    else:
+        measurement = measure(
+            options,
+            chosen_scenario,
+            model,
+            make_settings,
+            objective,
+            trace=traced_requests,
+            own_prompts=own_prompts,
+            node=node,
+            via=chosen_via,
+            keep=journal.keep,
+        )
     try:
-        run_async(measurement)
+        run_async(measurement, use_uvloop=True)
     except BaseException as error:  # a signal, or an error such as the mesh's end: it is raised again
         present_result.present_partial_result(journal, folder, error, as_json=as_json, quiet=options.quiet)
         raise
