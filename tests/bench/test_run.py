@@ -143,16 +143,30 @@ async def test_sweep_and_scale() -> None:
         swept = await ran(made, Scenario.SWEEP, BenchSettings(MODEL, requests=2, tokens=2, concurrency=(1, 3)))
         assert [(stage.name, stage.concurrency, stage.served) for stage in swept.result.stages] == [
             ("c=1", 1, 10),
-            ("c=3", 3, 10),
+            ("c=3", 3, 12),
         ]
         assert swept.result.scaling is None
         scaled = await ran(made, Scenario.SCALE, BenchSettings(MODEL, requests=4, tokens=2, concurrency=(2,)))
-    assert [(stage.name, stage.concurrency, stage.served) for stage in scaled.result.stages] == [
-        ("alpha", 2, 6),
-        ("beta", 2, 6),
-        ("mesh", 4, 12),
+    assert [(stage.name, stage.concurrency) for stage in scaled.result.stages] == [
+        ("alpha", 2),
+        ("beta", 2),
+        ("mesh", 4),
     ]
     assert scaled.result.scaling is not None
+    assert scaled.result.capacity == ()
+
+
+async def test_the_capacity_is_found_where_nothing_is_known() -> None:
+    """The mesh has learned nothing yet; the servers run 3 and 1 at once."""
+    async with mesh_of_hosts(host("alpha", slots=3), host("beta", slots=1), max_parallel=None) as made:
+        done = await ran(made, Scenario.SCALE, BenchSettings(MODEL, tokens=8, requests=1))
+        reached = [made.hosts[name].counters.max_in_flight for name in ("alpha", "beta")]
+    assert [(one.node, one.parallel) for one in done.result.capacity] == [("alpha", 3), ("beta", 1)]
+    assert reached[0] > 3, "the ramp reached the server, and did not wait in our queue"
+    assert reached[1] > 1
+    levels = {stage.name: stage.concurrency for stage in done.result.stages}
+    assert levels == {"alpha": 3, "beta": 1, "mesh": 4}, "the ramp is no figure"
+    assert any(record.stage.startswith("capacity of alpha") for record in done.records), "but nothing of it is lost"
 
 
 async def test_overhead_goes_every_way_in_turn() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from gpumesh.bench.figures.rates import tokens_between
+from gpumesh.bench.figures.loaded_part import tokens_between
 from gpumesh.bench.load.samples import LoadSample, SampleOutcome, StageRun
 from gpumesh.bench.stats import SampleSummary, gaps_ms, rate, summarize_sample
 

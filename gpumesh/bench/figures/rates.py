@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gpumesh.bench.figures.latency import request_tpot_ms
+from gpumesh.bench.figures.loaded_part import LoadedPart, answer_rate, token_rate
 from gpumesh.bench.load.samples import LoadSample, SampleOutcome
 from gpumesh.bench.stats import Objective, SampleSummary, rate, summarize_sample
-from gpumesh.bench.workload.stages import Stage
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,8 +19,9 @@ class Rates:
     the first piece to the last. The others are rates of the whole stage. ``good_share`` is the share of the requests
     that met the objectives, from 0 to 1.
 
-    ``loaded_tokens_per_s`` is the output rate of a closed loop until its last request was sent. Until then every slot
-    was taken. It leaves out the end of the stage, when the faster nodes are idle already.
+    ``loaded_tokens_per_s``, ``loaded_requests_per_s`` and ``loaded_goodput_per_s`` are those of the part of a closed
+    loop in which all slots were busy (``loaded_part.find_loaded_part``). ``ramp_s``, ``loaded_s`` and ``tail_s`` are
+    the seconds before this part, of it, and after it. All six are ``None`` if there is no such part.
     """
 
     server: SampleSummary
@@ -32,6 +32,26 @@ class Rates:
     goodput_per_s: float | None = None
     good_share: float | None = None
     loaded_tokens_per_s: float | None = None
+    loaded_requests_per_s: float | None = None
+    loaded_goodput_per_s: float | None = None
+    ramp_s: float | None = None
+    loaded_s: float | None = None
+    tail_s: float | None = None
+
+    @property
+    def best_tokens_per_s(self) -> float | None:
+        """The output rate that says what was measured: while all slots were busy, if there was such a part."""
+        return self.output_tokens_per_s if self.loaded_tokens_per_s is None else self.loaded_tokens_per_s
+
+    @property
+    def best_requests_per_s(self) -> float | None:
+        """The same for requests."""
+        return self.requests_per_s if self.loaded_requests_per_s is None else self.loaded_requests_per_s
+
+    @property
+    def best_goodput_per_s(self) -> float | None:
+        """The same for the requests that met the objectives."""
+        return self.goodput_per_s if self.loaded_goodput_per_s is None else self.loaded_goodput_per_s
 
 
 def rates_of(
@@ -56,26 +76,26 @@ def rates_of(
     )
 
 
-def loaded_rate(stage: Stage, records: Sequence[LoadSample]) -> float | None:
-    """Computes ``Rates.loaded_tokens_per_s``. ``None`` for an open loop, and if all requests were sent at once."""
-    if stage.concurrency is None or len(records) <= stage.concurrency:
-        return None
-    last_sent_s = max(record.sent_s for record in records)
-    return rate(tokens_between(records, 0.0, last_sent_s), last_sent_s)
-
-
-def tokens_between(records: Sequence[LoadSample], start_s: float, end_s: float) -> float:
-    """The number of tokens that arrived from ``start_s`` to ``end_s`` (seconds of the stage).
-
-    All pieces of an answer count as equal shares of the answer's tokens.
-    """
-    token_counts: list[float] = []
-    for record in records:
-        if record.arrivals_s:
-            tokens_per_piece = (record.tokens or 0) / len(record.arrivals_s)
-            pieces = sum(start_s <= arrival_s < end_s for arrival_s in record.arrivals_s)
-            token_counts.append(tokens_per_piece * pieces)
-    return math.fsum(token_counts)
+def with_loaded_rates(
+    rates: Rates,
+    records: Sequence[LoadSample],
+    loaded: LoadedPart | None,
+    *,
+    duration_s: float,
+    objective: Objective,
+) -> Rates:
+    """The rates of a stage that took ``duration_s``, with those of the part in which all slots were busy."""
+    if loaded is None:
+        return rates
+    return replace(
+        rates,
+        loaded_tokens_per_s=token_rate(records, loaded),
+        loaded_requests_per_s=answer_rate(records, loaded, counts=lambda _: True),
+        loaded_goodput_per_s=answer_rate(records, loaded, counts=lambda record: meets_objective(record, objective)),
+        ramp_s=loaded.start_s,
+        loaded_s=loaded.seconds,
+        tail_s=duration_s - loaded.end_s,
+    )
 
 
 def meets_objective(record: LoadSample, objective: Objective) -> bool:

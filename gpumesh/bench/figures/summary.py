@@ -13,10 +13,11 @@ from dataclasses import dataclass, field, replace
 
 from gpumesh.bench.figures.gpu_meter import GpuUse
 from gpumesh.bench.figures.latency import Latency, latency_of
+from gpumesh.bench.figures.loaded_part import find_loaded_part
 from gpumesh.bench.figures.node_shares import NodeShare, node_shares
 from gpumesh.bench.figures.phases import Phase, phases_of
 from gpumesh.bench.figures.rate_intervals import RateIntervals, rate_intervals
-from gpumesh.bench.figures.rates import Rates, loaded_rate, rates_of
+from gpumesh.bench.figures.rates import Rates, rates_of, with_loaded_rates
 from gpumesh.bench.load.conditions import LoadConditions
 from gpumesh.bench.load.samples import ClientLoad, LoadSample, SampleOutcome, StageRun
 from gpumesh.bench.stats import Objective, ratio
@@ -109,6 +110,8 @@ def _summarize_route(
     stage = run.stage
     unfinished = sum(record.outcome is SampleOutcome.UNFINISHED for record in records)
     sent = len(records) - unfinished  # the unfinished ones met no objective and missed none
+    # Routes take turns, one request at a time: none of them has a part in which its slots are busy.
+    loaded = find_loaded_part(stage.concurrency, records) if route is None else None
     result = StageResult(
         name=stage.name,
         kind=stage.kind,
@@ -124,12 +127,15 @@ def _summarize_route(
         prompt_tokens=prompt_tokens,
         output_tokens=output_tokens,
         latency=latency_of(served),
-        rates=replace(
+        rates=with_loaded_rates(
             rates_of(served, output_tokens, prompt_tokens, seconds=seconds, sent=sent, objective=objective),
-            loaded_tokens_per_s=loaded_rate(stage, records) if route is None else None,
+            records,
+            loaded,
+            duration_s=seconds,
+            objective=objective,
         ),
         client=run.client,
-        nodes=node_shares(served),
+        nodes=node_shares(served, loaded),
         failures=_failures(records),
         gpu=gpu,
         tokens_per_joule=ratio(float(output_tokens), gpu.energy_j if gpu is not None else None),

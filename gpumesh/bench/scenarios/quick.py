@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from gpumesh.bench.scenarios.base import ScenarioContext, ScenarioSteps, make_mesh_stage, make_node_stage
+from gpumesh.bench.scenarios.settled import measure_settled
+from gpumesh.bench.scenarios.warm_up import warm_up_at
 
 REQUESTS = 10  # enough for a p90 (``stats.supports_percentile``)
 
@@ -12,6 +16,7 @@ def measure_quick(context: ScenarioContext) -> ScenarioSteps:
     settings, nodes = context.settings, context.nodes
     count = settings.requests or REQUESTS
     level = settings.concurrency[0] if settings.concurrency else len(nodes)
+    yield from warm_up_at(context, level)
     for node in nodes:
-        yield make_node_stage(context.prompts, node.name, count, concurrency=1)
-    yield make_mesh_stage("mesh", context.prompts, count * len(nodes), level)
+        yield from measure_settled(context, partial(make_node_stage, context.prompts, node.name, count, 1))
+    yield from measure_settled(context, partial(make_mesh_stage, "mesh", context.prompts, count * len(nodes), level))

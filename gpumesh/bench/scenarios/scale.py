@@ -1,22 +1,60 @@
-"""The scenario ``scale``: the mesh against the sum of its nodes."""
+"""The scenario ``scale``: the mesh against the sum of its nodes, each at its capacity."""
 
 from __future__ import annotations
 
-from gpumesh.bench.scenarios.base import ScenarioContext, ScenarioSteps, make_mesh_stage, make_node_stage
+import math
+from functools import partial
+
+from gpumesh.bench.figures.summary import StageResult
+from gpumesh.bench.scenarios.base import (
+    ScenarioContext,
+    ScenarioSteps,
+    make_mesh_stage,
+    make_node_stage,
+    whole_rounds,
+)
+from gpumesh.bench.scenarios.capacity import find_capacities
+from gpumesh.bench.scenarios.settled import measure_settled
+from gpumesh.bench.scenarios.warm_up import warm_up_at
 
 REQUESTS = 10
-MIN_ROUNDS = 3
+ROUNDS = 5
+# The mesh's stage lasts as long as the longest stage of a node, so that a slow node answers as often as alone. But a
+# much faster node needs many requests for that.
+MAX_MESH_ROUNDS = 25
 
 
 def measure_scale(context: ScenarioContext) -> ScenarioSteps:
-    """Each node alone at its full load, then the mesh at the sum of the loads. Efficiency is mesh ÷ sum of nodes."""
+    """Each node alone at its capacity, then the mesh at the sum of the capacities. Efficiency is mesh ÷ sum of nodes.
+
+    The capacities are found first. With ``settings.concurrency``, its first level is used for each node instead.
+    """
     settings = context.settings
-    total_level = total_count = 0
+    if settings.concurrency:
+        levels = {node.name: settings.concurrency[0] for node in context.nodes}
+        for name, level in levels.items():
+            yield from warm_up_at(context, level, name)
+    else:
+        yield from find_capacities(context)
+        levels = {capacity.node: capacity.parallel for capacity in context.capacities}
+    alone: list[StageResult] = []
+    planned_count = 0
     for node in context.nodes:
-        # By default the full load: as many requests as the node runs at once; 1 if that is unknown.
-        level = settings.concurrency[0] if settings.concurrency else node.parallel or 1
-        count = max(settings.requests or REQUESTS, MIN_ROUNDS * level)
-        total_level += level
-        total_count += count
-        yield make_node_stage(context.prompts, node.name, count, level)
-    yield make_mesh_stage("mesh", context.prompts, total_count, total_level)
+        level = levels[node.name]
+        count = whole_rounds(max(settings.requests or REQUESTS, ROUNDS * level), level)
+        planned_count += count
+        outcome = yield from measure_settled(
+            context, partial(make_node_stage, context.prompts, node.name, count, level)
+        )
+        alone.extend(outcome.results)
+    total_level = sum(levels.values())
+    count = _mesh_count(alone, planned_count, total_level)
+    yield from measure_settled(context, partial(make_mesh_stage, "mesh", context.prompts, count, total_level))
+
+
+def _mesh_count(alone: list[StageResult], planned_count: int, level: int) -> int:
+    """How many requests keep the mesh busy for as long as the longest stage of a node took, in whole rounds."""
+    longest_s = max((stage.duration_s for stage in alone), default=0.0)
+    per_s = math.fsum(stage.rates.loaded_requests_per_s or stage.rates.requests_per_s or 0.0 for stage in alone)
+    wanted_count = min(math.ceil(longest_s * per_s), MAX_MESH_ROUNDS * level)
+    return whole_rounds(max(planned_count, wanted_count), level)

@@ -2,17 +2,37 @@
 
 from __future__ import annotations
 
-from gpumesh.bench.scenarios.base import ScenarioContext, ScenarioSteps, make_mesh_stage
+from functools import partial
 
-DEFAULT_LEVELS = (1, 2, 4, 8)
-# At least ten requests, which are enough for a p90, and three rounds: in the first round and in the last, not all slots
-# are taken all the time.
-MIN_REQUESTS, MIN_ROUNDS = 10, 3
+from gpumesh.bench.scenarios.base import ScenarioContext, ScenarioSteps, make_mesh_stage, whole_rounds
+from gpumesh.bench.scenarios.capacity import find_capacities
+from gpumesh.bench.scenarios.settled import measure_settled
+from gpumesh.bench.scenarios.warm_up import warm_up_at
+
+# At least ten requests, which are enough for a p90, and four rounds: the first round and the last do not count.
+MIN_REQUESTS, MIN_ROUNDS = 10, 4
+PAST_CAPACITY = (1.5, 2.0)  # the levels past the capacity, as multiples of it
 
 
 def measure_sweep(context: ScenarioContext) -> ScenarioSteps:
-    """The mesh at each level of concurrency, one stage for each."""
-    settings = context.settings
-    for level in settings.concurrency or DEFAULT_LEVELS:
-        count = max(settings.requests or 0, MIN_REQUESTS, MIN_ROUNDS * level)
-        yield make_mesh_stage(f"c={level}", context.prompts, count, level)
+    """The mesh at each level of concurrency, one stage for each.
+
+    The levels are those of the settings. Without them, the capacity of each node is found first, and the levels rise to
+    the sum of the capacities and past it.
+    """
+    levels = context.settings.concurrency
+    if levels:
+        yield from warm_up_at(context, max(levels))
+    else:
+        yield from find_capacities(context)
+        levels = sweep_levels(sum(capacity.parallel for capacity in context.capacities))
+    for level in levels:
+        count = whole_rounds(max(context.settings.requests or 0, MIN_REQUESTS, MIN_ROUNDS * level), level)
+        yield from measure_settled(context, partial(make_mesh_stage, f"c={level}", context.prompts, count, level))
+
+
+def sweep_levels(capacity: int) -> tuple[int, ...]:
+    """The levels of a sweep: the powers of 2 below the capacity, the capacity, and two levels past it."""
+    below = [2**exponent for exponent in range(capacity.bit_length()) if 2**exponent < capacity]
+    past = [round(capacity * factor) for factor in PAST_CAPACITY]
+    return tuple(sorted({*below, capacity, *past}))

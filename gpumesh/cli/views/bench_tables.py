@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import typer
 
 from gpumesh.bench.comparison.compare import Comparison, Difference, DifferenceVerdict
+from gpumesh.bench.figures.knee import Knee
+from gpumesh.bench.figures.scaling import Scaling
 from gpumesh.bench.figures.summary import StageResult, stage_label
 from gpumesh.bench.report.answer import partial_sentence
 from gpumesh.bench.report.svg import format_number
@@ -39,13 +41,14 @@ RESULT_COLUMNS = (
     Column("TOK/S EACH", 2, right=True),
     Column("TOK/S", 1, right=True),
     Column("REQ/S", 3, right=True),
+    Column("GOOD/S", 4, right=True),
 )
 
 
 def print_result(result: BenchResult, *, notes: bool) -> None:
     """Prints the table of the stages, and the figures for which it has no column, to stdout; with ``notes`` the
     result's notes to stderr."""
-    print_fitted_table(RESULT_COLUMNS, [_stage_cells(stage) for stage in result.stages])
+    print_fitted_table(RESULT_COLUMNS, [_stage_cells(stage, result.knee) for stage in result.stages])
     partial = partial_sentence(result)
     if partial is not None:
         typer.echo(clean_line(partial))
@@ -56,11 +59,22 @@ def print_result(result: BenchResult, *, notes: bool) -> None:
             typer.echo(f"note: {clean_line(note)}", err=True)
 
 
-def _stage_cells(stage: StageResult) -> list[Cell | str]:
-    """The row of a stage: a cell for each of ``RESULT_COLUMNS``."""
+def _stage_name(stage: StageResult, *, is_knee: bool) -> str:
+    """The name of a stage, marked if it is the knee, or was ended before its end."""
+    mark = " (partial)" if stage.partial else " (knee)" if is_knee else ""
+    return stage_label(stage) + mark
+
+
+def _stage_cells(stage: StageResult, knee: Knee | None) -> list[Cell | str]:
+    """The row of a stage: a cell for each of ``RESULT_COLUMNS``. The rates are those while all slots were busy.
+
+    The stage of the ``knee`` is marked.
+    """
+    rates = stage.rates
+    is_knee = knee is not None and stage.concurrency == knee.level
     failed = stage.failed + stage.cut  # an answer that was cut is a failure, too
     return [
-        f"{stage_label(stage)} (partial)" if stage.partial else stage_label(stage),
+        _stage_name(stage, is_knee=is_knee),
         "open" if stage.concurrency is None else str(stage.concurrency),
         str(stage.served),
         Cell(str(failed), "red" if failed else "dim"),
@@ -69,22 +83,25 @@ def _stage_cells(stage: StageResult) -> list[Cell | str]:
         format_number(stage.latency.tpot.p50),
         format_number(stage.latency.end_to_end.p50),
         format_number(stage.latency.end_to_end.p90),
-        format_number(stage.rates.server.p50),
-        format_number(stage.rates.output_tokens_per_s),
-        format_number(stage.rates.requests_per_s),
+        format_number(rates.server.p50),
+        format_number(rates.best_tokens_per_s),
+        format_number(rates.best_requests_per_s),
+        format_number(rates.best_goodput_per_s),
     ]
 
 
 def _result_lines(result: BenchResult) -> Iterator[str]:
     """Yields a line for each figure for which the table has no column: the scaling, the cost of routes, and the lines
     of each stage. ``p50`` is the median."""
-    scaling = result.scaling
-    if scaling is not None:
+    for capacity in result.capacity:
         yield (
-            f"scaling: mesh {format_number(scaling.mesh_tokens_per_s)} tok/s"
-            f" of {format_number(scaling.sum_tokens_per_s)} "
-            f"that its nodes give alone: {scaling.efficiency:.0%}"
+            f"capacity of {capacity.node}: {capacity.parallel} at once, {format_number(capacity.tokens_per_s)} tok/s"
+            f" ({capacity.reason})"
         )
+    if result.knee is not None:
+        yield f"knee: {result.knee.text}"
+    if result.scaling is not None:
+        yield from _scaling_lines(result.scaling)
     for node, costs in itertools.groupby(result.routes, key=lambda cost: cost.node):
         shortest, *others = costs  # the result lists the routes of a node from the shortest on
         outside = format_number(shortest.outside_server_p50_ms)
@@ -93,6 +110,25 @@ def _result_lines(result: BenchResult) -> Iterator[str]:
         yield "; ".join(parts)
     for stage in result.stages:
         yield from _stage_lines(stage)
+
+
+def _scaling_lines(scaling: Scaling) -> Iterator[str]:
+    """Yields the efficiency with its explanation, where the loss of each node went, and what ramp and tail cost."""
+    why = f" ({scaling.explanation})" if scaling.explanation is not None else ""
+    yield (
+        f"scaling: mesh {format_number(scaling.mesh_tokens_per_s)} tok/s of {format_number(scaling.sum_tokens_per_s)} "
+        f"that its nodes give alone: {scaling.efficiency:.0%}{why}"
+    )
+    for loss in scaling.losses:
+        yield (
+            f"{loss.node}: {format_number(loss.mesh_tokens_per_s)} tok/s in the mesh,"
+            f" {format_number(loss.alone_tokens_per_s)} alone;"
+            f" lost to starved slots {format_number(loss.starved_tokens_per_s)},"
+            f" to slowdown {format_number(loss.slowed_tokens_per_s)},"
+            f" to swapped models {format_number(loss.swapped_tokens_per_s)}"
+        )
+    if scaling.tail_share is not None:
+        yield f"a batch of just these requests would lose {scaling.tail_share:.0%} more by its ramp and its tail"
 
 
 def _stage_lines(stage: StageResult) -> Iterator[str]:

@@ -52,11 +52,12 @@ def prompt(stage: Stage, index: int) -> str:
 
 
 def test_each_begins_by_warming_up_every_node() -> None:
-    """One token each: the model is loaded before anything is measured."""
+    """A full answer each: the model is loaded, and everything was used, before anything is measured."""
     for scenario in Scenario:
         warm = planned(scenario, trace=TRACE)[0]
         assert (warm.kind, [one.node for one in warm.requests]) == (StageKind.WARM_UP, ["alpha", "beta"])
-        assert {one.chat.options["num_predict"] for one in warm.requests} == {1}
+        assert {one.chat.options["num_predict"] for one in warm.requests} == {64}
+        assert warm.concurrency == 2, "all nodes load at the same time"
 
 
 def test_quick_is_each_node_alone_and_then_all() -> None:
@@ -70,28 +71,27 @@ def test_quick_is_each_node_alone_and_then_all() -> None:
     assert {one.node for one in made[3].requests} == {None}, "the mesh chooses"
     assert sum(len(stage.requests) for stage in made) == 42
     fewer = planned(Scenario.QUICK, BenchSettings("m", requests=3, concurrency=(5,)))
-    assert [shape(stage)[2:] for stage in fewer[1:]] == [(3, 1), (3, 1), (6, 5)]
+    assert [shape(stage)[2:] for stage in fewer[1:]] == [(5, 5), (3, 1), (3, 1), (6, 5)]
+    assert fewer[1].kind is StageKind.WARM_UP, "full answers at full concurrency"
 
 
 def test_sweep_has_a_stage_for_each_level_with_enough_requests() -> None:
-    assert [shape(stage) for stage in planned(Scenario.SWEEP)[1:]] == [
-        ("c=1", StageKind.MESH, 10, 1),
-        ("c=2", StageKind.MESH, 10, 2),
-        ("c=4", StageKind.MESH, 12, 4),
-        ("c=8", StageKind.MESH, 24, 8),
-    ]
     chosen = planned(Scenario.SWEEP, BenchSettings("m", requests=100, concurrency=(3, 64)))
-    assert [shape(stage)[2:] for stage in chosen[1:]] == [(100, 3), (192, 64)]
+    assert [shape(stage)[2:] for stage in chosen[1:]] == [(64, 64), (102, 3), (256, 64)]
+    assert chosen[1].kind is StageKind.WARM_UP
+    few = planned(Scenario.SWEEP, BenchSettings("m", concurrency=(1, 2, 4)))
+    assert [shape(stage)[2:] for stage in few[2:]] == [(10, 1), (10, 2), (16, 4)]
 
 
-def test_scale_loads_each_node_as_it_can_and_the_mesh_with_the_sum() -> None:
-    assert [shape(stage) for stage in planned(Scenario.SCALE)[1:]] == [
-        ("alpha", StageKind.NODE, 10, 1),
-        ("beta", StageKind.NODE, 12, 4),
-        ("mesh", StageKind.MESH, 22, 5),
-    ]
+def test_scale_loads_each_node_as_it_was_chosen_and_the_mesh_with_the_sum() -> None:
     chosen = planned(Scenario.SCALE, BenchSettings("m", concurrency=(3,)))
-    assert [stage.concurrency for stage in chosen[1:]] == [3, 3, 6]
+    assert [shape(stage) for stage in chosen[1:]] == [
+        ("warm-up at 3", StageKind.WARM_UP, 3, 3),
+        ("warm-up at 3", StageKind.WARM_UP, 3, 3),
+        ("alpha", StageKind.NODE, 15, 3),
+        ("beta", StageKind.NODE, 15, 3),
+        ("mesh", StageKind.MESH, 30, 6),
+    ]
 
 
 def test_overhead_is_one_token_for_each_route_and_node() -> None:
@@ -106,7 +106,8 @@ def test_overhead_is_one_token_for_each_route_and_node() -> None:
 
 
 def test_failover_takes_a_node_away_from_a_steady_load() -> None:
-    (stage,) = planned(Scenario.FAILOVER)[1:]
+    warm, stage = planned(Scenario.FAILOVER)[1:]
+    assert (warm.kind, warm.concurrency) == (StageKind.WARM_UP, 4)
     assert shape(stage) == ("failover", StageKind.MESH, 40, 4)
     assert stage.disturb
     with pytest.raises(UsageError, match="two nodes"):

@@ -1,0 +1,147 @@
+"""The part of a stage in which all slots were busy, without the ramp at its start and the tail at its end. Pure.
+
+Only in this part does a rate say what a node or the mesh can do: before it the slots fill, after it they become empty.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from gpumesh.backends.base import ServerCounters
+from gpumesh.bench.load.samples import LoadSample, SampleOutcome
+from gpumesh.bench.stats import rate
+
+# The first round is left out only if at least this share of the time until the last send is left.
+MIN_LOADED_SHARE = 0.4
+# As in the balancer (balancer/limits/parallel_limit.py): a shorter time is no wait for a slot, and no load.
+WAIT_NOISE_MS, WAIT_NOISE_SHARE = 50.0, 0.05
+LOAD_NOISE_MS = 200.0
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedPart:
+    """From when to when all slots were busy, in seconds of the stage."""
+
+    start_s: float
+    end_s: float
+
+    @property
+    def seconds(self) -> float:
+        return self.end_s - self.start_s
+
+
+def find_loaded_part(concurrency: int | None, records: Sequence[LoadSample]) -> LoadedPart | None:
+    """Finds the part of a closed loop in which ``concurrency`` requests were in flight at every moment.
+
+    It ends when the last request is sent: until then each answer that ended was followed by another request. It begins
+    when each of the first ``concurrency`` requests has ended. All of them are sent at the same moment, so that all
+    slots read their prompts at once; only after this first round are they in all phases of an answer. If that leaves
+    too little of the stage (fewer than three rounds, or a node that is much slower than the others), the part begins
+    with the stage.
+
+    ``None`` for an open loop, and if all requests were sent at once.
+    """
+    if concurrency is None or len(records) <= concurrency:
+        return None
+    in_order = sorted(records, key=lambda record: record.sent_s)
+    end_s = in_order[-1].sent_s
+    start_s = max(record.ended_s for record in in_order[:concurrency])
+    if end_s <= 0.0:
+        return None
+    if end_s - start_s < MIN_LOADED_SHARE * end_s:
+        start_s = 0.0
+    return LoadedPart(start_s, end_s)
+
+
+def tokens_between(records: Sequence[LoadSample], start_s: float, end_s: float) -> float:
+    """The number of tokens that arrived from ``start_s`` to ``end_s`` (seconds of the stage).
+
+    All pieces of an answer count as equal shares of the answer's tokens.
+    """
+    token_counts: list[float] = []
+    for record in records:
+        if record.arrivals_s:
+            tokens_per_piece = (record.tokens or 0) / len(record.arrivals_s)
+            pieces = sum(start_s <= arrival_s < end_s for arrival_s in record.arrivals_s)
+            token_counts.append(tokens_per_piece * pieces)
+    return math.fsum(token_counts)
+
+
+def token_rate(records: Sequence[LoadSample], part: LoadedPart | None) -> float | None:
+    """The tokens/s that arrived in this part. ``None`` without a part."""
+    return None if part is None else rate(tokens_between(records, part.start_s, part.end_s), part.seconds)
+
+
+def answer_rate(
+    records: Sequence[LoadSample], part: LoadedPart | None, *, counts: Callable[[LoadSample], bool]
+) -> float | None:
+    """The served requests per second that ended in this part and that ``counts`` accepts. ``None`` without a part.
+
+    The answers with whose end the part begins are not counted, those with whose end it ends are: so whole rounds count.
+    """
+    if part is None:
+        return None
+    ended = [
+        record
+        for record in records
+        if part.start_s < record.ended_s <= part.end_s and record.outcome is SampleOutcome.SERVED and counts(record)
+    ]
+    return rate(len(ended), part.seconds)
+
+
+def mean_busy(records: Sequence[LoadSample], part: LoadedPart | None) -> float | None:
+    """How many of these requests the server worked on at once, on the mean over this part. ``None`` without a part.
+
+    The server works on a request for its own total time, without the time that the request waited inside it for a slot.
+    If the server gives no durations, it is the time from the first piece of the answer to its end.
+    """
+    if part is None or part.seconds <= 0:
+        return None
+    overlaps = (min(record.ended_s, part.end_s) - max(_work_began_s(record), part.start_s) for record in records)
+    return math.fsum(overlap for overlap in overlaps if overlap > 0) / part.seconds
+
+
+def _work_began_s(record: LoadSample) -> float:
+    """When the server began to work on a request, in seconds of the stage; its end if it never began."""
+    counters = record.counters
+    if counters is not None and counters.total_ms is not None and counters.waited_ms is not None:
+        return max(record.sent_s, record.ended_s - (counters.total_ms - counters.waited_ms) / 1000.0)
+    return record.arrivals_s[0] if record.arrivals_s else record.ended_s
+
+
+def most_at_once(records: Sequence[LoadSample]) -> int:
+    """The largest number of answers that had begun and had not ended at one moment, as the client saw it.
+
+    Answers that come at the same time are the surest sign of how many requests a server runs in parallel. The last
+    piece of an answer does not count, because a client can see it after the first piece of the answer that follows in
+    the same slot.
+    """
+    changes: list[tuple[float, int]] = []
+    for record in records:
+        if len(record.arrivals_s) >= 2:
+            changes.append((record.arrivals_s[0], +1))
+            changes.append((record.arrivals_s[-2], -1))
+    most = now = 0
+    for _at_s, change in sorted(changes):  # at equal times, ends come first
+        now += change
+        most = max(most, now)
+    return most
+
+
+def count_waited_inside(records: Sequence[LoadSample]) -> int | None:
+    """How many requests waited inside the server for a slot. ``None`` if no server gave the durations to tell."""
+    known = [record.counters for record in records if record.counters and record.counters.waited_ms is not None]
+    return sum(_has_waited(counters) for counters in known) if known else None
+
+
+def _has_waited(counters: ServerCounters) -> bool:
+    """Whether a request waited inside the server for longer than noise would explain."""
+    return (counters.waited_ms or 0.0) > max(WAIT_NOISE_MS, WAIT_NOISE_SHARE * (counters.total_ms or 0.0))
+
+
+def load_seconds(records: Sequence[LoadSample]) -> float:
+    """The seconds that these requests waited for their model to be loaded, all together."""
+    loads_ms = (record.counters.load_ms or 0.0 for record in records if record.counters is not None)
+    return math.fsum(load_ms for load_ms in loads_ms if load_ms > LOAD_NOISE_MS) / 1000.0
