@@ -8,6 +8,8 @@ from datetime import UTC, datetime
 from random import Random
 from typing import TypeAlias
 
+from gpumesh.bench.figures.knee import find_knee
+from gpumesh.bench.figures.rate_notes import rate_notes
 from gpumesh.bench.figures.route_costs import route_costs
 from gpumesh.bench.figures.scaling import scaling
 from gpumesh.bench.figures.summary import StageResult
@@ -24,7 +26,6 @@ from gpumesh.bench.stage_runner import BenchTarget, DrainDisturbance, ProgressRe
 from gpumesh.bench.stats import Objective
 from gpumesh.bench.workload.prompts import OwnPrompt, PromptFactory
 from gpumesh.bench.workload.settings import BenchSettings, Scenario
-from gpumesh.bench.workload.stages import StageKind
 from gpumesh.bench.workload.traces import TracedRequest
 
 
@@ -84,7 +85,9 @@ async def run_benchmark(
     names = [node.name for node in nodes]
     if disturbance is None and scenario is Scenario.FAILOVER:
         disturbance = DrainDisturbance(target, names)
-    run = StageRunner(target, names, objective, progress, disturbance, keys or ApiKeys(), only_node, load)
+    run = StageRunner(
+        target, names, objective, progress, disturbance, keys or ApiKeys(), only_node, load, model=settings.model
+    )
     context = ScenarioContext(
         settings,
         run.node_facts(state),
@@ -93,6 +96,7 @@ async def run_benchmark(
         own_prompts=own_prompts,
         routes=count_routes(state),
         notes=all_notes,
+        has_mesh=load is None or load.via in (Via.GATEWAY, Via.MESH),
     )
     is_url = run.via is Via.URL
 
@@ -115,7 +119,10 @@ async def run_benchmark(
             # Only these two scenarios measure each node alone and then the mesh.
             scaling=scaling(whole_stages) if scenario in (Scenario.SCALE, Scenario.QUICK) else None,
             routes=route_costs(stages),
-            notes=tuple(dict.fromkeys([*all_notes, *run.notes, *load_notes(stages)])),  # each note once
+            # Each note once.
+            notes=tuple(dict.fromkeys([*all_notes, *run.notes, *load_notes(stages), *rate_notes(stages)])),
+            capacity=tuple(context.capacities),
+            knee=find_knee(whole_stages, objective) if scenario is Scenario.SWEEP else None,
             partial=partial,
         )
 
@@ -124,8 +131,6 @@ async def run_benchmark(
     keep(make_result(partial=True), ())
     try:
         while stage is not None:
-            if is_url and scenario is Scenario.QUICK and stage.kind is StageKind.MESH:
-                break  # a single server is not a mesh: it has been measured alone
             outcome = await run.measure(stage)
             keep(make_result(partial=True), run.records)
             try:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import replace
 from typing import Protocol
 
 from gpumesh.bench.figures.gpu_meter import GpuSample, gpu_use, sample_gpus
 from gpumesh.bench.figures.summary import StageResult, summarize_stage
-from gpumesh.bench.load.generator import Disturbance, run_interleaved
+from gpumesh.bench.load.generator import Disturbance, run_interleaved, run_stage
 from gpumesh.bench.load.load_sources import LoadOfThisProcess, LoadSource
 from gpumesh.bench.load.routes import ApiKeys, http_route
 from gpumesh.bench.load.samples import LoadSample, StageRun
@@ -19,6 +19,7 @@ from gpumesh.bench.stats import Objective
 from gpumesh.bench.workload.stages import Stage, StageKind
 from gpumesh.errors import GPUMeshError
 from gpumesh.state import MeshState
+from gpumesh.text.model_names import full_name
 from gpumesh.topology import BackendKind
 
 MESH, GATEWAY, TUNNEL = "mesh", "gateway", "tunnel"  # the names of the routes of the scenario ``overhead``
@@ -82,7 +83,7 @@ class StageRunner:
     """Runs the stages that a scenario asks for, one after another, and keeps their figures and records.
 
     ``nodes`` are the names of the measured nodes. ``only_node``: every request goes to this node.
-    ``load`` sends the requests; ``None``: this process does, through the target.
+    ``load`` sends the requests; ``None``: this process does, through the target. ``model`` is the measured model.
     """
 
     def __init__(
@@ -95,6 +96,8 @@ class StageRunner:
         keys: ApiKeys,
         only_node: str | None,
         load: LoadSource | None = None,
+        *,
+        model: str,
     ) -> None:
         self._target = target
         self._nodes = nodes
@@ -103,6 +106,7 @@ class StageRunner:
         self._disturbance = disturbance
         self._keys = keys
         self._only_node = only_node
+        self._model = full_name(model)
         self._load = load or LoadOfThisProcess(target.send())
         self.last_state: MeshState | None = None  # the latest state of the mesh that a stage has seen
         self.via = self._load.via
@@ -111,16 +115,23 @@ class StageRunner:
         self.notes: list[str] = []
 
     def node_facts(self, state: MeshState) -> tuple[NodeFacts, ...]:
-        """The measured nodes as they are in this state of the mesh."""
+        """The measured nodes as they are in this state of the mesh.
+
+        The limit is that of the measured model. If it is not known, it is the largest limit of any model there.
+        """
         facts = []
         for node in state.nodes:
             if node.name in self._nodes:
                 loaded = tuple(model.name for model in node.backend.loaded)
-                facts.append(NodeFacts(node.name, node.load.limit, loaded))
+                slots = next((learned.slots for learned in node.learned if learned.model == self._model), None)
+                facts.append(NodeFacts(node.name, node.load.limit if slots is None else slots, loaded))
         return tuple(facts)
 
     async def measure(self, stage: Stage) -> StageOutcome:
         """Runs a stage, keeps its records, and returns its figures; a warm-up has none.
+
+        The figures of a ramp are only for the scenario, so they are not kept. A stage that is measured again takes the
+        place of its earlier result; the records of all its tries are kept, with the number of the try.
 
         If the stage is cancelled, or the mesh ends, what was measured until then is kept, and the error is raised.
         """
@@ -146,9 +157,11 @@ class StageRunner:
     ) -> tuple[StageResult, ...]:
         """Keeps the records of a stage and its figures, and returns the figures; a warm-up has none."""
         stage = run.stage
-        self.records.extend(run.records)
+        label = stage.name if stage.attempt == 1 else f"{stage.name} (try {stage.attempt})"
+        self.records.extend(replace(record, stage=label) for record in run.records)
+        if stage.kind in (StageKind.WARM_UP, StageKind.CAPACITY):
+            self.notes.extend(_failure_notes(run))
         if stage.kind is StageKind.WARM_UP:
-            self.notes.extend(_warm_up_notes(run))
             return ()
         measured_nodes = frozenset([stage.node] if stage.node else self._nodes)
         results = [
@@ -156,13 +169,18 @@ class StageRunner:
             for result in summarize_stage(run, self._objective, gpu_use(gpu_samples, measured_nodes))
             if result.requests  # none, if the stage was ended before its first answer began
         ]
-        self.results.extend(results)
+        if stage.kind is not StageKind.CAPACITY:
+            self.results = [result for result in self.results if stage.attempt == 1 or result.name != stage.name]
+            self.results.extend(results)
         return tuple(results)
 
     async def _run(self, stage: Stage, state: MeshState, on_cut_short: Callable[[StageRun], None]) -> StageRun:
         """Sends the requests of a stage over its routes, or through the mesh."""
         if stage.over_routes:
             return await _run_over_routes(self._target, stage, state, self._progress, self._keys, on_cut_short)
+        if stage.direct:
+            async with _open_tunnel_route(state, stage, self._keys) as send:
+                return await run_stage(send, stage, on_record=self._progress.add_record, on_cut_short=on_cut_short)
         nodes = [node for node in state.nodes if node.name in self._nodes]
         return await self._load.run(
             stage,
@@ -187,18 +205,22 @@ def _pin_to_node(stage: Stage, node: str) -> Stage:
     return replace(stage, requests=tuple(replace(planned, node=node) for planned in stage.requests))
 
 
-def _warm_up_notes(run: StageRun) -> list[str]:
-    """A note for each warm-up request that failed."""
-    return [
-        f"{record.node}: the warm-up request failed: {record.error}"
-        for record in run.records
-        if record.error is not None
-    ]
+def _failure_notes(run: StageRun) -> list[str]:
+    """A note for each request of a warm-up or a ramp that failed."""
+    what = "a request of its ramp" if run.stage.kind is StageKind.CAPACITY else "the warm-up request"
+    return [f"{record.node}: {what} failed: {record.error}" for record in run.records if record.error is not None]
 
 
 def count_routes(state: MeshState) -> int:
     """The number of routes to each node that ``_run_over_routes`` uses."""
     return 3 if state.gateway.url is not None else 2
+
+
+def _open_tunnel_route(state: MeshState, stage: Stage, keys: ApiKeys) -> AbstractAsyncContextManager[SendPrompt]:
+    """The route to the server of the stage's node through its tunnel alone."""
+    node = state.node(stage.node or "")
+    assert node.backend.url is not None, "a node that is up has no URL"
+    return http_route(node.backend.url, BackendKind(node.backend.kind), api_key=keys.nodes.get(node.name))
 
 
 async def _run_over_routes(
@@ -213,13 +235,10 @@ async def _run_over_routes(
 
     Each request takes the next route. ``state`` is the mesh's state, with the URLs of the node and of the gateway.
     """
-    node = state.node(stage.node or "")  # a stage of one node has its name
+    kind = BackendKind(state.node(stage.node or "").backend.kind)  # a stage of one node has its name
     async with AsyncExitStack() as stack:
         routes: list[tuple[str, SendPrompt]] = []  # the shortest route first: ``route_costs`` compares with it
-        assert node.backend.url is not None, "a node that is up has no URL"
-        kind = BackendKind(node.backend.kind)
-        tunnel = http_route(node.backend.url, kind, api_key=keys.nodes.get(node.name))
-        routes.append((TUNNEL, await stack.enter_async_context(tunnel)))
+        routes.append((TUNNEL, await stack.enter_async_context(_open_tunnel_route(state, stage, keys))))
         routes.append((MESH, target.send()))
         if state.gateway.url is not None:
             gateway = http_route(state.gateway.url, kind, through_gateway=True, api_key=keys.gateway)

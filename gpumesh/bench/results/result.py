@@ -13,6 +13,8 @@ from datetime import datetime
 from typing import Any
 
 from gpumesh import __version__
+from gpumesh.bench.figures.capacity import NodeCapacity
+from gpumesh.bench.figures.knee import Knee
 from gpumesh.bench.figures.latency import request_tpot_ms
 from gpumesh.bench.figures.route_costs import RouteCost
 from gpumesh.bench.figures.scaling import Scaling
@@ -76,6 +78,9 @@ class BenchResult:
     ``partial``: the run has not come to its end, so stages may be missing and the last stage may be partial itself.
     ``partial_reason`` says what ended it. A partial result without a reason is of a run that still goes on, or that was
     killed.
+
+    ``capacity`` is that of each node, if the scenario has found it first (empty: it has not). ``knee`` is that of a
+    sweep.
     """
 
     at: datetime
@@ -87,6 +92,8 @@ class BenchResult:
     scaling: Scaling | None = None
     routes: tuple[RouteCost, ...] = ()
     notes: tuple[str, ...] = ()
+    capacity: tuple[NodeCapacity, ...] = ()
+    knee: Knee | None = None
     partial: bool = False
     partial_reason: str | None = None
 

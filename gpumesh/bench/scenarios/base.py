@@ -6,10 +6,12 @@ scenario decides which stage comes next. So a scenario decides without I/O, and 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
+from gpumesh.bench.figures.capacity import NodeCapacity
 from gpumesh.bench.figures.summary import StageResult
 from gpumesh.bench.workload.prompts import OwnPrompt, PromptFactory
 from gpumesh.bench.workload.settings import BenchSettings
@@ -52,7 +54,8 @@ class ScenarioContext:
 
     ``trace`` is for ``replay`` only, ``own_prompts`` (those of a file of the user) for ``load``. ``routes``: over how
     many routes ``overhead`` reaches a node. ``notes`` are sentences for the person who reads the result; a scenario may
-    add some.
+    add some. ``has_mesh``: the requests go through the mesh, which may keep some of them in its queue. ``capacities``
+    are those of the nodes, once a scenario has found them.
     """
 
     settings: BenchSettings
@@ -62,6 +65,8 @@ class ScenarioContext:
     own_prompts: Sequence[OwnPrompt] = ()
     routes: int = 1
     notes: list[str] = field(default_factory=list)
+    has_mesh: bool = True
+    capacities: list[NodeCapacity] = field(default_factory=list)
 
 
 ScenarioSteps: TypeAlias = Generator[Stage, StageOutcome, None]
@@ -78,6 +83,7 @@ def make_stage(
     over_routes: bool = False,
     duration_s: float | None = None,
     think_s: float = 0.0,
+    direct: bool = False,
 ) -> Stage:
     """Makes a stage of these requests. Without ``concurrency``, it is an open loop. The rest is as in ``Stage``."""
     return Stage(
@@ -90,7 +96,13 @@ def make_stage(
         over_routes=over_routes,
         duration_s=duration_s,
         think_s=think_s,
+        direct=direct,
     )
+
+
+def whole_rounds(count: int, level: int) -> int:
+    """The number of requests, rounded up to a multiple of ``level``: then no round has fewer in flight than others."""
+    return math.ceil(count / level) * level
 
 
 def make_node_stage(prompts: PromptFactory, node: str, count: int, concurrency: int) -> Stage:

@@ -84,7 +84,7 @@ def _confirm_slots(
     last = points[-1]
     server_parallel = None
     reason = f"its server runs {last.running} at once; the others wait inside it"
-    if not last.waited_inside and last.at_once < level:
+    if context.has_mesh and not last.waited_inside and last.at_once < level:
         outcome = yield _ramp_stage(context, node, level, tokens, is_direct=True)
         reason = f"its server runs {last.running} at once"
         if outcome.results and outcome.results[0].served:

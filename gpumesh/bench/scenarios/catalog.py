@@ -13,8 +13,9 @@ from gpumesh.bench.scenarios.quick import measure_quick
 from gpumesh.bench.scenarios.replay import measure_replay
 from gpumesh.bench.scenarios.scale import measure_scale
 from gpumesh.bench.scenarios.sweep import measure_sweep
-from gpumesh.bench.scenarios.warm_up import warm_up
+from gpumesh.bench.scenarios.warm_up import warm_up, warm_up_at
 from gpumesh.bench.workload.settings import Scenario
+from gpumesh.bench.workload.stages import StageKind
 from gpumesh.errors import UsageError
 
 SCENARIOS: Mapping[Scenario, Callable[[ScenarioContext], ScenarioSteps]] = MappingProxyType(
@@ -44,6 +45,8 @@ def scenario_steps(scenario: Scenario, context: ScenarioContext) -> ScenarioStep
     steps = SCENARIOS[scenario](context)
     first_stage = next(steps)  # before the warm-up, so that an error comes before anything is sent
     yield from warm_up(context)
+    if first_stage.kind in (StageKind.NODE, StageKind.MESH):  # otherwise the scenario warms up itself
+        yield from warm_up_at(context, first_stage.concurrency or 1, first_stage.node)
     stage = first_stage
     while True:
         outcome = yield stage

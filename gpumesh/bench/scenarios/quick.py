@@ -19,4 +19,6 @@ def measure_quick(context: ScenarioContext) -> ScenarioSteps:
     yield from warm_up_at(context, level)
     for node in nodes:
         yield from measure_settled(context, partial(make_node_stage, context.prompts, node.name, count, 1))
+    if len(nodes) == 1 and not context.has_mesh:
+        return  # a single server is not a mesh: it has been measured alone
     yield from measure_settled(context, partial(make_mesh_stage, "mesh", context.prompts, count * len(nodes), level))

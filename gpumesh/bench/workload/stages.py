@@ -9,9 +9,13 @@ from gpumesh.backends.base import ChatRequest
 
 
 class StageKind(StrEnum):
-    """What a stage measures: nothing (it only loads the model), one node alone, the mesh, or a trace on the mesh."""
+    """What a stage measures: nothing (it only warms up), the capacity of a node, one node alone, the mesh, or a trace.
+
+    Stages of the first two kinds give no figures of the result.
+    """
 
     WARM_UP = "warm-up"
+    CAPACITY = "capacity"
     NODE = "node"
     MESH = "mesh"
     TRACE = "trace"
@@ -41,6 +45,8 @@ class Stage:
     the middle of the stage. ``over_routes``: the requests take turns over all routes to the node.
     ``duration_s``: after this time nothing more is sent, and the requests that are left over are not records.
     ``think_s``: the time between an answer and the next turn of its conversation.
+    ``direct``: the requests go to the node's server through its tunnel, without the mesh. ``attempt`` is more than 1 if
+    the stage is measured again (``scenarios/settled.py``): then the earlier results of this name do not count.
     """
 
     name: str
@@ -52,6 +58,8 @@ class Stage:
     over_routes: bool = False
     duration_s: float | None = None
     think_s: float = 0.0
+    direct: bool = False
+    attempt: int = 1
 
     @property
     def open_loop(self) -> bool:
