@@ -12,12 +12,12 @@ from gpumesh.bench.figures.summary import StageResult, summarize_stage
 from gpumesh.bench.load.generator import Disturbance, run_interleaved, run_stage
 from gpumesh.bench.load.load_sources import LoadOfThisProcess, LoadSource
 from gpumesh.bench.load.routes import ApiKeys, http_route
-from gpumesh.bench.load.samples import LoadSample, StageRun
+from gpumesh.bench.load.samples import LoadSample, SampleOutcome, StageRun
 from gpumesh.bench.load.send_prompt import SendPrompt
 from gpumesh.bench.scenarios.base import NodeFacts, StageOutcome
 from gpumesh.bench.stats import Objective
 from gpumesh.bench.workload.stages import Stage, StageKind
-from gpumesh.errors import GPUMeshError
+from gpumesh.errors import BackendUnreachable, GPUMeshError, MeshNotRunning, StreamCut
 from gpumesh.state import MeshState
 from gpumesh.text.model_names import full_name
 from gpumesh.topology import BackendKind
@@ -139,18 +139,19 @@ class StageRunner:
             stage = _pin_to_node(stage, self._only_node)
         self._progress.start_stage(stage)
         state = self.last_state = await self._target.status()
-        cut_short: list[StageRun] = []  # at most one: what was measured of a stage that was ended early
+        runs: list[StageRun] = []  # at most one: the stage, or what was measured of it until it was ended early
         gpu_samples: list[GpuSample] = []
         try:
             async with sample_gpus(self._target.status) as gpu_samples:
-                run = await self._run(stage, state, cut_short.append)
-        except BaseException as error:
-            for run in cut_short:
-                self._keep(run, gpu_samples, partial=True)
-            raise (_first_of(error) if isinstance(error, BaseExceptionGroup) else error) from None
-        results = self._keep(run, gpu_samples)
+                runs.append(await self._run(stage, state, runs.append))
+        except BaseException as raised:
+            error = _first_of(raised) if isinstance(raised, BaseExceptionGroup) else raised
+            for run in runs:
+                self._keep(_without_lost_requests(run, error), gpu_samples, partial=True)
+            raise error from None
+        results = self._keep(runs[-1], gpu_samples)
         self.last_state = await self._target.status()
-        return StageOutcome(results, self.node_facts(state), self.node_facts(self.last_state), run.duration_s)
+        return StageOutcome(results, self.node_facts(state), self.node_facts(self.last_state), runs[-1].duration_s)
 
     def _keep(
         self, run: StageRun, gpu_samples: Sequence[GpuSample], *, partial: bool = False
@@ -198,6 +199,21 @@ def _first_of(group: BaseExceptionGroup[BaseException]) -> BaseException:
     expected = group.subgroup(GPUMeshError) or group
     first = expected.exceptions[0]
     return _first_of(first) if isinstance(first, BaseExceptionGroup) else first
+
+
+def _without_lost_requests(run: StageRun, error: BaseException) -> StageRun:
+    """The stage as it was measured until ``error`` ended it. If the mesh has gone, the requests to which it gave no
+    answer are unfinished: they have not failed."""
+    if not isinstance(error, GPUMeshError) or error.code != MeshNotRunning.code:
+        return run
+    lost = (BackendUnreachable.code, StreamCut.code)
+    records = [
+        replace(record, outcome=SampleOutcome.UNFINISHED, error=None, error_code=None)
+        if record.error_code in lost
+        else record
+        for record in run.records
+    ]
+    return replace(run, records=tuple(records))
 
 
 def _pin_to_node(stage: Stage, node: str) -> Stage:

@@ -297,7 +297,7 @@ class MortalTarget(Target):
 async def test_a_mesh_that_ends_under_way_ends_the_run_and_fails_no_request() -> None:
     kept = Kept()
     async with two() as made:
-        target = MortalTarget(made.mesh, answers=2 + 10 + 7)
+        target = MortalTarget(made.mesh, answers=2 + 10 + 3 + 7)
         settings = BenchSettings(MODEL, requests=10, tokens=4, concurrency=(1, 3))
         with pytest.raises(MeshNotRunning):
             await ran(made, Scenario.SWEEP, settings, target=target, keep=kept.keep)
