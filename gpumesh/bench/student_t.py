@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+from gpumesh.bench.stats import Interval
+
 _MAX_TERMS = 500  # of the continued fraction; it needs about the square root of the degrees of freedom
 _TINY = 1e-300  # stands for a denominator of 0 in Lentz's method
 
@@ -59,6 +61,33 @@ def spread_of(values: Sequence[float]) -> Spread:
     mean = math.fsum(values) / n
     variance = math.fsum((value - mean) ** 2 for value in values) / (n - 1)
     return Spread(mean, math.sqrt(variance / n), n - 1)
+
+
+def mean_of_runs(values: Sequence[float]) -> float | None:
+    """The figure of several runs: the geometric mean; the arithmetic one if a value is not above 0. ``None``: no value.
+
+    The geometric mean, because figures are compared as ratios: then the ratio of two means is the mean ratio.
+    """
+    if not values:
+        return None
+    if min(values) == max(values):
+        return values[0]  # exactly, without the error of logarithms
+    if min(values) > 0:
+        return math.exp(math.fsum(map(math.log, values)) / len(values))
+    return math.fsum(values) / len(values)
+
+
+def interval_between_runs(values: Sequence[float]) -> Interval | None:
+    """The 95 % confidence interval of a figure from its values in several runs, by Student's t. ``None``: one run."""
+    if len(values) < 2:
+        return None
+    is_log = min(values) > 0
+    spread = spread_of([math.log(value) for value in values] if is_log else values)
+    width = spread.error * critical_value(0.05, spread.df)
+    low, high = spread.mean - width, spread.mean + width
+    if is_log:
+        low, high = math.exp(low), math.exp(high) if high < 700 else math.inf
+    return Interval(max(low, 0.0), high, len(values))
 
 
 def _incomplete_beta(x: float, a: float, b: float) -> float:

@@ -34,6 +34,7 @@ class RateIntervals:
     """
 
     output_tokens_per_s: Interval | None = None
+    loaded_tokens_per_s: Interval | None = None
     total_tokens_per_s: Interval | None = None
     requests_per_s: Interval | None = None
     goodput_per_s: Interval | None = None
@@ -66,6 +67,7 @@ def rate_intervals(
 
     return RateIntervals(
         output_tokens_per_s=_interval(rates.output_tokens_per_s, batches, _output_tokens),
+        loaded_tokens_per_s=_interval(rates.loaded_tokens_per_s, batches, _output_tokens),
         total_tokens_per_s=_interval(rates.total_tokens_per_s, batches, all_tokens),
         requests_per_s=_interval(rates.requests_per_s, batches, _is_served),
         goodput_per_s=_interval(rates.goodput_per_s, batches, lambda record: meets_objective(record, objective)),

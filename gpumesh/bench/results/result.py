@@ -81,6 +81,9 @@ class BenchResult:
 
     ``capacity`` is that of each node, if the scenario has found it first (empty: it has not). ``knee`` is that of a
     sweep.
+
+    ``runs`` has the result of each run if the same scenario was run several times; empty for a single run. Then the
+    figures here are those of all runs together (``joint.join_runs``).
     """
 
     at: datetime
@@ -96,6 +99,7 @@ class BenchResult:
     knee: Knee | None = None
     partial: bool = False
     partial_reason: str | None = None
+    runs: tuple[BenchResult, ...] = ()
 
     def end_early(self, reason: str) -> BenchResult:
         """This result, of a run that was ended for this reason before its end."""

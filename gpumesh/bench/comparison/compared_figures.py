@@ -1,0 +1,108 @@
+"""The figures that a comparison looks at, and how each is measured in a stage that was run once or several times."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from gpumesh.bench.comparison.estimates import Measurement, median_error, rate_error
+from gpumesh.bench.figures.summary import StageResult
+from gpumesh.bench.stats import Interval, SampleSummary
+
+
+@dataclass(frozen=True, slots=True)
+class ComparedFigure:
+    """A figure of a stage. ``value`` takes it from a stage; ``error`` is its error within a run, as in ``Measurement``.
+
+    ``repeated_only``: it is compared only between results of several runs, as one run does not tell its uncertainty.
+    """
+
+    name: str
+    unit: str
+    more_is_better: bool
+    value: Callable[[StageResult], float | None]
+    error: Callable[[StageResult], tuple[float | None, float]]
+    repeated_only: bool = False
+
+    def measure(self, runs: Sequence[StageResult]) -> Measurement:
+        """The figure in the runs of a stage. A run that does not have the figure does not count."""
+        values = [value for value in map(self.value, runs) if value is not None]
+        error, df = self.error(runs[0]) if len(runs) == 1 else (None, float("inf"))
+        return Measurement(tuple(values), error, df)
+
+
+def _median(
+    name: str, unit: str, sample: Callable[[StageResult], SampleSummary], *, more_is_better: bool = False
+) -> ComparedFigure:
+    """The median of a sample of each request's values."""
+    return ComparedFigure(
+        name,
+        unit,
+        more_is_better,
+        value=lambda stage: sample(stage).p50,
+        error=lambda stage: median_error(sample(stage)),
+    )
+
+
+def _rate(
+    name: str,
+    unit: str,
+    value: Callable[[StageResult], float | None],
+    interval: Callable[[StageResult], Interval | None],
+) -> ComparedFigure:
+    """A rate of the whole stage."""
+    return ComparedFigure(
+        name, unit, more_is_better=True, value=value, error=lambda stage: rate_error(value(stage), interval(stage))
+    )
+
+
+def _tail(name: str, sample: Callable[[StageResult], SampleSummary]) -> ComparedFigure:
+    """The 90th percentile of a latency."""
+    return ComparedFigure(
+        name,
+        "ms",
+        more_is_better=False,
+        value=lambda stage: sample(stage).p90,
+        error=lambda _stage: (None, float("inf")),
+        repeated_only=True,
+    )
+
+
+# The rate while all slots were busy is the rate. The whole stage counts where it is unknown (open loop, few requests).
+_LOADED_RATE = _rate(
+    "tokens/s (slots busy)",
+    "tok/s",
+    lambda stage: stage.rates.loaded_tokens_per_s,
+    lambda stage: stage.intervals.loaded_tokens_per_s,
+)
+_WHOLE_RATE = _rate(
+    "output tokens/s",
+    "tok/s",
+    lambda stage: stage.rates.output_tokens_per_s,
+    lambda stage: stage.intervals.output_tokens_per_s,
+)
+_FIGURES: tuple[ComparedFigure, ...] = (
+    _median("ttft p50", "ms", lambda stage: stage.latency.ttft),
+    _tail("ttft p90", lambda stage: stage.latency.ttft),
+    _median("tpot p50", "ms", lambda stage: stage.latency.tpot),
+    _median("end-to-end p50", "ms", lambda stage: stage.latency.end_to_end),
+    _tail("end-to-end p90", lambda stage: stage.latency.end_to_end),
+    _median("server tokens/s p50", "tok/s", lambda stage: stage.rates.server, more_is_better=True),
+    _LOADED_RATE,
+    _WHOLE_RATE,
+    _rate(
+        "requests/s", "req/s", lambda stage: stage.rates.requests_per_s, lambda stage: stage.intervals.requests_per_s
+    ),
+    _rate("goodput", "req/s", lambda stage: stage.rates.goodput_per_s, lambda stage: stage.intervals.goodput_per_s),
+    _rate("tokens/J", "tok/J", lambda stage: stage.tokens_per_joule, lambda stage: stage.intervals.tokens_per_joule),
+)
+
+
+def figures_to_compare(runs_a: Sequence[StageResult], runs_b: Sequence[StageResult]) -> Iterator[ComparedFigure]:
+    """The figures that are compared of a stage that was run so in both results, in the order of the table."""
+    are_repeated = len(runs_a) > 1 and len(runs_b) > 1
+    have_loaded_rate = all(stage.rates.loaded_tokens_per_s is not None for stage in (*runs_a, *runs_b))
+    left_out = _WHOLE_RATE if have_loaded_rate else _LOADED_RATE
+    for figure in _FIGURES:
+        if figure is not left_out and (are_repeated or not figure.repeated_only):
+            yield figure
