@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from gpumesh.bench.comparison.estimates import ASSUMED_DRIFT
 from gpumesh.bench.results.result import BenchResult
+from gpumesh.text.printable import printable
 
 
 def find_caveats(a: BenchResult, b: BenchResult) -> Iterator[str]:
@@ -29,6 +30,9 @@ def find_caveats(a: BenchResult, b: BenchResult) -> Iterator[str]:
     if requests_a != requests_b:
         yield f"not the same number of requests in a run: {requests_a} and {requests_b}"
     for label, result in (("A", a), ("B", b)):
+        if result.partial:
+            reason = "" if result.partial_reason is None else f" ({printable(result.partial_reason)})"
+            yield f"{label} is partial: its run did not come to its end{reason}"
         for run in result.runs or (result,):
             if any(stage.client.bound for stage in run.stages):
                 yield f"{label} was bound by the client in some stage (see its notes)"

@@ -44,15 +44,18 @@ def _slo_text(result: BenchResult) -> str:
 
 
 def _unlike_stages(a: BenchResult, b: BenchResult) -> Iterator[str]:
-    """Stages of the same name with another number of requests in flight."""
-    levels_b = {stage_label(stage): stage.concurrency for stage in b.stages}
-    for stage in a.stages:
-        label = stage_label(stage)
-        if label in levels_b and levels_b[label] != stage.concurrency:
-            yield (
-                f"stage {printable(label)}: not the same concurrency: "
-                f"{_text(stage.concurrency)} and {_text(levels_b[label])}"
-            )
+    """Stages of the same name with another number of requests in flight, or on another way to the servers."""
+    stages_b = {stage_label(stage): stage for stage in b.stages}
+    for stage_a in a.stages:
+        stage_b = stages_b.get(stage_label(stage_a))
+        if stage_b is None:
+            continue
+        label = printable(stage_label(stage_a))
+        level_a, level_b = stage_a.concurrency, stage_b.concurrency
+        if level_a != level_b:
+            yield f"stage {label}: not the same concurrency: {_text(level_a)} and {_text(level_b)}"
+        if stage_a.conditions and stage_b.conditions and stage_a.conditions.via is not stage_b.conditions.via:
+            yield f"stage {label}: not sent the same way: {stage_a.conditions.via} and {stage_b.conditions.via}"
 
 
 def _unlike_nodes(a: BenchResult, b: BenchResult) -> Iterator[str]:

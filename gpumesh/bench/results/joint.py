@@ -68,6 +68,8 @@ def join_runs(runs: Sequence[BenchResult]) -> BenchResult:
         scaling=None if first.scaling is None else scaling(joint_stages),
         routes=route_costs(joint_stages),
         notes=_join_notes(runs),
+        partial=any(run.partial for run in runs),
+        partial_reason=next((run.partial_reason for run in runs if run.partial_reason is not None), None),
         runs=tuple(runs),
     )
 
@@ -113,9 +115,11 @@ def _join_values(name: str, values: Sequence[Any]) -> Any:
         return _join_records(known)
     if isinstance(first, tuple) and first and dataclasses.is_dataclass(first[0]):
         return _join_rows(known)
+    if isinstance(first, bool):
+        return any(known)
     if isinstance(first, float):
         return mean_of_runs(known)
-    if isinstance(first, int) and not isinstance(first, bool) and len(set(known)) > 1:
+    if isinstance(first, int) and len(set(known)) > 1:
         return round(math.fsum(known) / len(known))
     return first  # a text or a kind, which is the same in all runs
 
