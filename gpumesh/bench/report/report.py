@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable, Sequence
 from html import escape
 
+from gpumesh.bench.figures.knee import Knee
 from gpumesh.bench.figures.summary import StageResult, stage_label
 from gpumesh.bench.load.samples import LoadSample
 from gpumesh.bench.report import svg
@@ -116,7 +117,10 @@ _THROUGHPUT_COLUMNS = (
     "requests",
     "failed",
     "time s",
+    "ramp s",
+    "tail s",
     "output tok/s",
+    "whole stage tok/s",
     "total tok/s",
     "req/s",
     "goodput req/s",
@@ -125,7 +129,10 @@ _THROUGHPUT_COLUMNS = (
 
 
 def _throughput(stages: Sequence[StageResult]) -> str:
-    """The table of rates, a row for each stage."""
+    """The table of rates, a row for each stage.
+
+    Output tokens, requests and goodput are those while all slots were busy, without ramp and tail, where that is known.
+    """
     return html_table(
         _THROUGHPUT_COLUMNS,
         (
@@ -135,10 +142,13 @@ def _throughput(stages: Sequence[StageResult]) -> str:
                 str(stage.requests),
                 str(stage.failed + stage.cut),
                 svg.format_number(stage.duration_s),
+                svg.format_number(stage.rates.ramp_s),
+                svg.format_number(stage.rates.tail_s),
+                svg.format_number(stage.rates.best_tokens_per_s),
                 svg.format_number(stage.rates.output_tokens_per_s),
                 svg.format_number(stage.rates.total_tokens_per_s),
-                svg.format_number(stage.rates.requests_per_s),
-                svg.format_number(stage.rates.goodput_per_s),
+                svg.format_number(stage.rates.best_requests_per_s),
+                svg.format_number(stage.rates.best_goodput_per_s),
                 svg.format_number(stage.rates.server.p50),
             ]
             for stage in stages
@@ -174,12 +184,12 @@ def _plots(result: BenchResult) -> list[str]:
     """The plots of a result. The scenarios ``sweep`` and ``overhead`` have plots of their own."""
     stages = result.stages
     if result.scenario is Scenario.SWEEP:
-        return _sweep_plots(stages)
+        return _sweep_plots(stages, result.knee)
     names = [printable(stage_label(stage)) for stage in stages]
     if result.scenario is Scenario.OVERHEAD:  # its answers have one token, so their rate means nothing
         samples = [stage.latency.outside_server for stage in stages]
         return [svg.draw_ranges("Outside the server: the way there and back", _ranges(names, samples), "ms")]
-    throughput = [svg.Bar(name, stage.rates.output_tokens_per_s) for name, stage in zip(names, stages, strict=True)]
+    throughput = [svg.Bar(name, stage.rates.best_tokens_per_s) for name, stage in zip(names, stages, strict=True)]
     # Only the stage of ``failover`` has phases: before, during and after the disturbance.
     throughput += [svg.Bar(phase.name, phase.output_tokens_per_s) for stage in stages for phase in stage.phases]
     return [
@@ -197,8 +207,9 @@ def _ranges(names: Sequence[str], samples: Sequence[SampleSummary]) -> list[svg.
     ]
 
 
-def _sweep_plots(stages: Sequence[StageResult]) -> list[str]:
-    """The plots of ``sweep``: output rate and TTFT over concurrency."""
+def _sweep_plots(stages: Sequence[StageResult], knee: Knee | None) -> list[str]:
+    """The plots of ``sweep``: output rate, TTFT and goodput over concurrency. The knee is marked."""
+    mark = None if knee is None else (float(knee.level), "knee")
 
     def plot_over_concurrency(label: str, values: Iterable[float | None]) -> svg.PlotSeries:
         """A series of points (concurrency, value), one for each stage whose value is known."""
@@ -208,14 +219,18 @@ def _sweep_plots(stages: Sequence[StageResult]) -> list[str]:
                 points.append((float(stage.concurrency or 0), value))  # a stage of ``sweep`` has a concurrency: never 0
         return svg.PlotSeries(label, tuple(points))
 
-    throughput = [plot_over_concurrency("tokens", (stage.rates.output_tokens_per_s for stage in stages))]
+    throughput = [plot_over_concurrency("tokens", (stage.rates.best_tokens_per_s for stage in stages))]
+    goodput = [plot_over_concurrency("goodput", (stage.rates.best_goodput_per_s for stage in stages))]
     ttft = [
         plot_over_concurrency("p50", (stage.latency.ttft.p50 for stage in stages)),
         plot_over_concurrency("p90", (stage.latency.ttft.p90 for stage in stages)),
     ]
     return [
-        svg.draw_points("Output tokens per second over concurrency", throughput, "in flight", "tok/s", lines=True),
-        svg.draw_points("Time to first token over concurrency", ttft, "in flight", "ms", lines=True),
+        svg.draw_points(
+            "Output tokens per second over concurrency", throughput, "in flight", "tok/s", lines=True, mark=mark
+        ),
+        svg.draw_points("Time to first token over concurrency", ttft, "in flight", "ms", lines=True, mark=mark),
+        svg.draw_points("Goodput over concurrency", goodput, "in flight", "req/s", lines=True),
     ]
 
 
@@ -251,8 +266,27 @@ def _scaling(result: BenchResult) -> str:
     rows.append(["sum of the nodes alone", svg.format_number(scaling.sum_tokens_per_s)])
     rows.append(["mesh", svg.format_number(scaling.mesh_tokens_per_s)])
     rows.append(["efficiency (mesh ÷ sum)", f"{scaling.efficiency:.1%}"])
-    explanation = "While every place was taken: without the end, at which the faster nodes have nothing left to do."
-    return f'<h2>Scaling</h2><p class="sub">{explanation}</p>' + html_table(["", "output tok/s"], rows)
+    explanation = "While all slots were busy: without the ramp at the start, and without the tail, at which the faster"
+    explanation += " nodes have nothing left to do."
+    reason = "" if scaling.explanation is None else f'<p class="note">{escape_text(scaling.explanation)}</p>'
+    losses = html_table(
+        ["", "alone", "in the mesh", "busy of slots", "starved", "slowed", "swapped models"],
+        (
+            [
+                escape_text(loss.node),
+                svg.format_number(loss.alone_tokens_per_s),
+                svg.format_number(loss.mesh_tokens_per_s),
+                f"{loss.busy:.1f} of {loss.slots:.1f}",
+                svg.format_number(loss.starved_tokens_per_s),
+                svg.format_number(loss.slowed_tokens_per_s),
+                svg.format_number(loss.swapped_tokens_per_s),
+            ]
+            for loss in scaling.losses
+        ),
+    )
+    where = '<p class="sub">Where the loss went, in tokens/s; negative: a gain.</p>' + losses if losses else ""
+    table = html_table(["", "output tok/s"], rows)
+    return f'<h2>Scaling</h2><p class="sub">{explanation}</p>{reason}{table}{where}'
 
 
 def _routes(result: BenchResult) -> str:

@@ -149,9 +149,18 @@ def draw_ranges(title: str, rows: Sequence[Range], unit: str) -> str:
     return _figure(title, parts, height)
 
 
-def draw_points(title: str, series: Sequence[PlotSeries], x_unit: str, y_unit: str, *, lines: bool) -> str:
+def draw_points(
+    title: str,
+    series: Sequence[PlotSeries],
+    x_unit: str,
+    y_unit: str,
+    *,
+    lines: bool,
+    mark: tuple[float, str] | None = None,
+) -> str:
     """Draws points over two axes that start at 0, joined by lines if ``lines``. Several series get a legend.
 
+    ``mark`` is a place on the x axis with its name: a vertical line is drawn there.
     Returns an empty text if there is no point.
     """
     finite_series = [
@@ -175,6 +184,10 @@ def draw_points(title: str, series: Sequence[PlotSeries], x_unit: str, y_unit: s
         parts.append(_text(x, bottom + 16, tick_label(tick), "axis", "middle"))
     parts.append(_text(WIDTH - 2, bottom + 16, x_unit, "axis", "end"))
     parts.append(_text(8, top + 4, y_unit, "axis"))
+    if mark is not None:
+        x = _scale(mark[0], x_axis, LEFT, WIDTH - RIGHT)
+        parts.append(f'<line class="span" x1="{x:.1f}" x2="{x:.1f}" y1="{top}" y2="{bottom}" stroke-dasharray="4 4"/>')
+        parts.append(_text(x + 5, bottom - 6, mark[1], "value"))
     for index, one_series in enumerate(finite_series):
         positions = [
             (_scale(x, x_axis, LEFT, WIDTH - RIGHT), _scale(y, y_axis, bottom, top)) for x, y in one_series.points

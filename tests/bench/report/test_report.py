@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from gpumesh.bench.figures.gpu_meter import GpuUse
+from gpumesh.bench.figures.knee import find_knee
 from gpumesh.bench.figures.summary import StageResult, summarize_stage
 from gpumesh.bench.load.samples import LoadSample
 from gpumesh.bench.report.report import MAX_POINTS, report_html
@@ -111,6 +112,7 @@ def test_rooms_that_only_some_have() -> None:
     parsed = page(result(*nodes, mesh))
     assert parsed.headings[3:] == ["Scaling", "Who served what", "GPUs", "What failed", "Conditions"]
     assert "no answer" in parsed.words
+    assert "Where the loss went, in tokens/s; negative: a gain." not in parsed.words, "nobody knows"
 
 
 def test_failover_shows_its_parts() -> None:
@@ -140,9 +142,13 @@ def test_overhead_begins_with_what_the_way_costs() -> None:
 
 def test_a_sweep_is_drawn_over_concurrency() -> None:
     stages = [measured(f"c={level}", concurrency=level) for level in (1, 2, 4)]
-    parsed = page(result(*stages, scenario=Scenario.SWEEP))
+    knee = find_knee(stages, Objective())
+    assert knee is not None
+    parsed = page(result(*stages, scenario=Scenario.SWEEP, knee=knee))
     assert "Output tokens per second over concurrency" in parsed.words
-    assert [tag for tag, _ in parsed.tags].count("polyline") == 3
+    assert [tag for tag, _ in parsed.tags].count("polyline") == 4
+    assert parsed.words.count("knee") == 2, "in the plot of the rate and in that of the waiting"
+    assert not page(result(*stages, scenario=Scenario.SWEEP)).words.count("knee")
 
 
 def test_a_long_run_does_not_make_a_slow_page() -> None:
