@@ -16,13 +16,13 @@ from gpumesh.bench.figures.summary import StageResult
 from gpumesh.bench.load.conditions import Via
 from gpumesh.bench.load.generator import Disturbance
 from gpumesh.bench.load.load_sources import LoadSource
-from gpumesh.bench.load.routes import ApiKeys
+from gpumesh.bench.load.route_arms import RouteAccess
 from gpumesh.bench.load.samples import LoadSample
 from gpumesh.bench.measured_nodes import exclusion_notes, no_usable_node, node_notes, select_nodes, usable_nodes
 from gpumesh.bench.results.result import BenchResult, describe_environment
 from gpumesh.bench.scenarios.base import ScenarioContext
 from gpumesh.bench.scenarios.catalog import scenario_steps
-from gpumesh.bench.stage_runner import BenchTarget, DrainDisturbance, ProgressReporter, StageRunner, count_routes
+from gpumesh.bench.stage_runner import BenchTarget, DrainDisturbance, ProgressReporter, StageRunner
 from gpumesh.bench.stats import Objective
 from gpumesh.bench.workload.prompts import OwnPrompt, PromptFactory
 from gpumesh.bench.workload.settings import BenchSettings, Scenario
@@ -53,7 +53,7 @@ async def run_benchmark(
     own_prompts: Sequence[OwnPrompt] = (),
     disturbance: Disturbance | None = None,
     only_node: str | None = None,
-    keys: ApiKeys | None = None,
+    access: RouteAccess | None = None,
     load: LoadSource | None = None,
     keep: KeepResult = lambda _result, _records: None,
     notes: Sequence[str] = (),
@@ -63,7 +63,7 @@ async def run_benchmark(
 
     ``rng`` makes the nonces of the prompts. ``objective`` is that of goodput (``None``: the default). ``trace`` is for
     ``replay`` only, ``own_prompts`` for ``load``. ``disturbance``: for ``failover``, in the place of
-    ``DrainDisturbance``. ``only_node``: measures one node as if it were the mesh. ``keys``: for the routes of
+    ``DrainDisturbance``. ``only_node``: measures one node as if it were the mesh. ``access``: for the routes of
     ``overhead`` that start outside the mesh. ``load`` sends the requests; ``None``: this process does, through
     ``target``. ``notes`` go into the result, before those of the run.
 
@@ -86,7 +86,7 @@ async def run_benchmark(
     if disturbance is None and scenario is Scenario.FAILOVER:
         disturbance = DrainDisturbance(target, names)
     run = StageRunner(
-        target, names, objective, progress, disturbance, keys or ApiKeys(), only_node, load, model=settings.model
+        target, names, objective, progress, disturbance, access or RouteAccess(), only_node, load, model=settings.model
     )
     context = ScenarioContext(
         settings,
@@ -94,7 +94,6 @@ async def run_benchmark(
         PromptFactory(settings, rng),
         trace=trace,
         own_prompts=own_prompts,
-        routes=count_routes(state),
         notes=all_notes,
         has_mesh=load is None or load.via in (Via.GATEWAY, Via.MESH),
     )
@@ -119,6 +118,7 @@ async def run_benchmark(
             # Only these two scenarios measure each node alone and then the mesh.
             scaling=scaling(whole_stages) if scenario in (Scenario.SCALE, Scenario.QUICK) else None,
             routes=route_costs(stages),
+            route_differences=tuple(run.route_differences),
             # Each note once.
             notes=tuple(dict.fromkeys([*all_notes, *run.notes, *load_notes(stages), *rate_notes(stages)])),
             capacity=tuple(context.capacities),

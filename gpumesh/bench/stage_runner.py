@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
 from typing import Protocol
 
 from gpumesh.bench.figures.gpu_meter import GpuSample, gpu_use, sample_gpus
+from gpumesh.bench.figures.route_differences import RouteDifference, route_differences
 from gpumesh.bench.figures.summary import StageResult, summarize_stage
-from gpumesh.bench.load.generator import Disturbance, run_interleaved, run_stage
+from gpumesh.bench.load.generator import Disturbance, run_over_routes, run_stage
 from gpumesh.bench.load.load_sources import LoadOfThisProcess, LoadSource
-from gpumesh.bench.load.routes import ApiKeys, http_route
+from gpumesh.bench.load.route_arms import RouteAccess, open_routes, routes_to
+from gpumesh.bench.load.routes import http_route
 from gpumesh.bench.load.samples import LoadSample, SampleOutcome, StageRun
 from gpumesh.bench.load.send_prompt import SendPrompt
 from gpumesh.bench.scenarios.base import NodeFacts, StageOutcome
@@ -21,8 +23,6 @@ from gpumesh.errors import BackendUnreachable, GPUMeshError, MeshNotRunning, Str
 from gpumesh.state import MeshState
 from gpumesh.text.model_names import full_name
 from gpumesh.topology import BackendKind
-
-MESH, GATEWAY, TUNNEL = "mesh", "gateway", "tunnel"  # the names of the routes of the scenario ``overhead``
 
 
 class BenchTarget(Protocol):
@@ -93,7 +93,7 @@ class StageRunner:
         objective: Objective,
         progress: ProgressReporter,
         disturbance: Disturbance | None,
-        keys: ApiKeys,
+        access: RouteAccess,
         only_node: str | None,
         load: LoadSource | None = None,
         *,
@@ -104,13 +104,14 @@ class StageRunner:
         self._objective = objective
         self._progress = progress
         self._disturbance = disturbance
-        self._keys = keys
+        self._access = access
         self._only_node = only_node
         self._model = full_name(model)
         self._load = load or LoadOfThisProcess(target.send())
         self.last_state: MeshState | None = None  # the latest state of the mesh that a stage has seen
         self.via = self._load.via
         self.results: list[StageResult] = []
+        self.route_differences: list[RouteDifference] = []
         self.records: list[LoadSample] = []
         self.notes: list[str] = []
 
@@ -119,12 +120,13 @@ class StageRunner:
 
         The limit is that of the measured model. If it is not known, it is the largest limit of any model there.
         """
-        facts = []
+        facts, has_gateway = [], state.gateway.url is not None
         for node in state.nodes:
             if node.name in self._nodes:
                 loaded = tuple(model.name for model in node.backend.loaded)
                 slots = next((learned.slots for learned in node.learned if learned.model == self._model), None)
-                facts.append(NodeFacts(node.name, node.load.limit if slots is None else slots, loaded))
+                routes = routes_to(node, has_gateway=has_gateway, access=self._access)
+                facts.append(NodeFacts(node.name, node.load.limit if slots is None else slots, loaded, routes))
         return tuple(facts)
 
     async def measure(self, stage: Stage) -> StageOutcome:
@@ -173,14 +175,19 @@ class StageRunner:
         if stage.kind is not StageKind.CAPACITY:
             self.results = [result for result in self.results if stage.attempt == 1 or result.name != stage.name]
             self.results.extend(results)
+            self.route_differences.extend(route_differences(run))
         return tuple(results)
 
     async def _run(self, stage: Stage, state: MeshState, on_cut_short: Callable[[StageRun], None]) -> StageRun:
         """Sends the requests of a stage over its routes, or through the mesh."""
         if stage.over_routes:
-            return await _run_over_routes(self._target, stage, state, self._progress, self._keys, on_cut_short)
+            node = state.node(stage.node or "")  # a stage of one node has its name
+            async with open_routes(node, state, self._target.send(), self._access) as routes:
+                return await run_over_routes(
+                    routes, stage, on_record=self._progress.add_record, on_cut_short=on_cut_short
+                )
         if stage.direct:
-            async with _open_tunnel_route(state, stage, self._keys) as send:
+            async with _open_tunnel_route(state, stage, self._access) as send:
                 return await run_stage(send, stage, on_record=self._progress.add_record, on_cut_short=on_cut_short)
         nodes = [node for node in state.nodes if node.name in self._nodes]
         return await self._load.run(
@@ -227,36 +234,8 @@ def _failure_notes(run: StageRun) -> list[str]:
     return [f"{record.node}: {what} failed: {record.error}" for record in run.records if record.error is not None]
 
 
-def count_routes(state: MeshState) -> int:
-    """The number of routes to each node that ``_run_over_routes`` uses."""
-    return 3 if state.gateway.url is not None else 2
-
-
-def _open_tunnel_route(state: MeshState, stage: Stage, keys: ApiKeys) -> AbstractAsyncContextManager[SendPrompt]:
+def _open_tunnel_route(state: MeshState, stage: Stage, access: RouteAccess) -> AbstractAsyncContextManager[SendPrompt]:
     """The route to the server of the stage's node through its tunnel alone."""
     node = state.node(stage.node or "")
     assert node.backend.url is not None, "a node that is up has no URL"
-    return http_route(node.backend.url, BackendKind(node.backend.kind), api_key=keys.nodes.get(node.name))
-
-
-async def _run_over_routes(
-    target: BenchTarget,
-    stage: Stage,
-    state: MeshState,
-    progress: ProgressReporter,
-    keys: ApiKeys,
-    on_cut_short: Callable[[StageRun], None],
-) -> StageRun:
-    """Runs a stage of one node over several routes: the tunnel alone, the mesh, and the gateway if the gateway serves.
-
-    Each request takes the next route. ``state`` is the mesh's state, with the URLs of the node and of the gateway.
-    """
-    kind = BackendKind(state.node(stage.node or "").backend.kind)  # a stage of one node has its name
-    async with AsyncExitStack() as stack:
-        routes: list[tuple[str, SendPrompt]] = []  # the shortest route first: ``route_costs`` compares with it
-        routes.append((TUNNEL, await stack.enter_async_context(_open_tunnel_route(state, stage, keys))))
-        routes.append((MESH, target.send()))
-        if state.gateway.url is not None:
-            gateway = http_route(state.gateway.url, kind, through_gateway=True, api_key=keys.gateway)
-            routes.append((GATEWAY, await stack.enter_async_context(gateway)))
-        return await run_interleaved(routes, stage, on_record=progress.add_record, on_cut_short=on_cut_short)
+    return http_route(node.backend.url, BackendKind(node.backend.kind), api_key=access.keys.nodes.get(node.name))

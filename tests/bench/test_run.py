@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from random import Random
 from typing import Any
@@ -15,6 +15,7 @@ import pytest
 from gpumesh.backends.base import ChatRequest
 from gpumesh.bench import run as bench
 from gpumesh.bench.figures.summary import StageResult
+from gpumesh.bench.load.route_arms import RouteAccess
 from gpumesh.bench.load.routes import ApiKeys
 from gpumesh.bench.load.samples import LoadSample
 from gpumesh.bench.load.send_prompt import AnswerStream, SendPrompt
@@ -172,30 +173,30 @@ async def test_the_capacity_is_found_where_nothing_is_known() -> None:
 async def test_overhead_goes_every_way_in_turn() -> None:
     async with two() as made:
         done = await ran(made, Scenario.OVERHEAD)
-        assert [(stage.name, stage.route, stage.served) for stage in done.result.stages] == [
-            ("alpha", "tunnel", 3),
-            ("alpha", "mesh", 3),
-            ("beta", "tunnel", 3),
-            ("beta", "mesh", 3),
-        ]
+        assert {(stage.name, stage.route): stage.served for stage in done.result.stages} == {
+            (name, route): 3 for name in ("alpha", "beta") for route in ("direct", "direct again", "mesh")
+        }
         async with Gateway(made.mesh):
-            served = await ran(made, Scenario.OVERHEAD)
-    assert [stage.route for stage in served.result.stages] == ["tunnel", "mesh", "gateway"] * 2
+            served = await ran(made, Scenario.OVERHEAD, replace(SOON, requests=8))
     assert {stage.failed for stage in served.result.stages} == {0}
-    assert [(cost.node, cost.route) for cost in served.result.routes[:3]] == [
-        ("alpha", "tunnel"),
-        ("alpha", "mesh"),
-        ("alpha", "gateway"),
-    ]
+    assert [stage.route for stage in served.result.stages] == ["direct", "direct again", "mesh", "gateway"] * 2
     assert served.result.routes[0].added_p50_ms == 0.0
+    compared = [(one.node, one.route, one.base, one.rounds) for one in served.result.route_differences]
+    assert compared == [
+        (name, route, "direct", 8) for name in ("alpha", "beta") for route in ("direct again", "mesh", "gateway")
+    ]
+    gateway = served.result.route_differences[2]
+    assert gateway.low_ms is not None
+    assert gateway.high_ms is not None
+    assert 0 < gateway.low_ms <= gateway.added_ms <= gateway.high_ms, "a gateway takes time"
 
 
 async def test_a_gateway_that_wants_a_key_gets_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MESH_KEY", "open sesame")
     async with two(api_key_env="MESH_KEY") as made, Gateway(made.mesh):
         refused = await ran(made, Scenario.OVERHEAD)
-        assert [stage.failed for stage in refused.result.stages] == [0, 0, 3] * 2
-        opened = await ran(made, Scenario.OVERHEAD, keys=ApiKeys(gateway="open sesame"))
+        assert [stage.failed for stage in refused.result.stages] == [0, 0, 0, 3] * 2
+        opened = await ran(made, Scenario.OVERHEAD, access=RouteAccess(ApiKeys(gateway="open sesame")))
     assert opened.result.failed == 0
 
 

@@ -30,7 +30,7 @@ def latency_of(served: Sequence[LoadSample]) -> Latency:
         itl=summarize_sample(gap for record in served for gap in gaps_ms(record.arrivals_s)),
         end_to_end=summarize_sample(record.end_to_end_ms for record in served),
         server_load=summarize_sample(record.counters.load_ms if record.counters else None for record in served),
-        outside_server=summarize_sample(_outside_server_ms(record) for record in served),
+        outside_server=summarize_sample(outside_server_ms(record) for record in served),
     )
 
 
@@ -39,7 +39,7 @@ def request_tpot_ms(record: LoadSample) -> float | None:
     return tpot_ms(record.ttft_ms, record.last_token_ms, record.tokens)
 
 
-def _outside_server_ms(record: LoadSample) -> float | None:
+def outside_server_ms(record: LoadSample) -> float | None:
     """The part of a request's time that the server did not count as its own, in ms, from the moment it was sent.
 
     ``None`` if the server gave no total time.

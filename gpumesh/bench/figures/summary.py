@@ -21,6 +21,7 @@ from gpumesh.bench.figures.rates import Rates, rates_of, with_loaded_rates
 from gpumesh.bench.load.conditions import LoadConditions
 from gpumesh.bench.load.samples import ClientLoad, LoadSample, SampleOutcome, StageRun
 from gpumesh.bench.stats import Objective, ratio
+from gpumesh.bench.workload.route_names import in_order
 from gpumesh.bench.workload.stages import StageKind
 
 MAX_FAILURES = 10  # the number of different reasons that are listed for a stage
@@ -88,7 +89,7 @@ def summarize_stage(run: StageRun, objective: Objective, gpu: GpuUse | None = No
 
     ``gpu`` is the use of the GPUs during the stage, ``None`` if unknown.
     """
-    routes = list(dict.fromkeys(record.route for record in run.records)) or [None]  # each route once, in order
+    routes = in_order(record.route for record in run.records) or [None]
     results: list[StageResult] = []
     for route in routes:
         records = [record for record in run.records if record.route == route]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -165,8 +165,8 @@ async def run_stage(
     return run.complete_here(duration_s, meter)
 
 
-async def run_interleaved(
-    routes: Sequence[tuple[str, SendPrompt]],
+async def run_over_routes(
+    routes: Mapping[str, SendPrompt],
     stage: Stage,
     *,
     clock: Callable[[], float] = time.perf_counter,
@@ -174,10 +174,10 @@ async def run_interleaved(
     mesh_pid: int | None = None,
     on_cut_short: Callable[[StageRun], None] = lambda _: None,
 ) -> StageRun:
-    """Sends one request at a time and changes the route after each, so that drift affects all routes alike.
+    """Sends one request at a time, each over its own route.
 
-    ``routes`` are the routes' names and the functions that send over them. A round has one request for each route. Each
-    round begins with another route, so that no route is always first. ``on_cut_short``: see ``run_stage``.
+    ``routes`` are the functions that send over the routes, by the names of the routes. ``on_cut_short``: see
+    ``run_stage``.
     """
     run = RunningStage(stage, clock, on_record)
     meter = LoadMeter(mesh_pid, clock)
@@ -185,9 +185,8 @@ async def run_interleaved(
         async with meter.measure():
             run.begin()
             for index, planned in enumerate(stage.requests):
-                round_number, position = divmod(index, len(routes))
-                name, send = routes[(position + round_number) % len(routes)]
-                await _send_request(send, run, index, planned, route=name)
+                assert planned.route is not None, "each request of such a stage has a route"
+                await _send_request(routes[planned.route], run, index, planned, route=planned.route)
             duration_s = run.now()
     return run.complete_here(duration_s, meter)
 

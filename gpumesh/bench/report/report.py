@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from html import escape
 
 from gpumesh.bench.figures.knee import Knee
 from gpumesh.bench.figures.summary import StageResult, stage_label
 from gpumesh.bench.load.samples import LoadSample
 from gpumesh.bench.report import svg
 from gpumesh.bench.report.answer import partial_sentence
+from gpumesh.bench.report.html_parts import escape_text, html_table
+from gpumesh.bench.report.routes_section import routes_section
 from gpumesh.bench.results.result import BenchResult
 from gpumesh.bench.stats import SampleSummary
 from gpumesh.bench.workload.settings import Scenario
@@ -57,7 +58,7 @@ def report_html(result: BenchResult, records: Sequence[LoadSample] = ()) -> str:
         f"gpumesh {escape_text(result.environment.gpumesh)}</p>",
         _partial_note(result),
         *(f'<p class="note">{escape_text(note)}</p>' for note in result.notes),
-        _routes(result),
+        routes_section(result),
         "<h2>Throughput</h2>",
         _throughput(result.stages),
         *_plots(result),
@@ -92,23 +93,6 @@ def html_page(title: str, body: Sequence[str]) -> str:
         + "\n".join(part for part in body if part)  # a section without content is an empty text
         + "\n</body></html>\n"
     )
-
-
-def escape_text(value: object) -> str:
-    """The value as text for the page, without control characters and markup of its own."""
-    return escape(printable(str(value)))
-
-
-def html_table(column_names: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Writes a table, or an empty text if there are no rows. The caller escapes the cells, this function the names."""
-    body = ""
-    for row in rows:
-        cells = "".join(f"<td>{cell}</td>" for cell in row)
-        body += f"<tr>{cells}</tr>\n"
-    if not body:
-        return ""
-    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in column_names)
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>'
 
 
 _THROUGHPUT_COLUMNS = (
@@ -287,23 +271,6 @@ def _scaling(result: BenchResult) -> str:
     where = '<p class="sub">Where the loss went, in tokens/s; negative: a gain.</p>' + losses if losses else ""
     table = html_table(["", "output tok/s"], rows)
     return f'<h2>Scaling</h2><p class="sub">{explanation}</p>{reason}{table}{where}'
-
-
-def _routes(result: BenchResult) -> str:
-    """The section about the cost of each route; empty unless the scenario is ``overhead``."""
-    table = html_table(
-        ["node and route", "end-to-end p50 ms", "outside the server p50 ms", "added p50 ms"],
-        (
-            [
-                escape_text(f"{cost.node} via {cost.route}"),
-                svg.format_number(cost.end_to_end_p50_ms),
-                svg.format_number(cost.outside_server_p50_ms),
-                svg.format_number(cost.added_p50_ms),
-            ]
-            for cost in result.routes
-        ),
-    )
-    return "<h2>What the way costs</h2>" + table if table else ""
 
 
 def _phases(stages: Sequence[StageResult]) -> str:

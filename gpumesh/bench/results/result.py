@@ -17,6 +17,7 @@ from gpumesh.bench.figures.capacity import NodeCapacity
 from gpumesh.bench.figures.knee import Knee
 from gpumesh.bench.figures.latency import request_tpot_ms
 from gpumesh.bench.figures.route_costs import RouteCost
+from gpumesh.bench.figures.route_differences import RouteDifference
 from gpumesh.bench.figures.scaling import Scaling
 from gpumesh.bench.figures.summary import StageResult
 from gpumesh.bench.load.conditions import Via
@@ -94,6 +95,7 @@ class BenchResult:
     stages: tuple[StageResult, ...]
     scaling: Scaling | None = None
     routes: tuple[RouteCost, ...] = ()
+    route_differences: tuple[RouteDifference, ...] = ()
     notes: tuple[str, ...] = ()
     capacity: tuple[NodeCapacity, ...] = ()
     knee: Knee | None = None

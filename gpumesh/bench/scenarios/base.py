@@ -24,11 +24,13 @@ class NodeFacts:
     """A node that a scenario may use, as it is at one moment.
 
     ``parallel``: how many requests it runs at once, as far as the mesh knows. ``loaded``: the models in its memory.
+    ``routes``: the names of the routes to it that ``overhead`` compares.
     """
 
     name: str
     parallel: int | None = None
     loaded: tuple[str, ...] = ()
+    routes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +54,10 @@ class StageOutcome:
 class ScenarioContext:
     """What a scenario decides by. ``nodes`` are those that can serve the model, as they were at the start.
 
-    ``trace`` is for ``replay`` only, ``own_prompts`` (those of a file of the user) for ``load``. ``routes``: over how
-    many routes ``overhead`` reaches a node. ``notes`` are sentences for the person who reads the result; a scenario may
-    add some. ``has_mesh``: the requests go through the mesh, which may keep some of them in its queue. ``capacities``
-    are those of the nodes, once a scenario has found them.
+    ``trace`` is for ``replay`` only, ``own_prompts`` (those of a file of the user) for ``load``. ``notes`` are
+    sentences for the person who reads the result; a scenario may add some. ``has_mesh``: the requests go through the
+    mesh, which may keep some of them in its queue. ``capacities`` are those of the nodes, once a scenario has found
+    them.
     """
 
     settings: BenchSettings
@@ -63,7 +65,6 @@ class ScenarioContext:
     prompts: PromptFactory
     trace: Sequence[TracedRequest] = ()
     own_prompts: Sequence[OwnPrompt] = ()
-    routes: int = 1
     notes: list[str] = field(default_factory=list)
     has_mesh: bool = True
     capacities: list[NodeCapacity] = field(default_factory=list)

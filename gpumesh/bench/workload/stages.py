@@ -29,12 +29,15 @@ class PlannedRequest:
 
     ``conversation``: requests with the same id are turns of one conversation. A turn is sent when the answer before it
     has ended; what was said before is put in front of the messages of ``chat``.
+
+    ``route``: over which route to the node (``route_names``); ``None`` unless the stage is ``over_routes``.
     """
 
     chat: ChatRequest
     node: str | None = None
     at_s: float | None = None
     conversation: int | None = None
+    route: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +45,7 @@ class Stage:
     """Requests under one condition. A closed loop keeps ``concurrency`` in flight; an open loop sends by the clock.
 
     ``node`` is the node that is measured alone, ``None`` for the mesh. ``disturb``: a node is taken out of service in
-    the middle of the stage. ``over_routes``: the requests take turns over all routes to the node.
+    the middle of the stage. ``over_routes``: each request takes its own route to the node.
     ``duration_s``: after this time nothing more is sent, and the requests that are left over are not records.
     ``think_s``: the time between an answer and the next turn of its conversation.
     ``direct``: the requests go to the node's server through its tunnel, without the mesh. ``attempt`` is more than 1 if

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, ExitStack
 from random import Random
 from typing import TYPE_CHECKING
@@ -17,6 +17,7 @@ from gpumesh.cli.views.figures import format_duration
 if TYPE_CHECKING:
     from gpumesh.backends.base import ChatRequest
     from gpumesh.bench.load.conditions import Via
+    from gpumesh.bench.load.route_arms import RouteAccess
     from gpumesh.bench.load.routes import ApiKeys
     from gpumesh.bench.load.samples import LoadSample
     from gpumesh.bench.load.send_prompt import AnswerStream, SendPrompt
@@ -43,6 +44,7 @@ async def measure(
     trace: Sequence[TracedRequest],
     own_prompts: Sequence[OwnPrompt],
     node: str | None,
+    direct_urls: Mapping[str, str],
     via: Via | None = None,
     keep: KeepResult,
 ) -> None:
@@ -50,7 +52,8 @@ async def measure(
 
     Without ``model`` the default model is measured. ``make_settings`` gets the name of the model. ``trace``: the
     requests of the scenario ``replay``, ``own_prompts`` those of ``load``; else empty. ``node``: the only node to
-    measure. ``via``: on which way the prompts go (``load_way.open_load``)."""
+    measure. ``via``: on which way the prompts go (``load_way.open_load``). ``direct_urls``: by the node's name, the URL
+    of its server without its tunnel, for ``overhead``."""
     from gpumesh.bench import run as bench
     from gpumesh.daemon.sessions.local_session import LocalSession
     from gpumesh.mesh.models.default_model import choose_model
@@ -64,8 +67,8 @@ async def measure(
         state = await session.wait_first_report(FIRST_REPORT_TIMEOUT_S)
         model_name = requested_model or choose_model(state, node)
         target = _SessionTarget(session, embedded=isinstance(session, LocalSession))
-        keys = _read_api_keys(topology)
-        async with load_way.open_load(session, options, topology, via, keys, target.send()) as way:
+        access = _route_access(topology, direct_urls)
+        async with load_way.open_load(session, options, topology, via, access.keys, target.send()) as way:
             with ExitStack() as stack:
                 await bench.run_benchmark(
                     target,
@@ -77,7 +80,7 @@ async def measure(
                     trace=trace,
                     own_prompts=own_prompts,
                     only_node=node,
-                    keys=keys,
+                    access=access,
                     load=way.load,
                     notes=way.notes,
                     keep=keep,
@@ -115,6 +118,18 @@ async def measure_url(
                 load=LoadOnUrl(process, target.url, server.api, server.read_key()),
                 keep=keep,
             )
+
+
+def _route_access(topology: Topology, direct_urls: Mapping[str, str]) -> RouteAccess:
+    """What reaches the servers outside the mesh. Raises UsageError for a URL of a node that mesh.yaml does not have."""
+    from gpumesh.bench.load.route_arms import RouteAccess
+    from gpumesh.errors import unknown_node
+
+    names = [node.name for node in topology.nodes]
+    for name in direct_urls:
+        if name not in names:
+            raise unknown_node(name, names)
+    return RouteAccess(_read_api_keys(topology), direct_urls)
 
 
 def _read_api_keys(topology: Topology) -> ApiKeys:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gpumesh.cli import completion
-from gpumesh.cli.bench import bench_options
+from gpumesh.cli.bench import bench_options, scenario_options
 from gpumesh.cli.command_group import new_app
 from gpumesh.cli.duration_option import DURATION_METAVAR, duration_parser
 from gpumesh.cli.global_options import global_options
@@ -89,6 +89,10 @@ def run(
     slo_tpot: Annotated[float, typer.Option(metavar="MS", help="Goodput: time per output token at most.")] = 200.0,
     trace: Annotated[Path | None, typer.Option(metavar="FILE", help="replay: Azure's CSV or Mooncake's JSONL.")] = None,
     speed: Annotated[float, typer.Option(help="replay: so many times as fast.")] = 1.0,
+    direct: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NODE=URL", help="overhead: the node's server without its tunnel, to tell that apart."),
+    ] = None,
     out: OutOption = None,
     force: Annotated[bool, typer.Option("--force", help="Write over a result that is there.")] = False,
     as_json: JsonOption = False,
@@ -127,6 +131,7 @@ def run(
     own_prompts = bench_options.read_own_prompts(prompts)
     traced_requests = bench_options.read_trace(trace, requests)
     levels = bench_options.parse_levels(concurrency)
+    direct_urls = scenario_options.parse_direct_urls(direct or ())
     chosen_via = load_way.parse_via(via)
     server = url_options.parse_url_options(url, api, key_env, scenario=chosen_scenario, model=model, node=node, via=via)
     folder = out or bench_options.new_result_folder(chosen_scenario)
@@ -178,6 +183,7 @@ def run(
             trace=traced_requests,
             own_prompts=own_prompts,
             node=node,
+            direct_urls=direct_urls,
             via=chosen_via,
             keep=journal.keep,
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 
 import typer
@@ -16,6 +15,7 @@ from gpumesh.bench.report.svg import format_number
 from gpumesh.bench.results.result import BenchResult
 from gpumesh.bench.simulate.measures import PolicyResult
 from gpumesh.bench.simulate.report import FIGURE_NAMES, SimulationResult, figures
+from gpumesh.cli.views.bench_routes import route_lines
 from gpumesh.cli.views.safe_text import clean_line
 from gpumesh.cli.views.tables import Cell, Column, print_fitted_table, print_table
 
@@ -102,12 +102,7 @@ def _result_lines(result: BenchResult) -> Iterator[str]:
         yield f"knee: {result.knee.text}"
     if result.scaling is not None:
         yield from _scaling_lines(result.scaling)
-    for node, costs in itertools.groupby(result.routes, key=lambda cost: cost.node):
-        shortest, *others = costs  # the result lists the routes of a node from the shortest on
-        outside = format_number(shortest.outside_server_p50_ms)
-        parts = [f"{node}: {outside} ms outside the server at p50 through the {shortest.route}"]
-        parts += [f"{cost.route} adds {format_number(cost.added_p50_ms)} ms" for cost in others]
-        yield "; ".join(parts)
+    yield from route_lines(result)
     for stage in result.stages:
         yield from _stage_lines(stage)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 import pytest
 
 from gpumesh.backends.base import ChatRequest, Chunk, ServerCounters
-from gpumesh.bench.load.generator import run_interleaved, run_stage
+from gpumesh.bench.load.generator import run_over_routes, run_stage
 from gpumesh.bench.load.samples import LoadSample, SampleOutcome, StageRun
 from gpumesh.bench.workload.stages import PlannedRequest, Stage, StageKind
 from gpumesh.errors import BackendUnreachable, StreamCut
@@ -270,20 +270,22 @@ async def test_an_unordered_plan_goes_by_the_clock() -> None:
     assert [one.index for one in done.records] == [0, 1]
 
 
-async def test_routes_take_turns_and_none_is_always_first() -> None:
+async def test_each_request_takes_its_own_route_alone() -> None:
     asked: list[str] = []
 
-    def route(name: str) -> tuple[str, Server]:
+    def route(name: str) -> Server:
         async def note(_: int) -> None:
             asked.append(name)
 
-        return name, Server(before=note)
+        return Server(before=note)
 
-    routes = [route("a"), route("b"), route("c")]
-    done = await run_interleaved(routes, stage(count=9))
-    assert asked == ["a", "b", "c", "b", "c", "a", "c", "a", "b"]
-    assert [one.route for one in done.records] == asked
-    assert max(server.most for _, server in routes) == 1, "one request at a time"
+    routes = {name: route(name) for name in "abc"}
+    order = ["b", "a", "c", "c", "a", "b"]
+    of = replace(stage(), requests=tuple(PlannedRequest(CHAT, route=name) for name in order))
+    done = await run_over_routes(routes, of)
+    assert asked == order
+    assert [one.route for one in done.records] == order
+    assert max(server.most for server in routes.values()) == 1, "one request at a time"
 
 
 @dataclass

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
 from random import Random
 from typing import Any
 
 import pytest
 
+from gpumesh.bench.scenarios.balanced_order import balanced_rounds
 from gpumesh.bench.scenarios.base import NodeFacts, ScenarioContext, StageOutcome
 from gpumesh.bench.scenarios.catalog import scenario_steps
 from gpumesh.bench.workload.prompts import PromptFactory
@@ -95,14 +98,35 @@ def test_scale_loads_each_node_as_it_was_chosen_and_the_mesh_with_the_sum() -> N
 
 
 def test_overhead_is_one_token_for_each_route_and_node() -> None:
-    made = planned(Scenario.OVERHEAD, routes=3)
+    near = NodeFacts("alpha", routes=("direct", "direct again", "mesh", "gateway"))
+    far = NodeFacts("beta", routes=("tunnel", "tunnel again", "mesh"))
+    made = planned(Scenario.OVERHEAD, nodes=(near, far))
     assert [shape(stage) for stage in made[1:]] == [
-        ("alpha", StageKind.NODE, 150, 1),
+        ("alpha", StageKind.NODE, 200, 1),
         ("beta", StageKind.NODE, 150, 1),
     ]
     assert {one.chat.options["num_predict"] for one in made[1].requests} == {1}
-    prompts = {prompt(made[1], index) for index in range(150)}
-    assert len(prompts) == 150, "no route answers from the cache that another one filled"
+    prompts = {prompt(made[1], index) for index in range(200)}
+    assert len(prompts) == 200, "no route answers from the cache that another one filled"
+    for start in range(0, 200, 4):
+        taken = made[1].requests[start : start + 4]
+        assert {one.route for one in taken} == set(near.routes), "each round takes each route"
+
+
+@pytest.mark.parametrize("size", [2, 3, 4, 5, 6])
+def test_no_route_is_favoured_by_its_position_or_by_the_one_before_it(size: int) -> None:
+    rows = list(balanced_rounds(range(size), 4 * 2 * size, Random(1)))
+    for position in range(size):
+        assert set(Counter(row[position] for row in rows).values()) == {len(rows) // size}
+    followers = Counter(pair for row in rows for pair in itertools.pairwise(row))
+    assert len(followers) == size * (size - 1)
+    assert len(set(followers.values())) == 1, "each follows each other one equally often"
+
+
+def test_the_order_is_drawn_and_part_of_a_square_will_do() -> None:
+    orders = [tuple(balanced_rounds("abcd", 4, Random(seed))) for seed in range(6)]
+    assert len(set(orders)) > 1
+    assert len(list(balanced_rounds("abc", 7, Random(1)))) == 7
 
 
 def test_failover_takes_a_node_away_from_a_steady_load() -> None:
