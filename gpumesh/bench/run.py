@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from random import Random
 from typing import TypeAlias
 
+from gpumesh.bench.figures.cost import NO_PRICES, Prices, stage_costs
 from gpumesh.bench.figures.knee import find_knee
 from gpumesh.bench.figures.rate_notes import rate_notes
 from gpumesh.bench.figures.route_costs import route_costs
@@ -55,6 +56,7 @@ async def run_benchmark(
     only_node: str | None = None,
     access: RouteAccess | None = None,
     load: LoadSource | None = None,
+    prices: Prices = NO_PRICES,
     keep: KeepResult = lambda _result, _records: None,
     notes: Sequence[str] = (),
     now: Callable[[], datetime] = lambda: datetime.now(UTC),
@@ -67,8 +69,8 @@ async def run_benchmark(
     ``overhead`` that start outside the mesh. ``load`` sends the requests; ``None``: this process does, through
     ``target``. ``notes`` go into the result, before those of the run.
 
-    ``keep`` gets what there is at the start, after each stage, and when an error or a signal ends the run: so that
-    nothing measured is lost.
+    ``prices`` are for what a million tokens cost. ``keep`` gets what there is at the start, after each stage, and when
+    an error or a signal ends the run: so that nothing measured is lost.
 
     Warm-up requests are recorded, but no figure includes them. Raises NoNodeError when no node can serve the model,
     UsageError when the scenario cannot be run here, and MeshNotRunning when the mesh ends meanwhile.
@@ -113,6 +115,8 @@ async def run_benchmark(
                 embedded=target.embedded,
                 via=run.via,
                 url=nodes[0].backend.url if is_url else None,
+                measured=names,
+                prices=prices,
             ),
             stages=tuple(stages),
             # Only these two scenarios measure each node alone and then the mesh.
@@ -124,6 +128,7 @@ async def run_benchmark(
             capacity=tuple(context.capacities),
             knee=find_knee(whole_stages, objective) if scenario is Scenario.SWEEP else None,
             partial=partial,
+            costs=stage_costs(stages, prices, names),
         )
 
     steps = scenario_steps(scenario, context)

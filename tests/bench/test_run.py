@@ -258,11 +258,15 @@ async def test_what_is_measured_is_kept_after_each_stage() -> None:
 
 async def test_a_run_that_is_cancelled_keeps_what_it_has_measured() -> None:
     kept, heard = Kept(), Heard()
-    settings = BenchSettings(MODEL, requests=40, tokens=40, concurrency=(2,))
+    settings = BenchSettings(MODEL, requests=40, tokens=100, concurrency=(2,))
     async with two() as made:
         running = asyncio.create_task(ran(made, Scenario.SWEEP, settings, heard=heard, keep=kept.keep))
-        while len(heard.records) < 2 + 6:  # two of the warm-up
-            await asyncio.sleep(0.005)
+
+        def tokens_in_flight() -> int:
+            return sum(host.counters.tokens for host in made.hosts.values()) - sum(r.tokens or 0 for r in heard.records)
+
+        while len(heard.records) < 2 + 6 or tokens_in_flight() < 60:  # two of the warm-up
+            await asyncio.sleep(0.001)
         running.cancel()
         with pytest.raises(asyncio.CancelledError):
             await running

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
 from gpumesh import __version__
 from gpumesh.bench.figures.capacity import NodeCapacity
+from gpumesh.bench.figures.cost import NO_PRICES, Prices, StageCost
 from gpumesh.bench.figures.knee import Knee
 from gpumesh.bench.figures.latency import request_tpot_ms
 from gpumesh.bench.figures.route_costs import RouteCost
@@ -36,7 +37,8 @@ class NodeEnvironment:
 
     ``backend`` is the kind of its server, ``version`` the server's version. ``gpus`` are the names of its GPUs,
     ``None`` if nvidia-smi gave no answer. ``parallel`` is the number of requests that its server runs at once,
-    ``None`` if unknown.
+    ``None`` if unknown. ``eur_per_hour`` is its rent, ``None`` if mesh.yaml does not tell it. ``measured``: whether
+    requests were sent to it; a node that was down, or without the model, was not measured.
     """
 
     name: str
@@ -48,6 +50,8 @@ class NodeEnvironment:
     driver: str | None
     parallel: int | None
     simulated: bool
+    eur_per_hour: float | None = None
+    measured: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +106,7 @@ class BenchResult:
     partial: bool = False
     partial_reason: str | None = None
     runs: tuple[BenchResult, ...] = ()
+    costs: tuple[StageCost, ...] = ()
 
     def end_early(self, reason: str) -> BenchResult:
         """This result, of a run that was ended for this reason before its end."""
@@ -119,9 +124,18 @@ class BenchResult:
 
 
 def describe_environment(
-    state: MeshState, *, embedded: bool, via: Via | None = None, url: str | None = None
+    state: MeshState,
+    *,
+    embedded: bool,
+    via: Via | None = None,
+    url: str | None = None,
+    measured: Container[str] | None = None,
+    prices: Prices = NO_PRICES,
 ) -> Environment:
-    """Describes this machine and the mesh's nodes as they are now. The other arguments: see ``Environment``."""
+    """Describes this machine and the mesh's nodes as they are now. The other arguments: see ``Environment``.
+
+    ``measured``: the names of the nodes to which requests were sent, ``None`` for all.
+    """
     return Environment(
         gpumesh=__version__,
         python=platform.python_version(),
@@ -129,9 +143,16 @@ def describe_environment(
         cpus=os.cpu_count(),
         mesh=state.mesh,
         embedded=embedded,
-        nodes=tuple(_node_environment(node) for node in state.nodes),
         via=via,
         url=url,
+        nodes=tuple(
+            replace(
+                _node_environment(node),
+                eur_per_hour=prices.eur_per_hour.get(node.name),
+                measured=measured is None or node.name in measured,
+            )
+            for node in state.nodes
+        ),
     )
 
 

@@ -16,6 +16,7 @@ from gpumesh.cli.views.figures import format_duration
 
 if TYPE_CHECKING:
     from gpumesh.backends.base import ChatRequest
+    from gpumesh.bench.figures.cost import Prices
     from gpumesh.bench.load.conditions import Via
     from gpumesh.bench.load.route_arms import RouteAccess
     from gpumesh.bench.load.routes import ApiKeys
@@ -46,6 +47,7 @@ async def measure(
     node: str | None,
     direct_urls: Mapping[str, str],
     via: Via | None = None,
+    eur_per_kwh: float | None = None,
     keep: KeepResult,
 ) -> None:
     """Measures the running mesh, or a mesh in this process if none runs. ``keep`` gets the result while it grows.
@@ -82,6 +84,7 @@ async def measure(
                     only_node=node,
                     access=access,
                     load=way.load,
+                    prices=_read_prices(topology, eur_per_kwh),
                     notes=way.notes,
                     keep=keep,
                 )
@@ -130,6 +133,14 @@ def _route_access(topology: Topology, direct_urls: Mapping[str, str]) -> RouteAc
         if name not in names:
             raise unknown_node(name, names)
     return RouteAccess(_read_api_keys(topology), direct_urls)
+
+
+def _read_prices(topology: Topology, eur_per_kwh: float | None) -> Prices:
+    """The prices of the command line and of mesh.yaml."""
+    from gpumesh.bench.figures.cost import Prices
+
+    rents = {node.name: node.eur_per_hour for node in topology.nodes if node.eur_per_hour is not None}
+    return Prices(eur_per_kwh, rents)
 
 
 def _read_api_keys(topology: Topology) -> ApiKeys:

@@ -93,6 +93,9 @@ def run(
         list[str] | None,
         typer.Option(metavar="NODE=URL", help="overhead: the node's server without its tunnel, to tell that apart."),
     ] = None,
+    price_kwh: Annotated[
+        float | None, typer.Option("--price-kwh", metavar="EUR", min=0, help="For the energy of a million tokens.")
+    ] = None,
     out: OutOption = None,
     force: Annotated[bool, typer.Option("--force", help="Write over a result that is there.")] = False,
     as_json: JsonOption = False,
@@ -185,6 +188,7 @@ def run(
             node=node,
             direct_urls=direct_urls,
             via=chosen_via,
+            eur_per_kwh=price_kwh,
             keep=journal.keep,
         )
     try:
