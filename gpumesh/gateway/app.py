@@ -239,19 +239,38 @@ class Gateway:
     # -- one request ---------------------------------------------------------------------------------------------
 
     async def _handle(self, request: Request) -> Response | StreamingResponse:
-        """The handler that the server calls for each request. Returns the reply, and records the request's end."""
+        """The handler that the server calls for each request. Returns the reply: a handler's own, or an error in the
+        shape of the client's API. Records the request's end. Raises ConnectionError if the client has left, or if a
+        part of an answer was sent: the client could not understand an error after it."""
         record = RequestRecord(self._server.clock, request.received_at, request.method, request.path)
         self._active[request] = ActiveRequest(next(self._numbers), record, asyncio.current_task(self._loop))
         self._idle.clear()
         reply: Response | StreamingResponse | None = None
         try:
-            reply = await self._reply(request, record)
-            return reply
+            self._admit(request)
+            reply = await self._router.route_request(request, record)
+        except GPUMeshError as error:
+            record.outcome = RequestOutcome.REFUSED if error_status(error) < 500 else RequestOutcome.FAILED
+            reply = error_reply(record.path, error, headers=_attempt_headers(record))
+        except ConnectionError:  # the client has left: nobody could read an error
+            raise
+        except asyncio.CancelledError:
+            reason = ended_requests.find_reason(request, record, is_stopping=self._stopped)
+            if reason is None:
+                raise
+            reply = ended_requests.reply_with_reason(request, record, reason, is_stopping=self._stopped)
+        except Exception:  # a bug of ours: one client gets an error in its API's shape, and the log has the traceback
+            log.exception("a request to %s failed inside", record.route, extra={"event": "request-failed"})
+            record.outcome = RequestOutcome.FAILED
+            if request.answer_started:  # ``from None``: the log has the error already
+                raise ConnectionError("a part of an answer has been sent already") from None
+            reply = error_reply(record.path, GPUMeshError("the gateway failed inside"))
         finally:
             del self._active[request]
             if not self._active:
                 self._idle.set()
             self._finish_record(request, record, reply)
+        return reply
 
     def _finish_record(
         self, request: Request, record: RequestRecord, reply: Response | StreamingResponse | None
@@ -272,29 +291,6 @@ class Gateway:
             self._quotas.settle(request, measure_tokens(record))
         if self._access_log is not None:
             self._access_log.add(record, client=request.client_address, request_id=request.id)
-
-    async def _reply(self, request: Request, record: RequestRecord) -> Response | StreamingResponse:
-        """Returns the reply of a handler, or an error in the shape of the client's API. Raises ConnectionError if the
-        client has left, or if a part of an answer was sent: the client could not understand an error after it."""
-        try:
-            self._admit(request)
-            return await self._router.route_request(request, record)
-        except GPUMeshError as error:
-            record.outcome = RequestOutcome.REFUSED if error_status(error) < 500 else RequestOutcome.FAILED
-            return error_reply(record.path, error, headers=_attempt_headers(record))
-        except ConnectionError:  # the client has left: nobody could read an error
-            raise
-        except asyncio.CancelledError:
-            reason = ended_requests.find_reason(request, record, is_stopping=self._stopped)
-            if reason is None:
-                raise
-            return ended_requests.reply_with_reason(request, record, reason, is_stopping=self._stopped)
-        except Exception:  # a bug of ours: one client gets an error in its API's shape, and the log has the traceback
-            log.exception("a request to %s failed inside", record.route, extra={"event": "request-failed"})
-            record.outcome = RequestOutcome.FAILED
-            if request.answer_started:  # ``from None``: the log has the error already
-                raise ConnectionError("a part of an answer has been sent already") from None
-            return error_reply(record.path, GPUMeshError("the gateway failed inside"))
 
     def _admit(self, request: Request) -> None:
         """Raises BadRequest if the client may not send this request, and QueueFull if too many connections use the

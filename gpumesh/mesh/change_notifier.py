@@ -13,6 +13,7 @@ class ChangeNotifier:
     def __init__(self) -> None:
         self._version = 0
         self._watchers: set[asyncio.Event] = set()
+        self._has_waiting = False  # whether a watcher may not know yet that something has changed
 
     def __repr__(self) -> str:
         return f"<ChangeNotifier version {self._version}, {len(self._watchers)} watchers>"
@@ -24,8 +25,10 @@ class ChangeNotifier:
 
     def notify(self) -> None:
         self._version += 1
-        for watcher in self._watchers:
-            watcher.set()
+        if self._has_waiting:
+            self._has_waiting = False
+            for watcher in self._watchers:
+                watcher.set()
 
     async def watch(self) -> AsyncIterator[None]:
         """Yields at once, and then when something has changed since the last iteration."""
@@ -34,6 +37,7 @@ class ChangeNotifier:
         try:
             while True:
                 event.clear()  # before the yield: a change while the watcher works must not be lost
+                self._has_waiting = True
                 yield None
                 await event.wait()
         finally:

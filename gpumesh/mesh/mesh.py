@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -39,7 +39,8 @@ from gpumesh.mesh.nodes.node_changes import AppliedChange, plan_nodes
 from gpumesh.mesh.nodes.node_factory import NodeFactory
 from gpumesh.mesh.request_counters import RequestCounters
 from gpumesh.mesh.requests.answer import Answer, SendProgress
-from gpumesh.mesh.requests.delivery import RequestDelivery, SendContext
+from gpumesh.mesh.requests.delivery import RequestDelivery
+from gpumesh.mesh.requests.send_context import SendContext
 from gpumesh.mesh.requests.upload import upload
 from gpumesh.mesh.requests.upstream import Upstream
 from gpumesh.mesh.running_nodes import RunningNodes
@@ -74,13 +75,13 @@ class Mesh:
         self.topology = topology
         config.withhold_variables(topology.secret_variables)
         self.model_rules = ModelRules(topology.models)
-        self.request_counters = RequestCounters()
         self.gateway = GatewayState()
         self.own_findings: tuple[Finding, ...] = ()
         self._clock = clock
         self._rng = rng or Random()
         self._learned = learned
         self._changes = ChangeNotifier()
+        self.request_counters = RequestCounters(on_end=self._changes.notify)
         self._stack = AsyncExitStack()
         self._tasks: list[asyncio.Task[None]] = []
         self._nodes: RunningNodes | None = None  # while the mesh runs
@@ -276,7 +277,7 @@ class Mesh:
 
     # -- requests ------------------------------------------------------------------------------------------------
 
-    async def send(
+    def send(
         self,
         demand: Demand,
         calls: Mapping[BackendKind, HttpCall],
@@ -286,7 +287,7 @@ class Mesh:
         at_most_once: bool = False,
         try_reserve_memory: Callable[[int], bool] = lambda _: True,
         progress: SendProgress | None = None,
-    ) -> Answer:
+    ) -> Coroutine[None, None, Answer]:
         """Sends a request to the best node. If this node fails, sends the request to other nodes until a node answers.
 
         - ``calls`` holds the request in the form of each kind of server. Each server gets the name under which it lists
@@ -310,27 +311,9 @@ class Mesh:
             at_most_once=at_most_once,
             try_reserve_memory=try_reserve_memory,
             progress=progress,
+            counters=self.request_counters if demand.needs_slot else None,  # a request to a model store is not counted
         )
-        if not demand.needs_slot:  # a request to a model store is not counted
-            return await delivery.deliver()
-        self.request_counters.accepted += 1
-        try:
-            answer = await delivery.deliver()
-        except asyncio.CancelledError:  # the caller does not want the answer any more
-            self._count_ended_request(Outcome.CLIENT_GONE)
-            raise
-        except BaseException:
-            self._count_ended_request(Outcome.UNREACHABLE)  # no node answered
-            raise
-        if answer.outcome is not None:  # the answer has ended already
-            self._count_ended_request(answer.outcome)
-        else:
-            answer.on_outcome = self._count_ended_request
-        return answer
-
-    def _count_ended_request(self, outcome: Outcome) -> None:
-        self.request_counters.count_end(outcome)
-        self._changes.notify()
+        return delivery.deliver()
 
     async def upload(self, node: str, path: str, body: AsyncIterable[bytes], *, timeout_s: float) -> Answer:
         """Sends a body to this node by POST. The body can be read only once, so the request is sent only once. Raises

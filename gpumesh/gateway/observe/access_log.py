@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
@@ -30,7 +30,31 @@ ROTATE_BYTES = 8 << 20  # a file that would become larger is rotated
 ROTATED_FILES = 4  # so many older files are kept
 MAX_TEXT_CHARS = 200  # a text that a client sends (a path, a model) is cut to this length
 
-_encode = msgspec.json.Encoder().encode  # takes a tenth of the time of json.dumps
+_encoder = msgspec.json.Encoder()  # takes a tenth of the time of json.dumps
+
+
+class AccessEntry(msgspec.Struct, gc=False):
+    """The line of one request. Its fields are the keys, in this order.
+
+    ``at`` is the time at which the request ended. ``status`` is ``None`` if nothing was sent. ``node`` is the node
+    where the answer began; without an answer, the node that got the request last. Only streamed answers have
+    ``ttft_ms``. ``bytes`` is the size of the body; the size of a stream includes the framing."""
+
+    at: str
+    client: str | None
+    method: str
+    path: str
+    status: int | None
+    outcome: str | None
+    model: str | None
+    node: str | None
+    attempts: int
+    continuations: int
+    queue_ms: float | None
+    ttft_ms: float | None
+    total_ms: float
+    bytes: int
+    id: str | None
 
 
 class AccessLog:
@@ -48,7 +72,7 @@ class AccessLog:
         self._rotate_bytes = rotate_bytes
         self._rotated_files = rotated_files
         self._now = now
-        self._pending: list[dict[str, object]] = []
+        self._pending: list[AccessEntry] = []
         self._timer: asyncio.TimerHandle | None = None
         self._file: int | None = None  # the file's descriptor
         self._size = 0  # of the file, in bytes
@@ -74,10 +98,10 @@ class AccessLog:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        lines, self._pending = self._pending, []
-        if not lines:
+        entries, self._pending = self._pending, []
+        if not entries:
             return
-        data = b"".join([render_line(line) for line in lines])
+        data = render_lines(entries)
         try:
             self._write(data)
             self._failing = False
@@ -128,16 +152,16 @@ class AccessLog:
         return self._path.with_name(f"{self._path.name}.{number}")
 
 
-def render_line(entry: dict[str, object]) -> bytes:
-    """The entry as a line of ASCII: a client's text may hold control characters, and a terminal must not act on them
+def render_lines(entries: Sequence[AccessEntry]) -> bytes:
+    """The entries as lines of ASCII: a client's text may hold control characters, and a terminal must not act on them
     when a person reads the file."""
     try:
-        line = _encode(entry)
+        lines = _encoder.encode_lines(entries)
     except ValueError:  # a text has half of a surrogate pair, which UTF-8 cannot hold
-        line = None
-    if line is None or not line.isascii():
-        line = json.dumps(entry).encode()  # slower, but it escapes every character beyond ASCII
-    return line + b"\n"
+        lines = None
+    if lines is None or not lines.isascii():  # slower, but it escapes every character beyond ASCII
+        return b"".join([json.dumps(msgspec.structs.asdict(entry)).encode() + b"\n" for entry in entries])
+    return lines
 
 
 def format_time(at: float) -> str:
@@ -151,32 +175,33 @@ def _format_seconds(seconds: int) -> str:
     return datetime.fromtimestamp(seconds, UTC).replace(tzinfo=None).isoformat()
 
 
-def build_entry(record: RequestRecord, at: float, *, client: str | None, request_id: str | None) -> dict[str, object]:
-    """The line of one request as a document. ``at`` is the time at which the request ended, in seconds of Unix time.
-    ``status`` is null if nothing was sent. ``node`` is the node where the answer began; without an answer, the node
-    that got the request last. Only streamed answers have ``ttft_ms``. ``bytes`` is the size of the body; the size of a
-    stream includes the framing."""
+def build_entry(record: RequestRecord, at: float, *, client: str | None, request_id: str | None) -> AccessEntry:
+    """The entry of one request. ``at`` is the time at which the request ended, in seconds of Unix time."""
     answer, demand, progress = record.answer, record.demand, record.progress
-    queue_ms = progress.queue_s * 1000.0 if answer is None else answer.queue_ms
-    has_waited = answer is not None or progress.attempts > 0 or progress.queue_s > 0.0
-    is_streamed = answer is not None and answer.body is None
+    if answer is not None:
+        attempts, continuations, queue_ms = answer.attempts, answer.continuations, answer.queue_ms
+        has_waited = True
+    else:
+        attempts, continuations, queue_ms = progress.attempts, 0, progress.queue_s * 1000.0
+        has_waited = attempts > 0 or queue_ms > 0.0
     ttft_ms = None
+    is_streamed = answer is not None and answer.body is None
     if is_streamed and record.first_byte_at is not None:
         ttft_ms = round((record.first_byte_at - record.started_at) * 1000.0, 1)
-    return {
-        "at": format_time(at),
-        "client": client,
-        "method": record.method,
-        "path": record.path[:MAX_TEXT_CHARS],
-        "status": record.status or None,
-        "outcome": record.outcome,
-        "model": None if demand is None or demand.model is None else demand.model[:MAX_TEXT_CHARS],
-        "node": record.node,
-        "attempts": progress.attempts if answer is None else answer.attempts,
-        "continuations": 0 if answer is None else answer.continuations,
-        "queue_ms": round(queue_ms, 1) if has_waited else None,
-        "ttft_ms": ttft_ms,
-        "total_ms": round((record.ended_at - record.started_at) * 1000.0, 1),
-        "bytes": record.sent_bytes,
-        "id": request_id,
-    }
+    return AccessEntry(
+        format_time(at),
+        client,
+        record.method,
+        record.path[:MAX_TEXT_CHARS],
+        record.status or None,
+        record.outcome,
+        None if demand is None or demand.model is None else demand.model[:MAX_TEXT_CHARS],
+        record.node,
+        attempts,
+        continuations,
+        round(queue_ms, 1) if has_waited else None,
+        ttft_ms,
+        round((record.ended_at - record.started_at) * 1000.0, 1),
+        record.sent_bytes,
+        request_id,
+    )

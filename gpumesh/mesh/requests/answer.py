@@ -171,7 +171,10 @@ class Answer:
 class WholeAnswer(Answer):
     """An answer whose whole body is known before the first byte goes to the client. Its methods: see ``Answer``."""
 
-    __slots__ = ("_body", "_body_was_read", "_counters")
+    __slots__ = ("_body_was_read", "body", "counters")
+
+    body: bytes
+    counters: ServerCounters | None
 
     def __init__(
         self,
@@ -183,25 +186,17 @@ class WholeAnswer(Answer):
         counters: ServerCounters | None = None,
     ) -> None:
         super().__init__(node, kind, status, headers)
-        self._body = body
-        self._counters = counters
+        self.body = body
+        self.counters = counters
         self._body_was_read = False
         # A 4xx is the client's own mistake, so the server has served the request.
         self.outcome = Outcome.SERVED if status < 500 else Outcome.SERVER_ERROR
 
-    @property
-    def counters(self) -> ServerCounters | None:
-        return self._counters
-
-    @property
-    def body(self) -> bytes:
-        return self._body
-
     async def __anext__(self) -> bytes:
-        if self._body_was_read or not self._body:
+        if self._body_was_read or not self.body:
             raise StopAsyncIteration
         self._body_was_read = True
-        return self._body
+        return self.body
 
     async def send_to(self, client: ClientStream) -> None:
         async for body in self:

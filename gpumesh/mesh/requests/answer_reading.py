@@ -47,6 +47,15 @@ class OpenedStream(msgspec.Struct, frozen=True, eq=False):
     first_bytes: bytes
 
 
+def take_whole_answer(lease: Lease, response: UpstreamResponse, call: HttpCall) -> WholeAnswer | FailedAttempt | None:
+    """Does the work of ``read_answer`` for an answer that has come as a whole already, as most do that do not stream.
+    ``None`` if ``read_answer`` must read it. No coroutine is made here: each costs time."""
+    if response.status != 200 or response.problem is not None or response.content_type in STREAMING_TYPES:
+        return None
+    body = response.take_whole(HELD_BYTES)
+    return None if body is None else _build_whole_answer(lease, response, call, body)
+
+
 async def read_answer(
     lease: Lease, call: HttpCall, continuation: Callable[[], Continuation] | None, response: UpstreamResponse
 ) -> WholeAnswer | OpenedStream | FailedAttempt:
@@ -64,11 +73,9 @@ async def read_answer(
     announced_bytes = response.content_length or 0  # an answer without a length is held too, while it is short enough
     if announced_bytes > HELD_BYTES:
         return _open_unread_stream(lease, response, await response.read())
-    body = response.take_whole(HELD_BYTES)
-    if body is None:
-        body, is_whole = await _read_up_to(response, HELD_BYTES)
-        if not is_whole:
-            return _open_unread_stream(lease, response, body)
+    body, is_whole = await _read_up_to(response, HELD_BYTES)
+    if not is_whole:
+        return _open_unread_stream(lease, response, body)
     return _build_whole_answer(lease, response, call, body)
 
 

@@ -20,7 +20,14 @@ from gpumesh.balancer.outcomes import Outcome, classify_status, rule_for_outcome
 from gpumesh.errors import BackendUnreachable, DeadlineExceeded, QueueFull, StreamCut
 from gpumesh.mesh.nodes.lease import Lease
 from gpumesh.mesh.requests.answer import WholeAnswer
-from gpumesh.mesh.requests.answer_reading import ERROR_BYTES, OpenedStream, read_answer, read_at_most, status_error
+from gpumesh.mesh.requests.answer_reading import (
+    ERROR_BYTES,
+    OpenedStream,
+    read_answer,
+    read_at_most,
+    status_error,
+    take_whole_answer,
+)
 from gpumesh.mesh.requests.failures import FailedAttempt, fail_attempt, shortest_work_s
 from gpumesh.mesh.requests.task_deadlines import TaskDeadline
 from gpumesh.mesh.requests.upstream import Upstream, UpstreamResponse
@@ -46,7 +53,9 @@ def run_attempt(
     Releases the lease, unless the result is an OpenedStream, which holds it. A cancelled attempt releases it as well.
     """
     read = partial(read_answer, lease, call, continuation)
-    return _send_and_read(upstream, lease, call, read, timeout_s=timeout_s, may_resend=may_resend)
+    return _send_and_read(
+        upstream, lease, call, read, take_answer=take_whole_answer, timeout_s=timeout_s, may_resend=may_resend
+    )
 
 
 async def ask_node(
@@ -113,10 +122,12 @@ async def _send_and_read(
     read_answer: Callable[[UpstreamResponse], Awaitable[T | FailedAttempt]],
     *,
     timeout_s: float,
+    take_answer: Callable[[Lease, UpstreamResponse, HttpCall], T | FailedAttempt | None] = lambda *_: None,
     result_on_timeout: T | None = None,
     may_resend: bool = True,
 ) -> T | FailedAttempt:
-    """Sends the request, and returns what ``read_answer`` makes of the response, or the failure.
+    """Sends the request, and returns what ``take_answer`` makes of the response at once, else what ``read_answer``
+    makes of it, or the failure.
 
     Any failure closes the connection, so that the server stops its work, and releases the lease. Only a time-out is
     different if there is a ``result_on_timeout``: this result is returned, and the lease stays held. ``may_resend``:
@@ -153,10 +164,12 @@ async def _send_and_read(
                 new_connection=not may_resend,
                 may_resend=start_resending,
             )
-            result = await read_answer(response)
-            lease.set_abort_callback(response.abort)
+            result = take_answer(lease, response, call)
+            if result is None:
+                result = await read_answer(response)
             if isinstance(result, FailedAttempt):
                 return replace(result, duration_s=loop.time() - started_at, was_resent=was_resent)
+            lease.set_abort_callback(response.abort)
             return result
     except TimeoutError:
         if response is not None:

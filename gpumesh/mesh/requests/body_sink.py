@@ -62,7 +62,7 @@ class BufferedSink:
         self.ended = False
         self.problem: str | None = None
         self._buffer = bytearray()
-        self._changed = Wakeup() if changed is None else changed
+        self._changed = changed  # if it is ``None``, it is made when the reader waits: most bodies come at once
 
     def __repr__(self) -> str:
         end = ""
@@ -76,16 +76,19 @@ class BufferedSink:
     def write(self, data: bytes) -> None:
         self._buffer += data
         self.backpressured = len(self._buffer) > BUFFER_BYTES
-        self._changed.wake()
+        if self._changed is not None:
+            self._changed.wake()
 
     def finish(self) -> None:
         self.ended = True
-        self._changed.wake()
+        if self._changed is not None:
+            self._changed.wake()
 
     def fail(self, problem: str) -> None:
         self.ended = True
         self.problem = problem
-        self._changed.wake()
+        if self._changed is not None:
+            self._changed.wake()
 
     def take(self, limit: int | None = None) -> bytes:
         """Removes and returns all held bytes, or at most the first ``limit`` bytes."""
@@ -103,4 +106,6 @@ class BufferedSink:
 
     async def wait_changed(self) -> None:
         """Returns after the next ``write``, or after the end of the body."""
+        if self._changed is None:
+            self._changed = Wakeup()
         await self._changed.wait()

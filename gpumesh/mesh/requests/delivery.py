@@ -6,18 +6,14 @@ If a node is lost while its answer streams, the other nodes are tried for the re
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import Awaitable, Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
-from random import Random
 
 from msgspec.structs import replace
 
 from gpumesh.backends.base import HttpCall
 from gpumesh.backends.continuation.continuation import Continuation
 from gpumesh.backends.continuation.ending import Ending
-from gpumesh.backends.continuation.planner import ContinuationStrategies
 from gpumesh.backends.dialects import kinds_that_continue
 from gpumesh.balancer.base import Demand
 from gpumesh.balancer.outcomes import (
@@ -27,9 +23,9 @@ from gpumesh.balancer.outcomes import (
     retry_delay_s,
     rule_for_outcome,
 )
-from gpumesh.errors import BackendStatus, DeadlineExceeded, GPUMeshError, ModelMissing, NoNodeError
-from gpumesh.mesh.dispatch import Dispatcher
+from gpumesh.errors import DeadlineExceeded, ModelMissing, NoNodeError
 from gpumesh.mesh.nodes.lease import Lease
+from gpumesh.mesh.request_counters import RequestCounters
 from gpumesh.mesh.requests.answer import Answer, SendProgress, WholeAnswer
 from gpumesh.mesh.requests.answer_reading import OpenedStream
 from gpumesh.mesh.requests.attempt import ask_node, run_attempt, with_model
@@ -42,11 +38,10 @@ from gpumesh.mesh.requests.failures import (
     lacks_route,
     lost_over_ssh,
     must_stop,
+    refused_continuation,
 )
-from gpumesh.mesh.requests.route_gaps import RouteGaps
-from gpumesh.mesh.requests.silence_watch import PauseTracker
+from gpumesh.mesh.requests.send_context import SendContext
 from gpumesh.mesh.requests.streaming import StreamingAnswer
-from gpumesh.mesh.requests.upstream import Upstream
 from gpumesh.topology import BackendKind
 
 # Longest wait for an answer to a question that shows how a node's model continues an answer. The node may have to load
@@ -57,30 +52,6 @@ TUNNEL_SETTLE_S = 0.5
 _NO_NODES: frozenset[str] = frozenset()
 
 
-@dataclass(frozen=True, slots=True)
-class SendContext:
-    """The objects that all requests of a mesh share.
-
-    ``clock`` returns seconds. ``explain_no_node`` makes the error that explains why no node can serve a request; it
-    also takes the names of nodes that have just answered that they do not have the model."""
-
-    upstream: Upstream
-    dispatcher: Dispatcher
-    clock: Callable[[], float]
-    rng: Random
-    explain_no_node: Callable[[Demand, Collection[str]], GPUMeshError]
-    strategies: ContinuationStrategies = field(default_factory=dict)
-    pauses: PauseTracker = field(default_factory=PauseTracker)
-    route_gaps: RouteGaps = field(default_factory=lambda: RouteGaps(time.monotonic))
-
-    def forget_nodes(self, nodes: Collection[str]) -> None:
-        """Forgets what was learned of the servers of these nodes, because other servers may have their names now."""
-        for node, model in [key for key in self.strategies if key[0] in nodes]:
-            del self.strategies[node, model]
-        self.pauses.forget(nodes)
-        self.route_gaps.forget(nodes)
-
-
 class RequestDelivery:
     """Delivers one request: ``deliver`` returns its answer. Implements ``Failover`` (see there) for an answer that
     streams.
@@ -88,7 +59,7 @@ class RequestDelivery:
     ``calls`` holds the request in the form for each kind of server. ``resume``: another node may continue a cut answer.
     ``at_most_once``: the request is not sent again after a server may have begun to work on it. ``try_reserve_memory``
     reserves this many bytes for the request, and returns whether there is room. ``progress`` is kept up to date while
-    the request is delivered.
+    the request is delivered. ``counters`` count the request and its end; ``None``: it is not counted.
     """
 
     def __init__(
@@ -102,6 +73,7 @@ class RequestDelivery:
         at_most_once: bool = False,
         try_reserve_memory: Callable[[int], bool] = lambda _: True,
         progress: SendProgress | None = None,
+        counters: RequestCounters | None = None,
     ) -> None:
         self._context = context
         self._demand = demand
@@ -116,6 +88,7 @@ class RequestDelivery:
         self._failures: list[FailedAttempt] = []
         self._round = 1  # in each round, every node may get one attempt
         self._progress = SendProgress() if progress is None else progress
+        self._counters = RequestCounters() if counters is None else counters
 
     def __repr__(self) -> str:
         failed = ", ".join(f"{failure.node} {failure.outcome.value}" for failure in self._failures) or "none"
@@ -128,26 +101,39 @@ class RequestDelivery:
     async def deliver(self) -> Answer:
         """Tries node after node, and returns the answer of the first node that answers. Raises NoNodeError,
         ModelMissing, QueueFull and DeadlineExceeded."""
-        while True:
-            # Most requests find a free slot at once. After a failure, ``_acquire_lease`` has more to decide.
-            lease = None if self._failures else self._context.dispatcher.acquire_now(self._demand, self._excluded_nodes)
-            if lease is None:
-                lease = await self._acquire_lease()
-            if lease is None:
-                return self._last_error_answer()
-            call = self._calls[lease.node.kind]
-            # Most clients write the name as the server lists it; then not even a coroutine is made.
-            name = None if self._demand.model is None else lease.node.server_name(self._demand.model)
-            named_call = call if name is None else await self._name_model(lease, call)
-            result = await self._run_attempt(lease, named_call, partial(self._new_continuation, call))
-            if isinstance(result, FailedAttempt):
+        self._counters.accepted += 1
+        answer: Answer | None = None
+        try:
+            while answer is None:
+                # Most requests find a free slot at once. After a failure, ``_acquire_lease`` has more to decide.
+                lease = None
+                if not self._failures:
+                    lease = self._context.dispatcher.acquire_now(self._demand, self._excluded_nodes)
+                if lease is None:
+                    lease = await self._acquire_lease()
+                if lease is None:
+                    answer = self._last_error_answer()
+                    continue
+                call, model = self._calls[lease.node.kind], self._demand.model
+                # Most clients write the name as the server lists it; then not even a coroutine is made.
+                is_renamed = model is not None and lease.node.server_name(model) is not None
+                named_call = await self._name_model(lease, call) if is_renamed else call
+                result = await self._run_attempt(lease, named_call, partial(self._new_continuation, call))
+                if not isinstance(result, FailedAttempt):
+                    answer = self._streaming_answer(result) if isinstance(result, OpenedStream) else result
+                    self._set_figures(answer, lease)
+                    continue
                 self._record_failure(result)
                 if await self._request_breaks_servers():
-                    return self._last_error_answer()
-            elif isinstance(result, OpenedStream):
-                return self._set_figures(self._streaming_answer(result), lease)
-            else:
-                return self._set_figures(result, lease)
+                    answer = self._last_error_answer()
+        except BaseException as error:
+            self._counters.count_error(error)
+            raise
+        if answer.outcome is None:
+            answer.on_outcome = self._counters.count_end
+        else:  # the answer has ended already
+            self._counters.count_end(answer.outcome)
+        return answer
 
     def _new_continuation(self, call: HttpCall) -> Continuation:
         """Makes the ``Continuation`` of a new stream. It is made before the first byte, because it must see every byte
@@ -175,7 +161,7 @@ class RequestDelivery:
         that got the answer."""
         if lease is not None:
             answer.placement = lease.placement
-        answer.attempts = self.attempts
+        answer.attempts = self._progress.attempts
         answer.queue_ms = self._progress.queue_s * 1000.0
         return answer
 
@@ -234,7 +220,7 @@ class RequestDelivery:
         if isinstance(result, OpenedStream):
             return result
         continuation.abandon_upstream()
-        return result if isinstance(result, FailedAttempt) else _refused_continuation(result)
+        return result if isinstance(result, FailedAttempt) else refused_continuation(result)
 
     async def _next_call(self, lease: Lease, continuation: Continuation) -> HttpCall | Ending | FailedAttempt:
         """Makes the request for the rest of the answer. The node is first asked how it continues an answer. Returns the
@@ -294,7 +280,9 @@ class RequestDelivery:
         """Whether an attempt may use a kept-alive connection, and send the request again if this connection is stale.
         After a failure of a server that may have worked on the request, the end of the connection could be one more
         failure."""
-        return not self._at_most_once and not any(failed.may_have_run for failed in self._failures)
+        if self._at_most_once:
+            return False
+        return not self._failures or not any(failed.may_have_run for failed in self._failures)
 
     def _record_failure(self, failed: FailedAttempt) -> None:
         """Records the failure, so that the next attempt goes to another node. Raises the error of the failure if
@@ -391,10 +379,3 @@ class RequestDelivery:
         self._round += 1
         self._excluded_nodes -= retryable_nodes
         return True
-
-
-def _refused_continuation(answer: WholeAnswer) -> FailedAttempt:
-    """The failure of a node that was asked for the rest of an answer, and sent a whole answer instead of a stream: the
-    node does not understand the request."""
-    error = BackendStatus(f"it answered {answer.status} to the rest of an answer", status=answer.status)
-    return FailedAttempt(answer.node, Outcome.CANNOT_CONTINUE, error, answer)

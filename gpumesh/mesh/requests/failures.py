@@ -170,3 +170,10 @@ def _is_failure_before_resend(failed: FailedAttempt) -> bool:
     if not _seems_to_fail_before_resend(failed) or failed.lease is None:
         return False
     return not lost_over_ssh(failed) or failed.lease.node.is_same_connection(failed.lease)
+
+
+def refused_continuation(answer: WholeAnswer) -> FailedAttempt:
+    """The failure of a node that was asked for the rest of an answer, and sent a whole answer instead of a stream: the
+    node does not understand the request."""
+    error = BackendStatus(f"it answered {answer.status} to the rest of an answer", status=answer.status)
+    return FailedAttempt(answer.node, Outcome.CANNOT_CONTINUE, error, answer)

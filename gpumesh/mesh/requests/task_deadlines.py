@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 from types import TracebackType
 
+import msgspec
+
 CHECK_S = 1.0  # between two checks of all deadlines, if no deadline comes sooner
 
 
@@ -47,53 +49,53 @@ class TaskDeadlines:
             self.schedule_check(min(deadline.at for deadline in self.running))
 
 
-class TaskDeadline:
-    """Limits the time of a ``with`` block in the current task, as ``asyncio.timeout`` does: at the time ``at`` (of the
-    loop's clock) the task is cancelled, and the block raises TimeoutError instead of the CancelledError."""
+class TaskDeadline(msgspec.Struct, eq=False):
+    """Limits the time of a ``with`` block in the current task, as ``asyncio.timeout`` does: after ``timeout_s``
+    seconds, at the time ``at`` of the loop's clock, the task is cancelled, and the block raises TimeoutError instead of
+    the CancelledError. A struct of msgspec, because each request makes one."""
 
-    __slots__ = ("_cancels_before", "_deadlines", "_task", "at", "expired")
-
-    def __init__(self, deadlines: TaskDeadlines, timeout_s: float) -> None:
-        self.at = deadlines.loop.time() + timeout_s
-        self.expired = False
-        self._deadlines = deadlines
-        self._task: asyncio.Task[object] | None = None
-        self._cancels_before = 0
+    deadlines: TaskDeadlines
+    timeout_s: float
+    at: float = 0.0
+    expired: bool = False
+    task: asyncio.Task[object] | None = None
+    cancels_before: int = 0
 
     def __repr__(self) -> str:
-        state = "not running" if self._task is None else "running"
+        state = "not running" if self.task is None else "running"
         if self.expired:
             state = "expired"
         return f"<TaskDeadline {state}>"
 
     def __enter__(self) -> TaskDeadline:
         """Starts the deadline for the current task."""
-        deadlines = self._deadlines
-        self._task = task = asyncio.current_task(deadlines.loop)
+        deadlines = self.deadlines
+        self.task = task = asyncio.current_task(deadlines.loop)
         assert task is not None, "only a task can have a deadline"
-        self._cancels_before = task.cancelling()
+        self.cancels_before = task.cancelling()
+        self.at = at = deadlines.loop.time() + self.timeout_s
         deadlines.running.add(self)
-        if self.at < deadlines.next_check_at:
-            deadlines.schedule_check(self.at)
+        if at < deadlines.next_check_at:
+            deadlines.schedule_check(at)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Ends the deadline. If it has passed, raises TimeoutError in place of the CancelledError."""
-        task, self._task = self._task, None
-        self._deadlines.running.discard(self)
+        task, self.task = self.task, None
+        self.deadlines.running.discard(self)
         if not self.expired or task is None:
             return
         # If other code has cancelled the task as well, the CancelledError goes on and does not become a TimeoutError.
-        only_we_cancelled = task.uncancel() <= self._cancels_before
+        only_we_cancelled = task.uncancel() <= self.cancels_before
         if only_we_cancelled and kind is not None and issubclass(kind, asyncio.CancelledError):
             raise TimeoutError from error
 
     def expire(self) -> None:
         """Ends the block now, as if the deadline had passed. Does nothing outside of the block, or at the second
         call."""
-        if self._task is not None and not self.expired:
+        if self.task is not None and not self.expired:
             self.expired = True
-            self._deadlines.running.discard(self)
-            self._task.cancel()
+            self.deadlines.running.discard(self)
+            self.task.cancel()

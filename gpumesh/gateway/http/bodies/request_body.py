@@ -11,29 +11,25 @@ class RequestBody:
     dropped, and ``reservation.refused`` is set.
 
     ``buffered``: the number of waiting bytes. ``complete``: nothing more will come. ``broken``: the body has ended,
-    and is not as its head says.
+    and is not as its head says. ``whole``: the body has ended, and is as its head says.
     """
 
-    __slots__ = ("_changed", "_pieces", "broken", "buffered", "complete", "reservation")
+    __slots__ = ("_changed", "_pieces", "broken", "buffered", "complete", "reservation", "whole")
 
     def __init__(self, memory: BodyMemory) -> None:
         self.reservation = MemoryReservation(memory)
         self.buffered = 0
         self.complete = False
         self.broken = False
+        self.whole = False
         self._pieces: list[bytes] = []
-        self._changed = Wakeup()
+        self._changed: Wakeup | None = None  # exists once the handler has waited: most bodies come at once
 
     def __repr__(self) -> str:
         state = "complete" if self.complete else "coming"
         if self.broken:
             state = "broken"
         return f"<RequestBody {state}, {self.buffered} bytes buffered>"
-
-    @property
-    def whole(self) -> bool:
-        """Whether the whole body has come, as its head says."""
-        return self.complete and not self.broken
 
     def feed(self, data: bytes) -> int:
         """Adds a piece, and returns how many bytes wait for the handler now."""
@@ -42,7 +38,8 @@ class RequestBody:
             self.buffered += len(data)
         else:
             self._drop_pieces()
-        self._changed.wake()
+        if self._changed is not None:
+            self._changed.wake()
         return self.buffered
 
     def end(self, *, broken: bool = False) -> None:
@@ -50,7 +47,8 @@ class RequestBody:
         self.complete = True
         if broken:
             self.broken = True
-        self._changed.wake()
+        self.whole = not self.broken
+        self.wake()
 
     def take(self) -> bytes:
         """Removes and returns all waiting bytes. Their memory stays reserved."""
@@ -66,11 +64,14 @@ class RequestBody:
 
     async def wait_for_change(self) -> None:
         """Returns when more of the body has come, when the body has ended, or when it has lost its memory."""
+        if self._changed is None:
+            self._changed = Wakeup()
         await self._changed.wait()
 
     def wake(self) -> None:
         """Lets ``wait_for_change`` return."""
-        self._changed.wake()
+        if self._changed is not None:
+            self._changed.wake()
 
     def _drop_pieces(self) -> None:
         """Forgets the waiting bytes."""
