@@ -112,7 +112,9 @@ class Gpumesh:
         that gets its standard output instead."""
         command = (str(GPUMESH), *arguments)
         env = self.environment(**environment)
-        async with run_on_terminal(command, env=env, cwd=self.home, columns=columns, rows=rows, out=out) as terminal:
+        warm = self.warm and CAN_WARM
+        running = run_on_terminal(command, env=env, cwd=self.home, columns=columns, rows=rows, out=out, warm=warm)
+        async with running as terminal:
             yield terminal
 
     async def run_on_terminal(self, *arguments: str) -> str:

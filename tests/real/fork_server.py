@@ -1,13 +1,14 @@
 """The process that has imported all modules of `gpumesh` and forks a process for each command (warm_commands.py).
+The background mesh and the zygote that a command starts are forks too (spare_process.py).
 
 It has one thread, because a fork with threads is not safe.
 """
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import ctypes
+import fcntl
 import gc
 import importlib
 import json
@@ -17,10 +18,11 @@ import select
 import signal
 import socket
 import sys
-import threading
-import traceback
+import termios
 from dataclasses import dataclass
 from typing import Any, NoReturn
+
+from tests.real.spare_process import run_to_end, take_identity, use_spare_process
 
 _CLONE_NEWNET = 0x40000000  # sched.h; os.setns needs Python 3.12
 _MESSAGE_BYTES = 128 * 1024  # more than arguments and environment take
@@ -37,7 +39,8 @@ class Command:
 
 
 def serve(control: socket.socket) -> dict[str, Any] | None:
-    """Forks a process for each request, until the tests close their end; ``None`` then.
+    """Forks a process for each request, until the tests close their end; ``None`` then. The request's socket gets the
+    pid on a line, and then the exit code.
 
     In the new process it returns the request, and nothing of this server is open there.
     """
@@ -64,6 +67,8 @@ def serve(control: socket.socket) -> dict[str, Any] | None:
                 return {**json.loads(message), "fds": fds}
             for fd in fds:
                 os.close(fd)
+            with contextlib.suppress(OSError):  # the tests have closed the socket: ``_finish`` is next
+                status.sendall(f"{pid}\n".encode())
             running.append(Command(pid, status, os.pidfd_open(pid)))
 
 
@@ -78,60 +83,41 @@ def _finish(command: Command) -> None:
 
 
 def become(request: dict[str, Any]) -> None:
-    """Gives this process what the started command would have: streams, network, environment, folder and arguments."""
+    """Gives this process what the started command would have: streams, terminal, network, environment, folder and
+    arguments. A spare process is made for what the command starts."""
     stdin, stdout, stderr, *network = request["fds"]
     for number, fd in enumerate((stdin, stdout, stderr)):
         os.dup2(fd, number)
-    # As Python makes them when it starts: what they are connected to decides whether they can seek.
-    for number, (name, mode, buffering) in enumerate((("stdin", "r", -1), ("stdout", "w", -1), ("stderr", "w", 1))):
-        before = getattr(sys, name)
-        stream = os.fdopen(number, mode, buffering, before.encoding, before.errors, closefd=False)
-        setattr(sys, name, stream)
-        setattr(sys, f"__{name}__", stream)
     for fd in network:
         if os.fstat(fd).st_ino != os.stat("/proc/self/ns/net").st_ino:
             result = ctypes.CDLL(None, use_errno=True).setns(fd, _CLONE_NEWNET)
             assert result == 0, os.strerror(ctypes.get_errno())
     for fd in request["fds"]:
         os.close(fd)
-    os.environ.clear()
-    os.environ.update(request["env"])
-    os.chdir(request["cwd"])
+    use_spare_process()
+    if request["terminal"]:
+        os.setsid()
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    take_identity(request["command"], request["env"], request["cwd"])
     sys.argv[:] = request["command"]
 
 
 def run_command() -> NoReturn:
-    """Runs the command line, and ends this process as Python ends one, without the last step: to free each object would
-    copy all memory that the processes share."""
+    """Runs the command line, and ends this process."""
     from gpumesh.cli.main import main
 
-    code = 0
-    try:
-        main()
-    except SystemExit as exit_request:
-        code = exit_request.code if isinstance(exit_request.code, int) else int(exit_request.code is not None)
-    except BaseException:
-        traceback.print_exc()
-        code = 1
-    threading._shutdown()  # type: ignore[attr-defined]
-    atexit._run_exitfuncs()
-    gc.collect()  # what warns when it is freed does it now
-    try:
-        sys.stdout.flush()
-    except OSError:
-        code = 120  # as Python
-    sys.stderr.flush()
-    os._exit(code)
+    run_to_end(main)
 
 
 def import_commands() -> None:
-    """Imports all of the package but the lab, which one command needs, and what only a tunnel's process imports."""
+    """Imports all of the package but the lab, which one command needs."""
     import gpumesh
 
-    others = ("gpumesh.lab", "gpumesh.tunnels.inprocess", "gpumesh.tunnels.workers.worker")
+    sys.modules["invoke"] = None  # type: ignore[assignment]  # as gpumesh/tunnels/workers/zygote.py
     for module in pkgutil.walk_packages(gpumesh.__path__, "gpumesh."):
-        if not module.name.startswith(others) and not module.name.endswith("__main__"):
+        if not module.name.startswith("gpumesh.lab") and not module.name.endswith("__main__"):
             importlib.import_module(module.name)
+    importlib.import_module("gpumesh.daemon.__main__")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tests.real.warm_commands import WarmProcess, warm_commands
+
 LIMIT_S = 45.0
 ENTER_SCREEN, LEAVE_SCREEN = "\x1b[?1049h", "\x1b[?1049l"
 _NewDecoder = codecs.getincrementaldecoder("utf-8")
@@ -31,7 +33,7 @@ def without_control_sequences(text: str) -> str:
 class Terminal:
     """``written`` is all output so far, with control sequences."""
 
-    process: asyncio.subprocess.Process
+    process: asyncio.subprocess.Process | WarmProcess
     controller: int
     modes_before: list[Any]
     written: str = ""
@@ -104,38 +106,55 @@ async def run_on_terminal(
     columns: int = 120,
     rows: int = 40,
     out: Path | None = None,
+    warm: bool = False,
 ) -> AsyncIterator[Terminal]:
     """Runs a program on a terminal of its own, and kills it if it still runs when the context ends. ``out``: the file
-    that gets its standard output instead."""
+    that gets its standard output instead. ``warm``: the program is ``gpumesh``, as a fork (warm_commands.py)."""
     loop = asyncio.get_running_loop()
     controller, terminal_end = pty.openpty()
-    with contextlib.ExitStack() as stack:
+    async with contextlib.AsyncExitStack() as stack:
         stack.callback(os.close, controller)
         try:
             fcntl.ioctl(terminal_end, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
             modes = termios.tcgetattr(controller)
-            process = await asyncio.create_subprocess_exec(
-                *command,
-                stdin=terminal_end,
-                stdout=terminal_end if out is None else stack.enter_context(out.open("wb")),
-                stderr=terminal_end,
-                env=env,
-                cwd=cwd,
-                start_new_session=True,
-                preexec_fn=_take_terminal,
-            )
+            stdout = terminal_end if out is None else stack.enter_context(out.open("wb")).fileno()
+            streams = (terminal_end, stdout, terminal_end)
+            process: asyncio.subprocess.Process | WarmProcess
+            if warm:
+                started = warm_commands().started(command, env=env, cwd=cwd, streams=streams, terminal=True)
+                process = await stack.enter_async_context(started)
+            else:
+                process = await stack.enter_async_context(_started(command, env=env, cwd=cwd, streams=streams))
         finally:
             os.close(terminal_end)
         terminal = Terminal(process, controller, modes)
         loop.add_reader(controller, terminal.read)
-        try:
-            yield terminal
-        finally:
-            loop.remove_reader(controller)
-            if process.returncode is None:
-                with contextlib.suppress(ProcessLookupError):
-                    process.kill()
-                await process.wait()
+        stack.callback(loop.remove_reader, controller)
+        yield terminal
+
+
+@contextlib.asynccontextmanager
+async def _started(
+    command: Sequence[str], *, env: Mapping[str, str], cwd: Path, streams: Sequence[int]
+) -> AsyncIterator[asyncio.subprocess.Process]:
+    stdin, stdout, stderr = streams
+    process = await asyncio.create_subprocess_exec(
+        *command,
+        stdin=stdin,
+        stdout=stdout,
+        stderr=stderr,
+        env=env,
+        cwd=cwd,
+        start_new_session=True,
+        preexec_fn=_take_terminal,
+    )
+    try:
+        yield process
+    finally:
+        if process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            await process.wait()
 
 
 def _take_terminal() -> None:
