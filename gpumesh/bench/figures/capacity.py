@@ -28,8 +28,8 @@ class RampPoint:
 
     @property
     def running(self) -> int:
-        """How many of the requests in flight the server really ran at once."""
-        return max(min(self.level, self.at_once), 1)
+        """How many of the requests in flight the server really ran at once; all of them if nothing shows it."""
+        return min(self.level, self.at_once) if self.at_once else self.level
 
 
 @dataclass(frozen=True, slots=True)

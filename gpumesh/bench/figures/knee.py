@@ -20,7 +20,7 @@ class Knee:
 
     ``is_passed``: a higher level was measured too, and gave no more. Otherwise the rate may still grow past the highest
     level. ``goodput_per_s`` is that of the knee's stage; ``best_goodput_level`` is the level with the most goodput.
-    ``text`` is the knee as a sentence.
+    ``text`` is the knee in words, ``goodput_text`` its goodput.
     """
 
     level: int
@@ -31,6 +31,7 @@ class Knee:
     best_goodput_per_s: float | None
     is_passed: bool
     text: str
+    goodput_text: str
 
 
 def find_knee(stages: Sequence[StageResult], objective: Objective) -> Knee | None:
@@ -57,8 +58,8 @@ def find_knee(stages: Sequence[StageResult], objective: Objective) -> Knee | Non
         best_goodput_level=best_level,
         best_goodput_per_s=None if best_level is None else known_goodputs[best_level],
         is_passed=level < max(rates),
-        text=f"{_describe_level(stage, rates[level])}; {_describe_beyond(level, by_level)}"
-        f"; {_describe_goodput(goodputs[level], objective)}",
+        text=f"{_describe_level(stage, rates[level])}; {_describe_beyond(level, by_level)}",
+        goodput_text=_describe_goodput(goodputs[level], objective),
     )
 
 
@@ -83,8 +84,8 @@ def _describe_beyond(level: int, by_level: dict[int, StageResult]) -> str:
 
 def _describe_goodput(goodput_per_s: float | None, objective: Objective) -> str:
     """The goodput, with its objectives."""
-    within = f"TTFT ≤ {objective.ttft_ms:g} ms and TPOT ≤ {objective.tpot_ms:g} ms"
-    return f"goodput {'unknown' if goodput_per_s is None else _short(goodput_per_s)} req/s ({within})"
+    amount = "unknown" if goodput_per_s is None else f"{_short(goodput_per_s)} req/s"
+    return f"goodput {amount} (TTFT ≤ {objective.ttft_ms:g} ms and TPOT ≤ {objective.tpot_ms:g} ms)"
 
 
 def _short(value: float) -> str:

@@ -77,18 +77,25 @@ def token_rate(records: Sequence[LoadSample], part: LoadedPart | None) -> float 
 def answer_rate(
     records: Sequence[LoadSample], part: LoadedPart | None, *, counts: Callable[[LoadSample], bool]
 ) -> float | None:
-    """The served requests per second that ended in this part and that ``counts`` accepts. ``None`` without a part.
+    """The served requests per second in this part that ``counts`` accepts. ``None`` without a part.
 
-    The answers with whose end the part begins are not counted, those with whose end it ends are: so whole rounds count.
+    A request counts with the share of its answer that arrived in this part. Its end alone would not do: a part has few
+    ends, and many of them at the same time.
     """
     if part is None:
         return None
-    ended = [
-        record
+    shares = [
+        _share_in(record, part)
         for record in records
-        if part.start_s < record.ended_s <= part.end_s and record.outcome is SampleOutcome.SERVED and counts(record)
+        if record.outcome is SampleOutcome.SERVED and record.arrivals_s and counts(record)
     ]
-    return rate(len(ended), part.seconds)
+    return rate(math.fsum(shares), part.seconds)
+
+
+def _share_in(record: LoadSample, part: LoadedPart) -> float:
+    """The share of an answer's pieces that arrived in this part."""
+    inside = sum(part.start_s <= arrival_s < part.end_s for arrival_s in record.arrivals_s)
+    return inside / len(record.arrivals_s)
 
 
 def mean_busy(records: Sequence[LoadSample], part: LoadedPart | None) -> float | None:

@@ -48,18 +48,16 @@ def _find_capacity(context: ScenarioContext, node: NodeFacts) -> Generator[Stage
         points.append(point)
         spent_s += result.duration_s
         tokens = _answer_tokens(result, tokens)
-        if point.at_once < level and level > 1:
+        if 0 < point.at_once < level:  # 0: answers of a single piece do not show it
             return (yield from _confirm_slots(context, node.name, points, tokens, outcome))
         if len(points) > 1 and not _has_grown(points[-2], point):
             full = find_full_point(points)
-            reason = f"{level} at once give no more tokens/s than {full.running}"
+            reason = f"{level} at once give no more"
             return NodeCapacity(node.name, full.running, full.tokens_per_s, reason, tuple(points))
         # The next level has twice as many requests. They take as long as these, or twice as long if no slot is left.
         if spent_s + 2 * result.duration_s > RAMP_S or level >= MAX_LEVEL:
-            reason = (
-                f"it runs {level} at once, and perhaps more: its ramp ended there, so that it does not take too long"
-            )
-            context.notes.append(f"{node.name}: {reason}")
+            reason = "its ramp ended there, so that it does not take too long; more may give more"
+            context.notes.append(f"capacity of {node.name}: {level} at once: {reason}")
             return NodeCapacity(node.name, level, point.tokens_per_s, reason, tuple(points))
         level *= 2
 
@@ -83,10 +81,9 @@ def _confirm_slots(
     full = find_full_point(points)
     last = points[-1]
     server_parallel = None
-    reason = f"its server runs {last.running} at once; the others wait inside it"
+    reason = "these are all slots of its server"
     if context.has_mesh and not last.waited_inside and last.at_once < level:
         outcome = yield _ramp_stage(context, node, level, tokens, is_direct=True)
-        reason = f"its server runs {last.running} at once"
         if outcome.results and outcome.results[0].served:
             direct = ramp_point(outcome.results[0], level, is_direct=True)
             points.append(direct)

@@ -95,11 +95,12 @@ def _result_lines(result: BenchResult) -> Iterator[str]:
     of each stage. ``p50`` is the median."""
     for capacity in result.capacity:
         yield (
-            f"capacity of {capacity.node}: {capacity.parallel} at once, {format_number(capacity.tokens_per_s)} tok/s"
-            f" ({capacity.reason})"
+            f"capacity of {capacity.node}: {capacity.parallel} at once, {format_number(capacity.tokens_per_s)} tok/s;"
+            f" {capacity.reason}"
         )
     if result.knee is not None:
         yield f"knee: {result.knee.text}"
+        yield f"at the knee: {result.knee.goodput_text}"
     if result.scaling is not None:
         yield from _scaling_lines(result.scaling)
     yield from route_lines(result)
@@ -116,14 +117,17 @@ def _scaling_lines(scaling: Scaling) -> Iterator[str]:
     )
     for loss in scaling.losses:
         yield (
-            f"{loss.node}: {format_number(loss.mesh_tokens_per_s)} tok/s in the mesh,"
-            f" {format_number(loss.alone_tokens_per_s)} alone;"
-            f" lost to starved slots {format_number(loss.starved_tokens_per_s)},"
-            f" to slowdown {format_number(loss.slowed_tokens_per_s)},"
-            f" to swapped models {format_number(loss.swapped_tokens_per_s)}"
+            f"{loss.node}: {format_number(loss.mesh_tokens_per_s)} tok/s of {format_number(loss.alone_tokens_per_s)};"
+            f" lost to starved slots {_loss_text(loss.starved_tokens_per_s)},"
+            f" slowdown {_loss_text(loss.slowed_tokens_per_s)}, swaps {_loss_text(loss.swapped_tokens_per_s)}"
         )
     if scaling.tail_share is not None:
-        yield f"a batch of just these requests would lose {scaling.tail_share:.0%} more by its ramp and its tail"
+        yield f"ramp and tail would cost a batch of just these requests another {scaling.tail_share:.0%}"
+
+
+def _loss_text(tokens_per_s: float) -> str:
+    """A loss with one decimal. What rounds to zero has no sign."""
+    return f"{round(tokens_per_s, 1) + 0.0:.1f}"
 
 
 def _stage_lines(stage: StageResult) -> Iterator[str]:
