@@ -122,11 +122,16 @@ def compare(a: BenchResult, b: BenchResult) -> Comparison:
 
 
 def _runs_by_stage(result: BenchResult) -> dict[str, list[StageResult]]:
-    """The stage in each run of the result, by the stage's label. Of a stage that a run has twice, the last counts."""
+    """The stage in each run of the result, by the stage's label. Of a stage that a run has twice, the last counts.
+
+    Runs that had another number of requests in flight than the first one are left out.
+    """
     stages: dict[str, list[StageResult]] = {}
     for run in result.runs or (result,):
         for label, stage in {stage_label(stage): stage for stage in run.stages}.items():
-            stages.setdefault(label, []).append(stage)
+            same = stages.setdefault(label, [])
+            if not same or same[0].concurrency == stage.concurrency:
+                same.append(stage)
     return stages
 
 

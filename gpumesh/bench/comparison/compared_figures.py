@@ -68,41 +68,59 @@ def _tail(name: str, sample: Callable[[StageResult], SampleSummary]) -> Compared
     )
 
 
-# The rate while all slots were busy is the rate. The whole stage counts where it is unknown (open loop, few requests).
-_LOADED_RATE = _rate(
-    "tokens/s (slots busy)",
-    "tok/s",
-    lambda stage: stage.rates.loaded_tokens_per_s,
-    lambda stage: stage.intervals.loaded_tokens_per_s,
-)
-_WHOLE_RATE = _rate(
-    "output tokens/s",
-    "tok/s",
-    lambda stage: stage.rates.output_tokens_per_s,
-    lambda stage: stage.intervals.output_tokens_per_s,
-)
-_FIGURES: tuple[ComparedFigure, ...] = (
+_LATENCIES: tuple[ComparedFigure, ...] = (
     _median("ttft p50", "ms", lambda stage: stage.latency.ttft),
     _tail("ttft p90", lambda stage: stage.latency.ttft),
     _median("tpot p50", "ms", lambda stage: stage.latency.tpot),
     _median("end-to-end p50", "ms", lambda stage: stage.latency.end_to_end),
     _tail("end-to-end p90", lambda stage: stage.latency.end_to_end),
     _median("server tokens/s p50", "tok/s", lambda stage: stage.rates.server, more_is_better=True),
-    _LOADED_RATE,
-    _WHOLE_RATE,
+)
+# The rates while all slots were busy say what was measured. Those of the whole stage stand in for them where they are
+# unknown: in an open loop, and if there were few requests.
+_LOADED_RATES = (
+    _rate(
+        "tokens/s",
+        "tok/s",
+        lambda stage: stage.rates.loaded_tokens_per_s,
+        lambda stage: stage.intervals.loaded_tokens_per_s,
+    ),
+    _rate(
+        "requests/s",
+        "req/s",
+        lambda stage: stage.rates.loaded_requests_per_s,
+        lambda stage: stage.intervals.loaded_requests_per_s,
+    ),
+    _rate(
+        "goodput",
+        "req/s",
+        lambda stage: stage.rates.loaded_goodput_per_s,
+        lambda stage: stage.intervals.loaded_goodput_per_s,
+    ),
+)
+_WHOLE_RATES = (
+    _rate(
+        "tokens/s",
+        "tok/s",
+        lambda stage: stage.rates.output_tokens_per_s,
+        lambda stage: stage.intervals.output_tokens_per_s,
+    ),
     _rate(
         "requests/s", "req/s", lambda stage: stage.rates.requests_per_s, lambda stage: stage.intervals.requests_per_s
     ),
     _rate("goodput", "req/s", lambda stage: stage.rates.goodput_per_s, lambda stage: stage.intervals.goodput_per_s),
-    _rate("tokens/J", "tok/J", lambda stage: stage.tokens_per_joule, lambda stage: stage.intervals.tokens_per_joule),
+)
+_TOKENS_PER_JOULE = _rate(
+    "tokens/J", "tok/J", lambda stage: stage.tokens_per_joule, lambda stage: stage.intervals.tokens_per_joule
 )
 
 
 def figures_to_compare(runs_a: Sequence[StageResult], runs_b: Sequence[StageResult]) -> Iterator[ComparedFigure]:
     """The figures that are compared of a stage that was run so in both results, in the order of the table."""
     are_repeated = len(runs_a) > 1 and len(runs_b) > 1
-    have_loaded_rate = all(stage.rates.loaded_tokens_per_s is not None for stage in (*runs_a, *runs_b))
-    left_out = _WHOLE_RATE if have_loaded_rate else _LOADED_RATE
-    for figure in _FIGURES:
-        if figure is not left_out and (are_repeated or not figure.repeated_only):
+    for figure in _LATENCIES:
+        if are_repeated or not figure.repeated_only:
             yield figure
+    have_loaded_rates = all(stage.rates.loaded_tokens_per_s is not None for stage in (*runs_a, *runs_b))
+    yield from _LOADED_RATES if have_loaded_rates else _WHOLE_RATES
+    yield _TOKENS_PER_JOULE

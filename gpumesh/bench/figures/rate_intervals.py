@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from gpumesh.bench.figures.loaded_part import LoadedPart, find_loaded_part
 from gpumesh.bench.figures.rates import Rates, meets_objective
 from gpumesh.bench.load.samples import LoadSample, SampleOutcome
 from gpumesh.bench.stats import Interval, Objective
@@ -34,10 +35,12 @@ class RateIntervals:
     """
 
     output_tokens_per_s: Interval | None = None
-    loaded_tokens_per_s: Interval | None = None
     total_tokens_per_s: Interval | None = None
     requests_per_s: Interval | None = None
     goodput_per_s: Interval | None = None
+    loaded_tokens_per_s: Interval | None = None
+    loaded_requests_per_s: Interval | None = None
+    loaded_goodput_per_s: Interval | None = None
     tokens_per_joule: Interval | None = None
 
 
@@ -65,12 +68,17 @@ def rate_intervals(
     def all_tokens(record: LoadSample) -> float:
         return _output_tokens(record) + (record.prompt_tokens or 0)
 
+    def is_good(record: LoadSample) -> bool:
+        return meets_objective(record, objective)
+
     return RateIntervals(
         output_tokens_per_s=_interval(rates.output_tokens_per_s, batches, _output_tokens),
-        loaded_tokens_per_s=_interval(rates.loaded_tokens_per_s, batches, _output_tokens),
         total_tokens_per_s=_interval(rates.total_tokens_per_s, batches, all_tokens),
         requests_per_s=_interval(rates.requests_per_s, batches, _is_served),
-        goodput_per_s=_interval(rates.goodput_per_s, batches, lambda record: meets_objective(record, objective)),
+        goodput_per_s=_interval(rates.goodput_per_s, batches, is_good),
+        loaded_tokens_per_s=_interval(rates.loaded_tokens_per_s, batches, _output_tokens),
+        loaded_requests_per_s=_interval(rates.loaded_requests_per_s, batches, _is_served),
+        loaded_goodput_per_s=_interval(rates.loaded_goodput_per_s, batches, is_good),
         tokens_per_joule=_interval(tokens_per_joule, batches, _output_tokens),
     )
 
@@ -105,22 +113,24 @@ def _relative_error(amounts: Sequence[float], seconds: Sequence[float]) -> float
 def _make_batches(records: Sequence[LoadSample], concurrency: int | None) -> list[_Batch]:
     """Cuts a stage into batches of equally many consecutive answers; a rest at the end is left out.
 
-    In a closed loop a batch has one round or more (as many answers as there are slots). The end of a closed loop, when
-    no further request was sent and slots were idle, is left out.
+    In a closed loop a batch has one round or more (as many answers as there are slots), and only the part in which all
+    slots were busy is cut.
     """
     routes = {record.route for record in records} - {None}
     if routes:  # several routes take turns: the time of a route is that of its own requests
         return [
             _Batch((record,), record.ended_s - record.sent_s) for record in records if record.ended_s > record.sent_s
         ]
-    last_sent_s = max((record.sent_s for record in records), default=0.0)
-    ordered = sorted(records, key=lambda record: record.ended_s)
-    if concurrency is not None:
-        # The last request was sent when an answer ended, a moment before ``last_sent_s``.
-        ordered = [record for record in ordered if record.ended_s <= last_sent_s]
+    part = find_loaded_part(concurrency, records)
+    if part is None:
+        if concurrency is not None:
+            return []
+        part = LoadedPart(0.0, math.inf)  # of an open loop, all is cut
+    in_order = sorted(records, key=lambda record: record.ended_s)
+    ordered = [record for record in in_order if part.start_s < record.ended_s <= part.end_s]
     size = _batch_size(len(ordered), concurrency or 1)
     batches: list[_Batch] = []
-    start_s = 0.0
+    start_s = part.start_s
     for first in range(0, len(ordered) - size + 1, size):
         batch = tuple(ordered[first : first + size])
         end_s = batch[-1].ended_s

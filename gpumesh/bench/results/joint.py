@@ -9,10 +9,11 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
+from gpumesh.bench.figures.knee import find_knee
 from gpumesh.bench.figures.rate_intervals import RateIntervals
 from gpumesh.bench.figures.route_costs import route_costs
 from gpumesh.bench.figures.scaling import scaling
@@ -27,6 +28,9 @@ Record = TypeVar("Record")
 _TOTALS = frozenset(
     {
         "duration_s",
+        "ramp_s",
+        "loaded_s",
+        "tail_s",
         "requests",
         "served",
         "failed",
@@ -35,6 +39,7 @@ _TOTALS = frozenset(
         "prompt_tokens",
         "output_tokens",
         "counted_pieces",
+        "unfinished",
         "late_sends",
         "count",
         "samples",
@@ -46,19 +51,20 @@ _TOTALS = frozenset(
 def join_runs(runs: Sequence[BenchResult]) -> BenchResult:
     """Joins the results of runs of the same scenario, in the order in which they were run.
 
-    A stage that some runs lack is joined from the others. The result of a single run is returned as it is. Raises
-    ``ValueError`` if there is no run.
+    A stage that some runs lack is joined from the others. Stages of the same name with another number of requests in
+    flight (each run finds the capacity of the nodes anew) are not joined. The result of a single run is returned as it
+    is. Raises ``ValueError`` if there is no run.
     """
     if not runs:
         raise ValueError("no run to join")
     if len(runs) == 1:
         return runs[0]
-    stages: dict[tuple[str, int], list[StageResult]] = {}
+    stages: dict[tuple[str, int | None, int], list[StageResult]] = {}
     for run in runs:
         labels: Counter[str] = Counter()  # a stage that was measured again has the same label
         for stage in run.stages:
             label = stage_label(stage)
-            stages.setdefault((label, labels[label]), []).append(stage)
+            stages.setdefault((label, stage.concurrency, labels[label]), []).append(stage)
             labels[label] += 1
     joint_stages = tuple(_join_stage(same) for same in stages.values())
     first = runs[0]
@@ -67,6 +73,7 @@ def join_runs(runs: Sequence[BenchResult]) -> BenchResult:
         stages=joint_stages,
         scaling=None if first.scaling is None else scaling(joint_stages),
         routes=route_costs(joint_stages),
+        knee=None if first.knee is None else find_knee(joint_stages, first.objective),
         notes=_join_notes(runs),
         partial=any(run.partial for run in runs),
         partial_reason=next((run.partial_reason for run in runs if run.partial_reason is not None), None),
@@ -160,17 +167,12 @@ def _join_samples(samples: Sequence[SampleSummary]) -> SampleSummary:
 def _join_intervals(runs: Sequence[StageResult]) -> RateIntervals:
     """The intervals of the rates between the runs."""
 
-    def interval(values: Sequence[float | None]) -> Interval | None:
+    def interval(values: Iterable[float | None]) -> Interval | None:
         return interval_between_runs([value for value in values if value is not None])
 
-    return RateIntervals(
-        output_tokens_per_s=interval([run.rates.output_tokens_per_s for run in runs]),
-        loaded_tokens_per_s=interval([run.rates.loaded_tokens_per_s for run in runs]),
-        total_tokens_per_s=interval([run.rates.total_tokens_per_s for run in runs]),
-        requests_per_s=interval([run.rates.requests_per_s for run in runs]),
-        goodput_per_s=interval([run.rates.goodput_per_s for run in runs]),
-        tokens_per_joule=interval([run.tokens_per_joule for run in runs]),
-    )
+    names = [field.name for field in dataclasses.fields(RateIntervals) if field.name != "tokens_per_joule"]
+    rates = {name: interval(getattr(run.rates, name) for run in runs) for name in names}  # they have the names of rates
+    return RateIntervals(**rates, tokens_per_joule=interval(run.tokens_per_joule for run in runs))
 
 
 def _join_failures(runs: Sequence[StageResult]) -> tuple[FailureCount, ...]:

@@ -26,14 +26,14 @@ def sequential(*durations_s: float, tokens: int = 10) -> list[LoadSample]:
 
 
 def test_an_interval_by_hand() -> None:
-    """One slot: each answer is a batch, but the last one, whose time is the end of the stage."""
-    made = summarize_only(make_stage_run(*sequential(1.0, 2.0, 1.0, 2.0, 9.0)))
+    """One slot: each answer is a batch, but the first one and the last one, which are not in the loaded part."""
+    made = summarize_only(make_stage_run(*sequential(3.0, 1.0, 2.0, 1.0, 2.0, 9.0)))
     interval = made.intervals.requests_per_s
     assert interval is not None
     # The rate of the four batches is 4 ÷ 6; the residuals are 1/3 and -1/3, in turn.
     error = math.sqrt(4 / 9 * 4 / 3) / 4
     rate = made.rates.requests_per_s or 0.0
-    assert rate == pytest.approx(5 / 15)
+    assert rate == pytest.approx(6 / 18)
     width = rate * error * critical_value(0.05, 3)
     assert [interval.low, interval.high] == pytest.approx([rate - width, rate + width])
     assert interval.batches == 4
