@@ -73,6 +73,8 @@ def join_runs(runs: Sequence[BenchResult]) -> BenchResult:
         stages=joint_stages,
         scaling=None if first.scaling is None else scaling(joint_stages),
         routes=route_costs(joint_stages),
+        route_differences=_join_rows([run.route_differences for run in runs]),
+        costs=_join_rows([run.costs for run in runs]),
         knee=None if first.knee is None else find_knee(joint_stages, first.objective),
         notes=_join_notes(runs),
         partial=any(run.partial for run in runs),
@@ -132,12 +134,18 @@ def _join_values(name: str, values: Sequence[Any]) -> Any:
 
 
 def _join_rows(tables: Sequence[tuple[Any, ...]]) -> tuple[Any, ...]:
-    """Joins tables of records (the shares of the nodes, the phases): rows belong together by their first field."""
-    rows: dict[Any, list[Any]] = {}
+    """Joins tables of records (the shares of the nodes, the phases): rows with equal names belong together.
+
+    A table whose rows have no names is that of the first run.
+    """
+    rows: dict[tuple[str, ...], list[Any]] = {}
     for table in tables:
         for row in table:
-            key = getattr(row, dataclasses.fields(row)[0].name)
-            rows.setdefault(key, []).append(row)
+            values = [getattr(row, field.name) for field in dataclasses.fields(row)]
+            names = tuple(value for value in values if isinstance(value, str))
+            if not names:
+                return tables[0]
+            rows.setdefault(names, []).append(row)
     return tuple(_join_records(same) for same in rows.values())
 
 
