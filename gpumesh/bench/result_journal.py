@@ -9,7 +9,7 @@ from pathlib import Path
 from gpumesh.bench.load.samples import LoadSample
 from gpumesh.bench.report.report import report_html
 from gpumesh.bench.result_folder import REPORT_FILE, REQUESTS_FILE, RESULT_FILE, RESULT_FILES
-from gpumesh.bench.results.result import BenchResult, record_json, result_json
+from gpumesh.bench.results.result import BenchResult, records_json, result_json
 from gpumesh.errors import GPUMeshError
 from gpumesh.files import atomic_file
 
@@ -83,9 +83,7 @@ class ResultJournal:
             _replace(requests_file, "")
             self._has_begun = True
         new_records = self._records[self._written_records :]
-        _append(
-            requests_file, "".join(f"{json.dumps(record_json(record), allow_nan=False)}\n" for record in new_records)
-        )
+        _append(requests_file, "".join(f"{json.dumps(line, allow_nan=False)}\n" for line in records_json(new_records)))
         self._written_records += len(new_records)
         _replace(self._folder / REPORT_FILE, report_html(result, self._records))
         _replace(self._folder / RESULT_FILE, f"{json.dumps(result_json(result), indent=1, allow_nan=False)}\n")

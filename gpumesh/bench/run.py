@@ -9,6 +9,7 @@ from random import Random
 from typing import TypeAlias
 
 from gpumesh.bench.figures.cost import NO_PRICES, Prices, stage_costs
+from gpumesh.bench.figures.coverage_notes import coverage_notes
 from gpumesh.bench.figures.knee import find_knee
 from gpumesh.bench.figures.rate_notes import rate_notes
 from gpumesh.bench.figures.route_costs import route_costs
@@ -104,6 +105,7 @@ async def run_benchmark(
     def make_result(*, partial: bool) -> BenchResult:
         """The result of the stages until now."""
         stages = run.results
+        known = [note for stage in stages for note in coverage_notes(stage)]
         whole_stages = [stage for stage in stages if not stage.partial]
         return BenchResult(
             at=started_at,
@@ -124,8 +126,9 @@ async def run_benchmark(
             routes=route_costs(stages),
             route_differences=tuple(run.route_differences),
             # Each note once.
-            notes=tuple(dict.fromkeys([*all_notes, *run.notes, *load_notes(stages), *rate_notes(stages)])),
+            notes=tuple(dict.fromkeys([*all_notes, *run.notes, *load_notes(stages), *rate_notes(stages), *known])),
             capacity=tuple(context.capacities),
+            cold_starts=tuple(run.cold_starts),
             knee=find_knee(whole_stages, objective) if scenario is Scenario.SWEEP else None,
             partial=partial,
             costs=stage_costs(stages, prices, names),

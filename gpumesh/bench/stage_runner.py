@@ -7,7 +7,10 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
 from typing import Protocol
 
+from gpumesh.bench.figures.answers import read_answers
+from gpumesh.bench.figures.coverage_notes import cold_start_notes
 from gpumesh.bench.figures.gpu_meter import GpuSample, gpu_use, sample_gpus
+from gpumesh.bench.figures.node_shares import ColdStart, find_cold_starts
 from gpumesh.bench.figures.route_differences import RouteDifference, route_differences
 from gpumesh.bench.figures.summary import StageResult, summarize_stage
 from gpumesh.bench.load.generator import Disturbance, run_over_routes, run_stage
@@ -114,6 +117,7 @@ class StageRunner:
         self.route_differences: list[RouteDifference] = []
         self.records: list[LoadSample] = []
         self.notes: list[str] = []
+        self.cold_starts: list[ColdStart] = []
 
     def node_facts(self, state: MeshState) -> tuple[NodeFacts, ...]:
         """The measured nodes as they are in this state of the mesh.
@@ -162,8 +166,12 @@ class StageRunner:
         stage = run.stage
         label = stage.name if stage.attempt == 1 else f"{stage.name} (try {stage.attempt})"
         self.records.extend(replace(record, stage=label) for record in run.records)
+        cold_starts = find_cold_starts(read_answers(run.records))
+        self.cold_starts.extend(cold_starts)
         if stage.kind in (StageKind.WARM_UP, StageKind.CAPACITY):
             self.notes.extend(_failure_notes(run))
+        else:
+            self.notes.extend(cold_start_notes(cold_starts))
         if stage.kind is StageKind.WARM_UP:
             return ()
         measured_nodes = frozenset([stage.node] if stage.node else self._nodes)

@@ -69,6 +69,10 @@ class Interval:
     batches: int
 
 
+NO_VALUES = SampleSummary(0)
+"""The summary of an empty sample."""
+
+
 def supports_percentile(n: int, share: float) -> bool:
     """Whether a sample of ``n`` values has this percentile: at least one value must be larger than the percentile.
 
@@ -135,7 +139,7 @@ def summarize_sample(values: Iterable[float | None]) -> SampleSummary:
     ordered = sorted(value for value in values if value is not None and math.isfinite(value))
     n = len(ordered)
     if n == 0:
-        return SampleSummary(0)
+        return NO_VALUES
     p50_low, p50_high = median_interval(ordered) or (None, None)
     return SampleSummary(
         n=n,

@@ -39,12 +39,13 @@ def record(
     **changes: Any,
 ) -> LoadSample:
     """An answer whose first piece comes after ``ttft_ms`` and whose others follow each ``gap_ms``; its last frame with
-    the last of them. ``server_ms``: the server's own total; then it has counters, with ``gap_ms`` a token."""
+    the last of them. ``server_ms``: the server's own total; then it has counters, whose clock starts
+    at the first token."""
     arrivals = tuple(sent_s + (ttft_ms + gap_ms * number) / 1000.0 for number in range(tokens))
     counters = None
     if server_ms is not None:
         counters = ServerCounters(
-            prompt_tokens=7, tokens=tokens, total_ms=server_ms, load_ms=0.0, eval_ms=gap_ms * tokens
+            prompt_tokens=7, tokens=tokens, total_ms=server_ms, load_ms=0.0, eval_ms=gap_ms * (tokens - 1)
         )
     usual: dict[str, Any] = {
         "stage": "mesh",
@@ -74,7 +75,7 @@ def failed_record(index: int = 0, *, sent_s: float = 0.0, error: str = "no answe
         "sent_s": sent_s,
         "ended_s": sent_s + 0.5,
         "node": "iceland",
-        "tokens": 0,
+        "tokens": None,
         "error_code": "backend-unreachable",
         "error": error,
     }

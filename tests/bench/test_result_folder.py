@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from gpumesh.bench.result_folder import check_result_folder, find_newest_result, read_result
-from gpumesh.bench.results.result import BENCH_SCHEMA, record_json
+from gpumesh.bench.results.result import BENCH_SCHEMA, records_json
 from gpumesh.errors import UsageError
 from tests.bench.example_results import RECORDS, full_result, result, write_result
 
@@ -33,8 +33,8 @@ def test_requests_jsonl_has_a_line_for_each_request(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in (tmp_path / "out" / "requests.jsonl").read_text().splitlines()]
     assert [line["index"] for line in lines] == [0, 1, 2]
     first, _, last = lines
-    assert first == record_json(RECORDS[0])
-    assert (first["ttft_ms"], first["tpot_ms"], first["tokens"], first["tokens_per_s"]) == (100.0, 10.0, 11, 100.0)
+    assert first == records_json(RECORDS)[0]
+    assert (first["ttft_ms"], first["tpot_ms"], first["tokens"], first["tokens_per_s"]) == (100.0, 10.0, 11, 110.0)
     assert len(first["arrivals_s"]) == 11
     assert (last["outcome"], last["ttft_ms"], last["error"]) == ("failed", None, "no answer")
     assert not any("prompt" in key and key != "prompt_tokens" for key in first), "prompts are not kept"

@@ -12,7 +12,7 @@ import pytest
 
 from gpumesh.bench.result_folder import read_result
 from gpumesh.bench.result_journal import ResultJournal
-from gpumesh.bench.results.result import record_json
+from gpumesh.bench.results.result import records_json
 from gpumesh.errors import GPUMeshError
 from tests.bench.example_results import RECORDS, files_limited_to, full_result, record, result, write_result
 
@@ -36,7 +36,7 @@ def test_each_stage_is_on_the_disk_as_soon_as_it_is_kept(tmp_path: Path) -> None
     journal.keep(WHOLE, RECORDS)
     journal.finish()
     assert read_result(tmp_path) == WHOLE
-    assert request_lines(tmp_path) == [record_json(each) for each in RECORDS], "each once"
+    assert request_lines(tmp_path) == records_json(RECORDS), "each once"
     assert "Partial result" not in (tmp_path / "report.html").read_text()
 
 

@@ -27,8 +27,9 @@ class GpuUse:
     """The use of GPUs during a stage. ``gpus`` and ``samples`` are counts.
 
     The utilisation is the mean over all GPUs and samples. ``power_w`` is the mean of the power of all GPUs together,
-    and ``energy_j`` their energy; both are ``None`` if the power of any GPU is unknown. ``memory_used_mib`` is the
-    largest amount that all GPUs together used at one moment.
+    and ``energy_j`` their energy. Both are ``None`` if the power of one of the measured nodes is unknown:
+    ``power_unknown`` names these nodes. ``memory_used_mib`` is the largest amount that all GPUs together used at one
+    moment.
     """
 
     gpus: int
@@ -37,6 +38,7 @@ class GpuUse:
     power_w: float | None = None
     energy_j: float | None = None
     memory_used_mib: int | None = None
+    power_unknown: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +55,8 @@ def gpu_use(samples: Sequence[GpuSample], nodes: frozenset[str] | None = None) -
     Returns ``None`` when there are too few samples, or no GPU. A GPU counts once, by its UUID, even when several nodes
     report it. Samples of the first ``LAG_S`` are left out, because they may show the GPUs before the stage. Energy is
     the mean power times the time of the whole stage, from the very first sample to the last. A sum over all GPUs is
-    unknown for a sample in which one of the GPUs, or its value, is missing.
+    unknown for a sample in which one of the GPUs, or its value, is missing. The power is unknown, too, if a node lists
+    no GPU: it may have one that nvidia-smi does not show, or it computes on its CPU.
     """
     used_samples = [sample for sample in samples if sample.at_s - samples[0].at_s >= LAG_S]
     if len(used_samples) < MIN_SAMPLES:
@@ -62,21 +65,40 @@ def gpu_use(samples: Sequence[GpuSample], nodes: frozenset[str] | None = None) -
     gpu_count = len({uuid for gpus in gpus_of_samples for uuid in gpus})
     if gpu_count == 0:
         return None
+    power_unknown = _nodes_without_power(used_samples, nodes)
+    gpus_with_utilization = {
+        uuid for gpus in gpus_of_samples for uuid, gpu in gpus.items() if gpu.utilization_pct is not None
+    }
     utilizations = [gpu.utilization_pct for gpus in gpus_of_samples for gpu in gpus.values()]
     known_utilizations = [value for value in utilizations if value is not None]
+    # A mean without one of the GPUs is not the mean of all.
+    has_utilizations = len(gpus_with_utilization) == gpu_count
     memory_sums = [_complete_sum([gpu.memory_used_mib for gpu in gpus.values()], gpu_count) for gpus in gpus_of_samples]
     known_memory_sums = [value for value in memory_sums if value is not None]
     times_s = [sample.at_s for sample in used_samples]
     powers_w = [_complete_sum([gpu.power_w for gpu in gpus.values()], gpu_count) for gpus in gpus_of_samples]
-    mean_w = _mean_power(times_s, powers_w)
+    mean_w = None if power_unknown else _mean_power(times_s, powers_w)
     return GpuUse(
         gpus=gpu_count,
         samples=len(used_samples),
-        utilization_pct=sum(known_utilizations) / len(known_utilizations) if known_utilizations else None,
+        utilization_pct=sum(known_utilizations) / len(known_utilizations) if has_utilizations else None,
         power_w=mean_w,
         energy_j=None if mean_w is None else mean_w * (samples[-1].at_s - samples[0].at_s),
         memory_used_mib=round(max(known_memory_sums)) if known_memory_sums else None,
+        power_unknown=power_unknown,
     )
+
+
+def _nodes_without_power(samples: Sequence[GpuSample], nodes: frozenset[str] | None) -> tuple[str, ...]:
+    """The names of the nodes of which a sample has no GPU, or a GPU without its power."""
+    unknown = {
+        node.name
+        for sample in samples
+        for node in sample.state.nodes
+        if nodes is None or node.name in nodes
+        if not node.gpus or any(gpu.power_w is None for gpu in node.gpus)
+    }
+    return tuple(sorted(unknown))
 
 
 def _mean_power(times_s: Sequence[float], powers_w: Sequence[float | None]) -> float | None:

@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from gpumesh.bench.figures.answers import Answer
 from gpumesh.bench.load.samples import LoadSample
-from gpumesh.bench.stats import SampleSummary, gaps_ms, summarize_sample, tpot_ms
+from gpumesh.bench.stats import NO_VALUES, SampleSummary, gaps_ms, summarize_sample
 
 
 @dataclass(frozen=True, slots=True)
 class Latency:
-    """The latencies of a stage's served requests, in ms. ``server_load`` is the server's own time to load the model."""
+    """The latencies of a stage's served requests, in ms. ``server_load`` is the server's own time to load the model.
+
+    ``Coverage`` tells which clock ``tpot`` comes from.
+    """
 
     ttft: SampleSummary
     tpot: SampleSummary
@@ -20,23 +24,21 @@ class Latency:
     server_load: SampleSummary
     outside_server: SampleSummary
     """End-to-end minus the server's own total: the network, our own code, and every queue in front of the server."""
+    server_wait: SampleSummary = NO_VALUES
+    """The server's own total minus its load, prompt and generation: the queue inside the server."""
 
 
-def latency_of(served: Sequence[LoadSample]) -> Latency:
+def latency_of(served: Sequence[Answer]) -> Latency:
     """Summarizes the latencies of the served requests."""
     return Latency(
-        ttft=summarize_sample(record.ttft_ms for record in served),
-        tpot=summarize_sample(request_tpot_ms(record) for record in served),
-        itl=summarize_sample(gap for record in served for gap in gaps_ms(record.arrivals_s)),
-        end_to_end=summarize_sample(record.end_to_end_ms for record in served),
-        server_load=summarize_sample(record.counters.load_ms if record.counters else None for record in served),
-        outside_server=summarize_sample(outside_server_ms(record) for record in served),
+        ttft=summarize_sample(answer.record.ttft_ms for answer in served),
+        tpot=summarize_sample(answer.tpot_ms for answer in served),
+        itl=summarize_sample(gap for answer in served for gap in gaps_ms(answer.record.arrivals_s)),
+        end_to_end=summarize_sample(answer.record.end_to_end_ms for answer in served),
+        server_load=summarize_sample(answer.counters.load_ms for answer in served),
+        outside_server=summarize_sample(outside_server_ms(answer.record) for answer in served),
+        server_wait=summarize_sample(answer.counters.waited_ms for answer in served),
     )
-
-
-def request_tpot_ms(record: LoadSample) -> float | None:
-    """Computes the TPOT of one request in ms, up to its last token: the final frame has no text and does not count."""
-    return tpot_ms(record.ttft_ms, record.last_token_ms, record.tokens)
 
 
 def outside_server_ms(record: LoadSample) -> float | None:
@@ -45,6 +47,4 @@ def outside_server_ms(record: LoadSample) -> float | None:
     ``None`` if the server gave no total time.
     """
     server_ms = record.counters.total_ms if record.counters else None
-    if server_ms is None:
-        return None
-    return (record.ended_s - record.sent_s) * 1000.0 - server_ms
+    return None if server_ms is None else (record.ended_s - record.sent_s) * 1000.0 - server_ms

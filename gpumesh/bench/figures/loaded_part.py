@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from gpumesh.backends.base import ServerCounters
+from gpumesh.bench.figures.answers import Answer
+from gpumesh.bench.figures.token_counts import TokenCounts
 from gpumesh.bench.load.samples import LoadSample, SampleOutcome
 from gpumesh.bench.stats import rate
 
@@ -55,41 +57,30 @@ def find_loaded_part(concurrency: int | None, records: Sequence[LoadSample]) -> 
     return LoadedPart(start_s, end_s)
 
 
-def tokens_between(records: Sequence[LoadSample], start_s: float, end_s: float) -> float:
-    """The number of tokens that arrived from ``start_s`` to ``end_s`` (seconds of the stage).
-
-    All pieces of an answer count as equal shares of the answer's tokens.
-    """
-    token_counts: list[float] = []
-    for record in records:
-        if record.arrivals_s:
-            tokens_per_piece = (record.tokens or 0) / len(record.arrivals_s)
-            pieces = sum(start_s <= arrival_s < end_s for arrival_s in record.arrivals_s)
-            token_counts.append(tokens_per_piece * pieces)
-    return math.fsum(token_counts)
-
-
-def token_rate(records: Sequence[LoadSample], part: LoadedPart | None) -> float | None:
-    """The tokens/s that arrived in this part. ``None`` without a part."""
-    return None if part is None else rate(tokens_between(records, part.start_s, part.end_s), part.seconds)
+def token_rate(answers: Sequence[Answer], part: LoadedPart | None, token_counts: TokenCounts) -> float | None:
+    """The tokens/s that arrived in this part. ``None`` without a part, and if a count of tokens in it is unknown."""
+    tokens = None if part is None else token_counts.between(answers, part.start_s, part.end_s)
+    return None if part is None or tokens is None else rate(tokens, part.seconds)
 
 
 def answer_rate(
-    records: Sequence[LoadSample], part: LoadedPart | None, *, counts: Callable[[LoadSample], bool]
+    answers: Sequence[Answer], part: LoadedPart | None, *, counts: Callable[[Answer], bool | None]
 ) -> float | None:
-    """The served requests per second in this part that ``counts`` accepts. ``None`` without a part.
+    """The served requests per second in this part that ``counts`` accepts. ``None`` without a part, and if ``counts``
+    does not know it of one of them.
 
     A request counts with the share of its answer that arrived in this part. Its end alone would not do: a part has few
     ends, and many of them at the same time.
     """
     if part is None:
         return None
-    shares = [
-        _share_in(record, part)
-        for record in records
-        if record.outcome is SampleOutcome.SERVED and record.arrivals_s and counts(record)
+    served = [
+        answer for answer in answers if answer.record.outcome is SampleOutcome.SERVED and answer.record.arrivals_s
     ]
-    return rate(math.fsum(shares), part.seconds)
+    shares = [(_share_in(answer.record, part), counts(answer)) for answer in served]
+    if any(share > 0 and is_counted is None for share, is_counted in shares):
+        return None
+    return rate(math.fsum(share for share, is_counted in shares if is_counted), part.seconds)
 
 
 def _share_in(record: LoadSample, part: LoadedPart) -> float:

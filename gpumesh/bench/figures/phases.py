@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from gpumesh.bench.figures.loaded_part import tokens_between
-from gpumesh.bench.load.samples import LoadSample, SampleOutcome, StageRun
+from gpumesh.bench.figures.answers import Answer
+from gpumesh.bench.figures.token_counts import TokenCounts
+from gpumesh.bench.load.samples import SampleOutcome, StageRun
 from gpumesh.bench.stats import SampleSummary, gaps_ms, rate, summarize_sample
 
 
@@ -27,28 +28,29 @@ class Phase:
     longest_gap_ms: float | None = None
 
 
-def phases_of(run: StageRun, records: Sequence[LoadSample]) -> tuple[Phase, ...]:
+def phases_of(run: StageRun, answers: Sequence[Answer], token_counts: TokenCounts) -> tuple[Phase, ...]:
     """The three phases of a stage that was disturbed, in the order of time; empty for another stage."""
     if run.disturbed_s is None:
         return ()
     begin_s, end_s = run.disturbed_s
     return (
-        _phase("before", records, 0.0, begin_s),
-        _phase("during", records, begin_s, end_s),
-        _phase("after", records, end_s, run.duration_s),
+        _phase("before", answers, token_counts, 0.0, begin_s),
+        _phase("during", answers, token_counts, begin_s, end_s),
+        _phase("after", answers, token_counts, end_s, run.duration_s),
     )
 
 
-def _phase(name: str, records: Sequence[LoadSample], start_s: float, end_s: float) -> Phase:
+def _phase(name: str, answers: Sequence[Answer], token_counts: TokenCounts, start_s: float, end_s: float) -> Phase:
     """The figures of the phase from ``start_s`` to ``end_s`` (seconds of the stage)."""
-    phase_records = [record for record in records if start_s <= record.sent_s < end_s]
-    gaps = [gap_ms for record in phase_records for gap_ms in gaps_ms(record.arrivals_s)]
+    records = [answer.record for answer in answers if start_s <= answer.record.sent_s < end_s]
+    gaps = [gap_ms for record in records for gap_ms in gaps_ms(record.arrivals_s)]
+    tokens = token_counts.between(answers, start_s, end_s)
     return Phase(
         name,
-        requests=len(phase_records),
-        failed=sum(record.outcome in (SampleOutcome.FAILED, SampleOutcome.CUT) for record in phase_records),
-        retried=sum(record.attempts > 1 for record in phase_records),
-        end_to_end=summarize_sample(record.end_to_end_ms for record in phase_records),
-        output_tokens_per_s=rate(tokens_between(records, start_s, end_s), end_s - start_s),
+        requests=len(records),
+        failed=sum(record.outcome in (SampleOutcome.FAILED, SampleOutcome.CUT) for record in records),
+        retried=sum(record.attempts > 1 for record in records),
+        end_to_end=summarize_sample(record.end_to_end_ms for record in records),
+        output_tokens_per_s=None if tokens is None else rate(tokens, end_s - start_s),
         longest_gap_ms=max(gaps, default=None),
     )

@@ -1,4 +1,4 @@
-"""The confidence intervals of a stage's rates, from its records: the method of batch means. Pure.
+"""The confidence intervals of a stage's rates, from its answers: the method of batch means. Pure.
 
 A rate is one value of a whole stage. Its requests depend on each other (they share slots and stalls), so they cannot
 count as independent values. The method cuts the stage into batches of consecutive answers, which are so long that they
@@ -15,9 +15,11 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from gpumesh.bench.figures.answers import Answer
 from gpumesh.bench.figures.loaded_part import LoadedPart, find_loaded_part
 from gpumesh.bench.figures.rates import Rates, meets_objective
-from gpumesh.bench.load.samples import LoadSample, SampleOutcome
+from gpumesh.bench.figures.token_counts import TokenCounts
+from gpumesh.bench.load.samples import SampleOutcome
 from gpumesh.bench.stats import Interval, Objective
 from gpumesh.bench.student_t import critical_value
 
@@ -48,52 +50,53 @@ class RateIntervals:
 class _Batch:
     """Consecutive answers, and the time in seconds that they took together."""
 
-    records: tuple[LoadSample, ...]
+    answers: tuple[Answer, ...]
     seconds: float
 
 
 def rate_intervals(
-    records: Sequence[LoadSample],
+    answers: Sequence[Answer],
     concurrency: int | None,
     rates: Rates,
     tokens_per_joule: float | None,
     objective: Objective,
+    token_counts: TokenCounts,
 ) -> RateIntervals:
-    """Computes the intervals around the rates of a stage, or of a route, that has these records.
+    """Computes the intervals around the rates of a stage, or of a route, that has these answers.
 
-    ``concurrency`` is ``None`` for an open loop. ``objective`` is that of goodput.
+    ``concurrency`` is ``None`` for an open loop. ``objective`` is that of goodput. A rate of which a count is unknown
+    is unknown itself, and has no interval.
     """
-    batches = _make_batches(records, concurrency)
+    batches = _make_batches(answers, concurrency)
 
-    def all_tokens(record: LoadSample) -> float:
-        return _output_tokens(record) + (record.prompt_tokens or 0)
+    def output_tokens(answer: Answer) -> float:
+        return token_counts.tokens_of(answer) or 0.0
 
-    def is_good(record: LoadSample) -> bool:
-        return meets_objective(record, objective)
+    def all_tokens(answer: Answer) -> float:
+        return output_tokens(answer) + (answer.counters.prompt_tokens or 0)
+
+    def is_good(answer: Answer) -> bool:
+        return bool(meets_objective(answer, objective))
 
     return RateIntervals(
-        output_tokens_per_s=_interval(rates.output_tokens_per_s, batches, _output_tokens),
+        output_tokens_per_s=_interval(rates.output_tokens_per_s, batches, output_tokens),
         total_tokens_per_s=_interval(rates.total_tokens_per_s, batches, all_tokens),
         requests_per_s=_interval(rates.requests_per_s, batches, _is_served),
         goodput_per_s=_interval(rates.goodput_per_s, batches, is_good),
-        loaded_tokens_per_s=_interval(rates.loaded_tokens_per_s, batches, _output_tokens),
+        loaded_tokens_per_s=_interval(rates.loaded_tokens_per_s, batches, output_tokens),
         loaded_requests_per_s=_interval(rates.loaded_requests_per_s, batches, _is_served),
         loaded_goodput_per_s=_interval(rates.loaded_goodput_per_s, batches, is_good),
-        tokens_per_joule=_interval(tokens_per_joule, batches, _output_tokens),
+        tokens_per_joule=_interval(tokens_per_joule, batches, output_tokens),
     )
 
 
-def _output_tokens(record: LoadSample) -> float:
-    return float(record.tokens or 0)
+def _is_served(answer: Answer) -> bool:
+    return answer.record.outcome is SampleOutcome.SERVED
 
 
-def _is_served(record: LoadSample) -> bool:
-    return record.outcome is SampleOutcome.SERVED
-
-
-def _interval(rate: float | None, batches: Sequence[_Batch], amount: Callable[[LoadSample], float]) -> Interval | None:
-    """The interval around a rate to which each record adds its ``amount``. ``None``: see ``RateIntervals``."""
-    amounts = [math.fsum(amount(record) for record in batch.records) for batch in batches]
+def _interval(rate: float | None, batches: Sequence[_Batch], amount: Callable[[Answer], float]) -> Interval | None:
+    """The interval around a rate to which each answer adds its ``amount``. ``None``: see ``RateIntervals``."""
+    amounts = [math.fsum(amount(answer) for answer in batch.answers) for batch in batches]
     if not rate or len(batches) < MIN_BATCHES or sum(amounts) <= 0:
         return None
     error = _relative_error(amounts, [batch.seconds for batch in batches])
@@ -110,30 +113,32 @@ def _relative_error(amounts: Sequence[float], seconds: Sequence[float]) -> float
     return math.sqrt(squares * count / (count - 1)) / total
 
 
-def _make_batches(records: Sequence[LoadSample], concurrency: int | None) -> list[_Batch]:
+def _make_batches(answers: Sequence[Answer], concurrency: int | None) -> list[_Batch]:
     """Cuts a stage into batches of equally many consecutive answers; a rest at the end is left out.
 
     In a closed loop a batch has one round or more (as many answers as there are slots), and only the part in which all
     slots were busy is cut.
     """
-    routes = {record.route for record in records} - {None}
+    routes = {answer.record.route for answer in answers} - {None}
     if routes:  # several routes take turns: the time of a route is that of its own requests
         return [
-            _Batch((record,), record.ended_s - record.sent_s) for record in records if record.ended_s > record.sent_s
+            _Batch((answer,), answer.record.ended_s - answer.record.sent_s)
+            for answer in answers
+            if answer.record.ended_s > answer.record.sent_s
         ]
-    part = find_loaded_part(concurrency, records)
+    part = find_loaded_part(concurrency, [answer.record for answer in answers])
     if part is None:
         if concurrency is not None:
             return []
         part = LoadedPart(0.0, math.inf)  # of an open loop, all is cut
-    in_order = sorted(records, key=lambda record: record.ended_s)
-    ordered = [record for record in in_order if part.start_s < record.ended_s <= part.end_s]
+    in_order = sorted(answers, key=lambda answer: answer.record.ended_s)
+    ordered = [answer for answer in in_order if part.start_s < answer.record.ended_s <= part.end_s]
     size = _batch_size(len(ordered), concurrency or 1)
     batches: list[_Batch] = []
     start_s = part.start_s
     for first in range(0, len(ordered) - size + 1, size):
         batch = tuple(ordered[first : first + size])
-        end_s = batch[-1].ended_s
+        end_s = batch[-1].record.ended_s
         if end_s > start_s:
             batches.append(_Batch(batch, end_s - start_s))
         start_s = end_s

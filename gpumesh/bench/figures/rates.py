@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from gpumesh.bench.figures.latency import request_tpot_ms
+from gpumesh.bench.figures.answers import Answer, longest_tpot_ms
 from gpumesh.bench.figures.loaded_part import LoadedPart, answer_rate, token_rate
-from gpumesh.bench.load.samples import LoadSample, SampleOutcome
-from gpumesh.bench.stats import Objective, SampleSummary, rate, summarize_sample
+from gpumesh.bench.figures.token_counts import TokenCounts
+from gpumesh.bench.load.samples import SampleOutcome
+from gpumesh.bench.stats import Objective, SampleSummary, rate, ratio, summarize_sample
 
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """Tokens and requests per second.
+    """Tokens and requests per second. A rate is ``None`` if one of the counts in it is unknown.
 
     ``server`` is the rate (tokens/s) of each answer by the server's clock. ``wall`` is the same rate by our clock, from
     the first piece to the last. The others are rates of the whole stage. ``good_share`` is the share of the requests
@@ -55,31 +56,36 @@ class Rates:
 
 
 def rates_of(
-    served: Sequence[LoadSample],
-    output_tokens: int,
-    prompt_tokens: int,
+    served: Sequence[Answer],
+    output_tokens: int | None,
+    prompt_tokens: int | None,
     *,
     seconds: float,
     sent: int,
     objective: Objective,
 ) -> Rates:
-    """The rates of a stage, or of a route, that took ``seconds``. ``sent`` is the number of all its requests."""
-    good_count = sum(meets_objective(record, objective) for record in served)
+    """The rates of a stage, or of a route, that took ``seconds``. ``sent`` is the number of all its requests.
+
+    ``output_tokens`` and ``prompt_tokens`` are those of the whole stage; ``None``: unknown.
+    """
+    good_count = _count_good(served, objective)
+    total_tokens = None if output_tokens is None or prompt_tokens is None else output_tokens + prompt_tokens
     return Rates(
-        server=summarize_sample(record.counters.tokens_per_s if record.counters else None for record in served),
-        wall=summarize_sample(_wall_rate(record) for record in served),
-        output_tokens_per_s=rate(output_tokens, seconds),
-        total_tokens_per_s=rate(output_tokens + prompt_tokens, seconds),
+        server=summarize_sample(answer.counters.tokens_per_s for answer in served),
+        wall=summarize_sample(ratio(1000.0, answer.arrival_tpot_ms) for answer in served),
+        output_tokens_per_s=_rate_of(output_tokens, seconds),
+        total_tokens_per_s=_rate_of(total_tokens, seconds),
         requests_per_s=rate(len(served), seconds),
-        goodput_per_s=rate(good_count, seconds),
-        good_share=good_count / sent if sent else None,
+        goodput_per_s=_rate_of(good_count, seconds),
+        good_share=good_count / sent if sent and good_count is not None else None,
     )
 
 
 def with_loaded_rates(
     rates: Rates,
-    records: Sequence[LoadSample],
+    answers: Sequence[Answer],
     loaded: LoadedPart | None,
+    token_counts: TokenCounts,
     *,
     duration_s: float,
     objective: Objective,
@@ -89,27 +95,36 @@ def with_loaded_rates(
         return rates
     return replace(
         rates,
-        loaded_tokens_per_s=token_rate(records, loaded),
-        loaded_requests_per_s=answer_rate(records, loaded, counts=lambda _: True),
-        loaded_goodput_per_s=answer_rate(records, loaded, counts=lambda record: meets_objective(record, objective)),
+        loaded_tokens_per_s=token_rate(answers, loaded, token_counts),
+        loaded_requests_per_s=answer_rate(answers, loaded, counts=lambda _: True),
+        loaded_goodput_per_s=answer_rate(answers, loaded, counts=lambda answer: meets_objective(answer, objective)),
         ramp_s=loaded.start_s,
         loaded_s=loaded.seconds,
         tail_s=duration_s - loaded.end_s,
     )
 
 
-def meets_objective(record: LoadSample, objective: Objective) -> bool:
-    """Whether the request counts for goodput. An answer of one token has no TPOT, so only its TTFT matters.
+def _rate_of(amount: float | None, seconds: float) -> float | None:
+    """The amount per second; ``None`` if the amount is unknown."""
+    return None if amount is None else rate(amount, seconds)
 
-    A request that was not served, or whose TTFT is unknown, does not count.
+
+def _count_good(served: Sequence[Answer], objective: Objective) -> int | None:
+    """How many answers count for goodput; ``None`` if it is unknown for one of them."""
+    decisions = [meets_objective(answer, objective) for answer in served]
+    return None if None in decisions else decisions.count(True)
+
+
+def meets_objective(answer: Answer, objective: Objective) -> bool | None:
+    """Whether the request counts for goodput; ``None`` if it is unknown.
+
+    An answer of one token has no TPOT, so only its TTFT matters. A request that was not served, or whose TTFT is
+    unknown, does not count.
     """
-    ttft, tpot = record.ttft_ms, request_tpot_ms(record)
-    if record.outcome is not SampleOutcome.SERVED or ttft is None or ttft > objective.ttft_ms:
+    ttft, tpot = answer.record.ttft_ms, answer.tpot_ms
+    if answer.record.outcome is not SampleOutcome.SERVED or ttft is None or ttft > objective.ttft_ms:
         return False
-    return tpot is None or tpot <= objective.tpot_ms
-
-
-def _wall_rate(record: LoadSample) -> float | None:
-    """The tokens/s of one answer by our own clock. ``None`` if its TPOT is unknown or 0."""
-    tpot = request_tpot_ms(record)
-    return 1000.0 / tpot if tpot else None
+    if tpot is not None or not answer.lacks_tpot:
+        return tpot is None or tpot <= objective.tpot_ms
+    longest_ms = longest_tpot_ms(answer.record)
+    return True if longest_ms is not None and longest_ms <= objective.tpot_ms else None

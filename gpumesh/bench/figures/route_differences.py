@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from gpumesh.bench.figures.answers import read_answers
 from gpumesh.bench.figures.latency import outside_server_ms
 from gpumesh.bench.load.samples import SampleOutcome, StageRun
 from gpumesh.bench.paired_differences import PairedDifference, paired_difference
@@ -38,7 +39,8 @@ def route_differences(run: StageRun) -> tuple[RouteDifference, ...]:
     routes = {planned.route for planned in run.stage.requests if planned.route is not None}
     if run.stage.node is None or not routes:
         return ()
-    served = [record for record in run.records if record.outcome is SampleOutcome.SERVED]
+    records = [answer.record for answer in read_answers(run.records)]
+    served = [record for record in records if record.outcome is SampleOutcome.SERVED]
     server_tells = all(outside_server_ms(record) is not None for record in served)
     times_ms: dict[str, dict[int, float]] = {route: {} for route in routes}  # by the number of the round
     for record in served:

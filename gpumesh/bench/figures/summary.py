@@ -1,7 +1,7 @@
 """Computes the result of a benchmark's stage from its records. Pure.
 
-The figures are in files of their own: ``latency``, ``rates``, ``node_shares``, ``phases``; ``scaling`` and
-``route_costs`` compare stages.
+``answers`` decides what is known of each answer. The figures are in files of their own: ``latency``, ``rates``,
+``token_counts``, ``node_shares``, ``phases``, ``coverage``; ``scaling`` and ``route_costs`` compare stages.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
+from gpumesh.bench.figures.answers import read_answers
+from gpumesh.bench.figures.coverage import Coverage, coverage_of, prompts_share_beginnings
 from gpumesh.bench.figures.gpu_meter import GpuUse
 from gpumesh.bench.figures.latency import Latency, latency_of
 from gpumesh.bench.figures.loaded_part import find_loaded_part
@@ -18,6 +20,7 @@ from gpumesh.bench.figures.node_shares import NodeShare, node_shares
 from gpumesh.bench.figures.phases import Phase, phases_of
 from gpumesh.bench.figures.rate_intervals import RateIntervals, rate_intervals
 from gpumesh.bench.figures.rates import Rates, rates_of, with_loaded_rates
+from gpumesh.bench.figures.token_counts import TokenCounts, sum_prompt_tokens
 from gpumesh.bench.load.conditions import LoadConditions
 from gpumesh.bench.load.samples import ClientLoad, LoadSample, SampleOutcome, StageRun
 from gpumesh.bench.stats import Objective, ratio
@@ -45,8 +48,9 @@ class StageResult:
     all its routes; ``None``: unknown. ``unfinished`` is how many of them were being answered at the end of a partial
     stage.
 
-    ``retried`` is the number of requests that were served after more than one attempt. ``counted_pieces`` is the number
-    of answers whose tokens are a count of pieces (``LoadSample``). ``intervals`` are those of the rates.
+    ``retried`` is the number of requests that were served after more than one attempt. ``output_tokens`` and
+    ``prompt_tokens`` are ``None`` if the count of one answer is unknown; ``coverage`` says for how many it is known
+    (``None`` in a result of an older version). ``intervals`` are those of the rates.
     """
 
     name: str
@@ -60,8 +64,8 @@ class StageResult:
     failed: int
     cut: int
     retried: int
-    prompt_tokens: int
-    output_tokens: int
+    prompt_tokens: int | None
+    output_tokens: int | None
     latency: Latency
     rates: Rates
     client: ClientLoad
@@ -71,7 +75,7 @@ class StageResult:
     tokens_per_joule: float | None = None
     phases: tuple[Phase, ...] = ()
     disturbance: str | None = None
-    counted_pieces: int = 0
+    coverage: Coverage | None = None
     conditions: LoadConditions | None = None
     partial: bool = False
     planned: int | None = None
@@ -103,9 +107,10 @@ def _summarize_route(
     """Computes the result of the records of one route. ``route`` is ``None`` for a stage that used no routes."""
     if route is not None:
         gpu = None  # routes take turns: the energy that each of them took is unknown
-    served = [record for record in records if record.outcome is SampleOutcome.SERVED]
-    output_tokens = sum(record.tokens or 0 for record in records)
-    prompt_tokens = sum(record.prompt_tokens or 0 for record in records)
+    answers = read_answers(records)
+    served = [answer for answer in answers if answer.record.outcome is SampleOutcome.SERVED]
+    token_counts = TokenCounts.of(answers)
+    output_tokens, prompt_tokens = token_counts.sum_of(answers), sum_prompt_tokens(answers)
     # Several routes take turns in one stage: the time of a route is the sum of its own requests' times.
     seconds = run.duration_s if route is None else math.fsum(record.ended_s - record.sent_s for record in records)
     stage = run.stage
@@ -124,30 +129,33 @@ def _summarize_route(
         served=len(served),
         failed=sum(record.outcome is SampleOutcome.FAILED for record in records),
         cut=sum(record.outcome is SampleOutcome.CUT for record in records),
-        retried=sum(record.attempts > 1 for record in served),
+        retried=sum(answer.record.attempts > 1 for answer in served),
         prompt_tokens=prompt_tokens,
         output_tokens=output_tokens,
         latency=latency_of(served),
         rates=with_loaded_rates(
             rates_of(served, output_tokens, prompt_tokens, seconds=seconds, sent=sent, objective=objective),
-            records,
+            answers,
             loaded,
+            token_counts,
             duration_s=seconds,
             objective=objective,
         ),
         client=run.client,
-        nodes=node_shares(served, loaded),
+        nodes=node_shares(served, loaded, token_counts, shared_beginnings=prompts_share_beginnings(stage)),
         failures=_failures(records),
         gpu=gpu,
-        tokens_per_joule=ratio(float(output_tokens), gpu.energy_j if gpu is not None else None),
-        phases=phases_of(run, records),
+        tokens_per_joule=ratio(output_tokens, gpu.energy_j if gpu is not None else None),
+        phases=phases_of(run, answers, token_counts),
         disturbance=run.disturbance,
-        counted_pieces=sum(record.counted_pieces for record in served),
+        coverage=coverage_of(stage, answers, token_counts),
         conditions=run.conditions,
         planned=len(stage.requests),
         unfinished=unfinished,
     )
-    intervals = rate_intervals(records, stage.concurrency, result.rates, result.tokens_per_joule, objective)
+    intervals = rate_intervals(
+        answers, stage.concurrency, result.rates, result.tokens_per_joule, objective, token_counts
+    )
     return replace(result, intervals=intervals)
 
 

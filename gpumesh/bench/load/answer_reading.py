@@ -47,7 +47,6 @@ class AnswerReading:
         """Makes the request's sample. All times are on the clock of ``arrivals_s``; ``start_s`` is when the stage
         began. ``error``: why the answer did not end well. ``is_unfinished``: the run was ended before the answer."""
         counters = self.counters
-        server_tokens = None if counters is None else counters.tokens
         if is_unfinished:
             outcome = SampleOutcome.UNFINISHED
         elif error is None:
@@ -67,8 +66,7 @@ class AnswerReading:
             attempts=attempts,
             route=route,
             arrivals_s=tuple(time_s - start_s for time_s in self.arrivals_s),
-            tokens=len(self.arrivals_s) if server_tokens is None else server_tokens,
-            counted_pieces=server_tokens is None,
+            tokens=None if counters is None else counters.tokens,
             prompt_tokens=None if counters is None else counters.prompt_tokens,
             counters=counters,
             done_reason=self.done_reason,

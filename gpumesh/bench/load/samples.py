@@ -27,8 +27,8 @@ class LoadSample:
 
     ``index`` is the number of the request in its stage, from 0. ``intended_s`` is when an open loop should have sent
     the request, ``sent_s`` when it was sent; in a closed loop both are equal. ``attempts`` is 0 if the answer did not
-    end well. ``arrivals_s`` has one time for each piece of the answer. ``tokens`` is the server's own count, or the
-    number of pieces if the server gave no count (``counted_pieces``).
+    end well. ``arrivals_s`` has one time for each piece of the answer. ``tokens`` and ``prompt_tokens`` are the
+    server's own counts, ``None`` if it gave none: the number of pieces is not the number of tokens.
     """
 
     stage: str
@@ -42,7 +42,6 @@ class LoadSample:
     route: str | None = None
     arrivals_s: tuple[float, ...] = ()
     tokens: int | None = None
-    counted_pieces: bool = False
     prompt_tokens: int | None = None
     counters: ServerCounters | None = None
     done_reason: str | None = None

@@ -16,6 +16,7 @@ from gpumesh.bench.report import svg
 from gpumesh.bench.report.answer import partial_sentence
 from gpumesh.bench.report.html_parts import escape_text, html_table
 from gpumesh.bench.report.routes_section import routes_section
+from gpumesh.bench.report.server_times import server_times_html
 from gpumesh.bench.results.result import BenchResult
 from gpumesh.bench.stats import SampleSummary
 from gpumesh.bench.workload.settings import Scenario
@@ -68,6 +69,7 @@ def report_html(result: BenchResult, records: Sequence[LoadSample] = ()) -> str:
         _scaling(result),
         _phases(result.stages),
         _shares(result.stages),
+        server_times_html(result),
         _gpus(result.stages),
         _failures(result.stages),
         _conditions(result),
@@ -152,16 +154,23 @@ def _latency(stages: Sequence[StageResult]) -> str:
         latency = stage.latency
         for name, sample in (
             ("TTFT", latency.ttft),
-            ("TPOT", latency.tpot),
+            (_tpot_name(stage), latency.tpot),
             ("inter-token", latency.itl),
             ("end-to-end", latency.end_to_end),
             ("outside the server", latency.outside_server),
+            ("in the server's queue", latency.server_wait),
         ):
             if sample.n:
                 label = escape_text(f"{stage_label(stage)}, {name}")
                 mean, maximum = svg.format_number(sample.mean), svg.format_number(sample.max)
                 rows.append([label, f"{sample.n:,}", *_percentiles(sample), mean, maximum])
     return html_table(["ms", "n", "p50", "p90", "p99", "mean", "max"], rows)
+
+
+def _tpot_name(stage: StageResult) -> str:
+    """The name of the TPOT, with the clock that it comes from."""
+    source = stage.coverage.tpot_source if stage.coverage is not None else None
+    return "TPOT" if source is None else f"TPOT ({source})"
 
 
 def _plots(result: BenchResult) -> list[str]:
@@ -304,7 +313,7 @@ def _shares(stages: Sequence[StageResult]) -> str:
             escape_text(f"{stage_label(stage)}: {share.node}"),
             str(share.served),
             f"{share.share:.0%}",
-            f"{share.output_tokens:,}",
+            svg.format_count(share.output_tokens),
             svg.format_number(share.server_tokens_per_s),
         ]
         for stage in stages

@@ -59,6 +59,11 @@ def format_number(value: float | None) -> str:
     return f"{value:,.{decimals}f}"
 
 
+def format_count(value: int | None) -> str:
+    """Writes a whole number with all its digits: 12,345. An unknown number is a dash."""
+    return format_number(None) if value is None else f"{value:,}"
+
+
 def _is_finite(value: float | None) -> TypeGuard[float]:
     return value is not None and math.isfinite(value)
 

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
+from gpumesh.bench.figures.coverage import Coverage
 from gpumesh.bench.figures.knee import find_knee
 from gpumesh.bench.figures.rate_intervals import RateIntervals
 from gpumesh.bench.figures.route_costs import route_costs
@@ -38,12 +39,13 @@ _TOTALS = frozenset(
         "retried",
         "prompt_tokens",
         "output_tokens",
-        "counted_pieces",
         "unfinished",
+        "cold_starts",
         "late_sends",
         "count",
         "samples",
         "energy_j",
+        *(field.name for field in dataclasses.fields(Coverage)),
     }
 )
 
@@ -80,6 +82,7 @@ def join_runs(runs: Sequence[BenchResult]) -> BenchResult:
         partial=any(run.partial for run in runs),
         partial_reason=next((run.partial_reason for run in runs if run.partial_reason is not None), None),
         runs=tuple(runs),
+        cold_starts=tuple(start for run in runs for start in run.cold_starts),
     )
 
 
@@ -116,8 +119,8 @@ def _join_values(name: str, values: Sequence[Any]) -> Any:
     if not known:
         return None
     first = known[0]
-    if name in _TOTALS:
-        return sum(known)
+    if name in _TOTALS:  # a sum without one of its parts is not the sum
+        return sum(known) if len(known) == len(values) else None
     if isinstance(first, SampleSummary):
         return _join_samples(known)
     if dataclasses.is_dataclass(first):

@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
 from gpumesh import __version__
+from gpumesh.bench.figures.answers import Answer, read_answers
 from gpumesh.bench.figures.capacity import NodeCapacity
 from gpumesh.bench.figures.cost import NO_PRICES, Prices, StageCost
 from gpumesh.bench.figures.knee import Knee
-from gpumesh.bench.figures.latency import request_tpot_ms
+from gpumesh.bench.figures.node_shares import ColdStart
 from gpumesh.bench.figures.route_costs import RouteCost
 from gpumesh.bench.figures.route_differences import RouteDifference
 from gpumesh.bench.figures.scaling import Scaling
@@ -87,6 +88,8 @@ class BenchResult:
     ``capacity`` is that of each node, if the scenario has found it first (empty: it has not). ``knee`` is that of a
     sweep.
 
+    ``cold_starts`` are the answers, those of the warm-up too, that waited until their model was in memory.
+
     ``runs`` has the result of each run if the same scenario was run several times; empty for a single run. Then the
     figures here are those of all runs together (``joint.join_runs``).
     """
@@ -106,6 +109,7 @@ class BenchResult:
     partial: bool = False
     partial_reason: str | None = None
     runs: tuple[BenchResult, ...] = ()
+    cold_starts: tuple[ColdStart, ...] = ()
     costs: tuple[StageCost, ...] = ()
 
     def end_early(self, reason: str) -> BenchResult:
@@ -193,8 +197,16 @@ def result_from_json(document: object) -> BenchResult:
         raise ValueError(str(error)) from error
 
 
-def record_json(record: LoadSample) -> dict[str, Any]:
-    """Converts a request's outcome into its line of ``requests.jsonl``: sizes and times, no prompt and no answer."""
+def records_json(records: Sequence[LoadSample]) -> list[dict[str, Any]]:
+    """Converts the outcome of each request into its line of ``requests.jsonl``: sizes and times, no text.
+
+    ``server`` has the server's figures as the server gave them, the other members only figures that are believed.
+    """
+    return [_answer_json(record, answer) for record, answer in zip(records, read_answers(records), strict=True)]
+
+
+def _answer_json(record: LoadSample, answer: Answer) -> dict[str, Any]:
+    """The line of a request. ``record`` has the server's figures as the server gave them."""
     return {
         "stage": record.stage,
         "index": record.index,
@@ -206,12 +218,14 @@ def record_json(record: LoadSample) -> dict[str, Any]:
         "sent_s": round(record.sent_s, 6),
         "ended_s": round(record.ended_s, 6),
         "ttft_ms": _round(record.ttft_ms),
-        "tpot_ms": _round(request_tpot_ms(record)),
+        "tpot_ms": _round(answer.tpot_ms),
+        "tpot_source": None if answer.tpot_source is None else answer.tpot_source.value,
         "end_to_end_ms": _round(record.end_to_end_ms),
         "prompt_tokens": record.prompt_tokens,
-        "tokens": record.tokens,
-        "counted_pieces": record.counted_pieces,
-        "tokens_per_s": _round(record.counters.tokens_per_s if record.counters else None),
+        "tokens": answer.tokens,
+        "pieces": answer.pieces,
+        "tokens_per_s": _round(answer.counters.tokens_per_s),
+        "contradicted": answer.contradicted,
         "server": to_json(record.counters),
         "done_reason": record.done_reason,
         "error_code": record.error_code,

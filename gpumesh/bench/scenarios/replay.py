@@ -21,4 +21,10 @@ def measure_replay(context: ScenarioContext) -> ScenarioSteps:
         PlannedRequest(context.prompts.make_traced_prompt(traced), at_s=(traced.at_s - start_s) / settings.speed)
         for traced in traced_requests
     ]
+    cut_count = sum(traced.prompt_tokens > settings.max_context for traced in traced_requests)
+    if cut_count:
+        context.notes.append(
+            f"{cut_count:,} of the trace's {len(traced_requests):,} prompts were cut to {settings.max_context:,}"
+            " tokens: their TTFT is that of a shorter prompt"
+        )
     yield make_stage("replay", StageKind.TRACE, requests, concurrency=None)

@@ -16,6 +16,7 @@ from gpumesh.bench.results.result import BenchResult
 from gpumesh.bench.simulate.measures import PolicyResult
 from gpumesh.bench.simulate.report import FIGURE_NAMES, SimulationResult, figures
 from gpumesh.cli.views.bench_routes import route_lines
+from gpumesh.cli.views.bench_server_times import print_server_times
 from gpumesh.cli.views.safe_text import clean_line
 from gpumesh.cli.views.tables import Cell, Column, print_fitted_table, print_table
 
@@ -54,6 +55,7 @@ def print_result(result: BenchResult, *, notes: bool) -> None:
         typer.echo(clean_line(partial))
     for line in _result_lines(result):
         typer.echo(clean_line(line))
+    print_server_times(result)
     if notes:
         for note in result.notes:
             typer.echo(f"note: {clean_line(note)}", err=True)
@@ -139,7 +141,7 @@ def _stage_lines(stage: StageResult) -> Iterator[str]:
             f" longest gap {format_number(phase.longest_gap_ms)} ms, "
             f"{format_number(phase.output_tokens_per_s)} tok/s"
         )
-    if stage.gpu is not None and stage.gpu.power_w is not None:
+    if stage.gpu is not None:
         yield (
             f"{stage_label(stage)}: {format_number(stage.gpu.utilization_pct)} % GPU,"
             f" {format_number(stage.gpu.power_w)} W, "

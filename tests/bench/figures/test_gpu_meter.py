@@ -92,7 +92,8 @@ def test_what_is_not_known_of_one_is_not_known_of_all() -> None:
     made = over(mesh(node("alpha", gpu("GPU-1")), node("beta", gpu("GPU-2", power=None, busy=None, used=None))))
     assert made is not None
     assert (made.power_w, made.energy_j, made.memory_used_mib) == (None, None, None)
-    assert made.utilization_pct == 90.0, "of those that say it"
+    assert made.utilization_pct is None, "a mean without one of them is not the mean of all"
+    assert made.power_unknown == ("beta",)
 
 
 def test_a_node_that_cannot_say() -> None:

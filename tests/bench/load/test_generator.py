@@ -91,14 +91,15 @@ async def test_a_request_from_its_sending_to_its_end() -> None:
     )
     assert 0 <= only.intended_s == only.sent_s < only.arrivals_s[0] < only.arrivals_s[-1] <= only.ended_s
     assert len(only.arrivals_s) == PIECES, "the frame without text is no arrival"
-    assert (only.tokens, only.counted_pieces, only.prompt_tokens, only.done_reason) == (9, False, 5, "length")
+    assert (only.tokens, only.prompt_tokens, only.done_reason) == (9, 5, "length")
     assert only.ttft_ms == pytest.approx((only.arrivals_s[0] - only.sent_s) * 1000)
     assert done.duration_s >= only.ended_s
 
 
-async def test_without_the_servers_count_the_pieces_are_counted_and_it_is_said() -> None:
+async def test_without_the_servers_count_there_is_none() -> None:
+    """The number of pieces is not the number of tokens."""
     (only,) = (await run_stage(Server(counted=False), stage(count=1))).records
-    assert (only.tokens, only.counted_pieces, only.counters, only.prompt_tokens) == (PIECES, True, None, None)
+    assert (only.tokens, only.counters, only.prompt_tokens, len(only.arrivals_s)) == (None, None, None, PIECES)
 
 
 async def test_a_closed_loop_keeps_so_many_in_flight() -> None:
@@ -136,7 +137,7 @@ async def test_what_fails_is_a_record_and_the_others_go_on() -> None:
         BackendUnreachable.code,
         "nobody is there",
         "beta",
-        0,
+        None,
     )
     assert (failed.ttft_ms, failed.end_to_end_ms) == (None, None)
     assert (cut.error, len(cut.arrivals_s), cut.end_to_end_ms) == ("the answer stopped short", 1, None)

@@ -164,8 +164,10 @@ def test_replay_shares_what_the_trace_shares_and_nothing_else() -> None:
 
 
 def test_what_is_replayed_fits_the_context() -> None:
-    (stage,) = planned(Scenario.REPLAY, BenchSettings("m", max_context=2048), trace=TRACE)[1:]
+    notes: list[str] = []
+    (stage,) = planned(Scenario.REPLAY, BenchSettings("m", max_context=2048), trace=TRACE, notes=notes)[1:]
     assert len(prompt(stage, 2).split()) == pytest.approx(2048 / 1.3, rel=0.05)
+    assert notes == ["1 of the trace's 3 prompts were cut to 2,048 tokens: their TTFT is that of a shorter prompt"]
 
 
 def test_each_prompt_begins_with_a_nonce_of_its_own() -> None:
