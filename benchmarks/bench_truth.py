@@ -36,6 +36,8 @@ from tests.tunnels.sshd import Sshd
 TOLERANCE, TOLERANCE_MS = 0.02, 5.0
 TOKENS = 32
 SLO_TTFT_MS, SLO_TPOT_MS = 2000.0, 75.0
+COLD_S = 0.2  # a longer load was not that of a model in memory
+MIN_BUSY_SHARE = 0.4  # as in gpumesh/bench/figures/loaded_part.py
 LIMIT_S = 180.0  # for one run of `gpumesh bench`
 
 
@@ -57,7 +59,7 @@ def one(**changes: Any) -> dict[str, ServerSpec]:
 
 
 SERVER_RATES = frozenset({"server tok/s p50", "alpha tok/s", "alpha prefill tok/s", "alpha queue ms", "alpha load ms"})
-OUTPUT = frozenset({"output tok/s", "total tok/s", "tokens", "alpha tokens"})
+OUTPUT = frozenset({"output tok/s", "tok/s, slots busy", "total tok/s", "tokens", "alpha tokens"})
 PROMPTS = frozenset({"total tok/s", "prompt tokens", "alpha prefill tok/s"})
 TPOT = frozenset({"TPOT p50", "TPOT mean"})
 CASES = {
@@ -173,6 +175,7 @@ def true_figures(by_node: Mapping[str, Sequence[ServedAnswer]], in_flight: int) 
         "end-to-end mean": mean(end_to_end),
         "server tok/s p50": p50([server_rate(answer) for answer in answers]),
         "output tok/s": tokens / seconds,
+        "tok/s, slots busy": busy_rate(answers, sent, in_flight),
         "total tok/s": (tokens + prompt_tokens) / seconds,
         "requests/s": len(answers) / seconds,
         "goodput requests/s": good / seconds,
@@ -187,8 +190,18 @@ def true_figures(by_node: Mapping[str, Sequence[ServedAnswer]], in_flight: int) 
             f"{name} prefill tok/s": p50([answer.prompt_tokens / answer.prefill_s for answer in served]),
             f"{name} queue ms": mean([answer.queued_s * 1e3 for answer in served]),
             f"{name} load ms": max(answer.load_s * 1e3 for answer in served),
+            f"{name} cold starts": sum(answer.load_s > COLD_S for answer in served),
         }
     return figures
+
+
+def busy_rate(answers: Sequence[ServedAnswer], sent: Sequence[float], in_flight: int) -> float:
+    """The tokens per second that were generated while all slots were busy: from the end of the first round (or from the
+    start, if that leaves too little) until the last request was sent."""
+    start, end = max(answer.ended_at for answer in answers[:in_flight]), max(sent)
+    if end - start < MIN_BUSY_SHARE * (end - min(sent)):
+        start = min(sent)
+    return sum(start <= at < end for answer in answers for at in answer.generated_at) / (end - start)
 
 
 def true_tpot_ms(answer: ServedAnswer) -> float:
@@ -223,6 +236,7 @@ def measured_figures(stage: Mapping[str, Any]) -> dict[str, float | None]:
         "end-to-end mean": latency["end_to_end"]["mean"],
         "server tok/s p50": rates["server"]["p50"],
         "output tok/s": rates["output_tokens_per_s"],
+        "tok/s, slots busy": rates["loaded_tokens_per_s"],
         "total tok/s": rates["total_tokens_per_s"],
         "requests/s": rates["requests_per_s"],
         "goodput requests/s": rates["goodput_per_s"],
@@ -237,6 +251,7 @@ def measured_figures(stage: Mapping[str, Any]) -> dict[str, float | None]:
             f"{share['node']} prefill tok/s": share["prefill_tokens_per_s"]["p50"],
             f"{share['node']} queue ms": share["wait_ms"]["mean"],
             f"{share['node']} load ms": share["load_ms"]["max"],
+            f"{share['node']} cold starts": share["cold_starts"],
         }
     return figures
 

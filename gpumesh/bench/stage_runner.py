@@ -7,7 +7,7 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
 from typing import Protocol
 
-from gpumesh.bench.figures.answers import read_answers
+from gpumesh.bench.figures.answers.answer import read_answers
 from gpumesh.bench.figures.coverage_notes import cold_start_notes
 from gpumesh.bench.figures.gpu_meter import GpuSample, gpu_use, sample_gpus
 from gpumesh.bench.figures.node_shares import ColdStart, find_cold_starts

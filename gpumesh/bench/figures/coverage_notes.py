@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from gpumesh.bench.figures.coverage import Coverage
+from gpumesh.bench.figures.answers.coverage import Coverage
 from gpumesh.bench.figures.node_shares import ColdStart
 from gpumesh.bench.figures.summary import StageResult, stage_label
 from gpumesh.text.sentences import join_some

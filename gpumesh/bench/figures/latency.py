@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from gpumesh.bench.figures.answers import Answer
+from gpumesh.bench.figures.answers.answer import Answer
 from gpumesh.bench.load.samples import LoadSample
 from gpumesh.bench.stats import NO_VALUES, SampleSummary, gaps_ms, summarize_sample
 

@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from gpumesh.backends.base import ServerCounters
-from gpumesh.bench.figures.answers import Answer
-from gpumesh.bench.figures.token_counts import TokenCounts
+from gpumesh.bench.figures.answers.answer import Answer
+from gpumesh.bench.figures.answers.token_counts import TokenCounts
 from gpumesh.bench.load.samples import LoadSample, SampleOutcome
 from gpumesh.bench.stats import rate
 

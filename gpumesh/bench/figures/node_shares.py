@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from gpumesh.bench.figures.answers import Answer
+from gpumesh.bench.figures.answers.answer import Answer
+from gpumesh.bench.figures.answers.token_counts import TokenCounts, sum_prompt_tokens
 from gpumesh.bench.figures.loaded_part import (
     LOAD_NOISE_MS,
     LoadedPart,
@@ -15,7 +16,6 @@ from gpumesh.bench.figures.loaded_part import (
     most_at_once,
     token_rate,
 )
-from gpumesh.bench.figures.token_counts import TokenCounts, sum_prompt_tokens
 from gpumesh.bench.stats import NO_VALUES, SampleSummary, summarize_sample
 
 # A faster prefill is not believed: the prompt was in the server's cache, or the clock is wrong.

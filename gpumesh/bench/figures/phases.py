@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from gpumesh.bench.figures.answers import Answer
-from gpumesh.bench.figures.token_counts import TokenCounts
+from gpumesh.bench.figures.answers.answer import Answer
+from gpumesh.bench.figures.answers.token_counts import TokenCounts
 from gpumesh.bench.load.samples import SampleOutcome, StageRun
 from gpumesh.bench.stats import SampleSummary, gaps_ms, rate, summarize_sample
 

@@ -15,10 +15,10 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from gpumesh.bench.figures.answers import Answer
+from gpumesh.bench.figures.answers.answer import Answer
+from gpumesh.bench.figures.answers.token_counts import TokenCounts
 from gpumesh.bench.figures.loaded_part import LoadedPart, find_loaded_part
 from gpumesh.bench.figures.rates import Rates, meets_objective
-from gpumesh.bench.figures.token_counts import TokenCounts
 from gpumesh.bench.load.samples import SampleOutcome
 from gpumesh.bench.stats import Interval, Objective
 from gpumesh.bench.student_t import critical_value

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from gpumesh.bench.figures.answers import Answer, longest_tpot_ms
+from gpumesh.bench.figures.answers.answer import Answer, longest_tpot_ms
+from gpumesh.bench.figures.answers.token_counts import TokenCounts
 from gpumesh.bench.figures.loaded_part import LoadedPart, answer_rate, token_rate
-from gpumesh.bench.figures.token_counts import TokenCounts
 from gpumesh.bench.load.samples import SampleOutcome
 from gpumesh.bench.stats import Objective, SampleSummary, rate, ratio, summarize_sample
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from gpumesh.bench.figures.answers import read_answers
+from gpumesh.bench.figures.answers.answer import read_answers
 from gpumesh.bench.figures.latency import outside_server_ms
 from gpumesh.bench.load.samples import SampleOutcome, StageRun
 from gpumesh.bench.paired_differences import PairedDifference, paired_difference

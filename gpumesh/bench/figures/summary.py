@@ -1,7 +1,7 @@
 """Computes the result of a benchmark's stage from its records. Pure.
 
-``answers`` decides what is known of each answer. The figures are in files of their own: ``latency``, ``rates``,
-``token_counts``, ``node_shares``, ``phases``, ``coverage``; ``scaling`` and ``route_costs`` compare stages.
+``answers`` decides what is known of the answers. The figures are in files of their own: ``latency``, ``rates``,
+``node_shares``, ``phases``; ``scaling`` and ``route_costs`` compare stages.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
-from gpumesh.bench.figures.answers import read_answers
-from gpumesh.bench.figures.coverage import Coverage, coverage_of, prompts_share_beginnings
+from gpumesh.bench.figures.answers.answer import read_answers
+from gpumesh.bench.figures.answers.coverage import Coverage, coverage_of, prompts_share_beginnings
+from gpumesh.bench.figures.answers.token_counts import TokenCounts, sum_prompt_tokens
 from gpumesh.bench.figures.gpu_meter import GpuUse
 from gpumesh.bench.figures.latency import Latency, latency_of
 from gpumesh.bench.figures.loaded_part import find_loaded_part
@@ -20,7 +21,6 @@ from gpumesh.bench.figures.node_shares import NodeShare, node_shares
 from gpumesh.bench.figures.phases import Phase, phases_of
 from gpumesh.bench.figures.rate_intervals import RateIntervals, rate_intervals
 from gpumesh.bench.figures.rates import Rates, rates_of, with_loaded_rates
-from gpumesh.bench.figures.token_counts import TokenCounts, sum_prompt_tokens
 from gpumesh.bench.load.conditions import LoadConditions
 from gpumesh.bench.load.samples import ClientLoad, LoadSample, SampleOutcome, StageRun
 from gpumesh.bench.stats import Objective, ratio

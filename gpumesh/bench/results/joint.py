@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from gpumesh.bench.figures.coverage import Coverage
+from gpumesh.bench.figures.answers.coverage import Coverage
 from gpumesh.bench.figures.knee import find_knee
 from gpumesh.bench.figures.rate_intervals import RateIntervals
 from gpumesh.bench.figures.route_costs import route_costs

@@ -13,7 +13,7 @@ from datetime import datetime
 from typing import Any
 
 from gpumesh import __version__
-from gpumesh.bench.figures.answers import Answer, read_answers
+from gpumesh.bench.figures.answers.answer import Answer, read_answers
 from gpumesh.bench.figures.capacity import NodeCapacity
 from gpumesh.bench.figures.cost import NO_PRICES, Prices, StageCost
 from gpumesh.bench.figures.knee import Knee

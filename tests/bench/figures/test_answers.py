@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from gpumesh.backends.base import ServerCounters
-from gpumesh.bench.figures.answers import Answer, Hidden, TpotSource, read_answer, read_answers
+from gpumesh.bench.figures.answers.answer import Answer, Hidden, TpotSource, read_answer, read_answers
 from gpumesh.bench.load.samples import LoadSample
 from tests.bench.example_results import record
 

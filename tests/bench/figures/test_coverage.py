@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from gpumesh.backends.base import ChatRequest, Message, ServerCounters
-from gpumesh.bench.figures.answers import read_answers
+from gpumesh.bench.figures.answers.answer import read_answers
 from gpumesh.bench.figures.coverage_notes import cold_start_notes, coverage_notes
 from gpumesh.bench.figures.gpu_meter import GpuUse
 from gpumesh.bench.figures.node_shares import ColdStart, find_cold_starts

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from gpumesh.backends.base import ServerCounters
-from gpumesh.bench.figures.answers import read_answer
+from gpumesh.bench.figures.answers.answer import read_answer
 from gpumesh.bench.figures.gpu_meter import GpuUse
 from gpumesh.bench.figures.route_costs import route_costs
 from gpumesh.bench.figures.scaling import scaling

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from gpumesh.bench.figures.answers import Answer, Hidden, TpotSource
-from gpumesh.bench.figures.token_counts import TokenCounts
+from gpumesh.bench.figures.answers.answer import Answer, Hidden, TpotSource
+from gpumesh.bench.figures.answers.token_counts import TokenCounts
 from gpumesh.bench.load.samples import SampleOutcome
 from gpumesh.bench.workload.stages import PlannedRequest, Stage
 

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from gpumesh.bench.figures.answers import Answer
+from gpumesh.bench.figures.answers.answer import Answer
 from gpumesh.bench.load.samples import SampleOutcome
 
 # If the answers of a node differ by more in their tokens for each piece, their mean says little about one answer.
