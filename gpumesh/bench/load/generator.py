@@ -222,9 +222,12 @@ async def _send_request(
     stage_end: BaseException | None = None  # what ends the whole stage
     try:
         async with send(chat, planned.node) as answer:
-            async for chunk in answer:
-                reading.add(chunk, run.now())
-            node, attempts = answer.node, answer.attempts
+            try:
+                async for chunk in answer:
+                    reading.add(chunk, run.now())
+            finally:
+                node = answer.node or node  # also if the answer is cut off here
+            attempts = answer.attempts
     except GPUMeshError as raised:
         if raised.code == MeshNotRunning.code:
             stage_end = raised
