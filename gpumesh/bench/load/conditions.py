@@ -68,7 +68,8 @@ class LoadConditions:
     the process of the command, and of the mesh if that is embedded. ``mesh`` is the mesh's process, ``tunnel_cpu`` the
     CPU of its busiest other process. ``lag_p90_ms`` is how late the generator's event loop ran. ``us_per_piece`` is the
     generator's CPU time for each piece of an answer, in µs. ``parsed_early`` counts the answers that were parsed while
-    the stage still ran, because they did not fit into memory.
+    the stage still ran, because they did not fit into memory. ``burst_wait_ms`` is an estimate of how long the median
+    request waited for the mesh's process, because others were sent at the same time (``burst_wait``).
 
     ``limit`` and ``reason`` say why the figures may not be those of the servers; ``None`` if there is no such reason.
     """
@@ -82,5 +83,6 @@ class LoadConditions:
     lag_p90_ms: float = 0.0
     us_per_piece: float | None = None
     parsed_early: int = 0
+    burst_wait_ms: float | None = None
     limit: Limit | None = None
     reason: str | None = None

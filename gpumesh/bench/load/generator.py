@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from gpumesh.bench.load.answer_reading import AnswerReading
-from gpumesh.bench.load.client_judge import LATE_CLIENT_MS, client_load, judge_load
 from gpumesh.bench.load.conditions import LoadConditions, Via
 from gpumesh.bench.load.conversations import ConversationHistories
 from gpumesh.bench.load.load_meter import LoadMeter
 from gpumesh.bench.load.loops import send_in_closed_loop, send_in_open_loop, split_conversations
+from gpumesh.bench.load.measured_conditions import measured_conditions
 from gpumesh.bench.load.samples import ClientLoad, LoadSample, StageRun
 from gpumesh.bench.load.send_prompt import SendPrompt
 from gpumesh.bench.workload.stages import PlannedRequest, Stage
@@ -48,7 +48,6 @@ class RunningStage:
     start: float = 0.0  # on ``clock``
     records: list[LoadSample] = field(default_factory=list)
     decoded: list[LoadSample] = field(default_factory=list)  # the whole samples that the load generator's process sends
-    late_sends: int = 0
     histories: ConversationHistories = field(default_factory=ConversationHistories)
     record_added: asyncio.Event = field(default_factory=asyncio.Event)
     disturbance: str | None = None  # its description, as soon as it has begun
@@ -96,23 +95,10 @@ class RunningStage:
 
     def complete_here(self, duration_s: float, meter: LoadMeter) -> StageRun:
         """Makes the outcome of a stage whose requests were sent by this process."""
-        windows = [
-            (meter.started_s + record.sent_s, meter.started_s + record.arrivals_s[0])
-            for record in self.records
-            if record.arrivals_s
-        ]
-        pieces = sum(len(record.arrivals_s) for record in self.records)
-        conditions = LoadConditions(
-            via=Via.MESH,
-            own_process=False,
-            generator=meter.generator_load(windows),
-            mesh=meter.mesh_load(windows),
-            tunnel_cpu=meter.tunnel_cpu(),
-            machine=meter.machine_load(),
-            us_per_piece=meter.own_cpu_s * 1e6 / pieces if pieces else None,
+        client, conditions = measured_conditions(
+            self.records, meter, via=Via.MESH, own_process=False, mesh_is_here=not meter.has_mesh_process
         )
-        conditions = judge_load(conditions, meter.lags_ms, self.late_sends, len(self.records))
-        return self.complete(duration_s, client_load(conditions, meter.lags_ms, self.late_sends), conditions)
+        return self.complete(duration_s, client, conditions)
 
 
 async def run_stage(
@@ -213,8 +199,6 @@ async def _send_request(
     """
     sent_s = run.now()
     intended_s = sent_s if planned.at_s is None else planned.at_s
-    if (sent_s - intended_s) * 1000.0 > LATE_CLIENT_MS:
-        run.late_sends += 1
     reading = AnswerReading(keeps_text=planned.conversation is not None)
     chat = run.histories.continue_chat(planned.conversation, planned.chat)
     node, attempts = planned.node, 0

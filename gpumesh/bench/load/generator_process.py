@@ -18,11 +18,10 @@ from typing import Any
 import msgspec
 
 from gpumesh.bench.load import generator_messages as messages
-from gpumesh.bench.load.client_judge import LATE_CLIENT_MS, client_load, judge_load
-from gpumesh.bench.load.conditions import LoadConditions
 from gpumesh.bench.load.conversations import ConversationHistories
 from gpumesh.bench.load.load_meter import LoadMeter
 from gpumesh.bench.load.loops import send_in_closed_loop, send_in_open_loop, split_conversations
+from gpumesh.bench.load.measured_conditions import measured_conditions
 from gpumesh.bench.load.raw_answers import RawAnswer, decode_answer, read_answer_text, undecoded_sample
 from gpumesh.bench.load.raw_sender import RawSender, ReadyRequest
 from gpumesh.bench.load.samples import LoadSample
@@ -135,22 +134,10 @@ class StageInProcess:
         for first in range(0, len(samples), messages.SAMPLES_PER_MESSAGE):
             self._write(messages.Samples(tuple(samples[first : first + messages.SAMPLES_PER_MESSAGE])))
             await self._writer.drain()
-        meter, opened = self._meter, self._opened
-        late_sends = sum((sample.sent_s - sample.intended_s) * 1000.0 > LATE_CLIENT_MS for sample in samples)
-        windows = [(start_s + sample.sent_s, start_s + sample.arrivals_s[0]) for sample in samples if sample.arrivals_s]
-        pieces = sum(len(sample.arrivals_s) for sample in samples)
-        conditions = LoadConditions(
-            via=opened.via,
-            own_process=True,
-            generator=meter.generator_load(windows),
-            mesh=meter.mesh_load(windows),
-            tunnel_cpu=meter.tunnel_cpu(),
-            machine=meter.machine_load(),
-            us_per_piece=meter.own_cpu_s * 1e6 / pieces if pieces else None,
-            parsed_early=parsed_early,
+        meter = self._meter
+        client, conditions = measured_conditions(
+            samples, meter, via=self._opened.via, own_process=True, parsed_early=parsed_early
         )
-        conditions = judge_load(conditions, meter.lags_ms, late_sends, len(samples))
-        client = client_load(conditions, meter.lags_ms, late_sends)
         self._write(messages.StageEnded(meter.duration_s, client, conditions))
         await self._writer.drain()
 

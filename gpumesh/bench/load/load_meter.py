@@ -41,6 +41,15 @@ class _Timeline:
             self.run_s.append(times.run_s)
             self.wait_s.append(times.wait_s)
 
+    def run_time_s(self, begin_s: float, end_s: float) -> float:
+        """How long the thread ran between two moments."""
+        return interpolate(self.at_s, self.run_s, end_s) - interpolate(self.at_s, self.run_s, begin_s)
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether the thread's times are known."""
+        return self.known and len(self.at_s) >= 2
+
 
 def interpolate(at_s: Sequence[float], values: Sequence[float], moment_s: float) -> float:
     """The value at a moment, on straight lines between the samples; before the first sample and after the last, the
@@ -135,6 +144,11 @@ class LoadMeter:
         return max(self.ended_s - self.started_s, 1e-9)
 
     @property
+    def has_mesh_process(self) -> bool:
+        """Whether the mesh runs in another process than this one, which is known."""
+        return self._mesh_pid is not None
+
+    @property
     def own_cpu_s(self) -> float:
         """The CPU time of this process in the stage."""
         return self._own_cpu_s
@@ -146,13 +160,28 @@ class LoadMeter:
 
     def mesh_load(self, first_token_windows: Sequence[tuple[float, float]]) -> ProcessLoad | None:
         """How busy the mesh's process was; ``None`` if unknown."""
-        cpu = None if self._mesh_pid is None else self._process_cpus().get(self._mesh_pid)
-        return None if cpu is None else _process_load(cpu, self._mesh, first_token_windows)
+        cpu_s = self.mesh_cpu_s()
+        return None if cpu_s is None else _process_load(cpu_s / self.duration_s, self._mesh, first_token_windows)
 
     def tunnel_cpu(self) -> float | None:
         """The CPU of the busiest process that the mesh has started; ``None`` if there is none."""
         others = [cpu for pid, cpu in self._process_cpus().items() if pid not in (self._mesh_pid, os.getpid())]
         return max(others, default=None)
+
+    def mesh_cpu_s(self) -> float | None:
+        """The CPU time of the mesh's process in the stage; ``None`` if unknown."""
+        cpu = None if self._mesh_pid is None else self._process_cpus().get(self._mesh_pid)
+        return None if cpu is None else cpu * self.duration_s
+
+    @property
+    def mesh_run_time_s(self) -> Callable[[float, float], float] | None:
+        """How long the mesh's main thread ran between two moments on the clock; ``None`` if unknown."""
+        return self._mesh.run_time_s if self._mesh.is_usable else None
+
+    @property
+    def own_run_time_s(self) -> Callable[[float, float], float] | None:
+        """As ``mesh_run_time_s``, of this process."""
+        return self._own.run_time_s if self._own.is_usable else None
 
     def machine_load(self) -> MachineLoad | None:
         """How busy this machine was; ``None`` if unknown."""
@@ -173,7 +202,7 @@ class LoadMeter:
 
 def _process_load(cpu: float, timeline: _Timeline, windows: Sequence[tuple[float, float]]) -> ProcessLoad:
     """The load of a process by the samples of its main thread."""
-    if not timeline.known or len(timeline.at_s) < 2:
+    if not timeline.is_usable:
         return ProcessLoad(cpu)
     whole = [(timeline.at_s[0], timeline.at_s[-1])]
     return ProcessLoad(
