@@ -1,9 +1,13 @@
 """Checks the conclusions of `gpumesh bench` on servers whose truth is known: stand-ins of 4 and 2 slots.
 
-    python benchmarks/bench_scale_check.py [--runs N] [--only scale|sweep] [--rate TOKENS_PER_S] [--slots 4,2] [--check]
+    python benchmarks/bench_scale_check.py [--runs N] [--only scale|sweep] [--slots 4,2] [--rates 50,50] [--share S]
+        [--max-parallel 0,3] [--same-mesh] [--check]
 
 Each run starts the hosts (the lab's, with real SSH) and `gpumesh up` anew, and then runs `gpumesh bench run --json`, as
-a person does straight after `up`. The mesh has learned nothing by then.
+a person does straight after `up`. The mesh has learned nothing by then. With ``--same-mesh`` all runs use one mesh.
+
+``--rates`` are the tokens/s of a slot of each host. ``--share``: how much longer each neighbour makes a token.
+``--max-parallel``: what mesh.yaml says of each node, true or not; 0: nothing.
 
 - scale: the capacities that were found, and the efficiency. The truth is the number of slots, and 100 %: each stand-in
   gives each of its slots the same rate whatever the others do
@@ -27,6 +31,7 @@ import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,20 +49,43 @@ LEAST, MOST = 0.97, 1.03
 MAX_DIP = 0.02
 
 
+@dataclass(frozen=True)
+class Setup:
+    """The hosts; the lists have an entry for each of them."""
+
+    slots: list[int]
+    rates: list[float]
+    share: float
+    max_parallel: list[int]
+
+
 @contextlib.asynccontextmanager
-async def mesh(slots: Sequence[int], rate: float, folder: Path) -> AsyncIterator[tuple[Path, dict[str, str]]]:
+async def mesh(setup: Setup, folder: Path) -> AsyncIterator[tuple[Path, dict[str, str]]]:
     """Hosts and a mesh, both new. Yields the mesh.yaml and the environment of commands that shall find the mesh."""
     folder.mkdir(mode=0o700)
     runtime = folder / "run"
     runtime.mkdir(mode=0o700)
     hosts = [
-        make_host(name, slots=count, tokens_per_s=rate, prefill_tokens_per_s=PREFILL_TOKENS_PER_S, models=(QWEN_7B,))
-        for name, count in zip(NAMES, slots, strict=False)
+        make_host(
+            name,
+            slots=count,
+            tokens_per_s=rate,
+            prefill_tokens_per_s=PREFILL_TOKENS_PER_S,
+            models=(QWEN_7B,),
+            share=setup.share,
+        )
+        for name, count, rate in zip(NAMES, setup.slots, setup.rates, strict=False)
     ]
     environment = {"XDG_RUNTIME_DIR": str(runtime), "XDG_STATE_HOME": str(runtime), "PYTHONPATH": str(ROOT)}
     async with Lab(hosts, folder) as lab:
         port = free_port()
-        file = lab.write_config(folder / "mesh.yaml", listen=f"127.0.0.1:{port}", default_model=QWEN_7B.name)
+        nodes = [host.node_entry() for host in lab.hosts.values()]
+        for node, parallel in zip(nodes, setup.max_parallel, strict=False):
+            if parallel:
+                node["backend"]["max_parallel"] = parallel
+        file = lab.write_config(
+            folder / "mesh.yaml", listen=f"127.0.0.1:{port}", default_model=QWEN_7B.name, nodes=nodes
+        )
         argv = (sys.executable, "-P", "-m", "gpumesh", "--config", str(file), "--quiet", "up")
         async with program(*argv, port=port, folder=folder, **environment):
             yield file, environment
@@ -109,7 +137,7 @@ def find_sweep_faults(result: dict[str, Any], slots: Sequence[int], truth: float
         if rate < highest * (1 - MAX_DIP):
             yield f"{level} in flight give {rate:.1f} tok/s, a lower level {highest:.1f}"
         highest = max(highest, rate)
-    print(f"    knee: {result['knee']['text']}")
+    print(f"    knee: {result['knee']['text']}; {result['knee']['goodput_text']}")
     if result["knee"]["level"] != sum(slots):
         yield f"the knee is at {result['knee']['level']}, not at {sum(slots)}"
 
@@ -121,36 +149,48 @@ def slot_rate(result: dict[str, Any], rate: float) -> float:
     return float(tokens / (prompt_tokens / PREFILL_TOKENS_PER_S + tokens / rate))
 
 
-async def check(runs: int, scenarios: Sequence[str], slots: Sequence[int], rate: float) -> list[str]:
+async def check(runs: int, scenarios: Sequence[str], setup: Setup, *, same_mesh: bool) -> list[str]:
     """Runs each scenario ``runs`` times, and returns what was wrong."""
     faults: list[str] = []
+    jobs = [(scenario, number) for scenario in scenarios for number in range(1, runs + 1)]
     with tempfile.TemporaryDirectory(prefix="gm-") as name:
-        for scenario in scenarios:
-            for number in range(1, runs + 1):
+        async with contextlib.AsyncExitStack() as stack:
+            kept = await stack.enter_async_context(mesh(setup, Path(name) / "kept")) if same_mesh else None
+            for scenario, number in jobs:
                 began_at = time.monotonic()
-                async with mesh(slots, rate, Path(name) / f"{scenario}{number}") as (file, environment):
+                async with contextlib.AsyncExitStack() as own:
+                    folder = Path(name) / f"{scenario}{number}"
+                    file, environment = kept or await own.enter_async_context(mesh(setup, folder))
                     result = await bench(scenario, file, environment)
                 print(f"  {scenario} {number} of {runs}, {time.monotonic() - began_at:.0f} s")
                 if scenario == "scale":
-                    found = find_scale_faults(result, slots)
+                    found = find_scale_faults(result, setup.slots)
                 else:
-                    found = find_sweep_faults(result, slots, slot_rate(result, rate))
+                    found = find_sweep_faults(result, setup.slots, slot_rate(result, setup.rates[0]))
                 faults += [f"{scenario} {number}: {fault}" for fault in found]
                 for note in result["notes"]:
                     print(f"      note: {note}")
     return faults
 
 
+def numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--only", choices=("scale", "sweep"))
-    parser.add_argument("--rate", type=float, default=50.0, help="tokens/s of a slot")
-    parser.add_argument("--slots", type=lambda text: [int(part) for part in text.split(",")], default=[4, 2])
+    parser.add_argument("--slots", type=numbers, default=[4, 2])
+    parser.add_argument("--rates", type=numbers, default=[50] * len(NAMES))
+    parser.add_argument("--share", type=float, default=0.0)
+    parser.add_argument("--max-parallel", type=numbers, default=[])
+    parser.add_argument("--same-mesh", action="store_true")
     parser.add_argument("--check", action="store_true")
     given = parser.parse_args()
     scenarios = [given.only] if given.only else ["scale", "sweep"]
-    faults = asyncio.run(check(given.runs, scenarios, given.slots, given.rate))
+    setup = Setup(given.slots, [float(rate) for rate in given.rates], given.share, given.max_parallel)
+    faults = asyncio.run(check(given.runs, scenarios, setup, same_mesh=given.same_mesh))
     for fault in faults:
         print(f"WRONG: {fault}")
     return 1 if given.check and faults else 0

@@ -180,7 +180,7 @@ class StageRunner:
             for result in summarize_stage(run, self._objective, gpu_use(gpu_samples, measured_nodes))
             if result.requests  # none, if the stage was ended before its first answer began
         ]
-        if stage.kind is not StageKind.CAPACITY:
+        if stage.kind is not StageKind.CAPACITY and not (partial and stage.attempt > 1):  # an earlier try is whole
             self.results = [result for result in self.results if stage.attempt == 1 or result.name != stage.name]
             self.results.extend(results)
             self.route_differences.extend(route_differences(run))
