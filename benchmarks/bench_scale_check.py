@@ -158,10 +158,11 @@ async def check(runs: int, scenarios: Sequence[str], setup: Setup, *, same_mesh:
             kept = await stack.enter_async_context(mesh(setup, Path(name) / "kept")) if same_mesh else None
             for scenario, number in jobs:
                 began_at = time.monotonic()
-                async with contextlib.AsyncExitStack() as own:
-                    folder = Path(name) / f"{scenario}{number}"
-                    file, environment = kept or await own.enter_async_context(mesh(setup, folder))
-                    result = await bench(scenario, file, environment)
+                if kept is not None:
+                    result = await bench(scenario, *kept)
+                else:
+                    async with mesh(setup, Path(name) / f"{scenario}{number}") as (file, environment):
+                        result = await bench(scenario, file, environment)
                 print(f"  {scenario} {number} of {runs}, {time.monotonic() - began_at:.0f} s")
                 if scenario == "scale":
                     found = find_scale_faults(result, setup.slots)

@@ -1,0 +1,50 @@
+"""Stages on a real mesh over stand-ins in this process: what is kept of them, and which way their requests take."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from random import Random
+
+from gpumesh.bench.load.route_arms import RouteAccess
+from gpumesh.bench.scenarios.base import make_node_stage, make_stage
+from gpumesh.bench.stage_runner import StageRunner
+from gpumesh.bench.stats import Objective
+from gpumesh.bench.workload.prompts import PromptFactory
+from gpumesh.bench.workload.settings import BenchSettings
+from gpumesh.bench.workload.stages import PlannedRequest, StageKind
+from tests.bench.test_run import Heard, Target
+from tests.mesh.meshes import MODEL, RunningMesh, host, mesh_of_hosts
+
+PROMPTS = PromptFactory(BenchSettings(MODEL, tokens=16), Random(1))
+
+
+def runner(made: RunningMesh) -> StageRunner:
+    return StageRunner(Target(made.mesh), ["alpha"], Objective(), Heard(), None, RouteAccess(), None, model=MODEL)
+
+
+async def test_a_stage_that_is_measured_again_takes_the_place_of_the_first_try() -> None:
+    async with mesh_of_hosts(host("alpha")) as made:
+        run = runner(made)
+        other, stage = make_node_stage(PROMPTS, "beta", 2, 1), make_node_stage(PROMPTS, "alpha", 3, 1)
+        for one in (replace(other, node="alpha"), stage, replace(stage, attempt=2)):
+            requests = tuple(replace(planned, node="alpha") for planned in one.requests)
+            await run.measure(replace(one, requests=requests))
+    assert [(result.name, result.requests) for result in run.results] == [("beta", 2), ("alpha", 3)]
+    labels = [record.stage for record in run.records]
+    assert labels == ["beta"] * 2 + ["alpha"] * 3 + ["alpha (try 2)"] * 3, "nothing that was measured is lost"
+
+
+async def test_a_ramp_is_no_figure_and_can_go_past_the_mesh() -> None:
+    """The mesh gives the node two requests at a time, the server runs four."""
+    async with mesh_of_hosts(host("alpha", slots=4), max_parallel=2) as made:
+        run = runner(made)
+        requests = [PlannedRequest(PROMPTS.make_prompt(tokens=100), "alpha") for _ in range(4)]
+        stage = make_stage("ramp", StageKind.CAPACITY, requests, 4, node="alpha")
+        through_mesh = await run.measure(stage)
+        direct = await run.measure(replace(stage, direct=True))
+        served = made.mesh.request_counters.served
+    assert [outcome.result.nodes[0].most_at_once for outcome in (through_mesh, direct)] == [2, 4]
+    assert served == 4, "the mesh has seen the first four only"
+    assert run.results == []
+    assert len(run.records) == 8
+    assert [facts.parallel for facts in direct.before] == [2]
