@@ -102,7 +102,8 @@ def run(
 ) -> None:
     """Send prompts and measure: on the running mesh, or on one opened for it.
 
-    quick: each node alone, then all together. sweep: rising concurrency. scale: mesh against the sum of its nodes.
+    quick: each node alone, then all together. sweep: rising concurrency, past the capacity. scale: mesh against the
+    sum of its nodes, each at its capacity.
     overhead: what tunnel, mesh and gateway add. failover: a node is drained under load. replay: a public trace.
     load: your own shape of load, with --rate, --duration or --prompts.
 
