@@ -149,7 +149,9 @@ def slot_rate(result: dict[str, Any], rate: float) -> float:
     return float(tokens / (prompt_tokens / PREFILL_TOKENS_PER_S + tokens / rate))
 
 
-async def check(runs: int, scenarios: Sequence[str], setup: Setup, *, same_mesh: bool) -> list[str]:
+async def check(
+    runs: int, scenarios: Sequence[str], setup: Setup, *, same_mesh: bool, results: Path | None
+) -> list[str]:
     """Runs each scenario ``runs`` times, and returns what was wrong."""
     faults: list[str] = []
     jobs = [(scenario, number) for scenario in scenarios for number in range(1, runs + 1)]
@@ -158,11 +160,12 @@ async def check(runs: int, scenarios: Sequence[str], setup: Setup, *, same_mesh:
             kept = await stack.enter_async_context(mesh(setup, Path(name) / "kept")) if same_mesh else None
             for scenario, number in jobs:
                 began_at = time.monotonic()
+                options = () if results is None else ("--out", str(results / f"{scenario}{number}"))
                 if kept is not None:
-                    result = await bench(scenario, *kept)
+                    result = await bench(scenario, *kept, *options)
                 else:
                     async with mesh(setup, Path(name) / f"{scenario}{number}") as (file, environment):
-                        result = await bench(scenario, file, environment)
+                        result = await bench(scenario, file, environment, *options)
                 print(f"  {scenario} {number} of {runs}, {time.monotonic() - began_at:.0f} s")
                 if scenario == "scale":
                     found = find_scale_faults(result, setup.slots)
@@ -187,11 +190,12 @@ def main() -> int:
     parser.add_argument("--share", type=float, default=0.0)
     parser.add_argument("--max-parallel", type=numbers, default=[])
     parser.add_argument("--same-mesh", action="store_true")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep the results of all runs there")
     parser.add_argument("--check", action="store_true")
     given = parser.parse_args()
     scenarios = [given.only] if given.only else ["scale", "sweep"]
     setup = Setup(given.slots, [float(rate) for rate in given.rates], given.share, given.max_parallel)
-    faults = asyncio.run(check(given.runs, scenarios, setup, same_mesh=given.same_mesh))
+    faults = asyncio.run(check(given.runs, scenarios, setup, same_mesh=given.same_mesh, results=given.keep))
     for fault in faults:
         print(f"WRONG: {fault}")
     return 1 if given.check and faults else 0

@@ -101,6 +101,11 @@ def make_stage(
     )
 
 
+def find_limit(nodes: Iterable[NodeFacts], name: str) -> int | None:
+    """The mesh's limit of this node: how many requests it sends there at once. ``None`` if it is not known."""
+    return next((facts.parallel for facts in nodes if facts.name == name), None)
+
+
 def whole_rounds(count: int, level: int) -> int:
     """The number of requests, rounded up to a multiple of ``level``: then no round has fewer in flight than others."""
     return math.ceil(count / level) * level

@@ -15,7 +15,14 @@ from collections.abc import Generator
 
 from gpumesh.bench.figures.capacity import NodeCapacity, RampPoint, find_full_point, ramp_point
 from gpumesh.bench.figures.summary import StageResult
-from gpumesh.bench.scenarios.base import NodeFacts, ScenarioContext, ScenarioSteps, StageOutcome, make_stage
+from gpumesh.bench.scenarios.base import (
+    NodeFacts,
+    ScenarioContext,
+    ScenarioSteps,
+    StageOutcome,
+    find_limit,
+    make_stage,
+)
 from gpumesh.bench.workload.stages import PlannedRequest, Stage, StageKind
 
 ROUNDS = 3  # of each level: the second one is that in which all slots are busy and not in step
@@ -72,7 +79,7 @@ def _confirm_slots(
     """
     level = points[-1].level
     for _ in range(MAX_SETTLE_STAGES):
-        if _limit(outcome.before, node) == _limit(outcome.after, node):
+        if find_limit(outcome.before, node) == find_limit(outcome.after, node):
             break
         outcome = yield _ramp_stage(context, node, level, tokens)
         if not outcome.results or not outcome.results[0].served:
@@ -118,8 +125,3 @@ def _has_grown(earlier: RampPoint, later: RampPoint) -> bool:
     if earlier.tokens_per_s is None or later.tokens_per_s is None:
         return False
     return later.tokens_per_s >= earlier.tokens_per_s * (1.0 + MIN_GROWTH)
-
-
-def _limit(nodes: tuple[NodeFacts, ...], name: str) -> int | None:
-    """The mesh's limit of this node, ``None`` if it is not known."""
-    return next((facts.parallel for facts in nodes if facts.name == name), None)

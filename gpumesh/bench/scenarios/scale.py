@@ -9,6 +9,7 @@ from gpumesh.bench.figures.summary import StageResult
 from gpumesh.bench.scenarios.base import (
     ScenarioContext,
     ScenarioSteps,
+    find_limit,
     make_mesh_stage,
     make_node_stage,
     whole_rounds,
@@ -47,6 +48,11 @@ def measure_scale(context: ScenarioContext) -> ScenarioSteps:
             context, partial(make_node_stage, context.prompts, node.name, count, level)
         )
         alone.extend(outcome.results)
+        limit = find_limit(outcome.after, node.name)
+        if limit is not None and limit < level:
+            context.notes.append(
+                f"stage {node.name}: the mesh gave it {limit} at a time, not {level}: its rate is below its capacity"
+            )
     total_level = sum(levels.values())
     count = _mesh_count(alone, planned_count, total_level)
     yield from measure_settled(context, partial(make_mesh_stage, "mesh", context.prompts, count, total_level))

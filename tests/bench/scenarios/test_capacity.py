@@ -89,6 +89,18 @@ def test_scale_is_100_percent_where_the_truth_is() -> None:
     assert mesh_stage.duration_s >= beta.duration_s, "the slow node answers as often as alone"
 
 
+def test_a_limit_that_shrinks_after_the_ramp_is_told() -> None:
+    def shrink(nodes: dict[str, PlayedNode]) -> None:
+        nodes["alpha"].limit = 1
+
+    mesh = PlayedMesh({"alpha": PlayedNode(2, limit=2)}, changes={"alpha": [shrink]})
+    notes = play(mesh, Scenario.SCALE, known=True).notes
+    assert notes == [
+        "while stage alpha ran, the limit of alpha changed from 2 to 1: it was measured again",
+        "stage alpha: the mesh gave it 1 at a time, not 2: its rate is below its capacity",
+    ]
+
+
 def test_a_stage_in_which_a_limit_changed_is_measured_again() -> None:
     def learn(nodes: dict[str, PlayedNode]) -> None:
         nodes["alpha"].at_once += 1
