@@ -11,7 +11,7 @@ server, the same level is sent to the server directly.
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 
 from gpumesh.bench.figures.capacity import NodeCapacity, RampPoint, find_full_point, ramp_point
 from gpumesh.bench.figures.summary import StageResult
@@ -31,7 +31,7 @@ MAX_LEVEL = 512
 RAMP_S = 60.0  # no further level is begun if a node's ramp would take longer with it
 # An answer of a ramp takes about a second: long enough that answers which run at once are seen together.
 ANSWER_S, FIRST_TOKENS, MIN_TOKENS, MAX_TOKENS = 1.0, 32, 16, 128
-MAX_SETTLE_STAGES = 2  # of the last level, if the mesh's limit still changes
+MAX_REPEATS = 2  # of a level that did not fill while the mesh's limit changed
 
 
 def find_capacities(context: ScenarioContext) -> ScenarioSteps:
@@ -44,7 +44,7 @@ def find_capacities(context: ScenarioContext) -> ScenarioSteps:
 def _find_capacity(context: ScenarioContext, node: NodeFacts) -> Generator[Stage, StageOutcome, NodeCapacity]:
     """The ramp of one node."""
     points: list[RampPoint] = []
-    level, tokens, spent_s = node.parallel or 1, FIRST_TOKENS, 0.0
+    level, tokens, spent_s, repeated = node.parallel or 1, FIRST_TOKENS, 0.0, 0
     while True:
         outcome = yield _ramp_stage(context, node.name, level, tokens)
         result = outcome.results[0] if outcome.results else None
@@ -56,8 +56,12 @@ def _find_capacity(context: ScenarioContext, node: NodeFacts) -> Generator[Stage
         spent_s += result.duration_s
         tokens = _answer_tokens(result, tokens)
         if 0 < point.at_once < level:  # 0: answers of a single piece do not show it
-            return (yield from _confirm_slots(context, node.name, points, tokens, outcome))
-        if len(points) > 1 and not _has_grown(points[-2], point):
+            limit_before, limit_after = (find_limit(nodes, node.name) for nodes in (outcome.before, outcome.after))
+            if limit_before == limit_after or repeated == MAX_REPEATS:
+                return (yield from _confirm_slots(context, node.name, points, tokens, limit_after))
+            repeated += 1  # the mesh still learns: the same level again
+            continue
+        if _has_stopped_growing(points):
             full = find_full_point(points)
             reason = f"{level} at once give no more"
             return NodeCapacity(node.name, full.running, full.tokens_per_s, reason, tuple(points))
@@ -66,37 +70,32 @@ def _find_capacity(context: ScenarioContext, node: NodeFacts) -> Generator[Stage
             reason = "its ramp ended there, so that it does not take too long; more may give more"
             context.notes.append(f"capacity of {node.name}: {level} at once: {reason}")
             return NodeCapacity(node.name, level, point.tokens_per_s, reason, tuple(points))
-        level *= 2
+        level, repeated = 2 * level, 0
 
 
 def _confirm_slots(
-    context: ScenarioContext, node: str, points: list[RampPoint], tokens: int, outcome: StageOutcome
+    context: ScenarioContext, node: str, points: list[RampPoint], tokens: int, limit: int | None
 ) -> Generator[Stage, StageOutcome, NodeCapacity]:
     """The end of a ramp whose last level did not fill: fewer answers came at once than requests were in flight.
 
-    Repeats the level while the mesh's limit still changes. Then finds out what holds the others back: the server,
-    inside which they waited, or the mesh, which kept them in its queue.
+    Finds out what held the others back: the server, inside which they waited, or the mesh, which kept them in its
+    queue. ``limit`` is how many requests the mesh sends to the node at once.
     """
-    level = points[-1].level
-    for _ in range(MAX_SETTLE_STAGES):
-        if find_limit(outcome.before, node) == find_limit(outcome.after, node):
-            break
-        outcome = yield _ramp_stage(context, node, level, tokens)
-        if not outcome.results or not outcome.results[0].served:
-            break
-        points.append(ramp_point(outcome.results[0], level))
-    full = find_full_point(points)
-    last = points[-1]
-    server_parallel = None
-    reason = "these are all slots of its server"
-    if context.has_mesh and not last.waited_inside and last.at_once < level:
-        outcome = yield _ramp_stage(context, node, level, tokens, is_direct=True)
+    full, last = find_full_point(points), points[-1]
+    reason, server_parallel = "these are all slots of its server", None
+    if limit is not None and limit > last.running:
+        context.notes.append(
+            f"{node}: its server runs {last.running} at once, but the mesh sends it up to {limit}: max_parallel in"
+            " mesh.yaml, or what the server reports, is too high, so requests wait inside it"
+        )
+    elif context.has_mesh and not last.waited_inside:
+        outcome = yield _ramp_stage(context, node, last.level, tokens, is_direct=True)
         if outcome.results and outcome.results[0].served:
-            direct = ramp_point(outcome.results[0], level, is_direct=True)
+            direct = ramp_point(outcome.results[0], last.level, is_direct=True)
             points.append(direct)
             if direct.at_once > last.at_once:
                 server_parallel = direct.at_once
-                more = "or more " if direct.at_once == level else ""
+                more = "or more " if direct.at_once == last.level else ""
                 reason = f"the mesh gives it {last.running} at a time; its server runs {server_parallel} {more}at once"
                 context.notes.append(
                     f"{node}: {reason}: max_parallel in mesh.yaml, or what the mesh has learned, leaves slots unused"
@@ -120,8 +119,12 @@ def _answer_tokens(result: StageResult, tokens: int) -> int:
     return min(max(round(each_tokens_per_s * ANSWER_S), MIN_TOKENS), MAX_TOKENS)
 
 
-def _has_grown(earlier: RampPoint, later: RampPoint) -> bool:
-    """Whether the later level gave more tokens/s. An unknown rate has not grown."""
-    if earlier.tokens_per_s is None or later.tokens_per_s is None:
+def _has_stopped_growing(points: Sequence[RampPoint]) -> bool:
+    """Whether the last point gives no more tokens/s than the level before it. An unknown rate has not grown."""
+    last = points[-1]
+    earlier = [point for point in points if point.level < last.level]
+    if not earlier:
         return False
-    return later.tokens_per_s >= earlier.tokens_per_s * (1.0 + MIN_GROWTH)
+    if earlier[-1].tokens_per_s is None or last.tokens_per_s is None:
+        return True
+    return last.tokens_per_s < earlier[-1].tokens_per_s * (1.0 + MIN_GROWTH)

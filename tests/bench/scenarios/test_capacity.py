@@ -55,8 +55,22 @@ def test_what_the_mesh_keeps_in_its_queue_is_asked_of_the_server_itself() -> Non
 def test_a_number_that_is_known_and_not_true() -> None:
     """mesh.yaml says 8, the server runs 3."""
     mesh = PlayedMesh({"alpha": PlayedNode(3, limit=8)})
-    (capacity,) = play(mesh, Scenario.SCALE, known=True).capacities
+    context = play(mesh, Scenario.SCALE, known=True)
+    (capacity,) = context.capacities
     assert (capacity.parallel, ramp_levels(mesh, "alpha")) == (3, [8])
+    (note,) = context.notes
+    assert note.startswith("alpha: its server runs 3 at once, but the mesh sends it up to 8: max_parallel in mesh.yaml")
+
+
+def test_a_level_that_did_not_fill_while_the_mesh_learned_is_sent_again() -> None:
+    """The mesh lets two requests go at first, and then all four slots are used."""
+
+    def learn(nodes: dict[str, PlayedNode]) -> None:
+        nodes["alpha"].limit = 4
+
+    mesh = PlayedMesh({"alpha": PlayedNode(4, limit=2)}, changes={"capacity of alpha: 4 in flight": [learn]})
+    (capacity,) = play(mesh, Scenario.SCALE).capacities
+    assert (capacity.parallel, ramp_levels(mesh, "alpha")) == (4, [1, 2, 4, 4, 8, 8])
 
 
 def test_a_slow_node_is_not_ramped_for_ever() -> None:
