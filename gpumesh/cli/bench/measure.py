@@ -48,6 +48,7 @@ async def measure(
     direct_urls: Mapping[str, str],
     via: Via | None = None,
     eur_per_kwh: float | None = None,
+    repeat: int = 1,
     keep: KeepResult,
 ) -> None:
     """Measures the running mesh, or a mesh in this process if none runs. ``keep`` gets the result while it grows.
@@ -55,7 +56,8 @@ async def measure(
     Without ``model`` the default model is measured. ``make_settings`` gets the name of the model. ``trace``: the
     requests of the scenario ``replay``, ``own_prompts`` those of ``load``; else empty. ``node``: the only node to
     measure. ``via``: on which way the prompts go (``load_way.open_load``). ``direct_urls``: by the node's name, the URL
-    of its server without its tunnel, for ``overhead``."""
+    of its server without its tunnel, for ``overhead``. ``repeat``: how many times to run the scenario; ``keep`` gets a
+    result that is not partial at the end of each run."""
     from gpumesh.bench import run as bench
     from gpumesh.daemon.sessions.local_session import LocalSession
     from gpumesh.mesh.models.default_model import choose_model
@@ -72,22 +74,25 @@ async def measure(
         access = _route_access(topology, direct_urls)
         async with load_way.open_load(session, options, topology, via, access.keys, target.send()) as way:
             with ExitStack() as stack:
-                await bench.run_benchmark(
-                    target,
-                    scenario,
-                    make_settings(model_name),
-                    progress=_ProgressBar(stack, quiet=options.quiet),
-                    rng=Random(time.time_ns()),  # other nonces in each run, so that no prompt is in a server's cache
-                    objective=objective,
-                    trace=trace,
-                    own_prompts=own_prompts,
-                    only_node=node,
-                    access=access,
-                    load=way.load,
-                    prices=_read_prices(topology, eur_per_kwh),
-                    notes=way.notes,
-                    keep=keep,
-                )
+                progress = _ProgressBar(stack, quiet=options.quiet, runs=repeat)
+                for number in range(1, repeat + 1):
+                    progress.start_run(number)
+                    await bench.run_benchmark(
+                        target,
+                        scenario,
+                        make_settings(model_name),
+                        progress=progress,
+                        rng=Random(time.time_ns()),  # other nonces in each run: no prompt is in a server's cache
+                        objective=objective,
+                        trace=trace,
+                        own_prompts=own_prompts,
+                        only_node=node,
+                        access=access,
+                        load=way.load,
+                        prices=_read_prices(topology, eur_per_kwh),
+                        notes=way.notes,
+                        keep=keep,
+                    )
 
 
 async def measure_url(
@@ -99,6 +104,7 @@ async def measure_url(
     *,
     trace: Sequence[TracedRequest],
     own_prompts: Sequence[OwnPrompt],
+    repeat: int = 1,
     keep: KeepResult,
 ) -> None:
     """Measures a server that belongs to no mesh. The arguments are those of ``measure``."""
@@ -109,18 +115,21 @@ async def measure_url(
     target = server.target
     with ExitStack() as stack:
         async with GeneratorProcess() as process:
-            await bench.run_benchmark(
-                target,
-                scenario,
-                settings,
-                progress=_ProgressBar(stack, quiet=options.quiet),
-                rng=Random(time.time_ns()),
-                objective=objective,
-                trace=trace,
-                own_prompts=own_prompts,
-                load=LoadOnUrl(process, target.url, server.api, server.read_key()),
-                keep=keep,
-            )
+            progress = _ProgressBar(stack, quiet=options.quiet, runs=repeat)
+            for number in range(1, repeat + 1):
+                progress.start_run(number)
+                await bench.run_benchmark(
+                    target,
+                    scenario,
+                    settings,
+                    progress=progress,
+                    rng=Random(time.time_ns()),
+                    objective=objective,
+                    trace=trace,
+                    own_prompts=own_prompts,
+                    load=LoadOnUrl(process, target.url, server.api, server.read_key()),
+                    keep=keep,
+                )
 
 
 def _route_access(topology: Topology, direct_urls: Mapping[str, str]) -> RouteAccess:
@@ -205,13 +214,20 @@ class _SessionTarget:
 class _ProgressBar:
     """A progress bar on stderr: how many requests of the stage that runs have ended. ``stack`` closes the bar."""
 
-    def __init__(self, stack: ExitStack, *, quiet: bool) -> None:
+    def __init__(self, stack: ExitStack, *, quiet: bool, runs: int = 1) -> None:
         self._stack = stack
         self._quiet = quiet
+        self._runs = runs  # how many times the scenario is run
+        self._run_prefix = ""
         self._display: ProgressDisplay | None = None  # there is no bar before the first stage
         self._stage = ""
         self._ended_count = 0
         self._failed_count = 0  # of the whole run
+
+    def start_run(self, number: int) -> None:
+        """Shows from now on which run of several this is; the first one has the number 1."""
+        if self._runs > 1:
+            self._run_prefix = f"run {number} of {self._runs}: "
 
     def start_stage(self, stage: Stage) -> None:
         """Begins the bar anew, with the number of requests of this stage."""
@@ -219,7 +235,7 @@ class _ProgressBar:
 
         if self._display is None:
             self._display = self._stack.enter_context(show_progress(0, "requests", quiet=self._quiet))
-        self._stage = stage.name
+        self._stage = self._run_prefix + stage.name
         if stage.open_loop:  # the bar's own estimate of the time left knows nothing of the schedule
             seconds = max((planned.at_s or 0.0 for planned in stage.requests), default=0.0)
             self._stage += f", sent over {format_duration(seconds)}"

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import signal
 from pathlib import Path
+from typing import TypeAlias
 
 import typer
 
+from gpumesh.bench.repeated_journal import RepeatedJournal
 from gpumesh.bench.result_journal import ResultJournal
 from gpumesh.bench.results.result import BenchResult, result_json
 from gpumesh.cli.bench import bench_options
@@ -16,10 +18,12 @@ from gpumesh.cli.json_output import print_json
 from gpumesh.cli.views import bench_tables
 from gpumesh.errors import ExitCode, GPUMeshError
 
+AnyJournal: TypeAlias = ResultJournal | RepeatedJournal
+
 _SIGNAL_EXIT = 128  # a process that a signal ends exits with this plus the signal's number
 
 
-def present_result(journal: ResultJournal, folder: Path, *, as_json: bool, quiet: bool) -> None:
+def present_result(journal: AnyJournal, folder: Path, *, as_json: bool, quiet: bool) -> None:
     """Prints a whole result, and writes its files after that: so a full disk cannot keep the person from seeing it.
 
     Raises GPUMeshError when the files cannot be written, and Exit with code 1 when a request has failed.
@@ -40,7 +44,7 @@ def present_result(journal: ResultJournal, folder: Path, *, as_json: bool, quiet
 
 
 def present_partial_result(
-    journal: ResultJournal, folder: Path, end: BaseException, *, as_json: bool, quiet: bool
+    journal: AnyJournal, folder: Path, end: BaseException, *, as_json: bool, quiet: bool
 ) -> None:
     """Prints and writes what was measured before ``end`` ended the run. Without a figure, nothing is left behind.
 

@@ -1,6 +1,6 @@
-"""`gpumesh bench`: measures latency and throughput, shows a result again, compares two results.
+"""`gpumesh bench`: measures latency and throughput, and simulates a fleet.
 
-Progress goes to stderr, only the result to stdout. Further parts of the command are in `cli/bench/`.
+The commands on results (show, list, compare, export) are in ``cli/bench/results_commands.py``. Progress goes to stderr, only the result to stdout. Further parts of the command are in `cli/bench/`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gpumesh.cli import completion
-from gpumesh.cli.bench import bench_options, scenario_options
+from gpumesh.cli.bench import bench_options, results_commands, scenario_options
 from gpumesh.cli.command_group import new_app
 from gpumesh.cli.duration_option import DURATION_METAVAR, duration_parser
 from gpumesh.cli.global_options import global_options
@@ -96,6 +96,9 @@ def run(
     price_kwh: Annotated[
         float | None, typer.Option("--price-kwh", metavar="EUR", min=0, help="For the energy of a million tokens.")
     ] = None,
+    repeat: Annotated[
+        int, typer.Option(min=1, max=100, metavar="N", help="Run it N times: `compare` needs the spread between runs.")
+    ] = 1,
     out: OutOption = None,
     force: Annotated[bool, typer.Option("--force", help="Write over a result that is there.")] = False,
     as_json: JsonOption = False,
@@ -115,6 +118,7 @@ def run(
       gpumesh bench run --url http://127.0.0.1:8000 --api openai -m qwen2.5-7b --scenario sweep
       gpumesh bench run --rate 4 --duration 2m --prompt-tokens 100-800 --tokens 200:60
     """
+    from gpumesh.bench.repeated_journal import RepeatedJournal
     from gpumesh.bench.result_folder import check_result_folder
     from gpumesh.bench.result_journal import ResultJournal
     from gpumesh.bench.stats import Objective
@@ -165,7 +169,7 @@ def run(
         )
 
     objective = Objective(slo_ttft, slo_tpot)
-    journal = ResultJournal(folder)
+    journal = ResultJournal(folder) if repeat == 1 else RepeatedJournal(folder)
     if server is not None:
         measurement = measure_url(
             options,
@@ -175,6 +179,7 @@ def run(
             objective,
             trace=traced_requests,
             own_prompts=own_prompts,
+            repeat=repeat,
             keep=journal.keep,
         )
     else:
@@ -190,6 +195,7 @@ def run(
             direct_urls=direct_urls,
             via=chosen_via,
             eur_per_kwh=price_kwh,
+            repeat=repeat,
             keep=journal.keep,
         )
     try:
@@ -200,44 +206,7 @@ def run(
     present_result.present_result(journal, folder, as_json=as_json, quiet=options.quiet)
 
 
-@app.command()
-def show(
-    ctx: typer.Context,
-    path: Annotated[Path | None, typer.Argument(metavar="[RESULT]", help="A result's folder; else the latest.")] = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Show a result again."""
-    from gpumesh.bench.result_folder import find_newest_result, read_result
-    from gpumesh.bench.results.result import result_json
-    from gpumesh.cli.views import bench_tables
-
-    folder = path or find_newest_result(bench_options.results_folder())
-    if folder is None:
-        raise UsageError("nothing was measured yet", hint="`gpumesh bench run` does it")
-    result = read_result(folder)
-    if as_json:
-        print_json(result_json(result))
-        return
-    bench_tables.print_result(result, notes=not global_options(ctx).quiet)
-
-
-@app.command()
-def compare(
-    a: Annotated[Path, typer.Argument(metavar="A", help="A result's folder: the one before.")],
-    b: Annotated[Path, typer.Argument(metavar="B", help="A result's folder: the one after.")],
-    as_json: JsonOption = False,
-) -> None:
-    """Compare two results: what became better or worse, and what the samples cannot tell apart."""
-    from gpumesh.bench.comparison.compare import compare as compare_results
-    from gpumesh.bench.result_folder import read_result
-    from gpumesh.cli.views import bench_tables
-    from gpumesh.wire import to_json
-
-    comparison = compare_results(read_result(a), read_result(b))
-    if as_json:
-        print_json({"schema": "gpumesh.bench-compare/1", **to_json(comparison)})
-    else:
-        bench_tables.print_comparison(comparison)
+results_commands.add_commands(app)
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""Prints the tables of `bench`: a result with its remarks, and the comparison of two results."""
+"""Prints the tables of `bench`: a result with its remarks, and a simulation."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 import typer
 
-from gpumesh.bench.comparison.compare import Comparison, Difference, DifferenceVerdict
 from gpumesh.bench.figures.knee import Knee
 from gpumesh.bench.figures.scaling import Scaling
 from gpumesh.bench.figures.summary import StageResult, stage_label
@@ -18,15 +17,8 @@ from gpumesh.bench.simulate.report import FIGURE_NAMES, SimulationResult, figure
 from gpumesh.cli.views.bench_routes import route_lines
 from gpumesh.cli.views.bench_server_times import print_server_times
 from gpumesh.cli.views.safe_text import clean_line
-from gpumesh.cli.views.tables import Cell, Column, print_fitted_table, print_table
+from gpumesh.cli.views.tables import Cell, Column, print_fitted_table
 
-VERDICT_STYLES = {
-    DifferenceVerdict.BETTER: "green",
-    DifferenceVerdict.WORSE: "red",
-    DifferenceVerdict.SAME: "dim",
-    DifferenceVerdict.UNKNOWN: "dim",
-}
-VERDICT_TEXTS = {DifferenceVerdict.SAME: "no clear difference", DifferenceVerdict.UNKNOWN: "too few to tell"}
 MAX_NODES_SHOWN = 16  # the spread over more nodes is in the JSON
 # The second argument is the rank: columns with a low rank get their place first.
 RESULT_COLUMNS = (
@@ -147,29 +139,6 @@ def _stage_lines(stage: StageResult) -> Iterator[str]:
             f" {format_number(stage.gpu.power_w)} W, "
             f"{format_number(stage.tokens_per_joule)} tokens/J"
         )
-
-
-def print_comparison(comparison: Comparison) -> None:
-    """Prints the differences between the results A and B to stdout. Prints their caveats, and the stages that only one
-    of them has, to stderr."""
-    print_table(["stage", "figure", "A", "B", "B ÷ A", ""], map(_difference_cells, comparison.differences))
-    only_in_a = [f"only in A: {name}" for name in comparison.only_a]
-    only_in_b = [f"only in B: {name}" for name in comparison.only_b]
-    for line in (*comparison.caveats, *only_in_a, *only_in_b):
-        typer.echo(f"note: {clean_line(line)}", err=True)
-
-
-def _difference_cells(difference: Difference) -> list[Cell | str]:
-    """The row of one figure that is compared, with the cells in the order of the titles in ``print_comparison``."""
-    verdict = difference.verdict
-    return [
-        difference.stage,
-        f"{difference.figure} ({difference.unit})" if difference.unit else difference.figure,
-        format_number(difference.a),
-        format_number(difference.b),
-        format_number(difference.ratio),
-        Cell(VERDICT_TEXTS.get(verdict, verdict.value), VERDICT_STYLES[verdict]),
-    ]
 
 
 # The ranks of the columns of ``FIGURE_NAMES``: on a narrow screen the last ones are left out.
