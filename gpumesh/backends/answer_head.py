@@ -13,6 +13,8 @@ from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
+import msgspec
+
 from gpumesh.text.printable import printable
 
 OCTETS = "application/octet-stream"  # no browser shows it or runs it
@@ -69,7 +71,7 @@ _PARAMETER = re.compile(
 )
 
 
-class AnswerHead(NamedTuple):
+class AnswerHead(msgspec.Struct, frozen=True):
     """The part of an answer's head that clients may get.
 
     ``media_type`` is empty if the answer has none. ``headers`` are for the client; their Content-Type was rewritten.

@@ -8,6 +8,7 @@ from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from gpumesh.balancer.account import NodeAccount
 from gpumesh.balancer.base import Demand, ResidencyKey
@@ -107,7 +108,7 @@ def test_the_rank_of_a_node_in_the_file_is_told_where_nodes_differ_in_it() -> No
     preferred = placement(slow, fast)
     demand = Demand(MODEL, residency=ResidencyKey(MODEL), preferred_nodes=frozenset({"attic"}))
     placed = make_placed(NodeAccount("attic"), demand, Work(0.0, 80.0), now=0.0)
-    line = explain_placement(preferred._replace(placed=placed), policy=PolicyKind.ADAPTIVE)
+    line = explain_placement(replace(preferred, placed=placed), policy=PolicyKind.ADAPTIVE)
     assert line.startswith("attic (preferred) 2.0 s = ")
     assert "; pod (tier 1) 0.5 s" in line
 

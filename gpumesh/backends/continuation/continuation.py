@@ -58,6 +58,16 @@ class Continuation:
     the planner and the received text.
     """
 
+    # fmt: off
+    __slots__ = (
+        "_assembler", "_awaits_token", "_client_format", "_clock", "_counted_bytes", "_cut_message", "_find_marks",
+        "_first_frame_at", "_frame_count", "_held_frames", "_hidden_tokens", "_incomplete_frame", "_last_frame_at",
+        "_partial_answer", "_passes_text", "_path", "_planner", "_received", "_repeated_text", "_request_body",
+        "_resume", "_spent_ms", "_started_at", "_unread", "_upstream_format", "answer_counters", "counters",
+        "cut_reason", "cuts", "exceeds_bound", "finished", "frame_separator", "progress_at",
+    )
+    # fmt: on
+
     def __init__(
         self,
         path: str,
@@ -95,7 +105,6 @@ class Continuation:
         # The times of the current upstream's first and last whole frames.
         self._first_frame_at: float | None = None
         self._last_frame_at = 0.0
-        self._earlier_text_bytes = self._earlier_tokens = 0  # from earlier upstreams
         self._hidden_tokens = 0  # counted by servers beyond the frames: some send several tokens in a frame
         self._spent_ms = 0.0  # the time that earlier upstreams took, from their first frame to their last
         self._partial_answer = PartialAnswer()
@@ -126,12 +135,9 @@ class Continuation:
 
     @property
     def upstream_text_bytes(self) -> int | None:
-        """The bytes of text and thinking that the current upstream has sent; ``None`` if they were not counted, or if
-        it has also sent what is not counted: tool calls, or several choices."""
+        """The bytes of text and thinking that the current upstream has sent; ``None``: they were not counted."""
         self._read_unread()
-        received = self._received
-        is_counted = received.keeps and not received.calls_tools and not received.has_other_choices
-        return received.text_bytes - self._earlier_text_bytes if is_counted else None
+        return self._received.upstream_text_bytes
 
     @property
     def continuable(self) -> bool:
@@ -216,7 +222,7 @@ class Continuation:
         self.counters = None
         self._first_frame_at = None
         self._frame_count = 0
-        self._earlier_text_bytes, self._earlier_tokens = self._received.text_bytes, self._received.tokens
+        self._received.begin_upstream()
 
     def _use_upstream_format(self, stream_format: StreamFormat) -> None:
         """Reads the upstream's stream in this format from now on."""
@@ -255,7 +261,6 @@ class Continuation:
 
         Before the first token, they are held: a server may send comments, or the role of the answer, while it still
         loads the model or reads the prompt."""
-        self._read_unread()
         client_frames = self._held_frames
         for raw in split_frames(self._upstream_format, frames):
             client_frames += self._pass_on_frame(raw, now)
@@ -302,7 +307,10 @@ class Continuation:
             counters = None if counters is None else find_counters(raw)
         if counters is not None:
             self.answer_counters = counters.with_prompt_counts_of(self.answer_counters)
-        self._received.add_frame(frame)
+        received = self._received
+        if frame.text or frame.thinking or frame.has_other_content or received.first_frame is None:
+            self._read_unread()  # their text comes before that of this frame
+        received.add_frame(frame)
         self.finished = frame.ends_stream
         return raw
 
@@ -374,10 +382,8 @@ class Continuation:
         return step.call
 
     def _count_hidden_tokens(self) -> int:
-        """How many tokens the current upstream has counted beyond its frames. A token has at least one byte."""
-        received, counters = self._received, self.counters
-        counted = min((counters and counters.tokens) or 0, received.text_bytes - self._earlier_text_bytes)
-        return max(counted - (received.tokens - self._earlier_tokens), 0)
+        """How many tokens the current upstream has counted beyond its frames."""
+        return self._received.count_hidden_tokens((self.counters and self.counters.tokens) or 0)
 
     def _refusal(self) -> str | None:
         """Why no other node can continue the answer; ``None`` if a node can."""

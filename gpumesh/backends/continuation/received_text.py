@@ -34,6 +34,8 @@ class ReceivedText:
     """
 
     __slots__ = (
+        "_earlier_text_bytes",
+        "_earlier_tokens",
         "_finished",
         "_last_tokens",
         "_other_choices",
@@ -63,6 +65,7 @@ class ReceivedText:
         self.texts: list[str] = []
         self.thinking_texts: list[str] = []
         self.tokens = self.text_bytes = 0
+        self._earlier_text_bytes = self._earlier_tokens = 0  # from earlier upstreams
         self.calls_tools = False
         self.has_other_content = self.has_mixed_content = False
         self._other_choices: set[int] = set()  # the indexes of the choices after the first that have come
@@ -99,6 +102,23 @@ class ReceivedText:
         """Whether the server may end the stream now: every choice is complete, or its server gives no reasons."""
         ended = self._finished | self._unmarked
         return 0 in ended and self._other_choices <= ended
+
+    @property
+    def upstream_text_bytes(self) -> int | None:
+        """The bytes of text and thinking since the last ``begin_upstream``; ``None`` if they were not counted, or if
+        also came what is not counted: tool calls, or several choices."""
+        is_counted = self.keeps and not self.calls_tools and not self._other_choices
+        return self.text_bytes - self._earlier_text_bytes if is_counted else None
+
+    def begin_upstream(self) -> None:
+        """Notes that the next frames come from another upstream."""
+        self._earlier_text_bytes, self._earlier_tokens = self.text_bytes, self.tokens
+
+    def count_hidden_tokens(self, counted: int) -> int:
+        """How many of the ``counted`` tokens of the current upstream, by its own figure, are beyond its frames with
+        text. A token has at least one byte."""
+        counted = min(counted, self.text_bytes - self._earlier_text_bytes)
+        return max(counted - (self.tokens - self._earlier_tokens), 0)
 
     def read_unread(self) -> None:
         """Reads the unread frames, and keeps their text instead."""

@@ -41,7 +41,7 @@ class Roster:
             name, weight=weight, tier=tier, max_parallel=max_parallel, fleet_rates=self._experience.fleet_rates
         )
         self._accounts[name] = account
-        self._shortlist.note_change(account)
+        self._shortlist.note_added(account)
         return account
 
     def remove(self, account: NodeAccount) -> None:

@@ -14,7 +14,9 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 from random import Random
-from typing import NamedTuple, cast
+from typing import cast
+
+import msgspec
 
 from gpumesh.backends.base import ServerCounters
 from gpumesh.balancer.account import NodeAccount, PlacedRequest
@@ -49,7 +51,7 @@ from gpumesh.topology import PolicyKind
 LEARN_INTERVAL_S = 0.05
 
 
-class Placement(NamedTuple):
+class Placement(msgspec.Struct, frozen=True, eq=False):
     """A slot on a node: the request there, and the forecast that chose it among ``considered``."""
 
     placed: PlacedRequest
@@ -135,7 +137,8 @@ class Scheduler:
             if chosen is None:
                 self._refused = Refused(original_demand, demand, work, choice)
                 return None
-        self.slow_nodes.record_choice(chosen.node, accounts, now)
+        if self.slow_nodes.slowed:
+            self.slow_nodes.record_choice(chosen.node, accounts, now)
         if demand.residency is not None:
             self._fleet.demands.note_request(demand.residency, now)
         placement = self._place(chosen, considered, demand, work, now)

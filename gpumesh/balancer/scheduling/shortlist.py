@@ -254,20 +254,22 @@ class NodeTable:
 
 
 class Shortlist:
-    """The tables of a fleet. ``accounts`` are all its nodes; the owner adds to them."""
+    """The tables of a fleet. ``accounts`` are all its nodes; the owner adds to them, and then calls ``note_added``.
+    ``is_needed``: the fleet is too large to be ranked whole."""
 
     def __init__(self, accounts: Mapping[str, NodeAccount], rng: Random) -> None:
         self._accounts = accounts
+        self.is_needed = len(accounts) > MAX_RANKED_WHOLE
         self._rng = rng
         self._tables: OrderedDict[_TableKey, NodeTable] = OrderedDict()
 
     def __repr__(self) -> str:
         return f"<Shortlist {len(self._accounts)} nodes, {len(self._tables)} tables>"
 
-    @property
-    def is_needed(self) -> bool:
-        """Whether the fleet is too large to be ranked whole."""
-        return len(self._accounts) > MAX_RANKED_WHOLE
+    def note_added(self, account: NodeAccount) -> None:
+        """A node was added to the accounts."""
+        self.is_needed = len(self._accounts) > MAX_RANKED_WHOLE
+        self.note_change(account)
 
     def note_change(self, account: NodeAccount) -> None:
         """The node's slots, models or state may have changed."""
@@ -277,6 +279,7 @@ class Shortlist:
 
     def clear(self) -> None:
         """Forgets all tables, because a node was removed."""
+        self.is_needed = len(self._accounts) > MAX_RANKED_WHOLE
         self._tables.clear()
 
     def table(self, demand: Demand, now: float) -> NodeTable:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 
 from gpumesh.gateway.http.client_writer import ClientWriter
-from gpumesh.gateway.http.request import Handler, Request
+from gpumesh.gateway.http.request import Request
 from gpumesh.gateway.http.responses import ErrorRenderer, HeaderPairs, Response, has_no_body, render_head
 from gpumesh.gateway.http.streaming_response import StreamingResponse
 
@@ -15,22 +14,17 @@ log = logging.getLogger(__name__)
 JOINED_BYTES = 32 << 10  # a smaller body is sent in one piece with its head: to copy it costs less than a second write
 
 
-async def call_handler(handler: Handler, request: Request, render_error: ErrorRenderer) -> Response | StreamingResponse:
-    """Calls the handler, and returns its answer: a whole answer, or a stream that is finished. Releases the request's
-    body. Raises ConnectionError if the connection must be cut, because only a part of an answer was sent."""
-    try:
-        answer = await handler(request)
-    except (ConnectionError, asyncio.CancelledError) as error:
-        # The traceback's frames refer to the request and to the connection's task, and the task refers to the error.
-        # This cycle would hold the request's body until the garbage collector runs.
-        error.__traceback__ = None
-        raise
-    except Exception as error:  # a bug of ours: one client gets an error, and the server goes on for the others
-        log.error("a request failed", exc_info=error, extra={"event": "request-failed"})  # noqa: TRY400
-        answer = render_error(500, "the gateway failed inside")
-        answer.close = True
-    finally:
-        request.end()
+def render_failure(error: Exception, render_error: ErrorRenderer) -> Response:
+    """The answer to a request whose handler has raised this error, a bug of ours: this client gets an error, and the
+    server goes on for the others."""
+    log.error("a request failed", exc_info=error, extra={"event": "request-failed"})
+    answer = render_error(500, "the gateway failed inside")
+    answer.close = True
+    return answer
+
+
+def require_complete(request: Request, answer: Response | StreamingResponse) -> None:
+    """Raises ConnectionError if the connection must be cut, because only a part of an answer was sent."""
     if isinstance(answer, Response):
         if request.answer_started:
             raise ConnectionError("a part of another answer has been sent already")
@@ -38,7 +32,6 @@ async def call_handler(handler: Handler, request: Request, render_error: ErrorRe
             request.keep_alive = False
     elif not answer.finished:
         raise ConnectionError("the answer was not ended")
-    return answer
 
 
 def write_answer(writer: ClientWriter, response: Response, request: Request, *, keep_alive: bool) -> None:

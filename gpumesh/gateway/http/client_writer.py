@@ -8,27 +8,37 @@ import sys
 import termios
 from collections.abc import Callable
 
-from gpumesh.event_loop.turn_end import TurnEnd
+from gpumesh.event_loop.turn_writes import TurnWrites
 from gpumesh.gateway.http.bounds import Bounds
-
-MAX_PENDING_BYTES = 16 << 10  # more bytes go to the transport at once: to copy them costs more than a write
 
 
 class ClientWriter:
     """Writes to a transport. A client that takes less than ``Bounds.min_bytes_per_s`` over ``Bounds.write_timeout_s``
     is cut off. ``backpressured``: the client reads more slowly than the answer is written. ``on_writable`` is called
-    when the back-pressure ends, and when the client is gone. The small pieces of one turn of the event loop go to the
-    transport together (turn_end.py); call ``flush`` before the transport is closed."""
+    when the back-pressure ends, and when the client is gone. ``transport`` is ``None`` once the client is gone. The
+    small pieces of one turn of the event loop go to the transport together (turn_writes.py); call ``flush`` before the
+    transport is closed."""
+
+    __slots__ = (
+        "_finished",
+        "_loop",
+        "_progress_timer",
+        "_waiter",
+        "backpressured",
+        "bounds",
+        "on_writable",
+        "transport",
+        "turn_writes",
+    )
 
     def __init__(
-        self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop, bounds: Bounds, turn_end: TurnEnd
+        self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop, bounds: Bounds, turn_writes: TurnWrites
     ) -> None:
         self.bounds = bounds
-        self._turn_end = turn_end
-        self._pending = b""  # bytes that go to the transport at the end of this turn
+        self.turn_writes = turn_writes
         self.backpressured = False
         self.on_writable: Callable[[], None] | None = None
-        self._transport: asyncio.Transport | None = transport
+        self.transport: asyncio.Transport | None = transport
         self._loop = loop
         self._finished = False
         self._waiter: asyncio.Future[None] | None = None
@@ -36,40 +46,30 @@ class ClientWriter:
 
     def __repr__(self) -> str:
         state = "backpressured" if self.backpressured else "writable"
-        if self._transport is None:
+        if self.transport is None:
             state = "closed"
         return f"<ClientWriter {state}, {self.unsent_bytes} bytes unsent>"
 
     def write(self, data: bytes) -> None:
         """Writes these bytes, at the end of this turn if they are few. Raises ConnectionResetError when the client is
         gone."""
-        transport = self._transport
+        transport = self.transport
         if transport is None or transport.is_closing():
             raise ConnectionResetError("the client is gone")
-        pending = self._pending
-        if len(pending) + len(data) > MAX_PENDING_BYTES:
-            self.flush()
-            transport.write(data)
-        elif pending:
-            self._pending = pending + data
-        elif data:
-            self._pending = data
-            self._turn_end.add(self.flush)
+        if data:
+            self.turn_writes.write(transport, data)
 
     def flush(self) -> None:
         """Passes the bytes that this turn has written to the transport. Drops them if the client is gone."""
-        pending, transport = self._pending, self._transport
-        if pending:
-            self._pending = b""
-            if transport is not None and not transport.is_closing():
-                transport.write(pending)
+        if self.transport is not None:
+            self.turn_writes.flush(self.transport)
 
     async def wait_writable(self) -> None:
         """Returns when the client has taken most of the written bytes. Raises ConnectionResetError when the client is
         gone."""
         if not self.backpressured:
             return
-        if self._transport is None:
+        if self.transport is None:
             raise ConnectionResetError("the client is gone")
         self._waiter = self._loop.create_future()
         try:
@@ -80,15 +80,18 @@ class ClientWriter:
     @property
     def unsent_bytes(self) -> int:
         """The number of written bytes that the kernel has not taken yet."""
-        return 0 if self._transport is None else len(self._pending) + self._transport.get_write_buffer_size()
+        transport = self.transport
+        if transport is None:
+            return 0
+        return self.turn_writes.count_held(transport) + transport.get_write_buffer_size()
 
     @property
     def unacknowledged_bytes(self) -> int | None:
         """The number of written bytes that the client's system has not acknowledged yet; ``None`` if it is not
         known."""
-        if self._transport is None:
+        if self.transport is None:
             return 0
-        in_kernel = _bytes_in_kernel(self._transport)
+        in_kernel = _bytes_in_kernel(self.transport)
         return None if in_kernel is None else self.unsent_bytes + in_kernel
 
     # -- called by the connection ------------------------------------------------------------------------------------
@@ -117,7 +120,7 @@ class ClientWriter:
 
     def connection_lost(self) -> None:
         """Notes that the connection is gone, and wakes the source of the answer and the task that waits to write."""
-        self._transport = None
+        self.transport = None
         if self._progress_timer is not None:
             self._progress_timer.cancel()
         if self._waiter is not None and not self._waiter.done():
@@ -139,11 +142,11 @@ class ClientWriter:
         """Cuts off a client that has taken too few bytes since ``remaining_before`` bytes remained. A large answer may
         take as long as it needs, if it moves fast enough."""
         self._progress_timer = None
-        if self._transport is None or not self.unsent_bytes:
+        if self.transport is None or not self.unsent_bytes:
             return
         taken = remaining_before - self._count_remaining_bytes()
         if taken < self.bounds.min_bytes_per_s * self.bounds.write_timeout_s:
-            self._transport.abort()
+            self.transport.abort()
         else:
             self.watch_progress()
 

@@ -2,13 +2,9 @@
 
 The gateway has its own HTTP server for two reasons. Each token passes here, so the server must be fast
 (`benchmarks/gateway.py`). And it stands in front of hardware that costs money, so everything that a client can hold
-needs a limit. Without limits a client could hold a connection, a handler or a slot of a node forever:
-
-- with a head that never becomes complete (slow loris),
-- with a body that hardly moves,
-- by not reading its answer,
-- by sending requests ahead without end,
-- by opening more connections than the process may have open files.
+needs a limit. Without limits a client could hold a connection, a handler or a slot of a node forever: with a head that
+never becomes complete (slow loris), with a body that hardly moves, by not reading its answer, by sending requests ahead
+without end, by opening more connections than the process may have open files.
 
 Each refusal is an answer that names the limit and repeats no byte that the client sent.
 
@@ -26,9 +22,9 @@ from enum import StrEnum
 from typing import Protocol, cast
 
 from gpumesh.event_loop.slice_queue import SliceQueue
-from gpumesh.event_loop.turn_end import TurnEnd
+from gpumesh.event_loop.turn_writes import TurnWrites
 from gpumesh.gateway.http.admission import Admission, describe_peer
-from gpumesh.gateway.http.answering import call_handler, write_answer, write_refusal
+from gpumesh.gateway.http.answering import render_failure, require_complete, write_answer, write_refusal
 from gpumesh.gateway.http.bodies.body_memory import BodyMemory
 from gpumesh.gateway.http.bounds import Bounds
 from gpumesh.gateway.http.client_writer import ClientWriter
@@ -72,7 +68,7 @@ class ConnectionServer(Protocol):
     bounds: Bounds
     memory: BodyMemory
     slices: SliceQueue
-    turn_end: TurnEnd
+    turn_writes: TurnWrites
     admission: Admission[ClientConnection]
     clock: Callable[[], float]
     render_error: ErrorRenderer
@@ -110,7 +106,7 @@ class ClientConnection(asyncio.Protocol):
         self.client_address: str | None = None
         self._server = server
         self._peer = "not connected"
-        self._registered_key: str | None = ""  # the key of the last accepted request; "": there was no request
+        self.registered_key: str | None = ""  # the key of the last accepted request; "": there was no request
         self._queue = RequestQueue()
         self._task: asyncio.Task[None] | None = None  # answers the requests; begins with the first of them
         self._next_request: asyncio.Future[None] | None = None  # the task waits for it while it has nothing to do
@@ -128,7 +124,7 @@ class ClientConnection(asyncio.Protocol):
         """Asks the server whether the connection may stay. If not, sends the refusal and ends the connection."""
         self._transport = transport = cast("asyncio.Transport", transport)  # uvloop's transports are no subclass of it
         self.client_address, self._peer = describe_peer(transport)
-        self.writer = ClientWriter(transport, self.loop, self.bounds, self._server.turn_end)
+        self.writer = ClientWriter(transport, self.loop, self.bounds, self._server.turn_writes)
         self._reader = RequestReader(self, self._queue, transport, self.slices, self.loop, self.bounds)
         refusal_reason = self._server.admit(self)
         if refusal_reason is None:
@@ -227,8 +223,7 @@ class ClientConnection(asyncio.Protocol):
 
     def _note_idle(self) -> None:
         """Notes that all requests are answered."""
-        self._is_answering = False
-        self._idle_since = self.loop.time()
+        self._is_answering, self._idle_since = False, self.loop.time()
         self._server.admission.mark_idle(self)
 
     async def _answer_requests(self) -> None:
@@ -254,7 +249,17 @@ class ClientConnection(asyncio.Protocol):
                     write_refusal(self.writer, self._server.render_error(entry.status, entry.message))
                     self._linger()
                     return
-                answer = await call_handler(self._server.handler, entry, self._server.render_error)
+                try:  # not in a coroutine of its own, which would cost time
+                    answer = await self._server.handler(entry)
+                except (ConnectionError, asyncio.CancelledError) as error:
+                    # Its frames refer to the request and to this task, and the task refers to the error: this cycle
+                    # would hold the request's body until the garbage collector runs.
+                    error.__traceback__ = None
+                    raise
+                except Exception as error:
+                    answer = render_failure(error, self._server.render_error)
+                finally:
+                    entry.end()
                 self._finish_answer(entry, answer)
                 if self.state in END_STATES:
                     return
@@ -275,7 +280,8 @@ class ClientConnection(asyncio.Protocol):
 
     def _finish_answer(self, request: Request, answer: Response | StreamingResponse) -> None:
         """Writes a whole answer (a streamed answer has been written already), and ends a connection that cannot
-        stay."""
+        stay. Raises ConnectionError if only a part of the answer was sent."""
+        require_complete(request, answer)
         keeps_alive = self.keeps_alive(request)
         if isinstance(answer, Response):
             write_answer(self.writer, answer, request, keep_alive=keeps_alive)
@@ -296,11 +302,9 @@ class ClientConnection(asyncio.Protocol):
 
     def register_key(self, key: str | None) -> str | None:
         """Accepts a request with this key. Returns the reason why the request must be refused, or ``None``."""
-        if key == self._registered_key:  # the request before this one had the same key
-            return None
         refusal_reason = self._server.register_key(self, key)
         if refusal_reason is None:
-            self._registered_key = key
+            self.registered_key = key
         return refusal_reason
 
     # -- the end -----------------------------------------------------------------------------------------------------

@@ -38,6 +38,7 @@ class RequestConnection(Protocol):
     slices: SliceQueue
     writer: ClientWriter
     client_address: str | None
+    registered_key: str | None
 
     def keeps_alive(self, request: Request) -> bool:
         """Whether the connection stays after the answer to this request."""
@@ -55,6 +56,7 @@ class Request:
     - ``target``: path and query as they came. ``path``: the path without the query, decoded.
     - ``id``: the client's X-Request-Id, if it has sent a usable one.
     - ``received_at``: when the head was complete, in seconds of the server's clock.
+    - ``client_address``: the client's IP address, or ``UNIX_CLIENT``; ``None`` if it is not known.
     - ``key``: the API key that the client has sent; ``None`` if the gateway needs none, or before it was checked.
     - ``cors``: header fields that every answer to the request gets.
     - ``stream``: the answer, if it is written in pieces. ``heartbeat``: keeps it from being silent; ``None`` if it may
@@ -65,6 +67,7 @@ class Request:
     __slots__ = (
         "_connection",
         "body",
+        "client_address",
         "cors",
         "headers",
         "heartbeat",
@@ -93,6 +96,7 @@ class Request:
         self.is_http10 = head.is_http10
         self.keep_alive = head.keep_alive
         self.received_at = received_at
+        self.client_address = connection.client_address
         request_id = head.headers.get("x-request-id")
         self.id = None if request_id is None else _make_safe_id(request_id)
         self.cors: dict[str, str] | None = None
@@ -103,11 +107,6 @@ class Request:
 
     def __repr__(self) -> str:
         return f"<Request {self.method} {self.path} {self.body!r} {self.stream!r}>"
-
-    @property
-    def client_address(self) -> str | None:
-        """The client's IP address, or ``UNIX_CLIENT``; ``None`` if it is not known."""
-        return self._connection.client_address
 
     @property
     def body_received(self) -> bool:
@@ -135,7 +134,10 @@ class Request:
     def register_key(self, key: str | None) -> None:
         """Counts the connection for this key, which is valid. Raises QueueFull when too many connections have the same
         key."""
-        refusal = self._connection.register_key(key)
+        connection = self._connection
+        if key == connection.registered_key:  # the request before this one had the same key
+            return
+        refusal = connection.register_key(key)
         if refusal is not None:
             raise QueueFull(refusal, retry_after_s=1.0)
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from gpumesh.event_loop.slice_queue import SliceQueue
-from gpumesh.event_loop.turn_end import TurnEnd
+from gpumesh.event_loop.turn_writes import TurnWrites
 from gpumesh.gateway.http.admission import Admission, Admitted, Denied, normalize_address
 from gpumesh.gateway.http.bodies.body_memory import BodyMemory
 from gpumesh.gateway.http.bounds import Bounds, compute_max_connections
@@ -42,7 +42,7 @@ class Server:
         self.clock = clock
         self.memory = BodyMemory(bounds.total_body_bytes, patience_s=bounds.body_timeout_s, clock=clock)
         self.slices = SliceQueue()
-        self.turn_end = TurnEnd()
+        self.turn_writes = TurnWrites()
         self.refused_connections = 0
         self.evicted_connections = 0
         self.admission: Admission[ClientConnection] = Admission(

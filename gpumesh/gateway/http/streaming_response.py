@@ -66,15 +66,21 @@ class StreamingResponse:
     def write(self, data: bytes) -> None:
         """Writes a piece of the body, and before the first piece the head. Raises ConnectionError when the client is
         gone."""
-        if not self._send_body:
+        if not self._send_body or not data:
             data = b""
-        elif self._chunked and data:
+        elif self._chunked:
             data = b"%x\r\n%b\r\n" % (len(data), data)
         self.sent_bytes += len(data)
-        if self._head:
+        if not self.started:
             data, self._head = self._head + data, b""
             self.started = True
-        self._writer.write(data)
+        # ``ClientWriter.write``, written out here: the call would cost time for each token.
+        writer = self._writer
+        transport = writer.transport
+        if transport is None or transport.is_closing():
+            raise ConnectionResetError("the client is gone")
+        if data:
+            writer.turn_writes.write(transport, data)
 
     async def drain(self, slot_is_wanted: Callable[[], bool] = lambda: False) -> None:
         """Waits until the client has taken most of the written bytes. Raises ConnectionError when the client is gone.
@@ -97,7 +103,7 @@ class StreamingResponse:
     def finish(self) -> None:
         """Completes the answer. Raises ConnectionError when the client is gone."""
         self.finished = True
-        if self._head:
+        if not self.started:
             self.write(b"")
         if self._chunked and self._send_body:
             self._writer.write(b"0\r\n\r\n")

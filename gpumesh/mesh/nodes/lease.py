@@ -169,7 +169,7 @@ class Lease:
         failure in words, and ``reply`` the error that the server reported; each is ``None`` if there is none. A second
         call does nothing."""
         if not self._released:
-            if self.placement is not None:
+            if answer_bytes is not None and self.placement is not None:
                 self.placement.placed.answer_bytes = answer_bytes
             self._mark_released()
             self._ledger.settle(self, outcome, counters, error, reply)

@@ -123,8 +123,10 @@ class Ledger:
         """Removes a lease that was used, and learns from its outcome. The arguments are those of ``Lease.release``,
         which calls this once."""
         now, placement = self._clock(), lease.placement
-        self._remove(lease)
-        if placement is not None:
+        if placement is None:
+            self._slotless_leases.discard(lease)
+        else:
+            self._slot_leases.discard(lease)
             self._end_placement(placement, outcome, counters, now)
         self.last_release_at = now
         if reply is not None and reply.foreign is not None:

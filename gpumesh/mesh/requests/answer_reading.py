@@ -140,8 +140,9 @@ def _build_whole_answer(
 ) -> WholeAnswer | FailedAttempt:
     """Releases the lease, and returns the answer. Returns the failure if the body is no answer, whatever its status."""
     node = lease.node
-    counters = find_counters(body) if generates_text(call.path) else None
-    failed = _find_failure(lease, response, call, body, counters)
+    is_text = generates_text(call.path)
+    counters = find_counters(body) if is_text else None
+    failed = _find_failure(lease, response, call, body, counters, is_text=is_text)
     if failed is not None:
         return failed
     if counters is not None and counters.tokens:
@@ -153,12 +154,18 @@ def _build_whole_answer(
 
 
 def _find_failure(
-    lease: Lease, response: UpstreamResponse, call: HttpCall, body: bytes, counters: ServerCounters | None
+    lease: Lease,
+    response: UpstreamResponse,
+    call: HttpCall,
+    body: bytes,
+    counters: ServerCounters | None,
+    *,
+    is_text: bool,
 ) -> FailedAttempt | None:
     """The failure in a body with a status of success; ``None`` if it is a whole answer. ``counters``: the figures in
-    the body, if it has any. The body may be no answer of an inference server, may be cut short, or may report an
-    error."""
-    node, is_text = lease.node, generates_text(call.path)
+    the body, if it has any. ``is_text``: the route generates text. The body may be no answer of an inference server,
+    may be cut short, or may report an error."""
+    node = lease.node
     if lease.placement is not None:  # other requests, about a model store, may have an empty answer
         problem = _find_body_problem(response, body, is_text=is_text, may_be_empty=_may_be_empty(lease))
         if problem is None and (counters is None or response.status != 200):

@@ -134,6 +134,7 @@ async def _send_and_read(
     see ``run_attempt``.
     """
     node = lease.node
+    target = node.target
     loop = upstream.deadlines.loop
     response: UpstreamResponse | None = None
     started_at = loop.time()
@@ -159,8 +160,9 @@ async def _send_and_read(
                 call,
                 _request_headers(lease, call),
                 node=node.name,
-                host=None if node.target is None else host_header(node.target),
-                server_name=_server_name(lease),
+                host=None if target is None else host_header(target),
+                # Through a tunnel the certificate has the name of the host, not the address of our end of the tunnel.
+                server_name=target.host if target is not None and target.scheme == "https" else None,
                 new_connection=not may_resend,
                 may_resend=start_resending,
             )
@@ -208,10 +210,3 @@ def _request_headers(lease: Lease, call: HttpCall) -> Sequence[tuple[str, str]]:
         return call.headers
     other_headers = [pair for pair in call.headers if pair[0].lower() not in ("authorization", "x-api-key")]
     return [*other_headers, ("Authorization", f"Bearer {key}")]
-
-
-def _server_name(lease: Lease) -> str | None:
-    """The name that the TLS certificate must hold; ``None`` without TLS. Through a tunnel this is the name of the host,
-    not the address of our end of the tunnel."""
-    target = lease.node.target
-    return target.host if target is not None and target.scheme == "https" else None

@@ -60,7 +60,10 @@ class UpstreamResponse:
         self.content_length = head.content_length
         self.ends_with_connection = head.ends_with_connection
         is_empty = head.content_length == 0 or head.status == 204  # 204: no content
-        self.content_type, self.headers, self.problem = read_head(head.status, head.fields, empty=is_empty)
+        client_head = read_head(head.status, head.fields, empty=is_empty)
+        self.content_type = client_head.media_type
+        self.headers = client_head.headers
+        self.problem = client_head.problem
 
     def __repr__(self) -> str:
         progress = "ended" if self._exchange.connection is None else "under way"

@@ -35,6 +35,39 @@ def test_a_response_is_the_same_however_it_is_cut_into_reads(places: list[int]) 
     assert (parser.head.status, parser.head.content_length) == (200, None)
 
 
+_ODD_READS = [
+    b"05\r\nhello\r\n",
+    b"5;x=y\r\nhello\r\n",
+    b"5 \r\nhello\r\n",
+    b"A\r\n0123456789\r\n",
+    b"a\r\n0123456789\r\n",
+    b"+5\r\nhello\r\n",
+    b"4\r\nhello\r\n",
+    b"2\r\n\r\n\r\n",
+    b"3\r\nab",
+    b"c\r\n",
+    b"\r\n",
+    b"0\r\n",
+    b"0\r\nX-Trailer: 1\r\n\r\n",
+    LAST_CHUNK,
+    chunk(b"one\n"),
+    chunk(b"two\r\n"),
+    chunk(b"a") + chunk(b"b"),
+    chunk(b"x" * 4_500),
+]
+
+
+@given(st.lists(st.sampled_from(_ODD_READS), max_size=6))
+def test_reads_of_whole_chunks_are_parsed_as_single_bytes_are(reads: list[bytes]) -> None:
+    whole, whole_body = parse(chunked_head(), chunk(b"first"), *reads)
+    single, single_body = parse(chunked_head(), chunk(b"first"), *(bytes([byte]) for byte in b"".join(reads)))
+    if ResponseParserState.INVALID in (whole.state, single.state):  # how much of the body came before: either way
+        assert whole.state is single.state
+        assert whole_body.startswith(single_body) or single_body.startswith(whole_body)
+    else:
+        assert (whole.state, whole_body, whole.reusable) == (single.state, single_body, single.reusable)
+
+
 def test_the_states_of_a_response() -> None:
     parser, body = parse(chunked_head())
     assert (parser.state, body) == (ResponseParserState.BODY, b"")

@@ -8,7 +8,7 @@ from functools import cache
 from typing import Any
 
 from gpumesh.event_loop.slice_queue import SliceQueue
-from gpumesh.event_loop.turn_end import TurnEnd
+from gpumesh.event_loop.turn_writes import TurnWrites
 from gpumesh.mesh.requests.connections.upstream_connection import Address, UpstreamConnection
 
 CONNECT_TIMEOUT_S = 3.0
@@ -21,7 +21,7 @@ class ConnectionPool:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.slices = SliceQueue()
-        self._turn_end = TurnEnd()
+        self._turn_writes = TurnWrites()
         self._loop = loop
         self._idle: dict[Address, list[UpstreamConnection]] = {}
         self._connections: set[UpstreamConnection] = set()
@@ -51,7 +51,7 @@ class ConnectionPool:
         def create_connection() -> UpstreamConnection:
             """The factory of protocols for the event loop."""
             return UpstreamConnection(
-                address, self.slices, self._turn_end, on_idle=self._keep_idle, on_closed=self._forget
+                address, self.slices, self._turn_writes, on_idle=self._keep_idle, on_closed=self._forget
             )
 
         async with asyncio.timeout(CONNECT_TIMEOUT_S):

@@ -48,6 +48,7 @@ class ResponseParser:
     """
 
     __slots__ = (
+        "_between_chunks",
         "_bodiless",
         "_bytes_outside_body",
         "_complete_pieces",
@@ -80,6 +81,7 @@ class ResponseParser:
         # How many bytes have come since the last piece of a body: field lines, sizes of chunks, trailers.
         self._bytes_outside_body = 0
         self._bodiless = False
+        self._between_chunks = False  # whether the next byte begins a chunk
         self._ends_with_connection = False
         self._parser = httptools.HttpResponseParser(self)
         self._feed_data = self._parser.feed_data
@@ -96,6 +98,7 @@ class ResponseParser:
         self._fields.clear()
         self._head_size = self._bytes_outside_body = 0
         self._bodiless = bodiless
+        self._between_chunks = False
         self._ends_with_connection = False
 
     @property
@@ -106,6 +109,16 @@ class ResponseParser:
     def feed(self, data: bytes) -> bytes:
         """Parses ``data``, and returns the bytes of the body in it. Bytes after the response's end are dropped, and the
         connection is no longer ``reusable``."""
+        if self._between_chunks:
+            # Servers write each token as one chunk. llhttp, which waits for the next chunk, need not see a chunk that
+            # has come as a whole and is framed in the plainest way. A token then passes through less memory, and most
+            # of its cost is memory that is not in the CPU's caches.
+            at = data.find(b"\r\n")
+            size = len(data) - at - 4
+            if 0 < at < 5 and size > 0 and data.endswith(b"\r\n") and data[:at] == b"%x" % size:
+                self._bytes_outside_body = 0
+                self.piece_count = 1
+                return data[at + 2 : -2]
         try:
             self._feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
@@ -145,11 +158,13 @@ class ResponseParser:
     def _reject(self, problem: str) -> None:
         """Enters the state INVALID. Only the first of several problems is kept."""
         self.state = ResponseParserState.INVALID
+        self._between_chunks = False
         self.problem = self.problem or problem
 
     def _complete(self, *, reusable: bool) -> None:
         """Enters the state COMPLETE. Pieces that httptools reports after this belong to no response."""
         self.state = ResponseParserState.COMPLETE
+        self._between_chunks = False
         self.reusable = reusable
         self._complete_pieces = len(self._pieces)
 
@@ -194,6 +209,14 @@ class ResponseParser:
             # llhttp cannot be told that no body follows. So the response ends here, and the connection is not used
             # again.
             self._complete(reusable=False)
+
+    def on_chunk_header(self) -> None:
+        """Notes that a chunk has begun."""
+        self._between_chunks = False
+
+    def on_chunk_complete(self) -> None:
+        """Notes that a chunk has ended."""
+        self._between_chunks = self.state is _BODY
 
     def on_message_complete(self) -> None:
         """Completes the response."""

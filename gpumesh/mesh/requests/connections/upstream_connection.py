@@ -12,7 +12,7 @@ from enum import Enum
 from typing import Any, NamedTuple, cast
 
 from gpumesh.event_loop.slice_queue import FRAME_SLICE_BYTES, MAX_SMALL_PIECES, SLICE_BYTES, SliceQueue
-from gpumesh.event_loop.turn_end import TurnEnd
+from gpumesh.event_loop.turn_writes import TurnWrites
 from gpumesh.mesh.requests.body_sink import BodySink, BufferedSink
 from gpumesh.mesh.requests.connections.response_parser import ResponseHead, ResponseParser, ResponseParserState
 from gpumesh.mesh.requests.long_body import LongBody
@@ -98,9 +98,8 @@ class UpstreamConnection(asyncio.Protocol):
         "_slice_bytes",
         "_slice_queue",
         "_transport",
-        "_turn_end",
+        "_turn_writes",
         "_unparsed",
-        "_unsent_request",
         "address",
         "idle_since",
         "request_count",
@@ -111,7 +110,7 @@ class UpstreamConnection(asyncio.Protocol):
         self,
         address: Address,
         slices: SliceQueue,
-        turn_end: TurnEnd,
+        turn_writes: TurnWrites,
         *,
         on_idle: Callable[[UpstreamConnection], None],
         on_closed: Callable[[UpstreamConnection], None],
@@ -121,9 +120,8 @@ class UpstreamConnection(asyncio.Protocol):
         self.request_count = 0
         self.idle_since = 0.0
         self._slice_queue = slices
-        self._turn_end = turn_end
+        self._turn_writes = turn_writes
         self._long_body: LongBody | None = None  # of the current exchange, if it is sent piece by piece
-        self._unsent_request = b""  # a short request, until the end of the turn in which it was started
         self._on_idle = on_idle
         self._on_closed = on_closed
         self._loop = asyncio.get_running_loop()
@@ -153,10 +151,11 @@ class UpstreamConnection(asyncio.Protocol):
         self.state = UpstreamConnectionState.AWAITING_HEAD
         self._parser.begin(bodiless=method == "HEAD")
         self._exchange = exchange = Exchange(self, self._loop)
-        self.push_to(exchange.buffer)
+        self._sink = sink = exchange.buffer  # ``push_to``, shorter: an idle connection reads, and the buffer is empty
+        self._slice_bytes = SLICE_BYTES
+        sink.on_writable = self._continue_reading
         if len(body) < JOINED_BYTES:
-            self._unsent_request = head + body
-            self._turn_end.add(self._write_request)
+            self._turn_writes.write(self._transport, head + body)
         elif self.address.tls:
             self._transport.write(head)
             self._long_body = LongBody(self._transport, body, self._loop)
@@ -165,12 +164,6 @@ class UpstreamConnection(asyncio.Protocol):
             self._transport.write(head)
             self._transport.write(body)
         return exchange
-
-    def _write_request(self) -> None:
-        """Passes the short request to the transport, at the end of the turn in which the request was started."""
-        request, self._unsent_request = self._unsent_request, b""
-        if self._transport is not None and not self._transport.is_closing():
-            self._transport.write(request)
 
     def push_to(self, sink: BodySink) -> None:
         """Pushes the rest of the response's body to this sink."""
@@ -275,10 +268,11 @@ class UpstreamConnection(asyncio.Protocol):
         is_sent = self._long_body is None or self._long_body.complete
         sink = self._end_exchange(exchange)
         # Bytes after the response make the connection unusable, but the response is valid.
-        is_reusable = self.open and self._parser.reusable and not self._has_unparsed and is_sent
-        if is_reusable:
+        has_rest = bool(self._unparsed) and self._has_unparsed
+        if self._parser.reusable and not has_rest and is_sent and self.open:
             self.state = UpstreamConnectionState.IDLE
-            self._resume_reading()  # an idle connection must notice when the server closes it
+            if self._read_state is not _READING:  # an idle connection must notice when the server closes it
+                self._resume_reading()
             self._on_idle(self)
         else:
             self._drop_unparsed()
