@@ -8,6 +8,8 @@ from datetime import UTC, datetime
 from random import Random
 from typing import TypeAlias
 
+from gpumesh.bench.failover.outage_disturbance import OutageDisturbance
+from gpumesh.bench.failover.outage_plan import OutagePlan
 from gpumesh.bench.figures.cost import NO_PRICES, Prices, stage_costs
 from gpumesh.bench.figures.coverage_notes import coverage_notes
 from gpumesh.bench.figures.knee import find_knee
@@ -16,7 +18,6 @@ from gpumesh.bench.figures.route_costs import route_costs
 from gpumesh.bench.figures.scaling import scaling
 from gpumesh.bench.figures.summary import StageResult
 from gpumesh.bench.load.conditions import Via
-from gpumesh.bench.load.generator import Disturbance
 from gpumesh.bench.load.load_sources import LoadSource
 from gpumesh.bench.load.route_arms import RouteAccess
 from gpumesh.bench.load.samples import LoadSample
@@ -24,7 +25,7 @@ from gpumesh.bench.measured_nodes import exclusion_notes, no_usable_node, node_n
 from gpumesh.bench.results.result import BenchResult, describe_environment
 from gpumesh.bench.scenarios.base import ScenarioContext
 from gpumesh.bench.scenarios.catalog import scenario_steps
-from gpumesh.bench.stage_runner import BenchTarget, DrainDisturbance, ProgressReporter, StageRunner
+from gpumesh.bench.stage_runner import BenchTarget, ProgressReporter, StageRunner
 from gpumesh.bench.stats import Objective
 from gpumesh.bench.workload.prompts import OwnPrompt, PromptFactory
 from gpumesh.bench.workload.settings import BenchSettings, Scenario
@@ -53,7 +54,7 @@ async def run_benchmark(
     objective: Objective | None = None,
     trace: Sequence[TracedRequest] = (),
     own_prompts: Sequence[OwnPrompt] = (),
-    disturbance: Disturbance | None = None,
+    outage: OutagePlan | None = None,
     only_node: str | None = None,
     access: RouteAccess | None = None,
     load: LoadSource | None = None,
@@ -65,10 +66,10 @@ async def run_benchmark(
     """Runs a scenario and computes its result.
 
     ``rng`` makes the nonces of the prompts. ``objective`` is that of goodput (``None``: the default). ``trace`` is for
-    ``replay`` only, ``own_prompts`` for ``load``. ``disturbance``: for ``failover``, in the place of
-    ``DrainDisturbance``. ``only_node``: measures one node as if it were the mesh. ``access``: for the routes of
-    ``overhead`` that start outside the mesh. ``load`` sends the requests; ``None``: this process does, through
-    ``target``. ``notes`` go into the result, before those of the run.
+    ``replay`` only, ``own_prompts`` for ``load``, ``outage`` for ``failover``: which node is taken out of service, and
+    how. ``only_node``: measures one node as if it were the mesh. ``access``: for the routes of ``overhead`` that start
+    outside the mesh. ``load`` sends the requests; ``None``: this process does, through ``target``. ``notes`` go into
+    the result, before those of the run.
 
     ``prices`` are for what a million tokens cost. ``keep`` gets what there is at the start, after each stage, and when
     an error or a signal ends the run: so that nothing measured is lost.
@@ -86,8 +87,10 @@ async def run_benchmark(
     if only_node is None:  # with ``only_node``, the others are not measured because the person wants so: no note
         all_notes.extend(exclusion_notes(state, nodes))
     names = [node.name for node in nodes]
-    if disturbance is None and scenario is Scenario.FAILOVER:
-        disturbance = DrainDisturbance(target, names)
+    disturbance: OutageDisturbance | None = None
+    if scenario is Scenario.FAILOVER:
+        disturbance = OutageDisturbance(target, outage or OutagePlan(), names, state)
+        all_notes.extend(disturbance.notes)
     run = StageRunner(
         target, names, objective, progress, disturbance, access or RouteAccess(), only_node, load, model=settings.model
     )
@@ -125,6 +128,7 @@ async def run_benchmark(
             scaling=scaling(whole_stages) if scenario in (Scenario.SCALE, Scenario.QUICK) else None,
             routes=route_costs(stages),
             route_differences=tuple(run.route_differences),
+            failover=run.failover,
             # Each note once.
             notes=tuple(dict.fromkeys([*all_notes, *run.notes, *load_notes(stages), *rate_notes(stages), *known])),
             capacity=tuple(context.capacities),

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
 from typing import Protocol
 
+from gpumesh.bench.failover.failover_run import run_failover
+from gpumesh.bench.failover.outage_disturbance import OutageDisturbance
 from gpumesh.bench.figures.answers.answer import read_answers
 from gpumesh.bench.figures.coverage_notes import cold_start_notes
+from gpumesh.bench.figures.failover import FailoverFigures
 from gpumesh.bench.figures.gpu_meter import GpuSample, gpu_use, sample_gpus
+from gpumesh.bench.figures.node_events import NodeEvent, node_events
 from gpumesh.bench.figures.node_shares import ColdStart, find_cold_starts
 from gpumesh.bench.figures.route_differences import RouteDifference, route_differences
 from gpumesh.bench.figures.summary import StageResult, summarize_stage
-from gpumesh.bench.load.generator import Disturbance, run_over_routes, run_stage
+from gpumesh.bench.load.generator import run_over_routes, run_stage
 from gpumesh.bench.load.load_sources import LoadOfThisProcess, LoadSource
 from gpumesh.bench.load.route_arms import RouteAccess, open_routes, routes_to
 from gpumesh.bench.load.routes import http_route
@@ -23,13 +27,14 @@ from gpumesh.bench.scenarios.base import NodeFacts, StageOutcome
 from gpumesh.bench.stats import Objective
 from gpumesh.bench.workload.stages import Stage, StageKind
 from gpumesh.errors import BackendUnreachable, GPUMeshError, MeshNotRunning, StreamCut
+from gpumesh.mesh.outages.outage import Outage
 from gpumesh.state import MeshState
 from gpumesh.text.model_names import full_name
 from gpumesh.topology import BackendKind
 
 
 class BenchTarget(Protocol):
-    """The measured mesh. For ``failover``, ``drain`` takes a node out of service and ``resume`` puts it back."""
+    """The measured mesh."""
 
     embedded: bool
     """Whether the mesh runs in this process."""
@@ -42,9 +47,13 @@ class BenchTarget(Protocol):
         """Asks the mesh for its state."""
         ...
 
-    async def drain(self, node: str) -> None: ...
+    def watch(self, interval_s: float) -> AsyncIterator[MeshState]:
+        """Yields the state of the mesh, and again after changes, at most once in ``interval_s`` seconds."""
+        ...
 
-    async def resume(self, node: str) -> None: ...
+    def hold(self, node: str, outage: Outage) -> AbstractAsyncContextManager[None]:
+        """Takes a node out of service during the block (``Session.hold``)."""
+        ...
 
 
 class ProgressReporter(Protocol):
@@ -58,35 +67,12 @@ class ProgressReporter(Protocol):
     def add_record(self, record: LoadSample) -> None: ...
 
 
-class DrainDisturbance:
-    """The default disturbance: drains the busiest of ``nodes``. This is safe on hosts that other people use too."""
-
-    def __init__(self, target: BenchTarget, nodes: Sequence[str]) -> None:
-        self._target = target
-        self._nodes = nodes
-        self._drained_node: str | None = None
-
-    async def begin(self) -> str:
-        """Drains the node with the most requests in flight. Returns a description."""
-        state = await self._target.status()
-        candidates = [node for node in state.nodes if node.name in self._nodes]
-        busiest = max(candidates, key=lambda node: node.load.in_flight)
-        await self._target.drain(busiest.name)
-        self._drained_node = busiest.name
-        return f"{busiest.name} drained"
-
-    async def end(self) -> None:
-        """Puts the node back into service, if ``begin`` has drained a node."""
-        if self._drained_node is not None:
-            await self._target.resume(self._drained_node)
-            self._drained_node = None
-
-
 class StageRunner:
     """Runs the stages that a scenario asks for, one after another, and keeps their figures and records.
 
     ``nodes`` are the names of the measured nodes. ``only_node``: every request goes to this node.
-    ``load`` sends the requests; ``None``: this process does, through the target. ``model`` is the measured model.
+    ``disturbance`` takes a node out of service in a stage that is to be disturbed. ``load`` sends the requests;
+    ``None``: this process does, through the target. ``model`` is the measured model.
     """
 
     def __init__(
@@ -95,7 +81,7 @@ class StageRunner:
         nodes: Sequence[str],
         objective: Objective,
         progress: ProgressReporter,
-        disturbance: Disturbance | None,
+        disturbance: OutageDisturbance | None,
         access: RouteAccess,
         only_node: str | None,
         load: LoadSource | None = None,
@@ -115,6 +101,7 @@ class StageRunner:
         self.via = self._load.via
         self.results: list[StageResult] = []
         self.route_differences: list[RouteDifference] = []
+        self.failover: FailoverFigures | None = None
         self.records: list[LoadSample] = []
         self.notes: list[str] = []
         self.cold_starts: list[ColdStart] = []
@@ -175,8 +162,10 @@ class StageRunner:
         if stage.kind is StageKind.WARM_UP:
             return ()
         measured_nodes = frozenset([stage.node] if stage.node else self._nodes)
+        events = tuple(node_events(gpu_samples, sorted(measured_nodes), run.start_s))
+        self.notes.extend(self._event_notes(label, events))
         results = [
-            replace(result, partial=partial)
+            replace(result, partial=partial, node_events=events)
             for result in summarize_stage(run, self._objective, gpu_use(gpu_samples, measured_nodes))
             if result.requests  # none, if the stage was ended before its first answer began
         ]
@@ -198,14 +187,29 @@ class StageRunner:
             async with _open_tunnel_route(state, stage, self._access) as send:
                 return await run_stage(send, stage, on_record=self._progress.add_record, on_cut_short=on_cut_short)
         nodes = [node for node in state.nodes if node.name in self._nodes]
-        return await self._load.run(
-            stage,
-            nodes,
-            state,
-            on_record=self._progress.add_record,
-            on_cut_short=on_cut_short,
-            disturbance=self._disturbance if stage.disturb else None,
-        )
+        disturbance = self._disturbance if stage.disturb else None
+
+        async def run_load() -> StageRun:
+            return await self._load.run(
+                stage,
+                nodes,
+                state,
+                on_record=self._progress.add_record,
+                on_cut_short=on_cut_short,
+                disturbance=disturbance,
+            )
+
+        if disturbance is None:
+            return await run_load()
+        failover = await run_failover(self._target, disturbance, run_load)
+        self.failover = failover.figures
+        return failover.run
+
+    def _event_notes(self, label: str, events: Sequence[NodeEvent]) -> list[str]:
+        """A note for each node that did not serve for a part of a stage, unless this benchmark took it out."""
+        times = None if self._disturbance is None else self._disturbance.times
+        taken_out = None if times is None else times.node
+        return [f"stage {label}: {event.describe()}" for event in events if event.node != taken_out]
 
 
 def _first_of(group: BaseExceptionGroup[BaseException]) -> BaseException:

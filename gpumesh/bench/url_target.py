@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncGenerator
+from contextlib import AbstractAsyncContextManager
 from datetime import UTC, datetime
 from urllib.parse import urlsplit
 
@@ -9,6 +11,7 @@ from gpumesh.bench.load.client_apis import ClientApi
 from gpumesh.bench.load.send_prompt import SendPrompt
 from gpumesh.bench.workload.settings import Scenario
 from gpumesh.errors import UsageError
+from gpumesh.mesh.outages.outage import Outage
 from gpumesh.state import (
     BackendPhase,
     BackendState,
@@ -64,8 +67,9 @@ class UrlTarget:
         """A state with the server as the only node. Its load and its GPUs are unknown."""
         return MeshState(self.name, datetime.now(UTC), GatewayState(), compute_totals(self._nodes), self._nodes)
 
-    async def drain(self, node: str) -> None:
-        raise UsageError(f"{node} belongs to no mesh and cannot be drained")
+    async def watch(self, interval_s: float) -> AsyncGenerator[MeshState]:  # noqa: ARG002
+        """Yields the state once: it never changes."""
+        yield await self.status()
 
-    async def resume(self, node: str) -> None:
-        raise UsageError(f"{node} belongs to no mesh and cannot be resumed")
+    def hold(self, node: str, outage: Outage) -> AbstractAsyncContextManager[None]:  # noqa: ARG002
+        raise UsageError(f"{node} belongs to no mesh and cannot be taken out of service")

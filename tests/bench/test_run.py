@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -30,6 +30,8 @@ from gpumesh.gateway.app import Gateway
 from gpumesh.lab.ollama import SimOllama
 from gpumesh.lab.profile import Faults
 from gpumesh.mesh.mesh import Mesh
+from gpumesh.mesh.outages.out_of_service import take_out_of_service
+from gpumesh.mesh.outages.outage import Outage
 from gpumesh.state import (
     BackendPhase,
     BackendState,
@@ -47,12 +49,12 @@ SOON = BenchSettings(MODEL, requests=3, tokens=4)
 
 @dataclass
 class Target:
-    """The mesh itself. ``drained`` and ``resumed`` are the nodes in the order in which it was told so."""
+    """The mesh itself. ``held`` and ``released`` are the nodes that were taken out of service and put back."""
 
     mesh: Mesh
     embedded: bool = True
-    drained: list[str] = field(default_factory=list)
-    resumed: list[str] = field(default_factory=list)
+    held: list[str] = field(default_factory=list)
+    released: list[str] = field(default_factory=list)
 
     def send(self) -> SendPrompt:
         def send(request: ChatRequest, node: str | None) -> AbstractAsyncContextManager[AnswerStream]:
@@ -63,13 +65,19 @@ class Target:
     async def status(self) -> MeshState:
         return self.mesh.snapshot()
 
-    async def drain(self, node: str) -> None:
-        self.drained.append(node)
-        self.mesh.drain(node)
+    async def watch(self, interval_s: float) -> AsyncGenerator[MeshState]:
+        async for _ in self.mesh.watch_changes():
+            yield self.mesh.snapshot()
+            await asyncio.sleep(interval_s)
 
-    async def resume(self, node: str) -> None:
-        self.resumed.append(node)
-        self.mesh.resume(node)
+    @asynccontextmanager
+    async def hold(self, node: str, outage: Outage) -> AsyncIterator[None]:
+        async with take_out_of_service(self.mesh, node, outage):
+            self.held.append(node)
+            try:
+                yield
+            finally:
+                self.released.append(node)
 
 
 @dataclass
@@ -205,10 +213,10 @@ async def test_failover_drains_a_node_and_gives_it_back() -> None:
         target = Target(made.mesh)
         done = await ran(made, Scenario.FAILOVER, BenchSettings(MODEL, requests=30, tokens=8), target=target)
         assert [one.health for one in made.mesh.snapshot().nodes] == [Health.HEALTHY, Health.HEALTHY]
-    assert len(target.drained) == 1
-    assert target.resumed == target.drained
+    assert len(target.held) == 1
+    assert target.released == target.held
     (stage,) = done.result.stages
-    assert stage.disturbance == f"{target.drained[0]} drained"
+    assert stage.disturbance == f"{target.held[0]}: drained"
     assert (stage.served, stage.failed) == (30, 0), "nothing is lost"
     assert [phase.name for phase in stage.phases] == ["before", "during", "after"]
     assert sum(phase.requests for phase in stage.phases) == 30
@@ -219,12 +227,12 @@ async def test_a_run_that_is_cancelled_gives_the_node_back_and_ends_its_requests
         target = Target(made.mesh)
         slow = BenchSettings(MODEL, requests=200, tokens=20)
         running = asyncio.create_task(ran(made, Scenario.FAILOVER, slow, target=target))
-        while not target.drained:
+        while not target.held:
             await asyncio.sleep(0.005)
         running.cancel()
         with pytest.raises(asyncio.CancelledError):
             await running
-        assert target.resumed == target.drained
+        assert target.released == target.held
         async with asyncio.timeout(20):
             while not made.wait_settled():
                 await asyncio.sleep(0.005)

@@ -12,7 +12,7 @@ from gpumesh.errors import GPUMeshError, StreamCut
 @dataclass(slots=True)
 class AnswerReading:
     """What was read of one answer. ``arrivals_s`` has the time of each piece, on any clock. ``text`` is the answer, for
-    the next turn of its conversation; empty unless ``keeps_text``."""
+    the next turn of its conversation or for a comparison; empty unless ``keeps_text``."""
 
     keeps_text: bool = False
     text: str = ""
@@ -43,9 +43,11 @@ class AnswerReading:
         route: str | None = None,
         error: GPUMeshError | None = None,
         is_unfinished: bool = False,
+        first_node: str | None = None,
     ) -> LoadSample:
         """Makes the request's sample. All times are on the clock of ``arrivals_s``; ``start_s`` is when the stage
-        began. ``error``: why the answer did not end well. ``is_unfinished``: the run was ended before the answer."""
+        began. ``error``: why the answer did not end well. ``is_unfinished``: the run was ended before the answer.
+        ``first_node`` began the answer; ``None``: as ``node``."""
         counters = self.counters
         if is_unfinished:
             outcome = SampleOutcome.UNFINISHED
@@ -72,4 +74,6 @@ class AnswerReading:
             done_reason=self.done_reason,
             error_code=None if error is None else error.code,
             error=None if error is None else error.message,
+            first_node=first_node or node,
+            text=self.text if self.keeps_text else None,
         )

@@ -91,6 +91,7 @@ class RunningStage:
             disturbed_s,
             self.disturbance,
             conditions,
+            self.start,
         )
 
     def complete_here(self, duration_s: float, meter: LoadMeter) -> StageRun:
@@ -199,9 +200,10 @@ async def _send_request(
     """
     sent_s = run.now()
     intended_s = sent_s if planned.at_s is None else planned.at_s
-    reading = AnswerReading(keeps_text=planned.conversation is not None)
+    reading = AnswerReading(keeps_text=planned.conversation is not None or run.stage.disturb)
     chat = run.histories.continue_chat(planned.conversation, planned.chat)
     node, attempts = planned.node, 0
+    first_node: str | None = None
     error: GPUMeshError | None = None
     stage_end: BaseException | None = None  # what ends the whole stage
     try:
@@ -209,6 +211,8 @@ async def _send_request(
             try:
                 async for chunk in answer:
                     reading.add(chunk, run.now())
+                    if first_node is None:
+                        first_node = answer.node
             finally:
                 node = answer.node or node  # also if the answer is cut off here
             attempts = answer.attempts
@@ -234,6 +238,7 @@ async def _send_request(
             route=route,
             error=error,
             is_unfinished=stage_end is not None,
+            first_node=first_node,
         )
     )
     if stage_end is not None:
@@ -244,14 +249,15 @@ async def disturb_stage(run: RunningStage, disturbance: Disturbance) -> None:
     """Begins the disturbance after a third of the answers, and ends it after two thirds, or when the stage ends."""
     total = len(run.stage.requests)
     await _wait_for_records(run, total // 3)
+    began_s = run.now()  # what the disturbance breaks, it breaks before ``begin`` returns
     run.disturbance = await disturbance.begin()
-    run.disturbance_began_s = run.now()
+    run.disturbance_began_s = began_s
     try:
         await _wait_for_records(run, 2 * total // 3)
     finally:
         # Also when the end of the stage cancels this function: the node must not stay out of service.
-        await disturbance.end()
         run.disturbance_ended_s = run.now()
+        await disturbance.end()
 
 
 async def _wait_for_records(run: RunningStage, count: int) -> None:

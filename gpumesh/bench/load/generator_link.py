@@ -147,6 +147,7 @@ class GeneratorProcess:
             via,
             REQUEST_TIMEOUT_S,
             mesh_pid,
+            stage.disturb,
         )
         await self._send(process, opened)
         for planned in stage.requests:

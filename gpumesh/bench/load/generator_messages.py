@@ -22,7 +22,8 @@ SAMPLES_PER_MESSAGE = 100
 
 class OpenStage(msgspec.Struct, frozen=True, tag="open-stage"):
     """A stage comes: its name, and how and where its requests are sent. ``concurrency``, ``duration_s``
-    and ``think_s``: as in ``Stage``. ``timeout_s``: for a request with its answer. ``mesh_pid``: the mesh's process."""
+    and ``think_s``: as in ``Stage``. ``timeout_s``: for a request with its answer. ``mesh_pid``: the mesh's process.
+    ``keeps_texts``: the samples have the texts of the answers."""
 
     name: str
     concurrency: int | None
@@ -32,6 +33,7 @@ class OpenStage(msgspec.Struct, frozen=True, tag="open-stage"):
     via: Via
     timeout_s: float
     mesh_pid: int | None
+    keeps_texts: bool = False
 
 
 class AddRequest(msgspec.Struct, frozen=True, tag="add-request"):

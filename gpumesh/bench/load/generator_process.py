@@ -117,19 +117,24 @@ class StageInProcess:
             self._histories.add_answer(turn.conversation, turn.chat, read_answer_text(answer))
         self._write(messages.RequestEnded(undecoded_sample(answer, self._opened.name, self._start_s)))
         if self._held_bytes + answer.size > MAX_HELD_BYTES:
-            self._samples.append(decode_answer(answer, self._opened.name, self._start_s))
+            self._samples.append(self._decode(answer))
         else:
             self._held_bytes += answer.size
             self._held.append(answer)
 
+    def _decode(self, answer: RawAnswer, *, is_unfinished: bool = False) -> LoadSample:
+        """Makes the sample of an answer, as ``decode_answer``."""
+        name, keeps_text = self._opened.name, self._opened.keeps_texts
+        return decode_answer(answer, name, self._start_s, is_unfinished=is_unfinished, keeps_text=keeps_text)
+
     async def _report(self) -> None:
         """Parses the answers, and writes the samples and the conditions of the stage."""
-        name, start_s, parsed_early = self._opened.name, self._start_s, len(self._samples)
+        parsed_early = len(self._samples)
         for answer in self._sender.in_flight.values():  # of a stage that was stopped
             answer.ended_s = self._meter.ended_s
-            self._samples.append(decode_answer(answer, name, start_s, is_unfinished=True))
+            self._samples.append(self._decode(answer, is_unfinished=True))
         while self._held:
-            self._samples.append(decode_answer(self._held.pop(), name, start_s))
+            self._samples.append(self._decode(self._held.pop()))
         samples = sorted(self._samples, key=lambda sample: sample.index)
         for first in range(0, len(samples), messages.SAMPLES_PER_MESSAGE):
             self._write(messages.Samples(tuple(samples[first : first + messages.SAMPLES_PER_MESSAGE])))

@@ -95,13 +95,16 @@ class RawAnswer:
         return 0 if self.sink is None else len(self.sink.data) + 16 * len(self.sink.times_s)
 
 
-def decode_answer(answer: RawAnswer, stage: str, start_s: float, *, is_unfinished: bool = False) -> LoadSample:
-    """Makes the sample of an answer. ``start_s`` is the start of the stage, on the clock of the answer.
+def decode_answer(
+    answer: RawAnswer, stage: str, start_s: float, *, is_unfinished: bool = False, keeps_text: bool = False
+) -> LoadSample:
+    """Makes the sample of an answer. ``start_s`` is the start of the stage, on the clock of the answer. ``keeps_text``:
+    with the answer's text.
 
     A piece arrived when the read came that completed its frame. ``is_unfinished``: the stage was stopped before the
     answer ended.
     """
-    reading, sink, reader = AnswerReading(), answer.sink, API_FUNCTIONS[answer.api].create_reader()
+    reading, sink, reader = AnswerReading(keeps_text), answer.sink, API_FUNCTIONS[answer.api].create_reader()
     error, ended_s = answer.error, answer.ended_s
     time_s = ended_s
     try:

@@ -29,6 +29,8 @@ class LoadSample:
     the request, ``sent_s`` when it was sent; in a closed loop both are equal. ``attempts`` is 0 if the answer did not
     end well. ``arrivals_s`` has one time for each piece of the answer. ``tokens`` and ``prompt_tokens`` are the
     server's own counts, ``None`` if it gave none: the number of pieces is not the number of tokens.
+
+    ``node`` ended the answer, ``first_node`` began it. ``text`` is the answer, kept in a disturbed stage only.
     """
 
     stage: str
@@ -47,6 +49,8 @@ class LoadSample:
     done_reason: str | None = None
     error_code: str | None = None
     error: str | None = None
+    first_node: str | None = None
+    text: str | None = None
 
     @property
     def ttft_ms(self) -> float | None:
@@ -89,7 +93,8 @@ class StageRun:
     """A stage as it was run, with the outcome of each request in ``records``.
 
     ``disturbed_s`` is when the disturbance began and ended, in seconds of the stage; ``disturbance`` describes it.
-    ``conditions`` are ``None`` for a run that nobody has measured.
+    ``conditions`` are ``None`` for a run that nobody has measured. ``start_s`` is the start of the stage on
+    ``time.perf_counter``.
     """
 
     stage: Stage
@@ -99,3 +104,4 @@ class StageRun:
     disturbed_s: tuple[float, float] | None = None
     disturbance: str | None = None
     conditions: LoadConditions | None = None
+    start_s: float = 0.0

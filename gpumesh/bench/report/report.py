@@ -14,6 +14,7 @@ from gpumesh.bench.figures.summary import StageResult, stage_label
 from gpumesh.bench.load.samples import LoadSample
 from gpumesh.bench.report import svg
 from gpumesh.bench.report.answer import partial_sentence
+from gpumesh.bench.report.failover_section import failover_section, node_events_section
 from gpumesh.bench.report.html_parts import escape_text, html_table
 from gpumesh.bench.report.routes_section import routes_section
 from gpumesh.bench.report.server_times import server_times_html
@@ -60,6 +61,8 @@ def report_html(result: BenchResult, records: Sequence[LoadSample] = ()) -> str:
         _partial_note(result),
         *(f'<p class="note">{escape_text(note)}</p>' for note in result.notes),
         routes_section(result),
+        failover_section(result),
+        node_events_section(result.stages),
         "<h2>Throughput</h2>",
         _throughput(result.stages),
         *_plots(result),

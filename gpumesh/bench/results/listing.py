@@ -13,7 +13,10 @@ from gpumesh.bench.workload.stages import StageKind
 
 @dataclass(frozen=True, slots=True)
 class ListedResult:
-    """A result in a list. ``name`` is its folder's name, ``runs`` its number of runs. ``tokens_per_s``: ``main_rate``."""
+    """A result in a list. ``name`` is its folder's name, ``runs`` its number of runs.
+
+    ``tokens_per_s`` is its ``main_rate``.
+    """
 
     name: str
     at: datetime

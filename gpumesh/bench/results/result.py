@@ -16,6 +16,7 @@ from gpumesh import __version__
 from gpumesh.bench.figures.answers.answer import Answer, read_answers
 from gpumesh.bench.figures.capacity import NodeCapacity
 from gpumesh.bench.figures.cost import NO_PRICES, Prices, StageCost
+from gpumesh.bench.figures.failover import FailoverFigures
 from gpumesh.bench.figures.knee import Knee
 from gpumesh.bench.figures.node_shares import ColdStart
 from gpumesh.bench.figures.route_costs import RouteCost
@@ -103,6 +104,7 @@ class BenchResult:
     scaling: Scaling | None = None
     routes: tuple[RouteCost, ...] = ()
     route_differences: tuple[RouteDifference, ...] = ()
+    failover: FailoverFigures | None = None
     notes: tuple[str, ...] = ()
     capacity: tuple[NodeCapacity, ...] = ()
     knee: Knee | None = None
@@ -212,6 +214,7 @@ def _answer_json(record: LoadSample, answer: Answer) -> dict[str, Any]:
         "index": record.index,
         "route": record.route,
         "node": record.node,
+        "first_node": record.first_node,
         "attempts": record.attempts,
         "outcome": record.outcome.value,
         "intended_s": round(record.intended_s, 6),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, ExitStack
 from random import Random
 from typing import TYPE_CHECKING
@@ -16,6 +16,7 @@ from gpumesh.cli.views.figures import format_duration
 
 if TYPE_CHECKING:
     from gpumesh.backends.base import ChatRequest
+    from gpumesh.bench.failover.outage_plan import OutagePlan
     from gpumesh.bench.figures.cost import Prices
     from gpumesh.bench.load.conditions import Via
     from gpumesh.bench.load.route_arms import RouteAccess
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from gpumesh.cli.bench.url_options import UrlOptions
     from gpumesh.cli.views.progress_bar import ProgressDisplay
     from gpumesh.daemon.sessions.session import Session
+    from gpumesh.mesh.outages.outage import Outage
     from gpumesh.state import MeshState
     from gpumesh.topology import Topology
 
@@ -46,6 +48,7 @@ async def measure(
     own_prompts: Sequence[OwnPrompt],
     node: str | None,
     direct_urls: Mapping[str, str],
+    outage: OutagePlan,
     via: Via | None = None,
     eur_per_kwh: float | None = None,
     repeat: int = 1,
@@ -56,8 +59,8 @@ async def measure(
     Without ``model`` the default model is measured. ``make_settings`` gets the name of the model. ``trace``: the
     requests of the scenario ``replay``, ``own_prompts`` those of ``load``; else empty. ``node``: the only node to
     measure. ``via``: on which way the prompts go (``load_way.open_load``). ``direct_urls``: by the node's name, the URL
-    of its server without its tunnel, for ``overhead``. ``repeat``: how many times to run the scenario; ``keep`` gets a
-    result that is not partial at the end of each run."""
+    of its server without its tunnel, for ``overhead``. ``outage``: for ``failover``. ``repeat``: how many times to run
+    the scenario; ``keep`` gets a result that is not partial at the end of each run."""
     from gpumesh.bench import run as bench
     from gpumesh.daemon.sessions.local_session import LocalSession
     from gpumesh.mesh.models.default_model import choose_model
@@ -88,6 +91,7 @@ async def measure(
                         own_prompts=own_prompts,
                         only_node=node,
                         access=access,
+                        outage=outage,
                         load=way.load,
                         prices=_read_prices(topology, eur_per_kwh),
                         notes=way.notes,
@@ -204,11 +208,11 @@ class _SessionTarget:
     async def status(self) -> MeshState:
         return await self._session.status()
 
-    async def drain(self, node: str) -> None:
-        await self._session.drain(node)
+    def watch(self, interval_s: float) -> AsyncIterator[MeshState]:
+        return self._session.watch(interval_s)
 
-    async def resume(self, node: str) -> None:
-        await self._session.resume(node)
+    def hold(self, node: str, outage: Outage) -> AbstractAsyncContextManager[None]:
+        return self._session.hold(node, outage)
 
 
 class _ProgressBar:

@@ -1,6 +1,7 @@
 """`gpumesh bench`: measures latency and throughput, and simulates a fleet.
 
-The commands on results (show, list, compare, export) are in ``cli/bench/results_commands.py``. Progress goes to stderr, only the result to stdout. Further parts of the command are in `cli/bench/`.
+The commands on results (show, list, compare, export) are in ``cli/bench/results_commands.py``, further parts of `run` in
+``cli/bench/``. Progress goes to stderr, only the result to stdout.
 """
 
 from __future__ import annotations
@@ -99,6 +100,22 @@ def run(
     repeat: Annotated[
         int, typer.Option(min=1, max=100, metavar="N", help="Run it N times: `compare` needs the spread between runs.")
     ] = 1,
+    by: Annotated[
+        str | None,
+        typer.Option(metavar="HOW", help="failover: tunnel (cut ours; the default), server (stop it) or drain."),
+    ] = None,
+    on: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NODE",
+            help="failover: which node goes away; else the busiest.",
+            autocompletion=completion.complete_nodes,
+        ),
+    ] = None,
+    stop_command: Annotated[
+        str | None, typer.Option(metavar="CMD", help="--by server: stops it, in a shell on its host.")
+    ] = None,
+    start_command: Annotated[str | None, typer.Option(metavar="CMD", help="--by server: starts it again.")] = None,
     out: OutOption = None,
     force: Annotated[bool, typer.Option("--force", help="Write over a result that is there.")] = False,
     as_json: JsonOption = False,
@@ -107,7 +124,7 @@ def run(
 
     quick: each node alone, then all together. sweep: rising concurrency, past the capacity. scale: mesh against the
     sum of its nodes, each at its capacity.
-    overhead: what tunnel, mesh and gateway add. failover: a node is drained under load. replay: a public trace.
+    overhead: what tunnel, mesh and gateway add. failover: a node goes away under load (--by). replay: a public trace.
     load: your own shape of load, with --rate, --duration or --prompts.
 
     \b
@@ -140,6 +157,8 @@ def run(
     traced_requests = bench_options.read_trace(trace, requests)
     levels = bench_options.parse_levels(concurrency)
     direct_urls = scenario_options.parse_direct_urls(direct or ())
+    outage = scenario_options.parse_outage(by, on, stop_command, start_command)
+    scenario_options.check_scenario(chosen_scenario, direct_urls=direct_urls, outage=outage)
     chosen_via = load_way.parse_via(via)
     server = url_options.parse_url_options(url, api, key_env, scenario=chosen_scenario, model=model, node=node, via=via)
     folder = out or bench_options.new_result_folder(chosen_scenario)
@@ -193,6 +212,7 @@ def run(
             own_prompts=own_prompts,
             node=node,
             direct_urls=direct_urls,
+            outage=outage,
             via=chosen_via,
             eur_per_kwh=price_kwh,
             repeat=repeat,

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import typer
 
+from gpumesh.bench.figures.failover_text import failover_sentences
 from gpumesh.bench.figures.knee import Knee
 from gpumesh.bench.figures.scaling import Scaling
 from gpumesh.bench.figures.summary import StageResult, stage_label
@@ -98,6 +99,8 @@ def _result_lines(result: BenchResult) -> Iterator[str]:
     if result.scaling is not None:
         yield from _scaling_lines(result.scaling)
     yield from route_lines(result)
+    if result.failover is not None:
+        yield from failover_sentences(result.failover)
     for stage in result.stages:
         yield from _stage_lines(stage)
 

@@ -162,7 +162,7 @@ async def test_with_too_much_to_hold_answers_are_parsed_as_they_end(monkeypatch:
         pool = ConnectionPool(asyncio.get_running_loop())
         collector = Collector()
         endpoints = (Endpoint(server.url, ClientApi.OLLAMA),)
-        opened = messages.OpenStage("mesh", 2, None, endpoints, Via.URL, 20.0, None)
+        opened = messages.OpenStage("mesh", 2, None, 0.0, endpoints, Via.URL, 20.0, None)
         stage = StageInProcess(opened, pool, collector)  # type: ignore[arg-type]
         for _ in range(6):
             stage.add(messages.AddRequest(CHAT, None, None))
