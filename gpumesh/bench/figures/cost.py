@@ -49,6 +49,11 @@ class StageCost:
     energy_eur: float | None
 
     @property
+    def unknown_parts(self) -> int:
+        """How many of the two parts are not known."""
+        return (self.rent_eur is None) + (self.energy_eur is None)
+
+    @property
     def total_eur(self) -> float | None:
         """The sum of what is known; ``None`` if nothing is."""
         known = [part for part in (self.rent_eur, self.energy_eur) if part is not None]
@@ -74,7 +79,7 @@ def _rent(stage: StageResult, prices: Prices, nodes: Sequence[str]) -> float | N
     """The rent of these nodes for a million output tokens, in EUR; ``None`` if a rent or the rate is unknown."""
     rents = [prices.eur_per_hour.get(node) for node in nodes]
     known_rents = [rent for rent in rents if rent is not None]
-    tokens_per_s = full_rate(stage)
+    tokens_per_s = stage.rates.best_tokens_per_s
     if not tokens_per_s or len(known_rents) < len(rents):
         return None
     return math.fsum(known_rents) / (tokens_per_s * 3600.0) * MILLION
@@ -85,9 +90,3 @@ def _energy(stage: StageResult, eur_per_kwh: float | None) -> float | None:
     if eur_per_kwh is None or not stage.tokens_per_joule:
         return None
     return MILLION / stage.tokens_per_joule / JOULES_PER_KWH * eur_per_kwh
-
-
-def full_rate(stage: StageResult) -> float | None:
-    """The output tokens/s of a stage while all slots were busy; of the whole stage if that is unknown."""
-    rates = stage.rates
-    return rates.output_tokens_per_s if rates.loaded_tokens_per_s is None else rates.loaded_tokens_per_s

@@ -9,7 +9,7 @@ from gpumesh.bench.comparison.significance import FALSE_SHARE
 from gpumesh.bench.comparison.verdict_text import change_text, interval_text, summary_sentence
 from gpumesh.bench.report.change_plot import ChangeRow, draw_changes
 from gpumesh.bench.report.html_parts import escape_text, html_table
-from gpumesh.bench.report.report import html_page
+from gpumesh.bench.report.page import html_page
 from gpumesh.bench.report.svg import format_number
 from gpumesh.bench.results.result import BenchResult
 

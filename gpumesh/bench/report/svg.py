@@ -1,24 +1,31 @@
 """Draws the small plots of the benchmark's HTML report as SVG text: bars, ranges, lines, scatter. No scripts. Pure.
 
-Colours are CSS classes (``s0`` to ``s5``, ``axis``, ``grid``), so that the page's light and dark themes apply. All text
-is escaped here. Numbers that are not finite are left out.
+A plot is as wide as the page lets it be: horizontal positions are percentages, heights and texts are in pixels, so that
+text has the same size on a telephone and on a wide screen. Colours are CSS classes (``s0`` to ``s5``, ``axis``,
+``grid``), so that the page's light and dark themes apply. All text is escaped here. Numbers that are not finite are
+left out.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import TypeGuard
 
-# Sizes in the units of the view box; the page scales the whole plot.
-WIDTH = 720
-LEFT, RIGHT, TOP, BOTTOM = 150, 70, 12, 34  # the margins, which hold the labels
-ROW_HEIGHT = 28  # of a bar or a range
-POINTS_HEIGHT = 260  # of a plot of points, without its legend
-LEGEND_HEIGHT, LEGEND_STEP = 20, 130  # the step is the width of one name
+# Positions from left to right, in percent of the plot's width.
+ROWS_LEFT, ROWS_RIGHT = 0.5, 76.0  # of bars and ranges; the value of a row is written behind its end
+POINTS_LEFT, POINTS_RIGHT = 15.0, 95.0  # the numbers of the y axis are on the left of the points
+# Heights in pixels.
+ROW_HEIGHT = 42  # of a bar or a range, with its label above it
+LABEL_HEIGHT = 16
+MARK_HEIGHT = 16
+AXIS_HEIGHT = 22  # the numbers of the x axis
+POINTS_HEIGHT, POINTS_TOP = 280, 26  # of a plot of points, and of its unit at the top
 SERIES_COLOURS = 6  # the CSS classes s0 to s5
+MAX_LABEL = 40  # characters; more would not fit on a telephone
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,28 +100,27 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def draw_bars(title: str, rows: Sequence[Bar], unit: str) -> str:
-    """Draws a horizontal bar for each row. Returns an empty text if no value is known."""
+    """Draws a horizontal bar for each row, with its label above it. Returns an empty text if no value is known."""
     known_values = [row.value for row in rows if _is_finite(row.value)]
     if not known_values:
         return ""
     axis = ticks(0.0, max(known_values))
-    height = TOP + ROW_HEIGHT * len(rows) + BOTTOM
+    height = ROW_HEIGHT * len(rows) + AXIS_HEIGHT
     parts = _vertical_grid(axis, height, unit)
     for index, row in enumerate(rows):
-        y = TOP + ROW_HEIGHT * index
-        text_y = y + 18  # the base line of the row's texts
-        parts.append(_row_label(row.label, text_y))
+        top = ROW_HEIGHT * index + LABEL_HEIGHT
+        parts.append(_row_label(row.label, top))
         if not _is_finite(row.value):
-            parts.append(_text(LEFT + 4, text_y, "unknown", "axis"))
+            parts.append(_text(ROWS_LEFT, top + 15, "unknown", "axis"))
             continue
-        bar_end = _scale(row.value, axis, LEFT, WIDTH - RIGHT)
-        bar_width = max(bar_end - LEFT, 0.5)  # a value of 0 has a bar that can be seen
+        end = _scale(row.value, axis, ROWS_LEFT, ROWS_RIGHT)
+        width = max(end - ROWS_LEFT, 0.2)  # a value of 0 has a bar that can be seen
         tooltip = f"{escape(row.label)}: {format_number(row.value)} {escape(unit)}"
         parts.append(
-            f'<rect class="s0" x="{LEFT}" y="{y + 5}" width="{bar_width:.1f}" height="18" rx="2">'
+            f'<rect class="s0" x="{ROWS_LEFT}%" y="{top + 3}" width="{width:.2f}%" height="{MARK_HEIGHT}" rx="2">'
             f"<title>{tooltip}</title></rect>"
         )
-        parts.append(_text(bar_end + 5, text_y, format_number(row.value), "value"))
+        parts.append(_text(end, top + 15, format_number(row.value), "value", shift=5))
     return _figure(title, parts, height)
 
 
@@ -129,29 +135,28 @@ def draw_ranges(title: str, rows: Sequence[Range], unit: str) -> str:
         return ""
     axis = ticks(0.0, max(value for _name, value in all_marks))
     names = list(dict.fromkeys(name for name, _value in all_marks))  # each name once; its position is its colour
-    top = TOP + LEGEND_HEIGHT
-    height = top + ROW_HEIGHT * len(rows) + BOTTOM
-    parts = [*_legend(names), *_vertical_grid(axis, height, unit, top)]
+    height = ROW_HEIGHT * len(rows) + AXIS_HEIGHT
+    parts = _vertical_grid(axis, height, unit)
     for index, (row, marks) in enumerate(zip(rows, known_marks, strict=True)):
-        y = top + ROW_HEIGHT * index + ROW_HEIGHT // 2  # the middle of the row
-        text_y = y + 4  # the base line of the row's texts
-        parts.append(_row_label(row.label, text_y))
+        top = ROW_HEIGHT * index + LABEL_HEIGHT
+        y = top + 11  # the middle of the marks
+        parts.append(_row_label(row.label, top))
         if not marks:
-            parts.append(_text(LEFT + 4, text_y, "unknown", "axis"))
+            parts.append(_text(ROWS_LEFT, top + 15, "unknown", "axis"))
             continue
-        x_positions = [_scale(value, axis, LEFT, WIDTH - RIGHT) for _name, value in marks]
-        first_x, last_x = x_positions[0], x_positions[-1]
-        parts.append(f'<line class="span" x1="{first_x:.1f}" x2="{last_x:.1f}" y1="{y}" y2="{y}"/>')
-        for number, (x, (name, value)) in enumerate(zip(x_positions, marks, strict=True)):
+        positions = [_scale(value, axis, ROWS_LEFT, ROWS_RIGHT) for _name, value in marks]
+        first, last = positions[0], positions[-1]
+        parts.append(f'<line class="span" x1="{first:.2f}%" x2="{last:.2f}%" y1="{y}" y2="{y}"/>')
+        for number, (x, (name, value)) in enumerate(zip(positions, marks, strict=True)):
             colour = names.index(name) % SERIES_COLOURS
             radius = 5 if number == 0 else 4  # the first mark is larger
             tooltip = f"{escape(row.label)}: {escape(name)} {format_number(value)} {escape(unit)}"
             parts.append(
-                f'<circle class="s{colour}" cx="{x:.1f}" cy="{y}" r="{radius}"><title>{tooltip}</title></circle>'
+                f'<circle class="s{colour}" cx="{x:.2f}%" cy="{y}" r="{radius}"><title>{tooltip}</title></circle>'
             )
         last_name, last_value = marks[-1]
-        parts.append(_text(last_x + 8, text_y, f"{last_name} {format_number(last_value)}", "value"))
-    return _figure(title, parts, height)
+        parts.append(_text(max(positions), y + 4, f"{last_name} {format_number(last_value)}", "value", shift=9))
+    return _figure(title, parts, height, legend=names)
 
 
 def draw_points(
@@ -165,8 +170,8 @@ def draw_points(
 ) -> str:
     """Draws points over two axes that start at 0, joined by lines if ``lines``. Several series get a legend.
 
-    ``mark`` is a place on the x axis with its name: a vertical line is drawn there.
-    Returns an empty text if there is no point.
+    ``mark`` is a value on the x axis that gets a vertical line, with its name. Returns an empty text if there is no
+    point.
     """
     finite_series = [
         PlotSeries(one_series.label, tuple((x, y) for x, y in one_series.points if _is_finite(x) and _is_finite(y)))
@@ -176,60 +181,71 @@ def draw_points(
     if not all_points:
         return ""
     x_axis, y_axis = ticks(0.0, max(x for x, _ in all_points)), ticks(0.0, max(y for _, y in all_points))
-    legend_height = LEGEND_HEIGHT if len(finite_series) > 1 else 0
-    height = POINTS_HEIGHT + legend_height
-    top, bottom = TOP + legend_height, height - BOTTOM
-    parts = []
-    for tick in y_axis:
-        y = _scale(tick, y_axis, bottom, top)  # in SVG, y grows downwards: so the axis begins at the bottom
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(_text(LEFT - 8, y + 4, tick_label(tick), "axis", "end"))
-    for tick in x_axis:
-        x = _scale(tick, x_axis, LEFT, WIDTH - RIGHT)
-        parts.append(_text(x, bottom + 16, tick_label(tick), "axis", "middle"))
-    parts.append(_text(WIDTH - 2, bottom + 16, x_unit, "axis", "end"))
-    parts.append(_text(8, top + 4, y_unit, "axis"))
+    bottom = POINTS_HEIGHT - AXIS_HEIGHT
+    parts = _axes_of_points(x_axis, y_axis, x_unit, y_unit)
     if mark is not None:
-        x = _scale(mark[0], x_axis, LEFT, WIDTH - RIGHT)
-        parts.append(f'<line class="span" x1="{x:.1f}" x2="{x:.1f}" y1="{top}" y2="{bottom}" stroke-dasharray="4 4"/>')
-        parts.append(_text(x + 5, bottom - 6, mark[1], "value"))
+        parts += _marked_line(_scale(mark[0], x_axis, POINTS_LEFT, POINTS_RIGHT), mark[1], bottom)
     for index, one_series in enumerate(finite_series):
         positions = [
-            (_scale(x, x_axis, LEFT, WIDTH - RIGHT), _scale(y, y_axis, bottom, top)) for x, y in one_series.points
+            (_scale(x, x_axis, POINTS_LEFT, POINTS_RIGHT), _scale(y, y_axis, bottom, POINTS_TOP))
+            for x, y in one_series.points
         ]
         style = f"s{index % SERIES_COLOURS}"
-        if lines and len(positions) > 1:
-            path = " ".join(f"{x:.1f},{y:.1f}" for x, y in positions)
-            parts.append(f'<polyline class="line {style}" points="{path}"/>')
+        if lines:
+            parts += _joining_lines(positions, style)
         radius = 4 if lines else 2.5  # points without lines are many, and so smaller
         for (x, y), (x_value, y_value) in zip(positions, one_series.points, strict=True):
             tooltip = f"{one_series.label}: {format_number(y_value)} {y_unit} at {format_number(x_value)} {x_unit}"
-            circle = f'<circle class="{style}" cx="{x:.1f}" cy="{y:.1f}" r="{radius}">'
+            circle = f'<circle class="{style}" cx="{x:.2f}%" cy="{y:.1f}" r="{radius}">'
             parts.append(f"{circle}<title>{escape(tooltip)}</title></circle>")
-    if legend_height:
-        parts += _legend([one_series.label for one_series in finite_series])
-    return _figure(title, parts, height)
+    names = [one_series.label for one_series in finite_series]
+    return _figure(title, parts, POINTS_HEIGHT, legend=names if len(names) > 1 else ())
 
 
-def _legend(names: Sequence[str]) -> list[str]:
-    """Draws the names with their colours, as many as fit on one line. Colours repeat after ``SERIES_COLOURS``."""
+def _axes_of_points(x_axis: Sequence[float], y_axis: Sequence[float], x_unit: str, y_unit: str) -> list[str]:
+    """Draws a horizontal line and a number for each tick of the y axis, the numbers of the x axis, and the units."""
     parts = []
-    max_names = (WIDTH - LEFT) // LEGEND_STEP
-    for index, name in enumerate(names[:max_names]):
-        x = LEFT + LEGEND_STEP * index
-        parts.append(f'<circle class="s{index % SERIES_COLOURS}" cx="{x}" cy="{TOP}" r="4"/>')
-        parts.append(_text(x + 9, TOP + 4, _truncate(name, 16), "axis"))
+    bottom = POINTS_HEIGHT - AXIS_HEIGHT
+    for tick in y_axis:
+        y = _scale(tick, y_axis, bottom, POINTS_TOP)  # in SVG, y grows downwards: so the axis begins at the bottom
+        parts.append(f'<line class="grid" x1="{POINTS_LEFT}%" x2="{POINTS_RIGHT}%" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(_text(POINTS_LEFT, y + 4, tick_label(tick), "axis", "end", shift=-8))
+    *ticks_before, last_tick = x_axis
+    for tick in ticks_before:
+        x = _scale(tick, x_axis, POINTS_LEFT, POINTS_RIGHT)
+        parts.append(_text(x, bottom + 16, tick_label(tick), "axis", "middle"))
+    # The last number stands at the right end together with the unit, which has no other place on a narrow screen.
+    parts.append(_text(100, bottom + 16, f"{tick_label(last_tick)} {x_unit}", "axis", "end"))
+    parts.append(_text(0, 12, y_unit, "axis"))
     return parts
 
 
-def _vertical_grid(axis: Sequence[float], height: int, unit: str, top: int = TOP) -> list[str]:
-    """Draws a vertical line and a number for each tick of the x axis, from ``top`` to the bottom margin."""
+def _marked_line(x: float, name: str, bottom: float) -> list[str]:
+    """Draws a vertical line at a value of the x axis, with its name at the top."""
+    anchor, shift = ("start", 5) if x < (POINTS_LEFT + POINTS_RIGHT) / 2 else ("end", -5)
+    return [
+        f'<line class="marked" x1="{x:.2f}%" x2="{x:.2f}%" y1="{POINTS_TOP - 8}" y2="{bottom}"/>',
+        _text(x, POINTS_TOP - 8, name, "label", anchor, shift=shift),
+    ]
+
+
+def _joining_lines(positions: Iterable[tuple[float, float]], style: str) -> list[str]:
+    """Draws a line from each point to the next. A polyline could not have percentages."""
+    return [
+        f'<line class="line {style}" x1="{x1:.2f}%" y1="{y1:.1f}" x2="{x2:.2f}%" y2="{y2:.1f}"/>'
+        for (x1, y1), (x2, y2) in itertools.pairwise(positions)
+    ]
+
+
+def _vertical_grid(axis: Sequence[float], height: int, unit: str) -> list[str]:
+    """Draws a vertical line and a number for each tick of the x axis of bars or ranges, and the unit."""
     parts = []
-    for tick in axis:
-        x = _scale(tick, axis, LEFT, WIDTH - RIGHT)
-        parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{top}" y2="{height - BOTTOM}"/>')
-        parts.append(_text(x, height - BOTTOM + 16, tick_label(tick), "axis", "middle"))
-    parts.append(_text(WIDTH - 2, height - BOTTOM + 16, unit, "axis", "end"))
+    bottom = height - AXIS_HEIGHT
+    for index, tick in enumerate(axis):
+        x = _scale(tick, axis, ROWS_LEFT, ROWS_RIGHT)
+        parts.append(f'<line class="grid" x1="{x:.2f}%" x2="{x:.2f}%" y1="0" y2="{bottom}"/>')
+        parts.append(_text(x, bottom + 16, tick_label(tick), "axis", "middle" if index else "start"))
+    parts.append(_text(100, bottom + 16, unit, "axis", "end"))
     return parts
 
 
@@ -244,23 +260,32 @@ def _scale(value: float, axis: Sequence[float], low: float, high: float) -> floa
     return low + (value - first_tick) / (last_tick - first_tick) * (high - low)
 
 
-def _row_label(label: str, y: float) -> str:
-    return _text(LEFT - 8, y, _truncate(label, 22), "label", "end")
+def _row_label(label: str, bottom: float) -> str:
+    return _text(ROWS_LEFT, bottom - 3, _truncate(label, MAX_LABEL), "label")
 
 
 def _truncate(label: str, limit: int) -> str:
     return label if len(label) <= limit else label[: limit - 1] + "…"
 
 
-def _text(x: float, y: float, text: str, style: str, anchor: str = "start") -> str:
-    """Draws a text, escaped. ``style`` is a CSS class; ``anchor`` tells which point of the text is at ``x``."""
-    return f'<text class="{style}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
+def _text(x: float, y: float, text: str, style: str, anchor: str = "start", *, shift: int = 0) -> str:
+    """Draws a text, escaped. ``x`` is in percent, and ``shift`` moves the text by so many pixels from there. ``style``
+    is a CSS class; ``anchor`` tells which point of the text is at ``x``."""
+    moved = f' dx="{shift}"' if shift else ""
+    return f'<text class="{style}" x="{x:.2f}%" y="{y:.1f}"{moved} text-anchor="{anchor}">{escape(text)}</text>'
 
 
-def _figure(title: str, parts: Sequence[str], height: int) -> str:
-    """Joins the parts of a plot into a figure with its title."""
+def _figure(title: str, parts: Sequence[str], height: int, *, legend: Sequence[str] = ()) -> str:
+    """Joins the parts of a plot into a figure with its title, and a legend of names. Colours repeat after
+    ``SERIES_COLOURS`` names."""
     body = "\n".join(parts)
+    keys = "".join(
+        f'<span class="key"><svg class="swatch" width="10" height="10" aria-hidden="true">'
+        f'<circle class="s{index % SERIES_COLOURS}" cx="5" cy="5" r="5"/></svg> {escape(name)}</span> '
+        for index, name in enumerate(legend)
+    )
+    legend_html = f'<p class="legend">{keys}</p>' if keys else ""
     return (
-        f'<figure><figcaption>{escape(title)}</figcaption><svg viewBox="0 0 {WIDTH} {height}" role="img" '
-        f'aria-label="{escape(title)}">\n{body}\n</svg></figure>\n'
+        f'<figure><figcaption>{escape(title)}</figcaption>{legend_html}<svg class="plot" width="100%" '
+        f'height="{height}" role="img" aria-label="{escape(title)}">\n{body}\n</svg></figure>\n'
     )

@@ -9,7 +9,7 @@ from typing import Any
 from gpumesh import __version__
 from gpumesh.bench.report import svg
 from gpumesh.bench.report.html_parts import escape_text, html_table
-from gpumesh.bench.report.report import html_page
+from gpumesh.bench.report.page import html_page
 from gpumesh.bench.report.svg import format_number
 from gpumesh.bench.simulate.fleet import NodeSpec
 from gpumesh.bench.simulate.measures import PolicyResult

@@ -1,7 +1,7 @@
 """`gpumesh bench`: measures latency and throughput, and simulates a fleet.
 
-The commands on results (show, list, compare, export) are in ``cli/bench/results_commands.py``, further parts of `run` in
-``cli/bench/``. Progress goes to stderr, only the result to stdout.
+The commands on results (show, list, compare, export) are in ``cli/bench/results_commands.py``, further parts of
+`run` in ``cli/bench/``. Progress goes to stderr, only the result to stdout.
 """
 
 from __future__ import annotations

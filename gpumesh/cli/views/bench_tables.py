@@ -10,7 +10,7 @@ from gpumesh.bench.figures.failover_text import failover_sentences
 from gpumesh.bench.figures.knee import Knee
 from gpumesh.bench.figures.scaling import Scaling
 from gpumesh.bench.figures.summary import StageResult, stage_label
-from gpumesh.bench.report.answer import partial_sentence
+from gpumesh.bench.report.answer import partial_sentence, short_answer
 from gpumesh.bench.report.svg import format_number
 from gpumesh.bench.results.result import BenchResult
 from gpumesh.bench.simulate.measures import PolicyResult
@@ -46,7 +46,7 @@ def print_result(result: BenchResult, *, notes: bool) -> None:
     partial = partial_sentence(result)
     if partial is not None:
         typer.echo(clean_line(partial))
-    for line in _result_lines(result):
+    for line in (*_result_lines(result), *short_answer(result)):
         typer.echo(clean_line(line))
     print_server_times(result)
     if notes:

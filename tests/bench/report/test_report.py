@@ -13,7 +13,8 @@ from gpumesh.bench.figures.gpu_meter import GpuUse
 from gpumesh.bench.figures.knee import find_knee
 from gpumesh.bench.figures.summary import StageResult, summarize_stage
 from gpumesh.bench.load.samples import LoadSample
-from gpumesh.bench.report.report import MAX_POINTS, report_html
+from gpumesh.bench.report.plots import MAX_POINTS
+from gpumesh.bench.report.report import report_html
 from gpumesh.bench.results.result import BenchResult
 from gpumesh.bench.stats import Objective
 from gpumesh.bench.workload.settings import Scenario
@@ -80,6 +81,7 @@ def test_a_page_that_forbids_itself_to_load_or_run_anything() -> None:
 def test_what_was_measured_is_there() -> None:
     records = tuple(record(number, sent_s=number / 10, node=f"n{number % 2}") for number in range(12))
     parsed = page(result(measured(), notes=("stage mesh: the load generator may be what limits",)), records)
+    assert parsed.words.index("Capacity") < parsed.words.index("Throughput"), "the answer comes first"
     assert parsed.headings[:3] == ["gpumesh bench: quick of qwen2.5:7b", "Throughput", "Latency"]
     assert "stage mesh: the load generator may be what limits" in parsed.words
     for words in ("2026-11-24 04:10 UTC", "NVIDIA GeForce RTX 4090; ollama 0.12.6 over sshtunnel, round trip 41.2 ms"):
@@ -88,10 +90,30 @@ def test_what_was_measured_is_there() -> None:
     assert {"n0", "n1"} <= set(parsed.words)
 
 
-def test_percentiles_that_the_sample_does_not_allow_are_dashes() -> None:
-    text = report_html(result(measured()))
-    (row,) = re.findall(r"<tr><td>mesh, TTFT</td>(.*?)</tr>", text)
-    assert re.findall(r"<td>(.*?)</td>", row)[:4] == ["12", "100", "100", "–"]  # noqa: RUF001
+def cells(text: str, heading: str) -> dict[str, list[str]]:
+    """The cells of the first table after this heading, by the first cell of their row."""
+    table = text[text.index(f"<h2>{heading}</h2>") :].partition("</table>")[0]
+    rows = [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in re.findall(r"<tr>(.*?)</tr>", table)]
+    return {row[0]: row[1:] for row in rows if row}
+
+
+def test_with_few_stages_a_row_is_a_figure() -> None:
+    stages = [measured("a"), measured("b", failed=2)]
+    text = report_html(result(*stages))
+    assert re.search('<th scope="col"></th><th scope="col">a</th><th scope="col">b</th>', text)
+    rows = cells(text, "Throughput")
+    assert (rows["requests"], rows["failed"]) == (["12", "12"], ["0", "2"])
+    ttft = cells(text, "Latency")
+    assert (ttft["n"], ttft["p90"]) == (["12", "12"], ["80.0", "80.0"]), "of the last group, the server's queue"
+    assert text.count("<td>p99</td>") == 1, "of the gaps only: the other samples do not allow it"
+
+
+def test_with_many_stages_a_row_is_a_stage() -> None:
+    text = report_html(result(*(measured(f"c={level}", concurrency=level) for level in range(1, 9))))
+    rows = cells(text, "Throughput")
+    assert list(rows) == [f"c={level}" for level in range(1, 9)]
+    assert rows["c=8"][:2] == ["8", "12"]
+    assert cells(text, "Latency")["c=8"][-6:][3] == "–", "12 values have no p99"  # noqa: RUF001
 
 
 @pytest.mark.parametrize("scenario", Scenario)
@@ -146,7 +168,8 @@ def test_a_sweep_is_drawn_over_concurrency() -> None:
     assert knee is not None
     parsed = page(result(*stages, scenario=Scenario.SWEEP, knee=knee))
     assert "Output tokens per second over concurrency" in parsed.words
-    assert [tag for tag, _ in parsed.tags].count("polyline") == 4
+    lines = [attributes["class"] for tag, attributes in parsed.tags if tag == "line"]
+    assert sum(kind == "line s0" for kind in lines) == 3 * 2, "rate, median wait and goodput of three levels"
     assert parsed.words.count("knee") == 2, "in the plot of the rate and in that of the waiting"
     assert not page(result(*stages, scenario=Scenario.SWEEP)).words.count("knee")
 

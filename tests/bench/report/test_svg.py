@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpumesh.bench.report.svg import (
-    LEFT,
-    RIGHT,
-    WIDTH,
+    MAX_LABEL,
+    ROWS_LEFT,
+    ROWS_RIGHT,
     Bar,
     PlotSeries,
     Range,
@@ -32,15 +32,26 @@ NAMESPACE = "{http://www.w3.org/2000/svg}"
 def drawn(text: str) -> ElementTree.Element:
     """As a browser reads it: in HTML the namespace goes without saying."""
     figure = ElementTree.fromstring(text.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" '))
-    svg = figure.find(f"{NAMESPACE}svg")
-    assert svg is not None
-    _, _, width, height = map(float, svg.attrib["viewBox"].split())
+    (svg,) = [one for one in figure.iter(f"{NAMESPACE}svg") if one.attrib["class"] == "plot"]
+    assert svg.attrib["width"] == "100%"
+    height = float(svg.attrib["height"])
     for element in svg.iter():
         for name in ("x", "cx", "x1", "x2"):
-            assert 0 <= float(element.attrib.get(name, 0)) <= width
+            if name in element.attrib:
+                assert 0 <= percent(element.attrib[name]) <= 100, "it grows with the page"
         for name in ("y", "cy", "y1", "y2"):
             assert 0 <= float(element.attrib.get(name, 0)) <= height
     return svg
+
+
+def percent(position: str) -> float:
+    assert position.endswith("%")
+    return float(position[:-1])
+
+
+def legend(text: str) -> list[str]:
+    """The names in the legend of a figure."""
+    return re.findall(r"</svg> ([^<]*)</span>", text)
 
 
 def texts(svg: ElementTree.Element) -> list[str]:
@@ -93,8 +104,8 @@ def test_ticks_are_few(high: float) -> None:
 def test_bars() -> None:
     svg = drawn(draw_bars("Tokens", [Bar("alpha", 100.0), Bar("beta", 50.0), Bar("gamma", None)], "tok/s"))
     first, second = svg.iter(f"{NAMESPACE}rect")
-    assert float(first.attrib["width"]) == pytest.approx(WIDTH - LEFT - RIGHT)
-    assert float(second.attrib["width"]) == pytest.approx(float(first.attrib["width"]) / 2)
+    assert percent(first.attrib["width"]) == pytest.approx(ROWS_RIGHT - ROWS_LEFT)
+    assert percent(second.attrib["width"]) == pytest.approx(percent(first.attrib["width"]) / 2)
     said = texts(svg)
     assert {"alpha", "beta", "gamma", "100", "50.0", "unknown", "tok/s"} <= set(said)
     assert draw_bars("Tokens", [Bar("alpha", None), Bar("beta", math.nan)], "tok/s") == "", "nothing to draw"
@@ -107,30 +118,39 @@ def test_ranges() -> None:
         Range("beta", (("p50", 20.0), ("p90", None), ("p99", None))),
         Range("gamma", (("p50", None), ("p90", None), ("p99", None))),
     ]
-    svg = drawn(draw_ranges("Latency", rows, "ms"))
+    figure = draw_ranges("Latency", rows, "ms")
+    svg = drawn(figure)
     marks = circles(svg)
     assert [one[0].text for one in marks] == ["alpha: p50 10.0 ms", "alpha: p90 40.0 ms", "beta: p50 20.0 ms"]
     assert [one.attrib["class"] for one in marks] == ["s0", "s1", "s0"]
+    assert legend(figure) == ["p50", "p90"], "the legend names what is there, and no more"
     said = texts(svg)
-    assert said[:2] == ["p50", "p90"], "the legend names what is there, and no more"
     assert {"p90 40.0", "p50 20.0", "unknown", "ms"} <= set(said)
     assert draw_ranges("Latency", rows[2:], "ms") == ""
 
 
+def joining_lines(svg: ElementTree.Element) -> list[ElementTree.Element]:
+    return [one for one in svg.iter(f"{NAMESPACE}line") if one.attrib["class"].startswith("line ")]
+
+
 def test_lines_and_points() -> None:
     series = [PlotSeries("p50", ((1.0, 10.0), (2.0, 20.0))), PlotSeries("p90", ((1.0, 30.0), (2.0, math.inf)))]
-    svg = drawn(draw_points("Over concurrency", series, "in flight", "ms", lines=True))
-    (line,) = svg.iter(f"{NAMESPACE}polyline")
+    figure = draw_points("Over concurrency", series, "in flight", "ms", lines=True, mark=(2.0, "knee"))
+    svg = drawn(figure)
+    (line,) = joining_lines(svg)
     assert line.attrib["class"] == "line s0", "one point makes no line"
     assert [one[0].text for one in circles(svg)] == [
         "p50: 10.0 ms at 1.00 in flight",
         "p50: 20.0 ms at 2.00 in flight",
         "p90: 30.0 ms at 1.00 in flight",
     ]
-    assert texts(svg)[-2:] == ["p50", "p90"]
-    alone = drawn(draw_points("Alone", series[:1], "s", "ms", lines=False))
-    assert list(alone.iter(f"{NAMESPACE}polyline")) == []
-    assert "p50" not in texts(alone), "one series needs no legend"
+    assert legend(figure) == ["p50", "p90"]
+    (mark,) = [one for one in svg.iter(f"{NAMESPACE}line") if one.attrib["class"] == "marked"]
+    assert mark.attrib["x1"] == mark.attrib["x2"] == circles(svg)[1].attrib["cx"]
+    assert "knee" in texts(svg)
+    alone = draw_points("Alone", series[:1], "s", "ms", lines=False)
+    assert joining_lines(drawn(alone)) == []
+    assert legend(alone) == [], "one series needs no legend"
     assert draw_points("Nothing", [PlotSeries("p50", ())], "s", "ms", lines=True) == ""
 
 
@@ -156,4 +176,5 @@ def test_markup_stays_text() -> None:
     assert {element.tag.removeprefix(NAMESPACE) for element in svg.iter()} == {"svg", "line", "text", "rect", "title"}
     assert svg.attrib["aria-label"] == HOSTILE
     (label,) = [text for text in texts(svg) if text.endswith("…")]
+    assert len(label) == MAX_LABEL
     assert HOSTILE.startswith(label[:-1]), "what is long is shortened"

@@ -28,7 +28,7 @@ def test_a_result_as_json_and_as_a_page() -> None:
     page = simulation_html(result)
     assert "a&lt;b" in page
     assert "a<b" not in page
-    assert page.count("<svg") == 4
+    assert page.count('<svg class="plot"') == 4
 
 
 def test_the_figures_have_names() -> None:
