@@ -185,7 +185,7 @@ def read_demand(
         model=model,
         kinds=route.kinds,
         node=node,
-        priority=read_priority(headers, default_priority),
+        priority=read_priority(headers, default_priority) if "x-gpumesh-priority" in headers else default_priority,
         session=headers.get("x-gpumesh-session"),
         prompt_tokens=int(size // BYTES_PER_TOKEN) if size > MIN_PROMPT_BYTES else None,
         max_tokens=_read_max_tokens(members, options),
@@ -287,7 +287,7 @@ def _read_max_tokens(members: Members, options: LoadOptions) -> int | None:
             except ValueError:  # not JSON: ignored here, and the server will tell the client
                 continue
     for value in values:
-        count = safe_json.as_count(value)
+        count = None if value is None else safe_json.as_count(value)
         if count is not None and count > 0:
             return count
     return None

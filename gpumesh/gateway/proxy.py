@@ -180,12 +180,13 @@ async def forward_request(
     Raises GPUMeshError only before the first byte of an answer. A heartbeat may have begun the client's stream.
     """
     calls: Mapping[BackendKind, HttpCall] = dict.fromkeys(demand.kinds, call)
-    wants_why = read_explain(request.headers)
+    headers = request.headers
+    wants_why = "x-gpumesh-explain" in headers and read_explain(headers)
     answer = await mesh.send(
         demand,
         calls,
         timeout_s=timeout_s,
-        resume=read_resume(request.headers),
+        resume="x-gpumesh-resume" not in headers or read_resume(headers),
         try_reserve_memory=request.try_reserve_memory,
         progress=progress,
     )

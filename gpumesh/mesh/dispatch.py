@@ -200,8 +200,8 @@ class Dispatcher:
 
     def _lease(self, placement: Placement) -> Lease:
         """The lease for a request that the scheduler has placed."""
-        node = self._fleet[placement.placed.account.name]
-        return node.lease(placement.placed.demand, placement)
+        placed = placement.placed
+        return self._fleet[placed.account.name].lease(placed.demand, placement)
 
     def _lease_without_slot(
         self, demand: Demand, exclude: frozenset[str], *, despite_breaker: bool = False

@@ -334,7 +334,7 @@ class Continuation:
         received, planner = self._received, self._planner
         if self._first_frame_at is not None:
             self._spent_ms += (self._last_frame_at - self._first_frame_at) * 1000.0
-        self._hidden_tokens += self._count_hidden_tokens()
+        self._hidden_tokens += received.count_hidden_tokens((self.counters and self.counters.tokens) or 0)
         self.abandon_upstream()
         self.cuts += 1
         self._partial_answer = PartialAnswer(
@@ -380,10 +380,6 @@ class Continuation:
         self._use_upstream_format(step.stream_format)
         self._repeated_text = RepeatedText(step.repeated_text)
         return step.call
-
-    def _count_hidden_tokens(self) -> int:
-        """How many tokens the current upstream has counted beyond its frames."""
-        return self._received.count_hidden_tokens((self.counters and self.counters.tokens) or 0)
 
     def _refusal(self) -> str | None:
         """Why no other node can continue the answer; ``None`` if a node can."""

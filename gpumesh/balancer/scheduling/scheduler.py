@@ -310,7 +310,8 @@ class Scheduler:
         """The node may have got a free slot, may have become usable, or its breaker has changed."""
         if (self.queue.size or account.breaker.open_until is not None) and not account.is_removed:
             self._changed[account.name] = account
-        self.choice.shortlist.note_change(account)
+        if self.choice.shortlist.is_needed:
+            self.choice.shortlist.note_change(account)
 
     def note_report(self, account: NodeAccount) -> None:
         """A probe has changed what the node has in memory."""

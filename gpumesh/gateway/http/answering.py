@@ -36,15 +36,18 @@ def require_complete(request: Request, answer: Response | StreamingResponse) -> 
 
 def write_answer(writer: ClientWriter, response: Response, request: Request, *, keep_alive: bool) -> None:
     """Writes the whole answer to a request."""
+    body, headers = response.body, response.headers
+    if request.id is not None or request.cors is not None:
+        headers = request.answer_headers(headers)
     head = render_head(
         response.status,
-        request.answer_headers(response.headers),
-        length=len(response.body),
+        headers,
+        length=len(body),
         keep_alive=keep_alive,
         is_http10=request.is_http10,
         content_security_policy=response.content_security_policy,
     )
-    _write(writer, head, b"" if has_no_body(request.method, response.status) else response.body)
+    _write(writer, head, b"" if has_no_body(request.method, response.status) else body)
 
 
 def write_refusal(writer: ClientWriter, response: Response, headers: HeaderPairs = ()) -> None:
