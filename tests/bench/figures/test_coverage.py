@@ -84,6 +84,8 @@ def test_an_answer_that_was_cut_is_estimated_by_the_others() -> None:
     of_another = stage_of(whole, replace(cut, node="beta"))
     assert of_another.output_tokens is None, "nothing is known of its pieces"
     assert "output tokens and their rates are unknown" in notes(of_another)
+    nobody_knows_whose = stage_of(whole, replace(cut, node=None, outcome=SampleOutcome.UNFINISHED))
+    assert nobody_knows_whose.output_tokens == 18
     assert stage_of(whole, failed_record(2)).prompt_tokens == 7, "what never began has no tokens"
 
 

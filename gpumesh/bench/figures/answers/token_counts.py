@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from gpumesh.bench.figures.answers.answer import Answer
 from gpumesh.bench.load.samples import SampleOutcome
@@ -20,23 +21,22 @@ MAX_SPREAD = 1.1
 @dataclass(frozen=True, slots=True)
 class TokenCounts:
     """The tokens of answers. ``per_piece``: how many tokens a piece of each node has; nodes for which it is not known
-    are left out."""
+    are left out. ``of_any_node`` is the same for an answer whose node is not known; ``None`` if the nodes differ."""
 
-    per_piece: Mapping[str | None, float] = field(default_factory=dict)
+    per_piece: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
+    of_any_node: float | None = None
 
     @classmethod
     def of(cls, answers: Sequence[Answer]) -> TokenCounts:
         """Learns the tokens of a piece from the complete answers of these."""
-        by_node: dict[str | None, list[tuple[int, int]]] = {}
-        for answer in answers:
-            if answer.tokens is not None and answer.pieces and answer.record.outcome is SampleOutcome.SERVED:
-                by_node.setdefault(answer.record.node, []).append((answer.tokens, answer.pieces))
-        per_piece: dict[str | None, float] = {}
-        for node, counts in by_node.items():
-            ratios = [tokens / pieces for tokens, pieces in counts]
-            if max(ratios) <= MAX_SPREAD * min(ratios):
-                per_piece[node] = sum(tokens for tokens, _ in counts) / sum(pieces for _, pieces in counts)
-        return cls(per_piece)
+        by_node: dict[str, list[Answer]] = {}
+        counted = [answer for answer in answers if answer.tokens is not None and answer.pieces]
+        counted = [answer for answer in counted if answer.record.outcome is SampleOutcome.SERVED]
+        for answer in counted:
+            by_node.setdefault(answer.record.node or "", []).append(answer)
+        per_piece = {node: _tokens_of_piece(of_node) for node, of_node in by_node.items()}
+        known = {node: tokens for node, tokens in per_piece.items() if tokens is not None}
+        return cls(MappingProxyType(known), _tokens_of_piece(counted))
 
     def tokens_of(self, answer: Answer) -> float | None:
         """The tokens of an answer; ``None`` if they are unknown. Those of an answer that was cut are an estimate."""
@@ -46,7 +46,8 @@ class TokenCounts:
             return None
         if not answer.pieces:
             return 0.0
-        per_piece = self.per_piece.get(answer.record.node)
+        node = answer.record.node
+        per_piece = self.of_any_node if node is None else self.per_piece.get(node)
         return None if per_piece is None else per_piece * answer.pieces
 
     def sum_of(self, answers: Iterable[Answer]) -> int | None:
@@ -74,6 +75,14 @@ class TokenCounts:
                     return None
                 counts.append(tokens * pieces / answer.pieces)
         return math.fsum(counts)
+
+
+def _tokens_of_piece(answers: Sequence[Answer]) -> float | None:
+    """The mean number of tokens in a piece of these answers; ``None`` if they differ too much, or if there are none."""
+    ratios = [(answer.tokens or 0) / answer.pieces for answer in answers]
+    if not ratios or max(ratios) > MAX_SPREAD * min(ratios):
+        return None
+    return sum(answer.tokens or 0 for answer in answers) / sum(answer.pieces for answer in answers)
 
 
 def sum_prompt_tokens(answers: Iterable[Answer]) -> int | None:
