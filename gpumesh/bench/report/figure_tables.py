@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
-from gpumesh.bench.figures.coverage import Coverage
+from gpumesh.bench.figures.answers.coverage import Coverage
 from gpumesh.bench.figures.summary import StageResult, stage_label
 from gpumesh.bench.report.html_parts import escape_text, html_table
 from gpumesh.bench.report.svg import format_number
