@@ -8,32 +8,24 @@ from gpumesh.bench.figures.failover import OUTAGE_WORDS, FailoverFigures
 
 
 def failover_sentences(figures: FailoverFigures) -> Iterator[str]:
-    """Yields the figures, each with the place where it belongs: notice, clients, tokens, return."""
+    """Yields a line for each question: when was it noticed, what became of requests, what did clients see, when was it
+    back?"""
     avoided = "no request that avoided it was seen"
     if figures.avoided_ms is not None:
-        avoided = f"the first request that avoided it was sent after {_ms(figures.avoided_ms)}"
+        avoided = f"the first request that avoided it came after {_ms(figures.avoided_ms)}"
+    yield f"{figures.node}, {OUTAGE_WORDS[figures.by]}: noticed after {_ms(figures.noticed_ms)}; {avoided}"
+    last_tried = "" if figures.last_tried_ms is None else f"; the last that met it, after {_ms(figures.last_tried_ms)}"
     yield (
-        f"{figures.node}, {OUTAGE_WORDS[figures.by]}: noticed after {_ms(figures.noticed_ms)};"
-        f" {avoided}{_last_tried(figures)}"
+        f"requests: {figures.continued} continued, {figures.retried} retried,"
+        f" {figures.cut} cut, {figures.failed} failed{last_tried}"
     )
     yield (
-        f"clients: longest gap in an answer {_ms(figures.longest_gap_ms)}"
-        f" ({_ms(figures.usual_gap_ms)} before the outage), longest wait for a first token"
-        f" {_ms(figures.longest_ttft_ms)}; {figures.continued} continued, {figures.retried} retried,"
-        f" {figures.cut} cut, {figures.failed} failed"
+        f"clients: longest gap {_ms(figures.longest_gap_ms)} ({_ms(figures.usual_gap_ms)} before),"
+        f" longest wait for a first token {_ms(figures.longest_ttft_ms)}"
     )
     yield f"tokens of continued answers: {_tokens(figures)}"
     if figures.back_s is not None:
-        yield (
-            f"put back: healthy after {_ms(figures.healthy_ms)}, the first token from it after {_ms(figures.serves_ms)}"
-        )
-
-
-def _last_tried(figures: FailoverFigures) -> str:
-    """When the last request was sent that still met the node; empty if none did."""
-    if figures.last_tried_ms is None:
-        return ""
-    return f", the last that still met it after {_ms(figures.last_tried_ms)}"
+        yield f"put back: healthy after {_ms(figures.healthy_ms)}, its first token after {_ms(figures.serves_ms)}"
 
 
 def _tokens(figures: FailoverFigures) -> str:
@@ -46,9 +38,9 @@ def _tokens(figures: FailoverFigures) -> str:
         how = f"by text, of {check.compared} asked for again"
     other = ""
     if check is not None and check.other_texts:
-        other = f"; {check.other_texts} of {check.compared} went on with other words than when nothing disturbs"
+        other = f"; {check.other_texts} of {check.compared} went on with other words than undisturbed"
     elif check is not None and check.is_deterministic is False:
-        other = "; the texts cannot be compared, because the same prompt is not answered alike twice"
+        other = "; no text is compared: the same prompt is not answered alike twice"
     if figures.tokens_repeated is None:
         return f"what was repeated or lost is unknown{other}"
     return f"{figures.tokens_repeated} repeated, {figures.tokens_lost} lost ({how}){other}"

@@ -12,30 +12,34 @@ from gpumesh.bench.workload.route_names import is_again
 
 
 def route_lines(result: BenchResult) -> Iterator[str]:
-    """Yields a line for each node whose routes were compared. ``p50`` is the median.
+    """Yields two lines for each node whose routes were compared. ``p50`` is the median.
 
     A result of an older version has no differences with intervals, only differences of medians.
     """
     for node, costs in itertools.groupby(result.routes, key=lambda cost: cost.node):
         shortest, *others = costs  # the result lists the routes of a node from the shortest on
         outside = format_number(shortest.outside_server_p50_ms)
-        parts = [f"{node}: {outside} ms outside the server at p50 through the {shortest.route}"]
+        yield f"{node}: {outside} ms outside the server at p50 through the {shortest.route}"
         differences = [difference for difference in result.route_differences if difference.node == node]
-        parts += [_describe(difference) for difference in differences if not is_again(difference.route)]
-        parts += [_describe(difference) for difference in differences if is_again(difference.route)]
         if not differences:
-            parts += [f"{cost.route} adds {format_number(cost.added_p50_ms)} ms" for cost in others]
-        yield "; ".join(parts)
+            parts = [f"{cost.route} adds {format_number(cost.added_p50_ms)} ms" for cost in others]
+            yield f"{node}: {'; '.join(parts)}"
+            continue
+        added = [_describe(difference) for difference in differences if not is_again(difference.route)]
+        control = [_amount(difference) for difference in differences if is_again(difference.route)]
+        yield f"{node}: {'; '.join([*added, *(f'A-A {amount}' for amount in control)])}"
 
 
 def _describe(difference: RouteDifference) -> str:
     """What a part of the way adds, with its interval: "tunnel adds 0.60 ms (0.50 to 0.70)"."""
-    interval = "too few rounds for an interval"
+    if difference.is_clear is False:
+        return f"{difference.route} adds none that differs from A-A, {_amount(difference)}"
+    return f"{difference.route} adds {_amount(difference)}"
+
+
+def _amount(difference: RouteDifference) -> str:
+    """The difference with its interval."""
+    interval = "too few rounds"
     if difference.low_ms is not None and difference.high_ms is not None:
         interval = f"{difference.low_ms:.2f} to {difference.high_ms:.2f}"
-    amount = f"{difference.added_ms:.2f} ms ({interval})"
-    if is_again(difference.route):
-        return f"A-A {amount}"
-    if difference.is_clear is False:
-        return f"{difference.route} adds nothing that differs from A-A: {amount}"
-    return f"{difference.route} adds {amount}"
+    return f"{difference.added_ms:.2f} ms ({interval})"

@@ -105,11 +105,12 @@ def test_it_is_told_in_sentences() -> None:
     whole, continued = answer(0, 0.5), answer(1, 1.95, last="turku", attempts=2)
     check = TextCheck(1, 0, repeated=0, lost=0, is_deterministic=True)
     found = figures(run_of(whole, continued), times(healthy_s=START_S + 5.5), check)
-    notice, clients, tokens, back = failover_sentences(found)
+    notice, requests, clients, tokens, back = failover_sentences(found)
     assert notice == "oslo, tunnel cut: noticed after 50 ms; no request that avoided it was seen"
-    assert "1 continued, 0 retried, 0 cut, 0 failed" in clients
+    assert requests == "requests: 1 continued, 0 retried, 0 cut, 0 failed"
+    assert clients.startswith("clients: longest gap 10 ms (10 ms before)")
     assert tokens == "tokens of continued answers: 0 repeated, 0 lost (by text, of 1 asked for again)"
-    assert back == "put back: healthy after 1.5 s, the first token from it after an unknown time"
+    assert back == "put back: healthy after 1.5 s, its first token after an unknown time"
     unlike = replace(found, tokens_repeated=None, tokens_lost=None, text_check=TextCheck(is_deterministic=False))
-    assert "not answered alike twice" in list(failover_sentences(unlike))[2]
-    assert "there was none" in list(failover_sentences(replace(found, continued=0)))[2]
+    assert "not answered alike twice" in list(failover_sentences(unlike))[3]
+    assert "there was none" in list(failover_sentences(replace(found, continued=0)))[3]

@@ -78,9 +78,9 @@ async def test_on_a_running_mesh_and_without_a_place_for_it(two: SimulatedMesh) 
 async def test_other_scenarios(two: SimulatedMesh, tmp_path: Path) -> None:
     gpumesh = two.gpumesh
     failover = await gpumesh("bench", "run", "--scenario", "failover", "-n", "20", "--tokens", "6", "--out", "f")
-    starts = [line.partition(":")[0] for line in failover.out.splitlines()[3:10]]
+    starts = [line.partition(":")[0] for line in failover.out.splitlines()[3:11]]
     assert starts[0].endswith(", drained")
-    assert starts[1:] == ["clients", "tokens of continued answers", "put back", "before", "during", "after"]
+    assert starts[1:] == ["requests", "clients", "tokens of continued answers", "put back", "before", "during", "after"]
     trace = tmp_path / "trace.csv"
     rows = [f"2023-11-16 18:15:4{second}.6805900,{30 + second},2" for second in range(5)]
     trace.write_text("\n".join(["TIMESTAMP,ContextTokens,GeneratedTokens", *rows]) + "\n")
