@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from gpumesh.bench.figures.scaling import Scaling
 from gpumesh.bench.figures.summary import StageResult
 from gpumesh.bench.report.cost_answer import cost_sentence
-from gpumesh.bench.report.scenario_answers import failover_sentence, route_sentences
+from gpumesh.bench.report.scenario_answers import clients_sentence, failover_sentence, route_sentences
 from gpumesh.bench.report.slowest_node import slowest_node_sentence
 from gpumesh.bench.report.svg import format_number
 from gpumesh.bench.results.result import BenchResult
@@ -53,7 +53,7 @@ def short_answer(result: BenchResult) -> list[str]:
     """The two or three sentences that a terminal shows below its table, which has lines for the rest."""
     sentences = [_mesh_rate(result), _users_sentence(result)]
     if result.scenario is Scenario.FAILOVER:
-        sentences = [failover_sentence(result)]
+        sentences = [clients_sentence(result)]
     if result.costs:
         sentences.append(cost_sentence(result, _mesh_stages(result)))
     return [sentence for sentence in sentences if sentence]
@@ -150,7 +150,7 @@ def _requests(count: int) -> str:
 
 def _knee_sentence(result: BenchResult) -> str:
     """From which load on more requests bring no more tokens."""
-    return "" if result.knee is None else f"{result.knee.text}."
+    return "" if result.knee is None else f"{result.knee.text}. At the knee: {result.knee.goodput_text}."
 
 
 def _scaling_sentence(result: BenchResult) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
-from gpumesh.bench.figures.answers.coverage import Coverage
 from gpumesh.bench.figures.summary import StageResult, stage_label
 from gpumesh.bench.report.html_parts import escape_text, html_table
 from gpumesh.bench.report.svg import format_number
@@ -33,7 +32,6 @@ _FIGURES: tuple[StageFigure, ...] = (
     ("req/s", lambda stage: format_number(stage.rates.best_requests_per_s)),
     ("goodput req/s", lambda stage: format_number(stage.rates.best_goodput_per_s)),
     ("server tok/s p50", lambda stage: format_number(stage.rates.server.p50)),
-    ("clock of the TPOT", lambda stage: _tpot_source(stage.coverage)),
 )
 
 _LATENCIES: tuple[tuple[str, Callable[[StageResult], SampleSummary]], ...] = (
@@ -53,12 +51,6 @@ _SAMPLE_FIGURES: tuple[tuple[str, Callable[[SampleSummary], str]], ...] = (
     ("mean", lambda sample: format_number(sample.mean)),
     ("max", lambda sample: format_number(sample.max)),
 )
-
-
-def _tpot_source(coverage: Coverage | None) -> str:
-    """Which clock the TPOT of a stage comes from."""
-    source = None if coverage is None else coverage.tpot_source
-    return format_number(None) if source is None else escape_text(source)
 
 
 def throughput_table(stages: Sequence[StageResult]) -> str:
@@ -81,19 +73,25 @@ def stage_table(stages: Sequence[StageResult], figures: Sequence[StageFigure]) -
 
 
 def latency_table(stages: Sequence[StageResult]) -> str:
-    """The table of latencies, for each kind of latency that has values in a stage."""
+    """The table of latencies, for each kind of latency that has values in a stage. For a single stage, a row is a kind
+    of latency."""
+    names = ["ms", *(name for name, _figure in _SAMPLE_FIGURES)]
+    if len(stages) == 1:
+        samples = [(_latency_title(name, stages), sample_of(stages[0])) for name, sample_of in _LATENCIES]
+        rows = [[name, *(figure(sample) for _, figure in _SAMPLE_FIGURES)] for name, sample in samples if sample.n]
+        return html_table(names, rows)
     if len(stages) <= MAX_STAGE_COLUMNS:
         return html_table(["ms", *map(_column_label, stages)], _latency_rows(stages))
-    rows: list[list[str]] = []
+    rows = []
     for name, sample_of in _LATENCIES:
         measured = [stage for stage in stages if sample_of(stage).n]
         if measured:
-            rows.append([name])
+            rows.append([_latency_title(name, measured)])
         rows += [
             [escape_text(_column_label(stage)), *(figure(sample_of(stage)) for _name, figure in _SAMPLE_FIGURES)]
             for stage in measured
         ]
-    return html_table(["ms", *(name for name, _figure in _SAMPLE_FIGURES)], rows)
+    return html_table(names, rows)
 
 
 def _latency_rows(stages: Sequence[StageResult]) -> list[list[str]]:
@@ -103,12 +101,21 @@ def _latency_rows(stages: Sequence[StageResult]) -> list[list[str]]:
         samples = [sample_of(stage) for stage in stages]
         if not any(sample.n for sample in samples):
             continue
-        rows.append([name])
+        rows.append([_latency_title(name, stages)])
         for figure_name, figure in _SAMPLE_FIGURES:
             cells = [figure(sample) for sample in samples]
             if any(cell != format_number(None) for cell in cells):  # no sample is large enough for a p99
                 rows.append([figure_name, *cells])
     return rows
+
+
+def _latency_title(name: str, stages: Sequence[StageResult]) -> str:
+    """The name of a latency; for the TPOT with the clock from which it comes, or the clocks if they differ."""
+    if name != "TPOT":
+        return name
+    sources = {stage.coverage.tpot_source for stage in stages if stage.coverage is not None}
+    known = sorted(str(source) for source in sources if source is not None)
+    return f"{name} ({', '.join(known)})" if known else name
 
 
 def _column_label(stage: StageResult) -> str:

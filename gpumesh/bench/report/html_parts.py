@@ -7,10 +7,12 @@ from html import escape
 
 from gpumesh.text.printable import printable
 
+MAX_SENTENCES = 3000  # characters of a text of several sentences; a name or a message is shorter
 
-def escape_text(value: object) -> str:
-    """The value as text for the page, without control characters and markup of its own."""
-    return escape(printable(str(value)))
+
+def escape_text(value: object, limit: int = 300) -> str:
+    """The value as text for the page, without control characters and markup of its own; ``limit`` characters of it."""
+    return escape(printable(str(value), limit))
 
 
 def html_table(column_names: Sequence[str], rows: Iterable[Sequence[str]], *, text_columns: Iterable[int] = ()) -> str:
@@ -38,5 +40,5 @@ def html_table(column_names: Sequence[str], rows: Iterable[Sequence[str]], *, te
 
 def html_terms(terms: Iterable[tuple[str, str]]) -> str:
     """Writes a list of terms with their texts, or an empty text if there are none. Escapes both."""
-    rows = "".join(f"<dt>{escape_text(term)}</dt><dd>{escape_text(text)}</dd>\n" for term, text in terms)
+    rows = "".join(f"<dt>{escape_text(term)}</dt><dd>{escape_text(text, MAX_SENTENCES)}</dd>\n" for term, text in terms)
     return f"<dl>{rows}</dl>" if rows else ""

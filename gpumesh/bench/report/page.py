@@ -29,7 +29,7 @@ p.sub, figcaption, th, dt {{ color: var(--soft); }} p.sub {{ margin-top: 0; }}
 .answer dl {{ margin: 0; row-gap: .45rem; }} .answer dt {{ font-weight: 600; color: var(--fg); }}
 .note {{ border-left: 3px solid var(--rule); color: var(--soft); padding: .1rem .8rem; margin: .4rem 0; }}
 .partial {{ border-color: var(--warn); color: var(--fg); font-weight: 600; }}
-.scroll {{ overflow-x: auto; }}
+.scroll {{ overflow-x: auto; margin: .4rem 0 1.2rem; }}
 table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }}
 th, td {{ padding: .3rem .55rem; border-bottom: 1px solid var(--rule); text-align: right; white-space: nowrap; }}
 th {{ font-weight: 500; }}
@@ -56,7 +56,8 @@ dl {{ display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; }}
   body {{ max-width: none; margin: 0; padding: 0; font-size: 10pt; print-color-adjust: exact;
     -webkit-print-color-adjust: exact; }}
   figure, tr, .answer, .note {{ break-inside: avoid; }} h2 {{ break-after: avoid; }}
-  .scroll {{ overflow: visible; }} th, td {{ padding: .15rem .35rem; white-space: normal; }}
+  .scroll {{ overflow: visible; }} th, td {{ padding: .15rem .35rem; overflow-wrap: normal; }}
+  th, td:first-child {{ white-space: normal; }}
   table {{ font-size: 8.5pt; }}
 }}
 """

@@ -17,10 +17,8 @@ MAX_POINTS = 3000  # of one plot: a page with more opens slowly, and an eye sees
 
 
 def throughput_plots(result: BenchResult) -> list[str]:
-    """The plots of rates. ``sweep`` has one over the concurrency, ``overhead`` none: its answers have one token."""
+    """The plots of rates. Those of ``sweep`` are over the concurrency."""
     stages = result.stages
-    if result.scenario is Scenario.OVERHEAD:
-        return []
     if result.scenario is Scenario.SWEEP:
         rates = _over_concurrency("tokens", stages, [stage.rates.best_tokens_per_s for stage in stages])
         goodput = _over_concurrency("goodput", stages, [stage.rates.best_goodput_per_s for stage in stages])

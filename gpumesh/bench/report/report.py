@@ -24,12 +24,13 @@ from gpumesh.bench.report.figure_tables import (
     stage_table,
     throughput_table,
 )
-from gpumesh.bench.report.html_parts import escape_text, html_table, html_terms
+from gpumesh.bench.report.html_parts import MAX_SENTENCES, escape_text, html_table, html_terms
 from gpumesh.bench.report.page import html_page
 from gpumesh.bench.report.plots import latency_plots, request_timeline, throughput_plots
 from gpumesh.bench.report.routes_section import routes_section
 from gpumesh.bench.report.server_times import server_times_html
 from gpumesh.bench.results.result import BenchResult
+from gpumesh.bench.workload.settings import Scenario
 
 _PHASE_FIGURES: tuple[tuple[str, Callable[[Phase], str]], ...] = (
     ("requests", lambda phase: f"{phase.requests:,}"),
@@ -58,13 +59,11 @@ def report_html(result: BenchResult, records: Sequence[LoadSample] = ()) -> str:
         f"gpumesh {escape_text(result.environment.gpumesh)}</p>",
         _partial_note(result),
         _answer(result),
-        *(f'<p class="note">{escape_text(note)}</p>' for note in result.notes),
+        *(f'<p class="note">{escape_text(note, MAX_SENTENCES)}</p>' for note in result.notes),
         routes_section(result),
         failover_section(result),
         node_events_section(result.stages),
-        "<h2>Throughput</h2>",
-        *throughput_plots(result),
-        throughput_table(result.stages),
+        *_throughput(result),
         "<h2>Latency</h2>",
         *latency_plots(result),
         latency_table(result.stages),
@@ -78,6 +77,13 @@ def report_html(result: BenchResult, records: Sequence[LoadSample] = ()) -> str:
         _conditions(result),
     ]
     return html_page(title, body)
+
+
+def _throughput(result: BenchResult) -> list[str]:
+    """The section of the rates. ``overhead`` has none: its answers have one token, so that a rate means nothing."""
+    if result.scenario is Scenario.OVERHEAD:
+        return []
+    return ["<h2>Throughput</h2>", *throughput_plots(result), throughput_table(result.stages)]
 
 
 def _answer(result: BenchResult) -> str:
@@ -142,7 +148,7 @@ def _shares(stages: Sequence[StageResult]) -> str:
         return ""
     labels = ["", *map(stage_label, mesh_stages)]
     names = dict.fromkeys(share.node for stage in mesh_stages for share in stage.nodes)
-    if len(mesh_stages) > MAX_STAGE_COLUMNS:
+    if not 1 < len(mesh_stages) <= MAX_STAGE_COLUMNS:
         return "<h2>Who served what</h2>" + _shares_by_stage(mesh_stages)
     rows: list[list[str]] = []
     for title, figure in _SHARE_FIGURES:
@@ -155,7 +161,7 @@ def _shares(stages: Sequence[StageResult]) -> str:
 
 
 def _shares_by_stage(stages: Sequence[StageResult]) -> str:
-    """The same with a row for each node of each stage: for more stages than there is room for columns."""
+    """The same with a row for each node of each stage: for a single stage, and for more than there are columns."""
     rows = [
         [escape_text(f"{stage_label(stage)}: {share.node}"), *(figure(share) for _title, figure in _SHARE_FIGURES)]
         for stage in stages

@@ -42,11 +42,16 @@ def _added_parts(result: BenchResult, node: str) -> Iterator[str]:
 
 
 def failover_sentence(result: BenchResult) -> str:
+    """What the clients noticed of a node that went away, and when the mesh did; empty if no stage was disturbed."""
+    clients = clients_sentence(result)
+    if not clients or result.failover is None:
+        return clients
+    return " ".join([clients, *_describe_outage(result.failover)])
+
+
+def clients_sentence(result: BenchResult) -> str:
     """What the clients noticed of a node that went away; empty if no stage was disturbed."""
-    sentences = [_describe_clients(stage, result.failover) for stage in result.stages if stage.phases]
-    if sentences and result.failover is not None:
-        sentences += _describe_outage(result.failover)
-    return " ".join(sentences)
+    return " ".join(_describe_clients(stage, result.failover) for stage in result.stages if stage.phases)
 
 
 def _describe_clients(stage: StageResult, figures: FailoverFigures | None) -> str:

@@ -25,7 +25,7 @@ MARK_HEIGHT = 16
 AXIS_HEIGHT = 22  # the numbers of the x axis
 POINTS_HEIGHT, POINTS_TOP = 280, 26  # of a plot of points, and of its unit at the top
 SERIES_COLOURS = 6  # the CSS classes s0 to s5
-MAX_LABEL = 40  # characters; more would not fit on a telephone
+MAX_LABEL = 46  # characters; more would not fit on a telephone
 
 
 @dataclass(frozen=True, slots=True)

@@ -84,7 +84,9 @@ def test_the_knee() -> None:
     ]
     knee = find_knee(stages, Objective())
     assert knee is not None
-    assert answer(result(*stages, scenario=Scenario.SWEEP, knee=knee))["Knee"] == f"{knee.text}."
+    assert answer(result(*stages, scenario=Scenario.SWEEP, knee=knee))["Knee"] == (
+        f"{knee.text}. At the knee: {knee.goodput_text}."
+    )
 
 
 def server(tokens_per_s: float) -> Any:
@@ -191,13 +193,17 @@ def test_failover_tells_what_clients_noticed() -> None:
         "iceland", OutageKind.TUNNEL, 0.5, 1.0, 210.0, "down", 1.0, 2.0, 820.0, 31.0, 50.0, 2, 3, 0, 0,
         tokens_repeated=0, tokens_lost=4, serves_ms=900.0,
     )  # fmt: skip
-    (sentence,) = short_answer(replace(made, failover=figures))
-    assert sentence == (
+    made = replace(made, failover=figures)
+    (part,) = answer_parts(made)
+    clients = (
         "iceland drained under load: none of 2 requests failed, 2 were sent again to another node, 3 answers were "
-        "continued by another node. The longest pause in an answer was 820 ms (31.0 ms before). The mesh noticed after "
-        "210 ms. Of the tokens of continued answers, none came twice and 4 are missing. The node served again 900 ms "
-        "after it was put back."
+        "continued by another node. The longest pause in an answer was 820 ms (31.0 ms before)."
     )
+    assert part.text == (
+        f"{clients} The mesh noticed after 210 ms. Of the tokens of continued answers, none came twice and 4 are "
+        "missing. The node served again 900 ms after it was put back."
+    )
+    assert short_answer(made) == [clients], "the terminal has lines for the rest"
 
 
 def test_overhead_tells_what_each_part_adds() -> None:

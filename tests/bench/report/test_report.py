@@ -11,6 +11,7 @@ import pytest
 
 from gpumesh.bench.figures.gpu_meter import GpuUse
 from gpumesh.bench.figures.knee import find_knee
+from gpumesh.bench.figures.scaling import Scaling
 from gpumesh.bench.figures.summary import StageResult, summarize_stage
 from gpumesh.bench.load.samples import LoadSample
 from gpumesh.bench.report.plots import MAX_POINTS
@@ -103,9 +104,21 @@ def test_with_few_stages_a_row_is_a_figure() -> None:
     assert re.search('<th scope="col"></th><th scope="col">a</th><th scope="col">b</th>', text)
     rows = cells(text, "Throughput")
     assert (rows["requests"], rows["failed"]) == (["12", "12"], ["0", "2"])
-    ttft = cells(text, "Latency")
-    assert (ttft["n"], ttft["p90"]) == (["12", "12"], ["80.0", "80.0"]), "of the last group, the server's queue"
+    last_group = cells(text, "Latency")
+    assert last_group["n"] == ["12", "12"]
+    assert text.index(">TTFT</th>") < text.index(">end-to-end</th>")
     assert text.count("<td>p99</td>") == 1, "of the gaps only: the other samples do not allow it"
+
+
+def test_a_single_stage_has_a_row_for_each_kind_of_latency() -> None:
+    rows = cells(report_html(result(measured())), "Latency")
+    assert rows["TTFT"][:4] == ["12", "100", "100", "–"], "12 values have no p99"  # noqa: RUF001
+
+
+def test_a_long_answer_is_not_cut() -> None:
+    scaling = Scaling(100.0, 114.0, 100 / 114, explanation="word " * 100 + "end")
+    words = page(result(measured(), notes=("word " * 100 + "end",), scaling=scaling)).words
+    assert sum(len(text) > 400 and "end" in text[-5:] for text in words) >= 2
 
 
 def test_with_many_stages_a_row_is_a_stage() -> None:
@@ -160,6 +173,7 @@ def test_overhead_begins_with_what_the_way_costs() -> None:
     assert "1.50" in parsed.words
     assert "Outside the server: the way there and back" in parsed.words
     assert "Output tokens per second" not in parsed.words
+    assert "Throughput" not in parsed.headings, "an answer of one token has no rate"
 
 
 def test_a_sweep_is_drawn_over_concurrency() -> None:
