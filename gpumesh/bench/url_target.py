@@ -7,7 +7,7 @@ from contextlib import AbstractAsyncContextManager
 from datetime import UTC, datetime
 from urllib.parse import urlsplit
 
-from gpumesh.bench.load.client_apis import ClientApi
+from gpumesh.bench.load.http.client_apis import ClientApi
 from gpumesh.bench.load.send_prompt import SendPrompt
 from gpumesh.bench.workload.settings import Scenario
 from gpumesh.errors import UsageError

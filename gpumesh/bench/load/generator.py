@@ -17,9 +17,9 @@ from typing import Protocol
 from gpumesh.bench.load.answer_reading import AnswerReading
 from gpumesh.bench.load.conditions import LoadConditions, Via
 from gpumesh.bench.load.conversations import ConversationHistories
-from gpumesh.bench.load.load_meter import LoadMeter
+from gpumesh.bench.load.limits.load_meter import LoadMeter
+from gpumesh.bench.load.limits.measured_conditions import measured_conditions
 from gpumesh.bench.load.loops import send_in_closed_loop, send_in_open_loop, split_conversations
-from gpumesh.bench.load.measured_conditions import measured_conditions
 from gpumesh.bench.load.samples import ClientLoad, LoadSample, StageRun
 from gpumesh.bench.load.send_prompt import SendPrompt
 from gpumesh.bench.workload.stages import PlannedRequest, Stage

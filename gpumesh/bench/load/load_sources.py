@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from gpumesh.bench.load.client_apis import ClientApi, api_of_kind, common_api
 from gpumesh.bench.load.conditions import Via
 from gpumesh.bench.load.generator import Disturbance, run_stage
-from gpumesh.bench.load.generator_link import GeneratorProcess
-from gpumesh.bench.load.raw_sender import Endpoint
+from gpumesh.bench.load.http.client_apis import ClientApi, api_of_kind, common_api
+from gpumesh.bench.load.http.raw_sender import Endpoint
+from gpumesh.bench.load.own_process.generator_link import GeneratorProcess
 from gpumesh.bench.load.routes import ApiKeys
 from gpumesh.bench.load.samples import LoadSample, StageRun
 from gpumesh.bench.load.send_prompt import SendPrompt

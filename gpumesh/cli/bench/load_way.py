@@ -68,8 +68,8 @@ async def open_load(
     ``send`` sends through the session. Raises UsageError if the mesh has no such way.
     """
     from gpumesh.bench.load.conditions import Via
-    from gpumesh.bench.load.generator_link import GeneratorProcess
     from gpumesh.bench.load.load_sources import LoadOfGenerator, LoadOfThisProcess
+    from gpumesh.bench.load.own_process.generator_link import GeneratorProcess
     from gpumesh.daemon.sessions.local_session import LocalSession
 
     embedded = isinstance(session, LocalSession)

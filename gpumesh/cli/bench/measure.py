@@ -113,8 +113,8 @@ async def measure_url(
 ) -> None:
     """Measures a server that belongs to no mesh. The arguments are those of ``measure``."""
     from gpumesh.bench import run as bench
-    from gpumesh.bench.load.generator_link import GeneratorProcess
     from gpumesh.bench.load.load_sources import LoadOnUrl
+    from gpumesh.bench.load.own_process.generator_link import GeneratorProcess
 
     target = server.target
     with ExitStack() as stack:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from gpumesh.errors import UsageError
 
 if TYPE_CHECKING:
-    from gpumesh.bench.load.client_apis import ClientApi
+    from gpumesh.bench.load.http.client_apis import ClientApi
     from gpumesh.bench.url_target import UrlTarget
     from gpumesh.bench.workload.settings import Scenario
 
@@ -46,7 +46,7 @@ def parse_url_options(
 ) -> UrlOptions | None:
     """The options of a run without a mesh; ``None`` without ``--url``. The other arguments are options that do not all
     fit to it. Raises UsageError."""
-    from gpumesh.bench.load.client_apis import CHOSEN_BY_PERSON, ClientApi
+    from gpumesh.bench.load.http.client_apis import CHOSEN_BY_PERSON, ClientApi
     from gpumesh.bench.url_target import SCENARIOS, UrlTarget
 
     if url is None:

@@ -1,4 +1,4 @@
-"""The process of the load generator: ``python -m gpumesh.bench.load.generator_process``, started by a benchmark.
+"""The load generator, ``python -m gpumesh.bench.load.own_process.generator_process``: a benchmark starts it.
 
 It reads stages from its standard input and writes samples to its standard output (``generator_messages``). It ends when
 its input ends, or when the process that started it does; its requests end with it.
@@ -17,13 +17,13 @@ from typing import Any
 
 import msgspec
 
-from gpumesh.bench.load import generator_messages as messages
 from gpumesh.bench.load.conversations import ConversationHistories
-from gpumesh.bench.load.load_meter import LoadMeter
+from gpumesh.bench.load.http.raw_answers import RawAnswer, decode_answer, read_answer_text, undecoded_sample
+from gpumesh.bench.load.http.raw_sender import RawSender, ReadyRequest
+from gpumesh.bench.load.limits.load_meter import LoadMeter
+from gpumesh.bench.load.limits.measured_conditions import measured_conditions
 from gpumesh.bench.load.loops import send_in_closed_loop, send_in_open_loop, split_conversations
-from gpumesh.bench.load.measured_conditions import measured_conditions
-from gpumesh.bench.load.raw_answers import RawAnswer, decode_answer, read_answer_text, undecoded_sample
-from gpumesh.bench.load.raw_sender import RawSender, ReadyRequest
+from gpumesh.bench.load.own_process import generator_messages as messages
 from gpumesh.bench.load.samples import LoadSample
 from gpumesh.mesh.requests.connections.connection_pool import ConnectionPool
 from gpumesh.tunnels.local_system import child_process

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from gpumesh.bench.load.client_judge import client_load, judge_load
 from gpumesh.bench.load.conditions import Limit, LoadConditions, MachineLoad, ProcessLoad, Via
+from gpumesh.bench.load.limits.client_judge import client_load, judge_load
 
 QUIET_LAGS = [0.1] * 100
 CALM = LoadConditions(

@@ -10,7 +10,7 @@ from types import MappingProxyType
 from gpumesh.backends.base import ChatRequest, FrameReader, HttpCall
 from gpumesh.backends.dialects import DIALECTS
 from gpumesh.backends.error_text import error_text
-from gpumesh.bench.load.anthropic_api import AnthropicEventReader, build_messages_call
+from gpumesh.bench.load.http.anthropic_api import AnthropicEventReader, build_messages_call
 from gpumesh.topology import BackendKind
 
 

@@ -10,9 +10,9 @@ import time
 
 import pytest
 
-from gpumesh.bench.load.burst_wait import median_wait_ms, time_per_piece_s
-from gpumesh.bench.load.load_meter import LoadMeter, interpolate, share_in_windows
-from gpumesh.bench.load.system_load import MainThread, read_machine_times, read_process_times
+from gpumesh.bench.load.limits.burst_wait import median_wait_ms, time_per_piece_s
+from gpumesh.bench.load.limits.load_meter import LoadMeter, interpolate, share_in_windows
+from gpumesh.bench.load.limits.system_load import MainThread, read_machine_times, read_process_times
 
 
 def test_values_between_samples() -> None:

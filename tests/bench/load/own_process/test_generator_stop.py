@@ -9,10 +9,10 @@ from dataclasses import replace
 import pytest
 
 from gpumesh.backends.base import ChatRequest, Message
-from gpumesh.bench.load.client_apis import ClientApi
 from gpumesh.bench.load.conditions import Via
-from gpumesh.bench.load.generator_link import GeneratorProcess
-from gpumesh.bench.load.raw_sender import Endpoint
+from gpumesh.bench.load.http.client_apis import ClientApi
+from gpumesh.bench.load.http.raw_sender import Endpoint
+from gpumesh.bench.load.own_process.generator_link import GeneratorProcess
 from gpumesh.bench.load.samples import LoadSample, SampleOutcome, StageRun
 from gpumesh.bench.workload.stages import PlannedRequest, Stage, StageKind
 from gpumesh.lab.ollama import SimOllama

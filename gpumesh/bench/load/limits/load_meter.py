@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from statistics import median
 
 from gpumesh.bench.load.conditions import MachineLoad, ProcessLoad
-from gpumesh.bench.load.system_load import (
+from gpumesh.bench.load.limits.system_load import (
     MachineTimes,
     MainThread,
     ThreadTimes,

@@ -13,7 +13,7 @@ import msgspec
 
 from gpumesh.backends.base import ChatRequest
 from gpumesh.bench.load.conditions import LoadConditions, Via
-from gpumesh.bench.load.raw_sender import Endpoint
+from gpumesh.bench.load.http.raw_sender import Endpoint
 from gpumesh.bench.load.samples import ClientLoad, LoadSample
 
 LINE_LIMIT = 64 << 20  # the longest message in bytes: a request with a prompt of 200,000 tokens has about 1 MB

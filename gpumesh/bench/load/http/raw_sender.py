@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from gpumesh.backends.base import ChatRequest, HttpCall
-from gpumesh.bench.load.client_apis import API_FUNCTIONS, ClientApi
-from gpumesh.bench.load.raw_answers import ArrivalSink, RawAnswer
+from gpumesh.bench.load.http.client_apis import API_FUNCTIONS, ClientApi
+from gpumesh.bench.load.http.raw_answers import ArrivalSink, RawAnswer
 from gpumesh.errors import BackendStatus, BackendUnreachable, GPUMeshError
 from gpumesh.mesh.requests.connections.connection_pool import CONNECT_TIMEOUT_S, ConnectionPool
 from gpumesh.mesh.requests.connections.response_parser import ResponseHead

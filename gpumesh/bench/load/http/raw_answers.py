@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from gpumesh.bench.load.answer_reading import AnswerReading
-from gpumesh.bench.load.client_apis import API_FUNCTIONS, ClientApi
+from gpumesh.bench.load.http.client_apis import API_FUNCTIONS, ClientApi
 from gpumesh.bench.load.samples import LoadSample
 from gpumesh.errors import GPUMeshError, StreamCut
 

@@ -11,10 +11,10 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Self
 
-from gpumesh.bench.load import generator_messages as messages
 from gpumesh.bench.load.conditions import Via
 from gpumesh.bench.load.generator import Disturbance, RunningStage, disturb_stage
-from gpumesh.bench.load.raw_sender import Endpoint
+from gpumesh.bench.load.http.raw_sender import Endpoint
+from gpumesh.bench.load.own_process import generator_messages as messages
 from gpumesh.bench.load.samples import LoadSample, StageRun
 from gpumesh.bench.workload.stages import Stage
 from gpumesh.config import environment
@@ -50,7 +50,7 @@ class GeneratorProcess:
             self._process = await asyncio.create_subprocess_exec(
                 sys.executable,
                 "-m",
-                "gpumesh.bench.load.generator_process",
+                "gpumesh.bench.load.own_process.generator_process",
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.DEVNULL,  # what goes wrong is a message

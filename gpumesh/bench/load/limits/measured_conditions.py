@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import median
 
-from gpumesh.bench.load.burst_wait import median_wait_ms, time_per_piece_s
-from gpumesh.bench.load.client_judge import LATE_CLIENT_MS, client_load, judge_load
 from gpumesh.bench.load.conditions import LoadConditions, Via
-from gpumesh.bench.load.load_meter import LoadMeter
+from gpumesh.bench.load.limits.burst_wait import median_wait_ms, time_per_piece_s
+from gpumesh.bench.load.limits.client_judge import LATE_CLIENT_MS, client_load, judge_load
+from gpumesh.bench.load.limits.load_meter import LoadMeter
 from gpumesh.bench.load.samples import ClientLoad, LoadSample
 
 

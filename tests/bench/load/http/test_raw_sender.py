@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from gpumesh.backends.base import ChatRequest, Message
-from gpumesh.bench.load import raw_answers
-from gpumesh.bench.load.client_apis import ClientApi, common_api
+from gpumesh.bench.load.http import raw_answers
+from gpumesh.bench.load.http.client_apis import ClientApi, common_api
+from gpumesh.bench.load.http.raw_answers import decode_answer, undecoded_sample
+from gpumesh.bench.load.http.raw_sender import Endpoint, RawSender
 from gpumesh.bench.load.load_sources import gateway_endpoints, node_endpoints
-from gpumesh.bench.load.raw_answers import decode_answer, undecoded_sample
-from gpumesh.bench.load.raw_sender import Endpoint, RawSender
 from gpumesh.bench.load.routes import ApiKeys
 from gpumesh.bench.load.samples import LoadSample, SampleOutcome
 from gpumesh.bench.url_target import UrlTarget
@@ -115,7 +115,7 @@ async def test_the_key_is_sent_as_the_api_wants_it(api: ClientApi, header: bytes
         (sample,) = await sampled(endpoint)
         assert header in server.requests[0].head
     assert (sample.outcome, sample.error_code, sample.error) == (SampleOutcome.FAILED, BackendStatus.code, "no credit")
-    assert (sample.tokens, sample.attempts) == (0, 0)
+    assert (sample.tokens, sample.attempts) == (None, 0), "what nobody has counted is unknown"
 
 
 async def test_answers_that_do_not_end_well() -> None:

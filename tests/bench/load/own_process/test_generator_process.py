@@ -16,13 +16,13 @@ from types import MappingProxyType
 import pytest
 
 from gpumesh.backends.base import ChatRequest, Message
-from gpumesh.bench.load import generator_messages as messages
-from gpumesh.bench.load import generator_process
-from gpumesh.bench.load.client_apis import ClientApi
 from gpumesh.bench.load.conditions import Via
-from gpumesh.bench.load.generator_link import GeneratorProcess
-from gpumesh.bench.load.generator_process import StageInProcess
-from gpumesh.bench.load.raw_sender import Endpoint
+from gpumesh.bench.load.http.client_apis import ClientApi
+from gpumesh.bench.load.http.raw_sender import Endpoint
+from gpumesh.bench.load.own_process import generator_messages as messages
+from gpumesh.bench.load.own_process import generator_process
+from gpumesh.bench.load.own_process.generator_link import GeneratorProcess
+from gpumesh.bench.load.own_process.generator_process import StageInProcess
 from gpumesh.bench.load.samples import LoadSample, SampleOutcome
 from gpumesh.bench.workload.stages import PlannedRequest, Stage, StageKind
 from gpumesh.errors import GPUMeshError
@@ -126,7 +126,7 @@ async def test_it_dies_with_its_parent() -> None:
     """The parent is killed, so it cannot clean up."""
     program = (
         "import asyncio\n"
-        "from gpumesh.bench.load.generator_link import GeneratorProcess\n"
+        "from gpumesh.bench.load.own_process.generator_link import GeneratorProcess\n"
         "async def main():\n"
         "    async with GeneratorProcess() as generator:\n"
         "        print(generator.pid, flush=True)\n"

@@ -1,0 +1,1 @@
+"""Sends requests over HTTP in the APIs of the servers, and keeps the answers as they arrive."""

@@ -1,0 +1,1 @@
+"""What limited a stage, if not the servers: measures the processes and the machine, and judges by it."""
