@@ -25,6 +25,7 @@ from gpumesh.bench.report.figure_tables import (
     throughput_table,
 )
 from gpumesh.bench.report.html_parts import MAX_SENTENCES, escape_text, html_table, html_terms
+from gpumesh.bench.report.load_section import describe_way, load_html
 from gpumesh.bench.report.page import html_page
 from gpumesh.bench.report.plots import latency_plots, request_timeline, throughput_plots
 from gpumesh.bench.report.routes_section import routes_section
@@ -74,6 +75,7 @@ def report_html(result: BenchResult, records: Sequence[LoadSample] = ()) -> str:
         server_times_html(result),
         _gpus_and_cost(result),
         _failures(result.stages),
+        load_html(result),
         _conditions(result),
     ]
     return html_page(title, body)
@@ -212,7 +214,7 @@ def _conditions(result: BenchResult) -> str:
     environment, settings = result.environment, result.settings
     conditions = [
         ("measured from", f"{environment.platform}, {environment.cpus or '?'} CPUs, Python {environment.python}"),
-        ("mesh", "in the measuring process" if environment.embedded else "already running, over its control socket"),
+        ("mesh", describe_way(environment)),
         (
             "prompts",
             f"about {settings.prompt_tokens} tokens with a nonce at the start, {settings.tokens} tokens to answer",

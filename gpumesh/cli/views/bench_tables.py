@@ -37,12 +37,21 @@ RESULT_COLUMNS = (
     Column("REQ/S", 3, right=True),
     Column("GOOD/S", 4, right=True),
 )
+LIMIT_COLUMN = Column("LIMIT", 1)  # its reason is in the notes
 
 
 def print_result(result: BenchResult, *, notes: bool) -> None:
     """Prints the table of the stages, and the figures for which it has no column, to stdout; with ``notes`` the
     result's notes to stderr."""
-    print_fitted_table(RESULT_COLUMNS, [_stage_cells(stage, result.knee) for stage in result.stages])
+    rows = [_stage_cells(stage, result.knee) for stage in result.stages]
+    limits = [_limit_name(stage) for stage in result.stages]
+    if any(limits):  # most results have none, and then the column would only take space
+        print_fitted_table(
+            (*RESULT_COLUMNS, LIMIT_COLUMN),
+            [[*row, Cell(name, "yellow")] for row, name in zip(rows, limits, strict=True)],
+        )
+    else:
+        print_fitted_table(RESULT_COLUMNS, rows)
     partial = partial_sentence(result)
     if partial is not None:
         typer.echo(clean_line(partial))
@@ -52,6 +61,12 @@ def print_result(result: BenchResult, *, notes: bool) -> None:
     if notes:
         for note in result.notes:
             typer.echo(f"note: {clean_line(note)}", err=True)
+
+
+def _limit_name(stage: StageResult) -> str:
+    """What limited the stage, if not the servers; empty if nothing did."""
+    limit = None if stage.conditions is None else stage.conditions.limit
+    return "" if limit is None else limit.value.upper()
 
 
 def _stage_name(stage: StageResult, *, is_knee: bool) -> str:

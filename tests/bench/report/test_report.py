@@ -13,7 +13,9 @@ from gpumesh.bench.figures.gpu_meter import GpuUse
 from gpumesh.bench.figures.knee import find_knee
 from gpumesh.bench.figures.scaling import Scaling
 from gpumesh.bench.figures.summary import StageResult, summarize_stage
+from gpumesh.bench.load.conditions import Limit, LoadConditions, MachineLoad, ProcessLoad, Via
 from gpumesh.bench.load.samples import LoadSample
+from gpumesh.bench.report.load_section import describe_way
 from gpumesh.bench.report.plots import MAX_POINTS
 from gpumesh.bench.report.report import report_html
 from gpumesh.bench.results.result import BenchResult
@@ -209,3 +211,26 @@ def test_what_hosts_say_stays_text() -> None:
     assert {"script", "img"}.isdisjoint(tag for tag, _ in parsed.tags)
     assert "owned" not in text
     assert not any(sign in text for sign in ("\x1b", "\x07", "\u202e"))
+
+
+def test_where_the_load_came_from() -> None:
+    conditions = LoadConditions(
+        Via.GATEWAY,
+        own_process=True,
+        generator=ProcessLoad(0.31),
+        mesh=ProcessLoad(0.97),
+        machine=MachineLoad(cores=4, busy=0.75, other_cpu=1.2),
+        limit=Limit.MESH_BOUND,
+        reason="the mesh's process used 97% of a core: it may be what limits",
+    )
+    measured = summarize_only(make_stage_run(record(), conditions=conditions))
+    limited = result(measured)
+    limited = replace(limited, environment=replace(limited.environment, via=Via.GATEWAY))
+    page = Page(report_html(limited, []))
+    assert "Where the load came from" in page.headings
+    text = " ".join(page.words)
+    assert "MESH-BOUND" in text
+    assert "75% of 4 cores" in text
+    assert "through its gateway" in text
+    assert "Where the load came from" not in Page(report_html(result(), [])).headings
+    assert describe_way(replace(limited.environment, url="http://gpu:8000")).startswith("none: http://gpu:8000")
