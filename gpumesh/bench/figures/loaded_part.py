@@ -6,6 +6,7 @@ Only in this part does a rate say what a node or the mesh can do: before it the 
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,8 @@ from gpumesh.bench.stats import rate
 
 # The first round is left out only if at least this share of the time until the last send is left.
 MIN_LOADED_SHARE = 0.4
+# Answers that a client sees together for a shorter time may have been written one after the other.
+TOGETHER_SHARE = 0.3
 # As in the balancer (balancer/limits/parallel_limit.py): a shorter time is no wait for a slot, and no load.
 WAIT_NOISE_MS, WAIT_NOISE_SHARE = 50.0, 0.05
 LOAD_NOISE_MS = 200.0
@@ -110,21 +113,24 @@ def _work_began_s(record: LoadSample) -> float:
 
 
 def most_at_once(records: Sequence[LoadSample]) -> int:
-    """The largest number of answers that had begun and had not ended at one moment, as the client saw it.
+    """The largest number of answers that were being written at the same time, as the client saw it.
 
-    Answers that come at the same time are the surest sign of how many requests a server runs in parallel. The last
-    piece of an answer does not count, because a client can see it after the first piece of the answer that follows in
-    the same slot.
+    Answers that come at the same time are the surest sign of how many requests a server runs in parallel. They must do
+    so for ``TOGETHER_SHARE`` of a usual answer's time without a pause: if the client runs late, it sees the end of an
+    answer after the beginning of the next answer in the same slot. An answer of one piece shows nothing.
     """
-    changes: list[tuple[float, int]] = []
-    for record in records:
-        if len(record.arrivals_s) >= 2:
-            changes.append((record.arrivals_s[0], +1))
-            changes.append((record.arrivals_s[-2], -1))
-    most = now = 0
-    for _at_s, change in sorted(changes):  # at equal times, ends come first
-        now += change
-        most = max(most, now)
+    streams = [record.arrivals_s for record in records if len(record.arrivals_s) >= 2]
+    if not streams:
+        return 0
+    usual_s = statistics.median(arrivals_s[-1] - arrivals_s[0] for arrivals_s in streams)
+    changes = sorted([(arrivals_s[0], +1) for arrivals_s in streams] + [(arrivals_s[-1], -1) for arrivals_s in streams])
+    most = 0
+    began_s: list[float] = []  # since when at least 1, 2, 3, … answers are written; the last one began last
+    for at_s, change in changes:  # at equal times, ends come first
+        if change > 0:
+            began_s.append(at_s)
+        elif at_s - began_s.pop() >= TOGETHER_SHARE * usual_s:
+            most = max(most, len(began_s) + 1)
     return most
 
 

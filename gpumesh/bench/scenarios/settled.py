@@ -14,21 +14,23 @@ MAX_TRIES = 3  # of one stage
 
 
 def measure_settled(
-    context: ScenarioContext, make: Callable[[], Stage]
+    context: ScenarioContext, make: Callable[[], Stage], *, first_attempt: int = 1
 ) -> Generator[Stage, StageOutcome, StageOutcome]:
     """Measures a stage until nothing changes while it runs, at most ``MAX_TRIES`` times, and returns the last outcome.
 
     ``make`` makes the stage; each try needs prompts of its own, because no server shall have them in its cache. The
-    last try counts, and the reason for each repetition becomes a note.
+    last try counts, and the reason for each repetition becomes a note. ``first_attempt`` is more than 1 if the stage
+    was measured before.
     """
-    for attempt in range(1, MAX_TRIES + 1):
+    last_attempt = first_attempt + MAX_TRIES - 1
+    for attempt in range(first_attempt, last_attempt + 1):
         stage = replace(make(), attempt=attempt)
         outcome = yield stage
         changes = list(find_changes(stage, outcome))
         if not changes:
             break
         what = f"while stage {stage.name} ran, {'; '.join(changes)}"
-        is_last = attempt == MAX_TRIES
+        is_last = attempt == last_attempt
         context.notes.append(
             f"{what}: its figures are not those of a settled mesh" if is_last else f"{what}: it was measured again"
         )

@@ -75,8 +75,11 @@ def test_few_and_uneven_requests_are_told() -> None:
 
 def test_how_many_answers_came_at_once() -> None:
     assert most_at_once(rounds(3, 2)) == 2
-    follows = record(1, sent_s=0.5, ttft_ms=499.0, gap_ms=100.0, tokens=5)
-    assert most_at_once([record(0, **ANSWER), follows]) == 1, "the last piece of one came after the first of the next"
+    follows = record(1, sent_s=0.5, ttft_ms=350.0, gap_ms=100.0, tokens=10)
+    assert most_at_once([record(0, **ANSWER), follows]) == 1, "a late client saw two at once for 150 ms"
+    joins = record(1, sent_s=0.5, **ANSWER)
+    assert most_at_once([record(0, **ANSWER), joins]) == 2, "for 400 ms"
+    assert most_at_once([*rounds(3, 4), *rounds(3, 3)]) == 7
     assert most_at_once([record(0, tokens=1), failed_record(1)]) == 0, "a single piece shows nothing"
 
 

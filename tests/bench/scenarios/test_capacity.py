@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
 from gpumesh.bench.figures.knee import find_knee
@@ -162,6 +164,18 @@ def test_sweep_rises_to_the_knee_and_is_flat_past_it() -> None:
     assert (knee.level, knee.is_passed) == (6, True)
     assert knee.text == "6 in flight: 289 tok/s, TTFT 50 ms; past it only waiting grows"
     assert knee.goodput_text.startswith("goodput 4.51 req/s (TTFT")
+
+
+def test_a_dip_must_show_twice() -> None:
+    def set_rate(tokens_per_s: float) -> Callable[[dict[str, PlayedNode]], None]:
+        return lambda nodes: setattr(nodes["alpha"], "rate", tokens_per_s)
+
+    changes = {"c=2": [set_rate(10.0)], "c=4": [set_rate(50.0)]}  # after c=2, and after the first try of c=4
+    mesh = PlayedMesh({"alpha": PlayedNode(4)}, changes=changes)
+    notes = play(mesh, Scenario.SWEEP, BenchSettings("m", concurrency=(1, 2, 4))).notes
+    assert [stage.attempt for stage in mesh.stages if stage.name == "c=4"] == [1, 4]
+    assert notes == ["stage c=4 gave less than a lower level: it was measured again"]
+    assert mesh.results[-1].rates.best_tokens_per_s == pytest.approx(192.0, rel=0.02), "the second time counts"
 
 
 def test_chosen_levels_are_warmed_up_and_not_ramped() -> None:
