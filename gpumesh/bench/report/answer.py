@@ -91,10 +91,14 @@ def _mesh_stages(result: BenchResult) -> list[StageResult]:
 
 
 def _best_stage(result: BenchResult) -> StageResult | None:
-    """The stage of the mesh with the highest rate; ``None`` if no rate is known."""
-    return max(
-        (stage for stage in _mesh_stages(result) if stage.rates.best_tokens_per_s), key=_rate_or_zero, default=None
-    )
+    """The stage of the mesh with the highest rate; ``None`` if no rate is known.
+
+    In a sweep it is that of the knee: past it, higher rates are noise.
+    """
+    stages = [stage for stage in _mesh_stages(result) if stage.rates.best_tokens_per_s]
+    if result.knee is not None:
+        stages = [stage for stage in stages if stage.concurrency == result.knee.level]
+    return max(stages, key=_rate_or_zero, default=None)
 
 
 def _rate_or_zero(stage: StageResult) -> float:

@@ -36,6 +36,8 @@ RESULT_COLUMNS = (
     Column("TOK/S", 1, right=True),
     Column("REQ/S", 3, right=True),
     Column("GOOD/S", 4, right=True),
+    Column("RAMP s", 8, right=True),
+    Column("TAIL s", 8, right=True),
 )
 LIMIT_COLUMN = Column("LIMIT", 1)  # its reason is in the notes
 
@@ -97,6 +99,8 @@ def _stage_cells(stage: StageResult, knee: Knee | None) -> list[Cell | str]:
         format_number(rates.best_tokens_per_s),
         format_number(rates.best_requests_per_s),
         format_number(rates.best_goodput_per_s),
+        format_number(rates.ramp_s),
+        format_number(rates.tail_s),
     ]
 
 
