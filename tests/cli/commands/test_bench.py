@@ -95,17 +95,21 @@ async def test_other_scenarios(two: SimulatedMesh, tmp_path: Path) -> None:
     assert [stage["name"] for stage in alone.json()["stages"]] == ["beta", "mesh"]
 
 
-async def test_two_results_beside_each_other(two: SimulatedMesh) -> None:
+async def test_repeated_runs_and_a_single_one_beside_each_other(two: SimulatedMesh) -> None:
     gpumesh = two.gpumesh
-    for name, tokens in (("a", "3"), ("b", "6")):
-        await gpumesh("bench", "run", "-n", "6", "--tokens", tokens, "--out", name, "--quiet")
-    table = await gpumesh("bench", "compare", "a", "b")
-    assert table.out.splitlines()[0].split() == ["stage", "figure", "A", "B", "B", "÷", "A"]
-    assert "not the same tokens: 3 and 6" in table.err
-    found = (await gpumesh("bench", "compare", "a", "b", "--json")).json()
-    assert found["schema"] == "gpumesh.bench-compare/1"
+    repeated = await gpumesh("bench", "run", "--repeat", "2", *SOON, "--out", "a", "--json", "--quiet")
+    assert names(gpumesh.home / "a") == ["report.html", "result.json", "run-1", "run-2"]
+    assert all(names(gpumesh.home / "a" / f"run-{number}") == FILES for number in (1, 2))
+    joint = repeated.json()
+    assert joint == json.loads((gpumesh.home / "a" / "result.json").read_text())
+    assert [stage["requests"] for stage in joint["stages"]] == [4, 4, 8]
+    assert [stage["requests"] for run in joint["runs"] for stage in run["stages"]] == [2, 2, 4, 2, 2, 4]
+    await gpumesh("bench", "run", "-n", "2", "--tokens", "6", "--out", "b", "--quiet")
+    refused = await gpumesh("bench", "compare", "a", "b", code=2)
+    assert "not the same tokens: 3 and 6" in refused.err
+    found = (await gpumesh("bench", "compare", "a", "b", "--force", "--json")).json()
+    assert (found["schema"], found["basis"]) == ("gpumesh.bench-compare/1", "between-runs")
     assert {one["stage"] for one in found["differences"]} == {"alpha", "beta", "mesh"}
-    assert "cannot read" in (await gpumesh("bench", "compare", "a", "nowhere", code=2)).err
 
 
 async def test_what_fails_is_said_and_measured_all_the_same(two: SimulatedMesh) -> None:
