@@ -48,6 +48,7 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 def pytest_sessionstart(session: pytest.Session) -> None:
     config = session.config
     if hasattr(config, "workerinput"):
+        gc.disable()  # until all tests are collected: nothing of that is garbage
         folders = [path for path in map(Path, config.args) if path.is_dir()]
         process, processes = int(config.workerinput["workerid"].removeprefix("gw")), config.workerinput["workercount"]
         import_share(config.rootpath, [config.rootpath / folder for folder in folders], process, processes)
@@ -63,6 +64,7 @@ def pytest_collection_finish() -> None:
     """Modules and tests live until the end: the garbage collector need not look at these two million objects again."""
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

@@ -17,6 +17,7 @@ import pytest
 from tests.cli.meshes import MODEL, SimulatedMesh, quick_host, simulated_mesh
 from tests.http_clients import loopback_client
 from tests.real.command import Gpumesh
+from tests.real.warm_commands import WarmProcess
 from tests.tunnels.polling import wait_until
 
 pytestmark = [pytest.mark.slow]
@@ -232,7 +233,9 @@ async def test_a_mesh_without_a_terminal_reads_its_file_again_at_a_hangup(endles
     await endless.gpumesh("down")
 
 
-async def _change_and_hang_up(made: SimulatedMesh, process: asyncio.subprocess.Process | int, name: str) -> None:
+async def _change_and_hang_up(
+    made: SimulatedMesh, process: asyncio.subprocess.Process | WarmProcess | int, name: str
+) -> None:
     made.write([made.node("alpha", labels={"site": name})], reload="manual")
     if isinstance(process, int):
         os.kill(process, signal.SIGHUP)

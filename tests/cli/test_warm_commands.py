@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from tests.cli.meshes import SimulatedMesh
-from tests.real.command import Gpumesh
+from tests.real.command import CAN_WARM, Gpumesh
 
 
 @pytest.mark.slow
@@ -29,3 +31,22 @@ async def test_a_command_is_killed_when_its_caller_is_cancelled(direct: Simulate
     async with asyncio.timeout(30):
         while "no mesh is running" not in (await direct.gpumesh("down", code=None)).err:
             await asyncio.sleep(0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not CAN_WARM, reason="processes are forked on Linux only")
+async def test_a_background_mesh_looks_like_a_started_one(two: SimulatedMesh) -> None:
+    gpumesh = two.gpumesh
+    await gpumesh("up", "-d")
+    mesh = gpumesh.leader()
+    assert command_line(mesh)[1:5] == ["-P", "-m", "gpumesh.daemon", str(gpumesh.config)]
+    assert Path(f"/proc/{mesh}/cwd").readlink() == gpumesh.home
+    assert os.getsid(mesh) == mesh
+    titles = {" ".join(command_line(pid)).strip() for pid in gpumesh.processes() - {mesh}}
+    assert titles == {"gpumesh tunnels", "gpumesh tunnel alpha", "gpumesh tunnel beta"}
+    await gpumesh("down")
+    assert gpumesh.processes() == set()
+
+
+def command_line(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/cmdline").read_text().rstrip("\0").split("\0")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.real.terminal import Terminal, run_on_terminal
-from tests.real.warm_commands import KEPT_VARIABLES, warm_commands
+from tests.real.warm_commands import KEPT_VARIABLES, WarmProcess, warm_commands
 
 GPUMESH = Path(sys.executable).with_name("gpumesh")
 CAN_WARM = hasattr(os, "pidfd_open")  # Linux
@@ -65,7 +65,7 @@ class Gpumesh:
         """Runs it to its end. Its exit code must be ``code``, unless that is ``None``; a traceback is never right."""
         began = time.monotonic()
         async with asyncio.timeout(LIMIT_S):
-            exit_code, out, err = await (self._run_warm if self.warm and CAN_WARM else self._run)(arguments, stdin)
+            exit_code, out, err = await self._run(arguments, stdin)
         ended = CommandResult(exit_code, out.decode(), err.decode(), time.monotonic() - began)
         assert "Traceback" not in ended.err, f"{ended}\n{self.logs()}"
         assert code is None or ended.code == code, f"{ended}\n{self.logs()}"
@@ -76,18 +76,22 @@ class Gpumesh:
             out, err = await process.communicate(None if stdin is None else stdin.encode())
         return process.returncode, out, err
 
-    async def _run_warm(self, arguments: Sequence[str], stdin: str | None) -> tuple[int | None, bytes, bytes]:
-        command = (str(GPUMESH), *arguments)
-        return await warm_commands().run(command, env=self.environment(), cwd=self.home, stdin=stdin)
-
     def logs(self) -> str:
         """What background meshes have written, the last of it."""
         files = sorted(path for path in self.home.rglob("logs/*") if path.is_file())
         return "\n".join(f"--- {path.name}\n{path.read_text(errors='replace')[-4000:]}" for path in files)
 
     @contextlib.asynccontextmanager
-    async def started(self, *arguments: str, stdin: str | None = None) -> AsyncIterator[asyncio.subprocess.Process]:
+    async def started(
+        self, *arguments: str, stdin: str | None = None
+    ) -> AsyncIterator[asyncio.subprocess.Process | WarmProcess]:
         """A running one; killed when the context ends before it does."""
+        if self.warm and CAN_WARM:
+            command = (str(GPUMESH), *arguments)
+            env, has_input = self.environment(), stdin is not None
+            async with warm_commands().piped(command, env=env, cwd=self.home, stdin=has_input) as warm:
+                yield warm
+            return
         process = await asyncio.create_subprocess_exec(
             str(GPUMESH),
             *arguments,

@@ -12,8 +12,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Self
 
+from gpumesh.config import environment
 from gpumesh.lab import profile
 from gpumesh.lab.host import HostStart
+from gpumesh.lab.lab import NO_CERTIFICATES
 from gpumesh.topology import BackendSpec, NodeSpec, Target, TransportKind
 from gpumesh.tunnels import known_hosts, transports
 from gpumesh.wire import to_json
@@ -86,6 +88,7 @@ class FarHost:
             *(*self.net.prefix, sys.executable, "-m", "gpumesh.lab.host"),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
+            env=environment.child_environment(NO_CERTIFICATES),
         )
         assert process.stdin is not None
         assert process.stdout is not None

@@ -19,7 +19,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -29,7 +29,6 @@ OWN_NETWORK = Path("/proc/thread-self/ns/net")  # Linux only
 KEPT_VARIABLES = ("PATH", "LANG", "LC_ALL")  # of this process's environment, for each command
 _ROOT = Path(__file__).parents[2]
 _SHOWN_ARGUMENTS, _SHOWN_ENVIRONMENT = 8 * 1024, 16 * 1024  # bytes that a command has in ``/proc`` at most
-_PIPE_BYTES = 64 * 1024  # what a pipe takes before anything is read from it
 
 
 class WarmCommands:
@@ -73,34 +72,53 @@ class WarmCommands:
                 fds.append(network.enter_context(OWN_NETWORK.open()).fileno())
             socket.send_fds(self._control, [json.dumps(request).encode()], fds)
         reader, writer = await asyncio.open_connection(sock=near_end)
-        pid = await reader.readline()
-        assert pid, "the fork server has ended, or could not fork"
-        process = WarmProcess(int(pid), asyncio.create_task(_read_exit_code(reader)))
+        process: WarmProcess | None = None
         try:
+            pid = await reader.readline()
+            assert pid, "the fork server has ended, or could not fork"
+            process = WarmProcess(int(pid), asyncio.create_task(_read_exit_code(reader)))
             yield process
         finally:
+            if process is not None and process.returncode is None:
+                with contextlib.suppress(ProcessLookupError):
+                    process.kill()
+                await process.wait()
             writer.close()  # the fork server kills a command whose socket is closed
             await writer.wait_closed()
-            process.stop_waiting()
+
+    @contextlib.asynccontextmanager
+    async def piped(
+        self, command: Sequence[str], *, env: Mapping[str, str], cwd: Path, stdin: bool
+    ) -> AsyncIterator[WarmProcess]:
+        """As ``started``, with pipes at its standard streams. ``stdin``: otherwise its standard input is empty."""
+        async with contextlib.AsyncExitStack() as stack:
+            with contextlib.ExitStack() as far_ends:
+                pipes: list[IO[bytes]] = []
+                streams = []
+                for number in range(3):
+                    if number == 0 and not stdin:
+                        streams.append(far_ends.enter_context(open(os.devnull, "rb")).fileno())
+                        continue
+                    reader, writer = (
+                        os.fdopen(fd, mode, buffering=0) for fd, mode in zip(os.pipe(), ("rb", "wb"), strict=True)
+                    )
+                    near, far = (writer, reader) if number == 0 else (reader, writer)
+                    streams.append(far_ends.enter_context(far).fileno())
+                    pipes.append(stack.enter_context(near))
+                process = await stack.enter_async_context(self.started(command, env=env, cwd=cwd, streams=streams))
+            if stdin:
+                process.stdin = await _open_writer(stack, pipes.pop(0))
+            process.stdout, process.stderr = [await _open_reader(stack, pipe) for pipe in pipes]
+            yield process
 
     async def run(
         self, command: Sequence[str], *, env: Mapping[str, str], cwd: Path, stdin: str | None
     ) -> tuple[int, bytes, bytes]:
         """Runs a command to its end. Returns its exit code (or minus the number of the signal that ended it), and what
         it wrote to stdout and to stderr. When the caller is cancelled, the command is killed."""
-        with contextlib.ExitStack() as near_ends:
-            async with contextlib.AsyncExitStack() as running:
-                with contextlib.ExitStack() as far_ends:
-                    streams = [far_ends.enter_context(_standard_input(stdin))]
-                    readers = []
-                    for _ in ("stdout", "stderr"):
-                        reader, writer = os.pipe()
-                        readers.append(near_ends.enter_context(os.fdopen(reader, "rb", buffering=0)))
-                        streams.append(far_ends.enter_context(os.fdopen(writer, "wb")).fileno())
-                    started = self.started(command, env=env, cwd=cwd, streams=streams)
-                    process = await running.enter_async_context(started)
-                out, err = await asyncio.gather(*map(_read_all, readers))
-                return await process.wait(), out, err
+        async with self.piped(command, env=env, cwd=cwd, stdin=stdin is not None) as process:
+            out, err = await process.communicate(None if stdin is None else stdin.encode())
+            return await process.wait(), out, err
 
 
 class WarmProcess:
@@ -108,6 +126,9 @@ class WarmProcess:
 
     def __init__(self, pid: int, exit_code: asyncio.Task[int]) -> None:
         self.pid = pid
+        self.stdin: asyncio.StreamWriter | None = None
+        self.stdout: asyncio.StreamReader | None = None
+        self.stderr: asyncio.StreamReader | None = None
         self._exit_code = exit_code
 
     @property
@@ -124,11 +145,24 @@ class WarmProcess:
         if self.returncode is None:
             os.kill(self.pid, number)
 
+    async def communicate(self, data: bytes | None = None) -> tuple[bytes, bytes]:
+        """Gives it ``data`` as its standard input, and waits for its end. Returns all that is left to read."""
+        if self.stdin is not None:
+            with contextlib.suppress(ConnectionError):  # it may have ended without reading
+                self.stdin.write(data or b"")
+                await self.stdin.drain()
+            self.stdin.close()
+        assert self.stdout is not None
+        assert self.stderr is not None
+        out, err = await asyncio.gather(self.stdout.read(), self.stderr.read())
+        await self.wait()
+        return out, err
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
-
-    def stop_waiting(self) -> None:
-        self._exit_code.cancel()
 
 
 async def _read_exit_code(reader: asyncio.StreamReader) -> int:
@@ -137,36 +171,27 @@ async def _read_exit_code(reader: asyncio.StreamReader) -> int:
     return int(code)
 
 
+async def _open_reader(stack: contextlib.AsyncExitStack, pipe: IO[bytes]) -> asyncio.StreamReader:
+    reader = asyncio.StreamReader()
+    transport, _ = await asyncio.get_running_loop().connect_read_pipe(
+        lambda: asyncio.StreamReaderProtocol(reader), pipe
+    )
+    stack.callback(transport.close)
+    return reader
+
+
+async def _open_writer(stack: contextlib.AsyncExitStack, pipe: IO[bytes]) -> asyncio.StreamWriter:
+    loop = asyncio.get_running_loop()
+    transport, protocol = await loop.connect_write_pipe(
+        lambda: asyncio.StreamReaderProtocol(asyncio.StreamReader()), pipe
+    )
+    stack.callback(transport.close)
+    return asyncio.StreamWriter(transport, protocol, None, loop)
+
+
 @functools.cache
 def warm_commands() -> WarmCommands:
     """This process's own, started when it is first needed."""
     commands = WarmCommands()
     atexit.register(commands.close)
     return commands
-
-
-@contextlib.contextmanager
-def _standard_input(text: str | None) -> Iterator[int]:
-    """A descriptor: a pipe that holds all of ``text``, or one that is empty for ever."""
-    if text is None:
-        with open(os.devnull, "rb") as nothing:
-            yield nothing.fileno()
-        return
-    data = text.encode()
-    assert len(data) <= _PIPE_BYTES
-    reader, writer = os.pipe()
-    with os.fdopen(reader, "rb") as pipe:
-        with os.fdopen(writer, "wb") as stream:
-            stream.write(data)
-        yield pipe.fileno()
-
-
-async def _read_all(stream: IO[bytes]) -> bytes:
-    """All that comes until no process has the other end open."""
-    reader = asyncio.StreamReader()
-    loop = asyncio.get_running_loop()
-    transport, _ = await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), stream)
-    try:
-        return await reader.read()
-    finally:
-        transport.close()
