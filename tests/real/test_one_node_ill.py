@@ -199,6 +199,7 @@ async def test_a_host_that_dies_under_load_costs_nothing(
     gpumesh: Gpumesh, two_hosts: list[RealHost], tmp_path: Path
 ) -> None:
     """Its sshd and all sessions are killed in mid-work; what ran there is answered by the other."""
+    gpumesh = replace(gpumesh, warm=True)
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("".join(f"prompt {number}\n" for number in range(150)))
     victim = two_hosts[0]

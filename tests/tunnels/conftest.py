@@ -12,6 +12,7 @@ from gpumesh.topology import TransportKind
 from gpumesh.tunnels.transport import ConnectFunction
 from gpumesh.tunnels.transports import load_connect
 from gpumesh.tunnels.workers.worker_pool import WorkerPool
+from tests.tunnels.kept_zygote import KeptZygote, LastingPool
 from tests.tunnels.sshd import Sshd, listener, serving
 from tests.tunnels.traffic import echo
 
@@ -51,9 +52,16 @@ async def sshd(tmp_path: Path) -> AsyncIterator[Sshd]:
         yield sshd
 
 
+@pytest.fixture(scope="module")
+def kept_zygote() -> Iterator[KeptZygote]:
+    kept = KeptZygote()
+    yield kept
+    kept.end()
+
+
 @pytest.fixture
-async def pool() -> AsyncIterator[WorkerPool]:
-    async with WorkerPool() as pool:
+async def pool(kept_zygote: KeptZygote) -> AsyncIterator[WorkerPool]:
+    async with LastingPool(kept_zygote) as pool:
         yield pool
 
 

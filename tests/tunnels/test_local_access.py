@@ -8,7 +8,6 @@ import logging
 import stat
 import sys
 import tempfile
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -40,12 +39,6 @@ pytestmark = [
 both = pytest.mark.parametrize("transport", list(TransportKind))
 SHARED = TunnelsSpec(share=True)
 UNIX = TunnelsSpec(listen=TunnelListen.UNIX)
-
-
-@pytest.fixture
-async def pool() -> AsyncIterator[WorkerPool]:
-    async with WorkerPool(stderr=None) as pool:
-        yield pool
 
 
 @pytest.fixture(autouse=True)

@@ -21,6 +21,7 @@ from gpumesh.tunnels.lifecycle import Woke
 from gpumesh.tunnels.supervisor import SshTunnel, open_tunnel, run_tunnel
 from gpumesh.tunnels.workers.worker_pool import WorkerPool
 from tests.prerequisites import needs
+from tests.tunnels.kept_zygote import KeptZygote
 from tests.tunnels.polling import alive, wait_until
 from tests.tunnels.sshd import Sshd
 from tests.tunnels.supervised import (
@@ -277,8 +278,9 @@ async def test_a_wake_restarts_an_attempt_under_way(sshd: Sshd, pool: WorkerPool
 @pytest.mark.slow
 @both
 async def test_cancelling_at_any_moment_leaves_nothing(
-    sshd: Sshd, backend: int, runtime: Path, transport: TransportKind
+    sshd: Sshd, backend: int, runtime: Path, transport: TransportKind, kept_zygote: KeptZygote
 ) -> None:
+    kept_zygote.end()
     rng = random.Random(20261124)
     ssh = sshd.spec(transport=transport)
     asker = replace(ssh, address_from=AddressCommand((sys.executable, "-c", f"print('127.0.0.1', {sshd.port})")))
