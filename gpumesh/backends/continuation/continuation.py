@@ -89,8 +89,8 @@ class Continuation:
         self._planner = ContinuationPlanner(path, request, self._client_format, strategies, reserve_bytes)
         self._received = ReceivedText(self._client_format, keeps=resume and self._client_format.supports_continuation)
         self._unread = self._received.unread
-        # Whether frames of text are passed on unread: the first upstream has sent text, the text is kept, and neither
-        # the end of the stream nor a cut has come.
+        # Whether frames of text are passed on unread: the first upstream has sent text, the text is kept, no frame is
+        # incomplete, and neither the end of the stream nor a cut has come.
         self._passes_text = False
         # The number of frames since the last ``take_frame_count``. It does not include the frames in ``_unread`` after
         # its first ``_counted_bytes`` bytes: these are counted later.
@@ -156,12 +156,7 @@ class Continuation:
         text; nothing after the end or a cut. ``now`` is the clock's time, if the caller knows it already. Each streamed
         token passes here."""
         now = self._clock() if now is None else now
-        if (
-            self._passes_text
-            and not self._incomplete_frame
-            and data.endswith(self.frame_separator)
-            and self._find_marks(data) is None
-        ):
+        if self._passes_text and data.endswith(self.frame_separator) and self._find_marks(data) is None:
             self._last_frame_at = now
             unread = self._unread
             unread += data
@@ -186,7 +181,7 @@ class Continuation:
         received = self._received
         if received.keeps:
             received.unread += data
-            self._passes_text = True
+            self._passes_text = not self._incomplete_frame
         else:
             self._frame_count += data.count(self.frame_separator)
         return data
@@ -229,16 +224,16 @@ class Continuation:
         self._upstream_format = stream_format
         self._find_marks = stream_format.find_marks
         self._assembler = FrameAssembler(stream_format.find_last_frame_end)
-        self._incomplete_frame = self._assembler.held  # a shorter way to the buffer, because each token tests it
+        self._incomplete_frame = self._assembler.held
         self.frame_separator = stream_format.frame_separator
 
     def _assemble(self, data: bytes) -> bytes:
         """Adds the data to the incomplete frame. Returns the frames that are whole now. A frame that is too long is a
         cut."""
+        self._passes_text = False  # until no frame is incomplete
         whole_frames = self._assembler.feed(data)
         if self._assembler.is_too_long:
             self._assembler.take_rest()
-            self._passes_text = False
             self.cut_reason = f"a frame of more than {LINE_LIMIT >> 20} MiB, which is not passed on"
             self.exceeds_bound = True
         return whole_frames

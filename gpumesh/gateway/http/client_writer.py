@@ -15,7 +15,8 @@ from gpumesh.gateway.http.bounds import Bounds
 class ClientWriter:
     """Writes to a transport. A client that takes less than ``Bounds.min_bytes_per_s`` over ``Bounds.write_timeout_s``
     is cut off. ``backpressured``: the client reads more slowly than the answer is written. ``on_writable`` is called
-    when the back-pressure ends, and when the client is gone. ``transport`` is ``None`` once the client is gone. The
+    when the back-pressure ends, and when the client is gone. ``on_backpressure`` is called with each new value of
+    ``backpressured``. ``transport`` is ``None`` once the client is gone. The
     small pieces of one turn of the event loop go to the transport together (turn_writes.py); call ``flush`` before the
     transport is closed."""
 
@@ -26,6 +27,7 @@ class ClientWriter:
         "_waiter",
         "backpressured",
         "bounds",
+        "on_backpressure",
         "on_writable",
         "transport",
         "turn_writes",
@@ -38,6 +40,7 @@ class ClientWriter:
         self.turn_writes = turn_writes
         self.backpressured = False
         self.on_writable: Callable[[], None] | None = None
+        self.on_backpressure: Callable[[bool], None] | None = None
         self.transport: asyncio.Transport | None = transport
         self._loop = loop
         self._finished = False
@@ -99,11 +102,15 @@ class ClientWriter:
     def pause(self) -> None:
         """Begins the back-pressure: the transport's buffer is full."""
         self.backpressured = True
+        if self.on_backpressure is not None:
+            self.on_backpressure(True)
         self.watch_progress()
 
     def resume(self) -> None:
         """Ends the back-pressure: the client has taken most of the transport's buffer."""
         self.backpressured = False
+        if self.on_backpressure is not None:
+            self.on_backpressure(False)
         if self._progress_timer is not None and not self._finished:
             self._progress_timer.cancel()
             self._progress_timer = None

@@ -144,7 +144,8 @@ class Request:
     def end(self) -> None:
         """Releases the body, and forgets the callback of the handler, because the handler has ended."""
         self.body.release()
-        self._connection.writer.on_writable = None
+        writer = self._connection.writer
+        writer.on_writable = writer.on_backpressure = None
 
     # -- the body ----------------------------------------------------------------------------------------------------
 

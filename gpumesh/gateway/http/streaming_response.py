@@ -16,6 +16,7 @@ class StreamingResponse:
 
     The head goes out with the first piece. ``started``: a part of the answer may have been sent. ``sent_bytes`` counts
     the bytes of the body with its framing. ``send_body``: the answer has a body; the answer to a HEAD has none.
+    ``backpressured``: the client reads more slowly than the answer is written; the writer keeps it up to date.
     ``reported_failure``: the handler sets it if the stream tells the client of a failure, whatever the status says.
     """
 
@@ -23,7 +24,10 @@ class StreamingResponse:
         "_chunked",
         "_head",
         "_send_body",
+        "_transport",
+        "_turn_writes",
         "_writer",
+        "backpressured",
         "finished",
         "reported_failure",
         "sent_bytes",
@@ -38,6 +42,10 @@ class StreamingResponse:
         self.reported_failure = False
         self.sent_bytes = 0
         self._writer = writer
+        self._transport = writer.transport
+        self._turn_writes = writer.turn_writes
+        self.backpressured = writer.backpressured
+        writer.on_backpressure = self._set_backpressured
         self._head = head
         self._chunked = chunked
         self._send_body = send_body
@@ -47,11 +55,6 @@ class StreamingResponse:
         if self.finished:
             state = "finished"
         return f"<StreamingResponse {self.status} {state}, {self.sent_bytes} bytes>"
-
-    @property
-    def backpressured(self) -> bool:
-        """Whether the client reads more slowly than the answer is written."""
-        return self._writer.backpressured
 
     @property
     def on_writable(self) -> Callable[[], None] | None:
@@ -75,12 +78,14 @@ class StreamingResponse:
             data, self._head = self._head + data, b""
             self.started = True
         # ``ClientWriter.write``, written out here: the call would cost time for each token.
-        writer = self._writer
-        transport = writer.transport
+        transport = self._transport
         if transport is None or transport.is_closing():
             raise ConnectionResetError("the client is gone")
         if data:
-            writer.turn_writes.write(transport, data)
+            self._turn_writes.write(transport, data)
+
+    def _set_backpressured(self, value: bool) -> None:
+        self.backpressured = value
 
     async def drain(self, slot_is_wanted: Callable[[], bool] = lambda: False) -> None:
         """Waits until the client has taken most of the written bytes. Raises ConnectionError when the client is gone.

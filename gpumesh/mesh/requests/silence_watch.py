@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Collection
+from typing import Protocol
 
 from gpumesh.mesh.nodes.lease import LeasedNode
 
@@ -58,26 +59,33 @@ class PauseTracker:
         self._longest = {key: pause_s for key, pause_s in self._longest.items() if key[0] not in nodes}
 
 
-class SilenceWatch:
-    """Watches one node's stream. ``waits_since``: when the wait for the next piece began. ``longest_s``: the longest
-    wait for a piece so far. The stream itself sets both at each token: a call of a method here would cost more."""
+class WatchedStream(Protocol):
+    """The stream of one node. ``waits_since``: when the wait for the next piece began. ``longest_wait_s``: the longest
+    wait for a piece so far. The stream sets both at each token. ``backpressured``: the stream waits for its client."""
 
-    __slots__ = ("_clock", "_model", "_node", "_pauses", "_timer", "longest_s", "waits_since")
+    waits_since: float
+    longest_wait_s: float
+    backpressured: bool
+
+    def handle_silence(self, waited_s: float) -> bool:
+        """Acts on a silence of so many seconds, which is too long. Returns whether the watch continues."""
+
+
+class SilenceWatch:
+    """Watches one node's stream."""
+
+    __slots__ = ("_clock", "_model", "_node", "_pauses", "_timer")
 
     def __init__(self, pauses: PauseTracker, node: LeasedNode, model: str | None, clock: Callable[[], float]) -> None:
-        self.waits_since = clock()
-        self.longest_s = 0.0
         self._pauses = pauses
         self._node = node
         self._model = model
         self._clock = clock
         self._timer: asyncio.TimerHandle | None = None
 
-    def start(self, is_waiting: Callable[[], bool], on_silence: Callable[[float], bool]) -> None:
-        """Starts the watch. ``on_silence`` is called with the seconds of a silence that is too long, and returns
-        whether the watch continues. ``is_waiting`` returns whether the stream waits for its node: while a slow client
-        holds the stream up, the node is not silent."""
-        self._check_in(silence_timeout_s(self._longest_pause_s()), is_waiting, on_silence)
+    def start(self, stream: WatchedStream) -> None:
+        """Starts the watch. Only the timer refers to the stream, so that no cycle is left when the watch ends."""
+        self._check_in(silence_timeout_s(self._longest_pause_s(stream)), stream)
 
     def stop(self) -> None:
         """Ends the watch. Does nothing after the watch has ended."""
@@ -85,32 +93,33 @@ class SilenceWatch:
             self._timer.cancel()
             self._timer = None
 
-    def learn_pace(self) -> None:
+    def learn_pace(self, stream: WatchedStream) -> None:
         """Remembers the longest pause of this answer, which is complete, for later answers."""
-        if self.longest_s > MIN_PAUSE_S:
-            self._pauses.learn(self._node.name, self._model, self.longest_s)
+        if stream.longest_wait_s > MIN_PAUSE_S:
+            self._pauses.learn(self._node.name, self._model, stream.longest_wait_s)
 
-    def _longest_pause_s(self) -> float | None:
+    def _longest_pause_s(self, stream: WatchedStream) -> float | None:
         """The longest pause of earlier answers and of this answer; ``None`` if no pause is known."""
         longest_s = self._pauses.longest_s(self._node.name, self._model)
-        if self.longest_s > MIN_PAUSE_S:
-            longest_s = max(self.longest_s, longest_s or 0.0)
+        if stream.longest_wait_s > MIN_PAUSE_S:
+            longest_s = max(stream.longest_wait_s, longest_s or 0.0)
         return longest_s
 
-    def _check_in(self, delay_s: float, is_waiting: Callable[[], bool], on_silence: Callable[[float], bool]) -> None:
+    def _check_in(self, delay_s: float, stream: WatchedStream) -> None:
         """Schedules the next check."""
-        self._timer = asyncio.get_running_loop().call_later(delay_s, self._check, is_waiting, on_silence)
+        self._timer = asyncio.get_running_loop().call_later(delay_s, self._check, stream)
 
-    def _check(self, is_waiting: Callable[[], bool], on_silence: Callable[[float], bool]) -> None:
-        """Calls ``on_silence`` if the node has been silent for too long, and schedules the next check."""
+    def _check(self, stream: WatchedStream) -> None:
+        """Tells the stream if its node has been silent for too long, and schedules the next check. While a slow client
+        holds the stream up, the node is not silent."""
         self._timer = None
-        longest_s = self._longest_pause_s()
+        longest_s = self._longest_pause_s(stream)
         # A server that hangs answers no probes, and reads nothing.
         reads_prompts = self._node.account.activity.reading > 0 and self._node.reachable
         timeout_s = silence_timeout_s(longest_s, reads_prompts=reads_prompts)
-        waited_s = self._clock() - self.waits_since if is_waiting() else 0.0
+        waited_s = 0.0 if stream.backpressured else self._clock() - stream.waits_since
         usual_timeout_s = silence_timeout_s(longest_s)  # the other prompt may be read long before the longer time-out
         if waited_s < timeout_s:
-            self._check_in(min(timeout_s - waited_s, usual_timeout_s), is_waiting, on_silence)
-        elif on_silence(waited_s):
-            self._check_in(usual_timeout_s, is_waiting, on_silence)
+            self._check_in(min(timeout_s - waited_s, usual_timeout_s), stream)
+        elif stream.handle_silence(waited_s):
+            self._check_in(usual_timeout_s, stream)

@@ -54,7 +54,9 @@ class StreamingAnswer(Answer):
         "_watch",
         "backpressured",
         "inspects_frames",
+        "longest_wait_s",
         "on_writable",
+        "waits_since",
     )
 
     def __init__(
@@ -105,13 +107,14 @@ class StreamingAnswer(Answer):
         self._frames = 0  # how many frames of text have come from this node
         self.node = opened.lease.node.name
         self._watch = SilenceWatch(self._pauses, opened.lease.node, opened.lease.model, self._clock)
+        self.waits_since, self.longest_wait_s = self._clock(), 0.0
         if self._expiry_message is not None:  # the deadline passed while this node was found
             self._mark_lost(Outcome.DEADLINE, self._expiry_message)
             return
         if self._continuation is not None:
             self._act_on_frames(self._continuation)
             if self._state is StreamState.FLOWING:
-                self._watch.start(lambda: not self.backpressured, self._handle_silence)
+                self._watch.start(self)
         if self._client is not None:
             self._start_pushing()
 
@@ -138,15 +141,15 @@ class StreamingAnswer(Answer):
         if continuation is None:
             self._write_to_client(data)
             return
-        now, watch = self._clock(), self._watch
+        now = self._clock()
         if now > self._next_count_at:
             self._count_tokens(now)
         out = continuation.feed(data, now)
         # Text that needs no reading is passed on unchanged (``out is data``). Comments (``: ping``) are no progress.
         if out is data or continuation.progress_at == now:
-            if now - watch.waits_since > watch.longest_s:  # noqa: PLR1730 - a call of max costs more
-                watch.longest_s = now - watch.waits_since
-            watch.waits_since = now
+            if now - self.waits_since > self.longest_wait_s:  # noqa: PLR1730 - a call of max costs more
+                self.longest_wait_s = now - self.waits_since
+            self.waits_since = now
         if out is not data:
             self._act_on_frames(continuation)
             if not out:
@@ -188,7 +191,7 @@ class StreamingAnswer(Answer):
         if client is None or client.backpressured or self._state is StreamState.LOST:
             return
         self.backpressured = False
-        self._watch.waits_since = self._clock()
+        self.waits_since = self._clock()
         if self.on_writable is not None:
             self.on_writable()
 
@@ -246,7 +249,7 @@ class StreamingAnswer(Answer):
         answer_bytes = continuation.upstream_text_bytes if self._lease.is_learned_from else None
         self._lease.release(Outcome.SERVED, counters=counters, answer_bytes=answer_bytes)
         self._watch.stop()
-        self._watch.learn_pace()
+        self._watch.learn_pace(self)
         self._timer.cancel()
         self._timer = self._loop.call_later(DRAIN_S, self._response.abort)
 
@@ -378,7 +381,7 @@ class StreamingAnswer(Answer):
             self._mark_lost(Outcome.DEADLINE, message)
             self._response.abort()
 
-    def _handle_silence(self, waited_s: float) -> bool:
+    def handle_silence(self, waited_s: float) -> bool:
         """Handles a silence of the node that is too long. Returns whether the watch continues."""
         message, continuation = f"no token for {waited_s:.0f} s", self._continuation
         assert continuation is not None, "only a stream with generated text is watched"
