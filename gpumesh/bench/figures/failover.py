@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -119,7 +120,7 @@ def failover_figures(
         avoided_ms=_ms_between(outage_s, min(_moments_avoided(sent_in_outage, times.node), default=None)),
         last_tried_ms=_ms_between(outage_s, max(_moments_tried(sent_in_outage, times.node), default=None)),
         longest_gap_ms=max(_gaps_ms(met, outage_s, end_s), default=None),
-        usual_gap_ms=max(_gaps_ms(run.records, 0.0, outage_s), default=None),
+        usual_gap_ms=max(_gaps_ms(run.records, 0.0, outage_s, is_whole=True), default=None),
         longest_ttft_ms=max((record.ttft_ms for record in sent_in_outage if record.ttft_ms is not None), default=None),
         retried=sum(record.attempts > 1 and record.index not in continued_indexes for record in met),
         continued=len(continued),
@@ -173,11 +174,12 @@ def _moments_tried(records: Sequence[LoadSample], node: str) -> Iterator[float]:
             yield record.sent_s
 
 
-def _gaps_ms(records: Sequence[LoadSample], begin_s: float, end_s: float) -> Iterator[float]:
-    """The gaps between two pieces of one answer of which any part lies in this time."""
+def _gaps_ms(records: Sequence[LoadSample], begin_s: float, end_s: float, *, is_whole: bool = False) -> Iterator[float]:
+    """The gaps between two pieces of one answer of which any part lies in this time; with ``is_whole``, the whole."""
     for record in records:
-        for earlier_s, later_s in zip(record.arrivals_s, record.arrivals_s[1:], strict=False):
-            if later_s >= begin_s and earlier_s < end_s:
+        for earlier_s, later_s in itertools.pairwise(record.arrivals_s):
+            last_s = later_s if is_whole else earlier_s
+            if later_s >= begin_s and last_s < end_s:
                 yield (later_s - earlier_s) * 1000.0
 
 

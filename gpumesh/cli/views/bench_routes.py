@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from gpumesh.bench.figures.route_differences import RouteDifference
 from gpumesh.bench.report.svg import format_number
 from gpumesh.bench.results.result import BenchResult
-from gpumesh.bench.workload.route_names import is_again
+from gpumesh.bench.workload.route_names import DIRECT, is_again
 
 
 def route_lines(result: BenchResult) -> Iterator[str]:
@@ -19,7 +19,8 @@ def route_lines(result: BenchResult) -> Iterator[str]:
     for node, costs in itertools.groupby(result.routes, key=lambda cost: cost.node):
         shortest, *others = costs  # the result lists the routes of a node from the shortest on
         outside = format_number(shortest.outside_server_p50_ms)
-        yield f"{node}: {outside} ms outside the server at p50 through the {shortest.route}"
+        way = "without a tunnel" if shortest.route == DIRECT else f"through the {shortest.route}"
+        yield f"{node}: {outside} ms outside the server at p50 {way}"
         differences = [difference for difference in result.route_differences if difference.node == node]
         if not differences:
             parts = [f"{cost.route} adds {format_number(cost.added_p50_ms)} ms" for cost in others]
@@ -33,7 +34,7 @@ def route_lines(result: BenchResult) -> Iterator[str]:
 def _describe(difference: RouteDifference) -> str:
     """What a part of the way adds, with its interval: "tunnel adds 0.60 ms (0.50 to 0.70)"."""
     if difference.is_clear is False:
-        return f"{difference.route} adds none that differs from A-A, {_amount(difference)}"
+        return f"{difference.route} no clear difference, {_amount(difference)}"
     return f"{difference.route} adds {_amount(difference)}"
 
 
