@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from gpumesh.mesh.mesh import Mesh
 from gpumesh.mesh.outages.out_of_service import take_out_of_service
 from gpumesh.mesh.outages.outage import Outage, OutageKind
 from gpumesh.state import Health, NodeState, TunnelPhase
+from gpumesh.topology import Topology
 from tests.cli.meshes import isolated_command, quick_host, simulated_mesh
 
 DRAIN, TUNNEL = Outage(OutageKind.DRAIN), Outage(OutageKind.TUNNEL)
@@ -32,6 +34,15 @@ async def running_mesh(tmp_path: Path) -> AsyncIterator[Mesh]:
             await wait_health(mesh, "far", Health.HEALTHY)
             await wait_health(mesh, "near", Health.HEALTHY)
             yield mesh
+
+
+def name_localhost(topology: Topology, name: str) -> Topology:
+    """The topology in which the server of this node is reached by another name, so that the node is opened anew."""
+    nodes = []
+    for node in topology.nodes:
+        targets = tuple(replace(target, host="localhost") for target in node.backend.targets)
+        nodes.append(replace(node, backend=replace(node.backend, targets=targets)) if node.name == name else node)
+    return replace(topology, nodes=tuple(nodes))
 
 
 async def wait_health(mesh: Mesh, name: str, health: Health) -> NodeState:
@@ -56,6 +67,12 @@ async def test_outages_of_a_node_and_their_ends(tmp_path: Path) -> None:
         async with take_out_of_service(mesh, "near", DRAIN):
             mesh.resume("near")  # the person's word is the last
             assert mesh.snapshot().node("near").health is Health.HEALTHY
+
+        # A node that a reload reaches in another way is still held, and is put back.
+        async with take_out_of_service(mesh, "near", DRAIN):
+            mesh.apply(name_localhost(mesh.topology, "near"), limit_s=1.0)
+            await wait_health(mesh, "near", Health.DRAINING)
+        await wait_health(mesh, "near", Health.HEALTHY)
 
         # A tunnel stays closed although its host is there, and opens at once when it is released.
         async with take_out_of_service(mesh, "far", TUNNEL):
