@@ -9,8 +9,10 @@ from typing import Protocol
 
 from gpumesh.bench.failover.outage_plan import OutagePlan, choose_node, plan_outage
 from gpumesh.bench.figures.failover import OUTAGE_WORDS, OutageTimes
+from gpumesh.errors import GPUMeshError
 from gpumesh.mesh.outages.outage import Outage, OutageKind
 from gpumesh.state import MeshState
+from gpumesh.text.quoting import shell_word
 
 
 class OutageTarget(Protocol):
@@ -63,7 +65,16 @@ class OutageDisturbance:
         return f"{node}: {OUTAGE_WORDS[self._outage.kind]}"
 
     async def end(self) -> None:
-        """Puts the node back into service, if it was taken out."""
-        if self.times is not None and self.times.released_s is None:
+        """Puts the node back into service, if it was taken out. Raises GPUMeshError if that fails."""
+        if self.times is None:
+            return
+        if self.times.released_s is None:
             self.times.released_s = self._clock()
-        await self._hold.aclose()
+        try:
+            await self._hold.aclose()
+        except GPUMeshError as error:
+            if self._outage.start_command is None:
+                raise
+            command = f"gpumesh exec {shell_word(self.times.node)} -- sh -c {shell_word(self._outage.start_command)}"
+            message = f"the server of {self.times.node} may still be stopped: {error.message}"
+            raise GPUMeshError(message, hint=f"start it: `{command}`", node=self.times.node) from error
