@@ -132,20 +132,20 @@ def _nodes_alone(result: BenchResult) -> str:
     """What each node gives alone: at its capacity if that was found, else in its own stage."""
     if result.capacity:
         texts = [
-            f"{node.node} {format_number(node.tokens_per_s)} with {_requests(node.parallel)} at once ({node.reason})"
+            f"{node.node} gives {format_number(node.tokens_per_s)} tokens/s with {_requests(node.parallel)} at once"
+            f" ({node.reason})"
             for node in result.capacity
         ]
     else:
-        stages = [stage for stage in result.stages if stage.kind is StageKind.NODE and stage.route is None]
         texts = [
-            f"{stage.node} {format_number(stage.rates.best_tokens_per_s)} with {_requests(stage.concurrency or 0)} in"
-            " flight"
-            for stage in stages
-            if stage.rates.best_tokens_per_s
+            f"{stage.node} gives {format_number(stage.rates.best_tokens_per_s)} tokens/s with"
+            f" {_requests(stage.concurrency or 0)} in flight"
+            for stage in result.stages
+            if stage.kind is StageKind.NODE and stage.route is None and stage.rates.best_tokens_per_s
         ]
     if len(texts) > MAX_NODES:
-        texts[MAX_NODES:] = [f"{len(texts) - MAX_NODES} more"]
-    return f"Alone, in tokens/s: {'; '.join(texts)}." if texts else ""
+        texts[MAX_NODES:] = [f"{len(texts) - MAX_NODES} more nodes are in the tables"]
+    return f"Alone, {'. '.join(texts)}." if texts else ""
 
 
 def _requests(count: int) -> str:

@@ -57,9 +57,14 @@ def print_result(result: BenchResult, *, notes: bool) -> None:
     partial = partial_sentence(result)
     if partial is not None:
         typer.echo(clean_line(partial))
-    for line in (*_result_lines(result), *short_answer(result)):
+    for line in _result_lines(result):
         typer.echo(clean_line(line))
     print_server_times(result)
+    answer = short_answer(result)
+    if answer:  # at the end, where the eye is when the command has ended
+        typer.echo("")
+    for line in answer:
+        typer.echo(clean_line(line))
     if notes:
         for note in result.notes:
             typer.echo(f"note: {clean_line(note)}", err=True)

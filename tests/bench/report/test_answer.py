@@ -52,12 +52,21 @@ WITHIN = "TTFT ≤ 2,000 ms and TPOT ≤ 200 ms"
 def test_capacity_of_the_mesh_and_of_each_node() -> None:
     stages = [alone("iceland", 73.0), alone("moon", 41.0), measured(tokens_per_s=111.0, concurrency=4)]
     assert answer(result(*stages, nodes=TWO))["Capacity"] == (
-        "The mesh of 2 nodes gives 111 output tokens/s with 4 requests in flight. Alone, in tokens/s: iceland 73.0 "
-        "with 2 requests in flight; moon 41.0 with 2 requests in flight."
+        "The mesh of 2 nodes gives 111 output tokens/s with 4 requests in flight. Alone, iceland gives 73.0 tokens/s "
+        "with 2 requests in flight. moon gives 41.0 tokens/s with 2 requests in flight."
     )
-    capacity = (NodeCapacity("iceland", 4, 150.0, "more at once gave no more"), NodeCapacity("moon", 1, None, "x"))
+    capacity = (NodeCapacity("iceland", 4, 150.0, "more gave no more"), NodeCapacity("moon", 1, None, "x"))
     assert answer(result(*stages, nodes=TWO, capacity=capacity))["Capacity"].endswith(
-        "iceland 150 with 4 requests at once (more at once gave no more); moon – with 1 request at once (x)."  # noqa: RUF001
+        "Alone, iceland gives 150 tokens/s with 4 requests at once (more gave no more). moon gives – tokens/s with"  # noqa: RUF001
+        " 1 request at once (x)."
+    )
+
+
+def test_of_many_nodes_only_some_are_named() -> None:
+    names = [f"n{number}" for number in range(9)]
+    made = result(*(alone(name, 50.0) for name in names), nodes=tuple(map(node, names)))
+    assert answer(made)["Capacity"].endswith(
+        "n5 gives 50.0 tokens/s with 2 requests in flight. 3 more nodes are in the tables."
     )
 
 
