@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gpumesh.bench.figures.scaling import Scaling
-from gpumesh.bench.figures.summary import StageResult
+from gpumesh.bench.figures.summary import StageResult, stage_label
 from gpumesh.bench.report.cost_answer import cost_sentence
 from gpumesh.bench.report.scenario_answers import clients_sentence, failover_sentence, route_sentences
 from gpumesh.bench.report.slowest_node import slowest_node_sentence
@@ -44,6 +45,7 @@ def answer_parts(result: BenchResult) -> list[AnswerPart]:
         ("Scaling", _scaling_sentence(result)),
         ("Users", _users_sentence(result)),
         ("Failures", _failures_sentence(result)),
+        ("Caution", _caution_sentence(result)),
         ("Cost", cost_sentence(result, _mesh_stages(result))),
     )
     return [AnswerPart(topic, text) for topic, text in topics if text]
@@ -67,6 +69,8 @@ def partial_sentence(result: BenchResult) -> str | None:
     unfinished = [stage for stage in result.stages if stage.partial]
     if not result.stages:
         return f"Partial result: {reason}. Nothing was measured."
+    if not unfinished and result.runs:
+        return f"Partial result: {reason}. The figures are those of {len(result.runs)} whole runs."
     if not unfinished:
         return f"Partial result: {reason}. Each stage that is shown is whole."
     stage = unfinished[0]  # several only if it has routes
@@ -223,6 +227,24 @@ def _good_share(stage: StageResult) -> str:
 def format_number_short(value: float) -> str:
     """A number that a person has chosen, without needless zeros: 2,000 and 0.5."""
     return f"{value:,.10g}"
+
+
+def _caution_sentence(result: BenchResult) -> str:
+    """Which stages may tell of the measuring machine or of the mesh's process instead of the servers."""
+    stages: dict[str, list[str]] = {}  # the names of the stages, by what limited them
+    for stage in result.stages:
+        if stage.conditions is not None and stage.conditions.limit is not None:
+            stages.setdefault(stage.conditions.limit.value.upper(), []).append(stage_label(stage))
+    if not stages:
+        return ""
+    limits = "; ".join(f"{limit} in {_list_names(names)}" for limit, names in stages.items())
+    return f"{limits}: these figures may not be those of the servers. The notes say why."
+
+
+def _list_names(names: Sequence[str]) -> str:
+    """The names, of many only the first ones."""
+    shown = [*names[:MAX_NODES], *([f"{len(names) - MAX_NODES} more"] if len(names) > MAX_NODES else [])]
+    return ", ".join(shown)
 
 
 def _failures_sentence(result: BenchResult) -> str:

@@ -13,6 +13,7 @@ from gpumesh.bench.figures.failover import FailoverFigures
 from gpumesh.bench.figures.knee import find_knee
 from gpumesh.bench.figures.scaling import NodeLoss, Scaling
 from gpumesh.bench.figures.summary import FailureCount, StageResult, summarize_stage
+from gpumesh.bench.load.conditions import Limit, LoadConditions, ProcessLoad, Via
 from gpumesh.bench.report.answer import answer_parts, partial_sentence, short_answer
 from gpumesh.bench.results.result import BenchResult, NodeEnvironment
 from gpumesh.bench.stats import Objective
@@ -184,6 +185,16 @@ def test_the_cost_at_the_load_at_which_tokens_are_cheapest() -> None:
     assert "cost EUR 0.004 at this load (c=8: rent unknown; energy" in rent_unknown
 
 
+def test_a_stage_that_the_machine_limited_is_told() -> None:
+    busy = LoadConditions(Via.MESH, own_process=False, generator=ProcessLoad(0.9), limit=Limit.MACHINE_BUSY)
+    stages = [measured(f"c={level}", conditions=busy if level > 1 else None) for level in range(1, 10)]
+    assert answer(result(*stages))["Caution"] == (
+        "MACHINE-BUSY in c=2, c=3, c=4, c=5, c=6, c=7, 2 more: these figures may not be those of the servers. The "
+        "notes say why."
+    )
+    assert "Caution" not in answer(result(measured()))
+
+
 def test_failures_and_their_most_frequent_reason() -> None:
     failures = (FailureCount("x", "no answer", 2), FailureCount("y", "cut", 1))
     told = answer(result(measured(failed=2, cut=1, failures=failures)))
@@ -248,6 +259,11 @@ def test_overhead_tells_what_each_part_adds() -> None:
 def test_a_partial_result_says_so(stages: list[StageResult], reason: str | None, sentence: str) -> None:
     assert partial_sentence(result(*stages, partial=True, partial_reason=reason)) == sentence
     assert partial_sentence(result(*stages)) is None
+
+
+def test_a_partial_result_of_several_runs_says_how_many_are_whole() -> None:
+    made = result(measured(), partial=True, partial_reason="x", runs=(result(measured()), result(measured())))
+    assert partial_sentence(made) == "Partial result: x. The figures are those of 2 whole runs."
 
 
 def test_nothing_measured_has_no_answer() -> None:
