@@ -170,8 +170,10 @@ class StageRunner:
             if result.requests  # none, if the stage was ended before its first answer began
         ]
         if stage.kind is not StageKind.CAPACITY and not (partial and stage.attempt > 1):  # an earlier try is whole
-            self.results = [result for result in self.results if stage.attempt == 1 or result.name != stage.name]
-            self.results.extend(results)
+            names = [result.name for result in self.results]
+            is_again = stage.attempt > 1 and stage.name in names
+            place = names.index(stage.name) if is_again else len(names)
+            self.results[place : place + 1] = results
             self.route_differences.extend(route_differences(run))
         return tuple(results)
 

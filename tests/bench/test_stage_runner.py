@@ -6,7 +6,7 @@ from dataclasses import replace
 from random import Random
 
 from gpumesh.bench.load.route_arms import RouteAccess
-from gpumesh.bench.scenarios.base import make_node_stage, make_stage
+from gpumesh.bench.scenarios.base import make_mesh_stage, make_node_stage, make_stage
 from gpumesh.bench.stage_runner import StageRunner
 from gpumesh.bench.stats import Objective
 from gpumesh.bench.workload.prompts import PromptFactory
@@ -25,13 +25,13 @@ def runner(made: RunningMesh) -> StageRunner:
 async def test_a_stage_that_is_measured_again_takes_the_place_of_the_first_try() -> None:
     async with mesh_of_hosts(host("alpha")) as made:
         run = runner(made)
-        other, stage = make_node_stage(PROMPTS, "beta", 2, 1), make_node_stage(PROMPTS, "alpha", 3, 1)
-        for one in (replace(other, node="alpha"), stage, replace(stage, attempt=2)):
-            requests = tuple(replace(planned, node="alpha") for planned in one.requests)
-            await run.measure(replace(one, requests=requests))
-    assert [(result.name, result.requests) for result in run.results] == [("beta", 2), ("alpha", 3)]
+        first, again = make_node_stage(PROMPTS, "alpha", 2, 1), make_node_stage(PROMPTS, "alpha", 3, 1)
+        other = make_mesh_stage("mesh", PROMPTS, 1, 1)
+        for one in (first, other, replace(again, attempt=2)):
+            await run.measure(one)
+    assert [(result.name, result.requests) for result in run.results] == [("alpha", 3), ("mesh", 1)]
     labels = [record.stage for record in run.records]
-    assert labels == ["beta"] * 2 + ["alpha"] * 3 + ["alpha (try 2)"] * 3, "nothing that was measured is lost"
+    assert labels == ["alpha"] * 2 + ["mesh"] + ["alpha (try 2)"] * 3, "nothing that was measured is lost"
 
 
 async def test_a_ramp_is_no_figure_and_can_go_past_the_mesh() -> None:

@@ -31,7 +31,7 @@ MAX_LEVEL = 512
 RAMP_S = 60.0  # no further level is begun if a node's ramp would take longer with it
 # An answer of a ramp takes about a second: long enough that answers which run at once are seen together.
 ANSWER_S, FIRST_TOKENS, MIN_TOKENS, MAX_TOKENS = 1.0, 32, 16, 128
-MAX_REPEATS = 2  # of a level that did not fill while the mesh's limit changed
+MAX_REPEATS = 2  # of one level
 
 
 def find_capacities(context: ScenarioContext) -> ScenarioSteps:
@@ -62,6 +62,9 @@ def _find_capacity(context: ScenarioContext, node: NodeFacts) -> Generator[Stage
             repeated += 1  # the mesh still learns: the same level again
             continue
         if _has_stopped_growing(points):
+            if not repeated:  # it must show twice: a moment of disturbance gives fewer tokens/s, too
+                repeated += 1
+                continue
             full = find_full_point(points)
             reason = f"{level} at once give no more"
             return NodeCapacity(node.name, full.running, full.tokens_per_s, reason, tuple(points))
@@ -120,11 +123,8 @@ def _answer_tokens(result: StageResult, tokens: int) -> int:
 
 
 def _has_stopped_growing(points: Sequence[RampPoint]) -> bool:
-    """Whether the last point gives no more tokens/s than the level before it. An unknown rate has not grown."""
-    last = points[-1]
-    earlier = [point for point in points if point.level < last.level]
-    if not earlier:
-        return False
-    if earlier[-1].tokens_per_s is None or last.tokens_per_s is None:
-        return True
-    return last.tokens_per_s < earlier[-1].tokens_per_s * (1.0 + MIN_GROWTH)
+    """Whether the last level gives no more tokens/s than the levels before it. An unknown rate counts as 0."""
+    level = points[-1].level
+    lower = [point.tokens_per_s or 0.0 for point in points if point.level < level]
+    highest = max(point.tokens_per_s or 0.0 for point in points if point.level == level)
+    return bool(lower) and highest < max(lower) * (1.0 + MIN_GROWTH)

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from functools import partial
 
-from gpumesh.bench.figures.summary import StageResult
 from gpumesh.bench.scenarios.base import (
     ScenarioContext,
     ScenarioSteps,
+    StageOutcome,
     find_limit,
     make_mesh_stage,
     make_node_stage,
     whole_rounds,
 )
 from gpumesh.bench.scenarios.capacity import find_capacities
-from gpumesh.bench.scenarios.settled import measure_settled
+from gpumesh.bench.scenarios.settled import MAX_TRIES, measure_settled
 from gpumesh.bench.scenarios.warm_up import warm_up_at
+from gpumesh.bench.workload.stages import Stage
 
 REQUESTS = 10
 ROUNDS = 5
@@ -38,29 +41,46 @@ def measure_scale(context: ScenarioContext) -> ScenarioSteps:
     else:
         yield from find_capacities(context)
         levels = {capacity.node: capacity.parallel for capacity in context.capacities}
-    alone: list[StageResult] = []
-    planned_count = 0
-    for node in context.nodes:
-        level = levels[node.name]
-        count = whole_rounds(max(settings.requests or REQUESTS, ROUNDS * level), level)
-        planned_count += count
-        outcome = yield from measure_settled(
-            context, partial(make_node_stage, context.prompts, node.name, count, level)
-        )
-        alone.extend(outcome.results)
-        limit = find_limit(outcome.after, node.name)
-        if limit is not None and limit < level:
+    plans = [_plan(context, node.name, levels[node.name]) for node in context.nodes]
+    alone: dict[str, StageOutcome] = {}
+    for plan in plans:
+        alone[plan.node] = yield from measure_settled(context, plan.make)
+    total_level = sum(plan.level for plan in plans)
+    count = _mesh_count(alone.values(), sum(plan.count for plan in plans), total_level)
+    mesh = yield from measure_settled(context, partial(make_mesh_stage, "mesh", context.prompts, count, total_level))
+    for plan in plans:
+        limit, mesh_limit = (find_limit(outcome.after, plan.node) for outcome in (alone[plan.node], mesh))
+        if limit != mesh_limit:  # otherwise a node with more slots in the mesh than alone would look like a gain
             context.notes.append(
-                f"stage {node.name}: the mesh gave it {limit} at a time, not {level}: its rate is below its capacity"
+                f"{plan.node} was measured alone when its limit was {limit}, and it is {mesh_limit} in the mesh:"
+                " it was measured alone again"
             )
-    total_level = sum(levels.values())
-    count = _mesh_count(alone, planned_count, total_level)
-    yield from measure_settled(context, partial(make_mesh_stage, "mesh", context.prompts, count, total_level))
+            yield from measure_settled(context, plan.make, first_attempt=MAX_TRIES + 1)
+        if mesh_limit is not None and mesh_limit < plan.level:
+            context.notes.append(
+                f"the mesh gives {plan.node} {mesh_limit} at a time, not {plan.level}: its rates are below its capacity"
+            )
 
 
-def _mesh_count(alone: list[StageResult], planned_count: int, level: int) -> int:
+@dataclass(frozen=True, slots=True)
+class _NodePlan:
+    """How a node is measured alone: ``count`` requests with ``level`` in flight. ``make`` makes the stage."""
+
+    node: str
+    level: int
+    count: int
+    make: Callable[[], Stage]
+
+
+def _plan(context: ScenarioContext, node: str, level: int) -> _NodePlan:
+    """The plan for a node that is measured with ``level`` requests in flight."""
+    count = whole_rounds(max(context.settings.requests or REQUESTS, ROUNDS * level), level)
+    return _NodePlan(node, level, count, partial(make_node_stage, context.prompts, node, count, level))
+
+
+def _mesh_count(alone: Collection[StageOutcome], planned_count: int, level: int) -> int:
     """How many requests keep the mesh busy for as long as the longest stage of a node took, in whole rounds."""
-    longest_s = max((stage.duration_s for stage in alone), default=0.0)
-    per_s = math.fsum(stage.rates.loaded_requests_per_s or stage.rates.requests_per_s or 0.0 for stage in alone)
-    wanted_count = min(math.ceil(longest_s * per_s), MAX_MESH_ROUNDS * level)
+    longest_s = max(outcome.duration_s for outcome in alone)
+    rates = [result.rates.best_requests_per_s or 0.0 for outcome in alone for result in outcome.results]
+    wanted_count = min(math.ceil(longest_s * math.fsum(rates)), MAX_MESH_ROUNDS * level)
     return whole_rounds(max(planned_count, wanted_count), level)

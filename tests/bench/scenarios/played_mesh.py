@@ -60,7 +60,7 @@ class PlayedMesh:
         duration_s = max(record.ended_s for record in records)
         results = summarize_stage(StageRun(stage, tuple(records), duration_s, ClientLoad(0.1, 0.1)), Objective())
         self.results.extend(results)
-        return StageOutcome(() if stage.kind is StageKind.WARM_UP else tuple(results), before, after)
+        return StageOutcome(() if stage.kind is StageKind.WARM_UP else tuple(results), before, after, duration_s)
 
     def _records(self, stage: Stage) -> list[LoadSample]:
         """The requests of a closed loop. A slot is a number: when it becomes free."""

@@ -34,8 +34,9 @@ def test_a_ramp_ends_where_the_slots_end(slots: int, levels: list[int]) -> None:
 
 def test_a_gpu_that_is_full_before_its_slots_are() -> None:
     """64 slots, but no more than 400 tokens/s: 8 streams of 50 are all that it can do."""
-    (capacity,) = play(PlayedMesh({"alpha": PlayedNode(64, most=400.0)}), Scenario.SCALE).capacities
-    assert capacity.parallel == 8
+    mesh = PlayedMesh({"alpha": PlayedNode(64, most=400.0)})
+    (capacity,) = play(mesh, Scenario.SCALE).capacities
+    assert (capacity.parallel, ramp_levels(mesh, "alpha")) == (8, [1, 2, 4, 8, 16, 16])
     assert capacity.reason == "16 at once give no more"
 
 
@@ -113,8 +114,28 @@ def test_a_limit_that_shrinks_after_the_ramp_is_told() -> None:
     notes = play(mesh, Scenario.SCALE, known=True).notes
     assert notes == [
         "while stage alpha ran, the limit of alpha changed from 2 to 1: it was measured again",
-        "stage alpha: the mesh gave it 1 at a time, not 2: its rate is below its capacity",
+        "the mesh gives alpha 1 at a time, not 2: its rates are below its capacity",
     ]
+
+
+def test_a_node_that_was_measured_alone_under_another_limit_is_measured_again() -> None:
+    """The limit shrinks by mistake and grows again in the mesh's stage: without another look that is 133 %."""
+
+    def set_limit(limit: int) -> Callable[[dict[str, PlayedNode]], None]:
+        return lambda nodes: setattr(nodes["alpha"], "limit", limit)
+
+    changes = {"alpha": [set_limit(2)], "mesh": [set_limit(4)]}
+    mesh = PlayedMesh({"alpha": PlayedNode(4, limit=4), "beta": PlayedNode(2)}, changes=changes)
+    notes = play(mesh, Scenario.SCALE).notes
+    assert notes == [
+        "while stage alpha ran, the limit of alpha changed from 4 to 2: it was measured again",
+        "while stage mesh ran, the limit of alpha changed from 2 to 4: it was measured again",
+        "alpha was measured alone when its limit was 2, and it is 4 in the mesh: it was measured alone again",
+    ]
+    last = {result.name: result for result in mesh.results if result.kind in (StageKind.NODE, StageKind.MESH)}
+    made = scaling(list(last.values()))
+    assert made is not None
+    assert made.efficiency == pytest.approx(1.0, abs=0.03)
 
 
 def test_a_stage_in_which_a_limit_changed_is_measured_again() -> None:
