@@ -201,7 +201,7 @@ async def test_a_host_that_dies_under_load_costs_nothing(
     """Its sshd and all sessions are killed in mid-work; what ran there is answered by the other."""
     gpumesh = replace(gpumesh, warm=True)
     prompts = tmp_path / "prompts.txt"
-    prompts.write_text("".join(f"prompt {number}\n" for number in range(150)))
+    prompts.write_text("".join(f"prompt {number}\n" for number in range(100)))
     victim = two_hosts[0]
     await gpumesh("up", "-d")
     async with gpumesh.started("run", "-f", str(prompts), "-o", "num_predict=100") as process:
@@ -213,7 +213,7 @@ async def test_a_host_that_dies_under_load_costs_nothing(
             rest = await process.stdout.read()
             assert await process.wait() == 0
     lines = (first + rest).decode().splitlines()
-    assert len(lines) == 150
+    assert len(lines) == 100
     status = valid((await gpumesh("status", "--json")).json())
     assert status["nodes"][0]["health"] == "down"
     await victim.sshd.start()
