@@ -17,6 +17,7 @@ class RampPoint:
 
     ``waited_inside`` is the number of requests that waited inside the server (``None``: the server does not tell).
     ``is_direct``: the requests went to the server without the mesh, and so without the mesh's own limit.
+    ``answers_per_s`` stands for the tokens/s of a server that does not count its tokens.
     """
 
     level: int
@@ -25,6 +26,7 @@ class RampPoint:
     ttft_p50_ms: float | None = None
     waited_inside: int | None = None
     is_direct: bool = False
+    answers_per_s: float | None = None
 
     @property
     def running(self) -> int:
@@ -58,7 +60,18 @@ def ramp_point(result: StageResult, level: int, *, is_direct: bool = False) -> R
         ttft_p50_ms=result.latency.ttft.p50,
         waited_inside=None if share is None else share.waited_inside,
         is_direct=is_direct,
+        answers_per_s=result.rates.best_requests_per_s,
     )
+
+
+def ramp_rates(points: Sequence[RampPoint]) -> list[float]:
+    """The rates by which these points of one ramp are compared: tokens/s, or answers/s if a server does not count.
+
+    All answers of a ramp whose tokens are not counted are asked to be of the same length. 0 for an unknown rate.
+    """
+    if all(point.tokens_per_s is not None for point in points):
+        return [point.tokens_per_s or 0.0 for point in points]
+    return [point.answers_per_s or 0.0 for point in points]
 
 
 def find_full_point(points: Sequence[RampPoint]) -> RampPoint:
@@ -66,6 +79,6 @@ def find_full_point(points: Sequence[RampPoint]) -> RampPoint:
 
     Raises ``ValueError`` without a point.
     """
-    most_tokens_per_s = max(point.tokens_per_s or 0.0 for point in points)
-    full = [point for point in points if (point.tokens_per_s or 0.0) >= FULL_RATE_SHARE * most_tokens_per_s]
+    rates = ramp_rates(points)
+    full = [point for point, rate in zip(points, rates, strict=True) if rate >= FULL_RATE_SHARE * max(rates)]
     return min(full, key=lambda point: (point.running, point.level))

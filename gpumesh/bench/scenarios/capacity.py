@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 
-from gpumesh.bench.figures.capacity import NodeCapacity, RampPoint, find_full_point, ramp_point
+from gpumesh.bench.figures.capacity import NodeCapacity, RampPoint, find_full_point, ramp_point, ramp_rates
 from gpumesh.bench.figures.summary import StageResult
 from gpumesh.bench.scenarios.base import (
     NodeFacts,
@@ -123,8 +123,9 @@ def _answer_tokens(result: StageResult, tokens: int) -> int:
 
 
 def _has_stopped_growing(points: Sequence[RampPoint]) -> bool:
-    """Whether the last level gives no more tokens/s than the levels before it. An unknown rate counts as 0."""
+    """Whether the last level gives no more than the levels before it. An unknown rate has not grown."""
     level = points[-1].level
-    lower = [point.tokens_per_s or 0.0 for point in points if point.level < level]
-    highest = max(point.tokens_per_s or 0.0 for point in points if point.level == level)
-    return bool(lower) and highest < max(lower) * (1.0 + MIN_GROWTH)
+    rates = list(zip(points, ramp_rates(points), strict=True))
+    lower = [rate for point, rate in rates if point.level < level]
+    highest = max(rate for point, rate in rates if point.level == level)
+    return bool(lower) and highest <= max(lower) * (1.0 + MIN_GROWTH)

@@ -25,13 +25,14 @@ READ_S = 0.05  # until the first token
 @dataclass
 class PlayedNode:
     """``slots`` run at once, each with ``rate`` tokens/s; all together give at most ``most`` tokens/s. The mesh keeps
-    what is beyond ``limit`` in its queue. ``is_broken``: every request fails."""
+    what is beyond ``limit`` in its queue. ``is_broken``: every request fails. ``counts``: its server counts tokens."""
 
     slots: int
     rate: float = 50.0
     most: float = math.inf
     limit: int | None = None
     is_broken: bool = False
+    counts: bool = True
     loaded: tuple[str, ...] = ("m:latest",)
     at_once: int = 1  # what the mesh has seen so far
 
@@ -103,8 +104,8 @@ class PlayedMesh:
                     name,
                     0 if node.is_broken else 1,
                     arrivals_s=arrivals,
-                    tokens=0 if node.is_broken else tokens,
-                    counters=None if node.is_broken else counters,
+                    tokens=tokens if node.counts and not node.is_broken else None,
+                    counters=counters if node.counts and not node.is_broken else None,
                     error_code="backend-unreachable" if node.is_broken else None,
                 )
             )

@@ -40,6 +40,13 @@ def test_a_gpu_that_is_full_before_its_slots_are() -> None:
     assert capacity.reason == "16 at once give no more"
 
 
+def test_a_server_that_does_not_count_its_tokens() -> None:
+    """Its answers are counted instead, which are equally long."""
+    (capacity,) = play(PlayedMesh({"alpha": PlayedNode(64, most=400.0, counts=False)}), Scenario.SCALE).capacities
+    assert (capacity.parallel, capacity.tokens_per_s) == (8, None)
+    assert capacity.reason == "16 at once give no more"
+
+
 def test_what_the_mesh_keeps_in_its_queue_is_asked_of_the_server_itself() -> None:
     mesh = PlayedMesh({"alpha": PlayedNode(8, limit=2)})
     context = play(mesh, Scenario.SCALE, known=True)
