@@ -121,12 +121,16 @@ class Comparison:
         return None if self.measured is None or not self.truth else self.measured / self.truth - 1.0
 
     @property
+    def is_time(self) -> bool:
+        """Whether it is a time in ms."""
+        return not any(unit in self.figure for unit in ("/s", "tokens", "answers", "starts"))
+
+    @property
     def is_right(self) -> bool:
         if self.unknown or self.measured is None:
             return self.unknown and self.measured is None
         error = abs(self.measured - self.truth)
-        is_time = not any(unit in self.figure for unit in ("/s", "tokens", "answers", "starts"))
-        return error <= max(TOLERANCE * abs(self.truth), TOLERANCE_MS if is_time else 0.0)
+        return error <= max(TOLERANCE * abs(self.truth), TOLERANCE_MS if self.is_time else 0.0)
 
 
 @dataclass
@@ -366,26 +370,22 @@ def print_case(name: str, result: CaseResult) -> None:
 
 
 def print_markdown(results: Mapping[str, CaseResult]) -> None:
-    """A row for each figure of all nodes together, a column for each case."""
-    found_figures = [comparison.figure for result in results.values() for comparison in result.comparisons]
-    figures = list(dict.fromkeys(found_figures))
-    names = list(results)
-    print(f"\n| | {' | '.join(names)} |")
-    print("|---" * (len(names) + 1) + "|")
-    for figure in figures:
-        cells = []
-        for result in results.values():
-            found = [comparison for comparison in result.comparisons if comparison.figure == figure]
-            cells.append(format_difference(found[0]) if found else "")
-        print(f"| {figure} | {' | '.join(cells)} |")
+    """A row for each case, a column for each figure of all nodes together, and the server's own times of alpha."""
+    columns = [comparison.figure for comparison in next(iter(results.values())).comparisons]
+    columns = [figure for figure in columns if figure not in ("alpha answers", "alpha tokens", "alpha cold starts")]
+    print(f"\n| case | {' | '.join(columns)} |")
+    print("|---" * (len(columns) + 1) + "|")
+    for name, result in results.items():
+        by_figure = {comparison.figure: comparison for comparison in result.comparisons}
+        print(f"| {name} | {' | '.join(format_difference(by_figure[figure]) for figure in columns)} |")
 
 
 def format_difference(comparison: Comparison) -> str:
     if comparison.measured is None:
         return "unknown"
-    if comparison.difference is None or abs(comparison.truth) < TOLERANCE_MS:
-        return f"{comparison.measured - comparison.truth:+.1f}"
-    return f"{comparison.difference:+.1%}"
+    if comparison.is_time and abs(comparison.truth) < TOLERANCE_MS:
+        return f"{comparison.measured - comparison.truth:+.1f} ms"
+    return "" if comparison.difference is None else f"{comparison.difference:+.1%}"
 
 
 async def measure(names: Sequence[str], tries: int) -> dict[str, CaseResult]:
