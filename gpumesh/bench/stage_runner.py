@@ -151,6 +151,9 @@ class StageRunner:
     ) -> tuple[StageResult, ...]:
         """Keeps the records of a stage and its figures, and returns the figures; a warm-up has none."""
         stage = run.stage
+        if stage.node is not None:  # a server that belongs to no mesh does not say its name
+            named = (replace(record, node=record.node or stage.node) for record in run.records)
+            run = replace(run, records=tuple(named))
         label = stage.name if stage.attempt == 1 else f"{stage.name} (try {stage.attempt})"
         self.records.extend(replace(record, stage=label) for record in run.records)
         cold_starts = find_cold_starts(read_answers(run.records))
