@@ -7,7 +7,6 @@ import contextlib
 import json
 import os
 import signal
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Self
@@ -15,11 +14,12 @@ from typing import Any, Self
 from gpumesh.config import environment
 from gpumesh.lab import profile
 from gpumesh.lab.host import HostStart
-from gpumesh.lab.lab import NO_CERTIFICATES
 from gpumesh.topology import BackendSpec, NodeSpec, Target, TransportKind
 from gpumesh.tunnels import known_hosts, transports
 from gpumesh.wire import to_json
+from tests.real.fork_server import LAB_HOST
 from tests.real.netns import Namespace
+from tests.real.warm_commands import OWN_NETWORK, warm_commands
 from tests.tunnels.sshd import Sshd
 
 MODEL = "qwen2.5:7b"
@@ -42,6 +42,39 @@ def lively_host(name: str) -> profile.HostProfile:
     )
 
 
+class HostProcess:
+    """A host of the lab without SSH, as a fork of a process that has imported it already (warm_commands.py). An async
+    context manager; the end is SIGKILL. ``network``: the namespace in which it listens, else the caller's."""
+
+    def __init__(self, host: profile.HostProfile, *, port: int = 0, network: Path = OWN_NETWORK) -> None:
+        assert not host.ssh
+        self.port = port
+        self.pid = 0
+        self._profile = host
+        self._network = network
+        self._stack = contextlib.AsyncExitStack()
+
+    async def __aenter__(self) -> Self:
+        async with contextlib.AsyncExitStack() as stack:
+            started = warm_commands().piped(
+                (LAB_HOST,), env=environment.child_environment(), cwd=Path("/"), stdin=True, network=self._network
+            )
+            process = await stack.enter_async_context(started)
+            assert process.stdin is not None
+            assert process.stdout is not None
+            start = HostStart(self._profile, host_key="", authorized=(), backend_port=self.port)
+            process.stdin.write(json.dumps(to_json(start)).encode() + b"\n")
+            async with asyncio.timeout(START_S):
+                reply = await process.stdout.readline()
+            assert reply, (await process.communicate())[1].decode()
+            self.port, self.pid = json.loads(reply)["backend_port"], process.pid
+            self._stack = stack.pop_all()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._stack.aclose()
+
+
 class FarHost:
     """An async context manager. ``sshd`` is its SSH server, ``net`` the cable to it. Its ``known_hosts`` is empty until
     ``trust``."""
@@ -50,7 +83,7 @@ class FarHost:
         self.net = Namespace()
         self.sshd = Sshd(folder / "sshd")
         self.known_hosts = folder / "known_hosts"
-        self._ollama: asyncio.subprocess.Process | None = None
+        self._ollama: HostProcess | None = None
         self._stack = contextlib.AsyncExitStack()
 
     async def __aenter__(self) -> Self:
@@ -84,26 +117,13 @@ class FarHost:
     # -- its Ollama --------------------------------------------------------------------------------------------------
 
     async def start_ollama(self) -> None:
-        self._ollama = process = await asyncio.create_subprocess_exec(
-            *(*self.net.prefix, sys.executable, "-m", "gpumesh.lab.host"),
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            env=environment.child_environment(NO_CERTIFICATES),
-        )
-        assert process.stdin is not None
-        assert process.stdout is not None
-        start = HostStart(lively_host("far"), host_key="", authorized=(), backend_port=OLLAMA)
-        process.stdin.write(json.dumps(to_json(start)).encode() + b"\n")
-        async with asyncio.timeout(START_S):
-            reply = await process.stdout.readline()
-        assert json.loads(reply)["backend_port"] == OLLAMA, reply
+        self._ollama = HostProcess(lively_host("far"), port=OLLAMA, network=Path(f"/proc/{self.net.pid}/ns/net"))
+        await self._ollama.__aenter__()
 
     async def stop_ollama(self) -> None:
         """SIGKILL."""
         if self._ollama is not None:
-            if self._ollama.returncode is None:
-                self._ollama.kill()
-            await self._ollama.communicate()
+            await self._ollama.__aexit__()
             self._ollama = None
 
     # -- its sshd ----------------------------------------------------------------------------------------------------

@@ -14,12 +14,11 @@ from enum import StrEnum
 from pathlib import Path
 
 from gpumesh.gateway.app import Gateway
-from gpumesh.lab.lab import LabHost
 from gpumesh.mesh.mesh import Mesh
 from gpumesh.state import TunnelPhase
 from gpumesh.topology import AddressCommand, BackendSpec, GatewaySpec, NodeSpec, Target, Topology, TransportKind
 from tests.real import process_resources
-from tests.real.far_host import MODEL, FarHost, lively_host
+from tests.real.far_host import MODEL, FarHost, HostProcess, lively_host
 from tests.real.load import Load, NodeObservation, NodeWatch
 from tests.tunnels.polling import wait_until
 from tests.tunnels.sshd import keygen
@@ -271,8 +270,8 @@ async def fault_setup(folder: Path, *, line: NetworkLine | None = None, clients:
         where = AddressCommand(("cat", str(folder / "address")))
         nodes = [host.node(kind.value, kind, address_from=where) for kind in TransportKind]
         if line is None:
-            steady = await stack.enter_async_context(LabHost(lively_host(STEADY), folder, authorized=()))
-            nodes.append(NodeSpec(STEADY, BackendSpec(targets=(Target("127.0.0.1", steady.backend_port),))))
+            steady = await stack.enter_async_context(HostProcess(lively_host(STEADY)))
+            nodes.append(NodeSpec(STEADY, BackendSpec(targets=(Target("127.0.0.1", steady.port),))))
         topology = Topology(MESH, tuple(nodes), GatewaySpec(port=0, default_model=MODEL))
         mesh = await stack.enter_async_context(Mesh(topology))
         gateway = await stack.enter_async_context(Gateway(mesh, drain_s=1.0))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import fcntl
+import functools
 import gc
 import importlib
 import json
@@ -24,6 +25,7 @@ from typing import Any, NoReturn
 
 from tests.real.spare_process import run_to_end, take_identity, use_spare_process
 
+LAB_HOST = "gpumesh.lab.host"  # as a command: this program instead of `gpumesh`
 _CLONE_NEWNET = 0x40000000  # sched.h; os.setns needs Python 3.12
 _MESSAGE_BYTES = 128 * 1024  # more than arguments and environment take
 _FDS = 5
@@ -58,13 +60,16 @@ def serve(control: socket.socket) -> dict[str, Any] | None:
             if not message:
                 return None
             status = socket.socket(fileno=fds.pop(0))
+            request = json.loads(message)
+            if request["command"][0] == LAB_HOST:
+                import_lab_host()
             pid = os.fork()
             if pid == 0:
                 for resource in (control, status, *(command.status for command in running)):
                     resource.close()
                 for command in running:
                     os.close(command.ended)
-                return {**json.loads(message), "fds": fds}
+                return {**request, "fds": fds}
             for fd in fds:
                 os.close(fd)
             with contextlib.suppress(OSError):  # the tests have closed the socket: ``_finish`` is next
@@ -94,7 +99,8 @@ def become(request: dict[str, Any]) -> None:
             assert result == 0, os.strerror(ctypes.get_errno())
     for fd in request["fds"]:
         os.close(fd)
-    use_spare_process()
+    if request["command"][0] != LAB_HOST:
+        use_spare_process()
     if request["terminal"]:
         os.setsid()
         fcntl.ioctl(0, termios.TIOCSCTTY, 0)
@@ -103,7 +109,11 @@ def become(request: dict[str, Any]) -> None:
 
 
 def run_command() -> NoReturn:
-    """Runs the command line, and ends this process."""
+    """Runs the command line, or a host of the lab, and ends this process."""
+    if sys.argv[0] == LAB_HOST:
+        from gpumesh.lab.host import main as run_host
+
+        run_to_end(run_host)
     from gpumesh.cli.main import main
 
     run_to_end(main)
@@ -118,6 +128,14 @@ def import_commands() -> None:
         if not module.name.startswith("gpumesh.lab") and not module.name.endswith("__main__"):
             importlib.import_module(module.name)
     importlib.import_module("gpumesh.daemon.__main__")
+
+
+@functools.cache
+def import_lab_host() -> None:
+    """Only for the tests that need it."""
+    importlib.import_module(LAB_HOST)
+    gc.collect()
+    gc.freeze()
 
 
 if __name__ == "__main__":

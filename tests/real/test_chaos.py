@@ -22,6 +22,7 @@ from tests.prerequisites import needs
 from tests.real import process_resources
 from tests.real.faults import FAULTS, VICTIMS, FaultSetup, InjectedFault, NetworkLine, NoticedBy, fault_setup, run_fault
 from tests.real.process_resources import ProcessResources
+from tests.real.warm_commands import warm_commands
 from tests.tunnels.polling import alive, children, wait_until
 
 pytestmark = [
@@ -46,6 +47,7 @@ def list_resources() -> tuple[int, int, list[str]]:
 @contextlib.asynccontextmanager
 async def leaving_nothing(folder: Path, runtime: Path, *, line: NetworkLine | None = None) -> AsyncIterator[FaultSetup]:
     """A setup. After it, nothing of the mesh may be left: no process, thread, descriptor or file."""
+    warm_commands()  # of which the hosts are forks; it stays until this process ends
     before = list_resources()
     async with fault_setup(folder, line=line) as setup:
         yield setup

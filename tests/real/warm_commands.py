@@ -44,7 +44,7 @@ class WarmCommands:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 cwd=_ROOT,
-                env={**kept, "ROOM": " " * _SHOWN_ENVIRONMENT},
+                env={**kept, "SSL_CERT_FILE": os.devnull, "ROOM": " " * _SHOWN_ENVIRONMENT},
                 pass_fds=(far_end.fileno(),),
                 check=True,
             )
@@ -61,15 +61,17 @@ class WarmCommands:
         cwd: Path,
         streams: Sequence[int],
         terminal: bool = False,
+        network: Path = OWN_NETWORK,
     ) -> AsyncIterator[WarmProcess]:
         """A running command, killed if it still runs when the context ends. ``streams`` are its standard input, output
-        and error. ``terminal``: it leads a session, and its standard input becomes the controlling terminal."""
+        and error. ``terminal``: it leads a session, and its standard input becomes the controlling terminal.
+        ``network``: the namespace that it runs in."""
         request = {"command": list(command), "env": dict(env), "cwd": str(cwd), "terminal": terminal}
         near_end, far_end = socket.socketpair()
-        with far_end, contextlib.ExitStack() as network:
+        with far_end, contextlib.ExitStack() as files:
             fds = [far_end.fileno(), *streams]
-            if OWN_NETWORK.exists():
-                fds.append(network.enter_context(OWN_NETWORK.open()).fileno())
+            if network.exists():
+                fds.append(files.enter_context(network.open()).fileno())
             socket.send_fds(self._control, [json.dumps(request).encode()], fds)
         reader, writer = await asyncio.open_connection(sock=near_end)
         process: WarmProcess | None = None
@@ -88,7 +90,13 @@ class WarmCommands:
 
     @contextlib.asynccontextmanager
     async def piped(
-        self, command: Sequence[str], *, env: Mapping[str, str], cwd: Path, stdin: bool
+        self,
+        command: Sequence[str],
+        *,
+        env: Mapping[str, str],
+        cwd: Path,
+        stdin: bool,
+        network: Path = OWN_NETWORK,
     ) -> AsyncIterator[WarmProcess]:
         """As ``started``, with pipes at its standard streams. ``stdin``: otherwise its standard input is empty."""
         async with contextlib.AsyncExitStack() as stack:
@@ -105,7 +113,8 @@ class WarmCommands:
                     near, far = (writer, reader) if number == 0 else (reader, writer)
                     streams.append(far_ends.enter_context(far).fileno())
                     pipes.append(stack.enter_context(near))
-                process = await stack.enter_async_context(self.started(command, env=env, cwd=cwd, streams=streams))
+                started = self.started(command, env=env, cwd=cwd, streams=streams, network=network)
+                process = await stack.enter_async_context(started)
             if stdin:
                 process.stdin = await _open_writer(stack, pipes.pop(0))
             process.stdout, process.stderr = [await _open_reader(stack, pipe) for pipe in pipes]
