@@ -198,7 +198,7 @@ class NodeAccount:
     def is_suspect(self) -> bool:
         """Whether a breaker of the node has opened, or a model has failed there lately: then the breakers must be asked
         whether a request may be sent."""
-        return self.breaker.open_until is not None or self.model_breakers.has_faults
+        return self.breaker.open_until is not None or bool(self.model_breakers.faults)
 
     def is_broken_for(self, model: str, now: float, *, despite_doubt: bool = False) -> bool:
         """Whether this model (a full name) must not be asked for here now. ``despite_doubt``: a model that failed for
@@ -326,7 +326,7 @@ class NodeAccount:
         placed.gpu_s, placed.energy_j = self.activity.gpu_s, self.activity.energy_j
         if self.breaker.open_until is not None:
             self.breaker = self.breaker.record_start(now)
-        if placed.model is not None and self.model_breakers.has_faults:
+        if placed.model is not None and self.model_breakers.faults:
             self.model_breakers.record_start(placed.model, now)
 
     def note_first_token(self, placed: PlacedRequest, now: float) -> None:

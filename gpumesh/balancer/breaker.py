@@ -167,62 +167,58 @@ class ModelBreakers:
     """The breakers of one node's models, by full name. A model without a failure has none.
 
     A model that cannot be loaded, or that is listed and not there, gets no requests on this node, while the node serves
-    its other models. All times are seconds of the caller's monotonic clock.
+    its other models. ``faults`` are the models that have failed here lately; only the methods here change it. All times
+    are seconds of the caller's monotonic clock.
     """
 
     def __init__(self) -> None:
-        self._faults: dict[str, ModelFault] = {}
+        self.faults: dict[str, ModelFault] = {}
         self._failed_in_row: set[str] = set()  # the models that failed since the node's last success
         self._served_at: dict[str, float] = {}  # when each model was served last
         self._catalog: Sequence[ModelInfo] | None = None  # the server's last list of models
 
     def __repr__(self) -> str:
-        return f"<ModelBreakers {', '.join(sorted(self._faults)) or 'no fault'}>"
+        return f"<ModelBreakers {', '.join(sorted(self.faults)) or 'no fault'}>"
 
     # -- questions -----------------------------------------------------------------------------------------------
-
-    @property
-    def has_faults(self) -> bool:
-        """Whether any model has failed here lately."""
-        return bool(self._faults)
 
     def broken(self, now: float, *, despite_doubt: bool = False) -> AbstractSet[str]:
         """The models that must not be asked for now. ``despite_doubt``: models that failed for an unknown reason are
         left out, so that they are tried; models that cannot be loaded or are missing are not."""
-        if not self._faults:  # the usual case; this is asked for each request
+        if not self.faults:  # the usual case; this is asked for each request
             return _NO_MODELS
         return frozenset(
             model
-            for model, fault in self._faults.items()
+            for model, fault in self.faults.items()
             if not fault.breaker.allows(now) and not (despite_doubt and fault.blame is Blame.MODEL)
         )
 
     def pause_left(self, model: str, now: float) -> float | None:
         """The seconds until a request for this broken model may be tried. 0: the pause is over, and a trial is in
         flight whose end decides. ``None``: the model is not broken."""
-        fault = self._faults.get(model)
+        fault = self.faults.get(model)
         if fault is None or fault.breaker.open_until is None or fault.breaker.allows(now):
             return None
         return max(fault.breaker.open_until - now, 0.0)
 
     def find_fault(self, model: str) -> ModelFault | None:
         """The fault of this model; ``None`` if it has none, or if its breaker has not opened."""
-        fault = self._faults.get(model)
+        fault = self.faults.get(model)
         return fault if fault is not None and fault.breaker.open_until is not None else None
 
     @property
     def open_faults(self) -> tuple[ModelFault, ...]:
         """The faults whose breakers have opened and have not closed since, sorted by the model's name."""
-        models = sorted(model for model, fault in self._faults.items() if fault.breaker.open_until is not None)
-        return tuple(self._faults[model] for model in models)
+        models = sorted(model for model, fault in self.faults.items() if fault.breaker.open_until is not None)
+        return tuple(self.faults[model] for model in models)
 
     # -- events --------------------------------------------------------------------------------------------------
 
     def record_start(self, model: str, now: float) -> None:
         """Notes that a request for the model was sent: it is the trial if the model's breaker is half-open."""
-        fault = self._faults.get(model)
+        fault = self.faults.get(model)
         if fault is not None:
-            self._faults[model] = replace(fault, breaker=fault.breaker.record_start(now))
+            self.faults[model] = replace(fault, breaker=fault.breaker.record_start(now))
 
     def record_success(self, model: str | None, now: float) -> None:
         """Notes that the node has served a request that needed inference. ``model`` is ``None`` if the request named no
@@ -231,8 +227,8 @@ class ModelBreakers:
             self._failed_in_row.clear()
         if model is None:
             return
-        if self._faults:
-            self._faults.pop(model, None)
+        if self.faults:
+            self.faults.pop(model, None)
         if len(self._served_at) > 1:
             self._served_at.pop(model, None)  # so that the model moves to the end: the dict is in order of last use
         self._served_at[model] = now
@@ -248,16 +244,16 @@ class ModelBreakers:
         if blame is Blame.MISSING_MODEL and self._catalog is None:
             return False  # the server could not list its models, so nothing says that it should have this one
         pace = MISSING_PACE if blame is Blame.MISSING_MODEL else MODEL_PACE
-        old = self._faults.pop(model, None)  # so that the model becomes the newest
+        old = self.faults.pop(model, None)  # so that the model becomes the newest
         breaker = old.breaker if old is not None and old.breaker.pace is pace else closed_breaker(pace)
         # A server that says that it cannot load a model will say so again. But if the model was in memory, or was
         # served lately, the load may have failed for this request alone (a huge ``num_ctx``).
         can_be_loaded = was_loaded or self._was_served_lately(model, now)
         is_certain = blame is Blame.MODEL_LOAD and not can_be_loaded
         breaker = breaker.trip(now) if is_certain else breaker.record_failure(now)
-        self._faults[model] = ModelFault(model, blame, message, breaker)
-        if len(self._faults) > MAX_MODEL_FAULTS:
-            del self._faults[next(iter(self._faults))]
+        self.faults[model] = ModelFault(model, blame, message, breaker)
+        if len(self.faults) > MAX_MODEL_FAULTS:
+            del self.faults[next(iter(self.faults))]
         if blame is Blame.MISSING_MODEL or model in self._failed_in_row:  # a missing model says nothing of the node
             return False
         self._failed_in_row.add(model)
@@ -270,43 +266,43 @@ class ModelBreakers:
     def cancel_trial(self, model: str | None) -> bool:
         """Notes that the request for the model is no longer a trial (``Breaker.cancel_trial``). Returns whether a trial
         of this model was in flight."""
-        fault = self._faults.get(model) if model is not None else None
+        fault = self.faults.get(model) if model is not None else None
         if fault is None or not fault.breaker.trial_in_flight:
             return False
-        self._faults[fault.model] = replace(fault, breaker=fault.breaker.cancel_trial())
+        self.faults[fault.model] = replace(fault, breaker=fault.breaker.cancel_trial())
         return True
 
     def forgive_failure(self, model: str, now: float) -> None:
         """Takes back one failure of the model: the request was at fault, because another node failed at it too."""
-        fault = self._faults.get(model)
+        fault = self.faults.get(model)
         if fault is None:
             return
         self._failed_in_row.discard(model)
         breaker = fault.breaker.forgive_failure(now)
         if breaker.failures == 0:
-            del self._faults[model]
+            del self.faults[model]
         else:
-            self._faults[model] = replace(fault, breaker=breaker)
+            self.faults[model] = replace(fault, breaker=breaker)
 
     def note_catalog(self, catalog: Sequence[ModelInfo]) -> None:
         """Takes the server's list of models from a new probe. If it differs from the last list, all faults are
         forgotten: a person has changed the models. If not, the server has listed the missing models again, and their
         faults become ``confirmed``."""
         old_catalog, self._catalog = self._catalog, catalog
-        if not self._faults or old_catalog is None:
+        if not self.faults or old_catalog is None:
             return
         # The sets decide, because the order of a list means nothing. Equal lists are found faster, so they come first.
         if catalog != old_catalog and set(catalog) != set(old_catalog):
-            self._faults.clear()
+            self.faults.clear()
             self._failed_in_row.clear()
             return
-        for model, fault in self._faults.items():
+        for model, fault in self.faults.items():
             if fault.blame is Blame.MISSING_MODEL and not fault.confirmed:
-                self._faults[model] = replace(fault, confirmed=True)
+                self.faults[model] = replace(fault, confirmed=True)
 
     def forget_all(self) -> None:
         """Forgets all faults, because the connection or the server is new."""
-        self._faults.clear()
+        self.faults.clear()
         self._failed_in_row.clear()
         self._served_at.clear()
         self._catalog = None

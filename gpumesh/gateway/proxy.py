@@ -31,7 +31,6 @@ from gpumesh.mesh.mesh import Mesh
 from gpumesh.mesh.requests.answer import Answer, SendProgress
 from gpumesh.mesh.requests.answer_reading import STREAMING_TYPES
 from gpumesh.text.model_names import full_name
-from gpumesh.topology import BackendKind
 
 # Headers that concern only the client, or only the connection to the client, and not a backend. In lower case. Hop and
 # credential headers have many names, so most of them are recognised by a part of the name (``_concerns_client``).
@@ -179,19 +178,18 @@ async def forward_request(
 
     Raises GPUMeshError only before the first byte of an answer. A heartbeat may have begun the client's stream.
     """
-    calls: Mapping[BackendKind, HttpCall] = dict.fromkeys(demand.kinds, call)
     headers = request.headers
     wants_why = "x-gpumesh-explain" in headers and read_explain(headers)
     answer = await mesh.send(
         demand,
-        calls,
+        call,
         timeout_s=timeout_s,
         resume="x-gpumesh-resume" not in headers or read_resume(headers),
         try_reserve_memory=request.try_reserve_memory,
         progress=progress,
     )
     if require_json and not _is_readable(answer):
-        answer = await _ask_other_nodes(mesh, demand, calls, answer, timeout_s, progress)
+        answer = await _ask_other_nodes(mesh, demand, call, answer, timeout_s, progress)
     on_answer(answer)
     if wants_why:
         answer.why = _explain_answer(mesh, answer)
@@ -212,7 +210,7 @@ def _is_readable(answer: Answer) -> bool:
 async def _ask_other_nodes(
     mesh: Mesh,
     demand: Demand,
-    calls: Mapping[BackendKind, HttpCall],
+    call: HttpCall,
     answer: Answer,
     timeout_s: float,
     progress: SendProgress,
@@ -221,7 +219,7 @@ async def _ask_other_nodes(
     await answer.aclose()
     for node in _find_other_nodes(mesh, demand, answer.node):
         try:
-            other_answer = await mesh.send(replace(demand, node=node), calls, timeout_s=timeout_s, progress=progress)
+            other_answer = await mesh.send(replace(demand, node=node), call, timeout_s=timeout_s, progress=progress)
         except GPUMeshError:  # this node gives no answer, but the next may
             continue
         if _is_readable(other_answer):

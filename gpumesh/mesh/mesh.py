@@ -280,7 +280,7 @@ class Mesh:
     def send(
         self,
         demand: Demand,
-        calls: Mapping[BackendKind, HttpCall],
+        calls: HttpCall | Mapping[BackendKind, HttpCall],
         *,
         timeout_s: float,
         resume: bool = True,
@@ -290,8 +290,8 @@ class Mesh:
     ) -> Coroutine[None, None, Answer]:
         """Sends a request to the best node. If this node fails, sends the request to other nodes until a node answers.
 
-        - ``calls`` holds the request in the form of each kind of server. Each server gets the name under which it lists
-          the model.
+        - ``calls`` holds the request in the form of each kind of server, or in one form for all kinds. Each server gets
+          the name under which it lists the model.
         - ``resume``: if an answer is cut while it streams, another node continues it.
         - ``at_most_once``: the request changes something. It is never sent again after a server may have begun to work
           on it.

@@ -149,7 +149,7 @@ def could_serve(account: NodeAccount, group: Group, now: float) -> bool:
     """Whether the node could serve the requests of this group if it had a free slot."""
     if account.name in group.exclude or not suits_demand(account, group):
         return False
-    if group.model is None or not account.model_breakers.has_faults:  # nearly always
+    if group.model is None or not account.model_breakers.faults:  # nearly always
         return True
     return not account.is_broken_for(full_name(group.model), now)
 

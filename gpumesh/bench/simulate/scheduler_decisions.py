@@ -91,7 +91,7 @@ class SchedulerDecisions:
             or report.is_up != account.is_up
             or loaded is not last.loaded
             or report.listed is not last.listed
-            or account.model_breakers.has_faults
+            or account.model_breakers.faults
         )
         if not has_changes and not self._scheduler.queue.size and _agrees(account.residency, loaded):
             return  # most reports change nothing; without this shortcut, they would take 5 % of the time

@@ -56,17 +56,18 @@ class RequestDelivery:
     """Delivers one request: ``deliver`` returns its answer. Implements ``Failover`` (see there) for an answer that
     streams.
 
-    ``calls`` holds the request in the form for each kind of server. ``resume``: another node may continue a cut answer.
-    ``at_most_once``: the request is not sent again after a server may have begun to work on it. ``try_reserve_memory``
-    reserves this many bytes for the request, and returns whether there is room. ``progress`` is kept up to date while
-    the request is delivered. ``counters`` count the request and its end; ``None``: it is not counted.
+    ``calls`` holds the request in the form for each kind of server, or in one form for all. ``resume``: another node
+    may continue a cut answer. ``at_most_once``: the request is not sent again after a server may have begun to work on
+    it. ``try_reserve_memory`` reserves this many bytes for the request, and returns whether there is room. ``progress``
+    is kept up to date while the request is delivered. ``counters`` count the request and its end; ``None``: it is not
+    counted.
     """
 
     def __init__(
         self,
         context: SendContext,
         demand: Demand,
-        calls: Mapping[BackendKind, HttpCall],
+        calls: HttpCall | Mapping[BackendKind, HttpCall],
         *,
         timeout_s: float,
         resume: bool,
@@ -114,7 +115,7 @@ class RequestDelivery:
                 if lease is None:
                     answer = self._last_error_answer()
                     continue
-                call, model = self._calls[lease.node.kind], self._demand.model
+                call, model = self._call_for(lease), self._demand.model
                 # Most clients write the name as the server lists it; then not even a coroutine is made.
                 is_renamed = model is not None and lease.node.server_name(model) is not None
                 named_call = await self._name_model(lease, call) if is_renamed else call
@@ -212,7 +213,7 @@ class RequestDelivery:
             return call
         if isinstance(call, FailedAttempt):
             return call
-        headers = self._calls[lease.node.kind].headers
+        headers = self._call_for(lease).headers
         if headers:
             call = replace(call, headers=headers)
         call = await self._name_model(lease, call)
@@ -297,7 +298,13 @@ class RequestDelivery:
 
     @property
     def _path(self) -> str:
-        return next(iter(self._calls.values())).path
+        calls = self._calls
+        return calls.path if isinstance(calls, HttpCall) else next(iter(calls.values())).path
+
+    def _call_for(self, lease: Lease) -> HttpCall:
+        """The request in the form for the leased node's kind of server."""
+        calls = self._calls
+        return calls if isinstance(calls, HttpCall) else calls[lease.node.kind]
 
     def _find_lacking_nodes(self) -> frozenset[str]:
         """The nodes that lately lacked this route; none if no other node could serve the request."""
