@@ -43,6 +43,16 @@ def test_figures_are_means_and_counts_are_sums() -> None:
     assert (share.node, share.served) == ("iceland", 14)
 
 
+def test_a_sum_of_which_one_run_does_not_know_its_part_is_unknown() -> None:
+    known, unknown = one_run(10.0), one_run(10.0)
+    (stage,) = unknown.stages
+    unknown = replace(unknown, stages=(replace(stage, prompt_tokens=None),))
+    both = joined(known, unknown)
+    assert (both.prompt_tokens, both.output_tokens) == (None, 2 * 8 * 11)
+    assert both.coverage is not None
+    assert both.coverage.answers == 16
+
+
 def test_intervals_are_those_between_the_runs() -> None:
     runs = [one_run(gap) for gap in (10.0, 10.5, 9.5)]
     stage = joined(*runs)
