@@ -86,7 +86,7 @@ CASES = {
     "4 a frame, no durations": Case(
         one(per_piece=4, api="openai"), unknown=SERVER_RATES, notes=("several tokens came in a piece",)
     ),
-    "no durations": Case(one(api="openai"), unknown=SERVER_RATES),
+    "no durations": Case(one(api="openai"), unknown=SERVER_RATES, notes=("did not say how long it generated all",)),
     "no prompt_eval_count": Case(
         one(without=("prompt_eval_count",)), unknown=PROMPTS, notes=("no count of the prompt's tokens of all",)
     ),
@@ -96,7 +96,9 @@ CASES = {
         notes=("no believable count of the tokens of all", "no count of the prompt's tokens of all"),
     ),
     "no eval_duration": Case(
-        one(without=("eval_duration",)), unknown=SERVER_RATES - {"alpha prefill tok/s", "alpha load ms"}
+        one(without=("eval_duration",)),
+        unknown=SERVER_RATES - {"alpha prefill tok/s", "alpha load ms"},
+        notes=("did not say how long it generated all",),
     ),
     "64 million tok/s": Case(one(absurd=True), unknown=SERVER_RATES, notes=("contradict the times measured here",)),
     "clock twice as fast": Case(one(clock=2.0), unknown=SERVER_RATES, notes=("contradict the times measured here",)),

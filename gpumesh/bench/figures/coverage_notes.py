@@ -19,7 +19,7 @@ def coverage_notes(stage: StageResult) -> list[str]:
     """The notes about the figures of a stage."""
     if stage.coverage is None:  # a result of an older version
         return []
-    notes = [*_unknown_counts(stage, stage.coverage), *_clocks(stage.coverage), *_pieces(stage.coverage)]
+    notes = [*_unknown_counts(stage, stage.coverage), *_clocks(stage, stage.coverage), *_pieces(stage.coverage)]
     notes += [*_lengths(stage.coverage), *_power(stage)]
     return [f"stage {stage_label(stage)}: {note}" for note in notes]
 
@@ -58,8 +58,15 @@ def _unknown_counts(stage: StageResult, coverage: Coverage) -> Iterator[str]:
         yield f"{_answers(coverage.without_text)} without any text: no TTFT, and not good"
 
 
-def _clocks(coverage: Coverage) -> Iterator[str]:
+def _clocks(stage: StageResult, coverage: Coverage) -> Iterator[str]:
     """The notes about the servers' clocks, and about the clock of the TPOT."""
+    silent = coverage.answers - coverage.durations - coverage.contradicted
+    if silent:
+        nodes = _names(share.node for share in stage.nodes if share.server_tokens_per_s is None)
+        yield (
+            f"the server did not say how long it generated {_of(silent, coverage.answers)}{nodes}: its tok/s and its"
+            " queue are unknown"
+        )
     if coverage.contradicted:
         yield (
             f"the server's durations of {_of(coverage.contradicted, coverage.answers)} contradict the times measured"

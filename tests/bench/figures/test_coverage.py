@@ -94,6 +94,7 @@ def test_a_mixture_of_clocks_is_said() -> None:
     assert made.coverage is not None
     assert made.coverage.tpot_source == "1 by the server's clock, 1 by arrivals"
     assert "TPOT is a mixture: 1 by the server's clock, 1 by arrivals" in notes(made)
+    assert "did not say how long it generated 1 of 2 answers (beta): its tok/s and its queue are unknown" in notes(made)
 
 
 def test_lengths_that_are_not_as_asked() -> None:
