@@ -14,10 +14,12 @@ from gpumesh.errors import ExecError, GPUMeshError, UsageError
 from gpumesh.mesh.mesh import Mesh
 from gpumesh.mesh.outages.outage import Outage, OutageKind
 from gpumesh.text.printable import printable
+from gpumesh.tunnels.direct.this_machine import run_command
 
 log = logging.getLogger(__name__)
 
 COMMAND_TIMEOUT_S = 60.0  # for the command that stops or starts a server
+MAX_OUTPUT_BYTES = 1 << 16
 MAX_SHOWN_OUTPUT = 200  # characters of a failed command's output
 
 
@@ -72,20 +74,34 @@ async def _server_stopped(mesh: Mesh, name: str, outage: Outage) -> AsyncGenerat
     may have stopped the server nevertheless."""
     if outage.stop_command is None or outage.start_command is None:
         raise UsageError("a server is stopped with two commands: one that stops it, one that starts it")
+    is_here = not mesh.fleet.find_node(name).uses_ssh
+    if is_here:  # while its server is stopped, nobody could tell that it runs on this machine
+        await mesh.exec(name, ["true"], timeout_s=COMMAND_TIMEOUT_S)
     try:
-        await _run_command(mesh, name, outage.stop_command)
+        await _run_command(mesh, name, outage.stop_command, is_here=is_here)
         yield
     finally:
         try:
-            await _run_command(mesh, name, outage.start_command)
+            await _run_command(mesh, name, outage.start_command, is_here=is_here)
         except GPUMeshError as error:
             log.error("the server of %s was not started again: %s", name, error, extra={"event": "outage"})  # noqa: TRY400
             raise
 
 
-async def _run_command(mesh: Mesh, node: str, command: str) -> None:
-    """Runs the command in the host's shell. Raises ExecError if its exit status is not 0."""
-    result = await mesh.exec(node, ["sh", "-c", command], timeout_s=COMMAND_TIMEOUT_S)
+async def _run_command(mesh: Mesh, node: str, command: str, *, is_here: bool) -> None:
+    """Runs the command in the shell of the node's host, which is this machine if ``is_here``. Raises ExecError if its
+    exit status is not 0."""
+    argv = ["sh", "-c", command]
+    try:
+        if is_here:
+            result = await run_command(argv, timeout_s=COMMAND_TIMEOUT_S, limit_bytes=MAX_OUTPUT_BYTES)
+        else:
+            result = await mesh.exec(node, argv, timeout_s=COMMAND_TIMEOUT_S)
+    except TimeoutError as error:
+        message = f"no end of the command {command!r} within {COMMAND_TIMEOUT_S:g} s on {node}"
+        raise ExecError(message, node=node) from error
+    except (OSError, ValueError) as error:
+        raise ExecError(f"the command {command!r} cannot be run on {node}: {error}", node=node) from error
     if result.exit_status != 0:
         output = printable((result.stderr or result.stdout).decode("utf-8", "replace").strip(), MAX_SHOWN_OUTPUT)
         message = f"the command {command!r} ended with exit status {result.exit_status} on {node}"
