@@ -80,6 +80,9 @@ def test_how_many_answers_came_at_once() -> None:
     joins = record(1, sent_s=0.5, **ANSWER)
     assert most_at_once([record(0, **ANSWER), joins]) == 2, "for 400 ms"
     assert most_at_once([*rounds(3, 4), *rounds(3, 3)]) == 7
+    together = record(9, gap_ms=0.0)
+    assert most_at_once([together]) == 0, "its pieces came together: nothing is seen"
+    assert most_at_once([*rounds(3, 2), together]) == 2
     assert most_at_once([record(0, tokens=1), failed_record(1)]) == 0, "a single piece shows nothing"
 
 
