@@ -117,12 +117,11 @@ def most_at_once(records: Sequence[LoadSample]) -> int:
 
     Answers that come at the same time are the surest sign of how many requests a server runs in parallel. They must do
     so for ``TOGETHER_SHARE`` of a usual answer's time without a pause: if the client runs late, it sees the end of an
-    answer after the beginning of the next answer in the same slot. An answer of one piece shows nothing, nor one whose
-    pieces came together.
+    answer after the beginning of the next answer in the same slot. An answer of one piece shows nothing, nor does one
+    whose pieces all came in one read, at the same time.
     """
-    streams = [
-        record.arrivals_s for record in records if record.arrivals_s and record.arrivals_s[-1] > record.arrivals_s[0]
-    ]
+    answers = [record.arrivals_s for record in records if record.arrivals_s]
+    streams = [arrivals_s for arrivals_s in answers if arrivals_s[-1] > arrivals_s[0]]
     if not streams:
         return 0
     usual_s = statistics.median(arrivals_s[-1] - arrivals_s[0] for arrivals_s in streams)

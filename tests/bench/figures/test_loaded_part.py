@@ -83,6 +83,8 @@ def test_how_many_answers_came_at_once() -> None:
     together = record(9, gap_ms=0.0)
     assert most_at_once([together]) == 0, "its pieces came together: nothing is seen"
     assert most_at_once([*rounds(3, 2), together]) == 2
+    in_one_read = [record(number, gap_ms=0.0) for number in range(3)]
+    assert most_at_once(in_one_read) == 0, "no time passed between the pieces"
     assert most_at_once([record(0, tokens=1), failed_record(1)]) == 0, "a single piece shows nothing"
 
 
