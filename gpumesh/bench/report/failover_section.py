@@ -31,5 +31,5 @@ def node_events_section(stages: Sequence[StageResult]) -> str:
         for stage in stages
         for event in stage.node_events
     )
-    table = html_table(["stage: node", "was", "from s", "to s", "reason"], rows)
+    table = html_table(["stage: node", "was", "from s", "to s", "reason"], rows, text_columns=[4])
     return "<h2>Nodes that went away</h2>" + table if table else ""

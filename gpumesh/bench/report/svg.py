@@ -109,9 +109,9 @@ def draw_bars(title: str, rows: Sequence[Bar], unit: str) -> str:
     parts = _vertical_grid(axis, height, unit)
     for index, row in enumerate(rows):
         top = ROW_HEIGHT * index + LABEL_HEIGHT
-        parts.append(_row_label(row.label, top))
+        parts.append(row_label(row.label, top))
         if not _is_finite(row.value):
-            parts.append(_text(ROWS_LEFT, top + 15, "unknown", "axis"))
+            parts.append(draw_text(ROWS_LEFT, top + 15, "unknown", "axis"))
             continue
         end = _scale(row.value, axis, ROWS_LEFT, ROWS_RIGHT)
         width = max(end - ROWS_LEFT, 0.2)  # a value of 0 has a bar that can be seen
@@ -120,8 +120,8 @@ def draw_bars(title: str, rows: Sequence[Bar], unit: str) -> str:
             f'<rect class="s0" x="{ROWS_LEFT}%" y="{top + 3}" width="{width:.2f}%" height="{MARK_HEIGHT}" rx="2">'
             f"<title>{tooltip}</title></rect>"
         )
-        parts.append(_text(end, top + 15, format_number(row.value), "value", shift=5))
-    return _figure(title, parts, height)
+        parts.append(draw_text(end, top + 15, format_number(row.value), "value", shift=5))
+    return join_figure(title, parts, height)
 
 
 def draw_ranges(title: str, rows: Sequence[Range], unit: str) -> str:
@@ -140,9 +140,9 @@ def draw_ranges(title: str, rows: Sequence[Range], unit: str) -> str:
     for index, (row, marks) in enumerate(zip(rows, known_marks, strict=True)):
         top = ROW_HEIGHT * index + LABEL_HEIGHT
         y = top + 11  # the middle of the marks
-        parts.append(_row_label(row.label, top))
+        parts.append(row_label(row.label, top))
         if not marks:
-            parts.append(_text(ROWS_LEFT, top + 15, "unknown", "axis"))
+            parts.append(draw_text(ROWS_LEFT, top + 15, "unknown", "axis"))
             continue
         positions = [_scale(value, axis, ROWS_LEFT, ROWS_RIGHT) for _name, value in marks]
         first, last = positions[0], positions[-1]
@@ -155,8 +155,8 @@ def draw_ranges(title: str, rows: Sequence[Range], unit: str) -> str:
                 f'<circle class="s{colour}" cx="{x:.2f}%" cy="{y}" r="{radius}"><title>{tooltip}</title></circle>'
             )
         last_name, last_value = marks[-1]
-        parts.append(_text(max(positions), y + 4, f"{last_name} {format_number(last_value)}", "value", shift=9))
-    return _figure(title, parts, height, legend=names)
+        parts.append(draw_text(max(positions), y + 4, f"{last_name} {format_number(last_value)}", "value", shift=9))
+    return join_figure(title, parts, height, legend=names)
 
 
 def draw_points(
@@ -199,7 +199,7 @@ def draw_points(
             circle = f'<circle class="{style}" cx="{x:.2f}%" cy="{y:.1f}" r="{radius}">'
             parts.append(f"{circle}<title>{escape(tooltip)}</title></circle>")
     names = [one_series.label for one_series in finite_series]
-    return _figure(title, parts, POINTS_HEIGHT, legend=names if len(names) > 1 else ())
+    return join_figure(title, parts, POINTS_HEIGHT, legend=names if len(names) > 1 else ())
 
 
 def _axes_of_points(x_axis: Sequence[float], y_axis: Sequence[float], x_unit: str, y_unit: str) -> list[str]:
@@ -209,14 +209,14 @@ def _axes_of_points(x_axis: Sequence[float], y_axis: Sequence[float], x_unit: st
     for tick in y_axis:
         y = _scale(tick, y_axis, bottom, POINTS_TOP)  # in SVG, y grows downwards: so the axis begins at the bottom
         parts.append(f'<line class="grid" x1="{POINTS_LEFT}%" x2="{POINTS_RIGHT}%" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(_text(POINTS_LEFT, y + 4, tick_label(tick), "axis", "end", shift=-8))
+        parts.append(draw_text(POINTS_LEFT, y + 4, tick_label(tick), "axis", "end", shift=-8))
     *ticks_before, last_tick = x_axis
     for tick in ticks_before:
         x = _scale(tick, x_axis, POINTS_LEFT, POINTS_RIGHT)
-        parts.append(_text(x, bottom + 16, tick_label(tick), "axis", "middle"))
+        parts.append(draw_text(x, bottom + 16, tick_label(tick), "axis", "middle"))
     # The last number stands at the right end together with the unit, which has no other place on a narrow screen.
-    parts.append(_text(100, bottom + 16, f"{tick_label(last_tick)} {x_unit}", "axis", "end"))
-    parts.append(_text(0, 12, y_unit, "axis"))
+    parts.append(draw_text(100, bottom + 16, f"{tick_label(last_tick)} {x_unit}", "axis", "end"))
+    parts.append(draw_text(0, 12, y_unit, "axis"))
     return parts
 
 
@@ -225,7 +225,7 @@ def _marked_line(x: float, name: str, bottom: float) -> list[str]:
     anchor, shift = ("start", 5) if x < (POINTS_LEFT + POINTS_RIGHT) / 2 else ("end", -5)
     return [
         f'<line class="marked" x1="{x:.2f}%" x2="{x:.2f}%" y1="{POINTS_TOP - 8}" y2="{bottom}"/>',
-        _text(x, POINTS_TOP - 8, name, "label", anchor, shift=shift),
+        draw_text(x, POINTS_TOP - 8, name, "label", anchor, shift=shift),
     ]
 
 
@@ -244,8 +244,8 @@ def _vertical_grid(axis: Sequence[float], height: int, unit: str) -> list[str]:
     for index, tick in enumerate(axis):
         x = _scale(tick, axis, ROWS_LEFT, ROWS_RIGHT)
         parts.append(f'<line class="grid" x1="{x:.2f}%" x2="{x:.2f}%" y1="0" y2="{bottom}"/>')
-        parts.append(_text(x, bottom + 16, tick_label(tick), "axis", "middle" if index else "start"))
-    parts.append(_text(100, bottom + 16, unit, "axis", "end"))
+        parts.append(draw_text(x, bottom + 16, tick_label(tick), "axis", "middle" if index else "start"))
+    parts.append(draw_text(100, bottom + 16, unit, "axis", "end"))
     return parts
 
 
@@ -260,22 +260,23 @@ def _scale(value: float, axis: Sequence[float], low: float, high: float) -> floa
     return low + (value - first_tick) / (last_tick - first_tick) * (high - low)
 
 
-def _row_label(label: str, bottom: float) -> str:
-    return _text(ROWS_LEFT, bottom - 3, _truncate(label, MAX_LABEL), "label")
+def row_label(label: str, bottom: float) -> str:
+    """Draws the label of a row, shortened if it is long; it ends above ``bottom`` (pixels)."""
+    return draw_text(ROWS_LEFT, bottom - 3, _truncate(label, MAX_LABEL), "label")
 
 
 def _truncate(label: str, limit: int) -> str:
     return label if len(label) <= limit else label[: limit - 1] + "…"
 
 
-def _text(x: float, y: float, text: str, style: str, anchor: str = "start", *, shift: int = 0) -> str:
+def draw_text(x: float, y: float, text: str, style: str, anchor: str = "start", *, shift: int = 0) -> str:
     """Draws a text, escaped. ``x`` is in percent, and ``shift`` moves the text by so many pixels from there. ``style``
     is a CSS class; ``anchor`` tells which point of the text is at ``x``."""
     moved = f' dx="{shift}"' if shift else ""
     return f'<text class="{style}" x="{x:.2f}%" y="{y:.1f}"{moved} text-anchor="{anchor}">{escape(text)}</text>'
 
 
-def _figure(title: str, parts: Sequence[str], height: int, *, legend: Sequence[str] = ()) -> str:
+def join_figure(title: str, parts: Sequence[str], height: int, *, legend: Sequence[str] = ()) -> str:
     """Joins the parts of a plot into a figure with its title, and a legend of names. Colours repeat after
     ``SERIES_COLOURS`` names."""
     body = "\n".join(parts)

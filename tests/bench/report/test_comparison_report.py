@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import re
 from dataclasses import replace
 
 from gpumesh.bench.comparison.compare import compare
@@ -61,5 +62,6 @@ def test_a_plot_has_a_row_for_each_change() -> None:
     assert plot.count("<circle") == 2
     assert 'class="s5"' in plot, "the colour of what is worse"
     assert draw_changes("Change", []) == ""
-    positions = [float(part.split('"')[0]) for part in plot.split(' cx="')[1:]]
-    assert all(math.isfinite(x) and 0 < x < 720 for x in positions)
+    positions = [float(position) for position in re.findall(r' cx="([^"]*)%"', plot)]
+    assert len(positions) == 2
+    assert all(math.isfinite(x) and 0 < x < 100 for x in positions), "in percent of the width"
