@@ -145,6 +145,23 @@ def test_a_node_that_was_measured_alone_under_another_limit_is_measured_again() 
     assert made.efficiency == pytest.approx(1.0, abs=0.03)
 
 
+def test_an_efficiency_far_from_100_percent_must_show_twice() -> None:
+    """A node is slow while it is measured alone, and never again: that would be 150 %."""
+
+    def set_rate(tokens_per_s: float) -> Callable[[dict[str, PlayedNode]], None]:
+        return lambda nodes: setattr(nodes["alpha"], "rate", tokens_per_s)
+
+    changes = {"warm-up at 2": [set_rate(50.0), set_rate(20.0)], "alpha": [set_rate(50.0)]}
+    mesh = PlayedMesh({"alpha": PlayedNode(2), "beta": PlayedNode(2)}, changes=changes)
+    notes = play(mesh, Scenario.SCALE, BenchSettings("m", concurrency=(2,))).notes
+    assert notes == ["the efficiency was 142%: nodes and mesh were measured again"]
+    assert [stage.name for stage in mesh.stages if stage.attempt > 1] == ["alpha", "beta", "mesh"]
+    last = {result.name: result for result in mesh.results if result.kind in (StageKind.NODE, StageKind.MESH)}
+    made = scaling(list(last.values()))
+    assert made is not None
+    assert made.efficiency == pytest.approx(1.0, abs=0.03)
+
+
 def test_a_stage_in_which_a_limit_changed_is_measured_again() -> None:
     def learn(nodes: dict[str, PlayedNode]) -> None:
         nodes["alpha"].at_once += 1
