@@ -1,9 +1,10 @@
 """Checks the verdicts of `gpumesh bench compare`: pairs of equal results, and pairs with slower decoding.
 
-    python benchmarks/bench_compare_check.py [--only simulated|lab] [--pairs 20] [--repeat 5] [-n 40] [--check]
+    python benchmarks/bench_compare_check.py [--only simulated|lab] [--pairs 20] [--repeat 6] [-n 40] [--check]
     python benchmarks/bench_compare_check.py --only simulated --table          which repeats and requests it takes
 
-- simulated: made-up records (tests/bench/comparison/simulated_runs.py), which differ from run to run as real hosts do
+- simulated: made-up records (tests/bench/comparison/simulated_runs.py), which differ from run to run as real hosts do;
+  ``--pauses 0.1``: in one of ten runs the machine pauses, too
 - lab: real runs of `gpumesh bench run --repeat` on two meshes of the lab's stand-ins, of which the second one decodes
   more slowly. Their results are measured in turn, so that what changes with time reaches both. About 15 minutes
 
@@ -39,7 +40,7 @@ from gpumesh.bench.comparison.compare import Comparison, DifferenceVerdict, comp
 from gpumesh.bench.results.result import BenchResult, result_from_json  # noqa: E402
 from gpumesh.lab.lab import Lab  # noqa: E402
 from gpumesh.lab.profile import QWEN_7B, make_host  # noqa: E402
-from tests.bench.comparison.simulated_runs import DECODE_FIGURES, false_verdicts, make_result  # noqa: E402
+from tests.bench.comparison.simulated_runs import DECODE_FIGURES, Noise, false_verdicts, make_result  # noqa: E402
 
 RATE = 50.0  # tokens/s of a slot of the lab's stand-ins
 SLOTS = 2  # of each of the lab's two nodes
@@ -82,24 +83,24 @@ class Tally:
                 yield f"{label}: slower decoding is found in {self.found[label]} of {count} pairs"
 
 
-def check_simulated(pairs: int, repeat: int, count: int, slower: float) -> Tally:
+def check_simulated(pairs: int, repeat: int, count: int, slower: float, noise: Noise) -> Tally:
     """The pairs of made-up results, with a fixed seed."""
     rng = random.Random(16)
     tally = Tally()
     for _ in range(pairs):
         before, same, after = (
-            make_result(rng, repeat=repeat, count=count, slower=factor) for factor in (1.0, 1.0, slower)
+            make_result(rng, repeat=repeat, count=count, slower=factor, noise=noise) for factor in (1.0, 1.0, slower)
         )
         tally.add(compare(before, same), compare(before, after))
     return tally
 
 
-def print_table(pairs: int, slower: float) -> None:
+def print_table(pairs: int, slower: float, noise: Noise) -> None:
     """How many pairs have a false verdict, and in how many the least found figure is found, by repeats and requests."""
     print(f"{'runs':>5} {'requests':>8}   false pairs   found in every figure   least found figure")
-    for repeat in (1, 3, 5, 7, 10):
+    for repeat in (1, 3, 5, 6, 8):
         for count in (10, 20, 40):
-            tally = check_simulated(pairs, repeat, count, slower)
+            tally = check_simulated(pairs, repeat, count, slower, noise)
             label = min(tally.figures, key=lambda one: tally.found[one])
             least = f"{label}: {tally.found[label]} of {pairs}"
             average = sum(tally.found.values()) / sum(tally.figures.values())
@@ -185,20 +186,22 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=("simulated", "lab"))
     parser.add_argument("--pairs", type=int, default=20)
-    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--repeat", type=int, default=6)
     parser.add_argument("-n", type=int, default=40, dest="count", help="requests of a stage (simulated: per node)")
     parser.add_argument("--slower", type=float, default=1.05, help="each token takes so many times as long")
+    parser.add_argument("--pauses", type=float, default=0.0, help="simulated: the share of runs with a pause")
     parser.add_argument("--table", action="store_true", help="simulated: by repeats and requests")
     parser.add_argument("--check", action="store_true")
     given = parser.parse_args()
+    noise = Noise(bad_runs=given.pauses)
     if given.table:
-        print_table(given.pairs, given.slower)
+        print_table(given.pairs, given.slower, noise)
         return 0
     sizes = (given.pairs, given.repeat, given.count, given.slower)
     faults: list[str] = []
     for part in [given.only] if given.only else ["simulated", "lab"]:
         print(f"{part}: {given.pairs} pairs, {given.repeat} runs, {given.count} requests, {given.slower:g} x as slow")
-        tally = check_simulated(*sizes) if part == "simulated" else asyncio.run(check_lab(*sizes))
+        tally = check_simulated(*sizes, noise) if part == "simulated" else asyncio.run(check_lab(*sizes))
         tally.show()
         faults += [f"{part}: {fault}" for fault in tally.find_faults()]
     for fault in faults:

@@ -14,7 +14,7 @@ def find_caveats(a: BenchResult, b: BenchResult) -> Iterator[str]:
     if len(a.runs) < 2 and len(b.runs) < 2:
         yield (
             "both are single runs: how much a run differs from the next is not known, and taken for "
-            f"{ASSUMED_DRIFT * 100:g} % (`bench run --repeat 5` measures it)"
+            f"{ASSUMED_DRIFT * 100:g} % (`bench run --repeat 6` measures it)"
         )
     environment_a, environment_b = a.environment, b.environment
     if environment_a.gpumesh != environment_b.gpumesh:

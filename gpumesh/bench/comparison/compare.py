@@ -6,7 +6,7 @@ The verdicts of all figures are made together (``significance``). A change of le
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
@@ -55,7 +55,8 @@ class Difference:
     """One figure of one stage in both results, A and B. ``ratio`` is B ÷ A; ``verdict`` tells how B differs from A.
 
     The true ratio lies between ``ratio_low`` and ``ratio_high``. This interval is wide enough for the number of figures
-    that are compared. It is ``None`` if it is unknown, and for the share of failures.
+    that are compared. It is ``None`` if it is unknown, and for the share of failures. ``left_out_a`` and ``left_out_b``
+    are the numbers of the runs that are left out as outliers (``outliers``).
     """
 
     stage: str
@@ -68,6 +69,8 @@ class Difference:
     ratio_low: float | None = None
     ratio_high: float | None = None
     more_is_better: bool = False
+    left_out_a: int | None = None
+    left_out_b: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,9 +112,10 @@ def compare(a: BenchResult, b: BenchResult) -> Comparison:
     for label, runs_a in stages_a.items():
         if label in stages_b:
             tested.extend(_test_stage(label, runs_a, stages_b[label]))
+    differences = tuple(_decide(tested))
     return Comparison(
-        differences=tuple(_decide(tested)),
-        caveats=tuple(find_caveats(a, b)),
+        differences=differences,
+        caveats=(*find_caveats(a, b), *_left_out_caveats(differences)),
         only_a=tuple(label for label in stages_a if label not in stages_b),
         only_b=tuple(label for label in stages_b if label not in stages_a),
         unlike=tuple(find_unlike(a, b)),
@@ -119,6 +123,17 @@ def compare(a: BenchResult, b: BenchResult) -> Comparison:
         runs_a=max(len(a.runs), 1),
         runs_b=max(len(b.runs), 1),
     )
+
+
+def _left_out_caveats(differences: Sequence[Difference]) -> Iterator[str]:
+    """A sentence for each run that is left out of some figures, with these figures."""
+    figures: dict[tuple[str, int], list[str]] = {}
+    for difference in differences:
+        for label, run in (("A", difference.left_out_a), ("B", difference.left_out_b)):
+            if run is not None:
+                figures.setdefault((label, run), []).append(f"{difference.stage} {difference.figure}")
+    for (label, run), names in sorted(figures.items()):
+        yield f"run {run} of {label} is an outlier and left out of: {', '.join(names)}"
 
 
 def _runs_by_stage(result: BenchResult) -> dict[str, list[StageResult]]:
@@ -157,6 +172,8 @@ def _test_figure(label: str, figure: ComparedFigure, a: Measurement, b: Measurem
         ratio(b.value, a.value),
         DifferenceVerdict.UNKNOWN,
         more_is_better=figure.more_is_better,
+        left_out_a=a.left_out,
+        left_out_b=b.left_out,
     )
     is_log = min((*a.values, *b.values)) > 0
     estimates = estimate_pair(a, b, is_log=is_log)

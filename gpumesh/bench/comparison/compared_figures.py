@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from gpumesh.bench.comparison.estimates import Measurement, median_error, rate_error
+from gpumesh.bench.comparison.outliers import find_outlier
 from gpumesh.bench.figures.summary import StageResult
 from gpumesh.bench.stats import Interval, SampleSummary
 
@@ -25,10 +26,12 @@ class ComparedFigure:
     repeated_only: bool = False
 
     def measure(self, runs: Sequence[StageResult]) -> Measurement:
-        """The figure in the runs of a stage. A run that does not have the figure does not count."""
-        values = [value for value in map(self.value, runs) if value is not None]
+        """The figure in the runs of a stage, without the runs that do not have it, and without an outlier."""
+        known = [(number, value) for number, run in enumerate(runs, start=1) if (value := self.value(run)) is not None]
+        outlier = find_outlier([value for _, value in known])
+        left_out = None if outlier is None else known.pop(outlier)[0]
         error, df = self.error(runs[0]) if len(runs) == 1 else (None, float("inf"))
-        return Measurement(tuple(values), error, df)
+        return Measurement(tuple(value for _, value in known), error, df, left_out)
 
 
 def _median(

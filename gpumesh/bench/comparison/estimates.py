@@ -33,11 +33,13 @@ class Measurement:
     """A figure as one result has it: the values of its runs and, of a single run, the error within that run.
 
     ``error`` is the standard error as a share of the value, ``df`` its degrees of freedom; ``None`` if it is unknown.
+    ``left_out`` is the number of the run that is an outlier, and so not among the values.
     """
 
     values: tuple[float, ...]
     error: float | None = None
     df: float = math.inf
+    left_out: int | None = None
 
     @property
     def value(self) -> float | None:

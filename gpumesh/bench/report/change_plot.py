@@ -21,7 +21,7 @@ from gpumesh.bench.report.svg import (
     ticks,
 )
 
-MAX_SHOWN = 100.0  # in percent: a longer interval is cut there, so that the others can be seen
+MIN_SHOWN, MAX_SHOWN = 2.0, 100.0  # in percent: how far the axis reaches to each side, at least and at most
 # The CSS classes of the verdicts: the colours of the page's series.
 _COLOURS = {"better": "s2", "worse": "s5", "no clear difference": "s0", "too few to tell": "s0"}
 
@@ -44,7 +44,8 @@ def draw_changes(title: str, rows: Sequence[ChangeRow]) -> str:
     """
     if not rows:
         return ""
-    axis = ticks(min(-1.0, *(_cut(row.low) for row in rows)), max(1.0, *(_cut(row.high) for row in rows)))
+    limit = _axis_limit(rows)
+    axis = ticks(-limit, limit)
     bottom = ROW_HEIGHT * len(rows)
     parts = []
     for index, tick in enumerate(axis):
@@ -58,7 +59,9 @@ def draw_changes(title: str, rows: Sequence[ChangeRow]) -> str:
         top = ROW_HEIGHT * index + LABEL_HEIGHT
         y = top + MARK_HEIGHT // 2
         colour = _COLOURS.get(row.verdict, "s0")
-        low_x, x, high_x = (_position(_cut(value), axis) for value in (row.low, row.change, row.high))
+        low_x, x, high_x = (
+            _position(min(max(value, axis[0]), axis[-1]), axis) for value in (row.low, row.change, row.high)
+        )
         interval = f"{format_number(row.low)} to {format_number(row.high)} %"
         tooltip = escape(f"{row.label}: {format_number(row.change)} % ({interval}), {row.verdict}")
         parts.append(row_label(row.label, top))
@@ -70,8 +73,10 @@ def draw_changes(title: str, rows: Sequence[ChangeRow]) -> str:
     return join_figure(title, parts, bottom + AXIS_HEIGHT)
 
 
-def _cut(value: float) -> float:
-    return min(max(value, -MAX_SHOWN), MAX_SHOWN)
+def _axis_limit(rows: Sequence[ChangeRow]) -> float:
+    """How far the axis reaches: twice as far as half of the intervals do. Longer ones are cut at its ends."""
+    reaches = sorted(max(abs(row.low), abs(row.high)) for row in rows)
+    return min(max(2.0 * reaches[len(reaches) // 2], MIN_SHOWN), MAX_SHOWN)
 
 
 def _position(value: float, axis: Sequence[float]) -> float:

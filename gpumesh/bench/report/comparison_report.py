@@ -29,7 +29,8 @@ def comparison_html(comparison: Comparison, a: BenchResult, b: BenchResult, *, g
         f"<h1>{escape_text(title)}</h1>",
         f'<p class="sub">A: {_when(a)}. B: {_when(b)}.</p>',
         f"<p><strong>{escape_text(summary_sentence(comparison))}</strong></p>",
-        *(f'<p class="note">{escape_text(sentence)}</p>' for sentence in (*gate, *comparison.unlike)),
+        _gate_note(gate),
+        *(f'<p class="note">{escape_text(sentence)}</p>' for sentence in comparison.unlike),
         *(f'<p class="note">{escape_text(caveat)}</p>' for caveat in comparison.caveats),
     ]
     for stage in stages:
@@ -39,6 +40,14 @@ def comparison_html(comparison: Comparison, a: BenchResult, b: BenchResult, *, g
         body.append(_table(differences))
     body += [f'<p class="sub">{_method(comparison)}</p>', "<h2>Conditions</h2>", _conditions(a, b)]
     return html_page(title, body)
+
+
+def _gate_note(failures: Sequence[str]) -> str:
+    """The figures that are worse by more than the limit; empty if there are none."""
+    if not failures:
+        return ""
+    rows = "".join(f"<li>{escape_text(failure)}</li>" for failure in failures)
+    return f'<div class="note">Worse by more than the gate allows:<ul>{rows}</ul></div>'
 
 
 def _when(result: BenchResult) -> str:

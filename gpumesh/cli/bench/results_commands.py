@@ -71,7 +71,8 @@ def list_results(
     if chosen_format == OutputFormat.NAME:
         print_names(row.name for row in rows)
     elif chosen_format in (None, OutputFormat.WIDE):
-        print_results(rows, wide=chosen_format == OutputFormat.WIDE)
+        if rows:
+            print_results(rows, wide=chosen_format == OutputFormat.WIDE)
     else:
         print_document({"schema": "gpumesh.bench-list/1", "results": to_json(rows)}, chosen_format)
     if not global_options(ctx).quiet:
@@ -111,13 +112,13 @@ def compare(
 ) -> None:
     """Compare two results: what is better or worse.
 
-    Results of several runs (`bench run --repeat 5`) are judged by the spread between their runs; single runs only by
+    Results of several runs (`bench run --repeat 6`) are judged by the spread between their runs; single runs only by
     the spread within them. Results of other models, lengths, loads, nodes, drivers or versions are not compared.
 
     \b
     Examples:
-      gpumesh bench run --repeat 5 -n 40 --out before
-      gpumesh bench run --repeat 5 -n 40 --out after
+      gpumesh bench run --repeat 6 -n 40 --out before
+      gpumesh bench run --repeat 6 -n 40 --out after
       gpumesh bench compare before after
       gpumesh bench compare before after --gate 5% --report comparison.html
     """

@@ -95,6 +95,17 @@ def test_a_single_run_beside_several_is_one_more_of_the_same_spread() -> None:
     assert verdicts(unsteady, single)["tpot p50"] is DifferenceVerdict.SAME
 
 
+def test_a_run_that_is_an_outlier_is_left_out_and_named() -> None:
+    steady, paused = repeated(10.0, 10.1, 9.9, 10.05, 9.95), repeated(10.0, 10.1, 9.9, 15.0, 9.95)
+    comparison = compare(steady, paused)
+    tpot = next(one for one in comparison.differences if one.figure == "tpot p50")
+    assert (tpot.left_out_a, tpot.left_out_b) == (None, 4)
+    assert tpot.b == pytest.approx(9.987, abs=0.001), "the mean of the others"
+    assert tpot.verdict is DifferenceVerdict.SAME
+    (caveat,) = comparison.caveats
+    assert caveat.startswith("run 4 of B is an outlier and left out of: mesh tpot p50, ")
+
+
 def test_tails_are_compared_only_between_several_runs() -> None:
     single, several = result(measured()), repeated(10.0, 10.1, 9.9)
     assert "ttft p90" not in verdicts(single, single)

@@ -13,7 +13,7 @@ from gpumesh.bench.comparison.gate import check_gate
 from tests.bench.comparison.simulated_runs import false_verdicts, make_result, missed_decode_figures
 
 PAIRS = 20
-REPEAT = 5
+REPEAT = 6
 
 
 def test_equal_results_have_no_verdict_and_slower_decoding_is_found_in_every_figure() -> None:
