@@ -25,8 +25,8 @@ from gpumesh.bench.figures.summary import StageResult, stage_label
 from gpumesh.bench.results.result import BenchResult
 from gpumesh.bench.stats import ratio
 
-# A change of at most this share is no difference, however sure it is: nobody would notice it, and two series of runs
-# of the same thing differ by about so much from one hour to the next.
+# A smaller change is no difference, however sure it is: nobody would notice it, and the spread between runs that follow
+# each other does not tell what changes from one hour to the next.
 MIN_CHANGE = 0.01
 FAILED_SHARE = "failed share"
 

@@ -23,8 +23,8 @@ from dataclasses import dataclass
 from gpumesh.bench.stats import Interval, SampleSummary, median_rank
 from gpumesh.bench.student_t import critical_value, mean_of_runs, spread_of
 
-# The standard deviation from run to run, as a share of the figure, that is taken for a result of a single run. Runs of
-# the lab and of llama-server on one idle machine differed by 0.3 to 1 %.
+# The standard deviation from run to run, as a share of the figure, that is taken for a result of a single run. It is an
+# assumption: the lab's runs differ by 0.1 to 0.3 % (TPOT), and clocks and temperatures make those of GPUs differ more.
 ASSUMED_DRIFT = 0.01
 
 
