@@ -95,6 +95,25 @@ async def test_other_scenarios(two: SimulatedMesh, tmp_path: Path) -> None:
     assert [stage["name"] for stage in alone.json()["stages"]] == ["beta", "mesh"]
 
 
+async def test_each_way_to_a_server_and_a_server_of_no_mesh(two: SimulatedMesh) -> None:
+    gpumesh = two.gpumesh
+    for way in ("gateway", "direct", "mesh"):
+        ended = await gpumesh("bench", "run", *SOON, "--via", way, "--out", way, "--json")
+        found = ended.json()
+        assert found["environment"]["via"] == way
+        assert [stage["failed"] for stage in found["stages"]] == [0, 0, 0]
+        conditions = found["stages"][-1]["conditions"]
+        assert (conditions["via"], conditions["own_process"]) == (way, way != "mesh")
+        assert {share["node"] for share in found["stages"][0]["nodes"]} == {"alpha"}, "pinned on each way"
+    url = f"http://127.0.0.1:{two.hosts['alpha'].backend_port}"
+    for api in ("ollama", "openai", "anthropic"):
+        arguments = ("--url", url, "--api", api, "-m", MODEL, "--out", api, "--json")
+        found = (await gpumesh("bench", "run", *SOON, *arguments)).json()
+        (stage,) = found["stages"]
+        assert (stage["served"], stage["failed"], stage["output_tokens"]) == (2, 0, 6)
+        assert found["environment"]["url"] == url
+
+
 async def test_repeated_runs_and_a_single_one_beside_each_other(two: SimulatedMesh) -> None:
     gpumesh = two.gpumesh
     repeated = await gpumesh("bench", "run", "--repeat", "2", *SOON, "--out", "a", "--json", "--quiet")
@@ -237,6 +256,17 @@ async def test_progress_is_on_the_terminal_and_only_there(two: SimulatedMesh) ->
         (["--scenario", "replay"], 2, "needs a trace"),
         (["--trace", "nowhere.csv", "--scenario", "replay"], 2, "cannot read nowhere.csv"),
         (["--node", "gamma"], 2, "there is no node 'gamma'"),
+        (["--via", "air"], 2, "--via 'air' is none of: gateway, mesh, direct"),
+        (["--api", "openai"], 2, "--api is for --url only"),
+        (["--url", "http://127.0.0.1:1", "--api", "openai"], 2, "--url needs a model"),
+        (["--url", "http://127.0.0.1:1", "-m", MODEL], 2, "--url needs --api"),
+        (["--url", "127.0.0.1", "--api", "openai", "-m", MODEL], 2, "is no URL of a server"),
+        (["--url", "http://127.0.0.1:1", "--api", "openai", "-m", MODEL, "--via", "mesh"], 2, "does not fit to --url"),
+        (
+            ["--url", "http://127.0.0.1:1", "--api", "ollama", "--scenario", "scale", "-m", MODEL],
+            2,
+            "cannot be measured",
+        ),
         (["-m", "llama3"], 4, "no node can serve 'llama3'"),
     ],
 )
