@@ -117,10 +117,11 @@ async def mesh(rate: float, folder: Path) -> AsyncIterator[tuple[Path, dict[str,
     environment = {"XDG_RUNTIME_DIR": str(runtime), "XDG_STATE_HOME": str(runtime), "PYTHONPATH": str(ROOT)}
     async with Lab(hosts, folder) as lab:
         port = free_port()
-        nodes = [{**host.node_entry(), "max_parallel": SLOTS} for host in lab.hosts.values()]
-        file = lab.write_config(
-            folder / "mesh.yaml", listen=f"127.0.0.1:{port}", default_model=QWEN_7B.name, nodes=nodes
-        )
+        nodes = [host.node_entry() for host in lab.hosts.values()]
+        for node in nodes:
+            node["backend"]["max_parallel"] = SLOTS
+        listen = f"127.0.0.1:{port}"
+        file = lab.write_config(folder / "mesh.yaml", listen=listen, default_model=QWEN_7B.name, nodes=nodes)
         argv = (sys.executable, "-P", "-m", "gpumesh", "--config", str(file), "--quiet", "up")
         async with program(*argv, port=port, folder=folder, **environment):
             yield file, environment

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from gpumesh.bench.student_t import critical_value, spread_of
 
 MIN_RUNS = 5  # of fewer, the others do not tell what is usual
-ERROR_PROBABILITY = 0.05
+# At 5 % more changes would be found beside pauses, and twice as many verdicts would be false.
+ERROR_PROBABILITY = 0.01
 # A run that differs by less is left in, however equal the others are. The error of the figure is small then anyway.
 MIN_DIFFERENCE = 0.01
 

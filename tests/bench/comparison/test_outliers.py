@@ -26,9 +26,9 @@ def with_distance(n: int, statistic: float) -> list[float]:
     return make(low)
 
 
-@pytest.mark.parametrize(("n", "limit"), [(5, 1.715), (7, 2.020), (9, 2.215)])
+@pytest.mark.parametrize(("n", "limit"), [(5, 1.764), (7, 2.139), (9, 2.387)])
 def test_the_limits_are_those_of_the_table(n: int, limit: float) -> None:
-    """The two-sided limits at 5 % (Grubbs and Beck, 1972; ISO 5725-2, table 5)."""
+    """The two-sided limits at 1 % (Grubbs and Beck, 1972; ISO 5725-2, table 5)."""
     assert find_outlier(with_distance(n, limit - 0.005)) is None
     assert find_outlier(with_distance(n, limit + 0.005)) == n - 1
 
@@ -41,7 +41,7 @@ def test_few_runs_and_equal_runs_have_no_outlier() -> None:
     assert find_outlier([1.0, 1.01, 0.99, 0.5, 1.0]) == 3
 
 
-def test_one_in_twenty_series_without_an_outlier_has_one_all_the_same() -> None:
+def test_one_in_a_hundred_series_without_an_outlier_has_one_all_the_same() -> None:
     rng = random.Random(1)
     found = sum(find_outlier([rng.lognormvariate(0.0, 0.1) for _ in range(6)]) is not None for _ in range(1000))
-    assert 30 <= found <= 70
+    assert 2 <= found <= 25
