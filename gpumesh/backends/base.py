@@ -93,10 +93,13 @@ class ServerCounters(msgspec.Struct, frozen=True, gc=False):
 
     @property
     def waited_ms(self) -> float | None:
-        """The time that the request waited inside the server, in ms; ``None`` if the server gave no durations. It is
-        the part of the total that no other duration covers (docs/internals/ollama.md)."""
+        """The time that the request waited inside the server, in ms; ``None`` if the server gave no durations, or a
+        generation that is too short for its tokens. It is the part of the total that no other duration covers
+        (docs/internals/ollama.md)."""
         if self.total_ms is None or self.eval_ms is None:
             return None
+        if self.tokens is not None and self.tokens > 1 and self.tokens * 1000.0 > FASTEST_TOKENS_PER_S * self.eval_ms:
+            return None  # otherwise most of the generation would count as a wait
         return max(self.total_ms - (self.load_ms or 0.0) - (self.prompt_ms or 0.0) - self.eval_ms, 0.0)
 
     def with_prompt_counts_of(self, earlier: ServerCounters | None) -> ServerCounters:

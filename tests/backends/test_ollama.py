@@ -185,6 +185,10 @@ def test_counters_that_lie_are_unknown_and_never_negative() -> None:
     found = parse_counters({"eval_count": -5, "eval_duration": "x", "total_duration": 1e400, "prompt_eval_count": True})
     assert found == ServerCounters()
     assert parse_counters({"total_duration": 5, "eval_duration": 10}).waited_ms == 0.0
+    absurd = parse_counters({"total_duration": 2_000_000_000, "eval_duration": 1, "eval_count": 64})
+    assert absurd.waited_ms is None, "64 billion tokens/s: the generation would count as a wait"
+    single = parse_counters({"total_duration": 2_000_000_000, "eval_duration": 0, "eval_count": 1})
+    assert single.waited_ms == 2000.0
     assert parse_counters({"eval_count": 5, "eval_duration": 0}).tokens_per_s is None
 
 
