@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from enum import StrEnum
 from types import MappingProxyType
 
-from gpumesh.backends.base import ChatRequest, FrameReader, HttpCall
+from gpumesh.backends.base import ChatRequest, Dialect, FrameReader, HttpCall
 from gpumesh.backends.dialects import DIALECTS
 from gpumesh.backends.error_text import error_text
 from gpumesh.bench.load.http.anthropic_api import AnthropicEventReader, build_messages_call
-from gpumesh.topology import BackendKind
 
 
 class ClientApi(StrEnum):
@@ -46,18 +45,16 @@ class ApiFunctions:
         return ((name, value.format(key)),)
 
 
-def _functions_of_dialect(kind: BackendKind) -> ApiFunctions:
+def _functions_of_dialect(dialect: Dialect) -> ApiFunctions:
     """The functions of the API that a kind of server has."""
-    dialect = DIALECTS[kind]
     return ApiFunctions(dialect.build_chat_call, lambda: dialect.create_reader(stream=True), dialect.error_text)
 
 
+# The API of a kind of server has the kind's name. Anthropic's is the only one that is no kind of server.
+_APIS_OF_KINDS = {ClientApi(kind.value): _functions_of_dialect(dialect) for kind, dialect in DIALECTS.items()}
 API_FUNCTIONS: Mapping[ClientApi, ApiFunctions] = MappingProxyType(
     {
-        ClientApi.OLLAMA: _functions_of_dialect(BackendKind.OLLAMA),
-        ClientApi.OPENAI: _functions_of_dialect(BackendKind.OPENAI),
-        ClientApi.LLAMACPP: _functions_of_dialect(BackendKind.LLAMACPP),
-        ClientApi.VLLM: _functions_of_dialect(BackendKind.VLLM),
+        **_APIS_OF_KINDS,
         ClientApi.ANTHROPIC: ApiFunctions(
             build_messages_call, AnthropicEventReader, error_text, key_header=("x-api-key", "{}")
         ),
