@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import sys
-import tempfile
 from collections.abc import AsyncGenerator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gpumesh.errors import UsageError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from gpumesh.bench.load.conditions import Via
     from gpumesh.bench.load.load_sources import LoadSource
     from gpumesh.bench.load.routes import ApiKeys
@@ -44,19 +44,19 @@ def parse_via(text: str | None) -> Via | None:
 async def gateway_for_run() -> AsyncGenerator[Callable[[Topology], Topology]]:
     """Yields a function that gives the mesh of this command a gateway of its own: on a Unix socket in a private folder,
     without keys. So nobody else can use it, and nothing of mesh.yaml can be in its way (a port that is taken, a key
-    whose variable is not set here).
+    whose variable is not set here). The next mesh removes the folder of a command that was killed.
     """
-    with tempfile.TemporaryDirectory(prefix="gpumesh-") as folder:  # only this user may look into it
+    from gpumesh.tunnels.local_system.socket_folders import private_folder
 
-        def give_gateway(topology: Topology) -> Topology:
-            gateway = replace(topology.gateway, api_key_env=None, keys=(), access_log=False, socket=None)
-            if sys.platform == "win32":  # it has no Unix sockets for asyncio
-                gateway = replace(gateway, host="127.0.0.1", port=0)
-            else:
-                gateway = replace(gateway, host=None, socket=Path(folder) / "gateway.sock")
-            return replace(topology, gateway=gateway)
+    def give_gateway(topology: Topology, host: str | None, socket: Path | None) -> Topology:
+        gateway = replace(topology.gateway, host=host, port=0, socket=socket)
+        return replace(topology, gateway=replace(gateway, api_key_env=None, keys=(), access_log=False))
 
-        yield give_gateway
+    if sys.platform == "win32":  # asyncio has no Unix sockets there
+        yield lambda topology: give_gateway(topology, "127.0.0.1", None)
+        return
+    with private_folder() as folder:
+        yield lambda topology: give_gateway(topology, None, folder / "gateway.sock")
 
 
 @asynccontextmanager
