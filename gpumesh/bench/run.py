@@ -11,10 +11,10 @@ from typing import TypeAlias
 from gpumesh.bench.failover.outage_disturbance import OutageDisturbance
 from gpumesh.bench.failover.outage_plan import OutagePlan
 from gpumesh.bench.figures.cost import NO_PRICES, Prices, stage_costs
-from gpumesh.bench.figures.coverage_notes import coverage_notes
 from gpumesh.bench.figures.knee import find_knee
-from gpumesh.bench.figures.rate_notes import rate_notes
-from gpumesh.bench.figures.route_costs import route_costs
+from gpumesh.bench.figures.notes.coverage_notes import coverage_notes
+from gpumesh.bench.figures.notes.rate_notes import rate_notes
+from gpumesh.bench.figures.routes.route_costs import route_costs
 from gpumesh.bench.figures.scaling import scaling
 from gpumesh.bench.figures.summary import StageResult
 from gpumesh.bench.load.conditions import Via

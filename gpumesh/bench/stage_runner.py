@@ -10,12 +10,12 @@ from typing import Protocol
 from gpumesh.bench.failover.failover_run import run_failover
 from gpumesh.bench.failover.outage_disturbance import OutageDisturbance
 from gpumesh.bench.figures.answers.answer import read_answers
-from gpumesh.bench.figures.coverage_notes import cold_start_notes
-from gpumesh.bench.figures.failover import FailoverFigures
 from gpumesh.bench.figures.gpu_meter import GpuSample, gpu_use, sample_gpus
-from gpumesh.bench.figures.node_events import NodeEvent, node_events
 from gpumesh.bench.figures.node_shares import ColdStart, find_cold_starts
-from gpumesh.bench.figures.route_differences import RouteDifference, route_differences
+from gpumesh.bench.figures.notes.coverage_notes import cold_start_notes
+from gpumesh.bench.figures.outages.failover import FailoverFigures
+from gpumesh.bench.figures.outages.node_events import NodeEvent, node_events
+from gpumesh.bench.figures.routes.route_differences import RouteDifference, route_differences
 from gpumesh.bench.figures.summary import StageResult, summarize_stage
 from gpumesh.bench.load.generator import run_over_routes, run_stage
 from gpumesh.bench.load.load_sources import LoadOfThisProcess, LoadSource

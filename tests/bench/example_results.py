@@ -12,7 +12,7 @@ from typing import Any
 
 from gpumesh.backends.base import ChatRequest, Message, ServerCounters
 from gpumesh.bench.figures.gpu_meter import GpuUse
-from gpumesh.bench.figures.route_costs import route_costs
+from gpumesh.bench.figures.routes.route_costs import route_costs
 from gpumesh.bench.figures.scaling import scaling
 from gpumesh.bench.figures.summary import StageResult, summarize_stage
 from gpumesh.bench.load.samples import ClientLoad, LoadSample, SampleOutcome, StageRun

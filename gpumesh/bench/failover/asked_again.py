@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from gpumesh.bench.figures.failover import OutageTimes, TextCheck, was_continued
-from gpumesh.bench.figures.text_comparison import compare_texts
+from gpumesh.bench.figures.outages.failover import OutageTimes, TextCheck, was_continued
+from gpumesh.bench.figures.outages.text_comparison import compare_texts
 from gpumesh.bench.load.samples import LoadSample, SampleOutcome, StageRun
 from gpumesh.bench.load.send_prompt import SendPrompt
 from gpumesh.errors import GPUMeshError

@@ -10,7 +10,7 @@ from typing import Protocol
 from gpumesh.bench.failover.asked_again import check_texts
 from gpumesh.bench.failover.node_watch import NodeWatch, watch_nodes
 from gpumesh.bench.failover.outage_disturbance import OutageDisturbance
-from gpumesh.bench.figures.failover import FailoverFigures, OutageTimes, failover_figures
+from gpumesh.bench.figures.outages.failover import FailoverFigures, OutageTimes, failover_figures
 from gpumesh.bench.load.samples import StageRun
 from gpumesh.bench.load.send_prompt import SendPrompt
 from gpumesh.errors import GPUMeshError

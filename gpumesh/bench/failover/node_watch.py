@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
-from gpumesh.bench.figures.node_events import HealthChange
+from gpumesh.bench.figures.outages.node_events import HealthChange
 from gpumesh.event_loop.async_iterators import closing_iterator
 from gpumesh.state import Health, MeshState
 

@@ -8,7 +8,7 @@ from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from typing import Protocol
 
 from gpumesh.bench.failover.outage_plan import OutagePlan, choose_node, plan_outage
-from gpumesh.bench.figures.failover import OUTAGE_WORDS, OutageTimes
+from gpumesh.bench.figures.outages.failover import OUTAGE_WORDS, OutageTimes
 from gpumesh.errors import GPUMeshError
 from gpumesh.mesh.outages.outage import Outage, OutageKind
 from gpumesh.state import MeshState

@@ -17,8 +17,8 @@ from gpumesh.bench.figures.answers.token_counts import TokenCounts, sum_prompt_t
 from gpumesh.bench.figures.gpu_meter import GpuUse
 from gpumesh.bench.figures.latency import Latency, latency_of
 from gpumesh.bench.figures.loaded_part import find_loaded_part
-from gpumesh.bench.figures.node_events import NodeEvent
 from gpumesh.bench.figures.node_shares import NodeShare, node_shares
+from gpumesh.bench.figures.outages.node_events import NodeEvent
 from gpumesh.bench.figures.phases import Phase, phases_of
 from gpumesh.bench.figures.rate_intervals import RateIntervals, rate_intervals
 from gpumesh.bench.figures.rates import Rates, rates_of, with_loaded_rates

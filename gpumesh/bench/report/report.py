@@ -14,9 +14,8 @@ from gpumesh.bench.figures.phases import Phase
 from gpumesh.bench.figures.summary import StageResult, stage_label
 from gpumesh.bench.load.samples import LoadSample
 from gpumesh.bench.report import svg
-from gpumesh.bench.report.answer import answer_parts, partial_sentence
-from gpumesh.bench.report.cost_answer import format_eur
-from gpumesh.bench.report.failover_section import failover_section, node_events_section
+from gpumesh.bench.report.answers.answer import answer_parts, partial_sentence
+from gpumesh.bench.report.answers.cost_answer import format_eur
 from gpumesh.bench.report.figure_tables import (
     MAX_STAGE_COLUMNS,
     StageFigure,
@@ -25,11 +24,12 @@ from gpumesh.bench.report.figure_tables import (
     throughput_table,
 )
 from gpumesh.bench.report.html_parts import MAX_SENTENCES, escape_text, html_table, html_terms
-from gpumesh.bench.report.load_section import describe_way, load_html
 from gpumesh.bench.report.page import html_page
 from gpumesh.bench.report.plots import latency_plots, request_timeline, throughput_plots
-from gpumesh.bench.report.routes_section import routes_section
-from gpumesh.bench.report.server_times import server_times_html
+from gpumesh.bench.report.sections.failover_section import failover_section, node_events_section
+from gpumesh.bench.report.sections.load_section import describe_way, load_html
+from gpumesh.bench.report.sections.routes_section import routes_section
+from gpumesh.bench.report.sections.server_times import server_times_html
 from gpumesh.bench.results.result import BenchResult
 from gpumesh.bench.workload.settings import Scenario
 

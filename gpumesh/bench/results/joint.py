@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from gpumesh.bench.figures.answers.coverage import Coverage
 from gpumesh.bench.figures.knee import find_knee
 from gpumesh.bench.figures.rate_intervals import RateIntervals
-from gpumesh.bench.figures.route_costs import route_costs
+from gpumesh.bench.figures.routes.route_costs import route_costs
 from gpumesh.bench.figures.scaling import scaling
 from gpumesh.bench.figures.summary import FailureCount, StageResult, stage_label
 from gpumesh.bench.results.result import BenchResult

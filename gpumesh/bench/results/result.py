@@ -16,11 +16,11 @@ from gpumesh import __version__
 from gpumesh.bench.figures.answers.answer import Answer, read_answers
 from gpumesh.bench.figures.capacity import NodeCapacity
 from gpumesh.bench.figures.cost import NO_PRICES, Prices, StageCost
-from gpumesh.bench.figures.failover import FailoverFigures
 from gpumesh.bench.figures.knee import Knee
 from gpumesh.bench.figures.node_shares import ColdStart
-from gpumesh.bench.figures.route_costs import RouteCost
-from gpumesh.bench.figures.route_differences import RouteDifference
+from gpumesh.bench.figures.outages.failover import FailoverFigures
+from gpumesh.bench.figures.routes.route_costs import RouteCost
+from gpumesh.bench.figures.routes.route_differences import RouteDifference
 from gpumesh.bench.figures.scaling import Scaling
 from gpumesh.bench.figures.summary import StageResult
 from gpumesh.bench.load.conditions import Via

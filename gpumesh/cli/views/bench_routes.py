@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 
-from gpumesh.bench.figures.route_differences import RouteDifference
+from gpumesh.bench.figures.routes.route_differences import RouteDifference
 from gpumesh.bench.report.svg import format_number
 from gpumesh.bench.results.result import BenchResult
 from gpumesh.bench.workload.route_names import DIRECT, is_again

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 
 import typer
 
-from gpumesh.bench.figures.failover_text import failover_sentences
 from gpumesh.bench.figures.knee import Knee
+from gpumesh.bench.figures.outages.failover_text import failover_sentences
 from gpumesh.bench.figures.scaling import Scaling
 from gpumesh.bench.figures.summary import StageResult, stage_label
-from gpumesh.bench.report.answer import partial_sentence, short_answer
+from gpumesh.bench.report.answers.answer import partial_sentence, short_answer
 from gpumesh.bench.report.svg import format_number
 from gpumesh.bench.results.result import BenchResult
 from gpumesh.bench.simulate.measures import PolicyResult

@@ -9,9 +9,9 @@ import pytest
 
 from gpumesh.backends.base import ChatRequest, Message, ServerCounters
 from gpumesh.bench.figures.answers.answer import read_answers
-from gpumesh.bench.figures.coverage_notes import cold_start_notes, coverage_notes
 from gpumesh.bench.figures.gpu_meter import GpuUse
 from gpumesh.bench.figures.node_shares import ColdStart, find_cold_starts
+from gpumesh.bench.figures.notes.coverage_notes import cold_start_notes, coverage_notes
 from gpumesh.bench.figures.summary import StageResult, summarize_stage
 from gpumesh.bench.load.samples import LoadSample, SampleOutcome
 from gpumesh.bench.stats import Objective

@@ -15,7 +15,7 @@ from gpumesh.bench.figures.loaded_part import (
     mean_busy,
     most_at_once,
 )
-from gpumesh.bench.figures.rate_notes import rate_notes
+from gpumesh.bench.figures.notes.rate_notes import rate_notes
 from gpumesh.bench.load.samples import LoadSample
 from tests.bench.example_results import failed_record, make_stage_run, record, stage, summarize_only
 

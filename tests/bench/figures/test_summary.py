@@ -10,7 +10,7 @@ import pytest
 from gpumesh.backends.base import ServerCounters
 from gpumesh.bench.figures.answers.answer import read_answer
 from gpumesh.bench.figures.gpu_meter import GpuUse
-from gpumesh.bench.figures.route_costs import route_costs
+from gpumesh.bench.figures.routes.route_costs import route_costs
 from gpumesh.bench.figures.scaling import scaling
 from gpumesh.bench.figures.summary import FailureCount, StageResult, summarize_stage
 from gpumesh.bench.load.samples import SampleOutcome

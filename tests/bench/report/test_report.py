@@ -15,9 +15,9 @@ from gpumesh.bench.figures.scaling import Scaling
 from gpumesh.bench.figures.summary import StageResult, summarize_stage
 from gpumesh.bench.load.conditions import Limit, LoadConditions, MachineLoad, ProcessLoad, Via
 from gpumesh.bench.load.samples import LoadSample
-from gpumesh.bench.report.load_section import describe_way
 from gpumesh.bench.report.plots import MAX_POINTS
 from gpumesh.bench.report.report import report_html
+from gpumesh.bench.report.sections.load_section import describe_way
 from gpumesh.bench.results.result import BenchResult
 from gpumesh.bench.stats import Objective
 from gpumesh.bench.workload.settings import Scenario

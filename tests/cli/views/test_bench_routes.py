@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from gpumesh.bench.figures.route_costs import RouteCost
-from gpumesh.bench.figures.route_differences import RouteDifference
+from gpumesh.bench.figures.routes.route_costs import RouteCost
+from gpumesh.bench.figures.routes.route_differences import RouteDifference
 from gpumesh.cli.views.bench_routes import route_lines
 from tests.bench.example_results import result
 

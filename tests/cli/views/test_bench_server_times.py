@@ -9,7 +9,7 @@ import pytest
 from gpumesh.backends.base import ServerCounters
 from gpumesh.bench.figures.node_shares import ColdStart
 from gpumesh.bench.figures.summary import StageResult
-from gpumesh.bench.report.server_times import server_times_html
+from gpumesh.bench.report.sections.server_times import server_times_html
 from gpumesh.cli.views.bench_server_times import MAX_ROWS, print_server_times
 from tests.bench.example_results import make_stage_run, record, result, stage, summarize_only
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 
-from gpumesh.bench.figures.failover import FailoverFigures
+from gpumesh.bench.figures.outages.failover import FailoverFigures
 from gpumesh.bench.figures.summary import StageResult
 from gpumesh.bench.report.svg import format_number
 from gpumesh.bench.results.result import BenchResult

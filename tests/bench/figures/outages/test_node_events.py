@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 
 from gpumesh.bench.figures.gpu_meter import GpuSample
-from gpumesh.bench.figures.node_events import NodeEvent, node_events
+from gpumesh.bench.figures.outages.node_events import NodeEvent, node_events
 from gpumesh.state import BackendState, GatewayState, Health, MeshState, NodeState, TunnelState, compute_totals
 
 

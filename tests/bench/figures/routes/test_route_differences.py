@@ -7,7 +7,7 @@ from random import Random
 
 import pytest
 
-from gpumesh.bench.figures.route_differences import RouteDifference, route_differences
+from gpumesh.bench.figures.routes.route_differences import RouteDifference, route_differences
 from gpumesh.bench.load.samples import LoadSample, StageRun
 from gpumesh.bench.workload.stages import PlannedRequest, StageKind
 from tests.bench.example_results import CHAT, failed_record, make_stage_run, record, stage

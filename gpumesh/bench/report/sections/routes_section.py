@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gpumesh.bench.figures.route_differences import RouteDifference
+from gpumesh.bench.figures.routes.route_differences import RouteDifference
 from gpumesh.bench.report.html_parts import escape_text, html_table
 from gpumesh.bench.report.svg import format_number
 from gpumesh.bench.results.result import BenchResult

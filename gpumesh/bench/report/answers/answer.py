@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 from gpumesh.bench.figures.scaling import Scaling
 from gpumesh.bench.figures.summary import StageResult, stage_label
-from gpumesh.bench.report.cost_answer import cost_sentence
-from gpumesh.bench.report.scenario_answers import clients_sentence, failover_sentence, route_sentences
-from gpumesh.bench.report.slowest_node import slowest_node_sentence
+from gpumesh.bench.report.answers.cost_answer import cost_sentence
+from gpumesh.bench.report.answers.scenario_answers import clients_sentence, failover_sentence, route_sentences
+from gpumesh.bench.report.answers.slowest_node import slowest_node_sentence
 from gpumesh.bench.report.svg import format_number
 from gpumesh.bench.results.result import BenchResult
 from gpumesh.bench.workload.settings import Scenario

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from gpumesh.bench.figures.node_events import HealthChange
+from gpumesh.bench.figures.outages.node_events import HealthChange
 from gpumesh.bench.load.samples import LoadSample, SampleOutcome, StageRun
 from gpumesh.mesh.outages.outage import OutageKind
 from gpumesh.state import Health

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gpumesh.bench.figures.text_comparison import TextDifference, compare_texts
+from gpumesh.bench.figures.outages.text_comparison import TextDifference, compare_texts
 
 NUMBERS = "one two three four five six seven eight nine ten eleven twelve"
 PIECES = tuple(f"{word} " for word in NUMBERS.split(" "))

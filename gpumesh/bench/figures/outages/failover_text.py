@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from gpumesh.bench.figures.failover import OUTAGE_WORDS, FailoverFigures
+from gpumesh.bench.figures.outages.failover import OUTAGE_WORDS, FailoverFigures
 
 
 def failover_sentences(figures: FailoverFigures) -> Iterator[str]:

@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 
-from gpumesh.bench.figures.failover import (
+from gpumesh.bench.figures.outages.failover import (
     FailoverFigures,
     OutageTimes,
     TextCheck,
     failover_figures,
     was_continued,
 )
-from gpumesh.bench.figures.failover_text import failover_sentences
-from gpumesh.bench.figures.node_events import HealthChange
+from gpumesh.bench.figures.outages.failover_text import failover_sentences
+from gpumesh.bench.figures.outages.node_events import HealthChange
 from gpumesh.bench.load.samples import LoadSample, StageRun
 from gpumesh.bench.workload.stages import PlannedRequest
 from gpumesh.mesh.outages.outage import OutageKind

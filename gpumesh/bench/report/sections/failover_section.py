@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from gpumesh.bench.figures.failover_text import failover_sentences
+from gpumesh.bench.figures.outages.failover_text import failover_sentences
 from gpumesh.bench.figures.summary import StageResult, stage_label
 from gpumesh.bench.report.html_parts import escape_text, html_table
 from gpumesh.bench.results.result import BenchResult

@@ -9,12 +9,12 @@ import pytest
 
 from gpumesh.bench.figures.capacity import NodeCapacity
 from gpumesh.bench.figures.cost import StageCost
-from gpumesh.bench.figures.failover import FailoverFigures
 from gpumesh.bench.figures.knee import find_knee
+from gpumesh.bench.figures.outages.failover import FailoverFigures
 from gpumesh.bench.figures.scaling import NodeLoss, Scaling
 from gpumesh.bench.figures.summary import FailureCount, StageResult, summarize_stage
 from gpumesh.bench.load.conditions import Limit, LoadConditions, ProcessLoad, Via
-from gpumesh.bench.report.answer import answer_parts, partial_sentence, short_answer
+from gpumesh.bench.report.answers.answer import answer_parts, partial_sentence, short_answer
 from gpumesh.bench.results.result import BenchResult, NodeEnvironment
 from gpumesh.bench.stats import Objective
 from gpumesh.bench.workload.settings import Scenario

@@ -1,0 +1,1 @@
+"""What clients notice of a node that goes away."""

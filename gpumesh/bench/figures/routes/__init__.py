@@ -1,0 +1,1 @@
+"""What the ways to a node cost, and how they differ."""
