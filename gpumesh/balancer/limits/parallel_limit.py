@@ -168,9 +168,9 @@ def learn_limit(
 
 def return_trials(limit: ParallelLimit, trials: int = 1, *, concurrent: int) -> ParallelLimit:
     """Returns the limit after requests that have ended and have shown nothing: their clients have gone, or they failed.
-    ``trials`` of these requests were trials, and the same number of new trials may be sent. ``concurrent``: the
-    requests of the model in flight when these requests were sent, these included."""
-    if concurrent <= limit.proven:
+    ``trials``: the largest number of these requests that can have been trials. As many new trials may be sent.
+    ``concurrent``: the requests of the model in flight when these requests were sent, these included."""
+    if concurrent <= limit.proven:  # no request was beyond the proven number, so none of them was a trial
         return limit
     trials_left = min(limit.trials_left + trials, count_new_trials(limit.search, limit.proven))
     return replace(limit, trials_left=trials_left)

@@ -284,7 +284,7 @@ class ServiceRates:
         rate = self._decode.get(model)
         if rate is None:
             rate = DecodeRate(token_s / (1.0 + usual_share * neighbours), usual_share)
-            _add(self._decode, model, rate)
+            _add_bounded(self._decode, model, rate)
         rate.prior_share = usual_share
         rate.learn(token_s, neighbours, weight * min(tokens / FULL_WEIGHT_TOKENS, 1.0))
         if self._fallback is not None:
@@ -296,7 +296,7 @@ class ServiceRates:
         usual = self._usual_shares.get(model)
         if usual is None:
             usual = DEFAULT_SHARE
-            _add(self._usual_shares, model, usual)
+            _add_bounded(self._usual_shares, model, usual)
         self._usual_shares[model] = usual + SHARE_WEIGHT * min(neighbours, 1.0) * (share - usual)
 
     def _learn_prefill(self, model: str, tokens: int | None, prompt_s: float | None, weight: float) -> None:
@@ -310,7 +310,7 @@ class ServiceRates:
         rate = self._prefill.get(model)
         if rate is None:
             rate = PrefillRate(token_s)
-            _add(self._prefill, model, rate)
+            _add_bounded(self._prefill, model, rate)
         rate.learn(token_s, weight * min(tokens, FULL_WEIGHT_READ))
         self._last_prefill = rate
 
@@ -318,14 +318,15 @@ class ServiceRates:
         """Learns the time of a load. Impossible figures are ignored."""
         if load_s is None or not MIN_LOAD_S <= load_s <= MAX_LOAD_S:
             return
-        known = self._load.get(model)
-        if known is None:
-            _add(self._load, model, load_s)
+        known_s = self._load.get(model)
+        if known_s is None:
+            _add_bounded(self._load, model, load_s)
         else:
             # The server's figure also covers the wait for other loads, and for answers that had to end first. So a time
             # that is longer than the known one counts less than a shorter one.
-            weight = LOAD_WEIGHT if load_s < known else LOAD_WEIGHT * WAIT_WEIGHT
-            self._load[model] = known + weight * (min(max(load_s, known / MAX_STEP), known * MAX_STEP) - known)
+            weight = LOAD_WEIGHT if load_s < known_s else LOAD_WEIGHT * WAIT_WEIGHT
+            bounded_s = min(max(load_s, known_s / MAX_STEP), known_s * MAX_STEP)
+            self._load[model] = known_s + weight * (bounded_s - known_s)
         self._last_load = self._load[model]
 
     # -- storing -------------------------------------------------------------------------------------------------
@@ -345,15 +346,15 @@ class ServiceRates:
         for model, decode in stored.decode.items():
             if model not in self._decode:
                 self._last_decode = DecodeRate.restore(decode.token_s, decode.share)
-                _add(self._decode, model, self._last_decode)
+                _add_bounded(self._decode, model, self._last_decode)
         for model, token_s in stored.prefill.items():
             if model not in self._prefill:
                 self._last_prefill = PrefillRate.restore(token_s)
-                _add(self._prefill, model, self._last_prefill)
+                _add_bounded(self._prefill, model, self._last_prefill)
         for model, load_s in stored.load.items():
             if model not in self._load:
                 self._last_load = load_s
-                _add(self._load, model, load_s)
+                _add_bounded(self._load, model, load_s)
 
 
 def _storable(values: dict[str, _Value]) -> Iterator[tuple[str, _Value]]:
@@ -361,8 +362,8 @@ def _storable(values: dict[str, _Value]) -> Iterator[tuple[str, _Value]]:
     return ((model, value) for model, value in values.items() if len(model) <= MAX_NAME_CHARS)
 
 
-def _add(values: dict[str, _Value], model: str, value: _Value) -> None:
-    """Adds the value of a model. With too many models, forgets the model that was added first."""
+def _add_bounded(values: dict[str, _Value], model: str, value: _Value) -> None:
+    """Adds the value of a model that has none yet. Beyond ``MAX_MODELS``, the model that was added first is removed."""
     values[model] = value
     if len(values) > MAX_MODELS:
         del values[next(iter(values))]
