@@ -208,12 +208,9 @@ class RequestDelivery:
         """Asks this node for the rest of the answer. Returns the node's stream, its failure, or the answer's end if no
         node can continue or nothing is missing."""
         call = await self._next_call(lease, continuation)
-        if isinstance(call, Ending):
-            lease.discard()
+        if not isinstance(call, HttpCall):
             return call
-        if isinstance(call, FailedAttempt):
-            return call
-        headers = self._call_for(lease).headers
+        headers = self._call_for(lease).headers  # of the client's request: ``continuation`` has only its path and body
         if headers:
             call = replace(call, headers=headers)
         call = await self._name_model(lease, call)
@@ -225,7 +222,8 @@ class RequestDelivery:
 
     async def _next_call(self, lease: Lease, continuation: Continuation) -> HttpCall | Ending | FailedAttempt:
         """Makes the request for the rest of the answer. The node is first asked how it continues an answer. Returns the
-        answer's end if nothing is missing or no node can continue, and the failure if this node cannot."""
+        answer's end if nothing is missing or no node can continue, and the failure if this node cannot. In both cases
+        the lease is no longer held."""
         node, kind = lease.node.name, lease.node.kind
         while (question := continuation.next_question(node, kind)) is not None:
             question = await self._name_model(lease, question)
@@ -235,8 +233,9 @@ class RequestDelivery:
                 return reply
             continuation.apply_reply(*reply)
         call = continuation.next_call(node, kind)
-        if call is None:
+        if not isinstance(call, HttpCall):
             lease.discard()
+        if call is None:
             error = NoNodeError("it is not known how its model continues an answer", node=node)
             return FailedAttempt(node, Outcome.CANNOT_CONTINUE, error)
         return call
