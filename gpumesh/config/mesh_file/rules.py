@@ -18,7 +18,7 @@ from gpumesh.config.mesh_file.yaml_tree import KeyPath
 from gpumesh.config.value_parsers import NAME_PATTERN
 from gpumesh.text.addresses import is_loopback
 
-_RECEIVER_KEYS = ("webhook", "webhook_env", "command", "desktop")  # who is told, of a rule of ``notify``
+_RECEIVER_KEYS = ("webhook", "webhook_env", "command", "desktop")  # a rule of ``notify`` has one of these receivers
 _LOCATION_KEYS = ("port", "url", "urls")  # the keys of a backend that say where the server is
 
 BrokenRule = tuple[KeyPath, str]  # the path of the key, and a message
@@ -44,11 +44,11 @@ def find_broken_rules(document: Mapping[str, Any]) -> Iterator[BrokenRule]:
         yield ("nodes",), f"nodes are a list: write `- name: {example_name}`"
     elif isinstance(nodes, list):
         yield from _check_nodes(nodes, defaults)
-        yield from _check_names_of_nodes(document, nodes)
+        yield from _check_models_and_gateway(document, nodes)
 
 
 def _check_notify(rules: Any) -> Iterator[BrokenRule]:
-    """The rules for ``notify``: each of its rules has one receiver, and what concerns webhooks stands with one."""
+    """The rules for ``notify``: each of its rules has one receiver, and only a webhook has a format and a token."""
     for index, entry in enumerate(rules if isinstance(rules, list) else ()):
         rule, path = _as_mapping(entry), ("notify", index)
         if not rule:
@@ -66,12 +66,12 @@ def _check_notify(rules: Any) -> Iterator[BrokenRule]:
                     yield (*path, key), f"is for webhooks, and this rule has {given[0]}"
 
 
-def _check_names_of_nodes(document: Mapping[str, Any], nodes: list[Any]) -> Iterator[BrokenRule]:
-    """The rules for the sections that name nodes: ``models`` and the gateway's keys; and for the gateway's routes."""
-    names = [_name_or_placeholder(_as_mapping(node).get("name")) for node in nodes]
+def _check_models_and_gateway(document: Mapping[str, Any], nodes: list[Any]) -> Iterator[BrokenRule]:
+    """The rules for ``models`` and ``gateway``. Models and the gateway's keys may name nodes, and these must exist."""
+    node_names = [_name_or_placeholder(_as_mapping(node).get("name")) for node in nodes]
     gateway = _as_mapping(document.get("gateway"))
-    yield from model_rules.check_models(_as_mapping(document.get("models")), names)
-    yield from model_rules.check_keys(gateway.get("keys"), gateway.get("api_key_env"), names)
+    yield from model_rules.check_models(_as_mapping(document.get("models")), node_names)
+    yield from model_rules.check_keys(gateway.get("keys"), gateway.get("api_key_env"), node_names)
     yield from model_rules.check_route_priority(gateway.get("route_priority"))
     yield from model_rules.check_heartbeat(gateway.get("heartbeat"))
 
