@@ -60,7 +60,7 @@ def _confirm_host(host: KnownHost, shown_name: str, ssh: SshSpec, key: HostKey, 
     if judgement.status is HostKeyStatus.REVOKED:
         raise GPUMeshError(
             f"the key of {address} is marked @revoked in {ssh.known_hosts}: it is not recorded",
-            hint="whoever marked it knows why: do not connect to a host that shows it",
+            hint="ask the person who marked it, and do not connect to a host that shows it",
             node=node or None,
         )
     if is_on_record and judgement.decided_by == host.own_name:

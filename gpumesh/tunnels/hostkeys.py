@@ -118,12 +118,14 @@ def _host_key_error(check: HostKeyCheck, key: HostKey, host: KnownHost, *, known
     if check.status is HostKeyStatus.REVOKED:
         return HostKeyRevoked(
             f"the host key of {address}, {shown_key}, is marked @revoked in {known_hosts}",
-            hint="whoever marked it knows why; nothing connects to it while it stands there",
+            hint="ask the person who marked it; gpumesh refuses this key while the mark is in the file",
             node=node,
         )
     if check.status is HostKeyStatus.CHANGED:
         shown_expected_keys = check.expected[:3]  # three are enough for a message
         expected = ", ".join(f"{recorded.key_type} {recorded.fingerprint}" for recorded in shown_expected_keys)
+        # An earlier version recorded this entry, under a name that all meshes of the user share: another mesh may have
+        # a node of the same name, and the entry may be for that node.
         if check.decided_by == host.shared_name:
             return HostKeyChanged(
                 f"the host key of {address} is {shown_key}, but {known_hosts} has {expected} for a node {node!r}, from"
@@ -180,7 +182,7 @@ def _refuse_revoked_keys(
             raise HostKeyRevoked(
                 f"a host key on record for {host.node}, {key.key_type} {key.fingerprint}, is marked @revoked"
                 f" in {known_hosts}",
-                hint="whoever marked it knows why; remove the node's own line, or the mark",
+                hint="ask the person who marked it; then remove the node's own line, or the mark",
             )
 
 

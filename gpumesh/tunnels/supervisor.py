@@ -275,14 +275,15 @@ class SshTunnel:
             self._listeners.close()
 
     async def _connect_repeatedly(self) -> None:
-        """Makes one connection after the other, with the pauses that the lifecycle decides. Never returns."""
+        """Makes one connection after another, with the pauses that the lifecycle decides. Never returns."""
         while True:
             self._reconnect.clear()
             self._repair_watch.note_attempt()
             cause = await self._run_connection()
-            if cause is not None and cause.code == SessionEnded.code:
-                self._without_session = True  # with another session the next connection would end in the same way
-            if cause is not None:  # otherwise the lifecycle is in phase connecting again: the next attempt is at once
+            if cause is not None:  # without a cause, the lifecycle wants the next attempt at once: it is not waiting
+                if cause.code == SessionEnded.code:
+                    # The host would end the session of the next connection, too. So that one opens no session.
+                    self._without_session = True
                 self._handle_event(ConnectionFailed(cause))
             while self._life.waiting:
                 await self._wait_for_retry()

@@ -184,11 +184,11 @@ class ParamikoConnection:
         return await asyncio.shield(self._lost)
 
     async def close(self) -> None:
-        for task in (self._transport_watch, self._posix_shell_test):
-            if task is not None:
-                task.cancel()
+        if self._transport_watch is not None:
+            self._transport_watch.cancel()
+        self._posix_shell_test.cancel()
         await blocking.run_in_thread(self._close_blocking)
-        # The cancelled test still closes its session.
+        # Waits until the test is really cancelled, because it closes its session first.
         await asyncio.gather(self._posix_shell_test, return_exceptions=True)
 
     def _close_blocking(self) -> None:

@@ -126,14 +126,17 @@ def chain_jumps(
     unknown: Collection[str] = (),
     log: Path | None = None,
 ) -> str:
-    """The chain of ``jump_command``. ``hop_options`` returns the options for a jump host."""
-    command = ""  # leads to the jump hosts so far; the next jump host is reached through it
+    """The value of ProxyCommand that ``jump_command`` describes; "" without jump hosts. ``hop_options`` returns the
+    options for a jump host."""
+    command = ""  # the ProxyCommand that connects to the next host of the route; "": that host is reached directly
     *hops, _node_host = list_hops(ssh)
     for hop, jump in zip(hops, ssh.proxy_jump, strict=True):
         user, host, port = split_jump(jump, default_user="")  # "": without a user, ssh takes its own default
         options = dict(hop_options(hop))
         if hop.alias is not None:
-            options["HostName"], host = host, hop.alias
+            # ssh gets the alias as the host, so that it applies the alias's section of the user's ssh_config.
+            options["HostName"] = host
+            host = hop.alias
         arguments = ["ssh", *file_arguments(log), *option_arguments(options, unknown), *identity_arguments(hop)]
         if command:
             arguments += proxy_arguments(command)
