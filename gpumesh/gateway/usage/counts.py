@@ -31,7 +31,7 @@ NO_TOKENS = Tokens()
 
 class UsageCounts(msgspec.Struct):
     """Sums over requests. ``failed`` and ``cancelled`` are parts of ``requests``; ``estimated`` counts the requests
-    whose tokens the server has not counted. ``energy_j`` is 0 if no node has told its power."""
+    whose tokens the server has not counted. ``energy_j`` is 0 if the power of no node is known."""
 
     requests: int = 0
     failed: int = 0
@@ -55,8 +55,9 @@ class UsageCounts(msgspec.Struct):
 
 
 def measure_tokens(record: RequestRecord) -> Tokens:
-    """The tokens that a request has used. An error of a server has used none. Of an answer that its client has left,
-    the tokens count that had come until then."""
+    """The tokens that a request has used: by the server's counts, or estimated where the server gave none. An error
+    of a server has used no tokens. If the client left before the answer was complete, the tokens that had already come
+    from the server are counted."""
     answer = record.answer
     if answer is None or answer.status >= 400:
         return NO_TOKENS
@@ -79,7 +80,7 @@ def measure_tokens(record: RequestRecord) -> Tokens:
 
 
 def _find_prompt_count(body: bytes) -> int | None:
-    """The tokens of the prompt by the server's figure beside embeddings, which stands at one end of the body; ``None``
-    if there is none. The body is not parsed: it may have millions of numbers."""
+    """The server's count of the tokens of the prompt in an answer with embeddings; ``None`` if there is none. The count
+    is near the start or the end of the body. The rest is not searched: it may have millions of numbers."""
     match = _PROMPT_COUNT.search(body[-EMBEDDING_ENDS:]) or _PROMPT_COUNT.search(body[:EMBEDDING_ENDS])
     return None if match is None else int(match[1])
