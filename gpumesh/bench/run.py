@@ -41,7 +41,7 @@ class BenchOutput:
 
 
 KeepResult: TypeAlias = Callable[[BenchResult, Sequence[LoadSample]], None]
-"""Keeps the result of a run that goes on (``BenchResult.partial``), and the outcome of each request until now."""
+"""Called with what a run has yielded until now: its result, ``partial`` until the run ends, and all its requests."""
 
 
 async def run_benchmark(
@@ -65,17 +65,20 @@ async def run_benchmark(
 ) -> BenchOutput:
     """Runs a scenario and computes its result.
 
-    ``rng`` makes the nonces of the prompts. ``objective`` is that of goodput (``None``: the default). ``trace`` is for
-    ``replay`` only, ``own_prompts`` for ``load``, ``outage`` for ``failover``: which node is taken out of service, and
-    how. ``only_node``: measures one node as if it were the mesh. ``access``: for the routes of ``overhead`` that start
-    outside the mesh. ``load`` sends the requests; ``None``: this process does, through ``target``. ``notes`` go into
-    the result, before those of the run.
-
-    ``prices`` are for what a million tokens cost. ``keep`` gets what there is at the start, after each stage, and when
-    an error or a signal ends the run: so that nothing measured is lost.
+    - ``rng`` makes the nonces of the prompts.
+    - ``objective``: the TTFT and TPOT that a request must meet to count for goodput; ``None``: the default.
+    - ``trace``: the requests that scenario ``replay`` sends. ``own_prompts``: the prompts for scenario ``load``.
+    - ``outage``, for scenario ``failover``: which node is taken out of service, and how.
+    - ``only_node``: only this node is measured, as if it were the whole mesh.
+    - ``access``, for scenario ``overhead``: how the routes that start outside the mesh are reached.
+    - ``load`` sends the requests; ``None``: this process sends them, through ``target``.
+    - ``prices``: what energy and nodes cost, from which the cost of the tokens is computed.
+    - ``keep`` is called with the result until now: before the first stage, after each stage, when an error or a signal
+      ends the run, and at the end. So nothing that was measured is lost.
+    - ``notes`` become the first notes of the result.
 
     Warm-up requests are recorded, but no figure includes them. Raises NoNodeError when no node can serve the model,
-    UsageError when the scenario cannot be run here, and MeshNotRunning when the mesh ends meanwhile.
+    UsageError when the scenario cannot be run here, and MeshNotRunning when the mesh ends during the run.
     """
     objective = objective or Objective()
     started_at = now()
@@ -108,7 +111,8 @@ async def run_benchmark(
     def make_result(*, partial: bool) -> BenchResult:
         """The result of the stages until now."""
         stages = run.results
-        known = [note for stage in stages for note in coverage_notes(stage)]
+        notes_of_stages = [note for stage in stages for note in coverage_notes(stage)]
+        notes = [*all_notes, *run.notes, *load_notes(stages), *rate_notes(stages), *notes_of_stages]
         whole_stages = [stage for stage in stages if not stage.partial]
         return BenchResult(
             at=started_at,
@@ -129,8 +133,7 @@ async def run_benchmark(
             routes=route_costs(stages),
             route_differences=tuple(run.route_differences),
             failover=run.failover,
-            # Each note once.
-            notes=tuple(dict.fromkeys([*all_notes, *run.notes, *load_notes(stages), *rate_notes(stages), *known])),
+            notes=tuple(dict.fromkeys(notes)),  # each note once
             capacity=tuple(context.capacities),
             cold_starts=tuple(run.cold_starts),
             knee=find_knee(whole_stages, objective) if scenario is Scenario.SWEEP else None,
