@@ -39,16 +39,16 @@ class RepeatedJournal:
         self._folder = folder
         self._older_runs = find_run_folders(folder)
         self._ended_runs: list[BenchResult] = []
-        self._current: ResultJournal | None = None  # of the run that goes on
-        self._end_reason: str | None = None
-        self._error: GPUMeshError | None = None  # the first one of a run that could not be written as a whole
+        self._current: ResultJournal | None = None  # the journal of the run that is measured now
+        self._end_reason: str | None = None  # why the runs ended early
+        self._error: GPUMeshError | None = None  # the error of the first run that could not be written as a whole
 
     def __repr__(self) -> str:
         return f"<RepeatedJournal {self._folder} {len(self._ended_runs)} runs>"
 
     @property
     def result(self) -> BenchResult | None:
-        """The joint result of the runs that have ended; of the first run, while that goes on."""
+        """The joint result of the runs that have ended; until the first run has ended, the result of that run."""
         if not self._ended_runs:
             return None if self._current is None else self._current.result
         joint = join_runs(self._ended_runs)
@@ -60,9 +60,9 @@ class RepeatedJournal:
         return bool(self._ended_runs) or (self._current is not None and self._current.holds_figures)
 
     def keep(self, result: BenchResult, records: Sequence[LoadSample]) -> None:
-        """Keeps the result of the run that goes on, and the outcome of each of its requests until now.
+        """Writes the result of the current run, and the outcome of each of its requests until now.
 
-        Raises no error: ``finish`` does.
+        Raises no error of a write: ``finish`` raises it.
         """
         if self._current is None:
             folder = run_folder(self._folder, len(self._ended_runs) + 1)
@@ -80,7 +80,7 @@ class RepeatedJournal:
             self._current = None
 
     def end_early(self, reason: str) -> None:
-        """Says in the result why the runs ended before their end."""
+        """Sets the reason in the result for which the runs ended early."""
         self._end_reason = reason
         if self._current is not None and self._current.result is not None:
             self._current.end_early(reason)
@@ -100,7 +100,7 @@ class RepeatedJournal:
         _remove_if_empty(run_folder(self._folder, 1))
 
     def _write_joint(self) -> None:
-        """Writes the joint result. Older runs beyond the last one are removed. Raises GPUMeshError."""
+        """Writes the joint result, and removes the runs of an older result. Raises GPUMeshError."""
         if not self._ended_runs or self.result is None:
             return
         try:
@@ -116,10 +116,10 @@ class RepeatedJournal:
             ) from None
 
     def _remove_older_runs(self) -> None:
-        """Removes the older runs that no run of this journal replaces."""
-        own = {run_folder(self._folder, number + 1) for number in range(len(self._ended_runs))}
+        """Removes the runs of an older result that have higher numbers than the runs of this journal."""
+        own_folders = {run_folder(self._folder, number + 1) for number in range(len(self._ended_runs))}
         for folder in self._older_runs:
-            if folder not in own:
+            if folder not in own_folders:
                 for name in RESULT_FILES:
                     (folder / name).unlink(missing_ok=True)
                 _remove_if_empty(folder)

@@ -17,9 +17,9 @@ from gpumesh.files import atomic_file
 class ResultJournal:
     """Keeps the result of a run in its folder: the settings at the start, then each stage as soon as it is measured.
 
-    ``requests.jsonl`` grows, the other two files are replaced. ``result.json`` is written last: each stage that it
-    names is also in the other files. A folder that already holds a result keeps it until a stage of the new one has
-    figures.
+    ``requests.jsonl`` grows, the other two files are replaced. ``result.json`` is written last, so each stage in it is
+    also in the other files. If the folder already holds a result, that result stays until the first stage of the new
+    run has figures.
 
     A write that fails, for example on a full disk, does not end the run: it is tried again with the next stage, and
     ``finish`` raises its error.
@@ -29,15 +29,15 @@ class ResultJournal:
         self._folder = folder
         self._holds_older_result = any((folder / name).exists() for name in RESULT_FILES)
         self._records: Sequence[LoadSample] = ()
-        self._written_records = 0  # how many of ``_records`` are in requests.jsonl
-        self._written_stages = 0  # how many stages result.json has
-        self._has_begun = False  # whether requests.jsonl is of this run
-        self._is_written = True  # whether the files are as the result is
+        self._written_record_count = 0  # how many of ``_records`` are in requests.jsonl
+        self._written_stage_count = 0  # how many stages result.json has
+        self._has_begun = False  # whether requests.jsonl belongs to this run
+        self._is_written = True  # whether the files hold all of ``result``
         self._error: OSError | None = None  # of the latest write, if it has failed
         self.result: BenchResult | None = None
 
     def __repr__(self) -> str:
-        return f"<ResultJournal {self._folder} {self._written_stages} stages>"
+        return f"<ResultJournal {self._folder} {self._written_stage_count} stages>"
 
     @property
     def holds_figures(self) -> bool:
@@ -45,9 +45,10 @@ class ResultJournal:
         return self.result is not None and bool(self.result.stages)
 
     def keep(self, result: BenchResult, records: Sequence[LoadSample]) -> None:
-        """Keeps the result, and the outcome of each request of the run until now. Raises no OSError."""
+        """Writes the result, and the outcome of each request of the run until now. ``finish`` writes what could not be
+        written here. Raises no OSError."""
         self.result, self._records, self._is_written = result, records, False
-        if self._holds_older_result and not self.holds_figures:
+        if self._holds_older_result and not self.holds_figures:  # the older result stays until there are new figures
             return
         self._error = None
         try:
@@ -57,7 +58,7 @@ class ResultJournal:
             self._error = error
 
     def end_early(self, reason: str) -> None:
-        """Says in the result why the run ended before its end. ``finish`` writes it."""
+        """Sets the reason in the result for which the run ended early. ``finish`` writes it."""
         assert self.result is not None, "end_early is called after keep"
         self.result = self.result.end_early(reason)
         self._is_written = False
@@ -82,21 +83,21 @@ class ResultJournal:
         if not self._has_begun:
             _replace(requests_file, "")
             self._has_begun = True
-        new_records = self._records[self._written_records :]
+        new_records = self._records[self._written_record_count :]
         _append(requests_file, "".join(f"{json.dumps(line, allow_nan=False)}\n" for line in records_json(new_records)))
-        self._written_records += len(new_records)
+        self._written_record_count += len(new_records)
         _replace(self._folder / REPORT_FILE, report_html(result, self._records))
         _replace(self._folder / RESULT_FILE, f"{json.dumps(result_json(result), indent=1, allow_nan=False)}\n")
-        self._written_stages = len(result.stages)
+        self._written_stage_count = len(result.stages)
 
     def _write_error(self, error: OSError) -> GPUMeshError:
-        """The error of a result that could not be written as a whole: what of it is not in the folder."""
+        """The error of a result that could not be written as a whole. Its message says what the folder lacks."""
         assert self.result is not None, "something was written"
         missing = []
-        missing_requests = len(self._records) - self._written_records
+        missing_requests = len(self._records) - self._written_record_count
         if missing_requests:
             missing.append(f"{missing_requests} of {len(self._records)} requests")
-        missing_stages = dict.fromkeys(stage.name for stage in self.result.stages[self._written_stages :])
+        missing_stages = dict.fromkeys(stage.name for stage in self.result.stages[self._written_stage_count :])
         if missing_stages:
             missing.append(f"the figures of {', '.join(missing_stages)}")
         return GPUMeshError(
