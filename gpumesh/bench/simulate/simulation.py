@@ -31,7 +31,7 @@ from gpumesh.errors import GPUMeshError
 PROBE_S = 2.0  # between two probes of each server, as the mesh does it
 MIN_CHECK_GAP_S = 0.001  # so that a balancer that asks for a check in the past does not stop the clock
 MAX_ATTEMPTS = 20  # of one job: limits the time that a broken fleet can cost
-STUCK_S = 3600.0  # without any event at a server for this time, the waiting requests would wait for ever
+STUCK_S = 3600.0  # if no server has an event for this time, the waiting requests will never be served
 
 # The kinds of events, in the order in which equal times are served.
 _ARRIVE, _SERVER, _REQUEST, _FAULT_START, _FAULT_END, _PROBE, _CHECK, _RETRY = range(8)
@@ -59,10 +59,10 @@ class Simulation:
         self._events: list[tuple[float, int, int, Any]] = []  # a heap: time, kind, sequence, object
         self._sequence = 0
         self._scheduled = dict.fromkeys(self.servers, math.inf)  # when each server's next event is on the heap
-        self._unfinished = 0  # jobs that have come and not ended, and turns that will come
+        self._unfinished = 0  # jobs that have not ended, and turns of a conversation that are on the heap
         self._waiting = 0  # jobs in the gateway's queue
-        self._has_decided = False  # the balancer has decided since it was asked for its next check
-        self._next_check_at = math.inf
+        self._next_check_at = math.inf  # when the balancer wants to look at its queue again, without another event
+        self._next_check_is_stale = False  # the balancer has decided something since it was asked for that time
         self._last_check_at = -1.0
         self._last_event_at = 0.0  # of a server, or the arrival of a request
 
@@ -81,15 +81,16 @@ class Simulation:
         request = next(self._requests, None)
         now = 0.0
         while request is not None or self._unfinished:
+            # The workload's requests are in order already, so they are not on the heap. They come first at equal times.
             if request is not None and (not events or request.at_s <= events[0][0]):
                 now = request.at_s
                 self._begin(request, now)
                 request = next(self._requests, None)
             else:
                 now, kind, _, subject = heappop(events)
-                self._handle(kind, subject, now, may_come=request is not None)
-            if self._waiting and self._has_decided:
-                self._has_decided = False
+                self._handle(kind, subject, now, has_more_requests=request is not None)
+            if self._waiting and self._next_check_is_stale:
+                self._next_check_is_stale = False
                 self._schedule_check(now)
         self.measures.finish(now, self.servers.values())
         return self.measures
@@ -99,8 +100,8 @@ class Simulation:
         self._sequence += 1
         heappush(self._events, (at, kind, self._sequence, subject))
 
-    def _handle(self, kind: int, subject: Any, now: float, *, may_come: bool) -> None:
-        """Handles one event of the heap. ``may_come``: the workload has more requests."""
+    def _handle(self, kind: int, subject: Any, now: float, *, has_more_requests: bool) -> None:
+        """Handles one event of the heap. ``has_more_requests``: the workload has not ended."""
         if kind == _SERVER:
             server: SimulatedServer = subject
             if self._scheduled[server.name] == now:  # otherwise the server's next event has changed meanwhile
@@ -113,7 +114,7 @@ class Simulation:
             server.accept(attempt, now)
             self._report_events(server, now)
         elif kind == _REQUEST:
-            self._unfinished -= 1  # it was counted as a turn that will come
+            self._unfinished -= 1  # it was counted as a turn on the heap; ``_begin`` counts its job
             self._begin(subject, now)
         elif kind == _RETRY:
             self._submit(subject, now)
@@ -122,7 +123,7 @@ class Simulation:
             self._last_check_at = now
             self._grant_waiting(now)
         elif kind == _PROBE:
-            self._probe(now, may_come=may_come)
+            self._probe(now, has_more_requests=has_more_requests)
         else:
             server, fault = subject
             self._change_fault(server, fault, now, starts=kind == _FAULT_START)
@@ -137,7 +138,7 @@ class Simulation:
 
     def _submit(self, job: Job, now: float) -> None:
         """Asks the balancer where the job should go."""
-        self._has_decided = True
+        self._next_check_is_stale = True
         grant = self.decisions.submit(job, now)
         if grant is None:
             self._waiting += 1
@@ -167,7 +168,7 @@ class Simulation:
         self._end_job(job, now, None)
 
     def _end_job(self, job: Job, now: float, attempt: Attempt | None) -> None:
-        """Counts a job that has ended: served by this attempt, or lost (``None``). The client's next turn follows."""
+        """Counts a job that has ended: served by this attempt, or lost (``None``). Schedules the client's next turn."""
         self._unfinished -= 1
         if attempt is None:
             self.measures.add_lost(job)
@@ -220,7 +221,7 @@ class Simulation:
 
     def _grant_waiting(self, now: float) -> None:
         """Sends the waiting jobs to which the balancer gives slots now."""
-        self._has_decided = True
+        self._next_check_is_stale = True
         grants = self.decisions.grants(now)
         self._waiting -= len(grants)
         for grant in grants:
@@ -238,13 +239,13 @@ class Simulation:
             self._next_check_at = check_at
             self._push(check_at, _CHECK, None)
 
-    def _probe(self, now: float, *, may_come: bool) -> None:
+    def _probe(self, now: float, *, has_more_requests: bool) -> None:
         """Gives the balancer the results of a probe of all servers. Schedules the next probe, unless all requests have
         ended."""
         for name, server in self.servers.items():
             report = ServerReport(server.is_up, server.lies.listed, server.loaded_models(now))
             self.decisions.set_report(name, report, now)
-        if may_come or self._unfinished:
+        if has_more_requests or self._unfinished:
             self._push(now + PROBE_S, _PROBE, None)
         self._check_progress(now)
         if self._waiting:

@@ -164,8 +164,11 @@ class SharedGpu:
         self.next_event_at = next_at
 
     def snapshot(self, now: float) -> tuple[list[tuple[float, Attempt]], list[tuple[float, Attempt]]]:
-        """The remaining work at ``now``: the seconds of reading of each prompt, in the order of reading, and the
-        virtual seconds of each stream. For the reference policy only: no gateway can know this."""
+        """The work that is left at ``now``, in two lists: for each prompt the seconds that its reading still takes, in
+        the order of reading; for each stream the seconds that the rest of the answer would take alone.
+
+        A fault that makes the GPU slower is not counted. For the reference policy only: no gateway can know this.
+        """
         self._move(now)
         prefills = [((at - now) / self.factor, attempt) for at, _, attempt in sorted(self._prefills)]
         prefills += [(attempt.prefill_s, attempt) for attempt in self._waiting_prefills]

@@ -11,7 +11,7 @@ from gpumesh.bench.simulate.requests import Attempt
 
 
 class ServerLies:
-    """The lies of one server. The faults of its ``spec`` that begin at once are active from the start.
+    """The false reports of one server. The faults of its ``spec`` that begin at once are active from the start.
 
     ``listed`` are the models that it lists, by full name; it is the same object until the list changes. ``missing`` are
     the models for which it answers 404 although it should have them."""
@@ -19,12 +19,12 @@ class ServerLies:
     def __init__(self, spec: NodeSpec) -> None:
         self._models = frozenset(spec.models)
         self._rng = Random(spec.name)
-        self._duration_factor = 1.0
-        self._eval_factor = 1.0
+        self._duration_factor = 1.0  # multiplies all reported durations
+        self._eval_factor = 1.0  # multiplies the reported time of generation; the reported total stays true
         self._gives_counts = True
-        self._count_factor = 1.0
-        self._most_random_factor = 1.0
-        self._hidden: AbstractSet[str] = frozenset()
+        self._count_factor = 1.0  # multiplies all reported counts of tokens
+        self._max_random_factor = 1.0  # each count is multiplied by a random factor from 1 / this to this
+        self._unlisted: AbstractSet[str] = frozenset()  # models that the server has, but does not list
         self.missing: AbstractSet[str] = frozenset()
         self.listed: AbstractSet[str] = self._models
         for fault in spec.faults:
@@ -39,7 +39,7 @@ class ServerLies:
         return model in self._models and model not in self.missing
 
     def change(self, fault: Fault, *, starts: bool) -> None:
-        """The fault begins, or ends. Kinds that are no lies change nothing."""
+        """Starts or ends a fault. A fault of a kind that is no false report changes nothing."""
         factor = fault.factor if starts else 1.0
         concerned = self._models if fault.model is None else frozenset((fault.model,))
         if fault.kind is FaultKind.LYING:
@@ -49,14 +49,14 @@ class ServerLies:
         elif fault.kind is FaultKind.MISCOUNTING:
             self._count_factor = factor
         elif fault.kind is FaultKind.RANDOM_COUNTS:
-            self._most_random_factor = factor
+            self._max_random_factor = factor
         elif fault.kind is FaultKind.NO_COUNTS:
             self._gives_counts = not starts
         elif fault.kind is FaultKind.LISTS_MISSING:
             self.missing = self.missing | concerned if starts else self.missing - concerned
         elif fault.kind is FaultKind.HIDES:
-            self._hidden = self._hidden | concerned if starts else self._hidden - concerned
-        listed = (self._models | self.missing) - self._hidden
+            self._unlisted = self._unlisted | concerned if starts else self._unlisted - concerned
+        listed = (self._models | self.missing) - self._unlisted
         if listed != self.listed:
             self.listed = listed
 
@@ -82,6 +82,6 @@ class ServerLies:
         if not self._gives_counts:
             return None
         factor = self._count_factor
-        if self._most_random_factor != 1.0:
-            factor *= self._most_random_factor ** self._rng.uniform(-1.0, 1.0)
+        if self._max_random_factor != 1.0:
+            factor *= self._max_random_factor ** self._rng.uniform(-1.0, 1.0)
         return int(tokens * factor)

@@ -292,13 +292,16 @@ def find_waiting_for_load(server: SimulatedServer) -> list[Attempt]:
 
 
 def find_runner_to_unload(spec: NodeSpec, runners: Mapping[str, Runner], model: str) -> Runner | None:
-    """The runner that must go so that this model fits into memory; ``None`` if the model fits. It is the first idle
-    runner by name, otherwise the first runner by name. (Ollama first orders by keep_alive, which is the same for all
-    runners here.)"""
+    """The runner that must be unloaded so that this model can be loaded; ``None`` if it can be loaded now.
+
+    A runner that is expiring comes first: it has been chosen already. Then comes the first idle runner by name, then
+    the first runner by name. (Ollama first orders by keep_alive, which is the same for all runners here.)
+    """
     used_mib = sum(runner.spec.vram_mib for runner in runners.values())
     fits = spec.vram_mib is None or spec.models[model].vram_mib <= MAX_FILL * (spec.vram_mib - used_mib)
     may_load_more = len(runners) < spec.max_loaded
-    if not runners or (fits and may_load_more):  # a model that is too large for an empty GPU is loaded in part
+    # Without other runners, also a model that does not fit is loaded: in part.
+    if not runners or (fits and may_load_more):
         return None
     expiring = [runner for runner in runners.values() if runner.is_expiring]
     if expiring:
