@@ -25,13 +25,13 @@ from gpumesh.bench.scenarios.base import (
 )
 from gpumesh.bench.workload.stages import PlannedRequest, Stage, StageKind
 
-ROUNDS = 3  # of each level: the second one is that in which all slots are busy and not in step
-MIN_GROWTH = 0.05  # a level that gives less than this more than the level before gives no more
+ROUNDS = 3  # requests for each slot of a level; in the second round, all slots are busy and not in step
+MIN_GROWTH = 0.05  # a smaller growth of the tokens/s from one level to the next counts as none
 MAX_LEVEL = 512
 RAMP_S = 60.0  # no further level is begun if a node's ramp would take longer with it
 # An answer of a ramp takes about a second: long enough that answers which run at once are seen together.
 ANSWER_S, FIRST_TOKENS, MIN_TOKENS, MAX_TOKENS = 1.0, 32, 16, 128
-MAX_REPEATS = 2  # of one level
+MAX_REPEATS = 2  # how often a level is sent again
 
 
 def find_capacities(context: ScenarioContext) -> ScenarioSteps:
@@ -42,9 +42,14 @@ def find_capacities(context: ScenarioContext) -> ScenarioSteps:
 
 
 def _find_capacity(context: ScenarioContext, node: NodeFacts) -> Generator[Stage, StageOutcome, NodeCapacity]:
-    """The ramp of one node."""
+    """Yields the stages of the node's ramp, and returns the capacity that they show.
+
+    The ramp ends when the node runs fewer requests at once than were sent, when more requests give no more tokens/s, or
+    when a further level would take too long.
+    """
     points: list[RampPoint] = []
-    level, tokens, spent_s, repeated = node.parallel or 1, FIRST_TOKENS, 0.0, 0
+    level, tokens, spent_s = node.parallel or 1, FIRST_TOKENS, 0.0
+    repeats = 0  # of this level
     while True:
         outcome = yield _ramp_stage(context, node.name, level, tokens)
         result = outcome.results[0] if outcome.results else None
@@ -55,15 +60,15 @@ def _find_capacity(context: ScenarioContext, node: NodeFacts) -> Generator[Stage
         points.append(point)
         spent_s += result.duration_s
         tokens = _answer_tokens(result, tokens)
-        if 0 < point.at_once < level:  # 0: answers of a single piece do not show it
+        if 0 < point.at_once < level:  # 0: unknown, because the answers came as single pieces
             limit_before, limit_after = (find_limit(nodes, node.name) for nodes in (outcome.before, outcome.after))
-            if limit_before == limit_after or repeated == MAX_REPEATS:
+            if limit_before == limit_after or repeats == MAX_REPEATS:
                 return (yield from _confirm_slots(context, node.name, points, tokens, limit_after))
-            repeated += 1  # the mesh still learns: the same level again
+            repeats += 1  # the mesh's limit changed during the stage: with the new one, the level may fill
             continue
         if _has_stopped_growing(points):
-            if not repeated:  # it must show twice: a moment of disturbance gives fewer tokens/s, too
-                repeated += 1
+            if not repeats:  # a short disturbance also lowers the tokens/s, so one stage is not enough
+                repeats += 1
                 continue
             full = find_full_point(points)
             reason = f"{level} at once give no more"
@@ -73,16 +78,16 @@ def _find_capacity(context: ScenarioContext, node: NodeFacts) -> Generator[Stage
             reason = "its ramp ended there, so that it does not take too long; more may give more"
             context.notes.append(f"capacity of {node.name}: {level} at once: {reason}")
             return NodeCapacity(node.name, level, point.tokens_per_s, reason, tuple(points))
-        level, repeated = 2 * level, 0
+        level, repeats = 2 * level, 0
 
 
 def _confirm_slots(
     context: ScenarioContext, node: str, points: list[RampPoint], tokens: int, limit: int | None
 ) -> Generator[Stage, StageOutcome, NodeCapacity]:
-    """The end of a ramp whose last level did not fill: fewer answers came at once than requests were in flight.
+    """Ends a ramp whose last level did not fill: fewer answers came at once than requests were in flight.
 
-    Finds out what held the others back: the server, inside which they waited, or the mesh, which kept them in its
-    queue. ``limit`` is how many requests the mesh sends to the node at once.
+    Finds out where the other requests waited: inside the server, or in the queue of the mesh. ``limit`` is how many
+    requests the mesh sends to the node at once.
     """
     full, last = find_full_point(points), points[-1]
     reason, server_parallel = "these are all slots of its server", None

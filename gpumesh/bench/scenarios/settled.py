@@ -18,9 +18,9 @@ def measure_settled(
 ) -> Generator[Stage, StageOutcome, StageOutcome]:
     """Measures a stage until nothing changes while it runs, at most ``MAX_TRIES`` times, and returns the last outcome.
 
-    ``make`` makes the stage; each try needs prompts of its own, because no server shall have them in its cache. The
-    last try counts, and the reason for each repetition becomes a note. ``first_attempt`` is more than 1 if the stage
-    was measured before.
+    ``make`` makes the stage, for each attempt with new prompts, because no server may have them in its cache. The last
+    attempt counts, and the reason for each repetition becomes a note. ``first_attempt`` is more than 1 if the stage was
+    measured before.
     """
     last_attempt = first_attempt + MAX_TRIES - 1
     for attempt in range(first_attempt, last_attempt + 1):
@@ -53,7 +53,7 @@ def find_changes(stage: Stage, outcome: StageOutcome) -> Iterator[str]:
 def _changes_of_node(before: NodeFacts, after: NodeFacts, model: str) -> Iterator[str]:
     """Yields what changed on one node. An unknown limit counts as 1: that is the mesh's first guess.
 
-    That the measured model is in memory may be noticed late, by a probe: so that is no change.
+    The measured model may be in memory long before a probe reports it. So its first report is no change.
     """
     if (before.parallel or 1) != (after.parallel or 1):
         yield f"the limit of {before.name} changed from {before.parallel or 1} to {after.parallel or 1}"
