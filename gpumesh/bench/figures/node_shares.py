@@ -32,10 +32,10 @@ class NodeShare:
     the number of requests that waited inside the server for a slot (``None``: the server does not tell), and ``load_s``
     are the seconds that requests waited for a load of the model.
 
-    ``wait_ms`` is the time in the queue
-    inside the server, ``load_ms`` the time until the model was in memory, ``prefill_tokens_per_s`` the rate at which it
-    read the prompts: one value for each answer for which the server gave it. ``cold_starts`` counts the answers whose
-    model was not in memory. A sum is ``None`` if the count of one answer is unknown.
+    Three samples have one value for each answer for which the server gave it: ``wait_ms`` is the time in the queue
+    inside the server, ``load_ms`` the time until the model was in memory, and ``prefill_tokens_per_s`` the rate at
+    which the server read the prompt. ``cold_starts`` counts the answers whose model was not in memory. A sum of tokens
+    is ``None`` if the count of one answer is unknown.
     """
 
     node: str
@@ -119,14 +119,15 @@ def _is_cold(load_ms: float | None) -> bool:
 
 
 def _prefill_rate(answer: Answer, *, shared_beginnings: bool) -> float | None:
-    """The tokens of the prompt that the server read ÷ the time that it took, in tokens/s.
+    """The tokens of the prompt that the server read ÷ the time that this took, in tokens/s; ``None`` if unknown.
 
-    Tokens from the server's cache were not read. ``None`` if the server does not say how many, and there may be many:
-    a prompt that begins with its own nonce shares only the beginning of the model's template with others.
+    Tokens from the server's cache do not count, because the server did not read them.
     """
     counters = answer.counters
     if counters.prompt_tokens is None or not counters.prompt_ms:
         return None
+    # A server that does not say how many tokens came from its cache counts as one without a cache. That is nearly true
+    # for a prompt with a nonce at its start: it has only the beginning of the model's template in common with others.
     if counters.cached_tokens is None and shared_beginnings:
         return None
     read_tokens = counters.prompt_tokens - (counters.cached_tokens or 0)

@@ -1,8 +1,8 @@
-"""How well the mesh uses its nodes: its rate against the sum of the nodes alone, and where the rest went. Pure.
+"""How well the mesh uses its nodes: its rate against the sum of the nodes alone, and the reasons for the loss. Pure.
 
 A node alone gives ``alone`` tokens/s while it works on ``slots`` requests at once, so a slot of it gives
 ``alone ÷ slots``. In the mesh's stage it gives ``mesh`` tokens/s while it works on ``busy`` requests. The difference
-``alone - mesh`` is, without a rest, the sum of three parts:
+``alone - mesh`` is exactly the sum of three parts:
 
 - starved: ``(slots - busy) * alone / slots``: slots that had no request
 - swapped: the slots whose request waited for a load of the model, times ``alone / slots``
@@ -114,13 +114,17 @@ def _losses(node_stages: Sequence[StageResult], mesh: StageResult) -> tuple[Node
 
 
 def _node_loss(alone: NodeShare, together: NodeShare, loaded_s: float | None) -> NodeLoss | None:
-    """Splits what a node gave less in the mesh than alone. ``None`` if a figure is unknown, or if it gave nothing."""
+    """Splits the difference between a node's rate alone and in the mesh. ``loaded_s``: how long all slots were busy in
+    the mesh's stage. ``None`` if a figure is unknown, or if the node gave nothing alone."""
     alone_rate, mesh_rate = alone.loaded_tokens_per_s, together.loaded_tokens_per_s
     if not alone_rate or mesh_rate is None or not alone.busy or together.busy is None or not loaded_s:
         return None
-    per_slot = alone_rate / alone.busy
-    starved = (alone.busy - together.busy) * per_slot
-    swapped = min(together.load_s / loaded_s, together.busy) * per_slot
+    slot_rate = alone_rate / alone.busy
+    starved = (alone.busy - together.busy) * slot_rate
+    # The mean number of slots whose request waited for a load. ``load_s`` also has the loads outside ``loaded_s``, so
+    # the quotient can be larger than the number of busy slots.
+    loading_slots = min(together.load_s / loaded_s, together.busy)
+    swapped = loading_slots * slot_rate
     return NodeLoss(
         node=alone.node,
         alone_tokens_per_s=alone_rate,

@@ -25,7 +25,7 @@ SAMPLE_S = 0.02  # between two samples of the event loop's lag and of the main t
 
 @dataclass(slots=True)
 class _Timeline:
-    """The times of a main thread at some moments. ``known``: whether the system says them."""
+    """The times of a main thread at some moments. ``known``: whether the system tells these times."""
 
     known: bool = True
     at_s: list[float] = field(default_factory=list)
@@ -145,7 +145,7 @@ class LoadMeter:
 
     @property
     def has_mesh_process(self) -> bool:
-        """Whether the mesh runs in another process than this one, which is known."""
+        """Whether the pid of the mesh's process is known."""
         return self._mesh_pid is not None
 
     @property
@@ -188,14 +188,15 @@ class LoadMeter:
         before, after = self._machine
         if before is None or after is None or after.total_s <= before.total_s:
             return None
-        ours = self._own_cpu_s / self.duration_s
-        ours += sum(cpu for pid, cpu in self._process_cpus().items() if pid != os.getpid())
+        generator_cpu = self._own_cpu_s / self.duration_s
+        # This process can be one of the mesh's processes, too. It must not count twice.
+        mesh_cpu = sum(cpu for pid, cpu in self._process_cpus().items() if pid != os.getpid())
         cores = os.cpu_count() or 1
         busy = min((after.busy_s - before.busy_s) / (after.total_s - before.total_s), 1.0)
-        return MachineLoad(cores, busy, max(busy * cores - ours, 0.0))
+        return MachineLoad(cores, busy, other_cpu=max(busy * cores - generator_cpu - mesh_cpu, 0.0))
 
     def _process_cpus(self) -> dict[int, float]:
-        """The CPU of the mesh's processes that ran from the start to the end, by pid."""
+        """The CPU of the mesh's processes that ran from the start to the end, by pid; 1 is one core."""
         before, after = self._processes
         return {pid: (after[pid] - before[pid]) / self.duration_s for pid in before if pid in after}
 
