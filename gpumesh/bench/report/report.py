@@ -27,7 +27,7 @@ from gpumesh.bench.report.html_parts import MAX_SENTENCES, escape_text, html_tab
 from gpumesh.bench.report.page import html_page
 from gpumesh.bench.report.plots import latency_plots, request_timeline, throughput_plots
 from gpumesh.bench.report.sections.failover_section import failover_section, node_events_section
-from gpumesh.bench.report.sections.load_section import describe_way, load_html
+from gpumesh.bench.report.sections.load_section import describe_mesh_access, load_html
 from gpumesh.bench.report.sections.routes_section import routes_section
 from gpumesh.bench.report.sections.server_times import server_times_html
 from gpumesh.bench.results.result import BenchResult
@@ -214,7 +214,7 @@ def _conditions(result: BenchResult) -> str:
     environment, settings = result.environment, result.settings
     conditions = [
         ("measured from", f"{environment.platform}, {environment.cpus or '?'} CPUs, Python {environment.python}"),
-        ("mesh", describe_way(environment)),
+        ("mesh", describe_mesh_access(environment)),
         (
             "prompts",
             f"about {settings.prompt_tokens} tokens with a nonce at the start, {settings.tokens} tokens to answer",

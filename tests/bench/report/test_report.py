@@ -17,7 +17,7 @@ from gpumesh.bench.load.conditions import Limit, LoadConditions, MachineLoad, Pr
 from gpumesh.bench.load.samples import LoadSample
 from gpumesh.bench.report.plots import MAX_POINTS
 from gpumesh.bench.report.report import report_html
-from gpumesh.bench.report.sections.load_section import describe_way
+from gpumesh.bench.report.sections.load_section import describe_mesh_access
 from gpumesh.bench.results.result import BenchResult
 from gpumesh.bench.stats import Objective
 from gpumesh.bench.workload.settings import Scenario
@@ -233,4 +233,4 @@ def test_where_the_load_came_from() -> None:
     assert "75% of 4 cores" in text
     assert "through its gateway" in text
     assert "Where the load came from" not in Page(report_html(result(), [])).headings
-    assert describe_way(replace(limited.environment, url="http://gpu:8000")).startswith("none: http://gpu:8000")
+    assert describe_mesh_access(replace(limited.environment, url="http://gpu:8000")).startswith("none: http://gpu:8000")

@@ -157,17 +157,17 @@ def _requests(count: int) -> str:
 
 
 def _knee_sentence(result: BenchResult) -> str:
-    """From which load on more requests bring no more tokens."""
+    """The load above which more requests bring no more tokens/s, and the goodput at this load."""
     return "" if result.knee is None else f"{result.knee.text}. At the knee: {result.knee.goodput_text}."
 
 
 def _scaling_sentence(result: BenchResult) -> str:
-    """How much of what the nodes give alone the mesh gives, and where the rest went."""
+    """The mesh's rate as a share of the sum of its nodes alone, and why it is not the whole sum."""
     scaling = result.scaling
     if scaling is None:
         return ""
-    mesh, whole = format_number(scaling.mesh_tokens_per_s), format_number(scaling.sum_tokens_per_s)
-    sentences = [f"The mesh gives {scaling.efficiency:.0%} of what its nodes give alone ({mesh} of {whole} tokens/s)"]
+    rates = f"{format_number(scaling.mesh_tokens_per_s)} of {format_number(scaling.sum_tokens_per_s)} tokens/s"
+    sentences = [f"The mesh gives {scaling.efficiency:.0%} of what its nodes give alone ({rates})"]
     if scaling.explanation is not None:
         sentences[0] += f": {scaling.explanation}"
     lost = _lost_parts(scaling)
@@ -180,14 +180,14 @@ def _scaling_sentence(result: BenchResult) -> str:
 
 
 def _lost_parts(scaling: Scaling) -> list[str]:
-    """The parts of the loss of all nodes that are more than noise, the largest first."""
+    """The parts of the loss (see ``NodeLoss``) that are more than noise, each summed over all nodes. Largest first."""
     parts = (
         (math.fsum(loss.starved_tokens_per_s for loss in scaling.losses), "by slots that had no request"),
         (math.fsum(loss.slowed_tokens_per_s for loss in scaling.losses), "because each answer was slower than alone"),
         (math.fsum(loss.swapped_tokens_per_s for loss in scaling.losses), "by loads of the model"),
     )
-    least = CLEAR_LOSS * scaling.sum_tokens_per_s
-    return [f"{format_number(amount)} {reason}" for amount, reason in sorted(parts, reverse=True) if amount >= least]
+    noise = CLEAR_LOSS * scaling.sum_tokens_per_s
+    return [f"{format_number(amount)} {reason}" for amount, reason in sorted(parts, reverse=True) if amount >= noise]
 
 
 def _users_sentence(result: BenchResult) -> str:

@@ -48,8 +48,8 @@ def _row(stage: StageResult, conditions: LoadConditions) -> list[str]:
     ]
 
 
-def describe_way(environment: Environment) -> str:
-    """Where the mesh ran, and on which way the requests reached it."""
+def describe_mesh_access(environment: Environment) -> str:
+    """Where the mesh ran, and how the requests reached it or its nodes."""
     if environment.url is not None:
         return f"none: {environment.url} was measured, from a process of its own"
     place = "in the process of the command" if environment.embedded else "already running"
