@@ -11,11 +11,11 @@ from gpumesh.bench.figures.outages.node_events import HealthChange
 from gpumesh.event_loop.async_iterators import closing_iterator
 from gpumesh.state import Health, MeshState
 
-INTERVAL_S = 0.02  # between two states: a change is noted so late at most
+INTERVAL_S = 0.02  # between two states: a change is noted at most this time late
 
 
 class NodeWatch:
-    """What was seen so far. ``changes`` are in the order of time; the first of each node is its health at the start."""
+    """The changes of health until now, in the order of time. The first of each node is its health at the start."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self.changes: list[HealthChange] = []

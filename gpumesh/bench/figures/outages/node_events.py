@@ -11,8 +11,8 @@ from gpumesh.state import Health, NodeState
 
 @dataclass(frozen=True, slots=True)
 class HealthChange:
-    """The health of a node from a moment on. ``at_s`` is on the clock of whoever watched. ``reason``: as the mesh
-    gives it."""
+    """The health of a node from a moment on. ``at_s`` is on the clock of the watch that saw the change. ``reason`` is
+    the mesh's text."""
 
     at_s: float
     node: str

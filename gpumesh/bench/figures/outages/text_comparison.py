@@ -6,14 +6,14 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-# A shorter rest can stand in the undisturbed answer by chance.
+# A shorter rest can be in the undisturbed answer by chance.
 MIN_REST_CHARS = 12
 
 
 @dataclass(frozen=True, slots=True)
 class TextDifference:
-    """How many tokens the disturbed answer has twice, and how many it lacks. Both are ``None`` if it goes on with other
-    words: then nothing can be counted."""
+    """How many tokens the disturbed answer has twice, and how many it lacks. Both are ``None`` if its text differs from
+    the undisturbed answer after the cut: then nothing can be counted."""
 
     repeated: int | None
     lost: int | None
@@ -26,19 +26,21 @@ class TextDifference:
 def compare_texts(disturbed: str, undisturbed: Sequence[str]) -> TextDifference:
     """Compares the two answers. ``undisturbed`` has the answer's pieces, one for each token.
 
-    Up to some place both answers are equal. What follows there in the disturbed answer is searched in the undisturbed
-    one: if it stands there further on, what lies between was lost; if it stands there earlier, that was repeated.
+    Both answers begin with the same text. The rest of the disturbed answer is searched in the undisturbed answer. If
+    the rest is found later than at the end of the same text, the tokens between were lost. If it is found earlier, the
+    tokens between were repeated.
     """
-    whole = "".join(undisturbed)
-    if disturbed == whole:
+    undisturbed_text = "".join(undisturbed)
+    if disturbed == undisturbed_text:
         return TextDifference(0, 0)
-    same = _count_equal_start(disturbed, whole)
+    same = _count_equal_start(disturbed, undisturbed_text)
     rest = disturbed[same:]
     if not rest:  # the end is missing
-        return TextDifference(0, _tokens_within(undisturbed, same, len(whole)))
+        return TextDifference(0, _tokens_within(undisturbed, same, len(undisturbed_text)))
     if len(rest) < MIN_REST_CHARS:
         return TextDifference(None, None)
-    earlier, later = whole.rfind(rest, 0, same + len(rest) - 1), whole.find(rest, same)
+    earlier = undisturbed_text.rfind(rest, 0, same + len(rest) - 1)
+    later = undisturbed_text.find(rest, same)
     if later >= 0:
         return TextDifference(0, _tokens_within(undisturbed, same, later))
     if earlier >= 0:
