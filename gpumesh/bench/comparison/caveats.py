@@ -23,7 +23,8 @@ def find_caveats(a: BenchResult, b: BenchResult) -> Iterator[str]:
         yield f"measured from different machines: {environment_a.platform} and {environment_b.platform}"
     if environment_a.embedded != environment_b.embedded:
         where = [
-            "in the measuring process" if one.embedded else "already running" for one in (environment_a, environment_b)
+            "in the measuring process" if environment.embedded else "already running"
+            for environment in (environment_a, environment_b)
         ]
         yield f"the mesh was {where[0]} in A and {where[1]} in B"
     requests_a, requests_b = _requests_per_run(a), _requests_per_run(b)

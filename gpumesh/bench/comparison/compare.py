@@ -203,17 +203,17 @@ def _count_failed(runs: list[StageResult]) -> int:
 
 def _decide(tested: list[_Tested]) -> Iterator[Difference]:
     """The differences with their verdicts, and with intervals that match the verdicts."""
-    p_values = [one.p_value for one in tested if one.p_value is not None]
+    p_values = [test.p_value for test in tested if test.p_value is not None]
     threshold = verdict_threshold(p_values)
     changed_error, same_error = interval_errors(p_values)
-    for one in tested:
-        if one.p_value is None:
-            yield one.difference
+    for test in tested:
+        if test.p_value is None:
+            yield test.difference
             continue
-        is_significant = one.p_value <= threshold and one.p_value < 1.0
-        low, high = _ratio_interval(one, changed_error if is_significant else same_error)
-        verdict = _verdict(one.difference) if is_significant else DifferenceVerdict.SAME
-        yield replace(one.difference, verdict=verdict, ratio_low=low, ratio_high=high)
+        is_significant = test.p_value <= threshold and test.p_value < 1.0
+        low, high = _ratio_interval(test, changed_error if is_significant else same_error)
+        verdict = _verdict(test.difference) if is_significant else DifferenceVerdict.SAME
+        yield replace(test.difference, verdict=verdict, ratio_low=low, ratio_high=high)
 
 
 def _verdict(difference: Difference) -> DifferenceVerdict:
@@ -225,7 +225,7 @@ def _verdict(difference: Difference) -> DifferenceVerdict:
 
 
 def _ratio_interval(tested: _Tested, error_probability: float) -> tuple[float | None, float | None]:
-    """The interval of the ratio B ÷ A; ``None`` if it has none."""
+    """The interval of the ratio B ÷ A, low and high; both are ``None`` if the figure has no interval."""
     if tested.change is None or tested.a_center == 0:
         return None, None
     low, high = tested.change.interval(error_probability)

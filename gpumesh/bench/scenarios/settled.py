@@ -29,10 +29,12 @@ def measure_settled(
         changes = list(find_changes(stage, outcome))
         if not changes:
             break
-        what = f"while stage {stage.name} ran, {'; '.join(changes)}"
+        changes_text = f"while stage {stage.name} ran, {'; '.join(changes)}"
         is_last = attempt == last_attempt
         context.notes.append(
-            f"{what}: its figures are not those of a settled mesh" if is_last else f"{what}: it was measured again"
+            f"{changes_text}: its figures are not those of a settled mesh"
+            if is_last
+            else f"{changes_text}: it was measured again"
         )
     return outcome
 

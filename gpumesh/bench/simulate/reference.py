@@ -217,11 +217,11 @@ class ReferenceDecisions:
             return line, 0.0
         # A load begins when all earlier loads have ended, and the runner that must go has no users any more.
         begins_at = max([now, *(other.ready_at for other in lines.values())])
-        victim = runner or find_runner_to_unload(server.spec, server.runners, request.model)
+        to_unload = runner or find_runner_to_unload(server.spec, server.runners, request.model)
         penalty_s = 0.0
-        if victim is not None:
-            begins_at = max(begins_at, now + _drain_s(server, victim))
-            penalty_s = self._reload_cost(victim.spec, now)
+        if to_unload is not None:
+            begins_at = max(begins_at, now + _drain_s(server, to_unload))
+            penalty_s = self._reload_cost(to_unload.spec, now)
         line = lines[key] = _Line(begins_at + spec.load_s, spec.slots)
         return line, penalty_s
 

@@ -56,15 +56,15 @@ class ArrivalSink:
 
     def finish(self) -> None:
         """Notes the end of a complete answer."""
-        self._end()
+        self._note_end()
 
     def fail(self, problem: str) -> None:
         """Notes the end of an answer that is not complete."""
         if self.ended_s is None:
             self.problem = problem
-        self._end()
+        self._note_end()
 
-    def _end(self) -> None:
+    def _note_end(self) -> None:
         if self.ended_s is None:
             self.ended_s = time.perf_counter()
         if not self.end.done():

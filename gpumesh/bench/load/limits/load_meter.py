@@ -205,10 +205,10 @@ def _process_load(cpu: float, timeline: _Timeline, windows: Sequence[tuple[float
     """The load of a process by the samples of its main thread."""
     if not timeline.is_usable:
         return ProcessLoad(cpu)
-    whole = [(timeline.at_s[0], timeline.at_s[-1])]
+    whole_stage = [(timeline.at_s[0], timeline.at_s[-1])]
     return ProcessLoad(
         cpu,
-        waiting=share_in_windows(timeline.at_s, timeline.wait_s, whole),
+        waiting=share_in_windows(timeline.at_s, timeline.wait_s, whole_stage),
         first_token_cpu=share_in_windows(timeline.at_s, timeline.run_s, windows),
         first_token_waiting=share_in_windows(timeline.at_s, timeline.wait_s, windows),
     )

@@ -80,7 +80,7 @@ class StageEnded(msgspec.Struct, frozen=True, tag="stage-ended"):
 
 
 class GeneratorFailed(msgspec.Struct, frozen=True, tag="generator-failed"):
-    """A fault of the load generator. ``traceback`` is for whoever repairs it."""
+    """A fault of the load generator. ``traceback`` is for its developers."""
 
     message: str
     traceback: str
