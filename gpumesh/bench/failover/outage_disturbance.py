@@ -12,7 +12,7 @@ from gpumesh.bench.figures.outages.failover import OUTAGE_WORDS, OutageTimes
 from gpumesh.errors import GPUMeshError
 from gpumesh.mesh.outages.outage import Outage, OutageKind
 from gpumesh.state import MeshState
-from gpumesh.text.quoting import shell_word
+from gpumesh.text.quoting import paste_command
 
 
 class OutageTarget(Protocol):
@@ -75,6 +75,8 @@ class OutageDisturbance:
         except GPUMeshError as error:
             if self._outage.start_command is None:
                 raise
-            command = f"gpumesh exec {shell_word(self.times.node)} -- sh -c {shell_word(self._outage.start_command)}"
+            command = paste_command(
+                "gpumesh exec {node} -- sh -c {command}", node=self.times.node, command=self._outage.start_command
+            )
             message = f"the server of {self.times.node} may still be stopped: {error.message}"
-            raise GPUMeshError(message, hint=f"start it: `{command}`", node=self.times.node) from error
+            raise GPUMeshError(message, hint=f"start it: {command}", node=self.times.node) from error
