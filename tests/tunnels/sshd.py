@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import getpass
 import os
+import random
 import shutil
 import signal
 import socket
@@ -30,6 +31,17 @@ def keygen(path: Path, *, kind: str = "ed25519", passphrase: str = "") -> Path:
     command = ["ssh-keygen", "-q", "-t", kind, *size, "-N", passphrase, "-C", "test", "-f", str(path)]
     subprocess.run(command, check=True, timeout=30)
     return path
+
+
+def port_of_this_worker() -> int:
+    """A free port that nobody else takes while an sshd that had it is stopped: it is below the ports that the system
+    gives out by itself (32768 and above), and each process of pytest-xdist has its own range."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 8
+    first = 20_000 + 1500 * worker
+    for port in random.sample(range(first, first + 1500), 1500):
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+    raise AssertionError("no port is free")
 
 
 @dataclass
@@ -80,8 +92,7 @@ class Sshd:
 
     async def start(self) -> None:
         if self.port == 0:
-            with socket.create_server(("127.0.0.1", 0)) as probe:
-                self.port = probe.getsockname()[1]
+            self.port = port_of_this_worker()
         assert SSHD is not None
         Path("/run/sshd").mkdir(exist_ok=True) if os.getuid() == 0 else None
         with (self.folder / "sshd.log").open("ab") as log:
@@ -92,15 +103,23 @@ class Sshd:
                 stderr=log,
             )
         async with asyncio.timeout(15):
-            while True:
-                with contextlib.suppress(OSError):
-                    _, writer = await asyncio.open_connection(self.address, self.port)
-                    writer.close()
-                    await writer.wait_closed()
-                    break
+            while not await self.says_ssh():  # another test may have taken the port while this sshd was stopped
                 assert self.process.poll() is None, self.log()
                 await asyncio.sleep(0.01)
         self.known_hosts.write_text(f"[{self.address}]:{self.port} {self.public_host_key}\n")
+
+    async def says_ssh(self) -> bool:
+        """Whether an SSH server answers at the port."""
+        try:
+            reader, writer = await asyncio.open_connection(self.address, self.port)
+        except OSError:
+            return False
+        try:
+            return (await reader.read(4)).startswith(b"SSH-")
+        except OSError:
+            return False
+        finally:
+            writer.close()
 
     @property
     def public_host_key(self) -> str:

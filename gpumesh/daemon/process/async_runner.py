@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 from collections.abc import Callable, Coroutine, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -28,8 +28,11 @@ def run(main: Coroutine[Any, Any, T], *, use_uvloop: bool = True) -> T:
 
         map_large_blocks()
     loop_factory = _loop_factory() if use_uvloop else None
-    with _sigint_blocked() as unblock, asyncio.Runner(loop_factory=loop_factory) as runner:
-        received_signals: list[int] = []
+    received_signals: list[int] = []
+    with ExitStack() as stack:
+        unblock = stack.enter_context(_sigint_blocked())
+        with _sigint_held():
+            runner = stack.enter_context(asyncio.Runner(loop_factory=loop_factory))  # this makes the loop
 
         async def run_main() -> T:
             _cancel_on_signals(received_signals)
@@ -79,6 +82,27 @@ def _sigint_blocked() -> Iterator[Callable[[], None]]:
         yield unblock
     finally:
         unblock()
+
+
+@contextmanager
+def _sigint_held() -> Iterator[None]:
+    """Holds SIGINT back until the block ends, also one that comes to another thread.
+
+    ``_sigint_blocked`` is not enough for that: if the process has other threads, as while a progress bar is shown, one
+    of them takes the signal, and Python raises KeyboardInterrupt in the main thread all the same.
+    """
+    received_numbers: list[int] = []
+    try:
+        previous_handler = signal.signal(signal.SIGINT, lambda number, _frame: received_numbers.append(number))
+    except ValueError:  # this is not the main thread, which alone gets KeyboardInterrupt
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous_handler)
+        if received_numbers:
+            signal.raise_signal(signal.SIGINT)
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:

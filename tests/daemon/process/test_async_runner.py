@@ -41,11 +41,15 @@ def test_ctrl_c_cancels_and_then_interrupts(fast: bool) -> None:
     assert ended == [True]
 
 
-@pytest.mark.parametrize("fast", [True, False])
-def test_ctrl_c_while_the_loop_is_being_made_prints_nothing(fast: bool) -> None:
-    """At each line of asyncio that runs before the command's own first line, one after the other."""
+@pytest.mark.parametrize(("fast", "threads"), [(True, 0), (False, 0), (False, 1)])
+def test_ctrl_c_while_the_loop_is_being_made_prints_nothing(fast: bool, threads: int) -> None:
+    """At each line of asyncio that runs before the command's own first line, one after the other. A further thread, as
+    that of a progress bar, takes the signal if the main thread has blocked it: then only the lines that make the loop
+    are tried."""
     script = f"""
-import os, signal, sys
+import os, signal, sys, threading
+for _ in range({threads}):
+    threading.Thread(target=threading.Event().wait, daemon=True).start()
 from gpumesh.daemon.process import async_runner
 
 begun = False
@@ -60,19 +64,23 @@ def interrupted(nth):
     count = 0
     def trace(frame, event, arg):
         nonlocal count
-        if "/asyncio/" in frame.f_code.co_filename and not begun:
+        file, name = frame.f_code.co_filename, frame.f_code.co_name
+        makes_loop = name == "__init__" and file.endswith(("base_events.py", "selector_events.py", "unix_events.py"))
+        if "/asyncio/" in file and not begun and (makes_loop or not {threads}):
             count += 1
             if count == nth:
                 sys.settrace(None)
                 os.kill(os.getpid(), signal.SIGINT)
         return trace
+    coroutine = main()
     sys.settrace(trace)
     try:
-        async_runner.run(main(), use_uvloop={fast})
+        async_runner.run(coroutine, use_uvloop={fast})
     except KeyboardInterrupt:
         return True
     finally:
         sys.settrace(None)
+        coroutine.close()
 
 nth = 1
 while interrupted(nth):
