@@ -22,7 +22,8 @@ from gpumesh.backends.base import (
     token_count,
 )
 from gpumesh.backends.error_text import error_text, find_error_message, printable_label
-from gpumesh.backends.frames import BODY_LIMIT, BaseFrameReader, EventSplitter, final_chunk, wrong_dialect_error
+from gpumesh.backends.event_reader import BaseEventReader
+from gpumesh.backends.frames import BODY_LIMIT, BaseFrameReader, final_chunk, wrong_dialect_error
 from gpumesh.errors import BackendError, ProbeError
 from gpumesh.state import LoadedModel, ModelInfo
 from gpumesh.text.printable import printable
@@ -154,46 +155,32 @@ class OpenAIDialect:
         )
 
 
-class OpenAIEventReader(BaseFrameReader):
+class OpenAIEventReader(BaseEventReader):
     """Reads the chunks of a streamed chat or completion. The final chunk comes at ``[DONE]``, because the usage may
     come as late as just before it."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._events = EventSplitter()
         self._finish_reason: str | None = None
         self._counters: ServerCounters | None = None
 
-    def _read_data(self, data: bytes, chunks: list[Chunk]) -> None:
-        for event in self._events.feed(data):
-            self._read_event(event, chunks)
-
     def _read_rest(self, chunks: list[Chunk]) -> None:
-        for event in self._events.take_rest():  # the blank line after the last event may be missing
-            is_whole = event.strip() == b"[DONE]" or safe_json.parse_object(event) is not None
-            if is_whole:  # any other event was cut by the end of the stream
-                self._read_event(event, chunks)
+        super()._read_rest(chunks)
         if not self.done and self._finish_reason is not None:
             # The text is complete: some servers end the stream without [DONE].
             self._finish(chunks)
 
+    def _is_whole(self, event: bytes) -> bool:
+        return event.strip() == b"[DONE]" or super()._is_whole(event)
+
     def _read_event(self, event: bytes, chunks: list[Chunk]) -> None:
-        """Adds the chunk of one event to ``chunks``. Events that are blank or come after the final chunk are skipped.
-        Raises BackendError and ProbeError."""
-        if self.done or not event.strip():
-            return
-        if event.strip() == b"[DONE]":
-            if self._finish_reason is None and self._counters is None:
-                # No event has said that the answer is complete: the server failed. ``close`` will raise StreamCut.
-                return
+        if self.done or event.strip() != b"[DONE]":
+            super()._read_event(event, chunks)
+        elif self._finish_reason is not None or self._counters is not None:
             self._finish(chunks)
-            return
-        frame = safe_json.parse_object(event)
-        if frame is None:
-            raise wrong_dialect_error(f"{printable(event, 60)!r} is no event")
-        error = find_error_message(frame)
-        if error is not None:
-            raise BackendError(f"the server stopped in mid-answer: {error}")
+        # Else no event has said that the answer is complete: the server failed. ``close`` will raise StreamCut.
+
+    def _read_frame(self, frame: dict[str, Any], chunks: list[Chunk]) -> None:
         self._counters = parse_counters(frame) or self._counters
         text, thinking, finish_reason = _read_first_choice(frame, "delta")
         self._finish_reason = finish_reason or self._finish_reason

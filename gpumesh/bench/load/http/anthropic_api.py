@@ -10,10 +10,8 @@ from typing import Any
 
 from gpumesh.backends import openai, safe_json
 from gpumesh.backends.base import JSON_HEADERS, ChatRequest, Chunk, HttpCall, ServerCounters
-from gpumesh.backends.error_text import find_error_message
-from gpumesh.backends.frames import BaseFrameReader, EventSplitter, final_chunk, wrong_dialect_error
-from gpumesh.errors import BackendError
-from gpumesh.text.printable import printable
+from gpumesh.backends.event_reader import BaseEventReader
+from gpumesh.backends.frames import final_chunk
 
 MESSAGES_PATH = "/v1/messages"
 API_VERSION = "2023-06-01"  # the only version of the API so far; a request must name one
@@ -37,35 +35,15 @@ def build_messages_call(request: ChatRequest) -> HttpCall:
     return HttpCall("POST", MESSAGES_PATH, safe_json.dump_compact(body), headers)
 
 
-class AnthropicEventReader(BaseFrameReader):
+class AnthropicEventReader(BaseEventReader):
     """Reads the chunks of a streamed message. The final chunk comes at ``message_stop``."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._events = EventSplitter()
         self._counters: ServerCounters | None = None
         self._stop_reason: str | None = None
 
-    def _read_data(self, data: bytes, chunks: list[Chunk]) -> None:
-        for event in self._events.feed(data):
-            self._read_event(event, chunks)
-
-    def _read_rest(self, chunks: list[Chunk]) -> None:
-        for event in self._events.take_rest():  # the blank line after the last event may be missing
-            if safe_json.parse_object(event) is not None:  # any other event was cut by the end of the stream
-                self._read_event(event, chunks)
-
-    def _read_event(self, event: bytes, chunks: list[Chunk]) -> None:
-        """Adds the chunk of one event to ``chunks``. Events that are blank or come after the final chunk are skipped.
-        Raises BackendError and ProbeError."""
-        if self.done or not event.strip():
-            return
-        frame = safe_json.parse_object(event)
-        if frame is None:
-            raise wrong_dialect_error(f"{printable(event, 60)!r} is no event")
-        error = find_error_message(frame)
-        if error is not None:
-            raise BackendError(f"the server stopped in mid-answer: {error}")
+    def _read_frame(self, frame: dict[str, Any], chunks: list[Chunk]) -> None:
         kind, delta = frame.get("type"), frame.get("delta")
         delta = delta if isinstance(delta, dict) else {}
         if kind == "content_block_delta":
