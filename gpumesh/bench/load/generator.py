@@ -19,7 +19,7 @@ from gpumesh.bench.load.conditions import LoadConditions, Via
 from gpumesh.bench.load.conversations import ConversationHistories
 from gpumesh.bench.load.limits.load_meter import LoadMeter
 from gpumesh.bench.load.limits.measured_conditions import measured_conditions
-from gpumesh.bench.load.loops import send_in_closed_loop, send_in_open_loop, split_conversations
+from gpumesh.bench.load.loops import send_all
 from gpumesh.bench.load.samples import ClientLoad, LoadSample, StageRun
 from gpumesh.bench.load.send_prompt import SendPrompt
 from gpumesh.bench.workload.stages import PlannedRequest, Stage
@@ -62,19 +62,11 @@ class RunningStage:
         """The time since the start of the stage, in seconds."""
         return self.clock() - self.start
 
-    def is_over(self) -> bool:
-        """Whether the time is up, after which a closed loop sends nothing more."""
-        return self.stage.duration_s is not None and self.now() >= self.stage.duration_s
-
     def add(self, record: LoadSample) -> None:
         """Keeps the outcome of a request that has ended, and reports it."""
         self.records.append(record)
         self.record_added.set()
         self.on_record(record)
-
-    def cut_short(self, meter: LoadMeter) -> StageRun:
-        """Makes the outcome of a stage that ends now, before all of its requests were sent or answered."""
-        return self.complete_here(self.now(), meter)
 
     def complete(self, duration_s: float, client: ClientLoad, conditions: LoadConditions) -> StageRun:
         """Makes the stage's outcome, with the records in the order of the plan."""
@@ -134,17 +126,16 @@ async def run_stage(
             if stage.disturb and disturbance is not None:
                 helpers.append(group.create_task(disturb_stage(run, disturbance)))
             try:
-                conversations = split_conversations([planned.conversation for planned in stage.requests])
-                think_s = stage.think_s
-                if stage.concurrency is None:
-                    moments = [planned.at_s or 0.0 for planned in stage.requests]
-                    await send_in_open_loop(
-                        send_one, conversations, moments, stage.duration_s, now=run.now, think_s=think_s, sleep=sleep
-                    )
-                else:
-                    await send_in_closed_loop(
-                        send_one, conversations, stage.concurrency, think_s=think_s, is_over=run.is_over, sleep=sleep
-                    )
+                await send_all(
+                    send_one,
+                    [planned.conversation for planned in stage.requests],
+                    [planned.at_s for planned in stage.requests],
+                    stage.concurrency,
+                    until_s=stage.duration_s,
+                    now=run.now,
+                    think_s=stage.think_s,
+                    sleep=sleep,
+                )
                 duration_s = run.now()
             finally:  # also after an error: the group waits for the disturbance
                 for helper in helpers:
@@ -158,7 +149,6 @@ async def run_over_routes(
     *,
     clock: Callable[[], float] = time.perf_counter,
     on_record: Callable[[LoadSample], None] = lambda _: None,
-    mesh_pid: int | None = None,
     on_cut_short: Callable[[StageRun], None] = lambda _: None,
 ) -> StageRun:
     """Sends one request at a time, each over its own route.
@@ -167,7 +157,7 @@ async def run_over_routes(
     ``run_stage``.
     """
     run = RunningStage(stage, clock, on_record)
-    meter = LoadMeter(mesh_pid, clock)
+    meter = LoadMeter(None, clock)
     with _reported_if_cut_short(run, meter, on_cut_short):
         async with meter.measure():
             run.begin()
@@ -186,7 +176,7 @@ def _reported_if_cut_short(
     try:
         yield
     except BaseException:
-        on_cut_short(run.cut_short(meter))
+        on_cut_short(run.complete_here(run.now(), meter))
         raise
 
 

@@ -35,6 +35,34 @@ def split_conversations(ids: Sequence[int | None]) -> list[Conversation]:
     return list(conversations)
 
 
+async def send_all(
+    send: SendOne,
+    conversation_ids: Sequence[int | None],
+    moments_s: Sequence[float | None],
+    concurrency: int | None,
+    *,
+    until_s: float | None,
+    now: Callable[[], float],
+    think_s: float = 0.0,
+    sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+) -> None:
+    """Sends the requests of a stage: in a closed loop, or in an open loop if ``concurrency`` is ``None``.
+
+    ``conversation_ids`` and ``moments_s`` have the conversation and the moment of each request; in an open loop, a
+    request without a moment is due at once. Nothing is sent at ``until_s`` or later, on the clock ``now``.
+    """
+    conversations = split_conversations(conversation_ids)
+
+    def is_over() -> bool:
+        return until_s is not None and now() >= until_s
+
+    if concurrency is None:
+        moments = [moment_s or 0.0 for moment_s in moments_s]
+        await send_in_open_loop(send, conversations, moments, until_s, now=now, think_s=think_s, sleep=sleep)
+    else:
+        await send_in_closed_loop(send, conversations, concurrency, think_s=think_s, is_over=is_over, sleep=sleep)
+
+
 async def send_in_closed_loop(
     send: SendOne,
     conversations: Sequence[Conversation],

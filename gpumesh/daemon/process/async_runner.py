@@ -8,6 +8,8 @@ from collections.abc import Callable, Coroutine, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, TypeVar
 
+from gpumesh.event_loop.fast_loop import fast_loop_factory
+
 T = TypeVar("T")
 
 
@@ -27,7 +29,7 @@ def run(main: Coroutine[Any, Any, T], *, use_uvloop: bool = True) -> T:
         from gpumesh.daemon.process.large_memory import map_large_blocks
 
         map_large_blocks()
-    loop_factory = _loop_factory() if use_uvloop else None
+    loop_factory = fast_loop_factory() if use_uvloop else None
     received_signals: list[int] = []
     with ExitStack() as stack:
         unblock = stack.enter_context(_sigint_blocked())
@@ -103,12 +105,3 @@ def _sigint_held() -> Iterator[None]:
         signal.signal(signal.SIGINT, previous_handler)
         if received_numbers:
             signal.raise_signal(signal.SIGINT)
-
-
-def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    """Returns uvloop's factory of event loops; ``None``, which stands for asyncio's own, where there is no uvloop."""
-    try:
-        import uvloop
-    except ImportError:  # uvloop does not support this platform
-        return None
-    return uvloop.new_event_loop

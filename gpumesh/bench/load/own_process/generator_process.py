@@ -13,7 +13,6 @@ import signal
 import sys
 import time
 import traceback
-from typing import Any
 
 import msgspec
 
@@ -22,9 +21,10 @@ from gpumesh.bench.load.http.raw_answers import RawAnswer, decode_answer, read_a
 from gpumesh.bench.load.http.raw_sender import RawSender, ReadyRequest
 from gpumesh.bench.load.limits.load_meter import LoadMeter
 from gpumesh.bench.load.limits.measured_conditions import measured_conditions
-from gpumesh.bench.load.loops import send_in_closed_loop, send_in_open_loop, split_conversations
+from gpumesh.bench.load.loops import send_all
 from gpumesh.bench.load.own_process import generator_messages as messages
 from gpumesh.bench.load.samples import LoadSample
+from gpumesh.event_loop.fast_loop import fast_loop_factory
 from gpumesh.mesh.requests.connections.connection_pool import ConnectionPool
 from gpumesh.tunnels.local_system import child_process
 
@@ -86,24 +86,19 @@ class StageInProcess:
         async with self._meter.measure():
             self._start_s = self._meter.started_s
             self._write(messages.StageBegan(self._start_s))
-            groups = split_conversations(self._conversations)
-            if opened.concurrency is None:
-                moments = [request.at_s or 0.0 for request in self._requests]
-                await send_in_open_loop(
-                    self._send_one, groups, moments, opened.duration_s, now=self._now, think_s=opened.think_s
-                )
-            else:
-                await send_in_closed_loop(
-                    self._send_one, groups, opened.concurrency, think_s=opened.think_s, is_over=self._is_over
-                )
+            await send_all(
+                self._send_one,
+                self._conversations,
+                [request.at_s for request in self._requests],
+                opened.concurrency,
+                until_s=opened.duration_s,
+                now=self._now,
+                think_s=opened.think_s,
+            )
 
     def _now(self) -> float:
         """The time since the start of the stage, in seconds."""
         return time.perf_counter() - self._start_s
-
-    def _is_over(self) -> bool:
-        """Whether the time is up, after which a closed loop sends nothing more."""
-        return self._opened.duration_s is not None and self._now() >= self._opened.duration_s
 
     async def _send_one(self, index: int) -> None:
         """Sends a request, and keeps its answer."""
@@ -190,21 +185,12 @@ async def _open_pipes() -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
     return reader, asyncio.StreamWriter(transport, protocol, None, loop)
 
 
-def _loop_factory() -> Any:
-    """uvloop's factory of event loops, which spends half the time on each read; asyncio's own without uvloop."""
-    try:
-        import uvloop
-    except ImportError:  # uvloop does not support this platform
-        return None
-    return uvloop.new_event_loop
-
-
 def main() -> None:
     """Runs the process. Ctrl-C at a terminal reaches it too, and is left to the benchmark that has started it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     child_process.die_with_parent(os.getppid())
     child_process.set_title("gpumesh load generator")
-    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+    with asyncio.Runner(loop_factory=fast_loop_factory()) as runner:
         runner.run(serve())
 
 
