@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, ExitStack
+from functools import partial
 from random import Random
 from typing import TYPE_CHECKING
 
@@ -76,27 +77,26 @@ async def measure(
         target = _SessionTarget(session, embedded=isinstance(session, LocalSession))
         access = _route_access(topology, direct_urls)
         async with load_way.open_load(session, options, topology, via, access.keys, target.send()) as way:
-            with ExitStack() as stack:
-                progress = _ProgressBar(stack, quiet=options.quiet, runs=repeat)
-                for number in range(1, repeat + 1):
-                    progress.start_run(number)
-                    await bench.run_benchmark(
-                        target,
-                        scenario,
-                        make_settings(model_name),
-                        progress=progress,
-                        rng=Random(time.time_ns()),  # other nonces in each run: no prompt is in a server's cache
-                        objective=objective,
-                        trace=trace,
-                        own_prompts=own_prompts,
-                        only_node=node,
-                        access=access,
-                        outage=outage,
-                        load=way.load,
-                        prices=_read_prices(topology, eur_per_kwh),
-                        notes=way.notes,
-                        keep=keep,
-                    )
+            await _run_times(
+                repeat,
+                partial(
+                    bench.run_benchmark,
+                    target,
+                    scenario,
+                    make_settings(model_name),
+                    objective=objective,
+                    trace=trace,
+                    own_prompts=own_prompts,
+                    only_node=node,
+                    access=access,
+                    outage=outage,
+                    load=way.load,
+                    prices=_read_prices(topology, eur_per_kwh),
+                    notes=way.notes,
+                    keep=keep,
+                ),
+                quiet=options.quiet,
+            )
 
 
 async def measure_url(
@@ -117,23 +117,32 @@ async def measure_url(
     from gpumesh.bench.load.own_process.generator_link import GeneratorProcess
 
     target = server.target
+    async with GeneratorProcess() as process:
+        await _run_times(
+            repeat,
+            partial(
+                bench.run_benchmark,
+                target,
+                scenario,
+                settings,
+                objective=objective,
+                trace=trace,
+                own_prompts=own_prompts,
+                load=LoadOnUrl(process, target.url, server.api, server.read_key()),
+                keep=keep,
+            ),
+            quiet=options.quiet,
+        )
+
+
+async def _run_times(repeat: int, run: Callable[..., Awaitable[object]], *, quiet: bool) -> None:
+    """Runs a scenario so many times, with a progress bar. ``run`` takes ``progress`` and ``rng``."""
     with ExitStack() as stack:
-        async with GeneratorProcess() as process:
-            progress = _ProgressBar(stack, quiet=options.quiet, runs=repeat)
-            for number in range(1, repeat + 1):
-                progress.start_run(number)
-                await bench.run_benchmark(
-                    target,
-                    scenario,
-                    settings,
-                    progress=progress,
-                    rng=Random(time.time_ns()),
-                    objective=objective,
-                    trace=trace,
-                    own_prompts=own_prompts,
-                    load=LoadOnUrl(process, target.url, server.api, server.read_key()),
-                    keep=keep,
-                )
+        progress = _ProgressBar(stack, quiet=quiet, runs=repeat)
+        for number in range(1, repeat + 1):
+            progress.start_run(number)
+            # Other nonces in each run: no prompt is in a server's cache.
+            await run(progress=progress, rng=Random(time.time_ns()))
 
 
 def _route_access(topology: Topology, direct_urls: Mapping[str, str]) -> RouteAccess:
