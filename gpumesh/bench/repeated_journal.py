@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,13 +18,13 @@ from gpumesh.bench.result_folder import (
     RESULT_FILE,
     RESULT_FILES,
     find_run_folders,
+    replace_file,
     run_folder,
 )
 from gpumesh.bench.result_journal import ResultJournal
 from gpumesh.bench.results.joint import join_runs
-from gpumesh.bench.results.result import BenchResult, result_json
+from gpumesh.bench.results.result import BenchResult, result_text
 from gpumesh.errors import GPUMeshError
-from gpumesh.files import atomic_file
 
 
 class RepeatedJournal:
@@ -104,9 +103,8 @@ class RepeatedJournal:
         if not self._ended_runs or self.result is None:
             return
         try:
-            text = f"{json.dumps(result_json(self.result), indent=1, allow_nan=False)}\n"
-            atomic_file.replace(self._folder / REPORT_FILE, report_html(self.result), mode=0o644, sync=False)
-            atomic_file.replace(self._folder / RESULT_FILE, text, mode=0o644, sync=False)
+            replace_file(self._folder / REPORT_FILE, report_html(self.result))
+            replace_file(self._folder / RESULT_FILE, result_text(self.result))
             (self._folder / REQUESTS_FILE).unlink(missing_ok=True)  # of an older result of a single run
             self._remove_older_runs()
         except OSError as error:

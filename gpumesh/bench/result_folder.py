@@ -16,6 +16,7 @@ from pathlib import Path
 from gpumesh.bench.results.joint import join_runs
 from gpumesh.bench.results.result import BenchResult, result_from_json
 from gpumesh.errors import UsageError
+from gpumesh.files import atomic_file
 
 RESULT_FILE, REQUESTS_FILE, REPORT_FILE = "result.json", "requests.jsonl", "report.html"
 RESULT_FILES = (RESULT_FILE, REQUESTS_FILE, REPORT_FILE)
@@ -43,6 +44,11 @@ def check_result_folder(folder: Path, *, force: bool = False) -> None:
             pass
     except OSError as error:
         raise _write_error(folder, error) from None
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Replaces the file as a whole, without a sync to the disk: a result that a power failure loses is no disaster."""
+    atomic_file.replace(path, text, mode=0o644, sync=False)
 
 
 def _write_error(folder: Path, error: OSError) -> UsageError:

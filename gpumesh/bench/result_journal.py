@@ -8,10 +8,9 @@ from pathlib import Path
 
 from gpumesh.bench.load.samples import LoadSample
 from gpumesh.bench.report.report import report_html
-from gpumesh.bench.result_folder import REPORT_FILE, REQUESTS_FILE, RESULT_FILE, RESULT_FILES
-from gpumesh.bench.results.result import BenchResult, records_json, result_json
+from gpumesh.bench.result_folder import REPORT_FILE, REQUESTS_FILE, RESULT_FILE, RESULT_FILES, replace_file
+from gpumesh.bench.results.result import BenchResult, records_json, result_text
 from gpumesh.errors import GPUMeshError
-from gpumesh.files import atomic_file
 
 
 class ResultJournal:
@@ -81,13 +80,13 @@ class ResultJournal:
         """Writes what is not written yet. Raises OSError."""
         requests_file = self._folder / REQUESTS_FILE
         if not self._has_begun:
-            _replace(requests_file, "")
+            replace_file(requests_file, "")
             self._has_begun = True
         new_records = self._records[self._written_record_count :]
         _append(requests_file, "".join(f"{json.dumps(line, allow_nan=False)}\n" for line in records_json(new_records)))
         self._written_record_count += len(new_records)
-        _replace(self._folder / REPORT_FILE, report_html(result, self._records))
-        _replace(self._folder / RESULT_FILE, f"{json.dumps(result_json(result), indent=1, allow_nan=False)}\n")
+        replace_file(self._folder / REPORT_FILE, report_html(result, self._records))
+        replace_file(self._folder / RESULT_FILE, result_text(result))
         self._written_stage_count = len(result.stages)
 
     def _write_error(self, error: OSError) -> GPUMeshError:
@@ -105,11 +104,6 @@ class ResultJournal:
             + (" and ".join(missing) or "the last change of the result"),
             hint="what was printed is all there is of it; --out chooses another folder",
         )
-
-
-def _replace(path: Path, text: str) -> None:
-    """Replaces the file as a whole, without a sync to the disk: a result that a power failure loses is no disaster."""
-    atomic_file.replace(path, text, mode=0o644, sync=False)
 
 
 def _append(path: Path, lines: str) -> None:

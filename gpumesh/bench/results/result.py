@@ -5,6 +5,7 @@ Pure. ``result_folder`` writes and reads the files.
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 from collections.abc import Container, Mapping, Sequence
@@ -180,6 +181,11 @@ def _node_environment(node: NodeState) -> NodeEnvironment:
 def result_json(result: BenchResult) -> dict[str, Any]:
     """Converts a result into the document of ``result.json``."""
     return {"schema": BENCH_SCHEMA, **to_json(result)}
+
+
+def result_text(result: BenchResult) -> str:
+    """The text of ``result.json``."""
+    return f"{json.dumps(result_json(result), indent=1, allow_nan=False)}\n"
 
 
 def result_from_json(document: object) -> BenchResult:
