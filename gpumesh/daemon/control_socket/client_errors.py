@@ -26,6 +26,9 @@ class MeshEnded(GPUMeshError):
     code = MeshNotRunning.code
     default_hint = "`gpumesh logs` says why"
 
+    def __init__(self) -> None:
+        super().__init__("the running mesh ended in the middle of this")
+
 
 def unreadable_reply(detail: object = None) -> GPUMeshError:
     """Returns the error for a reply that this version of gpumesh does not understand. ``detail``: what is wrong."""

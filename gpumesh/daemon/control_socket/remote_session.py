@@ -74,7 +74,7 @@ class RemoteSession:
             await writer.drain()
             line = await reader.readline()
             if not line:
-                raise client_errors.MeshEnded("the running mesh ended in the middle of this")
+                raise client_errors.MeshEnded
             reply = _decode_reply(line)
             if isinstance(reply, messages.Error):
                 error = messages.error_from_message(reply)
@@ -88,7 +88,7 @@ class RemoteSession:
                 if isinstance(failure, messages.Error):
                     raise messages.error_from_message(failure)
         except ConnectionError as error:  # a mesh that has ended holds no node
-            raise client_errors.MeshEnded("the running mesh ended in the middle of this") from error
+            raise client_errors.MeshEnded from error
         finally:  # this alone makes the mesh put the node back
             writer.close()
             with suppress(OSError):
@@ -178,7 +178,7 @@ class RemoteSession:
             with suppress(OSError):
                 await writer.wait_closed()
         if not until_closed:
-            raise client_errors.MeshEnded("the running mesh ended in the middle of this") from connection_error
+            raise client_errors.MeshEnded from connection_error
 
     async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         """Connects to the control socket. Raises MeshNotRunning when no mesh listens, else GPUMeshError."""

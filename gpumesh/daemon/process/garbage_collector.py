@@ -5,9 +5,8 @@ from __future__ import annotations
 import gc
 from contextlib import AsyncExitStack
 
-FROZEN_BY_PYTHON = (
-    1_000  # objects; Python 3.12 has exempted 375 when it starts, and a program that does so has many more
-)
+# Python 3.12 has exempted 375 objects when it starts. A program that exempts its own objects has many more.
+FROZEN_BY_PYTHON = 1_000
 THRESHOLDS = (10_000, 10, 10)  # new objects between two collections, and collections between two of the next generation
 
 

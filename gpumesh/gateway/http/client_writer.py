@@ -16,9 +16,8 @@ class ClientWriter:
     """Writes to a transport. A client that takes less than ``Bounds.min_bytes_per_s`` over ``Bounds.write_timeout_s``
     is cut off. ``backpressured``: the client reads more slowly than the answer is written. ``on_writable`` is called
     when the back-pressure ends, and when the client is gone. ``on_backpressure`` is called with each new value of
-    ``backpressured``. ``transport`` is ``None`` once the client is gone. The
-    small pieces of one turn of the event loop go to the transport together (turn_writes.py); call ``flush`` before the
-    transport is closed."""
+    ``backpressured``. ``transport`` is ``None`` once the client is gone. The small pieces of one turn of the event loop
+    go to the transport together (turn_writes.py); call ``flush`` before the transport is closed."""
 
     __slots__ = (
         "_finished",
