@@ -12,6 +12,7 @@ from enum import StrEnum
 from pathlib import Path
 from types import MappingProxyType
 
+from gpumesh.pool_spec import PoolSpec
 from gpumesh.text.addresses import format_address
 
 
@@ -356,6 +357,7 @@ class Topology:
     tunnels: TunnelsSpec = DEFAULT_TUNNELS
     models: tuple[ModelSpec, ...] = ()
     notify: tuple[NotifySpec, ...] = ()
+    pools: tuple[PoolSpec, ...] = ()
 
     @property
     def identity(self) -> str:
