@@ -117,8 +117,7 @@ async def send_in_open_loop(
             moment_s = moments_s[conversation[0]]
             if until_s is not None and moment_s >= until_s:
                 break
-            wait_s = moment_s - now()
-            if wait_s > 0:
+            while (wait_s := moment_s - now()) > 0:  # a timer may be early: uvloop rounds its time to milliseconds
                 await sleep(wait_s)
             group.create_task(_send_turns(send, conversation, think_s, is_over, sleep, first_is_due=True))
 

@@ -179,6 +179,16 @@ async def test_an_open_loop_sends_at_the_moments_that_were_meant() -> None:
     assert done.client.late_sends == 0
 
 
+async def test_an_open_loop_sends_nothing_early() -> None:
+    time = Time()
+
+    async def sleep_to_the_millisecond(seconds: float) -> None:
+        await time.sleep(seconds if seconds < 0.001 else seconds - 0.0004)  # uvloop rounds the times of its timers
+
+    done = await run_stage(Server(), open_stage(0.1), clock=time, sleep=sleep_to_the_millisecond)
+    assert done.records[0].sent_s >= 0.1
+
+
 async def test_an_open_loop_does_not_wait_for_answers() -> None:
     time = Time()
     everybody = asyncio.Event()
