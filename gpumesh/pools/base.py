@@ -22,6 +22,15 @@ class ModelShape:
     first block (token embeddings: llama.cpp keeps them on the head's CPU), ``output_bytes`` those after the last one
     (they count as one layer more). ``kv_elements`` has, for each block, the numbers that one token adds to its KV
     cache (keys and values together). ``file_type`` names the quantisation, as Ollama does (``Q4_K_M``).
+
+    - ``tied_output``: the output uses the token embeddings. They are then in ``output_bytes`` too, because llama.cpp
+      puts a copy of them on the device of the output.
+    - ``window``: the tokens that a layer with sliding-window attention looks back on; ``window_layers`` says which
+      layers these are (empty: none).
+    - ``state_bytes``: for each block, the bytes of its recurrent state for one stream (empty: no such block).
+    - ``head_size``, ``kv_heads``, ``feed_forward`` (the numbers between the two halves of a block's feed-forward
+      part; with experts, those of one expert), ``experts`` and ``experts_used`` decide about compute buffers.
+    - ``obstacles``: why llama-server cannot load the model, or why its memory cannot be computed, in words for people.
     """
 
     architecture: str
@@ -37,6 +46,16 @@ class ModelShape:
     trained_context: int | None
     parameters: int
     file_bytes: int
+    tied_output: bool = False
+    window: int | None = None
+    window_layers: tuple[bool, ...] = ()
+    state_bytes: tuple[int, ...] = ()
+    head_size: int = 0
+    kv_heads: int = 0
+    feed_forward: int = 0
+    experts: int = 0
+    experts_used: int = 0
+    obstacles: tuple[str, ...] = ()
 
     @property
     def layers(self) -> int:
@@ -178,6 +197,14 @@ class PoolPlan:
     def workers(self) -> tuple[MemberPlan, ...]:
         """The members that need a worker: other nodes than the head, with at least one layer."""
         return tuple(member for member in self.members if not member.is_head and member.layers)
+
+    @property
+    def used_shares(self) -> tuple[tuple[MemberPlan, DeviceShare], ...]:
+        """The shares with layers, each with its member, in the order of llama-server's ``--device`` and ``-ts``: the
+        head's CPU first, then the workers, then the head's GPUs. (The output is the last layer. On the head, the
+        probabilities of all words need not cross the network for each token.)"""
+        pairs = [(member, share) for member in self.members for share in member.shares if share.layers]
+        return tuple(sorted(pairs, key=lambda pair: pair[1].first_layer))
 
 
 # -- the state of a pool ---------------------------------------------------------------------------------------------
