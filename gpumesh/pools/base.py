@@ -152,7 +152,8 @@ class MemberPlan:
 class SpeedForecast:
     """Tokens per second for one stream and for ``streams`` at once (in all), and what a token of one stream waits for.
 
-    ``draft_tokens_per_s``: one stream with the draft model, at the acceptance ``draft_acceptance`` (0 to 1) per token.
+    ``draft_tokens_per_s``: one stream with the draft model, at the acceptance ``draft_acceptance`` (0 to 1) per token,
+    if it proposes ``draft_length`` tokens for each step (llama-server's ``--spec-draft-n-max``).
     """
 
     tokens_per_s: float
@@ -162,6 +163,7 @@ class SpeedForecast:
     round_trips_ms: float
     draft_tokens_per_s: float | None = None
     draft_acceptance: float | None = None
+    draft_length: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

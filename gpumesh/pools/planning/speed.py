@@ -1,0 +1,221 @@
+"""How fast a pool will be: tokens per second for one stream and for several, with a draft model, and its load time.
+
+A step decodes one token of each stream. Its time is that in which each device reads its layers' weights and the used
+part of the KV cache, one device after the other, and that of the ways to the workers (``rpc_traffic``).
+benchmarks/pool_speed.py compares the forecast with llama-server; docs/internals/pools.md has the results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from gpumesh.pools.base import DeviceShare, MemberPlan, ModelShape, PathKind, SpeedForecast, WorkerPath
+from gpumesh.pools.planning.rpc_traffic import (
+    GRAPH_TOKENS,
+    WorkerTraffic,
+    estimate_load,
+    estimate_new_graph,
+    estimate_prompt,
+    estimate_step,
+)
+
+# The part of a draft model's tokens that the model takes over, until it has been measured.
+ASSUMED_ACCEPTANCE = 0.7
+LONGEST_DRAFT = 16
+# How much longer a step takes for each further token in it, as a part of the step of one token. A GPU waits for its
+# memory, and further tokens use the same weights. A CPU has little spare computing power.
+GPU_TOKEN_COST = 0.03
+CPU_TOKEN_COST = 0.5
+# New graphs in an answer of GRAPH_TOKENS tokens: when its decoding begins, and when the context grows. With several
+# streams, each answer changes the form of the steps when it begins and when it ends.
+GRAPHS_PER_ANSWER = 2
+# The head reads the file, and computes a hash of each large tensor that goes to a worker, byte by byte.
+READ_BYTES_PER_S = 1.5e9
+HASH_BYTES_PER_S = 0.8e9
+START_S = 1.0  # llama-server's own start, without the model
+
+
+@dataclass(frozen=True, slots=True)
+class LoadForecast:
+    """The weights that go to workers on other hosts, and the seconds until the pool answers (``None``: unknown)."""
+
+    sent_bytes: int
+    load_s: float | None
+
+
+def forecast_speed(
+    shape: ModelShape,
+    members: Sequence[MemberPlan],
+    *,
+    context: int,
+    parallel: int,
+    draft: ModelShape | None = None,
+    draft_acceptance: float = ASSUMED_ACCEPTANCE,
+    draft_length: int | None = None,
+    filled: float | None = None,
+    token_cost: float | None = None,
+) -> SpeedForecast | None:
+    """How fast the pool decodes; ``None`` if a device's ``bytes_per_s`` or a worker's ``rtt_ms`` is not known.
+
+    - ``context`` is that of one stream. ``filled``: how many tokens of it are used; ``None``: half of them.
+    - ``draft`` runs on the head, on its fastest device. ``draft_acceptance``: the probability that a token of it is
+      taken over. ``draft_length``: the tokens that it proposes for a step; ``None``: as many as make the pool fastest.
+    - ``token_cost``: the measured cost of a further token in a step, as a part of the step of one token, for all
+      devices; ``None``: as assumed for a GPU and for a CPU.
+    """
+    pool = _Pool(shape, tuple(members), context, parallel, context / 2 if filled is None else filled, token_cost)
+    if not pool.is_known:
+        return None
+    one, all_streams = pool.step(tokens=1, streams=1), pool.step(tokens=parallel, streams=parallel)
+    forecast = SpeedForecast(
+        tokens_per_s=1 / one.total_s,
+        streams=parallel,
+        tokens_per_s_streams=parallel / all_streams.total_s,
+        compute_ms=one.compute_s * 1000,
+        round_trips_ms=one.way_s * 1000,
+    )
+    draft_token_s = None if draft is None else pool.draft_token_s(draft)
+    if draft_token_s is None:
+        return forecast
+    lengths = range(1, LONGEST_DRAFT + 1) if draft_length is None else (draft_length,)
+    rates = {length: pool.draft_rate(length, draft_acceptance, draft_token_s) for length in lengths}
+    best = max(rates, key=rates.__getitem__)
+    return replace(forecast, draft_tokens_per_s=rates[best], draft_acceptance=draft_acceptance, draft_length=best)
+
+
+def forecast_load(
+    shape: ModelShape, members: Sequence[MemberPlan], *, cached: frozenset[str] = frozenset()
+) -> LoadForecast:
+    """What the start of the pool sends to workers on other hosts, and how long it takes until the pool answers.
+
+    ``cached``: the nodes whose workers have the weights in their cache already. The weights go to one worker after the
+    other, in the order of the file. ``load_s`` is ``None`` if a way's ``rtt_ms`` or ``bytes_per_s`` is not known.
+    """
+    sent_bytes = 0
+    load_s: float | None = START_S + shape.file_bytes / READ_BYTES_PER_S
+    for member in members:
+        weights = sum(share.weights_bytes for share in member.shares)
+        if member.path is None or not weights:
+            continue
+        traffic = estimate_load(member.layers, is_cached=member.node in cached, weights_bytes=weights)
+        if member.path.kind is not PathKind.LOCAL:
+            sent_bytes += int(traffic.sent_bytes)
+        way_s = _way_s(member.path, traffic, needs_rate=member.path.kind is not PathKind.LOCAL)
+        load_s = None if load_s is None or way_s is None else load_s + way_s + weights / HASH_BYTES_PER_S
+    return LoadForecast(sent_bytes, load_s)
+
+
+def forecast_prompt_way_s(shape: ModelShape, members: Sequence[MemberPlan], *, tokens: int) -> float | None:
+    """The seconds that the ways to the workers add to the time until the first token of a prompt of ``tokens`` tokens.
+    ``None`` if a worker's ``rtt_ms`` is not known. The computing comes on top."""
+    total_s = 0.0
+    for member in members:
+        if member.path is None or not member.layers:
+            continue
+        has_output = any(_has_output(shape, share) for share in member.shares)
+        way_s = _way_s(member.path, estimate_prompt(shape, tokens=tokens, layers=member.layers, has_output=has_output))
+        if way_s is None:
+            return None
+        total_s += way_s
+    return total_s
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """The time of one decoded step: on the devices, and on the ways to the workers."""
+
+    compute_s: float
+    way_s: float
+
+    @property
+    def total_s(self) -> float:
+        return self.compute_s + self.way_s
+
+
+@dataclass(frozen=True, slots=True)
+class _Pool:
+    """A pool while it decodes, with ``filled`` tokens in each stream's context."""
+
+    shape: ModelShape
+    members: tuple[MemberPlan, ...]
+    context: int
+    parallel: int
+    filled: float
+    token_cost: float | None
+
+    @property
+    def is_known(self) -> bool:
+        """Whether the rate of each device and the round trip to each worker are known."""
+        used = [member for member in self.members if member.layers]
+        rates = [share.device.bytes_per_s for member in used for share in member.shares if share.layers]
+        paths = [member.path for member in used if member.path is not None]
+        return bool(rates) and all(rates) and all(path.rtt_ms is not None for path in paths)
+
+    def step(self, *, tokens: int, streams: int) -> _Step:
+        """One step of ``tokens`` tokens, which belong to so many streams."""
+        shares = [share for member in self.members for share in member.shares if share.layers]
+        graphs = GRAPHS_PER_ANSWER * streams / GRAPH_TOKENS
+        way_s = 0.0
+        for member in self.members:
+            if member.path is None or not member.layers:
+                continue
+            for share in member.shares:
+                if share.layers:
+                    has_output = _has_output(self.shape, share)
+                    traffic = estimate_step(self.shape, tokens=tokens, filled=self.filled, has_output=has_output)
+                    traffic = traffic + estimate_new_graph(share.layers).scale(graphs)
+                    way_s += _way_s(member.path, traffic) or 0.0
+        return _Step(sum(self._compute_s(share, tokens, streams) for share in shares), way_s)
+
+    def draft_token_s(self, draft: ModelShape) -> float | None:
+        """The seconds in which the head's fastest device computes one token of the draft model; ``None``: unknown."""
+        devices = [share.device for member in self.members if member.is_head for share in member.shares]
+        rate = max((device.bytes_per_s or 0.0 for device in devices), default=0.0)
+        return _read_bytes(draft, sum(draft.layer_bytes), tokens=1) / rate + draft.output_bytes / rate if rate else None
+
+    def draft_rate(self, length: int, acceptance: float, draft_token_s: float) -> float:
+        """Tokens per second of one stream, if the draft model proposes ``length`` tokens for each step.
+
+        A step yields the tokens up to the first that is not taken over, and one of the model's own: the sum of
+        ``acceptance ** n`` for n from 0 to ``length`` (Leviathan et al., 2023, "Fast Inference from Transformers via
+        Speculative Decoding", equation 1).
+        """
+        yielded = sum(acceptance**n for n in range(length + 1))
+        step = self.step(tokens=length + 1, streams=1)
+        return yielded / (step.total_s + length * draft_token_s)
+
+    def _compute_s(self, share: DeviceShare, tokens: int, streams: int) -> float:
+        layers = self.shape.layer_bytes[share.first_layer : share.first_layer + share.layers]
+        weights = _read_bytes(self.shape, sum(layers), tokens=tokens)
+        if _has_output(self.shape, share):
+            weights += self.shape.output_bytes
+        cache = share.kv_bytes * (self.filled / self.context) * (streams / self.parallel)
+        assumed_cost = CPU_TOKEN_COST if share.device.index is None else GPU_TOKEN_COST
+        token_cost = assumed_cost if self.token_cost is None else self.token_cost
+        assert share.device.bytes_per_s is not None  # is_known
+        return (weights * (1 + token_cost * (tokens - 1)) + cache) / share.device.bytes_per_s
+
+
+def _has_output(shape: ModelShape, share: DeviceShare) -> bool:
+    return share.layers > 0 and share.first_layer + share.layers > shape.layers
+
+
+def _read_bytes(shape: ModelShape, layer_bytes: int, *, tokens: int) -> float:
+    """The bytes of these layers' weights that a step of ``tokens`` tokens reads. With experts, these are the ones that
+    the tokens use, if each token chooses evenly among them."""
+    if not shape.experts or not shape.layers:
+        return layer_bytes
+    expert_numbers = 3 * shape.experts * shape.embedding * shape.feed_forward * shape.layers
+    in_experts = min(1.0, expert_numbers / max(1, shape.parameters - 2 * shape.vocabulary * shape.embedding))
+    used = 1 - (1 - shape.experts_used / shape.experts) ** tokens
+    return layer_bytes * (1 - in_experts + in_experts * used)
+
+
+def _way_s(path: WorkerPath, traffic: WorkerTraffic, *, needs_rate: bool = False) -> float | None:
+    """The seconds that the traffic takes on the way; ``None`` if the round trip is not known, or the rate is not and
+    ``needs_rate``. Without a rate the bytes count nothing."""
+    if path.rtt_ms is None or (needs_rate and path.bytes_per_s is None):
+        return None
+    size = traffic.sent_bytes + traffic.received_bytes
+    return traffic.waits * path.rtt_ms / 1000 + (size / path.bytes_per_s if path.bytes_per_s else 0.0)
