@@ -67,4 +67,8 @@ class PoolSpec:
 
 def is_model_path(model: str) -> bool:
     """Whether ``model`` of a pool is a file's path, not the name of an Ollama model."""
-    return model.startswith(("/", "~/")) or model.endswith(".gguf")
+    if model.startswith(("/", "~/")):
+        return True
+    return (
+        model.endswith(".gguf") and ":" not in model
+    )  # Ollama takes a file's name as the tag of a model of Hugging Face

@@ -10,8 +10,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
-from gpumesh.config.value_parsers import format_duration
+from gpumesh.config.value_parsers import format_duration, format_size
 from gpumesh.errors import ConfigError, GPUMeshError
+from gpumesh.pool_spec import PoolMember, PoolSpec
 from gpumesh.state import Finding, Severity
 from gpumesh.text.addresses import format_address
 from gpumesh.topology import GatewaySpec, ModelSpec, NodeSpec, ReloadMode, Target, Topology
@@ -38,9 +39,10 @@ _KEYS_IN_FILE = {
     "gateway.timeout_s": "gateway.timeout",
     "gateway.heartbeat_s": "gateway.heartbeat",
     "wanted_copies": "copies",
+    "members": "nodes",
 }
 # The fields of a topology that are compared key by key, and the path of the file.
-_SECTIONS_WITH_KEYS = frozenset({"nodes", "models", "gateway", "tunnels", "redis", "source"})
+_SECTIONS_WITH_KEYS = frozenset({"nodes", "models", "pools", "gateway", "tunnels", "redis", "source"})
 _SECONDS = ("ssh.connect_timeout", "ssh.keepalive", "gateway.timeout")
 # A command may hold a secret, and the text of the others says little.
 _HIDDEN_VALUES = frozenset({"address_from", "gateway.keys", "gateway.heartbeat", "gateway.route_priority"})
@@ -76,7 +78,7 @@ class KeyChange:
 
 @dataclass(frozen=True, slots=True)
 class NamedChange:
-    """A node or a model that is in both topologies, and its keys that differ."""
+    """A node, a model or a pool that is in both topologies, and its keys that differ."""
 
     name: str
     keys: tuple[KeyChange, ...]
@@ -93,8 +95,8 @@ class NamedChange:
 @dataclass(frozen=True, slots=True)
 class Differences:
     """What is different in the file now. ``added`` are the nodes that only the file has, ``removed`` the nodes that
-    only the running mesh has, and ``changed`` those that both have. The same for models. ``mesh_keys`` are the keys
-    outside of ``nodes`` and ``models``."""
+    only the running mesh has, and ``changed`` those that both have. The same for models and pools. ``mesh_keys`` are
+    the keys outside of ``nodes``, ``models`` and ``pools``."""
 
     added: tuple[str, ...] = ()
     removed: tuple[str, ...] = ()
@@ -103,6 +105,9 @@ class Differences:
     models_removed: tuple[str, ...] = ()
     models_changed: tuple[NamedChange, ...] = ()
     mesh_keys: tuple[KeyChange, ...] = ()
+    pools_added: tuple[str, ...] = ()
+    pools_removed: tuple[str, ...] = ()
+    pools_changed: tuple[NamedChange, ...] = ()
 
     @property
     def change_routes(self) -> bool:
@@ -116,13 +121,19 @@ class Differences:
         return bool(self.models_added or self.models_removed or self.models_changed)
 
     @property
+    def change_pools(self) -> bool:
+        return bool(self.pools_added or self.pools_removed or self.pools_changed)
+
+    @property
     def change_expectations_only(self) -> bool:
         """Whether the mesh would run as it does now: only what `audit` expects of its nodes has changed."""
-        is_elsewhere = self.added or self.removed or self.mesh_keys or self.change_models
+        is_elsewhere = self.added or self.removed or self.mesh_keys or self.change_models or self.change_pools
         return not is_elsewhere and all(_EXPECTATION_SECTIONS.issuperset(node.sections) for node in self.changed)
 
     def __bool__(self) -> bool:
-        return bool(self.added or self.removed or self.changed or self.change_models or self.mesh_keys)
+        return bool(
+            self.added or self.removed or self.changed or self.change_models or self.change_pools or self.mesh_keys
+        )
 
     def __str__(self) -> str:
         """The differences as a list for a sentence, without values."""
@@ -135,6 +146,12 @@ class Differences:
             f"the model {model.name} has another {_join_and(change.key for change in model.keys)}"
             for model in self.models_changed
         ]
+        parts += [f"the pool {name} is new" for name in self.pools_added]
+        parts += [f"the pool {name} is not in mesh.yaml any more" for name in self.pools_removed]
+        parts += [
+            f"the pool {pool.name} has another {_join_and(change.key for change in pool.keys)}"
+            for pool in self.pools_changed
+        ]
         parts += [f"another {change.key}" for change in self.mesh_keys]
         return "; ".join(parts)
 
@@ -146,11 +163,22 @@ def compare_topologies(running: Topology, current: Topology) -> Differences:
     models = _compare_named(
         {model.name: model for model in running.models}, {model.name: model for model in current.models}
     )
-    return Differences(*nodes, *models, mesh_keys=tuple(_find_changes(_mesh_values(running), _mesh_values(current))))
+    pools_added, pools_removed, pools_changed = _compare_named(
+        {pool.name: pool for pool in running.pools}, {pool.name: pool for pool in current.pools}
+    )
+    mesh_keys = tuple(_find_changes(_mesh_values(running), _mesh_values(current)))
+    return Differences(
+        *nodes,
+        *models,
+        mesh_keys=mesh_keys,
+        pools_added=pools_added,
+        pools_removed=pools_removed,
+        pools_changed=pools_changed,
+    )
 
 
 def _compare_named(
-    running: Mapping[str, NodeSpec | ModelSpec], current: Mapping[str, NodeSpec | ModelSpec]
+    running: Mapping[str, NodeSpec | ModelSpec | PoolSpec], current: Mapping[str, NodeSpec | ModelSpec | PoolSpec]
 ) -> tuple[tuple[str, ...], tuple[str, ...], tuple[NamedChange, ...]]:
     """The names that are only in ``current``, those that are only in ``running``, and the changes of the others."""
     changed = []
@@ -177,8 +205,8 @@ def _find_changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterat
 
 
 def _mesh_values(topology: Topology) -> Mapping[str, Any]:
-    """The values outside of ``nodes`` and ``models``, by their keys in the file. A section that is not named here is
-    compared as a whole."""
+    """The values outside of ``nodes``, ``models`` and ``pools``, by their keys in the file. A section that is not named
+    here is compared as a whole."""
     gateway = topology.gateway
     others = {field.name: getattr(topology, field.name) for field in fields(topology)}
     return {
@@ -206,7 +234,7 @@ def _values_of(spec: Any, prefix: str = "") -> dict[str, Any]:
         value = getattr(spec, field.name)
         key = _KEYS_IN_FILE.get(f"{prefix}{field.name}", f"{prefix}{field.name}")
         if key == "name" and not prefix:
-            continue  # of a node or a model: it is what tells them apart
+            continue  # of a node, a model or a pool: it is what tells them apart
         if key == "labels":
             values.update({f"labels.{name}": text for name, text in value.items()})
         elif is_dataclass(value) and not isinstance(value, Target) and key != "address_from":
@@ -224,6 +252,8 @@ def _show(key: str, value: Any) -> str | None:
         return "true" if value else "false"
     if isinstance(value, Target):
         return value.url
+    if isinstance(value, PoolMember):
+        return value.node if value.memory_mib is None else f"{value.node} ({format_size(value.memory_mib)})"
     if is_dataclass(value) or isinstance(value, Mapping):  # a webhook of ``notify`` may hold a secret
         return None
     if key in _SECONDS:

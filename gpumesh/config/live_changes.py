@@ -45,7 +45,7 @@ class ReloadReport:
     age_s: float = 0.0
 
     def lines(self) -> list[str]:
-        """What has changed, a line for each node, model and key."""
+        """What has changed, a line for each node, model, pool and key."""
         applied, leaving = self.applied, {node.name: node.in_flight for node in self.leaving}
         lines = [f"{name}: added" for name in applied.added]
         lines += [f"{name}: removed{_describe_leaving(leaving.get(name, 0))}" for name in applied.removed]
@@ -55,6 +55,9 @@ class ReloadReport:
         lines += [f"model {name}: added" for name in applied.models_added]
         lines += [f"model {name}: removed" for name in applied.models_removed]
         lines += [f"model {model}" for model in applied.models_changed]
+        lines += [f"pool {name}: added; `gpumesh pool up {name}` starts it" for name in applied.pools_added]
+        lines += [f"pool {name}: removed" for name in applied.pools_removed]
+        lines += [f"pool {pool}; takes effect at its next start" for pool in applied.pools_changed]
         lines += [str(change) for change in applied.mesh_keys]
         lines += [f"{change}: takes effect after a restart" for change in self.after_restart]
         lines += [f"{name}: left alone, because `gpumesh up` named other nodes" for name in self.not_opened]

@@ -13,6 +13,7 @@ import yaml
 
 from gpumesh.config import listen_address, value_parsers
 from gpumesh.config.credentials import mask_secrets
+from gpumesh.pool_spec import PoolMember, PoolSpec
 from gpumesh.text.addresses import format_address
 from gpumesh.topology import (
     BackendSpec,
@@ -37,6 +38,8 @@ def dump_effective(topology: Topology) -> str:
         document["models"] = {model.name: _model_entries(model) for model in topology.models}
     if topology.notify:
         document["notify"] = [_notify_entries(rule) for rule in topology.notify]
+    if topology.pools:
+        document["pools"] = [_pool_entries(pool) for pool in topology.pools]
     if topology.redis is not None:
         # The password in redis://USER:PASSWORD@HOST. mesh.yaml does not allow one, but a caller can build such a spec.
         url = re.sub(r"(?<=://)([^/@:]*):[^/@]*@", r"\1:********@", topology.redis.url)
@@ -186,6 +189,31 @@ def _model_entries(spec: ModelSpec) -> dict[str, Any]:
             "fallback": spec.fallback,
         }
     )
+
+
+def _pool_entries(spec: PoolSpec) -> dict[str, Any]:
+    return _drop_empty(
+        {
+            "name": spec.name,
+            "model": spec.model,
+            "nodes": [_pool_member_entry(member) for member in spec.members],
+            "head": spec.head,
+            "context": spec.context,
+            "parallel": spec.parallel,
+            "kv_type": spec.kv_type.value,
+            "split": list(spec.split or ()),
+            "draft": spec.draft,
+            "llama_cpp_dir": spec.llama_cpp_dir,
+            "unload": spec.unload,
+            "autostart": spec.autostart,
+        }
+    )
+
+
+def _pool_member_entry(member: PoolMember) -> str | dict[str, Any]:
+    if member.memory_mib is None:
+        return member.node
+    return {"node": member.node, "memory": value_parsers.format_size(member.memory_mib)}
 
 
 def _notify_entries(spec: NotifySpec) -> dict[str, Any]:

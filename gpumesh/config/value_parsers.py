@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 from urllib.parse import urlsplit
 
+from gpumesh.pool_spec import is_model_path
 from gpumesh.topology import RequestRate, Target
 
 _N = TypeVar("_N", int, float)
@@ -39,6 +40,9 @@ _RATE_PERIODS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}  # in seconds
 _TOKEN_UNITS = {"k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9}
 MOST_TOKENS = 10**15
 MAX_HOURLY_PRICE = 10_000.0
+_SIZE_UNITS = {"mib": 1.0, "gib": 1024.0, "tib": 1024.0**2, "mb": 1e6 / 2**20, "gb": 1e9 / 2**20, "tb": 1e12 / 2**20}
+_SIZE_UNITS |= {unit[0]: _SIZE_UNITS[unit] for unit in ("mib", "gib", "tib")}  # as docker and nvidia-smi read them
+SIZE_PATTERN = r"^\d{1,9}(\.\d{1,6})?\s*([mMgGtT]([iI]?[bB])?)$"
 DURATION_PATTERN = r"^\d+(\.\d+)?\s*(ms|s|m|h)$"
 
 
@@ -109,6 +113,23 @@ def parse_duration(text: str) -> float:
             raise ValueError(f"has no unit: write {text.strip()}s for seconds, or 500ms, 2m")
         raise ValueError("is not a duration: write 500ms, 5s or 2m")
     return float(match["number"]) * _UNITS[match["unit"]]
+
+
+def parse_size(text: str) -> int:
+    """Returns the MiB of a size such as ``20GiB``, ``20G`` (the same), ``512MiB`` or ``20GB`` (10^9 bytes)."""
+    match = re.fullmatch(SIZE_PATTERN, text.strip())
+    if match is None:
+        if re.fullmatch(r"\d+(\.\d+)?", text.strip()):
+            raise ValueError(f"has no unit: write {text.strip()}GiB, or 512MiB")
+        raise ValueError("is not a size: write 20GiB or 512MiB")
+    unit = match[2]
+    mib = int(float(text.strip().removesuffix(unit)) * _SIZE_UNITS[unit.lower()])
+    return check_range(mib, 1, 1 << 30, format_size)
+
+
+def format_size(mib: int) -> str:
+    """Writes what ``parse_size`` reads: ``20GiB``, ``20000MiB``."""
+    return f"{mib // 1024}GiB" if mib and mib % 1024 == 0 else f"{mib}MiB"
 
 
 def parse_heartbeat(text: str) -> float:
@@ -256,6 +277,20 @@ def parse_path(text: str) -> str:
     if text.startswith("~") and not text.startswith("~/") and text != "~":
         raise ValueError("names another user's home: write the whole path")
     return text
+
+
+def parse_host_folder(text: str) -> str:
+    """Returns ``text`` if it can be the path of a folder on a host, from its root or from the home folder there."""
+    parse_path(text)
+    if not text.startswith(("/", "~/")):
+        raise ValueError("is no whole path: write it from / or from ~/, as it is on the host")
+    return text
+
+
+def parse_pool_model(text: str) -> str:
+    """Returns ``text`` if it can be the name of a model of Ollama, or the path of a GGUF file on a host."""
+    parse_line(text)
+    return parse_host_folder(text) if is_model_path(text) else text
 
 
 def parse_command(text: str) -> tuple[str, ...]:

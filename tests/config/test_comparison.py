@@ -121,7 +121,7 @@ def test_each_key_of_the_mesh_counts(change: str, text: str, changes_routes: boo
 def test_no_section_of_the_mesh_is_left_out() -> None:
     """A new section is compared as a whole, without its values, until somebody names its keys."""
     topology = build.topology(f"nodes: [{NODE}]\n")
-    with_keys = {"nodes", "models", "gateway", "tunnels", "redis", "source"}
+    with_keys = {"nodes", "models", "pools", "gateway", "tunnels", "redis", "source"}
     for name in {field.name for field in fields(Topology)} - with_keys:
         change: dict[str, Any] = {name: ("other",)}
         found = compare_topologies(topology, replace(topology, **change))

@@ -115,8 +115,13 @@ def nodes_of(path: Path, text: str) -> tuple[NodeSpec, ...]:
 
 
 def find_node(topology: Topology, name: str) -> int:
-    """Returns the node's index. Raises UsageError when there is no such node."""
+    """Returns the node's index. Raises UsageError when there is no such node, also if the name is that of a pool."""
     names = [node.name for node in topology.nodes]
+    if name in [pool.name for pool in topology.pools]:
+        raise UsageError(
+            f"{name} is a pool, and no node of mesh.yaml",
+            hint=f"`gpumesh pool down {name}` stops it; it stands under `pools:` in mesh.yaml",
+        )
     if name not in names:
         raise unknown_node(name, names)
     return names.index(name)

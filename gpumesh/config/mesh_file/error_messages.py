@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from gpumesh.config.mesh_file.file_schema import MeshFile
+from gpumesh.config.mesh_file.file_schema import ApiKey, MeshFile, Model, Node, Pool, PoolNode
 from gpumesh.config.mesh_file.value_types import (
     KEYS_WITH_VALUES,
     KeyProblem,
@@ -58,9 +58,23 @@ _SYNONYMS = {
     "parallel": "max_parallel",
     "tags": "labels",
     "vram": "vram_mib",
+    **dict.fromkeys(("ctx", "ctx_size", "num_ctx", "n_ctx", "context_length"), "context"),
+    **dict.fromkeys(("members", "hosts", "workers"), "nodes"),
+    **dict.fromkeys(("slots", "streams", "num_parallel"), "parallel"),
+    **dict.fromkeys(("cache_type", "cache_type_k", "kv_cache_type"), "kv_type"),
+    **dict.fromkeys(("gguf", "model_path"), "model"),
+    "master": "head",
+    "tensor_split": "split",
+    "max_memory": "memory",
 }
 # How a person names the sections that stand in a list or under names of their own.
-_SECTION_LABELS = {"nodes": "a node", "keys": "a key of the gateway", "models": "a model"}
+_SECTION_LABELS: dict[type[Section], str] = {
+    Node: "a node",
+    ApiKey: "a key of the gateway",
+    Model: "a model",
+    Pool: "a pool",
+    PoolNode: "a node of a pool",
+}
 _MAX_QUOTED = 60  # characters
 
 
@@ -213,7 +227,6 @@ def _sections_with_key(key: str) -> list[str]:
             if name == key:
                 sections.append(section_label)
             inner_section = _section_in(setting.value_type)
-            inner_label = _SECTION_LABELS.get(name, name)
             if inner_section is not None and name != "defaults":  # `defaults` has only keys that a node has too
-                pending.append((inner_label, inner_section))
+                pending.append((_SECTION_LABELS.get(inner_section, name), inner_section))
     return sections

@@ -6,27 +6,59 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from gpumesh.config import listen_address, value_parsers
+from gpumesh.config.mesh_file.setting_values import (
+    ALIAS,
+    ANY_TEXT,
+    BOOLEAN,
+    COMMAND,
+    CONTEXT_STEPS,
+    EVENTS,
+    HEARTBEAT,
+    HOST,
+    HOST_FOLDER,
+    HOURLY_PRICE,
+    INTERVAL,
+    JUMPS,
+    LINE,
+    LINES,
+    LISTEN,
+    LONG_WAIT,
+    MODELS,
+    NAME,
+    NODE_NAMES,
+    ORIGINS,
+    PATH,
+    PATHS,
+    POOL_MODEL,
+    PORT,
+    QUIET,
+    RATE,
+    REDIS_URL,
+    SHA256,
+    SIZE,
+    SPLIT,
+    TOKENS,
+    URL,
+    URLS,
+    USER,
+    VARIABLE,
+    WEBHOOK,
+    WEIGHT,
+)
 from gpumesh.config.mesh_file.value_types import (
-    NUMBER,
-    TRUE_OR_FALSE,
     Choice,
-    JsonSchema,
     ListOf,
     MappingOf,
     Nullable,
-    Scalar,
     Section,
     SectionOf,
-    duration,
+    SectionOrText,
     integer,
     list_of_sections,
     optional,
     required,
-    text,
 )
+from gpumesh.pool_spec import KvType
 from gpumesh.topology import (
     BackendKind,
     EventKind,
@@ -40,88 +72,6 @@ from gpumesh.topology import (
     TransportKind,
     TunnelListen,
 )
-
-
-def _one_or_list(member: JsonSchema, **list_keywords: Any) -> JsonSchema:
-    """Returns the JSON Schema for a list of ``member``, or a single one. ``list_keywords`` are further keywords of the
-    list's schema."""
-    return {"anyOf": [member, {"type": "array", "items": member, **list_keywords}]}
-
-
-# -- single values ---------------------------------------------------------------------------------------------------
-
-ANY_TEXT = text(str)
-NAME = text(value_parsers.parse_name, pattern=value_parsers.NAME_PATTERN)
-LINE = text(value_parsers.parse_line)
-PORT = integer(1, 65535)
-HOST = text(value_parsers.parse_host)
-USER = text(value_parsers.parse_user)
-ALIAS = text(value_parsers.parse_alias)
-VARIABLE = text(value_parsers.parse_variable_name, pattern="^[A-Za-z_][A-Za-z0-9_]*$")
-PATH = text(value_parsers.parse_path)
-JUMP = text(value_parsers.parse_jump)
-LISTEN_ENTRY = text(listen_address.parse_listen_entry, examples=["127.0.0.1:11430", "unix:/run/user/1000/gpumesh.sock"])
-URL = text(value_parsers.parse_url, pattern="^https?://", examples=["http://127.0.0.1:11434"])
-WEBHOOK = text(value_parsers.parse_webhook, pattern="^https?://", examples=["https://example.org/hook"])
-REDIS_URL = text(value_parsers.parse_redis_url, examples=["redis://localhost:6379/0"])
-SHA256 = text(value_parsers.parse_sha256, pattern=value_parsers.SHA256_PATTERN)
-ORIGIN = text(value_parsers.parse_origin)
-INTERVAL = duration(0.1, 300)
-LONG_WAIT = duration(0.1, 86400)
-QUIET = duration(1, 7 * 86400)
-HEARTBEAT = Scalar(
-    value_parsers.parse_heartbeat,
-    {
-        "anyOf": [
-            {"type": "string", "pattern": rf"^off$|{value_parsers.DURATION_PATTERN}", "examples": ["10s", "off"]},
-            {"const": False},  # a YAML parser may read ``off`` as false
-        ]
-    },
-)
-WEIGHT = Scalar(value_parsers.parse_weight, {"type": "number", "exclusiveMinimum": 0, "maximum": 1000}, NUMBER)
-HOURLY_PRICE = Scalar(
-    value_parsers.parse_hourly_price,
-    {"type": "number", "minimum": 0, "maximum": value_parsers.MAX_HOURLY_PRICE},
-    NUMBER,
-)
-RATE = Scalar(
-    value_parsers.parse_rate,
-    {
-        "anyOf": [
-            {"type": "integer", "minimum": 1},
-            {"type": "string", "pattern": value_parsers.RATE_PATTERN, "examples": ["60/m"]},
-        ]
-    },
-)
-TOKENS = Scalar(
-    value_parsers.parse_tokens,
-    {
-        "anyOf": [
-            {"type": "integer", "minimum": 1, "maximum": value_parsers.MOST_TOKENS},
-            {"type": "string", "pattern": value_parsers.TOKENS_PATTERN, "examples": ["2M"]},
-        ]
-    },
-)
-BOOLEAN = Scalar(value_parsers.parse_boolean, {"type": "boolean"}, TRUE_OR_FALSE)
-
-# -- lists -----------------------------------------------------------------------------------------------------------
-
-_TEXT = ANY_TEXT.schema
-
-PATHS = ListOf(PATH, _one_or_list(_TEXT))
-JUMPS = ListOf(JUMP, _one_or_list(_TEXT), split=value_parsers.split_jumps)
-LINES = ListOf(LINE, _one_or_list(_TEXT))
-COMMAND = ListOf(ANY_TEXT, _one_or_list(_TEXT, minItems=1), value_parsers.parse_command, value_parsers.check_argv)
-LISTEN = ListOf(LISTEN_ENTRY, _one_or_list(LISTEN_ENTRY.schema, minItems=1, maxItems=2))
-URLS = ListOf(URL, {"type": "array", "items": URL.schema, "minItems": 1, "maxItems": 16})
-NODE_NAMES = ListOf(NAME, _one_or_list(_TEXT, minItems=1))
-MODELS = ListOf(LINE, _one_or_list(_TEXT, minItems=1))
-CONTEXT_STEPS = ListOf(
-    integer(1, 1 << 31), {"type": "array", "items": {"type": "integer", "minimum": 1}, "minItems": 1}
-)
-ORIGINS = ListOf(ORIGIN, _one_or_list(_TEXT))
-_EVENT = Choice(EventKind)
-EVENTS = ListOf(_EVENT, _one_or_list(_EVENT.schema, minItems=1))
 
 # -- sections --------------------------------------------------------------------------------------------------------
 
@@ -339,6 +289,54 @@ class Notify(Section):
     quiet: float | None = optional(QUIET, "Least time between two messages about one node; 5m if not given.")
 
 
+class PoolNode(Section):
+    """A node of a pool."""
+
+    node: str = required(NAME, "Its name under `nodes`.")
+    memory: int | None = optional(
+        SIZE,
+        "The pool takes at most so much of its memory, such as 20GiB; what is free on its GPUs if not given. A node "
+        "without a GPU takes part with its CPU, and only with this.",
+    )
+
+
+_POOL_NODE = SectionOrText(PoolNode, "node")
+
+
+class Pool(Section):
+    """One model over the GPUs of several nodes, by llama.cpp's RPC."""
+
+    name: str = required(NAME, "Of the pool, and of its node in `gpumesh status`; no node may have it.")
+    model: str = required(
+        POOL_MODEL, "A model of the Ollama on the head's host, or the path of a GGUF file there, from / or ~/."
+    )
+    nodes: tuple[PoolNode, ...] = required(
+        ListOf(_POOL_NODE, {"type": "array", "items": _POOL_NODE.schema, "minItems": 1}),
+        "The nodes that hold its layers: names, or `{node, memory}`.",
+    )
+    head: str | None = optional(
+        NAME, "The one of them that runs llama-server and has the model's file; the first if not given."
+    )
+    context: int | None = optional(integer(128, 1 << 24), "Tokens of each stream; 4096 if not given.")
+    parallel: int | None = optional(integer(1, 256), "How many streams are decoded together; 1 if not given.")
+    kv_type: KvType | None = optional(
+        Choice(KvType), "Of the numbers in the KV cache: f16 (default), q8_0 (half the memory) or q4_0 (a quarter)."
+    )
+    split: tuple[int, ...] | None = optional(
+        SPLIT, "Number of layers for each of `nodes`, in their order; as planned if not given."
+    )
+    draft: str | None = optional(
+        POOL_MODEL, "A small model of the same kind, in the same form as `model`, that proposes tokens."
+    )
+    llama_cpp_dir: str | None = optional(
+        HOST_FOLDER, "The folder with llama.cpp's programs on the hosts; looked for if not given."
+    )
+    unload: bool | None = optional(
+        BOOLEAN, "true: Ollama on its hosts may be asked to unload models if the pool needs their memory."
+    )
+    autostart: bool | None = optional(BOOLEAN, "true: starts with the mesh; false, at `gpumesh pool up`, if not given.")
+
+
 class MeshFile(Section):
     """A mesh: GPUs behind SSH as one endpoint."""
 
@@ -353,3 +351,6 @@ class MeshFile(Section):
         MappingOf(LINE, Nullable(SectionOf(Model))), "Rules for single models, by their names."
     )
     notify: tuple[Notify, ...] | None = optional(list_of_sections(Notify), "Who is told when something happens.")
+    pools: tuple[Pool, ...] | None = optional(
+        list_of_sections(Pool), "Models that several nodes run together: `gpumesh pool up`."
+    )

@@ -65,7 +65,7 @@ def _check_names(models: Mapping[str, Any]) -> Iterator[BrokenRule]:
             yield ("models", name), f"is the same model as {quote_value(earlier)}"
     model_by_alias: dict[str, str] = {}  # by the full name of the alias
     for name, value in models.items():
-        for path, alias in _entries(_aliases(value), ("models", name, "aliases")):
+        for path, alias in entries(_aliases(value), ("models", name, "aliases")):
             full_alias = full_name(alias)
             if full_alias in model_by_alias:
                 yield path, f"{quote_value(alias)} is an alias of {model_by_alias[full_alias]} already"
@@ -86,7 +86,7 @@ def check_node_names(nodes: Any, node_names: Sequence[str], path: KeyPath) -> It
     if nodes == []:
         yield path, "names no node: leave it out if any node may be used"
     seen: set[str] = set()
-    for entry_path, name in _entries(nodes, path):
+    for entry_path, name in entries(nodes, path):
         if name not in node_names:
             yield entry_path, _unknown_node(name, node_names)
         elif name in seen:
@@ -95,9 +95,12 @@ def check_node_names(nodes: Any, node_names: Sequence[str], path: KeyPath) -> It
 
 
 def _unknown_node(name: str, node_names: Sequence[str]) -> str:
+    """The message for a name that is no node of the mesh, where ``all`` alone may stand too."""
+    return "all stands alone, as `nodes: all`" if name == ALL_NODES else describe_unknown_node(name, node_names)
+
+
+def describe_unknown_node(name: str, node_names: Sequence[str]) -> str:
     """The message for a name that is no node of the mesh."""
-    if name == ALL_NODES:
-        return "all stands alone, as `nodes: all`"
     guess = did_you_mean(name, node_names)
     if guess is not None:
         return f"there is no node {quote_value(name)}; did you mean {guess}?"
@@ -109,7 +112,7 @@ def _check_preferred(
 ) -> Iterator[BrokenRule]:
     """``prefer`` names nodes of the mesh that may serve the model."""
     yield from check_node_names(prefer, node_names, path)
-    for entry_path, name in _entries(prefer, path):
+    for entry_path, name in entries(prefer, path):
         if name in node_names and name not in allowed_names:
             yield entry_path, f"{quote_value(name)} is none of the model's nodes"
 
@@ -128,7 +131,7 @@ def _check_context_steps(steps: Any, path: KeyPath) -> Iterator[BrokenRule]:
     if steps == []:
         yield path, "names no context: leave it out if contexts are not to be changed"
     previous: int | None = None
-    for entry_path, text in _entries(steps, path):
+    for entry_path, text in entries(steps, path):
         if not text.isdecimal() or len(text) > 18:  # the schema reports it
             continue
         if previous is not None and int(text) <= previous:
@@ -228,7 +231,7 @@ def check_heartbeat(routes: Any) -> Iterator[BrokenRule]:
             yield ("gateway", "heartbeat", route), f"is no route whose answers can have a heartbeat{end}"
 
 
-def _entries(value: Any, path: KeyPath) -> list[tuple[KeyPath, str]]:
+def entries(value: Any, path: KeyPath) -> list[tuple[KeyPath, str]]:
     """The texts of a list, each with its path. A single text counts as a list of one; any other value has no texts."""
     if isinstance(value, str):
         return [(path, value)]
@@ -239,4 +242,4 @@ def _entries(value: Any, path: KeyPath) -> list[tuple[KeyPath, str]]:
 
 def _texts(value: Any) -> list[str]:
     """The same texts without their paths."""
-    return [text for _, text in _entries(value, ())]
+    return [text for _, text in entries(value, ())]

@@ -12,7 +12,7 @@ from typing import Any
 
 from gpumesh.backends.dialects import find_dialect
 from gpumesh.config import listen_address
-from gpumesh.config.mesh_file import model_rules
+from gpumesh.config.mesh_file import model_rules, pool_rules
 from gpumesh.config.mesh_file.error_messages import quote_value
 from gpumesh.config.mesh_file.yaml_tree import KeyPath
 from gpumesh.config.value_parsers import NAME_PATTERN
@@ -44,7 +44,7 @@ def find_broken_rules(document: Mapping[str, Any]) -> Iterator[BrokenRule]:
         yield ("nodes",), f"nodes are a list: write `- name: {example_name}`"
     elif isinstance(nodes, list):
         yield from _check_nodes(nodes, defaults)
-        yield from _check_models_and_gateway(document, nodes)
+        yield from _check_sections_with_nodes(document, nodes)
 
 
 def _check_notify(rules: Any) -> Iterator[BrokenRule]:
@@ -66,9 +66,12 @@ def _check_notify(rules: Any) -> Iterator[BrokenRule]:
                     yield (*path, key), f"is for webhooks, and this rule has {given[0]}"
 
 
-def _check_models_and_gateway(document: Mapping[str, Any], nodes: list[Any]) -> Iterator[BrokenRule]:
-    """The rules for ``models`` and ``gateway``. Models and the gateway's keys may name nodes, and these must exist."""
+def _check_sections_with_nodes(document: Mapping[str, Any], nodes: list[Any]) -> Iterator[BrokenRule]:
+    """The rules for ``pools``, ``models`` and ``gateway``. They may name nodes, and these must exist. For models and
+    the gateway's keys, a pool is a node, too."""
     node_names = [_name_or_placeholder(_as_mapping(node).get("name")) for node in nodes]
+    yield from pool_rules.check_pools(document.get("pools"), node_names)
+    node_names += pool_rules.pool_names(document.get("pools"))
     gateway = _as_mapping(document.get("gateway"))
     yield from model_rules.check_models(_as_mapping(document.get("models")), node_names)
     yield from model_rules.check_keys(gateway.get("keys"), gateway.get("api_key_env"), node_names)

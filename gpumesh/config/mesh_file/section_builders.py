@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import TypeVar
 
 from gpumesh.backends.dialects import find_dialect
-from gpumesh.config.mesh_file.file_schema import Backend, Expect, Model, Tunnels
+from gpumesh.config.mesh_file.file_schema import Backend, Expect, Model, Pool, Tunnels
 from gpumesh.config.mesh_file.model_rules import ALL_NODES
 from gpumesh.config.mesh_file.value_types import Section
+from gpumesh.pool_spec import PoolMember, PoolSpec
 from gpumesh.topology import (
     DEFAULT_TUNNELS,
     BackendKind,
@@ -46,6 +47,27 @@ def build_model(name: str, model: Model, node_names: tuple[str, ...]) -> ModelSp
         context_steps=model.context_steps or (),
         aliases=model.aliases or (),
         fallback=model.fallback,
+    )
+
+
+def build_pool(pool: Pool) -> PoolSpec:
+    """Returns the spec of a pool. Its first node is the head if the file names none."""
+    members = tuple(PoolMember(member.node, member.memory) for member in pool.nodes)
+    head = pool.head or members[0].node
+    default = PoolSpec(pool.name, pool.model, members, head)
+    return PoolSpec(
+        name=pool.name,
+        model=pool.model,
+        members=members,
+        head=head,
+        context=value_or(pool.context, default.context),
+        parallel=value_or(pool.parallel, default.parallel),
+        split=pool.split,
+        draft=pool.draft,
+        kv_type=value_or(pool.kv_type, default.kv_type),
+        llama_cpp_dir=pool.llama_cpp_dir,
+        unload=value_or(pool.unload, default.unload),
+        autostart=value_or(pool.autostart, default.autostart),
     )
 
 

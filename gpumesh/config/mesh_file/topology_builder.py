@@ -22,10 +22,12 @@ from gpumesh.config.mesh_file.file_schema import (
     Ssh,
     Tunnels,
 )
+from gpumesh.config.mesh_file.pool_rules import find_nodes_without_host
 from gpumesh.config.mesh_file.section_builders import (
     build_backend,
     build_expect,
     build_model,
+    build_pool,
     build_tunnels,
     drop_replaced_location,
     merge,
@@ -79,10 +81,12 @@ class TopologyBuilder:
         redis = RedisSpec(file.redis.url, file.redis.password_env) if file.redis is not None else None
         gateway = self._build_gateway(file.gateway or Gateway())
         tunnels = build_tunnels(file.tunnels or Tunnels())
+        pools = tuple(build_pool(pool) for pool in file.pools or ())
         node_names = tuple(node.name for node in nodes)
         models = tuple(build_model(name, model or Model(), node_names) for name, model in (file.models or {}).items())
         notify = tuple(self._build_notify(rule) for rule in file.notify or ())
-        return Topology(file.name or DEFAULT_NAME, nodes, gateway, redis, source, tunnels, models, notify)
+        self.faults += find_nodes_without_host(pools, nodes)
+        return Topology(file.name or DEFAULT_NAME, nodes, gateway, redis, source, tunnels, models, notify, pools)
 
     def _build_node(self, node: Node, defaults: NodeDefaults, path: KeyPath) -> NodeSpec:
         """Returns the spec of one node, with the defaults merged under it. ``path`` is where the node stands."""

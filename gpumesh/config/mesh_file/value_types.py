@@ -297,6 +297,19 @@ class SectionOf(ValueType[S], frozen=True):
         return self.section
 
 
+class SectionOrText(SectionOf[S], frozen=True):
+    """A section, or a text in its place, which stands for the section with this text under ``key`` alone."""
+
+    key: str
+
+    def read(self, value: object, path: KeyPath, problems: list[ValueProblem]) -> S | None:
+        return super().read({self.key: value} if isinstance(value, str) else value, path, problems)
+
+    @property
+    def schema(self) -> JsonSchema:
+        return {"anyOf": [self.section.settings[self.key].value_type.schema, reference_to(self.section)]}
+
+
 def list_of_sections(section: type[S]) -> ListOf[S]:
     member = SectionOf(section)
     return ListOf(member, {"type": "array", "items": member.schema}, split=None)

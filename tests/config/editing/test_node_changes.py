@@ -163,6 +163,9 @@ def test_removed_from_brackets(windows: bool) -> None:
         )
 
 
+POOL = "pools:\n  - {name: p, model: m, nodes: [a, b]}\n"
+
+
 @pytest.mark.parametrize(
     ("text", "names", "message"),
     [
@@ -170,6 +173,8 @@ def test_removed_from_brackets(windows: bool) -> None:
         (f"nodes:\n{A}{B}", ["a", "b"], "all nodes"),
         (f"nodes:\n{A}{B}", ["z"], "there is no node 'z'"),
         (f"nodes:\n{A}{B}models:\n  q: {{nodes: [b]}}\n", ["b"], r"models.q.nodes\[0\]: there is no node 'b'"),
+        (f"nodes:\n{A}{B}{POOL}", ["b"], r"pools\[0\].nodes\[1\]: there is no node 'b'"),
+        (f"nodes:\n{A}{B}{POOL}", ["p"], "p is a pool, and no node"),
         (
             "nodes:\n  - &x\n    name: a\n    backend: {url: http://h:1}\n  - {<<: *x, name: b}\n",
             ["a"],
