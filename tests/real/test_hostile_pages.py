@@ -41,8 +41,8 @@ pytestmark = [
 
 PATIENCE_MS = 20_000.0
 SILENCE_MS = 5_000
-"""A worker that tells nothing for so long did not run. In one run of many, Chromium told nothing of a worker that it had
-refused, neither a message nor an error."""
+"""A worker that tells nothing for so long did not run. In one run of many, Chromium told nothing of a worker that it
+had refused, neither a message nor an error."""
 GETS = (f"/v1/models/{MODEL}", "/api/status")
 POSTS = (*MODEL_ROUTES, "/api/me", "/api/signout", "/api/pull", "/api/push", "/api/create", "/api/copy")
 KINDS = ("text/html", "image/svg+xml", "text/javascript", "text/plain;text/html", "")
