@@ -42,6 +42,8 @@ from gpumesh.daemon.sessions.session import PromptAnswer, PromptRequest
 from gpumesh.mesh.change_notifier import ChangeNotifier
 from gpumesh.mesh.history import History, Recorder
 from gpumesh.mesh.outages.outage import Outage
+from gpumesh.pool_spec import PoolSpec
+from gpumesh.pools.base import PoolPlan, PoolState
 from gpumesh.state import (
     BackendPhase,
     BackendState,
@@ -175,6 +177,20 @@ class SimulatedSession:
 
     async def reconnect(self, node: str) -> None:
         del node
+
+    async def plan_pool(self, spec: PoolSpec) -> PoolPlan:
+        raise NotImplementedError
+
+    async def start_pool(self, name: str) -> AsyncGenerator[PoolState]:
+        del name
+        return
+        yield
+
+    async def stop_pool(self, name: str) -> None:
+        del name
+
+    async def pools(self) -> tuple[PoolState, ...]:
+        return ()
 
 
 async def wall_ms(command: Sequence[str], runs: int) -> list[float]:

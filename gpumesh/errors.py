@@ -28,6 +28,12 @@
     │   ├── TransportUnsupported(p)  this host needs another transport or another address form
     │   ├── TunnelLost               the tunnel was up and broke: reset, no answer to keepalive, worker died
     │   └── TunnelDown               a command or a request needs a tunnel that is not up now
+    ├── PoolError                    a pool of GPUs; ``needs_person``: see (p)
+    │   ├── PoolFailed               its worker or head ended, its tunnel was lost, or its head reports another plan
+    │   ├── PoolDoesNotFit      (p)  the members' memory is too small for the model and its context
+    │   ├── PoolProgramMissing  (p)  a host has no llama-server, or no ggml-rpc-server
+    │   ├── PoolVersionsDiffer  (p)  the members have different builds of llama.cpp
+    │   └── PoolModelMissing    (p)  the head's host does not have the model, or its file cannot be used
     ├── ExecError                    a command could not be run on a host (no session, time-out)
     ├── ProbeError                   nvidia-smi or the backend gave an answer that we cannot read
     └── BackendError                 one attempt on one backend failed
@@ -45,7 +51,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import ClassVar
+from typing import ClassVar, TypeVar
+
+E = TypeVar("E", bound="GPUMeshError")
 
 
 class ExitCode(IntEnum):
@@ -265,6 +273,44 @@ class TunnelDown(TunnelError):
     code = "tunnel-down"
 
 
+class PoolError(GPUMeshError):
+    """A pool cannot be planned, or does not run. ``needs_person``: it is of no use to start it again as it is."""
+
+    code = "pool"
+    needs_person: ClassVar[bool] = False
+
+
+class PoolFailed(PoolError):
+    code = "pool-failed"
+
+
+class PoolDoesNotFit(PoolError):
+    code = "pool-does-not-fit"
+    needs_person = True
+
+
+class PoolProgramMissing(PoolError):
+    code = "pool-program-missing"
+    needs_person = True
+
+
+class PoolVersionsDiffer(PoolError):
+    code = "pool-versions-differ"
+    needs_person = True
+
+
+class PoolModelMissing(PoolError):
+    code = "pool-model-missing"
+    needs_person = True
+
+
+def unknown_pool(name: str, known: Iterable[str]) -> UsageError:
+    """The error for a pool that a person named and mesh.yaml does not have. ``known``: the names of its pools."""
+    names = list(known)
+    hint = f"the pools are: {', '.join(names)}" if names else "mesh.yaml has no section `pools`"
+    return UsageError(f"there is no pool {name!r}", hint=hint)
+
+
 class ExecError(GPUMeshError):
     code = "exec"
 
@@ -323,10 +369,21 @@ def tunnel_error_from_code(code: str, message: str, *, hint: str | None = None, 
 
     A code that this version does not know gives a plain TunnelError.
     """
-    types_to_check: list[type[TunnelError]] = [TunnelError]
+    return (_find_error_type(TunnelError, code) or TunnelError)(message, hint=hint, node=node)
+
+
+def pool_error_from_code(code: str, message: str, *, hint: str | None = None, node: str | None = None) -> GPUMeshError:
+    """Returns the error of a pool or of a tunnel of the type that has ``code``. Another code gives a PoolFailed."""
+    pool_type, tunnel_type = _find_error_type(PoolError, code), _find_error_type(TunnelError, code)
+    return (pool_type or tunnel_type or PoolFailed)(message, hint=hint, node=node)
+
+
+def _find_error_type(root: type[E], code: str) -> type[E] | None:
+    """The type with ``code`` among ``root`` and the types below it."""
+    types_to_check = [root]
     while types_to_check:
         error_type = types_to_check.pop()
         if error_type.code == code:
-            return error_type(message, hint=hint, node=node)
+            return error_type
         types_to_check.extend(error_type.__subclasses__())
-    return TunnelError(message, hint=hint, node=node)
+    return None

@@ -242,7 +242,8 @@ class ExpectSpec:
 @dataclass(frozen=True, slots=True)
 class NodeSpec:
     """One host with one inference server. ``ssh`` is ``None`` for a direct node. ``tier`` is 1 or more: a node of a
-    lower tier is used first. ``eur_per_hour`` is the rent of the host; ``None`` if it is not known."""
+    lower tier is used first. ``eur_per_hour`` is the rent of the host; ``None`` if it is not known. ``pool_members`` is
+    not in mesh.yaml: the nodes whose GPUs serve a running pool, of which this is the node."""
 
     name: str
     backend: BackendSpec
@@ -253,6 +254,7 @@ class NodeSpec:
     enabled: bool = True
     tier: int = 1
     eur_per_hour: float | None = None
+    pool_members: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -161,10 +161,11 @@ def hostname_matches(expected: str, found: str) -> bool:
 def check_across_nodes(pairs: Sequence[tuple[NodeSpec, NodeState]]) -> Iterator[Finding]:
     """Yields ``tunnel-duplicate`` for nodes that mesh.yaml has twice, and ``same-gpu`` for nodes that are one machine.
 
-    Nodes with ``tunnel-duplicate`` have no ``same-gpu`` among themselves: the first finding says it already.
+    Nodes with ``tunnel-duplicate`` have no ``same-gpu`` among themselves: the first finding says it already. The node
+    of a pool uses the GPUs of other nodes, as mesh.yaml says: that is no finding.
     """
-    specs = {spec.name: spec for spec, _state in pairs}
-    states = {state.name: state for _spec, state in pairs}
+    specs = {spec.name: spec for spec, _state in pairs if not spec.pool_members}
+    states = {state.name: state for spec, state in pairs if not spec.pool_members}
     duplicate_names: set[str] = set()
     for names in find_duplicates(list(specs.values())):
         duplicate_names.update(names)

@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -70,6 +71,8 @@ async def run_mesh(
     from gpumesh.mesh.learned_state import LearnedState
     from gpumesh.mesh.mesh import Mesh
     from gpumesh.mesh.models.placement import ModelPlacement
+    from gpumesh.pools.running.manager import PoolManager
+    from gpumesh.pools.running.runner import PoolRunner
 
     async with AsyncExitStack() as stack:
         stack.enter_context(raise_file_limit())
@@ -88,6 +91,12 @@ async def run_mesh(
         stack.callback(log.info, "the mesh %s ended", topology.name, extra={"event": "end"})
         mesh = await stack.enter_async_context(Mesh(topology, learned=LearnedState(paths.learned)))
         placement = ModelPlacement(mesh, clock=time.monotonic)
+        pools = PoolManager(mesh, PoolRunner(mesh).run, on_findings=partial(mesh.set_own_findings, subject="pools"))
+
+        def note_change() -> None:
+            placement.note_change()
+            pools.follow_file()
+
         reloader = None
         if snapshot is not None:
             reloader = Reloader(
@@ -96,10 +105,10 @@ async def run_mesh(
                 snapshot,
                 options=options,
                 access_log=paths.access_log,
-                on_applied=placement.note_change,
+                on_applied=note_change,
             )
             _run_until_closed(stack, reloader.run(interval_s=look_every_s), name="file")
-        session = LocalSession(mesh, reloader)
+        session = LocalSession(mesh, reloader, pools)
         _run_until_closed(stack, _log_changes(session), name="journal")
         _run_until_closed(stack, _record_history(session), name="history")
         _run_until_closed(stack, _notify(session), name="notify")
@@ -108,6 +117,7 @@ async def run_mesh(
         if manager is not None:
             _run_until_closed(stack, manager.keep_alive(), name="watchdog")
         _run_until_closed(stack, placement.run(), name="placement")
+        _run_until_closed(stack, pools.run(), name="pools")
         control = await stack.enter_async_context(ControlServer(session, paths.socket, on_stop=shutdown.request_within))
         if lock is not None:
             restoring = _restore_when_removed(control, lock, paths, shutdown, check_every_s)

@@ -35,7 +35,7 @@ from gpumesh.mesh.dispatch import Dispatcher
 from gpumesh.mesh.inspection.regular_inspection import RegularInspection
 from gpumesh.mesh.learned_state import LearnedState
 from gpumesh.mesh.nodes.fleet import Fleet
-from gpumesh.mesh.nodes.node_changes import AppliedChange, plan_nodes
+from gpumesh.mesh.nodes.node_changes import AppliedChange, plan_nodes, replace_pool_node, with_pool_nodes
 from gpumesh.mesh.nodes.node_factory import NodeFactory
 from gpumesh.mesh.request_counters import RequestCounters
 from gpumesh.mesh.requests.answer import Answer, SendProgress
@@ -45,9 +45,9 @@ from gpumesh.mesh.requests.upload import upload
 from gpumesh.mesh.requests.upstream import Upstream
 from gpumesh.mesh.running_nodes import RunningNodes
 from gpumesh.probes.http_client import make_http_client
-from gpumesh.state import Finding, GatewayState, MeshState, compute_totals
-from gpumesh.topology import BackendKind, Topology
-from gpumesh.tunnels.base import ExecResult, Tunnel
+from gpumesh.state import Finding, GatewayState, MeshState, TunnelState, compute_totals
+from gpumesh.topology import BackendKind, NodeSpec, Topology
+from gpumesh.tunnels.base import ClosableTunnel, ExecResult, Tunnel
 from gpumesh.tunnels.supervisor import Prompter
 from gpumesh.tunnels.workers.worker_pool import WorkerPool
 
@@ -72,11 +72,11 @@ class Mesh:
         prompter: Prompter | None = None,
         learned: LearnedState | None = None,
     ) -> None:
-        self.topology = topology
+        self.topology = self.file_topology = topology  # with and without the nodes of running pools
         config.withhold_variables(topology.secret_variables)
         self.model_rules = ModelRules(topology.models)
         self.gateway = GatewayState()
-        self.own_findings: tuple[Finding, ...] = ()
+        self._own_findings: dict[str, tuple[Finding, ...]] = {}
         self._clock = clock
         self._rng = rng or Random()
         self._learned = learned
@@ -181,11 +181,8 @@ class Mesh:
         end may do so for ``limit_s`` seconds, and then move to other nodes. The address of Redis cannot be changed.
 
         Raises OSError and GPUMeshError if a tunnel cannot be made; then nothing has changed."""
-        assert self._nodes is not None, "the mesh does not run"
-        running = self.topology
-        plan = plan_nodes(running, topology)
-        closed = self._nodes.apply(plan, topology, limit_s=limit_s)
-        self.topology = topology
+        change = self._apply_nodes(with_pool_nodes(topology, self.topology), limit_s=limit_s)
+        running, self.file_topology = self.file_topology, topology
         config.withhold_variables(topology.secret_variables)
         if topology.models != running.models:
             self.model_rules.replace(topology.models)
@@ -193,9 +190,22 @@ class Mesh:
                 node.apply_model_rules()
         gateway, pinned = topology.gateway, self.model_rules.pinned
         self._scheduler.change_settings(gateway.policy, max_queue=gateway.max_queue, pinned=pinned)
-        self._send_context.forget_nodes(plan.closed)
         self._dispatcher.note_nodes_changed()
         self._changes.notify()
+        return change
+
+    def set_pool_node(self, name: str, node: NodeSpec | None, *, limit_s: float) -> None:
+        """Lets the running pool ``name`` serve as ``node``; ``None``: no more, as a node that ``apply`` closes."""
+        self._apply_nodes(replace_pool_node(self.topology, name, node), limit_s=limit_s)
+        self._dispatcher.note_nodes_changed()
+        self._changes.notify()
+
+    def _apply_nodes(self, topology: Topology, *, limit_s: float) -> AppliedChange:
+        assert self._nodes is not None, "the mesh does not run"
+        plan = plan_nodes(self.topology, topology)
+        closed = self._nodes.apply(plan, topology, limit_s=limit_s)
+        self.topology = topology
+        self._send_context.forget_nodes(plan.closed)
         return AppliedChange(plan.reopened, {node.name: node.ledger.held for node in closed if node.ledger.held})
 
     # -- the state -----------------------------------------------------------------------------------------------
@@ -234,10 +244,15 @@ class Mesh:
         self.gateway = gateway
         self._changes.notify()
 
-    def set_own_findings(self, findings: tuple[Finding, ...]) -> None:
-        """Stores the findings about the mesh itself, of the code that runs it, for ``snapshot``."""
-        if findings != self.own_findings:
-            self.own_findings = findings
+    @property
+    def own_findings(self) -> tuple[Finding, ...]:
+        """The findings about the mesh itself, of the code that runs it."""
+        return tuple(finding for findings in self._own_findings.values() for finding in findings)
+
+    def set_own_findings(self, findings: tuple[Finding, ...], subject: str = "file") -> None:
+        """Stores the findings about a part of the mesh, in place of the earlier ones about it, for ``snapshot``."""
+        if findings != self._own_findings.get(subject, ()):
+            self._own_findings[subject] = findings
             self._changes.notify()
 
     async def wait_first_report(self, timeout_s: float) -> MeshState:
@@ -361,6 +376,10 @@ class Mesh:
         if tunnel is None:
             raise UsageError(f"node {node!r} is disabled in mesh.yaml")
         return tunnel
+
+    def make_tunnel(self, spec: NodeSpec, on_change: Callable[[TunnelState], None]) -> ClosableTunnel:
+        """Makes another tunnel to a node's host, for the caller alone, as ``open_tunnel`` does."""
+        return self._factory.make_tunnel(spec, self.topology, on_change)
 
     async def refresh(self, nodes: Iterable[str]) -> None:
         """Probes the servers of these nodes again, because their model stores were changed through us."""

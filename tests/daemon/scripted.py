@@ -11,12 +11,16 @@ from gpumesh.backends.base import Chunk, ServerCounters
 from gpumesh.config.comparison import ConfigSnapshot, KeyChange
 from gpumesh.config.live_changes import ReloadReport
 from gpumesh.daemon.sessions.session import PromptAnswer, PromptRequest
-from gpumesh.errors import ExecError, ModelMissing, QueueFull, UsageError
+from gpumesh.errors import ExecError, ModelMissing, PoolDoesNotFit, QueueFull, UsageError
 from gpumesh.mesh.history import History, HistorySeries
 from gpumesh.mesh.outages.outage import Outage
+from gpumesh.pool_spec import PoolSpec
+from gpumesh.pools.base import ModelShape, PoolPhase, PoolPlan, PoolState
 from gpumesh.state import MeshState
 from gpumesh.tunnels.base import ExecChunk, OutputStream
 from tests.cli.states import typical
+
+SHAPE = ModelShape("llama", "tiny", "F16", (100, 100), 50, 50, (64, 64), 32, 256, 4, 2048, 1000, 320)
 
 
 class ScriptedChat:
@@ -53,6 +57,7 @@ class ScriptedSession:
         self.reconnected: list[str] = []
         self.chat_ended = asyncio.Event()
         self.exec_ended = asyncio.Event()
+        self.pool_states: tuple[PoolState, ...] = ()
 
     async def status(self) -> MeshState:
         return self.state
@@ -123,3 +128,19 @@ class ScriptedSession:
         return History(
             gpus=(HistorySeries("GPU-1", (None, 12.5, 100.0)),), nodes=(HistorySeries("iceland", (0.0, 71.5)),)
         )
+
+    async def plan_pool(self, spec: PoolSpec) -> PoolPlan:
+        return PoolPlan(spec.name, spec.model, SHAPE, (), spec.context, spec.parallel, spec.kv_type, ("2 GiB too big",))
+
+    async def start_pool(self, name: str) -> AsyncGenerator[PoolState]:
+        if name == "small":
+            raise PoolDoesNotFit("pool small does not fit: 2.0 GiB are missing", hint="less context")
+        for phase in (PoolPhase.PLANNING, PoolPhase.LOADING, PoolPhase.READY):
+            self.pool_states = (PoolState(name, "m", phase, starts=1),)
+            yield self.pool_states[0]
+
+    async def stop_pool(self, name: str) -> None:
+        self.pool_states = (PoolState(name, "m", PoolPhase.STOPPED),)
+
+    async def pools(self) -> tuple[PoolState, ...]:
+        return self.pool_states

@@ -47,6 +47,64 @@ EXPLANATIONS = (
         "not-running", E, "no mesh runs", "No background mesh runs for this file.", "`gpumesh up -d` starts one."
     ),
     Explanation(
+        "pool",
+        E,
+        "a pool cannot be used",
+        "The message says what is wrong with the pool, and on which host.",
+        "`gpumesh pool status` shows the pool and its members.",
+    ),
+    Explanation(
+        "pool-failed",
+        E,
+        "a part of a pool has failed",
+        "A worker or the head ended, the tunnel of a member was lost, or llama-server reports other devices or sizes "
+        "than were planned. A pool with a part of its members is never used: all its parts were ended.",
+        "It is started again by itself, each time after a longer wait. `gpumesh pool status` says what failed; "
+        "`gpumesh pool up` tries it at once.",
+    ),
+    Explanation(
+        "pool-does-not-fit",
+        E,
+        "a pool does not fit",
+        "The model, its context and the buffers for computing need more memory than the members offer. The message "
+        "says by how much.",
+        "`gpumesh pool plan` says which context, KV type or quantisation would fit. Or free memory: with "
+        "`unload: true`, the pool asks Ollama to unload its models.",
+    ),
+    Explanation(
+        "pool-program-missing",
+        E,
+        "llama.cpp is not on a host",
+        "A worker of a pool needs `ggml-rpc-server`, its head `llama-server`. Neither is on the host's PATH nor in the "
+        "usual places.",
+        "Install llama.cpp there with its RPC backend (built with `-DGGML_RPC=ON`), or name its folder in "
+        "`llama_cpp_dir`. gpumesh installs nothing by itself.",
+    ),
+    Explanation(
+        "pool-versions-differ",
+        E,
+        "the hosts of a pool have different versions of llama.cpp",
+        "The protocol between llama-server and ggml-rpc-server changes with the version, and is not checked by them: "
+        "they would fail, or compute nonsense.",
+        "Install the same build of llama.cpp on all hosts of the pool.",
+    ),
+    Explanation(
+        "pool-model-missing",
+        E,
+        "the model of a pool is not there",
+        "The head's host has no such file, or its Ollama has no such model, or the file is not a GGUF file that can be "
+        "read.",
+        "Check `model` of the pool. For a model of Ollama: `gpumesh models pull MODEL --node HEAD`.",
+    ),
+    Explanation(
+        "pool-down",
+        W,
+        "a pool does not serve",
+        "A pool that is wanted (`gpumesh pool up`, or `autostart: true`) has failed. The finding says why.",
+        "Act on its hint. `gpumesh pool status` shows the pool; `gpumesh pool up` tries it at once, and "
+        "`gpumesh pool down` ends it.",
+    ),
+    Explanation(
         "exec",
         E,
         "a command could not be run on the host",

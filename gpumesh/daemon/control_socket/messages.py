@@ -21,6 +21,8 @@ from gpumesh.daemon.sessions.session import PromptRequest
 from gpumesh.errors import ConfigError, ExitCode, GPUMeshError, ModelMissing, Problem, QueueFull, StreamCut
 from gpumesh.mesh.history import History
 from gpumesh.mesh.outages.outage import Outage
+from gpumesh.pool_spec import PoolSpec
+from gpumesh.pools.base import PoolPlan, PoolState
 from gpumesh.state import MeshState
 from gpumesh.wire import from_json, to_json
 
@@ -112,6 +114,32 @@ class Reload:
 
 
 @dataclass(frozen=True, slots=True)
+class PlanPool:
+    """Reply: PlannedPool."""
+
+    spec: PoolSpec
+
+
+@dataclass(frozen=True, slots=True)
+class StartPool:
+    """Replies: PoolStates with the state of this pool, again after changes, until the pool is ready."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class StopPool:
+    """No reply before ``End``."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class GetPools:
+    """Reply: PoolStates, with all pools."""
+
+
+@dataclass(frozen=True, slots=True)
 class Down:
     """Replies: State while requests in flight end, for ``drain_s`` seconds at most. Then the mesh closes the connection
     without ``End``."""
@@ -132,6 +160,10 @@ ControlRequest = (
     | GetHistory
     | GetConfiguration
     | Reload
+    | PlanPool
+    | StartPool
+    | StopPool
+    | GetPools
     | Down
 )
 
@@ -191,6 +223,16 @@ class Output:
 
 
 @dataclass(frozen=True, slots=True)
+class PlannedPool:
+    plan: PoolPlan
+
+
+@dataclass(frozen=True, slots=True)
+class PoolStates:
+    pools: tuple[PoolState, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class End:
     """The last reply to a request that succeeded."""
 
@@ -208,17 +250,22 @@ class Error:
     detail: Mapping[str, Any] | None = None
 
 
-ControlReply = State | Past | Configuration | Reloaded | Held | Route | Piece | Output | End | Error
+ControlReply = (
+    State | Past | Configuration | Reloaded | Held | Route | Piece | Output | PlannedPool | PoolStates | End | Error
+)
 
 _REQUESTS: Mapping[str, type[ControlRequest]] = {
     kind.__name__: kind
     for kind in (
         *(GetStatus, Watch, FirstReport, Chat, Exec, Drain, Resume, Reconnect, GetHistory, GetConfiguration),
-        *(Hold, Reload, Down),
+        *(Hold, Reload, PlanPool, StartPool, StopPool, GetPools, Down),
     )
 }
 _REPLIES: Mapping[str, type[ControlReply]] = {
-    kind.__name__: kind for kind in (State, Past, Configuration, Reloaded, Held, Route, Piece, Output, End, Error)
+    kind.__name__: kind
+    for kind in (
+        *(State, Past, Configuration, Reloaded, Held, Route, Piece, Output, PlannedPool, PoolStates, End, Error),
+    )
 }
 
 

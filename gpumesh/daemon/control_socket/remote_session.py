@@ -18,6 +18,8 @@ from gpumesh.daemon.sessions.session import PromptAnswer, PromptRequest
 from gpumesh.errors import ExitCode, GPUMeshError, UsageError
 from gpumesh.mesh.history import History
 from gpumesh.mesh.outages.outage import Outage
+from gpumesh.pool_spec import PoolSpec
+from gpumesh.pools.base import PoolPlan, PoolState
 from gpumesh.state import MeshState
 from gpumesh.tunnels.base import ExecChunk, OutputStream
 
@@ -126,6 +128,42 @@ class RemoteSession:
                 if isinstance(reply, messages.Past):
                     history = reply.history
         return history
+
+    async def plan_pool(self, spec: PoolSpec) -> PoolPlan:
+        async with aclosing(self._send_pool_request(messages.PlanPool(spec))) as replies:
+            async for reply in replies:
+                if isinstance(reply, messages.PlannedPool):
+                    return reply.plan
+        raise client_errors.unreadable_reply()
+
+    async def start_pool(self, name: str) -> AsyncGenerator[PoolState]:
+        async with aclosing(self._send_pool_request(messages.StartPool(name))) as replies:
+            async for reply in replies:
+                if isinstance(reply, messages.PoolStates):
+                    for state in reply.pools:
+                        yield state
+
+    async def stop_pool(self, name: str) -> None:
+        async with aclosing(self._send_pool_request(messages.StopPool(name))) as replies:
+            async for _ in replies:
+                pass
+
+    async def pools(self) -> tuple[PoolState, ...]:
+        states: tuple[PoolState, ...] = ()
+        async with aclosing(self._send_pool_request(messages.GetPools())) as replies:
+            async for reply in replies:
+                if isinstance(reply, messages.PoolStates):
+                    states = reply.pools
+        return states
+
+    async def _send_pool_request(self, request: ControlRequest) -> AsyncGenerator[ControlReply]:
+        """As ``_send_request``. A mesh of an older version gives the error that it has no pools."""
+        try:
+            async with aclosing(self._send_request(request)) as replies:
+                async for reply in replies:
+                    yield reply
+        except messages.RemoteError as error:
+            raise _explain_unknown(error, "which has no pools") from None
 
     async def down(self, drain_s: float) -> AsyncGenerator[MeshState]:
         """Asks the mesh to stop. Yields its states while it drains, until it closes the connection."""

@@ -208,6 +208,16 @@ class ControlServer:
                     yield messages.Configuration(snapshot)
             case messages.Reload():
                 yield messages.Reloaded(await session.reload())
+            case messages.PlanPool(spec):
+                yield messages.PlannedPool(await session.plan_pool(spec))
+            case messages.StartPool(name):
+                async with closing_iterator(session.start_pool(name)) as pool_states:
+                    async for pool_state in pool_states:
+                        yield messages.PoolStates((pool_state,))
+            case messages.StopPool(name):
+                await session.stop_pool(name)
+            case messages.GetPools():
+                yield messages.PoolStates(await session.pools())
             case messages.Down(drain_s):
                 self._on_stop(drain_s)
                 async with aclosing(_state_replies(session, DOWN_STATE_INTERVAL_S)) as replies:

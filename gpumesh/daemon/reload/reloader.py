@@ -118,7 +118,7 @@ class Reloader:
 
     def _take_over(self, read: ConfigSnapshot) -> ReloadReport:
         """Changes mesh and gateway. Raises GPUMeshError and OSError; then nothing has changed."""
-        mesh, gateway, running = self._mesh, self.gateway, self._mesh.topology
+        mesh, gateway, running = self._mesh, self.gateway, self._mesh.file_topology
         wanted, not_opened = select_nodes(read.topology, self._options)
         plan = plan_live_changes(running, wanted)
         change = AppliedChange()

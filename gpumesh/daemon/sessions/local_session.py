@@ -19,6 +19,10 @@ from gpumesh.mesh.models.default_model import choose_model
 from gpumesh.mesh.outages.out_of_service import take_out_of_service
 from gpumesh.mesh.outages.outage import Outage
 from gpumesh.mesh.requests.answer import Answer
+from gpumesh.pool_spec import PoolSpec
+from gpumesh.pools.base import PoolPhase, PoolPlan, PoolState
+from gpumesh.pools.running.manager import PoolManager
+from gpumesh.pools.running.planner import PoolPlanner
 from gpumesh.state import MeshState, TunnelPhase
 from gpumesh.tunnels.base import ExecChunk, Tunnel
 
@@ -47,11 +51,12 @@ class MeshFile(Protocol):
 class LocalSession:
     """The Session over ``mesh``, which is open already. The owner of the mesh closes it, and adds its states to
     ``recorder``, from which ``history`` comes. ``file`` is the mesh.yaml; ``None``: the mesh was not made from a file,
-    or nobody will compare it with the file."""
+    or nobody will compare it with the file. ``pool_manager`` runs the pools; ``None``: they can only be planned."""
 
-    def __init__(self, mesh: Mesh, file: MeshFile | None = None) -> None:
+    def __init__(self, mesh: Mesh, file: MeshFile | None = None, pool_manager: PoolManager | None = None) -> None:
         self.mesh = mesh
         self.file = file
+        self.pool_manager = pool_manager
         self.recorder = Recorder()
         self.on_answer_end: Callable[[Answer], None] | None = None  # gets each prompt's answer when it has ended
         self._stopping = False
@@ -169,6 +174,29 @@ class LocalSession:
 
     async def history(self) -> History:
         return self.recorder.history()
+
+    async def plan_pool(self, spec: PoolSpec) -> PoolPlan:
+        return await PoolPlanner(self.mesh).plan(spec)
+
+    async def start_pool(self, name: str) -> AsyncGenerator[PoolState]:
+        async with closing_iterator(self._require_pools().start(name)) as states:
+            async for state in states:
+                yield state
+
+    async def stop_pool(self, name: str) -> None:
+        await self._require_pools().stop(name)
+
+    async def pools(self) -> tuple[PoolState, ...]:
+        if self.pool_manager is not None:
+            return self.pool_manager.states()
+        specs = self.mesh.topology.pools
+        return tuple(PoolState(spec.name, spec.served_name, PoolPhase.STOPPED) for spec in specs)
+
+    def _require_pools(self) -> PoolManager:
+        """Raises MeshNotRunning for a mesh that ends with its command: a pool must not."""
+        if self.pool_manager is None:
+            raise MeshNotRunning("a pool runs in a mesh in the background, and none runs for this configuration")
+        return self.pool_manager
 
     def _require_node(self, node: str | None) -> None:
         """Raises UsageError when the mesh has no such node. ``None`` stands for any node."""

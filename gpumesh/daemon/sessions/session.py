@@ -17,6 +17,8 @@ from gpumesh.config.comparison import ConfigSnapshot
 from gpumesh.config.live_changes import ReloadReport
 from gpumesh.mesh.history import History
 from gpumesh.mesh.outages.outage import Outage
+from gpumesh.pool_spec import PoolSpec
+from gpumesh.pools.base import PoolPlan, PoolState
 from gpumesh.state import MeshState
 from gpumesh.tunnels.base import ExecChunk
 
@@ -116,4 +118,29 @@ class Session(Protocol):
 
     async def history(self) -> History:
         """Returns the last minute of the mesh, as far as the mesh has recorded it."""
+        ...
+
+    async def plan_pool(self, spec: PoolSpec) -> PoolPlan:
+        """Plans a pool, which need not be in mesh.yaml, from what its hosts offer now. Starts nothing.
+
+        A plan that does not fit says so in its ``problems``. Raises PoolError when a member cannot take part or the
+        model cannot be read."""
+        ...
+
+    def start_pool(self, name: str) -> AsyncIterator[PoolState]:
+        """Starts a pool of mesh.yaml, and yields its state now and after changes, until it is ready: that is the last
+        state. A pool that waits for its next start is tried at once; a pool that is ready already stays as it is.
+
+        After a failure that may pass, the pool is started again, and the iteration goes on. Raises UsageError for an
+        unknown pool, and PoolError when a person must act. Closing the iterator before the pool is ready stops the
+        pool, unless it was wanted before."""
+        ...
+
+    async def stop_pool(self, name: str) -> None:
+        """Ends a pool and all its programs on its hosts. Its requests may end where they are for a moment, then they
+        move to other nodes. Raises UsageError for an unknown pool."""
+        ...
+
+    async def pools(self) -> tuple[PoolState, ...]:
+        """Returns the states of all pools of mesh.yaml, in its order."""
         ...

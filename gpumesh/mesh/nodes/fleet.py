@@ -117,18 +117,29 @@ class Fleet:
 
     def regroup(self) -> None:
         """Puts nodes that share a GPU into one group: the balancer treats a group as one node. Requests that still run
-        on a node that is leaving take slots of the group too."""
+        on a node that is leaving take slots of the group too.
+
+        A pool computes on the GPUs of all its members: its requests count for each of them, and theirs for the pool.
+        The members themselves stay apart."""
         # A name that no node can have: a leaving node may have a successor of its own name.
         leaving = {f" leaving {index}": node for index, node in enumerate(self.leaving)}
         by_name = {**self._nodes, **leaving}
+        pools = {name: node for name, node in by_name.items() if node.spec.pool_members}
+        by_name = {name: node for name, node in by_name.items() if name not in pools}
         names = audit.gpu_groups([replace_state(node.state(queued=0), name=name) for name, node in by_name.items()])
         members: dict[str, list[Node]] = {}
         for name, node in by_name.items():  # a node that shares no GPU is a group of its own, by its own name
             members.setdefault(names.get(name, name), []).append(node)
         for name, nodes in members.items():
-            group = GpuGroup(name, [node.account for node in nodes])
+            users = [pool for pool in pools.values() if any(node.name in pool.spec.pool_members for node in nodes)]
+            group = GpuGroup(name, [node.account for node in (*nodes, *users)])
             for node in nodes:
                 node.account.group = group
+        for name, pool in pools.items():
+            used = [
+                node for nodes in members.values() if pool.account in nodes[0].account.group.accounts for node in nodes
+            ]
+            pool.account.group = GpuGroup(name, [node.account for node in (pool, *used)])
         self.update_other_loads()
 
     def update_other_loads(self) -> None:

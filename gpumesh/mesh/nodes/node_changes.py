@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from gpumesh.topology import NodeSpec, Topology
 
@@ -64,3 +64,17 @@ def needs_new_tunnel(before: NodeSpec, after: NodeSpec, *, local_ends_changed: b
         or before.backend.targets != after.backend.targets
         or (local_ends_changed and after.ssh is not None)
     )
+
+
+def with_pool_nodes(topology: Topology, running: Topology) -> Topology:
+    """``topology`` of a changed mesh.yaml with the nodes of the pools that run. Such a node goes with its head: it
+    stays only while mesh.yaml has all members of the pool."""
+    names = {node.name for node in topology.nodes}
+    pool_nodes = [node for node in running.nodes if node.pool_members and names.issuperset(node.pool_members)]
+    return replace(topology, nodes=(*topology.nodes, *pool_nodes))
+
+
+def replace_pool_node(running: Topology, name: str, node: NodeSpec | None) -> Topology:
+    """``running`` with ``node`` as the node of the pool ``name``; ``None``: without a node of this pool."""
+    others = [spec for spec in running.nodes if spec.name != name or not spec.pool_members]
+    return replace(running, nodes=(*others, node) if node is not None else tuple(others))

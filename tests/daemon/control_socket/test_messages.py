@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from datetime import UTC, datetime
 
 import pytest
 
@@ -24,8 +25,22 @@ from gpumesh.errors import (
 )
 from gpumesh.mesh.history import History, HistorySeries
 from gpumesh.mesh.outages.outage import Outage, OutageKind
+from gpumesh.pool_spec import KvType, PoolMember, PoolSpec
+from gpumesh.pools.base import (
+    DeviceOffer,
+    DeviceShare,
+    MemberPlan,
+    MemberState,
+    PathKind,
+    PoolPhase,
+    PoolPlan,
+    PoolState,
+    SpeedForecast,
+    WorkerPath,
+)
 from gpumesh.topology import BackendSpec, NodeSpec, SshSpec, Topology
 from tests.cli.states import typical
+from tests.daemon.scripted import SHAPE
 
 ASK = PromptRequest(
     (Message("system", "s"), Message("user", "ü\n\ud800", ("QUJD",))),
@@ -35,6 +50,27 @@ ASK = PromptRequest(
     options={"stop": ["#"], "temperature": 0.5},
     think="high",
     timeout_s=3.0,
+)
+POOL = PoolSpec("big", "llama3.3:70b", (PoolMember("a"), PoolMember("b", 8192)), "a", split=(60, 20), draft="d.gguf")
+PATH = WorkerPath(PathKind.HEAD_TO_WORKER, 0.4)
+SHARE = DeviceShare(DeviceOffer("NVIDIA GeForce RTX 4090", 0, 24 << 30, 20 << 30), 0, 60, 30, 20, 10, 70)
+FORECAST = SpeedForecast(14.0, 4, 40.0, 20.0, 50.0, 30.0, 0.7)
+PLAN = PoolPlan(
+    "big",
+    "llama3.3:70b",
+    SHAPE,
+    (MemberPlan("a", is_head=True, shares=(SHARE,)), MemberPlan("b", is_head=False, shares=(), path=PATH)),
+    context=4096,
+    parallel=4,
+    kv_type=KvType.Q8_0,
+    problems=("2 GiB too big",),
+    advice=("a context of 2048 fits",),
+    speed=FORECAST,
+)
+STATE = PoolState(
+    *("big", "llama3.3:70b", PoolPhase.LOADING, datetime(2026, 11, 30, tzinfo=UTC)),
+    members=(MemberState("b", False, 20, 1 << 30, 1 << 29, PATH),),
+    predicted=FORECAST,
 )
 REQUESTS: list[ControlRequest] = [
     messages.GetStatus(),
@@ -49,6 +85,10 @@ REQUESTS: list[ControlRequest] = [
     messages.Hold("n", Outage(OutageKind.SERVER, "stop it", "start it")),
     messages.Reconnect("n"),
     messages.Reload(),
+    messages.PlanPool(POOL),
+    messages.StartPool("big"),
+    messages.StopPool("big"),
+    messages.GetPools(),
     messages.Down(10.0),
 ]
 REPLIES: list[ControlReply] = [
@@ -67,6 +107,8 @@ REPLIES: list[ControlReply] = [
     messages.Route("n", 2),
     messages.Piece(Chunk(text="x", done=True, counters=ServerCounters(tokens=2, eval_ms=20.0))),
     messages.Output("stdout", "QUJD", ended=True, exit_status=7),
+    messages.PlannedPool(PLAN),
+    messages.PoolStates((STATE,)),
     messages.End(),
     messages.Error("usage", "m", "h", "n", 2, {"a": 1}),
 ]

@@ -12,12 +12,14 @@ import pytest
 
 from gpumesh.backends.base import Message
 from gpumesh.config.comparison import ConfigSnapshot
-from gpumesh.daemon.control_socket import messages, quick_status
+from gpumesh.daemon.control_socket import framing, messages, quick_status
 from gpumesh.daemon.control_socket.remote_session import RemoteSession
 from gpumesh.daemon.control_socket.server import ControlServer
 from gpumesh.daemon.sessions.session import PromptRequest
 from gpumesh.errors import GPUMeshError, MeshNotRunning
 from gpumesh.mesh.history import History
+from gpumesh.pool_spec import PoolMember, PoolSpec
+from gpumesh.pools.base import PoolPhase
 from gpumesh.topology import BackendSpec, NodeSpec, Topology
 from gpumesh.wire import to_json
 from tests.daemon.scripted import ScriptedSession
@@ -50,6 +52,30 @@ async def test_history_and_reconnect(tmp_path: Path) -> None:
         assert (await remote.reload()).after_restart[0].key == "gateway.listen"
     assert session.reconnected == ["iceland"]
     assert session.reloads == 1
+
+
+async def test_pools_are_planned_started_and_stopped(tmp_path: Path) -> None:
+    async with (
+        ControlServer(ScriptedSession(), tmp_path / "s", on_stop=lambda _: None),
+        asyncio.timeout(20),
+    ):
+        remote = RemoteSession(tmp_path / "s")
+        spec = PoolSpec("big", "m", (PoolMember("a"), PoolMember("b")), "a")
+        assert (await remote.plan_pool(spec)).problems == ("2 GiB too big",)
+        phases = [state.phase async for state in remote.start_pool("big")]
+        assert phases == [PoolPhase.PLANNING, PoolPhase.LOADING, PoolPhase.READY]
+        with pytest.raises(GPUMeshError, match=r"2\.0 GiB are missing") as caught:
+            _ = [state async for state in remote.start_pool("small")]
+        assert (caught.value.code, caught.value.hint) == ("pool-does-not-fit", "less context")
+        await remote.stop_pool("big")
+        assert [state.phase for state in await remote.pools()] == [PoolPhase.STOPPED]
+
+
+async def test_a_mesh_of_an_older_version_has_no_pools(tmp_path: Path) -> None:
+    unknown = messages.encode_message(messages.Error("usage", framing.UNKNOWN_MESSAGE, exit_code=2))
+    async with saying(tmp_path / "s", unknown) as remote:
+        with pytest.raises(GPUMeshError, match="older version, which has no pools"):
+            await remote.pools()
 
 
 async def test_what_the_mesh_has_read(tmp_path: Path) -> None:
