@@ -11,6 +11,8 @@ from typing import Protocol
 from gpumesh.state import TunnelState
 from gpumesh.topology import Target
 
+PROGRAM_END_S = 5.0  # the time for a program to end by itself after the end of its input
+
 
 @dataclass(frozen=True, slots=True)
 class ExecResult:
@@ -71,6 +73,16 @@ class ShellStream(Protocol):
         """Ends the shell and the command line that it runs. May be called twice."""
 
 
+class ProgramStream(ShellStream, Protocol):
+    """The input and the output of a program that ``Tunnel.open_program`` has started. One task may read while another
+    one writes.
+
+    Output that is not read stops the program: at most 2 MiB of it wait in our memory. ``write`` returns when the
+    program's host has taken the data; data for a program that has ended is dropped. ``close`` ends the program's input,
+    so that it ends by itself (``Tunnel.open_program``). A program on this machine has ended when ``close`` returns.
+    """
+
+
 class Tunnel(Protocol):
     """One node's supervised route to its host: SSH (in a worker process) or direct.
 
@@ -122,6 +134,19 @@ class Tunnel(Protocol):
 
         Returns before the shell is ready, and before it is known whether the host gives a session. ``None``: commands
         run on this machine without a session, so ``exec`` is just as good. Raises TunnelDown when the tunnel is not up.
+        """
+
+    async def open_program(self, argv: Sequence[str]) -> ProgramStream:
+        """Starts a program that reads our input, on the host, or on this machine for a node without SSH.
+
+        The program must end by itself, and end its own children, when its input ends: after ``close``, when the
+        connection ends, and when our process is killed. sshd would let it run on, so no other end is sure. On this
+        machine, what is left of its process group is killed ``PROGRAM_END_S`` seconds after ``close``.
+
+        ``argv`` is an argument list; it is quoted for a POSIX shell. So that csh as the login shell can start it, it
+        should have no line break. Returns before it is known whether the host gives a session: then ``read`` raises
+        ExecError. Raises TunnelDown when an SSH tunnel is not up. A node without SSH need not be up: the program
+        may be its server. Raises ExecError when that node is not on this machine, or the program cannot be started.
         """
 
     def suspect(self, reason: str) -> None:

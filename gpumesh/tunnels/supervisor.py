@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import random
 import shlex
 import time
@@ -20,7 +19,7 @@ from datetime import UTC, datetime
 from gpumesh.errors import GPUMeshError, SessionEnded, TunnelDown, TunnelError
 from gpumesh.state import LocalAccess, TunnelPhase, TunnelState
 from gpumesh.topology import DEFAULT_TUNNELS, NodeSpec, SshSpec, Target, TunnelsSpec
-from gpumesh.tunnels.base import ClosableTunnel, ExecChunk, ExecResult, ShellStream, Tunnel
+from gpumesh.tunnels.base import ClosableTunnel, ExecChunk, ExecResult, ProgramStream, ShellStream, Tunnel
 from gpumesh.tunnels.base import Prompter as Prompter  # noqa: PLC0414 - callers of open_tunnel need both
 from gpumesh.tunnels.connect_request import open_connect_request, recorded_fingerprints
 from gpumesh.tunnels.direct.this_machine import ThisMachine
@@ -48,14 +47,13 @@ from gpumesh.tunnels.lifecycle import (
 from gpumesh.tunnels.listeners import CLIENT_WAIT_S, Listeners
 from gpumesh.tunnels.local_system.network_watch import watch_network, watch_sleep
 from gpumesh.tunnels.local_system.repairs import RepairWatch
+from gpumesh.tunnels.refused_users import log_refused_user
 from gpumesh.tunnels.remote_commands.remote_shell import SHELL_COMMAND
 from gpumesh.tunnels.transport import ConnectionInfo, ConnectRequest
 from gpumesh.tunnels.workers.connection_watch import follow_connection
-from gpumesh.tunnels.workers.protocol import ForwardFailed, PeerRefused
+from gpumesh.tunnels.workers.protocol import ForwardFailed
 from gpumesh.tunnels.workers.worker_link import WorkerLink, cause_from_error, error_from_cause
 from gpumesh.tunnels.workers.worker_pool import WorkerHandle, WorkerPool
-
-log = logging.getLogger(__name__)
 
 CLOSE_S = 2.0  # the time for a worker to end its commands and close its connection
 # The time for the worker of a lost connection to reset its clients. A killed worker would only close the clients'
@@ -207,6 +205,9 @@ class SshTunnel:
     async def open_shell(self) -> ShellStream | None:
         return await self._link_when_up().open_shell(SHELL_COMMAND)
 
+    async def open_program(self, argv: Sequence[str]) -> ProgramStream:
+        return await self._link_when_up().open_program(shlex.join(argv))
+
     def suspect(self, reason: str) -> None:  # noqa: ARG002 - the caller has logged the reason
         self._handle_event(Suspected())
 
@@ -338,7 +339,7 @@ class SshTunnel:
             prompter=self._prompter,
             on_connected=lambda info: self._on_connected(setup, info),
             on_forward_failed=self._on_forward_failed,
-            on_peer_refused=lambda refused: _log_refused_user(self._node, refused),
+            on_peer_refused=lambda refused: log_refused_user(self._node, refused),
         )
         self._link = link
         self._forbidden_targets.clear()
@@ -383,17 +384,3 @@ class SshTunnel:
         self._forbidden_targets.add(failed.target)
         if self._forbidden_targets >= set(self._targets):
             self._link.finish(Cause("forwarding-forbidden", failed.message, FORBIDDEN_HINT, needs_person=True))
-
-
-def _log_refused_user(node: str, refused: PeerRefused) -> None:
-    """Logs a warning about the user whose connection was reset. A worker reports each user at most once a minute
-    (local_system/peer_users.py)."""
-    user = f"uid {refused.uid}" if refused.name is None else f"{refused.name} (uid {refused.uid})"
-    log.warning(
-        "user %s tried to connect to port %d, the local end of %s's tunnel, and was reset: it is for your own user"
-        " and root; `tunnels: {share: true}` in mesh.yaml opens it to all users of this machine",
-        user,
-        refused.port,
-        node,
-        extra={"event": "local-user-refused", "node": node},
-    )

@@ -26,7 +26,8 @@ from gpumesh.errors import (
 from gpumesh.state import TunnelPhase, TunnelState
 from gpumesh.text.addresses import is_loopback
 from gpumesh.topology import NodeSpec, Target
-from gpumesh.tunnels.base import ExecChunk, ExecResult, OutputStream, ShellStream
+from gpumesh.tunnels.base import ExecChunk, ExecResult, OutputStream, ProgramStream, ShellStream
+from gpumesh.tunnels.direct.local_program import LocalProgram
 from gpumesh.tunnels.direct.this_machine import ThisMachine, run_command
 from gpumesh.tunnels.local_system.local_command import CHUNK_BYTES, exit_status, local_command
 from gpumesh.tunnels.stagger import stagger_intervals
@@ -177,9 +178,13 @@ class DirectTunnel:
         or ExecError when the server may be on another machine."""
         if self._state.state is not TunnelPhase.UP:
             raise TunnelDown(f"{self._node} is {self._state.state.value}", node=self._node)
+        await self._ensure_any_is_local(self._answering_targets)
+
+    async def _ensure_any_is_local(self, targets: Sequence[Target]) -> None:
+        """Returns if the server of one of these targets runs on this machine. Raises ExecError."""
         reason = "its URL is not on this machine"
         # One answering target whose server runs here is enough; otherwise the last reason is shown.
-        for target in self._answering_targets:
+        for target in targets:
             if target in self._loopback_targets:
                 owner = await self._this_machine.find_owner(target.host, target.port)
                 if owner.is_local:
@@ -203,6 +208,15 @@ class DirectTunnel:
 
     async def open_shell(self) -> ShellStream | None:
         return None  # a command on this machine waits for no login shell
+
+    async def open_program(self, argv: Sequence[str]) -> ProgramStream:
+        # While no target answers, the node's server, which may be this program, does not run yet.
+        if self._answering_targets or not self._loopback_targets:
+            await self._ensure_any_is_local(self._answering_targets)
+        try:
+            return await LocalProgram.start(argv, self._node)
+        except (OSError, ValueError) as error:
+            raise _make_start_error(argv, self._node, error) from error
 
     async def exec_stream(self, argv: Sequence[str]) -> AsyncIterator[ExecChunk]:
         await self._ensure_server_is_local()

@@ -50,15 +50,15 @@ async def local_command(
         # ``shield`` lets the start go on: a cancelled start would make asyncio kill the process, but not its children.
         # So the start is awaited here, and then the whole group is killed. A start that fails leaves nothing.
         with contextlib.suppress(OSError, ValueError):
-            await _kill_group(await start_task)
+            await kill_group(await start_task)
         raise
     try:
         yield process
     finally:
-        await _kill_group(process)
+        await kill_group(process)
 
 
-async def _kill_group(process: asyncio.subprocess.Process) -> None:
+async def kill_group(process: asyncio.subprocess.Process) -> None:
     """Kills the process and all processes that it started, and waits for its end."""
     # Nothing in the group runs any more: ProcessLookupError, on macOS perhaps PermissionError.
     with contextlib.suppress(ProcessLookupError, PermissionError):

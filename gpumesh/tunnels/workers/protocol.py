@@ -29,6 +29,9 @@ class StartCommand:
     ``stream``: send the output as it comes, without a limit of bytes. Otherwise send at most ``limit_bytes`` of stdout
     and of stderr, at the end. ``timeout_s``: end the command after this time; ``None``: it has no deadline.
     ``has_input``: the command reads the data of ``Input`` messages, and ends by itself when its input ends.
+    ``window_bytes``: the command is a program (``Tunnel.open_program``). At most so many bytes of its output are sent
+    before ``Credit`` comes for them, each ``Input`` is answered with ``InputTaken``, and the program is not ended for
+    the sake of another command.
     """
 
     id: int
@@ -37,6 +40,7 @@ class StartCommand:
     limit_bytes: int
     stream: bool = False
     has_input: bool = False
+    window_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +49,14 @@ class Input:
 
     id: int
     data: str = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Credit:
+    """``bytes`` more of the output of the program ``id`` may be sent, because as many were read."""
+
+    id: int
+    bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +130,13 @@ class Done:
 
 
 @dataclass(frozen=True, slots=True)
+class InputTaken:
+    """The data of one ``Input`` for the program ``id`` is on its way to the host."""
+
+    id: int
+
+
+@dataclass(frozen=True, slots=True)
 class Pong:
     """The answer to ``Ping``. ``rtt_ms`` is ``None`` when the host did not answer in time."""
 
@@ -156,8 +175,10 @@ class Prompt:
     echo: bool
 
 
-ToWorker = ConnectRequest | StartCommand | Input | Kill | Ping | Reply | Close
-FromWorker = ConnectionInfo | Failed | Lost | OutputPiece | Done | Pong | ForwardFailed | PeerRefused | Prompt
+ToWorker = ConnectRequest | StartCommand | Input | Credit | Kill | Ping | Reply | Close
+FromWorker = (
+    ConnectionInfo | Failed | Lost | OutputPiece | Done | InputTaken | Pong | ForwardFailed | PeerRefused | Prompt
+)
 
 _TYPES_BY_NAME: Mapping[str, type[ToWorker] | type[FromWorker]] = {
     message_type.__name__: message_type for message_type in (*get_args(ToWorker), *get_args(FromWorker))

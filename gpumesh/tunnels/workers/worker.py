@@ -28,11 +28,13 @@ from gpumesh.tunnels.transports import load_connect
 from gpumesh.tunnels.workers import protocol
 from gpumesh.tunnels.workers.protocol import (
     Close,
+    Credit,
     Done,
     Failed,
     ForwardFailed,
     FromWorker,
     Input,
+    InputTaken,
     Kill,
     Lost,
     OutputPiece,
@@ -63,6 +65,29 @@ def main(control: socket.socket, listeners: Sequence[socket.socket]) -> int:
     return 0
 
 
+class Program:
+    """A program of ``Tunnel.open_program``. ``started`` gets its result when the host has started it."""
+
+    def __init__(self, window_bytes: int) -> None:
+        self.started: asyncio.Future[RemoteCommand] = asyncio.get_running_loop().create_future()
+        self._credit = window_bytes  # bytes of output that may still be sent
+        self._has_credit = asyncio.Event()
+
+    def __repr__(self) -> str:
+        return f"<Program {'RUNNING' if self.started.done() else 'STARTING'} credit {self._credit}>"
+
+    def add_credit(self, count: int) -> None:
+        self._credit += count
+        self._has_credit.set()
+
+    async def take_credit(self, count: int) -> None:
+        """Waits until ``count`` bytes of output may be sent: meanwhile no more is read from the host."""
+        while self._credit < count:
+            self._has_credit.clear()
+            await self._has_credit.wait()
+        self._credit -= count
+
+
 class Worker:
     """Handles the supervisor's messages, and sends it the reports of the connection (as its ``ConnectionEvents``)."""
 
@@ -71,7 +96,8 @@ class Worker:
         self._writer: asyncio.StreamWriter | None = None
         self._prompts: dict[int, asyncio.Future[str | None]] = {}
         self._commands: dict[int, asyncio.Task[None]] = {}
-        self._shells: dict[int, RemoteCommand] = {}  # the commands with ``has_input`` that run
+        self._shells: dict[int, RemoteCommand] = {}  # the commands with ``has_input`` that run, except programs
+        self._programs: dict[int, Program] = {}
         self._report_tasks: set[asyncio.Task[None]] = set()
         self._setup: ConnectRequest | None = None
         self._connection: HostConnection | None = None
@@ -176,10 +202,17 @@ class Worker:
                 case Ping():  # in a task, as commands: other messages do not wait for the host's answer
                     group.create_task(self._ping(message))
                 case StartCommand():
+                    if message.window_bytes is not None:  # here, so that input that comes next finds it
+                        self._programs[message.id] = Program(message.window_bytes)
                     self._commands[message.id] = group.create_task(self._exec(message))
                 case Input(id=command_id, data=data):
                     if command_id in self._shells:  # otherwise it has ended
                         group.create_task(self._shells[command_id].write(base64.b64decode(data)))
+                    elif command_id in self._programs:
+                        group.create_task(self._write_to_program(command_id, base64.b64decode(data)))
+                case Credit(id=command_id, bytes=count):
+                    if command_id in self._programs:
+                        self._programs[command_id].add_credit(count)
                 case Kill(id=command_id):
                     if command_id in self._commands:
                         self._commands[command_id].cancel()
@@ -210,7 +243,8 @@ class Worker:
                 try:
                     done = await self._run_command(self._connection, request)
                 except SessionRefused:
-                    if request.has_input or not await self._end_shells():
+                    is_shell = request.has_input and request.id not in self._programs
+                    if is_shell or not await self._end_shells():
                         raise
                     done = await self._run_command_when_free(self._connection, request)
         except TimeoutError:
@@ -219,13 +253,23 @@ class Worker:
             done = Done(request.id, None, error=error.message, hint=error.hint)
         finally:
             self._commands.pop(request.id, None)
+            if (program := self._programs.pop(request.id, None)) is not None:
+                program.started.cancel()  # input that waits for the start is dropped
             await self._send(done)
+
+    async def _write_to_program(self, command_id: int, data: bytes) -> None:
+        """Writes to the input of a program, which may be about to start, and reports when the host has the data."""
+        command = await self._programs[command_id].started
+        await command.write(data)
+        await self._send(InputTaken(command_id))
 
     async def _run_command(self, connection: HostConnection, request: StartCommand) -> Done:
         """Starts the command and sends its output. Returns when it has ended. Raises ExecError."""
         command = await connection.start_command(request.command, has_input=request.has_input)
         try:
-            if request.has_input:
+            if request.id in self._programs:
+                self._programs[request.id].started.set_result(command)
+            elif request.has_input:
                 self._shells[request.id] = command
             truncated = await self._send_output(command, request)
             return Done(request.id, command.exit_status, truncated)
@@ -244,8 +288,8 @@ class Worker:
         return await self._run_command(connection, request)
 
     async def _end_shells(self) -> bool:
-        """Ends the commands with input, so that the host has a session for another command. Returns whether there was
-        such a command. The supervisor starts it again when it needs it."""
+        """Ends the shells, so that the host has a session for another command. Returns whether there was
+        such a shell. The supervisor starts it again when it needs it."""
         tasks = [self._commands[command_id] for command_id in self._shells]
         for task in tasks:
             task.cancel()
@@ -259,8 +303,11 @@ class Worker:
         of stdout and of stderr are sent at the end; the rest is read and dropped, so that the command can end.
         """
         if request.stream:
+            program = self._programs.get(request.id)
             while (piece := await command.read()) is not None:
                 stream, data = piece
+                if program is not None:
+                    await program.take_credit(len(data))
                 await self._send(_make_output(request.id, stream, data))
             return False
         collected: dict[OutputStream, bytearray] = {OutputStream.STDOUT: bytearray(), OutputStream.STDERR: bytearray()}

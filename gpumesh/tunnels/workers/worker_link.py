@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import itertools
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
@@ -12,13 +13,16 @@ from gpumesh.errors import ExecError, OutputOverflow, TunnelDown, TunnelError, t
 from gpumesh.tunnels.base import ExecChunk, ExecResult, OutputStream, Prompter
 from gpumesh.tunnels.lifecycle import Cause
 from gpumesh.tunnels.transport import ConnectionInfo
+from gpumesh.tunnels.workers.linked_streams import LinkedProgram, LinkedShell
 from gpumesh.tunnels.workers.protocol import (
     Close,
+    Credit,
     Done,
     Failed,
     ForwardFailed,
     FromWorker,
     Input,
+    InputTaken,
     Kill,
     Lost,
     OutputPiece,
@@ -34,6 +38,7 @@ from gpumesh.tunnels.workers.worker_pool import WorkerHandle
 STREAM_LIMIT_BYTES = 64 << 20  # a streamed command is ended when more of its output (as base64) waits for the reader
 DEADLINE_SLACK_S = 2.0  # the worker ends a command at its deadline; this is the extra time for the worker's report
 PING_SLACK_S = 0.25  # the extra time for the worker's report of a ping
+PROGRAM_WINDOW_BYTES = 1 << 20  # of a program's output, which wait for the reader; then the program has to wait
 _OVERFLOW = "its output came faster than it was read"
 SHELL_LIMIT_BYTES = 4 << 20  # the same for a shell, whose output is read only while one of our command lines runs
 KILL_TIMEOUT_S = 2.0  # the time to send ``Kill``
@@ -50,15 +55,25 @@ def error_from_cause(cause: Cause, node: str) -> TunnelError:
 
 
 @dataclass(slots=True)
-class _PendingCommand:
+class PendingCommand:
     """A command on the host, and its messages from the worker. ``None`` in ``messages``: the connection has ended.
 
     ``queued_bytes`` counts the bytes of output (as base64) in ``messages``; above ``limit_bytes`` the command is ended.
+    ``inputs_taken`` counts the ``InputTaken`` of a program. ``input_changed`` is set when it grows, and at the end.
     """
 
     limit_bytes: int
     messages: asyncio.Queue[OutputPiece | Done | None] = field(default_factory=asyncio.Queue)
     queued_bytes: int = 0
+    inputs_taken: int = 0
+    has_ended: bool = False
+    input_changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def end(self, message: Done | None) -> None:
+        """Puts the last message into the queue. ``None``: the end of the connection has cut the command off."""
+        self.messages.put_nowait(message)
+        self.has_ended = True
+        self.input_changed.set()
 
 
 class WorkerLink:
@@ -89,7 +104,7 @@ class WorkerLink:
         self._on_peer_refused = on_peer_refused
         self._ids = itertools.count(1)
         self._pings: dict[int, asyncio.Future[float | None]] = {}
-        self._commands: dict[int, _PendingCommand] = {}
+        self._commands: dict[int, PendingCommand] = {}
 
     def __repr__(self) -> str:
         state = "UP" if self.connected.is_set() else "CONNECTING"
@@ -105,7 +120,7 @@ class WorkerLink:
             if not ping.done():
                 ping.set_result(None)
         for command in self._commands.values():
-            command.messages.put_nowait(None)
+            command.end(None)
 
     def cut(self) -> None:
         """Ends the worker's process, and with it the connection, as a crash would. ``receive_messages`` notices it."""
@@ -142,6 +157,10 @@ class WorkerLink:
                     ping.set_result(rtt_ms)
             case OutputPiece() | Done():
                 self._queue_message(message)
+            case InputTaken(id=command_id):
+                if command_id in self._commands:
+                    self._commands[command_id].inputs_taken += 1
+                    self._commands[command_id].input_changed.set()
             case ForwardFailed():
                 self._on_forward_failed(message)
             case PeerRefused():
@@ -248,17 +267,40 @@ class WorkerLink:
             raise
         return LinkedShell(self, request.id, pending)
 
+    async def open_program(self, command: str) -> LinkedProgram:
+        """Starts ``command``, which reads our input, as ``Tunnel.open_program`` says. Raises TunnelDown."""
+        request = StartCommand(
+            next(self._ids), command, timeout_s=None, limit_bytes=0, stream=True, has_input=True,
+            window_bytes=PROGRAM_WINDOW_BYTES,
+        )  # fmt: skip
+        try:
+            # base64 takes 4/3 of the bytes. The limit is larger, so that only a broken worker exceeds it.
+            pending = await self._start_command(request, limit_bytes=2 * PROGRAM_WINDOW_BYTES)
+        except BaseException:
+            await self.forget_command(request.id, succeeded=False)
+            raise
+        return LinkedProgram(self, request.id, pending)
+
     async def send_input(self, command_id: int, data: bytes) -> None:
-        """Sends ``data`` to the input of a command of ``open_shell``. Raises TunnelDown."""
+        """Sends ``data`` to the input of a command of ``open_shell`` or ``open_program``. Raises TunnelDown."""
         await self._worker.send(Input(command_id, base64.b64encode(data).decode("ascii")))
 
-    async def _start_command(self, request: StartCommand, limit_bytes: int) -> _PendingCommand:
+    async def send_credit(self, command_id: int, count: int) -> None:
+        """Lets the worker send ``count`` more bytes of a program's output. Does nothing when the worker has ended."""
+        with contextlib.suppress(TunnelDown):  # the next message of the program tells of the end
+            await self._worker.send(Credit(command_id, count))
+
+    async def _start_command(self, request: StartCommand, limit_bytes: int) -> PendingCommand:
         """Sends the request, and returns the command whose ``messages`` get the answers. Raises TunnelDown."""
-        pending = self._commands[request.id] = _PendingCommand(limit_bytes)
-        if self.end_cause.done():
-            raise TunnelDown(f"the tunnel of {self._node} is down", node=self._node)
+        pending = self._commands[request.id] = PendingCommand(limit_bytes)
+        self.ensure_connected()
         await self._worker.send(request)
         return pending
+
+    def ensure_connected(self) -> None:
+        """Raises TunnelDown when the connection has ended."""
+        if self.end_cause.done():
+            raise TunnelDown(f"the tunnel of {self._node} is down", node=self._node)
 
     def _queue_message(self, message: OutputPiece | Done) -> None:
         """Puts a message into its command's queue. Ends the command with an error if too much output waits there."""
@@ -268,10 +310,12 @@ class WorkerLink:
         if isinstance(message, OutputPiece):
             command.queued_bytes += len(message.data)
             if command.queued_bytes > command.limit_bytes:
-                command.messages.put_nowait(Done(message.id, None, error=_OVERFLOW))
+                command.end(Done(message.id, None, error=_OVERFLOW))
                 del self._commands[message.id]
                 return
-        command.messages.put_nowait(message)
+            command.messages.put_nowait(message)
+        else:
+            command.end(message)
 
     def ensure_succeeded(self, done: Done | None) -> Done:
         """Returns ``done``, a command's last message. ``None``: the end of the connection has cut the command off.
@@ -299,27 +343,3 @@ class WorkerLink:
             pass  # the host ends the commands of a connection that has ended
         except TimeoutError:
             pass  # the worker reads nothing: it hangs, the next ping fails, and the supervisor ends the connection
-
-
-class LinkedShell:
-    """The stream of a shell on the host; see ``base.ShellStream``."""
-
-    def __init__(self, link: WorkerLink, command_id: int, pending: _PendingCommand) -> None:
-        self._link = link
-        self._command_id = command_id
-        self._pending = pending
-
-    async def write(self, data: bytes) -> None:
-        await self._link.send_input(self._command_id, data)
-
-    async def read(self) -> ExecChunk:
-        message = await self._pending.messages.get()
-        if isinstance(message, OutputPiece):
-            self._pending.queued_bytes -= len(message.data)
-            return ExecChunk(OutputStream(message.stream), base64.b64decode(message.data))
-        self._pending.messages.put_nowait(message)  # for later calls, which must also get the end
-        done = self._link.ensure_succeeded(message)
-        return ExecChunk(OutputStream.STDOUT, b"", ended=True, exit_status=done.exit_status)
-
-    async def close(self) -> None:
-        await self._link.forget_command(self._command_id, succeeded=False)
