@@ -1,1 +1,1 @@
-"""Which node holds which layers of a pool's model, whether that fits, and how fast it will be. Pure: no I/O, no clock."""
+"""Which node holds which layers of a pool's model, whether that fits, and how fast it is. Pure: no I/O, no clock."""
