@@ -119,7 +119,8 @@ class WorkerPath:
 @dataclass(frozen=True, slots=True)
 class DeviceShare:
     """What one device gets: the layers ``first_layer`` (from 0) to ``last_layer`` (the output counts as layer number
-    ``ModelShape.layers``); none if ``layers`` is 0. ``offered_bytes``: what the plan may use of it."""
+    ``ModelShape.layers``); none if ``layers`` is 0. ``offered_bytes``: what the plan may use of it. ``draft_bytes``:
+    what the draft model needs of it, in all (only on one device of the head)."""
 
     device: DeviceOffer
     first_layer: int
@@ -128,10 +129,11 @@ class DeviceShare:
     kv_bytes: int
     compute_bytes: int
     offered_bytes: int
+    draft_bytes: int = 0
 
     @property
     def needed_bytes(self) -> int:
-        return self.weights_bytes + self.kv_bytes + self.compute_bytes
+        return self.weights_bytes + self.kv_bytes + self.compute_bytes + self.draft_bytes
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
-from gpumesh.pool_spec import PoolSpec
+from gpumesh.pool_spec import KvType, PoolSpec
 from gpumesh.pools.base import HostOffer, ModelShape, PoolPlan, WorkerPath
+from gpumesh.pools.planning.advice import advice_if_it_fits, advice_if_too_large
+from gpumesh.pools.planning.choice import choose_split, members_of
+from gpumesh.pools.planning.explicit_split import find_split_problem, split_as_written
+from gpumesh.pools.planning.hosts import gather_hosts
+from gpumesh.pools.planning.memory import Load
+from gpumesh.pools.planning.problems import head_problems, memory_problems, model_problems
+from gpumesh.pools.planning.speed import forecast_load, forecast_speed
+from gpumesh.pools.planning.split import Model
 
 
 def plan_pool(
@@ -21,4 +30,42 @@ def plan_pool(
     ``offers`` has one offer for each node of ``spec.members``. ``paths`` has, by node, the way from the head to each
     other member. ``draft`` is the shape of ``spec.draft``.
     """
-    raise NotImplementedError
+    load = Load.of(spec)
+    model = Model.of(shape, load)
+    draft_bytes = _draft_bytes(draft, load)
+    hosts = gather_hosts(spec, offers, paths, draft_bytes=draft_bytes, unload=spec.unload)
+    split_problem = find_split_problem(spec, shape)
+    split = choose_split(model, hosts) if spec.split is None or split_problem else split_as_written(spec, model, hosts)
+    members = members_of(model, hosts, split, [member.node for member in spec.members])
+    problems = [*head_problems(spec, offers), *model_problems(spec, shape, draft)]
+    if split_problem:
+        problems.append(split_problem)
+    too_large = list(memory_problems(spec, shape, split, members, offers))
+    plan = PoolPlan(
+        pool=spec.name,
+        model=spec.model,
+        shape=shape,
+        members=members,
+        context=spec.context,
+        parallel=spec.parallel,
+        kv_type=spec.kv_type,
+        problems=(*problems, *too_large),
+        draft=draft,
+    )
+    if too_large and not problems:
+        advice = advice_if_too_large(spec, model, offers, paths, draft_bytes=draft_bytes)
+        return replace(plan, advice=tuple(advice))
+    if plan.problems:
+        return plan
+    speed = forecast_speed(shape, members, context=spec.context, parallel=spec.parallel, draft=draft)
+    start = forecast_load(shape, members)
+    plan = replace(plan, speed=speed, sent_bytes=start.sent_bytes, load_s=start.load_s)
+    return replace(plan, advice=tuple(advice_if_it_fits(spec, plan, offers)))
+
+
+def _draft_bytes(draft: ModelShape | None, load: Load) -> int:
+    """What a draft model needs on the head. llama-server gives it the same context, and a cache of F16."""
+    if draft is None:
+        return 0
+    model = Model.of(draft, replace(load, kv_type=KvType.F16))
+    return model.needed_before[-1] + model.compute_bytes(0, len(model.needs))
