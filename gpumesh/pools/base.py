@@ -73,7 +73,8 @@ class ModelShape:
 class DeviceOffer:
     """A device that can hold layers. ``name`` is for people (``NVIDIA GeForce RTX 4090``, ``CPU``). ``index`` is
     nvidia-smi's; ``None``: the host's CPU. ``bytes_per_s``: how fast it reads its weights while it decodes; ``None``:
-    unknown. ``held_by_others``: bytes of it that Ollama could free."""
+    unknown. ``held_by_others``: bytes of it that Ollama could free. ``token_cost``: how much longer a step takes for
+    each further token in it, as a part of the step of one token; ``None``: not measured."""
 
     name: str
     index: int | None
@@ -81,6 +82,7 @@ class DeviceOffer:
     free_bytes: int
     bytes_per_s: float | None = None
     held_by_others: int = 0
+    token_cost: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

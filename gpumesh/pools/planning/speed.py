@@ -54,17 +54,14 @@ def forecast_speed(
     draft_acceptance: float = ASSUMED_ACCEPTANCE,
     draft_length: int | None = None,
     filled: float | None = None,
-    token_cost: float | None = None,
 ) -> SpeedForecast | None:
     """How fast the pool decodes; ``None`` if a device's ``bytes_per_s`` or a worker's ``rtt_ms`` is not known.
 
     - ``context`` is that of one stream. ``filled``: how many tokens of it are used; ``None``: half of them.
     - ``draft`` runs on the head, on its fastest device. ``draft_acceptance``: the probability that a token of it is
       taken over. ``draft_length``: the tokens that it proposes for a step; ``None``: as many as make the pool fastest.
-    - ``token_cost``: the measured cost of a further token in a step, as a part of the step of one token, for all
-      devices; ``None``: as assumed for a GPU and for a CPU.
     """
-    pool = _Pool(shape, tuple(members), context, parallel, context / 2 if filled is None else filled, token_cost)
+    pool = _Pool(shape, tuple(members), context, parallel, context / 2 if filled is None else filled)
     if not pool.is_known:
         return None
     one, all_streams = pool.step(tokens=1, streams=1), pool.step(tokens=parallel, streams=parallel)
@@ -142,7 +139,6 @@ class _Pool:
     context: int
     parallel: int
     filled: float
-    token_cost: float | None
 
     @property
     def is_known(self) -> bool:
@@ -192,7 +188,7 @@ class _Pool:
             weights += self.shape.output_bytes
         cache = share.kv_bytes * (self.filled / self.context) * (streams / self.parallel)
         assumed_cost = CPU_TOKEN_COST if share.device.index is None else GPU_TOKEN_COST
-        token_cost = assumed_cost if self.token_cost is None else self.token_cost
+        token_cost = assumed_cost if share.device.token_cost is None else share.device.token_cost
         assert share.device.bytes_per_s is not None  # is_known
         return (weights * (1 + token_cost * (tokens - 1)) + cache) / share.device.bytes_per_s
 
