@@ -3,8 +3,8 @@
     python benchmarks/pool_speed.py [--rtt-ms MS ...] [--workers N ...] [--streams N ...] [--tokens N] [--rounds N]
         [--json FILE] [--check]
 
-A llama-server with layers of its own has one or two ggml-rpc-servers behind links with a round trip (delaying_relay.py).
-The forecast knows: the model's shape, the split, the round trip that an echo through the same link measures, and the
+A llama-server with layers of its own has one or two ggml-rpc-servers behind links with a round trip
+(delaying_relay.py). The forecast knows: the model's shape, the split, the round trip that an echo through the same link measures, and the
 rate of this machine's CPU, which is measured first with the whole model in one llama-server: with one stream, and with
 as many as are measured later. Nothing else is fitted. ``--check`` exits 1 unless all tokens/s are within 25 %.
 
