@@ -4,9 +4,10 @@
         [--json FILE] [--check]
 
 A llama-server with layers of its own has one or two ggml-rpc-servers behind links with a round trip
-(delaying_relay.py). The forecast knows: the model's shape, the split, the round trip that an echo through the same link measures, and the
-rate of this machine's CPU, which is measured first with the whole model in one llama-server: with one stream, and with
-as many as are measured later. Nothing else is fitted. ``--check`` exits 1 unless all tokens/s are within 25 %.
+(delaying_relay.py). The forecast knows the model's shape, the split, and the round trip of an echo through the same
+link. It also knows the rate of this machine's CPU, which is measured first with the whole model in one llama-server:
+with one stream, and with as many as are measured later. Nothing else is fitted. ``--check`` exits 1 unless all tokens/s
+are within 25 %.
 
 Other load on the machine makes the figures worthless: `chrt -f 20 taskset -c 0,1 python benchmarks/pool_speed.py`.
 """

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from gpumesh.pools.base import DeviceShare, MemberPlan, ModelShape, PathKind, SpeedForecast, WorkerPath
+from gpumesh.pools.base import DeviceOffer, DeviceShare, MemberPlan, ModelShape, PathKind, SpeedForecast, WorkerPath
 from gpumesh.pools.planning.rpc_traffic import (
     GRAPH_TOKENS,
     WorkerTraffic,
@@ -72,11 +72,11 @@ def forecast_speed(
         compute_ms=one.compute_s * 1000,
         round_trips_ms=one.way_s * 1000,
     )
-    draft_token_s = None if draft is None else pool.draft_token_s(draft)
-    if draft_token_s is None:
+    device = pool.draft_device()
+    if draft is None or device is None:
         return forecast
     lengths = range(1, LONGEST_DRAFT + 1) if draft_length is None else (draft_length,)
-    rates = {length: pool.draft_rate(length, draft_acceptance, draft_token_s) for length in lengths}
+    rates = {length: pool.draft_rate(draft, device, length, draft_acceptance) for length in lengths}
     best = max(rates, key=rates.__getitem__)
     return replace(forecast, draft_tokens_per_s=rates[best], draft_acceptance=draft_acceptance, draft_length=best)
 
@@ -101,6 +101,13 @@ def forecast_load(
         way_s = _way_s(member.path, traffic, needs_rate=member.path.kind is not PathKind.LOCAL)
         load_s = None if load_s is None or way_s is None else load_s + way_s + weights / HASH_BYTES_PER_S
     return LoadForecast(sent_bytes, load_s)
+
+
+def forecast_way_ms(shape: ModelShape, members: Sequence[MemberPlan], *, context: int) -> float | None:
+    """The milliseconds that a token of one stream waits for the ways to the workers. So 1000 / this is the most that one
+    stream can reach, however fast the devices are. ``None`` if a worker's ``rtt_ms`` is not known."""
+    pool = _Pool(shape, tuple(members), context, 1, context / 2)
+    return pool.way_s(tokens=1, streams=1) * 1000 if pool.ways_are_known else None
 
 
 def forecast_prompt_way_s(shape: ModelShape, members: Sequence[MemberPlan], *, tokens: int) -> float | None:
@@ -141,20 +148,29 @@ class _Pool:
     filled: float
 
     @property
+    def ways_are_known(self) -> bool:
+        """Whether the round trip to each worker is known."""
+        paths = [member.path for member in self.members if member.layers and member.path is not None]
+        return all(path.rtt_ms is not None for path in paths)
+
+    @property
     def is_known(self) -> bool:
-        """Whether the rate of each device and the round trip to each worker are known."""
-        used = [member for member in self.members if member.layers]
-        rates = [share.device.bytes_per_s for member in used for share in member.shares if share.layers]
-        paths = [member.path for member in used if member.path is not None]
-        return bool(rates) and all(rates) and all(path.rtt_ms is not None for path in paths)
+        """Whether the rate of each used device, and the round trip to each worker, are known."""
+        rates = [share.device.bytes_per_s for member in self.members for share in member.shares if share.layers]
+        return bool(rates) and all(rates) and self.ways_are_known
 
     def step(self, *, tokens: int, streams: int) -> _Step:
         """One step of ``tokens`` tokens, which belong to so many streams."""
         shares = [share for member in self.members for share in member.shares if share.layers]
+        compute_s = sum(self._compute_s(share, tokens, streams) for share in shares)
+        return _Step(compute_s, self.way_s(tokens=tokens, streams=streams))
+
+    def way_s(self, *, tokens: int, streams: int) -> float:
+        """The seconds of a step on the ways to the workers, each of which is passed after the one before it."""
         graphs = GRAPHS_PER_ANSWER * streams / GRAPH_TOKENS
         way_s = 0.0
         for member in self.members:
-            if member.path is None or not member.layers:
+            if member.path is None:
                 continue
             for share in member.shares:
                 if share.layers:
@@ -162,24 +178,28 @@ class _Pool:
                     traffic = estimate_step(self.shape, tokens=tokens, filled=self.filled, has_output=has_output)
                     traffic = traffic + estimate_new_graph(share.layers).scale(graphs)
                     way_s += _way_s(member.path, traffic) or 0.0
-        return _Step(sum(self._compute_s(share, tokens, streams) for share in shares), way_s)
+        return way_s
 
-    def draft_token_s(self, draft: ModelShape) -> float | None:
-        """The seconds in which the head's fastest device computes one token of the draft model; ``None``: unknown."""
+    def draft_device(self) -> DeviceOffer | None:
+        """The head's fastest device, which computes the draft model; ``None`` if the rate of none is known."""
         devices = [share.device for member in self.members if member.is_head for share in member.shares]
-        rate = max((device.bytes_per_s or 0.0 for device in devices), default=0.0)
-        return _read_bytes(draft, sum(draft.layer_bytes), tokens=1) / rate + draft.output_bytes / rate if rate else None
+        known = [device for device in devices if device.bytes_per_s]
+        return max(known, key=lambda device: device.bytes_per_s or 0.0, default=None)
 
-    def draft_rate(self, length: int, acceptance: float, draft_token_s: float) -> float:
+    def draft_rate(self, draft: ModelShape, device: DeviceOffer, length: int, acceptance: float) -> float:
         """Tokens per second of one stream, if the draft model proposes ``length`` tokens for each step.
 
         A step yields the tokens up to the first that is not taken over, and one of the model's own: the sum of
         ``acceptance ** n`` for n from 0 to ``length`` (Leviathan et al., 2023, "Fast Inference from Transformers via
-        Speculative Decoding", equation 1).
+        Speculative Decoding", equation 1). llama-server's draft model computes one token after the other, and then the
+        whole step once more (common/speculative.cpp, ``draft`` and ``process``).
         """
         yielded = sum(acceptance**n for n in range(length + 1))
         step = self.step(tokens=length + 1, streams=1)
-        return yielded / (step.total_s + length * draft_token_s)
+        weights = sum(draft.layer_bytes)
+        draft_s = length * _device_s(device, _read_bytes(draft, weights, tokens=1) + draft.output_bytes, tokens=1)
+        draft_s += _device_s(device, _read_bytes(draft, weights, tokens=length + 1), tokens=length + 1)
+        return yielded / (step.total_s + draft_s)
 
     def _compute_s(self, share: DeviceShare, tokens: int, streams: int) -> float:
         layers = self.shape.layer_bytes[share.first_layer : share.first_layer + share.layers]
@@ -187,10 +207,15 @@ class _Pool:
         if _has_output(self.shape, share):
             weights += self.shape.output_bytes
         cache = share.kv_bytes * (self.filled / self.context) * (streams / self.parallel)
-        assumed_cost = CPU_TOKEN_COST if share.device.index is None else GPU_TOKEN_COST
-        token_cost = assumed_cost if share.device.token_cost is None else share.device.token_cost
-        assert share.device.bytes_per_s is not None  # is_known
-        return (weights * (1 + token_cost * (tokens - 1)) + cache) / share.device.bytes_per_s
+        return _device_s(share.device, weights, tokens=tokens) + _device_s(share.device, cache, tokens=1)
+
+
+def _device_s(device: DeviceOffer, read_bytes: float, *, tokens: int) -> float:
+    """The seconds in which the device computes so many tokens with weights of ``read_bytes``."""
+    assumed_cost = CPU_TOKEN_COST if device.index is None else GPU_TOKEN_COST
+    token_cost = assumed_cost if device.token_cost is None else device.token_cost
+    assert device.bytes_per_s is not None  # the caller has made sure
+    return read_bytes * (1 + token_cost * (tokens - 1)) / device.bytes_per_s
 
 
 def _has_output(shape: ModelShape, share: DeviceShare) -> bool:
