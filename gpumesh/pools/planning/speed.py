@@ -104,8 +104,8 @@ def forecast_load(
 
 
 def forecast_way_ms(shape: ModelShape, members: Sequence[MemberPlan], *, context: int) -> float | None:
-    """The milliseconds that a token of one stream waits for the ways to the workers. So 1000 / this is the most that one
-    stream can reach, however fast the devices are. ``None`` if a worker's ``rtt_ms`` is not known."""
+    """The milliseconds that a token of one stream waits for the ways to the workers. One stream reaches at most
+    1000 / this tokens per second, however fast the devices are. ``None`` if a worker's ``rtt_ms`` is not known."""
     pool = _Pool(shape, tuple(members), context, 1, context / 2)
     return pool.way_s(tokens=1, streams=1) * 1000 if pool.ways_are_known else None
 
