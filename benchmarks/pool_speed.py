@@ -187,7 +187,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--dim", type=int, default=1024)
-    parser.add_argument("--option", nargs="*", default=[], help="further options of llama-server")
+    parser.add_argument("--option", action="append", default=[], help="a further option of llama-server")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--check", action="store_true")
     arguments = parser.parse_args()

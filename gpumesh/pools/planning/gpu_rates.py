@@ -123,8 +123,8 @@ def learn_bytes_per_s(weights_bytes: int, tokens_per_s: float) -> float | None:
 def learn_from_pool(predicted: SpeedForecast, tokens_per_s: float) -> float | None:
     """By what the ``bytes_per_s`` of a pool's devices must be multiplied, so that its forecast is as measured.
 
-    ``tokens_per_s``: the measured rate of one stream, without a draft model. ``None`` if the ways alone explain it: then
-    the devices' rate cannot be told.
+    ``tokens_per_s``: the measured rate of one stream, without a draft model. ``None`` if the ways alone explain it, so
+    that the devices' rate cannot be told.
     """
     if tokens_per_s <= 0 or predicted.compute_ms <= 0:
         return None
