@@ -21,8 +21,10 @@ ANSWER_BYTES = 8  # the length before an answer
 GRAPH_TOKENS = 256
 # The tensors that the graph of one layer consists of, its weights among them (a llama; others have a few more).
 GRAPH_TENSORS_PER_LAYER = 50
-# A new graph asks the worker for the memory of each attention (GET_ALLOC_SIZE), as a result and as a source.
+# A new graph asks the worker for the memory of each attention, and of each product with experts (GET_ALLOC_SIZE): once
+# as a result, and once as a source of the next tensor.
 GRAPH_WAITS_PER_LAYER = 2
+GRAPH_WAITS_PER_EXPERT_LAYER = 2 + 3 * 2
 
 # A prompt is read in pieces of so many tokens (llama-server's --ubatch-size).
 PROMPT_TOKENS = 512
@@ -67,9 +69,9 @@ def estimate_step(shape: ModelShape, *, tokens: int, filled: float, has_output: 
     return WorkerTraffic(1, sent, received)
 
 
-def estimate_new_graph(layers: int) -> WorkerTraffic:
+def estimate_new_graph(shape: ModelShape, layers: int) -> WorkerTraffic:
     """The traffic when the graph of so many layers is built anew: its description goes to the worker once."""
-    waits = GRAPH_WAITS_PER_LAYER * layers
+    waits = layers * (GRAPH_WAITS_PER_EXPERT_LAYER if shape.experts else GRAPH_WAITS_PER_LAYER)
     request_bytes = COMMAND_BYTES + 4 + 11 * TENSOR_BYTES  # the tensor and its ten sources
     described = layers * GRAPH_TENSORS_PER_LAYER * (TENSOR_BYTES + 8)
     return WorkerTraffic(waits, waits * request_bytes + described, waits * (ANSWER_BYTES + 8))
@@ -78,7 +80,7 @@ def estimate_new_graph(layers: int) -> WorkerTraffic:
 def estimate_prompt(shape: ModelShape, *, tokens: int, layers: int, has_output: bool) -> WorkerTraffic:
     """The traffic until the first token of a prompt of ``tokens`` tokens, for a worker with so many layers."""
     steps = max(1, math.ceil(tokens / PROMPT_TOKENS))
-    traffic = estimate_new_graph(layers).scale(min(steps, 2))  # the last piece is shorter than the others
+    traffic = estimate_new_graph(shape, layers).scale(min(steps, 2))  # the last piece is shorter than the others
     done = 0
     while done < tokens:
         piece = min(PROMPT_TOKENS, tokens - done)

@@ -159,15 +159,15 @@ class _Pool:
         rates = [share.device.bytes_per_s for member in self.members for share in member.shares if share.layers]
         return bool(rates) and all(rates) and self.ways_are_known
 
-    def step(self, *, tokens: int, streams: int) -> _Step:
-        """One step of ``tokens`` tokens, which belong to so many streams."""
+    def step(self, *, tokens: int, streams: int, progress: float = 1.0) -> _Step:
+        """One step of ``tokens`` tokens, which belong to so many streams. Each stream gains ``progress`` tokens."""
         shares = [share for member in self.members for share in member.shares if share.layers]
         compute_s = sum(self._compute_s(share, tokens, streams) for share in shares)
-        return _Step(compute_s, self.way_s(tokens=tokens, streams=streams))
+        return _Step(compute_s, self.way_s(tokens=tokens, streams=streams, progress=progress))
 
-    def way_s(self, *, tokens: int, streams: int) -> float:
+    def way_s(self, *, tokens: int, streams: int, progress: float = 1.0) -> float:
         """The seconds of a step on the ways to the workers, each of which is passed after the one before it."""
-        graphs = GRAPHS_PER_ANSWER * streams / GRAPH_TOKENS
+        graphs = GRAPHS_PER_ANSWER * streams * progress / GRAPH_TOKENS
         way_s = 0.0
         for member in self.members:
             if member.path is None:
@@ -176,7 +176,7 @@ class _Pool:
                 if share.layers:
                     has_output = _has_output(self.shape, share)
                     traffic = estimate_step(self.shape, tokens=tokens, filled=self.filled, has_output=has_output)
-                    traffic = traffic + estimate_new_graph(share.layers).scale(graphs)
+                    traffic = traffic + estimate_new_graph(self.shape, share.layers).scale(graphs)
                     way_s += _way_s(member.path, traffic) or 0.0
         return way_s
 
@@ -195,7 +195,7 @@ class _Pool:
         whole step once more (common/speculative.cpp, ``draft`` and ``process``).
         """
         yielded = sum(acceptance**n for n in range(length + 1))
-        step = self.step(tokens=length + 1, streams=1)
+        step = self.step(tokens=length + 1, streams=1, progress=yielded)
         weights = sum(draft.layer_bytes)
         draft_s = length * _device_s(device, _read_bytes(draft, weights, tokens=1) + draft.output_bytes, tokens=1)
         draft_s += _device_s(device, _read_bytes(draft, weights, tokens=length + 1), tokens=length + 1)
