@@ -28,6 +28,14 @@ def format_gib(mib: int | None) -> str:
     return f"{gib:.0f}" if gib >= 99.95 else f"{gib:.1f}"  # not 100: with a decimal, 99.95 would become "100.0"
 
 
+def format_bytes(size: float | None) -> str:
+    """A size in bytes with its unit: ``5.5 GiB``, and below one GiB ``312 MiB``; ``?`` for an unknown size."""
+    if size is None:
+        return "?"
+    mib = size / 2**20
+    return f"{format_gib(round(mib))} GiB" if mib >= 1023.5 else f"{mib:.0f} MiB"
+
+
 _SPARK_LEVELS = "▁▂▃▄▅▆▇█"
 
 

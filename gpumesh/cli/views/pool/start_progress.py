@@ -1,0 +1,113 @@
+"""Shows on stderr how far the start of a pool is: a bar on a terminal, else a line for each phase and each tenth."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Protocol
+
+import typer
+
+from gpumesh.cli.views.console import console
+from gpumesh.cli.views.pool.state_view import describe_reason, format_progress, format_rate
+from gpumesh.cli.views.safe_text import clean_line
+from gpumesh.pools.base import PoolPhase, PoolState
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+PHASE_TEXTS = {
+    PoolPhase.STOPPED: "has stopped",
+    PoolPhase.PLANNING: "looks at its hosts and its model",
+    PoolPhase.STARTING: "starts its programs",
+    PoolPhase.LOADING: "loads the model",
+    PoolPhase.READY: "is ready",
+    PoolPhase.BACKOFF: "has failed",
+    PoolPhase.FAILED: "has failed",
+    PoolPhase.STOPPING: "stops its programs",
+}
+
+
+class StartDisplay(Protocol):
+    """A call shows a new state of the pool."""
+
+    def __call__(self, state: PoolState) -> None: ...
+
+
+@contextmanager
+def show_start(*, quiet: bool) -> Iterator[StartDisplay]:
+    """Gives the caller a display that shows progress on stderr, because stdout is for the result. With ``quiet`` it
+    shows nothing."""
+    stderr = console(stderr=True)
+    if quiet:
+        yield lambda _: None
+        return
+    if not stderr.is_terminal:
+        yield _ProgressLines()
+        return
+    from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn
+
+    columns = (
+        SpinnerColumn("line"),
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=20),
+        DownloadColumn(binary_units=True),
+        TextColumn("{task.fields[note]}", markup=False),
+    )
+    # By default rich redirects stdout to its own console: results would go to the terminal and not into a file.
+    with Progress(*columns, console=stderr, transient=True, redirect_stdout=False) as bar:
+        yield _ProgressBar(bar)
+
+
+class _ProgressBar:
+    """A bar for the model's bytes, and a line above it for each failure."""
+
+    def __init__(self, bar: Progress) -> None:
+        self._bar = bar
+        self._task: TaskID | None = None
+        self._last_failure = ""
+
+    def __call__(self, state: PoolState) -> None:
+        description = clean_line(f"{state.pool} {PHASE_TEXTS[state.phase]}", 80)
+        if self._task is None:
+            self._task = self._bar.add_task(description, total=None, note="")
+        self._bar.update(
+            self._task,
+            description=description,
+            total=state.load_bytes,
+            completed=state.loaded_bytes or 0,
+            note=clean_line(format_rate(state), 40),
+        )
+        failure = _describe_failure(state)
+        if failure and failure != self._last_failure:
+            self._bar.console.print(failure, markup=False, highlight=False)
+        self._last_failure = failure
+
+
+class _ProgressLines:
+    """A line for each phase, for each tenth of the loading, and for each failure. A text that has not changed is not
+    printed again."""
+
+    def __init__(self) -> None:
+        self._last_step: object = None
+
+    def __call__(self, state: PoolState) -> None:
+        tenth = None
+        if state.phase is PoolPhase.LOADING and state.load_bytes and state.loaded_bytes is not None:
+            tenth = min(10 * state.loaded_bytes // state.load_bytes, 10)
+        failure = _describe_failure(state)
+        step = (state.phase, tenth, failure)
+        if step == self._last_step:
+            return
+        self._last_step = step
+        progress = format_progress(state)
+        text = f"{state.pool} {PHASE_TEXTS[state.phase]}{': ' if progress else ''}{progress}"
+        typer.echo(clean_line(failure or text), err=True)
+
+
+def _describe_failure(state: PoolState) -> str:
+    """Why the pool has failed and is started again; nothing in any other phase. (When it is not started again, the
+    command ends with this as its error.)"""
+    if state.phase is not PoolPhase.BACKOFF:
+        return ""
+    return clean_line(f"{state.pool} has failed: {describe_reason(state)}")
