@@ -30,6 +30,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "trust": ("trust", "Show a host key's fingerprint and record it."),
     "describe": ("describe", "All that is known of a node."),
     "models": ("models", "The fleet's models: list, pull, rm, load, unload, sync."),
+    "pool": ("pool", "One model over several nodes: plan, up, down, status."),
     "drain": ("drain", "Give a node no new work."),
     "resume": ("resume", "Give a drained node work again."),
     "reconnect": ("reconnect", "Try a node's tunnel again now."),

@@ -1,4 +1,4 @@
-"""Shell completion: proposes the names of nodes, models, priorities and scenarios.
+"""Shell completion: proposes the names of nodes, pools, models, priorities and scenarios.
 
 Completion reads a file and a socket at most, never fails, and waits at most ``STATUS_TIMEOUT_S``.
 
@@ -11,12 +11,15 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from gpumesh.errors import GPUMeshError
 from gpumesh.text.quoting import is_plain
+
+if TYPE_CHECKING:
+    from gpumesh.topology import Topology
 
 STATUS_TIMEOUT_S = 0.5  # for the status of a running mesh: a person waits for the completion
 
@@ -28,7 +31,24 @@ def safe_names(names: Iterable[object], incomplete: str) -> list[str]:
 
 
 def complete_nodes(ctx: typer.Context, incomplete: str) -> list[str]:
-    """The nodes of mesh.yaml; none if the file cannot be read. No command of mesh.yaml is run, and ssh is not asked
+    """The nodes of mesh.yaml; none if the file cannot be read."""
+    topology = _read_topology(ctx)
+    return [] if topology is None else safe_names((node.name for node in topology.nodes), incomplete)
+
+
+def complete_pools(ctx: typer.Context, incomplete: str) -> list[str]:
+    """The pools of mesh.yaml; none if the file cannot be read."""
+    topology = _read_topology(ctx)
+    return [] if topology is None else safe_names((pool.name for pool in topology.pools), incomplete)
+
+
+def complete_pools_and_models(ctx: typer.Context, incomplete: str) -> list[str]:
+    """The pools of mesh.yaml, then the models of a running mesh."""
+    return [*complete_pools(ctx, incomplete), *complete_models(ctx, incomplete)]
+
+
+def _read_topology(ctx: typer.Context) -> Topology | None:
+    """What mesh.yaml says; ``None`` if the file cannot be read. No command of mesh.yaml is run, and ssh is not asked
     about aliases."""
     with contextlib.suppress(GPUMeshError, OSError):
         from gpumesh import config
@@ -37,9 +57,8 @@ def complete_nodes(ctx: typer.Context, incomplete: str) -> list[str]:
 
         path = config.find_config(_config_option(ctx))
         text = reader.read_text(path, path.name)
-        topology = config.parse(text, file=path.name, env=environment.variables(), home=environment.home(), source=path)
-        return safe_names((node.name for node in topology.nodes), incomplete)
-    return []
+        return config.parse(text, file=path.name, env=environment.variables(), home=environment.home(), source=path)
+    return None
 
 
 def complete_models(ctx: typer.Context, incomplete: str) -> list[str]:

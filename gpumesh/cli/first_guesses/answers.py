@@ -15,6 +15,7 @@ _NODE_KINDS = ("node", "nodes", "no", "host", "hosts", "pod", "pods", "po")
 _KINDS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys((*_NODE_KINDS, "all", "gpu", "gpus", "service", "services", "svc"), ("status",)),
     **dict.fromkeys(("model", "models", "image", "images"), ("models", "list")),
+    **dict.fromkeys(("pool", "pools"), ("pool", "status")),
     **dict.fromkeys(("event", "events", "ev", "logs"), ("logs",)),
     **dict.fromkeys(("config", "cm", "configmap", "configmaps"), ("config", "show")),
 }

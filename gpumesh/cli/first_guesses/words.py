@@ -22,6 +22,7 @@ ALIASES: Mapping[tuple[str, ...], Mapping[str, tuple[str, ...]]] = {
         "warm": ("models", "load"),
         "unload": ("models", "unload"),
         "sync": ("models", "sync"),
+        "pools": ("pool", "status"),
         "rmi": ("models", "rm"),
         "serve": ("up",),
         # docker, systemctl
@@ -96,6 +97,12 @@ ALIASES: Mapping[tuple[str, ...], Mapping[str, tuple[str, ...]]] = {
         "stop": ("unload",),
         "warm": ("load",),
     },
+    ("pool",): {
+        **dict.fromkeys(("ls", "list", "ps", "show", "get", "describe"), ("status",)),
+        **dict.fromkeys(("start", "run", "load", "create"), ("up",)),
+        **dict.fromkeys(("stop", "rm", "remove", "delete", "unload"), ("down",)),
+        **dict.fromkeys(("check", "fit", "explain"), ("plan",)),
+    },
     ("config",): {
         "view": ("show",),
         "list": ("show",),
@@ -136,6 +143,7 @@ _SCALE = (
     "mesh.yaml says how many copies of a model are wanted (`models: {MODEL: {copies: 2}}`): `gpumesh reload` takes it"
 )
 _LABEL = "labels are in mesh.yaml: `gpumesh node edit NODE`"
+_POOLS = "pools stand under `pools:` in mesh.yaml: `gpumesh pool plan MODEL` shows one, and what to write there"
 _WAIT = "`gpumesh up -d` returns when the mesh serves, and `gpumesh status --check` says by its exit code how it is"
 _API = "`gpumesh env` prints the gateway's address, for curl and every client of Ollama or OpenAI"
 _KILL = "`gpumesh down --wait 0` stops the mesh at once, `gpumesh models unload MODEL` frees a model's memory"
@@ -237,6 +245,12 @@ POINTERS: Mapping[tuple[str, ...], Mapping[str, str]] = {
         "stop": "`gpumesh down` stops the mesh",
         "restart": _RESTART,
         "logs": "`gpumesh logs` shows the mesh's log",
+    },
+    ("pool",): {
+        **dict.fromkeys(("add", "new", "edit", "set"), _POOLS),
+        "restart": "`gpumesh pool down NAME`, then `gpumesh pool up NAME`",
+        "logs": "`gpumesh logs` has what llama.cpp's programs last wrote, `gpumesh pool status NAME` why a pool failed",
+        "help": "`gpumesh help pool` shows how it is used",
     },
     ("bench",): {"help": "`gpumesh help bench` shows how it is used"},
 }

@@ -29,8 +29,8 @@ PHASE_MARKS = {
 }
 
 
-def print_pools(states: Sequence[PoolState], now: datetime) -> None:
-    """Prints a row for each pool to stdout."""
+def print_pools(states: Sequence[PoolState], now: datetime, *, wide: bool = False) -> None:
+    """Prints a row for each pool to stdout; with ``wide`` all columns."""
     rows = [
         (
             clean_line(state.pool, 63),
@@ -58,7 +58,7 @@ def print_pools(states: Sequence[PoolState], now: datetime) -> None:
         Column("STARTS", 7, right=True),
         Column("REASON", 3, min_width=20),
     )
-    print_fitted_table(columns, rows)
+    print_fitted_table(columns, rows, wide=wide)
 
 
 def _phase_cell(state: PoolState) -> Cell:
@@ -86,6 +86,8 @@ def _draw_pool(state: PoolState, now: datetime, width: int) -> Iterator[Renderab
         reason = Text(clean_line(describe_reason(state)))
         add_hint(reason, state.hint)
         yield make_notes_table([(Text(mark, style=style), reason)])
+    elif state.phase is PoolPhase.STOPPED:
+        yield Text(f"  → `gpumesh pool up {clean_line(state.pool, 63)}` starts it", style="dim")
     if state.members:
         yield Text()
         yield _member_table(state, width)
