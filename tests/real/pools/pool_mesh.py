@@ -1,0 +1,165 @@
+"""A mesh over the two hosts of a pool, in the background as a person has it, with its commands and its gateway."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.http_clients import loopback_client
+from tests.real.command import Gpumesh
+from tests.real.pools.pool_hosts import HEAD_PROGRAM, WORKER_PROGRAM, PoolHost
+from tests.tunnels.polling import DEADLINE_S
+
+if TYPE_CHECKING:  # its import takes a second
+    import openai
+
+POOL = "duo"
+HEAD, WORKER = "alpha", "beta"
+
+
+def pool_entry(model: Path | str, **changes: Any) -> dict[str, Any]:
+    """A pool in mesh.yaml. The split is given, because a plan would leave a small model on the head alone."""
+    members = [{"node": name, "memory": "256MiB"} for name in (HEAD, WORKER)]
+    entry = {"name": POOL, "model": str(model), "nodes": members, "head": HEAD, "context": 2048, "split": [4, 5]}
+    return {name: value for name, value in {**entry, **changes}.items() if value is not None}
+
+
+@dataclass
+class PoolMesh:
+    """``url`` is the gateway's, while the mesh is up."""
+
+    gpumesh: Gpumesh
+    head: PoolHost
+    worker: PoolHost
+    extra_nodes: Sequence[Mapping[str, Any]] = ()
+    pools: list[dict[str, Any]] = field(default_factory=list)
+    url: str = ""
+
+    @property
+    def hosts(self) -> tuple[PoolHost, PoolHost]:
+        return self.head, self.worker
+
+    def write_config(self) -> None:
+        nodes = [*(host.node() for host in self.hosts), *self.extra_nodes]
+        gateway = {"listen": "127.0.0.1:0"}
+        config = {"version": 1, "name": "real", "gateway": gateway, "nodes": nodes, "pools": self.pools}
+        self.gpumesh.config.write_text(json.dumps(config, indent=1))
+
+    async def start(self) -> None:
+        self.write_config()
+        await self.gpumesh("up", "-d", code=None)  # the nodes have no server of their own: this is an error code
+        async with asyncio.timeout(DEADLINE_S):
+            while True:
+                status = (await self.gpumesh("status", "--json", code=None)).json()
+                states = {node["name"]: (node["tunnel"] or {}).get("state") for node in status["nodes"]}
+                if {states[HEAD], states[WORKER]} == {"up"}:
+                    break
+                await asyncio.sleep(0.1)
+        self.url = status["gateway"]["url"]
+
+    # -- pools -------------------------------------------------------------------------------------------------------
+
+    async def state(self, pool: str = POOL) -> dict[str, Any]:
+        """What `pool status` says of a pool."""
+        states = (await self.gpumesh("pool", "status", "--json", code=None)).json()["pools"]
+        (found,) = [state for state in states if state["name"] == pool]
+        return dict(found)
+
+    async def wait_phase(self, *phases: str, pool: str = POOL, starts: int = 0) -> dict[str, Any]:
+        """Waits until a pool is in one of these phases, and was started ``starts`` times at least; its state then."""
+        state: dict[str, Any] = {}
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(DEADLINE_S):
+                while (state := await self.state(pool))["phase"] not in phases or state["starts"] < starts:
+                    await asyncio.sleep(0.1)
+                return state
+        raise AssertionError(f"not {phases} with {starts} starts: {state}\n{self.gpumesh.logs()}")
+
+    async def make_ready(self, pool: str = POOL) -> dict[str, Any]:
+        """Starts a pool if it does not run."""
+        await self.gpumesh("pool", "up", pool)
+        return await self.wait_phase("ready", pool=pool)
+
+    async def make_stopped(self, pool: str = POOL) -> None:
+        await self.gpumesh("pool", "down", pool)
+        await self.wait_phase("stopped", pool=pool)
+        await self.wait_hosts_empty("after `pool down`")
+
+    async def wait_hosts_empty(self, why: str) -> None:
+        for host in self.hosts:
+            await host.wait_empty(why)
+
+    def programs(self) -> dict[str, int]:
+        """How many of each of llama.cpp's programs run on both hosts."""
+        return {
+            f"{host.name} {program}": len(found)
+            for host in self.hosts
+            for program in (HEAD_PROGRAM, WORKER_PROGRAM)
+            if (found := host.running(program))
+        }
+
+    # -- the gateway -------------------------------------------------------------------------------------------------
+
+    @contextlib.asynccontextmanager
+    async def client(self) -> AsyncIterator[openai.AsyncOpenAI]:
+        import openai
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("NO_PROXY", "127.0.0.1")  # of the machine that the tests run on
+            async with openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0) as made:
+                yield made
+
+    async def answers(self, model: str) -> bool:
+        """Whether a short question is answered now."""
+        body = {"model": model, "messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}
+        async with loopback_client(timeout=20) as http:
+            return (await http.post(f"{self.url}/v1/chat/completions", json=body)).status_code == 200
+
+    async def wait_answer(self, model: str) -> None:
+        """Asks until there is an answer."""
+        async with asyncio.timeout(DEADLINE_S):
+            while not await self.answers(model):
+                await asyncio.sleep(0.1)
+
+
+#: Only one pool of each program runs on a host.
+ONE_POOL = {f"{HEAD} {HEAD_PROGRAM}": 1, f"{WORKER} {WORKER_PROGRAM}": 1}
+
+
+@contextlib.asynccontextmanager
+async def pool_mesh(
+    folder: Path, pools: Sequence[dict[str, Any]], *, extra_nodes: Sequence[Mapping[str, Any]] = ()
+) -> AsyncIterator[PoolMesh]:
+    """A running mesh with both hosts and these pools, none of which is started. Nothing may be left at the end."""
+    home = folder / "home"
+    home.mkdir(parents=True)
+    runtime = Path(tempfile.mkdtemp(prefix="gm-", dir="/tmp"))  # short: it holds Unix sockets
+    command = Gpumesh(folder / "mesh.yaml", home, runtime, warm=True)
+    try:
+        async with PoolHost(HEAD, folder / HEAD) as head, PoolHost(WORKER, folder / WORKER) as worker:
+            mesh = PoolMesh(command, head, worker, extra_nodes, list(pools))
+            await mesh.start()
+            yield mesh
+            await command("down", code=None)
+            await mesh.wait_hosts_empty("after `down`")
+        assert not command.processes(), f"processes were left: {command.processes()}"
+    finally:
+        command.kill_all()
+        shutil.rmtree(runtime, ignore_errors=True)
+
+
+def link_model(model: Path, folder: Path, name: str) -> Path:
+    """The same model by another name, so that a test has it for itself."""
+    path = folder / f"{name}.gguf"
+    os.link(model, path)
+    return path
