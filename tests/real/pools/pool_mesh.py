@@ -19,6 +19,7 @@ from tests.http_clients import loopback_client
 from tests.real.command import Gpumesh
 from tests.real.pools.pool_hosts import HEAD_PROGRAM, WORKER_PROGRAM, PoolHost
 from tests.tunnels.polling import DEADLINE_S
+from tests.tunnels.sshd import run_agent
 
 if TYPE_CHECKING:  # its import takes a second
     import openai
@@ -138,15 +139,26 @@ ONE_POOL = {f"{HEAD} {HEAD_PROGRAM}": 1, f"{WORKER} {WORKER_PROGRAM}": 1}
 
 @contextlib.asynccontextmanager
 async def pool_mesh(
-    folder: Path, pools: Sequence[dict[str, Any]], *, extra_nodes: Sequence[Mapping[str, Any]] = ()
+    folder: Path,
+    pools: Sequence[dict[str, Any]],
+    *,
+    extra_nodes: Sequence[Mapping[str, Any]] = (),
+    head_may_log_in: bool = False,
 ) -> AsyncIterator[PoolMesh]:
-    """A running mesh with both hosts and these pools, none of which is started. Nothing may be left at the end."""
+    """A running mesh with both hosts and these pools, none of which is started. Nothing may be left at the end.
+
+    ``head_may_log_in``: the head's host has an SSH agent with a key for the worker's."""
     home = folder / "home"
     home.mkdir(parents=True)
     runtime = Path(tempfile.mkdtemp(prefix="gm-", dir="/tmp"))  # short: it holds Unix sockets
     command = Gpumesh(folder / "mesh.yaml", home, runtime, warm=True)
     try:
-        async with PoolHost(HEAD, folder / HEAD) as head, PoolHost(WORKER, folder / WORKER) as worker:
+        async with contextlib.AsyncExitStack() as stack:
+            worker = await stack.enter_async_context(PoolHost(WORKER, folder / WORKER))
+            variables = {}
+            if head_may_log_in:
+                variables["SSH_AUTH_SOCK"] = str(stack.enter_context(run_agent(runtime, worker.sshd.identity)))
+            head = await stack.enter_async_context(PoolHost(HEAD, folder / HEAD, variables))
             mesh = PoolMesh(command, head, worker, extra_nodes, list(pools))
             await mesh.start()
             yield mesh
