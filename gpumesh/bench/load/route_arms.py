@@ -9,7 +9,7 @@ from types import MappingProxyType
 
 from gpumesh.bench.load.routes import ApiKeys, http_route
 from gpumesh.bench.load.send_prompt import SendPrompt
-from gpumesh.bench.workload.route_names import DIRECT, GATEWAY, MESH, TUNNEL, again, without_again
+from gpumesh.bench.workload.route_names import DIRECT, GATEWAY, MESH, TUNNEL, control_of, measured_route
 from gpumesh.state import MeshState, NodeState
 from gpumesh.topology import BackendKind
 
@@ -24,15 +24,16 @@ class RouteAccess:
 
 
 def routes_to(node: NodeState, *, has_gateway: bool, access: RouteAccess) -> tuple[str, ...]:
-    """The names of the routes to a node, the shortest first. The first is measured twice (``without_again``)."""
+    """The names of the routes to a node, the shortest first. The shortest is measured twice: the second
+    name is its control's."""
     has_tunnel = node.tunnel.transport != "direct"
-    ways = []
+    server_routes = []  # those that lead directly to the server
     if not has_tunnel or node.name in access.direct_urls:
-        ways.append(DIRECT)
+        server_routes.append(DIRECT)
     if has_tunnel:
-        ways.append(TUNNEL)
-    shortest, *longer = ways
-    return (shortest, again(shortest), *longer, MESH, *((GATEWAY,) if has_gateway else ()))
+        server_routes.append(TUNNEL)
+    shortest, *longer = server_routes
+    return (shortest, control_of(shortest), *longer, MESH, *((GATEWAY,) if has_gateway else ()))
 
 
 @asynccontextmanager
@@ -52,7 +53,7 @@ async def open_routes(
                 route = http_route(state.gateway.url, kind, through_gateway=True, api_key=access.keys.gateway)
             else:
                 url = node.backend.url
-                if without_again(name) == DIRECT:
+                if measured_route(name) == DIRECT:
                     url = access.direct_urls.get(node.name, url)
                 assert url is not None, "a node that is up has no URL"
                 route = http_route(url, kind, api_key=access.keys.nodes.get(node.name))

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from gpumesh.bench.figures.routes.route_differences import RouteDifference
 from gpumesh.bench.report.svg import format_number
 from gpumesh.bench.results.result import BenchResult
-from gpumesh.bench.workload.route_names import DIRECT, is_again
+from gpumesh.bench.workload.route_names import DIRECT, is_control
 
 
 def route_lines(result: BenchResult) -> Iterator[str]:
@@ -26,14 +26,14 @@ def route_lines(result: BenchResult) -> Iterator[str]:
             parts = [f"{cost.route} adds {format_number(cost.added_p50_ms)} ms" for cost in others]
             yield f"{node}: {'; '.join(parts)}"
             continue
-        added = [_describe(difference) for difference in differences if not is_again(difference.route)]
-        control = [_amount(difference) for difference in differences if is_again(difference.route)]
+        added = [_describe(difference) for difference in differences if not is_control(difference.route)]
+        control = [_amount(difference) for difference in differences if is_control(difference.route)]
         yield f"{node}: {'; '.join([*added, *(f'A-A {amount}' for amount in control)])}"
 
 
 def _describe(difference: RouteDifference) -> str:
     """What a part of the way adds, with its interval: "tunnel adds 0.60 ms (0.50 to 0.70)"."""
-    if difference.is_clear is False:
+    if difference.is_noise:
         return f"{difference.route} no clear difference, {_amount(difference)}"
     return f"{difference.route} adds {_amount(difference)}"
 

@@ -9,7 +9,7 @@ from gpumesh.bench.figures.answers.answer import read_answers
 from gpumesh.bench.figures.latency import outside_server_ms
 from gpumesh.bench.load.samples import SampleOutcome, StageRun
 from gpumesh.bench.paired_differences import PairedDifference, paired_difference
-from gpumesh.bench.workload.route_names import DIRECT, GATEWAY, MESH, TUNNEL, is_again, without_again
+from gpumesh.bench.workload.route_names import DIRECT, GATEWAY, MESH, TUNNEL, is_control, measured_route
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +32,11 @@ class RouteDifference:
     low_ms: float | None = None
     high_ms: float | None = None
     is_clear: bool | None = None
+
+    @property
+    def is_noise(self) -> bool:
+        """Whether the difference is known to be no clear one; ``False`` also if ``is_clear`` is ``None``."""
+        return self.is_clear is False
 
 
 def route_differences(run: StageRun) -> tuple[RouteDifference, ...]:
@@ -59,7 +64,7 @@ def route_differences(run: StageRun) -> tuple[RouteDifference, ...]:
         if difference is None:
             continue
         is_clear = None
-        if is_again(route):
+        if is_control(route):
             control = difference
         elif control is not None:
             overlap = difference.overlaps(control)
@@ -79,10 +84,11 @@ def route_differences(run: StageRun) -> tuple[RouteDifference, ...]:
 
 
 def _compared_routes(routes: set[str]) -> Iterator[tuple[str, str]]:
-    """Yields the routes that are compared, each with the shorter route that it contains."""
+    """Yields pairs of routes that are compared: a route, and the shorter route that it contains. The first pair is the
+    control and the route that it measures again."""
     for route in routes:
-        if is_again(route):
-            yield route, without_again(route)
+        if is_control(route):
+            yield route, measured_route(route)
     if {TUNNEL, DIRECT} <= routes:
         yield TUNNEL, DIRECT
     server_route = TUNNEL if TUNNEL in routes else DIRECT

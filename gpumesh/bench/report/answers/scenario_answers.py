@@ -9,7 +9,7 @@ from gpumesh.bench.figures.outages.failover import FailoverFigures
 from gpumesh.bench.figures.summary import StageResult
 from gpumesh.bench.report.svg import format_number
 from gpumesh.bench.results.result import BenchResult
-from gpumesh.bench.workload.route_names import is_again
+from gpumesh.bench.workload.route_names import is_control
 
 
 def route_sentences(result: BenchResult) -> Iterator[str]:
@@ -30,9 +30,9 @@ def route_sentences(result: BenchResult) -> Iterator[str]:
 def _added_parts(result: BenchResult, node: str) -> Iterator[str]:
     """What each part of the way to a node adds, if the rounds can tell."""
     for difference in result.route_differences:
-        if difference.node != node or is_again(difference.route):
+        if difference.node != node or is_control(difference.route):
             continue
-        if difference.is_clear is False:
+        if difference.is_noise:
             yield f"the {difference.route} adds nothing that could be measured"
         else:
             interval = ""

@@ -26,7 +26,7 @@ COLUMNS = (
 
 
 def load_html(result: BenchResult) -> str:
-    """The section; empty for a result of an older version, which has no such figures."""
+    """The section about the load; empty for a result of an older version, which has no such figures."""
     rows = [_row(stage, stage.conditions) for stage in result.stages if stage.conditions is not None]
     if not rows:
         return ""

@@ -6,7 +6,7 @@ from gpumesh.bench.figures.routes.route_differences import RouteDifference
 from gpumesh.bench.report.html_parts import escape_text, html_table
 from gpumesh.bench.report.svg import format_number
 from gpumesh.bench.results.result import BenchResult
-from gpumesh.bench.workload.route_names import is_again
+from gpumesh.bench.workload.route_names import is_control
 
 _EXPLANATION = (
     "Differences of requests of the same round, in ms: the Hodges-Lehmann estimate with its 95 % interval (Wilcoxon's "
@@ -16,7 +16,8 @@ _EXPLANATION = (
 
 
 def routes_section(result: BenchResult) -> str:
-    """The section; empty unless the scenario is ``overhead``."""
+    """The section of the report about the routes to a node: what each part of a route adds, and the figures of each
+    route. Empty unless the scenario is ``overhead``."""
     differences = html_table(
         ["node and part", "adds ms", "95 % interval", "rounds", ""],
         (_difference_row(difference) for difference in result.route_differences),
@@ -43,8 +44,8 @@ def _difference_row(difference: RouteDifference) -> list[str]:
     interval = "too few rounds"
     if difference.low_ms is not None and difference.high_ms is not None:
         interval = f"{difference.low_ms:.2f} to {difference.high_ms:.2f}"
-    verdict = "no clear difference" if difference.is_clear is False else ""
-    part = "A-A" if is_again(difference.route) else difference.route
+    verdict = "no clear difference" if difference.is_noise else ""
+    part = "A-A" if is_control(difference.route) else difference.route
     return [
         escape_text(f"{difference.node}: {part} over {difference.base}"),
         f"{difference.added_ms:.2f}",

@@ -25,7 +25,7 @@ COLUMNS = (
 
 
 def server_times_html(result: BenchResult) -> str:
-    """The section; empty if no server gave any of these figures."""
+    """The section about the servers' own times; empty if no server gave any of these figures."""
     rows = []
     for stage in result.stages:
         for share in stage.nodes:
