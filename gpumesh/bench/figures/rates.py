@@ -61,10 +61,11 @@ def rates_of(
     prompt_tokens: int | None,
     *,
     seconds: float,
-    sent: int,
+    judged: int,
     objective: Objective,
 ) -> Rates:
-    """The rates of a stage, or of a route, that took ``seconds``. ``sent`` is the number of all its requests.
+    """The rates of a stage, or of a route, that took ``seconds``. ``judged`` is the number of its requests of
+    which it is known whether they met the objective: all but those that the end of the run cut off.
 
     ``output_tokens`` and ``prompt_tokens`` are those of the whole stage; ``None``: unknown.
     """
@@ -77,7 +78,7 @@ def rates_of(
         total_tokens_per_s=_rate_of(total_tokens, seconds),
         requests_per_s=rate(len(served), seconds),
         goodput_per_s=_rate_of(good_count, seconds),
-        good_share=good_count / sent if sent and good_count is not None else None,
+        good_share=good_count / judged if judged and good_count is not None else None,
     )
 
 

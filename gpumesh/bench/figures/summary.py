@@ -117,8 +117,10 @@ def _summarize_route(
     seconds = run.duration_s if route is None else math.fsum(record.ended_s - record.sent_s for record in records)
     stage = run.stage
     unfinished = sum(record.outcome is SampleOutcome.UNFINISHED for record in records)
-    sent = len(records) - unfinished  # the unfinished ones met no objective and missed none
-    # Routes take turns, one request at a time: none of them has a part in which its slots are busy.
+    # Whether an unfinished request would have met the objective is unknown, so it is no part of the rates.
+    judged = len(records) - unfinished
+    # The loaded part is the time in which all slots were busy. Routes take turns, one request at a time: none of them
+    # has such a part.
     loaded = find_loaded_part(stage.concurrency, records) if route is None else None
     result = StageResult(
         name=stage.name,
@@ -136,7 +138,7 @@ def _summarize_route(
         output_tokens=output_tokens,
         latency=latency_of(served),
         rates=with_loaded_rates(
-            rates_of(served, output_tokens, prompt_tokens, seconds=seconds, sent=sent, objective=objective),
+            rates_of(served, output_tokens, prompt_tokens, seconds=seconds, judged=judged, objective=objective),
             answers,
             loaded,
             token_counts,
@@ -155,6 +157,7 @@ def _summarize_route(
         planned=len(stage.requests),
         unfinished=unfinished,
     )
+    # The intervals are computed last, from the result's rates.
     intervals = rate_intervals(
         answers, stage.concurrency, result.rates, result.tokens_per_joule, objective, token_counts
     )

@@ -65,6 +65,7 @@ def measure_work(requests: Iterable[SimulatedRequest], nodes: Sequence[NodeSpec]
     counts: dict[str, int] = {}
     first_at_s: float | None = None
     last_at_s = 0.0
+    # The workload has the first request of each conversation. The later turns have no time of their own.
     for first_turn in requests:
         if first_at_s is None:
             first_at_s = first_turn.at_s
@@ -82,8 +83,9 @@ def measure_work(requests: Iterable[SimulatedRequest], nodes: Sequence[NodeSpec]
     if not total:
         raise UsageError("the workload has no requests")
     span_s = last_at_s - (first_at_s or 0.0)
-    rate = total / span_s if span_s > 0 else float(total)
-    return OfferedWork(rate, samples, {model: count / total for model, count in counts.items()})
+    rate = total / span_s if span_s > 0 else float(total)  # requests that all come at one moment count as one second's
+    shares = {model: count / total for model, count in counts.items()}
+    return OfferedWork(rate=rate, samples=samples, shares=shares)
 
 
 def fleet_capacity(nodes: Iterable[NodeSpec], work: OfferedWork) -> float:

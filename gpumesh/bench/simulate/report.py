@@ -33,7 +33,7 @@ class SimulationResult:
 
 
 def simulation_json(result: SimulationResult) -> dict[str, Any]:
-    """The document. Times are in seconds."""
+    """The comparison as a JSON document. Times are in seconds."""
     document = {"schema": SIMULATION_SCHEMA, "gpumesh": __version__, **to_json(result)}
     for policy, values in zip(result.policies, document["policies"], strict=True):
         values["read_share"] = policy.read_share

@@ -93,9 +93,11 @@ class LoadMeter:
         self._clock = clock
         self._mesh_pid = mesh_pid
         self._own_cpu_s = 0.0
-        self._own, self._mesh = _Timeline(), _Timeline(known=mesh_pid is not None)
-        self._machine: tuple[MachineTimes | None, MachineTimes | None] = (None, None)
-        self._processes: tuple[Mapping[int, float], Mapping[int, float]] = ({}, {})
+        self._own_timeline, self._mesh_timeline = _Timeline(), _Timeline(known=mesh_pid is not None)
+        # Pairs: at the stage's start, and at its end.
+        self._machine_times: tuple[MachineTimes | None, MachineTimes | None] = (None, None)
+        # The CPU seconds of the mesh's processes, by pid.
+        self._process_times: tuple[Mapping[int, float], Mapping[int, float]] = ({}, {})
 
     @asynccontextmanager
     async def measure(self) -> AsyncGenerator[None]:
@@ -105,9 +107,9 @@ class LoadMeter:
 
         def take_sample() -> None:
             now_s = self._clock()
-            self._own.add(now_s, own_thread.read())
+            self._own_timeline.add(now_s, own_thread.read())
             if mesh_thread is not None:
-                self._mesh.add(now_s, mesh_thread.read())
+                self._mesh_timeline.add(now_s, mesh_thread.read())
 
         async def keep_sampling() -> None:
             while True:
@@ -128,8 +130,8 @@ class LoadMeter:
                     self.ended_s, self._own_cpu_s = self._clock(), time.process_time() - own_cpu_s
                     task.cancel()
             take_sample()
-            self._machine = machine, read_machine_times()
-            self._processes = processes, self._read_processes()
+            self._machine_times = machine, read_machine_times()
+            self._process_times = processes, self._read_processes()
         finally:
             own_thread.close()
             if mesh_thread is not None:
@@ -156,12 +158,14 @@ class LoadMeter:
     def generator_load(self, first_token_windows: Sequence[tuple[float, float]]) -> ProcessLoad:
         """How busy this process was. ``first_token_windows``: from the sending of a request to its first piece, on
         the clock."""
-        return _process_load(self._own_cpu_s / self.duration_s, self._own, first_token_windows)
+        return _process_load(self._own_cpu_s / self.duration_s, self._own_timeline, first_token_windows)
 
     def mesh_load(self, first_token_windows: Sequence[tuple[float, float]]) -> ProcessLoad | None:
         """How busy the mesh's process was; ``None`` if unknown."""
         cpu_s = self.mesh_cpu_s()
-        return None if cpu_s is None else _process_load(cpu_s / self.duration_s, self._mesh, first_token_windows)
+        return (
+            None if cpu_s is None else _process_load(cpu_s / self.duration_s, self._mesh_timeline, first_token_windows)
+        )
 
     def tunnel_cpu(self) -> float | None:
         """The CPU of the busiest process that the mesh has started; ``None`` if there is none."""
@@ -176,16 +180,16 @@ class LoadMeter:
     @property
     def mesh_run_time_s(self) -> Callable[[float, float], float] | None:
         """How long the mesh's main thread ran between two moments on the clock; ``None`` if unknown."""
-        return self._mesh.run_time_s if self._mesh.is_usable else None
+        return self._mesh_timeline.run_time_s if self._mesh_timeline.is_usable else None
 
     @property
     def own_run_time_s(self) -> Callable[[float, float], float] | None:
         """As ``mesh_run_time_s``, of this process."""
-        return self._own.run_time_s if self._own.is_usable else None
+        return self._own_timeline.run_time_s if self._own_timeline.is_usable else None
 
     def machine_load(self) -> MachineLoad | None:
         """How busy this machine was; ``None`` if unknown."""
-        before, after = self._machine
+        before, after = self._machine_times
         if before is None or after is None or after.total_s <= before.total_s:
             return None
         generator_cpu = self._own_cpu_s / self.duration_s
@@ -197,7 +201,7 @@ class LoadMeter:
 
     def _process_cpus(self) -> dict[int, float]:
         """The CPU of the mesh's processes that ran from the start to the end, by pid; 1 is one core."""
-        before, after = self._processes
+        before, after = self._process_times
         return {pid: (after[pid] - before[pid]) / self.duration_s for pid in before if pid in after}
 
 
