@@ -97,9 +97,11 @@ class Copies:
     """Which nodes have which model in memory, and how many slots there are for each residency key."""
 
     def __init__(self) -> None:
-        self._accounts: dict[str, dict[str, NodeAccount]] = {}  # by full name of the model, then by node
-        self._models: dict[str, frozenset[str]] = {}  # by node
-        self._slots: dict[ResidencyKey, tuple[float, int]] = {}  # when they were counted, and how many all nodes had
+        # The nodes with a model in memory: by the full name of the model, then by the name of the node.
+        self._holders: dict[str, dict[str, NodeAccount]] = {}
+        self._models: dict[str, frozenset[str]] = {}  # the models that a node has in memory, by the name of the node
+        # A cache: when the slots for a key were counted, and how many all nodes had.
+        self._slot_counts: dict[ResidencyKey, tuple[float, int]] = {}
 
     def update(self, account: NodeAccount) -> None:
         """Notes which models the node has in memory now."""
@@ -107,43 +109,44 @@ class Copies:
             return
         name, loaded = account.name, account.residency.loaded
         if len(self._models) <= MAX_COUNTED_COPIES:  # the counts of a small fleet are exact, also in the same moment
-            self._slots.clear()
+            self._slot_counts.clear()
         before = self._models.get(name, frozenset())
         if loaded.keys() == before:
             return
         self._models[name] = frozenset(loaded)
         for model in self._models[name] - before:
-            self._accounts.setdefault(model, {})[name] = account
+            self._holders.setdefault(model, {})[name] = account
         for model in before - self._models[name]:
-            accounts = self._accounts[model]
-            del accounts[name]
-            if not accounts:
-                del self._accounts[model]
+            self._remove_holder(model, name)
 
     def remove(self, name: str) -> None:
         """Forgets a node that was removed."""
         for model in self._models.pop(name, frozenset()):
-            accounts = self._accounts[model]
-            del accounts[name]
-            if not accounts:
-                del self._accounts[model]
-        self._slots.clear()
+            self._remove_holder(model, name)
+        self._slot_counts.clear()  # the counts include the slots of the removed node
+
+    def _remove_holder(self, model: str, name: str) -> None:
+        """Forgets that the node ``name`` has the model in memory."""
+        holders = self._holders[model]
+        del holders[name]
+        if not holders:
+            del self._holders[model]
 
     def other_nodes_slots(self, key: ResidencyKey, account: NodeAccount, now: float) -> int:
         """The number of slots for this key on the other nodes that have its model in memory.
 
         They are counted once for all nodes that are compared for a request. If more than ``MAX_COUNTED_COPIES`` nodes
         have the model, the number may be up to ``COUNT_S`` seconds old."""
-        copies = self._accounts.get(key.model)
+        copies = self._holders.get(key.model)
         if not copies:
             return 0
-        counted_at, slots = self._slots.get(key, (-math.inf, 0))
+        counted_at, slots = self._slot_counts.get(key, (-math.inf, 0))
         oldest_s = 0.0 if len(copies) <= MAX_COUNTED_COPIES else COUNT_S
         if not 0.0 <= now - counted_at <= oldest_s:
             slots = sum(_slots_for(key, other, now) for other in copies.values())
-            if len(self._slots) > MAX_COUNTED_KEYS:
-                self._slots.clear()
-            self._slots[key] = (now, slots)
+            if len(self._slot_counts) > MAX_COUNTED_KEYS:
+                self._slot_counts.clear()
+            self._slot_counts[key] = (now, slots)
         own_slots = _slots_for(key, account, now) if account.name in copies else 0
         return max(slots - own_slots, 0)
 

@@ -326,7 +326,7 @@ class AnyEvents(RuleBasedStateMachine):
     def copies_are_those_in_memory(self) -> None:
         for model in (A, B, C):
             having = {account.name for account in self.scheduler.accounts.values() if model in account.residency.loaded}
-            assert having == set(self.scheduler._fleet.copies._accounts.get(model, ()))
+            assert having == set(self.scheduler._fleet.copies._holders.get(model, ()))
 
     def describe(self) -> str:
         lines = [f"{self.now}: {self.scheduler}"]
