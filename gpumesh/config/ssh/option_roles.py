@@ -72,8 +72,8 @@ def list_options(role: OptionRole) -> tuple[str, ...]:
     return tuple(sorted(name for name, own_role in _OPTIONS.values() if own_role is role))
 
 
-def needs_ssh(option: str, value: str) -> str | None:
-    """The name (as in ssh_config(5)) of an option that is in use and that only ssh supports; ``None`` for any other."""
+def find_ssh_only_name(option: str, value: str) -> str | None:
+    """The option's name as in ssh_config(5), if only ssh supports it and this value uses it; otherwise ``None``."""
     known = _OPTIONS.get(option.lower())
     if known is None or known[1] is not OptionRole.SSH_ONLY:
         return None

@@ -22,7 +22,7 @@ from pathlib import Path
 from gpumesh.config import environment, value_parsers
 from gpumesh.config.ssh import ssh_files
 from gpumesh.config.ssh.known_hosts_option import split_files
-from gpumesh.config.ssh.option_roles import needs_ssh
+from gpumesh.config.ssh.option_roles import find_ssh_only_name
 from gpumesh.text.quoting import paste_command
 
 TIMEOUT_S = 10.0  # for one run of ``ssh -G``
@@ -241,8 +241,9 @@ def _expand(path: str, tokens: dict[str, str]) -> str:
 
 def _find_unsupported_features(values: dict[str, str]) -> tuple[str, ...]:
     """Returns the names of the options in ``values`` that transport sshtunnel does not support."""
-    features = ["Match exec"] if ssh_files.MATCH_EXEC[0] in values else []
-    features += [name for key, value in values.items() if (name := needs_ssh(key, value)) is not None]
+    features = ["Match exec"] if ssh_files.MATCH_EXEC_KEY in values else []
+    ssh_only_names = (find_ssh_only_name(key, value) for key, value in values.items())
+    features += [name for name in ssh_only_names if name is not None]
     # An IdentityAgent with one of these values is the agent that sshtunnel uses, too.
     usual_agent_values = ("SSH_AUTH_SOCK", "$SSH_AUTH_SOCK", str(environment.ssh_auth_sock()))
     if values.get("identityagent") in usual_agent_values and "IdentityAgent" in features:

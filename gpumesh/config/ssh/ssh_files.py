@@ -16,8 +16,9 @@ from gpumesh.config.ssh.patterns import matches_pattern_list
 
 SshOptions = list[tuple[str, str]]  # pairs of key (in lower case) and value
 
-# The pair that stands for a Match exec that may apply to the host. ssh has no such option.
-MATCH_EXEC = ("match-exec", "yes")
+# Our own option, which stands for a Match exec that may apply to the host. ssh has no such option.
+MATCH_EXEC_KEY = "match-exec"
+MATCH_EXEC = (MATCH_EXEC_KEY, "yes")
 
 _MAX_FILE_BYTES = 256 * 1024
 _MAX_DEPTH = 16  # of files that include each other; ssh has the same limit
