@@ -16,7 +16,7 @@ _MARKS = re.compile(r"(\*\*|`)")
 
 
 class AnswerPainter:
-    """``columns`` returns the terminal's width, which may change while the answer comes. ``char_width`` returns how
+    """``columns`` returns the terminal's width, which may change while the answer comes. ``text_width`` returns how
     many columns a text takes. ``is_plain``: without colours. ``base``: the colour of all of it; then the marks of
     Markdown have no meaning.
 
@@ -30,14 +30,14 @@ class AnswerPainter:
         self._is_plain = is_plain
         self._base = base
         self._word = ""
-        self._gap = ""  # the blanks and tabs before the next word of this line
+        self._blanks = ""  # the blanks and tabs before the next word of this line
         self._column = 0
         self._is_line_begin = True  # the line has no word yet
-        self._in_block = False
+        self._in_block = False  # in a code block
         self._is_fence = False  # this line opens or closes a code block
         self._is_heading = False
-        self._in_code = False
-        self._in_bold = False
+        self._in_code = False  # between two marks ` of a line
+        self._in_bold = False  # between two marks ** of a line
 
     def feed(self, text: str) -> str:
         """The part of the answer that can be shown after this piece."""
@@ -47,7 +47,7 @@ class AnswerPainter:
                 parts.append(self._end_word() + self._end_line())
             elif character in " \t":
                 parts.append(self._end_word())
-                self._gap += character
+                self._blanks += character
             else:
                 is_wide = ord(character) >= 0x1100 and self._text_width(character) > 1
                 if is_wide:  # scripts without blanks may be wrapped before each character
@@ -65,20 +65,23 @@ class AnswerPainter:
         return rest
 
     def _end_word(self) -> str:
+        """Ends the word that was held back, if there is one. Returns what to show: the blanks before it, or a line
+        break if it does not fit into the line, and the word."""
         word, self._word = self._word, ""
         if not word:
             return ""
         if self._is_line_begin:
             self._begin_line(word)
-        gap, self._gap = self._gap, ""
-        end = len((" " * self._column + gap).expandtabs()) + self._text_width(word)
+        blanks, self._blanks = self._blanks, ""
+        end = len((" " * self._column + blanks).expandtabs()) + self._text_width(word)
         is_code = self._in_block or self._is_fence
         if self._column > 0 and end > self._columns() - 1 and not is_code:
-            gap, end = "\n", self._text_width(word)
+            blanks, end = "\n", self._text_width(word)
         self._column = end
-        return gap + self._colour(word)
+        return blanks + self._colour(word)
 
     def _begin_line(self, word: str) -> None:
+        """Notes what the first word of a line makes of the line."""
         self._is_line_begin = False
         if self._base:
             return
@@ -86,14 +89,16 @@ class AnswerPainter:
         self._is_heading = not self._in_block and bool(_HEADING.fullmatch(word))
 
     def _end_line(self) -> str:
+        """Forgets what was true of this line only. Returns the line break to show."""
         if self._is_fence:
             self._in_block = not self._in_block
         self._is_line_begin, self._is_fence, self._is_heading = True, False, False
         self._in_code = self._in_bold = False  # a mark that was not closed colours its line only
-        self._gap, self._column = "", 0
+        self._blanks, self._column = "", 0
         return "\n"
 
     def _colour(self, word: str) -> str:
+        """The word with its colours. Its marks switch bold and code on or off, also for the words after it."""
         if self._is_plain:
             return word
         if self._base:

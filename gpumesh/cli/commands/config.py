@@ -13,7 +13,7 @@ from gpumesh.cli.global_options import global_options
 from gpumesh.errors import ExitCode, UsageError
 
 MAX_KEY_CHARS = 4096
-GUESSABLE_CHARS = 20  # a shorter key could be found from its hash by trying
+SAFE_KEY_CHARS = 20  # a shorter key could be found from its hash by trying
 
 app = new_app(no_args_is_help=True)
 
@@ -90,7 +90,7 @@ def hash_key(
         typer.echo(f"key:  {key}\nhash: {compute_hash(key.encode()).hex()}")
         return
     key = _read_key()
-    if len(key) < GUESSABLE_CHARS:
+    if len(key) < SAFE_KEY_CHARS:
         typer.echo(
             "warning: so short a key can be found from its hash by trying; `gpumesh config hash-key --new` makes one",
             err=True,

@@ -291,7 +291,12 @@ class WorkerLink:
             await self._worker.send(Credit(command_id, count))
 
     async def _start_command(self, request: StartCommand, limit_bytes: int) -> PendingCommand:
-        """Sends the request, and returns the command whose ``messages`` get the answers. Raises TunnelDown."""
+        """Sends the request, and returns the command whose ``messages`` get the answers. At most ``limit_bytes`` of its
+        output may wait there. Raises TunnelDown.
+
+        The caller must call ``forget_command`` in the end, also after an error: until then the command stays in
+        ``_commands``.
+        """
         pending = self._commands[request.id] = PendingCommand(limit_bytes)
         self.ensure_connected()
         await self._worker.send(request)
