@@ -336,10 +336,11 @@ def place_on(account: NodeAccount, demand: Demand, work: Work, expected: Forecas
             drain_s = account.drain_s(now, expected.pushed_out) if expected.pushed_out and account.placed else 0.0
             residency.note_sent(key, expected.pushed_out, now=now, load_s=expected.load_s)
         else:
-            needs_load = residency.note_use(key.model, now)
+            is_still_loading = residency.note_use(key.model, now)
+            needs_load = is_still_loading  # an earlier request has started the load
     model = None if key is None else key.model
     unread_tokens = expected.unread_tokens
-    # ``unread_tokens`` is never below 1, also if all tokens are in the cache.
+    # A forecast has at least one unread token, so 1 stands for a prompt that is wholly in the cache.
     cached_tokens = work.prompt_tokens - unread_tokens if unread_tokens > 1.0 else work.prompt_tokens
     placed = PlacedRequest(
         account,
@@ -347,15 +348,15 @@ def place_on(account: NodeAccount, demand: Demand, work: Work, expected: Forecas
         work,
         key,
         model,
-        now,
+        now,  # sent_at
         unread_tokens,
         cached_tokens,
-        expected.own_read_s,
+        expected.own_read_s,  # read_s
         expected.write_s,
         needs_load,
         drain_s,
         begins_at,
-        begins_at + expected.write_s,
+        begins_at + expected.write_s,  # ends_at
     )
     account.place(placed, now, load_s=expected.load_s)
     return placed
