@@ -73,6 +73,7 @@ def node_shares(
 ) -> tuple[NodeShare, ...]:
     """The part of the served requests that each node has served, in the order of the nodes' names.
 
+    ``loaded``: the part of the stage in which all slots were busy; ``None`` if there is none.
     ``shared_beginnings``: prompts of the stage begin alike, so a part of them may come from the server's cache.
     """
     by_node: dict[str, list[Answer]] = {}

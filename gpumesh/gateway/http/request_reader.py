@@ -56,12 +56,12 @@ class RequestReader:
         self._slices = slices
         self._loop = loop
         self._head_timeout_s = bounds.head_timeout_s
-        self._unparsed = b""
+        self._unparsed = b""  # bytes that wait for their turn, or for the end of a pause
         self._awaits_turn = False  # whether ``_parse_next`` is in the queue of slices
-        self._stopped = False
-        self._closed = False
-        self._head_timer: asyncio.TimerHandle | None = None
-        self._departure_timer: asyncio.TimerHandle | None = None
+        self._stopped = False  # bytes that come are dropped
+        self._closed = False  # the connection is gone, and with it the transport
+        self._head_timer: asyncio.TimerHandle | None = None  # runs while a head is not complete
+        self._departure_timer: asyncio.TimerHandle | None = None  # runs to the next check whether the client has left
 
     def __repr__(self) -> str:
         state = "paused" if self.paused else "reading"
