@@ -22,7 +22,7 @@ from gpumesh.daemon.mesh_lock import MeshLock
 from gpumesh.daemon.paths import MeshPaths
 from gpumesh.daemon.process.garbage_collector import tune_garbage_collector
 from gpumesh.daemon.process.open_files import raise_file_limit
-from gpumesh.daemon.reload.file_follower import LOOK_INTERVAL_S
+from gpumesh.daemon.reload.file_follower import CHECK_INTERVAL_S
 from gpumesh.daemon.reload.reloader import Reloader
 from gpumesh.daemon.run_record import RunRecord
 from gpumesh.daemon.service.manager_link import STOPPING, ManagerLink
@@ -54,7 +54,7 @@ async def run_mesh(
     snapshot: ConfigSnapshot | None = None,
     options: UpOptions | None = None,
     check_every_s: float = RESTORE_INTERVAL_S,
-    look_every_s: float = LOOK_INTERVAL_S,
+    check_interval_s: float = CHECK_INTERVAL_S,
 ) -> AsyncGenerator[LocalSession]:
     """Runs the mesh during the block. At the end drains it, for ``shutdown.drain_s`` seconds at most, and closes it.
 
@@ -62,7 +62,7 @@ async def run_mesh(
     the end of its process. With ``lock``, the lock file and the control socket are looked at every ``check_every_s``
     seconds, and restored if they were removed. ``snapshot`` is what mesh.yaml said, before the ``options`` of `up`
     changed it; ``None``: nobody can compare the mesh with its file, and it takes over no changes. The file is looked at
-    every ``look_every_s`` seconds.
+    every ``check_interval_s`` seconds.
     """
     from gpumesh.gateway.app import Gateway
     from gpumesh.gateway.observe.access_log import AccessLog
@@ -107,7 +107,7 @@ async def run_mesh(
                 access_log=paths.access_log,
                 on_applied=note_change,
             )
-            _run_until_closed(stack, reloader.run(interval_s=look_every_s), name="file")
+            _run_until_closed(stack, reloader.run(interval_s=check_interval_s), name="file")
         session = LocalSession(mesh, reloader, pools)
         _run_until_closed(stack, _log_changes(session), name="journal")
         _run_until_closed(stack, _record_history(session), name="history")

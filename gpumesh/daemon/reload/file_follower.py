@@ -1,4 +1,4 @@
-"""``FileFollower``: decides by the looks at a file when it is read, and when a bad file is reported. Pure.
+"""``FileFollower``: decides from repeated checks of a file when it is read, and when a bad file is reported. Pure.
 
 An editor may write a file in several steps, or remove it and put another in its place. What it leaves in between may be
 no YAML, or a mesh with fewer nodes. So a changed file is read when it has stayed the same for a while, and a file that
@@ -11,10 +11,10 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-LOOK_INTERVAL_S = 1.0  # between two looks at the file
-# In intervals. Less than one: a file is read when two looks in a row have seen the same.
+CHECK_INTERVAL_S = 1.0  # between two checks of the file
+# In intervals. Less than one: a file is read when two checks in a row have seen the same.
 SETTLE_INTERVALS = 0.8
-BAD_INTERVALS = 3.0  # for so long a file may be unusable without a word
+BAD_INTERVALS = 3.0  # for so long a file may be unusable before this is reported
 
 
 class FileMarks(NamedTuple):
@@ -36,21 +36,21 @@ def read_marks(path: Path) -> FileMarks | None:
 
 
 class FileFollower:
-    """Follows one file, at which its owner looks every ``interval_s`` seconds. The first content that it sees is read
-    too: it may be newer than what the mesh has read."""
+    """Follows one file. Its owner calls ``note_marks`` every ``interval_s`` seconds. The first content is read too: it
+    may be newer than what the mesh has read."""
 
-    def __init__(self, interval_s: float = LOOK_INTERVAL_S) -> None:
+    def __init__(self, interval_s: float = CHECK_INTERVAL_S) -> None:
         self._settle_s = SETTLE_INTERVALS * interval_s
         self._bad_s = BAD_INTERVALS * interval_s
         self._marks: FileMarks | None = None
-        self._changed_at: float | None = None
-        self._is_due = False
+        self._changed_at: float | None = None  # when the marks were first seen
+        self._is_due = False  # the file has changed since it was read last
 
     def __repr__(self) -> str:
         return f"<FileFollower {'waits for the file to settle' if self._is_due else 'same'}>"
 
-    def look(self, marks: FileMarks | None, now: float) -> bool:
-        """Notes what the file looks like now. Returns whether to read it."""
+    def note_marks(self, marks: FileMarks | None, now: float) -> bool:
+        """Notes the marks that the file has now. Returns whether the file is to be read now."""
         if marks != self._marks:
             self._marks, self._changed_at, self._is_due = marks, now, True
         if self._is_due and self._changed_at is not None and now - self._changed_at >= self._settle_s:
@@ -58,6 +58,6 @@ class FileFollower:
             return True
         return False
 
-    def reports_bad_file(self, now: float) -> bool:
+    def is_bad_file_due(self, now: float) -> bool:
         """Whether it is time to report that the file, as it was read last, cannot be used."""
         return self._changed_at is None or now - self._changed_at >= self._bad_s

@@ -18,7 +18,7 @@ from gpumesh.config.changed_file import describe_change, read_digest, read_snaps
 from gpumesh.config.comparison import ConfigSnapshot, KeyChange, describe_bad_file
 from gpumesh.config.live_changes import LeavingNode, LivePlan, ReloadReport, plan_live_changes
 from gpumesh.config.untrusted_file import untrusted_reason
-from gpumesh.daemon.reload.file_follower import LOOK_INTERVAL_S, FileFollower, read_marks
+from gpumesh.daemon.reload.file_follower import CHECK_INTERVAL_S, FileFollower, read_marks
 from gpumesh.daemon.up_options import UpOptions, select_nodes
 from gpumesh.errors import GPUMeshError, MeshNotRunning, UsageError
 from gpumesh.gateway.observe.access_log import AccessLog
@@ -104,6 +104,7 @@ class Reloader:
         return report
 
     async def _reload(self) -> ReloadReport:
+        """Reads the file, takes it over, and logs what has changed. Raises GPUMeshError; then nothing has changed."""
         async with self._reloading:
             read = await run_in_thread(read_snapshot, self._path)
             if self._stopped:
@@ -161,14 +162,15 @@ class Reloader:
 
     # -- following the file --------------------------------------------------------------------------------------
 
-    async def run(self, *, interval_s: float = LOOK_INTERVAL_S) -> None:
-        """Carries out what is requested, and follows the file, until cancelled. Looks at the file every ``interval_s``
+    async def run(self, *, interval_s: float = CHECK_INTERVAL_S) -> None:
+        """Carries out what is requested, and follows the file, until cancelled. Checks the file every ``interval_s``
         seconds, in a thread: it may be on a network disk that does not answer."""
         async with asyncio.TaskGroup() as group:
             group.create_task(self._serve_requests(), name="reloads on request")
             group.create_task(self._follow_file(interval_s), name="file")
 
     async def _serve_requests(self) -> None:
+        """Reloads at each request, for ever. A failure goes to the log."""
         while True:
             await self._requested.wait()
             self._requested.clear()
@@ -178,17 +180,21 @@ class Reloader:
                 _log_failure(error)
 
     async def _follow_file(self, interval_s: float) -> None:
+        """Handles each change of the file once the file has stayed the same for a while. Reports a file that cannot be
+        used later still, so that a file that is being written is not reported."""
         follower = FileFollower(interval_s)
         while True:
             marks = await run_in_thread(read_marks, self._path)
-            if follower.look(marks, self._clock()):
-                await self._look_at_file()
-            if self._bad_file is not None and follower.reports_bad_file(self._clock()):
+            is_to_be_read = follower.note_marks(marks, self._clock())
+            if is_to_be_read:
+                await self._handle_changed_file()
+            if self._bad_file is not None and follower.is_bad_file_due(self._clock()):
                 self._report_finding(self._bad_file)
             await asyncio.sleep(interval_s)
 
-    async def _look_at_file(self) -> None:
-        """Takes the file over if the mesh does so by itself; else says in what it differs."""
+    async def _handle_changed_file(self) -> None:
+        """Takes the file over if mesh.yaml says ``reload: auto``; otherwise reports in what the file differs. Notes the
+        reason in ``_bad_file`` if the file cannot be used."""
         digest = await run_in_thread(read_digest, self._path)
         if self._stopped or digest == self.snapshot.digest:
             self._report_finding(None)

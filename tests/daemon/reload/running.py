@@ -27,7 +27,7 @@ from tests.cli.meshes import SimulatedMesh, isolated_command, simulated_mesh
 from tests.real.command import Gpumesh
 
 MODEL = "m:latest"
-LOOK_INTERVAL_S = 0.05
+CHECK_INTERVAL_S = 0.05
 
 
 def streaming_host(name: str, *, tokens: int = 24, rate: float = 60.0, **changes: Any) -> HostProfile:
@@ -97,7 +97,7 @@ async def running_mesh(
                 shutdown=Shutdown(),
                 snapshot=snapshot,
                 options=options,
-                look_every_s=LOOK_INTERVAL_S,
+                check_interval_s=CHECK_INTERVAL_S,
             ) as session:
                 await session.wait_first_report(20.0)
                 yield ReloadedMesh(session, lab, paths)

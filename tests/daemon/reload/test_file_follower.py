@@ -13,7 +13,7 @@ OLD, HALF, NEW = FileMarks(1, 1, 10, 5), FileMarks(2, 2, 3, 5), FileMarks(3, 3, 
 def follow(*looks: FileMarks | None) -> tuple[list[int], FileFollower]:
     """At which of these looks, one a second, the file is read."""
     follower = FileFollower(1.0)
-    return [second for second, marks in enumerate(looks) if follower.look(marks, float(second))], follower
+    return [second for second, marks in enumerate(looks) if follower.note_marks(marks, float(second))], follower
 
 
 def test_a_file_is_read_once_when_it_has_settled() -> None:
@@ -33,9 +33,9 @@ def test_a_file_that_is_gone_is_looked_for_too() -> None:
 def test_a_bad_file_is_reported_some_seconds_after_it_was_changed() -> None:
     reads, follower = follow(OLD, OLD, HALF, HALF)
     assert reads == [1, 3]
-    assert [second for second in range(3, 8) if follower.reports_bad_file(float(second))] == [5, 6, 7]
-    follower.look(NEW, 6.0)
-    assert not follower.reports_bad_file(7.0), "it is being written again"
+    assert [second for second in range(3, 8) if follower.is_bad_file_due(float(second))] == [5, 6, 7]
+    follower.note_marks(NEW, 6.0)
+    assert not follower.is_bad_file_due(7.0), "it is being written again"
 
 
 def test_each_way_to_write_a_file_is_seen(tmp_path: Path) -> None:

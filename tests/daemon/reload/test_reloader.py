@@ -16,7 +16,7 @@ from gpumesh.daemon.control_socket.remote_session import RemoteSession
 from gpumesh.daemon.up_options import UpOptions
 from gpumesh.errors import ConfigError, GPUMeshError, MeshNotRunning, UsageError
 from gpumesh.state import Health
-from tests.daemon.reload.running import LOOK_INTERVAL_S, MODEL, ReloadedMesh, running_mesh, streaming_host
+from tests.daemon.reload.running import CHECK_INTERVAL_S, MODEL, ReloadedMesh, running_mesh, streaming_host
 from tests.tunnels.polling import wait_until
 
 ALPHA, BETA = streaming_host("alpha", ssh=False), streaming_host("beta", ssh=False)
@@ -200,7 +200,7 @@ async def test_keys_hold_for_the_next_request(running: ReloadedMesh, monkeypatch
     with pytest.raises(GPUMeshError, match="GPUMESH_TEST_KEY"):  # it is not set where the mesh was started
         await running.reload(api_key_env="GPUMESH_TEST_KEY")
     assert await status_of(running) == 200, "nothing has changed"
-    await asyncio.sleep(6 * LOOK_INTERVAL_S)  # looks at the file do not replace the finding
+    await asyncio.sleep(6 * CHECK_INTERVAL_S)  # looks at the file do not replace the finding
     assert running.findings()["config-invalid"].message.count("the variable GPUMESH_TEST_KEY is not set")
     monkeypatch.setenv("GPUMESH_TEST_KEY", "secret")
     await running.session.reload()
