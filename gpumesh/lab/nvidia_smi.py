@@ -45,13 +45,13 @@ class GpuProcess(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class GpuSnapshot:
-    """One GPU at one moment. ``busy`` is its use and ``warmth`` a slower average of its use, both from 0 to 1."""
+    """One GPU at one moment. ``busy`` is its use and ``heat`` a slower average of its use, both from 0 to 1."""
 
     gpu: GpuProfile
     driver: str
     used_mib: int
     busy: float
-    warmth: float
+    heat: float
     processes: tuple[GpuProcess, ...] = ()
 
 
@@ -60,7 +60,7 @@ def make_snapshots(profile: HostProfile, load: GpuLoad) -> tuple[GpuSnapshot, ..
 
     Only GPUs with models are busy and warm. A model without GPU memory runs on the CPU, and is left out.
     """
-    cards = [GpuSnapshot(gpu, profile.driver, IDLE_MIB, busy=0.0, warmth=0.0) for gpu in profile.gpus]
+    cards = [GpuSnapshot(gpu, profile.driver, IDLE_MIB, busy=0.0, heat=0.0) for gpu in profile.gpus]
     for number, (_name, model_mib) in enumerate(load.models):
         if cards and model_mib:
             emptiest_index = min(range(len(cards)), key=lambda index: cards[index].used_mib)
@@ -70,7 +70,7 @@ def make_snapshots(profile: HostProfile, load: GpuLoad) -> tuple[GpuSnapshot, ..
                 card,
                 used_mib=card.used_mib + model_mib,
                 busy=load.busy,
-                warmth=load.warmth,
+                heat=load.heat,
                 processes=(*card.processes, process),
             )
     return tuple(cards)
@@ -129,7 +129,7 @@ FieldValue = tuple[str, str]
 """A value and its unit; the unit is empty if the value has none."""
 
 _IDLE_MAX_BUSY = 0.02  # a GPU with less use counts as idle: low clocks, state P8
-# The figures are typical of an RTX 4090: ``busy`` and ``warmth`` move them between those at rest and under full load.
+# The figures are typical of an RTX 4090: ``busy`` and ``heat`` move them between those at rest and under full load.
 GPU_FIELDS: dict[str, Callable[[GpuSnapshot], FieldValue]] = {
     "index": lambda card: (str(card.gpu.index), ""),
     "uuid": lambda card: (card.gpu.uuid, ""),
@@ -142,7 +142,7 @@ GPU_FIELDS: dict[str, Callable[[GpuSnapshot], FieldValue]] = {
     "memory.free": lambda card: (str(max(0, card.gpu.memory_mib - RESERVED_MIB - card.used_mib)), "MiB"),
     "utilization.gpu": lambda card: (str(round(card.busy * 97)), "%"),
     "utilization.memory": lambda card: (str(round(card.busy * 71)), "%"),
-    "temperature.gpu": lambda card: (str(round(38 + card.warmth * 29)), ""),
+    "temperature.gpu": lambda card: (str(round(38 + card.heat * 29)), ""),
     "temperature.memory": lambda _: ("[N/A]", ""),
     "power.draw": lambda card: (f"{_power_w(card):.2f}", "W"),
     "power.draw.instant": lambda card: (f"{_power_w(card):.2f}", "W"),
@@ -153,7 +153,7 @@ GPU_FIELDS: dict[str, Callable[[GpuSnapshot], FieldValue]] = {
     "clocks.gr": lambda card: (str(2640 if card.busy > _IDLE_MAX_BUSY else 210), "MHz"),
     "clocks.mem": lambda card: (str(10501 if card.busy > _IDLE_MAX_BUSY else 405), "MHz"),
     "clocks.max.sm": lambda _: ("3105", "MHz"),
-    "fan.speed": lambda card: (str(round(card.warmth * 46)), "%"),
+    "fan.speed": lambda card: (str(round(card.heat * 46)), "%"),
     "pstate": lambda card: ("P2" if card.busy > _IDLE_MAX_BUSY else "P8", ""),
     "persistence_mode": lambda _: ("Enabled", ""),
     # A mask of bits. 1 means "idle", the usual reason for low clocks; 0 means no reason.

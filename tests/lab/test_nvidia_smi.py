@@ -9,7 +9,7 @@ from gpumesh.lab.profile import HostProfile, SmiMode
 ONE = profile.make_host("one")
 TWO = profile.make_host("two", gpus=2)
 IDLE = GpuLoad()
-BUSY = GpuLoad(busy=1.0, warmth=1.0, models=(("qwen2.5:7b", 5280),))
+BUSY = GpuLoad(busy=1.0, heat=1.0, models=(("qwen2.5:7b", 5280),))
 
 
 def ask(*argv: str, host: HostProfile = ONE, load: GpuLoad = IDLE, mode: SmiMode = SmiMode.OK) -> tuple[int, str]:

@@ -86,7 +86,7 @@ class Engine:
         self._decode_clock = DecodeClock(profile.share, clock=clock)
         self._prefill_turn = asyncio.Lock()  # held by the prompt that is read, if prompts stall the streams
         self._busy = UsageAverage(tau_s=0.3, clock=clock)  # follows the load almost at once
-        self._warmth = UsageAverage(tau_s=15.0, clock=clock)  # a card becomes warm and cold slowly
+        self._heat = UsageAverage(tau_s=15.0, clock=clock)  # a card becomes warm and cold slowly
 
     @property
     def loads(self) -> int:
@@ -185,14 +185,12 @@ class Engine:
         return 0 if self.faults.on_cpu else model.vram_mib
 
     def gpu_load(self) -> GpuLoad:
-        """The load of the host's GPUs at this moment.
-
-        ``Faults.foreign_load`` is the least value of ``busy`` and ``warmth``: so much the other programs use.
-        """
+        """The load of the host's GPUs at this moment. It is at least ``Faults.foreign_load``, which other programs
+        use."""
         foreign = self.faults.foreign_load
         return GpuLoad(
             busy=max(self._busy.update(), foreign),
-            warmth=max(self._warmth.update(), foreign),
+            heat=max(self._heat.update(), foreign),
             models=tuple((runner.model.name, self.vram_mib(runner.model)) for runner in self.list_runners()),
         )
 
@@ -226,7 +224,7 @@ class Engine:
         self.max_running = max(self.max_running, self.running)
         target = 1.0 if self.running else 0.0
         self._busy.set_target(target)
-        self._warmth.set_target(target)
+        self._heat.set_target(target)
 
 
 def record_output(lease: SlotLease, output: str) -> None:

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 class GpuLoad:
     """The load that nvidia-smi shows.
 
-    ``busy`` is the use of the GPU, from 0 to 1. ``warmth`` is a slower average of it, for the temperature and the fan.
-    ``models`` are the models in memory: the name and the memory in MiB of each.
+    ``busy`` is the use of the GPU, from 0 to 1. ``heat`` is a slower average of it: the
+    temperature and the fan follow it. ``models`` are the models in memory: the name and the memory in MiB of each.
     """
 
     busy: float = 0.0
-    warmth: float = 0.0
+    heat: float = 0.0
     models: tuple[tuple[str, int], ...] = ()
 
 
