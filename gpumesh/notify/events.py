@@ -1,7 +1,7 @@
 """``EventFinder`` finds what is worth telling a person in the states of a mesh, one after another. Pure.
 
-A node that is away for a moment is no news: its tunnel comes back by itself. So a node is told as down only after
-``DOWN_FOR_S``, and as back only if it was told as down.
+A node that is away for a moment is no news: its tunnel comes back by itself. So a node is reported as down only after
+``DOWN_FOR_S``, and as back only if it was reported as down.
 """
 
 from __future__ import annotations
@@ -40,30 +40,32 @@ class MeshEvent:
 
 
 class EventFinder:
-    """Compares each state with what was told before. Times are seconds of the caller's clock."""
+    """Compares each state with what was reported before. Times are seconds of the caller's clock."""
 
     def __init__(self) -> None:
+        # By the name of the node. A node is in one of the two, or in neither if its health is not known yet.
         self._down_since: dict[str, float] = {}
         self._up_since: dict[str, float] = {}
-        self._told_down: set[str] = set()
-        self._all_down_told = False
+        self._reported_down: set[str] = set()  # the nodes whose last event says that they are down
+        self._is_all_down_reported = False
         self._known: set[tuple[str, str | None]] = set()  # the findings that are present, by code and node
 
     def __repr__(self) -> str:
-        return f"<EventFinder {len(self._told_down)} told as down, {len(self._known)} findings>"
+        return f"<EventFinder {len(self._reported_down)} reported as down, {len(self._known)} findings>"
 
     def find(self, state: MeshState, now: float) -> list[MeshEvent]:
         """The events that this state shows first."""
         return [*self._find_findings(state), *self._find_health(state, now)]
 
-    def next_look_s(self, now: float) -> float | None:
+    def next_change_s(self, now: float) -> float | None:
         """The seconds until time alone may make an event: a node has been down, or up again, for long enough. ``None``:
         only another state can."""
-        waits = [since + DOWN_FOR_S for name, since in self._down_since.items() if name not in self._told_down]
-        waits += [since + UP_FOR_S for name, since in self._up_since.items() if name in self._told_down]
+        waits = [since + DOWN_FOR_S for name, since in self._down_since.items() if name not in self._reported_down]
+        waits += [since + UP_FOR_S for name, since in self._up_since.items() if name in self._reported_down]
         return max(min(waits) - now, 0.0) if waits else None
 
     def _find_findings(self, state: MeshState) -> Iterator[MeshEvent]:
+        """Yields an event for each finding that the last state did not have."""
         findings = {(finding.code, finding.node): finding for finding in _findings_of(state)}
         for key, finding in findings.items():
             if key not in self._known:
@@ -72,6 +74,7 @@ class EventFinder:
         self._known = set(findings)
 
     def _find_health(self, state: MeshState, now: float) -> Iterator[MeshEvent]:
+        """Yields an event for each node that has been down, or up again, for long enough to report it."""
         nodes = [node for node in state.nodes if node.health is not Health.DRAINING]
         for node in nodes:
             self._note_health(node, now)
@@ -79,17 +82,17 @@ class EventFinder:
         newly_down = [
             node
             for node in nodes
-            if node.name not in self._told_down and now - self._down_since.get(node.name, now) >= DOWN_FOR_S
+            if node.name not in self._reported_down and now - self._down_since.get(node.name, now) >= DOWN_FOR_S
         ]
         newly_up = [
             node
             for node in nodes
-            if node.name in self._told_down and now - self._up_since.get(node.name, now) >= UP_FOR_S
+            if node.name in self._reported_down and now - self._up_since.get(node.name, now) >= UP_FOR_S
         ]
-        self._told_down.update(node.name for node in newly_down)
-        self._told_down.difference_update(node.name for node in newly_up)
-        are_all_down = bool(nodes) and all(node.name in self._told_down for node in nodes)
-        if are_all_down and not self._all_down_told:  # one event in place of one for each node
+        self._reported_down.update(node.name for node in newly_down)
+        self._reported_down.difference_update(node.name for node in newly_up)
+        are_all_down = bool(nodes) and all(node.name in self._reported_down for node in nodes)
+        if are_all_down and not self._is_all_down_reported:  # one event in place of one for each node
             reasons = "; ".join(f"{node.name}: {node.reason or 'no reason is known'}" for node in nodes[:4])
             more = f"; and {len(nodes) - 4} more" if len(nodes) > 4 else ""
             yield MeshEvent(EventKind.ALL_DOWN, None, f"no node of {state.mesh} can serve: {reasons}{more}")
@@ -97,7 +100,7 @@ class EventFinder:
             for node in newly_down:
                 reason = f": {node.reason}" if node.reason else ""
                 yield MeshEvent(EventKind.NODE_DOWN, node.name, f"{node.name} is down{reason}", node.tunnel.hint)
-        self._all_down_told = are_all_down
+        self._is_all_down_reported = are_all_down
         for node in newly_up:
             yield MeshEvent(EventKind.NODE_UP, node.name, f"{node.name} is back")
 
@@ -118,7 +121,7 @@ class EventFinder:
         for times in (self._down_since, self._up_since):
             for name in times.keys() - names:
                 del times[name]
-        self._told_down &= names
+        self._reported_down &= names
 
 
 def _findings_of(state: MeshState) -> Iterator[Finding]:

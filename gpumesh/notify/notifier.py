@@ -64,6 +64,7 @@ class _Watcher:
         self._changed.wake()
 
     async def run(self) -> None:
+        """Gives each event of the mesh's states to all receivers, until cancelled."""
         while True:
             timeout_s = None
             if self._state is not None:
@@ -72,7 +73,7 @@ class _Watcher:
                 for event in self._finder.find(self._state, now):
                     for receiver in self.receivers.values():
                         receiver.add(mesh, event)
-                timeout_s = self._finder.next_look_s(now)
+                timeout_s = self._finder.next_change_s(now)
             await _wait(self._changed, timeout_s)
 
 
@@ -95,6 +96,7 @@ class _Receiver:
             self._added.wake()
 
     async def run(self) -> None:
+        """Sends the events that are due, until cancelled."""
         while True:
             now = self._clock()
             due = self._outbox.take_due(now)

@@ -57,6 +57,7 @@ async def send_until_done(spec: NotifySpec, message: Message) -> None:
 
 
 async def _post(spec: NotifySpec, body: HttpBody) -> None:
+    """Posts the message to the webhook. Raises NotifyFailed, without the address: it may hold a secret."""
     import httpx
 
     url = spec.webhook if spec.webhook_env is None else config.read_secret(spec.webhook_env)

@@ -19,10 +19,10 @@ def test_a_node_is_told_as_down_after_a_time_and_as_back_only_then() -> None:
     both, one = mesh(healthy("a"), healthy("b")), mesh(down("a"), healthy("b"))
     finder = EventFinder()
     assert kinds(finder, (0.0, both), (1.0, one), (1.0 + DOWN_FOR_S - 0.1, one)) == []
-    assert finder.next_look_s(1.0 + DOWN_FOR_S - 0.1) is not None
+    assert finder.next_change_s(1.0 + DOWN_FOR_S - 0.1) is not None
     assert kinds(finder, (1.0 + DOWN_FOR_S, one), (20.0, one)) == [("node-down", "a")]
     assert kinds(finder, (30.0, both), (30.0 + UP_FOR_S, both), (90.0, both)) == [("node-up", "a")]
-    assert finder.next_look_s(90.0) is None
+    assert finder.next_change_s(90.0) is None
 
 
 def test_a_node_that_is_away_for_a_moment_is_no_news() -> None:
