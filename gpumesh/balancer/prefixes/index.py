@@ -60,19 +60,19 @@ class _NodeCache:
 
 class PrefixIndex:
     """The index of the whole fleet. A ``key`` is a residency key (``base.ResidencyKey``). ``sequences_per_slot`` and
-    ``least_bytes`` are for the first estimate of every cache (``CacheSize``)."""
+    ``least_bytes`` are for the first estimate of every cache's size (``CacheSize``)."""
 
     def __init__(self, *, sequences_per_slot: int = SEQUENCES_PER_SLOT, least_bytes: int = LEAST_BYTES) -> None:
         self._per_slot = sequences_per_slot
         self._least_bytes = least_bytes
-        self._trees: dict[Hashable, PrefixTree] = {}
-        self._caches: dict[str, dict[Hashable, _NodeCache]] = {}
+        self._trees: dict[Hashable, PrefixTree] = {}  # by key
+        self._caches: dict[str, dict[Hashable, _NodeCache]] = {}  # by the name of the node, then by key
         self._sequences: dict[_Sequence, None] = {}
         """The sequences of all nodes, ordered by their last use, the oldest first. (The dict is an ordered set.)"""
         self._session_nodes: dict[tuple[Hashable, int], dict[str, None]] = {}
         """For each key and session, the nodes that had its requests (an ordered set). Both the sessions and the nodes
         of each are ordered by their last use, the oldest first."""
-        self._block_count = 0
+        self._block_count = 0  # of all trees together
 
     def __repr__(self) -> str:
         return f"<PrefixIndex {len(self._caches)} nodes, {len(self._sequences)} prompts, {self._block_count} blocks>"

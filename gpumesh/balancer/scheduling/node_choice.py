@@ -54,6 +54,8 @@ class NodeChoice:
         *,
         despite_breaker: bool = False,
     ) -> list[NodeAccount]:
+        """The nodes of ``among`` that can serve this demand now, or as soon as they have a free slot.
+        ``despite_breaker``: also nodes whose breaker is open."""
         # A request about the model store does not run the model, so it may go to a node where the model is broken.
         model = None if demand.model is None or not demand.needs_slot else full_name(demand.model)
         accounts: list[NodeAccount] = []

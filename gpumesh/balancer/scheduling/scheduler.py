@@ -208,6 +208,7 @@ class Scheduler:
     def _place(
         self, chosen: Forecast, considered: Sequence[Forecast], demand: Demand, work: Work, now: float
     ) -> Placement:
+        """Places the request on the chosen node, and notes what this changes for the next decisions."""
         self._turn += 1
         account = self.accounts[chosen.node]
         placed = place_on(account, demand, work, chosen, now)

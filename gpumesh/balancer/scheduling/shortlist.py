@@ -124,8 +124,7 @@ class NodeTable:
         self._free_count = 0  # the nodes in ``FREE_BAGS``
         self._warm_slots_of: dict[str, int] = {}  # for each warm node
         self._changed: dict[str, NodeAccount] = dict(accounts)  # since the last ``refresh``
-        # The nodes that cannot load the model before a certain time, by name, and as a heap with the earliest time
-        # first.
+        # The nodes that cannot load the model before a certain time: by name, and as a heap, the earliest time first.
         self._blocked_until: dict[str, float] = {}
         self._blocked_heap: list[tuple[float, str]] = []
         self._accounts = accounts
@@ -392,6 +391,7 @@ class _UsableCheck:
         self._model = full_name(demand.model) if demand.model is not None and demand.needs_slot else None
 
     def allows(self, account: NodeAccount) -> bool:
+        """Whether the node is not excluded, and neither the node nor the request's model there has an open breaker."""
         if account.name in self._exclude:
             return False
         if not account.is_suspect:  # nearly always
