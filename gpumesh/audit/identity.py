@@ -281,8 +281,10 @@ def _marks(node: NodeState, proof: Proof) -> Iterable[str]:
 
 
 def _group_by_mark(nodes: Sequence[NodeState], proof: Proof) -> Mapping[str, list[NodeState]]:
-    """Groups the nodes by their marks for this kind of proof: by GPU UUID, host key, or fingerprint of the model store. A node
-    is in the group of each of its marks."""
+    """Groups the nodes by their marks for this kind of proof: GPU UUIDs, host keys, or fingerprints of model stores.
+
+    A node is in the group of each of its marks.
+    """
     holders: dict[str, list[NodeState]] = {}
     for node in nodes:
         for mark in sorted(_marks(node, proof)):

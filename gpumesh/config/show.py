@@ -96,6 +96,7 @@ def _gateway_entries(spec: GatewaySpec) -> dict[str, Any]:
 
 
 def _key_entries(spec: KeySpec) -> dict[str, Any]:
+    """The entry of an API key under gateway.keys."""
     return _drop_empty(
         {
             "name": spec.name,
@@ -112,6 +113,7 @@ def _key_entries(spec: KeySpec) -> dict[str, Any]:
 
 
 def _node_entries(node: NodeSpec) -> dict[str, Any]:
+    """The entry of a node. ``enabled`` is always written."""
     entries: dict[str, Any] = {"name": node.name}
     if node.ssh is not None:
         entries["ssh"] = _ssh_entries(node.ssh)
@@ -131,6 +133,7 @@ def _node_entries(node: NodeSpec) -> dict[str, Any]:
 
 
 def _ssh_entries(spec: SshSpec) -> dict[str, Any]:
+    """The section ``ssh`` of a node."""
     entries = _drop_empty(
         {
             "host": spec.host or None,  # empty if only ``address_from`` knows the host

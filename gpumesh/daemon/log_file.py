@@ -42,6 +42,7 @@ class _PrivateFileHandler(logging.handlers.RotatingFileHandler):
     """Opens each file with mode 0600, also after a rotation."""
 
     def _open(self) -> TextIOWrapper:
+        """Opens the file so that only its owner can read it."""
         file: Any = open(  # noqa: SIM115 - the handler closes it
             self.baseFilename,
             self.mode,

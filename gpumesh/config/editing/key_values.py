@@ -21,6 +21,7 @@ def read_edits(words: Sequence[str]) -> list[Edit]:
 
 
 def _read_edit(word: str) -> Edit:
+    """Reads KEY=VALUE: the path of the key, and the value as YAML reads it. Raises UsageError."""
     key, equals, text = word.partition("=")
     path = tuple(key.split("."))
     if path[0] == "labels" and len(path) > 2:

@@ -207,6 +207,8 @@ def _is_blank_line_at(text: str, line_start: int) -> bool:
 
 
 def _insert_into_block(text: str, nodes: yaml.SequenceNode, lines: Sequence[str]) -> str:
+    """Adds an entry at the end of a list in block style (a line with a dash for each entry), as far to the right as the
+    last entry."""
     last = _find_entry_lines(text, nodes, len(nodes.value) - 1)
     newline = newline_of(text)
     new_lines = _indent(lines, last.dash_column)
@@ -246,6 +248,8 @@ def _indent(lines: Sequence[str], columns: int) -> list[str]:
 
 
 def _insert_into_flow(text: str, nodes: yaml.SequenceNode, lines: Sequence[str]) -> str:
+    """Adds an entry at the end of a list in flow style (``[{…}, {…}]``): in a line of its own if the last entry has
+    one."""
     last = nodes.value[-1]
     start, end = last.start_mark.index, last.end_mark.index
     entry = _format_flow(_load_entry(lines), as_json=_is_json(nodes))
@@ -263,6 +267,8 @@ def _insert_into_flow(text: str, nodes: yaml.SequenceNode, lines: Sequence[str])
 
 
 def _remove_from_flow(text: str, nodes: yaml.SequenceNode, index: int) -> tuple[str, str]:
+    """Removes an entry of a list in flow style (``[{…}, {…}]``) with its comma. Returns the new text, and the entry's
+    text."""
     entry = nodes.value[index]
     removed = text[entry.start_mark.index : entry.end_mark.index]
     if index == len(nodes.value) - 1:

@@ -165,6 +165,7 @@ class TopologyBuilder:
         return AliasSettings("", proxy_jump=jumps)
 
     def _build_jump_alias(self, hop: AliasSettings | None) -> JumpAlias | None:
+        """The files with which ssh logs in to a host of ProxyJump; ``None`` if the hop is no alias."""
         if hop is None:
             return None
         known_hosts = (hop.known_hosts, *hop.more_known_hosts) if hop.known_hosts is not None else ()

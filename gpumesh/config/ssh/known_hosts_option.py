@@ -22,6 +22,8 @@ def split_files(value: str) -> list[str]:
 
 
 def _join_words(words: list[str]) -> list[str]:
+    """Joins as many words as are the path of a file together, from the first on. A word that begins no such path stays
+    alone."""
     files: list[str] = []
     rest = words[:_MAX_FILES]
     while rest:

@@ -49,6 +49,7 @@ class Launchd:
         """launchd knows only agents that were loaded: ``stop`` has done all."""
 
     def state(self, name: str) -> ServiceState:
+        """The state of the service as launchd prints it."""
         done = try_program(["launchctl", "print", self._target(name)])
         if done.returncode != 0:
             return ServiceState("not loaded", is_active=False, starts_by_itself=False)

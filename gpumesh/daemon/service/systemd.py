@@ -30,6 +30,7 @@ class Systemd:
         return f"<Systemd {'system' if self._system else 'user'}>"
 
     def require_available(self) -> None:
+        """Raises GPUMeshError if systemd does not run this system, or does not obey this user."""
         if shutil.which("systemctl") is None or not BOOTED.is_dir():
             raise GPUMeshError(
                 "this system is not run by systemd, so it cannot keep a service up",
@@ -72,6 +73,7 @@ class Systemd:
         try_program([*self._systemctl, "reset-failed", _unit(name)], changes=self._changes)
 
     def state(self, name: str) -> ServiceState:
+        """The state of the service as systemd tells it."""
         output = self._run("show", f"--property={','.join(_PROPERTIES)}", _unit(name))
         values = dict(line.split("=", 1) for line in output.splitlines() if "=" in line)
         state = f"{values.get('ActiveState', 'unknown')} ({values.get('SubState', 'unknown')})"

@@ -39,6 +39,7 @@ def make_unit(definition: ServiceDefinition, *, systemd_version: int | None = No
 
 
 def _lines(definition: ServiceDefinition, systemd_version: int | None) -> Iterator[str]:
+    """The lines of the unit file. ``systemd_version``: ``None`` if unknown; then newer settings are left out."""
     is_system = definition.user is not None
     yield "[Unit]"
     yield "Description=GPUs behind SSH as one endpoint (gpumesh)"

@@ -87,6 +87,7 @@ class LocalSession:
 
     @asynccontextmanager
     async def _open_chat(self, prompt: PromptRequest) -> AsyncGenerator[PromptAnswer]:
+        """Sends the prompt through the mesh, and yields its answer. Waits until a node can serve the model."""
         if self._stopping:
             raise MeshNotRunning("the mesh is stopping and takes no new prompts")
         self._require_node(prompt.node)

@@ -32,13 +32,12 @@ class ApiKeys:
     def find(self, headers: Mapping[str, str]) -> ClientKey | None:
         """The key in ``Authorization`` or ``x-api-key``; ``None`` if neither holds a key of this gateway. Some clients
         send both headers, with our key in only one of them. If both hold our keys, ``Authorization`` counts."""
-        first_key: ClientKey | None = None
         for text in sent_keys(headers):
             # "surrogateescape" gives the bytes that the client sent: the parser has decoded the header in that way.
             key = self._keys.get(hash_key(text.encode("utf-8", "surrogateescape")))
-            if first_key is None:
-                first_key = key
-        return first_key
+            if key is not None:
+                return key
+        return None
 
 
 def sent_keys(headers: Mapping[str, str]) -> list[str]:
@@ -89,6 +88,7 @@ def read_api_keys(
         add(hash_key(read_secret(spec.api_key_env).encode()), ClientKey(label=spec.api_key_env))
 
     def read_digest(key: KeySpec) -> bytes:
+        """The SHA-256 of the key's secret, wherever mesh.yaml has it."""
         if key.env is not None:
             return hash_key(read_secret(key.env).encode())
         if key.file is not None:

@@ -108,6 +108,7 @@ def _is_visible_to(viewer: ClientKey | None, sender: ClientKey | None) -> bool:
 
 
 def _describe(request: Request, active: ActiveRequest, now: float) -> RequestState:
+    """What is shown of a request that is in the gateway now."""
     record, key, address = active.record, request.key, request.client_address
     demand, answer, progress = record.demand, record.answer, record.progress
     placement = progress.placement

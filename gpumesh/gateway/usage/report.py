@@ -109,6 +109,7 @@ def _sort_lines(lines: Iterable[UsageLine], by: Sequence[Grouping]) -> list[Usag
 
 
 def _read_budgets(path: Path, keys: Sequence[KeySpec], now: datetime) -> list[KeyBudget]:
+    """What the keys with a limit have used of it in this month."""
     limited = [key for key in keys if key.rate is not None or key.tokens_per_month is not None]
     if not limited:
         return []
@@ -155,6 +156,7 @@ def report_json(report: UsageReport, mesh: str) -> Mapping[str, object]:
 
 
 def _counts_json(counts: UsageCounts) -> dict[str, object]:
+    """The counts as members of the JSON document."""
     return {
         "requests": counts.requests,
         "failed": counts.failed,

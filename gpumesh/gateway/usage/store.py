@@ -90,6 +90,7 @@ class UsageStore:
         self._journal.append(rows)
 
     def _remember(self, rows: Iterable[UsageRow]) -> None:
+        """Adds the counts to those that ``fold`` will write to the database."""
         for row, counts in rows:
             known = self._unfolded.get(row)
             if known is None:
