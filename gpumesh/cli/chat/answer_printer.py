@@ -81,6 +81,7 @@ class AnswerPrinter:
         self._write(self._end_thinking() + self._text_painter.end())
 
     def _print_chunk(self, chunk: Chunk) -> None:
+        """Prints the text of the chunk, and keeps its figures for the summary."""
         summary = self.summary
         if (chunk.text or chunk.thinking) and summary.ttft_ms is None:
             summary.ttft_ms = (time.perf_counter() - self._began) * 1000

@@ -29,6 +29,8 @@ class ChatCompleter(Completer):
         self._paths = PathCompleter(expanduser=True)
 
     def get_completions(self, document: Document, complete_event: CompleteEvent) -> Iterable[Completion]:
+        """Completes the name of a slash command, then its words: a path for /save and /load, or one of the command's
+        own words."""
         text = document.text_before_cursor
         if not text.startswith("/") or "\n" in text:
             return

@@ -147,6 +147,7 @@ def _placeholder() -> AnyFormattedText:
 
 
 def _make_output() -> Output:
+    """The output of the editor: the terminal, with a usual size if its own is not known."""
     if sys.platform == "win32":
         return create_output(sys.stdout)
 
@@ -164,6 +165,8 @@ def _make_output() -> Output:
 
 
 def _make_key_bindings() -> KeyBindings:
+    """Enter sends the message, or begins a new line in a text that is still open. Escape and Enter begins a new
+    line."""
     bindings = KeyBindings()
 
     @bindings.add("enter")

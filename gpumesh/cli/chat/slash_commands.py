@@ -127,6 +127,7 @@ class SlashCommands:
     # -- the commands --------------------------------------------------------------------------------------------
 
     async def _model(self, words: str) -> None:
+        """Changes the model; without words, lists the models."""
         await self._fleet.refresh()
         models = self._fleet.models
         if not words:
@@ -140,6 +141,7 @@ class SlashCommands:
         self._say(f"{clean_line(found)} answers from now on")
 
     async def _node(self, words: str) -> None:
+        """Changes the node that answers; without words, lists the nodes."""
         await self._fleet.refresh()
         names = self._fleet.node_names
         if not words:
@@ -157,6 +159,7 @@ class SlashCommands:
             raise unknown_choice("node", words, ("auto", *names))
 
     async def _set(self, words: str) -> None:
+        """Changes one of the settings of the chat."""
         setting, _, value = words.partition(" ")
         value = value.strip()
         conversation = self.conversation
@@ -184,6 +187,7 @@ class SlashCommands:
             raise unknown_choice("setting", setting, _SETTINGS)
 
     def _set_parameter(self, words: str) -> None:
+        """Changes a parameter of the model; without a value, removes it; without a name, lists the parameters."""
         name, _, text = words.partition(" ")
         if not name:
             self._say(_in_two_columns(PARAMETERS.items()))
@@ -207,6 +211,7 @@ class SlashCommands:
         self._say(f"{name} is {json.dumps(value, ensure_ascii=False)}")
 
     async def _show(self, _: str) -> None:
+        """Shows the settings of the conversation."""
         conversation = self.conversation
         parameters = [f"{name}={json.dumps(value)}" for name, value in conversation.options.items()]
         think = "as the model does by itself" if conversation.think is None else str(conversation.think)
@@ -221,6 +226,7 @@ class SlashCommands:
         self._say(clean_text(_in_two_columns(rows)))
 
     async def _save(self, words: str) -> None:
+        """Writes the conversation to a file. Asks before it replaces one."""
         path = _path_of(words, "/save")
         text = self.conversation.to_json()
         try:
@@ -238,6 +244,7 @@ class SlashCommands:
         self._say(clean_text(f"saved to {path}"))
 
     async def _load(self, words: str) -> None:
+        """Continues the conversation of a file. Its model answers, if a node has it."""
         path = _path_of(words, "/load")
         try:
             with path.open("rb") as file:

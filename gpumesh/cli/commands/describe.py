@@ -47,7 +47,7 @@ def describe(
     options = global_options(ctx)
     chosen_format = choose_format(output, as_json)
     names = list(dict.fromkeys(nodes))
-    state, topology = run_async(_look(options, names))
+    state, topology = run_async(_read_state(options, names))
     specs = {spec.name: spec for spec in topology.nodes}
     states = [(select_nodes(state, [name]), specs.get(name)) for name in names]
     if chosen_format is not None:
@@ -63,7 +63,7 @@ def describe(
         print_description(node_state, None if spec is None else dump_node(spec))
 
 
-async def _look(options: GlobalOptions, names: list[str]) -> tuple[MeshState, Topology]:
+async def _read_state(options: GlobalOptions, names: list[str]) -> tuple[MeshState, Topology]:
     """The state of the mesh, and what it has read from mesh.yaml. Raises UsageError for an unknown name."""
     async with _open_session(options, names) as session:
         state = await session.wait_first_report(FIRST_REPORT_TIMEOUT_S)

@@ -51,6 +51,7 @@ def test(ctx: typer.Context) -> None:
 
 
 def _make_message(mesh: str) -> Message:
+    """The message that is sent as a test."""
     from datetime import UTC, datetime
 
     from gpumesh.notify.events import MeshEvent

@@ -68,7 +68,7 @@ def install(
     from gpumesh.daemon.service.definition import FileOrigin
 
     options = global_options(ctx)
-    manager, definition = _find_manager(system), _define(options, name, system=system)
+    manager, definition = _find_manager(system), _make_definition(options, name, system=system)
     text = manager.render(definition)
     if print_only:
         typer.echo(text, nl=False)
@@ -130,7 +130,7 @@ def status(
 
     manager = _find_manager(system)
     manager.require_available()
-    definition = _define(global_options(ctx), name, system=system)
+    definition = _make_definition(global_options(ctx), name, system=system)
     document = describe_service(
         manager, definition, _needed_variables(global_options(ctx)), text=_read(manager.path(name))
     )
@@ -155,8 +155,9 @@ def _find_manager(system: bool) -> ServiceManager:
     return Systemd(system=system)
 
 
-def _define(options: GlobalOptions, name: str, *, system: bool) -> ServiceDefinition:
-    """What the service runs. Raises UsageError for a name that cannot be a service's, or without a mesh.yaml."""
+def _make_definition(options: GlobalOptions, name: str, *, system: bool) -> ServiceDefinition:
+    """The definition of the service: what it runs, and as which user. Raises UsageError for a name that cannot be a
+    service's, or without a mesh.yaml."""
     from gpumesh.config import environment
     from gpumesh.daemon.service.definition import ServiceDefinition, is_valid_name
 

@@ -126,6 +126,7 @@ def _name_cells(by: tuple[Grouping, ...], values: tuple[str, ...]) -> list[str]:
 
 
 def _count_cells(counts: UsageCounts) -> list[str]:
+    """The cells of a table's row: requests, tokens, GPU time and energy."""
     from gpumesh.cli.views.figures import UNKNOWN
 
     tokens = counts.prompt_tokens + counts.answer_tokens

@@ -96,6 +96,7 @@ def _describe_system(_options: GlobalOptions) -> Section:
 
 
 def _openssh_version() -> str:
+    """What `ssh -V` prints, or why it cannot be run."""
     from gpumesh.config import environment
 
     try:
@@ -129,6 +130,7 @@ def _list_libraries(_options: GlobalOptions) -> Section:
 
 
 def _list_paths(options: GlobalOptions) -> Section:
+    """Where files are looked for, and where this user's files of the mesh are."""
     from gpumesh import config
     from gpumesh.config import environment
 

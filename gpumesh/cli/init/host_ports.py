@@ -45,6 +45,8 @@ async def ask_hosts(topology: Topology) -> Mapping[str, HostAnswer]:
 
 
 async def _ask_host(spec: NodeSpec, topology: Topology, workers: WorkerPool) -> HostAnswer:
+    """Opens a tunnel to the host, and asks the host for the ports on which it listens. Does not raise if the host
+    cannot be reached: the state of the tunnel says why."""
     from gpumesh.probes import listening_ports
     from gpumesh.probes.commands.host_commands import HostCommands
     from gpumesh.tunnels.supervisor import open_tunnel, run_tunnel

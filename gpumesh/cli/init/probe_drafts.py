@@ -93,6 +93,7 @@ async def _find_other_servers(
     async with make_http_client() as client:
 
         async def ask(target: Target, url: str) -> FoundServer | None:
+            """Asks whether an inference server answers at this end of the tunnel."""
             try:
                 answer = await ask_server(
                     client, BackendKind.AUTO, url, target, api_key=None, timeout_s=OTHER_SERVERS_TIMEOUT_S
@@ -102,6 +103,7 @@ async def _find_other_servers(
             return FoundServer(target.port, answer.kind.value)
 
         async def ask_all(draft: Draft, asked_draft: Draft) -> tuple[FoundServer, ...]:
+            """Finds servers on the further ports of the host: those of ``asked_draft`` that the draft does not use."""
             if not draft.is_serving or len(asked_draft.ports) == 1:
                 return ()
             urls = mesh.tunnel(draft.name).urls
@@ -119,6 +121,7 @@ def new_file_topology(source: Path) -> ReadTopology:
     drafts that are no valid mesh.yaml."""
 
     def read_topology(drafts: Sequence[Draft]) -> Topology:
+        """Reads the drafts as a mesh.yaml would be read. Raises UsageError with all problems."""
         from gpumesh import config
         from gpumesh.tunnels.local_system.socket_folders import private_folder
 

@@ -26,6 +26,9 @@ def edit_node(path: Path, text: str, name: str) -> ChangedText:
     entry = _find_entry(path, text, name)
 
     def change(new_entry: str) -> ChangedText:
+        """Puts the edited entry into the file. Raises UsageError if the file's entry is no longer the one that was
+        edited."""
+
         def replace_entry(current_text: str) -> ChangedText:
             if _find_entry(path, current_text, name) != entry:
                 raise UsageError(

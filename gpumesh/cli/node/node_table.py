@@ -29,6 +29,7 @@ async def list_nodes(options: GlobalOptions, topology: Topology) -> list[dict[st
 
 
 def _describe_node(spec: NodeSpec, running_nodes: dict[str, NodeState] | None) -> dict[str, Any]:
+    """A row of the table. ``running_nodes``: the nodes of the running mesh by name; ``None``: no mesh runs."""
     state = None if running_nodes is None else running_nodes.get(spec.name)
     reason = None if state is None else state.reason
     if not spec.enabled:

@@ -36,6 +36,8 @@ def refresh_expectations(options: GlobalOptions) -> None:
     problems: list[str] = []
 
     def change(text: str) -> ChangedText:
+        """Adds the facts that are wanted. A node that cannot be changed is left out, with its reason in
+        ``problems``."""
         problems.clear()
         changed = ChangedText(text, edit.parse_edited(path, text))
         for name, facts in wanted.items():

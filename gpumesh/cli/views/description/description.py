@@ -27,6 +27,7 @@ def print_description(state: MeshState, settings: str | None) -> None:
 
 
 def _parts(state: MeshState, settings: str | None) -> Iterator[RenderableType]:
+    """The parts of the description, from above: the node, its remarks, the sections with facts, the settings."""
     (node,) = state.nodes
     head = Text.assemble((MARKS[node.health], STYLES[node.health]), " ", (clean_line(node.name, 60), "bold"))
     head.append(f"  {node.health}", style=STYLES[node.health])

@@ -47,6 +47,7 @@ def list_sections(node: NodeState, at: datetime) -> list[FactSection]:
 
 
 def _tunnel_facts(tunnel: TunnelState, at: datetime) -> Iterator[Fact]:
+    """What is known of the tunnel."""
     yield "transport", tunnel.transport
     state = str(tunnel.state)
     if tunnel.since is not None:
@@ -70,6 +71,7 @@ def _tunnel_facts(tunnel: TunnelState, at: datetime) -> Iterator[Fact]:
 
 
 def _host_facts(node: NodeState) -> Iterator[Fact]:
+    """What is known of the host."""
     host = node.host
     if host.hostname is not None:
         yield "hostname", host.hostname
@@ -82,6 +84,7 @@ def _host_facts(node: NodeState) -> Iterator[Fact]:
 
 
 def _gpu_facts(node: NodeState) -> Iterator[Fact]:
+    """What is known of each GPU, and of the processes on it."""
     if node.gpus is None:
         yield "", "not known"
     elif not node.gpus:
@@ -114,6 +117,7 @@ def _describe_gpu(gpu: GpuState) -> str:
 
 
 def _server_facts(node: NodeState) -> Iterator[Fact]:
+    """What is known of the inference server, and of the routes to it."""
     server = node.backend
     yield "kind", f"{server.kind} {server.version or ''}".rstrip()
     yield "state", str(server.state)
@@ -167,6 +171,7 @@ def _model_facts(node: NodeState, at: datetime) -> Iterator[Fact]:
 
 
 def _load_facts(node: NodeState) -> Iterator[Fact]:
+    """The requests of the node, now and since the start."""
     load = node.load
     limit = "" if load.limit is None else f" (it runs {load.limit} at once)"
     yield "now", f"{load.in_flight} in flight{limit}, {load.queued} queued"
