@@ -62,6 +62,7 @@ async def run_in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwa
     future: asyncio.Future[T] = loop.create_future()
 
     def deliver(result: T | None, error: BaseException | None) -> None:
+        """Gives the result or the error to the awaiting task, in its event loop."""
         if future.done():
             return  # the caller was cancelled
         if error is not None:
@@ -70,6 +71,7 @@ async def run_in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwa
             future.set_result(result)  # type: ignore[arg-type]  # None only where T allows it
 
     def call_and_deliver() -> None:
+        """Calls the function in the thread, and sends its result or error to the event loop."""
         result: T | None = None
         error: BaseException | None = None
         try:

@@ -252,6 +252,8 @@ def adopt_shared_keys(path: Path, host: KnownHost) -> None:
         return
 
     def edit(text: str) -> str:
+        """Returns the text with the shared keys under the host's own name, unless another process has done so
+        already."""
         known = parse_known_hosts(text)
         keys = known.keys_for(shared_name)
         if known.keys_for(own_name) or not keys:  # another process was first

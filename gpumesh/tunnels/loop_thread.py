@@ -64,6 +64,7 @@ class LoopThread:
         entered: concurrent.futures.Future[T] = concurrent.futures.Future()
 
         async def hold() -> None:
+            """Enters the context, and keeps it open until the thread is closed."""
             self._closing = asyncio.Event()
             try:
                 async with context as value:

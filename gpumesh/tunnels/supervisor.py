@@ -265,6 +265,7 @@ class SshTunnel:
         self._on_change(self.state)
 
     async def run(self) -> None:
+        """Opens the connection, and opens it again whenever it is lost, until cancelled."""
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(watch_sleep(lambda: self._handle_event(Woke())))

@@ -91,6 +91,7 @@ class DirectTunnel:
     # -- watching ----------------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
+        """Checks the targets at intervals, and whenever a check is requested, until cancelled."""
         self._set_phase(TunnelPhase.CONNECTING)
         try:
             for wait_s in stagger_intervals(self._node, CHECK_INTERVAL_S):
@@ -219,6 +220,7 @@ class DirectTunnel:
             raise _make_start_error(argv, self._node, error) from error
 
     async def exec_stream(self, argv: Sequence[str]) -> AsyncIterator[ExecChunk]:
+        """As ``Tunnel.exec_stream``: yields the pieces of both output streams as they come, then the exit status."""
         await self._ensure_server_is_local()
         # The limit lets a slow reader stop the command. ``None``: one of the two streams has ended.
         pieces: asyncio.Queue[ExecChunk | None] = asyncio.Queue(maxsize=16)

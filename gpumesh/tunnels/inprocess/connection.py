@@ -149,6 +149,7 @@ class ParamikoConnection:
         return "backend-unreachable", f"nothing answers at {target.host}:{target.port} on the host"
 
     async def ping(self, timeout_s: float) -> float | None:
+        """The time of a round trip in ms; ``None`` if the host does not answer in ``timeout_s``."""
         if self._ping_task is None or self._ping_task.done():  # otherwise this call shares the ping under way
             self._ping_task = self._loop.create_task(blocking.run_in_thread(self._heartbeat.measure_round_trip_ms))
         try:
@@ -158,6 +159,8 @@ class ParamikoConnection:
             return None
 
     async def start_command(self, command: str, *, has_input: bool = False) -> RemoteCommand:
+        """Starts the command in a session of its own. Waits for the test for a POSIX shell if the host gives one
+        session at a time."""
         has_posix_shell = not has_input and await self._has_posix_shell()
         while True:
             try:

@@ -139,6 +139,7 @@ class _KeyQuestion(_Attempt):
         return {**table, MSG_USERAUTH_PK_OK: self._parse_acceptable}
 
     def _send_request(self) -> None:
+        """Asks the host whether it would accept this key, without a signature."""
         handler = cast(Any, self)  # paramiko's types lack the parts that are used here
         key_type, public_key = handler._get_key_type_and_bits(self.private_key)
         request = paramiko.Message()

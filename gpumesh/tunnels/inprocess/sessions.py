@@ -136,6 +136,7 @@ class SessionCommand:
         return status if status >= 0 else None  # paramiko has -1 until a status comes
 
     async def read(self) -> tuple[OutputStream, bytes] | None:
+        """The next piece of output; ``None`` at its end, when the exit status is known too."""
         channel = self._channel
         while True:
             # Looked up before the buffers: if the output has ended now, the buffers hold all the rest.
@@ -153,6 +154,7 @@ class SessionCommand:
             await self._wait_readable()
 
     async def write(self, data: bytes) -> None:
+        """Writes to the command's input. If the channel is closed, drops the data."""
         with contextlib.suppress(paramiko.SSHException, EOFError, OSError):  # closed, which ``read`` reports
             while data and not self._channel.closed:
                 try:
@@ -164,6 +166,7 @@ class SessionCommand:
                     data = data[sent:]
 
     async def kill(self) -> None:
+        """Ends the command and closes its channel."""
         if self._channel.closed:
             self._channel.close()  # closes the channel's pipe, which paramiko keeps open for late readers
             return

@@ -124,6 +124,8 @@ class OpensshConnection:
         self._forwarder.start()
 
     async def ping(self, timeout_s: float) -> float | None:
+        """As ``HostConnection.ping``: measures an echo through the master's session, if the master has one, or else the
+        opening of another session."""
         if self._master.state is MasterState.ECHOING:
             return await self._master.measure_round_trip_ms(timeout_s)
         if self._master.state is MasterState.WITHOUT_SESSION:
@@ -154,6 +156,7 @@ class OpensshConnection:
         return rtt_ms
 
     async def start_command(self, command: str, *, has_input: bool = False) -> commands.MuxCommand:
+        """Starts the command over the master. ``Ending`` says how it can be killed on the host."""
         if has_input:
             ending = commands.Ending.BY_ITSELF
         elif self._master.state is MasterState.ECHOING and not self._master.login_shell_reads:
@@ -179,6 +182,7 @@ class OpensshConnection:
             self._session_is_in_the_way.set()
 
     async def wait_lost(self) -> TunnelError:
+        """Waits until the connection is of no use any more, and returns the reason."""
         events = (self._forwarder_ended, self._session_is_in_the_way)
         waits: list[asyncio.Future[Any]] = [asyncio.ensure_future(event.wait()) for event in events]
         try:

@@ -40,6 +40,7 @@ async def follow_connection(
     """
 
     async def watch_link() -> None:
+        """Waits for the connection, then measures its round trips."""
         if await wait_connected(link, ssh, node=node):
             await watch_round_trips(
                 link,

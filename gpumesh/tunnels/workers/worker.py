@@ -127,6 +127,7 @@ class Worker:
     # -- events of the connection ------------------------------------------------------------------------------------
 
     async def ask_person(self, text: str, *, echo: bool) -> str | None:
+        """Lets the parent process ask the person at the terminal. ``None`` if no person is there."""
         if self._setup is None or not self._setup.interactive:
             return None
         prompt_id = len(self._prompts)  # no prompt is ever removed, so this number is new
