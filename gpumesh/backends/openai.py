@@ -165,6 +165,8 @@ class OpenAIEventReader(BaseEventReader):
         self._counters: ServerCounters | None = None
 
     def _read_rest(self, chunks: list[Chunk]) -> None:
+        """Adds the final chunk, when all of the answer has come. Raises BackendError for an error of the server, and
+        ProbeError for an answer in another form."""
         super()._read_rest(chunks)
         if not self.done and self._finish_reason is not None:
             # The text is complete: some servers end the stream without [DONE].

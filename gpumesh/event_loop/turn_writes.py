@@ -60,6 +60,7 @@ class TurnWrites:
         return len(self._held.get(transport, b""))
 
     def _write_all(self) -> None:
+        """Writes to each transport what was held for it in this turn."""
         # A new dictionary: bytes that are written from now on belong to the next turn.
         held, self._held = self._held, {}
         for transport, data in held.items():

@@ -248,6 +248,8 @@ class MeshClient:
     async def _run_many(
         self, prompts: object, common: Mapping[str, Any], *, ordered: bool, concurrency: int | None
     ) -> AsyncIterator[BatchResult]:
+        """Sends the prompts, ``concurrency`` at a time, and yields their results. ``None``: as many as the nodes can
+        take."""
         tasks = self._require_open().tasks
         if concurrency is None:
             nodes = {node for model in await self.models() for node in model.nodes}

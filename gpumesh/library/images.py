@@ -29,6 +29,7 @@ def encode_image(image: object) -> str:
 
 
 def _read_text(text: str) -> str:
+    """The base64 of an image that is given as base64, as a data: URL or as a path. Raises ValueError."""
     if text.startswith("data:"):
         head, _, text = text.partition(",")
         if not head.endswith(";base64"):

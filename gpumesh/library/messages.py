@@ -62,6 +62,8 @@ def read_messages(messages: object) -> tuple[Message, ...]:
 
 
 def _read_message(message: object, place: str) -> Message:
+    """Reads a message in any form that the library takes. ``place`` names it in errors. Raises TypeError and
+    ValueError."""
     if isinstance(message, Mapping):
         parsed = _from_mapping(message, place)
     elif isinstance(message, Message):

@@ -109,6 +109,7 @@ class Reply:
     # -- sending and reading -------------------------------------------------------------------------------------
 
     async def _read_all(self) -> Completion:
+        """Sends the request if it is not sent yet, and returns the whole answer."""
         if self.completion is not None:
             return self.completion
         if self._response is None:
@@ -161,6 +162,7 @@ class Reply:
         self.completion = self._make_completion(reader)
 
     def _add_chunks(self, chunks: Any) -> list[ReplyChunk]:
+        """Keeps the text and the figures of the chunks, and returns the pieces to show."""
         pieces = []
         chunk: Chunk
         for chunk in chunks:
@@ -178,6 +180,7 @@ class Reply:
         return round((time.perf_counter() - self._sent_at) * 1000, 1)
 
     def _make_completion(self, reader: AnswerReader) -> Completion:
+        """Makes the whole answer, from what ``_add_chunks`` has kept and from the gateway's headers."""
         assert self._response is not None, "the answer has come"
         headers, counters = self._response.headers, self._counters or ServerCounters()
         return Completion(

@@ -159,6 +159,7 @@ class SyncMeshClient:
         return self._thread
 
     def _call(self, work: Coroutine[Any, Any, T]) -> T:
+        """Runs the coroutine on the loop of the client's thread, and returns its result."""
         try:
             thread = self._require_thread()
         except RuntimeError:
@@ -291,6 +292,7 @@ class SyncMeshClient:
         return self._iterate(results, self._require_thread())
 
     def _iterate(self, results: Any, thread: LoopThread) -> Iterator[BatchResult]:
+        """Yields the results, which come on the loop of ``thread``."""
         try:
             while True:
                 result = thread.call(_next_or_none(results))

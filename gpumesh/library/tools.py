@@ -23,6 +23,7 @@ def read_tools(tools: object) -> list[dict[str, Any]]:
 
 
 def _read_tool(tool: object) -> dict[str, Any]:
+    """A tool as a JSON schema: given as such, or made from a function. Raises TypeError and ValueError."""
     if isinstance(tool, Mapping):
         function = tool.get("function")
         name = function.get("name") if isinstance(function, Mapping) else None

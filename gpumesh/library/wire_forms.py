@@ -59,6 +59,7 @@ def build_native_call(ask: Ask, *, model: str, stream: bool) -> HttpCall:
 
 
 def _native_message(message: Message) -> dict[str, Any]:
+    """The message in the form of Ollama's own API."""
     document: dict[str, Any] = {"role": message.role, "content": message.content}
     if message.images:
         document["images"] = list(message.images)
@@ -114,6 +115,8 @@ def build_openai_call(ask: Ask, *, model: str, stream: bool) -> HttpCall:
 
 
 def _openai_message(message: Message, number: int) -> dict[str, Any]:
+    """The message in the form of OpenAI's API. ``number``: its place in the chat, for the ids of calls that have
+    none."""
     content: Any = message.content
     if message.images:
         content = [{"type": "text", "text": message.content}]
@@ -158,6 +161,7 @@ class OpenAIStream(OpenAIEventReader):
         self._parts: dict[int, dict[str, str]] = {}  # the name, id and arguments of each call, by its number
 
     def _read_event(self, event: bytes, chunks: list[Chunk]) -> None:
+        """As the base class, and adds the parts of tool calls to ``_parts``."""
         super()._read_event(event, chunks)
         if b'"tool_calls"' not in event:
             return

@@ -46,6 +46,8 @@ def read_messages(messages: object) -> tuple[Message, ...]:
 
 
 def _read_message(message: object, number: int) -> Message:
+    """Reads a message of ``Mesh.chat``: a Message, a mapping, or an object with such attributes. ``number``: its place,
+    for errors. Raises TypeError and ValueError."""
     if isinstance(message, Message):
         return message
     known = ("role", "content", "images")

@@ -65,6 +65,7 @@ def _plot_rows(differences: Sequence[Difference]) -> Iterator[ChangeRow]:
 
 
 def _table(differences: Sequence[Difference]) -> str:
+    """The table of the figures that both results have: a row for each difference."""
     return html_table(
         ["figure", "A", "B", "change", "interval", "verdict"],
         (

@@ -92,6 +92,7 @@ class ReferenceDecisions:
         return self._decide(job, now)
 
     def grants(self, now: float) -> Sequence[Grant]:
+        """Places the jobs that wait, in their order, until no slot is free for the next job."""
         granted: list[Grant] = []
         for job in list(self._queue.values()):
             if not self._any_free_slot(job):

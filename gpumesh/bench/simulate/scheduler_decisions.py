@@ -43,6 +43,8 @@ class SchedulerDecisions:
         self._reported: dict[str, ServerReport] = {}  # the last report of each node that changed something
 
     def submit(self, job: Job, now: float) -> Grant | None:
+        """Places the job, or lets it wait (``None``). A grant without a node: no node can serve the job, or the queue
+        is full."""
         demand = _demand(job)
         placement = self._scheduler.place_now(demand, now, exclude=job.failed_nodes)
         if placement is not None:
@@ -71,6 +73,7 @@ class SchedulerDecisions:
         self._scheduler.note_first_token(attempt.running, now)
 
     def end(self, attempt: Attempt, now: float, outcome: Outcome, counters: ServerCounters | None) -> None:
+        """Counts the end of an attempt as the mesh does: for the breakers, for the learned rates, and for the slots."""
         account, model = self._accounts[attempt.node], attempt.job.request.model
         if outcome is Outcome.SERVED:
             attempt.running.answer_bytes = int(attempt.job.tokens_left * _bytes_per_token(attempt.job.request))
@@ -84,6 +87,7 @@ class SchedulerDecisions:
             self._scheduler.note_failed(attempt.running)
 
     def set_report(self, node: str, report: ServerReport, now: float) -> None:
+        """Takes over what the node reports of itself: whether it is up, and its models on disk and in memory."""
         account, loaded = self._accounts[node], report.loaded
         last = self._reported.get(node)
         has_changes = (
@@ -128,6 +132,7 @@ def _grant(job: object, placement: Placement) -> Grant:
 
 
 def _demand(job: Job) -> Demand:
+    """What the balancer knows of the job's request: all but the length of its answer."""
     request = job.request
     return Demand(
         model=request.model,

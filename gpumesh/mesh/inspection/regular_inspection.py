@@ -198,6 +198,7 @@ class RegularInspection:
         assert commands is not None, "a node without a tunnel was due"
 
         async def run_command(argv: Sequence[str]) -> bytes:
+            """Runs the command on the host, and returns its output. Raises ExecError."""
             if commands.has_no_shell:
                 raise ExecError("the host runs no shell")
             try:

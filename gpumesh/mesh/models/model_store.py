@@ -167,6 +167,7 @@ def over_url(client: httpx.AsyncClient, url: str, *, node: str, api_key_env: str
     they limit the time between two pieces of an answer, not the whole time."""
 
     async def send(call: HttpCall, *, timeout_s: float) -> StoreAnswer:  # noqa: ARG001  # the client's time-outs apply
+        """Sends the call to the server at ``url``, with the node's API key."""
         import httpx
 
         key = None if api_key_env is None else config.read_secret(api_key_env, node=node)

@@ -191,6 +191,8 @@ class RequestDelivery:
         return self._context.dispatcher.slot_is_wanted(node)
 
     async def continue_answer(self, continuation: Continuation, failed: FailedAttempt) -> OpenedStream | Ending:
+        """Continues a cut answer on another node, and tries nodes until one answers. Raises the error of all failures
+        if no node is left."""
         # Earlier failures no longer count: each cut of the answer begins a new search for a node.
         self._failures, self._excluded_nodes, self._round = [failed], frozenset({failed.node}), 1
         while True:

@@ -277,6 +277,8 @@ class StreamingAnswer(Answer):
     # -- the client's side -------------------------------------------------------------------------------------------
 
     async def send_to(self, client: ClientStream) -> None:
+        """Sends the answer to the client, and continues it on another node if it is cut. Returns at its end. Raises the
+        client's error if the client has left."""
         self._attach_client(client)
         try:
             while self._state is not StreamState.ENDED:

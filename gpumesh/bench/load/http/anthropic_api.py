@@ -44,6 +44,8 @@ class AnthropicEventReader(BaseEventReader):
         self._stop_reason: str | None = None
 
     def _read_frame(self, frame: dict[str, Any], chunks: list[Chunk]) -> None:
+        """Reads an event of Anthropic's stream: its text, and the counts of tokens, which come at the beginning and at
+        the end."""
         kind, delta = frame.get("type"), frame.get("delta")
         delta = delta if isinstance(delta, dict) else {}
         if kind == "content_block_delta":

@@ -34,6 +34,7 @@ def load_html(result: BenchResult) -> str:
 
 
 def _row(stage: StageResult, conditions: LoadConditions) -> list[str]:
+    """The cells of a stage, in the order of ``COLUMNS``."""
     machine = conditions.machine
     return [
         escape_text(stage_label(stage)),
