@@ -38,9 +38,9 @@ def value(content: object) -> bytes:
         case str():
             return struct.pack("<I", STRING) + string(content)
         case [str(), *_]:
-            return struct.pack("<IIQ", ARRAY, STRING, len(content)) + b"".join(map(string, content))
+            return struct.pack("<IIQ", ARRAY, STRING, len(content)) + b"".join(string(str(each)) for each in content)
         case [bool(), *_]:
-            return struct.pack("<IIQ", ARRAY, BOOL, len(content)) + bytes(content)
+            return struct.pack("<IIQ", ARRAY, BOOL, len(content)) + bytes(map(bool, content))
         case list():
             return struct.pack("<IIQ", ARRAY, U32, len(content)) + struct.pack(f"<{len(content)}I", *content)
     raise TypeError(content)
