@@ -2,23 +2,58 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import Protocol
 
 from gpumesh.tunnels.base import ExecChunk, OutputStream
 from gpumesh.tunnels.workers.protocol import Done, OutputPiece
-
-if TYPE_CHECKING:
-    from gpumesh.tunnels.workers.worker_link import PendingCommand, WorkerLink
 
 INPUT_BYTES = 64 * 1024  # the most that one message takes to a program
 CREDIT_BYTES = 128 * 1024  # the worker gets credit in pieces of this size or more, not one message for each line
 
 
+@dataclass(slots=True)
+class PendingCommand:
+    """A command on the host, and its messages from the worker. ``None`` in ``messages``: the connection has ended.
+
+    ``queued_bytes`` counts the bytes of output (as base64) in ``messages``; above ``limit_bytes`` the command is ended.
+    ``inputs_taken`` counts the ``InputTaken`` of a program. ``input_changed`` is set when it grows, and at the end.
+    """
+
+    limit_bytes: int
+    messages: asyncio.Queue[OutputPiece | Done | None] = field(default_factory=asyncio.Queue)
+    queued_bytes: int = 0
+    inputs_taken: int = 0
+    has_ended: bool = False
+    input_changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def end(self, message: Done | None) -> None:
+        """Puts the last message into the queue. ``None``: the end of the connection has cut the command off."""
+        self.messages.put_nowait(message)
+        self.has_ended = True
+        self.input_changed.set()
+
+
+class CommandLink(Protocol):
+    """The part of ``WorkerLink`` that a command's stream needs; see there."""
+
+    async def send_input(self, command_id: int, data: bytes) -> None: ...
+
+    async def send_credit(self, command_id: int, count: int) -> None: ...
+
+    async def forget_command(self, command_id: int, *, succeeded: bool) -> None: ...
+
+    def ensure_connected(self) -> None: ...
+
+    def ensure_succeeded(self, done: Done | None) -> Done: ...
+
+
 class LinkedShell:
     """The stream of a shell on the host; see ``base.ShellStream``."""
 
-    def __init__(self, link: WorkerLink, command_id: int, pending: PendingCommand) -> None:
+    def __init__(self, link: CommandLink, command_id: int, pending: PendingCommand) -> None:
         self._link = link
         self._command_id = command_id
         self._pending = pending
@@ -42,7 +77,7 @@ class LinkedShell:
 class LinkedProgram:
     """The stream of a program on the host; see ``base.ProgramStream``."""
 
-    def __init__(self, link: WorkerLink, command_id: int, pending: PendingCommand) -> None:
+    def __init__(self, link: CommandLink, command_id: int, pending: PendingCommand) -> None:
         self._link = link
         self._command_id = command_id
         self._pending = pending

@@ -7,13 +7,12 @@ import base64
 import contextlib
 import itertools
 from collections.abc import AsyncGenerator, Callable
-from dataclasses import dataclass, field
 
 from gpumesh.errors import ExecError, OutputOverflow, TunnelDown, TunnelError, tunnel_error_from_code
 from gpumesh.tunnels.base import ExecChunk, ExecResult, OutputStream, Prompter
 from gpumesh.tunnels.lifecycle import Cause
 from gpumesh.tunnels.transport import ConnectionInfo
-from gpumesh.tunnels.workers.linked_streams import LinkedProgram, LinkedShell
+from gpumesh.tunnels.workers.linked_streams import LinkedProgram, LinkedShell, PendingCommand
 from gpumesh.tunnels.workers.protocol import (
     Close,
     Credit,
@@ -52,28 +51,6 @@ def cause_from_error(error: TunnelError) -> Cause:
 def error_from_cause(cause: Cause, node: str) -> TunnelError:
     """The failure ``cause`` as an error, whose type belongs to the cause's code."""
     return tunnel_error_from_code(cause.code, cause.message, hint=cause.hint, node=node)
-
-
-@dataclass(slots=True)
-class PendingCommand:
-    """A command on the host, and its messages from the worker. ``None`` in ``messages``: the connection has ended.
-
-    ``queued_bytes`` counts the bytes of output (as base64) in ``messages``; above ``limit_bytes`` the command is ended.
-    ``inputs_taken`` counts the ``InputTaken`` of a program. ``input_changed`` is set when it grows, and at the end.
-    """
-
-    limit_bytes: int
-    messages: asyncio.Queue[OutputPiece | Done | None] = field(default_factory=asyncio.Queue)
-    queued_bytes: int = 0
-    inputs_taken: int = 0
-    has_ended: bool = False
-    input_changed: asyncio.Event = field(default_factory=asyncio.Event)
-
-    def end(self, message: Done | None) -> None:
-        """Puts the last message into the queue. ``None``: the end of the connection has cut the command off."""
-        self.messages.put_nowait(message)
-        self.has_ended = True
-        self.input_changed.set()
 
 
 class WorkerLink:
