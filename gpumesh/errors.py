@@ -253,6 +253,11 @@ class ForwardingForbidden(TunnelError):
     needs_person = True
 
 
+class ReverseForwardRefused(TunnelError):
+    code = "reverse-forward-refused"
+    needs_person = True
+
+
 class TransportUnsupported(TunnelError):
     code = "transport-unsupported"
     needs_person = True

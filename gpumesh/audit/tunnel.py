@@ -22,6 +22,7 @@ _OWN_CODES = frozenset(
         "host-key-revoked",
         "host-key-unknown",
         "key-unreadable",
+        "reverse-forward-refused",
         "secret-missing",
         "transport-unsupported",
     }

@@ -16,7 +16,7 @@ from gpumesh.topology import SshSpec, Target, TransportKind
 from gpumesh.tunnels.address_command import ask_address
 from gpumesh.tunnels.known_hosts import read_known_hosts
 from gpumesh.tunnels.local_system.socket_folders import private_folder
-from gpumesh.tunnels.transport import ConnectRequest
+from gpumesh.tunnels.transport import ConnectRequest, ReverseForward
 
 
 @contextlib.asynccontextmanager
@@ -29,10 +29,11 @@ async def open_connect_request(
     share: bool,
     mesh: str = "",
     without_session: bool = False,
+    reverse_forwards: tuple[ReverseForward, ...] = (),
 ) -> AsyncIterator[ConnectRequest]:
     """Gives the block the request for one attempt to connect to ``node``. The end of the block removes the folder for
     sockets, which only a request for transport openssh has. ``ConnectRequest`` explains ``interactive``, ``share``,
-    ``mesh`` and ``without_session``.
+    ``mesh``, ``without_session`` and ``reverse_forwards``.
 
     Raises SecretMissing, HostUnresolved (address_from), TransportUnsupported (a host that cannot carry a tunnel), and
     GPUMeshError when no folder can be made.
@@ -53,6 +54,7 @@ async def open_connect_request(
             share=share,
             mesh=mesh,
             without_session=without_session,
+            reverse_forwards=reverse_forwards,
         )
 
 

@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 
-from gpumesh.errors import GPUMeshError, SessionEnded, TunnelDown, TunnelError
+from gpumesh.errors import GPUMeshError, ReverseForwardRefused, SessionEnded, TunnelDown, TunnelError
 from gpumesh.state import LocalAccess, TunnelPhase, TunnelState
 from gpumesh.topology import DEFAULT_TUNNELS, NodeSpec, SshSpec, Target, TunnelsSpec
 from gpumesh.tunnels.base import ClosableTunnel, ExecChunk, ExecResult, ProgramStream, ShellStream, Tunnel
@@ -49,7 +49,7 @@ from gpumesh.tunnels.local_system.network_watch import watch_network, watch_slee
 from gpumesh.tunnels.local_system.repairs import RepairWatch
 from gpumesh.tunnels.refused_users import log_refused_user
 from gpumesh.tunnels.remote_commands.remote_shell import SHELL_COMMAND
-from gpumesh.tunnels.transport import ConnectionInfo, ConnectRequest
+from gpumesh.tunnels.transport import ConnectionInfo, ConnectRequest, ReverseForward
 from gpumesh.tunnels.workers.connection_watch import follow_connection
 from gpumesh.tunnels.workers.protocol import ForwardFailed
 from gpumesh.tunnels.workers.worker_link import WorkerLink, cause_from_error, error_from_cause
@@ -75,15 +75,18 @@ def open_tunnel(
     tunnels_spec: TunnelsSpec = DEFAULT_TUNNELS,
     mesh_name: str = "mesh",
     mesh_identity: str = "",
+    reverse_forwards: Sequence[ReverseForward] = (),
 ) -> ClosableTunnel:
     """Makes a node's tunnel, and binds an SSH node's local ports. ``run_tunnel`` or ``Tunnel.run`` then opens it.
 
     ``clock`` returns monotonic seconds. ``rng`` spreads the retries. ``on_change`` gets every new state, on the event
     loop; it must not block. ``prompter`` asks a person; ``None``: no person is there. ``this_machine`` is shared by all
     nodes, so that they ask this machine only once. ``mesh_name`` is part of the names of Unix sockets, and host keys
-    are recorded for ``mesh_identity``. Raises OSError and GPUMeshError when the local ends cannot be made.
+    are recorded for ``mesh_identity``. ``reverse_forwards``, of an SSH node: while the tunnel is up, its host listens
+    for each. Raises OSError and GPUMeshError when the local ends cannot be made.
     """
     if spec.ssh is None:
+        assert not reverse_forwards, "programs of this machine connect to its ports themselves"
         return DirectTunnel(spec, clock=clock, on_change=on_change, this_machine=this_machine)
     return SshTunnel(
         spec,
@@ -96,6 +99,7 @@ def open_tunnel(
         tunnels_spec=tunnels_spec,
         mesh_name=mesh_name,
         mesh_identity=mesh_identity,
+        reverse_forwards=reverse_forwards,
     )
 
 
@@ -129,9 +133,11 @@ class SshTunnel:
         tunnels_spec: TunnelsSpec = DEFAULT_TUNNELS,
         mesh_name: str = "mesh",
         mesh_identity: str = "",
+        reverse_forwards: Sequence[ReverseForward] = (),
     ) -> None:
         self._node = spec.name
         self._mesh_identity = mesh_identity
+        self._reverse_forwards = tuple(reverse_forwards)
         self._ssh = ssh
         self._targets = spec.backend.targets
         self._clock = clock
@@ -286,6 +292,9 @@ class SshTunnel:
                 if cause.code == SessionEnded.code:
                     # The host would end the session of the next connection, too. So that one opens no session.
                     self._without_session = True
+                if cause.code == ReverseForwardRefused.code and self._life.connects:
+                    # The host's sshd may not know yet that the last connection, which has the port, is gone.
+                    cause = replace(cause, needs_person=False)
                 self._handle_event(ConnectionFailed(cause))
             while self._life.waiting:
                 await self._wait_for_retry()
@@ -322,6 +331,7 @@ class SshTunnel:
                         share=self._listeners.access is not LocalAccess.OWN_USER,
                         mesh=self._mesh_identity,
                         without_session=self._without_session,
+                        reverse_forwards=self._reverse_forwards,
                     )
                 )
                 worker = await self._workers.spawn(setup, self._listeners.sockets)

@@ -30,6 +30,15 @@ answer to the second ping repairs the loss of the first answer.
 
 
 @dataclass(frozen=True, slots=True)
+class ReverseForward:
+    """The host listens at its 127.0.0.1:``remote_port``. Its connections go to 127.0.0.1:``local_port`` of this
+    machine."""
+
+    remote_port: int
+    local_port: int
+
+
+@dataclass(frozen=True, slots=True)
 class ConnectRequest:
     """The data that a worker needs for one connection.
 
@@ -39,7 +48,8 @@ class ConnectRequest:
     ``share``: connections of all users of this machine are served, not only those of our own user and of root.
     ``share`` is also true where the system does not tell which user made a connection. ``mesh`` is the
     ``Topology.identity`` of the node's mesh, for which its host key is recorded. ``without_session``: transport openssh
-    keeps no session of its own, because the host ended the session of the last connection.
+    keeps no session of its own, because the host ended the session of the last connection. ``reverse_forwards``: a host
+    that does not listen for one of them is an error.
     """
 
     node: str
@@ -51,6 +61,7 @@ class ConnectRequest:
     share: bool = False
     mesh: str = ""
     without_session: bool = False
+    reverse_forwards: tuple[ReverseForward, ...] = ()
 
     @property
     def known_host(self) -> KnownHost:

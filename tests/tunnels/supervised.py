@@ -6,7 +6,7 @@ import contextlib
 import os
 import random
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from gpumesh.topology import (
 )
 from gpumesh.tunnels.listeners import CLIENT_WAIT_S
 from gpumesh.tunnels.supervisor import Prompter, SshTunnel, run_tunnel
+from gpumesh.tunnels.transport import ReverseForward
 from gpumesh.tunnels.workers.worker_pool import WorkerPool
 from tests.tunnels.polling import wait_until
 
@@ -70,11 +71,13 @@ def make_watched(
     prompter: Prompter | None = None,
     client_wait_s: float = CLIENT_WAIT_S,
     tunnels: TunnelsSpec = DEFAULT_TUNNELS,
+    reverse: Sequence[ReverseForward] = (),
 ) -> WatchedTunnel:
     states: list[TunnelState] = []
     tunnel = SshTunnel(
         node(ssh, *ports), ssh, clock=time.monotonic, rng=random.Random(0), workers=pool, on_change=states.append,
         prompter=prompter, client_wait_s=client_wait_s, tunnels_spec=tunnels, mesh_name="home",
+        reverse_forwards=reverse,
     )  # fmt: skip
     return WatchedTunnel(tunnel, states)
 
@@ -87,8 +90,11 @@ async def supervised(
     prompter: Prompter | None = None,
     client_wait_s: float = CLIENT_WAIT_S,
     tunnels: TunnelsSpec = DEFAULT_TUNNELS,
+    reverse: Sequence[ReverseForward] = (),
 ) -> AsyncIterator[WatchedTunnel]:
-    watched = make_watched(pool, ssh, *ports, prompter=prompter, client_wait_s=client_wait_s, tunnels=tunnels)
+    watched = make_watched(
+        pool, ssh, *ports, prompter=prompter, client_wait_s=client_wait_s, tunnels=tunnels, reverse=reverse
+    )
     async with run_tunnel(watched.tunnel):
         yield watched
 

@@ -106,6 +106,15 @@ EXPLANATIONS = (
         "Allow it in the host's sshd_config, or at RunPod use *SSH over exposed TCP* rather than ssh.runpod.io.",
     ),
     Explanation(
+        "reverse-forward-refused",
+        E,
+        "the host opens no port of its own for us",
+        "A pool's head reaches a worker through a port on the loopback of its host that leads to this machine. sshd "
+        "does not open it: another program has the port, reverse forwarding is forbidden (AllowTcpForwarding no or "
+        "local, PermitListen), or it would be open to the host's network (GatewayPorts yes).",
+        "Allow it in the host's sshd_config: AllowTcpForwarding yes (or remote), GatewayPorts no.",
+    ),
+    Explanation(
         "transport-unsupported",
         E,
         "this host needs another transport",

@@ -163,7 +163,7 @@ class ChannelMultiplexer:
         originals: dict[int, ChannelHandler] = dict(self.transport._channel_handler_table)
 
         def handle_close(channel: Any, message: paramiko.Message) -> None:
-            if type(channel) is ChannelRelay:
+            if isinstance(channel, ChannelRelay):
                 channel.on_close(message)
             else:
                 # Not in this thread: paramiko's answer waits for the end of a key exchange, which only this thread can
@@ -193,7 +193,7 @@ class ChannelMultiplexer:
         def handle_open_failure(message: paramiko.Message) -> None:
             channel_number = message.get_int()
             channel = self.transport._channels.get(channel_number)
-            if type(channel) is ChannelRelay:  # ours; paramiko itself opens the channels of sessions
+            if isinstance(channel, ChannelRelay):  # ours; paramiko itself opens the channels of sessions
                 reason = message.get_int()
                 channel.on_refused(reason)
             else:
@@ -213,7 +213,7 @@ def _route_handler(
     """Returns a handler that calls ``method`` for our own channels, and ``original`` for paramiko's channels."""
 
     def handle(channel: Any, message: paramiko.Message) -> None:
-        if type(channel) is ChannelRelay:
+        if isinstance(channel, ChannelRelay):
             method(channel, message)
         else:
             original(channel, message)

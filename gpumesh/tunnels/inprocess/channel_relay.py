@@ -90,7 +90,7 @@ class ChannelRelay:
         """Asks the host for the channel. Aborts if the transport has ended, or if no answer comes in time."""
         transport = self._multiplexer.transport
         self._forwarder.add_relay(self)
-        self._number = _register_channel(transport, self)
+        self._number = register_channel(transport, self)
         # Checked when the relay is in the map: a transport that ends after that calls ``_unlink``, and a transport that
         # ended before is noticed here.
         if not transport.active:
@@ -318,7 +318,7 @@ class ChannelRelay:
         self._forwarder.post(self._on_ended_by_host)
 
 
-def _register_channel(transport: Any, relay: ChannelRelay) -> int:
+def register_channel(transport: Any, relay: ChannelRelay) -> int:
     """Puts the relay into paramiko's map of channels, and returns the channel's new number."""
     with transport.lock:
         number: int = transport._next_channel()

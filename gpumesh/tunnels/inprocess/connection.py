@@ -15,7 +15,7 @@ from typing import Any, cast
 
 import paramiko
 
-from gpumesh.errors import ConnectTimeout, SessionRefused, TunnelError, TunnelLost
+from gpumesh.errors import ConnectTimeout, SessionRefused, TransportUnsupported, TunnelError, TunnelLost
 from gpumesh.text.addresses import format_address
 from gpumesh.text.printable import printable
 from gpumesh.topology import SshSpec, Target
@@ -25,14 +25,16 @@ from gpumesh.tunnels.forwarder import PeerFilter
 from gpumesh.tunnels.inprocess import sessions
 from gpumesh.tunnels.inprocess.channel_multiplexer import ADMINISTRATIVELY_PROHIBITED
 from gpumesh.tunnels.inprocess.opening import OpenedConnection, Opening
+from gpumesh.tunnels.inprocess.reverse_channels import ReverseChannels
 from gpumesh.tunnels.inprocess.sshtunnel_connector import TransportForwarder
 from gpumesh.tunnels.local_system.peer_users import open_own_user_filter
 from gpumesh.tunnels.remote_commands.host_text import add_host_text
-from gpumesh.tunnels.transport import ConnectionEvents, ConnectionInfo, ConnectRequest, RemoteCommand
+from gpumesh.tunnels.transport import ConnectionEvents, ConnectionInfo, ConnectRequest, RemoteCommand, ReverseForward
 
 SHELL_TEST_WAIT_S = 3.0  # a command waits so long for the test whether the host has a POSIX shell
 SESSION_FREE_S = 2.0  # a host has the session of an ended command back within this time
 SESSION_RETRY_S = 0.1
+MIN_REQUEST_S = 2.0  # the time for the answer to a request, however late the login was
 DEADLINE_SLACK_S = 0.5  # the outer deadline is later by this, because an error of the opening itself says more
 
 
@@ -52,7 +54,8 @@ async def connect(
     try:
         routes = list(zip(listeners, setup.targets, strict=True))
         connection.start_forwarding(routes, events)
-    except TunnelError:
+        await connection.open_reverse_forwards(setup.reverse_forwards, deadline)
+    except BaseException:
         await connection.close()
         raise
     return connection
@@ -137,6 +140,25 @@ class ParamikoConnection:
                 make_peer_filter,
             )
             self._forwarder.start()
+
+    async def open_reverse_forwards(self, forwards: Sequence[ReverseForward], deadline: Deadline) -> None:
+        """Makes the host listen for the forwards, and serves their connections from now on. ``start_forwarding`` comes
+        first, with at least one route. Raises ``TunnelError``."""
+        if not forwards:
+            return
+        multiplexer = None if self._forwarder is None else self._forwarder.multiplexer
+        if multiplexer is None:
+            raise TransportUnsupported(
+                "this version of paramiko cannot forward connections of a host to here", hint="use transport: openssh"
+            )
+        channels = ReverseChannels(multiplexer, forwards)
+        try:
+            async with asyncio.timeout(max(MIN_REQUEST_S, deadline.remaining_s)):
+                await blocking.run_in_thread(channels.request, self._heartbeat, self._address)
+        except TimeoutError as error:
+            raise ConnectTimeout(f"{self._address} does not answer the request to listen for us") from error
+        except (paramiko.SSHException, EOFError, OSError) as error:
+            raise TunnelLost(f"the connection to {self._address} broke: {printable(str(error), 120)}") from error
 
     def _explain_refusal(self, target: Target, reason: int) -> tuple[str, str]:
         """The code and the message for a channel that the host did not open, as ``ForwardFailed`` has them. ``reason``:

@@ -7,6 +7,7 @@ the transport's table the texts are missing, and nothing else.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -20,18 +21,21 @@ MSG_USERAUTH_PK_OK = MSG_USERAUTH_INFO_REQUEST  # the meaning of number 60 depen
 
 _MAX_TEXT_BYTES = 8192  # of one banner
 _MAX_BANNERS = 20
+_MAX_DEBUG_LINES = 20  # the last ones are kept
 
 
 class HostTransport(paramiko.Transport):
     """A transport that keeps what the host sends for people to read.
 
     ``host_lines``: the lines of these texts, of at most ``_MAX_BANNERS`` texts, not made printable yet. They are
-    written by the transport's thread.
+    written by the transport's thread. ``debug_lines``: the last texts that the host has sent for a log; a text on why
+    it refuses a request comes before the refusal.
     """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         self.host_lines: list[bytes] = []
         self.service_accepted = False  # the host has accepted the service ssh-userauth
+        self.debug_lines: deque[bytes] = deque(maxlen=_MAX_DEBUG_LINES)
         self._banner_count = 0
         super().__init__(*arguments, **options)
         handlers = getattr(self, "_handler_table", None)
@@ -91,6 +95,10 @@ class HostTransport(paramiko.Transport):
 
     def _parse_banner(self, message: paramiko.Message) -> None:
         self._add_host_text(message.get_string())
+
+    def _parse_debug(self, message: paramiko.Message) -> None:
+        message.get_boolean()  # whether the text is to be shown
+        self.debug_lines.append(message.get_string()[:_MAX_TEXT_BYTES])
 
     def _parse_disconnect(self, message: paramiko.Message) -> None:
         message.get_int()  # the reason's number, which the text repeats

@@ -63,6 +63,7 @@ class TransportForwarder(sshtunnel.SSHTunnelForwarder):  # type: ignore[misc]  #
         self._routes = routes
         self._on_refused = on_refused
         self._on_end = on_end
+        self.multiplexer: ChannelMultiplexer | None = None  # made by ``start``; never in the fallback
         self.uses_channels = channel_multiplexer.find_missing_feature(transport) is None
         self.skip_tunnel_checkup = True
         # The transport is logged in, so sshtunnel must not look for a configuration, an agent or keys, nor ping.
@@ -89,7 +90,7 @@ class TransportForwarder(sshtunnel.SSHTunnelForwarder):  # type: ignore[misc]  #
         self._connect_to_gateway()
         if self.uses_channels:
             forwarder = Forwarder(self._on_end, peer_filter=self._make_peer_filter())
-            multiplexer = ChannelMultiplexer(self._transport, forwarder, self._on_refused)
+            self.multiplexer = multiplexer = ChannelMultiplexer(self._transport, forwarder, self._on_refused)
             for listener, target in self._routes:
                 forwarder.listen(listener, multiplexer.make_dialer(target))
             first_listener, _target = self._routes[0]

@@ -10,7 +10,8 @@ reasons:
 If a host allows no command, the master has no session.
 
 Forwards are Unix sockets of the master in a 0700 folder (forwards.py). forwarder.py accepts at the node's permanent
-listeners, and unix_relay.py relays to those sockets. Each command is a client of the master's control socket
+listeners, and unix_relay.py relays to those sockets. For a reverse forward the master connects to a Unix socket of ours
+in that folder. Each command is a client of the master's control socket
 (commands.py).
 """
 
@@ -28,7 +29,7 @@ from gpumesh.errors import ForwardingForbidden, SessionEnded, TunnelError, Tunne
 from gpumesh.topology import HostKeyPolicy, Target
 from gpumesh.tunnels import blocking
 from gpumesh.tunnels.blocking import Deadline
-from gpumesh.tunnels.forwarder import Dialer, Forwarder
+from gpumesh.tunnels.forwarder import BACKLOG, Dialer, Forwarder
 from gpumesh.tunnels.hostkeys import adopt_keys_if_shared
 from gpumesh.tunnels.known_hosts import ensure_known_hosts_file
 from gpumesh.tunnels.local_system.peer_users import open_own_user_filter
@@ -38,7 +39,7 @@ from gpumesh.tunnels.openssh.login import log_in, was_only_session_refused
 from gpumesh.tunnels.openssh.master import MasterState, OpensshMaster
 from gpumesh.tunnels.openssh.options import format_destination
 from gpumesh.tunnels.openssh.prompts import AskpassServer
-from gpumesh.tunnels.openssh.unix_relay import relay_to_unix
+from gpumesh.tunnels.openssh.unix_relay import relay_to_port, relay_to_unix
 from gpumesh.tunnels.transport import ConnectionEvents, ConnectionInfo, ConnectRequest
 
 STOP_TIMEOUT_S = 1.0  # the time for the forwarder to end
@@ -89,6 +90,7 @@ class OpensshConnection:
         peer_filter = open_own_user_filter(listeners[0], self._on_peer_refused) if own_user_only else None
         self._forwarder = Forwarder(self._on_forwarder_end, peer_filter=peer_filter)
         self._last_dialled: Target | None = None
+        self._reverse_listeners: list[socket.socket] = []  # Unix sockets, to which the master connects
         self._commands: set[commands.MuxCommand] = set()  # those that may still run
         self._session_is_in_the_way = asyncio.Event()  # the host gives one session, which the master has
         # When a session was last asked for as a ping, in seconds of ``perf_counter``, and the round trip in ms.
@@ -121,7 +123,22 @@ class OpensshConnection:
         self._master.on_error_line = self._on_error_line  # not earlier: refusals during the check are reported above
         for listener, (path, target) in zip(self._listeners, routes, strict=True):
             self._forwarder.listen(listener, self._make_dialer(path, target))
+        reverse_routes = [(forward, folder / f"r{i}") for i, forward in enumerate(self._setup.reverse_forwards)]
+        for forward, path in reverse_routes:
+            self._forwarder.listen(self._listen_at(path), relay_to_port(forward.local_port))
         self._forwarder.start()
+        await forwards.open_reverse_forwards(self._master, reverse_routes, self._destination)
+
+    def _listen_at(self, path: Path) -> socket.socket:
+        """Listens at a Unix socket in the connection's folder, until ``close``. Raises ``TunnelError``."""
+        listener = socket.socket(socket.AF_UNIX)
+        self._reverse_listeners.append(listener)
+        try:
+            listener.bind(str(path))
+            listener.listen(BACKLOG)
+        except OSError as error:
+            raise TunnelError(f"a socket for connections of {self._destination} cannot be made: {error}") from error
+        return listener
 
     async def ping(self, timeout_s: float) -> float | None:
         """As ``HostConnection.ping``: measures an echo through the master's session, if the master has one, or else the
@@ -208,6 +225,8 @@ class OpensshConnection:
         try:
             await blocking.run_in_thread(self._forwarder.close, STOP_TIMEOUT_S)
         finally:
+            for listener in self._reverse_listeners:
+                listener.close()
             await self._master.close()
 
     # -- internals ---------------------------------------------------------------------------------------------------

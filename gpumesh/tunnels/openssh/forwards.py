@@ -1,4 +1,6 @@
-"""Opens the master's forwards, one Unix socket for each target, and checks whether the host allows forwarding.
+"""Opens the master's forwards, one Unix socket for each target, and its reverse forwards.
+
+Checks whether the host allows forwarding.
 
 ssh names no target when the host refuses a channel. So the check tries all targets together, and then, only if some
 were refused, each target alone.
@@ -11,11 +13,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gpumesh.errors import TunnelError
+from gpumesh.errors import ConnectTimeout, TunnelError
 from gpumesh.topology import Target
 from gpumesh.tunnels.openssh import mux
 from gpumesh.tunnels.openssh.master import OpensshMaster
+from gpumesh.tunnels.reverse_forwards import BIND_ADDRESS, ensure_bound, make_refused_error
+from gpumesh.tunnels.transport import ReverseForward
 
+REVERSE_TIMEOUT_S = 15.0  # the time for the host to answer the request to listen for us
+LOG_DELAY_S = 0.05  # what ssh has logged before its answer is read within this time
 MUX_TIMEOUT_S = 5.0  # the time for the master to answer at its control socket
 ECHO_TIMEOUT_S = 3.0  # the time for one echo
 
@@ -40,6 +46,27 @@ async def open_forwards(master: OpensshMaster, routes: Sequence[Route], destinat
         raise TunnelError(f"ssh to {destination} does not answer its control socket") from error
     except mux.MuxError as error:
         raise master.output.make_error(destination, last_line=str(error)) from error
+
+
+async def open_reverse_forwards(
+    master: OpensshMaster, routes: Sequence[tuple[ReverseForward, Path]], destination: str
+) -> None:
+    """Makes the host listen for each forward; the master passes its connections on to the Unix socket of its route, at
+    which we listen. Raises ``TunnelError``."""
+    for forward, path in routes:
+        master.output.host_debug_lines.clear()
+        try:
+            async with asyncio.timeout(REVERSE_TIMEOUT_S):
+                await mux.open_reverse_forward(master.control, BIND_ADDRESS, forward.remote_port, path)
+        except TimeoutError as error:
+            raise ConnectTimeout(f"{destination} does not answer the request to listen for us") from error
+        except mux.MuxError as error:
+            await asyncio.sleep(LOG_DELAY_S)
+            if master.exited or not await mux.is_master_alive(master.control):
+                raise master.output.make_error(destination, last_line=str(error)) from error
+            raise make_refused_error(destination, forward.remote_port, master.output.host_debug_lines) from error
+        await asyncio.sleep(LOG_DELAY_S)
+        ensure_bound(destination, forward.remote_port, master.output.host_debug_lines)
 
 
 async def check_forwards(master: OpensshMaster, routes: Sequence[Route]) -> ForwardCheck:

@@ -20,7 +20,7 @@ MAX_PACKET_BYTES = 1 << 18  # far more than any answer here needs
 _HELLO = 0x00000001
 _ALIVE_CHECK, _OPEN_FORWARD = 0x10000004, 0x10000006
 _OK, _DENIED, _FAILURE, _ALIVE = 0x80000001, 0x80000002, 0x80000003, 0x80000005
-_LOCAL = 1
+_LOCAL, _REMOTE = 1, 2
 _UNIX_SOCKET = 0xFFFFFFFE  # in the place of a port: the field before it, the host, is then a path
 
 
@@ -42,6 +42,21 @@ async def open_forwards(control: Path, routes: list[tuple[Path, Target]]) -> Non
     for answer_type, content in await _exchange(control, messages):
         if answer_type != _OK:
             raise MuxError(_refusal_reason(answer_type, content))
+
+
+async def open_reverse_forward(control: Path, address: str, port: int, path: Path) -> None:
+    """Makes the host listen at ``address`` and ``port``, and the master forward to the Unix socket at ``path``. Raises
+    ``MuxError``."""
+    message = (
+        struct.pack(">III", _OPEN_FORWARD, 0, _REMOTE)  # 0: the request number
+        + _encode_string(address)
+        + struct.pack(">I", port)
+        + _encode_string(str(path))
+        + struct.pack(">I", _UNIX_SOCKET)
+    )
+    [(answer_type, content)] = await _exchange(control, [message])
+    if answer_type != _OK:
+        raise MuxError(_refusal_reason(answer_type, content))
 
 
 async def is_master_alive(control: Path) -> bool:

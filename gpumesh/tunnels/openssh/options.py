@@ -19,7 +19,7 @@ from gpumesh.tunnels.hostkeys import choose_ssh_alias, host_key_algorithms
 from gpumesh.tunnels.jump_hosts import list_hops, split_jump
 from gpumesh.tunnels.known_hosts import read_known_hosts
 from gpumesh.tunnels.openssh.fixed_options import FIXED_OPTIONS
-from gpumesh.tunnels.openssh.ssh_output import BANNER_LOG, GREETING_LOG, LOGIN_LOG, log_path
+from gpumesh.tunnels.openssh.ssh_output import BANNER_LOG, GREETING_LOG, HOST_DEBUG_LOG, LOGIN_LOG, log_path
 from gpumesh.tunnels.transport import ConnectRequest
 
 CLIENT_HOST = "gpumesh"  # clients of the control socket need some host name; they ask the master, never DNS
@@ -42,7 +42,9 @@ def master_command(
     ssh = setup.ssh
     options = _connect_options(ssh, batch=batch) | {
         # LOGIN_LOG is not for jump hosts, whose logins would count as the master's.
-        "LogVerbose": f"{GREETING_LOG},{BANNER_LOG},{LOGIN_LOG}",
+        "LogVerbose": ",".join(
+            [GREETING_LOG, BANNER_LOG, LOGIN_LOG, *([HOST_DEBUG_LOG] if setup.reverse_forwards else [])]
+        ),
         "ControlMaster": "yes",
         "ControlPath": quote_option_path(control),
         "ServerAliveInterval": "1",  # ssh gives up after 4 s. Only a reserve: the supervisor pings through the session

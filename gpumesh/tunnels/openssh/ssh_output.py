@@ -24,8 +24,10 @@ KEPT_LINES = 40  # of each kind, the last lines are kept
 GREETING_LOG = "kex.c:kex_exchange_identification():*"
 BANNER_LOG = "sshconnect2.c:input_userauth_banner():*"  # reports that a banner comes
 LOGIN_LOG = "clientloop.c:client_loop():*"
-_VERBOSE_PREFIX = re.compile(r"^(debug\d: )?(?:kex|sshconnect2|clientloop)\.c:(\w+)\(\):\d+ \([^)]*\): ")
+HOST_DEBUG_LOG = "packet.c:ssh_packet_read_poll_seqnr():*"  # reports the texts that the host sends for a log
+_VERBOSE_PREFIX = re.compile(r"^(debug\d: )?(?:kex|sshconnect2|clientloop|packet)\.c:(\w+)\(\):\d+ \([^)]*\): ")
 _BANNER = "input_userauth_banner: "
+_HOST_DEBUG = "ssh_packet_read_poll_seqnr: Remote: "
 _LOGGED_IN = "client_loop: Entering interactive session"
 _SESSION_NOISE = re.compile(r"^client_loop: (pledge: |Transferred: |Bytes per second: |Exit status )")
 _BEFORE_GREETING = re.compile(r"^kex_exchange_identification: banner line \d+: (.*)")
@@ -88,11 +90,14 @@ class SshOutput:
     greeting names; ``None``: no greeting was seen (yet, or by an ssh before 8.5). ``logged_in``: ssh has reported that
     it is logged in, which an ssh before 8.5 does not. ``failed_after_login``: it has logged something after that.
     ``has_banner``: the host, or a jump host, has sent a banner, so some of ``other_lines`` are its own.
+    ``host_debug_lines``: texts that the host has sent for a log, such as the reason of a refusal; only with
+    ``HOST_DEBUG_LOG``.
     """
 
     def __init__(self) -> None:
         self.log: deque[str] = deque(maxlen=KEPT_LINES)
         self.other_lines: deque[str] = deque(maxlen=KEPT_LINES)
+        self.host_debug_lines: deque[str] = deque(maxlen=KEPT_LINES)
         self.server: str | None = None
         self.has_banner = False
         self.logged_in = False
@@ -109,6 +114,9 @@ class SshOutput:
         if match := _GREETING.match(text):
             self.server = match[1]
             self._before_greeting.clear()  # a greeting may come after other lines
+            return None
+        if text.startswith(_HOST_DEBUG):
+            self.host_debug_lines.append(text.removeprefix(_HOST_DEBUG))
             return None
         if text.startswith(_BANNER):
             self.has_banner = True

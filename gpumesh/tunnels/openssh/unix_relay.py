@@ -1,16 +1,25 @@
-"""Forwards accepted connections to a Unix socket, at which an ``ssh`` listens that forwards them to the host."""
+"""Relays between the Unix sockets that we share with an ``ssh``, and the connections of this machine's programs.
+
+For a forward, ssh listens at a Unix socket, and ``relay_to_unix`` connects to it. For a reverse forward we listen at a
+Unix socket, to which ssh connects, and ``relay_to_port`` connects to a port of this machine.
+"""
 
 from __future__ import annotations
 
 import socket
 
 from gpumesh.tunnels.forwarder import CHUNK_BYTES, READ, WRITE, Dialer, Forwarder
+from gpumesh.tunnels.local_connect import LocalConnect
 from gpumesh.tunnels.local_system.sockets import close_with_reset
 
 CONNECT_RETRY_S = 0.005  # the time between two tries while ssh's listen queue is full
 CONNECT_TRIES = 400  # 2 s together
 
-LOCAL, REMOTE = 0, 1  # the two sides of a relay: the accepted socket, and the Unix socket
+# The end of a connection that came from the host is passed on after this time. An ssh that dies ends its sockets in the
+# same way, and then our connections are reset within this time, so that a cut connection does not look whole.
+END_DELAY_S = 0.1
+
+LOCAL, REMOTE = 0, 1  # the two sides of a relay: the accepted socket, and the socket that we have connected
 
 
 def relay_to_unix(path: str) -> Dialer:
@@ -22,46 +31,45 @@ def relay_to_unix(path: str) -> Dialer:
     return dial
 
 
-class UnixRelay:
-    """Passes bytes in both directions between its two sides, the local socket and the Unix socket.
+def relay_to_port(port: int) -> Dialer:
+    """Makes a dialer that forwards ssh's connections to 127.0.0.1:``port``; if nothing listens there, ends them."""
+
+    def dial(forwarder: Forwarder, local: socket.socket) -> None:
+        def on_end(to_port: socket.socket | None) -> None:
+            if to_port is None:
+                local.close()
+            else:
+                ReverseRelay(forwarder, local, to_port).start()
+
+        LocalConnect(forwarder, port, on_end)
+
+    return dial
+
+
+class SocketRelay:
+    """Passes bytes in both directions between its two sides.
 
     A socket is read only when all bytes that came from it have been written to the other socket. So a slow reader stops
     the sender, and at most ``CHUNK_BYTES`` are held for each direction.
     """
 
-    def __init__(self, forwarder: Forwarder, local: socket.socket, path: str) -> None:
+    def __init__(self, forwarder: Forwarder, local: socket.socket, remote: socket.socket) -> None:
         self._forwarder = forwarder
-        self._path = path
-        remote = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        remote.setblocking(False)
         self._sockets = (local, remote)
         # Each list has one item for each side. ``1 - side`` is the other side.
         self._pending = [b"", b""]  # bytes that wait to be written to this side's socket
-        self._ended = [False, False]  # this side's socket has sent its last byte
+        self._reads = [True, True]  # this side's socket may send more bytes
+        self._ended = [False, False]  # this side's socket has sent its last byte, and the other side may know
         self._events = [0, 0]  # the events for which the selector watches this side's socket
         self._closed = False
         forwarder.add_relay(self)
-        self._connect(CONNECT_TRIES)
+
+    def start(self) -> None:
+        """Begins to pass bytes. Both sockets are connected."""
+        self._update_watch()
 
     def abort(self) -> None:
         self._close(reset=True)
-
-    def _connect(self, tries: int) -> None:
-        """Connects to the Unix socket, now or with up to ``tries`` further tries. Aborts when that fails."""
-        if self._closed:
-            return
-        try:
-            self._sockets[REMOTE].connect(self._path)
-        except BlockingIOError:
-            # ssh's listen queue is full. No event reports when a Unix socket has room again.
-            if tries > 0:
-                self._forwarder.call_later(CONNECT_RETRY_S, lambda: self._connect(tries - 1))
-            else:
-                self.abort()
-        except OSError:  # ssh has ended, or does not listen there any more
-            self.abort()
-        else:
-            self._update_watch()
 
     def _on_local_ready(self, ready_events: int) -> None:
         self._on_ready(LOCAL, ready_events)
@@ -83,6 +91,10 @@ class UnixRelay:
         except OSError:  # a side has reset its connection
             self._close(reset=True)
             return
+        self._settle()
+
+    def _settle(self) -> None:
+        """Called after each step: closes the relay if its work is done, or else waits for the next event."""
         # Both sides have sent their last byte, and all bytes are written.
         if all(self._ended) and not any(self._pending):
             self._close(reset=False)
@@ -95,8 +107,13 @@ class UnixRelay:
         if data:
             self._write(1 - side, data)
         else:
-            self._ended[side] = True
-            self._shut_down_when_written(1 - side)
+            self._reads[side] = False
+            self._end_side(side)
+
+    def _end_side(self, side: int) -> None:
+        """Passes the end of this side's bytes on to the other side."""
+        self._ended[side] = True
+        self._shut_down_when_written(1 - side)
 
     def _write(self, side: int, data: bytes) -> None:
         """Writes ``data`` to this side's socket; the bytes for which there is no room become ``_pending``."""
@@ -117,7 +134,7 @@ class UnixRelay:
         """Watches each side for WRITE while bytes wait for it, and for READ while no bytes wait for the other side."""
         for side, handler in ((LOCAL, self._on_local_ready), (REMOTE, self._on_remote_ready)):
             events = WRITE if self._pending[side] else 0
-            if not self._ended[side] and not self._pending[1 - side]:
+            if self._reads[side] and not self._pending[1 - side]:
                 events |= READ
             if events != self._events[side]:
                 self._events[side] = events
@@ -131,10 +148,57 @@ class UnixRelay:
         for sock, events in zip(self._sockets, self._events, strict=True):
             if events:
                 self._forwarder.watch(sock, 0, self._on_local_ready)  # 0 ends the watch, whatever its handler is
-        local, remote = self._sockets
-        remote.close()
-        if reset:
-            close_with_reset(local)
-        else:
-            local.close()
+        for sock in self._sockets:
+            if reset:
+                close_with_reset(sock)
+            else:
+                sock.close()
         self._forwarder.discard_relay(self)
+
+
+class UnixRelay(SocketRelay):
+    """Connects to the Unix socket at ``path``, and relays the accepted socket ``local`` to it."""
+
+    def __init__(self, forwarder: Forwarder, local: socket.socket, path: str) -> None:
+        remote = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        remote.setblocking(False)
+        super().__init__(forwarder, local, remote)
+        self._path = path
+        self._connect(CONNECT_TRIES)
+
+    def _connect(self, tries: int) -> None:
+        """Connects to the Unix socket, now or with up to ``tries`` further tries. Aborts when that fails."""
+        if self._closed:
+            return
+        try:
+            self._sockets[REMOTE].connect(self._path)
+        except BlockingIOError:
+            # ssh's listen queue is full. No event reports when a Unix socket has room again.
+            if tries > 0:
+                self._forwarder.call_later(CONNECT_RETRY_S, lambda: self._connect(tries - 1))
+            else:
+                self.abort()
+        except OSError:  # ssh has ended, or does not listen there any more
+            self.abort()
+        else:
+            self.start()
+
+
+class ReverseRelay(SocketRelay):
+    """Relays a connection that came from the host: the accepted socket is ssh's."""
+
+    def _end_side(self, side: int) -> None:
+        if side == LOCAL:
+            self._forwarder.call_later(END_DELAY_S, self._pass_end_of_host)
+        else:
+            super()._end_side(side)
+
+    def _pass_end_of_host(self) -> None:
+        if self._closed:  # ssh had died
+            return
+        try:
+            super()._end_side(LOCAL)
+        except OSError:  # the local program has reset its connection
+            self._close(reset=True)
+        else:
+            self._settle()
