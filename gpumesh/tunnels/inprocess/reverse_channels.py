@@ -104,7 +104,8 @@ class ReverseChannels:
         handlers[MSG_CHANNEL_OPEN] = handle_open
 
     def __repr__(self) -> str:
-        return f"<ReverseChannels {len(self._forwards)} forwards {len(self._relays)} connections>"
+        open_relays = [relay for relay in self._relays if not relay.has_ended]
+        return f"<ReverseChannels {len(self._forwards)} forwards {len(open_relays)} connections>"
 
     def request(self, heartbeat: Heartbeat, address: str) -> None:
         """Asks the host to listen at the ports. Blocks. ``address`` is the host's, for messages.

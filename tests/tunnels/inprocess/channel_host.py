@@ -101,7 +101,7 @@ class ChannelHost:
 
     @property
     def relays(self) -> list[ChannelRelay]:
-        return [relay for relay in self.client._channels.values() if type(relay) is ChannelRelay]
+        return [relay for relay in self.client._channels.values() if isinstance(relay, ChannelRelay)]
 
     async def wait_until_removed(self) -> None:
         await wait_until(
