@@ -37,13 +37,15 @@ def value(content: object) -> bytes:
             return struct.pack("<If", F32, content)
         case str():
             return struct.pack("<I", STRING) + string(content)
-        case [str(), *_]:
-            return struct.pack("<IIQ", ARRAY, STRING, len(content)) + b"".join(string(str(each)) for each in content)
-        case [bool(), *_]:
-            return struct.pack("<IIQ", ARRAY, BOOL, len(content)) + bytes(map(bool, content))
         case list():
-            return struct.pack("<IIQ", ARRAY, U32, len(content)) + struct.pack(f"<{len(content)}I", *content)
+            return _list(content)
     raise TypeError(content)
+
+
+def _list(members: list[str] | list[int]) -> bytes:
+    kind = STRING if isinstance(members[0], str) else BOOL if isinstance(members[0], bool) else U32
+    packed = (string(member) if isinstance(member, str) else struct.pack(FORMS[kind], member) for member in members)
+    return struct.pack("<IIQ", ARRAY, kind, len(members)) + b"".join(packed)
 
 
 def header(
