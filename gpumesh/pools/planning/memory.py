@@ -72,12 +72,16 @@ def layer_needs(shape: ModelShape, load: Load) -> tuple[LayerNeed, ...]:
 
 def layer_kv_bytes(shape: ModelShape, load: Load, layer: int) -> int:
     """The bytes that block ``layer`` keeps for all streams."""
-    windowed = shape.window is not None and layer < len(shape.window_layers) and shape.window_layers[layer]
-    cells = load.window_cells(shape.window) if windowed and shape.window is not None else load.cells
+    cells = load.window_cells(shape.window or 0) if has_window(shape, layer) else load.cells
     block, block_bytes = KV_BLOCKS[load.kv_type]
     keys_and_values = shape.kv_elements[layer] * cells // block * block_bytes
     state = shape.state_bytes[layer] if layer < len(shape.state_bytes) else 0
     return (keys_and_values + state) * load.parallel
+
+
+def has_window(shape: ModelShape, layer: int) -> bool:
+    """Whether block ``layer`` looks back on a window only."""
+    return layer < len(shape.window_layers) and shape.window_layers[layer]
 
 
 @dataclass(frozen=True, slots=True)

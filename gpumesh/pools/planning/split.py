@@ -38,7 +38,7 @@ class Model:
         """The compute buffer of a device with ``count`` layers from layer ``first`` on."""
         if not count:
             return 0
-        return compute_bytes(self.shape, self.load, has_output=first + count == len(self.needs))
+        return compute_bytes(self.shape, self.load, first, count)
 
     def needed_bytes(self, slot: Slot, first: int, count: int) -> int:
         layers = self.needed_before[first + count] - self.needed_before[first]
