@@ -50,16 +50,17 @@ def describe_what_fits(spec: PoolSpec, shape: ModelShape, hosts: Hosts) -> Itera
 
 
 def _describe_several_changes(shape: ModelShape, load: Load, hosts: Hosts) -> str:
-    """What is asked of the model is reduced step by step, until a quantisation of it fits."""
-    changes = []
-    for name, value, smaller_load in _reductions(load):
-        changes.append(f"{name}: {value}")
-        if fits_on_all(Model.of(shape, smaller_load), hosts):
-            return f"It would fit with {join_all(changes)}."
-        smaller = _best_quantisation(shape, smaller_load, hosts)
-        if smaller is not None:
-            file = f"a file of the quantisation {smaller.file_type} ({describe_gib(smaller.file_bytes)})"
-            return f"It would fit with {join_all([*changes, file])}."
+    """What is asked of the model is reduced step by step, until a quantisation fits: one of good quality, if any is."""
+    for lowest_bits in (LOWEST_GOOD_BITS, 0.0):
+        changes = []
+        for name, value, smaller_load in _reductions(load):
+            changes.append(f"{name}: {value}")
+            if fits_on_all(Model.of(shape, smaller_load), hosts):
+                return f"It would fit with {join_all(changes)}."
+            smaller = _best_quantisation(shape, smaller_load, hosts, lowest_bits=lowest_bits)
+            if smaller is not None:
+                file = f"a file of the quantisation {smaller.file_type} ({describe_gib(smaller.file_bytes)})"
+                return f"It would fit with {join_all([*changes, file])}."
     return "No quantisation is small enough: the pool needs more members, or a smaller model."
 
 
@@ -75,8 +76,9 @@ def _reductions(load: Load) -> Iterator[tuple[str, object, Load]]:
         yield "context", REDUCED_CONTEXT, replace(load, context=REDUCED_CONTEXT)
 
 
-def _best_quantisation(shape: ModelShape, load: Load, hosts: Hosts) -> ModelShape | None:
-    return next((smaller for _, smaller in smaller_shapes(shape) if fits_on_all(Model.of(smaller, load), hosts)), None)
+def _best_quantisation(shape: ModelShape, load: Load, hosts: Hosts, *, lowest_bits: float = 0.0) -> ModelShape | None:
+    candidates = (smaller for _, smaller in smaller_shapes(shape, lowest_bits=lowest_bits))
+    return next((smaller for smaller in candidates if fits_on_all(Model.of(smaller, load), hosts)), None)
 
 
 @dataclass(frozen=True, slots=True)

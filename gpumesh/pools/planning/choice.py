@@ -8,9 +8,8 @@ from itertools import combinations
 
 from gpumesh.pools.base import DeviceShare, MemberPlan, SpeedForecast
 from gpumesh.pools.planning.hosts import Hosts, Worker, assume_unknown, assume_unknown_path
-from gpumesh.pools.planning.memory import Slot
 from gpumesh.pools.planning.speed import forecast_speed
-from gpumesh.pools.planning.split import Model, Split, split_as_given, split_by_speed, split_from_the_end
+from gpumesh.pools.planning.split import Model, Part, Split, split_as_given, split_by_speed, split_from_the_end
 
 # Up to so many workers, each choice among them is tried.
 MAX_WORKERS_FOR_ALL_CHOICES = 7
@@ -40,13 +39,12 @@ def members_of(model: Model, hosts: Hosts, split: Split, nodes: Sequence[str]) -
     """The parts of all ``nodes``, the head first, then the workers from the nearest on, and then those that can take no
     part."""
     shares: dict[str, list[DeviceShare]] = {node: [] for node in nodes}
-    first = 0
-    for slot, count in zip(split.slots, split.counts, strict=True):
-        shares[slot.node].append(_share(model, slot, first, count))
-        first += count
+    for part in split.parts:
+        shares[part.slot.node].append(_share(model, part))
+    used = {part.slot for part in split.parts}
     for slot in (*hosts.head_slots, *(slot for worker in hosts.workers for slot in worker.slots)):
-        if slot not in split.slots:
-            shares[slot.node].append(_share(model, slot, 0, 0))
+        if slot not in used:
+            shares[slot.node].append(_share(model, Part(slot, 0, 0)))
     paths = {worker.node: worker.path for worker in hosts.workers}
     order = [hosts.head, *paths, *(node for node in nodes if node != hosts.head and node not in paths)]
     return tuple(MemberPlan(node, node == hosts.head, tuple(shares[node]), paths.get(node)) for node in order)
@@ -66,7 +64,7 @@ def _possible_splits(model: Model, hosts: Hosts) -> Iterator[Split]:
         assumed = tuple(assume_unknown(slot) for slot in slots)
         by_speed = split_by_speed(model, assumed)
         if by_speed:
-            yield split_as_given(model, slots, by_speed.counts)
+            yield split_as_given(model, slots, [part.count for part in by_speed.parts])
 
 
 def _choices(workers: Sequence[Worker]) -> Iterator[Sequence[Worker]]:
@@ -79,7 +77,7 @@ def _choices(workers: Sequence[Worker]) -> Iterator[Sequence[Worker]]:
 
 def _expected_rate(model: Model, hosts: Hosts, split: Split) -> float:
     """Tokens per second of all streams; what is not known of devices and ways is assumed."""
-    assumed = Split(tuple(assume_unknown(slot) for slot in split.slots), split.counts)
+    assumed = Split(tuple(replace(part, slot=assume_unknown(part.slot)) for part in split.parts))
     workers = tuple(replace(worker, path=assume_unknown_path(worker.path), slots=()) for worker in hosts.workers)
     known_hosts = Hosts(hosts.head, (), workers)
     nodes = [hosts.head, *(worker.node for worker in workers)]
@@ -88,27 +86,23 @@ def _expected_rate(model: Model, hosts: Hosts, split: Split) -> float:
 
 
 def _count_workers(split: Split) -> int:
-    return len({slot.node for slot, count in zip(split.slots, split.counts, strict=True) if count and not slot.is_head})
+    return len({part.slot.node for part in split.parts if part.count and not part.slot.is_head})
 
 
 def _bytes_on_workers(model: Model, split: Split) -> int:
-    total = first = 0
-    for slot, count in zip(split.slots, split.counts, strict=True):
-        if not slot.is_head:
-            total += sum(need.weights for need in model.needs[first : first + count])
-        first += count
-    return total
+    on_workers = (part for part in split.parts if not part.slot.is_head)
+    return sum(need.weights for part in on_workers for need in model.needs[part.first : part.first + part.count])
 
 
-def _share(model: Model, slot: Slot, first: int, count: int) -> DeviceShare:
-    needs = model.needs[first : first + count]
+def _share(model: Model, part: Part) -> DeviceShare:
+    needs = model.needs[part.first : part.first + part.count]
     return DeviceShare(
-        device=slot.device,
-        first_layer=first,
-        layers=count,
-        weights_bytes=sum(need.weights for need in needs) + model.input_bytes(slot),
+        device=part.slot.device,
+        first_layer=part.first,
+        layers=part.count,
+        weights_bytes=sum(need.weights for need in needs) + model.input_bytes(part.slot),
         kv_bytes=sum(need.kv for need in needs),
-        compute_bytes=model.compute_bytes(first, count),
-        offered_bytes=slot.offered,
-        draft_bytes=slot.draft,
+        compute_bytes=model.compute_bytes(part.first, part.count),
+        offered_bytes=part.slot.offered,
+        draft_bytes=part.slot.draft,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from gpumesh.pool_spec import PoolSpec
 from gpumesh.pools.base import ModelShape
@@ -35,7 +36,7 @@ def split_as_written(spec: PoolSpec, model: Model, hosts: Hosts) -> Split:
     placed = sum(counts)
     if not slots or placed < len(model.needs) - 1:
         absent = model.needed_before[-1] - model.needed_before[placed]
-        return Split(slots, tuple(counts), max(1, absent))
+        return replace(split_as_given(model, slots, counts), missing_bytes=max(1, absent))
     last = max(index for index, count in enumerate(counts) if count)
     counts[last] += 1
     return split_as_given(model, slots, counts)

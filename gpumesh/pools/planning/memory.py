@@ -103,6 +103,10 @@ class Slot:
     def is_gpu(self) -> bool:
         return self.device.index is not None
 
+    @property
+    def is_head_cpu(self) -> bool:
+        return self.is_head and not self.is_gpu
+
 
 def slots_of(offer: HostOffer, *, is_head: bool, unload: bool) -> tuple[Slot, ...]:
     """The devices of a host in the order of its programs: its GPUs, or its CPU if it has none."""

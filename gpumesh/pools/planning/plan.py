@@ -40,7 +40,7 @@ def plan_pool(
     problems = [*head_problems(spec, offers), *model_problems(spec, shape, draft)]
     if split_problem:
         problems.append(split_problem)
-    too_large = list(memory_problems(spec, shape, split, members, offers))
+    too_large = list(memory_problems(spec, split, members, offers))
     plan = PoolPlan(
         pool=spec.name,
         model=spec.model,

@@ -33,9 +33,9 @@ def model_problems(spec: PoolSpec, shape: ModelShape, draft: ModelShape | None) 
 
 
 def memory_problems(
-    spec: PoolSpec, shape: ModelShape, split: Split, members: Sequence[MemberPlan], offers: Sequence[HostOffer]
+    spec: PoolSpec, split: Split, members: Sequence[MemberPlan], offers: Sequence[HostOffer]
 ) -> Iterator[str]:
-    if split.fits and sum(split.counts) == shape.layers + 1:
+    if split.fits:
         return
     if spec.split is not None:
         yield from _problems_of_written_split(members)

@@ -32,7 +32,7 @@ class Model:
 
     def input_bytes(self, slot: Slot) -> int:
         """The token embeddings, if they are on this device: they are on the head's CPU always."""
-        return self.shape.input_bytes if slot.is_head and not slot.is_gpu else 0
+        return self.shape.input_bytes if slot.is_head_cpu else 0
 
     def compute_bytes(self, first: int, count: int) -> int:
         """The compute buffer of a device with ``count`` layers from layer ``first`` on."""
@@ -49,12 +49,20 @@ class Model:
 
 
 @dataclass(frozen=True, slots=True)
-class Split:
-    """``counts``: the layers of each slot, in the order of the slots; the output counts as one layer.
-    ``missing_bytes``: with so much more memory, all layers would have a place (0: all have)."""
+class Part:
+    """The layers of one device: ``count`` of them, from layer ``first`` on. The output counts as the last layer."""
 
-    slots: tuple[Slot, ...]
-    counts: tuple[int, ...]
+    slot: Slot
+    first: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """``parts`` are in the order of the devices. ``missing_bytes``: with so much more memory, all layers would have a
+    place (0: all have)."""
+
+    parts: tuple[Part, ...]
     missing_bytes: int = 0
 
     @property
@@ -68,24 +76,23 @@ def split_from_the_end(model: Model, slots: Sequence[Slot], *, use_head_cpu: boo
     The last devices are the head's and those of the nearest workers: as few layers as possible are far away.
     ``use_head_cpu``: whether the head's CPU takes layers where there are other devices.
     """
-    counts = [0] * len(slots)
     first, end = 0, len(model.needs)
-    others = list(range(len(slots)))
-    if slots and slots[0].is_head and not slots[0].is_gpu:
-        others.remove(0)
+    parts: list[Part] = []
+    others = list(slots)
+    if slots and slots[0].is_head_cpu:
+        cpu = others.pop(0)
         most = end - 1 if others else end  # the output is on the last of the devices
-        while (use_head_cpu or not others) and counts[0] < most and model.fits(slots[0], 0, counts[0] + 1):
-            counts[0] += 1
-        first = counts[0]
-    for index in reversed(others):
-        while first < end and model.fits(slots[index], end - 1, counts[index] + 1):
-            counts[index] += 1
+        while (use_head_cpu or not others) and first < most and model.fits(cpu, 0, first + 1):
+            first += 1
+        parts.append(Part(cpu, 0, first))
+    before = len(parts)
+    for slot in reversed(others):
+        count = 0
+        while first < end and model.fits(slot, end - 1, count + 1):
+            count += 1
             end -= 1
-    missing = 0
-    if first < end:
-        index = others[0] if others else 0
-        missing = model.needed_bytes(slots[index], first, counts[index] + end - first) - slots[index].for_layers
-    return Split(tuple(slots), tuple(counts), missing)
+        parts.insert(before, Part(slot, end, count))
+    return Split(tuple(parts), _missing_bytes(model, parts, first, end))
 
 
 def split_by_speed(model: Model, slots: Sequence[Slot]) -> Split | None:
@@ -93,7 +100,7 @@ def split_by_speed(model: Model, slots: Sequence[Slot]) -> Split | None:
 
     How many they hold is taken from the mean of all layers, and then looked at with the real ones.
     """
-    mean = model.needed_before[-1] / len(model.needs)
+    mean = max(1.0, model.needed_before[-1] / len(model.needs))
     left = len(model.needs)
     counts = [0] * len(slots)
     for index in sorted(range(len(slots)), key=lambda index: -(slots[index].device.bytes_per_s or 0)):
@@ -106,9 +113,22 @@ def split_by_speed(model: Model, slots: Sequence[Slot]) -> Split | None:
 
 def split_as_given(model: Model, slots: Sequence[Slot], counts: Sequence[int]) -> Split:
     """``missing_bytes`` is the sum of what each device has too little."""
-    missing = first = 0
-    for slot, count in zip(slots, counts, strict=True):
-        if not model.fits(slot, first, count):
-            missing += model.needed_bytes(slot, first, count) - slot.for_layers
-        first += count
-    return Split(tuple(slots), tuple(counts), missing)
+    firsts = accumulate(counts, initial=0)
+    parts = tuple(Part(slot, first, count) for slot, first, count in zip(slots, firsts, counts, strict=False))
+    missing = (
+        model.needed_bytes(part.slot, part.first, part.count) - part.slot.for_layers for part in parts if part.count
+    )
+    return Split(parts, sum(max(0, too_little) for too_little in missing))
+
+
+def _missing_bytes(model: Model, parts: Sequence[Part], first: int, end: int) -> int:
+    """What the device that was filled last has too little for the layers from ``first`` to ``end``, too."""
+    if first == end:
+        return 0
+    if not parts:
+        return model.needed_before[-1]
+    last_filled = parts[1] if parts[0].slot.is_head_cpu and len(parts) > 1 else parts[0]
+    if last_filled.first < first:  # the head's CPU is alone, and is filled from the first layer on
+        return model.needed_bytes(last_filled.slot, 0, end) - last_filled.slot.for_layers
+    needed = model.needed_bytes(last_filled.slot, first, last_filled.count + end - first)
+    return needed - last_filled.slot.for_layers
