@@ -1,0 +1,151 @@
+"""The command lines of a pool's programs, from its plan. Pure.
+
+Everything listens on the host's loopback only. Options by llama.cpp build 10434 (tools/server/README.md,
+tools/rpc/rpc-server.cpp).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from gpumesh.errors import PoolFailed
+from gpumesh.pools.base import DeviceShare, MemberPlan, PoolPlan
+from gpumesh.pools.hosts.programs import HostPrograms
+
+LOOPBACK = "127.0.0.1"
+CACHE_FOLDER = "${XDG_CACHE_HOME:-$HOME/.cache}/gpumesh/llama.cpp"
+# A worker's cache is not used if the disk would have less than this left.
+CACHE_RESERVE_BYTES = 2 << 30
+
+# Both scripts give the program the environment that it needs. A release has its libraries in the folder of the program
+# ($1). CUDA numbers GPUs by their speed if it is not told to number them as nvidia-smi does. Variables such as
+# LLAMA_ARG_HOST would change what the program does. GGML_NO_BACKTRACE: gdb would hold up a program that has failed.
+# llama-server loads nothing from the network (--offline).
+_ENVIRONMENT = (
+    'for v in $(env | sed -n "s/^\\(LLAMA_ARG_[A-Za-z0-9_]*\\)=.*/\\1/p"); do unset $v; done; '
+    "LD_LIBRARY_PATH=$1${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}; CUDA_DEVICE_ORDER=PCI_BUS_ID; GGML_NO_BACKTRACE=1; "
+    "export LD_LIBRARY_PATH CUDA_DEVICE_ORDER GGML_NO_BACKTRACE; "
+)
+_HEAD_SCRIPT = _ENVIRONMENT + 'shift; exec "$@"'
+# A worker keeps the weights that it has got under the hash of their bytes (option -c), so that the next load need not
+# send them again. It writes a file under its final name, and reads it without a check: a worker that was killed in the
+# middle of a write, or a full disk, leaves a part of a tensor there, which the next load would take for the whole
+# (ggml-rpc.cpp, set_tensor and get_cached_file). So the file ``unfinished`` stays until the model was loaded. If it is
+# there at the start, the newest file of the cache is deleted. $2: the KiB that must be free on the disk; otherwise the
+# worker runs without -c.
+_WORKER_SCRIPT = _ENVIRONMENT + (
+    f"LLAMA_CACHE={CACHE_FOLDER}; export LLAMA_CACHE; u=$LLAMA_CACHE/unfinished; k=$2; shift 2; "
+    'if mkdir -p "$LLAMA_CACHE/rpc" && '
+    'a=$(df -Pk "$LLAMA_CACHE" | sed -n "2s/.* \\([0-9]*\\)  *[0-9]*% .*/\\1/p") && [ "$a" -gt "$k" ]; then '
+    'if [ -e "$u" ]; then f=$(ls -t "$LLAMA_CACHE/rpc" | head -n 1); [ -z "$f" ] || rm -f "$LLAMA_CACHE/rpc/$f"; fi; '
+    ': >"$u" && set -- "$@" -c; fi; exec "$@"'
+)
+# Of all workers that share the host's cache, each needs its own model to be loaded; so this follows every load.
+CONFIRM_CACHE_ARGV = ("sh", "-c", f"rm -f {CACHE_FOLDER}/unfinished")
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerAddress:
+    """Where the head reaches a worker, as seen from the head's host: a port of its loopback."""
+
+    node: str
+    port: int
+
+    @property
+    def endpoint(self) -> str:
+        return f"{LOOPBACK}:{self.port}"
+
+
+def used_shares(member: MemberPlan) -> tuple[DeviceShare, ...]:
+    """The member's devices that get layers, in the order of the layers."""
+    return tuple(sorted((share for share in member.shares if share.layers), key=lambda share: share.first_layer))
+
+
+def rpc_server_argv(member: MemberPlan, programs: HostPrograms, port: int) -> tuple[str, ...]:
+    """The command of ggml-rpc-server for a worker: it offers the devices of the plan, in the plan's order.
+
+    Raises PoolProgramMissing, and PoolFailed when llama.cpp does not see a GPU of the plan.
+    """
+    path = programs.need_rpc_server()
+    shares = used_shares(member)
+    devices = ",".join(device_name(share, programs) for share in shares)
+    weights = sum(share.weights_bytes for share in shares)
+    argv = [path, "-H", LOOPBACK, "-p", str(port), "-d", devices]
+    if any(share.device.index is None for share in shares) and programs.cores is not None:
+        argv += ["-t", str(programs.cores)]
+    needed_kib = (weights + CACHE_RESERVE_BYTES) >> 10
+    return ("sh", "-c", _WORKER_SCRIPT, "gpumesh-worker", programs.rpc_folder or "/", str(needed_kib), *argv)
+
+
+def device_name(share: DeviceShare, programs: HostPrograms) -> str:
+    """The name that llama.cpp on the host gives to the device. Raises PoolFailed when it does not see the GPU.
+
+    llama.cpp numbers the GPUs that it sees as nvidia-smi does (CUDA_DEVICE_ORDER): CUDA0, or Vulkan0.
+    """
+    index = share.device.index
+    if index is None:
+        return "CPU"
+    if index >= len(programs.gpus):
+        seen = ", ".join(device.name for device in programs.devices) or "no device"
+        raise PoolFailed(
+            f"llama.cpp on {programs.node} does not see GPU {index}, {share.device.name}: it lists {seen}",
+            hint="build it there with -DGGML_CUDA=ON, or install the release for this GPU",
+            node=programs.node,
+        )
+    return programs.gpus[index].name
+
+
+def llama_server_argv(
+    plan: PoolPlan,
+    programs: HostPrograms,
+    *,
+    model_path: str,
+    workers: Sequence[WorkerAddress],
+    port: int,
+    alias: str,
+    draft_path: str | None = None,
+) -> tuple[str, ...]:
+    """The command of llama-server on the head for a plan that fits.
+
+    ``workers`` has an address for each of ``plan.workers``, in any order. ``model_path`` and ``draft_path`` are paths
+    on the head's host. Raises PoolProgramMissing, and PoolFailed when llama.cpp does not see a GPU of the plan.
+    """
+    path = programs.need_server()
+    devices = head_devices(plan, programs)
+    layers = [share.layers for _name, share in devices]
+    argv = [path, "-m", model_path, "--host", LOOPBACK, "--port", str(port), "--alias", alias]
+    argv += ["-c", str(plan.context * plan.parallel), "-np", str(plan.parallel)]
+    argv += ["-ctk", plan.kv_type.value, "-ctv", plan.kv_type.value]
+    argv += ["-fit", "off", "-sm", "layer", "-ngl", str(sum(layers))]
+    if workers:
+        by_node = {worker.node: worker.endpoint for worker in workers}
+        argv += ["--rpc", ",".join(by_node[member.node] for member in plan.workers)]
+    argv += ["--device", ",".join(name for name, _share in devices) or "none"]
+    if len(devices) > 1:
+        argv += ["-ts", ",".join(map(str, layers))]
+    if draft_path is not None:
+        gpus = [name for name, share in devices if not name.startswith("RPC")]
+        argv += ["-md", draft_path, "-devd", gpus[0] if gpus else "none", "-ngld", "99" if gpus else "0"]
+    argv += ["--metrics", "--slots", "--offline", "-lv", "4"]
+    return ("sh", "-c", _HEAD_SCRIPT, "gpumesh-head", programs.server_folder or "/", *argv)
+
+
+def head_devices(plan: PoolPlan, programs: HostPrograms) -> tuple[tuple[str, DeviceShare], ...]:
+    """The devices to which llama-server gives layers, by its names for them, in the order of their layers.
+
+    llama-server numbers the workers' devices in the order of its option --rpc: RPC0, RPC1. The layers of the head's CPU
+    are the first ones of the model; they are on no such device. Raises PoolFailed.
+    """
+    devices: list[tuple[str, DeviceShare]] = []
+    for share in used_shares(plan.head):
+        if share.device.index is not None:
+            devices.append((device_name(share, programs), share))
+    worker_shares = [share for member in plan.workers for share in used_shares(member)]
+    devices += [(f"RPC{number}", share) for number, share in enumerate(worker_shares)]
+    return tuple(sorted(devices, key=lambda device: device[1].first_layer))
+
+
+def endpoints_by_node(workers: Sequence[WorkerAddress]) -> Mapping[str, str]:
+    """The node of each worker, by its endpoint as llama-server's log names it."""
+    return {worker.endpoint: worker.node for worker in workers}
