@@ -13,8 +13,9 @@ First the program gets SIGTERM, and a few seconds later SIGKILL. When the progra
 children is killed, and the script ends with the program's exit status (128 plus the signal's number after a signal).
 
 The script needs a POSIX shell (dash, bash, busybox), ``sleep`` and ``kill``. ``setsid`` gives the program a process
-group of its own; without it, bash does this by job control. Where neither works, ``pkill`` finds the program's
-children. The script has no single quote and no line break, because a login shell such as csh takes no line break inside
+group of its own; without it, bash does this by job control. Where neither works (dash without ``setsid``), the program
+gets SIGKILL at once, and ``pkill`` finds its children; the children of a program that ended by itself are not found
+then. The script has no single quote and no line break, because a login shell such as csh takes no line break inside
 quotes; ``$!`` stands before a blank for the same reason.
 """
 
@@ -42,8 +43,7 @@ _WATCHER = (
     "exec 3<&-; while sleep $t; do echo t || exit; done; } | "
     "{ exec 3<&-; i=0; while read -r l; do case $l in "
     "b) i=0;; t) i=$((i+1)); [ $i -lt $n ] || break;; *) break;; esac; done; "
-    "kill -TERM -$p || kill -TERM $p; sleep $k; "
-    "kill -9 -$p || { kill -STOP $p; pkill -9 -P $p; kill -9 $p; }; kill -9 -$$; }"
+    "if kill -TERM -$p; then sleep $k; kill -9 -$p; else kill -STOP $p; pkill -9 -P $p; kill -9 $p; fi; kill -9 -$$; }"
 )
 # The arguments of the main script are the watcher's script, its last three arguments, and the program's argv. p is the
 # program's pid, q the watcher's, s the exit status.
