@@ -30,6 +30,8 @@
     │   └── TunnelDown               a command or a request needs a tunnel that is not up now
     ├── PoolError                    a pool of GPUs; ``needs_person``: see (p)
     │   ├── PoolFailed               its worker or head ended, its tunnel was lost, or its head reports another plan
+    │   ├── PoolMemberAway           its head cannot be reached now
+    │   ├── PoolMemberUnusable  (p)  a node of mesh.yaml on whose host nothing can be started, or that is disabled
     │   ├── PoolDoesNotFit      (p)  the members' memory is too small for the model and its context
     │   ├── PoolProgramMissing  (p)  a host has no llama-server, or no ggml-rpc-server
     │   ├── PoolVersionsDiffer  (p)  the members have different builds of llama.cpp
@@ -279,14 +281,25 @@ class TunnelDown(TunnelError):
 
 
 class PoolError(GPUMeshError):
-    """A pool cannot be planned, or does not run. ``needs_person``: it is of no use to start it again as it is."""
+    """A pool cannot be planned, or does not run. ``needs_person``: it is of no use to start it again as it is.
+    ``unreachable``: the members whose tunnels were down; with them, it may work."""
 
     code = "pool"
-    needs_person: ClassVar[bool] = False
+    needs_person: bool = False
+    unreachable: frozenset[str] = frozenset()
 
 
 class PoolFailed(PoolError):
     code = "pool-failed"
+
+
+class PoolMemberAway(PoolError):
+    code = "pool-member-away"
+
+
+class PoolMemberUnusable(PoolError):
+    code = "pool-member-unusable"
+    needs_person = True
 
 
 class PoolDoesNotFit(PoolError):

@@ -45,9 +45,9 @@ from gpumesh.mesh.requests.upload import upload
 from gpumesh.mesh.requests.upstream import Upstream
 from gpumesh.mesh.running_nodes import RunningNodes
 from gpumesh.probes.http_client import make_http_client
-from gpumesh.state import Finding, GatewayState, MeshState, TunnelState, compute_totals
+from gpumesh.state import Finding, GatewayState, MeshState, compute_totals
 from gpumesh.topology import BackendKind, NodeSpec, Topology
-from gpumesh.tunnels.base import ClosableTunnel, ExecResult, Tunnel
+from gpumesh.tunnels.base import ExecResult, Tunnel
 from gpumesh.tunnels.supervisor import Prompter
 from gpumesh.tunnels.workers.worker_pool import WorkerPool
 
@@ -90,7 +90,7 @@ class Mesh:
         self._coordination = create_coordination(topology.redis, on_change=self._on_other_loads_changed, clock=clock)
         gateway, pinned = topology.gateway, self.model_rules.pinned
         self._scheduler = Scheduler(gateway.policy, rng=self._rng, max_queue=gateway.max_queue, pinned=pinned)
-        self._factory = NodeFactory(
+        self.factory = NodeFactory(
             clock=clock,
             rng=self._rng,
             http=self._http,
@@ -104,7 +104,7 @@ class Mesh:
             on_changed=self._on_node_changed,
             on_gpus_identified=self._regroup,
         )
-        self.fleet = Fleet(map(self._factory.make_node, topology.nodes), clock=clock)
+        self.fleet = Fleet(map(self.factory.make_node, topology.nodes), clock=clock)
         enabled = [node for node in self.fleet if node.spec.enabled]
         self._inspection = RegularInspection(enabled, self._http, clock=clock, on_report=self._changes.notify)
         self._dispatcher = Dispatcher(self.fleet, self._scheduler, clock=clock)
@@ -126,9 +126,9 @@ class Mesh:
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(self._http)
             await stack.enter_async_context(self._upstream)
-            self._factory.workers = await stack.enter_async_context(WorkerPool())
+            self.factory.workers = await stack.enter_async_context(WorkerPool())
             group = await stack.enter_async_context(asyncio.TaskGroup())
-            self._nodes = RunningNodes(self.fleet, self._inspection, self._factory, group)
+            self._nodes = RunningNodes(self.fleet, self._inspection, self.factory, group)
             stack.callback(self._stop)  # on exit this runs first: the task group then waits for the cancelled tasks
             self._tasks.append(group.create_task(self._coordination.run(self._watch_own_loads()), name="coordination"))
             self._nodes.start(self.topology)
@@ -376,10 +376,6 @@ class Mesh:
         if tunnel is None:
             raise UsageError(f"node {node!r} is disabled in mesh.yaml")
         return tunnel
-
-    def make_tunnel(self, spec: NodeSpec, on_change: Callable[[TunnelState], None]) -> ClosableTunnel:
-        """Makes another tunnel to a node's host, for the caller alone, as ``open_tunnel`` does."""
-        return self._factory.make_tunnel(spec, self.topology, on_change)
 
     async def refresh(self, nodes: Iterable[str]) -> None:
         """Probes the servers of these nodes again, because their model stores were changed through us."""

@@ -63,6 +63,21 @@ EXPLANATIONS = (
         "`gpumesh pool up` tries it at once.",
     ),
     Explanation(
+        "pool-member-away",
+        E,
+        "a member of a pool cannot be reached",
+        "The tunnel to the head of the pool is down. The message has the tunnel's reason.",
+        "The pool is started again as soon as the tunnel is up. `gpumesh status` shows what keeps it down.",
+    ),
+    Explanation(
+        "pool-member-unusable",
+        E,
+        "a node cannot be a member of a pool",
+        "The node is disabled, or is not in the running mesh, or it is another machine that is reached without SSH: "
+        "then nothing can be started there.",
+        "Give the node an `ssh:` section, enable it, or take it out of the pool's `nodes`.",
+    ),
+    Explanation(
         "pool-does-not-fit",
         E,
         "a pool does not fit",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from random import Random
 
@@ -19,6 +19,7 @@ from gpumesh.topology import NodeSpec, Topology
 from gpumesh.tunnels.base import ClosableTunnel
 from gpumesh.tunnels.direct.this_machine import ThisMachine
 from gpumesh.tunnels.supervisor import Prompter, open_tunnel
+from gpumesh.tunnels.transport import ReverseForward
 from gpumesh.tunnels.workers.worker_pool import WorkerPool
 
 
@@ -59,7 +60,11 @@ class NodeFactory:
         )
 
     def make_tunnel(
-        self, spec: NodeSpec, topology: Topology, on_change: Callable[[TunnelState], None]
+        self,
+        spec: NodeSpec,
+        topology: Topology,
+        on_change: Callable[[TunnelState], None],
+        reverse_forwards: Sequence[ReverseForward] = (),
     ) -> ClosableTunnel:
         """Makes the tunnel of a node of ``topology``. Raises OSError and GPUMeshError when its local ends cannot be
         made."""
@@ -75,4 +80,5 @@ class NodeFactory:
             tunnels_spec=topology.tunnels,
             mesh_name=topology.name,
             mesh_identity=topology.identity,
+            reverse_forwards=reverse_forwards,
         )

@@ -36,13 +36,14 @@ class RestartTiming:
 @dataclass(frozen=True, slots=True)
 class Cause:
     """Why a pool does not run. ``needs_person``: starting it again cannot help. ``lost_node``: the member that was
-    lost; the next plan does without it if the model fits."""
+    lost; the next plan does without it if the model fits. ``unreachable``: members whose tunnels were down."""
 
     code: str
     message: str
     hint: str | None = None
     needs_person: bool = False
     lost_node: str | None = None
+    unreachable: frozenset[str] = frozenset()
 
 
 # -- events ----------------------------------------------------------------------------------------------------------
@@ -109,7 +110,8 @@ _WAITING = (PoolPhase.BACKOFF, PoolPhase.FAILED)
 class PoolLife:
     """The state of a pool. ``wanted``: it is to run, now or after the next start. ``failures`` counts the failures in a
     row, ``starts`` the starts since the pool was wanted. ``since``: when the phase began. ``cause``: of the last
-    failure, until the pool is ready again. ``retry_at``: the time of the next start, in phase backoff."""
+    failure, until the pool is ready again. ``retry_at``: the time of the next start, in phase backoff. ``asked_again``:
+    a person has asked for a start while the parts were being ended, so that the next start comes at once."""
 
     phase: PoolPhase = PoolPhase.STOPPED
     wanted: bool = False
@@ -119,6 +121,7 @@ class PoolLife:
     starts: int = 0
     cause: Cause | None = None
     retry_at: float | None = None
+    asked_again: bool = False
 
     @property
     def has_parts(self) -> bool:
@@ -155,7 +158,7 @@ def step(
             return replace(life, phase=PoolPhase.READY, since=now, ready_since=now, cause=None)
         case PartFailed(cause) if life.phase in _RUNNING:
             return replace(life, phase=PoolPhase.STOPPING, since=now, cause=cause)
-        case Ended() if life.has_parts:
+        case Ended() if life.phase is PoolPhase.STOPPING:
             return _after_end(life, now, jitter, timing)
         case RetryDue() if life.phase is PoolPhase.BACKOFF:
             if life.retry_at is not None and now < life.retry_at:  # the caller's timer went off too early
@@ -168,21 +171,24 @@ def step(
 
 def _begin(life: PoolLife, now: float) -> PoolLife:
     """The state in which a start has just begun."""
-    return replace(life, phase=PoolPhase.PLANNING, since=now, starts=life.starts + 1, ready_since=None, retry_at=None)
+    starts = life.starts + 1
+    return replace(life, phase=PoolPhase.PLANNING, since=now, starts=starts, retry_at=None, asked_again=False)
 
 
 def _want(life: PoolLife, now: float) -> PoolLife:
     if life.phase is PoolPhase.STOPPED:
         return _begin(replace(life, wanted=True, failures=0, starts=0, cause=None), now)
     if life.phase in _WAITING:  # a person may have mended the cause: the waits begin with the shortest again
-        return _begin(replace(life, wanted=True, failures=0), now)
-    if life.phase is PoolPhase.STOPPING and not life.wanted:  # it is started again as soon as it has ended
-        return replace(life, wanted=True, failures=0, starts=0, cause=None)
+        return _begin(replace(life, wanted=True, failures=0, cause=None), now)
+    if life.phase is PoolPhase.STOPPING and life.wanted:
+        return replace(life, asked_again=True)
+    if life.phase is PoolPhase.STOPPING:  # it is started again as soon as it has ended
+        return replace(life, wanted=True, failures=0, starts=0, asked_again=True)
     return life
 
 
 def _unwant(life: PoolLife, now: float) -> PoolLife:
-    life = replace(life, wanted=False, cause=None)
+    life = replace(life, wanted=False, asked_again=False, cause=None)
     if life.phase in _RUNNING:
         return replace(life, phase=PoolPhase.STOPPING, since=now)
     if life.phase in _WAITING:
@@ -195,8 +201,9 @@ def _after_end(life: PoolLife, now: float, jitter: float, timing: RestartTiming)
     ready_since, life = life.ready_since, replace(life, since=now, ready_since=None)
     if not life.wanted:
         return replace(life, phase=PoolPhase.STOPPED, cause=None)
-    if life.cause is None:  # it was stopped, and is wanted again
-        return _begin(life, now)
+    if life.asked_again:  # a person may have mended the cause
+        return _begin(replace(life, failures=0, cause=None), now)
+    assert life.cause is not None, "a wanted pool ends because a part has failed"
     if life.cause.needs_person:
         return replace(life, phase=PoolPhase.FAILED, failures=life.failures + 1)
     was_stable = ready_since is not None and now - ready_since >= timing.stable_s

@@ -161,8 +161,10 @@ class PoolManager:
             async for _ in changes:
                 tunnels = [(node.name, node.tunnel) for node in self._mesh.fleet if not node.spec.pool_members]
                 up_now = {name for name, tunnel in tunnels if tunnel and tunnel.state.state is TunnelPhase.UP}
-                for name in up_now - up:
-                    for pool in self._pools.values():
+                for pool in self._pools.values():
+                    # A pool that waits for a member may have missed the moment at which its tunnel came up.
+                    awaited = frozenset() if pool.life.cause is None else pool.life.cause.unreachable
+                    for name in up_now - (up - awaited):
                         pool.note_tunnel_up(name)
                 up = up_now
                 await asyncio.sleep(TUNNELS_INTERVAL_S)

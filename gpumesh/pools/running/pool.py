@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from random import Random
 from typing import Protocol
 
-from gpumesh.errors import GPUMeshError, PoolError, PoolFailed, TunnelError
+from gpumesh.errors import GPUMeshError, PoolDoesNotFit, PoolError, PoolFailed, TunnelError
 from gpumesh.pool_spec import PoolSpec
 from gpumesh.pools.base import PoolPhase, PoolPlan, PoolState
 from gpumesh.pools.running.lifecycle import (
@@ -34,6 +36,12 @@ from gpumesh.pools.running.lifecycle import (
 from gpumesh.pools.running.progress import PoolProgress
 
 log = logging.getLogger(__name__)
+
+LOST_AFTER = 2  # a member that has failed so often in a row is left out, if the model fits without it
+DOUBTED_FAILURES = 3
+# Failures that need a person, but not right after another failure: the memory and ports of programs that were killed
+# are free a moment later.
+_MAY_PASS = frozenset({PoolDoesNotFit.code, "reverse-forward-refused"})
 
 
 class PoolRun(Protocol):
@@ -87,7 +95,7 @@ class SupervisedPool:
         self.progress = PoolProgress(clock, on_change)
         self.life = PoolLife()
         self._since: datetime | None = None
-        self._lost: frozenset[str] = frozenset()
+        self._blamed: Counter[str] = Counter()  # how often each member has failed in the present row of failures
         self._is_unwinding = False  # a start that has failed ends its own parts, and must not be cancelled then
         self._stepped = asyncio.Event()
 
@@ -138,7 +146,7 @@ class SupervisedPool:
     def note_tunnel_up(self, node: str) -> None:
         """The tunnel of ``node`` has come up. If it is a member, a failed pool is tried again, with it."""
         if node in {member.node for member in self.spec.members}:
-            self._lost -= {node}
+            del self._blamed[node]
             self._step(MemberCameBack())
 
     # -- a start reports -----------------------------------------------------------------------------------------
@@ -151,16 +159,24 @@ class SupervisedPool:
         self._step(LoadBegan())
 
     def note_ready(self) -> None:
-        self._lost = frozenset()  # the next start tries all members again
         self._step(BecameReady())
 
     def note_failed(self, error: GPUMeshError) -> None:
+        if self._is_unwinding:  # what fails now is a consequence
+            return
         self._is_unwinding = True
         cause = _cause_of(error)
+        if cause.code in _MAY_PASS and self._follows_failure and not cause.unreachable:
+            cause = replace(cause, needs_person=False)
         if cause.lost_node is not None:
-            self._lost |= {cause.lost_node}
+            self._blamed[cause.lost_node] += 1
             self.progress.set_problem(cause.lost_node, cause.message)
         self._step(PartFailed(cause))
+
+    @property
+    def _follows_failure(self) -> bool:
+        """Whether the present start is one of the first after a failure: memory and ports may not be free again."""
+        return self.life.cause is not None and self.life.failures <= DOUBTED_FAILURES
 
     # -- running -------------------------------------------------------------------------------------------------
 
@@ -205,6 +221,8 @@ class SupervisedPool:
             self.spec, self.changed_spec = self.changed_spec, None
         self.progress.clear()
         self._is_unwinding = False
+        if self.life.failures == 0:
+            self._blamed.clear()
         async with asyncio.TaskGroup() as group:
             start = group.create_task(self._start(), name=f"pool {self.spec.name}")
             stop = group.create_task(self._cancel_when_unwanted(start))
@@ -216,7 +234,8 @@ class SupervisedPool:
 
     async def _start(self) -> None:
         try:
-            await self._run_pool(self.spec, self, self._lost)
+            lost = frozenset(node for node, count in self._blamed.items() if count >= LOST_AFTER)
+            await self._run_pool(self.spec, self, lost)
         except GPUMeshError as error:
             self.note_failed(error)
         except Exception as error:  # a bug, or an OSError of this machine: the mesh goes on, and the pool says it
@@ -233,4 +252,5 @@ class SupervisedPool:
 
 def _cause_of(error: GPUMeshError) -> Cause:
     needs_person = isinstance(error, PoolError | TunnelError) and error.needs_person
-    return Cause(error.code, error.message, error.hint, needs_person=needs_person, lost_node=error.node)
+    unreachable = error.unreachable if isinstance(error, PoolError) else frozenset[str]()
+    return Cause(error.code, error.message, error.hint, needs_person, error.node, unreachable)

@@ -316,14 +316,14 @@ async def test_a_tunnel_that_cannot_be_made_changes_nothing(
     def fail(*_: Any) -> Any:
         raise OSError(24, "Too many open files")
 
-    made = running.mesh._factory.make_tunnel
-    monkeypatch.setattr(type(running.mesh._factory), "make_tunnel", fail)
+    made = running.mesh.factory.make_tunnel
+    monkeypatch.setattr(type(running.mesh.factory), "make_tunnel", fail)
     gamma = {"name": "gamma", "backend": {"url": "http://127.0.0.1:1"}}
     with pytest.raises(GPUMeshError, match="Too many open files"):
         await running.reload(running.lab.node("alpha", weight=5), gamma)
     assert running.names == ["alpha", "beta"]
     assert running.mesh.fleet["alpha"].account.weight == 1.0
-    monkeypatch.setattr(type(running.mesh._factory), "make_tunnel", lambda _, *arguments: made(*arguments))
+    monkeypatch.setattr(type(running.mesh.factory), "make_tunnel", lambda _, *arguments: made(*arguments))
     await running.session.reload()
     assert running.names == ["alpha", "gamma"]
 

@@ -103,6 +103,13 @@ def test_a_pool_that_is_wanted_again_while_it_stops_starts_after_its_end() -> No
     assert follow(Ended(), life=life).phase is PoolPhase.PLANNING
 
 
+def test_a_start_that_is_asked_for_while_a_failed_pool_ends_comes_at_once() -> None:
+    for cause in (LOST, TOO_SMALL):
+        life = follow(*STARTED, PartFailed(cause), StartRequested())
+        assert life.phase is PoolPhase.STOPPING
+        assert follow(Ended(), life=life).phase is PoolPhase.PLANNING
+
+
 def test_a_stop_during_the_end_after_a_failure_is_final() -> None:
     life = follow(*STARTED, PartFailed(LOST), StopRequested(), Ended())
     assert (life.phase, life.wanted, life.cause) == (PoolPhase.STOPPED, False, None)

@@ -48,8 +48,10 @@ class Parts:
             await asyncio.sleep(0)  # all parts end
             raise error
         finally:
-            await asyncio.sleep(0)
-            self.running.remove(spec.name)
+            try:
+                await asyncio.sleep(0)
+            finally:
+                self.running.remove(spec.name)
 
 
 @dataclass
@@ -103,11 +105,12 @@ async def test_a_pool_starts_and_stops_when_asked() -> None:
 async def test_a_part_that_fails_ends_all_and_the_pool_is_started_again_without_the_lost_node() -> None:
     async with running(replace(BIG, autostart=True)) as home:
         await home.wait(PoolPhase.READY)
-        home.parts.breaks.put_nowait(PoolFailed("the worker on b has ended", node="b"))
-        while len(home.parts.starts) < 2:
-            await asyncio.sleep(0.002)
-        assert (await home.wait(PoolPhase.READY)).starts == 2
-        assert [lost for _, lost in home.parts.starts] == [frozenset(), frozenset({"b"})]
+        for starts in (2, 3):
+            home.parts.breaks.put_nowait(PoolFailed("the worker on b has ended", node="b"))
+            while len(home.parts.starts) < starts:
+                await asyncio.sleep(0.002)
+            assert (await home.wait(PoolPhase.READY)).starts == starts
+        assert [lost for _, lost in home.parts.starts] == [frozenset(), frozenset(), frozenset({"b"})]
 
 
 async def test_what_a_person_must_mend_is_an_error_and_a_finding_with_its_hint() -> None:
