@@ -72,6 +72,7 @@ async def run_mesh(
     from gpumesh.mesh.mesh import Mesh
     from gpumesh.mesh.models.placement import ModelPlacement
     from gpumesh.pools.running.manager import PoolManager
+    from gpumesh.pools.running.planner import PoolPlanner
     from gpumesh.pools.running.runner import PoolRunner
 
     async with AsyncExitStack() as stack:
@@ -91,7 +92,10 @@ async def run_mesh(
         stack.callback(log.info, "the mesh %s ended", topology.name, extra={"event": "end"})
         mesh = await stack.enter_async_context(Mesh(topology, learned=LearnedState(paths.learned)))
         placement = ModelPlacement(mesh, clock=time.monotonic)
-        pools = PoolManager(mesh, PoolRunner(mesh).run, on_findings=partial(mesh.set_own_findings, subject="pools"))
+        planner = PoolPlanner(mesh)
+        pools = PoolManager(
+            mesh, PoolRunner(mesh, planner).run, on_findings=partial(mesh.set_own_findings, subject="pools")
+        )
 
         def note_change() -> None:
             placement.note_change()
@@ -108,7 +112,7 @@ async def run_mesh(
                 on_applied=note_change,
             )
             _run_until_closed(stack, reloader.run(interval_s=check_interval_s), name="file")
-        session = LocalSession(mesh, reloader, pools)
+        session = LocalSession(mesh, reloader, pools, planner)
         _run_until_closed(stack, _log_changes(session), name="journal")
         _run_until_closed(stack, _record_history(session), name="history")
         _run_until_closed(stack, _notify(session), name="notify")

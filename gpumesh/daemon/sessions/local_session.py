@@ -51,12 +51,20 @@ class MeshFile(Protocol):
 class LocalSession:
     """The Session over ``mesh``, which is open already. The owner of the mesh closes it, and adds its states to
     ``recorder``, from which ``history`` comes. ``file`` is the mesh.yaml; ``None``: the mesh was not made from a file,
-    or nobody will compare it with the file. ``pool_manager`` runs the pools; ``None``: they can only be planned."""
+    or nobody will compare it with the file. ``pool_manager`` runs the pools; ``None``: they can only be planned.
+    ``planner`` plans them."""
 
-    def __init__(self, mesh: Mesh, file: MeshFile | None = None, pool_manager: PoolManager | None = None) -> None:
+    def __init__(
+        self,
+        mesh: Mesh,
+        file: MeshFile | None = None,
+        pool_manager: PoolManager | None = None,
+        planner: PoolPlanner | None = None,
+    ) -> None:
         self.mesh = mesh
         self.file = file
         self.pool_manager = pool_manager
+        self._planner = planner or PoolPlanner(mesh)
         self.recorder = Recorder()
         self.on_answer_end: Callable[[Answer], None] | None = None  # gets each prompt's answer when it has ended
         self._stopping = False
@@ -177,7 +185,7 @@ class LocalSession:
         return self.recorder.history()
 
     async def plan_pool(self, spec: PoolSpec) -> PoolPlan:
-        return await PoolPlanner(self.mesh).plan(spec)
+        return await self._planner.plan(spec)
 
     async def start_pool(self, name: str) -> AsyncGenerator[PoolState]:
         async with closing_iterator(self._require_pools().start(name)) as states:

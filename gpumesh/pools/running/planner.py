@@ -11,7 +11,7 @@ from typing import TypeVar
 from gpumesh.errors import GPUMeshError, PoolDoesNotFit, PoolError, PoolMemberAway, TunnelError
 from gpumesh.mesh.mesh import Mesh
 from gpumesh.pool_spec import PoolMember, PoolSpec
-from gpumesh.pools.base import HostOffer, PathKind, PoolPlan, WorkerPath
+from gpumesh.pools.base import HostOffer, PoolPlan, WorkerPath
 from gpumesh.pools.hosts.model_files import ModelFile, read_model
 from gpumesh.pools.hosts.offers import host_offer
 from gpumesh.pools.hosts.programs import HostPrograms, check_versions, find_programs
@@ -19,6 +19,7 @@ from gpumesh.pools.hosts.worker_login import WorkerLogin
 from gpumesh.pools.planning.gpu_rates import find_bytes_per_s
 from gpumesh.pools.planning.plan import plan_pool
 from gpumesh.pools.running.members import MemberHost, reach_members
+from gpumesh.pools.running.path_finder import PathFinder
 from gpumesh.probes.commands.host_commands import HostCommands
 from gpumesh.probes.nvidia_smi import GpuReport, probe_gpus
 from gpumesh.state import LoadedModel
@@ -60,6 +61,7 @@ class PoolPlanner:
     def __init__(self, mesh: Mesh, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._mesh = mesh
         self._clock = clock
+        self._paths = PathFinder(mesh, clock=clock)
 
     async def plan(self, spec: PoolSpec) -> PoolPlan:
         """Returns the plan for people, which may say that the pool does not fit, or what its hosts lack. Raises
@@ -109,7 +111,10 @@ class PoolPlanner:
             for member in spec.members
         )
         usable = {node: host for node, host in hosts.items() if node in programs}
-        return PoolHosts(usable, programs, offers, self._find_paths(head, usable), model_file, draft_file, errors)
+        routes = await self._paths.find(head, [host for node, host in usable.items() if node != spec.head])
+        paths = {node: route.path for node, route in routes.items()}
+        logins = {node: route.login for node, route in routes.items() if route.login is not None}
+        return PoolHosts(usable, programs, offers, paths, model_file, draft_file, errors, logins)
 
     def _find_programs(self, spec: PoolSpec) -> Callable[[MemberHost], Awaitable[HostPrograms]]:
         async def find(host: MemberHost) -> HostPrograms:
@@ -142,19 +147,6 @@ class PoolPlanner:
     def _loaded_models(self, node: str) -> tuple[LoadedModel, ...]:
         """The models that the node's own server has in memory, by its last report."""
         return self._mesh.fleet.find_node(node).state(queued=0).backend.loaded
-
-    def _find_paths(self, head: MemberHost, hosts: Mapping[str, MemberHost]) -> dict[str, WorkerPath]:
-        return {name: self._find_path(head, host) for name, host in hosts.items() if name != head.node.name}
-
-    def _find_path(self, head: MemberHost, worker: MemberHost) -> WorkerPath:
-        if head.is_here and worker.is_here:
-            return WorkerPath(PathKind.LOCAL, 0.0)
-        parts = [self._round_trip_ms(host) for host in (head, worker) if not host.is_here]
-        known = [part for part in parts if part is not None]
-        return WorkerPath(PathKind.THROUGH_US, sum(known) if len(known) == len(parts) else None)
-
-    def _round_trip_ms(self, host: MemberHost) -> float | None:
-        return self._mesh.tunnel(host.node.name).state.rtt_ms
 
 
 # -- planning --------------------------------------------------------------------------------------------------------

@@ -30,11 +30,19 @@ CONFIRM_TIMEOUT_S = 10.0
 
 
 class PoolRunner:
-    """Runs pools over the tunnels of ``mesh``. ``rng`` chooses ports, ``clock`` returns monotonic seconds."""
+    """Runs pools over the tunnels of ``mesh``, by the plans of ``planner``. ``rng`` chooses ports, ``clock`` returns
+    monotonic seconds."""
 
-    def __init__(self, mesh: Mesh, *, rng: Random | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        mesh: Mesh,
+        planner: PoolPlanner,
+        *,
+        rng: Random | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._mesh = mesh
-        self._planner = PoolPlanner(mesh, clock=clock)
+        self._planner = planner
         self._rng = rng or Random()
         self._clock = clock
 
