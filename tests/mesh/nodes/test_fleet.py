@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from gpumesh.balancer.account import GpuGroup
@@ -83,3 +85,16 @@ async def test_local_ports_are_those_of_tunnels_on_loopback() -> None:
     assert fleet.local_ports() == frozenset()
     fleet["b"].tunnel = DirectTunnel(fleet["b"].spec, on_change=fleet["b"].on_tunnel)
     assert fleet.local_ports() == {2}
+
+
+async def test_the_requests_of_a_pool_and_of_its_members_count_for_each_other() -> None:
+    events = NodeEvents()
+    specs = [make_spec(f"http://127.0.0.1:{number + 1}", name=name) for number, name in enumerate(("a", "b", "c"))]
+    pool = replace(make_spec("http://127.0.0.1:9", name="big"), pool_members=("a", "b"))
+    fleet = Fleet([make_node(spec, events) for spec in (*specs, pool)], clock=events.clock)
+    fleet.regroup()
+    leases = [take_lease(fleet["big"], Demand(model="m"), 100.0), take_lease(fleet["b"], Demand(model="n"), 100.0)]
+    counts = {node.name: node.account.count() for node in fleet}
+    assert counts == {"a": 1, "b": 2, "c": 0, "big": 2}, "two members are no group of their own"
+    for lease in leases:
+        lease.release(Outcome.SERVED)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
-from gpumesh.mesh.nodes.node_changes import NodePlan, plan_nodes
+from gpumesh.mesh.nodes.node_changes import NodePlan, plan_nodes, replace_pool_node, with_pool_nodes
 from tests.config import build
 
 A = "{name: a, ssh: {host: h}, backend: {port: 1}}"
@@ -50,3 +52,14 @@ def test_only_another_way_needs_a_new_tunnel(before: str, after: str, is_reopene
 def test_other_local_ends_are_those_of_all_tunnels() -> None:
     found = plan(f"nodes: [{A}, {B}]\n", f"tunnels: {{share: true}}\nnodes: [{A}, {B}]\n")
     assert names(found) == (["a"], ["b"], ["a"], ["a"])
+
+
+def test_the_node_of_a_pool_stays_while_mesh_yaml_has_its_members() -> None:
+    running = build.topology(f"nodes: [{A}, {B}]\n")
+    pool = replace(running.nodes[1], name="big", pool_members=("a", "b"))
+    with_pool = replace_pool_node(running, "big", pool)
+    assert [node.name for node in with_pool.nodes] == ["a", "b", "big"]
+    assert replace_pool_node(with_pool, "big", None) == running
+    assert replace_pool_node(running, "b", None) == running, "another node of that name is none of the pool's"
+    assert with_pool_nodes(build.topology(f"nodes: [{B}, {A}]\n"), with_pool).nodes[-1] == pool
+    assert [node.name for node in with_pool_nodes(build.topology(f"nodes: [{B}]\n"), with_pool).nodes] == ["b"]
