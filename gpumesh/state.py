@@ -269,7 +269,7 @@ class NodeState:
     findings of the probes and of requests; the rules of `audit` add the findings that follow from mesh.yaml.
     ``slowness`` is ``None`` unless the node has become slow. ``learned`` are the figures of each model that was
     measured here, ``decisions`` the latest answered requests, ``loading`` the loads of the last minutes (``None``: no
-    loads).
+    loads). ``pool_members``: the nodes of the pool that this node is; empty for any other node.
     """
 
     name: str
@@ -289,6 +289,7 @@ class NodeState:
     learned: tuple[LearnedState, ...] = ()
     decisions: tuple[DecisionState, ...] = ()
     loading: LoadingState | None = None
+    pool_members: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

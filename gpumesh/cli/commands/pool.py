@@ -221,7 +221,8 @@ async def _start_pool(options: GlobalOptions, name: str | None) -> tuple[PoolSta
                         display(latest)
         except asyncio.CancelledError:
             if not options.quiet:
-                typer.echo(f"{state.pool} {'is stopped' if was_stopped else 'goes on: it was wanted before'}", err=True)
+                end = "is being stopped" if was_stopped else "starts on, because it was started before"
+                typer.echo(f"{state.pool} {end}: `gpumesh pool status {state.pool}`", err=True)
             raise
         return latest, False
 

@@ -196,6 +196,7 @@ class SnapshotBuilder:
             learned=self._build_learned_states(),
             decisions=decision_states(ledger.forecasts, now),
             loading=loading_state(ledger.forecasts, now),
+            pool_members=spec.pool_members,
         )
 
     def _build_learned_states(self) -> tuple[LearnedState, ...]:

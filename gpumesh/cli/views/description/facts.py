@@ -79,6 +79,8 @@ def _host_facts(node: NodeState) -> Iterator[Fact]:
         yield "driver", host.driver
     if host.store_free_mib is not None:
         yield "disk", f"{format_gib(host.store_free_mib)} GiB free for models"
+    if node.pool_members:
+        yield "pool of", ", ".join(node.pool_members)
     if node.labels:
         yield "labels", ", ".join(f"{key}={value}" for key, value in node.labels)
 

@@ -159,7 +159,8 @@ def _power_cell(gpu: GpuState) -> str:
 
 def _node_cell(node: NodeState, _at: datetime) -> Text:
     """The mark of the node's health, then the node's name."""
-    return Text.assemble((MARKS[node.health], STYLES[node.health]), " ", (clean_line(node.name, 24), "bold"))
+    text = Text.assemble((MARKS[node.health], STYLES[node.health]), " ", (clean_line(node.name, 24), "bold"))
+    return text.append(" pool", style="cyan") if node.pool_members else text
 
 
 def _health_cell(node: NodeState, _at: datetime) -> Text:

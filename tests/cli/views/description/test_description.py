@@ -29,6 +29,12 @@ def test_what_is_not_known_is_left_out() -> None:
     assert "Models" not in titles
 
 
+def test_a_pool_has_its_members() -> None:
+    sections = list_sections(replace(healthy("big"), pool_members=("iceland", "vengeance")), AT)
+    (host,) = [section for section in sections if section.title == "Host"]
+    assert ("pool of", "iceland, vengeance") in host.facts
+
+
 def test_many_models_are_counted(capsys: Any) -> None:
     node = healthy("iceland")
     names = tuple(f"model-{number}" for number in range(MAX_SHOWN_MODELS + 7))

@@ -54,6 +54,11 @@ def test_the_row_of_a_healthy_node() -> None:
         assert part in row, part
 
 
+def test_a_pool_is_told_apart_from_a_node() -> None:
+    row = row_of("big", mesh(replace(healthy("big"), pool_members=("iceland", "vengeance"))))
+    assert "● big pool  healthy" in row
+
+
 def test_unknown_is_a_dash_and_never_zero() -> None:
     row = row_of("runpod", typical())
     assert "0.0" not in row
