@@ -86,8 +86,8 @@ async def test_up_shows_progress_and_says_when_it_is_ready(gpumesh: Gpumesh, ses
     assert ended.out == "big is ready: llama3.3:70b on vengeance and iceland\n"
     assert ended.err.splitlines() == [
         "big loads the model: 0 %, 0 MiB of 2.0 GiB",
-        "big loads the model: 50 %, 1.0 GiB of 2.0 GiB",
-        "big loads the model: 100 %, 2.0 GiB of 2.0 GiB",
+        "big loads the model: 50 %, 1.0 of 2.0 GiB",
+        "big loads the model: 100 %, 2.0 of 2.0 GiB",
         "big is ready",
         "`gpumesh run -m llama3.3:70b hello` asks it",
     ]
@@ -101,7 +101,7 @@ async def test_up_shows_progress_and_says_when_it_is_ready(gpumesh: Gpumesh, ses
 async def test_interrupting_the_start_stops_the_pool(gpumesh: Gpumesh, session: PoolSession) -> None:
     session.hangs = True
     async with gpumesh.terminal("pool", "up", columns=80) as seen:
-        await seen.wait_for_text("2.0/2.0 GiB")
+        await seen.wait_for_text("2.0 of 2.0 GiB")
         seen.press("\x03")
         assert await seen.wait_exit() == 130
     assert "big is being stopped: " in seen.plain_text

@@ -9,20 +9,21 @@ from typing import TYPE_CHECKING, Protocol
 import typer
 
 from gpumesh.cli.views.console import console
-from gpumesh.cli.views.pool.state_view import describe_reason, format_progress, format_rate
+from gpumesh.cli.views.pool.state_view import describe_reason, format_progress, format_share
 from gpumesh.cli.views.safe_text import clean_line
 from gpumesh.pools.base import PoolPhase, PoolState
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
+LEAST_WIDTH_WITH_BAR = 76  # of a terminal, in characters; a narrower one has room for the figures alone
 PHASE_TEXTS = {
     PoolPhase.STOPPED: "has stopped",
     PoolPhase.PLANNING: "looks at its hosts and its model",
     PoolPhase.STARTING: "starts its programs",
     PoolPhase.LOADING: "loads the model",
     PoolPhase.READY: "is ready",
-    PoolPhase.BACKOFF: "has failed",
+    PoolPhase.BACKOFF: "waits for its next start",
     PoolPhase.FAILED: "has failed",
     PoolPhase.STOPPING: "stops its programs",
 }
@@ -45,15 +46,16 @@ def show_start(*, quiet: bool) -> Iterator[StartDisplay]:
     if not stderr.is_terminal:
         yield _ProgressLines()
         return
-    from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn
+    from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, TextColumn
+    from rich.table import Column
 
-    columns = (
-        SpinnerColumn("line"),
-        TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=20),
-        DownloadColumn(binary_units=True),
-        TextColumn("{task.fields[note]}", markup=False),
-    )
+    def text_column(text: str) -> TextColumn:
+        return TextColumn(text, markup=False, table_column=Column(no_wrap=True, overflow="ellipsis"))
+
+    columns: list[ProgressColumn] = [SpinnerColumn("line"), text_column("{task.description}")]
+    if stderr.width >= LEAST_WIDTH_WITH_BAR:
+        columns.append(BarColumn(bar_width=14))
+    columns.append(text_column("{task.fields[note]}"))
     # By default rich redirects stdout to its own console: results would go to the terminal and not into a file.
     with Progress(*columns, console=stderr, transient=True, redirect_stdout=False) as bar:
         yield _ProgressBar(bar)
@@ -69,14 +71,15 @@ class _ProgressBar:
 
     def __call__(self, state: PoolState) -> None:
         description = clean_line(f"{state.pool} {PHASE_TEXTS[state.phase]}", 80)
+        is_loading = state.phase is PoolPhase.LOADING
         if self._task is None:
             self._task = self._bar.add_task(description, total=None, note="")
         self._bar.update(
             self._task,
             description=description,
-            total=state.load_bytes,
-            completed=state.loaded_bytes or 0,
-            note=clean_line(format_rate(state), 40),
+            total=state.load_bytes if is_loading else None,
+            completed=(state.loaded_bytes or 0) if is_loading else 0,
+            note=clean_line(_describe_bytes(state) or state.reason or "", 60),
         )
         failure = _describe_failure(state)
         if failure and failure != self._last_failure:
@@ -96,13 +99,19 @@ class _ProgressLines:
         if state.phase is PoolPhase.LOADING and state.load_bytes and state.loaded_bytes is not None:
             tenth = min(10 * state.loaded_bytes // state.load_bytes, 10)
         failure = _describe_failure(state)
-        step = (state.phase, tenth, failure)
+        step = (state.phase, tenth, failure or state.reason)
         if step == self._last_step:
             return
         self._last_step = step
-        progress = format_progress(state)
+        progress = format_progress(state) or state.reason or ""
         text = f"{state.pool} {PHASE_TEXTS[state.phase]}{': ' if progress else ''}{progress}"
         typer.echo(clean_line(failure or text), err=True)
+
+
+def _describe_bytes(state: PoolState) -> str:
+    """How many bytes have been loaded, how fast, and the time that is left: the share is seen in the bar."""
+    share = format_share(state)
+    return format_progress(state).removeprefix(f"{share}, ") if share else format_progress(state)
 
 
 def _describe_failure(state: PoolState) -> str:

@@ -177,7 +177,9 @@ def format_progress(state: PoolState) -> str:
         return ""
     parts = [format_bytes(state.loaded_bytes)]
     if state.load_bytes:
-        parts = [f"{format_share(state)}, {parts[0]} of {format_bytes(state.load_bytes)}"]
+        loaded, whole = parts[0].split(" "), format_bytes(state.load_bytes).split(" ")
+        shown_loaded = loaded[0] if loaded[1:] == whole[1:] else " ".join(loaded)  # the unit once
+        parts = [f"{format_share(state)}, {shown_loaded} of {' '.join(whole)}"]
     return ", ".join([*parts, *filter(None, [format_rate(state)])])
 
 

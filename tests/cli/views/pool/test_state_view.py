@@ -61,7 +61,7 @@ def test_a_stopped_pool_says_how_it_is_started(capsys: pytest.CaptureFixture[str
 
 
 def test_progress_has_what_is_known() -> None:
-    assert format_progress(LOADING) == "22 %, 9.0 GiB of 40.0 GiB, 105 MiB/s, 5m left"
+    assert format_progress(LOADING) == "22 %, 9.0 of 40.0 GiB, 105 MiB/s, 5m left"
     assert format_progress(state(PoolPhase.LOADING, loaded_bytes=GIB)) == "1.0 GiB"
     assert format_progress(state(PoolPhase.LOADING)) == ""
     assert format_progress(state(PoolPhase.READY, loaded_bytes=GIB)) == ""
@@ -81,7 +81,7 @@ def test_a_line_for_each_phase_and_tenth_where_stderr_is_no_terminal(capsys: pyt
     assert lines[0] == "big looks at its hosts and its model"
     assert lines[1:12] == [
         f"big loads the model: {tenth}0 %, {gib} of 40.0 GiB".replace(" 00 %", " 0 %")
-        for tenth, gib in enumerate(["0 MiB", *(f"{4 * tenth}.0 GiB" for tenth in range(1, 11))])
+        for tenth, gib in enumerate(["0 MiB", *(f"{4 * tenth}.0" for tenth in range(1, 11))])
     ]
     assert lines[12:] == ["big has failed: the worker on iceland ended; starts again in 8s", "big is ready"]
 
