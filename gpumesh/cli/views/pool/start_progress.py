@@ -67,7 +67,7 @@ class _ProgressBar:
     def __init__(self, bar: Progress) -> None:
         self._bar = bar
         self._task: TaskID | None = None
-        self._last_failure = ""
+        self._last_failure: object = None
 
     def __call__(self, state: PoolState) -> None:
         description = clean_line(f"{state.pool} {PHASE_TEXTS[state.phase]}", 80)
@@ -81,15 +81,14 @@ class _ProgressBar:
             completed=(state.loaded_bytes or 0) if is_loading else 0,
             note=clean_line(_describe_bytes(state) or state.reason or "", 60),
         )
-        failure = _describe_failure(state)
-        if failure and failure != self._last_failure:
-            self._bar.console.print(failure, markup=False, highlight=False)
+        failure = _identify_failure(state)
+        if failure is not None and failure != self._last_failure:
+            self._bar.console.print(_describe_failure(state), markup=False, highlight=False)
         self._last_failure = failure
 
 
 class _ProgressLines:
-    """A line for each phase, for each tenth of the loading, and for each failure. A text that has not changed is not
-    printed again."""
+    """A line for each phase, for each tenth of the loading, and for each failure."""
 
     def __init__(self) -> None:
         self._last_step: object = None
@@ -98,14 +97,13 @@ class _ProgressLines:
         tenth = None
         if state.phase is PoolPhase.LOADING and state.load_bytes and state.loaded_bytes is not None:
             tenth = min(10 * state.loaded_bytes // state.load_bytes, 10)
-        failure = _describe_failure(state)
-        step = (state.phase, tenth, failure or state.reason)
+        step = (state.phase, tenth, state.reason, _identify_failure(state))
         if step == self._last_step:
             return
         self._last_step = step
         progress = format_progress(state) or state.reason or ""
         text = f"{state.pool} {PHASE_TEXTS[state.phase]}{': ' if progress else ''}{progress}"
-        typer.echo(clean_line(failure or text), err=True)
+        typer.echo(clean_line(text) if _identify_failure(state) is None else _describe_failure(state), err=True)
 
 
 def _describe_bytes(state: PoolState) -> str:
@@ -114,9 +112,11 @@ def _describe_bytes(state: PoolState) -> str:
     return format_progress(state).removeprefix(f"{share}, ") if share else format_progress(state)
 
 
+def _identify_failure(state: PoolState) -> object:
+    """Tells one failure from the next, while the time until the next start changes; ``None`` if the pool waits for no
+    start. (After a failure that a person must mend, the command ends with its error.)"""
+    return (state.starts, state.reason) if state.phase is PoolPhase.BACKOFF else None
+
+
 def _describe_failure(state: PoolState) -> str:
-    """Why the pool has failed and is started again; nothing in any other phase. (When it is not started again, the
-    command ends with this as its error.)"""
-    if state.phase is not PoolPhase.BACKOFF:
-        return ""
     return clean_line(f"{state.pool} has failed: {describe_reason(state)}")

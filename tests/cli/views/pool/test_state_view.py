@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from rich.cells import cell_len
 
@@ -74,6 +76,7 @@ def test_a_line_for_each_phase_and_tenth_where_stderr_is_no_terminal(capsys: pyt
         for part in range(41):
             display(state(PoolPhase.LOADING, loaded_bytes=part * GIB, load_bytes=40 * GIB))
         display(BACKOFF)
+        display(replace(BACKOFF, retry_in_s=7.0))
         display(state(PoolPhase.READY))
     out, err = capsys.readouterr()
     lines = err.splitlines()
