@@ -342,6 +342,21 @@ exec pod -- ls                      exec pod
 logs pod -n 50                      logs pod
 logs pod                            logs pod
 models list -help                   models list --help
+# pools
+pools                               pool status
+get pools                           pool status
+pool ls                             pool status
+pool show big                       pool status big
+pool start big                      pool up big
+pool load big                       pool up big
+pool stop big                       pool down big
+pool rm big                         pool down big
+pool check big                      pool plan big
+pool restart big                    ? pool down
+pool add big                        ? pool plan
+pool logs                           ? logs
+pool up -d big                      ? pool up
+pool status -w                      ? status
 """
 ROWS = [
     tuple(re.split(r"\s{2,}", line, maxsplit=1)) for line in GUESSES.strip().splitlines() if not line.startswith("#")

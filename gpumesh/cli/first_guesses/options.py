@@ -13,6 +13,8 @@ _TO_HOST = (
 )
 _CHAT = "a conversation is `gpumesh chat MODEL`; `gpumesh run MODEL PROMPT` answers once"
 _UP = "nothing is built here: `gpumesh up -d` starts the mesh and returns when it serves"
+_POOL_UP = "a pool runs in the mesh, in the background: `gpumesh pool up NAME` returns when it is ready"
+_POOL_WATCH = "`gpumesh status -w` stays and shows the pool as a node; `gpumesh pool status` shows it once"
 _COMPLETION = "the shell's name needs no option: `gpumesh completion bash`"
 _VERSION = "`gpumesh version` tells the version, and `gpumesh doctor` all the others"
 _SHOW_MODEL = "`gpumesh models list -o wide` shows what is known of the models"
@@ -22,6 +24,8 @@ OPTION_POINTERS: Mapping[tuple[str, str], str] = {
     **dict.fromkeys([("exec", name) for name in ("-i", "-t", "--tty", "--stdin", "--interactive")], _SSH),
     **dict.fromkeys([("status", name) for name in ("-A", "-a", "--all", "--all-namespaces")], _ALL_NODES),
     **dict.fromkeys([("status", name) for name in ("-f", "--follow")], "`gpumesh status -w` stays and shows changes"),
+    **dict.fromkeys([("pool up", name) for name in ("-d", "--detach", "--background")], _POOL_UP),
+    **dict.fromkeys([("pool status", name) for name in ("-w", "--watch", "-f", "--follow")], _POOL_WATCH),
     ("status", "--no-stream"): "`gpumesh status` shows the state once",
     **dict.fromkeys([("logs", name) for name in ("-p", "--previous", "-t", "--timestamps")], _FROM_START),
     **dict.fromkeys([("logs", name) for name in ("-w", "--watch")], "`gpumesh logs -f` stays and shows what comes"),
