@@ -131,9 +131,7 @@ def plan(
     request = PlanRequest(wanted, members, head, context, parallel, kv_type, draft)
     spec, made, is_in_file = run_async(_make_plan(options, request))
     if chosen_format is not None:
-        from gpumesh.wire import to_json
-
-        print_document({"schema": SCHEMA, "plan": {"fits": made.fits, **to_json(made)}}, chosen_format)
+        print_document({"schema": SCHEMA, "fits": made.fits, **_document(made)}, chosen_format)
     else:
         from gpumesh.cli.views.pool.plan_view import print_plan
 
@@ -351,9 +349,15 @@ async def _read_states(options: GlobalOptions) -> Sequence[PoolState]:
 
 
 def _print_states(states: Sequence[PoolState], output: str = OutputFormat.JSON) -> None:
+    print_document({"schema": SCHEMA, "pools": [_document(state) for state in states]}, output)
+
+
+def _document(value: PoolPlan | PoolState) -> dict[str, Any]:
+    """A plan or a state for programs. The pool's name is its ``name``, as that of a node is."""
     from gpumesh.wire import to_json
 
-    print_document({"schema": SCHEMA, "pools": to_json(tuple(states))}, output)
+    entries: dict[str, Any] = to_json(value)
+    return {"name": entries.pop("pool"), **entries}
 
 
 def _waiting(text: str, *, quiet: bool) -> Any:

@@ -122,7 +122,7 @@ async def test_down_and_status(gpumesh: Gpumesh, session: PoolSession) -> None:
     assert "● big  llama3.3:70b  ready for " in (await gpumesh("pool")).out
     assert (await gpumesh("pool", "status", "-o", "name")).out == "big\n"
     document = (await gpumesh("pool", "status", "big", "--json")).json()
-    assert [pool["tokens_per_s"] for pool in document["pools"]] == [10.8]
+    assert [(pool["name"], pool["tokens_per_s"]) for pool in document["pools"]] == [("big", 10.8)]
     assert (await gpumesh("pool", "down", "big")).out == "big is stopped\n"
     assert session.stopped == ["big"]
     assert "there is no pool 'bgi'" in (await gpumesh("pool", "status", "bgi", code=2)).err
@@ -144,8 +144,8 @@ async def test_plan_asks_the_running_mesh(gpumesh: Gpumesh, session: PoolSession
         "hint: `context: 8192` would fit",
     ]
     document = (await gpumesh("pool", "plan", "--json", code=1)).json()
-    assert (document["schema"], document["plan"]["fits"]) == ("gpumesh.pool/1", False)
-    assert len(document["plan"]["problems"]) == 2
+    assert (document["schema"], document["name"], document["fits"]) == ("gpumesh.pool/1", "big", False)
+    assert len(document["problems"]) == 2
 
 
 async def test_a_pool_that_the_running_mesh_does_not_know_yet(gpumesh: Gpumesh, session: PoolSession) -> None:
