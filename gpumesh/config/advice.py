@@ -22,7 +22,8 @@ from gpumesh.topology import HostKeyPolicy, NodeSpec, SshSpec, Topology, Transpo
 
 
 def check(topology: Topology) -> list[Finding]:
-    """Returns the findings: about the gateway, about each node in the order of the file, then about shared servers."""
+    """Returns the findings: about the gateway, about each node in the order of the file, then about servers that nodes
+    share, and about pools."""
     findings = list(_check_gateway(topology))
     if not any(node.enabled for node in topology.nodes):
         message = "every node has `enabled: false`, so there is nothing to use"
@@ -31,6 +32,7 @@ def check(topology: Topology) -> list[Finding]:
         if node.enabled:
             findings += _check_node(node)
     findings += _find_shared_servers(topology)
+    findings += _find_unusable_members(topology)
     return findings
 
 
@@ -197,3 +199,18 @@ def _find_shared_servers(topology: Topology) -> Iterator[Finding]:
             message = f"{join_all(names)} {both_or_all} name {server}"
             hint = "`gpumesh audit` tells whether they are one server"
             yield Finding("tunnel-duplicate", Severity.INFO, None, message, hint, tuple(names))
+
+
+def _find_unusable_members(topology: Topology) -> Iterator[Finding]:
+    """Findings about nodes of pools that can hold no layers: disabled ones, and ones without a GPU and without
+    ``memory``."""
+    for pool in topology.pools:
+        for member in pool.members:
+            node = topology.node(member.node)
+            if not node.enabled:
+                message = f"the pool {pool.name} uses {node.name}, which has `enabled: false`"
+                yield Finding("pool-node-unusable", Severity.WARNING, node.name, message, "enable it, or leave it out")
+            elif node.expect.gpus == 0 and member.memory_mib is None:
+                message = f"the pool {pool.name} uses {node.name}, which is expected to have no GPU"
+                hint = f"`{{node: {node.name}, memory: 8GiB}}` lets it take part with its CPU"
+                yield Finding("pool-node-unusable", Severity.WARNING, node.name, message, hint)

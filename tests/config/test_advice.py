@@ -21,6 +21,7 @@ from gpumesh.topology import (
     Topology,
     TransportKind,
 )
+from tests.config import build
 
 
 @pytest.fixture
@@ -162,3 +163,19 @@ def test_the_file_with_the_key_of_a_client(ssh: SshSpec, tmp_path: Path) -> None
     assert findings() == []
     file.chmod(0o644)
     assert findings() == [("key-open", Severity.WARNING)]
+
+
+def test_nodes_of_a_pool_that_can_hold_no_layers() -> None:
+    mesh = build.topology(
+        "nodes:\n"
+        "- {name: off, backend: {url: 'http://127.0.0.1:1'}, enabled: false}\n"
+        "- {name: cpu, backend: {url: 'http://127.0.0.1:2'}, expect: {gpus: 0}}\n"
+        "pools:\n"
+        "- {name: big, model: m, nodes: [off, cpu]}\n"
+        "- {name: fine, model: m, nodes: [{node: cpu, memory: 8GiB}]}\n"
+    )
+    findings = [finding for finding in config.check(mesh) if finding.code == "pool-node-unusable"]
+    assert [(finding.node, finding.message) for finding in findings] == [
+        ("off", "the pool big uses off, which has `enabled: false`"),
+        ("cpu", "the pool big uses cpu, which is expected to have no GPU"),
+    ]

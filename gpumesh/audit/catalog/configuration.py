@@ -29,6 +29,14 @@ EXPLANATIONS = (
         "Check its spelling, or add a `Host` block for it.",
     ),
     Explanation(
+        "pool-node-unusable",
+        W,
+        "a node of a pool can hold no layers",
+        "A pool of mesh.yaml names a node that is disabled, or that has no GPU. A node without a GPU takes part with "
+        "its CPU only where the pool says how much `memory` it may take there.",
+        "Enable the node, leave it out of the pool, or write `{node: NAME, memory: 8GiB}` in the pool's `nodes`.",
+    ),
+    Explanation(
         "alias-needs-openssh",
         W,
         "the alias uses what only OpenSSH knows",
