@@ -67,10 +67,15 @@ def global_options(ctx: typer.Context) -> GlobalOptions:
 
 
 def find_node(topology: Topology, name: str) -> NodeSpec:
-    """The node of the configuration with this name. Raises UsageError, which names the nodes, if there is none."""
+    """The node of the configuration with this name. Raises UsageError, which names the nodes, if there is none, also
+    for a pool: it is a node only while it runs."""
     try:
         return topology.node(name)
     except KeyError:
+        if name in [pool.name for pool in topology.pools]:
+            raise UsageError(
+                f"{name} is a pool, which does not run", hint=f"`gpumesh pool up {name}` starts it"
+            ) from None
         raise unknown_node(name, (node.name for node in topology.nodes)) from None
 
 

@@ -14,42 +14,49 @@ WEIGHTS = ("weights", "█", "cyan")
 KV_CACHE = ("KV cache", "▓", "green")
 COMPUTE = ("compute", "▒", "yellow")
 FREE = ("free", "░", "dim")
+OLLAMA = ("Ollama", "o", "dim")
 OTHERS = ("other programs", "x", "dim")
-BAR_PARTS = (WEIGHTS, KV_CACHE, COMPUTE, FREE, OTHERS)
+BAR_PARTS = (WEIGHTS, KV_CACHE, COMPUTE, FREE, OLLAMA, OTHERS)
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryUse:
-    """What a device's memory is used for, in bytes, if the plan is carried out."""
+    """What a device's memory is used for, in bytes, if the plan is carried out. ``ollama``: models that Ollama could
+    unload, and need not."""
 
     weights: int
     kv: int
     compute: int
     free: int
+    ollama: int
     others: int
 
     @property
-    def total(self) -> int:
-        return self.weights + self.kv + self.compute + self.free + self.others
+    def sizes(self) -> tuple[int, ...]:
+        """In the order of ``BAR_PARTS``."""
+        return self.weights, self.kv, self.compute, self.free, self.ollama, self.others
 
 
 def memory_use(share: DeviceShare) -> MemoryUse:
     """The use of a GPU's whole memory. Of a CPU, and of a GPU whose size is not known, it is the use of what the plan
     may take. If the share does not fit, the sum is larger than the memory."""
-    device = share.device
+    device, needed = share.device, share.needed_bytes
     whole = device.total_bytes if device.index is not None else None
-    others = 0 if whole is None else max(whole - device.free_bytes, 0)
-    available = share.offered_bytes if whole is None else min(device.free_bytes, whole)
-    free = max(available - share.needed_bytes, 0)
-    return MemoryUse(share.weights_bytes, share.kv_bytes, share.compute_bytes, free, others)
+    if whole is None:
+        free, ollama, others = max(share.offered_bytes - needed, 0), 0, 0
+    else:
+        taken_from_ollama = max(needed - device.free_bytes, 0)
+        free = max(device.free_bytes - needed, 0)
+        ollama = max(device.held_by_others - taken_from_ollama, 0)
+        others = max(whole - device.free_bytes - device.held_by_others, 0)
+    return MemoryUse(share.weights_bytes, share.kv_bytes, share.compute_bytes, free, ollama, others)
 
 
 def memory_bar(use: MemoryUse, length: int) -> Text:
     """The use as a bar of ``length`` characters. Each part that is not empty has at least one character, if there is
     room for that."""
-    sizes = (use.weights, use.kv, use.compute, use.free, use.others)
     text = Text()
-    for (_, character, style), count in zip(BAR_PARTS, divide(length, sizes), strict=True):
+    for (_, character, style), count in zip(BAR_PARTS, divide(length, use.sizes), strict=True):
         text.append(character * count, style=style)
     return text
 
@@ -75,10 +82,12 @@ def divide(length: int, sizes: Sequence[int]) -> list[int]:
     return counts
 
 
-def bar_legend() -> Text:
-    """What the characters of a memory bar mean."""
+def bar_legend(uses: Sequence[MemoryUse]) -> Text:
+    """What the characters of these memory bars mean."""
     text = Text()
-    for name, character, style in BAR_PARTS:
+    for position, (name, character, style) in enumerate(BAR_PARTS):
+        if not any(use.sizes[position] for use in uses):
+            continue
         text.append("  " if text else "").append(character, style=style).append(f" {name}", style="dim")
     return text
 

@@ -15,7 +15,7 @@ from gpumesh.cli.views.findings import make_notes_table
 from gpumesh.cli.views.pool.bars import bar_legend, layer_bar, layer_range, memory_bar, memory_use
 from gpumesh.cli.views.safe_text import clean_line
 from gpumesh.cli.views.tables import Column, ColumnCells, fit_table
-from gpumesh.pools.base import DeviceShare, MemberPlan, PathKind, PoolPlan, SpeedForecast, WorkerPath
+from gpumesh.pools.base import DeviceOffer, DeviceShare, MemberPlan, PathKind, PoolPlan, SpeedForecast, WorkerPath
 
 LABEL_WIDTH = 9  # characters of the longest label of the facts
 # Pairs: the least width of a terminal, and the length of bars on it, both in characters.
@@ -40,7 +40,7 @@ def _draw_plan(plan: PoolPlan, width: int) -> Iterator[RenderableType]:
     if plan.members:
         yield Text()
         yield _share_table(plan, width)
-        yield bar_legend()
+        yield bar_legend([memory_use(share) for member in plan.members for share in member.shares])
     yield Text()
     yield draw_facts(list(_list_facts(plan)))
     notes = [(Text("✗", style="red"), Text(clean_line(problem))) for problem in plan.problems]
@@ -65,6 +65,10 @@ def draw_facts(facts: Sequence[tuple[str, str]]) -> Table:
 # -- the table of devices --------------------------------------------------------------------------------------------
 
 
+# Of a member that offers no device.
+_NO_SHARE = DeviceShare(DeviceOffer(UNKNOWN, None, None, 0), 0, 0, 0, 0, 0, 0)
+
+
 @dataclass(frozen=True, slots=True)
 class _Row:
     """A device of a member. ``first``: it is the member's first, which also shows what holds for the whole member."""
@@ -80,7 +84,7 @@ def _share_table(plan: PoolPlan, width: int) -> Table:
     rows = [
         _Row(member, share, first=position == 0)
         for member in plan.members
-        for position, share in enumerate(member.shares)
+        for position, share in enumerate(member.shares or (_NO_SHARE,))
     ]
     all_layers = plan.shape.layers + 1  # the output counts as one
 
@@ -95,8 +99,8 @@ def _share_table(plan: PoolPlan, width: int) -> Table:
 
     return fit_table(
         [
-            column(Column("NODE", min_width=8), lambda row: clean_line(row.member.node, 63), of_member=True),
-            column(Column("DEVICE", 4, min_width=8), _device_cell),
+            column(Column("NODE", min_width=12), lambda row: clean_line(row.member.node, 63), of_member=True),
+            column(Column("DEVICE", 4, min_width=10), _device_cell),
             column(Column("LAYERS"), layers_cell),
             column(Column("MEMORY", 1), lambda row: memory_bar(memory_use(row.share), length)),
             column(Column("NEEDS", right=True), _needs_cell),

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from gpumesh.cli.views.pool.bars import divide, layer_bar, layer_range, memory_bar, memory_use
+from gpumesh.cli.views.pool.bars import bar_legend, divide, layer_bar, layer_range, memory_bar, memory_use
 from gpumesh.pools.base import DeviceOffer
 from tests.cli.views.pool.samples import GIB, share
 
@@ -25,15 +25,24 @@ def test_each_part_that_is_there_is_seen(length: int, sizes: tuple[int, ...], co
 def test_the_bar_of_a_gpu_has_its_whole_memory() -> None:
     planned = share(0, 10, weights_bytes=12 * GIB, kv_bytes=3 * GIB, compute_bytes=1 * GIB)
     use = memory_use(planned)
-    assert (use.free, use.others, use.total) == (7 * GIB, 1 * GIB, 24 * GIB)
+    assert (use.free, use.others, sum(use.sizes)) == (7 * GIB, 1 * GIB, 24 * GIB)
     assert memory_bar(use, 24).plain == "████████████▓▓▓▒░░░░░░░x"
 
 
 def test_the_bar_of_a_cpu_has_what_the_plan_may_take() -> None:
     cpu = DeviceOffer("CPU", None, 128 * GIB, 100 * GIB)
     use = memory_use(share(0, 4, device=cpu, weights_bytes=3 * GIB, kv_bytes=0, compute_bytes=0, offered_bytes=8 * GIB))
-    assert (use.free, use.others, use.total) == (5 * GIB, 0, 8 * GIB)
+    assert (use.free, use.others, sum(use.sizes)) == (5 * GIB, 0, 8 * GIB)
     assert memory_bar(use, 8).plain == "███░░░░░"
+
+
+def test_what_ollama_need_not_unload_stays_its_own() -> None:
+    device = DeviceOffer("GPU", 0, 24 * GIB, 8 * GIB, held_by_others=14 * GIB)
+    planned = share(0, 20, device=device, weights_bytes=12 * GIB, kv_bytes=0, compute_bytes=0, offered_bytes=20 * GIB)
+    use = memory_use(planned)
+    assert (use.free, use.ollama, use.others) == (0, 10 * GIB, 2 * GIB)
+    assert memory_bar(use, 24).plain == "████████████ooooooooooxx"
+    assert bar_legend([use]).plain == "█ weights  o Ollama  x other programs"
 
 
 def test_a_share_that_does_not_fit_leaves_nothing_free() -> None:

@@ -55,6 +55,13 @@ def test_a_plan_that_does_not_fit_shows_what_is_missing_at_any_width(
     assert "none" in words, "a node without layers"
 
 
+def test_a_node_without_a_device_has_a_row(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    members = (*samples.plan().members, MemberPlan("attic", False, ()))
+    out = drawn(samples.plan(members=members), 120, monkeypatch, capsys)
+    (row,) = [line for line in out.splitlines() if line.startswith("attic")]
+    assert "none" in row
+
+
 def test_text_from_hosts_is_made_safe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     evil = "\x1b[2J\n[red]x[/red]"
     plan = samples.plan(
