@@ -145,7 +145,7 @@ class NodeAccount:
         self.learns_limit = False
         """Whether the number of slots is learned from the answers."""
         self._rtt_s = 0.0
-        self._foreign_load = 0.0
+        self._foreign_load = 0.0  # the share of the GPUs that other programs use, from 0 to 1
         self.slowness = 1.0
         """How many times slower the node is than it was before and than its peers are (``outliers.py``)."""
         # -- learned
@@ -159,7 +159,7 @@ class NodeAccount:
         self.learned_slots = NodeSlots()
         # -- the requests here
         self.placed: set[PlacedRequest] = set()
-        self.placed_by_model: dict[str, int] = {}
+        self.placed_by_model: dict[str, int] = {}  # how many of them, by the full name of the model
         self.activity = ActivityMeter()
         self._decode_ends_sum = 0.0  # the sum of the times at which the begun answers are expected to end
         self._free_at: dict[str, _FreeTime] = {}  # by model

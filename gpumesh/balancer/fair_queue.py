@@ -50,7 +50,7 @@ class FairQueue(Generic[T]):
         self.waits = WaitTimes()  # the caller records the waits
         self.size = 0
         """The number of requests that wait."""
-        self._entries: dict[int, QueueEntry[T]] = {}
+        self._entries: dict[int, QueueEntry[T]] = {}  # by sequence, in the order of arrival
         self._next_sequence = 0
         self._groups: dict[Hashable, dict[Priority, Lane[T]]] = {}  # without empty lanes and groups
         self._counters = {priority: ClientCounters() for priority in Priority}

@@ -138,7 +138,7 @@ class OutlierWatch:
     """Watches the speed of all nodes, by name. All times are seconds of the caller's monotonic clock."""
 
     def __init__(self) -> None:
-        self._tracks: dict[str, _Track] = {}
+        self._tracks: dict[str, _Track] = {}  # by the name of the node
         self._slow_nodes: set[str] = set()
 
     def __repr__(self) -> str:

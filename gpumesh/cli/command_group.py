@@ -65,7 +65,7 @@ class _LazyCommands(MutableMapping[str, Any]):
     """The commands by name. The module of a command is imported when the command is first looked up."""
 
     def __init__(self) -> None:
-        self._imported: dict[str, Any] = {}
+        self._imported: dict[str, Any] = {}  # by name
 
     def __getitem__(self, name: str) -> Any:
         """The command, which is imported and prepared now if this is the first time. Raises KeyError for an unknown

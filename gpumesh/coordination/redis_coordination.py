@@ -53,7 +53,7 @@ class RedisCoordination:
         self._clock = clock
         self._name = secrets.token_hex(8)
         self._peers = Peers(self._name)
-        self._own_loads: dict[str, int] = {}
+        self._own_loads: dict[str, int] = {}  # this gateway's requests in flight, as ``Loads``
         self._own_loads_changed = asyncio.Event()
 
     def __repr__(self) -> str:

@@ -30,7 +30,7 @@ class TurnWrites:
     __slots__ = ("_held",)
 
     def __init__(self) -> None:
-        self._held: dict[WritableTransport, bytes] = {}
+        self._held: dict[WritableTransport, bytes] = {}  # the bytes for each transport
 
     def __repr__(self) -> str:
         return f"<TurnWrites to {len(self._held)} transports>"

@@ -92,7 +92,7 @@ class Gateway:
             config.require_key_beyond_loopback(self._host, has_key=spec.needs_key)
         self._guard = guard = self.read_guard(mesh.topology)
         self._local_access = _find_local_access(self._host, needs_key=spec.needs_key)
-        self._active: dict[Request, ActiveRequest] = {}
+        self._active: dict[Request, ActiveRequest] = {}  # the requests in flight
         self._numbers = itertools.count(1)  # of the requests
         self._stopped = False
         self._stop_now = stop_now or asyncio.Event()

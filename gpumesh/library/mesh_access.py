@@ -67,6 +67,7 @@ class ModelKinds:
 
     def __init__(self, access: MeshAccess) -> None:
         self._access = access
+        # By the name of the model: whether an Ollama server has it.
         self._native: MappingProxyType[str, bool] = MappingProxyType({})
         self._read_at = float("-inf")
 

@@ -35,8 +35,8 @@ class RunningNodes:
         self._inspection = inspection
         self._factory = factory
         self._group = group
-        self._tasks: dict[Node, asyncio.Task[None]] = {}
-        self._closing: set[asyncio.Task[None]] = set()
+        self._tasks: dict[Node, asyncio.Task[None]] = {}  # the task of each node that runs
+        self._closing: set[asyncio.Task[None]] = set()  # those of nodes that are being closed
 
     def __repr__(self) -> str:
         return f"<RunningNodes {len(self._tasks)} running, {len(self._closing)} of them closing>"

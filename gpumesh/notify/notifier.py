@@ -53,7 +53,7 @@ class _Watcher:
     """Finds the events in the states, also those that time alone makes, and gives them to the receivers."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
-        self.receivers: dict[NotifySpec, _Receiver] = {}
+        self.receivers: dict[NotifySpec, _Receiver] = {}  # by its rule in mesh.yaml
         self._clock = clock
         self._finder = EventFinder()
         self._state: MeshState | None = None

@@ -37,8 +37,8 @@ class Outbox:
 
     def __init__(self, quiet_s: float) -> None:
         self._quiet_s = quiet_s
-        self._pending: dict[Subject, PendingEvent] = {}
-        self._sent_at: dict[Subject, float] = {}
+        self._pending: dict[Subject, PendingEvent] = {}  # what waits to be sent
+        self._sent_at: dict[Subject, float] = {}  # when a message about it was sent last
         self._messages: deque[float] = deque()  # when the last messages were sent
 
     def __repr__(self) -> str:

@@ -150,7 +150,7 @@ class SshTunnel:
         self._life = Lifecycle()
         self._since: datetime | None = None  # when the present phase began
         self._rtt_ms: float | None = None
-        self._host_keys: tuple[str, ...] = ()
+        self._host_keys: tuple[str, ...] = ()  # their fingerprints, the last time the host was reached
         self._repair_watch = RepairWatch(ssh)
         self._forbidden_targets: set[Target] = set()  # to which the present connection's host forbids forwarding
         self._link: WorkerLink | None = None

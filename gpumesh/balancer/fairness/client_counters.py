@@ -40,7 +40,7 @@ class ClientCounters:
 
     def __init__(self) -> None:
         self.level = 0.0
-        self._waiting: dict[str, float] = {}
+        self._waiting: dict[str, float] = {}  # the counters of the clients that wait, by name
         self._idle: dict[str, float] = {}  # in the order of the newest change
 
     def __len__(self) -> int:

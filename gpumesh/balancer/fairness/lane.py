@@ -70,6 +70,7 @@ class Lane(Generic[T]):
         self.skipped_by = [0] * rank
         self.head_key: tuple[float, float, float, int] = (inf, inf, inf, 0)  # the key of an empty lane
         self._head_client = ""
+        # By name; each client's entries in the order of arrival.
         self._clients: dict[str, SortedItems[tuple[float, int], QueueEntry[T]]] = {}
         self._order: SortedItems[tuple[float, float, float, int], str] = SortedItems()
         self._borrowed: set[str] = set()  # clients whose entries are shared with another lane: copied before a change

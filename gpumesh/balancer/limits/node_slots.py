@@ -97,7 +97,7 @@ class NodeSlots:
     def __init__(self) -> None:
         self.round_trip_s = 0.0
         """The round trip to the server in seconds. The owner sets it after each measurement."""
-        self._models: dict[str, _ModelSlots] = {}
+        self._models: dict[str, _ModelSlots] = {}  # by full name
         self._bursts = 0  # how many there have been, of all models
 
     def __repr__(self) -> str:

@@ -101,7 +101,7 @@ class ServiceRates:
         self._fallback = fallback
         self._decode: dict[str, DecodeRate] = {}
         self._prefill: dict[str, PrefillRate] = {}
-        self._load: dict[str, float] = {}
+        self._load: dict[str, float] = {}  # seconds
         self._usual_shares: dict[str, float] = {}  # of a fleet: the mean of what its nodes have learned
         self._last_decode: DecodeRate | None = None
         self._last_prefill: PrefillRate | None = None

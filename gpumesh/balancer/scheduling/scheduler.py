@@ -73,7 +73,7 @@ class Scheduler:
         max_queue: int,
         pinned: frozenset[str] = frozenset(),
     ) -> None:
-        self.accounts: dict[str, NodeAccount] = {}
+        self.accounts: dict[str, NodeAccount] = {}  # by the name of the node
         self.experience = Experience()
         self.queue: FairQueue[Waiting] = FairQueue(max_queue)
         self.choice = NodeChoice(self.accounts, policy, rng)

@@ -77,7 +77,7 @@ class _NodeBag:
 
     def __init__(self) -> None:
         self._accounts: list[NodeAccount] = []
-        self._positions: dict[str, int] = {}
+        self._positions: dict[str, int] = {}  # the index in ``_accounts``, by the name of the node
 
     def __len__(self) -> int:
         return len(self._accounts)

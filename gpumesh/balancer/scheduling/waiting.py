@@ -106,7 +106,7 @@ class Pauses:
     """The nodes whose breakers have opened. The end of such a pause is no event."""
 
     def __init__(self) -> None:
-        self._accounts: dict[str, NodeAccount] = {}
+        self._accounts: dict[str, NodeAccount] = {}  # by the name of the node
 
     def __repr__(self) -> str:
         return f"<Pauses of {', '.join(self._accounts) or 'no node'}>"

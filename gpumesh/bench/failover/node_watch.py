@@ -20,7 +20,7 @@ class NodeWatch:
     def __init__(self, clock: Callable[[], float]) -> None:
         self.changes: list[HealthChange] = []
         self._clock = clock
-        self._healths: dict[str, Health] = {}
+        self._healths: dict[str, Health] = {}  # the last known, by the name of the node
         self._changed = asyncio.Event()
 
     def add(self, state: MeshState) -> None:

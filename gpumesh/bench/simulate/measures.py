@@ -64,8 +64,8 @@ class Measures:
         self.wait_s = array("d")
         self.lost = 0
         self.moved = 0
-        self._by_priority: dict[Priority, array[float]] = {}
-        self._by_client: dict[str, array[float]] = {}
+        self._by_priority: dict[Priority, array[float]] = {}  # the seconds to completion
+        self._by_client: dict[str, array[float]] = {}  # the seconds to completion
         self._served_by_node = dict.fromkeys(nodes, 0)
         self._servers: tuple[SimulatedServer, ...] = ()
         self._ended_at = 0.0

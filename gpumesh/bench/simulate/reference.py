@@ -79,7 +79,7 @@ class ReferenceDecisions:
         self._servers = {server.spec.name: server for server in servers}
         self._sent = dict.fromkeys(self._servers, 0)  # the jobs that were sent to each node
         self._in_transit: dict[str, deque[tuple[float, Job]]] = {name: deque() for name in self._servers}
-        self._demand: dict[str, _Demand] = {}
+        self._demand: dict[str, _Demand] = {}  # by the full name of the model
         self._sums_without_job: dict[str, tuple[tuple[int, int], float]] = {}  # the cache of ``_sum_without_job``
         self._queue: dict[int, Job] = {}  # by the number of the request, in the order of arrival
         self._turn = 0

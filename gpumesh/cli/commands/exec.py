@@ -164,7 +164,7 @@ class _PrefixPrinter:
 
     def __init__(self, prefix: str) -> None:
         self._prefix = prefix
-        self._unended_lines: dict[OutputStream, bytes] = {}
+        self._unended_lines: dict[OutputStream, bytes] = {}  # what has come of the last line of each stream
 
     def feed(self, chunk: ExecChunk) -> None:
         """Prints the lines that end in this piece of output. The rest waits for the next piece of the same stream."""

@@ -71,7 +71,7 @@ class _ProgressBars:
 
     def __init__(self, bars: Progress) -> None:
         self._bars = bars
-        self._tasks: dict[str, TaskID] = {}
+        self._tasks: dict[str, TaskID] = {}  # the bar of each download, by its name
 
     def __call__(self, name: str, step: StoreStep) -> None:
         if name not in self._tasks:
@@ -91,7 +91,7 @@ class _ProgressLines(_NoProgress):
     last line of its download is not printed again."""
 
     def __init__(self) -> None:
-        self._last_texts: dict[str, str] = {}
+        self._last_texts: dict[str, str] = {}  # by the name of the download
 
     def __call__(self, name: str, step: StoreStep) -> None:
         text = format_step(step)

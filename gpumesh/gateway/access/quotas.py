@@ -58,8 +58,8 @@ class KeyQuotas:
         self._read_tokens = read_tokens
         self._month = ""  # ``2026-11``
         self._month_ends_at = 0.0  # in seconds since 1970
-        self._states: dict[str, _KeyState] = {}
-        self._reservations: dict[Hashable, tuple[_KeyState, int]] = {}
+        self._states: dict[str, _KeyState] = {}  # by the name of the key
+        self._reservations: dict[Hashable, tuple[_KeyState, int]] = {}  # the reserved tokens of each request in flight
 
     def __repr__(self) -> str:
         return f"<KeyQuotas {len(self._states)} keys, {len(self._reservations)} requests in flight>"

@@ -76,7 +76,7 @@ class Admission(Generic[C]):
     def __init__(self, max_connections: int) -> None:
         self.max_connections = max_connections
         self._max_per_client = max(int(max_connections * MAX_SHARE), 1)
-        self._groups: dict[Group, _Members[C]] = {_ALL: _Members(), _NEW: _Members()}
+        self._groups: dict[Group, _Members[C]] = {_ALL: _Members(), _NEW: _Members()}  # the members of each group
         self._groups_of: dict[C, tuple[Group, ...]] = {}  # the groups of each admitted connection
 
     def __repr__(self) -> str:

@@ -55,8 +55,8 @@ class MergedProgress:
 
     def __init__(self, nodes: Iterable[str]) -> None:
         self._nodes = {name: _NodeProgress() for name in nodes}
-        self._layers: dict[str, _Layer] = {}
-        self._statuses: dict[str, _Status] = {}
+        self._layers: dict[str, _Layer] = {}  # by digest
+        self._statuses: dict[str, _Status] = {}  # by the text of the status
 
     def __repr__(self) -> str:
         return f"<MergedProgress {len(self._nodes)} nodes, {len(self.done)} done, {len(self.failures)} failed>"

@@ -102,7 +102,7 @@ class ForecastRecord:
         self.load_s = 0.0
         self.recent: deque[AnsweredRequest] = deque(maxlen=RECENT_REQUESTS)
         self._load_events: deque[LoadEvent] = deque(maxlen=MAX_LOAD_EVENTS)
-        self._running_loads: dict[PlacedRequest, LoadEvent] = {}
+        self._running_loads: dict[PlacedRequest, LoadEvent] = {}  # the event of each load that has not ended
 
     def __repr__(self) -> str:
         return f"<ForecastRecord {self.forecast_s:.1f} s forecast, {self.actual_s:.1f} s taken, {self.loads} loaded>"

@@ -39,7 +39,7 @@ class PauseTracker:
     entries, the entry whose last update is longest ago is dropped."""
 
     def __init__(self) -> None:
-        self._longest: dict[tuple[str, str | None], float] = {}
+        self._longest: dict[tuple[str, str | None], float] = {}  # seconds, by node and model
 
     def longest_s(self, node: str, model: str | None) -> float | None:
         """The longest pause in seconds; ``None`` if no pause is known."""

@@ -71,7 +71,7 @@ class PortOwnerLookup:
         self._proc = proc
         self._list_sockets = list_sockets
         self._platform = platform
-        self._known_owners: dict[HostPort, _KnownOwner] = {}
+        self._known_owners: dict[HostPort, _KnownOwner] = {}  # the cache of answers, by address
 
     def find_owners(self, addresses: Collection[HostPort]) -> dict[HostPort, PortOwner]:
         """Returns the owner of each address. Blocks. May be called from any thread, but not from two threads at the

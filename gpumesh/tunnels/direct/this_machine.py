@@ -31,7 +31,7 @@ class ThisMachine:
         self._clock = clock
         self._addresses: set[HostPort] = set()  # each look-up covers all of these
         self._shared_owners = SharedResult(self._find_owners, clock)
-        self._shared_commands: dict[tuple[str, ...], SharedResult[ExecResult]] = {}
+        self._shared_commands: dict[tuple[str, ...], SharedResult[ExecResult]] = {}  # by argument list
 
     def register_port(self, host: str, port: int) -> None:
         """Adds the address to each look-up from now on, so that a later ``find_owner`` finds its answer ready."""

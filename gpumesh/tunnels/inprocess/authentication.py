@@ -360,7 +360,7 @@ class _LazyAgent:
         """``stack``: the agent is closed with it."""
         self._stack = stack
         self._enabled = enabled
-        self._keys: tuple[paramiko.AgentKey, ...] | None = None
+        self._keys: tuple[paramiko.AgentKey, ...] | None = None  # ``None``: the agent was not asked yet
 
     @property
     def keys(self) -> tuple[paramiko.AgentKey, ...]:

@@ -55,7 +55,7 @@ class OwnUserFilter:
         self._clock = clock
         # The overflow uid stands for many users, so it is never allowed, not even if it is our own.
         self._allowed = frozenset({0, os.geteuid()} - {overflow_uid()})
-        self._reported_at: dict[int, float] = {}
+        self._reported_at: dict[int, float] = {}  # by uid
 
     def allows(self, connection: socket.socket, peer: Any) -> bool:
         """Whether our own user or root made the connection. ``peer`` is the address that ``accept`` returned.

@@ -55,7 +55,7 @@ class RepairWatch:
         self._ssh = ssh
         codes = (*_HOST_KEY_CODES, *_LOGIN_KEY_CODES, TransportUnsupported.code)
         self._files = {file for code in codes for file in list_repair_files(ssh, code)}
-        self._stamps: dict[Path, FileStamp | None] = {}
+        self._stamps: dict[Path, FileStamp | None] = {}  # of ``_files``
 
     def __repr__(self) -> str:
         return f"<RepairWatch {len(self._files)} files>"

@@ -94,8 +94,9 @@ class Worker:
     def __init__(self, listeners: Sequence[socket.socket]) -> None:
         self._listeners = listeners
         self._writer: asyncio.StreamWriter | None = None
+        # The answers that are awaited, by the number of the prompt.
         self._prompts: dict[int, asyncio.Future[str | None]] = {}
-        self._commands: dict[int, asyncio.Task[None]] = {}
+        self._commands: dict[int, asyncio.Task[None]] = {}  # the tasks of the commands that run, by id
         self._shells: dict[int, RemoteCommand] = {}  # the commands with ``has_input`` that run, except programs
         self._programs: dict[int, Program] = {}
         self._report_tasks: set[asyncio.Task[None]] = set()

@@ -80,8 +80,8 @@ class WorkerLink:
         self._on_forward_failed = on_forward_failed
         self._on_peer_refused = on_peer_refused
         self._ids = itertools.count(1)
-        self._pings: dict[int, asyncio.Future[float | None]] = {}
-        self._commands: dict[int, PendingCommand] = {}
+        self._pings: dict[int, asyncio.Future[float | None]] = {}  # the answers that are awaited, by id
+        self._commands: dict[int, PendingCommand] = {}  # the commands that run, by id
 
     def __repr__(self) -> str:
         state = "UP" if self.connected.is_set() else "CONNECTING"

@@ -44,7 +44,7 @@ class SimulatedServer:
         self.spec = spec
         self.name = spec.name
         self.gpu = SharedGpu(share=spec.share, prefill_stall=spec.prefill_stall, prefill_lanes=spec.prefill_lanes)
-        self.runners: dict[str, Runner] = {}
+        self.runners: dict[str, Runner] = {}  # by the full name of the model
         self.pending: deque[Attempt] = deque()  # attempts that wait for a load: see ``find_waiting_for_load``
         self.running: dict[Attempt, Runner] = {}  # attempts that have a slot
         self.loading: Runner | None = None
