@@ -109,7 +109,7 @@ class Continuation:
         self._spent_ms = 0.0  # the time that earlier upstreams took, from their first frame to their last
         self._partial_answer = PartialAnswer()
         self._cut_message = ""
-        self.cuts = 0
+        self.cuts = 0  # how often the answer was cut before
         self.finished = self.exceeds_bound = False
         self.cut_reason: str | None = None
         self.counters: ServerCounters | None = None
@@ -292,19 +292,19 @@ class Continuation:
             self._record_time(now)
         has_usage = b'"usage"' in raw and b'"usage":null' not in raw
         may_have_counters = frame.ends_stream or has_usage or b'"timings"' in raw
-        counters = find_counters(raw) if may_have_counters else None
+        counters = find_counters(raw) if may_have_counters else None  # first those of this upstream
         if counters is not None:
             self.counters = counters.with_prompt_counts_of(self.counters)
         if self.cuts:
             elapsed_ms = (self._clock() - self._started_at) * 1000.0
             # The client gets the figures of the whole answer; this frame holds only the figures of the last attempt.
             raw = self._upstream_format.translate(frame, replace(self._partial_answer, elapsed_ms=elapsed_ms))
-            counters = None if counters is None else find_counters(raw)
+            counters = None if counters is None else find_counters(raw)  # now those of the whole answer
         if counters is not None:
             self.answer_counters = counters.with_prompt_counts_of(self.answer_counters)
         received = self._received
         if frame.text or frame.thinking or frame.has_other_content or received.first_frame is None:
-            self._read_unread()  # their text comes before that of this frame
+            self._read_unread()  # the text of the unread frames comes before that of this frame
         received.add_frame(frame)
         self.finished = frame.ends_stream
         return raw

@@ -88,7 +88,8 @@ class AdaptivePolicy:
         return min((*equal[start:], *equal[:start]), key=lambda pair: relative_load(pair[1], question))[0]
 
     def accept_at_once(self, account: NodeAccount, question: Question) -> Choice:
-        """The longer the queue is, the more often the slot is taken whatever the other nodes have."""
+        """Takes the slot if no other node could be worth waiting for: the longer the queue is, the less a wait can pay.
+        Leaves the decision to ``accept`` if the queue is short."""
         if question.queue_s < LONG_QUEUE_S:
             return NO_CHOICE
         offered = forecast(account, question.demand, question.work, question.fleet, 0.0, question.now)

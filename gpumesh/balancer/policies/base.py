@@ -67,7 +67,7 @@ class Choice(msgspec.Struct, frozen=True, gc=False):
 
 
 NO_CHOICE = Choice(None)
-"""The answer if no node has a free slot."""
+"""The answer if no node was compared: none has a free slot, or the question needs no forecast."""
 
 
 class Policy(Protocol):

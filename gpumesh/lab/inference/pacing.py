@@ -29,14 +29,14 @@ class DecodeClock:
         self._share = share
         self._clock = clock
         self._streams = 0
-        self._pauses = 0
+        self._pauses = 0  # how many have begun and not ended; with any, the clock stands
         self.read_at = clock()
         """The time on the other clock when this clock was read last."""
         self._decoded_s = self.read_at  # with one stream at a time, both clocks show the same
         self._order = itertools.count()
         # A heap of (due, number, future). The number decides if two waiters are due at once: futures have no order.
         self._waiters: list[tuple[float, int, asyncio.Future[None]]] = []
-        self._timer: asyncio.TimerHandle | None = None
+        self._timer: asyncio.TimerHandle | None = None  # runs until the first waiter's time
 
     @property
     def speed(self) -> float:
@@ -121,7 +121,8 @@ class Pacer:
         self._total = total
         self._rate = rate
         self._decode_clock = decode_clock
-        self._start = decode_clock.read()
+        # The start of decoding, first in seconds of the decode clock, then of the clock behind it.
+        self._decode_start_s = decode_clock.read()
         self._started_at = decode_clock.read_at
         self.sent = 0
 
@@ -133,8 +134,8 @@ class Pacer:
         if math.isinf(self._rate):  # all tokens are due at once
             self.sent = self._total
             return self.sent
-        await self._decode_clock.wait_until(self._start + (self.sent + 1) / self._rate)
-        decoded_s = self._decode_clock.read() - self._start
+        await self._decode_clock.wait_until(self._decode_start_s + (self.sent + 1) / self._rate)
+        decoded_s = self._decode_clock.read() - self._decode_start_s
         due = int(decoded_s * self._rate + 1e-6)  # with 1e-6, a rounding error does not hide a token that is due
         self.sent = min(self._total, max(self.sent + 1, due))
         return self.sent
@@ -144,7 +145,7 @@ class Pacer:
         if math.isinf(self._rate):
             return 0.0
         # How late this call is, on the decode clock; below 0 if a timer was early.
-        late_s = self._decode_clock.read() - self._start - self._total / self._rate
+        late_s = self._decode_clock.read() - self._decode_start_s - self._total / self._rate
         elapsed_s = self._decode_clock.read_at - self._started_at
         speed = self._decode_clock.speed
         if speed == 0:  # paused: nobody knows for how long, so the lateness is not subtracted
