@@ -35,7 +35,7 @@ class Experience:
         self.fleet_rates = ServiceRates()
         """Learned from all nodes, and used for a node whose own rates were not measured yet."""
         self.prefixes = PrefixIndex()
-        self._fleet_learned_at = -math.inf
+        self._fleet_learned_at = -math.inf  # when the fleet's rates learned last
         self._prompt_counts = TokenCounts(least_bytes=MIN_PROMPT_BYTES, may_hold_images=True)
         self._answer_counts = TokenCounts(least_bytes=MIN_ANSWER_BYTES, may_hold_images=False)
 

@@ -94,7 +94,7 @@ class Gateway:
         self._local_access = _find_local_access(self._host, needs_key=spec.needs_key)
         self._active: dict[Request, ActiveRequest] = {}  # the requests in flight
         self._numbers = itertools.count(1)  # of the requests
-        self._stopped = False
+        self._stopped = False  # its requests are cut off from now on
         self._stop_now = stop_now or asyncio.Event()
         self._idle = asyncio.Event()  # set while no request is in flight
         self._idle.set()
@@ -109,7 +109,7 @@ class Gateway:
             writable=spec.needs_key,
             recent_log=recent_log,
         )
-        self._history_task: asyncio.Task[None] | None = None
+        self._history_task: asyncio.Task[None] | None = None  # keeps the figures of the page's last hour
         self.usage = usage = UsageRecorder(usage_store, find_label=self.metrics.model_label)
         self._quotas = KeyQuotas(clock=self._server.clock, wall_clock=time.time, read_tokens=usage.read_tokens)
         fleet_routes = FleetRoutes(mesh, self.metrics, self._server, usage)

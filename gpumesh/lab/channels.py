@@ -35,10 +35,10 @@ class ChannelIo:
         self._unsent_stdout = bytearray()
         self._unsent_stderr = bytearray()
         self._eof_pending = False  # the end is sent after the bytes that are not sent yet
-        self._retry_timer: asyncio.TimerHandle | None = None
+        self._retry_timer: asyncio.TimerHandle | None = None  # runs while the channel takes no bytes
         self._drained = asyncio.Event()  # set when fewer bytes than LOW_WATER are unsent, or the channel is closed
         self._drained.set()
-        self._reading = False
+        self._reading = False  # whether the channel is read
         self._closed = False
         channel.settimeout(0.0)  # a read or a send never waits: it raises TimeoutError in that case
         sock = channel.get_transport().sock

@@ -157,7 +157,7 @@ class _Connection:
         # Connected, but their channel is not open yet. Only paramiko's thread uses this dictionary.
         self._target_sockets: dict[int, socket.socket] = {}
         self._waiting_commands: dict[int, tuple[paramiko.Channel, str]] = {}  # requested, but not started yet
-        self._forwards: set[ForwardedChannel] = set()
+        self._forwards: set[ForwardedChannel] = set()  # the forwarded channels that are open
         self._tasks: set[asyncio.Task[None]] = set()  # the commands that run, and the forwards that start
         self._closed = False
         sock.setblocking(True)

@@ -47,9 +47,9 @@ class Reply:
         self._ask = ask
         self._steering = steering
         self._find_route = find_route
-        self._response: httpx.Response | None = None
+        self._response: httpx.Response | None = None  # ``None``: the request is not sent
         self._reader: AnswerReader | None = None
-        self._sent_at = 0.0
+        self._sent_at = 0.0  # in seconds of ``time.perf_counter``
         self._ttft_ms: float | None = None
         self._model = ask.model or ""
         self._texts: list[str] = []

@@ -114,7 +114,7 @@ class ChatStream:
         self._answer: Answer | None = None
         self._reader: FrameReader | None = None
         self._chunks: deque[Chunk] = deque()
-        self._ended = False
+        self._ended = False  # the final chunk was returned
         self.counters: ServerCounters | None = None
 
     def __repr__(self) -> str:

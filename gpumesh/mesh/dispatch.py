@@ -48,7 +48,7 @@ class Dispatcher:
         # The groups of which all nodes that could serve them are away, and since when that is so.
         self._away_since: dict[Group, float] = {}
         self._groups_may_fail = False  # whether, since the last look, a group may have lost its last node
-        self._timer: asyncio.TimerHandle | None = None
+        self._timer: asyncio.TimerHandle | None = None  # runs until the queue must be checked again
 
     def __repr__(self) -> str:
         return f"<Dispatcher {self._queue.size} queued>"

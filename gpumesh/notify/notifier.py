@@ -86,7 +86,7 @@ class _Receiver:
         self._clock = clock
         self._outbox = Outbox(rule.quiet_s)
         self._added = Wakeup()
-        self._is_failing = False
+        self._is_failing = False  # the last message could not be sent
 
     def add(self, mesh: str, event: MeshEvent) -> None:
         """Adds an event of the mesh of this name, if the rule wants events of this kind."""

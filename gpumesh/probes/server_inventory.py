@@ -91,7 +91,7 @@ class _ProbeSession:
         self._timeout_s = timeout_s
         self._headers, self._extensions = build_request_options(target, api_key)
         self._started = time.perf_counter()
-        self._latency_ms: float | None = None
+        self._latency_ms: float | None = None  # of the first answer
 
     async def ask(self, call: HttpCall) -> tuple[int, bytes]:
         """Sends a request, and returns the HTTP status and the body. Raises ProbeError, also when no answer comes in

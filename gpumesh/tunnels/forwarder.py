@@ -94,7 +94,7 @@ class Forwarder:
         self._wake_reader.setblocking(False)
         self._wake_writer.setblocking(False)
         self._selector.register(self._wake_reader, READ, self._drain_wakeups)
-        self._posted: deque[Callable[[], None]] = deque()
+        self._posted: deque[Callable[[], None]] = deque()  # calls for the selector's thread
         self._timers: list[_Timer] = []  # a heap: the first timer is the next to be due
         self._timer_ids = itertools.count()
         self._listeners: list[tuple[socket.socket, Dialer]] = []

@@ -39,7 +39,7 @@ class Listeners:
         self, targets: Sequence[Target], spec: TunnelsSpec = DEFAULT_TUNNELS, *, mesh_name: str = "mesh", node: str = ""
     ) -> None:
         self._targets = tuple(targets)
-        self._reset_timer: asyncio.TimerHandle | None = None
+        self._reset_timer: asyncio.TimerHandle | None = None  # runs until waiting clients are reset
         # The event loop that resets clients; ``None`` while clients are held.
         self._resetting_loop: asyncio.AbstractEventLoop | None = None
         self._unix_listeners: list[UnixListener] = []

@@ -66,7 +66,7 @@ class Lane(Generic[T]):
     def __init__(self, rank: int) -> None:
         self.rank = rank
         self.size = 0
-        self.work = 0.0
+        self.work = 0.0  # of all its entries
         self.skipped_by = [0] * rank
         self.head_key: tuple[float, float, float, int] = (inf, inf, inf, 0)  # the key of an empty lane
         self._head_client = ""

@@ -45,7 +45,7 @@ class ActivityMeter:
         self._stream_seconds = 0.0
         self._read_seconds = 0.0
         self._busy_seconds = 0.0
-        self._updated_at = 0.0
+        self._updated_at = 0.0  # the time up to which all sums count
         self.gpu_s = 0.0
         self.energy_j = 0.0
         self._gpus = 1

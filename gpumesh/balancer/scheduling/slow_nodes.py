@@ -31,7 +31,7 @@ class SlowNodes:
         self._accounts = accounts
         self.slowed: set[str] = set()
         """The nodes whose account has a factor above 1."""
-        self._updated_at = -math.inf
+        self._updated_at = -math.inf  # when the speeds were compared last
 
     def __repr__(self) -> str:
         return f"<SlowNodes {', '.join(sorted(self.slowed)) or 'none'}>"

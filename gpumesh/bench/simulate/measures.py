@@ -62,13 +62,13 @@ class Measures:
         self.completion_s = array("d")
         self.ttft_s = array("d")
         self.wait_s = array("d")
-        self.lost = 0
-        self.moved = 0
+        self.lost = 0  # requests that no node has answered
+        self.moved = 0  # requests that were served after more than one attempt
         self._by_priority: dict[Priority, array[float]] = {}  # the seconds to completion
         self._by_client: dict[str, array[float]] = {}  # the seconds to completion
         self._served_by_node = dict.fromkeys(nodes, 0)
         self._servers: tuple[SimulatedServer, ...] = ()
-        self._ended_at = 0.0
+        self._ended_at = 0.0  # when the last request ended
 
     def __repr__(self) -> str:
         return f"<Measures {self.policy} {len(self.completion_s)} served, {self.lost} lost>"

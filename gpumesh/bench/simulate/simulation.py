@@ -57,7 +57,7 @@ class Simulation:
         self._requests: Iterator[SimulatedRequest] = iter(requests)
         self._rng = Random(seed)  # only for the loop; the policy has another generator
         self._events: list[tuple[float, int, int, Any]] = []  # a heap: time, kind, sequence, object
-        self._sequence = 0
+        self._sequence = 0  # keeps events of the same time in order
         self._scheduled = dict.fromkeys(self.servers, math.inf)  # when each server's next event is on the heap
         self._unfinished = 0  # jobs that have not ended, and turns of a conversation that are on the heap
         self._waiting = 0  # jobs in the gateway's queue

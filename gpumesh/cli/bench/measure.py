@@ -231,10 +231,10 @@ class _ProgressBar:
         self._stack = stack
         self._quiet = quiet
         self._runs = runs  # how many times the scenario is run
-        self._run_prefix = ""
+        self._run_prefix = ""  # which run of several it is, for the stage's name
         self._display: ProgressDisplay | None = None  # there is no bar before the first stage
         self._stage = ""
-        self._ended_count = 0
+        self._ended_count = 0  # the ended requests of this stage
         self._failed_count = 0  # of the whole run
 
     def start_run(self, number: int) -> None:

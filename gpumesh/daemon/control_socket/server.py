@@ -46,7 +46,7 @@ class ControlServer:
         self._path = path
         self._on_stop = on_stop
         self._request_timeout_s = request_timeout_s
-        self._server: asyncio.Server | None = None
+        self._server: asyncio.Server | None = None  # ``None``: not listening
         self._inode = 0  # of our socket's file: shows whether the file at the path is still ours
         self._connections: set[asyncio.Task[None]] = set()  # a task for each open connection
 

@@ -42,9 +42,9 @@ class ClientWriter:
         self.on_backpressure: Callable[[bool], None] | None = None
         self.transport: asyncio.Transport | None = transport
         self._loop = loop
-        self._finished = False
-        self._waiter: asyncio.Future[None] | None = None
-        self._progress_timer: asyncio.TimerHandle | None = None
+        self._finished = False  # the answer is written wholly
+        self._waiter: asyncio.Future[None] | None = None  # of the handler that waits for room
+        self._progress_timer: asyncio.TimerHandle | None = None  # runs while the client must take bytes
 
     def __repr__(self) -> str:
         state = "backpressured" if self.backpressured else "writable"

@@ -105,15 +105,15 @@ class ClientConnection(asyncio.Protocol):
         self.state = ClientConnectionState.READING
         self.client_address: str | None = None
         self._server = server
-        self._peer = "not connected"
+        self._peer = "not connected"  # the client's address, for ``__repr__``
         self.registered_key: str | None = ""  # the key of the last accepted request; "": there was no request
         self._queue = RequestQueue()
         self._task: asyncio.Task[None] | None = None  # answers the requests; begins with the first of them
         self._next_request: asyncio.Future[None] | None = None  # the task waits for it while it has nothing to do
-        self._is_answering = False
+        self._is_answering = False  # a handler works on a request
         self._idle_since = loop.time()
         self._end_timer: asyncio.TimerHandle | None = None  # ends an idle connection, later a lingering one
-        self._closed: asyncio.Future[None] | None = None
+        self._closed: asyncio.Future[None] | None = None  # made if somebody waits for the close
 
     def __repr__(self) -> str:
         return f"<ClientConnection {self._peer} {self.state} {len(self._queue)} queued>"

@@ -90,9 +90,9 @@ class RequestParser:
         self.piece_count = 0
         self._max_head_bytes = max_head_bytes
         self._engine = httptools.HttpRequestParser(self)
-        self._events: list[Event] = []
+        self._events: list[Event] = []  # those of this call of ``feed``
         self._pieces: list[bytes] = []  # pieces of a body, until they are joined
-        self._target = b""
+        self._target = b""  # of the head that is read now
         self._fields: list[tuple[str, str]] = []  # header fields, then trailer fields
         self._head_size = 0  # bytes of the target and of the complete fields, with the trailers
         # Bytes since the last piece of a body or the last end of a request. The engine may hold all of them.

@@ -50,7 +50,7 @@ class Server:
         )
         self._connections: set[ClientConnection] = set()  # admitted connections, also those that are about to end
         self._lingering: set[ClientConnection] = set()  # refused connections
-        self._closing = False
+        self._closing = False  # no connection is admitted any more
 
     def __repr__(self) -> str:
         state = "closing" if self._closing else "serving"

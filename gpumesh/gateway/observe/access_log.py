@@ -72,8 +72,8 @@ class AccessLog:
         self._rotate_bytes = rotate_bytes
         self._rotated_files = rotated_files
         self._now = now
-        self._pending: list[AccessEntry] = []
-        self._timer: asyncio.TimerHandle | None = None
+        self._pending: list[AccessEntry] = []  # entries that are not in the file yet
+        self._timer: asyncio.TimerHandle | None = None  # runs until the next write to the file
         self._file: int | None = None  # the file's descriptor
         self._size = 0  # of the file, in bytes
         self._failing = False  # whether the last write has failed

@@ -75,7 +75,7 @@ class UiPage:
         self._history = LongHistory()
         html, self._security_policy = read_page()
         self._html = html.encode()
-        self._closing = asyncio.Event()
+        self._closing = asyncio.Event()  # set when the page's streams must end
         self._headers = (("Cross-Origin-Opener-Policy", "same-origin"), ("Cache-Control", "no-cache"))
 
     async def keep_history(self) -> None:

@@ -67,11 +67,11 @@ class UsageRecorder:
         self._wall_clock = wall_clock
         self._pending: dict[_GroupKey, UsageCounts] = {}  # what is not written yet
         self._totals: dict[str, UsageCounts] = {}  # since the start of this process, by key
-        self._timer: asyncio.TimerHandle | None = None
+        self._timer: asyncio.TimerHandle | None = None  # runs until the next ``flush``
         self._next_write_at = 0.0  # by the loop's clock
         self._is_failing = False  # whether the last write has failed; the log says it once
         self._day = ""  # in UTC
-        self._day_ends_at = 0.0
+        self._day_ends_at = 0.0  # in seconds since 1970
         if store is not None:
             first_day = _format_day(wall_clock() - timedelta(days=KEPT_DAYS).total_seconds())
             self._report_failure(lambda: store.remove_before(first_day))

@@ -67,7 +67,7 @@ class Runners:
         self._clock = clock
         self._vram_mib = vram_mib
         self._pending_turn = asyncio.Lock()  # held by the pending request whose turn it is
-        self._unloads = 0
+        self._unloads = 0  # how many there have been
         self._changed = asyncio.Event()  # set when a model was unloaded, or has no users any more
         for model in profile.models:
             if model.resident:

@@ -34,7 +34,7 @@ class ChatFrames:
 
     def __init__(self, name: str, *, usage: bool) -> None:
         self._usage = usage
-        self._called_tool = False
+        self._called_tool = False  # whether the answer has a tool call
         self._base = {
             "id": f"chatcmpl-{next(_next_number)}",
             "object": "chat.completion.chunk",

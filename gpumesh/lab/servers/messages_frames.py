@@ -31,7 +31,7 @@ class MessagesFrames:
         }
         self._block_index = -1  # of the open content block; -1: no block was open yet
         self._block_type: str | None = None  # of the open content block
-        self._called_tool = False
+        self._called_tool = False  # whether the answer has a tool call
 
     def encode_piece(self, content: str, thinking: str, tool: ToolCall | None) -> bytes:
         """The event with the next piece. If no content block of its type is open, events that open one come first."""

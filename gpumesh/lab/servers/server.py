@@ -42,14 +42,14 @@ class SimServer(ABC):
         self._wanted_port = port
         self._port = 0
         self._runner: web.AppRunner | None = None
-        self._site: web.SockSite | None = None
+        self._site: web.SockSite | None = None  # ``None`` while the server refuses connections
         self._faults = Faults()
         self._fault_hits_left: int | None = None  # how many requests the faults may still hit; ``None``: no limit
         self._faults_lock = asyncio.Lock()  # one ``set_faults`` at a time
         self._faults_changed = asyncio.Event()  # set by the next ``set_faults``, which makes a new event
         self._log: deque[_LogEntry] = deque(maxlen=10_000)
         self._counters = SimCounters()
-        self._http_requests = 0
+        self._http_requests = 0  # of all routes
 
     async def __aenter__(self) -> Self:
         app = web.Application(middlewares=[self._middleware], client_max_size=MAX_BODY)

@@ -109,8 +109,8 @@ class StoreOperation:
         self._timeout_s = timeout_s
         self._max_attempts = max_attempts
         self._pause_s = pause_s
-        self._changed = asyncio.Event()
-        self._refusal: StoreRefusal | None = None
+        self._changed = asyncio.Event()  # set when there are new steps, or a task has ended
+        self._refusal: StoreRefusal | None = None  # the first answer of a node that refuses
 
     def __repr__(self) -> str:
         return f"<StoreOperation {self._call.path} {self.progress!r}>"

@@ -63,8 +63,8 @@ class Ledger:
         self._on_change = on_change
         self._on_failure = on_failure
         self._on_model_loaded = on_model_loaded
-        self._slot_leases: set[Lease] = set()
-        self._slotless_leases: set[Lease] = set()
+        self._slot_leases: set[Lease] = set()  # of requests that take a slot
+        self._slotless_leases: set[Lease] = set()  # of requests that take none
 
     def __repr__(self) -> str:
         phase = self.breaker.phase(self._clock()).value

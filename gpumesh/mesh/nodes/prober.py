@@ -134,7 +134,7 @@ class Prober:
         self._on_report = on_report
         self._rules = rules or ModelRules()
         self._probe_requested = asyncio.Event()
-        self._backend_probe_lock = asyncio.Lock()
+        self._backend_probe_lock = asyncio.Lock()  # held during a probe of the server
         self._first_round_done = asyncio.Event()
         self._missed_backend_probes = 0  # in a row
         self._is_known_to_run_no_commands = False

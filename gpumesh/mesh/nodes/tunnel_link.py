@@ -31,7 +31,7 @@ class TunnelLink:
         self._clock = clock
         self._targets = spec.backend.targets
         self._up = asyncio.Event()
-        self._down = asyncio.Event()
+        self._down = asyncio.Event()  # set while the tunnel is not up
         self._down.set()
 
     def __repr__(self) -> str:

@@ -89,7 +89,7 @@ class Answer:
         self.attempts = 1
         self.queue_ms = 0.0
         self._continuation: Continuation | None = None  # what the client has got of a stream of generated text
-        self.on_outcome: OutcomeListener | None = None
+        self.on_outcome: OutcomeListener | None = None  # called once, with the outcome
         self.outcome: Outcome | None = None
         self.continuations = 0
         self.error_message: str | None = None

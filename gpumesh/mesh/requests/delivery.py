@@ -86,7 +86,7 @@ class RequestDelivery:
         self._deadline = self._started_at + timeout_s
         # The nodes that must not get the next attempt.
         self._excluded_nodes = _NO_NODES if demand.is_known_route else self._find_lacking_nodes()
-        self._failures: list[FailedAttempt] = []
+        self._failures: list[FailedAttempt] = []  # the attempts that failed, in order
         self._round = 1  # in each round, every node may get one attempt
         self._progress = SendProgress() if progress is None else progress
         self._counters = RequestCounters() if counters is None else counters

@@ -81,7 +81,7 @@ class SilenceWatch:
         self._node = node
         self._model = model
         self._clock = clock
-        self._timer: asyncio.TimerHandle | None = None
+        self._timer: asyncio.TimerHandle | None = None  # runs until the next check
 
     def start(self, stream: WatchedStream) -> None:
         """Starts the watch. Only the timer refers to the stream, so that no cycle is left when the watch ends."""

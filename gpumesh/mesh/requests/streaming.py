@@ -81,7 +81,7 @@ class StreamingAnswer(Answer):
         self._loss = (Outcome.CUT, "")  # in the state LOST: the outcome of the node's stream, and the reason
         self._expiry_message: str | None = None  # set when the deadline has passed
         self._client: ByteSink | None = None
-        self._client_error: ConnectionError | None = None
+        self._client_error: ConnectionError | None = None  # why nothing can be written to the client
         self._reader: BufferedSink | None = None  # the client, if this answer is iterated
         self._changed = Wakeup()
         self._loop = asyncio.get_running_loop()

@@ -103,7 +103,7 @@ class HostCommands:
         self._runs_commands: bool | None = None  # by ``PROOF``; ``None``: not tried
         # The commands that run one by one, and the outputs of those that have ended.
         self._single_commands: tuple[Argv, ...] = ()
-        self._single_outputs: list[CommandOutput] = []
+        self._single_outputs: list[CommandOutput] = []  # of those commands that have ended
         self.last_duration_s: float | None = None
 
     @property

@@ -45,8 +45,8 @@ class ShellSession:
         self._stream = stream
         self._clock = clock
         self._buffer = b""  # what was written since the last ready line, except the outputs
-        self._greeting = b""
-        self._greeting_length = 0
+        self._greeting = b""  # the last bytes before the shell was ready
+        self._greeting_length = 0  # of all bytes, also those that were dropped
         self._is_ready = False
         self._kill_at: float | None = None  # a time of ``clock``; ``None``: no script runs, or it was killed
         self._count = 0  # of the script's commands

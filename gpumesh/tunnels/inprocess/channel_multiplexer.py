@@ -86,7 +86,7 @@ class ChannelMultiplexer:
         self._on_refused = on_refused
         # Monotonic seconds. All relays have the same time-out, so the soonest deadline comes first.
         self._open_deadlines: dict[ChannelRelay, float] = {}
-        self._timer_is_running = False
+        self._timer_is_running = False  # for the first of the ``_open_deadlines``
         self._replace_channel_handlers()
         self._replace_open_failure_handler()
 

@@ -36,7 +36,7 @@ class HostTransport(paramiko.Transport):
         self.host_lines: list[bytes] = []
         self.service_accepted = False  # the host has accepted the service ssh-userauth
         self.debug_lines: deque[bytes] = deque(maxlen=_MAX_DEBUG_LINES)
-        self._banner_count = 0
+        self._banner_count = 0  # those that were kept
         super().__init__(*arguments, **options)
         handlers = getattr(self, "_handler_table", None)
         if isinstance(handlers, dict):

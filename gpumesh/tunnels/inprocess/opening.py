@@ -76,10 +76,10 @@ class Opening:
         self._credentials = credentials_from_setup(setup)
         self._deadline = deadline
         self._ask_person = ask
-        self._transports: list[paramiko.Transport] = []
+        self._transports: list[paramiko.Transport] = []  # one for each hop, the nearest first
         self._shell_tests: list[paramiko.Channel | None] = []  # of all hosts so far; kept because they must stay open
         self._last_socket: socket.socket | paramiko.Channel | None = None
-        self._given_up = False
+        self._given_up = False  # the opening must end, whatever it does
 
     def __repr__(self) -> str:
         state = "GIVEN UP" if self._given_up else "OPENING"

@@ -79,7 +79,7 @@ class SockDiag:
             raise OSError("only Linux has netlink")
         self._netlink = socket.socket(socket.AF_NETLINK, socket.SOCK_DGRAM, _NETLINK_SOCK_DIAG)
         self._netlink.setblocking(False)  # the kernel answers before ``send`` returns
-        self._sequence = 0
+        self._sequence = 0  # of the last request to the kernel
 
     def __call__(self, pair: AddressPair) -> SocketInfo | None:
         socket_id = (

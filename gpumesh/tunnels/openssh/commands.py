@@ -88,7 +88,7 @@ class MuxCommand:
         # A short queue, so that a slow reader stops ssh. ``None``: one of the two pipes has ended.
         self._pieces: asyncio.Queue[tuple[OutputStream, bytes] | None] = asyncio.Queue(maxsize=4)
         self._stderr_tail = b""  # shows whether ssh or the command failed
-        self._open_streams = 2
+        self._open_streams = 2  # of stdout and stderr
         self._readers = [
             asyncio.create_task(self._read_pipe(OutputStream.STDOUT, process.stdout)),
             asyncio.create_task(self._read_pipe(OutputStream.STDERR, process.stderr)),

@@ -85,11 +85,11 @@ class OpensshConnection:
         self._master = master
         self._events = events
         self._loop = asyncio.get_running_loop()
-        self._forwarder_ended = asyncio.Event()
+        self._forwarder_ended = asyncio.Event()  # set by the selector's thread, in the loop
         own_user_only = bool(listeners) and not setup.share
         peer_filter = open_own_user_filter(listeners[0], self._on_peer_refused) if own_user_only else None
         self._forwarder = Forwarder(self._on_forwarder_end, peer_filter=peer_filter)
-        self._last_dialled: Target | None = None
+        self._last_dialled: Target | None = None  # for errors of ssh that name no target
         self._reverse_listeners: list[socket.socket] = []  # Unix sockets, to which the master connects
         self._commands: set[commands.MuxCommand] = set()  # those that may still run
         self._session_is_in_the_way = asyncio.Event()  # the host gives one session, which the master has

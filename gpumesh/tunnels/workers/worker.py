@@ -99,8 +99,8 @@ class Worker:
         self._commands: dict[int, asyncio.Task[None]] = {}  # the tasks of the commands that run, by id
         self._shells: dict[int, RemoteCommand] = {}  # the commands with ``has_input`` that run, except programs
         self._programs: dict[int, Program] = {}
-        self._report_tasks: set[asyncio.Task[None]] = set()
-        self._setup: ConnectRequest | None = None
+        self._report_tasks: set[asyncio.Task[None]] = set()  # they send what the connection reports
+        self._setup: ConnectRequest | None = None  # ``None``: the request to connect has not come
         self._connection: HostConnection | None = None
 
     def __repr__(self) -> str:

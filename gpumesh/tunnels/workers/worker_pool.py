@@ -108,7 +108,7 @@ class WorkerPool:
         self._stderr = stderr
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None  # the connection to the zygote; ``None``: no zygote runs
-        self._request_count = 0
+        self._request_count = 0  # also the id of the last request
         self._pending_forks: dict[int, asyncio.Future[dict[str, Any]]] = {}  # the zygote's answers, by request id
         self._answer_lines = LineBuffer()
 

@@ -44,11 +44,11 @@ class StageInProcess:
         self._turns: dict[int, messages.AddRequest] = {}  # the requests of conversations, by their number
         self._histories = ConversationHistories()
         self._meter = LoadMeter(opened.mesh_pid)
-        self._held: list[RawAnswer] = []
+        self._held: list[RawAnswer] = []  # answers that are not decoded yet
         self._held_bytes = 0
         self._samples: list[LoadSample] = []  # of answers that were parsed while the stage ran
-        self._start_s = 0.0
-        self._is_stopped = False
+        self._start_s = 0.0  # when the stage began, on the clock
+        self._is_stopped = False  # no request may be sent any more
 
     def __repr__(self) -> str:
         return f"<StageInProcess {self._opened.name} {len(self._requests)} requests, {len(self._held)} answers held>"

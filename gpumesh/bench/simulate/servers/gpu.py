@@ -57,7 +57,7 @@ class SharedGpu:
         self._sequence = 0  # orders equal times: attempts cannot be compared
         self._decoding: list[tuple[float, int, Attempt]] = []  # a heap by the virtual time of the end
         self._prefills: list[tuple[float, int, Attempt]] = []  # a heap by the time of the end
-        self._waiting_prefills: deque[Attempt] = deque()
+        self._waiting_prefills: deque[Attempt] = deque()  # prompts for which no lane is free
         self.next_event_at = math.inf
         self.decoded_s = 0.0
         self.read_s = 0.0

@@ -21,7 +21,7 @@ class ServerLies:
         self._rng = Random(spec.name)
         self._duration_factor = 1.0  # multiplies all reported durations
         self._eval_factor = 1.0  # multiplies the reported time of generation; the reported total stays true
-        self._gives_counts = True
+        self._gives_counts = True  # whether its answers have counters
         self._count_factor = 1.0  # multiplies all reported counts of tokens
         self._max_random_factor = 1.0  # each count is multiplied by a random factor from 1 / this to this
         self._unlisted: AbstractSet[str] = frozenset()  # models that the server has, but does not list

@@ -62,7 +62,7 @@ class Runner:
         self._lost: LostPrompts | None = None
         # In the order of their last use, the oldest first.
         self.free_slots = [Slot(number) for number in range(spec.slots)]
-        self.waiting: deque[Attempt] = deque()
+        self.waiting: deque[Attempt] = deque()  # attempts for which no slot is free
         self.misfits: list[Attempt] = []
         self.users = 0
         self.is_ready = False

@@ -78,8 +78,8 @@ class Screen:
         self._out = out
         self._on_key = on_key if sys.stdin is not None and sys.stdin.isatty() else None
         self._on_change = on_change
-        self._shown: list[str] = []
-        self._saved_modes: Any = None
+        self._shown: list[str] = []  # the lines that the terminal shows now
+        self._saved_modes: Any = None  # the terminal's modes before keys were read
         self._loop = asyncio.get_running_loop()
 
     @property

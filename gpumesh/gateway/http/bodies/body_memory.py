@@ -77,7 +77,7 @@ class MemoryReservation:
 
     def __init__(self, memory: BodyMemory) -> None:
         self._memory = memory
-        self._on_lost: Callable[[], None] | None = None
+        self._on_lost: Callable[[], None] | None = None  # called if the memory is taken away
         self.size = 0
         self.refused = False
         self.released = False

@@ -31,7 +31,7 @@ class Decompressor:
         self._deflate = encoding == "deflate"
         self._limit = limit
         self._first_bytes = b""  # kept until there are two bytes, which show the format
-        self._unpacker: zlib._Decompress | None = None
+        self._unpacker: zlib._Decompress | None = None  # made from the first bytes
         self._packed_size = 0
         self._unpacked_size = 0
 

@@ -25,7 +25,7 @@ class ConnectionPool:
         self._loop = loop
         self._idle: dict[Address, list[UpstreamConnection]] = {}
         self._connections: set[UpstreamConnection] = set()
-        self._timer: asyncio.TimerHandle | None = None
+        self._timer: asyncio.TimerHandle | None = None  # runs until the idle connections are checked
 
     def __repr__(self) -> str:
         idle = sum(len(connections) for connections in self._idle.values())

@@ -76,13 +76,13 @@ class ResponseParser:
         self._complete_pieces = 0  # how many of ``_pieces`` belong to the complete response; later ones are dropped
         # httptools calls ``append`` directly: a method of ours in between would cost more.
         self.on_body = self._pieces.append
-        self._fields: list[tuple[bytes, bytes]] = []
-        self._head_size = 0
+        self._fields: list[tuple[bytes, bytes]] = []  # of the head that is read now
+        self._head_size = 0  # the bytes of its names and values so far
         # How many bytes have come since the last piece of a body: field lines, sizes of chunks, trailers.
         self._bytes_outside_body = 0
-        self._bodiless = False
+        self._bodiless = False  # the response has no body, whatever its head says
         self._between_chunks = False  # whether the next byte begins a chunk
-        self._ends_with_connection = False
+        self._ends_with_connection = False  # the body has no length of its own
         self._parser = httptools.HttpResponseParser(self)
         self._feed_data = self._parser.feed_data
 
