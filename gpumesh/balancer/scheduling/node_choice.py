@@ -47,19 +47,19 @@ class NodeChoice:
 
     @staticmethod
     def _filter(
-        among: Iterable[NodeAccount],
+        accounts: Iterable[NodeAccount],
         demand: Demand,
         now: float,
         exclude: Collection[str],
         *,
         despite_breaker: bool = False,
     ) -> list[NodeAccount]:
-        """The nodes of ``among`` that can serve this demand now, or as soon as they have a free slot.
+        """Those of ``accounts`` that can serve this demand now, or as soon as they have a free slot.
         ``despite_breaker``: also nodes whose breaker is open."""
         # A request about the model store does not run the model, so it may go to a node where the model is broken.
         model = None if demand.model is None or not demand.needs_slot else full_name(demand.model)
-        accounts: list[NodeAccount] = []
-        for account in among:
+        selected: list[NodeAccount] = []
+        for account in accounts:
             if not account.is_up or not suits_demand(account, demand):
                 continue
             if account.is_suspect:  # seldom
@@ -68,8 +68,8 @@ class NodeChoice:
                 if model is not None and account.is_broken_for(model, now, despite_doubt=despite_breaker):
                     continue
             if not exclude or account.name not in exclude:
-                accounts.append(account)
-        return accounts
+                selected.append(account)
+        return selected
 
     def nodes_to_compare(
         self, demand: Demand, work: Work, now: float, *, exclude: Collection[str], is_new: bool = False

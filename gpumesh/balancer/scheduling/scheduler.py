@@ -66,12 +66,7 @@ class Scheduler:
     The class is long because it is the interface to all that happens to requests: each event is one short method."""
 
     def __init__(
-        self,
-        policy: PolicyKind,
-        *,
-        rng: Random,
-        max_queue: int,
-        pinned: frozenset[str] = frozenset(),
+        self, policy: PolicyKind, *, rng: Random, max_queue: int, pinned: frozenset[str] = frozenset()
     ) -> None:
         self.accounts: dict[str, NodeAccount] = {}  # by the name of the node
         self.experience = Experience()
@@ -364,8 +359,8 @@ class Scheduler:
         if no request would take it."""
         if not account.is_usable(now):
             return None
-        among = [group for group in self.groups() if can_serve(account, group, now)]
-        groups = [group for group in among if not self._refused_loads.holds_for(group, account, now)]
+        servable_groups = [group for group in self.groups() if can_serve(account, group, now)]
+        groups = [group for group in servable_groups if not self._refused_loads.holds_for(group, account, now)]
         while groups:
             next_request = self._look_ahead.find_next(account, groups, now)
             if next_request is None:
@@ -373,11 +368,11 @@ class Scheduler:
             entry, work = next_request
             waiting = entry.payload
             waited_s = 0.0 if waiting.offered_at is None else now - waiting.offered_at
-            own_work = 0.0 if waiting.exclude else entry.work  # otherwise it is in another group
+            own_work = 0.0 if waiting.exclude else entry.work  # after a failure, a request is in another group
             question = self._question((), waiting.demand, work, now, waited_s=waited_s, own_work=own_work)
             choice, compared_accounts = self.choice.accept(account, question, waiting.exclude)
             if choice.chosen is not None:
-                self.queue.take(entry, among)
+                self.queue.take(entry, servable_groups)
                 placement = self._place(choice.chosen, choice.considered, waiting.demand, work, now)
                 self.slow_nodes.record_choice(choice.chosen.node, compared_accounts, now)
                 placement.placed.is_charged = True

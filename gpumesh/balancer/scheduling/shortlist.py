@@ -236,8 +236,7 @@ class NodeTable:
         return iter(()) if nodes is None else nodes.shuffled(rng)
 
     def draw_fastest(self, tier: int, rng: Random) -> Iterator[NodeAccount]:
-        """Yields the warm nodes with a free slot: a few of each class of pace, the fastest class first; then the
-        others."""
+        """Yields the warm nodes with a free slot: a few of each class of pace, the fastest first; then the others."""
         paces = sorted(place[2] for place in self._bags if place[0] == tier and place[1] is Bag.WARM_FREE)
         remaining: list[Iterator[NodeAccount]] = []
         for pace in paces:
