@@ -136,7 +136,8 @@ def is_strict_object(data: bytes) -> bool:
 
 
 def _refuse_constant(text: str) -> None:
-    """Raises ValueError. ``text`` is ``NaN``, ``Infinity`` or ``-Infinity``, which strict JSON does not have."""
+    """Refuses a constant that strict JSON does not have: raises ValueError. ``text`` is ``NaN``, ``Infinity`` or
+    ``-Infinity``."""
     raise ValueError(f"{text} is no JSON")
 
 

@@ -21,7 +21,7 @@ Format: TypeAlias = str | Mapping[str, Any] | type[Any]
 
 @dataclass(frozen=True, slots=True)
 class Steering:
-    """Where and how soon a request is answered."""
+    """Where and how soon a request is answered: the values of the gateway's request headers."""
 
     priority: Priority = Priority.NORMAL
     node: str | None = None
@@ -30,7 +30,7 @@ class Steering:
     resume: bool = True
 
     def headers(self) -> dict[str, str]:
-        """The headers of the gateway that say this."""
+        """The gateway's request headers with these values."""
         headers = {"X-GPUMesh-Priority": self.priority.value}
         if self.node is not None:
             headers["X-GPUMesh-Node"] = self.node
@@ -65,7 +65,8 @@ def read_steering(
     timeout: object = None,
     resume: object = True,
 ) -> Steering:
-    """Raises TypeError and ValueError."""
+    """Checks the arguments that say where and how soon a request is answered. ``timeout`` is in seconds. Raises
+    TypeError and ValueError."""
     try:
         checked_priority = Priority(priority)  # type: ignore[arg-type]  # raises ValueError for all that is no text
     except ValueError:
@@ -95,7 +96,7 @@ def _read_header(name: str, value: object) -> str | None:
 
 
 def read_text(name: str, value: object) -> str:
-    """Raises TypeError for anything but a text."""
+    """Returns the value if it is a text; otherwise raises TypeError with the argument's ``name``."""
     if not isinstance(value, str):
         raise TypeError(f"{name} is a text, not {type(value).__name__}")
     return value

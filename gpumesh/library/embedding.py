@@ -33,7 +33,8 @@ class _Answer(msgspec.Struct):
 async def embed_texts(
     link: GatewayLink, route: Route, texts: str | list[str], options: Mapping[str, Any], steering: Steering
 ) -> Embeddings:
-    """Raises GPUMeshError; BackendStatus for an answer without a vector for each text."""
+    """Sends the texts to a node, and returns a vector for each. Raises GPUMeshError: BackendStatus if the
+    answer has not one vector for each text."""
     body: dict[str, Any] = {"model": route.model, "input": texts}
     if route.is_native and options:
         body["options"] = dict(options)

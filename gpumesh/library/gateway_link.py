@@ -93,7 +93,7 @@ class GatewayLink:
 
 @contextmanager
 def translated_stream_errors(node: str | None) -> Generator[None]:
-    """Raises StreamCut for an answer whose connection ends too early."""
+    """Translates the errors of the block: raises StreamCut for an answer whose connection ends too early."""
     try:
         yield
     except httpx.HTTPError as error:
@@ -102,7 +102,7 @@ def translated_stream_errors(node: str | None) -> Generator[None]:
 
 @contextmanager
 def _translated_errors() -> Generator[None]:
-    """Raises MeshNotRunning if the gateway cannot be reached."""
+    """Translates the errors of the block: raises MeshNotRunning if the gateway cannot be reached."""
     try:
         yield
     except httpx.HTTPError as error:

@@ -199,5 +199,5 @@ def create_reader(*, stream: bool, is_native: bool) -> AnswerReader:
 
 
 def _dump(body: Mapping[str, Any]) -> bytes:
-    """Raises TypeError and ValueError for a value that JSON does not have."""
+    """The body as JSON. Raises TypeError and ValueError for a value that JSON does not have."""
     return json.dumps(body, allow_nan=False).encode()

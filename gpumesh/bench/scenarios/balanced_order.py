@@ -1,9 +1,9 @@
-"""Orders in which several things are measured in turn, so that no order favours one of them. Pure.
+"""Orders in which several items (such as routes) are measured in turn, so that no order favours one of them. Pure.
 
-A Williams square has each thing once in each row and equally often in each position, and each thing follows each other
-one equally often: so what one leaves behind (a warm cache, a busy connection) meets all others alike. (Williams,
+A Williams square has each item once in each row and equally often in each position, and each item follows each other
+item equally often: so what an item leaves behind (a warm cache, a busy connection) meets all others alike. (Williams,
 "Experimental designs balanced for the estimation of residual effects of treatments", Australian Journal of Scientific
-Research 2, 1949.) Which thing takes which place in the square, and the order of its rows, are drawn at random.
+Research 2, 1949.) Which item takes which place in the square, and the order of its rows, are drawn at random.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def balanced_rounds(things: Sequence[T], rounds: int, rng: Random) -> Iterator[tuple[T, ...]]:
-    """Yields so many rounds, each with all things in another order. A new square begins when one is used up."""
-    left = rounds if things else 0
+def balanced_rounds(items: Sequence[T], rounds: int, rng: Random) -> Iterator[tuple[T, ...]]:
+    """Yields ``rounds`` rounds, each with all items in another order. The orders are the rows of a Williams square, and
+    of further squares if one has too few rows."""
+    left = rounds if items else 0
     while left > 0:
-        labels = rng.sample(things, len(things))
-        rows = williams_square(len(things))
+        labels = rng.sample(items, len(items))
+        rows = williams_square(len(items))
         rng.shuffle(rows)
         for row in rows[:left]:
             yield tuple(labels[number] for number in row)

@@ -235,7 +235,7 @@ class UiPage:
         return json_response(json.dumps({"request": number, "done": "cancel"}).encode())
 
     def _require_writable(self) -> None:
-        """Raises BadRequest if no key is set."""
+        """Refuses a change of the mesh by the page if the gateway has no key: raises BadRequest."""
         if not self.writable:
             raise BadRequest(
                 "read-only: set gateway.api_key_env in mesh.yaml to allow changes with its key", status=403

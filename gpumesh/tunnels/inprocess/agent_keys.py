@@ -17,7 +17,7 @@ class _Agent(paramiko.agent.AgentSSH):
     another program, which is no agent, listens there."""
 
     def __init__(self, path: Path) -> None:
-        """Raises OSError, SSHException, or ValueError for an answer that makes no sense."""
+        """Connects to the agent. Raises OSError, SSHException, or ValueError for an answer that makes no sense."""
         super().__init__()
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:

@@ -71,15 +71,17 @@ class Opening:
     """One attempt to open a connection. The caller calls ``run`` or ``fetch_host_key``, and only once."""
 
     def __init__(self, setup: ConnectRequest, deadline: Deadline, ask: AskPerson | None) -> None:
-        """Raises ``SecretMissing``."""
+        """``deadline``: for the whole opening. ``ask`` asks a person for a password; ``None``: nobody is there. Raises
+        ``SecretMissing``."""
         self._setup = setup
         self._credentials = credentials_from_setup(setup)
         self._deadline = deadline
         self._ask_person = ask
         self._transports: list[paramiko.Transport] = []  # one for each hop, the nearest first
         self._shell_tests: list[paramiko.Channel | None] = []  # of all hosts so far; kept because they must stay open
+        # The way to the last host: a socket, or a channel through the host before it.
         self._last_socket: socket.socket | paramiko.Channel | None = None
-        self._given_up = False  # the opening must end, whatever it does
+        self._given_up = False  # ``give_up`` was called: the opening must not go on
 
     def __repr__(self) -> str:
         state = "GIVEN UP" if self._given_up else "OPENING"
