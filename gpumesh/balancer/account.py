@@ -316,7 +316,7 @@ class NodeAccount:
         self.placed.add(placed)
         self.placed_by_model[model] = self.placed_by_model.get(model, 0) + 1
         if self.learns_limit and self.max_parallel is None:  # ``_counts_by_model``
-            placed.sent = self.learned_slots.send(model, now)
+            placed.sent = self.learned_slots.note_sent(model, now)
         if placed.demand.is_whole_text:  # nobody sees when its prompt is read: it counts as a stream from the beginning
             placed.stream_sum, placed.busy_sum = self.activity.begin_stream(now)
             self._decode_ends_sum += placed.ends_at
@@ -341,7 +341,7 @@ class NodeAccount:
         self._decode_ends_sum += placed.ends_at
         placed.stream_sum, placed.busy_sum = self.activity.begin_stream(now)
         if placed.sent is not None:
-            self.learned_slots.begin(placed.sent, now)
+            self.learned_slots.note_first_token(placed.sent, now)
         if placed.key is not None:
             self.residency.note_answer(placed.key, now)
 
@@ -354,9 +354,9 @@ class NodeAccount:
         self.group.events += 1
         if placed.sent is not None and counters is not None:
             waited_ms, total_ms, load_ms = counters.waited_ms, counters.total_ms, counters.load_ms
-            self.learned_slots.end(placed.sent, now, waited_ms=waited_ms, total_ms=total_ms, load_ms=load_ms)
+            self.learned_slots.note_answer(placed.sent, now, waited_ms=waited_ms, total_ms=total_ms, load_ms=load_ms)
         elif placed.sent is not None:
-            self.learned_slots.cancel(placed.sent, now)
+            self.learned_slots.note_unfinished(placed.sent, now)
         model = placed.model or ""
         self.placed.discard(placed)
         remaining_count = self.placed_by_model.get(model, 1) - 1

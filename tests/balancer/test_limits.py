@@ -57,7 +57,7 @@ class Server:
         while True:
             while left and self.node.in_flight(MODEL) < self.node.max_in_flight(MODEL, self.now):
                 left -= 1
-                inside.append((self.node.send(MODEL, self.now), self.now))
+                inside.append((self.node.note_sent(MODEL, self.now), self.now))
                 self.most_in_flight = max(self.most_in_flight, self.node.in_flight(MODEL))
             if self.answered > len(self.in_flight_after):
                 self.in_flight_after.append(self.node.in_flight(MODEL))
@@ -73,7 +73,7 @@ class Server:
             self.now, _, kind, sent, sent_at, waited_s = heapq.heappop(events)
             if kind == "first token":
                 if self.streams:
-                    self.node.begin(sent, self.now)
+                    self.node.note_first_token(sent, self.now)
                 duration_s = self.decode_s * (self.jitter.uniform(0.1, 2.0) if self.jitter else 1.0)
                 number += 1
                 heapq.heappush(events, (self.now + duration_s, number, "end", sent, sent_at, waited_s))
@@ -82,7 +82,7 @@ class Server:
             self.answered += 1
             total_ms = (self.now - sent_at) * 1000.0 if self.tells else None
             waited_ms = waited_s * 1000.0 if self.tells else None
-            self.node.end(sent, self.now, waited_ms=waited_ms, total_ms=total_ms, load_ms=None)
+            self.node.note_answer(sent, self.now, waited_ms=waited_ms, total_ms=total_ms, load_ms=None)
 
 
 def learn(
@@ -211,12 +211,12 @@ def test_the_time_of_a_load_is_no_waiting() -> None:
 def test_streams_after_a_load_show_how_many_run_together() -> None:
     """The requests are held until the model is in memory. Then their answers run at the same time."""
     node, now = NodeSlots(), 0.0
-    first = [node.send(MODEL, now) for _ in range(node.max_in_flight(MODEL, now))]
+    first = [node.note_sent(MODEL, now) for _ in range(node.max_in_flight(MODEL, now))]
     for request in first:
-        node.begin(request, 4.1)
+        node.note_first_token(request, 4.1)
     assert node.max_in_flight(MODEL, 4.1) == 4
     for request in first:
-        node.end(request, 5.1, waited_ms=0.0, total_ms=5100.0, load_ms=4000.0)
+        node.note_answer(request, 5.1, waited_ms=0.0, total_ms=5100.0, load_ms=4000.0)
     assert (node.limit(MODEL).proven, node.limit(MODEL).has_been_full) == (2, False)
 
 
@@ -224,9 +224,9 @@ def test_answers_in_one_piece_without_durations_are_no_trials() -> None:
     node = NodeSlots()
     for now in (0.0, 10.0, 20.0):
         assert node.max_in_flight(MODEL, now) == 2
-        for request in [node.send(MODEL, now), node.send(MODEL, now)]:
-            node.begin(request, now + 5.0)  # all of the answer comes at its end
-            node.end(request, now + 5.001, waited_ms=None, total_ms=None, load_ms=None)
+        for request in [node.note_sent(MODEL, now), node.note_sent(MODEL, now)]:
+            node.note_first_token(request, now + 5.0)  # all of the answer comes at its end
+            node.note_answer(request, now + 5.001, waited_ms=None, total_ms=None, load_ms=None)
             assert node.limit(MODEL).proven == 1
 
 
@@ -320,12 +320,12 @@ def test_any_signs_keep_the_limit_within_its_bounds(signs: list[tuple[str, int, 
 
 def learned_slots() -> NodeSlots:
     node = NodeSlots()
-    for request in [node.send("chat:latest", 0.0) for _ in range(4)]:
-        node.begin(request, 0.1)
-    first = node.send("embed:latest", 0.0)
-    second = node.send("embed:latest", 0.0)
-    node.end(first, 1.0, waited_ms=0.0, total_ms=1000.0, load_ms=None)
-    node.end(second, 2.0, waited_ms=1000.0, total_ms=2000.0, load_ms=None)
+    for request in [node.note_sent("chat:latest", 0.0) for _ in range(4)]:
+        node.note_first_token(request, 0.1)
+    first = node.note_sent("embed:latest", 0.0)
+    second = node.note_sent("embed:latest", 0.0)
+    node.note_answer(first, 1.0, waited_ms=0.0, total_ms=1000.0, load_ms=None)
+    node.note_answer(second, 2.0, waited_ms=1000.0, total_ms=2000.0, load_ms=None)
     return node
 
 
@@ -342,38 +342,38 @@ def test_models_have_limits_of_their_own() -> None:
 
 def test_a_cancelled_trial_is_repeated() -> None:
     node = NodeSlots()
-    node.send("m:latest", 0.0)
-    trial = node.send("m:latest", 0.0)
+    node.note_sent("m:latest", 0.0)
+    trial = node.note_sent("m:latest", 0.0)
     assert node.max_in_flight("m:latest", 1.0) == 1
-    node.cancel(trial, 1.0)
+    node.note_unfinished(trial, 1.0)
     assert (node.in_flight("m:latest"), node.max_in_flight("m:latest", 1.0)) == (1, 2)
 
 
 def test_an_end_that_is_seen_late_proves_nothing() -> None:
     """The answer had ended inside the server before the next request came there, or before the next answer began."""
     node = NodeSlots()
-    first, second = node.send("m:latest", 0.0), node.send("m:latest", 5.0)
-    node.end(first, 5.05, waited_ms=0.0, total_ms=5000.0, load_ms=None)
-    node.end(second, 9.0, waited_ms=0.0, total_ms=4000.0, load_ms=None)
+    first, second = node.note_sent("m:latest", 0.0), node.note_sent("m:latest", 5.0)
+    node.note_answer(first, 5.05, waited_ms=0.0, total_ms=5000.0, load_ms=None)
+    node.note_answer(second, 9.0, waited_ms=0.0, total_ms=4000.0, load_ms=None)
     assert node.limit("m:latest").proven == 1
-    first, second = node.send("n:latest", 0.0), node.send("n:latest", 0.0)
-    node.begin(first, 0.1)
-    node.begin(second, 5.0)
+    first, second = node.note_sent("n:latest", 0.0), node.note_sent("n:latest", 0.0)
+    node.note_first_token(first, 0.1)
+    node.note_first_token(second, 5.0)
     assert node.limit("n:latest").proven == 2
-    node.end(first, 5.01, waited_ms=0.0, total_ms=5000.0, load_ms=None)
+    node.note_answer(first, 5.01, waited_ms=0.0, total_ms=5000.0, load_ms=None)
     assert node.limit("n:latest").proven == 1
 
 
 def test_the_models_of_a_node_are_bounded() -> None:
     node = NodeSlots()
-    running = node.send("running:latest", 0.0)
+    running = node.note_sent("running:latest", 0.0)
     for number in range(MAX_MODELS + 5):
-        for request in [node.send(f"{number}:latest", 0.0), node.send(f"{number}:latest", 0.0)]:
-            node.begin(request, 1.0)
-            node.end(request, 2.0, waited_ms=0.0, total_ms=2000.0, load_ms=None)
+        for request in [node.note_sent(f"{number}:latest", 0.0), node.note_sent(f"{number}:latest", 0.0)]:
+            node.note_first_token(request, 1.0)
+            node.note_answer(request, 2.0, waited_ms=0.0, total_ms=2000.0, load_ms=None)
     assert node.limit("0:latest").proven == 1
     assert node.limit(f"{MAX_MODELS + 4}:latest").proven == 2
-    node.cancel(running, 3.0)
+    node.note_unfinished(running, 3.0)
 
 
 def test_limits_survive_being_stored() -> None:
@@ -387,14 +387,14 @@ def test_limits_survive_being_stored() -> None:
 def test_a_model_whose_name_is_too_long_is_not_stored() -> None:
     node = NodeSlots()
     for model in ("m" * 500, ""):
-        for request in [node.send(model, 0.0), node.send(model, 0.0)]:
-            node.begin(request, 0.1)
+        for request in [node.note_sent(model, 0.0), node.note_sent(model, 0.0)]:
+            node.note_first_token(request, 0.1)
     assert node.as_dict() == {"": {"proven": 2, "search": "doubling"}}
 
 
 def test_a_stored_limit_does_not_replace_what_was_seen_since() -> None:
     node = NodeSlots()
-    node.send("chat:latest", 1000.0)
+    node.note_sent("chat:latest", 1000.0)
     node.restore(learned_slots().as_dict(), now=1000.0)
     assert node.limit("chat:latest").proven == 1
     assert node.in_flight("chat:latest") == 1

@@ -57,11 +57,11 @@ class FarServer:
                 self._start()
                 self._push(self._after_way(), "end seen", request, self.now - arrived_at, waited_s)
             elif kind == "first token seen":
-                self.node.begin(request, self.now)
+                self.node.note_first_token(request, self.now)
                 self._send()
             else:
                 total_ms, waited_ms = arrived_at * 1000.0, waited_s * 1000.0 + 2.0
-                self.node.end(request, self.now, waited_ms=waited_ms, total_ms=total_ms, load_ms=20.0)
+                self.node.note_answer(request, self.now, waited_ms=waited_ms, total_ms=total_ms, load_ms=20.0)
                 self._send()
         return sum(waited_s > NOTICED_WAIT_S for waited_s in self.waits)
 
@@ -69,7 +69,7 @@ class FarServer:
         """Sends queued requests, as many as the limit allows."""
         while self._queued and self.node.in_flight(MODEL) < self.node.max_in_flight(MODEL, self.now):
             self._queued -= 1
-            self._push(self._after_way(), "arrived", self.node.send(MODEL, self.now))
+            self._push(self._after_way(), "arrived", self.node.note_sent(MODEL, self.now))
 
     def _start(self) -> None:
         """Gives free slots to the requests inside, first come first served."""

@@ -30,11 +30,11 @@ class FakeNode:
 def serve(node: FakeNode, token_s: float = 0.01, model: str = MODEL) -> None:
     """The node answers four streams at the same time."""
     node.rates.learn(model, tokens=100, eval_s=100 * token_s, unread_tokens=1000, prompt_s=0.5, load_s=4.0)
-    requests = [node.learned_slots.send(model, 0.0) for _ in range(4)]
+    requests = [node.learned_slots.note_sent(model, 0.0) for _ in range(4)]
     for request in requests:
-        node.learned_slots.begin(request, 0.1)
+        node.learned_slots.note_first_token(request, 0.1)
     for request in requests:
-        node.learned_slots.end(request, 2.0, waited_ms=0.0, total_ms=2000.0, load_ms=0.0)
+        node.learned_slots.note_answer(request, 2.0, waited_ms=0.0, total_ms=2000.0, load_ms=0.0)
 
 
 def learned_node(key: str | None = FakeNode.host_key, token_s: float = 0.01) -> FakeNode:

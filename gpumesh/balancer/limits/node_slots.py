@@ -91,7 +91,8 @@ _StoredLimits = dict[Annotated[str, msgspec.Meta(max_length=MAX_NAME_CHARS)], _S
 class NodeSlots:
     """Follows the requests in flight on one node, by the model's full name, and learns each model's limit.
 
-    Each request is sent once and ends once, by ``end`` or ``cancel``. ``now`` is in seconds of the caller's clock.
+    Each request is sent once and ends once: by ``note_answer`` or ``note_unfinished``. ``now`` is in seconds of the
+    caller's clock.
     """
 
     def __init__(self) -> None:
@@ -132,7 +133,7 @@ class NodeSlots:
             return limit.proven
         return limit.max_in_flight(now)
 
-    def send(self, model: str, now: float) -> SentRequest:
+    def note_sent(self, model: str, now: float) -> SentRequest:
         """Counts a request that is sent now, also if no slot is free: the caller decides whether to send it."""
         slots = self._models.get(model)
         if slots is None:
@@ -149,17 +150,17 @@ class NodeSlots:
         slots.limit = on_sent(slots.limit, in_flight=slots.in_flight, now=now)
         return request
 
-    def begin(self, request: SentRequest, now: float) -> None:
+    def note_first_token(self, request: SentRequest, now: float) -> None:
         """Notes that an answer has begun: its first token has come. For an answer in one piece this may be left
         out."""
         slots = self._models[request.model]
         request.first_token_at = now
         slots.streaming += 1
         limit = on_first_token(slots.limit, streaming=slots.streaming)
-        if limit is not slots.limit:
+        if limit is not slots.limit:  # ``_remove`` may have to take this back
             slots.grown_at, slots.proven_before, slots.limit = now, slots.limit.proven, limit
 
-    def end(
+    def note_answer(
         self,
         request: SentRequest,
         now: float,
@@ -188,7 +189,7 @@ class NodeSlots:
             now=now,
         )
 
-    def cancel(self, request: SentRequest, now: float) -> None:
+    def note_unfinished(self, request: SentRequest, now: float) -> None:
         """Notes that a request has ended without a complete answer: its client has gone, or it failed."""
         slots = self._remove(request, now)
         slots.limit = return_trials(slots.limit, concurrent=request.concurrent)

@@ -26,7 +26,7 @@ class TunnelLink:
         self.reported = TunnelState(transport="direct" if spec.ssh is None else spec.ssh.transport.value)
         self.is_up = False
         self.connection_count = 0
-        self.away_since: float | None = None
+        self.away_since: float | None = None  # when the tunnel was lost
         self.commands: HostCommands | None = None
         self._clock = clock
         self._targets = spec.backend.targets
