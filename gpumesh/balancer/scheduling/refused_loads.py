@@ -44,18 +44,19 @@ class RefusedLoads:
     def __init__(self, accounts: Sized) -> None:
         self._accounts = accounts
         self._refusals: dict[Group, _Refusal] = {}
-        self._patience_ended_at: dict[Group, float] = {}
+        self._patience_ended_at: dict[Group, float] = {}  # when the patience of a request of the group was over
 
     def __repr__(self) -> str:
         return f"<RefusedLoads of {len(self._refusals)} groups>"
 
     def note_answer(self, group: Group, account: NodeAccount, choice: Choice, now: float) -> None:
-        """A request of the group was asked whether it takes a free slot of this node, and takes none."""
+        """Notes the answer of a request of the group: it was asked whether it takes a free slot of this node, and takes
+        no slot."""
         if group.residency is None or choice.patience_s is None or choice.patience_s <= MAX_REFUSED_S:
             return
         if self._patience_ended_at.get(group) == now:
             return
-        if any(_is_free_with_load(found, account.name) for found in choice.considered):
+        if any(_is_free_with_load(forecast, account.name) for forecast in choice.considered):
             load_s = account.rates.load_s(group.residency.model)
             is_busy, pushes_out = bool(account.placed), bool(account.residency.loaded)
             if len(self._refusals) >= MAX_GROUPS:
@@ -71,8 +72,8 @@ class RefusedLoads:
         self._patience_ended_at[group] = now
 
     def holds_for(self, group: Group, account: NodeAccount, now: float) -> bool:
-        """Whether the group has just refused a load that was no worse than the one which this node would need for
-        it."""
+        """Whether the group need not be asked for a slot of this node, because it has just refused a load on a node
+        that was no worse for it."""
         refusal = self._refusals.get(group)
         if refusal is None or group.residency is None:
             return False
@@ -81,13 +82,12 @@ class RefusedLoads:
             return False
         if account.residency.is_resident(group.residency):
             return False
-        is_no_better = account.rates.load_s(group.residency.model) >= refusal.load_s
-        return (
-            is_no_better
-            and (bool(account.residency.loaded) or not refusal.pushes_out)
-            and (bool(account.placed) or not refusal.is_busy)
-        )
+        # This node may be better if its load takes less time, if it pushes out no model, or if it delays no request.
+        loads_faster = account.rates.load_s(group.residency.model) < refusal.load_s
+        pushes_out_less = refusal.pushes_out and not account.residency.loaded
+        is_less_busy = refusal.is_busy and not account.placed
+        return not (loads_faster or pushes_out_less or is_less_busy)
 
 
-def _is_free_with_load(found: Forecast, node: str) -> bool:
-    return found.node == node and found.is_free and found.load_s > 0.0
+def _is_free_with_load(forecast: Forecast, node: str) -> bool:
+    return forecast.node == node and forecast.is_free and forecast.load_s > 0.0

@@ -37,8 +37,8 @@ class SharedGpu:
         "_share",
         "_speed",
         "_stall",
-        "_virtual",
         "_virtual_at",
+        "_virtual_s",
         "_waiting_prefills",
         "decoded_s",
         "factor",
@@ -51,8 +51,8 @@ class SharedGpu:
         self._stall = prefill_stall
         self._lanes = prefill_lanes
         self.factor = 1.0  # multiplies all times: a fault makes the GPU slower
-        self._virtual = 0.0
-        self._virtual_at = 0.0  # the time at which ``_virtual`` was computed
+        self._virtual_s = 0.0  # the virtual time of all streams: see the module
+        self._virtual_at = 0.0  # the time at which ``_virtual_s`` was computed
         self._speed = 0.0  # virtual seconds per second
         self._sequence = 0  # orders equal times: attempts cannot be compared
         self._decoding: list[tuple[float, int, Attempt]] = []  # a heap by the virtual time of the end
@@ -91,7 +91,7 @@ class SharedGpu:
         self._move(now)
         prefills, decoding = self._prefills, self._decoding
         read = self._finish_prefills(now) if prefills and prefills[0][0] <= now + ROUNDING_S else ()
-        answered = self._finish_answers() if decoding and decoding[0][0] <= self._virtual + ROUNDING_S else ()
+        answered = self._finish_answers() if decoding and decoding[0][0] <= self._virtual_s + ROUNDING_S else ()
         self._update()
         return read, answered
 
@@ -105,15 +105,15 @@ class SharedGpu:
             self.read_s += attempt.prefill_s
             if self._waiting_prefills:
                 self._push_prefill(self._waiting_prefills.popleft(), now)
-            attempt.decode_from = self._virtual
+            attempt.decode_from = self._virtual_s
             self._sequence += 1
-            heappush(self._decoding, (self._virtual + attempt.decode_s, self._sequence, attempt))
+            heappush(self._decoding, (self._virtual_s + attempt.decode_s, self._sequence, attempt))
         return finished
 
     def _finish_answers(self) -> list[Attempt]:
         """Removes and returns the attempts whose answers are complete."""
         finished: list[Attempt] = []
-        decoding, due = self._decoding, self._virtual + ROUNDING_S
+        decoding, due = self._decoding, self._virtual_s + ROUNDING_S
         while decoding and decoding[0][0] <= due:
             attempt = heappop(decoding)[2]
             finished.append(attempt)
@@ -123,7 +123,7 @@ class SharedGpu:
     def decoded_share(self, attempt: Attempt, now: float) -> float:
         """The share of the attempt's answer (0 to 1) that is generated at ``now``."""
         self._move(now)
-        return min((self._virtual - attempt.decode_from) / attempt.decode_s, 1.0)
+        return min((self._virtual_s - attempt.decode_from) / attempt.decode_s, 1.0)
 
     def set_factor(self, factor: float, now: float) -> None:
         """Makes reading and decoding take ``factor`` times as long as without a fault."""
@@ -144,7 +144,7 @@ class SharedGpu:
 
     def _move(self, now: float) -> None:
         """Brings the virtual time to ``now``."""
-        self._virtual += (now - self._virtual_at) * self._speed
+        self._virtual_s += (now - self._virtual_at) * self._speed
         self._virtual_at = now
 
     def _update(self) -> None:
@@ -157,7 +157,7 @@ class SharedGpu:
             if prefills:
                 speed *= 1.0 - self._stall
             if speed > 0.0:
-                remaining_s = decoding[0][0] - self._virtual
+                remaining_s = decoding[0][0] - self._virtual_s
                 answer_at = self._virtual_at + remaining_s / speed if remaining_s > 0.0 else self._virtual_at
                 next_at = min(next_at, answer_at)
         self._speed = speed
@@ -172,4 +172,4 @@ class SharedGpu:
         self._move(now)
         prefills = [((at - now) / self.factor, attempt) for at, _, attempt in sorted(self._prefills)]
         prefills += [(attempt.prefill_s, attempt) for attempt in self._waiting_prefills]
-        return prefills, [(end - self._virtual, attempt) for end, _, attempt in self._decoding]
+        return prefills, [(end - self._virtual_s, attempt) for end, _, attempt in self._decoding]

@@ -268,7 +268,7 @@ class UpstreamConnection(asyncio.Protocol):
         is_sent = self._long_body is None or self._long_body.complete
         sink = self._end_exchange(exchange)
         # Bytes after the response make the connection unusable, but the response is valid.
-        has_rest = bool(self._unparsed) and self._has_unparsed
+        has_rest = bool(self._unparsed) and self._has_unparsed  # the first test alone is cheaper, and mostly false
         if self._parser.reusable and not has_rest and is_sent and self.open:
             self.state = UpstreamConnectionState.IDLE
             if self._read_state is not _READING:  # an idle connection must notice when the server closes it
