@@ -214,14 +214,14 @@ def find_usual_counters(data: bytes) -> ServerCounters | None:
     if len(data) > safe_json.SMALL_BYTES or b'"total_duration"' not in data:
         return None
     try:
-        found = _decode_figures(data)
+        figures = _decode_figures(data)
     except (ValueError, RecursionError):  # no such frame, or a figure outside of its bounds
         return None
-    load, prompt, answer = found.load_duration, found.prompt_eval_duration, found.eval_duration
+    load, prompt, answer = figures.load_duration, figures.prompt_eval_duration, figures.eval_duration
     return ServerCounters(
-        found.prompt_eval_count,
-        found.eval_count,
-        found.total_duration / NS_PER_MS,
+        figures.prompt_eval_count,
+        figures.eval_count,
+        figures.total_duration / NS_PER_MS,
         None if load is None else load / NS_PER_MS,
         None if prompt is None else prompt / NS_PER_MS,
         None if answer is None else answer / NS_PER_MS,

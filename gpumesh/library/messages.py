@@ -134,12 +134,12 @@ def _read_tool_calls(calls: object, place: str) -> tuple[ToolCall, ...]:
         raise TypeError(f"the tool_calls of {place} are a list, not {type(calls).__name__}")
     read = []
     for call in calls:
-        found = call if isinstance(call, ToolCall) else read_tool_call(call)
-        if found is None:
+        tool_call = call if isinstance(call, ToolCall) else read_tool_call(call)
+        if tool_call is None:
             raise ValueError(
                 f'{place} has a tool call that is neither a gpumesh.ToolCall nor {{"function": {{"name": …}}}}'
             )
-        read.append(found)
+        read.append(tool_call)
     return tuple(read)
 
 

@@ -242,8 +242,8 @@ def find_strings(pattern: re.Pattern[bytes], frames: bytes, count: int = 0) -> T
     The pattern begins with a key in quotation marks. A quotation mark inside of a string is escaped, so the pattern
     cannot match inside of a text.
     """
-    found = pattern.findall(frames)
-    strings = safe_json.parse(b"[" + b",".join(found) + b"]") if len(found) >= count else None
+    matches = pattern.findall(frames)
+    strings = safe_json.parse(b"[" + b",".join(matches) + b"]") if len(matches) >= count else None
     if not isinstance(strings, list):
         return None
     return TextPieces(tuple(filter(None, strings)))  # without empty strings

@@ -55,7 +55,7 @@ class AdaptivePolicy:
         """``known`` are forecasts that were made already, for the same ``queue_s``."""
         demand, work, fleet, now = question.demand, question.work, question.fleet, question.now
         if known:
-            known_of = {found.node: found for found in known}
+            known_of = {known_forecast.node: known_forecast for known_forecast in known}
             forecasts = [
                 known_of.get(account.name) or forecast(account, demand, work, fleet, queue_s, now)
                 for account in question.accounts

@@ -58,7 +58,7 @@ def explain_placement(
     """
     demand, work = placement.placed.demand, placement.placed.work
     chosen = placement.forecast
-    ranks = _describe_ranks([found.node for found in placement.considered], demand.preferred_nodes, tiers)
+    ranks = _describe_ranks([forecast.node for forecast in placement.considered], demand.preferred_nodes, tiers)
     parts = _forecast_parts(chosen, demand.residency, work.prompt_tokens, pinned)
     entry = _describe_node(chosen, parts, ranks)
     notes = "".join(f"; {note}" for note in _notes(policy, queue_s, failed_attempts))

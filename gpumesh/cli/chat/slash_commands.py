@@ -134,11 +134,11 @@ class SlashCommands:
             lines = [f"{'*' if name == self.conversation.model else ' '} {clean_line(name)}" for name in models.usable]
             self._say("\n".join(lines) or "no node that is up has a model to chat with")
             return
-        found = models.find(words)
-        if found is None:
+        model = models.find(words)
+        if model is None:
             raise models.missing_error(words)
-        self.conversation.model = found
-        self._say(f"{clean_line(found)} answers from now on")
+        self.conversation.model = model
+        self._say(f"{clean_line(model)} answers from now on")
 
     async def _node(self, words: str) -> None:
         """Changes the node that answers; without words, lists the nodes."""

@@ -107,10 +107,10 @@ async def _find_other_servers(
             if not draft.is_serving or len(asked_draft.ports) == 1:
                 return ()
             urls = mesh.tunnel(draft.name).urls
-            found = await asyncio.gather(
+            servers = await asyncio.gather(
                 *(ask(target, url) for target, url in urls.items() if target.port not in draft.ports)
             )
-            return tuple(server for server in found if server is not None)
+            return tuple(server for server in servers if server is not None)
 
         return await asyncio.gather(*(ask_all(*pair) for pair in zip(drafts, asked, strict=True)))
 

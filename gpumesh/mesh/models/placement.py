@@ -156,13 +156,13 @@ class ModelPlacement:
             self._changed.clear()
             if self._wanted:
                 await self._mesh.wait_first_report(FIRST_REPORT_TIMEOUT_S)
-            while found := find_next_load(self._wanted, [self._see(node) for node in self._mesh.fleet]):
-                await self._load(found)
+            while next_load := find_next_load(self._wanted, [self._describe_node(node) for node in self._mesh.fleet]):
+                await self._load(next_load)
             with suppress(TimeoutError):
                 async with asyncio.timeout(interval_s):
                     await self._changed.wait()
 
-    def _see(self, node: Node) -> PlacementNode:
+    def _describe_node(self, node: Node) -> PlacementNode:
         """The node as ``find_next_load`` sees it now."""
         account, now = node.account, self._clock()
         residency = account.residency
@@ -195,23 +195,23 @@ class ModelPlacement:
             tier=account.tier,
         )
 
-    async def _load(self, found: NextLoad) -> None:
+    async def _load(self, next_load: NextLoad) -> None:
         """Loads one model, and returns when it is in memory or the load has failed."""
-        node = self._mesh.fleet[found.node]
-        name_at_server = node.server_name(found.model) or found.model
+        node = self._mesh.fleet[next_load.node]
+        name_at_server = node.server_name(next_load.model) or next_load.model
         is_embedder = is_embedder_on(node.state(queued=0), name_at_server)
-        context = None if is_embedder else found.context  # requests to an embedding model ask for no context
-        key = ResidencyKey(full_name(found.model), context)
-        pushed_out = f", in place of {', '.join(found.pushed_out)}" if found.pushed_out else ""
+        context = None if is_embedder else next_load.context  # requests to an embedding model ask for no context
+        key = ResidencyKey(full_name(next_load.model), context)
+        pushed_out = f", in place of {', '.join(next_load.pushed_out)}" if next_load.pushed_out else ""
         log.info(
             "loading %s%s: mesh.yaml wants %d in memory, there are %d",
-            found.model,
+            next_load.model,
             pushed_out,
-            found.wanted,
-            found.present,
-            extra={"event": "placement", "node": found.node},
+            next_load.wanted,
+            next_load.present,
+            extra={"event": "placement", "node": next_load.node},
         )
-        store = ModelStore(found.node, over_mesh(self._mesh, found.node))
+        store = ModelStore(next_load.node, over_mesh(self._mesh, next_load.node))
         node.note_load_sent(key)
         is_loaded = False
         try:
@@ -220,7 +220,9 @@ class ModelPlacement:
             is_loaded = True
         except (GPUMeshError, TimeoutError) as error:  # the mesh works without this copy, so it goes on
             reason = "it took too long" if isinstance(error, TimeoutError) else str(error)
-            log.warning("could not load %s: %s", found.model, reason, extra={"event": "placement", "node": found.node})
-            self._failed_until[found.node, key.model] = self._clock() + RETRY_S
+            log.warning(
+                "could not load %s: %s", next_load.model, reason, extra={"event": "placement", "node": next_load.node}
+            )
+            self._failed_until[next_load.node, key.model] = self._clock() + RETRY_S
         finally:
             node.note_load_ended(key, is_loaded=is_loaded)

@@ -52,7 +52,7 @@ def route_differences(run: StageRun) -> tuple[RouteDifference, ...]:
         latency_ms = outside_server_ms(record) if server_tells else record.end_to_end_ms
         if record.route is not None and latency_ms is not None:
             times_ms[record.route][record.index // len(routes)] = latency_ms  # a round has a request for each route
-    found: list[RouteDifference] = []
+    differences: list[RouteDifference] = []
     control: PairedDifference | None = None
     for route, base in _compared_routes(routes):
         pairs = [
@@ -79,8 +79,8 @@ def route_differences(run: StageRun) -> tuple[RouteDifference, ...]:
             high_ms=difference.high,
             is_clear=is_clear,
         )
-        found.append(added)
-    return tuple(found)
+        differences.append(added)
+    return tuple(differences)
 
 
 def _compared_routes(routes: set[str]) -> Iterator[tuple[str, str]]:
