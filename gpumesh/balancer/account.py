@@ -144,7 +144,7 @@ class NodeAccount:
         """The number of requests at once that the server reports; ``None``: it reports no number."""
         self.learns_limit = False
         """Whether the number of slots is learned from the answers."""
-        self._rtt_s = 0.0
+        self._rtt_s = 0.0  # the round trip of the tunnel
         self._foreign_load = 0.0  # the share of the GPUs that other programs use, from 0 to 1
         self.slowness = 1.0
         """How many times slower the node is than it was before and than its peers are (``outliers.py``)."""

@@ -51,7 +51,7 @@ class RedisCoordination:
         self._password = password
         self._on_change = on_change
         self._clock = clock
-        self._name = secrets.token_hex(8)
+        self._name = secrets.token_hex(8)  # of this gateway among the others
         self._peers = Peers(self._name)
         self._own_loads: dict[str, int] = {}  # this gateway's requests in flight, as ``Loads``
         self._own_loads_changed = asyncio.Event()

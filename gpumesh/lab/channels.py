@@ -215,9 +215,9 @@ class ForwardedChannel(asyncio.Protocol):
         self._on_end = on_end
         self._transport: asyncio.Transport | None = None
         self._drain_task: asyncio.Task[None] | None = None  # while reading from the server is paused
-        self._finish_task: asyncio.Task[None] | None = None
-        self._client_ended = False
-        self._server_ended = False
+        self._finish_task: asyncio.Task[None] | None = None  # closes both sides when both have ended
+        self._client_ended = False  # the client sends no more bytes
+        self._server_ended = False  # the server sends no more bytes
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Begins to pass bytes: the local connection is there."""

@@ -85,7 +85,7 @@ class _Receiver:
         self._rule = rule
         self._clock = clock
         self._outbox = Outbox(rule.quiet_s)
-        self._added = Wakeup()
+        self._added = Wakeup()  # wakes ``run``
         self._is_failing = False  # the last message could not be sent
 
     def add(self, mesh: str, event: MeshEvent) -> None:

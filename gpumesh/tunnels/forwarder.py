@@ -97,7 +97,7 @@ class Forwarder:
         self._posted: deque[Callable[[], None]] = deque()  # calls for the selector's thread
         self._timers: list[_Timer] = []  # a heap: the first timer is the next to be due
         self._timer_ids = itertools.count()
-        self._listeners: list[tuple[socket.socket, Dialer]] = []
+        self._listeners: list[tuple[socket.socket, Dialer]] = []  # each with the dialer of its connections
         self._relays: set[Relay] = set()
         self._state = ForwarderState.NEW
         self._state_lock = threading.Lock()  # ``run`` and ``close`` are called in different threads

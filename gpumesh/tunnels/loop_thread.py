@@ -22,7 +22,7 @@ class LoopThread:
 
     def __init__(self, name: str) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._is_ready = threading.Event()
+        self._is_ready = threading.Event()  # set when ``_loop`` runs
         self._closing: asyncio.Event | None = None  # while a context is entered
         self._lifetime: concurrent.futures.Future[None] | None = None  # of the context
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)

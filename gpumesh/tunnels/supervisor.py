@@ -149,16 +149,16 @@ class SshTunnel:
         self._listeners = Listeners(self._targets, tunnels_spec, mesh_name=mesh_name, node=spec.name)
         self._life = Lifecycle()
         self._since: datetime | None = None  # when the present phase began
-        self._rtt_ms: float | None = None
+        self._rtt_ms: float | None = None  # ``None``: not measured on this connection
         self._host_keys: tuple[str, ...] = ()  # their fingerprints, the last time the host was reached
         self._repair_watch = RepairWatch(ssh)
         self._forbidden_targets: set[Target] = set()  # to which the present connection's host forbids forwarding
-        self._link: WorkerLink | None = None
+        self._link: WorkerLink | None = None  # ``None``: no worker runs
         self._without_session = False  # True after the host has ended a session of transport openssh
         # Decisions of the lifecycle, for the tasks that wait for them.
         self._reconnect = asyncio.Event()
         self._retry_wakeup = asyncio.Event()  # ends ``_wait_for_retry``, also when only the time of the retry changed
-        self._check_requested = asyncio.Event()
+        self._check_requested = asyncio.Event()  # lets the round trip be measured now
         self._state_changed = asyncio.Event()  # set once, at the next change; then replaced
 
     def __repr__(self) -> str:

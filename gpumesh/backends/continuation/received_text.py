@@ -73,7 +73,7 @@ class ReceivedText:
         self._unmarked: set[int] = set()  # the choices that had an empty text as their reason for the end
         self.first_frame: JsonObject | None = None
         self._last_tokens: deque[str] = deque(maxlen=MAX_REPEATED_TOKENS)
-        self._size = 0
+        self._size = 0  # about the bytes of memory that the texts take
 
     @property
     def repeats_itself(self) -> bool:

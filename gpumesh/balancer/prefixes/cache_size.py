@@ -81,7 +81,8 @@ class CacheSize:
         self._least_bytes = least_bytes
         self.sequences = self._first_sequences = DEFAULT_SLOTS * sequences_per_slot
         self._first_bytes = LEAST_BYTES
-        self._doubt = self._hits = self._unexpected_hits = 0
+        self._doubt = 0  # grows with each miss, falls with each hit
+        self._hits = self._unexpected_hits = 0
 
     def __repr__(self) -> str:
         return f"<CacheSize {self.sequences} of {self._first_sequences} sequences, {self.max_bytes} bytes>"

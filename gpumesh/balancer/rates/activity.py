@@ -42,6 +42,7 @@ class ActivityMeter:
     def __init__(self) -> None:
         self.streams = 0
         self.reading = 0
+        # Sums over time: of the streams, of the prompts that are read, and of the time in which any prompt is read.
         self._stream_seconds = 0.0
         self._read_seconds = 0.0
         self._busy_seconds = 0.0
@@ -49,9 +50,9 @@ class ActivityMeter:
         self.gpu_s = 0.0
         self.energy_j = 0.0
         self._gpus = 1
-        self._power_w = 0.0
+        self._power_w = 0.0  # of all GPUs together, as reported last
         self._read_share = 0.0  # an exponential mean, as it was at ``_share_at``
-        self._share_at = 0.0
+        self._share_at = 0.0  # when ``_read_share`` was computed last
         self._busy_at_share = 0.0  # ``_busy_seconds`` at that time
 
     def __repr__(self) -> str:

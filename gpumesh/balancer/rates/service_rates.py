@@ -99,11 +99,11 @@ class ServiceRates:
 
     def __init__(self, fallback: ServiceRates | None = None) -> None:
         self._fallback = fallback
-        self._decode: dict[str, DecodeRate] = {}
-        self._prefill: dict[str, PrefillRate] = {}
+        self._decode: dict[str, DecodeRate] = {}  # of the models that were measured on this node
+        self._prefill: dict[str, PrefillRate] = {}  # the same models
         self._load: dict[str, float] = {}  # seconds
         self._usual_shares: dict[str, float] = {}  # of a fleet: the mean of what its nodes have learned
-        self._last_decode: DecodeRate | None = None
+        self._last_decode: DecodeRate | None = None  # that of the model that was measured last
         self._last_prefill: PrefillRate | None = None
         self._last_load: float | None = None
         self._answers = 0  # how many were learned from

@@ -46,7 +46,7 @@ class OutageDisturbance:
         self._nodes = nodes
         self._clock = clock
         self._outage = plan_outage(plan, state, nodes, embedded=target.embedded)
-        self._hold = AsyncExitStack()
+        self._hold = AsyncExitStack()  # keeps the node out of service while it is open
         self.times: OutageTimes | None = None
 
     @property

@@ -151,7 +151,7 @@ class _PooledCache:
         self._tokens = sum(node.cache_tokens + node.lost_tokens for node in nodes)
         self._prompts: OrderedDict[int, tuple[int, ...]] = OrderedDict()  # in the slots, by the id of the last block
         self._holders: dict[int, int] = {}  # by the id of a block: how many of these prompts have it
-        self._shared = PrefixCache(0)
+        self._shared = PrefixCache(0)  # the memory beside the slots
 
     def use(self, request: SimulatedRequest) -> int:
         """Returns the tokens of the prompt that are in the cache, and puts the prompt into the cache. The prompt must

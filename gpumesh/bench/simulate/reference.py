@@ -78,6 +78,7 @@ class ReferenceDecisions:
     def __init__(self, servers: Sequence[SimulatedServer]) -> None:
         self._servers = {server.spec.name: server for server in servers}
         self._sent = dict.fromkeys(self._servers, 0)  # the jobs that were sent to each node
+        # Jobs on their way, with their times of arrival.
         self._in_transit: dict[str, deque[tuple[float, Job]]] = {name: deque() for name in self._servers}
         self._demand: dict[str, _Demand] = {}  # by the full name of the model
         self._sums_without_job: dict[str, tuple[tuple[int, int], float]] = {}  # the cache of ``_sum_without_job``

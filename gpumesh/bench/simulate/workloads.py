@@ -90,7 +90,7 @@ class _Draws:
     def __init__(self, workload: Workload, rng: Random) -> None:
         self._workload = workload
         self._rng = rng
-        self._number = workload.batch
+        self._number = workload.batch  # of the next request
         self._client_shares = [1.0 / rank for rank in range(1, workload.clients + 1)]
         self._client_names = [f"client{rank}" for rank in range(1, workload.clients + 1)]
 

@@ -43,7 +43,7 @@ class AnswerPrinter:
         self._session = session
         self._is_plain = is_plain
         self._began = time.perf_counter()
-        self._is_waiting_shown = False
+        self._is_waiting_shown = False  # a line says that the answer is awaited
         self._text_painter = AnswerPainter(terminal_columns, get_cwidth, is_plain=is_plain)
         self._thinking_painter: AnswerPainter | None = None  # while the model thinks
 

@@ -62,9 +62,9 @@ class Reloader:
         self._access_log = access_log
         self._on_applied = on_applied
         self._clock = clock
-        self._reloading = asyncio.Lock()
-        self._requested = asyncio.Event()
-        self._stopped = False
+        self._reloading = asyncio.Lock()  # held during a reload
+        self._requested = asyncio.Event()  # set by a request whose result goes to the log
+        self._stopped = False  # nothing is taken over any more
         self._own_report = _NO_REPORT  # of the last change that nobody has requested, with its time
         self._was_trusted = _find_distrust(path) is None
         self._bad_file: Finding | None = None  # the file cannot be used, which is not reported yet

@@ -67,7 +67,7 @@ class LocalSession:
         self._planner = planner or PoolPlanner(mesh)
         self.recorder = Recorder()
         self.on_answer_end: Callable[[Answer], None] | None = None  # gets each prompt's answer when it has ended
-        self._stopping = False
+        self._stopping = False  # no new prompts are taken
 
     def __repr__(self) -> str:
         topology = self.mesh.topology

@@ -193,7 +193,7 @@ def _open(path: Path) -> sqlite3.Connection:
     connection = _connect(path)
     try:
         connection.execute("PRAGMA journal_mode = WAL").fetchone()
-        connection.execute("PRAGMA wal_autocheckpoint = 0").fetchone()
+        connection.execute("PRAGMA wal_autocheckpoint = 0").fetchone()  # ``checkpoint`` does this, in a thread
         connection.execute(_TABLE)
     except BaseException:
         connection.close()

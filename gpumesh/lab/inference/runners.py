@@ -61,7 +61,7 @@ class Runners:
     def __init__(
         self, profile: HostProfile, *, clock: Callable[[], float], vram_mib: Callable[[ModelProfile], int]
     ) -> None:
-        self.by_name: dict[str, Runner] = {}
+        self.by_name: dict[str, Runner] = {}  # by the name of the model
         self.loads = 0
         self._profile = profile
         self._clock = clock

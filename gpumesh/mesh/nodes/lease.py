@@ -134,7 +134,7 @@ class Lease:
         self.blame = Blame.NOBODY
         self.abort_callback: Callable[[], None] | None = None
         self.can_move: Callable[[], bool] | None = None
-        self.aborted = False
+        self.aborted = False  # the tunnel has failed
         self._ledger = ledger
         self._released = False
 

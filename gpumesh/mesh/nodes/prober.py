@@ -133,11 +133,11 @@ class Prober:
         self._http = http
         self._on_report = on_report
         self._rules = rules or ModelRules()
-        self._probe_requested = asyncio.Event()
+        self._probe_requested = asyncio.Event()  # ends the wait for the next probe
         self._backend_probe_lock = asyncio.Lock()  # held during a probe of the server
-        self._first_round_done = asyncio.Event()
+        self._first_round_done = asyncio.Event()  # set when the server was probed, or cannot be
         self._missed_backend_probes = 0  # in a row
-        self._is_known_to_run_no_commands = False
+        self._is_known_to_run_no_commands = False  # so that this is logged once
         self.asked_at = clock()
         """When the server was asked for the report that was recorded last."""
 

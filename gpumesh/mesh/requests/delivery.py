@@ -83,7 +83,7 @@ class RequestDelivery:
         self._at_most_once = at_most_once
         self._try_reserve_memory = try_reserve_memory
         self._started_at = context.clock()
-        self._deadline = self._started_at + timeout_s
+        self._deadline = self._started_at + timeout_s  # on the context's clock
         # The nodes that must not get the next attempt.
         self._excluded_nodes = _NO_NODES if demand.is_known_route else self._find_lacking_nodes()
         self._failures: list[FailedAttempt] = []  # the attempts that failed, in order

@@ -76,14 +76,14 @@ class StreamingAnswer(Answer):
         self._failover = failover
         self._pauses = pauses
         self._clock = clock
-        self._continuation = opened.continuation
+        self._continuation = opened.continuation  # ``None``: the answer is passed on as it is
         self._state = StreamState.FLOWING
         self._loss = (Outcome.CUT, "")  # in the state LOST: the outcome of the node's stream, and the reason
         self._expiry_message: str | None = None  # set when the deadline has passed
         self._client: ByteSink | None = None
         self._client_error: ConnectionError | None = None  # why nothing can be written to the client
         self._reader: BufferedSink | None = None  # the client, if this answer is iterated
-        self._changed = Wakeup()
+        self._changed = Wakeup()  # wakes the request's task
         self._loop = asyncio.get_running_loop()
         self._timer = self._loop.call_later(deadline_in_s, self.expire, "the deadline passed while the answer was sent")
         self._next_count_at = 0.0  # when the tokens are counted next, by ``clock``

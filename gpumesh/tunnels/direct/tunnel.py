@@ -54,7 +54,7 @@ class DirectTunnel:
         self._this_machine = ThisMachine() if this_machine is None else this_machine
         self._loopback_targets = frozenset(target for target in self._targets if is_loopback(target.host))
         self._state = TunnelState(transport="direct")
-        self._check_requested = asyncio.Event()
+        self._check_requested = asyncio.Event()  # ends the wait for the next check
         self._state_changed = asyncio.Event()
         self._answering_targets: tuple[Target, ...] = ()  # the targets that accepted a connection in the last check
         self._was_up = False  # whether the tunnel has ever been up

@@ -94,12 +94,12 @@ class ParamikoConnection:
         self._transport = cast(Any, opened.transports[-1])  # paramiko's types lack parts that are used here
         self._loop = asyncio.get_running_loop()
         self._transport_watch: asyncio.Task[None] | None = None
-        self._ping_task: asyncio.Task[float | None] | None = None
+        self._ping_task: asyncio.Task[float | None] | None = None  # shared by calls of ``ping`` at the same time
         self._posix_shell_test = self._loop.create_task(sessions.has_posix_shell(opened.shell_test))
         self._test_ended_at = 0.0  # a time of the event loop; 0: there was no test, or it still runs
         if opened.shell_test is not None:
             self._posix_shell_test.add_done_callback(self._note_test_end)
-        self._lost: asyncio.Future[TunnelError] = self._loop.create_future()
+        self._lost: asyncio.Future[TunnelError] = self._loop.create_future()  # its result: why the connection has ended
         self._forwarder: TransportForwarder | None = None
         server, cipher = self._transport.remote_version, self._transport.remote_cipher
         self.info = ConnectionInfo(opened.rtt_ms, printable(server), printable(cipher))

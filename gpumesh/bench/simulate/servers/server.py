@@ -47,7 +47,7 @@ class SimulatedServer:
         self.runners: dict[str, Runner] = {}  # by the full name of the model
         self.pending: deque[Attempt] = deque()  # attempts that wait for a load: see ``find_waiting_for_load``
         self.running: dict[Attempt, Runner] = {}  # attempts that have a slot
-        self.loading: Runner | None = None
+        self.loading: Runner | None = None  # the runner that is being loaded
         self.load_ends_at = math.inf
         self.first_tokens: list[Attempt] = []
         self.ended: list[Ended] = []

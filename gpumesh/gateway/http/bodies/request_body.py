@@ -22,7 +22,7 @@ class RequestBody:
         self.complete = False
         self.broken = False
         self.whole = False
-        self._pieces: list[bytes] = []
+        self._pieces: list[bytes] = []  # what the handler has not taken yet
         self._changed: Wakeup | None = None  # exists once the handler has waited: most bodies come at once
 
     def __repr__(self) -> str:

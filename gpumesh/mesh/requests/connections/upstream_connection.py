@@ -128,9 +128,9 @@ class UpstreamConnection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._parser = ResponseParser()
         self._exchange: Exchange | None = None
-        self._sink: BodySink = _NO_SINK
+        self._sink: BodySink = _NO_SINK  # gets the body of the current response
         self._read_state = ReadState.READING
-        self._slice_bytes = SLICE_BYTES
+        self._slice_bytes = SLICE_BYTES  # fewer for a sink that inspects frames
         self._unparsed = b""  # bytes that were read, but could not be parsed at once
         self._parsed_bytes = 0  # how many bytes at the start of ``_unparsed`` have been parsed already
 
