@@ -1,12 +1,14 @@
-"""How many MB/s one connection carries through a tunnel: forward and reverse, both transports, over a real sshd.
+"""How many MB/s one connection carries through a tunnel, and its round trip: forward and reverse, both transports, over
+a real sshd.
 
     python benchmarks/tunnel_bulk.py [--mib 256] [--rounds 3] [--json] [--check]
 
 ``to host`` are bytes from this machine to the host, ``from host`` the other way; they are the same work for a forward
 and a reverse forward. ``head to worker``: through a reverse forward and then a forward, as the weights of a pool go.
-Rounds are interleaved; the best of each route counts. ``--check`` exits 1 unless each reverse rate is at least 90 % of
-the forward rate of the same transport and direction. The peers run in a process of their own. Run as
-``tunnel_bulk.py serve``, this file is that process and prints its port.
+The round trip is the median of 300 messages of 64 bytes that are echoed. Rounds are interleaved; the best of each route
+counts. ``--check`` exits 1 unless each reverse rate is at least 90 % of the forward rate of the same transport and
+direction. The peers run in a process of their own. Run as ``tunnel_bulk.py serve``, this file is that process and
+prints its port.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import asyncio
 import contextlib
 import json
 import socket
+import statistics
 import sys
 import tempfile
 import threading
@@ -31,14 +34,22 @@ from gpumesh.tunnels.workers.worker_pool import WorkerPool
 from tests.tunnels.sshd import Sshd, listener, port_of_this_worker
 
 CHUNK = bytes(1 << 20)
+MESSAGE = bytes(64)
 GOAL = 0.9
 
 
 def serve_peer(connection: socket.socket) -> None:
-    """Reads ``s`` (send) or ``r`` (receive) and a number of MiB. Sends so many, or receives them and answers."""
+    """Reads ``s`` (send) or ``r`` (receive) and a number of MiB, or ``e`` (echo) and a number of messages. Sends so
+    many, receives them and answers, or echoes them."""
     with connection:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         request = read_line(connection)
         kind, mib = request[:1], int(request[1:])
+        if kind == b"e":
+            for _ in range(mib):
+                receive(connection, len(MESSAGE))
+                connection.sendall(MESSAGE)
+            return
         if kind == b"s":
             for _ in range(mib):
                 connection.sendall(CHUNK)
@@ -90,6 +101,20 @@ def measure(port: int, mib: int, *, sends: bool) -> float:
         return (mib << 20) / 1e6 / (time.perf_counter() - started_at)
 
 
+def measure_round_trip_ms(port: int, count: int = 300) -> float:
+    """The median round trip of a small message to the peer behind ``port``."""
+    times_ms = []
+    with socket.create_connection(("127.0.0.1", port), timeout=120) as connection:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connection.sendall(b"e%d\n" % count)
+        for _ in range(count):
+            started_at = time.perf_counter()
+            connection.sendall(MESSAGE)
+            receive(connection, len(MESSAGE))
+            times_ms.append((time.perf_counter() - started_at) * 1000)
+    return statistics.median(times_ms)
+
+
 @contextlib.asynccontextmanager
 async def both_ways(sshd: Sshd, pool: WorkerPool, peer: int, transport: TransportKind) -> AsyncIterator[dict[str, int]]:
     """The ports that lead to the peer: through a forward, through a reverse forward, and through both."""
@@ -120,7 +145,7 @@ async def both_ways(sshd: Sshd, pool: WorkerPool, peer: int, transport: Transpor
 
 
 async def run(mib: int, rounds: int) -> dict[str, float]:
-    """MB/s of each route, by its name."""
+    """MB/s of each route and direction, and ms of each round trip, by their names."""
     best: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
         async with (
@@ -135,6 +160,9 @@ async def run(mib: int, rounds: int) -> dict[str, float]:
             for _ in range(rounds):
                 for transport_name, ports in routes.items():
                     for route, port in ports.items():
+                        rtt_ms = await asyncio.to_thread(measure_round_trip_ms, port)
+                        name = f"{transport_name}, {route}, round trip"
+                        best[name] = min(best.get(name, rtt_ms), round(rtt_ms, 3))
                         for sends in (True, False):
                             # Through a reverse forward, this process plays the host.
                             to_host = sends is (route == "forward")
@@ -163,7 +191,7 @@ def main() -> None:
         print(json.dumps(rates, indent=2))
     else:
         for name, rate in rates.items():
-            print(f"{name:<40} {rate:>8.1f} MB/s")
+            print(f"{name:<42} {rate:>9.3f} ms" if name.endswith("round trip") else f"{name:<42} {rate:>9.1f} MB/s")
     if arguments.check:
         for transport in TransportKind:
             for direction in ("to host", "from host"):
