@@ -231,7 +231,8 @@ async def running_pool(
         port = pick_port()
         argv = [str(find_programs()[0]), "-m", str(model), "--host", "127.0.0.1", "--port", str(port)]
         argv += ["-c", str(context * streams), "-np", str(streams), "-t", "1", "-tb", "1"]
-        argv += ["--no-warmup", "--no-ui", "--metrics", "-fit", "off", "-lv", "4", *options]
+        argv += ["--no-warmup", "--no-ui", "--metrics", "-fit", "off", "-lv", "4"]
+        argv += ["--cache-ram", "0", "--kv-unified", *options]
         if relays:
             endpoints = ",".join(f"127.0.0.1:{relay.port}" for relay in relays)
             argv += ["--rpc", endpoints, "-ngl", str(worker_layers), "-sm", "layer"]

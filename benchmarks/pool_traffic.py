@@ -49,7 +49,7 @@ async def count(arguments: argparse.Namespace, folder: Path) -> None:
             steps = (GROWING - LONG) / (LONG - SHORT)
             graph = difference(difference(growing, long), difference(long, short), steps)
             show("one new graph", graph)
-            expected = estimate_new_graph(shape, layers - 1)
+            expected = estimate_new_graph(shape, layers - 1, protocol=None)
             print(f"{'  expected':30} {expected.waits:8.2f} {expected.sent_bytes:9.0f} {expected.received_bytes:9.0f}")
 
 

@@ -108,11 +108,13 @@ class PathKind(StrEnum):
 @dataclass(frozen=True, slots=True)
 class WorkerPath:
     """How the head reaches a worker. ``rtt_ms``: the round trip between the two as the data goes; ``bytes_per_s``: how
-    fast weights can be sent."""
+    fast weights can be sent. ``protocol``: the major version of RPC's protocol that the worker speaks. From 7 on, a
+    distance costs less (docs/internals/pools.md). ``None``: unknown."""
 
     kind: PathKind
     rtt_ms: float | None
     bytes_per_s: float | None = None
+    protocol: int | None = None
 
 
 # -- the plan --------------------------------------------------------------------------------------------------------

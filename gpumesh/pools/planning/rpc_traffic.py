@@ -20,18 +20,23 @@ ANSWER_BYTES = 8  # the length before an answer
 # steps needs a new graph.
 GRAPH_TOKENS = 256
 # The tensors that the graph of one layer consists of, its weights among them (a llama; others have a few more).
-GRAPH_TENSORS_PER_LAYER = 50
-# A new graph asks the worker for the memory of each attention, and of each product with experts (GET_ALLOC_SIZE): once
-# as a result, and once as a source of the next tensor.
-GRAPH_WAITS_PER_LAYER = 2
-GRAPH_WAITS_PER_EXPERT_LAYER = 2 + 3 * 2
+GRAPH_TENSORS_PER_LAYER = 75
+# Up to this version of the protocol, a new graph asks the worker for the memory of each attention, and of each product
+# with experts (GET_ALLOC_SIZE): as a result, as a source of the next tensor, and when it gets its place. Later versions
+# remember the answers.
+LAST_FORGETFUL_PROTOCOL = 6
+WAITS_PER_OPERATION = 3
+EXPERT_OPERATIONS = 3  # in a layer with experts
 
 # A prompt is read in pieces of so many tokens (llama-server's --ubatch-size).
 PROMPT_TOKENS = 512
-# A start waits for so many answers of a worker: its devices and buffers; for each layer, the memory of its attention in
-# the several graphs that are tried, and its large weights, each of which the worker may have in its cache.
-LOAD_WAITS = 20
-LOAD_WAITS_PER_LAYER = 7 + 16
+# A start waits for so many answers of a worker: on its devices and buffers, and on the memory of the operations above, in
+# each graph that is tried.
+LOAD_WAITS = 24
+LOAD_WAITS_PER_OPERATION = 15
+# A worker is asked whether it has a tensor above this size in its cache (HASH_THRESHOLD). A layer has so many of them.
+HASHED_BYTES = 10 << 20
+LARGE_TENSORS_PER_LAYER = 7
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,10 +61,11 @@ class WorkerTraffic:
 def estimate_step(shape: ModelShape, *, tokens: int, filled: float, has_output: bool) -> WorkerTraffic:
     """The traffic of one decoded step of ``tokens`` tokens (of all streams together).
 
-    ``filled``: tokens in the longest stream's context. ``has_output``: the worker computes the output too, so that the
-    probabilities of the whole vocabulary cross the network for each token, instead of the hidden state.
+    ``filled``: tokens in the contexts of all streams together (the streams share one KV cache: ``--kv-unified``).
+    ``has_output``: the worker computes the output too, so that the probabilities of the whole vocabulary cross the
+    network for each token, instead of the hidden state.
     """
-    covered = -(-max(filled, 1) // GRAPH_TOKENS) * GRAPH_TOKENS
+    covered = math.ceil(max(filled, 1) / GRAPH_TOKENS) * GRAPH_TOKENS
     hidden = 4 * shape.embedding * tokens
     mask = 2 * covered * tokens  # 16-bit numbers, with flash attention
     positions = (4 + 8 + 8) * tokens  # of the tokens, and where their keys and values go in the cache
@@ -69,18 +75,30 @@ def estimate_step(shape: ModelShape, *, tokens: int, filled: float, has_output: 
     return WorkerTraffic(1, sent, received)
 
 
-def estimate_new_graph(shape: ModelShape, layers: int) -> WorkerTraffic:
-    """The traffic when the graph of so many layers is built anew: its description goes to the worker once."""
-    waits = layers * (GRAPH_WAITS_PER_EXPERT_LAYER if shape.experts else GRAPH_WAITS_PER_LAYER)
+def estimate_new_graph(shape: ModelShape, layers: int, *, protocol: int | None) -> WorkerTraffic:
+    """The traffic when the graph of so many layers is built anew: its description goes to the worker once.
+
+    ``protocol``: the major version of RPC's protocol; ``None``: unknown, so the slower one.
+    """
+    waits = _count_operations(shape, layers, protocol) * WAITS_PER_OPERATION
     request_bytes = COMMAND_BYTES + 4 + 11 * TENSOR_BYTES  # the tensor and its ten sources
     described = layers * GRAPH_TENSORS_PER_LAYER * (TENSOR_BYTES + 8)
     return WorkerTraffic(waits, waits * request_bytes + described, waits * (ANSWER_BYTES + 8))
 
 
-def estimate_prompt(shape: ModelShape, *, tokens: int, layers: int, has_output: bool) -> WorkerTraffic:
+def _count_operations(shape: ModelShape, layers: int, protocol: int | None) -> int:
+    """The operations for whose memory the worker is asked each time."""
+    if protocol is not None and protocol > LAST_FORGETFUL_PROTOCOL:
+        return 0
+    return layers * (1 + (EXPERT_OPERATIONS if shape.experts else 0))
+
+
+def estimate_prompt(
+    shape: ModelShape, *, tokens: int, layers: int, has_output: bool, protocol: int | None
+) -> WorkerTraffic:
     """The traffic until the first token of a prompt of ``tokens`` tokens, for a worker with so many layers."""
-    steps = max(1, math.ceil(tokens / PROMPT_TOKENS))
-    traffic = estimate_new_graph(shape, layers).scale(min(steps, 2))  # the last piece is shorter than the others
+    pieces = math.ceil(tokens / PROMPT_TOKENS)  # each looks back on more tokens than the one before: a new graph
+    traffic = estimate_new_graph(shape, layers, protocol=protocol).scale(pieces)
     done = 0
     while done < tokens:
         piece = min(PROMPT_TOKENS, tokens - done)
@@ -92,7 +110,11 @@ def estimate_prompt(shape: ModelShape, *, tokens: int, layers: int, has_output: 
     return traffic
 
 
-def estimate_load(layers: int, *, weights_bytes: int, is_cached: bool) -> WorkerTraffic:
+def estimate_load(
+    shape: ModelShape, *, layers: int, weights_bytes: int, is_cached: bool, protocol: int | None
+) -> WorkerTraffic:
     """The traffic when a worker gets so many layers, until the head answers."""
-    waits = LOAD_WAITS + LOAD_WAITS_PER_LAYER * layers
+    operations = _count_operations(shape, layers, protocol)
+    hashed = min(LARGE_TENSORS_PER_LAYER * layers, weights_bytes // HASHED_BYTES)
+    waits = LOAD_WAITS + LOAD_WAITS_PER_OPERATION * operations + hashed
     return WorkerTraffic(waits, 0 if is_cached else weights_bytes, 0)

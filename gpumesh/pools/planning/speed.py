@@ -95,7 +95,13 @@ def forecast_load(
         weights = sum(share.weights_bytes for share in member.shares)
         if member.path is None or not weights:
             continue
-        traffic = estimate_load(member.layers, is_cached=member.node in cached, weights_bytes=weights)
+        traffic = estimate_load(
+            shape,
+            layers=member.layers,
+            weights_bytes=weights,
+            is_cached=member.node in cached,
+            protocol=member.path.protocol,
+        )
         if member.path.kind is not PathKind.LOCAL:
             sent_bytes += int(traffic.sent_bytes)
         way_s = _way_s(member.path, traffic, needs_rate=member.path.kind is not PathKind.LOCAL)
@@ -118,7 +124,10 @@ def forecast_prompt_way_s(shape: ModelShape, members: Sequence[MemberPlan], *, t
         if member.path is None or not member.layers:
             continue
         has_output = any(_has_output(shape, share) for share in member.shares)
-        way_s = _way_s(member.path, estimate_prompt(shape, tokens=tokens, layers=member.layers, has_output=has_output))
+        traffic = estimate_prompt(
+            shape, tokens=tokens, layers=member.layers, has_output=has_output, protocol=member.path.protocol
+        )
+        way_s = _way_s(member.path, traffic)
         if way_s is None:
             return None
         total_s += way_s
@@ -175,8 +184,10 @@ class _Pool:
             for share in member.shares:
                 if share.layers:
                     has_output = _has_output(self.shape, share)
-                    traffic = estimate_step(self.shape, tokens=tokens, filled=self.filled, has_output=has_output)
-                    traffic = traffic + estimate_new_graph(self.shape, share.layers).scale(graphs)
+                    filled = self.filled * streams
+                    traffic = estimate_step(self.shape, tokens=tokens, filled=filled, has_output=has_output)
+                    new_graph = estimate_new_graph(self.shape, share.layers, protocol=member.path.protocol)
+                    traffic = traffic + new_graph.scale(graphs)
                     way_s += _way_s(member.path, traffic) or 0.0
         return way_s
 

@@ -37,7 +37,7 @@ DRAFT_1B = replace(
     kv_elements=(2 * 512,) * 16,
     embedding=2048,
 )
-HOME = WorkerPath(PathKind.HEAD_TO_WORKER, 40.0)
+HOME = WorkerPath(PathKind.HEAD_TO_WORKER, 40.0, protocol=7)
 
 
 def gpu(name: str) -> DeviceOffer:
@@ -83,8 +83,15 @@ def test_two_cards_of_one_host_are_as_fast_as_published(card: str, measured: flo
 def test_a_distance_adds_one_round_trip_for_each_token() -> None:
     near, far = forecast(pool(None)), forecast(pool())
     assert far.compute_ms == near.compute_ms
-    assert far.round_trips_ms == pytest.approx(40 * (1 + 2 * 2 * 40 / 256), rel=0.01)
+    assert far.round_trips_ms == pytest.approx(40)
     assert far.tokens_per_s == pytest.approx(1000 / (far.compute_ms + far.round_trips_ms))
+
+
+def test_an_old_protocol_waits_for_each_layer_of_a_new_graph() -> None:
+    """Two new graphs in 256 tokens, with three waits for each of the worker's 40 layers."""
+    for protocol in (5, None):
+        far = forecast(pool(replace(HOME, protocol=protocol)))
+        assert far.round_trips_ms == pytest.approx(40 * (1 + 2 * 3 * 40 / 256))
 
 
 def test_what_is_unknown_gives_no_forecast() -> None:
