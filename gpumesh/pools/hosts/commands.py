@@ -72,10 +72,17 @@ def rpc_server_argv(member: MemberPlan, programs: HostPrograms, port: int) -> tu
     devices = ",".join(device_name(share, programs) for share in shares)
     weights = sum(share.weights_bytes for share in shares)
     argv = [path, "-H", LOOPBACK, "-p", str(port), "-d", devices]
-    if any(share.device.index is None for share in shares) and programs.cores is not None:
-        argv += ["-t", str(programs.cores)]
+    argv += _thread_arguments(shares, programs)
     needed_kib = (weights + CACHE_RESERVE_BYTES) >> 10
     return ("sh", "-c", _WORKER_SCRIPT, "gpumesh-worker", programs.rpc_folder or "/", str(needed_kib), *argv)
+
+
+def _thread_arguments(shares: Sequence[DeviceShare], programs: HostPrograms) -> list[str]:
+    """The number of threads for layers on a CPU: ggml-rpc-server would use half of the cores. More threads than cores
+    would make it a hundred times slower, because idle threads wait by spinning."""
+    if programs.cores is None or all(share.device.index is not None for share in shares):
+        return []
+    return ["-t", str(programs.cores)]
 
 
 def device_name(share: DeviceShare, programs: HostPrograms) -> str:
@@ -126,7 +133,12 @@ def llama_server_argv(
         argv += ["-ts", ",".join(map(str, layers))]
     if draft_path is not None:
         gpus = [name for name, share in devices if not name.startswith("RPC")]
-        argv += ["-md", draft_path, "-devd", gpus[0] if gpus else "none", "-ngld", "99" if gpus else "0"]
+        # Without --spec-type the draft model is loaded and not used; without -devd it takes the workers' devices, too.
+        argv += ["-md", draft_path, "--spec-type", "draft-simple"]
+        argv += ["-devd", gpus[0], "-ngld", "99"] if gpus else ["-devd", "none", "-ngld", "0"]
+        if plan.speed is not None and plan.speed.draft_length is not None:
+            argv += ["--spec-draft-n-max", str(plan.speed.draft_length)]
+    argv += _thread_arguments(used_shares(plan.head), programs)
     argv += ["--metrics", "--slots", "--offline", "-lv", "4"]
     return ("sh", "-c", _HEAD_SCRIPT, "gpumesh-head", programs.server_folder or "/", *argv)
 

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from gpumesh.errors import ExecError, PoolModelMissing
 from gpumesh.pool_spec import is_model_path
 from gpumesh.pools.base import ModelShape
-from gpumesh.pools.gguf.header import GgufError, NeedsMore, parse_header
+from gpumesh.pools.gguf.errors import GgufError
+from gpumesh.pools.gguf.header import NeedsMore, parse_header
 from gpumesh.pools.hosts.route import HostRoute
 from gpumesh.text.printable import printable
 

@@ -63,7 +63,7 @@ _FIND_SCRIPT = (
     "LD_LIBRARY_PATH=${r%/*}${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH} CUDA_DEVICE_ORDER=PCI_BUS_ID "
     '"$p" "$@" </dev/null 2>&1; }; '
     f'echo "{_MARK} home"; echo "$HOME"; '
-    f'echo "{_MARK} cores"; getconf _NPROCESSORS_ONLN 2>/dev/null; '
+    f'echo "{_MARK} cores"; nproc 2>/dev/null || getconf _NPROCESSORS_ONLN 2>/dev/null; '
     f'echo "{_MARK} memory"; cat /proc/meminfo 2>/dev/null; '
     f'echo "{_MARK} ports"; grep -h -o " [0-9A-F]*:[0-9A-F]* [0-9A-F]*:[0-9A-F]* 0A " '
     "/proc/net/tcp /proc/net/tcp6 2>/dev/null; "
