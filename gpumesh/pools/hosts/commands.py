@@ -37,7 +37,7 @@ _HEAD_SCRIPT = _ENVIRONMENT + 'shift; exec "$@"'
 _WORKER_SCRIPT = _ENVIRONMENT + (
     f"LLAMA_CACHE={CACHE_FOLDER}; export LLAMA_CACHE; u=$LLAMA_CACHE/unfinished; k=$2; shift 2; "
     'if mkdir -p "$LLAMA_CACHE/rpc" && '
-    'a=$(df -Pk "$LLAMA_CACHE" | sed -n "2s/.* \\([0-9]*\\)  *[0-9]*% .*/\\1/p") && [ "$a" -gt "$k" ]; then '
+    'a=$(df -Pk "$LLAMA_CACHE" | sed -n "2s/.* \\([0-9][0-9]*\\)  *[0-9]*% .*/\\1/p") && [ "$a" -gt "$k" ]; then '
     'if [ -e "$u" ]; then f=$(ls -t "$LLAMA_CACHE/rpc" | head -n 1); [ -z "$f" ] || rm -f "$LLAMA_CACHE/rpc/$f"; fi; '
     ': >"$u" && set -- "$@" -c; fi; exec "$@"'
 )
