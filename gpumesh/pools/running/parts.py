@@ -14,6 +14,7 @@ from typing import Protocol
 from urllib.parse import urlsplit
 
 from gpumesh.errors import GPUMeshError, PoolError, PoolFailed, PoolVersionsDiffer
+from gpumesh.event_loop.async_iterators import closing_iterator
 from gpumesh.mesh.mesh import Mesh
 from gpumesh.pools.base import MemberPlan
 from gpumesh.pools.hosts.commands import LOOPBACK, WorkerAddress, endpoints_by_node, llama_server_argv, rpc_server_argv
@@ -213,23 +214,26 @@ class HeadPart(Part):
 
     async def _follow_log(self, program: GuardedProgram, port: int) -> None:
         """Reads llama-server's log to its end, and raises why it has ended."""
-        log, lines = self.log, program.lines()
-        while True:
-            silence_s = None if log.is_ready else LOAD_SILENCE_S if log.is_loading else STARTUP_SILENCE_S
-            try:
-                async with asyncio.timeout(silence_s):
-                    line = await anext(lines, None)
-            except TimeoutError:
-                raise PoolFailed(f"llama-server on {self.node} has said nothing for {silence_s:g} s") from None
-            if line is None:
-                break
-            log.feed(line)
-            self._events.note_log_line()
-            if log.error is not None and not log.is_ready:
-                raise self._name_node(log.error)
-            if log.is_ready:
-                self._note_ready(port)
+        log = self.log
+        async with closing_iterator(program.lines()) as lines:
+            while (line := await self._next_line(lines)) is not None:
+                log.feed(line)
+                self._events.note_log_line()
+                if log.is_ready:
+                    self._note_ready(port)
+                elif log.error is not None:
+                    raise self._name_node(log.error)
         await self._explain_end(program)
+
+    async def _next_line(self, lines: AsyncIterator[str]) -> str | None:
+        """The next line of the log; ``None`` after the last. Raises PoolFailed if llama-server starts and says nothing
+        for too long: it waits without a limit for a worker that does not answer."""
+        silence_s = None if self.log.is_ready else LOAD_SILENCE_S if self.log.is_loading else STARTUP_SILENCE_S
+        try:
+            async with asyncio.timeout(silence_s):
+                return await anext(lines, None)
+        except TimeoutError:
+            raise PoolFailed(f"llama-server on {self.node} has said nothing for {silence_s:g} s") from None
 
     async def _explain_end(self, program: GuardedProgram) -> None:
         end = await program.wait_ended()

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from random import Random
+from zlib import crc32
 
 from gpumesh.errors import GPUMeshError, PoolDoesNotFit, PoolFailed
 from gpumesh.mesh.mesh import Mesh
@@ -14,7 +15,7 @@ from gpumesh.pool_spec import PoolSpec
 from gpumesh.pools.base import PathKind
 from gpumesh.pools.hosts.commands import CONFIRM_CACHE_ARGV, WorkerAddress
 from gpumesh.pools.hosts.comparison import compare_with_plan
-from gpumesh.pools.hosts.ports import choose_free_ports
+from gpumesh.pools.hosts.ports import FIRST_PORT, LAST_PORT, choose_free_ports
 from gpumesh.pools.running.parts import HeadPart, WayPart, WorkerPart
 from gpumesh.pools.running.planner import PoolPlanner, PreparedPool
 from gpumesh.pools.running.pool import PoolRun
@@ -68,6 +69,13 @@ class PoolRunner:
         return prepared
 
 
+def choose_server_port(pool: str, used: Collection[int], rng: Random) -> int:
+    """The port of a pool's llama-server on the head's host: the same at each start if it is free, because what the mesh
+    learns about a server is kept under its address."""
+    usual_port = FIRST_PORT + crc32(pool.encode()) % (LAST_PORT - FIRST_PORT)
+    return usual_port if usual_port not in used else choose_free_ports(used, 1, rng)[0]
+
+
 @dataclass(frozen=True, slots=True)
 class _Ways:
     """How the head reaches the workers: their ``addresses`` on the head's host, and what leads there."""
@@ -92,7 +100,8 @@ class PoolStart:
             member.node: choose_free_ports(programs[member.node].used_ports, 1, rng)[0] for member in plan.workers
         }
         used = programs[plan.head.node].used_ports | frozenset(self._worker_ports.values())
-        self._server_port, *self._way_ports = choose_free_ports(used, 1 + len(plan.workers), rng)
+        self._server_port = choose_server_port(prepared.spec.name, used, rng)
+        self._way_ports = choose_free_ports(used | {self._server_port}, len(plan.workers), rng)
 
     def __repr__(self) -> str:
         return f"<PoolStart {self._prepared.spec.name} head {self._head!r}, {len(self._worker_ports)} workers>"
