@@ -109,6 +109,9 @@ def plan(
     draft: Annotated[
         str | None, typer.Option(metavar="MODEL", help="A small model on the head that proposes tokens.")
     ] = None,
+    llama_cpp_dir: Annotated[
+        str | None, typer.Option(metavar="DIR", help="With llama.cpp's programs on the hosts; else looked for.")
+    ] = None,
     as_json: JsonOption = False,
     output: DocumentOption = None,
 ) -> None:
@@ -128,7 +131,7 @@ def plan(
     options = global_options(ctx)
     chosen_format = choose_format(output, as_json)
     members = parse_members(nodes) if nodes else None
-    request = PlanRequest(wanted, members, head, context, parallel, kv_type, draft)
+    request = PlanRequest(wanted, members, head, context, parallel, kv_type, draft, llama_cpp_dir)
     spec, made, is_in_file = run_async(_make_plan(options, request))
     if chosen_format is not None:
         print_document({"schema": SCHEMA, "fits": made.fits, **_document(made)}, chosen_format)
@@ -137,11 +140,11 @@ def plan(
 
         print_plan(made)
     if not made.fits:
-        raise PoolDoesNotFit(
-            f"{made.pool} does not fit: {made.problems[0]}", hint=made.advice[0] if made.advice else None
-        )
+        is_shown = chosen_format is None  # the advice stands right above
+        hint = None if is_shown or not made.advice else made.advice[0]
+        raise PoolDoesNotFit(f"{made.pool} does not fit: {made.problems[0]}", hint=hint)
     if chosen_format is None and not options.quiet:
-        _tell_how_to_start(spec, is_in_file=is_in_file and not request.changes_pool)
+        _tell_how_to_start(spec, is_in_file=is_in_file, is_changed=request.changes_pool)
 
 
 async def _make_plan(options: GlobalOptions, request: PlanRequest) -> tuple[PoolSpec, PoolPlan, bool]:
@@ -162,14 +165,16 @@ async def _make_plan(options: GlobalOptions, request: PlanRequest) -> tuple[Pool
             return spec, await session.plan_pool(spec), is_in_file
 
 
-def _tell_how_to_start(spec: PoolSpec, *, is_in_file: bool) -> None:
-    """Prints to stderr how the pool that was planned is started."""
+def _tell_how_to_start(spec: PoolSpec, *, is_in_file: bool, is_changed: bool) -> None:
+    """Prints to stderr how the pool that was planned is started. ``is_changed``: options have changed what mesh.yaml
+    says of it."""
     from gpumesh.cli.pool.pool_choice import yaml_entry
 
-    if is_in_file:
+    if is_in_file and not is_changed:
         typer.echo(f"\n`gpumesh pool up {spec.name}` starts it", err=True)
         return
-    typer.echo("\nto start it, write under `pools:` in mesh.yaml:", err=True)
+    place = "in its place" if is_in_file else "under `pools:`"
+    typer.echo(f"\nto start it so, write {place} in mesh.yaml:", err=True)
     typer.echo(clean_line(yaml_entry(spec)), err=True)
 
 

@@ -44,6 +44,7 @@ class PlanRequest:
     parallel: int | None = None
     kv_type: KvType | None = None
     draft: str | None = None
+    llama_cpp_dir: str | None = None
 
     @property
     def changes_pool(self) -> bool:
@@ -81,6 +82,7 @@ class PlanRequest:
             parallel=pool.parallel if self.parallel is None else self.parallel,
             kv_type=pool.kv_type if self.kv_type is None else self.kv_type,
             draft=pool.draft if self.draft is None else self.draft,
+            llama_cpp_dir=pool.llama_cpp_dir if self.llama_cpp_dir is None else self.llama_cpp_dir,
         )
 
     def _choose_members(self, pool: PoolSpec | None, topology: Topology) -> tuple[PoolMember, ...]:
@@ -167,6 +169,11 @@ def yaml_entry(spec: PoolSpec) -> str:
     parts += [f"context: {spec.context}", f"parallel: {spec.parallel}"]
     if spec.kv_type is not KvType.F16:
         parts.append(f"kv_type: {spec.kv_type}")
+    if spec.split is not None:
+        parts.append(f"split: {list(spec.split)}")
     if spec.draft is not None:
         parts.append(f"draft: {yaml_text(spec.draft)}")
+    if spec.llama_cpp_dir is not None:
+        parts.append(f"llama_cpp_dir: {yaml_text(spec.llama_cpp_dir)}")
+    parts += [f"{name}: true" for name in ("unload", "autostart") if getattr(spec, name)]
     return f"- {{ {', '.join(parts)} }}"

@@ -139,10 +139,7 @@ async def test_plan_asks_the_running_mesh(gpumesh: Gpumesh, session: PoolSession
     session.plan = samples.unfit_plan()
     ended = await gpumesh("pool", "plan", code=1)
     assert "does not fit" in ended.out.splitlines()[0]
-    assert ended.err.splitlines()[-2:] == [
-        "error: big does not fit: 7.0 GiB more are needed on iceland",
-        "hint: `context: 8192` would fit",
-    ]
+    assert ended.err.splitlines()[-1] == "error: big does not fit: 7.0 GiB more are needed on iceland"
     document = (await gpumesh("pool", "plan", "--json", code=1)).json()
     assert (document["schema"], document["name"], document["fits"]) == ("gpumesh.pool/1", "big", False)
     assert len(document["problems"]) == 2

@@ -131,6 +131,7 @@ def test_the_entry_for_the_file_gives_the_same_pool() -> None:
     spec = planned(
         PlanRequest("~/m: {x}.gguf", parse_members(["vengeance", "local=20GiB"]), kv_type=KvType.Q4_0, draft="d")
     )
+    spec = replace(spec, split=(3, 4), llama_cpp_dir="~/a b", unload=True, autostart=True)
     assert topology(f"{yaml_entry(spec)}\n").pools == (spec,)
     assert yaml.safe_load(yaml_entry(spec))[0]["kv_type"] == "q4_0"
 

@@ -151,7 +151,7 @@ def describe_path(path: WorkerPath | None) -> str:
 
 def _list_facts(plan: PoolPlan) -> Iterator[tuple[str, str]]:
     shape = plan.shape
-    parts = [shape.file_type, f"{shape.parameters / 1e9:.1f} B parameters", f"{shape.layers} layers"]
+    parts = [shape.file_type, _format_parameters(shape.parameters), f"{shape.layers} layers"]
     parts.append(format_bytes(shape.file_bytes))
     if shape.trained_context is not None:
         parts.append(f"trained for {shape.trained_context} tokens")
@@ -163,11 +163,15 @@ def _list_facts(plan: PoolPlan) -> Iterator[tuple[str, str]]:
     if plan.speed is not None:
         yield from speed_facts(plan.speed)
     elif plan.fits:
-        yield "speed", "not known: no device's memory bandwidth is known"
+        yield "speed", "not known: how fast a device reads its memory is not known"
     if plan.draft is not None:
         draft = plan.draft
         name = draft.name or draft.architecture
         yield "draft", f"{name}, {format_bytes(draft.file_bytes)}, on the head"
+
+
+def _format_parameters(count: int) -> str:
+    return f"{count / 1e9:.1f} B parameters" if count >= 1e9 else f"{count / 1e6:.0f} M parameters"
 
 
 def _describe_load(plan: PoolPlan) -> str:
