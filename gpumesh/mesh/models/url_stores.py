@@ -17,6 +17,7 @@ from gpumesh.errors import GPUMeshError, UsageError
 from gpumesh.mesh.models.inventory import ModelTask
 from gpumesh.mesh.models.model_store import SHOW_TIMEOUT_S, ModelStore, over_url
 from gpumesh.state import BackendPhase, MeshState, NodeState
+from gpumesh.topology import BackendKind, BackendSpec
 
 if TYPE_CHECKING:
     import httpx
@@ -45,9 +46,16 @@ class UrlStores:
 
     def of(self, node: NodeState) -> ModelStore:
         """The model store of a node, whose server must be up."""
-        api_key_env = self._topology.node(node.name).backend.api_key_env
+        api_key_env = self._backend_spec(node).api_key_env
         url = node.backend.url or ""  # a server that is up has a URL
         return ModelStore(node.name, over_url(self._client, url, node=node.name, api_key_env=api_key_env))
+
+    def _backend_spec(self, node: NodeState) -> BackendSpec:
+        """What mesh.yaml says of the node's server. It does not have the node of a running pool, which needs no key."""
+        try:
+            return self._topology.node(node.name).backend
+        except KeyError:
+            return BackendSpec(BackendKind(node.backend.kind))
 
     async def refresh_backends(self, state: MeshState) -> MeshState:
         """Probes the servers that are up, and returns the state with what they say about their models now. The mesh's
@@ -62,7 +70,7 @@ class UrlStores:
 
         if node.backend.state is not BackendPhase.UP or node.backend.url is None:
             return node
-        spec = self._topology.node(node.name).backend
+        spec = self._backend_spec(node)
         key = None if spec.api_key_env is None else config.read_secret(spec.api_key_env, node=node.name)
         report = await probe_backend(
             self._client, spec, [node.backend.url], api_key=key, timeout_s=SHOW_TIMEOUT_S, node=node.name

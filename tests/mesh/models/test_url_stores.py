@@ -64,6 +64,14 @@ async def test_a_refreshed_backend_is_as_it_is_now(alpha: Fixture) -> None:
     assert (await alpha.refreshed()).backend.models == ("nomic-embed-text:latest",)
 
 
+async def test_a_node_that_is_not_in_the_file_is_asked_too(alpha: Fixture) -> None:
+    """The node of a running pool."""
+    pool = replace(alpha.node, name="big", pool_members=("alpha",))
+    _, refreshed = (await alpha.stores.refresh_backends(mesh(alpha.node, pool))).nodes
+    assert refreshed.backend.models == ("qwen2.5:7b", "nomic-embed-text:latest")
+    assert await alpha.stores.of(pool).context_length("qwen2.5:7b") is not None
+
+
 async def test_a_server_that_is_gone_by_now_is_as_the_mesh_saw_it(alpha: Fixture) -> None:
     await alpha.server.set_faults(Faults(refuse=True))
     assert await alpha.refreshed() == alpha.node
