@@ -116,18 +116,25 @@ async def _replace_answer(lease: Lease, response: UpstreamResponse, outcome: Out
     else:
         response.abort()  # the body is not read, because it may have any length
         outcome, status = Outcome.SERVER_ERROR, 502
-    return _fail_foreign(lease, response, outcome, status, message, foreign=problem)
+    return _fail_foreign(lease, response, outcome, status, problem, client_message=message)
 
 
 def _fail_foreign(
-    lease: Lease, response: UpstreamResponse, outcome: Outcome, status: int, message: str, *, foreign: str
+    lease: Lease,
+    response: UpstreamResponse,
+    outcome: Outcome,
+    status: int,
+    problem: str,
+    *,
+    client_message: str | None = None,
 ) -> FailedAttempt:
-    """The failure of a node whose answer no inference server has sent. The client gets ``status`` and ``message`` if no
-    other node answers. ``foreign``: see ``ErrorReply``."""
+    """The failure of a node whose answer no inference server has sent. ``problem``: what shows this. If no other node
+    answers, the client gets ``status`` and ``client_message``; ``None``: the client gets ``problem``."""
     node = lease.node
+    message = problem if client_message is None else client_message
     headers = tuple(pair for pair in response.headers if pair[0] != "Content-Type")
     answer = error_answer(node.name, node.kind, status, headers, message)
-    return fail_attempt(lease, outcome, BackendStatus(message, status=status, node=node.name), answer, foreign=foreign)
+    return fail_attempt(lease, outcome, BackendStatus(message, status=status, node=node.name), answer, foreign=problem)
 
 
 def status_error(lease: Lease, response: UpstreamResponse, body: bytes) -> BackendStatus:
@@ -164,14 +171,16 @@ def _find_failure(
 ) -> FailedAttempt | None:
     """The failure in a body with a status of success; ``None`` if it is a whole answer. ``counters``: the figures in
     the body, if it has any. ``is_text``: the route generates text. The body may be no answer of an inference server,
-    may be cut short, or may report an error."""
+    may be cut short, or may report an error.
+
+    Counters come at the end of an answer, so a body with counters passes most of the tests without being read again."""
     node = lease.node
     if lease.placement is not None:  # other requests, about a model store, may have an empty answer
         problem = _find_body_problem(response, body, is_text=is_text, may_be_empty=_may_be_empty(lease))
         if problem is None and (counters is None or response.status != 200):
             problem = find_text_problem(call.path, response.status, body)
         if problem is not None:
-            return _fail_foreign(lease, response, Outcome.SERVER_ERROR, 502, problem, foreign=problem)
+            return _fail_foreign(lease, response, Outcome.SERVER_ERROR, 502, problem)
     if counters is None and (is_text or response.ends_with_connection) and is_cut_short(call.path, body):
         return _fail_cut(lease, "the answer stopped short: its end is missing")
     message = find_failed_reason(body) if is_text else None
@@ -210,7 +219,7 @@ def _open_unread_stream(lease: Lease, response: UpstreamResponse, first_bytes: b
     """Opens a stream that is passed on as it comes: a long answer, or a stream without generated text."""
     if not first_bytes and not _may_be_empty(lease):
         problem = f"it answered {response.status} with an empty body, as no inference server does"
-        return _fail_foreign(lease, response, Outcome.SERVER_ERROR, 502, problem, foreign=problem)
+        return _fail_foreign(lease, response, Outcome.SERVER_ERROR, 502, problem)
     lease.can_move = None  # the client gets these bytes, so no other node can give the answer
     return OpenedStream(lease, response, None, first_bytes)
 
