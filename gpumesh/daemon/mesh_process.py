@@ -53,16 +53,16 @@ async def run_mesh(
     lock: MeshLock | None = None,
     snapshot: ConfigSnapshot | None = None,
     options: UpOptions | None = None,
-    check_every_s: float = RESTORE_INTERVAL_S,
-    check_interval_s: float = CHECK_INTERVAL_S,
+    restore_interval_s: float = RESTORE_INTERVAL_S,
+    file_check_interval_s: float = CHECK_INTERVAL_S,
 ) -> AsyncGenerator[LocalSession]:
     """Runs the mesh during the block. At the end drains it, for ``shutdown.drain_s`` seconds at most, and closes it.
 
     ``gateway``: whether the mesh has a gateway. The caller holds the mesh's lock (``MeshLock.acquire``) and keeps it to
-    the end of its process. With ``lock``, the lock file and the control socket are looked at every ``check_every_s``
+    the end of its process. With ``lock``, the lock file and the control socket are checked every ``restore_interval_s``
     seconds, and restored if they were removed. ``snapshot`` is what mesh.yaml said, before the ``options`` of `up`
-    changed it; ``None``: nobody can compare the mesh with its file, and it takes over no changes. The file is looked at
-    every ``check_interval_s`` seconds.
+    changed it; ``None``: nobody can compare the mesh with its file, and it takes over no changes. The file is checked
+    every ``file_check_interval_s`` seconds.
     """
     from gpumesh.gateway.app import Gateway
     from gpumesh.gateway.observe.access_log import AccessLog
@@ -111,7 +111,7 @@ async def run_mesh(
                 access_log=paths.access_log,
                 on_applied=note_change,
             )
-            _run_until_closed(stack, reloader.run(interval_s=check_interval_s), name="file")
+            _run_until_closed(stack, reloader.run(interval_s=file_check_interval_s), name="file")
         session = LocalSession(mesh, reloader, pools, planner)
         _run_until_closed(stack, _log_changes(session), name="journal")
         _run_until_closed(stack, _record_history(session), name="history")
@@ -124,7 +124,7 @@ async def run_mesh(
         _run_until_closed(stack, pools.run(), name="pools")
         control = await stack.enter_async_context(ControlServer(session, paths.socket, on_stop=shutdown.request_within))
         if lock is not None:
-            restoring = _restore_when_removed(control, lock, paths, shutdown, check_every_s)
+            restoring = _restore_when_removed(control, lock, paths, shutdown, restore_interval_s)
             _run_until_closed(stack, restoring, name="keeper")
         async with AsyncExitStack() as serving:
             server: Gateway | None = None

@@ -72,7 +72,7 @@ async def test_removed_socket_and_lock_are_restored(tmp_path: Path) -> None:
     """A system clears old files from /tmp, and removes a runtime folder at logout."""
     paths = paths_in(tmp_path)
     lock = MeshLock.acquire(paths)
-    async with run_mesh(TOPOLOGY, paths, gateway=False, shutdown=Shutdown(), lock=lock, check_every_s=0.01):
+    async with run_mesh(TOPOLOGY, paths, gateway=False, shutdown=Shutdown(), lock=lock, restore_interval_s=0.01):
         shutil.rmtree(paths.folder)
         await wait_until(paths.socket.exists, "the control socket is back")
         await wait_until(lambda: paths.lock.exists() and paths.lock.read_text() != "", "the lock is back")
@@ -88,7 +88,7 @@ async def test_a_mesh_ends_when_another_mesh_has_its_lock(tmp_path: Path) -> Non
     other = MeshLock.acquire(paths)
     async with (
         asyncio.timeout(20),
-        run_mesh(TOPOLOGY, paths, gateway=False, shutdown=stop, lock=lock, check_every_s=0.01),
+        run_mesh(TOPOLOGY, paths, gateway=False, shutdown=stop, lock=lock, restore_interval_s=0.01),
     ):
         paths.socket.unlink()
         paths.socket.touch()

@@ -97,7 +97,7 @@ async def running_mesh(
                 shutdown=Shutdown(),
                 snapshot=snapshot,
                 options=options,
-                check_interval_s=CHECK_INTERVAL_S,
+                file_check_interval_s=CHECK_INTERVAL_S,
             ) as session:
                 await session.wait_first_report(20.0)
                 yield ReloadedMesh(session, lab, paths)
