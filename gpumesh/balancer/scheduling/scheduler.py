@@ -178,7 +178,7 @@ class Scheduler:
         # If a slot is free, the request waits for a better node, but only for a limited time.
         if choice.patience_s is not None:
             self._patience.begin(entry, choice.patience_s, now)
-        elif choice.chosen is not None:
+        elif choice.chosen is not None:  # the node has got a free slot by now: ``grants`` must offer it
             self.note_change(self.accounts[choice.chosen.node])
         return entry
 

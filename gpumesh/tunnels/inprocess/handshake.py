@@ -183,11 +183,11 @@ def perform_trusted_handshake(
     return transport
 
 
-def disable_nagle_on_host(transport: paramiko.Transport, deadline: Deadline) -> paramiko.Channel | None:
-    """Starts a command on the host, because sshd sets TCP_NODELAY on a connection when its first command starts.
+def start_shell_test(transport: paramiko.Transport, deadline: Deadline) -> paramiko.Channel | None:
+    """Starts a command on the host that tests for a POSIX shell. It also turns Nagle's algorithm off there: sshd sets
+    TCP_NODELAY on a connection when its first command starts.
 
-    The command tests for a POSIX shell. Returns the command's channel at once: ``sessions.has_posix_shell`` reads the
-    result. The caller must keep the channel until it has closed by itself, because paramiko closes a channel that is
+    Returns the command's channel at once: ``sessions.has_posix_shell`` reads the result. The caller must keep the channel until it has closed by itself, because paramiko closes a channel that is
     garbage-collected, perhaps in the middle of the test. ``None``: the host gives no session. Then the tunnel still
     works, but an answer in small pieces comes up to 40 ms late.
     """

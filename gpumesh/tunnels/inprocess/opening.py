@@ -40,7 +40,7 @@ TIMEOUT_SLACK_S = 0.5  # the outer time-out is longer by this, because an error 
 class OpenedConnection:
     """An authenticated connection. ``transports``: one for each host on the route; the last is that of the node's host.
 
-    ``shell_test``: the session that tests the host for a POSIX shell (``handshake.disable_nagle_on_host``). ``rtt_ms``:
+    ``shell_test``: the session that tests the host for a POSIX shell (``handshake.start_shell_test``). ``rtt_ms``:
     the first round trip; ``None`` if the connection ended before the answer.
     """
 
@@ -151,7 +151,7 @@ class Opening:
 
     def _connect_and_log_in(self, hop: _Hop) -> None:
         """Connects to the next host and logs in: on a second connection, too, if the host hangs up after some tries.
-        Turns Nagle's algorithm off there. Raises ``TunnelError``."""
+        Starts the shell test there, which turns off Nagle's algorithm. Raises ``TunnelError``."""
         record = LoginRecord()
         transport = self._perform_handshake(hop)
         try:
@@ -161,7 +161,7 @@ class Opening:
             transport.close()
             transport = self._perform_handshake(hop)
             self._log_in(hop.ssh, transport, record, is_last=True)
-        self._shell_tests.append(handshake.disable_nagle_on_host(transport, self._deadline))
+        self._shell_tests.append(handshake.start_shell_test(transport, self._deadline))
 
     def _log_in(
         self, ssh: SshSpec, transport: paramiko.Transport, record: LoginRecord, *, is_last: bool = False
