@@ -224,7 +224,9 @@ def _conditions(result: BenchResult) -> str:
     ]
     for node in environment.nodes:
         text = "GPUs unknown" if node.gpus is None else ", ".join(node.gpus) or "no GPU"
-        text += f"; {node.backend} {node.version or ''} over {node.transport}"
+        text += f"; {node.backend} {node.version}" if node.version else f"; {node.backend}"
+        if node.transport != "none":  # a server that was measured without a mesh
+            text += f" over {node.transport}"
         if node.rtt_ms is not None:
             text += f", round trip {svg.format_number(node.rtt_ms)} ms"
         if node.eur_per_hour is not None:
