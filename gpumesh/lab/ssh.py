@@ -21,23 +21,21 @@ from typing import Any, Self
 
 import paramiko
 from paramiko.common import (
-    AUTH_FAILED,
-    AUTH_SUCCESSFUL,
     OPEN_FAILED_ADMINISTRATIVELY_PROHIBITED,
     OPEN_FAILED_CONNECT_FAILED,
-    OPEN_FAILED_UNKNOWN_CHANNEL_TYPE,
     OPEN_SUCCEEDED,
     cMSG_CHANNEL_SUCCESS,
 )
 
 from gpumesh.lab.channels import ChannelStreams, ForwardedChannel
 from gpumesh.lab.profile import Faults
+from gpumesh.lab.reverse_ports import LOOPBACK_NAMES, ReversePorts
 from gpumesh.lab.shell import SimShell
+from gpumesh.lab.ssh_policy import ClientPolicy
 
 BANNER = "SSH-2.0-OpenSSH_9.6_gpumesh_lab"
 CONNECT_TIMEOUT_S = 5.0  # for a connect to loopback, which takes no time unless the target hangs
 NO_REPLY_DELAY_S = 0.02  # seconds before the start of a command whose request wants no reply
-_LOOPBACK_NAMES = ("127.0.0.1", "localhost", "::1")
 
 
 class SimSshServer:
@@ -66,7 +64,7 @@ class SimSshServer:
         self._host = host
         self._port = port
         self._listener: socket.socket | None = None
-        self._connections: set[_Connection] = set()
+        self._connections: set[Connection] = set()
         self._open_tasks: set[asyncio.Task[None]] = set()  # one for each accepted client, until its SSH begins
 
     async def __aenter__(self) -> Self:
@@ -134,18 +132,18 @@ class SimSshServer:
                 await asyncio.Event().wait()  # waits until the server ends, which cancels this task
             if faults.ssh_delay_s > 0:
                 await asyncio.sleep(faults.ssh_delay_s)
-            connection = _Connection(self, sock)
-        except BaseException:  # a cancellation too: without a ``_Connection``, no other code closes the socket
+            connection = Connection(self, sock)
+        except BaseException:  # a cancellation too: without a ``Connection``, no other code closes the socket
             sock.close()
             raise
         self._connections.add(connection)
         connection.start()
 
-    def remove_connection(self, connection: _Connection) -> None:
+    def remove_connection(self, connection: Connection) -> None:
         self._connections.discard(connection)
 
 
-class _Connection:
+class Connection:
     """One client's SSH connection: paramiko's transport, and its channels and commands on the event loop."""
 
     def __init__(self, server: SimSshServer, sock: socket.socket) -> None:
@@ -158,6 +156,7 @@ class _Connection:
         self._target_sockets: dict[int, socket.socket] = {}
         self._waiting_commands: dict[int, tuple[paramiko.Channel, str]] = {}  # requested, but not started yet
         self._forwards: set[ForwardedChannel] = set()  # the forwarded channels that are open
+        self.reverse_ports = ReversePorts(server.ports, self)
         self._tasks: set[asyncio.Task[None]] = set()  # the commands that run, and the forwards that start
         self._closed = False
         sock.setblocking(True)
@@ -169,7 +168,7 @@ class _Connection:
         for key in self.server.host_keys:
             self._transport.add_server_key(key)
         # Without an event, the call would block until the handshake is complete. No code waits for this event.
-        self._transport.start_server(event=_IgnoredEvent(), server=_Policy(self))  # type: ignore[arg-type]
+        self._transport.start_server(event=_IgnoredEvent(), server=ClientPolicy(self))  # type: ignore[arg-type]
 
     async def close(self) -> None:
         """Ends the connection, from the server's side. On return, paramiko's thread has ended."""
@@ -185,6 +184,7 @@ class _Connection:
         if self._closed:
             return
         self._closed = True
+        self.reverse_ports.close()
         for forward in list(self._forwards):
             forward.close()
         for task in self._tasks:
@@ -212,7 +212,7 @@ class _Connection:
         ``host`` and ``port`` are those that the client names. Only names of this host are allowed. The client learns
         that its channel is open only after the connect, as with sshd.
         """
-        is_own_name = host in (*_LOOPBACK_NAMES, self.server.shell.profile.hostname)
+        is_own_name = host in (*LOOPBACK_NAMES, self.server.shell.profile.hostname)
         if self.server.faults().ssh_no_forwarding or not is_own_name:
             return OPEN_FAILED_ADMINISTRATIVELY_PROHIBITED
         real_port = self.server.ports.get(port)
@@ -248,6 +248,23 @@ class _Connection:
             self.post(self._start_command, channel_id)
 
     # -- on the event loop -------------------------------------------------------------------------------------------
+
+    def connect_to_client(self, port: int, sock: socket.socket, peer: tuple[str, int]) -> None:
+        """Forwards ``sock``, which a program of the host has connected to its ``port``, to the client."""
+        if self._closed:
+            sock.close()
+            return
+        task = self._start_task(self._forward_to_client(port, sock, peer))
+        task.add_done_callback(lambda task: sock.close() if task.cancelled() else None)
+
+    async def _forward_to_client(self, port: int, sock: socket.socket, peer: tuple[str, int]) -> None:
+        try:
+            # In a thread, because it waits for the client's answer.
+            channel = await asyncio.to_thread(self._transport.open_forwarded_tcpip_channel, peer, ("127.0.0.1", port))
+        except (paramiko.SSHException, EOFError, OSError):  # the client refuses it, or has gone
+            sock.close()
+            return
+        await self._forward(channel, sock)
 
     def _start_forward(self, channel: paramiko.Channel, target_socket: socket.socket) -> None:
         """Starts to pass bytes between the channel and the socket of its target, unless the connection has ended."""
@@ -301,76 +318,10 @@ class _Connection:
             streams.close()
 
 
-class _Policy(paramiko.ServerInterface):
-    """Decides what the client may do. paramiko calls these methods, in its own thread."""
-
-    def __init__(self, connection: _Connection) -> None:
-        self._connection = connection
-        self._server = connection.server
-
-    def get_allowed_auths(self, username: str) -> str:
-        """The methods to log in, separated by commas. A password is possible only if the host has a password."""
-        del username
-        return "publickey,password" if self._server.shell.profile.password is not None else "publickey"
-
-    def check_auth_publickey(self, username: str, key: paramiko.PKey) -> int:
-        """Accepts the host's user with an authorized key. paramiko itself checks the client's signature.
-
-        The fault ``ssh_refuse_key`` refuses every key.
-        """
-        if self._server.faults().ssh_refuse_key:
-            return AUTH_FAILED
-        is_authorized = username == self._server.shell.profile.user and key.asbytes() in self._server.authorized
-        return AUTH_SUCCESSFUL if is_authorized else AUTH_FAILED
-
-    def check_auth_password(self, username: str, password: str) -> int:
-        profile = self._server.shell.profile
-        is_correct = profile.password is not None and username == profile.user and password == profile.password
-        return AUTH_SUCCESSFUL if is_correct else AUTH_FAILED
-
-    def check_global_request(self, kind: str, msg: paramiko.Message) -> bool:
-        """Answers keepalives, and refuses all else, such as remote port forwarding."""
-        del msg
-        return kind == "keepalive@openssh.com"
-
-    def check_channel_request(self, kind: str, chanid: int) -> int:
-        """Accepts sessions, unless the faults refuse them. Returns SSH's code for success or the failure.
-
-        For a direct-tcpip channel, paramiko calls ``check_channel_direct_tcpip_request`` instead.
-        """
-        del chanid
-        if kind != "session":
-            return OPEN_FAILED_UNKNOWN_CHANNEL_TYPE
-        if self._server.faults().ssh_no_session:
-            return OPEN_FAILED_ADMINISTRATIVELY_PROHIBITED
-        return OPEN_SUCCEEDED
-
-    def check_channel_direct_tcpip_request(
-        self, chanid: int, origin: tuple[str, int], destination: tuple[str, int]
-    ) -> int:
-        """Opens the target of a port forwarding. ``destination`` is its host and port as the client names them."""
-        del origin
-        host, port = destination
-        return self._connection.open_target(chanid, host, port)
-
-    def check_channel_exec_request(self, channel: paramiko.Channel, command: bytes) -> bool:
-        """Accepts each command. An unknown command fails later, as with a real shell."""
-        self._connection.command_requested(channel, command.decode("utf-8", "replace"))
-        return True
-
-    def check_channel_pty_request(
-        self, channel: paramiko.Channel, term: bytes, width: int, height: int, pixelwidth: int, pixelheight: int,
-        modes: bytes,
-    ) -> bool:  # fmt: skip
-        """Accepts a terminal, which changes nothing for the simulated commands."""
-        del channel, term, width, height, pixelwidth, pixelheight, modes
-        return True
-
-
 class _Transport(paramiko.Transport):
-    """paramiko's side of one connection. It reports new channels, sent replies and its end to the ``_Connection``."""
+    """paramiko's side of one connection. It reports new channels, sent replies and its end to the ``Connection``."""
 
-    def __init__(self, sock: socket.socket, connection: _Connection) -> None:
+    def __init__(self, sock: socket.socket, connection: Connection) -> None:
         super().__init__(sock)
         self._connection = connection
         self.daemon = True  # the connection's thread must not keep the process alive

@@ -120,6 +120,33 @@ async def test_a_forward_reaches_the_hosts_own_server_and_nothing_else(visitor: 
 
 @needs("ssh")
 @pytest.mark.real
+async def test_a_reverse_forward_reaches_the_client(visitor: Visitor) -> None:
+    async def read_and_answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"got " + await reader.read())
+        writer.close()
+
+    assert visitor.host.ssh is not None
+    ports = visitor.host.ssh.ports
+    own_ports = dict(ports)
+    async with await asyncio.start_server(read_and_answer, "127.0.0.1", 0) as server:
+        local_port = server.sockets[0].getsockname()[1]
+        for target in (local_port, 1):
+            forward = ("-N", "-o", "ExitOnForwardFailure=yes", "-R", f"127.0.0.1:7000:127.0.0.1:{target}")
+            async with visitor.started(*forward, "root@127.0.0.1"):
+                await wait_until(lambda: 7000 in ports, "the port")
+                code, _, err = await visitor.run(*forward, "root@127.0.0.1")  # the port is taken
+                assert (code, "remote port forwarding failed" in err) == (255, True)
+                _, out, _ = await visitor.run("-W", "127.0.0.1:7000", "root@127.0.0.1", given=b"hello")
+                assert out == (b"got hello" if target == local_port else b"")
+            await wait_until(lambda: ports == own_ports, "the end of the port")
+    code, _, err = await visitor.run(
+        "-N", "-o", "ExitOnForwardFailure=yes", "-R", "*:7000:127.0.0.1:1", "root@127.0.0.1"
+    )
+    assert (code, "remote port forwarding failed" in err) == (255, True)
+
+
+@needs("ssh")
+@pytest.mark.real
 async def test_no_session_and_dropped_connections(visitor: Visitor) -> None:
     async with visitor.started("root@127.0.0.1", "echo begun; sleep infinity") as process:
         assert process.stdout is not None
