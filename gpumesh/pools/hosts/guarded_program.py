@@ -18,10 +18,10 @@ from gpumesh.pools.hosts.guard_script import (
     STOP,
     guarded_argv,
 )
-from gpumesh.pools.hosts.route import HostRoute, ProgramStream
+from gpumesh.pools.hosts.route import HostRoute
 from gpumesh.text.lines import LineBuffer
 from gpumesh.text.printable import printable
-from gpumesh.tunnels.base import ExecChunk, OutputStream
+from gpumesh.tunnels.base import ExecChunk, OutputStream, ProgramStream
 
 MAX_LINE_BYTES = 4096  # of a line of output; the rest of a longer line is dropped
 MAX_WAITING_LINES = 4096  # lines that nobody has taken yet; older ones are dropped, so that the program never waits

@@ -16,9 +16,9 @@ from contextlib import asynccontextmanager
 
 from gpumesh.errors import ExecError
 from gpumesh.pools.base import PathKind, WorkerPath
-from gpumesh.pools.hosts.route import HostRoute, ProgramStream
+from gpumesh.pools.hosts.route import HostRoute
 from gpumesh.pools.hosts.worker_login import WorkerLogin, login_argv
-from gpumesh.tunnels.base import OutputStream
+from gpumesh.tunnels.base import OutputStream, ProgramStream
 
 TIMEOUT_S = 30.0  # for one way
 TURNS = 10
