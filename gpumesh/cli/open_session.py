@@ -93,10 +93,10 @@ async def open_local_session(options: GlobalOptions, topology: Topology) -> Asyn
 
 
 async def running_topology(session: Session, options: GlobalOptions) -> Topology:
-    """What the mesh of this session has read from its mesh.yaml: the file may have changed since. If the mesh is of an
-    older version, which does not tell, what mesh.yaml says now. Raises ConfigError."""
+    """What the mesh of this session has read from its mesh.yaml: the file may have changed since; and the nodes of its
+    pools. If the mesh is of an older version, which does not tell, what mesh.yaml says now. Raises ConfigError."""
     snapshot = await session.configuration()
-    return options.topology() if snapshot is None else snapshot.topology
+    return options.topology() if snapshot is None else snapshot.running_topology
 
 
 async def _accepts_connections(socket: Path) -> bool:

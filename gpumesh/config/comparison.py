@@ -7,7 +7,7 @@ The keys are those of the file (``ssh.port``), also where the spec has other nam
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 from gpumesh.config.value_parsers import format_duration, format_size
@@ -54,10 +54,16 @@ _GIVEN = "given"  # the value of a section that is there
 class ConfigSnapshot:
     """What mesh.yaml said when a mesh read it. ``digest`` is the SHA-256 of the file's bytes then, in hexadecimal;
     ``None``: the mesh was not made from a file; empty: there was no file that said exactly this, because a part of the
-    file takes effect after a restart."""
+    file takes effect after a restart. ``pool_nodes`` are the nodes of the pools that run now."""
 
     topology: Topology
     digest: str | None = None
+    pool_nodes: tuple[NodeSpec, ...] = ()
+
+    @property
+    def running_topology(self) -> Topology:
+        """The topology with all nodes that the mesh has now, those of its pools too."""
+        return replace(self.topology, nodes=(*self.topology.nodes, *self.pool_nodes))
 
 
 @dataclass(frozen=True, slots=True)

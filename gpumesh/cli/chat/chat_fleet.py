@@ -25,7 +25,7 @@ class ChatFleet:
         with suppress(GPUMeshError):  # the next message fails with the same error, which is shown then
             configuration = await self._session.configuration()  # the mesh may have read its file anew
             if configuration is not None:
-                self._topology = configuration.topology
+                self._topology = configuration.running_topology
             self._state = await self._session.status()
             self.models = FleetModels.of(self._state, self._topology)
 

@@ -88,14 +88,15 @@ class PlanRequest:
     def _choose_members(self, pool: PoolSpec | None, topology: Topology) -> tuple[PoolMember, ...]:
         """The nodes that are given; else those of the pool; else all nodes on whose hosts programs can be started."""
         if self.members is not None:
-            known = [node.name for node in topology.nodes]
+            known = [node.name for node in topology.nodes if not node.pool_members]
             for member in self.members:
                 if member.node not in known:
                     raise unknown_node(member.node, known)
             return self.members
         if pool is not None:
             return pool.members
-        members = tuple(PoolMember(node.name) for node in topology.nodes if can_run_programs(node))
+        own_nodes = [node for node in topology.nodes if not node.pool_members]  # none of them is itself a running pool
+        members = tuple(PoolMember(node.name) for node in own_nodes if can_run_programs(node))
         if not members:
             raise UsageError(
                 "no node can take part in a pool: it needs nodes with `ssh`, or on this machine",

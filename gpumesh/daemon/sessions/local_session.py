@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import replace
 from typing import Protocol
 
 from gpumesh.backends.base import ChatRequest
@@ -174,7 +175,8 @@ class LocalSession:
         self.mesh.tunnel(node).retry_now()
 
     async def configuration(self) -> ConfigSnapshot:
-        return ConfigSnapshot(self.mesh.topology) if self.file is None else self.file.snapshot
+        snapshot = ConfigSnapshot(self.mesh.file_topology) if self.file is None else self.file.snapshot
+        return replace(snapshot, pool_nodes=tuple(node for node in self.mesh.topology.nodes if node.pool_members))
 
     async def reload(self) -> ReloadReport:
         if self.file is None:

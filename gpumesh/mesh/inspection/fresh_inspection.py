@@ -32,6 +32,10 @@ RunCommandOn = Callable[[str, Sequence[str]], Awaitable[bytes]]
 """As ``node_inspection.RunCommand``, with the name of the node before the command."""
 
 
+# The findings of the mesh itself that no look at the nodes replaces.
+_KEPT_CODES = frozenset({"pool-down"})
+
+
 @dataclass(frozen=True, slots=True)
 class _Inspector:
     """Inspects several nodes at the same time. ``specs`` are the enabled nodes of mesh.yaml, by name."""
@@ -80,7 +84,8 @@ async def inspect_mesh(
     for node in state.nodes:
         report = reports.get(node.name)
         nodes.append(_mark_absent(node if report is None else merge_report(node, report)))
-    return replace(state, nodes=tuple(nodes), findings=audit.collect_findings(topology, nodes))
+    kept = [finding for finding in state.findings if finding.code in _KEPT_CODES]
+    return replace(state, nodes=tuple(nodes), findings=(*audit.collect_findings(topology, nodes), *kept))
 
 
 def _mark_absent(node: NodeState) -> NodeState:
