@@ -97,9 +97,10 @@ class PoolHost:
         return self.folder / "bin"
 
     def repair_programs(self) -> None:
-        """Puts llama.cpp's programs there as they should be."""
+        """Puts llama.cpp's programs there as they should be. They compute in one thread, because the threads of all
+        hosts share this machine's cores, and wait for each other in busy loops."""
         for name in (HEAD_PROGRAM, WORKER_PROGRAM):
-            self.set_program(name, f'#!/bin/sh\nexec {real_program(name)} "$@"\n')
+            self.set_program(name, f'#!/bin/sh\nexec {real_program(name)} "$@" -t 1\n')
 
     def set_program(self, name: str, script: str) -> None:
         # Written beside and renamed: a session may be about to start it.
