@@ -31,7 +31,7 @@ HEAD, WORKER = "alpha", "beta"
 def pool_entry(model: Path | str, **changes: Any) -> dict[str, Any]:
     """A pool in mesh.yaml. The split is given, because a plan would leave a small model on the head alone."""
     members = [{"node": name, "memory": "256MiB"} for name in (HEAD, WORKER)]
-    entry = {"name": POOL, "model": str(model), "nodes": members, "head": HEAD, "context": 2048, "split": [4, 5]}
+    entry = {"name": POOL, "model": str(model), "nodes": members, "head": HEAD, "context": 2048, "split": [4, 4]}
     return {name: value for name, value in {**entry, **changes}.items() if value is not None}
 
 
