@@ -63,14 +63,14 @@ _encode = msgspec.json.Encoder().encode
 
 class _ClientBody(msgspec.Struct, frozen=True, gc=False):
     """The body of a request as the client has sent it. ``model`` is the model's name in it; ``None`` if it names
-    none. ``form`` is ``None`` for JSON; a form has no ``members``. ``is_raw``: it is neither, and the query names the
-    model."""
+    none. ``form`` is ``None`` for JSON; a form has no ``members``. ``in_query``: it is neither, and the model is named
+    in the query."""
 
     data: bytes
     members: Members
     model: str | None
     form: Form | None = None
-    is_raw: bool = False
+    in_query: bool = False
 
 
 class ModelForwarder:
@@ -223,7 +223,7 @@ class ModelForwarder:
             request.key.require_readable_body()
         no_members = Members(())
         demand = self._read_demand(request, route, no_members, model, size=0)
-        body = _ClientBody(data, no_members, model, is_raw=True)
+        body = _ClientBody(data, no_members, model, in_query=True)
         return await self._forward_by_rules(request, record, route, body, demand)
 
     async def _add_prompt(
@@ -255,7 +255,7 @@ class ModelForwarder:
             failure: Response | NoNodeError
             try:
                 reply = await self._send(
-                    request, record, route, demand, data, timeout_s, asked_model=body.model, is_raw=body.is_raw
+                    request, record, route, demand, data, timeout_s, asked_model=body.model, in_query=body.in_query
                 )
             except ServersFailed:  # the servers of a fallback could fail at the request as well
                 raise
@@ -319,7 +319,7 @@ class ModelForwarder:
         """The body for the nodes: the client's own, unless the demand has another model or another context, or a server
         could read the name of a member in another way than we do (``Members.has_common_spelling``)."""
         members, model = body.members, demand.model
-        if body.is_raw:
+        if body.in_query:
             return body.data
         assert model is not None, "``read_demand`` has let through a demand without a model"
         if body.form is not None:
@@ -358,17 +358,17 @@ class ModelForwarder:
         timeout_s: float,
         *,
         asked_model: str | None = None,
-        is_raw: bool = False,
+        in_query: bool = False,
     ) -> Awaitable[Response | StreamingResponse]:
         """Sends the request with this body. ``asked_model`` is the name that the client used; ``None``: it used none,
-        or mesh.yaml has no rules for models. If the demand has another name, the answer tells which. ``is_raw``: the
-        query names the model."""
+        or mesh.yaml has no rules for models. If the demand has another name, the answer tells which. ``in_query``: the
+        model is named in the query."""
         record.demand = demand
         call = proxy.build_call(request, body)
         on_answer = record.note_answer
         if asked_model is not None and demand.model is not None and full_name(asked_model) != full_name(demand.model):
             on_answer = partial(_note_model, record, demand.model)
-            if is_raw:
+            if in_query:
                 call = replace(call, path=replace_in_query(call.path, demand.model) or call.path)
         return proxy.forward_request(
             self._mesh,
