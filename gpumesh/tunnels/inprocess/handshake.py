@@ -187,9 +187,10 @@ def start_shell_test(transport: paramiko.Transport, deadline: Deadline) -> param
     """Starts a command on the host that tests for a POSIX shell. It also turns Nagle's algorithm off there: sshd sets
     TCP_NODELAY on a connection when its first command starts.
 
-    Returns the command's channel at once: ``sessions.has_posix_shell`` reads the result. The caller must keep the channel until it has closed by itself, because paramiko closes a channel that is
-    garbage-collected, perhaps in the middle of the test. ``None``: the host gives no session. Then the tunnel still
-    works, but an answer in small pieces comes up to 40 ms late.
+    Returns the command's channel at once: ``sessions.has_posix_shell`` reads the result. The caller
+    must keep the channel until it has closed by itself, because paramiko closes a channel that is garbage-collected,
+    perhaps in the middle of the test. ``None``: the host gives no session. Then the tunnel still works, but an answer
+    in small pieces comes up to 40 ms late.
     """
     try:
         channel = transport.open_session(timeout=max(0.1, deadline.remaining_s))
