@@ -50,11 +50,12 @@ class HostTransport(paramiko.Transport):
     # -- attempts to log in, each with one handler of ours -------------------------------------------------------------
 
     def auth_none(self, username: str) -> list[str]:
-        return self._attempt(_Attempt(self), lambda attempt, end: attempt.auth_none(username, end))
+        """As paramiko's, and so are the methods below."""
+        return self._run_attempt(_LoginAttempt(self), lambda attempt, end: attempt.auth_none(username, end))
 
     def auth_publickey(self, username: str, key: paramiko.PKey, event: Any = None) -> list[str]:  # noqa: ARG002
         """See paramiko. Also raises SSHException when the key's agent does not sign; the connection stays."""
-        return self._attempt(_Attempt(self), lambda attempt, end: attempt.auth_publickey(username, key, end))
+        return self._run_attempt(_LoginAttempt(self), lambda attempt, end: attempt.auth_publickey(username, key, end))
 
     def auth_password(
         self,
@@ -63,11 +64,13 @@ class HostTransport(paramiko.Transport):
         event: Any = None,  # noqa: ARG002 - as paramiko's
         fallback: bool = True,  # noqa: ARG002 - as paramiko's; keyboard-interactive is an attempt of its own
     ) -> list[str]:
-        return self._attempt(_Attempt(self), lambda attempt, end: attempt.auth_password(username, password, end))
+        return self._run_attempt(
+            _LoginAttempt(self), lambda attempt, end: attempt.auth_password(username, password, end)
+        )
 
     def auth_interactive(self, username: str, handler: Any, submethods: str = "") -> list[str]:
-        return self._attempt(
-            _Attempt(self), lambda attempt, end: attempt.auth_interactive(username, handler, end, submethods)
+        return self._run_attempt(
+            _LoginAttempt(self), lambda attempt, end: attempt.auth_interactive(username, handler, end, submethods)
         )
 
     def ensure_key_is_acceptable(self, username: str, key: paramiko.PKey) -> None:
@@ -78,13 +81,14 @@ class HostTransport(paramiko.Transport):
         """
         question = _KeyQuestion(self)
         try:
-            self._attempt(question, lambda attempt, end: attempt.auth_publickey(username, key, end))
+            self._run_attempt(question, lambda attempt, end: attempt.auth_publickey(username, key, end))
         except paramiko.AuthenticationException:
             if not question.is_acceptable:
                 raise
 
-    def _attempt(self, attempt: _Attempt, start: Callable[[Any, blocking.ThreadEvent], None]) -> list[str]:
-        """Runs one attempt. Returns the methods that may come next, if more are needed. Raises as paramiko's own."""
+    def _run_attempt(self, attempt: _LoginAttempt, start: Callable[[Any, blocking.ThreadEvent], None]) -> list[str]:
+        """Runs one attempt. ``start`` sends its first request. Returns the methods that may come next, if more are
+        needed. Raises as paramiko's own methods."""
         if not self.is_active() or not self.initial_kex_done:
             raise paramiko.SSHException("No existing session")
         end = blocking.ThreadEvent()
@@ -110,7 +114,7 @@ class HostTransport(paramiko.Transport):
             self.host_lines += text[:_MAX_TEXT_BYTES].splitlines()
 
 
-class _Attempt(AuthHandler):
+class _LoginAttempt(AuthHandler):
     """One attempt to log in. paramiko would ask for the service ssh-userauth before each attempt; ssh asks once.
 
     After the first attempt, a key signs in the caller's thread: an error of its agent then ends no connection.
@@ -136,7 +140,7 @@ class _Attempt(AuthHandler):
         super()._parse_service_accept(accepted)  # type: ignore[misc]
 
 
-class _KeyQuestion(_Attempt):
+class _KeyQuestion(_LoginAttempt):
     """An attempt to log in with a key that is sent without a signature. ``is_acceptable``: the host would take it."""
 
     is_acceptable = False

@@ -236,7 +236,8 @@ class OpensshMaster:
         async for line in _read_lines(self.process.stdout):
             if line.startswith(self._nonce.encode()):
                 if not self.has_echoed:
-                    self.login_shell_reads = line.split()[-1] != b"0"
+                    is_first_line = line.split()[-1] == b"0"  # the lines that we send are numbered from 0
+                    self.login_shell_reads = not is_first_line
                 self._advance(MasterState.ECHOING)
                 self.has_echoed = True
             echo = self._pending_echoes.get(line.strip())
