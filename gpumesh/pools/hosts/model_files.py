@@ -44,7 +44,7 @@ _READ_SCRIPT = (
 _MANIFEST_SCRIPT = (
     'try() { [ -n "$1" ] && [ -r "$1/manifests/$m" ] && { echo "@gpumesh@ $1"; cat "$1/manifests/$m"; exit 0; }; }; '
     "m=$1; "
-    "for p in /proc/[0-9]*; do case $(cat $p/comm 2>/dev/null) in ollama*) "
+    "for p in /proc/[0-9]*; do c=; { read -r c <$p/comm; } 2>/dev/null; case $c in ollama*) "
     'd=$(tr "\\000" "\\n" <$p/environ 2>/dev/null | sed -n "s/^OLLAMA_MODELS=//p"); try "$d"; '
     'd=$(tr "\\000" "\\n" <$p/environ 2>/dev/null | sed -n "s/^HOME=//p"); try "$d/.ollama/models";; esac; done; '
     'for d in "$OLLAMA_MODELS" /usr/share/ollama/.ollama/models "$HOME/.ollama/models" /root/.ollama/models '
