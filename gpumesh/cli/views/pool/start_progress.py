@@ -79,7 +79,7 @@ class _ProgressBar:
             description=description,
             total=state.load_bytes if is_loading else None,
             completed=(state.loaded_bytes or 0) if is_loading else 0,
-            note=clean_line(_describe_bytes(state) or state.reason or "", 60),
+            note=clean_line(_describe_bytes(state) or _describe_wait(state), 60),
         )
         failure = _identify_failure(state)
         if failure is not None and failure != self._last_failure:
@@ -98,10 +98,10 @@ class _ProgressLines:
         if state.phase is PoolPhase.LOADING and state.load_bytes and state.loaded_bytes is not None:
             tenth = min(10 * state.loaded_bytes // state.load_bytes, 10)
         step = (state.phase, tenth, state.reason, _identify_failure(state))
-        if step == self._last_step:
+        if step == self._last_step or state.phase is PoolPhase.FAILED:  # the command ends with its error
             return
         self._last_step = step
-        progress = format_progress(state) or state.reason or ""
+        progress = format_progress(state) or _describe_wait(state)
         text = f"{state.pool} {PHASE_TEXTS[state.phase]}{': ' if progress else ''}{progress}"
         typer.echo(clean_line(text) if _identify_failure(state) is None else _describe_failure(state), err=True)
 
@@ -110,6 +110,12 @@ def _describe_bytes(state: PoolState) -> str:
     """How many bytes have been loaded, how fast, and the time that is left: the share is seen in the bar."""
     share = format_share(state)
     return format_progress(state).removeprefix(f"{share}, ") if share else format_progress(state)
+
+
+def _describe_wait(state: PoolState) -> str:
+    """What a start waits for. While the pool stops, its reason is that of the error which follows."""
+    is_starting = state.phase in (PoolPhase.PLANNING, PoolPhase.STARTING, PoolPhase.LOADING)
+    return (state.reason or "") if is_starting else ""
 
 
 def _identify_failure(state: PoolState) -> object:

@@ -75,8 +75,11 @@ def test_a_line_for_each_phase_and_tenth_where_stderr_is_no_terminal(capsys: pyt
         display(state(PoolPhase.PLANNING))
         for part in range(41):
             display(state(PoolPhase.LOADING, loaded_bytes=part * GIB, load_bytes=40 * GIB))
+        display(state(PoolPhase.STOPPING, reason="the worker on iceland ended"))
         display(BACKOFF)
         display(replace(BACKOFF, retry_in_s=7.0))
+        display(state(PoolPhase.STARTING, reason="waiting for iceland"))
+        display(state(PoolPhase.FAILED, reason="its error follows"))
         display(state(PoolPhase.READY))
     out, err = capsys.readouterr()
     lines = err.splitlines()
@@ -86,7 +89,12 @@ def test_a_line_for_each_phase_and_tenth_where_stderr_is_no_terminal(capsys: pyt
         f"big loads the model: {tenth}0 %, {gib} of 40.0 GiB".replace(" 00 %", " 0 %")
         for tenth, gib in enumerate(["0 MiB", *(f"{4 * tenth}.0" for tenth in range(1, 11))])
     ]
-    assert lines[12:] == ["big has failed: the worker on iceland ended; starts again in 8s", "big is ready"]
+    assert lines[12:] == [
+        "big stops its programs",
+        "big has failed: the worker on iceland ended; starts again in 8s",
+        "big starts its programs: waiting for iceland",
+        "big is ready",
+    ]
 
 
 def test_quiet_shows_no_progress(capsys: pytest.CaptureFixture[str]) -> None:
