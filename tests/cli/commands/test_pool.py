@@ -194,6 +194,13 @@ def test_without_a_mesh_all_pools_are_stopped(no_mesh: Path) -> None:
     assert json.loads(invoke("pool", "--json").out) == {"schema": "gpumesh.pool/1", "pools": []}
 
 
+def test_without_a_mesh_a_plan_is_made_by_a_mesh_of_its_own(no_mesh: Path) -> None:
+    no_mesh.write_text(MESH.replace("llama3.3:70b", "/nowhere/m.gguf"))
+    ended = invoke("pool", "plan", code=1)
+    assert "/nowhere/m.gguf" in ended.err
+    assert "vengeance" in ended.err
+
+
 @pytest.mark.usefixtures("no_mesh")
 def test_options_before_the_command_are_refused() -> None:
     assert "belong behind the command: gpumesh pool status" in invoke("pool", "--json", "status", code=2).err
