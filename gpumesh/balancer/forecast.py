@@ -206,8 +206,10 @@ def forecast(
     read_share, stall = activity.read_share(now), account.read_stall.value
     write_s = work.answer_tokens * pace.token_s / (speed * (1.0 - stall * read_share))
     reading = min(MOST_READING, read_share)
+    # The delay of requests that come later, because their prompts are read after this one (``READ_DELAY``).
     others_s = own_read_s * (READ_DELAY + reading / (1.0 - reading))
-    # The prompts that are read now are answers when this one is read.
+    # The prompts that are read now are answers when this one is read. Answers of other nodes on the same GPU count too;
+    # for a node that is alone there, ``account.streams`` would give the same number.
     streams = activity.reading + (activity.streams if len(account.group.accounts) == 1 else account.streams)
     if streams:
         write_s *= 1.0 + pace.share * streams
