@@ -247,8 +247,10 @@ def _pin_to_node(stage: Stage, node: str) -> Stage:
 
 def _failure_notes(run: StageRun) -> list[str]:
     """A note for each request of a warm-up or a ramp that failed."""
-    what = "a request of its ramp" if run.stage.kind is StageKind.CAPACITY else "the warm-up request"
-    return [f"{record.node}: {what} failed: {record.error}" for record in run.records if record.error is not None]
+    request_name = "a request of its ramp" if run.stage.kind is StageKind.CAPACITY else "the warm-up request"
+    return [
+        f"{record.node}: {request_name} failed: {record.error}" for record in run.records if record.error is not None
+    ]
 
 
 def _open_tunnel_route(state: MeshState, stage: Stage, access: RouteAccess) -> AbstractAsyncContextManager[SendPrompt]:

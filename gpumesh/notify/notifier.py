@@ -111,8 +111,8 @@ class _Receiver:
             await send_until_done(self._rule, message)
         except GPUMeshError as error:
             if not self._is_failing:
-                what = f"{self._rule.receiver}: {error.message}"
-                log.warning("a message could not be sent to %s", what, extra={"event": "notify-failed"})
+                reason = f"{self._rule.receiver}: {error.message}"
+                log.warning("a message could not be sent to %s", reason, extra={"event": "notify-failed"})
             self._is_failing = True
         except Exception:  # a bug of ours must not end the other rules
             log.exception("a message could not be sent", extra={"event": "notify-failed"})

@@ -85,9 +85,9 @@ def estimate_pair(a: Measurement, b: Measurement, *, is_log: bool) -> tuple[Esti
     If only one result has several runs, the other is taken for one more run of the same spread.
     """
     runs_a, runs_b = _estimate_runs(a, is_log=is_log), _estimate_runs(b, is_log=is_log)
-    one_a = _estimate_single(a, runs_b, len(b.values), is_log=is_log) if runs_a is None else runs_a
-    one_b = _estimate_single(b, runs_a, len(a.values), is_log=is_log) if runs_b is None else runs_b
-    return None if one_a is None or one_b is None else (one_a, one_b)
+    estimate_a = _estimate_single(a, runs_b, len(b.values), is_log=is_log) if runs_a is None else runs_a
+    estimate_b = _estimate_single(b, runs_a, len(a.values), is_log=is_log) if runs_b is None else runs_b
+    return None if estimate_a is None or estimate_b is None else (estimate_a, estimate_b)
 
 
 def _estimate_runs(measurement: Measurement, *, is_log: bool) -> Estimate | None:

@@ -18,8 +18,8 @@ class ConversationHistories:
 
     def continue_chat(self, conversation: int | None, chat: ChatRequest) -> ChatRequest:
         """The request of the next turn, with all that was said before in front of its own messages."""
-        said = () if conversation is None else self._messages.get(conversation, ())
-        return replace(chat, messages=(*said, *chat.messages)) if said else chat
+        earlier = () if conversation is None else self._messages.get(conversation, ())
+        return replace(chat, messages=(*earlier, *chat.messages)) if earlier else chat
 
     def add_answer(self, conversation: int | None, chat: ChatRequest, answer: str) -> None:
         """Adds a turn: the messages that were sent, and the answer. A turn without an answer is left out: a client

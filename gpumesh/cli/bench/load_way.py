@@ -34,9 +34,9 @@ def parse_via(text: str | None) -> Via | None:
     """The way of this name; ``None``: the usual one. Raises UsageError for an unknown name."""
     from gpumesh.bench.load.conditions import Via
 
-    ways = (Via.GATEWAY, Via.MESH, Via.DIRECT)
-    if text is not None and text not in ways:
-        raise UsageError(f"--via {text!r} is none of: {', '.join(ways)}")
+    choices = (Via.GATEWAY, Via.MESH, Via.DIRECT)
+    if text is not None and text not in choices:
+        raise UsageError(f"--via {text!r} is none of: {', '.join(choices)}")
     return None if text is None else Via(text)
 
 

@@ -63,6 +63,6 @@ def parse_url_options(
         raise UsageError("--url needs a model", hint="add -m MODEL")
     names = [choice.value for choice in CHOSEN_BY_PERSON]
     if api not in names:
-        given = "needs --api" if api is None else f"--api {api!r} is unknown"
-        raise UsageError(f"--url {given}" if api is None else given, hint=f"one of: {', '.join(names)}")
+        problem = "needs --api" if api is None else f"--api {api!r} is unknown"
+        raise UsageError(f"--url {problem}" if api is None else problem, hint=f"one of: {', '.join(names)}")
     return UrlOptions(UrlTarget(url, ClientApi(api)), ClientApi(api), key_variable)

@@ -298,8 +298,8 @@ def simulate(
     nodes = simulate_options.read_fleet(fleet)
     traced_requests = bench_options.read_trace(trace, requests)
     sources = {name: ctx.get_parameter_source(name) for name in ctx.params}
-    given = {name for name, found in sources.items() if found is not None and found.name == "COMMANDLINE"}
-    simulate_options.check_effect(given, has_trace=trace is not None, batch=batch)
+    given_options = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+    simulate_options.check_effect(given_options, has_trace=trace is not None, batch=batch)
     for name, number in (("--poisson", poisson), ("--load", load), ("--speed", speed)):
         if number is not None:
             simulate_options.check_positive(name, number)

@@ -196,14 +196,14 @@ def check_keys(keys: Any, api_key_env: Any, node_names: Sequence[str]) -> Iterat
             earlier = first_use.setdefault((member, compared), place)
             if earlier != place:
                 yield (*path, index, member), f"is that of {earlier} already"
-        given = [member for member in ("env", "file", "hash") if key.get(member) is not None]
-        if not given:
+        sources = [member for member in ("env", "file", "hash") if key.get(member) is not None]
+        if not sources:
             yield (
                 (*path, index),
                 "says neither `env`, `file` nor `hash`: give the variable or file with the key, or its SHA-256",
             )
-        elif len(given) > 1:
-            yield (*path, index, given[1]), f"{given[0]} stands here already: give one of env, file and hash"
+        elif len(sources) > 1:
+            yield (*path, index, sources[1]), f"{sources[0]} stands here already: give one of env, file and hash"
         yield from check_node_names(key.get("nodes"), node_names, (*path, index, "nodes"))
         if key.get("models") == []:
             yield (*path, index, "models"), "names no model: leave it out if all models may be used"

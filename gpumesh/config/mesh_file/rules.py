@@ -53,17 +53,17 @@ def _check_notify(rules: Any) -> Iterator[BrokenRule]:
         rule, path = _as_mapping(entry), ("notify", index)
         if not rule:
             continue
-        given = [key for key in _RECEIVER_KEYS if rule.get(key) is not None]
+        receivers = [key for key in _RECEIVER_KEYS if rule.get(key) is not None]
         if rule.get("desktop") == "false":
-            given.remove("desktop")
-        if not given:
+            receivers.remove("desktop")
+        if not receivers:
             yield path, "says nobody to tell: give one of webhook, webhook_env, command and desktop: true"
-        elif len(given) > 1:
-            yield (*path, given[1]), f"{given[0]} stands here already: give one of them, and a rule for each"
-        elif not given[0].startswith("webhook"):
+        elif len(receivers) > 1:
+            yield (*path, receivers[1]), f"{receivers[0]} stands here already: give one of them, and a rule for each"
+        elif not receivers[0].startswith("webhook"):
             for key in ("format", "token_env"):
                 if rule.get(key) is not None:
-                    yield (*path, key), f"is for webhooks, and this rule has {given[0]}"
+                    yield (*path, key), f"is for webhooks, and this rule has {receivers[0]}"
 
 
 def _check_sections_with_nodes(document: Mapping[str, Any], nodes: list[Any]) -> Iterator[BrokenRule]:

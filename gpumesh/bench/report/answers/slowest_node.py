@@ -33,11 +33,11 @@ def slowest_node_sentence(result: BenchResult) -> str:
     slowest = min(nodes, key=lambda node: node.tokens_per_s)
     fastest = max(nodes, key=lambda node: node.tokens_per_s)
     low, high = format_number(slowest.tokens_per_s), format_number(fastest.tokens_per_s)
-    way = "alone" if slowest.alone is not None else "for each answer"
+    basis = "alone" if slowest.alone is not None else "for each answer"
     if slowest.tokens_per_s >= CLEARLY_LESS * fastest.tokens_per_s:
-        return f"None: all nodes are about equally fast ({low} to {high} tokens/s {way})."
+        return f"None: all nodes are about equally fast ({low} to {high} tokens/s {basis})."
     name, other = slowest.environment.name, fastest.environment.name
-    return f"{name} gives {low} tokens/s {way}, {other} {high}: {_find_reason(slowest, fastest)}."
+    return f"{name} gives {low} tokens/s {basis}, {other} {high}: {_find_reason(slowest, fastest)}."
 
 
 def _measured_nodes(result: BenchResult) -> list[_MeasuredNode]:
