@@ -21,14 +21,14 @@ ROUTE, SERVER = "route", "server"
 
 @dataclass(frozen=True, slots=True)
 class ComparisonRow:
-    """A row of the comparison: what mesh.yaml expects of a node, and what was found. ``what`` names the property.
+    """A row of the comparison: what mesh.yaml expects of a node, and what was found. ``name`` is that of the property.
 
     With a finding, ``verdict`` is the finding's code, ``severity`` its severity and ``todo`` its hint. Without a
     finding, ``verdict`` is a word such as ``AS_EXPECTED``, and ``severity`` and ``todo`` are ``None``.
     """
 
     node: str
-    what: str
+    name: str
     expected: str
     found: str
     verdict: str
@@ -36,7 +36,7 @@ class ComparisonRow:
     todo: str | None = None
 
 
-# By the code of a finding: the row (its ``what``) to which the finding belongs.
+# By the code of a finding: the name of the row to which the finding belongs.
 _ROW_BY_CODE = {
     "hostname-differs": "hostname",
     "gpu-count": "GPUs",
@@ -107,7 +107,7 @@ def _compare_node(spec: NodeSpec, state: NodeState, findings: Sequence[Finding])
     if tunnel_is_up:
         rows += [_server_row(spec, state), *_expectation_rows(spec, state)]
     for row in rows:
-        codes = [code for code in findings_without_row if _row_name_for_code(code, tunnel_is_up) == row.what]
+        codes = [code for code in findings_without_row if _row_name_for_code(code, tunnel_is_up) == row.name]
         if not codes:
             yield row
             continue
@@ -116,7 +116,7 @@ def _compare_node(spec: NodeSpec, state: NodeState, findings: Sequence[Finding])
         # For a route and a server the message of the finding says more than ``row.found``. The message may begin with
         # the URL, which the row already shows as expected.
         message = finding.message.removeprefix(f"{row.expected}: ")
-        found = message if row.what in (ROUTE, SERVER) else row.found
+        found = message if row.name in (ROUTE, SERVER) else row.found
         yield _add_verdict(replace(row, found=found), finding)
     for finding in findings_without_row.values():
         yield _finding_row(spec.name, finding)
@@ -133,8 +133,8 @@ def _row_name_for_code(code: str, tunnel_is_up: bool) -> str | None:
 
 def _finding_row(node: str, finding: Finding) -> ComparisonRow:
     """A row for a finding that belongs to no other row. ``node``: the text of the column NODE."""
-    what = next((name for prefixes, name in _ROW_BY_PREFIX if finding.code.startswith(prefixes)), "node")
-    return _add_verdict(ComparisonRow(node, what, UNKNOWN, finding.message, ""), finding)
+    row_name = next((name for prefixes, name in _ROW_BY_PREFIX if finding.code.startswith(prefixes)), "node")
+    return _add_verdict(ComparisonRow(node, row_name, UNKNOWN, finding.message, ""), finding)
 
 
 def _add_verdict(row: ComparisonRow, finding: Finding) -> ComparisonRow:
@@ -193,8 +193,8 @@ def _gpu_expectation_rows(spec: NodeSpec, gpus: Sequence[GpuState] | None) -> It
     expect = spec.expect
     known_gpus = gpus or ()
 
-    def row(what: str, expected: str, found: str, matches: bool) -> ComparisonRow:
-        return _expectation_row(spec, what, expected, None if gpus is None else found, matches)
+    def row(name: str, expected: str, found: str, matches: bool) -> ComparisonRow:
+        return _expectation_row(spec, name, expected, None if gpus is None else found, matches)
 
     if expect.gpus is not None:
         yield row("GPUs", str(expect.gpus), str(len(known_gpus)), len(known_gpus) == expect.gpus)
@@ -210,12 +210,12 @@ def _gpu_expectation_rows(spec: NodeSpec, gpus: Sequence[GpuState] | None) -> It
         yield row("VRAM", f"{expect.vram_mib} MiB", sizes, matches)
 
 
-def _expectation_row(spec: NodeSpec, what: str, expected: str, found: str | None, matches: bool) -> ComparisonRow:
+def _expectation_row(spec: NodeSpec, name: str, expected: str, found: str | None, matches: bool) -> ComparisonRow:
     """A row for one expectation. ``found`` is ``None`` if nothing is known, and empty if the host has nothing of the
     kind. ``matches``: it is as expected."""
     if found is None:
-        return ComparisonRow(spec.name, what, expected, UNKNOWN, NOT_KNOWN)
-    return ComparisonRow(spec.name, what, expected, found or "none", AS_EXPECTED if matches else "differs")
+        return ComparisonRow(spec.name, name, expected, UNKNOWN, NOT_KNOWN)
+    return ComparisonRow(spec.name, name, expected, found or "none", AS_EXPECTED if matches else "differs")
 
 
 def _join_distinct(values: Iterator[str]) -> str:

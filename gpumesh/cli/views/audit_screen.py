@@ -78,7 +78,7 @@ def _table_cells(rows: Sequence[ComparisonRow]) -> Iterator[tuple[Text, ...]]:
         node = "" if row.node == last_node else clean_line(row.node, 40)
         yield (
             Text(node, "bold"),
-            *(Text(clean_line(text, 400)) for text in (row.what, row.expected, row.found)),
+            *(Text(clean_line(text, 400)) for text in (row.name, row.expected, row.found)),
             Text(clean_line(row.verdict), _verdict_style(row)),
             Text(clean_line(row.todo or "", 400), "dim"),
         )
@@ -162,7 +162,7 @@ def _wrap_between_words(text: Text, width: int) -> Iterator[Text]:
 def _list_item_parts(row: ComparisonRow) -> Iterator[tuple[str, str]]:
     """Yields pairs of text and style, which together are the text of one row. The style "" is the usual one."""
     expected, found = clean_line(row.expected, 400), clean_line(row.found, 400)
-    yield f"{clean_line(row.what, 40)}: ", ""
+    yield f"{clean_line(row.name, 40)}: ", ""
     if row.expected == UNKNOWN:  # the row of a finding: mesh.yaml expects nothing
         yield found, ""
     elif row.found == UNKNOWN:
@@ -171,11 +171,11 @@ def _list_item_parts(row: ComparisonRow) -> Iterator[tuple[str, str]]:
         yield expected, ""
         if row.found != row.expected:
             yield f" ({found})", "dim"
-    elif row.what in (ROUTE, SERVER):
+    elif row.name in (ROUTE, SERVER):
         yield f"{expected}: {found}", ""
     else:
         yield f"expected {expected}, found {found}", ""
-    if row.verdict not in (AS_EXPECTED, row.what):  # a verdict that equals the row's name would only repeat it
+    if row.verdict not in (AS_EXPECTED, row.name):  # a verdict that equals the row's name would only repeat it
         yield f" [{clean_line(row.verdict)}]", _verdict_style(row)
     if row.todo:
         yield f"\n→ {clean_line(row.todo, 400)}", "dim"

@@ -42,7 +42,7 @@ def compare(*pairs: tuple[NodeSpec, NodeState | None]) -> list[ComparisonRow]:
 
 def test_a_node_as_expected() -> None:
     found = compare((spec(), state()))
-    assert [(one.what, one.expected, one.found) for one in found] == [
+    assert [(one.name, one.expected, one.found) for one in found] == [
         ("route", "ssh root@203.0.113.7:13323", "up, 41 ms"),
         ("server", "http://127.0.0.1:80", "ollama 0.12.6"),
         ("hostname", "af4a84245990", "af4a84245990"),
@@ -72,17 +72,17 @@ def test_a_difference_has_its_finding_in_its_row(
 ) -> None:
     made = compare((spec(), found))
     (wrong,) = [one for one in made if one.severity is not None]
-    assert (wrong.what, wrong.expected, wrong.found, wrong.verdict) == (what, expected, said, code)
+    assert (wrong.name, wrong.expected, wrong.found, wrong.verdict) == (what, expected, said, code)
     assert wrong.todo
 
 
 def test_a_driver_that_begins_as_expected_has_the_same_verdict_in_row_and_finding() -> None:
-    made = {row.what: row for row in compare((spec(expect=ExpectSpec(driver="550.")), state()))}
+    made = {row.name: row for row in compare((spec(expect=ExpectSpec(driver="550.")), state()))}
     assert (made["driver"].verdict, made["driver"].found) == (AS_EXPECTED, "550.54.15")
 
 
 def test_unknown_values_are_not_known_rather_than_wrong() -> None:
-    found = {one.what: one for one in compare((spec(), without_gpus(state())))}
+    found = {one.name: one for one in compare((spec(), without_gpus(state())))}
     assert {what: one.found for what, one in found.items() if one.verdict == "not known"} == dict.fromkeys(
         ("hostname", "GPUs", "GPU", "VRAM", "driver"), UNKNOWN
     )
@@ -91,7 +91,7 @@ def test_unknown_values_are_not_known_rather_than_wrong() -> None:
 
 def test_a_node_out_of_reach_has_only_its_route() -> None:
     (only,) = compare((spec(), state_with_error(errors.ConnectRefused("nothing listens on port 13323"))))
-    assert (only.what, only.found, only.verdict, only.severity) == (
+    assert (only.name, only.found, only.verdict, only.severity) == (
         "route",
         "nothing listens on port 13323",
         "node-unreachable",
@@ -101,7 +101,7 @@ def test_a_node_out_of_reach_has_only_its_route() -> None:
 
 def test_a_node_whose_server_is_down_still_has_its_gpu_rows() -> None:
     down = replace(backend(), state=BackendPhase.DOWN, last_error="nothing listens", error_code="backend-down")
-    found = {one.what: one for one in compare((spec(), state(backend=down)))}
+    found = {one.name: one for one in compare((spec(), state(backend=down)))}
     assert (found["route"].verdict, found["GPU"].verdict) == (AS_EXPECTED, AS_EXPECTED)
     assert (found["server"].verdict, found["server"].found) == ("backend-down", "nothing listens")
     assert found["models"].verdict == "not known"
@@ -111,14 +111,14 @@ def test_the_address_of_a_wrong_server_stands_in_its_row_once() -> None:
     for code in ("wrong-server", "wrong-scheme", "redirected", "answer-broken", "models-too-many", "tls-refused"):
         message = "http://127.0.0.1:80: it is another one"
         down = BackendState("ollama", BackendPhase.DOWN, last_error=message, error_code=code)
-        (found,) = (one for one in compare((spec(), state(backend=down))) if one.what == "server")
+        (found,) = (one for one in compare((spec(), state(backend=down))) if one.name == "server")
         assert (found.expected, found.found, found.verdict) == ("http://127.0.0.1:80", "it is another one", code)
 
 
 def test_findings_without_an_expectation_have_rows_of_their_own() -> None:
     ill = state_with_smi_output(row(persistence_mode="Disabled", fan_speed="ERR!"), backend=backend(version="0.1.0"))
     own = [one for one in compare((spec(), ill)) if one.expected == UNKNOWN]
-    assert [(one.what, one.verdict) for one in own] == [
+    assert [(one.name, one.verdict) for one in own] == [
         ("GPUs", "gpu-faulty"),
         ("server", "version-old"),
         ("GPUs", "persistence-off"),
@@ -128,13 +128,13 @@ def test_findings_without_an_expectation_have_rows_of_their_own() -> None:
 
 def test_findings_about_several_nodes_come_last() -> None:
     found = compare((spec(), state()), (direct(), without_gpus(state())))
-    assert (found[-1].node, found[-1].what, found[-1].verdict) == ("iceland, local", "nodes", "same-gpu")
+    assert (found[-1].node, found[-1].name, found[-1].verdict) == ("iceland, local", "nodes", "same-gpu")
     other = replace(GPU, uuid="GPU-00000000-1")
     third = state(
         gpus=(other,), backend=backend(catalog=(replace(backend().catalog[0], digest="x", modified_at=None),))
     )
     found = compare((spec(), state()), (direct(), third))
-    assert (found[-1].node, found[-1].what, found[-1].verdict) == ("iceland, local", "models", "model-differs")
+    assert (found[-1].node, found[-1].name, found[-1].verdict) == ("iceland, local", "models", "model-differs")
 
 
 def test_disabled_nodes_and_nodes_unknown_to_the_running_mesh() -> None:
@@ -148,7 +148,7 @@ def test_of_several_candidates_the_one_in_use_is_named_with_its_latency() -> Non
         route("http://a:1", latency_ms=4.25), route("http://b:1", state=BackendPhase.DOWN, error="refused")
     )
     several = direct("iceland", "http://a:1", "http://b:1")
-    found = {one.what: one for one in compare((several, made))}
+    found = {one.name: one for one in compare((several, made))}
     assert found["server"].found == "ollama 0.12.6 at http://a:1, 4.2 ms"
     assert found["routes"].verdict == "route-dead"
 
