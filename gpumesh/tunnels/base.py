@@ -140,7 +140,8 @@ class Tunnel(Protocol):
         """Starts a program that reads our input, on the host, or on this machine for a node without SSH.
 
         The program must end by itself, and end its own children, when its input ends: after ``close``, when the
-        connection ends, and when our process is killed. sshd would let it run on, so no other end is sure. On this
+        connection ends, and when our process is killed. sshd would let it run on, so no other end is sure. Its output
+        is closed then, and whatever it prints may end it (SIGPIPE) before it has ended its children. On this
         machine, what is left of its process group is killed ``PROGRAM_END_S`` seconds after ``close``.
 
         ``argv`` is an argument list; it is quoted for a POSIX shell. So that csh as the login shell can start it, it

@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.real, needs("sshd", "ssh")]
 # process group of its own, when its input ends.
 GUARD = (
     "setsid sh -c 'sleep 600 & wait' & p=$!; echo $$ $p; "
-    'while read -r line; do echo "got $line"; done; kill -9 -$p || kill -9 $p; exit 3'
+    'while read -r line; do echo "got $line"; done; { kill -9 -$p || kill -9 $p; } 2>/dev/null; exit 3'
 )
 
 
