@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.real, needs("sshd", "ssh")]
 # process group of its own, when its input ends.
 GUARD = (
     "setsid sh -c 'sleep 600 & wait' & p=$!; echo $$ $p; "
-    'while read -r line; do echo "got $line"; done; { kill -9 -$p || kill -9 $p; } 2>/dev/null; exit 3'
+    'while read -r line; do echo "got $line"; done; { kill -9 -$p || kill -9 $p -$p; } 2>/dev/null; exit 3'
 )
 
 
@@ -119,7 +119,7 @@ async def test_close_and_the_end_of_the_connection_end_it(
 async def test_output_that_is_not_read_stops_it(
     sshd: Sshd, pool: WorkerPool, transport: TransportKind, tmp_path: Path
 ) -> None:
-    size = 8 * PROGRAM_WINDOW_BYTES
+    size = 5 * PROGRAM_WINDOW_BYTES
     script = f"head -c {size} /dev/zero; echo > {tmp_path / 'printed'}; exec cat"
     async with supervised(pool, sshd.spec(transport=transport, keepalive_s=LONG_S), 1) as watched:
         await watched.tunnel.wait_up()
@@ -147,7 +147,7 @@ async def test_input_that_is_not_read_makes_the_writer_wait(
     async with supervised(pool, sshd.spec(transport=transport, keepalive_s=LONG_S), 1) as watched:
         await watched.tunnel.wait_up()
         program = await watched.tunnel.open_program(["sh", "-c", "while echo; do sleep 0.05; done"])
-        writing = asyncio.create_task(program.write(bytes(32 << 20)))
+        writing = asyncio.create_task(program.write(bytes(16 << 20)))
         for _ in range(5):
             assert (await watched.tunnel.exec(["true"], timeout_s=20)).exit_status == 0
         assert not writing.done()
@@ -190,7 +190,7 @@ async def test_a_program_on_this_machine() -> None:
     assert await read_line(program) == b"got one"
     reading = asyncio.create_task(program.read())
     await program.close()
-    assert not any(map(alive, pids))
+    await wait_dead(pids)
     with pytest.raises(ExecError):
         await asyncio.wait_for(reading, 20)
     program = await tunnel.open_program(["sh", "-c", "echo no >&2; exit 4"])
@@ -209,7 +209,7 @@ async def test_a_program_on_this_machine_that_ignores_the_end_of_its_input(monke
     program = await tunnel.open_program(["sh", "-c", "sleep 600 & echo $$ $!; wait"])
     pids = [int(pid) for pid in (await read_line(program)).split()]
     await program.close()
-    assert not any(map(alive, pids))
+    await wait_dead(pids)
 
 
 async def test_output_on_this_machine_that_is_not_read_stops_the_program(tmp_path: Path) -> None:

@@ -55,11 +55,11 @@ async def test_a_port_of_the_host_leads_here(sshd: Sshd, pool: WorkerPool, trans
     ):
         for port in (to_echo, to_count, to_nothing):
             assert addresses_of_listeners(port) == ["127.0.0.1"]
-        data = bytes(range(256)) * 20_000  # more than every buffer on its way
+        data = bytes(range(256)) * 12_000  # more than every buffer on its way
         assert await exchange(to_echo, data) == data
         assert await exchange(to_count, data) == b"%d bytes" % len(data)
-        assert await asyncio.gather(*(exchange(to_echo, b"%d" % i) for i in range(40))) == [
-            b"%d" % i for i in range(40)
+        assert await asyncio.gather(*(exchange(to_echo, b"%d" % i) for i in range(10))) == [
+            b"%d" % i for i in range(10)
         ]
         with contextlib.suppress(ConnectionResetError):
             assert await exchange(to_nothing, b"") == b""
@@ -108,29 +108,27 @@ def taken_port() -> Iterator[int]:
         yield server.getsockname()[1]
 
 
-@both
 @pytest.mark.parametrize(
     ("options", "message", "hint"),
     [
         ({}, "does not listen at 127.0.0.1", "another program"),
         ({"AllowTcpForwarding": "local"}, "forbids reverse forwarding", "AllowTcpForwarding yes"),
-        ({"PermitListen": "localhost:9"}, "forbids reverse forwarding", "PermitListen"),
         ({"GatewayPorts": "yes"}, "to its whole network", "GatewayPorts no"),
     ],
 )
 async def test_a_host_that_refuses(
-    tmp_path: Path, pool: WorkerPool, transport: TransportKind, options: dict[str, str], message: str, hint: str
+    tmp_path: Path, pool: WorkerPool, options: dict[str, str], message: str, hint: str
 ) -> None:
     with taken_port() if not options else contextlib.nullcontext(port_of_this_worker()) as port:
-        async with (
-            Sshd(tmp_path / "sshd", {"LogLevel": "INFO", **options}) as sshd,
-            supervised(pool, sshd.spec(transport=transport), 1, reverse=[ReverseForward(port, 1)]) as watched,
-        ):
-            with pytest.raises(ReverseForwardRefused, match=message) as caught:
-                await asyncio.wait_for(watched.tunnel.wait_up(), 20)
-            assert hint in (caught.value.hint or "")
-            await wait_until(lambda: not sshd.children(), "the end of the connection")
-            assert addresses_of_listeners(port) == ([] if options else ["127.0.0.1"])
+        async with Sshd(tmp_path / "sshd", {"LogLevel": "INFO", **options}) as sshd:
+            for transport in TransportKind:
+                ssh = sshd.spec(transport=transport)
+                async with supervised(pool, ssh, 1, reverse=[ReverseForward(port, 1)]) as watched:
+                    with pytest.raises(ReverseForwardRefused, match=message) as caught:
+                        await asyncio.wait_for(watched.tunnel.wait_up(), 20)
+                    assert hint in (caught.value.hint or "")
+                    await wait_until(lambda: not sshd.children(), "the end of the connection")
+                    assert addresses_of_listeners(port) == ([] if options else ["127.0.0.1"])
 
 
 @both
@@ -166,13 +164,13 @@ async def test_peers_that_do_not_read_hold_up_nobody(sshd: Sshd, pool: WorkerPoo
                 for _ in range(2):
                     _reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1)
                     writer.transport.set_write_buffer_limits(high=1)
-                    writer.write(request or bytes(64 << 20))
+                    writer.write(request or bytes(32 << 20))
                     writers.append(writer)
-            for _ in range(3):
-                assert await exchange(to_active, b"e" + bytes(3 << 20)) == bytes(3 << 20)
+            for _ in range(2):
+                assert await exchange(to_active, b"e" + bytes(1 << 20)) == bytes(1 << 20)
                 assert (await watched.tunnel.exec(["true"], timeout_s=20)).exit_status == 0
             # The flood to the silent peers stands still, and most of it waits in this process.
-            assert all(writer.transport.get_write_buffer_size() > 32 << 20 for writer in writers[2:])
+            assert all(writer.transport.get_write_buffer_size() > 8 << 20 for writer in writers[2:])
             for writer in writers:
                 writer.transport.abort()
             assert await exchange(to_active, b"eall") == b"all"
