@@ -232,7 +232,8 @@ async def running_pool(
         argv = [str(find_programs()[0]), "-m", str(model), "--host", "127.0.0.1", "--port", str(port)]
         argv += ["-c", str(context * streams), "-np", str(streams), "-t", "1", "-tb", "1"]
         argv += ["--no-warmup", "--no-ui", "--metrics", "-fit", "off", "-lv", "4"]
-        argv += ["--cache-ram", "0", "--kv-unified", *options]
+        # A worker's weights are in allocated memory, which is read more slowly than a mapped file here. So are the head's.
+        argv += ["--cache-ram", "0", "--kv-unified", "-lm", "none", *options]
         if relays:
             endpoints = ",".join(f"127.0.0.1:{relay.port}" for relay in relays)
             argv += ["--rpc", endpoints, "-ngl", str(worker_layers), "-sm", "layer"]
@@ -240,7 +241,9 @@ async def running_pool(
         started_at = time.monotonic()
         with (folder / "head.log").open("ab") as output:
             head = await _start(stack, *argv, stdout=output, stderr=output)
-        session = await stack.enter_async_context(aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=None)))
+        connector = aiohttp.TCPConnector(force_close=True)  # llama-server ends connections that are kept
+        timeout = aiohttp.ClientTimeout(total=None)
+        session = await stack.enter_async_context(aiohttp.ClientSession(connector=connector, timeout=timeout))
         await _until_healthy(session, port, head)
         yield Head(port, relays, time.monotonic() - started_at, session)
 
