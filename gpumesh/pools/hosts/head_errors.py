@@ -33,7 +33,7 @@ def _describe_device(name: str, nodes: Mapping[str, str]) -> tuple[str, str | No
 
 def _no_memory(match: re.Match[str], nodes: Mapping[str, str]) -> PoolError:
     device, node = _describe_device(match["device"], nodes)
-    size = f"{int(match['bytes']) / 2**20:,.0f} MiB"
+    size = f"{int(match['bytes']) / 2**20:,.0f} MiB" if match["bytes"] else "its buffer"
     return PoolDoesNotFit(
         f"{device} has not enough free memory: llama-server could not allocate {size} there",
         hint="something else may use its memory now; a smaller context or a smaller quantisation needs less",

@@ -58,10 +58,11 @@ def _offer_gpus(
 ) -> HostOffer:
     if programs.devices and len(programs.gpus) < len(gpus):
         seen = ", ".join(device.name for device in programs.devices)
+        count = "a GPU" if len(gpus) == 1 else f"{len(gpus)} GPUs"
         return HostOffer(
             node,
             limit_bytes=limit_bytes,
-            problem=f"it has {len(gpus)} GPUs by nvidia-smi, but llama.cpp there sees only: {seen}",
+            problem=f"it has {count} by nvidia-smi, but llama.cpp there sees only: {seen}",
             hint="build llama.cpp there with -DGGML_CUDA=ON, or install the release for its GPUs",
         )
     devices = tuple(
