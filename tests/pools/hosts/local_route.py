@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import shlex
 import signal
 from asyncio.subprocess import PIPE
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -51,10 +52,17 @@ class LocalStream:
 
 class LocalRoute:
     """Runs commands and programs here. ``shell``: the argv of the POSIX shell that takes the place of ``sh``;
-    ``environment``: what the programs get in place of ours."""
+    ``environment``: what the programs get in place of ours. ``login_shell``: the shell that gets each command as one
+    line, as sshd does it."""
 
-    def __init__(self, shell: Sequence[str] = ("sh",), environment: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        shell: Sequence[str] = ("sh",),
+        environment: Mapping[str, str] | None = None,
+        login_shell: str | None = None,
+    ) -> None:
         self.shell = tuple(shell)
+        self.login_shell = login_shell
         self.environment = dict(os.environ if environment is None else environment)
         self.streams: list[LocalStream] = []
 
@@ -78,15 +86,17 @@ class LocalRoute:
         return stream
 
     def _replace_shell(self, argv: Sequence[str]) -> tuple[str, ...]:
+        if self.login_shell is not None:
+            return (self.login_shell, "-c", shlex.join(argv))
         return (*self.shell, *argv[1:]) if argv[0] == "sh" else tuple(argv)
 
 
 @contextlib.asynccontextmanager
 async def local_route(
-    shell: Sequence[str] = ("sh",), environment: Mapping[str, str] | None = None
+    shell: Sequence[str] = ("sh",), environment: Mapping[str, str] | None = None, login_shell: str | None = None
 ) -> AsyncIterator[LocalRoute]:
     """A route whose programs have ended after the block."""
-    route = LocalRoute(shell, environment)
+    route = LocalRoute(shell, environment, login_shell)
     try:
         yield route
     finally:
