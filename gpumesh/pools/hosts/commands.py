@@ -77,6 +77,18 @@ def rpc_server_argv(member: MemberPlan, programs: HostPrograms, port: int) -> tu
     return ("sh", "-c", _WORKER_SCRIPT, "gpumesh-worker", programs.rpc_folder or "/", str(needed_kib), *argv)
 
 
+def _draft_arguments(plan: PoolPlan, programs: HostPrograms, draft_path: str) -> list[str]:
+    """The draft model is on the head's device of the plan. Without ``--spec-type`` it would be loaded and not used;
+    without ``-devd`` it would take the workers' devices, too."""
+    planned = [share for share in plan.head.shares if share.draft_bytes] or used_shares(plan.head)
+    gpus = [device_name(share, programs) for share in planned if share.device.index is not None]
+    argv = ["-md", draft_path, "--spec-type", "draft-simple"]
+    argv += ["-devd", gpus[0], "-ngld", "99"] if gpus else ["-devd", "none", "-ngld", "0"]
+    if plan.speed is not None and plan.speed.draft_length is not None:
+        argv += ["--spec-draft-n-max", str(plan.speed.draft_length)]
+    return argv
+
+
 def _thread_arguments(shares: Sequence[DeviceShare], programs: HostPrograms) -> list[str]:
     """The number of threads for layers on a CPU: ggml-rpc-server would use half of the cores. More threads than cores
     would make it a hundred times slower, because idle threads wait by spinning."""
@@ -131,13 +143,13 @@ def llama_server_argv(
     argv += ["--device", ",".join(name for name, _share in devices) or "none"]
     if len(devices) > 1:
         argv += ["-ts", ",".join(map(str, layers))]
+    # The streams share one KV cache, so that they are always decoded in one step. (Otherwise only slots whose numbers
+    # follow each other are: slots 0 and 2 would need two steps, each with all round trips.)
+    argv += ["--kv-unified"]
+    # No copies of prompts in the head's memory: each new prompt would first fetch the slot's old cache from the workers.
+    argv += ["--cache-ram", "0", "--ctx-checkpoints", "0"]
     if draft_path is not None:
-        gpus = [name for name, share in devices if not name.startswith("RPC")]
-        # Without --spec-type the draft model is loaded and not used; without -devd it takes the workers' devices, too.
-        argv += ["-md", draft_path, "--spec-type", "draft-simple"]
-        argv += ["-devd", gpus[0], "-ngld", "99"] if gpus else ["-devd", "none", "-ngld", "0"]
-        if plan.speed is not None and plan.speed.draft_length is not None:
-            argv += ["--spec-draft-n-max", str(plan.speed.draft_length)]
+        argv += _draft_arguments(plan, programs, draft_path)
     argv += _thread_arguments(used_shares(plan.head), programs)
     argv += ["--metrics", "--slots", "--offline", "-lv", "4"]
     return ("sh", "-c", _HEAD_SCRIPT, "gpumesh-head", programs.server_folder or "/", *argv)

@@ -59,9 +59,9 @@ def _compare_device(share: DeviceShare, place: BufferPlace, buffers: Buffers, de
         problems.append(f"{device} has {_mib(weights)} of weights, where {_mib(share.weights_bytes)} were planned")
     if _differs(caches, share.kv_bytes, SLACK_BYTES):
         problems.append(f"{device} has {_mib(caches)} of KV cache, where {_mib(share.kv_bytes)} were planned")
-    total = weights + caches + compute
-    if not problems and _differs(total, share.needed_bytes, TOTAL_SLACK_BYTES):
-        problems.append(f"{device} uses {_mib(total)} in all, where {_mib(share.needed_bytes)} were planned")
+    total, planned = weights + caches + compute, share.needed_bytes - share.draft_bytes
+    if not problems and _differs(total, planned, TOTAL_SLACK_BYTES):
+        problems.append(f"{device} uses {_mib(total)} in all, where {_mib(planned)} were planned")
     return problems
 
 

@@ -30,7 +30,7 @@ def test_the_heads_layers_are_the_last_ones_and_the_workers_come_before() -> Non
     assert options(argv, "/opt/llama/llama-server") == (
         "-m /models/big.gguf --host 127.0.0.1 --port 21080 --alias big -c 16384 -np 4 -ctk f16 -ctv f16 -fit off"
         " -sm layer -ngl 9 --rpc 127.0.0.1:21001,127.0.0.1:21002 --device RPC0,RPC1,CUDA0 -ts 3,1,5"
-        " --metrics --slots --offline -lv 4"
+        " --kv-unified --cache-ram 0 --ctx-checkpoints 0 --metrics --slots --offline -lv 4"
     )
 
 
@@ -58,6 +58,13 @@ def test_a_draft_model_is_on_the_heads_gpu() -> None:
     )
     text = options(argv, "/opt/llama/llama-server")
     assert " -md d --spec-type draft-simple -devd CUDA0 -ngld 99 --spec-draft-n-max 8 " in text
+    other_gpu = replace(share(0, 0, index=1), draft_bytes=MIB)
+    members = (MemberPlan("iceland", True, (share(4, 5), other_gpu)), *make_plan().members[1:])
+    programs = replace(head_programs(), devices=(cuda(0), cuda(1)))
+    argv = llama_server_argv(
+        make_plan(members=members), programs, model_path="m", workers=WORKERS, port=1, alias="big", draft_path="d"
+    )
+    assert " -devd CUDA1 -ngld 99 " in options(argv, "/opt/llama/llama-server")
 
 
 def test_a_worker_offers_the_devices_of_the_plan_in_the_plans_order() -> None:
