@@ -30,19 +30,26 @@ _ENVIRONMENT = (
 _HEAD_SCRIPT = _ENVIRONMENT + 'shift; exec "$@"'
 # A worker keeps the weights that it has got under the hash of their bytes (option -c), so that the next load need not
 # send them again. It writes a file under its final name, and reads it without a check: a worker that was killed in the
-# middle of a write, or a full disk, leaves a part of a tensor there, which the next load would take for the whole
-# (ggml-rpc.cpp, set_tensor and get_cached_file). So the file ``unfinished`` stays until the model was loaded. If it is
-# there at the start, the newest file of the cache is deleted. $2: the KiB that must be free on the disk; otherwise the
-# worker runs without -c.
+# middle of a write leaves a part of a tensor there, which the next load would take for the whole (ggml-rpc.cpp,
+# set_tensor and get_cached_file). So a file ``unfinished-PORT`` with the worker's pid stays until the model was loaded
+# (``confirm_cache_argv``). If there is one of a worker that runs no more, the newest file of the cache is deleted. A
+# full disk would leave parts of tensors, too: $2 KiB must be free, otherwise the worker runs without -c. $3: the port.
 _WORKER_SCRIPT = _ENVIRONMENT + (
-    f"LLAMA_CACHE={CACHE_FOLDER}; export LLAMA_CACHE; u=$LLAMA_CACHE/unfinished; k=$2; shift 2; "
+    f"LLAMA_CACHE={CACHE_FOLDER}; export LLAMA_CACHE; k=$2 u=$LLAMA_CACHE/unfinished-$3 x=; shift 3; "
     'if mkdir -p "$LLAMA_CACHE/rpc" && '
     'a=$(df -Pk "$LLAMA_CACHE" | sed -n "2s/.* \\([0-9][0-9]*\\)  *[0-9]*% .*/\\1/p") && [ "$a" -gt "$k" ]; then '
-    'if [ -e "$u" ]; then f=$(ls -t "$LLAMA_CACHE/rpc" | head -n 1); [ -z "$f" ] || rm -f "$LLAMA_CACHE/rpc/$f"; fi; '
-    ': >"$u" && set -- "$@" -c; fi; exec "$@"'
+    'for m in "$LLAMA_CACHE"/unfinished-*; do [ -e "$m" ] || continue; '
+    'case $(cat "/proc/$(cat "$m")/comm" 2>/dev/null) in *rpc-server*) continue;; esac; '
+    'rm -f "$m"; x=1; done; '
+    'f=$(ls -t "$LLAMA_CACHE/rpc" | head -n 1); [ -z "$x" ] || [ -z "$f" ] || rm -f "$LLAMA_CACHE/rpc/$f"; '
+    'echo $$ >"$u" && set -- "$@" -c; fi; exec "$@"'
 )
-# Of all workers that share the host's cache, each needs its own model to be loaded; so this follows every load.
-CONFIRM_CACHE_ARGV = ("sh", "-c", f"rm -f {CACHE_FOLDER}/unfinished")
+
+
+def confirm_cache_argv(port: int) -> tuple[str, ...]:
+    """The command that tells the host of the worker on ``port`` that the model was loaded, so that all of the worker's
+    cache is whole."""
+    return ("sh", "-c", f'rm -f "{CACHE_FOLDER}/unfinished-$1"', "gpumesh-cache", str(port))
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +81,8 @@ def rpc_server_argv(member: MemberPlan, programs: HostPrograms, port: int) -> tu
     argv = [path, "-H", LOOPBACK, "-p", str(port), "-d", devices]
     argv += _thread_arguments(shares, programs)
     needed_kib = (weights + CACHE_RESERVE_BYTES) >> 10
-    return ("sh", "-c", _WORKER_SCRIPT, "gpumesh-worker", programs.rpc_folder or "/", str(needed_kib), *argv)
+    folder = programs.rpc_folder or "/"
+    return ("sh", "-c", _WORKER_SCRIPT, "gpumesh-worker", folder, str(needed_kib), str(port), *argv)
 
 
 def _draft_arguments(plan: PoolPlan, programs: HostPrograms, draft_path: str) -> list[str]:
@@ -146,7 +154,7 @@ def llama_server_argv(
     # The streams share one KV cache, so that they are always decoded in one step. (Otherwise only slots whose numbers
     # follow each other are: slots 0 and 2 would need two steps, each with all round trips.)
     argv += ["--kv-unified"]
-    # No copies of prompts in the head's memory: each new prompt would first fetch the slot's old cache from the workers.
+    # No copies of prompts in the head's memory: before a new prompt, the slot's old cache would come from the workers.
     argv += ["--cache-ram", "0", "--ctx-checkpoints", "0"]
     if draft_path is not None:
         argv += _draft_arguments(plan, programs, draft_path)

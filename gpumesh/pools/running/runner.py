@@ -13,7 +13,7 @@ from gpumesh.errors import GPUMeshError, PoolDoesNotFit, PoolFailed
 from gpumesh.mesh.mesh import Mesh
 from gpumesh.pool_spec import PoolSpec
 from gpumesh.pools.base import PathKind
-from gpumesh.pools.hosts.commands import CONFIRM_CACHE_ARGV, WorkerAddress
+from gpumesh.pools.hosts.commands import WorkerAddress, confirm_cache_argv
 from gpumesh.pools.hosts.comparison import compare_with_plan
 from gpumesh.pools.hosts.ports import FIRST_PORT, LAST_PORT, choose_free_ports
 from gpumesh.pools.running.parts import HeadPart, WayPart, WorkerPart
@@ -195,8 +195,10 @@ class PoolStart:
     async def _confirm_caches(self) -> None:
         """Tells the workers' hosts that the weights in their caches are whole."""
         hosts = self._prepared.hosts.hosts
-        routes = [hosts[member.node].route for member in self._plan.workers]
-        confirmations = [route.exec(CONFIRM_CACHE_ARGV, timeout_s=CONFIRM_TIMEOUT_S) for route in routes]
+        confirmations = [
+            hosts[node].route.exec(confirm_cache_argv(port), timeout_s=CONFIRM_TIMEOUT_S)
+            for node, port in self._worker_ports.items()
+        ]
         # A host that cannot be told reads these weights anew next time.
         await asyncio.gather(*confirmations, return_exceptions=True)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import pytest
 
 from gpumesh.errors import PoolFailed, PoolProgramMissing
 from gpumesh.pools.base import MemberPlan, SpeedForecast
-from gpumesh.pools.hosts.commands import CONFIRM_CACHE_ARGV, llama_server_argv, rpc_server_argv
+from gpumesh.pools.hosts.commands import confirm_cache_argv, llama_server_argv, rpc_server_argv
 from gpumesh.pools.hosts.guarded_program import run_guarded
 from gpumesh.pools.hosts.programs import HostPrograms
 from tests.pools.hosts.head_logs import MIB, WORKERS, cuda, head_programs, make_plan, share
@@ -110,7 +112,7 @@ async def run_worker(tmp_path: Path, *, weights_mib: int = 1) -> str:
 
 async def confirm(tmp_path: Path) -> None:
     async with local_route(environment={"PATH": os.environ["PATH"], "HOME": str(tmp_path)}) as route:
-        await route.exec(CONFIRM_CACHE_ARGV, timeout_s=20)
+        await route.exec(confirm_cache_argv(21001), timeout_s=20)
 
 
 async def test_a_program_gets_the_environment_that_it_needs(tmp_path: Path) -> None:
@@ -131,6 +133,25 @@ async def test_after_a_load_that_did_not_end_the_newest_cached_tensor_is_not_tru
     assert {path.name for path in cache.iterdir()} == {"newest", "middle", "oldest"}
     await run_worker(tmp_path)  # the load before it was not confirmed
     assert {path.name for path in cache.iterdir()} == {"middle", "oldest"}
+
+
+async def test_a_load_of_another_worker_that_still_runs_is_left_alone(tmp_path: Path) -> None:
+    folder = tmp_path / ".cache/gpumesh/llama.cpp"
+    (folder / "rpc").mkdir(parents=True)
+    (folder / "rpc/tensor").write_bytes(b"a tensor")
+    program = tmp_path / "ggml-rpc-server"
+    sleep = shutil.which("sleep")
+    assert sleep is not None
+    shutil.copy(sleep, program)
+    with subprocess.Popen([program, "600"]) as other:
+        (folder / "unfinished-21002").write_text(f"{other.pid}\n")
+        await run_worker(tmp_path)
+        assert (folder / "rpc/tensor").exists()
+        other.kill()
+    await confirm(tmp_path)
+    await run_worker(tmp_path)
+    assert not (folder / "rpc/tensor").exists()
+    assert [path.name for path in folder.iterdir() if path.is_file()] == ["unfinished-21001"]
 
 
 async def test_without_room_on_the_disk_there_is_no_cache(tmp_path: Path) -> None:

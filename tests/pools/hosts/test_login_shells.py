@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from gpumesh.errors import PoolModelMissing
-from gpumesh.pools.hosts.commands import CONFIRM_CACHE_ARGV, llama_server_argv, rpc_server_argv
+from gpumesh.pools.hosts.commands import confirm_cache_argv, llama_server_argv, rpc_server_argv
 from gpumesh.pools.hosts.guarded_program import run_guarded
 from gpumesh.pools.hosts.model_files import find_ollama_blob, read_model
 from gpumesh.pools.hosts.paths import measure_through_us
@@ -35,7 +35,7 @@ async def test_each_script_starts(shell: str, tmp_path: Path) -> None:
             await find_ollama_blob(route, "gpumesh-test:none", node="iceland")
         assert (await measure_through_us(route, route)).rtt_ms is not None
         assert await read_received_bytes(route, 1) is None
-        assert (await route.exec(CONFIRM_CACHE_ARGV, timeout_s=20)).exit_status == 0
+        assert (await route.exec(confirm_cache_argv(21001), timeout_s=20)).exit_status == 0
         reason = await may_log_in(route, WorkerLogin("cellar", "me", "127.0.0.1", 1, ("ssh-ed25519 AAAA",)))
         assert reason is not None
         assert "Connection refused" in reason
