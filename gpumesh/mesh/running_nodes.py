@@ -16,6 +16,7 @@ from gpumesh.mesh.nodes.fleet import Fleet
 from gpumesh.mesh.nodes.node import Node
 from gpumesh.mesh.nodes.node_changes import NodePlan
 from gpumesh.mesh.nodes.node_factory import NodeFactory
+from gpumesh.probes.http_client import forget_servers
 from gpumesh.state import TunnelState
 from gpumesh.topology import Topology
 from gpumesh.tunnels.base import ClosableTunnel
@@ -128,6 +129,8 @@ class RunningNodes:
             task.cancel()
             self._fleet.leaving.discard(node)
         await asyncio.wait({task})
+        if node.uses_ssh and node.tunnel is not None:  # another node may use the server of a direct node
+            await forget_servers(self._factory.http, node.tunnel.urls.values())
         self._fleet.regroup()
         self._factory.changes.notify()
 

@@ -7,6 +7,7 @@ because a small compressed body can unpack to any size.
 from __future__ import annotations
 
 import ssl
+from collections.abc import Iterable
 from functools import cache
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 
@@ -106,16 +107,14 @@ class _TransportPerServer(httpx.AsyncBaseTransport):
         """Sends the request over the transport of its server. Raises ``httpx.HTTPError`` for all that the server does
         wrong."""
         socket_path: str | None = None
-        host = request.url.host
+        origin = _find_origin(request.url)
         unix_parts = parse_unix_url(request.url)
         if unix_parts is not None:
             socket_path, request_path = unix_parts
-            host = socket_path
             # The transport of this origin connects to the socket, so the request gets an ordinary URL.
             request.url = httpx.URL(f"{request.url.scheme}://localhost{request_path}")
             if request.headers.get("Host") == "unix":  # set by httpx, from the URL
                 request.headers["Host"] = "localhost"
-        origin = (request.url.scheme, host, request.url.port)
         transport = self._transports.get(origin)
         if transport is None:
             transport = self._transports[origin] = _create_transport(request.url.scheme, socket_path)
@@ -129,6 +128,26 @@ class _TransportPerServer(httpx.AsyncBaseTransport):
             del response.headers["Location"]  # so that httpx does not parse it; the rest of the answer is good
         return response
 
+    async def forget(self, origin: _Origin) -> None:
+        """Closes the connections to this server. The next request makes new ones."""
+        transport = self._transports.pop(origin, None)
+        if transport is not None:
+            await transport.aclose()
+
     async def aclose(self) -> None:
         for transport in self._transports.values():
             await transport.aclose()
+
+
+def _find_origin(url: httpx.URL) -> _Origin:
+    unix_parts = parse_unix_url(url)
+    return (url.scheme, url.host, url.port) if unix_parts is None else (url.scheme, unix_parts[0], None)
+
+
+async def forget_servers(client: httpx.AsyncClient, urls: Iterable[str]) -> None:
+    """Closes the connections of a client from ``make_http_client`` to servers that are gone: httpx would keep them,
+    because it looks at a server's connections only at the next request to it."""
+    transport = client._transport
+    if isinstance(transport, _TransportPerServer):
+        for url in urls:
+            await transport.forget(_find_origin(httpx.URL(url)))

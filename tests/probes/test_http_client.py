@@ -15,7 +15,7 @@ import httpx
 import pytest
 
 from gpumesh.daemon.process import async_runner
-from gpumesh.probes.http_client import make_http_client
+from gpumesh.probes.http_client import forget_servers, make_http_client
 from tests.mesh.servers import Exchange, answer_with, serve
 
 
@@ -113,6 +113,25 @@ async def test_each_server_has_a_pool_of_its_own() -> None:
         for server in servers:
             server.close()
         await asyncio.gather(*(task for task in served if task is not None))
+
+
+async def test_connections_to_a_server_that_is_gone_are_closed() -> None:
+    closed = asyncio.Event()
+
+    async def serve_one(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+        await reader.read()  # until the client closes
+        closed.set()
+        writer.close()
+
+    server = await asyncio.start_server(serve_one, "127.0.0.1", 0)
+    url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    async with asyncio.timeout(10), server, make_http_client() as client:
+        await client.get(url)
+        assert not closed.is_set()
+        await forget_servers(client, [f"{url}/path", "http://127.0.0.1:1"])
+        await closed.wait()
 
 
 async def test_cookies_of_a_server_are_not_sent_to_any_server() -> None:
