@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,7 +12,6 @@ import typer
 
 from gpumesh.cli import completion
 from gpumesh.cli.command_group import new_app
-from gpumesh.cli.first_report import FIRST_REPORT_TIMEOUT_S
 from gpumesh.cli.global_options import GlobalOptions, global_options
 from gpumesh.cli.json_output import json_option
 from gpumesh.cli.open_session import open_session, run_async, running_topology
@@ -32,11 +30,9 @@ from gpumesh.text.quoting import paste_command
 from gpumesh.text.sentences import join_all
 
 if TYPE_CHECKING:
-    from gpumesh.cli.pool.pool_choice import PlanRequest
     from gpumesh.daemon.sessions.session import Session
     from gpumesh.pool_spec import PoolSpec
     from gpumesh.pools.base import PoolPlan, PoolState
-    from gpumesh.topology import Topology
 
 SCHEMA = "gpumesh.pool/1"
 
@@ -75,8 +71,8 @@ def pool(ctx: typer.Context, as_json: JsonOption = False, output: FormatOption =
 # -- plan ------------------------------------------------------------------------------------------------------------
 
 
-@app.command()
-def plan(
+@app.command("plan")
+def plan_(
     ctx: typer.Context,
     wanted: Annotated[
         str | None,
@@ -126,56 +122,32 @@ def plan(
       gpumesh pool plan llama3.3:70b --nodes vengeance,iceland=20GiB --context 16384 --parallel 4
       gpumesh pool plan ~/models/llama-70b-q4_k_m.gguf --head vengeance --kv-type q8_0
     """
+    from gpumesh.cli.pool.made_plan import make_plan
     from gpumesh.cli.pool.pool_choice import PlanRequest, parse_members
 
     options = global_options(ctx)
     chosen_format = choose_format(output, as_json)
     members = parse_members(nodes) if nodes else None
     request = PlanRequest(wanted, members, head, context, parallel, kv_type, draft, llama_cpp_dir)
-    spec, made, is_in_file = run_async(_make_plan(options, request))
+    made = run_async(make_plan(options, request))
+    plan = made.plan
     if chosen_format is not None:
-        print_document({"schema": SCHEMA, "fits": made.fits, **_document(made)}, chosen_format)
+        print_document({"schema": SCHEMA, "fits": plan.fits, **_document(plan)}, chosen_format)
     else:
         from gpumesh.cli.views.pool.plan_view import print_plan
 
-        print_plan(made)
-    if not made.fits:
+        print_plan(plan)
+    if not options.quiet:
+        for remark in made.remarks():
+            typer.echo(clean_line(remark), err=True)
+    if not plan.fits:
         is_shown = chosen_format is None  # the advice stands right above
-        hint = None if is_shown or not made.advice else made.advice[0]
-        raise PoolDoesNotFit(f"{made.pool} does not fit: {made.problems[0]}", hint=hint)
+        hint = None if is_shown or not plan.advice else plan.advice[0]
+        raise PoolDoesNotFit(f"{plan.pool} does not fit: {plan.problems[0]}", hint=hint)
     if chosen_format is None and not options.quiet:
-        _tell_how_to_start(spec, is_in_file=is_in_file, is_changed=request.changes_pool)
-
-
-async def _make_plan(options: GlobalOptions, request: PlanRequest) -> tuple[PoolSpec, PoolPlan, bool]:
-    """The pool that was planned, its plan, and whether it is one of mesh.yaml."""
-
-    def keep_members(topology: Topology) -> Topology:
-        """For a mesh in this process: no other node is waited for."""
-        names = request.member_names(topology)
-        return replace(topology, nodes=tuple(node for node in topology.nodes if node.name in names), models=())
-
-    async with open_session(options, change_topology=keep_members) as session:
-        topology = await running_topology(session, options)
-        is_in_file = request.find_pool(topology) is not None
-        names = request.member_names(topology)
-        with _waiting(f"looking at {join_all(names)}", quiet=options.quiet):
-            state = await session.wait_first_report(FIRST_REPORT_TIMEOUT_S)
-            spec = request.make_spec(topology, state)
-            return spec, await session.plan_pool(spec), is_in_file
-
-
-def _tell_how_to_start(spec: PoolSpec, *, is_in_file: bool, is_changed: bool) -> None:
-    """Prints to stderr how the pool that was planned is started. ``is_changed``: options have changed what mesh.yaml
-    says of it."""
-    from gpumesh.cli.pool.pool_choice import yaml_entry
-
-    if is_in_file and not is_changed:
-        typer.echo(f"\n`gpumesh pool up {spec.name}` starts it", err=True)
-        return
-    place = "in its place" if is_in_file else "under `pools:`"
-    typer.echo(f"\nto start it so, write {place} in mesh.yaml:", err=True)
-    typer.echo(clean_line(yaml_entry(spec)), err=True)
+        lines = [clean_line(line) for line in made.how_to_start()]
+        if lines:
+            typer.echo("\n" + "\n".join(lines), err=True)
 
 
 # -- up --------------------------------------------------------------------------------------------------------------
@@ -288,12 +260,13 @@ def down(ctx: typer.Context, name: PoolArgument = None, as_json: JsonOption = Fa
 
 async def _stop_pool(options: GlobalOptions, name: str | None) -> tuple[PoolState, bool]:
     """The state of the pool when it is stopped, and whether it was stopped before."""
+    from gpumesh.cli.views.pool.start_progress import show_waiting
     from gpumesh.pools.base import PoolPhase
 
     async with _open_pools(options, name) as (session, state):
         if state.phase is PoolPhase.STOPPED:
             return state, True
-        with _waiting(f"{state.pool} stops its programs", quiet=options.quiet):
+        with show_waiting(f"{state.pool} stops its programs", quiet=options.quiet):
             await session.stop_pool(state.pool)
         return next((left for left in await session.pools() if left.pool == state.pool), state), False
 
@@ -363,13 +336,3 @@ def _document(value: PoolPlan | PoolState) -> dict[str, Any]:
 
     entries: dict[str, Any] = to_json(value)
     return {"name": entries.pop("pool"), **entries}
-
-
-def _waiting(text: str, *, quiet: bool) -> Any:
-    """Shows on stderr, while the block runs, what is waited for; only on a terminal."""
-    from contextlib import nullcontext
-
-    from gpumesh.cli.views.console import console
-
-    stderr = console(stderr=True)
-    return nullcontext() if quiet or not stderr.is_terminal else stderr.status(clean_line(text, 100), spinner="line")

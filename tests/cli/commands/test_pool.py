@@ -136,6 +136,10 @@ async def test_plan_asks_the_running_mesh(gpumesh: Gpumesh, session: PoolSession
     assert ended.err.splitlines()[-1].startswith("- { name: big, model: ")
     assert (await gpumesh("pool", "plan")).err.endswith("`gpumesh pool up big` starts it\n")
 
+    session.pool_states = (samples.state(PoolPhase.READY),)
+    ended = await gpumesh("pool", "plan")
+    assert ended.err == "the pool big runs: what it holds on these nodes counts as memory of other programs\n"
+
     session.plan = samples.unfit_plan()
     ended = await gpumesh("pool", "plan", code=1)
     assert "does not fit" in ended.out.splitlines()[0]

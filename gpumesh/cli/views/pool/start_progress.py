@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Protocol
 
 import typer
@@ -126,3 +126,9 @@ def _identify_failure(state: PoolState) -> object:
 
 def _describe_failure(state: PoolState) -> str:
     return clean_line(f"{state.pool} has failed: {describe_reason(state)}")
+
+
+def show_waiting(text: str, *, quiet: bool) -> AbstractContextManager[object]:
+    """Shows on stderr, while the block runs, what is waited for; only on a terminal."""
+    stderr = console(stderr=True)
+    return nullcontext() if quiet or not stderr.is_terminal else stderr.status(clean_line(text, 100), spinner="line")
