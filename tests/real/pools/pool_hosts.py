@@ -20,7 +20,7 @@ HEAD_PROGRAM = "llama-server"
 WORKER_PROGRAM = "ggml-rpc-server"
 _LISTENING = "0A"  # the state of a socket in /proc/net/tcp
 _LOOPBACK = ("0100007F", "00000000000000000000000001000000")
-_OTHER_PROTOCOL_VERSION = (3, 9, 9)
+_TRUE_VERSION, _OTHER_VERSION = (5, 0, 0), (3, 9, 9)
 
 
 class WorkerFault(StrEnum):
@@ -34,17 +34,24 @@ class WorkerFault(StrEnum):
     SILENT = "silent"
     """It accepts connections and never answers: a worker that is busy with another head does so, too."""
     OTHER_VERSION = "other-version"
-    """It has another version of llama.cpp's RPC protocol."""
+    """It has another version of llama.cpp's RPC protocol, and says so."""
+    HIDDEN_VERSION = "hidden-version"
+    """The same, but it is only seen when it is asked over its port."""
 
 
 # Takes the place of ggml-rpc-server, with the same options.
 _FAULTY_WORKER = """\
 #!{python}
 import socket, struct, sys
-fault = {fault!r}
+fault, version = {fault!r}, {version}
+print("Starting RPC server v" + ".".join(map(str, version if fault == "other-version" else {true_version})), flush=True)
+address = sys.argv[sys.argv.index("-H") + 1], int(sys.argv[sys.argv.index("-p") + 1])
 if fault == "ends":
     sys.exit("this worker ends at once")
-server = socket.create_server(("127.0.0.1", int(sys.argv[sys.argv.index("-p") + 1])))
+try:
+    server = socket.create_server(address)
+except OSError:
+    sys.exit("Failed to create server socket")
 held = []
 while True:
     connection, _ = server.accept()
@@ -55,7 +62,7 @@ while True:
     else:  # the answer to HELLO: its size, the version, and what the connection can
         command, size = struct.unpack("<BQ", connection.recv(9, socket.MSG_WAITALL))
         connection.recv(size, socket.MSG_WAITALL)
-        connection.sendall(struct.pack("<Q", 4 + size) + bytes({version}) + bytes(1 + size))
+        connection.sendall(struct.pack("<Q", 4 + size) + bytes(version) + bytes(1 + size))
         connection.close()
 """
 
@@ -113,8 +120,8 @@ class PoolHost:
         if fault is WorkerFault.MISSING:
             (self.programs / WORKER_PROGRAM).unlink()
             return
-        script = _FAULTY_WORKER.format(python=sys.executable, fault=fault.value, version=_OTHER_PROTOCOL_VERSION)
-        self.set_program(WORKER_PROGRAM, script)
+        values = {"python": sys.executable, "version": _OTHER_VERSION, "true_version": _TRUE_VERSION}
+        self.set_program(WORKER_PROGRAM, _FAULTY_WORKER.format(fault=fault.value, **values))
 
     def node(self) -> dict[str, Any]:
         """Its entry in mesh.yaml. There is no server of its own behind it."""
@@ -156,6 +163,12 @@ class PoolHost:
         """The processes that have to do with a pool: all but the lasting commands of the mesh's own probes."""
         names = (HEAD_PROGRAM, WORKER_PROGRAM)
         return {pid: text for pid, text in self.processes().items() if any(name in text for name in names)}
+
+    @property
+    def listener(self) -> int:
+        """The process of sshd that accepts connections."""
+        assert self.sshd.process is not None
+        return self.sshd.process.pid
 
     def sessions(self) -> set[int]:
         """The processes of sshd's connections."""

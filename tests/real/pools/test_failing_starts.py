@@ -24,12 +24,14 @@ pytestmark = [
 ]
 
 MODEL = "small"
+REVERSED = "reversed"  # its head is the other one's worker
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def shared_mesh(tmp_path_factory: pytest.TempPathFactory, small_model: Path) -> AsyncIterator[PoolMesh]:
     entries = [
         pool_entry(small_model),
+        pool_entry(small_model, name=REVERSED, head=WORKER),
         pool_entry("~/nowhere.gguf", name="no-model"),
         pool_entry("~/cut.gguf", name="cut-model"),
         pool_entry(small_model, name="too-big", context=2**20, split=None),
@@ -41,7 +43,7 @@ async def shared_mesh(tmp_path_factory: pytest.TempPathFactory, small_model: Pat
 
 @pytest_asyncio.fixture(loop_scope="module")
 async def mesh(shared_mesh: PoolMesh) -> AsyncIterator[PoolMesh]:
-    """The pool is stopped before and after each test, and its programs are as they should be."""
+    """After each test the pool is stopped, and the programs are as they should be."""
     yield shared_mesh
     for host in shared_mesh.hosts:
         host.repair_programs()
@@ -67,10 +69,9 @@ async def test_a_missing_program_is_named_with_its_host(mesh: PoolMesh, host: st
     assert mesh.programs() == ONE_POOL
 
 
-@pytest.mark.parametrize("fault", [WorkerFault.ENDS, WorkerFault.CLOSES, WorkerFault.OTHER_VERSION])
-async def test_a_pool_without_its_worker_is_never_ready(mesh: PoolMesh, fault: WorkerFault) -> None:
-    """llama-server starts without the worker and says that it is healthy, or it aborts."""
-    mesh.worker.break_worker(fault)
+async def test_a_pool_whose_worker_ends_is_never_ready(mesh: PoolMesh) -> None:
+    """llama-server starts without the worker, and says that it is healthy."""
+    mesh.worker.break_worker(WorkerFault.ENDS)
     async with mesh.gpumesh.started("pool", "up", POOL):
         state = await mesh.wait_phase("backoff", "failed")
         assert WORKER in str(state["reason"]), state
@@ -82,13 +83,28 @@ async def test_a_pool_without_its_worker_is_never_ready(mesh: PoolMesh, fault: W
     await mesh.wait_answer(MODEL)
 
 
-async def test_another_build_is_refused(mesh: PoolMesh) -> None:
-    """Each host says which build of llama.cpp it has."""
-    script = '#!/bin/sh\necho "version: 9999 (abcdef01)" >&2\necho "built with another compiler" >&2\n'
-    mesh.worker.set_program(HEAD_PROGRAM, script)
+async def test_a_pool_whose_worker_does_not_answer_is_never_ready(mesh: PoolMesh) -> None:
+    """llama-server aborts if its worker closes the connection. If it gets no answer, it waits for ever. Both pools at
+    the same time, because each start has half a minute."""
+    mesh.worker.break_worker(WorkerFault.CLOSES)
+    mesh.head.break_worker(WorkerFault.SILENT)
+    async with mesh.gpumesh.started("pool", "up", POOL), mesh.gpumesh.started("pool", "up", REVERSED):
+        for pool, worker in ((POOL, WORKER), (REVERSED, HEAD)):
+            state = await mesh.wait_phase("backoff", "failed", pool=pool)
+            assert worker in str(state["reason"]), state
+        assert not await mesh.answers(MODEL)
+    await mesh.wait_phase("stopped", pool=REVERSED)
+    await mesh.make_stopped()
+
+
+@pytest.mark.parametrize("fault", [WorkerFault.OTHER_VERSION, WorkerFault.HIDDEN_VERSION])
+async def test_another_version_is_refused(mesh: PoolMesh, fault: WorkerFault) -> None:
+    """llama-server would start without the worker, and say that it is healthy."""
+    mesh.worker.break_worker(fault)
     ended = await mesh.gpumesh("pool", "up", POOL, code=None)
     assert ended.code != 0, ended
-    assert "9999" in ended.err or "abcdef01" in ended.err, ended
+    assert "3.9.9" in ended.err, ended
+    assert "5.0.0" in ended.err, ended
     assert (await mesh.state())["phase"] == "failed"
     await mesh.wait_hosts_empty("after a refused start")
 

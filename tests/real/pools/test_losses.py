@@ -119,7 +119,7 @@ async def test_another_node_goes_on_with_the_stream(mesh: PoolMesh) -> None:
 async def test_a_head_whose_network_is_lost_is_ended_by_its_guard(mesh: PoolMesh) -> None:
     """sshd is frozen, on both hosts: no end of a connection is ever seen there, only that no heartbeat comes."""
     await mesh.make_ready()
-    frozen = {pid for host in mesh.hosts for pid in host.sessions()}
+    frozen = {pid for host in mesh.hosts for pid in (host.listener, *host.sessions())}
     kill(frozen, signal.SIGSTOP)
     try:
         await mesh.wait_hosts_empty("after 20 s without a heartbeat")
