@@ -165,8 +165,7 @@ class OpenAIEventReader(BaseEventReader):
         self._counters: ServerCounters | None = None
 
     def _read_rest(self, chunks: list[Chunk]) -> None:
-        """Adds the final chunk, when all of the answer has come. Raises BackendError for an error of the server, and
-        ProbeError for an answer in another form."""
+        """Adds the chunks of the last event, and the final chunk if the finish reason has come."""
         super()._read_rest(chunks)
         if not self.done and self._finish_reason is not None:
             # The text is complete: some servers end the stream without [DONE].
@@ -208,6 +207,8 @@ class OpenAIBodyReader(BaseFrameReader):
         self._body += data
 
     def _read_rest(self, chunks: list[Chunk]) -> None:
+        """Adds the answer as the final chunk. Raises BackendError for an error of the server, and ProbeError for an
+        answer in another form."""
         body = bytes(self._body).strip()
         frame = safe_json.parse_object(body)
         if frame is None:

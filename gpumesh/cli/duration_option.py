@@ -15,6 +15,7 @@ def duration_parser(minimum_s: float) -> Callable[[str], float]:
     less than ``minimum_s``. typer gives it the default value too, which is a number."""
 
     def parse(value: str | float) -> float:
+        """Reads a duration such as 500ms or 2m, or a number of seconds."""
         from gpumesh.config.value_parsers import format_duration, parse_duration
 
         text = str(value).strip()

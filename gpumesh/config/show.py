@@ -157,6 +157,7 @@ def _ssh_entries(spec: SshSpec) -> dict[str, Any]:
 
 
 def _backend_entries(spec: BackendSpec) -> dict[str, Any]:
+    """The section ``backend`` of a node."""
     return _drop_empty(
         {
             "kind": spec.kind.value,
@@ -168,6 +169,7 @@ def _backend_entries(spec: BackendSpec) -> dict[str, Any]:
 
 
 def _expect_entries(spec: ExpectSpec) -> dict[str, Any]:
+    """The section ``expect`` of a node."""
     return _drop_empty(
         {
             "hostname": spec.hostname,
@@ -181,6 +183,7 @@ def _expect_entries(spec: ExpectSpec) -> dict[str, Any]:
 
 
 def _model_entries(spec: ModelSpec) -> dict[str, Any]:
+    """The entry of a model under ``models``."""
     return _drop_empty(
         {
             "nodes": list(spec.nodes or ()),
@@ -195,6 +198,7 @@ def _model_entries(spec: ModelSpec) -> dict[str, Any]:
 
 
 def _pool_entries(spec: PoolSpec) -> dict[str, Any]:
+    """The entry of a pool under ``pools``."""
     return _drop_empty(
         {
             "name": spec.name,
@@ -220,6 +224,7 @@ def _pool_member_entry(member: PoolMember) -> str | dict[str, Any]:
 
 
 def _notify_entries(spec: NotifySpec) -> dict[str, Any]:
+    """The entry of a rule under ``notify``. The path of a webhook is masked: it may be a secret."""
     return _drop_empty(
         {
             "webhook": None if spec.webhook is None else _mask_path(spec.webhook),

@@ -37,6 +37,7 @@ def describe_full_folders(error: OSError) -> str:
 
 
 def _is_full(folder: Path) -> bool:
+    """Whether the disk of the folder has no room, or no room for another file."""
     try:
         system = os.statvfs(folder)
     except OSError:  # the folder has just gone, or cannot be asked

@@ -201,6 +201,8 @@ class Mesh:
         self._changes.notify()
 
     def _apply_nodes(self, topology: Topology, *, limit_s: float) -> AppliedChange:
+        """Carries out the changes of the nodes. Returns the reopened nodes, and the requests that closed nodes still
+        have."""
         assert self._nodes is not None, "the mesh does not run"
         plan = plan_nodes(self.topology, topology)
         closed = self._nodes.apply(plan, topology, limit_s=limit_s)

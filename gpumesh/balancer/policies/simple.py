@@ -35,6 +35,7 @@ class _SimplePolicy:
         question: Question,
         known: Sequence[Forecast] = (),  # noqa: ARG002
     ) -> Choice:
+        """Chooses anew among all nodes: another node may have got a free slot too."""
         return self.choose(question)
 
     def _pick(self, free: Sequence[NodeAccount], question: Question) -> NodeAccount:

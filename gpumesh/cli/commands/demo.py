@@ -202,6 +202,7 @@ async def _send_and_kill(
     may_kill = asyncio.Event()
 
     async def send(index: int) -> PromptResult:
+        """Sends one prompt, and lets the host be killed once enough prompts are answered."""
         nonlocal answer_count
         text = f"Tell me something about the number {index}."
         result = await send_with_retries(session, _make_request(text), index, text)
@@ -211,6 +212,7 @@ async def _send_and_kill(
         return result
 
     async def kill_busy_host() -> None:
+        """Kills the host at a moment at which it has requests, so that these must move to other hosts."""
         await may_kill.wait()
         async for state in session.watch(interval_s=BUSY_POLL_S):
             host_is_busy = state.node(victim).load.in_flight > 0

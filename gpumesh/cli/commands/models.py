@@ -295,6 +295,7 @@ async def _run_operation(
         ]
 
         async def perform(task: inventory.ModelTask) -> None:
+            """Does one task in the model store of its node."""
             store = stores.of(task.node)
             embedder = inventory.is_embedder_on(task.node, task.model)
             match operation:
@@ -353,6 +354,7 @@ async def _perform_and_report(
     errors: list[GPUMeshError] = []
 
     def report(result: TaskResult) -> None:
+        """Prints what has become of one task."""
         node, model = result.task.node.name, result.task.model
         if result.error is None:
             write(clean_line(f"{node}: {model} {verb}"))

@@ -92,6 +92,7 @@ class ReverseChannels:
             )
 
         def handle_open(message: paramiko.Message) -> None:  # in the transport's thread
+            """Takes a channel that the host opens for a connection to a forwarded port; any other goes to paramiko."""
             if message.get_text() != _FORWARDED:
                 message.rewind()  # paramiko reads the message from its beginning, and refuses the channel
                 original(message)
@@ -145,6 +146,7 @@ class ReverseChannels:
                 self._on_connected(channel, local_port, None)
 
     def _on_connected(self, channel: OpenedByHost, local_port: int, local: socket.socket | None) -> None:
+        """Relays the channel to the local connection; ``None``: nothing listens there, so the channel is refused."""
         self._connecting -= 1
         if local is None:
             self._refuse(channel, OPEN_FAILED_CONNECT_FAILED)

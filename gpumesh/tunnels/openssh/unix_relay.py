@@ -188,12 +188,14 @@ class ReverseRelay(SocketRelay):
     """Relays a connection that came from the host: the accepted socket is ssh's."""
 
     def _end_side(self, side: int) -> None:
+        """Ends a side as the base class; the end of the host is passed on a little later."""
         if side == LOCAL:
             self._forwarder.call_later(END_DELAY_S, self._pass_end_of_host)
         else:
             super()._end_side(side)
 
     def _pass_end_of_host(self) -> None:
+        """Ends the local program's input, because the host has ended its side."""
         if self._closed:  # ssh had died
             return
         try:
