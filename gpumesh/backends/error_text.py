@@ -65,7 +65,8 @@ def find_reported_error(body: bytes) -> str | None:
         return None
     if document.get("object") == "error":  # vLLM's errors had this form
         return describe_error(document)
-    return None if isinstance(document.get("message"), dict) else find_error_message(document)
+    is_ollama_chat = isinstance(document.get("message"), dict)  # an answer; an error's ``message`` is a text
+    return None if is_ollama_chat else find_error_message(document)
 
 
 def _find_message(document: Any, depth: int = 0) -> str | None:
