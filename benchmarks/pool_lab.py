@@ -232,7 +232,7 @@ async def running_pool(
         argv = [str(find_programs()[0]), "-m", str(model), "--host", "127.0.0.1", "--port", str(port)]
         argv += ["-c", str(context * streams), "-np", str(streams), "-t", "1", "-tb", "1"]
         argv += ["--no-warmup", "--no-ui", "--metrics", "-fit", "off", "-lv", "4"]
-        # A worker's weights are in allocated memory, which is read more slowly here than a mapped file. So the head's too.
+        # A worker's weights are in allocated memory, which is read more slowly than a mapped file. So the head's too.
         argv += ["--cache-ram", "0", "--kv-unified", "-lm", "none", *options]
         if relays:
             endpoints = ",".join(f"127.0.0.1:{relay.port}" for relay in relays)

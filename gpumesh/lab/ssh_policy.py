@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Collection
+from typing import Protocol
 
 import paramiko
 from paramiko.common import (
@@ -13,16 +14,42 @@ from paramiko.common import (
     OPEN_SUCCEEDED,
 )
 
-from gpumesh.lab.reverse_ports import LOOPBACK_NAMES
+from gpumesh.lab.profile import Faults
+from gpumesh.lab.reverse_ports import LOOPBACK_NAMES, ReversePorts
+from gpumesh.lab.shell import SimShell
 
-if TYPE_CHECKING:
-    from gpumesh.lab.ssh import Connection
+
+class PolicyServer(Protocol):
+    """The part of ``SshServer`` that says what its clients may do; see there."""
+
+    @property
+    def shell(self) -> SimShell: ...
+
+    @property
+    def faults(self) -> Callable[[], Faults]: ...
+
+    @property
+    def authorized(self) -> Collection[bytes]: ...
+
+
+class PolicyConnection(Protocol):
+    """The part of a client's ``Connection`` that does what was allowed; see there."""
+
+    @property
+    def server(self) -> PolicyServer: ...
+
+    @property
+    def reverse_ports(self) -> ReversePorts: ...
+
+    def open_target(self, channel_id: int, host: str, port: int) -> int: ...
+
+    def command_requested(self, channel: paramiko.Channel, command: str) -> None: ...
 
 
 class ClientPolicy(paramiko.ServerInterface):
     """Decides what the client may do. paramiko calls these methods, in its own thread."""
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: PolicyConnection) -> None:
         self._connection = connection
         self._server = connection.server
 

@@ -12,13 +12,14 @@ from gpumesh.topology import BackendKind
 PACKAGE = Path(gpumesh.__file__).parent
 # Where a kind may be named: its dialect, mesh.yaml's own words, and the stand-ins.
 MAY_NAME_KINDS = ("backends", "config", "lab", "topology.py")
+STARTS_A_SERVER = "pools/running/pool_node.py"  # a pool starts llama-server itself, so it knows the kind
 NAMES = {kind.value for kind in BackendKind}
 
 
 def modules() -> Iterator[tuple[str, ast.Module]]:
     for path in sorted(PACKAGE.rglob("*.py")):
         below = path.relative_to(PACKAGE)
-        if below.parts[0] not in MAY_NAME_KINDS:
+        if below.parts[0] not in MAY_NAME_KINDS and below.as_posix() != STARTS_A_SERVER:
             yield below.as_posix(), ast.parse(path.read_text())
 
 

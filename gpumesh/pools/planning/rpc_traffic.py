@@ -30,8 +30,8 @@ EXPERT_OPERATIONS = 3  # in a layer with experts
 
 # A prompt is read in pieces of so many tokens (llama-server's --ubatch-size).
 PROMPT_TOKENS = 512
-# A start waits for so many answers of a worker: on its devices and buffers, and on the memory of the operations above, in
-# each graph that is tried.
+# A start waits for so many answers of a worker: on its devices and buffers, and on the memory of the operations above,
+# in each graph that is tried.
 LOAD_WAITS = 24
 LOAD_WAITS_PER_OPERATION = 15
 # A worker is asked whether it has a tensor above this size in its cache (HASH_THRESHOLD). A layer has so many of them.
