@@ -87,13 +87,31 @@ def _unknown_option(match: re.Match[str], _nodes: Mapping[str, str]) -> PoolErro
 
 
 def _unknown_device(match: re.Match[str], _nodes: Mapping[str, str]) -> PoolError:
-    return PoolFailed(f"the head's llama-server does not see the device {printable(match['device'], 40)} of the plan")
+    return PoolFailed(
+        f"the head's llama-server does not see the device {printable(match['device'], 40)} of the plan",
+        hint="a worker may be missing, or the llama.cpp of the head is too old",
+    )
 
 
 def _no_library(match: re.Match[str], _nodes: Mapping[str, str]) -> PoolError:
     return PoolProgramMissing(
         f"llama.cpp cannot be started: {printable(match['reason'], 200)}",
         hint="install that library, or another build of llama.cpp",
+    )
+
+
+def _gpu_failed(match: re.Match[str], _nodes: Mapping[str, str]) -> PoolError:
+    return PoolFailed(f"a GPU of the head failed: {printable(match['reason'], 200)}")
+
+
+def _cannot_load(match: re.Match[str], _nodes: Mapping[str, str]) -> PoolError:
+    return PoolModelMissing(f"llama-server cannot load the model: {printable(match['reason'], 200)}")
+
+
+def _cannot_use(match: re.Match[str], _nodes: Mapping[str, str]) -> PoolError:
+    return PoolModelMissing(
+        f"llama-server cannot use the model with these settings: {printable(match['reason'], 200)}",
+        hint="another `kv_type` or `context` of the pool may do",
     )
 
 
@@ -120,6 +138,9 @@ _ERRORS: tuple[tuple[str, re.Pattern[str], _MakeError], ...] = (
     ("error: invalid argument", re.compile(r"error: invalid argument: (?P<option>\S{1,80})"), _unknown_option),
     ("invalid device", re.compile(r"invalid device: (?P<device>\S{1,80})"), _unknown_device),
     ("shared libraries", re.compile(r"error while loading shared libraries: (?P<reason>.{1,300})"), _no_library),
+    ("CUDA error", re.compile(r"CUDA error: (?P<reason>.{1,200})"), _gpu_failed),
+    ("error loading model", re.compile(r"error loading model: (?P<reason>.{1,300})"), _cannot_load),
+    ("failed to initialize the context", re.compile(r"initialize the context: (?P<reason>.{1,300})"), _cannot_use),
 )
 
 

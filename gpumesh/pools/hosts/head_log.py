@@ -114,7 +114,7 @@ class HeadLog:
             self._is_draft = True
         elif "load_tensors: loading model tensors" in text:
             self.is_loading = True
-        elif text.endswith((": model loaded", "main: server is listening on")):
+        elif text.endswith(": model loaded"):
             self.is_ready = True
 
     def _read_buffer(self, text: str) -> None:

@@ -96,6 +96,11 @@ class ProgramDevice:
     def is_cpu(self) -> bool:
         return self.name == "CPU"
 
+    @property
+    def kind(self) -> str:
+        """``CUDA`` of ``CUDA0``."""
+        return self.name.rstrip("0123456789")
+
 
 @dataclass(frozen=True, slots=True)
 class HostPrograms:
@@ -124,7 +129,10 @@ class HostPrograms:
 
     @property
     def gpus(self) -> tuple[ProgramDevice, ...]:
-        return tuple(device for device in self.devices if not device.is_cpu)
+        """The GPUs, in the order of nvidia-smi. A program built for CUDA and Vulkan lists each GPU twice: the first
+        kind counts. A library such as BLAS is listed as a device without memory."""
+        devices = [device for device in self.devices if not device.is_cpu and device.total_bytes]
+        return tuple(device for device in devices if device.kind == devices[0].kind)
 
     @property
     def version(self) -> str:

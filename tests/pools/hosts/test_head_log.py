@@ -142,6 +142,15 @@ def test_a_head_without_any_worker_has_every_problem() -> None:
             "pool-failed", "port 51080 on the head's host was taken", None,
         ),
         ("error: invalid argument: --spec-type", "pool-program-missing", "does not know the option --spec-type", None),
+        ("CUDA error: illegal address", "pool-failed", "a GPU of the head failed: illegal address", None),
+        (
+            "0.0.0.1 E llama_model_load: error loading model: done_getting_tensors: wrong number of tensors",
+            "pool-model-missing", "cannot load the model: done_getting_tensors: wrong number of tensors", None,
+        ),
+        (
+            "0.0.0.1 E llama_init_from_model: failed to initialize the context: quantized V cache needs flash_attn",
+            "pool-model-missing", "with these settings: quantized V cache needs flash_attn", None,
+        ),
         ("error while handling argument: invalid device: RPC1", "pool-failed", "does not see the device RPC1", None),
         (
             "llama-server: error while loading shared libraries: libcudart.so.12: cannot open shared object file",

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from gpumesh.errors import PoolProgramMissing, PoolVersionsDiffer
 from gpumesh.pools.hosts.ports import FIRST_PORT, LAST_PORT, choose_free_ports
-from gpumesh.pools.hosts.programs import HostPrograms, check_versions, find_programs, read_programs
+from gpumesh.pools.hosts.programs import HostPrograms, ProgramDevice, check_versions, find_programs, read_programs
 from tests.pools.hosts.local_route import LocalRoute, local_route
 from tests.tunnels.sshd import listener
 
@@ -130,6 +130,12 @@ def test_what_a_host_prints_is_bounded_and_printable() -> None:
     programs = read_programs(good.encode(), "iceland")
     assert programs is not None
     assert [device.description for device in programs.devices] == ["aGPU"]
+
+
+def test_a_gpu_that_is_listed_twice_counts_once() -> None:
+    names = ("BLAS", "CUDA0", "CUDA1", "Vulkan0", "Vulkan1", "CPU")
+    devices = tuple(ProgramDevice(name, "a GPU", 0 if name == "BLAS" else GIB, 0) for name in names)
+    assert [device.name for device in HostPrograms("iceland", devices=devices).gpus] == ["CUDA0", "CUDA1"]
 
 
 def test_versions_are_compared_by_protocol_and_else_by_build() -> None:
