@@ -129,10 +129,11 @@ class GuardedProgram:
                     break
         except (TunnelError, ExecError) as caught:
             error = caught
-        self._add_line(self._buffer.take_partial())
-        self._end = ProgramEnd(exit_status, tuple(self._last_lines), error)
-        self._ended.set()
-        self._changed.set()
+        finally:  # also after a bug of ours: nobody may wait for ever
+            self._add_line(self._buffer.take_partial())
+            self._end = ProgramEnd(exit_status, tuple(self._last_lines), error)
+            self._ended.set()
+            self._changed.set()
 
     async def send_heartbeats(self, interval_s: float) -> None:
         """Tells the guard that we live, until the program has ended or cannot be reached."""

@@ -87,7 +87,8 @@ async def open_host(shell: tuple[str, ...], path: Path | None = None) -> AsyncIt
             yield host
         finally:
             for pid in host.processes():
-                os.kill(pid, signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):  # it has just ended
+                    os.kill(pid, signal.SIGKILL)
 
 
 async def first_line(program: GuardedProgram) -> str:
