@@ -28,8 +28,11 @@ LARGE_BYTES = 16 << 20
 QUICK_S = 0.2  # a way that takes less for MEDIUM_BYTES is measured with LARGE_BYTES
 _PIECE = bytes(64 << 10)
 
+# The first line of both scripts. What comes before it was written by a login shell.
+_READY = "@gpumesh@ ready"
 # Answers "turns N" at once, takes N bytes after "up N", sends N bytes after "down N"; then comes a line "k".
 _ECHO_SCRIPT = (
+    f'echo "{_READY}"; '
     "while read -r c n; do case $c in up) head -c $n >/dev/null;; down) head -c $n /dev/zero;; esac; echo k; done"
 )
 # The same on the head, for its way to a worker, on which _ECHO_SCRIPT runs: does N turns, or sends N bytes there. The
@@ -38,7 +41,7 @@ _RELAY_SCRIPT = (
     'mkfifo "$d/in" "$d/out" && exec 5<>"$d/in" 6<>"$d/out" || exit 1; '
     '"$@" <&5 >&6 & s=$! ; '
     "turn() { echo $1 $2 >&5; }; finish() { read -r l <&6; }; "
-    "turn turns 0; finish; echo k; "
+    f'while read -r l <&6; do case $l in *"{_READY}") break;; esac; done; echo "{_READY}"; '
     "while read -r c n; do case $c in "
     "turns) while [ $n -gt 0 ]; do turn turns 0; finish; n=$((n-1)); done;; "
     "up) turn up $n; head -c $n /dev/zero >&5; finish;; esac; echo k; done; kill $s; exit 0"
@@ -55,14 +58,14 @@ class _EchoProgram:
     async def turn(self, count: int = 0) -> float:
         started_at = self._clock()
         await self._stream.write(b"turns %d\n" % count)
-        await self.read_answer()
+        await self._read_answer()
         return self._clock() - started_at
 
     async def tell_up(self, count: int) -> float:
         """The other end sends ``count`` bytes to an end behind it."""
         started_at = self._clock()
         await self._stream.write(b"up %d\n" % count)
-        await self.read_answer()
+        await self._read_answer()
         return self._clock() - started_at
 
     async def send_up(self, count: int) -> float:
@@ -71,25 +74,34 @@ class _EchoProgram:
         await self._stream.write(b"up %d\n" % count)
         for _ in range(count // len(_PIECE)):
             await self._stream.write(_PIECE)
-        await self.read_answer()
+        await self._read_answer()
         return self._clock() - started_at
 
     async def fetch_down(self, count: int) -> float:
         """The other end sends ``count`` bytes to us."""
         started_at = self._clock()
         await self._stream.write(b"down %d\n" % count)
-        await self.read_answer(count)
+        await self._read_answer(count)
         return self._clock() - started_at
 
-    async def read_answer(self, count: int = 0) -> None:
+    async def wait_ready(self) -> None:
+        """Waits for the script's first line. Raises ExecError when the script does not start."""
+        output, ready = b"", _READY.encode() + b"\n"
+        while ready not in output:
+            output = output[-len(ready) :] + await self._read()
+
+    async def _read_answer(self, count: int = 0) -> None:
         """Reads ``count`` bytes and the line "k". Raises ExecError when the script has ended."""
         missing = count + len(b"k\n")
         while missing > 0:
-            chunk = await self._stream.read()
-            if chunk.ended:
-                raise ExecError("the script that measures a way has ended")
-            if chunk.stream is OutputStream.STDOUT:
-                missing -= len(chunk.data)
+            missing -= len(await self._read())
+
+    async def _read(self) -> bytes:
+        """The next piece of the script's output; empty for one of its errors."""
+        chunk = await self._stream.read()
+        if chunk.ended:
+            raise ExecError("the script that measures a way has ended")
+        return chunk.data if chunk.stream is OutputStream.STDOUT else b""
 
 
 async def measure_through_us(
@@ -124,7 +136,6 @@ async def measure_head_to_worker(
     command = shlex.join(("exec", "sh", "-c", _ECHO_SCRIPT))
     argv = login_argv(login, _RELAY_SCRIPT, command)
     async with _deadline(timeout_s), _open_echo(head, argv, clock) as echo:
-        await echo.read_answer()  # the head has logged in, and the worker has answered once
         own_turn_s = await _find_shortest_turn(echo)
         turns_s = await echo.turn(TURNS)
         rate = await _measure_rate(echo.tell_up)
@@ -138,8 +149,10 @@ async def _open_echo(
 ) -> AsyncIterator[_EchoProgram]:
     """Runs one of the scripts during the block."""
     stream = await route.open_program(argv)
+    echo = _EchoProgram(stream, clock)
     try:
-        yield _EchoProgram(stream, clock)
+        await echo.wait_ready()
+        yield echo
     finally:
         await stream.close()
 

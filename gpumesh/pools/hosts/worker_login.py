@@ -104,6 +104,7 @@ def login_argv(login: WorkerLogin, script: str, command: str, options: Sequence[
         "ForwardX11": "no",
         "PermitLocalCommand": "no",
         "RequestTTY": "no",
+        "RemoteCommand": "none",
         "LogLevel": "ERROR",
     }
     arguments = [argument for name, value in settings.items() for argument in ("-o", f"{name}={value}")]

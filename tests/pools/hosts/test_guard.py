@@ -194,7 +194,8 @@ async def test_when_our_process_is_killed_the_program_ends(host: Host, tmp_path:
 async def test_a_host_without_setsid(shell: str, tmp_path: Path) -> None:
     path = link_programs(tmp_path / "bin", shell, "sleep", "pkill")
     async with open_host(shell_argv(shell), path) as host:
-        async with run_guarded(host.route, FAMILY, kill_after_s=KILL_AFTER_S) as program:
+        timing = {"limit_s": LIMIT_S, "heartbeat_s": 0.05, "kill_after_s": KILL_AFTER_S}
+        async with run_guarded(host.route, FAMILY, **timing) as program:
             assert await first_line(program) == "ready"
         await host.wait_empty()
         async with run_guarded(host.route, FAMILY, limit_s=LIMIT_S, heartbeat_s=600, kill_after_s=0.1) as program:
