@@ -18,6 +18,7 @@ from gpumesh.pools.gguf.errors import GgufError
 from gpumesh.pools.gguf.header import NeedsMore, parse_header
 from gpumesh.pools.hosts.route import HostRoute
 from gpumesh.text.printable import printable
+from gpumesh.tunnels.blocking import run_in_thread
 
 TIMEOUT_S = 60.0  # for one piece of the header, also over a slow line
 FIRST_BYTES = 1 << 20
@@ -76,7 +77,8 @@ async def read_model(route: HostRoute, model: str, *, node: str, timeout_s: floa
     while True:
         path, file_bytes, data = await _read_start(route, path, wanted, node=node, timeout_s=timeout_s)
         try:
-            shape = parse_header(data, file_bytes=file_bytes)
+            # In a thread: the tokenizers of some models take half a second, and the gateway runs in this process.
+            shape = await run_in_thread(parse_header, data, file_bytes=file_bytes)
         except GgufError as error:
             raise PoolModelMissing(f"{path} on {node} cannot be loaded: {error}", node=node) from error
         if not isinstance(shape, NeedsMore):
@@ -107,7 +109,7 @@ async def _read_start(
     if len(words) < 4 or not words[2].isdigit() or len(words[2]) > 18 or not _is_path(words[3]):
         raise PoolModelMissing(f"{shown} on {node} is at a place that gpumesh cannot name", node=node)
     if words[1] == "gzip":
-        data = _unpack(data, blocks * 65536, node)
+        data = await run_in_thread(_unpack, data, blocks * 65536, node)
     return words[3], int(words[2]), data
 
 
