@@ -29,7 +29,8 @@ class ModelShape:
       layers these are (empty: none).
     - ``state_bytes``: for each block, the bytes of its recurrent state for one stream (empty: no such block).
     - ``head_size``, ``kv_heads``, ``feed_forward`` (the numbers between the two halves of a block's feed-forward
-      part; with experts, those of one expert), ``experts`` and ``experts_used`` decide about compute buffers.
+      part; with experts, those of one expert), ``experts``, ``experts_used`` and ``query_norm`` (queries are normed)
+      decide about compute buffers.
     - ``obstacles``: why llama-server cannot load the model, or why its memory cannot be computed, in words for people.
     """
 
@@ -55,6 +56,7 @@ class ModelShape:
     feed_forward: int = 0
     experts: int = 0
     experts_used: int = 0
+    query_norm: bool = False
     obstacles: tuple[str, ...] = ()
 
     @property

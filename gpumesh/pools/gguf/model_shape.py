@@ -64,6 +64,7 @@ def shape_of(metadata: Metadata, tensors: Sequence[Tensor], file_bytes: int) -> 
         or widest.number("feed_forward_length"),
         experts=experts,
         experts_used=widest.number("expert_used_count") if experts else 0,
+        query_norm=any("attn_q_norm.weight" in names for names in places.part_names.values()),
         obstacles=(*places.problems, *((caches.problem,) if caches.problem else ())),
     )
 

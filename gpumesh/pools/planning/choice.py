@@ -39,12 +39,13 @@ def members_of(model: Model, hosts: Hosts, split: Split, nodes: Sequence[str]) -
     """The parts of all ``nodes``, the head first, then the workers from the nearest on, and then those that can take no
     part."""
     shares: dict[str, list[DeviceShare]] = {node: [] for node in nodes}
+    cpu_layers = sum(part.count for part in split.parts if part.slot.is_head_cpu)
     for part in split.parts:
-        shares[part.slot.node].append(_share(model, part))
+        shares[part.slot.node].append(_share(model, part, cpu_layers))
     used = {part.slot for part in split.parts}
     for slot in (*hosts.head_slots, *(slot for worker in hosts.workers for slot in worker.slots)):
         if slot not in used:
-            shares[slot.node].append(_share(model, Part(slot, 0, 0)))
+            shares[slot.node].append(_share(model, Part(slot, 0, 0), cpu_layers))
     paths = {worker.node: worker.path for worker in hosts.workers}
     order = [hosts.head, *paths, *(node for node in nodes if node != hosts.head and node not in paths)]
     return tuple(MemberPlan(node, node == hosts.head, tuple(shares[node]), paths.get(node)) for node in order)
@@ -94,7 +95,7 @@ def _bytes_on_workers(model: Model, split: Split) -> int:
     return sum(need.weights for part in on_workers for need in model.needs[part.first : part.first + part.count])
 
 
-def _share(model: Model, part: Part) -> DeviceShare:
+def _share(model: Model, part: Part, cpu_layers: int) -> DeviceShare:
     needs = model.needs[part.first : part.first + part.count]
     return DeviceShare(
         device=part.slot.device,
@@ -102,7 +103,7 @@ def _share(model: Model, part: Part) -> DeviceShare:
         layers=part.count,
         weights_bytes=sum(need.weights for need in needs) + model.input_bytes(part.slot),
         kv_bytes=sum(need.kv for need in needs),
-        compute_bytes=model.compute_bytes(part.first, part.count),
+        compute_bytes=model.compute_bytes(part, cpu_layers),
         offered_bytes=part.slot.offered,
         draft_bytes=part.slot.draft,
     )

@@ -10,11 +10,10 @@ from dataclasses import dataclass
 
 from gpumesh.pool_spec import KvType, PoolSpec
 from gpumesh.pools.base import DeviceOffer, HostOffer, ModelShape
+from gpumesh.pools.planning.speed import LONGEST_DRAFT
 
 MIB = 2**20
-# llama-server's defaults (-b, -ub).
-BATCH_TOKENS = 2048
-MICRO_BATCH_TOKENS = 512
+MICRO_BATCH_TOKENS = 512  # llama-server's default (-ub)
 CELL_PADDING = 256
 # The numbers of one block of a quantised type, and its bytes (ggml-common.h).
 KV_BLOCKS = {KvType.F16: (1, 2), KvType.Q8_0: (32, 34), KvType.Q4_0: (32, 18)}
@@ -27,15 +26,17 @@ CPU_RESERVE_BYTES = 32 * MIB  # the program itself
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What is asked of a model: ``context`` tokens for each of ``parallel`` streams."""
+    """What is asked of a model: ``context`` tokens for each of ``parallel`` streams, and the probabilities behind
+    ``outputs`` tokens of each stream at once (one, and one for each token of a draft)."""
 
     context: int
     parallel: int
     kv_type: KvType
+    outputs: int = 1
 
     @classmethod
     def of(cls, spec: PoolSpec) -> Load:
-        return cls(spec.context, spec.parallel, spec.kv_type)
+        return cls(spec.context, spec.parallel, spec.kv_type, 1 if spec.draft is None else 1 + LONGEST_DRAFT)
 
     @property
     def cells(self) -> int:
@@ -46,7 +47,7 @@ class Load:
     @property
     def batch(self) -> int:
         """The tokens that are computed at once at most."""
-        return min(self.cells * self.parallel, MICRO_BATCH_TOKENS)
+        return min(self.context * self.parallel, MICRO_BATCH_TOKENS)
 
     def window_cells(self, window: int) -> int:
         return _pad(min(self.cells, window + self.batch), CELL_PADDING)

@@ -9,6 +9,7 @@ from gpumesh.pool_spec import KvType, PoolSpec
 from gpumesh.pools.base import HostOffer, ModelShape, PoolPlan, WorkerPath
 from gpumesh.pools.planning.advice import advice_if_it_fits, advice_if_too_large
 from gpumesh.pools.planning.choice import choose_split, members_of
+from gpumesh.pools.planning.compute_buffers import Place, compute_bytes
 from gpumesh.pools.planning.explicit_split import find_split_problem, split_as_written
 from gpumesh.pools.planning.hosts import gather_hosts
 from gpumesh.pools.planning.memory import Load
@@ -67,5 +68,6 @@ def _draft_bytes(draft: ModelShape | None, load: Load) -> int:
     """What a draft model needs on the head. llama-server gives it the same context, and a cache of F16."""
     if draft is None:
         return 0
-    model = Model.of(draft, replace(load, kv_type=KvType.F16))
-    return model.needed_before[-1] + model.compute_bytes(0, len(model.needs))
+    draft_load = replace(load, kv_type=KvType.F16)
+    model = Model.of(draft, draft_load)
+    return model.needed_before[-1] + compute_bytes(draft, draft_load, Place(0, len(model.needs)))

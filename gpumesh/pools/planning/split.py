@@ -7,12 +7,21 @@ GPUs. So the output is on the head if it has a GPU, and the probabilities of all
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from gpumesh.pools.base import ModelShape
-from gpumesh.pools.planning.compute_buffers import compute_bytes
+from gpumesh.pools.planning.compute_buffers import Place, compute_bytes
 from gpumesh.pools.planning.memory import LayerNeed, Load, Slot, layer_needs
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The layers of one device: ``count`` of them, from layer ``first`` on. The output counts as the last layer."""
+
+    slot: Slot
+    first: int
+    count: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,27 +43,22 @@ class Model:
         """The token embeddings, if they are on this device: they are on the head's CPU always."""
         return self.shape.input_bytes if slot.is_head_cpu else 0
 
-    def compute_bytes(self, first: int, count: int) -> int:
-        """The compute buffer of a device with ``count`` layers from layer ``first`` on."""
-        if not count:
+    def compute_bytes(self, part: Part, cpu_layers: int) -> int:
+        """The compute buffer of a device with these layers, when ``cpu_layers`` are on the head's CPU."""
+        slot = part.slot
+        if not part.count and not slot.is_head_cpu:
             return 0
-        return compute_bytes(self.shape, self.load, first, count)
+        place = Place(part.first, part.count, cpu_layers, is_head_cpu=slot.is_head_cpu, is_gpu=slot.is_gpu)
+        return compute_bytes(self.shape, self.load, place)
 
-    def needed_bytes(self, slot: Slot, first: int, count: int) -> int:
-        layers = self.needed_before[first + count] - self.needed_before[first]
-        return layers + self.compute_bytes(first, count) + self.input_bytes(slot)
+    def needed_bytes(self, part: Part, cpu_layers: int) -> int:
+        """All that the device needs for these layers."""
+        layers = self.needed_before[part.first + part.count] - self.needed_before[part.first]
+        return layers + self.compute_bytes(part, cpu_layers) + self.input_bytes(part.slot)
 
-    def fits(self, slot: Slot, first: int, count: int) -> bool:
-        return count == 0 or self.needed_bytes(slot, first, count) <= slot.for_layers
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """The layers of one device: ``count`` of them, from layer ``first`` on. The output counts as the last layer."""
-
-    slot: Slot
-    first: int
-    count: int
+    def missing_bytes(self, part: Part, cpu_layers: int) -> int:
+        """What the device has too little for these layers; 0 or less if they fit."""
+        return self.needed_bytes(part, cpu_layers) - part.slot.for_layers if part.count else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,13 +86,13 @@ def split_from_the_end(model: Model, slots: Sequence[Slot], *, use_head_cpu: boo
     if slots and slots[0].is_head_cpu:
         cpu = others.pop(0)
         most = end - 1 if others else end  # the output is on the last of the devices
-        while (use_head_cpu or not others) and first < most and model.fits(cpu, 0, first + 1):
+        while (use_head_cpu or not others) and first < most and _holds(model, Part(cpu, 0, first + 1), first + 1):
             first += 1
         parts.append(Part(cpu, 0, first))
-    before = len(parts)
+    before, cpu_layers = len(parts), first
     for slot in reversed(others):
         count = 0
-        while first < end and model.fits(slot, end - 1, count + 1):
+        while first < end and _holds(model, Part(slot, end - 1, count + 1), cpu_layers):
             count += 1
             end -= 1
         parts.insert(before, Part(slot, end, count))
@@ -105,8 +109,8 @@ def split_by_speed(model: Model, slots: Sequence[Slot]) -> Split | None:
     counts = [0] * len(slots)
     for index in sorted(range(len(slots)), key=lambda index: -(slots[index].device.bytes_per_s or 0)):
         slot = slots[index]
-        room = slot.for_layers - model.input_bytes(slot) - model.compute_bytes(0, len(model.needs))
-        counts[index] = min(left, max(0, int(room / mean)))
+        fixed = model.compute_bytes(Part(slot, 0, len(model.needs)), 0) + model.input_bytes(slot)
+        counts[index] = min(left, max(0, int((slot.for_layers - fixed) / mean)))
         left -= counts[index]
     return split_as_given(model, slots, counts) if not left else None
 
@@ -115,10 +119,12 @@ def split_as_given(model: Model, slots: Sequence[Slot], counts: Sequence[int]) -
     """``missing_bytes`` is the sum of what each device has too little."""
     firsts = accumulate(counts, initial=0)
     parts = tuple(Part(slot, first, count) for slot, first, count in zip(slots, firsts, counts, strict=False))
-    missing = (
-        model.needed_bytes(part.slot, part.first, part.count) - part.slot.for_layers for part in parts if part.count
-    )
-    return Split(parts, sum(max(0, too_little) for too_little in missing))
+    cpu_layers = sum(part.count for part in parts if part.slot.is_head_cpu)
+    return Split(parts, sum(max(0, model.missing_bytes(part, cpu_layers)) for part in parts))
+
+
+def _holds(model: Model, part: Part, cpu_layers: int) -> bool:
+    return model.missing_bytes(part, cpu_layers) <= 0
 
 
 def _missing_bytes(model: Model, parts: Sequence[Part], first: int, end: int) -> int:
@@ -127,8 +133,9 @@ def _missing_bytes(model: Model, parts: Sequence[Part], first: int, end: int) ->
         return 0
     if not parts:
         return model.needed_before[-1]
-    last_filled = parts[1] if parts[0].slot.is_head_cpu and len(parts) > 1 else parts[0]
-    if last_filled.first < first:  # the head's CPU is alone, and is filled from the first layer on
-        return model.needed_bytes(last_filled.slot, 0, end) - last_filled.slot.for_layers
-    needed = model.needed_bytes(last_filled.slot, first, last_filled.count + end - first)
-    return needed - last_filled.slot.for_layers
+    is_cpu_alone = parts[0].slot.is_head_cpu and len(parts) == 1
+    if is_cpu_alone:
+        return model.missing_bytes(replace(parts[0], count=end), end)
+    last_filled = parts[1] if parts[0].slot.is_head_cpu else parts[0]
+    whole = replace(last_filled, first=first, count=last_filled.count + end - first)
+    return model.missing_bytes(whole, first)
