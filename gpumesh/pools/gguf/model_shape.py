@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from gpumesh.pools.base import ModelShape
-from gpumesh.pools.gguf.attention import MOST, find_caches
+from gpumesh.pools.gguf.attention import MOST, Caches, find_caches
 from gpumesh.pools.gguf.errors import GgufError
 from gpumesh.pools.gguf.ggml_types import FILE_TYPES
 from gpumesh.pools.gguf.metadata import Metadata
@@ -15,6 +15,8 @@ from gpumesh.pools.gguf.tensors import Tensor
 from gpumesh.text.printable import printable
 
 MOST_LAYERS = 1024
+# Names of architectures that Ollama writes and llama.cpp does not know (src/llama-arch.cpp).
+ONLY_IN_OLLAMA = {"gptoss", "mllama"}
 ARCHITECTURE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 BLOCK = re.compile(r"blk\.(\d{1,4})\.(.+)", re.DOTALL)
 # Tensors that are needed before the first block (LLM_TENSOR_LAYER_INPUT in src/llama-arch.cpp).
@@ -65,8 +67,17 @@ def shape_of(metadata: Metadata, tensors: Sequence[Tensor], file_bytes: int) -> 
         experts=experts,
         experts_used=widest.number("expert_used_count") if experts else 0,
         query_norm=any("attn_q_norm.weight" in names for names in places.part_names.values()),
-        obstacles=(*places.problems, *((caches.problem,) if caches.problem else ())),
+        obstacles=tuple(_find_obstacles(architecture, places, caches)),
     )
+
+
+def _find_obstacles(architecture: str, places: _Places, caches: Caches) -> Iterator[str]:
+    if architecture in ONLY_IN_OLLAMA:
+        yield f"the file has Ollama's own form ({architecture}), which llama-server does not load; take a GGUF file"
+        return
+    yield from places.problems
+    if caches.problem:
+        yield caches.problem
 
 
 @dataclass(frozen=True, slots=True)

@@ -65,9 +65,10 @@ def _advice_of_single_nodes(spec: PoolSpec, plan: PoolPlan, offers: Sequence[Hos
         return
     rate = None if plan.speed is None else plan.speed.draft_tokens_per_s or plan.speed.tokens_per_s
     for single in find_single_nodes(spec, plan.shape, offers):
-        if single.file_type is None:
+        gain = single.tokens_per_s / rate if rate is not None and single.tokens_per_s is not None else None
+        if single.file_type is None and (gain is None or gain > 1):
             yield f"{single.node} alone holds the whole model: with it as the head, no other node is needed."
-        elif rate is not None and single.tokens_per_s is not None and single.tokens_per_s > CLEARLY_FASTER * rate:
+        elif single.file_type is not None and gain is not None and gain > CLEARLY_FASTER:
             yield (
                 f"{single.node} alone would be faster with the quantisation {single.file_type} "
                 f"({describe_gib(single.file_bytes)}): {single.tokens_per_s:.0f} tokens/s instead of {rate:.0f}."

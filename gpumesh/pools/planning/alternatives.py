@@ -9,7 +9,7 @@ from gpumesh.pool_spec import KvType, PoolSpec
 from gpumesh.pools.base import HostOffer, ModelShape
 from gpumesh.pools.planning.choice import choose_split, fits_on_all, forecast, members_of
 from gpumesh.pools.planning.hosts import Hosts
-from gpumesh.pools.planning.memory import CELL_PADDING, Load, slots_of
+from gpumesh.pools.planning.memory import CELL_PADDING, Load, can_quantise_cache, slots_of
 from gpumesh.pools.planning.quantisations import LOWEST_GOOD_BITS, smaller_shapes
 from gpumesh.pools.planning.split import Model
 from gpumesh.text.sentences import join_all
@@ -29,7 +29,7 @@ def describe_what_fits(spec: PoolSpec, shape: ModelShape, hosts: Hosts) -> Itera
     def fits(other: Load) -> bool:
         return fits_on_all(Model.of(shape, other), hosts)
 
-    for kv_type in SMALLER_KV_TYPES[spec.kv_type]:
+    for kv_type in SMALLER_KV_TYPES[spec.kv_type] if can_quantise_cache(shape) else ():
         if fits(replace(load, kv_type=kv_type)):
             yield f"It would fit with kv_type: {kv_type}."
             found = True
@@ -53,7 +53,7 @@ def _describe_several_changes(shape: ModelShape, load: Load, hosts: Hosts) -> st
     """What is asked of the model is reduced step by step, until a quantisation fits: one of good quality, if any is."""
     for lowest_bits in (LOWEST_GOOD_BITS, 0.0):
         changes = []
-        for name, value, smaller_load in _reductions(load):
+        for name, value, smaller_load in _reductions(shape, load):
             changes.append(f"{name}: {value}")
             if fits_on_all(Model.of(shape, smaller_load), hosts):
                 return f"It would fit with {join_all(changes)}."
@@ -64,12 +64,12 @@ def _describe_several_changes(shape: ModelShape, load: Load, hosts: Hosts) -> st
     return "No quantisation is small enough: the pool needs more members, or a smaller model."
 
 
-def _reductions(load: Load) -> Iterator[tuple[str, object, Load]]:
+def _reductions(shape: ModelShape, load: Load) -> Iterator[tuple[str, object, Load]]:
     """Each smaller load, with the key of mesh.yaml that makes it smaller than the one before."""
     if load.parallel > 1:
         load = replace(load, parallel=1)
         yield "parallel", 1, load
-    if load.kv_type is KvType.F16:
+    if load.kv_type is KvType.F16 and can_quantise_cache(shape):
         load = replace(load, kv_type=KvType.Q8_0)
         yield "kv_type", KvType.Q8_0, load
     if load.context > REDUCED_CONTEXT:

@@ -101,7 +101,7 @@ def _share(model: Model, part: Part, cpu_layers: int) -> DeviceShare:
         device=part.slot.device,
         first_layer=part.first,
         layers=part.count,
-        weights_bytes=sum(need.weights for need in needs) + model.input_bytes(part.slot),
+        weights_bytes=model.weights_bytes(part),
         kv_bytes=sum(need.kv for need in needs),
         compute_bytes=model.compute_bytes(part, cpu_layers),
         offered_bytes=part.slot.offered,

@@ -16,7 +16,8 @@ MIB = 2**20
 MICRO_BATCH_TOKENS = 512  # llama-server's default (-ub)
 CELL_PADDING = 256
 # The numbers of one block of a quantised type, and its bytes (ggml-common.h).
-KV_BLOCKS = {KvType.F16: (1, 2), KvType.Q8_0: (32, 34), KvType.Q4_0: (32, 18)}
+QUANTISED_KV_BLOCK = 32
+KV_BLOCKS = {KvType.F16: (1, 2), KvType.Q8_0: (QUANTISED_KV_BLOCK, 34), KvType.Q4_0: (QUANTISED_KV_BLOCK, 18)}
 # What is kept free of each GPU: the CUDA context of the program, with its kernels and work buffers, and a fiftieth of
 # the memory for what else uses it. llama.cpp's own --fit leaves 1024 MiB; so does this on a GPU of 24 GB.
 CUDA_CONTEXT_BYTES = 512 * MIB
@@ -78,6 +79,16 @@ def layer_kv_bytes(shape: ModelShape, load: Load, layer: int) -> int:
     keys_and_values = shape.kv_elements[layer] * cells // block * block_bytes
     state = shape.state_bytes[layer] if layer < len(shape.state_bytes) else 0
     return (keys_and_values + state) * load.parallel
+
+
+def can_quantise_cache(shape: ModelShape) -> bool:
+    """llama.cpp refuses a quantised cache for heads that are not whole blocks."""
+    return shape.head_size % QUANTISED_KV_BLOCK == 0
+
+
+def shared_bytes(shape: ModelShape) -> int:
+    """The token embeddings that the output uses too: they are in ``input_bytes`` and in ``output_bytes``."""
+    return min(shape.input_bytes, shape.output_bytes) if shape.tied_output else 0
 
 
 def has_window(shape: ModelShape, layer: int) -> bool:

@@ -12,7 +12,7 @@ from gpumesh.pools.planning.choice import choose_split, members_of
 from gpumesh.pools.planning.compute_buffers import Place, compute_bytes
 from gpumesh.pools.planning.explicit_split import find_split_problem, split_as_written
 from gpumesh.pools.planning.hosts import gather_hosts
-from gpumesh.pools.planning.memory import Load
+from gpumesh.pools.planning.memory import Load, shared_bytes
 from gpumesh.pools.planning.problems import head_problems, memory_problems, model_problems
 from gpumesh.pools.planning.speed import forecast_load, forecast_speed
 from gpumesh.pools.planning.split import Model
@@ -31,9 +31,8 @@ def plan_pool(
     ``offers`` has one offer for each node of ``spec.members``. ``paths`` has, by node, the way from the head to each
     other member. ``draft`` is the shape of ``spec.draft``.
     """
-    load = Load.of(spec)
-    model = Model.of(shape, load)
-    draft_bytes = _draft_bytes(draft, load)
+    model = Model.of(shape, Load.of(spec))
+    draft_bytes = _draft_bytes(spec, draft, offers)
     hosts = gather_hosts(spec, offers, paths, draft_bytes=draft_bytes, unload=spec.unload)
     split_problem = find_split_problem(spec, shape)
     split = choose_split(model, hosts) if spec.split is None or split_problem else split_as_written(spec, model, hosts)
@@ -64,10 +63,12 @@ def plan_pool(
     return replace(plan, advice=tuple(advice_if_it_fits(spec, plan, offers)))
 
 
-def _draft_bytes(draft: ModelShape | None, load: Load) -> int:
+def _draft_bytes(spec: PoolSpec, draft: ModelShape | None, offers: Sequence[HostOffer]) -> int:
     """What a draft model needs on the head. llama-server gives it the same context, and a cache of F16."""
     if draft is None:
         return 0
-    draft_load = replace(load, kv_type=KvType.F16)
-    model = Model.of(draft, draft_load)
-    return model.needed_before[-1] + compute_bytes(draft, draft_load, Place(0, len(model.needs)))
+    model = Model.of(draft, Load(spec.context, spec.parallel, KvType.F16))
+    on_gpu = any(device.index is not None for offer in offers if offer.node == spec.head for device in offer.devices)
+    place = Place(0, len(model.needs), is_head_cpu=not on_gpu, is_gpu=on_gpu)
+    embeddings = 0 if on_gpu else draft.input_bytes - shared_bytes(draft)
+    return model.needed_before[-1] + embeddings + compute_bytes(draft, model.load, place)

@@ -6,11 +6,10 @@ from collections.abc import Iterator, Sequence
 
 from gpumesh.pool_spec import KvType, PoolSpec
 from gpumesh.pools.base import HostOffer, MemberPlan, ModelShape
-from gpumesh.pools.planning.memory import MIB
+from gpumesh.pools.planning.memory import MIB, QUANTISED_KV_BLOCK, can_quantise_cache
 from gpumesh.pools.planning.split import Split
 
 MOST_STREAMS = 256  # LLAMA_MAX_SEQ in llama.cpp's src/llama-cparams.h
-QUANTISED_KV_BLOCK = 32
 
 
 def head_problems(spec: PoolSpec, offers: Sequence[HostOffer]) -> Iterator[str]:
@@ -27,7 +26,7 @@ def model_problems(spec: PoolSpec, shape: ModelShape, draft: ModelShape | None) 
         yield from (f"The draft model cannot be run: {obstacle}." for obstacle in draft.obstacles)
     if spec.parallel > MOST_STREAMS:
         yield f"parallel: {spec.parallel} is more than the {MOST_STREAMS} streams that llama-server can have."
-    if spec.kv_type is not KvType.F16 and shape.head_size % QUANTISED_KV_BLOCK:
+    if spec.kv_type is not KvType.F16 and not can_quantise_cache(shape):
         head_size = f"heads of {shape.head_size} numbers, no multiple of {QUANTISED_KV_BLOCK}"
         yield f"kv_type: {spec.kv_type} is not possible with this model: it has {head_size}."
 
@@ -39,8 +38,8 @@ def memory_problems(
         return
     if spec.split is not None:
         yield from _problems_of_written_split(members)
-        return
-    yield f"The model does not fit: {_mib(split.missing_bytes)} are missing."
+    else:
+        yield f"The model does not fit: {_mib(split.missing_bytes)} are missing."
     for offer in offers:
         if offer.problem is not None and offer.node != spec.head:
             yield describe_problem(offer)
@@ -67,4 +66,4 @@ def describe_problem(offer: HostOffer) -> str:
 
 
 def _mib(size: int) -> str:
-    return f"{-(-size // MIB)} MiB"
+    return f"{-(-size // MIB):,} MiB"

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from gpumesh.pools.base import ModelShape
+from gpumesh.pools.planning.memory import shared_bytes
 
 # Bits per weight of Llama 3.1 8B (llama.cpp's tools/quantize/README.md), of what people publish most, from the best to
 # the smallest.
@@ -28,8 +29,7 @@ CLEARLY_SMALLER = 0.97
 
 def bits_per_weight(shape: ModelShape) -> float:
     """The mean of all tensors of the file."""
-    tied_twice = shape.input_bytes if shape.tied_output else 0
-    return 8 * (shape.weights_bytes - tied_twice) / max(1, shape.parameters)
+    return 8 * (shape.weights_bytes - shared_bytes(shape)) / max(1, shape.parameters)
 
 
 def smaller_shapes(shape: ModelShape, *, lowest_bits: float = 0.0) -> Iterator[tuple[str, ModelShape]]:

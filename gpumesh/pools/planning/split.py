@@ -12,7 +12,7 @@ from itertools import accumulate
 
 from gpumesh.pools.base import ModelShape
 from gpumesh.pools.planning.compute_buffers import Place, compute_bytes
-from gpumesh.pools.planning.memory import LayerNeed, Load, Slot, layer_needs
+from gpumesh.pools.planning.memory import LayerNeed, Load, Slot, layer_needs, shared_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +39,11 @@ class Model:
         needs = layer_needs(shape, load)
         return cls(shape, load, needs, tuple(accumulate((need.bytes for need in needs), initial=0)))
 
-    def input_bytes(self, slot: Slot) -> int:
-        """The token embeddings, if they are on this device: they are on the head's CPU always."""
-        return self.shape.input_bytes if slot.is_head_cpu else 0
+    def weights_bytes(self, part: Part) -> int:
+        """The token embeddings are on the head's CPU always; for an output that uses them, they are not needed again
+        there."""
+        weights = sum(need.weights for need in self.needs[part.first : part.first + part.count])
+        return weights + self._extra_bytes(part)
 
     def compute_bytes(self, part: Part, cpu_layers: int) -> int:
         """The compute buffer of a device with these layers, when ``cpu_layers`` are on the head's CPU."""
@@ -54,11 +56,20 @@ class Model:
     def needed_bytes(self, part: Part, cpu_layers: int) -> int:
         """All that the device needs for these layers."""
         layers = self.needed_before[part.first + part.count] - self.needed_before[part.first]
-        return layers + self.compute_bytes(part, cpu_layers) + self.input_bytes(part.slot)
+        return layers + self._extra_bytes(part) + self.compute_bytes(part, cpu_layers)
 
     def missing_bytes(self, part: Part, cpu_layers: int) -> int:
         """What the device has too little for these layers; 0 or less if they fit."""
-        return self.needed_bytes(part, cpu_layers) - part.slot.for_layers if part.count else 0
+        if not part.count and not part.slot.is_head_cpu:
+            return 0
+        return self.needed_bytes(part, cpu_layers) - part.slot.for_layers
+
+    def _extra_bytes(self, part: Part) -> int:
+        """The weights that the device has beside its layers."""
+        if not part.slot.is_head_cpu:
+            return 0
+        has_output = part.first + part.count == len(self.needs)
+        return self.shape.input_bytes - (shared_bytes(self.shape) if has_output else 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +120,8 @@ def split_by_speed(model: Model, slots: Sequence[Slot]) -> Split | None:
     counts = [0] * len(slots)
     for index in sorted(range(len(slots)), key=lambda index: -(slots[index].device.bytes_per_s or 0)):
         slot = slots[index]
-        fixed = model.compute_bytes(Part(slot, 0, len(model.needs)), 0) + model.input_bytes(slot)
+        fixed = model.compute_bytes(Part(slot, 0, len(model.needs)), 0)
+        fixed += model.shape.input_bytes if slot.is_head_cpu else 0
         counts[index] = min(left, max(0, int((slot.for_layers - fixed) / mean)))
         left -= counts[index]
     return split_as_given(model, slots, counts) if not left else None
@@ -128,14 +140,16 @@ def _holds(model: Model, part: Part, cpu_layers: int) -> bool:
 
 
 def _missing_bytes(model: Model, parts: Sequence[Part], first: int, end: int) -> int:
-    """What the device that was filled last has too little for the layers from ``first`` to ``end``, too."""
-    if first == end:
-        return 0
+    """What the device that was filled last has too little for the layers from ``first`` to ``end``, too; and what the
+    head's CPU has too little for the token embeddings."""
     if not parts:
         return model.needed_before[-1]
-    is_cpu_alone = parts[0].slot.is_head_cpu and len(parts) == 1
-    if is_cpu_alone:
-        return model.missing_bytes(replace(parts[0], count=end), end)
-    last_filled = parts[1] if parts[0].slot.is_head_cpu else parts[0]
-    whole = replace(last_filled, first=first, count=last_filled.count + end - first)
-    return model.missing_bytes(whole, first)
+    cpu = parts[0] if parts[0].slot.is_head_cpu else None
+    if cpu and len(parts) == 1:
+        return max(0, model.missing_bytes(replace(cpu, count=end), end))
+    missing = max(0, model.missing_bytes(cpu, first)) if cpu else 0
+    if first < end:
+        last_filled = parts[1] if cpu else parts[0]
+        whole = replace(last_filled, first=first, count=last_filled.count + end - first)
+        missing += model.missing_bytes(whole, first)
+    return missing

@@ -144,6 +144,10 @@ def test_a_file_that_also_sees_is_an_obstacle() -> None:
     assert "sees" in shape.obstacles[0]
 
 
+def test_a_file_of_ollamas_own_form_is_an_obstacle() -> None:
+    assert "Ollama's own form" in shape_of("gptoss", 2, [ATTENTION]).obstacles[0]
+
+
 def test_the_width_of_experts_counts_for_models_that_have_some() -> None:
     shape = shape_of(
         "qwen3moe",

@@ -10,6 +10,8 @@ from gpumesh.pools.base import DeviceOffer, HostOffer, ModelShape, PathKind, Wor
 MIB, GIB = 2**20, 2**30
 RTX_4090 = "NVIDIA GeForce RTX 4090"
 RTX_4090_BYTES_PER_S = 1008e9
+F16, F32 = 2, 4
+WINDOW_PERIOD = 6  # of gemma3
 
 
 def llama_70b(**changes: Any) -> ModelShape:
@@ -53,6 +55,48 @@ def small_model(layers: int = 10, layer_mib: int = 100, **changes: Any) -> Model
         "file_bytes": (layers * layer_mib + 2) * MIB,
     }
     return llama_70b(**(fields | changes))
+
+
+def llama_f16(
+    *,
+    layers: int = 8,
+    embedding: int = 512,
+    heads: int = 8,
+    kv_heads: int = 2,
+    head_size: int | None = None,
+    feed_forward: int = 1536,
+    vocabulary: int = 4000,
+    experts: int = 0,
+    experts_used: int = 0,
+    query_norm: bool = False,
+    windows: int | None = None,
+    tied: bool = False,
+) -> ModelShape:
+    """A model of F16 matrices and F32 norms."""
+    size = head_size or embedding // heads
+    attention = embedding * size * (2 * heads + 2 * kv_heads) * F16
+    feeding = 3 * embedding * feed_forward * max(1, experts) * F16 + experts * embedding * F32
+    norms = (4 if windows else 2) * embedding * F32 + (2 * size * F32 if windows or query_norm else 0)
+    embeddings = vocabulary * embedding * F16
+    return small_model(
+        layers,
+        layer_bytes=(attention + feeding + norms,) * layers,
+        input_bytes=embeddings,
+        output_bytes=embeddings + embedding * F32,
+        kv_elements=(2 * kv_heads * size,) * layers,
+        embedding=embedding,
+        vocabulary=vocabulary,
+        heads=heads,
+        head_size=size,
+        kv_heads=kv_heads,
+        feed_forward=feed_forward,
+        experts=experts,
+        experts_used=experts_used,
+        query_norm=query_norm or windows is not None,
+        tied_output=tied,
+        window=windows,
+        window_layers=tuple(layer % WINDOW_PERIOD != WINDOW_PERIOD - 1 for layer in range(layers)) if windows else (),
+    )
 
 
 def gpu(free_mib: int = 24000, *, index: int = 0, total_mib: int = 24564, **fields: Any) -> DeviceOffer:

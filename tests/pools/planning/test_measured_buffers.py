@@ -12,13 +12,10 @@ from typing import Any
 import pytest
 
 from gpumesh.pool_spec import KvType
-from gpumesh.pools.base import DeviceOffer, ModelShape
+from gpumesh.pools.base import DeviceOffer
 from gpumesh.pools.planning.memory import Load, Slot
 from gpumesh.pools.planning.split import Model, Part
-from tests.pools.planning.pools import MIB, small_model
-
-F16, F32 = 2, 4
-WINDOW_PERIOD = 6  # of gemma3
+from tests.pools.planning.pools import MIB, llama_f16
 
 
 @dataclass(frozen=True)
@@ -125,52 +122,10 @@ MEASURED = [
 ]
 
 
-def shape_of(
-    *,
-    layers: int = 8,
-    embedding: int = 512,
-    heads: int = 8,
-    kv_heads: int = 2,
-    head_size: int | None = None,
-    feed_forward: int = 1536,
-    vocabulary: int = 4000,
-    experts: int = 0,
-    experts_used: int = 0,
-    query_norm: bool = False,
-    windows: int | None = None,
-    tied: bool = False,
-) -> ModelShape:
-    """A model of F16 matrices and F32 norms."""
-    size = head_size or embedding // heads
-    attention = embedding * size * (2 * heads + 2 * kv_heads) * F16
-    feeding = 3 * embedding * feed_forward * max(1, experts) * F16 + experts * embedding * F32
-    norms = (4 if windows else 2) * embedding * F32 + (2 * size * F32 if windows or query_norm else 0)
-    embeddings = vocabulary * embedding * F16
-    return small_model(
-        layers,
-        layer_bytes=(attention + feeding + norms,) * layers,
-        input_bytes=embeddings,
-        output_bytes=embeddings + embedding * F32,
-        kv_elements=(2 * kv_heads * size,) * layers,
-        embedding=embedding,
-        vocabulary=vocabulary,
-        heads=heads,
-        head_size=size,
-        kv_heads=kv_heads,
-        feed_forward=feed_forward,
-        experts=experts,
-        experts_used=experts_used,
-        query_norm=query_norm or windows is not None,
-        tied_output=tied,
-        window=windows,
-        window_layers=tuple(layer % WINDOW_PERIOD != WINDOW_PERIOD - 1 for layer in range(layers)) if windows else (),
-    )
-
-
 @pytest.mark.parametrize("measured", MEASURED, ids=lambda measured: measured.case)
 def test_buffers_are_as_measured(measured: Measured) -> None:
     load = Load(measured.context, measured.parallel, measured.kv_type)
-    model = Model.of(shape_of(**measured.model), load)
+    model = Model.of(llama_f16(**measured.model), load)
     device = DeviceOffer("CPU", None, None, 0)
     weights, kv, compute = [], [], []
     first = 0

@@ -11,7 +11,7 @@ from gpumesh.pool_spec import KvType, PoolSpec
 from gpumesh.pools.base import HostOffer, PoolPlan
 from gpumesh.pools.planning.memory import CPU_RESERVE_BYTES
 from gpumesh.pools.planning.plan import plan_pool
-from tests.pools.planning.pools import MIB, RTX_4090, cpu, gpu, host, llama_70b, paths, pool, small_model
+from tests.pools.planning.pools import MIB, RTX_4090, cpu, gpu, host, llama_70b, llama_f16, paths, pool, small_model
 
 
 def layers_of(plan: PoolPlan) -> dict[str, int]:
@@ -76,6 +76,20 @@ def test_a_slow_head_keeps_what_the_worker_cannot_hold() -> None:
     assert head.weights_bytes == head.layers * 100 * MIB + MIB  # its CPU also has the token embeddings
 
 
+def test_a_cpu_that_has_output_and_embeddings_has_shared_ones_once() -> None:
+    shape = small_model(tied_output=True, input_bytes=300 * MIB, output_bytes=301 * MIB)
+    alone = plan_pool(pool("a"), shape, [host("a", cpu(9000))], {})
+    assert alone.head.shares[0].weights_bytes == 1301 * MIB
+    split = plan_pool(pool("a", "b", split=(5, 5)), shape, [host("a", cpu(9000)), host("b", cpu(9000))], paths(b=1.0))
+    assert [share.weights_bytes // MIB for _, share in split.used_shares] == [800, 801]
+
+
+def test_a_head_that_cannot_hold_the_token_embeddings_is_too_small() -> None:
+    offers = [host("a", cpu(100)), host("b")]
+    plan = plan_pool(pool("a", "b"), small_model(input_bytes=300 * MIB), offers, paths(b=1.0))
+    assert 200 < missing_mib(plan) < 250
+
+
 def test_a_far_worker_is_not_taken_where_the_slow_head_is_faster() -> None:
     offers = [host("a", cpu(64000)), host("b")]
     plan = plan_pool(pool("a", "b"), small_model(layers=3), offers, paths(b=300.0))
@@ -124,9 +138,9 @@ def test_what_does_not_fit_says_by_how_much() -> None:
 
 
 def missing_mib(plan: PoolPlan) -> int:
-    match = re.fullmatch(r"The model does not fit: (\d+) MiB are missing\.", plan.problems[0])
+    match = re.fullmatch(r"The model does not fit: ([\d,]+) MiB are missing\.", plan.problems[0])
     assert match, plan.problems
-    return int(match[1])
+    return int(match[1].replace(",", ""))
 
 
 OFFERS = [host("a"), host("b")]
@@ -214,6 +228,15 @@ def test_a_draft_model_takes_memory_of_the_head() -> None:
     assert plan.speed.draft_tokens_per_s > plan.speed.tokens_per_s
 
 
+def test_a_draft_model_on_a_cpu_needs_what_was_measured() -> None:
+    """llama-server with `-md … -devd none -np 2 -c 4096`: 6.41 MiB of weights, 8 of cache, 6.01 of compute buffer."""
+    draft = llama_f16(layers=2, embedding=256, heads=4, kv_heads=4, feed_forward=512)
+    plan = plan_pool(
+        pool("a", context=2048, parallel=2, draft="/d.gguf"), small_model(), [host("a", cpu(9000))], {}, draft=draft
+    )
+    assert plan.head.shares[0].draft_bytes / MIB == pytest.approx(6.41 + 8 + 6.01, rel=0.01)
+
+
 def test_a_member_that_cannot_take_part_is_left_out() -> None:
     broken = HostOffer("c", problem="it has no ggml-rpc-server", hint="Install llama.cpp.")
     plan = plan_pool(pool("a", "b", "c"), llama_70b(), [*OFFERS, broken], paths(b=0.5, c=0.5))
@@ -241,11 +264,34 @@ def test_a_written_split_that_is_too_much_names_the_member() -> None:
     plan = plan_pool(pool("a", "b", split=(30, 50)), llama_70b(), OFFERS, paths(b=0.5))
     assert len(plan.problems) == 1
     assert re.fullmatch(
-        rf"The layers that split: gives b need \d+ MiB of its {RTX_4090}, which can give \d+ MiB: \d+ MiB are "
+        rf"The layers that split: gives b need [\d,]+ MiB of its {RTX_4090}, which can give [\d,]+ MiB: [\d,]+ MiB are "
         r"missing\.",
         plan.problems[0],
     )
     assert plan.advice == ("It would fit without split:.",)
+
+
+def test_a_written_split_for_a_member_that_cannot_take_part_is_refused() -> None:
+    broken = HostOffer("b", problem="it is away")
+    plan = plan_pool(pool("a", "b", split=(40, 40)), llama_70b(), [host("a"), broken], paths(b=0.5))
+    assert plan.problems == (
+        "split: gives layers to a member that cannot take part.",
+        "b cannot take part: it is away.",
+    )
+
+
+def test_a_slow_node_that_holds_the_model_is_not_called_better() -> None:
+    offers = [host("a", gpu(6000)), host("b", gpu(6000)), host("slow", cpu(64000, 10e9))]
+    plan = plan_pool(pool("a", "b", "slow"), small_model(layers=60), offers, paths(b=0.5, slow=0.5))
+    assert [worker.node for worker in plan.workers] == ["b"]
+    assert not any("slow alone" in advice for advice in plan.advice)
+
+
+def test_a_cache_that_cannot_be_quantised_is_not_advised() -> None:
+    shape = llama_70b(head_size=80)
+    plan = plan_pool(pool("a", "b", context=32768), shape, OFFERS, paths(b=0.5))
+    assert not plan.fits
+    assert not any("kv_type" in advice for advice in plan.advice)
 
 
 def test_a_written_split_must_have_all_layers() -> None:
