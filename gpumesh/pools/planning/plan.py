@@ -8,8 +8,8 @@ from dataclasses import replace
 from gpumesh.pool_spec import KvType, PoolSpec
 from gpumesh.pools.base import HostOffer, ModelShape, PoolPlan, WorkerPath
 from gpumesh.pools.planning.advice import advice_if_it_fits, advice_if_too_large
+from gpumesh.pools.planning.buffers.compute_buffers import Place, compute_bytes
 from gpumesh.pools.planning.choice import choose_split, members_of
-from gpumesh.pools.planning.compute_buffers import Place, compute_bytes
 from gpumesh.pools.planning.explicit_split import find_split_problem, split_as_written
 from gpumesh.pools.planning.hosts import gather_hosts
 from gpumesh.pools.planning.memory import Load, shared_bytes

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from gpumesh.pools.base import ModelShape
-from gpumesh.pools.planning.compute_buffers import Place, compute_bytes
+from gpumesh.pools.planning.buffers.compute_buffers import Place, compute_bytes
 from gpumesh.pools.planning.memory import LayerNeed, Load, Slot, layer_needs, shared_bytes
 
 

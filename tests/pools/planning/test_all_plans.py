@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from gpumesh.pool_spec import KvType, PoolSpec
 from gpumesh.pools.base import DeviceOffer, HostOffer, ModelShape, PoolPlan, WorkerPath
-from gpumesh.pools.planning.graph_memory import ALIGNMENT, Operation, graph_bytes
+from gpumesh.pools.planning.buffers.graph_memory import ALIGNMENT, Operation, graph_bytes
 from gpumesh.pools.planning.plan import plan_pool
 from tests.pools.planning.pools import cpu, gpu, host, paths, pool, small_model
 

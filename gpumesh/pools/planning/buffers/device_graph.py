@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from enum import Enum, auto
 from typing import NamedTuple
 
-from gpumesh.pools.planning.graph_memory import Operation
+from gpumesh.pools.planning.buffers.graph_memory import Operation
 
 NUMBER_BYTES = 4  # F32, and the places of tokens as I32
 F16_BYTES = 2  # masks, with flash attention

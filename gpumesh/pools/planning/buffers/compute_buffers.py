@@ -11,7 +11,7 @@ from functools import lru_cache
 
 from gpumesh.pool_spec import KvType
 from gpumesh.pools.base import ModelShape
-from gpumesh.pools.planning.device_graph import (
+from gpumesh.pools.planning.buffers.device_graph import (
     F16_BYTES,
     SMALLEST_ROTATION,
     DeviceGraph,
@@ -19,7 +19,7 @@ from gpumesh.pools.planning.device_graph import (
     GraphForm,
     GraphSizes,
 )
-from gpumesh.pools.planning.graph_memory import graph_bytes
+from gpumesh.pools.planning.buffers.graph_memory import graph_bytes
 from gpumesh.pools.planning.memory import Load
 
 # Of blocks of one form that follow each other, so many decide, and of many changes of form, so many blocks in all.
