@@ -40,11 +40,11 @@ def advice_if_too_large(
 
 
 def advice_if_it_fits(spec: PoolSpec, plan: PoolPlan, offers: Sequence[HostOffer]) -> Iterator[str]:
-    idle = [member.node for member in plan.members if not member.layers]
     broken = [offer for offer in offers if offer.problem is not None]
     yield from (describe_problem(offer) for offer in broken)
-    spare = [node for node in idle if node not in {offer.node for offer in broken}]
-    if spare:
+    unable = {spec.head, *(offer.node for offer in broken)}
+    spare = [member.node for member in plan.members if not member.layers and member.node not in unable]
+    if spare and spec.split is None:
         yield f"{join_all(spare)} {'is' if len(spare) == 1 else 'are'} not needed, and the pool is faster without."
     if plan.shape.trained_context is not None and spec.context > plan.shape.trained_context:
         yield f"The model was trained for {plan.shape.trained_context} tokens, and context: {spec.context} is more."
@@ -65,13 +65,13 @@ def _advice_of_single_nodes(spec: PoolSpec, plan: PoolPlan, offers: Sequence[Hos
         return
     rate = None if plan.speed is None else plan.speed.draft_tokens_per_s or plan.speed.tokens_per_s
     for single in find_single_nodes(spec, plan.shape, offers):
-        gain = single.tokens_per_s / rate if rate is not None and single.tokens_per_s is not None else None
-        if single.file_type is None and (gain is None or gain > 1):
+        gain = single.tokens_per_s / rate if single.tokens_per_s is not None and rate is not None else 1.0
+        if single.file_type is None and gain >= 1:
             yield f"{single.node} alone holds the whole model: with it as the head, no other node is needed."
-        elif single.file_type is not None and gain is not None and gain > CLEARLY_FASTER:
+        elif single.file_type is not None and gain > CLEARLY_FASTER:
             yield (
                 f"{single.node} alone would be faster with the quantisation {single.file_type} "
-                f"({describe_gib(single.file_bytes)}): {single.tokens_per_s:.0f} tokens/s instead of {rate:.0f}."
+                f"({describe_gib(single.file_bytes)}): {_rate(single.tokens_per_s)} tokens/s instead of {_rate(rate)}."
             )
 
 
@@ -81,3 +81,9 @@ def _round_trips_dominate(speed: SpeedForecast) -> bool:
 
 def _token_ms(speed: SpeedForecast) -> float:
     return speed.round_trips_ms + speed.compute_ms
+
+
+def _rate(tokens_per_s: float | None) -> str:
+    if tokens_per_s is None:
+        return "?"
+    return f"{tokens_per_s:.1f}" if tokens_per_s < 10 else f"{tokens_per_s:.0f}"

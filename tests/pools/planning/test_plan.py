@@ -64,6 +64,7 @@ def test_a_slow_head_leaves_the_layers_to_a_fast_worker() -> None:
     offers = [host("a", cpu(64000)), host("b")]
     plan = plan_pool(pool("a", "b"), small_model(), offers, paths(b=0.5))
     assert layers_of(plan) == {"a": 0, "b": 11}
+    assert not any("not needed" in advice for advice in plan.advice)
 
 
 def test_a_slow_head_keeps_what_the_worker_cannot_hold() -> None:
