@@ -1,24 +1,27 @@
 """What goes between a pool's head and its worker, counted by command, and what planning/rpc_traffic.py expects.
 
-Also the time of a load over a way of this bandwidth and round trip, with the worker's cache and without.
+Also the time of a load over a way of this bandwidth and round trip, with the worker's cache and without; and what the
+way adds to the time until the first token of a prompt.
 
     python benchmarks/pool_traffic.py count [--option=-kvu ...]
     python benchmarks/pool_traffic.py load [--rtt-ms MS] [--mbit RATE] [--layers N] [--dim N]
+    python benchmarks/pool_traffic.py prompt [--rtt-ms MS] [--mbit RATE] [--layers N] [--dim N]
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import statistics
 import tempfile
 from pathlib import Path
 
-from pool_lab import Distance, Head, Traffic, running_pool
+from pool_lab import Distance, Head, Traffic, measure_echo, running_pool
 from pool_speed import CONTEXT, Rates, members_of, shape_of
 
 from gpumesh.pools.base import PathKind, WorkerPath
 from gpumesh.pools.planning.rpc_traffic import estimate_new_graph, estimate_step
-from gpumesh.pools.planning.speed import forecast_load
+from gpumesh.pools.planning.speed import forecast_load, forecast_prompt_way_s
 from tests.real.tiny_model import write_tiny_model
 
 SHORT, LONG, GROWING = 60, 160, 360  # tokens; the longest one needs one new graph more
@@ -91,9 +94,35 @@ async def load(arguments: argparse.Namespace, folder: Path) -> None:
     print("cache:", sum(file.stat().st_size for file in cache.rglob("*") if file.is_file()), "bytes")
 
 
+async def prompt(arguments: argparse.Namespace, folder: Path) -> None:
+    shape = shape_of(arguments.layers, arguments.dim)
+    model = write_tiny_model(folder / "tiny.gguf", layers=arguments.layers, dim=arguments.dim)
+    layers = arguments.layers // 2 + 1
+    way = Distance(arguments.rtt_ms, arguments.mbit)
+    path = WorkerPath(PathKind.THROUGH_US, await measure_echo(way), arguments.mbit * 1e6 / 8, protocol=5)
+    members = members_of(shape, Rates(1e9, 0.0), 1, layers, 1, path)
+    first_token_s: dict[Distance, dict[int, float]] = {}
+    for distance in (Distance(), way):
+        async with running_pool(folder, model, [distance], worker_layers=layers, context=2048) as head:
+            await head.generate(8)
+            first_token_s[distance] = {tokens: await first_token(head, tokens) for tokens in (20, 500, 1500)}
+    for tokens, near_s in first_token_s[Distance()].items():
+        added_s = first_token_s[way][tokens] - near_s
+        predicted_s = forecast_prompt_way_s(shape, members, tokens=tokens)
+        print(
+            f"prompt of {tokens:5} tokens: {near_s:6.2f} s, and {added_s:6.2f} s of the way, predicted {predicted_s:6.2f} s"
+        )
+
+
+async def first_token(head: Head, tokens: int) -> float:
+    """Seconds until the first token of a prompt of so many tokens (bytes). The model knows no longer ones."""
+    answers = [await head.generate(1, prompt=f"{number} " + "x" * (tokens - 4)) for number in range(3)]
+    return statistics.median([answer.timings["prompt_ms"] for answer in answers]) / 1000
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["count", "load"])
+    parser.add_argument("what", choices=["count", "load", "prompt"])
     parser.add_argument("--rtt-ms", type=float, default=0.0)
     parser.add_argument("--mbit", type=float, default=200.0)
     parser.add_argument("--layers", type=int, default=8)
@@ -101,7 +130,7 @@ def main() -> None:
     parser.add_argument("--option", action="append", default=[], help="a further option of llama-server")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        asyncio.run({"count": count, "load": load}[arguments.what](arguments, Path(folder)))
+        asyncio.run({"count": count, "load": load, "prompt": prompt}[arguments.what](arguments, Path(folder)))
 
 
 if __name__ == "__main__":

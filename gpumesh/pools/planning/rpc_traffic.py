@@ -113,8 +113,9 @@ def estimate_prompt(
 def estimate_load(
     shape: ModelShape, *, layers: int, weights_bytes: int, is_cached: bool, protocol: int | None
 ) -> WorkerTraffic:
-    """The traffic when a worker gets so many layers, until the head answers."""
+    """The traffic when a worker gets so many layers (without the output), until the head answers."""
     operations = _count_operations(shape, layers, protocol)
-    hashed = min(LARGE_TENSORS_PER_LAYER * layers, weights_bytes // HASHED_BYTES)
+    has_large_tensors = weights_bytes > HASHED_BYTES * LARGE_TENSORS_PER_LAYER * layers
+    hashed = LARGE_TENSORS_PER_LAYER * layers if has_large_tensors else 0
     waits = LOAD_WAITS + LOAD_WAITS_PER_OPERATION * operations + hashed
     return WorkerTraffic(waits, 0 if is_cached else weights_bytes, 0)

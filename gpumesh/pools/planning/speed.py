@@ -30,10 +30,11 @@ CPU_TOKEN_COST = 0.5
 # New graphs in an answer of GRAPH_TOKENS tokens: when its decoding begins, and when the context grows. With several
 # streams, each answer changes the form of the steps when it begins and when it ends.
 GRAPHS_PER_ANSWER = 2
-# The head reads the file, and computes a hash of each large tensor that goes to a worker, byte by byte.
-READ_BYTES_PER_S = 1.5e9
+# The head reads the file, and computes a hash of each large tensor that goes to a worker, byte by byte. A worker with a
+# cache does the same and writes the tensor, or reads it. It answers the next question only after that.
+FILE_BYTES_PER_S = 1.5e9
 HASH_BYTES_PER_S = 0.8e9
-START_S = 1.0  # llama-server's own start, without the model
+START_S = 0.5  # llama-server's own start, without the model
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,14 +91,14 @@ def forecast_load(
     other, in the order of the file. ``load_s`` is ``None`` if a way's ``rtt_ms`` or ``bytes_per_s`` is not known.
     """
     sent_bytes = 0
-    load_s: float | None = START_S + shape.file_bytes / READ_BYTES_PER_S
+    load_s: float | None = START_S + shape.file_bytes / FILE_BYTES_PER_S
     for member in members:
         weights = sum(share.weights_bytes for share in member.shares)
         if member.path is None or not weights:
             continue
         traffic = estimate_load(
             shape,
-            layers=member.layers,
+            layers=_count_layers(shape, member),
             weights_bytes=weights,
             is_cached=member.node in cached,
             protocol=member.path.protocol,
@@ -105,7 +106,9 @@ def forecast_load(
         if member.path.kind is not PathKind.LOCAL:
             sent_bytes += int(traffic.sent_bytes)
         way_s = _way_s(member.path, traffic, needs_rate=member.path.kind is not PathKind.LOCAL)
-        load_s = None if load_s is None or way_s is None else load_s + way_s + weights / HASH_BYTES_PER_S
+        hashes = 1 if member.node in cached else 2
+        worker_s = weights * (hashes / HASH_BYTES_PER_S + 1 / FILE_BYTES_PER_S)
+        load_s = None if load_s is None or way_s is None else load_s + way_s + worker_s
     return LoadForecast(sent_bytes, load_s)
 
 
@@ -125,7 +128,11 @@ def forecast_prompt_way_s(shape: ModelShape, members: Sequence[MemberPlan], *, t
             continue
         has_output = any(_has_output(shape, share) for share in member.shares)
         traffic = estimate_prompt(
-            shape, tokens=tokens, layers=member.layers, has_output=has_output, protocol=member.path.protocol
+            shape,
+            tokens=tokens,
+            layers=_count_layers(shape, member),
+            has_output=has_output,
+            protocol=member.path.protocol,
         )
         way_s = _way_s(member.path, traffic)
         if way_s is None:
@@ -186,7 +193,8 @@ class _Pool:
                     has_output = _has_output(self.shape, share)
                     filled = self.filled * streams
                     traffic = estimate_step(self.shape, tokens=tokens, filled=filled, has_output=has_output)
-                    new_graph = estimate_new_graph(self.shape, share.layers, protocol=member.path.protocol)
+                    layers = share.layers - has_output
+                    new_graph = estimate_new_graph(self.shape, layers, protocol=member.path.protocol)
                     traffic = traffic + new_graph.scale(graphs)
                     way_s += _way_s(member.path, traffic) or 0.0
         return way_s
@@ -231,6 +239,11 @@ def _device_s(device: DeviceOffer, read_bytes: float, *, tokens: int) -> float:
 
 def _has_output(shape: ModelShape, share: DeviceShare) -> bool:
     return share.layers > 0 and share.first_layer + share.layers > shape.layers
+
+
+def _count_layers(shape: ModelShape, member: MemberPlan) -> int:
+    """The member's layers without the output."""
+    return member.layers - any(_has_output(shape, share) for share in member.shares)
 
 
 def _read_bytes(shape: ModelShape, layer_bytes: int, *, tokens: int) -> float:

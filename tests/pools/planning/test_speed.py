@@ -162,7 +162,7 @@ def test_the_load_sends_the_workers_weights_once() -> None:
     assert cached.sent_bytes == 0
     assert first.load_s is not None
     assert cached.load_s is not None
-    assert first.load_s - cached.load_s == pytest.approx(first.sent_bytes / 12.5e6)
+    assert first.load_s - cached.load_s == pytest.approx(first.sent_bytes / 12.5e6, rel=0.03)
     assert forecast_load(LLAMA_70B, pool()).load_s is None, "the way's rate is not known"
 
 
