@@ -110,14 +110,16 @@ async def prompt(arguments: argparse.Namespace, folder: Path) -> None:
         added_s = first_token_s[way][tokens] - near_s
         predicted_s = forecast_prompt_way_s(shape, members, tokens=tokens)
         print(
-            f"prompt of {tokens:5} tokens: {near_s:6.2f} s, and {added_s:6.2f} s of the way, predicted {predicted_s:6.2f} s"
+            f"prompt of {tokens:5} tokens: {near_s:.2f} s, the way adds {added_s:.2f} s, predicted {predicted_s:.2f} s"
         )
 
 
 async def first_token(head: Head, tokens: int) -> float:
-    """Seconds until the first token of a prompt of so many tokens (bytes). The model knows no longer ones."""
-    answers = [await head.generate(1, prompt=f"{number} " + "x" * (tokens - 4)) for number in range(3)]
-    return statistics.median([answer.timings["prompt_ms"] for answer in answers]) / 1000
+    """Seconds until the first token of a prompt of so many tokens (bytes). The lengths differ a little, because the graph
+    of the same length would be used again."""
+    prompts = [f"{number} " + "x" * (tokens - 3 * number) for number in range(3)]
+    answers = [await head.generate(1, prompt=prompt) for prompt in prompts]
+    return statistics.median([float(answer.timings["prompt_ms"]) for answer in answers]) / 1000
 
 
 def main() -> None:
