@@ -41,9 +41,13 @@ def collect_findings(topology: Topology, nodes: Sequence[NodeState]) -> tuple[Fi
             nodes_with_known_gpu.update(finding.nodes)
     findings: list[Finding] = []
     for spec, state in pairs:
+        # The host of a pool's node is that of one of its members, which has the finding already.
+        member_findings = {
+            finding.code for name in spec.pool_members if name in states for finding in states[name].noticed
+        }
         for finding in check_node(spec, state):
             is_wrong = finding.code == "gpu-unknown" and finding.node in nodes_with_known_gpu
-            if not is_wrong:
+            if not is_wrong and finding.code not in member_findings:
                 findings.append(finding)
     findings += identity_findings
     findings += models.check_across_nodes([state for _spec, state in pairs])

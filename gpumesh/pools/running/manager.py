@@ -16,6 +16,7 @@ from gpumesh.pools.base import PoolPhase, PoolState
 from gpumesh.pools.running.lifecycle import RestartTiming
 from gpumesh.pools.running.pool import RunPool, SupervisedPool
 from gpumesh.state import Finding, Severity, TunnelPhase
+from gpumesh.topology import SshSpec
 
 PROGRESS_INTERVAL_S = 0.2  # between two states of a pool that is being started
 TUNNELS_INTERVAL_S = 0.5  # between two looks at which tunnels are up
@@ -44,6 +45,7 @@ class PoolManager:
         self._timing = timing
         self._changes = ChangeNotifier()
         self._pools: dict[str, SupervisedPool] = {}
+        self._routes: dict[str, tuple[SshSpec | None, ...]] = {}  # to the members of each pool, by mesh.yaml
         self._tasks: dict[SupervisedPool, asyncio.Task[None]] = {}
         self._leaving: set[SupervisedPool] = set()  # removed from mesh.yaml, and not ended yet
         self._group: asyncio.TaskGroup | None = None
@@ -79,8 +81,16 @@ class PoolManager:
                     pool.request_start()
             else:
                 pool.take_over(spec)
+                if self._routes_of(spec) != self._routes.get(name):
+                    pool.note_moved_members()
+            self._routes[name] = self._routes_of(spec)
         self._pools = {name: self._pools[name] for name in specs}
         self._changes.notify()
+
+    def _routes_of(self, spec: PoolSpec) -> tuple[SshSpec | None, ...]:
+        """How the members are reached."""
+        nodes = {node.name: node for node in self._mesh.file_topology.nodes}
+        return tuple(nodes[member.node].ssh for member in spec.members if member.node in nodes)
 
     def _add(self, spec: PoolSpec, group: asyncio.TaskGroup) -> SupervisedPool:
         pool = SupervisedPool(

@@ -79,7 +79,7 @@ class PoolPlanner:
         """Plans a start of the pool, without the nodes ``lost`` if it fits without them. Raises GPUMeshError, also if
         the pool does not fit."""
         hosts = await self._ask_hosts(spec)
-        prepared = _choose_plan(spec, hosts, lost)
+        prepared = choose_plan(spec, hosts, lost)
         check_programs(prepared.plan, hosts)
         return prepared
 
@@ -157,7 +157,7 @@ def _plan(spec: PoolSpec, hosts: PoolHosts, offers: Sequence[HostOffer]) -> Pool
     return plan_pool(spec, hosts.model.shape, offers, hosts.paths, draft=draft)
 
 
-def _choose_plan(spec: PoolSpec, hosts: PoolHosts, lost: frozenset[str]) -> PreparedPool:
+def choose_plan(spec: PoolSpec, hosts: PoolHosts, lost: frozenset[str]) -> PreparedPool:
     """The first plan that fits: without the lost nodes, and without asking Ollama to unload anything, if possible."""
     without_lost = tuple(_leave_out(offer, lost - {spec.head}) for offer in hosts.offers)
     for offers in dict.fromkeys((without_lost, hosts.offers)):

@@ -131,9 +131,16 @@ class SupervisedPool:
     def request_stop(self) -> None:
         self._step(StopRequested())
 
+    def note_moved_members(self) -> None:
+        """The addresses of members have changed in mesh.yaml. A pool that runs goes on where it is."""
+        if self.life.has_parts and self.changed_spec is None:
+            self.changed_spec = self.spec
+
     def take_over(self, spec: PoolSpec) -> None:
         """Takes over what mesh.yaml says now. A pool that runs goes on as it is. A pool that waits for its next start
         is started at once: a person may have mended the cause in the file."""
+        if spec == (self.changed_spec or self.spec):
+            return
         if spec == self.spec:
             self.changed_spec = None
         elif self.life.has_parts:

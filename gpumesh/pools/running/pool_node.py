@@ -53,6 +53,10 @@ class PoolNode:
             self._leave(DRAIN_S)
             await self._wait_for(self._has_left, DRAIN_S + LEAVE_S)
 
+    def has_requests(self) -> bool:
+        """Whether requests run on the pool now."""
+        return any(node.in_flight for node in self._mesh.fleet if node.name == self._spec.name)
+
     def leave_at_once(self) -> None:
         """Takes the pool out of the mesh. Its requests are sent to other nodes, or end with an explicit error."""
         self._leave(0.0)

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-from gpumesh.pools.base import MemberState, PoolPlan, PoolState
+from gpumesh.pools.base import MemberState, PoolPhase, PoolPlan, PoolState
 
 RATE_WINDOW_S = 5.0  # the rate of a load is that of its last seconds
 
@@ -27,6 +27,7 @@ class PoolProgress:
         self._clock = clock
         self._on_change = on_change
         self._plan: PoolPlan | None = None
+        self._planned_at = 0.0
         self._measured: Mapping[str, int] = {}
         self._problems: dict[str, str] = {}
         self._speed = MeasuredSpeed()
@@ -39,7 +40,7 @@ class PoolProgress:
         self._load_bytes, self._loaded = None, deque()
 
     def set_plan(self, plan: PoolPlan) -> None:
-        self._plan = plan
+        self._plan, self._planned_at = plan, self._clock()
         self._on_change()
 
     def set_loaded(self, loaded_bytes: int, load_bytes: int) -> None:
@@ -77,7 +78,7 @@ class PoolProgress:
             predicted=None if self._plan is None else self._plan.speed,
         )
         if not self._loaded or self._load_bytes is None:
-            return state
+            return replace(state, left_s=self._forecast_left_s()) if state.phase is PoolPhase.LOADING else state
         loaded_bytes = self._loaded[-1][1]
         rate = self._rate()
         left_s = (self._load_bytes - loaded_bytes) / rate if rate else None
@@ -88,6 +89,13 @@ class PoolProgress:
             load_bytes_per_s=rate,
             left_s=left_s,
         )
+
+    def _forecast_left_s(self) -> float | None:
+        """The rest of the time that the plan gives the start; ``None`` if it gives none, or if that is over."""
+        if self._plan is None or self._plan.load_s is None:
+            return None
+        left_s = self._plan.load_s - (self._clock() - self._planned_at)
+        return left_s if left_s > 0 else None
 
     def _rate(self) -> float | None:
         """The bytes per second of the last seconds; ``None`` while it is not known."""

@@ -9,18 +9,19 @@ from dataclasses import dataclass
 from random import Random
 from zlib import crc32
 
-from gpumesh.errors import GPUMeshError, PoolDoesNotFit, PoolFailed
+from gpumesh.errors import GPUMeshError, PoolDoesNotFit, PoolFailed, TunnelError
 from gpumesh.mesh.mesh import Mesh
 from gpumesh.pool_spec import PoolSpec
 from gpumesh.pools.base import PathKind
 from gpumesh.pools.hosts.commands import WorkerAddress, confirm_cache_argv
 from gpumesh.pools.hosts.comparison import compare_with_plan
 from gpumesh.pools.hosts.ports import FIRST_PORT, LAST_PORT, choose_free_ports
+from gpumesh.pools.hosts.worker_traffic import read_received_bytes
 from gpumesh.pools.running.parts import HeadPart, WayPart, WorkerPart
 from gpumesh.pools.running.planner import PoolPlanner, PreparedPool
 from gpumesh.pools.running.pool import PoolRun
 from gpumesh.pools.running.pool_node import PoolNode, make_pool_node
-from gpumesh.pools.running.speed_watch import follow_speed
+from gpumesh.pools.running.speed_watch import watch_speed
 from gpumesh.pools.running.task_group import error_group
 from gpumesh.pools.running.unloading import unload_models
 from gpumesh.tunnels.transport import ReverseForward
@@ -28,6 +29,7 @@ from gpumesh.tunnels.transport import ReverseForward
 FREED_TIMEOUT_S = 20.0  # for the memory that Ollama was asked to free
 FREED_PAUSE_S = 1.0
 CONFIRM_TIMEOUT_S = 10.0
+LOAD_INTERVAL_S = 1.0
 
 
 class PoolRunner:
@@ -51,7 +53,7 @@ class PoolRunner:
         """As ``RunPool``."""
         prepared = await self._prepare(spec, lost)
         run.note_planned(prepared.plan)
-        await PoolStart(self._mesh, prepared, run, self._rng).run()
+        await PoolStart(self._mesh, prepared, run, rng=self._rng, clock=self._clock).run()
 
     async def _prepare(self, spec: PoolSpec, lost: frozenset[str]) -> PreparedPool:
         """A plan that fits into the memory that is free now. If allowed, asks Ollama to free some before."""
@@ -88,8 +90,11 @@ class _Ways:
 class PoolStart:
     """One start of a pool: all of its parts, from their start to their end."""
 
-    def __init__(self, mesh: Mesh, prepared: PreparedPool, run: PoolRun, rng: Random) -> None:
+    def __init__(
+        self, mesh: Mesh, prepared: PreparedPool, run: PoolRun, *, rng: Random, clock: Callable[[], float]
+    ) -> None:
         self._mesh = mesh
+        self._clock = clock
         self._prepared = prepared
         self._plan = prepared.plan
         self._run = run
@@ -129,13 +134,20 @@ class PoolStart:
             )
             run.note_loading()
             group.create_task(head.run(), name=f"head {head.node}")
+            group.create_task(self._follow_load(head), name="progress of the load")
             local_port = await head.ready_port
             self._require_planned(head, ways.addresses)
             await self._confirm_caches()
             node = make_pool_node(prepared.spec, plan, prepared.hosts.hosts[head.node].node, self._server_port)
             async with self._node.joined(node):
                 run.note_ready()
-                await follow_speed(f"http://127.0.0.1:{local_port}", self._acceptance, run.progress.set_speed)
+                await watch_speed(
+                    f"http://127.0.0.1:{local_port}",
+                    acceptance=self._acceptance,
+                    is_busy=self._node.has_requests,
+                    report=run.progress.set_speed,
+                    clock=self._clock,
+                )
 
     # -- what the parts report -----------------------------------------------------------------------------------
 
@@ -147,12 +159,27 @@ class PoolStart:
         self._run.note_failed(error)
 
     def note_log_line(self) -> None:
-        if self._head is None or self._head.log.is_ready:
-            return
-        share = self._head.log.loaded_share
-        if share is not None:
+        """The progress of a load is not in the log of each build; ``_follow_load`` sees more."""
+        share = None if self._head is None or self._head.log.is_ready else self._head.log.loaded_share
+        if share is not None and not self._plan.workers:
             load_bytes = self._plan.shape.weights_bytes
             self._run.progress.set_loaded(int(share * load_bytes), load_bytes)
+
+    async def _follow_load(self, head: HeadPart) -> None:
+        """Reports how many bytes of the weights have reached the workers, until llama-server is ready."""
+        load_bytes = sum(share.weights_bytes for member in self._plan.workers for share in member.shares)
+        while not head.ready_port.done():
+            counts = await asyncio.gather(*(self._read_received(member.node) for member in self._plan.workers))
+            known = [count for count in counts if count is not None]
+            if known and not head.ready_port.done():
+                self._run.progress.set_loaded(sum(known), load_bytes)
+            await asyncio.sleep(LOAD_INTERVAL_S)
+
+    async def _read_received(self, node: str) -> int | None:
+        try:
+            return await read_received_bytes(self._prepared.hosts.hosts[node].route, self._worker_ports[node])
+        except TunnelError:
+            return None
 
     # -- the parts -----------------------------------------------------------------------------------------------
 

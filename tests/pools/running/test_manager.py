@@ -17,7 +17,7 @@ from gpumesh.pools.running.lifecycle import RestartTiming
 from gpumesh.pools.running.manager import PoolManager
 from gpumesh.pools.running.pool import PoolRun
 from gpumesh.state import Finding
-from gpumesh.topology import BackendSpec, NodeSpec, Target, Topology
+from gpumesh.topology import BackendSpec, NodeSpec, SshSpec, Target, Topology
 
 SHAPE = ModelShape("llama", "tiny", "F16", (100, 100), 50, 50, (64, 64), 32, 256, 4, 2048, 1000, 320)
 BIG = PoolSpec("big", "~/big.gguf", (PoolMember("a"), PoolMember("b")), "a")
@@ -162,6 +162,18 @@ async def test_a_reload_keeps_a_changed_pool_running_until_it_is_asked_for_and_e
         while home.parts.running:
             await asyncio.sleep(0.002)
         assert [pool.pool for pool in home.manager.states()] == ["other"]
+
+
+async def test_a_pool_whose_member_has_moved_says_so_and_is_started_there_when_asked() -> None:
+    async with running(BIG) as home:
+        await home.start()
+        a, b = home.mesh.file_topology.nodes
+        home.mesh.apply(replace(home.mesh.file_topology, nodes=(a, replace(b, ssh=SshSpec("other")))), limit_s=1.0)
+        home.manager.follow_file()
+        assert "changed" in str((await home.wait(PoolPhase.READY)).reason)
+        home.manager.follow_file()
+        assert (await home.start())[-1].reason is None
+        assert len(home.parts.starts) == 2
 
 
 async def test_a_file_that_mends_a_pool_starts_it() -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from gpumesh.pool_spec import KvType
 from gpumesh.pools.base import DeviceOffer, DeviceShare, MemberPlan, ModelShape, PoolPhase, PoolPlan, PoolState
 from gpumesh.pools.running.progress import MeasuredSpeed, PoolProgress
-from gpumesh.pools.running.speed_watch import parse_tokens_per_s
+from gpumesh.pools.running.speed_watch import STALLED_S, ServerCounters, StallWatch, parse_counters
 
 SHAPE = ModelShape("llama", "tiny", "F16", (100, 100), 50, 50, (64, 64), 32, 256, 4, 2048, 1000, 320)
 CPU = DeviceOffer("CPU", None, 1000, 900)
@@ -35,7 +37,8 @@ def test_the_rate_of_a_load_is_that_of_its_last_seconds() -> None:
 def test_members_show_what_was_planned_measured_and_what_is_wrong() -> None:
     changes: list[None] = []
     progress = PoolProgress(lambda: 0.0, lambda: changes.append(None))
-    progress.set_plan(PLAN)
+    progress.set_plan(replace(PLAN, load_s=8.0))
+    assert progress.fill(LOADING).left_s == 8.0, "until more is known"
     progress.set_loaded(10, 300)
     progress.set_measured({"a": 231, "b": 56})
     progress.set_problem("b", "it was lost")
@@ -55,6 +58,17 @@ def test_members_show_what_was_planned_measured_and_what_is_wrong() -> None:
 
 def test_the_speed_comes_from_the_counters_of_llama_server() -> None:
     page = b"# TYPE x counter\nllamacpp:tokens_predicted_total 120\nllamacpp:tokens_predicted_seconds_total 4.0\n"
-    assert parse_tokens_per_s(page) == 30.0
-    assert parse_tokens_per_s(page.replace(b"4.0", b"0")) is None
-    assert parse_tokens_per_s(b"") is None
+    assert parse_counters(page + b"llamacpp:n_decode_total 7\n") == ServerCounters(30.0, 7.0)
+    assert parse_counters(page.replace(b"4.0", b"0")) == ServerCounters()
+    assert parse_counters(b"") == ServerCounters()
+
+
+def test_a_server_with_requests_that_computes_nothing_has_stalled() -> None:
+    watch = StallWatch()
+    assert not watch.is_stalled(10.0, is_busy=True, now=0.0)
+    assert not watch.is_stalled(10.0, is_busy=True, now=1.0)
+    assert not watch.is_stalled(None, is_busy=True, now=STALLED_S)
+    assert watch.is_stalled(None, is_busy=True, now=STALLED_S + 1.0)
+    assert not watch.is_stalled(11.0, is_busy=True, now=STALLED_S + 2.0), "it has computed a step"
+    assert not watch.is_stalled(11.0, is_busy=False, now=9 * STALLED_S), "nobody waits for it"
+    assert not watch.is_stalled(11.0, is_busy=True, now=9 * STALLED_S + 1.0)
