@@ -73,6 +73,8 @@ async def _reach(tunnel: Tunnel, node: NodeSpec) -> HostRoute | GPUMeshError:
     """The route to the node's host, or why there is none."""
     if node.ssh is None:
         return ThisMachineRoute(node.name, tunnel)
+    if tunnel.state.state in (TunnelPhase.BACKOFF, TunnelPhase.FAILED):
+        tunnel.retry_now()  # the pool waits between its starts as the tunnel does
     try:
         async with asyncio.timeout(UP_TIMEOUT_S):
             await tunnel.wait_up()
