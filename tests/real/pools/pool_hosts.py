@@ -116,6 +116,13 @@ class PoolHost:
         path.chmod(0o755)
         path.rename(self.programs / name)
 
+    def log_server(self) -> Path:
+        """Lets llama-server write its log into a file, too; its path."""
+        path = self.folder / f"{HEAD_PROGRAM}.log"
+        script = f'#!/bin/sh\nexec {real_program(HEAD_PROGRAM)} "$@" -t 1 --log-file {path}\n'
+        self.set_program(HEAD_PROGRAM, script)
+        return path
+
     def break_worker(self, fault: WorkerFault) -> None:
         if fault is WorkerFault.MISSING:
             (self.programs / WORKER_PROGRAM).unlink()

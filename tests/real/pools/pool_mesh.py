@@ -24,7 +24,9 @@ from tests.tunnels.sshd import run_agent
 if TYPE_CHECKING:  # its import takes a second
     import openai
 
-POOL = "duo"
+# Another one in each process of the tests: a pool's llama-server has the same port at each start, by the pool's name, and
+# all hosts of all tests share this machine's ports.
+POOL = f"duo-{os.environ.get('PYTEST_XDIST_WORKER', 'main')}"
 HEAD, WORKER = "alpha", "beta"
 
 
@@ -59,14 +61,22 @@ class PoolMesh:
     async def start(self) -> None:
         self.write_config()
         await self.gpumesh("up", "-d", code=None)  # the nodes have no server of their own: this is an error code
+        status = await self.wait_tunnels()
+        self.url = status["gateway"]["url"]
+
+    async def wait_tunnels(self, *, reconnect: bool = False) -> dict[str, Any]:
+        """Waits until both hosts are connected; the mesh's state then. ``reconnect``: a tunnel that waits for its next
+        attempt tries at once."""
         async with asyncio.timeout(DEADLINE_S):
             while True:
-                status = (await self.gpumesh("status", "--json", code=None)).json()
+                status: dict[str, Any] = (await self.gpumesh("status", "--json", code=None)).json()
                 states = {node["name"]: (node["tunnel"] or {}).get("state") for node in status["nodes"]}
                 if {states[HEAD], states[WORKER]} == {"up"}:
-                    break
+                    return status
+                for name in (HEAD, WORKER):
+                    if reconnect and states[name] == "backoff":
+                        await self.gpumesh("reconnect", name, code=None)
                 await asyncio.sleep(0.1)
-        self.url = status["gateway"]["url"]
 
     # -- pools -------------------------------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,9 @@ MODEL = "big"
 LIMIT_MIB = 400  # of each host; the model has 514 MiB
 DEVIATION = 0.05
 LAYERS = 9  # eight blocks, and the output
+# Such as "sched_reserve: RPC0[127.0.0.1:51071] compute buffer size =    28.51 MiB".
+_BUFFER = re.compile(r": +(\S+) +(model|KV|compute) buffer size = +([0-9.]+) MiB")
+_KINDS = {"model": "weights", "KV": "kv", "compute": "compute"}
 QUESTION: list[Any] = [{"role": "user", "content": "Why is the sky blue?"}]
 
 
@@ -57,11 +61,13 @@ async def test_the_plan_divides_the_layers(mesh: PoolMesh) -> None:
 
 
 async def test_it_is_started_and_answers_and_ends(mesh: PoolMesh) -> None:
+    plan = (await mesh.gpumesh("pool", "plan", POOL, "--json")).json()
+    log = mesh.head.log_server()
     shown = await mesh.gpumesh("pool", "up", POOL)
     state = await mesh.state()
     assert state["phase"] == "ready", shown
     assert mesh.programs() == ONE_POOL
-    await check_measured_sizes(state)
+    check_sizes(plan, state, log.read_text())
     await check_answers(mesh)
     check_listening_sockets(mesh)
     await check_commands(mesh)
@@ -70,12 +76,22 @@ async def test_it_is_started_and_answers_and_ends(mesh: PoolMesh) -> None:
     assert (await mesh.state())["phase"] == "stopped"
 
 
-async def check_measured_sizes(state: dict[str, Any]) -> None:
-    """What llama-server reports is within 5 % of the plan, for each member."""
+def check_sizes(plan: dict[str, Any], state: dict[str, Any], log: str) -> None:
+    """What llama-server reports is within 5 % of the plan: of each member all together, as `pool status` shows it, and
+    each kind of buffer, as the log has it."""
     assert {member["node"] for member in state["members"]} == {HEAD, WORKER}
     for member in state["members"]:
         planned, measured = member["planned_bytes"], member["measured_bytes"]
         assert measured == pytest.approx(planned, rel=DEVIATION), state
+    planned_sizes = {
+        (member["node"], kind): sum(share[f"{kind}_bytes"] for share in member["shares"])
+        for member in plan["members"]
+        for kind in _KINDS.values()
+    }
+    measured_sizes = dict.fromkeys(planned_sizes, 0.0)
+    for device, kind, mib in _BUFFER.findall(log):
+        measured_sizes[WORKER if device.startswith("RPC") else HEAD, _KINDS[kind]] += float(mib) * 2**20
+    assert measured_sizes == pytest.approx(planned_sizes, rel=DEVIATION)
 
 
 async def check_answers(mesh: PoolMesh) -> None:

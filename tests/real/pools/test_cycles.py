@@ -39,7 +39,9 @@ async def kill_and_recover(mesh: PoolMesh, number: int) -> None:
         case _:
             await mesh.worker.cut_sessions()
     await wait_until(lambda: not old & {*mesh.head.pool_processes(), *mesh.worker.pool_processes()}, "the old ones end")
-    await mesh.gpumesh("pool", "up", POOL)  # it does not wait for the end of a backoff
+    # Neither the tunnel nor the pool waits for the end of a backoff, which is long after so many losses.
+    await mesh.wait_tunnels(reconnect=True)
+    await mesh.gpumesh("pool", "up", POOL)
     assert mesh.programs() == ONE_POOL
 
 

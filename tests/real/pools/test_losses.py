@@ -14,8 +14,8 @@ import pytest_asyncio
 
 from tests.prerequisites import needs
 from tests.real.hosts import LlamaServer
-from tests.real.pools.pool_hosts import HEAD_PROGRAM, WORKER_PROGRAM, kill
-from tests.real.pools.pool_mesh import ONE_POOL, POOL, PoolMesh, link_model, pool_entry, pool_mesh
+from tests.real.pools.pool_hosts import HEAD_PROGRAM, WORKER_PROGRAM, kill, real_program
+from tests.real.pools.pool_mesh import ONE_POOL, PoolMesh, link_model, pool_entry, pool_mesh
 
 pytestmark = [
     pytest.mark.real,
@@ -98,6 +98,23 @@ async def test_a_worker_that_dies_idle_is_noticed(mesh: PoolMesh) -> None:
     assert await mesh.answers(MODEL)
 
 
+async def test_a_foreign_head_at_a_worker_does_no_harm(mesh: PoolMesh) -> None:
+    """It waits until the worker is free; so it is when it is killed, and when the pool ends."""
+    await mesh.make_ready()
+    (port,) = [socket.port for socket in mesh.worker.listening() if socket.program == WORKER_PROGRAM]
+    command = [str(real_program(HEAD_PROGRAM)), "--rpc", f"127.0.0.1:{port}", "--list-devices"]
+    for _ in range(2):
+        foreign = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.DEVNULL)
+        assert await mesh.answers(MODEL)
+        assert foreign.returncode is None, "it waits"
+        foreign.kill()
+        await foreign.wait()
+    assert await mesh.answers(MODEL)
+    await mesh.make_stopped()
+    await mesh.make_ready()
+    await mesh.make_stopped()
+
+
 async def test_another_node_goes_on_with_the_stream(mesh: PoolMesh) -> None:
     asked: dict[str, Any] = {"model": SHARED, "messages": QUESTION, "max_tokens": 400, "temperature": 0}
     await mesh.make_ready(SHARED)
@@ -128,4 +145,3 @@ async def test_a_head_whose_network_is_lost_is_ended_by_its_guard(mesh: PoolMesh
     await mesh.wait_phase("ready", starts=2)
     await asyncio.wait_for(mesh.wait_answer(MODEL), timeout=60)
     assert mesh.programs() == ONE_POOL
-    assert POOL in {state["name"] for state in (await mesh.gpumesh("pool", "status", "--json")).json()["pools"]}
