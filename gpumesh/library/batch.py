@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Mapping
 from typing import Any, TypeAlias
 
 from gpumesh.daemon.sessions.prompt_sender import send_until_whole
+from gpumesh.daemon.sessions.prompt_window import send_in_window
 from gpumesh.errors import GPUMeshError
 from gpumesh.event_loop.async_iterators import closing_iterator
 from gpumesh.library.messages import Messages
@@ -18,7 +18,7 @@ Prompt: TypeAlias = Messages
 """One prompt of ``run_many``: as ``messages`` of ``chat``, or a dictionary with ``messages`` or ``prompt`` and other
 arguments of ``chat`` (``model``, ``options``, ``node`` …), which replace those for all prompts."""
 
-RESULTS_AHEAD = 4  # in order: so many times ``concurrency`` prompts are begun before the oldest one has ended
+RESULTS_WAITING = 3  # in order: at so many times ``concurrency`` results behind the oldest prompt, no more are begun
 
 
 async def iterate(prompts: object) -> AsyncIterator[Any]:
@@ -60,15 +60,13 @@ def read_prompt(prompt: object, common: Mapping[str, Any]) -> dict[str, Any]:
     return {**common, **own}
 
 
-async def send_prompt(ask: Callable[[], Reply], index: int, prompt: object) -> BatchResult | Exception:
-    """The result of one prompt. Waits while the queue is full, and asks again if the answer was cut. An error that is
-    not of this prompt alone is returned too: a task must not raise it."""
+async def send_prompt(ask: Callable[[], Reply], index: int, prompt: object) -> BatchResult:
+    """The result of one prompt. Waits while the queue is full, and asks again if the answer was cut. Raises errors
+    that are not of the mesh, such as TypeError for a wrong argument."""
     try:
         completion: Completion = await send_until_whole(ask)
     except GPUMeshError as error:
         return BatchResult(index=index, prompt=prompt, error=error)
-    except Exception as error:  # a wrong argument, or a bug: the iterator raises it
-        return error
     return BatchResult(index=index, prompt=prompt, completion=completion)
 
 
@@ -82,41 +80,29 @@ async def run_prompts(
 ) -> AsyncIterator[BatchResult]:
     """Yields a result for each prompt, in the order of the prompts or as they end. ``ask`` makes the request for a
     prompt, and may raise TypeError and ValueError. When the iterator is closed, the prompts under way are cancelled."""
-    slots = asyncio.Semaphore(concurrency)
-    tasks: deque[asyncio.Task[BatchResult | Exception]] = deque()  # in the order of the prompts
-    most_tasks = concurrency * RESULTS_AHEAD if ordered else concurrency
 
-    async def send(index: int, prompt: object) -> BatchResult | Exception:
-        async with slots:
-            return await send_prompt(lambda: ask(prompt), index, prompt)
+    async def send(numbered_prompt: tuple[int, object]) -> BatchResult:
+        index, prompt = numbered_prompt
+        return await send_prompt(lambda: ask(prompt), index, prompt)
 
-    index = 0
-    is_exhausted = False
-    try:
-        while True:
-            while not is_exhausted and len(tasks) < most_tasks:
-                try:
-                    prompt = await anext(prompts)
-                except StopAsyncIteration:
-                    is_exhausted = True
-                    break
-                tasks.append(group.create_task(send(index, prompt), name="prompt"))
-                index += 1
-            if not tasks:
-                return
-            if ordered:
-                await asyncio.wait([tasks[0]])
-                ended = [tasks.popleft()]
-            else:
-                done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-                ended = [task for task in tasks if task in done]
-                tasks = deque(task for task in tasks if task not in done)
-            for task in ended:
-                result = task.result()
-                if isinstance(result, Exception):
-                    raise result
+    async with closing_iterator(_enumerate(prompts)) as numbered_prompts:
+        results = send_in_window(
+            numbered_prompts,
+            send,
+            group=group,
+            concurrency=concurrency,
+            # Without an order, a result waits only for its reader. Then no more prompts are begun.
+            most_waiting=concurrency * RESULTS_WAITING if ordered else 1,
+            ordered=ordered,
+        )
+        async with closing_iterator(results) as closing:
+            async for result in closing:
                 yield result
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _enumerate(prompts: AsyncIterator[object]) -> AsyncIterator[tuple[int, object]]:
+    """The prompts with their numbers. The caller of ``run_prompts`` closes ``prompts``."""
+    index = 0
+    async for prompt in prompts:
+        yield index, prompt
+        index += 1
