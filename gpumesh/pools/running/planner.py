@@ -112,7 +112,10 @@ class PoolPlanner:
         )
         usable = {node: host for node, host in hosts.items() if node in programs}
         routes = await self._paths.find(head, [host for node, host in usable.items() if node != spec.head])
-        paths = {node: route.path for node, route in routes.items()}
+        paths = {
+            node: replace(route.path, protocol=None if (rpc := programs[node].rpc) is None else rpc[0])
+            for node, route in routes.items()
+        }
         logins = {node: route.login for node, route in routes.items() if route.login is not None}
         return PoolHosts(usable, programs, offers, paths, model_file, draft_file, errors, logins)
 
