@@ -165,19 +165,36 @@ class PoolManager:
     # -- following the mesh --------------------------------------------------------------------------------------
 
     async def _follow_tunnels(self) -> None:
-        """Tells the pools when the tunnel of a node has come up, until cancelled."""
-        up: set[str] = set()
+        """Tells the pools that wait when the tunnel of a member has come up, until cancelled."""
+        async with closing_iterator(self._changes.watch()) as changes:
+            async for _ in changes:
+                if self._waiting_pools():
+                    await self._follow_tunnels_for_waiting()
+
+    async def _follow_tunnels_for_waiting(self) -> None:
+        """Does that until no pool waits any more."""
+        up = self._nodes_up()
         async with closing_iterator(self._mesh.watch_changes()) as changes:
             async for _ in changes:
-                tunnels = [(node.name, node.tunnel) for node in self._mesh.fleet if not node.spec.pool_members]
-                up_now = {name for name, tunnel in tunnels if tunnel and tunnel.state.state is TunnelPhase.UP}
-                for pool in self._pools.values():
-                    # A pool that waits for a member may have missed the moment at which its tunnel came up.
+                waiting = self._waiting_pools()
+                if not waiting:
+                    return
+                up_now = self._nodes_up()
+                for pool in waiting:
+                    # A tunnel may have come up before the pool began to wait for it.
                     awaited = frozenset() if pool.life.cause is None else pool.life.cause.unreachable
                     for name in up_now - (up - awaited):
                         pool.note_tunnel_up(name)
                 up = up_now
                 await asyncio.sleep(TUNNELS_INTERVAL_S)
+
+    def _waiting_pools(self) -> list[SupervisedPool]:
+        return [pool for pool in self._pools.values() if pool.life.phase in (PoolPhase.BACKOFF, PoolPhase.FAILED)]
+
+    def _nodes_up(self) -> set[str]:
+        """The names of the nodes whose tunnels are up."""
+        tunnels = [(node.name, node.tunnel) for node in self._mesh.fleet if not node.spec.pool_members]
+        return {name for name, tunnel in tunnels if tunnel and tunnel.state.state is TunnelPhase.UP}
 
     async def _report_findings(self) -> None:
         """Reports a finding for each pool that is wanted and has failed, until cancelled."""

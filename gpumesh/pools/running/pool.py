@@ -224,8 +224,7 @@ class SupervisedPool:
 
     async def _run_once(self) -> None:
         """Runs one start of the pool until all its parts have ended."""
-        if self.changed_spec is not None:
-            self.spec, self.changed_spec = self.changed_spec, None
+        self._adopt_changed_spec()
         self.progress.clear()
         self._is_unwinding = False
         if self.life.failures == 0:
@@ -237,7 +236,12 @@ class SupervisedPool:
             stop.cancel()
         if not self.life.wanted:
             self.progress.clear()
+        self._adopt_changed_spec()
         self._step(Ended())
+
+    def _adopt_changed_spec(self) -> None:
+        if self.changed_spec is not None:
+            self.spec, self.changed_spec = self.changed_spec, None
 
     async def _start(self) -> None:
         try:

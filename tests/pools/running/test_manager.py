@@ -76,8 +76,10 @@ class Running:
 
 
 @asynccontextmanager
-async def running(*pools: PoolSpec) -> AsyncIterator[Running]:
-    nodes = tuple(NodeSpec(name, BackendSpec(targets=(Target("127.0.0.1", 9),)), enabled=False) for name in "ab")
+async def running(*pools: PoolSpec, target: Target | None = None) -> AsyncIterator[Running]:
+    """``target``: where the servers of the nodes are; ``None``: the nodes are disabled."""
+    backend = BackendSpec(targets=(target or Target("127.0.0.1", 9),))
+    nodes = tuple(NodeSpec(name, backend, enabled=target is not None) for name in "ab")
     parts, findings = Parts(), list[tuple[Finding, ...]]()
     async with asyncio.timeout(20), Mesh(Topology("home", nodes, pools=pools)) as mesh:
         manager = PoolManager(mesh, parts.run, on_findings=findings.append, timing=TIMING)
@@ -174,6 +176,22 @@ async def test_a_pool_whose_member_has_moved_says_so_and_is_started_there_when_a
         home.manager.follow_file()
         assert (await home.start())[-1].reason is None
         assert len(home.parts.starts) == 2
+
+
+async def test_a_pool_that_lacks_a_member_starts_when_its_tunnel_comes_up() -> None:
+    listening = await asyncio.start_server(lambda _, writer: writer.close(), "127.0.0.1", 0)
+    port = listening.sockets[0].getsockname()[1]
+    listening.close()
+    await listening.wait_closed()
+    async with running(BIG, target=Target("127.0.0.1", port)) as home:
+        lacking = PoolDoesNotFit("b cannot take part")
+        lacking.unreachable = frozenset({"b"})
+        home.parts.failure = lacking
+        with pytest.raises(PoolDoesNotFit):
+            await home.start()
+        home.parts.failure = None
+        async with await asyncio.start_server(lambda _, writer: writer.close(), "127.0.0.1", port):
+            await home.wait(PoolPhase.READY)
 
 
 async def test_a_file_that_mends_a_pool_starts_it() -> None:
