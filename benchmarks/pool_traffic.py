@@ -115,8 +115,8 @@ async def prompt(arguments: argparse.Namespace, folder: Path) -> None:
 
 
 async def first_token(head: Head, tokens: int) -> float:
-    """Seconds until the first token of a prompt of so many tokens (bytes). The lengths differ a little, because the graph
-    of the same length would be used again."""
+    """Seconds until the first token of a prompt of so many tokens (bytes). The lengths differ a little, because the
+    graph of the same length would be used again."""
     prompts = [f"{number} " + "x" * (tokens - 3 * number) for number in range(3)]
     answers = [await head.generate(1, prompt=prompt) for prompt in prompts]
     return statistics.median([float(answer.timings["prompt_ms"]) for answer in answers]) / 1000

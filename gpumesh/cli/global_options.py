@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gpumesh.errors import UsageError, unknown_node
+from gpumesh.text.quoting import paste_command
 
 if TYPE_CHECKING:
     from gpumesh.daemon.paths import MeshPaths
@@ -74,7 +75,8 @@ def find_node(topology: Topology, name: str) -> NodeSpec:
     except KeyError:
         if name in [pool.name for pool in topology.pools]:
             raise UsageError(
-                f"{name} is a pool, which does not run", hint=f"`gpumesh pool up {name}` starts it"
+                f"{name} is a pool, which does not run",
+                hint=paste_command("gpumesh pool up {POOL}", POOL=name) + " starts it",
             ) from None
         raise unknown_node(name, (node.name for node in topology.nodes)) from None
 

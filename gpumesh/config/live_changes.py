@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 
 from gpumesh.config.comparison import Differences, KeyChange, compare_topologies
 from gpumesh.text.addresses import is_loopback
+from gpumesh.text.quoting import paste_command
 from gpumesh.topology import GatewaySpec, Topology
 
 
@@ -55,7 +56,8 @@ class ReloadReport:
         lines += [f"model {name}: added" for name in applied.models_added]
         lines += [f"model {name}: removed" for name in applied.models_removed]
         lines += [f"model {model}" for model in applied.models_changed]
-        lines += [f"pool {name}: added; `gpumesh pool up {name}` starts it" for name in applied.pools_added]
+        for name in applied.pools_added:
+            lines.append(f"pool {name}: added; {paste_command('gpumesh pool up {POOL}', POOL=name)} starts it")
         lines += [f"pool {name}: removed" for name in applied.pools_removed]
         lines += [f"pool {pool}; takes effect at its next start" for pool in applied.pools_changed]
         lines += [str(change) for change in applied.mesh_keys]

@@ -108,6 +108,7 @@ _CHECKED = {
     ("cli/commands/init.py", "wrote \0; try it: gpumesh run\0 'Hello'"),
     ("cli/commands/init.py", "wrote \0; when a server is there: gpumesh audit\0"),
     ("cli/commands/models.py", "--json and -o belong behind the command: gpumesh models \0 …"),
+    ("cli/commands/pool.py", "--json and -o belong behind the command: gpumesh pool \0 …"),
     ("cli/commands/ui.py", "ssh -L \0:127.0.0.1:\0 THIS_MACHINE"),  # the gateway's port
     ("cli/init/host_input.py", "what you typed: gpumesh init \0"),  # words of ``shell_word``
     # Commands with the name of a service, which ``is_valid_name`` has checked.
@@ -122,12 +123,16 @@ _CHECKED = {
         "`\0`, or set them here and `gpumesh service install --save-variables`",
     ),
     ("config/advice.py", "export \0=… before `gpumesh up`"),
+    ("config/advice.py", "`{node: \0, memory: 8GiB}` lets it take part with its CPU"),
     ("config/credentials.py", "set it before starting gpumesh, for example: export \0=…"),
     ("config/value_parsers.py", "holds a port as well: write `port: \0` apart"),
     ("config/mesh_file/error_messages.py", "; such as `\0`"),
+    ("config/mesh_file/pool_rules.py", "pools are a list: write `- name: \0`"),
     ("config/mesh_file/rules.py", "nodes are a list: write `- name: \0`"),
     ("gateway/body_parsers/json_members.py", "the request body has `\0` twice"),
     ("lab/vllm.py", "The model `\0` does not exist."),  # as vLLM itself says it
+    ("pools/gguf/attention.py", "gpumesh does not know how much memory the cache of the architecture \0 needs"),
+    ("pools/hosts/commands.py", 'rm -f "\0/unfinished-$1"'),  # a folder of ours on the host, in a shell variable
     ("probes/wrong_server.py", "write `backend: {url: \0://\0:PORT}`, as the host knows it"),
     ("text/quoting.py", "`\0`"),
     ("tunnels/workers/zygote.py", "gpumesh tunnel \0"),
@@ -150,6 +155,7 @@ def test_all_quoting_is_done_by_quoting_py() -> None:
     """``shlex.quote`` is not enough for fish; on the host and in files of ours a POSIX shell reads what it quotes."""
     allowed = {
         "text/quoting.py",
+        "pools/hosts/paths.py",
         "tunnels/remote_commands/remote_command.py",
         "tunnels/supervisor.py",
         "tunnels/openssh/prompts.py",

@@ -64,7 +64,7 @@ def pool(ctx: typer.Context, as_json: JsonOption = False, output: FormatOption =
     elif as_json or output is not None:
         raise UsageError(
             f"--json and -o belong behind the command: gpumesh pool {ctx.invoked_subcommand} …",
-            hint=f"`gpumesh pool {ctx.invoked_subcommand} --json`",
+            hint=paste_command("gpumesh pool {COMMAND} --json", COMMAND=ctx.invoked_subcommand),
         )
 
 
@@ -197,7 +197,9 @@ async def _start_pool(options: GlobalOptions, name: str | None) -> tuple[PoolSta
         except asyncio.CancelledError:
             if not options.quiet:
                 end = "is being stopped" if was_stopped else "starts on, because it was started before"
-                typer.echo(f"{state.pool} {end}: `gpumesh pool status {state.pool}`", err=True)
+                typer.echo(
+                    f"{state.pool} {end}: {paste_command('gpumesh pool status {POOL}', POOL=state.pool)}", err=True
+                )
             raise
         return latest, False
 

@@ -12,6 +12,7 @@ from gpumesh.cli.pool.pool_choice import PlanRequest, yaml_entry
 from gpumesh.cli.views.pool.start_progress import show_waiting
 from gpumesh.pool_spec import PoolSpec
 from gpumesh.pools.base import PoolPhase, PoolPlan, PoolState
+from gpumesh.text.quoting import paste_command
 from gpumesh.text.sentences import join_all
 from gpumesh.topology import Topology
 
@@ -39,7 +40,7 @@ class MadePlan:
         """How a plan that fits becomes a pool that runs."""
         if self.is_in_file and not self.is_changed:
             if self.spec.name not in self.holders:
-                yield f"`gpumesh pool up {self.spec.name}` starts it"
+                yield paste_command("gpumesh pool up {POOL}", POOL=self.spec.name) + " starts it"
             return
         yield f"to start it so, write {'in its place' if self.is_in_file else 'under `pools:`'} in mesh.yaml:"
         yield yaml_entry(self.spec)

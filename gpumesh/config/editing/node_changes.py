@@ -17,6 +17,7 @@ from gpumesh.config.editing.edit import Edit
 from gpumesh.config.editing.yaml_positions import CannotEdit
 from gpumesh.errors import ConfigError, Problem, UsageError, unknown_node
 from gpumesh.files import file_lock
+from gpumesh.text.quoting import paste_command
 from gpumesh.topology import NodeSpec, Topology
 
 
@@ -120,7 +121,8 @@ def find_node(topology: Topology, name: str) -> int:
     if name in [pool.name for pool in topology.pools]:
         raise UsageError(
             f"{name} is a pool, and no node of mesh.yaml",
-            hint=f"`gpumesh pool down {name}` stops it; it stands under `pools:` in mesh.yaml",
+            hint=paste_command("gpumesh pool down {POOL}", POOL=name)
+            + " stops it; it stands under `pools:` in mesh.yaml",
         )
     if name not in names:
         raise unknown_node(name, names)

@@ -16,6 +16,7 @@ from gpumesh.pools.base import PoolPhase, PoolState
 from gpumesh.pools.running.lifecycle import RestartTiming
 from gpumesh.pools.running.pool import RunPool, SupervisedPool
 from gpumesh.state import Finding, Severity, TunnelPhase
+from gpumesh.text.quoting import paste_command
 from gpumesh.topology import SshSpec
 
 PROGRESS_INTERVAL_S = 0.2  # between two states of a pool that is being started
@@ -223,5 +224,5 @@ def _findings_of(pool: SupervisedPool) -> list[Finding]:
     if not pool.life.wanted or cause is None:
         return []
     message = f"the pool {pool.spec.name} does not serve: {cause.message}"
-    hint = cause.hint or f"`gpumesh pool status {pool.spec.name}` shows its members"
+    hint = cause.hint or paste_command("gpumesh pool status {POOL}", POOL=pool.spec.name) + " shows its members"
     return [Finding("pool-down", Severity.WARNING, None, message, hint)]

@@ -34,6 +34,7 @@ from gpumesh.pools.running.lifecycle import (
     step,
 )
 from gpumesh.pools.running.progress import PoolProgress
+from gpumesh.text.quoting import paste_command
 
 log = logging.getLogger(__name__)
 
@@ -109,7 +110,9 @@ class SupervisedPool:
         reason, hint = (None, None) if cause is None else (cause.message, cause.hint)
         if self.changed_spec is not None and life.has_parts:
             reason = reason or "mesh.yaml has changed this pool since it was started"
-            hint = hint or f"`gpumesh pool up {self.spec.name}` starts it as the file says now"
+            hint = (
+                hint or paste_command("gpumesh pool up {POOL}", POOL=self.spec.name) + " starts it as the file says now"
+            )
         state = PoolState(
             pool=self.spec.name,
             model=self.spec.served_name,

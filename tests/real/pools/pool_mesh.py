@@ -24,8 +24,8 @@ from tests.tunnels.sshd import run_agent
 if TYPE_CHECKING:  # its import takes a second
     import openai
 
-# Another one in each process of the tests: a pool's llama-server has the same port at each start, by the pool's name, and
-# all hosts of all tests share this machine's ports.
+# Another one in each process of the tests: a pool's llama-server has the same port at each start, by the pool's name,
+# and all hosts of all tests share this machine's ports.
 POOL = f"duo-{os.environ.get('PYTEST_XDIST_WORKER', 'main')}"
 HEAD, WORKER = "alpha", "beta"
 

@@ -15,6 +15,7 @@ from gpumesh.cli.views.pool.plan_view import describe_path, draw_facts, format_r
 from gpumesh.cli.views.safe_text import clean_line
 from gpumesh.cli.views.tables import Cell, Column, ColumnCells, fit_table, print_fitted_table
 from gpumesh.pools.base import MemberState, PoolPhase, PoolState
+from gpumesh.text.quoting import paste_command
 
 # The mark before a phase and its style for rich.
 PHASE_MARKS = {
@@ -87,7 +88,9 @@ def _draw_pool(state: PoolState, now: datetime, width: int) -> Iterator[Renderab
         add_hint(reason, state.hint)
         yield make_notes_table([(Text(mark, style=style), reason)])
     elif state.phase is PoolPhase.STOPPED:
-        yield Text(f"  → `gpumesh pool up {clean_line(state.pool, 63)}` starts it", style="dim")
+        yield Text(
+            f"  → {paste_command('gpumesh pool up {POOL}', POOL=clean_line(state.pool, 63))} starts it", style="dim"
+        )
     if state.members:
         yield Text()
         yield _member_table(state, width)
