@@ -87,6 +87,7 @@ class Forwarder:
     def __init__(self, on_end: Callable[[], None] | None = None, *, peer_filter: PeerFilter | None = None) -> None:
         """``on_end`` is called in the selector's thread when the loop has ended, by ``close`` or by an error. A
         connection that ``peer_filter`` does not allow is reset; without a filter all connections are served."""
+        self.progressed_at = 0.0  # when a Unix relay has last passed bytes on, by ``time.monotonic``; 0.0: never
         self._on_end = on_end
         self._peer_filter = peer_filter
         self._selector = selectors.DefaultSelector()

@@ -8,6 +8,7 @@ on the event loop of the worker's process.
 from __future__ import annotations
 
 import socket
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -27,6 +28,12 @@ are lost once in a few thousand pings, and the answer would come after the host 
 lost packet makes TCP notice the loss within a round trip. So a second ping repairs the loss of the first ping, and the
 answer to the second ping repairs the loss of the first answer.
 """
+
+
+def has_progress(progressed_at: float, timeout_s: float) -> bool:
+    """Whether a ping without an answer within ``timeout_s`` is no reason to give the host up: the connection has
+    carried bytes in the second half of that time, the last ones at ``progressed_at`` (``time.monotonic``)."""
+    return time.monotonic() - progressed_at < timeout_s / 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +130,11 @@ class HostConnection(Protocol):
 
     async def ping(self, timeout_s: float) -> float | None:
         """Sends a request that the host must answer, and returns the round trip in ms; ``None``: no answer within
-        ``timeout_s``."""
+        ``timeout_s``.
+
+        If bytes have come lately (``has_progress``), the host is alive, and the answer waits behind a bulk transfer
+        over a slow link. Then the result is ``timeout_s``, in ms.
+        """
 
     async def start_command(self, command: str, *, has_input: bool = False) -> RemoteCommand:
         """Starts ``command``, an argument list that is quoted for a POSIX shell, on the host.

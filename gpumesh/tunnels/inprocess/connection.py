@@ -29,7 +29,14 @@ from gpumesh.tunnels.inprocess.reverse_channels import ReverseChannels
 from gpumesh.tunnels.inprocess.sshtunnel_connector import TransportForwarder
 from gpumesh.tunnels.local_system.peer_users import open_own_user_filter
 from gpumesh.tunnels.remote_commands.host_text import add_host_text
-from gpumesh.tunnels.transport import ConnectionEvents, ConnectionInfo, ConnectRequest, RemoteCommand, ReverseForward
+from gpumesh.tunnels.transport import (
+    ConnectionEvents,
+    ConnectionInfo,
+    ConnectRequest,
+    RemoteCommand,
+    ReverseForward,
+    has_progress,
+)
 
 SHELL_TEST_WAIT_S = 3.0  # a command waits so long for the test whether the host has a POSIX shell
 SESSION_FREE_S = 2.0  # a host has the session of an ended command back within this time
@@ -177,7 +184,9 @@ class ParamikoConnection:
         try:
             async with asyncio.timeout(timeout_s):
                 return await asyncio.shield(self._ping_task)
-        except (TimeoutError, paramiko.SSHException, EOFError, OSError):  # no answer, or the connection has broken
+        except TimeoutError:
+            return timeout_s * 1000 if has_progress(self._transport.packetizer.received_at, timeout_s) else None
+        except (paramiko.SSHException, EOFError, OSError):  # the connection has broken
             return None
 
     async def start_command(self, command: str, *, has_input: bool = False) -> RemoteCommand:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import time
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -80,6 +81,7 @@ class BoundedPacketizer(paramiko.packet.Packetizer):
 
     def __init__(self, sock: socket.socket) -> None:
         super().__init__(sock)
+        self.received_at = 0.0  # when the last bytes came, by ``time.monotonic``; 0.0: none came
         self._greeting_bytes = 0
 
     def _read_timeout(self, timeout: float) -> bytes:
@@ -94,7 +96,9 @@ class BoundedPacketizer(paramiko.packet.Packetizer):
         """Reads exactly ``n`` bytes: all or a part of one packet."""
         if n > MAX_PACKET_BYTES:
             raise paramiko.SSHException(f"a packet of {n} bytes")
-        return super().read_all(n, check_rekey)
+        data: bytes = super().read_all(n, check_rekey)
+        self.received_at = time.monotonic()
+        return data
 
 
 class FastPacketizer(BoundedPacketizer):

@@ -40,7 +40,7 @@ from gpumesh.tunnels.openssh.master import MasterState, OpensshMaster
 from gpumesh.tunnels.openssh.options import format_destination
 from gpumesh.tunnels.openssh.prompts import AskpassServer
 from gpumesh.tunnels.openssh.unix_relay import relay_to_port, relay_to_unix
-from gpumesh.tunnels.transport import ConnectionEvents, ConnectionInfo, ConnectRequest
+from gpumesh.tunnels.transport import ConnectionEvents, ConnectionInfo, ConnectRequest, has_progress
 
 STOP_TIMEOUT_S = 1.0  # the time for the forwarder to end
 SESSION_PING_INTERVAL_S = 60.0  # between two sessions as pings, because the host logs each of them
@@ -141,8 +141,16 @@ class OpensshConnection:
         return listener
 
     async def ping(self, timeout_s: float) -> float | None:
-        """As ``HostConnection.ping``: measures an echo through the master's session, if the master has one, or else the
-        opening of another session."""
+        """As ``HostConnection.ping``."""
+        rtt_ms = await self._measure_round_trip_ms(timeout_s)
+        # ssh takes no more bytes of us once its buffers and the host's window are full. So progress is the host's.
+        if rtt_ms is None and not self._master.exited and has_progress(self._forwarder.progressed_at, timeout_s):
+            return timeout_s * 1000
+        return rtt_ms
+
+    async def _measure_round_trip_ms(self, timeout_s: float) -> float | None:
+        """Measures an echo through the master's session, if the master has one, or else the opening of another session.
+        ``None``: no answer within ``timeout_s``."""
         if self._master.state is MasterState.ECHOING:
             return await self._master.measure_round_trip_ms(timeout_s)
         if self._master.state is MasterState.WITHOUT_SESSION:

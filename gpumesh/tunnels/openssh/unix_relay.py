@@ -7,6 +7,7 @@ Unix socket, to which ssh connects, and ``relay_to_port`` connects to a port of 
 from __future__ import annotations
 
 import socket
+import time
 
 from gpumesh.tunnels.forwarder import CHUNK_BYTES, READ, WRITE, Dialer, Forwarder
 from gpumesh.tunnels.local_connect import LocalConnect
@@ -105,6 +106,7 @@ class SocketRelay:
         """Reads from this side's socket, and writes the bytes, or passes on the end, to the other side."""
         data = self._sockets[side].recv(CHUNK_BYTES)
         if data:
+            self._forwarder.progressed_at = time.monotonic()
             self._write(1 - side, data)
         else:
             self._reads[side] = False
