@@ -61,8 +61,8 @@ def _problems_of_written_split(members: Sequence[MemberPlan]) -> Iterator[str]:
 
 
 def describe_problem(offer: HostOffer) -> str:
-    hint = f" {offer.hint}" if offer.hint else ""
-    return f"{offer.node} cannot take part: {offer.problem}.{hint}"
+    reasons = [text.rstrip(".") for text in (offer.problem, offer.hint) if text]
+    return f"{offer.node} cannot take part: {'; '.join(reasons)}."
 
 
 def _mib(size: int) -> str:

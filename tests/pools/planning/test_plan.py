@@ -239,13 +239,13 @@ def test_a_draft_model_on_a_cpu_needs_what_was_measured() -> None:
 
 
 def test_a_member_that_cannot_take_part_is_left_out() -> None:
-    broken = HostOffer("c", problem="it has no ggml-rpc-server", hint="Install llama.cpp.")
+    broken = HostOffer("c", problem="it has no ggml-rpc-server", hint="install llama.cpp there")
     plan = plan_pool(pool("a", "b", "c"), llama_70b(), [*OFFERS, broken], paths(b=0.5, c=0.5))
     assert plan.fits
     assert layers_of(plan)["c"] == 0
-    assert plan.advice[0] == "c cannot take part: it has no ggml-rpc-server. Install llama.cpp."
+    assert plan.advice[0] == "c cannot take part: it has no ggml-rpc-server; install llama.cpp there."
     without = plan_pool(pool("a", "c"), llama_70b(), [OFFERS[0], broken], paths(c=0.5))
-    assert without.problems[1] == "c cannot take part: it has no ggml-rpc-server. Install llama.cpp."
+    assert without.problems[1] == "c cannot take part: it has no ggml-rpc-server; install llama.cpp there."
 
 
 def test_a_head_that_cannot_take_part_is_a_problem() -> None:
