@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 from pool_lab import Distance, measure_echo, running_pool
-from pool_speed import CONTEXT, PROMPT_TOKENS, TOLERANCE, measure_cpu, median_rate, members_of, shape_of
+from pool_speed import CONTEXT, PROMPT_TOKENS, PROTOCOL, TOLERANCE, measure_cpu, median_rate, members_of, shape_of
 
 from gpumesh.pools.base import PathKind, WorkerPath
 from gpumesh.pools.planning.speed import forecast_speed
@@ -27,11 +27,13 @@ WORKER_LAYERS = 4
 async def compare(arguments: argparse.Namespace, folder: Path) -> list[str]:
     shape = shape_of(arguments.layers, arguments.dim)
     model = write_tiny_model(folder / "tiny.gguf", layers=arguments.layers, dim=arguments.dim)
-    rates = await measure_cpu(folder, model, shape, 4, arguments.tokens)
+    rates = await measure_cpu(
+        folder, model, shape, workers=1, worker_layers=WORKER_LAYERS, streams=4, tokens=arguments.tokens
+    )
     problems = []
     print("round trip length accepted predicted measured  gain: predicted measured")
     for rtt_ms in arguments.rtt_ms:
-        path = WorkerPath(PathKind.THROUGH_US, await measure_echo(Distance(rtt_ms)), protocol=5)
+        path = WorkerPath(PathKind.THROUGH_US, await measure_echo(Distance(rtt_ms)), protocol=PROTOCOL)
         members = members_of(shape, rates, 1, WORKER_LAYERS, 1, path)
         plain_predicted = plain_measured = 0.0
         for length in (0, *arguments.length):

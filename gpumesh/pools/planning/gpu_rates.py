@@ -6,6 +6,8 @@ NVIDIA's data sheets. docs/internals/pools.md has the measurements from which th
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from gpumesh.pools.base import SpeedForecast
 
 # GB/s by the name that nvidia-smi shows, without "NVIDIA ". A laptop's GPU has another name, and another bandwidth.
@@ -110,14 +112,14 @@ def find_bytes_per_s(device_name: str) -> float | None:
     return None
 
 
-def learn_bytes_per_s(weights_bytes: int, tokens_per_s: float) -> float | None:
-    """The bytes per second that a device reads, from the rate at which one stream of a model was decoded on it alone.
+def learn_bytes_per_s(model_bytes: Mapping[str, int], token_s: Mapping[str, float | None]) -> float | None:
+    """The bytes per second that a host's device reads, from what the host's own server has decoded with one stream.
 
-    For a CPU, and for a GPU that is not in the table. ``None`` if the figures say nothing.
+    For a CPU, and for a GPU that is not in the table. ``model_bytes`` and ``token_s`` (seconds for a token) are by the
+    models' names. The fastest model counts: others may have been partly in another memory. ``None``: nothing is known.
     """
-    if weights_bytes <= 0 or tokens_per_s <= 0:
-        return None
-    return weights_bytes * tokens_per_s
+    rates = [size / seconds for model, size in model_bytes.items() if (seconds := token_s.get(model)) and size > 0]
+    return max(rates, default=None)
 
 
 def learn_from_pool(predicted: SpeedForecast, tokens_per_s: float) -> float | None:

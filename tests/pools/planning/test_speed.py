@@ -180,9 +180,10 @@ def test_names_of_nvidia_smi_are_found() -> None:
     assert find_bytes_per_s("AMD EPYC") is None
 
 
-def test_a_measured_rate_tells_the_bandwidth() -> None:
-    assert learn_bytes_per_s(4_000 * MB, 10.0) == 40e9
-    assert learn_bytes_per_s(0, 10.0) is None
+def test_what_a_host_has_decoded_tells_its_bandwidth() -> None:
+    sizes = {"small": 1_000 * MB, "large": 4_000 * MB, "unused": 9_000 * MB}
+    assert learn_bytes_per_s(sizes, {"small": 0.05, "large": 0.1, "gone": 0.1}) == 40e9
+    assert learn_bytes_per_s(sizes, {"small": None}) is None
 
 
 def test_a_pools_own_rate_corrects_that_of_its_devices() -> None:
