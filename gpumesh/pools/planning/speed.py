@@ -24,8 +24,8 @@ from gpumesh.pools.planning.rpc_traffic import (
 ASSUMED_ACCEPTANCE = 0.7
 LONGEST_DRAFT = 16
 # How much longer a step takes for each further token in it, as a part of the step of one token. A GPU waits for its
-# memory, and further tokens use the same weights. llama.cpp's pull request 15802: an RTX 3090 takes 6.4 ms for one token
-# of a model of 8B in Q4_0, 8.5 ms for four and 13.7 ms for eight. A CPU has little spare computing power.
+# memory, and further tokens use the same weights. By llama.cpp's pull request 15802 an RTX 3090 needs 6.4 ms for one
+# token of a model of 8B in Q4_0, 8.5 ms for four, 13.7 ms for eight. A CPU has little spare computing power.
 GPU_TOKEN_COST = 0.11
 CPU_TOKEN_COST = 0.5
 # New graphs in an answer of GRAPH_TOKENS tokens: when its decoding begins, and when the context grows. With several
