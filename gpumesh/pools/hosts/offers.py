@@ -13,7 +13,7 @@ from gpumesh.state import GpuState, LoadedModel
 MIB = 1 << 20
 
 FindBandwidth = Callable[[str], float | None]
-"""The bytes per second at which a GPU of this name reads its memory; ``None``: unknown."""
+"""The bytes per second at which a GPU of this name, or the CPU, reads its memory; ``None``: unknown."""
 
 
 def host_offer(
@@ -26,7 +26,7 @@ def host_offer(
 ) -> HostOffer:
     """The offer of one member, from nvidia-smi's report and from what llama.cpp sees there.
 
-    ``loaded`` are the models that the node's Ollama has in memory. ``find_bandwidth`` knows the speeds of GPUs.
+    ``loaded`` are the models that the node's Ollama has in memory. ``find_bandwidth`` knows the speeds of devices.
     """
     limit_bytes = None if member.memory_mib is None else member.memory_mib * MIB
     if report.gpus:
@@ -44,7 +44,9 @@ def host_offer(
             hint="with `memory: 8GiB` in the pool's `nodes`, it takes part on its CPU",
         )
     free_bytes = limit_bytes if programs.memory_free_bytes is None else programs.memory_free_bytes
-    device = DeviceOffer("CPU", None, programs.memory_total_bytes, min(free_bytes, limit_bytes))
+    device = DeviceOffer(
+        "CPU", None, programs.memory_total_bytes, min(free_bytes, limit_bytes), bytes_per_s=find_bandwidth("CPU")
+    )
     return HostOffer(member.node, (device,), limit_bytes)
 
 

@@ -13,10 +13,10 @@ from gpumesh.mesh.mesh import Mesh
 from gpumesh.pool_spec import PoolMember, PoolSpec
 from gpumesh.pools.base import HostOffer, PoolPlan, WorkerPath
 from gpumesh.pools.hosts.model_files import ModelFile, read_model
-from gpumesh.pools.hosts.offers import host_offer
+from gpumesh.pools.hosts.offers import FindBandwidth, host_offer
 from gpumesh.pools.hosts.programs import HostPrograms, check_versions, find_programs
 from gpumesh.pools.hosts.worker_login import WorkerLogin
-from gpumesh.pools.planning.gpu_rates import find_bytes_per_s
+from gpumesh.pools.planning.gpu_rates import find_bytes_per_s, learn_bytes_per_s
 from gpumesh.pools.planning.plan import plan_pool
 from gpumesh.pools.running.members import MemberHost, reach_members
 from gpumesh.pools.running.path_finder import PathFinder
@@ -144,8 +144,20 @@ class PoolPlanner:
             )
             return HostOffer(member.node, problem=message, hint=hint)
         return host_offer(
-            report, member, programs, loaded=self._loaded_models(member.node), find_bandwidth=find_bytes_per_s
+            report,
+            member,
+            programs,
+            loaded=self._loaded_models(member.node),
+            find_bandwidth=self._find_bandwidth(member.node),
         )
+
+    def _find_bandwidth(self, node: str) -> FindBandwidth:
+        """Knows the GPUs of the table. For others, and for a CPU, it uses what the node's own server has decoded."""
+        account = self._mesh.fleet.find_node(node).account
+        sizes = {model: mib << 20 for model, mib in account.residency.file_mib.items()}
+        token_s = {model: rates.token_s for model, rates in account.rates.measured().items()}
+        learned = learn_bytes_per_s(sizes, token_s)
+        return lambda device: find_bytes_per_s(device) or learned
 
     def _loaded_models(self, node: str) -> tuple[LoadedModel, ...]:
         """The models that the node's own server has in memory, by its last report."""

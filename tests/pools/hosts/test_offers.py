@@ -46,9 +46,11 @@ def test_a_gpu_that_llama_cpp_does_not_see_is_a_problem() -> None:
 
 def test_a_host_without_a_gpu_computes_on_its_cpu_only_with_memory() -> None:
     programs = HostPrograms("iceland", devices=(CPU,), memory_total_bytes=64000 * MIB, memory_free_bytes=6000 * MIB)
-    offer = host_offer(GpuReport(error="nvidia-smi is missing"), PoolMember("iceland", 8192), programs)
+    report = GpuReport(error="nvidia-smi is missing")
+    offer = host_offer(report, PoolMember("iceland", 8192), programs, find_bandwidth={"CPU": 4e10}.get)
     (device,) = offer.devices
     assert (device.name, device.index, device.free_bytes) == ("CPU", None, 6000 * MIB)
+    assert device.bytes_per_s == 4e10
     for report in (GpuReport(), GpuReport(error="nvidia-smi is missing")):
         offer = host_offer(report, PoolMember("iceland"), programs)
         assert offer.problem is not None
