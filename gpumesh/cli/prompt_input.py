@@ -6,8 +6,9 @@ The error for a file names the line that is wrong.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -51,13 +52,31 @@ def read_prompts(text: str, *, name: str) -> list[PromptEntry]:
     """The prompts in a file's ``text``. A file has JSON lines if its ``name`` ends with ``.jsonl`` or ``.ndjson``, or
     if its first line that is not blank is a JSON object. In any other file each line that is not blank is a prompt.
     Raises UsageError for a line that is wrong, and if there is no prompt."""
-    numbered_lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-    if not numbered_lines:
-        raise UsageError(f"{name} has no prompts", hint="one prompt a line, or JSON lines with a key `prompt`")
-    _, first_line = numbered_lines[0]
-    if name.endswith((".jsonl", ".ndjson")) or _is_json_object(first_line):
-        return [_read_entry(line, f"{name}:{number}") for number, line in numbered_lines]
-    return [PromptEntry(line.rstrip("\r")) for _, line in numbered_lines]
+    prompts = [read() for read in prompt_readers(text.split("\n"), name=name)]
+    if not prompts:
+        raise no_prompts_error(name)
+    return prompts
+
+
+def prompt_readers(lines: Iterable[str], *, name: str) -> Iterator[Callable[[], PromptEntry]]:
+    """Yields a function for each prompt in the lines of a file, as ``read_prompts`` describes the file. The function
+    returns the prompt, and raises UsageError if the line is wrong. So a caller that skips a prompt does not parse its
+    line, and a caller that goes on after a wrong line finds the next one."""
+    has_json_lines: bool | None = None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        if has_json_lines is None:
+            has_json_lines = name.endswith((".jsonl", ".ndjson")) or _is_json_object(line)
+        if has_json_lines:
+            yield partial(_read_entry, line, f"{name}:{number}")
+        else:
+            yield partial(PromptEntry, line.rstrip("\r"))
+
+
+def no_prompts_error(name: str) -> UsageError:
+    """The error for a file of blank lines."""
+    return UsageError(f"{name} has no prompts", hint="one prompt a line, or JSON lines with a key `prompt`")
 
 
 def _is_json_object(line: str) -> bool:

@@ -5,7 +5,13 @@ from __future__ import annotations
 import asyncio
 import os
 import select
+import shutil
+import stat
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import BinaryIO
 
 import typer
 
@@ -17,18 +23,28 @@ QUIET_INPUT_S = 2.0
 _READ_SIZE = 1 << 16
 
 
-def read_file(name: str) -> str:
-    """The text of the file, without a byte order mark, or of standard input for ``-``. Raises UsageError if the file
+@contextmanager
+def open_rereadable(name: str) -> Iterator[BinaryIO]:
+    """Opens the file, or standard input for ``-``, for a caller that reads it more than once.
+
+    A pipe can be read only once. So it is copied, to its end, into a temporary file without a name, which is gone
+    when the block ends. Yields a file that is to be read from its present position. Raises UsageError if the file
     cannot be read."""
-    if name == "-":
-        if sys.stdin.isatty():
-            _announce_terminal()
-        return sys.stdin.buffer.read().decode("utf-8", "replace")
-    try:
-        with open(name, "rb") as file:
-            return file.read().decode("utf-8", "replace").removeprefix("\ufeff")
-    except OSError as error:
-        raise UsageError(f"cannot read {name}: {error.strerror}") from error
+    if name == "-" and sys.stdin.isatty():
+        _announce_terminal()
+    with ExitStack() as stack:
+        try:
+            path = sys.stdin.fileno() if name == "-" else name
+            source = stack.enter_context(open(path, "rb", closefd=name != "-"))  # standard input stays open
+            is_regular_file = stat.S_ISREG(os.fstat(source.fileno()).st_mode)
+        except OSError as error:
+            raise UsageError(f"cannot read {name}: {error.strerror}") from error
+        if not is_regular_file:
+            copy = stack.enter_context(tempfile.TemporaryFile())
+            shutil.copyfileobj(source, copy)
+            copy.seek(0)
+            source = copy  # type: ignore[assignment]
+        yield source
 
 
 def read_piped_text() -> str:

@@ -12,7 +12,7 @@ import os
 import re
 import stat
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from gpumesh.files import file_lock
@@ -27,33 +27,36 @@ def replace(target: Path, text: str, *, mode: int = 0o600, errors: str = "strict
     file gets its name, so that a loss of power leaves no empty file. ``errors`` is the argument of ``open``: what
     happens to characters that UTF-8 cannot encode.
     """
-    _write(target, text, os.replace, mode=mode, errors=errors, sync=sync)
+    _write(target, [text.encode("utf-8", errors)], os.replace, mode=mode, sync=sync)
+
+
+def replace_with_pieces(target: Path, pieces: Iterable[bytes], *, mode: int = 0o600) -> None:
+    """As ``replace``, for a file that is too large for memory: its content is the ``pieces``, one after the other."""
+    _write(target, pieces, os.replace, mode=mode)
 
 
 def create(target: Path, text: str, *, mode: int = 0o600) -> None:
     """Makes a new file ``target`` with the content ``text``. Raises FileExistsError when the file exists, also when
     another process makes it meanwhile; raises OSError as ``replace`` does."""
-    _write(target, text, os.link, mode=mode)
+    _write(target, [text.encode()], os.link, mode=mode)
 
 
 def _write(
     target: Path,
-    text: str,
+    pieces: Iterable[bytes],
     take_name: Callable[[str, Path], None],
     *,
     mode: int,
-    errors: str = "strict",
     sync: bool = True,
 ) -> None:
-    """Writes ``text`` to a temporary file, then calls ``take_name(temporary, target)``, which gives the file the name
-    of the target: ``os.replace``, or ``os.link``, which fails if the target exists."""
+    """Writes the ``pieces`` to a temporary file, then calls ``take_name(temporary, target)``, which gives the file the
+    name of the target: ``os.replace``, or ``os.link``, which fails if the target exists."""
     prefix = f".{target.name}.gpumesh-"  # no other program gives its files such names
     _remove_stale_files(target.parent, prefix)
     descriptor, temporary = _make_locked_file(target.parent, prefix)
     try:
-        # newline="": line breaks are written as they are in ``text``, on Windows too.
-        with os.fdopen(descriptor, "w", encoding="utf-8", errors=errors, newline="") as file:
-            file.write(text)
+        with os.fdopen(descriptor, "wb") as file:
+            file.writelines(pieces)
             file.flush()
             os.chmod(temporary, mode)
             if sync:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -19,11 +18,10 @@ from gpumesh.cli.json_output import json_option
 from gpumesh.cli.open_session import open_session, run_async, running_topology
 from gpumesh.cli.prompt_options import ModelSettingsOption, NodeOption, SystemOption
 from gpumesh.cli.views.safe_text import clean_text, json_text
-from gpumesh.errors import ExitCode, UsageError
+from gpumesh.errors import UsageError
 
 if TYPE_CHECKING:
     from gpumesh.balancer.base import Priority
-    from gpumesh.daemon.sessions.prompt_sender import PromptResult
     from gpumesh.daemon.sessions.session import PromptRequest
 
 app = new_app()
@@ -50,6 +48,12 @@ def run(
     file: Annotated[
         str | None, typer.Option("--file", "-f", metavar="FILE", help="Many prompts: a line each, or JSON lines.")
     ] = None,
+    out: Annotated[
+        str | None, typer.Option("--out", metavar="FILE", help="With -f: the results go to this new file.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the file of --out: send what has no answer in it.")
+    ] = False,
     node: NodeOption = None,
     priority: Annotated[
         str | None,
@@ -83,7 +87,8 @@ def run(
 
     Uses the running mesh, or opens one for as long as it takes. With -f the results are JSON lines in the order of
     the file, written as soon as they and all before them are there; a failed prompt has its `error` set, and the exit
-    code is 1.
+    code is 1. The file may be of any length. No prompt is sent if a line of it is wrong. After a run that was
+    stopped or killed, the same command with --resume keeps the answers and sends the other prompts.
 
     \b
     Examples:
@@ -91,11 +96,13 @@ def run(
       gpumesh run llama3.2 why is the sky blue
       git diff | gpumesh run qwen2.5:7b "Review this change."
       gpumesh run -m qwen2.5:7b -f prompts.txt -o temperature=0 > answers.jsonl
+      gpumesh run -f prompts.jsonl --out answers.jsonl --resume
       gpumesh run -f - < prompts.jsonl
     """
     from gpumesh.balancer.base import Priority
-    from gpumesh.cli.prompt_input import read_options, read_prompts
-    from gpumesh.cli.standard_input import read_file, read_piped_text
+    from gpumesh.cli.prompt_files.send_file import send_file
+    from gpumesh.cli.prompt_input import read_options
+    from gpumesh.cli.standard_input import read_piped_text
     from gpumesh.daemon.sessions.session import PromptRequest
 
     words = words or []
@@ -113,15 +120,10 @@ def run(
     if file is not None:
         if words:
             common = replace(common, model=_find_model_of_file(options, words, model))
-        entries = read_prompts(read_file(file), name="stdin" if file == "-" else file)
-        requests = [entry.make_request(common, system) for entry in entries]
-        failed_count = run_async(_send_file(options, requests, [entry.text for entry in entries], concurrency))
-        if failed_count:
-            if not options.quiet:
-                message = f"{failed_count} of {len(requests)} prompts failed; `error` in their lines says why"
-                typer.echo(message, err=True)
-            raise typer.Exit(int(ExitCode.FAILED))
+        send_file(options, file, lambda entry: entry.make_request(common, system), out, concurrency, resume=resume)
         return
+    if out is not None or resume:
+        raise UsageError(f"{'--out' if out is not None else '--resume'} is for the prompts of -f FILE")
     piped_text = "" if sys.stdin.isatty() else read_piped_text()
     is_stdin_named = words[-1:] == ["-"]
     if is_stdin_named:  # the dash stands for stdin, which is read in any case
@@ -247,42 +249,3 @@ class _StreamPrinter:
             with suppress(BrokenPipeError):  # another error may be under way, which is to be reported
                 sys.stdout.write("\n")
                 sys.stdout.flush()
-
-
-# -- many prompts ----------------------------------------------------------------------------------------------------
-
-
-async def _send_file(
-    options: GlobalOptions, requests: Sequence[PromptRequest], texts: Sequence[str], concurrency: int | None
-) -> int:
-    """Sends the prompts, at most ``concurrency`` at a time, and writes the results to stdout in the order of the
-    prompts. ``texts``: the prompts as the results repeat them. Returns how many prompts failed."""
-    from gpumesh.cli.views.progress_bar import show_progress
-    from gpumesh.daemon.sessions.prompt_sender import default_concurrency, send_with_retries
-
-    failed_count = 0
-    async with open_session(options) as session:
-        slots = asyncio.Semaphore(concurrency or default_concurrency(len((await session.status()).nodes)))
-
-        async def send(index: int) -> PromptResult:
-            async with slots:
-                return await send_with_retries(session, requests[index], index, texts[index])
-
-        with show_progress(len(requests), "prompts", quiet=options.quiet) as progress:
-            async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(send(index)) for index in range(len(requests))]
-                ended_count = 0
-
-                def count_ended(_: asyncio.Task[PromptResult]) -> None:
-                    nonlocal ended_count
-                    ended_count += 1
-                    progress(ended_count, f"{failed_count} failed" if failed_count else "")
-
-                for task in tasks:
-                    task.add_done_callback(count_ended)
-                for task in tasks:  # in the order of the prompts, although the tasks may end in any order
-                    result = await task
-                    if result.error is not None:
-                        failed_count += 1
-                    progress.write(json_text(asdict(result)))
-    return failed_count
