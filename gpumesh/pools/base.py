@@ -31,6 +31,7 @@ class ModelShape:
     - ``head_size``, ``kv_heads``, ``feed_forward`` (the numbers between the two halves of a block's feed-forward
       part; with experts, those of one expert), ``experts``, ``experts_used`` and ``query_norm`` (queries are normed)
       decide about compute buffers.
+    - ``learned_positions``: the model has a tensor with a row for each position that it was trained for.
     - ``obstacles``: why llama-server cannot load the model, or why its memory cannot be computed, in words for people.
     """
 
@@ -57,6 +58,7 @@ class ModelShape:
     experts: int = 0
     experts_used: int = 0
     query_norm: bool = False
+    learned_positions: bool = False
     obstacles: tuple[str, ...] = ()
 
     @property

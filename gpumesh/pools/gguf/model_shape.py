@@ -67,6 +67,7 @@ def shape_of(metadata: Metadata, tensors: Sequence[Tensor], file_bytes: int) -> 
         experts=experts,
         experts_used=widest.number("expert_used_count") if experts else 0,
         query_norm=any("attn_q_norm.weight" in names for names in places.part_names.values()),
+        learned_positions=any(tensor.name.startswith("position_embd.") for tensor in tensors),
         obstacles=tuple(_find_obstacles(architecture, places, caches)),
     )
 

@@ -20,10 +20,10 @@ CACHE_RESERVE_BYTES = 2 << 30
 
 # Both scripts give the program the environment that it needs. A release has its libraries in the folder of the program
 # ($1). CUDA numbers GPUs by their speed if it is not told to number them as nvidia-smi does. Variables such as
-# LLAMA_ARG_HOST would change what the program does. GGML_NO_BACKTRACE: gdb would hold up a program that has failed.
-# llama-server loads nothing from the network (--offline).
+# LLAMA_ARG_HOST and LLAMA_API_KEY would change what the program does. GGML_NO_BACKTRACE: gdb would hold up a program
+# that has failed. llama-server loads nothing from the network (--offline).
 _ENVIRONMENT = (
-    'for v in $(env | sed -n "s/^\\(LLAMA_ARG_[A-Za-z0-9_]*\\)=.*/\\1/p"); do unset $v; done; '
+    'for v in $(env | sed -n "s/^\\(LLAMA_[A-Za-z0-9_]*\\)=.*/\\1/p"); do unset $v; done; '
     "LD_LIBRARY_PATH=$1${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}; CUDA_DEVICE_ORDER=PCI_BUS_ID; GGML_NO_BACKTRACE=1; "
     "export LD_LIBRARY_PATH CUDA_DEVICE_ORDER GGML_NO_BACKTRACE; "
 )
@@ -97,6 +97,21 @@ def _draft_arguments(plan: PoolPlan, programs: HostPrograms, draft_path: str) ->
     return argv
 
 
+def _limit_streams(plan: PoolPlan) -> list[str]:
+    """Ends a stream at the pool's context. Otherwise one stream could fill the whole shared KV cache, and then
+    llama-server ends all streams with an error, also those that stay within their context.
+
+    llama-server has no option for that, but gives no stream more than the context that the model was trained for
+    (server-context.cpp, ``load_model``). So it is told that this is the pool's context. A model with learned positions
+    could not be loaded then.
+    """
+    shape = plan.shape
+    if plan.parallel == 1 or shape.learned_positions:
+        return []
+    limit = min(plan.context, shape.trained_context or plan.context)
+    return ["--override-kv", f"{shape.architecture}.context_length=int:{limit}"]
+
+
 def _thread_arguments(shares: Sequence[DeviceShare], programs: HostPrograms) -> list[str]:
     """The number of threads for layers on a CPU: ggml-rpc-server would use half of the cores. More threads than cores
     would make it a hundred times slower, because idle threads wait by spinning."""
@@ -153,7 +168,7 @@ def llama_server_argv(
         argv += ["-ts", ",".join(map(str, layers))]
     # The streams share one KV cache, so that they are always decoded in one step. (Otherwise only slots whose numbers
     # follow each other are: slots 0 and 2 would need two steps, each with all round trips.)
-    argv += ["--kv-unified"]
+    argv += ["--kv-unified", *_limit_streams(plan)]
     # No copies of prompts in the head's memory: before a new prompt, the slot's old cache would come from the workers.
     argv += ["--cache-ram", "0", "--ctx-checkpoints", "0"]
     if draft_path is not None:

@@ -32,8 +32,21 @@ def test_the_heads_layers_are_the_last_ones_and_the_workers_come_before() -> Non
     assert options(argv, "/opt/llama/llama-server") == (
         "-m /models/big.gguf --host 127.0.0.1 --port 21080 --alias big -c 16384 -np 4 -ctk f16 -ctv f16 -fit off"
         " -sm layer -ngl 9 --rpc 127.0.0.1:21001,127.0.0.1:21002 --device RPC0,RPC1,CUDA0 -ts 3,1,5"
-        " --kv-unified --cache-ram 0 --ctx-checkpoints 0 --metrics --slots --offline -lv 4"
+        " --kv-unified --override-kv llama.context_length=int:4096 --cache-ram 0"
+        " --ctx-checkpoints 0 --metrics --slots --offline -lv 4"
     )
+
+
+def test_a_stream_ends_at_the_pools_context_if_the_model_can_be_told_so() -> None:
+    def given(**changes: object) -> str:
+        plan = make_plan(**changes)
+        argv = llama_server_argv(plan, head_programs(), model_path="m", workers=WORKERS, port=1, alias="big")
+        return options(argv, "/opt/llama/llama-server")
+
+    shape = make_plan().shape
+    assert "--override-kv llama.context_length=int:131072 " in given(context=200_000), "as llama-server would do"
+    assert "--override-kv" not in given(parallel=1), "the whole cache is that of the one stream"
+    assert "--override-kv" not in given(shape=replace(shape, learned_positions=True)), "it could not be loaded"
 
 
 def test_a_head_without_a_gpu_keeps_the_first_layers_by_ngl() -> None:
@@ -88,7 +101,7 @@ def test_a_gpu_that_llama_cpp_does_not_see() -> None:
 
 
 SHOW = """#!/bin/sh
-echo "$LD_LIBRARY_PATH|$CUDA_DEVICE_ORDER|$LLAMA_ARG_HOST|$LLAMA_CACHE|$*"
+echo "$LD_LIBRARY_PATH|$CUDA_DEVICE_ORDER|$LLAMA_ARG_HOST$LLAMA_API_KEY|$LLAMA_CACHE|$*"
 """
 
 
@@ -100,7 +113,8 @@ async def run_worker(tmp_path: Path, *, weights_mib: int = 1) -> str:
     programs = HostPrograms("cellar", rpc_server=str(program), rpc_folder=str(tmp_path), devices=(cuda(0),))
     member = MemberPlan("cellar", False, (replace(share(0, 3), weights_bytes=weights_mib * MIB),))
     environment = {
-        "PATH": os.environ["PATH"], "HOME": str(tmp_path), "LLAMA_ARG_HOST": "0.0.0.0", "LD_LIBRARY_PATH": "/usr/nvidia"
+        "PATH": os.environ["PATH"], "HOME": str(tmp_path), "LLAMA_ARG_HOST": "0.0.0.0", "LLAMA_API_KEY": "secret",
+        "LD_LIBRARY_PATH": "/usr/nvidia"
     }  # fmt: skip
     async with local_route(environment=environment) as route:
         async with run_guarded(route, rpc_server_argv(member, programs, 21001)) as worker:

@@ -26,6 +26,7 @@ from gpumesh.pools.hosts.programs import HostPrograms, find_programs
 from gpumesh.pools.hosts.rpc_hello import ask_rpc_version
 from gpumesh.pools.planning.plan import plan_pool
 from gpumesh.probes.nvidia_smi import GpuReport
+from tests.http_clients import loopback_client
 from tests.pools.hosts.local_route import LocalRoute, local_route
 from tests.prerequisites import llama_server, needs
 from tests.real.tiny_model import write_tiny_model
@@ -94,6 +95,9 @@ async def test_a_pool_is_loaded_as_planned(host: LocalRoute, model: Path) -> Non
             assert log.is_ready, (log.error, head.end)
             assert log.devices == {"RPC0": f"127.0.0.1:{worker_port}"}
             assert compare_with_plan(plan, log, programs=programs, workers=workers) == ()
+            async with loopback_client() as http:
+                slots = (await http.get(f"http://127.0.0.1:{port}/slots")).json()
+            assert [slot["n_ctx"] for slot in slots] == [plan.context, plan.context], "no stream takes the other's part"
         assert head.end is not None
         assert head.end.exit_status == 0, head.end
     assert str(worker.end) == "was ended by SIGTERM"
