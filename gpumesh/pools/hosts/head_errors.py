@@ -86,13 +86,6 @@ def _unknown_option(match: re.Match[str], _nodes: Mapping[str, str]) -> PoolErro
     )
 
 
-def _unknown_device(match: re.Match[str], _nodes: Mapping[str, str]) -> PoolError:
-    return PoolFailed(
-        f"the head's llama-server does not see the device {printable(match['device'], 40)} of the plan",
-        hint="a worker may be missing, or the llama.cpp of the head is too old",
-    )
-
-
 def _no_library(match: re.Match[str], _nodes: Mapping[str, str]) -> PoolError:
     return PoolProgramMissing(
         f"llama.cpp cannot be started: {printable(match['reason'], 200)}",
@@ -136,12 +129,14 @@ _ERRORS: tuple[tuple[str, re.Pattern[str], _MakeError], ...] = (
     ("gguf_init_from", re.compile(r"(?P<reason>(?:failed to read|invalid magic).{0,200})"), _broken_file),
     ("couldn't bind", re.compile(r"couldn't bind HTTP server socket.*port: (?P<port>[0-9]{1,5})"), _port_taken),
     ("error: invalid argument", re.compile(r"error: invalid argument: (?P<option>\S{1,80})"), _unknown_option),
-    ("invalid device", re.compile(r"invalid device: (?P<device>\S{1,80})"), _unknown_device),
     ("shared libraries", re.compile(r"error while loading shared libraries: (?P<reason>.{1,300})"), _no_library),
     ("CUDA error", re.compile(r"CUDA error: (?P<reason>.{1,200})"), _gpu_failed),
     ("error loading model", re.compile(r"error loading model: (?P<reason>.{1,300})"), _cannot_load),
     ("failed to initialize the context", re.compile(r"initialize the context: (?P<reason>.{1,300})"), _cannot_use),
 )
+
+
+_UNKNOWN_DEVICE = re.compile(r"invalid device: (?P<device>\S{1,80})")
 
 
 def find_error(text: str, nodes_by_endpoint: Mapping[str, str]) -> PoolError | None:
@@ -150,3 +145,18 @@ def find_error(text: str, nodes_by_endpoint: Mapping[str, str]) -> PoolError | N
         if word in text and (match := pattern.search(text)) is not None:
             return make_error(match, nodes_by_endpoint)
     return None
+
+
+def find_effect(text: str) -> PoolError | None:
+    """The failure that a line names which another failure may have caused: a device of the plan is not there.
+
+    llama-server writes it to stderr at once, but the reason, that it cannot connect to a worker, from another thread.
+    So this line may come first.
+    """
+    match = _UNKNOWN_DEVICE.search(text) if "invalid device" in text else None
+    if match is None:
+        return None
+    return PoolFailed(
+        f"the head's llama-server does not see the device {printable(match['device'], 40)} of the plan",
+        hint="a worker may be missing, or the llama.cpp of the head is too old",
+    )

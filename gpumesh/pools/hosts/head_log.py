@@ -12,7 +12,7 @@ from enum import StrEnum
 
 from gpumesh.errors import PoolError
 from gpumesh.pools.hosts.buffer_places import BufferPlace, read_place
-from gpumesh.pools.hosts.head_errors import find_error
+from gpumesh.pools.hosts.head_errors import find_effect, find_error
 from gpumesh.text.printable import printable
 
 MAX_LINE_LENGTH = 2000
@@ -45,7 +45,8 @@ class HeadLog:
     - ``devices``: those that get layers: their names, with the endpoint of a worker's device, or the GPU's name.
     - ``is_loading``, ``is_ready``: the model's weights are being loaded; llama-server has loaded all.
     - ``loaded_share``: the part of the weights that is loaded, from 0 to 1; ``None``: unknown.
-    - ``error``: the first failure that it names, in clear words.
+    - ``error``: the first failure that it names, in clear words. ``effect``: a failure that another may have caused,
+      whose line may come later; it is the reason if llama-server ends without an ``error``.
     - ``draft_proposed``, ``draft_accepted``: the tokens of the draft model so far.
     """
 
@@ -58,6 +59,7 @@ class HeadLog:
         self.is_loading = False
         self.is_ready = False
         self.error: PoolError | None = None
+        self.effect: PoolError | None = None
         self.last_error_line: str | None = None
         self.draft_proposed = 0
         self.draft_accepted = 0
@@ -98,6 +100,7 @@ class HeadLog:
             self.last_error_line = printable(text)
         if self.error is None:
             self.error = find_error(text, self._nodes)
+            self.effect = self.effect or find_effect(text)
         if self.is_ready:
             self._read_acceptance(text)
         else:

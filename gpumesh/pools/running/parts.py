@@ -241,7 +241,7 @@ class HeadPart(Part):
         error: PoolError = PoolFailed(f"llama-server on {self.node} {end}{f': {last}' if last else ''}")
         self._events.note_broken()
         await asyncio.sleep(BLAME_S)
-        raise self._name_node(self.log.error or error)
+        raise self._name_node(self.log.error or self.log.effect or error)
 
     def _name_node(self, error: PoolError) -> PoolError:
         if self.log.error is not None and error.node is None and error.needs_person:

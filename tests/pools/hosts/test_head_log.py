@@ -151,7 +151,6 @@ def test_a_head_without_any_worker_has_every_problem() -> None:
             "0.0.0.1 E llama_init_from_model: failed to initialize the context: quantized V cache needs flash_attn",
             "pool-model-missing", "with these settings: quantized V cache needs flash_attn", None,
         ),
-        ("error while handling argument: invalid device: RPC1", "pool-failed", "does not see the device RPC1", None),
         (
             "llama-server: error while loading shared libraries: libcudart.so.12: cannot open shared object file",
             "pool-program-missing", "libcudart.so.12", None,
@@ -168,6 +167,16 @@ def test_failures_in_clear_words(line: str, code: str, message: str, node: str |
     assert log.error.code == code
     assert message in log.error.message
     assert log.error.node == node
+
+
+def test_a_missing_device_is_an_effect_whose_reason_may_come_later() -> None:
+    log = read("error while handling argument: invalid device: RPC1")
+    assert log.error is None
+    assert log.effect is not None
+    assert "does not see the device RPC1" in log.effect.message
+    log.feed("E Failed to connect to 127.0.0.1:21001")
+    assert log.error is not None
+    assert log.error.node == "cellar"
 
 
 def test_the_first_failure_counts() -> None:
