@@ -39,6 +39,8 @@ def test_paramiko_has_the_private_parts_that_channels_need() -> None:
     assert "self._channel_handler_table[ptype](chan, m)" in loop
     assert "self._handler_table[ptype](m)" in loop
     assert "chan._unlink()" in loop
+    assert "self._parse_debug(m)" in loop
+    assert "MSG_CHANNEL_OPEN: self._parse_channel_open" in inspect.getsource(paramiko.Transport.__init__)
     opened = inspect.getsource(paramiko.Transport._parse_channel_open_success)  # type: ignore[attr-defined]
     assert "chan._set_remote_channel(" in opened
     opening = inspect.getsource(paramiko.Transport.open_channel)
