@@ -10,11 +10,14 @@ from gpumesh.pools.planning.alternatives import describe_gib, describe_what_fits
 from gpumesh.pools.planning.choice import fits_on_all
 from gpumesh.pools.planning.hosts import gather_hosts
 from gpumesh.pools.planning.problems import describe_problem
+from gpumesh.pools.planning.speed import forecast_way_ms
 from gpumesh.pools.planning.split import Model
 from gpumesh.text.sentences import join_all
 
 # One node alone is advised only if it is so much faster.
 CLEARLY_FASTER = 1.15
+# A way that takes less for each token is not worth a sentence.
+LEAST_WAY_MS = 5.0
 # Round trips dominate from this part of a token's time on.
 DOMINANT_PART = 0.5
 MOST_VOCABULARY_DIFFERENCE = 128  # SPEC_VOCAB_MAX_SIZE_DIFFERENCE in llama.cpp's common/speculative.cpp
@@ -51,11 +54,21 @@ def advice_if_it_fits(spec: PoolSpec, plan: PoolPlan, offers: Sequence[HostOffer
     if plan.draft is not None and abs(plan.draft.vocabulary - plan.shape.vocabulary) > MOST_VOCABULARY_DIFFERENCE:
         yield "The draft model has another vocabulary: hardly a token of it will be taken over."
     yield from _advice_of_single_nodes(spec, plan, offers)
+    yield from _advice_of_unknown_speed(plan)
     if plan.speed is not None and plan.draft is None and plan.workers and _round_trips_dominate(plan.speed):
         yield (
             f"Round trips are {plan.speed.round_trips_ms:.0f} ms of the {_token_ms(plan.speed):.0f} ms for a token. "
             "With a small model of the same family (draft:), one set of round trips yields several tokens. Streams "
             "that are decoded together (parallel:) share them."
+        )
+
+
+def _advice_of_unknown_speed(plan: PoolPlan) -> Iterator[str]:
+    way_ms = forecast_way_ms(plan.shape, plan.members, context=plan.context)
+    if plan.speed is None and way_ms is not None and way_ms >= LEAST_WAY_MS:
+        yield (
+            "How fast the devices compute is not known. "
+            f"The ways to the workers alone allow one stream at most {1000 / way_ms:.0f} tokens/s."
         )
 
 

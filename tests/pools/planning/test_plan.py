@@ -103,6 +103,10 @@ def test_unknown_rates_leave_the_speed_unknown_and_still_give_a_plan() -> None:
     assert plan.fits
     assert plan.speed is None
     assert [worker.node for worker in plan.workers] == ["b"]
+    assert not plan.advice
+    far = plan_pool(pool("a", "b"), llama_70b(), offers, paths(b=60.0))
+    assert far.speed is None
+    assert any("allow one stream at most" in advice for advice in far.advice)
 
 
 def test_several_gpus_of_a_host_are_one_worker() -> None:
