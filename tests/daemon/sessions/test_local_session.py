@@ -12,9 +12,17 @@ from gpumesh import config
 from gpumesh.backends.base import Message
 from gpumesh.daemon.sessions.local_session import LocalSession
 from gpumesh.daemon.sessions.session import PromptRequest
-from gpumesh.errors import AuthRefused, ConnectRefused, MeshNotRunning, UsageError
+from gpumesh.errors import (
+    AuthRefused,
+    ConnectRefused,
+    MeshNotRunning,
+    PoolMemberUnusable,
+    PoolModelMissing,
+    UsageError,
+)
 from gpumesh.lab.profile import EMBEDDER, LLAMA_8B, QWEN_7B, Faults
 from gpumesh.mesh.mesh import Mesh
+from gpumesh.pool_spec import PoolMember, PoolSpec
 from gpumesh.state import Health, TunnelPhase
 from gpumesh.tunnels.base import OutputStream
 from tests.cli.meshes import SimulatedMesh, isolated_command, quick_host, simulated_mesh
@@ -158,3 +166,17 @@ async def test_reconnect_connects_at_once(one: SimulatedMesh) -> None:
             # Again, if it fails again: a change of this machine's network may have begun an attempt before the mend.
             if state.node("alpha").tunnel.state is TunnelPhase.FAILED:
                 await session.reconnect("alpha")
+
+
+async def test_a_mesh_of_one_command_plans_pools_and_starts_none(direct: SimulatedMesh, tmp_path: Path) -> None:
+    async with session_of(direct) as session:
+        assert await session.pools() == ()
+        with pytest.raises(MeshNotRunning, match="in the background"):
+            _ = [state async for state in session.start_pool("big")]
+        with pytest.raises(MeshNotRunning):
+            await session.stop_pool("big")
+        spec = PoolSpec("big", str(tmp_path / "none.gguf"), (PoolMember("alpha"), PoolMember("beta")), "alpha")
+        with pytest.raises(PoolModelMissing, match=r"there is no file .*none\.gguf on alpha"):
+            await session.plan_pool(spec)
+        with pytest.raises(PoolMemberUnusable, match="gamma is not in the running mesh"):
+            await session.plan_pool(PoolSpec("big", "m", (PoolMember("gamma"),), "gamma"))
