@@ -186,7 +186,7 @@ async def _start_pool(options: GlobalOptions, name: str | None) -> tuple[PoolSta
     from gpumesh.pools.base import PoolPhase
 
     async with _open_pools(options, name) as (session, state):
-        if state.phase is PoolPhase.READY:
+        if state.phase is PoolPhase.READY and state.reason is None:  # else mesh.yaml has changed the pool
             return state, True
         latest, was_stopped = state, state.phase in (PoolPhase.STOPPED, PoolPhase.FAILED)
         try:
