@@ -16,6 +16,7 @@ from array import array
 from collections.abc import Iterator
 from io import BufferedReader, FileIO
 from pathlib import Path
+from typing import BinaryIO
 
 from gpumesh.cli.prompt_files.prompt_file import PromptFile, prompt_digest
 from gpumesh.errors import GPUMeshError, UsageError
@@ -118,17 +119,18 @@ class ResultFile:
         if not resume and os.fstat(self._file.fileno()).st_size:
             raise UsageError(f"{self.name} exists already", hint="--resume goes on with it, and keeps its results")
         position = 0
-        for number, line in enumerate(_read_lines(self._file), 1):
-            location = f"{self.name}:{number}"
-            if not line.endswith(b"\n"):
-                _require_half_line(line, location)
-                return
-            index = self._read_result(line, location)
-            if index is not None:
-                self._has_gaps |= position != self._end
-                self._end = position
-                self._note_line(index, len(line))
-            position += len(line)
+        with _buffered(self._file) as reader:
+            for number, line in enumerate(reader, 1):
+                location = f"{self.name}:{number}"
+                if not line.endswith(b"\n"):
+                    _require_half_line(line, location)
+                    return
+                index = self._read_result(line, location)
+                if index is not None:
+                    self._has_gaps |= position != self._end
+                    self._end = position
+                    self._note_line(index, len(line))
+                position += len(line)
 
     def _read_result(self, line: bytes, location: str) -> int | None:
         """The index of a result that stays. ``None``: it has an error, or the file has an earlier result of the index.
@@ -170,18 +172,16 @@ class ResultFile:
         self._file = self._open()
         self._end, self._last_index, self._is_in_order, self._has_gaps = 0, -1, True, False
         indexes = (index for index, offset in enumerate(self._offsets) if offset != _NOT_WRITTEN)
-        for index, line in zip(indexes, _read_lines(self._file), strict=True):
-            self._note_line(index, len(line))
+        with _buffered(self._file) as reader:
+            for index, line in zip(indexes, reader, strict=True):
+                self._note_line(index, len(line))
 
     def _lines_in_order(self) -> Iterator[bytes]:
-        reader = BufferedReader(self._file)
-        try:
+        with _buffered(self._file) as reader:
             for offset in self._offsets:
                 if offset != _NOT_WRITTEN:
                     reader.seek(offset)
                     yield reader.readline()
-        finally:
-            reader.detach()  # otherwise it would close the file
 
 
 def _lock(descriptor: int) -> bool:
@@ -192,14 +192,15 @@ def _lock(descriptor: int) -> bool:
         return True
 
 
-def _read_lines(file: FileIO) -> Iterator[bytes]:
-    """All lines of the file, the last perhaps without a line break."""
+@contextlib.contextmanager
+def _buffered(file: FileIO) -> Iterator[BinaryIO]:
+    """A reader of the file, from its beginning. The file stays open after the block."""
     file.seek(0)
     reader = BufferedReader(file)
     try:
-        yield from reader
+        yield reader
     finally:
-        reader.detach()  # otherwise it would close the file
+        reader.detach()
 
 
 def _require_half_line(line: bytes, location: str) -> None:
