@@ -82,6 +82,10 @@ async def test_one_prompt_in_every_way(direct: SimulatedMesh) -> None:
         (["run", "-f", "nowhere.txt"], None, 2, "cannot read nowhere.txt"),
         (["run", "-f", "-"], "\n\n", 2, "stdin has no prompts"),
         (["run", "-f", "-"], '{"prompt": "a"}\n{"promt": "b"}\n', 2, "stdin:2: unknown key 'promt'"),
+        (["run", "-f", "-"], '{"prompt": "a"}\n5\n\n{\n', 2, "stdin has 2 wrong lines; no prompt was sent\nstdin:2: "),
+        (["run", "-f", "-", "--resume"], "a\n", 2, "--resume needs --out FILE"),
+        (["run", "x", "--out", "y"], None, 2, "--out is for the prompts of -f FILE"),
+        (["run", "-f", "-", "--out", "../mesh.yaml", "--resume"], "a\n", 2, "not a result of `gpumesh run -f`"),
         (["run", "x", "--node", "gamma"], None, 2, "there is no node 'gamma'"),
         (["run", "x", "-m", "phi4"], None, 4, "no node that is up has the model 'phi4'"),
         (["run", "x", "--nope"], None, 2, "No such option: --nope"),
@@ -128,6 +132,37 @@ async def test_many_prompts_from_text_and_jsonl(running: SimulatedMesh, tmp_path
     assert ended.err == "1 of 5 prompts failed; `error` in their lines says why\n"
     quiet = await gpumesh("run", "-f", "-", "-q", stdin=json.dumps({"prompt": "x", "model": "missing"}), code=1)
     assert quiet.err == ""
+
+
+@in_the_modules_loop
+async def test_a_run_that_was_killed_is_gone_on_with(running: SimulatedMesh, tmp_path: Path) -> None:
+    """Each prompt has exactly one result, whatever was written at the kill -9; what failed is sent again."""
+    gpumesh = running.gpumesh
+    prompts, out = tmp_path / "prompts.txt", tmp_path / "answers.jsonl"
+    prompts.write_text("".join(f"prompt {number}\n" for number in range(300)))
+    command = ("run", "-f", str(prompts), "-o", "num_predict=6", "--out", str(out), "--resume")
+    async with gpumesh.started(*command) as process:
+        await wait_until(lambda: out.exists() and out.read_bytes().count(b"\n") > 20, "some results are written")
+        process.kill()
+        await process.wait()
+    lines = out.read_text().splitlines()
+    assert 20 < len(lines) < 300
+    failed = {**json.loads(lines[3]), "response": None, "error": "no node"}
+    lines[3] = json.dumps(failed)
+    out.write_text("\n".join([*lines, lines[-1][:30]]))
+    ended = await gpumesh(*command)
+    assert ended.out == ""
+    assert ended.err == f"{out} has {len(lines) - 1} of 300 answers already; 1 that failed are sent again\n"
+    results = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(result["index"], result["prompt"]) for result in results] == [(n, f"prompt {n}") for n in range(300)]
+    assert all(list(result) == KEYS and result["error"] is None for result in results)
+    assert [json.dumps(result, ensure_ascii=False) for result in results[4 : len(lines)]] == lines[4:], "kept as it is"
+    written = out.read_text()
+    ended = await gpumesh("run", "-f", "-", *command[3:], stdin=prompts.read_text())
+    assert (ended.err, out.read_text()) == (f"{out} has 300 of 300 answers already\n", written)
+    other = await gpumesh("run", "-f", "-", *command[3:], stdin="x\n" + prompts.read_text(), code=2)
+    assert "answers.jsonl:1: the prompt of index 0 is another one in stdin" in other.err
+    assert out.read_text() == written
 
 
 async def test_results_come_in_order_as_soon_as_they_can(gpumesh: Gpumesh) -> None:
