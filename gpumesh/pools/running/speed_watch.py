@@ -25,14 +25,19 @@ STALLED_S = 180.0  # a long prompt on a slow CPU may be one step of a minute
 TOKENS = "llamacpp:tokens_predicted_total"
 SECONDS = "llamacpp:tokens_predicted_seconds_total"
 STEPS = "llamacpp:n_decode_total"
+# The tokens that the draft model has proposed, and those of them that were taken over. Older builds do not count them.
+PROPOSED = "llamacpp:spec_decode_num_draft_tokens_total"
+ACCEPTED = "llamacpp:spec_decode_num_accepted_tokens_total"
 
 
 @dataclass(frozen=True, slots=True)
 class ServerCounters:
-    """``tokens_per_s``: the mean of one stream over all answers so far. ``None``: unknown."""
+    """``tokens_per_s``: the mean of one stream over all answers so far. ``acceptance``: the share of the draft model's
+    tokens that were taken over. ``None``: unknown."""
 
     tokens_per_s: float | None = None
     steps: float | None = None
+    acceptance: float | None = None
 
 
 class StallWatch:
@@ -66,13 +71,14 @@ async def watch_speed(
     """Reports the speed every ``INTERVAL_S`` seconds, until cancelled. Raises PoolFailed when llama-server has requests
     and computes nothing.
 
-    ``url`` is llama-server's. ``acceptance`` returns the share of a draft model's tokens that were taken over
-    (``None``: there were none), ``is_busy`` whether the pool has requests, ``clock`` monotonic seconds."""
+    ``url`` is llama-server's. ``acceptance`` returns that share by llama-server's log, for a build that does not
+    count it (``None``: unknown), ``is_busy`` whether the pool has requests, ``clock`` monotonic seconds."""
     stall = StallWatch()
     async with make_http_client() as client:
         while True:
             counters = await _read_counters(client, url)
-            report(MeasuredSpeed(counters.tokens_per_s, acceptance()))
+            accepted = acceptance() if counters.acceptance is None else counters.acceptance
+            report(MeasuredSpeed(counters.tokens_per_s, accepted))
             if stall.is_stalled(counters.steps, is_busy=is_busy(), now=clock()):
                 raise PoolFailed(
                     f"llama-server has requests, and has computed nothing for {STALLED_S:g} s",
@@ -91,6 +97,13 @@ async def _read_counters(client: httpx.AsyncClient, url: str) -> ServerCounters:
 
 def parse_counters(page: bytes) -> ServerCounters:
     page = page[:PAGE_BYTES]
-    tokens, seconds, steps = (read_samples(page, name) for name in (TOKENS, SECONDS, STEPS))
-    rate = tokens[0] / seconds[0] if tokens and seconds and seconds[0] > 0 else None
-    return ServerCounters(rate, steps[0] if steps else None)
+    steps = read_samples(page, STEPS)
+    return ServerCounters(
+        tokens_per_s=_divide(read_samples(page, TOKENS), read_samples(page, SECONDS)),
+        steps=steps[0] if steps else None,
+        acceptance=_divide(read_samples(page, ACCEPTED), read_samples(page, PROPOSED)),
+    )
+
+
+def _divide(samples: tuple[float, ...], by: tuple[float, ...]) -> float | None:
+    return samples[0] / by[0] if samples and by and by[0] > 0 else None

@@ -59,6 +59,9 @@ def test_members_show_what_was_planned_measured_and_what_is_wrong() -> None:
 def test_the_speed_comes_from_the_counters_of_llama_server() -> None:
     page = b"# TYPE x counter\nllamacpp:tokens_predicted_total 120\nllamacpp:tokens_predicted_seconds_total 4.0\n"
     assert parse_counters(page + b"llamacpp:n_decode_total 7\n") == ServerCounters(30.0, 7.0)
+    drafts = b"llamacpp:spec_decode_num_draft_tokens_total 40\nllamacpp:spec_decode_num_accepted_tokens_total 30\n"
+    assert parse_counters(drafts).acceptance == 0.75
+    assert parse_counters(drafts.replace(b"40", b"0")).acceptance is None
     assert parse_counters(page.replace(b"4.0", b"0")) == ServerCounters()
     assert parse_counters(b"") == ServerCounters()
 
