@@ -141,13 +141,21 @@ class PoolStart:
             node = make_pool_node(prepared.spec, plan, prepared.hosts.hosts[head.node].node, self._server_port)
             async with self._node.joined(node):
                 run.note_ready()
-                await watch_speed(
-                    f"http://127.0.0.1:{local_port}",
-                    acceptance=self._acceptance,
-                    is_busy=self._node.has_requests,
-                    report=run.progress.set_speed,
-                    clock=self._clock,
-                )
+                await self._watch_speed(f"http://127.0.0.1:{local_port}")
+
+    async def _watch_speed(self, url: str) -> None:
+        """Reports the pool's speed. Raises PoolFailed when llama-server at ``url`` computes nothing any more."""
+        try:
+            await watch_speed(
+                url,
+                acceptance=self._acceptance,
+                is_busy=self._node.has_requests,
+                report=self._run.progress.set_speed,
+                clock=self._clock,
+            )
+        except PoolFailed as error:
+            self.note_failed(error)
+            raise
 
     # -- what the parts report -----------------------------------------------------------------------------------
 
