@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -13,7 +15,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from tests.prerequisites import llama_server
-from tests.tunnels.polling import children, wait_until
+from tests.tunnels.polling import DEADLINE_S
 from tests.tunnels.sshd import Sshd
 
 HEAD_PROGRAM = "llama-server"
@@ -162,14 +164,18 @@ class PoolHost:
                     found[int(name)] = _read(name, "cmdline").replace(b"\0", b" ").decode(errors="replace").strip()
         return {pid: command for pid, command in found.items() if command}
 
-    def running(self, program: str) -> list[int]:
-        """The processes of one of llama.cpp's programs."""
-        return [pid for pid in self.processes() if _executable(pid) == program]
+    def running(self) -> dict[int, str]:
+        """The processes of llama.cpp's programs, and which program each runs."""
+        found = {pid: _executable(pid) for pid in self.processes()}
+        return {pid: program for pid, program in found.items() if program in (HEAD_PROGRAM, WORKER_PROGRAM)}
+
+    def kill_program(self, name: str) -> None:
+        kill(pid for pid, program in self.running().items() if program == name)
 
     def pool_processes(self) -> dict[int, str]:
         """The processes that have to do with a pool: all but the lasting commands of the mesh's own probes."""
         names = (HEAD_PROGRAM, WORKER_PROGRAM)
-        return {pid: text for pid, text in self.processes().items() if any(name in text for name in names)}
+        return {pid: command for pid, command in self.processes().items() if any(name in command for name in names)}
 
     @property
     def listener(self) -> int:
@@ -198,8 +204,11 @@ class PoolHost:
         return found
 
     async def wait_empty(self, why: str) -> None:
-        """Waits until no process of a pool is left."""
-        await wait_until(lambda: not self.pool_processes(), f"no process of a pool on {self.name} {why}")
+        """Waits until no process of a pool is left. It looks rarely, because it looks at all processes."""
+        deadline = time.monotonic() + DEADLINE_S
+        while left := self.pool_processes():
+            assert time.monotonic() < deadline, f"processes of a pool on {self.name} {why}: {left}"
+            await asyncio.sleep(0.2)
 
 
 def real_program(name: str) -> Path:
@@ -212,11 +221,6 @@ def kill(pids: Iterable[int], signal_number: int = signal.SIGKILL) -> None:
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal_number)
-
-
-def descendants(pid: int) -> set[int]:
-    found = set(children(pid))
-    return found | {below for child in found for below in descendants(child)}
 
 
 def _executable(pid: int) -> str:

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from gpumesh.daemon.control_socket.remote_session import RemoteSession
+from gpumesh.pools.base import PoolPhase, PoolState
+from gpumesh.state import TunnelPhase
 from tests.http_clients import loopback_client
 from tests.real.command import Gpumesh
 from tests.real.pools.pool_hosts import HEAD_PROGRAM, WORKER_PROGRAM, PoolHost
@@ -61,49 +65,51 @@ class PoolMesh:
     async def start(self) -> None:
         self.write_config()
         await self.gpumesh("up", "-d", code=None)  # the nodes have no server of their own: this is an error code
-        status = await self.wait_tunnels()
-        self.url = status["gateway"]["url"]
-
-    async def wait_tunnels(self, *, reconnect: bool = False) -> dict[str, Any]:
-        """Waits until both hosts are connected; the mesh's state then. ``reconnect``: a tunnel that waits for its next
-        attempt tries at once."""
         async with asyncio.timeout(DEADLINE_S):
             while True:
-                status: dict[str, Any] = (await self.gpumesh("status", "--json", code=None)).json()
-                states = {node["name"]: (node["tunnel"] or {}).get("state") for node in status["nodes"]}
-                if {states[HEAD], states[WORKER]} == {"up"}:
-                    return status
-                for name in (HEAD, WORKER):
-                    if reconnect and states[name] == "backoff":
-                        await self.gpumesh("reconnect", name, code=None)
+                state = await self.session.status()
+                phases = {node.tunnel.state for node in state.nodes if node.name in (HEAD, WORKER) and node.tunnel}
+                if phases == {TunnelPhase.UP}:
+                    break
                 await asyncio.sleep(0.1)
+        assert state.gateway.url is not None
+        self.url = state.gateway.url
+
+    @property
+    def session(self) -> RemoteSession:
+        """The running mesh without a command: a test that polls would otherwise need more CPU time than the pool."""
+        sockets = self.gpumesh.runtime.rglob("control.sock")
+        return RemoteSession(max(sockets, key=lambda path: path.stat().st_mtime))
 
     # -- pools -------------------------------------------------------------------------------------------------------
 
-    async def state(self, pool: str = POOL) -> dict[str, Any]:
-        """What `pool status` says of a pool."""
-        states = (await self.gpumesh("pool", "status", "--json", code=None)).json()["pools"]
-        (found,) = [state for state in states if state["name"] == pool]
-        return dict(found)
+    async def shown_state(self, pool: str = POOL) -> dict[str, Any]:
+        """What `pool status --json` says of a pool."""
+        (state,) = (await self.gpumesh("pool", "status", pool, "--json")).json()["pools"]
+        return dict(state)
 
-    async def wait_phase(self, *phases: str, pool: str = POOL, starts: int = 0) -> dict[str, Any]:
+    async def state(self, pool: str = POOL) -> PoolState:
+        (state,) = [state for state in await self.session.pools() if state.pool == pool]
+        return state
+
+    async def wait_phase(self, *phases: PoolPhase, pool: str = POOL, starts: int = 0) -> PoolState:
         """Waits until a pool is in one of these phases, and was started ``starts`` times at least; its state then."""
-        state: dict[str, Any] = {}
+        state: PoolState | None = None
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(DEADLINE_S):
-                while (state := await self.state(pool))["phase"] not in phases or state["starts"] < starts:
+                while (state := await self.state(pool)).phase not in phases or state.starts < starts:
                     await asyncio.sleep(0.1)
                 return state
         raise AssertionError(f"not {phases} with {starts} starts: {state}\n{self.gpumesh.logs()}")
 
-    async def make_ready(self, pool: str = POOL) -> dict[str, Any]:
+    async def make_ready(self, pool: str = POOL) -> PoolState:
         """Starts a pool if it does not run."""
         await self.gpumesh("pool", "up", pool)
-        return await self.wait_phase("ready", pool=pool)
+        return await self.wait_phase(PoolPhase.READY, pool=pool)
 
     async def make_stopped(self, pool: str = POOL) -> None:
         await self.gpumesh("pool", "down", pool)
-        await self.wait_phase("stopped", pool=pool)
+        await self.wait_phase(PoolPhase.STOPPED, pool=pool)
         await self.wait_hosts_empty("after `pool down`")
 
     async def wait_hosts_empty(self, why: str) -> None:
@@ -112,12 +118,7 @@ class PoolMesh:
 
     def programs(self) -> dict[str, int]:
         """How many of each of llama.cpp's programs run on both hosts."""
-        return {
-            f"{host.name} {program}": len(found)
-            for host in self.hosts
-            for program in (HEAD_PROGRAM, WORKER_PROGRAM)
-            if (found := host.running(program))
-        }
+        return dict(Counter(f"{host.name} {program}" for host in self.hosts for program in host.running().values()))
 
     # -- the gateway -------------------------------------------------------------------------------------------------
 

@@ -64,7 +64,7 @@ async def test_it_is_started_and_answers_and_ends(mesh: PoolMesh) -> None:
     plan = (await mesh.gpumesh("pool", "plan", POOL, "--json")).json()
     log = mesh.head.log_server()
     shown = await mesh.gpumesh("pool", "up", POOL)
-    state = await mesh.state()
+    state = await mesh.shown_state()
     assert state["phase"] == "ready", shown
     assert mesh.programs() == ONE_POOL
     check_sizes(plan, state, log.read_text())
@@ -73,7 +73,7 @@ async def test_it_is_started_and_answers_and_ends(mesh: PoolMesh) -> None:
     await check_commands(mesh)
     await mesh.gpumesh("pool", "down", POOL)
     assert not mesh.programs(), "`pool down` returns when all has ended"
-    assert (await mesh.state())["phase"] == "stopped"
+    assert (await mesh.shown_state())["phase"] == "stopped"
 
 
 def check_sizes(plan: dict[str, Any], state: dict[str, Any], log: str) -> None:

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from gpumesh.pools.base import PoolPhase
 from tests.prerequisites import needs
-from tests.real.pools.pool_hosts import HEAD_PROGRAM, WORKER_PROGRAM, kill
+from tests.real.pools.pool_hosts import HEAD_PROGRAM, WORKER_PROGRAM
 from tests.real.pools.pool_mesh import ONE_POOL, POOL, PoolMesh, pool_entry, pool_mesh
 from tests.real.process_resources import ProcessResources, zygotes
-from tests.tunnels.polling import wait_until
+from tests.tunnels.polling import alive, wait_until
 
 pytestmark = [pytest.mark.real, pytest.mark.slow, pytest.mark.timeout(240), needs("sshd", "llama-server")]
 
@@ -33,14 +34,13 @@ async def kill_and_recover(mesh: PoolMesh, number: int) -> None:
     old = {*mesh.head.pool_processes(), *mesh.worker.pool_processes()}
     match number % 3:
         case 0:
-            kill(mesh.worker.running(WORKER_PROGRAM))
+            mesh.worker.kill_program(WORKER_PROGRAM)
         case 1:
-            kill(mesh.head.running(HEAD_PROGRAM))
+            mesh.head.kill_program(HEAD_PROGRAM)
         case _:
             await mesh.worker.cut_sessions()
-    await wait_until(lambda: not old & {*mesh.head.pool_processes(), *mesh.worker.pool_processes()}, "the old ones end")
-    # Neither the tunnel nor the pool waits for the end of a backoff, which is long after so many losses.
-    await mesh.wait_tunnels(reconnect=True)
+    await wait_until(lambda: not any(map(alive, old)), "what was left of the pool ends")
+    # It does not wait for the end of a backoff, which is long after so many losses.
     await mesh.gpumesh("pool", "up", POOL)
     assert mesh.programs() == ONE_POOL
 
@@ -70,6 +70,6 @@ async def _kill_the_mesh(mesh: PoolMesh) -> None:
     await mesh.wait_hosts_empty("after kill -9 of the mesh")
     await wait_until(lambda: not mesh.gpumesh.processes(), "all processes of the mesh have ended")
     await mesh.start()
-    assert (await mesh.state())["phase"] == "stopped"
+    assert (await mesh.state()).phase is PoolPhase.STOPPED
     await asyncio.wait_for(mesh.make_ready(), timeout=60)
     assert mesh.programs() == ONE_POOL

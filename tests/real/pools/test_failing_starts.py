@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
+from gpumesh.pools.base import PoolPhase
 from tests.prerequisites import needs
 from tests.real.pools.pool_hosts import HEAD_PROGRAM, WORKER_PROGRAM, WorkerFault
 from tests.real.pools.pool_mesh import HEAD, ONE_POOL, POOL, WORKER, PoolMesh, pool_entry, pool_mesh
@@ -61,8 +62,8 @@ async def test_a_missing_program_is_named_with_its_host(mesh: PoolMesh, host: st
     assert program in ended.err, ended
     assert host in ended.err, ended
     state = await mesh.state()
-    assert state["phase"] == "failed", state
-    assert state["hint"], "how to install it"
+    assert state.phase is PoolPhase.FAILED, state
+    assert state.hint, "how to install it"
     await mesh.wait_hosts_empty("after a refused start")
     machine.repair_programs()
     await mesh.make_ready()
@@ -73,8 +74,8 @@ async def test_a_pool_whose_worker_ends_is_never_ready(mesh: PoolMesh) -> None:
     """llama-server starts without the worker, and says that it is healthy."""
     mesh.worker.break_worker(WorkerFault.ENDS)
     async with mesh.gpumesh.started("pool", "up", POOL):
-        state = await mesh.wait_phase("backoff", "failed")
-        assert WORKER in str(state["reason"]), state
+        state = await mesh.wait_phase(PoolPhase.BACKOFF, PoolPhase.FAILED)
+        assert WORKER in str(state.reason), state
         assert not await mesh.answers(MODEL)
     # Before it is mended, so that it is the start of the fault whose processes are looked for.
     await mesh.make_stopped()
@@ -90,10 +91,10 @@ async def test_a_pool_whose_worker_does_not_answer_is_never_ready(mesh: PoolMesh
     mesh.head.break_worker(WorkerFault.SILENT)
     async with mesh.gpumesh.started("pool", "up", POOL), mesh.gpumesh.started("pool", "up", REVERSED):
         for pool, worker in ((POOL, WORKER), (REVERSED, HEAD)):
-            state = await mesh.wait_phase("backoff", "failed", pool=pool)
-            assert worker in str(state["reason"]), state
+            state = await mesh.wait_phase(PoolPhase.BACKOFF, PoolPhase.FAILED, pool=pool)
+            assert worker in str(state.reason), state
         assert not await mesh.answers(MODEL)
-    await mesh.wait_phase("stopped", pool=REVERSED)
+    await mesh.wait_phase(PoolPhase.STOPPED, pool=REVERSED)
     await mesh.make_stopped()
 
 
@@ -105,7 +106,7 @@ async def test_another_version_is_refused(mesh: PoolMesh, fault: WorkerFault) ->
     assert ended.code != 0, ended
     assert "3.9.9" in ended.err, ended
     assert "5.0.0" in ended.err, ended
-    assert (await mesh.state())["phase"] == "failed"
+    assert (await mesh.state()).phase is PoolPhase.FAILED
     await mesh.wait_hosts_empty("after a refused start")
 
 
@@ -117,7 +118,7 @@ async def test_what_cannot_run_is_refused_before_anything_starts(mesh: PoolMesh,
     assert ended.code != 0, ended
     assert told in ended.err, ended
     state = await mesh.state(pool)
-    assert state["phase"] == "failed", state
+    assert state.phase is PoolPhase.FAILED, state
     assert not mesh.programs()
     await mesh.gpumesh("pool", "down", pool)
 
@@ -125,7 +126,7 @@ async def test_what_cannot_run_is_refused_before_anything_starts(mesh: PoolMesh,
 async def test_two_commands_at_once_start_one_pool(mesh: PoolMesh) -> None:
     first, second = await asyncio.gather(*(mesh.gpumesh("pool", "up", POOL) for _ in range(2)))
     assert (first.code, second.code) == (0, 0)
-    assert (await mesh.state())["starts"] == 1
+    assert (await mesh.state()).starts == 1
     assert mesh.programs() == ONE_POOL
 
 
@@ -136,5 +137,5 @@ async def test_ctrl_c_while_it_starts_ends_it(mesh: PoolMesh) -> None:
         terminal.press("\x03")
         assert await terminal.wait_exit() == 130, terminal.written
         assert terminal.is_restored() or "\x1b[?25l" not in terminal.written
-    await mesh.wait_phase("stopped")
+    await mesh.wait_phase(PoolPhase.STOPPED)
     await mesh.wait_hosts_empty("after Ctrl-C")

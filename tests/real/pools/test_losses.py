@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
+from gpumesh.pools.base import PoolPhase
 from tests.prerequisites import needs
 from tests.real.hosts import LlamaServer
 from tests.real.pools.pool_hosts import HEAD_PROGRAM, WORKER_PROGRAM, kill, real_program
@@ -54,11 +55,11 @@ async def read_stream(mesh: PoolMesh, lose: Callable[[PoolMesh], Awaitable[None]
 
 
 async def kill_worker(mesh: PoolMesh) -> None:
-    kill(mesh.worker.running(WORKER_PROGRAM))
+    mesh.worker.kill_program(WORKER_PROGRAM)
 
 
 async def kill_head(mesh: PoolMesh) -> None:
-    kill(mesh.head.running(HEAD_PROGRAM))
+    mesh.head.kill_program(HEAD_PROGRAM)
 
 
 async def cut_worker(mesh: PoolMesh) -> None:
@@ -83,7 +84,7 @@ async def test_a_lost_part_ends_the_stream_with_an_error_and_the_pool_comes_back
     with pytest.raises(openai.APIError) as failure:
         await read_stream(mesh, lose)
     assert not isinstance(failure.value, openai.APIConnectionError), "an explicit error, not a cut connection"
-    await mesh.wait_phase("ready", starts=before["starts"] + 1)
+    await mesh.wait_phase(PoolPhase.READY, starts=before.starts + 1)
     assert mesh.programs() == ONE_POOL
     assert not old & {*mesh.head.pool_processes(), *mesh.worker.pool_processes()}
     await mesh.wait_answer(MODEL)
@@ -94,7 +95,7 @@ async def test_a_worker_that_dies_idle_is_noticed(mesh: PoolMesh) -> None:
     """llama-server notices only at the next request; nobody may send one to a pool that is broken."""
     before = await mesh.make_ready()
     await kill_worker(mesh)
-    await mesh.wait_phase("ready", starts=before["starts"] + 1)
+    await mesh.wait_phase(PoolPhase.READY, starts=before.starts + 1)
     assert await mesh.answers(MODEL)
 
 
@@ -142,6 +143,6 @@ async def test_a_head_whose_network_is_lost_is_ended_by_its_guard(mesh: PoolMesh
         await mesh.wait_hosts_empty("after 20 s without a heartbeat")
     finally:
         kill(frozen, signal.SIGCONT)
-    await mesh.wait_phase("ready", starts=2)
+    await mesh.wait_phase(PoolPhase.READY, starts=2)
     await asyncio.wait_for(mesh.wait_answer(MODEL), timeout=60)
     assert mesh.programs() == ONE_POOL

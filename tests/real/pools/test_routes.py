@@ -43,8 +43,9 @@ async def mesh(tmp_path_factory: pytest.TempPathFactory, small_model: Path) -> A
 
 async def test_the_head_logs_in_to_the_worker(mesh: PoolMesh) -> None:
     state = await mesh.make_ready()
-    (path,) = [member["path"] for member in state["members"] if member["node"] == WORKER]
-    assert path["kind"] == PathKind.HEAD_TO_WORKER, state
+    (path,) = [member.path for member in state.members if member.node == WORKER]
+    assert path is not None
+    assert path.kind is PathKind.HEAD_TO_WORKER, state
     await mesh.wait_answer(MODEL)
     programs = {socket.program for socket in mesh.head.listening()}
     assert programs == {HEAD_PROGRAM, "ssh"}, "no port of our own connections is in use"
@@ -57,7 +58,7 @@ async def test_the_head_logs_in_to_the_worker(mesh: PoolMesh) -> None:
 async def test_this_machine_is_the_head(mesh: PoolMesh) -> None:
     before = mesh.gpumesh.listening()
     state = await mesh.make_ready(HERE_POOL)
-    assert {member["node"] for member in state["members"]} == {HERE, WORKER}
+    assert {member.node for member in state.members} == {HERE, WORKER}
     await mesh.wait_answer(MODEL)
     assert mesh.programs() == {f"{WORKER} {WORKER_PROGRAM}": 1}
     assert len(mesh.gpumesh.listening() - before) >= 1
