@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from hashlib import blake2b
 from typing import BinaryIO
 
 from gpumesh.cli.prompt_input import PromptEntry, no_prompts_error, prompt_readers
 from gpumesh.cli.standard_input import open_rereadable
-from gpumesh.errors import UsageError
+from gpumesh.errors import UsageError, unknown_node
 
 MAX_WRONG_LINES = 20  # so many are listed in an error; the others are counted
 _BYTE_ORDER_MARK = "\ufeff"
@@ -23,24 +23,30 @@ def prompt_digest(text: str) -> int:
 
 class PromptFile:
     """A file of prompts without a wrong line. ``digests`` has the ``prompt_digest`` of each prompt by its index, for
-    which 8 bytes of memory are taken."""
+    which 8 bytes of memory are taken. ``named_nodes`` has the nodes that prompts name, each with the index of the first
+    prompt that names it."""
 
     def __init__(self, name: str, file: BinaryIO) -> None:
         """Reads the whole file. ``name`` is for messages, and says whether the file has JSON lines. Raises UsageError
         with all lines that are wrong, and if there is no prompt."""
         self.name = name
         self.digests = array("Q")
+        self.named_nodes: dict[str, int] = {}
         self._file = file
         self._begin = self._end = file.tell()
         errors: list[UsageError] = []
         error_count = 0
         for read in prompt_readers(self._read_lines(None), name=name):
             try:
-                self.digests.append(prompt_digest(read().text))
+                entry = read()
             except UsageError as error:
                 error_count += 1
                 if len(errors) < MAX_WRONG_LINES:
                     errors.append(error)
+                continue
+            if entry.node is not None:
+                self.named_nodes.setdefault(entry.node, self.count)
+            self.digests.append(prompt_digest(entry.text))
         if errors:
             raise _join_errors(name, errors, error_count)
         if not self.digests:
@@ -50,6 +56,13 @@ class PromptFile:
     @property
     def count(self) -> int:
         return len(self.digests)
+
+    def require_nodes(self, known: Collection[str]) -> None:
+        """Raises UsageError if a prompt names a node that is not among ``known``, the nodes of the mesh."""
+        for name, index in self.named_nodes.items():
+            if name and name not in known:
+                error = unknown_node(name, known)
+                raise UsageError(f"{self.name}: the prompt of index {index}: {error.message}", hint=error.hint)
 
     def read(self, is_wanted: Callable[[int], bool]) -> Iterator[tuple[int, PromptEntry] | None]:
         """Yields the index and the prompt for each prompt that is wanted, and ``None`` for each other. Raises

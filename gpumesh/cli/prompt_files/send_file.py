@@ -67,7 +67,7 @@ def _open_results(out: str, prompts: PromptFile, *, resume: bool, quiet: bool) -
     results = ResultFile(out, prompts, resume=resume)
     done_before = results.done_count
     if not quiet and (done_before or results.failed_count):
-        failed_text = f"; {results.failed_count:,} that failed are sent again" if results.failed_count else ""
+        failed_text = f"; failed and sent again: {results.failed_count:,}" if results.failed_count else ""
         typer.echo(f"{out} has {done_before:,} of {prompts.count:,} answers already{failed_text}", err=True)
     try:
         yield results
@@ -92,8 +92,10 @@ async def _send(
     prompts failed."""
     to_send = prompts.count - (results.done_count if results is not None else 0)
     async with open_session(options) as session:
+        nodes = (await session.status()).nodes
+        prompts.require_nodes([node.name for node in nodes])
         if concurrency is None:
-            concurrency = default_concurrency(len((await session.status()).nodes))
+            concurrency = default_concurrency(len(nodes))
         if results is not None:
             results.begin()
         with show_progress(to_send, "prompts", quiet=options.quiet) as progress:

@@ -83,6 +83,8 @@ async def test_one_prompt_in_every_way(direct: SimulatedMesh) -> None:
         (["run", "-f", "-"], "\n\n", 2, "stdin has no prompts"),
         (["run", "-f", "-"], '{"prompt": "a"}\n{"promt": "b"}\n', 2, "stdin:2: unknown key 'promt'"),
         (["run", "-f", "-"], '{"prompt": "a"}\n5\n\n{\n', 2, "stdin has 2 wrong lines; no prompt was sent\nstdin:2: "),
+        (["run", "-f", "-"], '{"prompt": "a"}\n{"prompt": "b", "node": "bata"}\n', 2,
+         "stdin: the prompt of index 1: there is no node 'bata'\nhint: did you mean beta?"),
         (["run", "-f", "-", "--resume"], "a\n", 2, "--resume needs --out FILE"),
         (["run", "x", "--out", "y"], None, 2, "--out is for the prompts of -f FILE"),
         (["run", "-f", "-", "--out", "../mesh.yaml", "--resume"], "a\n", 2, "not a result of `gpumesh run -f`"),
@@ -152,7 +154,7 @@ async def test_a_run_that_was_killed_is_gone_on_with(running: SimulatedMesh, tmp
     out.write_text("\n".join([*lines, lines[-1][:30]]))
     ended = await gpumesh(*command)
     assert ended.out == ""
-    assert ended.err == f"{out} has {len(lines) - 1} of 300 answers already; 1 that failed are sent again\n"
+    assert ended.err == f"{out} has {len(lines) - 1} of 300 answers already; failed and sent again: 1\n"
     results = [json.loads(line) for line in out.read_text().splitlines()]
     assert [(result["index"], result["prompt"]) for result in results] == [(n, f"prompt {n}") for n in range(300)]
     assert all(list(result) == KEYS and result["error"] is None for result in results)
