@@ -73,10 +73,10 @@ class ResultFile:
         else:
             self._file.truncate(self._end)
 
-    def write(self, index: int, line: str) -> None:
-        """Appends the result of a prompt. Raises OSError, for example if the disk is full; then no part of the line is
-        in the file."""
-        data = memoryview(f"{line}\n".encode())
+    def write(self, index: int, line: bytes) -> None:
+        """Appends the result of a prompt; ``line`` has no line break. Raises OSError, for example if the disk is full;
+        then no part of the line is in the file."""
+        data = memoryview(line + b"\n")
         try:
             written = 0
             while written < len(data):

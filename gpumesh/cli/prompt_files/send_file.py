@@ -22,7 +22,7 @@ from gpumesh.daemon.sessions.session import PromptRequest, Session
 from gpumesh.errors import ExitCode, UsageError
 from gpumesh.event_loop.async_iterators import closing_iterator
 
-WAITING_CHARACTERS = 1 << 24  # so many characters of results wait behind a slow prompt; then no more prompts are begun
+WAITING_BYTES = 1 << 24  # so many bytes of results wait behind a slow prompt; then no more prompts are begun
 LINES_AT_A_TIME = 256  # so many prompts are skipped before the tasks of the mesh run again
 
 
@@ -106,13 +106,13 @@ async def _send(
                     sender.send,
                     group=group,
                     concurrency=concurrency,
-                    most_waiting=WAITING_CHARACTERS,
+                    most_waiting=WAITING_BYTES,
                     weigh=lambda numbered_line: len(numbered_line[1]),
                 )
                 async with closing_iterator(lines) as closing:
                     async for index, line in closing:
                         if results is None:
-                            progress.write(line)
+                            progress.write(line.decode())
                         else:
                             results.write(index, line)
     return sender.failed_count
@@ -140,11 +140,12 @@ class _Sender:
         self._make_request = make_request
         self._progress = progress
 
-    async def send(self, numbered_prompt: tuple[int, PromptEntry]) -> tuple[int, str]:
-        """Sends one prompt. Returns its index, and its result as a JSON line. Raises UsageError."""
+    async def send(self, numbered_prompt: tuple[int, PromptEntry]) -> tuple[int, bytes]:
+        """Sends one prompt. Returns its index, and its result as a JSON line in UTF-8, which takes a quarter of the
+        memory of a string that has an emoji. Raises UsageError."""
         index, entry = numbered_prompt
         result = await send_with_retries(self._session, self._make_request(entry), index, entry.text)
         self._ended_count += 1
         self.failed_count += result.error is not None
         self._progress(self._ended_count, f"{self.failed_count} failed" if self.failed_count else "")
-        return index, json_text(asdict(result))
+        return index, json_text(asdict(result)).encode()

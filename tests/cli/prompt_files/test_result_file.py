@@ -47,7 +47,7 @@ def go_on(out: Path, prompts: PromptFile, *, most: int = PROMPT_COUNT) -> list[i
         results.begin()
         missing = [index for index in range(prompts.count) if results.is_missing(index)]
         for index in missing[:most]:
-            results.write(index, result_line(index))
+            results.write(index, result_line(index).encode())
         if most >= len(missing):
             results.finish()
     return missing
@@ -183,7 +183,7 @@ def test_a_full_disk_leaves_whole_lines(prompts: PromptFile, out: Path) -> None:
 
 def write_all(results: ResultFile) -> None:
     for index in range(PROMPT_COUNT):
-        results.write(index, result_line(index))
+        results.write(index, result_line(index).encode())
 
 
 @contextlib.contextmanager
