@@ -173,7 +173,7 @@ def up(ctx: typer.Context, name: PoolArgument = None, as_json: JsonOption = Fals
         age = "" if state.since is None else f", for {format_age(state.since, datetime.now(UTC))}"
         typer.echo(clean_line(f"{state.pool} is ready already{age}"))
     else:
-        nodes = join_all([member.node for member in state.members])
+        nodes = join_all([member.node for member in state.members if member.is_head or member.layers])
         typer.echo(clean_line(f"{state.pool} is ready: {state.model}{' on ' if nodes else ''}{nodes}"))
         if not options.quiet:
             typer.echo(paste_command("gpumesh run -m {MODEL} hello", MODEL=state.model) + " asks it", err=True)
