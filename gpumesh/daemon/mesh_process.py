@@ -74,6 +74,7 @@ async def run_mesh(
     from gpumesh.pools.running.manager import PoolManager
     from gpumesh.pools.running.planner import PoolPlanner
     from gpumesh.pools.running.runner import PoolRunner
+    from gpumesh.pools.running.turns import StartTurns
 
     async with AsyncExitStack() as stack:
         stack.enter_context(raise_file_limit())
@@ -93,9 +94,8 @@ async def run_mesh(
         mesh = await stack.enter_async_context(Mesh(topology, learned=LearnedState(paths.learned)))
         placement = ModelPlacement(mesh, clock=time.monotonic)
         planner = PoolPlanner(mesh)
-        pools = PoolManager(
-            mesh, PoolRunner(mesh, planner).run, on_findings=partial(mesh.set_own_findings, subject="pools")
-        )
+        turns = StartTurns(PoolRunner(mesh, planner).run)
+        pools = PoolManager(mesh, turns.run, on_findings=partial(mesh.set_own_findings, subject="pools"))
 
         def note_change() -> None:
             placement.note_change()

@@ -31,13 +31,20 @@ class PoolProgress:
         self._measured: Mapping[str, int] = {}
         self._problems: dict[str, str] = {}
         self._speed = MeasuredSpeed()
+        self._waits_for: str | None = None
         self._load_bytes: int | None = None
         self._loaded: deque[tuple[float, int]] = deque()  # the times of the last seconds, and the bytes loaded by then
 
     def clear(self) -> None:
         """Forgets all: the pool is started anew, or stopped."""
         self._plan, self._measured, self._problems, self._speed = None, {}, {}, MeasuredSpeed()
-        self._load_bytes, self._loaded = None, deque()
+        self._load_bytes, self._loaded, self._waits_for = None, deque(), None
+
+    def set_waits_for(self, reason: str | None) -> None:
+        """Why the start has not begun, in words for people; ``None``: it has."""
+        if reason != self._waits_for:
+            self._waits_for = reason
+            self._on_change()
 
     def set_plan(self, plan: PoolPlan) -> None:
         self._plan, self._planned_at = plan, self._clock()
@@ -76,6 +83,7 @@ class PoolProgress:
             draft_acceptance=self._speed.draft_acceptance,
             members=self._member_states(),
             predicted=None if self._plan is None else self._plan.speed,
+            reason=self._waits_for or state.reason,
         )
         if not self._loaded or self._load_bytes is None:
             return replace(state, left_s=self._forecast_left_s()) if state.phase is PoolPhase.LOADING else state
