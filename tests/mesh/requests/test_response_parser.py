@@ -68,6 +68,14 @@ def test_reads_of_whole_chunks_are_parsed_as_single_bytes_are(reads: list[bytes]
         assert (whole.state, whole_body, whole.reusable) == (single.state, single_body, single.reusable)
 
 
+def test_a_size_that_has_begun_is_no_place_for_a_whole_chunk() -> None:
+    """The rest of a size can look like the begin of a smaller chunk."""
+    for reads in ([b"2\r\nab\r\n1", b"3\r\nabc\r\n"], [b"1", b"3\r\nabc\r\n"]):
+        parser, body = parse(chunked_head(), chunk(b"first"), *reads)
+        assert body.endswith(b"abc\r\n"), "the begin of a chunk of 19 bytes"
+        assert parser.state is ResponseParserState.BODY
+
+
 def test_the_states_of_a_response() -> None:
     parser, body = parse(chunked_head())
     assert (parser.state, body) == (ResponseParserState.BODY, b"")

@@ -119,6 +119,7 @@ class ResponseParser:
                 self._bytes_outside_body = 0
                 self.piece_count = 1
                 return data[at + 2 : -2]
+            self._between_chunks = False  # unless a chunk ends here, the size of the next one has begun
         try:
             self._feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
@@ -126,6 +127,8 @@ class ResponseParser:
                 self.reusable = False
             else:
                 self._reject(f"what it says is not HTTP ({error.__context__ or error})")
+        if self._between_chunks and not data.endswith(b"\n"):  # the size of the next one has begun
+            self._between_chunks = False
         pieces = self._pieces
         if self.state is _BODY and len(pieces) == 1:  # by far the most common case
             self._bytes_outside_body = 0
