@@ -10,6 +10,7 @@ import typer
 
 from gpumesh.errors import UsageError, unknown_node
 from gpumesh.text.quoting import paste_command
+from gpumesh.text.sentences import join_all
 
 if TYPE_CHECKING:
     from gpumesh.daemon.paths import MeshPaths
@@ -69,14 +70,15 @@ def global_options(ctx: typer.Context) -> GlobalOptions:
 
 def find_node(topology: Topology, name: str) -> NodeSpec:
     """The node of the configuration with this name. Raises UsageError, which names the nodes, if there is none, also
-    for a pool: it is a node only while it runs."""
+    for a pool, which may run: it is a node of the mesh only then, and never of the configuration."""
     try:
         return topology.node(name)
     except KeyError:
-        if name in [pool.name for pool in topology.pools]:
+        members = {pool.name: [member.node for member in pool.members] for pool in topology.pools}
+        if name in members:
             raise UsageError(
-                f"{name} is a pool, which does not run",
-                hint=paste_command("gpumesh pool up {POOL}", POOL=name) + " starts it",
+                f"{name} is a pool, not a node of mesh.yaml: its nodes are {join_all(members[name])}",
+                hint=paste_command("gpumesh pool status {POOL}", POOL=name) + " shows whether it runs",
             ) from None
         raise unknown_node(name, (node.name for node in topology.nodes)) from None
 

@@ -126,5 +126,7 @@ async def check_commands(mesh: PoolMesh) -> None:
     (node,) = [node for node in status["nodes"] if node["name"] == POOL]
     assert node["health"] == "healthy", node
     assert MODEL in (await mesh.gpumesh("models", "--json")).out
+    refused = await mesh.gpumesh("ssh", POOL, "true", code=2)
+    assert HEAD in refused.err, "its hosts are named"
     said = await mesh.gpumesh("run", MODEL, "hello", "-o", "num_predict=4", "--json")
     assert said.json()["node"] == POOL, said
