@@ -37,7 +37,10 @@ def test_the_table_shows_phases_and_reasons_at_any_width(
     assert "the worker on icela" in lines[4]
 
 
-def test_one_pool_is_shown_with_what_was_measured(capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_pool_is_shown_with_what_was_measured(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
     print_pool(state(PoolPhase.READY, tokens_per_s=10.8, draft_acceptance=0.68), NOW)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "● big  llama3.3:70b  ready for 2h"
