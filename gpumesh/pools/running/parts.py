@@ -25,6 +25,7 @@ from gpumesh.pools.hosts.rpc_hello import ask_rpc_version
 from gpumesh.pools.hosts.worker_login import FORWARD_READY, WorkerLogin, forward_argv
 from gpumesh.pools.running.members import MemberHost
 from gpumesh.pools.running.planner import PreparedPool
+from gpumesh.pools.running.silence import SilenceLimit
 from gpumesh.pools.running.task_group import error_group
 from gpumesh.pools.running.tunnel_watch import TunnelWatch, tunnel_up
 from gpumesh.topology import DEFAULT_TUNNELS, BackendSpec, NodeSpec, Target
@@ -34,9 +35,9 @@ WORKER_START_S = 30.0  # a program for a GPU needs some seconds until it listens
 HELLO_TIMEOUT_S = 5.0
 HELLO_PAUSE_S = 0.1
 STARTUP_SILENCE_S = 60.0  # for llama-server to say something, before it loads the model
-LOAD_SILENCE_S = (
-    900.0  # the same while it loads: it writes a dot for each percent, which can be 400 MB over a slow line
-)
+# The same while it loads. Weights that reach a worker count, too; a host without ``ss`` does not tell of them.
+LOAD_SILENCE_S = 900.0
+SLOWEST_LOAD = 4.0  # times the planned time of a load
 BLAME_S = 0.5  # llama-server ends when a worker is lost; so long the reason may come from the worker
 
 
@@ -201,6 +202,8 @@ class HeadPart(Part):
         self._port = port
         self._reverse_forwards = tuple(reverse_forwards)
         self.log = HeadLog(endpoints_by_node(workers))
+        self._load_silence_s = max(LOAD_SILENCE_S, SLOWEST_LOAD * (prepared.plan.load_s or 0.0))
+        self._silence = SilenceLimit()
 
     async def _run(self) -> None:
         async with AsyncExitStack() as stack:
@@ -225,13 +228,16 @@ class HeadPart(Part):
                     raise self._name_node(log.error)
         await self._explain_end(program)
 
+    def note_life(self) -> None:
+        """Weights have reached a worker."""
+        self._silence.note_life()
+
     async def _next_line(self, lines: AsyncIterator[str]) -> str | None:
         """The next line of the log; ``None`` after the last. Raises PoolFailed if llama-server starts and says nothing
         for too long: it waits without a limit for a worker that does not answer."""
-        silence_s = None if self.log.is_ready else LOAD_SILENCE_S if self.log.is_loading else STARTUP_SILENCE_S
+        silence_s = None if self.log.is_ready else self._load_silence_s if self.log.is_loading else STARTUP_SILENCE_S
         try:
-            async with asyncio.timeout(silence_s):
-                return await anext(lines, None)
+            return await self._silence.read_line(lines, silence_s)
         except TimeoutError:
             raise PoolFailed(f"llama-server on {self.node} has said nothing for {silence_s:g} s") from None
 

@@ -176,11 +176,15 @@ class PoolStart:
     async def _follow_load(self, head: HeadPart) -> None:
         """Reports how many bytes of the weights have reached the workers, until llama-server is ready."""
         load_bytes = sum(share.weights_bytes for member in self._plan.workers for share in member.shares)
+        most = 0
         while not head.ready_port.done():
             counts = await asyncio.gather(*(self._read_received(member.node) for member in self._plan.workers))
             known = [count for count in counts if count is not None]
             if known and not head.ready_port.done():
                 self._run.progress.set_loaded(sum(known), load_bytes)
+            if sum(known) > most:
+                most = sum(known)
+                head.note_life()
             await asyncio.sleep(LOAD_INTERVAL_S)
 
     async def _read_received(self, node: str) -> int | None:
