@@ -6,6 +6,9 @@ import asyncio
 from contextlib import AsyncExitStack
 from dataclasses import replace
 
+import pytest
+
+from gpumesh.errors import ModelMissing, NoNodeError
 from gpumesh.lab.ollama import SimOllama
 from gpumesh.mesh.readiness import wait_first_report
 from tests.mesh.meshes import host, mesh_of_nodes, node
@@ -32,6 +35,23 @@ async def test_a_pool_is_one_more_node_and_no_finding() -> None:
             assert [found.name for found in mesh.snapshot().nodes] == ["a", "big"]
             mesh.set_pool_node("big", None, limit_s=0.0)
             assert [found.name for found in mesh.snapshot().nodes] == ["a"]
+
+
+async def test_a_model_of_a_pool_that_does_not_serve_is_not_missing() -> None:
+    async with AsyncExitStack() as stack:
+        server = await stack.enter_async_context(SimOllama(host("a")))
+        async with asyncio.timeout(20), mesh_of_nodes(node("a", server.url)) as running:
+            mesh = running.mesh
+            await wait_first_report(mesh.fleet, 10.0)
+            mesh.fleet.pools_away = {"big:latest": "the pool duo, which has the model 'big', loads it now"}
+            for model in ("big", "big:latest"):
+                with pytest.raises(
+                    NoNodeError, match="the pool duo, which has the model 'big', loads it now"
+                ) as caught:
+                    await anext(aiter(mesh.chat(model, MESSAGES)))
+                assert not isinstance(caught.value, ModelMissing)
+            with pytest.raises(ModelMissing):
+                await anext(aiter(mesh.chat("other", MESSAGES)))
 
 
 async def test_requests_move_to_another_node_when_a_pool_leaves_at_once() -> None:

@@ -19,6 +19,7 @@ from gpumesh.mesh.nodes.forecast_record import ForecastRecord
 from gpumesh.mesh.nodes.model_findings import describe_model_fault
 from gpumesh.mesh.nodes.node import Node
 from gpumesh.state import Finding, NodeState, Severity
+from gpumesh.text.model_names import full_name
 
 
 class Fleet:
@@ -30,6 +31,8 @@ class Fleet:
         self._clock = clock
         self.leaving: set[Node] = set()
         """The nodes that are not in the mesh any more, and whose last requests have not ended yet."""
+        self.pools_away: Mapping[str, str] = {}
+        """Why the models of pools are not served now, by their full names: "the pool …, which has the model …"."""
 
     def __repr__(self) -> str:
         reachable = sum(node.reachable for node in self)
@@ -83,6 +86,9 @@ class Fleet:
             for candidate in self.candidates()
         ]
         error = no_node_error(candidates, demand)
+        away = None if demand.model is None else self.pools_away.get(full_name(demand.model))
+        if away is not None and demand.model is not None and not self.lists_model(demand.model):
+            return NoNodeError(away, hint="`gpumesh pool status` shows it, and what it waits for")
         if type(error) is not NoNodeError:  # ModelMissing: that no usable node has the model is the whole reason
             return error
         allowed = [candidate for candidate in candidates if allows_node(demand, candidate.name)]

@@ -16,6 +16,7 @@ from gpumesh.pools.base import PoolPhase, PoolState
 from gpumesh.pools.running.lifecycle import RestartTiming
 from gpumesh.pools.running.pool import RunPool, SupervisedPool
 from gpumesh.state import Finding, Severity, TunnelPhase
+from gpumesh.text.model_names import full_name
 from gpumesh.text.quoting import paste_command
 from gpumesh.topology import SshSpec
 
@@ -198,15 +199,40 @@ class PoolManager:
         return {name for name, tunnel in tunnels if tunnel and tunnel.state.state is TunnelPhase.UP}
 
     async def _report_findings(self) -> None:
-        """Reports a finding for each pool that is wanted and has failed, until cancelled."""
+        """Reports a finding for each pool that is wanted and has failed, and why the models of pools are not served,
+        until cancelled."""
         reported: tuple[Finding, ...] = ()
         async with closing_iterator(self._changes.watch()) as changes:
             async for _ in changes:
                 findings = tuple(finding for pool in self._pools.values() for finding in _findings_of(pool))
+                self._mesh.fleet.pools_away = {
+                    full_name(pool.spec.served_name): _describe_away(pool)
+                    for pool in self._pools.values()
+                    if pool.life.phase is not PoolPhase.READY
+                }
                 if findings != reported:
                     self._on_findings(findings)
                     reported = findings
                 await asyncio.sleep(PROGRESS_INTERVAL_S)
+
+
+_AWAY = {
+    PoolPhase.STOPPED: "does not run",
+    PoolPhase.PLANNING: "is being started",
+    PoolPhase.STARTING: "is being started",
+    PoolPhase.LOADING: "loads it now",
+    PoolPhase.BACKOFF: "has failed, and is started again",
+    PoolPhase.FAILED: "has failed",
+    PoolPhase.STOPPING: "is being stopped",
+}
+
+
+def _describe_away(pool: SupervisedPool) -> str:
+    """Why clients do not get the pool's model now, unless another node has it."""
+    cause = pool.life.cause
+    reason = "" if cause is None else f": {cause.message}"
+    spec = pool.spec
+    return f"the pool {spec.name}, which has the model {spec.served_name!r}, {_AWAY[pool.life.phase]}{reason}"
 
 
 def _require_hope(pool: SupervisedPool) -> None:
