@@ -1,5 +1,5 @@
-"""The tree of errors that gpumesh raises on purpose, and the exit codes of the command line. All of it stands in this one
-file, of more than 400 lines, so that the tree is seen as a whole.
+"""The tree of errors that gpumesh raises on purpose, and the exit codes of the command line. All of it stands in this
+one file, of more than 400 lines, so that the tree is seen as a whole.
 
 ::
 
