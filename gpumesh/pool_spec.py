@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+NGRAM_DRAFT = "ngram"
+"""Takes the place of a draft model: llama-server proposes what followed the same tokens before."""
+
 
 class KvType(StrEnum):
     """The type of the numbers in a pool's KV cache, as llama.cpp names it. Fewer bits need less memory."""
@@ -32,7 +35,8 @@ class PoolSpec:
     - ``members`` hold layers of the model. ``head``, one of their nodes, runs llama-server.
     - ``context``: in tokens, for each of the ``parallel`` streams that are decoded together.
     - ``split``: the number of layers for each of ``members``, in their order; ``None``: as planned.
-    - ``draft``: a small model of the same kind on the head, in the same form as ``model``, that proposes tokens.
+    - ``draft``: a small model of the same kind on the head, in the same form as ``model``, that proposes tokens; or
+      ``NGRAM_DRAFT``.
     - ``llama_cpp_dir``: the folder with llama.cpp's programs on the hosts; ``None``: they are looked for.
     - ``unload``: the Ollama of a member may be asked to unload its models when the pool needs their memory.
     - ``autostart``: the pool starts with the mesh.
@@ -50,6 +54,11 @@ class PoolSpec:
     llama_cpp_dir: str | None = None
     unload: bool = False
     autostart: bool = False
+
+    @property
+    def draft_model(self) -> str | None:
+        """The draft model; ``None``: there is none."""
+        return None if self.draft == NGRAM_DRAFT else self.draft
 
     @property
     def is_file(self) -> bool:

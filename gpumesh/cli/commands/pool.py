@@ -103,7 +103,7 @@ def plan_(
     parallel: Annotated[int | None, typer.Option(metavar="N", min=1, max=256, help="Streams at once.")] = None,
     kv_type: Annotated[KvType | None, typer.Option("--kv-type", help="Of the numbers in the KV cache.")] = None,
     draft: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="A small model on the head that proposes tokens.")
+        str | None, typer.Option(metavar="MODEL", help="A small model on the head that proposes tokens, or `ngram`.")
     ] = None,
     llama_cpp_dir: Annotated[
         str | None, typer.Option(metavar="DIR", help="With llama.cpp's programs on the hosts; else looked for.")

@@ -326,7 +326,9 @@ class Pool(Section):
         SPLIT, "Number of layers for each of `nodes`, in their order; as planned if not given."
     )
     draft: str | None = optional(
-        POOL_MODEL, "A small model of the same kind, in the same form as `model`, that proposes tokens."
+        POOL_MODEL,
+        "A small model of the same kind, in the same form as `model`, that proposes tokens; or `ngram`: the tokens "
+        "that followed the same text before.",
     )
     llama_cpp_dir: str | None = optional(
         HOST_FOLDER, "The folder with llama.cpp's programs on the hosts; looked for if not given."

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from gpumesh.errors import PoolFailed
 from gpumesh.pools.base import DeviceShare, MemberPlan, PoolPlan
 from gpumesh.pools.hosts.programs import HostPrograms
+from gpumesh.pools.planning.speed import LONGEST_DRAFT
 
 LOOPBACK = "127.0.0.1"
 CACHE_FOLDER = "${XDG_CACHE_HOME:-$HOME/.cache}/gpumesh/llama.cpp"
@@ -97,6 +98,11 @@ def _draft_arguments(plan: PoolPlan, programs: HostPrograms, draft_path: str) ->
     return argv
 
 
+def _ngram_arguments() -> list[str]:
+    """Proposes what followed the same tokens before, and at most as many as the plan has room for."""
+    return ["--spec-type", "ngram-simple", "--spec-ngram-simple-size-m", str(LONGEST_DRAFT)]
+
+
 def _limit_streams(plan: PoolPlan) -> list[str]:
     """Ends a stream at the pool's context. Otherwise one stream could fill the whole shared KV cache, and then
     llama-server ends all streams with an error, also those that stay within their context.
@@ -147,6 +153,7 @@ def llama_server_argv(
     port: int,
     alias: str,
     draft_path: str | None = None,
+    drafts_by_ngram: bool = False,
 ) -> tuple[str, ...]:
     """The command of llama-server on the head for a plan that fits.
 
@@ -173,6 +180,8 @@ def llama_server_argv(
     argv += ["--cache-ram", "0", "--ctx-checkpoints", "0"]
     if draft_path is not None:
         argv += _draft_arguments(plan, programs, draft_path)
+    elif drafts_by_ngram:
+        argv += _ngram_arguments()
     argv += _thread_arguments(used_shares(plan.head), programs)
     argv += ["--metrics", "--slots", "--offline", "-lv", "4"]
     return ("sh", "-c", _HEAD_SCRIPT, "gpumesh-head", programs.server_folder or "/", *argv)

@@ -58,8 +58,9 @@ def advice_if_it_fits(spec: PoolSpec, plan: PoolPlan, offers: Sequence[HostOffer
     if plan.speed is not None and plan.draft is None and plan.workers and _round_trips_dominate(plan.speed):
         yield (
             f"Round trips are {plan.speed.round_trips_ms:.0f} ms of the {_token_ms(plan.speed):.0f} ms for a token. "
-            "With a small model of the same family (draft:), one set of round trips yields several tokens. Streams "
-            "that are decoded together (parallel:) share them."
+            "With a small model of the same family (draft:), one set of round trips yields several tokens; for text "
+            "that repeats itself, draft: ngram does it without a model. Streams that are decoded together (parallel:) "
+            "share them."
         )
 
 

@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 from gpumesh.errors import GPUMeshError, PoolError, PoolFailed, PoolVersionsDiffer
 from gpumesh.event_loop.async_iterators import closing_iterator
 from gpumesh.mesh.mesh import Mesh
+from gpumesh.pool_spec import NGRAM_DRAFT
 from gpumesh.pools.base import MemberPlan
 from gpumesh.pools.hosts.commands import LOOPBACK, WorkerAddress, endpoints_by_node, llama_server_argv, rpc_server_argv
 from gpumesh.pools.hosts.guarded_program import GuardedProgram, run_guarded
@@ -198,6 +199,7 @@ class HeadPart(Part):
             port=port,
             alias=prepared.spec.served_name,
             draft_path=None if files.draft is None else files.draft.path,
+            drafts_by_ngram=prepared.spec.draft == NGRAM_DRAFT,
         )
         self._port = port
         self._reverse_forwards = tuple(reverse_forwards)

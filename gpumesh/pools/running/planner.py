@@ -95,8 +95,8 @@ class PoolPlanner:
             reports = group.create_task(_gather(hosts, self._ask_gpus))
             model = group.create_task(_attempt(read_model(head.route, spec.model, node=spec.head)))
             draft = None
-            if spec.draft is not None:
-                draft = group.create_task(_attempt(read_model(head.route, spec.draft, node=spec.head)))
+            if spec.draft_model is not None:
+                draft = group.create_task(_attempt(read_model(head.route, spec.draft_model, node=spec.head)))
         model_file, draft_file = _require(model.result()), None if draft is None else _require(draft.result())
         programs: dict[str, HostPrograms] = {}
         for node, result in found.result().items():

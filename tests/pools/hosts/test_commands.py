@@ -66,6 +66,15 @@ def test_a_head_without_a_gpu_keeps_the_first_layers_by_ngl() -> None:
     assert " -t 16 " in text, "as many threads as the host has cores"
 
 
+def test_tokens_are_proposed_without_a_model() -> None:
+    argv = llama_server_argv(
+        make_plan(), head_programs(), model_path="m", workers=WORKERS, port=1, alias="big", drafts_by_ngram=True
+    )
+    text = " ".join(argv)
+    assert " --spec-type ngram-simple --spec-ngram-simple-size-m 16 " in text
+    assert " -md " not in text
+
+
 def test_a_draft_model_is_on_the_heads_gpu() -> None:
     speed = SpeedForecast(14.0, 4, 40.0, 20.0, 50.0, draft_length=8)
     argv = llama_server_argv(

@@ -140,7 +140,7 @@ def _list_facts(state: PoolState) -> Iterator[tuple[str, str]]:
     if state.tokens_per_s is not None:
         yield "measured", f"{state.tokens_per_s:.1f} tokens/s for one stream"
     if state.draft_acceptance is not None:
-        yield "draft", f"{format_acceptance(state)} of the draft model's tokens were accepted"
+        yield "draft", f"{format_acceptance(state)} of the proposed tokens were accepted"
     if state.predicted is not None:
         yield from speed_facts(state.predicted, label="planned")
     if state.starts > 1:

@@ -47,7 +47,7 @@ def test_one_pool_is_shown_with_what_was_measured(
     assert " ".join(lines[4].split()) == "vengeance 40 22.0 GiB 21.9 GiB (-0.5 %) is head"
     assert " ".join(lines[5].split()).startswith("iceland 41 22.0 GiB 22.3 GiB (+1.4 %) 41 ms through this machine")
     assert "measured   10.8 tokens/s for one stream" in lines
-    assert "draft      68 % of the draft model's tokens were accepted" in lines
+    assert "draft      68 % of the proposed tokens were accepted" in lines
     assert "planned    11.2 tokens/s for one stream, 38.0 for 4 together" in lines
 
 
