@@ -108,8 +108,7 @@ class HostPrograms:
 
     ``build`` is llama-server's version by its own words (``10434 (7e4c0a9)``), ``rpc`` the version of the protocol that
     ggml-rpc-server speaks; ``None``: unknown. ``server_folder`` and ``rpc_folder`` have their libraries. ``devices``
-    are the GPUs, or the CPU of a host without one. Something
-    listens on ``used_ports``.
+    are the GPUs, or the CPU of a host without one. Something listens on ``used_ports``.
     """
 
     node: str
@@ -130,9 +129,12 @@ class HostPrograms:
     @property
     def gpus(self) -> tuple[ProgramDevice, ...]:
         """The GPUs, in the order of nvidia-smi. A program built for CUDA and Vulkan lists each GPU twice: the first
-        kind counts. A library such as BLAS is listed as a device without memory."""
+        kind counts. A library such as BLAS is listed as a device without memory. Vulkan also lists the GPU of the
+        mainboard, which nvidia-smi does not know."""
         devices = [device for device in self.devices if not device.is_cpu and device.total_bytes]
-        return tuple(device for device in devices if device.kind == devices[0].kind)
+        same_kind = tuple(device for device in devices if device.kind == devices[0].kind)
+        named_nvidia = tuple(device for device in same_kind if "NVIDIA" in device.description)
+        return named_nvidia or same_kind
 
     @property
     def version(self) -> str:

@@ -37,7 +37,7 @@ def advice_if_too_large(
         yield "It would fit without the draft model."
     hosts = gather_hosts(spec, offers, paths, draft_bytes=draft_bytes, unload=spec.unload)
     if spec.split is not None and fits_on_all(model, hosts):
-        yield "It would fit without split:."
+        yield "It would fit with the split that the plan finds: leave `split` out."
         return
     yield from describe_what_fits(spec, model.shape, hosts)
 

@@ -138,6 +138,14 @@ def test_a_gpu_that_is_listed_twice_counts_once() -> None:
     assert [device.name for device in HostPrograms("iceland", devices=devices).gpus] == ["CUDA0", "CUDA1"]
 
 
+def test_a_gpu_that_nvidia_smi_does_not_know_is_left_out() -> None:
+    names = {"Vulkan0": "Intel(R) UHD Graphics 770", "Vulkan1": "NVIDIA GeForce RTX 4090"}
+    devices = tuple(ProgramDevice(name, description, GIB, 0) for name, description in names.items())
+    assert [device.name for device in HostPrograms("iceland", devices=devices).gpus] == ["Vulkan1"]
+    tesla = (ProgramDevice("CUDA0", "Tesla T4", GIB, 0),)
+    assert HostPrograms("iceland", devices=tesla).gpus == tesla
+
+
 def test_versions_are_compared_by_protocol_and_else_by_build() -> None:
     base = HostPrograms("iceland", build="10434 (7e4c0a9)", rpc=(5, 0, 0))
     for other in (

@@ -273,7 +273,7 @@ def test_a_written_split_that_is_too_much_names_the_member() -> None:
         r"missing\.",
         plan.problems[0],
     )
-    assert plan.advice == ("It would fit without split:.",)
+    assert plan.advice == ("It would fit with the split that the plan finds: leave `split` out.",)
 
 
 def test_a_written_split_for_a_member_that_cannot_take_part_is_refused() -> None:
