@@ -41,6 +41,7 @@ _SECRET_KEYS = {
 }
 # Keys that other programs use, and our key for the same setting.
 _SYNONYMS = {
+    "name": "node",  # of a pool
     "hostname": "host",
     "address": "host",
     "ip": "host",

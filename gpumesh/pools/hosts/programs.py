@@ -178,7 +178,14 @@ async def find_programs(
     when the host does not answer in time, or runs no POSIX shell.
     """
     argv = ("sh", "-c", _FIND_SCRIPT, "gpumesh-find", llama_cpp_dir or "")
-    result = await route.exec(argv, timeout_s=timeout_s, limit_bytes=OUTPUT_BYTES)
+    try:
+        result = await route.exec(argv, timeout_s=timeout_s, limit_bytes=OUTPUT_BYTES)
+    except ExecError as error:
+        raise ExecError(
+            f"looking for llama.cpp on {node} failed: {error.message}",
+            hint=error.hint or f"{LLAMA_SERVER} or {RPC_SERVER} may hang there, when it is asked for its version",
+            node=node,
+        ) from error
     programs = read_programs(result.stdout, node, looked_in=llama_cpp_dir)
     if programs is None:
         text = printable(result.stdout[-300:] or result.stderr[-300:])

@@ -147,6 +147,11 @@ def test_all_problems_are_reported_at_once() -> None:
     ]
 
 
+def test_name_as_in_nodes_is_understood() -> None:
+    found = problems(text("name: big, model: m, nodes: [{name: local, memory: 20GiB}]"))
+    assert any(line.endswith(".nodes[0].name: unknown key 'name'; did you mean node?") for line in found), found
+
+
 def test_pools_are_a_list() -> None:
     assert problem(f"{NODES}pools:\n  big: {{model: m, nodes: [local]}}\n").endswith(
         "pools: pools are a list: write `- name: big`"
