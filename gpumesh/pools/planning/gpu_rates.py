@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from gpumesh.pools.base import SpeedForecast
-
 # GB/s by the name that nvidia-smi shows, without "NVIDIA ". A laptop's GPU has another name, and another bandwidth.
 _GDDR_GB_PER_S = {
     "GeForce RTX 5090": 1792,
@@ -95,8 +93,6 @@ _HBM_GB_PER_S = {
 GDDR_SHARE = 0.75
 HBM_SHARE = 0.45
 MOST_BYTES_PER_S = 1.25e12
-# If the computing takes less than this part of the ways' time, an error in the round trip decides about the result.
-LEAST_COMPUTE_SHARE = 0.25
 
 
 def find_bytes_per_s(device_name: str) -> float | None:
@@ -120,17 +116,3 @@ def learn_bytes_per_s(model_bytes: Mapping[str, int], token_s: Mapping[str, floa
     """
     rates = [size / seconds for model, size in model_bytes.items() if (seconds := token_s.get(model)) and size > 0]
     return max(rates, default=None)
-
-
-def learn_from_pool(predicted: SpeedForecast, tokens_per_s: float) -> float | None:
-    """By what the ``bytes_per_s`` of a pool's devices must be multiplied, so that its forecast is as measured.
-
-    ``tokens_per_s``: the measured rate of one stream, without a draft model. ``None`` if the ways alone explain it, so
-    that the devices' rate cannot be told.
-    """
-    if tokens_per_s <= 0 or predicted.compute_ms <= 0:
-        return None
-    compute_ms = 1000 / tokens_per_s - predicted.round_trips_ms
-    if compute_ms < LEAST_COMPUTE_SHARE * predicted.round_trips_ms:
-        return None
-    return predicted.compute_ms / compute_ms

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from gpumesh.pools.base import DeviceOffer, DeviceShare, MemberPlan, ModelShape, PathKind, SpeedForecast, WorkerPath
-from gpumesh.pools.planning.gpu_rates import find_bytes_per_s, learn_bytes_per_s, learn_from_pool
+from gpumesh.pools.planning.gpu_rates import find_bytes_per_s, learn_bytes_per_s
 from gpumesh.pools.planning.rpc_traffic import estimate_step
 from gpumesh.pools.planning.speed import forecast_load, forecast_prompt_way_s, forecast_speed
 
@@ -184,10 +184,3 @@ def test_what_a_host_has_decoded_tells_its_bandwidth() -> None:
     sizes = {"small": 1_000 * MB, "large": 4_000 * MB, "unused": 9_000 * MB}
     assert learn_bytes_per_s(sizes, {"small": 0.05, "large": 0.1, "gone": 0.1}) == 40e9
     assert learn_bytes_per_s(sizes, {"small": None}) is None
-
-
-def test_a_pools_own_rate_corrects_that_of_its_devices() -> None:
-    predicted = forecast(pool())
-    slower = 1000 / (2 * predicted.compute_ms + predicted.round_trips_ms)
-    assert learn_from_pool(predicted, slower) == pytest.approx(0.5)
-    assert learn_from_pool(predicted, 1000 / predicted.round_trips_ms) is None

@@ -17,26 +17,23 @@ def drawn(plan: PoolPlan, width: int, monkeypatch: pytest.MonkeyPatch, capsys: p
 
 
 def test_a_plan_that_fits(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    out = drawn(samples.plan(), 80, monkeypatch, capsys)
-    assert out.splitlines() == [
-        "● big  llama3.3:70b  fits",
-        "",
-        "NODE       DEVICE    LAYERS            MEMORY         NEEDS  MAY TAKE  TO HEAD",
-        "─" * 78,
-        "vengeance  RTX 4090  ░░░░░█████ 41-80  ██████▓▒░x  21.3 GiB  22.5 GiB  is head",
-        "iceland    RTX 4090  █████░░░░░ 0-40   ██████▓▒░x  21.8 GiB  22.5 GiB    41 ms",
-        "█ weights  ▓ KV cache  ▒ compute  ░ free  x other programs",
-        "",
-        "model      Q4_K_M, 70.6 B parameters, 80 layers, 39.6 GiB, trained for 131072",
-        "           tokens",
-        "context    16384 tokens, 4 streams at once, KV cache q8_0",
-        "load       in about 6m; 20.0 GiB go to iceland, at the first time",
-        "speed      11.2 tokens/s for one stream, 38.0 for 4 together",
-        "           of the 89 ms for a token, 48 ms are round trips",
-        "           19.3 tokens/s for one stream with a draft model, if 70 % of its",
-        "           tokens are accepted",
-        "draft      Llama 3.2 1B, 1.2 GiB, on the head",
-        "",
+    # Without the blanks: older versions of rich give the last columns of a table another width.
+    lines = [" ".join(line.split()) for line in drawn(samples.plan(), 80, monkeypatch, capsys).splitlines()]
+    assert [line for line in lines if line.strip("─")] == [
+        "● big llama3.3:70b fits",
+        "NODE DEVICE LAYERS MEMORY NEEDS MAY TAKE TO HEAD",
+        "vengeance RTX 4090 ░░░░░█████ 41-80 ██████▓▒░x 21.3 GiB 22.5 GiB is head",
+        "iceland RTX 4090 █████░░░░░ 0-40 ██████▓▒░x 21.8 GiB 22.5 GiB 41 ms",
+        "█ weights ▓ KV cache ▒ compute ░ free x other programs",
+        "model Q4_K_M, 70.6 B parameters, 80 layers, 39.6 GiB, trained for 131072",
+        "tokens",
+        "context 16384 tokens, 4 streams at once, KV cache q8_0",
+        "load in about 6m; 20.0 GiB go to iceland, at the first time",
+        "speed 11.2 tokens/s for one stream, 38.0 for 4 together",
+        "of the 89 ms for a token, 48 ms are round trips",
+        "19.3 tokens/s for one stream with a draft model, if 70 % of its",
+        "tokens are accepted",
+        "draft Llama 3.2 1B, 1.2 GiB, on the head",
         "→ one node alone, vengeance with Q2_K (23.1 GiB), would be faster: 31 tokens/s",
     ]
 
