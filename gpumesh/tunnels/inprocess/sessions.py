@@ -118,6 +118,18 @@ def _send_while_open(channel: Any, message: paramiko.Message) -> None:
                 return
 
 
+def close_channel(channel: Any) -> None:
+    """Closes a channel whose pipe was made (``fileno``).
+
+    ``Channel.close`` closes both ends of the pipe. Output that comes meanwhile is written to the pipe by paramiko's
+    thread, which ends the whole connection at an error (EPIPE, for a command that writes without end). So first the
+    buffers forget the pipe: ``set_event`` waits for a write that is under way.
+    """
+    for buffer in (channel.in_buffer, channel.in_stderr_buffer):
+        buffer.set_event(blocking.ThreadEvent())
+    channel.close()
+
+
 class SessionCommand:
     """A command on the host; see ``transport.RemoteCommand``. ``ends_with_input``: the command ends when its
     session's input ends.
@@ -168,13 +180,12 @@ class SessionCommand:
     async def kill(self) -> None:
         """Ends the command and closes its channel."""
         if self._channel.closed:
-            self._channel.close()  # closes the channel's pipe, which paramiko keeps open for late readers
+            close_channel(self._channel)  # closes the channel's pipe, which paramiko keeps open for late readers
             return
         with contextlib.suppress(TimeoutError, paramiko.SSHException, EOFError, OSError):
             async with asyncio.timeout(KILL_TIMEOUT_S):
                 # The close ends the command's input. A command that does not end with its input needs a signal.
-                close_function = self._channel.close if self._ends_with_input else self._signal_and_close
-                await blocking.run_in_thread(close_function)
+                await blocking.run_in_thread(self._close if self._ends_with_input else self._signal_and_close)
 
     async def _ensure_connected(self) -> None:
         """Raises ExecError if the connection broke before the command ended.
@@ -203,6 +214,9 @@ class SessionCommand:
         finally:
             loop.remove_reader(self._fd)
 
+    def _close(self) -> None:
+        close_channel(self._channel)
+
     def _signal_and_close(self) -> None:
         """Asks sshd to kill the command, and closes the channel.
 
@@ -217,4 +231,4 @@ class SessionCommand:
         message.add_boolean(False)  # no answer wanted, as RFC 4254 demands for a signal
         message.add_string("KILL")
         _send_while_open(self._channel, message)
-        self._channel.close()
+        close_channel(self._channel)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from pathlib import Path
+from typing import Any
 
+import paramiko
 import pytest
 
 from gpumesh.errors import ExecError
 from gpumesh.tunnels.inprocess.connection import ParamikoConnection, connect
+from gpumesh.tunnels.inprocess.sessions import close_channel
 from gpumesh.tunnels.transport import ConnectRequest
 from tests.tunnels.inprocess.connecting import connected, read_first_output, run_command
 from tests.tunnels.polling import alive, wait_until
@@ -17,6 +21,22 @@ from tests.tunnels.sshd import Sshd, needs_sshd, serving
 from tests.tunnels.traffic import echo, exchange
 
 pytestmark = [pytest.mark.real, needs_sshd]
+
+
+def test_output_that_comes_during_the_close_is_written_nowhere() -> None:
+    """paramiko's thread would write it to a pipe without a reader, and end the connection at the error."""
+    channel: Any = paramiko.Channel(1)
+    reader = channel.fileno()
+    pipe = channel._pipe
+
+    def close_with_output_in_between() -> None:
+        os.close(reader)
+        channel.in_buffer.feed(b"more")
+        channel.in_stderr_buffer.feed(b"more")
+        os.close(pipe._wfd)
+
+    pipe.close = close_with_output_in_between
+    close_channel(channel)
 
 
 async def end(connection: ParamikoConnection, command: str) -> int | None:
