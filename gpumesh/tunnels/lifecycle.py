@@ -28,6 +28,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from gpumesh.state import TunnelPhase, TunnelState
+from gpumesh.tunnels.backoff import backoff_delay_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,23 +251,14 @@ def _fail(life: Lifecycle, cause: Cause, now: float, jitter: float, timing: Retr
         failures = 0 if was_stable else life.failures + 1  # 0: the next attempt comes at once
         is_eager = life.eager_until is not None and now < life.eager_until
         max_backoff_s = timing.eager_max_backoff_s if is_eager else timing.max_backoff_s
-        delay_s = _backoff_delay_s(failures, jitter, max_backoff_s, timing)
+        delay_s = backoff_delay_s(
+            failures,
+            jitter,
+            initial_backoff_s=timing.initial_backoff_s,
+            max_backoff_s=max_backoff_s,
+            immediate_retry_s=timing.immediate_retry_s,
+        )
     return replace(life, phase=phase, since=now, failures=failures, cause=cause, retry_at=now + delay_s)
-
-
-def _backoff_delay_s(failures: int, jitter: float, max_backoff_s: float, timing: RetryTiming) -> float:
-    """Seconds until the next attempt: an interval that doubles with each failure, times 0.5 to 1.5 (by ``jitter``).
-
-    The result is between ``initial_backoff_s`` and ``max_backoff_s``. With no failure, which means that a stable
-    connection broke, the result is at most ``immediate_retry_s``. Jitter keeps nodes that were lost together from
-    coming back at the same moment.
-    """
-    if failures == 0:
-        return timing.immediate_retry_s * jitter
-    doublings = min(failures - 1, 32)  # a limit, because after a long outage 2.0 ** 2000 would overflow
-    interval_s = min(timing.initial_backoff_s * 2.0**doublings, max_backoff_s)
-    spread_interval_s = interval_s * (0.5 + jitter)
-    return min(max_backoff_s, max(timing.initial_backoff_s, spread_interval_s))
 
 
 def _react_to_environment(

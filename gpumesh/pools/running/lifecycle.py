@@ -19,6 +19,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from gpumesh.pools.base import PoolPhase
+from gpumesh.tunnels.backoff import backoff_delay_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,14 +209,11 @@ def _after_end(life: PoolLife, now: float, jitter: float, timing: RestartTiming)
         return replace(life, phase=PoolPhase.FAILED, failures=life.failures + 1)
     was_stable = ready_since is not None and now - ready_since >= timing.stable_s
     failures = 0 if was_stable else life.failures + 1
-    retry_at = now + _backoff_s(failures, jitter, timing)
-    return replace(life, phase=PoolPhase.BACKOFF, failures=failures, retry_at=retry_at)
-
-
-def _backoff_s(failures: int, jitter: float, timing: RestartTiming) -> float:
-    """Seconds until the next start: an interval that doubles with each failure, times 0.5 to 1.5 (by ``jitter``)."""
-    if failures == 0:
-        return timing.immediate_retry_s * jitter
-    doublings = min(failures - 1, 32)  # a limit, because after a long outage 2.0 ** 2000 would overflow
-    interval_s = min(timing.initial_backoff_s * 2.0**doublings, timing.max_backoff_s)
-    return min(timing.max_backoff_s, max(timing.initial_backoff_s, interval_s * (0.5 + jitter)))
+    delay_s = backoff_delay_s(
+        failures,
+        jitter,
+        initial_backoff_s=timing.initial_backoff_s,
+        max_backoff_s=timing.max_backoff_s,
+        immediate_retry_s=timing.immediate_retry_s,
+    )
+    return replace(life, phase=PoolPhase.BACKOFF, failures=failures, retry_at=now + delay_s)
