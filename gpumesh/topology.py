@@ -13,7 +13,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from gpumesh.pool_spec import PoolSpec
-from gpumesh.text.addresses import format_address
+from gpumesh.text.addresses import format_address, is_loopback
 
 
 class TransportKind(StrEnum):
@@ -255,6 +255,11 @@ class NodeSpec:
     tier: int = 1
     eur_per_hour: float | None = None
     pool_members: tuple[str, ...] = ()
+
+    @property
+    def has_host(self) -> bool:
+        """Whether programs can be run on its host: over SSH, or because it is this machine."""
+        return self.ssh is not None or any(is_loopback(target.host) for target in self.backend.targets)
 
 
 @dataclass(frozen=True, slots=True)

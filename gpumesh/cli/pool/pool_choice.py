@@ -10,7 +10,6 @@ from gpumesh.config.value_parsers import format_size, parse_pool_model, parse_si
 from gpumesh.errors import UsageError, unknown_node, unknown_pool
 from gpumesh.pool_spec import KvType, PoolMember, PoolSpec, is_model_path
 from gpumesh.state import BackendPhase, MeshState
-from gpumesh.text.addresses import is_loopback
 from gpumesh.text.model_names import full_name
 from gpumesh.text.quoting import yaml_text
 from gpumesh.topology import NodeSpec, Topology
@@ -125,8 +124,7 @@ class PlanRequest:
 
 def can_run_programs(node: NodeSpec) -> bool:
     """Whether a pool can use the node: its host is reached by SSH or is this machine, and it is no pool itself."""
-    is_here = node.ssh is None and any(is_loopback(target.host) for target in node.backend.targets)
-    return node.enabled and not node.pool_members and (node.ssh is not None or is_here)
+    return node.enabled and not node.pool_members and node.has_host
 
 
 def find_owners(model: str, state: MeshState) -> set[str]:

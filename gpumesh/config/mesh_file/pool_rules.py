@@ -14,7 +14,6 @@ from gpumesh.config.mesh_file.model_rules import describe_unknown_node, entries
 from gpumesh.config.mesh_file.yaml_tree import Fault, KeyPath
 from gpumesh.config.value_parsers import NAME_PATTERN
 from gpumesh.pool_spec import PoolSpec
-from gpumesh.text.addresses import is_loopback
 from gpumesh.topology import NodeSpec
 
 BrokenRule = tuple[KeyPath, str]  # the path of the key, and a message
@@ -101,9 +100,7 @@ def find_nodes_without_host(pools: Sequence[PoolSpec], nodes: Sequence[NodeSpec]
     specs = {node.name: node for node in nodes}
     for pool_index, pool in enumerate(pools):
         for member_index, member in enumerate(pool.members):
-            node = specs[member.node]
-            is_here = any(is_loopback(target.host) for target in node.backend.targets)
-            if node.ssh is None and not is_here:
+            if not specs[member.node].has_host:
                 message = (
                     f"{quote_value(member.node)} is known by its URL alone, and a pool starts programs on its hosts: "
                     "give the node an `ssh`"

@@ -86,9 +86,10 @@ class Fleet:
             for candidate in self.candidates()
         ]
         error = no_node_error(candidates, demand)
-        away = None if demand.model is None else self.pools_away.get(full_name(demand.model))
-        if away is not None and demand.model is not None and not self.lists_model(demand.model):
-            return NoNodeError(away, hint="`gpumesh pool status` shows it, and what it waits for")
+        if demand.model is not None:
+            away = self.pools_away.get(full_name(demand.model))
+            if away is not None and not self.lists_model(demand.model):
+                return NoNodeError(away, hint="`gpumesh pool status` shows it, and what it waits for")
         if type(error) is not NoNodeError:  # ModelMissing: that no usable node has the model is the whole reason
             return error
         allowed = [candidate for candidate in candidates if allows_node(demand, candidate.name)]

@@ -168,8 +168,8 @@ def llama_server_argv(
     argv += ["-ctk", plan.kv_type.value, "-ctv", plan.kv_type.value]
     argv += ["-fit", "off", "-sm", "layer", "-ngl", str(sum(layers))]
     if workers:
-        by_node = {worker.node: worker.endpoint for worker in workers}
-        argv += ["--rpc", ",".join(by_node[member.node] for member in plan.workers)]
+        endpoints = endpoints_by_node(workers)
+        argv += ["--rpc", ",".join(endpoints[member.node] for member in plan.workers)]
     argv += ["--device", ",".join(name for name, _share in devices) or "none"]
     if len(devices) > 1:
         argv += ["-ts", ",".join(map(str, layers))]
@@ -203,5 +203,10 @@ def head_devices(plan: PoolPlan, programs: HostPrograms) -> tuple[tuple[str, Dev
 
 
 def endpoints_by_node(workers: Sequence[WorkerAddress]) -> Mapping[str, str]:
+    """The endpoint of each worker, by its node."""
+    return {worker.node: worker.endpoint for worker in workers}
+
+
+def nodes_by_endpoint(workers: Sequence[WorkerAddress]) -> Mapping[str, str]:
     """The node of each worker, by its endpoint as llama-server's log names it."""
     return {worker.endpoint: worker.node for worker in workers}

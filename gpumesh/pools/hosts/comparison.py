@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from gpumesh.pools.base import DeviceShare, PoolPlan
 from gpumesh.pools.hosts.buffer_places import BufferPlace
-from gpumesh.pools.hosts.commands import WorkerAddress, device_name, used_shares
+from gpumesh.pools.hosts.commands import WorkerAddress, device_name, endpoints_by_node, used_shares
 from gpumesh.pools.hosts.head_log import BufferKind, HeadLog
 from gpumesh.pools.hosts.programs import HostPrograms
 
@@ -30,7 +30,7 @@ def compare_with_plan(
     """
     buffers = log.buffers()
     problems: list[str] = []
-    endpoints = {worker.node: worker.endpoint for worker in workers}
+    endpoints = endpoints_by_node(workers)
     for member in plan.workers:
         endpoint = endpoints[member.node]
         if not any(place.endpoint == endpoint for place, _kind in buffers):

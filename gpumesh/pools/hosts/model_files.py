@@ -16,7 +16,7 @@ from gpumesh.pool_spec import is_model_path
 from gpumesh.pools.base import ModelShape
 from gpumesh.pools.gguf.errors import GgufError
 from gpumesh.pools.gguf.header import NeedsMore, parse_header
-from gpumesh.pools.hosts.route import HostRoute
+from gpumesh.pools.hosts.route import HostRoute, is_host_path
 from gpumesh.text.printable import printable
 from gpumesh.tunnels.blocking import run_in_thread
 
@@ -24,7 +24,6 @@ TIMEOUT_S = 60.0  # for one piece of the header, also over a slow line
 FIRST_BYTES = 1 << 20
 MAX_HEADER_BYTES = 64 << 20
 MAX_MANIFEST_BYTES = 1 << 20
-MAX_PATH_LENGTH = 1024
 
 _MARK = b"@gpumesh@"
 # $1: the path; $2: how many bytes of the file's start. First comes a line with the file's size, and its path without
@@ -106,7 +105,7 @@ async def _read_start(
         raise PoolModelMissing(f"there is no file {shown} on {node}", node=node)
     if words[1] == "unreadable":
         raise PoolModelMissing(f"{shown} on {node} is no file that may be read", node=node)
-    if len(words) < 4 or not words[2].isdigit() or len(words[2]) > 18 or not _is_path(words[3]):
+    if len(words) < 4 or not words[2].isdigit() or len(words[2]) > 18 or not is_host_path(words[3]):
         raise PoolModelMissing(f"{shown} on {node} is at a place that gpumesh cannot name", node=node)
     if words[1] == "gzip":
         data = await run_in_thread(_unpack, data, blocks * 65536, node)
@@ -121,10 +120,6 @@ def _unpack(data: bytes, limit: int, node: str) -> bytes:
         raise ExecError(f"the header of the model on {node} came broken: {error}", node=node) from error
 
 
-def _is_path(text: str) -> bool:
-    return text.startswith("/") and text.isprintable() and len(text) <= MAX_PATH_LENGTH
-
-
 async def find_ollama_blob(route: HostRoute, model: str, *, node: str, timeout_s: float = TIMEOUT_S) -> str:
     """The path of the file with the weights of a model that the host's Ollama has. Raises as ``read_model``."""
     manifest_path = make_manifest_path(model)
@@ -135,7 +130,7 @@ async def find_ollama_blob(route: HostRoute, model: str, *, node: str, timeout_s
     start = result.stdout.find(_MARK)
     line, _, manifest = result.stdout[max(start, 0) :].partition(b"\n")
     folder = line.removeprefix(_MARK).decode("utf-8", "replace").strip()
-    if start < 0 or (folder != "missing" and not _is_path(folder)):
+    if start < 0 or (folder != "missing" and not is_host_path(folder)):
         raise ExecError(f"{node} did not run the script that looks for Ollama's models", node=node)
     if folder == "missing":
         raise PoolModelMissing(

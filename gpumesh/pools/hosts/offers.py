@@ -8,7 +8,7 @@ from gpumesh.pool_spec import PoolMember
 from gpumesh.pools.base import DeviceOffer, HostOffer
 from gpumesh.pools.hosts.programs import HostPrograms
 from gpumesh.probes.nvidia_smi import GpuReport
-from gpumesh.state import GpuState, LoadedModel
+from gpumesh.state import GpuState, LoadedModel, free_mib
 
 MIB = 1 << 20
 
@@ -72,22 +72,13 @@ def _offer_gpus(
             name=gpu.name,
             index=gpu.index,
             total_bytes=None if gpu.memory_total_mib is None else gpu.memory_total_mib * MIB,
-            free_bytes=_free_mib(gpu) * MIB,
+            free_bytes=(free_mib(gpu) or 0) * MIB,  # unknown: a GPU with memory of the host's own
             bytes_per_s=find_bandwidth(gpu.name),
             held_by_others=_held_by_ollama_mib(gpu, gpus, loaded) * MIB,
         )
         for gpu in sorted(gpus, key=lambda gpu: gpu.index)
     )
     return HostOffer(node, devices, limit_bytes)
-
-
-def _free_mib(gpu: GpuState) -> int:
-    """The free memory; 0 if nvidia-smi does not tell (a GPU with memory of the host's own)."""
-    if gpu.memory_free_mib is not None:
-        return gpu.memory_free_mib
-    if gpu.memory_total_mib is not None and gpu.memory_used_mib is not None:
-        return max(gpu.memory_total_mib - gpu.memory_used_mib, 0)
-    return 0
 
 
 def _held_by_ollama_mib(gpu: GpuState, gpus: Sequence[GpuState], loaded: Sequence[LoadedModel]) -> int:

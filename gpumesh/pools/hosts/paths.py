@@ -56,32 +56,27 @@ class _EchoProgram:
         self._clock = clock
 
     async def turn(self, count: int = 0) -> float:
-        started_at = self._clock()
-        await self._stream.write(b"turns %d\n" % count)
-        await self._read_answer()
-        return self._clock() - started_at
+        return await self._measure(b"turns %d\n" % count)
 
     async def tell_up(self, count: int) -> float:
         """The other end sends ``count`` bytes to an end behind it."""
-        started_at = self._clock()
-        await self._stream.write(b"up %d\n" % count)
-        await self._read_answer()
-        return self._clock() - started_at
+        return await self._measure(b"up %d\n" % count)
 
     async def send_up(self, count: int) -> float:
         """We send ``count`` bytes to the other end."""
-        started_at = self._clock()
-        await self._stream.write(b"up %d\n" % count)
-        for _ in range(count // len(_PIECE)):
-            await self._stream.write(_PIECE)
-        await self._read_answer()
-        return self._clock() - started_at
+        return await self._measure(b"up %d\n" % count, sent=count)
 
     async def fetch_down(self, count: int) -> float:
         """The other end sends ``count`` bytes to us."""
+        return await self._measure(b"down %d\n" % count, fetched=count)
+
+    async def _measure(self, command: bytes, *, sent: int = 0, fetched: int = 0) -> float:
+        """The seconds from the command, with ``sent`` bytes after it, to the answer, with ``fetched`` bytes before."""
         started_at = self._clock()
-        await self._stream.write(b"down %d\n" % count)
-        await self._read_answer(count)
+        await self._stream.write(command)
+        for _ in range(sent // len(_PIECE)):
+            await self._stream.write(_PIECE)
+        await self._read_answer(fetched)
         return self._clock() - started_at
 
     async def wait_ready(self) -> None:
@@ -90,7 +85,7 @@ class _EchoProgram:
         while ready not in output:
             output = output[-len(ready) :] + await self._read()
 
-    async def _read_answer(self, count: int = 0) -> None:
+    async def _read_answer(self, count: int) -> None:
         """Reads ``count`` bytes and the line "k". Raises ExecError when the script has ended."""
         missing = count + len(b"k\n")
         while missing > 0:

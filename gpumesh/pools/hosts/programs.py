@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from gpumesh.errors import ExecError, PoolProgramMissing, PoolVersionsDiffer
-from gpumesh.pools.hosts.route import HostRoute
+from gpumesh.pools.hosts.route import HostRoute, is_host_path
 from gpumesh.text.printable import printable
 from gpumesh.text.quoting import paste_command
 
@@ -22,7 +22,6 @@ LLAMA_SERVER = "llama-server"
 RPC_SERVER = "ggml-rpc-server"
 TIMEOUT_S = 30.0  # a CUDA program needs some seconds for its first look at the GPUs
 OUTPUT_BYTES = 256 << 10
-MAX_PATH_LENGTH = 1024
 MAX_DEVICES = 64
 MAX_MIB = 1 << 24
 
@@ -216,7 +215,7 @@ def read_programs(output: bytes, node: str, *, looked_in: str | None = None) -> 
         build=printable(build["version"]) if build else None,
         rpc=(int(rpc[1]), int(rpc[2]), int(rpc[3])) if rpc else None,
         devices=devices,
-        home=home if _is_path(home) else None,
+        home=home if is_host_path(home) else None,
         cores=int(cores) if cores.isascii() and cores.isdigit() and 0 < len(cores) < 5 else None,
         memory_total_bytes=memory.get("MemTotal"),
         memory_free_bytes=memory.get("MemAvailable"),
@@ -248,16 +247,11 @@ def _first_line(part: _Part | None) -> str | None:
 
 def _read_program(part: _Part | None) -> tuple[str | None, str | None, list[str]]:
     """A program's path, the folder of the file that the path leads to, and the lines that the program wrote."""
-    if part is None or not _is_path(part[0]):
+    if part is None or not is_host_path(part[0]):
         return None, None, []
     path, lines = part
-    target = lines[0] if lines and _is_path(lines[0]) else path
+    target = lines[0] if lines and is_host_path(lines[0]) else path
     return path, target.rpartition("/")[0] or "/", lines[1:]
-
-
-def _is_path(text: str | None) -> bool:
-    """Whether the text is an absolute path that can be shown to a person as it is."""
-    return text is not None and text.startswith("/") and text.isprintable() and len(text) <= MAX_PATH_LENGTH
 
 
 def _search(pattern: re.Pattern[str], lines: Iterable[str]) -> re.Match[str] | None:

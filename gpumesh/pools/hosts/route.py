@@ -8,6 +8,8 @@ from typing import Protocol
 from gpumesh.tunnels.base import ExecResult
 from gpumesh.tunnels.base import ProgramStream as ProgramStream  # noqa: PLC0414 - a part of this interface
 
+MAX_PATH_LENGTH = 1024
+
 
 class HostRoute(Protocol):
     """The way to one host; see ``tunnels.base.Tunnel``."""
@@ -17,3 +19,8 @@ class HostRoute(Protocol):
     ) -> ExecResult: ...
 
     async def open_program(self, argv: Sequence[str]) -> ProgramStream: ...
+
+
+def is_host_path(text: str | None) -> bool:
+    """Whether what a host has written is an absolute path that can be shown to a person as it is."""
+    return text is not None and text.startswith("/") and text.isprintable() and len(text) <= MAX_PATH_LENGTH

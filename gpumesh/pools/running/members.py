@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from gpumesh import config
 from gpumesh.errors import ExecError, GPUMeshError, PoolMemberUnusable, TunnelDown, TunnelError, tunnel_error_from_code
 from gpumesh.mesh.mesh import Mesh
 from gpumesh.pool_spec import PoolMember, PoolSpec
@@ -60,7 +59,7 @@ def _find_tunnel(mesh: Mesh, node: NodeSpec | None, name: str) -> Tunnel:
         )
     if not node.enabled:
         raise PoolMemberUnusable(f"{name} is disabled in mesh.yaml", hint=f"set `enabled: true` for {name}", node=name)
-    if node.ssh is None and not any(config.is_loopback(target.host) for target in node.backend.targets):
+    if not node.has_host:
         raise PoolMemberUnusable(
             f"{name} is another machine that is reached without SSH, so nothing can be started there",
             hint=f"give {name} an `ssh:` section in mesh.yaml",

@@ -18,7 +18,7 @@ from gpumesh.event_loop.async_iterators import closing_iterator
 from gpumesh.mesh.mesh import Mesh
 from gpumesh.pool_spec import NGRAM_DRAFT
 from gpumesh.pools.base import MemberPlan
-from gpumesh.pools.hosts.commands import LOOPBACK, WorkerAddress, endpoints_by_node, llama_server_argv, rpc_server_argv
+from gpumesh.pools.hosts.commands import LOOPBACK, WorkerAddress, llama_server_argv, nodes_by_endpoint, rpc_server_argv
 from gpumesh.pools.hosts.guarded_program import GuardedProgram, run_guarded
 from gpumesh.pools.hosts.head_log import HeadLog
 from gpumesh.pools.hosts.route import HostRoute
@@ -203,7 +203,7 @@ class HeadPart(Part):
         )
         self._port = port
         self._reverse_forwards = tuple(reverse_forwards)
-        self.log = HeadLog(endpoints_by_node(workers))
+        self.log = HeadLog(nodes_by_endpoint(workers))
         self._load_silence_s = max(LOAD_SILENCE_S, SLOWEST_LOAD * (prepared.plan.load_s or 0.0))
         self._silence = SilenceLimit()
 

@@ -229,14 +229,14 @@ def check_programs(plan: PoolPlan, hosts: PoolHosts) -> None:
 # -- asking several hosts at once ------------------------------------------------------------------------------------
 
 
-async def _attempt(work: Awaitable[ModelFile]) -> ModelFile | GPUMeshError:
+async def _attempt(work: Awaitable[T]) -> T | GPUMeshError:
     try:
         return await work
     except GPUMeshError as error:
         return error
 
 
-def _require(result: ModelFile | GPUMeshError) -> ModelFile:
+def _require(result: T | GPUMeshError) -> T:
     if isinstance(result, GPUMeshError):
         raise result
     return result
@@ -246,14 +246,7 @@ async def _gather(
     hosts: Mapping[str, MemberHost], ask: Callable[[MemberHost], Awaitable[T]]
 ) -> dict[str, T | GPUMeshError]:
     """The answers of all hosts, by node; the error of a host that gives none."""
-
-    async def ask_host(host: MemberHost) -> T | GPUMeshError:
-        try:
-            return await ask(host)
-        except GPUMeshError as error:
-            return error
-
-    answers = await asyncio.gather(*(ask_host(host) for host in hosts.values()))
+    answers = await asyncio.gather(*(_attempt(ask(host)) for host in hosts.values()))
     return dict(zip(hosts, answers, strict=True))
 
 

@@ -7,14 +7,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpumesh.pools.hosts.buffer_places import BufferPlace
-from gpumesh.pools.hosts.commands import endpoints_by_node
+from gpumesh.pools.hosts.commands import nodes_by_endpoint
 from gpumesh.pools.hosts.comparison import compare_with_plan
 from gpumesh.pools.hosts.head_log import BufferKind, HeadLog
 from tests.pools.hosts.head_logs import DRAFT, LOADED, MIB, READY, TIMING, WORKERS, head_programs, make_plan
 
 
 def read(*lines: str) -> HeadLog:
-    log = HeadLog(endpoints_by_node(WORKERS))
+    log = HeadLog(nodes_by_endpoint(WORKERS))
     for line in lines:
         log.feed(line)
     return log

@@ -15,7 +15,7 @@ import pytest
 from gpumesh.errors import PoolFailed
 from gpumesh.pool_spec import PoolMember, PoolSpec
 from gpumesh.pools.base import PathKind, PoolPlan, WorkerPath
-from gpumesh.pools.hosts.commands import WorkerAddress, endpoints_by_node, llama_server_argv, rpc_server_argv
+from gpumesh.pools.hosts.commands import WorkerAddress, llama_server_argv, nodes_by_endpoint, rpc_server_argv
 from gpumesh.pools.hosts.comparison import compare_with_plan
 from gpumesh.pools.hosts.guarded_program import GuardedProgram, run_guarded
 from gpumesh.pools.hosts.head_log import HeadLog
@@ -103,7 +103,7 @@ async def test_a_pool_is_loaded_as_planned(host: LocalRoute, model: Path) -> Non
     async with running_worker(host, plan, programs, worker_port) as worker:
         assert await ask_rpc_version("127.0.0.1", worker_port) == programs.rpc
         argv = llama_server_argv(plan, programs, model_path=str(model), workers=workers, port=port, alias="tiny")
-        log = HeadLog(endpoints_by_node(workers))
+        log = HeadLog(nodes_by_endpoint(workers))
         async with run_guarded(host, argv) as head:
             await follow(head, log)
             assert log.is_ready, (log.error, head.end)
@@ -121,7 +121,7 @@ async def test_a_worker_that_is_missing_is_named(host: LocalRoute, model: Path) 
     plan, programs, (worker_port, port, _) = await look(host, model)
     workers = (WorkerAddress("cellar", worker_port),)
     argv = llama_server_argv(plan, programs, model_path=str(model), workers=workers, port=port, alias="tiny")
-    log = await read_failure(host, argv, endpoints_by_node(workers))
+    log = await read_failure(host, argv, nodes_by_endpoint(workers))
     assert log.error is not None
     assert log.error.message == "the head cannot connect to the worker on cellar"
     assert compare_with_plan(plan, log, programs=programs, workers=workers)
@@ -131,7 +131,7 @@ async def test_a_worker_that_dies_is_named_by_the_head_and_by_its_own_end(host: 
     plan, programs, (worker_port, port, _) = await look(host, model)
     workers = (WorkerAddress("cellar", worker_port),)
     argv = llama_server_argv(plan, programs, model_path=str(model), workers=workers, port=port, alias="tiny")
-    log = HeadLog(endpoints_by_node(workers))
+    log = HeadLog(nodes_by_endpoint(workers))
     async with running_worker(host, plan, programs, worker_port) as worker, run_guarded(host, argv) as head:
         await follow(head, log)
         await worker.stop()
