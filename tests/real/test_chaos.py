@@ -9,6 +9,7 @@ load.
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import threading
 import time
@@ -45,14 +46,16 @@ def list_resources() -> tuple[int, int, list[str]]:
 
 
 def is_no_more(now: tuple[int, int, list[str]], before: tuple[int, int, list[str]]) -> bool:
-    """Whether nothing was added. It may be less: garbage of an earlier test may be collected meanwhile."""
-    return now[0] <= before[0] and now[1] <= before[1] and set(now[2]) <= set(before[2])
+    """Whether no descriptor was added, and the children and threads are the same. Descriptors may be fewer: an earlier
+    test's may be closed meanwhile."""
+    return now[0] <= before[0] and now[1:] == before[1:]
 
 
 @contextlib.asynccontextmanager
 async def leaving_nothing(folder: Path, runtime: Path, *, line: NetworkLine | None = None) -> AsyncIterator[FaultSetup]:
     """A setup. After it, nothing of the mesh may be left: no process, thread, descriptor or file."""
     warm_commands()  # of which the hosts are forks; it stays until this process ends
+    gc.collect()  # the garbage of an earlier test, which may hold descriptors, is not counted
     before = list_resources()
     async with fault_setup(folder, line=line) as setup:
         yield setup
