@@ -54,6 +54,11 @@ class ProgramEnd:
             return "cannot be started: the file may not be executed, or is for another kind of machine"
         return f"ended with status {status}"
 
+    def describe(self, reason: str | None = None) -> str:
+        """The same with the ``reason``; ``None``: with the last line of the output, if there is one."""
+        reason = reason or (self.last_lines[-1] if self.last_lines else None)
+        return f"{self}: {reason}" if reason else str(self)
+
 
 def _signal_name(number: int) -> str:
     try:

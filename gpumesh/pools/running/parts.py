@@ -7,10 +7,10 @@ one of them ends before, ``run`` raises the reason.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from gpumesh.errors import GPUMeshError, PoolError, PoolFailed, PoolVersionsDiffer
@@ -88,13 +88,26 @@ class PartEvents(Protocol):
 
 
 class Part:
-    """What all parts have in common."""
+    """What all parts have in common: a program on a host, and a tunnel to it. ``argv`` is the program's command, and
+    ``port`` its port on the host."""
 
-    def __init__(self, mesh: Mesh, host: MemberHost, events: PartEvents) -> None:
+    def __init__(
+        self,
+        mesh: Mesh,
+        host: MemberHost,
+        events: PartEvents,
+        *,
+        argv: Sequence[str],
+        port: int,
+        reverse_forwards: Sequence[ReverseForward] = (),
+    ) -> None:
         self.node = host.node.name
         self._mesh = mesh
         self._host = host
         self._events = events
+        self._argv = argv
+        self._port = port
+        self._reverse_forwards = reverse_forwards
         self.ready_port: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         """The port of this machine that leads to the part's program, as soon as the program is ready."""
 
@@ -110,6 +123,17 @@ class Part:
             raise
 
     async def _run(self) -> None:
+        async with (
+            open_route(self._mesh, self._host, self._port, self._reverse_forwards) as route,
+            run_guarded(route.route, self._argv) as program,
+            error_group() as group,
+        ):
+            group.create_task(self._fail_when_tunnel_lost(route))
+            for work in self._watch(program, route.port):
+                group.create_task(work)
+
+    def _watch(self, program: GuardedProgram, port: int) -> Sequence[Coroutine[Any, Any, None]]:
+        """What runs beside the program until it fails. ``port`` of this machine leads to the program's port."""
         raise NotImplementedError
 
     def _note_ready(self, port: int) -> None:
@@ -134,19 +158,12 @@ class WorkerPart(Part):
         prepared: PreparedPool,
         port: int,
     ) -> None:
-        super().__init__(mesh, host, events)
-        self._argv = rpc_server_argv(plan, prepared.hosts.programs[plan.node], port)
+        argv = rpc_server_argv(plan, prepared.hosts.programs[plan.node], port)
+        super().__init__(mesh, host, events, argv=argv, port=port)
         self._head_version = prepared.hosts.programs[prepared.spec.head].rpc
-        self._port = port
 
-    async def _run(self) -> None:
-        async with AsyncExitStack() as stack:
-            route = await stack.enter_async_context(open_route(self._mesh, self._host, self._port))
-            program = await stack.enter_async_context(run_guarded(route.route, self._argv))
-            async with error_group() as group:
-                group.create_task(self._fail_when_ended(program))
-                group.create_task(self._fail_when_tunnel_lost(route))
-                group.create_task(self._wait_ready(route.port))
+    def _watch(self, program: GuardedProgram, port: int) -> Sequence[Coroutine[Any, Any, None]]:
+        return self._fail_when_ended(program), self._wait_ready(port)
 
     async def _wait_ready(self, port: int) -> None:
         version = None
@@ -170,8 +187,7 @@ class WorkerPart(Part):
 
     async def _fail_when_ended(self, program: GuardedProgram) -> None:
         end = await program.wait_ended()
-        last = f": {end.last_lines[-1]}" if end.last_lines else ""
-        raise PoolFailed(f"the worker on {self.node} {end}{last}", node=self.node)
+        raise PoolFailed(f"the worker on {self.node} {end.describe()}", node=self.node)
 
 
 class HeadPart(Part):
@@ -189,11 +205,10 @@ class HeadPart(Part):
         workers: Sequence[WorkerAddress],
         reverse_forwards: Sequence[ReverseForward],
     ) -> None:
-        super().__init__(mesh, host, events)
         files = prepared.hosts
-        self._argv = llama_server_argv(
+        argv = llama_server_argv(
             prepared.plan,
-            files.programs[self.node],
+            files.programs[host.node.name],
             model_path=files.model.path,
             workers=workers,
             port=port,
@@ -201,21 +216,13 @@ class HeadPart(Part):
             draft_path=None if files.draft is None else files.draft.path,
             drafts_by_ngram=prepared.spec.draft == NGRAM_DRAFT,
         )
-        self._port = port
-        self._reverse_forwards = tuple(reverse_forwards)
+        super().__init__(mesh, host, events, argv=argv, port=port, reverse_forwards=reverse_forwards)
         self.log = HeadLog(nodes_by_endpoint(workers))
         self._load_silence_s = max(LOAD_SILENCE_S, SLOWEST_LOAD * (prepared.plan.load_s or 0.0))
         self._silence = SilenceLimit()
 
-    async def _run(self) -> None:
-        async with AsyncExitStack() as stack:
-            route = await stack.enter_async_context(
-                open_route(self._mesh, self._host, self._port, self._reverse_forwards)
-            )
-            program = await stack.enter_async_context(run_guarded(route.route, self._argv))
-            async with error_group() as group:
-                group.create_task(self._fail_when_tunnel_lost(route))
-                group.create_task(self._follow_log(program, route.port))
+    def _watch(self, program: GuardedProgram, port: int) -> Sequence[Coroutine[Any, Any, None]]:
+        return (self._follow_log(program, port),)
 
     async def _follow_log(self, program: GuardedProgram, port: int) -> None:
         """Reads llama-server's log to its end, and raises why it has ended."""
@@ -245,8 +252,7 @@ class HeadPart(Part):
 
     async def _explain_end(self, program: GuardedProgram) -> None:
         end = await program.wait_ended()
-        last = self.log.last_error_line or (end.last_lines[-1] if end.last_lines else None)
-        error: PoolError = PoolFailed(f"llama-server on {self.node} {end}{f': {last}' if last else ''}")
+        error = PoolFailed(f"llama-server on {self.node} {end.describe(self.log.last_error_line)}")
         self._events.note_broken()
         await asyncio.sleep(BLAME_S)
         raise self._name_node(self.log.error or self.log.effect or error)
@@ -270,28 +276,22 @@ class WayPart(Part):
         head_port: int,
         worker_port: int,
     ) -> None:
-        super().__init__(mesh, host, events)
+        argv = forward_argv(login, head_port=head_port, worker_port=worker_port)
+        super().__init__(mesh, host, events, argv=argv, port=head_port)
         self._worker = login.node
-        self._argv = forward_argv(login, head_port=head_port, worker_port=worker_port)
-        self._head_port = head_port
 
-    async def _run(self) -> None:
-        async with AsyncExitStack() as stack:
-            route = await stack.enter_async_context(open_route(self._mesh, self._host, self._head_port))
-            program = await stack.enter_async_context(run_guarded(route.route, self._argv))
-            async with error_group() as group:
-                group.create_task(self._fail_when_tunnel_lost(route))
-                group.create_task(self._follow(program))
+    def _watch(self, program: GuardedProgram, port: int) -> Sequence[Coroutine[Any, Any, None]]:
+        del port  # it is the head that connects to the way's port
+        return (self._follow(program),)
 
     async def _follow(self, program: GuardedProgram) -> None:
         try:
             async with asyncio.timeout(WORKER_START_S) as scope:
                 async for line in program.lines():
                     if line.strip() == FORWARD_READY:
-                        self._note_ready(self._head_port)
+                        self._note_ready(self._port)
                         scope.reschedule(None)
         except TimeoutError:
             raise PoolFailed(f"ssh from {self.node} to {self._worker} does not connect", node=self._worker) from None
         end = await program.wait_ended()
-        last = f": {end.last_lines[-1]}" if end.last_lines else ""
-        raise PoolFailed(f"ssh from {self.node} to {self._worker} {end}{last}", node=self._worker)
+        raise PoolFailed(f"ssh from {self.node} to {self._worker} {end.describe()}", node=self._worker)

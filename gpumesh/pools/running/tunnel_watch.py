@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from gpumesh.errors import PoolFailed, TunnelError, tunnel_error_from_code
+from gpumesh.errors import PoolFailed, tunnel_error_from_code
 from gpumesh.state import TunnelPhase, TunnelState
 from gpumesh.tunnels.base import ClosableTunnel
 from gpumesh.tunnels.supervisor import run_tunnel
@@ -46,6 +46,4 @@ async def tunnel_up(tunnel: ClosableTunnel, node: str) -> AsyncIterator[None]:
             state = tunnel.state
             message = state.last_error or f"the tunnel to {node} did not come up within {CONNECT_TIMEOUT_S:g} s"
             raise tunnel_error_from_code(state.error_code or "", message, hint=state.hint, node=node) from None
-        except TunnelError:
-            raise
         yield

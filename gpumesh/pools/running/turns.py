@@ -30,9 +30,8 @@ class StartTurns:
     async def run(self, spec: PoolSpec, run: PoolRun, lost: frozenset[str]) -> None:
         """As ``RunPool``."""
         with ExitStack() as turn:
-            for node in sorted(
-                member.node for member in spec.members
-            ):  # one order for all, so that none waits for ever
+            nodes = sorted(member.node for member in spec.members)  # one order for all, so that none waits for ever
+            for node in nodes:
                 lock = self._locks.setdefault(node, asyncio.Lock())
                 if lock.locked():
                     run.progress.set_waits_for(f"waits until {self._starting[node]} is ready, which also uses {node}")
