@@ -125,7 +125,7 @@ class OpensshConnection:
             self._forwarder.listen(listener, self._make_dialer(path, target))
         reverse_routes = [(forward, folder / f"r{i}") for i, forward in enumerate(self._setup.reverse_forwards)]
         for forward, path in reverse_routes:
-            self._forwarder.listen(self._listen_at(path), relay_to_port(forward.local_port))
+            self._forwarder.listen(self._listen_at(path), relay_to_port(forward.local_port, self._master.control))
         self._forwarder.start()
         await forwards.open_reverse_forwards(self._master, reverse_routes, self._destination)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import socket
 import time
+from pathlib import Path
 
 from gpumesh.tunnels.forwarder import CHUNK_BYTES, READ, WRITE, Dialer, Forwarder
 from gpumesh.tunnels.local_connect import LocalConnect
@@ -16,8 +17,8 @@ from gpumesh.tunnels.local_system.sockets import close_with_reset
 CONNECT_RETRY_S = 0.005  # the time between two tries while ssh's listen queue is full
 CONNECT_TRIES = 400  # 2 s together
 
-# The end of a connection that came from the host is passed on after this time. An ssh that dies ends its sockets in the
-# same way, and then our connections are reset within this time, so that a cut connection does not look whole.
+# The end of a connection that came from the host is passed on after this time, if ssh still listens at its control
+# socket. An ssh that dies ends its sockets in the same way, and a cut connection must not look whole.
 END_DELAY_S = 0.1
 
 LOCAL, REMOTE = 0, 1  # the two sides of a relay: the accepted socket, and the socket that we have connected
@@ -32,15 +33,16 @@ def relay_to_unix(path: str) -> Dialer:
     return dial
 
 
-def relay_to_port(port: int) -> Dialer:
-    """Makes a dialer that forwards ssh's connections to 127.0.0.1:``port``; if nothing listens there, ends them."""
+def relay_to_port(port: int, control: Path) -> Dialer:
+    """Makes a dialer that forwards ssh's connections to 127.0.0.1:``port``; if nothing listens there, ends them.
+    ``control`` is ssh's control socket, by which its death is noticed."""
 
     def dial(forwarder: Forwarder, local: socket.socket) -> None:
         def on_end(to_port: socket.socket | None) -> None:
             if to_port is None:
                 local.close()
             else:
-                ReverseRelay(forwarder, local, to_port).start()
+                ReverseRelay(forwarder, local, to_port, control).start()
 
         LocalConnect(forwarder, port, on_end)
 
@@ -187,7 +189,11 @@ class UnixRelay(SocketRelay):
 
 
 class ReverseRelay(SocketRelay):
-    """Relays a connection that came from the host: the accepted socket is ssh's."""
+    """Relays a connection that came from the host: the accepted socket is ssh's. ``control`` is its control socket."""
+
+    def __init__(self, forwarder: Forwarder, local: socket.socket, remote: socket.socket, control: Path) -> None:
+        super().__init__(forwarder, local, remote)
+        self._control = control
 
     def _end_side(self, side: int) -> None:
         """Ends a side as the base class; the end of the host is passed on a little later."""
@@ -197,8 +203,11 @@ class ReverseRelay(SocketRelay):
             super()._end_side(side)
 
     def _pass_end_of_host(self) -> None:
-        """Ends the local program's input, because the host has ended its side."""
-        if self._closed:  # ssh had died
+        """Ends the local program's input, because the host has ended its side; resets it if ssh has died."""
+        if self._closed:
+            return
+        if not _is_listening(self._control):
+            self._close(reset=True)
             return
         try:
             super()._end_side(LOCAL)
@@ -206,3 +215,16 @@ class ReverseRelay(SocketRelay):
             self._close(reset=True)
         else:
             self._settle()
+
+
+def _is_listening(path: Path) -> bool:
+    """Whether a program listens at this Unix socket. A full queue does, too."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(str(path))
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+    return True

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from gpumesh.tunnels.forwarder import CHUNK_BYTES
-from gpumesh.tunnels.openssh.unix_relay import UnixRelay
+from gpumesh.tunnels.forwarder import CHUNK_BYTES, Forwarder
+from gpumesh.tunnels.openssh.unix_relay import UnixRelay, relay_to_port
 from tests.tunnels.forwarding import connect, forwarded_to, port_of, running_forwarder, wait_until_still
 from tests.tunnels.polling import wait_until
+from tests.tunnels.sshd import serving
 from tests.tunnels.traffic import echo, exchange
 
 
@@ -164,3 +165,35 @@ async def test_a_full_listen_queue_delays_connections(local: socket.socket, tmp_
                 with peer:
                     await loop.sock_sendall(peer, await loop.sock_recv(peer, 1))
             assert await asyncio.gather(*asked) == [b"x"] * 8
+
+
+@pytest.mark.parametrize("is_ssh_alive", [True, False])
+async def test_an_end_that_comes_from_the_death_of_ssh_resets(tmp_path: Path, is_ssh_alive: bool) -> None:
+    """An ssh that dies ends its connections as a host does that has sent all."""
+    outcome: asyncio.Future[bytes | Exception] = asyncio.get_running_loop().create_future()
+
+    async def read_all(reader: asyncio.StreamReader, _writer: asyncio.StreamWriter) -> None:
+        try:
+            outcome.set_result(await reader.read())
+        except ConnectionError as error:
+            outcome.set_result(error)
+
+    with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as control:
+        for sock, name in ((listener, "r0"), (control, "control")):
+            sock.bind(str(tmp_path / name))
+            sock.listen(1)
+        async with serving(read_all) as port:
+            forwarder = Forwarder()
+            forwarder.listen(listener, relay_to_port(port, tmp_path / "control"))
+            forwarder.start()
+            try:
+                _reader, writer = await asyncio.open_unix_connection(tmp_path / "r0")
+                writer.write(b"half")
+                if not is_ssh_alive:
+                    control.close()
+                writer.write_eof()
+                ended = await asyncio.wait_for(outcome, 20)
+                writer.close()
+            finally:
+                assert await asyncio.to_thread(forwarder.close)
+    assert ended == b"half" if is_ssh_alive else isinstance(ended, ConnectionResetError)
