@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import Callable, Coroutine, Iterator
-from contextlib import ExitStack, contextmanager, suppress
-from typing import Any, TypeVar
+from collections.abc import Coroutine
+from contextlib import suppress
+from types import FrameType
+from typing import Any, Self, TypeVar
 
 from gpumesh.event_loop.fast_loop import fast_loop_factory
 
@@ -16,14 +17,11 @@ T = TypeVar("T")
 def run(main: Coroutine[Any, Any, T], *, use_uvloop: bool = True) -> T:
     """Runs ``main`` like ``asyncio.run``, and returns its result. A signal cancels ``main``, which can then clean up.
 
-    After SIGINT this raises KeyboardInterrupt. After SIGTERM or SIGHUP, unless the signal is ignored, the process exits
-    with 128 plus the signal's number.
+    After SIGINT this raises KeyboardInterrupt; a second SIGINT raises it at once. After SIGTERM or SIGHUP, unless the
+    signal is ignored, the process exits with 128 plus the signal's number.
 
     ``use_uvloop`` is for a process that runs a mesh: only there is uvloop worth the time of its import. Such a process
     also holds the bodies of many requests, so its memory is set up for them (``large_memory.py``).
-
-    If SIGINT comes while the loop is being made, it is delivered only when ``main`` has begun: an unfinished loop
-    cannot be closed.
     """
     if use_uvloop:
         from gpumesh.daemon.process.large_memory import map_large_blocks
@@ -31,19 +29,18 @@ def run(main: Coroutine[Any, Any, T], *, use_uvloop: bool = True) -> T:
         map_large_blocks()
     loop_factory = fast_loop_factory() if use_uvloop else None
     received_signals: list[int] = []
-    with ExitStack() as stack:
-        unblock = stack.enter_context(_sigint_blocked())
-        with _sigint_held():
-            runner = stack.enter_context(asyncio.Runner(loop_factory=loop_factory))  # this makes the loop
+    with _Interrupts() as interrupts, asyncio.Runner(loop_factory=loop_factory) as runner:
 
         async def run_main() -> T:
             _cancel_on_signals(received_signals)
-            unblock()
+            interrupts.cancel_current_task()
             return await main
 
         try:
             return runner.run(run_main())
         except asyncio.CancelledError:
+            if interrupts.count:
+                raise KeyboardInterrupt from None
             if received_signals:
                 first_signal = received_signals[0]
                 raise SystemExit(128 + first_signal) from None
@@ -69,39 +66,43 @@ def _cancel_on_signals(received_signals: list[int]) -> None:
                 loop.add_signal_handler(number, handle, number)
 
 
-@contextmanager
-def _sigint_blocked() -> Iterator[Callable[[], None]]:
-    """Blocks SIGINT until the block ends, or until the function that this yields is called. Does nothing on Windows."""
-    if not hasattr(signal, "pthread_sigmask"):
-        yield lambda: None
-        return
-    previous_mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+class _Interrupts:
+    """Handles SIGINT in place of Python and of ``asyncio.Runner``, as a context manager: the first one cancels a task,
+    a later one raises KeyboardInterrupt. Does nothing if SIGINT is ignored, or outside of the main thread.
 
-    def unblock() -> None:
-        signal.pthread_sigmask(signal.SIG_SETMASK, previous_mask)
-
-    try:
-        yield unblock
-    finally:
-        unblock()
-
-
-@contextmanager
-def _sigint_held() -> Iterator[None]:
-    """Holds SIGINT back until the block ends, also one that comes to another thread.
-
-    ``_sigint_blocked`` is not enough for that: if the process has other threads, as while a progress bar is shown, one
-    of them takes the signal, and Python raises KeyboardInterrupt in the main thread all the same.
+    Until ``cancel_current_task`` is called, an interrupt only counts. A KeyboardInterrupt while a loop is being made
+    would leave a loop that cannot be closed. And the Runner of Python 3.11 forgets an interrupt that comes between the
+    setting of its handler and its next line; main then ends with a CancelledError that nobody explains.
     """
-    received_numbers: list[int] = []
-    try:
-        previous_handler = signal.signal(signal.SIGINT, lambda number, _frame: received_numbers.append(number))
-    except ValueError:  # this is not the main thread, which alone gets KeyboardInterrupt
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous_handler)
-        if received_numbers:
-            signal.raise_signal(signal.SIGINT)
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._task: asyncio.Task[Any] | None = None
+        self._is_installed = False
+
+    def __enter__(self) -> Self:
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            with suppress(ValueError):  # this is not the main thread, which alone gets KeyboardInterrupt
+                signal.signal(signal.SIGINT, self._handle)
+                self._is_installed = True
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        # The task may have set a handler of its own.
+        if self._is_installed and signal.getsignal(signal.SIGINT) == self._handle:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def cancel_current_task(self) -> None:
+        """From now on an interrupt cancels the current task; at once if there was one already."""
+        self._task = asyncio.current_task()
+        if self.count and self._task is not None:
+            self._task.cancel()
+
+    def _handle(self, _number: int, _frame: FrameType | None) -> None:
+        self.count += 1
+        if self._task is None:
+            return
+        if self.count > 1 or self._task.done():
+            raise KeyboardInterrupt
+        self._task.cancel()
+        self._task.get_loop().call_soon_threadsafe(lambda: None)  # wakes the loop
