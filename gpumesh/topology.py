@@ -300,10 +300,12 @@ DEFAULT_TUNNELS = TunnelsSpec()
 
 @dataclass(frozen=True, slots=True)
 class RedisSpec:
-    """The Redis server through which several gateways exchange their loads. ``url`` holds no password."""
+    """The Redis server through which several gateways exchange their loads. ``url`` holds no password. ``ca_file`` has
+    the certificates that may sign the server's; ``None``: those of the system."""
 
     url: str
     password_env: str | None = None
+    ca_file: str | None = None
 
 
 class EventKind(StrEnum):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from gpumesh import config
 from gpumesh.config.extras import need_extra
@@ -12,13 +12,17 @@ from gpumesh.topology import RedisSpec
 
 
 def create_coordination(
-    spec: RedisSpec | None, *, on_change: Callable[[], None], clock: Callable[[], float]
+    spec: RedisSpec | None,
+    *,
+    mesh: str,  # noqa: ARG001
+    on_change: Callable[[Collection[str]], None],
+    clock: Callable[[], float],
 ) -> Coordination:
     """Returns the coordination over the Redis of ``spec``; a ``SingleGateway`` if ``spec`` is ``None``. Raises
     GPUMeshError if redis-py is not installed, as most meshes do not need it.
 
-    ``on_change`` is called when the load of other gateways, or the findings, have changed. ``clock`` returns monotonic
-    seconds.
+    ``mesh`` is the mesh's name: gateways of one mesh share places. ``on_change`` is called on the event loop with the
+    keys whose places have changed, and with no key when only the findings have. ``clock`` returns monotonic seconds.
     """
     if spec is None:
         return SingleGateway()
@@ -29,6 +33,6 @@ def create_coordination(
     return RedisCoordination(
         spec.url,
         password=lambda: None if variable is None else config.read_secret(variable),
-        on_change=on_change,
+        on_change=lambda: on_change(()),
         clock=clock,
     )

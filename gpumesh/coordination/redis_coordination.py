@@ -17,6 +17,7 @@ from redis.exceptions import RedisError
 
 from gpumesh.coordination.base import Loads
 from gpumesh.coordination.peers import Peers, encode_loads
+from gpumesh.coordination.single_gateway import SingleGateway
 from gpumesh.errors import GPUMeshError
 from gpumesh.event_loop.cancellation import raise_if_cancelled
 from gpumesh.state import Finding, Severity
@@ -30,7 +31,7 @@ ANSWER_TIMEOUT_S = 2.0
 FIRST_PAUSE_S, MAX_PAUSE_S = 0.5, 10.0  # between two attempts to connect while Redis is away; each pause doubles
 
 
-class RedisCoordination:
+class RedisCoordination(SingleGateway):
     """The Coordination over the Redis at ``url``, which holds no password.
 
     ``password`` is called at each connect, and its result is not stored. ``on_change`` is called, on the event loop,
@@ -45,6 +46,7 @@ class RedisCoordination:
         on_change: Callable[[], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        super().__init__()
         self.problem: str | None = None
         """Why the loads of the other gateways are not known now. ``None``: they are known."""
         self._url = url

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Collection, Coroutine, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -87,7 +87,9 @@ class Mesh:
         self._nodes: RunningNodes | None = None  # while the mesh runs
         self._upstream = Upstream()
         self._http = make_http_client()
-        self._coordination = create_coordination(topology.redis, on_change=self._on_other_loads_changed, clock=clock)
+        self._coordination = create_coordination(
+            topology.redis, mesh=topology.name, on_change=self._on_other_loads_changed, clock=clock
+        )
         gateway, pinned = topology.gateway, self.model_rules.pinned
         self._scheduler = Scheduler(gateway.policy, rng=self._rng, max_queue=gateway.max_queue, pinned=pinned)
         self.factory = NodeFactory(
@@ -152,7 +154,7 @@ class Mesh:
         async for _ in self.watch_changes():
             yield self.fleet.in_flight_by_key()
 
-    def _on_other_loads_changed(self) -> None:
+    def _on_other_loads_changed(self, keys: Collection[str]) -> None:  # noqa: ARG002
         self.fleet.update_other_loads()
         for node in self.fleet:
             self._scheduler.note_change(node.account)

@@ -17,7 +17,7 @@ async def loads_that_nobody_may_read() -> AsyncIterator[Loads]:
 
 
 async def test_there_are_no_others_and_nothing_runs() -> None:
-    coordination = create_coordination(None, on_change=lambda: None, clock=lambda: 0.0)
+    coordination = create_coordination(None, mesh="mesh", on_change=lambda keys: None, clock=lambda: 0.0)
     assert isinstance(coordination, SingleGateway)
     assert coordination.other_gateways_load("GPU-1") == 0
     assert coordination.findings() == ()
@@ -27,7 +27,7 @@ async def test_there_are_no_others_and_nothing_runs() -> None:
 
 async def test_with_redis_it_is_alone_until_it_is_connected() -> None:
     spec = RedisSpec("unix:///nowhere/redis.sock")
-    coordination = create_coordination(spec, on_change=lambda: None, clock=lambda: 0.0)
+    coordination = create_coordination(spec, mesh="mesh", on_change=lambda keys: None, clock=lambda: 0.0)
     assert isinstance(coordination, RedisCoordination)
     assert coordination.findings() == ()
     assert "0 known" in repr(coordination)

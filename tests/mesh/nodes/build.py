@@ -20,6 +20,7 @@ from gpumesh.balancer.models.model_demand import ModelDemand
 from gpumesh.balancer.scheduling.scheduler import Placement, Scheduler
 from gpumesh.balancer.work import Work
 from gpumesh.coordination.base import Coordination, Loads
+from gpumesh.coordination.single_gateway import SingleGateway
 from gpumesh.mesh.change_notifier import ChangeNotifier
 from gpumesh.mesh.nodes.lease import Lease
 from gpumesh.mesh.nodes.node import Node
@@ -58,10 +59,11 @@ def make_spec(url: str, *, name: str = "one", **backend: object) -> NodeSpec:
     return NodeSpec(name, BackendSpec(targets=(target,), **backend))  # type: ignore[arg-type]
 
 
-class OtherGateways:
+class OtherGateways(SingleGateway):
     """A coordination whose other gateways have ``load`` requests in flight everywhere. ``keys``: what was asked for."""
 
     def __init__(self, load: int = 5) -> None:
+        super().__init__()
         self.load = load
         self.keys: list[str] = []
 
