@@ -351,7 +351,14 @@ def parse_url(text: str) -> Target:
 
 
 def parse_redis_url(text: str) -> str:
-    """Returns ``text`` if it is a URL of Redis without a password: ``redis://``, ``rediss://`` or ``unix://``."""
+    """Returns ``text`` if it is a URL of Redis without a password: ``redis://``, ``rediss://``, ``unix://``, or
+    ``redis+sentinel://h1:p,h2:p/service/db``."""
+    sentinels = re.fullmatch(r"(rediss?)\+sentinel://((?:[^@/]*@)?)([^@/]+)/[^/]+(?:/\d*)?/?", text)
+    if sentinels is not None:
+        scheme, user, servers = sentinels.groups()
+        for server in servers.split(","):
+            parse_redis_url(f"{scheme}://{user}{server}")
+        return text
     try:
         parts = urlsplit(text)
         _ = parts.port  # reading it raises ValueError for a port that is no number
