@@ -5,8 +5,8 @@ these GPUs has the same key for them (``gpumesh.mesh.nodes.snapshot.coordination
 
 How a mesh uses it for a request that takes a slot:
 
-1. It places the request, and calls ``take_now``. ``True``: the request holds a place. ``False``: it must wait.
-   ``None``: the mesh awaits ``take``, which asks the other gateways.
+1. It places the request, and calls ``take_now``. ``True``: the request holds a place. ``None``: the mesh awaits
+   ``take``, which asks the other gateways.
 2. If the place is denied, the request waits in the queue. The mesh calls ``announce`` with the best waiting request of
    each class for this key, whenever these have changed.
 3. When ``on_change`` is called with the key, the mesh places waiting requests as ``others_in_flight`` now allows. It
@@ -59,7 +59,8 @@ class Coordination(Protocol):
     def take_now(self, key: str) -> bool | None:
         """Takes a place without waiting. ``True``: this gateway holds one place more. It is so while no other gateway
         uses the key, while the others cannot be asked, and after a grant in ``on_change``, for as many calls as there
-        were grants. ``False``: there is no place. ``None``: ``take`` must be awaited."""
+        were grants. ``None``: ``take`` must be awaited. (``False`` would mean that there is no place; no
+        implementation says so without asking.)"""
 
     async def take(self, key: str, request: PlaceRequest) -> bool:
         """Asks for a place, for at most about half a second. Returns whether this gateway holds one place more. Raises

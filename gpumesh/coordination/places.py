@@ -70,7 +70,7 @@ class Places:
                 places.used_at = now
                 return True
             return None
-        return False if places.is_closed else None
+        return None
 
     def take(self, key: str, request: PlaceRequest, settle: Callable[[bool], None]) -> Take | None:
         """Asks for a place; ``settle`` is called with the answer. ``None``: it was called already."""

@@ -1,0 +1,199 @@
+"""A real redis-server for tests, and gateways that share places over it."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+import subprocess
+from collections.abc import AsyncIterator, Callable, Collection
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import monotonic
+
+import redis
+
+from gpumesh.balancer.base import Priority
+from gpumesh.coordination.base import Loads, PlaceRequest
+from gpumesh.coordination.several_gateways import SeveralGateways
+from gpumesh.coordination.timing import Timing
+from tests.prerequisites import program
+from tests.tunnels.polling import wait_until
+
+# A tenth of the usual times, but a time-out that a busy machine keeps.
+SHORT = Timing(
+    heartbeat_s=0.1,
+    dead_s=0.7,
+    own_s=0.5,
+    share_s=1.0,
+    answer_s=0.3,
+    connect_s=0.5,
+    owner_s=0.3,
+    forget_s=6.0,
+    first_pause_s=0.05,
+    max_pause_s=0.2,
+)
+KEY = "GPU-1"
+
+
+@dataclass
+class RedisServer:
+    """A redis-server on a Unix socket, and on ``port`` if there is one. It stores no files."""
+
+    folder: Path
+    options: tuple[str, ...] = ()
+    port: int = 0
+    process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"unix://{self.folder / 'redis.sock'}"
+
+    async def start(self) -> None:
+        binary = program("redis-server")
+        assert binary is not None
+        socket_path = self.folder / "redis.sock"
+        command = [binary, "--port", str(self.port), "--unixsocket", str(socket_path), "--save", ""]
+        self.process = subprocess.Popen([*command, *self.options], stdout=subprocess.DEVNULL, cwd=self.folder)
+        await wait_until(socket_path.exists, "redis listens")
+
+    def send(self, number: signal.Signals) -> None:
+        assert self.process is not None
+        self.process.send_signal(number)
+
+    def stop(self) -> None:
+        if self.process is not None and self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+        (self.folder / "redis.sock").unlink(missing_ok=True)
+
+    def client(self, **options: object) -> redis.Redis:
+        """A client for what a test wants to know or to do itself."""
+        return redis.Redis(unix_socket_path=str(self.folder / "redis.sock"), **options)  # type: ignore[arg-type]
+
+
+@asynccontextmanager
+async def redis_server(folder: Path, *options: str, port: int = 0) -> AsyncIterator[RedisServer]:
+    folder.mkdir(exist_ok=True)
+    server = RedisServer(folder, options, port)
+    await server.start()
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def request(
+    limit: int | None = 1,
+    *,
+    priority: Priority = Priority.NORMAL,
+    client: str = "ann",
+    waited_s: float = 0.0,
+    cost: float = 10.0,
+) -> PlaceRequest:
+    return PlaceRequest(limit, priority, client, waited_s, cost)
+
+
+@dataclass
+class Gateway:
+    """A gateway of a test. ``waiting`` are requests that it places in ``on_change``, the first one first."""
+
+    places: SeveralGateways = field(init=False)
+    waiting: list[PlaceRequest] = field(default_factory=list)
+    placed: list[PlaceRequest] = field(default_factory=list)
+    held: int = 0
+    most_held: int = 0
+    changes: list[Collection[str]] = field(default_factory=list)
+
+    def on_change(self, keys: Collection[str]) -> None:
+        self.changes.append(keys)
+        self.place_waiting()
+        self.announce()
+
+    def place_waiting(self) -> None:
+        while self.waiting and self.has_room(self.waiting[0].limit) and self.places.take_now(KEY):
+            self.count(self.waiting[0])
+            self.placed.append(self.waiting.pop(0))
+
+    def has_room(self, limit: int | None) -> bool:
+        return limit is None or self.held + self.places.others_in_flight(KEY, self.held, limit) < limit
+
+    def count(self, taken: PlaceRequest) -> None:
+        self.held += 1
+        self.most_held = max(self.most_held, self.held)
+
+    async def take(self, wanted: PlaceRequest | None = None) -> bool:
+        wanted = wanted or request()
+        answer = self.places.take_now(KEY)
+        if answer is None:
+            answer = await self.places.take(KEY, wanted)
+        if answer:
+            self.count(wanted)
+        return answer
+
+    def wait(self, *wanted: PlaceRequest) -> None:
+        """Lets requests wait for a place."""
+        self.waiting += wanted
+        self.announce()
+
+    def announce(self) -> None:
+        best: dict[Priority, PlaceRequest] = {}
+        for waiting in self.waiting:
+            best.setdefault(waiting.priority, waiting)
+        self.places.announce(KEY, list(best.values()))
+
+    def release(self, cost_correction: float = 0.0) -> None:
+        self.held -= 1
+        self.places.release(KEY, Priority.NORMAL, "ann", cost_correction)
+
+    @property
+    def is_joined(self) -> bool:
+        return self.places._places.state == "joined"
+
+    @property
+    def problem(self) -> str:
+        return self.places.problem or ""
+
+
+async def no_loads() -> AsyncIterator[Loads]:
+    return
+    yield {}
+
+
+@asynccontextmanager
+async def gateway(
+    url: str,
+    *,
+    timing: Timing = SHORT,
+    password: Callable[[], str | None] = lambda: None,
+    ca_file: str | None = None,
+    mesh: str = "mesh",
+    joins: bool = True,
+) -> AsyncIterator[Gateway]:
+    """A gateway that runs. ``joins``: returns when it shares places."""
+    running = Gateway()
+    running.places = SeveralGateways(
+        url,
+        mesh=mesh,
+        password=password,
+        on_change=running.on_change,
+        clock=monotonic,
+        ca_file=ca_file,
+        timing=timing,
+    )
+    task = asyncio.create_task(running.places.run(no_loads()))
+    try:
+        if joins:
+            await wait_until(lambda: running.is_joined or task.done(), "the gateway has joined")
+        yield running
+        assert not task.done(), "the gateway has ended"
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
