@@ -66,8 +66,8 @@ class RedisProcess:
 
 @dataclass
 class Reply:
-    """``status`` is 0 if the connection ended. ``queue_ms``: how long the request waited in its gateway, by the gateway.
-    Times are seconds of ``time.perf_counter``."""
+    """``status`` is 0 if the connection ended. ``queue_ms``: how long the request waited in its gateway, as the gateway
+    says. Times are seconds of ``time.perf_counter``."""
 
     gateway: int
     prompt: str
